@@ -23,8 +23,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def contender(name: str, base: Any, *, rank: int, dropout: float) -> Any:
-    """Copies the base and adapts the copy by one of the names in the tables; alpha is twice the rank, as in the paper.
-    """
+    """Copies the base and adapts the copy by a name in the tables; alpha is twice the rank, as in the paper."""
     torch.manual_seed(1)
     model = copy.deepcopy(base)
     if name == "frozen":

@@ -182,8 +182,7 @@ NOT_FOLLOWED = (Node, nn.Module, type, types.ModuleType, types.FunctionType, typ
 
 @dataclass(frozen=True)
 class Saved:
-    """Bytes that a graph keeps for its backward pass. Each storage counts once; the model's own tensors do not count.
-    """
+    """Bytes that a graph keeps for its backward pass; each storage counts once, the model's own tensors do not."""
 
     total: int
     outside_hooks: int

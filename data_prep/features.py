@@ -132,8 +132,7 @@ def compute(
 
 @contextmanager
 def ended_in_order() -> Iterator[None]:
-    """Lets SIGTERM, which launchers and queues send, unwind the process as Ctrl-C does; the exit status stays 128 + 15.
-    """
+    """Lets SIGTERM, which launchers and queues send, unwind the process like Ctrl-C; it still exits with 128 + 15."""
 
     def end(number: int, _: object) -> None:
         sys.exit(128 + number)

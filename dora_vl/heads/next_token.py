@@ -1,5 +1,4 @@
-"""The loss of each labelled token, computed in chunks so that scores of a large vocabulary never all stand in memory.
-"""
+"""The loss of each labelled token, in chunks, so that scores of a large vocabulary never all stand in memory."""
 
 from __future__ import annotations
 
