@@ -421,8 +421,7 @@ class Encoder:
             return trained, 0
 
         def tokens_up_to(position: int) -> int:
-            """Counts the tokens that the text and its beginning share; the beginning's last may merge with what
-            follows."""
+            """Counts the tokens shared with the text up to there, whose last may merge with what follows."""
             text = chat.text[:position]
             prefix = self._process(Chat(text, ()), pictures[: text.count(token)], (), sample).ids.tolist()
             return shared_beginning(ids, prefix)
