@@ -44,7 +44,7 @@ COLOURS = {
 """Bar colours. `ours_eager` is this project without its kernels, `ours_compiled` is it under `torch.compile`."""
 RESULTS = Path("gpu")
 SHARE_OF_CHECKS = 0.3
-"""Of the time; what is left of the checks then is left out."""
+"""Share of the time that checks may take; those left then are skipped."""
 
 
 @dataclass(frozen=True)

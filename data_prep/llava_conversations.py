@@ -24,7 +24,7 @@ from dora_vl.evaluation.scores.benchmark import Benchmark, correct_index, letter
 from dora_vl.files import write_json_lines
 
 NAMED = 5
-"""How many of the records that were left out are named in the summary."""
+"""The summary names this many of the records that were left out."""
 
 
 def conversation_of(example: Example, benchmark: Benchmark) -> dict[str, JSON]:
