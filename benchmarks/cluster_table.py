@@ -1,9 +1,9 @@
-"""What runs of 7B, 13B and 32B take on 1 to 1,024 GPUs, as `dora-vl estimate` says: the table of docs/cluster.md.
+"""Writes the table of docs/cluster.md: memory, traffic and step time of 7B, 13B and 32B runs on 1 to 1,024 GPUs.
 
     python -m benchmarks.cluster_table
     python -m benchmarks.cluster_table --into docs/cluster.md
 
-Nothing is measured and no weight is read; it takes seconds.
+The figures are estimates of `dora-vl estimate`; no weight is read. It takes seconds.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ SETTINGS = (
     "--training.per_device_train_batch_size=4",
     "--training.gradient_checkpointing=true",
 )
-"""Of every row: DoRA on all linears of the language model, 4 samples of 2,048 tokens on each GPU a step."""
+"""Each row is a run with DoRA on all linears of the language model and 4 samples of 2,048 tokens on each GPU a step."""
 FLOP_PER_SECOND, UTILISATION, BANDWIDTH, NETWORK = 312e12, 0.4, 230e9, 100e9
-"""An A100 in bfloat16, its NVLink, and four links of 200 Gbit/s a machine."""
+"""The figures are an A100's in bfloat16, its NVLink's, and those of four 200 Gbit/s links a machine."""
 HEADS = ("model", "GPUs", "GiB a GPU, zero2", "zero3", "GiB sent a step, zero2", "zero3", "s a step, zero2", "zero3")
 BEGIN, END = "<!-- benchmarks.cluster_table -->\n\n", "\n<!-- end -->\n"
 
 
 def rows() -> Iterator[tuple[str, ...]]:
-    """A model on so many GPUs: GiB of each and GiB that each sends, under both stages, and seconds of a step."""
+    """Estimates GiB a GPU, GiB sent by each and seconds a step, for each model and number of GPUs under both stages."""
     for name, shape in MODELS.items():
         runs = []
         with tempfile.TemporaryDirectory() as folder:
@@ -59,13 +59,13 @@ def rows() -> Iterator[tuple[str, ...]]:
 
 
 def put_into(page: Path, text: str) -> None:
-    """Between the page's two marks."""
+    """Replaces what stands between the page's two marks by the table."""
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     page.write_text(f"{before}{BEGIN}{text}{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
 def main() -> None:
-    """Makes the table."""
+    """Prints the table, or writes it into a page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--into", type=Path, help="a page with the two marks between which it stands")
     into = parser.parse_args().into

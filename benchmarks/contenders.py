@@ -1,4 +1,4 @@
-"""Whom `dora_step.py`, `dora_memory.py` and `gpu.py` compare: copies of one model, each adapted, that take turns.
+"""Adapted copies of one model that `dora_step.py`, `dora_memory.py` and `gpu.py` time in turns.
 
 PEFT runs with `autocast_adapter_dtype=False`, its faster setting. B and the magnitudes stand away from their starting
 values, so that nobody is timed on a change that is zero.
@@ -23,7 +23,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def contender(name: str, base: Any, *, rank: int, dropout: float) -> Any:
-    """A copy of the base, adapted by one of the names in the tables; alpha is twice the rank, the paper's choice."""
+    """Copies the base and adapts the copy by a name in the tables; alpha is twice the rank, as in the paper."""
     torch.manual_seed(1)
     model = copy.deepcopy(base)
     if name == "frozen":
@@ -58,24 +58,24 @@ def _with_peft(model: Any, rank: int, dropout: float, *, dora: bool) -> Any:
 
 
 class Layer(nn.Module):
-    """A linear layer under a name that every contender's pattern finds."""
+    """Holds a linear layer under a name that every contender's pattern matches."""
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
         self.q_proj = nn.Linear(width_in, width_out)
 
     def forward(self, x: Tensor, past: Tensor | None = None) -> Tensor:
-        """The layer; it keeps no past."""
+        """Applies the layer; it keeps no past."""
         return self.q_proj(x)
 
 
 def activation_loss(model: Any, x: Tensor) -> Tensor:
-    """Of the output for activations that need their own gradient too, as inside a model."""
+    """Squares the output, so that activations need a gradient of their own, as inside a model."""
     return model(x.detach().requires_grad_()).float().square().mean()
 
 
 def train_step(model: Any, loss: Callable[[Any], Tensor]) -> Callable[[], None]:
-    """Forward, backward, AdamW, so that norms are due every time."""
+    """Makes a step of forward, backward and AdamW; AdamW makes the norms due every time."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True) if trained else None
 
@@ -90,22 +90,22 @@ def train_step(model: Any, loss: Callable[[Any], Tensor]) -> Callable[[], None]:
 
 
 class Turns:
-    """Seconds of each contender in each round."""
+    """Seconds that each contender took in each round."""
 
     def __init__(self, rounds: Sequence[Mapping[str, float]]) -> None:
         self.rounds = rounds
 
     @property
     def milliseconds(self) -> dict[str, float]:
-        """Median over rounds."""
+        """Returns the median over rounds."""
         return {name: round(1e3 * median([each[name] for each in self.rounds]), 3) for name in self.rounds[0]}
 
     def ratio(self, name: str, to: str) -> float:
-        """Median over rounds of the ratio inside one round."""
+        """Returns the median over rounds of the ratio to another contender in the same round."""
         return round(median([each[name] / each[to] for each in self.rounds]), 4)
 
     def shown(self, reference: str) -> str:
-        """The table."""
+        """Formats the table."""
         rows = [(name, ms, self.ratio(name, reference)) for name, ms in self.milliseconds.items()]
         return table(("contender", "ms (median)", f"x {reference}"), rows)
 
@@ -113,7 +113,7 @@ class Turns:
 def take_turns(
     steps: Mapping[str, Callable[[], None]], *, rounds: int, repeats: int, clock: str = "wall", warm_up: int = 2
 ) -> Turns:
-    """Everybody warms up, then rounds of a few steps each, whose median counts."""
+    """Times everybody in rounds of a few steps each, after a warm-up; a round counts by its median."""
     for step in steps.values():
         for _ in range(warm_up):
             step()
@@ -126,7 +126,7 @@ def take_turns(
 
 
 def seconds(step: Callable[[], None], clock: str = "wall") -> float:
-    """Time of one step, the card's work included."""
+    """Measures one step in seconds and waits for the GPU to finish."""
     now = CLOCKS[clock]
     started = now()
     step()

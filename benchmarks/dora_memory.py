@@ -41,7 +41,7 @@ from benchmarks.dora_step import TRAINED, Tokens, add_options, base_model, loss_
 from benchmarks.report import table, write_json
 
 CHECKPOINTING: dict[str, bool | None] = {"stored": None, "non_reentrant": False, "reentrant": True}
-"""Name of a way to keep activations -> `use_reentrant` of its checkpoints; None is without."""
+"""Maps a way to keep activations to `use_reentrant` of its checkpoints; None means no checkpointing."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -89,7 +89,7 @@ def storages_of(values: Iterable[object]) -> list[torch.UntypedStorage]:
 
 @dataclass(frozen=True)
 class Step:
-    """Bytes of one training step beyond what stands between steps."""
+    """Bytes that one training step takes beyond what stays allocated between steps."""
 
     alive: int
     peak: int
@@ -102,7 +102,7 @@ class Memory:
 
     saved: Saved
     gradients: int
-    """Of what trains, in the dtype it trains in; in the peak where activations do not outweigh them."""
+    """Gradients in the dtype that trains. They are part of the peak where activations do not outweigh them."""
     steps: dict[str, Step]
 
 
@@ -124,7 +124,7 @@ def main() -> None:
 
 
 def memory_of(model: Any, tokens: Tokens) -> Memory:
-    """Everything about one contender; its checkpointing is left switched on."""
+    """Measures one contender; gradient checkpointing is left on."""
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True) if trained else None
@@ -140,7 +140,7 @@ def memory_of(model: Any, tokens: Tokens) -> Memory:
 
 
 def step_of(forward: Callable[[], Tensor], optimizer: torch.optim.Optimizer | None) -> Step:
-    """The second of two steps: the first makes caches and the optimizer's state."""
+    """Measures the second of two steps; the first fills caches and creates the optimizer's state."""
     with LiveBytes() as live:
         finish(forward(), optimizer)
         between = live.restart_peak()
@@ -151,7 +151,7 @@ def step_of(forward: Callable[[], Tensor], optimizer: torch.optim.Optimizer | No
 
 
 def finish(loss: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
-    """Backward and AdamW."""
+    """Runs backward and AdamW."""
     loss.backward()
     if optimizer is not None:
         optimizer.step()
@@ -159,7 +159,7 @@ def finish(loss: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
 
 
 def cuda_peak(forward: Callable[[], Tensor], optimizer: torch.optim.Optimizer | None) -> int | None:
-    """The CUDA allocator's peak within a step, weights and optimizer's state included."""
+    """Returns the CUDA allocator's peak within a step, weights and optimizer state included."""
     if DEVICE != "cuda":
         return None
     torch.cuda.synchronize()
@@ -170,7 +170,7 @@ def cuda_peak(forward: Callable[[], Tensor], optimizer: torch.optim.Optimizer | 
 
 
 def figures(measured: dict[str, Memory]) -> dict[str, Any]:
-    """One row of the JSON; the worse of the two checkpointings is the ratio's."""
+    """Builds one row of the JSON; its ratio is that of the worse kind of checkpointing."""
 
     def ratio(read: Callable[[Memory], int], to: str) -> float:
         return round(read(measured["ours"]) / read(measured[to]), 4)
@@ -191,7 +191,7 @@ def figures(measured: dict[str, Memory]) -> dict[str, Any]:
 
 
 def shown(measured: dict[str, Memory]) -> str:
-    """The table of one setting."""
+    """Formats the table of one setting."""
     lora = measured["peft_lora"]
     heads = ["contender", "saved", "x peft_lora", "outside hooks", "gradients"]
     for way in CHECKPOINTING:
@@ -202,7 +202,7 @@ def shown(measured: dict[str, Memory]) -> str:
 
 
 def cells(name: str, memory: Memory, lora: Memory) -> list[object]:
-    """One row of the table."""
+    """Formats one row of the table."""
 
     def beside(size: int, reference: int) -> tuple[str, str]:
         return mebibytes(size), f"{size / reference:.3f}"
@@ -215,26 +215,26 @@ def cells(name: str, memory: Memory, lora: Memory) -> list[object]:
 
 
 def mebibytes(size: int) -> str:
-    """With one decimal."""
+    """Formats bytes as MiB with one decimal."""
     return f"{size / 2**20:.1f}"
 
 
 Storage = torch.UntypedStorage
 NOT_FOLLOWED = (Node, nn.Module, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
-"""A node's neighbours in the graph are visited as nodes; modules and code lead to the whole model and interpreter."""
+"""The search does not follow these: graph nodes are visited anyway, modules and code lead to the whole interpreter."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """Bytes that a graph keeps for its backward pass, the model's own tensors not counted, each storage once."""
+    """Bytes that a graph keeps for its backward pass; each storage counts once, the model's own tensors do not."""
 
     total: int
     outside_hooks: int
-    """The part of it that stands in attributes of nodes written in Python alone."""
+    """Bytes found only in attributes of nodes written in Python, which autograd's hooks do not see."""
 
 
 def saved_for_backward(forward: Callable[[], Tensor], model: nn.Module) -> tuple[Tensor, Saved]:
-    """The result of `forward`, on which the caller must run the backward pass, with what its graph keeps."""
+    """Runs `forward` and measures what its graph saves; the caller must run the backward pass."""
     hooked: list[weakref.ReferenceType[Storage]] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -251,7 +251,7 @@ def saved_for_backward(forward: Callable[[], Tensor], model: nn.Module) -> tuple
 
 
 def attribute_tensors(result: Tensor) -> Iterator[Tensor]:
-    """Tensors that the graph's nodes hold as Python attributes, in objects of any kind."""
+    """Finds tensors that the graph's nodes hold as Python attributes, in objects of any kind."""
     assert result.grad_fn is not None
     nodes, seen = [result.grad_fn], {result.grad_fn}
     while nodes:
@@ -275,7 +275,7 @@ def _tensors_within(root: object) -> Iterator[Tensor]:
 
 
 def _bytes_not_in(seen: set[int], storages: Iterable[Storage]) -> int:
-    """Bytes of the storages not seen so far, which are seen from then on."""
+    """Sums the storages not seen so far and marks them as seen."""
     total = 0
     for storage in storages:
         if id(storage) not in seen:

@@ -41,10 +41,10 @@ COLOURS = {
     "ours": "#117733",
     "ours_compiled": "#332288",
 }
-"""Of the contenders; `ours_eager` is this project without its kernels, `ours_compiled` under `torch.compile`."""
+"""Bar colours. `ours_eager` is this project without its kernels, `ours_compiled` is it under `torch.compile`."""
 RESULTS = Path("gpu")
 SHARE_OF_CHECKS = 0.3
-"""Of the time; what is left of the checks then is left out."""
+"""Share of the time that checks may take; those left then are skipped."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,13 @@ class Case:
     rank: int
     dropout: float = 0.0
     heads: int = 0
-    """Of a decoder block, a quarter of them for keys and values; 0 is one linear layer, hidden x inner."""
+    """Attention heads of a decoder block, a quarter of them for keys and values; 0 times one linear layer, hidden x
+    inner."""
     compiled: bool = False
-    """Whether `torch.compile` takes part, which costs its compile time."""
+    """Includes `torch.compile`, which costs its compile time."""
 
     def label(self) -> str:
-        """For tables and plots."""
+        """Names the case in tables and plots."""
         shape = f"block {self.hidden}/{self.inner}" if self.heads else f"{self.hidden} -> {self.inner}"
         return f"{shape}, {self.tokens} tokens, rank {self.rank}, dropout {self.dropout:g}"
 
@@ -90,9 +91,9 @@ SMOKE_CASES = (Case("tiny layer", 16, 24, 6, 3, dropout=0.1), Case("tiny block",
 
 @dataclass
 class Budget:
-    """Seconds, kept by asking before each piece of work whether it would still end in time.
+    """Skips work that would not end within the time that is left.
 
-    It is expected to take what the dearest one of its kind has taken so far.
+    A piece of work is expected to take as long as the longest one of its kind so far.
     """
 
     seconds: float
@@ -101,11 +102,11 @@ class Budget:
     left_out: list[str] = field(default_factory=list)
 
     def spent(self) -> float:
-        """Since the start."""
+        """Returns the seconds since the start."""
         return time.monotonic() - self.started
 
     def run(self, kind: str, name: str, work: Callable[[], Any], *, expected: float = 0.0) -> Any:
-        """The work's result, or None, and its name kept, where it would not end in time."""
+        """Runs the work and returns its result; records its name and returns None where time would not suffice."""
         if self.spent() + self.dearest.get(kind, expected) > self.seconds:
             self.left_out.append(name)
             return None
@@ -120,7 +121,7 @@ class Budget:
 
 
 def main() -> int:
-    """Checks, times, writes; the exit status."""
+    """Runs the checks and the timings, writes the results and returns the exit status."""
     options = read_options()
     if options.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device; --device cpu --smoke runs the script on tiny shapes", file=sys.stderr)
@@ -142,7 +143,7 @@ def main() -> int:
 
 
 def publish(options: argparse.Namespace, budget: Budget, outcome: list[Check], rows: list[dict[str, Any]]) -> None:
-    """Writes the JSON as far as it has come."""
+    """Writes the results so far as JSON."""
     content = {
         "options": {name: str(value) for name, value in vars(options).items() if name != "to"},
         "checks": [{**asdict(check), "passed": check.passed} for check in outcome],
@@ -154,7 +155,7 @@ def publish(options: argparse.Namespace, budget: Budget, outcome: list[Check], r
 
 
 def read_options() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes: whether the script runs, no figure to quote")
@@ -168,12 +169,12 @@ def read_options() -> argparse.Namespace:
 
 
 def backend_of(options: argparse.Namespace) -> str:
-    """Of `torch.compile`; the smoke test needs no C++ compiler."""
+    """Chooses the backend of `torch.compile`; the smoke test needs no C++ compiler."""
     return "aot_eager" if options.smoke else "inductor"
 
 
 def run_checks(options: argparse.Namespace, budget: Budget) -> list[Check]:
-    """Every check that its share of the time allows; those that fail are printed."""
+    """Runs the checks that fit in their share of the time and prints those that fail."""
     done: list[Check] = []
     for check in checks(options.device, smoke=options.smoke):
         done.append(check)
@@ -190,7 +191,7 @@ def run_checks(options: argparse.Namespace, budget: Budget) -> list[Check]:
 
 
 def run_cases(options: argparse.Namespace, budget: Budget) -> Iterator[dict[str, Any]]:
-    """The rows of the results that there is time for, each printed as it comes."""
+    """Times the cases that fit in the time and prints each."""
     for case in SMOKE_CASES if options.smoke else CASES:
         kind = f"{'block' if case.heads else 'layer'}{' compiled' if case.compiled else ''}"
         expected = 0.0 if options.smoke else 90.0 if case.compiled else 20.0
@@ -200,7 +201,7 @@ def run_cases(options: argparse.Namespace, budget: Budget) -> Iterator[dict[str,
 
 
 def timed(case: Case, options: argparse.Namespace) -> dict[str, Any]:
-    """One row: milliseconds, ratios, bytes and launches of each contender."""
+    """Times one case: milliseconds, ratios, bytes and kernel launches of each contender."""
     torch.manual_seed(0)
     with torch.device(options.device):
         base = Block(case) if case.heads else Layer(case.hidden, case.inner)
@@ -228,7 +229,7 @@ def timed(case: Case, options: argparse.Namespace) -> dict[str, Any]:
 
 
 class Block(nn.Module):
-    """A decoder block: RMSNorm, grouped-query attention, SwiGLU. No rotation of positions: it is the same for all."""
+    """A decoder block of RMSNorm, grouped-query attention and SwiGLU. It has no rotary positions: all pay the same."""
 
     def __init__(self, case: Case) -> None:
         super().__init__()
@@ -242,7 +243,7 @@ class Block(nn.Module):
         self.down_proj = nn.Linear(case.inner, case.hidden, bias=False)
 
     def forward(self, x: Tensor, past: Tensor | None = None) -> Tensor:
-        """[batch, tokens, hidden]; `past` are keys, taken for values too, of the tokens before."""
+        """Runs the block on [batch, tokens, hidden]; `past` holds earlier keys, which serve as values too."""
         normal = self.before_attention(x)
         q, k, v = (self._split(projection(normal)) for projection in (self.q_proj, self.k_proj, self.v_proj))
         if past is not None:
@@ -253,7 +254,7 @@ class Block(nn.Module):
         return x + self.down_proj(F.silu(self.gate_proj(normal)) * self.up_proj(normal))
 
     def past(self, tokens: int) -> Tensor:
-        """Keys of so many tokens."""
+        """Draws keys of so many earlier tokens."""
         weight = self.k_proj.weight if isinstance(self.k_proj, nn.Linear) else next(self.parameters())
         return torch.randn(1, self._kv_heads(), tokens, self.width, device=weight.device, dtype=weight.dtype)
 
@@ -265,7 +266,7 @@ class Block(nn.Module):
 
 
 def steps_of(name: str, base: nn.Module, case: Case, options: argparse.Namespace) -> dict[str, Callable[[], None]]:
-    """What is timed of a contender: a training step, and the decoding of one token."""
+    """Returns what is timed of a contender: a training step, and the decoding of one token."""
     model = contender(name, base, rank=case.rank, dropout=case.dropout)
     weight = next(parameter for parameter in model.parameters() if parameter.ndim == 2)
     x = torch.randn(1, case.tokens, case.hidden, device=weight.device, dtype=weight.dtype)
@@ -290,7 +291,7 @@ def steps_of(name: str, base: nn.Module, case: Case, options: argparse.Namespace
 
 
 def step_mib(train: Callable[[], None]) -> float:
-    """The peak of a training step above what lay there before."""
+    """Returns the peak MiB of a training step above what was allocated before it."""
     train()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -301,7 +302,7 @@ def step_mib(train: Callable[[], None]) -> float:
 
 
 def launches(train: Callable[[], None]) -> int:
-    """Kernels of a training step."""
+    """Counts the kernels of a training step."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         train()
         torch.cuda.synchronize()
@@ -314,7 +315,7 @@ def _is_kernel(event: Any) -> bool:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Writes a PNG: cases from top to bottom, a bar for each contender; PEFT's LoRA is the line at 1."""
+    """Draws a group of bars for each case, top to bottom, one bar a contender; PEFT's LoRA is the line at 1."""
     import matplotlib
 
     matplotlib.use("Agg")

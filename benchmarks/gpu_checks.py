@@ -23,16 +23,16 @@ from dora_vl.core.fast.kernels import without_kernels
 from dora_vl.core.functional import norms, row_norms_squared
 
 EXACT = 2e-5
-"""In float32, of the largest value; sums of thousands of terms in another order."""
+"""Error allowed in float32, as a share of the largest value: thousands of terms are summed in another order."""
 SLACK = 1.5
 """In bfloat16, times the eager path's own error."""
 ROUNDED = 2.0**-6
-"""In bfloat16, of the largest value, what is allowed in any case: some roundings, which the interpreter takes down."""
+"""Error always allowed in bfloat16, as a share of the largest value: the interpreter truncates some roundings."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison."""
+    """Compares an error with its limit."""
 
     name: str
     error: float
@@ -40,12 +40,12 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """False for NaN too."""
+        """Returns True when the error is within its limit; NaN fails."""
         return self.error <= self.allowed
 
 
 class Sealed(nn.Module):
-    """A linear layer that is only ever called, as a quantised one."""
+    """A linear layer that hides its weight, as quantised layers do."""
 
     def __init__(self, inner: nn.Linear) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Sealed(nn.Module):
         self.secret, self.bias = inner.weight, inner.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """The product, in the weight's dtype."""
+        """Computes the product in the weight's dtype."""
         return nn.functional.linear(x.to(self.secret.dtype), self.secret, self.bias)
 
 
@@ -62,7 +62,7 @@ SEALED = f"{Sealed.__module__}.{Sealed.__qualname__}"
 
 
 def checks(device: str, *, smoke: bool) -> Iterator[Check]:
-    """All of them, with `smoke` on tiny shapes. In fixed tiles, which compile once, but for one layer at the end."""
+    """Yields all checks; tiles are fixed, to compile once, except in the last layer. `smoke` takes tiny shapes."""
     shapes = [(33, 40, 52)] if smoke else [(1, 2048, 2560), (77, 1000, 1504), (1024, 2048, 2560)]
     ranks = (3, 20) if smoke else (1, 16, 64, 130, 384)
     dtypes = (torch.float32, torch.bfloat16)
@@ -123,7 +123,7 @@ def _adapted(
 
 
 def _passed(model: nn.Module, x: Tensor, upstream: Tensor, dropped: Dropped) -> dict[str, Tensor]:
-    """Output, gradients and the output in inference, by name."""
+    """Computes outputs in training and inference, and gradients, by name."""
     model.zero_grad()
     model[0].forget_norms(frozen=True)  # pyright: ignore[reportIndexIssue]
     inputs = x.detach().requires_grad_()
@@ -143,7 +143,7 @@ def _error(computed: Tensor, exact: Tensor) -> float:
 
 
 def _cancelled(rank: int, dtype: torch.dtype, device: str, *, width: int) -> Check:
-    """Norms, a few rows of which cancel to a thousandth."""
+    """Checks norms of which a few cancel to a thousandth."""
     torch.manual_seed(0)
     weight = torch.randn(width, width, device=device).to(dtype)
     a, b = 0.1 * torch.randn(rank, width, device=device), 0.3 * torch.randn(width, rank, device=device)
@@ -155,7 +155,7 @@ def _cancelled(rank: int, dtype: torch.dtype, device: str, *, width: int) -> Che
 
 
 def _repeats(device: str, *, width: int) -> Check:
-    """A pass with dropout under one seed, twice: not a bit may differ."""
+    """Runs a pass with dropout twice under one seed; the results must be equal bit by bit."""
     layer = _adapted(width, width, 16, torch.float32, device, dropout=0.1)
     x, results = torch.randn(64, width, device=device), []
     for _ in range(2):
@@ -168,7 +168,7 @@ def _repeats(device: str, *, width: int) -> Check:
 
 
 def compiled_check(device: str, backend: str) -> Check:
-    """A compiled layer against the eager one, in one graph; on CUDA recorded as a CUDA graph."""
+    """Checks a compiled layer, in one graph, against the eager one; on CUDA it is recorded as a CUDA graph."""
     layer: Callable[..., Tensor] = _adapted(64, 96, 5, torch.float32, device)
     x = torch.randn(33, 64, device=device)
     options: dict[str, Any] = {"mode": "reduce-overhead"} if device == "cuda" else {}

@@ -38,7 +38,7 @@ from dora_vl.errors import UserError, exit_on_user_error
 
 TRL = "trl==1.16.0"
 OURS = {"ours": "true", "ours_unstored": "false"}
-"""Contender -> `data.cache_features`."""
+"""Maps each of our contenders to its `data.cache_features`."""
 PEERS = ("trl_dora", "trl_lora")
 SAMPLES = 1_000
 TARGETS = r".*\.(language_model|text_model)\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
@@ -54,14 +54,14 @@ SMOLVLM_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Options:
-    """What all contenders train, and how often they take a turn."""
+    """The run that all contenders train, and how often they take a turn."""
 
     config: tuple[str, ...]
     steps: int
     batch: int
 
     def settings(self, folder: Path) -> list[str]:
-        """Of one run."""
+        """Returns the settings of one run."""
         values = {
             "data.train": str(folder / "train.json"),
             "data.validation": "null",
@@ -125,7 +125,7 @@ def main() -> None:
 
 
 def turn(name: str, options: Options, folder: Path) -> dict[str, float]:
-    """One contender, in a process of its own."""
+    """Runs one contender in a process of its own."""
     own = ["--contender", name, "--folder", str(folder), "--steps", str(options.steps), "--batch", str(options.batch)]
     path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(folder / "trl")])
     command = [sys.executable, "-m", "benchmarks.peers", *own, *options.config]
@@ -138,7 +138,7 @@ def turn(name: str, options: Options, folder: Path) -> dict[str, float]:
 
 
 def run_contender(name: str, options: Options, folder: Path) -> dict[str, float]:
-    """Trains; its samples a second and peak of memory."""
+    """Trains one contender and returns its samples a second and peak memory."""
     if name in OURS:
         sys.argv = ["llava_instruct.py", *options.settings(folder), "--data.cache_features", OURS[name]]
         runpy.run_path("tasks/llava_instruct.py", run_name="__main__")
@@ -153,7 +153,7 @@ def run_contender(name: str, options: Options, folder: Path) -> dict[str, float]
 
 
 def write_samples(folder: Path, count: int) -> None:
-    """Questions about coloured shapes, one to five a picture, long and short ones, in LLaVA's format."""
+    """Writes questions about coloured shapes, one to five a picture, long and short, in LLaVA's format."""
     chance = random.Random(11)
     samples: list[dict[str, Any]] = []
     while len(samples) < count:
@@ -176,7 +176,7 @@ def write_samples(folder: Path, count: int) -> None:
 
 
 def write_smolvlm(folder: Path, tokenizer_folder: str) -> Path:
-    """SmolVLM-256M's shape with random weights, one tile of 64 tokens a picture, and a tokenizer that is here."""
+    """Writes a random SmolVLM-256M with one tile of 64 tokens a picture and a tokenizer that is here."""
     import transformers  # it takes seconds
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
@@ -204,7 +204,7 @@ def write_smolvlm(folder: Path, tokenizer_folder: str) -> Path:
 
 
 def train_with_trl(name: str, options: Options, folder: Path) -> float:
-    """Seconds of `SFTTrainer.train`."""
+    """Times `SFTTrainer.train` in seconds."""
     import datasets
     from peft import LoraConfig
     from transformers import AutoModelForImageTextToText, AutoProcessor

@@ -1,4 +1,4 @@
-"""What every benchmark shares: the machine it ran on, a table for people, JSON for machines."""
+"""Shared by all benchmarks: a record of the machine, tables for people, JSON for machines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = ("torch", "triton", "transformers", "peft", "deepspeed")
 
 
 def machine() -> dict[str, Any]:
-    """The kind of machine and the versions that a figure belongs to; no name, no path."""
+    """Describes the kind of machine and the versions that a figure belongs to; it holds no names and no paths."""
     import torch
 
     return {
@@ -37,7 +37,7 @@ def installed_version(package: str) -> str | None:
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Rows as a Markdown table, so that what is printed can be pasted into a document."""
+    """Formats rows as a Markdown table that can be pasted into a document."""
     cells = [[_cell(value) for value in row] for row in rows]
     widths = [max(len(row[column]) for row in [list(heads), *cells]) for column in range(len(heads))]
     head, *lines = (
@@ -48,7 +48,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def write_json(path: str | Path, content: Mapping[str, Any], *, name: str | None = None) -> None:
-    """Puts the figures, with the machine beside them, into a file of JSON lines in place of this script's line."""
+    """Writes figures and machine into a file of JSON lines, in place of this script's earlier line."""
     target, name = Path(path), name or Path(sys.argv[0]).stem
     target.parent.mkdir(parents=True, exist_ok=True)
     lines = target.read_text(encoding="utf-8").splitlines() if target.is_file() else []

@@ -26,7 +26,7 @@ from benchmarks.report import median, table, write_json
 from dora_vl.errors import UserError, exit_on_user_error
 
 SENT = {"all_reduce": 2.0, "all_gather_into_tensor": 1.0, "reduce_scatter_tensor": 1.0, "broadcast": 1.0, "reduce": 1.0}
-"""Collectives, and how often each byte of the whole tensor goes round the ring."""
+"""Maps each collective to how often every byte of the whole tensor goes round the ring."""
 
 
 @exit_on_user_error
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def timed(ranks: int, steps: int, config: list[str]) -> dict[str, float]:
-    """One run, its ranks started by deepspeed; tokens a second of all of them."""
+    """Times one run, whose ranks deepspeed starts; returns the tokens a second of all ranks."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         settings = {
@@ -81,7 +81,7 @@ def timed(ranks: int, steps: int, config: list[str]) -> dict[str, float]:
 
 
 def run_rank(bytes_to: Path, config: list[str]) -> None:
-    """A rank: the shipped task, with what it hands to collectives counted."""
+    """Runs the shipped task as one rank and counts what it hands to collectives."""
     import torch.distributed as dist
 
     total = 0.0

@@ -1,4 +1,4 @@
-"""What it costs that the rows of a batch have different adapters: a decode step, and a server under load.
+"""Times batches whose rows use different adapters: a decode step, and a server under load.
 
     python -m benchmarks.serve --model runs/demo/base --json benchmarks/results.jsonl
     python -m benchmarks.serve --model runs/demo/base --parts joining --json benchmarks/results.jsonl
@@ -53,13 +53,13 @@ from dora_vl.serving.server import Server, build_app
 NAMES = ("a", "b", "c", "d")
 PARTS = ("step", "load", "joining")
 LONG, LENGTHS, CLIENTS, QUESTIONS = 128, (8, 16, 32, 64), 6, 4
-"""Of joining: tokens of the long answer and of the others, how many clients ask, and how many questions each."""
+"""Joining takes these: tokens of the long answer, of the others; clients, and the questions of each."""
 QUESTION = "What is the colour of the shape, and what stands beside it?"
 
 
 @exit_on_user_error
 def main() -> None:
-    """Times both, prints the tables and writes the JSON."""
+    """Runs the chosen parts, prints the tables and writes the JSON."""
     options = read_options()
     with tempfile.TemporaryDirectory() as folder:
         base = open_served(options.model, {}, base_name="base", template=options.template)
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def read_options() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a base, such as the one that make demo leaves")
     parser.add_argument("--template", help="its prompt format, where nothing says it")
@@ -96,7 +96,7 @@ def read_options() -> argparse.Namespace:
 
 @torch.no_grad()
 def write_adapters(base: ServedModel, to: Path, options: argparse.Namespace) -> dict[str, Path]:
-    """Folders of four adapters that differ in their numbers alone."""
+    """Writes folders of four adapters that differ in their numbers alone."""
     folders = {}
     for seed, name in enumerate(NAMES):
         model = structure_of(base.backbone.model)
@@ -114,7 +114,7 @@ def write_adapters(base: ServedModel, to: Path, options: argparse.Namespace) -> 
 
 
 def structure_of(model: Any) -> Any:
-    """A second model over the same weights."""
+    """Builds a second model over the same weights."""
     return copy.deepcopy(model, shared_tensors(model))
 
 
@@ -122,7 +122,7 @@ def structure_of(model: Any) -> Any:
 
 
 def decode_figures(served: ServedModel, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds and ratios, by the number of rows."""
+    """Times decode steps; returns milliseconds and ratios by the number of rows."""
     frozen = open_served(options.model, {}, base_name="base", template=options.template).backbone.model
     alone = structure_of(frozen)
     load_adapter(alone, folder)
@@ -148,7 +148,7 @@ def decode_figures(served: ServedModel, folder: Path, options: argparse.Namespac
 
 
 def decode_step(model: Any, served: ServedModel, rows: int, names: Sequence[str] = ()) -> Callable[[], None]:
-    """One token of each row behind the prompt, whose keys and values are kept."""
+    """Makes a step that decodes one token of each row behind a prompt whose keys and values are cached."""
     assistant: Assistant = served.assistant
     sample = assistant.prompts.sample([Turn("user", QUESTION)], Shown())
     inputs = model_inputs(assistant.prompts.collate([sample] * rows, "left"), assistant.device)
@@ -173,7 +173,7 @@ def decode_step(model: Any, served: ServedModel, rows: int, names: Sequence[str]
 
 
 def load_figures(served: ServedModel, options: argparse.Namespace) -> dict[str, Any]:
-    """Tokens a second of both loads, and their ratio."""
+    """Measures the tokens a second of both loads, and their ratio."""
     served.backbone.model.generation_config.eos_token_id = None  # answers of equally many tokens
     loads = {"one adapter": ["a"], "four adapters and the base": ["base", *NAMES]}
     settings = Settings(batch=options.requests, window_ms=200)
@@ -193,7 +193,7 @@ def load_figures(served: ServedModel, options: argparse.Namespace) -> dict[str, 
 
 
 def under_load(client: OpenAI, names: Sequence[str], options: argparse.Namespace) -> float:
-    """Tokens a second of all requests at once."""
+    """Measures the tokens a second of all requests at once."""
 
     def ask(number: int) -> int:
         completion = client.chat.completions.create(
@@ -213,7 +213,7 @@ def under_load(client: OpenAI, names: Sequence[str], options: argparse.Namespace
 
 
 def joining_figures(served: ServedModel, options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds and tokens a second, with joining and without."""
+    """Measures seconds and tokens a second, with joining and without."""
     served.backbone.model.generation_config.eos_token_id = None
     rounds: dict[str, list[dict[str, float]]] = {"joining": [], "batch by batch": []}
     for turn in range(options.rounds + 1):
@@ -233,7 +233,7 @@ def joining_figures(served: ServedModel, options: argparse.Namespace) -> dict[st
 
 
 def beside_a_long_answer(engine: Engine) -> dict[str, float]:
-    """A long answer for one adapter, and after its first token a short one for another."""
+    """Asks one adapter for a long answer and, after its first token, another for a short one."""
     long = ask(engine, "a", LONG)
     began = time.perf_counter()
     next(long)
@@ -250,7 +250,7 @@ def beside_a_long_answer(engine: Engine) -> dict[str, float]:
 
 
 def of_clients(engine: Engine) -> float:
-    """Tokens a second of clients that ask one question after another."""
+    """Measures the tokens a second of clients that ask one question after another."""
 
     def client(number: int) -> int:
         lengths = [LENGTHS[(number + turn) % len(LENGTHS)] for turn in range(QUESTIONS)]
@@ -265,13 +265,13 @@ def of_clients(engine: Engine) -> float:
 
 
 def ask(engine: Engine, name: str, tokens: int) -> Iterator[object]:
-    """The events of an answer of so many tokens."""
+    """Streams the events of an answer of so many tokens."""
     return engine.ask(engine.prepare(name, [Turn("user", QUESTION)], Sampling(max_new_tokens=tokens)))
 
 
 @contextlib.contextmanager
 def running(app: FastAPI) -> Iterator[str]:
-    """A server in a thread; its address."""
+    """Runs a server in a thread and yields its address."""
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(http_config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)

@@ -28,14 +28,14 @@ QUESTION_TOKENS, ANSWER_TOKENS, GRID_TOKENS, WIDTH = 20, 5, 49, 2048
 
 
 def bart_base(layers: int) -> VlBartConfig:
-    """bart-base's shape with CLIP's grid; fewer layers for a quick look."""
+    """Configures bart-base's shape with CLIP's grid; fewer layers give a quick look."""
     side = {"layers": layers, "attention_heads": 12, "ffn_dim": 3072}
     sides: dict[str, Any] = {f"{part}_{name}": size for part in ("encoder", "decoder") for name, size in side.items()}
     return VlBartConfig(vocab_size=50465, d_model=768, feature_width=WIDTH, pooled_side=6, **sides)
 
 
 def inputs(batch: int) -> dict[str, Any]:
-    """Questions, answers and features at random, as VQAv2 has them."""
+    """Draws random questions, answers and features of VQAv2's lengths."""
     labels = torch.randint(4, 50000, (batch, ANSWER_TOKENS))
     ids = torch.randint(4, 50000, (batch, QUESTION_TOKENS))
     return {
@@ -48,7 +48,7 @@ def inputs(batch: int) -> dict[str, Any]:
 
 
 def stepper(method: Method, *, layers: int, batch: dict[str, Any], device: str) -> Callable[[], None]:
-    """One whole training step of a method, with the published recipe's rank and extras."""
+    """Makes the training step of a method, with the published recipe's rank and extras."""
     torch.manual_seed(0)
     model: Any = VlBartForConditionalGeneration(bart_base(layers))
     model.to(device)

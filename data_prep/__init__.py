@@ -1,1 +1,1 @@
-"""What is started by hand to prepare data: demo data, features, records as LLaVA JSON."""
+"""Scripts that prepare data: demo data, features, LLaVA JSON."""

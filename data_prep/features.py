@@ -46,7 +46,7 @@ PICTURES, VIDEOS = ({f".{ending}" for ending in endings} for endings in (PICTURE
 
 
 def media_in_records(files: Iterable[Path]) -> list[Medium]:
-    """Every picture and clip that the records name, each once."""
+    """Lists every picture and clip that the records name, each once."""
     media: list[Medium] = []
     for file in files:
         for example in iterate_examples(file):
@@ -57,7 +57,7 @@ def media_in_records(files: Iterable[Path]) -> list[Medium]:
 
 
 def media_under(root: Path) -> list[Medium]:
-    """Every picture and video in a folder and the folders in it."""
+    """Lists every picture and video below a folder."""
     media: list[Medium] = []
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
         relative = path.relative_to(root).as_posix()
@@ -81,7 +81,7 @@ def _unique(media: Iterable[Medium]) -> list[Medium]:
 
 
 def missing(media: Sequence[Medium], to: Path) -> list[Medium]:
-    """Those whose features the folder does not hold yet."""
+    """Keeps the media whose features the folder lacks."""
     done = OwnFeatures(to)
     for medium in media:
         stored = done.part(medium.name) if medium.name in done.rows else None
@@ -96,7 +96,7 @@ def missing(media: Sequence[Medium], to: Path) -> list[Medium]:
 def compute(
     media: Sequence[Medium], encoder: FeatureEncoder, to: Path, *, root: Path, options: argparse.Namespace
 ) -> BadSampleLedger:
-    """Computes what is missing of this part's media; returns the account of what could not be read."""
+    """Computes the features this part lacks; returns what could not be read."""
     part, parts = options.part
     total = max(1, len(media[part::parts]))
     ledger = BadSampleLedger(max_bad_share=options.max_bad_share, total_samples=total, source=str(root))
@@ -132,7 +132,7 @@ def compute(
 
 @contextmanager
 def ended_in_order() -> Iterator[None]:
-    """SIGTERM, with which launchers and queues end a process, unwinds it as Ctrl-C does; the status stays 128 + 15."""
+    """Lets SIGTERM, which launchers and queues send, unwind the process like Ctrl-C; it still exits with 128 + 15."""
 
     def end(number: int, _: object) -> None:
         sys.exit(128 + number)
@@ -145,7 +145,7 @@ def ended_in_order() -> Iterator[None]:
 
 
 def which_part(text: str) -> tuple[int, int]:
-    """`3/8` as the fourth of eight."""
+    """Parses `3/8` as the fourth of eight parts."""
     number, _, parts = text.partition("/")
     if not (number.isdecimal() and parts.isdecimal() and int(number) < int(parts)):
         raise argparse.ArgumentTypeError(f"{text!r} is no part; 0/4 is the first of four")
@@ -153,7 +153,7 @@ def which_part(text: str) -> tuple[int, int]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Builds the command line."""
     command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add: Any = command.add_argument
     add("--root", type=Path, required=True, help="folder of the pictures and videos")

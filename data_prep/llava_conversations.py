@@ -24,11 +24,11 @@ from dora_vl.evaluation.scores.benchmark import Benchmark, correct_index, letter
 from dora_vl.files import write_json_lines
 
 NAMED = 5
-"""How many of the records that were left out are named in the summary."""
+"""The summary names this many of the records that were left out."""
 
 
 def conversation_of(example: Example, benchmark: Benchmark) -> dict[str, JSON]:
-    """One record in LLaVA's form."""
+    """Converts one record to LLaVA's form."""
     if example.videos:
         raise BadSample(example.id, "it is about a video; LLaVA's training JSON holds pictures")
     turns = [{"from": SPEAKERS[turn.role], "value": turn.text} for turn in prompt_turns(example, benchmark.prompt)]
@@ -47,7 +47,7 @@ def conversation_of(example: Example, benchmark: Benchmark) -> dict[str, JSON]:
 
 
 def right_letter(example: Example) -> str:
-    """The letter that the prompt puts before the right choice."""
+    """Returns the letter that the prompt puts before the right choice."""
     if "correct" not in example.extra:
         raise BadSample(example.id, "it does not say which of its choices is right (extra.correct)")
     correct, alphabet = correct_index(example), letters(example)

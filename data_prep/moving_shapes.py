@@ -46,7 +46,7 @@ ASKED = {
     "direction": ("which way does the {color} shape move?", "direction", tuple(DIRECTIONS)),
     "spoken": ("what shape is the one they talk about?", "shape", SHAPES),
 }
-"""What is asked about each shape: the question, what of the shape answers it, and all answers there are."""
+"""Maps each kind to its question, the shape's field that answers it, and all possible answers."""
 NUMBERS = ("one", "two", "three", "four")
 SPEAKERS = ("anna", "ben", "carla", "david")
 CLIPS_A_CHUNK = 16
@@ -55,7 +55,7 @@ SPLITS = ("pretrain", "adapt", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How many clips of each split, and the seed of all of them."""
+    """How many clips each split has, and the seed."""
 
     pretrain: int = 800
     adapt: int = 800
@@ -65,7 +65,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class ShapeQuestion:
-    """A question, its answer, all answers that could be given, and the shape that it is about."""
+    """A question, its answer, all possible answers, and the shape in question."""
 
     question: str
     answer: str
@@ -74,7 +74,7 @@ class ShapeQuestion:
 
 
 def movers(order: random.Random) -> list[Mover]:
-    """One to four shapes in the order they appear, no form, colour or quarter of the picture twice."""
+    """Draws one to four shapes in order of appearance; form, colour and quarter of the picture are never repeated."""
     count = order.randint(1, 4)
     parts = [order.sample(tuple(values), count) for values in (SHAPES, COLORS, range(4))]
     return [
@@ -84,12 +84,12 @@ def movers(order: random.Random) -> list[Mover]:
 
 
 def caption(shown: Sequence[Mover]) -> str:
-    """Such as "red circle left, then blue square up"."""
+    """Describes the clip, e.g. "red circle left, then blue square up"."""
     return ", then ".join(f"{mover.color} {mover.shape} {mover.direction}" for mover in shown)
 
 
 def questions_of(kind: str, shown: Sequence[Mover]) -> list[ShapeQuestion]:
-    """Every question of a kind that a clip has an answer to."""
+    """Returns every question of a kind that the clip can answer."""
     if kind == "count":
         return [ShapeQuestion("how many shapes are there?", NUMBERS[len(shown) - 1], NUMBERS)]
     if kind == "order":
@@ -101,7 +101,7 @@ def questions_of(kind: str, shown: Sequence[Mover]) -> list[ShapeQuestion]:
 
 
 def four_choices(answer: str, possible: Sequence[str], shown: Sequence[Mover], order: random.Random) -> tuple[str, ...]:
-    """The answer among three others: those that the clip shows too come first, so that guessing does not help."""
+    """Returns the answer among three others. Those that the clip shows come first, so that guessing does not help."""
     seen = {value for mover in shown for value in (mover.shape, mover.color, mover.direction)}
     others = [value for value in possible if value != answer]
     order.shuffle(others)
@@ -112,13 +112,13 @@ def four_choices(answer: str, possible: Sequence[str], shown: Sequence[Mover], o
 
 
 def said(subtitled: Mover, order: random.Random) -> Subtitle:
-    """Somebody talks about a shape by its colour, at some time of the clip."""
+    """Returns a subtitle that names a shape by its colour at some time of the clip."""
     start = round(order.uniform(0.0, CLIP_SECONDS - 1.0), 2)
     return Subtitle(f"{order.choice(SPEAKERS)}: look at the {subtitled.color} one.", start, round(start + 1.0, 2))
 
 
 def examples_of(split: str, number: int, seed: int) -> tuple[list[Mover], list[Example]]:
-    """What one clip shows and what is asked about it, the same whenever it is asked for.
+    """Returns what one clip shows and is asked; the result depends on seed and number alone.
 
     Training asks about every shape, a test one question of each kind.
     """
@@ -154,7 +154,7 @@ def examples_of(split: str, number: int, seed: int) -> tuple[list[Mover], list[E
 
 
 def draw_clips(numbered: Sequence[tuple[str, int]], to: Path, seed: int) -> int:
-    """Draws these clips; the work of one call in a worker process."""
+    """Draws these clips, as one task of a worker process."""
     for split, number in numbered:
         shown, examples = examples_of(split, number, seed)
         assert examples[0].video is not None
@@ -165,7 +165,7 @@ def draw_clips(numbered: Sequence[tuple[str, int]], to: Path, seed: int) -> int:
 
 
 def write_records(to: Path, settings: Settings) -> dict[str, JSON]:
-    """Writes every split of both tasks; returns what each holds."""
+    """Writes every split of both tasks and returns what each holds."""
     splits: dict[str, JSON] = {}
     for split in SPLITS:
         count, kinds = getattr(settings, split), Counter[str]()
@@ -180,7 +180,7 @@ def write_records(to: Path, settings: Settings) -> dict[str, JSON]:
 
 
 def make(to: Path, settings: Settings, *, workers: int) -> dict[str, JSON]:
-    """Draws all clips and writes all records, unless an earlier call did; returns what the manifest holds."""
+    """Draws clips and writes records unless an earlier call did; returns the manifest."""
     manifest_path = to / "manifest.json"
     if manifest_path.is_file():
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))

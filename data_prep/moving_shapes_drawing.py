@@ -51,18 +51,18 @@ OUTLINES: dict[str, Outline] = {
     "triangle": _triangle,
     "cross": _cross,
 }
-"""How many pixels a point lies outside each shape; negative inside."""
+"""Maps each shape to how many pixels a point lies outside it; inside is negative."""
 
 SHAPES = tuple(OUTLINES)
 
 
 @dataclass(frozen=True)
 class Mover:
-    """One shape: what it is, where it moves, and as which of how many it appears.
+    """A shape: its look, its path, and its place in the order of appearance.
 
     Attributes:
-        quarter: of the picture, row by row; a shape stays in its own.
-        index: 0 is there from the beginning.
+        quarter: quarter of the picture, row by row, that the shape stays in.
+        index: order of appearance; 0 is there from the beginning.
     """
 
     shape: str
@@ -74,11 +74,11 @@ class Mover:
 
     @property
     def first_frame(self) -> int:
-        """When it appears."""
+        """Returns the first frame that shows it."""
         return round(FRAMES * LATEST_START * self.index / max(1, self.of - 1)) if self.of > 1 else 0
 
     def centre(self, frame: int) -> tuple[float, float]:
-        """Where it is, in pixels: it passes the middle of its quarter halfway."""
+        """Returns its position in pixels; it passes the middle of its quarter halfway through."""
         way = TRAVEL * ((frame - self.first_frame) / (FRAMES - 1 - self.first_frame) - 0.5)
         right, down = DIRECTIONS[self.direction]
         row, column = divmod(self.quarter, 2)
@@ -86,7 +86,7 @@ class Mover:
 
 
 def draw(shown: Sequence[Mover], frame: int, noise: Array) -> Array:
-    """One RGB frame."""
+    """Draws one RGB frame."""
     pixels = np.clip(BACKGROUND + noise, 0, 255)[..., None].repeat(3, axis=-1)
     for mover in shown:
         if frame < mover.first_frame:
@@ -102,7 +102,7 @@ def draw(shown: Sequence[Mover], frame: int, noise: Array) -> Array:
 
 
 def write_clip(path: Path, shown: Sequence[Mover], *, noise: int) -> None:
-    """Encodes one clip under a temporary name, then renames it; `noise` is the grain's seed."""
+    """Encodes one clip under a temporary name, then renames it; `noise` seeds the grain."""
     import av
 
     grain = np.random.default_rng(noise).normal(0.0, NOISE, (SIDE, SIDE))

@@ -39,21 +39,21 @@ SIDES = ("left", "right", "top", "bottom")
 WALLS = {"edge": SIDES, "wall": SIDES, "side": SIDES, "base": ("bottom",), "bottom": ("bottom",), "top": ("top",)} | {
     f"{side} wall": (side,) for side in ("left", "right")
 }
-"""What a shape can touch, and at which sides of its box."""
+"""Maps each word for a wall to the sides of the box that it means."""
 TOUCHING = {"touching the": True, "closely touching the": True, "not touching any": False}
 OVER = ("over", "above", "on")
 ENDS = {"base": 0, "top": -1}
 FORMS = {"block": "all box towers towers stacked base", "": "all box both boxes boxes colours"}
 SUBJECTS = {"Each box contains": 3, "One box contains": 1, "One of the grey squares has": 1, "Two boxes contain": 2}
 OTHERS = 20
-"""Scenes that a sentence may be false of where it is true of the one it is said of, or the other way round."""
+"""Other scenes drawn for each sentence until one has the opposite truth."""
 SHARP = 4
-"""Shapes are drawn so many times larger, then made small, so that their edges are smooth."""
+"""Shapes are drawn at this multiple of their size, then shrunk, for smooth edges."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One shape: its left upper corner and its side, in pixels of its box."""
+    """A shape by its upper left corner and its side, in pixels of its box."""
 
     shape: str
     colour: str
@@ -62,7 +62,7 @@ class Item:
     size: int
 
     def touches(self, wall: str) -> bool:
-        """Whether it lies at a wall of its box."""
+        """Tells whether the shape touches a wall of its box."""
         last = BOX - self.size
         near = {"left": self.x == 0, "right": self.x == last, "top": self.y == 0, "bottom": self.y == last}
         return any(near[side] for side in WALLS[wall])
@@ -71,18 +71,18 @@ class Item:
 Box = Sequence[Item]
 Scene = Sequence[Box]
 Phrase = tuple[str, Callable[[Box], int]]
-"""Words for what is counted, with {s} where a plural ends, and how many of it a box holds."""
+"""Words for what is counted, `{s}` marking a plural's ending, and the function that counts it in a box."""
 Claim = tuple[str, Callable[[Scene], bool]]
 """A sentence, and whether it is true of a scene."""
 
 
 def tower(order: random.Random) -> Box:
-    """One to four blocks, the lowest first."""
+    """Draws one to four blocks, the lowest first."""
     return [Item("square", order.choice([*COLOURS]), 40, 80 - 21 * level, 20) for level in range(order.randint(1, 4))]
 
 
 def scattered(order: random.Random) -> Box:
-    """One to seven shapes that do not overlap; a third of them at a wall."""
+    """Draws one to seven shapes that do not overlap, a third of them at a wall."""
     items: list[Item] = []
     count = order.randint(1, 7)
     while len(items) < count:
@@ -100,7 +100,7 @@ def scattered(order: random.Random) -> Box:
 
 
 def draw(scene: Scene) -> Image.Image:
-    """400 x 100 pixels, as NLVR's."""
+    """Draws a scene at NLVR's size, 400 x 100 pixels."""
     picture = Image.new("RGB", (SHARP * (BOXES * BOX + (BOXES - 1) * GAP), SHARP * BOX), LIGHT)
     pen = ImageDraw.Draw(picture)
     for number, box in enumerate(scene):
@@ -117,7 +117,7 @@ def draw(scene: Scene) -> Image.Image:
 
 
 def quantity(order: random.Random) -> tuple[str, str, Callable[[int], bool]]:
-    """ "at least two", the ending of its plural, and the numbers that it holds for."""
+    """Draws a quantity: "at least two", its plural's ending, and the numbers that it holds for."""
     number = order.choices((0, 1, 2, 3, 4, 5), (1, 4, 4, 3, 1, 1))[0]
     word = order.choice((NUMBERS[number], str(number))) if number else "no"
     if number == 1 and order.random() < 0.5:
@@ -128,7 +128,7 @@ def quantity(order: random.Random) -> tuple[str, str, Callable[[int], bool]]:
 
 
 def things(order: random.Random, noun: str) -> Phrase:
-    """ "yellow square", perhaps "touching the wall"; of some colour and shape, or any."""
+    """Draws a phrase like "yellow square" or "square touching the wall", of some or any colour and shape."""
     colour = order.choice(("", *COLOURS, *COLOURS))
     shape = noun or order.choice(("item", "object", *SHAPES, *SHAPES))
     touching, near = order.choice([*TOUCHING.items()])
@@ -147,7 +147,7 @@ def things(order: random.Random, noun: str) -> Phrase:
 
 
 def stacked(order: random.Random) -> Phrase:
-    """ "blue block on a black block", "blue block as the base of a tower"."""
+    """Draws a phrase like "blue block on a black block" or "blue block as the base of a tower"."""
     colour, other = order.choice([*COLOURS]), order.choice([*COLOURS])
     if order.random() < 0.5:
         end, level = order.choice([*ENDS.items()])
@@ -157,7 +157,7 @@ def stacked(order: random.Random) -> Phrase:
 
 
 def towers(order: random.Random) -> Phrase:
-    """ "tower with a black block at the top": one of a box, so it counts 0 or 1 for each."""
+    """Draws a phrase like "tower with a black block at the top"; a box has one tower, so it counts 0 or 1 in each."""
     colour, other = order.choice([*COLOURS]), order.choice([*COLOURS])
     some, plural, holds = quantity(order)
     forms: dict[str, Callable[[Box], bool]] = {
@@ -180,7 +180,7 @@ def towers(order: random.Random) -> Phrase:
 
 
 def claim(order: random.Random, noun: str) -> Claim:
-    """A sentence and when it is true; `noun` is "block" for towers."""
+    """Draws a sentence and the test of its truth; `noun` is "block" for towers."""
     some, plural, holds = quantity(order)
     form = order.choice(FORMS[noun].split())
     words, count = {"towers": towers, "stacked": stacked}.get(form, lambda order: things(order, noun))(order)
@@ -207,9 +207,9 @@ def claim(order: random.Random, noun: str) -> Claim:
 
 
 def examples_of(number: int, count: int, seed: int) -> tuple[Scene, list[Example], list[Example]]:
-    """A scene, what is said and what is asked about it, the same whenever it is asked for.
+    """Draws a scene, sentences and questions; the result depends on seed and number alone.
 
-    A sentence is taken if it is true of just one of this scene and another, drawn for it: words alone tell nothing.
+    A sentence is taken if it is true of just one of this scene and another drawn for it, so words alone tell nothing.
     """
     order = random.Random(f"{seed}/{number}")
     noun = order.choice(("block", "block", ""))
@@ -239,7 +239,7 @@ def examples_of(number: int, count: int, seed: int) -> tuple[Scene, list[Example
 
 
 def talk(rows: Sequence[Example], seed: int, prompt: Callable[[Example], str]) -> Example:
-    """Rows about a scene as one conversation, in an order of the seed's."""
+    """Joins a scene's rows to one conversation, in an order drawn from the seed."""
     turns: list[Turn] = []
     for row in random.Random(seed).sample(rows, len(rows)):
         question = prompt(row) if turns else f"{IMAGE_PLACEHOLDER}\n{prompt(row)}"

@@ -53,26 +53,26 @@ class Factors:
     magnitude: Float[Tensor, "*experts length"] | None
     scale: float
     transposed: bool = False
-    """The layer stores its weight as [in, out]: an embedding's table, transformers' `Conv1D`."""
+    """The layer stores its weight as [in, out], as embeddings and transformers' `Conv1D` do."""
     magnitude_axis: Literal["output", "input"] = "output"
-    """`output`: one magnitude an output row, the paper's form; `input`: one an input column (early LyCORIS)."""
+    """`output`: one magnitude an output row, as in the paper; `input`: one an input column (early LyCORIS)."""
     shared_A: bool = False
-    """A is DVoRA's, as wide as the widest layer: `on_weight` cuts it."""
+    """A is DVoRA's, as wide as the widest layer; `on_weight` cuts it."""
 
     @property
     def rank(self) -> int:
-        """Rows of A; 0 for a magnitude alone."""
+        """Returns the number of A's rows; 0 for a magnitude alone."""
         return 0 if self.lora_A is None else len(self.lora_A)
 
     @property
     def experts_and_rows(self) -> tuple[int, int]:
-        """How many experts there are, and output rows of each."""
+        """Returns the number of experts, and the output rows of each."""
         by_row = self.lora_B if self.lora_B is not None else self.magnitude
         assert by_row is not None
         return by_row.shape[0], by_row.shape[1]
 
     def of_expert(self, expert: int, part: int = 0, parts: int = 1) -> Factors:
-        """Those of one expert's matrix, or of the `part`-th of `parts` of its output rows."""
+        """Cuts out one expert's factors, or those of the `part`-th of `parts` of its output rows."""
         size = self.experts_and_rows[1] // parts
         rows = slice(part * size, (part + 1) * size)
         a, b, m = self.lora_A, self.lora_B, self.magnitude
@@ -84,7 +84,7 @@ class Factors:
         )
 
     def on_weight(self, shape: tuple[int, ...], *, transposed: bool) -> Factors:
-        """These factors for a layer whose weight has this shape and whose class may store it as [in, out]."""
+        """Adapts these factors to a weight's shape and to whether the layer stores it as [in, out]."""
         turned = replace(self, transposed=self.transposed or transposed)
         if self.lora_A is None or not self.shared_A:
             return turned
@@ -92,7 +92,7 @@ class Factors:
         return replace(turned, lora_A=self.lora_A[:, :columns], shared_A=False)
 
     def shape_fits(self, weight: Tensor) -> bool:
-        """Whether A, B and the magnitude belong to a weight of this shape."""
+        """Tells whether A, B and the magnitude belong to a weight of this shape."""
         rows, columns = self.as_matrix(weight).shape
         along = rows if self.magnitude_axis == "output" else columns
         return (
@@ -102,11 +102,11 @@ class Factors:
         )
 
     def as_matrix(self, weight: Tensor) -> Float[Tensor, "out in_"]:
-        """The layer's weight as the equation's [out, in]; a view."""
+        """Views the layer's weight as the equation's [out, in]."""
         return weight.t() if self.transposed else weight.flatten(1)
 
     def merged(self, weight: Tensor) -> Tensor:
-        """W' in the shape of `weight`, computed and returned in float32 (float64 for float64)."""
+        """Computes W' in the shape of `weight`, in float32 (float64 for float64)."""
         matrix = self.as_matrix(weight.detach())
         wide, a, b = matrix.to(functional.accumulation_dtype(weight.dtype)), self.lora_A, self.lora_B
         if self.magnitude_axis == "input":
@@ -117,12 +117,12 @@ class Factors:
         return new.t().contiguous() if self.transposed else new.view(weight.shape)
 
     def tensors(self, layer: str) -> dict[str, Tensor]:
-        """A, B and magnitude under PEFT's keys, as a linear layer's."""
+        """Returns A, B and magnitude under a linear layer's PEFT keys."""
         parts = {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B, "lora_magnitude_vector": self.magnitude}
         return {f"{PEFT_PREFIX}{layer}.{leaf}": part for leaf, part in parts.items() if part is not None}
 
     def gain_on(self, weight: Tensor) -> Float[Tensor, " out"]:
-        """g = m / ||W + s B A|| of each output row; ones without a magnitude."""
+        """Computes g = m / ||W + s B A|| of each output row; ones without a magnitude."""
         matrix = self.as_matrix(weight.detach())
         direction = functional.dense_direction(matrix, self.lora_A, self.lora_B, self.scale)
         if self.magnitude is None:
@@ -131,10 +131,10 @@ class Factors:
 
 
 CLOSED_ANSWERS = "closed_answers"
-"""Answer lists by task, in `recipe.json`, and in the `config.json` of a VL-BART that has their heads."""
+"""Key of the closed answer lists by task, in `recipe.json` and in a VL-BART's `config.json`."""
 
 IMAGE_ASPECT = "image_aspect"
-"""How pictures become squares, in `recipe.json`, and in the `config.json` of a LLaVA merged from a run."""
+"""Key for how pictures become squares, in `recipe.json` and in the `config.json` of a LLaVA merged from a run."""
 
 SHARED = (f"{SHARED_NAME}.random_A", f"{SHARED_NAME}.random_B")
 """Names of the random matrices that all layers of a DVoRA adapter share."""
@@ -145,19 +145,19 @@ class Adapter:
     """The content of one adapter folder."""
 
     tensors: dict[str, Tensor]
-    """As in `adapter_model.safetensors`: PEFT's keys, their own dtypes and shapes."""
+    """Tensors of `adapter_model.safetensors` under PEFT's keys, in their own dtypes and shapes."""
     config: dict[str, Any]
-    """`adapter_config.json`, every field."""
+    """All fields of `adapter_config.json`."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """`recipe.json`; empty for an adapter that was not made here."""
     source: str = "adapter"
-    """Where it came from, for messages."""
+    """Where the adapter came from, for messages."""
     input_axis: frozenset[str] = frozenset()
-    """Layers whose magnitudes are one an input column (early LyCORIS): to merge, not to write as PEFT."""
+    """Layers with one magnitude an input column (early LyCORIS); they can be merged, not written as PEFT."""
 
     @cached_property
     def layers(self) -> dict[str, dict[str, Tensor]]:
-        """Tensors of each adapted layer by the layer's own names of them, by its full name."""
+        """Maps each adapted layer's full name to its tensors by the layer's own names."""
         layers: dict[str, dict[str, Tensor]] = {}
         for key, tensor in self.tensors.items():
             layer, leaf = split_key(key)
@@ -167,13 +167,13 @@ class Adapter:
 
     @cached_property
     def embeddings(self) -> frozenset[str]:
-        """Adapted layers that are tables, whose A and B have names of their own in the file."""
+        """Names the adapted layers that are tables; their A and B have names of their own in the file."""
         endings = tuple(f".{ending}" for ending in FILE_TO_LEAF if "embedding" in ending)
         return frozenset(split_key(key)[0] for key in self.tensors if key.endswith(endings))
 
     @cached_property
     def not_linear(self) -> frozenset[str]:
-        """Adapted layers that are embeddings or convolutions."""
+        """Names the adapted layers that are embeddings or convolutions."""
         kernels = (name for name, layer in self.layers.items() if "lora_A" in layer and layer["lora_A"].ndim > 2)
         return self.embeddings.union(kernels)
 
@@ -183,30 +183,30 @@ class Adapter:
 
     @cached_property
     def extras(self) -> dict[str, Tensor]:
-        """Every other tensor (projector, trained biases, kept rows) under the model's own name."""
+        """Returns every other tensor (projector, trained biases, kept rows) under the model's own name."""
         own = self._by_name[0]
         return {name: own[name] for name in own if name.rpartition(".")[2] not in LEAVES and name not in SHARED}
 
     @cached_property
     def copies(self) -> dict[str, Tensor]:
-        """PEFT's copies of the weights under adapted embeddings and heads, by the model's own names."""
+        """Returns PEFT's copies of the weights under adapted embeddings and heads, by the model's names."""
         return self._by_name[1]
 
     @cached_property
     def answer_heads(self) -> frozenset[str]:
-        """Those of `extras` that are heads of closed answer lists (a VL-BART's), which a base need not have."""
+        """Returns the `extras` that are heads of a VL-BART's closed answer lists, which a base need not have."""
         prefixes = tuple(f"answer_heads.{task}." for task in self.recipe.get(CLOSED_ANSWERS, {}))
         return frozenset(name for name in self.extras if name.startswith(prefixes))
 
     @property
     def method(self) -> str:
-        """`dora`, `lora`, `magnitude`, `dvora` or `full`."""
+        """Returns `dora`, `lora`, `magnitude`, `dvora` or `full`."""
         stated = self.recipe.get("adapter", {}).get("method")
         return str(stated or ("dora" if self.config.get("use_dora") else "lora"))
 
     @cached_property
     def factors(self) -> dict[str, Factors]:
-        """The adapted layers as the equation reads them, by full name."""
+        """Returns the factors of each adapted layer by full name."""
         if self.experts:
             raise UserError(
                 f"{self.source}: {next(iter(self.experts))} is experts in one tensor, to load or merge and no more"
@@ -215,12 +215,12 @@ class Adapter:
 
     @cached_property
     def matrix_factors(self) -> dict[str, Factors]:
-        """Those of `factors`, for whoever takes `experts` as well."""
+        """Returns `factors` without experts, for callers that take `experts` as well."""
         return {name: self._factors(name, layer) for name, layer in self.layers.items() if name not in self.experts}
 
     @cached_property
     def experts(self) -> dict[str, Factors]:
-        """The adapted weights of experts that are one tensor, by full name."""
+        """Returns the factors of experts stored as one tensor, by full name."""
         names = self.recipe.get("adapter", {}).get("experts", ())
         return {name: self._factors(name, self.layers.get(name, {}), of_experts=True) for name in names}
 
@@ -254,7 +254,7 @@ class Adapter:
         )
 
     def _shared_factors(self, layer: str, tensors: Mapping[str, Tensor]) -> Factors:
-        """A DVoRA layer's: the shared A, still as wide as the widest layer, and B with both vectors folded in."""
+        """Folds both vectors of a DVoRA layer into B; A stays as wide as the widest layer."""
         parts = {name: self.tensors.get(f"{PEFT_PREFIX}{name}") for name in SHARED}
         parts |= {f"{layer}.{leaf}": tensors.get(leaf) for leaf in ("lambda_d", "lambda_b", "magnitude")}
         if missing := [name for name, tensor in parts.items() if tensor is None]:
@@ -270,12 +270,12 @@ class Adapter:
 
 
 def is_extra(key: str) -> bool:
-    """Whether a tensor belongs to the model itself: neither to an adapted layer nor shared by all of them."""
+    """Tells whether a tensor belongs to the model itself, neither to one adapted layer nor to all of them."""
     return split_key(key)[1] is None and key.removeprefix(PEFT_PREFIX) not in SHARED
 
 
 def read_adapter(folder: str | PathLike[str]) -> Adapter:
-    """Reads a PEFT folder (ours included), named by itself or by its file of tensors, and checks it."""
+    """Reads and checks a PEFT folder (ours included), given by its own path or by its weights file's."""
     source = Path(folder)
     if source.is_file():
         if not names_adapter(source):
@@ -300,14 +300,14 @@ def read_adapter(folder: str | PathLike[str]) -> Adapter:
 
 
 def names_adapter(path: Path) -> bool:
-    """Whether a path is a folder, or a file of tensors that stands for the PEFT folder it lies in."""
+    """Tells whether a path is a folder, or a weights file that stands for its PEFT folder."""
     return path.is_dir() or path.name in {WEIGHTS_FILE, PICKLED_WEIGHTS_FILE}
 
 
 def write_adapter(adapter: Adapter, folder: str | PathLike[str]) -> None:
-    """Writes the folder whole or not at all; tensors and fields stay exactly as they are.
+    """Writes the folder whole or not at all, tensors and fields unchanged.
 
-    But for one: where PEFT would leave some of the tensors out, `peft_type` is one that it refuses.
+    The exception: where PEFT would leave out some of the tensors, `peft_type` becomes one that it refuses.
     """
     if adapter.input_axis:
         raise UserError(
@@ -323,11 +323,10 @@ def write_adapter(adapter: Adapter, folder: str | PathLike[str]) -> None:
 
 PACKAGES = ("dora-vl", "torch", "transformers", "deepspeed", "accelerate", "timm", "open_clip_torch")
 BASE_CONFIG_FILE = "config.json"
-"""Of a model's folder."""
 
 
 def local_folder(folder_or_id: str, revision: str | None = None) -> Path:
-    """Where a model's files are: the folder itself, or a hub id's snapshot in the cache."""
+    """Returns the folder of a model's files: the path itself, or a hub id's snapshot in the cache."""
     if Path(folder_or_id).is_dir():
         return Path(folder_or_id)
     config = cached_file(folder_or_id, BASE_CONFIG_FILE, revision=revision or "main", local_files_only=True)
@@ -335,10 +334,10 @@ def local_folder(folder_or_id: str, revision: str | None = None) -> Path:
 
 
 def content_hash(folder: Path) -> str:
-    """SHA-256 over a model folder's config and the weights files that are loaded, in the order of their names.
+    """Hashes a model folder's config and the weights files that are loaded, by SHA-256, in the order of their names.
 
-    A file in the hub's cache is a link to a blob named by its SHA-256; that name is taken instead of reading
-    gigabytes again.
+    A file in the hub's cache is a link to a blob named by its SHA-256; that name is taken, so gigabytes are not read
+    again.
     """
     digest = hashlib.sha256()
     config = [folder / BASE_CONFIG_FILE] if (folder / BASE_CONFIG_FILE).is_file() else []
@@ -348,7 +347,7 @@ def content_hash(folder: Path) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Returns a file's SHA-256."""
     blob = path.resolve().name
     if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", blob):
         return blob
@@ -356,7 +355,7 @@ def file_hash(path: Path) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what a run depends on; packages that are not there are left out."""
+    """Returns the installed versions of what a run depends on; absent packages are left out."""
     installed = {"python": platform.python_version()}
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -365,7 +364,7 @@ def versions() -> dict[str, str]:
 
 
 def base_of(adapter: Adapter) -> Path:
-    """The base's folder that an adapter states: a folder, or a hub id's snapshot in the local cache."""
+    """Returns the base's folder that an adapter states: a local folder, or a hub id's snapshot in the cache."""
     stated = str(adapter.config.get("base_model_name_or_path") or "")
     if not stated:
         raise UserError(f"{adapter.source} does not say which base it was trained on; add --base FOLDER")

@@ -30,55 +30,55 @@ from dora_vl.errors import UserError
 from dora_vl.files import check_attention, check_whole, read_json
 
 STEMS = ("model", "diffusion_pytorch_model")
-"""How the weight files of a folder begin: transformers' and diffusers' names."""
+"""Weight files begin with one of these: transformers' and diffusers' names."""
 SUFFIX, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
-"""How they end; the index says which of several files holds what."""
+"""Weight files end with these; the index maps each tensor to one of several files."""
 CONFIG_FILE = "config.json"
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of the files."""
+    """A tensor in the folder's files."""
 
     key: str
-    """In the files."""
+    """Name in the files."""
     name: str
-    """In the model."""
+    """Name in the model."""
     file: str
     shape: tuple[int, ...]
     dtype: str
-    """safetensors' word for it, e.g. BF16."""
+    """dtype in safetensors' spelling, e.g. BF16."""
 
 
 @dataclass(frozen=True)
 class ExpertPiece:
-    """Where a stored tensor stands in the weight of experts that are one tensor in the model."""
+    """The position of a stored tensor inside experts that the model holds as one tensor."""
 
     layer: str
-    """Full name of that weight, `...experts.gate_up_proj`."""
+    """Full name of the experts' weight, `...experts.gate_up_proj`."""
     expert: int | None
-    """Whose it is; None: all experts'."""
+    """Expert that the piece belongs to; None means all experts."""
     part: int
     parts: int
-    """Of the output rows it holds the `part`-th of `parts` (gate and up)."""
+    """The piece is the `part`-th of `parts` of the output rows (gate and up)."""
     in_out: bool
-    """It is stored as [in, out]."""
+    """The piece is stored as [in, out]."""
 
 
 def stem_in(folder: Path) -> str | None:
-    """The one of `STEMS` whose files a folder holds; None: it is no model folder in safetensors."""
+    """Returns the one of `STEMS` whose files the folder holds; None where it holds no model in safetensors."""
     return next(
         (s for s in STEMS if any((folder / f"{s}{suffix}").is_file() for suffix in (INDEX_SUFFIX, SUFFIX))), None
     )
 
 
 def config_in(folder: Path) -> dict[str, Any]:
-    """A model folder's configuration; empty where it has none."""
+    """Reads a model folder's configuration; empty where it has none."""
     return read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
 
 
 class BaseWeights:
-    """Opens a folder's safetensors files and hands out tensors; nothing is held in memory between two reads."""
+    """Opens a folder's safetensors files and reads single tensors; nothing stays in memory between reads."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -93,13 +93,13 @@ class BaseWeights:
                 f"({files}); give a model folder in safetensors (load an older one and save_pretrained it once)"
             )
         self.stem = stem
-        """How its weight files begin."""
+        """Weight files begin with this, one of `STEMS`."""
         self.transposed_layers: frozenset[str] = frozenset()
         """Layers whose class stores its weight as [in, out] (transformers' `Conv1D`, embeddings)."""
         self.expert_pieces: dict[str, ExpertPiece] = {}
-        """Stored tensors that are, or are a piece of, the weight of experts that are one tensor in the model."""
+        """Stored tensors that are all or part of experts that the model holds as one tensor."""
         self.hub_keys: dict[str, str] = {}
-        """The name that published folders have for a key; a class that transformers does not have has none."""
+        """Maps a key to its name in published folders; empty for a class that transformers lacks."""
         self._tied: list[frozenset[str]] = []
         stored = list(self._stored())
         names = self._model_names({key: shape for key, _, shape, _ in stored})
@@ -114,7 +114,7 @@ class BaseWeights:
         self._stack.close()
 
     def _stored(self) -> Iterator[tuple[str, str, tuple[int, ...], str]]:
-        """Key, file, shape and dtype of every tensor."""
+        """Yields key, file, shape and dtype of every tensor."""
         index, files = self.folder / f"{self.stem}{INDEX_SUFFIX}", [f"{self.stem}{SUFFIX}"]
         if index.is_file():
             files = sorted(set(read_json(index).get("weight_map", {}).values()))
@@ -125,7 +125,7 @@ class BaseWeights:
                 yield key, file, tuple(part.get_shape()), part.get_dtype()
 
     def _model_names(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-        """The model's own names of the files' keys; finds out what is stored otherwise than it is in the model.
+        """Maps the files' keys to the model's own names, and records what the files store in another layout.
 
         The model is built from its configuration without memory. A folder whose class transformers does not have
         keeps the files' names, and so do tensors that transformers joins into one when it loads them (a matrix for
@@ -179,36 +179,36 @@ class BaseWeights:
         return self._files[file]
 
     def read(self, name: str) -> Tensor:
-        """One tensor by the model's name for it."""
+        """Reads one tensor by the model's name for it."""
         if name not in self.tensors:
             raise UserError(f"{self.folder} has no tensor {name}; is it the base that the adapter was trained on?")
         stored = self.tensors[name]
         return self._open(stored.file).get_tensor(stored.key)
 
     def weight_of(self, layer: str) -> Tensor:
-        """A layer's weight, refused where it is quantised."""
+        """Reads a layer's weight; refuses a quantised one."""
         weight = self.read(f"{layer}.weight")
         if not weight.is_floating_point() or weight.dtype.itemsize < 2:
             raise UserError(f"{self.folder}: {layer} is stored as {weight.dtype}; give the base before quantisation")
         return weight
 
     def tied_to(self, name: str) -> list[str]:
-        """The model's other names for a tensor; transformers does not tie what the files hold apart."""
+        """Returns the model's other names for a tensor; what the files store apart is not tied."""
         others = sorted(next((group - {name} for group in self._tied if name in group), ()))
         stored = self.tensors
         return [n for n in others if not {name, n} <= stored.keys() or torch.equal(self.read(name), self.read(n))]
 
     def module_names(self) -> list[str]:
-        """Full names of the modules that own a weight."""
+        """Returns full names of the modules that own a weight."""
         return [name.removesuffix(".weight") for name in self.tensors if name.endswith(".weight")]
 
 
 def hub_conversions(model: Any) -> list[Any]:
-    """transformers' conversions from a checkpoint's names to this model's, those that a save has to undo.
+    """Returns transformers' conversions from a checkpoint's names to this model's that a save has to undo.
 
-    A prefix that is taken from the whole model tells where somebody cut a text model out of a larger one, and one that
-    is put in, where somebody left it out: of those nothing says that a checkpoint has them. A part's own prefix is its
-    class's former layout.
+    A prefix taken from the whole model marks text models that somebody cut out of a larger one; a prefix put in marks
+    places where somebody left it out. Neither says that published files have it. A part's own prefix is its class's
+    former layout.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange
@@ -236,11 +236,14 @@ def hub_names(
     read_as: Callable[[str], tuple[str, str | None]],
     unjoined: Callable[[str], str],
 ) -> dict[str, str]:
-    """Each key of a model's files -> the key that published folders have.
+    """Maps each key of a model's files to the key of published folders.
 
-    `read_as` says what transformers reads a key as: the model's own name, and the pattern of the pieces that are joined
-    into it; `read` is that of each key. Tensors that transformers joins or splits stay the pieces that they are. A key
-    whose new name would not be read as the same tensor keeps its own; so do all, where two would have one name.
+    A tensor that transformers joins or splits stays the pieces that it is. A key whose new name would not be read back
+    as the same tensor stays; all stay where two would get one name.
+
+    Args:
+        read_as: transformers' reading of a key: the model's name, and the pattern of pieces that are joined into it.
+        read: that reading of each key.
     """
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
@@ -252,7 +255,7 @@ def hub_names(
 
 
 def skeleton(config: Mapping[str, Any]) -> Any:
-    """The folder's model class on the meta device, or None where transformers has no such class."""
+    """Builds the folder's model on the meta device; None where transformers has no such class."""
     import transformers
 
     check_attention("config.json", config)
@@ -269,12 +272,12 @@ def skeleton(config: Mapping[str, Any]) -> Any:
 
 
 def replaced_by(adapter: Path) -> frozenset[str]:
-    """Names of the model's tensors that an adapter folder holds values of its own for, such as a projector's."""
+    """Names the model's tensors that an adapter folder replaces, such as a projector's."""
     return frozenset(split_rows(own_name(key))[0] for key in read_weights(adapter))
 
 
 def shared_tensors(model: nn.Module, replaced: Collection[str] = ()) -> dict[int, Tensor]:
-    """What `copy.deepcopy` takes as its memo, so that a copy has these tensors themselves: all but the `replaced`."""
+    """Makes a `copy.deepcopy` memo, so that the copy shares all tensors but the `replaced`."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     shared = {id(tensor): tensor for name, tensor in tensors if name not in replaced}
     return shared | {id(tensor): tensor for tensor in loose_tensors(model)}

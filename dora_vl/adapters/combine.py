@@ -1,4 +1,4 @@
-"""Several adapters as one: the weighted sum of what each does to a weight, written as one adapter.
+"""The weighted sum of what several adapters do to a weight, written as one adapter.
 
 With W'_i what adapter i alone makes of a layer's weight W, the combination with weights w_i is
 
@@ -43,14 +43,14 @@ class Combination:
 
     adapter: Adapter
     errors: dict[str, float]
-    """Relative error of each layer's change, where a smaller rank was asked for; empty for the exact form."""
+    """Relative error of each layer's change where a smaller rank was asked for; empty for the exact form."""
 
 
 def combine_factors(weight: Tensor, parts: Sequence[tuple[float, Factors]], *, as_dora: bool = False) -> Factors:
-    """The exact combination of (weight of the adapter, its factors) on one layer, of rank sum of ranks and scale 1.
+    """Combines (weight of the adapter, its factors) on one layer, exactly; ranks add up and the scale is 1.
 
-    A single one with weight 1 comes back as it is. `as_dora` gives a magnitude also where no part has one: beside a
-    DoRA's layers those of a LoRA need theirs.
+    A single adapter of weight 1 stays as it is. `as_dora` adds a magnitude where no part has one, which LoRA layers
+    beside DoRA layers need.
     """
     parts = [(share, factors) for share, factors in parts if share != 0]
     plain = not as_dora and all(factors.magnitude is None for _, factors in parts)
@@ -76,7 +76,7 @@ def _magnitude(factors: Factors, weight: Tensor, gain: Float[Tensor, " out"]) ->
 
 
 def reduce_rank(factors: Factors, weight: Tensor, rank: int) -> Factors:
-    """The nearest product of rank `rank` for B A, with the gains kept; exact where `rank` is enough."""
+    """Reduces B A to the nearest product of rank `rank`, gains kept; exact where `rank` suffices."""
     if factors.lora_A is None or factors.lora_B is None or rank >= factors.rank:
         return factors
     left, right = torch.linalg.qr(factors.lora_B), torch.linalg.qr(factors.lora_A.t())
@@ -90,7 +90,7 @@ def reduce_rank(factors: Factors, weight: Tensor, rank: int) -> Factors:
 def combine(
     adapters: Mapping[str, Adapter], shares: Mapping[str, float], base: BaseWeights, *, rank: int | None = None
 ) -> Combination:
-    """The weighted combination of adapters on one base; with a `rank` the nearest of it, by an SVD, with its error.
+    """Combines adapters of one base by weights; `rank` asks for the nearest adapter of that rank, by an SVD.
 
     Other tensors (projector, biases) combine as the change of each from the base does.
     """

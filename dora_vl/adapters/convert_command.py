@@ -1,4 +1,4 @@
-"""`dora-vl convert`: an adapter from any tool's files into the folder that PEFT and this package read; or back."""
+"""`dora-vl convert`: between other tools' adapters and the folder that PEFT and this package read."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ original saves, the base's weights included.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `dora-vl convert`."""
+    """Adds the options of `dora-vl convert`."""
     parser.add_argument("source", type=Path, metavar="FROM", help="a folder or file that holds an adapter")
     parser.add_argument(
         "--to",
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the files of some formats do not say; shared by the commands that read adapters."""
+    """Adds the options that some formats need, shared by the commands that read adapters."""
     parser.add_argument("--from", dest="format", choices=FORMATS, help="the format; default: known by the keys")
     parser.add_argument("--alpha", type=float, help="numerator of the scale, where no file states it")
     parser.add_argument("--task", help="which of VL-Adapter's tasks; with --as vl-adapter all of them, by commas")
@@ -73,7 +73,7 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def reading_options(arguments: argparse.Namespace) -> ReadOptions:
-    """The options as `read_any` takes them."""
+    """Makes the options into what `read_any` takes."""
     from dora_vl.adapters.read import ReadOptions  # seconds, so not for --help
 
     pairs = [rename.partition("=") for rename in arguments.rename]
@@ -89,7 +89,7 @@ def reading_options(arguments: argparse.Namespace) -> ReadOptions:
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
-    """Converts; yields the lines to print."""
+    """Converts an adapter and yields the lines to print."""
     from dora_vl.adapters.adapter import write_adapter
     from dora_vl.adapters.base_weights import BaseWeights
     from dora_vl.adapters.exports import LayerExport, as_lora, export_layers

@@ -1,4 +1,4 @@
-"""The paper's weight decomposition over whole models: one panel a model, one point a layer and checkpoint.
+"""The paper's weight decomposition over whole models: a panel for each model, a point for each layer and checkpoint.
 
 A tuned model is a plain model folder, an adapter folder, or a run's checkpoints of either. Nothing is merged on disk: a
 layer's weight after training comes as blocks of rows beside the base's rows.
@@ -30,7 +30,7 @@ from dora_vl.core.analysis import Axis, Line, WeightChange, change_of_blocks, fi
 from dora_vl.errors import UserError
 
 PAPER: Mapping[str, float] = {"full": -0.62, "model": -0.62, "lora": 0.83, "dora": -0.31}
-"""Method -> correlation of dM and dD over VL-BART's query weights, figure 2 of the paper; the sign is its claim."""
+"""Maps a method to the correlation of dM and dD over VL-BART's query weights (figure 2); the sign is the claim."""
 DRAWS, LEAST_LAYERS = 1000, 5
 WIDE_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 Blocks = Iterator[tuple[Float[Tensor, "rows in_"], Float[Tensor, "rows in_"]]]
@@ -38,20 +38,20 @@ Blocks = Iterator[tuple[Float[Tensor, "rows in_"], Float[Tensor, "rows in_"]]]
 
 @dataclass(frozen=True)
 class Saved:
-    """Weights that a person named, or one checkpoint of the run that they named."""
+    """Weights given by a path, or one checkpoint of the run there."""
 
     folder: Path
     step: int | None = None
-    """Of the optimizer; None for a folder that is no run."""
+    """Optimizer step; None for a folder that is no run."""
 
     @property
     def is_adapter(self) -> bool:
-        """Whether the folder holds an adapter; else it is a model."""
+        """Tells whether the folder holds an adapter, not a model."""
         return (self.folder / CONFIG_FILE).is_file()
 
 
 def saved_in(path: Path) -> tuple[Saved, ...]:
-    """What a path means: every complete checkpoint of a run, oldest first, else the one folder."""
+    """Lists every complete checkpoint of a run, oldest first; for other folders the folder alone."""
     checkpoints = complete_checkpoints(path)
     if checkpoints:
         return tuple(Saved(_weights_folder(checkpoint), step_of(checkpoint)) for checkpoint in checkpoints)
@@ -72,7 +72,7 @@ def _weights_folder(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class TunedWeights:
-    """One tuned model against its base, layer by layer."""
+    """A tuned model beside its base, layer by layer."""
 
     source: str
     base: BaseWeights
@@ -81,12 +81,12 @@ class TunedWeights:
     whole: frozenset[str]
     """Layers whose weight is stored as it is."""
     read: Callable[[str], Tensor]
-    """The weight of one of `whole`."""
+    """Reads the weight of a layer in `whole`."""
     factors: Mapping[str, Factors] = field(default_factory=dict)
-    """Adapted layers."""
+    """Factors of the adapted layers."""
 
     def blocks(self, layer: str) -> Blocks:
-        """(before, after) of a weight as [out, in], a block of rows at a time; in float64 where it is computed."""
+        """Yields a weight before and after training as [out, in], in blocks of rows; computed ones are in float64."""
         weight = self.base.weight_of(layer)
         if (factors := self.factors.get(layer)) is not None:
             matrix = factors.as_matrix(weight)
@@ -109,7 +109,7 @@ class TunedWeights:
 
 @contextmanager
 def opened(saved: Saved, base: BaseWeights) -> Iterator[TunedWeights]:
-    """Opens one tuned model beside its base."""
+    """Opens a tuned model beside its base."""
     if saved.is_adapter:
         adapter = read_adapter(saved.folder)
         factors = planned_factors(base, adapter)
@@ -128,13 +128,13 @@ def opened(saved: Saved, base: BaseWeights) -> Iterator[TunedWeights]:
 
 
 def refuse_saved_on_another_base(saved: Saved, base: BaseWeights) -> None:
-    """Raises a `UserError` where an adapter holds its base's content hash, and it is not this one's."""
+    """Refuses an adapter that records another content hash of its base."""
     if saved.is_adapter:
         refuse_other_base(read_adapter(saved.folder).recipe, base.folder, str(saved.folder))
 
 
 def matrices_of(weights: BaseWeights) -> list[str]:
-    """Layers with a weight of two axes or more, stored in a dtype that training uses."""
+    """Lists layers whose weight has two axes or more and a dtype that training uses."""
     return [
         name
         for name in weights.module_names()
@@ -145,7 +145,7 @@ def matrices_of(weights: BaseWeights) -> list[str]:
 
 @dataclass(frozen=True)
 class Point:
-    """One layer at one checkpoint."""
+    """A layer at a checkpoint."""
 
     layer: str
     step: int | None
@@ -154,22 +154,22 @@ class Point:
 
 @dataclass(frozen=True)
 class Panel:
-    """One tuned model."""
+    """The points of a tuned model."""
 
     label: str
     source: str
     method: str
     points: tuple[Point, ...]
     unchanged: int
-    """Matrices, over all checkpoints, that are the base's to the last bit: frozen ones; they are no points."""
+    """Matrices, over all checkpoints, that equal the base's bit by bit; they are frozen and give no points."""
 
     @property
     def line(self) -> Line | None:
-        """dM over dD, through all points."""
+        """Fits dM over dD through all points."""
         return fit_line([p.change.direction for p in self.points], [p.change.magnitude for p in self.points])
 
     def numbers(self) -> str:
-        """Slope and correlation with its interval, beside the paper's."""
+        """Returns slope and correlation with its interval, beside the paper's correlation."""
         line, limits, paper = self.line, self.interval, PAPER.get(self.method)
         if line is None:
             return "no line: the points lie in one place"
@@ -179,7 +179,7 @@ class Panel:
 
     @cached_property
     def interval(self) -> tuple[float, float] | None:
-        """The correlation's 95 % interval: layers are drawn again, each with all of its checkpoints."""
+        """Returns the correlation's 95 % interval from a bootstrap over layers, each with all its checkpoints."""
         by_layer: dict[str, list[Point]] = {}
         for point in self.points:
             by_layer.setdefault(point.layer, []).append(point)
@@ -195,13 +195,13 @@ class Panel:
 
     @property
     def steps(self) -> tuple[int | None, ...]:
-        """The checkpoints, oldest first."""
+        """Returns the checkpoints' steps, oldest first."""
         return tuple(dict.fromkeys(point.step for point in self.points))
 
 
 @dataclass(frozen=True)
 class Request:
-    """One model to look at."""
+    """A model to decompose."""
 
     label: str
     path: Path
@@ -209,9 +209,9 @@ class Request:
 
 
 def layers_to_compare(requests: Sequence[Request], base: BaseWeights, globs: Sequence[str]) -> list[str]:
-    """The layers of all panels, in the model's order: the same ones, so that panels can be compared.
+    """Lists the layers that all panels share, in the model's order, so that panels can be compared.
 
-    Without globs these are the layers that any of the adapters adapts, or every matrix where there is no adapter.
+    Without globs these are the layers that any adapter adapts, or every matrix where there is no adapter.
     """
     adapted: set[str] = set()
     matrices: set[str] = set()
@@ -233,7 +233,7 @@ def layers_to_compare(requests: Sequence[Request], base: BaseWeights, globs: Seq
 def measured(
     request: Request, base: BaseWeights, layers: Sequence[str], *, axis: Axis, done: Callable[[], object]
 ) -> Panel:
-    """Reads one model, a layer and checkpoint at a time; `done` is called after each."""
+    """Measures one model, layer by layer and checkpoint by checkpoint; calls `done` after each."""
     points: list[Point] = []
     unchanged, method = 0, ""
     for saved in request.saved:
@@ -255,7 +255,7 @@ def measured(
 
 
 def as_json(panels: Sequence[Panel], base: Path, axis: Axis) -> dict[str, Any]:
-    """Everything that is drawn, as plain values."""
+    """Converts all panels to plain JSON values."""
     return {"base": str(base), "axis": axis, "panels": [_panel_json(panel) for panel in panels]}
 
 

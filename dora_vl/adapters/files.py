@@ -1,7 +1,6 @@
-"""Files of adapter folders and checkpoints: tensors of any tool, the two JSON files, folders whole or not at all.
+"""Files of adapter folders and checkpoints: tensors of any tool, JSON, folders that appear whole or not at all.
 
-No pickled code is run. A folder comes from anywhere: a value of another type than its field's is refused by name
-before anything is computed with it.
+No pickled code is run. Folders come from anywhere, so a field of the wrong type is refused by name before it is used.
 """
 
 from __future__ import annotations
@@ -32,11 +31,10 @@ SAFETENSORS_SUFFIX = ".safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 TRAINED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BESIDE_WEIGHTS = (torch.int64, torch.bool)
-"""Positions and counts that whole modules carry."""
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of one file on CPU, by key; a pickle is read with `weights_only=True` and no other way."""
+    """Reads all tensors of a file to the CPU, by key; a pickle is read with `weights_only=True` alone."""
     if not path.is_file():
         files = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else "no such folder"
         raise UserError(f"{path} does not exist ({files}); give the folder or file that holds the adapter")
@@ -62,10 +60,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def refuse_not_finite(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Raises a `UserError` that names the file (`source`) and the first tensors holding NaN or infinity.
-
-    Or numbers of a type that nothing trains in: they would be cast.
-    """
+    """Refuses NaN, infinity and dtypes that nothing trains in; names the file (`source`) and the first tensors."""
     for key, tensor in tensors.items():
         if tensor.dtype not in (*TRAINED_IN, *BESIDE_WEIGHTS):
             raise not_trained_in(source, key, tensor)
@@ -75,7 +70,7 @@ def refuse_not_finite(tensors: Mapping[str, Tensor], source: str) -> None:
 
 
 def not_trained_in(source: str, key: str, tensor: Tensor) -> UserError:
-    """The error of a tensor in numbers of a type that nothing trains in: it was rounded."""
+    """Makes the error for a tensor of a type that nothing trains in, since it would be rounded."""
     return UserError(
         f"{source}: {key} holds {str(tensor.dtype).removeprefix('torch.')}, in which no adapter trains; save it in "
         "float32, float16 or bfloat16"
@@ -99,14 +94,14 @@ DTYPES = {
 
 
 def byte_size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Bytes of one tensor in the file."""
+    """Returns a tensor's bytes in the file."""
     return math.prod(shape) * dtype.itemsize
 
 
 def write_safetensors(
     path: Path, entries: Mapping[str, tuple[tuple[int, ...], torch.dtype]], read: Callable[[str], Tensor]
 ) -> None:
-    """Writes a file of the announced shapes and dtypes, a tensor at a time: `read` gives one by its name.
+    """Writes a file of announced shapes and dtypes, tensor by tensor; `read` returns a tensor by its name.
 
     The format: eight bytes of header length, little-endian; a JSON object of name -> dtype, shape and byte range; then
     the bytes, in the order of the ranges, without gaps.
@@ -131,18 +126,17 @@ def write_safetensors(
 
 
 WEIGHTS_FILE, CONFIG_FILE, RECIPE_FILE = FILES = "adapter_model.safetensors", "adapter_config.json", "recipe.json"
-"""What an adapter folder holds."""
 
 AS_JSON_HAS_IT = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-"""No text for a number, no number for a flag; what is not named here is not read, or looked at where it is."""
+"""Refuses text for numbers and numbers for flags; fields not named here are ignored where read."""
 Count = Annotated[int, Field(ge=1)]
 FolderOrId = Annotated[str, Field(pattern=r"^[^\x00]*$")]
-"""Of a folder or a hub: the operating system takes no name with a NUL in it."""
+"""A path or hub id; operating systems refuse names with a NUL."""
 
 
 @with_config(AS_JSON_HAS_IT)
 class PeftFields(TypedDict, total=False):
-    """PEFT's `adapter_config.json`, as far as something here is computed from it."""
+    """Fields of PEFT's `adapter_config.json` that something here is computed from."""
 
     peft_type: str
     r: Count
@@ -161,7 +155,7 @@ class PeftFields(TypedDict, total=False):
 
 @with_config(AS_JSON_HAS_IT)
 class OwnFields(TypedDict, total=False):
-    """`adapter` of our `recipe.json`."""
+    """`adapter` in our `recipe.json`."""
 
     method: Method
     rank: Count
@@ -202,12 +196,12 @@ class RecipeFields(TypedDict, total=False):
 
 
 def read_peft_config(folder: Path) -> dict[str, Any]:
-    """PEFT's fields of an adapter folder."""
+    """Reads PEFT's fields of an adapter folder."""
     return _checked(folder / CONFIG_FILE, _PEFT.validate_python)
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:
-    """Our own settings beside them; empty for a folder that was not made here."""
+    """Reads our `recipe.json`; empty for a folder that was not made here."""
     path = folder / RECIPE_FILE
     return _checked(path, _RECIPE.validate_python) if path.is_file() else {}
 
@@ -227,7 +221,7 @@ def _checked(path: Path, validate: Callable[[object], object]) -> dict[str, Any]
 
 
 def refuse_to_replace(target: Path, written: Collection[str]) -> None:
-    """Raises a `UserError` unless nothing is there, or a folder that holds no file but those named in `written`."""
+    """Refuses a target that exists, unless it is a folder of nothing but files named in `written`."""
     clear_leftovers(target.parent, target.name)
     if not lexists(target):
         return
@@ -243,14 +237,14 @@ def refuse_to_replace(target: Path, written: Collection[str]) -> None:
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 WRITING = f".checkpoints.{UNFINISHED}-now"
-"""The folder in a run's in which a checkpoint is written."""
+"""A checkpoint is written into this folder of the run and then renamed."""
 STATE_FILE = "trainer_state.json"
 LAST = "last"
-"""What `resume` calls the newest whole checkpoint."""
+"""Value of `resume` for the newest whole checkpoint."""
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimizer step a checkpoint folder is named by."""
+    """Reads the optimizer step from a checkpoint folder's name."""
     match = _NAME.fullmatch(checkpoint.name)
     if match is None:
         raise UserError(f"{checkpoint} is not a checkpoint folder (checkpoint-<step>)")
@@ -258,7 +252,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def complete_checkpoints(run_folder: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first. A folder gets its name only when everything is in it."""
+    """Lists a run's whole checkpoints, oldest first; a folder gets its name only once everything is in it."""
     if not run_folder.is_dir():
         return []
     named = [path for path in run_folder.iterdir() if _NAME.fullmatch(path.name) and (path / STATE_FILE).is_file()]
@@ -266,7 +260,7 @@ def complete_checkpoints(run_folder: Path) -> list[Path]:
 
 
 def checkpoint_to_resume(resume: str | None, run_folder: Path) -> Path | None:
-    """The folder that `resume` means: null, `last`, or a path."""
+    """Finds the folder that `resume` means: null, `last`, or a path."""
     if resume is None:
         return None
     if resume != LAST:
@@ -282,9 +276,9 @@ def checkpoint_to_resume(resume: str | None, run_folder: Path) -> Path | None:
 
 
 def set_later_aside(run_folder: Path, checkpoint: Path) -> list[tuple[Path, Path]]:
-    """Renames the whole checkpoints that a run from `checkpoint` leaves behind, so that they no longer count as its.
+    """Renames the checkpoints that a run from `checkpoint` will not continue, so that they no longer count.
 
-    Those of later steps; all, where `checkpoint` is in another folder. Returns each old name with the new one.
+    These are the later steps; where `checkpoint` is in another folder, all. Returns old names with the new ones.
     """
     checkpoints = complete_checkpoints(run_folder)
     since = next((step_of(path) for path in checkpoints if path.samefile(checkpoint)), -1)
@@ -311,5 +305,5 @@ def drop_old_checkpoints(run_folder: Path, *, keep: int | None, also_keep: Itera
 
 
 def refuse_to_replace_adapter(target: Path) -> None:
-    """Raises a `UserError` where a folder has the name already and is no adapter folder, or holds more than that."""
+    """Refuses a target that exists, unless it is an adapter folder with nothing more in it."""
     refuse_to_replace(target, FILES if (target / CONFIG_FILE).is_file() else ())

@@ -50,7 +50,7 @@ from dora_vl.files import whole_folder, write_json
 
 PICKLED_WEIGHTS_FILE = "adapter_model.bin"
 INNER = "adapter"
-"""Where a run and each of its checkpoints keep their adapter."""
+"""Name of the adapter folder in a run and in each of its checkpoints."""
 
 
 def save_adapter(
@@ -82,7 +82,7 @@ def save_adapter(
 def write_folder(
     folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], recipe: Mapping[str, Any]
 ) -> None:
-    """Writes the files of an adapter folder, whole or not at all, in place of an older one."""
+    """Writes an adapter folder's files, whole or not at all, in place of an older one."""
     refuse_to_replace_adapter(folder)
     with whole_folder(folder) as staging:
         save_file(
@@ -94,14 +94,14 @@ def write_folder(
 
 
 def _layer_of(model: nn.Module, name: str) -> tuple[AdaptedLayer | None, str]:
-    """The adapted layer that a tensor belongs to, if it is one's, and what it is called there."""
+    """Splits a tensor's name into its adapted layer, if it has one, and its name in that layer."""
     owner, _, leaf = name.rpartition(".")
     layer = model.get_submodule(owner)
     return (layer if isinstance(layer, AdaptedLayer) else None), leaf
 
 
 def _in_file(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """A tensor in the file's shape; A and B of a PiSSA layer with their starts, as a change of the whole weight."""
+    """Gives a tensor its shape in the file; a PiSSA layer's A and B get their start appended, as a change of W."""
     layer, leaf = _layer_of(model, name)
     if layer is not None and leaf == "magnitude":
         return tensor.view(layer.magnitude_file_shape())
@@ -114,12 +114,12 @@ def _in_file(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
 def load_adapter(
     model: nn.Module, folder: str | PathLike[str], *, gather: Gather = no_gather, change_base: bool = True
 ) -> list[str]:
-    """Loads an adapter folder, adapting the model first where it is not; returns the adapted layers' names.
+    """Loads an adapter folder, adapting the model first if needed; returns the adapted layers' names.
 
-    A PiSSA adapter takes its start out of the frozen weights, as in training, so that the outputs are the same bit by
-    bit. Without `change_base` it becomes the change of the original weights that its file holds, at twice the rank:
-    the same outputs up to rounding, and no frozen weight changes. A model that is adapted already must be adapted as
-    the folder says; its dropout stays its own.
+    A PiSSA adapter takes its start out of the frozen weights, as in training, so outputs are equal bit by bit. With
+    `change_base=False` it becomes the change of the original weights that its file holds, at twice the rank: outputs
+    are equal up to rounding, and no frozen weight changes. A model that is adapted already must match the folder; it
+    keeps its own dropout.
     """
     source = Path(folder)
     tensors, copies = by_own_name(str(source), read_weights(source))
@@ -169,7 +169,7 @@ def _adapt(model: nn.Module, config: DoRAConfig, gather: Gather) -> None:
 
 
 def _move_start(source: Path, name: str, layer: AdaptedLayer, tensors: Mapping[str, Tensor]) -> None:
-    """Takes the start of a PiSSA layer, which the file holds behind A and B, out of the frozen weight."""
+    """Subtracts a PiSSA layer's start, which the file holds behind A and B, from the frozen weight."""
     rank, device = layer.adapter.rank, layer.weight.device
     start_A = tensors[f"{name}.lora_A"][rank:].to(device)
     start_B = -tensors[f"{name}.lora_B"][:, rank:].to(device)
@@ -180,7 +180,7 @@ def _move_start(source: Path, name: str, layer: AdaptedLayer, tensors: Mapping[s
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter folder, safetensors only."""
+    """Reads an adapter folder's tensors, from safetensors only."""
     path = folder / WEIGHTS_FILE
     if not path.is_file() and (folder / PICKLED_WEIGHTS_FILE).is_file():
         raise pickled(folder)
@@ -190,7 +190,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def pickled(folder: Path) -> UserError:
-    """The error of a whole folder whose tensors are in PEFT's older form."""
+    """Makes the error for a folder with PEFT's older pickled weights."""
     return UserError(
         f"{folder} holds its tensors as a pickle ({PICKLED_WEIGHTS_FILE}), and {WEIGHTS_FILE} is what is opened: "
         f"dora-vl convert {folder} --to NEW_FOLDER writes it, running nothing that is in the pickle"
@@ -198,7 +198,7 @@ def pickled(folder: Path) -> UserError:
 
 
 def _structure_of(model: nn.Module) -> nn.Module:
-    """A copy of the model's structure on the meta device; costs no memory worth naming."""
+    """Copies the model's structure to the meta device, at hardly any memory."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter.data, device="meta"), parameter.requires_grad)
@@ -239,7 +239,7 @@ def _expected(model: nn.Module) -> dict[str, Tensor]:
 
 
 def no_adapter(path: Path) -> UserError:
-    """The error of a path that holds no adapter: what is there, and the next step."""
+    """Makes the error for a path without an adapter: what is there, and the next step."""
     if not path.exists():
         return UserError(f"{path} holds no adapter: no such file or folder; give a run's adapter folder")
     if path.is_file():

@@ -20,52 +20,52 @@ ALIASES = (
     f"{EMBEDDING}.obj_order_embedding.weight",
     "lm_head.weight",
 )
-"""One tensor under five names."""
+"""Names of the same tensor."""
 ADDED_TOKENS = 200
-"""`<extra_id_99>` to `<extra_id_0>`, then `<vis_extra_id_99>` to `<vis_extra_id_0>`."""
 ADDED_ROWS = f"{TOKENS}[-{ADDED_TOKENS}:]"
 """Frozen random rows of the token embedding that the result depends on: the picture tokens' orders."""
 ORIGINAL_FORMS = {"nvlabs-vlbart": "dora", "vl-adapter": "lora"}
-"""VL-BART's originals, by the name that `--from` and `--as` take: the method whose factors each can hold."""
+"""Maps VL-BART's original formats (`--from`, `--as`) to the method whose factors each can hold."""
 GGUF_KINDS = ("f16", "f32", "q8_0")
-"""Number types of the matrices of a GGUF file; vectors are float32 in each."""
+"""Number types of matrices in a GGUF file; vectors are always float32."""
 
 
 def alpha_over_rank(config: Mapping[str, Any], rank: int) -> float | None:
-    """s = lora_alpha / r, by a configuration with PEFT's field names."""
+    """Computes s = lora_alpha / r from PEFT's field names."""
     return None if "lora_alpha" not in config else float(config["lora_alpha"]) / rank
 
 
 def mlx_scale(config: Mapping[str, Any], rank: int) -> float | None:
-    """mlx-lm states s itself."""
+    """Reads s, which mlx-lm states itself."""
     stated = config.get("lora_parameters", {}).get("scale")
     return None if stated is None else float(stated)
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeptRows:
-    """Frozen rows of a tensor that an adapter carries; the file holds it whole, under any of several names."""
+    """Frozen rows that an adapter carries; the file holds their whole tensor under one of several names."""
 
     names: tuple[str, ...]
     own: str
-    """The rows' name in an adapter folder, such as `shared.weight[-200:]`."""
+    """Name of the rows in an adapter folder, such as `shared.weight[-200:]`."""
     needed_by: str
     """Full-name glob of trained tensors that mean nothing without the rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where one tool puts the tensors of a layer: endings after the layer's name, alternatives in order."""
+    """How one tool names a layer's tensors: endings after the layer's name, alternatives in order."""
 
     lora_A: tuple[str, ...]
     lora_B: tuple[str, ...]
     magnitude: tuple[str, ...]
     alpha: tuple[str, ...] = ()
-    """A scalar tensor beside A and B; missing there, alpha is the rank."""
+    """Endings of a scalar beside A and B; where it is missing, alpha is the rank."""
     transposed: bool = False
-    """A is [in, rank] and B [rank, out]."""
+    """A is stored as [in, rank] and B as [rank, out]."""
     scale: Callable[[Mapping[str, Any], int], float | None] = alpha_over_rank
-    """From the tool's own `adapter_config.json` (empty where there is none) and a rank to s; None: not stated there."""
+    """Computes s from the tool's own `adapter_config.json` (or an empty one) and a rank; None where it is not stated.
+    """
     extras: tuple[str, ...] = ("*",)
     """Full-name globs of the other tensors that were trained."""
     kept: KeptRows | None = None
@@ -73,7 +73,7 @@ class Layout:
     whole_model: bool = False
     """The file holds the base as well; elsewhere a tensor that is neither adapter nor extra is refused."""
     renames: tuple[tuple[str, str], ...] = ()
-    """Beginnings of names, the tool's and transformers'."""
+    """Prefixes of names: the tool's, and transformers'."""
 
 
 NVLABS = Layout(
@@ -86,7 +86,7 @@ LLAVA_RENAMES = (
     ("model.mm_projector.0.", "model.multi_modal_projector.linear_1."),
     ("model.mm_projector.2.", "model.multi_modal_projector.linear_2."),
 )
-"""LLaVA's own class -> transformers' `LlavaForConditionalGeneration`."""
+"""Maps prefixes of LLaVA's own class to those of transformers' `LlavaForConditionalGeneration`."""
 VL_ADAPTER = Layout(
     lora_A=("lora_A",),
     lora_B=("lora_B",),
@@ -107,7 +107,7 @@ LAYOUTS = {
         lora_A=("lora_down.weight",), lora_B=("lora_up.weight",), magnitude=("dora_scale",), alpha=("alpha",), extras=()
     ),
 }
-"""By the name that `dora-vl convert --from` takes."""
+"""Layouts by the name that `dora-vl convert --from` takes."""
 FORMATS = ("peft", *LAYOUTS)
 TELLING_KEYS = (
     ("nvlabs-llava", ("model.mm_projector.0.weight",)),
@@ -118,7 +118,7 @@ TELLING_KEYS = (
     ("kohya", ("lora_down.weight",)),
     ("peft", ("lora_A.weight", "lora_embedding_A", "lora_magnitude_vector", "lora_magnitude_vector.weight")),
 )
-"""Ends of keys that one format alone has, the most telling first."""
+"""Key endings that only one format has, most specific first."""
 
 TORCHTUNE_MODULES = {
     "attn.q_proj": "self_attn.q_proj",
@@ -129,7 +129,7 @@ TORCHTUNE_MODULES = {
     "mlp.w2": "mlp.down_proj",
     "mlp.w3": "mlp.up_proj",
 }
-"""torchtune's decoder layer -> transformers' (torchtune/models/convert_weights.py, `_FROM_HF`)."""
+"""Maps torchtune's decoder modules to transformers' (torchtune/models/convert_weights.py, `_FROM_HF`)."""
 ROTARY_ORDER = {"llama": True, "mistral": True, "gemma": True, "gemma2": True, "qwen2": False, "qwen3": False}
-"""By `model_type`: whether torchtune keeps q and k rows in Meta's order, each rotary pair side by side."""
+"""Maps `model_type` to whether torchtune keeps q and k rows in Meta's order, each rotary pair side by side."""
 KOHYA_PREFIXES = ("lora_unet_", "lora_te1_", "lora_te2_", "lora_te_", "lora_transformer_", "lycoris_")

@@ -36,23 +36,23 @@ NO_SUCH_TOWER = (
 )
 WRITE_PLAIN = "dora-vl merge writes a plain folder, of which llama.cpp's own convert_hf_to_gguf.py may know more"
 LOCAL_BASE = 10_000.0
-"""Base of the rotary positions of Gemma 3's sliding layers, which llama.cpp has in its code."""
+"""Rotary base of Gemma 3's sliding layers, fixed in llama.cpp's code."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """How llama.cpp holds one kind of language model."""
+    """llama.cpp's form of one kind of language model."""
 
     name: str
-    """Of gguf's `MODEL_ARCH_NAMES`."""
+    """Name in gguf's `MODEL_ARCH_NAMES`."""
     activation: str = "silu"
-    """`hidden_act` that its code computes."""
+    """The `hidden_act` that llama.cpp's code computes."""
     interleaved: bool = False
     """Rows of q and k of each head stand in pairs (x0, x_half, x1, ...) instead of halves."""
     norm_offset: float = 0.0
-    """What is added to the weights of norms, which the model multiplies by 1 + weight."""
+    """Number added to norm weights; such models multiply by 1 + weight."""
     add_more: Callable[[Any, Any], None] = lambda writer, config: None
-    """What else it states of a model's configuration."""
+    """Writes further settings of the model's configuration."""
 
 
 def _gemma2(writer: Any, config: Any) -> None:
@@ -89,11 +89,11 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "gemma2": Architecture(name="gemma2", activation="gelu_pytorch_tanh", norm_offset=1.0, add_more=_gemma2),
     "gemma3_text": Architecture(name="gemma3", activation="gelu_pytorch_tanh", norm_offset=1.0, add_more=_gemma3),
 }
-"""transformers' `model_type` of a language model -> llama.cpp's form."""
+"""Maps a language model's `model_type` in transformers to llama.cpp's form."""
 
 
 def architecture_of(config: Any, source: str) -> Architecture:
-    """The row of a language model's configuration."""
+    """Finds llama.cpp's form for a language model's configuration."""
     architecture = ARCHITECTURES.get(config.model_type)
     if architecture is None:
         raise UserError(
@@ -155,12 +155,12 @@ def _add_positions(writer: Any, config: Any, head_dim: int) -> None:
 
 
 def positions_of(config: Any) -> Mapping[str, Any]:
-    """The settings of rotary positions; of full attention where layers differ."""
+    """Returns the settings of rotary positions; those of full attention where layers differ."""
     return config.rope_parameters.get("full_attention", config.rope_parameters)
 
 
 def frequency_factors(config: Any) -> Tensor | None:
-    """What each pair of a head turns slower by, where that is one number a pair (Llama 3.1); float32 [head / 2]."""
+    """Returns the factor that slows each rotary pair (Llama 3.1), as float32 [head / 2]; None without such factors."""
     rope = positions_of(config)
     if rope.get("rope_type") != "llama3":
         return None
@@ -173,29 +173,29 @@ def frequency_factors(config: Any) -> Tensor | None:
 
 
 def in_pairs(weight: Tensor, heads: int) -> Tensor:
-    """Rows of q or k in llama.cpp's order: of each head, the two halves' rows in turn."""
+    """Reorders rows of q or k as llama.cpp does: the two halves of each head alternate."""
     width = math.prod(weight.shape[1:])
     return weight.reshape(heads, 2, len(weight) // heads // 2, width).transpose(1, 2).reshape(weight.shape)
 
 
 BLOCK = 32
-"""Numbers of a row that Q8_0 holds with one scale."""
+"""A Q8_0 block holds this many numbers of a row with one scale."""
 
 
 @dataclass(frozen=True)
 class WrittenTensor:
-    """One tensor of the file."""
+    """A tensor of the file."""
 
     name: str
     shape: tuple[int, ...]
-    """As torch has it."""
+    """Shape as in torch."""
     kind: str
     """One of `GGUF_KINDS`."""
     read: Callable[[], Tensor]
 
 
 def kind_for(shape: Sequence[int], kind: str) -> str:
-    """How a tensor of this shape is stored: vectors whole, and as F16 what Q8_0 has no blocks for."""
+    """Chooses how a tensor of this shape is stored: vectors whole, rows that do not fill Q8_0's blocks as F16."""
     if len(shape) < 2:
         return "f32"
     return "f16" if kind == "q8_0" and (len(shape) > 2 or shape[-1] % BLOCK) else kind
@@ -204,7 +204,7 @@ def kind_for(shape: Sequence[int], kind: str) -> str:
 def write_gguf(
     path: Path, architecture: str, kind: str, tensors: Sequence[WrittenTensor], add_fields: Callable[[Any], None]
 ) -> int:
-    """Writes one file, most of whose tensors are of a kind, one in memory at a time; returns its size in bytes."""
+    """Writes one file tensor by tensor, most of them of one `kind`; returns its size in bytes."""
     import gguf
 
     types = {name: gguf.GGMLQuantizationType[name.upper()] for name in GGUF_KINDS}
@@ -234,29 +234,29 @@ def write_gguf(
 
 SPACE_MARK = "▁"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED_TOKEN, BYTE = range(1, 7)
-"""gguf's `TokenType`."""
+"""These are the values of gguf's `TokenType`."""
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS: Mapping[str, str] = {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS + r"\p{N}" + _REST: "qwen2"}
-"""Regular expression that splits a text before its bytes are merged -> llama.cpp's name for it."""
+"""Maps the regular expression that splits a text before bytes are merged to llama.cpp's name for it."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the fields `tokenizer.ggml.*` say of tokens: merges of bytes, or SentencePiece's with their scores."""
+    """The fields `tokenizer.ggml.*`: merges of bytes, or SentencePiece tokens with their scores."""
 
     pre: str
-    """llama.cpp's name of how text is split first."""
+    """llama.cpp's name for the split before tokenisation."""
     tokens: list[str]
     kinds: list[int]
     merges: Sequence[str] = ()
     scores: Sequence[float] = ()
     space_prefix: bool = False
-    """Whether a text gets a space in front."""
+    """The tokenizer puts a space in front of a text."""
 
 
 def vocabulary_of(tokenizer: Any, rows: int, source: str) -> Vocabulary:
-    """A fast tokenizer's vocabulary; ids below the embedding's `rows` that no token has are filled up."""
+    """Reads a fast tokenizer's vocabulary; ids below the embedding's `rows` without a token are filled up."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model = state["model"]
     if model["type"] != "BPE":
@@ -322,7 +322,7 @@ def _split_name(state: Mapping[str, Any], source: str) -> str:
 
 
 def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: Vocabulary) -> None:
-    """Writes the tokenizer's fields: tokens, special ids, what is put around a text, and the chat template."""
+    """Writes the tokenizer's fields: tokens, special ids, what surrounds a text, and the chat template."""
     writer.add_tokenizer_model("llama" if vocabulary.scores else "gpt2")
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
@@ -344,19 +344,18 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: Vocabulary) -> None:
 
 
 SELECTED = {"clip_vision_model": "default", "siglip_vision_model": "full"}
-"""Towers that llama.cpp's LLaVA takes -> how their tokens are selected there: without a class token."""
+"""Maps each tower that llama.cpp's LLaVA takes to how its tokens are selected there: without a class token."""
 ACTIVATIONS = {"quick_gelu": False, "gelu": True, "gelu_pytorch_tanh": True}
-"""A tower's `hidden_act` -> whether the file says `use_gelu`; llama.cpp computes the quick one otherwise."""
+"""Maps a tower's `hidden_act` to the file's `use_gelu`; without it llama.cpp computes the quick one."""
 PROJECTOR = {"multi_modal_projector.linear_1": "mm.0", "multi_modal_projector.linear_2": "mm.2"}
 TOWER = "vision_tower.vision_model."
-"""How the tower's tensors begin in published folders."""
+"""Prefix of the tower's tensors in published folders."""
 UNUSED_TENSORS = ("post_layernorm.", "head.")
-"""Parts of a tower that a LLaVA does not run."""
 PICTURE_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def check_vision(config: Any, folder: Path) -> None:
-    """Raises a `UserError` where llama.cpp's LLaVA computes another thing, or has no such tower."""
+    """Refuses a vision part that llama.cpp's LLaVA has no tower for or would compute in another way."""
     tower, strategy = config.vision_config, config.vision_feature_select_strategy
     reason = None
     if tower.model_type not in SELECTED:
@@ -375,7 +374,7 @@ def check_vision(config: Any, folder: Path) -> None:
 
 
 def blocks_run(config: Any) -> int:
-    """How many of the tower's blocks a picture goes through: `vision_feature_layer` counted from the front."""
+    """Counts the tower's blocks that a picture goes through: `vision_feature_layer` counted from the front."""
     layer, blocks = config.vision_feature_layer, config.vision_config.num_hidden_layers
     return layer if layer >= 0 else blocks + 1 + layer
 
@@ -410,9 +409,9 @@ def add_vision(writer: Any, config: Any, folder: Path) -> None:
 
 
 def vision_names(keys: Mapping[str, str], config: Any) -> dict[str, str]:
-    """The file's name of each tensor, from its key in published folders; what a LLaVA does not run is left out.
+    """Maps each key in published folders to the file's name, without tensors that a LLaVA does not run.
 
-    That is what stands behind the block whose output is taken, and a table of places.
+    It does not run the blocks behind the one whose output is taken, nor a table of positions.
     """
     import gguf
 
@@ -431,7 +430,7 @@ def vision_names(keys: Mapping[str, str], config: Any) -> dict[str, str]:
 
 
 def _name_in(table: Any, name: str, model: str) -> str:
-    """llama.cpp's name of a tensor."""
+    """Returns llama.cpp's name of a tensor."""
     own = table.get_name(name, try_suffixes=(".weight", ".bias"))
     if own is None:
         raise UserError(f"llama.cpp has no name for {name} of {model}")
@@ -456,22 +455,22 @@ CLASS_TOKEN_IS_MISREAD = (
 
 @dataclass(frozen=True)
 class ExportedGguf:
-    """What an export wrote."""
+    """The result of an export."""
 
     architecture: str
     files: dict[str, int]
-    """Bytes by name."""
+    """Bytes of each file by name."""
     warnings: tuple[str, ...]
     """What the files cannot keep of the model, and what is known to read them wrongly."""
 
 
 def refuse_gguf_target(target: Path) -> None:
-    """Raises a `UserError` where something is there already that is no earlier export."""
+    """Refuses a target that exists and is no earlier export."""
     refuse_to_replace(target, (MODEL_FILE, VISION_FILE, CHECK_FILE))
 
 
 def refuse_gguf_base(base_folder: Path, *, text_only: bool = False) -> None:
-    """Raises a `UserError` where a base's configuration is of no form that is written, before its weights are read."""
+    """Refuses a base without a GGUF form, before its weights are read."""
     _forms(config_in(base_folder), base_folder, text_only)
 
 
@@ -485,7 +484,7 @@ def export_gguf(
     text_only: bool = False,
     open_base: Callable[[Path], BaseWeights] = BaseWeights,
 ) -> ExportedGguf:
-    """Writes `target/model.gguf`, and of a LLaVA `target/mmproj.gguf` unless `text_only` leaves its tower out.
+    """Writes `target/model.gguf`, and for a LLaVA `target/mmproj.gguf` unless `text_only`.
 
     Every product is computed in float32 and rounded once.
     """
@@ -514,7 +513,7 @@ def export_gguf(
 
 
 def _forms(stated: Mapping[str, Any], folder: Path, text_only: bool) -> tuple[Any, Any, Architecture]:
-    """A base's configuration as transformers completes it, its language model's, and llama.cpp's form of that."""
+    """Reads a base's configuration as transformers completes it, its language model's, and the form of the latter."""
     model = skeleton(stated)
     if model is None:
         raise UserError(f"{folder} is a {shown(stated.get('model_type'))}, which transformers has no class for")

@@ -1,6 +1,6 @@
-"""A base that is quantised when it is loaded (QDoRA): which of its layers, how, and the values that they then have.
+"""Quantises a base when it is loaded (QDoRA): which layers, how, and the values they then have.
 
-Loading and merging ask here, so that what is merged is what was trained on.
+Loading and merging share this, so that what is merged is what was trained on.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from dora_vl.errors import UserError, install_command, one_line, shown
 HQQ_BITS, HQQ_GROUP = 4, 64
 TRIAL_WIDTH = 64
 MOST_OFF = 0.05
-"""Share by which a layer's product may be off that of its dequantised weight: LLM.int8 rounds its input to 127 steps,
-by about one percent; a gradient that is lost, or of another block's scales, is off by far more."""
+"""Relative error allowed between a quantised layer and its dequantised weight. LLM.int8 rounds its input to 127 steps,
+which costs about 0.01; a lost gradient, or one of another block's scales, is off by far more."""
 NEXT = "set model.quantisation to another kind, or null"
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """One way to quantise a linear layer."""
+    """A way to quantise a linear layer."""
 
     package: str
-    """What pip installs for it."""
+    """Name for `pip install`."""
     layer: Callable[[nn.Linear, torch.dtype, torch.device], nn.Module]
-    """A linear layer with its weight quantised as it is loaded in a number type, on a device."""
+    """Quantises a linear layer's weight as loading in a dtype on a device does."""
     width: int = 1
-    """What a layer's number of inputs must be a multiple of; others stay whole."""
+    """A layer's inputs must be a multiple of this; other layers stay whole."""
 
 
 def _nf4(linear: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -88,7 +88,7 @@ SCHEMES: Mapping[str, Scheme] = MappingProxyType(
 
 
 def here() -> torch.device:
-    """Where quantised layers are made: the GPU of this process, else the CPU."""
+    """Returns where quantised layers are made: this process's GPU, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -113,7 +113,7 @@ def check_runs_here(kind: Quantisation, dtype: torch.dtype) -> None:
 
 
 def check_gradients(model: nn.Module) -> None:
-    """Sees that one quantised layer of each class and shape trains as its dequantised weight would."""
+    """Checks that one quantised layer of each class and shape trains as its dequantised weight would."""
     checked: set[tuple[str, int, int]] = set()
     for name, layer, kind in quantised_in(model):
         alike = class_path(layer), layer.in_features, layer.out_features
@@ -129,9 +129,9 @@ def check_gradients(model: nn.Module) -> None:
 
 
 def share_off(layer: Any, dtype: torch.dtype) -> float:
-    """How far a quantised layer's product, and its input's gradient, are from its dequantised weight's: norms' ratio.
+    """Compares a quantised layer's product and input gradient with its dequantised weight's; returns a ratio of norms.
 
-    In training mode, after a pass in eval mode: packages prepare weights for inference there.
+    It runs in training mode, after a pass in eval mode: packages prepare weights for inference there.
     """
     weight, was_training = dequantised(layer).float(), layer.training
     draw = torch.Generator().manual_seed(0)
@@ -148,14 +148,14 @@ def share_off(layer: Any, dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class QuantisedLayers:
-    """Full names of the linear layers of a language model: the quantised ones, and those that are too narrow for it."""
+    """Full names of a language model's linear layers: the quantised ones, and those too narrow for it."""
 
     quantised: tuple[str, ...]
     whole: tuple[str, ...]
 
 
 def quantised_layers(config: Mapping[str, Any], kind: str, source: str) -> QuantisedLayers:
-    """What is quantised in a model: the linears of its language model's layers, nothing else.
+    """Selects the layers to quantise: the linears of the language model's layers, nothing else.
 
     The vision tower, the projector and the output head stay as they are.
     """
@@ -188,7 +188,7 @@ def _language_skeleton(config: Mapping[str, Any], source: str) -> Any:
 
 
 def kept_whole(config: Mapping[str, Any], layers: tuple[str, ...], source: str) -> list[str]:
-    """Names of the outermost modules with linear layers of which none is quantised, as transformers asks for them."""
+    """Names the outermost modules that hold linear layers and no quantised one, as transformers asks for them."""
     from transformers.pytorch_utils import Conv1D
 
     parts = [name.split(".") for name in layers]
@@ -203,7 +203,7 @@ def kept_whole(config: Mapping[str, Any], layers: tuple[str, ...], source: str) 
 
 
 def quantised_values(weight: Float[Tensor, "out in_"], kind: str, dtype: torch.dtype) -> Float[Tensor, "out in_"]:
-    """What a weight becomes where it is loaded in `dtype` and quantised, in float32 on the CPU."""
+    """Returns a weight's float32 values on the CPU after it is loaded in `dtype` and quantised."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     with torch.no_grad():
@@ -211,7 +211,7 @@ def quantised_values(weight: Float[Tensor, "out in_"], kind: str, dtype: torch.d
 
 
 class QuantisedWeights(BaseWeights):
-    """A base's folder read with the values that its layers have in a run of `model.quantisation`."""
+    """Reads a base's folder with the values that its layers have under `model.quantisation`."""
 
     def __init__(self, folder: Path, kind: Quantisation, dtype: torch.dtype) -> None:
         check_runs_here(kind, dtype)
@@ -220,13 +220,13 @@ class QuantisedWeights(BaseWeights):
         self._quantised = {f"{name}.weight" for name in quantised_layers(self.config, kind, str(folder)).quantised}
 
     def read(self, name: str) -> Tensor:
-        """One tensor by the model's name for it; see `BaseWeights.read`."""
+        """Reads one tensor, quantised and back where its layer is; see `BaseWeights.read`."""
         tensor = super().read(name)
         return quantised_values(tensor, self._kind, self._dtype) if name in self._quantised else tensor
 
 
 def as_trained(folder: Path, recipes: Mapping[str, Mapping[str, Any]]) -> BaseWeights:
-    """A base's folder with the values that adapters were trained on: quantised and back where their recipes say so."""
+    """Opens a base with the values that adapters were trained on: quantised and back if their recipes say so."""
     stated = {name: (recipe.get("quantisation"), recipe.get("dtype")) for name, recipe in recipes.items()}
     kinds = {(kind, dtype if kind else None) for kind, dtype in stated.values()}
     if len(kinds) > 1:

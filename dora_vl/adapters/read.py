@@ -1,4 +1,4 @@
-"""An adapter from wherever it lies: finds the files, knows the format by its keys, and reads it into ours."""
+"""Reads an adapter of any tool: finds the files, recognises the format by its keys, and converts it to ours."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from dora_vl.errors import UserError
 from dora_vl.files import read_json
 
 WEIGHT_FILES = (WEIGHTS_FILE, PICKLED_WEIGHTS_FILE, "adapters.safetensors", "adapter_0.pt", "non_lora_trainables.bin")
-"""What tools call their files; all that a folder has are read together."""
+"""Names that tools give their weight files; all of them in a folder are read together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,17 +49,17 @@ class ReadOptions:
     """What the files of some formats do not say."""
 
     format: str | None = None
-    """One of `FORMATS`; None: known by the keys."""
+    """One of `FORMATS`; None recognises it by the keys."""
     base: Path | None = None
     """The base model's folder: head counts for torchtune, names for kohya."""
     alpha: float | None = None
     """Numerator of the scale, where no file states it."""
     alpha_serves_result: bool = False
-    """It is what is written, too: a source that states its own has its own, and the result this one."""
+    """Also writes this alpha into the result, even where the source states another."""
     task: str | None = None
-    """Which of VL-Adapter's tasks."""
+    """VL-Adapter's task to read."""
     renames: tuple[tuple[str, str], ...] = ()
-    """(old beginning, new beginning) of layer names."""
+    """Pairs of old and new prefixes of layer names."""
 
 
 def read_any(source: Path, options: ReadOptions) -> Adapter:
@@ -100,7 +100,7 @@ def read_any(source: Path, options: ReadOptions) -> Adapter:
 
 
 def known_format(tensors: Mapping[str, Tensor], source: str) -> str:
-    """The format that the keys tell."""
+    """Recognises the format by the keys."""
     for name, endings in TELLING_KEYS:
         if any(key == ending or key.endswith(f".{ending}") for key in tensors for ending in endings):
             return name
@@ -122,7 +122,7 @@ def _tensors(source: Path) -> dict[str, Tensor]:
 
 
 def from_torchtune(tensors: Mapping[str, Tensor], base_config: Mapping[str, Any], source: str) -> dict[str, Tensor]:
-    """torchtune's dictionary under transformers' names, rows of q and k in transformers' order.
+    """Renames torchtune's tensors to transformers' names and reorders rows of q and k as transformers does.
 
     torchtune's own export reorders B alone; a magnitude belongs to its row and moves with it.
     """
@@ -153,7 +153,7 @@ def from_torchtune(tensors: Mapping[str, Tensor], base_config: Mapping[str, Any]
 
 
 def from_kohya(tensors: Mapping[str, Tensor], module_names: Iterable[str], source: str) -> dict[str, Tensor]:
-    """kohya's dictionary under the base's names: its names have underscores for dots, so the base must resolve them."""
+    """Renames kohya's tensors to the base's names; kohya writes underscores for dots, so the base must resolve them."""
     by_flat_name: dict[str, list[str]] = {}
     for name in module_names:
         by_flat_name.setdefault(name.replace(".", "_"), []).append(name)
@@ -169,7 +169,7 @@ def from_kohya(tensors: Mapping[str, Tensor], module_names: Iterable[str], sourc
 
 
 def from_vl_adapter(tensors: Mapping[str, Tensor], task: str | None, source: str) -> dict[str, Tensor]:
-    """VL-Adapter's dictionary with one task's `lora_As.<task>`, `lora_Bs.<task>` as `lora_A`, `lora_B`.
+    """Renames one task's `lora_As.<task>`, `lora_Bs.<task>` of VL-Adapter to `lora_A`, `lora_B`.
 
     With `--use_single_lora` all tasks alias one tensor and `task` can be None.
     """
@@ -195,7 +195,7 @@ def from_vl_adapter(tensors: Mapping[str, Tensor], task: str | None, source: str
 def to_adapter(
     tensors: Mapping[str, Tensor], layout: Layout, *, config: Mapping[str, Any], options: ReadOptions, source: str
 ) -> Adapter:
-    """Turns one tool's dictionary into an adapter under PEFT's keys; `config` is the tool's own beside it."""
+    """Converts one tool's tensors to an adapter under PEFT's keys; `config` is the tool's own configuration."""
     renames = (*layout.renames, *options.renames)
     layers, others = _split_layers(tensors, layout, renames, source)
     converted: dict[str, Tensor] = {}
@@ -237,7 +237,7 @@ def to_adapter(
 def _split_layers(
     tensors: Mapping[str, Tensor], layout: Layout, renames: tuple[tuple[str, str], ...], source: str
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """The tensors of each adapted layer by what they are (A, B, magnitude, alpha), and all the others."""
+    """Groups the tensors of each adapted layer by role (A, B, magnitude, alpha), and returns all the others."""
     kinds = {"A": layout.lora_A, "B": layout.lora_B, "magnitude": layout.magnitude, "alpha": layout.alpha}
     endings = {f".{ending}": kind for kind, spellings in kinds.items() for ending in spellings}
     layers: dict[str, dict[str, Tensor]] = {}
@@ -270,9 +270,9 @@ def _renamed(name: str, renames: tuple[tuple[str, str], ...]) -> str:
 
 
 def _own_tensors(layer: Mapping[str, Tensor], where: str, *, transposed: bool) -> tuple[dict[str, Tensor], str]:
-    """A, B and magnitude of one layer under PEFT's leaves and in PEFT's shapes, and the magnitude's axis.
+    """Gives A, B and magnitude of one layer PEFT's names and shapes; returns them and the magnitude's axis.
 
-    Which way the norm was taken shows in the shape: [out, 1...] or [out] is a row's, [1, in...] a column's.
+    The shape shows along which axis the norm was taken: [out, 1...] or [out] is a row's, [1, in...] a column's.
     """
     a, b, magnitude = layer.get("A"), layer.get("B"), layer.get("magnitude")
     if transposed and a is not None and b is not None:
@@ -314,7 +314,7 @@ def _trained_extras(
 
 
 def _rows_kept(others: Mapping[str, Tensor], trained: Iterable[str], kept: KeptRows, source: str) -> dict[str, Tensor]:
-    """The rows as a tensor of their own: the whole one is the base's, and large."""
+    """Copies the kept rows into a tensor of their own: the whole tensor is the base's, and large."""
     rows = {name: kept_rows(kept.own, others[name]).clone() for name in kept.names if name in others}
     if not rows and any(fnmatchcase(name, kept.needed_by) for name in trained):
         raise UserError(

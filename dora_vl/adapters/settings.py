@@ -1,4 +1,4 @@
-"""An adapter folder's two JSON files: what PEFT has fields for, and what only we know; written and read back.
+"""An adapter folder's two JSON files: PEFT's fields and our own, written and read back.
 
 Where PEFT would compute something else from the same tensors (magnitudes alone, DVoRA, extras that are not whole
 modules, dilated convolutions), `peft_type` is one that PEFT does not know, so that it refuses instead.
@@ -32,29 +32,28 @@ log = logging.getLogger(__name__)
 OWN_TYPES = {"full": "DORA_VL_FULL", "magnitude": "DORA_VL_MAGNITUDE"}
 OWN_TYPE = "DORA_VL"
 MATCHING_SECONDS = 1.0
-"""For one pattern and one name: a folder's expression may be made to take years, and Python's own `re` has no limit."""
+"""Seconds allowed to match a pattern with a name: an expression may take years, and Python's `re` has no limit."""
 NEVER_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-"""Modules that hold others, and that PEFT saves none of."""
+"""PEFT saves none of these containers as a module."""
 LOW_RANK_FIELDS = frozenset((
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "lora_dropout", "use_rslora", "init_lora_weights",
     "use_dora",
 ))  # fmt: skip
-"""What a folder of whole weights has no use for."""
+"""A folder of whole weights has none of these fields."""
 READ_TYPES = frozenset({"LORA", OWN_TYPE, *OWN_TYPES.values()})
-"""Every `peft_type` that is read."""
 BY_NAME = frozenset(("magnitude_targets", "rank_pattern", "alpha_pattern", "parts", "also_train", "also_keep"))
-"""Settings that name layers or tensors, which a folder holds resolved."""
+"""Settings that name layers or tensors; a folder stores what they resolved to."""
 OWN_FIELDS = tuple(setting.name for setting in fields(AdapterSettings) if setting.name not in BY_NAME)
-"""Settings that `recipe.json` holds as they are."""
+"""Settings that `recipe.json` holds unchanged."""
 WITHOUT_RECIPE: Mapping[str, Any] = {"dropout_mode": "whole_change", "kinds": ("linear", "embedding", "conv")}
-"""What a folder without a `recipe.json`, PEFT's, means where its own default is another than ours."""
+"""Values for folders without `recipe.json` (PEFT's), whose defaults differ from ours."""
 REFUSED_FIELDS = (
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config",
     "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
 )  # fmt: skip
 """PEFT fields that mean another forward pass when they are set."""
 STARTS_BESIDE_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
-"""PEFT's values of `init_lora_weights` that leave the base alone; pissa, olora, corda, lora_ga and loftq do not."""
+"""Values of PEFT's `init_lora_weights` that leave the base alone; pissa, olora, corda, lora_ga and loftq do not."""
 KNOWN_FIELDS = frozenset((
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
     "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
@@ -65,7 +64,7 @@ KNOWN_FIELDS = frozenset((
 
 
 def peft_fields(ranks: Mapping[str, int], alphas: Mapping[str, float], **fields: Any) -> dict[str, Any]:
-    """The stable subset of PEFT 0.21's `adapter_config.json`; the commonest rank and alpha are the defaults."""
+    """Returns the stable subset of PEFT 0.21's `adapter_config.json`; its rank and alpha are the most common ones."""
     rank, alpha = (
         max(Counter(values).items(), key=lambda item: item[1], default=(1,))[0]
         for values in (ranks.values(), alphas.values())
@@ -91,7 +90,7 @@ def peft_fields(ranks: Mapping[str, int], alphas: Mapping[str, float], **fields:
 
 
 def new_config(ranks: Mapping[str, int], scales: Mapping[str, float], **fields: Any) -> dict[str, Any]:
-    """The same for an adapter that came from elsewhere, such that alpha / rank gives each layer its scale."""
+    """Returns `peft_fields` for an adapter from elsewhere, with an alpha that gives each layer its scale."""
     alphas: dict[str, float] = {}
     for layer, rank in ranks.items():
         plain = round(scales[layer] * rank, 9)  # 32, not the 32.000000000000004 that 32 / 98 * 98 is
@@ -100,7 +99,7 @@ def new_config(ranks: Mapping[str, int], scales: Mapping[str, float], **fields: 
 
 
 def peft_config(model: nn.Module, base_model: str) -> dict[str, Any]:
-    """PEFT's fields of the model as it is adapted now."""
+    """Returns PEFT's fields of the model as it is adapted now."""
     layers = dict(adapted_layers(model))
     extras = {name for part in trained_parts(model) if not part.adapts for name in part.parameters}
     first = _main_layer(layers).adapter if layers else AdapterSettings(method="full")
@@ -144,7 +143,7 @@ def peft_config(model: nn.Module, base_model: str) -> dict[str, Any]:
 
 
 def own_settings(model: nn.Module) -> dict[str, Any]:
-    """What `recipe.json` holds under `adapter`: what the tensors' names and PEFT's fields do not say."""
+    """Returns `adapter` of `recipe.json`: what neither the tensors' names nor PEFT's fields say."""
     layers = dict(adapted_layers(model))
     parts: dict[str, list[str]] = {}
     adapted: dict[str, dict[str, None]] = {}
@@ -174,15 +173,15 @@ def own_settings(model: nn.Module) -> dict[str, Any]:
 
 
 def _main_layer(layers: Mapping[str, AdaptedLayer]) -> AdaptedLayer:
-    """The first layer that has more than a magnitude, whose settings are the folder's; else the first."""
+    """Returns the first layer with more than a magnitude, whose settings are the folder's; else the first."""
     low_rank = (layer for layer in layers.values() if layer.adapter.method != "magnitude")
     return next(low_rank, next(iter(layers.values())))
 
 
 def whole_modules(model: nn.Module, parameters: set[str]) -> list[str]:
-    """The topmost modules all of whose parameters are named; what PEFT calls `modules_to_save`.
+    """Lists the topmost modules whose parameters are all named; PEFT calls them `modules_to_save`.
 
-    A list is not one of them for PEFT, which calls the modules that it saves: the list's members are.
+    PEFT calls the modules that it saves, so a list is none of them; its members are.
     """
     chosen: list[str] = []
     for name, module in model.named_modules():
@@ -194,7 +193,7 @@ def whole_modules(model: nn.Module, parameters: set[str]) -> list[str]:
 
 
 def type_of(names: Iterable[str], config: Mapping[str, Any]) -> str:
-    """`peft_type` of a folder: LORA where PEFT takes every tensor into account, else one that it refuses."""
+    """Chooses `peft_type`: LORA where PEFT takes every tensor into account, else one that it refuses."""
     factors = {"lora_A", "lora_B", *(["magnitude"] if config.get("use_dora") else [])}
     whole = tuple(f".{module}." for module in config.get("modules_to_save") or ())
     biases = config.get("bias", "none") != "none"
@@ -209,7 +208,7 @@ def type_of(names: Iterable[str], config: Mapping[str, Any]) -> str:
 
 
 def _renamed_by_peft(model: nn.Module, layers: Collection[str]) -> bool:
-    """Whether PEFT takes the layers' names, or their targets, for those of older models, and then misses them."""
+    """Tells whether PEFT takes the layers' names, or their targets, for those of older models, and then misses them."""
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
@@ -230,7 +229,7 @@ def _renamed_by_peft(model: nn.Module, layers: Collection[str]) -> bool:
 def read_config(
     source: str, peft: Mapping[str, Any], own: Mapping[str, Any], named: Mapping[str, Tensor]
 ) -> DoRAConfig:
-    """The configuration that a folder was written with; layers and parts are read from the tensors' names."""
+    """Reads the configuration a folder was written with; layers and parts come from the tensors' names."""
     check_peft_fields(source, peft)
     refuse_contradiction(source, peft, own)
     owners = {name.rpartition(".")[0] for name in named if name.rpartition(".")[2] in LEAVES}
@@ -282,7 +281,7 @@ def read_config(
 
 
 def refuse_contradiction(source: str, peft: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Refuses a folder whose two files say another rank, scale or method: one of them was changed by hand."""
+    """Refuses a folder whose files disagree on rank, scale or method: one of them was changed by hand."""
     if not own:
         return
     copies = 2 if own.get("init") == "pissa" else 1  # the file has A and B beside their start
@@ -332,7 +331,7 @@ def check_peft_fields(source: str, peft: Mapping[str, Any]) -> None:
 
 
 def by_peft_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
-    """A layer's value in PEFT's `rank_pattern` or `alpha_pattern`: a regular expression at the name's end."""
+    """Looks up a layer in PEFT's `rank_pattern` or `alpha_pattern`: regular expressions that match the name's end."""
     for pattern, value in (patterns or {}).items():
         try:
             if regex.match(rf"(.*\.)?({pattern})$", layer, timeout=MATCHING_SECONDS):
@@ -345,12 +344,12 @@ def by_peft_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any
 
 
 def rank_of(config: Mapping[str, Any], layer: str) -> int:
-    """Rank of one layer, `rank_pattern` first."""
+    """Returns a layer's rank, `rank_pattern` first."""
     return int(by_peft_pattern(config.get("rank_pattern"), layer, config.get("r", 8)))
 
 
 def scale_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
-    """s of one layer, `alpha_pattern` first: alpha over rank, or over its root with rsLoRA."""
+    """Returns a layer's s, `alpha_pattern` first: alpha over rank, or over its root with rsLoRA."""
     alpha = float(by_peft_pattern(config.get("alpha_pattern"), layer, config.get("lora_alpha", 8)))
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
@@ -358,7 +357,7 @@ def scale_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
 def own_recipe(
     config: Mapping[str, Any], extras: Iterable[str] = (), kept: Iterable[str] = (), alone: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """The `recipe.json` of an adapter that holds more than A and B."""
+    """Returns `recipe.json` for an adapter that holds more than A and B."""
     kept, alone = sorted(kept), sorted(alone)
     method = "magnitude" if not config["target_modules"] else "dora" if config["use_dora"] else "lora"
     return {

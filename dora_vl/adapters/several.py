@@ -1,4 +1,4 @@
-"""Several adapters on one model in memory: load many, switch between them, combine them."""
+"""Several adapters on one model in memory: loads many, switches between them, combines them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class AdapterSet:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The adapters that can be switched to."""
+        """Names the adapters that can be switched to."""
         return tuple(self._loaded)
 
     def load(self, name: str, folder: str | os.PathLike[str]) -> list[str]:
@@ -132,7 +132,7 @@ class AdapterSet:
         self._keep(name)
 
     def switch(self, name: str | None) -> None:
-        """Makes an adapter active, or none: the model is then the base."""
+        """Activates an adapter; None leaves the base alone."""
         if name is not None and name not in self._loaded:
             raise UserError(f"no adapter {name!r} is loaded; there are {list(self.names)}")
         if any(module.merged for _, module in adapted_layers(self.model)):
@@ -152,7 +152,7 @@ class AdapterSet:
         self.active = name
 
     def _values(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Copies of tensors of the model, or of their rows."""
+        """Copies tensors of the model, or rows of them."""
         tensors = all_tensors(self.model)
         return {name: named_tensor(tensors, name).detach().clone() for name in names}
 
@@ -216,14 +216,14 @@ def _layer_of(factors: Factors, base: nn.Linear) -> DoRALinear:
 
 @dataclass(frozen=True)
 class Layers:
-    """What the layers of a model count along the first axis of their inputs, by name."""
+    """Names of modules by what the first axis of their inputs counts."""
 
     by_row: frozenset[str]
-    """Those that see rows of tokens as the batch has them, and nothing else."""
+    """Modules whose inputs are rows of tokens as the batch has them."""
     decoder: frozenset[str]
-    """All modules of the language model; what else is in no set belongs to the vision part."""
+    """All modules of the language model; what is in no set belongs to the vision part."""
     by_picture: frozenset[str] = frozenset()
-    """Those that see one entry a picture, in the rows' order."""
+    """Modules whose inputs have one entry a picture, in the rows' order."""
 
 
 @dataclass(frozen=True)
@@ -231,17 +231,16 @@ class ReadAdapter:
     """An adapter that is ready to be put into the model."""
 
     layers: Mapping[str, RowChange | nn.Module]
-    """What stands for it in each layer, by full name."""
+    """What replaces each changed layer, by full name."""
     alone: bool
-    """Whether pictures of a batch must all be this adapter's: it changes the vision part."""
+    """The adapter changes the vision part, so pictures of a batch must all be its own."""
 
 
 class RowAdapters:
-    """The adapters of one model by name; each row of a batch names one, or none for the base.
+    """The adapters of one model by name; each row of a batch uses one of them, or none for the base.
 
-    They are loaded and dropped while it runs.
-    Layers are replaced from outside, the first time that an adapter changes them. The base's tensors are never copied
-    nor written to; an adapter costs its own.
+    They are loaded and dropped while the model runs. A layer is wrapped the first time that an adapter changes it. The
+    base's tensors are never copied or written to; an adapter costs its own.
     """
 
     def __init__(self, model: nn.Module, layers: Layers) -> None:
@@ -253,7 +252,7 @@ class RowAdapters:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The adapters that rows may name."""
+        """Names the adapters that rows may use."""
         return tuple(self._loaded)
 
     def read(self, folder: str | os.PathLike[str]) -> ReadAdapter:
@@ -269,7 +268,7 @@ class RowAdapters:
         return ReadAdapter(changed, alone=any(name not in self._layers.by_picture for name in vision))
 
     def put(self, name: str, adapter: ReadAdapter) -> None:
-        """Makes a read adapter one that rows may name; between batches only. Where a layer fails, none has it."""
+        """Makes a read adapter available to rows, between batches only. If a layer fails, no layer has it."""
         self._loaded[name] = tuple(adapter.layers)
         try:
             for layer, change in adapter.layers.items():
@@ -279,7 +278,7 @@ class RowAdapters:
             raise
 
     def drop(self, name: str) -> None:
-        """Forgets an adapter, and puts the base's layer back where no other changes it; between batches only."""
+        """Drops an adapter and restores base layers that no other adapter changes, between batches only."""
         for layer_name in self._loaded.pop(name):
             layer = self._row_layer(layer_name)
             layer.drop(name)
@@ -287,7 +286,7 @@ class RowAdapters:
                 put_in_place(self.model, layer, layer.base)
 
     def _changed(self, own: nn.Module, source: Path) -> Iterator[tuple[str, RowChange | nn.Module]]:
-        """Every layer that an adapted copy of the model does not share with it, and what stands for it."""
+        """Lists every layer that an adapted copy of the model does not share with it, with its replacement."""
         whole: list[str] = []
         in_base = {name for name, _ in self._plain.named_modules()}
         for name, module in own.named_modules():
@@ -305,7 +304,7 @@ class RowAdapters:
                 yield name, module
 
     def _own_parameter(self, name: str, module: nn.Module) -> str | None:
-        """The first tensor of a module's own that the base has not; None where there is none."""
+        """Returns the first tensor of a module that the base lacks; None where there is none."""
         if isinstance(module, AdaptedLayer | AdaptedExperts):
             return next((leaf for leaf, _ in module.named_parameters()), "weight")
         plain = self._plain.get_submodule(name)
@@ -340,9 +339,10 @@ class RowAdapters:
 
 
 def rows_seen(model: nn.Module, run: Callable[[], object], *, rows: int, tokens: int) -> frozenset[str]:
-    """Names of the modules that are given `[rows, tokens, ...]`, or a row's last token alone, whenever they are called.
+    """Names the modules that always receive `[rows, tokens, ...]` or each row's last token.
 
-    `run` puts a batch of so many rows of so many tokens through the model: more than one row, and unlike `tokens`.
+    Args:
+        run: puts a batch of so many rows of so many tokens through the model; rows are several and unlike `tokens`.
     """
     seen: dict[str, bool] = {}
     shapes = ((rows, tokens), (rows, 1))

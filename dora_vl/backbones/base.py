@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 Attention = str | Mapping[str, str] | None
-"""Attention kernels as transformers takes them: one, or one for each part by its config's name and for the rest as "";
-None: its own choice for each class."""
+"""Attention kernels in transformers' form: one name, or one for each part by its config's name, with "" for the rest;
+None lets transformers choose."""
 
 
 class Backbone(nn.Module, Generic[Model]):
@@ -38,7 +38,7 @@ class Features(NamedTuple):
 
 
 def attention_of(model: PreTrainedModel) -> Attention:
-    """The kernels that a model was opened with."""
+    """Returns the attention kernels that a model was opened with."""
     parts = {type(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
     kinds = {name: type(getattr(model.config, name)) for name in model.config.sub_configs}
     kernels: dict[str, Any] = {name: parts[kind]._attn_implementation for name, kind in kinds.items() if kind in parts}
@@ -47,7 +47,7 @@ def attention_of(model: PreTrainedModel) -> Attention:
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """The language model's layers without its output head; the model itself where it has none of its own."""
+    """Returns the language model's layers without its output head; the model itself where it has no decoder."""
     decoder = model.get_decoder()
     if not isinstance(decoder, PreTrainedModel) or decoder.get_output_embeddings() is None:
         return decoder
@@ -56,15 +56,15 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 
 
 def head_of(model: PreTrainedModel) -> Any:
-    """The output head, which may be that of a causal language model inside the model; None: there is none."""
+    """Returns the output head, also from a causal language model inside the model; None where there is none."""
     head, decoder = model.get_output_embeddings(), model.get_decoder()
     return decoder.get_output_embeddings() if head is None and isinstance(decoder, PreTrainedModel) else head
 
 
 def max_positions(config: Any) -> int | None:
-    """How many tokens of text, pictures among them, a model of this config takes; None where it states no number.
+    """Returns the tokens, picture tokens included, that a model of this config takes; None where it states no number.
 
-    Learnt positions end in an index error there; rotary ones go on, far from anything that was trained.
+    Learnt positions end in an index error there; rotary ones go on, far beyond what was trained.
     """
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) else None

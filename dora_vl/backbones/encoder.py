@@ -1,4 +1,4 @@
-"""Conversations, their pictures and videos as a processor's own inputs, with labels on the answers; of any model."""
+"""Turns conversations, pictures and videos into any model's processor inputs, with labels on the answers."""
 
 from __future__ import annotations
 
@@ -44,35 +44,35 @@ from dora_vl.files import NO_OWN_CODE, opening
 
 DUMMY_SIDE = 64
 LARGE_SIDE = 1024
-"""Of a picture that every family of dynamic resolution makes more of than of the dummy."""
+"""At this side every family of dynamic resolution makes more of a picture than of the dummy."""
 GREY = (127, 96, 63)
-"""Of the dummy picture; a black one would be taken for padding by families that drop pictures of zeros."""
+"""Colour of the dummy picture; families that drop pictures of zeros would take a black one for padding."""
 
 
 def stand_in(size: tuple[int, int]) -> Image.Image:
-    """A picture for one whose outputs are stored."""
+    """Makes a picture in place of one whose outputs are stored."""
     picture = Image.new("RGB", size, GREY)
     picture.info[STAND_IN] = True
     return picture
 
 
 def _media_up_to(answer: int, turns: Sequence[Turn]) -> tuple[int, int]:
-    """How many pictures and videos the turns show before the answer of this number."""
+    """Counts the pictures and videos that the turns show before the answer of this number."""
     text = "".join([turn.text for turn in turns if turn.role == "user"][: answer + 1])
     return text.count(IMAGE_PLACEHOLDER), text.count(VIDEO_PLACEHOLDER) + text.count(VIDEO_MARK)
 
 
 class _Processed(NamedTuple):
-    """One sample as the processor gives it: ids, and everything else by the processor's own names."""
+    """A sample as the processor returns it: ids, and all other inputs under the processor's own names."""
 
     ids: Int[Tensor, " seq"]
     inputs: dict[str, Any]
     trained: list[bool]
-    """Whether each token is of an answer or closes one."""
+    """True for tokens that belong to an answer or close it."""
     media_end: int
-    """The first place after the tokens of every picture and video."""
+    """Position after the last token of any picture or video."""
     answers: tuple[int, ...]
-    """The numbers of those of the talk's answers that these are."""
+    """Indices of the conversation's answers that are labelled here."""
 
 
 def open_encoder(
@@ -85,14 +85,14 @@ def open_encoder(
     revision: str | None = None,
     thinking: bool | None = None,
 ) -> Encoder:
-    """The encoder of a folder or hub id; no weights are read.
+    """Opens the encoder of a folder or hub id; no weights are read.
 
     Args:
-        template: a prompt format; None: the usual one.
-        train_on: of a published prompt of instructions.
+        template: prompt format; None takes the usual one.
+        train_on: what is labelled under a published prompt of instructions.
         aspect: how a LLaVA-1.5's pictures become squares.
-        max_tokens: of a sample; what the model has no positions for is cut likewise.
-        thinking: whether a chat template that can asks for thoughts; None: as it does by itself.
+        max_tokens: tokens of a sample at most; the model's positions may allow fewer.
+        thinking: asks a chat template for thoughts, or for none; None keeps the template's default.
     """
     processor = load_processor(base, aspect=aspect, revision=revision)
     pictures = sees_pictures(base, revision)
@@ -102,7 +102,7 @@ def open_encoder(
 
 
 def load_processor(base: str, *, aspect: Aspect = "pad", revision: str | None = None) -> Any:
-    """The processor of a folder or hub id; a LLaVA-1.5's or a language model's is made here of its tokenizer."""
+    """Opens the processor of a folder or hub id; a LLaVA-1.5 or language model gets one made of its tokenizer."""
     if not sees_pictures(base, revision):
         return PieceProcessor(load_tokenizer(base, revision=revision))
     if model_type_of(base, revision) == LLAVA:
@@ -129,18 +129,17 @@ def load_processor(base: str, *, aspect: Aspect = "pad", revision: str | None = 
 
 
 class Encoder:
-    """Turns, pictures and videos into what a processor gives for them, and labels; holds no model and can be pickled.
+    """Makes processor inputs and labels of turns, pictures and videos; it holds no model and can be pickled.
 
-    The template's text and the pictures go to the processor together, so that pictures become as many tokens as the
-    family makes of their size. So do the frames of videos, with their times; where a family has no place for videos
-    (`why_no_videos`), their frames go in as pictures. What comes back is not touched, except that a long text loses
-    its end.
+    The template's text and the pictures go to the processor together, so pictures become as many tokens as the family
+    makes of their size. So do videos' frames, with their times; families without videos (`why_no_videos`) get
+    the frames as pictures. What comes back is unchanged, except that a long text loses its end.
 
     Args:
-        processor: of the model.
-        prompts: how turns become text.
+        processor: the model's processor.
+        prompts: turns the conversation into text.
         max_tokens: a longer sample loses text at its end; pictures are never cut.
-        max_positions: of the model; None: it states no number.
+        max_positions: the model's positions; None where it states no number.
     """
 
     def __init__(self, processor: Any, prompts: Prompts, *, max_tokens: int, max_positions: int | None = None) -> None:
@@ -151,24 +150,24 @@ class Encoder:
         self.max_tokens = min(max_tokens, max_positions or max_tokens)
         self.sees_pictures = not isinstance(processor, PieceProcessor) or processor.pixels is not None
         self.own_positions: OwnPositions | None = None
-        """Of a family that counts along several axes (`take_positions_of`)."""
+        """Set by `take_positions_of` for a family that counts along several axes."""
 
     @property
     def pad_token_id(self) -> int:
-        """What fills short rows; masked, so any id does where the tokenizer names none."""
+        """Returns the id that fills short rows; they are masked, so any id does where the tokenizer has none."""
         ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return int(next(token for token in ids if token is not None))
 
     @functools.cached_property
     def tokens_per_image(self) -> int:
-        """Of the dummy picture, and the words beside it; 0: the model sees none."""
+        """Counts the tokens of the dummy picture and the words beside it; 0 where the model sees no pictures."""
         if isinstance(self.processor, PieceProcessor):
             return self.processor.tokens_per_image
         return len(self.dummy().input_ids)
 
     @functools.cached_property
     def why_no_videos(self) -> str | None:
-        """Why videos go in as pictures; None where the family takes videos."""
+        """Says why videos go in as pictures; None where the family takes videos."""
         processor = vars(self.processor)
         if processor.get("video_processor") is None:
             return f"{type(self.processor).__name__} has no video processor"
@@ -179,7 +178,7 @@ class Encoder:
 
     @functools.cached_property
     def videos_of_one_length(self) -> bool:
-        """Whether the videos of a batch must have equally many frames."""
+        """Tells whether all videos of a batch must have equally many frames."""
         if self.why_no_videos:
             return False
         frames = self.dummy_video().inputs.get(ONE_LENGTH)
@@ -187,7 +186,7 @@ class Encoder:
 
     @functools.cached_property
     def one_kind_in_a_batch(self) -> bool:
-        """Whether the model cannot tell pictures from videos of one batch: one token, and inputs of their own (GLM)."""
+        """Tells whether a batch may not mix pictures and videos: they share one token but not their inputs (GLM)."""
         if self.why_no_videos:
             return False
         video = self.dummy_video()
@@ -197,7 +196,7 @@ class Encoder:
 
     @functools.cached_property
     def _lengths_must_agree(self) -> bool:
-        """Whether the processor refuses a sample with videos of several lengths."""
+        """Tells whether the processor refuses a sample with videos of several lengths."""
         videos = [grey_video(GREY, DUMMY_SIDE, frames) for frames in (2, 3)]
         turns = marked([Turn("user", f"{VIDEO_PLACEHOLDER}\n" * len(videos) + ".")])
         try:
@@ -209,12 +208,12 @@ class Encoder:
     def encode(
         self, conversation: Example, pictures: Sequence[Image.Image] = (), videos: Sequence[Video] = ()
     ) -> Encoded:
-        """Inputs and labels of a whole conversation, the labels -100 except on answers and what closes them.
+        """Encodes a whole conversation; labels are -100 except on answers and what closes them.
 
         Args:
-            conversation: with `<image>` and, where it has videos, `<video>` in the order of the next two.
-            pictures: of each `<image>`.
-            videos: frames of each.
+            conversation: its text has `<image>` and `<video>` in the order of the next two.
+            pictures: one for each `<image>`.
+            videos: the frames for each `<video>`.
 
         Raises: BadSample if the turns do not fit the template, a picture would be cut, or no answer is left.
         """
@@ -235,7 +234,7 @@ class Encoder:
         return replace(rows[0], cut_tokens=cut, others=tuple(rows[1:]))
 
     def _row(self, row: _Processed, conversation: Example) -> Encoded:
-        """A row as far as `max_tokens`."""
+        """Cuts a text to `max_tokens` and labels it."""
         ids, trained = row.ids[: self.max_tokens], torch.tensor(row.trained[: self.max_tokens])
         labels = torch.where(trained, ids, IGNORED_LABEL)
         inputs = {name: value[:, : len(ids)] if name in ALIGNED else value for name, value in row.inputs.items()}
@@ -245,13 +244,13 @@ class Encoder:
         return Encoded(ids, labels, inputs=inputs, media_end=end, positions=positions, media=media, answers=row.answers)
 
     def answers(self, conversation: Example) -> list[TrainedAnswer]:
-        """What the labels of a conversation must say."""
+        """Lists what the labels of a conversation must say."""
         question = PROBE[0] if self.sees_pictures else replace(PROBE[0], text=PROBE[0].text.removeprefix("<image>\n"))
         if isinstance(self.prompts, Instruction):  # whose labels may hold the question too
             question = conversation.turns[0]
 
         def around(text: str) -> TrainedAnswer:
-            """What labels hold around an answer, with its thoughts, taken from one that is known."""
+            """Finds what labels hold around an answer, thoughts included, from a known one."""
             _, answer = self.prompts.thought_and_answer(text)
             chat = self.prompts.render([question, replace(PROBE[1], text=text.removesuffix(answer) + PROBE[1].text)])
             if chat.suffix is not None:  # which the processor closes by itself
@@ -268,14 +267,14 @@ class Encoder:
     def encode_prompt(
         self, turns: Sequence[Turn], pictures: Sequence[Image.Image] = (), videos: Sequence[Video] = ()
     ) -> dict[str, Any]:
-        """The processor's inputs of turns that end with a question, up to where the answer begins; never cut."""
+        """Encodes turns that end with a question, up to where the answer begins; never cut."""
         (processed,) = self._processed(turns, pictures, videos, "question", generation_prompt=True)
         return {"input_ids": processed.ids[None], **processed.inputs}
 
     def encode_choice(
         self, turns: Sequence[Turn], choice: str, pictures: Sequence[Image.Image] = (), videos: Sequence[Video] = ()
     ) -> Encoded:
-        """The same with an answer behind it, which alone is labelled, with what closes it; never cut.
+        """Encodes turns and an answer to them; only the answer and what closes it are labelled. Never cut.
 
         Raises: BadSample where the model has no positions for all of it.
         """
@@ -293,22 +292,22 @@ class Encoder:
         return Encoded(ids, labels, 0, inputs, media_end=end, positions=self._positions(ids, inputs))
 
     def take_positions_of(self, model: nn.Module) -> None:
-        """From now on samples have the positions that a model counts along several axes; it may be a skeleton."""
+        """Gives later samples the model's own positions along several axes; a skeleton model suffices."""
         if self.sees_pictures:
             dummy = self.dummy()
             self.own_positions = OwnPositions.by_sample(model, dummy.input_ids, dummy.inputs)
 
     def _positions(self, ids: Int[Tensor, " seq"], inputs: Mapping[str, Any]) -> Int[Tensor, "axes seq"] | None:
-        """The family's own along its axes, where it counts along several."""
+        """Returns the family's own positions; None where it counts along one axis."""
         return None if self.own_positions is None else self.own_positions.of(ids, inputs)
 
     def dummy(self, side: int = DUMMY_SIDE) -> Sample:
-        """A row with a small picture and no label: it takes a batch of words alone through the vision part too."""
+        """Makes a sample of one small picture without labels; it takes a text-only batch through the vision part."""
         return self.pictured([Image.new("RGB", (side, side), GREY)])
 
     @functools.cached_property
     def pixels_count(self) -> bool:
-        """Whether a larger picture becomes more than a small one: more tokens, or more pixels for the model."""
+        """Tells whether a larger picture becomes more tokens, or more pixels for the model."""
         if not self.sees_pictures:
             return False
         sizes: set[tuple[int, int]] = set()
@@ -318,11 +317,11 @@ class Encoder:
         return len(sizes) > 1
 
     def dummy_video(self, frames: int = 2) -> Sample:
-        """Likewise with a small video."""
+        """Makes a sample of one small video without labels."""
         return self.pictured(videos=[grey_video(GREY, DUMMY_SIDE, frames)])
 
     def pictured(self, pictures: Sequence[Image.Image] = (), videos: Sequence[Video] = ()) -> Sample:
-        """A row that shows these and has no label.
+        """Makes a sample that shows these and has no label.
 
         Raises: BadSample where the family does not take so many together.
         """
@@ -333,7 +332,7 @@ class Encoder:
         return Sample(ids, unlabelled, inputs=inputs, media_end=end, positions=positions, id="dummy")
 
     def decode(self, ids: Int[Tensor, " seq"] | Sequence[int]) -> str:
-        """The text of an answer, without special tokens and what ends it."""
+        """Decodes an answer, without special tokens and what ends it."""
         return self.prompts.answer_in(decoded(self.tokenizer, ids))
 
     def _processed(
@@ -346,7 +345,7 @@ class Encoder:
         generation_prompt: bool = False,
         prompts: Prompts | None = None,
     ) -> list[_Processed]:
-        """The talk's rows, that of its last answer first."""
+        """Processes each text of a conversation, that of its last answer first."""
         placeholders = ((IMAGE_PLACEHOLDER,) if pictures else ()) + ((VIDEO_PLACEHOLDER,) if videos else ())
         try:
             # Unicode's noncharacters stand for marks here (`BREAK`, `VIDEO_MARK`, stand-ins).
@@ -411,7 +410,7 @@ class Encoder:
     def _by_prefixes(
         self, chat: Chat, ids: list[int], pictures: Sequence[Image.Image], videos: Sequence[Video], sample: str
     ) -> tuple[list[bool], int]:
-        """Of a processor that tells no places: from how many tokens the text takes up to an answer, and through it.
+        """Finds trained tokens where the processor reports no offsets: an answer is what the text gains by it.
 
         It costs the processor two further calls an answer, pictures included.
         """
@@ -422,7 +421,7 @@ class Encoder:
             return trained, 0
 
         def tokens_up_to(position: int) -> int:
-            """How many tokens the text and its beginning share; the latter's last may be joined to what follows."""
+            """Counts the tokens shared with the text up to there, whose last may merge with what follows."""
             text = chat.text[:position]
             prefix = self._process(Chat(text, ()), pictures[: text.count(token)], (), sample).ids.tolist()
             return shared_beginning(ids, prefix)

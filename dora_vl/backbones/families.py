@@ -1,4 +1,4 @@
-"""Which model types are trained by which path, and the few things a family does not tell by itself.
+"""What the training path must know of model types: who is refused, and what a family does not tell by itself.
 
 Everything else is asked of transformers: the model of its config, the pictures and the text of its processor.
 """
@@ -23,7 +23,7 @@ from dora_vl.errors import UserError
 from dora_vl.files import BRINGS_CODE, NO_OWN_CODE, check_place, opening
 
 LLAVA = "llava"
-"""Its words between pictures are tokenised apart, and its pictures prepared, as LLaVA-1.5's own code does it."""
+"""Text between its pictures is tokenised piece by piece, and pictures are prepared, as in LLaVA-1.5's own code."""
 
 _ENCODER_DECODER = "its decoder reads what an encoder made of the pictures, and its labels do not shift"
 _NO_CHAT = "it answers no conversation"
@@ -62,13 +62,13 @@ NOT_TRAINED: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(_SPEECH, _NOT_TEXT),
     }
 )
-"""Image-text-to-text and causal language models of transformers that this path does not fit, and why."""
+"""Maps each model type of transformers that this path does not fit to the reason."""
 
 TURNED_UNDER_ZERO3: Mapping[str, Mapping[str, tuple[str, str, str]]] = MappingProxyType(
     {"qwen3_vl_moe": {".mlp.experts.down_proj": ("num_experts", "hidden_size", "moe_intermediate_size")}}
 )
-"""Model type -> weight -> its shape in the model, by names of the text config, where transformers 5.24 transposes such
-weights if they are stored in another shape. Under ZeRO-3 it sees none of the model's, and always transposes."""
+"""Maps model type and weight to the weight's shape in the model, by names of the text config. transformers 5.24
+transposes such weights if they are stored in another shape; under ZeRO-3 it sees no shapes and always transposes."""
 
 PROJECTORS = (
     "multi_modal_projector",
@@ -88,19 +88,19 @@ PROJECTORS = (
     "mlp1",
     "visual_embedding",
 )
-"""Last part of the name of what stands between vision and language, as transformers' families call it."""
+"""Last parts of the names that transformers' families give the module between vision and language."""
 
 BYPASSED = (".altup.correction_coefs", ".indexer.wq_b", ".indexer.wk", ".indexer.weights_proj")
-"""Ends of names of linear layers where an adapter would learn nothing in silence: the model uses their weight without
+"""Name endings of linear layers where an adapter would silently learn nothing: the model uses their weight without
 calling them (Gemma 3n while it trains), or they choose which tokens are seen, which has no gradient (HY 4)."""
 
 CROSSING, SEES = "cross_attn", "full_text_row_masked_out_mask"
-"""In a layer through which words look at pictures (mllama): the module that does, and the input that says which of them
-see any."""
+"""In layers through which words look at pictures (mllama), these name the attention module and the input that says
+which words see any."""
 
 
 def model_type_of(base: str, revision: str | None = None) -> str:
-    """The `model_type` of a folder or hub id; nothing but its config is read."""
+    """Reads the `model_type` of a folder or hub id; nothing but its config is read."""
     check_place(base)
     here = (
         "cannot be opened"
@@ -118,7 +118,7 @@ def model_type_of(base: str, revision: str | None = None) -> str:
 
 
 def config_of(base: str, revision: str | None = None) -> Any:
-    """The config of a folder or hub id."""
+    """Reads the config of a folder or hub id."""
     register_towers()
     with opening(f"model.base {base!r} cannot be opened as its config.json says"):
         config = AutoConfig.from_pretrained(base, revision=revision or "main", **NO_OWN_CODE)
@@ -130,13 +130,13 @@ def config_of(base: str, revision: str | None = None) -> Any:
 
 
 def sees_pictures(base: str, revision: str | None = None) -> bool:
-    """Whether a folder or hub id is a vision-language model's; a language model takes words alone."""
+    """Tells whether a folder or hub id is a vision-language model's; a language model takes words alone."""
     model_type = model_type_of(base, revision)
     return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or not is_language_model(model_type)
 
 
 def is_language_model(model_type: str) -> bool:
-    """Whether transformers knows the type as a causal language model, and as no vision-language model."""
+    """Tells whether transformers knows the type as a causal language model and not as a vision-language model."""
     is_causal = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     return is_causal and model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 

@@ -1,4 +1,4 @@
-"""A frozen vision tower that turns pictures and videos into features: computed beforehand, or when a person asks."""
+"""A frozen vision tower that computes features of pictures and videos, beforehand or on demand."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from dora_vl.files import NO_OWN_CODE, check_model_folder, opening
 
 
 def load_pooled(spec: TowerSpec) -> tuple[nn.Module, Preparation]:
-    """The network and the preparation it expects; pixels in, [pictures, width] out.
+    """Loads a network that maps pixels to [pictures, width], and the preparation it expects.
 
     open_clip and transformers give CLIP's projected picture embedding, not normalised; timm the pooled output before
     its classifier (which in timm's CLIP models is the projection, so it is left out).
@@ -58,14 +58,14 @@ def load_pooled(spec: TowerSpec) -> tuple[nn.Module, Preparation]:
 
 
 class PictureEmbedding(nn.Module):
-    """The picture side of a transformers two-tower model, its projection included."""
+    """The picture side of a two-tower model of transformers, with its projection."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, pixels: Float[Tensor, "pictures 3 height width"]) -> Float[Tensor, "pictures channels"]:
-        """Projected embeddings, not normalised."""
+        """Returns projected embeddings, not normalised."""
         output = self.model.get_image_features(pixel_values=pixels)
         return output if isinstance(output, Tensor) else output.pooler_output
 
@@ -75,19 +75,18 @@ Kept = Literal["grid", "pooled"]
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSettings:
-    """Everything that decides the features of a picture or a video.
+    """All settings that decide the features of a picture or a video.
 
     Attributes:
         tower: the vision network.
-        kept: of each picture or frame: its `grid`, one token a cell; or the network's own `pooled` output (CLIP's
-            projection), not normalised.
-        merge: cells along a side of a block that becomes one token, their numbers side by side: nothing is averaged
-            away, and a frame is few tokens.
-        changes: beside its numbers each token holds how they differ from the frame before (0 in the first, and in
-            pictures), so that one token says which way something moves.
+        kept: what stays of a picture or frame: its `grid`, one token a cell; or the network's own `pooled` output
+            (CLIP's projection), not normalised.
+        merge: cells along a side of a block that becomes one token; their numbers are concatenated, none is averaged.
+        changes: each token also holds its difference to the frame before (0 in the first, and in pictures), so that one
+            token says which way something moves.
         aspect: how a picture becomes a square.
-        every_seconds: a video's time between two frames; VALUE's features have 1.5.
-        frames: so many frames of a video instead, evenly.
+        every_seconds: time between two frames of a video; VALUE's features have 1.5.
+        frames: takes so many frames of a video instead, evenly.
     """
 
     tower: TowerSpec
@@ -100,7 +99,7 @@ class FeatureSettings:
 
     @property
     def sampling(self) -> Sampling:
-        """Which frames of a video."""
+        """Returns how frames of a video are chosen."""
         if self.frames is not None and self.every_seconds is not None:
             raise UserError(f"every {self.every_seconds} s and {self.frames} frames: give one of the two")
         if self.frames is not None:
@@ -108,12 +107,12 @@ class FeatureSettings:
         return EverySeconds() if self.every_seconds is None else EverySeconds(self.every_seconds)
 
     def to_record(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Returns plain JSON values."""
         return asdict(self)
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> FeatureSettings:
-        """From what `to_record` gave."""
+        """Reads what `to_record` returned."""
         try:
             tower = dict(record["tower"])
             for name in ("image_mean", "image_std"):
@@ -124,7 +123,7 @@ class FeatureSettings:
 
 
 class FeatureEncoder:
-    """A frozen tower that turns pictures and frames into features."""
+    """Computes features of pictures and frames with a frozen tower."""
 
     def __init__(self, settings: FeatureSettings, *, device: torch.device | None = None) -> None:
         self.settings = settings
@@ -139,32 +138,32 @@ class FeatureEncoder:
         self.preparation = ImagePreparation(preparation, aspect=settings.aspect)
 
     def fingerprint(self) -> str:
-        """A hash of the weights and of everything that changes the pixels."""
+        """Hashes the weights and everything that changes the pixels."""
         return store_key(self.network, {"preparation": self.preparation.fingerprint()})
 
     @torch.no_grad()
     def encode(self, pixels: Float[Tensor, "pictures 3 height width"]) -> Float[Tensor, "pictures tokens channels"]:
-        """Prepared pictures as features, without changes; `pooled` is one token each."""
+        """Encodes prepared pictures, without `changes`; `pooled` gives one token each."""
         features = self.network(pixels.to(self.device)).float()
         return features.unsqueeze(1) if self.settings.kept == "pooled" else merged(features, self.settings.merge)
 
     def pictures(self, pictures: Sequence[Image]) -> Float[Tensor, "pictures tokens channels"]:
-        """Pictures as features, each by itself."""
+        """Encodes pictures, each by itself."""
         return torch.stack([self.frames([picture]) for picture in pictures])
 
     def frames(self, pictures: Sequence[Image]) -> Float[Tensor, "tokens channels"]:
-        """Frames of one clip, in order, as its features."""
+        """Encodes one clip's frames, in order."""
         return self.sequence(self.encode(torch.stack([self.preparation.prepare(picture) for picture in pictures])))
 
     def sequence(self, frames: Float[Tensor, "frames tokens channels"]) -> Float[Tensor, "all_tokens all_channels"]:
-        """The features of a clip from what `encode` made of its frames in order: one frame after the other."""
+        """Joins the outputs of `encode` for a clip's frames, in order."""
         return (with_changes(frames) if self.settings.changes else frames).flatten(0, 1)
 
 
 def merged(
     grid: Float[Tensor, "pictures cells channels"], side: int
 ) -> Float[Tensor, "pictures blocks block_channels"]:
-    """Blocks of `side` by `side` cells as one token each, row by row; what InternVL calls pixel unshuffling."""
+    """Merges blocks of `side` by `side` cells to one token each, row by row; InternVL calls it pixel unshuffling."""
     before = math.isqrt(grid.shape[1])
     if before**2 != grid.shape[1] or before % side:
         raise UserError(
@@ -176,13 +175,13 @@ def merged(
 
 
 def with_changes(frames: Float[Tensor, "frames tokens channels"]) -> Float[Tensor, "frames tokens twice_the_channels"]:
-    """Each token's numbers, then how they differ from the same place's in the frame before; 0 in the first frame."""
+    """Appends to each token its difference to the same position of the frame before; 0 in the first frame."""
     before = torch.cat([frames[:1], frames[:-1]])
     return torch.cat([frames, frames - before], dim=-1)
 
 
 class GridNetwork(nn.Module):
-    """A tower whose output is its grid and nothing else, whichever class it is of."""
+    """A tower of any class whose output is its grid alone."""
 
     def __init__(self, model: nn.Module, *, layer: int, prefix: int) -> None:
         super().__init__()
@@ -191,7 +190,7 @@ class GridNetwork(nn.Module):
         self._prefix = prefix
 
     def forward(self, pixels: Float[Tensor, "pictures 3 height width"]) -> Float[Tensor, "pictures tokens channels"]:
-        """Grid tokens, row by row."""
+        """Returns grid tokens, row by row."""
         if self._layer == -1:
             return self.model(pixels).last_hidden_state[:, self._prefix :]
         return self.model(pixels, output_hidden_states=True).hidden_states[self._layer][:, self._prefix :]
@@ -200,7 +199,7 @@ class GridNetwork(nn.Module):
 def open_encoders(
     adapter: Path, recipe: Mapping[str, Any], *, device: torch.device, any_tower: bool = False
 ) -> dict[str, FeatureEncoder]:
-    """An encoder for each task of the recipe whose features say how they were made; equal settings share one."""
+    """Opens an encoder for each task of the recipe whose features say how they were made; equal settings share one."""
     stated = {name: recipe["features"].get(name) for name in recipe["tasks"]}
     if not any(stated.values()):
         raise UserError(
@@ -229,7 +228,7 @@ def open_encoders(
 
 @dataclass(frozen=True)
 class Medium:
-    """A picture's path or a clip, and the name of its features."""
+    """The path of a picture or a clip, and the name of its features."""
 
     name: str
     path: str
@@ -237,17 +236,17 @@ class Medium:
 
     @property
     def part(self) -> Part:
-        """Of the video; a picture is whole."""
+        """Returns the part of the video; a picture is whole."""
         return WHOLE if self.clip is None else part_of(self.clip)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Media(Dataset["Pixels | BadSample"]):
-    """Reads and prepares media; what cannot be read is the error.
+    """Reads and prepares media; unreadable ones become errors.
 
     Attributes:
         root: the folder of their paths.
-        sampling: which frames of a clip; `reader` decodes it.
+        sampling: chooses a clip's frames; `reader` decodes them.
     """
 
     media: Sequence[Medium]
@@ -281,13 +280,13 @@ class Pixels:
     medium: Medium
     frames: Float[Tensor, "frames 3 height width"]
     source: Mapping[str, Any]
-    """Fields of its `FeatureRow`."""
+    """Fields of the `FeatureRow`."""
 
 
 def computed(
     media: Media, encode: Callable[[Tensor], Tensor], *, workers: int, progress: bool
 ) -> Iterator[FeatureRow | BadSample]:
-    """The media's rows in their order; of those that could not be read the error."""
+    """Yields the media's rows in order, and errors for those that could not be read."""
     loader: Iterable[Any] = DataLoader(media, batch_size=None, num_workers=workers)
     for item in tqdm(loader, total=len(media), unit="file", desc="features", disable=not progress):
         if isinstance(item, BadSample):

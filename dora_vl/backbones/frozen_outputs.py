@@ -1,9 +1,9 @@
-"""What frozen vision parts give for a sample's pictures, kept and handed in again: the same loss, no tower run.
+"""Stores what frozen vision parts output for a sample's pictures and replays it: same loss, no tower run.
 
-Nothing here knows a family. A frozen part is an outermost module outside the decoder, none of whose weights trains,
-that is called with something made of pixels. Its outputs, whatever they are (a tensor, a tuple, a ModelOutput), are
-flattened; those that a gradient comes back to are kept, of the others the shape. One pass of one picture and one of
-two say along which dimension an output grows; every pass ends at the decoder. Outputs are those of a sample's pictures
+Nothing here knows a family. A frozen part is an outermost module outside the decoder, without trained weights, that is
+called with something made of pixels. Its outputs, whatever they are (a tensor, a tuple, a ModelOutput), are flattened;
+those that a gradient comes back to are kept, of the others the shape. A pass of one picture and a pass of two show
+along which dimension an output grows; every pass ends at the decoder. Outputs belong to all pictures of a sample
 together: some processors cut a lone picture into tiles and two into none.
 """
 
@@ -43,33 +43,33 @@ from dora_vl.errors import BadSample, UserError
 log = logging.getLogger(__name__)
 
 Outputs = Mapping[str, Sequence[Sequence[Any]]]
-"""Of each part, of each of its calls, the flattened outputs; `Hollow` in the place of a tensor that nobody reads."""
+"""Maps each part to its calls' flattened outputs; `Hollow` replaces a tensor that nobody reads."""
 SAME = 0.05
-"""How far stored outputs may be off at the decoder, as a share of what they change: half precision rounds otherwise in
-a batch; pictures in a wrong order or place are off by all of it."""
+"""Error allowed in stored outputs at the decoder, as a share of what pictures change there. Half precision rounds
+otherwise in a batch; pictures in a wrong order or place are off by all of it."""
 
 
 class NotStorable(Exception):
-    """Why a family's frozen outputs cannot be kept."""
+    """Says why a family's frozen outputs cannot be stored."""
 
 
 @dataclass(frozen=True)
 class Hollow:
-    """Stands for a tensor whose numbers nobody reads."""
+    """Replaces a tensor whose numbers nobody reads."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 class Call(NamedTuple):
-    """What one call of a part gives."""
+    """What one call of a part returns."""
 
     spec: Any
-    """Of the tree that its flattened outputs came from."""
+    """Tree structure that the flattened outputs came from."""
     read: frozenset[int]
-    """Which of them the rest of the model reads."""
+    """Indices of the outputs that the rest of the model reads."""
     axes: tuple[int, ...]
-    """Along which dimension each grows with the pictures."""
+    """Dimension along which each output grows with the pictures."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,13 @@ class FrozenParts:
     """The frozen parts of a model by name, and how their outputs are joined."""
 
     calls: Mapping[str, tuple[Call, ...]]
-    """Of a part that is called once for each picture, one stands for all."""
+    """Each part's calls; a part that is called once a picture has one entry."""
     batched: Mapping[str, bool]
-    """Whether a part takes all pictures of a batch in one call."""
+    """True for a part that takes all pictures of a batch in one call."""
 
     @torch.no_grad()
     def outputs_of(self, model: Any, inputs: Mapping[str, Any]) -> Outputs:
-        """What is kept of a model's inputs for one sample."""
+        """Computes what is stored for one sample's inputs."""
         outputs: dict[str, list[list[Any]]] = {}
         for name, recorded in _recorded(model, self.calls, inputs).items():
             outputs[name] = []
@@ -93,7 +93,7 @@ class FrozenParts:
         return outputs
 
     def outputs_of_each(self, model: Any, samples: Sequence[Sample], pad_token_id: int) -> list[Outputs]:
-        """What is kept of each of several samples, in one pass where their pictures have the same shapes."""
+        """Computes what is stored for each sample, in one pass where their pictures have the same shapes."""
         alone = self.outputs_of(model, inputs_of(model, samples[0]))
         if len(samples) > 1:
             whole = self.outputs_of(model, model_inputs(model, Collator(pad_token_id)(samples)))
@@ -103,7 +103,7 @@ class FrozenParts:
         return [alone, *(self.outputs_of(model, inputs_of(model, sample)) for sample in samples[1:])]
 
     def _part(self, whole: Outputs, number: int, count: int) -> Outputs:
-        """One sample's of the outputs of several of the same shapes."""
+        """Cuts one sample's outputs out of those of several samples of the same shapes."""
         part: dict[str, list[list[Any]]] = {}
         for name, calls in whole.items():
             if self.batched[name]:
@@ -118,7 +118,7 @@ class FrozenParts:
 
     @contextlib.contextmanager
     def replaying(self, model: Any, samples: Sequence[Outputs]) -> Iterator[None]:
-        """Meanwhile the parts give what was kept of these samples, in the batch's order."""
+        """Makes the parts return what is stored for these samples, in the batch's order."""
         modules = {name: model.get_submodule(name) for name in self.calls}
         before = {name: module.__dict__.get("forward") for name, module in modules.items()}
         for name, module in modules.items():
@@ -155,7 +155,7 @@ def _hollow(leaf: Any) -> Any:
 
 
 def _share(leaf: Any, axis: int, number: int, count: int) -> Any:
-    """One of so many equal parts."""
+    """Returns one of so many equal shares."""
     if not isinstance(leaf, Tensor | Hollow) or not leaf.shape or leaf.shape[axis] % count:
         return leaf
     if isinstance(leaf, Tensor):
@@ -164,7 +164,7 @@ def _share(leaf: Any, axis: int, number: int, count: int) -> Any:
 
 
 def _alike(outputs: Outputs, other: Outputs) -> bool:
-    """Whether they are the same but for rounding."""
+    """Tells whether outputs are equal but for rounding."""
     (leaves, spec), (others, other_spec) = pytree.tree_flatten(outputs), pytree.tree_flatten(other)
     return spec == other_spec and all(
         a.shape == b.shape and float((a.double() - b.double()).norm()) <= SAME * float(a.double().norm())
@@ -175,7 +175,7 @@ def _alike(outputs: Outputs, other: Outputs) -> bool:
 
 
 def _joined(values: Sequence[Any], axis: int, device: torch.device) -> Any:
-    """Tensors of samples one behind another, other dimensions filled up; what is no tensor is the same of all."""
+    """Concatenates samples' tensors, other dimensions padded; values that are no tensors are equal in all."""
     first = values[0]
     if not isinstance(first, Tensor | Hollow) or (len(values) == 1 and isinstance(first, Tensor)):
         return first
@@ -193,9 +193,9 @@ def _joined(values: Sequence[Any], axis: int, device: torch.device) -> Any:
 
 
 def find_parts(model: Any, inputs: Mapping[str, Any], doubled: Mapping[str, Any] | None = None) -> FrozenParts:
-    """The frozen parts of a model in eval mode, from the inputs of one sample and of a batch of it twice.
+    """Finds a model's frozen parts, in eval mode, from inputs of one sample and of a batch that holds it twice.
 
-    Without `doubled`, for a batch that is handed in again as a whole.
+    `doubled=None` suits a batch that is replayed as a whole.
 
     Raises: NotStorable if there is none, or its outputs do not grow with the pictures along one dimension.
     """
@@ -227,7 +227,7 @@ def find_parts(model: Any, inputs: Mapping[str, Any], doubled: Mapping[str, Any]
 
 @torch.no_grad()
 def _prove(model: Any, parts: FrozenParts, samples: Sequence[Sample], pad_token_id: int) -> None:
-    """Compares what the decoder gets of a batch with what it gets of the stored outputs of the samples' pictures.
+    """Compares the decoder's inputs from a batch with those from the stored outputs of its samples.
 
     Raises: NotStorable if they differ, or the pictures change nothing.
     """
@@ -261,7 +261,7 @@ def _prove(model: Any, parts: FrozenParts, samples: Sequence[Sample], pad_token_
 
 
 def proven_parts(model: Any, encoder: Encoder) -> FrozenParts:
-    """The frozen parts of a model, proven by batches of pictures of several sizes and of words.
+    """Finds frozen parts and proves them on batches of pictures of several sizes and of words.
 
     Raises: NotStorable.
     """
@@ -284,12 +284,12 @@ def proven_parts(model: Any, encoder: Encoder) -> FrozenParts:
 
 
 def inputs_of(model: Any, sample: Sample) -> dict[str, Any]:
-    """What a model takes of one sample alone."""
+    """Collates one sample for the model."""
     return model_inputs(model, {"input_ids": sample.input_ids[None], **sample.inputs})
 
 
 def model_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model takes of a batch, on its device, numbers of pictures in its number type."""
+    """Moves a batch to the model's device, and floating-point inputs to its dtype."""
     return {
         name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
         if isinstance(value, Tensor)
@@ -316,7 +316,7 @@ class _DecoderReached(Exception):
 
 
 def _decoder_inputs(model: Any, inputs: Mapping[str, Any], hooks: Sequence[Any] = ()) -> list[Any]:
-    """What the decoder is called with, flattened; the pass ends there, and the hooks are removed."""
+    """Runs the model up to its decoder and returns the decoder's flattened arguments; the hooks are removed."""
     reached: list[Any] = []
 
     def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -336,7 +336,7 @@ def _decoder_inputs(model: Any, inputs: Mapping[str, Any], hooks: Sequence[Any] 
 
 
 def _recorded(model: Any, names: Sequence[str] | Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Each part's flattened outputs, with their spec."""
+    """Records each part's flattened outputs and their tree structure."""
     recorded: dict[str, list[Any]] = {name: [] for name in names}
 
     def record(name: str, _: nn.Module, __: Any, output: Any) -> None:
@@ -349,9 +349,9 @@ def _recorded(model: Any, names: Sequence[str] | Mapping[str, Any], inputs: Mapp
 
 
 def _read_leaves(model: Any, batched: Mapping[str, bool], inputs: Mapping[str, Any]) -> dict[tuple[str, int], set[int]]:
-    """Which outputs the rest of the model reads: those that a gradient comes back to.
+    """Finds the outputs that the rest of the model reads: those that a gradient comes back to.
 
-    Every part's outputs are cut off from what made them, so that a part that only feeds another one is read by nobody.
+    Every part's outputs are detached from what made them, so a part that only feeds another part is read by nobody.
     """
     seen: list[tuple[str, int, int, Tensor]] = []
     counts = dict.fromkeys(batched, 0)
@@ -381,13 +381,13 @@ def _read_leaves(model: Any, batched: Mapping[str, bool], inputs: Mapping[str, A
 
 
 def _frozen_modules(model: Any, inputs: Mapping[str, Any]) -> tuple[str, ...]:
-    """Outermost modules with weights, none of which trains, called with something made of pixels before the decoder."""
+    """Lists outermost frozen modules that are called, before the decoder, with something made of pixels."""
     decoder = set(decoder_of(model).modules())
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     ids = {id(weight) for weight in trained}
 
     def called(batch: Mapping[str, Any]) -> dict[nn.Module, None]:
-        """Frozen modules that are called with something that asks for a gradient."""
+        """Lists frozen modules that are called with something that requires a gradient."""
         modules = dict[nn.Module, None]()
 
         def note(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -424,12 +424,12 @@ def _frozen_modules(model: Any, inputs: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _is_float(value: Any) -> bool:
-    """Of a processor's inputs, whether it holds pixels: grids and sizes are whole numbers."""
+    """Tells pixels among a processor's inputs from grids and sizes, which are whole numbers."""
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def without_pixels(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs whose pixels are a one of their shape, which models still ask for (idefics takes zeros for padding)."""
+    """Replaces pixels by ones of their shape, which models still ask for (idefics takes zeros for padding)."""
     return {
         name: torch.ones((), dtype=value.dtype, device=value.device).expand(value.shape) if _is_float(value) else value
         for name, value in inputs.items()
@@ -437,23 +437,23 @@ def without_pixels(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def hollowed(sample: Any, outputs: Outputs) -> Any:
-    """A `Sample` or `Encoded` with stored outputs in the place of its pixels."""
+    """Replaces the pixels of a `Sample` or `Encoded` by stored outputs."""
     return replace(sample, inputs=without_pixels(sample.inputs), stored=(outputs,))
 
 
 class StoredRow(NamedTuple):
-    """What is kept of a sample's pictures."""
+    """What is stored for a sample's pictures."""
 
     sizes: Sequence[tuple[int, int]]
-    """Width and height of each."""
+    """Width and height of each picture."""
     outputs: Outputs
 
 
 class OutputStore:
-    """Outputs by `PictureReader.key`; several processes may fill it, workers read it.
+    """Stores outputs by `PictureReader.key`; several processes may fill it, workers read it.
 
     Args:
-        cache: the folder of stores; the one in it is named after the parts' weights and `settings`.
+        cache: the folder of stores; this one is named after the parts' weights and `settings`.
         settings: what else decides the outputs (`PictureReader.settings`).
     """
 
@@ -470,7 +470,7 @@ class OutputStore:
         self._has_room = False
 
     def missing(self, reader: PictureReader, pictures: Iterable[Sequence[str]]) -> list[Sequence[str]]:
-        """What it lacks of the pictures of samples, and those whose files have changed since; each once."""
+        """Lists the samples' pictures that the store lacks or whose files have changed since, each once."""
         keys = {reader.key(names): names for names in pictures}
         return [names for key, names in keys.items() if key not in self._shards.entries]
 
@@ -485,10 +485,10 @@ class OutputStore:
         workers: int = 0,
         together: int = 1,
     ) -> None:
-        """Computes a process's part of what is missing; may be stopped and goes on with what is on the disk.
+        """Computes one process's part of what is missing; interrupted, it goes on from what is on the disk.
 
-        Samples whose pictures have the same shapes go through the parts `together`, up to so many.
-        Pictures that cannot be read are left out, and tried again by every run that comes: a file may be mended.
+        Up to `together` samples whose pictures have the same shapes go through the parts at once. Pictures that cannot
+        be read are left out, and tried again by every later run: a file may be mended.
         """
         todo = missing[part[0] :: part[1]]
         if not todo:
@@ -510,7 +510,7 @@ class OutputStore:
     def _compute(
         self, model: Any, parts: FrozenParts, reader: PictureReader, rows: Sequence[tuple[str, Any, Sample]], total: int
     ) -> None:
-        """Adds the outputs of some samples' pictures; before the first, all of them must find room."""
+        """Stores the outputs of some samples' pictures; the first call checks that all of them have room."""
         outputs = parts.outputs_of_each(model, [sample for _, _, sample in rows], reader.encoder.pad_token_id)
         for (key, sizes, _), of_sample in zip(rows, outputs, strict=True):
             described, tensors = _described(of_sample)
@@ -529,9 +529,9 @@ class OutputStore:
         self._shards.refresh()
 
     def read(self, reader: PictureReader, names: Sequence[str]) -> StoredRow:
-        """What was kept of a sample's pictures.
+        """Reads what is stored for a sample's pictures.
 
-        Raises: BadSample if that is nothing, since they cannot be read or have changed.
+        Raises: BadSample if nothing is, since they cannot be read or have changed.
         """
         key = reader.key(names)
         if key not in self._shards.entries:
@@ -544,7 +544,7 @@ class OutputStore:
 
 
 def _described(outputs: Outputs) -> tuple[Any, list[Tensor]]:
-    """Outputs as plain JSON values, and the tensors that they number."""
+    """Converts outputs to plain JSON values, and the tensors that these number."""
     tensors: list[Tensor] = []
 
     def described(leaf: Any) -> Any:
@@ -560,7 +560,7 @@ def _described(outputs: Outputs) -> tuple[Any, list[Tensor]]:
 
 
 def _rebuilt_outputs(described: Mapping[str, Any], tensors: Sequence[Tensor]) -> Outputs:
-    """Outputs as the parts gave them, from what a row says of them and its tensors."""
+    """Rebuilds outputs from their JSON values and tensors."""
 
     def leaf_of(leaf: Mapping[str, Any]) -> Any:
         if "tensor" in leaf:
@@ -577,8 +577,8 @@ class PictureReader:
     """Opens a sample's pictures and encodes them; worker processes may have it.
 
     Attributes:
-        stored: pictures that the data file itself holds.
-        most_pixels: of a sample; what is above it is shrunk.
+        stored: pictures inside the data file.
+        most_pixels: pixels of a sample at most; larger ones are shrunk.
     """
 
     encoder: Encoder
@@ -587,11 +587,11 @@ class PictureReader:
     most_pixels: int | None = None
 
     def key(self, names: Sequence[str]) -> str:
-        """A sample's pictures in order: their names, bytes and times of change."""
+        """Identifies a sample's pictures in order: names, sizes in bytes and times of change."""
         return json.dumps([[name, *_file_state(self.folder.root / name)] for name in names])
 
     def settings(self) -> dict[str, Any]:
-        """What decides the pixels; another folder may have pictures of the same names, sizes and times."""
+        """Returns what decides the pixels; another folder may have pictures of the same names, sizes and times."""
         return {
             "processor": hashlib.sha256(self.encoder.processor.to_json_string().encode()).hexdigest(),
             "reading": AS_PUBLISHED if self.folder.as_published else READING,
@@ -600,7 +600,7 @@ class PictureReader:
         }
 
     def read(self, names: Sequence[str]) -> tuple[list[tuple[int, int]], Sample]:
-        """The sizes of the files' pictures, and a row that shows them as training does.
+        """Reads the pictures; returns their sizes, and a sample that shows them as training does.
 
         Raises: BadSample.
         """
@@ -612,7 +612,7 @@ class PictureReader:
 
 
 def _file_state(path: Path) -> tuple[int, int]:
-    """A file's bytes and time of change in nanoseconds, where there is one."""
+    """Returns a file's size in bytes and time of change in nanoseconds; -1 where there is none."""
     try:
         state = path.stat()
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Text of tokens as they come, at the cost of the last few: to decode the whole answer each time takes ever longer."""
+"""What generation needs beside transformers: text that grows with its tokens, and rows whose scores are no numbers."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from dora_vl.errors import UserError
 
 NOT_YET_A_CHARACTER = "\ufffd"
-"""What decoding gives for the first bytes of a character whose last are still to come."""
+"""Decoders return this for the first bytes of a character whose last bytes are still to come."""
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: Iterable[object]) -> str:
-    """The text of ids, without special tokens; `ids` may be a tensor's row."""
+    """Decodes ids without special tokens; `ids` may be a tensor's row."""
     return str(tokenizer.decode([int(token) for token in ids], skip_special_tokens=True))  # pyright: ignore[reportArgumentType]
 
 
 def growing_text(tokenizer: PreTrainedTokenizerBase, answer_in: Callable[[str], str]) -> Callable[[Sequence[int]], str]:
-    """What gives the text of an answer's ids as they grow.
+    """Returns a decoder for an answer's ids as they grow.
 
     Args:
-        answer_in: what of the whole text is the answer.
+        answer_in: cuts the answer out of the whole text.
     """
     if tokenizer.clean_up_tokenization_spaces:  # takes spaces back across several tokens
         return lambda ids: answer_in(decoded(tokenizer, ids))
@@ -38,14 +38,14 @@ def growing_text(tokenizer: PreTrainedTokenizerBase, answer_in: Callable[[str], 
 
 
 class GrowingText:
-    """Gives the text of ids that grow from call to call; the same as decoding them all.
+    """Decodes ids that grow from call to call, at the cost of the last few; equal to decoding them all.
 
-    A token's text depends on the one before it (a space between words, the rest of a character), so what is decoded
-    each time is the tokens since the last text but one.
+    A token's text depends on the one before it (a space between words, the rest of a character), so each call decodes
+    the tokens since the last text but one.
 
     Args:
-        decode: the text of some ids.
-        answer_in: what of the whole text is the answer.
+        decode: decodes some ids.
+        answer_in: cuts the answer out of the whole text.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], answer_in: Callable[[str], str]) -> None:
@@ -58,7 +58,7 @@ class GrowingText:
         """The text of the ids from `_from` to `_until`."""
 
     def __call__(self, ids: Sequence[int]) -> str:
-        """The answer so far; `ids` begin with those of the call before."""
+        """Returns the answer so far; `ids` begin with those of the call before."""
         window = self._decode(ids[self._from :])
         if not window.startswith(self._known):
             return self._answer_in(self._anew(ids))
@@ -70,7 +70,7 @@ class GrowingText:
         return self._answer_in(self._text)
 
     def _anew(self, ids: Sequence[int]) -> str:
-        """A tokenizer that takes text back which it gave, such as a space before a full stop."""
+        """Decodes everything, for tokenizers that take text back, such as a space before a full stop."""
         whole = self._decode(ids)
         if not whole.endswith(NOT_YET_A_CHARACTER):
             self._text = whole
@@ -86,25 +86,25 @@ NO_NUMBERS = "the model's scores of the next word are no numbers; ask with a low
 
 
 class NoNumbers(UserError):
-    """The scores were no numbers for the one question that was asked."""
+    """Reports that the scores for a single question were no numbers."""
 
     def __init__(self) -> None:
         super().__init__(NO_NUMBERS)
 
 
 NO_TOKEN = -1
-"""What the ids of a row without numbers are."""
+"""Every id of a row without numbers."""
 
 
 def end_tokens(model: PreTrainedModel) -> frozenset[int]:
-    """Tokens that end an answer."""
+    """Returns the tokens that end an answer."""
     generation = model.generation_config
     ends = None if generation is None else generation.eos_token_id
     return frozenset([] if ends is None else ends if isinstance(ends, list) else [ends])
 
 
 def with_numbers(texts: Sequence[str], scores: Float[Tensor, "rows ..."]) -> list[str | None]:
-    """The texts that were chosen by scores, a row each; None where one of a row's is NaN."""
+    """Keeps the texts chosen by scores, a row each; None replaces a text where one of its scores is NaN."""
     broken = scores.isnan().flatten(1).any(1).tolist()
     return [None if is_broken else text for text, is_broken in zip(texts, broken, strict=True)]
 
@@ -112,11 +112,11 @@ def with_numbers(texts: Sequence[str], scores: Float[Tensor, "rows ..."]) -> lis
 class ScoreWatch:
     """Ends rows whose scores are no numbers, and marks them; the others go on.
 
-    A row's largest score is NaN where any is. Nothing is read back from the device before the end. Whoever gives
-    generate a logits processor or a stopping criterion of their own looks at the scores themselves.
+    A row's largest score is NaN where any is. Nothing is read back from the device before the end. Callers that pass
+    generate a logits processor or stopping criterion of their own must look at the scores themselves.
 
     Attributes:
-        options: for transformers' generate.
+        options: arguments for transformers' generate.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -129,7 +129,7 @@ class ScoreWatch:
         self._broken: Tensor | None = None
 
     def _look(self, input_ids: Tensor, scores: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
-        """Notes the rows without numbers; one that is over already is padded, and says nothing any more."""
+        """Notes rows without numbers; rows that are over are padded, and no longer count."""
         broken = ~scores.amax(-1).isfinite()
         if self._broken is None or self._over is None:
             self._broken, self._over = broken, torch.zeros_like(broken)
@@ -137,7 +137,7 @@ class ScoreWatch:
         return scores
 
     def _end(self, input_ids: Int[Tensor, "rows seq"], scores: Any) -> Bool[Tensor, " rows"]:
-        """Which rows end here, by each one's newest token; none of a search with beams, whose rows change places."""
+        """Ends rows by their newest token; beam search ends none here, since its rows change places."""
         last = input_ids[:, -1]
         if self._broken is None or self._over is None or len(last) != len(self._broken):
             return torch.zeros_like(last, dtype=torch.bool)
@@ -145,7 +145,7 @@ class ScoreWatch:
         return self._broken
 
     def marked(self, new: Int[Tensor, "batch new"]) -> Int[Tensor, "batch new"]:
-        """The ids, all `NO_TOKEN` in rows without numbers in any of their beams."""
+        """Fills rows without numbers in any of their beams with `NO_TOKEN`."""
         if self._broken is None:
             return new
         broken = self._broken.view(len(new), -1).any(1, keepdim=True)
@@ -153,7 +153,7 @@ class ScoreWatch:
 
 
 class WithoutPrompt(BaseStreamer):
-    """Hands on what is generated: generate's first call brings the prompt."""
+    """Passes a streamer the generated tokens alone: generate's first call brings the prompt."""
 
     def __init__(self, streamer: BaseStreamer) -> None:
         self._streamer = streamer
@@ -166,15 +166,15 @@ class WithoutPrompt(BaseStreamer):
         self._prompt_seen = True
 
     def end(self) -> None:
-        """Hands on the end."""
+        """Passes on the end."""
         self._streamer.end()
 
 
 def likeliest(log_probabilities: Float[Tensor, "batch choices"]) -> Int[Tensor, " batch"]:
-    """The most likely choice of each row; of equals the first."""
+    """Returns the most likely choice of each row, the first of equals."""
     return log_probabilities.argmax(1)
 
 
 def says_true(logits: Float[Tensor, "batch vocab"], *, true_token: int, false_token: int) -> Bool[Tensor, " batch"]:
-    """Whether each row prefers the token of "true" (NLVR2 in VL-T5); of equals it is false."""
+    """Tells which rows prefer the token of "true" (NLVR2 in VL-T5); equal scores are false."""
     return logits[:, true_token] > logits[:, false_token]

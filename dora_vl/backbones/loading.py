@@ -39,12 +39,12 @@ from dora_vl.files import BRINGS_CODE, NO_OWN_CODE, check_model_folder, opening,
 
 SPACE_MARK = "▁"
 NEEDED = {"sentencepiece": is_sentencepiece_available, "protobuf": is_protobuf_available}
-"""What transformers reads a `tokenizer.model` with -> whether it is installed."""
+"""Packages that transformers reads a `tokenizer.model` with."""
 _CARRIED = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces", "chat_template")
 
 
 def is_sentencepiece(file: Path) -> bool:
-    """Whether a `tokenizer.model` is SentencePiece's; else it may be tiktoken's, where that is installed.
+    """Tells whether a `tokenizer.model` is SentencePiece's; otherwise tiktoken, where installed, may read it.
 
     transformers tries both in silence, and says at the end that tiktoken is missing, whatever was wrong.
     """
@@ -68,12 +68,12 @@ def is_sentencepiece(file: Path) -> bool:
 
 
 def as_sentencepiece(tokenizer: PreTrainedTokenizerBase, settings_file: Path | None) -> PreTrainedTokenizerBase:
-    """The tokenizer with SentencePiece's own space marks; one of another class comes back as it is.
+    """Rebuilds the tokenizer with SentencePiece's own space marks; one of another class stays as it is.
 
     Args:
         tokenizer: as transformers built it from a SentencePiece model.
         settings_file: its `tokenizer_config.json`. `legacy` there says whether the text after a special token gets
-            a space mark too; where it is not said it does, as in every transformers before 5.
+            a space mark too; by default it does, as in every transformers before 5.
     """
     if not isinstance(tokenizer, LlamaTokenizer):
         return tokenizer
@@ -92,7 +92,7 @@ def as_sentencepiece(tokenizer: PreTrainedTokenizerBase, settings_file: Path | N
 
 
 def mark_spaces(tokenizer: Tokenizer, *, legacy: bool, prefix: bool) -> None:
-    """Makes each space a `▁` and puts one in front, also where the text begins with a space.
+    """Replaces each space by `▁` and puts one in front, also where the text begins with a space.
 
     `legacy` puts it before every stretch between special tokens (as the published `tokenizer.json` files do), else
     only before a stretch that begins the text. Only a `Metaspace` can tell which stretch begins the text, and it puts
@@ -112,7 +112,7 @@ def mark_spaces(tokenizer: Tokenizer, *, legacy: bool, prefix: bool) -> None:
 
 VOCABULARY_MULTIPLE = 64  # rows of an embedding that has to grow; matrix products like it
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-"""One of them holds a tokenizer's vocabulary."""
+"""Any of these holds a tokenizer's vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ class LanguageModel:
 
     config: PreTrainedConfig
     weights: dict[str, Tensor]
-    """Names of the causal model: `model.…` and, where it is not tied to the embedding, `lm_head.weight`."""
+    """Names are the causal model's: `model.…` and, where it is not tied to the embedding, `lm_head.weight`."""
     generation: GenerationConfig | None
     tokenizer: PreTrainedTokenizerBase
 
@@ -129,10 +129,10 @@ class LanguageModel:
 def load_tokenizer(
     folder: str, *, gguf_file: str | None = None, revision: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """A folder's tokenizer, exactly as its `tokenizer.json` says, or else as its `tokenizer.model` does.
+    """Loads a folder's tokenizer exactly as its `tokenizer.json` says, or else as its `tokenizer.model` does.
 
-    transformers 5 rebuilds LLaMA's tokenizer from the vocabulary, and the result splits a text that begins with a
-    space (as one after a picture may) differently from either file.
+    transformers 5 rebuilds LLaMA's tokenizer from the vocabulary; the result splits a text that begins with a space (as
+    after a picture) differently from either file.
     """
     try:
         if gguf_file is not None:
@@ -157,7 +157,7 @@ def load_tokenizer(
 
 
 def _without_tokenizer(folder: str) -> str:
-    """What to say of a folder that has no tokenizer's file; nothing of another one, or of a hub id."""
+    """Says that a folder has no tokenizer's file; says nothing for other folders and hub ids."""
     if not Path(folder).is_dir() or any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
         return ""
     return f"none of {', '.join(TOKENIZER_FILES)} is there; copy the tokenizer's files from where the model comes from"
@@ -169,7 +169,7 @@ def _file(folder: str, name: str, revision: str | None) -> Path | None:
 
 
 def with_image_token(language: LanguageModel) -> LanguageModel:
-    """The same with `<image>` in its vocabulary, ready for a LLaVA."""
+    """Adds `<image>` to a language model's vocabulary, for a LLaVA."""
     add_image_token(language.tokenizer)
     size, weights = len(language.tokenizer), language.weights
     if size > language.config.vocab_size:
@@ -186,12 +186,12 @@ def with_image_token(language: LanguageModel) -> LanguageModel:
 def read_language_model(
     folder: str, *, gguf_file: str | None = None, dtype: torch.dtype | None = None
 ) -> LanguageModel:
-    """A causal language model as it is.
+    """Reads a causal language model as it is.
 
     Args:
         folder: a folder or hub id; with `gguf_file`, where that file lies.
         gguf_file: name of a GGUF file, which is dequantised.
-        dtype: of the weights; None keeps the folder's own (float32 for GGUF).
+        dtype: dtype of the weights; None keeps the folder's own (float32 for GGUF).
     """
     tokenizer = load_tokenizer(folder, gguf_file=gguf_file)
     options: dict[str, Any] = {"dtype": dtype or "auto"}
@@ -215,7 +215,7 @@ def read_language_model(
 
 
 def filled(model: PreTrainedModel, weights: dict[str, Tensor], language: LanguageModel) -> None:
-    """Gives a model on the meta device these weights, the language model's among them, and its way to generate."""
+    """Fills a model on the meta device with weights, and with the language model's generation settings."""
     if model.config.tie_word_embeddings:
         embedding = next(name for name in weights if name.endswith("embed_tokens.weight"))
         weights["lm_head.weight"] = weights[embedding]
@@ -227,7 +227,7 @@ def filled(model: PreTrainedModel, weights: dict[str, Tensor], language: Languag
 
 
 def _dequantised() -> dict[str, Any]:
-    """The argument that makes transformers unpack a GGUF file; before `GgufConfig` came it did nothing else."""
+    """Returns the argument that makes transformers unpack a GGUF file; before `GgufConfig` unpacking was all it did."""
     try:
         from transformers.utils.quantization_config import GgufConfig
     except ImportError:
@@ -236,7 +236,7 @@ def _dequantised() -> dict[str, Any]:
 
 
 def add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of `<image>`, which becomes a special token of this tokenizer if it is none yet."""
+    """Returns the id of `<image>`, which becomes a special token of this tokenizer if it is none yet."""
     tokenizer.add_tokens([AddedToken(IMAGE_PLACEHOLDER, normalized=False, special=True)], special_tokens=True)
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
     if not isinstance(image_token_id, int):
@@ -249,7 +249,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class QuantisedLoading:
-    """What to give `from_pretrained`, and the layers that are to come out quantised; by default nothing and none."""
+    """Arguments for `from_pretrained`, and the layers that must come out quantised; empty by default."""
 
     kind: Quantisation | None = None
     dtype: torch.dtype = torch.float32
@@ -257,7 +257,7 @@ class QuantisedLoading:
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def finish(self, model: nn.Module) -> None:
-        """Quantises what transformers does not, and checks that it is those layers."""
+        """Quantises what transformers does not, and checks that the right layers are quantised."""
         if self.kind == "hqq":  # transformers 5.24 opens folders that HQQ wrote, but quantises none while loading
             for name in self.layers:
                 parent, _, leaf = name.rpartition(".")
@@ -275,7 +275,7 @@ class QuantisedLoading:
 def quantised_loading(
     folder_or_id: str, quantisation: Quantisation | None, *, dtype: torch.dtype, revision: str | None
 ) -> QuantisedLoading:
-    """How a base is loaded for `model.quantisation`; nothing but its config is read."""
+    """Plans how a base is loaded for `model.quantisation`; nothing but its config is read."""
     if quantisation is None:
         return QuantisedLoading()
     config: Any = PreTrainedConfig.get_config_dict(folder_or_id, revision=revision or "main")[0]
@@ -311,7 +311,7 @@ SETTINGS_FILE = "made_from.json"
 
 @contextlib.contextmanager
 def written_base(folder: Path, spec: Any) -> Iterator[Path]:
-    """Yields a folder to write to, which gets its name, with the settings in it, when the block ends well.
+    """Yields a folder that gets its name, and the settings in it, once the block ends well.
 
     Args:
         spec: the dataclass of settings.
@@ -324,7 +324,7 @@ def written_base(folder: Path, spec: Any) -> Iterator[Path]:
 
 
 def check_made_from(folder: Path, spec: Any) -> None:
-    """Refuses a base that was written with other settings; one that does not say is taken as it is."""
+    """Refuses a base that was written with other settings; one without settings is taken as it is."""
     file = folder / SETTINGS_FILE
     digests = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     for name, digest in _digests(spec).items():
@@ -336,6 +336,6 @@ def check_made_from(folder: Path, spec: Any) -> None:
 
 
 def _digests(spec: Any) -> dict[str, str]:
-    """Each setting's digest: a base that is passed on says nothing of the paths on the machine that made it."""
+    """Hashes each setting, so that a base that is passed on reveals no paths of the machine that made it."""
     settings = dataclasses.asdict(spec).items()
     return {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in settings}

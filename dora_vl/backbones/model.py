@@ -62,7 +62,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         self.model = model
         self.generation = dict(generation or {})
         self.frozen_parts: FrozenParts | None = None
-        """What gives a sample's `stored` outputs again; set where a run keeps some."""
+        """Replays a sample's `stored` outputs; set where a run stores some."""
         # Padding on the right is then seen by no token, so it needs no mask, and a row may hold several samples.
         self.causal = model.config.model_type == LLAVA or is_language_model(model.config.model_type)
         for module in model.modules():
@@ -70,12 +70,12 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
                 module.register_forward_hook(_words_pass_by, with_kwargs=True)
         self.follower = RowFollower(decoder_of(model))
         self._head_is_last: bool | None = None
-        """Whether the model gives its output layer's scores as they are; it may scale or cap them. Seen once."""
+        """True where the output layer's scores are neither scaled nor capped afterwards; the first pass finds out."""
         self.train(model.training)
 
     @property
     def config(self) -> Any:
-        """The model's config; transformers' Trainer and DeepSpeed read sizes from it."""
+        """Returns the model's config; transformers' Trainer and DeepSpeed read sizes from it."""
         return self.model.config
 
     def train(self, mode: bool = True) -> DecoderBackbone:
@@ -98,14 +98,14 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         keep_logits: bool = False,
         **inputs: Any,
     ) -> Features:
-        """Hidden states and losses at the positions that predict a label.
+        """Computes hidden states and losses at the positions that predict a label.
 
         Args:
             labels: the token at each position, or -100; the shift by one happens here.
             layout: what each token sees, and what predicts it, where rows hold several samples (`data.batches`).
-            stored: what frozen parts gave for the pictures of each sample that has some.
-            keep_logits: gives them too; else they stand in chunks, where the head's scores are the model's own.
-            inputs: what else the processor gave, by its own names.
+            stored: stored outputs for the pictures of each sample that has some.
+            keep_logits: returns logits; otherwise they are computed in chunks where `_head_is_last`.
+            inputs: the processor's other inputs, by its own names.
         """
         rows, positions, targets, samples = _predicted(labels, attention_mask, layout)
         head: Any = head_of(self.model)
@@ -155,9 +155,9 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         options: Mapping[str, Any] | None = None,
         **inputs: Any,
     ) -> Int[Tensor, "batch new"]:
-        """New token ids of left-padded prompts, greedy unless `options` (of transformers' generate) say otherwise.
+        """Generates token ids for left-padded prompts, greedily unless `options` (of transformers' generate) differ.
 
-        Those of a row whose scores are no numbers are `NO_TOKEN`; `streamer` receives the new tokens alone.
+        Rows whose scores are no numbers hold `NO_TOKEN`; `streamer` receives the new tokens alone.
         """
         self.follower.follow(None)
         watch, stated = ScoreWatch(self.model), cast(Any, self.model.generation_config)
@@ -182,7 +182,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         return watch.marked(tokens[:, input_ids.shape[1] :])
 
     def _attention(self, attention_mask: Tensor, layout: Mapping[str, Tensor] | None) -> dict[str, Tensor | None]:
-        """Mask, and positions where the model would take others."""
+        """Follows the layout; returns the mask, and positions where the model would take others."""
         self.follower.follow(None if layout is None else Forest(layout["segment"], layout["steps"], layout["sees"]))
         if layout is not None or not self.causal:
             return {"attention_mask": attention_mask}
@@ -194,9 +194,9 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
 def _predicted(
     labels: Tensor | None, attention_mask: Tensor, layout: Mapping[str, Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Row and position of each hidden state that predicts a label, that label, and the number of its sample.
+    """Returns row and position of each hidden state that predicts a label, the label, and its sample's number.
 
-    Without labels it is each row's last token; with a `layout` the positions are its `sources`.
+    Without labels these are each row's last token; with a `layout` the positions are its `sources`.
     """
     if labels is None:
         rows = torch.arange(len(attention_mask), device=attention_mask.device)
@@ -210,22 +210,22 @@ def _predicted(
 
 
 def _asks_for_gradients(_: nn.Module, __: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
-    """Reentrant checkpointing sees nothing to differentiate otherwise; else it costs a layer's share."""
+    """Makes embeddings require a gradient; reentrant checkpointing differentiates nothing otherwise."""
     return embedded if embedded.requires_grad else embedded.detach().requires_grad_()
 
 
 def _words_pass_by(_: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Any], output: Tensor) -> Tensor:
-    """A layer's output, and its input for the rows that see no picture, as if they did not go through it.
+    """Undoes a layer's change of rows that see no picture.
 
-    Transformers leaves such layers out where no row of a batch has a picture. Where one has, it lets the others attend
-    to all pictures alike.
+    Transformers skips such layers where no row of a batch has a picture. Where one has, the others attend to all
+    pictures alike.
     """
     sees = named.get(SEES)
     return output if sees is None else torch.where(sees.flatten(1).any(1)[:, None, None], output, inputs[0])
 
 
 def adapted_decoder(model: PreTrainedModel) -> nn.Module:
-    """The language model's layers; refuses a model of which they cannot be told from the rest."""
+    """Returns the language model's layers; refuses a model that does not tell them from the rest."""
     decoder = decoder_of(model)
     if decoder is model or head_of(model) is None:
         raise UserError(f"{type(model).__name__} has no decoder of its own that could be adapted; take another model")
@@ -233,7 +233,7 @@ def adapted_decoder(model: PreTrainedModel) -> nn.Module:
 
 
 def language_targets(model: PreTrainedModel) -> tuple[str, ...]:
-    """Full-name patterns of every linear in the decoder's layers, one for each place in a layer."""
+    """Returns full-name patterns of every linear in the decoder's layers, one for each place in a layer."""
     decoder = adapted_decoder(model)
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     head = head_of(model)
@@ -247,8 +247,10 @@ def language_targets(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def is_adaptable_linear(name: str, module: nn.Module) -> bool:
-    """Whether an adapter in a linear layer would be heard: not in classes made from one, which use their weight without
-    being called (Llama 4's router, the output of torch's attention), nor where a family's model does so.
+    """Tells whether an adapter in a linear layer takes effect.
+
+    It does not in classes that use their weight without being called (Llama 4's router, the output of torch's
+    attention), nor where a family's model does so.
     """
     if name.endswith(BYPASSED):
         return False
@@ -258,7 +260,7 @@ def is_adaptable_linear(name: str, module: nn.Module) -> bool:
 
 
 def projector_patterns(model: PreTrainedModel) -> tuple[str, ...]:
-    """Full-name patterns of what stands between vision and language; nothing where no such name is known."""
+    """Returns full-name patterns of the module between vision and language; none where no such name is known."""
     decoder = set(adapted_decoder(model).modules())
     names = [
         name
@@ -278,7 +280,7 @@ def open_backbone(
     quantisation: Quantisation | None = None,
     generation: Mapping[str, Any] | None = None,
 ) -> DecoderBackbone:
-    """A vision-language or causal language model's folder or hub id, every weight in `dtype`, in eval mode.
+    """Opens a model's folder or hub id, every weight in `dtype`, in eval mode.
 
     With `quantisation` the linear layers of its language model are quantised.
     """
@@ -305,7 +307,7 @@ def open_backbone(
 
 
 def skeleton_of(base: str, *, revision: str | None = None) -> DecoderBackbone:
-    """The same with nothing in its weights: on the meta device, made from its config alone."""
+    """Builds a backbone from its config alone, on the meta device."""
     check_model_folder(base, revision)
     config = config_of(base, revision)
     with opening(f"model.base {base!r} cannot be opened as its config.json says"), torch.device("meta"):
@@ -319,8 +321,8 @@ def _auto_class(base: str, revision: str | None) -> Any:
 def refuse_turned_experts(folder_or_id: str, *, revision: str | None = None) -> None:
     """Refuses a base whose experts transformers would load transposed under ZeRO-3 (`TURNED_UNDER_ZERO3`).
 
-    Published folders store them transposed and load rightly; those of `save_pretrained` do not, and of a square matrix
-    no shape tells.
+    Published folders store them transposed and load rightly; `save_pretrained` does not transpose them, and the shape
+    of a square matrix does not tell.
     """
     turned = TURNED_UNDER_ZERO3.get(model_type_of(folder_or_id, revision), {})
     if not turned:

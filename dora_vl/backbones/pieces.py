@@ -1,4 +1,4 @@
-"""Which of a processor's tokens are trained; a tokenizer with a picture preparation in the place of a processor."""
+"""Marks which of a processor's tokens are trained, and makes a processor of a tokenizer."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from dora_vl.data.turns import IMAGE_PLACEHOLDER
 from dora_vl.errors import UserError
 
 STAND_IN = "stand-in"
-"""In the `info` of a picture whose outputs are stored: its size counts, its pixels are read by nothing."""
+"""Key in the `info` of a picture whose outputs are stored: its size counts, its pixels are not read."""
 
 Move = tuple[Span, Span]
 
 
 def from_offsets(chat: Chat, offsets: Sequence[Span], moves: Sequence[Move], *, begin: str) -> tuple[list[bool], int]:
-    """Whether each token is of an answer or closes one, and the first position after those of every picture and video.
+    """Marks tokens that belong to an answer or close it; also returns the position after the last picture or video.
 
     The processor tells each token's characters. A token that an answer begins or ends in is trained whole. Some
     processors (Molmo 2's, Emu 3's) put the begin token in front of the text and count from there.
@@ -56,7 +56,7 @@ _STAND_INS = 31
 
 
 def _stand_ins(tokens: Sequence[str]) -> dict[str, str]:
-    """For each token as many noncharacters: its number in them, filled up to its length."""
+    """Makes a string of noncharacters for each token, as long as the token, that encodes its number."""
     stand_ins = {}
     for number, token in enumerate(tokens):
         digits = chr(_FIRST_STAND_IN + number % _STAND_INS)
@@ -137,21 +137,21 @@ class PieceProcessor:
 
     @property
     def begin_text(self) -> str:
-        """The begin token's text; empty where the tokenizer puts none in front."""
+        """Returns the begin token's text; empty where the tokenizer puts none in front."""
         return str(self.tokenizer.decode(self._start_ids))
 
     @property
     def chat_template(self) -> str | None:
-        """The tokenizer's own."""
+        """Returns the tokenizer's chat template."""
         template: Any = self.tokenizer.chat_template
         return template
 
     def to_json_string(self) -> str:
-        """As a processor's: what decides its pixels."""
+        """Names what decides the pixels, under a processor's method name."""
         return self.preparation
 
     def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> Any:
-        """As a processor's."""
+        """Applies the tokenizer's chat template."""
         return self.tokenizer.apply_chat_template(conversation, **options)
 
     def __call__(
@@ -162,10 +162,10 @@ class PieceProcessor:
         controls: Sequence[Span] = (),
         **_: Any,
     ) -> dict[str, Any]:
-        """As a processor's.
+        """Encodes one text and its pictures.
 
         Args:
-            controls: where special tokens of the format stand; everywhere else they are text.
+            controls: spans of the format's special tokens; elsewhere they are text.
 
         Raises: ValueError if the text has places for more or fewer pictures.
         """
@@ -212,14 +212,13 @@ class PieceProcessor:
 
 
 class Seq2SeqEncoder:
-    """Tokens of BART's form, `<s> text </s>`. Worker processes may have it.
+    """Encodes texts in BART's form, `<s> text </s>`. Worker processes may have it.
 
     Args:
         tokenizer: the base's, with the picture tokens in its vocabulary.
         subtitles_first: cuts subtitles at their end until the rest fits; otherwise the end of the whole text is cut,
             the question and its choices with it, as in the published video runs.
-        max_positions: of the model's encoder and decoder, neither of which reads a longer text; it is cut likewise.
-            None: no end.
+        max_positions: positions of the encoder and decoder; longer texts are cut. None cuts nothing.
     """
 
     def __init__(
@@ -233,7 +232,7 @@ class Seq2SeqEncoder:
         self._end = _id(tokenizer.eos_token_id, "eos_token")
 
     def encode(self, prompt: Prompt, *, max_tokens: int | None) -> tuple[Int[Tensor, " seq"], int]:
-        """Ids with their ends, and how many tokens were cut."""
+        """Returns ids with their ends, and how many tokens were cut."""
         max_tokens = self._longest(max_tokens)
         if not self.subtitles_first or not prompt.subtitles:
             whole = self._ids(prompt.subtitles_before + prompt.subtitles + prompt.text)
@@ -245,20 +244,20 @@ class Seq2SeqEncoder:
         return ids, cut + max(0, len(subtitles) - room)
 
     def labels(self, text: str, *, max_tokens: int) -> Int[Tensor, " answer"]:
-        """Ids with their ends; a longer text loses its end, never the end token."""
+        """Returns ids with their ends; a longer text loses its end, never the end token."""
         return self._closed(self._ids(text), self._longest(max_tokens))[0]
 
     def answer(self, text: str) -> TrainedAnswer:
-        """What the labels of a text must say."""
+        """Returns what the labels of a text must say."""
         return TrainedAnswer(str(self.tokenizer.bos_token), text, str(self.tokenizer.eos_token))
 
     def decode(self, ids: Int[Tensor, " answer"]) -> str:
-        """The text of generated ids, without special tokens."""
+        """Decodes generated ids, without special tokens."""
         text = self.tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text).strip()
 
     def first_token(self, text: str) -> int | None:
-        """The id of a text that is one token; None for a text of several."""
+        """Returns the id of a text that is one token; None for a text of several."""
         ids = self._ids(text)
         return ids[0] if len(ids) == 1 else None
 

@@ -1,4 +1,4 @@
-"""Names for places in a model that people adapt: `language`, `vision`, `projector`, `experts`, `all-linear`.
+"""Presets that name parts of a model in `targets`: `language`, `vision`, `projector`, `experts`, `all-linear`.
 
 Each stands for full-name patterns, found in the model itself, wherever a run's settings take such patterns.
 """
@@ -23,35 +23,34 @@ from dora_vl.errors import UserError
 log = logging.getLogger(__name__)
 
 Place = Mapping[str, nn.Module]
-"""The modules of a place by full name."""
+"""Modules of a part of the model by full name."""
 NamesIn = Callable[[PreTrainedModel, str], list[str]]
-"""Names of what is meant in a preset's place."""
 
 
 def resolved_targets(
     model: PreTrainedModel, patterns: Iterable[str], where: str, *, whole: bool = False
 ) -> tuple[str, ...]:
-    """Patterns of layers to adapt, each preset replaced by those that it stands for.
+    """Replaces each preset among patterns of layers to adapt by the patterns that it stands for.
 
     Args:
         where: the setting, for messages.
-        whole: any module with weights, not layers that can be adapted alone.
+        whole: takes any module with weights, not only layers that can be adapted alone.
     """
     return _resolved(model, patterns, where, _owners_in if whole else _targets_in)
 
 
 def resolved_weights(model: PreTrainedModel, patterns: Iterable[str], where: str) -> tuple[str, ...]:
-    """Patterns of parameters to train whole, each preset replaced by those that it stands for."""
+    """Replaces each preset among patterns of parameters to train whole."""
     return _resolved(model, patterns, where, _parameters_in)
 
 
 def resolved_layers(model: PreTrainedModel, preset: str) -> frozenset[str]:
-    """Full names of the linear layers of one of `PRESETS`."""
+    """Returns full names of a preset's linear layers."""
     return frozenset(_layers_in(PRESETS[preset](model)))
 
 
 def names_experts(model: PreTrainedModel, patterns: Iterable[str]) -> bool:
-    """Whether some of the resolved patterns hit experts that are one tensor and no layer."""
+    """Tells whether some pattern hits only experts that are one tensor, and no layer."""
     layers = [name for name, module in model.named_modules() if _is_linear(module)]
     experts = [f"{name}.{leaf}" for name, module in _experts(model).items() for leaf in expert_projections(module)]
     return any(_hits(experts, pattern) and not _hits(layers, pattern) for pattern in patterns)
@@ -83,7 +82,7 @@ def _resolved(model: PreTrainedModel, patterns: Iterable[str], where: str, names
 
 
 def _as_patterns(names: list[str], all_names: Iterable[str]) -> list[str]:
-    """A pattern for each place in a layer, numbers as `*`; the names themselves where a pattern would hit more."""
+    """Abbreviates names to patterns with `*` for numbers; keeps the names where a pattern would hit more."""
     by_pattern: dict[str, list[str]] = {}
     for name in names:
         starred = ".".join("*" if part.isdecimal() else part for part in name.split("."))
@@ -100,7 +99,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _layers_in(modules: Place) -> list[str]:
-    """The place's linear layers, without those in which an adapter would be passed over."""
+    """Lists linear layers, without those in which an adapter would be bypassed."""
     linears = {name: module for name, module in modules.items() if _is_linear(module)}
     names = [name for name, module in linears.items() if is_adaptable_linear(name, module)]
     if left := [name for name in linears if name not in names]:
@@ -109,7 +108,7 @@ def _layers_in(modules: Place) -> list[str]:
 
 
 def _targets_in(model: PreTrainedModel, preset: str) -> list[str]:
-    """A place's layers, and experts that are one tensor where the preset asks for them."""
+    """Lists a preset's layers, and experts that are one tensor where it includes them."""
     modules = PRESETS[preset](model)
     names = _layers_in(modules)
     if preset in ("experts", "all-linear"):
@@ -118,12 +117,12 @@ def _targets_in(model: PreTrainedModel, preset: str) -> list[str]:
 
 
 def _owners_in(model: PreTrainedModel, preset: str) -> list[str]:
-    """A place's modules with weights of their own."""
+    """Lists a preset's modules with weights of their own."""
     return [name for name, module in PRESETS[preset](model).items() if any(True for _ in module.parameters(False))]
 
 
 def _parameters_in(model: PreTrainedModel, preset: str) -> list[str]:
-    """A place's parameters, without those that a module outside of it uses too (tied embeddings)."""
+    """Lists a preset's parameters, without those that a module outside of it shares (tied embeddings)."""
     modules = PRESETS[preset](model)
     outside = {
         id(weight)
@@ -140,7 +139,7 @@ def _parameters_in(model: PreTrainedModel, preset: str) -> list[str]:
 
 
 def _language(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The decoder's layers, of an encoder-decoder the encoder's too; never the output head."""
+    """Returns the decoder's layers, and an encoder-decoder's encoder; never the output head."""
     parts = [decoder_of(model), *([model.get_encoder()] if model.config.is_encoder_decoder else ())]
     inside = {id(module) for part in parts for module in part.modules()}
     head, beside = head_of(model), {*_vision(model), *_projector(model)}
@@ -148,7 +147,7 @@ def _language(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def _vision(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The vision encoder, without the projector where that is a part of it."""
+    """Returns the vision encoder, without a projector inside it."""
     if model.config.is_encoder_decoder:
         return {}
     encoder = model.get_encoder(modality="image")
@@ -159,7 +158,7 @@ def _vision(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def _projector(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """What stands between vision and language."""
+    """Returns the modules between vision and language."""
     if decoder_of(model) is model:
         return {}
     patterns = projector_patterns(model)
@@ -172,12 +171,12 @@ def _projector(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def _experts(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Experts that are one tensor."""
+    """Returns modules whose experts are one tensor."""
     return {name: module for name, module in model.named_modules() if expert_projections(module)}
 
 
 def _all_linear(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Every linear layer but the output heads, and experts that are one tensor."""
+    """Returns every linear layer but the output heads, and experts that are one tensor."""
     closed = dict(model.named_children()).get("answer_heads", nn.Module())  # a VL-BART's
     heads = {head_of(model), *closed.modules()}
     linears = {name: module for name, module in model.named_modules() if _is_linear(module) and module not in heads}
@@ -187,4 +186,4 @@ def _all_linear(model: PreTrainedModel) -> dict[str, nn.Module]:
 PRESETS: Mapping[str, Callable[[PreTrainedModel], dict[str, nn.Module]]] = MappingProxyType(
     {"language": _language, "vision": _vision, "projector": _projector, "experts": _experts, "all-linear": _all_linear}
 )
-"""Preset -> the modules of its place, by full name."""
+"""Maps each preset to a function that finds its modules."""

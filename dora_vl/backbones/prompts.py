@@ -1,4 +1,4 @@
-"""How turns are put to a model: by its chat template, or by a format named in `model.template`."""
+"""Turns conversations into text: by the model's chat template, or by a format named in `model.template`."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ PROCESSOR_PROBE = (
 )
 SYSTEM_PROBE = Turn("system", "Look at its edges too.")
 FORMS: tuple[frozenset[Role], ...] = (frozenset({"user", "assistant"}), frozenset(), frozenset({"user"}))
-"""Whose messages without pictures are lists of parts, in the order in which they are tried."""
+"""Roles whose messages without pictures are lists of parts; tried in this order."""
 TEXT_FORMS = (FORMS[1], FORMS[0], FORMS[2])
-"""The same for a language model's template."""
+"""A language model's template is tried in this order."""
 MEDIA = re.compile(f"({IMAGE_PLACEHOLDER}|{VIDEO_MARK})")
 NO_MEDIA = re.compile(r"((?!))")
 
@@ -50,30 +50,30 @@ NO_MEDIA = re.compile(r"((?!))")
 _THOUGHT = re.compile(rf"\s*{THINK}(.*?){END_THINK}\n*(.*)", re.DOTALL)
 THOUGHT_PROBE = replace(PROCESSOR_PROBE[1], text=f"{THINK}\nIt shines.\n{END_THINK}\n\n{PROCESSOR_PROBE[1].text}")
 _SWITCH = re.compile(r"(?<![.\w'\"])(?:enable_thinking|thinking)\b")
-"""A variable by which a template is told whether an answer is to begin with thoughts; no field of a message."""
+"""Finds the variable by which a template is asked for thoughts; a message's field of that name does not match."""
 
 
 class ProcessorChat(Prompts):
     """Renders turns by the chat template of a processor, or of a language model's tokenizer.
 
-    An answer is trained as it is asked for: behind the generation prompt, what the template writes of it as the last
-    turn, through what closes it. Where a later turn makes the template write it otherwise (without its thoughts, or an
-    end of text), it is trained in a text of its own that ends with it (`Chat.others`). Thoughts are what an answer has
-    in `<think>` at its beginning; where the template drops them, though the prompt may open them (DeepSeek-R1's), they
-    are trained as they stand. Where it closes no answer, the tokenizer's end token does, or a model would not stop.
+    An answer is trained as it is asked for: from the generation prompt on, what the template writes of it as the last
+    turn, through what closes it. Where a later turn changes that (drops its thoughts, or an end of text), it is trained
+    in a text of its own that ends with it (`Chat.others`). Thoughts are what an answer has in `<think>` at its
+    beginning; where the template drops them, though the prompt may open them (DeepSeek-R1's), they are trained as they
+    stand. Where the template closes no answer, the tokenizer's end token does, or a model would not stop.
 
-    Tried once, with questions, thoughts and a picture, so that a template that cannot be trained on is refused before
-    anything is loaded: one that leaves out what is said, or knows no pictures. A system turn goes to the template's own
+    The template is tried once, with questions, thoughts and a picture, so that one that cannot be trained on is refused
+    before anything is loaded: one that leaves out text, or knows no pictures. A system turn goes to the template's own
     place for one; where there is none, the sample is refused.
 
-    A processor of pieces knows where the template's special tokens stand, so the same in a person's words are text: a
-    mark splits each (`BREAK`) until the template has been applied. Other processors' samples with one are refused. To a
-    language model's template a picture is `<image>` in the text.
+    A `PieceProcessor` knows where the template's special tokens stand, so the same characters in a person's words are
+    text: a mark (`BREAK`) splits each until the template has been applied. Other processors' samples with one are
+    refused. To a language model's template a picture is `<image>` in the text.
 
     Args:
-        name: of the model, for messages.
-        pictures: whether the model sees any; a template that leaves them out is refused.
-        thinking: what a template with a switch for thoughts is told; None: nothing.
+        name: the model's name, for messages.
+        pictures: True where the model sees pictures; a template that leaves them out is refused.
+        thinking: value for a template's switch for thoughts; None leaves it alone.
     """
 
     name = "tokenizer"
@@ -122,7 +122,7 @@ class ProcessorChat(Prompts):
             raise UserError(f"the chat template of {self._name} leaves pictures out; it is a language model's")
 
     def _choose_thinking(self, thinking: bool | None) -> None:
-        """Finds the template's switch for thoughts, and as what it takes those of an answer."""
+        """Finds the template's switch for thoughts, and the form in which it takes an answer's thoughts."""
         question = PROCESSOR_PROBE[:1]
         for name in dict.fromkeys(_SWITCH.findall(self._template)) if thinking is not None else ():
             texts = {self._apply(question, generation_prompt=True, **{name: on}) for on in (True, False)}
@@ -133,7 +133,7 @@ class ProcessorChat(Prompts):
                 break
 
     def _find_ends(self, question: Turn, answer: Turn) -> str:
-        """Finds what opens and closes an answer; the text that trains this one."""
+        """Finds what opens and closes an answer; returns the text that trains this one."""
         asked, given = self._asked([question]), self._apply([question, answer], generation_prompt=False)
         self._added = asked[shared_beginning(asked, given) :]
         self._ending = given[given.rfind(answer.text) + len(answer.text) :]
@@ -148,7 +148,7 @@ class ProcessorChat(Prompts):
         return text
 
     def _why_not(self, turns: Sequence[Turn], *, messages_alone: bool = False) -> str | None:
-        """Why the template cannot render these turns, or write them in the present form alone; None: it can."""
+        """Says why the template cannot render these turns, or not in the present form alone; None where it can."""
         try:
             if messages_alone:
                 self._check_nothing_lost(turns, self._apply(turns, generation_prompt=False))
@@ -159,11 +159,11 @@ class ProcessorChat(Prompts):
         return None
 
     def _choose_parts(self) -> None:
-        """Finds whose messages without pictures are lists of parts to this template too; the others' must be strings.
+        """Finds the roles whose messages without pictures must be lists of parts; the others' are strings.
 
-        The system's are tried after a talk's: some templates (GLM-4.1V's) write it as it stands. They are tried before
-        a question alone: some (Pixtral's) have no place for it once an answer follows. A template that takes none in
-        either form refuses the samples that have one.
+        System turns are tried after a conversation: some templates (GLM-4.1V's) write it as it stands. They are tried
+        before a question alone: some (Pixtral's) have no place for it once an answer follows. A template that takes
+        none in either form refuses the samples that have one.
         """
         reasons: list[str] = []
         for form in TEXT_FORMS if self._pieces else FORMS:
@@ -215,12 +215,12 @@ class ProcessorChat(Prompts):
         return Chat(text.replace(BREAK, ""), moved(spans), moved(controls), answers=tuple(answers))
 
     def thought_and_answer(self, text: str) -> tuple[str, str]:
-        """See `Prompts`; an empty thought counts where the template writes such by itself."""
+        """Splits an answer as `Prompts` does; an empty thought counts where the template writes such by itself."""
         match, knows_them = _THOUGHT.fullmatch(text), self.thinking is not None or END_THINK in self._opening
         return (match[1].strip(), match[2]) if match and (match[1].strip() or knows_them) else ("", text)
 
     def answer_in(self, text: str) -> str:
-        """What of decoded text is the answer, its thoughts included where it has some."""
+        """Cuts the answer, with any thoughts, out of decoded text."""
         text = text.strip()
         return "" if self._opening.startswith(text) else text.removeprefix(self._opening).lstrip()
 
@@ -249,13 +249,13 @@ class ProcessorChat(Prompts):
         return {**message, "content": parts}
 
     def _asked(self, turns: Sequence[Turn]) -> str:
-        """The text up to where the next answer begins."""
+        """Returns the text up to where the next answer begins."""
         text = self._apply(turns, generation_prompt=True)
         self._check_nothing_lost(turns, text)
         return text
 
     def _answered(self, turns: Sequence[Turn]) -> tuple[str, int, int]:
-        """A text that ends with the last answer as it is asked for, and where that begins and ends."""
+        """Returns a text that ends with the last answer as it is asked for, and the answer's span."""
         asked, given = self._asked(turns[:-1]), self._apply(turns, generation_prompt=False)
         thought, answer = self.thought_and_answer(turns[-1].text)
         if thought and self.thinking is False:
@@ -296,7 +296,10 @@ class ProcessorChat(Prompts):
                 raise ValueError(f"the chat template leaves out or changes the text of turn {number}")
 
     def _apply(self, turns: Sequence[Turn], *, generation_prompt: bool, **switch: bool) -> str:
-        """The text that the template makes. Raises: ValueError for whatever is wrong with it."""
+        """Applies the template.
+
+        Raises: ValueError for whatever is wrong with it.
+        """
         try:
             text = self._processor.apply_chat_template(
                 [self._message(turn) for turn in turns],
@@ -322,7 +325,7 @@ def refuse_special(turns: Sequence[Turn], special: re.Pattern[str]) -> None:
 
 
 def special_tokens(processor: Any, allowed: Collection[str] = ()) -> re.Pattern[str]:
-    """Matches whatever the tokenizer would take for a special token, and what the processor takes for a picture."""
+    """Compiles a pattern of the tokenizer's special tokens and the processor's picture tokens."""
     tokenizer = processor.tokenizer
     tokens = set(tokenizer.all_special_tokens)
     tokens |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -336,9 +339,9 @@ USUAL = ("vicuna_v1", "chatml")
 
 
 class QuestionAnswer(Prompts):
-    """`Question: ... Answer: ...`, a line for each round, pictures where the question has them.
+    """Writes `Question: ... Answer: ...`, a line for each round, pictures where the question has them.
 
-    An answer is closed by the tokenizer's end token; nothing else would stop a trained model.
+    The tokenizer's end token closes an answer; nothing else would stop a trained model.
     """
 
     name = "question_answer"
@@ -377,10 +380,10 @@ class QuestionAnswer(Prompts):
 
 
 class PaliGemma(Prompts):
-    """PaliGemma's two parts: pictures and question, seen in both directions, and the answer, seen from its left.
+    """Makes PaliGemma's two parts: pictures and question, seen in both directions, and the answer, seen from its left.
 
-    The processor is given the answer apart, as `suffix`, and tells the parts from one another by token_type_ids. So
-    a conversation has one question, and its pictures stand before it (google-research/big_vision, paligemma).
+    The processor gets the answer apart, as `suffix`, and tells the parts from one another by token_type_ids. So a
+    conversation has one question, and its pictures stand before it (google-research/big_vision, paligemma).
     """
 
     name = "paligemma"
@@ -418,11 +421,11 @@ PROCESSOR_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 
 OWN_FORMAT: Mapping[str, FormatName] = MappingProxyType({"PaliGemmaProcessor": "paligemma"})
-"""Processors that take one format and no other, whatever the settings say of chat templates."""
+"""Processors that take one format only, whatever the settings say of chat templates."""
 
 
 def usual_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The format of a LLaVA that names none: the first of `USUAL` whose special tokens its tokenizer has."""
+    """Returns the format of a LLaVA that names none: the first of `USUAL` whose special tokens its tokenizer has."""
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     for name in USUAL:
         probe = TEMPLATES[name].render(PROBE)
@@ -440,7 +443,7 @@ def prompts_of(
     train_on: TrainOn = "all",
     thinking: bool | None = None,
 ) -> Prompts:
-    """How turns are put to this processor: by the format `template`, or else by its chat template."""
+    """Chooses how a processor's turns become text: by the format `template`, or else by its chat template."""
     own = OWN_FORMAT.get(type(processor).__name__)
     pieces = isinstance(processor, PieceProcessor)
     if template is None and pieces and pictures:

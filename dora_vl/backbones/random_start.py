@@ -1,4 +1,4 @@
-"""What begins at random: a small language model with its own vocabulary, and the layer that reads features."""
+"""Random starts: a small language model with its own vocabulary, and the layer that reads features."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from dora_vl.errors import BadSample, UserError
 
 MOST_FILES = 2000
 LEAST_SPREAD = 0.1
-"""Of all numbers' own spread: what hardly ever varies is not blown up into noise."""
+"""Lower bound of a number's spread, as a share of all numbers' spread, so that noise is not blown up."""
 
 
 def measured(folder: Path) -> tuple[Float[Tensor, " channels"], Float[Tensor, " channels"]]:
-    """Mean and spread of each number of a token, over the tokens of the folder's first files."""
+    """Measures mean and spread of each number of a token, over the tokens of the folder's first files."""
     source = open_features(folder)
     tokens = torch.cat([source.read(name).double() for name in islice(source.rows, MOST_FILES)])
     spread = tokens.std(dim=0, correction=0)
@@ -44,7 +44,7 @@ def standardise(linear: nn.Linear, mean: Float[Tensor, " channels"], spread: Flo
 
 
 def small_llama(spec: SmallLanguageModel, *, seed: int, dtype: torch.dtype) -> LanguageModel:
-    """A Llama with random weights, whose texts begin with `<s>` as Llama's do."""
+    """Makes a Llama with random weights; its texts begin with `<s>` as Llama's do."""
     tokenizer = small_tokenizer(texts_of(spec), vocabulary=spec.vocabulary, form="<s> $A")
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -67,12 +67,12 @@ def small_llama(spec: SmallLanguageModel, *, seed: int, dtype: torch.dtype) -> L
 def small_tokenizer(
     texts: Iterator[str], *, vocabulary: int, leading_space: bool = False, form: str = "<s> $A </s>"
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of these texts with BART's special tokens at BART's ids: no text is unknown to it.
+    """Trains a byte-level BPE on texts, with BART's special tokens at BART's ids; no text is unknown to it.
 
     Args:
         leading_space: a text begins with a space, so that an answer's first word is the token that it is inside a
             question; BART's own does not.
-        form: what stands around a text.
+        form: a text and the special tokens around it.
     """
     named = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "mask": "<mask>"}
     special = list(named.values())
@@ -85,7 +85,7 @@ def small_tokenizer(
 
 
 def texts_of(spec: SmallLanguageModel) -> Iterator[str]:
-    """Everything that is said in the files a vocabulary is made from, and its further texts."""
+    """Yields all words of the files a vocabulary is made from, and its further texts."""
     for path in map(Path, spec.texts):
         check = FileCheck(path, answers_needed=False)
         for example in map(check.read, find_files(path).rows()):

@@ -1,7 +1,7 @@
-"""Whether a model follows rows of several samples: three samples as rows of their own and as a forest, compared.
+"""Tests whether a model computes the same for three samples in one row as for three rows.
 
-No list says which families do. What such rows need of a model (a mask function that can be asked, positions that can be
-given, pictures that are found by their tokens) shows in what it gives for the labelled tokens.
+No list says which families do. What packed rows need of a model (a mask function that can be asked, positions that can
+be given, pictures found by their tokens) shows in its scores of the labelled tokens.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from dora_vl.errors import BadSample, one_line
 
 QUESTIONS = (("What is it?", "A house."), ("What is red?", "The roof, I think."), ("Which?", "None"))
 TIMES_NOISE = 4.0
-"""Of the difference that padding makes, or words' vectors that are off by their last bit: what rounding explains."""
+"""Limit of the error, as a multiple of that from padding and from rounding word vectors."""
 LEAST = 1e-4
-"""A share of the scores' own size that is no difference."""
+"""Error that is always allowed, as a share of the scores' size."""
 NOT_FOLLOWED = (AttributeError, BadSample, IndexError, KeyError, RuntimeError, TypeError, ValueError)
-"""What a family's own code may end in over rows that it does not expect."""
+"""A family's own code may raise these over rows that it does not expect."""
 
 
 def followed_rows(backbone: DecoderBackbone, encoder: Encoder, requested: RowKind) -> tuple[RowKind, str | None]:
-    """The requested rows, or of trees, packed and plain ones the first that the model follows, and why not those.
+    """Returns the requested kind of rows, or the next simpler one that the model computes correctly and the reason.
 
-    From then on the encoder gives its samples the positions of a family that counts along several axes.
+    From then on the encoder gives samples the positions of a family that counts along several axes.
     """
     if requested == "plain":
         return "plain", None
@@ -79,7 +79,7 @@ def followed_rows(backbone: DecoderBackbone, encoder: Encoder, requested: RowKin
 
 
 def _samples(encoder: Encoder) -> list[Sample]:
-    """Three about one picture, or of words alone."""
+    """Makes three samples about one picture, or of words alone."""
     pictures = [Image.new("RGB", (64, 48), GREY)] if encoder.sees_pictures else []
     placeholder = f"{IMAGE_PLACEHOLDER}\n" if pictures else ""
     samples = []
@@ -91,7 +91,7 @@ def _samples(encoder: Encoder) -> list[Sample]:
 
 
 def _scores(backbone: DecoderBackbone, encoder: Encoder, samples: Sequence[Sample], rows: RowKind) -> Tensor:
-    """Of the labelled tokens, in the order of the samples."""
+    """Computes the scores of labelled tokens, in the order of the samples."""
     batch = Collator(encoder.pad_token_id, rows=rows)(samples)
     inputs = {name: value for name, value in batch.items() if name not in BOOKKEEPING}
     inputs = send_to_device(inputs, next(backbone.parameters()).device)
@@ -100,7 +100,7 @@ def _scores(backbone: DecoderBackbone, encoder: Encoder, samples: Sequence[Sampl
 
 @contextlib.contextmanager
 def _last_bits(backbone: DecoderBackbone) -> Iterator[None]:
-    """Every word's vector is off by up to its number type's last bit, at random."""
+    """Changes every word's vector by up to the last bit of its dtype, at random."""
     generator = torch.Generator().manual_seed(0)
 
     def off(_: nn.Module, __: Any, vectors: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def _last_bits(backbone: DecoderBackbone) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _whole_weights(model: nn.Module) -> Iterator[None]:
-    """Under ZeRO-3 each module's weights are gathered while it runs, as the engine will do; it is not there yet."""
+    """Gathers each module's weights while it runs under ZeRO-3; the engine that will do it is not there yet."""
     hooks: list[Any] = []
     if is_deepspeed_zero3_enabled():
         for module in model.modules():

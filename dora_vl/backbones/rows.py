@@ -1,10 +1,10 @@
-"""Has a model of transformers follow rows that are forests of segments (`data.rows`).
+"""Makes transformers' models attend along packed rows, each a forest of segments (`data.rows`).
 
 Nothing here knows a family. The masks are the family's own, restricted to each token's path: a hook at transformers'
 mask interface gets the family's mask function (causal, sliding windows, chunks, blocks of pictures that see each other)
-and asks it for distances along the path. Layers of plain causal attention go segment by segment instead, each segment's
-queries against the keys of its path, without a mask of all places. Layers with a running state (gated delta rule, short
-convolutions, Mamba) run each path by itself.
+and calls it with distances along the path. Layers of plain causal attention go segment by segment instead, each
+segment's queries against the keys of its path, without a mask of all positions. Layers with a running state (gated
+delta rule, short convolutions, Mamba) run each path by itself.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 MASKED = ("sdpa", "eager", "flex_attention")
-"""Ways to attend that take a mask function; flash attention's kernels look at none."""
+"""Attention kernels that take a mask function; flash attention's take none."""
 OF_ROWS = frozenset({"attention_mask", "position_ids", "cache_params", "past_key_values", "cache"})
-"""What a layer with a running state is told of whole rows, which its paths are not."""
+"""A layer with a running state gets these for whole rows; they do not fit its paths."""
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
-"""Of a batch's row, a head, a query's place and a key's: whether it is seen."""
+"""Takes batch row, head, query and key position; returns whether the query sees the key."""
 
 
 SHORT = 64
-"""Keys of segments for which plain products take a CPU less time than its flash attention, backward above all."""
+"""Up to this many keys plain products take a CPU less time than its flash attention, mainly in the backward pass."""
 
 
 class BlockIsCut(ValueError):
-    """The family lets a token see later ones that stand in a branch behind its segment: such rows cannot be shared."""
+    """A token sees later ones in a branch behind its segment, so the segment cannot be shared."""
 
 
 class Forest(NamedTuple):
-    """Rows of a batch, as `data.rows.Row` says it of one; `segment` is -1 at padding."""
+    """A batch of packed rows, each as in `data.rows.Row`; `segment` is -1 at padding."""
 
     segment: Int[Tensor, "rows seq"]
     steps: Int[Tensor, "rows seq"]
@@ -47,7 +47,7 @@ class Forest(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A segment: where it begins and ends in its row, and all places of its path, itself last."""
+    """A segment: its first and last position, and all positions of its path, its own last."""
 
     start: int
     stop: int
@@ -55,7 +55,13 @@ class Span(NamedTuple):
 
 
 class Paths(NamedTuple):
-    """Every path of a batch, filled up at its end: its row, its positions, and which no path before it writes."""
+    """All paths of a batch, padded at the end.
+
+    Attributes:
+        rows: the row of each path.
+        positions: the path's positions in its row.
+        writes: False for positions that an earlier path writes.
+    """
 
     rows: Int[Tensor, " paths"]
     positions: Int[Tensor, "paths longest"]
@@ -63,19 +69,19 @@ class Paths(NamedTuple):
 
 
 class Alike(NamedTuple):
-    """Segments of about the same lengths, whose attention is found together: filled up at their ends."""
+    """Segments of similar lengths, padded at the end, that attend in one call."""
 
     rows: Int[Tensor, "segments 1"]
     queries: Int[Tensor, "segments queries"]
     keys: Int[Tensor, "segments keys"]
     sees: Bool[Tensor, "segments 1 queries keys"] | None
-    """None: all are as long as their paths and each other, so that causal attention says it."""
+    """None where all are as long as their paths and each other, so that causal attention suffices."""
     filled: Bool[Tensor, "segments queries"]
-    """Queries that are there."""
+    """False at padding."""
 
 
 def alike(spans: Sequence[Sequence[Span]]) -> list[Alike]:
-    """The segments of all rows, grouped by their lengths and those of their paths."""
+    """Groups the segments of all rows by their lengths and those of their paths."""
     groups: dict[tuple[int, int], list[tuple[int, Span]]] = {}
     for row, of_row in enumerate(spans):
         for span in of_row:
@@ -85,7 +91,7 @@ def alike(spans: Sequence[Sequence[Span]]) -> list[Alike]:
 
 
 def _rounded_up(length: int) -> int:
-    """To a power of two, or one and a half of one: a third is filled up at most."""
+    """Rounds up to a power of two, or 1.5 times one, which pads by a third at most."""
     power = 1 << max(2, (length - 1).bit_length())
     return power * 3 // 4 if length <= power * 3 // 4 else power
 
@@ -106,7 +112,7 @@ def _together(members: Sequence[tuple[int, Span]]) -> Alike:
 
 
 def spans_of(forest: Forest) -> list[list[Span]]:
-    """The segments of each row."""
+    """Lists the segments of each row."""
     rows = []
     for segment, sees in zip(forest.segment, forest.sees, strict=True):
         ends = torch.bincount(segment[segment >= 0]).cumsum(0).tolist()
@@ -117,7 +123,7 @@ def spans_of(forest: Forest) -> list[list[Span]]:
 
 
 def paths_of(forest: Forest) -> Paths:
-    """From each root to each leaf."""
+    """Lists the paths from each root to each leaf."""
     rows, positions, writes = [], [], []
     for row, spans in enumerate(spans_of(forest)):
         seen_by = forest.sees[row, : len(spans), : len(spans)].sum(0)
@@ -135,13 +141,13 @@ def paths_of(forest: Forest) -> Paths:
 
 
 class RowFollower:
-    """Has a decoder follow the forest that it is given, until it is given another or None.
+    """Makes a decoder attend along a forest, until it gets another or None.
 
     A recomputed forward (gradient checkpointing) comes later than the forward itself and must see the same forest, so
-    nothing is taken back at the forward's end.
+    the forward's end resets nothing.
 
     Args:
-        decoder: a model's layers; those with a running state are hooked.
+        decoder: the model's layers; those with a running state are hooked.
     """
 
     def __init__(self, decoder: nn.Module) -> None:
@@ -151,7 +157,7 @@ class RowFollower:
         self.groups: list[Alike] = []
         self.paths: Paths | None = None
         self.blocks_are_whole = False
-        """Whether the forest was found to cut no block of the family's mask."""
+        """True once the forest is known to cut no block of the family's mask."""
         self._states = [
             layer for layer in decoder.modules() if any(isinstance(part, nn.Conv1d) for part in layer.children())
         ]
@@ -161,13 +167,13 @@ class RowFollower:
         _followers[id(self.config)] = self
 
     def follow(self, forest: Forest | None) -> None:
-        """What the next forward follows; None: nothing."""
+        """Sets the forest of the next forward; None attends as usual."""
         self.forest, self.blocks_are_whole = forest, False
         self.groups = [] if forest is None else alike(spans_of(forest))
         self.paths = paths_of(forest) if forest is not None and self._states else None
 
     def _apart(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """A layer with a running state gets each path as a row of its own."""
+        """Gives a layer with a running state each path as a row of its own."""
         if self.paths is None:
             return None
         named = {name: None if name in OF_ROWS else value for name, value in named.items()}
@@ -178,7 +184,7 @@ class RowFollower:
         return (hidden, *(None if isinstance(value, Tensor) else value for value in rest)), named
 
     def _together(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        """What it gives goes back to the row's places; of what several paths share, the first path's."""
+        """Scatters its output back to the rows; positions shared by several paths get the first one's."""
         if self.paths is None or self.forest is None:
             return None
         hidden, writes = output[0] if isinstance(output, tuple) else output, self.paths.writes
@@ -189,12 +195,12 @@ class RowFollower:
 
 
 _followers: WeakValueDictionary[int, RowFollower] = WeakValueDictionary()
-"""By the id of the decoder's config, which masks and attention are given."""
+"""Finds the instance by the id of its decoder's config, which masks and attention functions receive."""
 _installed: list[bool] = []
 
 
 def _install() -> None:
-    """Puts followers in front of transformers' masks and attention, once a process."""
+    """Wraps transformers' masks and attention, once a process."""
     if not _installed:
         _installed.append(True)
         for kind in MASKED:
@@ -203,7 +209,7 @@ def _install() -> None:
 
 
 def _along_paths(build: Callable[..., Any]) -> Callable[..., Any]:
-    """A family's masks, built of its own mask functions and restricted to what stands on each token's path."""
+    """Restricts a family's mask function to each token's path."""
 
     def mask(*args: Any, mask_function: MaskFunction, config: Any = None, **options: Any) -> Any:
         follower = _followers.get(id(config))
@@ -228,16 +234,16 @@ def _along_paths(build: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _on_path(forest: Forest, b: Any, q: Any, kv: Any) -> Any:
-    """Whether `kv` stands in the segment of `q` or above it."""
+    """Tells whether `kv` stands in the segment of `q` or above it."""
     of_q, of_kv = forest.segment[b, q], forest.segment[b, kv]
     return forest.sees[b, of_q, of_kv] & (of_q >= 0) & (of_kv >= 0)
 
 
 def _visible(forest: Forest, family: MaskFunction, size: int | None, *, chunked: bool) -> MaskFunction:
-    """What the family's function says within a segment, and above it at the distance along the path.
+    """Applies the family's function within a segment, and above it at the distance along the path.
 
     Args:
-        size: of the windows or, where `chunked`, chunks that the family's layers look back.
+        size: length of the windows or, where `chunked`, chunks that the family's layers look back.
     """
     segment, steps, _ = forest
 
@@ -257,7 +263,7 @@ def _visible(forest: Forest, family: MaskFunction, size: int | None, *, chunked:
 
 
 def _into_branches(forest: Forest, family: MaskFunction) -> MaskFunction:
-    """What the family would let a token see in the branches behind its segment."""
+    """Tells what the family would let a token see in the branches behind its segment."""
     segment = forest.segment
 
     def seen(b: Any, h: Any, q: Any, kv: Any) -> Any:
@@ -267,9 +273,9 @@ def _into_branches(forest: Forest, family: MaskFunction) -> MaskFunction:
 
 
 def _by_segment(attend: Callable[..., Any]) -> Callable[..., Any]:
-    """Plain causal attention of a forest: each segment's queries against the keys and values of its path.
+    """Computes a forest's plain causal attention: each segment's queries against the keys and values of its path.
 
-    Segments of about the same lengths go together: a call for each would cost more than what it finds.
+    Segments of similar lengths share a call; one each would cost more than the attention.
     """
 
     def run(
@@ -295,11 +301,11 @@ def _by_segment(attend: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class OwnPositions:
-    """The positions of a family that counts along several axes (M-RoPE), by its own rule.
+    """Positions of a family that counts along several axes (M-RoPE), by its own rule.
 
     Args:
         model: may be a skeleton without weights.
-        axes: how many there are, of which words alone take the same position on each.
+        axes: number of axes; text has the same position on all.
     """
 
     def __init__(self, model: nn.Module, *, axes: int) -> None:
@@ -307,14 +313,14 @@ class OwnPositions:
 
     @classmethod
     def by_sample(cls, model: nn.Module, ids: Int[Tensor, " seq"], inputs: Mapping[str, Any]) -> OwnPositions | None:
-        """Of a model and a sample with a picture; None: it counts places."""
+        """Measures a model's axes on a sample with a picture; None where it counts along one."""
         if not hasattr(_counting(model), COUNTS):
             return None
         positions = cls(model, axes=1).of(ids, inputs)
         return cls(model, axes=len(positions)) if len(positions) > 1 else None
 
     def of(self, ids: Int[Tensor, " seq"], inputs: Mapping[str, Any]) -> Int[Tensor, "axes seq"]:
-        """Of a sample's tokens."""
+        """Returns the positions of a sample's tokens."""
         arguments = {**inputs, "input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
         arguments["inputs_embeds"] = torch.zeros(1, len(ids), 1)
         count = getattr(self._model, COUNTS)
@@ -324,7 +330,7 @@ class OwnPositions:
 
 
 COUNTS = "compute_3d_position_ids"
-"""transformers' name for a model's rule of positions along several axes."""
+"""transformers' method that computes a model's positions along several axes."""
 
 
 def _counting(model: nn.Module) -> Any:

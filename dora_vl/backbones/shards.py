@@ -1,4 +1,4 @@
-"""A store on disk: entries by key, each some tensors and what is known of them, in files that appear whole.
+"""A store on disk: entries by key, each of tensors and facts, in files that appear whole.
 
 A folder holds what was made with one set of settings, which its `settings.json` names; others are refused. What was
 interrupted is resumed, several processes may fill one folder, and tensors are read memory-mapped.
@@ -25,7 +25,7 @@ SHARD_GLOB = "shard-*.safetensors"
 SHARD_BYTES = 128 * 2**20
 SETTINGS_FILE = "settings.json"
 HASH = "sha256"
-"""Which setting says what the weights were."""
+"""Setting that holds the weights' hash."""
 
 
 class Entry(NamedTuple):
@@ -39,12 +39,12 @@ class Entry(NamedTuple):
 
 
 class ShardStore:
-    """A folder's entries by key, of two with one key the one written last; workers may have it."""
+    """Reads and writes a folder's entries; of two with one key the later counts. Worker processes may have it."""
 
     def __init__(self, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
         self.folder = folder
         self.entries: dict[str, Entry] = {}
-        """In the order of the shards' names, which is the same whichever process was done first."""
+        """Entries in the order of the shards' names, which does not depend on which process was first."""
         self._shard_bytes = shard_bytes
         self._waiting: dict[str, tuple[Any, list[Tensor]]] = {}
         self._bytes = 0
@@ -81,7 +81,7 @@ class ShardStore:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what was added as one shard under a name of its keys: computed again, they replace it."""
+        """Writes what was added as one shard, named after its keys: computed again, they replace it."""
         if not self._waiting:
             return
         tensors: dict[str, Tensor] = {}
@@ -102,7 +102,7 @@ class ShardStore:
         self.refresh()
 
     def tensors(self, key: str) -> list[Tensor]:
-        """An entry's, as views of the memory map."""
+        """Returns an entry's tensors, as views of the memory map."""
         entry = self.entries[key]
         if entry.shard not in self._opened:
             self._opened[entry.shard] = safe_open(entry.shard, framework="pt").__enter__()
@@ -111,7 +111,7 @@ class ShardStore:
 
 
 def store_key(tower: nn.Module, settings: dict[str, Any]) -> str:
-    """A name for what exactly these weights, in this dtype, and these settings give."""
+    """Hashes weights, their dtype, and settings to a name."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, value in sorted(tower.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -133,11 +133,11 @@ def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
-    """What a folder was filled with; None where nothing says it."""
+    """Reads a folder's settings; None where it has none."""
     path = folder / SETTINGS_FILE
     return read_json(path) if path.is_file() else None
 
 
 def first_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:
-    """The first name, in their order, whose values differ; None where all are equal."""
+    """Returns the first name, alphabetically, whose values differ; None where all are equal."""
     return min((name for name in {*first, *second} if first.get(name) != second.get(name)), default=None)

@@ -1,4 +1,4 @@
-"""What a run's settings say of a base, in plain dataclasses: they are read for --help, so nothing heavy is imported."""
+"""A run's settings of its base, as plain dataclasses: --help reads them, so nothing heavy is imported."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PRETRAINED, RANDOM = "pretrained", "random"
 
 @dataclass(frozen=True, kw_only=True)
 class TowerSpec:
-    """Which vision network to take, from where, and which part of it; `ComposeSpec` says what each field means."""
+    """The vision network to take, its library, and its part; `ComposeSpec` explains each field."""
 
     library: VisionLibrary
     name: str
@@ -42,10 +42,10 @@ class TowerSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ComposeSpec:
-    """What a composed LLaVA is made of; between the two stands LLaVA-1.5's projector, `mlp2x_gelu`."""
+    """The parts of a composed LLaVA; LLaVA-1.5's projector, `mlp2x_gelu`, stands between them."""
 
     vision_library: VisionLibrary
-    """Where the vision tower comes from."""
+    """Library that the vision tower comes from."""
     vision_name: str
     """timm's or open_clip's model name; for transformers a folder or hub id (a whole CLIP or its vision part)."""
     language_model: str | None = None
@@ -74,10 +74,10 @@ class ComposeSpec:
     projector_seed: int = 0
     """Seed of the projector's initial weights, and of a small Llama's."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the weights in the folder; None keeps the language model's own (float32 for GGUF)."""
+    """dtype of the weights in the folder; None keeps the language model's own (float32 for GGUF)."""
 
     def tower(self) -> TowerSpec:
-        """The part of this that is about the vision tower."""
+        """Returns the fields about the vision tower."""
         own = vars(self)
         tower: dict[str, Any] = {
             field.name: own.get(f"vision_{field.name}", own.get(field.name)) for field in fields(TowerSpec)
@@ -98,7 +98,7 @@ class LanguageSource:
     gguf_file: str | None = None
     """A GGUF file in `folder`; it is dequantised."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the written weights; None keeps the folder's own (float32 for GGUF)."""
+    """dtype of the written weights; None keeps the folder's own (float32 for GGUF)."""
 
 
 Boxes = Literal["zeros", "grid", "strip"]
@@ -109,26 +109,26 @@ class SmallLanguageModel:
     """A BART or Llama to be pretrained here, for data too small or too special for a published one."""
 
     texts: tuple[str, ...]
-    """Files of any format that training reads, whose texts its vocabulary is made from."""
+    """Files in any format that training reads; the vocabulary is made from their texts."""
     words: tuple[str, ...] = ()
-    """More texts for the vocabulary: what the task writes around a question, which is spelled letter by letter
-    otherwise."""
+    """More texts for the vocabulary, such as the words that the task writes around a question; otherwise they are
+    spelled     letter by letter."""
     vocabulary: int = 1000
-    """Tokens before the added ones, at most."""
+    """Most tokens before the added ones."""
     width: int = 256
     layers: int = 3
-    """Of a BART's encoder, and of its decoder."""
+    """Layers of a BART's encoder, and of its decoder."""
     heads: int = 4
     feedforward: int = 1024
     max_positions: int = 256
-    """Longest text."""
+    """Tokens of the longest text."""
     init_std: float = 0.02
     """Spread of the random weights. 0.02 suits widths near 1000; small ones learn sooner with 1/sqrt(width)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VlBartSpec:
-    """What a VL-BART is made of."""
+    """The parts of a VL-BART."""
 
     bart: str = "facebook/bart-base"
     """Folder or hub id of a BART; its tokenizer and weights are taken."""
@@ -146,7 +146,7 @@ class VlBartSpec:
     frame_side: int = 1
     """Rows and columns of one frame's tokens, for boxes: strip."""
     max_images: int = 2
-    """Pictures that one input may have."""
+    """Most pictures in one input."""
     dropout: float = 0.1
     """All of BART's dropouts; the published runs set all three to this."""
     standardise: str | None = None
@@ -154,4 +154,4 @@ class VlBartSpec:
     Deep features of simple pictures have much in common, which a randomly initialised model has
     to learn to look past."""
     seed: int = 9595
-    """Draws the visual embedding and the new tokens' rows."""
+    """Seed of the visual embedding and the new tokens' rows."""

@@ -21,12 +21,12 @@ from dora_vl.errors import UserError
 from dora_vl.limited_process import ENDED, Budget, Failed, LimitedProcess, Part
 
 SECONDS, MEMORY = 2, 1 << 30
-"""Most that trying a template takes, of the processor and in bytes; it takes a fiftieth of the first."""
+"""CPU seconds and bytes allowed for a trial rendering of a chat template; a usual one takes a fiftieth of the time."""
 TALK = ("system", "user", "assistant", "user", "assistant")
 
 
 class _Generation(Extension):
-    """`{% generation %}`, by which templates mark answers; it changes nothing of the text."""
+    """Accepts `{% generation %}`, by which templates mark answers; it changes nothing of the text."""
 
     tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
 
@@ -36,7 +36,7 @@ class _Generation(Extension):
 
 
 def try_template(content: bytes, templates: list[str], tokens: Mapping[str, Any]) -> Iterator[Part]:
-    """A job of `limited_process`: renders the templates."""
+    """Renders the templates, as a job of `limited_process`."""
 
     def refuse(message: str) -> None:
         raise ValueError(message)
@@ -62,7 +62,7 @@ def try_template(content: bytes, templates: list[str], tokens: Mapping[str, Any]
 
 
 def check_ends(template: str | Mapping[str, str], tokens: Mapping[str, Any], name: str) -> None:
-    """Refuses a model's chat template, or one of several, that does not end, or fills the memory."""
+    """Refuses a model's chat templates if one of them does not end, or fills the memory."""
     templates = [template] if isinstance(template, str) else [*template.values()]
     texts = {key: str(token) for key, token in tokens.items() if not isinstance(token, list)}
     if reason := _why_not(json.dumps({"templates": templates, "tokens": texts})):

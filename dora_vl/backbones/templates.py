@@ -1,4 +1,4 @@
-"""Turns as text: what a prompt format is, and every format of strings by its name.
+"""Prompt formats: the classes, and every format of strings by its name.
 
 `TEMPLATES` are LLaVA's, as LLaVA c121f04 trains with them; `PROMPTS` the published prompts of instructions. The chat
 templates of models, and the formats that need a processor, are in `prompts`.
@@ -23,7 +23,7 @@ PROBE = (Turn("user", f"{IMAGE_PLACEHOLDER}\nWhich colour is it?"), Turn("assist
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation's text, pictures as the template marks them, and what its characters are.
+    """A conversation's text, pictures as the template marks them, with the spans of answers and special tokens.
 
     `answer_spans` are supervised: from the end of the generation prompt before an answer through what closes it. A
     separating space before the answer belongs to the span, because generation has to produce it.
@@ -37,28 +37,28 @@ class Chat:
     others: tuple[Chat, ...] = ()
     """Shorter texts for answers that the template writes otherwise once later turns follow; no answer is in two."""
     answers: tuple[int, ...] = ()
-    """The numbers of the answers whose spans these are, where `others` have some too."""
+    """Indices of the answers whose spans these are, where `others` have some too."""
     suffix: str | None = None
-    """An answer that the processor takes apart from the text; its span then stands behind the text."""
+    """Answer that the processor takes apart from the text; its span then follows the text."""
     by_token_types: bool = False
-    """Whether the processor marks the answer's tokens itself, by `token_type_ids` of one."""
+    """True where the processor marks the answer's tokens itself, by `token_type_ids` of one."""
 
 
 class Prompts:
-    """How turns become text."""
+    """Turns a conversation into text."""
 
     name: str = ""
-    """The value of `model.template` that chooses it."""
+    """Value of `model.template` that chooses it."""
     bos_token: str | None = None
     stop: str = ""
     """Text that ends an answer, where no special token does."""
     takes_system: bool = False
-    """Whether it has a place for a system turn."""
+    """True where the format has a place for a system turn."""
     thinking: bool | None = None
-    """Whether it asks for thoughts before an answer; None: it has no such choice, or its own default holds."""
+    """True or False where the format asks for thoughts or for none; None where it leaves that to the model."""
 
     def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Chat:
-        """The turns as text; `generation_prompt` opens the next answer.
+        """Renders turns as text; `generation_prompt` opens the next answer.
 
         Raises: ValueError if they do not alternate from the user, after one system turn where there is a place for it,
             end otherwise than asked, an answer holds nothing, or the format has no place for them.
@@ -82,52 +82,52 @@ class Prompts:
         raise NotImplementedError
 
     def in_test(self) -> Prompts:
-        """The same as a test asks, which differs for the published prompts of instructions."""
+        """Returns the format that tests ask with; only the published prompts of instructions have another."""
         return self
 
     def thought_and_answer(self, text: str) -> tuple[str, str]:
-        """What an answer's text says in `<think>`, where the format knows of thoughts, and the rest."""
+        """Splits an answer into its `<think>` part, where the format knows thoughts, and the rest."""
         return "", text
 
     def answer_in(self, text: str) -> str:
-        """What of decoded text is the answer."""
+        """Cuts the answer out of decoded text."""
         return (text.partition(self.stop)[0] if self.stop else text).strip()
 
 
 def shared_beginning(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """How many characters or ids two begin with alike."""
+    """Counts the characters or ids that both begin with."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((number for number, (left, right) in pairs if left != right), min(len(first), len(second)))
 
 
 _CONTROL = re.compile("|".join(map(re.escape, ("<s>", "</s>", "<|im_start|>", "<|im_end|>"))))
-"""What is a special token where a template writes it, and text where a person does."""
+"""Matches special tokens where a template writes them; in a person's text they stay text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundTemplate(Prompts):
-    """Rounds of question and answer as strings; `{}` is where the question, the answer or the picture stands."""
+    """Writes rounds of question and answer; `{}` marks where question, answer or picture goes."""
 
     name: str
     system: str = ""
-    """Before the first round."""
+    """Text before the first round."""
     own_system: str = ""
-    """What stands in its place where a sample brings a system turn, `{}` its text; empty: it has no place for one."""
+    """Replaces `system` by a sample's system turn, `{}`; empty refuses such samples."""
     first_question: str = ""
-    """As `question`, where the first one differs."""
+    """Replaces `question` in the first round, where it differs."""
     first_question_after_system: str = ""
-    """As `first_question`, after a sample's own system turn."""
+    """Replaces `first_question` after a sample's own system turn."""
     question: str
     answer_role: str
-    """Ends a generation prompt."""
+    """End of the generation prompt."""
     answer: str
-    """Supervised, all of it: what generation has to produce."""
+    """The supervised text: what generation has to produce."""
     between: str = ""
-    """After a round that is not the last."""
+    """Text after every round but the last."""
     end: str = ""
-    """After the last round."""
+    """Text after the last round."""
     picture: str = "{}"
-    """Around each picture of a question."""
+    """Text around each picture of a question."""
     stop: str = ""
     """Text that ends an answer, where no special token does."""
 
@@ -167,7 +167,7 @@ class RoundTemplate(Prompts):
 
 @dataclass(frozen=True, kw_only=True)
 class PlainTemplate(Prompts):
-    """Projector pretraining: the pictures of the question, its text dropped, then the caption and a newline."""
+    """Renders pairs for projector pretraining: the question's pictures without its text, the caption and a newline."""
 
     name: str = "plain"
 
@@ -183,7 +183,7 @@ class PlainTemplate(Prompts):
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """The encoder's text. `subtitles` may be cut at their end so that the whole fits; `text` follows them."""
+    """An encoder's input. `subtitles` may be cut at their end so that the whole fits; `text` follows them."""
 
     subtitles_before: str = ""
     subtitles: str = ""
@@ -319,16 +319,16 @@ PAIRED = (
 
 @dataclass(frozen=True, kw_only=True)
 class InstructionPrompt:
-    """Alpaca's sections before an output: the first lines without and with an input, in training and in a test."""
+    """Writes Alpaca's sections before an output; the first lines depend on split and input."""
 
     train: tuple[str, str] = (PLAIN, PAIRED)
     test: tuple[str, str] = (PLAIN, PAIRED)
     indent: str = ""
     between = ""
-    """What stands between the prompt and the output."""
+    """Text between the prompt and the output."""
 
     def before_output(self, instruction: str, context: str, *, test: bool) -> str:
-        """The text up to where the output begins; `context` is the record's `input`."""
+        """Returns the text up to where the output begins; `context` is the record's `input`."""
         sections = [("Instruction", instruction), *([("Input", context)] if context else []), ("Response", "")]
         blank = "" if test else self.indent
         body = f"\n{blank}\n".join(f"{self.indent}### {title}:\n{self.indent}{content}" for title, content in sections)
@@ -336,12 +336,12 @@ class InstructionPrompt:
 
 
 class ClozePrompt(InstructionPrompt):
-    """Nothing around the instruction, and a space before the output, as lm-eval has it."""
+    """Writes the instruction alone and a space before the output, as lm-eval does."""
 
     between = " "
 
     def before_output(self, instruction: str, context: str, *, test: bool) -> str:
-        """The text up to the space before the output."""
+        """Returns the text up to the space before the output."""
         return f"{instruction}\n{context}" if context else instruction
 
 
@@ -353,18 +353,18 @@ PROMPTS: Mapping[str, InstructionPrompt] = {
     "alpaca": InstructionPrompt(),
     "cloze": ClozePrompt(),
 }
-"""`nvlabs` is the DoRA paper's; `alpaca` is Stanford's own, the same in training and test."""
+"""Published prompts: `nvlabs` is the DoRA paper's; `alpaca` is Stanford's own, the same in training and test."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Instruction(Prompts):
-    """A published prompt: one question, its output, and the tokenizer's end token.
+    """Renders a published prompt: one question, its output, and the tokenizer's end token.
 
     Args:
-        name: in `PROMPTS`.
+        name: key in `PROMPTS`.
         train_on: `all` labels prompt and output, as the published runs do; `answer` the output and its end alone.
         end: the tokenizer's end token.
-        test: whether the test's wording asks, whatever is rendered.
+        test: uses the test's wording in any case.
     """
 
     name: str
@@ -373,7 +373,7 @@ class Instruction(Prompts):
     test: bool = False
 
     def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Chat:
-        """See `Prompts.render`; takes one question, and its output."""
+        """Renders one question and its output; see `Prompts.render`."""
         if len(turns) + generation_prompt != 2 or turns[0].role != "user":
             raise ValueError("a prompt of instructions holds one question and its output; ask one question at a time")
         if not turns[0].instruction.strip():
@@ -387,9 +387,9 @@ class Instruction(Prompts):
         return Chat(text, ((start, len(text)),), controls=((len(text) - len(self.end), len(text)),))
 
     def in_test(self) -> Instruction:
-        """See `Prompts.in_test`."""
+        """Returns the format with the test's wording."""
         return replace(self, train_on="answer", test=True)
 
     def answer_in(self, text: str) -> str:
-        """All of it."""
+        """Returns all of the text."""
         return text

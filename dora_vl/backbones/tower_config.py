@@ -14,26 +14,26 @@ Layout = Literal["NCHW", "NHWC", "NLC"]
 # transformers' generated __init__ takes more names than its signature says; a checker that reads it refuses them.
 @no_type_check
 class GridTowerConfig(PreTrainedConfig):
-    """All that rebuilds a vision tower of any library without its weights, and the preparation it expects.
+    """Rebuilds a vision tower of any library without its weights, and states the preparation it expects.
 
-    `layout`, `prefix_tokens` and `grid_side` describe what the library's network returns; they are measured once, when
-    the tower is composed (`tower_sources.load_tower`), so that nothing has to be guessed from a network's class later.
+    `layout`, `prefix_tokens` and `grid_side` describe what the library's network returns. They are measured once, when
+    the tower is composed (`tower_sources.load_tower`), so that nothing is guessed from a network's class later.
     """
 
     model_type = "dora_grid_tower"
 
     library: VisionLibrary = "timm"
     architecture: str = ""
-    """The library's own name of the network, for example `tf_efficientnet_lite0` or `ViT-B-32`."""
+    """The library's own name of the network, e.g. `tf_efficientnet_lite0` or `ViT-B-32`."""
     options: dict[str, Any] | None = None
-    """What the library needs beside the name: timm's keyword arguments, open_clip's `vision_cfg`..., a config."""
+    """Further arguments of the library: timm's keyword arguments, open_clip's `vision_cfg`..., a config."""
     layer: int = -1
-    """Which hidden state is taken, counted from the end; -1 is the last one, after the network's final norm."""
+    """Hidden state to take, counted from the end; -1 is the last one, after the network's final norm."""
     grid_pool: int | None = None
     """Side of the grid after average pooling; None keeps the network's own grid."""
     layout: Layout = "NCHW"
     prefix_tokens: int = 0
-    """Class and register tokens in front of the grid (`NLC` only); dropped."""
+    """Class and register tokens in front of the grid, which are dropped (`NLC` only)."""
     grid_side: int = 7
     hidden_size: int = 1280
     image_size: int = 224
@@ -43,10 +43,10 @@ class GridTowerConfig(PreTrainedConfig):
 
     @property
     def tokens(self) -> int:
-        """Grid tokens that one picture becomes."""
+        """Returns the grid tokens of one picture."""
         return (self.grid_pool or self.grid_side) ** 2
 
     @property
     def patch_size(self) -> int:
-        """Pixels per grid token along a side, rounded down; transformers' processor counts tokens with it."""
+        """Returns pixels per grid token along a side, rounded down; transformers' processor counts tokens with it."""
         return self.image_size // (self.grid_pool or self.grid_side)

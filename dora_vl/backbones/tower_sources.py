@@ -66,7 +66,7 @@ class LoadedTower:
 
 
 def load_tower(spec: TowerSpec) -> LoadedTower:
-    """The pretrained network as a `GridTower`, or as transformers' own class where LLaVA can use that directly."""
+    """Loads a pretrained network as a `GridTower`, or as transformers' own class where LLaVA takes that directly."""
     loaders = {"timm": load_timm, "open_clip": load_open_clip, "transformers": load_transformers}
     if spec.library not in loaders:
         raise UserError(f"vision_library {spec.library!r}: there are {', '.join(loaders)}")
@@ -90,7 +90,7 @@ def load_tower(spec: TowerSpec) -> LoadedTower:
 
 
 def preparation_of(config: GridTowerConfig) -> Preparation:
-    """What the tower expects of its pictures."""
+    """Returns the preparation that a tower expects."""
     return Preparation(
         image_size=config.image_size,
         mean=tuple(config.image_mean or ()),
@@ -100,7 +100,7 @@ def preparation_of(config: GridTowerConfig) -> Preparation:
 
 
 def load_timm(spec: TowerSpec) -> tuple[nn.Module, GridTowerConfig]:
-    """A timm network without its classifier."""
+    """Loads a timm network without its classifier."""
     import timm
 
     published = timm.get_pretrained_cfg(spec.name, allow_unregistered=True)
@@ -125,7 +125,7 @@ def load_timm(spec: TowerSpec) -> tuple[nn.Module, GridTowerConfig]:
 
 
 def load_open_clip(spec: TowerSpec) -> tuple[nn.Module, GridTowerConfig]:
-    """An open_clip model's vision tower."""
+    """Loads an open_clip model's vision tower."""
     import open_clip
     from open_clip.transformer import QuickGELU
 
@@ -157,7 +157,7 @@ def load_open_clip(spec: TowerSpec) -> tuple[nn.Module, GridTowerConfig]:
 
 
 def load_transformers(spec: TowerSpec) -> tuple[nn.Module, GridTowerConfig]:
-    """A transformers vision model, cut out of a two-tower model where the folder holds one."""
+    """Loads a transformers vision model, out of a two-tower model where the folder holds one."""
     check_model_folder(spec.name)
     with opening(f"transformers could not load a vision model from {spec.name!r}"):
         whole = AutoConfig.from_pretrained(spec.name, **NO_OWN_CODE)
@@ -199,7 +199,7 @@ def load_from_file(network: nn.Module, spec: TowerSpec) -> None:
 
 
 def transformers_preparation(spec: TowerSpec, vision: PreTrainedConfig) -> Preparation:
-    """What the folder's preprocessor says, its size taken from the network's config."""
+    """Reads the folder's picture preparation; its size comes from the network's config."""
     size = spec.image_size or vision.to_dict().get("image_size")
     if size is None:
         raise UserError(f"{spec.name} states no image_size; set it (pixels along a side)")
@@ -213,7 +213,7 @@ def transformers_preparation(spec: TowerSpec, vision: PreTrainedConfig) -> Prepa
 def draft_config(
     spec: TowerSpec, *, architecture: str, options: dict[str, Any], published: Preparation
 ) -> GridTowerConfig:
-    """A tower config with everything but what only a run of the network can tell (`measure`)."""
+    """Makes a tower config without what only a run of the network can tell (`measure`)."""
     default_layer = LLAVA_LAYER if spec.library == "transformers" else -1
     return GridTowerConfig(
         library=spec.library,
@@ -287,7 +287,7 @@ def _language(spec: ComposeSpec) -> LanguageModel:
 
 
 def join(tower: LoadedTower, language: LanguageModel, *, seed: int) -> LlavaForConditionalGeneration:
-    """The two parts and a fresh projector as one model, nothing copied that need not be."""
+    """Joins the two parts and a fresh projector to one model, with as few copies as possible."""
     register_towers()
     config = LlavaConfig(
         vision_config=tower.model.config,
@@ -317,7 +317,7 @@ def join(tower: LoadedTower, language: LanguageModel, *, seed: int) -> LlavaForC
 
 
 def processor(tower: LoadedTower, language: LanguageModel) -> LlavaProcessor:
-    """transformers' own processor of the folder, so that the folder serves without dora_vl as well."""
+    """Makes the folder's processor in transformers' own class, so that the folder serves without dora_vl as well."""
     side = tower.preparation.image_size // tower.patch_size
     if side**2 != tower.tokens:
         log.warning(

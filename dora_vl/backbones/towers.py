@@ -1,4 +1,4 @@
-"""Vision networks of timm, open_clip and transformers as one `PreTrainedModel`, and pictures as their pixels.
+"""Vision networks of timm, open_clip and transformers as one `PreTrainedModel`, and the preparation of pictures.
 
 transformers' `LlavaForConditionalGeneration` takes a `GridTower` as its `vision_config` unchanged, with
 `vision_feature_layer=-1` and `vision_feature_select_strategy="full"`. Pictures are padded to a square, cropped or
@@ -35,13 +35,13 @@ logger = logging.getLogger(__name__)
 
 Aspect = Literal["pad", "square", "squash"]
 PADDED_SIDE = 4_096
-"""Of the square up to which a picture is padded as a whole, as published; beyond, row by row, to the same pixels."""
+"""Largest square, in pixels along a side, that is padded as a whole, as published; larger ones are padded by rows."""
 ROWS = 256
-"""How many are padded at once."""
+"""Rows padded at once."""
 
 
 def build_network(config: GridTowerConfig) -> nn.Module:
-    """The library's network of this config, with its random initial weights and no classification head."""
+    """Builds the library's network with its random initial weights and no classification head."""
     options: dict[str, Any] = dict(config.options or {})
     if config.library == "timm":
         import timm
@@ -85,7 +85,7 @@ class GridTower(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Leaves the library's own initial weights as they are."""
+        """Keeps the library's own initial weights."""
 
     def train(self, mode: bool = True) -> GridTower:
         """Sets the mode of everything but batch norms."""
@@ -102,7 +102,7 @@ class GridTower(PreTrainedModel):
         pixel_values: Float[Tensor, "images 3 height width"],
         **_: Any,  # transformers passes output flags on; there is one output, so none of them matters
     ) -> BaseModelOutput:
-        """Grid tokens [images, tokens, width], row by row, as the only hidden state."""
+        """Returns grid tokens [images, tokens, width], row by row, as the only hidden state."""
         grid = self.grid(pixel_values)
         if self.config.grid_pool is not None:
             grid = F.adaptive_avg_pool2d(grid, self.config.grid_pool)
@@ -112,7 +112,7 @@ class GridTower(PreTrainedModel):
     def grid(
         self, pixel_values: Float[Tensor, "images 3 height width"]
     ) -> Float[Tensor, "images channels rows columns"]:
-        """The chosen layer's grid before pooling, channels first."""
+        """Returns the chosen layer's grid before pooling, channels first."""
         raw = network_output(self.network, self.config, pixel_values)
         if self.config.layout == "NHWC":
             return raw.permute(0, 3, 1, 2)
@@ -123,7 +123,7 @@ class GridTower(PreTrainedModel):
 
 
 def network_output(network: nn.Module, config: GridTowerConfig, pixel_values: Tensor) -> Tensor:
-    """What the library returns for the chosen layer, in the library's own layout."""
+    """Returns the library's output of the chosen layer, in the library's own layout."""
     if config.library == "open_clip":
         taken = network.forward_intermediates(  # pyright: ignore[reportCallIssue]
             pixel_values, indices=[config.layer], normalize_intermediates=config.layer == -1, intermediates_only=True
@@ -162,7 +162,7 @@ class Preparation:
 
 
 def stated_preparation(processor: Mapping[str, Any], image_size: int) -> Preparation:
-    """What a picture processor's fields state, but for the size; raises what Python does for anything else."""
+    """Reads a picture processor's fields, except the size; raises what Python does for anything else."""
 
     def colours(name: str) -> tuple[float, ...]:
         red, green, blue = (float(value) for value in processor[name])
@@ -175,7 +175,7 @@ def stated_preparation(processor: Mapping[str, Any], image_size: int) -> Prepara
 
 
 def image_processor(preparation: Preparation, *, aspect: Aspect) -> LlavaImageProcessorPil:
-    """transformers' processor with these values.
+    """Makes transformers' processor with these values.
 
     It is the PIL one, whatever else is installed: only that equals the original bit for bit (torchvision's differs by
     up to 1/255).
@@ -209,13 +209,13 @@ class ImagePreparation:
 
     @classmethod
     def from_folder(cls, folder_or_id: str, *, aspect: Aspect, revision: str | None = None) -> ImagePreparation:
-        """The size and colours that a LLaVA folder's preprocessor states."""
+        """Reads the size and colours that a LLaVA folder's preprocessor states."""
         with opening(f"{folder_or_id!r} states no picture preparation"):
             stated = LlavaImageProcessorPil.from_pretrained(folder_or_id, revision=revision or "main").to_dict()
             return cls(stated_preparation(stated, int(stated["crop_size"]["height"])), aspect=aspect)
 
     def prepare(self, picture: Image.Image) -> Float[Tensor, "3 height width"]:
-        """Normalised pixels of one RGB picture."""
+        """Returns normalised pixels of one RGB picture."""
         if self.aspect == "pad" and max(picture.size) > PADDED_SIDE:
             picture = self._padded_by_rows(picture)
         if self.aspect == "square" and not self._warned and max(picture.size) > 2 * min(picture.size):
@@ -225,7 +225,7 @@ class ImagePreparation:
         return pixels[0]
 
     def _padded_by_rows(self, picture: Image.Image) -> Image.Image:
-        """The padded square at its final size, without ever holding the square, which has gigabytes for long pictures.
+        """Makes the padded square at its final size without the full square, which takes gigabytes for long pictures.
 
         Pillow resizes rows first, each by itself, and rounds them to 8 bits before the columns; so does this, and
         rows that are padding alone keep their colour.
@@ -243,6 +243,6 @@ class ImagePreparation:
         return narrow.resize((side, side), resample)
 
     def fingerprint(self) -> str:
-        """A hash of everything that changes the pixels."""
+        """Hashes everything that changes the pixels."""
         stated = {"aspect": self.aspect, "reading": READING, **dataclasses.asdict(self.preparation)}
         return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()

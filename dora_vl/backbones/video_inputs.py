@@ -1,4 +1,4 @@
-"""A video's frames as a processor takes them: with their times, as a video of its own, or as so many pictures."""
+"""Converts a video's frames to a processor's inputs: a video with frame times, or one picture a frame."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 from dora_vl.data.video import Frames
 
 Video: TypeAlias = Frames[Image.Image]
-"""RGB frames of one video, as `VideoReader.read` gives them."""
+"""RGB frames of one video, as `VideoReader.read` returns them."""
 
 DRIFT_SECONDS = 0.01
-"""A file whose frames are farther than that from where its mean rate puts them is timed by a clock instead."""
+"""A file whose frames are farther than this from where its mean rate puts them is timed by a clock instead."""
 CLOCK_RATE = 1000
 ONE_LENGTH = "pixel_values_videos"
-"""Holds `[videos, frames, channels, height, width]` where a family takes videos of one length only."""
+"""Input of families whose videos all have one length: `[videos, frames, channels, height, width]`."""
 
 
 def metadata(video: Video) -> VideoMetadata:
-    """What transformers' processors ask of a video whose frames are chosen already.
+    """Returns what transformers' processors need of a video whose frames are already chosen.
 
     They take frame index / rate for a frame's time, and frames / all frames * rate for how densely they were taken. So
     the indices are the file's and the rate its mean rate; where frames do not come at a steady rate, both are of a
@@ -56,18 +56,18 @@ def metadata(video: Video) -> VideoMetadata:
 
 
 def pixels(video: Video) -> UInt8[np.ndarray, "frames height width 3"]:
-    """The frames as one array."""
+    """Stacks the frames to one array."""
     return np.stack([np.asarray(picture) for picture in video.pictures])
 
 
 def video_arguments(videos: Sequence[Video]) -> dict[str, Any]:
-    """What a processor is called with for videos whose frames are chosen already."""
+    """Returns a processor's arguments for videos whose frames are already chosen."""
     chosen = {"video_metadata": [metadata(video) for video in videos], "do_sample_frames": False}
     return {"videos": [pixels(video) for video in videos], "videos_kwargs": chosen}
 
 
 def has_place_for_video(render: Callable[[Sequence[Turn]], Chat], token: str) -> bool:
-    """Whether a chat writes a processor's `token` once where a video goes."""
+    """Tells whether a chat writes a processor's `token` exactly once for a video."""
     query, reply = "Which colour is it?", Turn("assistant", "It is purple.")
     try:
         with_video, without = (render([Turn("user", text), reply]).text for text in (f"{VIDEO_MARK}\n{query}", query))
@@ -77,14 +77,14 @@ def has_place_for_video(render: Callable[[Sequence[Turn]], Chat], token: str) ->
 
 
 def marked(turns: Sequence[Turn]) -> list[Turn]:
-    """The turns of a sample with videos, each `<video>` as the mark that is no text."""
+    """Replaces each `<video>` in the turns by the mark that is no text."""
     return [Turn(turn.role, turn.text.replace(VIDEO_PLACEHOLDER, VIDEO_MARK)) for turn in turns]
 
 
 def as_pictures(
     turns: Sequence[Turn], pictures: Sequence[Any], videos: Sequence[Video]
 ) -> tuple[list[Turn], list[Any]]:
-    """The turns with `<image>` for each frame of each video, and all pictures in the order of their places.
+    """Replaces each video by `<image>` for each of its frames; returns the turns and all pictures in order.
 
     Raises: ValueError if the places are not as many as pictures and videos.
     """
@@ -113,7 +113,7 @@ def _next(left: Any) -> Any:
 
 
 def repeated(video: Video, frames: int) -> Video:
-    """So many frames, each of the video's as often as the others or once more, where it has fewer of them."""
+    """Repeats frames of a shorter video evenly, up to so many."""
     have = len(video.pictures)
     if have >= frames:
         return video
@@ -127,7 +127,7 @@ def repeated(video: Video, frames: int) -> Video:
 
 
 def grey_video(colour: tuple[int, int, int], side: int, frames: int = 2) -> Video:
-    """A still video of one colour, a frame a second."""
+    """Makes a still video of one colour, a frame a second."""
     return Frames(
         pictures=(Image.new("RGB", (side, side), colour),) * frames,
         indices=tuple(range(frames)),
@@ -142,17 +142,17 @@ def grey_video(colour: tuple[int, int, int], side: int, frames: int = 2) -> Vide
 def displaced_inputs(
     processor: Any, outputs: Mapping[str, Any], pictures: Sequence[Any], videos: Sequence[Video]
 ) -> dict[str, Tensor]:
-    """What a sample's pictures lost to its videos, where the processor has inputs of one name for both (SmolVLM).
+    """Returns the picture inputs that videos displaced, where the processor uses one name for both (SmolVLM).
 
     Its model reads them by the order of their tokens, so they are made one by one and joined in the order of the text.
 
     Args:
         processor: its own picture and video processors make the inputs.
-        outputs: what it gave for the whole sample.
-        pictures: in order.
-        videos: likewise.
+        outputs: what it returned for the whole sample.
+        pictures: pictures in order.
+        videos: videos in order.
 
-    Returns: the inputs by that name, `[1, tiles and frames, ...]`; nothing where none was lost.
+    Returns: the inputs by that name, `[1, tiles and frames, ...]`; empty where none was displaced.
     """
     names = set(processor.image_processor.model_input_names) & set(processor.video_processor.model_input_names)
     kinds = [replacement["type"] for replacement in (outputs.get("text_replacement_offsets") or [[]])[0]]
@@ -170,13 +170,13 @@ def displaced_inputs(
 
 
 LEAST_PIXELS = 32 * 32
-"""A sample's share must be at least that: a picture of fewer shows nothing."""
+"""A picture of fewer pixels shows nothing, so a sample's share must be at least this."""
 
 
 def within_pixels(
     pictures: Sequence[Image.Image], videos: Sequence[Video], most: int
 ) -> tuple[list[Image.Image], list[Video], int]:
-    """The pictures and videos of a sample, shrunk where together they have more than `most` pixels.
+    """Shrinks a sample's pictures and videos where together they have more than `most` pixels.
 
     Returns: them, and how many pixels they lost; 0 where they fit.
     """

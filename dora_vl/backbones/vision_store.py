@@ -1,7 +1,7 @@
-"""Stored features of pictures and videos by name, whoever wrote them, and as many tokens of them as a model takes.
+"""Stored features of pictures and videos by name, resized to the tokens that a model takes.
 
-Beside our own shards these forms are read: VL-Adapter's re-hosted Parquet shards, its tree of one HDF5 file a picture,
-VALUE's folder of one `.npz` a video. `open_features` tells them apart by what the folder holds.
+Besides our own shards it reads VL-Adapter's re-hosted Parquet shards, its tree of one HDF5 file a picture, and VALUE's
+folder of one `.npz` a video. `open_features` tells them apart by what the folder holds.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ from dora_vl.data.example import Clip, Example
 from dora_vl.errors import BadSample, UserError
 
 Part = tuple[float, float | None]
-"""From so many seconds to so many; None is the video's end."""
+"""Start and end of a video's part in seconds; None is the video's end."""
 WHOLE: Part = (0.0, None)
 Taken = TypeVar("Taken")
 DAMAGE = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error)
-"""What numpy, h5py and pyarrow raise on files that are damaged or hold something else."""
+"""numpy, h5py and pyarrow raise these on files that are damaged or hold something else."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """What a picture's or a video's stored features are."""
+    """Size of a picture's or a video's stored features."""
 
     tokens: int
     width: int
-    """Numbers of a token."""
+    """Numbers of each token."""
     frames: int
-    """How many frames they are of, each of equally many tokens; where nothing says it, each token is a frame."""
+    """Frames of equally many tokens; where nothing states them, each token is a frame."""
 
 
 class FeatureStore:
-    """Stored features by the name of their picture or video; worker processes may have it.
+    """Reads stored features by the name of their picture or video; worker processes may have it.
 
     Args:
-        folder: they are in.
-        rows: by name where each one's are, as the form has it.
+        folder: the folder that holds them.
+        rows: maps each name to where its features are, in the format's own terms.
     """
 
     def __init__(self, folder: Path, rows: Mapping[str, Any]) -> None:
@@ -57,15 +57,15 @@ class FeatureStore:
         self.rows = rows
 
     def stored(self, name: str) -> Stored:
-        """What one's features are, without reading them; raises `BadSample` where there are none, as `read`."""
+        """Returns the size of features without reading them; raises `BadSample` where there are none, as `read`."""
         return self._taken(name, self._stored)
 
     def read(self, name: str) -> Float[Tensor, "tokens width"]:
-        """One's features in the dtype they are stored in; raises `BadSample` where they are missing or damaged."""
+        """Reads features in the dtype they are stored in; raises `BadSample` where they are missing or damaged."""
         return self._taken(name, self._read)
 
     def part(self, name: str) -> Part | None:
-        """The part of the video that they are of; None where nothing says it."""
+        """Returns the part of the video that the features cover; None where nothing says it."""
         del name
         return None
 
@@ -91,7 +91,7 @@ def _unreadable(path: Path, error: Exception) -> str:
 
 
 def open_features(folder: Path) -> FeatureStore:
-    """The features in a folder."""
+    """Opens a folder of features in any known format."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of features; in a checkout python -m data_prep.features makes one")
     forms = {SHARD_GLOB: OwnFeatures, "*.parquet": ParquetFeatures, "*.h5": FileFeatures, "*.npz": FileFeatures}
@@ -104,14 +104,14 @@ def open_features(folder: Path) -> FeatureStore:
 
 
 class OwnFeatures(FeatureStore):
-    """What `FeatureWriter` wrote."""
+    """Reads what `FeatureWriter` wrote."""
 
     def __init__(self, folder: Path) -> None:
         self._shards = ShardStore(folder)
         super().__init__(folder, self._shards.entries)
 
     def part(self, name: str) -> Part | None:
-        """See `FeatureStore`."""
+        """Returns the part of the video that the features cover."""
         return self._taken(name, lambda name: tuple(self.rows[name].facts["part"]))
 
     def _stored(self, name: str) -> Stored:
@@ -124,15 +124,15 @@ class OwnFeatures(FeatureStore):
 
 @dataclass(frozen=True)
 class FeatureRow:
-    """One picture's or video's features and what they were made from.
+    """Features of one picture or video and what they were made from.
 
     Attributes:
-        name: of the picture or video.
-        features: of any shape, its last axis is the width.
+        name: name of the picture or video.
+        features: any shape; the last axis is the width.
         backend: the library that decoded it.
-        indices: the frames, by their place in the video; empty for a picture.
-        seconds: when they begin.
-        part: of the video; all of it, or the picture, if nothing else is said.
+        indices: frames by their place in the video; empty for a picture.
+        seconds: when each frame begins.
+        part: part of the video; a picture is whole.
     """
 
     name: str
@@ -144,7 +144,7 @@ class FeatureRow:
 
 
 class FeatureWriter:
-    """Writes rows in float16, a shard whenever there are enough; as a context manager, what is left at its end too."""
+    """Writes features in float16, a shard whenever there are enough; leaving the `with` block writes the rest."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], *, shard_bytes: int = SHARD_BYTES) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -175,9 +175,9 @@ CACHE_BYTES = 256 * 2**20
 
 
 class ParquetFeatures(FeatureStore):
-    """VL-Adapter's re-hosted shards: Parquet with the columns `id` and `features`, nested lists of fixed sizes.
+    """Reads VL-Adapter's re-hosted shards: Parquet with columns `id` and `features`, nested lists of fixed sizes.
 
-    Groups of rows that were read last stay in memory, up to `cache_bytes`.
+    The row groups read last stay in memory, up to `cache_bytes`.
     """
 
     def __init__(self, folder: Path, *, cache_bytes: int = CACHE_BYTES) -> None:
@@ -211,7 +211,7 @@ class ParquetFeatures(FeatureStore):
         return torch.from_numpy(numbers[row * length : (row + 1) * length].copy()).view(stored.tokens, stored.width)
 
     def _group(self, path: Path, number: int) -> np.ndarray:
-        """The numbers of a shard's group of rows, from memory or the file."""
+        """Returns the numbers of a row group, from memory or the file."""
         key = (path, number)
         if key not in self._groups:
             with _parquet_file(path) as opened:
@@ -242,7 +242,7 @@ def _table_size(path: Path, schema: Any) -> Stored:
 
 
 def _fixed_sizes(kind: Any) -> list[int]:
-    """Sizes of nested lists of fixed sizes, from the outside in; nothing where one is of any length."""
+    """Returns the sizes of nested fixed-size lists, from the outside in; empty where one has no fixed size."""
     import pyarrow as pa
 
     sizes = []
@@ -255,7 +255,7 @@ def _fixed_sizes(kind: Any) -> list[int]:
 
 
 class FileFeatures(FeatureStore):
-    """One file a picture or video: VL-Adapter's tree of HDF5 (needs h5py), VALUE's folder of `.npz`."""
+    """Reads one file a picture or video: VL-Adapter's tree of HDF5 (needs h5py), VALUE's folder of `.npz`."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, {path.stem: path for suffix in _READERS for path in folder.glob(f"*{suffix}")})
@@ -269,7 +269,7 @@ class FileFeatures(FeatureStore):
         return torch.from_numpy(self._looked_into(name, values=True)).flatten(0, -2)
 
     def _looked_into(self, name: str, *, values: bool) -> Any:
-        """A file's numbers, or their shape alone."""
+        """Reads a file's numbers, or their shape alone."""
         path = self.rows[name]
         shape, dtype, numbers = _READERS[path.suffix](path, values)
         if len(shape) < 2 or not np.issubdtype(dtype, np.floating):
@@ -301,14 +301,14 @@ _READERS = {".h5": _hdf5, ".npz": _npz}
 
 @dataclass(frozen=True)
 class FeatureReader:
-    """Features by an example's path: the file's name without folder and ending counts."""
+    """Reads features by an example's path, whose folder and suffix do not count."""
 
     source: FeatureStore
     tokens: int
     width: int
 
     def read(self, path: str) -> Float[Tensor, "tokens channels"]:
-        """The features of one file, in float32."""
+        """Reads the features of one file, in float32."""
         features = self.source.read(Path(path).stem).float()
         self._refuse_other_width(path, features.shape[1])
         if not bool(torch.isfinite(features).all()):
@@ -316,7 +316,7 @@ class FeatureReader:
         return features
 
     def stored(self, path: str) -> Stored:
-        """What they are, without reading them."""
+        """Returns the size of features without reading them."""
         stored = self.source.stored(Path(path).stem)
         self._refuse_other_width(path, stored.width)
         return stored
@@ -328,7 +328,7 @@ class FeatureReader:
 
 
 def features_of(example: Example, reader: FeatureReader) -> Float[Tensor, "images tokens channels"]:
-    """Features of an example's pictures, or of its video."""
+    """Reads the features of an example's pictures, or of its video."""
     paths = feature_paths(example)
     features = [reader.read(path) for path in paths]
     frames = _frames(example, reader, [len(tokens) for tokens in features])
@@ -343,7 +343,7 @@ def check_features(example: Example, reader: FeatureReader) -> None:
 
 
 def feature_paths(example: Example) -> tuple[str, ...]:
-    """The paths by which a reader knows the features of an example's pictures, or of its video."""
+    """Returns the paths by which a reader knows an example's features: its pictures', or its video's."""
     clip = clip_of_features(example)
     paths = example.images or (() if clip is None else (clip[0],))
     if not paths:
@@ -352,7 +352,7 @@ def feature_paths(example: Example) -> tuple[str, ...]:
 
 
 def _frames(example: Example, reader: FeatureReader, tokens: Sequence[int]) -> list[int]:
-    """Of how many frames the features of each path are, as far as that counts for their length.
+    """Returns the frames behind each path's features, as far as their length depends on it.
 
     Raises: BadSample for another number of a picture's tokens, and for features of another part of a video than the
         example means.
@@ -381,12 +381,12 @@ def _frames(example: Example, reader: FeatureReader, tokens: Sequence[int]) -> l
 
 
 def part_of(clip: Clip) -> Part:
-    """Where a clip begins and ends."""
+    """Returns where a clip begins and ends."""
     return clip.start_seconds or 0.0, clip.end_seconds
 
 
 def in_words(part: Part) -> str:
-    """As a message says it."""
+    """Formats a part for messages."""
     start, end = part
     if end is None:
         return f"all from {start:g} s on" if start else "the whole"
@@ -394,7 +394,7 @@ def in_words(part: Part) -> str:
 
 
 def clip_of_features(example: Example) -> tuple[str, Clip] | None:
-    """The name of a video's features, as a path whose stem counts, and the part of the file that they are of.
+    """Returns the path of a video's features, whose stem is their name, and the part of the file that they cover.
 
     A span that the prompt states (`extra["ts"]`: TVQA, How2QA, TVC) leaves the features those of the whole file, as
     VALUE's are; any other span is all that the features see. `extra["vid_name"]` is the name of such a part, where
@@ -413,14 +413,14 @@ def clip_of_features(example: Example) -> tuple[str, Clip] | None:
 def fixed_length(
     features: Float[Tensor, "frame_tokens channels"], length: int, *, frames: int
 ) -> Float[Tensor, "length channels"]:
-    """As many tokens as every input has: fewer are followed by zeros, more are max-pooled over time.
+    """Resizes features to as many tokens as every input has: zeros fill them up, max-pooling over time shortens them.
 
-    Each place in a frame is pooled by itself, so that a grid stays a grid. In float32, since pooling float16 fails on
-    a CPU.
+    Each position in a frame is pooled by itself, so that a grid stays a grid. In float32, since pooling float16 fails
+    on a CPU.
 
     Args:
         features: the tokens of one frame after the other's.
-        frames: how many frames those are.
+        frames: number of frames.
     """
     tokens = features.float()
     if len(tokens) <= length:
@@ -431,7 +431,7 @@ def fixed_length(
 
 
 def pooled_frames(tokens: int, length: int, *, frames: int) -> int:
-    """How many frames are left where so many tokens of so many frames have to become `length`, at most all of them."""
+    """Returns the frames left when so many tokens of so many frames have to become `length`; all of them at most."""
     per_frame = tokens // frames
     if tokens <= length:
         return frames

@@ -1,4 +1,4 @@
-"""VL-BART as training and asking use it: batches in, labelled positions, answers or likelihoods out."""
+"""VL-BART for training and inference: batches in, labelled positions, answers or likelihoods out."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ VISUAL_EMBEDDING = (
     "model.encoder.visual_embedding.absolute_vis_pos_embedding.*",
     "model.encoder.visual_embedding.img_order_embedding.weight",
 )
-"""What trains of the visual embedding: everything but the order rows, which are the frozen token embedding's."""
+"""The visual embedding trains all but the order rows, which are the frozen token embedding's."""
 VISUAL_NORM = "model.encoder.visual_embedding.layer_norm.*"
 BIASES = ("model.*coder.layers.*.bias", "model.*coder.layernorm_embedding.bias")
 NORM_WEIGHTS = ("model.*coder.layers.*_layer_norm.weight", "model.*coder.layernorm_embedding.weight")
@@ -49,7 +49,7 @@ ANSWER_HEADS = ("answer_heads.*",)
 
 
 def also_trained(config: VlBartConfig, *, biases: bool, norm_weights: bool) -> dict[str, tuple[str, ...]]:
-    """What trains beside the adapters, as the core takes it."""
+    """Lists what trains beside the adapters, as the core takes it."""
     visual = (*VISUAL_EMBEDDING, *((VISUAL_NORM,) if config.visual_norm == "sum" else ()))
     parts: dict[str, tuple[str, ...]] = {"projector": visual}
     if biases:
@@ -69,7 +69,7 @@ class VlBartBackbone(Backbone[VlBartForConditionalGeneration]):
 
     @property
     def config(self) -> VlBartConfig:
-        """The model's config."""
+        """Returns the model's config."""
         return self.model.settings
 
     def encode(
@@ -78,7 +78,7 @@ class VlBartBackbone(Backbone[VlBartForConditionalGeneration]):
         attention_mask: Int[Tensor, "batch seq"],
         features: Float[Tensor, "batch images tokens channels"],
     ) -> tuple[Float[Tensor, "batch total width"], Int[Tensor, "batch total"]]:
-        """The encoder's output and its mask, text first."""
+        """Returns the encoder's output and its mask, text first."""
         hidden = self.model.model.encoder(input_ids, attention_mask, features).last_hidden_state
         return hidden, joint_mask(attention_mask, hidden.shape[1])
 
@@ -88,7 +88,7 @@ class VlBartBackbone(Backbone[VlBartForConditionalGeneration]):
         encoded: Float[Tensor, "batch total width"],
         mask: Int[Tensor, "batch total"],
     ) -> Float[Tensor, "batch answer width"]:
-        """The decoder's hidden states; padding behind an answer needs no mask, since attention is causal."""
+        """Returns the decoder's hidden states; padding behind an answer needs no mask, since attention is causal."""
         return self.model.model.decoder(
             input_ids=decoder_input_ids, encoder_hidden_states=encoded, encoder_attention_mask=mask, use_cache=False
         ).last_hidden_state
@@ -99,17 +99,17 @@ class VlBartBackbone(Backbone[VlBartForConditionalGeneration]):
         attention_mask: Int[Tensor, "batch seq"],
         features: Float[Tensor, "batch images tokens channels"],
     ) -> Float[Tensor, "batch width"]:
-        """The decoder's hidden state at its start token, which a closed list of answers is scored from."""
+        """Returns the decoder's hidden state at its start token, from which closed answers are scored."""
         encoded, mask = self.encode(input_ids, attention_mask, features)
         start = torch.full_like(input_ids[:, :1], int(self.config.decoder_start_token_id or 0))
         return self.decode(start, encoded, mask)[:, 0]
 
     def answer_head(self, task: str) -> AnswerHead:
-        """What scores a task's closed list of answers."""
+        """Returns the head that scores a task's closed list of answers."""
         return cast(AnswerHead, self.model.answer_heads[task])
 
     def logits(self, hidden: Float[Tensor, "*places width"]) -> Float[Tensor, "*places vocab"]:
-        """Scores of the whole vocabulary."""
+        """Scores the whole vocabulary."""
         return self.model.lm_head(hidden) + self.model.final_logits_bias.to(hidden.dtype)
 
     def forward(
@@ -121,7 +121,7 @@ class VlBartBackbone(Backbone[VlBartForConditionalGeneration]):
         *,
         keep_logits: bool = False,
     ) -> Features:
-        """Hidden states and losses at the positions that have a label, -100 being none.
+        """Computes hidden states and losses at the positions that have a label, -100 being none.
 
         The decoder reads the labels one position later, so a label at t is predicted at t.
         """
@@ -139,7 +139,7 @@ class VlBartBackbone(Backbone[VlBartForConditionalGeneration]):
         return Features(chosen, label_losses(chosen, targets, self.logits), targets, rows)
 
     def shifted(self, labels: Int[Tensor, "batch answer"]) -> Int[Tensor, "batch answer"]:
-        """The decoder's input for these labels: its start token, then all but the last of them."""
+        """Shifts labels to the decoder's input: its start token, then all but the last."""
         ids = torch.full_like(labels, int(self.config.pad_token_id or 0))
         ids[:, 0] = int(self.config.decoder_start_token_id or 0)
         ids[:, 1:] = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED_LABEL, int(self.config.pad_token_id or 0))
@@ -156,11 +156,11 @@ class VlBartBackbone(Backbone[VlBartForConditionalGeneration]):
         num_beams: int = 1,
         **options: Any,
     ) -> Int[Tensor, "batch answer"]:
-        """Answers' token ids, the decoder's start token included, with at most `max_length` of them.
+        """Generates answers of at most `max_length` token ids, the decoder's start token included.
 
-        What bart-base's own file would add in silence (four beams, no repeated trigram, forced first and last
-        tokens) is off unless `options` of transformers' generate say so; beam search ends with the end token, as
-        in the original. Ids of a row whose scores are no numbers are `NO_TOKEN`.
+        What bart-base's own file would silently add (four beams, no repeated trigram, forced first and last tokens) is
+        off unless `options` of transformers' generate ask for it; beam search ends with the end token, as in the
+        original. Rows whose scores are no numbers hold `NO_TOKEN`.
         """
         encoded, mask = self.encode(input_ids, attention_mask, features)
         model: Any = self.model
@@ -191,7 +191,7 @@ class VlBartBackbone(Backbone[VlBartForConditionalGeneration]):
         features: Float[Tensor, "batch images tokens channels"],
         candidates: Int[Tensor, "choices answer"],
     ) -> Float[Tensor, "batch choices"]:
-        """Log-probability of each candidate answer, summed over its tokens (-100 is none); the encoder runs once."""
+        """Returns candidate answers' log-probabilities, summed over tokens (-100 is none); the encoder runs once."""
         encoded, mask = self.encode(input_ids, attention_mask, features)
         batch, choices = len(input_ids), len(candidates)
         labels = candidates.to(input_ids.device).repeat(batch, 1)
@@ -204,7 +204,7 @@ class VlBartBackbone(Backbone[VlBartForConditionalGeneration]):
 
 
 def vlbart_skeleton(folder: str | Path) -> VlBartBackbone:
-    """A VL-BART of a folder's config, with nothing in its weights: on the meta device."""
+    """Builds a VL-BART of a folder's config on the meta device."""
     check_model_folder(folder)
     config = vlbart_config(folder)
     with _opening(folder), torch.device("meta"):
@@ -216,7 +216,7 @@ def _opening(folder: str | Path) -> AbstractContextManager[None]:
 
 
 def vlbart_config(folder: str | Path) -> VlBartConfig:
-    """The config of a VL-BART's folder."""
+    """Reads the config of a VL-BART's folder."""
     with _opening(folder):
         return VlBartConfig.from_pretrained(folder)
 
@@ -224,7 +224,7 @@ def vlbart_config(folder: str | Path) -> VlBartConfig:
 def load_vlbart(
     folder: str | Path, *, dtype: torch.dtype = torch.float32, attn_implementation: Attention = None
 ) -> VlBartBackbone:
-    """A VL-BART folder (`vlbart_compose` writes them), every weight in `dtype`, in eval mode."""
+    """Opens a VL-BART folder (`vlbart_compose` writes them), every weight in `dtype`, in eval mode."""
     check_model_folder(folder)
     with _opening(folder):
         loaded: Any = VlBartForConditionalGeneration.from_pretrained(
@@ -239,10 +239,10 @@ def load_vlbart(
 def set_answer_heads(
     model: VlBartForConditionalGeneration, lists: Mapping[str, Sequence[str]], *, seed: int = 0
 ) -> None:
-    """Gives the model a head for each of these answer lists by task, and no other; what it has of them stays.
+    """Gives the model a head for each of these answer lists by task, and no other; heads it has stay.
 
     Args:
-        seed: of the new heads' initial values, so that every rank draws the same.
+        seed: seed of new heads' initial values, so that every rank draws the same.
     """
     config, heads = model.settings, model.answer_heads
     if unused := sorted(set(config.closed_answers) - set(lists)):

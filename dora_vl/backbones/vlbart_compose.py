@@ -42,12 +42,12 @@ class OriginalState:
 
     @property
     def feature_width(self) -> int:
-        """Numbers of a picture token."""
+        """Returns the numbers of a picture token."""
         return self.tensors[f"{EMBEDDING}.feat_embedding.0.weight"].shape[1]
 
 
 def as_original(tensors: Mapping[str, Tensor], *, source: str) -> OriginalState:
-    """The base's weights of a file's dictionary; adapters in it are left to `dora-vl convert`."""
+    """Takes the base's weights from a file's dictionary; adapters in it are left to `dora-vl convert`."""
     own = {}
     for key, tensor in tensors.items():
         name = key.removeprefix("module.")
@@ -65,7 +65,7 @@ def as_original(tensors: Mapping[str, Tensor], *, source: str) -> OriginalState:
 
 
 def load_original(model: VlBartForConditionalGeneration, state: OriginalState) -> None:
-    """Loads strictly; a name for the shared tensor that the file leaves out is filled from another."""
+    """Loads strictly; where the file lacks a name of the shared tensor, another name's value fills it."""
     tokens = next((state.tensors[name] for name in ALIASES if name in state.tensors), None)
     aliases = {} if tokens is None else dict.fromkeys(ALIASES, tokens)
     try:
@@ -82,7 +82,7 @@ log = logging.getLogger(__name__)
 NOT_BARTS = frozenset(
     ("model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "dropout", "attention_dropout")
 )
-"""Fields of a BART's config that its VL-BART has of its own, dropouts among them."""
+"""Fields of a BART's config, dropouts among them, that its VL-BART sets itself."""
 
 
 def compose_vlbart(spec: VlBartSpec, folder: Path | str) -> None:
@@ -128,13 +128,13 @@ def _composed(spec: VlBartSpec) -> tuple[VlBartForConditionalGeneration, PreTrai
 
 
 def add_picture_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
-    """The 200 tokens of VL-T5, in its order: the last row of the vocabulary is `<vis_extra_id_0>`."""
+    """Adds the 200 tokens of VL-T5 in its order: the last row of the vocabulary is `<vis_extra_id_0>`."""
     names = [f"<{kind}extra_id_{number}>" for kind in ("", "vis_") for number in reversed(range(100))]
     tokenizer.add_special_tokens({"additional_special_tokens": names})
 
 
 def _language(spec: VlBartSpec) -> tuple[PreTrainedTokenizerBase, dict[str, Any], dict[str, Tensor]]:
-    """Tokenizer, config fields and weights (none for a small one) of the language part."""
+    """Returns tokenizer, config fields and weights of the language part; a small one has no weights."""
     if spec.small is not None:
         small = spec.small
         tokenizer = small_tokenizer(texts_of(small), vocabulary=small.vocabulary, leading_space=True)

@@ -79,9 +79,9 @@ BOX_NUMBERS = 5  # x1, x2, y1, y2 and the area
 
 
 class VisualEmbedding(nn.Module):
-    """The sum of what a token shows, where it is, which picture it is of and which of its tokens it is.
+    """Embeds picture tokens: the sum of feature, box, picture number and token number.
 
-    Which token it is, is said by a row of BART's own token embedding, counted from its end (`<vis_extra_id_i>`): with
+    A row of BART's own token embedding, counted from its end (`<vis_extra_id_i>`), stands for the token number: with
     the token embedding frozen, these are frozen random vectors.
     """
 
@@ -108,7 +108,7 @@ class VisualEmbedding(nn.Module):
         image_ids: Int[Tensor, " visual"],
         order_ids: Int[Tensor, " visual"],
     ) -> Float[Tensor, "batch visual width"]:
-        """Boxes are (x1, x2, y1, y2), each from 0 to 1; order i takes the i-th row from the vocabulary's end."""
+        """Takes boxes (x1, x2, y1, y2), each from 0 to 1; order i reads the i-th row from the vocabulary's end."""
         area = (boxes[..., 1] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 2])
         positions = torch.cat([boxes, area.unsqueeze(-1)], dim=-1)
         row = self.obj_order_embedding.num_embeddings - 1 - order_ids
@@ -118,7 +118,7 @@ class VisualEmbedding(nn.Module):
 
 
 def pool_grid(features: Float[Tensor, "rows tokens channels"], side: int) -> Float[Tensor, "rows pooled channels"]:
-    """A square grid's tokens, max-pooled to `side` rows and columns; from 7x7 to 6x6 each is of a 2x2 window."""
+    """Max-pools a square grid's tokens to `side` rows and columns; from 7x7 to 6x6 each takes a 2x2 window."""
     before = math.isqrt(features.shape[1])
     if before**2 != features.shape[1]:
         raise UserError(
@@ -131,7 +131,7 @@ def pool_grid(features: Float[Tensor, "rows tokens channels"], side: int) -> Flo
 
 
 def grid_boxes(before: int, after: int | None) -> Float[Tensor, "cells 4"]:
-    """Boxes (x1, x2, y1, y2) of a square grid's cells, row by row; of pooled cells, all that they are made from."""
+    """Returns boxes (x1, x2, y1, y2) of a square grid's cells, row by row; a pooled cell covers all its cells."""
     side = before if after is None else after
     starts = torch.arange(side) * before // side
     ends = -((torch.arange(side) + 1) * -before // side)
@@ -141,7 +141,7 @@ def grid_boxes(before: int, after: int | None) -> Float[Tensor, "cells 4"]:
 
 
 def strip_boxes(tokens: int, side: int) -> Float[Tensor, "tokens 4"]:
-    """Boxes (x1, x2, y1, y2) of a video's tokens on a strip of its frames, each with `side` rows and columns."""
+    """Returns boxes (x1, x2, y1, y2) of a video's tokens on a strip of frames, each of `side` rows and columns."""
     frames, rest = divmod(tokens, side**2)
     if rest:
         raise UserError(f"{tokens} picture tokens are no whole number of frames of {side}x{side}; set frame_side")
@@ -173,7 +173,7 @@ class VlBartEncoder(BartEncoder):
         features: Float[Tensor, "batch images tokens channels"],
         **_: Any,
     ) -> BaseModelOutput:
-        """Hidden states of the text, then of each picture's tokens."""
+        """Returns hidden states of the text, then of each picture's tokens."""
         words = self.embed_tokens(input_ids)
         text = self.layernorm_embedding(words + self.embed_positions(input_ids))
         hidden = torch.cat([text, self.visual_tokens(features).to(text.dtype)], dim=1)
@@ -188,7 +188,7 @@ class VlBartEncoder(BartEncoder):
     def visual_tokens(
         self, features: Float[Tensor, "batch images tokens channels"]
     ) -> Float[Tensor, "batch visual width"]:
-        """Each picture pooled on its own, then all embedded; orders start anew with every picture."""
+        """Pools each picture on its own and embeds all; orders start anew with every picture."""
         batch, images, tokens, _ = features.shape
         if images > self.settings.max_images:
             raise UserError(f"{images} pictures in one input; this model has embeddings for {self.settings.max_images}")
@@ -202,7 +202,7 @@ class VlBartEncoder(BartEncoder):
         return self.visual_embedding(features.flatten(1, 2), boxes.flatten(1, 2), image_ids, order_ids)
 
     def _boxes(self, tokens: int) -> Tensor:
-        """The places of a picture's pooled tokens."""
+        """Returns the boxes of a picture's pooled tokens."""
         side = self.settings.pooled_side
         if self.settings.boxes == "zeros":
             return torch.zeros(tokens if side is None else side**2, 4)
@@ -232,7 +232,7 @@ class VlBartModel(BartModel):
         self.post_init()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """A resized vocabulary moves the order rows along: they are its last."""
+        """Moves the order rows along with a resized vocabulary: they are its last."""
         super().set_input_embeddings(value)
         assert isinstance(value, nn.Embedding)
         orders = nn.Embedding(value.num_embeddings, value.embedding_dim, _weight=value.weight)
@@ -261,6 +261,6 @@ class VlBartForConditionalGeneration(BartForConditionalGeneration):
 
 
 def joint_mask(attention_mask: Int[Tensor, "batch seq"], total: int) -> Int[Tensor, "batch total"]:
-    """The text's mask with ones for the picture tokens behind it."""
+    """Appends ones for the picture tokens to the text's mask."""
     visual = attention_mask.new_ones(attention_mask.shape[0], total - attention_mask.shape[1])
     return torch.cat([attention_mask, visual], dim=1)

@@ -1,4 +1,4 @@
-"""A closed list of answers, each scored on its own (VL-T5's classifier form; its published runs generate instead)."""
+"""A head that scores each answer of a closed list (VL-T5's classifier form; its published runs generate instead)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch.nn import functional
 
 
 class AnswerHead(nn.Module):
-    """Scores of a fixed answer list from the decoder's first hidden state: two layers, GELU and a norm between.
+    """Scores a fixed answer list from the decoder's first hidden state: two layers with GELU and a norm between.
 
     Args:
-        width: of the hidden state.
-        answers: the list, whose order gives the scores' order.
+        width: size of the hidden state.
+        answers: the list; scores keep its order.
     """
 
     def __init__(self, width: int, answers: Sequence[str]) -> None:
@@ -29,11 +29,11 @@ class AnswerHead(nn.Module):
         )
 
     def forward(self, hidden: Float[Tensor, "batch width"]) -> Float[Tensor, "batch answers"]:
-        """A score for each answer; a sigmoid makes it a probability of its own."""
+        """Returns a score for each answer; a sigmoid makes it that answer's probability."""
         return self.logit_fc(hidden)
 
     def targets(self, soft_scores: Sequence[Mapping[str, float]]) -> Float[Tensor, "batch answers"]:
-        """Soft scores as rows; answers outside the list are left out, so a row may be all zeros."""
+        """Returns soft scores, a row a sample; answers outside the list are left out, so a row may be all zeros."""
         rows = torch.zeros(len(soft_scores), len(self.answers))
         for row, scores in zip(rows, soft_scores, strict=True):
             for answer, score in scores.items():
@@ -42,7 +42,7 @@ class AnswerHead(nn.Module):
         return rows
 
     def chosen(self, scores: Float[Tensor, "batch answers"]) -> list[str]:
-        """The best answer of each row."""
+        """Returns the best answer of each row."""
         best: Int[Tensor, " batch"] = scores.argmax(1)
         return [self.answers[index] for index in best.tolist()]
 
@@ -55,7 +55,7 @@ def answer_loss(
     """Binary cross-entropy against soft scores, summed over the answers.
 
     Args:
-        weights: each sample's share of the loss; None: the mean over the batch.
+        weights: each sample's share of the loss; None takes the mean over the batch.
     """
     each = functional.binary_cross_entropy_with_logits(scores.float(), targets, reduction="none").sum(1)
     return each.mean() if weights is None else (each * weights).sum()

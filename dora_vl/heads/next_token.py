@@ -1,4 +1,4 @@
-"""The loss of each labelled token, found in chunks: the scores of a whole vocabulary never stand for all of them."""
+"""The loss of each labelled token, in chunks, so that scores of a large vocabulary never all stand in memory."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 CHUNK = 256
-"""Labels whose scores stand in memory together: 0.3 GB for a vocabulary of 100,000 words."""
+"""Labels whose scores are in memory together: 0.3 GB for a vocabulary of 100,000 words."""
 SMALL_VOCABULARY = 4096
-"""The scores of fewer words fit in memory for all labels; they are found as the model finds them, to the last bit."""
+"""Below this size all scores fit in memory; the model's own are used, to the last bit."""
 Scores = Callable[[Float[Tensor, "labels width"]], Float[Tensor, "labels vocab"]]
 
 
 def in_chunks(head: nn.Module) -> bool:
-    """Whether losses behind an output layer are found in chunks: nothing in it trains, and its vocabulary is large."""
+    """Tells whether losses are computed in chunks: the output layer is frozen and its vocabulary is large."""
     is_small = getattr(head, "out_features", SMALL_VOCABULARY) < SMALL_VOCABULARY
     return not is_small and not any(weight.requires_grad for weight in head.parameters())
 
@@ -28,18 +28,18 @@ def label_losses(
 ) -> Float[Tensor, " labels"]:
     """Cross-entropy of each label, in float32.
 
-    A label's loss depends on its own hidden state alone. So its gradient is found beside it, chunk by chunk, and no
-    chunk's scores wait for the backward pass; that takes less time than scores of all labels at once.
+    A label's loss depends on its own hidden state alone. So its gradient is computed beside it, chunk by chunk, and no
+    chunk's scores wait for the backward pass; that is faster than scores of all labels at once.
 
     Args:
-        scores: of a vocabulary; each row's from its own hidden state, and nothing in it trains.
+        scores: maps hidden states to the vocabulary's scores, each row by itself and without trained weights.
     """
     losses: Tensor = _LabelLosses.apply(hidden, targets, scores)  # pyright: ignore[reportAssignmentType]
     return losses
 
 
 def losses_of(scores: Float[Tensor, "labels vocab"], targets: Int[Tensor, " labels"]) -> Float[Tensor, " labels"]:
-    """Cross-entropy of each label whose scores are there, in float32."""
+    """Cross-entropy of each label from scores that exist already, in float32."""
     return functional.cross_entropy(scores.float(), targets, reduction="none")
 
 
