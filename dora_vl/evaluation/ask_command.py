@@ -251,9 +251,9 @@ def ask_about_pictures(options: argparse.Namespace) -> None:
 
 def ask_topic(opened: Opened, topic: Topic, question: str, *, max_new_tokens: int, conversation: bool) -> None:
     """Puts one question to one topic; the pictures stand in the first turn."""
+    from dora_vl.data.example import Example
     from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
     from dora_vl.evaluation.ask import Shown
-    from dora_vl.evaluation.questions import Question
 
     if IMAGE_PLACEHOLDER in question:
         raise UserError(f"the question holds {IMAGE_PLACEHOLDER}; the pictures' places are added by themselves")
@@ -263,7 +263,7 @@ def ask_topic(opened: Opened, topic: Topic, question: str, *, max_new_tokens: in
         earlier = topic.talks.get(speaker, [])
         text = question if earlier else f"{IMAGE_PLACEHOLDER}\n" * len(topic.pictures) + question
         turns = prompts[speaker] = [*earlier, Turn("user", text)]
-        prompt, seen = Question(id="question", turns=tuple(turns)), Shown(pictures=topic.pictures)
+        prompt, seen = Example(id="question", question=question, turns=tuple(turns)), Shown(pictures=topic.pictures)
         return asker.answer(prompt, seen, max_new_tokens=max_new_tokens, write=_write)
 
     for speaker, text in print_answers(opened, answer).items():
@@ -280,7 +280,7 @@ def ask_about_videos(options: argparse.Namespace) -> None:
     from dora_vl.data.example import Clip, Example, Subtitle
     from dora_vl.data.video import VideoReader
     from dora_vl.evaluation.ask import Shown
-    from dora_vl.evaluation.questions import as_question
+    from dora_vl.evaluation.questions import as_asked
     from dora_vl.evaluation.scores.benchmark import about_video
 
     opened = opened_by(options)
@@ -298,7 +298,7 @@ def ask_about_videos(options: argparse.Namespace) -> None:
         what = "frames as separate pictures, since it takes no videos" if view.as_pictures else "frames"
         times = f"{len(frames.seconds)} {what}, {frames.seconds[0]:.1f} to {frames.seconds[-1]:.1f} s"
         print(f"{path} ({times}, {frames.backend})  {question}")
-        prompt, seen = as_question(view.example, about_video), Shown(videos=(frames,))
+        prompt, seen = as_asked(view.example, about_video), Shown(videos=(frames,))
         most = options.max_new_tokens
         print_answers(opened, lambda _, asker: asker.answer(prompt, seen, max_new_tokens=most, write=_write))
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 from io import BytesIO
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 
 from PIL import Image
@@ -131,7 +131,7 @@ def _of_test(run: Path, most: int) -> Iterator[ExampleQuestion]:
     """One of each kind of question, then the next of each, evenly from the whole test."""
     try:
         settings = json.loads((run / SETTINGS).read_bytes())
-        predictions = read_predictions(run / PREDICTIONS).values()
+        by_set = read_predictions(run / PREDICTIONS)
     except (OSError, ValueError, UserError):
         return
     stated = [(settings.get(section) or {}).get("image_folder") for section in ("evaluation", "data")]
@@ -143,7 +143,7 @@ def _of_test(run: Path, most: int) -> Iterator[ExampleQuestion]:
     if not output.is_absolute() and run.parts[-len(output.parts) :] == output.parts and (started_in / folder).exists():
         folder = started_in / folder
     kinds: dict[str | None, list[Prediction]] = {}
-    for prediction in predictions:
+    for prediction in chain.from_iterable(predictions.values() for predictions in by_set.values()):
         if len(prediction.images) == 1:
             kinds.setdefault(prediction.kind, []).append(prediction)
     for of_each in zip_longest(*(evenly(alike, LOOKED_AT * most) for alike in kinds.values())):

@@ -24,12 +24,12 @@ from dora_vl.core import DoRAConfig
 from dora_vl.core.strength import checked_strength
 from dora_vl.data.batches import Collator
 from dora_vl.data.columns import RowKind
+from dora_vl.data.example import Example
 from dora_vl.data.pictures import StoredPictures
 from dora_vl.data.samples import Labelled
 from dora_vl.errors import SettingError
 from dora_vl.evaluation.ask import Assistant, EncoderPrompts, MediaReader, media_reader
 from dora_vl.evaluation.forgetting import forgetting, measured
-from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.test import (
     check_test,
     evaluate_commonsense,
@@ -226,7 +226,7 @@ class DecoderPipeline(Pipeline[RunConfig]):
         tokens = config.evaluation.max_new_tokens
         return watch_assistant(assistant, questions, media, max_new_tokens=tokens, source=str(source))
 
-    def _test_questions(self) -> list[Question]:
+    def _test_questions(self) -> list[Example]:
         return read_test(self.config.evaluation, self.config.data.contract)[0]
 
     def _media(self, assistant: Assistant, stored: StoredPictures | None) -> MediaReader:
@@ -268,10 +268,10 @@ class DecoderPipeline(Pipeline[RunConfig]):
             **{name: data[name] for name in RECORDED if name in data},
         }
 
-    def test(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    def test(self, numbers: Mapping[str, Any]) -> None:
         """Answers `evaluation.file` with the saved adapter."""
         assistant, lost = self._tested()
-        return run_test(assistant, self.config, numbers={**numbers, **lost})
+        run_test(assistant, self.config, numbers={**numbers, **lost})
 
     def _tested(self) -> tuple[Assistant, dict[str, Any]]:
         """The model with its saved adapter, and what it lost by it."""
@@ -339,14 +339,14 @@ class CommonsensePipeline(DecoderPipeline):
     def _rows(self, arguments: TrainingArguments, outputs: OutputStore | None = None) -> RowEncoder:
         return RowEncoder(encoder=self.encoder)
 
-    def _test_questions(self) -> list[Question]:
+    def _test_questions(self) -> list[Example]:
         return read_sets(self._run.evaluation)[0]
 
     def _media(self, assistant: Assistant, stored: StoredPictures | None) -> MediaReader:
         return media_reader(Path(), frames=1)
 
-    def test(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    def test(self, numbers: Mapping[str, Any]) -> None:
         """Asks every set of `evaluation.files` with the saved adapter."""
         (assistant, lost), folder = self._tested(), run_folder_of(self._run.training)
         evaluation, numbers = self._run.evaluation, {**numbers, **lost}
-        return evaluate_commonsense(assistant.backbone, self.encoder, evaluation, run_folder=folder, numbers=numbers)
+        evaluate_commonsense(assistant.backbone, self.encoder, evaluation, run_folder=folder, numbers=numbers)

@@ -180,7 +180,7 @@ def test_both_accuracies_by_hand() -> None:
     assert scored.metrics == {"average": 75.0, "piqa": 50.0, "winogrande": 50.0, "normalised piqa": 100.0} | {
         "average": 50.0
     }
-    assert scored.per_item == {"a": 0.0, "b": 1.0, "c": 0.0, "d": 1.0}
+    assert scored.shares == {"a": 0.0, "b": 1.0, "c": 0.0, "d": 1.0}
 
 
 @pytest.fixture(scope="module")
