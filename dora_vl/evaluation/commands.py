@@ -17,25 +17,25 @@ from dora_vl.data.example import Example
 from dora_vl.data.pictures import MediaFolder
 from dora_vl.errors import UserError, aligned, positive, shown
 from dora_vl.evaluation.ask_command import add_model_options
-from dora_vl.evaluation.baselines import right_text
+from dora_vl.evaluation.baselines import EXCHANGED, right_text
 from dora_vl.evaluation.benchmarks import EvaluationSet, find_benchmark, read_set
 from dora_vl.evaluation.predictions import read_rows
 from dora_vl.evaluation.questions import as_asked, in_words, likeliest_ending, right_ending, with_middle_frame
-from dora_vl.evaluation.results import SETS
 from dora_vl.evaluation.scores.benchmark import correct_index, join
+from dora_vl.evaluation.scores.caption import clip_of
 from dora_vl.evaluation.scores.exact import CLOZE, final_answer
 from dora_vl.evaluation.scores.exact import score as exact_match
 from dora_vl.evaluation.test_sets import (
     ResultFolder,
     Tested,
     TestSet,
+    refuse_unscored,
     scored,
-    submission_files,
+    submission_file,
     with_baselines,
     with_differences,
 )
-from dora_vl.files import file_sha256, json_or_nothing
-from dora_vl.run.folder import METRICS
+from dora_vl.files import METRICS, SETS, file_sha256, json_or_nothing
 
 if TYPE_CHECKING:
     from dora_vl.evaluation.ask import Asker, By
@@ -214,6 +214,7 @@ def test_set(dataset: EvaluationSet, options: argparse.Namespace) -> TestSet:
         unreadable=dataset.unreadable,
         not_scored=dataset.not_scored,
         together=benchmark.together,
+        item=clip_of if benchmark.shares_answers else lambda example: example.id,
         submission=submission,
         about={
             "file": str(dataset.file),
@@ -230,7 +231,13 @@ def _from_file(path: Path, dataset: EvaluationSet, options: argparse.Namespace) 
         if options.limit is None
         else read_set(dataset.request, options.records, mode=None, limit=None, columns=columns_of(options))
     )
-    joined = join(dataset.benchmark, unlimited.examples, read_rows(path), path=path, questions=dataset.file)
+    rows = read_rows(path)
+    if any(row.set for row in rows):  # our own file: a question's id may be in several sets
+        own = [row for row in rows if row.set == dataset.name]
+        rows = own or [row for row in rows if not row.set.endswith(EXCHANGED)]
+        if len(several := {row.set for row in rows}) > 1:
+            raise UserError(f"{path}: holds answers to {', '.join(sorted(several))}, and none to {dataset.name}")
+    joined = join(dataset.benchmark, unlimited.examples, rows, path=path, questions=dataset.file)
     readable = {*joined.strangers, *({example.id for example in dataset.examples} - dataset.unreadable.keys())}
     rows = [row for row in joined.rows if row.id in readable]
     return scored(test_set(dataset, options), replace(joined, rows=rows))
@@ -336,14 +343,14 @@ def results_in(
     """The folder of results, with sets of earlier commands whose answers and questions are still the same."""
     header = {ANSWERS_OF: answers_of, "answers_sha256": dict(sha256), "limit": options.limit}
     before, kept = json_or_nothing(to / METRICS), {}
+    entries = before.get(SETS, {})
     if all(before.get(name) == value for name, value in header.items()):
-        for name, entry in before[SETS].items():
+        for name, entry in entries.items():
             file = Path(entry["file"])
             if file.is_file() and file_sha256(file) == entry["file_sha256"]:
                 kept[name] = entry
-    for dataset in sets:
-        kept.pop(dataset.name, None)
-    return ResultFolder(folder=to, header=header, kept=kept)
+    gone = entries.keys() - kept.keys() - {dataset.name for dataset in sets}
+    return ResultFolder(folder=to, header=header, kept=kept, gone=sorted(gone))
 
 
 def finish(
@@ -353,8 +360,10 @@ def finish(
     results: ResultFolder,
     options: argparse.Namespace,
 ) -> Iterator[str]:
-    """Writes everything with the differences from other answers; yields what there is to say."""
-    before = json_or_nothing(results.folder / METRICS).get(SETS, {})
+    """Writes everything with the differences from other answers; yields what there is to say.
+
+    A benchmark that cannot be scored is refused at the end, when what the others have is written.
+    """
     if against is not None:
         named = str(options.against)
         tested = [with_differences(ours, theirs, named) for ours, theirs in zip(tested, against, strict=True)]
@@ -365,13 +374,13 @@ def finish(
     if entries:
         yield from table(entries, details=options.all_metrics)
         yield from (f"{done.test.name}: {remark}" for done in tested for remark in done.remarks)
-    names = {done.test.name for done in tested}
-    if gone := [name for name in before if name not in {*names, *results.kept}]:
-        path = results.folder / METRICS
-        yield f"{path}: no longer holds {', '.join(gone)}: they are of other answers, questions or another --limit"
     if entries:
-        stayed = f", those of {', '.join(results.kept)} from before" if results.kept else ""
-        yield f"{results.folder / METRICS}: all numbers{stayed}"
+        path, kept = results.folder / METRICS, [name for name in results.kept if name not in entries]
+        if results.gone:
+            named = ", ".join(results.gone)
+            yield f"{path}: no longer holds {named}: they are of other answers, questions or another --limit"
+        yield f"{path}: all numbers" + (f", those of {', '.join(kept)} from before" if kept else "")
+    refuse_unscored(tested)
 
 
 def table(entries: Mapping[str, Mapping[str, Any]], *, details: bool = False) -> list[str]:
@@ -400,8 +409,10 @@ def _remarks(dataset: EvaluationSet, done: Tested, folder: Path) -> Iterator[str
     if answered.strangers:
         count, first = len(answered.strangers), shown(answered.strangers[0])
         yield f"{dataset.name}: {count} answers belong to none of its questions and are left out, first {first}"
-    for file in submission_files(done, folder):
-        yield f"{file}: for {dataset.name}'s server or judge"
+    if done.submission is not None:
+        yield f"{submission_file(done, folder)}: for {dataset.name}'s server or judge"
+    if done.refused is not None:
+        return
     if done.scored is None:
         yield f"{dataset.name}: {dataset.file} holds no answers, or a judge scores it; no score here"
     elif dataset.not_scored:

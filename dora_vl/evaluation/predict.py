@@ -31,9 +31,8 @@ from dora_vl.evaluation.predictions import (
     line_of,
     read_predictions,
 )
-from dora_vl.evaluation.test_sets import ResultFolder, Tested, TestSet, refuse_unscored, scored, with_baselines
-from dora_vl.files import json_or_nothing, whole_file, write_json
-from dora_vl.run.folder import METRICS
+from dora_vl.evaluation.test_sets import ResultFolder, Tested, TestSet, scored, with_baselines
+from dora_vl.files import METRICS, json_or_nothing, whole_file, write_json
 from dora_vl.run.launch import (
     gathered,
     is_first_rank,
@@ -218,7 +217,7 @@ def joined_launch() -> Iterator[None]:
 
 
 def evaluate(
-    sets: Iterable[TestSet],
+    sets: Sequence[TestSet],
     model: Asker,
     results: ResultFolder,
     *,
@@ -228,33 +227,28 @@ def evaluate(
     """Asks and scores every set, and asks again about others' pictures; every process of a launch calls it.
 
     The first process scores and writes the files, anew after each set, so that an error in a later one does not cost
-    its score. A set that cannot be scored is refused at the end, when the others are written.
+    its score. A set that cannot be scored is `refused`, and the others are asked all the same.
 
     Args:
         exchange: a sample of each set is asked again with the pictures of others.
     """
-    done: dict[str, Tested] = {}
-    reasons: dict[str, UserError] = {}
+    done: list[Tested] = []
     for part in sets:
-        folder, name = results.folder, part.name
-        predictions = ask(model, name, part.asked, part, folder=folder, settings=part.settings)
-        done[name] = Tested(test=part, predictions=predictions)
-        try:
-            done[name] = scored(part, predictions) if is_first_rank() else done[name]
-        except UserError as error:
-            reasons[name] = error
-        others = _exchanged(done[name], model, folder) if exchange and part.score is not None else None
-        if not is_first_rank() or name in reasons:
+        folder = results.folder
+        predictions = ask(model, part.name, part.asked, part, folder=folder, settings=part.settings)
+        tested = scored(part, predictions) if is_first_rank() else Tested(test=part, predictions=predictions)
+        others = _exchanged(tested, model, folder) if exchange and part.score is not None else None
+        done.append(tested)
+        if not is_first_rank() or tested.refused is not None:
             continue
-        done[name] = with_baselines(done[name], others)
-        announce(done[name])
+        done[-1] = with_baselines(tested, others)
+        announce(done[-1])
         empty = sum(not answer.strip() for answer in predictions.answers.values())
         if (failed := len(part.examples) - len(predictions.rows)) or empty:
             message = "%s: %d questions could not be asked and %d answers are empty, all of them wrong; %s names them"
-            log.warning(message, name, failed, empty, folder / METRICS)
-        results.write([tested for tested in done.values() if tested.test.name not in reasons])
-    refuse_unscored(reasons, len(done))
-    return [*done.values()]
+            log.warning(message, part.name, failed, empty, folder / METRICS)
+        results.write(done, not_yet=[later.name for later in sets[len(done) :]])
+    return done
 
 
 def _exchanged(tested: Tested, model: Asker, folder: Path) -> Exchange:

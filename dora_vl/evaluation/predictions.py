@@ -25,7 +25,7 @@ class Prediction:
     """A model's answer to an example, or the error that kept it from answering.
 
     Attributes:
-        set: the name of the test set.
+        set: the name of the test set; another tool's file names none.
         videos: path and span of each clip, in seconds.
         question: its text without placeholders; in another tool's file its prompt.
         prediction: the answer; it is empty without an error only where the model ended its answer at once.
@@ -202,7 +202,8 @@ def _row(record: object, where: str) -> Prediction:
         keys = f"an id ({', '.join(IDS)}), and {' or '.join((*MODEL_ANSWERS, *ANSWERS))} as text"
         raise UserError(f"{where}: needs {keys}; has {shown_names(record)}")
     prompt = next((value for key in ("prompt", "question") if isinstance(value := record.get(key), str)), "")
-    return Prediction(id=ids[id_key], ids=ids, prediction=answer, question=prompt)
+    of_set = str(record["set"]) if record.keys() == {*COLUMNS} else ""
+    return Prediction(id=ids[id_key], set=of_set, ids=ids, prediction=answer, question=prompt)
 
 
 def is_id(value: object) -> bool:

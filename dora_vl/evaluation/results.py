@@ -17,20 +17,21 @@ from dora_vl.errors import UserError, shown
 from dora_vl.evaluation.predictions import PREDICTIONS, Prediction, read_predictions
 from dora_vl.evaluation.scores.caption import Bleu, Meteor
 from dora_vl.evaluation.scores.scored import Formula, ItemScore, Mean, Ratio, Scored, Total
-from dora_vl.files import json_or_nothing, write_json, write_json_lines
-from dora_vl.run.folder import METRICS
+from dora_vl.files import METRICS, SETS, json_or_nothing, write_json, write_json_lines
 
-SCORES, SETS = "scores.jsonl", "sets"
+SCORES = "scores.jsonl"
 FORMULAS: Mapping[str, type[Any]] = {kind.__name__: kind for kind in (Ratio, Total, Mean, Bleu, Meteor)}
 
 
 def formula_record(formula: Formula) -> JSON:
-    """A formula as JSON; None for one of an installed package, which no file can hold."""
+    """A formula as JSON; None for one of an installed package, or of such parts, which no file can hold."""
     if FORMULAS.get(type(formula).__name__) is not type(formula):
         return None
     values = {item.name: getattr(formula, item.name) for item in fields(cast(Any, formula))}
     if "parts" in values:
         values["parts"] = [formula_record(part) for part in values["parts"]]
+        if None in values["parts"]:
+            return None
     return {"is": type(formula).__name__, **values}
 
 

@@ -52,7 +52,7 @@ from dora_vl.evaluation.questions import (
 )
 from dora_vl.evaluation.scores.exact import PATTERNS, cloze_score, commonsense_score, extracted, final_answer
 from dora_vl.evaluation.scores.exact import score as exact_match
-from dora_vl.evaluation.test_sets import ResultFolder, Tested, TestSet
+from dora_vl.evaluation.test_sets import ResultFolder, Tested, TestSet, refuse_unscored
 from dora_vl.files import file_sha256
 from dora_vl.run.base import VideoReading, check_videos, image_folder, video_folder, video_sampling
 from dora_vl.run.folder import ADAPTER, LOSS_LOG, read_log, run_folder_of
@@ -93,6 +93,7 @@ def evaluate_and_draw(
     done = evaluate(sets, model, results, exchange=exchange, announce=announce)
     accuracies = [tested for tested in done if tested.is_accuracy]
     draw(accuracies if len(accuracies) == 1 else done, run_folder=run_folder, media=sheet)
+    refuse_unscored(done)
     return done
 
 

@@ -21,7 +21,7 @@ from dora_vl.evaluation.questions import expected, in_words, kind_of
 from dora_vl.evaluation.results import AnswerScore, formula_record, score_lines, write_results
 from dora_vl.evaluation.scores.benchmark import Group, Scorer, Submission
 from dora_vl.evaluation.scores.scored import RESAMPLES, Difference, Scored, intervals, paired_differences
-from dora_vl.files import whole_file
+from dora_vl.files import NOT_YET, whole_file
 
 if TYPE_CHECKING:
     from dora_vl.evaluation.ask import Decoding, MediaReader
@@ -45,7 +45,8 @@ class TestSet:
         unreadable: why a row of the file cannot be asked, by id; it counts as wrong.
         not_scored: why an example is asked and is in no score, by id.
         settings: what the answers depend on; an earlier run's answers with others are not taken.
-        together: examples with equal values are scored as one.
+        together: examples with equal values are exchanged as one.
+        item: gives the id of what an example is scored as, such as the clip of several captions.
         submission: the name and text of the file that the set's server takes.
         about: what else `metrics.json` says of the set, such as its file.
     """
@@ -64,6 +65,7 @@ class TestSet:
     not_scored: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, object] = field(default_factory=dict)
     together: Group | None = None
+    item: Callable[[Example], str] = lambda example: example.id
     submission: Submission | None = None
     about: Mapping[str, JSON] = field(default_factory=dict)
 
@@ -83,6 +85,7 @@ class Tested:
     """A test set with the answers to it and their score.
 
     Attributes:
+        refused: why the set cannot be scored.
         remarks: sentences about what the score is compared with.
         against: the name of other answers that `differences` are from.
     """
@@ -90,6 +93,8 @@ class Tested:
     test: TestSet
     predictions: Predictions
     scored: Scored | None = None
+    refused: UserError | None = None
+    submission: tuple[str, str] | None = None
     baselines: Mapping[str, Any] = field(default_factory=dict)
     remarks: Sequence[str] = ()
     against: str = ""
@@ -147,9 +152,8 @@ class Tested:
             return
         test, answers = self.test, self.predictions.answers
         by_item: dict[str, Example] = {}
-        for example in test.scored_examples:  # captions of a clip are one item, which has the clip's name
-            for item in (example.id, *(() if test.together is None else (str(test.together(example)),))):
-                by_item.setdefault(item, example)
+        for example in sorted(test.scored_examples, key=lambda example: example.id not in answers):  # answered first
+            by_item.setdefault(test.item(example), example)
         for item, score in self.scored.items.items():
             example = by_item[item]
             yield AnswerScore(
@@ -162,25 +166,26 @@ class Tested:
 
 
 def scored(test: TestSet, predictions: Predictions) -> Tested:
-    """The answers with their score.
-
-    Raises:
-        UserError: the set cannot be scored, also where the scorer of an installed package fails.
-    """
-    if test.score is None:
-        return Tested(test=test, predictions=predictions)
+    """The answers with their score and the server's file, or why they cannot be scored."""
+    tested = Tested(test=test, predictions=predictions)
     answers = {name: answer for name, answer in predictions.answers.items() if name not in test.not_scored}
+    if test.decoding is not None and test.decoding.by != "generation" and predictions.failed and not answers:
+        name, reason = next(iter(predictions.failed.items()))
+        return replace(tested, refused=UserError(f"{test.name}: no question has likelihoods; {name}: {reason}"))
     try:
-        result = test.score(test.scored_examples, answers)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        file = test.about.get("file", test.name)
-        raise UserError(
-            f"{file}: a record holds something that the scorer of {test.name} cannot read "
+        result = None if test.score is None else test.score(test.scored_examples, answers)
+        submission = None if test.submission is None else test.submission(test.examples, predictions.answers)
+    except UserError as error:
+        return replace(tested, refused=error)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # an installed package's trips too
+        reason = (
+            f"{test.about.get('file', test.name)}: a record holds something that the scorer of {test.name} cannot read "
             f"({type(error).__name__}: {shown(str(error), 120)}); prepare the set again"
-        ) from error
-    if predictions.joined_by:
+        )
+        return replace(tested, refused=UserError(reason))
+    if result is not None and predictions.joined_by:
         result = replace(result, settings={**result.settings, "answers found by": predictions.joined_by})
-    return Tested(test=test, predictions=predictions, scored=result)
+    return replace(tested, scored=result, submission=submission)
 
 
 def with_baselines(tested: Tested, exchange: Exchange | None) -> Tested:
@@ -206,50 +211,56 @@ class ResultFolder:
 
     Attributes:
         header: what `metrics.json` says beside its sets.
-        kept: entries of sets of an earlier test that are still true.
+        kept: entries of an earlier test that are still true; each stays until its set is tested again.
+        gone: names of the earlier test's other sets.
     """
 
     folder: Path
     header: Mapping[str, JSON] = field(default_factory=dict)
     kept: Mapping[str, JSON] = field(default_factory=dict)
+    gone: Sequence[str] = ()
 
-    def write(self, several: Sequence[Tested]) -> None:
-        """Writes what the sets have come to by now."""
-        kept = [line for line in score_lines(self.folder) if line["set"] in self.kept]
-        entries = {**self.kept, **{tested.test.name: tested.entry() for tested in several}}
-        header = {**self.header, **({"average": average} if (average := average_of(entries)) else {})}
+    def write(self, several: Sequence[Tested], *, not_yet: Sequence[str] = ()) -> None:
+        """Writes what the sets have come to by now; `not_yet` names those that are still to be tested."""
+        if not (several := [tested for tested in several if tested.refused is None]):
+            return
+        new = {tested.test.name: tested.entry() for tested in several}
+        kept = [line for line in score_lines(self.folder) if line["set"] in self.kept.keys() - new.keys()]
+        entries = {**self.kept, **new}
+        average = average_of(entries)
+        header = {**self.header, **({"average": average} if average else {}), **({NOT_YET: not_yet} if not_yet else {})}
         write_results(self.folder, header, entries, chain(kept, *(tested.lines() for tested in several)))
         for tested in several:
-            for file, text in submission_files(tested, self.folder).items():
-                with whole_file(file) as stream:
-                    stream.write(text)
+            if tested.submission is not None:
+                with whole_file(submission_file(tested, self.folder)) as stream:
+                    stream.write(tested.submission[1])
 
 
-def submission_files(tested: Tested, folder: Path) -> dict[Path, str]:
-    """The text of the file that the set's server or judge takes, where it takes one."""
-    if tested.test.submission is None:
-        return {}
-    name, text = tested.test.submission(tested.test.examples, tested.predictions.answers)
-    return {folder / tested.test.name / name: text}
+def submission_file(tested: Tested, folder: Path) -> Path:
+    """The file that the set's server or judge takes."""
+    assert tested.submission is not None
+    return folder / tested.test.name / tested.submission[0]
 
 
 def average_of(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The mean of the sets' headlines where several sets have the same one; different metrics are never mixed."""
+    """The mean of the sets' headlines where several sets have the same one; different metrics are never mixed.
+
+    None where a headline is a mean over sets itself: such entries are ways of scoring the same questions.
+    """
     scored = [entry for entry in entries.values() if entry["metrics"]]
     names = {entry["headline"] for entry in scored}
-    if len(scored) < 2 or len(names) > 1:
+    if len(scored) < 2 or len(names) > 1 or names == {"average"}:
         return None
     (name,) = names
     values = [entry["metrics"][name]["value"] for entry in scored]
     return {"metric": name, "value": sum(values) / len(values), "sets": len(values)}
 
 
-def refuse_unscored(reasons: Mapping[str, UserError], sets: int) -> None:
+def refuse_unscored(several: Sequence[Tested]) -> None:
     """Ends a test of which some sets cannot be scored, once the others are written."""
-    if not reasons:
-        return
-    (name, error), *_ = reasons.items()
-    if sets == 1:
-        raise error
-    reason = one_line(str(error), LONGEST_REASON)
-    raise UserError(f"{len(reasons)} of {sets} sets not scored: {', '.join(reasons)}; {name}: {reason}")
+    reasons = {tested.test.name: tested.refused for tested in several if tested.refused is not None}
+    for name, error in reasons.items():
+        if len(several) == 1:
+            raise error
+        reason = one_line(str(error), LONGEST_REASON)
+        raise UserError(f"{len(reasons)} of {len(several)} sets not scored: {', '.join(reasons)}; {name}: {reason}")

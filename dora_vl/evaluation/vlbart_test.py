@@ -22,6 +22,7 @@ from dora_vl.errors import BadSample, UserError, shown_names
 from dora_vl.evaluation.ask import Asker, Decoding, media_reader
 from dora_vl.evaluation.questions import has_truth, media_of
 from dora_vl.evaluation.scores.benchmark import check_choices
+from dora_vl.evaluation.scores.caption import clip_of
 from dora_vl.evaluation.test import adapter_settings, evaluate_and_draw, watch_questions
 from dora_vl.evaluation.test_sets import TestSet
 from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
@@ -144,12 +145,12 @@ def evaluate_subtasks(
     backbone.eval()
     depends_on = adapter_settings(run_folder)
     media, sets = media_reader(Path(evaluation.image_folder or "."), frames=1), []
-    for subtask, file, _ in tested:
+    for subtask, file, reader in tested:
         examples = list(file)
         made_with = {"answer_by": subtask.answer_by, "beams": subtask.search.beams}
-        is_scored = has_truth(examples)
+        is_scored, is_caption = has_truth(examples), not subtask.reads_question
         questions = {path.name: file_sha256(path) for path in file.paths}
-        about = {"files": [*map(str, file.paths)], "asked": made_with}
+        about = {"files": [*map(str, file.paths)], "asked_with": made_with}
         sets.append(
             TestSet(
                 name=subtask.name,
@@ -157,7 +158,12 @@ def evaluate_subtasks(
                 decoding=Decoding(batch_size=evaluation.batch_size, task=subtask.name),
                 media=media,
                 score=subtask.score if is_scored else None,
-                settings={**depends_on, **settings, **made_with, "questions_sha256": questions},
+                settings={
+                    **{**depends_on, **settings, **made_with, "questions_sha256": questions},
+                    "features": str(reader.source.folder.resolve()),
+                },
+                together=clip_of if is_caption else None,
+                item=clip_of if is_caption else lambda example: example.id,
                 about=about if is_scored else {**about, "note": "the publisher keeps the answers of this file"},
             )
         )

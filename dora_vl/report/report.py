@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_vl.errors import UserError
-from dora_vl.evaluation.results import SETS
+from dora_vl.files import SETS
 
 if TYPE_CHECKING:
     from dora_vl.evaluation.results import SetResult

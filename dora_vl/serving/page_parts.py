@@ -17,6 +17,7 @@ from PIL import Image
 from dora_vl.data.pictures import MediaFolder, open_image
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.ask import Shown
+from dora_vl.evaluation.baselines import EXCHANGED
 from dora_vl.evaluation.predictions import PREDICTIONS, Prediction, read_predictions
 from dora_vl.run.folder import SETTINGS
 from dora_vl.run.watched import evenly, read_watched
@@ -143,7 +144,9 @@ def _of_test(run: Path, most: int) -> Iterator[ExampleQuestion]:
     if not output.is_absolute() and run.parts[-len(output.parts) :] == output.parts and (started_in / folder).exists():
         folder = started_in / folder
     kinds: dict[str | None, list[Prediction]] = {}
-    for prediction in chain.from_iterable(predictions.values() for predictions in by_set.values()):
+    for prediction in chain.from_iterable(
+        rows.values() for name, rows in by_set.items() if not name.endswith(EXCHANGED)
+    ):
         if len(prediction.images) == 1:
             kinds.setdefault(prediction.kind, []).append(prediction)
     for of_each in zip_longest(*(evenly(alike, LOOKED_AT * most) for alike in kinds.values())):

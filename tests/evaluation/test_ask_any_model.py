@@ -23,7 +23,6 @@ from dora_vl.data.video import Uniform, VideoReader
 from dora_vl.evaluation.ask import Assistant, MediaReader, Shown, model_inputs
 from dora_vl.evaluation.open_model import ModelRequest, open_model
 from dora_vl.evaluation.predictions import Prediction, read_predictions
-from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.test import evaluate_run
 from dora_vl.run.base import VideoReading
 from dora_vl.run.settings import EvaluationConfig
@@ -122,7 +121,7 @@ def test_a_row_without_numbers_has_no_answer_and_the_others_have_theirs(model: t
     turns, seen = list(conversations(name))[1]
     assistant.backbone.model.generation_config.num_beams = 1  # a search with beams writes nothing as it comes
     with pytest.raises(NoNumbers):
-        assistant.answer(Question(id="q", turns=tuple(turns)), seen, max_new_tokens=NEW_TOKENS, write=lambda text: None)
+        assistant.answer(Example(id="q", turns=tuple(turns)), seen, max_new_tokens=NEW_TOKENS, write=lambda text: None)
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "llava_onevision"])
@@ -217,7 +216,7 @@ def answers(to: Path) -> dict[str, str]:
 def test_a_model_without_an_adapter_is_evaluated(name: str, data: Path, tmp_path: Path) -> None:
     folder = write_model(name, tmp_path / "model")
     metrics = evaluate(data, tmp_path / "one", "--model", folder, "--batch-size", 1)
-    entry = metrics["benchmarks"]["colours"]
+    entry = metrics["sets"]["colours"]
     assert (entry["n"], entry["without_answer"], list(entry["failed"])) == (6, 1, ["q1"])
     assert metrics["answers_of"] == str(folder)
     assert list(metrics["answers_sha256"]) == ["base"]
@@ -309,7 +308,7 @@ def test_a_peft_adapter_is_evaluated_against_its_base(data: Path, tmp_path: Path
     metrics = evaluate(data, tmp_path / "to", "--adapter", adapter, "--against", base)
     assert set(metrics["answers_sha256"]) == {"adapter", "base"}
     assert metrics["against_sha256"] == {"base": metrics["answers_sha256"]["base"]}
-    assert "difference" in metrics["benchmarks"]["colours"]
+    assert "difference" in metrics["sets"]["colours"]
 
 
 # What cannot be asked.
@@ -394,7 +393,7 @@ def test_a_benchmark_about_videos_shows_frames(tmp_path: Path) -> None:
     options = ["--benchmarks", f"{tmp_path / 'clips.yaml'}={tmp_path / 'clips.jsonl'}", "--images", tmp_path / "data"]
     main(["evaluate", *map(str, ["--model", folder, *options, "--to", tmp_path / "to"])])
     metrics = json.loads((tmp_path / "to" / "metrics.json").read_text())
-    assert list(metrics["benchmarks"]["clips"]["failed"]) == ["gone"]
+    assert list(metrics["sets"]["clips"]["failed"]) == ["gone"]
     assert metrics["asked_with"]["clips"]["frames"] == 3
     (answered,) = read_predictions(tmp_path / "to" / "clips" / "predictions.jsonl").values()
     assert answered.id == "there"

@@ -23,7 +23,6 @@ from dora_vl.evaluation.ask import Assistant, Shown
 from dora_vl.evaluation.ask_command import open_picture
 from dora_vl.evaluation.open_model import ModelRequest, open_model
 from dora_vl.evaluation.predictions import read_predictions
-from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.test import evaluate_run
 from dora_vl.run.reading import read_run_file
 from dora_vl.run.settings import RunConfig
@@ -84,7 +83,7 @@ def trained(tested: Tested, tmp_path_factory: pytest.TempPathFactory) -> Path:
         row["conversations"][0]["value"] += f" {chr(65 + number)} {number * 37}"
         if number % 2 == 0:
             shown = Shown(pictures=(open_picture(folder / "data" / row["image"]),))
-            question = Question(id="q", turns=(Turn("user", row["conversations"][0]["value"]),))
+            question = Example(id="q", turns=(Turn("user", row["conversations"][0]["value"]),))
             answer = model.answer(question, shown, max_new_tokens=ANSWER_TOKENS).strip()
             row["conversations"][1]["value"] = answer
         if number == 5:
@@ -123,7 +122,7 @@ def on_test_file(trained: Path, to: Path, *more: object) -> list[object]:
 
 
 def metrics_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "metrics.json").read_text())["benchmarks"]
+    return json.loads((folder / "metrics.json").read_text())["sets"]
 
 
 @pytest.fixture(scope="module")

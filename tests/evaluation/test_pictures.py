@@ -33,7 +33,6 @@ from dora_vl.evaluation.pictures import (
     write_loss_curve,
 )
 from dora_vl.evaluation.predictions import Prediction, Predictions
-from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.scores import caption, exact, vqa
 from dora_vl.evaluation.scores.scored import Scored
 
@@ -199,7 +198,7 @@ def test_each_question_shows_its_own_part_of_a_video(tmp_path: Path, monkeypatch
     examples = [Example(id=str(number), videos=(clip,), question="?") for number, clip in enumerate(clips)]
     shown: list[Clip] = []
 
-    def picture(_: MediaReader, question: Question) -> Image.Image:
+    def picture(_: MediaReader, question: Example) -> Image.Image:
         shown.extend(question.videos)
         return Image.new("RGB", (8, 8))
 

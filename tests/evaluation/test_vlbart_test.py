@@ -150,8 +150,8 @@ def test_each_score_is_written_at_once_and_missing_features_are_named(data: Path
     with pytest.raises(ArithmeticError):
         run(broken)
     metrics = json.loads((data.parent / "run" / "metrics.json").read_text())
-    assert set(metrics["tasks"]) == {"gqa"}
-    assert list(metrics["tasks"]["gqa"]["failed"]) == ["gqa-5"]
+    assert set(metrics["sets"]) == {"gqa"}
+    assert list(metrics["sets"]["gqa"]["failed"]) == ["gqa-5"]
     assert metrics["train_steps"] > 0
 
 

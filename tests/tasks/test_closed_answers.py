@@ -131,14 +131,14 @@ def test_the_head_trains_and_is_saved_with_its_list_and_answers_the_test(run_fil
     assert left_out == {task: [f"{task}-{index}" for index in indices] for task, indices in OUTSIDE.items()}
     backbone = loaded(trained, run_file.parent / "data" / "base")
     for task, answers in LISTS.items():
-        assert metrics["tasks"][task]["settings"]["answer_by"] == "closed"
+        assert metrics["sets"][task]["settings"]["answer_by"] == "closed"
         rows = [json.loads(line) for line in (trained / "predictions" / f"{task}.jsonl").read_text().splitlines()]
         best = by_hand(config_of(run_file), backbone, task).argmax(1)
         assert [row["prediction"] for row in rows] == [answers[index] for index in best.tolist()]
     shutil.copytree(trained, trained.with_name("again"))
     (trained.with_name("again") / "metrics.json").unlink()
     again = train(run_file, f"--training.output_dir={trained.with_name('again')}", "--test_only=true")
-    assert json.loads((again / "metrics.json").read_text())["tasks"] == metrics["tasks"]
+    assert json.loads((again / "metrics.json").read_text())["sets"] == metrics["sets"]
 
 
 @pytest.mark.parametrize("task", ["vqav2", pytest.param("gqa", marks=pytest.mark.slow)])
@@ -373,5 +373,5 @@ def test_pictures_are_answered_from_the_list_and_by_the_base_in_words(gqa_folder
     main([*options, "--images", str(pictures), "--to", str(gqa_folder / "evaluated")])
     evaluated = json.loads((gqa_folder / "evaluated" / "metrics.json").read_text())
     tested = json.loads((gqa_folder / "run" / "metrics.json").read_text())
-    accuracy = evaluated["benchmarks"]["gqa"]["metrics"]["accuracy"]["value"]
-    assert accuracy == tested["tasks"]["gqa"]["metrics"]["accuracy"]
+    accuracy = evaluated["sets"]["gqa"]["metrics"]["accuracy"]["value"]
+    assert accuracy == tested["sets"]["gqa"]["metrics"]["accuracy"]

@@ -32,12 +32,12 @@ def test_all_tasks_train_in_one_run_and_are_scored(tmp_path: Path) -> None:
     assert run(vlbart_run(file)) is None
     folder = tmp_path / "run"
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert set(metrics["tasks"]) == set(TESTED)
+    assert set(metrics["sets"]) == set(TESTED)
     for task in TESTED:
-        assert metrics["tasks"][task]["n"] == ITEMS
-        assert ("dev-5-0-0" if task == "nlvr2" else f"{task}-5") in metrics["tasks"][task]["failed"]
-        assert 0 <= metrics["tasks"][task]["metrics"]["accuracy"] <= 100
-    assert metrics["tasks"]["tvqa"]["settings"]["answer_by"] == "choice"
+        assert metrics["sets"][task]["n"] == ITEMS
+        assert ("dev-5-0-0" if task == "nlvr2" else f"{task}-5") in metrics["sets"][task]["failed"]
+        assert 0 <= metrics["sets"][task]["metrics"]["accuracy"] <= 100
+    assert metrics["sets"]["tvqa"]["settings"]["answer_by"] == "choice"
     assert metrics["settings"] == {
         "task_prompt": True,
         "subtitles_first": True,

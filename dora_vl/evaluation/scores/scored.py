@@ -273,8 +273,8 @@ def intervals(scored: Scored, *, seed: int = 0, resamples: int = RESAMPLES) -> d
     A draw without any item of a kind says nothing about that kind and is left out of its percentiles. A metric that
     fewer than a tenth of the draws have (the mean over several kinds of one item each) gets no interval.
     """
-    (drawn,) = _drawn([scored], seed, resamples)
-    limits_of = {name: _interval(values, scored.formulas[name], [scored]) for name, values in drawn.items()}
+    (own,) = drawn([scored], seed, resamples)
+    limits_of = {name: _interval(values, scored.formulas[name], [scored]) for name, values in own.items()}
     return {name: limits for name, limits in limits_of.items() if limits is not None}
 
 
@@ -288,7 +288,7 @@ def paired_differences(
             f"a paired difference needs the same items: {ours.n} against {theirs.n}, first in one alone: {alone[:3]}"
         )
     same = {name: replace(theirs.items[name], unit=item.unit) for name, item in ours.items.items()}
-    first, second = _drawn([ours, replace(theirs, items=same)], seed, resamples)
+    first, second = drawn([ours, replace(theirs, items=same)], seed, resamples)
     differences: dict[str, Difference] = {}
     for name, formula in ours.formulas.items():
         if name in second and (limits := _interval(first[name] - second[name], formula, [ours, theirs])):
@@ -307,14 +307,14 @@ def draws(units: int, seed: int, resamples: int) -> Iterator[Numbers]:
         yield np.array(counts, dtype=np.float64)
 
 
-def _drawn(several: Sequence[Scored], seed: int, resamples: int) -> list[dict[str, Numbers]]:
+def drawn(several: Sequence[Scored], seed: int = 0, resamples: int = RESAMPLES) -> list[dict[str, Numbers]]:
     """Each score's metrics on the same draws, NaN where a draw has none of a metric's items."""
     parts: list[list[dict[str, Numbers]]] = [[] for _ in several]
     for counts in draws(len(several[0].columns), seed, resamples):
         for part, scored in zip(parts, several, strict=True):
-            sums, whole = (_sums(scored.names, scored.columns, drawn) for drawn in (counts, np.ones_like(counts[:1])))
+            sums, whole = (_sums(scored.names, scored.columns, each) for each in (counts, np.ones_like(counts[:1])))
             part.append({name: formula(sums, whole) for name, formula in scored.formulas.items()})
-    return [{name: np.concatenate([drawn[name] for drawn in part]) for name in part[0]} for part in parts]
+    return [{name: np.concatenate([chunk[name] for chunk in part]) for name in part[0]} for part in parts]
 
 
 def _interval(values: Numbers, formula: Formula, scores: Sequence[Scored]) -> Limits | None:
