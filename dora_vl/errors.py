@@ -18,7 +18,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, requires
-from typing import ParamSpec, TypeVar
+from typing import ClassVar, ParamSpec, TypeVar
 
 LEFT_OUT: Mapping[str, tuple[str, ...]] = {
     # It looks for a kernel of the hub's at import; its own way on a CPU does the same.
@@ -139,10 +139,21 @@ class UserError(Exception):
     """Something in the input is wrong; the message names the file, key or id, the numbers and the next step.
 
     As text it is one line of at most `LONGEST_MESSAGE` characters.
+
+    Attributes:
+        status: the exit status of a program that it ends.
     """
+
+    status: ClassVar[int] = USER_ERROR_STATUS
 
     def __str__(self) -> str:
         return one_line(super().__str__())
+
+
+class Diverged(UserError):
+    """The training cannot go on with these settings: its loss, gradients or weights are no numbers any more."""
+
+    status = 3
 
 
 class SettingError(UserError):
@@ -191,7 +202,7 @@ _OF_THE_SYSTEM = {
 
 
 def exit_on_user_error(main: Callable[Inputs, Result]) -> Callable[Inputs, Result]:
-    """Wraps an entry point: a `UserError` becomes one line on stderr and exit status 2, never a traceback.
+    """Wraps an entry point: a `UserError` becomes one line on stderr and its exit status, never a traceback.
 
     So does a path of more characters than a file's name may have, and a disk that takes no more, wherever it is met.
     A reader of the output that leaves early (`| head`) ends the program quietly, as it ends others.
@@ -214,13 +225,13 @@ def exit_on_user_error(main: Callable[Inputs, Result]) -> Callable[Inputs, Resul
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered goes there at the exit
             sys.exit(STATUS_OF_SIGPIPE)
         except UserError as error:
-            message = str(error)
+            message, status = str(error), error.status
         except OSError as error:
             if error.errno not in _OF_THE_SYSTEM:
                 raise
-            message = one_line(f"{error.filename or 'a file'}: {_OF_THE_SYSTEM[error.errno]}")
+            message, status = one_line(f"{error.filename or 'a file'}: {_OF_THE_SYSTEM[error.errno]}"), UserError.status
         sys.stderr.write(f"error: {message}\n")
-        sys.exit(USER_ERROR_STATUS)
+        sys.exit(status)
 
     return run
 
