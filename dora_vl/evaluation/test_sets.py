@@ -90,6 +90,8 @@ class Tested:
         against: the name of other answers that `differences` are from.
     """
 
+    __test__ = False
+
     test: TestSet
     predictions: Predictions
     scored: Scored | None = None

@@ -226,7 +226,7 @@ def test_the_same_question_about_the_same_picture_is_found(tmp_path: Path) -> No
         example_of_row({"id": "t", "image": "a.png", "question": "<image>Is it red?", "answer": "no"}),
         example_of_row({"id": "u", "question": "Is it red?", "answer": "no"}),
     ]
-    questions = [(question.id, question.images, question.text) for question in examples]
+    questions = [(question.id, question.images, question.question) for question in examples]
     assert overlap(table, questions) == [("same", "t")]
     assert overlap(table, questions[1:]) == []
     assert overlap(table.select([3]), questions) == []

@@ -17,6 +17,7 @@ from dora_vl.data.benchmarks.cloze import cloze_row
 from dora_vl.data.example import Example, iterate_examples
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample
+from dora_vl.evaluation.predictions import read_predictions
 from dora_vl.evaluation.scores.exact import cloze_score
 from tests.backbones.tiny_language import write_tiny_language
 
@@ -199,6 +200,11 @@ def scored_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def answers_to(folder: Path, task: str) -> dict[str, str]:
+    rows = read_predictions(folder / "scores" / "predictions.jsonl")[task]
+    return {name: row.prediction for name, row in rows.items()}
+
+
 def likelihood(model: Any, tokenizer: Any, context: str, ending: str) -> float:
     """Written out: the log-softmax of each token of the ending, summed."""
     ids, before = tokenizer(f"{context} {ending}")["input_ids"], len(tokenizer(context)["input_ids"])
@@ -212,8 +218,7 @@ def test_likelihoods_are_the_model_s(scored_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(scored_folder / "model")
     for task in ("piqa", "winogrande", "ARC-Easy"):
         examples = list(iterate_examples(scored_folder / "records" / task / "test.jsonl"))
-        lines = (scored_folder / "scores" / task / "predictions.jsonl").read_text().splitlines()
-        answers = {row["id"]: row["prediction"] for row in map(json.loads, lines)}
+        answers = answers_to(scored_folder, task)
         assert set(answers) == {example.id for example in examples}
         for example in examples:
             pairs = zip(example.extra["contexts"], example.extra["endings"], strict=True)
@@ -230,8 +235,7 @@ def test_lm_eval_finds_the_same(scored_folder: Path) -> None:
 
     model = AdaptedLM(model=str(scored_folder / "model"), batch_size=4)
     for task in ("piqa", "winogrande", "ARC-Easy"):
-        lines = (scored_folder / "scores" / task / "predictions.jsonl").read_text().splitlines()
-        answers = {row["id"]: row["prediction"] for row in map(json.loads, lines)}
+        answers = answers_to(scored_folder, task)
         for example in iterate_examples(scored_folder / "records" / task / "test.jsonl"):
             pairs = zip(example.extra["contexts"], example.extra["endings"], strict=True)
             requests = [Instance("loglikelihood", {}, (context, f" {ending}"), 0) for context, ending in pairs]
