@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -20,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from dora_vl.backbones.base import Features, max_positions
 from dora_vl.backbones.encoder import Encoder
+from dora_vl.backbones.frozen_outputs import NotStorable, Outputs, hollowed, proven_parts
 from dora_vl.backbones.generation import NO_NUMBERS, NO_TOKEN, NOT_YET_A_CHARACTER, NoNumbers, growing_text
 from dora_vl.backbones.row_probe import followed_rows
 from dora_vl.backbones.video_inputs import Video
@@ -36,6 +39,10 @@ from dora_vl.evaluation.questions import endings_of, kind_of, outputs_of, text_a
 from dora_vl.run.base import VideoReading
 from dora_vl.run.watched import SIDE, tiled
 
+log = logging.getLogger(__name__)
+
+LEAST_REPEATED = 16
+"""Questions about pictures that were asked about before, from which on it pays to prove that a tower can run apart."""
 Write = Callable[[str], object]
 By = Literal["generation", "letters", "outputs", "cloze"]
 
@@ -275,12 +282,47 @@ class QuestionSamples(Dataset["Sample | Skipped"]):
         except BadSample as error:
             return Skipped(index, example.id, error.reason)
 
-    def collate(self, items: list[Sample | Skipped]) -> tuple[list[int], list[Skipped], Mapping[str, Any] | None]:
-        """The places of the rows, what is skipped, and the batch; None where nothing of it can be asked."""
-        samples = [item for item in items if isinstance(item, Sample)]
-        skipped = [item for item in items if isinstance(item, Skipped)]
-        batch = self.prompts.collate(samples, "left") if samples else None
-        return [sample.index for sample in samples], skipped, batch
+
+def by_picture(examples: Sequence[Example]) -> list[Example]:
+    """Examples of the same pictures one behind another, the longest prompts first: short memory shows at once."""
+
+    def length(example: Example) -> tuple[int, int, int]:
+        return len(example.videos), len(example.images), sum(len(turn.text) for turn in turns_asked(example))
+
+    groups: dict[object, list[Example]] = {}
+    for example in sorted(examples, key=length, reverse=True):
+        groups.setdefault((example.images, example.videos) if example.images else example.id, []).append(example)
+    return [example for group in groups.values() for example in group]
+
+
+class PicturesOnce:
+    """Runs a model's frozen vision parts once for pictures that several samples in a row show.
+
+    Raises:
+        NotStorable: the family's parts do not give the same when what they gave is handed in again.
+    """
+
+    def __init__(self, backbone: Any, encoder: Encoder) -> None:
+        self._backbone, self._pad_token_id = backbone, encoder.pad_token_id
+        backbone.frozen_parts = backbone.frozen_parts or proven_parts(backbone.model, encoder)
+        self._outputs: dict[tuple[str, ...], Outputs] = {}
+
+    def taken(self, samples: Sequence[Sample], pictures: Sequence[tuple[str, ...]]) -> list[Sample]:
+        """The samples of a batch with what the parts give for their pictures, in the place of pixels."""
+        firsts: dict[tuple[str, ...], Sample] = {}
+        for names, sample in zip(pictures, samples, strict=True):
+            if names:
+                firsts.setdefault(names, sample)
+        new = {names: sample for names, sample in firsts.items() if names not in self._outputs}
+        if new:
+            parts, model = self._backbone.frozen_parts, self._backbone.model
+            given = parts.outputs_of_each(model, [*new.values()], self._pad_token_id)
+            self._outputs |= dict(zip(new, given, strict=True))
+        self._outputs = {names: self._outputs[names] for names in firsts}  # the next batch goes on with the last
+        return [
+            hollowed(sample, self._outputs[names]) if names else sample
+            for sample, names in zip(samples, pictures, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -321,23 +363,35 @@ class Assistant:
     def predict(
         self, examples: Sequence[Example], media: MediaReader, decoding: Decoding
     ) -> Iterator[list[Prediction]]:
-        """See `Asker.predict`: the longest prompts first, so that short memory shows at once."""
-
-        def length(example: Example) -> tuple[int, int, int]:
-            return len(example.videos), len(example.images), sum(len(turn.text) for turn in turns_asked(example))
-
-        longest_first = sorted(examples, key=length, reverse=True)
+        """See `Asker.predict`: examples of one picture together, whose tower runs once for them."""
+        ordered = by_picture(examples)
         if decoding.by != "generation":
-            yield from self._likeliest(longest_first, media, decoding)
+            yield from self._likeliest(ordered, media, decoding)
             return
-        samples = QuestionSamples(longest_first, self.prompts, media, decoding.max_new_tokens, self.positions)
-        loader = DataLoader(
-            samples, batch_size=decoding.batch_size, collate_fn=samples.collate, num_workers=decoding.workers
-        )
-        for indices, skipped, batch in loader:
+        items = QuestionSamples(ordered, self.prompts, media, decoding.max_new_tokens, self.positions)
+        loader = DataLoader(items, batch_size=decoding.batch_size, collate_fn=list, num_workers=decoding.workers)
+        once = self._pictures_once(ordered)
+        for several in loader:
+            samples = [item for item in several if isinstance(item, Sample)]
+            skipped = [item for item in several if isinstance(item, Skipped)]
+            asked = [ordered[sample.index] for sample in samples]
+            if once is not None and samples:
+                samples = once.taken(samples, [example.images for example in asked])
+            batch = self.prompts.collate(samples, "left") if samples else None
             texts = [] if batch is None else self.answers(batch, max_new_tokens=decoding.max_new_tokens)
-            answered = [prediction(longest_first[index], text) for index, text in zip(indices, texts, strict=True)]
-            yield answered + [prediction(longest_first[item.index], None, item.reason) for item in skipped]
+            answered = [prediction(example, text) for example, text in zip(asked, texts, strict=True)]
+            yield answered + [prediction(ordered[item.index], None, item.reason) for item in skipped]
+
+    def _pictures_once(self, ordered: Sequence[Example]) -> PicturesOnce | None:
+        """None where no picture is asked about twice, or the family's vision parts cannot be run apart."""
+        shown = Counter(example.images for example in ordered if example.images)
+        if self.while_training or shown.total() < LEAST_REPEATED + len(shown) or any(e.videos for e in ordered):
+            return None
+        try:
+            return PicturesOnce(self.backbone, self.prompts.encoder)
+        except NotStorable as error:
+            log.info("pictures are read anew for each question: %s", error)
+            return None
 
     def _likeliest(
         self, examples: Sequence[Example], media: MediaReader, decoding: Decoding
