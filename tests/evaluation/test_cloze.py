@@ -18,7 +18,7 @@ from dora_vl.data.example import Example, iterate_examples
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample
 from dora_vl.evaluation.predictions import read_predictions
-from dora_vl.evaluation.scores.exact import cloze_score
+from dora_vl.evaluation.scores.exact import PATTERNS, cloze_score
 from tests.backbones.tiny_language import write_tiny_language
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -178,10 +178,15 @@ def test_both_accuracies_by_hand() -> None:
     ]
     answers = {"a": "-2.0 -4.0", "b": "-1.5 -1.5", "c": "-3 -2", "d": "-1 -2"}
     scored = cloze_score(examples, answers)
-    assert scored.metrics == {"average": 75.0, "piqa": 50.0, "winogrande": 50.0, "normalised piqa": 100.0} | {
-        "average": 50.0
-    }
+    assert scored.metrics == {"average": 50.0, "piqa": 50.0, "winogrande": 50.0, "normalised piqa": 100.0}
     assert scored.shares == {"a": 0.0, "b": 1.0, "c": 0.0, "d": 1.0}
+
+
+@pytest.mark.parametrize("task", PATTERNS)
+def test_normalised_accuracy_is_of_the_sets_whose_task_file_in_lm_eval_has_acc_norm(task: str) -> None:
+    scored = cloze_score([example("a", task, ["x", "long one"], 1)], {"a": "-2.0 -4.0"})
+    has_it = task not in ("boolq", "social_i_qa", "winogrande")
+    assert scored.metrics == {"average": 0.0, task: 0.0} | ({f"normalised {task}": 100.0} if has_it else {})
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,7 @@ def everything() -> Iterator[tuple[Tested, Scored]]:
             some, others = (tuple(f"a{text.count('e')}" for text in texts) for texts in (SOME, OTHERS))
         elif "caption" in name or name.startswith(("tvc", "yc2c")):
             examples, some, others = clips(), ("a man 0 runs", "", "a man 2"), ("a dog", "", "a man 2 runs fast")
-        ours, theirs = (tested(name, score, examples, texts) for texts in (some, others))
+        ours, theirs = (of_answers(name, score, examples, texts) for texts in (some, others))
         assert (ours.refused, theirs.refused) == (None, None), name
         assert theirs.scored is not None
         yield ours, theirs.scored
