@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dora_vl.data.columns import USUAL, Columns, ColumnsError
 from dora_vl.data.containers import find_files
-from dora_vl.data.example import MIDDLE_FRAME, Answer, Example
+from dora_vl.data.example import MIDDLE_FRAME, Answer, Example, named_in
 from dora_vl.data.readers import id_of, read_row
 from dora_vl.data.text_file import stream_values
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
@@ -53,7 +53,7 @@ def example_of_row(row: Mapping[str, object], columns: Columns = USUAL) -> Examp
     example = read_row(row, columns=columns)
     if example.image_bytes:
         raise BadSample(example.id, "its file holds its pictures itself; write them to files, which a test reads")
-    extra = {name: str(row[name]) for name in KEPT if row.get(name) is not None}
+    extra = {name: value for name in KEPT if (value := named_in(row, name)) is not None}
     extra |= {ANSWER: example.answers[0].text} if example.answers else {}
     return replace(last_round(example), extra=extra)
 
