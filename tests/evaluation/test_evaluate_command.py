@@ -324,11 +324,11 @@ def test_a_run_s_metrics_agree_with_its_predictions_and_testing_again_asks_only_
     assert low <= 100 * right / 24 <= high
     for name in ("loss_curve.png", "contact_sheet.png"):
         assert (output(config) / name).read_bytes().startswith(b"\x89PNG")
-    again = tested_again(config)
+    again = numbers_of_another_test(config)
     assert (again["answers_from_earlier_run"], again["metrics"]) == (23, entry["metrics"])
 
 
-def tested_again(config: RunConfig) -> dict[str, Any]:
+def numbers_of_another_test(config: RunConfig) -> dict[str, Any]:
     DecoderPipeline(config).test({})
     return metrics_of(output(config))["test"]
 
@@ -342,9 +342,9 @@ def test_a_run_s_questions_are_asked_about_others_pictures(tested: Tested) -> No
     right = sum(row.prediction == row.truth for row in others.values())
     assert entry["exchanged_pictures"]["value"] == pytest.approx(100 * right / 23)
     assert "warning" in entry  # a few steps of a tiny model teach it nothing
-    assert tested_again(config)["baselines"] == entry
+    assert numbers_of_another_test(config)["baselines"] == entry
     without = dataclasses.replace(config.evaluation, exchange_pictures=False)
-    result = tested_again(dataclasses.replace(config, evaluation=without))
+    result = numbers_of_another_test(dataclasses.replace(config, evaluation=without))
     assert result["baselines"].keys() == {"metric", "commonest_answer"}
     assert result["metrics"] == metrics["sets"]["test"]["metrics"]
 
