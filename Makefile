@@ -32,10 +32,10 @@ demo-vlbart: $(INSTALLED)
 		--records $(VLDEMO)/records/pretrain.jsonl $(VLDEMO)/records/adapt.jsonl
 	$(BIN)/python -m data_prep.features --root $(DEMO)/assets/easy_vqa --to $(VLDEMO)/features/test $(LITE0) \
 		--records $(VLDEMO)/records/test.jsonl
-	$(DEEPSPEED) tasks/vlbart.py \
+	$(DEEPSPEED) tasks/vlbart_image.py \
 		--config configs/vlbart/demo.yaml --variant pretrain --resume if_stopped
 	test -e $(VLDEMO)/base || $(BIN)/dora-vl merge --adapter $(VLDEMO)/pretrain/adapter --to $(VLDEMO)/base
-	$(DEEPSPEED) tasks/vlbart.py --config configs/vlbart/demo.yaml --variant adapt --resume if_stopped
+	$(DEEPSPEED) tasks/vlbart_image.py --config configs/vlbart/demo.yaml --variant adapt --resume if_stopped
 
 VIDEO := runs/demo-video
 
@@ -46,10 +46,10 @@ demo-video: $(INSTALLED)
 		--name tf_efficientnet_lite0 --weights-in-order \
 		--weights $(DEMO)/assets/efficientnet_lite0/efficientnet-lite0-57934424.pth \
 		--layer -2 --grid-pool 4 --merge 2 --changes --image-size 128 --frames 6 --workers 0
-	$(DEEPSPEED) tasks/vlbart.py \
+	$(DEEPSPEED) tasks/vlbart_video.py \
 		--config configs/vlbart/demo_video.yaml --variant pretrain --resume if_stopped
 	test -e $(VIDEO)/base || $(BIN)/dora-vl merge --adapter $(VIDEO)/pretrain/adapter --to $(VIDEO)/base
-	$(DEEPSPEED) tasks/vlbart.py --config configs/vlbart/demo_video.yaml --variant adapt --resume if_stopped
+	$(DEEPSPEED) tasks/vlbart_video.py --config configs/vlbart/demo_video.yaml --variant adapt --resume if_stopped
 
 lint: $(INSTALLED) docs
 	$(BIN)/ruff format --check .

@@ -24,11 +24,12 @@ from dora_vl.adapters.files import RECIPE_FILE
 from dora_vl.adapters.folder import load_adapter
 from dora_vl.backbones.model import open_backbone
 from dora_vl.core import merge_dora
+from dora_vl.data.example import Example
 from dora_vl.data.pictures import open_image
 from dora_vl.errors import UserError, exit_on_user_error, positive
 from dora_vl.evaluation.ask import Assistant, Shown
 from dora_vl.evaluation.open_model import ModelRequest, open_model
-from dora_vl.evaluation.questions import Question, read_questions
+from dora_vl.evaluation.questions import read_questions
 from dora_vl.files import read_json
 
 Inputs = tuple[Tensor, Tensor]
@@ -51,7 +52,7 @@ def main() -> None:
         write_json(options.json, {"questions": options.limit, **figures})
 
 
-def compare(adapter: Path, questions: Sequence[Question], images: Path) -> dict[str, dict[str, float]]:
+def compare(adapter: Path, questions: Sequence[Example], images: Path) -> dict[str, dict[str, float]]:
     """Every comparison, each absolute and relative."""
     assistant, base = open_model(ModelRequest(adapter=adapter)).adapted, read_json(adapter / RECIPE_FILE)["base"]
     if not isinstance(assistant, Assistant):

@@ -146,6 +146,12 @@ class UserError(Exception):
         return one_line(super().__str__())
 
 
+class Diverged(UserError):
+    """The training cannot go on with these settings: its loss, gradients or weights are no numbers any more."""
+
+    status = 3
+
+
 class SettingError(UserError):
     """A setting, or an option of a command, that cannot be used.
 

@@ -25,6 +25,8 @@ from yaml import MappingNode, Node, ScalarNode, SequenceNode, YAMLError
 
 from dora_vl.errors import UserError, is_communication, is_out_of_memory, one_line, shown, shown_text
 
+METRICS, SETS, NOT_YET = "metrics.json", "sets", "not_yet_tested"
+"""What a run or an evaluation writes its numbers to, and where those of its test sets stand in it."""
 KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",

@@ -121,9 +121,6 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
                 losses.append(label_losses(hidden[0], targets, head.forward))
             return (hidden[0][: 1 if chunked and self._head_is_last else None].unsqueeze(0), *seen[1:])
 
-        replayed = contextlib.nullcontext()
-        if self.frozen_parts is not None and stored:
-            replayed = self.frozen_parts.replaying(self.model, stored)
         inputs = {**model_inputs(self.model, inputs), **self._attention(attention_mask, layout)}
         # Inside the model's own forward, so that what it does to its logits (scales, soft caps) stays its own.
         hooks = [head.register_forward_pre_hook(labelled_alone)]
@@ -132,7 +129,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         if self.training and torch.is_grad_enabled():
             hooks.append(self.model.get_input_embeddings().register_forward_hook(_asks_for_gradients))
         try:
-            with replayed:
+            with self._replaying(stored):
                 logits = self.model(input_ids=input_ids, use_cache=False, **inputs).logits
         finally:
             for hook in hooks:
@@ -153,11 +150,13 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         max_new_tokens: int = 128,
         streamer: BaseStreamer | None = None,
         options: Mapping[str, Any] | None = None,
+        stored: Sequence[Outputs] = (),
         **inputs: Any,
     ) -> Int[Tensor, "batch new"]:
         """Generates token ids for left-padded prompts, greedily unless `options` (of transformers' generate) differ.
 
-        Rows whose scores are no numbers hold `NO_TOKEN`; `streamer` receives the new tokens alone.
+        Rows whose scores are no numbers hold `NO_TOKEN`; `streamer` receives the new tokens alone; `stored` is what
+        frozen parts gave for the pictures of each prompt that has some.
         """
         self.follower.follow(None)
         watch, stated = ScoreWatch(self.model), cast(Any, self.model.generation_config)
@@ -170,7 +169,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         # took 8 s instead of 0.01 for 64 rows.
         head: Any = head_of(self.model)
         together = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
-        with torch.no_grad(), together:
+        with torch.no_grad(), together, self._replaying(stored):
             tokens = generating.generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -180,6 +179,12 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
                 **chosen,
             )
         return watch.marked(tokens[:, input_ids.shape[1] :])
+
+    def _replaying(self, stored: Sequence[Outputs]) -> contextlib.AbstractContextManager[None]:
+        """Meanwhile frozen parts give what was stored, where something was."""
+        if self.frozen_parts is None or not stored:
+            return contextlib.nullcontext()
+        return self.frozen_parts.replaying(self.model, stored)
 
     def _attention(self, attention_mask: Tensor, layout: Mapping[str, Tensor] | None) -> dict[str, Tensor | None]:
         """Follows the layout; returns the mask, and positions where the model would take others."""

@@ -57,7 +57,8 @@ class Example:
         question: or a sentence to judge; empty for captions.
         answers: empty only where the publisher keeps them.
         choices: what to choose from; `extra["correct"]` is then the right one's index, where it is known.
-        extra: what the scorer or the submission needs, such as question_type, category, clip_id, image_size.
+        extra: what the scorer or the submission needs, such as question_type, category, clip_id, image_size. `unit` is
+            drawn as one where intervals are made, `group` is never split between training and validation.
         image_bytes: the pictures that the file itself holds, by their name in `images`; records hold none.
     """
 
@@ -86,6 +87,13 @@ def turns_of(example: Example) -> tuple[Turn, ...]:
         raise BadSample(example.id, "it has no answer to train on", NO_ANSWER)
     answer = max(example.answers, key=lambda answer: answer.weight)
     return Turn("user", example.question), Turn("assistant", answer.text)
+
+
+def named_in(row: Mapping[str, JSON], name: str) -> str | None:
+    """What a row says of its `kind`, `unit` or `group`, in a column of its own or in a record's `extra`."""
+    extra = row.get("extra")
+    value = row.get(name, extra.get(name) if isinstance(extra, Mapping) else None)
+    return None if value is None else str(value)
 
 
 MIDDLE_FRAME = "middle_frame"

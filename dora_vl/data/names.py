@@ -75,7 +75,7 @@ _WORDS: Mapping[str, str] = {
         "generator teacher engine version revision commit release language lang locale country url uri link "
         "website site domain host type kind category categories subcategory topic subtopic subject field "
         "subfield genre task skill level grade difficulty tag keyword format encoding mime extension token word "
-        "char character turn round duration second camera device temperature seed cost latency batch epoch "
+        "char character turn round group unit duration second camera device temperature seed cost latency batch epoch "
         "step iteration session project name username nickname view like star metadata meta info",
     }.items()
     for word in words.split()

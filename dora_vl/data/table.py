@@ -25,7 +25,7 @@ from filelock import FileLock
 from dora_vl.data.check import CONTRADICTION, DOUBTS, NO_PICTURE, Finding, asked_and_told, doubts_of
 from dora_vl.data.columns import USUAL, Columns, TrainFile, column_lines
 from dora_vl.data.containers import DataFiles, find_files
-from dora_vl.data.example import Example
+from dora_vl.data.example import Example, named_in
 from dora_vl.data.pictures import StoredPictures
 from dora_vl.data.readers import RowReader, check_usable
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Clip, Turn
@@ -34,7 +34,7 @@ from dora_vl.files import unfinished
 
 _log = logging.getLogger(__name__)
 
-TABLE_VERSION = 9
+TABLE_VERSION = 10
 """Part of the cache's key: raise it when columns or their meaning change."""
 ROWS_A_BATCH = 4096
 CHARACTERS_A_BATCH = 1 << 25  # Arrow's string offsets are 32 bits; a batch stays far below
@@ -58,6 +58,7 @@ _SCHEMA = pa.schema(
         ("doubts", pa.list_(pa.string())),
         ("asked", pa.uint64()),
         ("told", pa.uint64()),
+        ("group", pa.string()),
     ]
 )
 _EXAMPLE_COLUMNS = ["id", "images", "videos", "turns", "problem"]
@@ -70,8 +71,9 @@ def load_table(path: Path, *, cache_folder: Path | None = None, columns: Columns
     (words in all turns), `format` (of the row), `held_pictures` (name and content of the pictures that the file holds,
     each in the first row that has it), `columns` (the role of each of the file's columns, as JSON, in the first row
     that has these), `doubts` (what is probably not meant, see `doubts_of`), `asked` and `told` (hashes of its questions
-    with their media and of its answers; null where nothing is asked). The cache is keyed by the files' paths, sizes and
-    modification times, so a changed file is converted again; a content hash would read a gigabyte at each start.
+    with their media and of its answers; null where nothing is asked), `group` (what must not be split). The cache is
+    keyed by the files' paths, sizes and modification times, so a changed file is converted again; a content hash would
+    read a gigabyte at each start.
 
     Args:
         cache_folder: where converted files stay; default `dora_vl` in the cache folder of `datasets`.
@@ -154,6 +156,7 @@ def _batches(data: DataFiles, columns: Columns) -> Iterator[list[dict[str, Any]]
                 "doubts": doubts_of(record, example, reader.format, columns),
                 "asked": _hash(f"{words}\0{media}") if words else None,
                 "told": _hash(told) if words else None,
+                "group": named_in(record, "group"),
             }
         batch.append(row)
         size += characters_of(example)
@@ -269,9 +272,10 @@ def load_training_rows(
     stored = StoredPictures.joined([table.stored for table in tables])
     held_out = np.zeros(0, np.int64)
     if share:
+        columns_that_bind = (rows["images"], rows["videos"], rows["group"])
         media = (
-            [*images, *(f"video/{clip['path']}" for clip in clips)]
-            for images, clips in zip(rows["images"], rows["videos"], strict=True)
+            [*images, *(f"video/{clip['path']}" for clip in clips), *([] if group is None else [f"group/{group}"])]
+            for images, clips, group in zip(*columns_that_bind, strict=True)
         )
         held_out = held_out_places(rows["id"], media, share=share, seed=seed)
     trainable = np.setdiff1d(np.arange(len(rows)), held_out)
@@ -322,7 +326,7 @@ def held_out_places(
 ) -> np.ndarray:
     """Indices of the samples held out: about `share` of all, or of each class, no picture or video on both sides.
 
-    Samples that share a picture, directly or through others, stay together; those without pictures go by their id.
+    Samples that share a picture or a `group`, directly or through others, stay together; those without go by their id.
     Which groups are held out is decided by a hash of (seed, group), so another order of the file changes nothing.
     """
     if not 0 < share < 1:

@@ -1,15 +1,12 @@
-"""The one way to ask a model: questions, what they show, and a table of predictions that goes on after a stop."""
+"""A decoder that is asked: what an example shows, its prompt, and the model's answer or log-likelihoods."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import timedelta
-from functools import cached_property, partial
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from math import isnan
 from pathlib import Path
 from string import ascii_uppercase
@@ -21,11 +18,11 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 from transformers.generation.streamers import BaseStreamer
 
 from dora_vl.backbones.base import Features, max_positions
 from dora_vl.backbones.encoder import Encoder
+from dora_vl.backbones.frozen_outputs import NotStorable, Outputs, hollowed, proven_parts
 from dora_vl.backbones.generation import NO_NUMBERS, NO_TOKEN, NOT_YET_A_CHARACTER, NoNumbers, growing_text
 from dora_vl.backbones.row_probe import followed_rows
 from dora_vl.backbones.video_inputs import Video
@@ -36,32 +33,16 @@ from dora_vl.data.pictures import HeldPictures, MediaFolder, any_is_there, open_
 from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Sample, Skipped
 from dora_vl.data.turns import Turn
 from dora_vl.data.video import Sampling, Uniform
-from dora_vl.errors import BadSample, UserError, one_line, shown, shown_names, shown_text
-from dora_vl.evaluation.predictions import (
-    PREDICTIONS,
-    Prediction,
-    Predictions,
-    PredictionsFile,
-    cut_broken_tail,
-    read_predictions,
-    same_settings,
-    settings_file,
-    write_in_order,
-)
-from dora_vl.evaluation.questions import Question, endings_of, outputs_of
+from dora_vl.errors import BadSample, UserError, shown
+from dora_vl.evaluation.predictions import Prediction
+from dora_vl.evaluation.questions import endings_of, kind_of, outputs_of, text_asked, turns_asked
 from dora_vl.run.base import VideoReading
-from dora_vl.run.launch import (
-    leave_process_group,
-    on_first_rank,
-    rank_and_ranks,
-    threads_of_this_rank,
-    wait_for_everyone,
-)
 from dora_vl.run.watched import SIDE, tiled
 
 log = logging.getLogger(__name__)
 
-WARNED_FAILURES = 20  # more are counted, and named in metrics.json
+LEAST_REPEATED = 16
+"""Questions about pictures that were asked about before, from which on it pays to prove that a tower can run apart."""
 Write = Callable[[str], object]
 By = Literal["generation", "letters", "outputs", "cloze"]
 
@@ -127,28 +108,28 @@ class EncoderPrompts:
 
 @dataclass(frozen=True, kw_only=True)
 class MediaReader:
-    """Reads what questions show; `stored` are pictures that a data file holds. It may be sent to data workers."""
+    """Reads what examples show; `stored` are pictures that a data file holds. It may be sent to data workers."""
 
     folder: Path | MediaFolder
     videos: VideoReading
     stored: HeldPictures | None = None
 
-    def read(self, question: Question) -> Shown:
-        """Everything that a question shows."""
-        videos = tuple(self.videos.read(question.videos))
-        pictures = tuple(open_image(self.folder, path, self.stored) for path in question.images)
+    def read(self, example: Example) -> Shown:
+        """Everything that an example shows."""
+        videos = tuple(self.videos.read(example.videos))
+        pictures = tuple(open_image(self.folder, path, self.stored) for path in example.images)
         return Shown(pictures=pictures, videos=videos)
 
     def frames(self, clip: Clip, sampling: Sampling) -> Video:
         """The frames of a clip, picked in another way than `videos` says."""
         return self.videos.reader.read(self.videos.folder, clip, sampling)
 
-    def picture(self, question: Question) -> Image.Image:
-        """One picture of all that a question shows, up to four of its pictures or frames, for people to look at."""
-        pictures = [open_image(self.folder, path, self.stored) for path in question.images[: SIDE**2]]
-        frames = [frame for clip in question.videos[:1] for frame in self.frames(clip, Uniform(SIDE**2)).pictures]
+    def picture(self, example: Example) -> Image.Image:
+        """One picture of all that an example shows, up to four of its pictures or frames, for people to look at."""
+        pictures = [open_image(self.folder, path, self.stored) for path in example.images[: SIDE**2]]
+        frames = [frame for clip in example.videos[:1] for frame in self.frames(clip, Uniform(SIDE**2)).pictures]
         if not pictures and not frames:
-            raise BadSample(question.id, "it shows nothing")
+            raise BadSample(example.id, "it shows nothing")
         return tiled(pictures or frames)
 
     def close(self) -> None:
@@ -208,18 +189,18 @@ class View:
 class Asker(Protocol):
     """A model, ready to be asked."""
 
-    def answer(self, question: Question, seen: Shown, *, max_new_tokens: int = 64, write: Write | None = None) -> str:
+    def answer(self, example: Example, seen: Shown, *, max_new_tokens: int = 64, write: Write | None = None) -> str:
         """The answer to one question about these pictures or videos; `write` receives it piece by piece."""
         ...
 
     def predict(
-        self, questions: Sequence[Question], media: MediaReader, decoding: Decoding
+        self, examples: Sequence[Example], media: MediaReader, decoding: Decoding
     ) -> Iterator[list[Prediction]]:
         """Every question's prediction, batch by batch, in an order of the model's own; none is left out."""
         ...
 
     def logits(
-        self, question: Question, answer: str, media: MediaReader, decoding: Decoding
+        self, example: Example, answer: str, media: MediaReader, decoding: Decoding
     ) -> Float[Tensor, "tokens vocab"]:
         """At the places that predict an answer's tokens; none where the answer cannot stand there."""
         ...
@@ -229,146 +210,19 @@ class Asker(Protocol):
         ...
 
 
-def ask(
-    model: Asker,
-    questions: Sequence[Question],
-    media: MediaReader,
-    decoding: Decoding,
-    *,
-    path: Path | None = None,
-    settings: Mapping[str, object] | None = None,
-) -> Predictions:
-    """Answers every question that the file has no prediction for, and appends the answers to it, batch by batch.
-
-    What could not be asked gets no line in the file, so that the next run asks it again.
-
-    Args:
-        settings: what the answers depend on; earlier ones with other settings are not taken, without any none is.
-
-    Raises:
-        UserError: the model's scores were no numbers for some questions; the others are answered first, unless
-            `batch_size` in a row cannot be.
-    """
-    started = time.monotonic()
-    failed: dict[str, str] = {}
-    without_numbers: list[str] = []
-    in_a_row = 0
-    with PredictionsFile(path, settings) as file:
-        todo = [question for question in questions if question.id not in file.done]
-        before = len(questions) - len(todo)
-        if before:
-            log.info("%d of %d questions were answered by an earlier run", before, len(questions))
-        with tqdm(total=len(todo), desc="answering", unit="question", disable=not todo) as progress:
-            for rows in model.predict(todo, media, decoding):
-                for row in rows:
-                    if not row.error:
-                        file.add(row)
-                        in_a_row = 0
-                    elif row.error == NO_NUMBERS:
-                        without_numbers.append(row.id)
-                        in_a_row += 1
-                    else:
-                        failed[row.id] = row.error
-                        if len(failed) <= WARNED_FAILURES:
-                            log.warning("question %s could not be asked: %s", shown_text(row.id), one_line(row.error))
-                file.flush()
-                progress.update(len(rows))
-                if in_a_row >= min(decoding.batch_size, len(todo)):
-                    break
-        rows = [file.done[question.id] for question in questions if question.id in file.done]
-    if without_numbers:
-        raise UserError(f"question {shown_names(without_numbers)}: {NO_NUMBERS}")
-    if cut := [row for row in rows if row.cut_tokens]:
-        log.warning(
-            "%d texts were cut, such as that of %s by %d tokens", len(cut), shown_text(cut[0].id), cut[0].cut_tokens
-        )
-    return Predictions(rows=rows, failed=failed, answered_before=before, seconds=time.monotonic() - started)
-
-
-def prediction(question: Question, answer: str | None, error: str = "", *, cut_tokens: int = 0) -> Prediction:
-    """A question with its answer, or why it has none."""
+def prediction(example: Example, answer: str | None, error: str = "", *, cut_tokens: int = 0) -> Prediction:
+    """An example's answer, or why it has none."""
     return Prediction(
-        id=question.id,
-        images=list(question.images),
-        question=question.text,
-        truth=question.truth,
+        id=example.id,
+        images=list(example.images),
+        videos=[asdict(clip) for clip in example.videos],
+        question=text_asked(example),
+        truth=example.answers[0].text if example.answers else "",
         prediction="" if answer is None else answer.strip(),
-        kind=question.kind,
+        kind=kind_of(example),
         error=error or (NO_NUMBERS if answer is None else ""),
         cut_tokens=cut_tokens,
     )
-
-
-# By all processes of a launch, each a share.
-
-
-PART = "predictions.part-{}.jsonl"
-LONGEST_SHARE = timedelta(days=2)  # how long a process that is done waits for the others
-
-
-@contextlib.contextmanager
-def joined_launch() -> Iterator[None]:
-    """Joins the other processes of a `torchrun` or `deepspeed` launch, each with its GPU; alone it does little."""
-    threads = threads_of_this_rank()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        torch.distributed.init_process_group("gloo", timeout=LONGEST_SHARE)  # text alone is exchanged
-    try:
-        yield
-    finally:
-        leave_process_group()
-
-
-def ask_together(
-    model: Asker,
-    questions: Sequence[Question],
-    media: MediaReader,
-    decoding: Decoding,
-    *,
-    folder: Path,
-    settings: Mapping[str, object],
-) -> Predictions:
-    """Answers every question; every process of a launch calls it and gets all answers.
-
-    Each writes a part beside `predictions.jsonl`; the first joins them, also those of a run that was stopped.
-    """
-    file, order = folder / PREDICTIONS, [question.id for question in questions]
-    join_parts = partial(_join_parts, folder, settings, order)
-    on_first_rank(join_parts)
-    done = read_predictions(file)
-    before = sum(name in done for name in order)
-    rank, ranks = rank_and_ranks()
-    share = [question for question in questions if question.id not in done][rank::ranks]
-    answered = ask(model, share, media, decoding, path=folder / PART.format(rank), settings=settings)
-    parts = [answered] * ranks
-    if ranks > 1:
-        torch.distributed.all_gather_object(parts, answered)
-    on_first_rank(join_parts)
-    wait_for_everyone()
-    done |= {row.id: row for part in parts for row in part.rows}
-    return Predictions(
-        rows=[done[name] for name in order if name in done],
-        failed={name: reason for part in parts for name, reason in part.failed.items()},
-        answered_before=before,
-        seconds=max(part.seconds for part in parts),
-    )
-
-
-def _join_parts(folder: Path, settings: Mapping[str, object], order: Sequence[str]) -> None:
-    """Moves every part's predictions into `predictions.jsonl`; parts made with other settings go."""
-    parts = sorted(folder.glob(PART.format("*")))
-    with PredictionsFile(folder / PREDICTIONS, settings) as whole:
-        for part in parts:
-            if same_settings(part, settings):
-                cut_broken_tail(part)
-                whole.done.update(read_predictions(part))
-    write_in_order(folder / PREDICTIONS, whole.done, order)
-    for part in parts:
-        part.unlink()
-        settings_file(part).unlink(missing_ok=True)
 
 
 # A decoder.
@@ -408,32 +262,67 @@ def check_room(prompt_tokens: int, max_new_tokens: int, positions: int | None, s
 
 @dataclass(frozen=True)
 class QuestionSamples(Dataset["Sample | Skipped"]):
-    """Questions as samples without labels; what cannot be asked comes back as `Skipped`."""
+    """Examples as samples without labels; what cannot be asked comes back as `Skipped`."""
 
-    questions: Sequence[Question]
+    examples: Sequence[Example]
     prompts: EncoderPrompts
     media: MediaReader
     max_new_tokens: int
     positions: int | None
 
     def __len__(self) -> int:
-        return len(self.questions)
+        return len(self.examples)
 
     def __getitem__(self, index: int) -> Sample | Skipped:
-        question = self.questions[index]
+        example = self.examples[index]
         try:
-            sample = self.prompts.sample(question.turns, self.media.read(question))
-            check_room(len(sample.input_ids), self.max_new_tokens, self.positions, question.id)
-            return replace(sample, index=index, id=question.id)
+            sample = self.prompts.sample(turns_asked(example), self.media.read(example))
+            check_room(len(sample.input_ids), self.max_new_tokens, self.positions, example.id)
+            return replace(sample, index=index, id=example.id)
         except BadSample as error:
-            return Skipped(index, question.id, error.reason)
+            return Skipped(index, example.id, error.reason)
 
-    def collate(self, items: list[Sample | Skipped]) -> tuple[list[int], list[Skipped], Mapping[str, Any] | None]:
-        """The places of the rows, what is skipped, and the batch; None where nothing of it can be asked."""
-        samples = [item for item in items if isinstance(item, Sample)]
-        skipped = [item for item in items if isinstance(item, Skipped)]
-        batch = self.prompts.collate(samples, "left") if samples else None
-        return [sample.index for sample in samples], skipped, batch
+
+def by_picture(examples: Sequence[Example]) -> list[Example]:
+    """Examples of the same pictures one behind another, the longest prompts first: short memory shows at once."""
+
+    def length(example: Example) -> tuple[int, int, int]:
+        return len(example.videos), len(example.images), sum(len(turn.text) for turn in turns_asked(example))
+
+    groups: dict[object, list[Example]] = {}
+    for example in sorted(examples, key=length, reverse=True):
+        groups.setdefault((example.images, example.videos) if example.images else example.id, []).append(example)
+    return [example for group in groups.values() for example in group]
+
+
+class PicturesOnce:
+    """Runs a model's frozen vision parts once for pictures that several samples in a row show.
+
+    Raises:
+        NotStorable: the family's parts do not give the same when what they gave is handed in again.
+    """
+
+    def __init__(self, backbone: Any, encoder: Encoder) -> None:
+        self._backbone, self._pad_token_id = backbone, encoder.pad_token_id
+        backbone.frozen_parts = backbone.frozen_parts or proven_parts(backbone.model, encoder)
+        self._outputs: dict[tuple[str, ...], Outputs] = {}
+
+    def taken(self, samples: Sequence[Sample], pictures: Sequence[tuple[str, ...]]) -> list[Sample]:
+        """The samples of a batch with what the parts give for their pictures, in the place of pixels."""
+        firsts: dict[tuple[str, ...], Sample] = {}
+        for names, sample in zip(pictures, samples, strict=True):
+            if names:
+                firsts.setdefault(names, sample)
+        new = {names: sample for names, sample in firsts.items() if names not in self._outputs}
+        if new:
+            parts, model = self._backbone.frozen_parts, self._backbone.model
+            given = parts.outputs_of_each(model, [*new.values()], self._pad_token_id)
+            self._outputs |= dict(zip(new, given, strict=True))
+        self._outputs = {names: self._outputs[names] for names in firsts}  # the next batch goes on with the last
+        return [
+            hollowed(sample, self._outputs[names]) if names else sample
+            for sample, names in zip(samples, pictures, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -450,10 +339,10 @@ class Assistant:
     def __post_init__(self) -> None:
         self.prompts.encoder.take_positions_of(self.backbone.model)
 
-    def answer(self, question: Question, seen: Shown, *, max_new_tokens: int = 64, write: Write | None = None) -> str:
+    def answer(self, example: Example, seen: Shown, *, max_new_tokens: int = 64, write: Write | None = None) -> str:
         """See `Asker`."""
         try:
-            sample = self.prompts.sample(question.turns, seen)
+            sample = self.prompts.sample(turns_asked(example), seen)
             check_room(len(sample.input_ids), max_new_tokens, self.positions, "question")
         except BadSample as error:
             raise UserError(f"the question cannot be put to this model: {error.reason}") from error
@@ -472,64 +361,76 @@ class Assistant:
         return View(example=example, clip=example.video, sampling=Uniform(frames), as_pictures=as_pictures)
 
     def predict(
-        self, questions: Sequence[Question], media: MediaReader, decoding: Decoding
+        self, examples: Sequence[Example], media: MediaReader, decoding: Decoding
     ) -> Iterator[list[Prediction]]:
-        """See `Asker.predict`: the longest prompts first, so that short memory shows at once."""
-
-        def length(question: Question) -> tuple[int, int, int]:
-            return len(question.videos), len(question.images), sum(len(turn.text) for turn in question.turns)
-
-        longest_first = sorted(questions, key=length, reverse=True)
+        """See `Asker.predict`: examples of one picture together, whose tower runs once for them."""
+        ordered = by_picture(examples)
         if decoding.by != "generation":
-            yield from self._likeliest(longest_first, media, decoding)
+            yield from self._likeliest(ordered, media, decoding)
             return
-        samples = QuestionSamples(longest_first, self.prompts, media, decoding.max_new_tokens, self.positions)
-        loader = DataLoader(
-            samples, batch_size=decoding.batch_size, collate_fn=samples.collate, num_workers=decoding.workers
-        )
-        for indices, skipped, batch in loader:
+        items = QuestionSamples(ordered, self.prompts, media, decoding.max_new_tokens, self.positions)
+        loader = DataLoader(items, batch_size=decoding.batch_size, collate_fn=list, num_workers=decoding.workers)
+        once = self._pictures_once(ordered)
+        for several in loader:
+            samples = [item for item in several if isinstance(item, Sample)]
+            skipped = [item for item in several if isinstance(item, Skipped)]
+            asked = [ordered[sample.index] for sample in samples]
+            if once is not None and samples:
+                samples = once.taken(samples, [example.images for example in asked])
+            batch = self.prompts.collate(samples, "left") if samples else None
             texts = [] if batch is None else self.answers(batch, max_new_tokens=decoding.max_new_tokens)
-            answered = [prediction(longest_first[index], text) for index, text in zip(indices, texts, strict=True)]
-            yield answered + [prediction(longest_first[item.index], None, item.reason) for item in skipped]
+            answered = [prediction(example, text) for example, text in zip(asked, texts, strict=True)]
+            yield answered + [prediction(ordered[item.index], None, item.reason) for item in skipped]
+
+    def _pictures_once(self, ordered: Sequence[Example]) -> PicturesOnce | None:
+        """None where no picture is asked about twice, or the family's vision parts cannot be run apart."""
+        shown = Counter(example.images for example in ordered if example.images)
+        if self.while_training or shown.total() < LEAST_REPEATED + len(shown) or any(e.videos for e in ordered):
+            return None
+        try:
+            return PicturesOnce(self.backbone, self.prompts.encoder)
+        except NotStorable as error:
+            log.info("pictures are read anew for each question: %s", error)
+            return None
 
     def _likeliest(
-        self, questions: Sequence[Question], media: MediaReader, decoding: Decoding
+        self, examples: Sequence[Example], media: MediaReader, decoding: Decoding
     ) -> Iterator[list[Prediction]]:
         """The likeliest of each question's texts, with what closes an answer; of equals the first."""
         rows: list[Sample] = []
-        batch: list[tuple[Question, list[str], int]] = []
+        batch: list[tuple[Example, list[str], int]] = []
 
         def chosen() -> list[Prediction]:
             size = decoding.batch_size
             parts = [self.log_likelihoods(rows[start : start + size]) for start in range(0, len(rows), size)]
             scores = iter(torch.cat(parts).tolist())
             answered: list[Prediction] = []
-            for question, texts, count in batch:
+            for example, texts, count in batch:
                 likelihoods = [next(scores) for _ in range(count)]
                 numbers = " ".join(map("{:.6f}".format, likelihoods))
                 best = texts[likelihoods.index(max(likelihoods))] if texts else numbers
-                answered.append(prediction(question, None if any(map(isnan, likelihoods)) else best))
+                answered.append(prediction(example, None if any(map(isnan, likelihoods)) else best))
             return answered
 
-        for question in questions:
+        for example in examples:
             try:
                 if decoding.by == "cloze":
-                    pairs, texts = endings_of(question), []
+                    pairs, texts = endings_of(example), []
                     samples = [self.prompts.continued(context, ending) for context, ending in pairs]
                 else:
-                    texts = _letters(question) if decoding.by == "letters" else outputs_of(question)
-                    seen = media.read(question)
-                    samples = [self.prompts.with_answer(question.turns, seen, text) for text in texts]
-                samples = [replace(sample, id=question.id) for sample in samples]
-                check_room(max(len(sample.input_ids) for sample in samples), 0, self.positions, question.id)
+                    texts = _letters(example) if decoding.by == "letters" else outputs_of(example)
+                    seen = media.read(example)
+                    samples = [self.prompts.with_answer(turns_asked(example), seen, text) for text in texts]
+                samples = [replace(sample, id=example.id) for sample in samples]
+                check_room(max(len(sample.input_ids) for sample in samples), 0, self.positions, example.id)
             except BadSample as error:
-                yield [prediction(question, None, error.reason)]
+                yield [prediction(example, None, error.reason)]
                 continue
             if rows and len(rows) + len(samples) > decoding.batch_size:
                 yield chosen()
                 rows, batch = [], []
             rows += samples
-            batch.append((question, texts, len(samples)))
+            batch.append((example, texts, len(samples)))
         if batch:
             yield chosen()
 
@@ -580,11 +481,11 @@ class Assistant:
         return sums.index_add_(0, features.rows, -features.losses).cpu()
 
     def logits(
-        self, question: Question, answer: str, media: MediaReader, decoding: Decoding
+        self, example: Example, answer: str, media: MediaReader, decoding: Decoding
     ) -> Float[Tensor, "tokens vocab"]:
         """See `Asker`; an empty answer has none."""
         try:
-            sample = self.prompts.with_answer(question.turns, media.read(question), answer)
+            sample = self.prompts.with_answer(turns_asked(example), media.read(example), answer)
         except BadSample:
             return torch.zeros(0, 1)
         logits = self.labelled([sample], keep_logits=True).logits
@@ -598,8 +499,8 @@ class Assistant:
         return next(module.parameters()).device
 
 
-def _letters(question: Question) -> list[str]:
-    choices = 0 if question.example is None else len(question.example.choices)
+def _letters(example: Example) -> list[str]:
+    choices = len(example.choices)
     if not 0 < choices <= len(ascii_uppercase):
-        raise BadSample(question.id, f"it has {choices} choices; letters are chosen among 1 to {len(ascii_uppercase)}")
+        raise BadSample(example.id, f"it has {choices} choices; letters are chosen among 1 to {len(ascii_uppercase)}")
     return [*ascii_uppercase[:choices]]

@@ -255,9 +255,9 @@ def ask_about_pictures(options: argparse.Namespace) -> None:
 
 def ask_chat(opened: Opened, chat: PictureChat, question: str, *, max_new_tokens: int, remember: bool) -> None:
     """Prints the answers to a question; with `remember` each speaker's next question follows its answer to this one."""
+    from dora_vl.data.example import Example
     from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
     from dora_vl.evaluation.ask import Shown
-    from dora_vl.evaluation.questions import Question
 
     if IMAGE_PLACEHOLDER in question:
         raise UserError(f"the question holds {IMAGE_PLACEHOLDER}; the pictures' places are added by themselves")
@@ -268,8 +268,8 @@ def ask_chat(opened: Opened, chat: PictureChat, question: str, *, max_new_tokens
         return [*earlier, Turn("user", question if earlier else with_pictures)]
 
     def answer(speaker: str, asker: Asker) -> str:
-        prompt = Question(id="question", turns=tuple(turns_of(speaker)))
-        return asker.answer(prompt, Shown(pictures=chat.pictures), max_new_tokens=max_new_tokens, write=_write)
+        example = Example(id="question", question=question, turns=tuple(turns_of(speaker)))
+        return asker.answer(example, Shown(pictures=chat.pictures), max_new_tokens=max_new_tokens, write=_write)
 
     for speaker, text in print_answers(opened, answer).items():
         if remember and text:
@@ -285,7 +285,7 @@ def ask_about_videos(options: argparse.Namespace) -> None:
     from dora_vl.data.example import Clip, Example, Subtitle
     from dora_vl.data.video import VideoReader
     from dora_vl.evaluation.ask import Shown
-    from dora_vl.evaluation.questions import as_question
+    from dora_vl.evaluation.questions import as_asked
     from dora_vl.evaluation.scores.benchmark import about_video
 
     opened = opened_by(options)
@@ -303,7 +303,7 @@ def ask_about_videos(options: argparse.Namespace) -> None:
         what = "frames as separate pictures, since it takes no videos" if view.as_pictures else "frames"
         times = f"{len(frames.seconds)} {what}, {frames.seconds[0]:.1f} to {frames.seconds[-1]:.1f} s"
         print(f"{path} ({times}, {frames.backend})  {question}")
-        prompt, seen = as_question(view.example, about_video), Shown(videos=(frames,))
+        prompt, seen = as_asked(view.example, about_video), Shown(videos=(frames,))
         most = options.max_new_tokens
         print_answers(opened, lambda _, asker: asker.answer(prompt, seen, max_new_tokens=most, write=_write))
 

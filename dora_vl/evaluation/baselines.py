@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from random import Random
 from typing import Any
@@ -94,13 +94,16 @@ def _baseline(scored: Scored, metric: str) -> tuple[dict[str, Any], str]:
 def commonest_answers(examples: Sequence[Example], says: Callable[[Example], str]) -> dict[str, str]:
     """For each example's id the commonest right answer to its question, of equally common ones the first in the file.
 
-    Questions that fewer than `LEAST_ASKED` examples ask share one.
+    Questions that fewer than `LEAST_ASKED` examples ask share one, in each task with as many endings.
     """
-    answerable = [example for example in examples if example.question and says(example)]
+    answerable = [example for example in examples if (example.question or "task" in example.extra) and says(example)]
     times = Counter(example.question for example in answerable)
-    groups: defaultdict[str, list[Example]] = defaultdict(list)
+    groups: defaultdict[Hashable, list[Example]] = defaultdict(list)
     for example in answerable:
-        groups[example.question if times[example.question] >= LEAST_ASKED else ""].append(example)
+        rare = str(example.extra.get("task", "")), len(example.extra.get("endings", ()))
+        groups[example.question if example.question and times[example.question] >= LEAST_ASKED else rare].append(
+            example
+        )
     commonest = {name: Counter(map(says, group)).most_common(1)[0][0] for name, group in groups.items()}
     return {example.id: commonest[name] for name, group in groups.items() for example in group}
 

@@ -22,7 +22,7 @@ from dora_vl.data.containers import find_files
 from dora_vl.data.example import FIELDS, Example, iterate_examples
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError, shown
-from dora_vl.evaluation.questions import examples_of, is_question, read_question_file, read_questions
+from dora_vl.evaluation.questions import is_question, read_question_file, read_questions, unread
 from dora_vl.evaluation.scores import benchmark as prompts
 from dora_vl.evaluation.scores import caption, exact, llava, vqa
 from dora_vl.evaluation.scores.benchmark import (
@@ -268,8 +268,8 @@ def _read_examples(path: Path, columns: Columns, limit: int | None) -> tuple[lis
     form = columns.resolve(first, strict=False).format
     if first and first.keys() <= FIELDS and (form is None or form.name == "records"):
         return list(islice(iterate_examples(path), limit)), {}
-    questions, unreadable = read_questions(path, limit, columns)
-    return examples_of(questions, unreadable), unreadable
+    examples, unreadable = read_questions(path, limit, columns)
+    return [*examples, *unread(unreadable)], unreadable
 
 
 def _split_file(name: str, benchmark: Benchmark, split: str, records: Path) -> Path:

@@ -5,27 +5,37 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from string import ascii_uppercase
-from types import FunctionType, MappingProxyType
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from dora_vl.data.check import add_columns, columns_of
 from dora_vl.data.example import Example
 from dora_vl.data.pictures import MediaFolder
-from dora_vl.errors import UserError, aligned, one_line, positive, shown
+from dora_vl.errors import UserError, aligned, positive, shown
 from dora_vl.evaluation.ask_command import add_model_options
-from dora_vl.evaluation.baselines import Exchange, compared, digest, exchanged, right_text
+from dora_vl.evaluation.baselines import EXCHANGED, right_text
 from dora_vl.evaluation.benchmarks import EvaluationSet, find_benchmark, read_set
-from dora_vl.evaluation.predictions import METRICS, Predictions, read_rows, refuse_anothers, write_metrics
-from dora_vl.evaluation.questions import as_question, with_middle_frame
-from dora_vl.evaluation.scores.benchmark import Scorer, correct_index, join
+from dora_vl.evaluation.predictions import read_rows
+from dora_vl.evaluation.questions import as_asked, in_words, likeliest_ending, right_ending, with_middle_frame
+from dora_vl.evaluation.scores.benchmark import correct_index, join
+from dora_vl.evaluation.scores.caption import clip_of
 from dora_vl.evaluation.scores.exact import CLOZE, final_answer
 from dora_vl.evaluation.scores.exact import score as exact_match
-from dora_vl.evaluation.scores.scored import RESAMPLES, Scored, intervals, paired_differences
-from dora_vl.files import file_sha256, whole_file, write_json_lines
+from dora_vl.evaluation.test_sets import (
+    ResultFolder,
+    Tested,
+    TestSet,
+    refuse_unscored,
+    scored,
+    submission_file,
+    with_baselines,
+    with_differences,
+)
+from dora_vl.files import METRICS, SETS, file_sha256, json_or_nothing
 
 if TYPE_CHECKING:
     from dora_vl.evaluation.ask import Asker, By
@@ -34,6 +44,7 @@ TASKS: Mapping[str, str] = {"vqav2_karpathy": "vqav2"}
 """Benchmark -> the task that a VL-BART is asked it as, where the names differ."""
 WAYS: Mapping[str, By] = {"generation": "generation", "likelihood": "letters", CLOZE: CLOZE}
 """`--answer-by` -> how a model is asked."""
+ANSWERS_OF = "answers_of"
 DESCRIPTION = """\
 Scores a model on published benchmarks, or one of your own, as official scripts do, with 95 % intervals.
 
@@ -98,11 +109,15 @@ def run(options: argparse.Namespace) -> Iterator[str]:
             raise UserError("--predictions is compared with another predictions file; --against names a folder")
         to = options.to or options.predictions.parent / "evaluation"
         refuse_anothers(to / METRICS)
+        tested = with_baselines(_from_file(options.predictions, sets[0], options), None)
         against = None if options.against is None else _from_file(options.against, sets[0], options)
-        yield from finish(sets, _from_file(options.predictions, sets[0], options), against, options, to)
+        sha256 = {"predictions": file_sha256(options.predictions)}
+        results = results_in(to, sets, str(options.predictions), sha256, options)
+        yield from finish(sets, [tested], None if against is None else [against], results, options)
         return
     from dora_vl.adapters.files import WEIGHTS_FILE
-    from dora_vl.evaluation.ask import check_pictures, joined_launch
+    from dora_vl.evaluation.ask import check_pictures
+    from dora_vl.evaluation.predict import joined_launch
     from dora_vl.run.launch import cause_speaks_first, is_first_rank
 
     with cause_speaks_first(), joined_launch():  # all processes of a launch ask; the first scores
@@ -114,18 +129,16 @@ def run(options: argparse.Namespace) -> Iterator[str]:
         for dataset in sets:
             images = (path for example in dataset.examples for path in example.images)
             check_pictures(images, options.images, of=dataset.name, setting="--images")
-        predictions, exchanges = _ask(
-            sets, options.adapter, options.model, options, to, exchange=not options.no_exchange
-        )
+        tested, results = _asked(sets, options.adapter, options.model, options, to, exchange=not options.no_exchange)
         against, folder = None, options.against
         if folder is not None and not folder.is_dir():
-            against = _from_file(folder, sets[0], options)
+            against = [_from_file(folder, sets[0], options)]
         elif folder is not None:
             is_adapter = (folder / WEIGHTS_FILE).is_file() and not (folder / "config.json").is_file()
             adapter, model = (folder, None) if is_adapter else (None, str(folder))
-            against, _ = _ask(sets, adapter, model, options, to / "against", exchange=False)
+            against, _ = _asked(sets, adapter, model, options, to / "against", exchange=False)
         if is_first_rank():
-            yield from finish(sets, predictions, against, options, to, exchanges)
+            yield from finish(sets, tested, against, results, options)
 
 
 def _sets(options: argparse.Namespace) -> list[EvaluationSet]:
@@ -171,22 +184,66 @@ def _modes(options: argparse.Namespace, names: Sequence[str]) -> dict[str, str]:
     return modes
 
 
-def _from_file(path: Path, dataset: EvaluationSet, options: argparse.Namespace) -> dict[str, Predictions]:
-    """A file's answers; one to a record that cannot be read is none, as nothing says what would be right."""
+def test_set(dataset: EvaluationSet, options: argparse.Namespace) -> TestSet:
+    """A benchmark as a test set, before it is known which model is asked."""
+    benchmark, after = dataset.benchmark, options.answer_after
+    scorer = dataset.scorer
+    if dataset.name == "exact_match" and after:
+        scorer = partial(exact_match, answer_after=after)
+
+    def truth(example: Example) -> str:
+        if dataset.mode == CLOZE:
+            return right_ending(example)
+        if not benchmark.chooses and not benchmark.labels_choices:
+            return final_answer(right_text(example), after)
+        index = correct_index(example)
+        return f"a{index}" if benchmark.labels_choices else ascii_uppercase[index]
+
+    def compared(example: Example, text: str) -> str:
+        return (
+            likeliest_ending(example, text) if dataset.mode == CLOZE else in_words(example, final_answer(text, after))
+        )
+
+    submission = benchmark.submissions.get(dataset.mode, benchmark.submission)
+    return TestSet(
+        name=dataset.name,
+        examples=dataset.examples,
+        score=scorer,
+        truth=truth,
+        compared=compared,
+        unreadable=dataset.unreadable,
+        not_scored=dataset.not_scored,
+        together=benchmark.together,
+        item=clip_of if benchmark.shares_answers else lambda example: example.id,
+        submission=submission,
+        about={
+            "file": str(dataset.file),
+            "file_sha256": file_sha256(dataset.file),
+            **({"mode": dataset.mode} if dataset.mode else {}),
+        },
+    )
+
+
+def _from_file(path: Path, dataset: EvaluationSet, options: argparse.Namespace) -> Tested:
+    """A file's answers, scored; one to a record that cannot be read is none, as nothing says what would be right."""
     unlimited = (
         dataset
         if options.limit is None
         else read_set(dataset.request, options.records, mode=None, limit=None, columns=columns_of(options))
     )
-    joined = join(dataset.benchmark, unlimited.examples, read_rows(path), path=path, questions=dataset.file)
+    rows = read_rows(path)
+    if any(row.set for row in rows):  # our own file: a question's id may be in several sets
+        own = [row for row in rows if row.set == dataset.name]
+        rows = own or [row for row in rows if not row.set.endswith(EXCHANGED)]
+        if len(several := {row.set for row in rows}) > 1:
+            raise UserError(f"{path}: holds answers to {', '.join(sorted(several))}, and none to {dataset.name}")
+    joined = join(dataset.benchmark, unlimited.examples, rows, path=path, questions=dataset.file)
     readable = {*joined.strangers, *({example.id for example in dataset.examples} - dataset.unreadable.keys())}
     rows = [row for row in joined.rows if row.id in readable]
-    return {
-        dataset.name: replace(joined, rows=rows, failed=dataset.unreadable, sha256={"predictions": file_sha256(path)})
-    }
+    return scored(test_set(dataset, options), replace(joined, rows=rows))
 
 
-def _ask(
+def _asked(
     sets: Sequence[EvaluationSet],
     adapter: Path | None,
     model: str | None,
@@ -194,10 +251,11 @@ def _ask(
     to: Path,
     *,
     exchange: bool,
-) -> tuple[dict[str, Predictions], dict[str, Exchange]]:
-    """Every benchmark put to one model, and where `exchange` says so a sample of it about others' pictures."""
+) -> tuple[list[Tested], ResultFolder]:
+    """Every benchmark put to one model and scored, and where `exchange` says so asked about others' pictures too."""
     from dora_vl.backbones.families import sees_pictures
     from dora_vl.evaluation.open_model import ModelRequest, find_source, hashes, open_model
+    from dora_vl.evaluation.predict import evaluate
     from dora_vl.run.base import VLBART
 
     about_adapter = {} if adapter is None else {"base": options.base, "any_base": options.any_base}
@@ -215,37 +273,26 @@ def _ask(
         raise UserError(f"{adapter}: a VL-BART answers each task as it was trained; leave --answer-by out")
     sha256, recipe = hashes(source), source.recipe
     pictures = MediaFolder(options.images, options.follow_links, as_published=bool(recipe.get("as_published")))
-    made_with = {f"{name}_sha256": value for name, value in sha256.items()}
-    ask_set = partial(_ask_set, open_model(source).adapted, options=options, pictures=pictures)
-    predictions: dict[str, Predictions] = {}
-    exchanges: dict[str, Exchange] = {}
-    for dataset in sets:
-        examples = [example for example in dataset.examples if example.id not in dataset.unreadable]
-        answered = ask_set(dataset, examples, to / dataset.name, made_with)
-        predictions[dataset.name] = replace(answered, failed={**dataset.unreadable, **answered.failed}, sha256=sha256)
-        if exchange and dataset.scorer is not None:
-            sample = exchanged(dataset.scored, answered.answers, together=dataset.benchmark.together)
-            folder, extra = to / dataset.name / "exchanged", {**made_with, "exchanged": digest(sample)}
-            others = ask_set(dataset, sample, folder, extra) if sample else Predictions()
-            exchanges[dataset.name] = Exchange(examples=sample, answers=others.answers)
-    return predictions, exchanges
+    opened = open_model(source).adapted
+    asked = [_put_to(opened, dataset, sha256, options, pictures) for dataset in sets]
+    results = results_in(to, sets, str(adapter or model), sha256, options)
+    try:
+        return evaluate(asked, opened, results, exchange=exchange), results
+    finally:
+        for part in asked:
+            if part.media is not None:
+                part.media.close()
 
 
-def _ask_set(
-    model: Asker,
-    dataset: EvaluationSet,
-    examples: Sequence[Example],
-    folder: Path,
-    depends_on: Mapping[str, object],
-    *,
-    options: argparse.Namespace,
-    pictures: MediaFolder,
-) -> Predictions:
-    """Examples of a benchmark put to a model: to a VL-BART as the task that it was trained on, else by the prompt."""
-    from dora_vl.evaluation.ask import Assistant, Decoding, ask_together, media_reader
+def _put_to(
+    model: Asker, dataset: EvaluationSet, sha256: Mapping[str, str], options: argparse.Namespace, pictures: MediaFolder
+) -> TestSet:
+    """A benchmark as a model is asked it: a VL-BART as the task that it was trained on, others by its prompt."""
+    from dora_vl.evaluation.ask import Assistant, Decoding, media_reader
 
     benchmark = dataset.benchmark
     frames, by_likelihood = options.frames or benchmark.frames, options.answer_by != "generation"
+    has_videos = any(example.videos for example in dataset.examples)
     decoding = Decoding(
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens or benchmark.max_new_tokens,
@@ -255,173 +302,98 @@ def _ask_set(
         letters=not benchmark.labels_choices,
     )
     settings: dict[str, object] = {
-        **depends_on,
+        **{f"{name}_sha256": value for name, value in sha256.items()},
         "questions_sha256": file_sha256(dataset.file),
         "images": str(options.images.resolve()),
         "max_new_tokens": decoding.max_new_tokens,
     }
-    one_length, prompt = False, None
+    one_length, part = False, test_set(dataset, options)
     if isinstance(model, Assistant):
-        examples, prompt = [*map(with_middle_frame, examples)], benchmark.prompt
+        prompt = benchmark.prompt
         one_length = model.prompts.encoder.videos_of_one_length
         settings["prompt"] = prompt.__name__ if isinstance(prompt, FunctionType) else repr(prompt)
-        if any(example.videos for example in examples):
-            settings["frames"] = frames
-        if by_likelihood:
-            settings["answers"] = options.answer_by
-    questions = [as_question(example, prompt) for example in examples]
-    media = media_reader(pictures, frames=frames, one_length=one_length)
-    try:
-        predictions = ask_together(model, questions, media, decoding, folder=folder, settings=settings)
-    finally:
-        media.close()
+        settings |= {"frames": frames} if has_videos else {}
+        settings |= {"answers": options.answer_by} if by_likelihood else {}
+        part = replace(part, prompt=lambda example: as_asked(with_middle_frame(example), prompt))
     asked_with = {
         "images": str(options.images),
         "max_new_tokens": decoding.max_new_tokens,
         "batch_size": options.batch_size,
-        **({"frames": frames} if any(example.videos for example in dataset.examples) else {}),
+        **({"frames": frames} if has_videos else {}),
         **({"answer_by": options.answer_by} if by_likelihood else {}),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
     }
-    return replace(predictions, options=asked_with)
+    media = media_reader(pictures, frames=frames, one_length=one_length)
+    about = {**part.about, "asked_with": asked_with}
+    return replace(part, decoding=decoding, settings=settings, media=media, about=about)
 
 
-# From predictions to scores and files. A benchmark is scored before anything of it is written, and one that cannot be
-# scored takes no other one with it.
+# What the files of an earlier command hold stays while it is true.
 
 
-SCORES = "scores.jsonl"
-LONGEST_REASON = 300
+def refuse_anothers(path: Path) -> None:
+    """Keeps a training run's own metrics file, which was not written here, from being replaced."""
+    if (content := json_or_nothing(path)) and ANSWERS_OF not in content:
+        raise UserError(f"{path} is not of `dora-vl evaluate`, a training run's perhaps; name another folder with --to")
+
+
+def results_in(
+    to: Path, sets: Sequence[EvaluationSet], answers_of: str, sha256: Mapping[str, str], options: argparse.Namespace
+) -> ResultFolder:
+    """The folder of results, with sets of earlier commands whose answers and questions are still the same."""
+    header = {ANSWERS_OF: answers_of, "answers_sha256": dict(sha256), "limit": options.limit}
+    before, kept = json_or_nothing(to / METRICS), {}
+    entries = before.get(SETS, {})
+    if all(before.get(name) == value for name, value in header.items()):
+        for name, entry in entries.items():
+            file = Path(entry["file"])
+            if file.is_file() and file_sha256(file) == entry["file_sha256"]:
+                kept[name] = entry
+    gone = entries.keys() - kept.keys() - {dataset.name for dataset in sets}
+    return ResultFolder(folder=to, header=header, kept=kept, gone=sorted(gone))
 
 
 def finish(
     sets: Sequence[EvaluationSet],
-    predictions: Mapping[str, Predictions],
-    against: Mapping[str, Predictions] | None,
+    tested: Sequence[Tested],
+    against: Sequence[Tested] | None,
+    results: ResultFolder,
     options: argparse.Namespace,
-    to: Path,
-    exchanges: Mapping[str, Exchange] = MappingProxyType({}),
 ) -> Iterator[str]:
-    """Scores, writes metrics, single scores and submissions; yields what there is to say.
+    """Writes everything with the differences from other answers; yields what there is to say.
 
     A benchmark that cannot be scored is refused at the end, when what the others have is written.
     """
-    entries: dict[str, dict[str, Any]] = {}
-    baselines: list[str] = []
-    reasons: dict[str, str] = {}
-    for dataset in sets:
-        name, answered, scored, lines = dataset.name, predictions[dataset.name], None, []
-        rival = None if against is None else against[name]
-        try:
-            write = dataset.benchmark.submissions.get(dataset.mode, dataset.benchmark.submission)
-            submission = None if write is None else write(dataset.examples, answered.answers)
-            if dataset.scorer is not None:  # else a judge or a server scores
-                scored, entries[name], lines = _result(dataset, answered, rival, options, exchanges.get(name))
-        except (UserError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            unreadable = (  # an installed package's scorer trips too
-                f"{dataset.file}: a record holds something that the scorer of {name} cannot read "
-                f"({type(error).__name__}: {shown(str(error), 120)}); prepare the set again"
-            )
-            failure = error if isinstance(error, UserError) else UserError(unreadable)
-            if len(sets) == 1:
-                raise failure from (None if failure is error else error)
-            reasons[name] = one_line(str(failure), LONGEST_REASON)
-            continue
-        baselines += [f"{name}: {line}" for line in lines]
-        yield from _write(dataset, scored, answered, submission, to / name)
+    if against is not None:
+        named = str(options.against)
+        tested = [with_differences(ours, theirs, named) for ours, theirs in zip(tested, against, strict=True)]
+    results.write(tested)
+    for dataset, done in zip(sets, tested, strict=True):
+        yield from _remarks(dataset, done, results.folder)
+    entries = {done.test.name: done.entry() for done in tested if done.scored is not None}
     if entries:
         yield from table(entries, details=options.all_metrics)
-        yield from baselines
-    finished = [dataset.name for dataset in sets if dataset.name not in reasons]
-    if finished:
-        first = sets[0].name
-        origin = {
-            "answers_of": str(options.adapter or options.model or options.predictions),
-            "answers_sha256": predictions[first].sha256,
-            "against": None if options.against is None else str(options.against),
-            "against_sha256": None if against is None else against[first].sha256,
-            "limit": options.limit,
-        }
-        asked_with = {name: dict(answered.options) for name, answered in predictions.items() if answered.options}
-        yield from write_metrics(to / METRICS, origin, entries, evaluated=finished, options=asked_with)
-    if reasons:
-        (name, reason), *_ = reasons.items()
-        raise UserError(f"{len(reasons)} of {len(sets)} benchmarks not scored: {', '.join(reasons)}; {name}: {reason}")
-
-
-def _score(dataset: EvaluationSet, predictions: Predictions, scorer: Scorer) -> Scored:
-    answers = {name: answer for name, answer in predictions.answers.items() if name not in dataset.not_scored}
-    scored = scorer(dataset.scored, answers)
-    if dataset.mode:
-        scored.settings.setdefault("mode", dataset.mode)
-    if predictions.joined_by:
-        scored.settings.setdefault("answers found by", predictions.joined_by)
-    return scored
-
-
-def _result(
-    dataset: EvaluationSet,
-    answered: Predictions,
-    rival: Predictions | None,
-    options: argparse.Namespace,
-    exchange: Exchange | None,
-) -> tuple[Scored, dict[str, Any], list[str]]:
-    """A benchmark's score, what `metrics.json` holds about it, and what to say of its baselines."""
-    scorer, after = dataset.scorer, options.answer_after
-    assert scorer is not None
-    if dataset.name == "exact_match" and after:
-        scorer = partial(exact_match, answer_after=after)
-    scored = _score(dataset, answered, scorer)
-    benchmark = dataset.benchmark
-
-    def says(example: Example) -> str:
-        """The right answer as a model says it: a choice's label or letter, else the words that are compared."""
-        if dataset.mode == CLOZE:  # it says numbers
-            return ""
-        if not benchmark.chooses and not benchmark.labels_choices:
-            return final_answer(right_text(example), after)
-        index = correct_index(example)
-        return f"a{index}" if benchmark.labels_choices else ascii_uppercase[index]
-
-    baselines, lines = compared(scored, dataset.scored, answered.answers, scorer, says=says, exchange=exchange)
-    limits = intervals(scored)
-    apart = {} if rival is None else paired_differences(scored, _score(dataset, rival, scorer))
-    differences = {name: asdict(difference) for name, difference in apart.items()}
-    entry = {
-        "file": str(dataset.file),
-        "file_sha256": file_sha256(dataset.file),
-        "headline": next(iter(scored.metrics)),
-        "n": scored.n,
-        "metrics": {
-            name: {
-                "value": value,
-                "interval_95": list(limits[name]) if name in limits else None,
-                "n": scored.items_of(name),
-            }
-            for name, value in scored.metrics.items()
-        },
-        "settings": scored.settings,
-        "without_answer": len(scored.failed),
-        "failed": {name: answered.failed.get(name, "the predictions hold no answer") for name in scored.failed},
-        **({"not_scored": dict(dataset.not_scored)} if dataset.not_scored else {}),
-        "bootstrap": {"resamples": RESAMPLES, "units": len(scored.columns)},
-        **({"difference": differences} if differences else {}),
-        "baselines": baselines,
-    }
-    return scored, entry, lines
+        yield from (f"{done.test.name}: {remark}" for done in tested for remark in done.remarks)
+    if entries:
+        path, kept = results.folder / METRICS, [name for name in results.kept if name not in entries]
+        if results.gone:
+            named = ", ".join(results.gone)
+            yield f"{path}: no longer holds {named}: they are of other answers, questions or another --limit"
+        yield f"{path}: all numbers" + (f", those of {', '.join(kept)} from before" if kept else "")
+    refuse_unscored(tested)
 
 
 def table(entries: Mapping[str, Mapping[str, Any]], *, details: bool = False) -> list[str]:
     """One line for each metric, the benchmark's name on its first; with `details` also of parts of a set ("/")."""
-    paired = any("difference" in entry for entry in entries.values())
+    paired = any(entry["difference"] for entry in entries.values())
     head = ["benchmark", "metric", "value", "95 % interval", "n", "no answer"]
     rows = [head + (["difference", "95 % interval"] if paired else [])]
     for name, entry in entries.items():
-        of_set = [name, str(entry["n"]), str(entry["without_answer"])]
+        of_set = [name, str(entry["n"]), str(len(entry["failed"]))]
         for metric, numbers in entry["metrics"].items():
             if "/" in metric and not details:
                 continue
-            limits, apart = numbers["interval_95"], entry.get("difference", {}).get(metric)
+            limits, apart = numbers["interval_95"], entry["difference"].get(metric)
             interval = "" if limits is None else f"{limits[0]:.2f} to {limits[1]:.2f}"
             row = [of_set[0], metric, f"{numbers['value']:.2f}", interval, *of_set[1:]]
             if paired and apart is not None:
@@ -431,30 +403,21 @@ def table(entries: Mapping[str, Mapping[str, Any]], *, details: bool = False) ->
     return aligned(rows, left=2)
 
 
-def _write(
-    dataset: EvaluationSet,
-    scored: Scored | None,
-    answered: Predictions,
-    submission: tuple[str, str] | None,
-    folder: Path,
-) -> Iterator[str]:
-    """Writes a benchmark's submission and single scores, if it is scored here."""
+def _remarks(dataset: EvaluationSet, done: Tested, folder: Path) -> Iterator[str]:
+    """What there is to say of a benchmark beside its scores."""
+    answered = done.predictions
     if answered.strangers:
         count, first = len(answered.strangers), shown(answered.strangers[0])
         yield f"{dataset.name}: {count} answers belong to none of its questions and are left out, first {first}"
-    if submission is not None:
-        name, text = submission
-        with whole_file(folder / name) as stream:
-            stream.write(text)
-        yield f"{folder / name}: for {dataset.name}'s server or judge"
-    if scored is None:
-        (folder / SCORES).unlink(missing_ok=True)  # of another split, asked before
-        yield f"{dataset.name}: {dataset.file} holds no answers, or a judge scores it; no score here"
+    if done.submission is not None:
+        yield f"{submission_file(done, folder)}: for {dataset.name}'s server or judge"
+    if done.refused is not None:
         return
-    if dataset.not_scored:
+    if done.scored is None:
+        yield f"{dataset.name}: {dataset.file} holds no answers, or a judge scores it; no score here"
+    elif dataset.not_scored:
         bare = list(dataset.not_scored)
         yield (
             f"{dataset.name}: {len(bare)} of {len(dataset.examples)} records hold no right answer and are in no "
             f"score, first {shown(bare[0])}; metrics.json names all"
         )
-    write_json_lines(folder / SCORES, scored.rows())

@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 
+from dora_vl.data.example import Example
 from dora_vl.data.samples import IGNORED_LABEL, Sample
 from dora_vl.data.text_file import text_lines
-from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError, one_line
 from dora_vl.evaluation.ask import Assistant, Decoding, media_reader
-from dora_vl.evaluation.questions import Question
 
 PASSAGES: Mapping[str, list[str]] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 NEW_TOKENS, BATCH = 24, 8
@@ -59,7 +58,7 @@ def abilities(assistant: Assistant, texts: Path | None = None) -> Abilities:
     groups = [samples[start : start + BATCH] for start in range(0, len(samples), BATCH)]
     nats = -sum(float(assistant.log_likelihoods(group).sum()) for group in groups)
     tokens = sum(len(sample.labels) - 1 for sample in samples)
-    questions = [Question(id=text, turns=(Turn("user", text),)) for text in PASSAGES["questions"]]
+    questions = [Example(id=text, question=text) for text in PASSAGES["questions"]]
     decoding = Decoding(batch_size=BATCH, max_new_tokens=NEW_TOKENS)
     rows = [row for rows in assistant.predict(questions, media_reader(Path(), frames=1), decoding) for row in rows]
     answers = {row.id: row.prediction for row in rows if not row.error}

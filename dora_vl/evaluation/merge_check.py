@@ -26,12 +26,13 @@ from dora_vl.adapters.folder import load_adapter
 from dora_vl.adapters.merge import CHECK_FILE
 from dora_vl.backbones import register_towers
 from dora_vl.backbones.families import sees_pictures
-from dora_vl.data.example import iterate_examples
+from dora_vl.data.example import Example, iterate_examples
 from dora_vl.data.text_file import stream_values
 from dora_vl.errors import UserError, one_line, shown
-from dora_vl.evaluation.ask import Decoding, MediaReader, ask, check_pictures, media_reader
+from dora_vl.evaluation.ask import Decoding, MediaReader, check_pictures, media_reader
 from dora_vl.evaluation.open_model import ModelRequest, ModelSource, find_source, open_model, read_recipe
-from dora_vl.evaluation.questions import Question, as_question, is_question, read_question_file, read_questions
+from dora_vl.evaluation.predict import predicted
+from dora_vl.evaluation.questions import is_question, read_question_file, read_questions
 from dora_vl.files import opening, unfinished, write_json
 from dora_vl.run.base import VLBART
 from dora_vl.run.folder import SETTINGS
@@ -48,7 +49,7 @@ ROUNDING = {False: 1e-3, True: 5e-2}
 class Check:
     """What is going to be asked; `task` is the VL-BART task that the questions belong to, "" where nothing says it."""
 
-    questions: list[Question]
+    questions: list[Example]
     file: Path
     images: Path
     frames: int
@@ -83,7 +84,7 @@ def planned_check(options: argparse.Namespace, adapter: Path) -> Check | None:
         if not file.is_file():
             raise UserError(f"the run's test {file} is not there any more; say with --questions FILE what to ask")
     is_vlbart = adapter.is_dir() and read_recipe(adapter).get("backbone") == VLBART
-    questions = [*map(as_question, iterate_examples(file))] if is_vlbart else _read(file)
+    questions = [*iterate_examples(file)] if is_vlbart else _read(file)
     if not questions:
         raise UserError(f"{file}: holds no questions")
     images = options.images or Path(root)
@@ -102,13 +103,12 @@ def planned_check(options: argparse.Namespace, adapter: Path) -> Check | None:
     )
 
 
-def _read(file: Path) -> list[Question]:
+def _read(file: Path) -> list[Example]:
     """Questions of any format that training reads, or as LLaVA's evaluation takes them."""
     if file.is_file() and file.suffix in (".json", ".jsonl"):
         _, first = next(stream_values(file, "questions"), (0, None))
         if is_question(first):
-            examples = read_question_file(file)
-            return [Question(id=example.id, images=example.images, turns=example.turns) for example in examples]
+            return read_question_file(file)
     return read_questions(file)[0]
 
 
@@ -193,7 +193,7 @@ def _unmerged_answers(
 ) -> tuple[list[dict[str, Any]], Mapping[str, str]]:
     """The unmerged model's answers, and why others have none; its logits lie in `scratch`, by the answers' places."""
     model = open_model(unmerged).adapted
-    predictions = ask(model, check.questions, media, decoding)
+    predictions = predicted(model, check.questions, media, decoding)
     if not predictions.rows:
         name, reason = next(iter(predictions.failed.items()))
         raise UserError(f"not one of {len(check.questions)} questions can be asked; {shown(name)}: {reason}")
@@ -217,7 +217,7 @@ def _add_written_answers(
     """Adds to each answer what the written model says to the question, and how its logits over the answer differ."""
     model = open_model(find()).adapted
     questions = {question.id: question for question in check.questions}
-    predictions = ask(model, [questions[answer["id"]] for answer in answers], media, decoding)
+    predictions = predicted(model, [questions[answer["id"]] for answer in answers], media, decoding)
     for failed, reason in predictions.failed.items():
         raise UserError(f"the written model cannot be asked what the other answers; {shown(failed)}: {reason}")
     for number, answer in enumerate(answers):

@@ -1,49 +1,44 @@
-"""A model's answers as one table: predictions.jsonl, safe to resume; other tools' files; metrics.json."""
+"""A model's answers as one table, safe to resume; and other tools' files of answers."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from dora_vl.data.example import JSON
 from dora_vl.data.text_file import json_lines, opened, stream_values, table_rows, text_lines
 from dora_vl.errors import UserError, shown, shown_names
-from dora_vl.files import file_sha256, json_or_nothing, whole_file, write_json
 
 log = logging.getLogger(__name__)
 
-PREDICTIONS, BY_TASK = "predictions.jsonl", "predictions"
-"""Where a run's test leaves its predictions; of a VL-BART's tasks a file each in a folder."""
-BY_SCORING = {
-    "generation": PREDICTIONS,
-    "likelihood": "predictions_likelihood.jsonl",
-    "cloze": "predictions_cloze.jsonl",
-}
-"""Of commonsense sets, by `evaluation.scoring`."""
-COLUMNS = ("id", "images", "question", "truth", "prediction", "kind")
-"""What a line of the file holds."""
+PREDICTIONS = "predictions.jsonl"
+COLUMNS = ("set", "id", "images", "videos", "question", "truth", "prediction", "kind")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """A question and the model's answer to it.
+    """A model's answer to an example, or the error that kept it from answering.
 
     Attributes:
-        question: its text without placeholders; of another tool's file its prompt.
-        prediction: the model's answer; without an error empty only where it ended its answer at once.
-        error: why there is no answer; in no file, like `cut_tokens`, how many the text lost.
-        ids: of another tool's file, everything in the row that names a question or its picture, by field.
-        is_number: that file has a whole number, which VALUE's submissions have for a choice.
+        set: the name of the test set; another tool's file names none.
+        videos: path and span of each clip, in seconds.
+        question: its text without placeholders; in another tool's file its prompt.
+        prediction: the answer; it is empty without an error only where the model ended its answer at once.
+        error: why there is no answer. No file holds such a prediction, so that the next run asks again.
+        cut_tokens: how many tokens the text of the question lost.
+        ids: everything in a row of another tool's file that names a question or its picture, by column.
+        is_number: the other tool's file has a whole number, which VALUE's submissions have for a choice.
     """
 
     id: str
+    set: str = ""
     images: list[str] = field(default_factory=list)
+    videos: list[dict[str, Any]] = field(default_factory=list)
     question: str = ""
     truth: str = ""
     prediction: str = ""
@@ -56,81 +51,33 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """The answers to a set of questions, in their order, with the hashes of what gave them.
+    """The answers to a set of examples, in their order.
 
-    `joined_by` is what a file's rows and the questions had in common, `strangers` are ids that answer no question.
+    Attributes:
+        failed: why an example has no answer, by id.
+        answered_before: how many answers an earlier run left.
+        cut_texts: how many questions lost some of their text.
+        joined_by: what another tool's rows and the questions have in common.
+        strangers: ids of another tool's rows that answer no question.
     """
 
     rows: Sequence[Prediction] = ()
     failed: Mapping[str, str] = field(default_factory=dict)
     answered_before: int = 0
     seconds: float = 0.0
-    sha256: Mapping[str, str] = field(default_factory=dict)
-    options: Mapping[str, object] = field(default_factory=dict)
+    cut_texts: int = 0
     joined_by: str = ""
     strangers: tuple[str, ...] = ()
 
     @cached_property
     def answers(self) -> dict[str, str]:
-        """By id."""
+        """Each answer by its example's id."""
         return {row.id: row.prediction for row in self.rows if not row.error}
 
 
-def settings_file(path: Path) -> Path:
-    """The file beside the predictions that says what they were made with."""
-    return path.with_suffix(".settings.json")
-
-
-class PredictionsFile(AbstractContextManager["PredictionsFile"]):
-    """Reads what an earlier run finished, without a line that was cut, then appends; in memory where there is no path.
-
-    Predictions made with other `settings` (adapter, questions), or without any, are thrown away. A context manager.
-    """
-
-    def __init__(self, path: Path | None, settings: Mapping[str, object] | None = None) -> None:
-        self.done: dict[str, Prediction] = {}
-        if path is None:
-            self._stream = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - one way to write
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if settings is not None and same_settings(path, settings):
-            cut_broken_tail(path)
-            self.done = read_predictions(path)
-        else:
-            if settings is not None and path.exists():
-                log.info("%s was made with another adapter, questions or settings: started anew", path)
-            path.unlink(missing_ok=True)  # before the settings change, so that the two never disagree
-            if settings is not None:
-                write_json(settings_file(path), settings)
-        self._stream = path.open("a", encoding="utf-8")
-
-    def add(self, prediction: Prediction) -> None:
-        """Appends one line; it is in the file when `flush` returns."""
-        self.done[prediction.id] = prediction
-        self._stream.write(_line(prediction))
-
-    def flush(self) -> None:
-        """Hands everything to the operating system, so that a killed process loses nothing written before."""
-        self._stream.flush()
-
-    def __exit__(self, *error: object) -> None:
-        self._stream.close()
-
-
-def same_settings(path: Path, settings: Mapping[str, object]) -> bool:
-    """Whether a predictions file is there and was made with these settings."""
-    return path.exists() and json_or_nothing(settings_file(path)) == json.loads(json.dumps(dict(settings)))
-
-
-def _line(prediction: Prediction) -> str:
+def line_of(prediction: Prediction) -> str:
+    """The prediction as a line of the file."""
     return json.dumps({name: getattr(prediction, name) for name in COLUMNS}, ensure_ascii=False) + "\n"
-
-
-def write_in_order(path: Path, predictions: Mapping[str, Prediction], order: Sequence[str]) -> None:
-    """Writes the file anew: the predictions of `order` first and in it, then the others; whole or not at all."""
-    names = dict.fromkeys([*(name for name in order if name in predictions), *predictions])
-    with whole_file(path) as stream:
-        stream.writelines(_line(predictions[name]) for name in names)
 
 
 def cut_broken_tail(path: Path) -> int:
@@ -149,15 +96,16 @@ def cut_broken_tail(path: Path) -> int:
     return size - keep
 
 
-def read_predictions(path: Path) -> dict[str, Prediction]:
-    """Every prediction of the file by its question's id, in the file's order; of two with one id the later stands."""
-    predictions: dict[str, Prediction] = {}
+def read_predictions(path: Path) -> dict[str, dict[str, Prediction]]:
+    """Every prediction of the file by its set and id, in the file's order; of two with one id the later stands."""
+    predictions: dict[str, dict[str, Prediction]] = {}
     try:
         for number, record in json_lines(path, "predictions"):
-            name = record.get("id")
-            if not isinstance(name, str) or not isinstance(record.get("prediction"), str) or record.keys() - {*COLUMNS}:
+            name, answer = record.get("id"), record.get("prediction")
+            if not isinstance(name, str) or not isinstance(answer, str) or record.keys() - {*COLUMNS}:
                 raise UserError(f"{path}, line {number}: not a prediction (text as id and prediction, {COLUMNS} alone)")
-            predictions[name] = Prediction(**record)  # pyright: ignore[reportArgumentType] - our own file
+            row = Prediction(**record)  # pyright: ignore[reportArgumentType] - our own file
+            predictions.setdefault(row.set, {})[name] = row
     except UserError as error:
         raise UserError(f"{error}; delete the file to start anew") from None
     return predictions
@@ -254,65 +202,11 @@ def _row(record: object, where: str) -> Prediction:
         keys = f"an id ({', '.join(IDS)}), and {' or '.join((*MODEL_ANSWERS, *ANSWERS))} as text"
         raise UserError(f"{where}: needs {keys}; has {shown_names(record)}")
     prompt = next((value for key in ("prompt", "question") if isinstance(value := record.get(key), str)), "")
-    return Prediction(id=ids[id_key], ids=ids, prediction=answer, question=prompt)
+    of_set = str(record["set"]) if record.keys() == {*COLUMNS} else ""
+    return Prediction(id=ids[id_key], set=of_set, ids=ids, prediction=answer, question=prompt)
 
 
 def is_id(value: object) -> bool:
     """Text, or a whole number of no more digits than an id has."""
     is_number = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 64
     return isinstance(value, str) or is_number
-
-
-# metrics.json of `dora-vl evaluate`, which holds several benchmarks' numbers while they are true.
-
-
-METRICS = "metrics.json"
-ENTRIES, OPTIONS = "benchmarks", "asked_with"
-
-
-def refuse_anothers(path: Path) -> None:
-    """Keeps a training run's own metrics file, which was not written here, from being replaced."""
-    if (content := json_or_nothing(path)) and not isinstance(content.get(ENTRIES), Mapping):
-        raise UserError(f"{path} is not of `dora-vl evaluate`, a training run's perhaps; name another folder with --to")
-
-
-def write_metrics(
-    path: Path,
-    origin: Mapping[str, JSON],
-    entries: Mapping[str, JSON],
-    *,
-    evaluated: Collection[str],
-    options: Mapping[str, JSON],
-) -> list[str]:
-    """Writes the entries, with those of before that are still true; without any there is no file. Says what went.
-
-    Args:
-        origin: what all numbers of the file are of; hashes tell an adapter from its successor at the same place.
-        evaluated: every benchmark of the command; of these no entry of before stays.
-        options: of the answers, by benchmark.
-    """
-    content = json_or_nothing(path)
-    before, options_before = (
-        value if isinstance(value := content.get(name), Mapping) else {} for name in (ENTRIES, OPTIONS)
-    )
-    header = json.loads(json.dumps(dict(origin)))
-    still_true: dict[str, JSON] = {}
-    if all(content.get(name) == value for name, value in header.items()):
-        for name, entry in before.items():
-            file = Path(str(entry.get("file")) if isinstance(entry, Mapping) else "")
-            if name not in evaluated and file.is_file() and file_sha256(file) == entry.get("file_sha256"):
-                still_true[name] = entry
-    benchmarks = still_true | dict(entries)
-    if benchmarks:
-        made_with = {name: value for name, value in options_before.items() if name in still_true}
-        made_with |= {name: value for name, value in options.items() if name in entries}
-        write_json(path, {**header, OPTIONS: made_with, ENTRIES: benchmarks})
-    else:
-        path.unlink(missing_ok=True)
-    lines = []
-    if gone := [name for name in before if name not in benchmarks]:
-        lines.append(f"{path}: no longer holds {', '.join(gone)}: of other answers, questions, --limit or --against")
-    if entries:
-        stayed = f", those of {', '.join(still_true)} from before" if still_true else ""
-        lines.append(f"{path}: all numbers{stayed}")
-    return lines

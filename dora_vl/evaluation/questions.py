@@ -1,93 +1,71 @@
-"""What a model is asked: questions with known answers from a file of any format."""
+"""What a model is asked: examples with known answers, from a file of any format."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from dora_vl.data.columns import USUAL, Columns, ColumnsError
 from dora_vl.data.containers import find_files
-from dora_vl.data.example import MIDDLE_FRAME, Answer, Example
+from dora_vl.data.example import MIDDLE_FRAME, Answer, Example, named_in
 from dora_vl.data.readers import id_of, read_row
 from dora_vl.data.text_file import stream_values
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Turn
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample, UserError, shown, shown_text
 from dora_vl.evaluation.predictions import is_id
 from dora_vl.evaluation.scores.benchmark import Prompt, prompt_turns
 
-
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """What the model is asked and what it should say.
-
-    Attributes:
-        turns: everything up to and with the last question; earlier rounds keep their true answers.
-        answer: the part of the truth that is scored, where the row says it.
-        example: what the question was made of, with its choices.
-    """
-
-    id: str
-    images: tuple[str, ...] = ()
-    turns: tuple[Turn, ...]
-    truth: str = ""
-    answer: str = ""
-    kind: str | None = None
-    videos: tuple[Clip, ...] = ()
-    example: Example | None = None
-
-    @property
-    def text(self) -> str:
-        """The last question's words, without placeholders."""
-        text = self.turns[-1].text.replace(IMAGE_PLACEHOLDER, "")
-        return (text.replace(VIDEO_PLACEHOLDER, "") if self.videos else text).strip()
+ANSWER, OUTPUT = "answer", "output"
+KEPT = ("kind", "unit", "group")
+"""Columns of a row that a test keeps in `extra`."""
 
 
-def question_of(record: Mapping[str, object], columns: Columns = USUAL) -> Question:
-    """The last round of one row, of any format that training reads, as a question."""
-    example = read_row(record, columns=columns)
+def turns_asked(example: Example) -> tuple[Turn, ...]:
+    """Everything up to and with the last question, which is the example's own text where it has no turns."""
+    return example.turns or (Turn("user", example.question),)
+
+
+def text_asked(example: Example) -> str:
+    """The last question's words, without placeholders."""
+    text = turns_asked(example)[-1].text.replace(IMAGE_PLACEHOLDER, "")
+    return (text.replace(VIDEO_PLACEHOLDER, "") if example.videos else text).strip()
+
+
+def kind_of(example: Example) -> str | None:
+    """The kind of question, by which accuracies are told apart."""
+    kind = example.extra.get("kind")
+    return None if kind is None else str(kind)
+
+
+def last_round(conversation: Example) -> Example:
+    """The last round of a conversation as an example; earlier rounds keep their true answers."""
+    *turns, answer = conversation.turns
+    example = replace(conversation, turns=tuple(turns), answers=(Answer(text=answer.text),))
+    return replace(example, question=text_asked(example))
+
+
+def example_of_row(row: Mapping[str, object], columns: Columns = USUAL) -> Example:
+    """The last round of one row, of any format that training reads; `extra` has what the row says of its answer."""
+    example = read_row(row, columns=columns)
     if example.image_bytes:
         raise BadSample(example.id, "its file holds its pictures itself; write them to files, which a test reads")
-    kind = record.get("kind")
-    answer = example.answers[0].text if example.answers else ""
-    return question_of_turns(example, answer=answer, kind=None if kind is None else str(kind))
+    extra = {name: value for name in KEPT if (value := named_in(row, name)) is not None}
+    extra |= {ANSWER: example.answers[0].text} if example.answers else {}
+    return replace(last_round(example), extra=extra)
 
 
-def question_of_turns(conversation: Example, **more: Any) -> Question:
-    """The last round of a conversation, its answer being the right one."""
-    *turns, answer = conversation.turns
-    return Question(
-        id=conversation.id,
-        images=conversation.images,
-        turns=tuple(turns),
-        truth=answer.text,
-        videos=conversation.videos,
-        **more,
-    )
-
-
-def as_question(example: Example, prompt: Prompt | None = None) -> Question:
-    """An example as a model is asked it; without a prompt in its own words alone, as a VL-BART's tasks are."""
-    turns: Sequence[Turn] = (Turn("user", example.question),)
-    if prompt is not None:
-        turns = prompt_turns(example, prompt)
-        first = next((turn for turn in turns if turn.role == "user"), None)
-        if example.videos and not any(VIDEO_PLACEHOLDER in turn.text for turn in turns):
-            placeholders = f"{VIDEO_PLACEHOLDER}\n" * len(example.videos)
-            turns = [Turn("user", placeholders + turn.text) if turn is first else turn for turn in turns]
-    return Question(
-        id=example.id,
-        images=example.images,
-        turns=tuple(turns),
-        truth=example.answers[0].text if example.answers else "",
-        kind=str(example.extra["kind"]) if example.extra.get("kind") is not None else None,
-        videos=example.videos,
-        example=example,
-    )
+def as_asked(example: Example, prompt: Prompt) -> Example:
+    """The example with the turns that a decoder is asked it by."""
+    turns: Sequence[Turn] = prompt_turns(example, prompt)
+    first = next((turn for turn in turns if turn.role == "user"), None)
+    if example.videos and not any(VIDEO_PLACEHOLDER in turn.text for turn in turns):
+        placeholders = f"{VIDEO_PLACEHOLDER}\n" * len(example.videos)
+        turns = [Turn("user", placeholders + turn.text) if turn is first else turn for turn in turns]
+    return replace(example, turns=tuple(turns))
 
 
 def with_middle_frame(example: Example) -> Example:
@@ -105,10 +83,9 @@ def expected(example: Example) -> str:
     return example.answers[0].text if example.answers else ""
 
 
-def in_words(example: Example | None, text: str) -> str:
+def in_words(example: Example, text: str) -> str:
     """An answer as people read it: a choice's label as its words."""
-    labels = {} if example is None else {f"a{index}": words for index, words in enumerate(example.choices)}
-    return labels.get(text, text)
+    return {f"a{index}": words for index, words in enumerate(example.choices)}.get(text, text)
 
 
 def media_of(example: Example) -> list[str]:
@@ -121,40 +98,50 @@ def has_truth(examples: Sequence[Example]) -> bool:
     return any(example.answers or "correct" in example.extra for example in examples)
 
 
-def outputs_of(question: Question) -> list[str]:
+def outputs_of(example: Example) -> list[str]:
     """The outputs that the question's last line, `Answer format: a/b/...`, admits.
 
-    What stands before the answer in the true output stands before each: "the correct answer is ".
+    What stands before the answer in the true output (`extra["output"]`) stands before each: "the correct answer is ".
     """
-    line = re.search(r"Answer format:\s*(\S.*?)\s*$", question.turns[-1].instruction)
+    line = re.search(r"Answer format:\s*(\S.*?)\s*$", turns_asked(example)[-1].instruction)
     if line is None:
-        raise BadSample(question.id, "its last line names no choices (`Answer format: a/b/...`)")
+        raise BadSample(example.id, "its last line names no choices (`Answer format: a/b/...`)")
     choices = [choice.strip() for choice in line[1].split("/")]
-    if question.answer not in choices or not question.truth.endswith(question.answer):
+    answer, output = expected(example), str(example.extra.get(OUTPUT, ""))
+    if answer not in choices or not output.endswith(answer):
         allowed = shown_text("/".join(choices))
-        raise BadSample(
-            question.id, f"its answer {shown(question.answer)} is not one of {allowed}, or not its output's end"
-        )
-    before = question.truth.removesuffix(question.answer)
-    return [before + choice for choice in choices]
+        raise BadSample(example.id, f"its answer {shown(answer)} is not one of {allowed}, or not its output's end")
+    return [output.removesuffix(answer) + choice for choice in choices]
 
 
-def endings_of(question: Question) -> list[tuple[str, str]]:
+def endings_of(example: Example) -> list[tuple[str, str]]:
     """Context and ending of each choice of a cloze record."""
-    extra = {} if question.example is None else question.example.extra
-    contexts, endings = extra.get("contexts"), extra.get("endings")
+    contexts, endings = example.extra.get("contexts"), example.extra.get("endings")
     if not (isinstance(contexts, list) and isinstance(endings, list) and len(contexts) == len(endings) > 1):
-        raise BadSample(question.id, "it has no contexts and endings; `dora-vl prepare cloze` writes such records")
+        raise BadSample(example.id, "it has no contexts and endings; `dora-vl prepare cloze` writes such records")
     return [(str(context), str(ending)) for context, ending in zip(contexts, endings, strict=True)]
+
+
+def right_ending(example: Example) -> str:
+    """What a model that is sure of the right ending says in a cloze: a log-likelihood for each ending."""
+    return " ".join(
+        "0" if index == example.extra["correct"] else "-1" for index in range(len(example.extra["endings"]))
+    )
+
+
+def likeliest_ending(example: Example, text: str) -> str:
+    """The ending of the largest log-likelihood, for people to read."""
+    scores = [float(number) for number in text.split()]
+    return str(example.extra["endings"][scores.index(max(scores))]).strip() if scores else ""
 
 
 def read_questions(
     path: Path, limit: int | None = None, columns: Columns = USUAL
-) -> tuple[list[Question], dict[str, str]]:
+) -> tuple[list[Example], dict[str, str]]:
     """The first `limit` questions of a file of any format that training reads; why each other cannot be read, by id."""
     files = find_files(path)
     numbered = stream_values(files.files[0], "questions") if files.is_json else enumerate(files.rows(), 1)
-    questions: list[Question] = []
+    examples: list[Example] = []
     unreadable: dict[str, str] = {}
     seen: dict[str, int] = {}
     for number, (line, record) in enumerate(islice(numbered, limit)):
@@ -168,17 +155,17 @@ def read_questions(
                 "apart"
             )
         try:
-            questions.append(question_of({**record, "id": name}, columns))
+            examples.append(example_of_row({**record, "id": name}, columns))
         except ColumnsError as error:
             raise UserError(f"{path}, row {number + 1} ({name}): {error}") from None
         except BadSample as error:
             unreadable[name] = error.reason
     if not seen:
         raise UserError(f"{path}: holds no questions")
-    if not questions:
+    if not examples:
         name, reason = next(iter(unreadable.items()))
         raise UserError(f"{path}: not one question can be read; {shown(name)}: {reason}")
-    return questions, unreadable
+    return examples, unreadable
 
 
 def is_question(record: object) -> bool:
@@ -225,20 +212,6 @@ def read_question_file(path: Path) -> list[Example]:
     return examples
 
 
-def examples_of(questions: Sequence[Question], unreadable: Mapping[str, str]) -> list[Example]:
-    """Questions of a LLaVA format, or of a run's test, as examples; what cannot be read counts as wrong."""
-    return [
-        *(
-            Example(
-                id=question.id,
-                images=question.images,
-                videos=question.videos,
-                question=question.text,
-                turns=question.turns,
-                answers=(Answer(text=question.truth),),
-                extra={} if question.kind is None else {"kind": question.kind},
-            )
-            for question in questions
-        ),
-        *(Example(id=name, answers=(Answer(text=""),)) for name in unreadable),
-    ]
+def unread(reasons: Mapping[str, str]) -> list[Example]:
+    """An example for each row that cannot be read, which counts as wrong."""
+    return [Example(id=name, answers=(Answer(text=""),)) for name in reasons]

@@ -24,7 +24,6 @@ from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.ask import Decoding, MediaReader, Shown, View, Write, prediction
 from dora_vl.evaluation.predictions import Prediction
-from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.vlbart_tasks import MicroBatch, Seq2SeqCollator, Seq2SeqSample, Subtask, make_sample
 
 log = logging.getLogger(__name__)
@@ -45,14 +44,14 @@ class VlBartAssistant:
     What it predicts is what the task's score takes: text, "true" or "false", or the label of a choice.
 
     Attributes:
-        stored: the features of what questions show; None computes them by `features`, which a task may lack.
+        stored: by task, the stored features of what examples show; without them `features` computes them.
         feature_tokens: tokens of one picture, or of a whole video.
     """
 
     backbone: VlBartBackbone
     encoder: Seq2SeqEncoder
     subtasks: tuple[Subtask, ...]
-    stored: FeatureReader | None = None
+    stored: Mapping[str, FeatureReader] = field(default_factory=dict)
     features: Mapping[str, FeatureEncoder] = field(default_factory=dict)
     feature_tokens: int = 0
     while_training: bool = False
@@ -70,11 +69,10 @@ class VlBartAssistant:
             raise ValueError(f"example {example.id} has no video")
         return View(example=example, clip=clip[1], sampling=self._features_of(subtask).settings.sampling)
 
-    def answer(self, question: Question, seen: Shown, *, max_new_tokens: int = 64, write: Write | None = None) -> str:
+    def answer(self, example: Example, seen: Shown, *, max_new_tokens: int = 64, write: Write | None = None) -> str:
         """See `ask.Asker`: to one question; a choice in its words. Its own search decides how long it is."""
-        if len(question.turns) != 1:
+        if len(example.turns) > 1:
             raise UserError("a VL-BART reads one question at a time; ask without --conversation")
-        example = question.example or Example(id="question", question=question.text)
         subtask = self.subtask(example)
         sample = self.sample(example, subtask, seen.frames or seen.pictures)
         if sample.cut_tokens:
@@ -91,35 +89,35 @@ class VlBartAssistant:
         return text
 
     def predict(
-        self, questions: Sequence[Question], media: MediaReader, decoding: Decoding
+        self, examples: Sequence[Example], media: MediaReader, decoding: Decoding
     ) -> Iterator[list[Prediction]]:
         """See `ask.Asker`: in the questions' order; one at a time where features are computed on the way."""
-        size = 1 if self.stored is None else decoding.batch_size
-        for start in range(0, len(questions), size):
+        size = decoding.batch_size if self.stored else 1
+        for start in range(0, len(examples), size):
             rows: list[Prediction] = []
-            usable: list[tuple[Question, Example, Subtask, Seq2SeqSample]] = []
-            for question in questions[start : start + size]:
+            usable: list[tuple[Example, Subtask, Seq2SeqSample]] = []
+            for example in examples[start : start + size]:
                 try:
-                    usable.append((question, *self._read(question, media, decoding.task)))
+                    usable.append(self._read(example, media, decoding.task))
                 except UserError as error:
                     reason = error.reason if isinstance(error, BadSample) else str(error)
-                    rows.append(prediction(question, None, reason))
+                    rows.append(prediction(example, None, reason))
             if usable:
-                subtask = usable[0][2]
-                _, examples, _, samples = zip(*usable, strict=True)
-                texts = self._texts(subtask, examples, samples)
-                for (question, _, _, sample), text in zip(usable, texts, strict=True):
+                asked, subtasks, samples = zip(*usable, strict=True)
+                subtask = subtasks[0]
+                texts = self._texts(subtask, asked, samples)
+                for example, sample, text in zip(asked, samples, texts, strict=True):
                     if text is not None and decoding.letters and subtask.answer_by in CHOOSING:
                         text = ascii_uppercase[int(text.removeprefix("a"))]
-                    rows.append(prediction(question, text, cut_tokens=sample.cut_tokens))
+                    rows.append(prediction(example, text, cut_tokens=sample.cut_tokens))
             yield rows
 
     @torch.inference_mode()
     def logits(
-        self, question: Question, answer: str, media: MediaReader, decoding: Decoding
+        self, example: Example, answer: str, media: MediaReader, decoding: Decoding
     ) -> Float[Tensor, "tokens vocab"]:
         """See `ask.Asker`; of a closed list, its answers' scores."""
-        example, subtask, sample = self._read(question, media, decoding.task)
+        example, subtask, sample = self._read(example, media, decoding.task)
         ids, mask, features = self._inputs(subtask, [sample])
         if subtask.answer_by == "closed":
             hidden = self.backbone.first_hidden(ids, mask, features)
@@ -128,14 +126,11 @@ class VlBartAssistant:
         labels = self.encoder.labels(text, max_tokens=LONGEST_LABEL)[None].to(ids.device)
         return self.backbone(ids, mask, labels, features, keep_logits=True).logits.float().cpu()
 
-    def _read(self, question: Question, media: MediaReader, task: str) -> tuple[Example, Subtask, Seq2SeqSample]:
+    def _read(self, example: Example, media: MediaReader, task: str) -> tuple[Example, Subtask, Seq2SeqSample]:
         """The example as the model is asked it, its task, and its tensors."""
-        example = question.example
-        if example is None:
-            raise ValueError(f"question {question.id} was not made of a record")
         subtask = self.subtask(example, task)
-        if self.stored is not None:
-            sample = make_sample(example, subtask, encoder=self.encoder, reader=self.stored, target=None)
+        if self.stored:
+            sample = make_sample(example, subtask, encoder=self.encoder, reader=self.stored[subtask.name], target=None)
             return example, subtask, sample
         if example.video is None:
             pictures: Sequence[Image.Image] = [open_image(media.folder, path) for path in example.images]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -20,12 +20,14 @@ from dora_vl.backbones.vlbart import VlBartBackbone
 from dora_vl.data.example import Example, ExampleFile
 from dora_vl.errors import BadSample, UserError, shown_names
 from dora_vl.evaluation.ask import Asker, Decoding, media_reader
-from dora_vl.evaluation.predictions import BY_TASK
-from dora_vl.evaluation.questions import Question, as_question, expected, has_truth, in_words, media_of
+from dora_vl.evaluation.questions import has_truth, media_of
 from dora_vl.evaluation.scores.benchmark import check_choices
-from dora_vl.evaluation.test import TestSet, evaluate_sets, watch_questions
+from dora_vl.evaluation.scores.caption import clip_of
+from dora_vl.evaluation.test import adapter_settings, evaluate_and_draw, watch_questions
+from dora_vl.evaluation.test_sets import TestSet
 from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
 from dora_vl.evaluation.vlbart_tasks import Subtask, check_sample, make_sample
+from dora_vl.files import file_sha256
 from dora_vl.run.settings import EvaluationConfig
 from dora_vl.run.watched import Watch, evenly
 
@@ -99,27 +101,34 @@ def watch_subtasks(
     source: str,
 ) -> Watch | None:
     """So many examples, of each task in turn, evenly over its file; None where no file holds one that can be read."""
-    parts: list[tuple[Asker, Sequence[Question], Decoding]] = []
-    for number, (subtask, file, reader) in enumerate(tested):
-        questions: list[Question] = []
+    parts: list[tuple[Asker, Sequence[Example], Decoding]] = []
+    model = assistant_of(backbone, encoder, tested, while_training=True)
+    for number, (subtask, file, _) in enumerate(tested):
+        examples: list[Example] = []
         for index in evenly(range(len(file)), len(range(number, count, len(tested)))):
-            try:
-                question = as_question(example := file[index])
-            except BadSample:  # validation, or the test, counts and names it
-                continue
-            truth = in_words(example, expected(example))
-            questions.append(replace(question, id=f"{subtask.name}/{example.id}", truth=truth))
-        model = VlBartAssistant(
-            backbone=backbone, encoder=encoder, subtasks=(subtask,), stored=reader, while_training=True
-        )
-        parts.append((model, questions, Decoding(batch_size=max(1, len(questions)), task=subtask.name)))
+            with contextlib.suppress(BadSample):  # validation, or the test, counts and names it
+                examples.append(replace(example := file[index], id=f"{subtask.name}/{example.id}"))
+        parts.append((model, examples, Decoding(batch_size=max(1, len(examples)), task=subtask.name)))
     media = None if image_folder is None else media_reader(Path(image_folder), frames=1)
     return watch_questions(parts, media, source=source)
 
 
 def picture_of(example: Example, root: Path) -> Callable[[], Image.Image] | None:
     """What opens an example's pictures, or frames of its video, as one; None: it shows nothing."""
-    return partial(media_reader(root, frames=1).picture, as_question(example)) if media_of(example) else None
+    return partial(media_reader(root, frames=1).picture, example) if media_of(example) else None
+
+
+def assistant_of(
+    backbone: VlBartBackbone, encoder: Seq2SeqEncoder, tested: Sequence[Tested], *, while_training: bool = False
+) -> VlBartAssistant:
+    """The model with the stored features of every task."""
+    return VlBartAssistant(
+        backbone=backbone,
+        encoder=encoder,
+        subtasks=tuple(subtask for subtask, _, _ in tested),
+        stored={subtask.name: reader for subtask, _, reader in tested},
+        while_training=while_training,
+    )
 
 
 def evaluate_subtasks(
@@ -131,46 +140,39 @@ def evaluate_subtasks(
     evaluation: EvaluationConfig,
     settings: Mapping[str, Any],
     numbers: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Answers and scores each task; the only one with an accuracy has its headline at the top of `metrics.json`."""
+) -> None:
+    """Answers and scores each task, a test set each."""
     backbone.eval()
-    media, started = media_reader(Path(evaluation.image_folder or "."), frames=1), time.monotonic()
-    subtasks = {subtask.name: subtask for subtask, _, _ in tested}
-
-    def tests() -> Iterator[TestSet]:
-        for subtask, file, reader in tested:
-            examples = list(file)
-            yield TestSet(
+    depends_on = adapter_settings(run_folder)
+    media, sets = media_reader(Path(evaluation.image_folder or "."), frames=1), []
+    for subtask, file, reader in tested:
+        examples = list(file)
+        made_with = {"answer_by": subtask.answer_by, "beams": subtask.search.beams}
+        is_scored, is_caption = has_truth(examples), not subtask.reads_question
+        questions = {path.name: file_sha256(path) for path in file.paths}
+        about = {"files": [*map(str, file.paths)], "asked_with": made_with}
+        sets.append(
+            TestSet(
                 name=subtask.name,
-                model=VlBartAssistant(backbone=backbone, encoder=encoder, subtasks=(subtask,), stored=reader),
-                questions=[*map(as_question, examples)],
                 examples=examples,
                 decoding=Decoding(batch_size=evaluation.batch_size, task=subtask.name),
-                score=subtask.score if has_truth(examples) else None,
-                path=run_folder / BY_TASK / f"{subtask.name}.jsonl",
+                media=media,
+                score=subtask.score if is_scored else None,
+                settings={
+                    **{**depends_on, **settings, **made_with, "questions_sha256": questions},
+                    "features": str(reader.source.folder.resolve()),
+                },
+                together=clip_of if is_caption else None,
+                item=clip_of if is_caption else lambda example: example.id,
+                about=about if is_scored else {**about, "note": "the publisher keeps the answers of this file"},
             )
-
-    def metrics_of(answered: Sequence[TestSet]) -> dict[str, Any]:
-        tasks = {test.name: _entry(subtasks[test.name], test) for test in answered}
-        accuracies = [test for test in answered if test.is_accuracy]
-        top = accuracies[0].headline() if len(accuracies) == 1 else {}
-        if not accuracies and len(tasks) == 1:
-            top = {"n": next(iter(tasks.values()))["n"]}
-        seconds = round(time.monotonic() - started, 1)
-        return {**numbers, "tasks": tasks, "settings": dict(settings), "evaluation_seconds": seconds, **top}
-
-    exchange, sheet = evaluation.exchange_pictures, evaluation.image_folder is not None
+        )
     with closing(media):
-        return evaluate_sets(tests(), metrics_of, run_folder=run_folder, media=media, exchange=exchange, sheet=sheet)
-
-
-def _entry(subtask: Subtask, test: TestSet) -> dict[str, Any]:
-    """What `metrics.json` holds of a task."""
-    predictions, scored = test.predictions, test.scored
-    lost = {"failed": predictions.failed, "cut_texts": sum(bool(row.cut_tokens) for row in predictions.rows)}
-    if scored is None:
-        note = "the publisher keeps the answers of this file"
-        return {"metrics": {}, "n": len(test.examples), **lost, "note": note}
-    made_with = {"answer_by": subtask.answer_by, "beams": str(subtask.search.beams), **scored.settings}
-    counts = {"metrics": scored.metrics, "n": scored.n, **lost, "intervals_95": test.limits}
-    return {**counts, "settings": made_with, **({"baselines": test.baselines} if test.baselines else {})}
+        evaluate_and_draw(
+            sets,
+            assistant_of(backbone, encoder, tested),
+            run_folder,
+            header={**numbers, "settings": dict(settings)},
+            exchange=evaluation.exchange_pictures,
+            sheet=None if evaluation.image_folder is None else media,
+        )

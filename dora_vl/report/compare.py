@@ -13,32 +13,29 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from itertools import zip_longest
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dora_vl.data.text_file import json_lines
-from dora_vl.errors import UserError, aligned, one_line
+from dora_vl.errors import Diverged, UserError, aligned, one_line
 from dora_vl.evaluation.pictures import new_figure, plain_axes, save_png
-from dora_vl.evaluation.scores.scored import PERCENT, PERCENTILES, RESAMPLES
-from dora_vl.evaluation.test import SCORES
+from dora_vl.evaluation.results import SCORES, read_results
+from dora_vl.evaluation.scores.scored import Scored
 from dora_vl.files import read_json, whole_file, whole_folder, write_json
+from dora_vl.report.contrasts import LEAST_SEEDS, Contenders, Estimate, Measure
 from dora_vl.run.folder import ADAPTER, LOSS_LOG, METRICS, SETTINGS, read_log
 from dora_vl.run.settings import foreign_fields, settings_of
 
 log = logging.getLogger(__name__)
 
 FAILED = "failed.txt"
-"""In a run's folder: why it ended without a result, such as a rate at which the loss is no number."""
+"""Why a run has no result for good: its training diverged, at a rate that is too high for instance."""
 WAIT_SECONDS = 10.0
-MOST_RATES = 7
-"""Of a sweep that goes on."""
+MOST_RATES = 7  # that a sweep tries
 COLOURS = ("#2f6fde", "#d9580b", "#1f9d6b", "#a23bb8", "#b8860b", "#6b7280")
 UNTRAINED = "untrained"
-SCORE = "score of the test (%), with 95 % interval"
 
 
 @dataclass(frozen=True)
@@ -54,11 +51,17 @@ class Contender:
 
 @dataclass(frozen=True)
 class CellRun:
-    """One training run of the comparison; `is_tested` asks the test after it."""
+    """One training run of the comparison.
+
+    Attributes:
+        is_tested: the test is asked after it.
+        takes_best: the run keeps the checkpoint of its lowest validation loss, not the last.
+    """
 
     folder: Path
     words: tuple[str, ...]
     is_tested: bool
+    takes_best: bool = False
 
     @property
     def is_done(self) -> bool:
@@ -67,10 +70,12 @@ class CellRun:
 
     @property
     def loss(self) -> float:
-        """Its last validation loss; infinite where it failed."""
-        losses = [line["eval_loss"] for line in read_log(self.folder / LOSS_LOG) if "eval_loss" in line]
-        last = losses[-1] if losses and not (self.folder / FAILED).is_file() else math.inf
-        return float(last) if isinstance(last, int | float) else math.inf
+        """The validation loss of the checkpoint that is tested; infinite where the training diverged."""
+        lines = [line["eval_loss"] for line in read_log(self.folder / LOSS_LOG) if "eval_loss" in line]
+        losses = [float(loss) if isinstance(loss, int | float) else math.inf for loss in lines]
+        if not losses or (self.folder / FAILED).is_file():
+            return math.inf
+        return min(losses) if self.takes_best else losses[-1]
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -78,15 +83,12 @@ class CellRun:
         return read_json(self.folder / METRICS)
 
     @property
-    def scores(self) -> dict[str, dict[str, float]]:
-        """Unit -> item's id -> share."""
-        if not (self.folder / SCORES).is_file():
-            reason = (self.folder / FAILED).read_text(encoding="utf-8") if (self.folder / FAILED).is_file() else ""
-            raise UserError(f"{self.folder} has no {SCORES}: {one_line(reason) or 'its test did not end'}")
-        scores: dict[str, dict[str, float]] = {}
-        for _, row in json_lines(self.folder / SCORES, "scores"):
-            scores.setdefault(str(row["unit"]), {})[str(row["id"])] = float(str(row["score"]))
-        return scores
+    def scores(self) -> dict[str, Scored]:
+        """The score of each set of its test."""
+        if (self.folder / FAILED).is_file():
+            raise UserError(f"{self.folder}: {one_line((self.folder / FAILED).read_text(encoding='utf-8'))}")
+        results = read_results(self.folder)
+        return {name: result.scored for name, result in results.items() if result.scored is not None}
 
     def start(self, lock: IO[str]) -> None:
         """Runs it, or goes on with it, in a process of its own; what it says goes to a file beside its folder.
@@ -97,13 +99,15 @@ class CellRun:
         with (self.folder.parent / f"{self.folder.name}.log").open("a", encoding="utf-8") as output:
             command = [sys.executable, "-m", "dora_vl.cli", "train", *self.words]
             done = subprocess.run(command, stdout=output, stderr=output, check=False, pass_fds=[lock.fileno()])
-        if done.returncode >= 128 or done.returncode < 0:  # a signal: the same comparison goes on with it
-            raise UserError(f"{self.folder} was stopped; start the same comparison again")
-        if done.returncode:
-            lines = Path(output.name).read_text(encoding="utf-8").strip().splitlines()
-            with whole_file(self.folder / FAILED) as file:
-                file.write(lines[-1] if lines else f"status {done.returncode}")
-            log.warning("%s failed: %s", self.folder, one_line(lines[-1] if lines else ""))
+        if not done.returncode:
+            return
+        lines = Path(output.name).read_text(encoding="utf-8").strip().splitlines()
+        reason = one_line(lines[-1] if lines else f"it ended with status {done.returncode}")
+        if done.returncode != Diverged.status:  # what is passing, such as a full disk, is no result
+            raise UserError(f"{self.folder} did not end: {reason}; the same comparison, started again, resumes it")
+        with whole_file(self.folder / FAILED) as file:
+            file.write(reason)
+        log.warning("%s failed: %s", self.folder, reason)
 
 
 @dataclass(frozen=True)
@@ -228,7 +232,9 @@ class Comparison:
         if contender.rank is not None:
             alpha = contender.rank * self.config.adapter.alpha / self.config.adapter.rank
             settings += [f"--adapter.rank={contender.rank}", f"--adapter.alpha={alpha:g}"]
-        settings += [f"--training.learning_rate={rate:g}", f"--training.seed={seed}", "--training.eval_strategy=epoch"]
+        settings += [f"--training.learning_rate={rate:g}", f"--training.seed={seed}"]
+        if self.config.training.get("eval_strategy", "no") == "no":
+            settings.append("--training.eval_strategy=epoch")
         if contender.method == "full" and self.config.model.dtype != "float32":  # its masters are float32, as adapters
             settings.append("--training.bf16=true")
         # The run that found the rate is tested as it is.
@@ -243,7 +249,8 @@ class Comparison:
         resumed = () if again else ("--resume=if_stopped",)
         config, *own = self.words
         words = (config.removeprefix("--config="), *own, *settings, *no_test, *resumed)
-        return CellRun(folder, (*words, f"--training.output_dir={folder}"), is_tested)
+        best = bool(self.config.training.get("load_best_model_at_end"))
+        return CellRun(folder, (*words, f"--training.output_dir={folder}"), is_tested, takes_best=best)
 
 
 def stepped(rate: float, steps: int) -> float:
@@ -254,169 +261,162 @@ def stepped(rate: float, steps: int) -> float:
 # The result.
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Result:
-    """What one contender reached; shares in percent, intervals of 95 %.
+    """What one contender reached.
 
     Attributes:
-        losses: validation loss by rate; None where the run failed.
-        score: mean over seeds and items; `spread` is the standard deviation of the seeds' means.
-        difference: to the first contender of its rank, of one without to the first method's last, paired over units.
-        gain: as `difference`, to the untrained model, where that is tested.
+        losses: validation loss by rate; None where the training diverged.
+        scores: by measure, the mean over seeds with its interval.
+        by_seed: by measure, each seed's value.
+        metrics: what `metrics.json` of each run holds.
     """
 
     name: str
     method: str
-    rank: int | None
-    rate: float | None
-    losses: Mapping[float, float | None]
-    score: float
-    interval: tuple[float, float]
-    by_seed: tuple[float, ...]
-    spread: float
-    items: int
-    against: str = ""
-    difference: tuple[float, float, float] | None = None
-    gain: tuple[float, float, float] | None = None
-    metrics: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
+    rank: int | None = None
+    rate: float | None = None
+    losses: Mapping[float, float | None] = field(default_factory=dict)
+    scores: Mapping[str, Estimate]
+    by_seed: Mapping[str, Sequence[float]]
+    metrics: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """How two contenders differ in a measure, paired over the test's units."""
+
+    measure: str
+    name: str
+    against: str
+    difference: Estimate
+
+
+def pairs_of(contenders: Sequence[Contender], *, untrained: bool) -> list[tuple[str, str]]:
+    """Which contenders are set against each other.
+
+    Methods of one rank against the first of them; one without rank against the first method's greatest rank; each rank
+    of a method against the one before; and each against the untrained model.
+    """
+    pairs: list[tuple[str, str]] = []
+    for contender in contenders:
+        same_rank = [other for other in contenders if other.rank == contender.rank]
+        if contender.rank is None:
+            same_rank = [other for other in contenders if other.method == contenders[0].method][-1:]
+        if same_rank[0] != contender:
+            pairs.append((str(contender), str(same_rank[0])))
+    for method in dict.fromkeys(contender.method for contender in contenders):
+        ranks = [contender for contender in contenders if contender.method == method]
+        pairs += [(str(higher), str(lower)) for lower, higher in pairwise(ranks)]
+    return pairs + [(str(contender), UNTRAINED) for contender in contenders if untrained]
 
 
 def written(comparison: Comparison) -> Iterator[str]:
-    """Scores all of it, writes the files; yields the table."""
+    """Computes everything from the runs' scores, writes the files, and yields the tables."""
     cells = {str(contender): comparison.tested(contender) for contender in comparison.contenders}
     if comparison.untrained:
         cells[UNTRAINED] = [comparison.untrained_run]
-    scores = {name: [cell.scores for cell in runs] for name, runs in cells.items()}
-    items: dict[str, dict[str, float]] = {}
-    for unit, own in (pair for rows in scores.values() for row in rows for pair in row.items()):
-        items.setdefault(unit, {}).update(own)
-    shares = {name: np.array([_shares(row, items) for row in rows]) for name, rows in scores.items()}
-    results = [_result(comparison, contender, shares) for contender in comparison.contenders]
-    if comparison.untrained:
-        results.append(_scored(UNTRAINED, shares[UNTRAINED]))
-    record = {
+    runs = Contenders({name: [cell.scores for cell in several] for name, several in cells.items()})
+    pairs = pairs_of(comparison.contenders, untrained=comparison.untrained)
+    contrasts = [
+        Contrast(
+            measure=measure.name,
+            name=name,
+            against=other,
+            difference=runs.difference(measure, name, other, contrasts=len(pairs) * len(runs.measures)),
+        )
+        for measure in runs.measures
+        for name, other in pairs
+    ]
+    results = [_result(comparison, runs, cells, name) for name in cells]
+    record: dict[str, Any] = {
         "settings": list(comparison.words),
         "rates": list(comparison.rates),
         "seeds": comparison.seeds,
+        "measures": [asdict(measure) for measure in runs.measures],
         "results": [asdict(result) for result in results],
-        "by_set": _by_set([next(iter(unit)) for unit in items.values()], shares),
+        "contrasts": [asdict(contrast) for contrast in contrasts],
     }
     if comparison.strengths:
-        rows = []
-        for strength, cell in comparison.by_strength().items():
-            score, metrics = _scored("", _shares(cell.scores, cell.scores)[None]), cell.metrics
-            lost = metrics.get("forgetting", {}).get("perplexity", {})
-            rows.append({"strength": strength, "score": score.score, "interval": score.interval, **lost})
-        record["by_strength"] = rows
-        draw_strengths(rows, comparison.to / "score_by_strength.png")
+        record["by_strength"] = _by_strength(comparison, runs.measures[0])
+        draw_strengths(record["by_strength"], runs.measures[0], comparison.to / "score_by_strength.png")
         yield from (
-            f"strength {row['strength']:g}: {row['score']:.2f}, perplexity {row.get('adapted', math.nan):.2f}"
-            for row in rows
+            f"strength {row['strength']:g}: {row['value']:.2f}, perplexity {row.get('adapted', math.nan):.2f}"
+            for row in record["by_strength"]
         )
     write_json(comparison.to / "compare.json", record)
-    draw_scores(results, comparison.to / "score_by_rank.png")
+    draw_scores(results, runs.measures[0], comparison.to / "score_by_rank.png")
     draw_losses(results, comparison.to / "loss_by_rate.png")
-    yield from _table(results)
-    for name, scores_there in record["by_set"].items():
-        yield f"{name}: " + ", ".join(f"{who} {score:.1f}" for who, score in scores_there.items())
-    edges = [row.name for row in results if len(row.losses) > 1 and row.rate in (min(row.losses), max(row.losses))]
-    if edges:
-        yield f"the best rate is the smallest or the largest of all tried for {', '.join(edges)}: try others (--rates)"
+    for measure in runs.measures:
+        yield from tables(measure, results, contrasts)
+    yield from remarks(results, contrasts, comparison.seeds)
     yield f"{comparison.to}: compare.json, score_by_rank.png, loss_by_rate.png"
 
 
-Shares = NDArray[np.float64]
-"""`[seeds, units, items of a unit]`, NaN where a unit has fewer."""
-
-
-def _shares(row: Mapping[str, Mapping[str, float]], items: Mapping[str, Mapping[str, float]]) -> Shares:
-    rows = [[row.get(unit, {}).get(name, 0.0) for name in names] for unit, names in items.items()]
-    return np.array([*zip_longest(*rows, fillvalue=math.nan)]).T
-
-
-def _scored(name: str, shares: Shares, **more: Any) -> Result:
-    means = PERCENT * np.nanmean(shares, (1, 2))
-    defaults: dict[str, Any] = {"method": name, "rank": None, "rate": None, "losses": {}}
+def _result(comparison: Comparison, runs: Contenders, cells: Mapping[str, Sequence[CellRun]], name: str) -> Result:
+    scores = {measure.name: runs.score(measure, name) for measure in runs.measures}
+    by_seed = {measure.name: runs.by_seed(measure, name) for measure in runs.measures}
+    metrics = tuple(cell.metrics for cell in cells[name])
+    contender = next((contender for contender in comparison.contenders if str(contender) == name), None)
+    if contender is None:
+        return Result(name=name, method=name, scores=scores, by_seed=by_seed, metrics=metrics)
+    losses = {rate: cell.loss for rate, cell in comparison.sweep(contender).items()}
     return Result(
         name=name,
-        score=float(means.mean()),
-        interval=_interval(shares),
-        by_seed=tuple(means.tolist()),
-        spread=float(means.std(ddof=1)) if len(means) > 1 else 0.0,
-        items=int(np.isfinite(shares[0]).sum()),
-        **{**defaults, **more},
-    )
-
-
-def _interval(shares: Shares, others: Shares | None = None) -> tuple[float, float]:
-    """Of the mean in percent, or of that less the others'. Units are drawn again, for both alike, and seeds of each."""
-    chance = np.random.default_rng(0)
-
-    def drawn(rows: Shares, units: NDArray[np.int64]) -> float:
-        return float(np.nanmean(rows[chance.integers(0, len(rows), len(rows))][:, units]))
-
-    draws: list[float] = []
-    for _ in range(RESAMPLES):
-        units = chance.integers(0, shares.shape[1], shares.shape[1])
-        draws.append(drawn(shares, units) - (0.0 if others is None else drawn(others, units)))
-    low, high = np.percentile(draws, PERCENTILES) * PERCENT
-    return float(low), float(high)
-
-
-def _result(comparison: Comparison, contender: Contender, shares: Mapping[str, Shares]) -> Result:
-    own, cells = shares[str(contender)], comparison.tested(contender)
-    losses = {rate: cell.loss for rate, cell in comparison.sweep(contender).items()}
-    others = [other for other in comparison.contenders if other.rank == contender.rank]
-    if contender.rank is None:  # beside the most that the first method was given
-        others = [other for other in comparison.contenders if other.method == comparison.contenders[0].method][-1:]
-    against = others[0]
-    difference = None if against == contender else _difference(own, shares[str(against)])
-    return _scored(
-        str(contender),
-        own,
         method=contender.method,
         rank=contender.rank,
         rate=comparison.best_rate(contender),
         losses={rate: loss if math.isfinite(loss) else None for rate, loss in losses.items()},
-        against="" if difference is None else str(against),
-        difference=difference,
-        gain=_difference(own, shares[UNTRAINED]) if UNTRAINED in shares else None,
-        metrics=tuple(cell.metrics for cell in cells),
+        scores=scores,
+        by_seed=by_seed,
+        metrics=metrics,
     )
 
 
-def _difference(shares: Shares, others: Shares) -> tuple[float, float, float]:
-    """In percent, and its interval."""
-    return float(PERCENT * (np.nanmean(shares) - np.nanmean(others))), *_interval(shares, others)
+def _by_strength(comparison: Comparison, measure: Measure) -> list[dict[str, Any]]:
+    """The score, and the perplexity of other text, at each strength of the first contender's adapter."""
+    rows = []
+    for strength, cell in comparison.by_strength().items():
+        lost = cell.metrics.get("forgetting", {}).get("perplexity", {})
+        score = Contenders({"": [cell.scores]}).score(measure, "")
+        rows.append({"strength": strength, **asdict(score), **lost})
+    return rows
 
 
-def _by_set(ids: Sequence[str], shares: Mapping[str, Shares]) -> dict[str, dict[str, float]]:
-    """Set -> contender -> its score there, where the test has several sets."""
-    sets = np.array([item.partition("/")[0] if "/" in item else "" for item in ids])
-    names = [name for name in dict.fromkeys(sets.tolist()) if name]
-    return {
-        name: {who: float(PERCENT * np.nanmean(rows[:, sets == name])) for who, rows in shares.items()}
-        for name in names
-    }
-
-
-def _table(results: Sequence[Result]) -> list[str]:
-    within = "95 % interval"
-    rows: list[tuple[str, ...]] = [
-        ("", "rate", "score", within, "seeds +-", "difference", within, "to untrained", within)
-    ]
-
-    def cells(difference: tuple[float, float, float] | None, against: str = "") -> tuple[str, str]:
-        if difference is None:
-            return "", ""
-        return f"{difference[0]:+.2f}{against}", "{:+.2f} to {:+.2f}".format(*difference[1:])
-
+def tables(measure: Measure, results: Sequence[Result], contrasts: Sequence[Contrast]) -> Iterator[str]:
+    """A measure's two tables: the contenders, and how they differ."""
+    yield ""
+    yield f"{measure.name}: {measure.metric}" + (f", the mean of {len(measure.sets)} sets" if measure.sets[1:] else "")
+    rows = [("", "rate", "score", "95 % interval", "seeds +-")]
     for result in results:
-        rate, interval = "" if result.rate is None else f"{result.rate:g}", "{:.2f} to {:.2f}".format(*result.interval)
-        own = (result.name, rate, f"{result.score:.2f}", interval, f"{result.spread:.2f}")
-        rows.append((*own, *cells(result.difference, f" to {result.against}"), *cells(result.gain)))
-    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
-    return aligned([*zip(*columns, strict=True)], left=len(columns))
+        score, by_seed = result.scores[measure.name], result.by_seed[measure.name]
+        spread = f"{np.std(by_seed, ddof=1):.2f}" if len(by_seed) > 1 else ""
+        rate = "" if result.rate is None else f"{result.rate:g}"
+        rows.append((result.name, rate, f"{score.value:.2f}", f"{score.low:.2f} to {score.high:.2f}", spread))
+    yield from aligned(rows, left=len(rows[0]))
+    rows = [("", "less", "difference", "95 % interval", "")]
+    for contrast in contrasts:
+        if contrast.measure == measure.name:
+            apart = contrast.difference
+            limits, mark = f"{apart.low:+.2f} to {apart.high:+.2f}", "*" if apart.is_clear else ""
+            rows.append((contrast.name, contrast.against, f"{apart.value:+.2f}", limits, mark))
+    if len(rows) > 1:
+        yield ""
+        yield from aligned(rows, left=len(rows[0]))
+
+
+def remarks(results: Sequence[Result], contrasts: Sequence[Contrast], seeds: int) -> Iterator[str]:
+    """What the numbers do not say: multiplicity, seeds that are too few, a best rate at the edge of those tried."""
+    if len(contrasts) > 1:
+        yield (
+            f"{len(contrasts)} contrasts: of as many that are truly 0, {0.05 * len(contrasts):.1f} intervals leave 0 "
+            "out by chance; * leaves it out with all of them taken together (Bonferroni)"
+        )
+    if seeds < LEAST_SEEDS:
+        yield f"with {seeds} seeds the intervals are over the test's items alone; {LEAST_SEEDS} say how seeds differ"
+    edges = [row.name for row in results if len(row.losses) > 1 and row.rate in (min(row.losses), max(row.losses))]
+    if edges:
+        yield f"the best rate is the smallest or the largest of all tried for {', '.join(edges)}: try others (--rates)"
 
 
 def _chart(across: str, up: str) -> tuple[Any, Any]:
@@ -426,15 +426,19 @@ def _chart(across: str, up: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _points(axes: Any, across: Sequence[float], rows: Sequence[tuple[float, Sequence[float]]], **look: Any) -> None:
-    scores = np.array([score for score, _ in rows])
-    limits = np.abs(np.array([interval for _, interval in rows]).T - scores)
-    axes.errorbar(across, scores, yerr=limits, marker="o", capsize=3, **look)
+def _points(axes: Any, across: Sequence[float], rows: Sequence[tuple[float, float, float]], **look: Any) -> None:
+    """Values with their lower and upper limits."""
+    scores, *limits = np.array(rows).T
+    axes.errorbar(across, scores, yerr=np.abs(np.array(limits) - scores), marker="o", capsize=3, **look)
 
 
-def draw_scores(results: Sequence[Result], to: Path) -> None:
+def _limits(estimate: Estimate) -> tuple[float, float, float]:
+    return estimate.value, estimate.low, estimate.high
+
+
+def draw_scores(results: Sequence[Result], measure: Measure, to: Path) -> None:
     """Score against rank, a line for each method with its intervals; what has no rank is a level line."""
-    figure, axes = _chart("rank", SCORE)
+    figure, axes = _chart("rank", f"{measure.name}: {measure.metric}, 95 % interval")
     axes.set_xscale("log", base=2)
     if every := sorted({row.rank for row in results if row.rank}):
         axes.set_xticks(every)
@@ -444,19 +448,19 @@ def draw_scores(results: Sequence[Result], to: Path) -> None:
     for number, method in enumerate(methods):
         colour, rows = COLOURS[number % len(COLOURS)], [result for result in results if result.method == method]
         if rows[0].rank is None:
-            axes.axhline(rows[0].score, color=colour, linestyle="--", label=method)
+            axes.axhline(rows[0].scores[measure.name].value, color=colour, linestyle="--", label=method)
             continue
         ranks = [(row.rank or 0) * 1.04 ** (number - 1) for row in rows]  # intervals beside each other
-        _points(axes, ranks, [(row.score, row.interval) for row in rows], color=colour, label=method)
+        _points(axes, ranks, [_limits(row.scores[measure.name]) for row in rows], color=colour, label=method)
     axes.legend(frameon=False)
     save_png(figure, to)
 
 
-def draw_strengths(rows: Sequence[Mapping[str, Any]], to: Path) -> None:
+def draw_strengths(rows: Sequence[Mapping[str, Any]], measure: Measure, to: Path) -> None:
     """Score and perplexity of other text against the adapter's strength."""
-    figure, axes = _chart("strength of the adapter", SCORE)
+    figure, axes = _chart("strength of the adapter", f"{measure.name}: {measure.metric}, 95 % interval")
     strengths = [row["strength"] for row in rows]
-    _points(axes, strengths, [(row["score"], row["interval"]) for row in rows], color=COLOURS[0], label="score")
+    _points(axes, strengths, [(row["value"], row["low"], row["high"]) for row in rows], color=COLOURS[0], label="score")
     other, perplexities = axes.twinx(), [row.get("adapted", math.nan) for row in rows]
     other.plot(strengths, perplexities, color=COLOURS[1], marker="s", label="perplexity")
     other.set_ylabel("perplexity of other text")

@@ -10,16 +10,20 @@ from dora_vl.errors import UserError, positive
 
 DESCRIPTION = """\
 Trains one recipe by several methods and ranks at equal budgets, and says how they differ. The learning rate of each
-method and rank is chosen by the validation loss: of three around the recipe's, or of more beyond them while the last
-one is best (seven at most). Only then the test is asked, once for each seed. Differences are paired over the test's
-items; 95 % intervals are over items and seeds, and the spread of the seeds stands beside them.
+method and rank is chosen by the validation loss of the checkpoint that is tested: of three around the recipe's, or of
+more beyond them while the last one is best (seven at most). Only then the test is asked, once for each seed.
 
   dora-vl compare commonsense/smollm2_135m_cloze --methods dora,lora,full --ranks 1,4,16 --to runs/compared
   dora-vl compare runs/my/run.yaml --methods dora,lora --ranks 8 --rates 1e-4,3e-4,1e-3 --seeds 5 --to runs/compared
 
+A score is the test's own metric; several sets are averaged where they have the same one. Differences of methods, of
+neighbouring ranks and to the untrained model are paired over the test's items; 95 % intervals are over items and, from
+three seeds on, seeds together, and a star marks a difference that stands with all of the table's taken together.
+
 The recipe needs data.validation (or data.validation_share) and a test. A recipe's `alpha / rank` is kept for every
-rank. Started again, also by several processes or on several machines at a time, it goes on where it was: each run is a
-folder of its own in --to. Writes compare.json, score_by_rank.png and loss_by_rate.png there.
+rank. Started again, also by several processes or on several machines at a time, it resumes: each run is a folder of its
+own in --to. A run whose training diverged has no result for good; one that ended for another reason is run again.
+Writes compare.json, score_by_rank.png and loss_by_rate.png there.
 """
 TAKES_SETTINGS = True
 METHODS = ("dora", "lora", "magnitude", "dvora", "full")

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_vl.errors import UserError
+from dora_vl.files import SETS
 
 if TYPE_CHECKING:
-    from dora_vl.report.answers import SetAnswers
+    from dora_vl.evaluation.results import SetResult
+    from dora_vl.report.answers import Results
     from dora_vl.report.charts import Chart
     from dora_vl.report.page import InlinePictures
     from dora_vl.report.run_record import RunRecord
@@ -36,25 +38,25 @@ SECTIONS = (
 
 def gather(runs: Sequence[RunRecord], *, weights: bool, base: Path | None) -> dict[str, Any]:
     """Reads, scores and draws all that the template shows, with `weights` also the layers' change from the base."""
-    from dora_vl.report.answers import benchmark_rows, blind, confusion, read_tests, score_rows
+    from dora_vl.report.answers import blind, confusion, read_tests, score_rows
     from dora_vl.report.charts import curves
     from dora_vl.report.page import InlinePictures
     from dora_vl.report.views import setting_tables, watched_tables, weight_charts
 
     notes: dict[str, list[str]] = {name: [] for name, _ in SECTIONS}
     charts, notes["curves"] = curves(runs)
-    tests: list[list[SetAnswers]] = []
+    tests: list[Results] = []
     for run in runs:
-        answers, trouble = read_tests(run)
-        tests.append(answers)
-        notes["scores"] += trouble
-    scores, incomparable = score_rows(runs, tests)
-    notes["scores"] += [*incomparable, *blind(runs)]
-    answered = [(run, entry) for run, several in zip(runs, tests, strict=True) for entry in several]
+        results, trouble = read_tests(run)
+        tests.append(results)
+        notes["scores"] += [*trouble, *blind(run.label, results, run.benchmarks)]
+    scores, incomparable = score_rows(tests)
+    notes["scores"] += incomparable
+    answered = [(run, result) for run, results in zip(runs, tests, strict=True) for result in results.values()]
     with closing(InlinePictures()) as pictures:
         watched, notes["watched"] = watched_tables(runs, pictures)
-        bad = [_worst(run, entry, pictures) for run, entry in answered if entry.scored is not None]
-    tables = [confusion(f"{run.label}: {entry.name}", entry.items) for run, entry in answered]
+        bad = [_worst(run, result, pictures) for run, result in answered if result.scored is not None]
+    tables = [confusion(f"{run.label}: {result.name}", result) for run, result in answered]
     confusions = [table for table in tables if table is not None]
     if not bad:
         notes["worst"].append("No run has answers that can be scored here.")
@@ -76,11 +78,11 @@ def gather(runs: Sequence[RunRecord], *, weights: bool, base: Path | None) -> di
             notes["settings"].append(f"{run.label}: it holds no settings.json.")
     return {
         "title": " · ".join(run.label for run in runs),
-        "heads": [_head(run, answers) for run, answers in zip(runs, tests, strict=True)],
+        "heads": [_head(run, results) for run, results in zip(runs, tests, strict=True)],
         "damaged": [f"{run.label}: {trouble}" for run in runs for trouble in run.damaged],
         "curves": charts,
         "scores": scores,
-        "benchmarks": benchmark_rows(runs),
+        "benchmarks": [row for row in score_rows([run.benchmarks for run in runs])[0] if not row.is_part],
         "watched": watched,
         "worst": bad,
         "confusions": confusions,
@@ -95,19 +97,29 @@ def gather(runs: Sequence[RunRecord], *, weights: bool, base: Path | None) -> di
     }
 
 
-def _worst(run: RunRecord, answers: SetAnswers, pictures: InlinePictures) -> dict[str, Any]:
+def _worst(run: RunRecord, result: SetResult, pictures: InlinePictures) -> dict[str, Any]:
     """The worst answers of a run to one set, with their pictures."""
-    from dora_vl.report.answers import worst
+    from dora_vl.report.answers import is_accuracy, worst
 
-    items = worst(answers.items, len(answers.items), is_accuracy=answers.is_accuracy)
-    shown = [
-        {"item": item, "picture": pictures.shown(answers.pictures, item.pictures, item.clip)} for item in items[:WORST]
-    ]
-    wrong = len(items) if answers.is_accuracy else 0
-    return {"label": run.label, "answers": answers, "shown": shown, "wrong": wrong}
+    answers, root = worst(result), _pictures_of_test(run)
+    shown = [(answer, pictures.shown(root, answer.pictures, answer.clip)) for answer in answers[:WORST]]
+    return {
+        "label": run.label,
+        "name": result.name,
+        "shown": shown,
+        "n": sum(not item.score.failed for item in result.items.values()),
+        "wrong": len(answers),
+        "is_accuracy": is_accuracy(result),
+    }
 
 
-def _head(run: RunRecord, tests: Sequence[SetAnswers]) -> dict[str, Any]:
+def _pictures_of_test(run: RunRecord) -> Path | None:
+    """The root of the pictures that a run was tested on, where its settings name one."""
+    folder = run.section("evaluation").get("image_folder") or run.section("data").get("image_folder")
+    return None if folder is None else run.path(folder)
+
+
+def _head(run: RunRecord, results: Results) -> dict[str, Any]:
     """A run in a few numbers."""
     adapter, last = run.section("adapter"), run.log[-1]
     losses = [line["loss"] for line in run.log if isinstance(line.get("loss"), int | float)]
@@ -126,10 +138,10 @@ def _head(run: RunRecord, tests: Sequence[SetAnswers]) -> dict[str, Any]:
         "last loss": f"{losses[-1]:.4f}" if losses else None,
         "best validation loss": f"{min(checked):.4f}" if checked else None,
     }
-    for answers in tests:
-        if answers.scored is not None:
-            name, value = next(iter(answers.scored.metrics.items()))
-            facts[f"{answers.name}, {name}"] = f"{value:.2f} of {answers.scored.n:,}"
+    for name, result in results.items():
+        if result.scored is not None:
+            headline = result.entry["headline"]
+            facts[f"{name}, {headline}"] = f"{result.scored.metrics[headline]:.2f} of {result.scored.n:,}"
     facts |= forgotten(run.metrics.get("forgetting"))
     facts |= {"device": run.plan.get("device"), "ranks": run.plan.get("ranks")}
     return {"label": run.label, "folder": run.folder, "facts": _stated(facts)}
@@ -153,11 +165,8 @@ def _data(run: RunRecord) -> dict[str, Any]:
     """What a run wrote before its first step, and what became of its samples."""
     last = next((line for line in reversed(run.log) if "skipped" in line), {})
     padding = run.metrics.get("padding_share")
-    tasks, failed = run.metrics.get("tasks"), run.metrics.get("failed_questions")
-    if isinstance(tasks, Mapping):
-        unasked = sum(len(task.get("failed", ())) for task in tasks.values())
-    else:
-        unasked = len(failed) if isinstance(failed, Mapping) else None
+    sets = run.metrics.get(SETS)
+    unasked = sum(len(entry["failed"]) for entry in sets.values()) if isinstance(sets, Mapping) else None
     counts = {
         "samples skipped": last.get("skipped", run.metrics.get("skipped_samples")),
         "samples cut": last.get("cut_samples"),

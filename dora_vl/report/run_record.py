@@ -10,6 +10,7 @@ from typing import Any
 
 from dora_vl.adapters.files import RECIPE_FILE
 from dora_vl.errors import UserError, shown_names
+from dora_vl.evaluation.results import SetResult, read_results
 from dora_vl.run.folder import ADAPTER, LOSS_LOG, METRICS, PLAN, SETTINGS, SKIPPED
 from dora_vl.run.watched import Watched, read_watched
 
@@ -33,7 +34,7 @@ class RunRecord:
     metrics: Line = field(default_factory=dict)
     plan: Line = field(default_factory=dict)
     recipe: Line = field(default_factory=dict)
-    benchmarks: Line = field(default_factory=dict)
+    benchmarks: Mapping[str, SetResult] = field(default_factory=dict)
     skipped: tuple[tuple[str, str, bool], ...] = ()
     watched: Watched | None = None
 
@@ -83,7 +84,7 @@ def read_run(folder: Path, label: str) -> RunRecord:
         metrics=result[METRICS],
         plan=result[PLAN],
         recipe=_object(folder / ADAPTER / RECIPE_FILE, damaged),
-        benchmarks=_object(folder / "evaluation" / METRICS, damaged),
+        benchmarks=_benchmarks(folder / "evaluation", damaged),
         skipped=tuple(
             (str(item.get("id")), str(item.get("reason")), item.get("of") == "validation") for item in skipped
         ),
@@ -124,3 +125,14 @@ def _object(path: Path, damaged: list[str]) -> dict[str, Any]:
         damaged.append(f"{path.name}: not one whole JSON object")
         return {}
     return value
+
+
+def _benchmarks(folder: Path, damaged: list[str]) -> dict[str, SetResult]:
+    """What `dora-vl evaluate` left, where it has been there."""
+    if not (folder / METRICS).is_file():
+        return {}
+    try:
+        return read_results(folder)
+    except UserError as error:
+        damaged.append(str(error))
+        return {}

@@ -23,26 +23,25 @@ from dora_vl.adapters.files import (
     step_of,
 )
 from dora_vl.errors import UNWRITABLE, SettingError, UserError
-from dora_vl.files import clear_leftovers, json_or_nothing, write_json
+from dora_vl.files import METRICS, NOT_YET, SETS, clear_leftovers, json_or_nothing, write_json
 from dora_vl.run.settings import RunConfig, settings_of
 
 logger = logging.getLogger(__name__)
 
 ADAPTER = "adapter"
 LOSS_LOG = "log.jsonl"
-METRICS = "metrics.json"
 SKIPPED = "skipped.jsonl"
 FAULTS = "faults.jsonl"
 SETTINGS = "settings.json"
 PLAN = "plan.json"
 WATCHED = "watched"
-PREDICTED = (
-    *("predictions", "predictions.jsonl", "predictions_likelihood.jsonl", "predictions_cloze.jsonl"),
-    "predictions_exchanged.jsonl",
-)
+PREDICTED = ("predictions.jsonl", "scores.jsonl")
 SAVED = (ADAPTER, METRICS, *PREDICTED)
 """What took work to make; a run that left none of it, nor a checkpoint, failed before its first save."""
-RESULTS = (ADAPTER, LOSS_LOG, METRICS, SKIPPED, FAULTS, *PREDICTED, WATCHED, "loss_curve.png", "contact_sheet.png")
+RESULTS = (
+    *(ADAPTER, LOSS_LOG, METRICS, SKIPPED, FAULTS, *PREDICTED, "predictions.settings.json", WATCHED),
+    *("loss_curve.png", "contact_sheet.png"),
+)
 IF_STOPPED = "if_stopped"
 _OTHERWISE = "--overwrite true removes it, --training.output_dir names another folder"
 HOW_IT_STARTS = frozenset({"resume", "overwrite", "test_only"})
@@ -100,11 +99,11 @@ def finished_already(config: RunConfig) -> bool:
 
 
 def _is_finished(folder: Path, config: RunConfig) -> bool:
-    """Whether a run has its adapter and, where it is tested, more numbers than those of the training."""
+    """Whether a run has its adapter and, where it is tested, the scores of every set."""
     metrics, checkpoints = json_or_nothing(folder / METRICS), complete_checkpoints(folder)
     if checkpoints and step_of(checkpoints[-1]) > metrics.get("train_steps", 0):
         return False  # they are of the run before the resume that was stopped there
-    tested = config.evaluation.tested is None or bool(metrics.keys() - set(TRAINING_NUMBERS))
+    tested = config.evaluation.tested is None or (SETS in metrics and NOT_YET not in metrics)
     return (folder / ADAPTER).is_dir() and bool(metrics) and tested
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 from io import BytesIO
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 
 from PIL import Image
@@ -17,6 +17,7 @@ from PIL import Image
 from dora_vl.data.pictures import MediaFolder, open_image
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.ask import Shown
+from dora_vl.evaluation.baselines import EXCHANGED
 from dora_vl.evaluation.predictions import PREDICTIONS, Prediction, read_predictions
 from dora_vl.run.folder import SETTINGS
 from dora_vl.run.watched import evenly, read_watched
@@ -133,7 +134,7 @@ def _of_test(run: Path, most: int) -> Iterator[ExampleQuestion]:
     """One of each kind of question, then the next of each, evenly from the whole test."""
     try:
         settings = json.loads((run / SETTINGS).read_bytes())
-        predictions = read_predictions(run / PREDICTIONS).values()
+        by_set = read_predictions(run / PREDICTIONS)
     except (OSError, ValueError, UserError):
         return
     stated = [(settings.get(section) or {}).get("image_folder") for section in ("evaluation", "data")]
@@ -145,7 +146,9 @@ def _of_test(run: Path, most: int) -> Iterator[ExampleQuestion]:
     if not output.is_absolute() and run.parts[-len(output.parts) :] == output.parts and (started_in / folder).exists():
         folder = started_in / folder
     kinds: dict[str | None, list[Prediction]] = {}
-    for prediction in predictions:
+    for prediction in chain.from_iterable(
+        rows.values() for name, rows in by_set.items() if not name.endswith(EXCHANGED)
+    ):
         if len(prediction.images) == 1:
             kinds.setdefault(prediction.kind, []).append(prediction)
     for of_each in zip_longest(*(evenly(alike, LOOKED_AT * most) for alike in kinds.values())):

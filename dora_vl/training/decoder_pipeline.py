@@ -23,12 +23,12 @@ from dora_vl.core import DoRAConfig
 from dora_vl.core.strength import checked_strength
 from dora_vl.data.batches import Collator
 from dora_vl.data.columns import RowKind
+from dora_vl.data.example import Example
 from dora_vl.data.pictures import StoredPictures
 from dora_vl.data.samples import Labelled
 from dora_vl.errors import SettingError
 from dora_vl.evaluation.ask import Assistant, EncoderPrompts, MediaReader
 from dora_vl.evaluation.forgetting import forgetting, measured
-from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.test import (
     check_test,
     evaluate_commonsense,
@@ -241,7 +241,7 @@ class DecoderPipeline(Pipeline):
         tokens = config.evaluation.max_new_tokens
         return watch_assistant(assistant, questions, media, max_new_tokens=tokens, source=str(source))
 
-    def _test_questions(self) -> list[Question]:
+    def _test_questions(self) -> list[Example]:
         evaluation = self.config.evaluation
         return read_sets(evaluation)[0] if evaluation.files else read_test(evaluation, self.config.data.contract)[0]
 
@@ -272,14 +272,15 @@ class DecoderPipeline(Pipeline):
             **{name: data[name] for name in RECORDED if f"data.{name}" not in foreign},
         }
 
-    def test(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    def test(self, numbers: Mapping[str, Any]) -> None:
         """Answers the test's file, or every set of `evaluation.files`, with the saved adapter."""
         (assistant, lost), evaluation = self._tested(), self.config.evaluation
         numbers = {**numbers, **lost}
         if not evaluation.files:
-            return run_test(assistant, self.config, numbers=numbers)
+            run_test(assistant, self.config, numbers=numbers)
+            return
         folder = run_folder_of(self.config.training)
-        return evaluate_commonsense(assistant.backbone, self.encoder, evaluation, run_folder=folder, numbers=numbers)
+        evaluate_commonsense(assistant.backbone, self.encoder, evaluation, run_folder=folder, numbers=numbers)
 
     def _tested(self) -> tuple[Assistant, dict[str, Any]]:
         """The model with its saved adapter, and what it lost by it."""

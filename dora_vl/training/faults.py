@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dora_vl.core import TrainedPart
-from dora_vl.errors import UserError, shown_names
+from dora_vl.errors import Diverged, UserError, shown_names
 from dora_vl.files import write_json_lines
 from dora_vl.run.folder import read_log
 from dora_vl.run.launch import gathered
@@ -195,7 +195,7 @@ def check_trained_weights(parts: Sequence[TrainedPart], *, step: int, kept: str 
     """Reads what trains before it is written; every rank must call it. `kept` names the last whole checkpoint."""
     if broken := _not_finite(pair for part in parts for pair in part.parameters.items()):
         left = f"{kept} is the last whole checkpoint" if kept else "there is no checkpoint before it"
-        raise UserError(
+        raise Diverged(
             f"step {step}: {len(broken)} trained weights are NaN or infinite "
             f"({shown_names(broken, NAMED_WEIGHTS, LONGEST_WEIGHT)}), so nothing is saved; {left}. Lower "
             "training.learning_rate or the part's own in optim.rates, or set training.max_grad_norm"

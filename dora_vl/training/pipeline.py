@@ -214,5 +214,5 @@ class Pipeline(ABC):
         return with_adapter(base, run_folder_of(self.config.training) / ADAPTER, strength=strength)[0]
 
     @abstractmethod
-    def test(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    def test(self, numbers: Mapping[str, Any]) -> None:
         """Tests the saved adapter in this process alone and completes `metrics.json`, `numbers` included."""

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from dora_vl.adapters.files import WEIGHTS_FILE
 from dora_vl.data.samples import check_labels, write_skipped
-from dora_vl.errors import SettingError, UserError
+from dora_vl.errors import Diverged, SettingError
 from dora_vl.files import read_json
 from dora_vl.run.arguments import launch_of
 from dora_vl.run.folder import (
@@ -109,7 +109,7 @@ def train(pipeline: Pipeline) -> RunResult:
     with trainer.closing, training_fits(trainer, config):
         output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.faults.ended_by is not None:
-        raise UserError(trainer.faults.ended_by)
+        raise Diverged(trainer.faults.ended_by)
     stopped_by = trainer.stop.received
     numbers = _written(trainer, stopped=stopped_by is not None)
     wait_for_everyone()  # the ranks' store ends with the first of them

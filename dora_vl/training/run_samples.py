@@ -46,7 +46,7 @@ from dora_vl.data.table import (
 )
 from dora_vl.data.turns import THINK
 from dora_vl.errors import BadSample, SettingError, UserError, one_line, shown
-from dora_vl.evaluation.questions import Question
+from dora_vl.evaluation.questions import text_asked
 from dora_vl.files import content_key
 from dora_vl.run.arguments import order_seed
 from dora_vl.run.base import VideoReading, image_folder, video_folder
@@ -227,7 +227,7 @@ class RunSamples:
             for index in _first_places([row.images for row in rows]):
                 yield rows[index], encoder.dataset([rows[index]], rows[index].image_bytes)[0]
 
-    def warn_of_overlap(self, questions: Sequence[Question], config: RunConfig) -> None:
+    def warn_of_overlap(self, examples: Sequence[Example], config: RunConfig) -> None:
         """Counts and names training samples that the test asks again; `config` says where its pictures are."""
         data, evaluation = config.data, config.evaluation
         if Path(evaluation.image_folder or data.image_folder).resolve() != Path(data.image_folder).resolve():
@@ -239,11 +239,11 @@ class RunSamples:
                 evaluation.file,
             )
         elif pairs := overlap(
-            self._train.rows, ((question.id, question.images, question.text) for question in questions)
+            self._train.rows, ((example.id, example.images, text_asked(example)) for example in examples)
         ):
-            examples = "; ".join(f"{sample} is {question} there" for sample, question in pairs[:3])
+            named = "; ".join(f"{sample} is {question} there" for sample, question in pairs[:3])
             where = f"{len(pairs):,} training samples of {self._name} are asked again in {evaluation.file}"
-            logger.warning("%s", one_line(f"{where}: {examples}"))
+            logger.warning("%s", one_line(f"{where}: {named}"))
 
     def training_data(self, rows: RowEncoder, collate: Collator) -> TrainingData:
         """What the Trainer takes: samples that `rows` makes, and batches of them."""

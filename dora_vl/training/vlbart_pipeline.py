@@ -216,7 +216,7 @@ class VlBartPipeline(Pipeline):
             "weight_decay_on": optim.weight_decay_on,
         }
 
-    def test(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    def test(self, numbers: Mapping[str, Any]) -> None:
         """Answers every file of `evaluation.files` with the saved adapter on the base loaded again."""
         config, run_folder = self.config, run_folder_of(self.config.training)
         tests, lists = self._test_files(), lists_in(run_folder / ADAPTER / RECIPE_FILE)
@@ -225,7 +225,7 @@ class VlBartPipeline(Pipeline):
             raise SettingError(SETTING, f" names {named}; {run_folder / ADAPTER} answers {trained} from a closed list")
         backbone = self._base()
         set_answer_heads(backbone.model, lists)
-        return evaluate_subtasks(
+        evaluate_subtasks(
             self.with_saved_adapter(backbone),
             self.encoder,
             self._with_features(tests, self._test_features),

@@ -22,7 +22,7 @@ from dora_vl.data.readers import read_row
 from dora_vl.data.stream import StreamSource
 from dora_vl.data.table import described, doubtful, held_out_places, load_rows, load_table, load_training_rows, overlap
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.questions import question_of
+from dora_vl.evaluation.questions import example_of_row
 from tests.training.own_data import items, write_parquet
 
 GOOD = {
@@ -223,10 +223,10 @@ def test_the_same_question_about_the_same_picture_is_found(tmp_path: Path) -> No
     ]
     table = load_rows(write(tmp_path / "a.jsonl", rows), cache_folder=tmp_path / "cache").rows
     examples = [
-        question_of({"id": "t", "image": "a.png", "question": "<image>Is it red?", "answer": "no"}),
-        question_of({"id": "u", "question": "Is it red?", "answer": "no"}),
+        example_of_row({"id": "t", "image": "a.png", "question": "<image>Is it red?", "answer": "no"}),
+        example_of_row({"id": "u", "question": "Is it red?", "answer": "no"}),
     ]
-    questions = [(question.id, question.images, question.text) for question in examples]
+    questions = [(question.id, question.images, question.question) for question in examples]
     assert overlap(table, questions) == [("same", "t")]
     assert overlap(table, questions[1:]) == []
     assert overlap(table.select([3]), questions) == []

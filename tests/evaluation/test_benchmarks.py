@@ -15,6 +15,7 @@ from dora_vl.data.example import Answer, Example, write_examples
 from dora_vl.errors import UserError
 from dora_vl.evaluation import benchmarks
 from dora_vl.evaluation.benchmarks import find_benchmark, read_own, read_set
+from dora_vl.evaluation.results import score_lines
 from dora_vl.evaluation.scores import benchmark as prompts
 
 RECEIPTS = "name: receipts\nscoring: anls\nfile: receipts.jsonl\nprompt: as_is\nmax_new_tokens: 24\nframes: 2\n"
@@ -34,10 +35,10 @@ def test_a_file_of_a_few_lines_is_a_benchmark(tmp_path: Path, capsys: Any) -> No
     (tmp_path / "p.jsonl").write_text('{"id": "a", "answer": "12.51"}\n{"id": "b", "answer": "12.5  Euro"}\n')
     options = ["--predictions", str(tmp_path / "p.jsonl"), "--to", str(tmp_path / "to")]
     main(["evaluate", "--benchmarks", str(benchmark), *options])
-    entry = json.loads((tmp_path / "to" / "metrics.json").read_text())["benchmarks"]["receipts"]
+    entry = json.loads((tmp_path / "to" / "metrics.json").read_text())["sets"]["receipts"]
     assert (entry["headline"], entry["metrics"]["anls"]["value"]) == ("anls", pytest.approx(90.0))
     assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["receipts", "anls", "90.00"]
-    assert (tmp_path / "to" / "receipts" / "scores.jsonl").is_file()
+    assert [line["set"] for line in score_lines(tmp_path / "to")] == ["receipts"] * 2
     own = read_own(benchmark)
     assert (own.benchmark.max_new_tokens, own.benchmark.frames) == (24, 2)
     assert own.benchmark.prompt is prompts.as_is
@@ -109,7 +110,7 @@ def test_an_installed_package_adds_benchmarks(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"id": "a", "answer": "x"}\n{"id": "b", "answer": "y"}\n')
     options = ["--records", tmp_path / "records", "--predictions", tmp_path / "p.jsonl", "--to", tmp_path / "to"]
     main(["evaluate", "--benchmarks", "mine", *map(str, options)])
-    entry = json.loads((tmp_path / "to" / "metrics.json").read_text())["benchmarks"]["mine"]
+    entry = json.loads((tmp_path / "to" / "metrics.json").read_text())["sets"]["mine"]
     assert entry["metrics"]["mine"]["value"] == 50.0
     write_examples(tmp_path / "records" / "mine" / "dev.jsonl", [Example(id="a", answers=(Answer(text="x"),))])
     with pytest.raises(SystemExit) as status:  # its scorer trips over a record

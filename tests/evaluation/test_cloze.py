@@ -17,7 +17,8 @@ from dora_vl.data.benchmarks.cloze import cloze_row
 from dora_vl.data.example import Example, iterate_examples
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample
-from dora_vl.evaluation.scores.exact import cloze_score
+from dora_vl.evaluation.predictions import read_predictions
+from dora_vl.evaluation.scores.exact import PATTERNS, cloze_score
 from tests.backbones.tiny_language import write_tiny_language
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -177,10 +178,15 @@ def test_both_accuracies_by_hand() -> None:
     ]
     answers = {"a": "-2.0 -4.0", "b": "-1.5 -1.5", "c": "-3 -2", "d": "-1 -2"}
     scored = cloze_score(examples, answers)
-    assert scored.metrics == {"average": 75.0, "piqa": 50.0, "winogrande": 50.0, "normalised piqa": 100.0} | {
-        "average": 50.0
-    }
-    assert scored.per_item == {"a": 0.0, "b": 1.0, "c": 0.0, "d": 1.0}
+    assert scored.metrics == {"average": 50.0, "piqa": 50.0, "winogrande": 50.0, "normalised piqa": 100.0}
+    assert scored.shares == {"a": 0.0, "b": 1.0, "c": 0.0, "d": 1.0}
+
+
+@pytest.mark.parametrize("task", PATTERNS)
+def test_normalised_accuracy_is_of_the_sets_whose_task_file_in_lm_eval_has_acc_norm(task: str) -> None:
+    scored = cloze_score([example("a", task, ["x", "long one"], 1)], {"a": "-2.0 -4.0"})
+    has_it = task not in ("boolq", "social_i_qa", "winogrande")
+    assert scored.metrics == {"average": 0.0, task: 0.0} | ({f"normalised {task}": 100.0} if has_it else {})
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +205,11 @@ def scored_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def answers_to(folder: Path, task: str) -> dict[str, str]:
+    rows = read_predictions(folder / "scores" / "predictions.jsonl")[task]
+    return {name: row.prediction for name, row in rows.items()}
+
+
 def likelihood(model: Any, tokenizer: Any, context: str, ending: str) -> float:
     """Written out: the log-softmax of each token of the ending, summed."""
     ids, before = tokenizer(f"{context} {ending}")["input_ids"], len(tokenizer(context)["input_ids"])
@@ -212,8 +223,7 @@ def test_likelihoods_are_the_model_s(scored_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(scored_folder / "model")
     for task in ("piqa", "winogrande", "ARC-Easy"):
         examples = list(iterate_examples(scored_folder / "records" / task / "test.jsonl"))
-        lines = (scored_folder / "scores" / task / "predictions.jsonl").read_text().splitlines()
-        answers = {row["id"]: row["prediction"] for row in map(json.loads, lines)}
+        answers = answers_to(scored_folder, task)
         assert set(answers) == {example.id for example in examples}
         for example in examples:
             pairs = zip(example.extra["contexts"], example.extra["endings"], strict=True)
@@ -230,8 +240,7 @@ def test_lm_eval_finds_the_same(scored_folder: Path) -> None:
 
     model = AdaptedLM(model=str(scored_folder / "model"), batch_size=4)
     for task in ("piqa", "winogrande", "ARC-Easy"):
-        lines = (scored_folder / "scores" / task / "predictions.jsonl").read_text().splitlines()
-        answers = {row["id"]: row["prediction"] for row in map(json.loads, lines)}
+        answers = answers_to(scored_folder, task)
         for example in iterate_examples(scored_folder / "records" / task / "test.jsonl"):
             pairs = zip(example.extra["contexts"], example.extra["endings"], strict=True)
             requests = [Instance("loglikelihood", {}, (context, f" {ending}"), 0) for context, ending in pairs]

@@ -22,8 +22,8 @@ from dora_vl.errors import UserError
 from dora_vl.evaluation.ask import Assistant, Shown
 from dora_vl.evaluation.ask_command import open_picture
 from dora_vl.evaluation.open_model import ModelRequest, open_model
-from dora_vl.evaluation.predictions import read_predictions
-from dora_vl.evaluation.questions import Question
+from dora_vl.evaluation.predictions import Prediction, read_predictions
+from dora_vl.evaluation.results import score_lines
 from dora_vl.evaluation.test import evaluate_run
 from dora_vl.run.reading import read_run_file
 from dora_vl.run.settings import RunConfig
@@ -84,7 +84,7 @@ def trained(tested: Tested, tmp_path_factory: pytest.TempPathFactory) -> Path:
         row["conversations"][0]["value"] += f" {chr(65 + number)} {number * 37}"
         if number % 2 == 0:
             shown = Shown(pictures=(open_picture(folder / "data" / row["image"]),))
-            question = Question(id="q", turns=(Turn("user", row["conversations"][0]["value"]),))
+            question = Example(id="q", turns=(Turn("user", row["conversations"][0]["value"]),))
             answer = model.answer(question, shown, max_new_tokens=ANSWER_TOKENS).strip()
             row["conversations"][1]["value"] = answer
         if number == 5:
@@ -122,8 +122,12 @@ def on_test_file(trained: Path, to: Path, *more: object) -> list[object]:
     return options_of(trained, to, "--max-new-tokens", ANSWER_TOKENS, "--benchmarks", questions, *more)
 
 
+def answers_in(folder: Path, name: str = "exact_match") -> dict[str, Prediction]:
+    return read_predictions(folder / "predictions.jsonl")[name]
+
+
 def metrics_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "metrics.json").read_text())["benchmarks"]
+    return json.loads((folder / "metrics.json").read_text())["sets"]
 
 
 @pytest.fixture(scope="module")
@@ -135,15 +139,14 @@ def alone(trained: Path) -> Path:
 
 def test_metrics_agree_with_the_predictions_and_name_what_failed(alone: Path) -> None:
     entry = metrics_of(alone)["exact_match"]
-    predictions = read_predictions(alone / "exact_match" / "predictions.jsonl")
+    predictions = answers_in(alone)
     right = sum(row.prediction == row.truth for row in predictions.values())
     assert (entry["n"], len(predictions), entry["failed"].keys()) == (24, 23, {"sample-5"})
     assert entry["metrics"]["accuracy"]["value"] == pytest.approx(100 * right / 24)
     low, high = entry["metrics"]["accuracy"]["interval_95"]
     assert low <= 100 * right / 24 <= high
     assert {"kind/even", "kind/odd"} < set(entry["metrics"])
-    scores = [json.loads(line) for line in (alone / "exact_match" / "scores.jsonl").read_text().splitlines()]
-    assert sum(row["score"] for row in scores) == right
+    assert sum(line["share"] for line in score_lines(alone)) == right
     assert 12 <= right < 20
     assert len({row.prediction for row in predictions.values()}) > 2  # equal answers would prove nothing below
 
@@ -152,7 +155,7 @@ def test_the_same_questions_are_asked_about_others_pictures(
     alone: Path, trained: Path, tmp_path: Path, capsys: Any
 ) -> None:
     entry = metrics_of(alone)["exact_match"]["baselines"]
-    others = read_predictions(alone / "exact_match" / "exchanged" / "predictions.jsonl")
+    others = answers_in(alone, "exact_match/exchanged_pictures")
     right = sum(row.prediction == row.truth for row in others.values())
     assert entry["exchanged_pictures"]["value"] == pytest.approx(100 * right / 23)
     assert entry["commonest_answer"]["n"] == 24
@@ -160,7 +163,7 @@ def test_the_same_questions_are_asked_about_others_pictures(
     assert any(line.startswith("exact_match: with pictures exchanged ") for line in lines)
     evaluate(capsys, *on_test_file(trained, tmp_path, "--no-exchange"))
     assert metrics_of(tmp_path)["exact_match"]["baselines"].keys() == {"metric", "commonest_answer"}
-    assert not (tmp_path / "exact_match" / "exchanged").exists()
+    assert read_predictions(tmp_path / "predictions.jsonl").keys() == {"exact_match"}
 
 
 def test_another_batch_size_gives_the_same(trained: Path, alone: Path, tmp_path: Path, capsys: Any) -> None:
@@ -171,9 +174,13 @@ def test_another_batch_size_gives_the_same(trained: Path, alone: Path, tmp_path:
 
 
 def assert_same_answers(first: Path, other: Path) -> None:
-    assert metrics_of(first) == metrics_of(other)
-    file = "exact_match/predictions.jsonl"
-    assert (first / file).read_text() == (other / file).read_text()
+    numbers, others = metrics_of(first)["exact_match"], metrics_of(other)["exact_match"]
+    for name in ("seconds", "asked_with", "answers_from_earlier_run"):
+        assert numbers.pop(name) is not None
+        del others[name]
+    assert numbers == others
+    for file in ("predictions.jsonl", "scores.jsonl"):
+        assert (first / file).read_text() == (other / file).read_text()
 
 
 @pytest.mark.slow
@@ -190,7 +197,7 @@ def test_two_processes_give_the_same(trained: Path, alone: Path, tmp_path: Path,
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_answers(tmp_path, alone)
-    assert not list((tmp_path / "exact_match").glob("*part*"))
+    assert not list(tmp_path.glob("*part*"))
     assert done.stdout.count("exact_match  accuracy") == 1  # one process speaks
 
 
@@ -211,17 +218,13 @@ def question_ids(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_stopped_run_goes_on_with_what_each_process_had(
     trained: Path, alone: Path, tmp_path: Path, capsys: Any, question_ids: list[str]
 ) -> None:
-    folder = tmp_path / "exact_match"
-    folder.mkdir()
-    whole = alone / "exact_match"
-    lines = (whole / "predictions.jsonl").read_text().splitlines(keepends=True)
-    settings = (whole / "predictions.settings.json").read_text()
+    lines = (alone / "predictions.jsonl").read_text().splitlines(keepends=True)
+    shutil.copy(alone / "predictions.settings.json", tmp_path)
     for part, content in ((0, "".join(lines[:9])), (3, "".join(lines[9:20]) + lines[20][:7])):  # the last line was cut
-        (folder / f"predictions.part-{part}.jsonl").write_text(content)
-        (folder / f"predictions.part-{part}.settings.json").write_text(settings)
+        (tmp_path / f"predictions.part-{part}.jsonl").write_text(content)
     evaluate(capsys, *on_test_file(trained, tmp_path, "--batch-size", 8))
     assert len(question_ids) == 4 + 23  # 24 less the 20 that were answered; then all again, about others' pictures
-    assert metrics_of(tmp_path) == metrics_of(alone)
+    assert_same_answers(tmp_path, alone)
 
 
 def test_answers_of_another_base_or_of_other_pictures_are_not_taken_over(
@@ -251,7 +254,7 @@ def test_against_itself_nothing_differs_and_against_the_truth_much(
     trained: Path, alone: Path, tmp_path: Path, capsys: Any
 ) -> None:
     truth = tmp_path / "truth.jsonl"
-    answered = read_predictions(alone / "exact_match" / "predictions.jsonl")
+    answered = answers_in(alone)
     truth.write_text("".join(json.dumps({"id": row.id, "answer": row.truth}) + "\n" for row in answered.values()))
     lines = evaluate(capsys, *on_test_file(trained, alone, "--against", truth))
     assert "difference" in lines[0]
@@ -263,7 +266,7 @@ def test_against_itself_nothing_differs_and_against_the_truth_much(
     same = metrics_of(tmp_path / "again")["exact_match"]["difference"]["accuracy"]
     assert same["value"] == 0
     assert same["low"] == -same["high"] < 0, "six questions that agree say little: Wilson's interval, not a point"
-    assert (tmp_path / "again/against/exact_match/predictions.jsonl").is_file()
+    assert (tmp_path / "again/against/predictions.jsonl").is_file()
 
 
 def test_records_are_found_by_the_benchmarks_name_and_asked_with_llavas_words(
@@ -274,7 +277,7 @@ def test_records_are_found_by_the_benchmarks_name_and_asked_with_llavas_words(
     entry = metrics_of(tmp_path)["pope"]
     assert (entry["n"], entry["headline"]) == (7, "f1")
     assert entry["settings"]["labels"] == "7 random"
-    (first, *_) = read_predictions(tmp_path / "pope" / "predictions.jsonl").values()
+    (first, *_) = answers_in(tmp_path, "pope").values()
     assert first.question == "Is it red?\nAnswer the question using a single word or phrase."
     evaluate(capsys, *options_of(trained, tmp_path, *records))  # the rest; the first seven are not asked again
     assert metrics_of(tmp_path)["pope"]["n"] == 23
@@ -297,7 +300,7 @@ def test_a_video_that_is_not_there_is_named_and_seeds_are_asked_by_their_middle_
     metrics = metrics_of(tmp_path)
     assert metrics["how2qa"]["failed"].keys() == {"q1"}
     assert metrics["how2qa"]["metrics"]["accuracy"]["value"] == 0.0
-    (answered,) = read_predictions(tmp_path / "seed" / "predictions.jsonl").values()
+    (answered,) = answers_in(tmp_path, "seed").values()
     assert (answered.id, answered.images) == ("there", [picture])
     assert metrics["seed"]["failed"].keys() == {"gone"}
     assert metrics["seed"]["bootstrap"]["units"] == 1  # two questions about one video
@@ -308,36 +311,42 @@ def test_a_video_that_is_not_there_is_named_and_seeds_are_asked_by_their_middle_
 
 def test_a_run_s_metrics_agree_with_its_predictions_and_testing_again_asks_only_what_failed(tested: Tested) -> None:
     config, metrics = tested
-    predictions = read_predictions(output(config) / "predictions.jsonl")
+    entry, predictions = metrics["sets"]["test"], answers_in(output(config), "test")
     right = sum(row.prediction == row.truth for row in predictions.values())
-    assert (metrics["n"], len(predictions), metrics["unanswered"]) == (24, 23, 1)
-    assert metrics["accuracy"] == pytest.approx(right / 24)
-    assert list(metrics["failed_questions"]) == ["sample-5"]
-    assert {kind: part["n"] for kind, part in metrics["by_kind"].items()} == {"even": 12, "odd": 12}
+    assert (entry["n"], len(predictions), [*entry["failed"]]) == (24, 23, ["sample-5"])
+    assert entry["metrics"]["accuracy"]["value"] == pytest.approx(100 * right / 24)
+    assert {name: metric["n"] for name, metric in entry["metrics"].items()} == {
+        **{"accuracy": 24, "kind/even": 12, "kind/odd": 12}
+    }
     assert metrics["train_seconds"] > 0
     assert metrics["samples_per_second"] > 0
-    low, high = metrics["interval_95"]
-    assert low <= metrics["accuracy"] <= high
+    low, high = entry["metrics"]["accuracy"]["interval_95"]
+    assert low <= 100 * right / 24 <= high
     for name in ("loss_curve.png", "contact_sheet.png"):
         assert (output(config) / name).read_bytes().startswith(b"\x89PNG")
-    again = DecoderPipeline(config).test({})
-    assert (again["answers_from_earlier_run"], again["accuracy"]) == (23, metrics["accuracy"])
+    again = numbers_of_another_test(config)
+    assert (again["answers_from_earlier_run"], again["metrics"]) == (23, entry["metrics"])
+
+
+def numbers_of_another_test(config: RunConfig) -> dict[str, Any]:
+    DecoderPipeline(config).test({})
+    return metrics_of(output(config))["test"]
 
 
 def test_a_run_s_questions_are_asked_about_others_pictures(tested: Tested) -> None:
     config, metrics = tested
-    entry, own = metrics["baselines"], read_predictions(output(config) / "predictions.jsonl")
-    others = read_predictions(output(config) / "predictions_exchanged.jsonl")
+    entry, own = metrics["sets"]["test"]["baselines"], answers_in(output(config), "test")
+    others = answers_in(output(config), "test/exchanged_pictures")
     assert others.keys() == own.keys()
     assert all(others[name].images != own[name].images for name in own)
     right = sum(row.prediction == row.truth for row in others.values())
     assert entry["exchanged_pictures"]["value"] == pytest.approx(100 * right / 23)
     assert "warning" in entry  # a few steps of a tiny model teach it nothing
-    assert json.loads(json.dumps(DecoderPipeline(config).test({})["baselines"])) == entry
+    assert numbers_of_another_test(config)["baselines"] == entry
     without = dataclasses.replace(config.evaluation, exchange_pictures=False)
-    result = DecoderPipeline(dataclasses.replace(config, evaluation=without)).test({})
+    result = numbers_of_another_test(dataclasses.replace(config, evaluation=without))
     assert result["baselines"].keys() == {"metric", "commonest_answer"}
-    assert result["accuracy"] == metrics["accuracy"]
+    assert result["metrics"] == metrics["sets"]["test"]["metrics"]
 
 
 def test_without_a_question_file_or_an_adapter_it_says_so(tested: Tested, tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ from dora_vl.data.example import Answer, Example, from_record, write_examples
 from dora_vl.errors import UserError
 from dora_vl.evaluation import commands
 from dora_vl.evaluation.benchmarks import EvaluationSet, read_set
-from dora_vl.evaluation.commands import finish
-from dora_vl.evaluation.predictions import Prediction, Predictions, refuse_anothers, write_metrics
-from dora_vl.files import file_sha256
+from dora_vl.evaluation.commands import finish, refuse_anothers, results_in
+from dora_vl.evaluation.predictions import Prediction, Predictions, line_of
+from dora_vl.evaluation.results import read_results, score_lines
+from dora_vl.evaluation.test_sets import scored
 from tests.backbones.tiny_language import write_tiny_language
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +41,7 @@ def predictions_file(path: Path, answers: Mapping[str, str]) -> Path:
 
 
 def entries(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "metrics.json").read_text())["benchmarks"]
+    return json.loads((folder / "metrics.json").read_text())["sets"]
 
 
 def evaluated(
@@ -135,8 +136,8 @@ assert "torch" not in sys.modules
 def test_a_split_without_answers_gives_a_submission_and_takes_the_numbers_of_the_split_before(tmp_path: Path) -> None:
     examples = [right(str(n), images=[f"{n}.jpg"]) for n in range(3)]
     evaluated("vqav2", [right("0", images=["0.jpg"], human_answers=["no"] * 10)], {"0": "no"}, tmp_path)
-    score = json.loads((tmp_path / "vqav2" / "scores.jsonl").read_text())
-    assert (score["id"], score["unit"]) == ("0", "0.jpg")
+    (score,) = score_lines(tmp_path)
+    assert (score["set"], score["id"], score["unit"]) == ("vqav2", "0", "0.jpg")
     write_examples(tmp_path / "records" / "vqav2" / "test.jsonl", examples)
     answers = predictions_file(tmp_path / "answers.jsonl", {"0": "The  dogs", "2": "two"})
     options = ["--benchmarks", "vqav2", "--records", tmp_path / "records", "--predictions", answers, "--to", tmp_path]
@@ -146,8 +147,8 @@ def test_a_split_without_answers_gives_a_submission_and_takes_the_numbers_of_the
         {"question_id": 1, "answer": ""},
         {"question_id": 2, "answer": "2"},
     ]
-    assert not (tmp_path / "metrics.json").exists()
-    assert not (tmp_path / "vqav2" / "scores.jsonl").exists()
+    assert entries(tmp_path)["vqav2"]["metrics"] == {}
+    assert score_lines(tmp_path) == []
 
 
 def test_an_answer_to_a_record_that_cannot_be_read_is_wrong(tmp_path: Path) -> None:
@@ -158,8 +159,7 @@ def test_an_answer_to_a_record_that_cannot_be_read_is_wrong(tmp_path: Path) -> N
     options = ["--benchmarks", f"exact_match={tmp_path / 'test.json'}", "--to", tmp_path, "--against", answers]
     main(["evaluate", *map(str, options), "--predictions", str(answers)])
     entry = entries(tmp_path)["exact_match"]
-    assert (entry["n"], entry["metrics"]["accuracy"]["value"], entry["without_answer"]) == (2, 50.0, 1)
-    assert entry["failed"].keys() == {"bad"}
+    assert (entry["n"], entry["metrics"]["accuracy"]["value"], [*entry["failed"]]) == (2, 50.0, ["bad"])
     assert entry["difference"]["accuracy"]["value"] == 0.0
 
 
@@ -183,37 +183,68 @@ def test_mistakes_are_refused(words: str, pope: Path, tmp_path: Path, monkeypatc
     assert not (tmp_path / "out").exists()
 
 
-OPTIONS = argparse.Namespace(
-    adapter=Path("adapter"), predictions=None, against=None, limit=None, answer_after=None, all_metrics=False
-)
-
-
-@pytest.fixture
-def sets(tmp_path: Path) -> list[EvaluationSet]:
-    """MME with a picture of one question, which cannot be scored, between two that can."""
+def test_what_cannot_be_scored_takes_no_other_score_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MME with a picture of one question, which cannot be scored, between two that can; then an earlier score stays."""
     for name, example in {
         "exact_match": right("1", "x"),
         "mme": right("1", "Yes", images=["a.jpg"], category="count"),
         "how2qa": Example(id="1", choices=CHOICES, extra={"correct": 0}),
     }.items():
         write_examples(tmp_path / f"{name}.jsonl", [example])
-    requests = [f"{name}={tmp_path / name}.jsonl" for name in ("exact_match", "mme", "how2qa")]
-    return [read_set(request, tmp_path, mode=None, limit=None) for request in requests]
+    texts, said = {"exact_match": "x", "mme": "Yes", "how2qa": "a0"}, list[str]()
 
+    def answer(example: Example, of_set: str) -> Prediction:
+        return Prediction(id=example.id, prediction=texts[of_set])
 
-def test_what_cannot_be_scored_takes_no_other_score_with_it(sets: list[EvaluationSet], tmp_path: Path) -> None:
-    texts = {"exact_match": "x", "mme": "Yes", "how2qa": "a0"}
-    answered = {name: Predictions(rows=[Prediction(id="1", prediction=text)]) for name, text in texts.items()}
-    with pytest.raises(UserError):
-        list(finish(sets, answered, None, OPTIONS, tmp_path / "to"))
+    def asked(*names: str) -> None:
+        sets = [read_set(f"{name}={tmp_path / name}.jsonl", tmp_path, mode=None, limit=None) for name in names]
+        options = argparse.Namespace(limit=None, answer_after=None, against=None, all_metrics=False)
+        rows = {dataset.name: [answer(example, dataset.name) for example in dataset.examples] for dataset in sets}
+        tested = [scored(commands.test_set(dataset, options), Predictions(rows=rows[dataset.name])) for dataset in sets]
+        results = results_in(tmp_path / "to", sets, "adapter", {}, options)
+        said.extend(finish(sets, tested, None, results, options))
+
+    with pytest.raises(UserError, match="mme"):
+        asked("exact_match", "mme", "how2qa")
     assert {name: entry["n"] for name, entry in entries(tmp_path / "to").items()} == {"exact_match": 1, "how2qa": 1}
+    assert any(line.startswith("how2qa") and "100.00" in line for line in said)  # what the others have is told
     assert (tmp_path / "to/how2qa/how2qa_test_public_predictions.json").is_file()
     assert not (tmp_path / "to/mme").exists()
-    before = entries(tmp_path / "to")["exact_match"]
-    object.__setattr__(sets[0], "examples", [Example(id="1", extra={"correct": 0})])  # its scorer reads answers
+    before = entries(tmp_path / "to")
+
+    def broken(*_: object) -> Any:
+        raise KeyError("extra")
+
+    monkeypatch.setattr(EvaluationSet, "scorer", broken)
     with pytest.raises(UserError):
-        list(finish(sets, answered, None, OPTIONS, tmp_path / "to"))
-    assert entries(tmp_path / "to")["exact_match"] == before  # what was true of it stays
+        asked("exact_match")
+    assert entries(tmp_path / "to") == before
+    assert read_results(tmp_path / "to")["exact_match"].scored is not None
+
+
+def test_our_own_file_of_several_sets_answers_the_one_of_its_name(tmp_path: Path) -> None:
+    """An id may be in several sets, and stands again with the answer about an exchanged picture."""
+
+    def row(of_set: str, text: str) -> Prediction:
+        return Prediction(id="1", set=of_set, prediction=text)
+
+    rows = [row("gqa", "y"), row("exact_match", "x"), row("exact_match/exchanged_pictures", "y")]
+    write_examples(tmp_path / "records.jsonl", [right("1", "x")])
+    file = tmp_path / "predictions.jsonl"
+    words = [
+        "--benchmarks",
+        f"exact_match={tmp_path / 'records.jsonl'}",
+        "--predictions",
+        file,
+        "--to",
+        tmp_path / "to",
+    ]
+    for several, expected in ((rows, 100.0), (rows[1:], 100.0), ([rows[0], row("gqa/exchanged_pictures", "x")], 0.0)):
+        file.write_text("".join(map(line_of, several)))
+        main(["evaluate", *map(str, words)])
+        assert entries(tmp_path / "to")["exact_match"]["metrics"]["accuracy"]["value"] == expected
+    file.write_text(line_of(rows[0]) + line_of(row("pope", "x")))
+    refused(words)
 
 
 def test_answers_to_no_question_are_counted(tmp_path: Path, capsys: Any) -> None:
@@ -245,8 +276,8 @@ def test_what_a_file_of_answers_scores(row: dict[str, Any], tmp_path: Path) -> N
 def test_one_caption_serves_all_records_of_its_clip_and_without_any_answer_there_is_no_score(tmp_path: Path) -> None:
     examples = [right("1", clip_id=5), right("2", "a dog", clip_id=5), right("3", clip_id=6)]
     write_examples(tmp_path / "tvc.jsonl", examples)
-    test_set = read_set(f"tvc={tmp_path / 'tvc.jsonl'}", tmp_path, mode=None, limit=None)
-    assert (list(test_set.not_scored), [example.id for example in test_set.scored]) == (["3"], ["1", "2"])
+    dataset = read_set(f"tvc={tmp_path / 'tvc.jsonl'}", tmp_path, mode=None, limit=None)
+    assert (list(dataset.not_scored), [example.id for example in dataset.scored]) == (["3"], ["1", "2"])
     write_examples(tmp_path / "kept.jsonl", [Example(id="1", choices=CHOICES)])
     assert read_set(f"seed={tmp_path / 'kept.jsonl'}", tmp_path, mode=None, limit=None).scorer is None
 
@@ -254,52 +285,44 @@ def test_one_caption_serves_all_records_of_its_clip_and_without_any_answer_there
 # metrics.json holds what is true of one model's answers: entries of before stay or go, and no file is another's.
 
 
-ORIGIN: dict[str, Any] = {"answers_of": "run/adapter", "answers_sha256": {"adapter": "a", "base": "b"}, "limit": 4}
-
-
-def add(folder: Path, name: str, value: float, origin: dict[str, Any] = ORIGIN) -> dict[str, Any]:
-    """What the file holds, once a benchmark of this value was added."""
+def add(folder: Path, name: str, answers_of: str = "run/adapter", sha256: str = "a", limit: int | None = 4) -> Any:
+    """What the file holds, once a benchmark was added."""
     file = folder / f"{name}.jsonl"
-    file.touch()
-    entry = {"file": str(file), "file_sha256": file_sha256(file), "metrics": {"accuracy": value}}
-    options = {name: {"batch_size": value}}
-    write_metrics(folder / "metrics.json", origin, {name: entry}, evaluated=[name], options=options)
-    return json.loads((folder / "metrics.json").read_text())
+    write_examples(file, [right("1", "yes", images=["a"], category="random")])
+    options = argparse.Namespace(limit=limit, answer_after=None, against=None, all_metrics=False)
+    sets = [read_set(f"{name}={file}", folder, mode=None, limit=None)]
+    results = results_in(folder, sets, answers_of, {"adapter": sha256}, options)
+    done = scored(commands.test_set(sets[0], options), Predictions(rows=[Prediction(id="1", prediction="yes")]))
+    said = [*finish(sets, [done], None, results, options)]
+    return json.loads((folder / "metrics.json").read_text()), said
 
 
 def test_a_later_command_adds_its_benchmarks(tmp_path: Path) -> None:
-    add(tmp_path, "gqa", 1.0)
-    add(tmp_path, "pope", 2.0)
-    content = add(tmp_path, "gqa", 3.0)
-    assert {name: row["metrics"]["accuracy"] for name, row in content["benchmarks"].items()} == {"gqa": 3, "pope": 2}
-    assert content["asked_with"] == {"gqa": {"batch_size": 3.0}, "pope": {"batch_size": 2.0}}
-    assert {name: content[name] for name in ORIGIN} == ORIGIN
-    (tmp_path / "gqa.jsonl").write_text("{}")  # its numbers are of another file
-    assert add(tmp_path, "pope", 2.0)["benchmarks"].keys() == {"pope"}
+    add(tmp_path, "gqa")
+    content, said = add(tmp_path, "pope")
+    assert content["sets"].keys() == {"gqa", "pope"}
+    assert "those of gqa from before" in said[-1]
+    assert {line["set"] for line in score_lines(tmp_path)} == {"gqa", "pope"}
+    assert len(add(tmp_path, "gqa")[0]["sets"]) == len(score_lines(tmp_path)) == 2
+    write_examples(tmp_path / "gqa.jsonl", [right("2", "no")])  # its numbers are of another file
+    content, said = add(tmp_path, "pope")
+    assert content["sets"].keys() == {line["set"] for line in score_lines(tmp_path)} == {"pope"}
+    assert any("no longer holds gqa" in line for line in said)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"answers_sha256": {"adapter": "c", "base": "b"}},
-        {"answers_of": "other/adapter"},
-        {"against": "other/adapter", "against_sha256": {"adapter": "c", "base": "b"}},
-        {"limit": None},
-    ],
-)
+@pytest.mark.parametrize("changes", [{"sha256": "c"}, {"answers_of": "other/adapter"}, {"limit": None}])
 def test_numbers_of_other_answers_go(tmp_path: Path, changes: dict[str, Any]) -> None:
-    add(tmp_path, "gqa", 1.0)
-    content = add(tmp_path, "pope", 2.0, ORIGIN | changes)
-    assert content["benchmarks"].keys() == content["asked_with"].keys() == {"pope"}
+    add(tmp_path, "gqa")
+    assert add(tmp_path, "pope", **changes)[0]["sets"].keys() == {"pope"}
 
 
-@pytest.mark.parametrize("content", ["not JSON", "[]", "{}", '{"benchmarks": {"gqa": {}}, "answers_of": "x"}'])
+@pytest.mark.parametrize("content", ["not JSON", "[]", "{}", '{"sets": {"gqa": {}}, "answers_of": "x"}'])
 def test_a_file_that_says_too_little_is_replaced_and_a_training_run_s_is_not(tmp_path: Path, content: str) -> None:
     path = tmp_path / "metrics.json"
     refuse_anothers(path)
     path.write_text(content)
     refuse_anothers(path)
-    assert add(tmp_path, "pope", 2.0)["benchmarks"].keys() == {"pope"}
-    path.write_text('{"accuracy": 0.5}')
+    assert add(tmp_path, "pope")[0]["sets"].keys() == {"pope"}
+    path.write_text('{"train_steps": 5}')
     with pytest.raises(UserError):
         refuse_anothers(path)

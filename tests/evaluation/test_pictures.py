@@ -33,9 +33,9 @@ from dora_vl.evaluation.pictures import (
     write_loss_curve,
 )
 from dora_vl.evaluation.predictions import Prediction, Predictions
-from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.scores import caption, exact, vqa
 from dora_vl.evaluation.scores.scored import Scored
+from dora_vl.evaluation.test_sets import Tested, TestSet
 
 
 def prediction(number: int, answer: str = "red") -> Prediction:
@@ -138,17 +138,16 @@ def people(name: str, *answers: str) -> Example:
     return Example(id=name, images=("a.png",), question="what?", answers=(Answer(text=answers[0]),), extra=extra)
 
 
-def task(name: str, examples: Sequence[Example], answers: Mapping[str, str], scored: Scored | None) -> test.TestSet:
+def task(name: str, examples: Sequence[Example], answers: Mapping[str, str], scored: Scored | None) -> Tested:
     predictions = Predictions(rows=[Prediction(id=sample_id, prediction=text) for sample_id, text in answers.items()])
-    options: Any = {"model": None, "questions": [], "decoding": None, "score": None, "path": Path()}
-    return test.TestSet(name=name, examples=examples, predictions=predictions, scored=scored, **options)
+    return Tested(test=TestSet(name=name, examples=examples, score=None), predictions=predictions, scored=scored)
 
 
-def draw(folder: Path, *tasks: test.TestSet) -> None:
+def draw(folder: Path, *tasks: Tested) -> None:
     test.draw(tasks, run_folder=folder, media=media_reader(folder, frames=1))
 
 
-def of_sheet(folder: Path, *tasks: test.TestSet) -> tuple[Any, ...]:
+def of_sheet(folder: Path, *tasks: Tested) -> tuple[Any, ...]:
     """What the sheet is drawn of: predictions, title and shares."""
     with mock.patch.object(test, "write_contact_sheet") as sheet:
         draw(folder, *tasks)
@@ -199,7 +198,7 @@ def test_each_question_shows_its_own_part_of_a_video(tmp_path: Path, monkeypatch
     examples = [Example(id=str(number), videos=(clip,), question="?") for number, clip in enumerate(clips)]
     shown: list[Clip] = []
 
-    def picture(_: MediaReader, question: Question) -> Image.Image:
+    def picture(_: MediaReader, question: Example) -> Image.Image:
         shown.extend(question.videos)
         return Image.new("RGB", (8, 8))
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dora_vl.data.example import Answer, Example
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
-from dora_vl.evaluation.ask import Assistant, Decoding, ask, media_reader, prediction
+from dora_vl.evaluation import predict
+from dora_vl.evaluation.ask import Assistant, Decoding, media_reader, prediction
 from dora_vl.evaluation.open_model import ModelRequest, open_model
-from dora_vl.evaluation.predictions import Prediction, Predictions, PredictionsFile, cut_broken_tail, read_predictions
-from dora_vl.evaluation.questions import Question
+from dora_vl.evaluation.predict import PredictionsFile, ask, evaluate
+from dora_vl.evaluation.predictions import Prediction, Predictions, cut_broken_tail, read_predictions
+from dora_vl.evaluation.results import read_results
+from dora_vl.evaluation.scores import exact
+from dora_vl.evaluation.test_sets import ResultFolder, TestSet
 from tests.backbones.tiny_language import write_tiny_language
 
 BROKEN, WITHOUT_NUMBERS = "broken", "no numbers"
@@ -26,57 +33,52 @@ class Echo:
         self.batches: list[list[str]] = []
         self.stop_after = stop_after
 
-    def predict(self, questions: Sequence[Question], media: Any, decoding: Decoding) -> Iterator[list[Prediction]]:
-        for start in range(0, len(questions), decoding.batch_size):
+    def predict(self, examples: Sequence[Example], media: Any, decoding: Decoding) -> Iterator[list[Prediction]]:
+        for start in range(0, len(examples), decoding.batch_size):
             if len(self.batches) == self.stop_after:
                 raise KeyboardInterrupt
-            batch = questions[start : start + decoding.batch_size]
-            self.batches.append([question.id for question in batch])
+            batch = examples[start : start + decoding.batch_size]
+            self.batches.append([example.id for example in batch])
             yield [
                 prediction(
-                    question,
-                    None if question.text in (BROKEN, WITHOUT_NUMBERS) else question.text,
-                    "a broken picture" if question.text == BROKEN else "",
+                    example,
+                    None if example.question in (BROKEN, WITHOUT_NUMBERS) else example.question,
+                    "a broken picture" if example.question == BROKEN else "",
                 )
-                for question in batch
+                for example in batch
             ]
 
 
-def question(number: int, text: str = "") -> Question:
-    return Question(id=f"q{number}", turns=(Turn("user", text or f"words {number}"),))
+def question(number: int, text: str = "", *, answer: str = "") -> Example:
+    text = text or f"words {number}"
+    answers = (Answer(text=answer),) if answer else ()
+    return Example(id=f"q{number}", question=text, turns=(Turn("user", text),), answers=answers)
 
 
-def asked(folder: Path, questions: list[Question], model: Any) -> Predictions:
-    media, file = media_reader(folder, frames=1), folder / "predictions.jsonl"
-    return ask(model, questions, media, Decoding(batch_size=4, max_new_tokens=3), path=file, settings={})
+def set_of(folder: Path, examples: Sequence[Example], name: str = "set", **more: Any) -> TestSet:
+    decoding, media = Decoding(batch_size=4, max_new_tokens=3), media_reader(folder, frames=1)
+    return TestSet(name=name, examples=examples, decoding=decoding, media=media, **{"score": None, **more})
+
+
+def asked(folder: Path, examples: list[Example], model: Any) -> Predictions:
+    return ask(model, "set", examples, set_of(folder, examples), folder=folder, settings={})
 
 
 def test_what_cannot_be_asked_is_named_and_never_an_empty_answer(tmp_path: Path) -> None:
-    questions = [question(0), question(1, BROKEN), question(2)]
-    predictions = asked(tmp_path, questions, Echo())
+    examples = [question(0), question(1, BROKEN), question(2)]
+    predictions = asked(tmp_path, examples, Echo())
     assert predictions.answers == {"q0": "words 0", "q2": "words 2"}
     assert predictions.failed == {"q1": "a broken picture"}
-    again = asked(tmp_path, questions, later := Echo())  # it is asked again
+    again = asked(tmp_path, examples, later := Echo())  # it is asked again
     assert (again.answered_before, later.batches) == (2, [["q1"]])
 
 
-def test_a_stopped_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    questions = [question(number) for number in range(11)]
-    with pytest.raises(KeyboardInterrupt):
-        asked(tmp_path, questions, Echo(stop_after=1))
-    predictions = asked(tmp_path, questions, again := Echo())
-    assert sum(map(len, again.batches)) == 7
-    assert predictions.answers == {f"q{n}": f"words {n}" for n in range(11)}
-    asked(tmp_path, questions, third := Echo())
-    assert third.batches == []
-
-
 def test_scores_that_are_no_numbers_are_named_at_the_end_and_cost_no_other_its_answer(tmp_path: Path) -> None:
-    questions = [question(number, WITHOUT_NUMBERS if number == 2 else "") for number in range(9)]
+    examples = [question(number, WITHOUT_NUMBERS if number == 2 else "") for number in range(9)]
     with pytest.raises(UserError):
-        asked(tmp_path, questions, model := Echo())
+        asked(tmp_path, examples, model := Echo())
     assert list(map(len, model.batches)) == [4, 4, 1]
-    predictions = asked(tmp_path, [item for item in questions if item.id != "q2"], again := Echo())
+    predictions = asked(tmp_path, [item for item in examples if item.id != "q2"], again := Echo())
     assert again.batches == []
     assert len(predictions.answers) == 8
     with pytest.raises(UserError):  # without any numbers it ends at the first batch
@@ -87,12 +89,76 @@ def test_scores_that_are_no_numbers_are_named_at_the_end_and_cost_no_other_its_a
 def test_the_longest_prompts_come_first(tmp_path: Path) -> None:
     model = open_model(ModelRequest(model=str(write_tiny_language(tmp_path / "model")), template="vicuna_v1")).adapted
     assert isinstance(model, Assistant)
-    questions = [question(number, "word " * (number * 7 % 11)) for number in range(1, 11)]
-    batches = model.predict(questions, media_reader(tmp_path, frames=1), Decoding(batch_size=4, max_new_tokens=2))
+    examples = [question(number, "word " * (number * 7 % 11)) for number in range(1, 11)]
+    batches = model.predict(examples, media_reader(tmp_path, frames=1), Decoding(batch_size=4, max_new_tokens=2))
     rows = [row for batch in batches for row in batch]
     lengths = [len(row.question) for row in rows]
     assert lengths == sorted(lengths, reverse=True)
-    assert {row.id for row in rows} == {item.id for item in questions}
+    assert {row.id for row in rows} == {item.id for item in examples}
+
+
+# Several sets in one folder, stopped anywhere.
+
+
+def sets_in(folder: Path) -> list[TestSet]:
+    """Two sets whose ids are the same; of the second a question cannot be asked. Half of the answers are right."""
+    first = [question(number, answer=f"words {number % 6}") for number in range(11)]
+    second = [question(number, BROKEN if number == 3 else f"w{number}", answer=f"w{number}") for number in range(6)]
+    scored: dict[str, Any] = {"score": exact.score, "settings": {"adapter": "a"}}
+    return [set_of(folder, rows, name, **scored) for name, rows in (("one", first), ("two", second))]
+
+
+def results_of(folder: Path, model: Any) -> dict[str, str]:
+    """What the three files hold after a test, less what it took."""
+    evaluate(sets_in(folder), model, ResultFolder(folder=folder, header={"train_steps": 7}), exchange=False)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for entry in metrics["sets"].values():
+        assert entry.pop("seconds") >= 0
+        entry.pop("answers_from_earlier_run")
+    files = {name: (folder / name).read_text() for name in ("predictions.jsonl", "scores.jsonl")}
+    return {**files, "metrics": json.dumps(metrics)}
+
+
+@pytest.mark.parametrize("stop_after", range(5))
+def test_a_test_that_is_killed_loses_and_doubles_nothing(tmp_path: Path, stop_after: int) -> None:
+    """Before the first batch, within a set, or between two: the same files as of one that ran through."""
+    whole = results_of(tmp_path / "whole", Echo())
+    with pytest.raises(KeyboardInterrupt):
+        results_of(tmp_path / "killed", killed := Echo(stop_after=stop_after))
+    if stop_after >= 3:  # the first set's score was written at once
+        assert read_results(tmp_path / "killed")["one"].entry["metrics"]["accuracy"]["n"] == 11
+    later = Echo()
+    assert results_of(tmp_path / "killed", later) == whole
+    answered = [name for model in (killed, later) for batch in model.batches for name in batch if name != "q3"]
+    assert len(answered) == 10 + 5
+    results_of(tmp_path / "killed", third := Echo())
+    assert third.batches == [["q3"]]  # nothing but what could not be asked
+
+
+def test_a_set_of_other_settings_is_asked_anew_and_the_others_stay(tmp_path: Path) -> None:
+    results_of(tmp_path, Echo())
+    one, two = sets_in(tmp_path)
+    sets = [one, replace(two, settings={"adapter": "b"})]
+    evaluate(sets, model := Echo(), ResultFolder(folder=tmp_path), exchange=False)
+    assert [name for batch in model.batches for name in batch] == [f"q{number}" for number in range(6)]
+
+
+def test_several_processes_leave_what_one_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each appends to its own part; a start on fewer processes takes over the parts of those that were killed."""
+    whole = results_of(tmp_path / "whole", Echo())
+    monkeypatch.setattr(predict, "rank_and_ranks", lambda: (1, 2))
+    one, _ = sets_in(folder := tmp_path / "parts")
+    with PredictionsFile(folder) as file:
+        file.begin("one", one.settings)
+        for rows in Echo().predict(one.asked[1::2], None, Decoding(batch_size=4)):
+            file.add("one", rows)
+    part = folder / "predictions.part-1.jsonl"
+    part.write_text(part.read_text() + '{"set": "one", "id": "q')  # a line that was being written
+    assert not (folder / "predictions.jsonl").read_text()
+    monkeypatch.undo()
+    assert results_of(folder, model := Echo()) == whole
+    assert model.batches[:2] == [["q0", "q2", "q4", "q6"], ["q8", "q10"]]
+    assert not part.exists()
 
 
 # predictions.jsonl goes on after a crash, and never mixes answers of two adapters.
@@ -101,35 +167,34 @@ def test_the_longest_prompts_come_first(tmp_path: Path) -> None:
 SETTINGS = {"adapter": "a1", "limit": None, "sizes": (1, 2)}
 
 
-def finished(name: str) -> Prediction:
-    return Prediction(id=name, images=["a.png"], question="what?", truth="red", prediction="rot, grün", kind="color")
+def finished(name: str, of_set: str = "set") -> Prediction:
+    about = {"images": ["a.png"], "question": "what?", "truth": "red", "kind": "color"}
+    return Prediction(id=name, set=of_set, prediction="rot, grün", **about)
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
     """Of a run that finished two questions."""
-    path = tmp_path / "run/predictions.jsonl"
-    with PredictionsFile(path, SETTINGS) as file:
-        for name in "12":
-            file.add(finished(name))
-    return path
+    with PredictionsFile(tmp_path) as file:
+        file.begin("set", SETTINGS)
+        file.add("set", map(finished, "12"))
+    return tmp_path
 
 
-def test_a_second_run_finds_what_the_first_one_finished(path: Path) -> None:
-    with PredictionsFile(path, SETTINGS) as file:
-        assert file.done == {"1": finished("1"), "2": finished("2")}
-        file.add(finished("3"))
-        file.flush()
-        assert list(read_predictions(path)) == ["1", "2", "3"]
+def test_a_second_run_finds_what_the_first_one_finished(folder: Path) -> None:
+    with PredictionsFile(folder) as file:
+        assert file.begin("set", SETTINGS) == {"1": finished("1"), "2": finished("2")}
+        file.add("set", [finished("3")])
+        assert list(read_predictions(folder / "predictions.jsonl")["set"]) == ["1", "2", "3"]
+        assert list(file.end("set", ["3", "1"])) == ["3", "1", "2"]
 
 
 @pytest.mark.parametrize("cut", [1, 10, 60])
-def test_a_line_cut_by_a_crash_is_removed_and_asked_again(path: Path, cut: int) -> None:
+def test_a_line_cut_by_a_crash_is_removed_and_asked_again(folder: Path, cut: int) -> None:
+    path = folder / "predictions.jsonl"
     path.write_bytes(path.read_bytes()[:-cut])
-    with PredictionsFile(path, SETTINGS) as file:
-        assert list(file.done) == ["1"]
-        file.add(finished("2"))
-    assert list(read_predictions(path)) == ["1", "2"]
+    with PredictionsFile(folder) as file:
+        assert list(file.begin("set", SETTINGS)) == ["1"]
 
 
 @pytest.mark.parametrize(("whole", "tail"), [(b"whole\n", b"x" * 200_000), (b"", b"x" * 10), (b"whole\n", b"")])
@@ -141,12 +206,12 @@ def test_a_broken_tail_is_cut(tmp_path: Path, whole: bytes, tail: bytes) -> None
 
 
 @pytest.mark.parametrize("stated", [None, "{"])
-def test_other_settings_and_none_start_anew(path: Path, stated: str | None) -> None:
+def test_other_settings_and_none_start_anew(folder: Path, stated: str | None) -> None:
     if stated is not None:
-        path.with_name("predictions.settings.json").write_text(stated)
-    with PredictionsFile(path, SETTINGS if stated else {**SETTINGS, "adapter": "b2"}) as file:
-        assert file.done == {}
-    assert path.read_text() == ""
+        (folder / "predictions.settings.json").write_text(stated)
+    with PredictionsFile(folder) as file:
+        assert file.begin("set", SETTINGS if stated else {**SETTINGS, "adapter": "b2"}) == {}
+    assert (folder / "predictions.jsonl").read_text() == ""
 
 
 @pytest.mark.parametrize(
@@ -156,8 +221,9 @@ def test_other_settings_and_none_start_anew(path: Path, stated: str | None) -> N
         *(b'{"id": ["a"], "images": []}', b'{"id": "a", "prediction": "b", "ids": {}}'),
     ],
 )
-def test_any_broken_line_but_the_last_is_refused(path: Path, line: bytes) -> None:
+def test_any_broken_line_but_the_last_is_refused(folder: Path, line: bytes) -> None:
+    path = folder / "predictions.jsonl"
     path.write_bytes(line + b"\n" + path.read_bytes())
-    for read in (read_predictions, lambda path: PredictionsFile(path, SETTINGS)):
+    for read in (read_predictions, lambda path: PredictionsFile(path.parent).begin("set", SETTINGS)):
         with pytest.raises(UserError):
             read(path)

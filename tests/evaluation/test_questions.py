@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from dora_vl.cli import main
+from dora_vl.data.example import Answer, Example
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.benchmarks import read_set
-from dora_vl.evaluation.questions import Question, outputs_of, read_question_file, read_questions
+from dora_vl.evaluation.questions import outputs_of, read_question_file, read_questions
 from dora_vl.evaluation.scores.benchmark import LETTER, SHORT, prompt_turns
 
 
@@ -33,15 +34,16 @@ def lines(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 def test_the_last_round_is_the_question_and_the_rounds_before_it_are_its_context(tmp_path: Path) -> None:
     rows = [
-        about_picture(7, "<image>\nwhat?", "a cat", "which colour?", "grey", kind="color"),
+        about_picture(7, "<image>\nwhat?", "a cat", "which colour?", "grey", kind="color", unit=9),
         about_picture("a", "<image>\nwhat?", "a cat"),
     ]
     (question, first), unreadable = read_questions(lines(tmp_path / "q.jsonl", rows))
     assert unreadable == {}
     turns = (Turn("user", "<image>\nwhat?"), Turn("assistant", "a cat"), Turn("user", "which colour?"))
-    assert question == Question(id="7", images=("a.png",), turns=turns, truth="grey", kind="color")
-    assert question.text == "which colour?"
-    assert (first.text, first.kind) == ("what?", None)  # without its placeholder
+    assert (question.id, question.images, question.turns) == ("7", ("a.png",), turns)
+    assert question.question == "which colour?"
+    assert (question.answers, question.extra) == ((Answer(text="grey"),), {"kind": "color", "unit": "9"})
+    assert (first.question, first.extra) == ("what?", {})  # without its placeholder
 
 
 def test_unreadable_records_are_named_and_the_limit_counts_them(tmp_path: Path) -> None:
@@ -60,11 +62,11 @@ def test_other_formats_and_containers_are_questions_too(tmp_path: Path) -> None:
         {"role": "assistant", "content": "red"},
     ]
     (question,), _ = read_questions(lines(tmp_path / "q.jsonl", [{"id": "a", "messages": messages}]))
-    assert (question.images, question.text, question.truth) == (("a.png",), "Which?", "red")
+    assert (question.images, question.question, question.answers) == (("a.png",), "Which?", (Answer(text="red"),))
     assert [turn.role for turn in question.turns] == ["system", "user"]
     (tmp_path / "q.csv").write_text("id,image,question,answer\na,a.png,Which?,red\nb,b.png,Why?,\n")
     (question,), unreadable = read_questions(tmp_path / "q.csv")
-    assert (question.images, question.text, question.truth) == (("a.png",), "Which?", "red")
+    assert (question.images, question.question, question.answers) == (("a.png",), "Which?", (Answer(text="red"),))
     assert unreadable.keys() == {"b"}
 
 
@@ -138,7 +140,7 @@ def test_scienceqas_conversations_have_choices(tmp_path: Path) -> None:
     lines(tmp_path / "p.jsonl", [{"question_id": name, "text": text} for name, text in answers.items()])
     predictions = ["--predictions", str(tmp_path / "p.jsonl"), "--to", str(tmp_path)]
     main(["evaluate", "--benchmarks", f"scienceqa={path}", *predictions])
-    entry = json.loads((tmp_path / "metrics.json").read_text())["benchmarks"]["scienceqa"]
+    entry = json.loads((tmp_path / "metrics.json").read_text())["sets"]["scienceqa"]
     assert (entry["n"], entry["metrics"]["accuracy"]["value"]) == (4, 50.0)  # two of 4, 5, 6 and the unreadable 8
     assert entry["metrics"]["image accuracy"]["value"] == 100.0
 
@@ -150,9 +152,9 @@ TRUTH = "the correct answer is answer2"
 TEXT = "Is it?\n\nAnswer1: a Answer2: b\n\nAnswer format: answer1/answer2"
 
 
-def instruction(text: str, answer: str = "answer2", added: str = "") -> Question:
+def instruction(text: str, answer: str = "answer2", added: str = "") -> Example:
     turn = Turn("user", f"{text}\n{added}" if added else text, len(added))
-    return Question(id="q", turns=(turn,), truth=TRUTH, answer=answer)
+    return Example(id="q", turns=(turn,), answers=(Answer(text=answer),), extra={"output": TRUTH})
 
 
 @pytest.mark.parametrize("added", ["", "a text\nabout it"])

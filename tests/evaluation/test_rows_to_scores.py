@@ -67,7 +67,7 @@ def test_a_row_becomes_prompt_target_and_score(
     for prediction, share in row["scores"].items():
         assert questions.scorer is not None
         scored = questions.scorer(questions.examples, {example.id: prediction})
-        assert scored.per_item[example.id] == pytest.approx(share, rel=1e-9), prediction
+        assert scored.shares[example.id] == pytest.approx(share, rel=1e-9), prediction
 
 
 def test_every_source_is_followed_to_its_score() -> None:

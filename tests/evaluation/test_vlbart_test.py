@@ -19,6 +19,7 @@ from dora_vl.backbones.vision_store import FeatureReader, FeatureStore, Stored
 from dora_vl.data.example import Answer, Example, ExampleFile, write_examples
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation import vlbart_assistant
+from dora_vl.evaluation.predictions import read_predictions
 from dora_vl.evaluation.vlbart_tasks import all_subtasks
 from dora_vl.evaluation.vlbart_test import check_tests
 from dora_vl.run.reading import read_run
@@ -150,8 +151,8 @@ def test_each_score_is_written_at_once_and_missing_features_are_named(data: Path
     with pytest.raises(ArithmeticError):
         run(broken)
     metrics = json.loads((data.parent / "run" / "metrics.json").read_text())
-    assert set(metrics["tasks"]) == {"gqa"}
-    assert list(metrics["tasks"]["gqa"]["failed"]) == ["gqa-5"]
+    assert set(metrics["sets"]) == {"gqa"}
+    assert list(metrics["sets"]["gqa"]["failed"]) == ["gqa-5"]
     assert metrics["train_steps"] > 0
 
 
@@ -180,6 +181,7 @@ def test_the_others_of_a_batch_have_their_answers(name: str, tmp_path: Path, mon
     whole = answers_in(tmp_path, name)
     subtask = all_subtasks()[name]
     assert subtask.answer_by == TASKS[name]
+    (tmp_path / "run" / "predictions.jsonl").unlink()
     with monkeypatch.context() as patched:
         break_row(2, patched)
         with pytest.raises(UserError):
@@ -191,5 +193,5 @@ def test_the_others_of_a_batch_have_their_answers(name: str, tmp_path: Path, mon
 
 
 def answers_in(folder: Path, task: str) -> dict[str, str]:
-    lines = (folder / "run" / "predictions" / f"{task}.jsonl").read_text().splitlines()
-    return {row["id"]: row["prediction"] for row in map(json.loads, lines)}
+    rows = read_predictions(folder / "run" / "predictions.jsonl")[task]
+    return {name: row.prediction for name, row in rows.items()}

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 
 import pytest
 
 from dora_vl.adapters.decomposition import Panel, Point
 from dora_vl.core.analysis import WeightChange
-from dora_vl.report.answers import Item, confusion, worst
+from dora_vl.evaluation.predictions import Prediction
+from dora_vl.evaluation.results import AnswerScore, SetResult
+from dora_vl.evaluation.scores.scored import ItemScore
+from dora_vl.report.answers import confusion, worst
 from dora_vl.report.charts import MOST_POINTS, Chart, Series, chart
 from dora_vl.report.views import by_stack, depth_of, over_depth
 
@@ -55,39 +59,33 @@ def test_long_lines_are_thinned_to_means_and_gaps_left_out() -> None:
     assert chart("t", [Series(name="a", x=[1.0], y=[math.inf])], y_label="y") is None
 
 
-def item(name: str, truth: str, prediction: str, kind: str = "", share: float | None = None) -> Item:
-    right = float(truth == prediction) if share is None else share
-    words = {
-        "truth": truth,
-        "prediction": prediction,
-        "whole": prediction,
-        "label": truth,
-        "prediction_label": prediction,
-    }
-    return Item(id=name, question="q", kind=kind, share=right, **words)
+def item(truth: str, answer: str, kind: str = "", *, share: float | None = None) -> AnswerScore:
+    right = float(truth == answer) if share is None else share
+    score = ItemScore(unit="", share=right, columns={}, failed=not answer)
+    return AnswerScore(score=score, kind=kind, truth=truth, answer=answer)
+
+
+def of_set(items: Mapping[str, AnswerScore], headline: str = "accuracy") -> SetResult:
+    predictions = {name: Prediction(id=name) for name in items}
+    return SetResult(name="s", entry={"headline": headline}, scored=None, items=items, predictions=predictions)
 
 
 def test_confusion_counts_by_hand() -> None:
     pairs = [("yes", "yes"), ("yes", "no"), ("yes", "Yes."), ("no", "no"), ("no", "a boat"), ("yes", "yes")]
-    matrix = confusion("t", [item(str(number), *pair) for number, pair in enumerate(pairs)])
+    items = {str(number): item(*pair) for number, pair in enumerate([*pairs, ("yes", "")])}  # the last has no answer
+    matrix = confusion("t", of_set(items))
     assert matrix is not None
     assert matrix.labels == ("yes", "no")
     assert matrix.columns == ("yes", "no", "other")
     assert matrix.counts == ((3, 1, 0), (0, 1, 1))
-    open_answers = [item(str(number), f"answer {number}", "x") for number in range(6)]
-    assert confusion("t", open_answers) is None
+    assert confusion("t", of_set({str(number): item(f"answer {number}", "x") for number in range(6)})) is None
 
 
 def test_the_worst_are_wrong_and_of_every_kind_in_turn() -> None:
-    items = [
-        item("a1", "x", "y", "a"),
-        item("a2", "x", "y", "a"),
-        item("b1", "x", "y", "b"),
-        item("right", "x", "x", "b"),
-    ]
-    assert [entry.id for entry in worst(items, 3, is_accuracy=True)] == ["a1", "b1", "a2"]
-    graded = [item("low", "x", "x", share=0.9), item("lower", "x", "x", share=0.7)]
-    assert [entry.id for entry in worst(graded, 2, is_accuracy=False)] == ["lower", "low"]
+    items = {"right": item("x", "x", "b")} | {f"{kind}{n}": item("x", "y", kind) for kind, n in ("a1", "a2", "b1")}
+    assert [answer.id for answer in worst(of_set(items))] == ["a1", "b1", "a2"]
+    graded = of_set({"low": item("x", "x", share=0.9), "lower": item("x", "x", share=0.7)}, headline="CIDEr")
+    assert [answer.id for answer in worst(graded)] == ["lower", "low"]
 
 
 def test_layers_of_two_stacks_are_two_lines() -> None:

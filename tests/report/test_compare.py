@@ -11,6 +11,11 @@ import numpy as np
 import pytest
 
 from dora_vl.cli import main
+from dora_vl.data.example import Example
+from dora_vl.errors import Diverged
+from dora_vl.evaluation.predictions import Predictions
+from dora_vl.evaluation.scores.scored import ACCURACY, Tally
+from dora_vl.evaluation.test_sets import ResultFolder, Tested, TestSet
 from dora_vl.report import compare
 from tests.backbones.tiny_language import write_tiny_language
 from tests.training.tiny_run import json_of
@@ -50,18 +55,23 @@ class Trainings:
             return SimpleNamespace(returncode=-2)
         folder, rate = Path(words["training.output_dir"]), float(words["training.learning_rate"])
         if rate > 0.02:
-            return SimpleNamespace(returncode=1)
+            return SimpleNamespace(returncode=Diverged.status)
         best = 0.003 if words.get("adapter.method") == "lora" else 0.01
         loss = 1 + abs(np.log(max(rate, 1e-9) / best))
         (folder / "log.jsonl").write_text(json.dumps({"step": 3, "eval_loss": loss}) + "\n")
         (folder / "metrics.json").write_text(json.dumps({"train_steps": 3}))
         if words.get("evaluation.files") != "{}":
             right = ITEMS * (0 if rate == 0 else 3 if words["adapter.method"] == "dora" else 2) // 4
-            rows = [
-                {"id": f"q{number}", "unit": f"p{number // self.of_a_picture}", "score": float(number < right)}
-                for number in range(ITEMS)
-            ]
-            (folder / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            tally = Tally()
+            for number in range(ITEMS):
+                hit = float(number < right)
+                columns = {"right": hit, "asked": 1.0}
+                tally.add(f"q{number}", hit, columns, unit=f"p{number // self.of_a_picture}")
+            test = TestSet(
+                name="openbookqa", examples=[Example(id=f"q{number}") for number in range(ITEMS)], score=None
+            )
+            tested = Tested(test=test, predictions=Predictions(), scored=tally.scored({"accuracy": ACCURACY}))
+            ResultFolder(folder=folder, header={"train_steps": 3}).write([tested])
         return SimpleNamespace(returncode=0)
 
 
@@ -87,19 +97,31 @@ def test_each_contender_is_tested_at_the_rate_of_its_lowest_loss(
     assert {(words["adapter.rank"], words["adapter.alpha"]) for words in sweep} == {("4", "12"), ("8", "24")}
     results = {row["name"]: row for row in json_of(tmp_path / "out" / "compare.json")["results"]}
     assert list(results) == ["dora r4", "dora r8", "lora r4", "lora r8", "untrained"]
-    assert (results["dora r4"]["score"], results["lora r4"]["score"], results["untrained"]["score"]) == (75, 50, 0)
-    difference, low, high = results["lora r8"]["difference"]
-    assert (results["lora r8"]["against"], difference) == ("dora r8", -25.0)
-    assert -45 < low < -25 < high < -5
-    gain, low, high = results["lora r4"]["gain"]
-    assert gain == 50
-    assert 30 < low < 50 < high < 70
-    assert results["untrained"]["gain"] is None
+    names = ("dora r4", "lora r4", "untrained")
+    assert [results[name]["scores"]["openbookqa"]["value"] for name in names] == [75, 50, 0]
+    contrasts = {
+        (row["name"], row["against"]): row["difference"]
+        for row in json_of(tmp_path / "out" / "compare.json")["contrasts"]
+    }
+    of_methods = {(f"lora r{rank}", f"dora r{rank}") for rank in (4, 8)}
+    of_ranks = {(f"{method} r8", f"{method} r4") for method in ("dora", "lora")}
+    assert contrasts.keys() == of_methods | of_ranks | {(name, "untrained") for name in results if name != "untrained"}
+    apart = contrasts["lora r8", "dora r8"]
+    assert apart["value"] == -25
+    assert -45 < apart["low"] < -25 < apart["high"] < -5
+    gain = contrasts["lora r4", "untrained"]
+    assert gain["value"] == 50
+    assert 30 < gain["low"] < 50 < gain["high"] < 70
+    assert gain["simultaneous"][0] < gain["low"]
+    assert contrasts["dora r8", "dora r4"]["value"] == 0
     assert results["dora r4"]["losses"]["0.032"] is None  # this rate failed, and says so
     assert (tmp_path / "out" / "dora_r4" / "rate_0.032_seed_5" / "failed.txt").is_file()
     for picture in ("score_by_rank.png", "loss_by_rate.png"):
         assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
-    assert "-25.00 to dora r4" in capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "lora r4 dora r4 -25.00" in printed
+    assert "8 contrasts" in printed
+    assert "with 2 seeds the intervals are over the test's items alone" in printed
 
 
 def test_items_of_one_picture_are_drawn_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,11 +132,12 @@ def test_items_of_one_picture_are_drawn_together(tmp_path: Path, monkeypatch: py
         Trainings(monkeypatch, of_a_picture=count)
         compared(folder)
         result = json_of(folder / "out" / "compare.json")["results"][0]
-        assert (result["name"], result["score"], result["items"]) == ("dora r4", 75, ITEMS)
-        intervals[count] = result["interval"]
+        score = result["scores"]["openbookqa"]
+        assert (result["name"], score["value"]) == ("dora r4", 75)
+        intervals[count] = score["low"], score["high"]
     low, high = intervals[1]
     assert 55 < low < 65 < 85 < high < 95
-    assert intervals[10] == [25, 100]  # of four pictures, of which three are right
+    assert intervals[10] == (pytest.approx(32.6, abs=1.5), 100)  # of four pictures, of which three are right
 
 
 def test_a_stopped_comparison_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,6 +147,39 @@ def test_a_stopped_comparison_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
     second = Trainings(monkeypatch)
     compared(tmp_path)
     assert len(first.started[:7]) + len(second.started) == 14 + 9
+
+
+def test_what_passes_ends_no_cell_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk or a locked folder is no result: the comparison stops, and resumes when started again."""
+    trainings = Trainings(monkeypatch)
+
+    def full_disk(command: list[str], **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(returncode=2)
+
+    monkeypatch.setattr(compare.subprocess, "run", full_disk)
+    with pytest.raises(SystemExit) as ended:
+        compared(tmp_path)
+    assert ended.value.code == 2
+    assert not list((tmp_path / "out").rglob("failed.txt"))
+    monkeypatch.setattr(compare.subprocess, "run", trainings)
+    compared(tmp_path)
+    assert (tmp_path / "out" / "compare.json").is_file()
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_the_loss_is_that_of_the_checkpoint_that_is_tested(tmp_path: Path, best: bool) -> None:
+    cell = compare.CellRun(tmp_path, (), is_tested=False, takes_best=best)
+    lines = [{"step": step, "eval_loss": loss} for step, loss in enumerate((2.0, 1.0, 1.5))]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert cell.loss == (1.0 if best else 1.5)
+
+
+def test_a_recipes_own_strategy_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The paper's recipes keep the best checkpoint, for which saving and evaluating must go together."""
+    trainings = Trainings(monkeypatch)
+    compared(tmp_path, "--training.eval_strategy=steps", "--training.load_best_model_at_end=true")
+    tested = [words for words in trainings.started if "adapter.method" in words]
+    assert {words["training.eval_strategy"] for words in tested} == {"steps"}
 
 
 @pytest.mark.parametrize(
@@ -172,8 +228,8 @@ def test_real_runs_are_compared(tmp_path: Path) -> None:
     results = json_of(tmp_path / "out" / "compare.json")["results"]
     assert [row["name"] for row in results] == ["dora r2", "full"]
     for row in results:
-        assert row["items"] == 40
+        assert len(row["scores"]) == 1
         assert all(loss > 0 for loss in row["losses"].values())
-        assert len(row["by_seed"]) == 2
+        assert [len(values) for values in row["by_seed"].values()] == [2]
         for metrics in row["metrics"]:
             assert metrics["forgetting"]["perplexity"]["adapted"] > 1

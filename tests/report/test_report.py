@@ -11,9 +11,17 @@ from pathlib import Path
 import pytest
 
 from dora_vl.cli import main
+from dora_vl.data.example import Example, write_examples
+from dora_vl.evaluation.ask import Assistant
+from dora_vl.evaluation.open_model import ModelRequest, open_model
+from dora_vl.evaluation.results import read_results
+from dora_vl.evaluation.test import evaluate_commonsense
 from dora_vl.report.report import SECTIONS
+from dora_vl.run.settings import CommonsenseEvaluationConfig
+from tests.backbones.tiny_language import write_tiny_language
 from tests.report.conftest import HOSTILE
 
+KINDS = {"often": 16, "seldom": 8}
 VOID = {"meta", "img", "br"}  # a path or a use of a drawing closes itself
 
 
@@ -64,9 +72,10 @@ def asks_a_host(page: Page) -> list[str]:
 
 def test_a_run_of_a_llava_shows_every_part(llava_run: Path, tmp_path: Path) -> None:
     page, metrics = reported(llava_run, to=tmp_path / "page.html"), json.loads((llava_run / "metrics.json").read_text())
-    low, high = metrics["interval_95"]
-    assert f"{100 * metrics['accuracy']:.2f} {100 * low:.2f} to {100 * high:.2f}" in " ".join(page.words.split())
-    assert f"{round((1 - metrics['accuracy']) * metrics['n'])} of {metrics['n']} answers are wrong" in page.words
+    entry = metrics["sets"]["train"]
+    accuracy, (low, high) = entry["metrics"]["accuracy"]["value"], entry["metrics"]["accuracy"]["interval_95"]
+    assert f"{accuracy:.2f} {low:.2f} to {high:.2f}" in " ".join(page.words.split())
+    assert f"{round((1 - accuracy / 100) * entry['n'])} of {entry['n']} answers are wrong" in page.words
     assert {attributes.get("id") for attributes in page.all("h2")} == {name for name, _ in SECTIONS}
     charts = [attributes["aria-label"] or "" for attributes in page.all("figure")]
     for title in ("loss", "learning rate by part", "gradient norm", "throughput", "padding", "memory"):
@@ -82,24 +91,59 @@ def test_a_run_of_a_llava_shows_every_part(llava_run: Path, tmp_path: Path) -> N
 
 
 def test_kinds_and_what_a_score_is_compared_with_stand_below_it(copied: Path, vlbart_run: Path, tmp_path: Path) -> None:
-    lines = [json.loads(line) for line in (copied / "predictions.jsonl").read_text().splitlines()]
-    for number, line in enumerate(lines):
-        line["kind"] = "often" if number % 3 else "seldom"
-    (copied / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     metrics = json.loads((copied / "metrics.json").read_text())
-    part = metrics["baselines"]["exchanged_pictures"]
-    metrics["baselines"]["warning"] = "the answers do not look"
+    entry = metrics["sets"]["train"]
+    entry["metrics"] |= {f"kind/{kind}": {"value": 50.0, "interval_95": None, "n": n} for kind, n in KINDS.items()}
+    part = entry["baselines"]["exchanged_pictures"]
+    entry["baselines"]["warning"] = "the answers do not look"
     (copied / "metrics.json").write_text(json.dumps(metrics))
     words = " ".join(reported(copied, to=tmp_path / "page.html").words.split())
     low, high = part["interval_95"]
     assert f"with pictures exchanged {part['n']} {part['value']:.2f} {low:.2f} to {high:.2f}" in words
-    assert "copied: the answers do not look." in words
-    assert "kind/often 16 " in words
-    assert "kind/seldom 8 " in words
-    tasks = json.loads((vlbart_run / "metrics.json").read_text())["tasks"]
+    assert "copied, train: the answers do not look." in words
+    assert all(f"kind/{kind} {n} 50.00" in words for kind, n in KINDS.items())
+    tasks = json.loads((vlbart_run / "metrics.json").read_text())["sets"]
     assert all(task["baselines"]["exchanged_pictures"]["n"] > 1 for task in tasks.values())
     rows = " ".join(reported(vlbart_run, to=tmp_path / "page.html").words.split())
     assert rows.count("with pictures exchanged") == len(tasks)
+
+
+def test_a_cloze_run_shows_the_numbers_of_its_metrics(tmp_path: Path) -> None:
+    """What the endings' likelihoods say is not scored again as if it were text; truth and answer are endings."""
+    model = open_model(ModelRequest(model=str(write_tiny_language(tmp_path / "model")), template="cloze")).adapted
+    assert isinstance(model, Assistant)
+    run = tmp_path / "run"
+    (run / "adapter").mkdir(parents=True)
+    (run / "adapter" / "adapter_model.safetensors").write_bytes(b"any")
+    (run / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    for task in ("boolq", "piqa"):
+        examples = [
+            Example(
+                id=str(n),
+                question=f"Is {n}?",
+                extra={
+                    "task": task,
+                    "correct": n % 2,
+                    "contexts": [f"Is {n}?"] * 2,
+                    "endings": [f"no {n}", f"yes {n}"],
+                },
+            )
+            for n in range(12)
+        ]
+        write_examples(tmp_path / f"{task}.jsonl", examples)
+    files = {task: str(tmp_path / f"{task}.jsonl") for task in ("boolq", "piqa")}
+    evaluation = CommonsenseEvaluationConfig(files=files, scoring=("cloze",))
+    evaluate_commonsense(model.backbone, model.prompts.encoder, evaluation, run_folder=run)
+    entry = json.loads((run / "metrics.json").read_text())["sets"]["cloze"]
+    assert 0 < entry["metrics"]["average"]["value"] < 100
+    page = reported(run, to=tmp_path / "page.html", more=("--no-weights",))
+    words = " ".join(page.words.split())
+    for name, metric in entry["metrics"].items():
+        low, high = metric["interval_95"]
+        assert f"{name} {metric['n']} {metric['value']:.2f} {low:.2f} to {high:.2f}" in words, name
+    wrong = [item for item in read_results(run)["cloze"].items.values() if item.score.share == 0]
+    assert f"{len(wrong)} of 24 answers are wrong" in words
+    assert all(item.truth != item.answer and {item.truth[:2], item.answer[:2]} == {"no", "ye"} for item in wrong)
 
 
 def test_a_run_of_a_vlbart(vlbart_run: Path, tmp_path: Path) -> None:
@@ -121,14 +165,21 @@ def test_two_runs_side_by_side(llava_run: Path, other_run: Path, tmp_path: Path)
     assert {"adapter.method", "training.learning_rate", "training.output_dir"} <= set(differing.split())
     assert "model.base" not in differing.split()
     assert "theirs: training, smoothed" in page.words
-    scores = [json.loads((folder / "metrics.json").read_text())["accuracy"] for folder in (other_run, llava_run)]
-    assert f"{100 * (scores[0] - scores[1]):+.2f} (" in page.words
+    sets = [json.loads((folder / "metrics.json").read_text())["sets"] for folder in (other_run, llava_run)]
+    first, second = (of_run["train"]["metrics"]["accuracy"]["value"] for of_run in sets)
+    assert f"{first - second:+.2f} (" in page.words
 
 
 def test_no_host_is_asked_and_foreign_text_is_text(copied: Path, tmp_path: Path) -> None:
-    predictions = [json.loads(line) for line in (copied / "predictions.jsonl").read_text().splitlines()]
-    predictions[0] |= {"prediction": HOSTILE, "question": HOSTILE, "truth": f"not {HOSTILE}", "kind": HOSTILE}
-    (copied / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in predictions))
+    predictions, scores = (
+        [json.loads(line) for line in (copied / name).read_text().splitlines()]
+        for name in ("predictions.jsonl", "scores.jsonl")
+    )
+    predictions[0] |= {"prediction": HOSTILE, "question": HOSTILE}
+    score = next(line for line in scores if line["id"] == predictions[0]["id"])
+    score |= {"share": 0.0, "answer": f"is {HOSTILE}", "truth": f"not {HOSTILE}", "kind": HOSTILE}
+    for name, rows in (("predictions.jsonl", predictions), ("scores.jsonl", scores)):
+        (copied / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     answers = copied / "watched" / "answers.jsonl"
     lines = [json.loads(line) for line in answers.read_text().splitlines()]
     lines[0]["answers"] = dict.fromkeys(lines[0]["answers"], HOSTILE + " half a pair \ud83d")

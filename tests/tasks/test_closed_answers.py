@@ -21,6 +21,7 @@ from dora_vl.data.example import Answer, Example, ExampleFile, write_examples
 from dora_vl.data.order import MixturePlan, Source
 from dora_vl.errors import SettingError, UserError
 from dora_vl.evaluation.open_model import ModelRequest, open_model
+from dora_vl.evaluation.predictions import read_predictions
 from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
 from dora_vl.evaluation.vlbart_tasks import Seq2SeqCollator, all_subtasks, closed
 from dora_vl.run.settings import RunConfig
@@ -130,14 +131,18 @@ def test_the_head_trains_and_is_saved_with_its_list_and_answers_the_test(run_fil
     assert left_out == {task: [f"{task}-{index}" for index in indices] for task, indices in OUTSIDE.items()}
     backbone = loaded(trained, run_file.parent / "data" / "base")
     for task, answers in LISTS.items():
-        assert metrics["tasks"][task]["settings"]["answer_by"] == "closed"
-        rows = [json.loads(line) for line in (trained / "predictions" / f"{task}.jsonl").read_text().splitlines()]
+        assert metrics["sets"][task]["asked_with"]["answer_by"] == "closed"
+        rows = read_predictions(trained / "predictions.jsonl")[task].values()
         best = by_hand(config_of(run_file), backbone, task).argmax(1)
-        assert [row["prediction"] for row in rows] == [answers[index] for index in best.tolist()]
-    shutil.copytree(trained, trained.with_name("again"))
-    (trained.with_name("again") / "metrics.json").unlink()
-    again = train(run_file, f"--training.output_dir={trained.with_name('again')}", "--test_only=true")
-    assert json.loads((again / "metrics.json").read_text())["tasks"] == metrics["tasks"]
+        assert [row.prediction for row in rows] == [answers[index] for index in best.tolist()]
+    shutil.copytree(trained, again := trained.with_name("again"))
+    for name in ("metrics.json", "predictions.jsonl"):
+        (again / name).unlink()
+    train(run_file, f"--training.output_dir={again}", "--test_only=true")
+    sets = json.loads((again / "metrics.json").read_text())["sets"]
+    assert {name: entry["metrics"] for name, entry in sets.items()} == {
+        name: entry["metrics"] for name, entry in metrics["sets"].items()
+    }
 
 
 @pytest.mark.parametrize("task", ["vqav2", pytest.param("gqa", marks=pytest.mark.slow)])
@@ -359,12 +364,12 @@ def gqa_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_pictures_are_answered_from_the_list_and_by_the_base_in_words(gqa_folder: Path, capsys: Any) -> None:
     adapter, pictures = gqa_folder / "run" / "adapter", gqa_folder / "pictures"
-    rows = [json.loads(line) for line in (gqa_folder / "run" / "predictions" / "gqa.jsonl").read_text().splitlines()]
+    rows = read_predictions(gqa_folder / "run" / "predictions.jsonl")["gqa"].values()
     images = [part for colour in COLOURS for part in ("--image", str(pictures / f"{colour}.png"))]
     question = ["--question", "what color is it?", "--compare-base"]
     image_qa.main(["--adapter", str(adapter), *images, *question])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.removeprefix("  with adapter:").strip() for line in lines[1::3]] == [row["prediction"] for row in rows]
+    assert [line.removeprefix("  with adapter:").strip() for line in lines[1::3]] == [row.prediction for row in rows]
     base = open_model(ModelRequest(adapter=adapter, with_base=True)).base
     assert isinstance(base, VlBartAssistant)
     assert [subtask.answer_by for subtask in base.subtasks] == ["text"]
@@ -372,5 +377,4 @@ def test_pictures_are_answered_from_the_list_and_by_the_base_in_words(gqa_folder
     main([*options, "--images", str(pictures), "--to", str(gqa_folder / "evaluated")])
     evaluated = json.loads((gqa_folder / "evaluated" / "metrics.json").read_text())
     tested = json.loads((gqa_folder / "run" / "metrics.json").read_text())
-    accuracy = evaluated["benchmarks"]["gqa"]["metrics"]["accuracy"]["value"]
-    assert accuracy == tested["tasks"]["gqa"]["metrics"]["accuracy"]
+    assert evaluated["sets"]["gqa"]["metrics"] == tested["sets"]["gqa"]["metrics"]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from dora_vl.adapters.folder import save_adapter
 from dora_vl.core import apply_dora
 from dora_vl.errors import SettingError, UserError
+from dora_vl.evaluation.results import read_results
 from dora_vl.evaluation.test import read_sets
 from dora_vl.run.reading import read_run
 from dora_vl.run.settings import EvaluationConfig, RunConfig
@@ -67,18 +68,19 @@ def test_the_smoke_configuration_runs_whole(folder: Path) -> None:
     run = folder / "smoke"
     metrics = json_of(run / "metrics.json")
     assert metrics["train_samples"] == 48
+    assert "average" not in metrics  # two ways of scoring the same questions
     for way in ("generation", "likelihood"):
-        entry = metrics[way]
+        entry = metrics["sets"][way]
         assert entry["n"] == 40
-        assert set(entry["accuracy"]) == {"average", "openbookqa"}
-        low, high = entry["interval_95"]["openbookqa"]
-        assert low <= entry["accuracy"]["openbookqa"] <= high
-        assert entry["failed_questions"] == {}
-        assert way in entry["settings"]["scoring"]
-    assert metrics["generation"]["settings"]["extraction"] == "nvlabs"
-    assert metrics["likelihood"]["no_answer_found"] == 0  # one of the four is always the likeliest
-    lines = (run / "predictions.jsonl").read_text().splitlines()
-    assert len(lines) == 40
+        assert set(entry["metrics"]) == {"average", "openbookqa"}
+        low, high = entry["metrics"]["openbookqa"]["interval_95"]
+        assert low <= entry["metrics"]["openbookqa"]["value"] <= high
+        assert entry["failed"] == {}
+        assert way in str(entry["scoring"])
+        assert entry["settings"]["extraction"] == "nvlabs"
+    results = read_results(run)
+    assert all(item.answer for item in results["likelihood"].items.values())  # one of the four is the likeliest
+    assert {len(result.predictions) for result in results.values()} == {40}
     weights = load_file(run / "adapter" / "adapter_model.safetensors")
     assert any(name.endswith("up_proj.lora_magnitude_vector") for name in weights)
     assert not any(".o_proj." in name or ".gate_proj." in name for name in weights)
@@ -102,10 +104,12 @@ def test_the_smoke_run_is_tested_again_without_training(folder: Path) -> None:
     apply_dora(backbone.model, task.dora_config(backbone))
     save_adapter(backbone.model, run / "adapter")
     weights = (run / "adapter" / "adapter_model.safetensors").read_bytes()
-    (run / "metrics.json").write_text(json.dumps({"train_steps": 7, "generation": {"n": 1}}))
+    (run / "metrics.json").write_text(json.dumps({"train_steps": 7, "sets": {"generation": {"n": 1}}}))
     again("tested", "--evaluation.limit", "5")
     metrics = json_of(run / "metrics.json")
-    assert (metrics["train_steps"], metrics["generation"]["n"], metrics["likelihood"]["n"]) == (7, 5, 5)
+    assert (metrics["train_steps"], {name: entry["n"] for name, entry in metrics["sets"].items()}) == (
+        *(7, {"generation": 5, "likelihood": 5}),
+    )
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == weights
     assert not (run / "log.jsonl").exists()
 
@@ -162,8 +166,10 @@ def test_a_sets_answer_is_the_rows_or_found_in_its_output(tmp_path: Path) -> Non
     (tmp_path / "test.json").write_text(json.dumps(rows))
     questions, unreadable = read_sets(EvaluationConfig(files={"piqa": str(tmp_path / "test.json")}))
     assert [item.id for item in questions] == ["piqa/a", "piqa/row 2", "piqa/7"]
-    assert {(item.answer, item.kind, item.truth) for item in questions} == {("solution2", "piqa", row["output"])}
-    assert {(item.turns[0].instruction, item.turns[0].input, item.text) for item in questions} == {
+    assert {(item.answers[0].text, item.extra["kind"], item.extra["output"]) for item in questions} == {
+        ("solution2", "piqa", row["output"])
+    }
+    assert {(item.turns[0].instruction, item.turns[0].input, item.question) for item in questions} == {
         ("Is it?", "a text", "Is it?\na text")
     }
     assert unreadable == {"piqa/row 3": "'output' is empty"}

@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+from dora_vl.data.example import Example
 from dora_vl.data.turns import Turn
 from dora_vl.evaluation.ask import Assistant, Shown, model_inputs
 from dora_vl.evaluation.ask_command import open_picture
 from dora_vl.evaluation.open_model import ModelRequest, open_model
-from dora_vl.evaluation.questions import Question
 from dora_vl.run.reading import read_run_file
 from dora_vl.serving.model import open_served
 from dora_vl.training.decoder_pipeline import DecoderPipeline
@@ -64,7 +64,7 @@ def test_the_printed_answer_is_the_model_s_whole_answer(adapter: Path, pictures:
     assistant = open_model(ModelRequest(adapter=adapter)).adapted
     turns = [Turn("user", "<image>\nSay the colour.")]
     assert printed == assistant.answer(
-        Question(id="q", turns=tuple(turns)), Shown(pictures=(open_picture(Path(pictures[0])),)), max_new_tokens=4
+        Example(id="q", turns=tuple(turns)), Shown(pictures=(open_picture(Path(pictures[0])),)), max_new_tokens=4
     )
 
 
@@ -135,7 +135,7 @@ def test_pictures_together_and_a_conversation(
 ) -> None:
     seen: list[tuple[list[Turn], int]] = []
 
-    def answer(self: object, question: Question, shown: Shown, **_: object) -> str:
+    def answer(self: object, question: Example, shown: Shown, **_: object) -> str:
         seen.append(([*question.turns], len(shown.pictures)))
         return "red"
 

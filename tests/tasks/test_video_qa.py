@@ -23,7 +23,7 @@ from dora_vl.evaluation import ask, ask_command, vlbart_tasks
 from dora_vl.evaluation.ask import Shown
 from dora_vl.evaluation.open_model import ModelRequest, Opened, open_model
 from dora_vl.evaluation.predictions import read_predictions
-from dora_vl.evaluation.questions import as_question
+from dora_vl.evaluation.results import score_lines
 from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
 from dora_vl.run.reading import read_run, read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
@@ -131,7 +131,7 @@ def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, root: Path) -> 
             for example in (Example(id="1", question=text, videos=(clip,)) for text in ("which?", ""))
         )
     torch.testing.assert_close(tokens.half(), open_features(root / "features").read("test-00000"), atol=2e-3, rtol=2e-3)
-    question = as_question(Example(id="1", question="which?"))
+    question = Example(id="1", question="which?")
 
     def features(model: VlBartAssistant, pictures: Any, subtask: Any) -> Any:
         return model.sample(Example(id="1", question="which?"), subtask, pictures).features[0]
@@ -200,11 +200,11 @@ def test_another_tower_is_refused(vlbart: Path, clip: str, tmp_path: Path, capsy
 
 def test_the_run_shows_its_clips(vlbart: Path) -> None:
     metrics = json.loads((vlbart.parent / "metrics.json").read_text())
-    assert {"color", "shape", "direction", "count", "spoken"} <= set(metrics["by_kind"])
-    words = metrics["tasks"]["video_words"]  # the one task with an accuracy; captions have CIDEr
-    assert metrics["n"] == words["n"] == sum(kind["n"] for kind in metrics["by_kind"].values())
-    assert metrics["accuracy"] == pytest.approx(words["metrics"]["accuracy"] / 100, abs=1e-6)
-    assert "CIDEr" in metrics["tasks"]["video_caption"]["metrics"]
+    assert metrics["sets"]["video_words"]["headline"] == "accuracy"
+    assert metrics["sets"]["video_caption"]["headline"] == "CIDEr"
+    assert "average" not in metrics  # of two metrics there is none
+    kinds = {line["kind"] for line in score_lines(vlbart.parent) if line["set"] == "video_words"}
+    assert {"color", "shape", "direction", "count", "spoken"} <= kinds
     assert (vlbart.parent / "contact_sheet.png").stat().st_size > 10_000
 
 
@@ -241,13 +241,13 @@ def test_a_llava_is_evaluated_on_frames(
 
     monkeypatch.setattr(ask.QuestionSamples, "__getitem__", counted)
     metrics = evaluated(llava, own_benchmark, root, tmp_path, "--batch-size", 2)
-    entry = metrics["benchmarks"]["moving"]
+    entry = metrics["sets"]["moving"]
     assert (entry["n"], entry["failed"].keys()) == (2, {"gone"})
     assert "clips/gone.mp4 is missing" in entry["failed"]["gone"]
-    assert metrics["asked_with"]["moving"]["frames"] == 3
+    assert entry["asked_with"]["frames"] == 3
     (three,) = shown
     assert three[0] == 3
-    (line,) = read_predictions(tmp_path / "moving" / "predictions.jsonl").values()
+    (line,) = read_predictions(tmp_path / "predictions.jsonl")["moving"].values()
     assert line.question.endswith("Answer with the option's letter from the given choices directly.")
     shown.clear()
     evaluated(llava, own_benchmark, root, tmp_path, "--frames", 2)  # other frames: answers of before are not taken
@@ -260,17 +260,17 @@ def test_a_vlbart_is_evaluated_as_it_was_trained(
     vlbart: Path, own_benchmark: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "")  # without Java
-    entry = evaluated(vlbart, own_benchmark, root, tmp_path / "choice")["benchmarks"]["moving"]
+    entry = evaluated(vlbart, own_benchmark, root, tmp_path / "choice")["sets"]["moving"]
     assert (entry["n"], entry["failed"].keys()) == (2, {"gone"})
-    (line,) = read_predictions(tmp_path / "choice" / "moving" / "predictions.jsonl").values()
+    (line,) = read_predictions(tmp_path / "choice" / "predictions.jsonl")["moving"].values()
     example = next(iterate_examples(own_benchmark.parent / "clips.jsonl"))
-    trained = json.loads((vlbart.parent / "predictions" / "video_words.jsonl").read_text().splitlines()[0])
-    assert f"a{ord(line.prediction) - ord('A')}" == trained["prediction"]  # as the run's own test answered
+    own = read_predictions(vlbart.parent / "predictions.jsonl")
+    trained = next(iter(own["video_words"].values()))
+    assert f"a{ord(line.prediction) - ord('A')}" == trained.prediction  # as the run's own test answered
     right = line.prediction == "ABCDEFGH"[example.extra["correct"]]
     assert entry["metrics"]["accuracy"]["value"] == 50.0 * right
     captions = root / "data/records/moving_shapes_caption/test.jsonl"
-    entry = evaluated(vlbart, f"yc2c={captions}", root, tmp_path / "caption")["benchmarks"]["yc2c"]
-    (line,) = read_predictions(tmp_path / "caption" / "yc2c" / "predictions.jsonl").values()
-    trained = json.loads((vlbart.parent / "predictions" / "video_caption.jsonl").read_text().splitlines()[0])
-    assert line.prediction == trained["prediction"]
+    entry = evaluated(vlbart, f"yc2c={captions}", root, tmp_path / "caption")["sets"]["yc2c"]
+    (line,) = read_predictions(tmp_path / "caption" / "predictions.jsonl")["yc2c"].values()
+    assert line.prediction == next(iter(own["video_caption"].values())).prediction
     assert entry["headline"] == "CIDEr"

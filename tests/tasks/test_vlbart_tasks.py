@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dora_vl.errors import SettingError, UserError
+from dora_vl.evaluation.predictions import read_predictions
 from dora_vl.run.folder import read_log
 from dora_vl.training.run import run
 from dora_vl.training.seq2seq_tasks import check_same_features
@@ -32,12 +33,12 @@ def test_all_tasks_train_in_one_run_and_are_scored(tmp_path: Path) -> None:
     assert run(vlbart_run(file)) is None
     folder = tmp_path / "run"
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert set(metrics["tasks"]) == set(TESTED)
+    assert set(metrics["sets"]) == set(TESTED)
     for task in TESTED:
-        assert metrics["tasks"][task]["n"] == ITEMS
-        assert ("dev-5-0-0" if task == "nlvr2" else f"{task}-5") in metrics["tasks"][task]["failed"]
-        assert 0 <= metrics["tasks"][task]["metrics"]["accuracy"] <= 100
-    assert metrics["tasks"]["tvqa"]["settings"]["answer_by"] == "choice"
+        assert metrics["sets"][task]["n"] == ITEMS
+        assert ("dev-5-0-0" if task == "nlvr2" else f"{task}-5") in metrics["sets"][task]["failed"]
+        assert 0 <= metrics["sets"][task]["metrics"]["accuracy"]["value"] <= 100
+    assert metrics["sets"]["tvqa"]["asked_with"]["answer_by"] == "choice"
     assert metrics["settings"] == {
         "task_prompt": True,
         "subtitles_first": True,
@@ -47,8 +48,8 @@ def test_all_tasks_train_in_one_run_and_are_scored(tmp_path: Path) -> None:
         "batch_size": 21,
         "weight_decay_on": "matrices",
     }
-    rows = [json.loads(line) for line in (folder / "predictions" / "nlvr2.jsonl").read_text().splitlines()]
-    assert {row["prediction"] for row in rows} <= {"true", "false"}
+    rows = read_predictions(folder / "predictions.jsonl")["nlvr2"].values()
+    assert {row.prediction for row in rows} <= {"true", "false"}
     assert metrics["train_steps"] == 8
     assert metrics["skipped_samples"] > 0
     assert any("eval_loss" in line for line in read_log(folder / "log.jsonl"))

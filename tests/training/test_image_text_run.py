@@ -40,12 +40,11 @@ def test_evaluate_gives_the_answers_of_the_run_s_own_test(data: Path, tmp_path: 
     ]
     options += ["--images", data.parent, "--max-new-tokens", "4", "--batch-size", "7"]
     cli.main(["evaluate", *map(str, options)])
-    theirs = read_predictions(tmp_path / "to" / "exact_match" / "predictions.jsonl")
-    own = read_predictions(tmp_path / "run" / "predictions.jsonl")
+    theirs = read_predictions(tmp_path / "to" / "predictions.jsonl")["exact_match"]
+    own = read_predictions(tmp_path / "run" / "predictions.jsonl")[data.stem]
     assert {name: row.prediction for name, row in theirs.items()} == {n: row.prediction for n, row in own.items()}
-    entry = json_of(tmp_path / "to" / "metrics.json")["benchmarks"]["exact_match"]
-    accuracy = json_of(tmp_path / "run" / "metrics.json")["accuracy"]
-    assert entry["metrics"]["accuracy"]["value"] == pytest.approx(100 * accuracy)
+    entry = json_of(tmp_path / "to" / "metrics.json")["sets"]["exact_match"]
+    assert entry["metrics"] == json_of(tmp_path / "run" / "metrics.json")["sets"][data.stem]["metrics"]
 
 
 PARTS: dict[str, Any] = {

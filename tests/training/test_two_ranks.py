@@ -75,7 +75,7 @@ def test_shards_of_fsdp_are_asked_saved_and_go_on_bitwise(tiny_llava: Path, tiny
         evaluation={"file": str(tiny_data), "limit": 8},
     )
     launch(run_file, ranks=2, launcher="torchrun")
-    assert json_of(tmp_path / "run" / "metrics.json")["n"] == 8
+    assert json_of(tmp_path / "run" / "metrics.json")["sets"][tiny_data.stem]["n"] == 8
     watched = read_watched(tmp_path / "run")
     assert watched is not None
     assert list(watched.answers) == [0, 2, 3, 4, 5, 6]
@@ -114,9 +114,10 @@ def test_zero3_caches_features_on_both_ranks_and_is_tested_afterwards(
     )
     launch(run_file, ranks=2)
     metrics = json_of(tmp_path / "run" / "metrics.json")
-    assert metrics["n"] == 8
+    assert metrics["sets"][tiny_data.stem]["n"] == 8
     assert metrics["train_steps"] == 6
-    watched, predictions = read_watched(tmp_path / "run"), read_predictions(tmp_path / "run" / "predictions.jsonl")
+    watched = read_watched(tmp_path / "run")
+    predictions = read_predictions(tmp_path / "run" / "predictions.jsonl")[tiny_data.stem]
     assert watched is not None
     assert len(watched.questions) == 4
     assert list(watched.answers) == [0, 2, 3, 4, 5, 6]

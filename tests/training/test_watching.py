@@ -54,7 +54,7 @@ def test_the_last_answers_are_those_of_the_saved_adapter(run_file: Path) -> None
         question = by_id[entry.id]
         picture = Image.open(Path(config.data.image_folder) / question.images[0]).convert("RGB")
         assert assistant.answer(question, Shown(pictures=(picture,)), max_new_tokens=3) == watched.answers[6][entry.id]
-        assert (entry.truth, entry.question) == (question.truth, question.text)
+        assert (entry.truth, entry.question) == (question.answers[0].text, question.question)
         with Image.open(folder / "watched" / entry.picture) as kept:
             assert kept.tobytes() == picture.tobytes()
     assert watched.answers[0] != watched.answers[6]

@@ -253,7 +253,10 @@ def nlvr_row(raw: Raw, orders: int = ORDERS) -> list[Example]:
             images=(f"{row.text('pictures')}/{directory}/{part}-{row.id}-{order}.png",),
             question=sentence,
             answers=(Answer(text=label),),
-            extra={"identifier": row.id, "order": order, "part": part},
+            extra={
+                **{"identifier": row.id, "order": order, "part": part},
+                **{"unit": row.id.split("-")[0], "group": " ".join(sentence.lower().split())},
+            },
         )
         for order in range(orders)
     ]

@@ -194,20 +194,19 @@ def commonsense_score(examples: Sequence[Example], answers: Answers, *, rule: Ru
 
 
 CLOZE = "cloze"
+BY_LENGTH = frozenset({"piqa", "hellaswag", "ARC-Easy", "ARC-Challenge", "openbookqa"})
+"""lm-eval's task files define `acc_norm` for these, and for no other of the eight."""
 
 
 def cloze_score(examples: Sequence[Example], answers: Answers) -> Scored:
     """The mean over the tasks, then each one's accuracy, in percent, by the likeliest ending (lm-eval's `acc`).
 
-    `normalised` divides each log-likelihood by its ending's characters (`acc_norm`), where the endings differ. An
+    `normalised` divides each log-likelihood by its ending's characters (`acc_norm`), for the sets that have it. An
     answer is the log-likelihoods of the endings, as numbers with spaces between; of equals the first is chosen.
     """
 
     def task_of(example: Example) -> str:
         return str(example.extra.get("task", ""))
-
-    def endings_differ(example: Example) -> bool:
-        return len(set(example.extra["endings"])) > 1
 
     def chosen(example: Example, answer: str, lengths: Sequence[float]) -> bool:
         scores = [float(number) / length for number, length in zip(answer.split(), lengths, strict=True)]
@@ -218,17 +217,17 @@ def cloze_score(examples: Sequence[Example], answers: Answers) -> Scored:
 
     def normalised_points(example: Example) -> dict[str, float]:
         endings, answer, task = example.extra["endings"], answers.get(example.id), task_of(example)
-        if not endings_differ(example):
+        if task not in BY_LENGTH:
             return {}
         right = answer is not None and chosen(example, answer, [float(len(ending)) for ending in endings])
         return {f"normalised {task}": float(right), f"asked normalised {task}": 1.0}
 
-    present, differ = (set(map(task_of, some)) for some in (examples, filter(endings_differ, examples)))
+    present = set(map(task_of, examples))
     shares = {task: share_of(task) for task in PATTERNS if task in present}
     by_length = {
         f"normalised {task}": Ratio(f"normalised {task}", f"asked normalised {task}")
         for task in shares
-        if task in differ
+        if task in BY_LENGTH
     }
     return score_points(
         examples,

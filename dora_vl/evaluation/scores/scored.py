@@ -7,9 +7,9 @@ applies the same formula.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import sqrt
 from typing import Any, ClassVar
 
@@ -76,26 +76,76 @@ class Mean(Total):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ItemScore:
+    """What a scorer makes of one item.
+
+    Attributes:
+        unit: the picture, sentence or clip that a bootstrap draws with all that is asked about it.
+        share: how right the answer is: from 0 to 1 where it can be right or wrong.
+        columns: the numbers that the formulas add up.
+        failed: there is no answer, so the item counts as wrong.
+    """
+
+    unit: str
+    share: float
+    columns: Mapping[str, float]
+    failed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scored:
-    """One benchmark's result.
+    """The result of one test set.
 
     Attributes:
         metrics: values by name, the headline first; in percent unless the scorer's docstring says otherwise.
-        per_item: each item's share of the headline, from 0 to 1 where it is right or wrong.
+        items: each item's score by its id.
+        formulas: how metrics are computed from the items' columns; a metric without one has no interval.
         settings: the mode and whatever else decides the numbers.
-        units: each item's picture, sentence or clip, which a bootstrap draws with all that is asked about it.
-        columns: `[unit, column]`, the columns by `names`; the formulas' sums are over units.
     """
 
-    metrics: dict[str, float]
-    per_item: dict[str, float]
-    units: dict[str, str]
-    n: int
-    settings: dict[str, str]
-    failed: tuple[str, ...]
-    names: tuple[str, ...]
-    columns: Numbers
+    metrics: Mapping[str, float]
+    items: Mapping[str, ItemScore]
     formulas: Mapping[str, Formula]
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def n(self) -> int:
+        """The number of items, answered or not."""
+        return len(self.items)
+
+    @property
+    def headline(self) -> str:
+        """The name of the metric that stands for the set."""
+        return next(iter(self.metrics))
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Ids of the items without an answer."""
+        return tuple(name for name, item in self.items.items() if item.failed)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Each item's share of the headline by its id."""
+        return {name: item.share for name, item in self.items.items()}
+
+    @cached_property
+    def units(self) -> dict[str, int]:
+        """Each unit's place in `columns`."""
+        return {unit: place for place, unit in enumerate(dict.fromkeys(item.unit for item in self.items.values()))}
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names of the columns."""
+        return tuple(dict.fromkeys(name for item in self.items.values() for name in item.columns))
+
+    @cached_property
+    def columns(self) -> Numbers:
+        """The items' columns added up by unit, `[units, columns]`."""
+        sums, places = np.zeros((len(self.units), len(self.names))), {name: at for at, name in enumerate(self.names)}
+        for item in self.items.values():
+            for name, value in item.columns.items():
+                sums[self.units[item.unit], places[name]] += value
+        return sums
 
     def items_of(self, metric: str) -> int:
         """How many items a metric is over: those of a kind for an accuracy of that kind, else all."""
@@ -105,51 +155,31 @@ class Scored:
             return self.n
         return round(float(self.columns[:, self.names.index(bottom)].sum())) if bottom in self.names else 0
 
-    def rows(self, before: str = "") -> Iterator[dict[str, Any]]:
-        """Each item's share and unit, with `before` in front of their names."""
-        for item, share in self.per_item.items():
-            yield {"id": before + item, "unit": before + self.units[item], "score": share}
-
 
 class Tally:
     """Collects items while a scorer goes through them."""
 
     def __init__(self) -> None:
-        self._columns: dict[str, defaultdict[str, float]] = {}
-        self._items: dict[str, float] = {}
-        self._units: dict[str, str] = {}
-        self._failed: list[str] = []
+        self._items: dict[str, ItemScore] = {}
 
     def add(
         self, item: str, share: float, columns: Mapping[str, float], *, unit: str = "", failed: bool = False
     ) -> None:
-        """Adds one item's columns to its unit, by default one of its own."""
-        self._units[item] = unit or f"item {item}"
-        sums = self._columns.setdefault(self._units[item], defaultdict(float))
-        for name, value in columns.items():
-            sums[name] += value
-        self._items[item] = share
-        if failed:
-            self._failed.append(item)
+        """Adds one item to its unit, by default one of its own."""
+        self._items[item] = ItemScore(unit=unit or f"item {item}", share=share, columns={**columns}, failed=failed)
 
     def scored(self, formulas: Mapping[str, Formula], *, settings: Mapping[str, str] | None = None) -> Scored:
         """The result of everything added; of the formulas the headline stands first."""
-        if not self._columns:
+        if not self._items:
             raise ValueError("nothing to score")
-        names = tuple(dict.fromkeys(name for sums in self._columns.values() for name in sums))
-        columns = np.array([[sums.get(name, 0.0) for name in names] for sums in self._columns.values()])
-        whole = _sums(names, columns, np.ones((1, len(columns))))
-        return Scored(
-            metrics={name: float(formula(whole)[0]) for name, formula in formulas.items()},
-            per_item=dict(self._items),
-            units=dict(self._units),
-            n=len(self._items),
-            settings=dict(settings or {}),
-            failed=tuple(self._failed),
-            names=names,
-            columns=columns,
-            formulas=dict(formulas),
-        )
+        scored = Scored(metrics={}, items=self._items, formulas=dict(formulas), settings=dict(settings or {}))
+        return replace(scored, metrics=values_of(scored))
+
+
+def values_of(scored: Scored) -> dict[str, float]:
+    """Every metric that is a formula, computed from the items' columns."""
+    whole = _sums(scored.names, scored.columns, np.ones((1, len(scored.columns))))
+    return {name: float(formula(whole)[0]) for name, formula in scored.formulas.items()}
 
 
 def _sums(names: Sequence[str], columns: Numbers, counts: Numbers) -> Sums:
@@ -158,7 +188,9 @@ def _sums(names: Sequence[str], columns: Numbers, counts: Numbers) -> Sums:
 
 
 def unit_of(example: Example) -> str:
-    """What a bootstrap draws with this example: its pictures, its video's file, or the example alone."""
+    """What a bootstrap draws with this example: the unit that its record names, else its pictures or its video."""
+    if "unit" in example.extra:
+        return str(example.extra["unit"])
     if example.images:
         return "\n".join(example.images)
     return "" if example.video is None else example.video.path
@@ -197,7 +229,9 @@ def score_points(
         for kind in kinds(example):
             seen[kind] = None
             columns |= {f"right {kind}": share, f"asked {kind}": 1.0}
-        tally.add(example.id, share, columns | dict(more(example)), unit=unit_of(example), failed=answer is None)
+        tally.add(
+            example.id, share, columns | dict(more(example)), unit=unit_of(example), failed=example.id not in answers
+        )
     prefixes = list(dict.fromkeys(kind.partition("/")[0] for kind in seen))
     ordered = sorted(seen, key=lambda kind: (prefixes.index(kind.partition("/")[0]), kind))
     formulas: dict[str, Formula] = {**(metrics or {"accuracy": ACCURACY})}
@@ -239,8 +273,8 @@ def intervals(scored: Scored, *, seed: int = 0, resamples: int = RESAMPLES) -> d
     A draw without any item of a kind says nothing about that kind and is left out of its percentiles. A metric that
     fewer than a tenth of the draws have (the mean over several kinds of one item each) gets no interval.
     """
-    (drawn,) = _drawn([scored], seed, resamples)
-    limits_of = {name: _interval(values, scored.formulas[name], [scored]) for name, values in drawn.items()}
+    (own,) = drawn([scored], seed, resamples)
+    limits_of = {name: _interval(values, scored.formulas[name], [scored]) for name, values in own.items()}
     return {name: limits for name, limits in limits_of.items() if limits is not None}
 
 
@@ -248,13 +282,13 @@ def paired_differences(
     ours: Scored, theirs: Scored, *, seed: int = 0, resamples: int = RESAMPLES
 ) -> dict[str, Difference]:
     """The difference of each metric that has an interval, both scored on the same draws of units."""
-    if [*ours.units.items()] != [*theirs.units.items()]:
-        alone = sorted(set(ours.per_item) ^ set(theirs.per_item))
+    if ours.items.keys() != theirs.items.keys():
+        alone = sorted(ours.items.keys() ^ theirs.items.keys())
         raise UserError(
-            f"a paired difference needs the same items: {len(ours.per_item)} against {len(theirs.per_item)}, "
-            f"first in one alone: {alone[:3]}"
+            f"a paired difference needs the same items: {ours.n} against {theirs.n}, first in one alone: {alone[:3]}"
         )
-    first, second = _drawn([ours, theirs], seed, resamples)
+    same = {name: replace(theirs.items[name], unit=item.unit) for name, item in ours.items.items()}
+    first, second = drawn([ours, replace(theirs, items=same)], seed, resamples)
     differences: dict[str, Difference] = {}
     for name, formula in ours.formulas.items():
         if name in second and (limits := _interval(first[name] - second[name], formula, [ours, theirs])):
@@ -273,14 +307,14 @@ def draws(units: int, seed: int, resamples: int) -> Iterator[Numbers]:
         yield np.array(counts, dtype=np.float64)
 
 
-def _drawn(several: Sequence[Scored], seed: int, resamples: int) -> list[dict[str, Numbers]]:
+def drawn(several: Sequence[Scored], seed: int = 0, resamples: int = RESAMPLES) -> list[dict[str, Numbers]]:
     """Each score's metrics on the same draws, NaN where a draw has none of a metric's items."""
     parts: list[list[dict[str, Numbers]]] = [[] for _ in several]
     for counts in draws(len(several[0].columns), seed, resamples):
         for part, scored in zip(parts, several, strict=True):
-            sums, whole = (_sums(scored.names, scored.columns, drawn) for drawn in (counts, np.ones_like(counts[:1])))
+            sums, whole = (_sums(scored.names, scored.columns, each) for each in (counts, np.ones_like(counts[:1])))
             part.append({name: formula(sums, whole) for name, formula in scored.formulas.items()})
-    return [{name: np.concatenate([drawn[name] for drawn in part]) for name in part[0]} for part in parts]
+    return [{name: np.concatenate([chunk[name] for chunk in part]) for name in part[0]} for part in parts]
 
 
 def _interval(values: Numbers, formula: Formula, scores: Sequence[Scored]) -> Limits | None:

@@ -256,7 +256,8 @@ def vizwiz_score(examples: Sequence[Example], answers: Answers) -> Scored:
 
     submitted = {example.id: answers.get(example.id, "") for example in examples}
     scored = score_points(examples, submitted, _soft_points, kinds=kinds, settings=EVALAI)
-    return replace(scored, failed=tuple(name for name in submitted if name not in answers))
+    items = {name: replace(item, failed=name not in answers) for name, item in scored.items.items()}
+    return replace(scored, items=items)
 
 
 def vizwiz_prompt(example: Example) -> str:

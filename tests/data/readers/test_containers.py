@@ -174,7 +174,7 @@ def test_files_that_people_have_are_read_as_they_are(tmp_path: Path, name: str, 
     (row,) = load_table(tmp_path / name, cache_folder=tmp_path / "cache")
     assert (row["images"], row["problem"], row["turns"][0]["text"]) == (["a.png"], None, "<image>\nWie groß?")
     ((question,), _) = read_questions(tmp_path / name)
-    assert (question.images, question.text) == (("a.png",), "Wie groß?")
+    assert (question.images, question.question) == (("a.png",), "Wie groß?")
 
 
 @pytest.mark.parametrize(

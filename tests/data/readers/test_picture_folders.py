@@ -39,7 +39,7 @@ def test_a_folder_a_class_is_read_alike_by_a_table_a_stream_and_a_test(tmp_path:
     stream = StreamSource(TrainFile(path=str(folder)), limit=None, seed=0, columns=ASKED)
     assert said(stream.first_rows) == expected
     questions, _ = read_questions(folder, columns=ASKED)
-    assert [(question.id, question.text, question.truth) for question in questions] == [
+    assert [(question.id, question.question, question.answers[0].text) for question in questions] == [
         (name, "What is it?", answer) for name, answer in expected
     ]
     assert not FileCheck(folder, columns=ASKED).run(lambda _: None).findings
@@ -49,7 +49,7 @@ def test_a_picture_that_is_alone_is_not_taken_for_json(tmp_path: Path) -> None:
     folder = pictures(tmp_path / "my", "1.png")
     (folder / "1.txt").write_text("a cat")
     questions, _ = read_questions(folder)
-    assert [question.truth for question in questions] == ["a cat"]
+    assert [question.answers[0].text for question in questions] == ["a cat"]
 
 
 def test_a_changed_text_is_read_again(tmp_path: Path) -> None:

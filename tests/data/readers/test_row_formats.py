@@ -83,7 +83,7 @@ def test_an_instruction_keeps_its_input_and_the_answer_that_is_scored(tmp_path: 
     assert second.text == "Say it.\n it\n\u00e9 "  # what every other prompt takes
     (tmp_path / "a.json").write_text(json.dumps([scored, {**unscored, "id": "b"}, {"instruction": "q", "output": ""}]))
     questions, skipped = read_questions(tmp_path / "a.json")
-    assert [(question.id, question.answer, question.truth) for question in questions] == [
+    assert [(question.id, question.extra.get("answer", ""), question.answers[0].text) for question in questions] == [
         ("row 1", "true", "the correct answer is true"),
         ("b", "", "it"),
     ]

@@ -83,7 +83,7 @@ def test_a_row_is_what_is_written_for_every_reader(tmp_path: Path, case: dict[st
             (question,), _ = read_questions(path, columns=columns)
             assert parts(table[0]) == parts(stream.first_rows[0]) == expected
             *turns, answer = expected["turns"]
-            assert ([[turn.role, turn.text] for turn in question.turns], question.truth) == (turns, answer[1])
+            assert ([[turn.role, turn.text] for turn in question.turns], question.answers[0].text) == (turns, answer[1])
             continue
         with pytest.raises(UserError):
             load_rows(str(path), cache_folder=tmp_path / "cache", columns=columns)
@@ -147,7 +147,7 @@ def test_a_folder_of_pictures_with_their_captions(tmp_path: Path, name: str) -> 
     )
     rows = load_rows(str(tmp_path / "set"), cache_folder=tmp_path / "cache").rows
     assert (rows["images"][:], rows["format"][:]) == ([["a.png"]], ["captions"])
-    assert read_questions(tmp_path / "set")[0][0].truth == "cat"
+    assert read_questions(tmp_path / "set")[0][0].answers[0].text == "cat"
 
 
 def test_a_value_nested_too_deeply_is_a_bad_sample(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_a_clip_without_a_caption_counts_as_empty_and_without_a_reference_is_ref
     del answers["1"]
     scored = caption.score(examples, answers, tokenizer="fallback", with_meteor=False)
     assert scored.failed == ("101",)
-    assert scored.per_item["101"] == 0.0
+    assert scored.shares["101"] == 0.0
     with pytest.raises(UserError):
         caption.score([*examples, Example(id="7")], answers, tokenizer="fallback")
 

@@ -42,7 +42,7 @@ def test_rows_score_as_worked_out(row: dict[str, Any]) -> None:
     own, name = row["benchmark"].startswith("own "), row["benchmark"].removeprefix("own ")
     score = SCORINGS[name] if own else BENCHMARKS[name].modes[row["mode"]]
     scored = score([from_record(record) for record in row["examples"]], row["answers"])
-    assert list(scored.per_item.values()) == pytest.approx(row.get("per_item", list(scored.per_item.values())))
+    assert list(scored.shares.values()) == pytest.approx(row.get("per_item", list(scored.shares.values())))
     metrics = scored.metrics if "only" in row else {name: scored.metrics[name] for name in row["metrics"]}
     assert metrics == pytest.approx(row["metrics"])
     if "only" in row:
@@ -52,7 +52,7 @@ def test_rows_score_as_worked_out(row: dict[str, Any]) -> None:
     assert {name: scored.items_of(name) for name in row.get("items", {})} == row.get("items", {})
     for name, (low, high) in intervals(scored, resamples=200).items():
         assert low - 1e-9 <= scored.metrics[name] <= high + 1e-9, name
-    assert set(scored.failed) == scored.per_item.keys() - row["answers"].keys()
+    assert set(scored.failed) == scored.shares.keys() - row["answers"].keys()
 
 
 def mme_row(number: int, picture: str = "1.jpg") -> Example:
@@ -156,7 +156,7 @@ def test_a_missing_answer_is_wrong_and_named(name: str, mode: str) -> None:
     answer = "-2.5 -1.5" if mode == "cloze" else "a0" if name in {"tvqa", "how2qa"} else "yes"
     answers = dict.fromkeys((row.id for row in examples[1:]), answer)
     scored = BENCHMARKS[name].modes[mode](examples, answers)
-    assert (scored.n, scored.failed, scored.per_item[examples[0].id]) == (4, (examples[0].id,), 0.0)
+    assert (scored.n, scored.failed, scored.shares[examples[0].id]) == (4, (examples[0].id,), 0.0)
     assert all(value >= 0 for value in scored.metrics.values())
 
 

@@ -1,0 +1,268 @@
+"""Test sets: what is asked, how it is asked and scored, and how one of them becomes an entry of `metrics.json`.
+
+A run's test, `dora-vl evaluate` and a VL-BART's tasks differ in the list of sets that they make, and in nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dora_vl.data.example import JSON, Example
+from dora_vl.errors import UserError, one_line, shown
+from dora_vl.evaluation.baselines import Exchange, compared
+from dora_vl.evaluation.predictions import Predictions
+from dora_vl.evaluation.questions import expected, in_words, kind_of
+from dora_vl.evaluation.results import AnswerScore, formula_record, score_lines, write_results
+from dora_vl.evaluation.scores.benchmark import Group, Scorer, Submission
+from dora_vl.evaluation.scores.scored import RESAMPLES, Difference, Scored, intervals, paired_differences
+from dora_vl.files import NOT_YET, whole_file
+
+if TYPE_CHECKING:
+    from dora_vl.evaluation.ask import Decoding, MediaReader
+
+log = logging.getLogger(__name__)
+
+LONGEST_REASON = 300
+NO_ANSWER = "the predictions hold no answer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestSet:
+    """Examples, how a model is asked them, and how its answers are scored.
+
+    Attributes:
+        score: None where the file holds no answers, or a judge or a server scores.
+        decoding, media: how a model answers, and what reads the pictures; None where a file holds the answers.
+        prompt: gives an example the turns that it is asked by.
+        truth: the right answer as the model would say it, "" where the file holds none; baselines are made of it.
+        compared: the part of a text that is compared with the right one, for people to read.
+        unreadable: why a row of the file cannot be asked, by id; it counts as wrong.
+        not_scored: why an example is asked and is in no score, by id.
+        settings: what the answers depend on; an earlier run's answers with others are not taken.
+        together: examples with equal values are exchanged as one.
+        item: gives the id of what an example is scored as, such as the clip of several captions.
+        submission: the name and text of the file that the set's server takes.
+        about: what else `metrics.json` says of the set, such as its file.
+    """
+
+    __test__ = False
+
+    name: str
+    examples: Sequence[Example]
+    score: Scorer | None
+    decoding: Decoding | None = None
+    media: MediaReader | None = None
+    prompt: Callable[[Example], Example] = lambda example: example
+    truth: Callable[[Example], str] = expected
+    compared: Callable[[Example, str], str] = in_words
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+    not_scored: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
+    together: Group | None = None
+    item: Callable[[Example], str] = lambda example: example.id
+    submission: Submission | None = None
+    about: Mapping[str, JSON] = field(default_factory=dict)
+
+    @cached_property
+    def asked(self) -> list[Example]:
+        """The examples that a model is asked, with their turns."""
+        return [self.prompt(example) for example in self.examples if example.id not in self.unreadable]
+
+    @cached_property
+    def scored_examples(self) -> list[Example]:
+        """The examples that a score is over."""
+        return [example for example in self.examples if example.id not in self.not_scored]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tested:
+    """A test set with the answers to it and their score.
+
+    Attributes:
+        refused: why the set cannot be scored.
+        remarks: sentences about what the score is compared with.
+        against: the name of other answers that `differences` are from.
+    """
+
+    __test__ = False
+
+    test: TestSet
+    predictions: Predictions
+    scored: Scored | None = None
+    refused: UserError | None = None
+    submission: tuple[str, str] | None = None
+    baselines: Mapping[str, Any] = field(default_factory=dict)
+    remarks: Sequence[str] = ()
+    against: str = ""
+    differences: Mapping[str, Difference] = field(default_factory=dict)
+
+    @cached_property
+    def intervals(self) -> Mapping[str, tuple[float, float]]:
+        """The 95 % interval of each metric that is a formula."""
+        return {} if self.scored is None else intervals(self.scored)
+
+    @property
+    def is_accuracy(self) -> bool:
+        """True where an answer is right or wrong."""
+        return self.scored is not None and self.scored.headline in ("accuracy", "average")
+
+    def entry(self) -> dict[str, Any]:
+        """What `metrics.json` holds of the set."""
+        test, predictions, scored = self.test, self.predictions, self.scored
+        reasons = {**test.unreadable, **predictions.failed}
+        of_answers = {
+            "empty_answers": sum(not answer.strip() for answer in predictions.answers.values()),
+            "seconds": round(predictions.seconds, 1),
+            "answers_from_earlier_run": predictions.answered_before,
+            **({"cut_texts": predictions.cut_texts} if predictions.cut_texts else {}),
+            **({"not_scored": dict(test.not_scored)} if test.not_scored else {}),
+            **test.about,
+        }
+        if scored is None:
+            return {"n": len(test.examples), "metrics": {}, "formulas": {}, "failed": reasons, **of_answers}
+        limits = self.intervals
+        return {
+            "headline": scored.headline,
+            "n": scored.n,
+            "metrics": {
+                name: {
+                    "value": value,
+                    "interval_95": list(limits[name]) if name in limits else None,
+                    "n": scored.items_of(name),
+                }
+                for name, value in scored.metrics.items()
+            },
+            "formulas": {name: formula_record(formula) for name, formula in scored.formulas.items()},
+            "settings": dict(scored.settings),
+            "failed": {name: reasons.get(name, NO_ANSWER) for name in scored.failed},
+            "bootstrap": {"resamples": RESAMPLES, "units": len(scored.units)},
+            "baselines": dict(self.baselines),
+            **({"against": self.against} if self.against else {}),
+            "difference": {name: asdict(apart) for name, apart in self.differences.items()},
+            **of_answers,
+        }
+
+    def lines(self) -> Iterable[dict[str, JSON]]:
+        """The set's lines of `scores.jsonl`."""
+        if self.scored is None:
+            return
+        test, answers = self.test, self.predictions.answers
+        by_item: dict[str, Example] = {}
+        for example in sorted(test.scored_examples, key=lambda example: example.id not in answers):  # answered first
+            by_item.setdefault(test.item(example), example)
+        for item, score in self.scored.items.items():
+            example = by_item[item]
+            yield AnswerScore(
+                score=score,
+                kind=kind_of(example) or "",
+                group=str(example.extra.get("group", "")),
+                truth=test.compared(example, test.truth(example)),
+                answer=test.compared(example, answers.get(example.id, "")),
+            ).line(test.name, item)
+
+
+def scored(test: TestSet, predictions: Predictions) -> Tested:
+    """The answers with their score and the server's file, or why they cannot be scored."""
+    tested = Tested(test=test, predictions=predictions)
+    answers = {name: answer for name, answer in predictions.answers.items() if name not in test.not_scored}
+    if test.decoding is not None and test.decoding.by != "generation" and predictions.failed and not answers:
+        name, reason = next(iter(predictions.failed.items()))
+        return replace(tested, refused=UserError(f"{test.name}: no question has likelihoods; {name}: {reason}"))
+    try:
+        result = None if test.score is None else test.score(test.scored_examples, answers)
+        submission = None if test.submission is None else test.submission(test.examples, predictions.answers)
+    except UserError as error:
+        return replace(tested, refused=error)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # an installed package's trips too
+        reason = (
+            f"{test.about.get('file', test.name)}: a record holds something that the scorer of {test.name} cannot read "
+            f"({type(error).__name__}: {shown(str(error), 120)}); prepare the set again"
+        )
+        return replace(tested, refused=UserError(reason))
+    if result is not None and predictions.joined_by:
+        result = replace(result, settings={**result.settings, "answers found by": predictions.joined_by})
+    return replace(tested, scored=result, submission=submission)
+
+
+def with_baselines(tested: Tested, exchange: Exchange | None) -> Tested:
+    """The same with what its score is compared with."""
+    test, result = tested.test, tested.scored
+    if result is None or test.score is None:
+        return tested
+    answers = tested.predictions.answers
+    baselines, remarks = compared(result, test.scored_examples, answers, test.score, says=test.truth, exchange=exchange)
+    return replace(tested, baselines=baselines, remarks=remarks)
+
+
+def with_differences(tested: Tested, rival: Tested, against: str) -> Tested:
+    """The same with each metric's difference from that of other answers, paired over the set's units."""
+    if tested.scored is None or rival.scored is None:
+        return tested
+    return replace(tested, against=against, differences=paired_differences(tested.scored, rival.scored))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultFolder:
+    """The files of a test, written anew after each set.
+
+    Attributes:
+        header: what `metrics.json` says beside its sets.
+        kept: entries of an earlier test that are still true; each stays until its set is tested again.
+        gone: names of the earlier test's other sets.
+    """
+
+    folder: Path
+    header: Mapping[str, JSON] = field(default_factory=dict)
+    kept: Mapping[str, JSON] = field(default_factory=dict)
+    gone: Sequence[str] = ()
+
+    def write(self, several: Sequence[Tested], *, not_yet: Sequence[str] = ()) -> None:
+        """Writes what the sets have come to by now; `not_yet` names those that are still to be tested."""
+        if not (several := [tested for tested in several if tested.refused is None]):
+            return
+        new = {tested.test.name: tested.entry() for tested in several}
+        kept = [line for line in score_lines(self.folder) if line["set"] in self.kept.keys() - new.keys()]
+        entries = {**self.kept, **new}
+        average = average_of(entries)
+        header = {**self.header, **({"average": average} if average else {}), **({NOT_YET: not_yet} if not_yet else {})}
+        write_results(self.folder, header, entries, chain(kept, *(tested.lines() for tested in several)))
+        for tested in several:
+            if tested.submission is not None:
+                with whole_file(submission_file(tested, self.folder)) as stream:
+                    stream.write(tested.submission[1])
+
+
+def submission_file(tested: Tested, folder: Path) -> Path:
+    """The file that the set's server or judge takes."""
+    assert tested.submission is not None
+    return folder / tested.test.name / tested.submission[0]
+
+
+def average_of(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The mean of the sets' headlines where several sets have the same one; different metrics are never mixed.
+
+    None where a headline is a mean over sets itself: such entries are ways of scoring the same questions.
+    """
+    scored = [entry for entry in entries.values() if entry["metrics"]]
+    names = {entry["headline"] for entry in scored}
+    if len(scored) < 2 or len(names) > 1 or names == {"average"}:
+        return None
+    (name,) = names
+    values = [entry["metrics"][name]["value"] for entry in scored]
+    return {"metric": name, "value": sum(values) / len(values), "sets": len(values)}
+
+
+def refuse_unscored(several: Sequence[Tested]) -> None:
+    """Ends a test of which some sets cannot be scored, once the others are written."""
+    reasons = {tested.test.name: tested.refused for tested in several if tested.refused is not None}
+    for name, error in reasons.items():
+        if len(several) == 1:
+            raise error
+        reason = one_line(str(error), LONGEST_REASON)
+        raise UserError(f"{len(reasons)} of {len(several)} sets not scored: {', '.join(reasons)}; {name}: {reason}")

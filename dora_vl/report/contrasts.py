@@ -1,0 +1,193 @@
+"""Means over seeds and their differences, with 95 % intervals over seeds and units (pictures, sentences) together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+
+from dora_vl.errors import UserError
+from dora_vl.evaluation.scores.scored import Numbers, Scored, drawn, intervals, paired_differences
+
+LEAST_SEEDS = 3
+"""Fewer seeds say too little of how seeds differ; an interval is then over units alone."""
+SHARED = 0.25
+"""How much of the units' own chance is taken out of the seeds' variance, which holds all of it. In simulations with 3
+and 5 seeds that differ by 0, 2 and 8 points the intervals hold the truth in 93.5 to 97 of 100 cases
+(tests/report/test_contrasts.py); with none of it taken out they would be too wide, with all of it too narrow."""
+QUADRATURE = np.polynomial.legendre.leggauss(64)
+
+Results = Mapping[str, Scored]
+"""The score of each test set by its name."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its interval; `simultaneous` holds for all contrasts of a table at once."""
+
+    value: float
+    low: float
+    high: float
+    simultaneous: tuple[float, float] | None = None
+
+    @property
+    def is_clear(self) -> bool:
+        """True where 0 is outside the interval for all contrasts at once."""
+        low, high = self.simultaneous or (self.low, self.high)
+        return low > 0 or high < 0
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number that contenders are compared by: a set's headline, or the mean over sets of the same headline."""
+
+    name: str
+    metric: str
+    sets: tuple[str, ...]
+
+    @property
+    def is_share(self) -> bool:
+        """True where its values lie between 0 and 100."""
+        return self.metric in ("accuracy", "average")
+
+
+def measures_of(results: Results) -> list[Measure]:
+    """The mean over all sets where they have one headline, then each set; different metrics are never mixed."""
+    alone = [Measure(name, scored.headline, (name,)) for name, scored in results.items()]
+    if len(alone) < 2 or len({measure.metric for measure in alone}) > 1:
+        return alone
+    return [Measure("average", alone[0].metric, tuple(results)), *alone]
+
+
+class Contenders:
+    """The tested runs of several contenders, each set's units drawn again for all of them alike.
+
+    Raises:
+        UserError: two runs were not asked the same items.
+    """
+
+    def __init__(self, runs: Mapping[str, Sequence[Results]]) -> None:
+        self.runs = runs
+        first = next(iter(runs.values()))[0]
+        self.measures = measures_of(first)
+        everything = [(name, number) for name, several in runs.items() for number in range(len(several))]
+        self._draws: dict[tuple[str, str, int], Numbers] = {}
+        for of_set, reference in first.items():
+            aligned = [_aligned(of_set, runs[name][number], reference, name) for name, number in everything]
+            for (name, number), draws in zip(everything, drawn(aligned), strict=True):
+                self._draws[of_set, name, number] = draws[reference.headline]
+        self._units = {of_set: len(scored.units) for of_set, scored in first.items()}
+
+    def by_seed(self, measure: Measure, name: str) -> list[float]:
+        """The measure's value of each run of a contender."""
+        return [
+            sum(results[of_set].metrics[measure.metric] for of_set in measure.sets) / len(measure.sets)
+            for results in self.runs[name]
+        ]
+
+    def score(self, measure: Measure, name: str) -> Estimate:
+        """A contender's mean over seeds."""
+        low, high = self._interval(measure, name, None, tail=0.025)
+        return Estimate(float(np.mean(self.by_seed(measure, name))), low, high)
+
+    def difference(self, measure: Measure, name: str, other: str, *, contrasts: int = 1) -> Estimate:
+        """A contender's mean less another's, over the same draws of units; one of so many contrasts."""
+        value = float(np.mean(self.by_seed(measure, name)) - np.mean(self.by_seed(measure, other)))
+        own = self._interval(measure, name, other, tail=0.025)
+        return Estimate(value, *own, self._interval(measure, name, other, tail=0.025 / contrasts))
+
+    def _interval(self, measure: Measure, name: str, other: str | None, *, tail: float) -> tuple[float, float]:
+        """Limits that leave `tail` out on either side.
+
+        The seeds' part of the variance has few degrees of freedom, so it is taken with Student's t, the units' part,
+        from the bootstrap, with the normal distribution.
+        """
+        own = self._of_seeds(measure, name)
+        parts = [own] if other is None else [own, self._of_seeds(measure, other)]
+        middle = float(np.mean(self.by_seed(measure, name)))
+        apart = self._mean_draws(measure, name)
+        if other is not None:
+            middle -= float(np.mean(self.by_seed(measure, other)))
+            apart = apart - self._mean_draws(measure, other)
+        units, shared = float(np.nanvar(apart)), sum(part.shared for part in parts)
+        seeds = [max(0.0, part.variance - SHARED * part.shared) for part in parts]
+        rest = max(0.0, units - (1 - SHARED) * shared)
+        if sum(seeds) + rest < 1e-12:
+            return self._of_equal_units(measure, name, other)
+        half = quantile(tail, math.inf) ** 2 * rest
+        if (total := sum(seeds)) > 0:
+            weights = [seed**2 / (part.runs - 1) for seed, part in zip(seeds, parts, strict=True) if seed > 0]
+            half += quantile(tail, total**2 / sum(weights)) ** 2 * total
+        low, high = middle - math.sqrt(half), middle + math.sqrt(half)
+        return (max(low, 0.0), min(high, 100.0)) if measure.is_share and other is None else (low, high)
+
+    def _mean_draws(self, measure: Measure, name: str) -> Numbers:
+        """The contender's mean over seeds in each draw of units."""
+        return np.mean([self._draws_of(measure, name, number) for number in range(len(self.runs[name]))], axis=0)
+
+    def _draws_of(self, measure: Measure, name: str, number: int) -> Numbers:
+        return np.mean([self._draws[of_set, name, number] for of_set in measure.sets], axis=0)
+
+    def _of_seeds(self, measure: Measure, name: str) -> SeedPart:
+        """How far the mean over seeds may be off because of the seeds; 0 where there are too few to tell."""
+        runs = len(self.runs[name])
+        if runs < LEAST_SEEDS:
+            return SeedPart(0.0, 0.0, runs)
+        each = float(np.mean([np.nanvar(self._draws_of(measure, name, number)) for number in range(runs)]))
+        together = float(np.nanvar(self._mean_draws(measure, name)))
+        variance = float(np.var(self.by_seed(measure, name), ddof=1)) / runs
+        return SeedPart(variance, max(0.0, each - together) / (runs - 1), runs)
+
+    def _of_equal_units(self, measure: Measure, name: str, other: str | None) -> tuple[float, float]:
+        """Where all units are alike, the limits that a single set's score or difference has (Wilson's)."""
+        limits: list[tuple[float, float]] = []
+        for of_set in measure.sets:
+            scored = self.runs[name][0][of_set]
+            if other is None:
+                limits.append(intervals(scored)[measure.metric])
+            else:
+                apart = paired_differences(scored, self.runs[other][0][of_set])[measure.metric]
+                limits.append((apart.low, apart.high))
+        low, high = np.mean(limits, axis=0)
+        return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class SeedPart:
+    """The variance of a mean over `runs` that their seeds make, and the part of it that the units make as well."""
+
+    variance: float
+    shared: float
+    runs: int
+
+
+def _aligned(of_set: str, results: Results, reference: Scored, name: str) -> Scored:
+    """A run's score of a set with its items and units in the order of another's."""
+    if of_set not in results or results[of_set].items.keys() != reference.items.keys():
+        raise UserError(f"{name} was not asked the same items of {of_set} as the others; test all of them again")
+    items = {item: replace(results[of_set].items[item], unit=score.unit) for item, score in reference.items.items()}
+    return replace(results[of_set], items=items)
+
+
+@cache
+def quantile(tail: float, freedom: float) -> float:
+    """What Student's t of so many degrees of freedom exceeds with this probability; the normal's for infinity."""
+    low, high = 0.0, 1e4
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _above(middle, freedom) > tail else (low, middle)
+    return (low + high) / 2
+
+
+def _above(value: float, freedom: float) -> float:
+    """The probability that Student's t is above a value from 0, by its density at t = sqrt(freedom) tan(angle)."""
+    if math.isinf(freedom):
+        return math.erfc(value / math.sqrt(2)) / 2
+    angle = math.atan(value / math.sqrt(freedom))
+    places, weights = QUADRATURE
+    density = np.cos((places + 1) / 2 * angle) ** (freedom - 1)
+    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
+    return 0.5 - float(np.sum(weights * density)) * scale * angle / 2

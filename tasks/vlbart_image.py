@@ -1,0 +1,20 @@
+"""VL-BART on pictures: VQAv2, GQA, NLVR2 and COCO captions, one of them or mixed; NLVR; your own short answers.
+
+deepspeed tasks/vlbart_image.py --config configs/vlbart/image.yaml --variant dora [--section.key value ...]
+
+It also runs under torchrun and plain python. Which tasks are trained is what `data.train` names. Writes `adapter/`,
+`log.jsonl`, `metrics.json`, `predictions.jsonl` and checkpoints to training.output_dir; `--resume last` resumes.
+"""
+
+from __future__ import annotations
+
+from dora_vl.training.train_command import train_script
+
+
+def main() -> None:
+    """Reads the settings, trains, tests."""
+    train_script("vlbart", __doc__)
+
+
+if __name__ == "__main__":
+    main()

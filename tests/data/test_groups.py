@@ -1,0 +1,54 @@
+"""What a row says must not be split: a group is on one side, and intervals draw its unit as one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dora_vl.data.benchmarks.images import nlvr_row
+from dora_vl.data.columns import USUAL, TrainFile
+from dora_vl.data.example import to_record
+from dora_vl.data.table import load_training_rows
+from dora_vl.evaluation.questions import read_questions
+from dora_vl.evaluation.scores.exact import score
+
+
+def rows_of(form: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for number in range(60):
+        about = {"group": f"scene {number % 6}", "unit": f"sentence {number % 10}"}
+        row: dict[str, Any] = {"id": f"{number}", "question": f"is it {number}?", "answers": [{"text": "yes"}]}
+        if form == "record":
+            rows.append({**row, "images": [f"{number}.png"], "extra": about})
+        else:
+            rows.append(
+                {"id": row["id"], "image": f"{number}.png", "question": row["question"], "answer": "yes", **about}
+            )
+    return rows
+
+
+@pytest.mark.parametrize("form", ["record", "columns"])
+def test_a_group_is_held_out_whole(tmp_path: Path, form: str) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows_of(form)))
+    train, held_out = load_training_rows([TrainFile(path=str(path))], share=0.3, cache_folder=tmp_path / "cache")
+    assert held_out is not None
+    scenes = [{int(name) % 6 for name in part.rows["id"]} for part in (train, held_out)]
+    assert scenes[0] & scenes[1] == set()
+    assert scenes[0] | scenes[1] == set(range(6))
+    examples, unreadable = read_questions(path, columns=USUAL)
+    assert not unreadable
+    scored = score(examples, dict.fromkeys((example.id for example in examples), "yes"))
+    assert len(scored.units) == 10
+    assert {example.extra["group"] for example in examples} == {f"scene {number}" for number in range(6)}
+
+
+def test_nlvrs_orders_are_one_unit_and_its_sentence_one_group() -> None:
+    raw = {"identifier": "1572-0", "sentence": "There is  A box.", "label": "true", "directory": "5"}
+    records = [to_record(example) for example in nlvr_row({**raw, "part": "train", "pictures": "train/images"})]
+    assert len(records) == 6
+    assert {record["extra"]["unit"] for record in records} == {"1572"}
+    assert {record["extra"]["group"] for record in records} == {"there is a box."}

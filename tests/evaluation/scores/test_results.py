@@ -1,0 +1,136 @@
+"""What a test wrote is read again as it was: every benchmark's metrics, intervals and differences, without scoring."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.scores.test_scores import any_row
+
+from dora_vl.data.example import Answer, Example
+from dora_vl.errors import UserError
+from dora_vl.evaluation.benchmarks import BENCHMARKS
+from dora_vl.evaluation.predictions import Prediction, Predictions
+from dora_vl.evaluation.results import formula_record, read_results
+from dora_vl.evaluation.scores import caption, exact
+from dora_vl.evaluation.scores.benchmark import Scorer
+from dora_vl.evaluation.scores.scored import ACCURACY, Mean, Numbers, Scored, Sums, intervals, paired_differences
+from dora_vl.evaluation.test_sets import ResultFolder, Tested, TestSet, average_of, scored
+
+SOME = ("yes", "no", "yes", "yes", "no", "A", "yes")
+OTHERS = ("no", "yes", "yes", "B", "no", "yes", "yes")
+
+
+def clips() -> list[Example]:
+    """Two captions each of three clips, the names of which are those of other examples."""
+    return [
+        Example(id=str(n), extra={"clip_id": str(5 - n // 2)}, answers=(Answer(text=f"a man {n} runs fast"),))
+        for n in range(6)
+    ]
+
+
+def of_answers(name: str, score: Scorer, examples: Sequence[Example], texts: Sequence[str]) -> Tested:
+    """The last example has no answer."""
+    rows = [Prediction(id=example.id, prediction=text) for example, text in zip(examples[:-1], texts, strict=False)]
+    of_caption = "clip_id" in examples[0].extra
+    item = caption.clip_of if of_caption else lambda example: example.id
+    return scored(TestSet(name=name, examples=examples, score=score, item=item), Predictions(rows=rows))
+
+
+def everything() -> Iterator[tuple[Tested, Scored]]:
+    """Every benchmark in every version and every scoring of one's own, with another model's score."""
+    scorers = {f"{name} {mode}": score for name, row in BENCHMARKS.items() for mode, score in row.modes.items()}
+    for name, score in {**scorers, **{f"own {name}": score for name, score in exact.SCORINGS.items()}}.items():
+        examples = [any_row(number) for number in range(8)]
+        some, others = SOME, OTHERS
+        if name.endswith("cloze"):
+            some, others = (tuple(f"-1.5 -{text.count('e')}.25" for text in texts) for texts in (SOME, OTHERS))
+        elif name in ("tvqa ", "how2qa "):
+            some, others = (tuple(f"a{text.count('e')}" for text in texts) for texts in (SOME, OTHERS))
+        elif "caption" in name or name.startswith(("tvc", "yc2c")):
+            examples, some, others = clips(), ("a man 0 runs", "", "a man 2"), ("a dog", "", "a man 2 runs fast")
+        ours, theirs = (of_answers(name, score, examples, texts) for texts in (some, others))
+        assert (ours.refused, theirs.refused) == (None, None), name
+        assert theirs.scored is not None
+        yield ours, theirs.scored
+
+
+def test_every_score_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")  # without Java, which takes eight seconds for each score of a caption
+    pairs = list(everything())
+    ResultFolder(folder=tmp_path).write([ours for ours, _ in pairs])
+    results = read_results(tmp_path)
+    assert list(results) == [ours.test.name for ours, _ in pairs]
+    differing = 0
+    for ours, theirs in pairs:
+        own, result = ours.scored, results[ours.test.name]
+        assert own is not None
+        assert result.scored is not None
+        assert list(result.scored.metrics.items()) == list(own.metrics.items())
+        assert (result.scored.items, result.scored.formulas) == (own.items, own.formulas), ours.test.name
+        assert (result.scored.failed, result.scored.settings) == (own.failed, own.settings)
+        limits = intervals(own)
+        assert intervals(result.scored) == limits
+        written = {name: entry["interval_95"] for name, entry in result.entry["metrics"].items()}
+        assert {name: tuple(pair) for name, pair in written.items() if pair} == limits
+        differences = paired_differences(own, theirs)
+        assert paired_differences(result.scored, theirs) == differences
+        differing += any(apart.value for apart in differences.values())
+    assert differing > 10  # or equal differences would prove nothing
+
+
+def test_a_clip_s_line_is_of_the_answer_that_was_scored(tmp_path: Path) -> None:
+    """Clips are items, whatever examples are called as they are; the first answer of one counts."""
+    examples = clips()
+    rows = [Prediction(id="1", prediction="a man 1 runs"), Prediction(id="4", prediction="a dog")]
+    score = caption.score
+    test = TestSet(
+        name="c", examples=examples, score=lambda *both: score(*both, tokenizer="fallback"), item=caption.clip_of
+    )
+    ResultFolder(folder=tmp_path).write([scored(test, Predictions(rows=rows))])
+    result = read_results(tmp_path)["c"]
+    assert {name: (item.truth, item.answer) for name, item in result.items.items()} == {
+        "5": ("a man 1 runs fast", "a man 1 runs"),
+        "4": ("a man 2 runs fast", ""),
+        "3": ("a man 4 runs fast", "a dog"),
+    }
+    assert result.items["5"].score.share > result.items["3"].score.share == result.items["4"].score.share == 0
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A package's own formula, which has the name of one of ours."""
+
+    def __call__(self, sums: Sums, whole: Sums | None = None) -> Numbers:
+        return np.ones_like(next(iter(sums.values())))
+
+
+def test_a_formula_that_no_file_can_hold_is_left_out() -> None:
+    assert formula_record(Ratio()) is None
+    assert formula_record(Mean((ACCURACY, Ratio()))) is None
+    assert formula_record(ACCURACY) is not None
+
+
+def test_an_average_is_over_sets_of_one_metric() -> None:
+    def entry(metric: str, value: float) -> dict[str, object]:
+        return {"headline": metric, "metrics": {metric: {"value": value}}}
+
+    accuracies = {"a": entry("accuracy", 100.0), "b": entry("accuracy", 0.0), "judged": {"metrics": {}}}
+    assert average_of(accuracies) == {"metric": "accuracy", "value": 50.0, "sets": 2}
+    assert average_of({**accuracies, "c": entry("CIDEr", 309.0)}) is None
+    assert average_of({"generation": entry("average", 50.0), "likelihood": entry("average", 60.0)}) is None
+    assert average_of({"a": entry("accuracy", 100.0)}) is None
+
+
+@pytest.mark.parametrize(
+    ("file", "content"), [("metrics.json", '{"sets": {"gqa": {}}}'), ("scores.jsonl", '{"id": "1"}')]
+)
+def test_damaged_files_are_refused(tmp_path: Path, file: str, content: str) -> None:
+    examples = [any_row(number) for number in range(4)]
+    ResultFolder(folder=tmp_path).write([of_answers("gqa", BENCHMARKS["gqa"].modes["llava"], examples, SOME)])
+    (tmp_path / file).write_text(content + "\n")
+    with pytest.raises(UserError):
+        read_results(tmp_path)
