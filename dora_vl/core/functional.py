@@ -224,7 +224,8 @@ class Gain(NamedTuple):
     full: Float[Tensor, " out"]
     minus_one: Float[Tensor, " out"]
     """g - 1 in the activations' dtype."""
-    norms: Float[Tensor, " out"]
+    per_norm: Float[Tensor, " out"]
+    """1 / n, the derivative of g by m; 0 for a row without a direction."""
 
 
 def output(

@@ -280,7 +280,7 @@ class AdaptedLayer(nn.Module):
         def compute() -> Gain:
             norms = self.norms()
             full = functional.gain(cast(Tensor, self.magnitude), norms).to(functional.accumulation_dtype(dtype))
-            return Gain(full, (full - 1).to(dtype), norms)
+            return Gain(full, (full - 1).to(dtype), torch.where(norms > 0, norms.reciprocal(), 0.0))
 
         return self.kept("gain", compute, dtype)
 

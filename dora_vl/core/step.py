@@ -74,7 +74,7 @@ class AdaptedStep(torch.autograd.Function):
             dz, dh, dm, db = passes(dy, (len(b), lora_A.shape[1]), gain).gradients(
                 dy, product, b, bias, gain, ctx.scale
             )
-            dm = torch.where(gain.norms > 0, (dm + torch.linalg.vecdot(lora_B, dB)) / gain.norms, 0.0)
+            dm = (dm + torch.linalg.vecdot(lora_B, dB)) * gain.per_norm
             dB = dB.mul_(gain.full.unsqueeze(1))
             if weight is None:  # f has b's gradient too, times g
                 db = -(gain.full - 1) * db

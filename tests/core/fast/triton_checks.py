@@ -127,7 +127,7 @@ def test_any_layout_of_any_operand(layout):
     """Each operand in turn gives the bits of contiguous ones."""
     of, dy = Operands.drawn(21, 75, 19), torch.randn(21, 75)
     plain, straight = of.output(), of.gradients(dy)
-    strided = Gain(of.gain.full, every_other(of.gain.minus_one), of.gain.norms)
+    strided = Gain(of.gain.full, every_other(of.gain.minus_one), of.gain.per_norm)
     for name in ("product", "b", "bias"):
         other = of._replace(gain=strided, **{name: layout(getattr(of, name))})
         for results, expected in ((other.output(), plain), (other.gradients(layout(dy)), straight)):
