@@ -23,7 +23,6 @@ from dora_vl.run.watched import evenly, read_watched
 from dora_vl.serving.side_by_side import Answer, Conversation
 
 THUMB_PX = 320
-JPEG_QUALITY = 85
 ENDINGS = {"length": " · as long as allowed", "ended": " · stopped"}
 NO_WORDS = '<span class="dv-faint">(no words)</span>'
 
@@ -97,13 +96,8 @@ def data_url(picture: Image.Image) -> str:
     small.thumbnail((THUMB_PX, THUMB_PX))
     kind = "PNG" if max(picture.size) <= THUMB_PX else "JPEG"
     content = BytesIO()
-    small.save(content, kind, quality=JPEG_QUALITY)
+    small.save(content, kind, quality=85)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(content.getvalue()).decode()}"
-
-
-MOST_EXAMPLES = 6
-LOOKED_AT = 5
-"""So many times as many are looked at for pictures that are still there and questions that differ."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +109,7 @@ class ExampleQuestion:
     truth: str
 
 
-def example_questions(adapter: Path, most: int = MOST_EXAMPLES) -> tuple[ExampleQuestion, ...]:
+def example_questions(adapter: Path, most: int = 6) -> tuple[ExampleQuestion, ...]:
     """A few questions with one picture each from the run that an adapter is of: of its test, else those it watched."""
     for run in adapter.resolve().parents[:2]:  # an adapter is in its run's folder, or in a checkpoint's
         for examples in (_of_test(run, most), _watched(run)):
@@ -148,7 +142,7 @@ def _of_test(run: Path, most: int) -> Iterator[ExampleQuestion]:
     for prediction in predictions:
         if len(prediction.images) == 1:
             kinds.setdefault(prediction.kind, []).append(prediction)
-    for of_each in zip_longest(*(evenly(alike, LOOKED_AT * most) for alike in kinds.values())):
+    for of_each in zip_longest(*(evenly(alike, 5 * most) for alike in kinds.values())):
         for prediction in filter(None, of_each):
             yield from _opened(folder, prediction.images[0], prediction.question, prediction.truth)
 

@@ -36,7 +36,7 @@ class Stopped(UserError):
 
 
 def unloaded(name: str) -> Stopped:
-    """That an adapter was there when its request came, and is not any more."""
+    """The error for a request whose adapter was there when it came, and is no longer."""
     return Stopped(f"adapter {name} was unloaded before its answer began")
 
 
@@ -65,7 +65,7 @@ class Failed:
 
 
 Event = Piece | Finished | Failed
-"""What becomes of a request: pieces, then one of the other two."""
+"""A request's events are pieces, then one of the other two."""
 
 
 @dataclass(frozen=True)
