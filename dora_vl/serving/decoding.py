@@ -1,4 +1,4 @@
-"""Rows of one batch, each decoded in its own way through transformers' generate: sampling, ends, text as it comes."""
+"""Sequences of one batch, each decoded in its own way: sampling, ends, text as it comes, keys and values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LEAST_TEMPERATURE = 1e-3
 """Below it the likeliest token is taken: scores divided by less may leave the numbers that there are."""
 
 Reason = Literal["stop", "length", "ended"]
-"""Why an answer is over: it was complete, it was as long as allowed, or nobody waits for it any more."""
+"""An answer ends because it was complete, as long as allowed, or because nobody waits for it any more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,42 +43,42 @@ class Sampling:
 
 @dataclass
 class SequenceText:
-    """One row's answer while it is made.
+    """One sequence's answer while it is made.
 
     Attributes:
         decode: its tokens as text.
         over: whether nobody waits for the rest; asked at every token.
-        done: is told once, when the row is over.
-        error: what broke it, and no other row.
+        done: is told once, when the answer is over.
+        error: what broke this sequence, and no other.
     """
 
     sampling: Sampling
     decode: Callable[[list[int]], str]
     write: Callable[[str], object]
     over: Callable[[], bool] = lambda: False
-    done: Callable[[SequenceText], object] = lambda row: None
+    done: Callable[[SequenceText], object] = lambda answer: None
     ids: list[int] = field(default_factory=list)
     text: str = ""
     reason: Reason | None = None
     error: Exception | None = None
 
     def take(self, token: int, ends: Collection[int]) -> None:
-        """Takes the next token, and writes what it adds to the text; an error ends this row alone."""
+        """Takes the next token, and writes what it adds to the text; an error ends this sequence alone."""
         if self.reason is not None:
             return
         try:
             self._take(token, ends)
-        except Exception as error:  # noqa: BLE001 - the other rows of the batch go on
+        except Exception as error:  # noqa: BLE001 - the other sequences go on
             self.fail(error)
 
     def fail(self, error: Exception) -> None:
-        """Ends this row alone, unless it is over."""
+        """Ends this sequence alone, unless it is over."""
         if self.reason is None:
             self.error, self.reason = error, "ended"
             self.done(self)
 
     def draw(self, scores: Float[Tensor, " vocab"], generator: torch.Generator) -> int:
-        """The next token, drawn; scores that are no numbers end this row alone, and the token is any."""
+        """The next token, drawn; scores that are no numbers end this sequence alone, and the token is any."""
         try:
             return token_of(scores, self.sampling, generator)
         except UserError as error:
@@ -116,58 +116,58 @@ class SequenceText:
 
 
 class SequenceStops(StoppingCriteria):
-    """Gives each row its next token, and says which rows are over."""
+    """Gives each sequence its next token, and says which are over."""
 
-    def __init__(self, rows: Sequence[SequenceText], ends: Collection[int]) -> None:
-        self._rows = rows
+    def __init__(self, sequences: Sequence[SequenceText], ends: Collection[int]) -> None:
+        self._sequences = sequences
         self._ends = ends
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, input_ids: Int[Tensor, "rows seq"], scores: Any, **named: Any
-    ) -> Bool[Tensor, " rows"]:
-        """Which rows are over."""
-        for row, token in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
-            row.take(token, self._ends)
-        return torch.tensor([row.reason is not None for row in self._rows], device=input_ids.device)
+        self, input_ids: Int[Tensor, "batch seq"], scores: Any, **named: Any
+    ) -> Bool[Tensor, " batch"]:
+        """Which sequences are over."""
+        for sequence, token in zip(self._sequences, input_ids[:, -1].tolist(), strict=True):
+            sequence.take(token, self._ends)
+        return torch.tensor([sequence.reason is not None for sequence in self._sequences], device=input_ids.device)
 
 
 class SequenceSampling(LogitsProcessor):
-    """Leaves each row that samples the one token that it drew, so that the likeliest is taken of all rows.
+    """Leaves each sequence that samples the one token that it drew, so that generate takes the likeliest of all.
 
-    A row whose scores are no numbers is ended here, whether it samples or not.
+    A sequence whose scores are no numbers is ended here, whether it samples or not.
     """
 
-    def __init__(self, rows: Sequence[SequenceText], device: torch.device) -> None:
-        self._rows = rows
-        self._draws = [drawing(row.sampling, device) for row in rows]
+    def __init__(self, sequences: Sequence[SequenceText], device: torch.device) -> None:
+        self._sequences = sequences
+        self._draws = [drawing(sequence.sampling, device) for sequence in sequences]
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, input_ids: Tensor, scores: Float[Tensor, "rows vocab"]
-    ) -> Float[Tensor, "rows vocab"]:
-        """The scores, of a row that samples all but one minus infinity."""
-        likeliest(scores, self._rows)
-        for index, (row, generator) in enumerate(zip(self._rows, self._draws, strict=True)):
+        self, input_ids: Tensor, scores: Float[Tensor, "batch vocab"]
+    ) -> Float[Tensor, "batch vocab"]:
+        """The scores; where a sequence samples, all but one are minus infinity."""
+        likeliest(scores, self._sequences)
+        for index, (sequence, generator) in enumerate(zip(self._sequences, self._draws, strict=True)):
             if generator is not None:
-                drawn = row.draw(scores[index], generator)
+                drawn = sequence.draw(scores[index], generator)
                 scores[index] = float("-inf")
                 scores[index, drawn] = 0.0
         return scores
 
 
-def likeliest(scores: Float[Tensor, "rows vocab"], rows: Sequence[SequenceText]) -> list[int]:
-    """Each row's likeliest token; a row whose scores are no numbers is ended, and its token is any.
+def likeliest(scores: Float[Tensor, "batch vocab"], sequences: Sequence[SequenceText]) -> list[int]:
+    """Each sequence's likeliest token; one whose scores are no numbers is ended, and its token is any.
 
-    A row's largest score is NaN where any is, so that looking at it costs no more than choosing.
+    The largest score is NaN where any is, so that looking at it costs no more than choosing.
     """
     most, tokens = scores.max(-1)
-    for row, is_number in zip(rows, most.isfinite().tolist(), strict=True):
+    for sequence, is_number in zip(sequences, most.isfinite().tolist(), strict=True):
         if not is_number:
-            row.fail(UserError(NO_NUMBERS))
+            sequence.fail(UserError(NO_NUMBERS))
     return tokens.tolist()
 
 
 def drawing(sampling: Sampling, device: torch.device) -> torch.Generator | None:
-    """Where a row's draws come from; None where it takes the likeliest token."""
+    """The generator that a sequence draws from; None where it takes the likeliest token."""
     if sampling.temperature < LEAST_TEMPERATURE:
         return None
     generator = torch.Generator(device=device)
@@ -179,7 +179,7 @@ def drawing(sampling: Sampling, device: torch.device) -> torch.Generator | None:
 
 
 def token_of(scores: Float[Tensor, " vocab"], sampling: Sampling, generator: torch.Generator) -> int:
-    """A token drawn at the row's temperature from the likeliest that have `top_p` together."""
+    """A token drawn at the sequence's temperature from the likeliest that have `top_p` together."""
     probabilities = (scores.float() / sampling.temperature).softmax(-1)
     if bool(probabilities.isnan().any()):  # on a GPU, to draw from these would break every later call too
         raise UserError(NO_NUMBERS)
@@ -190,24 +190,24 @@ def token_of(scores: Float[Tensor, " vocab"], sampling: Sampling, generator: tor
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
-def generate_options(rows: Sequence[SequenceText], ends: Collection[int], device: torch.device) -> dict[str, Any]:
-    """What transformers' generate is called with so that it decodes these rows, each in its own way."""
+def generate_options(sequences: Sequence[SequenceText], ends: Collection[int], device: torch.device) -> dict[str, Any]:
+    """The options with which transformers' generate decodes these sequences, each in its own way."""
     return {
-        "stopping_criteria": StoppingCriteriaList([SequenceStops(rows, ends)]),
-        "logits_processor": LogitsProcessorList([SequenceSampling(rows, device)]),
+        "stopping_criteria": StoppingCriteriaList([SequenceStops(sequences, ends)]),
+        "logits_processor": LogitsProcessorList([SequenceSampling(sequences, device)]),
         "num_beams": 1,  # whatever the model's folder says
     }
 
 
-# -- rows that are decoded together and come and go one by one: their keys and values, padded on the left --------------
+# -- sequences that are decoded together and come and go one by one: keys and values, padded on the left ---------------
 
 MASK, POSITIONS = "attention_mask", "position_ids"
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
-"""What else has an entry for each token; that of an answer's is the same for all."""
+"""Further inputs that have an entry for each token; the answer's tokens all have the same."""
 
 
 def may_join(arguments: Mapping[str, Any], media: Collection[str]) -> bool:
-    """Whether rows may come to those of a generate call, by what it hands to its decoding method.
+    """Whether sequences may join those of a generate call, by what it hands to its decoding method.
 
     They may where all that the model remembers of them is in a plain cache of keys and values, and where it is told
     each token's position.
@@ -232,34 +232,34 @@ def _caches(arguments: Mapping[str, Any]) -> dict[str, DynamicCache]:
 
 @dataclass
 class KVCacheBatch:
-    """What the next token of each row needs.
+    """The keys and values of a batch, and what else the next token of each sequence needs.
 
     Attributes:
-        cache: of all tokens but the last of each row.
-        mask: 0 where a row has padding; a column for each cached token, and the next one's.
+        cache: holds all tokens but each sequence's last.
+        mask: 0 where a sequence has padding; a column for each cached token, and the next one's.
         others: what else the model is called with.
     """
 
     cache_name: str
     cache: DynamicCache
-    mask: Int[Tensor, "rows columns"]
-    positions: Int[Tensor, "*kinds rows 1"]
+    mask: Int[Tensor, "batch columns"]
+    positions: Int[Tensor, "*kinds batch 1"]
     others: dict[str, Any]
 
     @classmethod
     def read(
         cls, model: Any, input_ids: Tensor, config: Any, arguments: dict[str, Any]
-    ) -> tuple[KVCacheBatch, Float[Tensor, "rows vocab"]]:
-        """Reads prompts, as transformers' decoding methods begin; the logits of each row's first token beside."""
+    ) -> tuple[KVCacheBatch, Float[Tensor, "batch vocab"]]:
+        """Reads prompts, as transformers' decoding methods begin; gives the logits of their first tokens too."""
         outputs = model._prefill(input_ids, config, arguments)
         name, cache = next(iter(_caches({**arguments, **outputs}).items()))
         mask = arguments.get(MASK)
-        rows = len(outputs.logits)
+        count = len(outputs.logits)
         if mask is None:
-            mask = input_ids.new_ones(rows, cache.get_seq_length())
+            mask = input_ids.new_ones(count, cache.get_seq_length())
         positions = arguments[POSITIONS][..., -1:] + 1
-        if positions.shape[-2] != rows:  # without padding one row of positions stood for all
-            positions = positions.expand(*positions.shape[:-2], rows, 1)
+        if positions.shape[-2] != count:  # without padding one sequence's positions stood for all
+            positions = positions.expand(*positions.shape[:-2], count, 1)
         others = {key: value for key, value in arguments.items() if not isinstance(value, Tensor | DynamicCache | None)}
         for key in TOKEN_TYPES:
             if isinstance(value := arguments.get(key), Tensor):
@@ -274,8 +274,8 @@ class KVCacheBatch:
         """How many tokens the cache has room for."""
         return self.mask.shape[1] - 1
 
-    def step(self, model: Any, tokens: Int[Tensor, " rows"]) -> Float[Tensor, "rows vocab"]:
-        """Takes each row's next token; the logits of the one after it."""
+    def step(self, model: Any, tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:
+        """Takes each sequence's next token; gives the logits of the one after it."""
         named = {self.cache_name: self.cache, MASK: self.mask, POSITIONS: self.positions, **self.others}
         inputs = model.prepare_inputs_for_generation(
             tokens[:, None], next_sequence_length=1, is_first_iteration=False, **named
@@ -285,9 +285,9 @@ class KVCacheBatch:
         self.positions = self.positions + 1
         return outputs.logits[:, -1].float()
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Lets go of all rows but these, in this order, and of columns that are padding in all of them."""
-        index = torch.tensor(rows, device=self.mask.device)
+    def keep(self, sequences: Sequence[int]) -> None:
+        """Keeps these sequences, in this order, without the columns that are padding in all of them."""
+        index = torch.tensor(sequences, device=self.mask.device)
         mask = self.mask[index]
         start = int(mask.any(0).to(torch.int8).argmax())
         self.mask, self.positions = mask[:, start:], self.positions.index_select(-2, index)
@@ -299,9 +299,9 @@ class KVCacheBatch:
             self.others[key] = self.others[key][index]
 
     def join(self, new: KVCacheBatch) -> None:
-        """Takes further rows in, behind its own; `new` is used up."""
+        """Takes further sequences in, behind its own; `new` is used up."""
         columns = max(self.columns, new.columns)
-        self.mask = torch.cat([F.pad(rows.mask, (columns - rows.columns, 0)) for rows in (self, new)])
+        self.mask = torch.cat([F.pad(part.mask, (columns - part.columns, 0)) for part in (self, new)])
         self.positions = torch.cat([self.positions, new.positions], dim=-2)
 
         def stacked(*parts: Tensor) -> Tensor:

@@ -28,10 +28,6 @@ over one base, which is loaded once; nothing is merged. The page listens on this
 otherwise, answers to the names of --allow-host besides, asks for a key where --api-key gives one, asks no other host
 for anything, reads no file but what was uploaded, and keeps none. docs/serving.md says more.
 """
-ROOM_FOR_A_MESSAGE = 4
-"""So many times the largest file may be sent, so that the page itself can say that it is too large."""
-UPLOADS_AT_ONCE = 8
-"""So many of those may lie there until they are read."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,8 +69,8 @@ def run(options: argparse.Namespace) -> Iterator[str]:
 
         settings = Settings.of(options)
         examples = next(filter(None, map(example_questions, adapters.values())), ())
-        most = settings.media_bytes * ROOM_FOR_A_MESSAGE
-        uploads = Uploads(Path(folder), most * UPLOADS_AT_ONCE)
+        most = settings.media_bytes * 4  # so that the page itself can say that a file is too large
+        uploads = Uploads(Path(folder), most * 8)
         with Engine(model, settings) as engine, contextlib.closing(SideBySide(engine)) as side:
             app = build_page_app(Page(side, uploads, examples), rules, upload_bytes=most)
             host, port = listener.getsockname()[:2]

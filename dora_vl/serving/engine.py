@@ -73,7 +73,7 @@ class RunningRequest:
 
 
 Running = Sequence[RunningRequest]
-ReadPrompts = tuple[list[RunningRequest], KVCacheBatch, Float[Tensor, "sequences vocab"]]
+ReadPrompts = tuple[list[RunningRequest], KVCacheBatch, Float[Tensor, "batch vocab"]]
 """Requests whose prompts the model has read, their keys and values, and the logits of each one's first token."""
 
 
@@ -122,7 +122,7 @@ class BatchDecoder:
         joiners: Callable[[Running, int], Sequence[ReadPrompts]],
         model: Any,
         cache: KVCacheBatch,
-        logits: Float[Tensor, "sequences vocab"],
+        logits: Float[Tensor, "batch vocab"],
     ) -> None:
         """Decodes token by token, until no request is left."""
         tokens = self._next(running, logits)
@@ -140,7 +140,7 @@ class BatchDecoder:
                 logits = cache.step(model, torch.tensor(tokens, device=logits.device))
             tokens = self._next(running, logits)
 
-    def _next(self, running: Running, logits: Float[Tensor, "sequences vocab"]) -> list[int]:
+    def _next(self, running: Running, logits: Float[Tensor, "batch vocab"]) -> list[int]:
         """Each request's next token, which its text has taken."""
         best = likeliest(logits, [request.text for request in running])
         tokens = [
@@ -164,7 +164,7 @@ class BatchDecoder:
         running: Running,
         inputs: Mapping[str, Any],
         most: int,
-        take: Callable[[Any, KVCacheBatch, Float[Tensor, "sequences vocab"]], None],
+        take: Callable[[Any, KVCacheBatch, Float[Tensor, "batch vocab"]], None],
         *,
         joins: bool = False,
     ) -> None:

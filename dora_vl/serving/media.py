@@ -37,9 +37,9 @@ from dora_vl.serving.scheduler import TooManyRequests
 DECODER_MEMORY = 576 * MEBIBYTE
 """Most bytes that a request's process may take; with its pixels here, four bytes each, a request stays below 1 GB."""
 READING_AT_ONCE = 10
-"""Requests whose pictures are decoded, or wait as such to become a prompt. So many processes are kept: 15 MB each."""
+"""Requests whose pictures are decoded at a time, or wait to become a prompt; as many processes are kept, 15 MB each."""
 PATIENT_SECONDS = 5.0
-"""How long a request's pictures may take while others wait for their turn."""
+"""A request's pictures may take longer only while no other request waits for its turn."""
 
 
 class RequestMedia:
@@ -75,7 +75,7 @@ class RequestMedia:
 
     @contextlib.contextmanager
     def _turn(self, budget: Budget) -> Iterator[LimitedProcess]:
-        """A process of one's own. Where others wait for long, its budget's `go_on` ends it."""
+        """Waits for a turn; gives a process. While others wait, the budget's `go_on` ends what takes too long."""
         go_on = budget.go_on
         with self._lock:
             self._waiting += 1

@@ -24,7 +24,7 @@ from dora_vl.evaluation.ask import Assistant, EncoderPrompts, Shown
 from dora_vl.evaluation.open_model import ModelRequest, ModelSource, find_source, load_decoder, prompts_of, read_recipe
 
 LLAVA_PROJECTOR = "model.multi_modal_projector"
-"""Of a LLaVA-1.5, which is given one entry a picture, so that each picture can have the projector of its own row."""
+"""A LLaVA-1.5's projector gets one entry a picture, so each picture can have that of its own request's adapter."""
 PROBE_ROWS, PROBE_TOKENS = 2, 2  # a prompt, and a token behind it
 
 

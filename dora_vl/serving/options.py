@@ -19,7 +19,7 @@ KEY_VARIABLE = "DORA_VL_API_KEY"
 
 
 def between(kind: type[Any], low: float | int, high: float | int = sys.maxsize) -> Callable[[str], Any]:
-    """A type of argparse: a number in these limits."""
+    """Makes a type for argparse: a number in these limits."""
 
     def number(text: str) -> Any:
         value = kind(text)
@@ -65,15 +65,17 @@ positive_seconds = between(float, 1e-6)
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How questions are answered, where they do not say it themselves, how they become batches, and what they may show.
+    """Defaults of a request, sizes of a batch and limits of what a request may hold and show.
 
     Attributes:
-        joining: requests come to a batch that is being answered, where the model allows it.
-        allow_remote_media: http(s) addresses are fetched.
+        joining: whether requests join a batch that is being answered, where the model allows it.
+        allow_remote_media: whether http(s) addresses of pictures and videos are fetched.
     """
 
-    max_new_tokens: int = option(ANSWERS, 256, positive, "longest answer where none is asked for")
-    temperature: float = option(ANSWERS, 0.0, between(float, 0, 2), "likewise; 0 takes the likeliest token")
+    max_new_tokens: int = option(ANSWERS, 256, positive, "longest answer where a request names none")
+    temperature: float = option(
+        ANSWERS, 0.0, between(float, 0, 2), "where a request names none; 0 takes the likeliest token"
+    )
     batch: int = option(ANSWERS, 16, positive, "most requests answered together")
     batch_tokens: int = option(ANSWERS, 32768, positive, "most tokens of a batch, answers too")
     window_ms: float = option(ANSWERS, 5.0, positive_seconds, "how long a batch waits for more requests")
@@ -88,21 +90,21 @@ class Settings:
     fetch_seconds: float = option(REQUEST, 10.0, positive_seconds, "longest time to fetch a picture or video")
     allow_remote_media: bool = False
 
-    max_pictures: int = option(MEDIA, 8, between(int, 0), "of a request")
-    max_mpx: float = option(MEDIA, 80, positive, "megapixels of a request's pictures and frames, together")
-    max_videos: int = option(MEDIA, 1, between(int, 0), "of a request")
-    max_media_mib: float = option(MEDIA, 32, positive, "of one picture or video")
+    max_pictures: int = option(MEDIA, 8, between(int, 0), "most pictures of a request")
+    max_mpx: float = option(MEDIA, 80, positive, "most megapixels of a request's pictures and frames, together")
+    max_videos: int = option(MEDIA, 1, between(int, 0), "most videos of a request")
+    max_media_mib: float = option(MEDIA, 32, positive, "largest file of a picture or video")
     frames: int = option(MEDIA, 8, positive, "frames of a video that the model sees")
-    media_seconds: float = option(MEDIA, 20.0, positive_seconds, "of the processor, to decode what a request shows")
+    media_seconds: float = option(MEDIA, 20.0, positive_seconds, "CPU seconds to decode what a request shows")
 
     @property
     def media_bytes(self) -> int:
-        """Most of one picture or video."""
+        """The bytes that one picture's or video's file may have."""
         return int(self.max_media_mib * MIB)
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Settings:
-        """What the command line says; what a command has no option for is as usual."""
+        """The settings of a command line; what a command has no option for keeps its default."""
         names = {entry.name for entry in fields(cls)}
         return cls(**{name: value for name, value in vars(options).items() if name in names})
 
@@ -139,7 +141,7 @@ def adapters_by_name(options: Sequence[str]) -> dict[str, Path]:
 
 
 def run_name(folder: Path) -> str:
-    """What an adapter is called: as its run's folder, with the checkpoint where it is one's."""
+    """An adapter's name: that of its run's folder, and the number of the checkpoint that it is from."""
     parts = list(folder.resolve().parts)
     parts = parts[:-1] if parts[-1] == "adapter" else parts
     if re.fullmatch(r"checkpoint-\d+", parts[-1]) and len(parts) > 1:

@@ -25,19 +25,15 @@ from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.page_parts import ExampleQuestion, column_view, data_url, notice_view, shown_view
 from dora_vl.serving.side_by_side import NOTHING, Conversation, ModelChoice, SideBySide, error_text
 
-LARGEST_EVENT, EVENTS_AT_ONCE = 2**20, 64
-"""Bytes of what the page says to its program, pictures being uploaded; and so many times that may be on its way."""
-MOST_CONVERSATIONS = 64
-"""A conversation holds its pictures; that of who was here longest ago goes."""
 STYLE = Path(__file__).parent / "page_files" / "page.css"
 TAKE_QUESTION, DIAL = STYLE.with_name("take_question.js"), STYLE.with_name("dial.js")
 FONT, MONOSPACE = ("system-ui", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"), ("ui-monospace", "monospace")
-"""Those that the visitor's own system has: none is fetched."""
+"""The visitor's own system has these fonts: none is fetched."""
 STRONGEST, STEP = 2.0, 0.05
-"""Of the dial; a request may ask for more."""
+"""The dial ends here; a request may ask for more."""
 LONGEST_ANSWER = 1024
 Update = dict[Any, Any]
-"""New values by part; parts that are not named stay."""
+"""New values of the page's parts; parts that are not named keep theirs."""
 
 
 class QuietServer(uvicorn.Server):
@@ -56,10 +52,10 @@ def build_page_app(page: Page, rules: AccessRules, *, upload_bytes: int) -> Fast
         upload_bytes: largest file that is taken at all.
     """
     app = FastAPI(title="dora-vl demo", docs_url=None, redoc_url=None, openapi_url=None)
-    budget = ByteBudget(LARGEST_EVENT, EVENTS_AT_ONCE * LARGEST_EVENT)
+    budget = ByteBudget(2**20, 64 * 2**20)  # of events, which hold no picture
     app.add_middleware(PageMiddleware, rules=rules, budget=budget, uploads=page.uploads)
     page.blocks.queue(max_size=page.side.engine.settings.waiting, api_open=False)
-    page.blocks.state_session_capacity = MOST_CONVERSATIONS
+    page.blocks.state_session_capacity = 64  # conversations, with their pictures; the one unused for longest goes
     page.blocks.has_launched = True  # else Gradio takes any file for an uploaded one; its mount leaves that out
     colours = gr.themes.Default(
         primary_hue="blue",
@@ -265,7 +261,7 @@ class Page:
         yield {self.answered: question}
         yield from self._answers(person, conversation, settings, question.partition(" ")[2])
 
-    @no_type_check  # likewise
+    @no_type_check  # as above
     def ask_again(self, person: str, conversation: Conversation | None, *chosen: Any) -> Iterator[Update]:
         """The last question once more, to the models as they are chosen now; nothing where just these were asked it."""
         yield from self._answers(person, conversation, chosen, None)

@@ -20,11 +20,10 @@ from dora_vl.evaluation.ask import Shown
 from dora_vl.evaluation.baselines import EXCHANGED
 from dora_vl.evaluation.predictions import PREDICTIONS, Prediction, read_predictions
 from dora_vl.run.folder import SETTINGS
-from dora_vl.run.watched import evenly, read_watched
+from dora_vl.run.watched import evenly
 from dora_vl.serving.side_by_side import Answer, Conversation
 
 THUMB_PX = 320
-JPEG_QUALITY = 85
 ENDINGS = {"length": " · as long as allowed", "ended": " · stopped"}
 NO_WORDS = '<span class="dv-faint">(no words)</span>'
 
@@ -98,13 +97,8 @@ def data_url(picture: Image.Image) -> str:
     small.thumbnail((THUMB_PX, THUMB_PX))
     kind = "PNG" if max(picture.size) <= THUMB_PX else "JPEG"
     content = BytesIO()
-    small.save(content, kind, quality=JPEG_QUALITY)
+    small.save(content, kind, quality=85)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(content.getvalue()).decode()}"
-
-
-MOST_EXAMPLES = 6
-LOOKED_AT = 5
-"""So many times as many are looked at for pictures that are still there and questions that differ."""
 
 
 @dataclass(frozen=True)
@@ -116,18 +110,14 @@ class ExampleQuestion:
     truth: str
 
 
-def example_questions(adapter: Path, most: int = MOST_EXAMPLES) -> tuple[ExampleQuestion, ...]:
-    """A few questions with one picture each from the run that an adapter is of: of its test, else those it watched."""
+def example_questions(adapter: Path, most: int = 6) -> tuple[ExampleQuestion, ...]:
+    """A few questions with one picture each from the test of the run that an adapter is of; none where it has none."""
+    chosen: dict[str, ExampleQuestion] = {}
     for run in adapter.resolve().parents[:2]:  # an adapter is in its run's folder, or in a checkpoint's
-        for examples in (_of_test(run, most), _watched(run)):
-            chosen: dict[str, ExampleQuestion] = {}
-            for example in examples:  # each question once
-                chosen.setdefault(example.question, example)
-                if len(chosen) == most:
-                    break
-            if chosen:
-                return tuple(chosen.values())
-    return ()
+        for example in _of_test(run, most):
+            if len(chosen) < most:
+                chosen.setdefault(example.question, example)  # each question once
+    return tuple(chosen.values())
 
 
 def _of_test(run: Path, most: int) -> Iterator[ExampleQuestion]:
@@ -151,16 +141,9 @@ def _of_test(run: Path, most: int) -> Iterator[ExampleQuestion]:
     ):
         if len(prediction.images) == 1:
             kinds.setdefault(prediction.kind, []).append(prediction)
-    for of_each in zip_longest(*(evenly(alike, LOOKED_AT * most) for alike in kinds.values())):
+    for of_each in zip_longest(*(evenly(alike, 5 * most) for alike in kinds.values())):
         for prediction in filter(None, of_each):
             yield from _opened(folder, prediction.images[0], prediction.question, prediction.truth)
-
-
-def _watched(run: Path) -> Iterator[ExampleQuestion]:
-    watched = read_watched(run)
-    for question in watched.questions if watched is not None else ():
-        if watched is not None and question.picture:
-            yield from _opened(watched.folder, question.picture, question.question, question.truth)
 
 
 def _opened(folder: Path, image: str, question: str, truth: str) -> Iterator[ExampleQuestion]:

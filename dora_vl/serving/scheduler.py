@@ -36,7 +36,7 @@ class Stopped(UserError):
 
 
 def unloaded(name: str) -> Stopped:
-    """That an adapter was there when its request came, and is not any more."""
+    """The error for a request whose adapter was there when it came, and is no longer."""
     return Stopped(f"adapter {name} was unloaded before its answer began")
 
 
@@ -65,7 +65,7 @@ class Failed:
 
 
 Event = Piece | Finished | Failed
-"""What becomes of a request: pieces, then one of the other two."""
+"""A request's events are pieces, then one of the other two."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class PreparedRequest:
 
     @property
     def share(self) -> Share | None:
-        """What its row has of an adapter; None is the base."""
+        """The adapter and how much of it is applied; None is the base."""
         return self.entry.share(self.strength)
 
     @property
@@ -121,7 +121,7 @@ class SubmittedRequest:
     cancelled: bool = False
 
     def cancel(self) -> None:
-        """Nobody waits for the answer any more; its row ends at the next token."""
+        """Nobody waits for the answer any more; it ends at the next token."""
         self.cancelled = True
 
     @property
@@ -226,18 +226,19 @@ class Scheduler:
                 else:
                     done.set_result(None)
 
-    def next_joiners(self, rows: int, columns: int, left: int) -> list[SubmittedRequest]:
+    def next_joiners(self, running: int, columns: int, left: int) -> list[SubmittedRequest]:
         """Those that may come to a running batch; none where the first that waits may not, or a change waits.
 
         Args:
-            columns: tokens that it has room for.
-            left: most tokens that a row of it may still get.
+            running: how many requests the batch has.
+            columns: tokens that its cache holds for each.
+            left: most tokens that one of them may still get.
         """
 
         def room(new: Sequence[PreparedRequest]) -> bool:
             longest = max(columns, *(prepared.prompt_tokens for prepared in new))
             longest += max(left, *(prepared.sampling.max_new_tokens for prepared in new))
-            count = rows + len(new)
+            count = running + len(new)
             return count <= self._settings.batch and count * longest <= self._settings.batch_tokens
 
         with self._changed:
@@ -250,27 +251,29 @@ class Scheduler:
                 request.give_up()
         self._waiting = deque(request for request in self._waiting if not request.over)
 
-    def _take(self, room: Callable[[Sequence[PreparedRequest]], bool] = lambda rows: True) -> list[SubmittedRequest]:
+    def _take(
+        self, room: Callable[[Sequence[PreparedRequest]], bool] = lambda requests: True
+    ) -> list[SubmittedRequest]:
         """The first of those that wait, and those after it that fit beside it, in order; none where it has no room."""
         self._drop_unwanted()
         batch: list[SubmittedRequest] = []
         left: deque[SubmittedRequest] = deque()
         for request in self._waiting:
-            rows = [*(other.prepared for other in batch), request.prepared]
-            fits = len(rows) <= self._settings.batch and self._fit(rows) and room(rows)
+            together = [*(other.prepared for other in batch), request.prepared]
+            fits = len(together) <= self._settings.batch and self._fit(together) and room(together)
             if not fits and not batch:
                 return []
             (batch if fits else left).append(request)
         self._waiting = left
         return batch
 
-    def _fit(self, rows: Sequence[PreparedRequest]) -> bool:
+    def _fit(self, requests: Sequence[PreparedRequest]) -> bool:
         """Whether these can be one batch."""
-        if len(rows) == 1:
+        if len(requests) == 1:
             return True
-        if len(rows) * max(row.tokens for row in rows) > self._settings.batch_tokens:
+        if len(requests) * max(request.tokens for request in requests) > self._settings.batch_tokens:
             return False
-        showing = [row for row in rows if row.media]
-        vision_adapters = {row.share if row.entry.alone else None for row in showing}
-        kinds = {row.media for row in showing}
+        showing = [request for request in requests if request.media]
+        vision_adapters = {request.share if request.entry.alone else None for request in showing}
+        kinds = {request.media for request in showing}
         return len(vision_adapters) <= 1 and not (len(kinds) > 1 and self._one_kind())

@@ -41,7 +41,7 @@ from dora_vl.serving.scheduler import (
 
 
 async def chunks(
-    request: ChatRequest, event: Event, answering: SubmittedRequest, events: asyncio.Queue[Event]
+    request: ChatRequest, event: Event, submitted: SubmittedRequest, events: asyncio.Queue[Event]
 ) -> AsyncIterator[str]:
     """The events of one answer as OpenAI's chunks, server-sent; whoever closes this ends the answer.
 
@@ -72,7 +72,7 @@ async def chunks(
             yield sent({**head, "choices": [], "usage": _usage(event)})
         yield "data: [DONE]\n\n"
     finally:
-        answering.cancel()
+        submitted.cancel()
 
 
 def _head(request: ChatRequest, kind: str) -> dict[str, Any]:
@@ -83,10 +83,6 @@ def _head(request: ChatRequest, kind: str) -> dict[str, Any]:
 def _usage(finished: Finished) -> dict[str, int]:
     prompt, new = finished.prompt_tokens, finished.new_tokens
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
-
-
-SENT_AT_ONCE = 8
-"""So many times the largest request may be on its way, of however many clients."""
 
 
 class WaitingClient:
@@ -202,7 +198,7 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def _read(self, request: Request, kind: type[Model]) -> AsyncIterator[Model]:
-        """A request's content, checked; it is held once it has come whole, a streamed one until its first piece."""
+        """Reads a request's content; until its answer begins it counts among those that are held."""
         if self._held >= self._most_held:
             raise TooManyRequests(f"{self._held} requests are held already, and no more may; try again later")
         self._held += 1
@@ -256,8 +252,8 @@ class Server:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        answering = self.engine.submit(prepared, put, deadline=client.deadline)  # reading the request was of its time
-        async with client.watched(answering.cancel):
+        submitted = self.engine.submit(prepared, put, deadline=client.deadline)  # reading the request was of its time
+        async with client.watched(submitted.cancel):
             event = await events.get()
             while isinstance(event, Piece) and not body.stream:
                 event = await events.get()
@@ -267,7 +263,7 @@ class Server:
             message = {"role": "assistant", "content": event.text, "refusal": None}
             choice = {"index": 0, "message": message, "finish_reason": event.reason, "logprobs": None}
             return JSONResponse({**_head(body, "chat.completion"), "choices": [choice], "usage": _usage(event)})
-        return StreamingResponse(chunks(body, event, answering, events), media_type="text/event-stream")
+        return StreamingResponse(chunks(body, event, submitted, events), media_type="text/event-stream")
 
     def _card(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self.started, "owned_by": "dora-vl"}
@@ -281,7 +277,7 @@ def build_app(server: Server) -> FastAPI:
         AccessMiddleware,
         rules=server.rules,
         content_seconds=server.settings.body_seconds,
-        budget=ByteBudget(largest, SENT_AT_ONCE * largest),
+        budget=ByteBudget(largest, 8 * largest),
     )
     routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
         ("POST", "/v1/chat/completions", server.chat),

@@ -26,15 +26,15 @@ from dora_vl.serving.scheduler import Event, Failed, Finished, Piece, Stopped, S
 
 NOTHING = Shown()
 PACE_SECONDS = 0.04
-"""Pieces that come within it are shown together."""
+"""Pieces that come within this time are shown together."""
 HALT = Failed(Stopped("stopped"))
-"""What whoever reads an answer is told when it is stopped; the engine ends it at the next token."""
+"""The event that ends a stopped answer for its reader; the engine ends it at the next token."""
 FAILED = "the model failed to answer; what went wrong is in the terminal of dora-vl demo"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelChoice:
-    """Who answers in a column: a model of the engine, and how much of its adapter is applied."""
+    """The model that answers in a column, and how much of its adapter is applied."""
 
     name: str
     strength: float = 1.0
@@ -108,7 +108,7 @@ class Conversation:
 
 
 def error_text(error: Exception) -> str:
-    """What went wrong, for whoever asked; the inside of the program is for its log."""
+    """The words about an error for whoever asked; what went wrong inside the program is for its log."""
     if isinstance(error, BadSample):
         return error.reason
     return one_line(str(error)) if isinstance(error, UserError) else FAILED
@@ -213,7 +213,7 @@ class _Running:
 
     handed_in: list[SubmittedRequest] = field(default_factory=list)
     events: Events = field(default_factory=queue.SimpleQueue)
-    """What becomes of it, with the number of the column."""
+    """The events of all columns, each with its column's number."""
 
     def halt(self) -> None:
         """Ends all of it; whoever reads is told at once."""

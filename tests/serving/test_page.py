@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from dora_vl.backbones.video_inputs import grey_video
 from dora_vl.data.turns import Clip, Turn
 from dora_vl.data.video import Uniform
 from dora_vl.evaluation.ask import Shown
+from dora_vl.evaluation.predictions import Prediction
+from dora_vl.serving import page_parts
 from dora_vl.serving.access import AccessRules
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
@@ -123,6 +126,26 @@ def test_a_picture_two_answers_and_a_second_turn(red: Visitor, opened: tuple[str
 def test_frames_that_are_pictures_to_a_model_are_called_so() -> None:
     shown = Shown(videos=(grey_video((9, 9, 9), 8),))
     assert [("pictures" in shown_view(shown, frames_are_pictures=are)) for are in (False, True)] == [False, True]
+
+
+def test_examples_are_questions_of_the_runs_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of each kind before a second of any, each question once, none whose picture is gone."""
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    RED.save(tmp_path / "red.png")
+    settings = {"evaluation": {"image_folder": str(tmp_path)}, "training": {"output_dir": str(tmp_path / "run")}}
+    (tmp_path / "run" / "settings.json").write_text(json.dumps(settings))
+    questions = [("Colour?", "red.png", "a"), ("Colour?", "red.png", "a"), ("Size?", "red.png", "a")]
+    questions += [("Gone?", "gone.png", "b"), ("Shape?", "red.png", "b")]
+    predictions = {
+        str(number): Prediction(id=str(number), question=question, images=[image], kind=kind)
+        for number, (question, image, kind) in enumerate(questions)
+    }
+    monkeypatch.setattr(page_parts, "read_predictions", lambda path: predictions)
+    examples = page_parts.example_questions(tmp_path / "run" / "adapter")
+    assert [example.question for example in examples] == ["Colour?", "Shape?", "Size?"]
+    assert [example.question for example in page_parts.example_questions(tmp_path / "run" / "adapter", 1)] == [
+        "Colour?"
+    ]
 
 
 @pytest.mark.slow

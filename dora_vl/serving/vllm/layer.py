@@ -1,7 +1,7 @@
 """What a linear layer of vLLM does beside its slots of A and B: each token's output times its adapter's gains.
 
 vLLM's classes differ (column- and row-parallel, packed, fully sharded); `DoRALayer` stands in front of each alike and
-asks of them what all have. `places` has looked at that before any of it is used.
+asks of them what all have in the versions that `plugin` names.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.scores.test_scores import any_row
+from tests.evaluation.scores.test_scores import any_row
 
 from dora_vl.data.example import Answer, Example
 from dora_vl.errors import UserError
