@@ -73,7 +73,7 @@ def base_with_other_rows(base: Path, *, rows: int) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_from_a_checkpoints_adapter_has_its_random_rows(run_file: Path) -> None:
-    """Frozen rows that the adapter folder carries come from it, not from the base as it is now, which a resume refuses."""
+    """Frozen rows that the folder carries come from it, not from the base as it is now, which a resume would refuse."""
     first, second = run_file.parent / "first", run_file.parent / "second"
     options = ("--training.deepspeed=zero3", "--training.save_strategy=steps", "--training.save_steps=4")
     launched(run_file, *options, f"--training.output_dir={first}", "--training.max_steps=4", ranks=1)
