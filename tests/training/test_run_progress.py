@@ -1,4 +1,4 @@
-"""How far a run is: a bar in a terminal with the loggers' lines above it, elsewhere a line with each line of the log."""
+"""How far a run is: a bar in a terminal with the loggers' lines above it, elsewhere a line for each line of the log."""
 
 from __future__ import annotations
 
