@@ -50,7 +50,7 @@ def trained(progress: RunProgress, folder: Path, logger: logging.Logger) -> None
         progress.on_log(arguments, state, control, logs={**LINE, "loss": 1 / step})
         logger.warning("from a logger at %d", step)
     progress.on_log(arguments, state, control, logs={"eval_loss": 0.25, "eval_skipped": 3})
-    progress.on_train_end(arguments, state, control)
+    progress.close()
 
 
 def test_lines_go_above_the_bar_and_the_last_state_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
