@@ -121,12 +121,12 @@ def cause_speaks_first() -> Iterator[None]:
             time.sleep(FIRST_RANK_SECONDS)
         raise
     except Exception as error:
-        if not is_communication(error):
+        if not (several_ranks() and is_communication(error)):
             raise
         time.sleep(2 * FIRST_RANK_SECONDS)
         raise LostRank(
             f"rank {os.environ.get('RANK', '0')}: another rank ended, or did not come within training.ddp_timeout "
-            f"({one_line(str(error), 200)}); --resume last goes on from the last checkpoint"
+            f"({one_line(str(error), 200)}); start again, a run with --resume last"
         ) from None
 
 

@@ -154,7 +154,8 @@ class RunProgress(TrainerCallback):
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
         times = (TimeElapsedColumn(), TextColumn("so far,"), TimeRemainingColumn(), TextColumn("left"))
         self._bar = Progress(
-            *(*columns, *times),
+            *columns,
+            *times,
             console=console,
             auto_refresh=False,
             speed_estimate_period=DAY_SECONDS,  # steps may take minutes, with a validation between them
@@ -199,12 +200,8 @@ class RunProgress(TrainerCallback):
             skipped = logs.get("eval_skipped", 0)
             logger.info("step %d: validation loss %.4f, skipped %d", state.global_step, logs["eval_loss"], skipped)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Draws the last state, which stays, and gives the terminal back."""
-        self.close()
-
     def close(self) -> None:
-        """Gives the terminal back, also after an error in training."""
+        """Draws the last state, which stays, and gives the terminal back."""
         self._bar.stop()
         while self._handlers:
             handler, stream = self._handlers.pop()
@@ -280,6 +277,7 @@ class StepLimit(TrainerCallback):
     """Ends a rank with its stacks where its run stands still for `training.ddp_timeout`; the launcher ends the others.
 
     The collectives' own limit is no substitute: groups that DeepSpeed makes have 30 minutes with gloo whatever is set.
+    Who trains calls `faulthandler.cancel_dump_traceback_later` afterwards.
     """
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -288,14 +286,6 @@ class StepLimit(TrainerCallback):
             faulthandler.dump_traceback_later(args.ddp_timeout, exit=True, file=STDERR)
 
     on_substep_end = on_step_end = on_prediction_step = on_save = on_evaluate = on_step_begin
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """What follows takes as long as it takes."""
-        self.cancel()
-
-    def cancel(self) -> None:
-        """Ends the count, also after an error in training."""
-        faulthandler.cancel_dump_traceback_later()
 
 
 # Watched questions: asked while it trains, their answers kept and handed to the trackers.

@@ -126,9 +126,13 @@ def activations_of(model: PreTrainedModel) -> Activations:
     """
     text: Any = model.config.get_text_config()
     size, width = model.dtype.itemsize, int(text.hidden_size)
-    heads = int(text.num_attention_heads)
-    keys = width * int(getattr(text, "num_key_value_heads", None) or heads) // heads
-    inner = next((value for name in MLP_WIDTHS if isinstance(value := getattr(text, name, None), int)), 4 * width)
+
+    def number(names: tuple[str, ...], default: int) -> int:
+        return next((value for name in names if isinstance(value := getattr(text, name, None), int)), default)
+
+    heads = number(("num_attention_heads",), 1)
+    keys = width * number(("num_key_value_heads",), heads) // heads
+    inner = number(MLP_WIDTHS, 4 * width)
     return Activations(
         layers=text.num_hidden_layers + (text.decoder_layers if text.is_encoder_decoder else 0),
         layer=4 * FLOAT32_BYTES * width + size * (4 * width + 2 * keys + 4 * inner),

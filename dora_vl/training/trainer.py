@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import sys
 import time
@@ -123,15 +124,14 @@ class AdapterTrainer(OrderedTrainer):
         )
         self.stop, self.closing = StopOnSignal(), ExitStack()
         self.closing.callback(self.stop.restore)
-        limit = StepLimit()
-        self.closing.callback(limit.cancel)
+        self.closing.callback(faulthandler.cancel_dump_traceback_later)
         self.faults = StepFaults(self.run_folder / FAULTS, config.optim.not_finite, scaled=arguments.fp16)
         super().__init__(
             data,
             model=pipeline.loss(backbone),
             args=arguments,
             eval_dataset=held_out,
-            callbacks=[self.stop, self.faults, limit],
+            callbacks=[self.stop, self.faults, StepLimit()],
         )
         # The model is in shards already, whose gradients meet by themselves.
         self.is_distributed_loading_by_transformers = bool(config.training.get("fsdp"))

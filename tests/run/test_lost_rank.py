@@ -75,6 +75,7 @@ def test_the_rank_that_knows_most_speaks_first(
     waited: list[float] = []
     monkeypatch.setattr(run_launch.time, "sleep", waited.append)
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(kind) as raised, cause_speaks_first():
         raise error
     assert type(raised.value) is kind

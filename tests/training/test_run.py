@@ -69,7 +69,7 @@ def test_a_run_leaves_its_trained_adapter_a_log_and_numbers(run_file: Path, tiny
     assert metrics["train_samples"] == 24
     assert metrics["train_seconds"] > 0
     assert (recipe["base"], recipe["template"], len(recipe["base_sha256"])) == (str(tiny_llava), "vicuna_v1", 64)
-    assert "activations (rough)" in [row[0] for row in json_of(folder / "plan.json")["memory"]["rows"]]
+    assert "activations and loss" in [row[0] for row in json_of(folder / "plan.json")["memory"]["rows"]]
     assert not checkpoints(folder)
     assert len(load_adapter(open_backbone(str(tiny_llava)).model, folder / "adapter")) == 14
     base = open_backbone(str(tiny_llava)).model.state_dict()
