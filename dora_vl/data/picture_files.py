@@ -162,7 +162,7 @@ def _as_shown(image: Image.Image) -> Image.Image:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Greys of 16 bits as greys of 8."""
-    if image.mode == "F" or (image.mode == "I" and isinstance(image, TiffImageFile)):
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
         raise NoPicture("holds real or 32-bit numbers, and nothing says which of them is white")
     return image.convert("I").point(lambda value: value / 256).convert("L")
 
