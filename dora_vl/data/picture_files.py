@@ -9,17 +9,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import time
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from io import BufferedReader, BytesIO, RawIOBase
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from PIL import ExifTags, Image, UnidentifiedImageError, features
-from PIL.TiffImagePlugin import TiffImageFile
 
 from dora_vl.errors import DECODING_ERRORS, BadSample
 from dora_vl.files import NoRegularFile, open_regular
@@ -51,7 +48,6 @@ VIDEO_MEMORY = 4_096 * MEBIBYTE
 """Most bytes that the decoder's process may take for one file, beyond what its libraries have."""
 
 
-PNG_MARK = b"\x89PNG\r\n\x1a\n"
 END_MARK = b"\xff\xd9"
 
 _TURNS: Mapping[object, Image.Transpose] = {
@@ -68,9 +64,6 @@ _WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 READING = "upright, transparency on white, 16 bits to 8"
 """How files become pixels; features that were computed when this said something else are computed again."""
 AS_PUBLISHED = "as stored"
-
-
-Result = TypeVar("Result")
 
 
 class NoPicture(ValueError):
@@ -138,23 +131,6 @@ def opened_picture(source: Path | BytesIO) -> Iterator[Image.Image]:
 
 def load_picture(source: Path | BytesIO, *, as_published: bool = False) -> Image.Image:
     """A picture decoded whole, RGB, as `open_image` says; raises as `opened_picture`."""
-    return _by(partial(_decoded_here, as_published=as_published), source)
-
-
-def _by(read: Callable[[Path | BytesIO], Result], source: Path | BytesIO) -> Result:
-    """What is read of a picture; of a PNG that Pillow refuses for a damaged note or a large profile without these."""
-    try:
-        return read(source)
-    except (FileNotFoundError, NoRegularFile):
-        raise
-    except NOT_DECODED:
-        plain = _without_notes(source)
-        if plain is None:
-            raise
-    return read(BytesIO(plain))
-
-
-def _decoded_here(source: Path | BytesIO, *, as_published: bool) -> Image.Image:
     with opened_picture(source) as image:
         # Behind the header the end mark never stands among what is compressed. Pillow misses it in some files only.
         if image.format in {"JPEG", "JPEG2000"} and END_MARK not in vars(image)["fp"].read():
@@ -184,39 +160,11 @@ def _as_shown(image: Image.Image) -> Image.Image:
     return image
 
 
-def _without_notes(source: Path | BytesIO) -> bytes | None:
-    """A PNG's chunks that decide pixels: critical ones, transparency, and the orientation if its checksum is right."""
-    with BytesIO(source.getvalue()) if isinstance(source, BytesIO) else open_regular(source) as stream:
-        content = stream.read(PICTURE_BYTES)
-    if not content.startswith(PNG_MARK):
-        return None
-    chunks, start = [PNG_MARK], len(PNG_MARK)
-    while start < len(content):
-        length, name = int.from_bytes(content[start : start + 4], "big"), content[start + 4 : start + 8]
-        chunk = content[start : start + 12 + length]
-        is_intact = name == b"eXIf" and zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
-        if name[:1].isupper() or name == b"tRNS" or is_intact:
-            chunks.append(chunk)
-        start += 12 + length
-    return b"".join(chunks)
-
-
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Greys of 16 bits, or of real numbers from black at 0 to white at 1."""
-    if image.mode == "I" and isinstance(image, TiffImageFile):
-        raise NoPicture("holds 32-bit numbers, and nothing says which of them is white")
-    import numpy as np  # late: without it the process that decodes is there in half the time
-
-    white = 1 if image.mode == "F" else 2**16 - 1
-    image = image if image.mode in {"F", "I", "I;16"} else image.convert("I")
-    numbers = np.asarray(image)
-    if not bool(((numbers >= 0) & (numbers <= white)).all()):  # Pillow would make black and white of these
-        raise NoPicture(
-            f"holds numbers from {numbers.min():g} to {numbers.max():g}; those from 0 to {white:,} are read"
-        )
-    if white == 1:
-        return image.point(lambda value: value * 255 + 0.5).convert("L")
-    return image.point(lambda value: value / 256).convert("L")
+    """Greys of 16 bits as greys of 8."""
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+        raise NoPicture("holds real or 32-bit numbers, and nothing says which of them is white")
+    return image.convert("I").point(lambda value: value / 256).convert("L")
 
 
 def bad_picture(error: BaseException, name: str, where: object) -> BadSample:
@@ -250,7 +198,7 @@ def read_picture(content: bytes, path: str | None, most_pixels: int, decode: boo
     """
     source = BytesIO(content) if path is None else Path(path)
     try:
-        facts = _by(_facts, source)
+        facts = _facts(source)
         width, height = facts["size"]
         if width * height > most_pixels:
             raise TooManyPixels(f"has {width:,} x {height:,} pixels; {most_pixels:,} are left of those allowed")

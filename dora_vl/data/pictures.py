@@ -53,15 +53,11 @@ def save_picture(data: bytes, folder: Path, sample_id: str) -> str:
         return relative
     if trouble := decoding_trouble(BytesIO(data)):
         raise BadSample(sample_id, f"its picture is {trouble.kind.removesuffix(' media')}: {trouble.detail}")
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        partial.replace(target)
+        target.write_bytes(data)  # one that a kill cuts short has another size, and is written again
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror or error}); free some space") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return relative
 
 

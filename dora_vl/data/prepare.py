@@ -1,4 +1,4 @@
-"""`dora-vl prepare`: a publisher's files to records, with progress, a manifest, and a way to go on after a stop."""
+"""`dora-vl prepare`: a publisher's files to records, with progress and a manifest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count, islice
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import IO, cast
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -28,7 +28,7 @@ from dora_vl.data.benchmarks.fields import UNKNOWN_ID, Converted, Progress, Raw,
 from dora_vl.data.benchmarks.table import SOURCES
 from dora_vl.data.example import JSON, Example, json_line, to_record
 from dora_vl.errors import BadSample, UserError, positive, shown, shown_text
-from dora_vl.files import file_sha256, write_json
+from dora_vl.files import file_sha256, whole_file, write_json
 
 FORMAT = 2
 """Raised when records change their meaning, so that files of an earlier form are made again."""
@@ -40,11 +40,10 @@ ROWS_A_CHUNK, CHUNKS_AHEAD = 512, 3
 ROWS_TO_JUDGE, MOST_DROPPED = 1000, 100_000
 """When none of so many rows can be used, the file is another one than the source expects; when so many cannot, the
 manifest, which names them all, would be no file that one can open."""
-SECONDS_BETWEEN_NOTES = 5.0
 
 DESCRIPTION = """\
 Turns a publisher's files into records/<task>/<split>.jsonl, with records/<task>/manifest.json beside them: counts,
-every dropped row with its reason, hashes, versions. Finished splits are skipped, a split that was cut short goes on.
+every dropped row with its reason, hashes, versions. Finished splits are skipped.
 
   dora-vl prepare pope --from downloads/pope --to records
   dora-vl prepare nlvr --from downloads/nlvr --to records --set shares=train:0.8,validation:0.1,test:0.1
@@ -69,10 +68,10 @@ class ConvertedRow:
 
 
 def converted_rows(
-    rows: Iterable[Raw], convert: Callable[[Raw], Converted], *, first_number: int, workers: int
+    rows: Iterable[Raw], convert: Callable[[Raw], Converted], *, workers: int
 ) -> Iterator[list[ConvertedRow]]:
     """Yields the converted rows chunk by chunk, in the order of `rows`."""
-    numbered = enumerate(rows, start=first_number)
+    numbered = enumerate(rows, start=1)
     chunks = iter(lambda: list(islice(numbered, ROWS_A_CHUNK)), [])
     if workers == 0:
         yield from (convert_chunk(convert, chunk) for chunk in chunks)
@@ -148,16 +147,12 @@ class Prepared:
     path: Path
     entry: Mapping[str, JSON]
     already_there: bool
-    resumed_after: int = 0
 
 
 def prepare_split(
     split: Split, folder: Path, *, source: str, workers: int, limit: int | None, progress: Progress
 ) -> Prepared:
-    """Makes `folder/<split>.jsonl`, unless it is there and was made of the same files with the same settings.
-
-    A run that ended early goes on where it was. The file gets its name only when it is whole.
-    """
+    """Makes `folder/<split>.jsonl`, unless it is there and was made of the same files with the same settings."""
     path, manifest = folder / f"{split.name}.jsonl", folder / "manifest.json"
     try:
         splits = json.loads(manifest.read_text(encoding="utf-8"))["splits"] if manifest.is_file() else {}
@@ -182,11 +177,10 @@ def prepare_split(
     if is_same and path.stat().st_size == before["bytes"] and file_sha256(path) == before["sha256"]:
         return Prepared(path=path, entry=before, already_there=True)
     started = time.monotonic()
-    with Partial(path, key=[content, settings], find_repeated=split.ids_by_place) as partial:
-        resumed_after = partial.counts.rows
-        _write_rows(split, partial, workers=workers, limit=limit, progress=progress)
-        sha256, size = partial.finish()
-    counts = partial.counts
+    with whole_file(path, binary=True) as file:
+        records = Records(path, file, find_repeated=split.ids_by_place)
+        _write_rows(split, records, workers=workers, limit=limit, progress=progress)
+    counts = records.counts
     entry: dict[str, JSON] = {
         "file": path.name,
         "published_rows": split.published_rows,
@@ -194,8 +188,8 @@ def prepare_split(
         "dropped": len(counts.dropped_rows),
         "reasons": dict(Counter(str(dropped["reason"]) for dropped in counts.dropped_rows).most_common()),
         "notes": dict(split.notes),
-        "sha256": sha256,
-        "bytes": size,
+        "sha256": records.digest.hexdigest(),
+        "bytes": path.stat().st_size,
         "inputs": inputs,
         "settings": settings,
         "seconds": round(time.monotonic() - started, 3),
@@ -205,17 +199,14 @@ def prepare_split(
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     write_json(manifest, {"versions": versions, "splits": {**others, split.name: {"source": source, **entry}}})
-    return Prepared(path=path, entry=entry, already_there=False, resumed_after=resumed_after)
+    return Prepared(path=path, entry=entry, already_there=False)
 
 
-def _write_rows(split: Split, partial: Partial, *, workers: int, limit: int | None, progress: Progress) -> None:
-    counts, names = partial.counts, _names(split)
-    with reading(names):
-        rows = islice(split.rows(progress), counts.rows, limit)
-        for chunk in converted_rows(rows, split.convert, first_number=counts.rows + 1, workers=workers):
-            for row in chunk:
-                partial.add(row, number_repeated=split.repeated_ids == "number")
-            partial.write()
+def _write_rows(split: Split, records: Records, *, workers: int, limit: int | None, progress: Progress) -> None:
+    counts, names = records.counts, _names(split)
+    for chunk in converted_rows(_read_rows(split, limit, progress), split.convert, workers=workers):
+        for row in chunk:
+            records.add(row, number_repeated=split.repeated_ids == "number")
     if not counts.rows:
         raise UserError(f"{names}: holds no rows")
     if not counts.written:
@@ -223,6 +214,11 @@ def _write_rows(split: Split, partial: Partial, *, workers: int, limit: int | No
     if counts.repeated_records * 2 == counts.written:
         doubled = f"{counts.repeated_records:,} of its {counts.written:,} records repeat an earlier one"
         raise UserError(f"{names}: is doubled, {doubled}; fetch the file again")
+
+
+def _read_rows(split: Split, limit: int | None, progress: Progress) -> Iterator[Raw]:
+    with reading(_names(split)):
+        yield from islice(split.rows(progress), limit)
 
 
 @contextlib.contextmanager
@@ -238,49 +234,23 @@ def _names(split: Split) -> str:
     return ", ".join(shown_text(str(path), 120) for path in split.inputs[:2]) or f"{split.task}/{split.name}"
 
 
-class Partial:
-    """The file while it grows, `.<name>.partial`, with a note beside it of how far it is whole.
+class Records:
+    """The records of a split: writes them as lines, and counts.
 
     Args:
-        key: what it is made of; a partial file of anything else is started anew.
         find_repeated: counts records that are an earlier one under another id.
     """
 
-    def __init__(self, path: Path, key: JSON, *, find_repeated: bool = False) -> None:
+    def __init__(self, path: Path, file: IO[bytes], *, find_repeated: bool) -> None:
         self._path = path
-        self._key = json.loads(json.dumps(key))
-        self._partial = path.with_name(f".{path.name}.partial")
-        self._note = path.with_name(f".{path.name}.progress")
+        self._file = file
         self._lines: dict[str, int] = {}  # of each id
         self._contents: set[bytes] | None = set() if find_repeated else None
-        self._waiting: list[bytes] = []
-        self._digest = hashlib.sha256()
-        self._bytes = 0
-        self._noted_at = time.monotonic()
-        self._cannot_write = False
         self.counts = Counts()
-
-    def __enter__(self) -> Partial:
-        with self._writing():
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._taken_up() or self._partial.open("wb", buffering=MEBIBYTE)
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        """What was noted as whole stays for the next time, unless the input is at fault, or this program.
-
-        A full disk or a stop by hand is neither; but what no note says to be whole would never be taken up.
-        """
-        with contextlib.suppress(OSError):
-            self._file.close()
-        at_fault = isinstance(error, Exception) and not self._cannot_write
-        if at_fault or not self._note.is_file():
-            for left in (self._partial, self._note):
-                with contextlib.suppress(OSError):
-                    left.unlink(missing_ok=True)
+        self.digest = hashlib.sha256()
 
     def add(self, row: ConvertedRow, *, number_repeated: bool) -> None:
-        """Takes what a row became; `write` puts it into the file."""
+        """Writes what a row became."""
         counts = self.counts
         counts.rows += 1
         if row.problem is not None:
@@ -305,31 +275,8 @@ class Partial:
             counts.without_answer += not answered
             counts.repeated_records += self._stood_before(encoded)
             self._lines[name] = counts.written
-            self._waiting.append(encoded)
-
-    def write(self) -> None:
-        """Writes what `add` took, and notes now and then how far the file is whole."""
-        data = b"".join(self._waiting)
-        self._waiting.clear()
-        with self._writing():
-            self._file.write(data)
-            self._digest.update(data)
-            self._bytes += len(data)
-            if time.monotonic() - self._noted_at >= SECONDS_BETWEEN_NOTES:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                write_json(self._note, {"key": self._key, "bytes": self._bytes, "counts": vars(self.counts)})
-                self._noted_at = time.monotonic()
-
-    def finish(self) -> tuple[str, int]:
-        """Gives the file its name; returns its sha256 and size."""
-        with self._writing():
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._partial.replace(self._path)
-            self._note.unlink(missing_ok=True)
-        return self._digest.hexdigest(), self._bytes
+            self._file.write(encoded)
+            self.digest.update(encoded)
 
     def _stood_before(self, encoded: bytes) -> bool:
         """Whether an earlier record says the same under another id, which stands first in a line."""
@@ -340,35 +287,6 @@ class Partial:
         before = digest in self._contents
         self._contents.add(digest)
         return before
-
-    def _taken_up(self) -> BinaryIO | None:
-        """The partial file of an earlier run, cut to where it was whole; None where there is none of the same key."""
-        try:
-            note = json.loads(self._note.read_text(encoding="utf-8"))
-            counts = Counts(**note["counts"])
-            if note["key"] != self._key or self._partial.stat().st_size < note["bytes"]:
-                return None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        file = self._partial.open("r+b", buffering=MEBIBYTE)
-        file.truncate(note["bytes"])
-        for number, line in enumerate(file, start=1):
-            self._digest.update(line)
-            self._lines[json.loads(line)["id"]] = number
-            self._stood_before(line)
-        self._bytes, self.counts = note["bytes"], counts
-        return file
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, UserError) as error:
-            self._cannot_write = True
-            reason = (error.strerror or error) if isinstance(error, OSError) else error
-            raise UserError(
-                f"{self._path}: cannot be written ({reason}); with space again, the same command goes on where it was"
-            ) from error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -433,8 +351,6 @@ def summary(prepared: Prepared) -> Iterator[str]:
     """What to say of a split: its counts, and the reasons of what is missing."""
     entry = prepared.entry
     state = "already there" if prepared.already_there else "written"
-    if prepared.resumed_after:
-        state += f" (resumed after row {prepared.resumed_after:,})"
     yield f"{prepared.path}: {entry['written']:,} records of {entry['rows']:,} rows, {state}"
     if entry["renamed_ids"]:
         yield f"  {entry['renamed_ids']:,} repeated ids were numbered"

@@ -6,10 +6,6 @@ import errno
 import itertools
 import json
 import os
-import signal
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -94,77 +90,26 @@ def test_a_finished_split_is_left_alone_until_something_changes(tmp_path: Path) 
     assert prepare(file, records)[0].endswith("6 records of 6 rows, written")
 
 
-@pytest.fixture
-def notes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "SECONDS_BETWEEN_NOTES", 0.0)
-
-
-@pytest.mark.usefixtures("notes_at_once")
-def test_a_disk_that_fills_leaves_nothing_that_looks_whole_and_the_next_run_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_stops_a_split_leaves_nothing_that_looks_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = published(tmp_path / "a.json", 2000)
-    write, calls = prepare_module.Partial.write, itertools.count()
+    add, calls = prepare_module.Records.add, itertools.count()
 
-    def full(partial: prepare_module.Partial) -> None:
-        if next(calls) == 2:
-            with partial._writing():
-                raise OSError(errno.ENOSPC, "No space left on device")
-        write(partial)
+    def full(records: prepare_module.Records, row: Any, **options: Any) -> None:
+        if next(calls) == 1500:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        add(records, row, **options)
 
-    monkeypatch.setattr(prepare_module.Partial, "write", full)
-    with pytest.raises(UserError):
+    monkeypatch.setattr(prepare_module.Records, "add", full)
+    with pytest.raises(UserError) as error:
         prepare(file, tmp_path / "records")
-    assert left_over(tmp_path / "records" / "llava") == [".a.jsonl.partial", ".a.jsonl.progress"]
+    assert str(error.value).startswith(f"{tmp_path / 'records' / 'llava' / 'a.jsonl'}: cannot be written")
+    assert left_over(tmp_path / "records" / "llava") == []
     monkeypatch.undo()
-    lines = prepare(file, tmp_path / "records")
-    assert lines[0].endswith("2,000 records of 2,000 rows, written (resumed after row 1,024)")
-    assert ids(tmp_path / "records" / "llava" / "a.jsonl") == [f"r{number}" for number in range(2000)]
+    assert prepare(file, tmp_path / "records")[0].endswith("2,000 records of 2,000 rows, written")
     assert left_over(tmp_path / "records" / "llava") == ["a.jsonl", "manifest.json"]
 
 
-def test_a_killed_run_goes_on_where_it_was_and_the_result_is_the_same(tmp_path: Path) -> None:
-    file = published(tmp_path / "a.json", 4000, r10={"conversations": []}, r3000={"id": "r2"})
-    prepare(file, tmp_path / "whole")
-    killed = textwrap.dedent(f"""
-        import itertools, os, signal
-        from pathlib import Path
-        from dora_vl.data import prepare
-        from tests.data.published import prepared
-        prepare.SECONDS_BETWEEN_NOTES = 0.0
-        write, count = prepare.Partial.write, itertools.count()
-        def write_or_death(partial):
-            if next(count) == 4:
-                os.kill(os.getpid(), signal.SIGKILL)
-            write(partial)
-        prepare.Partial.write = write_or_death
-        prepared("llava-json", Path({str(file)!r}), Path({str(tmp_path / "cut")!r}))
-    """)
-    assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == -signal.SIGKILL
-    assert left_over(tmp_path / "cut" / "llava") == [".a.jsonl.partial", ".a.jsonl.progress"]
-    assert "resumed after row 2,048" in prepare(file, tmp_path / "cut")[0]
-    whole, cut = tmp_path / "whole" / "llava", tmp_path / "cut" / "llava"
-    assert (whole / "a.jsonl").read_bytes() == (cut / "a.jsonl").read_bytes()
-    for key in ("rows", "written", "renamed_ids", "dropped_rows", "sha256"):
-        assert manifest(whole, "a")[key] == manifest(cut, "a")[key]
-
-
-@pytest.mark.usefixtures("notes_at_once")
-def test_a_partial_file_of_other_input_is_started_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = published(tmp_path / "a.json", 2000)
-
-    def stopped(partial: prepare_module.Partial) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(prepare_module.Partial, "finish", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(file, tmp_path / "records")
-    monkeypatch.undo()
-    published(file, 2001)
-    assert prepare(file, tmp_path / "records")[0].endswith("2,001 records of 2,001 rows, written")
-
-
-def test_a_file_that_cannot_be_read_and_an_error_of_the_program_leave_no_partial_file(
+def test_a_file_that_cannot_be_read_and_an_error_of_the_program_leave_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def raises(error: Exception) -> Callable[..., None]:
