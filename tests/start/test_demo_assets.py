@@ -34,7 +34,6 @@ def make_wheel(folder: Path, files: dict[str, bytes] = FILES) -> Asset:
         folder="toy",
         package="toy-data",
         version="1.0",
-        wheel=wheel.name,
         sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
         member="toy/data/",
     )
