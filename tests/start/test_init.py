@@ -132,31 +132,6 @@ def test_the_seed_decides_and_an_earlier_init_is_not_replaced_unasked(
     assert (tmp_path / "runs/my/test.jsonl").read_bytes() != files["test.jsonl"]
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_an_overwrite_that_ends_between_two_renames_mixes_no_halves(
-    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    write_folder(tmp_path / "my")
-    told(capsys, "my", "--model", base)
-    files = {path.name: path.read_bytes() for path in (tmp_path / "runs/my").iterdir()}
-    renames = iter(range(100))
-    with monkeypatch.context() as patch:
-        for name in ("rename", "replace"):
-            rename = getattr(Path, name)
-
-            def killed(self: Path, to: Path, rename: Any = rename) -> Path:
-                if next(renames) == number:
-                    raise KeyboardInterrupt
-                return rename(self, to)
-
-            patch.setattr(Path, name, killed)
-        with pytest.raises(KeyboardInterrupt):
-            told(capsys, "my", "--model", base, "--overwrite", "--seed", 1)
-    refused("my", "--model", base)  # the next start: the old one is whole
-    assert {path.name: path.read_bytes() for path in (tmp_path / "runs/my").iterdir()} == files
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["my"]
-
-
 INSIDE, BESIDE = ([name for name in WRITERS if (name in HOLD_PICTURES) is inside] for inside in (True, False))
 
 
@@ -225,19 +200,8 @@ def data_of(name: str) -> Data:
     )
 
 
-@pytest.mark.parametrize("name", ODD_NAMES)
-def test_names_of_all_kinds_are_read_as_they_are_written(tmp_path: Path, name: str) -> None:
-    folder = "out" if ": " in name else name  # which a run refuses, with its line
-    text = written(Base(name=name), data_of(name), output_dir=folder, on_gpu=False, command=f"run {name}")
-    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
-    config = read_run_file(tmp_path / "run.yaml")
-    read = (config.model.base, config.data.image_folder, config.evaluation.file)
-    assert read == (name, name, f"{name}/test.jsonl")
-    assert Path(config.training["output_dir"]) == Path(folder)
-    assert (type(config.data.train), Path(str(config.data.train))) == (str, Path(name) / "train.jsonl")
-
-
 TEXTS = st.text(max_size=12) | st.text(alphabet="0123456789abcdefxo_+-.:eEnNyY~/ ", max_size=8)
+TEXTS |= st.sampled_from(ODD_NAMES)
 
 
 @settings(max_examples=100, deadline=None)
@@ -325,17 +289,6 @@ def test_rows_that_would_lose_a_column_are_one_line_until_it_is_named(
     assert "  rating: left out" not in told(capsys, *reply, "--ignore", "rating", "--to", "out")
     assert rows_of(tmp_path / "out" / "test.jsonl")[0]["conversations"][1]["value"] == "B"
     refused(*reply[:-1], "reply")
-
-
-def test_shards_are_one_file_and_videos_are_named(
-    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    samples = items(16)
-    (tmp_path / "my").mkdir()
-    for number, half in enumerate((samples[:8], samples[8:])):
-        (tmp_path / str(number)).mkdir()
-        WRITERS["parquet"](tmp_path / str(number), half).rename(tmp_path / "my" / f"{number}.parquet")
-    assert "my: question/answer, 16 rows" in told(capsys, "my", "--model", base)
 
 
 def test_a_llava_takes_the_frames_of_videos(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -183,19 +183,3 @@ def test_what_is_probably_not_meant_is_named_and_kept(capsys: pytest.CaptureFixt
     (contradiction,) = (line for line in lines if "another answer" in line and "row 15" in line)
     assert contradiction.endswith("row 1 has another answer")
     assert len(written("runs/my/train.jsonl")) + len(written("runs/my/test.jsonl")) == len(rows)
-
-
-def test_five_rows_of_a_kind_are_shown_each_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
-    classes(Path("my/photos"), {"circle": 12})
-    rows = [[f"circle/{number}.png", "Which colour?", "red"] for number in range(12)]
-    rows += [[f"gone{number}.png", "Which colour?", "red"] for number in range(7)]
-    write_table(Path("my/answers.csv"), rows)
-    lines = told(capsys, "my")
-    (first,) = (number for number, line in enumerate(lines) if "missing media" in line)
-    shown = lines[first : first + 6]
-    assert [f"row {13 + number}" in line and f"gone{number}.png" in line for number, line in enumerate(shown)] == [
-        *([True] * 5),
-        False,
-    ]
-    assert shown[5].strip() == "..."
-    assert " 7 " in shown[0]

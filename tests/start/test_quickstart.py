@@ -23,8 +23,8 @@ def steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
     steps: list[str] = []
 
-    def train(words: Sequence[str], task: str, **_: str) -> None:
-        steps.append(f"train {task} {' '.join(words)}")
+    def train(words: Sequence[str], **_: str) -> None:
+        steps.append(f"train {' '.join(words)}")
         if not ADAPTER.is_file():
             ADAPTER.parent.mkdir(parents=True, exist_ok=True)
             ADAPTER.touch()
@@ -44,7 +44,7 @@ def steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 FETCHED = ["fetch smollm2", "fetch efficientnet_lite0", "fetch easy_vqa"]
 PREPARED = [*FETCHED, "convert runs/demo/assets/easy_vqa runs/demo/data"]
-TRAINED = "train llava_instruct --config=llava/easyvqa_smollm2_dora --resume=if_stopped"
+TRAINED = "train --config=llava/easyvqa_smollm2_dora --resume=if_stopped"
 
 
 def test_it_merges_what_it_trained_once(steps: list[str]) -> None:

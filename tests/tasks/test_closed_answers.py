@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.nn import functional
 
 from data_prep import features
 from dora_vl.adapters.folder import load_adapter
@@ -18,15 +17,13 @@ from dora_vl.backbones.vision_store import FeatureReader, open_features
 from dora_vl.backbones.vlbart import VlBartBackbone, load_vlbart, set_answer_heads
 from dora_vl.cli import main
 from dora_vl.data.example import Answer, Example, ExampleFile, write_examples
-from dora_vl.data.order import MixturePlan, Source
 from dora_vl.errors import SettingError, UserError
 from dora_vl.evaluation.open_model import ModelRequest, open_model
 from dora_vl.evaluation.predictions import read_predictions
 from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
-from dora_vl.evaluation.vlbart_tasks import Seq2SeqCollator, all_subtasks, closed
+from dora_vl.evaluation.vlbart_tasks import all_subtasks
 from dora_vl.run.settings import RunConfig
 from dora_vl.training.run import run
-from dora_vl.training.seq2seq_tasks import MixtureDataset, Seq2SeqLoss, TaskSource
 from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tasks import image_qa
 from tests.training.tiny_run import losses_of
@@ -174,28 +171,6 @@ def test_the_loss_of_a_step_is_vl_t5s_written_out(run_file: Path, task: str) -> 
     before = backbone.model.get_parameter(f"answer_heads.{task}.logit_fc.0.weight")
     moved = load_file(folder / WEIGHTS)[HEAD.format(task)] - before
     assert float(moved.detach().abs().max()) == pytest.approx(0.1, rel=1e-3)  # AdamW's first step is the part's rate
-
-
-def test_without_a_closed_list_batches_and_losses_are_bit_equal_to_the_plain_ones(run_file: Path) -> None:
-    config = config_of(run_file, "--data.closed_answers={}")
-    pipeline = VlBartPipeline(config)
-    backbone = load_vlbart(config.model.base)
-    loss = Seq2SeqLoss(backbone)
-    encoder, subtask = pipeline.encoder, all_subtasks()["vqav2"]
-    file = ExampleFile(Path(str(config.data.train["vqav2"])))
-    reader = FeatureReader(open_features(Path(config.data.features["vqav2"])), FEATURE_TOKENS, FEATURE_WIDTH)
-    collate = Seq2SeqCollator(encoder.pad_token_id, (FEATURE_TOKENS, FEATURE_WIDTH))
-    batches = {}
-    for kind in (subtask, closed(subtask)):
-        plan = MixturePlan([Source(name="vqav2", items=ITEMS, batch_size=ITEMS)], parts=1, mixing="balanced", seed=0)
-        batches[kind.answer_by] = collate([MixtureDataset(plan, [TaskSource(kind, file, reader, encoder)], seed=0)[0]])
-    assert set(batches["closed"]) - set(batches["text"]) == {"closed"}
-    batch = {name: value for name, value in batches["text"].items() if isinstance(value, torch.Tensor)}
-    actual = loss(**batch)["loss"]
-    features = backbone(**{name: value for name, value in batch.items() if name != "sample_weights"})
-    each = functional.cross_entropy(features.logits.float(), features.targets, reduction="none")
-    weights = batch["sample_weights"] / features.rows.bincount(minlength=ITEMS)
-    assert torch.equal(actual, (each * weights[features.rows]).sum())
 
 
 def test_a_resumed_run_ends_like_one_that_was_not_stopped(run_file: Path, trained: Path) -> None:

@@ -58,16 +58,6 @@ def test_every_question_is_put_to_every_picture(adapter: Path, pictures: list[st
     assert all(answer.startswith("  ") and answer.strip() for answer in answers)
 
 
-def test_the_printed_answer_is_the_model_s_whole_answer(adapter: Path, pictures: list[str], capsys: Any) -> None:
-    ask("--adapter", str(adapter), "--image", pictures[0], "--question", "Say the colour.")
-    printed = capsys.readouterr().out.splitlines()[1].strip()
-    assistant = open_model(ModelRequest(adapter=adapter)).adapted
-    turns = [Turn("user", "<image>\nSay the colour.")]
-    assert printed == assistant.answer(
-        Example(id="q", turns=tuple(turns)), Shown(pictures=(open_picture(Path(pictures[0])),)), max_new_tokens=4
-    )
-
-
 def test_the_base_beside_it_is_the_base(adapter: Path, pictures: list[str], capsys: Any) -> None:
     from dora_vl.backbones.model import open_backbone
 
@@ -118,16 +108,6 @@ def test_strength_is_that_of_the_server(adapter: Path, pictures: list[str]) -> N
     beside, base = logits(1.7, with_base=True)
     assert torch.equal(beside, seen_logits[-1])
     assert torch.equal(base, seen_logits[0])  # the base is the base, whatever is beside it
-
-
-def test_the_strength_changes_what_is_printed(adapter: Path, pictures: list[str], capsys: Any) -> None:
-    options = ["--adapter", str(adapter), "--image", pictures[0], "--question", "Say the colour."]
-    ask(*options, "--compare-base")
-    base = capsys.readouterr().out.splitlines()[-1].split(":")[-1].strip()
-    ask(*options, "--strength", "0")
-    assert capsys.readouterr().out.splitlines()[1].strip() == base
-    refused(*options[:4], "--strength", "-1")
-    refused("--model", "x", "--image", pictures[0], "--strength", "0.5")
 
 
 def test_pictures_together_and_a_conversation(

@@ -171,18 +171,6 @@ def test_frames_are_filled_up_with_zeros_or_each_place_is_pooled_over_time_to_th
         fixed_length(grids.flatten(0, 1), 10, frames=6)
 
 
-def test_stored_grids_are_pooled_frame_by_frame_too(tmp_path: Path) -> None:
-    grids = torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(1)).half()
-    writer = FeatureWriter(tmp_path, {})
-    writer.add(FeatureRow("a", grids.flatten(0, 1), "pyav", tuple(range(6)), tuple(map(float, range(6)))))
-    writer.flush()
-    pooled = features_of(Example(id="1", videos=(Clip(path="a.mp4"),)), FeatureReader(open_features(tmp_path), 12, 3))
-    assert torch.equal(pooled[0], grids.float().view(3, 2, 4, 3).amax(1).flatten(0, 1))
-    with pytest.raises(BadSample) as error:
-        features_of(Example(id="1", videos=(Clip(path="a.mp4"),)), FeatureReader(open_features(tmp_path), 10, 3))
-    assert error.value.sample_id == "1"
-
-
 def test_features_of_another_part_of_the_video_are_not_taken(tmp_path: Path) -> None:
     writer = FeatureWriter(tmp_path, {})
     for name, part in (("whole", (0.0, None)), ("some", (1.5, 4.0))):

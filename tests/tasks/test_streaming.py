@@ -109,11 +109,6 @@ def test_files_are_mixed_and_bad_rows_are_counted_and_named(tmp_path: Path, base
     assert (metrics["train_samples"], metrics["skipped_samples"]) == (22, 2)
 
 
-def test_epochs_are_enough_where_the_file_says_how_many_rows_it_has(tmp_path: Path, base: Path) -> None:
-    path = run_file(tmp_path, base, WRITERS["parquet"](tmp_path, items(12)), data={}, max_steps=-1, num_train_epochs=2)
-    assert len(losses(path, "run")) == 6
-
-
 @pytest.mark.parametrize(
     ("option", "key"),
     [
