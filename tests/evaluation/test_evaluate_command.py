@@ -151,21 +151,6 @@ def test_metrics_agree_with_the_predictions_and_name_what_failed(alone: Path) ->
     assert len({row.prediction for row in predictions.values()}) > 2  # equal answers would prove nothing below
 
 
-def test_the_same_questions_are_asked_about_others_pictures(
-    alone: Path, trained: Path, tmp_path: Path, capsys: Any
-) -> None:
-    entry = metrics_of(alone)["exact_match"]["baselines"]
-    others = answers_in(alone, "exact_match/exchanged_pictures")
-    right = sum(row.prediction == row.truth for row in others.values())
-    assert entry["exchanged_pictures"]["value"] == pytest.approx(100 * right / 23)
-    assert entry["commonest_answer"]["n"] == 24
-    lines = evaluate(capsys, *on_test_file(trained, alone))  # asks nothing again
-    assert any(line.startswith("exact_match: with pictures exchanged ") for line in lines)
-    evaluate(capsys, *on_test_file(trained, tmp_path, "--no-exchange"))
-    assert metrics_of(tmp_path)["exact_match"]["baselines"].keys() == {"metric", "commonest_answer"}
-    assert read_predictions(tmp_path / "predictions.jsonl").keys() == {"exact_match"}
-
-
 def test_another_batch_size_gives_the_same(trained: Path, alone: Path, tmp_path: Path, capsys: Any) -> None:
     lines = evaluate(capsys, *on_test_file(trained, tmp_path, "--batch-size", 32, "--workers", 2))
     assert_same_answers(tmp_path, alone)
