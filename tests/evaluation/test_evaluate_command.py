@@ -200,18 +200,6 @@ def question_ids(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ids
 
 
-def test_a_stopped_run_goes_on_with_what_each_process_had(
-    trained: Path, alone: Path, tmp_path: Path, capsys: Any, question_ids: list[str]
-) -> None:
-    lines = (alone / "predictions.jsonl").read_text().splitlines(keepends=True)
-    shutil.copy(alone / "predictions.settings.json", tmp_path)
-    for part, content in ((0, "".join(lines[:9])), (3, "".join(lines[9:20]) + lines[20][:7])):  # the last line was cut
-        (tmp_path / f"predictions.part-{part}.jsonl").write_text(content)
-    evaluate(capsys, *on_test_file(trained, tmp_path, "--batch-size", 8))
-    assert len(question_ids) == 4 + 23  # 24 less the 20 that were answered; then all again, about others' pictures
-    assert_same_answers(tmp_path, alone)
-
-
 def test_answers_of_another_base_or_of_other_pictures_are_not_taken_over(
     trained: Path, tmp_path: Path, capsys: Any, question_ids: list[str]
 ) -> None:
