@@ -127,6 +127,7 @@ class Tested:
         if scored is None:
             return {"n": len(test.examples), "metrics": {}, "formulas": {}, "failed": reasons, **of_answers}
         limits = self.intervals
+        of_items = {test.item(example): reasons[example.id] for example in test.examples if example.id in reasons}
         return {
             "headline": scored.headline,
             "n": scored.n,
@@ -140,7 +141,7 @@ class Tested:
             },
             "formulas": {name: formula_record(formula) for name, formula in scored.formulas.items()},
             "settings": dict(scored.settings),
-            "failed": {name: reasons.get(name, NO_ANSWER) for name in scored.failed},
+            "failed": {name: of_items.get(name, NO_ANSWER) for name in scored.failed},
             "bootstrap": {"resamples": RESAMPLES, "units": len(scored.units)},
             "baselines": dict(self.baselines),
             **({"against": self.against} if self.against else {}),

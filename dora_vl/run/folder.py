@@ -103,8 +103,14 @@ def _is_finished(folder: Path, config: RunConfig) -> bool:
     metrics, checkpoints = json_or_nothing(folder / METRICS), complete_checkpoints(folder)
     if checkpoints and step_of(checkpoints[-1]) > metrics.get("train_steps", 0):
         return False  # they are of the run before the resume that was stopped there
-    tested = config.evaluation.tested is None or (SETS in metrics and NOT_YET not in metrics)
+    tested = config.evaluation.tested is None or is_tested(folder)
     return (folder / ADAPTER).is_dir() and bool(metrics) and tested
+
+
+def is_tested(folder: Path) -> bool:
+    """True once a run has the scores of every set of its test."""
+    metrics = json_or_nothing(folder / METRICS)
+    return SETS in metrics and NOT_YET not in metrics
 
 
 def check_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:

@@ -23,122 +23,21 @@ from tests.backbones.tiny_language import write_tiny_language
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROWS: dict[str, tuple[str, dict[str, Any], list[str], list[str], int]] = {
-    "hellaswag": (
-        "hellaswag",
-        {
-            "activity_label": "Baking",
-            "ctx_a": "A cook stirs. [header] Bowl",
-            "ctx_b": "she",
-            "endings": ["pours [substeps] it.", "runs."],
-            "label": "1",
-        },
-        ["Baking: A cook stirs. Bowl She"] * 2,
-        ["pours it.", "runs."],
-        1,
-    ),
-    "boolq": (
-        "boolq",
-        {"passage": "Ice floats.", "question": "does ice float", "label": 1},
-        ["Ice floats.\nQuestion: does ice float?\nAnswer:"] * 2,
-        ["no", "yes"],
-        1,
-    ),
-    "boolq of the authors": (
-        "boolq",
-        {"passage": "Ice floats.", "question": "does ice sink", "answer": False, "title": "Ice"},
-        ["Ice floats.\nQuestion: does ice sink?\nAnswer:"] * 2,
-        ["no", "yes"],
-        0,
-    ),
-    "winogrande": (
-        "winogrande",
-        {"sentence": "Ann paid Eve since _ lost.", "option1": "Ann", "option2": "Eve", "answer": "1"},
-        ["Ann paid Eve since Ann", "Ann paid Eve since Eve"],
-        ["lost."] * 2,
-        0,
-    ),
-    "piqa": (
-        "piqa",
-        {"goal": "Dry hands", "sol1": "Use a towel.", "sol2": "Use soap.", "label": "0"},
-        ["Question: Dry hands\nAnswer:"] * 2,
-        ["Use a towel.", "Use soap."],
-        0,
-    ),
-    "social iqa": (
-        "social_i_qa",
-        {
-            "context": "Kai fell.",
-            "question": "Why?",
-            "answerA": "ice",
-            "answerB": "sun",
-            "answerC": "fun",
-            "label": "2",
-        },
-        ["Q: Kai fell. Why?\nA:"] * 3,
-        ["ice", "sun", "fun"],
-        1,
-    ),
-    "arc": (
-        "ARC-Easy",
-        {
-            "question": {
-                "stem": "Which is hot?",
-                "choices": [{"text": "ice", "label": "A"}, {"text": "fire", "label": "B"}],
-            },
-            "answerKey": "B",
-        },
-        ["Question: Which is hot?\nAnswer:"] * 2,
-        ["ice", "fire"],
-        1,
-    ),
-    "openbookqa of the hub": (
-        "openbookqa",
-        {
-            "question_stem": "Fog is near",
-            "choices": {"text": ["a marsh", "a desert"], "label": ["A", "B"]},
-            "answerKey": "A",
-        },
-        ["Fog is near"] * 2,
-        ["a marsh", "a desert"],
-        0,
-    ),
-    "llm-adapters": (
-        "ARC-Challenge",
-        {
-            "instruction": "Please choose the correct answer to the question: Which is hot?\n\n"
-            "Answer1: ice Answer2: fire\n\nAnswer format: answer1/answer2",
-            "answer": "answer2",
-            "output": "the correct answer is answer2",
-        },
-        ["Question: Which is hot?\nAnswer:"] * 2,
-        ["ice", "fire"],
-        1,
-    ),
-    "llm-foundry": (
-        "piqa",
-        {"query": "Question: Dry hands\n", "choices": ["Use a towel.", "Use soap."], "gold": 1},
-        ["Question: Dry hands\nAnswer:"] * 2,
-        ["Use a towel.", "Use soap."],
-        1,
-    ),
-    "llm-foundry's winogrande": (
-        "winogrande",
-        {"context_options": ["She met Ann so Ann", "She met Ann so Eve"], "continuation": "left.", "gold": 1},
-        ["She met Ann so Ann", "She met Ann so Eve"],
-        ["left."] * 2,
-        1,
-    ),
+ROWS: dict[str, dict[str, Any]] = {
+    row["form"]: row
+    for row in map(json.loads, Path(__file__).with_name("cloze_rows.jsonl").read_text("utf-8").splitlines())
 }
+"""By form a published file's row, and the contexts, endings and right choice that it becomes."""
 
 
 @pytest.mark.parametrize("form", ROWS)
 def test_rows_of_every_form(form: str) -> None:
-    task, raw, contexts, endings, correct = ROWS[form]
-    example = cloze_row({**raw, "row": 7}, task=task, split="test")
-    assert example.id == f"{task}-test-7"
-    assert example.extra == {"task": task, "correct": correct, "contexts": contexts, "endings": endings}
-    assert (example.question, example.answers[0].text) == (contexts[correct], endings[correct])
+    expected = ROWS[form]
+    example = cloze_row({**expected["row"], "row": 7}, task=expected["task"], split="test")
+    assert example.id == f"{expected['task']}-test-7"
+    assert example.extra == {name: expected[name] for name in ("task", "correct", "contexts", "endings")}
+    right = (expected[name][expected["correct"]] for name in ("contexts", "endings"))
+    assert (example.question, example.answers[0].text) == (*right,)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +94,7 @@ def scored_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cloze")
     write_tiny_language(folder / "model")
     for name, form in (("piqa", "piqa"), ("winogrande", "winogrande"), ("ARC-Easy", "arc")):
-        rows = [ROWS[form][1] | ({"goal": f"Dry {n} hands"} if form == "piqa" else {}) for n in range(3)]
+        rows = [ROWS[form]["row"] | ({"goal": f"Dry {n} hands"} if form == "piqa" else {}) for n in range(3)]
         (folder / "raw" / name).mkdir(parents=True)
         (folder / "raw" / name / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     main(["prepare", "cloze", "--from", str(folder / "raw"), "--to", str(folder / "records")])

@@ -151,21 +151,6 @@ def test_metrics_agree_with_the_predictions_and_name_what_failed(alone: Path) ->
     assert len({row.prediction for row in predictions.values()}) > 2  # equal answers would prove nothing below
 
 
-def test_the_same_questions_are_asked_about_others_pictures(
-    alone: Path, trained: Path, tmp_path: Path, capsys: Any
-) -> None:
-    entry = metrics_of(alone)["exact_match"]["baselines"]
-    others = answers_in(alone, "exact_match/exchanged_pictures")
-    right = sum(row.prediction == row.truth for row in others.values())
-    assert entry["exchanged_pictures"]["value"] == pytest.approx(100 * right / 23)
-    assert entry["commonest_answer"]["n"] == 24
-    lines = evaluate(capsys, *on_test_file(trained, alone))  # asks nothing again
-    assert any(line.startswith("exact_match: with pictures exchanged ") for line in lines)
-    evaluate(capsys, *on_test_file(trained, tmp_path, "--no-exchange"))
-    assert metrics_of(tmp_path)["exact_match"]["baselines"].keys() == {"metric", "commonest_answer"}
-    assert read_predictions(tmp_path / "predictions.jsonl").keys() == {"exact_match"}
-
-
 def test_another_batch_size_gives_the_same(trained: Path, alone: Path, tmp_path: Path, capsys: Any) -> None:
     lines = evaluate(capsys, *on_test_file(trained, tmp_path, "--batch-size", 32, "--workers", 2))
     assert_same_answers(tmp_path, alone)
@@ -213,18 +198,6 @@ def question_ids(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(Assistant, "predict", counting)
     return ids
-
-
-def test_a_stopped_run_goes_on_with_what_each_process_had(
-    trained: Path, alone: Path, tmp_path: Path, capsys: Any, question_ids: list[str]
-) -> None:
-    lines = (alone / "predictions.jsonl").read_text().splitlines(keepends=True)
-    shutil.copy(alone / "predictions.settings.json", tmp_path)
-    for part, content in ((0, "".join(lines[:9])), (3, "".join(lines[9:20]) + lines[20][:7])):  # the last line was cut
-        (tmp_path / f"predictions.part-{part}.jsonl").write_text(content)
-    evaluate(capsys, *on_test_file(trained, tmp_path, "--batch-size", 8))
-    assert len(question_ids) == 4 + 23  # 24 less the 20 that were answered; then all again, about others' pictures
-    assert_same_answers(tmp_path, alone)
 
 
 def test_answers_of_another_base_or_of_other_pictures_are_not_taken_over(

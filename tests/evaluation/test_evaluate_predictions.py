@@ -118,21 +118,6 @@ def test_rows_that_train_takes_are_scored_as_they_are(name: str, tmp_path: Path)
     assert entries(tmp_path)["exact_match"]["metrics"]["accuracy"]["value"] == 50.0
 
 
-def test_files_are_read_before_a_model_s_libraries(tmp_path: Path) -> None:
-    (tmp_path / "test.jsonl").write_text('{"image": "0.png", "reply": "red"}')
-    code = f"""
-import sys
-from dora_vl.cli import main
-try:
-    options = ["--benchmarks", "exact_match={tmp_path}/test.jsonl", "--to", "{tmp_path}/to"]
-    main(["evaluate", "--model", "{tmp_path}", *options])
-except SystemExit as left:
-    assert left.code == 2
-assert "torch" not in sys.modules
-"""
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
 def test_a_split_without_answers_gives_a_submission_and_takes_the_numbers_of_the_split_before(tmp_path: Path) -> None:
     examples = [right(str(n), images=[f"{n}.jpg"]) for n in range(3)]
     evaluated("vqav2", [right("0", images=["0.jpg"], human_answers=["no"] * 10)], {"0": "no"}, tmp_path)

@@ -9,15 +9,11 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
-from dora_vl.adapters.decomposition import Panel
 from dora_vl.data.example import Answer, Clip, Example
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation import test
-from dora_vl.evaluation.analyze_command import draw_panels
 from dora_vl.evaluation.ask import MediaReader, media_reader
 from dora_vl.evaluation.pictures import (
     COLUMNS,
@@ -116,18 +112,6 @@ def white(_: Prediction) -> Image.Image:
 def test_text_is_drawn_as_it_stands(tmp_path: Path, changes: tuple[dict[str, str], dict[str, str]]) -> None:
     first, second = (drawn(tmp_path / f"{number}.png", **change) for number, change in enumerate(changes))
     assert first != second
-
-
-@settings(max_examples=8, deadline=None)
-@given(st.text(max_size=40), st.text("$\\{}^_ab \n\0\ud800\u200f\u202e", max_size=20))
-def test_any_text_can_be_drawn(tmp_path: Path, text: str, marks: str) -> None:
-    row = Prediction(id="1", images=["1.png"], question=text, truth=marks, prediction=marks + text)
-    write_contact_sheet([row], white, tmp_path / "a.png", title=marks, shares={}, subtitles={"1": text + marks})
-
-
-def test_any_label_can_be_drawn_over_a_decomposition(tmp_path: Path) -> None:
-    panel = Panel(label=r"runs/$x^$ \ud83d", source="", method="dora", points=(), unchanged=0)
-    draw_panels([panel], ["a"], tmp_path / "a.png")
 
 
 # Of a test with several sets.

@@ -26,6 +26,10 @@ from transformers import AutoModelForCausalLM
 from dora_vl import cli
 from dora_vl.adapters.folder import save_adapter
 from dora_vl.core import DoRAConfig, apply_dora
+from dora_vl.data.example import Example
+from dora_vl.evaluation.predictions import Predictions
+from dora_vl.evaluation.scores.scored import ACCURACY, Tally
+from dora_vl.evaluation.test_sets import ResultFolder, Tested, TestSet
 from dora_vl.files import clear_leftovers
 from dora_vl.report import compare
 from tests.backbones.tiny_language import write_tiny_language
@@ -93,9 +97,12 @@ def trained(command: list[str], **_: Any) -> SimpleNamespace:
         for name in ("adapter_config.json", "adapter_model.safetensors", "recipe.json"):
             (folder / "adapter" / name).write_bytes(name.encode() * (ADAPTER_BYTES // len(name)))
     (folder / "log.jsonl").write_text(json.dumps({"step": 3, "eval_loss": 1.0}) + "\n")
-    scores = [{"id": f"q{number}", "unit": f"p{number}", "score": number % 2} for number in range(ITEMS)]
-    (folder / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scores))
-    (folder / "metrics.json").write_text(json.dumps({"train_steps": 3}))
+    tally, examples = Tally(), [Example(id=f"q{number}") for number in range(ITEMS)]
+    for number, example in enumerate(examples):
+        tally.add(example.id, number % 2, {"right": number % 2, "asked": 1.0}, unit=f"p{number}")
+    test = TestSet(name="openbookqa", examples=examples, score=None)
+    tested = Tested(test=test, predictions=Predictions(), scored=tally.scored({"accuracy": ACCURACY}))
+    ResultFolder(folder=folder, header={"train_steps": 3}).write([tested])
     return SimpleNamespace(returncode=0)
 
 

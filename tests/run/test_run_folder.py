@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from dora_vl.errors import SettingError, UserError
-from dora_vl.run.folder import checkpoint_of, prepare_run_folder
+from dora_vl.files import write_json
+from dora_vl.run.folder import checkpoint_of, finished_already, prepare_run_folder, write_settings
 from dora_vl.run.reading import read_run_file
 from dora_vl.run.settings import RunConfig
 from tests.training.tiny_run import write_run
@@ -20,9 +21,20 @@ def left(folder: Path, *names: str) -> Path:
     return folder
 
 
-def settings(folder: Path, *, resume: str) -> RunConfig:
+def settings(folder: Path, *more: str, resume: str) -> RunConfig:
     file = write_run(folder.parent / "settings.yaml", Path("base"), Path("data.json"))
-    return read_run_file(file, f"--training.output_dir={folder}", f"--resume={resume}")
+    return read_run_file(file, f"--training.output_dir={folder}", f"--resume={resume}", *more)
+
+
+@pytest.mark.parametrize(
+    ("tested", "finished"),
+    [({}, False), ({"sets": {"a": {}}, "not_yet_tested": ["b"]}, False), ({"sets": {"a": {}, "b": {}}}, True)],
+)
+def test_a_run_is_finished_once_every_set_is_tested(tmp_path: Path, tested: dict[str, object], finished: bool) -> None:
+    config = settings(folder := left(tmp_path / "run", "adapter/a"), "--evaluation.file=t.json", resume="if_stopped")
+    write_settings(folder, config)
+    write_json(folder / "metrics.json", {"train_steps": 6, "forgetting": {}, **tested})
+    assert finished_already(config) is finished
 
 
 def test_a_run_that_failed_before_its_first_save_blocks_nothing(tmp_path: Path) -> None:
@@ -32,7 +44,14 @@ def test_a_run_that_failed_before_its_first_save_blocks_nothing(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "name", ["adapter/adapter_config.json", "metrics.json", "predictions.jsonl", "checkpoint-3/trainer_state.json"]
+    "name",
+    [
+        "adapter/adapter_config.json",
+        "metrics.json",
+        "predictions.jsonl",
+        "scores.jsonl",
+        "checkpoint-3/trainer_state.json",
+    ],
 )
 def test_what_took_work_is_kept(tmp_path: Path, name: str) -> None:
     folder = left(tmp_path / "run", "log.jsonl", name)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.evaluation.scores.test_scores import any_row
 
 from dora_vl.data.example import Answer, Example
 from dora_vl.errors import UserError
@@ -19,6 +18,7 @@ from dora_vl.evaluation.scores import caption, exact
 from dora_vl.evaluation.scores.benchmark import Scorer
 from dora_vl.evaluation.scores.scored import ACCURACY, Mean, Numbers, Scored, Sums, intervals, paired_differences
 from dora_vl.evaluation.test_sets import ResultFolder, Tested, TestSet, average_of, scored
+from tests.evaluation.scores.test_scores import any_row
 
 SOME = ("yes", "no", "yes", "yes", "no", "A", "yes")
 OTHERS = ("no", "yes", "yes", "B", "no", "yes", "yes")
@@ -90,8 +90,9 @@ def test_a_clip_s_line_is_of_the_answer_that_was_scored(tmp_path: Path) -> None:
     test = TestSet(
         name="c", examples=examples, score=lambda *both: score(*both, tokenizer="fallback"), item=caption.clip_of
     )
-    ResultFolder(folder=tmp_path).write([scored(test, Predictions(rows=rows))])
+    ResultFolder(folder=tmp_path).write([scored(test, Predictions(rows=rows, failed={"2": "a broken clip"}))])
     result = read_results(tmp_path)["c"]
+    assert result.entry["failed"] == {"4": "a broken clip"}
     assert {name: (item.truth, item.answer) for name, item in result.items.items()} == {
         "5": ("a man 1 runs fast", "a man 1 runs"),
         "4": ("a man 2 runs fast", ""),

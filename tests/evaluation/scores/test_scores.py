@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from dora_vl.data.example import Answer, Example, from_record
 from dora_vl.errors import UserError
@@ -126,19 +124,6 @@ def test_a_choice_by_letter_or_text(answer: str, choices: tuple[str, ...], right
     for correct in range(len(choices)):
         scored = SCORINGS["choice"]([example(1, choices=choices, correct=correct)], {"1": answer})
         assert scored.metrics["accuracy"] == 100.0 * (correct == right)
-
-
-TEXTS = st.text(alphabet="aB10 .", min_size=2, max_size=5).filter(lambda text: len(exact.normalised(text)) > 1)
-"""No letters alone: as answers they are letters, whatever the choices' texts."""
-
-
-@given(choices=st.lists(TEXTS, min_size=2, max_size=4, unique_by=exact.normalised), data=st.data())
-def test_the_text_of_any_choice_is_that_choice(choices: list[str], data: st.DataObject) -> None:
-    correct = data.draw(st.integers(0, len(choices) - 1))
-    text = choices[correct]
-    answer = data.draw(st.sampled_from([text, text.upper(), f" {text}.", "ABCD"[correct], "abcd"[correct]]))
-    scored = SCORINGS["choice"]([example(1, choices=choices, correct=correct)], {"1": answer})
-    assert scored.metrics["accuracy"] == 100.0
 
 
 def any_row(number: int) -> Example:

@@ -21,23 +21,8 @@ from dora_vl.evaluation.scores.vqa import accuracy, leave_one_out, normalise_eva
 from tests.shared_data import shared
 
 TEXTS = (
-    *(
-        "True",
-        "False",
-        " true",
-        "True,0.9",
-        "",
-        "a dog.",
-        "The Dog",
-        "1,2/3",
-        "two's",
-        "Yes.",
-        "no",
-        "NO..",
-        "a0",
-        "a1",
-    ),
-    *("a1", "a3", "B", "B.", "(C)", "x\ny", "tab\there", '"quoted", twice', "dont", "none", "3. 4."),
+    *("True", "False", " true", "True,0.9", "", "a dog.", "The Dog", "1,2/3", "two's", "Yes.", "no", "NO..", "a0"),
+    *("a1", "a1", "a3", "B", "B.", "(C)", "x\ny", "tab\there", '"quoted", twice', "dont", "none", "3. 4."),
     *("it's a man's hat", "ü"),
 )
 Rule = Callable[[Sequence[Example], str], float]
