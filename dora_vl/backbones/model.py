@@ -35,7 +35,7 @@ from dora_vl.backbones.families import (
 from dora_vl.backbones.frozen_outputs import FrozenParts, Outputs, model_inputs
 from dora_vl.backbones.generation import ScoreWatch, WithoutPrompt
 from dora_vl.backbones.loading import quantised_loading
-from dora_vl.backbones.rows import Forest, RowFollower
+from dora_vl.backbones.packed_attention import Forest, PackedAttention
 from dora_vl.core import DoRAConfig
 from dora_vl.core.config import Quantisation
 from dora_vl.core.inject import adaptable
@@ -68,7 +68,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         for module in model.modules():
             if CROSSING in dict(module.named_children()):
                 module.register_forward_hook(_words_pass_by, with_kwargs=True)
-        self.follower = RowFollower(decoder_of(model))
+        self.packed_attention = PackedAttention(decoder_of(model))
         self._head_is_last: bool | None = None
         """True where the output layer's scores are neither scaled nor capped afterwards; the first pass finds out."""
         self.train(model.training)
@@ -138,7 +138,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
             for hook in hooks:
                 hook.remove()
             if not torch.is_grad_enabled():  # nothing is recomputed in a backward pass
-                self.follower.follow(None)
+                self.packed_attention.follow(None)
         if scores and len(targets):
             self._head_is_last = scores[0].shape == logits.shape and bool((scores[0] == logits).all())
         logits = logits.squeeze(0)
@@ -159,7 +159,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
 
         Rows whose scores are no numbers hold `NO_TOKEN`; `streamer` receives the new tokens alone.
         """
-        self.follower.follow(None)
+        self.packed_attention.follow(None)
         watch, stated = ScoreWatch(self.model), cast(Any, self.model.generation_config)
         padding, ends = stated.pad_token_id, stated.eos_token_id
         if padding is None:  # any id fills answers that end early, and transformers warns at every call without one
@@ -183,7 +183,9 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
 
     def _attention(self, attention_mask: Tensor, layout: Mapping[str, Tensor] | None) -> dict[str, Tensor | None]:
         """Follows the layout; returns the mask, and positions where the model would take others."""
-        self.follower.follow(None if layout is None else Forest(layout["segment"], layout["steps"], layout["sees"]))
+        self.packed_attention.follow(
+            None if layout is None else Forest(layout["segment"], layout["steps"], layout["sees"])
+        )
         if layout is not None or not self.causal:
             return {"attention_mask": attention_mask}
         if bool(attention_mask[:, 0].all()):

@@ -19,7 +19,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from dora_vl.backbones.base import decoder_of
 from dora_vl.backbones.encoder import GREY, Encoder
 from dora_vl.backbones.model import DecoderBackbone
-from dora_vl.backbones.rows import MASKED
+from dora_vl.backbones.packed_attention import MASKED
 from dora_vl.data.batches import Collator
 from dora_vl.data.columns import RowKind
 from dora_vl.data.example import Example

@@ -14,8 +14,8 @@ from PIL import Image
 
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.model import DecoderBackbone
+from dora_vl.backbones.packed_attention import OwnPositions
 from dora_vl.backbones.row_probe import followed_rows
-from dora_vl.backbones.rows import OwnPositions
 from dora_vl.data.batches import Collator
 from dora_vl.data.columns import RowKind
 from dora_vl.data.samples import Sample
@@ -186,7 +186,7 @@ def test_rows_that_a_model_misreads_are_not_taken(folders: Folders, monkeypatch:
         patch.setattr(OwnPositions, "by_sample", lambda *_: None)
         kind, reason = followed_rows(backbone, encoder, "trees")
         assert (kind, bool(reason)) == ("plain", True)
-    monkeypatch.setattr(backbone.follower, "follow", lambda forest: None)
+    monkeypatch.setattr(backbone.packed_attention, "follow", lambda forest: None)
     assert followed_rows(backbone, encoder, "packed")[0] == "plain"
 
 
