@@ -30,7 +30,7 @@ from dora_vl.errors import one_line
 JOBS: Mapping[str, str] = {
     "read_picture": "dora_vl.data.picture_files",
     "read_video": "dora_vl.data.video",
-    "try_template": "dora_vl.backbones.template_trial",
+    "try_template": "dora_vl.backbones.templates",
 }
 """The functions that may be run there, and their modules. Each yields parts; what it raises is told to the parent."""
 Part: TypeAlias = tuple[dict[str, Any], bytes]

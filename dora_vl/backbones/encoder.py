@@ -18,9 +18,9 @@ from dora_vl.backbones.base import max_positions
 from dora_vl.backbones.families import LLAVA, config_of, model_type_of, sees_pictures
 from dora_vl.backbones.generation import decoded
 from dora_vl.backbones.loading import load_tokenizer
+from dora_vl.backbones.packed_attention import OwnPositions
 from dora_vl.backbones.pieces import STAND_IN, PieceProcessor, from_offsets
 from dora_vl.backbones.prompts import PROCESSOR_OPTIONS, prompts_of
-from dora_vl.backbones.rows import OwnPositions
 from dora_vl.backbones.specs import TrainOn
 from dora_vl.backbones.templates import PROBE, VIDEO_MARK, Chat, Instruction, Prompts, shared_beginning
 from dora_vl.backbones.towers import Aspect, ImagePreparation

@@ -6,11 +6,13 @@ It runs by the model's own forward, with logits only where a label or a decode s
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from accelerate.utils import send_to_device
 from jaxtyping import Int
+from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
@@ -20,6 +22,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoMod
 from dora_vl.adapters.adapter import local_folder
 from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.backbones.base import Attention, Backbone, Features, decoder_of, head_of
+from dora_vl.backbones.encoder import GREY, Encoder
 from dora_vl.backbones.families import (
     BYPASSED,
     CROSSING,
@@ -35,14 +38,18 @@ from dora_vl.backbones.families import (
 from dora_vl.backbones.frozen_outputs import FrozenParts, Outputs, model_inputs
 from dora_vl.backbones.generation import ScoreWatch, WithoutPrompt
 from dora_vl.backbones.loading import quantised_loading
-from dora_vl.backbones.rows import Forest, RowFollower
+from dora_vl.backbones.packed_attention import MASKED, Forest, PackedAttention
 from dora_vl.core import DoRAConfig
 from dora_vl.core.config import Quantisation
 from dora_vl.core.inject import adaptable
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.quantised import is_quantised
-from dora_vl.data.samples import IGNORED_LABEL
-from dora_vl.errors import UserError
+from dora_vl.data.batches import Collator
+from dora_vl.data.columns import RowKind
+from dora_vl.data.example import Example
+from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Sample
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
+from dora_vl.errors import BadSample, UserError, one_line
 from dora_vl.files import NO_OWN_CODE, check_model_folder, opening
 from dora_vl.heads.next_token import in_chunks, label_losses, losses_of
 
@@ -68,7 +75,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         for module in model.modules():
             if CROSSING in dict(module.named_children()):
                 module.register_forward_hook(_words_pass_by, with_kwargs=True)
-        self.follower = RowFollower(decoder_of(model))
+        self.packed_attention = PackedAttention(decoder_of(model))
         self._head_is_last: bool | None = None
         """True where the output layer's scores are neither scaled nor capped afterwards; the first pass finds out."""
         self.train(model.training)
@@ -135,7 +142,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
             for hook in hooks:
                 hook.remove()
             if not torch.is_grad_enabled():  # nothing is recomputed in a backward pass
-                self.follower.follow(None)
+                self.packed_attention.follow(None)
         if scores and len(targets):
             self._head_is_last = scores[0].shape == logits.shape and bool((scores[0] == logits).all())
         logits = logits.squeeze(0)
@@ -158,7 +165,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         Rows whose scores are no numbers hold `NO_TOKEN`; `streamer` receives the new tokens alone; `stored` is what
         frozen parts gave for the pictures of each prompt that has some.
         """
-        self.follower.follow(None)
+        self.packed_attention.follow(None)
         watch, stated = ScoreWatch(self.model), cast(Any, self.model.generation_config)
         padding, ends = stated.pad_token_id, stated.eos_token_id
         if padding is None:  # any id fills answers that end early, and transformers warns at every call without one
@@ -188,7 +195,8 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
 
     def _attention(self, attention_mask: Tensor, layout: Mapping[str, Tensor] | None) -> dict[str, Tensor | None]:
         """Follows the layout; returns the mask, and positions where the model would take others."""
-        self.follower.follow(None if layout is None else Forest(layout["segment"], layout["steps"], layout["sees"]))
+        forest = None if layout is None else Forest(layout["segment"], layout["steps"], layout["sees"])
+        self.packed_attention.follow(forest)
         if layout is not None or not self.causal:
             return {"attention_mask": attention_mask}
         if bool(attention_mask[:, 0].all()):
@@ -342,3 +350,106 @@ def refuse_turned_experts(folder_or_id: str, *, revision: str | None = None) -> 
                 f"{folder_or_id}: under ZeRO-3 transformers would load {key} transposed, since the folder has it as "
                 "save_pretrained writes it; set training.deepspeed: zero2, or take the published folder"
             )
+
+
+NOT_FOLLOWED = (AttributeError, BadSample, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+"""A family's own code may raise these over rows that it does not expect."""
+
+
+def check_packing(backbone: DecoderBackbone, encoder: Encoder, requested: RowKind) -> tuple[RowKind, str | None]:
+    """Returns the requested kind of rows, or the next simpler one that the model computes correctly and the reason.
+
+    No list says which families compute packed rows. What they need (a mask function that can be asked, positions that
+    can be given, pictures found by their tokens) shows in the scores: three samples in one row and in three must agree.
+
+    From then on the encoder gives samples the positions of a family that counts along several axes.
+    """
+    if requested == "plain":
+        return "plain", None
+    encoder.take_positions_of(backbone.model)
+    decoder: Any = decoder_of(backbone.model)
+    kernel = str(decoder.config._attn_implementation)
+    if kernel not in MASKED:
+        return "plain", f"{kernel} takes no mask of such rows; set model.attn_implementation: sdpa"
+    was_training, reason = backbone.training, None
+    backbone.eval()
+    try:
+        with torch.no_grad(), _whole_weights(backbone):
+            samples = _samples(encoder)
+            if any(weight.is_meta for weight in backbone.parameters()):  # a skeleton gives no scores
+                Collator(encoder.pad_token_id, rows=requested)(samples)
+                return requested, None
+            apart = torch.cat([_scores(backbone, encoder, [sample], "plain") for sample in samples])
+            with _last_bits(backbone):
+                noisy = torch.cat([_scores(backbone, encoder, [sample], "plain") for sample in samples])
+            padded = _scores(backbone, encoder, samples, "plain")
+            noise = max(float((scores - apart).norm() / apart.norm()) for scores in (noisy, padded))
+            kinds: tuple[RowKind, ...] = ("trees", "packed") if requested == "trees" else ("packed",)
+            for kind in kinds:
+                try:
+                    off = float((_scores(backbone, encoder, samples, kind) - apart).norm() / apart.norm())
+                except NOT_FOLLOWED as error:
+                    reason = reason or one_line(f"{type(error).__name__}: {error}", 200)
+                    continue
+                if off <= max(4 * noise, 1e-4):  # rounding explains four times what padding and the last bits change
+                    return kind, reason
+                reason = reason or f"its scores for the same samples are off by {off:.1e} of their size"
+    except NOT_FOLLOWED as error:
+        return "plain", one_line(f"{type(error).__name__}: {error}", 200)
+    finally:
+        backbone.train(was_training)
+    return "plain", reason
+
+
+def _samples(encoder: Encoder) -> list[Sample]:
+    """Makes three samples about one picture, or of words alone."""
+    pictures = [Image.new("RGB", (64, 48), GREY)] if encoder.sees_pictures else []
+    placeholder = f"{IMAGE_PLACEHOLDER}\n" if pictures else ""
+    samples = []
+    rounds = (("What is it?", "A house."), ("What is red?", "The roof, I think."), ("Which?", "None"))
+    for number, (question, answer) in enumerate(rounds):
+        turns = (Turn("user", placeholder + question), Turn("assistant", answer))
+        encoded = encoder.encode(Example("probe", ("probe",) * len(pictures), turns), pictures)
+        samples.append(Sample(**vars(encoded), index=number))
+    return samples
+
+
+def _scores(backbone: DecoderBackbone, encoder: Encoder, samples: Sequence[Sample], rows: RowKind) -> Tensor:
+    """Computes the scores of labelled tokens, in the order of the samples."""
+    batch = Collator(encoder.pad_token_id, rows=rows)(samples)
+    inputs = {name: value for name, value in batch.items() if name not in BOOKKEEPING}
+    inputs = send_to_device(inputs, next(backbone.parameters()).device)
+    return backbone(**inputs, keep_logits=True).logits.double().cpu()
+
+
+@contextlib.contextmanager
+def _last_bits(backbone: DecoderBackbone) -> Iterator[None]:
+    """Changes every word's vector by up to the last bit of its dtype, at random."""
+    generator = torch.Generator().manual_seed(0)
+
+    def off(_: nn.Module, __: Any, vectors: Tensor) -> Tensor:
+        chance = torch.rand(vectors.shape, generator=generator).to(vectors.device)
+        return (vectors.double() * (1 + torch.finfo(vectors.dtype).eps * (2 * chance - 1))).to(vectors.dtype)
+
+    hook = backbone.model.get_input_embeddings().register_forward_hook(off)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextlib.contextmanager
+def _whole_weights(model: nn.Module) -> Iterator[None]:
+    """Gathers each module's weights while it runs under ZeRO-3; the engine that will do it is not there yet."""
+    hooks: list[Any] = []
+    if is_deepspeed_zero3_enabled():
+        for module in model.modules():
+            split = [weight for weight in module.parameters(recurse=False) if hasattr(weight, "ds_id")]
+            if split:
+                hooks.append(module.register_forward_pre_hook(lambda *_, split=split: split[0].all_gather(split)))
+                hooks.append(module.register_forward_hook(lambda *_, split=split: split[0].partition(split)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -14,7 +14,6 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dora_vl.backbones.pieces import PieceProcessor
 from dora_vl.backbones.specs import FormatName, TrainOn
-from dora_vl.backbones.template_trial import check_ends
 from dora_vl.backbones.templates import (
     BREAK,
     PROBE,
@@ -25,6 +24,7 @@ from dora_vl.backbones.templates import (
     Instruction,
     Prompts,
     Span,
+    check_ends,
     shared_beginning,
 )
 from dora_vl.data.turns import END_THINK, IMAGE_PLACEHOLDER, THINK, Role, Turn

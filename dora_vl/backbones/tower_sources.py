@@ -1,26 +1,34 @@
-"""Fetches a pretrained vision network from its library, measures it once, and writes the bases that a run composes.
+"""Loads a pretrained vision network from its library, measures it once, and writes the bases that a run composes.
 
-A base is a LLaVA of any vision tower and any language model, or a language model by itself.
+A base is a LLaVA of any vision tower and any language model, or a language model by itself, published or small and
+random.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
+from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_MAPPING, AutoModelForCausalLM
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 from transformers.models.llava.processing_llava import LlavaProcessor
+from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
 from dora_vl.adapters.base_weights import save_under_hub_names
 from dora_vl.adapters.files import read_tensors
@@ -33,8 +41,7 @@ from dora_vl.backbones.loading import (
     with_image_token,
     written_base,
 )
-from dora_vl.backbones.random_start import measured, small_llama, standardise
-from dora_vl.backbones.specs import PRETRAINED, RANDOM, ComposeSpec, LanguageSource, TowerSpec
+from dora_vl.backbones.specs import PRETRAINED, RANDOM, ComposeSpec, LanguageSource, SmallLanguageModel, TowerSpec
 from dora_vl.backbones.tower_config import GridTowerConfig
 from dora_vl.backbones.towers import (
     GridTower,
@@ -44,12 +51,14 @@ from dora_vl.backbones.towers import (
     network_output,
     stated_preparation,
 )
-from dora_vl.errors import SettingError, UserError, one_line
+from dora_vl.backbones.vision_store import open_features
+from dora_vl.data.check import FileCheck
+from dora_vl.data.containers import find_files
+from dora_vl.data.turns import IMAGE_PLACEHOLDER
+from dora_vl.errors import BadSample, SettingError, UserError, one_line
 from dora_vl.files import NO_OWN_CODE, check_model_folder, opening
 
 log = logging.getLogger(__name__)
-
-LLAVA_LAYER = -2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +223,7 @@ def draft_config(
     spec: TowerSpec, *, architecture: str, options: dict[str, Any], published: Preparation
 ) -> GridTowerConfig:
     """Makes a tower config without what only a run of the network can tell (`measure`)."""
-    default_layer = LLAVA_LAYER if spec.library == "transformers" else -1
+    default_layer = -2 if spec.library == "transformers" else -1  # -2 as in LLaVA-1.5
     return GridTowerConfig(
         library=spec.library,
         architecture=architecture,
@@ -347,3 +356,73 @@ def write_language_model(source: LanguageSource, folder: Path) -> None:
         model.save_pretrained(unfinished)
         language.tokenizer.save_pretrained(unfinished)
     log.info("wrote %s from %s", folder, source.gguf_file or source.folder)
+
+
+def measured(folder: Path) -> tuple[Float[Tensor, " channels"], Float[Tensor, " channels"]]:
+    """Measures mean and spread of each number of a token, over the tokens of the folder's first files."""
+    source = open_features(folder)
+    tokens = torch.cat([source.read(name).double() for name in islice(source.rows, 2000)])
+    spread = tokens.std(dim=0, correction=0)
+    least = 0.1 * float(tokens.std(correction=0))  # what hardly varies is not blown up into noise
+    return tokens.mean(dim=0).float(), spread.clamp_min(least).float()
+
+
+@torch.no_grad()
+def standardise(linear: nn.Linear, mean: Float[Tensor, " channels"], spread: Float[Tensor, " channels"]) -> None:
+    """Changes a layer so that it does with raw numbers what it did with standardised ones."""
+    linear.weight.div_(spread)
+    linear.bias.sub_(linear.weight @ mean)
+
+
+def small_llama(spec: SmallLanguageModel, *, seed: int, dtype: torch.dtype) -> LanguageModel:
+    """Makes a Llama with random weights; its texts begin with `<s>` as Llama's do."""
+    tokenizer = small_tokenizer(texts_of(spec), vocabulary=spec.vocabulary, form="<s> $A")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=spec.width,
+        intermediate_size=spec.feedforward,
+        num_hidden_layers=spec.layers,
+        num_attention_heads=spec.heads,
+        max_position_embeddings=spec.max_positions,
+        initializer_range=spec.init_std,
+        tie_word_embeddings=True,
+        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        drawn = LlamaForCausalLM(config).state_dict()
+    weights = {name: value.to(dtype) for name, value in drawn.items() if name != "lm_head.weight"}  # the embedding's
+    return LanguageModel(config=config, weights=weights, generation=None, tokenizer=tokenizer)
+
+
+def small_tokenizer(
+    texts: Iterator[str], *, vocabulary: int, leading_space: bool = False, form: str = "<s> $A </s>"
+) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE on texts, with BART's special tokens at BART's ids; no text is unknown to it.
+
+    Args:
+        leading_space: a text begins with a space, so that an answer's first word is the token that it is inside a
+            question; BART's own does not.
+        form: a text and the special tokens around it.
+    """
+    named = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "mask": "<mask>"}
+    special = list(named.values())
+    bpe = ByteLevelBPETokenizer(add_prefix_space=leading_space)
+    bpe.train_from_iterator(texts, vocabulary, min_frequency=0, show_progress=False, special_tokens=special)
+    whole = Tokenizer.from_str(bpe.to_str())
+    ends = [(token, special.index(token)) for token in ("<s>", "</s>")]
+    whole.post_processor = processors.TemplateProcessing(single=form, special_tokens=ends)
+    return PreTrainedTokenizerFast(tokenizer_object=whole, **{f"{name}_token": token for name, token in named.items()})
+
+
+def texts_of(spec: SmallLanguageModel) -> Iterator[str]:
+    """Yields all words of the files a vocabulary is made from, and its further texts."""
+    for path in map(Path, spec.texts):
+        check = FileCheck(path, answers_needed=False)
+        for example in map(check.read, find_files(path).rows()):
+            if isinstance(example, BadSample):
+                raise UserError(f"{path}: {example}")
+            turns = (turn.text.replace(IMAGE_PLACEHOLDER, "").strip() for turn in example.turns)
+            yield from filter(None, (example.question, *turns, *example.choices))
+            yield from (part.text for part in (*example.answers, *example.subtitles))
+    yield from spec.words

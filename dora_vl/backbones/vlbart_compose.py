@@ -21,8 +21,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from dora_vl.adapters.files import read_tensors
 from dora_vl.adapters.foreign import ALIASES, EMBEDDING
 from dora_vl.backbones.loading import written_base
-from dora_vl.backbones.random_start import measured, small_tokenizer, standardise, texts_of
 from dora_vl.backbones.specs import VlBartSpec
+from dora_vl.backbones.tower_sources import measured, small_tokenizer, standardise, texts_of
 from dora_vl.backbones.vlbart_model import VisualNorm, VlBartConfig, VlBartForConditionalGeneration
 from dora_vl.errors import UserError, one_line
 from dora_vl.files import NO_OWN_CODE, check_model_folder, opening

@@ -24,7 +24,7 @@ from dora_vl.backbones.base import Features, max_positions
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.frozen_outputs import NotStorable, Outputs, hollowed, proven_parts
 from dora_vl.backbones.generation import NO_NUMBERS, NO_TOKEN, NOT_YET_A_CHARACTER, NoNumbers, growing_text
-from dora_vl.backbones.row_probe import followed_rows
+from dora_vl.backbones.model import check_packing
 from dora_vl.backbones.video_inputs import Video
 from dora_vl.data.batches import Collator
 from dora_vl.data.columns import RowKind
@@ -464,7 +464,7 @@ class Assistant:
     @cached_property
     def rows(self) -> RowKind:
         """How samples with answers stand in a batch: as trees, where the model follows them."""
-        return followed_rows(self.backbone, self.prompts.encoder, "trees")[0]
+        return check_packing(self.backbone, self.prompts.encoder, "trees")[0]
 
     @torch.inference_mode()
     def labelled(self, samples: Sequence[Sample], rows: RowKind = "plain", *, keep_logits: bool = False) -> Features:

@@ -16,8 +16,14 @@ from dora_vl.backbones.base import Backbone
 from dora_vl.backbones.encoder import Encoder, open_encoder
 from dora_vl.backbones.families import sees_pictures
 from dora_vl.backbones.frozen_outputs import OutputStore, PictureReader
-from dora_vl.backbones.model import DecoderBackbone, language_targets, open_backbone, projector_patterns, skeleton_of
-from dora_vl.backbones.row_probe import followed_rows
+from dora_vl.backbones.model import (
+    DecoderBackbone,
+    check_packing,
+    language_targets,
+    open_backbone,
+    projector_patterns,
+    skeleton_of,
+)
 from dora_vl.backbones.tower_sources import compose_llava, write_language_model
 from dora_vl.core import DoRAConfig
 from dora_vl.core.strength import checked_strength
@@ -203,7 +209,7 @@ class DecoderPipeline(Pipeline):
 
     def _row_kind(self, backbone: Backbone[Any]) -> RowKind:
         """`data.rows`, as far as the model follows them."""
-        kind, reason = followed_rows(cast(DecoderBackbone, backbone), self.encoder, self.config.data.rows)
+        kind, reason = check_packing(cast(DecoderBackbone, backbone), self.encoder, self.config.data.rows)
         if reason is not None:
             logger.warning("data.rows: %s instead of %s: %s", kind, self.config.data.rows, reason)
         return kind

@@ -22,9 +22,8 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 
 from dora_vl.backbones.loading import load_tokenizer, read_language_model, with_image_token
 from dora_vl.backbones.model import open_backbone
-from dora_vl.backbones.random_start import measured
 from dora_vl.backbones.specs import ComposeSpec, SmallLanguageModel
-from dora_vl.backbones.tower_sources import compose_llava
+from dora_vl.backbones.tower_sources import compose_llava, measured
 from dora_vl.data.example import Answer, Example, write_examples
 from dora_vl.errors import SettingError, UserError
 from tests.backbones.conftest import VISION

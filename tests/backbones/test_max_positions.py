@@ -9,8 +9,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlavaConfig
 from dora_vl.backbones.base import max_positions
 from dora_vl.backbones.model import DecoderBackbone
 from dora_vl.backbones.pieces import Seq2SeqEncoder
-from dora_vl.backbones.random_start import small_tokenizer
 from dora_vl.backbones.templates import Prompt
+from dora_vl.backbones.tower_sources import small_tokenizer
 from dora_vl.backbones.vlbart import VlBartBackbone
 from dora_vl.errors import BadSample
 from dora_vl.evaluation.ask import check_room

@@ -13,9 +13,8 @@ from accelerate.utils import send_to_device
 from PIL import Image
 
 from dora_vl.backbones.encoder import Encoder
-from dora_vl.backbones.model import DecoderBackbone
-from dora_vl.backbones.row_probe import followed_rows
-from dora_vl.backbones.rows import OwnPositions
+from dora_vl.backbones.model import DecoderBackbone, check_packing
+from dora_vl.backbones.packed_attention import OwnPositions
 from dora_vl.data.batches import Collator
 from dora_vl.data.columns import RowKind
 from dora_vl.data.samples import Sample
@@ -132,7 +131,7 @@ def test_rows_of_several_samples_train_the_same(folders: Folders, family: str, c
     if why := FAMILIES[family].plain_rows:
         pytest.skip(why)
     encoder, backbone = encoder_of(folders[family]), adapted_backbone(folders[family])
-    assert followed_rows(backbone, encoder, "trees")[0] == "trees"
+    assert check_packing(backbone, encoder, "trees")[0] == "trees"
     takes_words = FAMILIES[family].format != "paligemma"
     samples = samples_of(encoder, (*ALIKE, *OTHERS, *(WORDS if takes_words else ())))
     if checkpointing is not None:
@@ -143,7 +142,7 @@ def test_rows_of_several_samples_train_the_same(folders: Folders, family: str, c
 @pytest.mark.parametrize("family", [param(name, is_slow=name != "qwen2_5_vl") for name in VIDEO_FAMILIES])  # pyright: ignore
 def test_questions_about_a_video_train_the_same(folders: Folders, family: str) -> None:
     encoder, backbone = (make(folders[f"{family}{VIDEO}"]) for make in (encoder_of, adapted_backbone))
-    kind, reason = followed_rows(backbone, encoder, "trees")
+    kind, reason = check_packing(backbone, encoder, "trees")
     assert kind == "trees", reason
     talks: list[Talk] = [
         (rounds(f"<video>\n{question}?", answer), (), (LONG,))
@@ -166,7 +165,7 @@ def test_questions_about_a_video_train_the_same(folders: Folders, family: str) -
 @pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
 def test_packed_words_train_the_same(folders: Folders, model_type: str) -> None:
     encoder, backbone = encoder_of(folders[model_type]), adapted_backbone(folders[model_type])
-    kind, reason = followed_rows(backbone, encoder, "packed")
+    kind, reason = check_packing(backbone, encoder, "packed")
     assert kind == "packed", reason
     samples = samples_of(encoder, [(rounds(f"Say it {word}.", word), ()) for word in ("red", "is green or blue", "no")])
     check_same_training(backbone, encoder, samples, shares=False)
@@ -175,7 +174,7 @@ def test_packed_words_train_the_same(folders: Folders, model_type: str) -> None:
 @families_in_turn
 def test_the_probe_tells_which_rows_a_family_follows(folders: Folders, family: str) -> None:
     encoder, backbone = encoder_of(folders[family]), adapted_backbone(folders[family])
-    kind, reason = followed_rows(backbone, encoder, "trees")
+    kind, reason = check_packing(backbone, encoder, "trees")
     assert backbone.training
     assert (kind, reason is None) == (("plain", False) if FAMILIES[family].plain_rows else ("trees", True)), reason
 
@@ -184,10 +183,10 @@ def test_rows_that_a_model_misreads_are_not_taken(folders: Folders, monkeypatch:
     encoder, backbone = encoder_of(folders["qwen3_vl"]), adapted_backbone(folders["qwen3_vl"])
     with monkeypatch.context() as patch:
         patch.setattr(OwnPositions, "by_sample", lambda *_: None)
-        kind, reason = followed_rows(backbone, encoder, "trees")
+        kind, reason = check_packing(backbone, encoder, "trees")
         assert (kind, bool(reason)) == ("plain", True)
-    monkeypatch.setattr(backbone.follower, "follow", lambda forest: None)
-    assert followed_rows(backbone, encoder, "packed")[0] == "plain"
+    monkeypatch.setattr(backbone.packed_attention, "follow", lambda forest: None)
+    assert check_packing(backbone, encoder, "packed")[0] == "plain"
 
 
 def kernel_losses(kernel: str, device: str, kinds: Sequence[RowKind]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:

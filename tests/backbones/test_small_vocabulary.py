@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dora_vl.backbones.random_start import texts_of
 from dora_vl.backbones.specs import SmallLanguageModel
+from dora_vl.backbones.tower_sources import texts_of
 from dora_vl.errors import UserError
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from dora_vl.adapters.files import read_tensors
 from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.backbones.pieces import Seq2SeqEncoder
-from dora_vl.backbones.random_start import measured, small_tokenizer
 from dora_vl.backbones.specs import SmallLanguageModel, VlBartSpec
+from dora_vl.backbones.tower_sources import measured, small_tokenizer
 from dora_vl.backbones.vlbart import DORA_TARGETS, KEPT_ROWS, VlBartBackbone, also_trained, load_vlbart
 from dora_vl.backbones.vlbart_compose import add_picture_tokens, as_original, compose_vlbart, load_original
 from dora_vl.backbones.vlbart_model import grid_boxes, pool_grid, strip_boxes

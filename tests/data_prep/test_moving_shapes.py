@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.moving_shapes import KINDS, Settings, examples_of, main, make
-from data_prep.moving_shapes_drawing import COLORS, FRAMES
+from data_prep.moving_shapes import COLORS, FRAMES, KINDS, Settings, examples_of, main, make
 from dora_vl.data.example import iterate_examples
 from dora_vl.data.video import Uniform
 from tests.data.video_files import read_frames

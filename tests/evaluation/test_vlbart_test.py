@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dora_vl.backbones.pieces import Seq2SeqEncoder
-from dora_vl.backbones.random_start import small_tokenizer
+from dora_vl.backbones.tower_sources import small_tokenizer
 from dora_vl.backbones.vision_store import FeatureReader, FeatureStore, Stored
 from dora_vl.data.example import Answer, Example, ExampleFile, write_examples
 from dora_vl.errors import BadSample, UserError

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dora_vl.backbones.pieces import Seq2SeqEncoder
-from dora_vl.backbones.random_start import small_tokenizer
+from dora_vl.backbones.tower_sources import small_tokenizer
 from dora_vl.backbones.vision_store import (
     FeatureReader,
     FeatureRow,

@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 MASKED = ("sdpa", "eager", "flex_attention")
 """Attention kernels that take a mask function; flash attention's take none."""
-OF_ROWS = frozenset({"attention_mask", "position_ids", "cache_params", "past_key_values", "cache"})
+WHOLE_ROW_INPUTS = frozenset({"attention_mask", "position_ids", "cache_params", "past_key_values", "cache"})
 """A layer with a running state gets these for whole rows; they do not fit its paths."""
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
 """Takes batch row, head, query and key position; returns whether the query sees the key."""
@@ -140,7 +140,7 @@ def paths_of(forest: Forest) -> Paths:
     return Paths(torch.tensor(rows, device=forest.segment.device), torch.stack(filled), torch.stack(first))
 
 
-class RowFollower:
+class PackedAttention:
     """Makes a decoder attend along a forest, until it gets another or None.
 
     A recomputed forward (gradient checkpointing) comes later than the forward itself and must see the same forest, so
@@ -164,7 +164,7 @@ class RowFollower:
         for layer in self._states:
             layer.register_forward_pre_hook(self._apart, with_kwargs=True)
             layer.register_forward_hook(self._together)
-        _followers[id(self.config)] = self
+        _instances[id(self.config)] = self
 
     def follow(self, forest: Forest | None) -> None:
         """Sets the forest of the next forward; None attends as usual."""
@@ -176,7 +176,7 @@ class RowFollower:
         """Gives a layer with a running state each path as a row of its own."""
         if self.paths is None:
             return None
-        named = {name: None if name in OF_ROWS else value for name, value in named.items()}
+        named = {name: None if name in WHOLE_ROW_INPUTS else value for name, value in named.items()}
         hidden, *rest = args or (named["hidden_states"],)
         hidden = hidden[self.paths.rows[:, None], self.paths.positions]
         if not args:
@@ -194,7 +194,7 @@ class RowFollower:
         return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
 
-_followers: WeakValueDictionary[int, RowFollower] = WeakValueDictionary()
+_instances: WeakValueDictionary[int, PackedAttention] = WeakValueDictionary()
 """Finds the instance by the id of its decoder's config, which masks and attention functions receive."""
 _installed: list[bool] = []
 
@@ -212,21 +212,21 @@ def _along_paths(build: Callable[..., Any]) -> Callable[..., Any]:
     """Restricts a family's mask function to each token's path."""
 
     def mask(*args: Any, mask_function: MaskFunction, config: Any = None, **options: Any) -> Any:
-        follower = _followers.get(id(config))
-        if follower is None or follower.forest is None:
+        packed = _instances.get(id(config))
+        if packed is None or packed.forest is None:
             return build(*args, mask_function=mask_function, config=config, **options)
         if mask_function is causal_mask_function and config._attn_implementation == "sdpa":
             return None  # `_by_segment` does it
         size, device = options.pop("local_size", None), options.get("device", "cpu")
-        forest = Forest(*(tensor.to(device) for tensor in follower.forest))
+        forest = Forest(*(tensor.to(device) for tensor in packed.forest))
         chunked = size is not None and getattr(config, "attention_chunk_size", None) == size
         options |= {name: False for name in options if name.startswith("allow_is_")}
         options["attention_mask"] = None  # padding is no segment
-        if not follower.blocks_are_whole:
+        if not packed.blocks_are_whole:
             blocks = sdpa_mask(*args, mask_function=_into_branches(forest, mask_function), **options)
             if blocks is not None and bool(blocks.any()):
                 raise BlockIsCut("tokens that see each other stand in a shared segment and in a branch behind it")
-            follower.blocks_are_whole = True
+            packed.blocks_are_whole = True
         along = _visible(forest, mask_function, size, chunked=chunked)
         return build(*args, mask_function=along, config=config, **options)
 
@@ -281,13 +281,13 @@ def _by_segment(attend: Callable[..., Any]) -> Callable[..., Any]:
     def run(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **named: Any
     ) -> Any:
-        follower = _followers.get(id(getattr(module, "config", None)))
+        packed = _instances.get(id(getattr(module, "config", None)))
         is_causal = getattr(module, "is_causal", False)
-        if follower is None or follower.forest is None or attention_mask is not None or not is_causal:
+        if packed is None or packed.forest is None or attention_mask is not None or not is_causal:
             return attend(module, query, key, value, attention_mask, *args, **named)
         states = [tensor.transpose(1, 2) for tensor in (query, key, value)]  # positions before heads
         whole = query.new_zeros(*states[0].shape[:3], value.shape[-1])
-        for group in follower.groups:
+        for group in packed.groups:
             positions = group.queries, group.keys, group.keys
             parts = [state[group.rows, chosen].transpose(1, 2) for state, chosen in zip(states, positions, strict=True)]
             short = query.device.type == "cpu" and group.keys.shape[1] <= SHORT
