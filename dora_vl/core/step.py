@@ -44,7 +44,11 @@ class AdaptedStep(torch.autograd.Function):
     ) -> Float[Tensor, "*batch out"]:
         """Runs the layer; every operand but A, B and m in the dtype of x."""
         masked, positions = x.reshape(-1, x.shape[-1]), None
-        flat = F.linear(masked, weight, bias) if product is None else product.reshape(-1, product.shape[-1])
+        if product is None:
+            assert weight is not None
+            flat = F.linear(masked, weight, bias)
+        else:
+            flat = product.reshape(-1, product.shape[-1])
         if dropped is not None:
             masked, positions, scale = dropped.shared_copy(masked), dropped.positions, scale / (1 - dropped.probability)
         a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
