@@ -62,7 +62,8 @@ class LinearLayer(AdaptedLayer):
         a, b, gain = self.operands_without_graph(product.dtype)
         rows = (x if masked is None else masked).to(product.dtype).reshape(-1, x.shape[-1])
         flat = product.reshape(-1, product.shape[-1])
-        y, _ = passes(flat, self.matrix_shape(), gain).output(flat, rows, a, b, bias, gain, scale)
+        with functional.without_autocast(x.device):
+            y, _ = passes(flat, self.matrix_shape(), gain).output(flat, rows, a, b, bias, gain, scale)
         return y.view(product.shape)
 
 

@@ -44,15 +44,15 @@ class AdaptedStep(torch.autograd.Function):
     ) -> Float[Tensor, "*batch out"]:
         """Runs the layer; every operand but A, B and m in the dtype of x."""
         masked, positions = x.reshape(-1, x.shape[-1]), None
-        if product is None:
-            assert weight is not None
+        flat = None if product is None else product.reshape(-1, product.shape[-1])
+        if flat is None and weight is not None:
             flat = F.linear(masked, weight, bias)
-        else:
-            flat = product.reshape(-1, product.shape[-1])
+        assert flat is not None
         if dropped is not None:
             masked, positions, scale = dropped.shared_copy(masked), dropped.positions, scale / (1 - dropped.probability)
         a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
-        y, hidden = passes(flat, (len(b), a.shape[1]), gain).output(flat, masked, a, b, bias, gain, scale)
+        with functional.without_autocast(x.device):  # f may be in another dtype than autocast's
+            y, hidden = passes(flat, (len(b), a.shape[1]), gain).output(flat, masked, a, b, bias, gain, scale)
         ctx.save_for_backward(masked, weight, bias, lora_A, lora_B, hidden, None if gain is None else flat, positions)
         ctx.gain, ctx.scale, ctx.shape = gain, scale, x.shape
         # No view of y, which torch lets nobody edit in place, but the same memory.

@@ -132,18 +132,6 @@ def test_pissa_is_refused_before_anything_changes(tmp_path):
         load_adapter(model, tmp_path / "a")
 
 
-def test_a_bias_that_trains_costs_no_pass_over_the_weight(monkeypatch):
-    model = adapted(sealed(), also_train={"bias": ("q*bias",)})
-    passes, columns = [], QuantisedLinear._columns
-    monkeypatch.setattr(QuantisedLinear, "_columns", lambda layer: passes.append(1) or columns(layer))
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    for _ in range(3):
-        model["q"](torch.randn(2, 300)).square().mean().backward()
-        optimizer.step()
-    assert model["q"].base.bias.grad is not None
-    assert not passes
-
-
 def test_loftq_brings_the_layer_nearer_to_the_original():
     original = torch.randn(7, 300, generator=torch.Generator().manual_seed(1))
     base = sealed()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from dora_vl.core import adapted_layers, apply_dora, merge_dora
+from dora_vl.core import adapted_layers, apply_dora
 from tests.core.dense_dora import config, move_layer, passed
 from tests.core.test_layers import PATH, Sealed
 
@@ -122,14 +122,6 @@ def test_dropout_in_a_graph_is_unbiased_and_off_in_eval(mode, opaque):
         drawn = compiled(x)
     assert not torch.equal(drawn[0], drawn[1])
     torch.testing.assert_close(drawn.mean(dim=0), expected, rtol=0.05, atol=0.03)
-
-
-def test_merged_weights_in_a_graph():
-    model = adapted().eval()
-    expected = model(ids())
-    merge_dora(model)
-    with torch.no_grad():
-        torch.testing.assert_close(in_one_graph(model)(ids()), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_checkpointing_inside_a_graph():

@@ -126,12 +126,6 @@ def test_on_other_cards_and_in_other_dtypes(tmp_path, name, dtype, rank, rows, c
     assert_fits(tmp_path, name, dtype, rank, capability, precision=precision, rows=rows)
 
 
-@needs_tool
-@pytest.mark.slow
-def test_exact_float32_of_a_large_rank(tmp_path):
-    assert_fits(tmp_path, "output", torch.float32, 384, 90, precision="tf32x3")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["output", "backward"])
 @pytest.mark.parametrize("rank", [16, 128])
