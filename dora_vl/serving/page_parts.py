@@ -103,11 +103,10 @@ def data_url(picture: Image.Image) -> str:
 
 @dataclass(frozen=True)
 class ExampleQuestion:
-    """A question about a picture; what is right is for the test, not for the page."""
+    """A question about a picture, which a click asks."""
 
     question: str
     picture: Image.Image
-    truth: str
 
 
 def example_questions(adapter: Path, most: int = 6) -> tuple[ExampleQuestion, ...]:
@@ -143,10 +142,6 @@ def _of_test(run: Path, most: int) -> Iterator[ExampleQuestion]:
             kinds.setdefault(prediction.kind, []).append(prediction)
     for of_each in zip_longest(*(evenly(alike, 5 * most) for alike in kinds.values())):
         for prediction in filter(None, of_each):
-            yield from _opened(folder, prediction.images[0], prediction.question, prediction.truth)
-
-
-def _opened(folder: Path, image: str, question: str, truth: str) -> Iterator[ExampleQuestion]:
-    """The example, where its picture can be opened."""
-    with contextlib.suppress(BadSample):
-        yield ExampleQuestion(question, open_image(MediaFolder(folder, follow_links=True), image), truth)
+            with contextlib.suppress(BadSample):  # its picture is gone
+                picture = open_image(MediaFolder(folder, follow_links=True), prediction.images[0])
+                yield ExampleQuestion(prediction.question, picture)

@@ -47,7 +47,7 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def opened(chromium: Any, model: ServedModel, uploads: Path) -> Iterator[tuple[str, Engine]]:
-    examples = [ExampleQuestion("Say the colour.", RED, "red"), ExampleQuestion(QUESTION, WIDE, "blue")]
+    examples = [ExampleQuestion("Say the colour.", RED), ExampleQuestion(QUESTION, WIDE)]
     with page_of(model, uploads, SETTINGS, examples) as page:
         yield page
 

@@ -22,6 +22,7 @@ from PIL import Image
 
 from dora_vl.data.turns import Clip, Turn
 from dora_vl.evaluation.ask import Shown
+from dora_vl.serving import media
 from dora_vl.serving.decoding import SequenceText
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.media import Reading
@@ -109,7 +110,7 @@ BRIEF, ASKED = "Be brief. Look at its edges.", "What colour is it?"
         (shows(picture_part(RED), text=f"{ASKED} "), [Turn("user", f"<image>\n{ASKED}")], (RED,)),  # as in training
     ],
 )
-def test_a_talk(
+def test_a_conversation(
     client: Any, base: Path, folders: dict[str, Path], messages: Any, turns: list[Turn], pictures: Any
 ) -> None:
     answer = expected(base, folders, "two", turns, Shown(pictures=pictures))
@@ -140,7 +141,10 @@ def test_a_video(client: Any, base: Path, folders: dict[str, Path], tmp_path: Pa
     assert text_of(client, messages=shows(part, text="What moves?")) == answer
 
 
-def test_32_requests_in_flight_answer_as_each_adapter_alone(client: Any, base: Path, folders: dict[str, Path]) -> None:
+def test_32_requests_in_flight_answer_as_each_adapter_alone(
+    client: Any, base: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(media, "PATIENT_SECONDS", 60.0)  # a busy machine takes long to start a process
     questions = [ASKED, "Say the colour.", "It is red green blue. Say it.", "What is it?" + " What is it?" * 4]
     requests = [(NAMES[number % 5], questions[number % 4], (RED, WIDE)[: number % 3]) for number in range(32)]
 
