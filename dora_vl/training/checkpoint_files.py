@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -239,28 +239,12 @@ class StateFiles:
     """A checkpoint's state, read piece by piece."""
 
     def __init__(self, checkpoint: Path) -> None:
-        self._folder = checkpoint / STATE
-        self.numbers = self.json(STATE_NUMBERS)
+        folder = checkpoint / STATE
+        self.numbers = read_json(folder / STATE_NUMBERS)
         self._file_of: dict[str, Path] = {}
-        for path in sorted(self._folder.glob("tensors-*.safetensors")):
-            try:
-                with safe_open(path, framework="pt") as file:
-                    self._file_of.update(dict.fromkeys(file.keys(), path))
-            except (SafetensorError, OSError) as error:
-                raise SettingError("resume", f": {path} cannot be read ({error}); {NEXT_STEP}") from error
-
-    def json(self, file: str) -> dict[str, Any]:
-        """One of the JSON files below `state/`."""
-        try:
-            return read_json(self._folder / file)
-        except (UserError, OSError) as error:
-            raise SettingError("resume", f": {error}; {NEXT_STEP}") from None
-
-    def number(self, name: str, kind: type) -> Any:
-        """An entry of the numbers, of this type."""
-        if not isinstance(value := self.numbers.get(name), kind):
-            raise self.damaged(f"{name} is missing or of another kind")
-        return value
+        for path in sorted(folder.glob("tensors-*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                self._file_of.update(dict.fromkeys(file.keys(), path))
 
     def names(self) -> frozenset[str]:
         """The names of all tensors."""
@@ -268,16 +252,8 @@ class StateFiles:
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, on the CPU."""
-        path = self._file_of[name]
-        try:
-            with safe_open(path, framework="pt") as file:
-                return file.get_tensor(name)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise SettingError("resume", f": {path} cannot be read ({error}); {NEXT_STEP}") from error
-
-    def damaged(self, what: str) -> UserError:
-        """The error for content that cannot be used."""
-        return SettingError("resume", f": {self._folder} is damaged: {what}; {NEXT_STEP}")
+        with safe_open(self._file_of[name], framework="pt") as file:
+            return file.get_tensor(name)
 
 
 def is_plain(value: Any) -> bool:

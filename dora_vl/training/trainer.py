@@ -40,12 +40,12 @@ from dora_vl.training.checkpoint import (
     RunningState,
     load_random_states,
     load_state,
-    load_trained,
+    load_values,
     places_of,
     save_random_states,
     save_state,
 )
-from dora_vl.training.checkpoint_files import STATE, write_manifest
+from dora_vl.training.checkpoint_files import STATE, StateFiles, write_manifest
 from dora_vl.training.faults import StepFaults, check_trained_weights
 from dora_vl.training.largest_batch import LargestBatch, cost_of
 from dora_vl.training.memory import Activations, Estimate, Table, activations_of, engine_of, held_by, process_beside
@@ -332,7 +332,7 @@ class AdapterTrainer(OrderedTrainer):
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))
         if (best / STATE).is_dir():
-            load_trained(best, self.optimizer_layout)
+            load_values(self.optimizer_layout, StateFiles(best))
             for _, layer in adapted_layers(self._adapted):
                 layer.forget_norms()
         else:  # of `save_only_model`
