@@ -45,16 +45,16 @@ if TYPE_CHECKING:
 
 SAVED_STATE = "state.json"
 BESIDE_ARROW = ("dataset_info.json", SAVED_STATE, "dataset_dict.json")
-"""What `datasets` writes beside the Arrow files of a folder."""
+"""`datasets` writes these beside the Arrow files of a folder; they hold no rows."""
 LEFTOVERS = ("cache-", "tmp")
-"""How names of Arrow files begin that `datasets` keeps beside a set's own: what `map` and `filter` made of its rows."""
+"""Arrow files whose names begin so are no shards: `map` and `filter` of `datasets` left them."""
 
 WORDS: Mapping[str, tuple[str, ...]] = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "evaluation", "eval"),
 }
-"""The words that a name says its split with, by what they mean."""
+"""Each split may be named by one of these words."""
 _WORD = "|".join(word for words in WORDS.values() for word in words)
 _ANY_WORD = re.compile(rf"(?:^|[-._ 0-9])({_WORD})(?=[-._ 0-9]|$)")
 _SHARD = re.compile(r"(\w+(?:\.\w+)*)-[0-9]{5}-of-[0-9]{5}")
@@ -129,7 +129,7 @@ READING_ERRORS = (
     *(pa.ArrowException, tarfile.TarError, OSError, EOFError, ValueError, TypeError, KeyError, OverflowError),
     *(MemoryError, zlib.error, lzma.LZMAError),
 )
-"""What libraries raise on files that are cut, damaged, or of another kind."""
+"""Libraries raise these on files that are cut, damaged, or of another kind."""
 
 
 @contextlib.contextmanager
@@ -198,9 +198,9 @@ def _archive_row(key: str, files: list[tuple[str, bytes]], path: Path) -> dict[s
 
 
 ROWS_AT_ONCE = 64
-"""Rows in memory as Python objects; with pictures each may be megabytes."""
+"""At most so many rows are in memory as Python objects; with pictures each may be megabytes."""
 BYTES_AT_ONCE = 64 << 20
-"""Likewise what these rows may hold; one row may be more."""
+"""The rows in memory hold at most so many bytes together; one row may be larger."""
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 ClassNames = Mapping[str, Sequence[str]]
 
@@ -279,7 +279,7 @@ def _rows(batches: Iterable[pa.RecordBatch]) -> Iterator[dict[str, object]]:
 
 LISTS = frozenset({"messages", "conversations", "texts", "turns", "images", "image", "answers", "subtitles"})
 OBJECTS = frozenset({"extra", "video"})
-"""Columns whose cells may hold JSON; any other cell is text as it stands."""
+"""A cell of these columns may hold JSON; any other cell is text as it stands."""
 DELIMITERS, TSV_DELIMITERS = ",;\t|", "\t,;|"
 
 
@@ -345,16 +345,16 @@ READERS: Mapping[str, Reader] = {
     ".arrow": arrow_rows,
     ".tar": webdataset_rows,
 }
-"""By a file's ending; any other is JSON."""
+"""The ending of a file says who reads it; any other file is JSON."""
 NO_SAMPLES = {
     **dict.fromkeys((".xlsx", ".xls", ".ods", ".numbers"), "save the sheet as CSV"),
     **dict.fromkeys((".zip", ".gz", ".7z", ".rar", ".zst"), "unpack it first"),
 }
-"""Endings of files that people have, and what to do with such a one."""
+"""A file with one of these endings is refused with this advice."""
 JSON_ENDINGS = (".json", ".jsonl")
 ENDINGS = (*JSON_ENDINGS, *READERS)
 PACKED = (".csv", ".tsv", *JSON_ENDINGS)
-"""Endings of text, which may be packed with gzip."""
+"""Files with these endings may be packed with gzip."""
 
 
 def ending_of(path: Path) -> str:
@@ -456,7 +456,7 @@ def picture_folder(folder: Path) -> PictureFolder | None:
 
 
 RUN_FILE = "run.yaml"
-"""What `dora-vl init` writes: a folder that holds one is a run's."""
+"""`dora-vl init` writes it: a folder that holds one is a run's."""
 
 
 def files_below(folder: Path) -> Iterator[Path]:
