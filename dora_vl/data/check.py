@@ -24,7 +24,7 @@ from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, BadSample, UserError, aligne
 from dora_vl.files import NoRegularFile, open_regular
 
 ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND", b"GIF8": b"\x3b"}
-"""How whole files of a kind end, within their last bytes: a quick look that needs no decoding."""
+"""A file that begins with the key is whole if its last bytes hold the value; this needs no decoding."""
 
 
 class MediaCheck:
@@ -68,7 +68,7 @@ class MediaCheck:
         return why_no_video(path)
 
     def _picture(self, file: BinaryIO | BytesIO, source: Path | BytesIO) -> Trouble | None:
-        """What looks odd from outside is for training's own decoder to judge."""
+        """Judges a picture by its end; one that looks odd is decoded as training does."""
         is_whole = looks_whole(file)
         trouble = None if is_whole and not self._decode else decoding_trouble(source)
         return replace(trouble, kind=TRUNCATED) if trouble and is_whole is False else trouble
@@ -91,12 +91,12 @@ def looks_whole(file: BinaryIO | BytesIO) -> bool | None:
 
 SHOWN_IDS = 5
 LEFT_OUT = "columns left out"
-"""The problem of rows that a run would refuse for a column."""
+"""The problem is called so where a run would refuse rows for a column."""
 
 
 NO_PICTURE, EMPTY_QUESTION, CONTRADICTION = "no picture", "empty question", "another answer to the same question"
 DOUBTS = (NO_PICTURE, EMPTY_QUESTION, CONTRADICTION)
-"""Problems of samples that a run trains on all the same, and warns of."""
+"""A run trains on samples with these problems, and warns."""
 
 
 @dataclass(kw_only=True)

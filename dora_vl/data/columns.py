@@ -80,9 +80,9 @@ FORMATS: tuple[RowFormat, ...] = (
     RowFormat("captions", ("caption", "images")),
     RowFormat("captions", ("caption", "videos")),
 )
-"""Asked from the top: the first that fits is the row's."""
+"""They are tried from the top: the first that fits is the row's."""
 ASKED_OF = ("question/answer", "captions")
-"""Formats whose rows may have no question, so that `data.ask` is theirs."""
+"""Rows of these formats may have no question; `data.ask` is asked then."""
 
 
 class ColumnsError(UserError):
@@ -107,7 +107,7 @@ class Resolved:
 
 
 Candidate = Mapping[str, str]
-"""Columns that hold a role together, each with its label among them, "" where it has none."""
+"""Columns that hold a role together, each with its label, "" where it has none."""
 
 
 @dataclass(frozen=True)
@@ -353,7 +353,7 @@ def _without(value: object, keys: Sequence[str]) -> tuple[object, object]:
 EXAMPLE_QUESTION = "What is it?"
 _EXAMPLES = {MEDIUM: "image", CHOICES: "choices", LABEL: "answer", ASKED: "hint"}
 _LISTED = frozenset(("images", "videos", "conversations", "messages", "texts", "history", "prompt", "completion"))
-"""Roles that hold a list, which a cell of text may write as JSON, or as paths between `|`, `;` or `,`."""
+"""These roles hold a list, which a cell of text may write as JSON, or as paths between `|`, `;` or `,`."""
 
 
 _BETWEEN = re.compile(r"\s*[|;,]\s*")
@@ -403,7 +403,7 @@ def column_lines(uses: Iterable[Mapping[str, str]]) -> list[str]:
 
 
 USUAL = Columns()
-"""Without settings."""
+"""The contract without any setting."""
 
 
 @dataclass(frozen=True, kw_only=True)

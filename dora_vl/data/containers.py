@@ -3,9 +3,8 @@
 JSON and JSON lines (the first character decides), CSV, TSV, Parquet, Arrow (files, and folders that `datasets` saved),
 WebDataset archives, folders of pictures, and sets of the hub (see `hub_set`).
 
-Which split a file of a folder is of its name says as `datasets` reads it: by words such as `train` or `val` in it or in
-its folder's, and by what stands before `-00000-of-00002`. But different words are never one split here: `dev` and
-`validation` of MMMU are not.
+The name of a file says its split as `datasets` reads it: by words such as `train` or `val` in it, and by what stands
+before `-00000-of-00002`. But different words are never one split here: `dev` and `validation` of MMMU are not.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -44,59 +43,50 @@ from dora_vl.errors import UserError, one_line, shown, shown_names
 if TYPE_CHECKING:
     import datasets
 
-SAVED_STATE, SAVED_SPLITS = "state.json", "dataset_dict.json"
-BESIDE_ARROW = ("dataset_info.json", SAVED_STATE, SAVED_SPLITS)
-"""What `datasets` writes beside the Arrow files of a folder."""
+SAVED_STATE = "state.json"
+BESIDE_ARROW = ("dataset_info.json", SAVED_STATE, "dataset_dict.json")
+"""`datasets` writes these beside the Arrow files of a folder; they hold no rows."""
 LEFTOVERS = ("cache-", "tmp")
-"""How names of Arrow files begin that `datasets` keeps beside a set's own: what `map` and `filter` made of its rows."""
+"""Arrow files whose names begin so are no shards: `map` and `filter` of `datasets` left them."""
 
 WORDS: Mapping[str, tuple[str, ...]] = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "evaluation", "eval"),
 }
-"""The words that a name says its split with, by what they mean."""
+"""Each split may be named by one of these words."""
 _WORD = "|".join(word for words in WORDS.values() for word in words)
 _ANY_WORD = re.compile(rf"(?:^|[-._ 0-9])({_WORD})(?=[-._ 0-9]|$)")
 _SHARD = re.compile(r"(\w+(?:\.\w+)*)-[0-9]{5}-of-[0-9]{5}")
 
 
-def of_the_set(files: Iterable[Path]) -> list[Path]:
-    """The files without the Arrow files that are no shards of the set beside them.
+def of_the_set(folder: Path, files: Sequence[Path]) -> list[Path]:
+    """A folder's files without the Arrow files that are no shards of the set beside them.
 
     Beside a `state.json` of `datasets` the shards are those that it lists, in its order.
     """
-    by_folder: dict[Path, list[Path]] = {}
-    for path in files:
-        by_folder.setdefault(path.parent, []).append(path)
-    kept: list[Path] = []
-    for folder, paths in by_folder.items():
-        arrow = {path.name: path for path in paths if path.suffix.lower() == ".arrow"}
-        state, entries = folder / SAVED_STATE, None
-        if arrow and state.is_file():
-            content = json_of(whole_text(state, "a saved set"), str(state))
-            entries = content.get("_data_files") if isinstance(content, Mapping) else None
-        if not isinstance(entries, list):  # no state, or another program's
-            kept += [path for path in paths if path.name not in arrow or not path.name.startswith(LEFTOVERS)]
-            continue
-        names = [entry.get("filename") if isinstance(entry, Mapping) else entry for entry in entries]
-        if not all(isinstance(name, str) for name in names):
-            raise UserError(f"{state}: its _data_files must name files, got {shown(entries)}; copy the folder again")
-        if gone := [name for name in names if name not in arrow]:
-            raise UserError(f"{state}: lists {shown(gone[0])}, which is no Arrow file beside it; copy the folder again")
-        kept += [path for path in paths if path.name not in arrow] + [arrow[str(name)] for name in names]
-    return kept
+    arrow = {path.name: path for path in files if path.suffix.lower() == ".arrow"}
+    state, entries = folder / SAVED_STATE, None
+    if arrow and state.is_file():
+        content = json_of(whole_text(state, "a saved set"), str(state))
+        entries = content.get("_data_files") if isinstance(content, Mapping) else None
+    if not isinstance(entries, list):  # no state, or another program's
+        return [path for path in files if path.name not in arrow or not path.name.startswith(LEFTOVERS)]
+    names = [entry.get("filename") if isinstance(entry, Mapping) else entry for entry in entries]
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"{state}: its _data_files must name files, got {shown(entries)}; copy the folder again")
+    if gone := [name for name in names if name not in arrow]:
+        raise UserError(f"{state}: lists {shown(gone[0])}, which is no Arrow file beside it; copy the folder again")
+    return [path for path in files if path.name not in arrow] + [arrow[str(name)] for name in names]
 
 
 def by_split(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
-    """The files of each split, where names say so; all under "" where none does, or some do and name but one."""
-    names = {file: _split_of(folder, file.relative_to(folder)) for file in files}
+    """A folder's files by split, where names say so; all under "" where none does, or some do and name but one."""
+    names = {file: _split_of(file.name.lower()) for file in files}
     if any(names.values()):
-        # What counts beside files that say splits in words: `testdev-00000-of-00001`, or the folder of a saved set.
-        for file, name in names.items():
-            is_saved = file.parent != folder and file.with_name(SAVED_STATE).is_file()
+        for file, name in names.items():  # beside files that say splits in words `testdev-00000-of-00001` counts too
             shard = _SHARD.match(file.name)
-            names[file] = name or (file.parent.name if is_saved else shard[1] if shard else "")
+            names[file] = name or (shard[1] if shard else "")
     splits: dict[str, list[Path]] = {}
     for file, name in names.items():
         splits.setdefault(name, []).append(file)
@@ -105,21 +95,16 @@ def by_split(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
         return {"": list(files)}
     if "" in splits and named:
         raise UserError(
-            f"{folder}: names say splits ({shown_names(named)}), but not that of {splits[''][0].relative_to(folder)}; "
+            f"{folder}: names say splits ({shown_names(named)}), but not that of {splits[''][0].name}; "
             "give one file, or a folder for each split"
         )
     return splits
 
 
-def _split_of(folder: Path, path: PurePath) -> str:
-    """What a file's name says, else a folder's; "" where none says anything."""
-    if len(path.parts) > 1 and (folder / SAVED_SPLITS).is_file():
-        return path.parts[0]
-    name = path.name.lower()
+def _split_of(name: str) -> str:
+    """What a file's name says; "" where it says nothing."""
     shard = _SHARD.match(name)
-    if shard and _ANY_WORD.match(name):
-        return shard[1]  # `test_seen` and `test_unseen` are two
-    return next(filter(None, map(_word, (name, *map(str.lower, reversed(path.parts[:-1]))))), "")
+    return shard[1] if shard and _ANY_WORD.match(name) else _word(name)  # `test_seen` and `test_unseen` are two
 
 
 def _word(name: str) -> str:
@@ -144,7 +129,7 @@ READING_ERRORS = (
     *(pa.ArrowException, tarfile.TarError, OSError, EOFError, ValueError, TypeError, KeyError, OverflowError),
     *(MemoryError, zlib.error, lzma.LZMAError),
 )
-"""What libraries raise on files that are cut, damaged, or of another kind."""
+"""Libraries raise these on files that are cut, damaged, or of another kind."""
 
 
 @contextlib.contextmanager
@@ -213,9 +198,9 @@ def _archive_row(key: str, files: list[tuple[str, bytes]], path: Path) -> dict[s
 
 
 ROWS_AT_ONCE = 64
-"""Rows in memory as Python objects; with pictures each may be megabytes."""
+"""At most so many rows are in memory as Python objects; with pictures each may be megabytes."""
 BYTES_AT_ONCE = 64 << 20
-"""Likewise what these rows may hold; one row may be more."""
+"""The rows in memory hold at most so many bytes together; one row may be larger."""
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 ClassNames = Mapping[str, Sequence[str]]
 
@@ -294,7 +279,7 @@ def _rows(batches: Iterable[pa.RecordBatch]) -> Iterator[dict[str, object]]:
 
 LISTS = frozenset({"messages", "conversations", "texts", "turns", "images", "image", "answers", "subtitles"})
 OBJECTS = frozenset({"extra", "video"})
-"""Columns whose cells may hold JSON; any other cell is text as it stands."""
+"""A cell of these columns may hold JSON; any other cell is text as it stands."""
 DELIMITERS, TSV_DELIMITERS = ",;\t|", "\t,;|"
 
 
@@ -360,16 +345,16 @@ READERS: Mapping[str, Reader] = {
     ".arrow": arrow_rows,
     ".tar": webdataset_rows,
 }
-"""By a file's ending; any other is JSON."""
+"""The ending of a file says who reads it; any other file is JSON."""
 NO_SAMPLES = {
     **dict.fromkeys((".xlsx", ".xls", ".ods", ".numbers"), "save the sheet as CSV"),
     **dict.fromkeys((".zip", ".gz", ".7z", ".rar", ".zst"), "unpack it first"),
 }
-"""Endings of files that people have, and what to do with such a one."""
+"""A file with one of these endings is refused with this advice."""
 JSON_ENDINGS = (".json", ".jsonl")
 ENDINGS = (*JSON_ENDINGS, *READERS)
 PACKED = (".csv", ".tsv", *JSON_ENDINGS)
-"""Endings of text, which may be packed with gzip."""
+"""Files with these endings may be packed with gzip."""
 
 
 def ending_of(path: Path) -> str:
@@ -471,7 +456,7 @@ def picture_folder(folder: Path) -> PictureFolder | None:
 
 
 RUN_FILE = "run.yaml"
-"""What `dora-vl init` writes: a folder that holds one is a run's."""
+"""`dora-vl init` writes it: a folder that holds one is a run's."""
 
 
 def files_below(folder: Path) -> Iterator[Path]:
@@ -498,7 +483,7 @@ def find_files(path: Path) -> DataFiles:
             f"{path}: no such file; give a file of samples ({', '.join(ENDINGS)}), a folder of shards, or "
             f"{HUB}OWNER/NAME"
         )
-    files = of_the_set(file for file in sorted(path.iterdir()) if is_data_file(file) and file.is_file())
+    files = of_the_set(path, [file for file in sorted(path.iterdir()) if is_data_file(file) and file.is_file()])
     kinds = sorted({ending_of(file) for file in files})
     if len(kinds) > 1:
         raise UserError(f"{path}: files of several kinds ({', '.join(kinds)}); give one file, or a folder of one kind")

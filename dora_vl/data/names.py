@@ -40,13 +40,13 @@ ROLES: Mapping[str, tuple[str, ...]] = {
     "subtitles": ("subtitles",),
     "extra": ("extra",),
 }
-"""What a column can be, and the names under which it is known, the first of them before the others."""
+"""A column can have one of these roles, and is known by these names, the first before the others."""
 KNOWN = frozenset(name for names in ROLES.values() for name in names)
 JOINED: Mapping[str, tuple[re.Pattern[str], ...]] = {
     "images": (re.compile(r"(?:image|img|picture|photo)[ _]?(\d{1,4})"), re.compile(r"(left|right)_(?:image|img)")),
     "choices": (re.compile(r"(?:choice|option)[ _]?([a-h]|\d{1,2})"), re.compile(r"([a-h])")),
 }
-"""Roles that several columns may have together, and how those are called; the group tells their order."""
+"""Several columns may have these roles together if their names match; the group gives their order."""
 
 MEDIUM, CHOICES, LABEL, RATING, ASKED, UNREAD = (
     *("a picture or video", "choices", "a label", "a rating"),
@@ -80,20 +80,20 @@ _WORDS: Mapping[str, str] = {
     }.items()
     for word in words.split()
 }
-"""What a column may be by the first or last word of its name; a note by the last alone."""
+"""The first or last word of a column's name says what it may be; only the last makes it a note."""
 _COUNTS = ("n", "num", "nb", "number", "total", "created", "updated", "modified", "date", "time")
-"""First words of such names."""
+"""A name that begins with one of these words is a note too."""
 _PLACES = ("id", "key", "index", "idx", "number", "no")
-"""Last words of the names of what says which choice is the answer."""
+"""`answer` with one of these last words says which choice is the answer."""
 _VERDICTS = ("is", "has", "was", "should", "can")
-"""First words of the names of flags."""
+"""A name that begins with one of these words is a flag, not a note."""
 _NAME_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 _MEDIA_FILE = tuple(f".{ending}" for ending in (*PICTURE_ENDINGS, *VIDEO_ENDINGS))
 _LONGEST_ENDING = max(map(len, _MEDIA_FILE))
 _FLAGS = frozenset((0, 1, "0", "1", "0.0", "1.0"))
 _LETTERS = re.compile(r"[^\W\d_]")
 MOST_NOTED = 300
-"""Characters of a text that is a note."""
+"""A text of more characters is no note."""
 
 
 def plain_name(name: str) -> str:
@@ -242,7 +242,7 @@ NEARLY: Mapping[str, tuple[str, ...]] = {
     "image": ("bild", "foto", "imagen", "immagine", "url", "file", "src", "path", "pixels", "media"),
     "caption": ("alt", "alt_text", "title"),
 }
-"""Names that may mean a role, and are not taken for it."""
+"""These names may mean a role: they are proposed, not taken for it."""
 _MEANT = {name: name for name in sorted(KNOWN)} | {name: role for role, names in NEARLY.items() for name in names}
 
 

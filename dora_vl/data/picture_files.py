@@ -27,25 +27,25 @@ PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVI
 """Pillow's names of what is read; it knows formats that start other programs (EPS: Ghostscript), and rarer decoders.
 HEIC is read beside them where pillow-heif is installed."""
 PICTURE_PIXELS = 178_956_970
-"""Most of a picture: the number from which Pillow itself refuses. Decoding it takes 0.6 to 2.2 GB, and seconds."""
+"""A picture of more pixels is refused, as Pillow does. Decoding so many takes 0.6 to 2.2 GB, and seconds."""
 PICTURE_ELONGATION = 500
-"""How many times longer than the other a picture's side may be: some models bring the shorter one to their own size."""
+"""A side may be at most so many times the other: some models bring the shorter one to their own size."""
 PICTURE_SIDE = 8_192
-"""Pixels of the longer side above which a picture is shrunk when it is read, since many models pad it to a square."""
+"""A picture with a longer side is shrunk to it when it is read, since many models pad to a square (pixels)."""
 PICTURE_BYTES = 512 * MEBIBYTE
 PICTURE_SECONDS = 20.0
-"""Most that decoding a picture may take of the processor: a JPEG of 171 KB can be made of thousands of scans."""
+"""Decoding a picture may take so many CPU seconds: a JPEG of 171 KB can be made of thousands of scans."""
 PICTURE_MEMORY = 3_072 * MEBIBYTE
-"""Most bytes that the process which looks at a picture may take for it."""
+"""The process that looks at a picture may take so many bytes for it."""
 
 FRAME_PIXELS = 36_000_000
-"""Most of a video's frame: 8K is 33 million."""
+"""A video's frame may have so many pixels: 8K has 33 million."""
 VIDEO_FRAMES = 2_000_000
-"""Most of a video: nine hours at 60 a second."""
+"""A video may have so many frames: nine hours at 60 a second."""
 VIDEO_SECONDS = 60.0
-"""Most that one file may take its decoder of the processor; without using it, three times as long."""
+"""A video's decoder may take so many CPU seconds for a file, and three times as long on the clock."""
 VIDEO_MEMORY = 4_096 * MEBIBYTE
-"""Most bytes that the decoder's process may take for one file, beyond what its libraries have."""
+"""A video's decoder may take so many bytes for a file, beyond what its libraries have."""
 
 
 END_MARK = b"\xff\xd9"
@@ -62,7 +62,7 @@ _TURNS: Mapping[object, Image.Transpose] = {
 """EXIF's orientation -> what turns the stored pixels upright; 1, and whatever else stands there, turns nothing."""
 _WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 READING = "upright, transparency on white, 16 bits to 8"
-"""How files become pixels; features that were computed when this said something else are computed again."""
+"""It says how files become pixels: features that were computed under another text are computed again."""
 AS_PUBLISHED = "as stored"
 
 

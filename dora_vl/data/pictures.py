@@ -30,12 +30,12 @@ PICTURE_ENDINGS = (
     "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jpe", "jfif", "apng", "mpo",
     "jp2", "j2k", "jpc", "jpf", "jpx", "j2c", "avif", "avifs", "heic", "heif", "hif",
 )  # fmt: skip
-"""How files of these formats end."""
+"""A file with one of these endings is a picture."""
 VIDEO_ENDINGS = (
     "mp4", "mkv", "webm", "avi", "mov", "m4v", "ts", "m2ts", "flv", "mpg", "mpeg", "vob", "wmv", "asf", "mxf",
 )  # fmt: skip
 ENDINGS = {"JPEG": "jpg", "TIFF": "tif"}
-"""How files of a format are called where it is not by the format's own name."""
+"""Pillow's name of a format gives the ending of its files where it is not the ending itself."""
 
 
 def save_picture(data: bytes, folder: Path, sample_id: str) -> str:
@@ -62,9 +62,9 @@ def save_picture(data: bytes, folder: Path, sample_id: str) -> str:
 
 
 STORED = "bytes:"
-"""How the names of pictures begin that a data file holds itself."""
+"""The name of a picture that the data file holds begins so."""
 HeldPictures: TypeAlias = Mapping[str, bytes]
-"""Those pictures by their names."""
+"""Pictures that a data file holds, by their names."""
 
 
 @dataclass(frozen=True)
@@ -201,9 +201,9 @@ class StoredPictures(HeldPictures):
 
 
 WEB, IN_PLACE, AS_URL = ("http://", "https://"), "data:", "file://"
-"""What begins a picture's text where that is no path."""
+"""A picture's text that begins so is no path."""
 BARE_BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
-"""How the bytes of PNG, JPEG, GIF and WebP begin in base64."""
+"""PNG, JPEG, GIF and WebP begin so in base64."""
 
 
 def picture_name(value: object, key: str, sample_id: str, image_bytes: dict[str, bytes]) -> str:

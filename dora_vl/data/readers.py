@@ -52,19 +52,19 @@ PARTS: Mapping[object, frozenset[str]] = {
     **dict.fromkeys(PICTURE_PARTS, frozenset(("type", "index", *PAYLOADS))),
     **dict.fromkeys(VIDEO_PARTS, frozenset(("type", *VIDEO_PAYLOADS, *CLIP_TIMES[0], *CLIP_TIMES[1]))),
 }
-"""What a part of each type may hold."""
+"""A part of each type may hold these keys."""
 BESIDE = {"images": frozenset(("type", "bytes", "path", "url")), "videos": PARTS["video"] | {"bytes"}}
-"""What an object of a picture or video beside the talk may hold."""
+"""An object of a picture or video beside the talk may hold these keys."""
 OWN_PICTURES, OWN_VIDEOS = ("images", "image"), ("videos", "video")
 OWN_MEDIA = frozenset((*OWN_PICTURES, *OWN_VIDEOS))
 TURN_KEYS = {who: OWN_MEDIA | {who, what} for who, what in (("role", "content"), ("from", "value"))}
-"""What a turn may hold, by the key of its role."""
+"""A turn whose role stands under this key may hold these keys."""
 ASKING, REPLYING = ("user", "human", "question"), ("assistant", "gpt", "answer")
-"""Keys of a round that is one object (The Cauldron's, ms-swift's)."""
+"""A round may be one object with these keys (The Cauldron, ms-swift)."""
 TRAINED = ("train", "train_on_turn", "loss", "weight")
-"""Marks that say of a turn whether it is trained. Every answer is and nothing else, so only that may be said."""
+"""These keys mark whether a turn is trained. Every answer is and nothing else, so other marks are refused."""
 _TAGS = re.compile(r"<(?:img>(.*?)</img>|bbox>|ref-object>|audio>(?!.*</audio>))", re.DOTALL)
-"""A picture that its text names (Qwen), and places of ms-swift's for what stands in other columns."""
+"""Qwen names a picture in its text; ms-swift marks places for what stands in other columns."""
 
 
 class UnreadKey(Exception):
@@ -449,7 +449,7 @@ def _choices(value: object, sample_id: str) -> tuple[list[str], list[str]]:
 
 
 _LETTERED = re.compile(r"\(?([A-Za-z])[.):]\)?\s+(.*)", re.DOTALL)
-"""A choice with its letter, such as `A. cat`."""
+"""It matches a choice with its letter, such as `A. cat`."""
 
 
 def _says(question: str, texts: Sequence[str]) -> bool:
@@ -467,7 +467,7 @@ def _answer(value: object, sample_id: str, name: str = "answer") -> str:
 
 
 ANSWER_KEYS = ("answer", "text", "start", "answer_start", "answer_id", "answer_confidence")
-"""What an object of an answer may hold besides bookkeeping: SQuAD's and VQA's."""
+"""An object of an answer may hold these keys besides bookkeeping (SQuAD, VQA)."""
 
 
 def _in_object(value: object) -> object:
@@ -503,7 +503,7 @@ MESSAGES: Mapping[str, Callable[[Row, str], Sequence[object]]] = {
     "question/answer": _question_answer,
     "captions": lambda row, sample_id: _round(row.get("question", ""), _answer(row["caption"], sample_id, "caption")),
 }
-"""What makes messages of a row's fields, by its format."""
+"""Each format has a function that makes messages of a row's fields."""
 
 
 def id_of(row: Row, number: int = 0, columns: Columns = USUAL) -> str:

@@ -34,10 +34,10 @@ from dora_vl.data.table import characters_of
 from dora_vl.errors import BadSample, UserError
 
 FIRST_ROWS = 64
-"""Read before training: they show the format, and how long rows are."""
+"""So many rows are read before training: they show the format, and how long rows are."""
 UNKNOWN_ROWS = 1000
 BUFFER_BYTES = 1 << 28
-"""Most that the rows of a shuffle buffer hold together, pictures included."""
+"""The rows of a shuffle buffer hold at most so many bytes together, pictures included."""
 
 Record = Mapping[str, object]
 Read = Example | BadSample

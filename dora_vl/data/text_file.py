@@ -35,7 +35,7 @@ CHUNK_BYTES = 1 << 20
 
 Value = TypeVar("Value")
 Progress = Callable[[int], object]
-"""Told the number of bytes whenever some more are read."""
+"""A function that is called with the number of bytes whenever some more are read."""
 
 
 @contextlib.contextmanager

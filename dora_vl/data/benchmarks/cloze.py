@@ -25,7 +25,7 @@ NAMES = {re.sub(r"\W|_", "", name).lower(): name for name in SIZES} | {
     "socialiqa": "social_i_qa",
 }
 SPLITS = {"train": "train", "dev": "validation", "val": "validation"}
-"""What a file's name begins with, after the set's; any other is the test."""
+"""A file's name says its split by one of these words; any other is the test."""
 BLANK = "_"
 _log = logging.getLogger(__name__)
 
@@ -206,4 +206,4 @@ FORMS = {
     "query": _foundry,
     "context_options": _foundry_blank,
 }
-"""Column -> what reads a row that has it."""
+"""A row that has the column is read by the function."""

@@ -22,15 +22,15 @@ from dora_vl.errors import BadSample, UserError, shown, shown_names
 Raw = Mapping[str, JSON]
 """A row as the publisher's file holds it."""
 Converted = Example | Iterable[Example] | Mapping[str, JSON]
-"""What a row becomes: one example, several, or a record of LLaVA's JSON."""
+"""A row becomes one example, several, or a record of LLaVA's JSON."""
 Value = TypeVar("Value")
 
 WANTED = "the publisher's"
-"""What `text_file` says that a file should be."""
+"""`text_file` calls these files so in its errors."""
 UNKNOWN_ID = "(no id)"
 LONGEST_ID = 500
 PEOPLE = 10
-"""How many answers VQA's soft accuracy needs, for it leaves each person out in turn."""
+"""VQA's soft accuracy needs so many answers, for it leaves each person out in turn."""
 LADDER_STEP = 0.3
 """LXMERT's weights: one person 0.3, two 0.6, three 0.9, more 1; the metric itself gives 1 from three on."""
 _WHOLE = re.compile(r"\s*[+-]?[0-9]{1,19}\s*")

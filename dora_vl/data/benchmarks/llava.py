@@ -100,7 +100,7 @@ LLAVA_BENCH_FILES = {
     "context.jsonl": ("context", "image", "caption"),
     "answers_gpt4.jsonl": ("reference", "question_id", "text"),
 }
-"""What other files add to a question: its name here, what it is joined by, what is taken."""
+"""Each of these files adds a column to the questions: its name here, what it is joined by, what is taken."""
 
 
 def llava_bench(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Split]:
@@ -346,9 +346,9 @@ POPE_VERSIONS: Mapping[tuple[int, ...], str] = {
     (2910, 3000, 3000): "e3e3926 (LLaVA-1.5's)",
     (3000, 3000, 3000): "current",
 }
-"""Label files by their questions in each of the categories."""
+"""The number of questions in each category says which version of the labels it is."""
 POPE_SETS = {"coco": ("pope", "val2014"), "aokvqa": ("pope_aokvqa", "val2014"), "gqa": ("pope_gqa", "images")}
-"""Whose pictures -> the task, and the folder of its pictures."""
+"""The pictures of a file decide its task and the folder of its pictures."""
 
 
 def pope(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Split]:
