@@ -221,7 +221,7 @@ def train_with_trl(name: str, options: Options, folder: Path) -> float:
 
     config = read_run(options.settings(folder))
     encoder, dtype = DecoderPipeline(config).encoder, getattr(torch, config.model.dtype)
-    rows = load_training_rows(train_files(config.data.train))[0]
+    rows = load_training_rows(train_files(config.data.files))[0]
     videos = VideoReading(folder=video_folder(config.data), sampling=video_sampling(config.data))
     samples = RowEncoder(encoder=encoder, folder=image_folder(config.data), videos=videos).dataset(rows, rows.stored)
     plain = Collator(encoder.pad_token_id)
