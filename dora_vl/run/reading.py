@@ -130,7 +130,7 @@ def files_first(arguments: Sequence[str], task: Task) -> tuple[list[str], Task]:
     files = settings_of_files(options.config, options.variant)
     stated = [options.task, *(file["task"] for file in reversed(files) if "task" in file), task]
     named = next(name for name in stated if name is not None)
-    if named not in FIELDS:
+    if named not in [*FIELDS]:  # a list or a mapping has no hash
         close = difflib.get_close_matches(str(named), FIELDS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise SettingError("task", f": no task {shown(named)}; there are {', '.join(FIELDS)}{hint}", close)

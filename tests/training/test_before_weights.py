@@ -117,7 +117,7 @@ def test_a_base_that_cannot_be_trained_ends_a_run(tmp_path: Path, model_type: st
     assert not (tmp_path / "run").exists()
 
 
-def test_settings_of_the_llava_path_are_refused_elsewhere(tmp_path: Path) -> None:
-    error = refused(instruct(tmp_path, lambda base: write_tiny("qwen2_5_vl", base), "--model.image_aspect=square"))
+def test_a_base_of_another_task_is_refused(tmp_path: Path) -> None:
+    error = refused(instruct(tmp_path, lambda base: write_tiny("qwen2_5_vl", base), "--task=llava"))
     assert isinstance(error, SettingError)
-    assert error.key == "model.image_aspect"
+    assert error.key == "task"

@@ -194,5 +194,5 @@ def write_run(path: Path, base: Path, records: Path, **changes: dict[str, object
     for section, values in changes.items():
         sections.setdefault(section, {}).update(values)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(sections))
+    path.write_text(yaml.safe_dump({"task": "image_text", **sections}))
     return path
