@@ -21,8 +21,7 @@ ALIASES = (
     "lm_head.weight",
 )
 """Names of the same tensor."""
-ADDED_TOKENS = 200
-ADDED_ROWS = f"{TOKENS}[-{ADDED_TOKENS}:]"
+ADDED_ROWS = f"{TOKENS}[-200:]"
 """Frozen random rows of the token embedding that the result depends on: the picture tokens' orders."""
 ORIGINAL_FORMS = {"nvlabs-vlbart": "dora", "vl-adapter": "lora"}
 """Maps VL-BART's original formats (`--from`, `--as`) to the method whose factors each can hold."""

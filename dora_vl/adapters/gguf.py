@@ -350,7 +350,6 @@ ACTIVATIONS = {"quick_gelu": False, "gelu": True, "gelu_pytorch_tanh": True}
 PROJECTOR = {"multi_modal_projector.linear_1": "mm.0", "multi_modal_projector.linear_2": "mm.2"}
 TOWER = "vision_tower.vision_model."
 """Prefix of the tower's tensors in published folders."""
-UNUSED_TENSORS = ("post_layernorm.", "head.")
 PICTURE_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -424,7 +423,7 @@ def vision_names(keys: Mapping[str, str], config: Any) -> dict[str, str]:
             names[name] = f"{PROJECTOR[owner]}.{leaf}"
         elif key.startswith(TOWER) and leaf != "position_ids":
             part, block = key.removeprefix(TOWER), re.match(r"encoder\.layers\.(\d+)\.", key.removeprefix(TOWER))
-            if not part.startswith(UNUSED_TENSORS) and (block is None or int(block[1]) < blocks):
+            if not part.startswith(("post_layernorm.", "head.")) and (block is None or int(block[1]) < blocks):
                 names[name] = _name_in(table, key, "a vision tower")
     return names
 
@@ -445,12 +444,6 @@ def _vision_tensors(weights: MergedWeights, config: Any, kind: str) -> Iterator[
         small = own.startswith(("v.position_embd", "v.class_embd"))
         shape = stored[name].shape
         yield WrittenTensor(own, shape, "f32" if small else kind_for(shape, kind), partial(weights.read, stored[name]))
-
-
-CLASS_TOKEN_IS_MISREAD = (
-    "llama.cpp as of October 2026 puts a CLIP tower's class token behind the patches instead of before them (its "
-    "issue 25814), whoever wrote the file: it misreads pictures until that is mended; SigLIP towers are right"
-)
 
 
 @dataclass(frozen=True)
@@ -508,7 +501,11 @@ def export_gguf(
                 tensors = list(_vision_tensors(weights, config, kind))
                 files[VISION_FILE] = write_gguf(folder / VISION_FILE, "clip", kind, tensors, add_fields)
                 if config.vision_config.model_type == "clip_vision_model":
-                    warnings.append(CLASS_TOKEN_IS_MISREAD)
+                    warnings.append(
+                        "llama.cpp as of October 2026 puts a CLIP tower's class token behind the patches instead of "
+                        "before them (its issue 25814), whoever wrote the file: it misreads pictures until that is "
+                        "mended; SigLIP towers are right"
+                    )
     return ExportedGguf(architecture.name, files, tuple(warnings))
 
 

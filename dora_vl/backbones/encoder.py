@@ -43,8 +43,6 @@ from dora_vl.errors import BadSample, UserError, one_line
 from dora_vl.files import NO_OWN_CODE, opening
 
 DUMMY_SIDE = 64
-LARGE_SIDE = 1024
-"""At this side every family of dynamic resolution makes more of a picture than of the dummy."""
 GREY = (127, 96, 63)
 """Colour of the dummy picture; families that drop pictures of zeros would take a black one for padding."""
 
@@ -311,7 +309,7 @@ class Encoder:
         if not self.sees_pictures:
             return False
         sizes: set[tuple[int, int]] = set()
-        for row in (self.dummy(), self.dummy(LARGE_SIDE)):
+        for row in (self.dummy(), self.dummy(1024)):  # every dynamic resolution makes more of 1024
             tensors = [value for name, value in row.inputs.items() if name not in ALIGNED and isinstance(value, Tensor)]
             sizes.add((len(row.input_ids), sum(tensor.numel() for tensor in tensors)))
         return len(sizes) > 1

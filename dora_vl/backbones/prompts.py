@@ -38,17 +38,12 @@ PROCESSOR_PROBE = (
     Turn("user", "Which shape has it?"),
     Turn("assistant", "It is a square."),
 )
-SYSTEM_PROBE = Turn("system", "Look at its edges too.")
 FORMS: tuple[frozenset[Role], ...] = (frozenset({"user", "assistant"}), frozenset(), frozenset({"user"}))
 """Roles whose messages without pictures are lists of parts; tried in this order."""
-TEXT_FORMS = (FORMS[1], FORMS[0], FORMS[2])
-"""A language model's template is tried in this order."""
 MEDIA = re.compile(f"({IMAGE_PLACEHOLDER}|{VIDEO_MARK})")
-NO_MEDIA = re.compile(r"((?!))")
 
 
 _THOUGHT = re.compile(rf"\s*{THINK}(.*?){END_THINK}\n*(.*)", re.DOTALL)
-THOUGHT_PROBE = replace(PROCESSOR_PROBE[1], text=f"{THINK}\nIt shines.\n{END_THINK}\n\n{PROCESSOR_PROBE[1].text}")
 _SWITCH = re.compile(r"(?<![.\w'\"])(?:enable_thinking|thinking)\b")
 """Finds the variable by which a template is asked for thoughts; a message's field of that name does not match."""
 
@@ -83,7 +78,7 @@ class ProcessorChat(Prompts):
         self._processor = processor
         self._name = name
         self._pieces = isinstance(processor, PieceProcessor)
-        self._media = NO_MEDIA if self._pieces else MEDIA
+        self._media = re.compile(r"((?!))") if self._pieces else MEDIA
         self._template = processor.chat_template or processor.tokenizer.chat_template
         if not self._template:
             raise UserError(
@@ -123,13 +118,14 @@ class ProcessorChat(Prompts):
 
     def _choose_thinking(self, thinking: bool | None) -> None:
         """Finds the template's switch for thoughts, and the form in which it takes an answer's thoughts."""
-        question = PROCESSOR_PROBE[:1]
+        question, answer = PROCESSOR_PROBE[:2]
+        thought = replace(answer, text=f"{THINK}\nIt shines.\n{END_THINK}\n\n{answer.text}")
         for name in dict.fromkeys(_SWITCH.findall(self._template)) if thinking is not None else ():
-            texts = {self._apply(question, generation_prompt=True, **{name: on}) for on in (True, False)}
+            texts = {self._apply([question], generation_prompt=True, **{name: on}) for on in (True, False)}
             if len(texts) == 2:
                 self.thinking, self._switch = thinking, {name: bool(thinking)}
         for self._thoughts in ("fields", "part", ""):
-            if self._why_not((*question, THOUGHT_PROBE), messages_alone=True) is None:
+            if self._why_not((question, thought), messages_alone=True) is None:
                 break
 
     def _find_ends(self, question: Turn, answer: Turn) -> str:
@@ -166,7 +162,7 @@ class ProcessorChat(Prompts):
         none in either form refuses the samples that have one.
         """
         reasons: list[str] = []
-        for form in TEXT_FORMS if self._pieces else FORMS:
+        for form in (FORMS[1], FORMS[0], FORMS[2]) if self._pieces else FORMS:
             self._in_parts = form
             if (reason := self._why_not(PROCESSOR_PROBE[:2], messages_alone=True)) is None:
                 break
@@ -178,9 +174,10 @@ class ProcessorChat(Prompts):
         talk = self._in_parts
         with_system: frozenset[Role] = frozenset((*talk, "system"))
         forms = (with_system, talk) if talk else (talk, with_system)
+        system = Turn("system", "Look at its edges too.")
         for form in forms:
             self._in_parts = form
-            if self._why_not((SYSTEM_PROBE, PROCESSOR_PROBE[0]), messages_alone=True) is None:
+            if self._why_not((system, PROCESSOR_PROBE[0]), messages_alone=True) is None:
                 return
         self._in_parts = forms[0]
 

@@ -171,16 +171,13 @@ class FeatureWriter:
         self._shards.flush()
 
 
-CACHE_BYTES = 256 * 2**20
-
-
 class ParquetFeatures(FeatureStore):
     """Reads VL-Adapter's re-hosted shards: Parquet with columns `id` and `features`, nested lists of fixed sizes.
 
     The row groups read last stay in memory, up to `cache_bytes`.
     """
 
-    def __init__(self, folder: Path, *, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, folder: Path, *, cache_bytes: int = 256 * 2**20) -> None:
         self._cache_bytes = cache_bytes
         self._groups: OrderedDict[tuple[Path, int], np.ndarray] = OrderedDict()
         rows: dict[str, tuple[Path, int, int, Stored]] = {}

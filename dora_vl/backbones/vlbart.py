@@ -35,27 +35,21 @@ DORA_TARGETS = (
 )
 """Queries and values of every attention, 36 linears of bart-base. The paper's table 9 says queries and keys; its code
 adapts queries and values, and the published shares of parameters fit both."""
-VISUAL_EMBEDDING = (
-    "model.encoder.visual_embedding.feat_embedding.*",
-    "model.encoder.visual_embedding.absolute_vis_pos_embedding.*",
-    "model.encoder.visual_embedding.img_order_embedding.weight",
-)
-"""The visual embedding trains all but the order rows, which are the frozen token embedding's."""
-VISUAL_NORM = "model.encoder.visual_embedding.layer_norm.*"
-BIASES = ("model.*coder.layers.*.bias", "model.*coder.layernorm_embedding.bias")
-NORM_WEIGHTS = ("model.*coder.layers.*_layer_norm.weight", "model.*coder.layernorm_embedding.weight")
 KEPT_ROWS = (ADDED_ROWS,)
 ANSWER_HEADS = ("answer_heads.*",)
 
 
 def also_trained(config: VlBartConfig, *, biases: bool, norm_weights: bool) -> dict[str, tuple[str, ...]]:
     """Lists what trains beside the adapters, as the core takes it."""
-    visual = (*VISUAL_EMBEDDING, *((VISUAL_NORM,) if config.visual_norm == "sum" else ()))
-    parts: dict[str, tuple[str, ...]] = {"projector": visual}
+    # The order rows do not train: they are the frozen token embedding's.
+    visual = ["feat_embedding.*", "absolute_vis_pos_embedding.*", "img_order_embedding.weight"]
+    if config.visual_norm == "sum":
+        visual.append("layer_norm.*")
+    parts = {"projector": tuple(f"model.encoder.visual_embedding.{name}" for name in visual)}
     if biases:
-        parts["biases"] = BIASES
+        parts["biases"] = ("model.*coder.layers.*.bias", "model.*coder.layernorm_embedding.bias")
     if norm_weights:
-        parts["norms"] = NORM_WEIGHTS
+        parts["norms"] = ("model.*coder.layers.*_layer_norm.weight", "model.*coder.layernorm_embedding.weight")
     return parts
 
 

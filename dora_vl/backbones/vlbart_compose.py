@@ -7,6 +7,7 @@ visual embedding drawn at random.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,6 @@ from dora_vl.errors import UserError, one_line
 from dora_vl.files import NO_OWN_CODE, check_model_folder, opening
 
 RAW_WEIGHT = ".weight_v"  # NVlabs' DoRA keeps the frozen weight under this name
-ADAPTER_LEAVES = (".weight_m", ".lora_A", ".lora_B")
-TASK_ADAPTER_PARTS = (".lora_As.", ".lora_Bs.")
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def as_original(tensors: Mapping[str, Tensor], *, source: str) -> OriginalState:
     own = {}
     for key, tensor in tensors.items():
         name = key.removeprefix("module.")
-        if name.endswith(ADAPTER_LEAVES) or any(part in name for part in TASK_ADAPTER_PARTS):
+        if re.search(r"\.(weight_m|lora_A|lora_B)$|\.lora_(As|Bs)\.", name):
             continue
         own[f"{name.removesuffix(RAW_WEIGHT)}.weight" if name.endswith(RAW_WEIGHT) else name] = tensor
     if f"{EMBEDDING}.feat_embedding.0.weight" not in own:
@@ -78,11 +77,6 @@ def load_original(model: VlBartForConditionalGeneration, state: OriginalState) -
 
 
 log = logging.getLogger(__name__)
-
-NOT_BARTS = frozenset(
-    ("model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "dropout", "attention_dropout")
-)
-"""Fields of a BART's config, dropouts among them, that its VL-BART sets itself."""
 
 
 def compose_vlbart(spec: VlBartSpec, folder: Path | str) -> None:
@@ -151,7 +145,8 @@ def _language(spec: VlBartSpec) -> tuple[PreTrainedTokenizerBase, dict[str, Any]
     with opening(f"model.compose.bart {spec.bart!r} cannot be opened as a BART"):
         loaded: Any = AutoTokenizer.from_pretrained(spec.bart, **NO_OWN_CODE)
         bart = BartForConditionalGeneration.from_pretrained(spec.bart, dtype=torch.float32)
-    shape = {name: value for name, value in bart.config.to_dict().items() if name not in NOT_BARTS}
-    shape.pop("activation_dropout", None)
-    shape.pop("vocab_size")
+    # A VL-BART sets these fields itself.
+    own = {"model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "dropout", "vocab_size"}
+    own |= {"attention_dropout", "activation_dropout"}
+    shape = {name: value for name, value in bart.config.to_dict().items() if name not in own}
     return loaded, shape, dict(bart.state_dict())
