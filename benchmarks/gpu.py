@@ -56,8 +56,7 @@ class Case:
     rank: int
     dropout: float = 0.0
     heads: int = 0
-    """Attention heads of a decoder block, a quarter of them for keys and values; 0 times one linear layer, hidden x
-    inner."""
+    """Attention heads of a decoder block, a quarter of them for keys and values; 0 is one linear, hidden x inner."""
     compiled: bool = False
     """Includes `torch.compile`, which costs its compile time."""
 
@@ -243,7 +242,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, past: Tensor | None = None) -> Tensor:
         """Runs the block on [batch, tokens, hidden]; `past` holds earlier keys, which serve as values too."""
         normal = self.before_attention(x)
-        q, k, v = (self._split(projection(normal)) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        projected = (projection(normal) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (x.unflatten(-1, (-1, self.width)).transpose(1, 2) for x in projected)
         if past is not None:
             k, v = torch.cat([past, k], dim=2), torch.cat([past, v], dim=2)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=past is None, enable_gqa=True)
@@ -254,13 +254,8 @@ class Block(nn.Module):
     def past(self, tokens: int) -> Tensor:
         """Draws keys of so many earlier tokens."""
         weight = self.k_proj.weight if isinstance(self.k_proj, nn.Linear) else next(self.parameters())
-        return torch.randn(1, self._kv_heads(), tokens, self.width, device=weight.device, dtype=weight.dtype)
-
-    def _kv_heads(self) -> int:
-        return self.k_proj.out_features // self.width
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.width)).transpose(1, 2)
+        heads = self.k_proj.out_features // self.width
+        return torch.randn(1, heads, tokens, self.width, device=weight.device, dtype=weight.dtype)
 
 
 def steps_of(name: str, base: nn.Module, case: Case, options: argparse.Namespace) -> dict[str, Callable[[], None]]:

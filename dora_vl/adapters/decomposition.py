@@ -80,9 +80,7 @@ class TunedWeights:
     whole: frozenset[str]
     """Layers whose weight is stored as it is."""
     read: Callable[[str], Tensor]
-    """Reads the weight of a layer in `whole`."""
     factors: Mapping[str, Factors] = field(default_factory=dict)
-    """Factors of the adapted layers."""
 
     def blocks(self, layer: str) -> Blocks:
         """Yields a weight before and after training as [out, in], in blocks of rows; computed ones are in float64."""

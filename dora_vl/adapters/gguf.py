@@ -188,7 +188,6 @@ class WrittenTensor:
 
     name: str
     shape: tuple[int, ...]
-    """Shape as in torch."""
     kind: str
     """One of `GGUF_KINDS`."""
     read: Callable[[], Tensor]
@@ -234,7 +233,6 @@ def write_gguf(
 
 SPACE_MARK = "▁"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED_TOKEN, BYTE = range(1, 7)
-"""These are the values of gguf's `TokenType`."""
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS: Mapping[str, str] = {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS + r"\p{N}" + _REST: "qwen2"}
@@ -349,7 +347,6 @@ ACTIVATIONS = {"quick_gelu": False, "gelu": True, "gelu_pytorch_tanh": True}
 """Maps a tower's `hidden_act` to the file's `use_gelu`; without it llama.cpp computes the quick one."""
 PROJECTOR = {"multi_modal_projector.linear_1": "mm.0", "multi_modal_projector.linear_2": "mm.2"}
 TOWER = "vision_tower.vision_model."
-"""Prefix of the tower's tensors in published folders."""
 PICTURE_FILES = ("preprocessor_config.json", "processor_config.json")
 
 

@@ -36,7 +36,6 @@ class Scheme:
     """A way to quantise a linear layer."""
 
     package: str
-    """Name for `pip install`."""
     layer: Callable[[nn.Linear, torch.dtype, torch.device], nn.Module]
     """Quantises a linear layer's weight as loading in a dtype on a device does."""
     width: int = 1

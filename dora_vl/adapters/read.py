@@ -54,7 +54,6 @@ class ReadOptions:
     alpha_serves_result: bool = False
     """Also writes this alpha into the result, even where the source states another."""
     task: str | None = None
-    """VL-Adapter's task to read."""
     renames: tuple[tuple[str, str], ...] = ()
     """Pairs of old and new prefixes of layer names."""
 

@@ -42,7 +42,6 @@ from dora_vl.errors import UserError
 class _Loaded:
     layers: dict[str, nn.Module]
     extras: dict[str, Tensor]
-    """Values of the other tensors that the adapter carries."""
     trained: TrainedList
 
 

@@ -280,7 +280,6 @@ class Pixels:
     medium: Medium
     frames: Float[Tensor, "frames 3 height width"]
     source: Mapping[str, Any]
-    """Fields of the `FeatureRow`."""
 
 
 def computed(

@@ -39,7 +39,6 @@ class Stored:
 
     tokens: int
     width: int
-    """Numbers of each token."""
     frames: int
     """Frames of equally many tokens; where nothing states them, each token is a frame."""
 
