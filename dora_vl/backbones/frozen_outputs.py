@@ -505,8 +505,8 @@ class OutputStore:
             waiting.setdefault(shapes, []).append(row)
             if len(waiting[shapes]) == together:
                 self._compute(model, parts, reader, waiting.pop(shapes), len(missing))
-        for several in waiting.values():
-            self._compute(model, parts, reader, several, len(missing))
+        for rest in waiting.values():
+            self._compute(model, parts, reader, rest, len(missing))
         self._shards.flush()
 
     def _compute(

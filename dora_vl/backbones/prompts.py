@@ -130,16 +130,16 @@ class ProcessorChat(Prompts):
 
     def _find_ends(self, question: Turn, answer: Turn) -> str:
         """Finds what opens and closes an answer; returns the text that trains this one."""
-        asked, given = self._asked([question]), self._apply([question, answer], generation_prompt=False)
-        self._added = asked[shared_beginning(asked, given) :]
-        self._ending = given[given.rfind(answer.text) + len(answer.text) :]
+        prompt, whole = self._prompt([question]), self._apply([question, answer], generation_prompt=False)
+        self._added = prompt[shared_beginning(prompt, whole) :]
+        self._ending = whole[whole.rfind(answer.text) + len(answer.text) :]
         closing = [match.end() for match in self._special.finditer(self._ending)]
         self._closing, self._rest = str(self._processor.tokenizer.eos_token or ""), ""
         if closing:
             self._closing, self._rest = self._ending[: closing[-1]], self._ending[closing[-1] :]
         if not self._closing:
             raise ValueError("the chat template closes an answer with no special token")
-        text, start, _ = self._answered([question, answer])
+        text, start, _ = self._with_answer([question, answer])
         self._opening = self._special.sub("", text[start : text.rfind(answer.text)]).strip()
         return text
 
@@ -191,10 +191,10 @@ class ProcessorChat(Prompts):
         else:
             refuse_special(turns, self._not_in_words)
         if generation_prompt:
-            return self._chat(self._asked(turns), (), ())
+            return self._chat(self._prompt(turns), (), ())
         texts: dict[str, dict[int, Span]] = {}
         for number in reversed(range(len(talk) // 2)):
-            text, start, end = self._answered(turns[: len(turns) - len(talk) + 2 * number + 2])
+            text, start, end = self._with_answer(turns[: len(turns) - len(talk) + 2 * number + 2])
             longer = next((longer for longer in texts if longer.startswith(text[:end])), text)
             texts[longer] = {number: (start, end), **texts.get(longer, {})}
         last, *others = (self._chat(text, [*spans.values()], [*spans]) for text, spans in texts.items())
@@ -245,37 +245,37 @@ class ProcessorChat(Prompts):
                 parts.append({"type": "text", "text": piece})
         return {**message, "content": parts}
 
-    def _asked(self, turns: Sequence[Turn]) -> str:
+    def _prompt(self, turns: Sequence[Turn]) -> str:
         """Returns the text up to where the next answer begins."""
         text = self._apply(turns, generation_prompt=True)
         self._check_nothing_lost(turns, text)
         return text
 
-    def _answered(self, turns: Sequence[Turn]) -> tuple[str, int, int]:
+    def _with_answer(self, turns: Sequence[Turn]) -> tuple[str, int, int]:
         """Returns a text that ends with the last answer as it is asked for, and the answer's span."""
-        asked, given = self._asked(turns[:-1]), self._apply(turns, generation_prompt=False)
+        prompt, whole = self._prompt(turns[:-1]), self._apply(turns, generation_prompt=False)
         thought, answer = self.thought_and_answer(turns[-1].text)
         if thought and self.thinking is False:
             raise ValueError("it has thoughts, and the samples that were looked at have none; put one of it first")
-        if not given.endswith(self._ending):
+        if not whole.endswith(self._ending):
             raise ValueError("the chat template closes this answer otherwise than others")
-        given = given.removesuffix(self._ending)
-        opened, before = asked.rstrip().endswith(THINK), asked
-        if not given.startswith(asked):
-            before = asked.rstrip().removesuffix(THINK) if opened else asked.removesuffix(self._added)
+        whole = whole.removesuffix(self._ending)
+        opened, before = prompt.rstrip().endswith(THINK), prompt
+        if not whole.startswith(prompt):
+            before = prompt.rstrip().removesuffix(THINK) if opened else prompt.removesuffix(self._added)
             is_known = opened or not self._added.strip() or self.thinking is False
-            if before == asked or not given.startswith(before) or not is_known:
+            if before == prompt or not whole.startswith(before) or not is_known:
                 raise ValueError("the chat template opens an answer otherwise when asked for it than when given it")
-        written = given[len(before) :]
-        if before != asked:
+        written = whole[len(before) :]
+        if before != prompt:
             written = written.lstrip().removeprefix(THINK if opened else "").lstrip()
         if thought not in written or (opened and END_THINK not in written):
             rest = written.lstrip().removeprefix(END_THINK).lstrip()
             written = ("" if opened else f"{THINK}\n") + f"{thought}\n{END_THINK}\n\n{rest}"
         if answer.strip() not in written or thought not in written:
             raise ValueError(f"the chat template leaves out or changes the text of turn {len(turns) - 1}")
-        text = asked + written + self._closing
-        return text + self._rest, len(asked), len(text)
+        text = prompt + written + self._closing
+        return text + self._rest, len(prompt), len(text)
 
     def _check_nothing_lost(self, turns: Sequence[Turn], whole: str) -> None:
         contents = [self._message(turn)["content"] for turn in turns]
