@@ -45,7 +45,7 @@ FRAMES = 32
 QUARTER = SIDE // 2
 RADIUS = 15.0
 TRAVEL = 30.0  # pixels from where a shape appears to where it is at the end
-LATEST_START = 0.56  # of the clip; what appears last still has time to move
+LATEST_START = 0.56  # share of the clip, so that the last shape still has time to move
 
 COLORS = {
     "red": (222, 40, 40),

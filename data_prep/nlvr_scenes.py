@@ -262,7 +262,7 @@ def main() -> None:
         if number < options.scenes:
             parts["questions"] += questions
             parts["question_talks"].append(talk(questions, number, lambda row: row.question))
-            more = examples_of(number, 2 * options.questions, options.seed)[1]  # of the same scene
+            more = examples_of(number, 2 * options.questions, options.seed)[1]  # more about the same scene
             if others := [row for row in more if "tower" not in row.question][: options.questions]:
                 parts["sentence_talks"].append(talk(others, number, BENCHMARKS["nlvr"].prompt))
         for row in sentences:

@@ -47,7 +47,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} cannot be read as plain tensors ({reason}); nothing in it was run") from error
-    for wrapper in ("state_dict", "model"):  # of whole networks
+    for wrapper in ("state_dict", "model"):  # whole networks are wrapped so
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     if not isinstance(content, Mapping):

@@ -43,7 +43,7 @@ class Scheme:
 
 
 def _nf4(linear: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    layers: Any = import_module("bitsandbytes.nn")  # whose parameters pyright takes for modules
+    layers: Any = import_module("bitsandbytes.nn")  # pyright takes its parameters for modules
     width, height = linear.in_features, linear.out_features
     layer: Any = layers.Linear4bit(width, height, linear.bias is not None, dtype, quant_type="nf4", device="meta")
     layer.weight = layers.Params4bit(linear.weight.data.to(dtype), requires_grad=False, quant_type="nf4", module=layer)
@@ -52,7 +52,7 @@ def _nf4(linear: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Modu
 
 
 def _int8(linear: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    layers: Any = import_module("bitsandbytes.nn")  # whose parameters pyright takes for modules
+    layers: Any = import_module("bitsandbytes.nn")  # pyright takes its parameters for modules
     width, height = linear.in_features, linear.out_features
     layer: Any = layers.Linear8bitLt(
         width, height, linear.bias is not None, has_fp16_weights=False, threshold=6.0, device="meta"

@@ -144,7 +144,7 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision or "main", **NO_OWN_CODE)
     except (MemoryError, UserError):
         raise
-    except Exception as error:  # as in `opening`
+    except Exception as error:  # `opening` has the reasons
         reason = why_not_read(error)
         if reason != BRINGS_CODE:
             reason = _without_tokenizer(folder) or reason

@@ -174,7 +174,13 @@ class PackedAttention:
         """Gives a layer with a running state each path as a row of its own."""
         if self.paths is None:
             return None
-        whole = ("attention_mask", "position_ids", "cache_params", "past_key_values", "cache")  # of rows, not of paths
+        whole = (
+            "attention_mask",
+            "position_ids",
+            "cache_params",
+            "past_key_values",
+            "cache",
+        )  # rows have these, paths do not
         named = {name: None if name in whole else value for name, value in named.items()}
         hidden, *rest = args or (named["hidden_states"],)
         hidden = hidden[self.paths.rows[:, None], self.paths.positions]

@@ -199,7 +199,7 @@ def load_from_file(network: nn.Module, spec: TowerSpec) -> None:
         state = dict(zip(target, state.values(), strict=True))
     try:
         network.load_state_dict(dict(state), strict=True)
-    except RuntimeError as error:  # which names what is missing, unexpected or of another shape
+    except RuntimeError as error:  # it names what is missing, unexpected or has another shape
         raise UserError(
             f"{one_line(f'{source} does not fit: {error}', 400)}; where the tensors stand in the same order under "
             "other names, set vision_weights_in_order"

@@ -148,8 +148,6 @@ def displaced_inputs(
     Args:
         processor: its own picture and video processors make the inputs.
         outputs: what it returned for the whole sample.
-        pictures: pictures in order.
-        videos: videos in order.
 
     Returns: the inputs by that name, `[1, tiles and frames, ...]`; empty where none was displaced.
     """

@@ -47,7 +47,6 @@ class FeatureStore:
     """Reads stored features by the name of their picture or video; worker processes may have it.
 
     Args:
-        folder: the folder that holds them.
         rows: maps each name to where its features are, in the format's own terms.
     """
 
@@ -126,7 +125,6 @@ class FeatureRow:
     """Features of one picture or video and what they were made from.
 
     Attributes:
-        name: name of the picture or video.
         features: any shape; the last axis is the width.
         backend: the library that decoded it.
         indices: frames by their place in the video; empty for a picture.

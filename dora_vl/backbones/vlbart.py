@@ -312,7 +312,7 @@ def load_original(model: VlBartForConditionalGeneration, state: OriginalState) -
     aliases = {} if tokens is None else dict.fromkeys(ALIASES, tokens)
     try:
         model.load_state_dict({**aliases, **state.tensors}, strict=True)
-    except RuntimeError as error:  # which names what is missing, unexpected or of another shape
+    except RuntimeError as error:  # it names what is missing, unexpected or has another shape
         raise UserError(
             f"{one_line(f'{state.source} does not fit: {error}', 400)}; is feature_width {state.feature_width}, "
             f"visual_norm {state.visual_norm}?"
