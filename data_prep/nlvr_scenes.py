@@ -44,7 +44,7 @@ OVER = ("over", "above", "on")
 ENDS = {"base": 0, "top": -1}
 FORMS = {"block": "all box towers towers stacked base", "": "all box both boxes boxes colours"}
 OTHERS = 20
-"""Other scenes drawn for each sentence until one has the opposite truth."""
+"""At most this many scenes are drawn in search of one where a sentence's truth differs."""
 SHARP = 4
 """Shapes are drawn at this multiple of their size, then shrunk, for smooth edges."""
 

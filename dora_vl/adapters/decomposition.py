@@ -78,7 +78,7 @@ class TunedWeights:
     method: str
     """`dora`, `lora`, ... for an adapter, `model` for a folder of whole weights."""
     whole: frozenset[str]
-    """Layers whose weight is stored as it is."""
+    """Layers stored as a whole weight, not as factors."""
     read: Callable[[str], Tensor]
     factors: Mapping[str, Factors] = field(default_factory=dict)
 

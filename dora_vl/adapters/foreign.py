@@ -20,7 +20,7 @@ ALIASES = (
     f"{EMBEDDING}.obj_order_embedding.weight",
     "lm_head.weight",
 )
-"""Names of the same tensor."""
+"""A VL-BART's token embedding is stored under any of these names."""
 ADDED_ROWS = f"{TOKENS}[-200:]"
 """Frozen random rows of the token embedding that the result depends on: the picture tokens' orders."""
 ORIGINAL_FORMS = {"nvlabs-vlbart": "dora", "vl-adapter": "lora"}

@@ -342,7 +342,7 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: Vocabulary) -> None:
 
 
 SELECTED = {"clip_vision_model": "default", "siglip_vision_model": "full"}
-"""Maps each tower that llama.cpp's LLaVA takes to how its tokens are selected there: without a class token."""
+"""Maps each tower that llama.cpp's LLaVA takes to its only token selection, which drops a class token."""
 ACTIVATIONS = {"quick_gelu": False, "gelu": True, "gelu_pytorch_tanh": True}
 """Maps a tower's `hidden_act` to the file's `use_gelu`; without it llama.cpp computes the quick one."""
 PROJECTOR = {"multi_modal_projector.linear_1": "mm.0", "multi_modal_projector.linear_2": "mm.2"}
@@ -396,7 +396,7 @@ def add_vision(writer: Any, config: Any, folder: Path) -> None:
     writer.add_vision_projection_dim(config.text_config.hidden_size)
     writer.add_vision_head_count(tower.num_attention_heads)
     writer.add_vision_attention_layernorm_eps(tower.layer_norm_eps)
-    # Said twice, since without it llama.cpp leaves the last of the blocks out.
+    # Both are needed: without the second llama.cpp skips the last block.
     writer.add_vision_block_count(blocks)
     writer.add_array("clip.vision.feature_layer", [blocks])
     writer.add_vision_image_mean([float(value) for value in stated["image_mean"]])
@@ -437,7 +437,7 @@ def _vision_tensors(weights: MergedWeights, config: Any, kind: str) -> Iterator[
     stored = {tensor.name: tensor for tensor in weights.stored}
     keys = {name: weights.base.hub_keys.get(tensor.key, tensor.key) for name, tensor in stored.items()}
     for name, own in vision_names(keys, config).items():
-        # Positions are added to what comes out of the convolution, and cost next to nothing.
+        # Positions are added to the convolution's output, and are small.
         small = own.startswith(("v.position_embd", "v.class_embd"))
         shape = stored[name].shape
         yield WrittenTensor(own, shape, "f32" if small else kind_for(shape, kind), partial(weights.read, stored[name]))

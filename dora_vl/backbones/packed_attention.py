@@ -73,7 +73,7 @@ class Alike(NamedTuple):
     queries: Int[Tensor, "segments queries"]
     keys: Int[Tensor, "segments keys"]
     sees: Bool[Tensor, "segments 1 queries keys"] | None
-    """None where all are as long as their paths and each other, so that causal attention suffices."""
+    """The keys that each query sees; None where all lengths are equal and causal attention suffices."""
     filled: Bool[Tensor, "segments queries"]
     """False at padding."""
 
@@ -174,13 +174,8 @@ class PackedAttention:
         """Gives a layer with a running state each path as a row of its own."""
         if self.paths is None:
             return None
-        whole = (
-            "attention_mask",
-            "position_ids",
-            "cache_params",
-            "past_key_values",
-            "cache",
-        )  # rows have these, paths do not
+        # Paths have none of these, which belong to whole rows.
+        whole = ("attention_mask", "position_ids", "cache_params", "past_key_values", "cache")
         named = {name: None if name in whole else value for name, value in named.items()}
         hidden, *rest = args or (named["hidden_states"],)
         hidden = hidden[self.paths.rows[:, None], self.paths.positions]

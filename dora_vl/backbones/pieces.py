@@ -39,7 +39,7 @@ def from_offsets(chat: Chat, offsets: Sequence[Span], moves: Sequence[Move], *, 
     shift = len(begin) if added == len(begin) and not chat.text.startswith(begin) else 0
     ends = [old[1] for old, _ in moves]
     gains = [0, *(new[1] - old[1] for old, new in moves)]
-    # In the text that was tokenised, from whose beginning `moves` count.
+    # Offsets in the tokenised text; `moves` count from its beginning.
     positions = [position + shift for span in chat.answer_spans for position in span]
     moved = [position + gains[bisect_right(ends, position)] for position in positions]
     answers = list(zip(moved[::2], moved[1::2], strict=True))

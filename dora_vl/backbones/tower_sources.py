@@ -151,7 +151,7 @@ def load_open_clip(spec: TowerSpec) -> tuple[nn.Module, GridTowerConfig]:
     size = spec.image_size or config["vision_cfg"].get("image_size", 224)
     options = {
         "embed_dim": config["embed_dim"],
-        # Rebuilt later from these options: nothing in them may fetch weights again.
+        # The tower is rebuilt from these options later, which must not download weights again.
         "vision_cfg": {**config["vision_cfg"], "image_size": size, "timm_model_pretrained": False},
         "quick_gelu": any(isinstance(module, QuickGELU) for module in model.visual.modules()),
     }

@@ -40,7 +40,7 @@ class Stored:
     tokens: int
     width: int
     frames: int
-    """Frames of equally many tokens; where nothing states them, each token is a frame."""
+    """Number of frames, all of equally many tokens; without a statement each token is a frame."""
 
 
 class FeatureStore:
@@ -366,7 +366,7 @@ def _frames(example: Example, reader: FeatureReader, tokens: Sequence[int]) -> l
     try:
         frames = []
         for path, count in zip(feature_paths(example), tokens, strict=True):
-            # Asked only where frames count: a file of its own is looked into again.
+            # Only where frames count, since files of their own are opened again.
             frames.append(reader.stored(path).frames if count > reader.tokens else 1)
             pooled_frames(count, reader.tokens, frames=frames[-1])
     except UserError as error:

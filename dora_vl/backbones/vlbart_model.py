@@ -216,7 +216,7 @@ class VlBartModel(BartModel):
     _tied_weights_keys = {**BartModel._tied_weights_keys, f"encoder.{ORDER_ROWS}": "shared.weight"}  # noqa: RUF012 (the library's own form)
 
     def __init__(self, config: VlBartConfig) -> None:
-        # Not BartModel's: its post_init would resolve the tied rows before the encoder has them.
+        # BartModel's own __init__ would resolve the tied rows before the encoder has them.
         BartPreTrainedModel.__init__(self, config)
         width = int(config.d_model or 0)
         scale = math.sqrt(width) if config.scale_embedding else 1.0
