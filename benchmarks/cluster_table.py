@@ -19,7 +19,6 @@ from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.estimate import Cluster, plan_run, with_shape
 from dora_vl.training.memory import GIB
 
-GPUS = (1, 8, 64, 1024)
 MODELS = {"LLaVA-1.5 7B": "llava-1.5-7b", "LLaVA-1.5 13B": "llava-1.5-13b", "Qwen2.5-VL 32B": "qwen2.5-vl-32b"}
 STAGES = ("zero2", "zero3")
 SETTINGS = (
@@ -44,7 +43,7 @@ def rows() -> Iterator[tuple[str, ...]]:
             for stage in STAGES:
                 config = read_run([f"--model.base={shape}", f"--training.deepspeed={stage}", *SETTINGS])
                 runs.append(plan_run(DecoderPipeline(with_shape(config, shape, Path(folder)))))
-        for gpus in GPUS:
+        for gpus in (1, 8, 64, 1024):
             estimates = [run.on(gpus) for run in runs]
             cluster = Cluster(-(-gpus // 8), FLOP_PER_SECOND, UTILISATION, BANDWIDTH, NETWORK)
             traffic = [run.traffic(gpus) for run in runs]

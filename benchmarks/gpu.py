@@ -43,8 +43,6 @@ COLOURS = {
 }
 """Bar colours. `ours_eager` is this project without its kernels, `ours_compiled` is it under `torch.compile`."""
 RESULTS = Path("gpu")
-SHARE_OF_CHECKS = 0.3
-"""Share of the time that checks may take; those left then are skipped."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,7 @@ class Case:
     rank: int
     dropout: float = 0.0
     heads: int = 0
-    """Attention heads of a decoder block, a quarter of them for keys and values; 0 times one linear layer, hidden x
-    inner."""
+    """Attention heads of a decoder block, a quarter of them for keys and values; 0 is one linear, hidden x inner."""
     compiled: bool = False
     """Includes `torch.compile`, which costs its compile time."""
 
@@ -178,7 +175,7 @@ def run_checks(options: argparse.Namespace, budget: Budget) -> list[Check]:
     done: list[Check] = []
     for check in checks(options.device, smoke=options.smoke):
         done.append(check)
-        if budget.spent() > SHARE_OF_CHECKS * budget.seconds:
+        if budget.spent() > 0.3 * budget.seconds:  # the rest is for timing
             budget.left_out.append("checks after " + check.name)
             break
     compiled = budget.run("check", "check of compiled", lambda: compiled_check(options.device, backend_of(options)))
@@ -245,7 +242,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, past: Tensor | None = None) -> Tensor:
         """Runs the block on [batch, tokens, hidden]; `past` holds earlier keys, which serve as values too."""
         normal = self.before_attention(x)
-        q, k, v = (self._split(projection(normal)) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        projected = (projection(normal) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (x.unflatten(-1, (-1, self.width)).transpose(1, 2) for x in projected)
         if past is not None:
             k, v = torch.cat([past, k], dim=2), torch.cat([past, v], dim=2)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=past is None, enable_gqa=True)
@@ -256,13 +254,8 @@ class Block(nn.Module):
     def past(self, tokens: int) -> Tensor:
         """Draws keys of so many earlier tokens."""
         weight = self.k_proj.weight if isinstance(self.k_proj, nn.Linear) else next(self.parameters())
-        return torch.randn(1, self._kv_heads(), tokens, self.width, device=weight.device, dtype=weight.dtype)
-
-    def _kv_heads(self) -> int:
-        return self.k_proj.out_features // self.width
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.width)).transpose(1, 2)
+        heads = self.k_proj.out_features // self.width
+        return torch.randn(1, heads, tokens, self.width, device=weight.device, dtype=weight.dtype)
 
 
 def steps_of(name: str, base: nn.Module, case: Case, options: argparse.Namespace) -> dict[str, Callable[[], None]]:

@@ -45,7 +45,7 @@ FRAMES = 32
 QUARTER = SIDE // 2
 RADIUS = 15.0
 TRAVEL = 30.0  # pixels from where a shape appears to where it is at the end
-LATEST_START = 0.56  # of the clip; what appears last still has time to move
+LATEST_START = 0.56  # share of the clip, so that the last shape still has time to move
 
 COLORS = {
     "red": (222, 40, 40),
@@ -220,7 +220,7 @@ def four_choices(answer: str, possible: Sequence[str], shown: Sequence[Mover], o
     return tuple(choices)
 
 
-def said(subtitled: Mover, order: random.Random) -> Subtitle:
+def subtitle_of(subtitled: Mover, order: random.Random) -> Subtitle:
     """Returns a subtitle that names a shape by its colour at some time of the clip."""
     start = round(order.uniform(0.0, FRAMES / RATE - 1.0), 2)
     return Subtitle(f"{order.choice(SPEAKERS)}: look at the {subtitled.color} one.", start, round(start + 1.0, 2))
@@ -238,7 +238,7 @@ def examples_of(split: str, number: int, seed: int) -> tuple[list[Mover], list[E
     captioned = Example(
         id=f"{name}-{CAPTION}",
         videos=(clip,),
-        subtitles=(said(order.choice(shown), order),),
+        subtitles=(subtitle_of(order.choice(shown), order),),
         answers=(Answer(text=caption(shown)),),
         extra={"kind": CAPTION, "clip_id": name},
     )
@@ -252,7 +252,7 @@ def examples_of(split: str, number: int, seed: int) -> tuple[list[Mover], list[E
                 Example(
                     id=f"{name}-{kind}-{index}",
                     videos=(clip,),
-                    subtitles=(said(talked_about, order),),
+                    subtitles=(subtitle_of(talked_about, order),),
                     question=question.question,
                     answers=(Answer(text=question.answer),),
                     choices=choices,

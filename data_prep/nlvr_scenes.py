@@ -40,13 +40,11 @@ WALLS = {"edge": SIDES, "wall": SIDES, "side": SIDES, "base": ("bottom",), "bott
     f"{side} wall": (side,) for side in ("left", "right")
 }
 """Maps each word for a wall to the sides of the box that it means."""
-TOUCHING = {"touching the": True, "closely touching the": True, "not touching any": False}
 OVER = ("over", "above", "on")
 ENDS = {"base": 0, "top": -1}
 FORMS = {"block": "all box towers towers stacked base", "": "all box both boxes boxes colours"}
-SUBJECTS = {"Each box contains": 3, "One box contains": 1, "One of the grey squares has": 1, "Two boxes contain": 2}
 OTHERS = 20
-"""Other scenes drawn for each sentence until one has the opposite truth."""
+"""At most this many scenes are drawn in search of one where a sentence's truth differs."""
 SHARP = 4
 """Shapes are drawn at this multiple of their size, then shrunk, for smooth edges."""
 
@@ -72,8 +70,6 @@ Box = Sequence[Item]
 Scene = Sequence[Box]
 Phrase = tuple[str, Callable[[Box], int]]
 """Words for what is counted, `{s}` marking a plural's ending, and the function that counts it in a box."""
-Claim = tuple[str, Callable[[Scene], bool]]
-"""A sentence, and whether it is true of a scene."""
 
 
 def tower(order: random.Random) -> Box:
@@ -131,7 +127,7 @@ def things(order: random.Random, noun: str) -> Phrase:
     """Draws a phrase like "yellow square" or "square touching the wall", of some or any colour and shape."""
     colour = order.choice(("", *COLOURS, *COLOURS))
     shape = noun or order.choice(("item", "object", *SHAPES, *SHAPES))
-    touching, near = order.choice([*TOUCHING.items()])
+    touching, near = order.choice((("touching the", True), ("closely touching the", True), ("not touching any", False)))
     wall = order.choice([*WALLS] if near else ("edge", "wall", "side")) if not noun and order.random() < 0.4 else ""
     words = " ".join(filter(None, (colour, shape + "{s}", f"{touching} {wall}" if wall else "")))
 
@@ -179,7 +175,7 @@ def towers(order: random.Random) -> Phrase:
     return first, lambda box: int(is_so(box))
 
 
-def claim(order: random.Random, noun: str) -> Claim:
+def claim(order: random.Random, noun: str) -> tuple[str, Callable[[Scene], bool]]:
     """Draws a sentence and the test of its truth; `noun` is "block" for towers."""
     some, plural, holds = quantity(order)
     form = order.choice(FORMS[noun].split())
@@ -202,7 +198,8 @@ def claim(order: random.Random, noun: str) -> Claim:
         pair = set(order.sample([*COLOURS], order.randint(1, 2)))
         text = f"There is a box with only {' and '.join(sorted(pair))} {order.choice(('items', 'objects'))}"
         return text, lambda scene: any({item.colour for item in box} == pair for box in scene)
-    subject, boxes = order.choice([*SUBJECTS.items()])
+    subjects = {"Each box contains": 3, "One box contains": 1, "One of the grey squares has": 1, "Two boxes contain": 2}
+    subject, boxes = order.choice([*subjects.items()])
     return f"{subject} {first}", lambda scene: sum(holds(count(box)) for box in scene) == boxes
 
 
@@ -265,7 +262,7 @@ def main() -> None:
         if number < options.scenes:
             parts["questions"] += questions
             parts["question_talks"].append(talk(questions, number, lambda row: row.question))
-            more = examples_of(number, 2 * options.questions, options.seed)[1]  # of the same scene
+            more = examples_of(number, 2 * options.questions, options.seed)[1]  # more about the same scene
             if others := [row for row in more if "tower" not in row.question][: options.questions]:
                 parts["sentence_talks"].append(talk(others, number, BENCHMARKS["nlvr"].prompt))
         for row in sentences:

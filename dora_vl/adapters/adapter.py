@@ -137,7 +137,6 @@ IMAGE_ASPECT = "image_aspect"
 """Key for how pictures become squares, in `recipe.json` and in the `config.json` of a LLaVA merged from a run."""
 
 SHARED = (f"{SHARED_NAME}.random_A", f"{SHARED_NAME}.random_B")
-"""Names of the random matrices that all layers of a DVoRA adapter share."""
 
 
 @dataclass(frozen=True)

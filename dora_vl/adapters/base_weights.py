@@ -97,7 +97,7 @@ class BaseWeights:
         self.transposed_layers: frozenset[str] = frozenset()
         """Layers whose class stores its weight as [in, out] (transformers' `Conv1D`, embeddings)."""
         self.expert_pieces: dict[str, ExpertPiece] = {}
-        """Stored tensors that are all or part of experts that the model holds as one tensor."""
+        """Maps stored tensors to their position in experts that the model holds as one tensor."""
         self.hub_keys: dict[str, str] = {}
         """Maps a key to its name in published folders; empty for a class that transformers lacks."""
         self._tied: list[frozenset[str]] = []
@@ -152,7 +152,7 @@ class BaseWeights:
         for key, (name, pattern) in read.items():
             if name in experts:
                 joined = next((c.source_patterns for c in converters if pattern in c.source_patterns), [pattern])
-                # All experts may be stored in the other of the two layouts than the model has them in.
+                # Files may store all experts transposed to the model's layout.
                 is_reversed = len(shapes[key]) == own[name].ndim and shapes[key] != tuple(own[name].shape)
                 number = re.search(r"experts\.(\d+)\.", key)
                 self.expert_pieces[key] = ExpertPiece(

@@ -32,7 +32,6 @@ from dora_vl.errors import UserError
 PAPER: Mapping[str, float] = {"full": -0.62, "model": -0.62, "lora": 0.83, "dora": -0.31}
 """Maps a method to the correlation of dM and dD over VL-BART's query weights (figure 2); the sign is the claim."""
 DRAWS, LEAST_LAYERS = 1000, 5
-WIDE_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 Blocks = Iterator[tuple[Float[Tensor, "rows in_"], Float[Tensor, "rows in_"]]]
 
 
@@ -79,11 +78,9 @@ class TunedWeights:
     method: str
     """`dora`, `lora`, ... for an adapter, `model` for a folder of whole weights."""
     whole: frozenset[str]
-    """Layers whose weight is stored as it is."""
+    """Layers stored as a whole weight, not as factors."""
     read: Callable[[str], Tensor]
-    """Reads the weight of a layer in `whole`."""
     factors: Mapping[str, Factors] = field(default_factory=dict)
-    """Factors of the adapted layers."""
 
     def blocks(self, layer: str) -> Blocks:
         """Yields a weight before and after training as [out, in], in blocks of rows; computed ones are in float64."""
@@ -139,7 +136,7 @@ def matrices_of(weights: BaseWeights) -> list[str]:
         name
         for name in weights.module_names()
         for stored in [weights.tensors[f"{name}.weight"]]
-        if len(stored.shape) >= 2 and stored.dtype in WIDE_DTYPES
+        if len(stored.shape) >= 2 and stored.dtype in {"F64", "F32", "F16", "BF16"}
     ]
 
 

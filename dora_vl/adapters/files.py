@@ -30,7 +30,6 @@ from dora_vl.files import UNFINISHED, check_whole, clear_leftovers, read_json
 SAFETENSORS_SUFFIX = ".safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 TRAINED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-BESIDE_WEIGHTS = (torch.int64, torch.bool)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -48,7 +47,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} cannot be read as plain tensors ({reason}); nothing in it was run") from error
-    for wrapper in ("state_dict", "model"):  # of whole networks
+    for wrapper in ("state_dict", "model"):  # whole networks are wrapped so
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     if not isinstance(content, Mapping):
@@ -62,7 +61,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def refuse_not_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     """Refuses NaN, infinity and dtypes that nothing trains in; names the file (`source`) and the first tensors."""
     for key, tensor in tensors.items():
-        if tensor.dtype not in (*TRAINED_IN, *BESIDE_WEIGHTS):
+        if tensor.dtype not in (*TRAINED_IN, torch.int64, torch.bool):  # whole modules carry positions and counts
             raise not_trained_in(source, key, tensor)
     broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
     if broken:

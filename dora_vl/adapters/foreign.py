@@ -20,9 +20,8 @@ ALIASES = (
     f"{EMBEDDING}.obj_order_embedding.weight",
     "lm_head.weight",
 )
-"""Names of the same tensor."""
-ADDED_TOKENS = 200
-ADDED_ROWS = f"{TOKENS}[-{ADDED_TOKENS}:]"
+"""A VL-BART's token embedding is stored under any of these names."""
+ADDED_ROWS = f"{TOKENS}[-200:]"
 """Frozen random rows of the token embedding that the result depends on: the picture tokens' orders."""
 ORIGINAL_FORMS = {"nvlabs-vlbart": "dora", "vl-adapter": "lora"}
 """Maps VL-BART's original formats (`--from`, `--as`) to the method whose factors each can hold."""
@@ -64,12 +63,10 @@ class Layout:
     transposed: bool = False
     """A is stored as [in, rank] and B as [rank, out]."""
     scale: Callable[[Mapping[str, Any], int], float | None] = alpha_over_rank
-    """Computes s from the tool's own `adapter_config.json` (or an empty one) and a rank; None where it is not stated.
-    """
+    """Computes s from the tool's own `adapter_config.json` (or {}) and a rank; None where it is not stated."""
     extras: tuple[str, ...] = ("*",)
     """Full-name globs of the other tensors that were trained."""
     kept: KeptRows | None = None
-    """Frozen rows that the result depends on."""
     whole_model: bool = False
     """The file holds the base as well; elsewhere a tensor that is neither adapter nor extra is refused."""
     renames: tuple[tuple[str, str], ...] = ()

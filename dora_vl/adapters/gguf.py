@@ -188,7 +188,6 @@ class WrittenTensor:
 
     name: str
     shape: tuple[int, ...]
-    """Shape as in torch."""
     kind: str
     """One of `GGUF_KINDS`."""
     read: Callable[[], Tensor]
@@ -234,7 +233,6 @@ def write_gguf(
 
 SPACE_MARK = "▁"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED_TOKEN, BYTE = range(1, 7)
-"""These are the values of gguf's `TokenType`."""
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS: Mapping[str, str] = {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS + r"\p{N}" + _REST: "qwen2"}
@@ -344,13 +342,11 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: Vocabulary) -> None:
 
 
 SELECTED = {"clip_vision_model": "default", "siglip_vision_model": "full"}
-"""Maps each tower that llama.cpp's LLaVA takes to how its tokens are selected there: without a class token."""
+"""Maps each tower that llama.cpp's LLaVA takes to its only token selection, which drops a class token."""
 ACTIVATIONS = {"quick_gelu": False, "gelu": True, "gelu_pytorch_tanh": True}
 """Maps a tower's `hidden_act` to the file's `use_gelu`; without it llama.cpp computes the quick one."""
 PROJECTOR = {"multi_modal_projector.linear_1": "mm.0", "multi_modal_projector.linear_2": "mm.2"}
 TOWER = "vision_tower.vision_model."
-"""Prefix of the tower's tensors in published folders."""
-UNUSED_TENSORS = ("post_layernorm.", "head.")
 PICTURE_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -400,7 +396,7 @@ def add_vision(writer: Any, config: Any, folder: Path) -> None:
     writer.add_vision_projection_dim(config.text_config.hidden_size)
     writer.add_vision_head_count(tower.num_attention_heads)
     writer.add_vision_attention_layernorm_eps(tower.layer_norm_eps)
-    # Said twice, since without it llama.cpp leaves the last of the blocks out.
+    # Both are needed: without the second llama.cpp skips the last block.
     writer.add_vision_block_count(blocks)
     writer.add_array("clip.vision.feature_layer", [blocks])
     writer.add_vision_image_mean([float(value) for value in stated["image_mean"]])
@@ -424,7 +420,7 @@ def vision_names(keys: Mapping[str, str], config: Any) -> dict[str, str]:
             names[name] = f"{PROJECTOR[owner]}.{leaf}"
         elif key.startswith(TOWER) and leaf != "position_ids":
             part, block = key.removeprefix(TOWER), re.match(r"encoder\.layers\.(\d+)\.", key.removeprefix(TOWER))
-            if not part.startswith(UNUSED_TENSORS) and (block is None or int(block[1]) < blocks):
+            if not part.startswith(("post_layernorm.", "head.")) and (block is None or int(block[1]) < blocks):
                 names[name] = _name_in(table, key, "a vision tower")
     return names
 
@@ -441,16 +437,10 @@ def _vision_tensors(weights: MergedWeights, config: Any, kind: str) -> Iterator[
     stored = {tensor.name: tensor for tensor in weights.stored}
     keys = {name: weights.base.hub_keys.get(tensor.key, tensor.key) for name, tensor in stored.items()}
     for name, own in vision_names(keys, config).items():
-        # Positions are added to what comes out of the convolution, and cost next to nothing.
+        # Positions are added to the convolution's output, and are small.
         small = own.startswith(("v.position_embd", "v.class_embd"))
         shape = stored[name].shape
         yield WrittenTensor(own, shape, "f32" if small else kind_for(shape, kind), partial(weights.read, stored[name]))
-
-
-CLASS_TOKEN_IS_MISREAD = (
-    "llama.cpp as of October 2026 puts a CLIP tower's class token behind the patches instead of before them (its "
-    "issue 25814), whoever wrote the file: it misreads pictures until that is mended; SigLIP towers are right"
-)
 
 
 @dataclass(frozen=True)
@@ -508,7 +498,11 @@ def export_gguf(
                 tensors = list(_vision_tensors(weights, config, kind))
                 files[VISION_FILE] = write_gguf(folder / VISION_FILE, "clip", kind, tensors, add_fields)
                 if config.vision_config.model_type == "clip_vision_model":
-                    warnings.append(CLASS_TOKEN_IS_MISREAD)
+                    warnings.append(
+                        "llama.cpp as of October 2026 puts a CLIP tower's class token behind the patches instead of "
+                        "before them (its issue 25814), whoever wrote the file: it misreads pictures until that is "
+                        "mended; SigLIP towers are right"
+                    )
     return ExportedGguf(architecture.name, files, tuple(warnings))
 
 

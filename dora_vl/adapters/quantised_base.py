@@ -36,7 +36,6 @@ class Scheme:
     """A way to quantise a linear layer."""
 
     package: str
-    """Name for `pip install`."""
     layer: Callable[[nn.Linear, torch.dtype, torch.device], nn.Module]
     """Quantises a linear layer's weight as loading in a dtype on a device does."""
     width: int = 1
@@ -44,7 +43,7 @@ class Scheme:
 
 
 def _nf4(linear: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    layers: Any = import_module("bitsandbytes.nn")  # whose parameters pyright takes for modules
+    layers: Any = import_module("bitsandbytes.nn")  # pyright takes its parameters for modules
     width, height = linear.in_features, linear.out_features
     layer: Any = layers.Linear4bit(width, height, linear.bias is not None, dtype, quant_type="nf4", device="meta")
     layer.weight = layers.Params4bit(linear.weight.data.to(dtype), requires_grad=False, quant_type="nf4", module=layer)
@@ -53,7 +52,7 @@ def _nf4(linear: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Modu
 
 
 def _int8(linear: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    layers: Any = import_module("bitsandbytes.nn")  # whose parameters pyright takes for modules
+    layers: Any = import_module("bitsandbytes.nn")  # pyright takes its parameters for modules
     width, height = linear.in_features, linear.out_features
     layer: Any = layers.Linear8bitLt(
         width, height, linear.bias is not None, has_fp16_weights=False, threshold=6.0, device="meta"

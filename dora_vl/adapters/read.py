@@ -40,9 +40,6 @@ from dora_vl.core.trainable import kept_rows
 from dora_vl.errors import UserError
 from dora_vl.files import read_json
 
-WEIGHT_FILES = (WEIGHTS_FILE, PICKLED_WEIGHTS_FILE, "adapters.safetensors", "adapter_0.pt", "non_lora_trainables.bin")
-"""Names that tools give their weight files; all of them in a folder are read together."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
@@ -57,7 +54,6 @@ class ReadOptions:
     alpha_serves_result: bool = False
     """Also writes this alpha into the result, even where the source states another."""
     task: str | None = None
-    """VL-Adapter's task to read."""
     renames: tuple[tuple[str, str], ...] = ()
     """Pairs of old and new prefixes of layer names."""
 
@@ -110,7 +106,9 @@ def known_format(tensors: Mapping[str, Tensor], source: str) -> str:
 
 
 def _tensors(source: Path) -> dict[str, Tensor]:
-    files = [source] if source.is_file() else [source / name for name in WEIGHT_FILES if (source / name).is_file()]
+    # Tools give their weight files these names; all that a folder has are read together.
+    names = (WEIGHTS_FILE, PICKLED_WEIGHTS_FILE, "adapters.safetensors", "adapter_0.pt", "non_lora_trainables.bin")
+    files = [source] if source.is_file() else [source / name for name in names if (source / name).is_file()]
     if not files:
         raise no_adapter(source)
     tensors: dict[str, Tensor] = {}

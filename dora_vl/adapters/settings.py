@@ -33,8 +33,6 @@ OWN_TYPES = {"full": "DORA_VL_FULL", "magnitude": "DORA_VL_MAGNITUDE"}
 OWN_TYPE = "DORA_VL"
 MATCHING_SECONDS = 1.0
 """Seconds allowed to match a pattern with a name: an expression may take years, and Python's `re` has no limit."""
-NEVER_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-"""PEFT saves none of these containers as a module."""
 LOW_RANK_FIELDS = frozenset((
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "lora_dropout", "use_rslora", "init_lora_weights",
     "use_dora",
@@ -45,15 +43,11 @@ BY_NAME = frozenset(("magnitude_targets", "rank_pattern", "alpha_pattern", "part
 """Settings that name layers or tensors; a folder stores what they resolved to."""
 OWN_FIELDS = tuple(setting.name for setting in fields(AdapterSettings) if setting.name not in BY_NAME)
 """Settings that `recipe.json` holds unchanged."""
-WITHOUT_RECIPE: Mapping[str, Any] = {"dropout_mode": "whole_change", "kinds": ("linear", "embedding", "conv")}
-"""Values for folders without `recipe.json` (PEFT's), whose defaults differ from ours."""
 REFUSED_FIELDS = (
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config",
     "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
 )  # fmt: skip
 """PEFT fields that mean another forward pass when they are set."""
-STARTS_BESIDE_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
-"""Values of PEFT's `init_lora_weights` that leave the base alone; pissa, olora, corda, lora_ga and loftq do not."""
 KNOWN_FIELDS = frozenset((
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
     "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
@@ -187,7 +181,8 @@ def whole_modules(model: nn.Module, parameters: set[str]) -> list[str]:
     for name, module in model.named_modules():
         inside = {f"{name}.{leaf}" for leaf, _ in module.named_parameters()}
         is_chosen = any(name.startswith(f"{outer}.") for outer in chosen)
-        if name and inside and inside <= parameters and not is_chosen and not isinstance(module, NEVER_CALLED):
+        is_list = isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict)
+        if name and inside and inside <= parameters and not is_chosen and not is_list:
             chosen.append(name)
     return chosen
 
@@ -263,7 +258,9 @@ def read_config(
         "method": method,
         "rank": int(peft.get("r", 1)),
         "alpha": float(peft.get("lora_alpha", 1.0)),
-        **WITHOUT_RECIPE,
+        # PEFT's own folders have no recipe; its defaults differ from ours.
+        "dropout_mode": "whole_change",
+        "kinds": ("linear", "embedding", "conv"),
         **{name: tuple(own[name]) if isinstance(own[name], list) else own[name] for name in OWN_FIELDS if name in own},
         "dropout": float(peft.get("lora_dropout", 0.0)),
         "rank_scaling": "sqrt" if peft.get("use_rslora") else "linear",
@@ -311,7 +308,8 @@ def check_peft_fields(source: str, peft: Mapping[str, Any]) -> None:
     # A start that PEFT took out of the base's weights: over the original base the tensors mean something else. Our own
     # PiSSA folders hold the change of the original weight and say `true`, as PEFT's conversion does.
     start = peft.get("init_lora_weights")
-    if start not in STARTS_BESIDE_THE_BASE:
+    # These leave the base alone; pissa, olora, corda, lora_ga and loftq do not.
+    if start not in (None, True, False, "gaussian", "eva", "orthogonal", "mica"):
         remedy = "merge it in PEFT (merge_and_unload), whose conversion would lose a part of this one"
         # PEFT's conversion writes A and B alone, and LoftQ's quantised base is no sum with its start.
         if start != "loftq" and not peft.get("use_dora") and not peft.get("modules_to_save"):

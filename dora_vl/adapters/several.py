@@ -42,7 +42,6 @@ from dora_vl.errors import UserError
 class _Loaded:
     layers: dict[str, nn.Module]
     extras: dict[str, Tensor]
-    """Values of the other tensors that the adapter carries."""
     trained: TrainedList
 
 
@@ -106,7 +105,7 @@ class AdapterSet:
         if unknown or not any(shares.values()):
             raise UserError(f"cannot combine {dict(shares)}: there are {list(self.names)}, and one must not be 0")
         loaded = {key: self._loaded[key] for key, share in shares.items() if share != 0}
-        # Before anything is put into the model, because one of the layers may be refused.
+        # One of the layers may be refused, so this precedes any change of the model.
         factors: dict[str, list[tuple[float, Factors]]] = {}
         for key, adapter in loaded.items():
             for layer, module in adapter.layers.items():

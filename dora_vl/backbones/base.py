@@ -51,7 +51,7 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
     decoder = model.get_decoder()
     if not isinstance(decoder, PreTrainedModel) or decoder.get_output_embeddings() is None:
         return decoder
-    inner: nn.Module = decoder.get_decoder()  # of a whole causal model
+    inner: nn.Module = decoder.get_decoder()  # a whole causal model has one
     return getattr(decoder, "model", decoder) if inner is decoder else inner
 
 

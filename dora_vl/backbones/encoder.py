@@ -43,8 +43,6 @@ from dora_vl.errors import BadSample, UserError, one_line
 from dora_vl.files import NO_OWN_CODE, opening
 
 DUMMY_SIDE = 64
-LARGE_SIDE = 1024
-"""At this side every family of dynamic resolution makes more of a picture than of the dummy."""
 GREY = (127, 96, 63)
 """Colour of the dummy picture; families that drop pictures of zeros would take a black one for padding."""
 
@@ -136,8 +134,6 @@ class Encoder:
     the frames as pictures. What comes back is unchanged, except that a long text loses its end.
 
     Args:
-        processor: the model's processor.
-        prompts: turns the conversation into text.
         max_tokens: a longer sample loses text at its end; pictures are never cut.
         max_positions: the model's positions; None where it states no number.
     """
@@ -246,14 +242,14 @@ class Encoder:
     def answers(self, conversation: Example) -> list[TrainedAnswer]:
         """Lists what the labels of a conversation must say."""
         question = PROBE[0] if self.sees_pictures else replace(PROBE[0], text=PROBE[0].text.removeprefix("<image>\n"))
-        if isinstance(self.prompts, Instruction):  # whose labels may hold the question too
+        if isinstance(self.prompts, Instruction):  # its labels may hold the question too
             question = conversation.turns[0]
 
         def around(text: str) -> TrainedAnswer:
             """Finds what labels hold around an answer, thoughts included, from a known one."""
             _, answer = self.prompts.thought_and_answer(text)
             chat = self.prompts.render([question, replace(PROBE[1], text=text.removesuffix(answer) + PROBE[1].text)])
-            if chat.suffix is not None:  # which the processor closes by itself
+            if chat.suffix is not None:  # the processor closes it
                 probe = chat.suffix + self.tokenizer.eos_token
             else:
                 start, end = chat.answer_spans[0]
@@ -311,7 +307,7 @@ class Encoder:
         if not self.sees_pictures:
             return False
         sizes: set[tuple[int, int]] = set()
-        for row in (self.dummy(), self.dummy(LARGE_SIDE)):
+        for row in (self.dummy(), self.dummy(1024)):  # every dynamic resolution makes more of 1024
             tensors = [value for name, value in row.inputs.items() if name not in ALIGNED and isinstance(value, Tensor)]
             sizes.add((len(row.input_ids), sum(tensor.numel() for tensor in tensors)))
         return len(sizes) > 1
@@ -372,7 +368,7 @@ class Encoder:
     def _process(self, chat: Chat, pictures: Sequence[Image.Image], videos: Sequence[Video], sample: str) -> _Processed:
         options: dict[str, Any] = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
         if self.prompts.bos_token is not None and chat.text.startswith(self.prompts.bos_token):
-            options["add_special_tokens"] = False  # as transformers' own apply_chat_template
+            options["add_special_tokens"] = False  # apply_chat_template does the same
         if "mm_token_type_ids" in self.processor.model_input_names:
             options["return_mm_token_type_ids"] = True  # Cosmos 3 Edge's needs them, and its processor waits for this
         options |= PROCESSOR_OPTIONS.get(type(self.processor).__name__, {})

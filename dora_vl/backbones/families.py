@@ -27,8 +27,6 @@ LLAVA = "llava"
 
 _ENCODER_DECODER = "its decoder reads what an encoder made of the pictures, and its labels do not shift"
 _NO_CHAT = "it answers no conversation"
-_NOT_TEXT = "it hears, or reads lines of print, and is the decoder of another model"
-_NOT_CAUSAL = "it reads in both directions, or predicts something else than the next token of a text"
 
 _ENCODERS = (
     *("bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "blenderbot", "blenderbot-small", "camembert"),
@@ -36,7 +34,6 @@ _ENCODERS = (
     *("prophetnet", "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm"),
     *("xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod"),
 )
-_SPEECH = ("moshi", "moss_transcribe_diarize", "musicgen", "musicgen_melody", "trocr", "whisper")
 
 NOT_TRAINED: Mapping[str, str] = MappingProxyType(
     {
@@ -58,8 +55,13 @@ NOT_TRAINED: Mapping[str, str] = MappingProxyType(
         "t5gemma2": _ENCODER_DECODER,
         "udop": _ENCODER_DECODER,
         "vision-encoder-decoder": _ENCODER_DECODER,
-        **dict.fromkeys(_ENCODERS, _NOT_CAUSAL),
-        **dict.fromkeys(_SPEECH, _NOT_TEXT),
+        **dict.fromkeys(
+            _ENCODERS, "it reads in both directions, or predicts something else than the next token of a text"
+        ),
+        **dict.fromkeys(
+            ("moshi", "moss_transcribe_diarize", "musicgen", "musicgen_melody", "trocr", "whisper"),
+            "it hears, or reads lines of print, and is the decoder of another model",
+        ),
     }
 )
 """Maps each model type of transformers that this path does not fit to the reason."""

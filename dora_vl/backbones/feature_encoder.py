@@ -78,7 +78,6 @@ class FeatureSettings:
     """All settings that decide the features of a picture or a video.
 
     Attributes:
-        tower: the vision network.
         kept: what stays of a picture or frame: its `grid`, one token a cell; or the network's own `pooled` output
             (CLIP's projection), not normalised.
         merge: cells along a side of a block that becomes one token; their numbers are concatenated, none is averaged.
@@ -280,7 +279,6 @@ class Pixels:
     medium: Medium
     frames: Float[Tensor, "frames 3 height width"]
     source: Mapping[str, Any]
-    """Fields of the `FeatureRow`."""
 
 
 def computed(

@@ -89,7 +89,14 @@ class FrozenParts:
             outputs[name] = []
             for number, (leaves, _) in enumerate(recorded):
                 read = self._call(name, number).read
-                outputs[name].append([leaf if index in read else _hollow(leaf) for index, leaf in enumerate(leaves)])
+                outputs[name].append(
+                    [
+                        Hollow(tuple(leaf.shape), leaf.dtype)
+                        if isinstance(leaf, Tensor) and index not in read
+                        else leaf
+                        for index, leaf in enumerate(leaves)
+                    ]
+                )
         return outputs
 
     def outputs_of_each(self, model: Any, samples: Sequence[Sample], pad_token_id: int) -> list[Outputs]:
@@ -148,10 +155,6 @@ class FrozenParts:
             return pytree.tree_unflatten([_joined(values, axis, device) for values, axis in leaves], call.spec)
 
         return forward
-
-
-def _hollow(leaf: Any) -> Any:
-    return Hollow(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf
 
 
 def _share(leaf: Any, axis: int, number: int, count: int) -> Any:
@@ -445,7 +448,6 @@ class StoredRow(NamedTuple):
     """What is stored for a sample's pictures."""
 
     sizes: Sequence[tuple[int, int]]
-    """Width and height of each picture."""
     outputs: Outputs
 
 
@@ -503,8 +505,8 @@ class OutputStore:
             waiting.setdefault(shapes, []).append(row)
             if len(waiting[shapes]) == together:
                 self._compute(model, parts, reader, waiting.pop(shapes), len(missing))
-        for several in waiting.values():
-            self._compute(model, parts, reader, several, len(missing))
+        for rest in waiting.values():
+            self._compute(model, parts, reader, rest, len(missing))
         self._shards.flush()
 
     def _compute(

@@ -42,10 +42,6 @@ class GrowingText:
 
     A token's text depends on the one before it (a space between words, the rest of a character), so each call decodes
     the tokens since the last text but one.
-
-    Args:
-        decode: decodes some ids.
-        answer_in: cuts the answer out of the whole text.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], answer_in: Callable[[str], str]) -> None:

@@ -40,7 +40,6 @@ from dora_vl.files import BRINGS_CODE, NO_OWN_CODE, check_model_folder, opening,
 SPACE_MARK = "▁"
 NEEDED = {"sentencepiece": is_sentencepiece_available, "protobuf": is_protobuf_available}
 """Packages that transformers reads a `tokenizer.model` with."""
-_CARRIED = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces", "chat_template")
 
 
 def is_sentencepiece(file: Path) -> bool:
@@ -84,10 +83,11 @@ def as_sentencepiece(tokenizer: PreTrainedTokenizerBase, settings_file: Path | N
         token["normalized"] = token["normalized"] and not token["special"]
     backend = Tokenizer.from_str(json.dumps(state))
     mark_spaces(backend, legacy=legacy is None or legacy, prefix=settings.get("add_prefix_space") is not False)
+    carried = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces", "chat_template")
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **{name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        **{name: getattr(tokenizer, name) for name in _CARRIED},
+        **{name: getattr(tokenizer, name) for name in carried},
     )
 
 
@@ -144,7 +144,7 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision or "main", **NO_OWN_CODE)
     except (MemoryError, UserError):
         raise
-    except Exception as error:  # as in `opening`
+    except Exception as error:  # `opening` has the reasons
         reason = why_not_read(error)
         if reason != BRINGS_CODE:
             reason = _without_tokenizer(folder) or reason

@@ -70,7 +70,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         self.generation = dict(generation or {})
         self.frozen_parts: FrozenParts | None = None
         """Replays a sample's `stored` outputs; set where a run stores some."""
-        # Padding on the right is then seen by no token, so it needs no mask, and a row may hold several samples.
+        # In a causal model no token sees padding on its right, so a batch padded there needs no mask.
         self.causal = model.config.model_type == LLAVA or is_language_model(model.config.model_type)
         for module in model.modules():
             if CROSSING in dict(module.named_children()):
@@ -118,7 +118,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         head: Any = head_of(self.model)
         if head is None:
             raise UserError(f"{type(self.model).__name__} has no output layer; a causal language model is needed")
-        # Before it is known, both ways: the loss then goes back as it will in later steps (ZeRO-3 records the first).
+        # While unknown, both are computed: ZeRO-3 records the first backward pass, which later ones must equal.
         chunked = self._head_is_last is not False and not keep_logits and in_chunks(head)
         hidden, losses, scores = list[Tensor](), list[Tensor](), list[Tensor]()
 
@@ -129,7 +129,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
             return (hidden[0][: 1 if chunked and self._head_is_last else None].unsqueeze(0), *seen[1:])
 
         inputs = {**model_inputs(self.model, inputs), **self._attention(attention_mask, layout)}
-        # Inside the model's own forward, so that what it does to its logits (scales, soft caps) stays its own.
+        # Hooks inside the model's own forward leave what it does to logits (scales, soft caps) to the model.
         hooks = [head.register_forward_pre_hook(labelled_alone)]
         if self._head_is_last is None:
             hooks.append(head.register_forward_hook(lambda *seen: scores.append(seen[2])))
@@ -172,8 +172,8 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
             padding = ends[0] if isinstance(ends, list) else ends
         chosen = {"do_sample": False, "pad_token_id": padding, **watch.options, **self.generation, **(options or {})}
         generating: Any = self.model  # generate is typed for a protocol that pyright cannot match to the class
-        # A view with gaps, as each row's last position is, torch multiplies by a frozen matrix row by row: on a CPU it
-        # took 8 s instead of 0.01 for 64 rows.
+        # torch multiplies a view with gaps, such as each row's last position, row by row: on a CPU 64 rows took 8 s
+        # instead of 0.01.
         head: Any = head_of(self.model)
         together = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
         with torch.no_grad(), together, self._replaying(stored):

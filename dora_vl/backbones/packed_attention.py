@@ -24,8 +24,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 MASKED = ("sdpa", "eager", "flex_attention")
 """Attention kernels that take a mask function; flash attention's take none."""
-WHOLE_ROW_INPUTS = frozenset({"attention_mask", "position_ids", "cache_params", "past_key_values", "cache"})
-"""A layer with a running state gets these for whole rows; they do not fit its paths."""
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
 """Takes batch row, head, query and key position; returns whether the query sees the key."""
 
@@ -75,7 +73,7 @@ class Alike(NamedTuple):
     queries: Int[Tensor, "segments queries"]
     keys: Int[Tensor, "segments keys"]
     sees: Bool[Tensor, "segments 1 queries keys"] | None
-    """None where all are as long as their paths and each other, so that causal attention suffices."""
+    """The keys that each query sees; None where all lengths are equal and causal attention suffices."""
     filled: Bool[Tensor, "segments queries"]
     """False at padding."""
 
@@ -176,7 +174,9 @@ class PackedAttention:
         """Gives a layer with a running state each path as a row of its own."""
         if self.paths is None:
             return None
-        named = {name: None if name in WHOLE_ROW_INPUTS else value for name, value in named.items()}
+        # Paths have none of these, which belong to whole rows.
+        whole = ("attention_mask", "position_ids", "cache_params", "past_key_values", "cache")
+        named = {name: None if name in whole else value for name, value in named.items()}
         hidden, *rest = args or (named["hidden_states"],)
         hidden = hidden[self.paths.rows[:, None], self.paths.positions]
         if not args:

@@ -31,17 +31,15 @@ def from_offsets(chat: Chat, offsets: Sequence[Span], moves: Sequence[Move], *, 
     processors (Molmo 2's, Emu 3's) put the begin token in front of the text and count from there.
 
     Args:
-        chat: the text and its answers.
         offsets: each token's characters, in the text in which pictures and videos stand as their tokens.
         moves: each picture's and video's characters in the chat's text, and in that one.
-        begin: the begin token's text.
     """
     gained = sum((new[1] - new[0]) - (old[1] - old[0]) for old, new in moves)
     added = max((last for _, last in offsets), default=0) - len(chat.text) - gained
     shift = len(begin) if added == len(begin) and not chat.text.startswith(begin) else 0
     ends = [old[1] for old, _ in moves]
     gains = [0, *(new[1] - old[1] for old, new in moves)]
-    # In the text that was tokenised, from whose beginning `moves` count.
+    # Offsets in the tokenised text; `moves` count from its beginning.
     positions = [position + shift for span in chat.answer_spans for position in span]
     moved = [position + gains[bisect_right(ends, position)] for position in positions]
     answers = list(zip(moved[::2], moved[1::2], strict=True))
@@ -81,10 +79,9 @@ class PieceProcessor:
     tokenizer makes when the text holds no special token itself.
 
     Args:
-        tokenizer: the language model's; of a LLaVA with the picture token added.
-        pixels: of one picture; None: a language model, which sees none.
-        tokens_per_image: how often the picture token stands for one picture.
-        image_token_id: id of the picture token.
+        tokenizer: the language model's; a LLaVA's has the picture token.
+        pixels: makes one picture's pixels; None for a language model.
+        tokens_per_image: repeats the picture token for each picture.
         preparation: names all that decides the pixels.
     """
 

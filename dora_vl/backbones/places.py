@@ -23,7 +23,6 @@ from dora_vl.errors import UserError
 log = logging.getLogger(__name__)
 
 Place = Mapping[str, nn.Module]
-"""Modules of a part of the model by full name."""
 NamesIn = Callable[[PreTrainedModel, str], list[str]]
 
 
@@ -186,4 +185,3 @@ def _all_linear(model: PreTrainedModel) -> dict[str, nn.Module]:
 PRESETS: Mapping[str, Callable[[PreTrainedModel], dict[str, nn.Module]]] = MappingProxyType(
     {"language": _language, "vision": _vision, "projector": _projector, "experts": _experts, "all-linear": _all_linear}
 )
-"""Maps each preset to a function that finds its modules."""

@@ -38,17 +38,12 @@ PROCESSOR_PROBE = (
     Turn("user", "Which shape has it?"),
     Turn("assistant", "It is a square."),
 )
-SYSTEM_PROBE = Turn("system", "Look at its edges too.")
 FORMS: tuple[frozenset[Role], ...] = (frozenset({"user", "assistant"}), frozenset(), frozenset({"user"}))
 """Roles whose messages without pictures are lists of parts; tried in this order."""
-TEXT_FORMS = (FORMS[1], FORMS[0], FORMS[2])
-"""A language model's template is tried in this order."""
 MEDIA = re.compile(f"({IMAGE_PLACEHOLDER}|{VIDEO_MARK})")
-NO_MEDIA = re.compile(r"((?!))")
 
 
 _THOUGHT = re.compile(rf"\s*{THINK}(.*?){END_THINK}\n*(.*)", re.DOTALL)
-THOUGHT_PROBE = replace(PROCESSOR_PROBE[1], text=f"{THINK}\nIt shines.\n{END_THINK}\n\n{PROCESSOR_PROBE[1].text}")
 _SWITCH = re.compile(r"(?<![.\w'\"])(?:enable_thinking|thinking)\b")
 """Finds the variable by which a template is asked for thoughts; a message's field of that name does not match."""
 
@@ -83,7 +78,7 @@ class ProcessorChat(Prompts):
         self._processor = processor
         self._name = name
         self._pieces = isinstance(processor, PieceProcessor)
-        self._media = NO_MEDIA if self._pieces else MEDIA
+        self._media = re.compile(r"((?!))") if self._pieces else MEDIA
         self._template = processor.chat_template or processor.tokenizer.chat_template
         if not self._template:
             raise UserError(
@@ -123,27 +118,28 @@ class ProcessorChat(Prompts):
 
     def _choose_thinking(self, thinking: bool | None) -> None:
         """Finds the template's switch for thoughts, and the form in which it takes an answer's thoughts."""
-        question = PROCESSOR_PROBE[:1]
+        question, answer = PROCESSOR_PROBE[:2]
+        thought = replace(answer, text=f"{THINK}\nIt shines.\n{END_THINK}\n\n{answer.text}")
         for name in dict.fromkeys(_SWITCH.findall(self._template)) if thinking is not None else ():
-            texts = {self._apply(question, generation_prompt=True, **{name: on}) for on in (True, False)}
+            texts = {self._apply([question], generation_prompt=True, **{name: on}) for on in (True, False)}
             if len(texts) == 2:
                 self.thinking, self._switch = thinking, {name: bool(thinking)}
         for self._thoughts in ("fields", "part", ""):
-            if self._why_not((*question, THOUGHT_PROBE), messages_alone=True) is None:
+            if self._why_not((question, thought), messages_alone=True) is None:
                 break
 
     def _find_ends(self, question: Turn, answer: Turn) -> str:
         """Finds what opens and closes an answer; returns the text that trains this one."""
-        asked, given = self._asked([question]), self._apply([question, answer], generation_prompt=False)
-        self._added = asked[shared_beginning(asked, given) :]
-        self._ending = given[given.rfind(answer.text) + len(answer.text) :]
+        prompt, whole = self._prompt([question]), self._apply([question, answer], generation_prompt=False)
+        self._added = prompt[shared_beginning(prompt, whole) :]
+        self._ending = whole[whole.rfind(answer.text) + len(answer.text) :]
         closing = [match.end() for match in self._special.finditer(self._ending)]
         self._closing, self._rest = str(self._processor.tokenizer.eos_token or ""), ""
         if closing:
             self._closing, self._rest = self._ending[: closing[-1]], self._ending[closing[-1] :]
         if not self._closing:
             raise ValueError("the chat template closes an answer with no special token")
-        text, start, _ = self._answered([question, answer])
+        text, start, _ = self._with_answer([question, answer])
         self._opening = self._special.sub("", text[start : text.rfind(answer.text)]).strip()
         return text
 
@@ -166,7 +162,7 @@ class ProcessorChat(Prompts):
         none in either form refuses the samples that have one.
         """
         reasons: list[str] = []
-        for form in TEXT_FORMS if self._pieces else FORMS:
+        for form in (FORMS[1], FORMS[0], FORMS[2]) if self._pieces else FORMS:
             self._in_parts = form
             if (reason := self._why_not(PROCESSOR_PROBE[:2], messages_alone=True)) is None:
                 break
@@ -178,9 +174,10 @@ class ProcessorChat(Prompts):
         talk = self._in_parts
         with_system: frozenset[Role] = frozenset((*talk, "system"))
         forms = (with_system, talk) if talk else (talk, with_system)
+        system = Turn("system", "Look at its edges too.")
         for form in forms:
             self._in_parts = form
-            if self._why_not((SYSTEM_PROBE, PROCESSOR_PROBE[0]), messages_alone=True) is None:
+            if self._why_not((system, PROCESSOR_PROBE[0]), messages_alone=True) is None:
                 return
         self._in_parts = forms[0]
 
@@ -194,10 +191,10 @@ class ProcessorChat(Prompts):
         else:
             refuse_special(turns, self._not_in_words)
         if generation_prompt:
-            return self._chat(self._asked(turns), (), ())
+            return self._chat(self._prompt(turns), (), ())
         texts: dict[str, dict[int, Span]] = {}
         for number in reversed(range(len(talk) // 2)):
-            text, start, end = self._answered(turns[: len(turns) - len(talk) + 2 * number + 2])
+            text, start, end = self._with_answer(turns[: len(turns) - len(talk) + 2 * number + 2])
             longer = next((longer for longer in texts if longer.startswith(text[:end])), text)
             texts[longer] = {number: (start, end), **texts.get(longer, {})}
         last, *others = (self._chat(text, [*spans.values()], [*spans]) for text, spans in texts.items())
@@ -248,37 +245,37 @@ class ProcessorChat(Prompts):
                 parts.append({"type": "text", "text": piece})
         return {**message, "content": parts}
 
-    def _asked(self, turns: Sequence[Turn]) -> str:
+    def _prompt(self, turns: Sequence[Turn]) -> str:
         """Returns the text up to where the next answer begins."""
         text = self._apply(turns, generation_prompt=True)
         self._check_nothing_lost(turns, text)
         return text
 
-    def _answered(self, turns: Sequence[Turn]) -> tuple[str, int, int]:
+    def _with_answer(self, turns: Sequence[Turn]) -> tuple[str, int, int]:
         """Returns a text that ends with the last answer as it is asked for, and the answer's span."""
-        asked, given = self._asked(turns[:-1]), self._apply(turns, generation_prompt=False)
+        prompt, whole = self._prompt(turns[:-1]), self._apply(turns, generation_prompt=False)
         thought, answer = self.thought_and_answer(turns[-1].text)
         if thought and self.thinking is False:
             raise ValueError("it has thoughts, and the samples that were looked at have none; put one of it first")
-        if not given.endswith(self._ending):
+        if not whole.endswith(self._ending):
             raise ValueError("the chat template closes this answer otherwise than others")
-        given = given.removesuffix(self._ending)
-        opened, before = asked.rstrip().endswith(THINK), asked
-        if not given.startswith(asked):
-            before = asked.rstrip().removesuffix(THINK) if opened else asked.removesuffix(self._added)
+        whole = whole.removesuffix(self._ending)
+        opened, before = prompt.rstrip().endswith(THINK), prompt
+        if not whole.startswith(prompt):
+            before = prompt.rstrip().removesuffix(THINK) if opened else prompt.removesuffix(self._added)
             is_known = opened or not self._added.strip() or self.thinking is False
-            if before == asked or not given.startswith(before) or not is_known:
+            if before == prompt or not whole.startswith(before) or not is_known:
                 raise ValueError("the chat template opens an answer otherwise when asked for it than when given it")
-        written = given[len(before) :]
-        if before != asked:
+        written = whole[len(before) :]
+        if before != prompt:
             written = written.lstrip().removeprefix(THINK if opened else "").lstrip()
         if thought not in written or (opened and END_THINK not in written):
             rest = written.lstrip().removeprefix(END_THINK).lstrip()
             written = ("" if opened else f"{THINK}\n") + f"{thought}\n{END_THINK}\n\n{rest}"
         if answer.strip() not in written or thought not in written:
             raise ValueError(f"the chat template leaves out or changes the text of turn {len(turns) - 1}")
-        text = asked + written + self._closing
-        return text + self._rest, len(asked), len(text)
+        text = prompt + written + self._closing
+        return text + self._rest, len(prompt), len(text)
 
     def _check_nothing_lost(self, turns: Sequence[Turn], whole: str) -> None:
         contents = [self._message(turn)["content"] for turn in turns]

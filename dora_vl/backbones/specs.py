@@ -69,8 +69,8 @@ class ComposeSpec:
     image_std: tuple[float, float, float] | None = None
     """Colour deviation, 0 to 1; None takes the tower's published value."""
     standardise: str | None = None
-    """Folder of this tower's features (`data_prep.features`): the projector begins as if each number had mean 0 and
-    spread 1."""
+    """Folder of this tower's features (`data_prep.features`): the projector starts out normalised to their mean and
+    spread."""
     projector_seed: int = 0
     """Seed of the projector's initial weights, and of a small Llama's."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -112,7 +112,7 @@ class SmallLanguageModel:
     """Files in any format that training reads; the vocabulary is made from their texts."""
     words: tuple[str, ...] = ()
     """More texts for the vocabulary, such as the words that the task writes around a question; otherwise they are
-    spelled     letter by letter."""
+    spelled letter by letter."""
     vocabulary: int = 1000
     """Most tokens before the added ones."""
     width: int = 256
@@ -150,8 +150,7 @@ class VlBartSpec:
     dropout: float = 0.1
     """All of BART's dropouts; the published runs set all three to this."""
     standardise: str | None = None
-    """Folder of features: the fresh visual embedding begins as if each of their numbers had mean 0 and spread 1.
-    Deep features of simple pictures have much in common, which a randomly initialised model has
-    to learn to look past."""
+    """Folder of features whose mean and spread the fresh visual embedding starts out normalised to. Features of simple
+    pictures are much alike, and a random embedding would first have to learn to look past that."""
     seed: int = 9595
     """Seed of the visual embedding and the new tokens' rows."""

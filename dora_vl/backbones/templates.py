@@ -26,7 +26,7 @@ from dora_vl.limited_process import ENDED, Budget, Failed, LimitedProcess, Part
 
 Span = tuple[int, int]
 
-VIDEO_MARK = "\ufdd1"  # as BREAK; stands where a video goes, since `<video>` is also what HTML's text holds
+VIDEO_MARK = "\ufdd1"  # marks a video like BREAK, since `<video>` may be HTML in a text
 BREAK = "\ufdd0"  # a Unicode noncharacter: no text may hold it, so it can mark one that must not become a token
 PROBE = (Turn("user", f"{IMAGE_PLACEHOLDER}\nWhich colour is it?"), Turn("assistant", "It is purple."))
 

@@ -30,7 +30,6 @@ class GridTowerConfig(PreTrainedConfig):
     layer: int = -1
     """Hidden state to take, counted from the end; -1 is the last one, after the network's final norm."""
     grid_pool: int | None = None
-    """Side of the grid after average pooling; None keeps the network's own grid."""
     layout: Layout = "NCHW"
     prefix_tokens: int = 0
     """Class and register tokens in front of the grid, which are dropped (`NLC` only)."""

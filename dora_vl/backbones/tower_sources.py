@@ -152,7 +152,7 @@ def load_open_clip(spec: TowerSpec) -> tuple[nn.Module, GridTowerConfig]:
     size = spec.image_size or config["vision_cfg"].get("image_size", 224)
     options = {
         "embed_dim": config["embed_dim"],
-        # Rebuilt later from these options: nothing in them may fetch weights again.
+        # The tower is rebuilt from these options later, which must not download weights again.
         "vision_cfg": {**config["vision_cfg"], "image_size": size, "timm_model_pretrained": False},
         "quick_gelu": any(isinstance(module, QuickGELU) for module in model.visual.modules()),
     }
@@ -200,7 +200,7 @@ def load_from_file(network: nn.Module, spec: TowerSpec) -> None:
         state = dict(zip(target, state.values(), strict=True))
     try:
         network.load_state_dict(dict(state), strict=True)
-    except RuntimeError as error:  # which names what is missing, unexpected or of another shape
+    except RuntimeError as error:  # it names what is missing, unexpected or has another shape
         raise UserError(
             f"{one_line(f'{source} does not fit: {error}', 400)}; where the tensors stand in the same order under "
             "other names, set vision_weights_in_order"

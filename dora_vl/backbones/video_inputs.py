@@ -22,8 +22,6 @@ from dora_vl.data.video import Frames
 Video: TypeAlias = Frames[Image.Image]
 """RGB frames of one video, as `VideoReader.read` returns them."""
 
-DRIFT_SECONDS = 0.01
-"""A file whose frames are farther than this from where its mean rate puts them is timed by a clock instead."""
 CLOCK_RATE = 1000
 ONE_LENGTH = "pixel_values_videos"
 """Input of families whose videos all have one length: `[videos, frames, channels, height, width]`."""
@@ -38,8 +36,9 @@ def metadata(video: Video) -> VideoMetadata:
     """
     rate = video.count / video.duration if video.duration > 0 else 0.0
     indices = list(video.indices)  # a fresh list each time: processors lengthen it in place
+    # Frames farther than 0.01 s from where the mean rate puts them are timed by a clock.
     steady = rate > 0 and all(
-        abs(index / rate - seconds) < DRIFT_SECONDS for index, seconds in zip(indices, video.seconds, strict=True)
+        abs(index / rate - seconds) < 0.01 for index, seconds in zip(indices, video.seconds, strict=True)
     )
     if not steady:
         rate, indices = CLOCK_RATE, [round(seconds * CLOCK_RATE) for seconds in video.seconds]
@@ -149,8 +148,6 @@ def displaced_inputs(
     Args:
         processor: its own picture and video processors make the inputs.
         outputs: what it returned for the whole sample.
-        pictures: pictures in order.
-        videos: videos in order.
 
     Returns: the inputs by that name, `[1, tiles and frames, ...]`; empty where none was displaced.
     """

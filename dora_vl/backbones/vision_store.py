@@ -39,16 +39,14 @@ class Stored:
 
     tokens: int
     width: int
-    """Numbers of each token."""
     frames: int
-    """Frames of equally many tokens; where nothing states them, each token is a frame."""
+    """Number of frames, all of equally many tokens; without a statement each token is a frame."""
 
 
 class FeatureStore:
     """Reads stored features by the name of their picture or video; worker processes may have it.
 
     Args:
-        folder: the folder that holds them.
         rows: maps each name to where its features are, in the format's own terms.
     """
 
@@ -127,7 +125,6 @@ class FeatureRow:
     """Features of one picture or video and what they were made from.
 
     Attributes:
-        name: name of the picture or video.
         features: any shape; the last axis is the width.
         backend: the library that decoded it.
         indices: frames by their place in the video; empty for a picture.
@@ -171,16 +168,13 @@ class FeatureWriter:
         self._shards.flush()
 
 
-CACHE_BYTES = 256 * 2**20
-
-
 class ParquetFeatures(FeatureStore):
     """Reads VL-Adapter's re-hosted shards: Parquet with columns `id` and `features`, nested lists of fixed sizes.
 
     The row groups read last stay in memory, up to `cache_bytes`.
     """
 
-    def __init__(self, folder: Path, *, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, folder: Path, *, cache_bytes: int = 256 * 2**20) -> None:
         self._cache_bytes = cache_bytes
         self._groups: OrderedDict[tuple[Path, int], np.ndarray] = OrderedDict()
         rows: dict[str, tuple[Path, int, int, Stored]] = {}
@@ -372,7 +366,7 @@ def _frames(example: Example, reader: FeatureReader, tokens: Sequence[int]) -> l
     try:
         frames = []
         for path, count in zip(feature_paths(example), tokens, strict=True):
-            # Asked only where frames count: a file of its own is looked into again.
+            # Only where frames count, since files of their own are opened again.
             frames.append(reader.stored(path).frames if count > reader.tokens else 1)
             pooled_frames(count, reader.tokens, frames=frames[-1])
     except UserError as error:

@@ -31,7 +31,6 @@ from dora_vl.errors import UserError
 from dora_vl.heads.answer import AnswerHead
 
 VisualNorm = Literal["each", "sum", "none"]
-PUBLISHED_DROPOUT = 0.1
 
 
 class VlBartConfig(BartConfig):
@@ -64,7 +63,7 @@ class VlBartConfig(BartConfig):
         **bart: Any,
     ) -> None:
         for name in ("dropout", "attention_dropout", "activation_dropout"):
-            bart.setdefault(name, PUBLISHED_DROPOUT)
+            bart.setdefault(name, 0.1)
         super().__init__(**bart)
         self.feature_width = feature_width
         self.pooled_side = pooled_side
@@ -73,9 +72,6 @@ class VlBartConfig(BartConfig):
         self.max_images = max_images
         self.frame_side = frame_side
         self.closed_answers: Mapping[str, Sequence[str]] = dict(closed_answers or {})
-
-
-BOX_NUMBERS = 5  # x1, x2, y1, y2 and the area
 
 
 class VisualEmbedding(nn.Module):
@@ -89,7 +85,7 @@ class VisualEmbedding(nn.Module):
         super().__init__()
         width = int(config.d_model or 0)
         feature: list[Any] = [nn.Linear(config.feature_width, width)]
-        position: list[Any] = [nn.Linear(BOX_NUMBERS, width)]
+        position: list[Any] = [nn.Linear(5, width)]  # x1, x2, y1, y2 and the area
         if config.visual_norm == "each":
             feature.append(nn.LayerNorm(width))
             position.append(nn.LayerNorm(width))
@@ -220,7 +216,7 @@ class VlBartModel(BartModel):
     _tied_weights_keys = {**BartModel._tied_weights_keys, f"encoder.{ORDER_ROWS}": "shared.weight"}  # noqa: RUF012 (the library's own form)
 
     def __init__(self, config: VlBartConfig) -> None:
-        # Not BartModel's: its post_init would resolve the tied rows before the encoder has them.
+        # BartModel's own __init__ would resolve the tied rows before the encoder has them.
         BartPreTrainedModel.__init__(self, config)
         width = int(config.d_model or 0)
         scale = math.sqrt(width) if config.scale_embedding else 1.0

@@ -26,12 +26,12 @@ from dora_vl.backbones.vlbart import (
     KEPT_ROWS,
     VlBartBackbone,
     also_trained,
+    compose_vlbart,
     load_vlbart,
     set_answer_heads,
     vlbart_config,
     vlbart_skeleton,
 )
-from dora_vl.backbones.vlbart_compose import compose_vlbart
 from dora_vl.backbones.vlbart_model import VlBartForConditionalGeneration
 from dora_vl.core import DoRAConfig
 from dora_vl.data.example import ExampleFile

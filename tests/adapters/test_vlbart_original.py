@@ -17,8 +17,7 @@ from dora_vl.adapters.exports import original_dictionary
 from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.adapters.read import ReadOptions, read_any
 from dora_vl.backbones.specs import SmallLanguageModel, VlBartSpec
-from dora_vl.backbones.vlbart import VlBartBackbone, load_vlbart
-from dora_vl.backbones.vlbart_compose import compose_vlbart
+from dora_vl.backbones.vlbart import VlBartBackbone, compose_vlbart, load_vlbart
 from dora_vl.cli import main
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.errors import UserError

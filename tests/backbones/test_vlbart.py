@@ -15,8 +15,17 @@ from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.backbones.pieces import Seq2SeqEncoder
 from dora_vl.backbones.specs import SmallLanguageModel, VlBartSpec
 from dora_vl.backbones.tower_sources import measured, small_tokenizer
-from dora_vl.backbones.vlbart import DORA_TARGETS, KEPT_ROWS, VlBartBackbone, also_trained, load_vlbart
-from dora_vl.backbones.vlbart_compose import add_picture_tokens, as_original, compose_vlbart, load_original
+from dora_vl.backbones.vlbart import (
+    DORA_TARGETS,
+    KEPT_ROWS,
+    VlBartBackbone,
+    add_picture_tokens,
+    also_trained,
+    as_original,
+    compose_vlbart,
+    load_original,
+    load_vlbart,
+)
 from dora_vl.backbones.vlbart_model import grid_boxes, pool_grid, strip_boxes
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
 from dora_vl.data.example import Answer, Example, write_examples
