@@ -175,14 +175,11 @@ def real_step(ids: Tensor, **changes: Any) -> tuple[int, int]:
 
 @pytest.mark.parametrize("mode", ["low_rank", "whole_change"])
 def test_the_imagined_step_has_the_dropout_of_the_real_one(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU keeps of dropout on the low-rank path a seed alone: what a step without dropout keeps."""
     monkeypatch.setattr(cpu_step, "SMALLEST", 2**60)
     ids = torch.randint(64, (4, 48))
     loss = SquaredLogits("meta", dropout=0.05, dropout_mode=mode).train()
     imagined = imagine_step(loss, loss.model.lm_head, {"input_ids": ids})
     flop, kept = real_step(ids, dropout=0.05, dropout_mode=mode)
-    if mode == "low_rank":
-        kept = real_step(ids, dropout=0.0)[1]
     assert imagined.flop == flop
     assert abs(imagined.kept + imagined.logits - kept) < 0.001 * kept
 
