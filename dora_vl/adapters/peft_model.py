@@ -2,7 +2,7 @@
 
 PEFT's DoRA builds the whole B A at every forward pass, and takes a second frozen product while dropout is on. Here
 each of its linear layers gets this core's arithmetic: the norm once per optimizer step from the factors, one frozen
-product, and a backward pass that keeps x, A x and y alone. The parameters are PEFT's objects, so the optimizer, the
+product, and a backward pass that keeps x, A x and W x alone. The parameters are PEFT's objects, so the optimizer, the
 state dictionary, `save_pretrained`, `merge_and_unload` and `set_adapter` go on as before.
 
 One thing differs, in training with dropout only: PEFT drops elements of the input of the *whole change*
