@@ -2,8 +2,8 @@
 
     python -m benchmarks.vllm_dora --vllm-python vllm/bin/python --json benchmarks/results.jsonl
 
-`language`: a batch mixes requests for the base, two DoRA adapters and a LoRA of a language model with biases: with a
-slot for each adapter, with one for all, and over two ranks. `llava`: a LLaVA with a projector that was trained too, as
+`language`: a batch mixes requests for the base, two DoRA adapters and a LoRA of a language model with biases, with a
+slot for each adapter and with one for all. `llava`: a LLaVA with a projector that was trained too, as
 `dora-vl export --for vllm` writes it, asked about pictures. Every token must be PEFT's; how many answers would differ
 without the magnitudes, and without the adapter, stands beside it. vLLM lives in an environment of its own, with dora_vl
 for its plugin (docs/export.md); this module runs there too, with `--answer JOB`.
@@ -120,7 +120,7 @@ def agrees(case: Mapping[str, Any]) -> bool:
 
 
 def language_case(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """A language model's three adapters, with a slot each, with one for all, and with its layers over two ranks."""
+    """A language model's three adapters, with a slot for each and with one for all."""
     base = write_model(AutoModelForCausalLM, llama_config(vocab_size=320), folder / "base")
     adapters = {
         name: write_adapter(AutoModelForCausalLM, base, folder / name, seed=10 + seed, **config)
@@ -130,10 +130,10 @@ def language_case(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     expected = by_peft(AutoModelForCausalLM, base, adapters, inputs, options.tokens)
     prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
     figures = {}
-    for slots, ranks in ((len(adapters), 1), (1, 1), (len(adapters), 2)):
-        engine = {"skip_tokenizer_init": True, "max_loras": slots, "tensor_parallel_size": ranks}
-        title = f"language, {slots} slots, {ranks} ranks"
-        figures[title] = compared(title, by_vllm(base, adapters, prompts, options, **engine), expected)
+    for slots in (len(adapters), 1):
+        title = f"language, slots: {slots}"
+        answers = by_vllm(base, adapters, prompts, options, skip_tokenizer_init=True, max_loras=slots)
+        figures[title] = compared(title, answers, expected)
     return figures
 
 
