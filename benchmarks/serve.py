@@ -53,7 +53,7 @@ from dora_vl.serving.server import Server, build_app
 NAMES = ("a", "b", "c", "d")
 PARTS = ("step", "load", "joining")
 LONG, LENGTHS, CLIENTS, QUESTIONS = 128, (8, 16, 32, 64), 6, 4
-"""Joining takes these: tokens of the long answer, of the others; clients, and the questions of each."""
+"""Joining is measured with answers of these many tokens, so many clients, and so many questions of each."""
 QUESTION = "What is the colour of the shape, and what stands beside it?"
 
 

@@ -455,7 +455,7 @@ class ExportedGguf:
 
 
 def refuse_gguf_target(target: Path) -> None:
-    """Refuses a target that exists and is no earlier export."""
+    """Raises a `UserError` where something is there already that is no earlier export."""
     refuse_to_replace(target, (MODEL_FILE, VISION_FILE, *CERTIFICATES))
 
 

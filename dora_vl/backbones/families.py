@@ -119,7 +119,7 @@ def model_type_of(base: str, revision: str | None = None) -> str:
 
 
 def config_of(base: str, revision: str | None = None) -> Any:
-    """Reads the config of a folder or hub id."""
+    """The config of a folder or hub id."""
     with opening(f"model.base {base!r} cannot be opened as its config.json says"):
         config = AutoConfig.from_pretrained(base, revision=revision or "main", **NO_OWN_CODE)
     if config.model_type == LLAVA:
