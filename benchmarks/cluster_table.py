@@ -3,7 +3,7 @@
     python -m benchmarks.cluster_table
     python -m benchmarks.cluster_table --into docs/cluster.md
 
-The figures are estimates of `dora-vl estimate`; no weight is read. It takes a minute on one core.
+Nothing is measured and no weight is read; it takes seconds.
 """
 
 from __future__ import annotations
