@@ -47,5 +47,5 @@ class GridTowerConfig(PreTrainedConfig):
 
     @property
     def patch_size(self) -> int:
-        """Returns pixels per grid token along a side, rounded down; transformers' processor counts tokens with it."""
+        """Pixels per grid token along a side, rounded down; transformers' processor counts tokens with it."""
         return self.image_size // (self.grid_pool or self.grid_side)
