@@ -4,7 +4,7 @@ A row is made of trees of segments. A token sees its own segment up to itself an
 position is that of its own path. A sample is the path from a root to a leaf: alone it is a tree of one segment, several
 stand in a row side by side (packing), questions about the same pictures are branches behind them, and the choices of a
 question are branches behind it. `grow` finds what samples share, `plan` fills rows up to a number of tokens, `Row` says
-who sees whom; `backbones.rows` has a model follow it.
+who sees whom; `backbones.packed_attention` has a model follow it.
 """
 
 from __future__ import annotations

@@ -144,14 +144,14 @@ def read_questions(
     examples: list[Example] = []
     unreadable: dict[str, str] = {}
     seen: dict[str, int] = {}
-    for number, (line, record) in enumerate(islice(numbered, limit)):
+    for number, (row, record) in enumerate(islice(numbered, limit)):
         if not isinstance(record, Mapping):
-            raise UserError(f"{path}, line {line}: a record must be an object, found {type(record).__name__}")
+            raise UserError(f"{path}, row {row}: a record must be an object, found {type(record).__name__}")
         name = id_of(record, number, columns)
-        first = seen.setdefault(name, line)
+        first = seen.setdefault(name, row)
         if len(seen) <= number:
             raise UserError(
-                f"{path}: two questions have the id {shown(name)}, in lines {first} and {line}; ids keep their answers "
+                f"{path}: two questions have the id {shown(name)}, in rows {first} and {row}; ids keep their answers "
                 "apart"
             )
         try:
@@ -179,17 +179,17 @@ def read_question_file(path: Path) -> list[Example]:
     An id that several questions have (TextVQA's and MME's are the picture's) gets `#1`, `#2`, ... in the file's order.
     """
     rows: list[tuple[str, Mapping[str, object]]] = []
-    lines: dict[tuple[str, str], int] = {}
-    for line, record in stream_values(path, "questions; give LLaVA's JSON lines"):
-        where = f"{path}, line {line}"
+    numbers: dict[tuple[str, str], int] = {}
+    for number, record in stream_values(path, "questions; give LLaVA's JSON lines"):
+        where = f"{path}, row {number}"
         fields = record if isinstance(record, Mapping) else {}
         name, text, image = fields.get("question_id"), fields.get("text"), fields.get("image")
         if not is_id(name) or name == "" or not isinstance(text, str) or not isinstance(image, str | None):
             needed = "question_id as text or a whole number, text and perhaps image as text"
             raise UserError(f"{where}: a question has {needed}; found {shown(record)}")
-        if (first := lines.setdefault((str(name), text), line)) != line:
+        if (first := numbers.setdefault((str(name), text), number)) != number:
             raise UserError(
-                f"{path}: id {shown(name)} in lines {first} and {line} with one text; ids keep answers apart"
+                f"{path}: id {shown(name)} in rows {first} and {number} with one text; ids keep answers apart"
             )
         rows.append((str(name), fields))
     if not rows:

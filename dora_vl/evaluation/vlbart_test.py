@@ -12,15 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from dora_vl.backbones.pieces import Seq2SeqEncoder
 from dora_vl.backbones.vision_store import FeatureReader
 from dora_vl.backbones.vlbart import VlBartBackbone
 from dora_vl.data.example import Example, ExampleFile
 from dora_vl.errors import BadSample, UserError, shown_names
 from dora_vl.evaluation.ask import Asker, Decoding, media_reader
-from dora_vl.evaluation.questions import has_truth, media_of
+from dora_vl.evaluation.questions import has_truth
 from dora_vl.evaluation.scores.benchmark import check_choices
 from dora_vl.evaluation.scores.caption import clip_of
 from dora_vl.evaluation.test import adapter_settings, evaluate_and_draw, watch_questions
@@ -111,11 +109,6 @@ def watch_subtasks(
         parts.append((model, examples, Decoding(batch_size=max(1, len(examples)), task=subtask.name)))
     media = None if image_folder is None else media_reader(Path(image_folder), frames=1)
     return watch_questions(parts, media, source=source)
-
-
-def picture_of(example: Example, root: Path) -> Callable[[], Image.Image] | None:
-    """What opens an example's pictures, or frames of its video, as one; None: it shows nothing."""
-    return partial(media_reader(root, frames=1).picture, example) if media_of(example) else None
 
 
 def assistant_of(

@@ -21,11 +21,11 @@ import numpy as np
 
 from dora_vl.errors import Diverged, UserError, aligned, one_line
 from dora_vl.evaluation.pictures import new_figure, plain_axes, save_png
-from dora_vl.evaluation.results import SCORES, read_results
+from dora_vl.evaluation.results import read_results
 from dora_vl.evaluation.scores.scored import Scored
 from dora_vl.files import read_json, whole_file, whole_folder, write_json
 from dora_vl.report.contrasts import LEAST_SEEDS, Contenders, Estimate, Measure
-from dora_vl.run.folder import ADAPTER, LOSS_LOG, METRICS, SETTINGS, read_log
+from dora_vl.run.folder import ADAPTER, LOSS_LOG, METRICS, SETTINGS, is_tested, read_log
 from dora_vl.run.settings import foreign_fields, settings_of
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,8 @@ class CellRun:
     @property
     def is_done(self) -> bool:
         """Whether its result is there, or the reason why there is none."""
-        return (self.folder / (SCORES if self.is_tested else METRICS)).is_file() or (self.folder / FAILED).is_file()
+        is_there = is_tested(self.folder) if self.is_tested else (self.folder / METRICS).is_file()
+        return is_there or (self.folder / FAILED).is_file()
 
     @property
     def loss(self) -> float:

@@ -196,15 +196,13 @@ SHAPES: Mapping[str, dict[str, Any]] = json.loads(Path(__file__).with_name("shap
 
 def with_shape(config: Any, shape: str | None, folder: Path) -> Any:
     """The settings over a folder with a published model's config; as they are where no shape is named."""
-    written_here = {field.name for field in dataclasses.fields(config.model)} & {"compose", "source"}
     if shape is None:
-        if "compose" in written_here and config.model.compose is not None and not Path(config.model.base).exists():
+        if config.model.compose is not None and not Path(config.model.base).exists():
             named = " or ".join(SHAPES)
             raise UserError(f"model.base {config.model.base} is not composed yet; name its sizes by --shape: {named}")
         return config
     if shape not in SHAPES:
         raise UserError(f"--shape {shape} is not known; there are {', '.join(SHAPES)}")
     (folder / "config.json").write_text(json.dumps(SHAPES[shape]), encoding="utf-8")
-    changed: dict[str, Any] = {"base": str(folder), "revision": None}
-    changed |= dict.fromkeys(written_here)
+    changed: dict[str, Any] = {"base": str(folder), "revision": None, "compose": None, "source": None}
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **changed))
