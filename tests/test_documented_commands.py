@@ -40,7 +40,12 @@ OTHER_PACKAGES = {"tensorboard", "trackio", "wandb"}
 USERS_FILE = re.compile(r"(?!configs/)[\w./\-]+\.yaml|[A-Z]+")
 """A recipe that the reader has: a file, and none of the shipped ones; or a word in capitals that stands for one."""
 FENCE = re.compile(r"^( *)```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^\1```", re.MULTILINE | re.DOTALL)
-TASKS: Mapping[str, Task] = {"llava_instruct": "llava", "commonsense": "commonsense", "vlbart": "vlbart"}
+TASKS: Mapping[str, Task] = {
+    "llava_instruct": "llava",
+    "commonsense": "commonsense",
+    "vlbart_image": "vlbart",
+    "vlbart_video": "vlbart",
+}
 """A script of tasks/ that trains -> its task where no settings name one."""
 STAND_INS: Mapping[Task, tuple[str, ...]] = {
     **dict.fromkeys(FIELDS, ("--model.base", "BASE", "--data.train", "FILE")),

@@ -145,7 +145,7 @@ def left_behind(results: Sequence[Path]) -> str:
                 if not len(ids) == len(set(ids)) == entry["written"]:
                     return f"{path.name}: {len(ids)} records of {len(set(ids))} ids, {entry['written']} in the manifest"
             elif path.suffix == ".jsonl":
-                for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n"):
+                for line in filter(None, path.read_text(encoding="utf-8").split("\n")):
                     json.loads(line)
         except (UserError, ValueError, KeyError, RecursionError) as error:
             return f"{path.name} cannot be read back: {str(error)[:200]}"

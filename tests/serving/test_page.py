@@ -140,7 +140,7 @@ def test_examples_are_questions_of_the_runs_test(tmp_path: Path, monkeypatch: py
         str(number): Prediction(id=str(number), question=question, images=[image], kind=kind)
         for number, (question, image, kind) in enumerate(questions)
     }
-    monkeypatch.setattr(page_parts, "read_predictions", lambda path: predictions)
+    monkeypatch.setattr(page_parts, "read_predictions", lambda path: {"test": predictions})
     examples = page_parts.example_questions(tmp_path / "run" / "adapter")
     assert [example.question for example in examples] == ["Colour?", "Shape?", "Size?"]
     assert [example.question for example in page_parts.example_questions(tmp_path / "run" / "adapter", 1)] == [

@@ -21,7 +21,7 @@ from tests.backbones.tiny_image_text import write_tiny
 from tests.training.tiny_run import json_of, write_tiny_data, write_tiny_llava
 
 ROOT = Path(__file__).parents[2]
-TASKS = ("llava_instruct", "vlbart", "commonsense", "image_qa", "video_qa")
+TASKS = ("llava_instruct", "vlbart_image", "vlbart_video", "commonsense", "image_qa", "video_qa")
 MOST_TIMES_TORCH = 2.0
 """A limit in seconds fails on a busy machine."""
 LOADED = """
