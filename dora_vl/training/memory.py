@@ -98,21 +98,22 @@ class Activations:
     """Bytes that a model's text layers and its loss keep of a micro-batch between forward and backward.
 
     Attributes:
-        layer: bytes of a token in one layer; `vector`: of its hidden state; `factors`: of x A^T in all adapted layers.
+        layer: bytes of a token in one layer; `vector`: of its hidden state.
+        adapted: bytes of a token in all adapted layers together: x A^T, and W x where a magnitude scales it.
         scores: bytes of the vocabulary's scores at a labelled position; `chunk`: positions that have them together.
     """
 
     layers: int
     layer: int
     vector: int
-    factors: int
+    adapted: int
     scores: int
     chunk: int | None
 
     def of(self, *, tokens: int, labelled: int, recomputed: bool) -> int:
         """With recomputation a vector a layer, and one layer whole."""
-        whole = self.layers * self.layer + self.factors
-        kept = self.layers * self.vector + self.layer + self.factors // self.layers if recomputed else whole
+        whole = self.layers * self.layer + self.adapted
+        kept = self.layers * self.vector + self.layer + self.adapted // self.layers if recomputed else whole
         together = labelled if self.chunk is None else min(labelled, self.chunk)
         return tokens * kept + labelled * self.vector + together * self.scores
 
@@ -133,11 +134,15 @@ def activations_of(model: PreTrainedModel) -> Activations:
     heads = number(("num_attention_heads",), 1)
     keys = width * number(("num_key_value_heads",), heads) // heads
     inner = number(MLP_WIDTHS, 4 * width)
+    adapted = 0
+    for _, layer in adapted_layers(model):
+        adapted += FLOAT32_BYTES * layer.adapter.rank
+        adapted += 0 if layer.magnitude is None else size * layer.magnitude.numel()
     return Activations(
         layers=text.num_hidden_layers + (text.decoder_layers if text.is_encoder_decoder else 0),
         layer=4 * FLOAT32_BYTES * width + size * (4 * width + 2 * keys + 4 * inner),
         vector=size * width,
-        factors=FLOAT32_BYTES * sum(layer.adapter.rank for _, layer in adapted_layers(model)),
+        adapted=adapted,
         scores=BYTES_PER_SCORE * int(text.vocab_size),
         chunk=CHUNK if (head := head_of(model)) is not None and in_chunks(head) else None,
     )

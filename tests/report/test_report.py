@@ -17,7 +17,7 @@ from dora_vl.evaluation.open_model import ModelRequest, open_model
 from dora_vl.evaluation.results import read_results
 from dora_vl.evaluation.test import evaluate_commonsense
 from dora_vl.report.report import SECTIONS
-from dora_vl.run.settings import CommonsenseEvaluationConfig
+from dora_vl.run.settings import EvaluationConfig
 from tests.backbones.tiny_language import write_tiny_language
 from tests.report.conftest import HOSTILE
 
@@ -132,7 +132,7 @@ def test_a_cloze_run_shows_the_numbers_of_its_metrics(tmp_path: Path) -> None:
         ]
         write_examples(tmp_path / f"{task}.jsonl", examples)
     files = {task: str(tmp_path / f"{task}.jsonl") for task in ("boolq", "piqa")}
-    evaluation = CommonsenseEvaluationConfig(files=files, scoring=("cloze",))
+    evaluation = EvaluationConfig(files=files, scoring=("cloze",))
     evaluate_commonsense(model.backbone, model.prompts.encoder, evaluation, run_folder=run)
     entry = json.loads((run / "metrics.json").read_text())["sets"]["cloze"]
     assert 0 < entry["metrics"]["average"]["value"] < 100
