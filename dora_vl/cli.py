@@ -23,29 +23,39 @@ class Command:
     Its module is imported when the verb is used. It holds `DESCRIPTION` (what --help says),
     `add_arguments(parser)` and `run(arguments)`, which yields the lines to print as they are ready; `TAKES_SETTINGS`
     where a run's own settings may follow, which `run` finds as `arguments.settings`; `SETS_UP_LOGGING` where it does.
+
+    Attributes:
+        opens_bases: the verb reads a base's weights by transformers' classes, which composed towers must be known to.
     """
 
     module: str
     summary: str
+    opens_bases: bool = False
 
 
 COMMANDS = {
-    "analyze": Command("dora_vl.evaluation.analyze_command", "what training changed: magnitudes and directions"),
+    "analyze": Command(
+        "dora_vl.evaluation.analyze_command", "what training changed: magnitudes and directions", opens_bases=True
+    ),
     "ask": Command("dora_vl.evaluation.ask_command", "a model's answers about pictures or videos of your own"),
     "check-data": Command("dora_vl.data.check", "what is wrong with data files, before a run finds it"),
     "compare": Command("dora_vl.report.compare_command", "methods and ranks of one recipe, each at its best rate"),
     "completion": Command("dora_vl.cli", "a script with which a shell completes all of this"),
-    "convert": Command("dora_vl.adapters.convert_command", "adapters of other tools, in and out"),
+    "convert": Command("dora_vl.adapters.convert_command", "adapters of other tools, in and out", opens_bases=True),
     "demo": Command("dora_vl.serving.demo_command", "a web page: adapters and their base answer side by side"),
     "doctor": Command("dora_vl.start.doctor", "what this machine has for a run, and what is missing"),
     "estimate": Command("dora_vl.training.estimate_command", "memory, traffic and time of a run, before it starts"),
     "evaluate": Command("dora_vl.evaluation.commands", "official scores with intervals, of adapters and predictions"),
-    "export": Command("dora_vl.evaluation.export_command", "a trained model for vLLM, or as GGUF; checks it"),
+    "export": Command(
+        "dora_vl.evaluation.export_command", "a trained model for vLLM, or as GGUF; checks it", opens_bases=True
+    ),
     "init": Command("dora_vl.start.init", "your pictures and questions to the files of a first run"),
-    "merge": Command("dora_vl.evaluation.merge_command", "base + adapters as a plain model folder; checks it"),
+    "merge": Command(
+        "dora_vl.evaluation.merge_command", "base + adapters as a plain model folder; checks it", opens_bases=True
+    ),
     "prepare": Command("dora_vl.data.prepare", "a publisher's files to records"),
     "quickstart": Command("dora_vl.start.quickstart", "the demo: a small model fetched, trained, tested and merged"),
-    "report": Command("dora_vl.report.report", "a run, or several side by side, as one page"),
+    "report": Command("dora_vl.report.report", "a run, or several side by side, as one page", opens_bases=True),
     "serve": Command(
         "dora_vl.serving.serve_command", "a base and adapters, unmerged in one batch, for OpenAI's clients"
     ),
@@ -92,6 +102,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options, options.settings = parser.parse_known_args(rest)
     else:
         options = parser.parse_args(rest)
+    if COMMANDS[verb].opens_bases:
+        from dora_vl.backbones import register_towers
+
+        register_towers()
     for line in module.run(options):
         print(line, flush=True)
 
