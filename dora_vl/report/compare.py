@@ -65,7 +65,7 @@ class CellRun:
 
     @property
     def is_done(self) -> bool:
-        """Whether its result is there, or the reason why there is none."""
+        """True once its result is there, or the reason why there is none."""
         is_there = is_tested(self.folder) if self.is_tested else (self.folder / METRICS).is_file()
         return is_there or (self.folder / FAILED).is_file()
 

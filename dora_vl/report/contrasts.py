@@ -55,9 +55,13 @@ class Measure:
 
 
 def measures_of(results: Results) -> list[Measure]:
-    """The mean over all sets where they have one headline, then each set; different metrics are never mixed."""
+    """The mean over all sets where they have one headline, then each set; different metrics are never mixed.
+
+    Headlines that are means over tasks themselves are ways of scoring the same questions, and stay apart.
+    """
     alone = [Measure(name, scored.headline, (name,)) for name, scored in results.items()]
-    if len(alone) < 2 or len({measure.metric for measure in alone}) > 1:
+    metrics = {measure.metric for measure in alone}
+    if len(alone) < 2 or len(metrics) > 1 or metrics == {"average"}:
         return alone
     return [Measure("average", alone[0].metric, tuple(results)), *alone]
 

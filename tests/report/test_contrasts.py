@@ -135,6 +135,8 @@ def test_a_score_is_the_formula_of_its_scorer_and_the_mean_over_sets() -> None:
     average = tally.scored({"average": Mean(tuple(shares.values())), **shares})
     table = Contenders({"a": [{"generation": average}]})
     assert table.score(table.measures[0], "a").value == 50
+    twice = Contenders({"a": [{"generation": average, "likelihood": average}]})
+    assert [measure.name for measure in twice.measures] == ["generation", "likelihood"]
     captions = scored([3.1, 3.0, 3.2] * 10, metric="CIDEr")
     table = Contenders({"a": [{"coco": captions, "vqa": right}]})
     assert [(measure.name, measure.metric) for measure in table.measures] == [("coco", "CIDEr"), ("vqa", "accuracy")]
