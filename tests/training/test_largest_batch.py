@@ -220,7 +220,7 @@ def test_the_costliest_pool_gives_the_batch() -> None:
 
     pictures = [sample("a", 50, 2), sample("b", 70, 2), Skipped(3, "c", "broken"), sample("d", 60, 2)]
     words = [sample("e", 65, 60), sample("f", 65, 60)]
-    few = cost_of(Activations(layers=2, layer=272, vector=16, factors=0, scores=12, chunk=None), recomputed=False)
+    few = cost_of(Activations(layers=2, layer=272, vector=16, adapted=0, scores=12, chunk=None), recomputed=False)
     assert [item.id for item in largest([pictures, words], few, 2)] == ["b", "d"]
     many = cost_of(
         Activations(2, 272, 16, 0, scores=120_000, chunk=None), recomputed=False
