@@ -226,6 +226,7 @@ def refuse_to_replace(target: Path, written: Collection[str]) -> None:
         return
     if not target.is_dir():
         raise UserError(f"{target} is there already and is no folder; name another one, or move it away")
+    clear_leftovers(target)  # of a check that was being written
     foreign = sorted(path.name for path in target.iterdir() if path.name not in written or path.is_dir())
     if foreign:
         raise UserError(

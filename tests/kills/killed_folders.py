@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from dora_vl import cli
 from dora_vl.adapters.folder import save_adapter
+from dora_vl.adapters.merge import CHECK_FILE
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.data.example import Example
 from dora_vl.evaluation.predictions import Predictions
@@ -110,8 +111,12 @@ VERBS = {"merge": merge, "init": init, "compare": compared}
 
 
 def content(folder: Path) -> Files:
-    """Every file of a folder, empty where there is none; locks and logs of comparisons are no result."""
-    paths = (path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".lock", ".log"))
+    """Every file of a folder, empty where there is none.
+
+    Locks and logs of comparisons are no result, and a merge's check is written once the merged folder is whole.
+    """
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".lock", ".log"))
+    paths = (path for path in files if path.name != CHECK_FILE)
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
