@@ -71,7 +71,10 @@ class PredictionsFile(AbstractContextManager["PredictionsFile"]):
         return read_predictions(self._path).get(name, {})
 
     def _keep(self, name: str, settings: Mapping[str, object]) -> None:
-        everything, made_with = self._joined(), json_or_nothing(self._folder / MADE_WITH)
+        has_parts, everything = any(self._folder.glob(PART.format("*"))), self._joined()
+        made_with = json_or_nothing(self._folder / MADE_WITH)
+        if made_with.get(name) == settings and self._path.is_file() and not has_parts:
+            return
         if made_with.get(name) != settings and everything.pop(name, None) is not None:
             log.info("%s: answers to %s were made with other settings; it is asked anew", self._path, name)
         self._write(everything)  # before the settings change, so that the two never disagree

@@ -20,7 +20,7 @@ SHARED = 0.25
 in 93.5 to 97 of 100 cases, with 1 in 91.7 to 97.8. tests/report/test_contrasts.py asks for 92.5 to 97.5."""
 QUADRATURE = np.polynomial.legendre.leggauss(64)
 
-Results = Mapping[str, Scored]
+SetScores = Mapping[str, Scored]
 """The score of each test set by its name."""
 
 
@@ -54,7 +54,7 @@ class Measure:
         return self.metric in ("accuracy", "average")
 
 
-def measures_of(results: Results) -> list[Measure]:
+def measures_of(results: SetScores) -> list[Measure]:
     """The mean over all sets where they have one headline, then each set; different metrics are never mixed.
 
     Headlines that are means over tasks themselves are ways of scoring the same questions, and stay apart.
@@ -73,7 +73,7 @@ class Contenders:
         UserError: two runs were not asked the same items.
     """
 
-    def __init__(self, runs: Mapping[str, Sequence[Results]]) -> None:
+    def __init__(self, runs: Mapping[str, Sequence[SetScores]]) -> None:
         self.runs = runs
         first = next(iter(runs.values()))[0]
         self.measures = measures_of(first)
@@ -168,7 +168,7 @@ class SeedPart:
     runs: int
 
 
-def _aligned(of_set: str, results: Results, reference: Scored, name: str) -> Scored:
+def _aligned(of_set: str, results: SetScores, reference: Scored, name: str) -> Scored:
     """A run's score of a set with its items and units in the order of another's."""
     if of_set not in results or results[of_set].items.keys() != reference.items.keys():
         raise UserError(f"{name} was not asked the same items of {of_set} as the others; test all of them again")
