@@ -32,7 +32,7 @@ def conversation_of(example: Example, benchmark: Benchmark) -> dict[str, JSON]:
     if example.videos:
         raise BadSample(example.id, "it is about a video; LLaVA's training JSON holds pictures")
     turns = [{"from": SPEAKERS[turn.role], "value": turn.text} for turn in prompt_turns(example, benchmark.prompt)]
-    if benchmark.chooses and not example.turns:  # a whole talk is asked and answered as it stands
+    if benchmark.chooses and not example.turns:  # a whole conversation is asked and answered as it stands
         reply = right_letter(example)
     else:  # the last turn of a conversation, or the first answer to a question
         texts = [turn.text for turn in example.turns[-1:] if turn.role == "assistant"]

@@ -235,7 +235,7 @@ def examples_of(number: int, count: int, seed: int) -> tuple[Scene, list[Example
     return scene, sentences, questions
 
 
-def talk(rows: Sequence[Example], seed: int, prompt: Callable[[Example], str]) -> Example:
+def conversation(rows: Sequence[Example], seed: int, prompt: Callable[[Example], str]) -> Example:
     """Joins a scene's rows to one conversation, in an order drawn from the seed."""
     turns: list[Turn] = []
     for row in random.Random(seed).sample(rows, len(rows)):
@@ -261,10 +261,10 @@ def main() -> None:
         draw(scene).save(options.to / sentences[0].images[0])
         if number < options.scenes:
             parts["questions"] += questions
-            parts["question_talks"].append(talk(questions, number, lambda row: row.question))
+            parts["question_talks"].append(conversation(questions, number, lambda row: row.question))
             more = examples_of(number, 2 * options.questions, options.seed)[1]  # more about the same scene
             if others := [row for row in more if "tower" not in row.question][: options.questions]:
-                parts["sentence_talks"].append(talk(others, number, BENCHMARKS["nlvr"].prompt))
+                parts["sentence_talks"].append(conversation(others, number, BENCHMARKS["nlvr"].prompt))
         for row in sentences:
             part = "validation" if number >= options.scenes else "towers" if "tower" in row.question else "boxes"
             parts[part].append(row)

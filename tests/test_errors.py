@@ -247,9 +247,9 @@ def test_a_setting_is_named_by_its_key(person: Person, options: str, key: str) -
 def test_what_a_model_or_a_file_has_wrong_is_named(person: Person, options: str, name: str) -> None:
     person.write("other.csv", "file,colour\nred-0.png,red\n")
     person.write("empty.json", "[]")
-    talk = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    conversation = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     row = {"image": "red-0.png", "question": "Q?", "answer": "red"}
-    for file, rows in (("gone", (row, {**row, "image": "gone.png"})), ("mixed", (row, talk))):
+    for file, rows in (("gone", (row, {**row, "image": "gone.png"})), ("mixed", (row, conversation))):
         person.write(f"{file}.jsonl", "".join(json.dumps(entry) + "\n" for entry in rows))
     assert name in str(train(person, options).value)
 

@@ -15,13 +15,13 @@ from dora_vl.adapters.adapter import Factors, read_adapter
 from dora_vl.adapters.base_weights import replaced_by, shared_tensors
 from dora_vl.adapters.combine import combine_factors
 from dora_vl.adapters.folder import load_adapter
+from dora_vl.core.adapter_slots import ActiveAdapters, Axis, SlotChange, SlotLayer
 from dora_vl.core.config import DoRAConfig
 from dora_vl.core.inject import put_in_place
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.linear import DoRALinear, ProductLayer
 from dora_vl.core.other_layers import AdaptedExperts
 from dora_vl.core.quantised import QuantisedLinear
-from dora_vl.core.rows import ActiveAdapters, Place, RowChange, RowLayer
 from dora_vl.core.trainable import (
     TrainedList,
     adapted_layers,
@@ -229,13 +229,13 @@ class Layers:
 class ReadAdapter:
     """An adapter that is ready to be put into the model."""
 
-    layers: Mapping[str, RowChange | nn.Module]
+    layers: Mapping[str, SlotChange | nn.Module]
     """What replaces each changed layer, by full name."""
     alone: bool
     """The adapter changes the vision part, so pictures of a batch must all be its own."""
 
 
-class RowAdapters:
+class AdapterSlots:
     """The adapters of one model by name; each row of a batch uses one of them, or none for the base.
 
     They are loaded and dropped while the model runs. A layer is wrapped the first time that an adapter changes it. The
@@ -271,7 +271,7 @@ class RowAdapters:
         self._loaded[name] = tuple(adapter.layers)
         try:
             for layer, change in adapter.layers.items():
-                self._row_layer(layer).put(name, change)
+                self._slot_layer(layer).put(name, change)
         except BaseException:
             self.drop(name)
             raise
@@ -279,12 +279,12 @@ class RowAdapters:
     def drop(self, name: str) -> None:
         """Drops an adapter and restores base layers that no other adapter changes, between batches only."""
         for layer_name in self._loaded.pop(name):
-            layer = self._row_layer(layer_name)
+            layer = self._slot_layer(layer_name)
             layer.drop(name)
             if not layer.keys:
                 put_in_place(self.model, layer, layer.base)
 
-    def _changed(self, own: nn.Module, source: Path) -> Iterator[tuple[str, RowChange | nn.Module]]:
+    def _changed(self, own: nn.Module, source: Path) -> Iterator[tuple[str, SlotChange | nn.Module]]:
         """Lists every layer that an adapted copy of the model does not share with it, with its replacement."""
         whole: list[str] = []
         in_base = {name for name, _ in self._plain.named_modules()}
@@ -298,7 +298,7 @@ class RowAdapters:
             whole.append(name)
             plain_bias = vars(self._plain.get_submodule(name)).get("_parameters", {}).get("bias")
             if isinstance(module, ProductLayer | QuantisedLinear) and module.bias is plain_bias:
-                yield name, RowChange.of(module, module.compute_dtype())
+                yield name, SlotChange.of(module, module.compute_dtype())
             else:
                 yield name, module
 
@@ -327,14 +327,14 @@ class RowAdapters:
             "(dora-vl merge) and serve the merged folder with --model"
         )
 
-    def _row_layer(self, name: str) -> RowLayer:
+    def _slot_layer(self, name: str) -> SlotLayer:
         layer = self.model.get_submodule(name)
-        if isinstance(layer, RowLayer):
+        if isinstance(layer, SlotLayer):
             return layer
-        axis: Place = "rows" if name in self._layers.by_row else "pictures"
-        row_layer = RowLayer(layer, self.batch, axis)
-        put_in_place(self.model, layer, row_layer)
-        return row_layer
+        axis: Axis = "rows" if name in self._layers.by_row else "pictures"
+        slot_layer = SlotLayer(layer, self.batch, axis)
+        put_in_place(self.model, layer, slot_layer)
+        return slot_layer
 
 
 def rows_seen(model: nn.Module, run: Callable[[], object], *, rows: int, tokens: int) -> frozenset[str]:

@@ -213,8 +213,8 @@ class Encoder:
 
         Raises: BadSample if the turns do not fit the template, a picture would be cut, or no answer is left.
         """
-        talk = self._processed(conversation.turns, pictures, videos, conversation.id)
-        end, longest = max(row.media_end for row in talk), max(len(row.ids) for row in talk)
+        rounds = self._processed(conversation.turns, pictures, videos, conversation.id)
+        end, longest = max(row.media_end for row in rounds), max(len(row.ids) for row in rounds)
         if end > self.max_tokens:
             what = f"{len(pictures)} pictures" + (f" and {len(videos)} videos" if videos else "")
             fewer = "take fewer frames (data.video_frames)" if videos else "have the processor make fewer of a picture"
@@ -223,7 +223,7 @@ class Encoder:
                 f"its {what} and the text before the last one take {end} tokens of "
                 f"{self.max_tokens}; raise data.max_tokens, or {fewer}",
             )
-        rows = [self._row(row, conversation) for row in talk if any(row.trained[: self.max_tokens])]
+        rows = [self._row(row, conversation) for row in rounds if any(row.trained[: self.max_tokens])]
         cut = max(0, longest - self.max_tokens)
         if not rows:
             raise BadSample(conversation.id, f"no answer is left to train on after {cut} of {longest} tokens were cut")

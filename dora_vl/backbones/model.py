@@ -45,7 +45,7 @@ from dora_vl.core.inject import adaptable
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.quantised import is_quantised
 from dora_vl.data.batches import Collator
-from dora_vl.data.columns import RowKind
+from dora_vl.data.columns import Packing
 from dora_vl.data.example import Example
 from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Sample
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
@@ -356,7 +356,7 @@ NOT_FOLLOWED = (AttributeError, BadSample, IndexError, KeyError, RuntimeError, T
 """A family's own code may raise these over rows that it does not expect."""
 
 
-def check_packing(backbone: DecoderBackbone, encoder: Encoder, requested: RowKind) -> tuple[RowKind, str | None]:
+def check_packing(backbone: DecoderBackbone, encoder: Encoder, requested: Packing) -> tuple[Packing, str | None]:
     """Returns the requested kind of rows, or the next simpler one that the model computes correctly and the reason.
 
     No list says which families compute packed rows. What they need (a mask function that can be asked, positions that
@@ -377,14 +377,14 @@ def check_packing(backbone: DecoderBackbone, encoder: Encoder, requested: RowKin
         with torch.no_grad(), _whole_weights(backbone):
             samples = _samples(encoder)
             if any(weight.is_meta for weight in backbone.parameters()):  # a skeleton gives no scores
-                Collator(encoder.pad_token_id, rows=requested)(samples)
+                Collator(encoder.pad_token_id, packing=requested)(samples)
                 return requested, None
             apart = torch.cat([_scores(backbone, encoder, [sample], "plain") for sample in samples])
             with _last_bits(backbone):
                 noisy = torch.cat([_scores(backbone, encoder, [sample], "plain") for sample in samples])
             padded = _scores(backbone, encoder, samples, "plain")
             noise = max(float((scores - apart).norm() / apart.norm()) for scores in (noisy, padded))
-            kinds: tuple[RowKind, ...] = ("trees", "packed") if requested == "trees" else ("packed",)
+            kinds: tuple[Packing, ...] = ("trees", "packed") if requested == "trees" else ("packed",)
             for kind in kinds:
                 try:
                     off = float((_scores(backbone, encoder, samples, kind) - apart).norm() / apart.norm())
@@ -414,9 +414,9 @@ def _samples(encoder: Encoder) -> list[Sample]:
     return samples
 
 
-def _scores(backbone: DecoderBackbone, encoder: Encoder, samples: Sequence[Sample], rows: RowKind) -> Tensor:
+def _scores(backbone: DecoderBackbone, encoder: Encoder, samples: Sequence[Sample], packing: Packing) -> Tensor:
     """Computes the scores of labelled tokens, in the order of the samples."""
-    batch = Collator(encoder.pad_token_id, rows=rows)(samples)
+    batch = Collator(encoder.pad_token_id, packing=packing)(samples)
     inputs = {name: value for name, value in batch.items() if name not in BOOKKEEPING}
     inputs = send_to_device(inputs, next(backbone.parameters()).device)
     return backbone(**inputs, keep_logits=True).logits.double().cpu()

@@ -1,4 +1,4 @@
-"""Makes transformers' models attend along packed rows, each a forest of segments (`data.rows`).
+"""Makes transformers' models attend along packed rows, each a forest of segments (`data.packing`).
 
 Nothing here knows a family. The masks are the family's own, restricted to each token's path: a hook at transformers'
 mask interface gets the family's mask function (causal, sliding windows, chunks, blocks of pictures that see each other)
@@ -37,7 +37,7 @@ class BlockIsCut(ValueError):
 
 
 class Forest(NamedTuple):
-    """A batch of packed rows, each as in `data.rows.Row`; `segment` is -1 at padding."""
+    """A batch of packed rows, each as in `data.packing.Packed`; `segment` is -1 at padding."""
 
     segment: Int[Tensor, "rows seq"]
     steps: Int[Tensor, "rows seq"]

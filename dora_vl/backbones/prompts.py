@@ -108,7 +108,9 @@ class ProcessorChat(Prompts):
         if reason := self._why_not(PROCESSOR_PROBE):
             log.warning("%s: conversations of several questions are skipped: %s", self._name, reason)
         elif self.render(PROCESSOR_PROBE).others:
-            log.info("the chat template of %s rewrites earlier answers: each round of a talk is a row", self._name)
+            log.info(
+                "the chat template of %s rewrites earlier answers: each round of a conversation is a row", self._name
+            )
         if not pictures:
             return
         if reason := self._why_not(PROBE):
@@ -171,9 +173,9 @@ class ProcessorChat(Prompts):
             raise UserError(
                 f"the chat template of {self._name} cannot be used: {reasons[0]}; and as plain text {reasons[1]}"
             )
-        talk = self._in_parts
-        with_system: frozenset[Role] = frozenset((*talk, "system"))
-        forms = (with_system, talk) if talk else (talk, with_system)
+        conversation = self._in_parts
+        with_system: frozenset[Role] = frozenset((*conversation, "system"))
+        forms = (with_system, conversation) if conversation else (conversation, with_system)
         system = Turn("system", "Look at its edges too.")
         for form in forms:
             self._in_parts = form
@@ -181,8 +183,8 @@ class ProcessorChat(Prompts):
                 return
         self._in_parts = forms[0]
 
-    def _render(self, system: Turn | None, talk: Sequence[Turn], *, generation_prompt: bool) -> Chat:
-        turns = [*([] if system is None else [system]), *talk]
+    def _render(self, system: Turn | None, conversation: Sequence[Turn], *, generation_prompt: bool) -> Chat:
+        turns = [*([] if system is None else [system]), *conversation]
         if self._pieces:  # each of a person's special tokens is split, so that it is not taken for the template's
             turns = [
                 replace(turn, text=self._not_in_words.sub(lambda token: token[0][0] + BREAK + token[0][1:], turn.text))
@@ -193,8 +195,8 @@ class ProcessorChat(Prompts):
         if generation_prompt:
             return self._chat(self._prompt(turns), (), ())
         texts: dict[str, dict[int, Span]] = {}
-        for number in reversed(range(len(talk) // 2)):
-            text, start, end = self._with_answer(turns[: len(turns) - len(talk) + 2 * number + 2])
+        for number in reversed(range(len(conversation) // 2)):
+            text, start, end = self._with_answer(turns[: len(turns) - len(conversation) + 2 * number + 2])
             longer = next((longer for longer in texts if longer.startswith(text[:end])), text)
             texts[longer] = {number: (start, end), **texts.get(longer, {})}
         last, *others = (self._chat(text, [*spans.values()], [*spans]) for text, spans in texts.items())
@@ -362,10 +364,10 @@ class QuestionAnswer(Prompts):
                 "take transformers 5.23 or later"
             )
 
-    def _render(self, system: Turn | None, talk: Sequence[Turn], *, generation_prompt: bool) -> Chat:
-        refuse_special(talk, self._special)
+    def _render(self, system: Turn | None, conversation: Sequence[Turn], *, generation_prompt: bool) -> Chat:
+        refuse_special(conversation, self._special)
         text, spans = "", []
-        for turn in talk:
+        for turn in conversation:
             if turn.role == "user":
                 pieces = [piece.removeprefix("\n") for piece in turn.text.split(IMAGE_PLACEHOLDER)]
                 text += ("\n" if text else "") + f"Question: {self._picture.join(pieces)} Answer:"
@@ -391,11 +393,11 @@ class PaliGemma(Prompts):
         self._picture = str(processor.image_token)
         self._special = special_tokens(processor)
 
-    def _render(self, system: Turn | None, talk: Sequence[Turn], *, generation_prompt: bool) -> Chat:
-        refuse_special(talk, self._special)
-        if len(talk) > 2:
-            raise ValueError(f"{len(talk)} turns, and a PaliGemma takes one question and one answer")
-        question = talk[0].text
+    def _render(self, system: Turn | None, conversation: Sequence[Turn], *, generation_prompt: bool) -> Chat:
+        refuse_special(conversation, self._special)
+        if len(conversation) > 2:
+            raise ValueError(f"{len(conversation)} turns, and a PaliGemma takes one question and one answer")
+        question = conversation[0].text
         words = question.replace(IMAGE_PLACEHOLDER, "").lstrip("\n")
         pictures = question.count(IMAGE_PLACEHOLDER)
         before = question.rpartition(IMAGE_PLACEHOLDER)[0].replace(IMAGE_PLACEHOLDER, "")
@@ -406,7 +408,7 @@ class PaliGemma(Prompts):
         text = self._picture * pictures + words
         if generation_prompt:
             return Chat(text, (), by_token_types=True)
-        return Chat(text, ((len(text), len(text) + 1),), suffix=talk[1].text, by_token_types=True)
+        return Chat(text, ((len(text), len(text) + 1),), suffix=conversation[1].text, by_token_types=True)
 
 
 FORMATS: Mapping[str, type[QuestionAnswer] | type[PaliGemma]] = MappingProxyType(

@@ -73,22 +73,22 @@ class Prompts:
         Raises: ValueError if they do not alternate from the user, after one system turn where there is a place for it,
             end otherwise than asked, an answer holds nothing, or the format has no place for them.
         """
-        system, talk = (turns[0], turns[1:]) if turns and turns[0].role == "system" else (None, turns)
+        system, conversation = (turns[0], turns[1:]) if turns and turns[0].role == "system" else (None, turns)
         if system is not None and not self.takes_system:
             raise ValueError(
                 f"template {self.name} has no place for a system turn; leave it out, or choose another template"
             )
-        for number, turn in enumerate(talk):
+        for number, turn in enumerate(conversation):
             if turn.role != ("assistant" if number % 2 else "user"):
                 raise ValueError(f"turn {number} is from the {turn.role}; they must alternate, the user first")
             if turn.role == "assistant" and not turn.text.strip():
                 raise ValueError(f"answer {number // 2 + 1} is empty")
-        if len(talk) % 2 != (1 if generation_prompt else 0):
+        if len(conversation) % 2 != (1 if generation_prompt else 0):
             last = "a question" if generation_prompt else "an answer"
-            raise ValueError(f"{len(talk)} turns, but {last} must be last")
-        return self._render(system, talk, generation_prompt=generation_prompt)
+            raise ValueError(f"{len(conversation)} turns, but {last} must be last")
+        return self._render(system, conversation, generation_prompt=generation_prompt)
 
-    def _render(self, system: Turn | None, talk: Sequence[Turn], *, generation_prompt: bool) -> Chat:
+    def _render(self, system: Turn | None, conversation: Sequence[Turn], *, generation_prompt: bool) -> Chat:
         raise NotImplementedError
 
     def in_test(self) -> Prompts:
@@ -146,14 +146,14 @@ class RoundTemplate(Prompts):
         """See `Prompts`."""
         return bool(self.own_system)
 
-    def _render(self, system: Turn | None, talk: Sequence[Turn], *, generation_prompt: bool) -> Chat:
+    def _render(self, system: Turn | None, conversation: Sequence[Turn], *, generation_prompt: bool) -> Chat:
         first_question = self.first_question or self.question
         # The template's strings, what a person said at the `{}` of each, and whether it is an answer.
         frames = [(self.system, "", False)]
         if system is not None:
             first_question = self.first_question_after_system or first_question
             frames = [(self.own_system, system.text, False)]
-        for number, turn in enumerate(talk):
+        for number, turn in enumerate(conversation):
             if turn.role == "user":
                 shown = turn.text.replace(IMAGE_PLACEHOLDER, self.picture.replace("{}", IMAGE_PLACEHOLDER))
                 frames.append((self.between if number else "", "", False))
@@ -181,13 +181,13 @@ class PlainTemplate(Prompts):
 
     name: str = "plain"
 
-    def _render(self, system: Turn | None, talk: Sequence[Turn], *, generation_prompt: bool) -> Chat:
-        if len(talk) + generation_prompt != 2 or IMAGE_PLACEHOLDER not in talk[0].text:
+    def _render(self, system: Turn | None, conversation: Sequence[Turn], *, generation_prompt: bool) -> Chat:
+        if len(conversation) + generation_prompt != 2 or IMAGE_PLACEHOLDER not in conversation[0].text:
             raise ValueError(f"template plain needs one question with {IMAGE_PLACEHOLDER} and one caption")
-        pictures = IMAGE_PLACEHOLDER * talk[0].text.count(IMAGE_PLACEHOLDER)
+        pictures = IMAGE_PLACEHOLDER * conversation[0].text.count(IMAGE_PLACEHOLDER)
         if generation_prompt:
             return Chat(pictures, ())
-        text = pictures + talk[1].text + "\n"
+        text = pictures + conversation[1].text + "\n"
         return Chat(text, ((len(pictures), len(text)),))
 
 
@@ -433,9 +433,9 @@ def try_template(content: bytes, templates: list[str], tokens: Mapping[str, Any]
     picture, words = {"type": "image"}, {"type": "text", "text": "Which colour is it?"}
     forms = (words["text"], [words], [picture, words])
     roles = ("system", "user", "assistant", "user", "assistant")
-    talks = (roles, roles[:2], roles[1:], roles[1:2], roles[1:3])
-    for template, talk, form, prompt in product(templates, talks, forms, (False, True)):
-        messages = [{"role": role, "content": form} for role in talk]
+    conversations = (roles, roles[:2], roles[1:], roles[1:2], roles[1:3])
+    for template, conversation, form, prompt in product(templates, conversations, forms, (False, True)):
+        messages = [{"role": role, "content": form} for role in conversation]
         values = {"messages": messages, "add_generation_prompt": prompt, "tools": None, "documents": None, **tokens}
         try:
             environment.from_string(template).render(values)

@@ -10,11 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dora_vl.data.columns import RowKind
-from dora_vl.data.rows import grow, lay_out, spread, tokens_of
+from dora_vl.data.columns import Packing
+from dora_vl.data.packing import grow, pack, spread, tokens_of
 from dora_vl.data.samples import ALIGNED, IGNORED_LABEL, Sample, Skipped
 
-ROW_TOKENS = 8_192
+PACKED_TOKENS = 8_192
 """Of a row that holds several samples, about; a micro-batch of more becomes several rows, which pad each other."""
 
 
@@ -48,7 +48,7 @@ class Collator:
         dummy: a row with a picture and without labels; None where no rank ever sees a picture, and in decoding.
         dummy_video: likewise with a video.
         pad_side: training pads on the right; decoding needs the left.
-        rows: `plain`: a sample each. `packed`: several stand in a row, each by itself: the same loss, hardly any
+        packing: `plain`: a sample each. `packed`: several stand in a row, each by itself: the same loss, hardly any
             padding. `trees`: and those that share something, such as their pictures, share what they begin with.
         shares: what samples of one tree have in common; None: the sample has nothing to share.
     """
@@ -57,7 +57,7 @@ class Collator:
     dummy: Sample | None = None
     dummy_video: Sample | None = None
     pad_side: Literal["right", "left"] = "right"
-    rows: RowKind = "plain"
+    packing: Packing = "plain"
     shares: Callable[[Sample], object] = media_of
 
     def __call__(self, items: Sequence[Sample | Skipped | None]) -> dict[str, Any]:
@@ -71,9 +71,9 @@ class Collator:
         if not shown:
             nothing = torch.tensor([self.pad_token_id])
             shown = [Sample(nothing, labels=torch.tensor([IGNORED_LABEL]))]
-        batch = self._joined(shown) if self.rows == "plain" else self._forest(shown)
+        batch = self._joined(shown) if self.packing == "plain" else self._forest(shown)
         tokens = sum(len(sample.input_ids) for sample in samples)
-        if self.rows != "plain":
+        if self.packing != "plain":
             tokens = int((batch["layout"]["segment"] >= 0).sum())
         shrunk = [(sample.id, sample.lost_pixels) for sample in usable if sample.lost_pixels]
         return {
@@ -89,9 +89,9 @@ class Collator:
     def _forest(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Rows that hold several samples, and who sees whom in them."""
         index = {id(sample): number for number, sample in enumerate(samples)}
-        trees = grow(samples, budget=ROW_TOKENS, shares=self.shares if self.rows == "trees" else None)
+        trees = grow(samples, budget=PACKED_TOKENS, shares=self.shares if self.packing == "trees" else None)
         lengths = [tokens_of(tree) for tree in trees]
-        rows = [lay_out([trees[tree] for tree in row]) for row in spread(lengths, -(-sum(lengths) // ROW_TOKENS))]
+        rows = [pack([trees[tree] for tree in row]) for row in spread(lengths, -(-sum(lengths) // PACKED_TOKENS))]
         of_tokens: dict[str, tuple[int, list[Tensor]]] = {
             "input_ids": (self.pad_token_id, [row.input_ids for row in rows]),
             "labels": (IGNORED_LABEL, [row.labels for row in rows]),

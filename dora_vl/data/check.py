@@ -201,7 +201,7 @@ class FileCheck:
         return self
 
     def read(self, record: Mapping[str, JSON]) -> Example | BadSample:
-        """The next row: a talk, or a record; or why it cannot be one."""
+        """The next row: a conversation, or a record; or why it cannot be one."""
         self.rows += 1
         location = f"row {self.rows}"
         sample_id = id_of(record, self.rows - 1, self._columns)

@@ -38,8 +38,8 @@ from dora_vl.errors import UserError, shown, shown_names, shown_text
 
 Row = Mapping[str, object]
 Mixing = Literal["proportional", "balanced"]
-RowKind = Literal["trees", "packed", "plain"]
-"""How samples stand in a batch's rows; see `data.rows`."""
+Packing = Literal["trees", "packed", "plain"]
+"""How samples stand in a batch's rows; see `data.packing`."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class _Shape:
     candidates: Sequence[tuple[str, Sequence[Candidate]]]
 
     def fits(self, row: Row) -> bool:
-        """Whether a row of these columns has this format; a caption that is an object in JSON is a talk packed up."""
+        """Whether a row of these columns has this format; a caption in JSON is a conversation."""
         if self.format.name != "captions":
             return self.format.fits(row)
         captions = [row[name] for name in dict(self.candidates)["caption"][0]]
@@ -363,8 +363,8 @@ def _listed(text: str, role: str) -> object:
     """A list that is written as text; any other text as it is."""
     value = parsed(text)
     if role in ("prompt", "completion"):
-        is_talk = isinstance(value, list) and value and isinstance(value[0], dict)
-        return value if is_talk else text
+        is_conversation = isinstance(value, list) and value and isinstance(value[0], dict)
+        return value if is_conversation else text
     if value is text and role in ("images", "videos") and _BETWEEN.search(text) and not text.startswith("data:"):
         paths = _BETWEEN.split(text)
         return paths if all(map(holds_media, paths)) else text

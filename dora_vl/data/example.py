@@ -53,7 +53,7 @@ class Example:
 
     Attributes:
         images: paths relative to one root, or names in `image_bytes`.
-        turns: instead of question and answers, for conversations; all that is trained on (`readers.read_talk`).
+        turns: instead of question and answers, for conversations; all that is trained on (`readers.read_conversation`).
         question: or a sentence to judge; empty for captions.
         answers: empty only where the publisher keeps them.
         choices: what to choose from; `extra["correct"]` is then the right one's index, where it is known.
@@ -80,7 +80,7 @@ class Example:
 
 
 def turns_of(example: Example) -> tuple[Turn, ...]:
-    """The talk to train on: the turns, or the question with the answer of the largest weight (the first of equals)."""
+    """The conversation to train on: the turns, or the question with its heaviest answer (the first of equals)."""
     if example.turns:
         return example.turns
     if not example.answers:

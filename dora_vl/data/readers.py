@@ -54,7 +54,7 @@ PARTS: Mapping[object, frozenset[str]] = {
 }
 """A part of each type may hold these keys."""
 BESIDE = {"images": frozenset(("type", "bytes", "path", "url")), "videos": PARTS["video"] | {"bytes"}}
-"""An object of a picture or video beside the talk may hold these keys."""
+"""An object of a picture or video beside the conversation may hold these keys."""
 OWN_PICTURES, OWN_VIDEOS = ("images", "image"), ("videos", "video")
 OWN_MEDIA = frozenset((*OWN_PICTURES, *OWN_VIDEOS))
 TURN_KEYS = {who: OWN_MEDIA | {who, what} for who, what in (("role", "content"), ("from", "value"))}
@@ -75,16 +75,16 @@ class UnreadKey(Exception):
         self.message, self.path, self.what = message, path, what
 
 
-def read_talk(messages: Sequence[object], row: Row, sample_id: str, *, strict: bool = True) -> Example:
-    """The talk of messages, each a `Turn` or an object of role and content, as it is trained on.
+def read_conversation(messages: Sequence[object], row: Row, sample_id: str, *, strict: bool = True) -> Example:
+    """The conversation of messages, each a `Turn` or an object of role and content, as it is trained on.
 
     What the row says as `system` stands before them; its `images` and `videos` take the places that the messages leave.
 
     Raises:
         UnreadKey: if that is `strict`.
     """
-    talk = _Talk(row, sample_id, strict)
-    turns = [talk.turn(message, number) for number, message in enumerate(messages, 1)]
+    conversation = _Conversation(row, sample_id, strict)
+    turns = [conversation.turn(message, number) for number, message in enumerate(messages, 1)]
     if not is_nothing(row.get("system")):
         system = Turn("system", _text(row["system"], "system", sample_id))
         first = turns[0].text.strip() if turns and turns[0].role == "system" else None
@@ -92,23 +92,23 @@ def read_talk(messages: Sequence[object], row: Row, sample_id: str, *, strict: b
             reason = "its 'system' differs from the system turn that it has too; leave one of them out"
             raise BadSample(sample_id, reason)
         turns = turns if first else [system, *(turns if first is None else turns[1:])]
-    videos = tuple(talk.clips + talk.clips_left)
-    images, arranged = arrange(sample_id, talk.all_images(), turns, videos)
+    videos = tuple(conversation.clips + conversation.clips_left)
+    images, arranged = arrange(sample_id, conversation.all_images(), turns, videos)
     try:
         "".join([sample_id, *images, *(clip.path for clip in videos), *(turn.text for turn in arranged)]).encode()
     except UnicodeEncodeError:
         raise BadSample(sample_id, "its text holds half of a surrogate pair, which is no character") from None
     scored = row.get("scored")
     answers = (Answer(text=scored),) if isinstance(scored, str) and scored else ()
-    return Example(sample_id, images, arranged, videos, answers=answers, image_bytes=talk.image_bytes)
+    return Example(sample_id, images, arranged, videos, answers=answers, image_bytes=conversation.image_bytes)
 
 
 def read_conversations(row: Row, sample_id: str) -> Example:
-    """The talk of a row in LLaVA's form, whatever else it holds."""
-    return read_talk(_messages(row, sample_id, "conversations"), row, sample_id, strict=False)
+    """The conversation of a row in LLaVA's form, whatever else it holds."""
+    return read_conversation(_messages(row, sample_id, "conversations"), row, sample_id, strict=False)
 
 
-class _Talk:
+class _Conversation:
     """Reads one row's messages; its pictures and videos come out in the order of their places."""
 
     def __init__(self, row: Row, sample_id: str, strict: bool) -> None:
@@ -149,7 +149,7 @@ class _Talk:
             self._refuse_unread(message, message, TURN_KEYS[who], answers=role == "assistant")
         if len(message) == 2 or OWN_MEDIA.isdisjoint(message):
             return Turn(role, self._content(message, what, number))
-        # What is the turn's own is taken before what stands beside the talk; without a place it comes first.
+        # What is the turn's own is taken before what stands beside the conversation; without a place it comes first.
         pictures, clips = len(self._images), len(self.clips)
         own = [len(self._beside) + index for index in range(len(_own(message, OWN_PICTURES)))]
         own_clips = [_read_clip(value, "videos", self._id) for value in _own(message, OWN_VIDEOS)]
@@ -515,7 +515,7 @@ def id_of(row: Row, number: int = 0, columns: Columns = USUAL) -> str:
 
 
 def read_row(row: Row, *, number: int = 0, columns: Columns = USUAL) -> Example:
-    """One row of any format as the talk that is trained on.
+    """One row of any format as the conversation that is trained on.
 
     Raises:
         BadSample: its keys fit no format, or it does not hold what its format asks for.
@@ -525,7 +525,7 @@ def read_row(row: Row, *, number: int = 0, columns: Columns = USUAL) -> Example:
 
 
 def read_fields(resolved: Resolved, sample_id: str) -> Example:
-    """A row of known columns as the talk that is trained on; raises as `read_row` does."""
+    """A row of known columns as the conversation that is trained on; raises as `read_row` does."""
     fields = resolved.fields
     if resolved.format is None:
         nulls = [name for name, value in fields.items() if value is None and plain_name(name) in KNOWN]
@@ -540,7 +540,7 @@ def read_fields(resolved: Resolved, sample_id: str) -> Example:
             "such as {headline: question}, data.ask the question of all rows",
         )
     try:
-        return read_talk(MESSAGES[resolved.format.name](fields, sample_id), fields, sample_id)
+        return read_conversation(MESSAGES[resolved.format.name](fields, sample_id), fields, sample_id)
     except UnreadKey as unread:
         held = {role: value if isinstance(value, list) else [value] for role, value in fields.items()}
         by_role = (role for role, entries in held.items() if any(entry is unread.message for entry in entries))
@@ -553,7 +553,7 @@ def read_fields(resolved: Resolved, sample_id: str) -> Example:
 
 
 class RowReader:
-    """Reads the rows of one file or folder as talks, and remembers what it has met.
+    """Reads the rows of one file or folder as conversations, and remembers what it has met.
 
     Attributes:
         format: of its rows, once one of a known format has been read.

@@ -408,7 +408,7 @@ def overlap(rows: datasets.Dataset, questions: Iterable[tuple[str, tuple[str, ..
     """The ids of a training sample and of the test's question that it holds, for each such sample.
 
     Args:
-        rows: of `load_table`; any of a talk's questions counts.
+        rows: of `load_table`; any of a conversation's questions counts.
         questions: id, pictures named as in `rows`, and text of each. Those without pictures are left out.
     """
 

@@ -1,4 +1,4 @@
-"""Who says what, and where pictures and videos go: turns, and the rules that make a talk one that can be trained.
+"""Who says what, and where pictures and videos go: turns, and the rules of a conversation that can train.
 
 Turns hold no special token except `<image>` and, where a sample has videos, `<video>`: templates and tokens belong to
 the backbone. Without videos `<video>` is text, such as HTML's.
@@ -76,18 +76,25 @@ def arrange(
     sample has no picture, `<image>` may stand for them, as in LLaVA-Video's sets.
     """
     system = [turn for turn in turns[:1] if turn.role == "system"]
-    talk = [*turns[len(system) :]]
-    talk = talk[1:] if talk and talk[0].role == "assistant" else talk
-    _check_order(talk, sample_id)
+    conversation = [*turns[len(system) :]]
+    conversation = conversation[1:] if conversation and conversation[0].role == "assistant" else conversation
+    _check_order(conversation, sample_id)
     system = [turn for turn in system if turn.text.strip()]
-    images, talk = _by_number(images, talk, sample_id)
-    pictures, clips = _places(IMAGE_PLACEHOLDER, system, talk), _places(VIDEO_PLACEHOLDER, system, talk)
+    images, conversation = _by_number(images, conversation, sample_id)
+    pictures, clips = _places(IMAGE_PLACEHOLDER, system, conversation), _places(VIDEO_PLACEHOLDER, system, conversation)
     if videos and not images and not clips and pictures == len(videos):
-        talk = [replace(turn, text=turn.text.replace(IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER)) for turn in talk]
-        pictures, clips = _places(IMAGE_PLACEHOLDER, system, talk), _places(VIDEO_PLACEHOLDER, system, talk)
+        conversation = [
+            replace(turn, text=turn.text.replace(IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER)) for turn in conversation
+        ]
+        pictures, clips = (
+            _places(IMAGE_PLACEHOLDER, system, conversation),
+            _places(VIDEO_PLACEHOLDER, system, conversation),
+        )
     front = "" if pictures else f"{IMAGE_PLACEHOLDER}\n" * len(images)
     front += "" if clips else f"{VIDEO_PLACEHOLDER}\n" * len(videos)
-    talk = [replace(talk[0], text=front + talk[0].text), *talk[1:]] if front else talk
+    conversation = (
+        [replace(conversation[0], text=front + conversation[0].text), *conversation[1:]] if front else conversation
+    )
     media = [(IMAGE_PLACEHOLDER, pictures or len(images), len(images), "pictures")]
     media += [(VIDEO_PLACEHOLDER, clips or len(videos), len(videos), "videos")] if videos else []
     for placeholder, placed, count, kind in media:
@@ -99,28 +106,29 @@ def arrange(
         if reason:
             raise BadSample(sample_id, reason, f"placeholders differ from {kind}")
     if len(images) == 1 and not videos:
-        talk = [
-            Turn(turn.role, placeholder_first(turn.text)) if IMAGE_PLACEHOLDER in turn.text else turn for turn in talk
+        conversation = [
+            Turn(turn.role, placeholder_first(turn.text)) if IMAGE_PLACEHOLDER in turn.text else turn
+            for turn in conversation
         ]
-    return tuple(images), (*system, *talk)
+    return tuple(images), (*system, *conversation)
 
 
-def _places(placeholder: str, system: Sequence[Turn], talk: Sequence[Turn]) -> int:
-    return sum(turn.text.count(placeholder) for turn in (*system, *talk))
+def _places(placeholder: str, system: Sequence[Turn], conversation: Sequence[Turn]) -> int:
+    return sum(turn.text.count(placeholder) for turn in (*system, *conversation))
 
 
-def _check_order(talk: Sequence[Turn], sample_id: str) -> None:
-    if not talk:
+def _check_order(conversation: Sequence[Turn], sample_id: str) -> None:
+    if not conversation:
         raise BadSample(sample_id, "it has no question: its only turn is from 'gpt' or 'system'")
-    for number, turn in enumerate(talk):
+    for number, turn in enumerate(conversation):
         if turn.role == "system":
             raise BadSample(sample_id, "a system turn stands among the others; it must be the first, and one")
         if turn.role != ("assistant" if number % 2 else "user"):
             raise BadSample(sample_id, f"two turns in a row are from the {turn.role}; human and gpt must alternate")
         if turn.role == "assistant" and not turn.text.replace(IMAGE_PLACEHOLDER, "").strip():
-            reason = f"answer {number // 2 + 1} of {(len(talk) + 1) // 2} is empty"
+            reason = f"answer {number // 2 + 1} of {(len(conversation) + 1) // 2} is empty"
             raise BadSample(sample_id, reason, EMPTY_ANSWER)
-    if talk[-1].role == "user":
+    if conversation[-1].role == "user":
         raise BadSample(sample_id, "its last question has no answer", NO_ANSWER)
 
 
@@ -128,17 +136,17 @@ _NUMBERED_PLACE = re.compile(r"<(\|?)image[ _]?(\d{1,3})\1>")
 """`<image1>`, `<image 1>`, `<image_1>`, `<|image_1|>`: where the first picture goes, in MMMU, MATH-V, for Phi."""
 
 
-def _by_number(images: Sequence[str], talk: list[Turn], sample_id: str) -> tuple[Sequence[str], list[Turn]]:
+def _by_number(images: Sequence[str], conversation: list[Turn], sample_id: str) -> tuple[Sequence[str], list[Turn]]:
     """Numbered places as `<image>`, and the pictures in the order in which the text shows them."""
-    texts = [turn.text for turn in talk if "<" in turn.text]
+    texts = [turn.text for turn in conversation if "<" in turn.text]
     numbers = [int(number) for text in texts for _, number in _NUMBERED_PLACE.findall(text)]
     if not numbers:
-        return images, talk
-    if {*numbers} != {*range(1, len(images) + 1)} or any(IMAGE_PLACEHOLDER in turn.text for turn in talk):
+        return images, conversation
+    if {*numbers} != {*range(1, len(images) + 1)} or any(IMAGE_PLACEHOLDER in turn.text for turn in conversation):
         reason = f"its text has places of the pictures {sorted(set(numbers))}, and it names {len(images)} pictures"
         raise BadSample(sample_id, reason, "placeholders differ from pictures")
-    talk = [replace(turn, text=_NUMBERED_PLACE.sub(IMAGE_PLACEHOLDER, turn.text)) for turn in talk]
-    return [images[number - 1] for number in numbers], talk
+    conversation = [replace(turn, text=_NUMBERED_PLACE.sub(IMAGE_PLACEHOLDER, turn.text)) for turn in conversation]
+    return [images[number - 1] for number in numbers], conversation
 
 
 def placeholder_first(text: str) -> str:

@@ -27,7 +27,7 @@ from dora_vl.backbones.generation import NO_NUMBERS, NO_TOKEN, NOT_YET_A_CHARACT
 from dora_vl.backbones.model import check_packing
 from dora_vl.backbones.video_inputs import Video
 from dora_vl.data.batches import Collator
-from dora_vl.data.columns import RowKind
+from dora_vl.data.columns import Packing
 from dora_vl.data.example import Clip, Example
 from dora_vl.data.pictures import HeldPictures, MediaFolder, any_is_there, open_image
 from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Sample, Skipped
@@ -96,10 +96,12 @@ class EncoderPrompts:
         return Sample(torch.tensor(ids), torch.tensor(labels))
 
     def collate(
-        self, samples: Sequence[Sample], side: Literal["left", "right"], rows: RowKind = "plain"
+        self, samples: Sequence[Sample], side: Literal["left", "right"], packing: Packing = "plain"
     ) -> Mapping[str, Any]:
         """One batch, padded on this side: the model's inputs and `labels`; trees are questions with their answers."""
-        return Collator(self.encoder.pad_token_id, pad_side=side, rows=rows, shares=lambda sample: sample.id)(samples)
+        return Collator(self.encoder.pad_token_id, pad_side=side, packing=packing, shares=lambda sample: sample.id)(
+            samples
+        )
 
     def growing_text(self) -> Callable[[Sequence[int]], str]:
         """`decode` for the ids of one answer as they grow."""
@@ -186,7 +188,7 @@ class View:
 
 
 @runtime_checkable
-class Asker(Protocol):
+class Predictor(Protocol):
     """A model, ready to be asked."""
 
     def answer(self, example: Example, seen: Shown, *, max_new_tokens: int = 64, write: Write | None = None) -> str:
@@ -327,7 +329,7 @@ class PicturesOnce:
 
 @dataclass(frozen=True)
 class Assistant:
-    """A decoder with what turns words and pictures into its inputs; an `Asker`.
+    """A decoder with what turns words and pictures into its inputs; an `Predictor`.
 
     `while_training`: the model goes on training afterwards, and autograd must be able to save what it made here.
     """
@@ -340,7 +342,7 @@ class Assistant:
         self.prompts.encoder.take_positions_of(self.backbone.model)
 
     def answer(self, example: Example, seen: Shown, *, max_new_tokens: int = 64, write: Write | None = None) -> str:
-        """See `Asker`."""
+        """See `Predictor`."""
         try:
             sample = self.prompts.sample(turns_asked(example), seen)
             check_room(len(sample.input_ids), max_new_tokens, self.positions, "question")
@@ -354,7 +356,7 @@ class Assistant:
         return text
 
     def view(self, example: Example, *, frames: int) -> View:
-        """See `Asker.view`: so many frames of the example's own clip."""
+        """See `Predictor.view`: so many frames of the example's own clip."""
         if example.video is None:
             raise ValueError(f"example {example.id} has no video")
         as_pictures = self.prompts.frames_are_pictures
@@ -363,7 +365,7 @@ class Assistant:
     def predict(
         self, examples: Sequence[Example], media: MediaReader, decoding: Decoding
     ) -> Iterator[list[Prediction]]:
-        """See `Asker.predict`: examples of one picture together, whose tower runs once for them."""
+        """See `Predictor.predict`: examples of one picture together, whose tower runs once for them."""
         ordered = by_picture(examples)
         if decoding.by != "generation":
             yield from self._likeliest(ordered, media, decoding)
@@ -462,28 +464,28 @@ class Assistant:
         return [None if NO_TOKEN in row.tolist() else self.prompts.encoder.decode(row) for row in ids]
 
     @cached_property
-    def rows(self) -> RowKind:
+    def packing(self) -> Packing:
         """How samples with answers stand in a batch: as trees, where the model follows them."""
         return check_packing(self.backbone, self.prompts.encoder, "trees")[0]
 
     @torch.inference_mode()
-    def labelled(self, samples: Sequence[Sample], rows: RowKind = "plain", *, keep_logits: bool = False) -> Features:
+    def labelled(self, samples: Sequence[Sample], packing: Packing = "plain", *, keep_logits: bool = False) -> Features:
         """What the model makes of samples at the places that predict their labelled tokens."""
-        batch = self.prompts.collate(samples, "right", rows)
+        batch = self.prompts.collate(samples, "right", packing)
         labels = batch["labels"].to(self.device)
         return self.backbone(**model_inputs(batch, self.device), labels=labels, keep_logits=keep_logits)
 
     @torch.inference_mode()
     def log_likelihoods(self, samples: Sequence[Sample]) -> Float[Tensor, " samples"]:
         """The log-likelihood of each sample's labelled tokens behind what stands before them."""
-        features = self.labelled(samples, self.rows)
+        features = self.labelled(samples, self.packing)
         sums = torch.zeros(len(samples), device=features.losses.device)
         return sums.index_add_(0, features.rows, -features.losses).cpu()
 
     def logits(
         self, example: Example, answer: str, media: MediaReader, decoding: Decoding
     ) -> Float[Tensor, "tokens vocab"]:
-        """See `Asker`; an empty answer has none."""
+        """See `Predictor`; an empty answer has none."""
         try:
             sample = self.prompts.with_answer(turns_asked(example), media.read(example), answer)
         except BadSample:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dora_vl.data.turns import Turn
-    from dora_vl.evaluation.ask import Asker
+    from dora_vl.evaluation.ask import Predictor
     from dora_vl.evaluation.open_model import Opened
 
 DESCRIPTION = """\
@@ -183,15 +183,15 @@ _write = partial(print, end="", flush=True)
 """Prints the next piece of an answer, at once."""
 
 
-def print_answers(opened: Opened, answer: Callable[[str, Asker], str]) -> dict[str, str]:
+def print_answers(opened: Opened, answer: Callable[[str, Predictor], str]) -> dict[str, str]:
     """Prints the answer while `answer` makes it, and the one without the adapter under it; both, by speaker."""
-    speakers: list[tuple[str, Asker]] = [("with adapter", opened.adapted)]
+    speakers: list[tuple[str, Predictor]] = [("with adapter", opened.adapted)]
     if opened.base is not None:
         speakers.append(("without adapter", opened.base))
     answers: dict[str, str] = {}
-    for speaker, asker in speakers:
+    for speaker, predictor in speakers:
         print(f"  {speaker + ':':17s}" if len(speakers) > 1 else "  ", end="", flush=True)
-        answers[speaker] = answer(speaker, asker)
+        answers[speaker] = answer(speaker, predictor)
         print("" if answers[speaker] else "(the model ended its answer at once)", flush=True)
     return answers
 
@@ -267,9 +267,9 @@ def ask_chat(opened: Opened, chat: PictureChat, question: str, *, max_new_tokens
         earlier = chat.turns.get(speaker, [])
         return [*earlier, Turn("user", question if earlier else with_pictures)]
 
-    def answer(speaker: str, asker: Asker) -> str:
+    def answer(speaker: str, predictor: Predictor) -> str:
         example = Example(id="question", question=question, turns=tuple(turns_of(speaker)))
-        return asker.answer(example, Shown(pictures=chat.pictures), max_new_tokens=max_new_tokens, write=_write)
+        return predictor.answer(example, Shown(pictures=chat.pictures), max_new_tokens=max_new_tokens, write=_write)
 
     for speaker, text in print_answers(opened, answer).items():
         if remember and text:
@@ -305,7 +305,7 @@ def ask_about_videos(options: argparse.Namespace) -> None:
         print(f"{path} ({times}, {frames.backend})  {question}")
         prompt, seen = as_asked(view.example, about_video), Shown(videos=(frames,))
         most = options.max_new_tokens
-        print_answers(opened, lambda _, asker: asker.answer(prompt, seen, max_new_tokens=most, write=_write))
+        print_answers(opened, lambda _, predictor: predictor.answer(prompt, seen, max_new_tokens=most, write=_write))
 
     def answer(question: str) -> None:
         for path in paths:

@@ -38,7 +38,7 @@ from dora_vl.evaluation.test_sets import (
 from dora_vl.files import METRICS, SETS, file_sha256, json_or_nothing
 
 if TYPE_CHECKING:
-    from dora_vl.evaluation.ask import Asker, By
+    from dora_vl.evaluation.ask import By, Predictor
 
 TASKS: Mapping[str, str] = {"vqav2_karpathy": "vqav2"}
 """Benchmark -> the task that a VL-BART is asked it as, where the names differ."""
@@ -285,7 +285,11 @@ def _asked(
 
 
 def _put_to(
-    model: Asker, dataset: EvaluationSet, sha256: Mapping[str, str], options: argparse.Namespace, pictures: MediaFolder
+    model: Predictor,
+    dataset: EvaluationSet,
+    sha256: Mapping[str, str],
+    options: argparse.Namespace,
+    pictures: MediaFolder,
 ) -> TestSet:
     """A benchmark as a model is asked it: a VL-BART as the task that it was trained on, others by its prompt."""
     from dora_vl.evaluation.ask import Assistant, Decoding, media_reader

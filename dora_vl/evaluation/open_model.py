@@ -38,7 +38,7 @@ from dora_vl.backbones.prompts import FORMATS
 from dora_vl.backbones.templates import PROMPTS, TEMPLATES
 from dora_vl.core.strength import whole_model_between
 from dora_vl.errors import UserError, shown
-from dora_vl.evaluation.ask import Asker, Assistant, EncoderPrompts
+from dora_vl.evaluation.ask import Assistant, EncoderPrompts, Predictor
 from dora_vl.files import HUB_ID, check_attention, file_sha256
 from dora_vl.run.base import DECODER, VLBART, load_base
 from dora_vl.run.settings import ModelConfig
@@ -68,8 +68,8 @@ class ModelRequest:
 class Opened:
     """The model with its adapter, if it has one, and without where that was asked for."""
 
-    adapted: Asker
-    base: Asker | None = None
+    adapted: Predictor
+    base: Predictor | None = None
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from dora_vl.backbones.generation import NO_NUMBERS
 from dora_vl.data.example import Example
 from dora_vl.errors import UserError, one_line, shown_names, shown_text
-from dora_vl.evaluation.ask import Asker, Decoding, MediaReader
+from dora_vl.evaluation.ask import Decoding, MediaReader, Predictor
 from dora_vl.evaluation.baselines import EXCHANGED, Exchange, digest, exchanged
 from dora_vl.evaluation.predictions import (
     PREDICTIONS,
@@ -122,7 +122,13 @@ class PredictionsFile(AbstractContextManager["PredictionsFile"]):
 
 
 def ask(
-    model: Asker, name: str, examples: Sequence[Example], part: TestSet, *, folder: Path, settings: Mapping[str, object]
+    model: Predictor,
+    name: str,
+    examples: Sequence[Example],
+    part: TestSet,
+    *,
+    folder: Path,
+    settings: Mapping[str, object],
 ) -> Predictions:
     """Answers every example that the folder has no prediction for; every process of a launch gets all answers.
 
@@ -163,7 +169,7 @@ def ask(
     )
 
 
-def predicted(model: Asker, examples: Sequence[Example], media: MediaReader, decoding: Decoding) -> Predictions:
+def predicted(model: Predictor, examples: Sequence[Example], media: MediaReader, decoding: Decoding) -> Predictions:
     """The answers of this process alone, in the examples' order, which no file keeps."""
     rows: dict[str, Prediction] = {}
     failed, _ = _ask(model, examples, media, decoding, lambda several: rows.update({row.id: row for row in several}))
@@ -171,7 +177,7 @@ def predicted(model: Asker, examples: Sequence[Example], media: MediaReader, dec
 
 
 def _ask(
-    model: Asker,
+    model: Predictor,
     examples: Sequence[Example],
     media: MediaReader,
     decoding: Decoding,
@@ -221,7 +227,7 @@ def joined_launch() -> Iterator[None]:
 
 def evaluate(
     sets: Sequence[TestSet],
-    model: Asker,
+    model: Predictor,
     results: ResultFolder,
     *,
     exchange: bool,
@@ -254,7 +260,7 @@ def evaluate(
     return done
 
 
-def _exchanged(tested: Tested, model: Asker, folder: Path) -> Exchange:
+def _exchanged(tested: Tested, model: Predictor, folder: Path) -> Exchange:
     """A sample of a set asked again, each example with the pictures of another."""
     part, answers = tested.test, tested.predictions.answers
     sample = exchanged(part.scored_examples, answers, together=part.together)

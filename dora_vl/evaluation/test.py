@@ -23,12 +23,12 @@ from dora_vl.data.samples import Examples
 from dora_vl.data.video import VideoReader
 from dora_vl.errors import SettingError, UserError
 from dora_vl.evaluation.ask import (
-    Asker,
     Assistant,
     By,
     Decoding,
     EncoderPrompts,
     MediaReader,
+    Predictor,
     check_pictures,
     media_reader,
 )
@@ -73,7 +73,7 @@ SCORINGS: Mapping[str, str] = {
 
 def evaluate_and_draw(
     sets: Sequence[TestSet],
-    model: Asker,
+    model: Predictor,
     run_folder: Path,
     *,
     header: Mapping[str, object],
@@ -111,7 +111,7 @@ def adapter_settings(run_folder: Path, strength: float = 1.0) -> dict[str, objec
 
 
 def evaluate_run(
-    model: Asker,
+    model: Predictor,
     evaluation: EvaluationConfig,
     *,
     run_folder: Path,
@@ -344,7 +344,7 @@ def questions_of_rows(examples: Examples, count: int) -> list[Example]:
 
 
 def watch_questions(
-    parts: Sequence[tuple[Asker, Sequence[Example], Decoding]], media: MediaReader | None, *, source: str
+    parts: Sequence[tuple[Predictor, Sequence[Example], Decoding]], media: MediaReader | None, *, source: str
 ) -> Watch | None:
     """Has models answer examples, each its own, while training goes on; without `media` pictures are not shown."""
     examples = [example for _, several, _ in parts for example in several]

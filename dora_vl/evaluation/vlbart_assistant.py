@@ -39,7 +39,7 @@ CAPTION = 'for a caption (--question "")'
 
 @dataclass(frozen=True, kw_only=True)
 class VlBartAssistant:
-    """A VL-BART with what turns words and pictures into its inputs; an `ask.Asker`.
+    """A VL-BART with what turns words and pictures into its inputs; an `ask.Predictor`.
 
     What it predicts is what the task's score takes: text, "true" or "false", or the label of a choice.
 
@@ -57,7 +57,7 @@ class VlBartAssistant:
     while_training: bool = False
 
     def view(self, example: Example, *, frames: int, task: str = "") -> View:
-        """See `ask.Asker`: what its features were trained on; a part that the prompt states, of the whole file's."""
+        """See `ask.Predictor`: what its features were trained on; a part that the prompt states."""
         subtask, video = self.subtask(example, task), example.video
         if subtask.state_span is not None and video is not None and "ts" not in example.extra:
             if video.start_seconds is None or video.end_seconds is None:
@@ -70,7 +70,7 @@ class VlBartAssistant:
         return View(example=example, clip=clip[1], sampling=self._features_of(subtask).settings.sampling)
 
     def answer(self, example: Example, seen: Shown, *, max_new_tokens: int = 64, write: Write | None = None) -> str:
-        """See `ask.Asker`: to one question; a choice in its words. Its own search decides how long it is."""
+        """See `ask.Predictor`: to one question; a choice in its words. Its own search decides how long it is."""
         if len(example.turns) > 1:
             raise UserError("a VL-BART reads one question at a time; ask without --conversation")
         subtask = self.subtask(example)
@@ -91,7 +91,7 @@ class VlBartAssistant:
     def predict(
         self, examples: Sequence[Example], media: MediaReader, decoding: Decoding
     ) -> Iterator[list[Prediction]]:
-        """See `ask.Asker`: in the questions' order; one at a time where features are computed on the way."""
+        """See `ask.Predictor`: in the questions' order; one at a time where features are computed on the way."""
         size = decoding.batch_size if self.stored else 1
         for start in range(0, len(examples), size):
             rows: list[Prediction] = []
@@ -116,7 +116,7 @@ class VlBartAssistant:
     def logits(
         self, example: Example, answer: str, media: MediaReader, decoding: Decoding
     ) -> Float[Tensor, "tokens vocab"]:
-        """See `ask.Asker`; of a closed list, its answers' scores."""
+        """See `ask.Predictor`; of a closed list, its answers' scores."""
         example, subtask, sample = self._read(example, media, decoding.task)
         ids, mask, features = self._inputs(subtask, [sample])
         if subtask.answer_by == "closed":

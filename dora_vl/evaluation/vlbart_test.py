@@ -17,7 +17,7 @@ from dora_vl.backbones.vision_store import FeatureReader
 from dora_vl.backbones.vlbart import VlBartBackbone
 from dora_vl.data.example import Example, ExampleFile
 from dora_vl.errors import BadSample, UserError, shown_names
-from dora_vl.evaluation.ask import Asker, Decoding, media_reader
+from dora_vl.evaluation.ask import Decoding, Predictor, media_reader
 from dora_vl.evaluation.questions import has_truth
 from dora_vl.evaluation.scores.benchmark import check_choices
 from dora_vl.evaluation.scores.caption import clip_of
@@ -99,7 +99,7 @@ def watch_subtasks(
     source: str,
 ) -> Watch | None:
     """So many examples, of each task in turn, evenly over its file; None where no file holds one that can be read."""
-    parts: list[tuple[Asker, Sequence[Example], Decoding]] = []
+    parts: list[tuple[Predictor, Sequence[Example], Decoding]] = []
     model = assistant_of(backbone, encoder, tested, while_training=True)
     for number, (subtask, file, _) in enumerate(tested):
         examples: list[Example] = []

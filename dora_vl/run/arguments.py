@@ -99,7 +99,7 @@ def check_training_section(section: Mapping[str, Any]) -> dict[str, Any]:
             raise SettingError(f"training.{name}", f" is {value:g}; it must be a number of at least {least:g}")
     if (strategy := values.get("train_sampling_strategy")) in ("group_by_length", "batch_rebalance"):
         raise SettingError(
-            "training.train_sampling_strategy", f": {strategy} is data.group_by_modality_length or data.rows"
+            "training.train_sampling_strategy", f": {strategy} is data.group_by_modality_length or data.packing"
         )
     if (metric := values.get("metric_for_best_model")) not in (None, "loss", "eval_loss"):
         raise SettingError(

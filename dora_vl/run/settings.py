@@ -21,7 +21,7 @@ from dora_vl.backbones.specs import (
     VlBartSpec,
 )
 from dora_vl.core.config import AdapterSettings, Quantisation
-from dora_vl.data.columns import Columns, Mixing, RowKind, TrainFile, train_name
+from dora_vl.data.columns import Columns, Mixing, Packing, TrainFile, train_name
 from dora_vl.files import Kernel
 
 Decayed = Literal["matrices", "all_but_biases"]
@@ -111,13 +111,13 @@ class DataConfig:
     a VL-BART's test does not begin."""
     workers: int = 4
     """Processes that read and prepare samples on each rank; 0 does it in the training process."""
-    rows: RowKind = "trees"
+    packing: Packing = "trees"
     """How a micro-batch's samples stand in its rows. trees: one behind another, those of the same pictures as branches
     behind them, so that nothing is padded and no picture runs twice; packed: each by itself; plain: a row each, padded.
     The loss is the same. A base that does not fit rows of several samples takes plain ones, and the log says why."""
     group_by_modality_length: bool = True
     """Batches hold what fits together: samples of like length, and either all with pictures or all without; with
-    `rows: trees` up to four samples of each picture, and equally many tokens in every batch."""
+    `packing: trees` up to four samples of each picture, and equally many tokens in every batch."""
     streaming: bool = False
     """Reads training samples as they come, never a whole file first: for files larger than the disk's free space, and
     hub sets too large to fetch. Needs group_by_modality_length: false, and training.max_steps where a file does not

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from dora_vl.adapters.adapter import content_hash, local_folder
-from dora_vl.adapters.several import Layers, ReadAdapter, RowAdapters, rows_seen
+from dora_vl.adapters.several import AdapterSlots, Layers, ReadAdapter, rows_seen
 from dora_vl.backbones.base import Backbone, decoder_of, max_positions
 from dora_vl.backbones.families import LLAVA
 from dora_vl.core.strength import Share
@@ -71,7 +71,7 @@ class ServedModel:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.backbone: Backbone[Any] = load_decoder(source).to(device).eval()
         self.assistant = Assistant(self.backbone, prompts)
-        self.adapters = RowAdapters(self.backbone.model, self._layers())
+        self.adapters = AdapterSlots(self.backbone.model, self._layers())
         self._entries: dict[str, Entry] = {self.base_name: Entry(None, prompts)}
 
     @property

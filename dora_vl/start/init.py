@@ -209,20 +209,23 @@ class Row:
 
     def record(self, name: str) -> dict[str, object]:
         """Itself as LLaVA's JSON, under this id."""
-        talk = self.conversation
+        conversation = self.conversation
         record: dict[str, object] = {"id": name}
-        if talk.images:
-            record["image"] = talk.images[0] if len(talk.images) == 1 else list(talk.images)
-        if talk.videos:
+        if conversation.images:
+            record["image"] = conversation.images[0] if len(conversation.images) == 1 else list(conversation.images)
+        if conversation.videos:
             videos: list[object] = []
-            for clip in talk.videos:
+            for clip in conversation.videos:
                 times = {"start_seconds": clip.start_seconds, "end_seconds": clip.end_seconds}
                 set_times = {key: value for key, value in times.items() if value is not None}
                 videos.append({"path": clip.path, **set_times} if set_times else clip.path)
             record["videos"] = videos
         if self.kind is not None:
             record["kind"] = self.kind
-        return {**record, "conversations": [{"from": SPEAKERS[turn.role], "value": turn.text} for turn in talk.turns]}
+        return {
+            **record,
+            "conversations": [{"from": SPEAKERS[turn.role], "value": turn.text} for turn in conversation.turns],
+        }
 
 
 @dataclass(kw_only=True)
@@ -425,15 +428,17 @@ def _usable(check: FileCheck, record: Mapping[str, object], media_to: Path | Non
     if not check.check(example) or isinstance(example, BadSample):
         return None
     try:
-        talk = read_row({**record, "id": example.id}, columns=columns)
+        conversation = read_row({**record, "id": example.id}, columns=columns)
         if media_to is not None:
-            names = {name: save_picture(data, media_to, talk.id) for name, data in talk.image_bytes.items()}
-            talk = replace(talk, images=tuple(names.get(name, name) for name in talk.images))
+            names = {
+                name: save_picture(data, media_to, conversation.id) for name, data in conversation.image_bytes.items()
+            }
+            conversation = replace(conversation, images=tuple(names.get(name, name) for name in conversation.images))
     except BadSample as error:
         check.check(error)
         return None
     kind = record.get("kind")
-    return Row(conversation=talk, kind=kind if isinstance(kind, str) and kind else None)
+    return Row(conversation=conversation, kind=kind if isinstance(kind, str) and kind else None)
 
 
 def _lengths(texts: Sequence[str]) -> str:

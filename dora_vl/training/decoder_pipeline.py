@@ -28,7 +28,7 @@ from dora_vl.backbones.tower_sources import compose_llava, write_language_model
 from dora_vl.core import DoRAConfig
 from dora_vl.core.strength import checked_strength
 from dora_vl.data.batches import Collator
-from dora_vl.data.columns import RowKind
+from dora_vl.data.columns import Packing
 from dora_vl.data.example import Example
 from dora_vl.data.pictures import StoredPictures
 from dora_vl.data.samples import Labelled
@@ -192,7 +192,8 @@ class DecoderPipeline(Pipeline):
 
     def data(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TrainingData:
         """The training file's conversations, grouped by modality and length."""
-        data, encoder, samples, rows = self.config.data, self.encoder, self.samples(arguments), self._row_kind(backbone)
+        data, encoder, samples = self.config.data, self.encoder, self.samples(arguments)
+        packing = self._packing(backbone)
         # Rows that take a batch through the vision part as other ranks' batches may be taken: a picture's, a video's.
         videos = encoder.sees_pictures and samples.has_videos and encoder.why_no_videos is None
         pictures = encoder.sees_pictures and (samples.has_pictures or (samples.has_videos and not videos))
@@ -203,15 +204,15 @@ class DecoderPipeline(Pipeline):
             decoder = cast(DecoderBackbone, backbone)
             outputs, dummy = stored_outputs(self.config, decoder, reader, samples.pictures, arguments)
         collate = Collator(
-            encoder.pad_token_id, dummy=dummy, dummy_video=encoder.dummy_video() if videos else None, rows=rows
+            encoder.pad_token_id, dummy=dummy, dummy_video=encoder.dummy_video() if videos else None, packing=packing
         )
         return samples.training_data(self._rows(arguments, outputs), collate)
 
-    def _row_kind(self, backbone: Backbone[Any]) -> RowKind:
-        """`data.rows`, as far as the model follows them."""
-        kind, reason = check_packing(cast(DecoderBackbone, backbone), self.encoder, self.config.data.rows)
+    def _packing(self, backbone: Backbone[Any]) -> Packing:
+        """`data.packing`, as far as the model follows them."""
+        kind, reason = check_packing(cast(DecoderBackbone, backbone), self.encoder, self.config.data.packing)
         if reason is not None:
-            logger.warning("data.rows: %s instead of %s: %s", kind, self.config.data.rows, reason)
+            logger.warning("data.packing: %s instead of %s: %s", kind, self.config.data.packing, reason)
         return kind
 
     def _rows(self, arguments: TrainingArguments, outputs: OutputStore | None = None) -> RowEncoder:

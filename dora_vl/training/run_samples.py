@@ -276,7 +276,7 @@ class RunSamples:
         samples = make(train, train.stored)
         sized = rows.folder if media and encoder.pixels_count else None  # a larger picture becomes more tokens
         sampler = None
-        if data.group_by_modality_length and collate.rows == "trees" and bool(lengths.shared.any()):
+        if data.group_by_modality_length and collate.packing == "trees" and bool(lengths.shared.any()):
             sampler = TreeSampler(lengths, batch_size=micro_batch, seed=self._seed)
         elif data.group_by_modality_length:  # LLaVA's grouping by modality and length for the global batch
             sampler = ModalityLengthSampler(

@@ -26,7 +26,7 @@ from dora_vl.backbones.places import resolved_layers
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.data.turns import Turn
 from tests.adapters.foreign_files import saved
-from tests.backbones.image_text_talks import encoder_of
+from tests.backbones.image_text_conversations import encoder_of
 from tests.backbones.tiny_families.table import FAMILIES
 from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
 from tests.core.dense_dora import move

@@ -13,10 +13,10 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.adapters.quantised_base import SCHEMES
-from dora_vl.adapters.several import Layers, RowAdapters, rows_seen
+from dora_vl.adapters.several import AdapterSlots, Layers, rows_seen
 from dora_vl.backbones.model import open_backbone
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora
-from dora_vl.core.rows import Row, RowLayer
+from dora_vl.core.adapter_slots import Row, SlotLayer
 from dora_vl.core.strength import Share
 from dora_vl.errors import UserError
 from tests.adapters import foreign_files
@@ -67,15 +67,15 @@ def layers_of(model: Any) -> Layers:
     return Layers(by_row=seen, decoder=frozenset(decoder))
 
 
-def row_adapters(model: Any, folders: Mapping[str, Path]) -> RowAdapters:
-    adapters = RowAdapters(model, layers_of(model))
+def adapter_slots(model: Any, folders: Mapping[str, Path]) -> AdapterSlots:
+    adapters = AdapterSlots(model, layers_of(model))
     for name, folder in folders.items():
         adapters.put(name, adapters.read(folder))
     return adapters
 
 
 @torch.no_grad()
-def logits(adapters: RowAdapters, names: tuple[Row, ...]) -> Tensor:
+def logits(adapters: AdapterSlots, names: tuple[Row, ...]) -> Tensor:
     with adapters.batch.holding(names):
         return adapters.model(IDS[: len(names)]).logits
 
@@ -86,7 +86,7 @@ def test_every_kind_of_adapter_in_one_batch(folders: dict[str, Path]) -> None:
     assert len(names) == len(IDS)
     plain = tiny_llama()
     base = plain(IDS).logits
-    outputs = logits(row_adapters(tiny_llama(), folders), names)
+    outputs = logits(adapter_slots(tiny_llama(), folders), names)
     for number, name in enumerate(names):
         if name is None:
             assert torch.equal(outputs[number], base[number])
@@ -118,7 +118,7 @@ def mixed(folder: Path, strength: float) -> Any:
 @torch.no_grad()
 def test_every_kind_of_adapter_at_a_strength_of_its_own_in_one_batch(folders: dict[str, Path]) -> None:
     rows = [Share(name, 0.3 + 0.1 * number) for number, name in enumerate(folders)]  # 1.3 of the last
-    outputs = logits(row_adapters(tiny_llama(), folders), (None, *rows, Share("dora", 0.0)))
+    outputs = logits(adapter_slots(tiny_llama(), folders), (None, *rows, Share("dora", 0.0)))
     base = tiny_llama()(IDS).logits
     assert torch.equal(outputs[0], base[0])
     assert torch.equal(outputs[-1], base[len(rows) + 1])
@@ -133,9 +133,9 @@ def test_the_base_is_never_touched_and_comes_back(folders: dict[str, Path]) -> N
     model = tiny_llama()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modules = {name: type(module) for name, module in model.named_modules()}
-    adapters = row_adapters(model, folders)
+    adapters = adapter_slots(model, folders)
     assert adapters.names == tuple(folders)
-    assert isinstance(model.model.layers[0].self_attn.q_proj, RowLayer)
+    assert isinstance(model.model.layers[0].self_attn.q_proj, SlotLayer)
     alone = logits(adapters, ("dora", "peft"))
     adapters.drop("lora")
     adapters.drop("embedding")
@@ -168,17 +168,17 @@ def test_a_layer_that_is_not_given_rows_is_refused(tmp_path: Path) -> None:
         apply_dora(adapted, DoRAConfig(dropout=0.0, **chosen))
         save_adapter(adapted, tmp_path / name)
         plain = model()
-        adapters = RowAdapters(plain, layers_of(plain))
+        adapters = AdapterSlots(plain, layers_of(plain))
         with pytest.raises(UserError):
             adapters.read(tmp_path / name)
-        assert not any(isinstance(module, RowLayer) for module in plain.modules())
+        assert not any(isinstance(module, SlotLayer) for module in plain.modules())
 
 
 @pytest.mark.parametrize("failing", [3, 5])  # in the second layer, which is new, and in one that others change too
 def test_an_adapter_that_does_not_fit_into_memory_takes_nothing_from_the_others(
     failing: int, folders: dict[str, Path], monkeypatch: Any
 ) -> None:
-    adapters = row_adapters(tiny_llama(), {"dora": folders["dora"]})
+    adapters = adapter_slots(tiny_llama(), {"dora": folders["dora"]})
     read, before = adapters.read(folders["lora"]), logits(adapters, (None, "dora"))
     modules = {name: type(module) for name, module in adapters.model.named_modules()}
     cat, calls = torch.cat, list[object]()
@@ -196,7 +196,7 @@ def test_an_adapter_that_does_not_fit_into_memory_takes_nothing_from_the_others(
     assert torch.equal(logits(adapters, (None, "dora")), before)
     assert adapters.names == ("dora",)
     assert {name: type(module) for name, module in adapters.model.named_modules()} == modules
-    assert not any("lora" in module.keys for module in adapters.model.modules() if isinstance(module, RowLayer))
+    assert not any("lora" in module.keys for module in adapters.model.modules() if isinstance(module, SlotLayer))
     adapters.put("lora", read)  # once there is room
     assert not torch.equal(logits(adapters, ("lora", "dora"))[0], before[0])
 
@@ -234,7 +234,7 @@ def test_rows_over_a_quantised_base(kind: Any, tmp_path: Path) -> None:
         move_trained(adapted, seed)
         save_adapter(adapted, tmp_path / name)
         folders[name] = tmp_path / name
-    adapters = row_adapters(model(), folders)
+    adapters = adapter_slots(model(), folders)
     outputs = logits(adapters, (None, "one", "two", None)).float()
     plain = model()(IDS[:4]).logits.float()
     if kind != "int8":  # which takes its outliers from all rows together
@@ -254,7 +254,7 @@ def test_half_precision_extras_stay_float32(tmp_path: Path) -> None:
     apply_dora(model, DoRAConfig(dropout=0.0, **SETTINGS["norms"]))
     move_trained(model, 3)
     save_adapter(model, tmp_path / "norms")
-    adapters = row_adapters(tiny_llama().bfloat16(), {"norms": tmp_path / "norms"})
+    adapters = adapter_slots(tiny_llama().bfloat16(), {"norms": tmp_path / "norms"})
     with torch.no_grad():
         expected = model.eval()(IDS[:2]).logits
         outputs = logits(adapters, (None, "norms"))

@@ -52,7 +52,7 @@ def prompt_ids(encoder: Encoder, *turns: Turn) -> list[int]:
     return encoder.encode_prompt(turns, pictures)["input_ids"][0].tolist()
 
 
-def talk(*texts: str, images: int = 0) -> Example:
+def conversation(*texts: str, images: int = 0) -> Example:
     roles = ("user", "assistant")
     turns = tuple(Turn(roles[number % 2], text) for number, text in enumerate(texts))
     return Example("sample-7", tuple(f"{n}.png" for n in range(images)), turns)

@@ -25,7 +25,7 @@ chat template, conversations hold any number of pictures, unless the table says 
 
 Videos as such: {video}. To the others a video is so many pictures: {still}.
 
-Packed rows and trees (`data.rows`) train alike in {rows} of {all}: loss and every gradient within 1e-10 of rows of
+Packed rows and trees (`data.packing`) train alike in {rows} of {all}: loss and every gradient within 1e-10 of rows of
 their own, with checkpointing too; remarks tell why the others keep plain rows.
 
 Outputs of the frozen vision parts can be stored (`data.cache_features`) in {stored} of {all}; remarks tell why not.
@@ -59,7 +59,7 @@ template with a switch (`enable_thinking`, `thinking`) is asked with it on, else
 vLLM by `chat_template_kwargs`; so does a merged folder, which has no recipe. Where a prompt opens a thought by itself
 (QwQ, DeepSeek-R1), an answer without one is trained behind an empty one, which is no part of the answer when asked.
 
-Tried by talks of one to four rounds, thoughts in all, some or none of the answers, pictures in later rounds, with
+Tried by conversations of one to four rounds, thoughts in all, some or no answers, pictures in later rounds, with
 templates written after those of Qwen3, Qwen3-VL thinking, QwQ, DeepSeek-R1 and V3.1, gpt-oss, GLM-4.5V, SmolLM3,
 Granite, Phi-4, Phi-4 mini, Magistral, Kimi-VL, SmolVLM and LLaVA-OneVision.
 """

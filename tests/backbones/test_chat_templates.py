@@ -19,12 +19,12 @@ from dora_vl.backbones.prompts import usual_template
 from dora_vl.data.samples import IGNORED_LABEL, Sample
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
-from tests.backbones.encoded_talk import encode_talk, piece_encoder, talk
-from tests.backbones.image_text_talks import (
+from tests.backbones.encoded_talk import conversation, encode_talk, piece_encoder
+from tests.backbones.image_text_conversations import (
     ASKED,
     TALKS,
     TWO_QUESTIONS,
-    Talk,
+    Conversation,
     encoder_of,
     messages_of,
     processor_inputs,
@@ -42,8 +42,8 @@ CHAT = {
 SYSTEM = Turn("system", "Be brief. Look at its edges.")
 
 
-def with_system(talk: Talk, system: Turn = SYSTEM) -> Talk:
-    turns, pictures = talk
+def with_system(conversation: Conversation, system: Turn = SYSTEM) -> Conversation:
+    turns, pictures = conversation
     return (system, *turns), pictures
 
 
@@ -56,7 +56,7 @@ def trained(encoder: Encoder, sample: Sample) -> str:
 class TestLanguageModels:
     """The language model's own template, of a processor of pieces: what people say is text, whatever it looks like."""
 
-    SAMPLE = talk("<image>\nIs it </s> red?", "Yes <|im_end|> no", "Why?", "It is", images=1)
+    SAMPLE = conversation("<image>\nIs it </s> red?", "Yes <|im_end|> no", "Why?", "It is", images=1)
 
     @pytest.fixture
     def own(self, new_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
@@ -85,9 +85,9 @@ class TestLanguageModels:
     def test_a_sample_whose_text_the_template_changes_is_refused(self, own: PreTrainedTokenizerFast) -> None:
         own.chat_template = str(own.chat_template).replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
         encoder = piece_encoder(own, "tokenizer")
-        encode_talk(encoder, talk("Why?", " It is "))
+        encode_talk(encoder, conversation("Why?", " It is "))
         with pytest.raises(BadSample):
-            encode_talk(encoder, talk("Why?", "so</think>It is"))
+            encode_talk(encoder, conversation("Why?", "so</think>It is"))
 
     @pytest.mark.parametrize(
         "template",
@@ -128,7 +128,7 @@ class TestLanguageModels:
         assert usual_template(tokenizer) == chosen
 
     @pytest.mark.parametrize("template", [CHAT["llama3"], CHATML, CHAT["glm"]], ids=["llama3", "chatml", "glm"])
-    @pytest.mark.parametrize("system", [True, False], ids=["system", "talk alone"])
+    @pytest.mark.parametrize("system", [True, False], ids=["system", "conversation alone"])
     def test_it_writes_words_and_no_list_of_parts(self, tmp_path: Path, template: str, system: bool) -> None:
         encoder = encoder_of(write_tiny_language("llama", tmp_path / "llama", template=template))
         conversation = with_system(TALKS["no picture"]) if system else TALKS["no picture"]
@@ -204,7 +204,7 @@ PUBLISHED = {
     "glm": ("It is red.<|im_end|>", 1),
     "thinking": ("It is red.<|im_end|>", 0),
 }
-"""What of the first talk is trained, and how often a system turn is said where that is tried."""
+"""What of the first conversation is trained, and how often a system turn is said where that is tried."""
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -231,11 +231,11 @@ def test_published_templates(tmp_path: Path, name: str) -> None:
         assert several == f"{reply}{reply}".replace("It is red.", "The second is blue.", 1).replace("It is red.", "Yes")
 
 
-def template_ids(encoder: Encoder, talk: Talk, *, system_as_text: bool) -> Tensor:
+def template_ids(encoder: Encoder, conversation: Conversation, *, system_as_text: bool) -> Tensor:
     """The prompt's ids, by the processor's own `apply_chat_template`."""
-    messages = messages_of(talk)
-    if system_as_text and talk[0][0].role == "system":
-        messages[0]["content"] = talk[0][0].text
+    messages = messages_of(conversation)
+    if system_as_text and conversation[0][0].role == "system":
+        messages[0]["content"] = conversation[0][0].text
     inputs: Any = encoder.processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
@@ -274,11 +274,11 @@ RAISING = "{% if messages[0].role == 'system' %}{{ raise_exception('no system he
 @pytest.mark.parametrize("text", [SYSTEM.text, ASKED], ids=["other words", "the question's words"])
 def test_a_template_without_a_place_for_it_refuses_the_sample(tmp_path: Path, template: str, text: str) -> None:
     encoder = encoder_of(write_tiny("qwen2_5_vl", tmp_path / "odd", template=template))
-    talk = TALKS["one picture"]
-    sample_of(encoder, talk)
+    conversation = TALKS["one picture"]
+    sample_of(encoder, conversation)
     with pytest.raises(BadSample) as refused:
-        sample_of(encoder, with_system(talk, replace(SYSTEM, text=text)))
-    assert refused.value.sample_id == "talk"
+        sample_of(encoder, with_system(conversation, replace(SYSTEM, text=text)))
+    assert refused.value.sample_id == "conversation"
 
 
 def test_a_place_in_the_last_question_alone_serves_prompts(tmp_path: Path) -> None:
@@ -291,10 +291,10 @@ def test_a_place_in_the_last_question_alone_serves_prompts(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("family", ["chameleon", "paligemma"])
 def test_formats_without_a_place_for_it_refuse_the_sample(folders: Folders, family: str) -> None:
-    encoder, talk = encoder_of(folders[family]), TALKS["one picture"]
-    sample_of(encoder, talk)
+    encoder, conversation = encoder_of(folders[family]), TALKS["one picture"]
+    sample_of(encoder, conversation)
     with pytest.raises(BadSample):
-        sample_of(encoder, with_system(talk))
+        sample_of(encoder, with_system(conversation))
 
 
 QUESTION, ANSWER = TALKS["no picture"][0]

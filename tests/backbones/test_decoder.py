@@ -21,7 +21,7 @@ from dora_vl.backbones.specs import LanguageSource
 from dora_vl.backbones.tower_sources import write_language_model
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.data.batches import Collator
-from dora_vl.data.columns import RowKind
+from dora_vl.data.columns import Packing
 from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Sample
 from dora_vl.errors import UserError
 from dora_vl.training.decoder_pipeline import PAPER_TARGETS
@@ -189,8 +189,8 @@ class TestPictures:
             samples.append(Sample(ids, labels, index=number, id=str(number), inputs=seen, media=(name,), media_end=end))
         adapted(backbone)
         samples = with_stored(samples, backbone) if stored else samples
-        kinds: tuple[RowKind, ...] = ("plain", "trees")
-        apart, shared = (Collator(0, rows=kind)(samples) for kind in kinds)
+        kinds: tuple[Packing, ...] = ("plain", "trees")
+        apart, shared = (Collator(0, packing=kind)(samples) for kind in kinds)
         assert len(apart["pixel_values"]) == 4
         assert len(shared["pixel_values"]) == 2
         loss, expected = gradients(backbone, apart)

@@ -18,7 +18,7 @@ from dora_vl.data.samples import IGNORED_LABEL, Labelled, check_labels
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
 from tests.backbones import tiny_image_text
-from tests.backbones.image_text_talks import (
+from tests.backbones.image_text_conversations import (
     LONG,
     RED,
     SEVERAL_ROUNDS,
@@ -52,7 +52,7 @@ def assert_same(ours: Mapping[str, object], theirs: Mapping[str, object]) -> Non
 @pytest.mark.parametrize("family", [*SEEING, *LANGUAGE_MODELS])
 def test_inputs_are_what_the_processor_makes_of_the_conversation(folders: Folders, family: str) -> None:
     encoder = encoder_of(folders[family])
-    for talk, (turns, pictures, *videos) in all_talks_of(family).items():
+    for conversation, (turns, pictures, *videos) in all_talks_of(family).items():
         sample = sample_of(encoder, (turns, pictures, *videos))
         theirs = processor_inputs(encoder, family, [(turns, pictures, *videos)])
         ours = {"input_ids": sample.input_ids[None], **sample.inputs}
@@ -61,7 +61,7 @@ def test_inputs_are_what_the_processor_makes_of_the_conversation(folders: Folder
                 del ours[name], theirs[name]
         assert_same(ours, theirs)
         pixels = [value for value in sample.inputs.values() if isinstance(value, Tensor) and value.is_floating_point()]
-        assert bool(pixels) == (bool(pictures) or bool(videos and videos[0])), talk
+        assert bool(pixels) == (bool(pictures) or bool(videos and videos[0])), conversation
 
 
 @pytest.mark.parametrize("family", [*SEEING, *LANGUAGE_MODELS])
@@ -75,7 +75,7 @@ def test_answers_and_what_closes_them_are_labelled_and_nothing_else(folders: Fol
         space = " " if format_of == "question_answer" else ""
         expected = "".join(f"{space}{turn.text}<|im_end|>" for turn in turns if turn.role == "assistant")
         assert encoder.tokenizer.decode(sample.labels[trained]) == expected
-        meant = encoder.answers(Example("talk", (), turns))
+        meant = encoder.answers(Example("conversation", (), turns))
         check_labels([labelled := Labelled(id="7", labels=sample.labels, answers=meant, tokenizer=encoder.tokenizer)])
         before = sample.labels.clone()
         first = int(trained.nonzero()[0])
@@ -86,9 +86,13 @@ def test_answers_and_what_closes_them_are_labelled_and_nothing_else(folders: Fol
 
 @pytest.mark.parametrize("family", SEEING)
 def test_a_batch_is_the_processor_s_own(folders: Folders, family: str) -> None:
-    encoder, talks = encoder_of(folders[family]), all_talks_of(family)
-    pair = [*talks.values()][:2] if family.endswith(VIDEO) else [talks["one picture"], [*talks.values()][-1]]
-    batch = inputs_of(Collator(encoder.pad_token_id)([sample_of(encoder, talk) for talk in pair]))
+    encoder, conversations = encoder_of(folders[family]), all_talks_of(family)
+    pair = (
+        [*conversations.values()][:2]
+        if family.endswith(VIDEO)
+        else [conversations["one picture"], [*conversations.values()][-1]]
+    )
+    batch = inputs_of(Collator(encoder.pad_token_id)([sample_of(encoder, conversation) for conversation in pair]))
     del batch["labels"]
     theirs = processor_inputs(encoder, family, pair)
     if family == f"smolvlm{VIDEO}":  # a row for each video there, and one for each sample here: its model reads alike
@@ -104,10 +108,10 @@ def test_a_batch_is_the_processor_s_own(folders: Folders, family: str) -> None:
 @pytest.mark.parametrize("family", ["qwen2_5_vl", f"qwen2_5_vl{VIDEO}"])
 def test_a_long_sample_loses_its_end_in_every_input_of_tokens_and_no_picture(folders: Folders, family: str) -> None:
     encoder = encoder_of(folders[family])
-    talk = VIDEO_TALKS["one video"] if family.endswith(VIDEO) else TALKS[TWO_QUESTIONS]
-    whole = sample_of(encoder, talk)
+    conversation = VIDEO_TALKS["one video"] if family.endswith(VIDEO) else TALKS[TWO_QUESTIONS]
+    whole = sample_of(encoder, conversation)
     kept = len(whole.input_ids) - 3
-    cut = sample_of(encoder_of(folders[family], max_tokens=kept), talk)
+    cut = sample_of(encoder_of(folders[family], max_tokens=kept), conversation)
     assert cut.cut_tokens == 3
     assert torch.equal(cut.input_ids, whole.input_ids[:kept])
     assert torch.equal(cut.labels, whole.labels[:kept])
@@ -117,7 +121,7 @@ def test_a_long_sample_loses_its_end_in_every_input_of_tokens_and_no_picture(fol
     after = max(position for position, token in enumerate(whole.input_ids.tolist()) if token in media) + 1
     for most in (after - 1, after):
         with pytest.raises(BadSample):
-            sample_of(encoder_of(folders[family], max_tokens=most), talk)
+            sample_of(encoder_of(folders[family], max_tokens=most), conversation)
 
 
 def test_a_folder_without_processor_is_refused(tmp_path: Path) -> None:
@@ -131,7 +135,7 @@ def test_a_folder_without_processor_is_refused(tmp_path: Path) -> None:
 def test_a_language_model_sees_no_picture(folders: Folders) -> None:
     with pytest.raises(BadSample) as raised:
         sample_of(encoder_of(folders["llama"]), TALKS["one picture"])
-    assert raised.value.sample_id == "talk"
+    assert raised.value.sample_id == "conversation"
 
 
 def test_without_chat_template_a_format_must_be_named(tmp_path: Path) -> None:
@@ -152,8 +156,8 @@ class TestVideos:
         pytest.importorskip("num2words")
         encoder = encoder_of(folders[f"smolvlm{VIDEO}"])
         video, picture, first, last = (
-            sample_of(encoder, VIDEO_TALKS[talk]).inputs["pixel_values"]
-            for talk in ("one video", "one picture", "video and picture", "picture and video")
+            sample_of(encoder, VIDEO_TALKS[conversation]).inputs["pixel_values"]
+            for conversation in ("one video", "one picture", "video and picture", "picture and video")
         )
         assert torch.equal(first, torch.cat([video, picture], dim=1))
         assert torch.equal(last, torch.cat([picture, video], dim=1))
@@ -231,12 +235,12 @@ class TestVideos:
     def test_html_is_text_where_no_video_is(
         self, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        talk = (Turn("user", "What is <video> in HTML?"), TURNS_RED), (), ()
+        conversation = (Turn("user", "What is <video> in HTML?"), TURNS_RED), (), ()
         monkeypatch.setattr(tiny_image_text, "SPECIAL", [tag for tag in tiny_image_text.SPECIAL if tag != "<video>"])
         encoder = encoder_of(write_tiny_video("qwen2_5_vl", tmp_path / "base"))
-        assert "What is <video> in HTML?" in encoder.tokenizer.decode(sample_of(encoder, talk).input_ids)
+        assert "What is <video> in HTML?" in encoder.tokenizer.decode(sample_of(encoder, conversation).input_ids)
         with pytest.raises(BadSample):
-            sample_of(encoder_of(folders[f"llava_onevision{VIDEO}"]), talk)
+            sample_of(encoder_of(folders[f"llava_onevision{VIDEO}"]), conversation)
 
     def test_frames_that_change_their_size_are_a_bad_sample(self, folders: Folders) -> None:
         """As a recording of a call whose line got worse."""

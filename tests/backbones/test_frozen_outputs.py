@@ -32,7 +32,7 @@ from dora_vl.data.video import Uniform
 from dora_vl.errors import BadSample, UserError
 from dora_vl.run.base import VideoReading
 from dora_vl.training.run_samples import RowEncoder
-from tests.backbones.image_text_talks import BLUE, RED, TALKS, adapted_backbone, encoder_of, inputs_of, talks_of
+from tests.backbones.image_text_conversations import BLUE, RED, TALKS, adapted_backbone, encoder_of, inputs_of, talks_of
 from tests.backbones.tiny_families.table import FAMILIES, families_in_turn
 from tests.backbones.tiny_language import byte_tokenizer
 
@@ -42,14 +42,14 @@ NAMES = {id(RED): "red.png", id(BLUE): "deep/blue.png"}
 def samples_of(encoder: Encoder, root: Path, family: str, outputs: OutputStore | None) -> list[Sample]:
     """One picture, two and none, as a run reads them."""
     samples = []
-    for talk in ("one picture", "two pictures", "no picture"):
-        if talk in talks_of(family):
-            turns, pictures = TALKS[talk]
+    for conversation in ("one picture", "two pictures", "no picture"):
+        if conversation in talks_of(family):
+            turns, pictures = TALKS[conversation]
             videos = VideoReading(folder=root, sampling=Uniform(1))
             rows = RowEncoder(encoder=encoder, folder=MediaFolder(root), videos=videos, outputs=outputs)
-            row = Example(talk, tuple(NAMES[id(picture)] for picture in pictures), turns)
+            row = Example(conversation, tuple(NAMES[id(picture)] for picture in pictures), turns)
             encoded = rows.encode(row, StoredPictures(()))
-            samples.append(Sample(encoded.input_ids, encoded.labels, id=talk, inputs=encoded.inputs))
+            samples.append(Sample(encoded.input_ids, encoded.labels, id=conversation, inputs=encoded.inputs))
             samples[-1] = replace(samples[-1], stored=encoded.stored)
     return samples
 

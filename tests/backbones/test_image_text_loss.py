@@ -16,7 +16,7 @@ from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.model import language_targets, open_backbone, projector_patterns
 from dora_vl.data.batches import Collator, stacked
 from dora_vl.data.samples import IGNORED_LABEL
-from tests.backbones.image_text_talks import (
+from tests.backbones.image_text_conversations import (
     SHORT,
     TALKS,
     VIDEO_TALKS,
@@ -37,15 +37,20 @@ Folders = Mapping[str, Path]
 NEAR = {"rtol": 0, "atol": 1e-5}
 
 
-def transformers_loss(model: PreTrainedModel, encoder: Encoder, family: str, talks: Sequence[str]) -> torch.Tensor:
-    """The model's own loss over all labelled tokens, on what its own processor makes of the talks with pictures
+def transformers_loss(
+    model: PreTrainedModel, encoder: Encoder, family: str, conversations: Sequence[str]
+) -> torch.Tensor:
+    """The model's own loss over all labelled tokens, on what its own processor makes of the conversations with pictures
     together, and of the words alone.
     """
-    seen, words = [[TALKS[talk] for talk in talks if bool(TALKS[talk][1]) == pictures] for pictures in (True, False)]
+    seen, words = [
+        [TALKS[conversation] for conversation in conversations if bool(TALKS[conversation][1]) == pictures]
+        for pictures in (True, False)
+    ]
     total, count = torch.zeros(()), 0
     for together in (group for group in (seen, words) if group):
         inputs = processor_inputs(encoder, family, together)
-        labels = stacked([sample_of(encoder, talk).labels[None] for talk in together], IGNORED_LABEL)
+        labels = stacked([sample_of(encoder, conversation).labels[None] for conversation in together], IGNORED_LABEL)
         labelled = int((labels[:, 1:] != IGNORED_LABEL).sum())
         total += model(**inputs, labels=labels, use_cache=False).loss * labelled
         count += labelled
@@ -57,22 +62,24 @@ def test_the_loss_is_the_model_s_own_and_reaches_all_that_trains(folders: Folder
     encoder, backbone = encoder_of(folders[family]), adapted_backbone(folders[family])
     taken = talks_of(family)
     learned: set[str] = set()
-    for talks in (*((talk,) for talk in taken), taken):
-        batch = batch_of(encoder, [TALKS[talk] for talk in talks])
+    for conversations in (*((conversation,) for conversation in taken), taken):
+        batch = batch_of(encoder, [TALKS[conversation] for conversation in conversations])
         backbone.zero_grad()
         features = backbone(**batch)
         loss = features.losses.mean()
         assert len(features.losses) == int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
         loss.backward()
         with torch.no_grad():  # and after it: Gemma 3n writes to a weight in its forward
-            torch.testing.assert_close(loss.detach(), transformers_loss(backbone.model, encoder, family, talks), **NEAR)
+            torch.testing.assert_close(
+                loss.detach(), transformers_loss(backbone.model, encoder, family, conversations), **NEAR
+            )
         for part in trained_parts(backbone.model):
             for name, parameter in part.parameters.items():
                 # a batch of words alone too: a rank under ZeRO-3 must not wait
-                assert parameter.grad is not None or name.startswith(FAMILIES[family].idle), (talks, name)
+                assert parameter.grad is not None or name.startswith(FAMILIES[family].idle), (conversations, name)
                 if parameter.grad is not None and bool(parameter.grad.any()):
                     learned.add(name)
-                    assert talks != ("no picture",) or part.name != "projector", name
+                    assert conversations != ("no picture",) or part.name != "projector", name
     trained = {name for part in trained_parts(backbone.model) for name in part.parameters}
     assert {name for name in trained - learned if not name.startswith(FAMILIES[family].idle)} == set()
 
@@ -80,24 +87,24 @@ def test_the_loss_is_the_model_s_own_and_reaches_all_that_trains(folders: Folder
 MIXED = ("no video", "one picture", "one video", "picture and video")
 
 
-@pytest.mark.parametrize("talks", [("two videos",), ("no video",), MIXED], ids=str)
+@pytest.mark.parametrize("conversations", [("two videos",), ("no video",), MIXED], ids=str)
 @pytest.mark.parametrize("family", [pytest.param(name, marks=param(name).marks) for name in VIDEO_FAMILIES])  # pyright: ignore
-def test_with_videos_too(folders: Folders, family: str, talks: Sequence[str]) -> None:
+def test_with_videos_too(folders: Folders, family: str, conversations: Sequence[str]) -> None:
     encoder, backbone = (make(folders[f"{family}{VIDEO}"]) for make in (encoder_of, adapted_backbone))
     one_kind = VIDEO_FAMILIES[family].one_kind
-    if one_kind and talks == MIXED:
+    if one_kind and conversations == MIXED:
         pytest.skip("pictures and videos of one batch are refused before training")
     dummy = None if one_kind else encoder.dummy()
     collate = Collator(encoder.pad_token_id, dummy=dummy, dummy_video=encoder.dummy_video(4))
-    samples = [sample_of(encoder, VIDEO_TALKS[talk]) for talk in talks]
-    lengths = () if VIDEO_FAMILIES[family].one_length or talks == MIXED else (SHORT,)
+    samples = [sample_of(encoder, VIDEO_TALKS[conversation]) for conversation in conversations]
+    lengths = () if VIDEO_FAMILIES[family].one_length or conversations == MIXED else (SHORT,)
     samples += [sample_of(encoder, (VIDEO_TALKS["one video"][0], (), (video,))) for video in lengths]
     batch = inputs_of(collate(samples))
     features = backbone(**batch)
     loss = features.losses.mean()
     torch.testing.assert_close(loss, backbone.model(**batch).loss, **NEAR)
     loss.backward()
-    words_alone = talks == ("no video",) and not lengths
+    words_alone = conversations == ("no video",) and not lengths
     for part in trained_parts(backbone.model):
         for name, parameter in part.parameters.items():
             assert parameter.grad is not None, name

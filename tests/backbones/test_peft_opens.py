@@ -16,7 +16,7 @@ from dora_vl import DoRAConfig, apply_dora, save_adapter, trained_parts
 from dora_vl.adapters.files import CONFIG_FILE
 from dora_vl.adapters.settings import peft_config
 from dora_vl.backbones.model import language_targets, open_backbone, projector_patterns
-from tests.backbones.image_text_talks import TALKS, batch_of, encoder_of, talks_of
+from tests.backbones.image_text_conversations import TALKS, batch_of, encoder_of, talks_of
 from tests.backbones.model_table import LOST_BY_PEFT
 from tests.backbones.tiny_families.language import LANGUAGE_MODELS
 from tests.backbones.tiny_families.table import FAMILIES, families_in_turn
@@ -52,7 +52,7 @@ def opens(open_base: Callable[[], Any], batch: Mapping[str, Any], folder: Path, 
 @methods
 @families_in_turn
 def test_a_family_opens_or_is_refused(folders: Mapping[str, Path], tmp_path: Path, family: str, method: str) -> None:
-    batch = batch_of(encoder_of(folders[family]), [TALKS[talk] for talk in talks_of(family)])
+    batch = batch_of(encoder_of(folders[family]), [TALKS[conversation] for conversation in talks_of(family)])
     outcome = opens(lambda: open_backbone(str(folders[family])).model.eval(), batch, tmp_path / "adapter", method)
     assert outcome == FAMILIES[family].peft
 

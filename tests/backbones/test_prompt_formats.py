@@ -13,7 +13,15 @@ from dora_vl.backbones.prompts import QuestionAnswer
 from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
-from tests.backbones.image_text_talks import RED, SAID, TALKS, TWO_QUESTIONS, adapted_backbone, encoder_of, sample_of
+from tests.backbones.image_text_conversations import (
+    RED,
+    SAID,
+    TALKS,
+    TWO_QUESTIONS,
+    adapted_backbone,
+    encoder_of,
+    sample_of,
+)
 
 Folders = Mapping[str, Path]
 
@@ -74,7 +82,7 @@ def test_what_paligemma_does_not_take_is_refused_by_id(
     encoder = encoder_of(folders["paligemma"])
     with pytest.raises(BadSample) as error:
         sample_of(encoder, (turns, (RED,) * pictures))
-    assert error.value.sample_id == "talk"
+    assert error.value.sample_id == "conversation"
 
 
 def test_a_processor_that_puts_a_separator_behind_every_text_is_refused(folders: Folders) -> None:

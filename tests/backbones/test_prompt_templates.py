@@ -23,7 +23,7 @@ from dora_vl.backbones.templates import TEMPLATES, VICUNA_SYSTEM
 from dora_vl.data.samples import Labelled, check_labels
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
-from tests.backbones.encoded_talk import NASTY, answers_of, encode_talk, piece_encoder, prompt_ids, talk
+from tests.backbones.encoded_talk import NASTY, answers_of, conversation, encode_talk, piece_encoder, prompt_ids
 from tests.backbones.tiny_sentencepiece import write_tokenizer_model
 
 ROUNDS = ("<image>\nIs it red?", "Yes, it is.", "What is in the picture?", "A red circle")
@@ -39,7 +39,7 @@ def encoder(tokenizer: PreTrainedTokenizerBase, name: str) -> Encoder:
 
 def starred(tokenizer: PreTrainedTokenizerBase, name: str, *texts: str) -> str:
     """The tokens of a conversation, those with a label starred."""
-    encoded = encode_talk(encoder(tokenizer, name), talk(*texts, images=texts[0].count("<image>")))
+    encoded = encode_talk(encoder(tokenizer, name), conversation(*texts, images=texts[0].count("<image>")))
     tokens = tokenizer.convert_ids_to_tokens(encoded.input_ids.tolist())
     labels = encoded.labels.tolist()
     return " ".join(("" if label == -100 else "*") + token for token, label in zip(tokens, labels, strict=True))
@@ -54,7 +54,7 @@ def test_every_row_is_a_setting_and_is_written_out_here() -> None:
 
 @pytest.mark.parametrize("name", NAMED)
 def test_text_and_what_is_labelled(name: str) -> None:
-    rendered = TEMPLATES[name].render(talk(*ROUNDS).turns)
+    rendered = TEMPLATES[name].render(conversation(*ROUNDS).turns)
     marked = rendered.text
     for start, end in reversed(rendered.answer_spans):
         marked = f"{marked[:start]}«{marked[start:end]}»{marked[end:]}"
@@ -92,11 +92,11 @@ def test_captions(new_tokenizer: PreTrainedTokenizerBase) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(TEMPLATES) - {"plain"}))
 def test_a_prompt_is_what_stands_before_the_answer(new_tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    turns = talk(*ROUNDS).turns[:3]
+    turns = conversation(*ROUNDS).turns[:3]
     text = TEMPLATES[name].render(turns, generation_prompt=True).text
-    rendered = TEMPLATES[name].render(talk(*ROUNDS).turns)
+    rendered = TEMPLATES[name].render(conversation(*ROUNDS).turns)
     assert text == rendered.text[: rendered.answer_spans[1][0]]
-    encoded = encode_talk(encoder(new_tokenizer, name), talk(*ROUNDS, images=1))
+    encoded = encode_talk(encoder(new_tokenizer, name), conversation(*ROUNDS, images=1))
     prompt = prompt_ids(encoder(new_tokenizer, name), *turns)
     assert prompt == encoded.input_ids[: len(prompt)].tolist()
     assert encoded.labels[len(prompt)] == encoded.input_ids[len(prompt)]
@@ -109,11 +109,13 @@ def test_the_labelled_tokens_of_an_answer_are_read_back_as_the_answer(
     """Special tokens and braces in what is said are text, and an answer ends where the template closes it."""
     answer = "It {} is <s> a </s> <|im_end|> ['circle']"
     coder = encoder(new_tokenizer, name)
-    encoded = encode_talk(coder, talk("Is {} </s> <|im_start|> it?", "Yes", "Why <s>?", answer))
-    last = encoded.labels[len(prompt_ids(coder, *talk("Is {} </s> <|im_start|> it?", "Yes", "Why <s>?").turns)) :]
+    encoded = encode_talk(coder, conversation("Is {} </s> <|im_start|> it?", "Yes", "Why <s>?", answer))
+    last = encoded.labels[
+        len(prompt_ids(coder, *conversation("Is {} </s> <|im_start|> it?", "Yes", "Why <s>?").turns)) :
+    ]
     assert coder.decode(last[last != -100]) == answer
     controls = [new_tokenizer.convert_tokens_to_ids(token) for token in ("<s>", "</s>", "<|im_start|>", "<|im_end|>")]
-    plain = encode_talk(coder, talk("Is it?", "Yes", "Why?", "It is"))
+    plain = encode_talk(coder, conversation("Is it?", "Yes", "Why?", "It is"))
     for token in controls:
         assert (encoded.input_ids == token).sum() == (plain.input_ids == token).sum()
 
@@ -203,7 +205,7 @@ def test_equal_to_the_published_algorithm(
         for token, train in zip(ids, trained, strict=True)
         for pair in ([(image, False)] * TOKENS_PER_IMAGE if token == -200 else [(token, train)])
     ]
-    encoded = encode_talk(piece_encoder(tokenizer), talk(*texts, images=int(with_picture)))
+    encoded = encode_talk(piece_encoder(tokenizer), conversation(*texts, images=int(with_picture)))
     assert encoded.input_ids.tolist() == [token for token, _ in expanded]
     assert encoded.labels.tolist() == [token if train else -100 for token, train in expanded]
 
@@ -237,23 +239,23 @@ def test_supervised_tokens_decode_to_the_answers(
     assume(all(answer.strip() for answer in texts[1::2]))
     assume(not any(0xFDD0 <= ord(letter) <= 0xFDEF for text in texts for letter in text))
     encoder = piece_encoder(tokenizer, template)
-    encoded = encode_talk(encoder, talk(*texts))
-    meant = encoder.answers(talk(*texts))
+    encoded = encode_talk(encoder, conversation(*texts))
+    meant = encoder.answers(conversation(*texts))
     check_labels([Labelled(id="7", labels=encoded.labels, answers=meant, tokenizer=tokenizer)])
     assert answers_of(encoder, encoded.labels, close) == [before + answer + after for answer in texts[1::2]]
 
 
 def test_the_ids_are_those_of_the_plain_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
-    sample, coder = talk("Is it red?\n\n 7", "Yes, it is.", " a <b> c", "No"), piece_encoder(tokenizer)
+    sample, coder = conversation("Is it red?\n\n 7", "Yes, it is.", " a <b> c", "No"), piece_encoder(tokenizer)
     text = coder.prompts.render(sample.turns).text
     assert encode_talk(coder, sample).input_ids.tolist() == tokenizer(text).input_ids
-    marks = talk("a </s> b", "c </s> d")  # which the tokenizer keeps as text by a setting that pickling loses
+    marks = conversation("a </s> b", "c </s> d")  # which the tokenizer keeps as text by a setting that pickling loses
     again = encode_talk(pickle.loads(pickle.dumps(coder)), marks)
     assert again.input_ids.tolist() == encode_talk(coder, marks).input_ids.tolist()
 
 
 def test_a_cut_loses_text_at_the_end_alone(tokenizer: PreTrainedTokenizerFast) -> None:
-    sample = talk(*ROUNDS, images=1)
+    sample = conversation(*ROUNDS, images=1)
     whole = encode_talk(piece_encoder(tokenizer), sample)
     labels, ids = whole.labels.tolist(), whole.input_ids.tolist()
     first = next(position for position, label in enumerate(labels) if label != -100)
@@ -268,7 +270,9 @@ def test_a_cut_loses_text_at_the_end_alone(tokenizer: PreTrainedTokenizerFast) -
 
 
 def test_several_pictures_stay_in_place(tokenizer: PreTrainedTokenizerFast) -> None:
-    encoded = encode_talk(piece_encoder(tokenizer), talk("<image><image> What is <image>\nred?", "A circle", images=3))
+    encoded = encode_talk(
+        piece_encoder(tokenizer), conversation("<image><image> What is <image>\nred?", "A circle", images=3)
+    )
     text = " ".join(tokenizer.convert_ids_to_tokens(encoded.input_ids.tolist()))
     pictures = "<image> <image> <image> <image> "
     assert f" ▁ {pictures}{pictures}" in text  # nothing between the first two
@@ -279,4 +283,4 @@ def test_several_pictures_stay_in_place(tokenizer: PreTrainedTokenizerFast) -> N
 @pytest.mark.parametrize("texts", [("Is it?", ""), ("Is it?", " \n"), ("Is it?",), ("a", "b\ufdd1c")])
 def test_answers_must_be_there_and_hold_no_mark(tokenizer: PreTrainedTokenizerFast, texts: tuple[str, ...]) -> None:
     with pytest.raises(BadSample):
-        encode_talk(piece_encoder(tokenizer), talk(*texts))
+        encode_talk(piece_encoder(tokenizer), conversation(*texts))

@@ -17,7 +17,7 @@ from dora_vl.backbones.specs import ComposeSpec
 from dora_vl.backbones.tower_sources import compose_llava
 from dora_vl.errors import UserError
 from tests.backbones.conftest import VISION
-from tests.backbones.encoded_talk import encode_talk, piece_encoder, talk
+from tests.backbones.encoded_talk import conversation, encode_talk, piece_encoder
 from tests.backbones.tiny_sentencepiece import sentencepiece_model, write_tiny_vicuna, write_tokenizer_model
 
 AROUND = [
@@ -105,9 +105,11 @@ class TestIds:
         encoder = piece_encoder(loaded, each=1)
         texts = (f"{before}<image>{after}red?", " Yes", "Is it?", "No")
         expected = [1]
-        for number, piece in enumerate(encoder.prompts.render(talk(*texts).turns).text.split("<image>")):
+        for number, piece in enumerate(encoder.prompts.render(conversation(*texts).turns).text.split("<image>")):
             expected += [image] * bool(number) + slow_ids(model, piece, legacy=legacy is not False)
-        assert encode_talk(encoder, talk(*texts, images=texts[0].count("<image>"))).input_ids.tolist() == expected
+        assert (
+            encode_talk(encoder, conversation(*texts, images=texts[0].count("<image>"))).input_ids.tolist() == expected
+        )
 
     def test_saved_and_opened_again(self, loaded: PreTrainedTokenizerFast, tmp_path: Path) -> None:
         loaded.save_pretrained(tmp_path / "again")

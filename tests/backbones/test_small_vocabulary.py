@@ -17,12 +17,12 @@ def test_texts_of_records_and_of_rows_are_a_vocabulary_s(tmp_path: Path) -> None
     record |= {"answers": [{"text": "red"}, {"text": "crimson", "weight": 0.3}]}
     (tmp_path / "records.jsonl").write_text(json.dumps(record))
     (tmp_path / "rows.csv").write_text("image,question,answer\n0.png,Why?,because\n")
-    talk = {
+    conversation = {
         "image": "0.png",
         "conversations": [{"from": "human", "value": "<image>\nWho?"}, {"from": "gpt", "value": "me"}],
     }
-    (tmp_path / "talks.json").write_text(json.dumps([talk]))
-    files = tuple(str(tmp_path / name) for name in ("records.jsonl", "rows.csv", "talks.json"))
+    (tmp_path / "conversations.json").write_text(json.dumps([conversation]))
+    files = tuple(str(tmp_path / name) for name in ("records.jsonl", "rows.csv", "conversations.json"))
     texts = list(texts_of(SmallLanguageModel(texts=files, words=("more",))))
     assert texts == ["Which?", "red", "blue", "red", "crimson", "Why?", "because", "Who?", "me", "more"]
 

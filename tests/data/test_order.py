@@ -266,7 +266,7 @@ def test_trees_take_few_tokens_and_hardly_pad(mixture: tuple[list[Sample], Sampl
     )
     tokens, padding, steps = dict[str, int](), dict[str, int](), dict[str, set[int]]()
     for kind, sampler in (("plain", grouped), ("trees", TreeSampler(lengths, batch_size=16, seed=5))):
-        collate = Collator(0, rows=kind)
+        collate = Collator(0, packing=kind)
         for rank in range(ranks):
             shard = BatchSamplerShard(
                 BatchSampler(sampler, 16, drop_last=False), num_processes=ranks, process_index=rank

@@ -256,9 +256,11 @@ def test_words_alone_captions_and_several_answers_are_meant(tmp_path: Path, capl
     (tmp_path / "captions.csv").write_text("image,caption\n0.png,a cat\n0.png,a dog\n")
     votes = [{"image": "0.png", "question": "What?", "answers": ["red", "red", "blue"]} for _ in range(2)]
     (tmp_path / "votes.jsonl").write_text("\n".join(map(json.dumps, votes)))
-    talks = [{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}]
-    talks += [{"image": "0.png", **talks[0]}]
-    (tmp_path / "talks.jsonl").write_text("\n".join(map(json.dumps, talks)))  # the first names no picture at all
+    conversations = [{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}]
+    conversations += [{"image": "0.png", **conversations[0]}]
+    (tmp_path / "conversations.jsonl").write_text(
+        "\n".join(map(json.dumps, conversations))
+    )  # the first names no picture at all
     for path in sorted(tmp_path.glob("*.[cj]s*")):
         assert not doubtful(load_rows(str(path), cache_folder=tmp_path / "cache").rows), path
         assert not FileCheck(path).run(lambda _: None).findings, path

@@ -98,7 +98,9 @@ def assert_a_batch_is_each_alone(assistant: Assistant, samples: Sequence[Sample]
 def test_a_batch_answers_as_one_by_one_to_the_id(model: tuple[str, Path]) -> None:
     name, folder = model
     assistant = opened(folder)
-    assert_a_batch_is_each_alone(assistant, [assistant.prompts.sample(*talk) for talk in conversations(name)])
+    assert_a_batch_is_each_alone(
+        assistant, [assistant.prompts.sample(*conversation) for conversation in conversations(name)]
+    )
 
 
 @pytest.mark.parametrize("beams", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -106,7 +108,7 @@ def test_a_row_without_numbers_has_no_answer_and_the_others_have_theirs(model: t
     name, folder = model
     assistant = opened(folder)
     assistant.backbone.model.generation_config.num_beams = beams
-    samples = [assistant.prompts.sample(*talk) for talk in conversations(name)]
+    samples = [assistant.prompts.sample(*conversation) for conversation in conversations(name)]
     batch = assistant.prompts.collate(samples, "left")
     expected = assistant.answers(batch, max_new_tokens=NEW_TOKENS)
     others = {token for index, sample in enumerate(samples) if index != 1 for token in sample.input_ids.tolist()}
@@ -128,12 +130,12 @@ def test_a_row_without_numbers_has_no_answer_and_the_others_have_theirs(model: t
 def test_a_family_with_videos_is_shown_videos(name: str, tmp_path: Path) -> None:
     assistant = opened(spread(write_tiny_video(name, tmp_path / "model")))
     picture, clip = Image.new("RGB", (21, 15), "red"), coloured_video(4)
-    talks = [
+    conversations = [
         ([Turn("user", "<video>\nWhat moves?")], Shown(videos=(clip,))),
         ([Turn("user", "<image>\nIs it here: <video>\nSay it.")], Shown(pictures=(picture,), videos=(clip,))),
         ([Turn("user", "What colour is it?")], Shown()),
     ]
-    samples = [assistant.prompts.sample(*talk) for talk in talks]
+    samples = [assistant.prompts.sample(*conversation) for conversation in conversations]
     assert ["pixel_values_videos" in sample.inputs for sample in samples] == [True, True, False]
     assert assistant.prompts.encoder.videos_of_one_length is (name == "llava_onevision")
     assert not assistant.prompts.frames_are_pictures

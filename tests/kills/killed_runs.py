@@ -85,7 +85,7 @@ class Ended(NamedTuple):
 def write_material(folder: Path) -> None:
     """The tiny models and data of every kind."""
     write_tiny_llava(folder / "llava")
-    write_tiny_data(folder / "talk", samples=SAMPLES)
+    write_tiny_data(folder / "conversation", samples=SAMPLES)
     write_vlbart_data(folder / "vlbart")
 
 
@@ -111,7 +111,7 @@ def settings_file(case: Case, material: Path, run_folder: Path, *, dropout: floa
     training |= {"per_device_train_batch_size": STEP_SAMPLES // 2}
     streamed = {"streaming": True, "group_by_modality_length": False, "shuffle_buffer": 6}
     data = streamed if case.kind == "streamed" else {}
-    records = material / "talk" / "train.json"
+    records = material / "conversation" / "train.json"
     return write_run(path, material / "llava", records, training=training, adapter=adapter, data=data)
 
 

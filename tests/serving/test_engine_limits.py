@@ -173,8 +173,8 @@ def test_an_adapter_is_put_in_while_requests_never_cease(model: ServedModel, fol
                 answered.append(last(handed_in(engine, "base")[1]))
 
         askers = [threading.Thread(target=ask_on) for _ in range(3)]
-        for asker in askers:
-            asker.start()
+        for predictor in askers:
+            predictor.start()
         try:
             for _ in range(3):
                 engine.load("new", folders["three"])
@@ -182,8 +182,8 @@ def test_an_adapter_is_put_in_while_requests_never_cease(model: ServedModel, fol
                 engine.unload("new")
         finally:
             stop.set()
-            for asker in askers:
-                asker.join(60)
+            for predictor in askers:
+                predictor.join(60)
     assert len(answered) > 6
     assert all(isinstance(event, Finished) for event in answered)
 

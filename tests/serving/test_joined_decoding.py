@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dora_vl.core.rows import RowLayer
+from dora_vl.core.adapter_slots import SlotLayer
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation.ask import Shown
@@ -206,7 +206,7 @@ def test_a_row_whose_scores_are_no_numbers_fails_alone(
     if not joins:
         monkeypatch.setattr("dora_vl.serving.engine.can_join", lambda *_: False)
     for layer in model.backbone.model.modules():
-        if isinstance(layer, RowLayer):
+        if isinstance(layer, SlotLayer):
             layer._changes["huge"].scaled_B.fill_(float("nan"))
     with Engine(model, Settings(window_ms=300)) as engine:
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from dora_vl.adapters.adapter import content_hash
-from dora_vl.core.rows import RowLayer
+from dora_vl.core.adapter_slots import SlotLayer
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation.ask import Shown, model_inputs
@@ -191,7 +191,7 @@ def test_an_adapter_leaves_no_trace(base: Path, folders: dict[str, Path]) -> Non
         model: ServedModel = engine.model
         before = dict(model.backbone.model.named_modules())
         engine.load("one", folders["one"])
-        assert any(isinstance(module, RowLayer) for module in model.backbone.model.modules())
+        assert any(isinstance(module, SlotLayer) for module in model.backbone.model.modules())
         request = engine.prepare("one", PICTURES[0][0], Sampling(max_new_tokens=3))
         assert isinstance(list(engine.ask(request))[-1], Finished)
         engine.unload("one")

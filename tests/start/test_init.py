@@ -148,8 +148,8 @@ def test_every_container_gives_the_same_halves(
     assert "16 rows" in printed
     assert "left out, as check-data" not in printed
     rows = [row for half in ("train", "test") for row in rows_of(tmp_path / "out" / f"{half}.jsonl")]
-    talks = {tuple(turn["value"] for turn in row["conversations"]) for row in rows}
-    assert talks == {(f"<image>\n{item.question}", item.answer) for item in samples}
+    conversations = {tuple(turn["value"] for turn in row["conversations"]) for row in rows}
+    assert conversations == {(f"<image>\n{item.question}", item.answer) for item in samples}
     root = tmp_path / ("out" if name in HOLD_PICTURES else "my")
     assert read_run_file("out/run.yaml").data.image_folder == root.name
     assert {(root / str(row["image"])).read_bytes() for row in rows} == {item.content for item in samples}

@@ -41,8 +41,8 @@ def write_samples(folder: Path) -> Path:
         colour = list(COLOURS)[number % 3]
         question = f"Is it {colour}?" if number % 4 == 0 else "<image>\nWhat is in the picture?"
         turns = [question, f"A {colour} circle", "Is it red?", "Yes, it is." if colour == "red" else "No, it is not."]
-        talk = [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(turns)]
-        sample = {"id": f"sample-{number}", "conversations": talk}
+        conversation = [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(turns)]
+        sample = {"id": f"sample-{number}", "conversations": conversation}
         if number % 4:
             sample["image"] = f"{number}.png"
             Image.new("RGB", (30 + number, 41), COLOURS[colour]).save(folder / f"{number}.png")

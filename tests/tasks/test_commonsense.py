@@ -117,7 +117,7 @@ def test_the_smoke_run_is_tested_again_without_training(folder: Path) -> None:
 def test_packing_trains_the_same(folder: Path) -> None:
     more = ("--training.max_steps", "4", "--training.use_cpu", "true", "--training.deepspeed", "null")
     for rows in ("packed", "plain"):
-        train(DecoderPipeline(settings(folder, rows, "--data.rows", rows, *more)))
+        train(DecoderPipeline(settings(folder, rows, "--data.packing", rows, *more)))
     packed, plain = (logged_losses(folder / rows) for rows in ("packed", "plain"))
     assert packed == pytest.approx(plain, abs=1e-4)
     shares = [json_of(folder / rows / "metrics.json")["padding_share"] for rows in ("packed", "plain")]

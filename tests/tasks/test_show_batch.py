@@ -66,7 +66,7 @@ def test_it_is_the_batch_that_training_sees(
     run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grouped: str
 ) -> None:
     settings = [
-        "--data.rows=plain",
+        "--data.packing=plain",
         f"--data.group_by_modality_length={grouped}",
         f"--training.output_dir={tmp_path / 'out'}",
     ]
@@ -104,7 +104,7 @@ def test_a_vlbarts_batch(bart_file: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_the_command_writes_nothing_and_prints_signs(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before, samples = sorted(run_file.parent.rglob("*")), ["--training.per_device_train_batch_size", "3"]
-    main(["show", "batch", str(run_file), "--data.rows", "plain", *samples])
+    main(["show", "batch", str(run_file), "--data.packing", "plain", *samples])
     assert sorted(run_file.parent.rglob("*")) == before
     output = capsys.readouterr().out
     assert "samples 3, positions 3 rows of" in output
@@ -171,7 +171,7 @@ def test_a_model_with_a_processor_of_its_own(tmp_path: Path) -> None:
 
 
 def test_samples_that_share_rows_have_numbered_ones(run_file: Path, tmp_path: Path) -> None:
-    config = read_run_file(run_file, "--data.rows=trees")
+    config = read_run_file(run_file, "--data.packing=trees")
     view = first_batch(DecoderPipeline(shown_settings(config, tmp_path / "none")))
     assert [row.title.split(",")[0] for row in view.rows] == [
         f"row {number + 1} of {len(view.rows)}" for number in range(len(view.rows))

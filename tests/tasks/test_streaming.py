@@ -98,7 +98,7 @@ def test_files_are_mixed_and_bad_rows_are_counted_and_named(tmp_path: Path, base
     rows = [json.loads(line) for line in WRITERS["messages"](tmp_path, samples[:8]).read_text().splitlines()]
     rows[3]["messages"][1]["content"][0]["text"] = ""
     files = [
-        {"path": str(lines(tmp_path / "talks.jsonl", rows)), "weight": 2.0},
+        {"path": str(lines(tmp_path / "conversations.jsonl", rows)), "weight": 2.0},
         {"path": str(WRITERS["parquet"](tmp_path, samples[8:]))},
     ]
     path = run_file(tmp_path, base, files, data={"max_bad_share": 0.2}, max_steps=6, logging_steps=6)

@@ -58,8 +58,8 @@ def write_llava(folder: Path, samples: list[Item]) -> Path:
     rows = []
     for item in samples:
         turns = (("human", f"<image>\n{item.question}"), ("gpt", item.answer))
-        talk = [{"from": who, "value": text} for who, text in turns]
-        rows.append({"id": item.id, "image": item.picture, "conversations": talk})
+        conversation = [{"from": who, "value": text} for who, text in turns]
+        rows.append({"id": item.id, "image": item.picture, "conversations": conversation})
     (folder / "llava.json").write_text(json.dumps(rows))
     return folder / "llava.json"
 
@@ -79,8 +79,8 @@ def write_sharegpt(folder: Path, samples: list[Item]) -> Path:
     """ShareGPT with `images`, the place of the picture not said."""
     rows: list[dict[str, object]] = []
     for item in samples:
-        talk = [{"from": "human", "value": item.question}, {"from": "gpt", "value": item.answer}]
-        rows.append({"id": item.id, "images": [item.picture], "conversations": talk})
+        conversation = [{"from": "human", "value": item.question}, {"from": "gpt", "value": item.answer}]
+        rows.append({"id": item.id, "images": [item.picture], "conversations": conversation})
     return lines(folder / "sharegpt.jsonl", rows)
 
 

@@ -18,7 +18,7 @@ from dora_vl.data.turns import Turn
 from dora_vl.evaluation.ask import Shown
 from dora_vl.serving.engine import Engine
 from tasks import image_qa, llava_instruct
-from tests.backbones.image_text_talks import TWO_QUESTIONS, encoder_of, talks_of
+from tests.backbones.image_text_conversations import TWO_QUESTIONS, encoder_of, talks_of
 from tests.backbones.tiny_families.table import FAMILIES, families_in_turn
 from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
 from tests.serving.tiny_served import alone, answer_alone, answers, served

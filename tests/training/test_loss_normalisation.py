@@ -31,7 +31,7 @@ def micro_batches(config: RunConfig, size: int) -> list[dict[str, Any]]:
 def test_loss_and_gradient_equal_the_step_written_out(tmp_path: Path, tiny_llava: Path, normalisation: str) -> None:
     data = write_tiny_data(tmp_path / "data", samples=4)
     run_file = write_run(tmp_path / "run.yaml", tiny_llava, data, training={"use_cpu": True})
-    config = read_run_file(run_file, "--data.rows=plain")
+    config = read_run_file(run_file, "--data.packing=plain")
     backbone = open_backbone(str(tiny_llava))
     bias = backbone.model.get_parameter(PROJECTOR)
     before = bias.detach().clone()

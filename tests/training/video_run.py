@@ -31,8 +31,11 @@ def write_video_data(folder: Path, *, samples: int = 16) -> Path:
             part = {"path": f"{name}.mp4", "start_seconds": 0.2}
             record["video"] = part if index // 4 % 2 else f"{name}.mp4"
         marks = {0: "", 1: "<image>\n", 2: "<video>\n", 3: "<video> and <image>\n"}[kind]
-        talk = [{"from": "human", "value": marks + question}, {"from": "gpt", "value": name + " it" * (index % 3)}]
-        records.append({**record, "conversations": talk})
+        conversation = [
+            {"from": "human", "value": marks + question},
+            {"from": "gpt", "value": name + " it" * (index % 3)},
+        ]
+        records.append({**record, "conversations": conversation})
     path = folder / "train.json"
     path.write_text(json.dumps(records))
     return path

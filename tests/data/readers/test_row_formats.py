@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[3]
 ASKED = Turn("user", "<image>\nWhat is it?"), Turn("assistant", "A cat.")
 
 
-def talk(row: Mapping[str, object]) -> Example:
+def conversation(row: Mapping[str, object]) -> Example:
     return read_row(row)
 
 
@@ -33,7 +33,7 @@ def documented_rows(kind: str = "rows") -> list[str]:
 
 @pytest.mark.parametrize("line", [*documented_rows(), *documented_rows("video rows")])
 def test_each_row_of_the_documentation_is_the_same_sample(line: str) -> None:
-    sample, videos = talk(json.loads(line)), line in documented_rows("video rows")
+    sample, videos = conversation(json.loads(line)), line in documented_rows("video rows")
     *system, question, answer = sample.turns
     assert system == ([Turn("system", "Be brief.")] if "system" in line else [])
     assert answer == ASKED[1]
@@ -77,7 +77,7 @@ ASKING = {"question": "Which is red?", "answer": "two"}
 def test_an_instruction_keeps_its_input_and_the_answer_that_is_scored(tmp_path: Path) -> None:
     scored = {"instruction": "Is it so?", "input": "", "output": "the correct answer is true", "answer": "true"}
     unscored = {"instruction": "Say it.", "input": " it\n\u00e9 ", "output": "it"}
-    first, second = talk(scored).turns[0], talk(unscored).turns[0]
+    first, second = conversation(scored).turns[0], conversation(unscored).turns[0]
     assert (first.text, first.input) == ("Is it so?", "")
     assert (second.instruction, second.input) == ("Say it.", " it\n\u00e9 ")
     assert second.text == "Say it.\n it\n\u00e9 "  # what every other prompt takes
@@ -139,7 +139,7 @@ def test_any_row_is_a_sample_or_a_bad_one(values: dict[str, object], formed: dic
     longest = 0
     for row in (values, {**formed, **values}, {**values, **formed}):
         try:
-            sample = talk(row)
+            sample = conversation(row)
         except (BadSample, ColumnsError) as error:
             longest = len(str(error))
             continue
@@ -153,7 +153,7 @@ def test_numbers_of_thousands_of_digits_are_bad_samples(line: str) -> None:
     for name in json.loads(line):
         for huge in (10**5000, [10**5000], {"text": 10**5000}):
             try:
-                sample = talk({**json.loads(line), name: huge})
+                sample = conversation({**json.loads(line), name: huge})
             except (BadSample, ColumnsError):
                 continue
             assert name in ("id", "system", "caption"), sample
@@ -165,7 +165,7 @@ ANSWER = FREE_TEXT.filter(lambda text: text.strip() != "")
 
 def texts_of(*texts: str, **more: object) -> list[str]:
     turns = [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)]
-    return [turn.text for turn in talk({"conversations": turns, **more}).turns]
+    return [turn.text for turn in conversation({"conversations": turns, **more}).turns]
 
 
 def published_normalisation(value: str) -> str:

@@ -129,7 +129,7 @@ def test_numbers_of_a_class_are_its_names(tmp_path: Path) -> None:
     dataset.save_to_disk(str(tmp_path / "saved"))
     for name in ("a.parquet", "saved"):
         rows = load_rows(str(tmp_path / name), cache_folder=tmp_path / "cache").rows
-        assert [talk[-1]["text"] for talk in rows["turns"]] == ["dog", "cat"]
+        assert [conversation[-1]["text"] for conversation in rows["turns"]] == ["dog", "cat"]
 
 
 def test_a_role_that_there_is_not_is_named() -> None:

@@ -112,13 +112,13 @@ MESSAGES = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant",
 
 def test_a_key_of_a_message_ends_the_run_by_file_row_and_setting() -> None:
     with pytest.raises(UserError) as caught:
-        RowReader("talks.jsonl").read(MESSAGES, 6)
+        RowReader("conversations.jsonl").read(MESSAGES, 6)
     assert not isinstance(caught.value, BadSample)
-    assert all(word in str(caught.value) for word in ("talks.jsonl", "row 7", "data.ignore: [messages.train]"))
-    columns = Columns({"talk": "messages"})
+    assert all(word in str(caught.value) for word in ("conversations.jsonl", "row 7", "data.ignore: [messages.train]"))
+    columns = Columns({"conversation": "messages"})
     with pytest.raises(ColumnsError) as named:
-        read_row({"talk": MESSAGES["messages"]}, columns=columns)
-    assert named.value.remedy.ignored == ("talk.train",)  # by the file's own name
+        read_row({"conversation": MESSAGES["messages"]}, columns=columns)
+    assert named.value.remedy.ignored == ("conversation.train",)  # by the file's own name
     with pytest.raises(ColumnsError) as nested:
         read_row({"prompt": "q", "completion": [MESSAGES["messages"][1]]})
     assert nested.value.remedy.ignored == ("completion.train",)

@@ -1,4 +1,4 @@
-"""Talks of several rounds with thoughts, trained and resumed: a row for each round that the template rewrites."""
+"""Conversations with thoughts, trained and resumed: a sample for each round that the template rewrites."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.training.tiny_run import assert_same_weights, json_of, losses_of, ski
 
 
 def write_talks(folder: Path, *, pictures: bool, thoughts: bool) -> Path:
-    """Eight talks of one to three rounds, those of pictures with one in the first or a later round."""
+    """Eight conversations of one to three rounds, those of pictures with one in the first or a later round."""
     folder.mkdir()
     records = []
     for index in range(8):
@@ -53,7 +53,7 @@ def test_they_train_and_resume_with_the_same_loss_in_any_rows(tmp_path: Path, fa
     losses = losses_of(folder)
     assert len(losses) == 2
     assert not skipped_by(folder)
-    apart = trained(run_file, "--data.rows=plain", name="plain")
+    apart = trained(run_file, "--data.packing=plain", name="plain")
     torch.testing.assert_close(losses_of(apart), losses, rtol=0, atol=1e-5)
     again = tmp_path / "again"
     shutil.copytree(folder, again)

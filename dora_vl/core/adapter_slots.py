@@ -29,9 +29,9 @@ ONE_PRODUCT = 2**15
 token costs its calls. Beyond, a prompt's tokens cost their arithmetic, and each adapter's rows are taken apart."""
 KEPT_GAINS, KEPT_LAYERS = 16, 4
 """Of strengths other than 1, how many gains a layer keeps, and how many layers of an adapter's own."""
-Place = Literal["rows", "pictures"]
+Axis = Literal["rows", "pictures"]
 """What the first axis of a layer's input counts: rows of the batch, or the pictures of all rows."""
-Row = str | Share | None
+Slot = str | Share | None
 """What a row has: an adapter by its key, a share of one, or the base."""
 Layout = tuple[tuple[str, int], ...]
 """The adapters that a layer holds, in the order of its matrices, each with its rank."""
@@ -60,13 +60,13 @@ class Choice(NamedTuple):
     shares: tuple[Share, ...]
 
 
-def share_of(row: Row) -> Share | None:
+def share_of(row: Slot) -> Share | None:
     """What a row has, written out; nothing of an adapter is the base."""
     share = Share(row) if isinstance(row, str) else row
     return None if share is None or share.strength == 0 else share
 
 
-def runs_of(rows: Sequence[Row]) -> tuple[Run, ...]:
+def runs_of(rows: Sequence[Slot]) -> tuple[Run, ...]:
     """The runs of rows with equal shares; fewest where rows are sorted."""
     runs, start = [], 0
     for share, alike in groupby(map(share_of, rows)):
@@ -80,14 +80,14 @@ def runs_of(rows: Sequence[Row]) -> tuple[Run, ...]:
 class ActiveAdapters:
     """Which adapter each row, and each picture, of the batch has that goes through the model now.
 
-    One for a model; all of its `RowLayer`s read it. Outside `holding` every row is the base's.
+    One for a model; all of its `SlotLayer`s read it. Outside `holding` every row is the base's.
     """
 
-    _runs: dict[Place, tuple[Run, ...]] = field(default_factory=dict)
+    _runs: dict[Axis, tuple[Run, ...]] = field(default_factory=dict)
     _choices: dict[tuple[object, ...], Choice] = field(default_factory=dict)
 
     @contextlib.contextmanager
-    def holding(self, rows: Sequence[Row], pictures: Sequence[Row] = (None,)) -> Iterator[None]:
+    def holding(self, rows: Sequence[Slot], pictures: Sequence[Slot] = (None,)) -> Iterator[None]:
         """Meanwhile the model's batch has these rows, each with an adapter, a share of one, or the base.
 
         `pictures` is likewise, in the rows' order; a single one is that of all, however many there are.
@@ -98,7 +98,7 @@ class ActiveAdapters:
         finally:
             self._runs, self._choices = {}, {}
 
-    def runs(self, axis: Place, length: int) -> tuple[Run, ...]:
+    def runs(self, axis: Axis, length: int) -> tuple[Run, ...]:
         """The runs of an input whose first axis has this length; another than the batch's is refused."""
         runs = self._runs.get(axis, (Run(None, slice(0, length)),))
         if len(runs) == 1 and axis == "pictures":
@@ -107,7 +107,7 @@ class ActiveAdapters:
             raise RuntimeError(f"a layer was given {length} of what the batch has {runs[-1].rows.stop} {axis} of")
         return runs
 
-    def choice(self, axis: Place, layout: Layout, like: Tensor) -> Choice:
+    def choice(self, axis: Axis, layout: Layout, like: Tensor) -> Choice:
         """What each row takes of a layer's adapters; the same for all layers that hold the same ones."""
         key = (axis, layout, like.dtype, like.device)
         if key not in self._choices:
@@ -125,7 +125,7 @@ class ActiveAdapters:
 
 
 @dataclass(frozen=True)
-class RowChange:
+class SlotChange:
     """One adapter's change of one linear layer, ready for inference: what is computed once, when it is loaded."""
 
     lora_A: Float[Tensor, "rank in_"]
@@ -139,7 +139,7 @@ class RowChange:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, layer: AdaptedLayer, dtype: torch.dtype) -> RowChange:
+    def of(cls, layer: AdaptedLayer, dtype: torch.dtype) -> SlotChange:
         """The change that an adapted linear layer makes, its norm from the layer's own product."""
         (rows, columns), like = layer.matrix_shape(), layer.weight
         a, b = layer.factors() or (like.new_zeros(0, columns), like.new_zeros(rows, 0))
@@ -155,23 +155,23 @@ class RowChange:
         return (self.by_strength.at(strength) - 1).to(self.scaled_B.dtype)
 
 
-class RowLayer(nn.Module):
+class SlotLayer(nn.Module):
     """A layer of the base in whose place each row of a batch has the layer of its own adapter.
 
-    An adapter is a `RowChange` of the layer's product, or a layer of its own (an adapted embedding, a norm or a
+    An adapter is a `SlotChange` of the layer's product, or a layer of its own (an adapted embedding, a norm or a
     projector whose weights were trained). Other attributes are those of the layer inside, which stays as it is: any
     layer whose first input and whose output count rows (pictures) along their first axis.
     """
 
     base: Any
 
-    def __init__(self, base: nn.Module, batch: ActiveAdapters, axis: Place) -> None:
+    def __init__(self, base: nn.Module, batch: ActiveAdapters, axis: Axis) -> None:
         super().__init__()
         self.base = base
-        self.axis: Place = axis
+        self.axis: Axis = axis
         self.training = base.training
         self._batch = batch
-        self._changes: dict[str, RowChange] = {}
+        self._changes: dict[str, SlotChange] = {}
         self._own: dict[str, nn.Module] = {}  # a plain dictionary: they are none of the base's modules
         self._forget_shares()
 
@@ -186,7 +186,7 @@ class RowLayer(nn.Module):
         """The adapters that it holds."""
         return (*self._changes, *self._own)
 
-    def put(self, key: str, adapter: RowChange | nn.Module) -> None:
+    def put(self, key: str, adapter: SlotChange | nn.Module) -> None:
         """Takes an adapter in."""
         self._forget_shares()
         if isinstance(adapter, nn.Module):
@@ -201,7 +201,7 @@ class RowLayer(nn.Module):
         if key in self._changes:
             self._stack({name: change for name, change in self._changes.items() if name != key})
 
-    def _stack(self, changes: Mapping[str, RowChange]) -> None:
+    def _stack(self, changes: Mapping[str, SlotChange]) -> None:
         """Lays the adapters into one matrix each for A and B; the adapters' own are views of them from then on.
 
         All is built before anything is swapped: where it does not fit into memory, the layer stays as it was.

@@ -16,17 +16,17 @@ from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.model import DecoderBackbone, check_packing
 from dora_vl.backbones.packed_attention import OwnPositions
 from dora_vl.data.batches import Collator
-from dora_vl.data.columns import RowKind
+from dora_vl.data.columns import Packing
 from dora_vl.data.samples import Sample
 from dora_vl.data.turns import Turn
 from dora_vl.heads import next_token
-from tests.backbones.image_text_talks import (
+from tests.backbones.image_text_conversations import (
     BLUE,
     LONG,
     RED,
     SHORT,
     VIDEO_TALKS,
-    Talk,
+    Conversation,
     adapted_backbone,
     encoder_of,
     inputs_of,
@@ -52,23 +52,28 @@ SINGLE = torch.float32
 NAMES = {id(RED): "red.png", id(BLUE): "blue.png", id(GREEN): "green.png"}
 
 
-def talk(question: str, answer: str, *pictures: Image.Image) -> Talk:
+def conversation(question: str, answer: str, *pictures: Image.Image) -> Conversation:
     return (Turn("user", "<image>\n" * len(pictures) + question), Turn("assistant", answer)), pictures
 
 
 ALIKE = (
-    talk("What colour is it?", "It is red.", BLUE),
-    talk("What is it?", "Two it is.", BLUE),
-    talk("What is it?", "None", BLUE),
+    conversation("What colour is it?", "It is red.", BLUE),
+    conversation("What is it?", "Two it is.", BLUE),
+    conversation("What is it?", "None", BLUE),
 )
-OTHERS = (talk("Which is blue?", "Two.", GREEN, BLUE), talk("Is it red?", "No.", GREEN))
-WORDS = (talk("Say it.", "red"),)
+OTHERS = (conversation("Which is blue?", "Two.", GREEN, BLUE), conversation("Is it red?", "No.", GREEN))
+WORDS = (conversation("Say it.", "red"),)
 
 
-def samples_of(encoder: Encoder, talks: Sequence[Talk]) -> list[Sample]:
+def samples_of(encoder: Encoder, conversations: Sequence[Conversation]) -> list[Sample]:
     return [
-        replace(sample_of(encoder, talk), index=row, id=str(row), media=tuple(NAMES[id(image)] for image in talk[1]))
-        for row, talk in enumerate(talks)
+        replace(
+            sample_of(encoder, conversation),
+            index=row,
+            id=str(row),
+            media=tuple(NAMES[id(image)] for image in conversation[1]),
+        )
+        for row, conversation in enumerate(conversations)
     ]
 
 
@@ -115,9 +120,9 @@ def check_same_training(
     """Packed and as trees, loss and every gradient are those of a row for each sample."""
     with double_precision(backbone):
         plain = trained(backbone, Collator(encoder.pad_token_id), [[sample] for sample in samples])
-        kinds: tuple[RowKind, ...] = ("packed", "trees")
+        kinds: tuple[Packing, ...] = ("packed", "trees")
         for kind in kinds:
-            rows = trained(backbone, Collator(encoder.pad_token_id, rows=kind), [samples])
+            rows = trained(backbone, Collator(encoder.pad_token_id, packing=kind), [samples])
             assert rows[0] == pytest.approx(plain[0], rel=1e-10)
             for name, gradient in plain[1].items():
                 torch.testing.assert_close(rows[1][name], gradient, rtol=1e-8, atol=1e-10)
@@ -144,20 +149,20 @@ def test_questions_about_a_video_train_the_same(folders: Folders, family: str) -
     encoder, backbone = (make(folders[f"{family}{VIDEO}"]) for make in (encoder_of, adapted_backbone))
     kind, reason = check_packing(backbone, encoder, "trees")
     assert kind == "trees", reason
-    talks: list[Talk] = [
+    conversations: list[Conversation] = [
         (rounds(f"<video>\n{question}?", answer), (), (LONG,))
         for question, answer in (("Is it", "No."), ("Why", "Red."))
     ]
     names = [("long",), ("long",)]
     if not VIDEO_FAMILIES[family].one_length:
-        talks.append((rounds("<video>\nIs it?", "Yes."), (), (SHORT,)))
+        conversations.append((rounds("<video>\nIs it?", "Yes."), (), (SHORT,)))
         names.append(("short",))
     if not VIDEO_FAMILIES[family].one_kind:
-        talks += [(rounds("<image>\nIs it?", "Yes."), (BLUE,), ()), VIDEO_TALKS["no video"]]
+        conversations += [(rounds("<image>\nIs it?", "Yes."), (BLUE,), ()), VIDEO_TALKS["no video"]]
         names += [("blue",), ()]
     samples = [
-        replace(sample_of(encoder, talk), index=number, id=str(number), media=media)
-        for number, (talk, media) in enumerate(zip(talks, names, strict=True))
+        replace(sample_of(encoder, conversation), index=number, id=str(number), media=media)
+        for number, (conversation, media) in enumerate(zip(conversations, names, strict=True))
     ]
     check_same_training(backbone, encoder, samples, shares=True)
 
@@ -189,7 +194,7 @@ def test_rows_that_a_model_misreads_are_not_taken(folders: Folders, monkeypatch:
     assert check_packing(backbone, encoder, "packed")[0] == "plain"
 
 
-def kernel_losses(kernel: str, device: str, kinds: Sequence[RowKind]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+def kernel_losses(kernel: str, device: str, kinds: Sequence[Packing]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
     """Losses of each kind of rows in the order of samples, and a gradient where the kernel has one there."""
     model = tiny_language(hidden_size=64)  # flex attention takes heads of at least 16
     model.set_attn_implementation(kernel)
@@ -197,7 +202,7 @@ def kernel_losses(kernel: str, device: str, kinds: Sequence[RowKind]) -> list[tu
     samples = [replace(sample, media=("alike",)) for sample in language_samples()]
     differs = kernel != "flex_attention" or device != "cpu"  # it has no backward pass on a CPU
     for kind in kinds:
-        batch = send_to_device(inputs_of(Collator(0, rows=kind)(samples)), device)
+        batch = send_to_device(inputs_of(Collator(0, packing=kind)(samples)), device)
         with torch.set_grad_enabled(differs):
             features = backbone(**batch)
         sums = torch.zeros(len(samples), device=device).index_add(0, features.rows, features.losses)

@@ -1,4 +1,4 @@
-"""Talks of several rounds under templates of today: each answer is trained once, as inference writes it where asked.
+"""Conversations of several rounds under templates of today: each answer trains once, as inference writes it.
 
 The templates are written after the published ones: where thoughts go, what a prompt opens, what ends an answer, what is
 rewritten once later turns follow.
@@ -22,15 +22,15 @@ from dora_vl.backbones.pieces import PieceProcessor
 from dora_vl.backbones.prompts import prompts_of
 from dora_vl.data.batches import Collator, media_of
 from dora_vl.data.example import Example
+from dora_vl.data.packing import grow
 from dora_vl.data.pictures import MediaFolder
-from dora_vl.data.rows import grow
 from dora_vl.data.samples import IGNORED_LABEL, Encoded, Labelled, Sample, check_labels
 from dora_vl.data.turns import Turn
 from dora_vl.data.video import Uniform
 from dora_vl.errors import BadSample
 from dora_vl.run.base import VideoReading
 from dora_vl.training.run_samples import RowEncoder
-from tests.backbones.image_text_talks import BLUE, RED, messages_of
+from tests.backbones.image_text_conversations import BLUE, RED, messages_of
 from tests.backbones.test_chat_templates import CHAT
 from tests.backbones.tiny_families.table import FAMILIES
 from tests.backbones.tiny_image_text import CHATML, tiny_tokenizer
@@ -46,7 +46,7 @@ MARKS = (
 
 class Writes(NamedTuple):
     """What a model writes of an answer `{A}`: without a thought where no answer has one, with `{T}`, and without where
-    others have; and how many rows a talk of three rounds becomes, without thoughts and with them."""
+    others have; and how many rows a conversation of three rounds becomes, without thoughts and with them."""
 
     plain: str
     with_thought: str
@@ -180,7 +180,7 @@ def test_each_answer_is_trained_once_as_inference_writes_it(name: str, mix: str)
             pictures = [RED, BLUE, RED][: len(shown)]
             turns = talk_of(rounds, thoughts, shown)
             names = tuple(f"{number}.png" for number in range(len(pictures)))
-            example = Example("talk", names, turns)
+            example = Example("conversation", names, turns)
             rows, meant = rows_of(encoder.encode(example, pictures)), encoder.answers(example)
             assert sorted(number for row in rows for number in row.answers) == list(range(rounds))
             if rounds == 3 and len(set(thoughts)) == 1:
@@ -208,7 +208,7 @@ def test_each_answer_is_trained_once_as_inference_writes_it(name: str, mix: str)
 
 
 def labelled(encoder: Encoder, row: Encoded, answers: Any) -> Labelled:
-    return Labelled(id="talk", labels=row.labels, answers=answers, tokenizer=encoder.tokenizer)
+    return Labelled(id="conversation", labels=row.labels, answers=answers, tokenizer=encoder.tokenizer)
 
 
 def test_a_model_is_asked_as_it_was_trained_and_its_answer_is_what_it_says() -> None:
@@ -240,7 +240,7 @@ def test_an_empty_thought_is_none_to_a_template_that_knows_them_and_text_to_othe
         ("qwq", "\n</think>\n\nSo.<|im_end|>"),
         ("chatml", "<think>\n\n</think>\n\nSo.<|im_end|>"),
     ):
-        encoder, example = encoder_with(name, False), Example("talk", (), turns)
+        encoder, example = encoder_with(name, False), Example("conversation", (), turns)
         row = encoder.encode(example)
         assert encoder.tokenizer.decode(row.labels[row.labels != IGNORED_LABEL]) == expected
         check_labels([labelled(encoder, row, encoder.answers(example))])
@@ -251,10 +251,10 @@ def test_rounds_of_one_talk_share_what_they_begin_with_and_train_each_token_once
     for name, shown in (("qwen3", ()), ("qwen3_vl_thinking", (0,)), ("qwen3_vl_thinking", (0, 2))):
         encoder, pictures = encoder_with(name, True), [RED, BLUE][: len(shown)]
         names = tuple(f"{number}.png" for number in range(len(pictures)))
-        encoded = encoder.encode(Example("talk", names, talk_of(3, (True,) * 3, shown)), pictures)
-        sample = Sample(**vars(encoded), index=5, id="talk")
-        assert [(row.id, row.index) for row in sample.rows()] == [("talk", 5)] * 3
-        plain, trees = (Collator(encoder.pad_token_id, rows=kind)([sample]) for kind in ("plain", "trees"))
+        encoded = encoder.encode(Example("conversation", names, talk_of(3, (True,) * 3, shown)), pictures)
+        sample = Sample(**vars(encoded), index=5, id="conversation")
+        assert [(row.id, row.index) for row in sample.rows()] == [("conversation", 5)] * 3
+        plain, trees = (Collator(encoder.pad_token_id, packing=kind)([sample]) for kind in ("plain", "trees"))
         assert plain["samples"] == trees["samples"] == 1
         trained = [int((batch["labels"] != IGNORED_LABEL).sum()) for batch in (plain, trees)]
         assert trained[0] == trained[1] == sum(int((row.labels != IGNORED_LABEL).sum()) for row in sample.rows())
@@ -267,7 +267,7 @@ def test_rounds_of_one_talk_share_what_they_begin_with_and_train_each_token_once
 
 def test_what_the_length_limit_takes_of_later_rounds_is_counted() -> None:
     whole = encoder_with("qwen3", True)
-    example = Example("talk", (), talk_of(3, (True,) * 3))
+    example = Example("conversation", (), talk_of(3, (True,) * 3))
     last, middle, first = rows_of(whole.encode(example))
     short = Encoder(whole.processor, whole.prompts, max_tokens=len(middle.input_ids) - 3)
     kept = rows_of(short.encode(example))
@@ -291,11 +291,11 @@ def test_stored_outputs_serve_every_round_that_shows_all_pictures(tmp_path: Path
     videos = VideoReading(folder=tmp_path, sampling=Uniform(1))
     rows = RowEncoder(encoder=encoder, folder=MediaFolder(tmp_path), videos=videos, outputs=cast(Any, Store()))
     turns = talk_of(3, (True,) * 3, (0,))
-    encoded = rows.encode(Example("talk", ("0.png",), turns), {})
+    encoded = rows.encode(Example("conversation", ("0.png",), turns), {})
     assert [(row.media, len(row.stored)) for row in rows_of(encoded)] == [(("0.png",), 1)] * 3
-    later = Example("talk", ("0.png", "1.png"), talk_of(3, (True,) * 3, (0, 1)))
+    later = Example("conversation", ("0.png", "1.png"), talk_of(3, (True,) * 3, (0, 1)))
     with pytest.raises(BadSample) as refused:
         rows.encode(later, {})
-    assert refused.value.sample_id == "talk"
-    words_first = rows.encode(Example("talk", ("0.png",), talk_of(2, (True,) * 2, (1,))), {})
+    assert refused.value.sample_id == "conversation"
+    words_first = rows.encode(Example("conversation", ("0.png",), talk_of(2, (True,) * 2, (1,))), {})
     assert [len(row.stored) for row in rows_of(words_first)] == [1, 0]

@@ -3,8 +3,8 @@
 A row is made of trees of segments. A token sees its own segment up to itself and all segments above it, and its
 position is that of its own path. A sample is the path from a root to a leaf: alone it is a tree of one segment, several
 stand in a row side by side (packing), questions about the same pictures are branches behind them, and the choices of a
-question are branches behind it. `grow` finds what samples share, `plan` fills rows up to a number of tokens, `Row` says
-who sees whom; `backbones.packed_attention` has a model follow it.
+question are branches behind it. `grow` finds what samples share, `spread` fills rows, and `pack` makes a row's
+tensors, which say who sees whom; `backbones.packed_attention` has a model follow them.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def spread(lengths: Sequence[int], rows: int) -> list[list[int]]:
 
 
 @dataclass(frozen=True)
-class Row:
+class Packed:
     """Trees one after another, as tensors of their tokens.
 
     Attributes:
@@ -161,7 +161,7 @@ class Row:
     roots: tuple[Sample, ...]
 
 
-def lay_out(trees: Sequence[Tree]) -> Row:
+def pack(trees: Sequence[Tree]) -> Packed:
     """A row of trees."""
     segments: list[Segment] = []
     parents: list[int | None] = []
@@ -187,7 +187,7 @@ def lay_out(trees: Sequence[Tree]) -> Row:
         return torch.cat([of_sample(segment.sample)[..., segment.start : segment.stop] for segment in segments], dim=-1)
 
     names = dict.fromkeys(name for segment in segments for name in segment.sample.inputs if name in ALIGNED)
-    return Row(
+    return Packed(
         input_ids=joined(lambda sample: sample.input_ids),
         labels=joined(lambda sample: sample.labels).masked_fill(before < 0, IGNORED_LABEL),
         positions=joined(lambda sample: sample.own_positions()),

@@ -28,7 +28,7 @@ RED, BLUE = Image.new("RGB", (40, 24), (200, 30, 30)), Image.new("RGB", (18, 35)
 ASKED, SAID = "What colour is it?", "It is red."
 BOOKKEEPING = {"samples", "sample_ids", "padding_tokens", "skipped", "cut"}
 
-Talk = tuple[Any, ...]
+Conversation = tuple[Any, ...]
 """Turns, pictures and, where there are any, videos."""
 
 
@@ -38,7 +38,7 @@ def rounds(*texts: str) -> tuple[Turn, ...]:
 
 
 TWO_QUESTIONS = "two pictures, two questions"
-TALKS: dict[str, Talk] = {
+TALKS: dict[str, Conversation] = {
     "one picture": (rounds(f"<image>\n{ASKED}", SAID), (RED,)),
     "no picture": (rounds("Say the colour red.", "red"), ()),
     "two pictures": (rounds("<image>\n<image>\nWhich is blue?", "Two."), (RED, BLUE)),
@@ -48,7 +48,7 @@ TALKS: dict[str, Talk] = {
 }
 LONG, SHORT = coloured_video(4), coloured_video(3, step=11, size=(22, 30))
 TURNS_RED = Turn("assistant", "It turns red.")
-VIDEO_TALKS: dict[str, Talk] = {
+VIDEO_TALKS: dict[str, Conversation] = {
     "one video": (rounds("<video>\nWhat colour is it?", TURNS_RED.text), (), (LONG,)),
     "two videos": (
         rounds("Is <video>\nor <video>\nblue?", "The second is blue.", "Sure?", "Yes"),
@@ -60,17 +60,17 @@ VIDEO_TALKS: dict[str, Talk] = {
     "no video": (rounds("Say the colour red.", "red"), (), ()),
     "one picture": (rounds("<image>\nWhat colour is it?", TURNS_RED.text), (RED,), ()),
 }
-SEVERAL_ROUNDS: Talk = (rounds("Say the colour red.", "red", "Sure?", "Yes, it is."), ())
+SEVERAL_ROUNDS: Conversation = (rounds("Say the colour red.", "red", "Sure?", "Yes, it is."), ())
 
 
 def talks_of(family: str) -> tuple[str, ...]:
-    """The talks that a family takes."""
+    """The conversations that a family takes."""
     if FAMILIES[family].format == "paligemma":
         return ("one picture", "two pictures")
     return tuple(TALKS)
 
 
-def all_talks_of(family: str) -> dict[str, Talk]:
+def all_talks_of(family: str) -> dict[str, Conversation]:
     """The same with what is said; of a family with videos, or of a language model too."""
     if family.endswith(VIDEO):
         return VIDEO_TALKS
@@ -88,17 +88,17 @@ def encoder_of(folder: Path, max_tokens: int = 2048, template: str | None = None
     return open_encoder(str(folder), template=chosen, max_tokens=max_tokens)
 
 
-def sample_of(encoder: Encoder, talk: Talk) -> Sample:
-    turns, pictures, *videos = talk
+def sample_of(encoder: Encoder, conversation: Conversation) -> Sample:
+    turns, pictures, *videos = conversation
     names = tuple(f"{number}.png" for number in range(len(pictures)))
     clips = tuple(Clip(path=f"{number}.mp4") for number in range(len(videos[0] if videos else ())))
-    encoded = encoder.encode(Example("talk", names, turns, clips), pictures, *videos)
-    return Sample(index=0, id="talk", **vars(encoded))
+    encoded = encoder.encode(Example("conversation", names, turns, clips), pictures, *videos)
+    return Sample(index=0, id="conversation", **vars(encoded))
 
 
-def messages_of(talk: Talk) -> list[dict[str, Any]]:
+def messages_of(conversation: Conversation) -> list[dict[str, Any]]:
     """The same in transformers' own form, written out apart from the encoder's."""
-    turns, pictures, *videos = talk
+    turns, pictures, *videos = conversation
     left = {"image": iter(pictures), "video": iter(pixels(video) for video in (videos[0] if videos else ()))}
     messages = []
     for turn in turns:
@@ -113,23 +113,25 @@ def messages_of(talk: Talk) -> list[dict[str, Any]]:
     return messages
 
 
-def processor_inputs(encoder: Encoder, family: str, talks: Sequence[Talk]) -> dict[str, Any]:
-    """What the family's own processor makes of the talks, padded on the right."""
+def processor_inputs(encoder: Encoder, family: str, conversations: Sequence[Conversation]) -> dict[str, Any]:
+    """What the family's own processor makes of the conversations, padded on the right."""
     if family in LANGUAGE_MODELS:
-        ((turns, _),) = talks
+        ((turns, _),) = conversations
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         return dict(
             encoder.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
         )
     family = family.removesuffix(VIDEO)
-    many: dict[str, Any] = {"padding": True, "padding_side": "right"} if len(talks) > 1 else {}
+    many: dict[str, Any] = {"padding": True, "padding_side": "right"} if len(conversations) > 1 else {}
     processor, prompt = encoder.processor, FAMILIES[family].format
     many |= {"return_mm_token_type_ids": True} if family == "cosmos3_edge" else {}  # its model cannot do without
-    if clips := [video for talk in talks for video in (talk[2] if len(talk) > 2 else ())]:
+    if clips := [
+        video for conversation in conversations for video in (conversation[2] if len(conversation) > 2 else ())
+    ]:
         chosen = {"do_sample_frames": False, "video_metadata": [metadata(video) for video in clips]}
         many["videos_kwargs"] = chosen
     if prompt is None:
-        conversations = [messages_of(talk) for talk in talks]
+        conversations = [messages_of(conversation) for conversation in conversations]
         return dict(
             processor.apply_chat_template(
                 conversations,
@@ -140,18 +142,18 @@ def processor_inputs(encoder: Encoder, family: str, talks: Sequence[Talk]) -> di
                 processor_kwargs=many,
             )
         )
-    texts, suffixes = zip(*(_plain(talk, encoder, prompt) for talk in talks), strict=True)
+    texts, suffixes = zip(*(_plain(conversation, encoder, prompt) for conversation in conversations), strict=True)
     many |= {"suffix": list(suffixes)} if prompt == "paligemma" else {}
     many |= {"return_for_text_completion": True} if family == "chameleon" else {}
-    images = [list(pictures) for _, pictures in talks if pictures] or None
+    images = [list(pictures) for _, pictures in conversations if pictures] or None
     inputs = dict(processor(text=list(texts), images=images, return_tensors="pt", **many))
     inputs.pop("labels", None)
     return inputs
 
 
-def _plain(talk: Talk, encoder: Encoder, prompt: str) -> tuple[str, str]:
-    """A talk in a prompt format, and the answer that PaliGemma's processor takes apart."""
-    turns, _ = talk
+def _plain(conversation: Conversation, encoder: Encoder, prompt: str) -> tuple[str, str]:
+    """A conversation in a prompt format, and the answer that PaliGemma's processor takes apart."""
+    turns, _ = conversation
     token = encoder.processor.image_token
     texts = [turn.text.replace("<image>\n", token).replace("<image>", token) for turn in turns]
     if prompt == "paligemma":
@@ -164,11 +166,11 @@ def inputs_of(batch: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in batch.items() if name not in BOOKKEEPING}
 
 
-def batch_of(encoder: Encoder, talks: Sequence[Talk]) -> dict[str, Any]:
-    """The talks as training batches them, with the further row where no talk has a picture."""
+def batch_of(encoder: Encoder, conversations: Sequence[Conversation]) -> dict[str, Any]:
+    """The conversations as training batches them, with the further row where no conversation has a picture."""
     dummy = encoder.dummy() if encoder.sees_pictures else None
     collate = Collator(encoder.pad_token_id, dummy=dummy)
-    return inputs_of(collate([sample_of(encoder, talk) for talk in talks]))
+    return inputs_of(collate([sample_of(encoder, conversation) for conversation in conversations]))
 
 
 def adapted_backbone(folder: Path) -> DecoderBackbone:

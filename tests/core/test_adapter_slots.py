@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from dora_vl.core import DoRALinear
-from dora_vl.core import rows as rows_module
+from dora_vl.core import adapter_slots
+from dora_vl.core.adapter_slots import ActiveAdapters, SlotChange, SlotLayer
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.other_layers import DoRAEmbedding
 from dora_vl.core.quantised import QuantisedLinear
-from dora_vl.core.rows import ActiveAdapters, RowChange, RowLayer
 from dora_vl.core.strength import (
     MOST_STRENGTH,
     GainByStrength,
@@ -46,9 +46,9 @@ def adapted(base: nn.Module, name: str, kind: Any = DoRALinear) -> AdaptedLayer:
     return layer.eval()
 
 
-def row_layer_of(base: nn.Module, unit: Any = "rows") -> tuple[RowLayer, ActiveAdapters]:
+def slot_layer_of(base: nn.Module, unit: Any = "rows") -> tuple[SlotLayer, ActiveAdapters]:
     batch = ActiveAdapters()
-    return RowLayer(base, batch, unit), batch
+    return SlotLayer(base, batch, unit), batch
 
 
 @pytest.mark.parametrize("one_product", [True, False])
@@ -56,21 +56,21 @@ def row_layer_of(base: nn.Module, unit: Any = "rows") -> tuple[RowLayer, ActiveA
 @pytest.mark.parametrize("kind", [DoRALinear, QuantisedLinear])
 @torch.no_grad()
 def test_rows_of_one_batch_have_adapters_at_strengths_of_their_own(kind, bias, one_product, monkeypatch):
-    monkeypatch.setattr(rows_module, "ONE_PRODUCT", 10**9 if one_product else 0)
+    monkeypatch.setattr(adapter_slots, "ONE_PRODUCT", 10**9 if one_product else 0)
     torch.manual_seed(0)
     base: Any = nn.Linear(7, 5, bias=bias) if kind is DoRALinear else Sealed()
     weight = base.weight if kind is DoRALinear else base.secret
     if not bias:
         base.bias = None
-    row_layer, batch = row_layer_of(base)
+    slot_layer, batch = slot_layer_of(base)
     layers = {name: adapted(base, name, kind) for name in SETTINGS}
     for name, layer in layers.items():
-        row_layer.put(name, RowChange.of(layer, torch.float32))
+        slot_layer.put(name, SlotChange.of(layer, torch.float32))
     rows = [None, *(Share(name, strength) for name in SETTINGS for strength in STRENGTHS)]
     x = torch.randn(len(rows), 3, 7)
     for _ in range(2):  # the second time from what was kept
         with batch.holding(rows):
-            output = row_layer(x)
+            output = slot_layer(x)
         for number, row in enumerate(rows):
             if row is None or row.strength == 0:
                 assert torch.equal(output[number], base(x)[number])
@@ -84,27 +84,27 @@ def test_rows_of_one_batch_have_adapters_at_strengths_of_their_own(kind, bias, o
 def test_adapters_come_and_go():
     torch.manual_seed(0)
     linear = nn.Linear(6, 5)
-    row_layer, batch = row_layer_of(linear)
+    slot_layer, batch = slot_layer_of(linear)
     layers = {name: adapted(linear, name) for name in SETTINGS}
     x = torch.randn(2, 3, 6)
     for name in ("dora2", "lora", "dora5"):
-        row_layer.put(name, RowChange.of(layers[name], torch.float32))
-    row_layer.drop("dora2")
-    row_layer.drop("magnitude")  # was never there
-    assert row_layer.keys == ("lora", "dora5")
+        slot_layer.put(name, SlotChange.of(layers[name], torch.float32))
+    slot_layer.drop("dora2")
+    slot_layer.drop("magnitude")  # was never there
+    assert slot_layer.keys == ("lora", "dora5")
     with batch.holding(("dora5", "dora2")):
-        output = row_layer(x)
+        output = slot_layer(x)
     torch.testing.assert_close(output[0], layers["dora5"](x[0]), rtol=1e-5, atol=1e-5)
     assert torch.equal(output[1], linear(x)[1])  # an adapter that does not change this layer
-    row_layer.put("dora5", RowChange.of(layers["dora2"], torch.float32))  # another under its name
+    slot_layer.put("dora5", SlotChange.of(layers["dora2"], torch.float32))  # another under its name
     with batch.holding((Share("dora5", 0.5), Share("lora", 0.5))):
-        output = row_layer(x)
+        output = slot_layer(x)
     expected = at_strength(layers["dora2"], linear.weight, linear.bias, x[0], 0.5)
     torch.testing.assert_close(output[0], expected, rtol=1e-5, atol=1e-5)
     for name in ("lora", "dora5"):
-        row_layer.drop(name)
+        slot_layer.drop(name)
     with batch.holding(("dora5", "lora")):
-        assert torch.equal(row_layer(x), linear(x))
+        assert torch.equal(slot_layer(x), linear(x))
 
 
 @torch.no_grad()
@@ -112,22 +112,22 @@ def test_a_layer_of_an_adapters_own_takes_its_rows():
     torch.manual_seed(0)
     embedding, trained = nn.Embedding(11, 5), nn.Embedding(11, 5)
     own = adapted(embedding, "dora2", DoRAEmbedding)
-    row_layer, batch = row_layer_of(embedding)
-    row_layer.put("adapted", own)
-    row_layer.put("trained", trained)
+    slot_layer, batch = slot_layer_of(embedding)
+    slot_layer.put("adapted", own)
+    slot_layer.put("trained", trained)
     ids = torch.randint(11, (4, 3))
     with batch.holding((None, "adapted", "trained", "adapted")):
-        output = row_layer(ids)
+        output = slot_layer(ids)
     for number, layer in enumerate((embedding, own, trained, own)):
         assert torch.equal(output[number], layer(ids[number : number + 1])[0])
-    assert row_layer.embedding_dim == 5  # other attributes are the base's
+    assert slot_layer.embedding_dim == 5  # other attributes are the base's
     with batch.holding(("trained",) * 4):
-        assert torch.equal(row_layer(ids), trained(ids))
+        assert torch.equal(slot_layer(ids), trained(ids))
     strengths = (0.0, 0.2, 0.4, 0.6, 0.8, 1.2)  # more than are kept
-    assert len(strengths) > rows_module.KEPT_LAYERS + 1
+    assert len(strengths) > adapter_slots.KEPT_LAYERS + 1
     ids = torch.arange(12).view(6, 2) % 11
     with batch.holding([Share("adapted", strength) for strength in strengths]):
-        output = row_layer(ids)
+        output = slot_layer(ids)
     assert torch.equal(output[0], embedding(ids)[0])
     for number, strength in enumerate(strengths[1:], start=1):
         assert torch.equal(output[number], layer_between(embedding, own, strength)(ids[number : number + 1])[0])
@@ -137,17 +137,17 @@ def test_a_layer_of_an_adapters_own_takes_its_rows():
 def test_pictures_are_counted_apart_from_rows_and_another_length_is_refused():
     linear = nn.Linear(6, 5)
     layer = adapted(linear, "dora2")
-    row_layer, batch = row_layer_of(linear, "pictures")
-    row_layer.put("dora2", RowChange.of(layer, torch.float32))
+    slot_layer, batch = slot_layer_of(linear, "pictures")
+    slot_layer.put("dora2", SlotChange.of(layer, torch.float32))
     x = torch.randn(3, 2, 6)
     with batch.holding((None, "dora2"), (None, "dora2", "dora2")):
-        output = row_layer(x)
+        output = slot_layer(x)
         assert torch.equal(output[0], linear(x)[0])
         torch.testing.assert_close(output[1:], layer(x[1:]))
         with pytest.raises(RuntimeError):
-            row_layer(x[:2])
+            slot_layer(x[:2])
     with batch.holding((None, "dora2"), ("dora2",)):  # all pictures are its own, however many
-        torch.testing.assert_close(row_layer(x), layer(x))
+        torch.testing.assert_close(slot_layer(x), layer(x))
 
 
 @torch.no_grad()
@@ -156,7 +156,7 @@ def test_half_precision_keeps_small_gains():
     torch.manual_seed(0)
     layer = DoRALinear(nn.Linear(64, 32, dtype=torch.bfloat16), config(rank=4)).eval()
     layer.magnitude.mul_(1.003)
-    change = RowChange.of(layer, torch.bfloat16)
+    change = SlotChange.of(layer, torch.bfloat16)
     torch.testing.assert_close(change.minus_one.float(), torch.full((32,), 0.003), rtol=2e-2, atol=0.0)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dora_vl.data.rows import Row, grow, lay_out, spread, tokens_of
+from dora_vl.data.packing import Packed, grow, pack, spread, tokens_of
 from dora_vl.data.samples import IGNORED_LABEL, Sample
 
 PICTURE = 9
@@ -41,7 +41,7 @@ def by_picture(item: Sample) -> object:
     return item.media or None
 
 
-def paths(row: Row) -> list[list[int]]:
+def paths(row: Packed) -> list[list[int]]:
     """The places of each path from a root to a leaf, followed from token to token."""
     children = {source for source in row.sources.tolist() if source >= 0}
     last_of = {number: int((row.segment == number).nonzero()[-1]) for number in row.segment.unique().tolist()}
@@ -59,13 +59,13 @@ def paths(row: Row) -> list[list[int]]:
     return all_paths
 
 
-def seen(row: Row) -> torch.Tensor:
+def seen(row: Packed) -> torch.Tensor:
     positions = torch.arange(len(row.input_ids))
     return row.sees[row.segment][:, row.segment] & (positions[None] <= positions[:, None])
 
 
-def row_of(samples: Sequence[Sample], *, share: bool = True) -> Row:
-    return lay_out(grow(samples, budget=1_000, shares=by_picture if share else None))
+def row_of(samples: Sequence[Sample], *, share: bool = True) -> Packed:
+    return pack(grow(samples, budget=1_000, shares=by_picture if share else None))
 
 
 @pytest.mark.parametrize("share", [True, False])
