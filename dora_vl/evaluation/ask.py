@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from dora_vl.data.batches import Collator
 from dora_vl.data.columns import Packing
 from dora_vl.data.example import Clip, Example
 from dora_vl.data.pictures import HeldPictures, MediaFolder, any_is_there, open_image
-from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Sample, Skipped
+from dora_vl.data.samples import ALIGNED, BOOKKEEPING, IGNORED_LABEL, Sample, Skipped
 from dora_vl.data.turns import Turn
 from dora_vl.data.video import Sampling, Uniform
 from dora_vl.errors import BadSample, UserError, shown
@@ -80,9 +81,7 @@ class EncoderPrompts:
 
     def sample(self, turns: Sequence[Turn], seen: Shown) -> Sample:
         """Turns that end with a question, up to where the answer begins, without labels; never cut."""
-        inputs = self.encoder.encode_prompt(turns, seen.pictures, seen.videos)
-        ids = inputs.pop("input_ids")[0]
-        return Sample(ids, torch.full_like(ids, IGNORED_LABEL), inputs=inputs)
+        return Sample(**vars(self.encoder.encode_prompt(turns, seen.pictures, seen.videos)))
 
     def with_answer(self, turns: Sequence[Turn], seen: Shown, answer: str) -> Sample:
         """The same with an answer behind it, which is labelled, with what closes it; never cut."""
@@ -98,10 +97,8 @@ class EncoderPrompts:
     def collate(
         self, samples: Sequence[Sample], side: Literal["left", "right"], packing: Packing = "plain"
     ) -> Mapping[str, Any]:
-        """One batch, padded on this side: the model's inputs and `labels`; trees are questions with their answers."""
-        return Collator(self.encoder.pad_token_id, pad_side=side, packing=packing, shares=lambda sample: sample.id)(
-            samples
-        )
+        """One batch, padded on this side: the model's inputs and `labels`; a tree has the samples of a picture."""
+        return Collator(self.encoder.pad_token_id, pad_side=side, packing=packing)(samples)
 
     def growing_text(self) -> Callable[[Sequence[int]], str]:
         """`decode` for the ids of one answer as they grow."""
@@ -280,7 +277,7 @@ class QuestionSamples(Dataset["Sample | Skipped"]):
         try:
             sample = self.prompts.sample(turns_asked(example), self.media.read(example))
             check_room(len(sample.input_ids), self.max_new_tokens, self.positions, example.id)
-            return replace(sample, index=index, id=example.id)
+            return replace(sample, index=index, id=example.id, media=(*example.images, *example.videos))
         except BadSample as error:
             return Skipped(index, example.id, error.reason)
 
@@ -298,7 +295,7 @@ def by_picture(examples: Sequence[Example]) -> list[Example]:
 
 
 class PicturesOnce:
-    """Runs a model's frozen vision parts once for pictures that several samples in a row show.
+    """Runs a model's frozen vision parts once for pictures that samples of one batch or the next show again.
 
     Raises:
         NotStorable: the family's parts do not give the same when what they gave is handed in again.
@@ -307,24 +304,18 @@ class PicturesOnce:
     def __init__(self, backbone: Any, encoder: Encoder) -> None:
         self._backbone, self._pad_token_id = backbone, encoder.pad_token_id
         backbone.frozen_parts = backbone.frozen_parts or proven_parts(backbone.model, encoder)
-        self._outputs: dict[tuple[str, ...], Outputs] = {}
+        self._outputs: dict[tuple[str | Clip, ...], Outputs] = {}
 
-    def taken(self, samples: Sequence[Sample], pictures: Sequence[tuple[str, ...]]) -> list[Sample]:
+    def taken(self, samples: Sequence[Sample]) -> list[Sample]:
         """The samples of a batch with what the parts give for their pictures, in the place of pixels."""
-        firsts: dict[tuple[str, ...], Sample] = {}
-        for names, sample in zip(pictures, samples, strict=True):
-            if names:
-                firsts.setdefault(names, sample)
-        new = {names: sample for names, sample in firsts.items() if names not in self._outputs}
+        firsts = {sample.media: sample for sample in reversed(samples) if sample.media}
+        new = {media: sample for media, sample in firsts.items() if media not in self._outputs}
         if new:
             parts, model = self._backbone.frozen_parts, self._backbone.model
             given = parts.outputs_of_each(model, [*new.values()], self._pad_token_id)
             self._outputs |= dict(zip(new, given, strict=True))
-        self._outputs = {names: self._outputs[names] for names in firsts}  # the next batch goes on with the last
-        return [
-            hollowed(sample, self._outputs[names]) if names else sample
-            for sample, names in zip(samples, pictures, strict=True)
-        ]
+        self._outputs = {media: self._outputs[media] for media in firsts}  # the next batch goes on with the last
+        return [hollowed(sample, self._outputs[sample.media]) if sample.media else sample for sample in samples]
 
 
 @dataclass(frozen=True)
@@ -377,12 +368,30 @@ class Assistant:
             samples = [item for item in several if isinstance(item, Sample)]
             skipped = [item for item in several if isinstance(item, Skipped)]
             asked = [ordered[sample.index] for sample in samples]
-            if once is not None and samples:
-                samples = once.taken(samples, [example.images for example in asked])
-            batch = self.prompts.collate(samples, "left") if samples else None
-            texts = [] if batch is None else self.answers(batch, max_new_tokens=decoding.max_new_tokens)
+            if once is not None:
+                samples = once.taken(samples)
+            texts = self.answers(self._begun(samples), max_new_tokens=decoding.max_new_tokens) if samples else []
             answered = [prediction(example, text) for example, text in zip(asked, texts, strict=True)]
             yield answered + [prediction(ordered[item.index], None, item.reason) for item in skipped]
+
+    def _begun(self, samples: Sequence[Sample]) -> Mapping[str, Any]:
+        """The batch of some prompts, their pictures read once for all prompts that begin with the same ones."""
+        beginnings = [(sample.media, *sample.input_ids[: sample.media_end].tolist()) for sample in samples]
+        first = {beginning: sample for beginning, sample in zip(beginnings, samples, strict=True)}
+        shared = all(sample.media_end for sample in samples) and len(first) < len(samples)
+        if not shared or not self.backbone.continues_prompts:
+            return self.prompts.collate(samples, "left")
+        begun = self.prompts.collate([_part(sample, stop=sample.media_end) for sample in first.values()], "left")
+        rest = self.prompts.collate([_part(sample, start=sample.media_end) for sample in samples], "left")
+        with self._no_grad():
+            cache = self.backbone.read(**model_inputs(begun, self.device))
+        order = torch.tensor([[*first].index(beginning) for beginning in beginnings])
+        cache.batch_select_indices(order.to(self.device))
+        names = ("input_ids", "attention_mask")
+        return {**{name: torch.cat([begun[name][order], rest[name]], dim=1) for name in names}, "cache": cache}
+
+    def _no_grad(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.no_grad() if self.while_training else torch.inference_mode()
 
     def _pictures_once(self, ordered: Sequence[Example]) -> PicturesOnce | None:
         """None where no picture is asked about twice, or the family's vision parts cannot be run apart."""
@@ -399,12 +408,14 @@ class Assistant:
         self, examples: Sequence[Example], media: MediaReader, decoding: Decoding
     ) -> Iterator[list[Prediction]]:
         """The likeliest of each question's texts, with what closes an answer; of equals the first."""
+        once = self._pictures_once(examples)
         rows: list[Sample] = []
         batch: list[tuple[Example, list[str], int]] = []
 
         def chosen() -> list[Prediction]:
             size = decoding.batch_size
-            parts = [self.log_likelihoods(rows[start : start + size]) for start in range(0, len(rows), size)]
+            given = rows if once is None else once.taken(rows)
+            parts = [self.log_likelihoods(given[start : start + size]) for start in range(0, len(given), size)]
             scores = iter(torch.cat(parts).tolist())
             answered: list[Prediction] = []
             for example, texts, count in batch:
@@ -423,7 +434,8 @@ class Assistant:
                     texts = _letters(example) if decoding.by == "letters" else outputs_of(example)
                     seen = media.read(example)
                     samples = [self.prompts.with_answer(turns_asked(example), seen, text) for text in texts]
-                samples = [replace(sample, id=example.id) for sample in samples]
+                media_shown = (*example.images, *example.videos)
+                samples = [replace(sample, id=example.id, media=media_shown) for sample in samples]
                 check_room(max(len(sample.input_ids) for sample in samples), 0, self.positions, example.id)
             except BadSample as error:
                 yield [prediction(example, None, error.reason)]
@@ -453,7 +465,7 @@ class Assistant:
         inputs = model_inputs(batch, self.device)
         more = {"streamer": streamer} if streamer is not None else {}
         more |= {"options": options} if options is not None else {}
-        with torch.no_grad() if self.while_training else torch.inference_mode():
+        with self._no_grad():
             return self.backbone.generate(**inputs, max_new_tokens=max_new_tokens, **more).cpu()
 
     def answers(
@@ -499,6 +511,17 @@ class Assistant:
         """Where its weights are."""
         module: nn.Module = self.backbone
         return next(module.parameters()).device
+
+
+def _part(sample: Sample, *, start: int = 0, stop: int | None = None) -> Sample:
+    """Some of a prompt's tokens; the first ones with its pictures."""
+    inputs = {name: value[:, start:stop] if name in ALIGNED else value for name, value in sample.inputs.items()}
+    if start:
+        inputs = {name: value for name, value in inputs.items() if name in ALIGNED}
+    stored = () if start else sample.stored
+    return replace(
+        sample, input_ids=sample.input_ids[start:stop], labels=sample.labels[start:stop], inputs=inputs, stored=stored
+    )
 
 
 def _letters(example: Example) -> list[str]:
