@@ -77,7 +77,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         for module in model.modules():
             if CROSSING in dict(module.named_children()):
                 module.register_forward_hook(_words_pass_by, with_kwargs=True)
-        self.packed_attention = PackedAttention(decoder_of(model))
+        self.packed_attention = PackedAttention(model, decoder_of(model))
         self._head_is_last: bool | None = None
         """True where the output layer's scores are neither scaled nor capped afterwards; the first pass finds out."""
         self.train(model.training)
@@ -143,8 +143,6 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         finally:
             for hook in hooks:
                 hook.remove()
-            if not torch.is_grad_enabled():  # nothing is recomputed in a backward pass
-                self.packed_attention.follow(None)
         if scores and len(targets):
             self._head_is_last = scores[0].shape == logits.shape and bool((scores[0] == logits).all())
         logits = logits.squeeze(0)
@@ -201,7 +199,6 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
             stored: what frozen parts gave for the pictures of each prompt that has some.
             cache: keys and values of the prompts' beginnings, by `read`.
         """
-        self.packed_attention.follow(None)
         watch, stated = ScoreWatch(self.model), cast(Any, self.model.generation_config)
         padding, ends = stated.pad_token_id, stated.eos_token_id
         if padding is None:  # any id fills answers that end early, and transformers warns at every call without one
