@@ -19,7 +19,7 @@ from dora_vl.evaluation.baselines import Exchange, compared
 from dora_vl.evaluation.predictions import Predictions
 from dora_vl.evaluation.questions import expected, in_words, kind_of
 from dora_vl.evaluation.results import AnswerScore, formula_record, score_lines, write_results
-from dora_vl.evaluation.scores.benchmark import Group, Scorer, Submission
+from dora_vl.evaluation.scores.benchmark import Benchmark, Group, Scorer, Submission
 from dora_vl.evaluation.scores.scored import RESAMPLES, Difference, Scored, intervals, paired_differences
 from dora_vl.files import NOT_YET, whole_file
 
@@ -49,6 +49,7 @@ class TestSet:
         item: gives the id of what an example is scored as, such as the clip of several captions.
         submission: the name and text of the file that the set's server takes.
         about: what else `metrics.json` says of the set, such as its file.
+        benchmark: the published benchmark that it is of; without a score where it is of none.
     """
 
     __test__ = False
@@ -68,6 +69,7 @@ class TestSet:
     item: Callable[[Example], str] = lambda example: example.id
     submission: Submission | None = None
     about: Mapping[str, JSON] = field(default_factory=dict)
+    benchmark: Benchmark = field(default_factory=lambda: Benchmark(modes={}))
 
     @cached_property
     def asked(self) -> list[Example]:

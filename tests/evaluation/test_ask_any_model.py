@@ -19,13 +19,9 @@ from dora_vl.cli import main
 from dora_vl.data.example import Answer, Clip, Example, write_examples
 from dora_vl.data.samples import Sample
 from dora_vl.data.turns import Turn
-from dora_vl.data.video import Uniform, VideoReader
-from dora_vl.evaluation.ask import Assistant, MediaReader, Shown, model_inputs
+from dora_vl.evaluation.ask import Assistant, Shown, model_inputs
 from dora_vl.evaluation.open_model import ModelRequest, open_model
-from dora_vl.evaluation.predictions import Prediction, read_predictions
-from dora_vl.evaluation.test import evaluate_run
-from dora_vl.run.base import VideoReading
-from dora_vl.run.settings import EvaluationConfig
+from dora_vl.evaluation.predictions import read_predictions
 from tasks import image_qa
 from tests.backbones.tiny_image_text import FAMILIES, write_tiny
 from tests.backbones.tiny_language import write_tiny_language
@@ -377,23 +373,3 @@ def test_a_benchmark_about_videos_shows_frames(tmp_path: Path) -> None:
     assert metrics["sets"]["clips"]["asked_with"]["frames"] == 3
     (answered,) = read_predictions(tmp_path / "to" / "predictions.jsonl")["clips"].values()
     assert answered.id == "there"
-    check_run_test(opened(folder), tmp_path, answered)
-
-
-def check_run_test(assistant: Assistant, folder: Path, answered: Prediction) -> None:
-    """The same question in a run's own test file gives the same answer."""
-    (folder / "run" / "adapter").mkdir(parents=True)
-    (folder / "run" / "adapter" / "adapter_model.safetensors").write_bytes(b"any")
-    (folder / "run" / "log.jsonl").write_text("")
-    conversation = [{"from": "human", "value": answered.question}, {"from": "gpt", "value": "red"}]
-    rows = [{"id": "a", "video": "clips/test-00000.mp4", "conversations": conversation}]
-    (folder / "test.json").write_text(json.dumps(rows))
-    evaluation = EvaluationConfig(file=str(folder / "test.json"), max_new_tokens=3)
-    with VideoReader() as reader:
-        videos = VideoReading(folder=folder / "data", sampling=Uniform(3), reader=reader)
-        media = MediaReader(folder=folder / "data", videos=videos)
-        tested = evaluate_run(assistant, evaluation, run_folder=folder / "run", media=media)
-    assert (tested.entry()["n"], tested.entry()["failed"]) == (1, {})
-    assert read_predictions(folder / "run" / "predictions.jsonl")["test"]["a"].prediction == answered.prediction
-    settings = json.loads((folder / "run" / "predictions.settings.json").read_text())
-    assert settings["test"]["frames"] == "Uniform(frames=3)"

@@ -20,11 +20,10 @@ from dora_vl.adapters.merge import merge_to_folder
 from dora_vl.adapters.read import read_adapter
 from dora_vl.backbones.encoder import open_encoder
 from dora_vl.backbones.model import open_backbone
-from dora_vl.backbones.vlbart_model import VlBartConfig
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation.open_model import ModelRequest, find_source, prompts_of
-from dora_vl.run.base import DECODER, VLBART
+from dora_vl.run.base import DECODER
 from tasks import image_qa
 from tests.backbones.tiny_language import write_tiny_language
 from tests.serving.tiny_served import write_adapter
@@ -72,10 +71,6 @@ def test_attention_is_the_recipe_s_and_another_machine_s_is_transformers_choice(
     for available, expected in ((True, {"": "flash_attention_2"}), (False, None)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
         assert find_source(ModelRequest(adapter=adapter)).attention == expected
-
-
-def test_the_name_of_a_vlbart_is_its_config_s() -> None:
-    assert VlBartConfig.model_type == VLBART
 
 
 def test_a_merged_llava_prepares_pictures_as_it_was_trained(tmp_path: Path) -> None:

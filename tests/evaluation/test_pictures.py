@@ -23,8 +23,6 @@ from dora_vl.evaluation.pictures import (
     VALIDATION,
     WRONG,
     chosen_for_sheet,
-    series,
-    smoothed,
     write_contact_sheet,
     write_loss_curve,
 )
@@ -52,16 +50,6 @@ def test_the_loss_curve_shows_training_and_validation(tmp_path: Path) -> None:
     with pytest.raises(UserError):
         write_loss_curve([{"step": 1, "loss": "nan"}, {"epoch": 1.0}], tmp_path / "c.png")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
-
-
-def test_series_and_average() -> None:
-    assert series([{"step": 1, "x": 2.0}, {"step": 2}, {"x": 3.0}, {"step": 3, "x": "nan"}], "x") == ([1], [2.0])
-    assert smoothed([4.0, 4.0, 4.0]) == pytest.approx([4.0] * 3)
-    assert smoothed([1.0, 8.0], weight=0.5) == pytest.approx([1.0, 4.0])  # 8 to the power of 2 / 3
-    assert smoothed([0.5, 0.0], weight=0.5) == pytest.approx([0.5, 0.5])
-    assert smoothed([0.0]) == [1.0]
-    late = [0.0006] * 40 + [0.4] + [0.0006] * 15
-    assert smoothed(late)[-1] == pytest.approx(0.0006, rel=0.1)  # of a logarithmic axis it stays among the losses
 
 
 def test_the_sheet_is_a_fair_sample_with_a_row_of_mistakes() -> None:

@@ -115,7 +115,7 @@ def test_a_right_choice_that_is_not_there_is_refused(tmp_path: Path, correct: ob
         with pytest.raises(UserError):
             list(read(path))
     with pytest.raises(UserError):
-        read_set(f"tvqa={path}", tmp_path, mode=None, limit=None)
+        read_set(f"tvqa={path}", tmp_path)
 
 
 @pytest.mark.parametrize("task", ["tvqa", "video_words"])
@@ -134,7 +134,7 @@ def test_a_file_that_cannot_be_scored_is_refused_before_anything_is_asked(tmp_pa
     path = tmp_path / "seed.jsonl"
     path.write_text(json.dumps(question(id="q6")) + "\n" + json.dumps(question(choices=choices)) + "\n")
     with pytest.raises(UserError):
-        read_set(f"seed={path}", tmp_path, mode=None, limit=None)
+        read_set(f"seed={path}", tmp_path)
 
 
 def test_a_file_whose_answers_the_publisher_keeps_is_no_mistake(tmp_path: Path) -> None:
