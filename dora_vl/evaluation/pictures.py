@@ -82,6 +82,7 @@ def write_loss_curve(entries: Sequence[Mapping[str, object]], to: Path) -> None:
 
 
 def _draw_rates(axes: Axes, steps: list[float], rates: list[float]) -> None:
+    """Draws the learning rate behind the losses, on an axis of its own."""
     right = axes.twinx()
     right.fill_between(steps, rates, color=FAINT, alpha=0.15, linewidth=0)
     right.set_ylim(0, max([*rates, 1e-12]) * 1.6)
@@ -104,12 +105,12 @@ def plain_axes(axes: Axes, x_label: str, y_label: str) -> None:
 
 
 def chosen_for_sheet(
-    predictions: Sequence[Prediction], shares: Mapping[str, float], cells: int = SHEET_CELLS, seed: int = 0
+    predictions: Sequence[Prediction], shares: Mapping[str, float]
 ) -> tuple[list[Prediction], list[Prediction]]:
     """A fair random sample for all rows but the last, and mistakes that fill the last (as far as there are any)."""
     shuffled = list(predictions)
-    random.Random(seed).shuffle(shuffled)
-    fair = shuffled[: cells - COLUMNS] if len(shuffled) > cells - COLUMNS else shuffled
+    random.Random(0).shuffle(shuffled)
+    fair = shuffled[: SHEET_CELLS - COLUMNS]
     mistakes = [row for row in shuffled[len(fair) :] if shares.get(row.id, 1.0) < RIGHT_SHARE]
     return fair, mistakes[:COLUMNS]
 

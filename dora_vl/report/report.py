@@ -11,15 +11,16 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dora_vl import __version__
 from dora_vl.errors import UserError
-from dora_vl.files import SETS
+from dora_vl.files import SETS, whole_file
 
 if TYPE_CHECKING:
     from dora_vl.evaluation.results import SetResult
     from dora_vl.report.answers import Results
     from dora_vl.report.charts import Chart
-    from dora_vl.report.page import InlinePictures
     from dora_vl.report.run_record import RunRecord
+    from dora_vl.report.views import InlinePictures
 
 WORST = 12
 SECTIONS = (
@@ -40,8 +41,7 @@ def gather(runs: Sequence[RunRecord], *, weights: bool, base: Path | None) -> di
     """Reads, scores and draws all that the template shows, with `weights` also the layers' change from the base."""
     from dora_vl.report.answers import blind, confusion, read_tests, score_rows
     from dora_vl.report.charts import curves
-    from dora_vl.report.page import InlinePictures
-    from dora_vl.report.views import setting_tables, watched_tables, weight_charts
+    from dora_vl.report.views import InlinePictures, setting_tables, watched_tables, weight_charts
 
     notes: dict[str, list[str]] = {name: [] for name, _ in SECTIONS}
     charts, notes["curves"] = curves(runs)
@@ -208,7 +208,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Reads, draws, writes; yields the lines to print."""
-    from dora_vl.report.page import rendered, write_page
     from dora_vl.report.run_record import read_run
 
     folders = list(arguments.runs)
@@ -225,5 +224,17 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     for entry in runs:
         yield from (f"{entry.label}: {trouble}" for trouble in entry.damaged)
     report = gather(runs, weights=not arguments.no_weights, base=arguments.base)
-    size = write_page(to, rendered("report.html.j2", {"report": report, "sections": SECTIONS}))
-    yield f"{to}: {size / 1e6:.1f} MB"
+    with whole_file(to) as file:
+        file.write(page(report))
+    yield f"{to}: {to.stat().st_size / 1e6:.1f} MB"
+
+
+def page(report: Mapping[str, Any]) -> str:
+    """Returns the page, every text of it escaped; halves of surrogate pairs become the sign for the unknown."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(Path(__file__).parent / "templates", encoding="utf-8")
+    options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
+    template = Environment(loader=loader, undefined=StrictUndefined, **options).get_template("report.html.j2")
+    text = template.render(version=__version__, report=report, sections=SECTIONS)
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

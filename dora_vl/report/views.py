@@ -1,13 +1,17 @@
-"""Tables and charts of a run for its page: settings, watched questions, what changed in the weights."""
+"""Tables, charts and pictures of a run for its page: settings, watched questions, what changed in the weights."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import io
 import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from tqdm import tqdm
 
 from dora_vl.adapters.adapter import base_of, read_adapter
@@ -23,14 +27,17 @@ from dora_vl.adapters.decomposition import (
     saved_in,
 )
 from dora_vl.adapters.files import WEIGHTS_FILE
+from dora_vl.data.example import Clip
+from dora_vl.data.pictures import open_image
+from dora_vl.data.video import Uniform, VideoReader
+from dora_vl.errors import BadSample
 from dora_vl.evaluation.scores.exact import final_answer, normalised
 from dora_vl.report.charts import COLOURS, Chart, Series, chart
-from dora_vl.report.page import InlinePictures
 from dora_vl.report.run_record import RunRecord
 from dora_vl.run.folder import ADAPTER
 from dora_vl.run.reading import flattened, run_parser
 from dora_vl.run.settings import FIELDS
-from dora_vl.run.watched import Watched, WatchedQuestion, evenly
+from dora_vl.run.watched import EXACT_PX, JPEG_QUALITY, SIDE, Watched, WatchedQuestion, evenly, small_picture, tiled
 
 ABSENT = "–"
 
@@ -210,3 +217,61 @@ def depth_of(layer: str) -> int | None:
     """A layer's number in its stack; None where its name has none."""
     result = _DEPTH.search(layer)
     return None if result is None else int(result[1])
+
+
+# -- pictures inside the page ---------------------------------------------------------------------------------------
+
+
+MOST_BYTES = 3_400_000
+TOO_MANY = "left out, so that the page stays small"
+
+
+class InlinePictures:
+    """Small pictures as data URLs, each once and up to a budget of bytes; to be closed."""
+
+    def __init__(self, most_bytes: int = MOST_BYTES) -> None:
+        self._left = most_bytes
+        self._seen: set[str] = set()
+        self._reader = VideoReader()
+
+    def close(self) -> None:
+        """Closes the videos."""
+        self._reader.close()
+
+    def file(self, path: Path) -> tuple[str, str]:
+        """A picture file as a data URL, and why there is none."""
+        return self._add(lambda: open_image(path.parent, path.name))
+
+    def shown(self, root: Path | None, pictures: Sequence[str], clip: Clip | None) -> tuple[str, str]:
+        """What a question shows as one small picture, and why there is none."""
+        if not pictures and clip is None:
+            return "", ""
+        if root is None:
+            return "", "the settings name no folder of its pictures"
+        if clip is not None:
+            return self._add(lambda: tiled(self._reader.read(root, clip, Uniform(SIDE**2)).pictures))
+        return self._add(lambda: tiled([open_image(root, path) for path in pictures]))
+
+    def _add(self, opened: Callable[[], Image.Image]) -> tuple[str, str]:
+        if self._left <= 0:
+            return "", TOO_MANY
+        try:
+            url = data_url(opened())
+        except BadSample as error:
+            return "", error.reason
+        name = hashlib.sha256(url.encode()).hexdigest()
+        if name not in self._seen:
+            if len(url) > self._left:
+                return "", TOO_MANY
+            self._left -= len(url)
+            self._seen.add(name)
+        return url, ""
+
+
+def data_url(picture: Image.Image) -> str:
+    """The picture, made small, as text inside a page: PNG to the pixel where it is tiny, else JPEG."""
+    small = small_picture(picture.convert("RGB"))
+    kind = "png" if max(small.size) <= EXACT_PX else "jpeg"
+    file = io.BytesIO()
+    small.save(file, format=kind, quality=JPEG_QUALITY, optimize=True)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"

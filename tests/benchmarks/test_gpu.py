@@ -38,7 +38,6 @@ def test_without_cuda_it_is_one_line(tmp_path):
 @pytest.mark.slow
 def test_the_whole_script_on_tiny_shapes(tmp_path):
     pytest.importorskip("triton", reason="torch's CPU builds bring no Triton: pip install triton")
-    pytest.importorskip("matplotlib")
     blocks = "; ".join(f"sys.modules[{name!r}] = None" for name in NOT_NEEDED)
     words = ["--device", "cpu", "--smoke", "--rounds", "1", "--to", str(tmp_path / "gpu")]
     code = (
@@ -54,7 +53,6 @@ def test_the_whole_script_on_tiny_shapes(tmp_path):
     assert all(value > 0 for row in written["cases"] for value in row["train_ms"].values())
     assert "ours_compiled" in written["cases"][1]["decode_ms"]
     assert written["left_out"] == []
-    assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_failed_check_times_nothing(tmp_path, monkeypatch, capsys):

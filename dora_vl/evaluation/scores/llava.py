@@ -60,13 +60,10 @@ from dora_vl.evaluation.scores.scored import (
 # (GPT-4's own, from a description of the picture in words).
 
 
-def judge_requests(
-    examples: Sequence[Example], answers: Answers, rules: Mapping[str, str] | None = None
-) -> list[dict[str, str]]:
-    """One request for each question: its id, category and the text to put to the judge.
+def judge_requests(examples: Sequence[Example], answers: Answers) -> list[dict[str, str]]:
+    """Returns a request for each question: its id, category and the text to put to the judge.
 
-    `rules` are by category the instruction that ends the text (`prompt` in LLaVA's rule.json); without them that part
-    is left to the judge's system prompt.
+    The instruction that ends the text in LLaVA (`prompt` in its rule.json) is left to the judge's system prompt.
     """
     requests: list[dict[str, str]] = []
     for example in examples:
@@ -75,8 +72,6 @@ def judge_requests(
         text = f"[Context]\n{example.extra.get('context', '')}\n\n[Question]\n{example.question}"
         for title, answer in (("Assistant 1", reference), ("Assistant 2", answers.get(example.id, ""))):
             text += f"\n\n[{title}]\n{answer}\n\n[End of {title}]"
-        if rules and category in rules:
-            text += f"\n\n[System]\n{rules[category]}\n\n"
         requests.append({"id": example.id, "category": category, "text": text})
     return requests
 

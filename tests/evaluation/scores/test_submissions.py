@@ -194,7 +194,7 @@ def test_value_files_have_the_published_form(name: str) -> None:
 def test_a_judges_request_holds_all_it_needs() -> None:
     extra = {"category": "conv", "context": "a cat"}
     example = Example(id="0", question="q0", answers=(Answer(text="ref"),), extra=extra)
-    (first,) = llava.judge_requests([example], {"0": "mine"}, {"conv": "Rate them."})
+    (first,) = llava.judge_requests([example], {"0": "mine"})
     assert first["category"] == "conv"
-    positions = [first["text"].index(part) for part in ("a cat", "q0", "ref", "mine", "Rate them.")]
+    positions = [first["text"].index(part) for part in ("a cat", "q0", "ref", "mine")]
     assert positions == sorted(positions)
