@@ -270,6 +270,7 @@ class Result:
         losses: validation loss by rate; None where the training diverged.
         scores: by measure, the mean over seeds with its interval.
         by_seed: by measure, each seed's value.
+        runs: the folder of each seed's run, below that of the comparison.
         metrics: what `metrics.json` of each run holds.
     """
 
@@ -280,7 +281,8 @@ class Result:
     losses: Mapping[float, float | None] = field(default_factory=dict)
     scores: Mapping[str, Estimate]
     by_seed: Mapping[str, Sequence[float]]
-    metrics: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
+    runs: Sequence[str]
+    metrics: Sequence[Mapping[str, Any]] = field(repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,22 +357,23 @@ def written(comparison: Comparison) -> Iterator[str]:
 
 
 def _result(comparison: Comparison, runs: Contenders, cells: Mapping[str, Sequence[CellRun]], name: str) -> Result:
-    scores = {measure.name: runs.score(measure, name) for measure in runs.measures}
-    by_seed = {measure.name: runs.by_seed(measure, name) for measure in runs.measures}
-    metrics = tuple(cell.metrics for cell in cells[name])
+    tested: dict[str, Any] = {
+        "name": name,
+        "scores": {measure.name: runs.score(measure, name) for measure in runs.measures},
+        "by_seed": {measure.name: runs.by_seed(measure, name) for measure in runs.measures},
+        "runs": [str(cell.folder.relative_to(comparison.to)) for cell in cells[name]],
+        "metrics": [cell.metrics for cell in cells[name]],
+    }
     contender = next((contender for contender in comparison.contenders if str(contender) == name), None)
     if contender is None:
-        return Result(name=name, method=name, scores=scores, by_seed=by_seed, metrics=metrics)
+        return Result(method=name, **tested)
     losses = {rate: cell.loss for rate, cell in comparison.sweep(contender).items()}
     return Result(
-        name=name,
         method=contender.method,
         rank=contender.rank,
         rate=comparison.best_rate(contender),
         losses={rate: loss if math.isfinite(loss) else None for rate, loss in losses.items()},
-        scores=scores,
-        by_seed=by_seed,
-        metrics=metrics,
+        **tested,
     )
 
 
