@@ -104,11 +104,7 @@ class Contenders:
         return Estimate(value, *own, self._interval(measure, name, other, tail=0.025 / contrasts))
 
     def _interval(self, measure: Measure, name: str, other: str | None, *, tail: float) -> tuple[float, float]:
-        """Limits that leave `tail` out on either side.
-
-        The seeds' part of the variance has few degrees of freedom, so it is taken with Student's t, the units' part,
-        from the bootstrap, with the normal distribution.
-        """
+        """Returns limits that leave `tail` out on either side."""
         own = self._of_seeds(measure, name)
         parts = [own] if other is None else [own, self._of_seeds(measure, other)]
         middle = float(np.mean(self.by_seed(measure, name)))
@@ -116,16 +112,10 @@ class Contenders:
         if other is not None:
             middle -= float(np.mean(self.by_seed(measure, other)))
             apart = apart - self._mean_draws(measure, other)
-        units, shared = float(np.nanvar(apart)), sum(part.shared for part in parts)
-        seeds = [max(0.0, part.variance - SHARED * part.shared) for part in parts]
-        rest = max(0.0, units - (1 - SHARED) * shared)
-        if sum(seeds) + rest < 1e-12:
+        half = half_width(parts, float(np.nanvar(apart)), tail)
+        if half < 1e-6:
             return self._of_equal_units(measure, name, other)
-        half = quantile(tail, math.inf) ** 2 * rest
-        if (total := sum(seeds)) > 0:
-            weights = [seed**2 / (part.runs - 1) for seed, part in zip(seeds, parts, strict=True) if seed > 0]
-            half += quantile(tail, total**2 / sum(weights)) ** 2 * total
-        low, high = middle - math.sqrt(half), middle + math.sqrt(half)
+        low, high = middle - half, middle + half
         return (max(low, 0.0), min(high, 100.0)) if measure.is_share and other is None else (low, high)
 
     def _mean_draws(self, measure: Measure, name: str) -> Numbers:
@@ -136,14 +126,10 @@ class Contenders:
         return np.mean([self._draws[of_set, name, number] for of_set in measure.sets], axis=0)
 
     def _of_seeds(self, measure: Measure, name: str) -> SeedPart:
-        """How far the mean over seeds may be off because of the seeds; 0 where there are too few to tell."""
-        runs = len(self.runs[name])
-        if runs < LEAST_SEEDS:
-            return SeedPart(0.0, 0.0, runs)
-        each = float(np.mean([np.nanvar(self._draws_of(measure, name, number)) for number in range(runs)]))
-        together = float(np.nanvar(self._mean_draws(measure, name)))
-        variance = float(np.var(self.by_seed(measure, name), ddof=1)) / runs
-        return SeedPart(variance, max(0.0, each - together) / (runs - 1), runs)
+        """Returns how far the mean over seeds may be off because of the seeds."""
+        numbers = range(len(self.runs[name]))
+        each = float(np.mean([np.nanvar(self._draws_of(measure, name, number)) for number in numbers]))
+        return seed_part(self.by_seed(measure, name), each, float(np.nanvar(self._mean_draws(measure, name))))
 
     def _of_equal_units(self, measure: Measure, name: str, other: str | None) -> tuple[float, float]:
         """Where all units are alike, the limits that a single set's score or difference has (Wilson's)."""
@@ -166,6 +152,34 @@ class SeedPart:
     variance: float
     shared: float
     runs: int
+
+
+def seed_part(values: Sequence[float], each: float, together: float) -> SeedPart:
+    """Returns what seeds add to the variance of a mean over runs of these values; 0 where they are too few to tell.
+
+    Args:
+        each: the variance of a single run's value that its units make.
+        together: the variance of the mean that the units make.
+    """
+    runs = len(values)
+    if runs < LEAST_SEEDS:
+        return SeedPart(0.0, 0.0, runs)
+    return SeedPart(float(np.var(values, ddof=1)) / runs, max(0.0, each - together) / (runs - 1), runs)
+
+
+def half_width(parts: Sequence[SeedPart], units: float, tail: float) -> float:
+    """Returns half of an interval that leaves `tail` out on either side; `units` is the variance that units make.
+
+    The seeds' part of the variance has few degrees of freedom, so it is taken with Student's t, the units' part, from
+    the bootstrap, with the normal distribution.
+    """
+    seeds = [max(0.0, part.variance - SHARED * part.shared) for part in parts]
+    rest = max(0.0, units - (1 - SHARED) * sum(part.shared for part in parts))
+    squared = quantile(tail, math.inf) ** 2 * rest
+    if (total := sum(seeds)) > 0:
+        weights = [seed**2 / (part.runs - 1) for seed, part in zip(seeds, parts, strict=True) if seed > 0]
+        squared += quantile(tail, total**2 / sum(weights)) ** 2 * total
+    return math.sqrt(squared)
 
 
 def _aligned(of_set: str, results: SetScores, reference: Scored, name: str) -> Scored:
