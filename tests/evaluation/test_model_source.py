@@ -83,7 +83,7 @@ def test_a_merged_llava_prepares_pictures_as_it_was_trained(tmp_path: Path) -> N
         return prompts_of(find_source(request)).encoder.processor.pixels(picture)
 
     seen = [pixels(ModelRequest(model=str(folder), template="vicuna_v1"))]
-    for aspect in ("squash", "square", "pad"):
+    for aspect in ("squash", "pad"):
         adapter = write_adapter(folder, tmp_path / f"{aspect}-adapter", seed=1, targets=("*.q_proj",), rank=2)
         recipe = {"base": str(folder), "revision": None, "base_sha256": content_hash(folder), "template": "vicuna_v1"}
         stated = json.dumps({**recipe, "image_aspect": aspect, "dtype": "float32", "max_tokens": 64})
@@ -96,7 +96,7 @@ def test_a_merged_llava_prepares_pictures_as_it_was_trained(tmp_path: Path) -> N
         seen.append(pixels(ModelRequest(adapter=adapter)))
         assert torch.equal(pixels(ModelRequest(model=str(folder), template="vicuna_v1")), seen[-1])
     assert torch.equal(seen[0], seen[-1])
-    assert not any(torch.equal(seen[0], other) for other in seen[1:3])
+    assert not torch.equal(seen[0], seen[1])
     assert {**json.loads((folder / "config.json").read_text()), "image_aspect": 0} == {**config, "image_aspect": 0}
     (folder / "config.json").write_text(json.dumps({**config, "image_aspect": "anyres"}))
     with pytest.raises(UserError):

@@ -126,16 +126,6 @@ def of_sheet(folder: Path, *tasks: Tested) -> tuple[Any, ...]:
     return sheet.call_args.args[0], sheet.call_args.kwargs["title"], sheet.call_args.kwargs["shares"]
 
 
-def test_the_title_and_the_marks_are_the_scores(tmp_path: Path) -> None:
-    predictions = {"first": "cat", "second": "the kitten", "third": "dog", "fourth": "Kitten"}
-    examples = [people(name, "cat", "kitten") for name in predictions]
-    scored = vqa.vqa_score(examples, predictions, version="before_2021")
-    rows, title, shares = of_sheet(tmp_path, task("vqav2", examples, predictions, scored))
-    assert title.startswith("vqav2: 75.0% of 4 right")
-    assert shares == {"vqav2/first": 1, "vqav2/second": 1, "vqav2/third": 0, "vqav2/fourth": 1}
-    assert [row.id for row in rows] == list(shares)
-
-
 def test_a_label_stands_in_its_words_and_other_scores_are_no_share(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
