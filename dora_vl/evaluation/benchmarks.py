@@ -102,7 +102,7 @@ class NamedBenchmark:
 
 
 def find_benchmark(request: str) -> NamedBenchmark:
-    """The benchmark of `NAME`, `NAME:SPLIT` or `FILE.yaml`."""
+    """Finds the benchmark of `NAME`, `NAME:SPLIT` or `FILE.yaml`."""
     if request.endswith((".yaml", ".yml")):
         return read_own(Path(request))
     name, _, split = request.partition(":")
@@ -140,7 +140,7 @@ OWN: Mapping[str, tuple[type, Any]] = {
 
 
 def read_own(path: Path) -> NamedBenchmark:
-    """The benchmark of a YAML file."""
+    """Reads the benchmark of a YAML file."""
     content = read_yaml(path)
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: must hold settings such as `name: receipts`, found {shown(content)}")
@@ -177,7 +177,7 @@ def read_own(path: Path) -> NamedBenchmark:
 
 
 def with_choices(example: Example, suffix: str) -> Example:
-    """A question of LLaVA's conversations with the choices that its words end with, and the right one.
+    """Returns a question of LLaVA's conversations with the choices that its words end with, and the right one.
 
     The choices are the last lines "A. ...", "B. ..." or the line "Options: (A) ... (B) ..."; the right one is what the
     answer's letter names, or whose text it is.
@@ -285,7 +285,7 @@ def _all_with_choices(
 
 
 def _read_examples(path: Path, columns: Columns, limit: int | None) -> tuple[list[Example], dict[str, str]]:
-    """The first `limit` examples of a file of records, of LLaVA's questions, or of any rows that training reads."""
+    """Reads `limit` examples of a file of records, of LLaVA's questions, or of rows that training reads."""
     first = next(find_files(path).rows(), {})
     if is_question(first):
         return read_question_file(path)[:limit], {}

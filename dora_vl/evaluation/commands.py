@@ -57,7 +57,7 @@ in it while they are true.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's options."""
+    """Adds the verb's options."""
     parser.add_argument("--benchmarks", required=True, help="NAME, NAME:SPLIT, NAME=FILE or FILE.yaml, commas between")
     parser.add_argument("--adapter", type=Path, help="adapter folder of a run, or of PEFT")
     parser.add_argument("--model", help="folder or hub id of a model that is asked without an adapter")
@@ -92,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> Iterator[str]:
-    """Answers once all benchmarks are read, scores, writes; yields the lines to print in a launch's first process."""
+    """Asks, scores and writes; yields the lines to print in a launch's first process."""
     is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
     sets = _sets(options) if is_alone or options.predictions else []  # before a model's libraries, which take a while
     if options.predictions is not None:
@@ -133,7 +133,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
 
 
 def _sets(options: argparse.Namespace) -> list[TestSet]:
-    """The benchmarks, once the options go together."""
+    """Reads the benchmarks, once the options go together."""
     requests = [request for request in options.benchmarks.split(",") if request]
     names = [find_benchmark(request.partition("=")[0]).name for request in requests]
     modes = _modes(options, names)
@@ -167,7 +167,7 @@ def _read_set(options: argparse.Namespace, name: str, limit: int | None, mode: s
 
 
 def _modes(options: argparse.Namespace, names: Sequence[str]) -> dict[str, str]:
-    """Benchmark -> version of its score, where one is named."""
+    """Returns the version of a benchmark's score by its name, where one is stated."""
     modes = dict.fromkeys(names, CLOZE) if options.answer_by == CLOZE else {}
     for text in options.mode:
         name, _, modes[name] = text.partition("=")
@@ -203,7 +203,7 @@ def _asked(
     *,
     exchange: bool,
 ) -> tuple[list[Tested], ResultFolder]:
-    """Every benchmark put to one model and scored, and where `exchange` says so asked about others' pictures too."""
+    """Asks a model every benchmark and scores it; with `exchange` also about others' pictures."""
     from dora_vl.backbones.families import sees_pictures
     from dora_vl.evaluation.open_model import ModelRequest, find_source, hashes, open_model
     from dora_vl.evaluation.predict import evaluate
@@ -237,7 +237,7 @@ def _asked(
 def _put_to(
     model: Predictor, test: TestSet, sha256: Mapping[str, str], options: argparse.Namespace, pictures: MediaFolder
 ) -> TestSet:
-    """A benchmark as a model is asked it: a VL-BART as the task that it was trained on, others by its prompt."""
+    """Returns a benchmark as a model is asked it: a VL-BART by the task of its training, others by the prompt."""
     from dora_vl.evaluation.ask import Assistant, Decoding, media_reader
 
     benchmark = test.benchmark
@@ -290,7 +290,7 @@ def refuse_anothers(path: Path) -> None:
 def results_in(
     to: Path, sets: Sequence[TestSet], answers_of: str, sha256: Mapping[str, str], options: argparse.Namespace
 ) -> ResultFolder:
-    """The folder of results, with sets of earlier commands whose answers and questions are still the same."""
+    """Returns the folder of results, with sets of earlier commands whose answers and questions are still the same."""
     header = {ANSWERS_OF: answers_of, "answers_sha256": dict(sha256), "limit": options.limit}
     before, kept = json_or_nothing(to / METRICS), {}
     entries = before.get(SETS, {})
@@ -329,7 +329,7 @@ def finish(
 
 
 def table(entries: Mapping[str, Mapping[str, Any]], *, details: bool = False) -> list[str]:
-    """One line for each metric, the benchmark's name on its first; with `details` also of parts of a set ("/")."""
+    """Returns a line for each metric, the benchmark's name on the first; `details` adds parts of sets ("/")."""
     paired = any(entry["difference"] for entry in entries.values())
     head = ["benchmark", "metric", "value", "95 % interval", "n", "no answer"]
     rows = [head + (["difference", "95 % interval"] if paired else [])]

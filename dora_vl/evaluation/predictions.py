@@ -76,7 +76,7 @@ class Predictions:
 
 
 def line_of(prediction: Prediction) -> str:
-    """The prediction as a line of the file."""
+    """Returns the prediction as a line of the file."""
     return json.dumps({name: getattr(prediction, name) for name in COLUMNS}, ensure_ascii=False) + "\n"
 
 
@@ -97,7 +97,7 @@ def cut_broken_tail(path: Path) -> int:
 
 
 def read_predictions(path: Path) -> dict[str, dict[str, Prediction]]:
-    """Every prediction of the file by its set and id, in the file's order; of two with one id the later stands."""
+    """Reads the predictions of a file by set and id, in its order; of two with one id the later stands."""
     predictions: dict[str, dict[str, Prediction]] = {}
     try:
         for number, record in json_lines(path, "predictions"):
@@ -129,7 +129,7 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 def read_rows(path: Path) -> list[Prediction]:
-    """Every answer of a file of predictions, in its order; which question a row answers is `benchmark.join`'s matter.
+    """Reads the answers of another tool's file, in its order; `benchmark.join` finds their questions.
 
     | form | whose |
     | --- | --- |
@@ -182,7 +182,7 @@ def _table_rows(path: Path, delimiter: str) -> Iterator[Prediction]:
 
 
 def _row(record: object, where: str) -> Prediction:
-    """One object's answer: what the model said; a true answer beside it is left alone."""
+    """Reads one object's answer, which is the model's; a true answer beside it is left alone."""
     if not isinstance(record, Mapping):
         raise UserError(f"{where}: a {type(record).__name__}, not an object with an id and an answer")
     names = next((names for names in (MODEL_ANSWERS, ANSWERS) if any(key in record for key in names)), ())
@@ -207,6 +207,6 @@ def _row(record: object, where: str) -> Prediction:
 
 
 def is_id(value: object) -> bool:
-    """Text, or a whole number of no more digits than an id has."""
+    """Returns True for text, and for a whole number of no more digits than an id has."""
     is_number = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 64
     return isinstance(value, str) or is_number

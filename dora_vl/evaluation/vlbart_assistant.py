@@ -127,7 +127,7 @@ class VlBartAssistant:
         return self.backbone(ids, mask, labels, features, keep_logits=True).logits.float().cpu()
 
     def _read(self, example: Example, media: MediaReader, task: str) -> tuple[Example, Subtask, Seq2SeqSample]:
-        """The example as the model is asked it, its task, and its tensors."""
+        """Returns the example as the model is asked it, its task, and its tensors."""
         subtask = self.subtask(example, task)
         if self.stored:
             sample = make_sample(example, subtask, encoder=self.encoder, reader=self.stored[subtask.name], target=None)
@@ -141,7 +141,7 @@ class VlBartAssistant:
 
     @torch.inference_mode()
     def sample(self, example: Example, subtask: Subtask, pictures: Sequence[Image.Image]) -> Seq2SeqSample:
-        """An example in tensors, the features of these pictures computed."""
+        """Makes an example's tensors; computes the features of its pictures."""
         if not pictures:
             raise UserError("a VL-BART answers about pictures; give one")
         if subtask.state_span is not None and "ts" not in example.extra:
@@ -158,7 +158,7 @@ class VlBartAssistant:
         return Seq2SeqSample(example.id, ids, torch.full((1,), IGNORED_LABEL), features, 1.0, cut)
 
     def _inputs(self, subtask: Subtask, samples: Sequence[Seq2SeqSample]) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids, mask and features of a batch."""
+        """Returns ids, mask and features of a batch."""
         batch = Seq2SeqCollator(self.encoder.pad_token_id, (0, 0))([MicroBatch(subtask, [*samples])])
         device = next(self.backbone.parameters()).device
         return batch["input_ids"].to(device), batch["attention_mask"].to(device), batch["features"].to(device)
@@ -166,7 +166,7 @@ class VlBartAssistant:
     def _texts(
         self, subtask: Subtask, examples: Sequence[Example], samples: Sequence[Seq2SeqSample]
     ) -> list[str | None]:
-        """One batch's answers, in the way that the task has them; None where the model's scores are no numbers."""
+        """Answers one batch, in the task's way; None where the model's scores are no numbers."""
         with torch.no_grad() if self.while_training else torch.inference_mode():
             ids, mask, features = self._inputs(subtask, samples)
             if subtask.answer_by == "pair":
@@ -207,7 +207,7 @@ class VlBartAssistant:
         return pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL)
 
     def _pairs(self, ids: Tensor, mask: Tensor, features: Tensor) -> list[str | None]:
-        """After the start and `<s>`, the logits of "true" and "false" at the next place.
+        """Compares the logits of "true" and "false" behind the start and `<s>`.
 
         Where a small vocabulary spells one of them in pieces, the likelier of the two whole labels.
         """
@@ -224,7 +224,7 @@ class VlBartAssistant:
         return with_numbers([TRUE if is_true else FALSE for is_true in chosen.tolist()], logits)
 
     def subtask(self, example: Example, task: str = "") -> Subtask:
-        """The trained task of this name, or the first that such a question belongs to."""
+        """Returns the trained task of this name, or the first that such a question belongs to."""
         named = next((subtask for subtask in self.subtasks if subtask.name == task), None)
         if named is not None:
             return named
@@ -254,7 +254,7 @@ def _no_span(subtask: Subtask) -> UserError:
 
 
 def _ways_to_ask(subtask: Subtask) -> tuple[str, ...]:
-    """What a person may type for this task."""
+    """Returns the forms in which a person may ask this task."""
     if not subtask.reads_question:
         return (CAPTION,)
     return {"choice": (WITH_CHOICES,), "words": (WITH_CHOICES, FREE)}.get(subtask.answer_by, (FREE,))

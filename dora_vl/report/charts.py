@@ -64,7 +64,7 @@ def chart(
     zero: bool = False,
     always_legend: bool = False,
 ) -> Chart | None:
-    """A drawing of all series that have a point; None where none has.
+    """Draws all series that have a point; None where none has.
 
     With `log` y is drawn by its logarithm, where all are above 0; with `zero` it begins at 0.
     """
@@ -120,7 +120,7 @@ def chart(
 
 
 def _svg(figure: Any) -> str:
-    """The drawing as an element of a page, whose style has its letters and colours."""
+    """Returns a drawing as an element of the page, whose style gives letters and colours."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True)
     text = file.getvalue()
@@ -133,7 +133,7 @@ def _svg(figure: Any) -> str:
 
 
 def _drawable(line: Series) -> Series:
-    """Its finite points; where there are more than a screen shows, the means of equally long stretches of a line."""
+    """Returns its finite points; of more than a screen shows, the means of equally long stretches."""
     finite = [index for index, pair in enumerate(zip(line.x, line.y, strict=True)) if all(map(math.isfinite, pair))]
     x, y = ([axis[index] for index in finite] for axis in (line.x, line.y))
     names = [line.names[index] for index in finite] if line.names else ()
@@ -156,7 +156,7 @@ NUMBERS = (
 
 
 def curves(runs: Sequence[RunRecord]) -> tuple[list[Chart], list[str]]:
-    """All charts that any of the runs has numbers for, and a sentence for each that is missing."""
+    """Draws all charts that a run has numbers for, and says which are missing."""
     notes: list[str] = []
     loss = chart("loss", _losses(runs), y_label="nats per answer token", log=True)
     if loss is None:
@@ -181,7 +181,7 @@ def curves(runs: Sequence[RunRecord]) -> tuple[list[Chart], list[str]]:
 
 
 def _losses(runs: Sequence[RunRecord]) -> list[Series]:
-    """Of one run each logged loss, faint, below its mean; of several the means. Validation is dashed."""
+    """Returns the losses: of one run each logged one, faint, and its mean; of several the means; validation dashed."""
     lines: list[Series] = []
     for number, run in enumerate(runs):
         steps, losses = series(run.log, "loss")
@@ -196,7 +196,7 @@ def _losses(runs: Sequence[RunRecord]) -> list[Series]:
 
 
 def _rates(runs: Sequence[RunRecord]) -> list[Series]:
-    """A line for each part of each run that has a rate of its own; parts of equal rates share one."""
+    """Returns a line for each part of each run that has a rate of its own; parts of equal rates share one."""
     lines: list[Series] = []
     for run in runs:
         parts = dict.fromkeys(key for line in run.log for key in line if key.startswith(f"{RATE}/"))

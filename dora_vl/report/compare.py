@@ -165,7 +165,7 @@ class Comparison:
         write_json(file, same)
 
     def _cells(self) -> list[CellRun]:
-        """All runs that can be known by now: those at the chosen rate once the rate is."""
+        """Returns all runs that are known by now: those at the chosen rate once it is chosen."""
         cells = [self.untrained_run] if self.untrained else []
         for contender in self.contenders:
             sweep = self.sweep(contender)
@@ -179,7 +179,7 @@ class Comparison:
         return cells
 
     def sweep(self, contender: Contender) -> dict[float, CellRun]:
-        """The runs that find its rate, all with the recipe's seed, untested."""
+        """Returns the runs that find its rate, all with the recipe's seed, untested."""
         rates = sorted(self.rates)
         while True:
             cells = {rate: self._cell(contender, rate, self._seeds[0], is_tested=False) for rate in rates}
@@ -191,7 +191,7 @@ class Comparison:
             rates = sorted([*rates, stepped(best, -1 if best == rates[0] else 1)])
 
     def best_rate(self, contender: Contender) -> float:
-        """The rate of the lowest validation loss."""
+        """Returns the rate of the lowest validation loss."""
         losses = {rate: cell.loss for rate, cell in self.sweep(contender).items()}
         best = min(losses, key=losses.__getitem__)
         if math.isinf(losses[best]):
@@ -199,7 +199,7 @@ class Comparison:
         return best
 
     def tested(self, contender: Contender) -> list[CellRun]:
-        """Its runs at the chosen rate, with the test."""
+        """Returns its runs at the chosen rate, with the test."""
         rate = self.best_rate(contender)
         return [self._cell(contender, rate, seed, is_tested=True) for seed in self._seeds]
 
@@ -255,7 +255,7 @@ class Comparison:
 
 
 def stepped(rate: float, steps: int) -> float:
-    """A rate so many half powers of ten away, in two digits."""
+    """Returns a rate so many half powers of ten away, in two digits."""
     return float(f"{rate * 10 ** (steps / 2):.2g}")
 
 
@@ -296,7 +296,7 @@ class Contrast:
 
 
 def pairs_of(contenders: Sequence[Contender], *, untrained: bool) -> list[tuple[str, str]]:
-    """Which contenders are set against each other.
+    """Pairs the contenders that are set against each other.
 
     Methods of one rank against the first of them; one without rank against the first method's greatest rank; each rank
     of a method against the one before; and each against the untrained model.
@@ -378,7 +378,7 @@ def _result(comparison: Comparison, runs: Contenders, cells: Mapping[str, Sequen
 
 
 def _by_strength(comparison: Comparison, measure: Measure) -> list[dict[str, Any]]:
-    """The score, and the perplexity of other text, at each strength of the first contender's adapter."""
+    """Returns the score, and the perplexity of other text, at each strength of the first contender's adapter."""
     rows = []
     for strength, cell in comparison.by_strength().items():
         lost = cell.metrics.get("forgetting", {}).get("perplexity", {})
@@ -388,7 +388,7 @@ def _by_strength(comparison: Comparison, measure: Measure) -> list[dict[str, Any
 
 
 def tables(measure: Measure, results: Sequence[Result], contrasts: Sequence[Contrast]) -> Iterator[str]:
-    """A measure's two tables: the contenders, and how they differ."""
+    """Yields a measure's two tables: the contenders, and how they differ."""
     yield ""
     yield f"{measure.name}: {measure.metric}" + (f", the mean of {len(measure.sets)} sets" if measure.sets[1:] else "")
     rows = [("", "rate", "score", "95 % interval", "seeds +-")]
@@ -410,7 +410,7 @@ def tables(measure: Measure, results: Sequence[Result], contrasts: Sequence[Cont
 
 
 def remarks(results: Sequence[Result], contrasts: Sequence[Contrast], seeds: int) -> Iterator[str]:
-    """What the numbers do not say: multiplicity, seeds that are too few, a best rate at the edge of those tried."""
+    """Yields what the numbers do not say: multiplicity, too few seeds, a best rate at the edge."""
     if len(contrasts) > 1:
         yield (
             f"{len(contrasts)} contrasts: of as many that are truly 0, {0.05 * len(contrasts):.1f} intervals leave 0 "
@@ -441,7 +441,7 @@ def _limits(estimate: Estimate) -> tuple[float, float, float]:
 
 
 def draw_scores(results: Sequence[Result], measure: Measure, to: Path) -> None:
-    """Score against rank, a line for each method with its intervals; what has no rank is a level line."""
+    """Draws score against rank, a line for each method with its intervals; without a rank it is level."""
     figure, axes = _chart("rank", f"{measure.name}: {measure.metric}, 95 % interval")
     axes.set_xscale("log", base=2)
     if every := sorted({row.rank for row in results if row.rank}):
@@ -461,7 +461,7 @@ def draw_scores(results: Sequence[Result], measure: Measure, to: Path) -> None:
 
 
 def draw_strengths(rows: Sequence[Mapping[str, Any]], measure: Measure, to: Path) -> None:
-    """Score and perplexity of other text against the adapter's strength."""
+    """Draws score and perplexity of other text against the adapter's strength."""
     figure, axes = _chart("strength of the adapter", f"{measure.name}: {measure.metric}, 95 % interval")
     strengths = [row["strength"] for row in rows]
     _points(axes, strengths, [(row["value"], row["low"], row["high"]) for row in rows], color=COLOURS[0], label="score")
@@ -473,7 +473,7 @@ def draw_strengths(rows: Sequence[Mapping[str, Any]], measure: Measure, to: Path
 
 
 def draw_losses(results: Sequence[Result], to: Path) -> None:
-    """Validation loss against the learning rate, a line for each contender."""
+    """Draws validation loss against the learning rate, a line for each contender."""
     figure, axes = _chart("learning rate", "validation loss")
     axes.set_xscale("log")
     methods = list(dict.fromkeys(result.method for result in results))

@@ -55,7 +55,7 @@ class Measure:
 
 
 def measures_of(results: SetScores) -> list[Measure]:
-    """The mean over all sets where they have one headline, then each set; different metrics are never mixed.
+    """Returns the mean over sets of one headline, then each set; never mixes metrics.
 
     Headlines that are means over tasks themselves are ways of scoring the same questions, and stay apart.
     """
@@ -86,19 +86,19 @@ class Contenders:
         self._units = {of_set: len(scored.units) for of_set, scored in first.items()}
 
     def by_seed(self, measure: Measure, name: str) -> list[float]:
-        """The measure's value of each run of a contender."""
+        """Returns the measure's value of each run of a contender."""
         return [
             sum(results[of_set].metrics[measure.metric] for of_set in measure.sets) / len(measure.sets)
             for results in self.runs[name]
         ]
 
     def score(self, measure: Measure, name: str) -> Estimate:
-        """A contender's mean over seeds."""
+        """Returns a contender's mean over seeds."""
         low, high = self._interval(measure, name, None, tail=0.025)
         return Estimate(float(np.mean(self.by_seed(measure, name))), low, high)
 
     def difference(self, measure: Measure, name: str, other: str, *, contrasts: int = 1) -> Estimate:
-        """A contender's mean less another's, over the same draws of units; one of so many contrasts."""
+        """Returns a contender's mean less another's, over the same draws of units; one of so many contrasts."""
         value = float(np.mean(self.by_seed(measure, name)) - np.mean(self.by_seed(measure, other)))
         own = self._interval(measure, name, other, tail=0.025)
         return Estimate(value, *own, self._interval(measure, name, other, tail=0.025 / contrasts))
@@ -119,7 +119,7 @@ class Contenders:
         return (max(low, 0.0), min(high, 100.0)) if measure.is_share and other is None else (low, high)
 
     def _mean_draws(self, measure: Measure, name: str) -> Numbers:
-        """The contender's mean over seeds in each draw of units."""
+        """Returns the contender's mean over seeds in each draw of units."""
         return np.mean([self._draws_of(measure, name, number) for number in range(len(self.runs[name]))], axis=0)
 
     def _draws_of(self, measure: Measure, name: str, number: int) -> Numbers:
@@ -132,7 +132,7 @@ class Contenders:
         return seed_part(self.by_seed(measure, name), each, float(np.nanvar(self._mean_draws(measure, name))))
 
     def _of_equal_units(self, measure: Measure, name: str, other: str | None) -> tuple[float, float]:
-        """Where all units are alike, the limits that a single set's score or difference has (Wilson's)."""
+        """Returns Wilson's limits, for a score or a difference where all units are alike."""
         limits: list[tuple[float, float]] = []
         for of_set in measure.sets:
             scored = self.runs[name][0][of_set]
@@ -183,7 +183,7 @@ def half_width(parts: Sequence[SeedPart], units: float, tail: float) -> float:
 
 
 def _aligned(of_set: str, results: SetScores, reference: Scored, name: str) -> Scored:
-    """A run's score of a set with its items and units in the order of another's."""
+    """Returns a run's score of a set with its items and units in the order of another's."""
     if of_set not in results or results[of_set].items.keys() != reference.items.keys():
         raise UserError(f"{name} was not asked the same items of {of_set} as the others; test all of them again")
     items = {item: replace(results[of_set].items[item], unit=score.unit) for item, score in reference.items.items()}
@@ -192,7 +192,7 @@ def _aligned(of_set: str, results: SetScores, reference: Scored, name: str) -> S
 
 @cache
 def quantile(tail: float, freedom: float) -> float:
-    """What Student's t of so many degrees of freedom exceeds with this probability; the normal's for infinity."""
+    """Returns what Student's t exceeds with this probability; the normal's for infinite freedom."""
     low, high = 0.0, 1e4
     for _ in range(60):
         middle = (low + high) / 2
@@ -201,7 +201,7 @@ def quantile(tail: float, freedom: float) -> float:
 
 
 def _above(value: float, freedom: float) -> float:
-    """The probability that Student's t is above a value from 0, by its density at t = sqrt(freedom) tan(angle)."""
+    """Integrates Student's density above a value from 0, at t = sqrt(freedom) tan(angle)."""
     if math.isinf(freedom):
         return math.erfc(value / math.sqrt(2)) / 2
     angle = math.atan(value / math.sqrt(freedom))

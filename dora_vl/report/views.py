@@ -43,7 +43,7 @@ ABSENT = "–"
 
 
 def setting_tables(runs: Sequence[RunRecord]) -> dict[str, Any]:
-    """All settings of all runs: of one run what is not its default first, of several what differs first."""
+    """Returns all settings of all runs: of one run what is not its default first, of several what differs first."""
     flat = [flattened(run.settings) for run in runs]
     names = list(dict.fromkeys(name for item in flat for name in item))
     rows = {name: [_text(item.get(name, ABSENT)) for item in flat] for name in names}
@@ -57,7 +57,7 @@ def setting_tables(runs: Sequence[RunRecord]) -> dict[str, Any]:
 
 
 def _defaults(run: RunRecord) -> dict[str, Any]:
-    """What the settings of the run's task are where a file is silent; nothing where it names no task."""
+    """Returns the defaults of the run's task; none where its settings name no task."""
     task: Any = run.settings.get("task")
     parsed = run_parser(task).get_defaults().as_dict() if task in FIELDS else {}
     return flattened(json.loads(json.dumps(parsed, default=str)))
@@ -74,7 +74,7 @@ MOST_STEPS = 8
 
 
 def watched_tables(runs: Sequence[RunRecord], pictures: InlinePictures) -> tuple[list[dict[str, Any]], list[str]]:
-    """A table for each run that has been watched, and a sentence for each that has not."""
+    """Makes a table for each run that was watched, and a note for each that was not."""
     tables: list[dict[str, Any]] = []
     notes: list[str] = []
     for run in runs:
@@ -97,7 +97,7 @@ def watched_tables(runs: Sequence[RunRecord], pictures: InlinePictures) -> tuple
 def _row(
     question: WatchedQuestion, watched: Watched, steps: Sequence[int], after: str | None, pictures: InlinePictures
 ) -> dict[str, Any]:
-    """One question with its answers; None could not be asked."""
+    """Returns a question with its answers; None where it could not be asked."""
     picture = ("", question.why_no_picture)
     if question.picture:
         picture = pictures.file(watched.folder / question.picture)
@@ -119,7 +119,7 @@ _DEPTH = re.compile(r"\.(?:layers|layer|blocks|block|h)\.(\d+)\.")
 
 
 def weight_charts(run: RunRecord, base: Path | None) -> list[Chart]:
-    """The run's adapter, and checkpoints of it that are still there, against the base, where that is now."""
+    """Draws how the run's adapter and its last checkpoints changed the base, read from where it is now."""
     final = Saved(run.folder / ADAPTER, run.last_step)
     if (final.folder / WEIGHTS_FILE).is_file():
         earlier = [item for item in saved_in(run.folder) if item.step is not None and item.step < run.last_step]
@@ -140,7 +140,7 @@ def weight_charts(run: RunRecord, base: Path | None) -> list[Chart]:
 
 
 def plane(panel: Panel) -> Chart | None:
-    """Every layer of the last checkpoint as a point, a colour for each kind; the line is through all checkpoints."""
+    """Draws every layer of the last checkpoint as a point; the line is through all checkpoints."""
     series = [
         Series(
             name=kind,
@@ -167,7 +167,7 @@ def _of_last_step(panel: Panel) -> list[Point]:
 
 
 def over_depth(panel: Panel) -> list[Chart]:
-    """Magnitude and direction change by the layer's number, a line for each stack of layers, of the last checkpoint."""
+    """Draws the last checkpoint's magnitude and direction change by depth, a line for each stack of layers."""
     numbered = [point for point in _of_last_step(panel) if depth_of(point.layer) is not None]
     stacks = {kind: points for kind, points in by_stack(numbered).items() if len(points) > 1}
     values: dict[str, Callable[[Point], float]] = {
@@ -196,7 +196,7 @@ def over_depth(panel: Panel) -> list[Chart]:
 
 
 def by_kind(points: Sequence[Point]) -> dict[str, list[Point]]:
-    """Points by the last word of the layer's name, such as q_proj."""
+    """Returns points by the last word of the layer's name, such as q_proj."""
     result: dict[str, list[Point]] = {}
     for point in points:
         result.setdefault(point.layer.rpartition(".")[2], []).append(point)
@@ -204,7 +204,7 @@ def by_kind(points: Sequence[Point]) -> dict[str, list[Point]]:
 
 
 def by_stack(points: Sequence[Point]) -> dict[str, list[Point]]:
-    """Points by the layer's name without its number, as short as tells them apart: `q_proj`, or all of a path."""
+    """Groups points by the layer's name without its number, as short as tells them apart."""
     result: dict[str, list[Point]] = {}
     for point in points:
         result.setdefault(_DEPTH.sub(".", point.layer), []).append(point)
@@ -214,7 +214,7 @@ def by_stack(points: Sequence[Point]) -> dict[str, list[Point]]:
 
 
 def depth_of(layer: str) -> int | None:
-    """A layer's number in its stack; None where its name has none."""
+    """Returns a layer's number in its stack; None where its name has none."""
     result = _DEPTH.search(layer)
     return None if result is None else int(result[1])
 
@@ -239,11 +239,11 @@ class InlinePictures:
         self._reader.close()
 
     def file(self, path: Path) -> tuple[str, str]:
-        """A picture file as a data URL, and why there is none."""
+        """Returns a picture file as a data URL, or why there is none."""
         return self._add(lambda: open_image(path.parent, path.name))
 
     def shown(self, root: Path | None, pictures: Sequence[str], clip: Clip | None) -> tuple[str, str]:
-        """What a question shows as one small picture, and why there is none."""
+        """Returns a question's pictures or clip as one small picture, or why there is none."""
         if not pictures and clip is None:
             return "", ""
         if root is None:
@@ -269,7 +269,7 @@ class InlinePictures:
 
 
 def data_url(picture: Image.Image) -> str:
-    """The picture, made small, as text inside a page: PNG to the pixel where it is tiny, else JPEG."""
+    """Returns the picture, made small, as text inside a page: PNG to the pixel where it is tiny, else JPEG."""
     small = small_picture(picture.convert("RGB"))
     kind = "png" if max(small.size) <= EXACT_PX else "jpeg"
     file = io.BytesIO()
