@@ -35,7 +35,7 @@ every picture, each on its own, unless --together puts all into one prompt. Of a
 PICTURE_COMMAND = ":image "
 OF_PICTURES = {"together": False, "conversation": False}
 OF_VIDEOS = {"start": None, "end": None, "frames": 8, "choice": [], "subtitle": []}
-"""Options that are about one of the two kinds alone, with their defaults."""
+"""Each kind's own options, which are refused with the other, and their defaults."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -238,7 +238,9 @@ def read_chats(paths: Sequence[Path], *, together: bool) -> list[PictureChat]:
 
 def ask_about_pictures(options: argparse.Namespace) -> None:
     """Opens the pictures and the model, then answers; without a question it asks for some."""
-    chats = read_chats(files_of(options.image, "picture"), together=options.together)  # before the model loads
+    chats = read_chats(
+        files_of(options.image, "picture"), together=options.together
+    )  # a wrong path shows before the model loads
     opened = opened_by(options)
 
     def answer(line: str) -> None:
@@ -312,5 +314,5 @@ def ask_about_videos(options: argparse.Namespace) -> None:
             ask_clip(path, question)
 
     with VideoReader() as reader:
-        read = cache(reader.read)  # once for every part and way of picking
+        read = cache(reader.read)  # each clip is read once for both models
         answer_all(options.question, answer, "a question,")

@@ -76,7 +76,6 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "yc2c": caption.YC2C,
     **dict.fromkeys(PATTERNS, exact.COMMONSENSE),
 }
-"""Every benchmark that `dora-vl evaluate` knows, a row each, written by hand."""
 
 GROUP = "dora_vl.benchmarks"
 NAME = re.compile(r"[A-Za-z0-9][\w\-]*")
@@ -88,7 +87,7 @@ PROMPTS: Mapping[str, Prompt] = {
     "caption": prompts.caption_of_picture,
     "video": prompts.about_video,
 }
-"""What `prompt:` may say."""
+"""The names that `prompt:` takes in a benchmark's YAML."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +135,7 @@ OWN: Mapping[str, tuple[type, Any]] = {
     "max_new_tokens": (int, SHORT_ANSWER_TOKENS),
     "frames": (int, FRAMES),
 }
-"""What a benchmark's YAML may say: its type, and what it is without."""
+"""The settings that a benchmark's YAML takes, with their types and defaults."""
 
 
 def read_own(path: Path) -> NamedBenchmark:

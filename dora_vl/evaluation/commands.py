@@ -224,12 +224,12 @@ def _asked(
     sha256, recipe = hashes(source), source.recipe
     pictures = MediaFolder(options.images, options.follow_links, as_published=bool(recipe.get("as_published")))
     opened = open_model(source).adapted
-    asked = [_put_to(opened, test, sha256, options, pictures) for test in sets]
+    prepared = [_put_to(opened, test, sha256, options, pictures) for test in sets]
     results = results_in(to, sets, str(adapter or model), sha256, options)
     try:
-        return evaluate(asked, opened, results, exchange=exchange), results
+        return evaluate(prepared, opened, results, exchange=exchange), results
     finally:
-        for part in asked:
+        for part in prepared:
             if part.media is not None:
                 part.media.close()
 

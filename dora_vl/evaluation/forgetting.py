@@ -23,8 +23,7 @@ from dora_vl.evaluation.ask import Assistant, Decoding, media_reader
 
 PASSAGES: Mapping[str, list[str]] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 NEW_TOKENS, BATCH = 24, 8
-MOST_TOKENS = 512
-"""Of one text; what is longer counts up to here."""
+MOST_TOKENS = 512  # of a text; the rest of a longer one does not count
 
 
 @dataclass(frozen=True)

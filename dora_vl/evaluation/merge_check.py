@@ -40,7 +40,7 @@ from dora_vl.run.folder import SETTINGS
 BATCH, FRAMES = 8, 8
 FAILED_STATUS = 1
 TEXTS, TOKENS = 3, 12
-"""Drawn texts that logits are compared for, and their length."""
+"""Logits are compared for so many drawn texts of so many tokens."""
 ROUNDING = {False: 1e-3, True: 5e-2}
 """The largest difference that rounding makes, as a share of the largest logit; True: for weights below float32."""
 
@@ -68,7 +68,7 @@ def planned_check(options: argparse.Namespace, adapter: Path) -> Check | None:
     if not 0 <= options.most_different <= 1:
         raise UserError(f"--most-different is {options.most_different}; it is a share, 0 to 1")
     run: dict[str, Any] = {}
-    for folder in adapter.resolve().parents[:2]:  # of a run's adapter, and of a checkpoint's
+    for folder in adapter.resolve().parents[:2]:  # an adapter lies in its run's folder, or in a checkpoint of it
         if (folder / SETTINGS).is_file():
             run = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
             break

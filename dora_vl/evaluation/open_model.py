@@ -77,11 +77,10 @@ ENTRIES: Mapping[str, tuple[str, ...]] = {
     DECODER: ("base", "revision", "base_sha256", "template", "image_aspect", "dtype", "max_tokens"),
     VLBART: ("tasks", "base", "base_sha256", "dtype", "feature_tokens", "features", "settings"),
 }
-"""What `recipe.json` must say so that a model of each kind can be asked."""
+"""The entries that `recipe.json` must hold so that a model of each kind can be asked."""
 ENCODERS = frozenset({*MODEL_FOR_MASKED_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES})
-"""Types that transformers also calls causal language models, where their decoder is asked for alone."""
-OWN_TEMPLATE = "tokenizer"
-"""The name of a language model's own chat template."""
+"""Model types that transformers lists as causal language models for their decoders alone."""
+OWN_TEMPLATE = "tokenizer"  # a language model's own chat template
 DTYPES = ("bfloat16", "float16", "float32")
 FLASH = "flash_attention_2"
 
@@ -238,7 +237,7 @@ def hashes(source: ModelSource) -> Mapping[str, str]:
 
 AnyBackbone = TypeVar("AnyBackbone", bound=Backbone[Any])
 LONGEST_ANSWERED = 1 << 20
-"""Tokens of a prompt with an answer behind it, where no run said how many: none is cut."""
+"""So many tokens a prompt and its answer may have where no recipe says how many: none is cut."""
 
 
 def open_model(source: ModelSource | ModelRequest) -> Opened:

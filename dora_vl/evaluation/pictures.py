@@ -31,7 +31,7 @@ SUBTITLE_CHARACTERS = 34
 SMALL_PX = 160
 RIGHT_SHARE = 0.5
 AS_IT_STANDS: Mapping[str, Any] = {"parse_math": False}
-"""For text that somebody else wrote: two dollars in it are no formula, which could not even be drawn."""
+"""Text that somebody else wrote is drawn as it is: two dollars in it are no formula."""
 
 
 def series(entries: Sequence[Mapping[str, object]], key: str) -> tuple[list[float], list[float]]:

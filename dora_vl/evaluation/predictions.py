@@ -115,15 +115,15 @@ def read_predictions(path: Path) -> dict[str, dict[str, Prediction]]:
 
 
 IDS = ("id", "question_id", "questionId", "qid", "image_id", "image", "index", "identifier", "clip_id")
-"""Where a row's id stands; of several the first is its own."""
+"""Keys that hold a row's id; the first that a row has is its own."""
 MODEL_ANSWERS = (
     *("prediction", "pred", "predict", "pred_answer", "predicted_answer"),
     *("response", "output", "model_answer", "model_output"),
 )
-"""Keys of what a model said, whatever stands beside them: ours, SEED-Bench's and GQA's first, then Video-LLaVA's and
-other tools'. An `answer` in such a row is the true one."""
+"""Keys that hold a model's answer: ours, SEED-Bench's and GQA's first, then Video-LLaVA's and other tools'. An `answer`
+beside one of them is the true one."""
 ANSWERS = ("answer", "text", "caption")
-"""Where the answer stands in rows that hold none of those: VQA's; LLaVA's; COCO's."""
+"""Keys that hold the answer in rows with none of `MODEL_ANSWERS`: VQA's, LLaVA's, COCO's."""
 WANTED = "predictions; give JSON lines with an id and an answer each"
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 

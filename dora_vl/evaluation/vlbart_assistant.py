@@ -29,7 +29,7 @@ from dora_vl.evaluation.vlbart_tasks import MicroBatch, Seq2SeqCollator, Seq2Seq
 log = logging.getLogger(__name__)
 
 CHOOSING = frozenset({"choice", "words"})
-"""Ways to answer that give the label of a choice, "a2"."""
+"""These ways to answer give the label of a choice, such as "a2"."""
 TRUE, FALSE = "true", "false"
 LONGEST_LABEL = 20
 WITH_CHOICES = "a question with its choices (--choice, several times)"
@@ -103,10 +103,10 @@ class VlBartAssistant:
                     reason = error.reason if isinstance(error, BadSample) else str(error)
                     rows.append(prediction(example, None, reason))
             if usable:
-                asked, subtasks, samples = zip(*usable, strict=True)
+                readable, subtasks, samples = zip(*usable, strict=True)
                 subtask = subtasks[0]
-                texts = self._texts(subtask, asked, samples)
-                for example, sample, text in zip(asked, samples, texts, strict=True):
+                texts = self._texts(subtask, readable, samples)
+                for example, sample, text in zip(readable, samples, texts, strict=True):
                     if text is not None and decoding.letters and subtask.answer_by in CHOOSING:
                         text = ascii_uppercase[int(text.removeprefix("a"))]
                     rows.append(prediction(example, text, cut_tokens=sample.cut_tokens))

@@ -224,12 +224,12 @@ def all_subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
 def image_subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
     """Returns every task on pictures; without `task_prompt` the text does not say which one it is."""
 
-    def asked(name: str) -> Callable[[Example], Prompt]:
+    def prompt_named(name: str) -> Callable[[Example], Prompt]:
         return partial(image_question_prompt, prefix=f"{name}: " if task_prompt else "")
 
     vqav2 = Subtask(
         name="vqav2",
-        prompt=asked("vqa"),
+        prompt=prompt_named("vqa"),
         target=weighted_answer,
         input_tokens=QUESTION_TOKENS,
         target_tokens=ANSWER_TOKENS,
@@ -238,14 +238,14 @@ def image_subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
     )
     short_answer = Subtask(
         name="short_answer",
-        prompt=asked("vqa"),
+        prompt=prompt_named("vqa"),
         target=one_answer,
         input_tokens=QUESTION_TOKENS * 2,
         target_tokens=QUESTION_TOKENS,
         score=score_gqa,
     )
     # Sentences that are true or false of a picture, or of two.
-    nlvr = Subtask(name="nlvr", prompt=asked("nlvr"), target=truth, answer_by="pair", score=vqa.score_nlvr)
+    nlvr = Subtask(name="nlvr", prompt=prompt_named("nlvr"), target=truth, answer_by="pair", score=vqa.score_nlvr)
     coco_caption = Subtask(  # each of a picture's captions is an item of its own
         name="coco_caption",
         batch_share=50 / 60,
@@ -263,7 +263,9 @@ def image_subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
     tasks = (
         vqav2,
         # The prompt reads "gpa" in all published runs.
-        replace(vqav2, name="gqa", batch_share=100 / 60, prompt=asked("gpa"), target=one_answer, score=score_gqa),
+        replace(
+            vqav2, name="gqa", batch_share=100 / 60, prompt=prompt_named("gpa"), target=one_answer, score=score_gqa
+        ),
         short_answer,
         replace(nlvr, name="nlvr2", batch_share=20 / 60, score=vqa.nlvr2_score, images=2),
         nlvr,

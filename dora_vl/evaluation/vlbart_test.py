@@ -32,9 +32,9 @@ from dora_vl.run.watched import Watch, evenly
 log = logging.getLogger(__name__)
 
 Tested = tuple[Subtask, ExampleFile, FeatureReader]
-"""A VL-BART's task, its test file, and the features of what that shows."""
+"""A VL-BART's task, its test file, and the features of the pictures in that."""
 READ = 64
-"""Examples of a file whose features are read before training, evenly over the file, at most."""
+"""Before training the features of at most so many examples are read, evenly over a file."""
 NAMED = 3
 
 

@@ -40,13 +40,13 @@ def is_accuracy(result: SetResult) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerView:
-    """One scored answer as people look at it; `whole` is all that the model said."""
+    """One scored answer as people look at it; `full_answer` is all of the model's text."""
 
     id: str
     question: str
     truth: str
     answer: str
-    whole: str
+    full_answer: str
     kind: str
     share: float
     pictures: tuple[str, ...]
@@ -62,7 +62,7 @@ def answers_of(result: SetResult) -> Iterator[AnswerView]:
                 question=row.question,
                 truth=item.truth,
                 answer=item.answer,
-                whole=row.prediction,
+                full_answer=row.prediction,
                 kind=item.kind,
                 share=item.score.share,
                 pictures=tuple(row.images),

@@ -16,7 +16,7 @@ from dora_vl.evaluation.pictures import new_figure, plain_axes, series, smoothed
 from dora_vl.report.run_record import RunRecord
 
 MOST_POINTS = 400
-"""Of a line; a longer one is drawn by the mean of equal stretches, which a screen shows no better."""
+"""A line of more points is drawn by the means of equal stretches, which a screen shows no better."""
 COLOURS = ("#2f6fde", "#d9580b", "#1f9d6b", "#a23bb8", "#b8860b", "#0f8b9d", "#c2255c", "#6b7684")
 """`--c0` to `--c7` of the page's style, which has others for a dark screen."""
 WIDTH, HEIGHT, DPI = 560, 260, 72
@@ -152,7 +152,7 @@ NUMBERS = (
     ("padding_share", "padding", "share of positions"),
     ("memory_gib", "memory", "GiB of the fullest rank: on a GPU its tensors, on a CPU the whole process"),
 )
-"""Field of a log line, what its chart is called, and the unit."""
+"""Each row names a field of a log line, its chart and the unit."""
 
 
 def curves(runs: Sequence[RunRecord]) -> tuple[list[Chart], list[str]]:

@@ -31,7 +31,7 @@ from dora_vl.run.settings import foreign_fields, settings_of
 log = logging.getLogger(__name__)
 
 FAILED = "failed.txt"
-"""Why a run has no result for good: its training diverged, at a rate that is too high for instance."""
+"""The file says why a run has no result for good: its training diverged, perhaps at too high a rate."""
 WAIT_SECONDS = 10.0
 MOST_RATES = 7  # that a sweep tries
 COLOURS = ("#2f6fde", "#d9580b", "#1f9d6b", "#a23bb8", "#b8860b", "#6b7280")
@@ -104,7 +104,7 @@ class CellRun:
             return
         lines = Path(output.name).read_text(encoding="utf-8").strip().splitlines()
         reason = one_line(lines[-1] if lines else f"it ended with status {done.returncode}")
-        if done.returncode != Diverged.status:  # what is passing, such as a full disk, is no result
+        if done.returncode != Diverged.status:  # a passing reason, such as a full disk, is no result
             raise UserError(f"{self.folder} did not end: {reason}; the same comparison, started again, resumes it")
         with whole_file(self.folder / FAILED) as file:
             file.write(reason)

@@ -50,10 +50,10 @@ class RunRecord:
         """
         path = Path(str(stated))
         output = Path(str(self.section("training").get("output_dir", "")))
-        whole = self.folder.resolve()
-        if path.is_absolute() or output.is_absolute() or whole.parts[-len(output.parts) :] != output.parts:
+        resolved = self.folder.resolve()
+        if path.is_absolute() or output.is_absolute() or resolved.parts[-len(output.parts) :] != output.parts:
             return path
-        started_in = Path(*whole.parts[: -len(output.parts)])
+        started_in = Path(*resolved.parts[: -len(output.parts)])
         return started_in / path if (started_in / path).exists() else path
 
     @property

@@ -25,7 +25,7 @@ from dora_vl.evaluation.open_model import ModelRequest, open_model
 NEW_TOKENS = 64
 REQUEST = ("model", "base", "any_base", "template", "strength")
 MODEL = ModelManifest(model_id="dora_vl", chat_class_path=f"{__name__}.AdaptedModel")
-"""The entry point."""
+"""The entry point `lmms_eval.models` names this."""
 
 
 class AdaptedModel(lmms):

@@ -97,7 +97,7 @@ def lettered(example: Example, before_hint: str = "") -> str:
 
 Key = Hashable | None
 REPEATED = re.compile(r"#\d+$")
-"""How `questions` tells questions of one id apart."""
+"""`questions` ends ids with this where several questions have the same."""
 _SUFFIXES = (SHORT, LETTER, LETTER_CN, UNANSWERABLE, YES_OR_NO)
 _OCR = re.compile(r"^Reference OCR token:.*$", re.MULTILINE)
 
@@ -157,7 +157,7 @@ class ByOrder:
 
 def question_in(prompt: str) -> str:
     """Returns a prompt's question alone, in lower case with single spaces: suffixes, OCR tokens and placeholders go."""
-    for suffix in _SUFFIXES:  # before the line of tokens, which they end
+    for suffix in _SUFFIXES:  # first, since they end the line of tokens
         prompt = prompt.replace(suffix, " ")
     return plain(_OCR.sub(" ", prompt.replace(IMAGE_PLACEHOLDER, " ")))
 

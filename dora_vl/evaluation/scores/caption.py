@@ -38,7 +38,7 @@ from dora_vl.evaluation.scores.scored import PERCENT, Answers, Formula, Numbers,
 Tokenizer = Literal["ptb", "fallback"]
 
 DROPPED = frozenset({"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"})
-"""The official list; its bracket names are in capitals and never met."""
+"""The official list drops these; its names of brackets are in capitals, which no token has."""
 
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
@@ -124,7 +124,7 @@ class Bleu:
     order: int
     decimals: int | None = None
 
-    def __call__(self, sums: Sums, whole: Sums | None = None) -> Numbers:
+    def __call__(self, sums: Sums, totals: Sums | None = None) -> Numbers:
         """Returns the score of each draw; every draw has clips."""
         product = np.ones_like(sums["words"])
         for order in ORDERS[: self.order]:
@@ -143,7 +143,7 @@ class Meteor:
     mean: float
     decimals: int | None = None
 
-    def __call__(self, sums: Sums, whole: Sums | None = None) -> Numbers:
+    def __call__(self, sums: Sums, totals: Sums | None = None) -> Numbers:
         """Returns the score of each draw; every draw has clips."""
         moved = sums["meteor"] / sums["clips"] / self.mean if self.mean else np.ones_like(sums["clips"])
         value = PERCENT * self.whole * moved
@@ -273,7 +273,7 @@ def _meteor(
     safe = {clip: [caption.replace(separator, "") for caption in several] for clip, several in references.items()}
     official = Official()
     try:
-        whole, each = official.compute_score(safe, predictions)
+        score, each = official.compute_score(safe, predictions)
     except (OSError, ValueError) as error:
         official.lock.release()  # it holds its lock, and its end would wait for it
         stdin = official.meteor_p.stdin
@@ -282,7 +282,7 @@ def _meteor(
                 stdin.close()
         log.warning("METEOR is left out: its Java program failed (%s); it needs 2 GB of memory", error)
         return None
-    return whole, each
+    return score, each
 
 
 def coco_caption(examples: Sequence[Example], answers: Answers) -> tuple[str, str]:

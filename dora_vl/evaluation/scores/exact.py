@@ -140,7 +140,7 @@ SCORINGS: Mapping[str, Scorer] = {
     "relaxed": best_of(is_close, "relaxed accuracy"),
     "caption": caption.score,
 }
-"""What `scoring:` may say in a benchmark's YAML."""
+"""The names that `scoring:` takes in a benchmark's YAML."""
 
 
 # The eight commonsense sets of LLM-Adapters, by their own extraction of the answer from generated text.
@@ -163,7 +163,7 @@ PATTERNS: Mapping[str, re.Pattern[str]] = {
     "ARC-Challenge": _FIVE,
     "openbookqa": _FIVE,
 }
-"""Task -> what an answer looks like; the paper's order of columns."""
+"""The pattern of each task's answers, in the order of the paper's columns."""
 
 
 def extracted(text: str, task: str, rule: Rule) -> str:

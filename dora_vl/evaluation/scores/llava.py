@@ -290,7 +290,7 @@ MMBENCH, CHINESE = (
 # MME as its calculation.py gives it.
 
 
-def said(answer: str) -> Literal["yes", "no", "other"]:
+def yes_or_no(answer: str) -> Literal["yes", "no", "other"]:
     """Reads an answer as the script does: "yes", then "no", in its first four characters in lower case.
 
     So "know" is no, "unknown" is neither, "eyes" is yes.
@@ -308,7 +308,9 @@ def mme_score(examples: Sequence[Example], answers: Answers) -> Scored:
     position; here by picture, and a picture that has not exactly two questions is refused. A missing answer is wrong.
     Perception (ten subtasks) is the headline, cognition (four) the second. `extra["category"]` is the subtask.
     """
-    right = {example.id: said(answers.get(example.id, "")) == right_answer(example).lower() for example in examples}
+    right = {
+        example.id: yes_or_no(answers.get(example.id, "")) == right_answer(example).lower() for example in examples
+    }
     pictures = Counter(picture_of(example) for example in examples)
     both = Counter(picture_of(example) for example in examples if right[example.id])
     odd = [name for name, count in pictures.items() if count != 2]

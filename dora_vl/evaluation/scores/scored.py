@@ -21,12 +21,12 @@ from dora_vl.errors import UserError
 
 Numbers = NDArray[np.float64]
 Sums = Mapping[str, Numbers]
-"""A column's name -> its sum over the drawn items, one number for each draw."""
+"""The sum of each column over the drawn items, a number for each draw."""
 Formula = Callable[..., Numbers]
 """A metric of each draw, from its sums (a column without entries is not in them) and those of the whole set.
 A draw that lacks what the whole set has (such as every item of a rare kind) is NaN; without the latter it is 0."""
 Answers = Mapping[str, str]
-"""By the examples' ids; one that is not there is missing."""
+"""Answers by the examples' ids; an example without an entry has no answer."""
 Limits = tuple[float, float]
 PERCENT = 100.0
 
@@ -43,10 +43,10 @@ class Ratio:
     scale: float = PERCENT
     decimals: int | None = None
 
-    def __call__(self, sums: Sums, whole: Sums | None = None) -> Numbers:
+    def __call__(self, sums: Sums, totals: Sums | None = None) -> Numbers:
         """Returns the ratio of each draw."""
         top, bottom = self.sides(sums)
-        of_nothing = 0.0 if whole is None or not self.sides(whole)[1].any() else np.nan
+        of_nothing = 0.0 if totals is None or not self.sides(totals)[1].any() else np.nan
         value = self.scale * np.divide(top, bottom, out=np.full_like(bottom, of_nothing), where=bottom != 0)
         return value if self.decimals is None else np.round(value, self.decimals)
 
@@ -64,9 +64,9 @@ class Total:
     parts: tuple[Formula, ...]
     join: ClassVar[Callable[..., Any]] = staticmethod(np.sum)
 
-    def __call__(self, sums: Sums, whole: Sums | None = None) -> Numbers:
+    def __call__(self, sums: Sums, totals: Sums | None = None) -> Numbers:
         """Joins the parts' values of each draw."""
-        return self.join([part(sums, whole) for part in self.parts], axis=0)
+        return self.join([part(sums, totals) for part in self.parts], axis=0)
 
 
 class Mean(Total):
@@ -130,8 +130,8 @@ class Scored:
 
     @cached_property
     def units(self) -> dict[str, int]:
-        """Each unit's place in `columns`."""
-        return {unit: place for place, unit in enumerate(dict.fromkeys(item.unit for item in self.items.values()))}
+        """Each unit's row in `columns`."""
+        return {unit: row for row, unit in enumerate(dict.fromkeys(item.unit for item in self.items.values()))}
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -178,8 +178,8 @@ class Tally:
 
 def values_of(scored: Scored) -> dict[str, float]:
     """Computes every metric that is a formula from the items' columns."""
-    whole = _sums(scored.names, scored.columns, np.ones((1, len(scored.columns))))
-    return {name: float(formula(whole)[0]) for name, formula in scored.formulas.items()}
+    totals = _sums(scored.names, scored.columns, np.ones((1, len(scored.columns))))
+    return {name: float(formula(totals)[0]) for name, formula in scored.formulas.items()}
 
 
 def _sums(names: Sequence[str], columns: Numbers, counts: Numbers) -> Sums:
@@ -240,11 +240,11 @@ def score_points(
 
 
 Z = 1.959963984540054
-"""Of a normal distribution 95 % lies within so many standard deviations."""
+"""95 % of a normal distribution lies within so many standard deviations."""
 RESAMPLES = 2000
 COUNTS_AT_ONCE = 4_000_000  # 32 MB
 PERCENTILES = (2.5, 97.5)
-LEAST_SHARE = 0.1  # of the draws; percentiles of fewer would say nothing
+LEAST_SHARE = 0.1  # percentiles of a smaller share of the draws would say nothing
 
 
 def wilson(share: float, units: int) -> Limits:
@@ -312,8 +312,8 @@ def drawn(several: Sequence[Scored], seed: int = 0, resamples: int = RESAMPLES) 
     parts: list[list[dict[str, Numbers]]] = [[] for _ in several]
     for counts in draws(len(several[0].columns), seed, resamples):
         for part, scored in zip(parts, several, strict=True):
-            sums, whole = (_sums(scored.names, scored.columns, each) for each in (counts, np.ones_like(counts[:1])))
-            part.append({name: formula(sums, whole) for name, formula in scored.formulas.items()})
+            sums, totals = (_sums(scored.names, scored.columns, each) for each in (counts, np.ones_like(counts[:1])))
+            part.append({name: formula(sums, totals) for name, formula in scored.formulas.items()})
     return [{name: np.concatenate([chunk[name] for chunk in part]) for name in part[0]} for part in parts]
 
 
@@ -351,7 +351,7 @@ def _limits_of(formula: Formula, scores: Sequence[Scored]) -> Limits | None:
     for scored in scores:
         top, bottom = formula.sides(dict(zip(scored.names, scored.columns.T, strict=True)))
         counted = bottom > 0
-        if not counted.any() or (top < 0).any() or (top > bottom).any():  # its top is no part of its bottom
+        if not counted.any() or (top < 0).any() or (top > bottom).any():  # no share of its bottom
             return None
         shares.append((float(top[counted].sum() / bottom[counted].sum()), int(counted.sum())))
     (value, units), *others = shares

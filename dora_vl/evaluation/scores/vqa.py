@@ -77,7 +77,7 @@ CONTRACTIONS = {
     for index, letter in enumerate(form)
     if letter == "'"
 } | {"somebody'd": "somebodyd"}
-"""A spelling that lacks one apostrophe -> the form; the official table holds just these."""
+"""The form of each spelling that lacks an apostrophe; the official table holds just these."""
 
 
 def normalise(answer: str) -> str:
