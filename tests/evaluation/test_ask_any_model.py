@@ -22,7 +22,6 @@ from dora_vl.data.turns import Turn
 from dora_vl.evaluation.ask import Assistant, Shown, model_inputs
 from dora_vl.evaluation.open_model import ModelRequest, open_model
 from dora_vl.evaluation.predictions import read_predictions
-from tasks import image_qa
 from tests.backbones.tiny_image_text import FAMILIES, write_tiny
 from tests.backbones.tiny_language import write_tiny_language
 from tests.backbones.tiny_video import coloured_video, write_tiny_video
@@ -226,16 +225,10 @@ def test_a_model_without_an_adapter_is_evaluated(name: str, data: Path, tmp_path
     likeliest = evaluate(data, tmp_path / "letters", "--model", folder, "--answer-by", "likelihood")
     assert set(answers(tmp_path / "letters").values()) <= {"A", "B", "C"}
     assert likeliest["sets"]["colours"]["asked_with"]["answer_by"] == "likelihood"
-    assistant = opened(folder)
-    turns = [Turn("user", "<image>\nWhich colour?\nA. red\nB. green\nC. blue\n" + LETTER)]
-    shown = Shown(pictures=(Image.open(data / "0.png").convert("RGB"),))
-    scores = [
-        float(assistant.log_likelihoods([assistant.prompts.with_answer(turns, shown, letter)])[0]) for letter in "ABC"
-    ]
-    assert answers(tmp_path / "letters")["q0"] == "ABC"[scores.index(max(scores))]
-
-
-LETTER = "Answer with the option's letter from the given choices directly."
+    assistant, shown = opened(folder), Shown(pictures=(Image.open(data / "0.png").convert("RGB"),))
+    turns = [Turn("user", f"<image>\nWhich colour?\nA. red\nB. green\nC. blue\n{LETTER}")]
+    samples = [assistant.prompts.with_answer(turns, shown, letter) for letter in "ABC"]
+    assert answers(tmp_path / "letters")["q0"] == "ABC"[int(assistant.log_likelihoods(samples).argmax())]
 
 
 def auto_class(base: Path) -> Any:
@@ -261,7 +254,7 @@ def peft_adapter(base: Path, folder: Path, *, use_dora: bool, targets: Sequence[
 @pytest.mark.parametrize(
     ("name", "use_dora"), [("qwen2_5_vl", True), ("llava", False), ("llava", True), ("language", True)]
 )
-def test_a_folder_of_peft_opens(name: str, use_dora: bool, tmp_path: Path, capsys: Any) -> None:
+def test_a_folder_of_peft_opens(name: str, use_dora: bool, tmp_path: Path) -> None:
     from peft import PeftModel
 
     base = write_model(name, tmp_path / "base")
@@ -280,22 +273,6 @@ def test_a_folder_of_peft_opens(name: str, use_dora: bool, tmp_path: Path, capsy
         theirs = PeftModel.from_pretrained(plain, str(adapter)).eval()(**batch).logits
     torch.testing.assert_close(logits, theirs, rtol=1e-3, atol=1e-3)
     assert (logits - bare).abs().max() > 1e-2
-    if name == "language":
-        return
-    Image.new("RGB", (21, 15), "red").save(tmp_path / "red.png")
-    options = ["--adapter", str(adapter), "--image", str(tmp_path / "red.png"), "--question", "What colour is it?"]
-    image_qa.main([*options, "--max-new-tokens", "3", "--compare-base"])
-    with_adapter, without = capsys.readouterr().out.splitlines()[-2:]
-    assert with_adapter.split(":")[1] != without.split(":")[1]
-
-
-def test_a_peft_adapter_is_evaluated_against_its_base(data: Path, tmp_path: Path) -> None:
-    base = write_model("qwen2_5_vl", tmp_path / "base")
-    adapter = peft_adapter(base, tmp_path / "adapter", use_dora=True)
-    metrics = evaluate(data, tmp_path / "to", "--adapter", adapter, "--against", base)
-    assert set(metrics["answers_sha256"]) == {"adapter", "base"}
-    entry = metrics["sets"]["colours"]
-    assert (entry["against"], entry["difference"].keys()) == (str(base), entry["metrics"].keys())
 
 
 # What cannot be asked.
@@ -323,22 +300,20 @@ def paths(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 
 
 EVALUATE = "evaluate --benchmarks {own} --to {gone}/to --images {data} --model "
-OF_FILE = "evaluate --to {gone} --model {bare} --benchmarks "
 
 
 @pytest.mark.parametrize(
     "words",
     [
-        *(f"{ask} {{{name}}}" for ask in ("ask --question q --model", EVALUATE) for name in ("florence2", "blip-2")),
-        *("ask --question q --model {bert}", "ask --question q --model {vlbart}", "ask --question q"),
+        *("ask --question q --model {florence2}", EVALUATE + "{blip-2}", "ask --question q --model {bert}"),
+        *("ask --question q --model {vlbart}", "ask --question q", "ask --question q --model ./gone"),
         *(EVALUATE + "{bare} --images {gone}", EVALUATE + "{bare} --images {empty}", EVALUATE + "{silent}"),
         "evaluate --benchmarks {own} --model {bare} --images {data}",
-        *(OF_FILE + "pope={data}/colours.jsonl --answer-by likelihood", OF_FILE + "pope={gone}.jsonl"),
+        "evaluate --to {gone} --model {bare} --benchmarks pope={data}/colours.jsonl --answer-by likelihood",
         *("ask --question q --model {language}", "ask --question q --model {llava} --template tokenizer"),
         *("ask --question q --model {llava} --template odd", "ask --question q --model {bare} --adapter {lora}"),
-        *("ask --question q --model {bare} --compare-base", "ask --question q --model ./gone"),
-        *(f"ask --question q {option}" for option in ("--model {bare_adapter}", "--adapter {lora}")),
-        "ask --question q --adapter {other_peft}",
+        *("ask --question q --model {bare} --compare-base", "ask --question q --model {bare_adapter}"),
+        *("ask --question q --adapter {lora}", "ask --question q --adapter {other_peft}"),
     ],
 )
 def test_what_cannot_be_asked_is_one_line_before_weights_are_read(
@@ -348,8 +323,7 @@ def test_what_cannot_be_asked_is_one_line_before_weights_are_read(
     with pytest.raises(SystemExit) as stopped:
         main(words.format(**paths).split())
     assert stopped.value.code == 2
-    message = capsys.readouterr().err
-    assert (message.count("\n"), message[:7], len(message) <= 500) == (1, "error: ", True)
+    assert capsys.readouterr().err.count("\n") == 1
     assert not paths["gone"].exists()
 
 
