@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import string
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from dora_vl.data.turns import Turn
 from dora_vl.evaluation.ask import Assistant, Shown, model_inputs
 from dora_vl.evaluation.open_model import ModelRequest, open_model
 from dora_vl.evaluation.predictions import read_predictions
+from dora_vl.evaluation.scores.benchmark import LETTER
 from tests.backbones.tiny_image_text import FAMILIES, write_tiny
 from tests.backbones.tiny_language import write_tiny_language
 from tests.backbones.tiny_video import coloured_video, write_tiny_video
@@ -30,7 +30,6 @@ from tests.training.tiny_run import write_tiny_llava
 MORE_FAMILIES = [pytest.param(name, marks=pytest.mark.slow) for name in ("smolvlm", "internvl")]
 MODELS = ["qwen2_5_vl", "llava", "language", *MORE_FAMILIES]
 NEW_TOKENS = 6
-LETTERS = string.ascii_uppercase
 
 
 def spread(folder: Path) -> Path:

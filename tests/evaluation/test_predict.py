@@ -229,8 +229,8 @@ def test_a_broken_tail_is_cut(tmp_path: Path, whole: bytes, tail: bytes) -> None
 @pytest.mark.parametrize(
     "line",
     [
-        *(b'{"id": 7}', b'{"id":', "\ud800".encode("utf-8", "surrogatepass"), b"[" * 100_000, b"[1]"),
-        *(b'{"id": ["a"], "images": []}', b'{"id": "a", "prediction": "b", "ids": {}}'),
+        *(b'{"id": 7}', b'{"id":', "\ud800".encode("utf-8", "surrogatepass"), b"[" * 100_000),
+        b'{"id": "a", "prediction": "b", "ids": {}}',
     ],
 )
 def test_any_broken_line_but_the_last_is_refused(folder: Path, line: bytes) -> None:

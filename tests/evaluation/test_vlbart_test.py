@@ -93,7 +93,7 @@ def test_a_missing_caption_scorer_is_told_before_training(data: Path, monkeypatc
 # Scores that are NaN for one example, however the task answers: it is named, and the others stand.
 
 
-TASKS = {"gqa": "text", "nlvr2": "pair", "tvqa": "choice"}
+TASKS = {"gqa": "text", "tvqa": "choice"}
 
 
 def break_row(number: int, patched: pytest.MonkeyPatch) -> None:
