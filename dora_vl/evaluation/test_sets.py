@@ -20,7 +20,15 @@ from dora_vl.evaluation.predictions import Predictions
 from dora_vl.evaluation.questions import expected, in_words, kind_of
 from dora_vl.evaluation.results import AnswerScore, formula_record, score_lines, write_results
 from dora_vl.evaluation.scores.benchmark import Benchmark, Group, Scorer, Submission
-from dora_vl.evaluation.scores.scored import RESAMPLES, Difference, Scored, intervals, paired_differences
+from dora_vl.evaluation.scores.scored import (
+    RESAMPLES,
+    SHARES,
+    Difference,
+    Scored,
+    common_headline,
+    intervals,
+    paired_differences,
+)
 from dora_vl.files import NOT_YET, whole_file
 
 if TYPE_CHECKING:
@@ -112,7 +120,7 @@ class Tested:
     @property
     def is_accuracy(self) -> bool:
         """True where an answer is right or wrong."""
-        return self.scored is not None and self.scored.headline in ("accuracy", "average")
+        return self.scored is not None and self.scored.headline in SHARES
 
     def entry(self) -> dict[str, Any]:
         """Returns the set's entry of `metrics.json`."""
@@ -248,15 +256,10 @@ def submission_file(tested: Tested, folder: Path) -> Path:
 
 
 def average_of(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Averages the sets' headlines where several sets have the same one; never mixes metrics.
-
-    None where a headline is a mean over sets itself: such entries are ways of scoring the same questions.
-    """
+    """Averages the sets' headlines, where they may be averaged."""
     scored = [entry for entry in entries.values() if entry["metrics"]]
-    names = {entry["headline"] for entry in scored}
-    if len(scored) < 2 or len(names) > 1 or names == {"average"}:
+    if (name := common_headline([entry["headline"] for entry in scored])) is None:
         return None
-    (name,) = names
     values = [entry["metrics"][name]["value"] for entry in scored]
     return {"metric": name, "value": sum(values) / len(values), "sets": len(values)}
 

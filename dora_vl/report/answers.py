@@ -14,7 +14,7 @@ from dora_vl.evaluation.baselines import COMMONEST, EXCHANGED, WARNING
 from dora_vl.evaluation.predictions import PREDICTIONS
 from dora_vl.evaluation.results import SetResult, read_results
 from dora_vl.evaluation.scores.exact import normalised
-from dora_vl.evaluation.scores.scored import Difference, paired_differences
+from dora_vl.evaluation.scores.scored import SHARES, Difference, paired_differences
 from dora_vl.report.run_record import RunRecord
 
 Results = Mapping[str, SetResult]
@@ -35,7 +35,7 @@ def read_tests(run: RunRecord) -> tuple[Results, list[str]]:
 
 def is_accuracy(result: SetResult) -> bool:
     """Returns True where an answer is right or wrong."""
-    return result.entry.get("headline") in ("accuracy", "average")
+    return result.entry.get("headline") in SHARES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,16 +132,13 @@ def score_rows(by_run: Sequence[Results]) -> tuple[list[ScoreRow], list[str]]:
             for metric, entry in {**result.entry["metrics"], **_baselines(result.entry)}.items():
                 of_run[name, metric] = _cell(entry, differences.get(metric))
         cells.append(of_run)
+    names = [*dict.fromkeys(name for results in by_run for name in results)]
+    keys = dict.fromkeys(key for of_run in cells for key in of_run)
     rows = [
         ScoreRow(test=name, metric=metric, cells=tuple(of_run.get((name, metric)) for of_run in cells))
-        for name, metric in sorted(dict.fromkeys(key for of_run in cells for key in of_run), key=_set_order(by_run))
+        for name, metric in sorted(keys, key=lambda key: names.index(key[0]))
     ]
     return rows, [*notes]
-
-
-def _set_order(by_run: Sequence[Results]) -> Any:
-    names = [*dict.fromkeys(name for results in by_run for name in results)]
-    return lambda key: names.index(key[0])
 
 
 def _cell(entry: Mapping[str, Any], apart: Difference | None) -> Cell:

@@ -436,10 +436,6 @@ def _points(axes: Any, across: Sequence[float], rows: Sequence[tuple[float, floa
     axes.errorbar(across, scores, yerr=np.abs(np.array(limits) - scores), marker="o", capsize=3, **look)
 
 
-def _limits(estimate: Estimate) -> tuple[float, float, float]:
-    return estimate.value, estimate.low, estimate.high
-
-
 def draw_scores(results: Sequence[Result], measure: Measure, to: Path) -> None:
     """Draws score against rank, a line for each method with its intervals; without a rank it is level."""
     figure, axes = _chart("rank", f"{measure.name}: {measure.metric}, 95 % interval")
@@ -455,7 +451,9 @@ def draw_scores(results: Sequence[Result], measure: Measure, to: Path) -> None:
             axes.axhline(rows[0].scores[measure.name].value, color=colour, linestyle="--", label=method)
             continue
         ranks = [(row.rank or 0) * 1.04 ** (number - 1) for row in rows]  # intervals beside each other
-        _points(axes, ranks, [_limits(row.scores[measure.name]) for row in rows], color=colour, label=method)
+        estimates = [row.scores[measure.name] for row in rows]
+        limits = [(estimate.value, estimate.low, estimate.high) for estimate in estimates]
+        _points(axes, ranks, limits, color=colour, label=method)
     axes.legend(frameon=False)
     save_png(figure, to)
 

@@ -10,7 +10,15 @@ from functools import cache
 import numpy as np
 
 from dora_vl.errors import UserError
-from dora_vl.evaluation.scores.scored import Numbers, Scored, drawn, intervals, paired_differences
+from dora_vl.evaluation.scores.scored import (
+    SHARES,
+    Numbers,
+    Scored,
+    common_headline,
+    drawn,
+    intervals,
+    paired_differences,
+)
 
 LEAST_SEEDS = 3
 """Fewer seeds say too little of how seeds differ; an interval is then over units alone."""
@@ -51,19 +59,14 @@ class Measure:
     @property
     def is_share(self) -> bool:
         """True where its values lie between 0 and 100."""
-        return self.metric in ("accuracy", "average")
+        return self.metric in SHARES
 
 
 def measures_of(results: SetScores) -> list[Measure]:
-    """Returns the mean over sets of one headline, then each set; never mixes metrics.
-
-    Headlines that are means over tasks themselves are ways of scoring the same questions, and stay apart.
-    """
+    """Returns the mean over sets, where they may be averaged, then each set."""
     alone = [Measure(name, scored.headline, (name,)) for name, scored in results.items()]
-    metrics = {measure.metric for measure in alone}
-    if len(alone) < 2 or len(metrics) > 1 or metrics == {"average"}:
-        return alone
-    return [Measure("average", alone[0].metric, tuple(results)), *alone]
+    headline = common_headline([measure.metric for measure in alone])
+    return alone if headline is None else [Measure("average", headline, tuple(results)), *alone]
 
 
 class Contenders:

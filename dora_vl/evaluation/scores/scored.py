@@ -29,6 +29,8 @@ Answers = Mapping[str, str]
 """Answers by the examples' ids; an example without an entry has no answer."""
 Limits = tuple[float, float]
 PERCENT = 100.0
+SHARES = ("accuracy", "average")
+"""Headlines of answers that are right or wrong, whose values lie between 0 and 100."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,15 @@ class Scored:
         if not isinstance(bottom, str) or not bottom.startswith("asked"):
             return self.n
         return round(float(self.columns[:, self.names.index(bottom)].sum())) if bottom in self.names else 0
+
+
+def common_headline(headlines: Sequence[str]) -> str | None:
+    """Returns the headline of several sets that may be averaged; different metrics are never mixed.
+
+    None for headlines that are means over tasks themselves: such sets are ways of scoring the same questions.
+    """
+    names = set(headlines)
+    return headlines[0] if len(headlines) > 1 and len(names) == 1 and names != {"average"} else None
 
 
 class Tally:
