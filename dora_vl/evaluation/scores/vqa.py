@@ -211,11 +211,6 @@ def _soft_points(example: Example, answer: str) -> float:
     return leave_one_out(normalise_evalai(answer), people)
 
 
-def textvqa_score(examples: Sequence[Example], answers: Answers) -> Scored:
-    """Scores mean soft accuracy in percent, as m4c's evaluator (used by LLaVA's eval_textvqa.py)."""
-    return score_points(examples, answers, _soft_points, settings=EVALAI)
-
-
 def textvqa_prompt(example: Example) -> str:
     """LLaVA's wording, with its line of OCR tokens where `extra["reference_ocr"]` holds them."""
     tokens = example.extra.get("reference_ocr")
@@ -229,7 +224,7 @@ def _textvqa_row(row: Prediction) -> Key:
 
 
 TEXTVQA = Benchmark(
-    modes={"": textvqa_score},
+    modes={"": partial(score_points, points=_soft_points, settings=EVALAI)},  # by m4c's evaluator, as LLaVA's script
     prompt=textvqa_prompt,
     splits=("validation",),
     joins=(
@@ -261,7 +256,7 @@ def vizwiz_score(examples: Sequence[Example], answers: Answers) -> Scored:
 
 
 def vizwiz_prompt(example: Example) -> str:
-    """LLaVA's wording."""
+    """Asks in LLaVA's wording."""
     return f"{example.question}\n{UNANSWERABLE}\n{SHORT}"
 
 
