@@ -85,6 +85,7 @@ def yc2c() -> tuple[list[Example], dict[str, str]]:
 @needs_java
 def test_with_java_the_official_tokenizer_and_meteor_are_used() -> None:
     examples, answers = yc2c()
+    examples = examples[:40]
     scored = caption.score_value(examples, answers)
     assert scored.settings == {"style": "value", "tokenizer": "PTBTokenizer (CoreNLP 3.4.1)"}
     assert 0 < scored.metrics["METEOR"] < 100
