@@ -89,12 +89,12 @@ def rows_of(record: Row) -> tuple[list[str], list[tuple[str, ...]]]:
         (row["name"], row["against"]): row for row in record["contrasts"] if row["measure"] == measure["name"]
     }
     against = [row for row in differences.values() if row["against"] != UNTRAINED]
-    parts = [{name: value for of_run in row["metrics"] for name, value in _parts(of_run)} for row in results]
+    parts = [name for name, _ in _parts(results[0]["metrics"][0])]
     heads = ["", "rate", "score", *(["to the untrained model"] if len(differences) > len(against) else [])]
-    heads += [*(["to others"] if against else []), *parts[0]]
+    heads += [*(["to others"] if against else []), *parts]
     rows = []
     for row in results:
-        means = {name: fmean(dict(_parts(of_run))[name] for of_run in row["metrics"]) for name in parts[0]}
+        means = [fmean(dict(_parts(of_run))[name] for of_run in row["metrics"]) for name in parts]
         gain = differences.get((row["name"], UNTRAINED))
         others = [
             f"{other['against']}: {_limits(other['difference'], '+')}"
@@ -104,7 +104,7 @@ def rows_of(record: Row) -> tuple[list[str], list[tuple[str, ...]]]:
         cells = [row["name"], f"{row['rate']:g}" if row["rate"] else "", _limits(row["scores"][measure["name"]])]
         cells += ["" if gain is None else _limits(gain["difference"], "+")] if "to the untrained model" in heads else []
         cells += ["; ".join(others)] if against else []
-        rows.append((*cells, *(f"{mean:.1f}" for mean in means.values())))
+        rows.append((*cells, *(f"{mean:.1f}" for mean in means)))
     for name, entry in results[0]["metrics"][0][SETS].items():
         if name in measure["sets"] and (baseline := entry.get("baselines", {}).get(COMMONEST)):
             low, high = baseline["interval_95"] or (baseline["value"], baseline["value"])
@@ -115,7 +115,7 @@ def rows_of(record: Row) -> tuple[list[str], list[tuple[str, ...]]]:
 
 def _parts(metrics: Row) -> Iterator[tuple[str, float]]:
     """Yields a run's sets where it has several, and the tasks that the headline of its one set is a mean of."""
-    sets = metrics[SETS]
+    sets = {name: entry for name, entry in metrics[SETS].items() if entry["metrics"]}
     if len(sets) > 1:
         yield from ((name, entry["metrics"][entry["headline"]]["value"]) for name, entry in sets.items())
         return
