@@ -23,7 +23,6 @@ from dora_vl.backbones.model import open_backbone
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation.open_model import ModelRequest, find_source, prompts_of
-from dora_vl.run.base import DECODER
 from tasks import image_qa
 from tests.backbones.tiny_language import write_tiny_language
 from tests.serving.tiny_served import write_adapter
@@ -42,12 +41,6 @@ def folders(where: Path, model_type: str, **recipe: object) -> Path:
     stated = {**common, "base_sha256": content_hash(where / "base"), **recipe}
     (where / "adapter" / "recipe.json").write_text(json.dumps(stated))
     return where / "adapter"
-
-
-@pytest.mark.parametrize("model_type", ["llava", "llama", "qwen2_5_vl"])
-def test_the_kind_is_the_base_s(model_type: str, tmp_path: Path) -> None:
-    source = find_source(ModelRequest(adapter=folders(tmp_path, model_type, **WORDING)))
-    assert (source.kind, source.base) == (DECODER, str(tmp_path / "base"))
 
 
 @pytest.mark.parametrize(
