@@ -123,7 +123,7 @@ def adapter_folder(plan: Plan, arguments: argparse.Namespace) -> Iterator[Path]:
         return
     target: Path = arguments.to
     with unfinished(target) as scratch:
-        # with what the first one's recipe says of how its model is asked
+        # the first adapter's recipe says how the model is asked
         prompt = {name: value for name, value in plan.adapters[0].recipe.items() if name != "adapter"}
         folder = scratch / "adapter"
         write_adapter(replace(plan.adapter, recipe={**prompt, **plan.adapter.recipe}), folder)

@@ -276,6 +276,7 @@ def load_decoder(source: ModelSource) -> Backbone[Any]:
 
 
 def _model_config(source: ModelSource) -> ModelConfig:
+    """Returns a source's settings as a run's `model` section has them."""
     recipe = source.recipe
     dtype: Any = source.dtype
     attention: Any = source.attention

@@ -190,7 +190,13 @@ def scored(test: TestSet, predictions: Predictions) -> Tested:
         submission = None if test.submission is None else test.submission(test.examples, predictions.answers)
     except UserError as error:
         return replace(tested, refused=error)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # an installed package's trips too
+    except (
+        AttributeError,
+        IndexError,
+        KeyError,
+        TypeError,
+        ValueError,
+    ) as error:  # a package's own scorer may raise these
         reason = (
             f"{test.about.get('file', test.name)}: a record holds something that the scorer of {test.name} cannot read "
             f"({type(error).__name__}: {shown(str(error), 120)}); prepare the set again"

@@ -207,7 +207,7 @@ def _pad(rows: Sequence[Tensor], value: int) -> Int[Tensor, "batch longest"]:
 
 
 QUESTION_TOKENS, ANSWER_TOKENS, CAPTION_TOKENS = 20, 10, 40
-NO_REPEAT = 3  # bart-base's own setting, which the published runs never changed
+NO_REPEAT = 3  # bart-base's setting, which the published runs kept
 PUBLISHED_SEARCH = Search(beams=5, max_length=20, no_repeat_ngram=NO_REPEAT)
 
 score_vqa = partial(vqa.vqa_score, version="before_2021")

@@ -108,7 +108,7 @@ def batch_view(batch: Mapping[str, Any], names: Sequence[str], text: TokenText, 
     lines: tuple[tuple[Piece, ...], ...]
     count = len(batch["input_ids"])
     of_rows = batch.get("sample_ids", names)
-    if "layout" not in batch and len(of_rows) <= count:  # what is behind the samples' rows stands in for media
+    if "layout" not in batch and len(of_rows) <= count:  # rows behind the samples' stand in for media
         titles = [*of_rows, *[STAND_IN] * (count - len(of_rows))]
     else:
         titles = [f"row {number + 1} of {count}, {len(names)} samples in all" for number in range(count)]

@@ -236,7 +236,7 @@ class Comparison:
         settings += [f"--training.learning_rate={rate:g}", f"--training.seed={seed}"]
         if self.config.training.get("eval_strategy", "no") == "no":
             settings.append("--training.eval_strategy=epoch")
-        if contender.method == "full" and self.config.model.dtype != "float32":  # its masters are float32, as adapters
+        if contender.method == "full" and self.config.model.dtype != "float32":  # float32 masters, as adapters have
             settings.append("--training.bf16=true")
         # The run that found the rate is tested as it is.
         again = is_tested and seed == self._seeds[0]
