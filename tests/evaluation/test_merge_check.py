@@ -174,7 +174,7 @@ def test_answers_from_a_list_are_those_of_the_adapter(
     result = checked(*merge, "--questions", gqa_folder / "gqa.jsonl")
     assert result["passed"] is True
     assert [answer["id"] for answer in result["answers"]] == [COLOURS[index] for index in (0, 1, 3, 4)]
-    assert 0 < result["largest_logit_difference"] < 1e-3
+    assert result["largest_logit_difference"] < 1e-3  # layers so small give the merged ones' bits
     assert all(answer["unmerged"] == answer["written"] for answer in result["answers"])
     assert all(answer["question"] == "what color is it?" for answer in result["answers"])
     break_merge(monkeypatch, "answer_heads.gqa.logit_fc.3.weight")
