@@ -2,14 +2,10 @@
 
     python benchmarks/dora_memory.py --rank 16 128 --dropout 0 0.05 --json benchmarks/results.jsonl
 
-Model and step are those of `dora_step.py`. Three measurements of every contender, in bytes:
+Model and step are those of `dora_step.py`. Two measurements of every contender, in bytes, each without gradient
+checkpointing and with both kinds of it, as `gradient_checkpointing_enable` switches them on:
 
-- saved: what the graph keeps for the backward pass, each storage once, the model's own tensors not counted. What
-  autograd's hooks do not see is followed too: attributes of nodes written in Python, such as this project's gains and
-  dropped positions.
-- alive: all that the forward pass made and that is still there when it ends. Without gradient checkpointing this is
-  `saved` and a few tensors that nobody saves, found independently. With checkpointing, whose closures no hook can see,
-  it is the figure; both kinds of checkpointing, as `gradient_checkpointing_enable` switches them on.
+- alive: all that the forward pass made and that is still there when it ends, so what the backward pass needs.
 - peak: the most there is within forward, backward and AdamW beyond what stands between steps (weights, the
   optimizer's state). Gradients are in it: this project trains in float32 over a half-precision model, PEFT, as it
   runs here, in half precision.
@@ -21,18 +17,15 @@ from __future__ import annotations
 
 import argparse
 import gc
-import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import Node, saved_tensors_hooks
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -83,7 +76,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def storages_of(values: Iterable[object]) -> list[torch.UntypedStorage]:
-    """The storages of the tensors among them."""
+    """Returns the storages of the tensors among some values."""
     return [value.untyped_storage() for value in values if isinstance(value, Tensor)]
 
 
@@ -98,9 +91,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Memory:
-    """One contender: what its graph saves, and its step with each way to keep activations."""
+    """One contender: its gradients, and its step with each way to keep activations."""
 
-    saved: Saved
     gradients: int
     """Gradients in the dtype that trains. They are part of the peak where activations do not outweigh them."""
     steps: dict[str, Step]
@@ -129,14 +121,12 @@ def memory_of(model: Any, tokens: Tokens) -> Memory:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True) if trained else None
     forward = partial(loss_of, model, tokens)
-    loss, saved = saved_for_backward(forward, model)
-    finish(loss, optimizer)
     steps = {}
     for name, reentrant in CHECKPOINTING.items():
         if reentrant is not None:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         steps[name] = step_of(forward, optimizer)
-    return Memory(saved, sum(parameter.nbytes for parameter in trained), steps)
+    return Memory(sum(parameter.nbytes for parameter in trained), steps)
 
 
 def step_of(forward: Callable[[], Tensor], optimizer: torch.optim.Optimizer | None) -> Step:
@@ -180,8 +170,8 @@ def figures(measured: dict[str, Memory]) -> dict[str, Any]:
         return max(ratio(lambda memory, way=way: read(memory.steps[way]), "peft_lora") for way in ways)
 
     return {
-        "saved_bytes_vs_peft_lora": ratio(lambda memory: memory.saved.total, "peft_lora"),
-        "saved_bytes_vs_peft_dora": ratio(lambda memory: memory.saved.total, "peft_dora"),
+        "saved_bytes_vs_peft_lora": ratio(lambda memory: memory.steps["stored"].alive, "peft_lora"),
+        "saved_bytes_vs_peft_dora": ratio(lambda memory: memory.steps["stored"].alive, "peft_dora"),
         "saved_bytes_vs_peft_lora_checkpointed": checkpointed(lambda step: step.alive),
         "peak_bytes_vs_peft_lora": ratio(lambda memory: memory.steps["stored"].peak, "peft_lora"),
         "peak_bytes_vs_peft_dora": ratio(lambda memory: memory.steps["stored"].peak, "peft_dora"),
@@ -193,7 +183,7 @@ def figures(measured: dict[str, Memory]) -> dict[str, Any]:
 def shown(measured: dict[str, Memory]) -> str:
     """Formats the table of one setting."""
     lora = measured["peft_lora"]
-    heads = ["contender", "saved", "x peft_lora", "outside hooks", "gradients"]
+    heads = ["contender", "gradients"]
     for way in CHECKPOINTING:
         heads += [f"alive {way}", "x peft_lora", f"peak {way}", "x peft_lora"]
     if DEVICE == "cuda":
@@ -207,8 +197,7 @@ def cells(name: str, memory: Memory, lora: Memory) -> list[object]:
     def beside(size: int, reference: int) -> tuple[str, str]:
         return mebibytes(size), f"{size / reference:.3f}"
 
-    row: list[object] = [name, *beside(memory.saved.total, lora.saved.total)]
-    row += [mebibytes(memory.saved.outside_hooks), mebibytes(memory.gradients)]
+    row: list[object] = [name, mebibytes(memory.gradients)]
     for way, step in memory.steps.items():
         row += [*beside(step.alive, lora.steps[way].alive), *beside(step.peak, lora.steps[way].peak)]
     return row + [mebibytes(step.cuda_peak) for step in memory.steps.values() if step.cuda_peak is not None]
@@ -217,71 +206,6 @@ def cells(name: str, memory: Memory, lora: Memory) -> list[object]:
 def mebibytes(size: int) -> str:
     """Formats bytes as MiB with one decimal."""
     return f"{size / 2**20:.1f}"
-
-
-Storage = torch.UntypedStorage
-NOT_FOLLOWED = (Node, nn.Module, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
-"""The search does not follow these: graph nodes are visited anyway, modules and code lead to the whole interpreter."""
-
-
-@dataclass(frozen=True)
-class Saved:
-    """Bytes that a graph keeps for its backward pass; each storage counts once, the model's own tensors do not."""
-
-    total: int
-    outside_hooks: int
-    """Bytes found only in attributes of nodes written in Python, which autograd's hooks do not see."""
-
-
-def saved_for_backward(forward: Callable[[], Tensor], model: nn.Module) -> tuple[Tensor, Saved]:
-    """Runs `forward` and measures what its graph saves; the caller must run the backward pass."""
-    hooked: list[weakref.ReferenceType[Storage]] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        hooked.append(weakref.ref(tensor.untyped_storage()))
-        return tensor  # itself: another object would end sharing by weak reference
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = forward()
-    gc.collect()
-    seen = {id(storage) for storage in storages_of([*model.parameters(), *model.buffers()])}
-    by_hooks = _bytes_not_in(seen, [storage for reference in hooked if (storage := reference()) is not None])
-    outside = _bytes_not_in(seen, storages_of(attribute_tensors(result)))
-    return result, Saved(by_hooks + outside, outside)
-
-
-def attribute_tensors(result: Tensor) -> Iterator[Tensor]:
-    """Finds tensors that the graph's nodes hold as Python attributes, in objects of any kind."""
-    assert result.grad_fn is not None
-    nodes, seen = [result.grad_fn], {result.grad_fn}
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, BackwardCFunction):
-            yield from _tensors_within(vars(node))
-        fresh = {following for following, _ in node.next_functions if following is not None} - seen
-        seen |= fresh
-        nodes.extend(fresh)
-
-
-def _tensors_within(root: object) -> Iterator[Tensor]:
-    waiting, seen = [root], {id(root)}
-    while waiting:
-        for referent in gc.get_referents(waiting.pop()):
-            if isinstance(referent, Tensor):
-                yield referent
-            elif id(referent) not in seen and not isinstance(referent, NOT_FOLLOWED):
-                seen.add(id(referent))
-                waiting.append(referent)
-
-
-def _bytes_not_in(seen: set[int], storages: Iterable[Storage]) -> int:
-    """Sums the storages not seen so far and marks them as seen."""
-    total = 0
-    for storage in storages:
-        if id(storage) not in seen:
-            seen.add(id(storage))
-            total += storage.nbytes()
-    return total
 
 
 if __name__ == "__main__":

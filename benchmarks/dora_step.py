@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def read_options() -> argparse.Namespace:
-    """The command line."""
+    """Returns the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--layer", default=None, help="INxOUT: one linear layer instead of a model")
@@ -71,7 +71,7 @@ def read_options() -> argparse.Namespace:
 
 
 def time_setting(rank: int, dropout: float, options: argparse.Namespace) -> dict[str, Any]:
-    """One row of the JSON: ratios of training and decoding, with the milliseconds they come from."""
+    """Times one setting: ratios of training and decoding, with the milliseconds that they come from."""
     if options.layer is not None:
         base: Any = layer_of_shape(options.layer, getattr(torch, options.dtype))
         width = base.q_proj.in_features
@@ -108,7 +108,7 @@ def time_setting(rank: int, dropout: float, options: argparse.Namespace) -> dict
 
 
 def decode_step(model: Any, *, past: int = 96) -> Callable[[], None]:
-    """One token after `past` others, with their keys and values kept."""
+    """Makes a step that decodes one token after `past` others, with their keys and values kept."""
     model.eval()
     ids = torch.arange(past, device=DEVICE).unsqueeze(0)
     cache = DynamicCache(config=model.config)
@@ -126,7 +126,7 @@ def decode_step(model: Any, *, past: int = 96) -> Callable[[], None]:
 def cuda_figures(
     step_of: Callable[[str], Callable[[], None]], base: Any, options: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
-    """Kernel milliseconds, peak memory and, with the card's peak, the share of it that the step uses.
+    """Measures kernel milliseconds, peak memory and, with the card's peak, the share that the step uses.
 
     One contender at a time is on the card, so that its peak is its own; the base they are copied from is in all.
     """
@@ -159,14 +159,14 @@ class Tokens:
 
     @classmethod
     def random(cls, vocabulary: int, *, batch: int, length: int, labels: int) -> Tokens:
-        """The last `labels` tokens of each row are predicted."""
+        """Draws a batch of which the last `labels` tokens of each row are predicted."""
         ids = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(0)).to(DEVICE)
         positions = torch.arange(length - labels - 1, length - 1, device=DEVICE)
         return cls(ids, positions, ids[:, positions + 1].reshape(-1))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Model, settings and batch, for `dora_memory.py` too."""
+    """Adds the options of model, settings and batch, for `dora_memory.py` too."""
     parser.add_argument(
         "--model", default=None, help="folder of a causal language model; default: shapes of SmolLM2-135M"
     )
@@ -180,12 +180,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def tokens_of(options: argparse.Namespace, vocabulary: int) -> Tokens:
-    """The batch."""
+    """Returns the batch."""
     return Tokens.random(vocabulary, batch=options.batch, length=options.tokens, labels=options.labels)
 
 
 def base_model(options: argparse.Namespace) -> Any:
-    """A causal language model from a folder, or SmolLM2-135M's shapes with random weights."""
+    """Returns a causal language model from a folder, or SmolLM2-135M's shapes with random weights."""
     torch.manual_seed(0)
     folder = options.model
     model: Any = LlamaForCausalLM(SMOLLM2_135M) if folder is None else AutoModelForCausalLM.from_pretrained(folder)
@@ -193,7 +193,7 @@ def base_model(options: argparse.Namespace) -> Any:
 
 
 def loss_of(model: Any, tokens: Tokens) -> Tensor:
-    """Cross-entropy at the labelled places; logits exist only there, for all contenders."""
+    """Returns the cross-entropy at the labelled places; logits exist only there, for all contenders."""
     embeds = model.get_input_embeddings()(tokens.ids).detach().requires_grad_()
     hidden = model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
     chosen = hidden[:, tokens.positions].flatten(0, 1)
@@ -201,7 +201,7 @@ def loss_of(model: Any, tokens: Tokens) -> Tensor:
 
 
 def layer_of_shape(shape: str, dtype: torch.dtype) -> Layer:
-    """A layer from `INxOUT`."""
+    """Returns a layer from `INxOUT`."""
     try:
         width_in, width_out = (int(part) for part in shape.split("x"))
     except ValueError:

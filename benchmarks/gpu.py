@@ -1,10 +1,10 @@
 """Checks the CUDA kernels against the eager operations and times them beside PEFT and `torch.compile`, in ten minutes.
 
-    python benchmarks/gpu.py                             # writes gpu.jsonl and gpu.png
+    python benchmarks/gpu.py                             # writes gpu.jsonl
     python benchmarks/gpu.py --minutes 3 --to /tmp/gpu   # what does not fit is named
     python benchmarks/gpu.py --device cpu --smoke        # the whole script on tiny shapes, for its test
 
-Needs torch, triton, peft and matplotlib. All in bfloat16: a training step (forward, backward, AdamW) and the decoding
+Needs torch, triton and peft. All in bfloat16: a training step (forward, backward, AdamW) and the decoding
 of one token, of linear layers and decoder blocks as in models of 1 to 8 billion parameters. Contenders take turns;
 quoted are medians over rounds of the ratio to PEFT's LoRA inside one round. Memory is what a step takes above what lay
 there before it. Exit status 1: a check failed, nothing was timed; 2: no CUDA.
@@ -16,7 +16,7 @@ import argparse
 import gc
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,15 +33,8 @@ from benchmarks.gpu_checks import Check, checks, compiled_check
 from benchmarks.report import table, write_json
 from dora_vl.core.fast.kernels import without_kernels
 
-COLOURS = {
-    "frozen": "#bbbbbb",
-    "peft_lora": "#555555",
-    "peft_dora": "#cc6677",
-    "ours_eager": "#ddcc77",
-    "ours": "#117733",
-    "ours_compiled": "#332288",
-}
-"""Bar colours. `ours_eager` is this project without its kernels, `ours_compiled` is it under `torch.compile`."""
+CONTENDERS = ("frozen", "peft_lora", "peft_dora", "ours_eager", "ours", "ours_compiled")
+"""`ours_eager` is this project without its kernels, `ours_compiled` is it under `torch.compile`."""
 RESULTS = Path("gpu")
 
 
@@ -61,7 +54,7 @@ class Case:
     """Includes `torch.compile`, which costs its compile time."""
 
     def label(self) -> str:
-        """Names the case in tables and plots."""
+        """Names the case in tables."""
         shape = f"block {self.hidden}/{self.inner}" if self.heads else f"{self.hidden} -> {self.inner}"
         return f"{shape}, {self.tokens} tokens, rank {self.rank}, dropout {self.dropout:g}"
 
@@ -133,8 +126,6 @@ def main() -> int:
         rows.append(row)  # written after each, so that what comes later takes nothing away
         publish(options, budget, outcome, rows)
     publish(options, budget, outcome, rows)
-    if rows:
-        plot(rows, options.to.with_suffix(".png"))
     print(f"\n{budget.spent():.0f} s of {budget.seconds:.0f} s; left out: {', '.join(budget.left_out) or 'nothing'}")
     return 1 if failed else 0
 
@@ -158,7 +149,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="tiny shapes: whether the script runs, no figure to quote")
     parser.add_argument("--minutes", type=float, default=9.0, help="time it may take")
     parser.add_argument("--rounds", type=int, default=7, help="how often each contender takes a turn")
-    parser.add_argument("--to", type=Path, default=RESULTS, help="where the JSON and the PNG go, without the ending")
+    parser.add_argument("--to", type=Path, default=RESULTS, help="where the JSON goes, without the ending")
     options = parser.parse_args()
     if options.device == "cpu" and not options.smoke:
         parser.error("--device cpu goes with --smoke")
@@ -203,7 +194,7 @@ def timed(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     with torch.device(options.device):
         base = Block(case) if case.heads else Layer(case.hidden, case.inner)
     base = base.to(torch.bfloat16).requires_grad_(False)
-    names = [name for name in COLOURS if case.compiled or name != "ours_compiled"]
+    names = [name for name in CONTENDERS if case.compiled or name != "ours_compiled"]
     steps = {name: steps_of(name, base, case, options) for name in names}
     row: dict[str, Any] = {"case": asdict(case), "label": case.label()}
     for what in ("train", "decode"):
@@ -299,48 +290,8 @@ def launches(train: Callable[[], None]) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         train()
         torch.cuda.synchronize()
-    return sum(_is_kernel(event) for event in profile.events() or ())
-
-
-def _is_kernel(event: Any) -> bool:
-    on_card = event.device_type == torch.autograd.DeviceType.CUDA
-    return on_card and not event.name.startswith(("Memcpy", "Memset"))
-
-
-def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws a group of bars for each case, top to bottom, one bar a contender; PEFT's LoRA is the line at 1."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels = [("train_vs_peft_lora", "training step"), ("decode_vs_peft_lora", "decoding one token")]
-    if all("step_mib" in row for row in rows):
-        panels.append(("step_mib", "memory of a step, MiB"))
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(5 * len(panels), 1.2 + 0.9 * len(rows)), sharey=True, layout="constrained"
-    )
-    for axis, (key, title) in zip(axes, panels, strict=True):
-        _bars(axis, [row[key] for row in rows])
-        axis.set_title(title)
-        if key.endswith("peft_lora"):
-            axis.axvline(1.0, color="black", linewidth=0.8)
-            axis.set_xlabel("time, PEFT LoRA = 1")
-    axes[0].set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=8)
-    axes[0].invert_yaxis()
-    axes[-1].legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def _bars(axis: Any, rows: Sequence[dict[str, float]]) -> None:
-    names = [name for name in COLOURS if any(name in row for row in rows)]
-    height = 0.8 / len(names)
-    for index, name in enumerate(names):
-        points = [(number, row[name]) for number, row in enumerate(rows) if name in row]
-        offsets = [number - 0.4 + (index + 0.5) * height for number, _ in points]
-        axis.barh(offsets, [value for _, value in points], height=height, color=COLOURS[name], label=name)
+    on_card = (event for event in profile.events() or () if event.device_type == torch.autograd.DeviceType.CUDA)
+    return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_card)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def compare(adapter: Path, questions: Sequence[Example], images: Path) -> dict[str, dict[str, float]]:
-    """Every comparison, each absolute and relative."""
+    """Compares the logits in every way, each absolute and relative."""
     assistant, base = open_model(ModelRequest(adapter=adapter)).adapted, read_json(adapter / RECIPE_FILE)["base"]
     if not isinstance(assistant, Assistant):
         raise UserError(f"{adapter} is no LLaVA's adapter")
@@ -80,7 +80,7 @@ def compare(adapter: Path, questions: Sequence[Example], images: Path) -> dict[s
 def unmerged_and_merged(
     base: str, adapter: Path, inputs: Sequence[Inputs], dtype: torch.dtype
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The adapted model's logits before and after `merge_dora`."""
+    """Returns the adapted model's logits before and after `merge_dora`."""
     model = open_backbone(base, dtype=dtype).model
     load_adapter(model, adapter)
     cast = [(ids, pixels.to(dtype)) for ids, pixels in inputs]
@@ -96,7 +96,7 @@ def logits_of(model: nn.Module, inputs: Sequence[Inputs]) -> list[Tensor]:
 
 
 def greatest(ours: Sequence[Tensor], theirs: Sequence[Tensor], position: int | None = None) -> dict[str, float]:
-    """The greatest difference, absolute and as a share of the greatest logit: at one position, or at all of them."""
+    """Returns the greatest difference, absolute and as a share of the greatest logit, at one place or at all."""
     positions = slice(None) if position is None else [position]
     pairs = [(logits[:, positions].double(), other[:, positions]) for logits, other in zip(ours, theirs, strict=True)]
     difference = max(float((logits - other).abs().max()) for logits, other in pairs)

@@ -29,7 +29,7 @@ def machine() -> dict[str, Any]:
 
 
 def installed_version(package: str) -> str | None:
-    """None where it is not installed: not every benchmark needs every package."""
+    """Returns a package's version; None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

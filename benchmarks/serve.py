@@ -1,7 +1,6 @@
 """Times batches whose rows use different adapters: a decode step, and a server under load.
 
     python -m benchmarks.serve --model runs/demo/base --json benchmarks/results.jsonl
-    python -m benchmarks.serve --model runs/demo/base --parts joining --json benchmarks/results.jsonl
 
 Four DoRA adapters of random factors, their magnitudes moved, over all projections of the language model, are served
 beside the base. A decode step is one token of each row behind a short prompt: of the base alone, of one adapter as
@@ -9,10 +8,6 @@ beside the base. A decode step is one token of each row behind a short prompt: o
 Contenders take turns; quoted are medians over rounds of ratios within a round. The load is requests in flight over
 HTTP, of equally many tokens, spread over the four adapters and the base, against the same requests for one adapter;
 both take turns too. The target is 0.8 of one adapter's tokens a second.
-
-Joining is measured against batches that nobody joins, in turns as well: how long a short question waits for its first
-token while a long answer is made, how long the two take together, and the tokens a second of clients that ask one
-question after another, of answers of different lengths.
 """
 
 from __future__ import annotations
@@ -44,16 +39,13 @@ from dora_vl.data.turns import Turn
 from dora_vl.errors import exit_on_user_error
 from dora_vl.evaluation.ask import Assistant, Shown, model_inputs
 from dora_vl.serving.access import http_config
-from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel, open_served
 from dora_vl.serving.options import Settings
 from dora_vl.serving.server import Server, build_app
 
 NAMES = ("a", "b", "c", "d")
-PARTS = ("step", "load", "joining")
-LONG, LENGTHS, CLIENTS, QUESTIONS = 128, (8, 16, 32, 64), 6, 4
-"""Joining is measured with answers of these many tokens, so many clients, and so many questions of each."""
+PARTS = ("step", "load")
 QUESTION = "What is the colour of the shape, and what stands beside it?"
 
 
@@ -70,8 +62,6 @@ def main() -> None:
             figures["decode_step"] = decode_figures(served, folders["a"], options)
         if "load" in options.parts:
             figures["load"] = load_figures(served, options)
-        if "joining" in options.parts:
-            figures["joining"] = joining_figures(served, options)
     if options.json is not None:
         shown = {name: value for name, value in vars(options).items() if name not in ("json", "model")}
         write_json(options.json, {"options": shown, **figures})
@@ -82,7 +72,7 @@ def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a base, such as the one that make demo leaves")
     parser.add_argument("--template", help="its prompt format, where nothing says it")
-    parser.add_argument("--parts", nargs="+", default=["step", "load", "joining"], choices=PARTS)
+    parser.add_argument("--parts", nargs="+", default=[*PARTS], choices=PARTS)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rows", type=int, nargs="+", default=[5, 15, 30], help="of a decode step's batch")
     parser.add_argument("--requests", type=int, default=32, help="in flight")
@@ -207,66 +197,6 @@ def under_load(client: OpenAI, names: Sequence[str], options: argparse.Namespace
     with ThreadPoolExecutor(options.requests) as threads:
         tokens = sum(threads.map(ask, range(options.requests)))
     return tokens / (time.perf_counter() - before)
-
-
-# -- joining a running batch ---------------------------------------------------------------------------------
-
-
-def joining_figures(served: ServedModel, options: argparse.Namespace) -> dict[str, Any]:
-    """Measures seconds and tokens a second, with joining and without."""
-    served.backbone.model.generation_config.eos_token_id = None
-    rounds: dict[str, list[dict[str, float]]] = {"joining": [], "batch by batch": []}
-    for turn in range(options.rounds + 1):
-        for way, measured in rounds.items():
-            with Engine(served, Settings(joining=way == "joining")) as engine:
-                figures = {**beside_a_long_answer(engine), "tokens a second": of_clients(engine)}
-            if turn:  # the first does whatever is done once
-                measured.append(figures)
-    whole = {
-        way: {name: round(median([figures[name] for figures in measured]), 3) for name in measured[0]}
-        for way, measured in rounds.items()
-    }
-    names = list(whole["joining"])
-    print(f"\na question of {LENGTHS[0]} tokens beside an answer of {LONG}, and {CLIENTS} clients")
-    print(table(("", *names), [(way, *figures.values()) for way, figures in whole.items()]))
-    return whole
-
-
-def beside_a_long_answer(engine: Engine) -> dict[str, float]:
-    """Asks one adapter for a long answer and, after its first token, another for a short one."""
-    long = ask(engine, "a", LONG)
-    began = time.perf_counter()
-    next(long)
-    with ThreadPoolExecutor(1) as threads:
-        rest = threads.submit(lambda: list(long))
-        submitted = time.perf_counter()
-        short = ask(engine, "b", LENGTHS[0])
-        next(short)
-        first = time.perf_counter() - submitted
-        list(short)
-        over = time.perf_counter() - submitted
-        rest.result()
-    return {"first token, s": first, "short answer, s": over, "long answer, s": time.perf_counter() - began}
-
-
-def of_clients(engine: Engine) -> float:
-    """Measures the tokens a second of clients that ask one question after another."""
-
-    def client(number: int) -> int:
-        lengths = [LENGTHS[(number + turn) % len(LENGTHS)] for turn in range(QUESTIONS)]
-        for turn, tokens in enumerate(lengths):
-            list(ask(engine, ["base", *NAMES][(number + turn) % 5], tokens))
-        return sum(lengths)
-
-    before = time.perf_counter()
-    with ThreadPoolExecutor(CLIENTS) as threads:
-        tokens = sum(threads.map(client, range(CLIENTS)))
-    return tokens / (time.perf_counter() - before)
-
-
-def ask(engine: Engine, name: str, tokens: int) -> Iterator[object]:
-    """Streams the events of an answer of so many tokens."""
-    return engine.ask(engine.prepare(name, [Turn("user", QUESTION)], Sampling(max_new_tokens=tokens)))
 
 
 @contextlib.contextmanager

@@ -112,7 +112,7 @@ def main() -> None:
 
 
 def agrees(case: Mapping[str, Any]) -> bool:
-    """Whether every token is PEFT's, where other tokens would come without the adapter and without its magnitudes."""
+    """Returns True where every token is PEFT's and differs without the adapter or its magnitudes."""
     return all(
         min(row["same_tokens"]) == row["of"] and 0 not in (row["unlike_base"], row["unlike_lora"])
         for row in case["answers"].values()
@@ -120,7 +120,7 @@ def agrees(case: Mapping[str, Any]) -> bool:
 
 
 def language_case(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """A language model's three adapters, with a slot for each and with one for all."""
+    """Serves a language model's three adapters, with a slot for each and with one for all."""
     base = write_model(AutoModelForCausalLM, llama_config(vocab_size=320), folder / "base")
     adapters = {
         name: write_adapter(AutoModelForCausalLM, base, folder / name, seed=10 + seed, **config)
@@ -138,7 +138,7 @@ def language_case(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def llava_case(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """A LLaVA's adapter and trained projector, exported; the base is the exported one, which has the projector."""
+    """Serves a LLaVA's exported adapter on the exported base, which has the trained projector."""
     kind, served = AutoModelForImageTextToText, folder / "served"
     tokenizer = byte_tokenizer()
     config = LlavaConfig(
@@ -185,7 +185,7 @@ CASES: Mapping[str, Callable[[Path, argparse.Namespace], dict[str, Any]]] = {
 
 
 def llama_config(vocab_size: int) -> LlamaConfig:
-    """Two layers of head size 32, vLLM's smallest, whose greedy tokens do not repeat themselves."""
+    """Returns two layers of head size 32, vLLM's smallest, whose greedy tokens do not repeat themselves."""
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=64,
@@ -207,7 +207,7 @@ def llama_config(vocab_size: int) -> LlamaConfig:
 
 @torch.no_grad()
 def write_model(kind: Any, config: Any, folder: Path) -> Path:
-    """A random model's folder, no bias of it zero."""
+    """Writes a random model without a zero bias."""
     torch.manual_seed(3)
     model = kind.from_config(config)
     for name, weight in model.named_parameters():
@@ -218,7 +218,7 @@ def write_model(kind: Any, config: Any, folder: Path) -> Path:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer with a token for a picture."""
+    """Returns a byte-level tokenizer with a token for a picture."""
     words = Tokenizer(models.BPE())
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words.decoder = decoders.ByteLevel()
@@ -253,7 +253,7 @@ def write_adapter(kind: Any, base: Path, folder: Path, *, seed: int, **config: A
 def by_peft(
     kind: Any, base: Path, adapters: Mapping[str, Path], inputs: Sequence[Mapping[str, Any]], tokens: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """Greedy answers of the base and of PEFT's unmerged adapters, those of DoRA also "without magnitudes"."""
+    """Returns greedy answers of the base and of PEFT's unmerged adapters, of DoRA also "without magnitudes"."""
     from peft import PeftModel
 
     models: dict[str, Path | None] = {"base": None, **adapters}
@@ -273,7 +273,7 @@ def by_peft(
 
 @torch.no_grad()
 def greedy(model: Any, inputs: Mapping[str, Any], tokens: int) -> dict[str, Any]:
-    """The likeliest token, again and again, with its log probability."""
+    """Decodes greedily; returns the tokens with their log probabilities."""
     model.generation_config.eos_token_id = None
     options = {"max_new_tokens": tokens, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     made = model.generate(**inputs, **options)
@@ -292,7 +292,7 @@ def by_vllm(
     options: argparse.Namespace,
     **engine: Any,
 ) -> Answers:
-    """Every prompt for the base and each adapter, in one batch that mixes them."""
+    """Asks the base and each adapter every prompt, in one batch that mixes them."""
     names = ["base", *adapters]
     job = {
         "model": str(base),
@@ -344,7 +344,7 @@ def answer_in_vllm(path: Path) -> None:
 
 
 def compared(title: str, answers: Answers, expected: Answers) -> dict[str, Any]:
-    """How many tokens of each answer are PEFT's before the first that is not, and how far off they are up to it."""
+    """Counts the tokens of each answer before the first that is not PEFT's, and how far off they are."""
     rows: dict[str, dict[str, Any]] = {}
     for name, given in answers.items():
         same, off = [], [0.0]
@@ -374,7 +374,7 @@ def compared(title: str, answers: Answers, expected: Answers) -> dict[str, Any]:
 
 
 def unlike(answers: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]] | None) -> int | None:
-    """How many answers have other tokens; None where there is nothing to compare with."""
+    """Returns how many answers have other tokens; None where there is nothing to compare with."""
     if others is None:
         return None
     return sum(answer["tokens"] != other["tokens"] for answer, other in zip(answers, others, strict=True))

@@ -258,13 +258,6 @@ def check(command: Command) -> None:
         CHECKS[program](words, is_whole)
 
 
-def test_there_are_commands_of_every_kind() -> None:
-    whole = [is_whole for _, _, is_whole in COMMANDS]
-    assert whole.count(True) >= 100
-    assert whole.count(False) >= 50
-    assert {words[0] for _, words, _ in COMMANDS} >= CHECKS.keys() - {"python3"}
-
-
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: f"{command[0]}: {shlex.join(command[1])}")
 def test_the_program_takes_it(command: Command) -> None:
     check(command)
@@ -274,20 +267,16 @@ def test_the_program_takes_it(command: Command) -> None:
     "line",
     [
         "dora-vl merge --adapter a --to b --adaptor c",
-        "dora-vl merge --adapter runs/my/adapter",
         "dora-vl marge --adapter a",
         "dora-vl prepare pop --from a --to b",
-        "dora-vl evaluate --adapter a --benchmarks pop",
         "dora-vl show batch llava/llava15 --variant 7b_dura",
         "deepspeed tasks/llava_instruct.py --config llava/llava15 --adapter.rnk 8",
         "deepspeed --num_gpu_cards 2 tasks/llava_instruct.py --config my.yaml",
         "torchrun --nproc_per_node 8 -m dora_vl.cli evaluate",
         "python tasks/no_such.py",
-        "python -m data_prep.no_such",
         "python benchmarks/dora_step.py --dype float32",
         "make demos",
         "pip install 'dora-vl[video]'",
-        "pip install '.[vidio]'",
         "pip install gradoi",
         "dore-vl init my",
     ],
@@ -304,11 +293,6 @@ def test_nothing_names_a_package_that_no_index_has() -> None:
     """Messages and recipes are read without a checkout too: there is no `pip install 'dora-vl[extra]'`."""
     files = [*PAGES, *(ROOT / "dora_vl").rglob("*.py"), *(ROOT / "configs").rglob("*.yaml")]
     assert [path for path in files if re.search(r"dora[-_]vl\[", path.read_text(encoding="utf-8"))] == []
-
-
-def test_every_script_that_trains_has_its_settings() -> None:
-    scripts = (ROOT / "tasks").glob("*.py")
-    assert {path.stem for path in scripts if "train_script(" in path.read_text(encoding="utf-8")} == set(TASKS)
 
 
 def unknown_settings(content: Mapping[str, Any], settings: Iterable[str], before: str = "") -> Iterator[str]:

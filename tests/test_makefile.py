@@ -71,13 +71,6 @@ def test_a_stopped_demo_goes_on_and_a_whole_one_loses_nothing(checkout: Path, ta
         assert (folder / name).exists()
 
 
-def test_what_was_stopped_is_resumed() -> None:
-    lines = (ROOT / "Makefile").read_text().replace("\\\n", " ").splitlines()
-    trainings = [line for line in lines if "$(DEEPSPEED) tasks/" in line]
-    assert len(trainings) == 4
-    assert all("--resume if_stopped" in line for line in trainings)
-
-
 def test_clean_keeps_what_the_demos_did_not_make(tmp_path: Path) -> None:
     shutil.copy(ROOT / "Makefile", tmp_path)
     for name in (*MADE, *KEPT):

@@ -78,30 +78,6 @@ def test_the_wheel_holds_the_package_alone(wheel: Path) -> None:
 
 
 @pytest.mark.slow
-def test_recipes_and_deepspeed_files_are_found_by_name(installed: Path, tmp_path: Path) -> None:
-    code = """
-import dora_vl
-from dora_vl.run.reading import read_run
-from dora_vl.run.arguments import read_deepspeed
-from dora_vl.files import shipped_folder
-config = read_run(["--config", "llava/llava15", "--variant", "13b_dora"])
-print(dora_vl.__file__, shipped_folder(), config.model.base, config.adapter.rank, sep="\\n")
-print(read_deepspeed("zero2")["zero_optimization"]["stage"])
-"""
-    package, shipped, base, rank, stage = started(installed, tmp_path, "-c", code).splitlines()
-    assert Path(package).is_relative_to(installed)
-    assert Path(shipped) == installed / "dora_vl" / "configs"
-    assert (base, rank, stage) == ("runs/llava15_13b/base", "128", "2")
-
-
-@pytest.mark.slow
-def test_a_vlbart_adapter_knows_its_tasks(installed: Path, tmp_path: Path) -> None:
-    code = "from dora_vl.evaluation.vlbart_tasks import all_subtasks\n"
-    code += "print(*all_subtasks())"
-    assert {"vqav2", "tvqa"} <= set(started(installed, tmp_path, "-c", code).split())
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "tasks").glob("*.py")))
 def test_the_scripts_of_a_checkout_take_the_installed_package(installed: Path, tmp_path: Path, script: str) -> None:
     """A copy, so that nothing of the checkout lies beside it."""

@@ -86,7 +86,7 @@ checkpoints is one point a layer. Weights are read one tensor at a time. Writes 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `dora-vl analyze`."""
+    """Adds the options of `dora-vl analyze`."""
     parser.add_argument("base", type=Path, metavar="BASE", help="the model folder that training started from")
     parser.add_argument("tuned", type=Path, nargs="+", metavar="TUNED", help="what came of it; one panel each")
     parser.add_argument("--label", action="append", metavar="TEXT", help="one for each TUNED; default: its path")

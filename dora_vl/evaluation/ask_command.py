@@ -35,18 +35,18 @@ every picture, each on its own, unless --together puts all into one prompt. Of a
 PICTURE_COMMAND = ":image "
 OF_PICTURES = {"together": False, "conversation": False}
 OF_VIDEOS = {"start": None, "end": None, "frames": 8, "choice": [], "subtitle": []}
-"""Options that are about one of the two kinds alone, with their defaults."""
+"""Each kind's own options, which are refused with the other, and their defaults."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `dora-vl ask`."""
+    """Adds the options of `dora-vl ask`."""
     add_options(parser)
     add_picture_options(parser)
     add_video_options(parser)
 
 
 def add_options(to: argparse.ArgumentParser) -> None:
-    """The options that every asking script has."""
+    """Adds the options that every asking script has."""
     to.add_argument("--adapter", type=Path, help="adapter folder of a run, or of PEFT")
     to.add_argument("--model", help="folder or hub id of a model that is asked without an adapter")
     to.add_argument(
@@ -65,7 +65,7 @@ def add_options(to: argparse.ArgumentParser) -> None:
 
 
 def add_model_options(to: argparse.ArgumentParser) -> None:
-    """The options that say more of the model, wherever one is asked."""
+    """Adds the options about the model, wherever one is asked."""
     to.add_argument("--base", help="where the base model is, if it moved since training")
     to.add_argument("--any-base", action="store_true", help="accepts another base or vision tower than in training")
     to.add_argument(
@@ -74,7 +74,7 @@ def add_model_options(to: argparse.ArgumentParser) -> None:
 
 
 def add_picture_options(parser: argparse.ArgumentParser) -> None:
-    """The options that are about pictures."""
+    """Adds the options that are about pictures."""
     parser.add_argument(
         "--image",
         nargs="+",
@@ -88,7 +88,7 @@ def add_picture_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_video_options(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
-    """The options that are about videos."""
+    """Adds the options that are about videos."""
     parser.add_argument(
         "--video",
         nargs="+",
@@ -126,7 +126,7 @@ def ask_script(
     answer: Callable[[argparse.Namespace], None],
     arguments: Sequence[str] | None,
 ) -> None:
-    """What a script in tasks/ does that asks about one kind."""
+    """Runs a script of tasks/ that asks about pictures or about videos."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     add_own(parser)
@@ -134,7 +134,7 @@ def ask_script(
 
 
 def files_of(names: Sequence[str], kind: str) -> list[Path]:
-    """The files that names and patterns (`*`, `?`, `[...]`) stand for; a shell that was kept from it did not ask."""
+    """Returns the files of names and of patterns (`*`, `?`, `[...]`) that no shell has replaced."""
     paths: list[Path] = []
     for name in names:
         if Path(name).exists() or "://" in name or not glob.has_magic(name):
@@ -148,7 +148,7 @@ def files_of(names: Sequence[str], kind: str) -> list[Path]:
 
 
 def open_picture(path: Path) -> Image:
-    """One picture file as RGB; nothing of a model is imported, so a wrong path is told at once."""
+    """Opens a picture file as RGB; imports nothing of a model, so that a wrong path shows at once."""
     if address := re.fullmatch(r"(https?):/+(.*)", str(path)):  # as a path an address has one slash less
         raise UserError(f"{address[1]}://{address[2]} is on the web; save the picture and give its file")
     try:
@@ -158,7 +158,7 @@ def open_picture(path: Path) -> Image:
 
 
 def opened_by(options: argparse.Namespace) -> Opened:
-    """The model that the options name, and its base where they ask for it."""
+    """Opens the model that the options name, and its base where they ask for it."""
     if options.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {options.max_new_tokens}; an answer needs at least 1")
     if options.adapter is None and options.strength != 1:
@@ -197,7 +197,7 @@ def print_answers(opened: Opened, answer: Callable[[str, Predictor], str]) -> di
 
 
 def answer_all(questions: Sequence[str], answer: Callable[[str], object], what: str) -> None:
-    """Answers the questions; without any those that are typed until an empty line, where a mistake ends nothing."""
+    """Answers the questions, or those typed until an empty line, where a mistake ends nothing."""
     for question in questions:
         answer(question)
     if questions:
@@ -231,14 +231,16 @@ class PictureChat:
 
 
 def read_chats(paths: Sequence[Path], *, together: bool) -> list[PictureChat]:
-    """A conversation about each picture, or about all; without any picture one of words alone."""
+    """Begins a conversation about each picture, or about all of them; without pictures one of words alone."""
     groups = [paths] if together or not paths else [[path] for path in paths]
     return [PictureChat(names=tuple(map(str, group)), pictures=tuple(map(open_picture, group))) for group in groups]
 
 
 def ask_about_pictures(options: argparse.Namespace) -> None:
     """Opens the pictures and the model, then answers; without a question it asks for some."""
-    chats = read_chats(files_of(options.image, "picture"), together=options.together)  # before the model loads
+    chats = read_chats(
+        files_of(options.image, "picture"), together=options.together
+    )  # a wrong path shows before the model loads
     opened = opened_by(options)
 
     def answer(line: str) -> None:
@@ -312,5 +314,5 @@ def ask_about_videos(options: argparse.Namespace) -> None:
             ask_clip(path, question)
 
     with VideoReader() as reader:
-        read = cache(reader.read)  # once for every part and way of picking
+        read = cache(reader.read)  # each clip is read once for both models
         answer_all(options.question, answer, "a question,")

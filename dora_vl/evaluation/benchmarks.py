@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import partial
 from importlib.metadata import entry_points
 from itertools import islice
 from pathlib import Path
@@ -22,7 +23,16 @@ from dora_vl.data.containers import find_files
 from dora_vl.data.example import FIELDS, Example, iterate_examples
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError, shown
-from dora_vl.evaluation.questions import is_question, read_question_file, read_questions, unread
+from dora_vl.evaluation.baselines import right_text
+from dora_vl.evaluation.questions import (
+    in_words,
+    is_question,
+    likeliest_ending,
+    read_question_file,
+    read_questions,
+    right_ending,
+    unread,
+)
 from dora_vl.evaluation.scores import benchmark as prompts
 from dora_vl.evaluation.scores import caption, exact, llava, vqa
 from dora_vl.evaluation.scores.benchmark import (
@@ -32,14 +42,15 @@ from dora_vl.evaluation.scores.benchmark import (
     SHORT_ANSWER_TOKENS,
     Benchmark,
     Prompt,
-    Scorer,
     check_choices,
+    correct_index,
     has_answer,
     not_scored,
 )
-from dora_vl.evaluation.scores.exact import PATTERNS, SCORINGS
+from dora_vl.evaluation.scores.exact import CLOZE, PATTERNS, SCORINGS, final_answer
 from dora_vl.evaluation.scores.llava import letter_cn, parsed
-from dora_vl.files import read_yaml
+from dora_vl.evaluation.test_sets import TestSet
+from dora_vl.files import file_sha256, read_yaml
 
 BENCHMARKS: Mapping[str, Benchmark] = {
     "exact_match": exact.BENCHMARK,
@@ -65,7 +76,6 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "yc2c": caption.YC2C,
     **dict.fromkeys(PATTERNS, exact.COMMONSENSE),
 }
-"""Every benchmark that `dora-vl evaluate` knows, a row each, written by hand."""
 
 GROUP = "dora_vl.benchmarks"
 NAME = re.compile(r"[A-Za-z0-9][\w\-]*")
@@ -77,7 +87,7 @@ PROMPTS: Mapping[str, Prompt] = {
     "caption": prompts.caption_of_picture,
     "video": prompts.about_video,
 }
-"""What `prompt:` may say."""
+"""The names that `prompt:` takes in a benchmark's YAML."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +101,7 @@ class NamedBenchmark:
 
 
 def find_benchmark(request: str) -> NamedBenchmark:
-    """The benchmark of `NAME`, `NAME:SPLIT` or `FILE.yaml`."""
+    """Finds the benchmark of `NAME`, `NAME:SPLIT` or `FILE.yaml`."""
     if request.endswith((".yaml", ".yml")):
         return read_own(Path(request))
     name, _, split = request.partition(":")
@@ -125,11 +135,11 @@ OWN: Mapping[str, tuple[type, Any]] = {
     "max_new_tokens": (int, SHORT_ANSWER_TOKENS),
     "frames": (int, FRAMES),
 }
-"""What a benchmark's YAML may say: its type, and what it is without."""
+"""The settings that a benchmark's YAML takes, with their types and defaults."""
 
 
 def read_own(path: Path) -> NamedBenchmark:
-    """The benchmark of a YAML file."""
+    """Reads the benchmark of a YAML file."""
     content = read_yaml(path)
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: must hold settings such as `name: receipts`, found {shown(content)}")
@@ -166,7 +176,7 @@ def read_own(path: Path) -> NamedBenchmark:
 
 
 def with_choices(example: Example, suffix: str) -> Example:
-    """A question of LLaVA's conversations with the choices that its words end with, and the right one.
+    """Returns a question of LLaVA's conversations with the choices that its words end with, and the right one.
 
     The choices are the last lines "A. ...", "B. ..." or the line "Options: (A) ... (B) ..."; the right one is what the
     answer's letter names, or whose text it is.
@@ -197,71 +207,84 @@ def _choices(text: str) -> tuple[str, ...]:
     return tuple(choices) if len(choices) > 1 else ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluationSet:
-    """A benchmark's examples and how they are scored.
-
-    Attributes:
-        unreadable: the reason for each record that cannot be asked, by id; it counts as wrong.
-        not_scored: the reason for each that is asked but in no score, by id: its right answer is not there.
-    """
-
-    request: str
-    name: str
-    benchmark: Benchmark
-    mode: str
-    file: Path
-    examples: Sequence[Example]
-    unreadable: Mapping[str, str]
-    not_scored: Mapping[str, str]
-
-    @property
-    def scored(self) -> Sequence[Example]:
-        """The examples that a score is over."""
-        return [example for example in self.examples if example.id not in self.not_scored]
-
-    @property
-    def scorer(self) -> Scorer | None:
-        """The chosen version's, None where a judge or a server scores."""
-        scorable = len(self.not_scored) < len(self.examples)
-        return self.benchmark.modes[self.mode] if self.benchmark.modes and scorable else None
-
-
 def read_set(
-    request: str, records: Path, *, mode: str | None, limit: int | None, columns: Columns = USUAL
-) -> EvaluationSet:
-    """What `NAME`, `NAME:SPLIT`, `NAME=FILE`, `FILE.yaml` or `FILE.yaml=FILE` stands for; `columns` of its file."""
-    name_of_set, _, file = request.partition("=")
+    request: str,
+    records: Path,
+    *,
+    mode: str | None = None,
+    limit: int | None = None,
+    columns: Columns = USUAL,
+    answer_after: str | None = None,
+) -> TestSet:
+    """Returns the test set of `NAME`, `NAME:SPLIT`, `NAME=FILE`, `FILE.yaml` or `FILE.yaml=FILE`, for no model yet.
+
+    Args:
+        mode: the version of the score; None takes the benchmark's usual one.
+        columns: names the columns of its file.
+        answer_after: of `exact_match`: what follows the last of this text in an answer is scored.
+    """
+    name_of_set, _, stated = request.partition("=")
     listed = find_benchmark(name_of_set)
     name, benchmark = listed.name, listed.benchmark
     if mode is not None and (mode not in benchmark.modes or mode == ""):
         named = [version for version in benchmark.modes if version]
         raise UserError(f"--mode {name}={mode}: {name} has {', '.join(named) or 'one version only'}")
-    path = Path(file) if file else listed.file or _split_file(name, benchmark, listed.split, records)
-    examples, unreadable = _read_examples(path, columns, limit)
+    mode = next(iter(benchmark.modes), "") if mode is None else mode
+    file = Path(stated) if stated else listed.file or _split_file(name, benchmark, listed.split, records)
+    examples, unreadable = _read_examples(file, columns, limit)
     if benchmark.chooses:
         suffix = LETTER_CN if benchmark.prompt is letter_cn else LETTER
-        for number, example in enumerate(examples):
-            if example.id in unreadable:
-                examples[number] = replace(example, choices=("",), extra={"correct": 0})
-            elif not example.choices and example.turns:
-                examples[number] = with_choices(example, suffix)
-        askable = [example for example in examples if example.choices or has_answer(example) or not example.turns]
-        check_choices(askable, path, all_known=False)
-    return EvaluationSet(
-        request=request,
+        examples = _all_with_choices(examples, unreadable, suffix, file)
+    left_out = not_scored(benchmark, examples, unreadable)
+    scorer = benchmark.modes[mode] if benchmark.modes and len(left_out) < len(examples) else None
+    if scorer is exact.score:
+        scorer = partial(exact.score, answer_after=answer_after)
+
+    def truth(example: Example) -> str:
+        if mode == CLOZE:
+            return right_ending(example)
+        if not benchmark.chooses and not benchmark.labels_choices:
+            return final_answer(right_text(example), answer_after)
+        index = correct_index(example)
+        return f"a{index}" if benchmark.labels_choices else ascii_uppercase[index]
+
+    def compared(example: Example, text: str) -> str:
+        return likeliest_ending(example, text) if mode == CLOZE else in_words(example, final_answer(text, answer_after))
+
+    return TestSet(
         name=name,
-        benchmark=benchmark,
-        mode=next(iter(benchmark.modes), "") if mode is None else mode,
-        file=path,
         examples=examples,
+        score=scorer,
+        benchmark=benchmark,
+        truth=truth,
+        compared=compared,
         unreadable=unreadable,
-        not_scored=not_scored(benchmark, examples, unreadable),
+        not_scored=left_out,
+        together=benchmark.together,
+        item=caption.clip_of if benchmark.shares_answers else lambda example: example.id,
+        submission=benchmark.submissions.get(mode, benchmark.submission),
+        about={"file": str(file), "file_sha256": file_sha256(file), **({"mode": mode} if mode else {})},
     )
 
 
+def _all_with_choices(
+    examples: Sequence[Example], unreadable: Mapping[str, str], suffix: str, file: Path
+) -> list[Example]:
+    """Returns a choosing benchmark's examples with their choices, once each can be answered and scored."""
+
+    def with_own(example: Example) -> Example:
+        if example.id in unreadable:
+            return replace(example, choices=("",), extra={"correct": 0})
+        return with_choices(example, suffix) if not example.choices and example.turns else example
+
+    chosen = list(map(with_own, examples))
+    askable = [example for example in chosen if example.choices or has_answer(example) or not example.turns]
+    check_choices(askable, file, all_known=False)
+    return chosen
+
+
 def _read_examples(path: Path, columns: Columns, limit: int | None) -> tuple[list[Example], dict[str, str]]:
-    """The first `limit` examples of a file of records, of LLaVA's questions, or of any rows that training reads."""
+    """Reads `limit` examples of a file of records, of LLaVA's questions, or of rows that training reads."""
     first = next(find_files(path).rows(), {})
     if is_question(first):
         return read_question_file(path)[:limit], {}

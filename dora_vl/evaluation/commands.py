@@ -6,25 +6,20 @@ import argparse
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from string import ascii_uppercase
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from dora_vl.data.check import add_columns, columns_of
-from dora_vl.data.example import Example
 from dora_vl.data.pictures import MediaFolder
 from dora_vl.errors import UserError, aligned, positive, shown
 from dora_vl.evaluation.ask_command import add_model_options
-from dora_vl.evaluation.baselines import EXCHANGED, right_text
-from dora_vl.evaluation.benchmarks import EvaluationSet, find_benchmark, read_set
+from dora_vl.evaluation.baselines import EXCHANGED
+from dora_vl.evaluation.benchmarks import find_benchmark, read_set
 from dora_vl.evaluation.predictions import read_rows
-from dora_vl.evaluation.questions import as_asked, in_words, likeliest_ending, right_ending, with_middle_frame
-from dora_vl.evaluation.scores.benchmark import correct_index, join
-from dora_vl.evaluation.scores.caption import clip_of
-from dora_vl.evaluation.scores.exact import CLOZE, final_answer
-from dora_vl.evaluation.scores.exact import score as exact_match
+from dora_vl.evaluation.questions import as_asked, with_middle_frame
+from dora_vl.evaluation.scores.benchmark import join
+from dora_vl.evaluation.scores.exact import CLOZE
 from dora_vl.evaluation.test_sets import (
     ResultFolder,
     Tested,
@@ -38,12 +33,8 @@ from dora_vl.evaluation.test_sets import (
 from dora_vl.files import METRICS, SETS, file_sha256, json_or_nothing
 
 if TYPE_CHECKING:
-    from dora_vl.evaluation.ask import By, Predictor
+    from dora_vl.evaluation.ask import Predictor
 
-TASKS: Mapping[str, str] = {"vqav2_karpathy": "vqav2"}
-"""Benchmark -> the task that a VL-BART is asked it as, where the names differ."""
-WAYS: Mapping[str, By] = {"generation": "generation", "likelihood": "letters", CLOZE: CLOZE}
-"""`--answer-by` -> how a model is asked."""
 ANSWERS_OF = "answers_of"
 DESCRIPTION = """\
 Scores a model on published benchmarks, or one of your own, as official scripts do, with 95 % intervals.
@@ -66,7 +57,7 @@ in it while they are true.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's options."""
+    """Adds the verb's options."""
     parser.add_argument("--benchmarks", required=True, help="NAME, NAME:SPLIT, NAME=FILE or FILE.yaml, commas between")
     parser.add_argument("--adapter", type=Path, help="adapter folder of a run, or of PEFT")
     parser.add_argument("--model", help="folder or hub id of a model that is asked without an adapter")
@@ -101,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> Iterator[str]:
-    """Answers once all benchmarks are read, scores, writes; yields the lines to print in a launch's first process."""
+    """Asks, scores and writes; yields the lines to print in a launch's first process."""
     is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
     sets = _sets(options) if is_alone or options.predictions else []  # before a model's libraries, which take a while
     if options.predictions is not None:
@@ -113,7 +104,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
         against = None if options.against is None else _from_file(options.against, sets[0], options)
         sha256 = {"predictions": file_sha256(options.predictions)}
         results = results_in(to, sets, str(options.predictions), sha256, options)
-        yield from finish(sets, [tested], None if against is None else [against], results, options)
+        yield from finish([tested], None if against is None else [against], results, options)
         return
     from dora_vl.adapters.files import WEIGHTS_FILE
     from dora_vl.evaluation.ask import check_pictures
@@ -126,9 +117,9 @@ def run(options: argparse.Namespace) -> Iterator[str]:
             raise UserError("say with --to where the results go; beside --model there is no run they belong to")
         to = options.to or options.adapter.parent / "evaluation"
         refuse_anothers(to / METRICS)
-        for dataset in sets:
-            images = (path for example in dataset.examples for path in example.images)
-            check_pictures(images, options.images, of=dataset.name, setting="--images")
+        for test in sets:
+            images = (path for example in test.examples for path in example.images)
+            check_pictures(images, options.images, of=test.name, setting="--images")
         tested, results = _asked(sets, options.adapter, options.model, options, to, exchange=not options.no_exchange)
         against, folder = None, options.against
         if folder is not None and not folder.is_dir():
@@ -138,11 +129,11 @@ def run(options: argparse.Namespace) -> Iterator[str]:
             adapter, model = (folder, None) if is_adapter else (None, str(folder))
             against, _ = _asked(sets, adapter, model, options, to / "against", exchange=False)
         if is_first_rank():
-            yield from finish(sets, tested, against, results, options)
+            yield from finish(tested, against, results, options)
 
 
-def _sets(options: argparse.Namespace) -> list[EvaluationSet]:
-    """The benchmarks, once the options go together."""
+def _sets(options: argparse.Namespace) -> list[TestSet]:
+    """Reads the benchmarks, once the options go together."""
     requests = [request for request in options.benchmarks.split(",") if request]
     names = [find_benchmark(request.partition("=")[0]).name for request in requests]
     modes = _modes(options, names)
@@ -158,11 +149,8 @@ def _sets(options: argparse.Namespace) -> list[EvaluationSet]:
         path: Path | None = getattr(options, name)
         if len(requests) > 1 and path is not None and not path.is_dir():
             raise UserError(f"--{name} holds one benchmark's answers; --benchmarks names {len(requests)}")
-    sets = [
-        read_set(request, options.records, mode=modes.get(name), limit=options.limit, columns=columns_of(options))
-        for request, name in zip(requests, names, strict=True)
-    ]
-    without = [dataset.name for dataset in sets if not dataset.benchmark.chooses]
+    sets = [_read_set(options, name, options.limit, modes.get(name)) for name in names]
+    without = [test.name for test in sets if not test.benchmark.chooses]
     if options.answer_by == "likelihood" and without:
         raise UserError(
             f"--answer-by likelihood compares the letters of choices, and {without[0]} has none; leave it out"
@@ -170,8 +158,16 @@ def _sets(options: argparse.Namespace) -> list[EvaluationSet]:
     return sets
 
 
+def _read_set(options: argparse.Namespace, name: str, limit: int | None, mode: str | None = None) -> TestSet:
+    """Reads the benchmark of this name, as `--benchmarks` asks for it."""
+    requests = (request for request in options.benchmarks.split(",") if request)
+    (request,) = (request for request in requests if find_benchmark(request.partition("=")[0]).name == name)
+    columns, after = columns_of(options), options.answer_after
+    return read_set(request, options.records, mode=mode, limit=limit, columns=columns, answer_after=after)
+
+
 def _modes(options: argparse.Namespace, names: Sequence[str]) -> dict[str, str]:
-    """Benchmark -> version of its score, where one is named."""
+    """Returns the version of a benchmark's score by its name, where one is stated."""
     modes = dict.fromkeys(names, CLOZE) if options.answer_by == CLOZE else {}
     for text in options.mode:
         name, _, modes[name] = text.partition("=")
@@ -184,67 +180,22 @@ def _modes(options: argparse.Namespace, names: Sequence[str]) -> dict[str, str]:
     return modes
 
 
-def test_set(dataset: EvaluationSet, options: argparse.Namespace) -> TestSet:
-    """A benchmark as a test set, before it is known which model is asked."""
-    benchmark, after = dataset.benchmark, options.answer_after
-    scorer = dataset.scorer
-    if dataset.name == "exact_match" and after:
-        scorer = partial(exact_match, answer_after=after)
-
-    def truth(example: Example) -> str:
-        if dataset.mode == CLOZE:
-            return right_ending(example)
-        if not benchmark.chooses and not benchmark.labels_choices:
-            return final_answer(right_text(example), after)
-        index = correct_index(example)
-        return f"a{index}" if benchmark.labels_choices else ascii_uppercase[index]
-
-    def compared(example: Example, text: str) -> str:
-        return (
-            likeliest_ending(example, text) if dataset.mode == CLOZE else in_words(example, final_answer(text, after))
-        )
-
-    submission = benchmark.submissions.get(dataset.mode, benchmark.submission)
-    return TestSet(
-        name=dataset.name,
-        examples=dataset.examples,
-        score=scorer,
-        truth=truth,
-        compared=compared,
-        unreadable=dataset.unreadable,
-        not_scored=dataset.not_scored,
-        together=benchmark.together,
-        item=clip_of if benchmark.shares_answers else lambda example: example.id,
-        submission=submission,
-        about={
-            "file": str(dataset.file),
-            "file_sha256": file_sha256(dataset.file),
-            **({"mode": dataset.mode} if dataset.mode else {}),
-        },
-    )
-
-
-def _from_file(path: Path, dataset: EvaluationSet, options: argparse.Namespace) -> Tested:
-    """A file's answers, scored; one to a record that cannot be read is none, as nothing says what would be right."""
-    unlimited = (
-        dataset
-        if options.limit is None
-        else read_set(dataset.request, options.records, mode=None, limit=None, columns=columns_of(options))
-    )
+def _from_file(path: Path, test: TestSet, options: argparse.Namespace) -> Tested:
+    """Scores a file's answers; one to a record that cannot be read is none, as nothing says what would be right."""
+    examples = test.examples if options.limit is None else _read_set(options, test.name, None).examples
     rows = read_rows(path)
     if any(row.set for row in rows):  # our own file: a question's id may be in several sets
-        own = [row for row in rows if row.set == dataset.name]
+        own = [row for row in rows if row.set == test.name]
         rows = own or [row for row in rows if not row.set.endswith(EXCHANGED)]
         if len(several := {row.set for row in rows}) > 1:
-            raise UserError(f"{path}: holds answers to {', '.join(sorted(several))}, and none to {dataset.name}")
-    joined = join(dataset.benchmark, unlimited.examples, rows, path=path, questions=dataset.file)
-    readable = {*joined.strangers, *({example.id for example in dataset.examples} - dataset.unreadable.keys())}
-    rows = [row for row in joined.rows if row.id in readable]
-    return scored(test_set(dataset, options), replace(joined, rows=rows))
+            raise UserError(f"{path}: holds answers to {', '.join(sorted(several))}, and none to {test.name}")
+    joined = join(test.benchmark, examples, rows, path=path, questions=Path(str(test.about["file"])))
+    readable = {*joined.strangers, *({example.id for example in test.examples} - test.unreadable.keys())}
+    return scored(test, replace(joined, rows=[row for row in joined.rows if row.id in readable]))
 
 
 def _asked(
-    sets: Sequence[EvaluationSet],
+    sets: Sequence[TestSet],
     adapter: Path | None,
     model: str | None,
     options: argparse.Namespace,
@@ -252,7 +203,7 @@ def _asked(
     *,
     exchange: bool,
 ) -> tuple[list[Tested], ResultFolder]:
-    """Every benchmark put to one model and scored, and where `exchange` says so asked about others' pictures too."""
+    """Asks a model every benchmark and scores it; with `exchange` also about others' pictures."""
     from dora_vl.backbones.families import sees_pictures
     from dora_vl.evaluation.open_model import ModelRequest, find_source, hashes, open_model
     from dora_vl.evaluation.predict import evaluate
@@ -261,8 +212,7 @@ def _asked(
     about_adapter = {} if adapter is None else {"base": options.base, "any_base": options.any_base}
     source = find_source(ModelRequest(adapter=adapter, model=model, template=options.template, **about_adapter))
     shows = next(
-        (dataset.name for dataset in sets if any(example.images or example.videos for example in dataset.examples)),
-        None,
+        (test.name for test in sets if any(example.images or example.videos for example in test.examples)), None
     )
     if source.kind != VLBART and not sees_pictures(source.base, source.revision) and shows is not None:
         raise UserError(
@@ -274,51 +224,47 @@ def _asked(
     sha256, recipe = hashes(source), source.recipe
     pictures = MediaFolder(options.images, options.follow_links, as_published=bool(recipe.get("as_published")))
     opened = open_model(source).adapted
-    asked = [_put_to(opened, dataset, sha256, options, pictures) for dataset in sets]
+    prepared = [_put_to(opened, test, sha256, options, pictures) for test in sets]
     results = results_in(to, sets, str(adapter or model), sha256, options)
     try:
-        return evaluate(asked, opened, results, exchange=exchange), results
+        return evaluate(prepared, opened, results, exchange=exchange), results
     finally:
-        for part in asked:
+        for part in prepared:
             if part.media is not None:
                 part.media.close()
 
 
 def _put_to(
-    model: Predictor,
-    dataset: EvaluationSet,
-    sha256: Mapping[str, str],
-    options: argparse.Namespace,
-    pictures: MediaFolder,
+    model: Predictor, test: TestSet, sha256: Mapping[str, str], options: argparse.Namespace, pictures: MediaFolder
 ) -> TestSet:
-    """A benchmark as a model is asked it: a VL-BART as the task that it was trained on, others by its prompt."""
+    """Returns a benchmark as a model is asked it: a VL-BART by the task of its training, others by the prompt."""
     from dora_vl.evaluation.ask import Assistant, Decoding, media_reader
 
-    benchmark = dataset.benchmark
+    benchmark = test.benchmark
     frames, by_likelihood = options.frames or benchmark.frames, options.answer_by != "generation"
-    has_videos = any(example.videos for example in dataset.examples)
+    has_videos = any(example.videos for example in test.examples)
     decoding = Decoding(
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens or benchmark.max_new_tokens,
         workers=options.workers,
-        by=WAYS[options.answer_by],
-        task=TASKS.get(dataset.name, dataset.name),
+        by="letters" if options.answer_by == "likelihood" else options.answer_by,
+        task="vqav2" if test.name == "vqav2_karpathy" else test.name,
         letters=not benchmark.labels_choices,
     )
     settings: dict[str, object] = {
         **{f"{name}_sha256": value for name, value in sha256.items()},
-        "questions_sha256": file_sha256(dataset.file),
+        "questions_sha256": test.about["file_sha256"],
         "images": str(options.images.resolve()),
         "max_new_tokens": decoding.max_new_tokens,
     }
-    one_length, part = False, test_set(dataset, options)
+    one_length = False
     if isinstance(model, Assistant):
         prompt = benchmark.prompt
         one_length = model.prompts.encoder.videos_of_one_length
         settings["prompt"] = prompt.__name__ if isinstance(prompt, FunctionType) else repr(prompt)
         settings |= {"frames": frames} if has_videos else {}
         settings |= {"answers": options.answer_by} if by_likelihood else {}
-        part = replace(part, prompt=lambda example: as_asked(with_middle_frame(example), prompt))
+        test = replace(test, prompt=lambda example: as_asked(with_middle_frame(example), prompt))
     asked_with = {
         "images": str(options.images),
         "max_new_tokens": decoding.max_new_tokens,
@@ -328,8 +274,8 @@ def _put_to(
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
     }
     media = media_reader(pictures, frames=frames, one_length=one_length)
-    about = {**part.about, "asked_with": asked_with}
-    return replace(part, decoding=decoding, settings=settings, media=media, about=about)
+    about = {**test.about, "asked_with": asked_with}
+    return replace(test, decoding=decoding, settings=settings, media=media, about=about)
 
 
 # What the files of an earlier command hold stays while it is true.
@@ -342,9 +288,9 @@ def refuse_anothers(path: Path) -> None:
 
 
 def results_in(
-    to: Path, sets: Sequence[EvaluationSet], answers_of: str, sha256: Mapping[str, str], options: argparse.Namespace
+    to: Path, sets: Sequence[TestSet], answers_of: str, sha256: Mapping[str, str], options: argparse.Namespace
 ) -> ResultFolder:
-    """The folder of results, with sets of earlier commands whose answers and questions are still the same."""
+    """Returns the folder of results, with sets of earlier commands whose answers and questions are still the same."""
     header = {ANSWERS_OF: answers_of, "answers_sha256": dict(sha256), "limit": options.limit}
     before, kept = json_or_nothing(to / METRICS), {}
     entries = before.get(SETS, {})
@@ -353,16 +299,12 @@ def results_in(
             file = Path(entry["file"])
             if file.is_file() and file_sha256(file) == entry["file_sha256"]:
                 kept[name] = entry
-    gone = entries.keys() - kept.keys() - {dataset.name for dataset in sets}
+    gone = entries.keys() - kept.keys() - {test.name for test in sets}
     return ResultFolder(folder=to, header=header, kept=kept, gone=sorted(gone))
 
 
 def finish(
-    sets: Sequence[EvaluationSet],
-    tested: Sequence[Tested],
-    against: Sequence[Tested] | None,
-    results: ResultFolder,
-    options: argparse.Namespace,
+    tested: Sequence[Tested], against: Sequence[Tested] | None, results: ResultFolder, options: argparse.Namespace
 ) -> Iterator[str]:
     """Writes everything with the differences from other answers; yields what there is to say.
 
@@ -372,13 +314,12 @@ def finish(
         named = str(options.against)
         tested = [with_differences(ours, theirs, named) for ours, theirs in zip(tested, against, strict=True)]
     results.write(tested)
-    for dataset, done in zip(sets, tested, strict=True):
-        yield from _remarks(dataset, done, results.folder)
+    for done in tested:
+        yield from _remarks(done, results.folder)
     entries = {done.test.name: done.entry() for done in tested if done.scored is not None}
     if entries:
         yield from table(entries, details=options.all_metrics)
         yield from (f"{done.test.name}: {remark}" for done in tested for remark in done.remarks)
-    if entries:
         path, kept = results.folder / METRICS, [name for name in results.kept if name not in entries]
         if results.gone:
             named = ", ".join(results.gone)
@@ -388,7 +329,7 @@ def finish(
 
 
 def table(entries: Mapping[str, Mapping[str, Any]], *, details: bool = False) -> list[str]:
-    """One line for each metric, the benchmark's name on its first; with `details` also of parts of a set ("/")."""
+    """Returns a line for each metric, the benchmark's name on the first; `details` adds parts of sets ("/")."""
     paired = any(entry["difference"] for entry in entries.values())
     head = ["benchmark", "metric", "value", "95 % interval", "n", "no answer"]
     rows = [head + (["difference", "95 % interval"] if paired else [])]
@@ -407,21 +348,21 @@ def table(entries: Mapping[str, Mapping[str, Any]], *, details: bool = False) ->
     return aligned(rows, left=2)
 
 
-def _remarks(dataset: EvaluationSet, done: Tested, folder: Path) -> Iterator[str]:
-    """What there is to say of a benchmark beside its scores."""
-    answered = done.predictions
+def _remarks(done: Tested, folder: Path) -> Iterator[str]:
+    """Yields what there is to say of a benchmark beside its scores."""
+    test, answered = done.test, done.predictions
     if answered.strangers:
         count, first = len(answered.strangers), shown(answered.strangers[0])
-        yield f"{dataset.name}: {count} answers belong to none of its questions and are left out, first {first}"
+        yield f"{test.name}: {count} answers belong to none of its questions and are left out, first {first}"
     if done.submission is not None:
-        yield f"{submission_file(done, folder)}: for {dataset.name}'s server or judge"
+        yield f"{submission_file(done, folder)}: for {test.name}'s server or judge"
     if done.refused is not None:
         return
     if done.scored is None:
-        yield f"{dataset.name}: {dataset.file} holds no answers, or a judge scores it; no score here"
-    elif dataset.not_scored:
-        bare = list(dataset.not_scored)
+        yield f"{test.name}: {test.about['file']} holds no answers, or a judge scores it; no score here"
+    elif test.not_scored:
+        bare = list(test.not_scored)
         yield (
-            f"{dataset.name}: {len(bare)} of {len(dataset.examples)} records hold no right answer and are in no "
+            f"{test.name}: {len(bare)} of {len(test.examples)} records hold no right answer and are in no "
             f"score, first {shown(bare[0])}; metrics.json names all"
         )

@@ -32,7 +32,7 @@ GGUF is read back by transformers for it.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `dora-vl export`."""
+    """Adds the options of `dora-vl export`."""
     form = parser.add_mutually_exclusive_group(required=True)
     form.add_argument("--for", dest="server", choices=("vllm",), help="base folder and adapter for a server")
     form.add_argument(

@@ -23,8 +23,7 @@ from dora_vl.evaluation.ask import Assistant, Decoding, media_reader
 
 PASSAGES: Mapping[str, list[str]] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 NEW_TOKENS, BATCH = 24, 8
-MOST_TOKENS = 512
-"""Of one text; what is longer counts up to here."""
+MOST_TOKENS = 512  # of a text; the rest of a longer one does not count
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def abilities(assistant: Assistant, texts: Path | None = None) -> Abilities:
 
 
 def forgetting(before: Abilities, after: Abilities) -> dict[str, Any]:
-    """What `metrics.json` holds: perplexity of both, and the share of answers that stayed word for word."""
+    """Returns what `metrics.json` holds: perplexity of both, and the share of answers that stayed word for word."""
     entry: dict[str, Any] = {
         "perplexity": {"base": math.exp(before.nats), "adapted": math.exp(after.nats), "tokens": before.tokens}
     }
@@ -78,7 +77,7 @@ def forgetting(before: Abilities, after: Abilities) -> dict[str, Any]:
 
 
 def measured(assistant: Assistant, texts: Path | None) -> Abilities | str:
-    """The same, or why it cannot be measured: some families take no words without a picture."""
+    """Measures a model, or says why it cannot be: some families take no words without a picture."""
     try:
         return abilities(assistant, texts)
     except (BadSample, RuntimeError, ValueError, IndexError, TypeError) as error:

@@ -40,7 +40,7 @@ from dora_vl.run.folder import SETTINGS
 BATCH, FRAMES = 8, 8
 FAILED_STATUS = 1
 TEXTS, TOKENS = 3, 12
-"""Drawn texts that logits are compared for, and their length."""
+"""Logits are compared for so many drawn texts of so many tokens."""
 ROUNDING = {False: 1e-3, True: 5e-2}
 """The largest difference that rounding makes, as a share of the largest logit; True: for weights below float32."""
 
@@ -60,7 +60,7 @@ class Check:
 
 
 def planned_check(options: argparse.Namespace, adapter: Path) -> Check | None:
-    """The questions, of a file or of the test of the run around the adapter; None where no check is asked for."""
+    """Reads the questions of a file, or of the test of the adapter's run; None where no check is asked for."""
     if not options.check:
         if options.questions is not None or options.images is not None or options.check_dtype is not None:
             raise UserError("--questions, --images and --check-dtype say how --check asks; add --check")
@@ -68,7 +68,7 @@ def planned_check(options: argparse.Namespace, adapter: Path) -> Check | None:
     if not 0 <= options.most_different <= 1:
         raise UserError(f"--most-different is {options.most_different}; it is a share, 0 to 1")
     run: dict[str, Any] = {}
-    for folder in adapter.resolve().parents[:2]:  # of a run's adapter, and of a checkpoint's
+    for folder in adapter.resolve().parents[:2]:  # an adapter lies in its run's folder, or in a checkpoint of it
         if (folder / SETTINGS).is_file():
             run = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
             break
@@ -113,7 +113,7 @@ def _read(file: Path) -> list[Example]:
 
 
 def unmerged_source(check: Check, adapter: Path, base: Path, template: str | None) -> ModelSource:
-    """The model that an adapter folder and its base, which is the right one, are, in the check's number type."""
+    """Returns the model of an adapter folder and its base, in the check's number type."""
     source = find_source(ModelRequest(adapter=adapter, base=str(base), any_base=True, template=template))
     if source.kind == VLBART:
         features = source.recipe["features"]
@@ -131,7 +131,7 @@ def unmerged_source(check: Check, adapter: Path, base: Path, template: str | Non
 
 
 def as_model(source: ModelSource, folder: Path) -> ModelSource:
-    """A model's folder, asked just as the adapter that it was made from."""
+    """Returns a model's folder, asked just as the adapter that it was made from."""
     recipe = {name: value for name, value in source.recipe.items() if name != "quantisation"}
     request = ModelRequest(model=str(folder), template=source.request.template)
     if source.kind == VLBART:  # its tasks and towers stand in the adapter's folder alone
@@ -191,7 +191,7 @@ def check_answers(
 def _unmerged_answers(
     check: Check, unmerged: ModelSource, media: MediaReader, decoding: Decoding, scratch: Path
 ) -> tuple[list[dict[str, Any]], Mapping[str, str]]:
-    """The unmerged model's answers, and why others have none; its logits lie in `scratch`, by the answers' places."""
+    """Asks the unmerged model, and puts the logits of each answer into `scratch`."""
     model = open_model(unmerged).adapted
     predictions = predicted(model, check.questions, media, decoding)
     if not predictions.rows:
@@ -273,7 +273,7 @@ def check_logits(
 
 
 def _incomparable(adapters: Sequence[Adapter], base: Path) -> str:
-    """Why the two are not opened here; nothing where they are."""
+    """Says why base and adapter cannot be compared here; "" where they can."""
     if any(adapter.recipe.get("quantisation") for adapter in adapters):
         return "whose base was quantised for training (--check N compares answers)"
     if any(adapter.input_axis for adapter in adapters):
@@ -310,7 +310,7 @@ def _drawn_logits(folder: Path, adapter: Path | None) -> tuple[Tensor, torch.dty
 
 
 def _special(config: Mapping[str, Any]) -> set[object]:
-    """Ids of tokens that stand for something else than text."""
+    """Returns ids of tokens that stand for something else than text."""
     ids: set[object] = set()
     for name, value in config.items():
         if isinstance(value, dict) and name.endswith("_config"):

@@ -37,7 +37,7 @@ rounding; --no-check compares nothing.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `dora-vl merge`."""
+    """Adds the options of `dora-vl merge`."""
     parser.add_argument("--adapter", type=Path, action="append", required=True, metavar="DIR", help="may come often")
     parser.add_argument("--weight", type=float, action="append", metavar="W", help="one for each --adapter; default 1")
     parser.add_argument(
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_check_options(parser: argparse.ArgumentParser) -> None:
-    """The options of every command that can check what it wrote."""
+    """Adds the options of every command that can check what it wrote."""
     group = parser.add_argument_group("checking the result")
     group.add_argument("--no-check", dest="check", action="store_const", const=0, help="merge: compares nothing")
     group.add_argument(

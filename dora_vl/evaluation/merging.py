@@ -104,7 +104,7 @@ def merge_and_check(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def about(plan: Plan, arguments: argparse.Namespace) -> Mapping[str, object]:
-    """What `check.json` says of where the weights come from."""
+    """Returns what `check.json` says of where the weights come from."""
     weights = arguments.weight or [1.0] * len(plan.adapters)
     return {
         "adapters": {adapter.source: weight for adapter, weight in zip(plan.adapters, weights, strict=True)},
@@ -116,14 +116,14 @@ def about(plan: Plan, arguments: argparse.Namespace) -> Mapping[str, object]:
 
 @contextmanager
 def adapter_folder(plan: Plan, arguments: argparse.Namespace) -> Iterator[Path]:
-    """The folder of the adapter that is merged; written for the time being where it is a combination or foreign."""
+    """Yields the merged adapter's folder; a combination or a foreign adapter is written for the time being."""
     first = arguments.adapter[0]
     if plan.adapter is plan.adapters[0] and all((first / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):
         yield first
         return
     target: Path = arguments.to
     with unfinished(target) as scratch:
-        # with what the first one's recipe says of how its model is asked
+        # the first adapter's recipe says how the model is asked
         prompt = {name: value for name, value in plan.adapters[0].recipe.items() if name != "adapter"}
         folder = scratch / "adapter"
         write_adapter(replace(plan.adapter, recipe={**prompt, **plan.adapter.recipe}), folder)

@@ -31,7 +31,7 @@ SUBTITLE_CHARACTERS = 34
 SMALL_PX = 160
 RIGHT_SHARE = 0.5
 AS_IT_STANDS: Mapping[str, Any] = {"parse_math": False}
-"""For text that somebody else wrote: two dollars in it are no formula, which could not even be drawn."""
+"""Text that somebody else wrote is drawn as it is: two dollars in it are no formula."""
 
 
 def series(entries: Sequence[Mapping[str, object]], key: str) -> tuple[list[float], list[float]]:
@@ -47,7 +47,7 @@ def series(entries: Sequence[Mapping[str, object]], key: str) -> tuple[list[floa
 
 
 def smoothed(values: Sequence[float], weight: float = 0.8) -> list[float]:
-    """Exponential moving average of the logarithms, as the curve's axis has them, without the start's pull.
+    """Returns the exponential moving average of the logarithms, without the start's pull.
 
     A loss of 0 counts as the smallest one above it.
     """
@@ -82,6 +82,7 @@ def write_loss_curve(entries: Sequence[Mapping[str, object]], to: Path) -> None:
 
 
 def _draw_rates(axes: Axes, steps: list[float], rates: list[float]) -> None:
+    """Draws the learning rate behind the losses, on an axis of its own."""
     right = axes.twinx()
     right.fill_between(steps, rates, color=FAINT, alpha=0.15, linewidth=0)
     right.set_ylim(0, max([*rates, 1e-12]) * 1.6)
@@ -94,7 +95,7 @@ def _draw_rates(axes: Axes, steps: list[float], rates: list[float]) -> None:
 
 
 def plain_axes(axes: Axes, x_label: str, y_label: str) -> None:
-    """Labels, a faint grid, no frame."""
+    """Gives axes labels, a faint grid and no frame."""
     axes.set_xlabel(x_label, color=INK)
     axes.set_ylabel(y_label, color=INK)
     axes.grid(color=GRID, linewidth=0.8)
@@ -104,12 +105,12 @@ def plain_axes(axes: Axes, x_label: str, y_label: str) -> None:
 
 
 def chosen_for_sheet(
-    predictions: Sequence[Prediction], shares: Mapping[str, float], cells: int = SHEET_CELLS, seed: int = 0
+    predictions: Sequence[Prediction], shares: Mapping[str, float]
 ) -> tuple[list[Prediction], list[Prediction]]:
-    """A fair random sample for all rows but the last, and mistakes that fill the last (as far as there are any)."""
+    """Returns a random sample for all lines of the sheet but the last, and mistakes for the last."""
     shuffled = list(predictions)
-    random.Random(seed).shuffle(shuffled)
-    fair = shuffled[: cells - COLUMNS] if len(shuffled) > cells - COLUMNS else shuffled
+    random.Random(0).shuffle(shuffled)
+    fair = shuffled[: SHEET_CELLS - COLUMNS]
     mistakes = [row for row in shuffled[len(fair) :] if shares.get(row.id, 1.0) < RIGHT_SHARE]
     return fair, mistakes[:COLUMNS]
 
@@ -173,7 +174,7 @@ def _draw_picture(
 
 
 def _draw_answer(axes: Axes, prediction: Prediction, *, inches: float, right: bool | None) -> None:
-    """The question and the answer under a picture `inches` high; None is neither right nor wrong."""
+    """Draws question and answer under a picture `inches` high; None is neither right nor wrong."""
     color = INK if right is None else RIGHT if right else WRONG
     axes.spines[:].set_color(color)
     axes.spines[:].set_linewidth(2.5 if right is False else 1.2)
@@ -189,13 +190,13 @@ def _draw_answer(axes: Axes, prediction: Prediction, *, inches: float, right: bo
 
 
 def _two_lines(answer: str) -> str:
-    """An answer in the room under a picture; the end is kept, where an answer that reasons first gives its result."""
+    """Returns an answer's first and last line, where an answer that reasons gives its result."""
     lines = textwrap.wrap(answer, ANSWER_CHARACTERS)
     return "\n".join(lines if len(lines) <= 2 else [f"{lines[0]} …", lines[-1]])
 
 
 def _ending(answer: str) -> str:
-    """An answer in one line behind a word of its own; its last words where it has no room."""
+    """Returns an answer's last words, as many as stand behind a label in one line."""
     room = ANSWER_CHARACTERS - len("true: ")
     if len(answer) <= room:
         return answer
@@ -204,12 +205,12 @@ def _ending(answer: str) -> str:
 
 
 def plain_text(text: str) -> str:
-    """Text that matplotlib draws: half a surrogate pair, which ends its renderer, becomes the sign for the unknown."""
+    """Returns text that matplotlib draws: half a surrogate pair becomes the sign for the unknown."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of this size in inches."""
+    """Returns a figure of this size in inches."""
     # A Figure of its own, not pyplot's: nothing global is changed, and no display is looked for.
     from matplotlib.figure import Figure
 

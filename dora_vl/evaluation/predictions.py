@@ -76,7 +76,7 @@ class Predictions:
 
 
 def line_of(prediction: Prediction) -> str:
-    """The prediction as a line of the file."""
+    """Returns the prediction as a line of the file."""
     return json.dumps({name: getattr(prediction, name) for name in COLUMNS}, ensure_ascii=False) + "\n"
 
 
@@ -97,7 +97,7 @@ def cut_broken_tail(path: Path) -> int:
 
 
 def read_predictions(path: Path) -> dict[str, dict[str, Prediction]]:
-    """Every prediction of the file by its set and id, in the file's order; of two with one id the later stands."""
+    """Reads the predictions of a file by set and id, in its order; of two with one id the later stands."""
     predictions: dict[str, dict[str, Prediction]] = {}
     try:
         for number, record in json_lines(path, "predictions"):
@@ -115,21 +115,21 @@ def read_predictions(path: Path) -> dict[str, dict[str, Prediction]]:
 
 
 IDS = ("id", "question_id", "questionId", "qid", "image_id", "image", "index", "identifier", "clip_id")
-"""Where a row's id stands; of several the first is its own."""
+"""Keys that hold a row's id; the first that a row has is its own."""
 MODEL_ANSWERS = (
     *("prediction", "pred", "predict", "pred_answer", "predicted_answer"),
     *("response", "output", "model_answer", "model_output"),
 )
-"""Keys of what a model said, whatever stands beside them: ours, SEED-Bench's and GQA's first, then Video-LLaVA's and
-other tools'. An `answer` in such a row is the true one."""
+"""Keys that hold a model's answer: ours, SEED-Bench's and GQA's first, then Video-LLaVA's and other tools'. An `answer`
+beside one of them is the true one."""
 ANSWERS = ("answer", "text", "caption")
-"""Where the answer stands in rows that hold none of those: VQA's; LLaVA's; COCO's."""
+"""Keys that hold the answer in rows with none of `MODEL_ANSWERS`: VQA's, LLaVA's, COCO's."""
 WANTED = "predictions; give JSON lines with an id and an answer each"
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 def read_rows(path: Path) -> list[Prediction]:
-    """Every answer of a file of predictions, in its order; which question a row answers is `benchmark.join`'s matter.
+    """Reads the answers of another tool's file, in its order; `benchmark.join` finds their questions.
 
     | form | whose |
     | --- | --- |
@@ -182,7 +182,7 @@ def _table_rows(path: Path, delimiter: str) -> Iterator[Prediction]:
 
 
 def _row(record: object, where: str) -> Prediction:
-    """One object's answer: what the model said; a true answer beside it is left alone."""
+    """Reads one object's answer, which is the model's; a true answer beside it is left alone."""
     if not isinstance(record, Mapping):
         raise UserError(f"{where}: a {type(record).__name__}, not an object with an id and an answer")
     names = next((names for names in (MODEL_ANSWERS, ANSWERS) if any(key in record for key in names)), ())
@@ -207,6 +207,6 @@ def _row(record: object, where: str) -> Prediction:
 
 
 def is_id(value: object) -> bool:
-    """Text, or a whole number of no more digits than an id has."""
+    """Returns True for text, and for a whole number of no more digits than an id has."""
     is_number = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 64
     return isinstance(value, str) or is_number

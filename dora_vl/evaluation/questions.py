@@ -25,31 +25,31 @@ KEPT = ("kind", "unit", "group")
 
 
 def turns_asked(example: Example) -> tuple[Turn, ...]:
-    """Everything up to and with the last question, which is the example's own text where it has no turns."""
+    """Returns the turns up to the last question, which is the example's own text where it has none."""
     return example.turns or (Turn("user", example.question),)
 
 
 def text_asked(example: Example) -> str:
-    """The last question's words, without placeholders."""
+    """Returns the last question's words, without placeholders."""
     text = turns_asked(example)[-1].text.replace(IMAGE_PLACEHOLDER, "")
     return (text.replace(VIDEO_PLACEHOLDER, "") if example.videos else text).strip()
 
 
 def kind_of(example: Example) -> str | None:
-    """The kind of question, by which accuracies are told apart."""
+    """Returns the kind of question, by which accuracies are told apart."""
     kind = example.extra.get("kind")
     return None if kind is None else str(kind)
 
 
 def last_round(conversation: Example) -> Example:
-    """The last round of a conversation as an example; earlier rounds keep their true answers."""
+    """Returns the last round of a conversation as an example; earlier rounds keep their true answers."""
     *turns, answer = conversation.turns
     example = replace(conversation, turns=tuple(turns), answers=(Answer(text=answer.text),))
     return replace(example, question=text_asked(example))
 
 
 def example_of_row(row: Mapping[str, object], columns: Columns = USUAL) -> Example:
-    """The last round of one row, of any format that training reads; `extra` has what the row says of its answer."""
+    """Returns the last round of a row of any format that training reads; `extra` has its answer and kind."""
     example = read_row(row, columns=columns)
     if example.image_bytes:
         raise BadSample(example.id, "its file holds its pictures itself; write them to files, which a test reads")
@@ -59,7 +59,7 @@ def example_of_row(row: Mapping[str, object], columns: Columns = USUAL) -> Examp
 
 
 def as_asked(example: Example, prompt: Prompt) -> Example:
-    """The example with the turns that a decoder is asked it by."""
+    """Returns the example with the turns that a decoder is asked it by."""
     turns: Sequence[Turn] = prompt_turns(example, prompt)
     first = next((turn for turn in turns if turn.role == "user"), None)
     if example.videos and not any(VIDEO_PLACEHOLDER in turn.text for turn in turns):
@@ -69,7 +69,7 @@ def as_asked(example: Example, prompt: Prompt) -> Example:
 
 
 def with_middle_frame(example: Example) -> Example:
-    """The example with its video's middle frame as its picture, where the record names one, as SEED-Bench's do."""
+    """Returns the example with its video's middle frame as its picture, where the record names one (SEED-Bench)."""
     frame = example.extra.get(MIDDLE_FRAME)
     if example.video is None or not isinstance(frame, str):
         return example
@@ -77,29 +77,29 @@ def with_middle_frame(example: Example) -> Example:
 
 
 def expected(example: Example) -> str:
-    """The right answer as a model says it: a choice's label, or the first answer."""
+    """Returns the right answer as a model says it: a choice's label, or the first answer."""
     if example.choices and "correct" in example.extra:
         return f"a{example.extra['correct']}"
     return example.answers[0].text if example.answers else ""
 
 
 def in_words(example: Example, text: str) -> str:
-    """An answer as people read it: a choice's label as its words."""
+    """Returns an answer as people read it: a choice's label as its words."""
     return {f"a{index}": words for index, words in enumerate(example.choices)}.get(text, text)
 
 
 def media_of(example: Example) -> list[str]:
-    """Paths of an example's pictures, or of its video."""
+    """Returns paths of an example's pictures, or of its video."""
     return list(example.images) or ([] if example.video is None else [example.video.path])
 
 
 def has_truth(examples: Sequence[Example]) -> bool:
-    """Whether a file says what is right; publishers keep the answers of some."""
+    """Returns True where a file holds right answers; publishers keep those of some."""
     return any(example.answers or "correct" in example.extra for example in examples)
 
 
 def outputs_of(example: Example) -> list[str]:
-    """The outputs that the question's last line, `Answer format: a/b/...`, admits.
+    """Returns the outputs that the question's last line, `Answer format: a/b/...`, admits.
 
     What stands before the answer in the true output (`extra["output"]`) stands before each: "the correct answer is ".
     """
@@ -115,7 +115,7 @@ def outputs_of(example: Example) -> list[str]:
 
 
 def endings_of(example: Example) -> list[tuple[str, str]]:
-    """Context and ending of each choice of a cloze record."""
+    """Returns context and ending of each choice of a cloze record."""
     contexts, endings = example.extra.get("contexts"), example.extra.get("endings")
     if not (isinstance(contexts, list) and isinstance(endings, list) and len(contexts) == len(endings) > 1):
         raise BadSample(example.id, "it has no contexts and endings; `dora-vl prepare cloze` writes such records")
@@ -123,14 +123,14 @@ def endings_of(example: Example) -> list[tuple[str, str]]:
 
 
 def right_ending(example: Example) -> str:
-    """What a model that is sure of the right ending says in a cloze: a log-likelihood for each ending."""
+    """Returns the answer of a model that is sure of the right ending: a log-likelihood for each."""
     return " ".join(
         "0" if index == example.extra["correct"] else "-1" for index in range(len(example.extra["endings"]))
     )
 
 
 def likeliest_ending(example: Example, text: str) -> str:
-    """The ending of the largest log-likelihood, for people to read."""
+    """Returns the ending of the largest log-likelihood, for people to read."""
     scores = [float(number) for number in text.split()]
     return str(example.extra["endings"][scores.index(max(scores))]).strip() if scores else ""
 
@@ -138,7 +138,7 @@ def likeliest_ending(example: Example, text: str) -> str:
 def read_questions(
     path: Path, limit: int | None = None, columns: Columns = USUAL
 ) -> tuple[list[Example], dict[str, str]]:
-    """The first `limit` questions of a file of any format that training reads; why each other cannot be read, by id."""
+    """Reads `limit` questions of a file of any format of training; says by id why others cannot be read."""
     files = find_files(path)
     numbered = stream_values(files.files[0], "questions") if files.is_json else enumerate(files.rows(), 1)
     examples: list[Example] = []
@@ -169,12 +169,12 @@ def read_questions(
 
 
 def is_question(record: object) -> bool:
-    """Whether a file whose first record this is holds LLaVA's questions."""
+    """Returns True for a record of LLaVA's question files."""
     return isinstance(record, Mapping) and "question_id" in record and "text" in record
 
 
 def read_question_file(path: Path) -> list[Example]:
-    """Every question of LLaVA's JSON lines as an example without answers, its words and placeholder as turns.
+    """Reads LLaVA's JSON lines as examples without answers, words and placeholder as turns.
 
     An id that several questions have (TextVQA's and MME's are the picture's) gets `#1`, `#2`, ... in the file's order.
     """
@@ -213,5 +213,5 @@ def read_question_file(path: Path) -> list[Example]:
 
 
 def unread(reasons: Mapping[str, str]) -> list[Example]:
-    """An example for each row that cannot be read, which counts as wrong."""
+    """Returns an example for each row that cannot be read, which counts as wrong."""
     return [Example(id=name, answers=(Answer(text=""),)) for name in reasons]

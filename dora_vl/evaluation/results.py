@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 from dora_vl.data.example import JSON
@@ -24,7 +25,7 @@ FORMULAS: Mapping[str, type[Any]] = {kind.__name__: kind for kind in (Ratio, Tot
 
 
 def formula_record(formula: Formula) -> JSON:
-    """Writes a formula as JSON; None for one with parts of an installed package, which no file can hold."""
+    """Returns a formula as JSON; None for an installed package's own, which no file can hold."""
     if FORMULAS.get(type(formula).__name__) is not type(formula):
         return None
     values = {item.name: getattr(formula, item.name) for item in fields(cast(Any, formula))}
@@ -36,7 +37,7 @@ def formula_record(formula: Formula) -> JSON:
 
 
 def formula_of(record: Mapping[str, Any]) -> Formula:
-    """Reads what `formula_record` wrote."""
+    """Returns the formula of `formula_record`."""
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
     kind = FORMULAS[str(values.pop("is"))]
     if "parts" in values:
@@ -60,7 +61,7 @@ class AnswerScore:
     answer: str = ""
 
     def line(self, name: str, item: str) -> dict[str, JSON]:
-        """Writes the item as a line of `scores.jsonl`."""
+        """Returns the item as a line of `scores.jsonl`."""
         score = self.score
         return {
             **{"set": name, "id": item, "unit": score.unit, "group": self.group, "kind": self.kind},
@@ -103,30 +104,40 @@ def read_results(folder: Path) -> dict[str, SetResult]:
     entries = json_or_nothing(folder / METRICS).get(SETS)
     if not isinstance(entries, Mapping):
         raise UserError(f"{folder} holds no result of a test ({METRICS} without {SETS!r})")
-    items: dict[str, dict[str, AnswerScore]] = {}
+    path = folder / PREDICTIONS
+    predictions = read_predictions(path) if path.is_file() else {}
     try:
-        for line in score_lines(folder):
-            score = ItemScore(unit=line["unit"], share=line["share"], columns=line["columns"], failed=line["failed"])
-            more = {name: line[name] for name in ("kind", "group", "truth", "answer")}
-            items.setdefault(line["set"], {})[line["id"]] = AnswerScore(score=score, **more)
-        path = folder / PREDICTIONS
-        predictions = read_predictions(path) if path.is_file() else {}
-        return {
-            name: SetResult(
-                name=name,
-                entry=entry,
-                scored=_scored(entry, items[name]) if name in items else None,
-                items=items.get(name, {}),
-                predictions=predictions.get(name, {}),
-            )
-            for name, entry in entries.items()
-        }
+        return results_of(entries, score_lines(folder), predictions)
     except (KeyError, TypeError, AttributeError) as error:
         reason = shown(f"{type(error).__name__}: {error}")
         raise UserError(f"{folder}: {SCORES} or {METRICS} is damaged ({reason}); test again") from None
 
 
+def results_of(
+    entries: Mapping[str, Mapping[str, Any]],
+    lines: Iterable[Mapping[str, Any]],
+    predictions: Mapping[str, Mapping[str, Prediction]] = MappingProxyType({}),
+) -> dict[str, SetResult]:
+    """Returns every set of a test, of the entries of its `metrics.json` and the lines of its `scores.jsonl`."""
+    items: dict[str, dict[str, AnswerScore]] = {}
+    for line in lines:
+        score = ItemScore(unit=line["unit"], share=line["share"], columns=line["columns"], failed=line["failed"])
+        more = {name: line[name] for name in ("kind", "group", "truth", "answer")}
+        items.setdefault(line["set"], {})[line["id"]] = AnswerScore(score=score, **more)
+    return {
+        name: SetResult(
+            name=name,
+            entry=entry,
+            scored=_scored(entry, items[name]) if name in items else None,
+            items=items.get(name, {}),
+            predictions=predictions.get(name, {}),
+        )
+        for name, entry in entries.items()
+    }
+
+
 def _scored(entry: Mapping[str, Any], items: Mapping[str, AnswerScore]) -> Scored:
+    """Returns a set's score as the scorer gave it."""
     formulas = {name: formula_of(record) for name, record in entry["formulas"].items() if record is not None}
     return Scored(
         metrics={name: metric["value"] for name, metric in entry["metrics"].items()},

@@ -19,8 +19,16 @@ from dora_vl.evaluation.baselines import Exchange, compared
 from dora_vl.evaluation.predictions import Predictions
 from dora_vl.evaluation.questions import expected, in_words, kind_of
 from dora_vl.evaluation.results import AnswerScore, formula_record, score_lines, write_results
-from dora_vl.evaluation.scores.benchmark import Group, Scorer, Submission
-from dora_vl.evaluation.scores.scored import RESAMPLES, Difference, Scored, intervals, paired_differences
+from dora_vl.evaluation.scores.benchmark import Benchmark, Group, Scorer, Submission
+from dora_vl.evaluation.scores.scored import (
+    RESAMPLES,
+    SHARES,
+    Difference,
+    Scored,
+    common_headline,
+    intervals,
+    paired_differences,
+)
 from dora_vl.files import NOT_YET, whole_file
 
 if TYPE_CHECKING:
@@ -49,6 +57,7 @@ class TestSet:
         item: gives the id of what an example is scored as, such as the clip of several captions.
         submission: the name and text of the file that the set's server takes.
         about: what else `metrics.json` says of the set, such as its file.
+        benchmark: the published benchmark that it is of; without a score where it is of none.
     """
 
     __test__ = False
@@ -68,15 +77,16 @@ class TestSet:
     item: Callable[[Example], str] = lambda example: example.id
     submission: Submission | None = None
     about: Mapping[str, JSON] = field(default_factory=dict)
+    benchmark: Benchmark = field(default_factory=lambda: Benchmark(modes={}))
 
     @cached_property
     def asked(self) -> list[Example]:
-        """Returns the examples that a model is asked, with their turns."""
+        """The examples that a model is asked, with their turns."""
         return [self.prompt(example) for example in self.examples if example.id not in self.unreadable]
 
     @cached_property
     def scored_examples(self) -> list[Example]:
-        """Returns the examples that the score counts."""
+        """The examples that a score is over."""
         return [example for example in self.examples if example.id not in self.not_scored]
 
 
@@ -104,13 +114,13 @@ class Tested:
 
     @cached_property
     def intervals(self) -> Mapping[str, tuple[float, float]]:
-        """Returns the 95 % interval of each metric that is a formula."""
+        """The 95 % interval of each metric that is a formula."""
         return {} if self.scored is None else intervals(self.scored)
 
     @property
     def is_accuracy(self) -> bool:
-        """Tells whether each answer is right or wrong."""
-        return self.scored is not None and self.scored.headline in ("accuracy", "average")
+        """True where an answer is right or wrong."""
+        return self.scored is not None and self.scored.headline in SHARES
 
     def entry(self) -> dict[str, Any]:
         """Returns the set's entry of `metrics.json`."""
@@ -150,7 +160,7 @@ class Tested:
         }
 
     def lines(self) -> Iterable[dict[str, JSON]]:
-        """Returns the set's lines of `scores.jsonl`."""
+        """Yields the set's lines of `scores.jsonl`."""
         if self.scored is None:
             return
         test, answers = self.test, self.predictions.answers
@@ -169,7 +179,7 @@ class Tested:
 
 
 def scored(test: TestSet, predictions: Predictions) -> Tested:
-    """Scores the answers and makes the server's file, or says why they cannot be scored."""
+    """Scores answers and makes the server's file, or says why they cannot be scored."""
     tested = Tested(test=test, predictions=predictions)
     answers = {name: answer for name, answer in predictions.answers.items() if name not in test.not_scored}
     if test.decoding is not None and test.decoding.by != "generation" and predictions.failed and not answers:
@@ -180,7 +190,13 @@ def scored(test: TestSet, predictions: Predictions) -> Tested:
         submission = None if test.submission is None else test.submission(test.examples, predictions.answers)
     except UserError as error:
         return replace(tested, refused=error)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # an installed package's trips too
+    except (
+        AttributeError,
+        IndexError,
+        KeyError,
+        TypeError,
+        ValueError,
+    ) as error:  # a package's own scorer may raise these
         reason = (
             f"{test.about.get('file', test.name)}: a record holds something that the scorer of {test.name} cannot read "
             f"({type(error).__name__}: {shown(str(error), 120)}); prepare the set again"
@@ -202,7 +218,7 @@ def with_baselines(tested: Tested, exchange: Exchange | None) -> Tested:
 
 
 def with_differences(tested: Tested, rival: Tested, against: str) -> Tested:
-    """Adds each metric's difference from that of other answers, paired over the set's units."""
+    """Adds each metric's difference from other answers, paired over the set's units."""
     if tested.scored is None or rival.scored is None:
         return tested
     return replace(tested, against=against, differences=paired_differences(tested.scored, rival.scored))
@@ -210,7 +226,7 @@ def with_differences(tested: Tested, rival: Tested, against: str) -> Tested:
 
 @dataclass(frozen=True, kw_only=True)
 class ResultFolder:
-    """Writes the files of a test, anew after each set.
+    """The files of a test, written anew after each set.
 
     Attributes:
         header: what `metrics.json` says beside its sets.
@@ -240,21 +256,16 @@ class ResultFolder:
 
 
 def submission_file(tested: Tested, folder: Path) -> Path:
-    """Makes the file that the set's server or judge takes."""
+    """Returns the file that the set's server or judge takes."""
     assert tested.submission is not None
     return folder / tested.test.name / tested.submission[0]
 
 
 def average_of(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Averages the headline of several sets that have the same one; different metrics are never mixed.
-
-    None where a headline is a mean over sets itself: such entries are ways of scoring the same questions.
-    """
+    """Averages the sets' headlines, where they may be averaged."""
     scored = [entry for entry in entries.values() if entry["metrics"]]
-    names = {entry["headline"] for entry in scored}
-    if len(scored) < 2 or len(names) > 1 or names == {"average"}:
+    if (name := common_headline([entry["headline"] for entry in scored])) is None:
         return None
-    (name,) = names
     values = [entry["metrics"][name]["value"] for entry in scored]
     return {"metric": name, "value": sum(values) / len(values), "sets": len(values)}
 

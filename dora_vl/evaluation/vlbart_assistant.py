@@ -29,7 +29,7 @@ from dora_vl.evaluation.vlbart_tasks import MicroBatch, Seq2SeqCollator, Seq2Seq
 log = logging.getLogger(__name__)
 
 CHOOSING = frozenset({"choice", "words"})
-"""Ways to answer that give the label of a choice, "a2"."""
+"""These ways to answer give the label of a choice, such as "a2"."""
 TRUE, FALSE = "true", "false"
 LONGEST_LABEL = 20
 WITH_CHOICES = "a question with its choices (--choice, several times)"
@@ -57,7 +57,7 @@ class VlBartAssistant:
     while_training: bool = False
 
     def view(self, example: Example, *, frames: int, task: str = "") -> View:
-        """See `ask.Predictor`: what its features were trained on; a part that the prompt states."""
+        """See `ask.Predictor`: picks frames as the features' settings say, and states the part in the prompt."""
         subtask, video = self.subtask(example, task), example.video
         if subtask.state_span is not None and video is not None and "ts" not in example.extra:
             if video.start_seconds is None or video.end_seconds is None:
@@ -70,7 +70,7 @@ class VlBartAssistant:
         return View(example=example, clip=clip[1], sampling=self._features_of(subtask).settings.sampling)
 
     def answer(self, example: Example, seen: Shown, *, max_new_tokens: int = 64, write: Write | None = None) -> str:
-        """See `ask.Predictor`: to one question; a choice in its words. Its own search decides how long it is."""
+        """See `ask.Predictor`: answers one question, a choice in its words; the task's search sets the length."""
         if len(example.turns) > 1:
             raise UserError("a VL-BART reads one question at a time; ask without --conversation")
         subtask = self.subtask(example)
@@ -91,7 +91,7 @@ class VlBartAssistant:
     def predict(
         self, examples: Sequence[Example], media: MediaReader, decoding: Decoding
     ) -> Iterator[list[Prediction]]:
-        """See `ask.Predictor`: in the questions' order; one at a time where features are computed on the way."""
+        """See `ask.Predictor`: keeps the questions' order; asks one at a time where it computes features."""
         size = decoding.batch_size if self.stored else 1
         for start in range(0, len(examples), size):
             rows: list[Prediction] = []
@@ -103,10 +103,10 @@ class VlBartAssistant:
                     reason = error.reason if isinstance(error, BadSample) else str(error)
                     rows.append(prediction(example, None, reason))
             if usable:
-                asked, subtasks, samples = zip(*usable, strict=True)
+                readable, subtasks, samples = zip(*usable, strict=True)
                 subtask = subtasks[0]
-                texts = self._texts(subtask, asked, samples)
-                for example, sample, text in zip(asked, samples, texts, strict=True):
+                texts = self._texts(subtask, readable, samples)
+                for example, sample, text in zip(readable, samples, texts, strict=True):
                     if text is not None and decoding.letters and subtask.answer_by in CHOOSING:
                         text = ascii_uppercase[int(text.removeprefix("a"))]
                     rows.append(prediction(example, text, cut_tokens=sample.cut_tokens))
@@ -116,7 +116,7 @@ class VlBartAssistant:
     def logits(
         self, example: Example, answer: str, media: MediaReader, decoding: Decoding
     ) -> Float[Tensor, "tokens vocab"]:
-        """See `ask.Predictor`; of a closed list, its answers' scores."""
+        """See `ask.Predictor`: returns the scores of a closed list's answers where the task has one."""
         example, subtask, sample = self._read(example, media, decoding.task)
         ids, mask, features = self._inputs(subtask, [sample])
         if subtask.answer_by == "closed":
@@ -127,7 +127,7 @@ class VlBartAssistant:
         return self.backbone(ids, mask, labels, features, keep_logits=True).logits.float().cpu()
 
     def _read(self, example: Example, media: MediaReader, task: str) -> tuple[Example, Subtask, Seq2SeqSample]:
-        """The example as the model is asked it, its task, and its tensors."""
+        """Returns the example as the model is asked it, its task, and its tensors."""
         subtask = self.subtask(example, task)
         if self.stored:
             sample = make_sample(example, subtask, encoder=self.encoder, reader=self.stored[subtask.name], target=None)
@@ -141,7 +141,7 @@ class VlBartAssistant:
 
     @torch.inference_mode()
     def sample(self, example: Example, subtask: Subtask, pictures: Sequence[Image.Image]) -> Seq2SeqSample:
-        """An example in tensors, the features of these pictures computed."""
+        """Makes an example's tensors; computes the features of its pictures."""
         if not pictures:
             raise UserError("a VL-BART answers about pictures; give one")
         if subtask.state_span is not None and "ts" not in example.extra:
@@ -158,7 +158,7 @@ class VlBartAssistant:
         return Seq2SeqSample(example.id, ids, torch.full((1,), IGNORED_LABEL), features, 1.0, cut)
 
     def _inputs(self, subtask: Subtask, samples: Sequence[Seq2SeqSample]) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids, mask and features of a batch."""
+        """Returns ids, mask and features of a batch."""
         batch = Seq2SeqCollator(self.encoder.pad_token_id, (0, 0))([MicroBatch(subtask, [*samples])])
         device = next(self.backbone.parameters()).device
         return batch["input_ids"].to(device), batch["attention_mask"].to(device), batch["features"].to(device)
@@ -166,7 +166,7 @@ class VlBartAssistant:
     def _texts(
         self, subtask: Subtask, examples: Sequence[Example], samples: Sequence[Seq2SeqSample]
     ) -> list[str | None]:
-        """One batch's answers, in the way that the task has them; None where the model's scores are no numbers."""
+        """Answers one batch, in the task's way; None where the model's scores are no numbers."""
         with torch.no_grad() if self.while_training else torch.inference_mode():
             ids, mask, features = self._inputs(subtask, samples)
             if subtask.answer_by == "pair":
@@ -207,7 +207,7 @@ class VlBartAssistant:
         return pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL)
 
     def _pairs(self, ids: Tensor, mask: Tensor, features: Tensor) -> list[str | None]:
-        """After the start and `<s>`, the logits of "true" and "false" at the next place.
+        """Compares the logits of "true" and "false" behind the start and `<s>`.
 
         Where a small vocabulary spells one of them in pieces, the likelier of the two whole labels.
         """
@@ -224,7 +224,7 @@ class VlBartAssistant:
         return with_numbers([TRUE if is_true else FALSE for is_true in chosen.tolist()], logits)
 
     def subtask(self, example: Example, task: str = "") -> Subtask:
-        """The trained task of this name, or the first that such a question belongs to."""
+        """Returns the trained task of this name, or the first that such a question belongs to."""
         named = next((subtask for subtask in self.subtasks if subtask.name == task), None)
         if named is not None:
             return named
@@ -254,7 +254,7 @@ def _no_span(subtask: Subtask) -> UserError:
 
 
 def _ways_to_ask(subtask: Subtask) -> tuple[str, ...]:
-    """What a person may type for this task."""
+    """Returns the forms in which a person may ask this task."""
     if not subtask.reads_question:
         return (CAPTION,)
     return {"choice": (WITH_CHOICES,), "words": (WITH_CHOICES, FREE)}.get(subtask.answer_by, (FREE,))

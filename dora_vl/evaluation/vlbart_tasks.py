@@ -95,7 +95,7 @@ class Subtask:
 
 
 def with_input_tokens(subtask: Subtask, tokens: int | None) -> Subtask:
-    """The task with another longest encoder text; None keeps its own."""
+    """Returns the task with another longest encoder text; None keeps its own."""
     return subtask if tokens is None else replace(subtask, input_tokens=tokens)
 
 
@@ -115,7 +115,7 @@ class Seq2SeqSample:
 def make_sample(
     example: Example, subtask: Subtask, *, encoder: Seq2SeqEncoder, reader: FeatureReader, target: Target | None
 ) -> Seq2SeqSample:
-    """An example in tensors; without a target, as it is asked."""
+    """Makes an example's tensors; without a target, as it is asked."""
     _check_kind(example, subtask)
     ids, cut = encoder.encode(subtask.prompt(example), max_tokens=subtask.input_tokens)
     features = features_of(example, reader)
@@ -172,7 +172,7 @@ class Seq2SeqCollator:
     feature_shape: tuple[int, int]
 
     def __call__(self, batches: Sequence[MicroBatch]) -> dict[str, Any]:
-        """Padded on the right; the features of all rows have the same number of pictures."""
+        """Pads on the right; the features of all items have the same number of pictures."""
         (batch,) = batches
         samples = [item for item in batch.items if isinstance(item, Seq2SeqSample)]
         skipped = [(item.id, item.reason) for item in batch.items if isinstance(item, Skipped)]
@@ -207,7 +207,7 @@ def _pad(rows: Sequence[Tensor], value: int) -> Int[Tensor, "batch longest"]:
 
 
 QUESTION_TOKENS, ANSWER_TOKENS, CAPTION_TOKENS = 20, 10, 40
-NO_REPEAT = 3  # bart-base's own setting, which the published runs never changed
+NO_REPEAT = 3  # bart-base's setting, which the published runs kept
 PUBLISHED_SEARCH = Search(beams=5, max_length=20, no_repeat_ngram=NO_REPEAT)
 
 score_vqa = partial(vqa.vqa_score, version="before_2021")
@@ -217,19 +217,19 @@ score_gqa = partial(vqa.gqa_score, conversion="vl_t5")
 
 
 def all_subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
-    """Every task of a VL-BART, by its name."""
+    """Returns every task of a VL-BART, by its name."""
     return {**image_subtasks(task_prompt=task_prompt), **video_subtasks(task_prompt=task_prompt)}
 
 
 def image_subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
-    """Every task on pictures; without `task_prompt` the text does not say which one it is."""
+    """Returns every task on pictures; without `task_prompt` the text does not say which one it is."""
 
-    def asked(name: str) -> Callable[[Example], Prompt]:
+    def prompt_named(name: str) -> Callable[[Example], Prompt]:
         return partial(image_question_prompt, prefix=f"{name}: " if task_prompt else "")
 
     vqav2 = Subtask(
         name="vqav2",
-        prompt=asked("vqa"),
+        prompt=prompt_named("vqa"),
         target=weighted_answer,
         input_tokens=QUESTION_TOKENS,
         target_tokens=ANSWER_TOKENS,
@@ -238,14 +238,14 @@ def image_subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
     )
     short_answer = Subtask(
         name="short_answer",
-        prompt=asked("vqa"),
+        prompt=prompt_named("vqa"),
         target=one_answer,
         input_tokens=QUESTION_TOKENS * 2,
         target_tokens=QUESTION_TOKENS,
         score=score_gqa,
     )
     # Sentences that are true or false of a picture, or of two.
-    nlvr = Subtask(name="nlvr", prompt=asked("nlvr"), target=truth, answer_by="pair", score=vqa.score_nlvr)
+    nlvr = Subtask(name="nlvr", prompt=prompt_named("nlvr"), target=truth, answer_by="pair", score=vqa.score_nlvr)
     coco_caption = Subtask(  # each of a picture's captions is an item of its own
         name="coco_caption",
         batch_share=50 / 60,
@@ -263,7 +263,9 @@ def image_subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
     tasks = (
         vqav2,
         # The prompt reads "gpa" in all published runs.
-        replace(vqav2, name="gqa", batch_share=100 / 60, prompt=asked("gpa"), target=one_answer, score=score_gqa),
+        replace(
+            vqav2, name="gqa", batch_share=100 / 60, prompt=prompt_named("gpa"), target=one_answer, score=score_gqa
+        ),
         short_answer,
         replace(nlvr, name="nlvr2", batch_share=20 / 60, score=vqa.nlvr2_score, images=2),
         nlvr,
@@ -273,12 +275,12 @@ def image_subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
 
 
 def image_question_prompt(example: Example, *, prefix: str) -> Prompt:
-    """The task's name and the question or sentence."""
+    """Returns the task's name and the question or sentence."""
     return Prompt(text=prefix + example.question)
 
 
 def weighted_answer(example: Example, answer: int | None, random: Random) -> Target:
-    """VQAv2: one of the answers, each as often as its soft score says; the loss is multiplied by that score."""
+    """Draws one of VQAv2's answers by their soft scores; the loss is multiplied by its score."""
     answers = [answer for answer in example.answers if answer.weight > 0]
     if not answers:
         raise BadSample(example.id, "it has no answer to train on")
@@ -287,7 +289,7 @@ def weighted_answer(example: Example, answer: int | None, random: Random) -> Tar
 
 
 def one_answer(example: Example, answer: int | None, random: Random) -> Target:
-    """GQA: the drawn answer counts like any other."""
+    """Draws one of GQA's answers, which counts like any other."""
     return Target(text=weighted_answer(example, answer, random).text)
 
 
@@ -299,14 +301,14 @@ def truth(example: Example, answer: int | None, random: Random) -> Target:
 
 
 def own_caption(example: Example, answer: int | None, random: Random) -> Target:
-    """The caption, or description of a clip, that the item is about."""
+    """Returns the caption, or description of a clip, that the item is about."""
     if not example.answers:
         raise BadSample(example.id, "it has no caption to train on")
     return Target(text=example.answers[answer or 0].text)
 
 
 def video_subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
-    """Every task on videos; without `task_prompt` the text does not say which one it is."""
+    """Returns every task on videos; without `task_prompt` the text does not say which one it is."""
 
     def task(name: str, text: Callable[[Example], str], target: Any, score: Any, **more: Any) -> Subtask:
         def prompt(example: Example) -> Prompt:
@@ -355,18 +357,18 @@ def video_subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
 
 
 def _choices(example: Example) -> str:
-    """Question, the part that it is about and the choices; each choice ends in exactly one period."""
+    """Returns question, part of the video and choices; each choice ends in exactly one period."""
     choices = " ".join(f"a{index}: {choice.strip(' .')}." for index, choice in enumerate(example.choices))
     return f" [Q] {example.question.strip()} [TS] ({example.extra.get('ts', '')}) [Choices] {choices}"
 
 
 def right_label(example: Example, answer: int | None, random: Random) -> Target:
-    """The right choice's label, such as `a2`."""
+    """Returns the right choice's label, such as `a2`."""
     return Target(text=f"a{_right_index(example)}")
 
 
 def right_words(example: Example, answer: int | None, random: Random) -> Target:
-    """The right choice itself."""
+    """Returns the right choice itself."""
     return Target(text=example.choices[_right_index(example)])
 
 
@@ -377,7 +379,7 @@ def _right_index(example: Example) -> int:
 
 
 def closed(subtask: Subtask) -> Subtask:
-    """The task answered from a closed list instead of in words (VL-T5's classifier form)."""
+    """Returns the task answered from a closed list instead of in words (VL-T5's classifier form)."""
     return replace(
         subtask,
         answer_by="closed",
@@ -386,7 +388,7 @@ def closed(subtask: Subtask) -> Subtask:
 
 
 def soft_scores(example: Example) -> dict[str, float]:
-    """Each right answer's score, at most 1. Raises BadSample: none has a score above 0."""
+    """Returns each right answer's score, at most 1. Raises BadSample: none has a score above 0."""
     scores: dict[str, float] = {}
     for answer in example.answers:
         if answer.weight > 0:

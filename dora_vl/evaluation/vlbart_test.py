@@ -32,14 +32,14 @@ from dora_vl.run.watched import Watch, evenly
 log = logging.getLogger(__name__)
 
 Tested = tuple[Subtask, ExampleFile, FeatureReader]
-"""A VL-BART's task, its test file, and the features of what that shows."""
+"""A VL-BART's task, its test file, and the features of the pictures in that."""
 READ = 64
-"""Examples of a file whose features are read before training, evenly over the file, at most."""
+"""Before training the features of at most so many examples are read, evenly over a file."""
 NAMED = 3
 
 
 def open_test(subtask: Subtask, path: Path, *, limit: int | None) -> ExampleFile:
-    """A task's test file, each example read once, so that a long run does not end at one that cannot be scored."""
+    """Opens a task's test file and reads each example, so that a long run does not end at a bad one."""
     file = ExampleFile(path, limit=limit)
     if subtask.chooses:
         check_choices(file, path, most=None)
@@ -79,7 +79,7 @@ def check_tests(tested: Sequence[Tested], encoder: Seq2SeqEncoder, *, max_bad_sh
 
 
 def _reasons(examples: Sequence[Example], check: Callable[[Example], object]) -> dict[str, str]:
-    """Why examples do not pass, by id."""
+    """Returns why examples do not pass, by id."""
     bad: dict[str, str] = {}
     for example in examples:
         try:
@@ -98,7 +98,7 @@ def watch_subtasks(
     image_folder: str | None,
     source: str,
 ) -> Watch | None:
-    """So many examples, of each task in turn, evenly over its file; None where no file holds one that can be read."""
+    """Watches so many examples, of each task in turn; None where no file holds one that can be read."""
     parts: list[tuple[Predictor, Sequence[Example], Decoding]] = []
     model = assistant_of(backbone, encoder, tested, while_training=True)
     for number, (subtask, file, _) in enumerate(tested):
@@ -114,7 +114,7 @@ def watch_subtasks(
 def assistant_of(
     backbone: VlBartBackbone, encoder: Seq2SeqEncoder, tested: Sequence[Tested], *, while_training: bool = False
 ) -> VlBartAssistant:
-    """The model with the stored features of every task."""
+    """Returns the model with the stored features of every task."""
     return VlBartAssistant(
         backbone=backbone,
         encoder=encoder,

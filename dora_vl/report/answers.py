@@ -14,7 +14,7 @@ from dora_vl.evaluation.baselines import COMMONEST, EXCHANGED, WARNING
 from dora_vl.evaluation.predictions import PREDICTIONS
 from dora_vl.evaluation.results import SetResult, read_results
 from dora_vl.evaluation.scores.exact import normalised
-from dora_vl.evaluation.scores.scored import Difference, paired_differences
+from dora_vl.evaluation.scores.scored import SHARES, Difference, paired_differences
 from dora_vl.report.run_record import RunRecord
 
 Results = Mapping[str, SetResult]
@@ -24,7 +24,7 @@ OTHER = "other"
 
 
 def read_tests(run: RunRecord) -> tuple[Results, list[str]]:
-    """Every set that a run was tested on, and a sentence where there is none."""
+    """Reads every set that a run was tested on, and says where there is none."""
     if not (run.folder / PREDICTIONS).is_file():
         return {}, [f"{run.label}: it holds no {PREDICTIONS}; a run answers its evaluation.file after training."]
     try:
@@ -34,19 +34,19 @@ def read_tests(run: RunRecord) -> tuple[Results, list[str]]:
 
 
 def is_accuracy(result: SetResult) -> bool:
-    """True where an answer is right or wrong."""
-    return result.entry.get("headline") in ("accuracy", "average")
+    """Returns True where an answer is right or wrong."""
+    return result.entry.get("headline") in SHARES
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerView:
-    """One scored answer as people look at it; `whole` is all that the model said."""
+    """One scored answer as people look at it; `full_answer` is all of the model's text."""
 
     id: str
     question: str
     truth: str
     answer: str
-    whole: str
+    full_answer: str
     kind: str
     share: float
     pictures: tuple[str, ...]
@@ -54,7 +54,7 @@ class AnswerView:
 
 
 def answers_of(result: SetResult) -> Iterator[AnswerView]:
-    """The answers of a set that have a score of their own."""
+    """Yields the answers of a set that have a score of their own."""
     for name, item in result.items.items():
         if (row := result.predictions.get(name)) is not None:
             yield AnswerView(
@@ -62,7 +62,7 @@ def answers_of(result: SetResult) -> Iterator[AnswerView]:
                 question=row.question,
                 truth=item.truth,
                 answer=item.answer,
-                whole=row.prediction,
+                full_answer=row.prediction,
                 kind=item.kind,
                 share=item.score.share,
                 pictures=tuple(row.images),
@@ -110,13 +110,13 @@ class Confusion:
     counts: tuple[tuple[int, ...], ...]
 
     def share(self, row: int, column: int) -> float:
-        """The share of the row's answers; a count above 0 is always visible."""
+        """Returns the share of the row's answers; a count above 0 is always visible."""
         counts = self.counts[row]
         return max(0.12, counts[column] / sum(counts)) if counts[column] else 0.0
 
 
 def score_rows(by_run: Sequence[Results]) -> tuple[list[ScoreRow], list[str]]:
-    """A row for each metric of each set, paired with the first run's, and what cannot be compared."""
+    """Returns a row for each metric of each set, paired with the first run's, and notes on those that are not."""
     cells: list[dict[tuple[str, str], Cell]] = []
     notes: dict[str, None] = {}
     for number, results in enumerate(by_run):
@@ -132,16 +132,13 @@ def score_rows(by_run: Sequence[Results]) -> tuple[list[ScoreRow], list[str]]:
             for metric, entry in {**result.entry["metrics"], **_baselines(result.entry)}.items():
                 of_run[name, metric] = _cell(entry, differences.get(metric))
         cells.append(of_run)
+    names = [*dict.fromkeys(name for results in by_run for name in results)]
+    keys = dict.fromkeys(key for of_run in cells for key in of_run)
     rows = [
         ScoreRow(test=name, metric=metric, cells=tuple(of_run.get((name, metric)) for of_run in cells))
-        for name, metric in sorted(dict.fromkeys(key for of_run in cells for key in of_run), key=_set_order(by_run))
+        for name, metric in sorted(keys, key=lambda key: names.index(key[0]))
     ]
     return rows, [*notes]
-
-
-def _set_order(by_run: Sequence[Results]) -> Any:
-    names = [*dict.fromkeys(name for results in by_run for name in results)]
-    return lambda key: names.index(key[0])
 
 
 def _cell(entry: Mapping[str, Any], apart: Difference | None) -> Cell:
@@ -157,19 +154,19 @@ def _cell(entry: Mapping[str, Any], apart: Difference | None) -> Cell:
 
 
 def _baselines(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What a score is compared with, by what a row of it is called."""
+    """Returns the baselines of a set by their titles in the table."""
     numbers = entry.get("baselines") or {}
     return {title: numbers[name] for name, title in BASELINES.items() if name in numbers}
 
 
 def blind(label: str, *several: Results) -> list[str]:
-    """A sentence for each set of a run whose answers do not depend on its pictures."""
+    """Warns of each set of a run whose answers do not depend on its pictures."""
     entries = [(name, result.entry.get("baselines") or {}) for results in several for name, result in results.items()]
     return [f"{label}, {name}: {baselines[WARNING]}." for name, baselines in entries if WARNING in baselines]
 
 
 def confusion(title: str, result: SetResult) -> Confusion | None:
-    """The table of a set whose answers are a closed list; None where they are none: too many, or hardly repeated."""
+    """Counts the answers of a closed list; None where there are too many, or they are hardly repeated."""
     pairs = [
         (normalised(item.truth), normalised(item.answer))
         for item in result.items.values()
@@ -186,7 +183,7 @@ def confusion(title: str, result: SetResult) -> Confusion | None:
 
 
 def worst(result: SetResult) -> list[AnswerView]:
-    """The answers with the lowest scores, of every kind in turn; of right and wrong ones those that are wrong."""
+    """Returns the answers with the lowest scores, of every kind in turn; of an accuracy the wrong ones."""
     low = [answer for answer in answers_of(result) if answer.share < 0.5 or not is_accuracy(result)]
     by_kind: dict[str, list[AnswerView]] = {}
     for answer in sorted(low, key=lambda answer: answer.share):

@@ -83,7 +83,7 @@ class TokenText:
         """A token's text, with the space before it."""
 
     def pieces(self, ids: Sequence[int], trained: Sequence[bool], real: Sequence[bool]) -> tuple[Piece, ...]:
-        """A row's tokens; stretches of picture places and of padding are joined."""
+        """Returns a row's tokens; joins stretches of picture places and of padding."""
         pieces: list[Piece] = []
         for token, is_trained, is_real in zip(ids, trained, real, strict=True):
             if not is_real:
@@ -101,14 +101,14 @@ class TokenText:
 
 
 def batch_view(batch: Mapping[str, Any], names: Sequence[str], text: TokenText, *, shifted: bool) -> BatchView:
-    """A collated micro-batch with its bookkeeping and its usable samples' ids.
+    """Makes the view of a collated micro-batch, its bookkeeping and its usable samples' ids.
 
     Where `shifted`, labels are of the input itself (a decoder); else they are an answer of their own.
     """
     lines: tuple[tuple[Piece, ...], ...]
     count = len(batch["input_ids"])
     of_rows = batch.get("sample_ids", names)
-    if "layout" not in batch and len(of_rows) <= count:  # what is behind the samples' rows stands in for media
+    if "layout" not in batch and len(of_rows) <= count:  # rows behind the samples' stand in for media
         titles = [*of_rows, *[STAND_IN] * (count - len(of_rows))]
     else:
         titles = [f"row {number + 1} of {count}, {len(names)} samples in all" for number in range(count)]
@@ -148,7 +148,7 @@ RESET = "\x1b[0m"
 
 
 def terminal_lines(view: BatchView, *, colours: bool) -> Iterator[str]:
-    """Counts, the legend, and each row."""
+    """Yields counts, the legend, and each row."""
     yield ", ".join(f"{name} {value}" for name, value in view.facts)
     yield "  ".join(_marked([Piece(look.name, kind)], colours=colours) for kind, look in LOOKS.items())
     for row in view.rows:
@@ -176,6 +176,6 @@ def _marked(pieces: Sequence[Piece], *, colours: bool) -> str:
 
 
 def shown(piece: Piece) -> str:
-    """A piece's text on one line; a joined one with its length."""
+    """Returns a piece's text on one line; a joined one with its length."""
     text = piece.text.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍").replace("\x1b", "␛")
     return f"{text} × {piece.count}" if LOOKS[piece.kind].joined and piece.count > 1 else text

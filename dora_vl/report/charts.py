@@ -16,7 +16,7 @@ from dora_vl.evaluation.pictures import new_figure, plain_axes, series, smoothed
 from dora_vl.report.run_record import RunRecord
 
 MOST_POINTS = 400
-"""Of a line; a longer one is drawn by the mean of equal stretches, which a screen shows no better."""
+"""A line of more points is drawn by the means of equal stretches, which a screen shows no better."""
 COLOURS = ("#2f6fde", "#d9580b", "#1f9d6b", "#a23bb8", "#b8860b", "#0f8b9d", "#c2255c", "#6b7684")
 """`--c0` to `--c7` of the page's style, which has others for a dark screen."""
 WIDTH, HEIGHT, DPI = 560, 260, 72
@@ -64,7 +64,7 @@ def chart(
     zero: bool = False,
     always_legend: bool = False,
 ) -> Chart | None:
-    """A drawing of all series that have a point; None where none has.
+    """Draws all series that have a point; None where none has.
 
     With `log` y is drawn by its logarithm, where all are above 0; with `zero` it begins at 0.
     """
@@ -120,7 +120,7 @@ def chart(
 
 
 def _svg(figure: Any) -> str:
-    """The drawing as an element of a page, whose style has its letters and colours."""
+    """Returns a drawing as an element of the page, whose style gives letters and colours."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True)
     text = file.getvalue()
@@ -133,7 +133,7 @@ def _svg(figure: Any) -> str:
 
 
 def _drawable(line: Series) -> Series:
-    """Its finite points; where there are more than a screen shows, the means of equally long stretches of a line."""
+    """Returns its finite points; of more than a screen shows, the means of equally long stretches."""
     finite = [index for index, pair in enumerate(zip(line.x, line.y, strict=True)) if all(map(math.isfinite, pair))]
     x, y = ([axis[index] for index in finite] for axis in (line.x, line.y))
     names = [line.names[index] for index in finite] if line.names else ()
@@ -152,11 +152,11 @@ NUMBERS = (
     ("padding_share", "padding", "share of positions"),
     ("memory_gib", "memory", "GiB of the fullest rank: on a GPU its tensors, on a CPU the whole process"),
 )
-"""Field of a log line, what its chart is called, and the unit."""
+"""Each row names a field of a log line, its chart and the unit."""
 
 
 def curves(runs: Sequence[RunRecord]) -> tuple[list[Chart], list[str]]:
-    """All charts that any of the runs has numbers for, and a sentence for each that is missing."""
+    """Draws all charts that a run has numbers for, and says which are missing."""
     notes: list[str] = []
     loss = chart("loss", _losses(runs), y_label="nats per answer token", log=True)
     if loss is None:
@@ -181,7 +181,7 @@ def curves(runs: Sequence[RunRecord]) -> tuple[list[Chart], list[str]]:
 
 
 def _losses(runs: Sequence[RunRecord]) -> list[Series]:
-    """Of one run each logged loss, faint, below its mean; of several the means. Validation is dashed."""
+    """Returns the losses: of one run each logged one, faint, and its mean; of several the means; validation dashed."""
     lines: list[Series] = []
     for number, run in enumerate(runs):
         steps, losses = series(run.log, "loss")
@@ -196,7 +196,7 @@ def _losses(runs: Sequence[RunRecord]) -> list[Series]:
 
 
 def _rates(runs: Sequence[RunRecord]) -> list[Series]:
-    """A line for each part of each run that has a rate of its own; parts of equal rates share one."""
+    """Returns a line for each part of each run that has a rate of its own; parts of equal rates share one."""
     lines: list[Series] = []
     for run in runs:
         parts = dict.fromkeys(key for line in run.log for key in line if key.startswith(f"{RATE}/"))

@@ -31,7 +31,7 @@ from dora_vl.run.settings import foreign_fields, settings_of
 log = logging.getLogger(__name__)
 
 FAILED = "failed.txt"
-"""Why a run has no result for good: its training diverged, at a rate that is too high for instance."""
+"""The file says why a run has no result for good: its training diverged, perhaps at too high a rate."""
 WAIT_SECONDS = 10.0
 MOST_RATES = 7  # that a sweep tries
 COLOURS = ("#2f6fde", "#d9580b", "#1f9d6b", "#a23bb8", "#b8860b", "#6b7280")
@@ -104,7 +104,7 @@ class CellRun:
             return
         lines = Path(output.name).read_text(encoding="utf-8").strip().splitlines()
         reason = one_line(lines[-1] if lines else f"it ended with status {done.returncode}")
-        if done.returncode != Diverged.status:  # what is passing, such as a full disk, is no result
+        if done.returncode != Diverged.status:  # a passing reason, such as a full disk, is no result
             raise UserError(f"{self.folder} did not end: {reason}; the same comparison, started again, resumes it")
         with whole_file(self.folder / FAILED) as file:
             file.write(reason)
@@ -165,7 +165,7 @@ class Comparison:
         write_json(file, same)
 
     def _cells(self) -> list[CellRun]:
-        """All runs that can be known by now: those at the chosen rate once the rate is."""
+        """Returns all runs that are known by now: those at the chosen rate once it is chosen."""
         cells = [self.untrained_run] if self.untrained else []
         for contender in self.contenders:
             sweep = self.sweep(contender)
@@ -179,7 +179,7 @@ class Comparison:
         return cells
 
     def sweep(self, contender: Contender) -> dict[float, CellRun]:
-        """The runs that find its rate, all with the recipe's seed, untested."""
+        """Returns the runs that find its rate, all with the recipe's seed, untested."""
         rates = sorted(self.rates)
         while True:
             cells = {rate: self._cell(contender, rate, self._seeds[0], is_tested=False) for rate in rates}
@@ -191,7 +191,7 @@ class Comparison:
             rates = sorted([*rates, stepped(best, -1 if best == rates[0] else 1)])
 
     def best_rate(self, contender: Contender) -> float:
-        """The rate of the lowest validation loss."""
+        """Returns the rate of the lowest validation loss."""
         losses = {rate: cell.loss for rate, cell in self.sweep(contender).items()}
         best = min(losses, key=losses.__getitem__)
         if math.isinf(losses[best]):
@@ -199,7 +199,7 @@ class Comparison:
         return best
 
     def tested(self, contender: Contender) -> list[CellRun]:
-        """Its runs at the chosen rate, with the test."""
+        """Returns its runs at the chosen rate, with the test."""
         rate = self.best_rate(contender)
         return [self._cell(contender, rate, seed, is_tested=True) for seed in self._seeds]
 
@@ -236,7 +236,7 @@ class Comparison:
         settings += [f"--training.learning_rate={rate:g}", f"--training.seed={seed}"]
         if self.config.training.get("eval_strategy", "no") == "no":
             settings.append("--training.eval_strategy=epoch")
-        if contender.method == "full" and self.config.model.dtype != "float32":  # its masters are float32, as adapters
+        if contender.method == "full" and self.config.model.dtype != "float32":  # float32 masters, as adapters have
             settings.append("--training.bf16=true")
         # The run that found the rate is tested as it is.
         again = is_tested and seed == self._seeds[0]
@@ -255,7 +255,7 @@ class Comparison:
 
 
 def stepped(rate: float, steps: int) -> float:
-    """A rate so many half powers of ten away, in two digits."""
+    """Returns a rate so many half powers of ten away, in two digits."""
     return float(f"{rate * 10 ** (steps / 2):.2g}")
 
 
@@ -270,6 +270,7 @@ class Result:
         losses: validation loss by rate; None where the training diverged.
         scores: by measure, the mean over seeds with its interval.
         by_seed: by measure, each seed's value.
+        runs: the folder of each seed's run, below that of the comparison.
         metrics: what `metrics.json` of each run holds.
     """
 
@@ -280,7 +281,8 @@ class Result:
     losses: Mapping[float, float | None] = field(default_factory=dict)
     scores: Mapping[str, Estimate]
     by_seed: Mapping[str, Sequence[float]]
-    metrics: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
+    runs: Sequence[str]
+    metrics: Sequence[Mapping[str, Any]] = field(repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,7 +296,7 @@ class Contrast:
 
 
 def pairs_of(contenders: Sequence[Contender], *, untrained: bool) -> list[tuple[str, str]]:
-    """Which contenders are set against each other.
+    """Pairs the contenders that are set against each other.
 
     Methods of one rank against the first of them; one without rank against the first method's greatest rank; each rank
     of a method against the one before; and each against the untrained model.
@@ -355,27 +357,28 @@ def written(comparison: Comparison) -> Iterator[str]:
 
 
 def _result(comparison: Comparison, runs: Contenders, cells: Mapping[str, Sequence[CellRun]], name: str) -> Result:
-    scores = {measure.name: runs.score(measure, name) for measure in runs.measures}
-    by_seed = {measure.name: runs.by_seed(measure, name) for measure in runs.measures}
-    metrics = tuple(cell.metrics for cell in cells[name])
+    tested: dict[str, Any] = {
+        "name": name,
+        "scores": {measure.name: runs.score(measure, name) for measure in runs.measures},
+        "by_seed": {measure.name: runs.by_seed(measure, name) for measure in runs.measures},
+        "runs": [str(cell.folder.relative_to(comparison.to)) for cell in cells[name]],
+        "metrics": [cell.metrics for cell in cells[name]],
+    }
     contender = next((contender for contender in comparison.contenders if str(contender) == name), None)
     if contender is None:
-        return Result(name=name, method=name, scores=scores, by_seed=by_seed, metrics=metrics)
+        return Result(method=name, **tested)
     losses = {rate: cell.loss for rate, cell in comparison.sweep(contender).items()}
     return Result(
-        name=name,
         method=contender.method,
         rank=contender.rank,
         rate=comparison.best_rate(contender),
         losses={rate: loss if math.isfinite(loss) else None for rate, loss in losses.items()},
-        scores=scores,
-        by_seed=by_seed,
-        metrics=metrics,
+        **tested,
     )
 
 
 def _by_strength(comparison: Comparison, measure: Measure) -> list[dict[str, Any]]:
-    """The score, and the perplexity of other text, at each strength of the first contender's adapter."""
+    """Returns the score, and the perplexity of other text, at each strength of the first contender's adapter."""
     rows = []
     for strength, cell in comparison.by_strength().items():
         lost = cell.metrics.get("forgetting", {}).get("perplexity", {})
@@ -385,7 +388,7 @@ def _by_strength(comparison: Comparison, measure: Measure) -> list[dict[str, Any
 
 
 def tables(measure: Measure, results: Sequence[Result], contrasts: Sequence[Contrast]) -> Iterator[str]:
-    """A measure's two tables: the contenders, and how they differ."""
+    """Yields a measure's two tables: the contenders, and how they differ."""
     yield ""
     yield f"{measure.name}: {measure.metric}" + (f", the mean of {len(measure.sets)} sets" if measure.sets[1:] else "")
     rows = [("", "rate", "score", "95 % interval", "seeds +-")]
@@ -407,7 +410,7 @@ def tables(measure: Measure, results: Sequence[Result], contrasts: Sequence[Cont
 
 
 def remarks(results: Sequence[Result], contrasts: Sequence[Contrast], seeds: int) -> Iterator[str]:
-    """What the numbers do not say: multiplicity, seeds that are too few, a best rate at the edge of those tried."""
+    """Yields what the numbers do not say: multiplicity, too few seeds, a best rate at the edge."""
     if len(contrasts) > 1:
         yield (
             f"{len(contrasts)} contrasts: of as many that are truly 0, {0.05 * len(contrasts):.1f} intervals leave 0 "
@@ -433,12 +436,8 @@ def _points(axes: Any, across: Sequence[float], rows: Sequence[tuple[float, floa
     axes.errorbar(across, scores, yerr=np.abs(np.array(limits) - scores), marker="o", capsize=3, **look)
 
 
-def _limits(estimate: Estimate) -> tuple[float, float, float]:
-    return estimate.value, estimate.low, estimate.high
-
-
 def draw_scores(results: Sequence[Result], measure: Measure, to: Path) -> None:
-    """Score against rank, a line for each method with its intervals; what has no rank is a level line."""
+    """Draws score against rank, a line for each method with its intervals; without a rank it is level."""
     figure, axes = _chart("rank", f"{measure.name}: {measure.metric}, 95 % interval")
     axes.set_xscale("log", base=2)
     if every := sorted({row.rank for row in results if row.rank}):
@@ -452,13 +451,15 @@ def draw_scores(results: Sequence[Result], measure: Measure, to: Path) -> None:
             axes.axhline(rows[0].scores[measure.name].value, color=colour, linestyle="--", label=method)
             continue
         ranks = [(row.rank or 0) * 1.04 ** (number - 1) for row in rows]  # intervals beside each other
-        _points(axes, ranks, [_limits(row.scores[measure.name]) for row in rows], color=colour, label=method)
+        estimates = [row.scores[measure.name] for row in rows]
+        limits = [(estimate.value, estimate.low, estimate.high) for estimate in estimates]
+        _points(axes, ranks, limits, color=colour, label=method)
     axes.legend(frameon=False)
     save_png(figure, to)
 
 
 def draw_strengths(rows: Sequence[Mapping[str, Any]], measure: Measure, to: Path) -> None:
-    """Score and perplexity of other text against the adapter's strength."""
+    """Draws score and perplexity of other text against the adapter's strength."""
     figure, axes = _chart("strength of the adapter", f"{measure.name}: {measure.metric}, 95 % interval")
     strengths = [row["strength"] for row in rows]
     _points(axes, strengths, [(row["value"], row["low"], row["high"]) for row in rows], color=COLOURS[0], label="score")
@@ -470,7 +471,7 @@ def draw_strengths(rows: Sequence[Mapping[str, Any]], measure: Measure, to: Path
 
 
 def draw_losses(results: Sequence[Result], to: Path) -> None:
-    """Validation loss against the learning rate, a line for each contender."""
+    """Draws validation loss against the learning rate, a line for each contender."""
     figure, axes = _chart("learning rate", "validation loss")
     axes.set_xscale("log")
     methods = list(dict.fromkeys(result.method for result in results))

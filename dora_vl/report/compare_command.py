@@ -30,7 +30,7 @@ METHODS = ("dora", "lora", "magnitude", "dvora", "full")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's options; a run's own settings may stand between them, for all runs."""
+    """Adds the verb's options; a run's own settings may stand between them, for all runs."""
     parser.add_argument("config", metavar="CONFIG", help="YAML file with the run's settings, or a recipe's name")
     parser.add_argument("--methods", default="dora,lora", help=f"of {', '.join(METHODS)} (default: dora,lora)")
     parser.add_argument("--ranks", default="", help="with commas (default: the recipe's)")

@@ -10,12 +10,20 @@ from functools import cache
 import numpy as np
 
 from dora_vl.errors import UserError
-from dora_vl.evaluation.scores.scored import Numbers, Scored, drawn, intervals, paired_differences
+from dora_vl.evaluation.scores.scored import (
+    SHARES,
+    Numbers,
+    Scored,
+    common_headline,
+    drawn,
+    intervals,
+    paired_differences,
+)
 
 LEAST_SEEDS = 3
 """Fewer seeds say too little of how seeds differ; an interval is then over units alone."""
 SHARED = 0.25
-"""How much of the units' own chance is taken out of the seeds' variance, which holds all of it. Chosen among 0, 1/4,
+"""So much of the units' chance is taken out of the seeds' variance, which holds all of it. It was chosen among 0, 1/4,
 1/2, 3/4 and 1 by simulations with 3 and 5 seeds that differ by 0, 2 and 8 points: with it the intervals held the truth
 in 93.5 to 97 of 100 cases, with 1 in 91.7 to 97.8. tests/report/test_contrasts.py asks for 92.5 to 97.5."""
 QUADRATURE = np.polynomial.legendre.leggauss(64)
@@ -51,19 +59,14 @@ class Measure:
     @property
     def is_share(self) -> bool:
         """True where its values lie between 0 and 100."""
-        return self.metric in ("accuracy", "average")
+        return self.metric in SHARES
 
 
 def measures_of(results: SetScores) -> list[Measure]:
-    """The mean over all sets where they have one headline, then each set; different metrics are never mixed.
-
-    Headlines that are means over tasks themselves are ways of scoring the same questions, and stay apart.
-    """
+    """Returns the mean over sets, where they may be averaged, then each set."""
     alone = [Measure(name, scored.headline, (name,)) for name, scored in results.items()]
-    metrics = {measure.metric for measure in alone}
-    if len(alone) < 2 or len(metrics) > 1 or metrics == {"average"}:
-        return alone
-    return [Measure("average", alone[0].metric, tuple(results)), *alone]
+    headline = common_headline([measure.metric for measure in alone])
+    return alone if headline is None else [Measure("average", headline, tuple(results)), *alone]
 
 
 class Contenders:
@@ -86,29 +89,25 @@ class Contenders:
         self._units = {of_set: len(scored.units) for of_set, scored in first.items()}
 
     def by_seed(self, measure: Measure, name: str) -> list[float]:
-        """The measure's value of each run of a contender."""
+        """Returns the measure's value of each run of a contender."""
         return [
             sum(results[of_set].metrics[measure.metric] for of_set in measure.sets) / len(measure.sets)
             for results in self.runs[name]
         ]
 
     def score(self, measure: Measure, name: str) -> Estimate:
-        """A contender's mean over seeds."""
+        """Returns a contender's mean over seeds."""
         low, high = self._interval(measure, name, None, tail=0.025)
         return Estimate(float(np.mean(self.by_seed(measure, name))), low, high)
 
     def difference(self, measure: Measure, name: str, other: str, *, contrasts: int = 1) -> Estimate:
-        """A contender's mean less another's, over the same draws of units; one of so many contrasts."""
+        """Returns a contender's mean less another's, over the same draws of units; one of so many contrasts."""
         value = float(np.mean(self.by_seed(measure, name)) - np.mean(self.by_seed(measure, other)))
         own = self._interval(measure, name, other, tail=0.025)
         return Estimate(value, *own, self._interval(measure, name, other, tail=0.025 / contrasts))
 
     def _interval(self, measure: Measure, name: str, other: str | None, *, tail: float) -> tuple[float, float]:
-        """Limits that leave `tail` out on either side.
-
-        The seeds' part of the variance has few degrees of freedom, so it is taken with Student's t, the units' part,
-        from the bootstrap, with the normal distribution.
-        """
+        """Returns limits that leave `tail` out on either side."""
         own = self._of_seeds(measure, name)
         parts = [own] if other is None else [own, self._of_seeds(measure, other)]
         middle = float(np.mean(self.by_seed(measure, name)))
@@ -116,37 +115,27 @@ class Contenders:
         if other is not None:
             middle -= float(np.mean(self.by_seed(measure, other)))
             apart = apart - self._mean_draws(measure, other)
-        units, shared = float(np.nanvar(apart)), sum(part.shared for part in parts)
-        seeds = [max(0.0, part.variance - SHARED * part.shared) for part in parts]
-        rest = max(0.0, units - (1 - SHARED) * shared)
-        if sum(seeds) + rest < 1e-12:
+        half = half_width(parts, float(np.nanvar(apart)), tail)
+        if half < 1e-6:
             return self._of_equal_units(measure, name, other)
-        half = quantile(tail, math.inf) ** 2 * rest
-        if (total := sum(seeds)) > 0:
-            weights = [seed**2 / (part.runs - 1) for seed, part in zip(seeds, parts, strict=True) if seed > 0]
-            half += quantile(tail, total**2 / sum(weights)) ** 2 * total
-        low, high = middle - math.sqrt(half), middle + math.sqrt(half)
+        low, high = middle - half, middle + half
         return (max(low, 0.0), min(high, 100.0)) if measure.is_share and other is None else (low, high)
 
     def _mean_draws(self, measure: Measure, name: str) -> Numbers:
-        """The contender's mean over seeds in each draw of units."""
+        """Returns the contender's mean over seeds in each draw of units."""
         return np.mean([self._draws_of(measure, name, number) for number in range(len(self.runs[name]))], axis=0)
 
     def _draws_of(self, measure: Measure, name: str, number: int) -> Numbers:
         return np.mean([self._draws[of_set, name, number] for of_set in measure.sets], axis=0)
 
     def _of_seeds(self, measure: Measure, name: str) -> SeedPart:
-        """How far the mean over seeds may be off because of the seeds; 0 where there are too few to tell."""
-        runs = len(self.runs[name])
-        if runs < LEAST_SEEDS:
-            return SeedPart(0.0, 0.0, runs)
-        each = float(np.mean([np.nanvar(self._draws_of(measure, name, number)) for number in range(runs)]))
-        together = float(np.nanvar(self._mean_draws(measure, name)))
-        variance = float(np.var(self.by_seed(measure, name), ddof=1)) / runs
-        return SeedPart(variance, max(0.0, each - together) / (runs - 1), runs)
+        """Returns how far the mean over seeds may be off because of the seeds."""
+        numbers = range(len(self.runs[name]))
+        each = float(np.mean([np.nanvar(self._draws_of(measure, name, number)) for number in numbers]))
+        return seed_part(self.by_seed(measure, name), each, float(np.nanvar(self._mean_draws(measure, name))))
 
     def _of_equal_units(self, measure: Measure, name: str, other: str | None) -> tuple[float, float]:
-        """Where all units are alike, the limits that a single set's score or difference has (Wilson's)."""
+        """Returns Wilson's limits, for a score or a difference where all units are alike."""
         limits: list[tuple[float, float]] = []
         for of_set in measure.sets:
             scored = self.runs[name][0][of_set]
@@ -168,8 +157,36 @@ class SeedPart:
     runs: int
 
 
+def seed_part(values: Sequence[float], each: float, together: float) -> SeedPart:
+    """Returns what seeds add to the variance of a mean over runs of these values; 0 where they are too few to tell.
+
+    Args:
+        each: the variance of a single run's value that its units make.
+        together: the variance of the mean that the units make.
+    """
+    runs = len(values)
+    if runs < LEAST_SEEDS:
+        return SeedPart(0.0, 0.0, runs)
+    return SeedPart(float(np.var(values, ddof=1)) / runs, max(0.0, each - together) / (runs - 1), runs)
+
+
+def half_width(parts: Sequence[SeedPart], units: float, tail: float) -> float:
+    """Returns half of an interval that leaves `tail` out on either side; `units` is the variance that units make.
+
+    The seeds' part of the variance has few degrees of freedom, so it is taken with Student's t, the units' part, from
+    the bootstrap, with the normal distribution.
+    """
+    seeds = [max(0.0, part.variance - SHARED * part.shared) for part in parts]
+    rest = max(0.0, units - (1 - SHARED) * sum(part.shared for part in parts))
+    squared = quantile(tail, math.inf) ** 2 * rest
+    if (total := sum(seeds)) > 0:
+        weights = [seed**2 / (part.runs - 1) for seed, part in zip(seeds, parts, strict=True) if seed > 0]
+        squared += quantile(tail, total**2 / sum(weights)) ** 2 * total
+    return math.sqrt(squared)
+
+
 def _aligned(of_set: str, results: SetScores, reference: Scored, name: str) -> Scored:
-    """A run's score of a set with its items and units in the order of another's."""
+    """Returns a run's score of a set with its items and units in the order of another's."""
     if of_set not in results or results[of_set].items.keys() != reference.items.keys():
         raise UserError(f"{name} was not asked the same items of {of_set} as the others; test all of them again")
     items = {item: replace(results[of_set].items[item], unit=score.unit) for item, score in reference.items.items()}
@@ -178,7 +195,7 @@ def _aligned(of_set: str, results: SetScores, reference: Scored, name: str) -> S
 
 @cache
 def quantile(tail: float, freedom: float) -> float:
-    """What Student's t of so many degrees of freedom exceeds with this probability; the normal's for infinity."""
+    """Returns what Student's t exceeds with this probability; the normal's for infinite freedom."""
     low, high = 0.0, 1e4
     for _ in range(60):
         middle = (low + high) / 2
@@ -187,7 +204,7 @@ def quantile(tail: float, freedom: float) -> float:
 
 
 def _above(value: float, freedom: float) -> float:
-    """The probability that Student's t is above a value from 0, by its density at t = sqrt(freedom) tan(angle)."""
+    """Integrates Student's density above a value from 0, at t = sqrt(freedom) tan(angle)."""
     if math.isinf(freedom):
         return math.erfc(value / math.sqrt(2)) / 2
     angle = math.atan(value / math.sqrt(freedom))

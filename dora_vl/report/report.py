@@ -11,15 +11,16 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dora_vl import __version__
 from dora_vl.errors import UserError
-from dora_vl.files import SETS
+from dora_vl.files import SETS, whole_file
 
 if TYPE_CHECKING:
     from dora_vl.evaluation.results import SetResult
     from dora_vl.report.answers import Results
     from dora_vl.report.charts import Chart
-    from dora_vl.report.page import InlinePictures
     from dora_vl.report.run_record import RunRecord
+    from dora_vl.report.views import InlinePictures
 
 WORST = 12
 SECTIONS = (
@@ -40,8 +41,7 @@ def gather(runs: Sequence[RunRecord], *, weights: bool, base: Path | None) -> di
     """Reads, scores and draws all that the template shows, with `weights` also the layers' change from the base."""
     from dora_vl.report.answers import blind, confusion, read_tests, score_rows
     from dora_vl.report.charts import curves
-    from dora_vl.report.page import InlinePictures
-    from dora_vl.report.views import setting_tables, watched_tables, weight_charts
+    from dora_vl.report.views import InlinePictures, setting_tables, watched_tables, weight_charts
 
     notes: dict[str, list[str]] = {name: [] for name, _ in SECTIONS}
     charts, notes["curves"] = curves(runs)
@@ -98,7 +98,7 @@ def gather(runs: Sequence[RunRecord], *, weights: bool, base: Path | None) -> di
 
 
 def _worst(run: RunRecord, result: SetResult, pictures: InlinePictures) -> dict[str, Any]:
-    """The worst answers of a run to one set, with their pictures."""
+    """Returns the worst answers of a run to one set, with their pictures."""
     from dora_vl.report.answers import is_accuracy, worst
 
     answers, root = worst(result), _pictures_of_test(run)
@@ -114,13 +114,13 @@ def _worst(run: RunRecord, result: SetResult, pictures: InlinePictures) -> dict[
 
 
 def _pictures_of_test(run: RunRecord) -> Path | None:
-    """The root of the pictures that a run was tested on, where its settings name one."""
+    """Returns the root of the pictures that a run was tested on, where its settings name one."""
     folder = run.section("evaluation").get("image_folder") or run.section("data").get("image_folder")
     return None if folder is None else run.path(folder)
 
 
 def _head(run: RunRecord, results: Results) -> dict[str, Any]:
-    """A run in a few numbers."""
+    """Sums a run up in a few numbers."""
     adapter, last = run.section("adapter"), run.log[-1]
     losses = [line["loss"] for line in run.log if isinstance(line.get("loss"), int | float)]
     checked = [line["eval_loss"] for line in run.log if isinstance(line.get("eval_loss"), int | float)]
@@ -148,7 +148,7 @@ def _head(run: RunRecord, results: Results) -> dict[str, Any]:
 
 
 def forgotten(entry: object) -> dict[str, str]:
-    """What a run's model lost, in two lines."""
+    """Tells in two lines how much a run's model forgot."""
     lines: dict[str, str] = {}
     if isinstance(entry, Mapping) and isinstance(numbers := entry.get("perplexity"), Mapping):
         lines["perplexity of other text"] = f"{numbers['base']:.2f} before, {numbers['adapted']:.2f} after"
@@ -162,7 +162,7 @@ def _stated(facts: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _data(run: RunRecord) -> dict[str, Any]:
-    """What a run wrote before its first step, and what became of its samples."""
+    """Returns the tables of a run's plan and the counts of its samples."""
     last = next((line for line in reversed(run.log) if "skipped" in line), {})
     padding = run.metrics.get("padding_share")
     sets = run.metrics.get(SETS)
@@ -196,7 +196,7 @@ A part that a run holds nothing for says so. The first run is the one that other
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `dora-vl report`."""
+    """Adds the options of `dora-vl report`."""
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder, its training.output_dir")
     parser.add_argument("--to", type=Path, metavar="FILE.html", help="default: report.html in the first run's folder")
     parser.add_argument("--label", action="append", metavar="TEXT", help="one for each RUN; default: its folder's name")
@@ -208,7 +208,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Reads, draws, writes; yields the lines to print."""
-    from dora_vl.report.page import rendered, write_page
     from dora_vl.report.run_record import read_run
 
     folders = list(arguments.runs)
@@ -225,5 +224,17 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     for entry in runs:
         yield from (f"{entry.label}: {trouble}" for trouble in entry.damaged)
     report = gather(runs, weights=not arguments.no_weights, base=arguments.base)
-    size = write_page(to, rendered("report.html.j2", {"report": report, "sections": SECTIONS}))
-    yield f"{to}: {size / 1e6:.1f} MB"
+    with whole_file(to) as file:
+        file.write(page(report))
+    yield f"{to}: {to.stat().st_size / 1e6:.1f} MB"
+
+
+def page(report: Mapping[str, Any]) -> str:
+    """Returns the page, every text of it escaped; halves of surrogate pairs become the sign for the unknown."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(Path(__file__).parent / "templates", encoding="utf-8")
+    options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
+    template = Environment(loader=loader, undefined=StrictUndefined, **options).get_template("report.html.j2")
+    text = template.render(version=__version__, report=report, sections=SECTIONS)
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -39,21 +39,21 @@ class RunRecord:
     watched: Watched | None = None
 
     def section(self, name: str) -> Line:
-        """A section of the settings; empty where there is none."""
+        """Returns a section of the settings; empty where there is none."""
         result = self.settings.get(name)
         return result if isinstance(result, Mapping) else {}
 
     def path(self, stated: object) -> Path:
-        """Where a path of the settings is: from the folder that the run was started in, else from here.
+        """Finds a path of the settings: from the folder that the run was started in, else from here.
 
         That folder is known where `training.output_dir` is relative and the run's folder still ends with it.
         """
         path = Path(str(stated))
         output = Path(str(self.section("training").get("output_dir", "")))
-        whole = self.folder.resolve()
-        if path.is_absolute() or output.is_absolute() or whole.parts[-len(output.parts) :] != output.parts:
+        resolved = self.folder.resolve()
+        if path.is_absolute() or output.is_absolute() or resolved.parts[-len(output.parts) :] != output.parts:
             return path
-        started_in = Path(*whole.parts[: -len(output.parts)])
+        started_in = Path(*resolved.parts[: -len(output.parts)])
         return started_in / path if (started_in / path).exists() else path
 
     @property
@@ -63,7 +63,7 @@ class RunRecord:
 
 
 def read_run(folder: Path, label: str) -> RunRecord:
-    """One run's folder. Raises UserError: it is none, or training has not begun in it."""
+    """Reads a run's folder. Raises UserError: it is none, or training has not begun in it."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name the training.output_dir of a run")
     if not (folder / LOSS_LOG).is_file():
@@ -96,7 +96,7 @@ def read_run(folder: Path, label: str) -> RunRecord:
 def read_lines(
     path: Path, damaged: list[str], *, usable: Callable[[Line], bool] = lambda line: True
 ) -> list[dict[str, Any]]:
-    """The lines of a file that are usable objects; the numbers of the others become one sentence in `damaged`."""
+    """Reads the usable lines of a file; the numbers of the others become one sentence in `damaged`."""
     lines: list[dict[str, Any]] = []
     bad: list[int] = []
     for number, raw in enumerate(path.read_bytes().splitlines(), start=1):
@@ -128,7 +128,7 @@ def _object(path: Path, damaged: list[str]) -> dict[str, Any]:
 
 
 def _benchmarks(folder: Path, damaged: list[str]) -> dict[str, SetResult]:
-    """What `dora-vl evaluate` left, where it has been there."""
+    """Reads the results of `dora-vl evaluate`, where there are any."""
     if not (folder / METRICS).is_file():
         return {}
     try:

@@ -1,13 +1,17 @@
-"""Tables and charts of a run for its page: settings, watched questions, what changed in the weights."""
+"""Tables, charts and pictures of a run for its page: settings, watched questions, what changed in the weights."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import io
 import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from tqdm import tqdm
 
 from dora_vl.adapters.adapter import base_of, read_adapter
@@ -23,20 +27,23 @@ from dora_vl.adapters.decomposition import (
     saved_in,
 )
 from dora_vl.adapters.files import WEIGHTS_FILE
+from dora_vl.data.example import Clip
+from dora_vl.data.pictures import open_image
+from dora_vl.data.video import Uniform, VideoReader
+from dora_vl.errors import BadSample
 from dora_vl.evaluation.scores.exact import final_answer, normalised
 from dora_vl.report.charts import COLOURS, Chart, Series, chart
-from dora_vl.report.page import InlinePictures
 from dora_vl.report.run_record import RunRecord
 from dora_vl.run.folder import ADAPTER
 from dora_vl.run.reading import flattened, run_parser
 from dora_vl.run.settings import FIELDS
-from dora_vl.run.watched import Watched, WatchedQuestion, evenly
+from dora_vl.run.watched import EXACT_PX, JPEG_QUALITY, SIDE, Watched, WatchedQuestion, evenly, small_picture, tiled
 
 ABSENT = "–"
 
 
 def setting_tables(runs: Sequence[RunRecord]) -> dict[str, Any]:
-    """All settings of all runs: of one run what is not its default first, of several what differs first."""
+    """Returns all settings of all runs: of one run what is not its default first, of several what differs first."""
     flat = [flattened(run.settings) for run in runs]
     names = list(dict.fromkeys(name for item in flat for name in item))
     rows = {name: [_text(item.get(name, ABSENT)) for item in flat] for name in names}
@@ -50,7 +57,7 @@ def setting_tables(runs: Sequence[RunRecord]) -> dict[str, Any]:
 
 
 def _defaults(run: RunRecord) -> dict[str, Any]:
-    """What the settings of the run's task are where a file is silent; nothing where it names no task."""
+    """Returns the defaults of the run's task; none where its settings name no task."""
     task: Any = run.settings.get("task")
     parsed = run_parser(task).get_defaults().as_dict() if task in FIELDS else {}
     return flattened(json.loads(json.dumps(parsed, default=str)))
@@ -67,7 +74,7 @@ MOST_STEPS = 8
 
 
 def watched_tables(runs: Sequence[RunRecord], pictures: InlinePictures) -> tuple[list[dict[str, Any]], list[str]]:
-    """A table for each run that has been watched, and a sentence for each that has not."""
+    """Makes a table for each run that was watched, and a note for each that was not."""
     tables: list[dict[str, Any]] = []
     notes: list[str] = []
     for run in runs:
@@ -90,7 +97,7 @@ def watched_tables(runs: Sequence[RunRecord], pictures: InlinePictures) -> tuple
 def _row(
     question: WatchedQuestion, watched: Watched, steps: Sequence[int], after: str | None, pictures: InlinePictures
 ) -> dict[str, Any]:
-    """One question with its answers; None could not be asked."""
+    """Returns a question with its answers; None where it could not be asked."""
     picture = ("", question.why_no_picture)
     if question.picture:
         picture = pictures.file(watched.folder / question.picture)
@@ -112,7 +119,7 @@ _DEPTH = re.compile(r"\.(?:layers|layer|blocks|block|h)\.(\d+)\.")
 
 
 def weight_charts(run: RunRecord, base: Path | None) -> list[Chart]:
-    """The run's adapter, and checkpoints of it that are still there, against the base, where that is now."""
+    """Draws how the run's adapter and its last checkpoints changed the base, read from where it is now."""
     final = Saved(run.folder / ADAPTER, run.last_step)
     if (final.folder / WEIGHTS_FILE).is_file():
         earlier = [item for item in saved_in(run.folder) if item.step is not None and item.step < run.last_step]
@@ -133,7 +140,7 @@ def weight_charts(run: RunRecord, base: Path | None) -> list[Chart]:
 
 
 def plane(panel: Panel) -> Chart | None:
-    """Every layer of the last checkpoint as a point, a colour for each kind; the line is through all checkpoints."""
+    """Draws every layer of the last checkpoint as a point; the line is through all checkpoints."""
     series = [
         Series(
             name=kind,
@@ -160,7 +167,7 @@ def _of_last_step(panel: Panel) -> list[Point]:
 
 
 def over_depth(panel: Panel) -> list[Chart]:
-    """Magnitude and direction change by the layer's number, a line for each stack of layers, of the last checkpoint."""
+    """Draws the last checkpoint's magnitude and direction change by depth, a line for each stack of layers."""
     numbered = [point for point in _of_last_step(panel) if depth_of(point.layer) is not None]
     stacks = {kind: points for kind, points in by_stack(numbered).items() if len(points) > 1}
     values: dict[str, Callable[[Point], float]] = {
@@ -189,7 +196,7 @@ def over_depth(panel: Panel) -> list[Chart]:
 
 
 def by_kind(points: Sequence[Point]) -> dict[str, list[Point]]:
-    """Points by the last word of the layer's name, such as q_proj."""
+    """Returns points by the last word of the layer's name, such as q_proj."""
     result: dict[str, list[Point]] = {}
     for point in points:
         result.setdefault(point.layer.rpartition(".")[2], []).append(point)
@@ -197,7 +204,7 @@ def by_kind(points: Sequence[Point]) -> dict[str, list[Point]]:
 
 
 def by_stack(points: Sequence[Point]) -> dict[str, list[Point]]:
-    """Points by the layer's name without its number, as short as tells them apart: `q_proj`, or all of a path."""
+    """Groups points by the layer's name without its number, as short as tells them apart."""
     result: dict[str, list[Point]] = {}
     for point in points:
         result.setdefault(_DEPTH.sub(".", point.layer), []).append(point)
@@ -207,6 +214,64 @@ def by_stack(points: Sequence[Point]) -> dict[str, list[Point]]:
 
 
 def depth_of(layer: str) -> int | None:
-    """A layer's number in its stack; None where its name has none."""
+    """Returns a layer's number in its stack; None where its name has none."""
     result = _DEPTH.search(layer)
     return None if result is None else int(result[1])
+
+
+# -- pictures inside the page ---------------------------------------------------------------------------------------
+
+
+MOST_BYTES = 3_400_000
+TOO_MANY = "left out, so that the page stays small"
+
+
+class InlinePictures:
+    """Small pictures as data URLs, each once and up to a budget of bytes; to be closed."""
+
+    def __init__(self, most_bytes: int = MOST_BYTES) -> None:
+        self._left = most_bytes
+        self._seen: set[str] = set()
+        self._reader = VideoReader()
+
+    def close(self) -> None:
+        """Closes the videos."""
+        self._reader.close()
+
+    def file(self, path: Path) -> tuple[str, str]:
+        """Returns a picture file as a data URL, or why there is none."""
+        return self._add(lambda: open_image(path.parent, path.name))
+
+    def shown(self, root: Path | None, pictures: Sequence[str], clip: Clip | None) -> tuple[str, str]:
+        """Returns a question's pictures or clip as one small picture, or why there is none."""
+        if not pictures and clip is None:
+            return "", ""
+        if root is None:
+            return "", "the settings name no folder of its pictures"
+        if clip is not None:
+            return self._add(lambda: tiled(self._reader.read(root, clip, Uniform(SIDE**2)).pictures))
+        return self._add(lambda: tiled([open_image(root, path) for path in pictures]))
+
+    def _add(self, opened: Callable[[], Image.Image]) -> tuple[str, str]:
+        if self._left <= 0:
+            return "", TOO_MANY
+        try:
+            url = data_url(opened())
+        except BadSample as error:
+            return "", error.reason
+        name = hashlib.sha256(url.encode()).hexdigest()
+        if name not in self._seen:
+            if len(url) > self._left:
+                return "", TOO_MANY
+            self._left -= len(url)
+            self._seen.add(name)
+        return url, ""
+
+
+def data_url(picture: Image.Image) -> str:
+    """Returns the picture, made small, as text inside a page: PNG to the pixel where it is tiny, else JPEG."""
+    small = small_picture(picture.convert("RGB"))
+    kind = "png" if max(small.size) <= EXACT_PX else "jpeg"
+    file = io.BytesIO()
+    small.save(file, format=kind, quality=JPEG_QUALITY, optimize=True)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import Budget
-
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
 NOT_NEEDED = ("deepspeed", "datasets", "timm", "open_clip", "bitsandbytes", "hqq", "decord", "gguf", "jsonargparse")
@@ -38,7 +36,6 @@ def test_without_cuda_it_is_one_line(tmp_path):
 @pytest.mark.slow
 def test_the_whole_script_on_tiny_shapes(tmp_path):
     pytest.importorskip("triton", reason="torch's CPU builds bring no Triton: pip install triton")
-    pytest.importorskip("matplotlib")
     blocks = "; ".join(f"sys.modules[{name!r}] = None" for name in NOT_NEEDED)
     words = ["--device", "cpu", "--smoke", "--rounds", "1", "--to", str(tmp_path / "gpu")]
     code = (
@@ -54,7 +51,6 @@ def test_the_whole_script_on_tiny_shapes(tmp_path):
     assert all(value > 0 for row in written["cases"] for value in row["train_ms"].values())
     assert "ours_compiled" in written["cases"][1]["decode_ms"]
     assert written["left_out"] == []
-    assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_failed_check_times_nothing(tmp_path, monkeypatch, capsys):
@@ -69,21 +65,3 @@ def test_a_failed_check_times_nothing(tmp_path, monkeypatch, capsys):
     (written,) = map(json.loads, (tmp_path / "gpu.jsonl").read_text().splitlines())
     assert [check["passed"] for check in written["checks"]] == [True, False, False]
     assert written["cases"] == []
-
-
-def test_the_budget_names_what_it_leaves_out():
-    budget, ran = Budget(10.0), []
-    now = iter([0.0, 0.0, 4.0, 4.0, 4.0, 8.0, 8.0, 9.0, 9.0, 9.5])
-    budget.spent = lambda: next(now)
-    assert budget.run("block", "first", lambda: ran.append(1) or "row", expected=5.0) == "row"
-    assert budget.run("block", "second", lambda: ran.append(2) or "row") == "row"
-    assert budget.run("block", "third", lambda: ran.append(3)) is None, "the dearest block took 4 s, 2 are left"
-    assert budget.run("layer", "fourth", lambda: ran.append(4), expected=5.0) is None
-    assert ran == [1, 2]
-
-    def too_large():
-        raise torch.OutOfMemoryError
-
-    budget.spent = lambda: 0.0
-    assert budget.run("layer", "fifth", too_large) is None
-    assert budget.left_out == ["third", "fourth", "fifth (out of memory)"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import string
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,10 @@ from dora_vl.cli import main
 from dora_vl.data.example import Answer, Clip, Example, write_examples
 from dora_vl.data.samples import Sample
 from dora_vl.data.turns import Turn
-from dora_vl.data.video import Uniform, VideoReader
-from dora_vl.evaluation.ask import Assistant, MediaReader, Shown, model_inputs
+from dora_vl.evaluation.ask import Assistant, Shown, model_inputs
 from dora_vl.evaluation.open_model import ModelRequest, open_model
-from dora_vl.evaluation.predictions import Prediction, read_predictions
-from dora_vl.evaluation.test import evaluate_run
-from dora_vl.run.base import VideoReading
-from dora_vl.run.settings import EvaluationConfig
-from tasks import image_qa
+from dora_vl.evaluation.predictions import read_predictions
+from dora_vl.evaluation.scores.benchmark import LETTER
 from tests.backbones.tiny_image_text import FAMILIES, write_tiny
 from tests.backbones.tiny_language import write_tiny_language
 from tests.backbones.tiny_video import coloured_video, write_tiny_video
@@ -35,7 +30,6 @@ from tests.training.tiny_run import write_tiny_llava
 MORE_FAMILIES = [pytest.param(name, marks=pytest.mark.slow) for name in ("smolvlm", "internvl")]
 MODELS = ["qwen2_5_vl", "llava", "language", *MORE_FAMILIES]
 NEW_TOKENS = 6
-LETTERS = string.ascii_uppercase
 
 
 def spread(folder: Path) -> Path:
@@ -230,16 +224,10 @@ def test_a_model_without_an_adapter_is_evaluated(name: str, data: Path, tmp_path
     likeliest = evaluate(data, tmp_path / "letters", "--model", folder, "--answer-by", "likelihood")
     assert set(answers(tmp_path / "letters").values()) <= {"A", "B", "C"}
     assert likeliest["sets"]["colours"]["asked_with"]["answer_by"] == "likelihood"
-    assistant = opened(folder)
-    turns = [Turn("user", "<image>\nWhich colour?\nA. red\nB. green\nC. blue\n" + LETTER)]
-    shown = Shown(pictures=(Image.open(data / "0.png").convert("RGB"),))
-    scores = [
-        float(assistant.log_likelihoods([assistant.prompts.with_answer(turns, shown, letter)])[0]) for letter in "ABC"
-    ]
-    assert answers(tmp_path / "letters")["q0"] == "ABC"[scores.index(max(scores))]
-
-
-LETTER = "Answer with the option's letter from the given choices directly."
+    assistant, shown = opened(folder), Shown(pictures=(Image.open(data / "0.png").convert("RGB"),))
+    turns = [Turn("user", f"<image>\nWhich colour?\nA. red\nB. green\nC. blue\n{LETTER}")]
+    samples = [assistant.prompts.with_answer(turns, shown, letter) for letter in "ABC"]
+    assert answers(tmp_path / "letters")["q0"] == "ABC"[int(assistant.log_likelihoods(samples).argmax())]
 
 
 def auto_class(base: Path) -> Any:
@@ -265,7 +253,7 @@ def peft_adapter(base: Path, folder: Path, *, use_dora: bool, targets: Sequence[
 @pytest.mark.parametrize(
     ("name", "use_dora"), [("qwen2_5_vl", True), ("llava", False), ("llava", True), ("language", True)]
 )
-def test_a_folder_of_peft_opens(name: str, use_dora: bool, tmp_path: Path, capsys: Any) -> None:
+def test_a_folder_of_peft_opens(name: str, use_dora: bool, tmp_path: Path) -> None:
     from peft import PeftModel
 
     base = write_model(name, tmp_path / "base")
@@ -284,22 +272,6 @@ def test_a_folder_of_peft_opens(name: str, use_dora: bool, tmp_path: Path, capsy
         theirs = PeftModel.from_pretrained(plain, str(adapter)).eval()(**batch).logits
     torch.testing.assert_close(logits, theirs, rtol=1e-3, atol=1e-3)
     assert (logits - bare).abs().max() > 1e-2
-    if name == "language":
-        return
-    Image.new("RGB", (21, 15), "red").save(tmp_path / "red.png")
-    options = ["--adapter", str(adapter), "--image", str(tmp_path / "red.png"), "--question", "What colour is it?"]
-    image_qa.main([*options, "--max-new-tokens", "3", "--compare-base"])
-    with_adapter, without = capsys.readouterr().out.splitlines()[-2:]
-    assert with_adapter.split(":")[1] != without.split(":")[1]
-
-
-def test_a_peft_adapter_is_evaluated_against_its_base(data: Path, tmp_path: Path) -> None:
-    base = write_model("qwen2_5_vl", tmp_path / "base")
-    adapter = peft_adapter(base, tmp_path / "adapter", use_dora=True)
-    metrics = evaluate(data, tmp_path / "to", "--adapter", adapter, "--against", base)
-    assert set(metrics["answers_sha256"]) == {"adapter", "base"}
-    entry = metrics["sets"]["colours"]
-    assert (entry["against"], entry["difference"].keys()) == (str(base), entry["metrics"].keys())
 
 
 # What cannot be asked.
@@ -327,22 +299,20 @@ def paths(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 
 
 EVALUATE = "evaluate --benchmarks {own} --to {gone}/to --images {data} --model "
-OF_FILE = "evaluate --to {gone} --model {bare} --benchmarks "
 
 
 @pytest.mark.parametrize(
     "words",
     [
-        *(f"{ask} {{{name}}}" for ask in ("ask --question q --model", EVALUATE) for name in ("florence2", "blip-2")),
-        *("ask --question q --model {bert}", "ask --question q --model {vlbart}", "ask --question q"),
+        *("ask --question q --model {florence2}", EVALUATE + "{blip-2}", "ask --question q --model {bert}"),
+        *("ask --question q --model {vlbart}", "ask --question q", "ask --question q --model ./gone"),
         *(EVALUATE + "{bare} --images {gone}", EVALUATE + "{bare} --images {empty}", EVALUATE + "{silent}"),
         "evaluate --benchmarks {own} --model {bare} --images {data}",
-        *(OF_FILE + "pope={data}/colours.jsonl --answer-by likelihood", OF_FILE + "pope={gone}.jsonl"),
+        "evaluate --to {gone} --model {bare} --benchmarks pope={data}/colours.jsonl --answer-by likelihood",
         *("ask --question q --model {language}", "ask --question q --model {llava} --template tokenizer"),
         *("ask --question q --model {llava} --template odd", "ask --question q --model {bare} --adapter {lora}"),
-        *("ask --question q --model {bare} --compare-base", "ask --question q --model ./gone"),
-        *(f"ask --question q {option}" for option in ("--model {bare_adapter}", "--adapter {lora}")),
-        "ask --question q --adapter {other_peft}",
+        *("ask --question q --model {bare} --compare-base", "ask --question q --model {bare_adapter}"),
+        *("ask --question q --adapter {lora}", "ask --question q --adapter {other_peft}"),
     ],
 )
 def test_what_cannot_be_asked_is_one_line_before_weights_are_read(
@@ -352,8 +322,7 @@ def test_what_cannot_be_asked_is_one_line_before_weights_are_read(
     with pytest.raises(SystemExit) as stopped:
         main(words.format(**paths).split())
     assert stopped.value.code == 2
-    message = capsys.readouterr().err
-    assert (message.count("\n"), message[:7], len(message) <= 500) == (1, "error: ", True)
+    assert capsys.readouterr().err.count("\n") == 1
     assert not paths["gone"].exists()
 
 
@@ -377,23 +346,3 @@ def test_a_benchmark_about_videos_shows_frames(tmp_path: Path) -> None:
     assert metrics["sets"]["clips"]["asked_with"]["frames"] == 3
     (answered,) = read_predictions(tmp_path / "to" / "predictions.jsonl")["clips"].values()
     assert answered.id == "there"
-    check_run_test(opened(folder), tmp_path, answered)
-
-
-def check_run_test(assistant: Assistant, folder: Path, answered: Prediction) -> None:
-    """The same question in a run's own test file gives the same answer."""
-    (folder / "run" / "adapter").mkdir(parents=True)
-    (folder / "run" / "adapter" / "adapter_model.safetensors").write_bytes(b"any")
-    (folder / "run" / "log.jsonl").write_text("")
-    conversation = [{"from": "human", "value": answered.question}, {"from": "gpt", "value": "red"}]
-    rows = [{"id": "a", "video": "clips/test-00000.mp4", "conversations": conversation}]
-    (folder / "test.json").write_text(json.dumps(rows))
-    evaluation = EvaluationConfig(file=str(folder / "test.json"), max_new_tokens=3)
-    with VideoReader() as reader:
-        videos = VideoReading(folder=folder / "data", sampling=Uniform(3), reader=reader)
-        media = MediaReader(folder=folder / "data", videos=videos)
-        tested = evaluate_run(assistant, evaluation, run_folder=folder / "run", media=media)
-    assert (tested.entry()["n"], tested.entry()["failed"]) == (1, {})
-    assert read_predictions(folder / "run" / "predictions.jsonl")["test"]["a"].prediction == answered.prediction
-    settings = json.loads((folder / "run" / "predictions.settings.json").read_text())
-    assert settings["test"]["frames"] == "Uniform(frames=3)"

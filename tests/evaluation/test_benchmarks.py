@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import pytest
 from dora_vl.cli import main
 from dora_vl.data.example import Answer, Example, write_examples
 from dora_vl.errors import UserError
-from dora_vl.evaluation import benchmarks
 from dora_vl.evaluation.benchmarks import find_benchmark, read_own, read_set
 from dora_vl.evaluation.results import score_lines
 from dora_vl.evaluation.scores import benchmark as prompts
@@ -44,17 +42,8 @@ def test_a_file_of_a_few_lines_is_a_benchmark(tmp_path: Path, capsys: Any) -> No
     assert own.benchmark.prompt is prompts.as_is
     other = write_examples(tmp_path / "other.jsonl", [Example(id="z", answers=(Answer(text="x"),))])
     assert other == 1
-    test_set = read_set(f"{benchmark}={tmp_path / 'other.jsonl'}", tmp_path, mode=None, limit=None)
+    test_set = read_set(f"{benchmark}={tmp_path / 'other.jsonl'}", tmp_path)
     assert [example.id for example in test_set.examples] == ["z"]
-
-
-@pytest.mark.parametrize(
-    ("scoring", "prompt", "chooses"),
-    [("exact", prompts.short, False), ("choice", prompts.letter, True), ("caption", prompts.caption_of_picture, False)],
-)
-def test_every_scoring_has_its_usual_question(tmp_path: Path, scoring: str, prompt: object, chooses: bool) -> None:
-    own = read_own(written(tmp_path, f"name: mine\nscoring: {scoring}\n"))
-    assert (own.benchmark.prompt, own.benchmark.chooses, own.file) == (prompt, chooses, None)
 
 
 @pytest.mark.parametrize(
@@ -123,9 +112,3 @@ def test_an_installed_package_adds_benchmarks(tmp_path: Path) -> None:
 def test_a_broken_package_is_refused(name: str) -> None:
     with pytest.raises(UserError):
         find_benchmark(name)
-
-
-def test_the_tables_own_come_before_a_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    thief = EntryPoint(name="pope", value="os:getcwd", group=benchmarks.GROUP)
-    monkeypatch.setattr(benchmarks, "entry_points", lambda *, group: [thief])
-    assert find_benchmark("pope:test").benchmark.modes

@@ -16,11 +16,9 @@ from dora_vl.cli import main
 from dora_vl.data.example import Answer, Example, from_record, write_examples
 from dora_vl.errors import UserError
 from dora_vl.evaluation import commands
-from dora_vl.evaluation.benchmarks import EvaluationSet, read_set
-from dora_vl.evaluation.commands import finish, refuse_anothers, results_in
-from dora_vl.evaluation.predictions import Prediction, Predictions, line_of
-from dora_vl.evaluation.results import read_results, score_lines
-from dora_vl.evaluation.test_sets import scored
+from dora_vl.evaluation.benchmarks import read_set
+from dora_vl.evaluation.predictions import Prediction, line_of
+from dora_vl.evaluation.results import score_lines
 from tests.backbones.tiny_language import write_tiny_language
 
 ROOT = Path(__file__).parents[2]
@@ -168,45 +166,6 @@ def test_mistakes_are_refused(words: str, pope: Path, tmp_path: Path, monkeypatc
     assert not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be_scored_takes_no_other_score_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MME with a picture of one question, which cannot be scored, between two that can; then an earlier score stays."""
-    for name, example in {
-        "exact_match": right("1", "x"),
-        "mme": right("1", "Yes", images=["a.jpg"], category="count"),
-        "how2qa": Example(id="1", choices=CHOICES, extra={"correct": 0}),
-    }.items():
-        write_examples(tmp_path / f"{name}.jsonl", [example])
-    texts, said = {"exact_match": "x", "mme": "Yes", "how2qa": "a0"}, list[str]()
-
-    def answer(example: Example, of_set: str) -> Prediction:
-        return Prediction(id=example.id, prediction=texts[of_set])
-
-    def asked(*names: str) -> None:
-        sets = [read_set(f"{name}={tmp_path / name}.jsonl", tmp_path, mode=None, limit=None) for name in names]
-        options = argparse.Namespace(limit=None, answer_after=None, against=None, all_metrics=False)
-        rows = {dataset.name: [answer(example, dataset.name) for example in dataset.examples] for dataset in sets}
-        tested = [scored(commands.test_set(dataset, options), Predictions(rows=rows[dataset.name])) for dataset in sets]
-        results = results_in(tmp_path / "to", sets, "adapter", {}, options)
-        said.extend(finish(sets, tested, None, results, options))
-
-    with pytest.raises(UserError, match="mme"):
-        asked("exact_match", "mme", "how2qa")
-    assert {name: entry["n"] for name, entry in entries(tmp_path / "to").items()} == {"exact_match": 1, "how2qa": 1}
-    assert any(line.startswith("how2qa") and "100.00" in line for line in said)  # what the others have is told
-    assert (tmp_path / "to/how2qa/how2qa_test_public_predictions.json").is_file()
-    assert not (tmp_path / "to/mme").exists()
-    before = entries(tmp_path / "to")
-
-    def broken(*_: object) -> Any:
-        raise KeyError("extra")
-
-    monkeypatch.setattr(EvaluationSet, "scorer", broken)
-    with pytest.raises(UserError):
-        asked("exact_match")
-    assert entries(tmp_path / "to") == before
-    assert read_results(tmp_path / "to")["exact_match"].scored is not None
-
-
 def test_our_own_file_of_several_sets_answers_the_one_of_its_name(tmp_path: Path) -> None:
     """An id may be in several sets, and stands again with the answer about an exchanged picture."""
 
@@ -261,53 +220,50 @@ def test_what_a_file_of_answers_scores(row: dict[str, Any], tmp_path: Path) -> N
 def test_one_caption_serves_all_records_of_its_clip_and_without_any_answer_there_is_no_score(tmp_path: Path) -> None:
     examples = [right("1", clip_id=5), right("2", "a dog", clip_id=5), right("3", clip_id=6)]
     write_examples(tmp_path / "tvc.jsonl", examples)
-    dataset = read_set(f"tvc={tmp_path / 'tvc.jsonl'}", tmp_path, mode=None, limit=None)
-    assert (list(dataset.not_scored), [example.id for example in dataset.scored]) == (["3"], ["1", "2"])
+    test = read_set(f"tvc={tmp_path / 'tvc.jsonl'}", tmp_path)
+    assert (list(test.not_scored), [example.id for example in test.scored_examples]) == (["3"], ["1", "2"])
     write_examples(tmp_path / "kept.jsonl", [Example(id="1", choices=CHOICES)])
-    assert read_set(f"seed={tmp_path / 'kept.jsonl'}", tmp_path, mode=None, limit=None).scorer is None
+    assert read_set(f"seed={tmp_path / 'kept.jsonl'}", tmp_path).score is None
 
 
 # metrics.json holds what is true of one model's answers: entries of before stay or go, and no file is another's.
 
 
-def add(folder: Path, name: str, answers_of: str = "run/adapter", sha256: str = "a", limit: int | None = 4) -> Any:
-    """What the file holds, once a benchmark was added."""
-    file = folder / f"{name}.jsonl"
-    write_examples(file, [right("1", "yes", images=["a"], category="random")])
-    options = argparse.Namespace(limit=limit, answer_after=None, against=None, all_metrics=False)
-    sets = [read_set(f"{name}={file}", folder, mode=None, limit=None)]
-    results = results_in(folder, sets, answers_of, {"adapter": sha256}, options)
-    done = scored(commands.test_set(sets[0], options), Predictions(rows=[Prediction(id="1", prediction="yes")]))
-    said = [*finish(sets, [done], None, results, options)]
-    return json.loads((folder / "metrics.json").read_text()), said
+def add(folder: Path, name: str, *more: object, answer: str = "yes") -> set[str]:
+    """The sets that the files hold once a benchmark of one question was added."""
+    records, file = folder / f"{name}.jsonl", predictions_file(folder / f"{answer}.jsonl", {"1": answer})
+    if not records.is_file():
+        write_examples(records, [right("1", "yes", images=["a"], category="random")])
+    options = ["--benchmarks", f"{name}={records}", "--predictions", file, "--to", folder, *more]
+    main(["evaluate", *map(str, options)])
+    assert {line["set"] for line in score_lines(folder)} == entries(folder).keys()
+    return set(entries(folder))
 
 
-def test_a_later_command_adds_its_benchmarks(tmp_path: Path) -> None:
+def test_a_later_command_adds_its_benchmarks(tmp_path: Path, capsys: Any) -> None:
     add(tmp_path, "gqa")
-    content, said = add(tmp_path, "pope")
-    assert content["sets"].keys() == {"gqa", "pope"}
-    assert "those of gqa from before" in said[-1]
-    assert {line["set"] for line in score_lines(tmp_path)} == {"gqa", "pope"}
-    assert len(add(tmp_path, "gqa")[0]["sets"]) == len(score_lines(tmp_path)) == 2
-    write_examples(tmp_path / "gqa.jsonl", [right("2", "no")])  # its numbers are of another file
-    content, said = add(tmp_path, "pope")
-    assert content["sets"].keys() == {line["set"] for line in score_lines(tmp_path)} == {"pope"}
-    assert any("no longer holds gqa" in line for line in said)
+    assert add(tmp_path, "pope") == {"gqa", "pope"}
+    assert "those of gqa from before" in capsys.readouterr().out
+    with pytest.raises(SystemExit):  # it asks two questions about a picture
+        add(tmp_path, "mme")
+    assert add(tmp_path, "gqa") == {"gqa", "pope"}
+    assert len(score_lines(tmp_path)) == 2
+    write_examples(tmp_path / "gqa.jsonl", [right("1", "no")])  # its numbers are of another file
+    assert add(tmp_path, "pope") == {"pope"}
+    assert "no longer holds gqa" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("changes", [{"sha256": "c"}, {"answers_of": "other/adapter"}, {"limit": None}])
-def test_numbers_of_other_answers_go(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_numbers_of_other_answers_go(tmp_path: Path) -> None:
     add(tmp_path, "gqa")
-    assert add(tmp_path, "pope", **changes)[0]["sets"].keys() == {"pope"}
+    assert add(tmp_path, "pope", answer="no") == {"pope"}
+    assert add(tmp_path, "gqa", "--limit", 4, answer="no") == {"gqa"}
 
 
 @pytest.mark.parametrize("content", ["not JSON", "[]", "{}", '{"sets": {"gqa": {}}, "answers_of": "x"}'])
 def test_a_file_that_says_too_little_is_replaced_and_a_training_run_s_is_not(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "metrics.json"
-    refuse_anothers(path)
-    path.write_text(content)
-    refuse_anothers(path)
-    assert add(tmp_path, "pope")[0]["sets"].keys() == {"pope"}
-    path.write_text('{"train_steps": 5}')
-    with pytest.raises(UserError):
-        refuse_anothers(path)
+    (tmp_path / "metrics.json").write_text(content)
+    assert add(tmp_path, "pope") == {"pope"}
+    (tmp_path / "metrics.json").write_text('{"train_steps": 5}')
+    with pytest.raises(SystemExit):
+        add(tmp_path, "pope")
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"train_steps": 5}

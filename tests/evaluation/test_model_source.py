@@ -20,11 +20,9 @@ from dora_vl.adapters.merge import merge_to_folder
 from dora_vl.adapters.read import read_adapter
 from dora_vl.backbones.encoder import open_encoder
 from dora_vl.backbones.model import open_backbone
-from dora_vl.backbones.vlbart_model import VlBartConfig
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation.open_model import ModelRequest, find_source, prompts_of
-from dora_vl.run.base import DECODER, VLBART
 from tasks import image_qa
 from tests.backbones.tiny_language import write_tiny_language
 from tests.serving.tiny_served import write_adapter
@@ -43,12 +41,6 @@ def folders(where: Path, model_type: str, **recipe: object) -> Path:
     stated = {**common, "base_sha256": content_hash(where / "base"), **recipe}
     (where / "adapter" / "recipe.json").write_text(json.dumps(stated))
     return where / "adapter"
-
-
-@pytest.mark.parametrize("model_type", ["llava", "llama", "qwen2_5_vl"])
-def test_the_kind_is_the_base_s(model_type: str, tmp_path: Path) -> None:
-    source = find_source(ModelRequest(adapter=folders(tmp_path, model_type, **WORDING)))
-    assert (source.kind, source.base) == (DECODER, str(tmp_path / "base"))
 
 
 @pytest.mark.parametrize(
@@ -74,10 +66,6 @@ def test_attention_is_the_recipe_s_and_another_machine_s_is_transformers_choice(
         assert find_source(ModelRequest(adapter=adapter)).attention == expected
 
 
-def test_the_name_of_a_vlbart_is_its_config_s() -> None:
-    assert VlBartConfig.model_type == VLBART
-
-
 def test_a_merged_llava_prepares_pictures_as_it_was_trained(tmp_path: Path) -> None:
     """Its base states no way, which means padded; merged once more, the later run's way holds."""
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (10, 40, 3), np.uint8))
@@ -88,7 +76,7 @@ def test_a_merged_llava_prepares_pictures_as_it_was_trained(tmp_path: Path) -> N
         return prompts_of(find_source(request)).encoder.processor.pixels(picture)
 
     seen = [pixels(ModelRequest(model=str(folder), template="vicuna_v1"))]
-    for aspect in ("squash", "square", "pad"):
+    for aspect in ("squash", "pad"):
         adapter = write_adapter(folder, tmp_path / f"{aspect}-adapter", seed=1, targets=("*.q_proj",), rank=2)
         recipe = {"base": str(folder), "revision": None, "base_sha256": content_hash(folder), "template": "vicuna_v1"}
         stated = json.dumps({**recipe, "image_aspect": aspect, "dtype": "float32", "max_tokens": 64})
@@ -101,7 +89,7 @@ def test_a_merged_llava_prepares_pictures_as_it_was_trained(tmp_path: Path) -> N
         seen.append(pixels(ModelRequest(adapter=adapter)))
         assert torch.equal(pixels(ModelRequest(model=str(folder), template="vicuna_v1")), seen[-1])
     assert torch.equal(seen[0], seen[-1])
-    assert not any(torch.equal(seen[0], other) for other in seen[1:3])
+    assert not torch.equal(seen[0], seen[1])
     assert {**json.loads((folder / "config.json").read_text()), "image_aspect": 0} == {**config, "image_aspect": 0}
     (folder / "config.json").write_text(json.dumps({**config, "image_aspect": "anyres"}))
     with pytest.raises(UserError):

@@ -16,14 +16,12 @@ from dora_vl.data.example import Answer, Example
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation import predict
-from dora_vl.evaluation.ask import Assistant, Decoding, media_reader, prediction
-from dora_vl.evaluation.open_model import ModelRequest, open_model
+from dora_vl.evaluation.ask import Decoding, media_reader, prediction
 from dora_vl.evaluation.predict import PredictionsFile, ask, evaluate
 from dora_vl.evaluation.predictions import Prediction, Predictions, cut_broken_tail, read_predictions
 from dora_vl.evaluation.results import read_results
 from dora_vl.evaluation.scores import exact
-from dora_vl.evaluation.test_sets import ResultFolder, TestSet
-from tests.backbones.tiny_language import write_tiny_language
+from dora_vl.evaluation.test_sets import ResultFolder, TestSet, refuse_unscored
 
 BROKEN, WITHOUT_NUMBERS = "broken", "no numbers"
 
@@ -88,17 +86,6 @@ def test_scores_that_are_no_numbers_are_named_at_the_end_and_cost_no_other_its_a
     assert len(none.batches) == 1
 
 
-def test_the_longest_prompts_come_first(tmp_path: Path) -> None:
-    model = open_model(ModelRequest(model=str(write_tiny_language(tmp_path / "model")), template="vicuna_v1")).adapted
-    assert isinstance(model, Assistant)
-    examples = [question(number, "word " * (number * 7 % 11)) for number in range(1, 11)]
-    batches = model.predict(examples, media_reader(tmp_path, frames=1), Decoding(batch_size=4, max_new_tokens=2))
-    rows = [row for batch in batches for row in batch]
-    lengths = [len(row.question) for row in rows]
-    assert lengths == sorted(lengths, reverse=True)
-    assert {row.id for row in rows} == {item.id for item in examples}
-
-
 # Several sets in one folder, stopped anywhere.
 
 
@@ -151,6 +138,17 @@ def test_a_set_of_other_settings_is_asked_anew_and_the_others_stay(tmp_path: Pat
     sets = [one, replace(two, settings={"adapter": "b"})]
     evaluate(sets, model := Echo(), ResultFolder(folder=tmp_path), exchange=False)
     assert [name for batch in model.batches for name in batch] == [f"q{number}" for number in range(6)]
+
+
+def test_a_set_that_cannot_be_scored_costs_no_other_its_score(tmp_path: Path) -> None:
+    def trips(*_: object) -> Any:
+        raise KeyError("extra")
+
+    one, two = sets_in(tmp_path)
+    done = evaluate([replace(one, score=trips), two], Echo(), results_in(tmp_path), exchange=False)
+    with pytest.raises(UserError, match="one"):
+        refuse_unscored(done)
+    assert read_results(tmp_path).keys() == {"two"}
 
 
 def test_several_processes_leave_what_one_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,14 +210,6 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_second_run_finds_what_the_first_one_finished(folder: Path) -> None:
-    with PredictionsFile(folder) as file:
-        assert file.begin("set", SETTINGS) == {"1": finished("1"), "2": finished("2")}
-        file.add("set", [finished("3")])
-        assert list(read_predictions(folder / "predictions.jsonl")["set"]) == ["1", "2", "3"]
-        assert list(file.end("set", ["3", "1"])) == ["3", "1", "2"]
-
-
 @pytest.mark.parametrize("cut", [1, 10, 60])
 def test_a_line_cut_by_a_crash_is_removed_and_asked_again(folder: Path, cut: int) -> None:
     path = folder / "predictions.jsonl"
@@ -236,20 +226,11 @@ def test_a_broken_tail_is_cut(tmp_path: Path, whole: bytes, tail: bytes) -> None
     assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("stated", [None, "{"])
-def test_other_settings_and_none_start_anew(folder: Path, stated: str | None) -> None:
-    if stated is not None:
-        (folder / "predictions.settings.json").write_text(stated)
-    with PredictionsFile(folder) as file:
-        assert file.begin("set", SETTINGS if stated else {**SETTINGS, "adapter": "b2"}) == {}
-    assert (folder / "predictions.jsonl").read_text() == ""
-
-
 @pytest.mark.parametrize(
     "line",
     [
-        *(b'{"id": 7}', b'{"id":', "\ud800".encode("utf-8", "surrogatepass"), b"[" * 100_000, b"[1]"),
-        *(b'{"id": ["a"], "images": []}', b'{"id": "a", "prediction": "b", "ids": {}}'),
+        *(b'{"id": 7}', b'{"id":', "\ud800".encode("utf-8", "surrogatepass"), b"[" * 100_000),
+        b'{"id": "a", "prediction": "b", "ids": {}}',
     ],
 )
 def test_any_broken_line_but_the_last_is_refused(folder: Path, line: bytes) -> None:

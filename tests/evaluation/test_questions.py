@@ -88,13 +88,13 @@ def test_questions_are_asked_as_they_stand(name: str, tmp_path: Path) -> None:
         {"question_id": "x7", "text": f"Why?\nA. so\nB. no\n{LETTER}"},
     ]
     path = lines(tmp_path / "q.jsonl", rows)
-    test_set = read_set(f"{name}={path}", tmp_path, mode=None, limit=None)
+    test_set = read_set(f"{name}={path}", tmp_path)
     first, second = test_set.examples
     assert (first.id, first.images, first.extra) == ("5", ("a.jpg",), {"category": "random"})
     assert prompt_turns(first, test_set.benchmark.prompt) == (Turn("user", f"<image>\nIs it  red?\n{SHORT}"),)
     assert prompt_turns(second, test_set.benchmark.prompt) == (Turn("user", f"Why?\nA. so\nB. no\n{LETTER}"),)
-    assert test_set.scorer is None
-    assert read_set(f"{name}={path}", tmp_path, mode=None, limit=1).examples == [first]
+    assert test_set.score is None
+    assert read_set(f"{name}={path}", tmp_path, limit=1).examples == [first]
 
 
 def test_questions_of_one_id_are_numbered(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_scienceqas_conversations_have_choices(tmp_path: Path) -> None:
     ]
     path = tmp_path / "llava_test_CQM-A.json"
     path.write_text(json.dumps(rows))
-    test_set = read_set(f"scienceqa={path}", tmp_path, mode=None, limit=None)
+    test_set = read_set(f"scienceqa={path}", tmp_path)
     by_id = {example.id: example for example in test_set.examples}
     assert (by_id["4"].choices, by_id["5"].choices) == (("map", "pen"), ("red", "pale blue", "green"))
     assert [by_id[name].extra.get("correct") for name in "4567"] == [1, 0, 1, None]

@@ -45,7 +45,7 @@ def test_a_row_becomes_prompt_target_and_score(
     file = prepared(row, tmp_path)
     assert {"asked", "vlbart", "trained", "instruction"} & set(row), "nothing is expected of the prompt"
     benchmark = row.get("benchmark", row["split"].partition("/")[0])
-    questions = read_set(f"{benchmark}={file}", tmp_path, mode=None, limit=None)
+    questions = read_set(f"{benchmark}={file}", tmp_path)
     (example,) = (item for item in questions.examples if item.id == row["id"])
     if "asked" in row:
         (turn,) = prompt_turns(example, questions.benchmark.prompt)
@@ -63,10 +63,10 @@ def test_a_row_becomes_prompt_target_and_score(
     if "instruction" in row:
         prompt = PROMPTS["nvlabs"].before_output(example.question, "", test=True)
         assert (prompt, example.extra["output"]) == (row["instruction"]["text"], row["instruction"]["target"])
-    assert bool(row["scores"]) == (questions.scorer is not None)  # a judge scores the others
+    assert bool(row["scores"]) == (questions.score is not None)  # a judge scores the others
     for prediction, share in row["scores"].items():
-        assert questions.scorer is not None
-        scored = questions.scorer(questions.examples, {example.id: prediction})
+        assert questions.score is not None
+        scored = questions.score(questions.examples, {example.id: prediction})
         assert scored.shares[example.id] == pytest.approx(share, rel=1e-9), prediction
 
 

@@ -10,17 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from dora_vl.backbones.pieces import Seq2SeqEncoder
-from dora_vl.backbones.tower_sources import small_tokenizer
-from dora_vl.backbones.vision_store import FeatureReader, FeatureStore, Stored
-from dora_vl.data.example import Answer, Example, ExampleFile, write_examples
-from dora_vl.errors import BadSample, UserError
+from dora_vl.errors import UserError
 from dora_vl.evaluation import vlbart_assistant
 from dora_vl.evaluation.predictions import read_predictions
 from dora_vl.evaluation.vlbart_tasks import all_subtasks
-from dora_vl.evaluation.vlbart_test import check_tests
 from dora_vl.run.reading import read_run
 from dora_vl.training.run import run
 from dora_vl.training.vlbart_pipeline import VlBartPipeline
@@ -88,46 +82,6 @@ def test_what_the_test_lacks_is_told_before_training(data: Path, spoil: Callable
     assert not (data.parent / "run" / "log.jsonl").exists()
 
 
-class Index(FeatureStore):
-    """A store that knows every picture; reading is counted, and one is damaged."""
-
-    def __init__(self, damaged: str = "") -> None:
-        self.damaged = damaged
-        super().__init__(Path("index"), {f"p{n}": None for n in range(1000)})
-        self.looked_up: list[str] = []
-        self.opened: list[str] = []
-
-    def _stored(self, name: str) -> Stored:
-        self.looked_up.append(name)
-        return Stored(4, 8, 4)
-
-    def _read(self, name: str) -> torch.Tensor:
-        self.opened.append(name)
-        if name == self.damaged:
-            raise BadSample(name, "damaged " + "x" * 900)
-        return torch.zeros(4, 8)
-
-
-def test_all_are_looked_up_and_some_are_read(tmp_path: Path) -> None:
-    """1,000 records: the index is asked for each, the features of at most 64 are read, from first to last."""
-    name = "n" * 90
-    fields = {"question": "what?", "answers": (Answer(text="red"),)}
-    examples = [Example(id=f"{name}{n}", images=(f"p{n}.png",), **fields) for n in range(1000)]
-    write_examples(tmp_path / f"{name}.jsonl", examples)
-    gqa, file = all_subtasks()["gqa"], ExampleFile(tmp_path / f"{name}.jsonl")
-    encoder, index = Seq2SeqEncoder(small_tokenizer(iter(["what? red"] * 4), vocabulary=300)), Index()
-    check_tests([(gqa, file, FeatureReader(index, 4, 8))], encoder, max_bad_share=0.0)
-    assert index.looked_up == [f"p{n}" for n in range(1000)]
-    assert 50 <= len(index.opened) <= 64
-    numbers = [int(name.strip("p")) for name in index.opened]
-    assert numbers == sorted(numbers)
-    assert (numbers[0] < 20, numbers[-1] > 980) == (True, True)
-    damaged = FeatureReader(Index(damaged=index.opened[7]), 4, 8)
-    with pytest.raises(UserError):
-        check_tests([(gqa, file, damaged)], encoder, max_bad_share=0.001)
-    check_tests([(gqa, file, damaged)], encoder, max_bad_share=0.1)
-
-
 def test_a_missing_caption_scorer_is_told_before_training(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("pycocoevalcap", "pycocoevalcap.cider", "pycocoevalcap.cider.cider"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -139,7 +93,7 @@ def test_a_missing_caption_scorer_is_told_before_training(data: Path, monkeypatc
 # Scores that are NaN for one example, however the task answers: it is named, and the others stand.
 
 
-TASKS = {"gqa": "text", "nlvr2": "pair", "tvqa": "choice"}
+TASKS = {"gqa": "text", "tvqa": "choice"}
 
 
 def break_row(number: int, patched: pytest.MonkeyPatch) -> None:

@@ -211,18 +211,7 @@ def test_real_runs_are_compared(tmp_path: Path) -> None:
     write_tiny_language(tmp_path / "base")
     generated_commonsense.main(["--to", str(tmp_path / "data")])
     config, *settings = arguments(tmp_path, "run", "--training.max_steps=3", "--training.deepspeed=null")
-    words = [
-        "--methods",
-        "dora,full",
-        "--ranks",
-        "2",
-        "--rates",
-        "0.001,0.01",
-        "--seeds",
-        "2",
-        "--to",
-        str(tmp_path / "out"),
-    ]
+    words = f"--methods dora,full --ranks 2 --rates 0.001,0.01 --seeds 2 --to {tmp_path / 'out'}".split()
     settings += ["--evaluation.scoring=[likelihood]", '--adapter.targets=["*.q_proj", "*.down_proj"]']
     main(["compare", config.removeprefix("--config="), *words, *settings])
     results = json_of(tmp_path / "out" / "compare.json")["results"]

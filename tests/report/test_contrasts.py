@@ -10,7 +10,7 @@ import pytest
 from dora_vl.errors import UserError
 from dora_vl.evaluation.scores.scored import Mean, Ratio, Scored, Tally, paired_differences
 from dora_vl.report import contrasts
-from dora_vl.report.contrasts import Contenders, quantile
+from dora_vl.report.contrasts import Contenders, half_width, quantile
 
 
 def scored(hits: Sequence[float], *, metric: str = "accuracy", per_unit: int = 1, scale: float = 100.0) -> Scored:
@@ -38,15 +38,15 @@ def test_quantiles_are_those_of_the_tables(tail: float, freedom: float, expected
     assert quantile(tail, freedom) == pytest.approx(expected, abs=2e-5)
 
 
-@pytest.mark.parametrize(("seeds", "spread"), [(3, 0.0), (3, 0.02), (3, 0.08), (5, 0.0), (5, 0.02), (5, 0.08)])
-def test_intervals_hold_the_truth_as_often_as_they_say(
-    seeds: int, spread: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of a mean and of a difference, where seeds move the share right by 0, 2 and 8 points.
+def variances(hits: np.ndarray) -> tuple[contrasts.SeedPart, float]:
+    """What seeds and units add to the variance of a mean, by their formulas instead of a bootstrap."""
+    each, together = 1e4 * (hits.var(1) / hits.shape[1]).mean(), 1e4 * hits.mean(0).var() / hits.shape[1]
+    return contrasts.seed_part(list(100 * hits.mean(1)), float(each), float(together)), float(together)
 
-    The bootstrap's variances are put in as their formulas here, 2,000 tables of 200 units; one table by the bootstrap
-    itself agrees with them.
-    """
+
+@pytest.mark.parametrize(("seeds", "spread"), [(3, 0.0), (3, 0.02), (3, 0.08), (5, 0.0), (5, 0.02), (5, 0.08)])
+def test_intervals_hold_the_truth_as_often_as_they_say(seeds: int, spread: float) -> None:
+    """Of a mean and of a difference, where seeds move the share right by 0, 2 and 8 points: 2,000 tables."""
     random, units, tables = np.random.default_rng(7), 200, 2000
     difficulty = random.beta(1.3, 0.7, (tables, 1, units))
 
@@ -54,56 +54,21 @@ def test_intervals_hold_the_truth_as_often_as_they_say(
         shift = random.normal(0, spread, (tables, seeds, 1))
         return (random.random((tables, seeds, units)) < np.clip(difficulty + shift, 0, 1)).astype(float)
 
-    ours, theirs = drawn(), drawn()
+    every, others = drawn(), drawn()
     truth = 100 * np.clip(random.beta(1.3, 0.7, 10**6) + random.normal(0, spread, 10**6), 0, 1).mean()
-    held = {"mean": 0, "difference": 0}
-    table = Contenders({"ours": runs(*ours[0]), "theirs": runs(*theirs[0])})
-    (measure,) = table.measures
-    bootstrapped = table.score(measure, "ours"), table.difference(measure, "ours", "theirs")
-    for number in range(tables):
-        hits = {"ours": ours[number], "theirs": theirs[number]}
-        table = _with_exact_variances(hits, table, monkeypatch)
-        score, difference = table.score(measure, "ours"), table.difference(measure, "ours", "theirs")
-        if number == 0:
-            for one, other in zip(bootstrapped, (score, difference), strict=True):
-                assert (one.high - one.low) == pytest.approx(other.high - other.low, rel=0.08)
-        held["mean"] += score.low <= truth <= score.high
-        held["difference"] += difference.low <= 0 <= difference.high
-    for name, count in held.items():
-        assert 0.925 < count / tables < 0.975, (name, count / tables)  # 93 to 97, and the chance of 2,000 tables
-
-
-def _with_exact_variances(
-    hits: dict[str, np.ndarray], table: Contenders, monkeypatch: pytest.MonkeyPatch
-) -> Contenders:
-    """The same table for other hits, two draws standing for all: a mean and its standard error to either side."""
-
-    def spread_of(name: str, other: str | None) -> float:
-        apart = hits[name].mean(0) - (0 if other is None else hits[other].mean(0))
-        return float(apart.var() / apart.size) * 10_000
-
-    def of_seeds(_: object, name: str) -> contrasts.SeedPart:
-        rows = hits[name]
-        each = float((rows.var(1) / rows.shape[1]).mean()) * 10_000
-        shared = max(0.0, each - spread_of(name, None)) / (len(rows) - 1)
-        return contrasts.SeedPart(float(rows.mean(1).var(ddof=1)) / len(rows) * 10_000, shared, len(rows))
-
-    def mean_draws(_: object, name: str) -> np.ndarray:
-        other = "theirs" if name == "ours" else None
-        own = np.sqrt(spread_of(name, None))
-        if other is None:  # chosen so that the difference of the two has its own variance
-            together = spread_of("ours", "theirs")
-            return np.array([0.0, 0.0]) if together == 0 else _partner(np.sqrt(spread_of("ours", None)), together)
-        return np.array([-own, own])
-
-    monkeypatch.setattr(table, "by_seed", lambda _, name: list(100 * hits[name].mean(1)))
-    monkeypatch.setattr(table, "_of_seeds", of_seeds)
-    monkeypatch.setattr(table, "_mean_draws", mean_draws)
-    return table
-
-
-def _partner(own: float, together: float) -> np.ndarray:
-    return np.array([-1.0, 1.0]) * (own - np.sqrt(together))
+    held = np.zeros(2)
+    for number, (ours, theirs) in enumerate(zip(every, others, strict=True)):
+        (own, of_units), (other, _) = variances(ours), variances(theirs)
+        apart = 1e4 * float((ours.mean(0) - theirs.mean(0)).var()) / units
+        halves = half_width([own], of_units, 0.025), half_width([own, other], apart, 0.025)
+        held += np.abs([100 * ours.mean() - truth, 100 * (ours.mean() - theirs.mean())]) <= halves
+        if number == 0:  # the bootstrap itself says the same
+            table = Contenders({"ours": runs(*ours), "theirs": runs(*theirs)})
+            (measure,) = table.measures
+            drawn_limits = table.score(measure, "ours"), table.difference(measure, "ours", "theirs")
+            assert [row.high - row.low for row in drawn_limits] == pytest.approx(2 * np.array(halves), rel=0.08)
+    assert (held / tables > 0.925).all()  # 93 to 97, and the chance of 2,000 tables
+    assert (held / tables < 0.975).all()
 
 
 def test_few_seeds_give_an_interval_over_units_alone() -> None:

@@ -11,14 +11,13 @@ from pathlib import Path
 import pytest
 
 from dora_vl.cli import main
-from dora_vl.data.example import Example, write_examples
-from dora_vl.evaluation.ask import Assistant
-from dora_vl.evaluation.open_model import ModelRequest, open_model
+from dora_vl.data.example import Example
+from dora_vl.evaluation.predictions import Prediction, Predictions, line_of
+from dora_vl.evaluation.questions import likeliest_ending, right_ending
 from dora_vl.evaluation.results import read_results
-from dora_vl.evaluation.test import evaluate_commonsense
+from dora_vl.evaluation.scores.exact import cloze_score
+from dora_vl.evaluation.test_sets import ResultFolder, TestSet, scored
 from dora_vl.report.report import SECTIONS
-from dora_vl.run.settings import EvaluationConfig
-from tests.backbones.tiny_language import write_tiny_language
 from tests.report.conftest import HOSTILE
 
 KINDS = {"often": 16, "seldom": 8}
@@ -110,40 +109,29 @@ def test_kinds_and_what_a_score_is_compared_with_stand_below_it(copied: Path, vl
 
 def test_a_cloze_run_shows_the_numbers_of_its_metrics(tmp_path: Path) -> None:
     """What the endings' likelihoods say is not scored again as if it were text; truth and answer are endings."""
-    model = open_model(ModelRequest(model=str(write_tiny_language(tmp_path / "model")), template="cloze")).adapted
-    assert isinstance(model, Assistant)
-    run = tmp_path / "run"
-    (run / "adapter").mkdir(parents=True)
-    (run / "adapter" / "adapter_model.safetensors").write_bytes(b"any")
-    (run / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
-    for task in ("boolq", "piqa"):
-        examples = [
-            Example(
-                id=str(n),
-                question=f"Is {n}?",
-                extra={
-                    "task": task,
-                    "correct": n % 2,
-                    "contexts": [f"Is {n}?"] * 2,
-                    "endings": [f"no {n}", f"yes {n}"],
-                },
-            )
-            for n in range(12)
-        ]
-        write_examples(tmp_path / f"{task}.jsonl", examples)
-    files = {task: str(tmp_path / f"{task}.jsonl") for task in ("boolq", "piqa")}
-    evaluation = EvaluationConfig(files=files, scoring=("cloze",))
-    evaluate_commonsense(model.backbone, model.prompts.encoder, evaluation, run_folder=run)
-    entry = json.loads((run / "metrics.json").read_text())["sets"]["cloze"]
+    extra = {"contexts": ["Is it?"] * 2, "endings": ["no", "yes"]}
+    examples = [
+        Example(id=f"{task}/{n}", question="Is it?", extra={**extra, "task": task, "correct": n % 2})
+        for task in ("boolq", "piqa")
+        for n in range(12)
+    ]
+    rows = [
+        Prediction(id=example.id, set="cloze", question="Is it?", prediction=f"-1.5 -{number % 5}.25")
+        for number, example in enumerate(examples)
+    ]
+    cloze = TestSet(name="cloze", examples=examples, score=cloze_score, truth=right_ending, compared=likeliest_ending)
+    ResultFolder(folder=tmp_path).write([scored(cloze, Predictions(rows=rows))])
+    (tmp_path / "predictions.jsonl").write_text("".join(map(line_of, rows)))
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    entry = json.loads((tmp_path / "metrics.json").read_text())["sets"]["cloze"]
     assert 0 < entry["metrics"]["average"]["value"] < 100
-    page = reported(run, to=tmp_path / "page.html", more=("--no-weights",))
-    words = " ".join(page.words.split())
+    words = " ".join(reported(tmp_path, to=tmp_path / "page.html", more=("--no-weights",)).words.split())
     for name, metric in entry["metrics"].items():
         low, high = metric["interval_95"]
         assert f"{name} {metric['n']} {metric['value']:.2f} {low:.2f} to {high:.2f}" in words, name
-    wrong = [item for item in read_results(run)["cloze"].items.values() if item.score.share == 0]
+    wrong = [item for item in read_results(tmp_path)["cloze"].items.values() if item.score.share == 0]
     assert f"{len(wrong)} of 24 answers are wrong" in words
-    assert all(item.truth != item.answer and {item.truth[:2], item.answer[:2]} == {"no", "ye"} for item in wrong)
+    assert all({item.truth, item.answer} == {"no", "yes"} for item in wrong)
 
 
 def test_a_run_of_a_vlbart(vlbart_run: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from dora_vl.evaluation.open_model import ModelRequest, open_model
 NEW_TOKENS = 64
 REQUEST = ("model", "base", "any_base", "template", "strength")
 MODEL = ModelManifest(model_id="dora_vl", chat_class_path=f"{__name__}.AdaptedModel")
-"""The entry point."""
+"""The entry point `lmms_eval.models` names this."""
 
 
 class AdaptedModel(lmms):
@@ -48,7 +48,7 @@ class AdaptedModel(lmms):
         self.batch_size, self._sampling, self._reader = int(batch_size), Uniform(frames), VideoReader()
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """The answers, in the requests' order, each up to the first text of its `until`."""
+        """Answers the requests in their order, each up to the first text of its `until`."""
         answers: list[str] = []
         for start in tqdm(range(0, len(requests), self.batch_size), desc="answers", unit="batch"):
             rows = [request.args for request in requests[start : start + self.batch_size]]
@@ -82,16 +82,16 @@ class AdaptedModel(lmms):
         return self.assistant.prompts.sample(turns, Shown(pictures=tuple(pictures), videos=tuple(videos)))
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Not asked for by lmms-eval's tasks of pictures."""
+        """Refuses tasks that compare likelihoods."""
         raise NotImplementedError("dora_vl answers in words; take a task of lmms-eval that generates")
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Tasks that ask again after an answer."""
+        """Refuses tasks that ask again after an answer."""
         raise NotImplementedError("dora_vl answers one question at a time")
 
 
 def _until(text: str, options: Mapping[str, Any]) -> str:
-    """The answer up to where the task says that it ends."""
+    """Returns the answer up to where the task says that it ends."""
     stops = options.get("until") or ()
     for stop in [stops] if isinstance(stops, str) else stops:
         text = text.partition(stop)[0] if stop else text

@@ -34,49 +34,49 @@ Prompt = Callable[[Example], str]
 
 
 def as_is(example: Example) -> str:
-    """The question alone."""
+    """Returns the question alone."""
     return example.question
 
 
 def short(example: Example) -> str:
-    """VQAv2, GQA, POPE."""
+    """Asks as VQAv2, GQA and POPE are asked."""
     return f"{example.question}\n{SHORT}"
 
 
 def letter(example: Example) -> str:
-    """SEED, MMBench: hint, question, lettered choices."""
+    """Asks as SEED and MMBench are asked: hint, question, lettered choices."""
     return f"{lettered(example)}\n{LETTER}"
 
 
 def caption_of_picture(_: Example) -> str:
-    """COCO captions."""
+    """Asks for a caption, as of COCO's pictures."""
     return "Provide a one-sentence caption for the provided image."
 
 
 def true_or_false(example: Example) -> str:
-    """NLVR and NLVR2."""
+    """Asks as NLVR and NLVR2 are asked."""
     return f"{example.question}\nIs this true or false? {SHORT}"
 
 
 def about_video(example: Example) -> str:
-    """TVQA, How2QA and one's own videos: what is said in the clip, the question, and lettered choices."""
+    """Asks about a video (TVQA, How2QA, one's own): what is said in it, the question, lettered choices."""
     choices = with_letters(example.choices)
     return "\n".join([*_subtitles(example), example.question, *choices, *([LETTER] if choices else [])])
 
 
 def caption_of_video(example: Example) -> str:
-    """TVC and YC2C."""
+    """Asks for a caption of a clip, as of TVC and YC2C."""
     return "\n".join([*_subtitles(example), "Provide a one-sentence caption for the provided video."])
 
 
 def _subtitles(example: Example) -> list[str]:
-    """What is said in the clip as a line, without empty subtitles; none where nothing is."""
+    """Returns the clip's subtitles as one line; none where nothing is said."""
     text = " ".join(subtitle.text for subtitle in example.subtitles if subtitle.text)
     return [f"Subtitles: {text}"] if text else []
 
 
 def prompt_turns(example: Example, prompt: Prompt) -> tuple[Turn, ...]:
-    """The prompt as turns up to and with the question, one placeholder for each picture first."""
+    """Returns the prompt as turns up to and with the question, one placeholder for each picture first."""
     if example.turns:
         turns = example.turns[:-1] if example.turns[-1].role == "assistant" else example.turns
         return tuple(turns)
@@ -84,7 +84,7 @@ def prompt_turns(example: Example, prompt: Prompt) -> tuple[Turn, ...]:
 
 
 def lettered(example: Example, before_hint: str = "") -> str:
-    """Hint, question and choices, a line each."""
+    """Returns hint, question and choices, a line each."""
     hint = str(example.extra.get("hint") or "")
     return "\n".join([*([before_hint + hint] if hint else []), example.question, *with_letters(example.choices)])
 
@@ -97,7 +97,7 @@ def lettered(example: Example, before_hint: str = "") -> str:
 
 Key = Hashable | None
 REPEATED = re.compile(r"#\d+$")
-"""How `questions` tells questions of one id apart."""
+"""`questions` ends ids with this where several questions have the same."""
 _SUFFIXES = (SHORT, LETTER, LETTER_CN, UNANSWERABLE, YES_OR_NO)
 _OCR = re.compile(r"^Reference OCR token:.*$", re.MULTILINE)
 
@@ -111,7 +111,7 @@ class ByKey:
     of_example: Callable[[Example], Key]
 
     def pairs(self, rows: Sequence[Prediction], examples: Sequence[Example]) -> list[str | None]:
-        """The id of each row's question; None where there is none."""
+        """Returns the id of each row's question; None where there is none."""
         named: defaultdict[Key, list[str]] = defaultdict(list)
         for example in examples:
             named[self.of_example(example)].append(example.id)
@@ -156,14 +156,14 @@ class ByOrder:
 
 
 def question_in(prompt: str) -> str:
-    """A prompt's question alone, in lower case with single spaces: suffixes, OCR tokens and placeholders go."""
-    for suffix in _SUFFIXES:  # before the line of tokens, which they end
+    """Returns a prompt's question alone, in lower case with single spaces: suffixes, OCR tokens and placeholders go."""
+    for suffix in _SUFFIXES:  # first, since they end the line of tokens
         prompt = prompt.replace(suffix, " ")
     return plain(_OCR.sub(" ", prompt.replace(IMAGE_PLACEHOLDER, " ")))
 
 
 def plain(question: str) -> str:
-    """A question in lower case with single spaces, without suffixes; POPE's "imange" is an image."""
+    """Returns a question in lower case with single spaces, without suffixes; POPE's "imange" is an image."""
     for suffix in _SUFFIXES:
         question = question.replace(suffix, " ")
     return " ".join(question.lower().replace("imange", "image").split())
@@ -172,7 +172,7 @@ def plain(question: str) -> str:
 def join(
     benchmark: Benchmark, examples: Sequence[Example], rows: Sequence[Prediction], *, path: Path, questions: Path
 ) -> Predictions:
-    """Each row of another tool's file under its question's id, found by the id or as the benchmark's files name it."""
+    """Returns the rows of another tool's file by their questions' ids, as the benchmark's files name these."""
     matches: dict[str, list[str | None]] = {}
     unclear: list[str] = []
     for way in (ByKey("id", lambda row: row.id, lambda example: example.id), *benchmark.joins):
@@ -261,7 +261,7 @@ GROUP_WITHOUT = "it is scored together with records of which one or more hold no
 
 
 def has_answer(example: Example) -> bool:
-    """Whether any right answer is there that is not blank."""
+    """Returns True where a right answer is there that is not blank."""
     people = example.extra.get("human_answers")
     texts = [answer.text for answer in example.answers]
     texts += [str(answer) for answer in people] if isinstance(people, list | tuple) else []
@@ -269,7 +269,7 @@ def has_answer(example: Example) -> bool:
 
 
 def not_scored(benchmark: Benchmark, examples: Sequence[Example], unreadable: Mapping[str, str]) -> dict[str, str]:
-    """The reason for each example that no score can take, by id; an unreadable record counts as wrong instead."""
+    """Says by id why examples are in no score; an unreadable record counts as wrong instead."""
     bare = {
         example.id
         for example in examples
@@ -290,19 +290,19 @@ def not_scored(benchmark: Benchmark, examples: Sequence[Example], unreadable: Ma
 
 
 def right_answer(example: Example) -> str:
-    """The first right answer's text."""
+    """Returns the first right answer's text."""
     if not example.answers:
         raise UserError(f"example {shown(example.id)} has no right answer; prepare the set again")
     return example.answers[0].text
 
 
 def letters(example: Example) -> str:
-    """The letters of the example's choices: "ABCD" for four."""
+    """Returns the letters of the example's choices: "ABCD" for four."""
     return ascii_uppercase[: len(example.choices)]
 
 
 def correct_index(example: Example) -> int:
-    """Which choice is right."""
+    """Returns which choice is right."""
     if "correct" not in example.extra:
         raise UserError(
             f"example {shown(example.id)} does not say which of its {len(example.choices)} choices is right "
@@ -343,11 +343,11 @@ def refuse_strangers(name: str, examples: Sequence[Example], answers: Answers, w
 
 
 def json_lines(rows: Sequence[Mapping[str, object]]) -> str:
-    """Rows as a submission's JSON lines."""
+    """Returns rows as a submission's JSON lines."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def published_id(name: str) -> int | str:
-    """An id as servers take it: a number where it is one."""
+    """Returns an id as servers take it: a number where it is one."""
     number = number_of(name)
     return name if number is None else number

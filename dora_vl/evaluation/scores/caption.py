@@ -38,7 +38,7 @@ from dora_vl.evaluation.scores.scored import PERCENT, Answers, Formula, Numbers,
 Tokenizer = Literal["ptb", "fallback"]
 
 DROPPED = frozenset({"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"})
-"""The official list; its bracket names are in capitals and never met."""
+"""The official list drops these; its names of brackets are in capitals, which no token has."""
 
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
@@ -59,12 +59,12 @@ _TOKEN = re.compile(
 
 
 def one_line(caption: str) -> str:
-    """The caption without line breaks of any kind, each of which shifts the official tokenizer's later captions."""
+    """Returns the caption without line breaks, each of which shifts the official tokenizer's later captions."""
     return " ".join(caption.splitlines()).replace("\x00", " ")
 
 
 def tokenized(captions: Mapping[str, Sequence[str]], tokenizer: Tokenizer) -> dict[str, list[str]]:
-    """Every caption of each clip as its words with a space between them.
+    """Returns the words of every caption of each clip, with a space between them.
 
     With Java, the tokenizer is the official one: Stanford's PTBTokenizer (CoreNLP 3.4.1) through pycocoevalcap, lower
     case, most punctuation dropped. Its quirks stay: brackets survive as "-lrb-" and the like (they are dropped in
@@ -79,7 +79,7 @@ def tokenized(captions: Mapping[str, Sequence[str]], tokenizer: Tokenizer) -> di
 
 
 def fallback_tokens(caption: str) -> list[str]:
-    """The words of one caption by rules that follow the Penn Treebank's, without Java."""
+    """Returns the words of one caption by rules that follow the Penn Treebank's, without Java."""
     text = _CLITICS.sub(r" \1", one_line(caption).translate(_SYMBOLS).lower())
     matches = (match.group() for match in _TOKEN.finditer(text))
     tokens = [_BRACKETS.get(token, token) for token in matches]
@@ -124,8 +124,8 @@ class Bleu:
     order: int
     decimals: int | None = None
 
-    def __call__(self, sums: Sums, whole: Sums | None = None) -> Numbers:
-        """The score of each draw; every draw has clips."""
+    def __call__(self, sums: Sums, totals: Sums | None = None) -> Numbers:
+        """Returns the score of each draw; every draw has clips."""
         product = np.ones_like(sums["words"])
         for order in ORDERS[: self.order]:
             product = product * (sums[f"matched {order}"] + _ALMOST_ZERO) / (sums[f"said {order}"] + _SMALL)
@@ -143,8 +143,8 @@ class Meteor:
     mean: float
     decimals: int | None = None
 
-    def __call__(self, sums: Sums, whole: Sums | None = None) -> Numbers:
-        """The score of each draw; every draw has clips."""
+    def __call__(self, sums: Sums, totals: Sums | None = None) -> Numbers:
+        """Returns the score of each draw; every draw has clips."""
         moved = sums["meteor"] / sums["clips"] / self.mean if self.mean else np.ones_like(sums["clips"])
         value = PERCENT * self.whole * moved
         return value if self.decimals is None else np.round(value, self.decimals)
@@ -158,7 +158,7 @@ def score(
     tokenizer: Tokenizer | None = None,
     with_meteor: bool | None = None,
 ) -> Scored:
-    """Every caption metric over the clips; one without a prediction counts as an empty caption.
+    """Scores captions by every metric; a clip without a prediction counts as an empty caption.
 
     `value` replaces every character outside ASCII by a space and rounds to two decimals, as VALUE's server does; `coco`
     does neither. The server needs the references' order; here the ids match.
@@ -200,7 +200,7 @@ def score(
 
 
 def score_value(examples: Sequence[Example], answers: Answers) -> Scored:
-    """TVC and YC2C as VALUE's server scores them."""
+    """Scores TVC and YC2C as VALUE's server does."""
     return score(examples, answers, style="value")
 
 
@@ -211,12 +211,12 @@ def check_scoring(examples: Sequence[Example]) -> None:
 
 
 def clip_of(example: Example) -> str:
-    """What an example's captions belong to, all of them references: a clip (TVC, YC2C) or a picture (COCO)."""
+    """Returns the clip (TVC, YC2C) or picture (COCO) whose captions are all references."""
     return str(example.extra.get("clip_id", example.extra.get("image_id", example.id)))
 
 
 def bleu_counts(prediction: str, references: Sequence[str]) -> dict[str, float]:
-    """One caption's n-grams, those of them that a reference has (clipped), and lengths in words."""
+    """Counts a caption's n-grams, those that a reference has (clipped), and lengths in words."""
     words, references_words = prediction.split(), [reference.split() for reference in references]
     closest = min((abs(len(other) - len(words)), len(other)) for other in references_words)[1]
     counts = {"words": float(len(words)), "reference words": float(closest)}
@@ -245,7 +245,7 @@ def _references(examples: Sequence[Example]) -> dict[str, list[str]]:
 
 
 def _predictions(examples: Sequence[Example], answers: Answers) -> dict[str, str | None]:
-    """The first answer of each clip's examples, None where none has one: what is scored and what is uploaded."""
+    """Returns the first answer of each clip's examples, which is scored and uploaded; None where there is none."""
     predictions: dict[str, str | None] = {}
     for example in examples:
         if predictions.get(clip := clip_of(example)) is None:
@@ -254,7 +254,7 @@ def _predictions(examples: Sequence[Example], answers: Answers) -> dict[str, str
 
 
 def _scorers() -> tuple[Any, Any]:
-    """CIDEr and ROUGE-L of pycocoevalcap."""
+    """Returns CIDEr and ROUGE-L of pycocoevalcap."""
     try:
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.rouge.rouge import Rouge
@@ -266,14 +266,14 @@ def _scorers() -> tuple[Any, Any]:
 def _meteor(
     references: Mapping[str, list[str]], predictions: Mapping[str, list[str]]
 ) -> tuple[float, list[float]] | None:
-    """The whole set's and each clip's; a Java process runs meanwhile. None, and a warning, where that fails."""
+    """Computes METEOR of the whole set and of each clip by a Java process; None, and a warning, where that fails."""
     from pycocoevalcap.meteor.meteor import Meteor as Official
 
     separator = "|||"  # of its protocol
     safe = {clip: [caption.replace(separator, "") for caption in several] for clip, several in references.items()}
     official = Official()
     try:
-        whole, each = official.compute_score(safe, predictions)
+        score, each = official.compute_score(safe, predictions)
     except (OSError, ValueError) as error:
         official.lock.release()  # it holds its lock, and its end would wait for it
         stdin = official.meteor_p.stdin
@@ -282,11 +282,11 @@ def _meteor(
                 stdin.close()
         log.warning("METEOR is left out: its Java program failed (%s); it needs 2 GB of memory", error)
         return None
-    return whole, each
+    return score, each
 
 
 def coco_caption(examples: Sequence[Example], answers: Answers) -> tuple[str, str]:
-    """COCO's caption server: a caption for each image."""
+    """Writes the file of COCO's server, a caption for each image."""
     predictions = _predictions(examples, answers)
     rows = [{"image_id": published_id(image), "caption": text or ""} for image, text in predictions.items()]
     return "captions_results.json", json.dumps(rows, ensure_ascii=False)
@@ -295,7 +295,7 @@ def coco_caption(examples: Sequence[Example], answers: Answers) -> tuple[str, st
 def value_captions(
     examples: Sequence[Example], answers: Answers, *, file: str, video_name: str = "vid_name"
 ) -> tuple[str, str]:
-    """VALUE: one caption for each clip, in the references' order; `video_name` is what YC2C calls otherwise."""
+    """Writes VALUE's file, a caption a clip in the references' order; YC2C names its video otherwise."""
     rows: dict[str, dict[str, object]] = {}
     predictions = _predictions(examples, answers)
     for example in examples:

@@ -26,17 +26,17 @@ from dora_vl.evaluation.scores.scored import ACCURACY, Answers, Mean, Ratio, Sco
 
 
 def normalised(answer: str) -> str:
-    """Lower case, one space between words, no full stop at the end (GQA's rule in LLaVA: `rstrip('.').lower()`)."""
+    """Lowers an answer's case, leaves single spaces, and takes full stops off its end (GQA's rule in LLaVA)."""
     return " ".join(answer.lower().split()).rstrip(".").rstrip()
 
 
 def final_answer(text: str, after: str | None) -> str:
-    """What follows the last `after` in an answer that reasons first ("blue circle, so no"); all of it without one."""
+    """Returns what follows the last `after` in an answer that reasons first ("blue circle, so no")."""
     return text.rpartition(after)[2] if after else text
 
 
 def score(examples: Sequence[Example], answers: Answers, *, answer_after: str | None = None) -> Scored:
-    """Accuracy in percent: all, and by `extra["kind"]`; `answer_after` as `final_answer` takes it."""
+    """Scores accuracy in percent, over all and by `extra["kind"]`; `answer_after` as `final_answer` takes it."""
 
     def points(example: Example, answer: str) -> float:
         truth = final_answer(right_answer(example), answer_after)
@@ -47,7 +47,7 @@ def score(examples: Sequence[Example], answers: Answers, *, answer_after: str | 
 
 
 def by_kind(example: Example) -> list[str]:
-    """The kind of question as a metric's name."""
+    """Returns the kind of question as a metric's name."""
     return [f"kind/{example.extra['kind']}"] if "kind" in example.extra else []
 
 
@@ -58,7 +58,7 @@ BENCHMARK = Benchmark(modes={"": score})
 
 
 def best_of(points: Callable[[str, str], float], headline: str) -> Scorer:
-    """A score that is the best of an answer's points, from 0 to 1, against each right answer."""
+    """Makes a scorer of the best of an answer's points, from 0 to 1, against each right answer."""
 
     def best(example: Example, answer: str) -> float:
         return max((float(points(answer, right.text)) for right in example.answers), default=0.0)
@@ -67,13 +67,13 @@ def best_of(points: Callable[[str, str], float], headline: str) -> Scorer:
 
 
 def right_choice_points(example: Example, answer: str) -> float:
-    """Whether the answer is the right choice's letter or text, or what MMBench's rules take for it."""
+    """Returns 1 where the answer is the right choice's letter or text, or MMBench's rules take it for that."""
     choices = dict(zip(ascii_uppercase, example.choices, strict=False))
     return float(_chosen(answer, choices) == ascii_uppercase[correct_index(example)])
 
 
 def _chosen(answer: str, choices: Mapping[str, str]) -> str | None:
-    """The letter an answer gives, or None.
+    """Returns the letter an answer gives, or None.
 
     MMBench's rules look for a choice's text anywhere, so where one choice is in another ("1" in "10") they find two in
     the right answer and take neither. A letter as it was asked for goes before all texts, a small one after them.
@@ -89,7 +89,7 @@ def _chosen(answer: str, choices: Mapping[str, str]) -> str | None:
 
 
 def similarity(answer: str, true: str) -> float:
-    """One answer's ANLS against one right one, from 0 to 1 (Biten et al., 2019; DocVQA).
+    """Returns one answer's ANLS against one right one, from 0 to 1 (Biten et al., 2019; DocVQA).
 
     One minus the edit distance over the longer one's length, letter case and spaces aside; nothing up to one half.
     """
@@ -140,7 +140,7 @@ SCORINGS: Mapping[str, Scorer] = {
     "relaxed": best_of(is_close, "relaxed accuracy"),
     "caption": caption.score,
 }
-"""What `scoring:` may say in a benchmark's YAML."""
+"""The names that `scoring:` takes in a benchmark's YAML."""
 
 
 # The eight commonsense sets of LLM-Adapters, by their own extraction of the answer from generated text.
@@ -163,11 +163,11 @@ PATTERNS: Mapping[str, re.Pattern[str]] = {
     "ARC-Challenge": _FIVE,
     "openbookqa": _FIVE,
 }
-"""Task -> what an answer looks like; the paper's order of columns."""
+"""The pattern of each task's answers, in the order of the paper's columns."""
 
 
 def extracted(text: str, task: str, rule: Rule) -> str:
-    """The answer in a generated text, "" where there is none."""
+    """Finds the answer in a generated text; "" where there is none."""
     if task not in PATTERNS:
         raise UserError(f"no commonsense task {shown(task)}; there are {', '.join(PATTERNS)}")
     # The scripts see the prompt, which ends in the marker, before.
@@ -176,7 +176,7 @@ def extracted(text: str, task: str, rule: Rule) -> str:
 
 
 def commonsense_score(examples: Sequence[Example], answers: Answers, *, rule: Rule = "nvlabs") -> Scored:
-    """The mean over the tasks, then each task's accuracy, in percent; answers are generated text without the prompt."""
+    """Scores generated text without its prompt: the mean over the tasks, then each task's accuracy, in percent."""
 
     def points(example: Example, answer: str) -> float:
         return float(extracted(answer, str(example.extra.get("task", "")), rule) == right_answer(example))
@@ -199,7 +199,7 @@ BY_LENGTH = frozenset({"piqa", "hellaswag", "ARC-Easy", "ARC-Challenge", "openbo
 
 
 def cloze_score(examples: Sequence[Example], answers: Answers) -> Scored:
-    """The mean over the tasks, then each one's accuracy, in percent, by the likeliest ending (lm-eval's `acc`).
+    """Scores the likeliest endings: the mean over the tasks, then each one's accuracy (lm-eval's `acc`), in percent.
 
     `normalised` divides each log-likelihood by its ending's characters (`acc_norm`), for the sets that have it. An
     answer is the log-likelihoods of the endings, as numbers with spaces between; of equals the first is chosen.
@@ -256,19 +256,19 @@ COMMONSENSE = Benchmark(
 
 
 def label_of(example: Example, answer: str) -> str:
-    """The label that an answer gives: the answer itself, or that of the choice whose letter it is."""
+    """Returns the label that an answer gives: the answer itself, or that of the choice whose letter it is."""
     letter, choices = answer.strip().removesuffix("."), letters(example)
     return f"a{choices.index(letter)}" if len(letter) == 1 and letter in choices else answer
 
 
 def submitted_index(answer: str) -> int:
-    """The choice that a submission holds for a generated answer: its second character, or 0 where that is no digit."""
+    """Returns the choice that a submission holds for an answer: its second character, or 0 where that is no digit."""
     digit = answer[1:2]
     return int(digit) if digit.isascii() and digit.isdigit() else 0
 
 
 def video_score(examples: Sequence[Example], answers: Answers) -> Scored:
-    """Both accuracies in percent, extra answers ignored (TVQA)."""
+    """Scores both accuracies in percent; ignores extra answers (TVQA)."""
 
     def points(example: Example, answer: str) -> float:
         return float(label_of(example, answer) == f"a{correct_index(example)}")
@@ -281,19 +281,19 @@ def video_score(examples: Sequence[Example], answers: Answers) -> Scored:
 
 
 def how2qa_score(examples: Sequence[Example], answers: Answers) -> Scored:
-    """The same, extra answers refused."""
+    """Scores as `video_score` does, and refuses extra answers."""
     refuse_strangers("How2QA", examples, answers, "its server rejects them")
     return video_score(examples, answers)
 
 
 def _submitted(example: Example, answers: Answers) -> int:
-    """What the server's file holds; for a missing answer -1, as it stops where a question lacks."""
+    """Returns the choice that the server's file holds; -1 for a missing answer, as the server stops at none."""
     answer = answers.get(example.id)
     return -1 if answer is None else submitted_index(label_of(example, answer))
 
 
 def video_submission(examples: Sequence[Example], answers: Answers, *, file: str) -> tuple[str, str]:
-    """VALUE: choice indices by question id."""
+    """Writes VALUE's file of choice indices by question id."""
     return file, json.dumps({example.id: _submitted(example, answers) for example in examples})
 
 

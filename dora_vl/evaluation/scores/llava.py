@@ -60,13 +60,10 @@ from dora_vl.evaluation.scores.scored import (
 # (GPT-4's own, from a description of the picture in words).
 
 
-def judge_requests(
-    examples: Sequence[Example], answers: Answers, rules: Mapping[str, str] | None = None
-) -> list[dict[str, str]]:
-    """One request for each question: its id, category and the text to put to the judge.
+def judge_requests(examples: Sequence[Example], answers: Answers) -> list[dict[str, str]]:
+    """Returns a request for each question: its id, category and the text to put to the judge.
 
-    `rules` are by category the instruction that ends the text (`prompt` in LLaVA's rule.json); without them that part
-    is left to the judge's system prompt.
+    The instruction that ends the text in LLaVA (`prompt` in its rule.json) is left to the judge's system prompt.
     """
     requests: list[dict[str, str]] = []
     for example in examples:
@@ -75,14 +72,12 @@ def judge_requests(
         text = f"[Context]\n{example.extra.get('context', '')}\n\n[Question]\n{example.question}"
         for title, answer in (("Assistant 1", reference), ("Assistant 2", answers.get(example.id, ""))):
             text += f"\n\n[{title}]\n{answer}\n\n[End of {title}]"
-        if rules and category in rules:
-            text += f"\n\n[System]\n{rules[category]}\n\n"
         requests.append({"id": example.id, "category": category, "text": text})
     return requests
 
 
 def scores_of(review: str) -> tuple[float, float]:
-    """The reference's and the model's score in a review's first line, separated by a space or a comma."""
+    """Reads the reference's and the model's score in a review's first line."""
     first, *_ = review.strip().split("\n", maxsplit=1)
     try:
         reference, model = map(float, first.replace(",", " ").split())
@@ -92,7 +87,7 @@ def scores_of(review: str) -> tuple[float, float]:
 
 
 def score_reviews(examples: Sequence[Example], reviews: Mapping[str, str]) -> Scored:
-    """100 times model over reference, over all and by category; both scores' means come with it (from 1 to 10)."""
+    """Scores 100 times model over reference, over all and by category; adds both means (from 1 to 10)."""
     tally, categories = Tally(), set[str]()
     for example in examples:
         if example.id not in reviews:
@@ -120,7 +115,7 @@ LLAVA_BENCH = Benchmark(
 
 
 def judge_file(examples: Sequence[Example], answers: Answers) -> dict[str, str]:
-    """What the online grader takes: answers by the publisher's ids, "v1_7" for LLaVA's 7; a missing one is empty."""
+    """Returns answers by the publisher's ids ("v1_7" for LLaVA's 7), as the online grader takes them."""
     names = {
         example.id: f"v1_{example.id}" if number_of(example.id) is not None else example.id for example in examples
     }
@@ -128,7 +123,7 @@ def judge_file(examples: Sequence[Example], answers: Answers) -> dict[str, str]:
 
 
 def score_grades(examples: Sequence[Example], grades: Mapping[str, float]) -> Scored:
-    """The total and each capability (`extra["capability"]`, several a question), 0 to 100; a missing grade is 0."""
+    """Scores the total and each of a question's capabilities, 0 to 100; a missing grade is 0."""
     for name, grade in grades.items():
         if not 0 <= grade <= 1:
             raise UserError(f"MM-Vet grade of {name} is {grade}; grades go from 0 to 1")
@@ -187,7 +182,7 @@ _LAST_WORDS_2025 = 4
 
 
 def chosen(answer: str, choices: Mapping[str, str], matcher: Matcher) -> str | None:
-    """The letter an answer gives, or None."""
+    """Returns the letter an answer gives, or None."""
     if "Failed to obtain answer via API" not in answer:
         letter = _letter_2023(answer) if matcher == "opencompass_2023" else _letter_2025(answer, choices)
         if letter is not None:
@@ -223,7 +218,7 @@ def _only(matches: Sequence[str]) -> str | None:
 
 
 def mmbench_score(examples: Sequence[Example], answers: Answers, *, matcher: Matcher = "2025") -> Scored:
-    """Circular accuracy over questions, by `l2_category` and `category`; and `vanilla`, over single rotations."""
+    """Scores circular accuracy, by `l2_category` and `category` too, and `vanilla`, over single rotations."""
     groups: defaultdict[int, list[Example]] = defaultdict(list)
     for example in examples:
         groups[question_of(example)].append(example)
@@ -252,7 +247,7 @@ def mmbench_score(examples: Sequence[Example], answers: Answers, *, matcher: Mat
 
 
 def question_of(example: Example) -> int:
-    """What all rotations of one question share: their index modulo 1,000,000."""
+    """Returns what all rotations of one question share: their index modulo 1,000,000."""
     index = example.extra.get("index")
     if not isinstance(index, int):
         raise UserError(f"MMBench example {shown(example.id)} has extra.index {shown(index)}; it needs the row's index")
@@ -265,7 +260,7 @@ def letter_cn(example: Example) -> str:
 
 
 def mmbench_submission(examples: Sequence[Example], answers: Answers) -> tuple[str, str]:
-    """The columns as tab-separated text; a spreadsheet program saves it as the .xlsx that the server takes."""
+    """Writes tab-separated text; a spreadsheet program saves it as the .xlsx that the server takes."""
     widest = max(len(example.choices) for example in examples)
     stream = io.StringIO()
     writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
@@ -295,8 +290,8 @@ MMBENCH, CHINESE = (
 # MME as its calculation.py gives it.
 
 
-def said(answer: str) -> Literal["yes", "no", "other"]:
-    """How the script reads an answer: lower-cased, not stripped; "yes", then "no", in its first four characters.
+def yes_or_no(answer: str) -> Literal["yes", "no", "other"]:
+    """Reads an answer as the script does: "yes", then "no", in its first four characters in lower case.
 
     So "know" is no, "unknown" is neither, "eyes" is yes.
     """
@@ -307,13 +302,15 @@ def said(answer: str) -> Literal["yes", "no", "other"]:
 
 
 def mme_score(examples: Sequence[Example], answers: Answers) -> Scored:
-    """Perception, cognition and every subtask's score from 0 to 200; none is in percent.
+    """Scores perception, cognition and every subtask, from 0 to 200; none is in percent.
 
     A subtask's is accuracy + accuracy+ (both questions of a picture right). The script pairs questions by their
     position; here by picture, and a picture that has not exactly two questions is refused. A missing answer is wrong.
     Perception (ten subtasks) is the headline, cognition (four) the second. `extra["category"]` is the subtask.
     """
-    right = {example.id: said(answers.get(example.id, "")) == right_answer(example).lower() for example in examples}
+    right = {
+        example.id: yes_or_no(answers.get(example.id, "")) == right_answer(example).lower() for example in examples
+    }
     pictures = Counter(picture_of(example) for example in examples)
     both = Counter(picture_of(example) for example in examples if right[example.id])
     odd = [name for name, count in pictures.items() if count != 2]
@@ -339,7 +336,7 @@ def mme_score(examples: Sequence[Example], answers: Answers) -> Scored:
 
 
 def picture_of(example: Example) -> tuple[str, str]:
-    """Its subtask and its picture, which both of a picture's questions share."""
+    """Returns an example's subtask and picture, which two questions share."""
     if len(example.images) != 1:
         raise UserError(f"MME example {example.id} names {len(example.images)} pictures; it needs one")
     return str(example.extra.get("category", "")), example.images[0]
@@ -378,7 +375,7 @@ MME = Benchmark(
 
 
 def says_no(answer: str) -> bool:
-    """How the script reads an answer: no where one of "No", "not", "no" stands between *spaces* of the first sentence.
+    """Reads no where "No", "not" or "no" stands between *spaces* of the first sentence, as the script does.
 
     Commas go before. So "NO", "Not", "nope", "", "isn't", "No\\n" and "no!" all count as yes.
     """
@@ -387,7 +384,7 @@ def says_no(answer: str) -> bool:
 
 
 def pope_score(examples: Sequence[Example], answers: Answers) -> Scored:
-    """The categories' mean F1, as LLaVA's table has it, and its parts in percent; each category's.
+    """Scores the categories' mean F1, LLaVA's number, its parts, and each category's, in percent.
 
     A missing answer counts as the wrong one of the two. Division by zero gives 0.
     """
@@ -438,7 +435,7 @@ SENTENCE = re.compile("The answer is ([A-Z]).")
 
 
 def parsed(answer: str) -> str | None:
-    """The letter an answer gives ScienceQA's script, or None where the parsing fails. In this order:
+    """Parses the letter of an answer as ScienceQA's script does; None where that fails. In this order:
 
     1. the whole answer is one of A to E;
     2. it begins with a letter of A to E, a period and a space;
@@ -453,7 +450,7 @@ def parsed(answer: str) -> str | None:
 
 
 def scienceqa_score(examples: Sequence[Example], answers: Answers) -> Scored:
-    """Image accuracy, the number in LLaVA's tables, where any question has a picture, then accuracy, in percent."""
+    """Scores image accuracy, LLaVA's number, where any question has a picture, then accuracy, in percent."""
     image = {"image accuracy": share_of("image accuracy")} if any(example.images for example in examples) else {}
     return score_points(
         examples,
@@ -470,7 +467,7 @@ def scienceqa_prompt(example: Example) -> str:
 
 
 def seed_score(examples: Sequence[Example], answers: Answers) -> Scored:
-    """Exact letter, over all, images, videos (`extra["data_type"]`) and each `extra["question_type"]`, in percent.
+    """Scores the exact letter in percent: all, by `extra["data_type"]` and by `extra["question_type"]`.
 
     The published script stops when an answer is missing or a type has no right answer; here the former is wrong and the
     latter 0. Nothing is parsed out of longer answers: "A." is wrong. (lmms-eval takes the first character instead.)

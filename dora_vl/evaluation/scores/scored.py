@@ -21,14 +21,16 @@ from dora_vl.errors import UserError
 
 Numbers = NDArray[np.float64]
 Sums = Mapping[str, Numbers]
-"""A column's name -> its sum over the drawn items, one number for each draw."""
+"""The sum of each column over the drawn items, a number for each draw."""
 Formula = Callable[..., Numbers]
 """A metric of each draw, from its sums (a column without entries is not in them) and those of the whole set.
 A draw that lacks what the whole set has (such as every item of a rare kind) is NaN; without the latter it is 0."""
 Answers = Mapping[str, str]
-"""By the examples' ids; one that is not there is missing."""
+"""Answers by the examples' ids; an example without an entry has no answer."""
 Limits = tuple[float, float]
 PERCENT = 100.0
+SHARES = ("accuracy", "average")
+"""Headlines of answers that are right or wrong, whose values lie between 0 and 100."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,15 @@ class Ratio:
     scale: float = PERCENT
     decimals: int | None = None
 
-    def __call__(self, sums: Sums, whole: Sums | None = None) -> Numbers:
-        """The ratio of each draw."""
+    def __call__(self, sums: Sums, totals: Sums | None = None) -> Numbers:
+        """Returns the ratio of each draw."""
         top, bottom = self.sides(sums)
-        of_nothing = 0.0 if whole is None or not self.sides(whole)[1].any() else np.nan
+        of_nothing = 0.0 if totals is None or not self.sides(totals)[1].any() else np.nan
         value = self.scale * np.divide(top, bottom, out=np.full_like(bottom, of_nothing), where=bottom != 0)
         return value if self.decimals is None else np.round(value, self.decimals)
 
     def sides(self, sums: Sums) -> tuple[Numbers, Numbers]:
-        """What is divided, and by what."""
+        """Returns dividend and divisor of each draw."""
         nothing = np.zeros_like(next(iter(sums.values())))
         below = (self.bottom,) if isinstance(self.bottom, str) else self.bottom
         return sums.get(self.top, nothing), np.sum([sums.get(name, nothing) for name in below], axis=0)
@@ -64,9 +66,9 @@ class Total:
     parts: tuple[Formula, ...]
     join: ClassVar[Callable[..., Any]] = staticmethod(np.sum)
 
-    def __call__(self, sums: Sums, whole: Sums | None = None) -> Numbers:
-        """The parts' values together, of each draw."""
-        return self.join([part(sums, whole) for part in self.parts], axis=0)
+    def __call__(self, sums: Sums, totals: Sums | None = None) -> Numbers:
+        """Joins the parts' values of each draw."""
+        return self.join([part(sums, totals) for part in self.parts], axis=0)
 
 
 class Mean(Total):
@@ -130,8 +132,8 @@ class Scored:
 
     @cached_property
     def units(self) -> dict[str, int]:
-        """Each unit's place in `columns`."""
-        return {unit: place for place, unit in enumerate(dict.fromkeys(item.unit for item in self.items.values()))}
+        """Each unit's row in `columns`."""
+        return {unit: row for row, unit in enumerate(dict.fromkeys(item.unit for item in self.items.values()))}
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -148,12 +150,21 @@ class Scored:
         return sums
 
     def items_of(self, metric: str) -> int:
-        """How many items a metric is over: those of a kind for an accuracy of that kind, else all."""
+        """Counts the items of a metric: those of a kind for its accuracy, else all."""
         formula = self.formulas.get(metric)
         bottom = formula.bottom if isinstance(formula, Ratio) else None
         if not isinstance(bottom, str) or not bottom.startswith("asked"):
             return self.n
         return round(float(self.columns[:, self.names.index(bottom)].sum())) if bottom in self.names else 0
+
+
+def common_headline(headlines: Sequence[str]) -> str | None:
+    """Returns the headline of several sets that may be averaged; different metrics are never mixed.
+
+    None for headlines that are means over tasks themselves: such sets are ways of scoring the same questions.
+    """
+    names = set(headlines)
+    return headlines[0] if len(headlines) > 1 and len(names) == 1 and names != {"average"} else None
 
 
 class Tally:
@@ -169,7 +180,7 @@ class Tally:
         self._items[item] = ItemScore(unit=unit or f"item {item}", share=share, columns={**columns}, failed=failed)
 
     def scored(self, formulas: Mapping[str, Formula], *, settings: Mapping[str, str] | None = None) -> Scored:
-        """The result of everything added; of the formulas the headline stands first."""
+        """Scores everything added; the first formula is the headline."""
         if not self._items:
             raise ValueError("nothing to score")
         scored = Scored(metrics={}, items=self._items, formulas=dict(formulas), settings=dict(settings or {}))
@@ -177,18 +188,18 @@ class Tally:
 
 
 def values_of(scored: Scored) -> dict[str, float]:
-    """Every metric that is a formula, computed from the items' columns."""
-    whole = _sums(scored.names, scored.columns, np.ones((1, len(scored.columns))))
-    return {name: float(formula(whole)[0]) for name, formula in scored.formulas.items()}
+    """Computes every metric that is a formula from the items' columns."""
+    totals = _sums(scored.names, scored.columns, np.ones((1, len(scored.columns))))
+    return {name: float(formula(totals)[0]) for name, formula in scored.formulas.items()}
 
 
 def _sums(names: Sequence[str], columns: Numbers, counts: Numbers) -> Sums:
-    """The sums of each draw; counts: `[draws, units]`."""
+    """Returns the sums of each draw; counts: `[draws, units]`."""
     return dict(zip(names, (counts @ columns).T, strict=True))
 
 
 def unit_of(example: Example) -> str:
-    """What a bootstrap draws with this example: the unit that its record names, else its pictures or its video."""
+    """Returns the unit that a bootstrap draws: the one its record names, else its pictures or its video."""
     if "unit" in example.extra:
         return str(example.extra["unit"])
     if example.images:
@@ -200,7 +211,7 @@ ACCURACY = Ratio("right", "asked")
 
 
 def share_of(kind: str) -> Ratio:
-    """The accuracy over the items of one kind."""
+    """Returns the accuracy over the items of one kind."""
     return Ratio(f"right {kind}", f"asked {kind}")
 
 
@@ -214,7 +225,7 @@ def score_points(
     more: Callable[[Example], Mapping[str, float]] = lambda _: {},
     settings: Mapping[str, str] | None = None,
 ) -> Scored:
-    """The mean of each example's points, from 0 to 1, over all and over each kind, in percent.
+    """Scores the mean of each example's points, from 0 to 1, over all and over each kind, in percent.
 
     Args:
         metrics: the first metrics; accuracy alone without them.
@@ -240,15 +251,15 @@ def score_points(
 
 
 Z = 1.959963984540054
-"""Of a normal distribution 95 % lies within so many standard deviations."""
+"""95 % of a normal distribution lies within so many standard deviations."""
 RESAMPLES = 2000
 COUNTS_AT_ONCE = 4_000_000  # 32 MB
 PERCENTILES = (2.5, 97.5)
-LEAST_SHARE = 0.1  # of the draws; percentiles of fewer would say nothing
+LEAST_SHARE = 0.1  # percentiles of a smaller share of the draws would say nothing
 
 
 def wilson(share: float, units: int) -> Limits:
-    """The 95 % interval of a share that was seen in so many units (Wilson 1927, without a continuity correction)."""
+    """Returns the 95 % interval of a share of so many units (Wilson 1927, no continuity correction)."""
     scale = 1 + Z**2 / units
     middle = (share + Z**2 / (2 * units)) / scale
     half = Z * sqrt(share * (1 - share) / units + Z**2 / (4 * units**2)) / scale
@@ -265,7 +276,7 @@ class Difference:
 
 
 def intervals(scored: Scored, *, seed: int = 0, resamples: int = RESAMPLES) -> dict[str, Limits]:
-    """The 95 % percentile interval of every metric that is a formula.
+    """Bootstraps the 95 % percentile interval of every metric that is a formula.
 
     Units (pictures, sentences, clips) are drawn with replacement, each with all of its questions. What a metric
     takes from the whole set, such as CIDEr's document frequencies, stays that of the whole set.
@@ -281,7 +292,7 @@ def intervals(scored: Scored, *, seed: int = 0, resamples: int = RESAMPLES) -> d
 def paired_differences(
     ours: Scored, theirs: Scored, *, seed: int = 0, resamples: int = RESAMPLES
 ) -> dict[str, Difference]:
-    """The difference of each metric that has an interval, both scored on the same draws of units."""
+    """Bootstraps the difference of each metric that has an interval, on the same draws of units."""
     if ours.items.keys() != theirs.items.keys():
         alone = sorted(ours.items.keys() ^ theirs.items.keys())
         raise UserError(
@@ -298,7 +309,7 @@ def paired_differences(
 
 
 def draws(units: int, seed: int, resamples: int) -> Iterator[Numbers]:
-    """How often each unit is in each draw, `[some draws, units]` at a time, so that memory stays bounded."""
+    """Yields how often each draw has each unit, `[some draws, units]` at a time, so that memory stays bounded."""
     random = np.random.default_rng(seed)
     at_once = max(1, COUNTS_AT_ONCE // units)
     for start in range(0, resamples, at_once):
@@ -308,17 +319,17 @@ def draws(units: int, seed: int, resamples: int) -> Iterator[Numbers]:
 
 
 def drawn(several: Sequence[Scored], seed: int = 0, resamples: int = RESAMPLES) -> list[dict[str, Numbers]]:
-    """Each score's metrics on the same draws, NaN where a draw has none of a metric's items."""
+    """Computes each score's metrics on the same draws, NaN where a draw has none of a metric's items."""
     parts: list[list[dict[str, Numbers]]] = [[] for _ in several]
     for counts in draws(len(several[0].columns), seed, resamples):
         for part, scored in zip(parts, several, strict=True):
-            sums, whole = (_sums(scored.names, scored.columns, each) for each in (counts, np.ones_like(counts[:1])))
-            part.append({name: formula(sums, whole) for name, formula in scored.formulas.items()})
+            sums, totals = (_sums(scored.names, scored.columns, each) for each in (counts, np.ones_like(counts[:1])))
+            part.append({name: formula(sums, totals) for name, formula in scored.formulas.items()})
     return [{name: np.concatenate([chunk[name] for chunk in part]) for name in part[0]} for part in parts]
 
 
 def _interval(values: Numbers, formula: Formula, scores: Sequence[Scored]) -> Limits | None:
-    """Percentiles of the draws that are a number, None where too few are.
+    """Returns percentiles of the draws that are a number; None where too few are.
 
     Percentiles of equal draws, as where every answer is right, would call that certain. There a share has Wilson's
     limits: forty of forty right may be 91 % of all such questions. Equal units differ by rounding alone.
@@ -333,7 +344,7 @@ def _interval(values: Numbers, formula: Formula, scores: Sequence[Scored]) -> Li
 
 
 def _limits_of(formula: Formula, scores: Sequence[Scored]) -> Limits | None:
-    """Limits of a metric that is a share, or of the difference of two scores' that is the same in every unit.
+    """Returns limits of a share, or of the difference of two shares that is the same in every unit.
 
     None for other metrics; a mean or sum of shares has the mean or sum of theirs, which is wide rather than narrow. Of
     a difference the units that were not seen may be otherwise: by Wilson's upper limit for none of so many, a share of
@@ -351,7 +362,7 @@ def _limits_of(formula: Formula, scores: Sequence[Scored]) -> Limits | None:
     for scored in scores:
         top, bottom = formula.sides(dict(zip(scored.names, scored.columns.T, strict=True)))
         counted = bottom > 0
-        if not counted.any() or (top < 0).any() or (top > bottom).any():  # its top is no part of its bottom
+        if not counted.any() or (top < 0).any() or (top > bottom).any():  # no share of its bottom
             return None
         shares.append((float(top[counted].sum() / bottom[counted].sum()), int(counted.sum())))
     (value, units), *others = shares

@@ -77,21 +77,21 @@ CONTRACTIONS = {
     for index, letter in enumerate(form)
     if letter == "'"
 } | {"somebody'd": "somebodyd"}
-"""A spelling that lacks one apostrophe -> the form; the official table holds just these."""
+"""The form of each spelling that lacks an apostrophe; the official table holds just these."""
 
 
 def normalise(answer: str) -> str:
-    """The whole treatment, as a prediction gets it."""
+    """Rewrites a prediction by all of these rules."""
     return map_words(strip_punctuation(one_line(answer)))
 
 
 def one_line(answer: str) -> str:
-    """Line breaks and tabs as spaces, none at the ends."""
+    """Turns line breaks and tabs into spaces, none at the ends."""
     return answer.replace("\n", " ").replace("\t", " ").strip()
 
 
 def strip_punctuation(text: str) -> str:
-    """Punctuation and periods as the script treats them; letters stay as they are."""
+    """Treats punctuation and periods as the script does; letters stay as they are."""
     in_number = COMMA_BETWEEN_DIGITS.search(text) is not None
     result = text
     for mark in PUNCTUATION:
@@ -101,13 +101,13 @@ def strip_punctuation(text: str) -> str:
 
 
 def map_words(text: str) -> str:
-    """Lower case, number words as digits, no articles, contractions with their apostrophe, single spaces."""
+    """Writes lower case, digits for number words, no articles, contractions with their apostrophe."""
     words = [DIGITS.get(word, word) for word in text.lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
 def human_answers(example: Example) -> list[str]:
-    """What the ten people said, raw: `extra["human_answers"]`, or else the example's answers."""
+    """Returns the ten people's raw answers: `extra["human_answers"]`, or else the example's answers."""
     people = example.extra.get("human_answers")
     if not isinstance(people, list | tuple | None):
         raise UserError(f"example {shown(example.id)}: extra.human_answers must be a list, it is {shown(people)}")
@@ -121,13 +121,13 @@ def human_answers(example: Example) -> list[str]:
 
 
 def leave_one_out(prediction: str, answers: Sequence[str]) -> float:
-    """The mean over the people of min(1, others who said the prediction / 3), by exact comparison."""
+    """Averages min(1, others who said the prediction / 3) over the people, by exact comparison."""
     same = sum(answer == prediction for answer in answers)
     return sum(min(1.0, (same - (answer == prediction)) / 3) for answer in answers) / len(answers)
 
 
 def normalise_evalai(answer: str) -> str:
-    """How EvalAI's VQA server and TextVQA's m4c evaluator rewrite predictions and references before they compare.
+    """Rewrites text as EvalAI's VQA server and TextVQA's m4c evaluator do before they compare.
 
     The steps of `normalise` with three differences, which change about a tenth of tricky strings:
 
@@ -144,7 +144,7 @@ Version = Literal["after_2021", "before_2021"]
 
 
 def vqa_score(examples: Sequence[Example], answers: Answers, *, version: Version = "after_2021") -> Scored:
-    """Accuracy over all questions, and by `extra["answer_type"]` (yes/no, number, other) where there is one.
+    """Scores all questions, and by `extra["answer_type"]` (yes/no, number, other) where there is one.
 
     Source: github.com/GT-Vision-Lab/VQA, PythonEvaluationTools. Its versions before and after a change of 2021 disagree
     on about a fifth of tricky questions, so a number needs its version beside it:
@@ -174,7 +174,7 @@ def vqa_score(examples: Sequence[Example], answers: Answers, *, version: Version
 
 
 def accuracy(prediction: str, people: Sequence[str], version: Version) -> float:
-    """One question's points, from 0 to 1."""
+    """Returns one question's points, from 0 to 1."""
     if version == "before_2021":
         references = [strip_punctuation(answer) for answer in people] if len(set(people)) > 1 else people
         return leave_one_out(normalise(prediction), references)
@@ -185,7 +185,7 @@ def accuracy(prediction: str, people: Sequence[str], version: Version) -> float:
 
 
 def vqa_submission(examples: Sequence[Example], answers: Answers) -> tuple[str, str]:
-    """EvalAI's file: normalised answers for *all* questions of the split, "" where there is none."""
+    """Writes EvalAI's file: normalised answers for *all* questions of the split, "" where there is none."""
     rows = [
         {"question_id": published_id(example.id), "answer": normalise_evalai(answers.get(example.id, ""))}
         for example in examples
@@ -211,11 +211,6 @@ def _soft_points(example: Example, answer: str) -> float:
     return leave_one_out(normalise_evalai(answer), people)
 
 
-def textvqa_score(examples: Sequence[Example], answers: Answers) -> Scored:
-    """Mean soft accuracy in percent, as m4c's evaluator gives it (used by LLaVA's eval_textvqa.py)."""
-    return score_points(examples, answers, _soft_points, settings=EVALAI)
-
-
 def textvqa_prompt(example: Example) -> str:
     """LLaVA's wording, with its line of OCR tokens where `extra["reference_ocr"]` holds them."""
     tokens = example.extra.get("reference_ocr")
@@ -229,7 +224,7 @@ def _textvqa_row(row: Prediction) -> Key:
 
 
 TEXTVQA = Benchmark(
-    modes={"": textvqa_score},
+    modes={"": partial(score_points, points=_soft_points, settings=EVALAI)},  # by m4c's evaluator, as LLaVA's script
     prompt=textvqa_prompt,
     splits=("validation",),
     joins=(
@@ -243,7 +238,7 @@ TEXTVQA = Benchmark(
 
 
 def vizwiz_score(examples: Sequence[Example], answers: Answers) -> Scored:
-    """Mean soft accuracy over EvalAI's normaliser, in percent, as LLaVA's upload is scored.
+    """Scores mean soft accuracy over EvalAI's normaliser, in percent, as LLaVA's upload is scored.
 
     A missing answer is scored as the empty one that the file holds. Questions that the publisher marks as unanswerable
     (`extra["answerable"]` false) are also counted on their own.
@@ -261,12 +256,12 @@ def vizwiz_score(examples: Sequence[Example], answers: Answers) -> Scored:
 
 
 def vizwiz_prompt(example: Example) -> str:
-    """LLaVA's wording."""
+    """Asks in LLaVA's wording."""
     return f"{example.question}\n{UNANSWERABLE}\n{SHORT}"
 
 
 def vizwiz_submission(examples: Sequence[Example], answers: Answers) -> tuple[str, str]:
-    """EvalAI's file: normalised answers by picture."""
+    """Writes EvalAI's file: normalised answers by picture."""
     pictures = {example.id: (example.images or (example.id,))[0].rsplit("/", 1)[-1] for example in examples}
     rows = [{"image": picture, "answer": normalise_evalai(answers.get(name, ""))} for name, picture in pictures.items()]
     return "vizwiz.json", json.dumps(rows, ensure_ascii=False)
@@ -302,7 +297,7 @@ Conversion = Literal["llava", "vl_t5"]
 
 
 def converted(answer: str) -> str:
-    """A model's answer as LLaVA's submission holds it.
+    """Rewrites an answer as LLaVA's submission holds it.
 
     Periods go off the end *before* lower-casing, white space stays: " yes" and "yes. " are wrong.
     """
@@ -310,7 +305,7 @@ def converted(answer: str) -> str:
 
 
 def gqa_score(examples: Sequence[Example], answers: Answers, *, conversion: Conversion = "llava") -> Scored:
-    """Accuracy over all, by open/binary, structural and semantic type; consistency and distribution where possible.
+    """Scores all, by open/binary, structural and semantic type; consistency and distribution where possible.
 
     As GQA's eval.py gives it, on answers that are converted as LLaVA does. `vl_t5` (so the paper's VL-BART numbers)
     compares the generated text as it is, and gives an answer's weight where a question has several.
@@ -359,7 +354,7 @@ def gqa_score(examples: Sequence[Example], answers: Answers, *, conversion: Conv
 
 
 def _types(example: Example) -> tuple[str, str]:
-    """The structural and the semantic type, "" where the record has none."""
+    """Returns the structural and the semantic type, "" where the record has none."""
     types = example.extra.get("types")
     if not isinstance(types, Mapping | None):
         raise UserError(f"question {shown(example.id)}: extra.types must be an object, it is {shown(types)}")
@@ -374,7 +369,7 @@ def _text(example: Example, name: str, value: object) -> str:
 
 
 def points(example: Example, predictions: Mapping[str, str]) -> float:
-    """The weight of the true answer that was predicted, letter by letter; 1 where a question has one true answer."""
+    """Returns the weight of the true answer that was predicted; 1 where a question has one true answer."""
     return {answer.text: answer.weight for answer in example.answers}.get(predictions.get(example.id, ""), 0.0)
 
 
@@ -400,7 +395,7 @@ def _distribution(examples: Sequence[Example], predictions: Mapping[str, str]) -
 def gqa_submission(
     examples: Sequence[Example], answers: Answers, *, conversion: Conversion = "llava"
 ) -> tuple[str, str]:
-    """The file of GQA's eval.py and server, which compare letter by letter: answers as the mode converts them."""
+    """Writes the file of GQA's eval.py and server, answers as the mode converts them."""
     as_held = converted if conversion == "llava" else str
     rows = [{"questionId": example.id, "prediction": as_held(answers.get(example.id, ""))} for example in examples]
     return "gqa.json", json.dumps(rows, ensure_ascii=False)
@@ -419,7 +414,7 @@ GQA = Benchmark(
 
 
 def sentence_of_nlvr2(identifier: str) -> str:
-    """What all examples of one sentence share: the identifier without its third field ("dev-850-0-0")."""
+    """Returns the identifier without its third field ("dev-850-0-0"), which a sentence's examples share."""
     fields = identifier.split("-")
     if len(fields) != 4:
         raise UserError(f"NLVR2 identifier {identifier!r} has {len(fields)} fields, not four as in 'dev-850-0-0'")
@@ -427,7 +422,7 @@ def sentence_of_nlvr2(identifier: str) -> str:
 
 
 def as_read(answer: str) -> str:
-    """What the script reads of a line that holds an identifier and this answer.
+    """Reads an answer as the script does behind an identifier in a line.
 
     It strips a line of its CSV, parts it at commas and takes the second field; letter case aside that must be the label
     exactly. So " True", "true." and "True ,x" are wrong, "True " and "True,x" right.
@@ -438,7 +433,7 @@ def as_read(answer: str) -> str:
 def nlvr2_score(
     examples: Sequence[Example], answers: Answers, *, sentence_of: Callable[[str], str] = sentence_of_nlvr2
 ) -> Scored:
-    """Accuracy (called precision there) and consistency, all of a sentence's examples right, in percent."""
+    """Scores accuracy (precision there) and consistency, all of a sentence's examples right, in percent."""
     if without := [example.id for example in examples if not example.answers]:
         raise UserError(f"{len(without)} examples have no label, first {without[0]}; they cannot be scored")
     read = {example.id: as_read(answers.get(example.id, "")).lower() for example in examples}
@@ -460,7 +455,7 @@ def score_nlvr(examples: Sequence[Example], answers: Answers) -> Scored:
 
 
 def nlvr2_submission(examples: Sequence[Example], answers: Answers) -> tuple[str, str]:
-    """The script's CSV of identifier and answer; a missing one stays empty, which is wrong there as it is here."""
+    """Writes the script's CSV; a missing answer stays empty, which is wrong there as it is here."""
     rows = [f"{example.id},{' '.join(answers.get(example.id, '').splitlines())}" for example in examples]
     return "nlvr2.csv", "\n".join(rows) + "\n"
 

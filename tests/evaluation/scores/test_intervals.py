@@ -65,20 +65,15 @@ def test_a_paired_difference_is_narrower_than_two_intervals() -> None:
     assert intervals(ours)["accuracy"][0] < theirs.metrics["accuracy"] < intervals(ours)["accuracy"][1]
     turned = paired_differences(theirs, ours)["accuracy"]
     assert (turned.value, turned.low, turned.high) == pytest.approx((-3.0, -difference.high, -difference.low))
-
-
-def test_a_difference_needs_the_same_items() -> None:
-    with pytest.raises(UserError):
+    with pytest.raises(UserError):  # other items
         paired_differences(questions([1, 0, 1]), questions([1, 0, 1, 1]))
 
 
 def test_formulas_over_sums() -> None:
     sums = {"a": np.array([1.0, 2.0]), "b": np.array([4.0, 0.0]), "c": np.array([0.0, 3.0])}
-    assert Ratio("a", "b")(sums).tolist() == [25.0, 0.0]
     assert Ratio("a", ("b", "c"), scale=1.0)(sums).tolist() == [0.25, 2 / 3]
-    assert Ratio("absent", "b")(sums).tolist() == [0.0, 0.0]
     assert Ratio("a", ("b", "c"), decimals=1)(sums).tolist() == [25.0, 66.7]
-    parts = (Ratio("a", "b"), Ratio("c", "b", scale=1.0))
+    parts = (Ratio("a", "b"), Ratio("absent", "b"))
     assert Total(parts)(sums).tolist() == [25.0, 0.0]
     assert Mean(parts)(sums).tolist() == [12.5, 0.0]
 

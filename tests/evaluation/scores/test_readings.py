@@ -39,12 +39,6 @@ def test_answers_are_read_as_the_script_does(name: str) -> None:
         assert read(*row["given"], **row.get("options", {})) == expected, row
 
 
-@pytest.mark.parametrize("answer", ["True ", "true\t\n", "True,0.9", "True ,0.9", " True", "True.", "", ",True"])
-def test_nlvr2_reads_the_line_of_a_csv(answer: str) -> None:
-    """Against the published script's `line.strip().split(",")[1]`, in a file that ends a line with the answer."""
-    assert vqa.as_read(answer) == f"dev-1-0-0,{answer}".strip().split(",")[1]
-
-
 def test_the_table_of_contractions_is_the_published_one_without_its_empty_entries() -> None:
     assert len(CONTRACTIONS) == 118  # 120 less two that map to themselves
     assert {"Im", "Ive", "Id've", "I'dve"} < set(CONTRACTIONS)
@@ -115,7 +109,7 @@ def test_a_right_choice_that_is_not_there_is_refused(tmp_path: Path, correct: ob
         with pytest.raises(UserError):
             list(read(path))
     with pytest.raises(UserError):
-        read_set(f"tvqa={path}", tmp_path, mode=None, limit=None)
+        read_set(f"tvqa={path}", tmp_path)
 
 
 @pytest.mark.parametrize("task", ["tvqa", "video_words"])
@@ -134,7 +128,7 @@ def test_a_file_that_cannot_be_scored_is_refused_before_anything_is_asked(tmp_pa
     path = tmp_path / "seed.jsonl"
     path.write_text(json.dumps(question(id="q6")) + "\n" + json.dumps(question(choices=choices)) + "\n")
     with pytest.raises(UserError):
-        read_set(f"seed={path}", tmp_path, mode=None, limit=None)
+        read_set(f"seed={path}", tmp_path)
 
 
 def test_a_file_whose_answers_the_publisher_keeps_is_no_mistake(tmp_path: Path) -> None:

@@ -16,12 +16,11 @@ from dora_vl.evaluation.predictions import Prediction, Predictions
 from dora_vl.evaluation.results import formula_record, read_results
 from dora_vl.evaluation.scores import caption, exact
 from dora_vl.evaluation.scores.benchmark import Scorer
-from dora_vl.evaluation.scores.scored import ACCURACY, Mean, Numbers, Scored, Sums, intervals, paired_differences
+from dora_vl.evaluation.scores.scored import ACCURACY, Mean, Numbers, Sums, intervals
 from dora_vl.evaluation.test_sets import ResultFolder, Tested, TestSet, average_of, scored
 from tests.evaluation.scores.test_scores import any_row
 
 SOME = ("yes", "no", "yes", "yes", "no", "A", "yes")
-OTHERS = ("no", "yes", "yes", "B", "no", "yes", "yes")
 
 
 def clips() -> list[Example]:
@@ -40,46 +39,39 @@ def of_answers(name: str, score: Scorer, examples: Sequence[Example], texts: Seq
     return scored(TestSet(name=name, examples=examples, score=score, item=item), Predictions(rows=rows))
 
 
-def everything() -> Iterator[tuple[Tested, Scored]]:
-    """Every benchmark in every version and every scoring of one's own, with another model's score."""
+def everything() -> Iterator[Tested]:
+    """Every benchmark in every version and every scoring of one's own."""
     scorers = {f"{name} {mode}": score for name, row in BENCHMARKS.items() for mode, score in row.modes.items()}
     for name, score in {**scorers, **{f"own {name}": score for name, score in exact.SCORINGS.items()}}.items():
-        examples = [any_row(number) for number in range(8)]
-        some, others = SOME, OTHERS
+        examples, texts = [any_row(number) for number in range(8)], list(SOME)
         if name.endswith("cloze"):
-            some, others = (tuple(f"-1.5 -{text.count('e')}.25" for text in texts) for texts in (SOME, OTHERS))
+            texts = [f"-1.5 -{text.count('e')}.25" for text in texts]
         elif name in ("tvqa ", "how2qa "):
-            some, others = (tuple(f"a{text.count('e')}" for text in texts) for texts in (SOME, OTHERS))
+            texts = [f"a{text.count('e')}" for text in texts]
         elif "caption" in name or name.startswith(("tvc", "yc2c")):
-            examples, some, others = clips(), ("a man 0 runs", "", "a man 2"), ("a dog", "", "a man 2 runs fast")
-        ours, theirs = (of_answers(name, score, examples, texts) for texts in (some, others))
-        assert (ours.refused, theirs.refused) == (None, None), name
-        assert theirs.scored is not None
-        yield ours, theirs.scored
+            examples, texts = clips(), ["a man 0 runs", "", "a man 2"]
+        tested = of_answers(name, score, examples, texts)
+        assert tested.refused is None, name
+        yield tested
 
 
 def test_every_score_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")  # without Java, which takes eight seconds for each score of a caption
-    pairs = list(everything())
-    ResultFolder(folder=tmp_path).write([ours for ours, _ in pairs])
+    tested = list(everything())
+    ResultFolder(folder=tmp_path).write(tested)
     results = read_results(tmp_path)
-    assert list(results) == [ours.test.name for ours, _ in pairs]
-    differing = 0
-    for ours, theirs in pairs:
+    assert list(results) == [ours.test.name for ours in tested]
+    for number, ours in enumerate(tested):
         own, result = ours.scored, results[ours.test.name]
         assert own is not None
         assert result.scored is not None
         assert list(result.scored.metrics.items()) == list(own.metrics.items())
         assert (result.scored.items, result.scored.formulas) == (own.items, own.formulas), ours.test.name
         assert (result.scored.failed, result.scored.settings) == (own.failed, own.settings)
-        limits = intervals(own)
-        assert intervals(result.scored) == limits
         written = {name: entry["interval_95"] for name, entry in result.entry["metrics"].items()}
-        assert {name: tuple(pair) for name, pair in written.items() if pair} == limits
-        differences = paired_differences(own, theirs)
-        assert paired_differences(result.scored, theirs) == differences
-        differing += any(apart.value for apart in differences.values())
-    assert differing > 10  # or equal differences would prove nothing
+        assert {name: tuple(pair) for name, pair in written.items() if pair} == ours.intervals
+        if number % 6 == 0:
+            assert intervals(result.scored) == ours.intervals
 
 
 def test_a_clip_s_line_is_of_the_answer_that_was_scored(tmp_path: Path) -> None:

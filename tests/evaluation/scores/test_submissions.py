@@ -65,6 +65,7 @@ def mmbench(examples: Sequence[Example], text: str) -> float:
     for example in examples:
         row = rows[str(example.extra["index"])]
         choices = {letter: row[letter] for letter in "ABCD" if row[letter]}
+        assert (row["question"], row["hint"], row["category"]) == ("which?", "a\tb", "c")
         right.append(chosen(row["prediction"], choices, "2025") == "ABCD"[example.extra["correct"]])
     return percent(right)
 
@@ -118,6 +119,7 @@ def made(number: int, rng: random.Random) -> Example:
     """An example that any of the benchmarks could hold."""
     correct = rng.randrange(4)
     extra = {"human_answers": rng.choices(TEXTS, k=10), "index": number, "correct": correct, "clip_id": number // 2}
+    extra |= {"hint": "a\tb", "category": "c"}
     return Example(
         id=f"dev-{number}-0-0",
         images=(f"{number}.jpg",),
@@ -126,11 +128,6 @@ def made(number: int, rng: random.Random) -> Example:
         choices=("dog", "a cat", "x y", "none"),
         extra=extra,
     )
-
-
-def test_every_upload_has_its_rule() -> None:
-    uploaded = {name for name, benchmark in BENCHMARKS.items() if benchmark.submission}
-    assert uploaded - JUDGED - {"mmbench_cn"} == {name for name, _ in OFFICIAL}
 
 
 @pytest.mark.parametrize(("name", "mode"), OFFICIAL)
@@ -163,19 +160,6 @@ def test_files_hold_what_the_server_takes(row: dict[str, Any]) -> None:
     assert (name, rows) == (row["file"], row["content"])
 
 
-def test_mmbench_columns() -> None:
-    extra = {"index": 1, "hint": "a\nb", "category": "c"}
-    rows = [
-        Example(id="1", question="which\tone?", choices=("x", "y"), extra=extra),
-        Example(id="2", question="q", choices=("x", "y", "z"), extra={"index": 2}),
-    ]
-    _, text = llava.mmbench_submission(rows, {"1": "A", "2": "tab\there"})
-    header, first, second = csv.reader(io.StringIO(text), delimiter="\t")
-    assert header == ["index", "question", "A", "B", "C", "hint", "category", "prediction"]
-    assert first == ["1", "which\tone?", "x", "y", "", "a\nb", "c", "A"]
-    assert second == ["2", "q", "x", "y", "z", "", "", "tab\there"]
-
-
 @pytest.mark.parametrize("name", ["tvc", "yc2c"])
 def test_value_files_have_the_published_form(name: str) -> None:
     with shared(f"value/{name}_val_predictions_sample.jsonl").open() as file:
@@ -194,7 +178,7 @@ def test_value_files_have_the_published_form(name: str) -> None:
 def test_a_judges_request_holds_all_it_needs() -> None:
     extra = {"category": "conv", "context": "a cat"}
     example = Example(id="0", question="q0", answers=(Answer(text="ref"),), extra=extra)
-    (first,) = llava.judge_requests([example], {"0": "mine"}, {"conv": "Rate them."})
+    (first,) = llava.judge_requests([example], {"0": "mine"})
     assert first["category"] == "conv"
-    positions = [first["text"].index(part) for part in ("a cat", "q0", "ref", "mine", "Rate them.")]
+    positions = [first["text"].index(part) for part in ("a cat", "q0", "ref", "mine")]
     assert positions == sorted(positions)
