@@ -19,8 +19,8 @@ from dora_vl.training.pipeline import Pipeline
 from dora_vl.training.run import train
 from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
 from tests.backbones.tiny_language import write_tiny_language as write_tiny_llama
-from tests.tasks import generated_commonsense
-from tests.tasks.test_commonsense import settings
+from tests.training import generated_commonsense
+from tests.training.test_commonsense import settings
 from tests.training.tiny_run import decoder_run, refused, write_run, write_tiny_data, write_tiny_llava
 from tests.training.tiny_vlbart_run import vlbart_run, write_vlbart_data, write_vlbart_run
 

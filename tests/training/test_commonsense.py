@@ -24,12 +24,12 @@ from dora_vl.training.run import train
 from dora_vl.training.run_samples import read_samples
 from dora_vl.training.train_command import pipeline_of
 from tests.backbones.tiny_language import write_tiny_language
-from tests.tasks import generated_commonsense
+from tests.training import generated_commonsense
 from tests.training.tiny_run import json_of, logged_losses, skipped_by
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[2]
-SMOKE = ROOT / "tests" / "tasks" / "commonsense_smoke.yaml"
+SMOKE = ROOT / "tests" / "training" / "commonsense_smoke.yaml"
 
 
 @pytest.fixture(scope="module")
