@@ -319,7 +319,7 @@ def _fields(**sections: str) -> frozenset[str]:
 
 _TEXT = _fields(
     model="revision quantisation template",
-    data="validation validation_share validation_size validation_limit max_tokens rows group_by_modality_length "
+    data="validation validation_share validation_size validation_limit max_tokens packing group_by_modality_length "
     "streaming shuffle_buffer columns ignore ask",
     evaluation="max_new_tokens strength forgetting other_texts",
 )
