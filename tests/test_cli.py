@@ -82,11 +82,7 @@ def test_wrong_words_end_it_and_leave_nothing(folders, monkeypatch, line):
     assert not Path("x").exists()
 
 
-def test_convert_keeps_and_exports(folders, capsys):
-    main(["convert", str(folders / "one"), "--to", str(folders / "same")])
-    assert "4 layers, 0 other tensors" in capsys.readouterr().out
-    files = [(folders / name / "adapter_model.safetensors").read_bytes() for name in ("one", "same")]
-    assert files[0] == files[1]
+def test_convert_exports_within_an_error(folders, capsys):
     export = ["convert", folders / "one", "--as", "lora", "--base", folders / "base", "--to", folders / "lora"]
     failed(*export)
     failed(*export, "--rank", 2, "--max-error", 0.01)
@@ -99,11 +95,10 @@ def test_convert_keeps_and_exports(folders, capsys):
     assert "largest relative error" in lines[-1]
 
 
-def test_convert_takes_the_file_of_tensors_for_its_folder(folders, capsys):
+def test_convert_takes_the_file_of_tensors_for_its_folder(folders):
     main(["convert", str(folders / "one" / "adapter_model.safetensors"), "--to", str(folders / "same")])
-    assert "4 layers, 0 other tensors" in capsys.readouterr().out
-    same, original = (load_file(folders / name / "adapter_model.safetensors") for name in ("same", "one"))
-    assert {key: tensor.tolist() for key, tensor in same.items()} == {k: t.tolist() for k, t in original.items()}
+    files = [(folders / name / "adapter_model.safetensors").read_bytes() for name in ("one", "same")]
+    assert files[0] == files[1]
     (folders / "one" / "adapter_model.safetensors").rename(folders / "renamed.safetensors")
     failed("convert", folders / "renamed.safetensors", "--to", folders / "x")
 

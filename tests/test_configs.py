@@ -26,6 +26,7 @@ from transformers import (
 from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
+from dora_vl.backbones import register_towers
 from dora_vl.backbones.model import DecoderBackbone
 from dora_vl.backbones.specs import ComposeSpec, VlBartSpec
 from dora_vl.backbones.tower_sources import load_tower
@@ -121,6 +122,7 @@ def vision_config(model: ModelConfig) -> Any:
 
 
 def meta_llava(config: RunConfig) -> LlavaForConditionalGeneration:
+    register_towers()
     model = config.model
     source = model.compose.language_model if isinstance(model.compose, ComposeSpec) else None
     text = LlamaConfig(**LANGUAGE_SHAPES[source or model.base])

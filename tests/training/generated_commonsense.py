@@ -1,19 +1,10 @@
-"""Generates questions of everyday knowledge in LLM-Adapters' form, for trying a run where no published set is at hand.
-
-None of the commonsense sets is in the Python package index. These questions compare things by size, weight, speed
-or temperature; each has four choices and one right answer, as OpenBookQA's have. They test that a run works,
-nothing else.
-"""
+"""Questions of everyday knowledge in LLM-Adapters' form: four things are compared by size, weight, speed or heat."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from pathlib import Path
-
-from dora_vl.errors import exit_on_user_error, positive
-from dora_vl.files import whole_file
 
 RANKED = {
     "largest": ("an ant", "a mouse", "a cat", "a sheep", "a horse", "an elephant", "a blue whale"),
@@ -23,23 +14,21 @@ RANKED = {
     "longest": ("a second", "a minute", "an hour", "a day", "a week", "a month", "a year"),
 }
 """Quality -> things in ascending order."""
-CHOICES = 4
 
 
 def generate(rows: int, *, seed: int) -> list[dict[str, str]]:
-    """Records in LLM-Adapters' form; the same for the same seed."""
+    """Rows of four choices each; the same for the same seed."""
     drawn = random.Random(seed)
     records = []
     for _ in range(rows):
         quality = drawn.choice(sorted(RANKED))
-        things = drawn.sample(RANKED[quality], CHOICES)
-        right = max(range(CHOICES), key=lambda index: RANKED[quality].index(things[index])) + 1
+        things = drawn.sample(RANKED[quality], 4)
+        right = max(range(4), key=lambda index: RANKED[quality].index(things[index])) + 1
         choices = " ".join(f"Answer{number}: {thing}" for number, thing in enumerate(things, start=1))
-        names = "/".join(f"answer{number}" for number in range(1, CHOICES + 1))
         records.append(
             {
                 "instruction": f"Please choose the correct answer to the question: Which of these is the {quality}?\n\n"
-                f"{choices}\n\nAnswer format: {names}",
+                f"{choices}\n\nAnswer format: answer1/answer2/answer3/answer4",
                 "input": "",
                 "output": f"the correct answer is answer{right}",
                 "answer": f"answer{right}",
@@ -48,18 +37,9 @@ def generate(rows: int, *, seed: int) -> list[dict[str, str]]:
     return records
 
 
-@exit_on_user_error
-def main(arguments: list[str] | None = None) -> None:
-    """Writes the two files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--to", type=Path, required=True, help="folder for train.json and test.json")
-    parser.add_argument("--rows", type=positive, default=40, help="questions in each file")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    for number, name in enumerate(("train.json", "test.json")):  # the test's questions are drawn apart
-        with whole_file(options.to / name) as file:
-            json.dump(generate(options.rows, seed=2 * options.seed + number), file, indent=1)
-
-
-if __name__ == "__main__":
-    main()
+def write_commonsense(folder: Path) -> Path:
+    """Writes `train.json` and `test.json` of 40 questions each."""
+    folder.mkdir(parents=True)
+    for seed, name in enumerate(("train.json", "test.json")):
+        (folder / name).write_text(json.dumps(generate(40, seed=seed)))
+    return folder

@@ -19,7 +19,7 @@ from dora_vl.training.pipeline import Pipeline
 from dora_vl.training.run import train
 from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
 from tests.backbones.tiny_language import write_tiny_language as write_tiny_llama
-from tests.training import generated_commonsense
+from tests.training.generated_commonsense import write_commonsense
 from tests.training.test_commonsense import settings
 from tests.training.tiny_run import decoder_run, refused, write_run, write_tiny_data, write_tiny_llava
 from tests.training.tiny_vlbart_run import vlbart_run, write_vlbart_data, write_vlbart_run
@@ -45,7 +45,7 @@ def llava(folder: Path, *overrides: str, streaming: bool = False) -> Pipeline:
 
 def commonsense(folder: Path, *overrides: str) -> Pipeline:
     write_tiny_llama(folder / "base")
-    generated_commonsense.main(["--to", str(folder / "data")])
+    write_commonsense(folder / "data")
     return DecoderPipeline(settings(folder, "run", "--training.deepspeed=null", *CPU, *overrides))
 
 

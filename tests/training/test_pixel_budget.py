@@ -79,9 +79,8 @@ def test_what_is_above_a_samples_share_becomes_fewer_tokens(
     assert ample == whole
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_run_counts_them(bases: Mapping[str, Path], tmp_path: Path, family: str) -> None:
-    path = written(tmp_path, bases[family], data={"max_pixels_per_step": 2 * SHARE})
+def test_a_run_counts_them(bases: Mapping[str, Path], tmp_path: Path) -> None:
+    path = written(tmp_path, bases["qwen2_vl"], data={"max_pixels_per_step": 2 * SHARE})
     metrics = json_of(trained(path) / "metrics.json")
     assert (metrics["train_samples"], metrics["shrunk_samples"]) == (12, 8)  # large and long ones
     assert logged(tmp_path / "run")[-1]["shrunk_samples"] == 8
@@ -122,7 +121,7 @@ def test_pictures_and_frames_of_a_sample_shrink_by_one_factor() -> None:
 @pytest.mark.parametrize("most", [1_024, 3_333, 50_000])
 def test_never_above_the_share(most: int) -> None:
     draws = torch.Generator().manual_seed(most)
-    for _ in range(50):
+    for _ in range(10):
         sides = torch.randint(20, 900, (3, 2), generator=draws).tolist()
         smaller, _, _ = within_pixels([Image.new("RGB", (width, height)) for width, height in sides], [], most)
         assert sum(picture.width * picture.height for picture in smaller) <= most

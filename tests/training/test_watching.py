@@ -15,7 +15,7 @@ from dora_vl.evaluation.ask import Assistant, EncoderPrompts, Shown
 from dora_vl.evaluation.open_model import with_adapter
 from dora_vl.evaluation.questions import read_questions
 from dora_vl.run.reading import read_run_file
-from dora_vl.run.watched import Watched, WatchedQuestion, evenly, read_watched, tiled
+from dora_vl.run.watched import Watched, WatchedQuestion, read_watched, tiled
 from dora_vl.training.callbacks import read_log, steps_to_ask, track_answers
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from tests.training.tiny_run import json_of, logged_losses, trained, write_run
@@ -39,8 +39,11 @@ def validated(run_file: Path) -> list[str]:
     return [f"--data.validation={records}", "--training.eval_strategy=steps", "--training.eval_steps=3"]
 
 
-def test_the_last_answers_are_those_of_the_saved_adapter(run_file: Path) -> None:
+def test_the_last_answers_are_those_of_the_saved_adapter_and_no_loss_changes(run_file: Path) -> None:
     folder = trained(run_file, *validated(run_file))
+    alone = trained(run_file, *validated(run_file), "--watch=0", name="alone")
+    assert logged_losses(folder) == logged_losses(alone)
+    assert not (alone / "watched").exists()
     watched = read_watched(folder)
     assert watched is not None
     assert sorted(watched.answers) == [0, 3, 6]
@@ -58,13 +61,6 @@ def test_the_last_answers_are_those_of_the_saved_adapter(run_file: Path) -> None
         with Image.open(folder / "watched" / entry.picture) as kept:
             assert kept.tobytes() == picture.tobytes()
     assert watched.answers[0] != watched.answers[6]
-
-
-def test_watching_changes_no_loss(run_file: Path) -> None:
-    settings = validated(run_file)
-    watched, alone = trained(run_file, *settings, name="run"), trained(run_file, *settings, "--watch=0", name="alone")
-    assert logged_losses(watched) == logged_losses(alone)
-    assert not (alone / "watched").exists()
 
 
 @pytest.mark.slow
@@ -119,9 +115,7 @@ def test_rates_by_part_and_memory_are_in_the_log(run_file: Path) -> None:
     assert [row[0] for row in plan["trained"]["rows"]][:3] == ["dora.A", "dora.B", "dora.magnitude"]
 
 
-def test_evenly_and_tiles() -> None:
-    assert evenly(range(10), 4) == [0, 2, 5, 7]
-    assert evenly("ab", 4) == ["a", "b"]
+def test_pictures_of_a_question_are_tiles_of_one() -> None:
     red, blue = Image.new("RGB", (4, 2), "red"), Image.new("RGB", (8, 8), "blue")
     assert tiled([red]) is red
     tile = tiled([red, blue, red])
