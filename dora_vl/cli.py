@@ -18,7 +18,7 @@ from dora_vl.errors import LONGEST_MESSAGE, UserError, exit_on_user_error, one_l
 
 @dataclass(frozen=True)
 class Command:
-    """One verb of `dora-vl`.
+    """Describes a verb of `dora-vl`.
 
     Its module is imported when the verb is used. It holds `DESCRIPTION` (what --help says),
     `add_arguments(parser)` and `run(arguments)`, which yields the lines to print as they are ready; `TAKES_SETTINGS`

@@ -103,7 +103,7 @@ def without_sharding(arguments: TrainingArguments) -> Iterator[None]:
 
 
 def load_whole_models_again() -> None:
-    """After training, models load whole: transformers would go on sharding them under the run's ZeRO-3."""
+    """Lets models load whole after training, which transformers would go on sharding under the run's ZeRO-3."""
     from transformers.integrations import deepspeed as integration  # not for --help
 
     integration.unset_hf_deepspeed_config()

@@ -37,13 +37,13 @@ from dora_vl.training.progress import BatchStatistics, Counts, random_state_kept
 logger = logging.getLogger(__name__)
 
 ECHO_SECONDS = 1.0
-"""A signal this soon after the first is the launcher passing on the same one."""
+"""A signal that comes this soon after the first is the same one, passed on by the launcher."""
 STDERR = 2  # its descriptor, whatever stands in sys.stderr
 REDRAW_SECONDS, DAY_SECONDS = 0.25, 24 * 3600
 SHOWN = {"loss": "loss {:.4f}", "samples_per_second": "{:,.1f} samples/s", "memory_gib": "{:.2f} GiB"}
-"""The numbers of a line of the log that the bar and the plain line show."""
+"""Numbers of the log that the bar and the plain line show -> how."""
 TIMES_WITHOUT_VALIDATION = 5
-"""So often are the watched questions asked in a run that validates nothing."""
+"""Times that the watched questions are asked in a run without validation."""
 
 
 class Epochs(TrainerCallback):
@@ -64,7 +64,7 @@ class Epochs(TrainerCallback):
             self._validate()
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Before the epoch's first batch is drawn, also after resuming."""
+        """Tells the data its epoch before the first batch is drawn, also after resuming."""
         for set_epoch in self._set_epoch:
             set_epoch(int(state.epoch or 0))
 
@@ -76,7 +76,7 @@ class Epochs(TrainerCallback):
             control.should_save = False
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Asks for it again."""
+        """Asks for the checkpoint that was put off."""
         if self._save_waits:
             self._save_waits = False
             control.should_save = True
@@ -110,7 +110,7 @@ class LossLog(TrainerCallback):
             write_json_lines(self._folder / LOSS_LOG, kept)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
-        """One line; every rank takes part in the sums."""
+        """Writes one line; every rank takes part in the sums."""
         logs: dict[str, Any] = more["logs"]
         if "train_runtime" in logs:  # the end: what came after the last logged loss counts as well
             self._statistics.judge(self._statistics.over_ranks(args.device))
@@ -220,7 +220,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.received: int | None = None
-        """The signal that all ranks stop for; one that comes after the last step stops nothing, the end is written."""
+        """The signal that all ranks stop for. One that comes after the last step stops nothing."""
         self._heard: int | None = None
         self._since = 0.0
         self._process = os.getpid()
@@ -246,16 +246,12 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """A run that stops begins no validation; one that a whole run has there begins the run that resumes it."""
+        """Leaves the validation out of a run that stops; the run that resumes it begins with it."""
         if self.received is not None:
             control.should_evaluate = False
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Gives the signals back."""
-        self.restore()
-
     def restore(self) -> None:
-        """Gives the signals back, also after an error in training."""
+        """Gives the signals back."""
         while self._before:
             signal.signal(*self._before.popitem())
 
@@ -281,7 +277,7 @@ class StepLimit(TrainerCallback):
     """
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The run moves: a step, or a part of one, is done."""
+        """Begins the time anew, as the run moves."""
         if args.world_size > 1:
             faulthandler.dump_traceback_later(args.ddp_timeout, exit=True, file=STDERR)
 
@@ -310,11 +306,11 @@ class WatchQuestions(TrainerCallback):
             self._ask(args, state, more["model"])
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
-        """With each validation."""
+        """Asks with each validation."""
         self._ask(args, state, more["model"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
-        """At a few steps, evenly over the run, where nothing is validated."""
+        """Asks at a few steps, evenly over the run, where nothing is validated."""
         if args.eval_strategy == IntervalStrategy.NO and state.global_step in steps_to_ask(state.max_steps):
             self._ask(args, state, more["model"])
 
@@ -345,7 +341,7 @@ class WatchQuestions(TrainerCallback):
 
 
 def steps_to_ask(max_steps: int) -> frozenset[int]:
-    """At which steps of a run without validation; the last is one of them."""
+    """Returns the steps at which a run without validation asks its watched questions, the last among them."""
     parts = range(1, TIMES_WITHOUT_VALIDATION + 1)
     return frozenset(-(-max_steps * part // TIMES_WITHOUT_VALIDATION) for part in parts)
 
@@ -381,7 +377,7 @@ def _to_tensorboard(writer: Any, watched: Watched, step: int) -> None:
 
 
 def _as_table(tracker: Any, watched: Watched, step: int) -> None:
-    """One table; trackio takes Weights & Biases' calls."""
+    """Logs one table by Weights & Biases' calls, which trackio takes too."""
     answers, rows = watched.answers[step], []
     for question in watched.questions:
         if question.id in answers:

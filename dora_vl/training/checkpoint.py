@@ -1,4 +1,4 @@
-"""All that a resumed run needs beside the adapter folder: written by the first rank, read by any number of ranks.
+"""Writes and reads what a resumed run needs beside the adapter folder, on any number of ranks.
 
     state/tensors-00001.safetensors   value/NAME, exp_avg/NAME, ... : whole tensors of what trains
     state/state.json                  the optimizer's settings and numbers, the schedule, loss scale, counters, ranks
@@ -36,14 +36,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 VALUE = "value"
-"""What a trained tensor itself is called beside the optimizer's own names (`exp_avg`, `step`...)."""
-COUNTERS = ("global_steps", "global_samples", "skipped_steps")
-"""DeepSpeed's, of its own log lines."""
+"""Key of a trained tensor itself, beside the optimizer's own (`exp_avg`, `step`...)."""
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of DeepSpeed's log lines
 
 
 @dataclass(frozen=True)
 class RunningState:
-    """What of a run goes into a checkpoint: what trains and its optimizer, and torch's or DeepSpeed's own state."""
+    """Holds what a checkpoint saves: the trained tensors and their optimizer, and torch's or DeepSpeed's own state."""
 
     layout: OptimizerPlaces
     schedule: Any
@@ -179,19 +178,19 @@ class OptimizerPlaces:
     stage3: Any = None
 
     def shape(self, name: str) -> torch.Size:
-        """The whole tensor's."""
+        """Returns the shape of the whole tensor."""
         return vars(self.trained[name]).get("ds_shape", self.trained[name].shape)  # noted on a sharded one
 
     def flat_of(self, name: str) -> Tensor:
-        """What holds a trained tensor, or this rank's piece of it."""
+        """Returns the tensor that holds a trained tensor, or this rank's piece of it."""
         return self.flats[self.pieces[name].flat]
 
     def state_of(self, name: str) -> Mapping[str, Any]:
-        """What the optimizer keeps beside the tensor that holds a piece of this one; nothing before its first step."""
+        """Returns the optimizer's state of a trained tensor; empty before its first step."""
         return self.optimizer.state.get(self.flat_of(name), {})
 
     def is_by_element(self, name: str, value: Any) -> bool:
-        """Whether a value of `state_of` has a number for each element."""
+        """Returns True where a value of `state_of` has a number for each element."""
         return isinstance(value, Tensor) and value.shape == self.flat_of(name).shape
 
     def whole(self, name: str, flat: Tensor) -> Tensor:
@@ -231,7 +230,7 @@ class OptimizerPlaces:
 
     @contextmanager
     def whole_parameters_written(self) -> Iterator[None]:
-        """To be around `set_value`: ZeRO-3 keeps small parameters whole on every rank, and gathers them anew."""
+        """Surrounds `set_value`: ZeRO-3 gathers the small parameters anew that it keeps whole on every rank."""
         if self.stage3 is not None:
             self.stage3.checkpoint_event_prologue()
         yield
@@ -240,7 +239,7 @@ class OptimizerPlaces:
 
     @contextmanager
     def in_optimizer(self) -> Iterator[None]:
-        """To be around `optimizer.load_state_dict`: the tensors are in the optimizer's groups."""
+        """Surrounds `optimizer.load_state_dict`: puts ZeRO-3's tensors into the optimizer's groups."""
         if self.stage3 is not None:
             self.stage3._set_fp32_optimizer_param_groups()
         try:
@@ -251,7 +250,7 @@ class OptimizerPlaces:
 
 
 def places_of(optimizer: Any, trained: Mapping[str, nn.Parameter], device: torch.device) -> OptimizerPlaces:
-    """Finds them in torch's optimizer or an engine's of DeepSpeed."""
+    """Finds the trained tensors in torch's optimizer or in one of DeepSpeed's."""
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -402,7 +401,7 @@ def _add(state: dict[str, Any], key: str, name: str, layout: OptimizerPlaces, fi
 
 
 def _agreed(before: Any, value: Any, key: str) -> Any:
-    """One number for all tensors that are one flat tensor here; where they had different ones, the largest."""
+    """Returns one number for all tensors of a flat tensor; the largest where they had different ones."""
     if before is None or isinstance(value, bool | None) or float(before) == float(value):
         return value
     logger.warning("resume: %s was %g for some tensors, %g for others; ZeRO has one for all", key, before, value)

@@ -1,4 +1,4 @@
-"""What a checkpoint is: its account, which a resume compares, and its state in files that hold data alone."""
+"""Writes and compares the account of a checkpoint, and its state in files that hold data alone."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ MAY_GROW = ("training.max_steps", "training.num_train_epochs")
 """Settings that people change to train longer; the schedule of the learning rate moves with them."""
 NEXT_STEP = "copy the checkpoint again, or resume from another one of the run"
 DEFAULTS = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "optim": "adamw_torch_fused"}
-"""transformers' own, where a run does not say."""
+"""transformers' values of fields that a run does not set."""
 BY_ELEMENT = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop")
 """Optimizers whose state has a number for each weight, whatever cuts the weights into parts (`training.optim`)."""
 FILE_BYTES = 1 << 30
@@ -142,7 +142,7 @@ class Shape:
 
     @property
     def mixes_tasks(self) -> bool:
-        """Whether `data.batch_size` says how many samples a step has (VL-BART)."""
+        """Returns True where `data.batch_size` says how many samples a step has (VL-BART)."""
         return self.settings.get("data", {}).get("batch_size") is not None
 
     @property
@@ -251,13 +251,13 @@ class StateFiles:
         return frozenset(self._file_of)
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, on the CPU."""
+        """Reads one tensor, on the CPU."""
         with safe_open(self._file_of[name], framework="pt") as file:
             return file.get_tensor(name)
 
 
 def is_plain(value: Any) -> bool:
-    """Whether JSON brings a value back as it was, sequences but for their kind."""
+    """Returns True where JSON brings a value back as it was, but for the kind of a sequence."""
     if isinstance(value, list | tuple):
         return all(map(is_plain, value))
     return value is None or isinstance(value, bool | int | float | str)

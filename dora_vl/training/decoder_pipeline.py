@@ -71,7 +71,7 @@ from dora_vl.training.run_samples import RowEncoder, RunSamples, stored_outputs
 logger = logging.getLogger(__name__)
 
 PLACES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-"""Names in a model's config of the ids that its pictures and videos are put in place of."""
+"""Config entries with the ids that pictures and videos take the place of."""
 RECORDED = ("as_published", "video_frames", "video_fps", "train_on")
 """Settings of the data that the recipe keeps, where a run has them."""
 PAPER_TARGETS = tuple(
@@ -89,7 +89,7 @@ class DecoderPipeline(Pipeline):
 
     @cached_property
     def encoder(self) -> Encoder:
-        """What makes samples and prompts, once the base is there."""
+        """Makes samples and prompts, once the base is there."""
         model, data = self.config.model, self.config.data
         return open_encoder(
             model.base,
@@ -132,12 +132,12 @@ class DecoderPipeline(Pipeline):
 
     @property
     def _sees_pictures(self) -> bool:
-        """Whether the base has a vision part; it need not be there yet."""
+        """Returns True where the base, which need not be there yet, has a vision part."""
         model = self.config.model
         return model.compose is not None or (model.source is None and sees_pictures(model.base, model.revision))
 
     def _most_pixels(self, arguments: TrainingArguments) -> int | None:
-        """A sample's share of `data.max_pixels_per_step`, whatever stands beside it; None: as many as there are."""
+        """Returns a sample's share of `data.max_pixels_per_step`; None: no limit."""
         most = self.config.data.max_pixels_per_step
         return None if most is None else most // arguments.per_device_train_batch_size
 
@@ -148,7 +148,7 @@ class DecoderPipeline(Pipeline):
         return self._samples
 
     def labelled(self, arguments: TrainingArguments) -> Iterator[Labelled]:
-        """Those of its encoder."""
+        """Yields the labels that its encoder makes."""
         return self.samples(arguments).labelled(self._rows(arguments))
 
     def skeleton(self) -> DecoderBackbone:
@@ -174,7 +174,7 @@ class DecoderPipeline(Pipeline):
         return core_config(adapter, model, targets=targets, also_train=also_train)
 
     def _places(self, model: PreTrainedModel) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
-        """What is adapted where `adapter.targets` is silent, and what trains beside it."""
+        """Returns the default targets, none where `adapter.targets` names some, and what trains beside them."""
         adapter, base = self.config.adapter, self.config.model
         if self.config.task == "commonsense":
             return PAPER_TARGETS, {}
@@ -257,7 +257,7 @@ class DecoderPipeline(Pipeline):
         return replace(media_of_run(self.config, assistant, of_test=stored is None), stored=stored)
 
     def reading(self, backbone: Backbone[Any]) -> TokenText:
-        """Its encoder's tokenizer."""
+        """Reads tokens by its encoder's tokenizer."""
         config, tokenizer = backbone.model.config.to_dict(), self.encoder.tokenizer
         placeholder_ids = [config[name] for name in PLACES if isinstance(config.get(name), int)]
         token = vars(self.encoder.processor).get("image_token")
@@ -266,7 +266,7 @@ class DecoderPipeline(Pipeline):
         return TokenText(tokenizer, frozenset(placeholder_ids))
 
     def recipe(self) -> dict[str, Any]:
-        """With the wording, and how pictures and videos are read."""
+        """Adds the wording, and how pictures and videos are read."""
         model, data, foreign = self.config.model, vars(self.config.data), foreign_fields(self.config.task)
         return {
             **super().recipe(),

@@ -48,12 +48,12 @@ logger = logging.getLogger(__name__)
 
 SETTING, OUTSIDE = "data.closed_answers", "outside"
 LOOKED_AT = 256
-"""Of each task, samples among which the longest are looked for."""
+"""The longest samples of a task are looked for among so many."""
 
 
 @dataclass(frozen=True)
 class TaskSource:
-    """One task's examples, and how they become samples."""
+    """Makes samples of one task's examples."""
 
     subtask: Subtask
     file: ExampleFile
@@ -105,7 +105,7 @@ class MixtureDataset(Dataset[MicroBatch]):
                     yield sample, target, task.subtask
 
     def longest(self) -> list[MicroBatch]:
-        """For each task the largest micro-batch that can be made of its samples, of those at even distances."""
+        """Returns the largest micro-batch of each task that can be made of samples at even distances."""
         epoch = int(self._epoch)
         batches = []
         for number, source in enumerate(self.plan.sources):
@@ -321,7 +321,7 @@ def lists_in(path: Path) -> dict[str, list[str]]:
 
 
 def account(path: Path) -> dict[str, dict[str, int]]:
-    """How long each list of a run's `closed_answers.json` is, and how many training samples it leaves out; logged."""
+    """Returns and logs the length of each list of a `closed_answers.json`, and the number of samples outside it."""
     counts, outside = {}, read_json(path)[OUTSIDE]
     for task, answers in lists_in(path).items():
         counts[task] = {"answers": len(answers), "outside": len(outside[task])}

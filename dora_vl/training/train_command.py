@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
 
 @exit_on_user_error
 def train_script(task: Task, description: str | None) -> None:
-    """What a script in tasks/ does: settings that name no task are of this one."""
+    """Runs a script of tasks/, for settings that name no task or this one."""
     train(sys.argv[1:], task, program=f"{task}.py", description=description or "")
 
 

@@ -167,7 +167,7 @@ def test_the_settings_that_a_run_leaves_are_read_back(tmp_path: Path, task: Task
         ("adapter:\n  rank: 010", None),
         ("a list\nof words", None),
         ("model:\n\tbase: x\n", None),
-        ("model_name_or_path: x\nlora_r: 8\ncutoff_len: 9\nfinetuning_type: lora", None),
+        ("model_name_or_path: x\nlora_r: 8\ncutoff_len: 9\nfinetuning_type: lora", "model_name_or_path"),
     ],
 )
 def test_what_a_file_may_not_hold_is_refused(tmp_path: Path, content: str, key: str | None) -> None:
