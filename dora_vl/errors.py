@@ -14,6 +14,7 @@ import re
 import reprlib
 import select
 import shlex
+import signal
 import struct
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -53,12 +54,9 @@ def wait_without_spinning() -> None:
 Inputs = ParamSpec("Inputs")
 Result = TypeVar("Result")
 
-STATUS_OF_SIGPIPE = 141
-"""Exit status that shells show for a program whose reader has left."""
 LONGEST_MESSAGE = 490
 """Characters of a message, which with "error: " before it stays below 500."""
 LONGEST_QUOTED = 60
-LONGEST_NAME, NAMED = 24, 8
 
 _UNPRINTABLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Controls, those that turn the direction of writing among them, and halves of surrogate pairs, which no terminal's or
@@ -114,7 +112,7 @@ def shown_text(text: str, most: int = LONGEST_QUOTED) -> str:
     return visible if len(visible) <= most else visible[: most - 3] + "..."
 
 
-def shown_names(names: Iterable[object], named: int = NAMED, longest: int = LONGEST_NAME) -> str:
+def shown_names(names: Iterable[object], named: int = 8, longest: int = 24) -> str:
     """The first few names, such as those of the columns that a row has, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - named} more" if len(names) > named else ""
@@ -224,7 +222,7 @@ def exit_on_user_error(main: Callable[Inputs, Result]) -> Callable[Inputs, Resul
             if not any(event & select.POLLERR for _, event in poller.poll(0)):
                 raise  # some other pipe is broken
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered goes there at the exit
-            sys.exit(STATUS_OF_SIGPIPE)
+            sys.exit(128 + signal.SIGPIPE)  # as shells count it
         except UserError as error:
             message, status = str(error), error.status
         except OSError as error:
@@ -276,13 +274,9 @@ def is_communication(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _COMMUNICATION)
 
 
-MOST_DIGITS = 18
-"""A number of more digits might not fit 64 bits; such an id is text."""
-
-
 def number_of(text: str) -> int | None:
-    """The number that a text is, in ASCII digits without a sign; None for other text ("²" is a digit for Python)."""
-    return int(text) if text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS else None
+    """Reads ASCII digits without a sign, as many as fit 64 bits; None for other text ("²" is a digit for Python)."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else None
 
 
 def positive(text: str) -> int:

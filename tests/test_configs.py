@@ -33,7 +33,7 @@ from dora_vl.backbones.tower_sources import load_tower
 from dora_vl.backbones.vlbart_model import VlBartConfig, VlBartForConditionalGeneration
 from dora_vl.core import trained_parts
 from dora_vl.run.arguments import check_deepspeed, read_deepspeed
-from dora_vl.run.reading import read_run, run_parser, variants_of
+from dora_vl.run.reading import flattened, read_run, run_parser, variants_of
 from dora_vl.run.settings import ModelConfig, RunConfig, Task, settings_of
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.parts import adapt
@@ -258,18 +258,10 @@ RESOLVED: Mapping[str, Any] = json.loads(Path(__file__).with_name("configs_resol
 EXPECTED = {name: {**group["shared"], **run} for group in RESOLVED.values() for name, run in group["runs"].items()}
 
 
-def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> value; an empty mapping is a value."""
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    named = {f"{prefix}.{key}" if prefix else key: entry for key, entry in value.items()}
-    return {name: leaf for key, entry in named.items() for name, leaf in flat(entry, key).items()}
-
-
 @functools.cache
 def defaults_of(task: Task) -> dict[str, Any]:
     defaults = run_parser(task).get_defaults().as_dict()
-    return flat(json.loads(json.dumps(defaults)))  # as what was read: lists for tuples
+    return flattened(json.loads(json.dumps(defaults)))  # as what was read: lists for tuples
 
 
 def test_every_recipe_is_written_down() -> None:
@@ -281,7 +273,7 @@ def test_resolves_to_what_is_written_down(recipe: Recipe) -> None:
     settings, expected = settings_of(read(recipe)), EXPECTED[recipe.name]
     defaults = defaults_of(settings["task"])
     assert (settings.pop("variant"), settings.pop("task")) == (recipe.variant, recipe.path.parent.name)
-    actual = flat(settings)
+    actual = flattened(settings)
     assert {key: actual.get(key, "is not there") for key in expected} == expected
     more = {key: value for key, value in actual.items() if key not in expected}
     assert more == {key: defaults.get(key, "has no default") for key in more}, "it sets what it did not set"

@@ -29,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 DECODER, VLBART = "decoder", "vlbart"
 """Names of the two kinds of backbone in `recipe.json`: decoders, and encoder-decoders over visual features."""
-LEAST_FRAMES = 2
-"""A video read by `data.video_fps` shows at least these: families that join frames in pairs take no less."""
 
 Backbone = TypeVar("Backbone")
 
@@ -167,7 +165,7 @@ def video_sampling(data: DataConfig) -> Sampling:
         return Uniform(data.video_frames)
     if not 0 < data.video_fps < float("inf"):
         raise SettingError("data.video_fps", f" is {data.video_fps}; it must be above 0")
-    least = min(LEAST_FRAMES, data.video_frames)
+    least = min(2, data.video_frames)  # families that join frames in pairs take no less
     return EverySeconds(period=1 / data.video_fps, least=least, most=data.video_frames)
 
 

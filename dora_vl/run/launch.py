@@ -21,8 +21,6 @@ import torch
 from dora_vl.errors import LostRank, UserError, is_communication, one_line
 
 FIRST_RANK_SECONDS = 15.0  # on a busy machine the first has taken more than five
-GLOO_REST_SECONDS = 10.0
-PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 Item = TypeVar("Item")
 
 
@@ -183,7 +181,7 @@ def leave_process_group() -> None:
     """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-        end, rested = time.monotonic() + GLOO_REST_SECONDS, 0
+        end, rested = time.monotonic() + 10.0, 0
         while rested < 2 and time.monotonic() < end:  # twice in a row, while this thread slept too: not for the GIL
             time.sleep(0.01)
             rested = rested + 1 if all(state == "S" for state in _gloo_states()) else 0
@@ -213,4 +211,5 @@ class Launch:
 def end_with_launcher() -> None:
     """Has Linux send SIGTERM when the launcher of this process dies; one without a launcher outlives its shell."""
     if "LOCAL_RANK" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        pr_set_pdeathsig = 1  # of <linux/prctl.h>
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

@@ -38,12 +38,8 @@ logger = logging.getLogger(__name__)
 
 ECHO_SECONDS = 1.0
 """A signal that comes this soon after the first is the same one, passed on by the launcher."""
-STDERR = 2  # its descriptor, whatever stands in sys.stderr
-REDRAW_SECONDS, DAY_SECONDS = 0.25, 24 * 3600
 SHOWN = {"loss": "loss {:.4f}", "samples_per_second": "{:,.1f} samples/s", "memory_gib": "{:.2f} GiB"}
 """Numbers of the log that the bar and the plain line show -> how."""
-TIMES_WITHOUT_VALIDATION = 5
-"""Times that the watched questions are asked in a run without validation."""
 
 
 class Epochs(TrainerCallback):
@@ -158,7 +154,7 @@ class RunProgress(TrainerCallback):
             *times,
             console=console,
             auto_refresh=False,
-            speed_estimate_period=DAY_SECONDS,  # steps may take minutes, with a validation between them
+            speed_estimate_period=24 * 3600,  # steps may take minutes, with a validation between them
             disable=not console.is_interactive,
         )
         self._task = self._bar.add_task("", start=False)
@@ -182,7 +178,7 @@ class RunProgress(TrainerCallback):
         self._bar.update(self._task, completed=state.global_step)
         if time.monotonic() >= self._next:
             self._bar.refresh()
-            self._next = time.monotonic() + REDRAW_SECONDS
+            self._next = time.monotonic() + 0.25
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Takes the newest numbers; a validation is a line of its own."""
@@ -279,7 +275,7 @@ class StepLimit(TrainerCallback):
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Begins the time anew, as the run moves."""
         if args.world_size > 1:
-            faulthandler.dump_traceback_later(args.ddp_timeout, exit=True, file=STDERR)
+            faulthandler.dump_traceback_later(args.ddp_timeout, exit=True, file=2)  # whatever stands in sys.stderr
 
     on_substep_end = on_step_end = on_prediction_step = on_save = on_evaluate = on_step_begin
 
@@ -342,8 +338,7 @@ class WatchQuestions(TrainerCallback):
 
 def steps_to_ask(max_steps: int) -> frozenset[int]:
     """Returns the steps at which a run without validation asks its watched questions, the last among them."""
-    parts = range(1, TIMES_WITHOUT_VALIDATION + 1)
-    return frozenset(-(-max_steps * part // TIMES_WITHOUT_VALIDATION) for part in parts)
+    return frozenset(-(-max_steps * part // 5) for part in range(1, 6))
 
 
 def track_answers(callbacks: Sequence[TrainerCallback], watched: Watched, step: int) -> None:

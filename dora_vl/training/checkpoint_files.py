@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from dora_vl.errors import SettingError, UserError, shown
 from dora_vl.files import read_json, write_json
 from dora_vl.run.folder import ADAPTER
 from dora_vl.run.launch import Launch
+from dora_vl.run.reading import flattened
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,10 @@ def check_base(checkpoint: Path, base: str, sha256: str | None) -> None:
 
 
 def _check_settings(checkpoint: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    before, here = dict(_flat(then)), dict(_flat(now))
+    before, here = (
+        {name: value for name, value in flattened(settings).items() if value not in (None, {})}
+        for settings in (then, now)
+    )
     changed: list[str] = []
     for name in sorted(before.keys() | here.keys()):
         was, is_now = before.get(name, "not set"), here.get(name, "not set")
@@ -117,15 +121,6 @@ def _check_settings(checkpoint: Path, then: Mapping[str, Any], now: Mapping[str,
             f": {checkpoint} was written with other settings: {'; '.join(changed[:2])}{more}. Put them back, or "
             f"begin a new run from its weights with --adapter.initial {checkpoint / ADAPTER}",
         )
-
-
-def _flat(section: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value under its full name; lists are values, and null or an empty mapping is nothing."""
-    for name, value in section.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{above}{name}.")
-        elif value is not None:
-            yield f"{above}{name}", value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -70,10 +70,6 @@ from dora_vl.training.run_samples import RowEncoder, RunSamples, stored_outputs
 
 logger = logging.getLogger(__name__)
 
-PLACES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-"""Config entries with the ids that pictures and videos take the place of."""
-RECORDED = ("as_published", "video_frames", "video_fps", "train_on")
-"""Settings of the data that the recipe keeps, where a run has them."""
 PAPER_TARGETS = tuple(
     f"model.layers.*.{name}"
     for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
@@ -259,7 +255,8 @@ class DecoderPipeline(Pipeline):
     def reading(self, backbone: Backbone[Any]) -> TokenText:
         """Reads tokens by its encoder's tokenizer."""
         config, tokenizer = backbone.model.config.to_dict(), self.encoder.tokenizer
-        placeholder_ids = [config[name] for name in PLACES if isinstance(config.get(name), int)]
+        names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+        placeholder_ids = [config[name] for name in names if isinstance(config.get(name), int)]
         token = vars(self.encoder.processor).get("image_token")
         if not placeholder_ids and isinstance(token, str):
             placeholder_ids = [tokenizer.convert_tokens_to_ids(token)]
@@ -268,6 +265,7 @@ class DecoderPipeline(Pipeline):
     def recipe(self) -> dict[str, Any]:
         """Adds the wording, and how pictures and videos are read."""
         model, data, foreign = self.config.model, vars(self.config.data), foreign_fields(self.config.task)
+        of_the_data = ("as_published", "video_frames", "video_fps", "train_on")
         return {
             **super().recipe(),
             "revision": model.revision,
@@ -276,7 +274,7 @@ class DecoderPipeline(Pipeline):
             "quantisation": model.quantisation,
             "image_aspect": model.image_aspect,
             "max_tokens": data["max_tokens"],
-            **{name: data[name] for name in RECORDED if f"data.{name}" not in foreign},
+            **{name: data[name] for name in of_the_data if f"data.{name}" not in foreign},
         }
 
     def test(self, numbers: Mapping[str, Any]) -> None:

@@ -37,9 +37,6 @@ from dora_vl.heads.next_token import CHUNK, in_chunks
 from dora_vl.run.sharding import blocks_of
 
 FLOAT32_BYTES, GIB = 4, 2**30
-MLP_WIDTHS = ("intermediate_size", "encoder_ffn_dim", "d_ff", "ffn_dim")  # by whatever name a config has it
-BYTES_PER_SCORE = 12
-"""A score of the vocabulary takes these at a labelled position: in float32, its gradient, both in the model's type."""
 MOST_REUSED = 1_000_000_000
 
 
@@ -133,7 +130,7 @@ def activations_of(model: PreTrainedModel) -> Activations:
 
     heads = number(("num_attention_heads",), 1)
     keys = width * number(("num_key_value_heads",), heads) // heads
-    inner = number(MLP_WIDTHS, 4 * width)
+    inner = number(("intermediate_size", "encoder_ffn_dim", "d_ff", "ffn_dim"), 4 * width)
     adapted = 0
     for _, layer in adapted_layers(model):
         adapted += FLOAT32_BYTES * layer.adapter.rank
@@ -143,7 +140,7 @@ def activations_of(model: PreTrainedModel) -> Activations:
         layer=4 * FLOAT32_BYTES * width + size * (4 * width + 2 * keys + 4 * inner),
         vector=size * width,
         adapted=adapted,
-        scores=BYTES_PER_SCORE * int(text.vocab_size),
+        scores=12 * int(text.vocab_size),  # in float32, its gradient, and both as the model makes them
         chunk=CHUNK if (head := head_of(model)) is not None and in_chunks(head) else None,
     )
 

@@ -22,6 +22,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, BadSampleCounts, BadSampleLedger
 from dora_vl.errors import SettingError, UserError, shown_names
+from dora_vl.files import read_json
 from dora_vl.run.folder import ADAPTER
 from dora_vl.run.launch import gathered, rank_and_ranks
 from dora_vl.training.pipeline import TrainingData
@@ -150,7 +151,7 @@ class Progress:
 
     def check_samples(self, checkpoint: Path) -> None:
         """Compares the training samples with those of a checkpoint, where both are known; for one rank alone."""
-        written, now = _read(checkpoint), self._samples
+        written, now = read_json(checkpoint / PROGRESS), self._samples
         if (then := written[SAMPLES]) is None or now is None:
             return
         replaced = [name for name, key in now["media"].items() if then["media"].get(name, "") not in ("", key)]
@@ -174,7 +175,7 @@ class Progress:
 
     def go_on_from(self, checkpoint: Path) -> None:
         """Takes over what stands in a checkpoint."""
-        written = _read(checkpoint)
+        written = read_json(checkpoint / PROGRESS)
         self._earlier_seconds = float(written["seconds"])
         self._statistics.carry_over(written["skipped"], Counts(**written["counts"]))
         if self._validation is not None:
@@ -196,10 +197,6 @@ class Progress:
         if writes:
             content[SAMPLES] = self._samples
             (checkpoint / PROGRESS).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _read(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
 
 
 # The loss on validation data: the mean over its usable samples; the others are counted and named.

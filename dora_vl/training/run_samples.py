@@ -405,10 +405,6 @@ def samples_of_a_run(stream: SampleStream, data: DataConfig, arguments: Training
     return max(0, arguments.max_steps) * together
 
 
-STORED_TOGETHER = 16
-"""The pictures of so many samples go through the frozen parts of a model on a GPU in one pass."""
-
-
 def stored_outputs(
     config: RunConfig,
     backbone: DecoderBackbone,
@@ -441,7 +437,7 @@ def stored_outputs(
         missing = store.missing(reader, pictures)
         wait_for_everyone()  # each must see the same missing, before one adds some
         # On a CPU one by one: it gains little, and the bits would depend on what a stopped run had left.
-        together = STORED_TOGETHER if device.type == "cuda" else 1
+        together = 16 if device.type == "cuda" else 1
         store.fill(model, parts, reader, missing, part=rank_and_ranks(), workers=config.data.workers, together=together)
         dummy = reader.encoder.dummy()
         dummy = hollowed(dummy, parts.outputs_of(model, inputs_of(model, dummy)))

@@ -47,8 +47,6 @@ from dora_vl.training.pipeline import LossModel
 logger = logging.getLogger(__name__)
 
 SETTING, OUTSIDE = "data.closed_answers", "outside"
-LOOKED_AT = 256
-"""The longest samples of a task are looked for among so many."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ class MixtureDataset(Dataset[MicroBatch]):
         batches = []
         for number, source in enumerate(self.plan.sources):
             count = -(-source.batch_size // self.plan.parts)
-            looked_at = max(LOOKED_AT, 2 * count)
+            looked_at = max(256, 2 * count)
             indices = range(0, source.items, max(1, source.items // looked_at))
             items = [self._item(number, index, epoch) for index in indices]
             usable = [sample for sample in items if isinstance(sample, Seq2SeqSample)]

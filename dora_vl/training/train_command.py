@@ -39,7 +39,6 @@ Writes adapter/, log.jsonl, metrics.json and checkpoints to training.output_dir;
 checkpoint.
 """
 SETS_UP_LOGGING = True
-STATUS_OF_A_SIGNAL = 128  # as shells count it: 130 after Ctrl-C, 143 after SIGTERM
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +84,7 @@ def train(words: Sequence[str], task: Task = "image_text", *, program: str, desc
         stopped_by = run(pipeline)
     if stopped_by is not None:
         logger.info("stopped by %s; --resume last resumes from there", signal.Signals(stopped_by).name)
-        sys.exit(STATUS_OF_A_SIGNAL + stopped_by)
+        sys.exit(128 + stopped_by)  # as shells count it: 130 after Ctrl-C, 143 after SIGTERM
 
 
 def pipeline_of(config: RunConfig) -> Pipeline:
