@@ -168,13 +168,10 @@ def test_a_sets_answer_is_the_rows_or_found_in_its_output(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("more", "name"),
     [
-        (["--data.validation", "x.json"], "data.validation"),
         (["--data.streaming", "true"], "data.validation_size"),
         (["--data.train", '[{"path": "x.json", "weight": 2}]'], "data.validation_size"),
         (["--adapter.method", "full", "--training.deepspeed", "null"], "adapter.targets"),
         (["--evaluation.files", '{"obqa": "x.json"}'], "evaluation.files"),
-        (["--evaluation.files", '{"openbookqa": "x.json"}'], "x.json"),
-        (["--data.train", "[]"], "data.train"),
         (["--data.validation_size", "40"], "validation_size"),
     ],
 )
