@@ -132,12 +132,12 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Yields a script with which a shell completes verbs and options, without a lookup at each Tab."""
     import shtab
 
-    whole = argparse.ArgumentParser(prog="dora-vl")
-    verbs = whole.add_subparsers()
+    program = argparse.ArgumentParser(prog="dora-vl")
+    verbs = program.add_subparsers()
     for verb, command in COMMANDS.items():
         parser = verbs.add_parser(verb, help=command.summary)
         import_module(command.module).add_arguments(parser)
         for action in parser._actions:
             if action.type is Path:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
-    yield shtab.complete(whole, shell=arguments.shell)
+    yield shtab.complete(program, shell=arguments.shell)

@@ -44,7 +44,7 @@ COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of DeepSpeed's
 class RunningState:
     """Holds what a checkpoint saves: the trained tensors and their optimizer, and torch's or DeepSpeed's own state."""
 
-    layout: OptimizerPlaces
+    layout: OptimizerLayout
     schedule: Any
     scaler: Any = None
     engine: DeepSpeedEngine | None = None
@@ -158,7 +158,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class OptimizerPlaces:
+class OptimizerLayout:
     """The tensors that an optimizer steps, and where in them each trained tensor is.
 
     torch's optimizers hold parameters. DeepSpeed's hold copies in float32, under ZeRO 1 to 3 as flat tensors of which
@@ -201,32 +201,32 @@ class OptimizerPlaces:
         part = flat.flatten()[piece.start : piece.start + piece.count]
         if piece.group is None:
             return part.to("cpu", copy=True).view(self.shape(name))
-        whole = torch.zeros(self.shape(name).numel(), dtype=flat.dtype, device=self.device)
-        whole[piece.first : piece.first + piece.count] = part
+        full = torch.zeros(self.shape(name).numel(), dtype=flat.dtype, device=self.device)
+        full[piece.first : piece.first + piece.count] = part
         # Bytes, of which all ranks but one have zeros, add up to the same bits; floats would not (-0.0).
-        torch.distributed.all_reduce(whole.view(torch.uint8), group=piece.group)
-        return whole.cpu().view(self.shape(name))
+        torch.distributed.all_reduce(full.view(torch.uint8), group=piece.group)
+        return full.cpu().view(self.shape(name))
 
-    def put(self, name: str, whole: Tensor, into: Tensor) -> None:
+    def put(self, name: str, full: Tensor, into: Tensor) -> None:
         """Writes this rank's piece of a whole tensor into one that has the shape of the flat tensor."""
         piece = self.pieces[name]
         if isinstance(into, DTensor):
-            into.copy_(as_shards(whole.view(into.shape), into))
-        elif piece.count == into.numel() == whole.numel():  # whatever its strides
-            into.copy_(whole.reshape(into.shape))
+            into.copy_(as_shards(full.view(into.shape), into))
+        elif piece.count == into.numel() == full.numel():  # whatever its strides
+            into.copy_(full.reshape(into.shape))
         else:
-            part = whole.flatten()[piece.first : piece.first + piece.count]
+            part = full.flatten()[piece.first : piece.first + piece.count]
             into[piece.start : piece.start + piece.count] = part.to(into)
 
     @torch.no_grad()
-    def set_value(self, name: str, whole: Tensor) -> None:
+    def set_value(self, name: str, full: Tensor) -> None:
         """Gives the optimizer's tensor and the model's parameter a value; every rank must call it."""
         parameter = self.trained[name]
         flat = self.flat_of(name)
-        self.put(name, whole, flat.data)
+        self.put(name, full, flat.data)
         if flat is not parameter:
             with gather_to_write([parameter]):
-                parameter.data.copy_(whole.to(parameter.device))
+                parameter.data.copy_(full.to(parameter.device))
 
     @contextmanager
     def whole_parameters_written(self) -> Iterator[None]:
@@ -249,7 +249,7 @@ class OptimizerPlaces:
                 self.stage3._clear_fp32_optimizer_param_groups()
 
 
-def places_of(optimizer: Any, trained: Mapping[str, nn.Parameter], device: torch.device) -> OptimizerPlaces:
+def layout_of(optimizer: Any, trained: Mapping[str, nn.Parameter], device: torch.device) -> OptimizerLayout:
     """Finds the trained tensors in torch's optimizer or in one of DeepSpeed's."""
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
@@ -282,7 +282,7 @@ def places_of(optimizer: Any, trained: Mapping[str, nn.Parameter], device: torch
             ": states of 8 bits belong to blocks, which ZeRO cuts through, and no checkpoint could hold them; set "
             "adamw_torch, or leave training.deepspeed out",
         )
-    return OptimizerPlaces(inner, flats, trained, named, device, stage3)
+    return OptimizerLayout(inner, flats, trained, named, device, stage3)
 
 
 def _linked(groups: Sequence[Sequence[Any]]) -> dict[int, Piece]:
@@ -311,7 +311,7 @@ def _of_stage_3(optimizer: Any) -> dict[int, Piece]:
     return pieces
 
 
-def whole_tensors(layout: OptimizerPlaces) -> Iterator[tuple[str, Tensor]]:
+def whole_tensors(layout: OptimizerLayout) -> Iterator[tuple[str, Tensor]]:
     """Yields `value/NAME`, in float32 where the optimizer has it so, and `KEY/NAME`; every rank must read them all."""
     for name in layout.pieces:
         yield f"{VALUE}/{name}", layout.whole(name, layout.flat_of(name).detach())
@@ -322,7 +322,7 @@ def whole_tensors(layout: OptimizerPlaces) -> Iterator[tuple[str, Tensor]]:
                 yield f"{key}/{name}", value.to("cpu", copy=True).contiguous()
 
 
-def optimizer_numbers(layout: OptimizerPlaces) -> dict[str, Any]:
+def optimizer_numbers(layout: OptimizerLayout) -> dict[str, Any]:
     """The rest of the optimizer's state: its groups' settings, and what it keeps as plain numbers."""
     kept = {
         name: {key: value for key, value in layout.state_of(name).items() if not isinstance(value, Tensor)}
@@ -335,7 +335,7 @@ def optimizer_numbers(layout: OptimizerPlaces) -> dict[str, Any]:
     }
 
 
-def load_values(layout: OptimizerPlaces, files: StateFiles) -> None:
+def load_values(layout: OptimizerLayout, files: StateFiles) -> None:
     """Gives what trains its values; every rank must call it."""
     stored = {name.removeprefix(f"{VALUE}/") for name in files.names() if name.startswith(f"{VALUE}/")}
     if missing := sorted(set(layout.pieces) ^ stored):
@@ -349,7 +349,7 @@ def load_values(layout: OptimizerPlaces, files: StateFiles) -> None:
             layout.set_value(name, files.tensor(f"{VALUE}/{name}"))
 
 
-def load_optimizer(layout: OptimizerPlaces, files: StateFiles) -> None:
+def load_optimizer(layout: OptimizerLayout, files: StateFiles) -> None:
     """Gives the optimizer its state; every rank must call it."""
     groups, kept = files.numbers["optimizer"]["groups"], files.numbers["optimizer"]["numbers"]
     with layout.in_optimizer():
@@ -372,7 +372,7 @@ def _restored(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, A
     return {**group, **{key: tuple(v) if isinstance(group[key], tuple) else v for key, v in values.items()}}
 
 
-def _states(layout: OptimizerPlaces, files: StateFiles, kept: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+def _states(layout: OptimizerLayout, files: StateFiles, kept: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
     """The optimizer's state of each tensor that it steps, by its number."""
     states: dict[int, dict[str, Any]] = {}
     for entry in sorted(files.names()):
@@ -389,7 +389,7 @@ def _states(layout: OptimizerPlaces, files: StateFiles, kept: Mapping[str, Any])
     return states
 
 
-def _add(state: dict[str, Any], key: str, name: str, layout: OptimizerPlaces, files: StateFiles) -> None:
+def _add(state: dict[str, Any], key: str, name: str, layout: OptimizerLayout, files: StateFiles) -> None:
     """Adds one of a trained tensor's states to that of the tensor which holds its piece."""
     value, flat = files.tensor(f"{key}/{name}"), layout.flat_of(name)
     if value.shape != layout.shape(name):

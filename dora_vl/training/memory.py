@@ -109,8 +109,8 @@ class Activations:
 
     def of(self, *, tokens: int, labelled: int, recomputed: bool) -> int:
         """Returns the bytes of so many tokens; with recomputation a vector a layer, and one layer whole."""
-        whole = self.layers * self.layer + self.adapted
-        kept = self.layers * self.vector + self.layer + self.adapted // self.layers if recomputed else whole
+        stored = self.layers * self.layer + self.adapted
+        kept = self.layers * self.vector + self.layer + self.adapted // self.layers if recomputed else stored
         together = labelled if self.chunk is None else min(labelled, self.chunk)
         return tokens * kept + labelled * self.vector + together * self.scores
 

@@ -208,9 +208,9 @@ class RunSamples:
                 used += 1
                 answers, tokenizer = encoder.answers(example), encoder.tokenizer
                 for row in sample.rows():
-                    labels, said = row.labels, [answers[number] for number in row.answers]
+                    labels, trained = row.labels, [answers[number] for number in row.answers]
                     cut = len(labels) == encoder.max_tokens
-                    yield Labelled(id=sample.id, labels=labels, answers=said, tokenizer=tokenizer, cut=cut)
+                    yield Labelled(id=sample.id, labels=labels, answers=trained, tokenizer=tokenizer, cut=cut)
         if bad and not used:
             raise UserError(
                 f"{self._name}: none of its first {len(bad)} samples can be used, {bad[0].id}: {bad[0].reason}"

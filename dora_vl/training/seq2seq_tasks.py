@@ -259,8 +259,8 @@ def check_closed(
     able = [name for name, task in subtasks.items() if task.answer_by == "text" and task.reads_question]
     for task in lists:
         if task not in able:
-            those = f"{', '.join(able)} can have" if able else "none of these tasks has"
-            raise SettingError(SETTING, f": {task} is no question answered in words; {those} a closed list")
+            choices = f"{', '.join(able)} can have" if able else "none of these tasks has"
+            raise SettingError(SETTING, f": {task} is no question answered in words; {choices} a closed list")
         if task not in trained:
             raise SettingError(SETTING, f" names {task}, which data.train does not; its head would not train")
 

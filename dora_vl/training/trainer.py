@@ -37,12 +37,12 @@ from dora_vl.run.launch import is_first_rank, on_first_rank
 from dora_vl.run.sharding import gather_to_read, gather_to_write, shard
 from dora_vl.training.callbacks import Epochs, LossLog, RunProgress, StepLimit, StopOnSignal, WatchQuestions
 from dora_vl.training.checkpoint import (
-    OptimizerPlaces,
+    OptimizerLayout,
     RunningState,
+    layout_of,
     load_random_states,
     load_state,
     load_values,
-    places_of,
     save_random_states,
     save_state,
 )
@@ -82,7 +82,7 @@ class OrderedTrainer(Trainer):
 class AdapterTrainer(OrderedTrainer):
     """Trains what `core.trained_parts` lists of an adapted backbone, and saves it at every checkpoint."""
 
-    optimizer_layout: OptimizerPlaces
+    optimizer_layout: OptimizerLayout
     """Finds what trains in the optimizer, once there is one."""
     closing: ExitStack
     """Gives signals and the terminal back, also after an error in training."""
@@ -282,8 +282,8 @@ class AdapterTrainer(OrderedTrainer):
         )
 
     def _last_whole(self) -> str | None:
-        whole = complete_checkpoints(self.run_folder)
-        return whole[-1].name if whole else None
+        checkpoints = complete_checkpoints(self.run_folder)
+        return checkpoints[-1].name if checkpoints else None
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         save_state(Path(output_dir), self._running, self.args)
@@ -309,7 +309,7 @@ class AdapterTrainer(OrderedTrainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         optimizer = cast(Any, self.optimizer).optimizer
         trained = {name: parameter for part in self.parts for name, parameter in part.parameters.items()}
-        self.optimizer_layout = places_of(optimizer, trained, self.args.device)
+        self.optimizer_layout = layout_of(optimizer, trained, self.args.device)
         if self.is_deepspeed_enabled:
             self._see_gradients_before_clipping(cast("DeepSpeedEngine", self.model_wrapped))
         if self._drops_gradients_itself:
@@ -412,5 +412,5 @@ def _read_in_a_pass(samples: int, arguments: TrainingArguments) -> int:
     if arguments.world_size == 1:
         return samples
     together = arguments.per_device_train_batch_size * arguments.world_size
-    whole = samples - samples % together
-    return whole if arguments.dataloader_drop_last or whole == samples else whole + together
+    in_batches = samples - samples % together
+    return in_batches if arguments.dataloader_drop_last or in_batches == samples else in_batches + together
