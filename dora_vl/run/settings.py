@@ -99,7 +99,7 @@ class DataConfig:
     """Holds this share of the training samples out for validation instead, chosen by training.seed; samples of one
     picture stay on one side."""
     validation_size: int = 0
-    """Holds this number of training samples out instead, drawn as by the published runs of language models (seed 42)."""
+    """Holds so many training samples out instead, drawn as the published runs of language models do (seed 42)."""
     validation_files: Mapping[str, str] = field(default_factory=dict)
     """Records file of each task whose loss is measured while training."""
     train_on: TrainOn = "all"
@@ -125,7 +125,7 @@ class DataConfig:
     shuffle_buffer: int = 2048
     """Streamed samples among which the next one is drawn; fewer where they hold more than 256 MiB; 1: as they come."""
     columns: Mapping[str, str] = field(default_factory=dict)
-    """Says what columns of other names are, in the files of data and of the test: {photo_file: image, caption: question}.
+    """Says what columns of other names are, in the data and in the test: {photo_file: image, caption: question}.
     A role (image, video, question, answer, choices, hint, system, ...) or a name that docs/data.md lists for one."""
     ignore: tuple[str, ...] = ()
     """Columns, and keys inside them (messages.weight, meta.image), that are left out although they could change what is
@@ -282,7 +282,7 @@ class RunConfig:
     """Holds a run: what its YAML file says."""
 
     task: Task = "image_text"
-    """Says what is trained, which decides the settings there are. llava: a LLaVA-1.5, also composed here; image_text: any
+    """Says what is trained, which decides the settings. llava: a LLaVA-1.5, also composed here; image_text: any
     model for pictures, videos and text; commonsense: a language model on instructions; vlbart: a VL-BART."""
     variant: str | None = None
     """Named variant of the --config file, one of its `variants`, laid over the rest of it; --section.key value wins
@@ -304,7 +304,7 @@ class RunConfig:
     """Trains nothing: tests the adapter in training.output_dir again, or resumes a test that was stopped."""
     watch: int = 4
     """Number of fixed questions, of the validation data or else of the test, that are answered at every validation
-    (without one: at the start and five times more), into `watched/`, the report and what training.report_to names; 0: none."""
+    (without one: at the start and five times more), into `watched/`, the report and training.report_to; 0: none."""
     try_largest_batch: bool | None = None
     """Takes a step over the largest micro-batch that the data can give before the first one, and undoes it, so that a
     run that does not fit into memory ends at once and says what to lower; null: where there is a GPU."""
