@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -18,7 +17,7 @@ from dora_vl.errors import LostRank, UserError
 from dora_vl.run import launch as run_launch
 from dora_vl.run.launch import cause_speaks_first
 from tests.training.launched import launch
-from tests.training.tiny_run import write_run
+from tests.training.tiny_run import MakeRun
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 LIMIT, BUSY = 15, 25
@@ -36,11 +35,9 @@ FULL = pytest.mark.slow
         pytest.param("stop", LIMIT + 33, marks=FULL),  # it hears no SIGTERM: the launcher kills it after 30 s
     ],
 )
-def test_a_launch_ends_soon_after_one_of_its_ranks(
-    tiny_llava: Path, tiny_data: Path, tmp_path: Path, how: str, seconds: float, launcher: str
-) -> None:
+def test_a_launch_ends_soon_after_one_of_its_ranks(make_run: MakeRun, how: str, seconds: float, launcher: str) -> None:
     training = {"max_steps": 6, "per_device_train_batch_size": 2, "deepspeed": "zero2", "ddp_timeout": LIMIT}
-    run_file = write_run(tmp_path / "run.yaml", tiny_llava, tiny_data, training=training)
+    run_file = make_run(training=training)
     program = ("tests/run/faulty_rank.py", how)
     done = launch(run_file, ranks=2, launcher=launcher, program=program, succeeds=False)
     wrong = re.search(r"goes wrong at ([\d.]+)", done.stderr)

@@ -18,16 +18,16 @@ from dora_vl.run.reading import read_run_file
 from dora_vl.run.watched import Watched, WatchedQuestion, read_watched, tiled
 from dora_vl.training.callbacks import read_log, steps_to_ask, track_answers
 from dora_vl.training.decoder_pipeline import DecoderPipeline
-from tests.training.tiny_run import json_of, logged_losses, trained, write_run
+from tests.training.tiny_run import MakeRun, json_of, logged_losses, trained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def run_file(tmp_path: Path, tiny_llava: Path, tiny_data: Path) -> Path:
+def run_file(make_run: MakeRun) -> Path:
     training = {"use_cpu": True, "learning_rate": 0.05}
     changes: dict[str, Any] = {"training": training, "evaluation": {"max_new_tokens": 3}, "adapter": {"dropout": 0.2}}
-    return write_run(tmp_path / "run.yaml", tiny_llava, tiny_data, **changes)
+    return make_run(**changes)
 
 
 def answers(folder: Path) -> list[dict[str, Any]]:
