@@ -306,8 +306,9 @@ class WatchQuestions(TrainerCallback):
         self._ask(args, state, more["model"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
-        """Asks at a few steps, evenly over the run, where nothing is validated."""
-        if args.eval_strategy == IntervalStrategy.NO and state.global_step in steps_to_ask(state.max_steps):
+        """Asks five times, evenly over the run and at its end, where nothing is validated."""
+        times = {-(-state.max_steps * part // 5) for part in range(1, 6)}
+        if args.eval_strategy == IntervalStrategy.NO and state.global_step in times:
             self._ask(args, state, more["model"])
 
     def _ask(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
@@ -334,11 +335,6 @@ class WatchQuestions(TrainerCallback):
                 logger.info("step %d: %s -> %s (right: %s)", state.global_step, *(shown_text(text) for text in texts))
         if (watched := read_watched(self._folder)) is not None:
             track_answers(self._trackers, watched, state.global_step)
-
-
-def steps_to_ask(max_steps: int) -> frozenset[int]:
-    """Returns the steps at which a run without validation asks its watched questions, the last among them."""
-    return frozenset(-(-max_steps * part // 5) for part in range(1, 6))
 
 
 def track_answers(callbacks: Sequence[TrainerCallback], watched: Watched, step: int) -> None:

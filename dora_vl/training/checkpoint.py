@@ -189,10 +189,6 @@ class OptimizerLayout:
         """Returns the optimizer's state of a trained tensor; empty before its first step."""
         return self.optimizer.state.get(self.flat_of(name), {})
 
-    def is_by_element(self, name: str, value: Any) -> bool:
-        """Returns True where a value of `state_of` has a number for each element."""
-        return isinstance(value, Tensor) and value.shape == self.flat_of(name).shape
-
     def whole(self, name: str, flat: Tensor) -> Tensor:
         """A trained tensor, or one that goes with it by element, on the CPU, from `flat`; every rank must call it."""
         piece = self.pieces[name]
@@ -227,15 +223,6 @@ class OptimizerLayout:
         if flat is not parameter:
             with gather_to_write([parameter]):
                 parameter.data.copy_(full.to(parameter.device))
-
-    @contextmanager
-    def whole_parameters_written(self) -> Iterator[None]:
-        """Surrounds `set_value`: ZeRO-3 gathers the small parameters anew that it keeps whole on every rank."""
-        if self.stage3 is not None:
-            self.stage3.checkpoint_event_prologue()
-        yield
-        if self.stage3 is not None:
-            self.stage3.checkpoint_event_epilogue()
 
     @contextmanager
     def in_optimizer(self) -> Iterator[None]:
@@ -316,7 +303,7 @@ def whole_tensors(layout: OptimizerLayout) -> Iterator[tuple[str, Tensor]]:
     for name in layout.pieces:
         yield f"{VALUE}/{name}", layout.whole(name, layout.flat_of(name).detach())
         for key, value in sorted(layout.state_of(name).items()):
-            if layout.is_by_element(name, value):
+            if isinstance(value, Tensor) and value.shape == layout.flat_of(name).shape:  # a number for each element
                 yield f"{key}/{name}", layout.whole(name, value)
             elif isinstance(value, Tensor):
                 yield f"{key}/{name}", value.to("cpu", copy=True).contiguous()
@@ -344,9 +331,12 @@ def load_values(layout: OptimizerLayout, files: StateFiles) -> None:
             f": the checkpoint does not fit this run: {len(set(layout.pieces) - stored)} trained tensors are not "
             f"in it, {len(stored - set(layout.pieces))} are not trained here, such as {missing[0]}",
         )
-    with layout.whole_parameters_written():
-        for name in layout.pieces:
-            layout.set_value(name, files.tensor(f"{VALUE}/{name}"))
+    if layout.stage3 is not None:
+        layout.stage3.checkpoint_event_prologue()
+    for name in layout.pieces:
+        layout.set_value(name, files.tensor(f"{VALUE}/{name}"))
+    if layout.stage3 is not None:  # which gathers the small parameters anew that it keeps whole on every rank
+        layout.stage3.checkpoint_event_epilogue()
 
 
 def load_optimizer(layout: OptimizerLayout, files: StateFiles) -> None:

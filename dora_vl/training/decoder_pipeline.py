@@ -29,7 +29,6 @@ from dora_vl.core import DoRAConfig
 from dora_vl.core.strength import checked_strength
 from dora_vl.data.batches import Collator
 from dora_vl.data.columns import Packing
-from dora_vl.data.example import Example
 from dora_vl.data.pictures import StoredPictures
 from dora_vl.data.samples import Labelled
 from dora_vl.errors import SettingError
@@ -236,17 +235,15 @@ class DecoderPipeline(Pipeline):
         if held_out is not None:
             questions, source = questions_of_rows(held_out, config.watch), config.data.held_out
         elif config.evaluation.tested is not None:
-            questions, source = evenly(self._test_questions(), config.watch), config.evaluation.tested
+            test, source = config.evaluation, config.evaluation.tested
+            examples = read_sets(test)[0] if test.files else read_test(test, config.data.contract)[0]
+            questions = evenly(examples, config.watch)
         else:
             return None
         assistant = Assistant(backbone, EncoderPrompts(self.encoder), while_training=True)
         media = self._media(assistant, None if held_out is None else held_out.stored)
         tokens = config.evaluation.max_new_tokens
         return watch_assistant(assistant, questions, media, max_new_tokens=tokens, source=str(source))
-
-    def _test_questions(self) -> list[Example]:
-        evaluation = self.config.evaluation
-        return read_sets(evaluation)[0] if evaluation.files else read_test(evaluation, self.config.data.contract)[0]
 
     def _media(self, assistant: Assistant, stored: StoredPictures | None) -> MediaReader:
         """Reads what questions show; of those of samples also the pictures that their own files hold, `stored`."""

@@ -34,16 +34,8 @@ logger = logging.getLogger(__name__)
 ENGINE_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 Pool = Sequence[Any]
 """Holds items of which a loader can make one micro-batch."""
-_ASKED = re.compile(r"allocate ([\d.]+) ?(bytes|KiB|MiB|GiB|TiB)")
-_UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 # Too little memory, wherever it shows: one line with the bytes, and which setting to lower to what.
-
-
-def asked_bytes(error: BaseException) -> int | None:
-    """Bytes that the allocator was asked for, as its message says."""
-    match = _ASKED.search(str(error))
-    return None if match is None else int(float(match[1]) * _UNITS[match[2]])
 
 
 def what_did_not_fit(error: BaseException, device: torch.device) -> str:
@@ -59,8 +51,11 @@ def what_did_not_fit(error: BaseException, device: torch.device) -> str:
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)  # ulimit -v
         if limit != resource.RLIM_INFINITY:
             free = max(0, min(free, limit - psutil.Process().memory_info().vms))
-    requested = asked_bytes(error)
-    more = "more was asked for" if requested is None else f"{in_words(requested)} more were asked for"
+    units = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+    requested = re.search(rf"allocate ([\d.]+) ?({'|'.join(units)})", str(error))
+    more = "more was asked for"
+    if requested is not None:
+        more = f"{in_words(int(float(requested[1]) * units[requested[2]]))} more were asked for"
     return f"{more}, {in_words(free)} are free on {owner}"
 
 

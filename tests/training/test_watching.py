@@ -16,7 +16,7 @@ from dora_vl.evaluation.open_model import with_adapter
 from dora_vl.evaluation.questions import read_questions
 from dora_vl.run.reading import read_run_file
 from dora_vl.run.watched import Watched, WatchedQuestion, read_watched, tiled
-from dora_vl.training.callbacks import read_log, steps_to_ask, track_answers
+from dora_vl.training.callbacks import read_log, track_answers
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from tests.training.tiny_run import MakeRun, json_of, logged_losses, trained
 
@@ -86,7 +86,6 @@ def test_without_validation_the_test_is_asked_now_and_then(run_file: Path) -> No
     )
     assert [line["step"] for line in answers(folder)] == [0, 3, 5, 8, 10, 12]
     assert json_of(folder / "watched" / "questions.json")["source"] == records
-    assert steps_to_ask(3) == {1, 2, 3}
     nothing = trained(run_file, name="nothing")
     assert not (nothing / "watched").exists()
 
