@@ -16,7 +16,7 @@ from tests.backbones.tiny_image_text import write_tiny
 from tests.training.tiny_run import decoder_run, json_of, logged, trained, write_run, write_tiny_llava
 
 FAMILIES = ("qwen2_vl", "llava_next")
-SIDES = ((640, 480), (60, 40), (900, 100))
+SIDES = ((320, 240), (60, 40), (450, 50))
 SHARE = 4_000
 PINPOINTS = [[16, 32], [32, 16], [32, 32], [64, 80], [96, 96]]
 
@@ -69,14 +69,12 @@ def test_what_is_above_a_samples_share_becomes_fewer_tokens(
 ) -> None:
     path = written(tmp_path, bases[family])
     whole, budget = tokens_of(path), tokens_of(path, f"--data.max_pixels_per_step={2 * SHARE}")
-    assert budget[0] < 0.7 * whole[0]  # 307,200 pixels became at most 4,000
+    assert budget[0] < 0.7 * whole[0]  # 76,800 pixels became at most 4,000
     assert budget[1] == whole[1]  # 2,400 fit
     alone = (f"--data.max_pixels_per_step={2 * SHARE}", "--training.per_device_train_batch_size=1")
     shares = tokens_of(path, *alone)  # one sample has all of it
     assert budget[0] < shares[0] <= whole[0]
     assert shares[1] == whole[1]
-    ample = tokens_of(path, f"--data.max_pixels_per_step={2 * 640 * 480}")
-    assert ample == whole
 
 
 def test_a_run_counts_them(bases: Mapping[str, Path], tmp_path: Path) -> None:
