@@ -18,7 +18,7 @@ from dora_vl.errors import LONGEST_MESSAGE, UserError, exit_on_user_error, one_l
 
 @dataclass(frozen=True)
 class Command:
-    """One verb of `dora-vl`.
+    """Describes a verb of `dora-vl`.
 
     Its module is imported when the verb is used. It holds `DESCRIPTION` (what --help says),
     `add_arguments(parser)` and `run(arguments)`, which yields the lines to print as they are ready; `TAKES_SETTINGS`
@@ -132,12 +132,12 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Yields a script with which a shell completes verbs and options, without a lookup at each Tab."""
     import shtab
 
-    whole = argparse.ArgumentParser(prog="dora-vl")
-    verbs = whole.add_subparsers()
+    program = argparse.ArgumentParser(prog="dora-vl")
+    verbs = program.add_subparsers()
     for verb, command in COMMANDS.items():
         parser = verbs.add_parser(verb, help=command.summary)
         import_module(command.module).add_arguments(parser)
         for action in parser._actions:
             if action.type is Path:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
-    yield shtab.complete(whole, shell=arguments.shell)
+    yield shtab.complete(program, shell=arguments.shell)

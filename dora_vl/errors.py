@@ -14,6 +14,7 @@ import re
 import reprlib
 import select
 import shlex
+import signal
 import struct
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,12 +27,12 @@ LEFT_OUT: Mapping[str, tuple[str, ...]] = {
     # The tables before the first step say which device it is.
     "DeepSpeed": ("Setting accelerator to CPU", "Unable to find hostfile"),
 }
-"""A logger's name -> how those of its lines begin that tell a person of nothing to do."""
+"""Logger -> beginnings of its lines that are left out, since they ask nothing of a person."""
 
 
 @functools.cache
 def leave_out_foreign_lines() -> None:
-    """Leaves them out of this process."""
+    """Filters the lines of `LEFT_OUT` in this process."""
     for name, beginnings in LEFT_OUT.items():
         logging.getLogger(name).addFilter(
             lambda record, beginnings=beginnings: not str(record.msg).startswith(beginnings)
@@ -53,12 +54,9 @@ def wait_without_spinning() -> None:
 Inputs = ParamSpec("Inputs")
 Result = TypeVar("Result")
 
-STATUS_OF_SIGPIPE = 141
-"""What shells say of a program whose reader has left."""
 LONGEST_MESSAGE = 490
-"""With "error: " before it, a line stays below 500 characters, whatever a file or an option holds."""
+"""Characters of a message, which with "error: " before it stays below 500."""
 LONGEST_QUOTED = 60
-LONGEST_NAME, NAMED = 24, 8
 
 _UNPRINTABLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Controls, those that turn the direction of writing among them, and halves of surrogate pairs, which no terminal's or
@@ -77,8 +75,7 @@ DECODING_ERRORS = (
     AttributeError,
     struct.error,
 )
-"""What Pillow's decoders raise on bytes that are no picture, or no longer one, beside its `DecompressionBombError`:
-mutated files of ten formats raised OSError, ValueError and that; its plugins hold code for the rest."""
+"""Pillow's decoders raise these, and `DecompressionBombError`, on bytes that are no picture or no longer one."""
 
 
 def one_line(message: str, most: int = LONGEST_MESSAGE) -> str:
@@ -115,7 +112,7 @@ def shown_text(text: str, most: int = LONGEST_QUOTED) -> str:
     return visible if len(visible) <= most else visible[: most - 3] + "..."
 
 
-def shown_names(names: Iterable[object], named: int = NAMED, longest: int = LONGEST_NAME) -> str:
+def shown_names(names: Iterable[object], named: int = 8, longest: int = 24) -> str:
     """The first few names, such as those of the columns that a row has, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - named} more" if len(names) > named else ""
@@ -172,7 +169,7 @@ class LostRank(UserError):
 
 
 class BadSample(UserError):
-    """One sample cannot be used; counted and skipped by the data part, up to `data.max_bad_share`.
+    """A sample cannot be used; it is counted and skipped, up to `data.max_bad_share`.
 
     Attributes:
         reason: what is wrong with this one.
@@ -225,7 +222,7 @@ def exit_on_user_error(main: Callable[Inputs, Result]) -> Callable[Inputs, Resul
             if not any(event & select.POLLERR for _, event in poller.poll(0)):
                 raise  # some other pipe is broken
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered goes there at the exit
-            sys.exit(STATUS_OF_SIGPIPE)
+            sys.exit(128 + signal.SIGPIPE)  # as shells count it
         except UserError as error:
             message, status = str(error), error.status
         except OSError as error:
@@ -243,11 +240,9 @@ def exit_on_user_error(main: Callable[Inputs, Result]) -> Callable[Inputs, Resul
 # it would take a second of every command's start.
 
 _MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
-"""Of RuntimeErrors that have no type of their own: the CPU allocator's, cuBLAS's and cuDNN's, and those of CUDA itself,
-whose AcceleratorError is one for all that can go wrong there."""
+"""The CPU allocator, cuBLAS, cuDNN and CUDA raise plain RuntimeErrors that hold one of these."""
 _COMMUNICATION = ("gloo", "NCCL", "ProcessGroup", "Connection closed by peer", "Connection reset by peer")
-"""Words of the errors that a rank gets because of another and that have no type of their own: all of gloo's and some of
-NCCL's are plain RuntimeErrors."""
+"""gloo and in part NCCL raise plain RuntimeErrors with one of these words where another rank is gone."""
 
 
 def install_command(*packages: str) -> str:
@@ -262,7 +257,7 @@ def install_command(*packages: str) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was too small: for torch's allocator on a GPU, for Python and numpy, or as torch words it."""
+    """Tells errors of too little memory (torch's, Python's, numpy's) from others."""
     from torch import OutOfMemoryError
 
     if isinstance(error, MemoryError | OutOfMemoryError):
@@ -271,7 +266,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_communication(error: BaseException) -> bool:
-    """Whether the library that moves the bytes says that another rank is not there."""
+    """Tells errors that another, lost rank caused from others."""
     from torch.distributed import DistError
 
     if isinstance(error, DistError):  # a backend's, a store's or a connection's
@@ -279,13 +274,9 @@ def is_communication(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _COMMUNICATION)
 
 
-MOST_DIGITS = 18
-"""Fewer than 64 bits; an id of more is text."""
-
-
 def number_of(text: str) -> int | None:
-    """The number that a text is, in ASCII digits without a sign; None for other text ("²" is a digit for Python)."""
-    return int(text) if text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS else None
+    """Reads ASCII digits without a sign, as many as fit 64 bits; None for other text ("²" is a digit for Python)."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else None
 
 
 def positive(text: str) -> int:

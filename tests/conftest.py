@@ -37,7 +37,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-FIRST = ("tests/training/", "tests/tasks/", "tests/core/fast/", "tests/adapters/")
+FIRST = ("tests/training/", "tests/evaluation/", "tests/core/fast/", "tests/adapters/")
 """Folders of the long tests: begun last, one process would still be at them while the others have nothing left."""
 
 

@@ -135,7 +135,7 @@ def main() -> None:
     person.has(f"runs/demo/{ADAPTER}", "runs/demo/tuned/model.safetensors")
     own_pictures(person)
     published = Person(environment, to / "published")
-    published.types("python", ROOT / "tests" / "tasks" / "published_recipe.py", ".", PYTHONPATH=str(ROOT))
+    published.types("python", ROOT / "tests" / "training" / "published_recipe.py", ".", PYTHONPATH=str(ROOT))
     published.types("dora-vl", "train", *RECIPE_IN_LITTLE.split())
     published.has(f"run/{ADAPTER}")
     minutes, computing = (time.monotonic() - started) / 60, sum(os.times()[2:4]) / 60

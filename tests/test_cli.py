@@ -36,28 +36,23 @@ def failed(*words: object) -> None:
     assert status.value.code == 2
 
 
-def test_help_teaches(capsys):
-    main(["--help"])
-    text = capsys.readouterr().out
-    for verb in COMMANDS:
-        assert f"  {verb}" in text
-        with pytest.raises(SystemExit):
-            main([verb, "--help"])
-        assert f"dora-vl {verb}" in capsys.readouterr().out
-
-
-def test_help_imports_nothing_heavy():
+def test_help_teaches_and_imports_nothing_heavy():
+    """Of the verbs and of the scripts in tasks/."""
     code = f"""
-import sys
+import importlib, sys
 from dora_vl.cli import main
-for verb in {sorted(COMMANDS)}:
+main(["--help"])
+for verb in {sorted(COMMANDS)} + ["image_qa", "video_qa"]:
     try:
-        main([verb, "--help"])
+        importlib.import_module(f"tasks.{{verb}}").main(["--help"]) if verb.endswith("qa") else main([verb, "--help"])
     except SystemExit:
         pass
     assert not sys.modules.keys() & {{"torch", "transformers", "datasets", "deepspeed", "gradio"}}, verb
 """
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    for verb in COMMANDS:
+        assert f"  {verb}" in done.stdout
+        assert f"dora-vl {verb}" in done.stdout
 
 
 ASK, CONVERT, MERGE = "ask --model none --question q", "convert one --to x", "merge --adapter one --to x"
@@ -87,11 +82,7 @@ def test_wrong_words_end_it_and_leave_nothing(folders, monkeypatch, line):
     assert not Path("x").exists()
 
 
-def test_convert_keeps_and_exports(folders, capsys):
-    main(["convert", str(folders / "one"), "--to", str(folders / "same")])
-    assert "4 layers, 0 other tensors" in capsys.readouterr().out
-    files = [(folders / name / "adapter_model.safetensors").read_bytes() for name in ("one", "same")]
-    assert files[0] == files[1]
+def test_convert_exports_within_an_error(folders, capsys):
     export = ["convert", folders / "one", "--as", "lora", "--base", folders / "base", "--to", folders / "lora"]
     failed(*export)
     failed(*export, "--rank", 2, "--max-error", 0.01)
@@ -104,11 +95,10 @@ def test_convert_keeps_and_exports(folders, capsys):
     assert "largest relative error" in lines[-1]
 
 
-def test_convert_takes_the_file_of_tensors_for_its_folder(folders, capsys):
+def test_convert_takes_the_file_of_tensors_for_its_folder(folders):
     main(["convert", str(folders / "one" / "adapter_model.safetensors"), "--to", str(folders / "same")])
-    assert "4 layers, 0 other tensors" in capsys.readouterr().out
-    same, original = (load_file(folders / name / "adapter_model.safetensors") for name in ("same", "one"))
-    assert {key: tensor.tolist() for key, tensor in same.items()} == {k: t.tolist() for k, t in original.items()}
+    files = [(folders / name / "adapter_model.safetensors").read_bytes() for name in ("one", "same")]
+    assert files[0] == files[1]
     (folders / "one" / "adapter_model.safetensors").rename(folders / "renamed.safetensors")
     failed("convert", folders / "renamed.safetensors", "--to", folders / "x")
 

@@ -50,7 +50,7 @@ OWNED = {
     "local_rank": "the launcher sets it",
     "neftune_noise_alpha": "the Trainer adds its noise to plain language models only; raise adapter.dropout",
 }
-"""What is ours to decide -> why; a user's value would break the run."""
+"""Fields that a run must not set, since they would break it -> why."""
 STRATEGIES = ("eval_strategy", "save_strategy", "logging_strategy")
 AT_LEAST: Mapping[str, float] = {
     **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "num_train_epochs"), 0),
@@ -62,17 +62,14 @@ AT_LEAST: Mapping[str, float] = {
 OURS = {"logging_steps": 10, "logging_nan_inf_filter": False, "report_to": "none", "save_total_limit": 2}
 """Defaults that differ from the library's: a log line that can be drawn, a loss that shows when it is no number."""
 
-SHORT_NAMES = ("zero0", "zero2", "zero3", "zero3_offload")
-"""Of DeepSpeed configs that are shipped."""
-BLOCKS = ("zero_optimization", "bf16", "fp16", "torch_autocast", "activation_checkpointing")
-"""What is an object in a DeepSpeed config."""
+SHORT_NAMES = ("zero0", "zero2", "zero3", "zero3_offload")  # of the shipped DeepSpeed configs
 FROM_SECTION = (
     "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps",
     "gradient_clipping",
     "train_batch_size",
 )
-"""What transformers compares with the `training:` section, or takes from it."""
+"""transformers takes these from the `training:` section, or compares them with it."""
 
 
 def training_fields() -> list[str]:
@@ -193,7 +190,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
 
 
 def _check_fsdp(section: Mapping[str, Any], task: str) -> None:
-    """The weights' shards are this package's own (`run.sharding`), not the Trainer's."""
+    """Refuses what does not go with the weights' shards of `run.sharding`, which are not the Trainer's."""
     if section.get("deepspeed") is not None:
         raise SettingError("training.fsdp", " and training.deepspeed both share weights out; leave one out")
     if task == "vlbart":
@@ -255,9 +252,9 @@ def check_deepspeed(config: Mapping[str, Any], *, method: str) -> None:
     try:
         DeepSpeedConfig(stated | {"train_micro_batch_size_per_gpu": 1})
     except (ValueError, TypeError, AttributeError, AssertionError, KeyError) as error:
-        blocks = [name for name in BLOCKS if not isinstance(config.get(name, {}), Mapping)]
-        if blocks:
-            raise SettingError(f"training.deepspeed.{blocks[0]}", " is no object") from error
+        for name in ("zero_optimization", "bf16", "fp16", "torch_autocast", "activation_checkpointing"):
+            if not isinstance(config.get(name, {}), Mapping):
+                raise SettingError(f"training.deepspeed.{name}", " is no object") from error
         raise SettingError("training.deepspeed", f": {one_line(str(error), 200)}") from error
     refused = {
         "optimizer": "remove it; with it one learning rate is used for every part (projector and magnitudes too)",
@@ -275,7 +272,7 @@ def check_deepspeed(config: Mapping[str, Any], *, method: str) -> None:
 
 
 def _without_auto(value: Any) -> Any:
-    """What transformers does not fill in."""
+    """Leaves out what transformers fills in itself."""
     if not isinstance(value, Mapping):
         return value
     return {name: _without_auto(inside) for name, inside in value.items() if inside != "auto"}

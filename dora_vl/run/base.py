@@ -27,12 +27,8 @@ from dora_vl.run.sharding import loading_in, without_sharding
 
 logger = logging.getLogger(__name__)
 
-DECODER = "decoder"
-"""What `recipe.json` calls the backbone of a vision-language model or a plain language model."""
-VLBART = "vlbart"
-"""An encoder-decoder over visual features."""
-LEAST_FRAMES = 2
-"""With `data.video_fps`: what moves needs two, and families that join frames in pairs take no less."""
+DECODER, VLBART = "decoder", "vlbart"
+"""Names of the two kinds of backbone in `recipe.json`: decoders, and encoder-decoders over visual features."""
 
 Backbone = TypeVar("Backbone")
 
@@ -152,7 +148,7 @@ class VideoReading:
 
 
 def image_folder(data: DataConfig, root: str | None = None) -> MediaFolder:
-    """Where the pictures' paths start, `data.image_folder` unless another `root` is given, and how they are read."""
+    """Returns the folder of the pictures, `data.image_folder` unless another `root` is given."""
     return MediaFolder(Path(root or data.image_folder), data.follow_links, data.as_published)
 
 
@@ -162,14 +158,14 @@ def video_folder(data: DataConfig) -> MediaFolder:
 
 
 def video_sampling(data: DataConfig) -> Sampling:
-    """Which frames `data.video_frames` and `data.video_fps` mean."""
+    """Returns the frames that `data.video_frames` and `data.video_fps` mean."""
     if data.video_frames < 1:
         raise SettingError("data.video_frames", f" is {data.video_frames}; at least 1 frame of a video is needed")
     if data.video_fps is None:
         return Uniform(data.video_frames)
     if not 0 < data.video_fps < float("inf"):
         raise SettingError("data.video_fps", f" is {data.video_fps}; it must be above 0")
-    least = min(LEAST_FRAMES, data.video_frames)
+    least = min(2, data.video_frames)  # families that join frames in pairs take no less
     return EverySeconds(period=1 / data.video_fps, least=least, most=data.video_frames)
 
 

@@ -37,7 +37,7 @@ PLAN = "plan.json"
 WATCHED = "watched"
 PREDICTED = ("predictions.jsonl", "scores.jsonl")
 SAVED = (ADAPTER, METRICS, *PREDICTED)
-"""What took work to make; a run that left none of it, nor a checkpoint, failed before its first save."""
+"""These took work to make; a run that left none of them, nor a checkpoint, failed before its first save."""
 RESULTS = (
     *(ADAPTER, LOSS_LOG, METRICS, SKIPPED, FAULTS, *PREDICTED, "predictions.settings.json", WATCHED),
     *("loss_curve.png", "contact_sheet.png"),
@@ -52,18 +52,18 @@ TRAINING_NUMBERS = (
     *("train_seconds", "samples_per_second", "train_samples", "train_steps"),
     *("padding_share", "skipped_samples", "shrunk_samples", "steps_left_out"),
 )
-"""What `metrics.json` says of the training."""
+"""Keys of `metrics.json` about the training."""
 
 
 def run_folder_of(training: Mapping[str, Any]) -> Path:
-    """Where a run writes: `training.output_dir`, which every run names."""
+    """Returns the folder that a run writes to, `training.output_dir`."""
     if "output_dir" not in training:
         raise SettingError("training.output_dir", " is missing: name the folder for checkpoints, adapter and logs")
     return Path(training["output_dir"])
 
 
 def results_in(folder: Path) -> list[Path]:
-    """What an earlier run left in a folder: results and complete checkpoints."""
+    """Lists the results and complete checkpoints that an earlier run left."""
     return [folder / name for name in RESULTS if (folder / name).exists()] + complete_checkpoints(folder)
 
 
@@ -85,7 +85,7 @@ def checkpoint_of(config: RunConfig) -> Path | None:
 
 
 def finished_already(config: RunConfig) -> bool:
-    """Whether a run that `resume: if_stopped` starts again has nothing left to do."""
+    """Returns True where `resume: if_stopped` finds a finished run with the same settings."""
     folder = run_folder_of(config.training)
     if config.resume != IF_STOPPED or config.overwrite or not _is_finished(folder, config):
         return False
@@ -99,7 +99,7 @@ def finished_already(config: RunConfig) -> bool:
 
 
 def _is_finished(folder: Path, config: RunConfig) -> bool:
-    """Whether a run has its adapter and, where it is tested, the scores of every set."""
+    """Returns True once a run has its adapter and, where it is tested, the scores of every set."""
     metrics, checkpoints = json_or_nothing(folder / METRICS), complete_checkpoints(folder)
     if checkpoints and step_of(checkpoints[-1]) > metrics.get("train_steps", 0):
         return False  # they are of the run before the resume that was stopped there
@@ -114,7 +114,7 @@ def is_tested(folder: Path) -> bool:
 
 
 def check_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Sees before anything is written whether a run may write there."""
+    """Refuses a folder that a run may not write to, before anything is written."""
     if resume and overwrite:
         raise SettingError("overwrite", " and resume exclude each other: one goes on, the other starts anew")
     results = _took_work(folder)
@@ -174,7 +174,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 LOCK = ".writing.lock"
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
-"""What file systems say that have no locks, such as a Lustre that is mounted without `flock`."""
+"""File systems without locks answer with these, such as a Lustre that is mounted without `flock`."""
 
 
 @contextlib.contextmanager
@@ -224,7 +224,7 @@ def _locked(path: Path) -> int:
 
 
 TOO_LITTLE_BYTES = 1 << 20
-"""With less room than this a failed write is the disk's fault, whatever the library that wrote says of it."""
+"""With less room than this a failed write counts as the disk's fault, whatever the library says."""
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""This process among those of a launch: its share of the cores, its rank, its shutdown."""
+"""What a process does as one rank of a launch: its share of the cores, its number, its shutdown."""
 
 from __future__ import annotations
 
@@ -21,13 +21,11 @@ import torch
 from dora_vl.errors import LostRank, UserError, is_communication, one_line
 
 FIRST_RANK_SECONDS = 15.0  # on a busy machine the first has taken more than five
-GLOO_REST_SECONDS = 10.0
-PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 Item = TypeVar("Item")
 
 
 def threads_of_this_rank() -> int | None:
-    """On a CPU under a launcher, this rank's share of the cores; None leaves torch's or the user's choice.
+    """Returns this rank's share of the cores on a CPU under a launcher; None leaves torch's or the user's choice.
 
     Launchers set OMP_NUM_THREADS=1, which leaves cores idle where the CPU does the computing. To be asked before
     accelerate starts: it overwrites LOCAL_WORLD_SIZE, which it does not find under the deepspeed launcher.
@@ -56,12 +54,12 @@ def stand_alone_environment() -> None:
 
 
 def several_ranks() -> bool:
-    """Whether a launcher started more processes than this one."""
+    """Returns True where a launcher started more processes than this one."""
     return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def start_cpu_communication(*, limit: int = 1800) -> None:
-    """On a CPU, starts DeepSpeed's process group over gloo before accelerate starts one that DeepSpeed does not see.
+    """Starts DeepSpeed's process group on a CPU, before accelerate starts one that DeepSpeed does not see.
 
     `limit` is how many seconds a collective may take. DeepSpeed's shared-memory collectives are left out: they need a
     C++ compiler and half a minute, gloo does the same here, and an accelerator without them is DeepSpeed's one way.
@@ -82,7 +80,7 @@ def start_cpu_communication(*, limit: int = 1800) -> None:
 
 
 def keep_freed_memory() -> bool:
-    """On a CPU with the GNU C library, keeps the memory that one step frees for the next; returns whether it does.
+    """Keeps the memory that one step frees for the next, on a CPU with the GNU C library; returns False elsewhere.
 
     Left alone, the allocator hands a step's activations back to the system and the next step faults every page in
     again: 8 % of a DoRA step of a 135M-parameter language model on two cores. For the training loop alone.
@@ -97,12 +95,12 @@ def keep_freed_memory() -> bool:
 
 
 def launched_first() -> bool:
-    """Whether the launcher made this process the first rank, or none did; before there is a process group to ask."""
+    """Returns True on the first rank or without a launcher, before there is a process group to ask."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def log_to_stderr() -> None:
-    """The first rank tells how the run goes, the others only what is wrong."""
+    """Logs how the run goes on the first rank, and only what is wrong on the others."""
     level = logging.INFO if launched_first() else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
@@ -131,19 +129,19 @@ def cause_speaks_first() -> Iterator[None]:
 
 
 def is_first_rank() -> bool:
-    """Whether this process writes the run's results."""
+    """Returns True in the process that writes the run's results."""
     return rank_and_ranks()[0] == 0
 
 
 def rank_and_ranks() -> tuple[int, int]:
-    """This process's number and how many there are."""
+    """Returns this process's number and how many there are."""
     if not torch.distributed.is_initialized():
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def gathered(value: Item) -> list[Item]:
-    """What every rank has, in their order; every rank must call it."""
+    """Returns the values of all ranks in order; every rank must call it."""
     _, ranks = rank_and_ranks()
     everyone = [value] * ranks
     if ranks > 1:
@@ -183,14 +181,14 @@ def leave_process_group() -> None:
     """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-        end, rested = time.monotonic() + GLOO_REST_SECONDS, 0
+        end, rested = time.monotonic() + 10.0, 0
         while rested < 2 and time.monotonic() < end:  # twice in a row, while this thread slept too: not for the GIL
             time.sleep(0.01)
             rested = rested + 1 if all(state == "S" for state in _gloo_states()) else 0
 
 
 def _gloo_states() -> Iterator[str]:
-    """The state letter of each of gloo's workers in this process (proc(5)); nothing where there is no `/proc`."""
+    """Yields the state letter of each of gloo's threads in this process (proc(5)); none where there is no `/proc`."""
     for path in Path("/proc/self/task").glob("*/stat"):
         with contextlib.suppress(OSError):  # a thread that has just ended
             name, _, rest = path.read_text().partition("(")[2].rpartition(") ")
@@ -213,4 +211,5 @@ class Launch:
 def end_with_launcher() -> None:
     """Has Linux send SIGTERM when the launcher of this process dies; one without a launcher outlives its shell."""
     if "LOCAL_RANK" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        pr_set_pdeathsig = 1  # of <linux/prctl.h>
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

@@ -13,7 +13,7 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
-from dora_vl.errors import SettingError, UserError, shown, shown_names, wrong_value
+from dora_vl.errors import SettingError, UserError, shown, wrong_value
 from dora_vl.files import read_yaml, refuse_other_number, shipped_folder
 from dora_vl.run.settings import (
     DEFAULTS,
@@ -32,7 +32,7 @@ from dora_vl.run.settings import (
 ENDING = ".yaml"
 VARIANTS, VARIANT = "variants", "variant"
 NO_SETTINGS = ("config", "print_config", "local_rank", "help")
-"""Options of the parser; from a file it would take another file's name by the first."""
+"""Options of the parser that no file may hold: `config` would open another file."""
 SECTION_CLASSES: Mapping[str, type[Any]] = {
     "model": ModelConfig,
     "adapter": AdapterConfig,
@@ -48,8 +48,7 @@ COUNTS = {
     "max_new_tokens": "",
     "max_pixels_per_step": "; null leaves it to the model",
 }
-"""Settings of any section that count what is read or asked -> what else they take than numbers. A limit of 0 would be
-an empty test that looks like a whole one."""
+"""Settings that are at least 1 -> the end of their message. A limit of 0 would be an empty test that looks whole."""
 
 
 def read_run_file(path: str | Path, *overrides: str) -> RunConfig:
@@ -196,12 +195,10 @@ def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    """A file's settings; refuses what is no mapping, or another tool's."""
+    """Reads a file's settings, which must be a mapping."""
     content = read_yaml(path)
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: must hold settings such as `model:`, found a {type(content).__name__}")
-    if not any(isinstance(content.get(name), Mapping) for name in (*SECTION_CLASSES, "training", VARIANTS)):
-        refuse_other_tools(path, content)
     return content
 
 
@@ -249,19 +246,7 @@ NAMES: Mapping[str, str] = {
     }.items()
     for theirs in names.split()
 }
-"""What other tools call a setting -> its name here."""
-
-
-def refuse_other_tools(path: Path, settings: Mapping[str, object]) -> None:
-    """Refuses a settings file that has names of another tool at its top level, with what they are called here."""
-    theirs = [name for name in settings if name in NAMES]
-    if len(theirs) < 2:
-        return
-    raise UserError(
-        f"{path}: settings of another tool, which are laid out otherwise here: "
-        f"{shown_names((f'{name} is {NAMES[name]}' for name in theirs), longest=80)}; `dora-vl init FOLDER` writes a "
-        "file for your pictures, docs/other_tools.md has all names"
-    )
+"""Name of a setting in another tool -> its name here."""
 
 
 # What is said of a key or a value that the parser does not take.
@@ -274,7 +259,7 @@ _UNKNOWN = (
 
 
 def explained(message: str, task: Task) -> UserError:
-    """One line from the parser's message; an unknown key is named with its tasks and the nearest settings."""
+    """Makes one line of the parser's message; an unknown key is named with its tasks and the nearest settings."""
     line = " ".join(message.split())
     match = next((match for pattern in _UNKNOWN if (match := pattern.search(line))), None)
     if match is None:

@@ -25,17 +25,17 @@ from dora_vl.data.columns import Columns, Mixing, Packing, TrainFile, train_name
 from dora_vl.files import Kernel
 
 Decayed = Literal["matrices", "all_but_biases"]
-"""What weight decay acts on."""
+"""Names what weight decay acts on."""
 Task = Literal["llava", "image_text", "commonsense", "vlbart"]
 Files = str | tuple[str | TrainFile, ...]
-"""What `data.train` is, except in a VL-BART's run."""
+"""Type of `data.train`, except in a VL-BART's run."""
 FilesByTask = Mapping[str, str | tuple[str, ...]]
-"""What `data.train` is in a VL-BART's run."""
+"""Type of `data.train` in a VL-BART's run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which model is adapted, and how text and pictures are put to it."""
+    """Says which model is adapted, and how text and pictures are put to it."""
 
     base: str
     """Folder or Hugging Face id of the model. With `compose` or `source`, the folder that the model is written to."""
@@ -69,7 +69,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig(AdapterSettings):
-    """What trains, and how."""
+    """Says what trains, and how."""
 
     targets: tuple[str, ...] | None = None
     """Full-name patterns of the adapted modules, each must hit, or presets: language (the decoder's linears), vision,
@@ -99,7 +99,7 @@ class DataConfig:
     """Holds this share of the training samples out for validation instead, chosen by training.seed; samples of one
     picture stay on one side."""
     validation_size: int = 0
-    """Holds so many training samples out instead, those that the published runs of language models draw (seed 42)."""
+    """Holds so many training samples out instead, drawn as the published runs of language models do (seed 42)."""
     validation_files: Mapping[str, str] = field(default_factory=dict)
     """Records file of each task whose loss is measured while training."""
     train_on: TrainOn = "all"
@@ -125,7 +125,7 @@ class DataConfig:
     shuffle_buffer: int = 2048
     """Streamed samples among which the next one is drawn; fewer where they hold more than 256 MiB; 1: as they come."""
     columns: Mapping[str, str] = field(default_factory=dict)
-    """What columns of other names are, in the files of data and of the test: {photo_file: image, caption: question}.
+    """Says what columns of other names are, in the data and in the test: {photo_file: image, caption: question}.
     A role (image, video, question, answer, choices, hint, system, ...) or a name that docs/data.md lists for one."""
     ignore: tuple[str, ...] = ()
     """Columns, and keys inside them (messages.weight, meta.image), that are left out although they could change what is
@@ -147,11 +147,11 @@ class DataConfig:
     video_frames: int = 8
     """Frames taken of each video, in the middles of so many equal parts; with video_fps the most that are taken."""
     video_fps: float | None = None
-    """Frames a second instead, at most video_frames; for base models that take videos of any length."""
+    """Takes so many frames a second instead, at most video_frames; for base models that take videos of any length."""
     cache_features: bool = False
     """Computes what frozen vision parts give for a sample's pictures once and reads it from disk afterwards."""
     feature_cache: str | None = None
-    """Folder of these outputs; null: `<training.output_dir>/features`."""
+    """Folder of the outputs that cache_features stores; null: `<training.output_dir>/features`."""
     max_pixels_per_step: int | None = None
     """Most pixels of the pictures and frames of a micro-batch on one rank; a sample's share is that over
     training.per_device_train_batch_size, and pictures above it are shrunk. For models that make more tokens of a larger
@@ -193,14 +193,14 @@ class DataConfig:
 
     @property
     def held_out(self) -> str | None:
-        """What the loss is measured on while training, for messages; None: nothing."""
+        """Names what the loss is measured on while training, for messages; None: nothing."""
         part = self.validation_size or self.validation_share
         files = self.validation or ", ".join(self.validation_files.values())
         return files or (f"{part:g} of {train_name(self.files)}" if part else None)
 
     @property
     def contract(self) -> Columns:
-        """What the files' columns are."""
+        """Returns what the files' columns are."""
         return Columns(self.columns, tuple(self.ignore), self.ask)
 
 
@@ -255,7 +255,7 @@ class EvaluationConfig:
     batch_size: int = 32
     """Questions answered at once; of a VL-BART also in a validation."""
     max_new_tokens: int = 16
-    """Longest answer."""
+    """Tokens that an answer has at most."""
     beams: int = 1
     """Beams of the search; the published scripts use 4, and no sampling."""
     limit: int | None = None
@@ -266,23 +266,23 @@ class EvaluationConfig:
     """Also measures what the model lost: perplexity of plain text, and answers to questions about other things, of the
     base and with the adapter."""
     other_texts: str | None = None
-    """File of passages for that, one a line; null: a few of this project's."""
+    """File of passages for `forgetting`, one a line; null: a few of this project's."""
     exchange_pictures: bool = True
-    """Asks at most 200 of them (of each file) again about other pictures: a score that stays as it was is not of the
-    pictures."""
+    """Asks at most 200 questions (of each file) again about other pictures: a score that stays as it was does not come
+    from the pictures."""
 
     @property
     def tested(self) -> str | None:
-        """The test's file or files, for messages; None: no test."""
+        """Names the test's file or files, for messages; None: no test."""
         return self.file or ", ".join(self.files.values()) or None
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One run: what its YAML file holds."""
+    """Holds a run: what its YAML file says."""
 
     task: Task = "image_text"
-    """What is trained, which decides the settings there are. llava: a LLaVA-1.5, also composed here; image_text: any
+    """Says what is trained, which decides the settings. llava: a LLaVA-1.5, also composed here; image_text: any
     model for pictures, videos and text; commonsense: a language model on instructions; vlbart: a VL-BART."""
     variant: str | None = None
     """Named variant of the --config file, one of its `variants`, laid over the rest of it; --section.key value wins
@@ -303,8 +303,8 @@ class RunConfig:
     test_only: bool = False
     """Trains nothing: tests the adapter in training.output_dir again, or resumes a test that was stopped."""
     watch: int = 4
-    """So many fixed questions, of the validation data or else of the test, are answered at every validation (without
-    one: at the start and five times more), into `watched/`, the report and what training.report_to names; 0: none."""
+    """Number of fixed questions, of the validation data or else of the test, that are answered at every validation
+    (without one: at the start and five times more), into `watched/`, the report and training.report_to; 0: none."""
     try_largest_batch: bool | None = None
     """Takes a step over the largest micro-batch that the data can give before the first one, and undoes it, so that a
     run that does not fit into memory ends at once and says what to lower; null: where there is a GPU."""

@@ -28,9 +28,9 @@ def _gathered(tensors: Iterable[Tensor], *, write: bool) -> Iterator[list[Tensor
         with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if write else None):
             yield tensors
         return
-    whole = [tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-    yield whole
-    for tensor, values in zip(tensors, whole, strict=True):
+    full = [tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    yield full
+    for tensor, values in zip(tensors, full, strict=True):
         if write and isinstance(tensor, DTensor):
             with torch.no_grad():
                 tensor.copy_(as_shards(values, tensor))
@@ -42,9 +42,9 @@ gather_to_write = partial(_gathered, write=True)
 """Gives sharded tensors whole on every rank; what the first rank writes becomes part of the shards."""
 
 
-def as_shards(whole: Tensor, like: DTensor) -> DTensor:
+def as_shards(full: Tensor, like: DTensor) -> DTensor:
     """The first rank's tensor in shards like another's; every rank must call it."""
-    return distribute_tensor(whole.to(like.device, like.dtype), like.device_mesh, like.placements)
+    return distribute_tensor(full.to(like.device, like.dtype), like.device_mesh, like.placements)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -103,7 +103,7 @@ def without_sharding(arguments: TrainingArguments) -> Iterator[None]:
 
 
 def load_whole_models_again() -> None:
-    """After training, models load whole: transformers would go on sharding them under the run's ZeRO-3."""
+    """Lets models load whole after training, which transformers would go on sharding under the run's ZeRO-3."""
     from transformers.integrations import deepspeed as integration  # not for --help
 
     integration.unset_hf_deepspeed_config()

@@ -25,7 +25,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, kw_only=True)
 class WatchedQuestion:
-    """One question; `picture` is the name of its small picture in the folder, "" where there is none."""
+    """Holds one question; `picture` names its small picture in the folder, "" where there is none."""
 
     id: str
     question: str
@@ -36,7 +36,7 @@ class WatchedQuestion:
 
 @dataclass(frozen=True, kw_only=True)
 class Watch:
-    """What a pipeline has asked while it trains.
+    """Holds the questions that a pipeline has answered while it trains.
 
     Attributes:
         questions: in the order in which they are shown.
@@ -53,7 +53,7 @@ class Watch:
 
 @dataclass(frozen=True, kw_only=True)
 class Watched:
-    """What a run's folder holds of it.
+    """Holds the questions and answers of a run's folder.
 
     Attributes:
         answers: by step, the answers by id.
@@ -65,7 +65,7 @@ class Watched:
 
 
 def evenly(items: Sequence[Item], count: int) -> list[Item]:
-    """So many of them, evenly from the first on; all where there are fewer."""
+    """Returns `count` items at even distances from the first on; all where there are fewer."""
     count = min(count, len(items))
     return [items[number * len(items) // count] for number in range(count)]
 
@@ -92,7 +92,7 @@ def begin(run_folder: Path, watch: Watch, *, step: int) -> None:
 
 
 def read_watched(run_folder: Path) -> Watched | None:
-    """What a run's folder holds; None where nothing was asked, or its files cannot be read."""
+    """Reads `watched/` of a run; None where nothing was asked, or its files cannot be read."""
     folder = run_folder / WATCHED
     try:
         content = json.loads((folder / QUESTIONS).read_text(encoding="utf-8"))
@@ -107,12 +107,12 @@ def read_watched(run_folder: Path) -> Watched | None:
 
 
 def small_picture(picture: Image.Image, most: int = SMALL_PX) -> Image.Image:
-    """The picture, at most so many pixels wide and high."""
+    """Shrinks a picture to at most so many pixels on its longer side."""
     return picture if max(picture.size) <= most else ImageOps.contain(picture, (most, most))
 
 
 def tiled(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Up to four pictures as one, two by two, each in the size of the first; one alone as it is."""
+    """Joins up to four pictures, two by two, each in the size of the first; one alone stays as it is."""
     first, *others = pictures[: SIDE**2]
     if not others:
         return first

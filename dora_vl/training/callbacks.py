@@ -37,13 +37,9 @@ from dora_vl.training.progress import BatchStatistics, Counts, random_state_kept
 logger = logging.getLogger(__name__)
 
 ECHO_SECONDS = 1.0
-"""A signal this soon after the first is the launcher passing on the same one."""
-STDERR = 2  # its descriptor, whatever stands in sys.stderr
-REDRAW_SECONDS, DAY_SECONDS = 0.25, 24 * 3600
+"""A signal that comes this soon after the first is the same one, passed on by the launcher."""
 SHOWN = {"loss": "loss {:.4f}", "samples_per_second": "{:,.1f} samples/s", "memory_gib": "{:.2f} GiB"}
-"""The numbers of a line of the log that the bar and the plain line show."""
-TIMES_WITHOUT_VALIDATION = 5
-"""So often are the watched questions asked in a run that validates nothing."""
+"""Numbers of the log that the bar and the plain line show -> how."""
 
 
 class Epochs(TrainerCallback):
@@ -64,7 +60,7 @@ class Epochs(TrainerCallback):
             self._validate()
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Before the epoch's first batch is drawn, also after resuming."""
+        """Tells the data its epoch before the first batch is drawn, also after resuming."""
         for set_epoch in self._set_epoch:
             set_epoch(int(state.epoch or 0))
 
@@ -76,7 +72,7 @@ class Epochs(TrainerCallback):
             control.should_save = False
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Asks for it again."""
+        """Asks for the checkpoint that was put off."""
         if self._save_waits:
             self._save_waits = False
             control.should_save = True
@@ -110,7 +106,7 @@ class LossLog(TrainerCallback):
             write_json_lines(self._folder / LOSS_LOG, kept)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
-        """One line; every rank takes part in the sums."""
+        """Writes one line; every rank takes part in the sums."""
         logs: dict[str, Any] = more["logs"]
         if "train_runtime" in logs:  # the end: what came after the last logged loss counts as well
             self._statistics.judge(self._statistics.over_ranks(args.device))
@@ -158,7 +154,7 @@ class RunProgress(TrainerCallback):
             *times,
             console=console,
             auto_refresh=False,
-            speed_estimate_period=DAY_SECONDS,  # steps may take minutes, with a validation between them
+            speed_estimate_period=24 * 3600,  # steps may take minutes, with a validation between them
             disable=not console.is_interactive,
         )
         self._task = self._bar.add_task("", start=False)
@@ -182,7 +178,7 @@ class RunProgress(TrainerCallback):
         self._bar.update(self._task, completed=state.global_step)
         if time.monotonic() >= self._next:
             self._bar.refresh()
-            self._next = time.monotonic() + REDRAW_SECONDS
+            self._next = time.monotonic() + 0.25
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Takes the newest numbers; a validation is a line of its own."""
@@ -220,7 +216,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.received: int | None = None
-        """The signal that all ranks stop for; one that comes after the last step stops nothing, the end is written."""
+        """The signal that all ranks stop for. One that comes after the last step stops nothing."""
         self._heard: int | None = None
         self._since = 0.0
         self._process = os.getpid()
@@ -246,16 +242,12 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """A run that stops begins no validation; one that a whole run has there begins the run that resumes it."""
+        """Leaves the validation out of a run that stops; the run that resumes it begins with it."""
         if self.received is not None:
             control.should_evaluate = False
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Gives the signals back."""
-        self.restore()
-
     def restore(self) -> None:
-        """Gives the signals back, also after an error in training."""
+        """Gives the signals back."""
         while self._before:
             signal.signal(*self._before.popitem())
 
@@ -281,9 +273,9 @@ class StepLimit(TrainerCallback):
     """
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The run moves: a step, or a part of one, is done."""
+        """Begins the time anew, as the run moves."""
         if args.world_size > 1:
-            faulthandler.dump_traceback_later(args.ddp_timeout, exit=True, file=STDERR)
+            faulthandler.dump_traceback_later(args.ddp_timeout, exit=True, file=2)  # whatever stands in sys.stderr
 
     on_substep_end = on_step_end = on_prediction_step = on_save = on_evaluate = on_step_begin
 
@@ -310,12 +302,13 @@ class WatchQuestions(TrainerCallback):
             self._ask(args, state, more["model"])
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
-        """With each validation."""
+        """Asks with each validation."""
         self._ask(args, state, more["model"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
-        """At a few steps, evenly over the run, where nothing is validated."""
-        if args.eval_strategy == IntervalStrategy.NO and state.global_step in steps_to_ask(state.max_steps):
+        """Asks five times, evenly over the run and at its end, where nothing is validated."""
+        times = {-(-state.max_steps * part // 5) for part in range(1, 6)}
+        if args.eval_strategy == IntervalStrategy.NO and state.global_step in times:
             self._ask(args, state, more["model"])
 
     def _ask(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
@@ -342,12 +335,6 @@ class WatchQuestions(TrainerCallback):
                 logger.info("step %d: %s -> %s (right: %s)", state.global_step, *(shown_text(text) for text in texts))
         if (watched := read_watched(self._folder)) is not None:
             track_answers(self._trackers, watched, state.global_step)
-
-
-def steps_to_ask(max_steps: int) -> frozenset[int]:
-    """At which steps of a run without validation; the last is one of them."""
-    parts = range(1, TIMES_WITHOUT_VALIDATION + 1)
-    return frozenset(-(-max_steps * part // TIMES_WITHOUT_VALIDATION) for part in parts)
 
 
 def track_answers(callbacks: Sequence[TrainerCallback], watched: Watched, step: int) -> None:
@@ -381,7 +368,7 @@ def _to_tensorboard(writer: Any, watched: Watched, step: int) -> None:
 
 
 def _as_table(tracker: Any, watched: Watched, step: int) -> None:
-    """One table; trackio takes Weights & Biases' calls."""
+    """Logs one table by Weights & Biases' calls, which trackio takes too."""
     answers, rows = watched.answers[step], []
     for question in watched.questions:
         if question.id in answers:

@@ -1,4 +1,4 @@
-"""All that a resumed run needs beside the adapter folder: written by the first rank, read by any number of ranks.
+"""Writes and reads what a resumed run needs beside the adapter folder, on any number of ranks.
 
     state/tensors-00001.safetensors   value/NAME, exp_avg/NAME, ... : whole tensors of what trains
     state/state.json                  the optimizer's settings and numbers, the schedule, loss scale, counters, ranks
@@ -36,16 +36,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 VALUE = "value"
-"""What a trained tensor itself is called beside the optimizer's own names (`exp_avg`, `step`...)."""
-COUNTERS = ("global_steps", "global_samples", "skipped_steps")
-"""DeepSpeed's, of its own log lines."""
+"""Key of a trained tensor itself, beside the optimizer's own (`exp_avg`, `step`...)."""
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of DeepSpeed's log lines
 
 
 @dataclass(frozen=True)
 class RunningState:
-    """What of a run goes into a checkpoint: what trains and its optimizer, and torch's or DeepSpeed's own state."""
+    """Holds what a checkpoint saves: the trained tensors and their optimizer, and torch's or DeepSpeed's own state."""
 
-    layout: OptimizerPlaces
+    layout: OptimizerLayout
     schedule: Any
     scaler: Any = None
     engine: DeepSpeedEngine | None = None
@@ -159,7 +158,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class OptimizerPlaces:
+class OptimizerLayout:
     """The tensors that an optimizer steps, and where in them each trained tensor is.
 
     torch's optimizers hold parameters. DeepSpeed's hold copies in float32, under ZeRO 1 to 3 as flat tensors of which
@@ -179,20 +178,16 @@ class OptimizerPlaces:
     stage3: Any = None
 
     def shape(self, name: str) -> torch.Size:
-        """The whole tensor's."""
+        """Returns the shape of the whole tensor."""
         return vars(self.trained[name]).get("ds_shape", self.trained[name].shape)  # noted on a sharded one
 
     def flat_of(self, name: str) -> Tensor:
-        """What holds a trained tensor, or this rank's piece of it."""
+        """Returns the tensor that holds a trained tensor, or this rank's piece of it."""
         return self.flats[self.pieces[name].flat]
 
     def state_of(self, name: str) -> Mapping[str, Any]:
-        """What the optimizer keeps beside the tensor that holds a piece of this one; nothing before its first step."""
+        """Returns the optimizer's state of a trained tensor; empty before its first step."""
         return self.optimizer.state.get(self.flat_of(name), {})
-
-    def is_by_element(self, name: str, value: Any) -> bool:
-        """Whether a value of `state_of` has a number for each element."""
-        return isinstance(value, Tensor) and value.shape == self.flat_of(name).shape
 
     def whole(self, name: str, flat: Tensor) -> Tensor:
         """A trained tensor, or one that goes with it by element, on the CPU, from `flat`; every rank must call it."""
@@ -202,45 +197,36 @@ class OptimizerPlaces:
         part = flat.flatten()[piece.start : piece.start + piece.count]
         if piece.group is None:
             return part.to("cpu", copy=True).view(self.shape(name))
-        whole = torch.zeros(self.shape(name).numel(), dtype=flat.dtype, device=self.device)
-        whole[piece.first : piece.first + piece.count] = part
+        full = torch.zeros(self.shape(name).numel(), dtype=flat.dtype, device=self.device)
+        full[piece.first : piece.first + piece.count] = part
         # Bytes, of which all ranks but one have zeros, add up to the same bits; floats would not (-0.0).
-        torch.distributed.all_reduce(whole.view(torch.uint8), group=piece.group)
-        return whole.cpu().view(self.shape(name))
+        torch.distributed.all_reduce(full.view(torch.uint8), group=piece.group)
+        return full.cpu().view(self.shape(name))
 
-    def put(self, name: str, whole: Tensor, into: Tensor) -> None:
+    def put(self, name: str, full: Tensor, into: Tensor) -> None:
         """Writes this rank's piece of a whole tensor into one that has the shape of the flat tensor."""
         piece = self.pieces[name]
         if isinstance(into, DTensor):
-            into.copy_(as_shards(whole.view(into.shape), into))
-        elif piece.count == into.numel() == whole.numel():  # whatever its strides
-            into.copy_(whole.reshape(into.shape))
+            into.copy_(as_shards(full.view(into.shape), into))
+        elif piece.count == into.numel() == full.numel():  # whatever its strides
+            into.copy_(full.reshape(into.shape))
         else:
-            part = whole.flatten()[piece.first : piece.first + piece.count]
+            part = full.flatten()[piece.first : piece.first + piece.count]
             into[piece.start : piece.start + piece.count] = part.to(into)
 
     @torch.no_grad()
-    def set_value(self, name: str, whole: Tensor) -> None:
+    def set_value(self, name: str, full: Tensor) -> None:
         """Gives the optimizer's tensor and the model's parameter a value; every rank must call it."""
         parameter = self.trained[name]
         flat = self.flat_of(name)
-        self.put(name, whole, flat.data)
+        self.put(name, full, flat.data)
         if flat is not parameter:
             with gather_to_write([parameter]):
-                parameter.data.copy_(whole.to(parameter.device))
-
-    @contextmanager
-    def whole_parameters_written(self) -> Iterator[None]:
-        """To be around `set_value`: ZeRO-3 keeps small parameters whole on every rank, and gathers them anew."""
-        if self.stage3 is not None:
-            self.stage3.checkpoint_event_prologue()
-        yield
-        if self.stage3 is not None:
-            self.stage3.checkpoint_event_epilogue()
+                parameter.data.copy_(full.to(parameter.device))
 
     @contextmanager
     def in_optimizer(self) -> Iterator[None]:
-        """To be around `optimizer.load_state_dict`: the tensors are in the optimizer's groups."""
+        """Surrounds `optimizer.load_state_dict`: puts ZeRO-3's tensors into the optimizer's groups."""
         if self.stage3 is not None:
             self.stage3._set_fp32_optimizer_param_groups()
         try:
@@ -250,8 +236,8 @@ class OptimizerPlaces:
                 self.stage3._clear_fp32_optimizer_param_groups()
 
 
-def places_of(optimizer: Any, trained: Mapping[str, nn.Parameter], device: torch.device) -> OptimizerPlaces:
-    """Finds them in torch's optimizer or an engine's of DeepSpeed."""
+def layout_of(optimizer: Any, trained: Mapping[str, nn.Parameter], device: torch.device) -> OptimizerLayout:
+    """Finds the trained tensors in torch's optimizer or in one of DeepSpeed's."""
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -283,7 +269,7 @@ def places_of(optimizer: Any, trained: Mapping[str, nn.Parameter], device: torch
             ": states of 8 bits belong to blocks, which ZeRO cuts through, and no checkpoint could hold them; set "
             "adamw_torch, or leave training.deepspeed out",
         )
-    return OptimizerPlaces(inner, flats, trained, named, device, stage3)
+    return OptimizerLayout(inner, flats, trained, named, device, stage3)
 
 
 def _linked(groups: Sequence[Sequence[Any]]) -> dict[int, Piece]:
@@ -312,18 +298,18 @@ def _of_stage_3(optimizer: Any) -> dict[int, Piece]:
     return pieces
 
 
-def whole_tensors(layout: OptimizerPlaces) -> Iterator[tuple[str, Tensor]]:
+def whole_tensors(layout: OptimizerLayout) -> Iterator[tuple[str, Tensor]]:
     """Yields `value/NAME`, in float32 where the optimizer has it so, and `KEY/NAME`; every rank must read them all."""
     for name in layout.pieces:
         yield f"{VALUE}/{name}", layout.whole(name, layout.flat_of(name).detach())
         for key, value in sorted(layout.state_of(name).items()):
-            if layout.is_by_element(name, value):
+            if isinstance(value, Tensor) and value.shape == layout.flat_of(name).shape:  # a number for each element
                 yield f"{key}/{name}", layout.whole(name, value)
             elif isinstance(value, Tensor):
                 yield f"{key}/{name}", value.to("cpu", copy=True).contiguous()
 
 
-def optimizer_numbers(layout: OptimizerPlaces) -> dict[str, Any]:
+def optimizer_numbers(layout: OptimizerLayout) -> dict[str, Any]:
     """The rest of the optimizer's state: its groups' settings, and what it keeps as plain numbers."""
     kept = {
         name: {key: value for key, value in layout.state_of(name).items() if not isinstance(value, Tensor)}
@@ -336,7 +322,7 @@ def optimizer_numbers(layout: OptimizerPlaces) -> dict[str, Any]:
     }
 
 
-def load_values(layout: OptimizerPlaces, files: StateFiles) -> None:
+def load_values(layout: OptimizerLayout, files: StateFiles) -> None:
     """Gives what trains its values; every rank must call it."""
     stored = {name.removeprefix(f"{VALUE}/") for name in files.names() if name.startswith(f"{VALUE}/")}
     if missing := sorted(set(layout.pieces) ^ stored):
@@ -345,12 +331,15 @@ def load_values(layout: OptimizerPlaces, files: StateFiles) -> None:
             f": the checkpoint does not fit this run: {len(set(layout.pieces) - stored)} trained tensors are not "
             f"in it, {len(stored - set(layout.pieces))} are not trained here, such as {missing[0]}",
         )
-    with layout.whole_parameters_written():
-        for name in layout.pieces:
-            layout.set_value(name, files.tensor(f"{VALUE}/{name}"))
+    if layout.stage3 is not None:
+        layout.stage3.checkpoint_event_prologue()
+    for name in layout.pieces:
+        layout.set_value(name, files.tensor(f"{VALUE}/{name}"))
+    if layout.stage3 is not None:  # which gathers the small parameters anew that it keeps whole on every rank
+        layout.stage3.checkpoint_event_epilogue()
 
 
-def load_optimizer(layout: OptimizerPlaces, files: StateFiles) -> None:
+def load_optimizer(layout: OptimizerLayout, files: StateFiles) -> None:
     """Gives the optimizer its state; every rank must call it."""
     groups, kept = files.numbers["optimizer"]["groups"], files.numbers["optimizer"]["numbers"]
     with layout.in_optimizer():
@@ -373,7 +362,7 @@ def _restored(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, A
     return {**group, **{key: tuple(v) if isinstance(group[key], tuple) else v for key, v in values.items()}}
 
 
-def _states(layout: OptimizerPlaces, files: StateFiles, kept: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+def _states(layout: OptimizerLayout, files: StateFiles, kept: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
     """The optimizer's state of each tensor that it steps, by its number."""
     states: dict[int, dict[str, Any]] = {}
     for entry in sorted(files.names()):
@@ -390,7 +379,7 @@ def _states(layout: OptimizerPlaces, files: StateFiles, kept: Mapping[str, Any])
     return states
 
 
-def _add(state: dict[str, Any], key: str, name: str, layout: OptimizerPlaces, files: StateFiles) -> None:
+def _add(state: dict[str, Any], key: str, name: str, layout: OptimizerLayout, files: StateFiles) -> None:
     """Adds one of a trained tensor's states to that of the tensor which holds its piece."""
     value, flat = files.tensor(f"{key}/{name}"), layout.flat_of(name)
     if value.shape != layout.shape(name):
@@ -402,7 +391,7 @@ def _add(state: dict[str, Any], key: str, name: str, layout: OptimizerPlaces, fi
 
 
 def _agreed(before: Any, value: Any, key: str) -> Any:
-    """One number for all tensors that are one flat tensor here; where they had different ones, the largest."""
+    """Returns one number for all tensors of a flat tensor; the largest where they had different ones."""
     if before is None or isinstance(value, bool | None) or float(before) == float(value):
         return value
     logger.warning("resume: %s was %g for some tensors, %g for others; ZeRO has one for all", key, before, value)

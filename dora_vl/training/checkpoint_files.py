@@ -1,11 +1,11 @@
-"""What a checkpoint is: its account, which a resume compares, and its state in files that hold data alone."""
+"""Writes and compares the account of a checkpoint, and its state in files that hold data alone."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from dora_vl.errors import SettingError, UserError, shown
 from dora_vl.files import read_json, write_json
 from dora_vl.run.folder import ADAPTER
 from dora_vl.run.launch import Launch
+from dora_vl.run.reading import flattened
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ MAY_GROW = ("training.max_steps", "training.num_train_epochs")
 """Settings that people change to train longer; the schedule of the learning rate moves with them."""
 NEXT_STEP = "copy the checkpoint again, or resume from another one of the run"
 DEFAULTS = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "optim": "adamw_torch_fused"}
-"""transformers' own, where a run does not say."""
+"""transformers' values of fields that a run does not set."""
 BY_ELEMENT = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop")
 """Optimizers whose state has a number for each weight, whatever cuts the weights into parts (`training.optim`)."""
 FILE_BYTES = 1 << 30
@@ -81,7 +82,7 @@ def check_manifest(checkpoint: Path, settings: Mapping[str, Any], launch: Launch
             raise SettingError("resume", f": {file} has {size:,} bytes instead of {expected['bytes']:,}; {NEXT_STEP}")
         if file_hash(file) != expected["sha256"]:
             raise SettingError("resume", f": {file} was changed after it was written; {NEXT_STEP}")
-    _check_shape(checkpoint, Shape(then, wrote), Shape(settings, launch))
+    _check_shape(checkpoint, then, wrote, settings, launch)
     _check_settings(checkpoint, then, settings)
 
 
@@ -99,7 +100,10 @@ def check_base(checkpoint: Path, base: str, sha256: str | None) -> None:
 
 
 def _check_settings(checkpoint: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    before, here = dict(_flat(then)), dict(_flat(now))
+    before, here = (
+        {name: value for name, value in flattened(settings).items() if value not in (None, {})}
+        for settings in (then, now)
+    )
     changed: list[str] = []
     for name in sorted(before.keys() | here.keys()):
         was, is_now = before.get(name, "not set"), here.get(name, "not set")
@@ -119,88 +123,57 @@ def _check_settings(checkpoint: Path, then: Mapping[str, Any], now: Mapping[str,
         )
 
 
-def _flat(section: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value under its full name; lists are values, and null or an empty mapping is nothing."""
-    for name, value in section.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{above}{name}.")
-        elif value is not None:
-            yield f"{above}{name}", value
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """A run's settings and processes: whether others may go on with it, who must take the same samples in each step."""
-
-    settings: Mapping[str, Any]
-    launch: Launch
-
-    def of_training(self, name: str) -> Any:
-        """A field of `training:`, or its default."""
-        value = self.settings.get("training", {}).get(name)
-        return DEFAULTS.get(name) if value is None else value
-
-    @property
-    def mixes_tasks(self) -> bool:
-        """Whether `data.batch_size` says how many samples a step has (VL-BART)."""
-        return self.settings.get("data", {}).get("batch_size") is not None
-
-    @property
-    def micro_batch(self) -> int:
-        """Samples of a rank's micro-batch."""
-        return int(self.of_training("per_device_train_batch_size"))
-
-    @property
-    def step_samples(self) -> int:
-        """Samples of a step; 0 where the data's settings say it, which are compared themselves."""
-        accumulation = int(self.of_training("gradient_accumulation_steps"))
-        return 0 if self.mixes_tasks else self.micro_batch * accumulation * self.launch.ranks
-
-
-def _check_shape(checkpoint: Path, then: Shape, now: Shape) -> None:
-    """Refuses processes that cannot go on with what others did, and logs it where others go on."""
-    written = f": {checkpoint} was written by {then.launch}"
-    samples, together = then.step_samples, now.micro_batch * now.launch.ranks
-    if samples != now.step_samples:
+def _check_shape(
+    checkpoint: Path, then: Mapping[str, Any], wrote: Launch, settings: Mapping[str, Any], launch: Launch
+) -> None:
+    """Refuses processes that cannot go on with what others did, who must take the same samples in each step."""
+    before, now = (
+        DEFAULTS | {name: value for name, value in run.get("training", {}).items() if value is not None}
+        for run in (then, settings)
+    )
+    written = f": {checkpoint} was written by {wrote}"
+    mixes_tasks = settings.get("data", {}).get("batch_size") is not None  # which are the samples of its step
+    was, micro_batch = (int(training["per_device_train_batch_size"]) for training in (before, now))
+    samples = was * int(before["gradient_accumulation_steps"]) * wrote.ranks
+    here, together = micro_batch * int(now["gradient_accumulation_steps"]) * launch.ranks, micro_batch * launch.ranks
+    if samples != here and not mixes_tasks:
         if samples % together == 0:
             advice = f"set training.gradient_accumulation_steps to {samples // together}"
-        elif samples % now.launch.ranks == 0:
+        elif samples % launch.ranks == 0:
             advice = (
                 "set training.per_device_train_batch_size and training.gradient_accumulation_steps so that their "
-                f"product is {samples // now.launch.ranks}"
+                f"product is {samples // launch.ranks}"
             )
         else:
             advice = f"start as many ranks as divide {samples}"
         raise SettingError(
             "resume",
-            f"{written}, whose steps took {samples:,} samples; those of this run ({now.launch}) take "
-            f"{now.step_samples:,}: {advice}",
+            f"{written}, whose steps took {samples:,} samples; those of this run ({launch}) take {here:,}: {advice}",
         )
-    if (then.launch, then.micro_batch) == (now.launch, now.micro_batch):
+    if (wrote, was) == (launch, micro_batch):
         return
-    drops = then.of_training("dataloader_drop_last") or now.of_training("dataloader_drop_last")
-    if drops and then.micro_batch * then.launch.ranks != together and not now.mixes_tasks:
+    drops = before.get("dataloader_drop_last") or now.get("dataloader_drop_last")
+    if drops and was * wrote.ranks != together and not mixes_tasks:
         raise SettingError(
             "resume",
-            f"{written}, this run is {now.launch}, and training.dataloader_drop_last leaves others of an epoch's "
-            "samples out for each: start it as then",
+            f"{written}, this run is {launch}, and training.dataloader_drop_last leaves others of an epoch's samples "
+            "out for each: start it as then",
         )
-    optimizer = now.of_training("optim")
-    partitioned = then.launch.zero_stage or now.launch.zero_stage
-    if partitioned and then.launch != now.launch and optimizer not in BY_ELEMENT:
+    partitioned = wrote.zero_stage or launch.zero_stage
+    if partitioned and wrote != launch and now["optim"] not in BY_ELEMENT:
         raise SettingError(
             "resume",
-            f"{written}, this run is {now.launch}, and the state of training.optim {optimizer} cannot be dealt out "
+            f"{written}, this run is {launch}, and the state of training.optim {now['optim']} cannot be dealt out "
             "anew: start it as then",
         )
     of_loss = ""
-    by_micro_batch = now.settings.get("optim", {}).get("loss_normalisation") == "micro_batch" and not now.mixes_tasks
-    if by_micro_batch and then.micro_batch != now.micro_batch:
+    by_micro_batch = settings.get("optim", {}).get("loss_normalisation") == "micro_batch" and not mixes_tasks
+    if by_micro_batch and was != micro_batch:
         of_loss = (
             "; the loss is the mean of micro-batches (optim.loss_normalisation), which were of "
-            f"{then.micro_batch} samples and are of {now.micro_batch}"
+            f"{was} samples and are of {micro_batch}"
         )
-    logger.info("resume: written by %s, goes on on %s%s", then.launch, now.launch, of_loss)
+    logger.info("resume: written by %s, goes on on %s%s", wrote, launch, of_loss)
 
 
 # State: tensors in safetensors, all else in JSON.
@@ -251,13 +224,13 @@ class StateFiles:
         return frozenset(self._file_of)
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, on the CPU."""
+        """Reads one tensor, on the CPU."""
         with safe_open(self._file_of[name], framework="pt") as file:
             return file.get_tensor(name)
 
 
 def is_plain(value: Any) -> bool:
-    """Whether JSON brings a value back as it was, sequences but for their kind."""
+    """Returns True where JSON brings a value back as it was, but for the kind of a sequence."""
     if isinstance(value, list | tuple):
         return all(map(is_plain, value))
     return value is None or isinstance(value, bool | int | float | str)

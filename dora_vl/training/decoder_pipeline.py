@@ -29,7 +29,6 @@ from dora_vl.core import DoRAConfig
 from dora_vl.core.strength import checked_strength
 from dora_vl.data.batches import Collator
 from dora_vl.data.columns import Packing
-from dora_vl.data.example import Example
 from dora_vl.data.pictures import StoredPictures
 from dora_vl.data.samples import Labelled
 from dora_vl.errors import SettingError
@@ -70,10 +69,6 @@ from dora_vl.training.run_samples import RowEncoder, RunSamples, stored_outputs
 
 logger = logging.getLogger(__name__)
 
-PLACES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-"""Names in a model's config of the ids that its pictures and videos are put in place of."""
-RECORDED = ("as_published", "video_frames", "video_fps", "train_on")
-"""Settings of the data that the recipe keeps, where a run has them."""
 PAPER_TARGETS = tuple(
     f"model.layers.*.{name}"
     for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
@@ -89,7 +84,7 @@ class DecoderPipeline(Pipeline):
 
     @cached_property
     def encoder(self) -> Encoder:
-        """What makes samples and prompts, once the base is there."""
+        """Makes samples and prompts, once the base is there."""
         model, data = self.config.model, self.config.data
         return open_encoder(
             model.base,
@@ -132,12 +127,12 @@ class DecoderPipeline(Pipeline):
 
     @property
     def _sees_pictures(self) -> bool:
-        """Whether the base has a vision part; it need not be there yet."""
+        """Returns True where the base, which need not be there yet, has a vision part."""
         model = self.config.model
         return model.compose is not None or (model.source is None and sees_pictures(model.base, model.revision))
 
     def _most_pixels(self, arguments: TrainingArguments) -> int | None:
-        """A sample's share of `data.max_pixels_per_step`, whatever stands beside it; None: as many as there are."""
+        """Returns a sample's share of `data.max_pixels_per_step`; None: no limit."""
         most = self.config.data.max_pixels_per_step
         return None if most is None else most // arguments.per_device_train_batch_size
 
@@ -148,7 +143,7 @@ class DecoderPipeline(Pipeline):
         return self._samples
 
     def labelled(self, arguments: TrainingArguments) -> Iterator[Labelled]:
-        """Those of its encoder."""
+        """Yields the labels that its encoder makes."""
         return self.samples(arguments).labelled(self._rows(arguments))
 
     def skeleton(self) -> DecoderBackbone:
@@ -174,7 +169,7 @@ class DecoderPipeline(Pipeline):
         return core_config(adapter, model, targets=targets, also_train=also_train)
 
     def _places(self, model: PreTrainedModel) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
-        """What is adapted where `adapter.targets` is silent, and what trains beside it."""
+        """Returns the default targets, none where `adapter.targets` names some, and what trains beside them."""
         adapter, base = self.config.adapter, self.config.model
         if self.config.task == "commonsense":
             return PAPER_TARGETS, {}
@@ -240,7 +235,9 @@ class DecoderPipeline(Pipeline):
         if held_out is not None:
             questions, source = questions_of_rows(held_out, config.watch), config.data.held_out
         elif config.evaluation.tested is not None:
-            questions, source = evenly(self._test_questions(), config.watch), config.evaluation.tested
+            test, source = config.evaluation, config.evaluation.tested
+            examples = read_sets(test)[0] if test.files else read_test(test, config.data.contract)[0]
+            questions = evenly(examples, config.watch)
         else:
             return None
         assistant = Assistant(backbone, EncoderPrompts(self.encoder), while_training=True)
@@ -248,26 +245,24 @@ class DecoderPipeline(Pipeline):
         tokens = config.evaluation.max_new_tokens
         return watch_assistant(assistant, questions, media, max_new_tokens=tokens, source=str(source))
 
-    def _test_questions(self) -> list[Example]:
-        evaluation = self.config.evaluation
-        return read_sets(evaluation)[0] if evaluation.files else read_test(evaluation, self.config.data.contract)[0]
-
     def _media(self, assistant: Assistant, stored: StoredPictures | None) -> MediaReader:
         """Reads what questions show; of those of samples also the pictures that their own files hold, `stored`."""
         return replace(media_of_run(self.config, assistant, of_test=stored is None), stored=stored)
 
     def reading(self, backbone: Backbone[Any]) -> TokenText:
-        """Its encoder's tokenizer."""
+        """Reads tokens by its encoder's tokenizer."""
         config, tokenizer = backbone.model.config.to_dict(), self.encoder.tokenizer
-        placeholder_ids = [config[name] for name in PLACES if isinstance(config.get(name), int)]
+        names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+        placeholder_ids = [config[name] for name in names if isinstance(config.get(name), int)]
         token = vars(self.encoder.processor).get("image_token")
         if not placeholder_ids and isinstance(token, str):
             placeholder_ids = [tokenizer.convert_tokens_to_ids(token)]
         return TokenText(tokenizer, frozenset(placeholder_ids))
 
     def recipe(self) -> dict[str, Any]:
-        """With the wording, and how pictures and videos are read."""
+        """Adds the wording, and how pictures and videos are read."""
         model, data, foreign = self.config.model, vars(self.config.data), foreign_fields(self.config.task)
+        of_the_data = ("as_published", "video_frames", "video_fps", "train_on")
         return {
             **super().recipe(),
             "revision": model.revision,
@@ -276,7 +271,7 @@ class DecoderPipeline(Pipeline):
             "quantisation": model.quantisation,
             "image_aspect": model.image_aspect,
             "max_tokens": data["max_tokens"],
-            **{name: data[name] for name in RECORDED if f"data.{name}" not in foreign},
+            **{name: data[name] for name in of_the_data if f"data.{name}" not in foreign},
         }
 
     def test(self, numbers: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a run takes on any number of ranks, from its settings: memory, traffic and time, by arithmetic.
+"""Computes memory, traffic and time of a run on any number of ranks, from its settings.
 
 The model is made from its config alone, on torch's meta device, so a 32B takes seconds and no memory.
 """
@@ -47,12 +47,12 @@ class Traffic:
 
     @property
     def total(self) -> int:
-        """Over all collectives."""
+        """Returns the bytes of all collectives."""
         return self.gradients + self.trained + self.weights
 
 
 def traffic_of(engine: Engine, *, trained: int, split: int, stay_whole: int, micro_batches: int) -> Traffic:
-    """By ring collectives: an all-gather or a reduce-scatter of S bytes sends (N-1)/N S, an all-reduce twice that.
+    """Counts ring collectives: an all-gather or a reduce-scatter of S bytes sends (N-1)/N S, an all-reduce twice that.
 
         DDP, ZeRO-0    2 (N-1)/N G                        the gradients of what trains, once
         ZeRO-1           (N-1)/N (G + P)                  gradients to their owner once, what trains back to all
@@ -86,7 +86,7 @@ class PlannedRun:
 
     @property
     def recomputes(self) -> bool:
-        """Whether the settings ask for gradient checkpointing."""
+        """Returns True where the settings ask for gradient checkpointing."""
         return bool(self.section.get("gradient_checkpointing") or self.section.get("activation_checkpointing"))
 
     @property
@@ -119,7 +119,7 @@ class PlannedRun:
         )
 
     def traffic(self, ranks: int) -> Traffic:
-        """What a rank sends in a step."""
+        """Returns what a rank sends in a step."""
         engine = self._engine(ranks)
         return traffic_of(
             engine,
@@ -191,7 +191,7 @@ class Cluster:
 
 
 SHAPES: Mapping[str, dict[str, Any]] = json.loads(Path(__file__).with_name("shapes.json").read_text(encoding="utf-8"))
-"""Name -> what the `config.json` of a published model says of sizes, where no folder of the model is at hand."""
+"""Name -> `config.json` of a published model, for a run whose base is not at hand."""
 
 
 def with_shape(config: Any, shape: str | None, folder: Path) -> Any:

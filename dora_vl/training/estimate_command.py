@@ -27,8 +27,6 @@ What this command does not know is a setting of the run, --section.key value, as
 says what is counted and how.
 """
 TAKES_SETTINGS = True
-GPUS_A_MACHINE = 8
-STAGES = ("zero0", "zero2", "zero3")
 TERA, GIGA, GIB = 1e12, 1e9, 2**30
 
 
@@ -63,7 +61,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     from dora_vl.run.reading import read_run  # jsonargparse: not for --help
     from dora_vl.training.train_command import pipeline_of
 
-    gpus, machines = arguments.gpus, arguments.machines or -(-arguments.gpus // GPUS_A_MACHINE)
+    gpus, machines = arguments.gpus, arguments.machines or -(-arguments.gpus // 8)
     if gpus % machines:
         raise UserError(f"--gpus {gpus} cannot be spread evenly over {machines} machines; give --machines")
     words = [f"--config={arguments.config}", *arguments.settings]
@@ -81,7 +79,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     yield f"a micro-batch: {samples.rows} samples of {samples.tokens} tokens, {samples.labelled} of them labelled"
     other = planned.on(gpus, recomputes=not planned.recomputes)
     yield f"with training.gradient_checkpointing: {str(not planned.recomputes).lower()} {gib(other.total)} GiB"
-    by_engine = ", ".join(f"{stage} {gib(planned.on(gpus, stage).total)}" for stage in STAGES)
+    by_engine = ", ".join(f"{stage} {gib(planned.on(gpus, stage).total)}" for stage in ("zero0", "zero2", "zero3"))
     yield f"GiB at the fullest moment by engine: {by_engine}"
     yield "left out: CUDA, NCCL and the allocator's blocks (1 to 2 GiB), the vision part's activations, further experts"
     bandwidth, network = arguments.bandwidth * GIGA, arguments.network * GIGA

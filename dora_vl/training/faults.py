@@ -29,7 +29,7 @@ SPIKE_WINDOW, SPIKE_AFTER = 100, 20
 SPIKE_TIMES, SPIKE_DEVIATIONS = 2.0, 10.0
 """A step's loss is a spike beyond both: this multiple of the window's median, and so many median deviations."""
 NAMED_WEIGHTS, LONGEST_WEIGHT = 2, 90
-"""How many weights a message names, and how long a module's full name may be in it."""
+"""A message names this many weights, each in so many characters."""
 
 
 class StepFaults(TrainerCallback):
@@ -53,15 +53,15 @@ class StepFaults(TrainerCallback):
     # ---- what the Trainer hands over during a step
 
     def begin_step(self, ids: Sequence[Sequence[str]]) -> None:
-        """The ids of each micro-batch's samples on this rank."""
+        """Takes the ids of each micro-batch's samples on this rank."""
         self._ids, self._losses, self._norm = ids, [], None
 
     def note_loss(self, loss: Tensor) -> None:
-        """A micro-batch's loss, as it goes into the backward pass."""
+        """Takes a micro-batch's loss, as it goes into the backward pass."""
         self._losses.append(loss.detach())
 
     def note_norm(self, norm: float | Tensor | None) -> None:
-        """The step's gradient norm where the Trainer or DeepSpeed has it."""
+        """Takes the step's gradient norm where the Trainer or DeepSpeed has it."""
         self._norm = norm if norm is not None else self._norm
 
     @property
@@ -77,7 +77,7 @@ class StepFaults(TrainerCallback):
             self._norm = torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
 
     def drop_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Before a torch optimizer's step: where a gradient is no number, the step has none and changes nothing."""
+        """Drops all gradients before a torch optimizer's step where one is no number, so that it changes nothing."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if self._norm is None:
             self.note_gradients(parameters)
@@ -96,7 +96,7 @@ class StepFaults(TrainerCallback):
             write_json_lines(self._file, [line for line in read_log(self._file) if line["step"] <= state.global_step])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """All ranks agree on whether the step counts."""
+        """Agrees with all ranks on whether the step counts."""
         losses = torch.stack(self._losses).float().tolist() if self._losses else []
         broken = [ids for ids, loss in zip(self._ids, losses, strict=True) if not math.isfinite(loss)]
         of_loss, of_gradient = len(broken) > 0, not self._gradient_is_finite()
@@ -116,7 +116,7 @@ class StepFaults(TrainerCallback):
         self._look_for_spike(losses, state)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """A run that ends early begins no validation; see `validation.validation_owed`."""
+        """Leaves the validation out of a run that ends early; see `progress.validation_owed`."""
         if self.ended_by is not None:
             control.should_evaluate = False
 
@@ -157,14 +157,14 @@ class StepFaults(TrainerCallback):
         )
 
     def _write(self, state: TrainerState, fault: dict[str, Any]) -> None:
-        """The first rank's lines; another's spike shows by its warning alone."""
+        """Writes the first rank's lines; another's spike shows by its warning alone."""
         if state.is_world_process_zero:
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **fault}, ensure_ascii=False) + "\n")
 
 
 def is_spike(loss: float, earlier: Sequence[float]) -> bool:
-    """Whether a loss stands out of those before it: far above their median, in their own spread and by itself."""
+    """Returns True for a loss far above the median of those before it, by itself and in their spread."""
     middle = median(earlier)
     spread = median(abs(loss - middle) for loss in earlier)
     return loss > SPIKE_TIMES * middle and loss > middle + SPIKE_DEVIATIONS * spread

@@ -31,23 +31,11 @@ from dora_vl.training.progress import random_state_kept
 
 logger = logging.getLogger(__name__)
 
-PIXELS_TO_START_WITH = 1280 * 28 * 28
-"""Of a picture of a model of dynamic resolution: 1,280 pieces of 28 x 28 (Qwen2-VL's own example)."""
-SHORTEST = 64
-"""Tokens below which `data.max_tokens` is no longer what to lower."""
 ENGINE_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 Pool = Sequence[Any]
-"""Items of which a loader can make one micro-batch."""
-_ASKED = re.compile(r"allocate ([\d.]+) ?(bytes|KiB|MiB|GiB|TiB)")
-_UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+"""Holds items of which a loader can make one micro-batch."""
 
 # Too little memory, wherever it shows: one line with the bytes, and which setting to lower to what.
-
-
-def asked_bytes(error: BaseException) -> int | None:
-    """Bytes that the allocator was asked for, as its message says."""
-    match = _ASKED.search(str(error))
-    return None if match is None else int(float(match[1]) * _UNITS[match[2]])
 
 
 def what_did_not_fit(error: BaseException, device: torch.device) -> str:
@@ -63,8 +51,11 @@ def what_did_not_fit(error: BaseException, device: torch.device) -> str:
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)  # ulimit -v
         if limit != resource.RLIM_INFINITY:
             free = max(0, min(free, limit - psutil.Process().memory_info().vms))
-    requested = asked_bytes(error)
-    more = "more was asked for" if requested is None else f"{in_words(requested)} more were asked for"
+    units = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+    requested = re.search(rf"allocate ([\d.]+) ?({'|'.join(units)})", str(error))
+    more = "more was asked for"
+    if requested is not None:
+        more = f"{in_words(int(float(requested[1]) * units[requested[2]]))} more were asked for"
     return f"{more}, {in_words(free)} are free on {owner}"
 
 
@@ -83,7 +74,7 @@ def out_of_memory_reported(where: Callable[[], str], device: torch.device, advic
 
 @contextlib.contextmanager
 def training_fits(trainer: Any, config: RunConfig) -> Iterator[None]:
-    """The same around a run's steps, told by the step, or as a validation's; and a line for a data worker's end."""
+    """Reports too little memory in a run's steps and validations, and a data worker that was killed."""
 
     def where() -> str:
         return f"step {trainer.state.global_step + 1}" if trainer.model.training else "the validation"
@@ -105,7 +96,7 @@ def training_fits(trainer: Any, config: RunConfig) -> Iterator[None]:
 
 
 def what_to_lower(config: RunConfig, arguments: TrainingArguments, *, fits: int | None = None) -> str:
-    """What makes a training step smaller, with its values, the mildest first.
+    """Names the mildest setting that makes a training step smaller, with its value.
 
     `fits` is how many samples of a micro-batch were tried and fit; None: nothing was tried.
     """
@@ -130,16 +121,16 @@ def what_to_lower(config: RunConfig, arguments: TrainingArguments, *, fits: int 
     changes = list[str]()
     if "data.max_pixels_per_step" not in foreign:
         pixels = data.max_pixels_per_step
-        to = PIXELS_TO_START_WITH if pixels is None else pixels // 2
+        to = 1280 * 28 * 28 if pixels is None else pixels // 2  # as in Qwen2-VL's own example
         changes.append(f"data.max_pixels_per_step to {to} (it is {'not set' if pixels is None else pixels})")
-    if "data.max_tokens" not in foreign and data.max_tokens > SHORTEST:
+    if "data.max_tokens" not in foreign and data.max_tokens > 64:
         changes.append(f"data.max_tokens to {data.max_tokens // 2} (it is {data.max_tokens})")
     changes.append("training.deepspeed to zero3, which shares the weights out among ranks")
     return "Set " + ", or ".join(changes)
 
 
 def smaller_model(config: RunConfig) -> str:
-    """What to do where the model alone does not fit."""
+    """Says what to do where the model alone does not fit."""
     unquantised = config.task != "vlbart" and config.model.quantisation is None
     four = ", or model.quantisation to nf4" if unquantised else ""
     half = ", or model.dtype to bfloat16 (it is float32)" if config.model.dtype == "float32" else ""
@@ -147,7 +138,7 @@ def smaller_model(config: RunConfig) -> str:
 
 
 def smaller_validation(config: RunConfig, arguments: TrainingArguments) -> str:
-    """What makes a validation batch smaller."""
+    """Names the setting that makes a validation batch smaller."""
     if config.task == "vlbart":  # such a run validates by the test's batches
         return smaller_test(config)
     size = arguments.per_device_eval_batch_size
@@ -155,7 +146,7 @@ def smaller_validation(config: RunConfig, arguments: TrainingArguments) -> str:
 
 
 def smaller_test(config: RunConfig) -> str:
-    """What makes a test's batch smaller."""
+    """Names the setting that makes a test's batch smaller."""
     size = config.evaluation.batch_size
     return f"Set evaluation.batch_size to {max(1, size // 2)} (it is {size}); --test_only true tests the adapter again"
 
@@ -170,7 +161,7 @@ class LargestBatch(TrainerCallback):
         self._trainer, self._config, self._data, self._cost = trainer, config, data, cost
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Before anything is asked or trained."""
+        """Tries it before anything is asked or trained."""
         with random_state_kept(args.device):
             items = largest(self._data.pools(), self._cost, args.per_device_train_batch_size)
             if not items:
@@ -193,7 +184,7 @@ class LargestBatch(TrainerCallback):
         )
 
     def _trouble(self, items: list[Any], args: TrainingArguments) -> str | None:
-        """What did not fit; None where all did. The error itself is let go, since it holds what the step had made."""
+        """Returns what did not fit, or None. The error is let go, since it holds what the step had made."""
         try:
             take_and_undo(self._trainer, self._data.collate(items))
         except (MemoryError, RuntimeError) as error:
@@ -215,7 +206,7 @@ def largest(pools: Sequence[Pool], cost: Callable[[Pool], int], size: int) -> li
 
 
 def _samples(items: Pool) -> list[Any]:
-    """The usable ones, also of items that are whole micro-batches (a mixture's)."""
+    """Returns the usable samples, also of items that are whole micro-batches (a mixture's)."""
     samples = [sample for item in items for sample in getattr(item, "items", [item])]
     return [sample for sample in samples if not isinstance(sample, Skipped)]
 
@@ -309,7 +300,7 @@ def _nothing_learnt(trainer: Any) -> Iterator[None]:
 
 
 def _restore(state: dict[str, Any], before: Mapping[str, Any]) -> None:
-    """In place where a tensor was there already; what is new goes."""
+    """Puts values back, in place where a tensor was there already; what is new goes."""
     for name in [name for name in state if name not in before]:
         del state[name]
     for name, value in before.items():

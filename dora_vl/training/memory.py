@@ -1,4 +1,4 @@
-"""What a run takes of a rank, by arithmetic: what it holds between steps, what a step keeps beside it.
+"""Computes the memory of one rank: what it holds between steps, and what a step keeps beside it.
 
 One estimate serves the table before a run, `dora-vl estimate` and the choice of the largest micro-batch. It leaves out
 what CUDA, NCCL and the allocator's blocks take (1 to 2 GiB of a GPU), the vision part's activations, and experts beyond
@@ -37,15 +37,12 @@ from dora_vl.heads.next_token import CHUNK, in_chunks
 from dora_vl.run.sharding import blocks_of
 
 FLOAT32_BYTES, GIB = 4, 2**30
-MLP_WIDTHS = ("intermediate_size", "encoder_ffn_dim", "d_ff", "ffn_dim")  # by whatever name a config has it
-BYTES_PER_SCORE = 12
-"""A vocabulary's score at a labelled position: in float32, its gradient, and both as the model makes them."""
 MOST_REUSED = 1_000_000_000
 
 
 @dataclass(frozen=True)
 class Table:
-    """What is said before the first step: for the log as text, for the run's folder as it is."""
+    """Holds a table that is logged before the first step, and kept in the run's folder."""
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -111,15 +108,15 @@ class Activations:
     chunk: int | None
 
     def of(self, *, tokens: int, labelled: int, recomputed: bool) -> int:
-        """With recomputation a vector a layer, and one layer whole."""
-        whole = self.layers * self.layer + self.adapted
-        kept = self.layers * self.vector + self.layer + self.adapted // self.layers if recomputed else whole
+        """Returns the bytes of so many tokens; with recomputation a vector a layer, and one layer whole."""
+        stored = self.layers * self.layer + self.adapted
+        kept = self.layers * self.vector + self.layer + self.adapted // self.layers if recomputed else stored
         together = labelled if self.chunk is None else min(labelled, self.chunk)
         return tokens * kept + labelled * self.vector + together * self.scores
 
 
 def activations_of(model: PreTrainedModel) -> Activations:
-    """Those of an adapted model, from its config: layers of attention and a gated MLP.
+    """Estimates an adapted model's activations from its config: layers of attention and a gated MLP.
 
     A token's layer keeps two float32 vectors in each of its two norms, and in the model's type their results, q, k, v,
     the attention's result, and four vectors of the MLP. That is within 3 % of what torch keeps in a Vicuna of 7B or 13B
@@ -133,7 +130,7 @@ def activations_of(model: PreTrainedModel) -> Activations:
 
     heads = number(("num_attention_heads",), 1)
     keys = width * number(("num_key_value_heads",), heads) // heads
-    inner = number(MLP_WIDTHS, 4 * width)
+    inner = number(("intermediate_size", "encoder_ffn_dim", "d_ff", "ffn_dim"), 4 * width)
     adapted = 0
     for _, layer in adapted_layers(model):
         adapted += FLOAT32_BYTES * layer.adapter.rank
@@ -143,14 +140,14 @@ def activations_of(model: PreTrainedModel) -> Activations:
         layer=4 * FLOAT32_BYTES * width + size * (4 * width + 2 * keys + 4 * inner),
         vector=size * width,
         adapted=adapted,
-        scores=BYTES_PER_SCORE * int(text.vocab_size),
+        scores=12 * int(text.vocab_size),  # in float32, its gradient, and both as the model makes them
         chunk=CHUNK if (head := head_of(model)) is not None and in_chunks(head) else None,
     )
 
 
 @dataclass(frozen=True)
 class Engine:
-    """How a run's ranks share their work; sizes are numbers, not bytes.
+    """Says how a run's ranks share their work; sizes are numbers, not bytes.
 
     Attributes:
         stage: of ZeRO; None without DeepSpeed; 3 also where FSDP2 shares out the same (`fsdp`).
@@ -234,13 +231,13 @@ class Held:
     on_host: int = 0
 
     def between_steps(self, engine: Engine) -> int:
-        """On the GPU before a step: DDP keeps its buckets, ZeRO-3 its bucket and the gradients' memory too."""
+        """Returns the GPU's bytes before a step: DDP keeps its buckets, ZeRO-3 its bucket and the gradients' memory."""
         kept = self.buckets if engine.stage in (None, 3) else 0
         kept += self.gradients if engine.stage == 3 else 0
         return sum(self.weights.values()) + self.trained + self.optimizer + self.masters + kept - self.on_host
 
     def at_most(self, engine: Engine, activations: int, *, accumulates: bool) -> int:
-        """On the GPU at the fullest moment: in the passes, or while the optimizer steps.
+        """Returns the GPU's bytes at the fullest moment: in the passes, or while the optimizer steps.
 
         Gradients come as activations go, but those of an earlier micro-batch are there before.
         """
@@ -255,7 +252,7 @@ class Held:
 
 
 def held_by(model: nn.Module, engine: Engine, *, half_precision: bool = False) -> Held:
-    """What a rank of this engine holds of a model whose trained parameters are decided.
+    """Counts what a rank of this engine holds of a model whose trained parameters are decided.
 
     `half_precision` is full training in bfloat16 or float16, with float32 masters (DeepSpeed's own switch).
     """
@@ -344,10 +341,3 @@ class Estimate:
         }
         rows = tuple((name, f"{size / GIB:.2f}") for name, size in sizes.items() if size)
         return Table((f"estimated: a rank of {self.engine}", "GiB"), rows)
-
-
-def process_beside(held: Held, device: torch.device) -> int:
-    """Bytes of a process on a CPU beside the weights that it has loaded; 0 on a GPU, whose log counts tensors alone."""
-    if device.type != "cpu":
-        return 0
-    return max(0, psutil.Process().memory_info().rss - sum(held.weights.values()) - held.trained)

@@ -1,4 +1,4 @@
-"""What a run trains: the adapter put into its base, the parts with their learning rates, and the tables of them."""
+"""Puts the adapter into a run's base, gives each part its learning rate, and shows both in tables."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from dora_vl.training.pipeline import Pipeline
 logger = logging.getLogger(__name__)
 
 FACTORS = LEAVES - {"magnitude"}
-"""Tensors of a layer whose effect depends on its scale."""
+"""The effect of these tensors depends on their layer's scale."""
 
 
 def core_config(
@@ -79,13 +79,12 @@ def check_initial(initial: str | None) -> None:
         raise SettingError("adapter.initial", f": {no_adapter(Path(initial))}")
 
 
-def adapt(model: nn.Module, config: DoRAConfig, *, initial: str | None = None) -> list[str]:
-    """Puts the adapter in, decides what trains, and loads the folder `initial`; returns the adapted layers' names."""
-    names = apply_dora(model, config, gather=gather_to_write)
+def adapt(model: nn.Module, config: DoRAConfig, *, initial: str | None = None) -> None:
+    """Puts the adapter in, decides what trains, and loads the folder `initial`."""
+    apply_dora(model, config, gather=gather_to_write)
     check_gradients(model)
     if initial is not None:
         load_initial(model, Path(initial))
-    return names
 
 
 def load_initial(model: nn.Module, folder: Path) -> None:
@@ -115,7 +114,7 @@ def load_initial(model: nn.Module, folder: Path) -> None:
 
 
 def _refuse_lost_values(model: nn.Module, folder: Path, frozen: Mapping[str, Tensor]) -> None:
-    """What does not train here may be in the folder only where it is the base's: this run would not write it again."""
+    """Refuses frozen tensors that differ from the base's: this run would not write them again."""
     here = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     if unknown := sorted(name for name in frozen if split_rows(name)[0] not in here):
         raise SettingError(
@@ -220,7 +219,7 @@ def check_parts(pipeline: Pipeline, arguments: TrainingArguments) -> None:
 
 
 def with_decay(parts: Sequence[TrainedPart], decayed: Decayed) -> tuple[TrainedPart, ...]:
-    """What trains, with the tensors that decay chosen anew: `matrices` as the list says, or `all_but_biases`.
+    """Chooses which trained tensors decay: `matrices` as the list says, or `all_but_biases`.
 
     VL-T5's optimizer leaves out names with "bias" or "LayerNorm.weight", the second of which BART's names never have.
     """
@@ -240,7 +239,6 @@ def parameter_groups(
     parts: Sequence[TrainedPart], rates: LearningRates, *, weight_decay: float
 ) -> list[dict[str, Any]]:
     """Groups for a torch optimizer. Vectors (magnitudes, norms, biases) do not decay, unless `with_decay` says so."""
-    refuse_unknown_parts(parts, rates)
     return [
         {
             "name": part.name,
@@ -293,7 +291,7 @@ def _share(count: int, total: int) -> tuple[str, str]:
 
 
 def frozen_table(model: nn.Module) -> Table:
-    """What is not adapted and does not train: a row for each kind of weight, with its share and its largest."""
+    """Lists what is neither adapted nor trained: a row for each kind of weight, with its share and its largest."""
     total = weight_count(model)
     weights: dict[str, list[tuple[str, int]]] = {}
     for kind, name, count in _out_of_reach(model):

@@ -1,4 +1,4 @@
-"""What a pipeline gives a training run: its model, what is adapted in it, its data, its loss and its test.
+"""A pipeline gives a training run its model, what is adapted in it, its data, its loss and its test.
 
 Training asks for these in the order in which they stand here, and knows nothing else of a backbone or of what is asked.
 """
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from accelerate.utils import compare_versions
 from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
@@ -63,15 +62,8 @@ class LossModel(nn.Module):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **layers: Any
     ) -> None:
-        """The same under the name that transformers before 5.22 calls."""
+        """Does the same under the name that transformers before 5.22 calls."""
         self.backbone.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **layers)
-
-    def recompute_activations(self, options: dict[str, Any]) -> None:
-        """The same, by the name that the transformers which is installed calls."""
-        if compare_versions("transformers", ">=", "5.22"):
-            self.activation_checkpointing_enable(options)
-        else:
-            self.gradient_checkpointing_enable(options)
 
 
 class NextTokenLoss(LossModel):
@@ -139,12 +131,12 @@ AnyBackbone = TypeVar("AnyBackbone", bound=Backbone[Any])
 
 
 class Pipeline(ABC):
-    """One kind of run with the settings of one run."""
+    """Joins a kind of run with the settings of one."""
 
     kind: str
-    """What `recipe.json` calls its backbone."""
+    """Names its backbone in `recipe.json`."""
     labels_shift = True
-    """Whether the loss predicts the label at t from what stands before t; a decoder with its own input does not."""
+    """True where the loss predicts the label at t from what stands before t, unlike an encoder-decoder's."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -171,7 +163,7 @@ class Pipeline(ABC):
 
     @abstractmethod
     def dora_config(self, backbone: Backbone[Any]) -> DoRAConfig:
-        """What is adapted in it and what else trains."""
+        """Returns what is adapted in the model and what else trains."""
 
     @abstractmethod
     def data(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TrainingData:
@@ -190,10 +182,10 @@ class Pipeline(ABC):
 
     @abstractmethod
     def reading(self, backbone: Backbone[Any]) -> TokenText:
-        """How the tokens of its batches are read."""
+        """Returns the reader of its batches' tokens."""
 
     def recipe(self) -> dict[str, Any]:
-        """What `adapter/recipe.json` says beside the adapter's own settings: enough to ask the model again."""
+        """Returns what `adapter/recipe.json` says beside the adapter's own settings: enough to ask the model again."""
         model = self.config.model
         return {
             "task": self.config.task,

@@ -8,7 +8,7 @@ import json
 import operator
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, astuple, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, BadSampleCounts, BadSampleLedger
 from dora_vl.errors import SettingError, UserError, shown_names
+from dora_vl.files import read_json
 from dora_vl.run.folder import ADAPTER
 from dora_vl.run.launch import gathered, rank_and_ranks
 from dora_vl.training.pipeline import TrainingData
@@ -63,9 +64,9 @@ class BatchStatistics:
 
     ledger: BadSampleLedger | None = None
     counts: Counts = field(default_factory=Counts)
-    """This rank's, since the start of the process."""
+    """Counts of this rank since the start of the process."""
     earlier: Counts = field(default_factory=Counts)
-    """All ranks', before the process: of the run that is resumed."""
+    """Counts of all ranks in the run that is resumed."""
     waited: float = 0.0
     """Seconds that steps of this rank waited for their batches."""
 
@@ -131,17 +132,26 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """How long the run has trained."""
+        """Returns the seconds that the run has trained."""
         return self._earlier_seconds + time.monotonic() - self._started
 
     @cached_property
     def _samples(self) -> dict[str, Any] | None:
-        """An account of the training samples; None where they are not known beforehand, as of a stream."""
-        return None if self._data.ids is None else account_of(self._data.ids(), self._data.media())
+        """Counts the training samples, hashes their ids in order, and notes what the files of some of them hold.
+
+        None where they are not known beforehand, as of a stream.
+        """
+        if self._data.ids is None:
+            return None
+        digest, samples = hashlib.sha256(), 0
+        for name in self._data.ids():
+            digest.update(name.encode("utf-8", "surrogatepass") + b"\0")
+            samples += 1
+        return {"samples": samples, "ids_sha256": digest.hexdigest(), "media": dict(self._data.media())}
 
     def check_samples(self, checkpoint: Path) -> None:
         """Compares the training samples with those of a checkpoint, where both are known; for one rank alone."""
-        written, now = _read(checkpoint), self._samples
+        written, now = read_json(checkpoint / PROGRESS), self._samples
         if (then := written[SAMPLES]) is None or now is None:
             return
         replaced = [name for name, key in now["media"].items() if then["media"].get(name, "") not in ("", key)]
@@ -165,7 +175,7 @@ class Progress:
 
     def go_on_from(self, checkpoint: Path) -> None:
         """Takes over what stands in a checkpoint."""
-        written = _read(checkpoint)
+        written = read_json(checkpoint / PROGRESS)
         self._earlier_seconds = float(written["seconds"])
         self._statistics.carry_over(written["skipped"], Counts(**written["counts"]))
         if self._validation is not None:
@@ -187,19 +197,6 @@ class Progress:
         if writes:
             content[SAMPLES] = self._samples
             (checkpoint / PROGRESS).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _read(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
-
-
-def account_of(ids: Iterable[str], media: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """How many samples, a hash of their ids in order, and what the files of some of them hold (`content_key`)."""
-    digest, samples = hashlib.sha256(), 0
-    for name in ids:
-        digest.update(name.encode("utf-8", "surrogatepass") + b"\0")
-        samples += 1
-    return {"samples": samples, "ids_sha256": digest.hexdigest(), "media": dict(media or {})}
 
 
 # The loss on validation data: the mean over its usable samples; the others are counted and named.
@@ -258,7 +255,7 @@ def random_state_kept(device: torch.device) -> Iterator[None]:
 
 
 def validation_owed(state: TrainerState, arguments: TrainingArguments) -> bool:
-    """Whether the state ends an epoch, or the run, and the validation that follows there is not in its log.
+    """Returns True where the state ends an epoch or the run and its log lacks the validation that follows there.
 
     A run that is stopped at an epoch's last step saves and ends without it: the launcher may not wait so long.
     """
@@ -279,6 +276,6 @@ def check_validation(samples: Any, collate: Callable[[list[Any]], Mapping[str, A
 
 
 def nothing_usable(source: str, example: tuple[str, str] | None) -> str:
-    """What is said of data without any usable sample."""
+    """Words the error of data without any usable sample."""
     because = "" if example is None else f"; for example {example[0]}: {example[1]}"
     return f"{source}: not one sample can be used{because}. Repair the data, or correct the folder that is named for it"

@@ -1,10 +1,9 @@
-"""One training run from settings to a tested adapter, to be read from top to bottom."""
+"""Runs a training from its settings to a tested adapter, to be read from top to bottom."""
 
 from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,15 +51,6 @@ from dora_vl.training.trainer import AdapterTrainer, build_trainer
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """How a run ended: `stopped_by` a signal or None, and the `numbers` that training adds to `metrics.json`."""
-
-    step: int
-    stopped_by: int | None
-    numbers: dict[str, Any]
-
-
 def run(pipeline: Pipeline) -> int | None:
     """Trains, then tests where the settings name a test; returns the signal that stopped the run, or None.
 
@@ -73,20 +63,21 @@ def run(pipeline: Pipeline) -> int | None:
             test_again(pipeline)
             return None
         try:
-            result = train(pipeline)
+            stopped_by, numbers = train(pipeline)
             first = is_first_rank()
         finally:
             leave_process_group()
             load_whole_models_again()
-        if result.stopped_by is None and config.evaluation.tested is not None and first:
-            _test(pipeline, result.numbers)
-        return result.stopped_by
+        if stopped_by is None and config.evaluation.tested is not None and first:
+            _test(pipeline, numbers)
+        return stopped_by
 
 
-def train(pipeline: Pipeline) -> RunResult:
+def train(pipeline: Pipeline) -> tuple[int | None, dict[str, Any]]:
     """Trains as the pipeline's settings say and leaves `adapter/`, checkpoints and `log.jsonl` in the run folder.
 
-    Every rank of a launch calls it. Raises UserError for whatever in the settings or the data cannot be used.
+    Every rank of a launch calls it. Returns the signal that stopped the run, or None, and the numbers that training
+    adds to `metrics.json`. Raises UserError for whatever in the settings or the data cannot be used.
     """
     config, threads = pipeline.config, threads_of_this_rank()
     arguments = pipeline.arguments()
@@ -107,17 +98,17 @@ def train(pipeline: Pipeline) -> RunResult:
     keep_freed_memory()
     torch.manual_seed(arguments.seed + arguments.process_index)  # ranks drop different elements
     with trainer.closing, training_fits(trainer, config):
-        output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.faults.ended_by is not None:
         raise Diverged(trainer.faults.ended_by)
     stopped_by = trainer.stop.received
     numbers = _written(trainer, stopped=stopped_by is not None)
     wait_for_everyone()  # the ranks' store ends with the first of them
-    return RunResult(output.global_step, stopped_by, numbers)
+    return stopped_by, numbers
 
 
 def _check_and_prepare(pipeline: Pipeline, arguments: TrainingArguments, checkpoint: Path | None) -> None:
-    """All that can be wrong before weights are loaded, and the folder of a new run; for the first rank alone."""
+    """Checks what can be wrong before weights are loaded, and makes a new run's folder; for the first rank alone."""
     config, folder = pipeline.config, run_folder_of(pipeline.config.training)
     check_run_folder(folder, resume=checkpoint is not None, overwrite=config.overwrite)
     if checkpoint is not None:

@@ -59,9 +59,9 @@ from dora_vl.training.pipeline import TrainingData
 logger = logging.getLogger(__name__)
 
 HASHED_ROWS = 2_000
-"""At even distances, whose turns and media are looked at: a second's work, a few more from a network's disk."""
+"""Turns and media of so many rows, at even distances, are looked at: a second's work on a local disk."""
 FIRST_ROWS = 1_000
-"""Where none of their pictures is in the folder, it is another one."""
+"""A folder that holds no picture of so many first rows is another one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class RowEncoder:
 
     Attributes:
         folder: root of the pictures' paths; None: the model sees words alone.
-        videos: likewise how videos are read.
+        videos: reads the videos; None: the model sees words alone.
         most_pixels: of a sample; what is above it is shrunk.
         outputs: stored outputs of the pictures' frozen vision parts.
     """
@@ -120,7 +120,7 @@ class RunSamples:
         self._stream: SampleStream | None = None
         self._name = train_name(data.files)
         self.held_out: ExampleTable | None = None
-        """Those whose loss is measured while training."""
+        """Samples whose loss is measured while training."""
         if data.streaming:
             self._stream = open_stream(data, seed=self._seed)
             self._total = samples_of_a_run(self._stream, data, arguments)
@@ -132,18 +132,18 @@ class RunSamples:
 
     @property
     def has_pictures(self) -> bool:
-        """Whether any training sample has a picture; of a stream nobody knows, so it counts as one that has."""
+        """Returns True where a training sample has a picture; always for a stream, of which nobody knows."""
         return self._train is None or self._train.has_pictures
 
     @property
     def has_videos(self) -> bool:
-        """Whether any sample names a video; of a stream the first rows tell (`SampleStream.has_videos`)."""
+        """Returns True where a sample names a video; a stream's first rows tell (`SampleStream.has_videos`)."""
         in_tables = any(table.has_videos for table in self._tables)
         return in_tables or (self._stream is not None and self._stream.has_videos)
 
     @property
     def has_thoughts(self) -> bool:
-        """Whether some turn begins with thoughts, of samples at even distances or a stream's first."""
+        """Returns True where a turn begins with thoughts, in samples at even distances or a stream's first."""
         rows = [] if self._stream is None else [row for source in self._stream.sources for row in source.first_rows]
         for table in self._tables:
             rows += table.select(range(0, len(table), max(1, len(table) // HASHED_ROWS)))
@@ -151,12 +151,12 @@ class RunSamples:
 
     @property
     def pictures(self) -> list[tuple[str, ...]]:
-        """Those of each sample that tables name, each combination once."""
+        """Lists the pictures of each sample of the tables, each combination once."""
         return list(dict.fromkeys(tuple(names) for table in self._tables for names in table.rows["images"] if names))
 
     @property
     def stored(self) -> StoredPictures:
-        """Those that the tables' files hold themselves."""
+        """Returns the pictures that the tables' files hold themselves."""
         return StoredPictures.joined([table.stored for table in self._tables])
 
     def describe(self) -> None:
@@ -208,16 +208,16 @@ class RunSamples:
                 used += 1
                 answers, tokenizer = encoder.answers(example), encoder.tokenizer
                 for row in sample.rows():
-                    labels, said = row.labels, [answers[number] for number in row.answers]
+                    labels, trained = row.labels, [answers[number] for number in row.answers]
                     cut = len(labels) == encoder.max_tokens
-                    yield Labelled(id=sample.id, labels=labels, answers=said, tokenizer=tokenizer, cut=cut)
+                    yield Labelled(id=sample.id, labels=labels, answers=trained, tokenizer=tokenizer, cut=cut)
         if bad and not used:
             raise UserError(
                 f"{self._name}: none of its first {len(bad)} samples can be used, {bad[0].id}: {bad[0].reason}"
             )
 
     def _first(self, encoder: RowEncoder) -> Iterator[tuple[Example | BadSample, Sample | Skipped]]:
-        """Of the first samples, and of the first with pictures."""
+        """Yields the first samples, and the first with pictures."""
         if self._train is not None:
             samples = encoder.dataset(self._train, self._train.stored)
             for index in _first_places(self._train.rows[:FIRST_ROWS]["images"]):
@@ -246,7 +246,7 @@ class RunSamples:
             logger.warning("%s", one_line(f"{where}: {named}"))
 
     def training_data(self, rows: RowEncoder, collate: Collator) -> TrainingData:
-        """What the Trainer takes: samples that `rows` makes, and batches of them."""
+        """Returns what the Trainer takes: samples that `rows` makes, and batches of them."""
         data, encoder, make = self._data, rows.encoder, rows.dataset
         micro_batch = self._arguments.per_device_train_batch_size
         held_out = None if self.held_out is None else make(self.held_out, self.held_out.stored)
@@ -303,13 +303,13 @@ class RunSamples:
 
 
 def _first_places(images: Sequence[Sequence[str]]) -> list[int]:
-    """Of the first samples, and of the first with pictures."""
+    """Returns the places of the first samples, and of the first with pictures."""
     with_pictures = [index for index, names in enumerate(images) if names]
     return list(dict.fromkeys([*range(min(FIRST, len(images))), *with_pictures[:FIRST]]))
 
 
 def _media_keys(train: ExampleTable, data: DataConfig) -> dict[str, str]:
-    """What the files of some training samples hold, by name; one that the data file holds is named after it."""
+    """Returns a key of what each file of some training samples holds, by name; "" for one inside the data file."""
     keys: dict[str, str] = {}
     for example in train.select(range(0, len(train), math.ceil(len(train) / HASHED_ROWS))):
         if not isinstance(example, Example):
@@ -396,17 +396,13 @@ def open_stream(data: DataConfig, *, seed: int) -> SampleStream:
 
 
 def samples_of_a_run(stream: SampleStream, data: DataConfig, arguments: TrainingArguments) -> int:
-    """How many samples the optimizer steps of a whole run take; 0 where the number of epochs says it."""
+    """Returns how many samples the steps of a whole run take; 0 where the number of epochs says it."""
     together = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     if arguments.max_steps <= 0 and stream.samples is None:
         raise SettingError(
             "training.max_steps", f" is needed: data.streaming cannot count samples; a step takes {together}"
         )
     return max(0, arguments.max_steps) * together
-
-
-STORED_TOGETHER = 16
-"""Samples whose pictures go through the frozen parts of a model on a GPU in one pass."""
 
 
 def stored_outputs(
@@ -441,7 +437,7 @@ def stored_outputs(
         missing = store.missing(reader, pictures)
         wait_for_everyone()  # each must see the same missing, before one adds some
         # On a CPU one by one: it gains little, and the bits would depend on what a stopped run had left.
-        together = STORED_TOGETHER if device.type == "cuda" else 1
+        together = 16 if device.type == "cuda" else 1
         store.fill(model, parts, reader, missing, part=rank_and_ranks(), workers=config.data.workers, together=together)
         dummy = reader.encoder.dummy()
         dummy = hollowed(dummy, parts.outputs_of(model, inputs_of(model, dummy)))

@@ -47,13 +47,11 @@ from dora_vl.training.pipeline import LossModel
 logger = logging.getLogger(__name__)
 
 SETTING, OUTSIDE = "data.closed_answers", "outside"
-LOOKED_AT = 256
-"""Of each task, samples among which the longest are looked for."""
 
 
 @dataclass(frozen=True)
 class TaskSource:
-    """One task's examples, and how they become samples."""
+    """Makes samples of one task's examples."""
 
     subtask: Subtask
     file: ExampleFile
@@ -105,12 +103,12 @@ class MixtureDataset(Dataset[MicroBatch]):
                     yield sample, target, task.subtask
 
     def longest(self) -> list[MicroBatch]:
-        """For each task the largest micro-batch that can be made of its samples, of those at even distances."""
+        """Returns the largest micro-batch of each task that can be made of samples at even distances."""
         epoch = int(self._epoch)
         batches = []
         for number, source in enumerate(self.plan.sources):
             count = -(-source.batch_size // self.plan.parts)
-            looked_at = max(LOOKED_AT, 2 * count)
+            looked_at = max(256, 2 * count)
             indices = range(0, source.items, max(1, source.items // looked_at))
             items = [self._item(number, index, epoch) for index in indices]
             usable = [sample for sample in items if isinstance(sample, Seq2SeqSample)]
@@ -261,8 +259,8 @@ def check_closed(
     able = [name for name, task in subtasks.items() if task.answer_by == "text" and task.reads_question]
     for task in lists:
         if task not in able:
-            those = f"{', '.join(able)} can have" if able else "none of these tasks has"
-            raise SettingError(SETTING, f": {task} is no question answered in words; {those} a closed list")
+            choices = f"{', '.join(able)} can have" if able else "none of these tasks has"
+            raise SettingError(SETTING, f": {task} is no question answered in words; {choices} a closed list")
         if task not in trained:
             raise SettingError(SETTING, f" names {task}, which data.train does not; its head would not train")
 
@@ -321,7 +319,7 @@ def lists_in(path: Path) -> dict[str, list[str]]:
 
 
 def account(path: Path) -> dict[str, dict[str, int]]:
-    """How long each list of a run's `closed_answers.json` is, and how many training samples it leaves out; logged."""
+    """Returns and logs the length of each list of a `closed_answers.json`, and the number of samples outside it."""
     counts, outside = {}, read_json(path)[OUTSIDE]
     for task, answers in lists_in(path).items():
         counts[task] = {"answers": len(answers), "outside": len(outside[task])}

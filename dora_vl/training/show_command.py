@@ -28,7 +28,7 @@ CONFIG is a file or a recipe's name; behind it any setting of the run, --section
 """
 TAKES_SETTINGS = True
 ELSEWHERE = ("deepspeed", "bf16", "fp16", "report_to", "load_best_model_at_end", "eval_strategy", "optim")
-"""Of `training:`, what changes no batch and asks for devices, packages or weights."""
+"""Fields of `training:` that change no batch and ask for devices, packages or weights."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

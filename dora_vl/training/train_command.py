@@ -39,7 +39,6 @@ Writes adapter/, log.jsonl, metrics.json and checkpoints to training.output_dir;
 checkpoint.
 """
 SETS_UP_LOGGING = True
-STATUS_OF_A_SIGNAL = 128  # as shells count it: 130 after Ctrl-C, 143 after SIGTERM
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +56,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
 
 @exit_on_user_error
 def train_script(task: Task, description: str | None) -> None:
-    """What a script in tasks/ does: settings that name no task are of this one."""
+    """Runs a script of tasks/, for settings that name no task or this one."""
     train(sys.argv[1:], task, program=f"{task}.py", description=description or "")
 
 
@@ -85,7 +84,7 @@ def train(words: Sequence[str], task: Task = "image_text", *, program: str, desc
         stopped_by = run(pipeline)
     if stopped_by is not None:
         logger.info("stopped by %s; --resume last resumes from there", signal.Signals(stopped_by).name)
-        sys.exit(STATUS_OF_A_SIGNAL + stopped_by)
+        sys.exit(128 + stopped_by)  # as shells count it: 130 after Ctrl-C, 143 after SIGTERM
 
 
 def pipeline_of(config: RunConfig) -> Pipeline:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import psutil
 import torch
 from rich.console import Console
 from torch import Tensor, nn
@@ -36,19 +37,19 @@ from dora_vl.run.launch import is_first_rank, on_first_rank
 from dora_vl.run.sharding import gather_to_read, gather_to_write, shard
 from dora_vl.training.callbacks import Epochs, LossLog, RunProgress, StepLimit, StopOnSignal, WatchQuestions
 from dora_vl.training.checkpoint import (
-    OptimizerPlaces,
+    OptimizerLayout,
     RunningState,
+    layout_of,
     load_random_states,
     load_state,
     load_values,
-    places_of,
     save_random_states,
     save_state,
 )
 from dora_vl.training.checkpoint_files import STATE, StateFiles, write_manifest
 from dora_vl.training.faults import StepFaults, check_trained_weights
 from dora_vl.training.largest_batch import LargestBatch, cost_of
-from dora_vl.training.memory import Activations, Estimate, Table, activations_of, engine_of, held_by, process_beside
+from dora_vl.training.memory import Activations, Estimate, Table, activations_of, engine_of, held_by
 from dora_vl.training.parts import (
     LearningRates,
     frozen_table,
@@ -81,8 +82,8 @@ class OrderedTrainer(Trainer):
 class AdapterTrainer(OrderedTrainer):
     """Trains what `core.trained_parts` lists of an adapted backbone, and saves it at every checkpoint."""
 
-    optimizer_layout: OptimizerPlaces
-    """Where the optimizer holds what trains, once it is there."""
+    optimizer_layout: OptimizerLayout
+    """Finds what trains in the optimizer, once there is one."""
     closing: ExitStack
     """Gives signals and the terminal back, also after an error in training."""
 
@@ -157,7 +158,7 @@ class AdapterTrainer(OrderedTrainer):
         return [self.statistics.take(batch) for batch in over_step(batches, device)], items
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *options: Any, **named: Any) -> Any:
-        """The Trainer's; what a step trains on is watched."""
+        """Computes the Trainer's loss, and notes that of a training step."""
         loss: Any = super().compute_loss(model, inputs, *options, **named)
         if model.training:
             self.faults.note_loss(loss)
@@ -171,7 +172,7 @@ class AdapterTrainer(OrderedTrainer):
     # ---- validation
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *options: Any, **named: Any) -> Any:
-        """One validation batch: its mean loss, with its bookkeeping taken out and counted."""
+        """Computes the mean loss of a validation batch, with its bookkeeping taken out and counted."""
         validation = cast(ValidationLoss, self.validation)
         taken, samples = validation.take(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -188,14 +189,14 @@ class AdapterTrainer(OrderedTrainer):
         return output
 
     def validate_at_once(self) -> None:
-        """As at an epoch's end, also for the choice of the best checkpoint, which is there by now."""
+        """Validates as at an epoch's end, also for the choice of the best checkpoint."""
         self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
         self._name_best()
 
     # ---- the optimizer
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """One group for each trained part; the class and its options are those of `training.optim`."""
+        """Makes a group for each trained part; the class and its options are those of `training.optim`."""
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
             groups = parameter_groups(self.parts, self.rates, weight_decay=self.args.weight_decay)
@@ -216,7 +217,7 @@ class AdapterTrainer(OrderedTrainer):
 
     @property
     def _drops_gradients_itself(self) -> bool:
-        """Whether DeepSpeed's optimizer leaves a step out whose gradient is no number: ZeRO 1 to 3."""
+        """Returns True where DeepSpeed's optimizer leaves a step out whose gradient is no number: ZeRO 1 to 3."""
         return self.is_deepspeed_enabled and zero_stage(deepspeed_config()) > 0
 
     # ---- checkpoints: written under another name, renamed when every rank is done
@@ -234,7 +235,7 @@ class AdapterTrainer(OrderedTrainer):
             self._write_checkpoint(model, trial, self.run_folder / WRITING / name)
 
     def _write_checkpoint(self, model: nn.Module, trial: Any, written: Path) -> None:
-        """All of a checkpoint under another folder, its account last; then it gets its name."""
+        """Writes a checkpoint under another folder, its account last, and then gives it its name."""
         self._checkpoint_parent = written.parent
         try:
             super()._save_checkpoint(model, trial)
@@ -281,14 +282,14 @@ class AdapterTrainer(OrderedTrainer):
         )
 
     def _last_whole(self) -> str | None:
-        whole = complete_checkpoints(self.run_folder)
-        return whole[-1].name if whole else None
+        checkpoints = complete_checkpoints(self.run_folder)
+        return checkpoints[-1].name if checkpoints else None
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         save_state(Path(output_dir), self._running, self.args)
 
     def _save_scaler(self, output_dir: str) -> None:
-        """Nothing: the scale is in the state."""
+        """Writes nothing: the scale is in the state."""
 
     def _save_rng_state(self, output_dir: str) -> None:
         save_random_states(Path(output_dir), self.args.process_index, self.args.device)
@@ -308,7 +309,7 @@ class AdapterTrainer(OrderedTrainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         optimizer = cast(Any, self.optimizer).optimizer
         trained = {name: parameter for part in self.parts for name, parameter in part.parameters.items()}
-        self.optimizer_layout = places_of(optimizer, trained, self.args.device)
+        self.optimizer_layout = layout_of(optimizer, trained, self.args.device)
         if self.is_deepspeed_enabled:
             self._see_gradients_before_clipping(cast("DeepSpeedEngine", self.model_wrapped))
         if self._drops_gradients_itself:
@@ -381,7 +382,7 @@ def plan_of(
     *,
     tokens: int,
 ) -> dict[str, Table]:
-    """What trains, what does not, and the memory that a micro-batch of so many tokens takes, before the first step."""
+    """Makes the tables of what trains, what does not, and the memory that a micro-batch of so many tokens takes."""
     model = backbone.model
     engine = engine_of(
         deepspeed_config() if arguments.deepspeed is not None else None,
@@ -389,13 +390,15 @@ def plan_of(
         hidden_width=int(model.config.get_text_config().hidden_size),
         fsdp=getattr(model, "_is_fsdp_managed_module", False),
     )
-    held = held_by(model, engine, half_precision=arguments.bf16 or arguments.fp16)
+    held, others = held_by(model, engine, half_precision=arguments.bf16 or arguments.fp16), 0
+    if arguments.device.type == "cpu":  # the log's memory there is the process's, not that of tensors alone
+        others = max(0, psutil.Process().memory_info().rss - sum(held.weights.values()) - held.trained)
     estimate = Estimate(
         engine,
         held,
         activations.of(tokens=tokens, labelled=tokens, recomputed=bool(arguments.gradient_checkpointing)),
         accumulates=arguments.gradient_accumulation_steps > 1,
-        others=process_beside(held, arguments.device),
+        others=others,
     )
     return {
         "trained": trained_table(model, trained_parts(model), rates),
@@ -409,5 +412,5 @@ def _read_in_a_pass(samples: int, arguments: TrainingArguments) -> int:
     if arguments.world_size == 1:
         return samples
     together = arguments.per_device_train_batch_size * arguments.world_size
-    whole = samples - samples % together
-    return whole if arguments.dataloader_drop_last or whole == samples else whole + together
+    in_batches = samples - samples % together
+    return in_batches if arguments.dataloader_drop_last or in_batches == samples else in_batches + together

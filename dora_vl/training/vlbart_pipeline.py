@@ -66,11 +66,11 @@ from dora_vl.training.seq2seq_tasks import (
 
 ONE_AT_A_TIME = ("per_device_train_batch_size", "per_device_eval_batch_size")
 LISTS_FILE = "closed_answers.json"
-"""In the run folder: the closed answer lists, and the training samples that have no answer on them."""
+"""The run folder's file with the closed answer lists and the training samples that have no answer on them."""
 
 
 class VlBartPipeline(Pipeline):
-    """One task of a VL-BART, or a mixture of them."""
+    """Trains one task of a VL-BART, or a mixture of them."""
 
     kind = VLBART
     labels_shift = False
@@ -105,7 +105,7 @@ class VlBartPipeline(Pipeline):
             make_lists(self._lists_file, lists, files, same_as=heads)
 
     def labelled(self, arguments: TrainingArguments) -> Iterator[Labelled]:
-        """Those of each task's first samples; where one of a closed list is trained there are none."""
+        """Yields the labels of each task's first samples; a sample that is answered from a closed list has none."""
         for sample, target, subtask in self._mixture(arguments).first(FIRST):
             labels, answer, tokenizer = sample.labels, self.encoder.answer(target.text), self.encoder.tokenizer
             cut = len(labels) >= subtask.target_tokens
@@ -192,7 +192,7 @@ class VlBartPipeline(Pipeline):
         return TokenText(self.encoder.tokenizer, frozenset())
 
     def recipe(self) -> dict[str, Any]:
-        """With the tasks and their settings."""
+        """Adds the tasks and their settings."""
         data = self.config.data
         return {
             **super().recipe(),
@@ -204,7 +204,7 @@ class VlBartPipeline(Pipeline):
         }
 
     def _named_settings(self) -> dict[str, Any]:
-        """What `metrics.json` says of where a run may differ from the published ones."""
+        """Returns the settings by which a run may differ from the published ones, for `metrics.json`."""
         data, evaluation, optim = self.config.data, self.config.evaluation, self.config.optim
         return {
             "task_prompt": data.task_prompt,
@@ -247,7 +247,7 @@ class VlBartPipeline(Pipeline):
 
     @cached_property
     def _width(self) -> int:
-        """Of the features that the base reads."""
+        """Returns the width of the features that the base reads."""
         return vlbart_config(self.config.model.base).feature_width
 
     @property
@@ -285,7 +285,7 @@ def paths_of(files: str | Sequence[str]) -> tuple[Path, ...]:
 
 
 def vlbart_dora_config(adapter: AdapterConfig, model: VlBartForConditionalGeneration, *, heads: bool) -> DoRAConfig:
-    """What a run adapts and trains in a VL-BART, `heads` of closed answer lists included."""
+    """Returns what a run adapts and trains in a VL-BART, `heads` of closed answer lists included."""
     if adapter.method == "full":
         return core_config(adapter, model, targets=("*",))
     trained = also_trained(model.settings, biases=adapter.train_biases, norm_weights=adapter.train_norm_weights)

@@ -16,8 +16,8 @@ from dora_vl.cli import main
 from dora_vl.evaluation import merging as merging_module
 from tests.adapters.test_hub_names import adapter_on
 from tests.evaluation.test_ask_any_model import peft_adapter, spread, write_model
-from tests.tasks.test_closed_answers import COLOURS, gqa_folder
-from tests.tasks.test_video_qa import root, vlbart
+from tests.evaluation.test_ask_videos import root, vlbart
+from tests.training.test_closed_answers import COLOURS, gqa_folder
 from tests.training.tiny_run import write_tiny_data, write_tiny_llava
 
 __all__ = ["gqa_folder", "root", "vlbart"]

@@ -205,11 +205,11 @@ def test_what_cannot_be_compared_is_refused_before_a_run(
 @pytest.mark.timeout(600)
 def test_real_runs_are_compared(tmp_path: Path) -> None:
     """Of a tiny language model on generated questions: rates chosen, tested, and what it forgot."""
-    from tests.tasks import generated_commonsense
-    from tests.tasks.test_commonsense import arguments
+    from tests.training.generated_commonsense import write_commonsense
+    from tests.training.test_commonsense import arguments
 
     write_tiny_language(tmp_path / "base")
-    generated_commonsense.main(["--to", str(tmp_path / "data")])
+    write_commonsense(tmp_path / "data")
     config, *settings = arguments(tmp_path, "run", "--training.max_steps=3", "--training.deepspeed=null")
     words = f"--methods dora,full --ranks 2 --rates 0.001,0.01 --seeds 2 --to {tmp_path / 'out'}".split()
     settings += ["--evaluation.scoring=[likelihood]", '--adapter.targets=["*.q_proj", "*.down_proj"]']

@@ -13,27 +13,8 @@ from transformers import Phi3Config, Phi3ForCausalLM, TrainingArguments
 from dora_vl.backbones.loading import written_base
 from dora_vl.backbones.specs import LanguageSource
 from dora_vl.errors import SettingError, UserError
-from dora_vl.run import base as run_base
 from dora_vl.run.base import check_window, load_base, make_base
 from dora_vl.run.settings import ModelConfig
-
-
-def test_every_setting_reaches_the_loader(monkeypatch):
-    tried = []
-    monkeypatch.setattr(run_base, "check_runs_here", lambda *args: tried.append(args))
-    model = ModelConfig(
-        base="folder", revision="abc", dtype="float16", attn_implementation="eager", quantisation="int8"
-    )
-    loaded: dict[str, Any] = load_base(lambda base, **settings: {"base": base, **settings}, model, beams=4)
-    assert loaded == {
-        "base": "folder",
-        "revision": "abc",
-        "dtype": torch.float16,
-        "attn_implementation": "eager",
-        "quantisation": "int8",
-        "beams": 4,
-    }
-    assert tried == [("int8", torch.float16)]
 
 
 def test_flash_attention_without_a_card_is_refused_before_loading(monkeypatch):

@@ -18,7 +18,7 @@ from dora_vl.run.reading import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.faults import StepFaults
 from dora_vl.training.run import train
-from tests.training.tiny_run import write_run
+from tests.training.tiny_run import MakeRun
 
 SMALL_DISK_KIB = 1400
 
@@ -38,13 +38,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
-def test_a_run_on_a_disk_that_fills_up_names_the_last_whole_checkpoint(
-    small_disk: Path, tiny_llava: Path, tiny_data: Path, tmp_path: Path
-) -> None:
-    run_file = write_run(
-        tmp_path / "run.yaml",
-        tiny_llava,
-        tiny_data,
+def test_a_run_on_a_disk_that_fills_up_names_the_last_whole_checkpoint(small_disk: Path, make_run: MakeRun) -> None:
+    run_file = make_run(
         adapter={"rank": 16},
         training={
             "use_cpu": True,
@@ -75,11 +70,9 @@ def test_a_disk_that_takes_no_more_is_one_line(tmp_path: Path, number: int, kind
         raise raised
 
 
-def test_a_killed_data_worker_ends_a_run_in_one_line(
-    tmp_path: Path, tiny_llava: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_data_worker_ends_a_run_in_one_line(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     training = {"use_cpu": True, "max_steps": 200}
-    run_file = write_run(tmp_path / "run.yaml", tiny_llava, tiny_data, data={"workers": 1}, training=training)
+    run_file = make_run(data={"workers": 1}, training=training)
 
     begin = StepFaults.begin_step
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.tiny_run import assert_same_weights, logged_losses, write_run
+from tests.training.tiny_run import MakeRun, assert_same_weights, logged_losses
 
 ROOT = Path(__file__).parents[2]
 LIMIT, STEPS = 15, 5
@@ -92,15 +92,11 @@ def ended(ranks: list[subprocess.Popen[str]], *, within: float) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_lost_link_ends_both_hosts_and_the_run_resumes_bitwise(
-    hosts: Hosts, tiny_llava: Path, tiny_data: Path, tmp_path: Path
+    hosts: Hosts, make_run: MakeRun, tmp_path: Path
 ) -> None:
     saving = {"save_strategy": "steps", "save_steps": 2, "deepspeed": "zero3", "ddp_timeout": LIMIT}
-    run_file = write_run(
-        tmp_path / "run.yaml",
-        tiny_llava,
-        tiny_data,
-        adapter={"dropout": 0.1},
-        training={"max_steps": STEPS, "per_device_train_batch_size": 2, **saving},
+    run_file = make_run(
+        adapter={"dropout": 0.1}, training={"max_steps": STEPS, "per_device_train_batch_size": 2, **saving}
     )
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     undisturbed = start(hosts, "none", run_file, f"--training.output_dir={whole}")

@@ -46,14 +46,6 @@ def test_settings_choose_the_frames(folder: Path) -> None:
     assert len(reading(folder, video_frames=5, video_fps=4.0).read([CLIP])[0].indices) == 5
 
 
-def test_a_part_is_read_as_one_and_knows_its_file(folder: Path) -> None:
-    part = Clip(path="a.mp4", start_seconds=1.0, end_seconds=1.4)
-    (video,) = reading(folder, video_frames=2).read([part])
-    assert video.indices == (27, 32)
-    assert video.seconds == pytest.approx((1.08, 1.28))
-    assert (video.count, video.duration, video.span) == (50, pytest.approx(2.0), (1.0, 1.4))
-
-
 def test_short_videos_are_filled_up_where_all_must_have_one_length(folder: Path) -> None:
     clips = [Clip(path="short.mp4"), CLIP]
     assert [len(video.pictures) for video in reading(folder).read(clips)] == [3, 8]

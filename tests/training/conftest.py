@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
+from tests.training.tiny_run import MakeRun, write_run, write_tiny_data, write_tiny_llava
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +21,11 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run_file(tmp_path: Path, tiny_llava: Path, tiny_data: Path) -> Path:
+def make_run(tmp_path: Path, tiny_llava: Path, tiny_data: Path) -> MakeRun:
+    return partial(write_run, tmp_path / "run.yaml", tiny_llava, tiny_data)
+
+
+@pytest.fixture
+def run_file(make_run: MakeRun) -> Path:
     """Settings of a run of six steps in this process."""
-    return write_run(tmp_path / "run.yaml", tiny_llava, tiny_data, training={"use_cpu": True})
+    return make_run(training={"use_cpu": True})

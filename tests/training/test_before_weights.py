@@ -19,8 +19,8 @@ from dora_vl.training.pipeline import Pipeline
 from dora_vl.training.run import train
 from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
 from tests.backbones.tiny_language import write_tiny_language as write_tiny_llama
-from tests.tasks import generated_commonsense
-from tests.tasks.test_commonsense import settings
+from tests.training.generated_commonsense import write_commonsense
+from tests.training.test_commonsense import settings
 from tests.training.tiny_run import decoder_run, refused, write_run, write_tiny_data, write_tiny_llava
 from tests.training.tiny_vlbart_run import vlbart_run, write_vlbart_data, write_vlbart_run
 
@@ -45,7 +45,7 @@ def llava(folder: Path, *overrides: str, streaming: bool = False) -> Pipeline:
 
 def commonsense(folder: Path, *overrides: str) -> Pipeline:
     write_tiny_llama(folder / "base")
-    generated_commonsense.main(["--to", str(folder / "data")])
+    write_commonsense(folder / "data")
     return DecoderPipeline(settings(folder, "run", "--training.deepspeed=null", *CPU, *overrides))
 
 
@@ -54,17 +54,14 @@ def vlbart(folder: Path, *overrides: str) -> Pipeline:
     return vlbart_run(path, *overrides)
 
 
-RUNS: dict[str, tuple[Callable[[Path], Pipeline], type]] = {
-    "llava": (llava, Encoder),
-    "a stream": (lambda folder: llava(folder, streaming=True), Encoder),
-    "qwen2_5_vl": (lambda folder: instruct(folder, lambda base: write_tiny("qwen2_5_vl", base)), Encoder),
-    "language model": (
-        lambda folder: instruct(folder, lambda base: write_tiny_language("llama", base), text_only=True),
-        Encoder,
-    ),
-    "commonsense": (lambda folder: commonsense(folder, "--data.train_on=answer"), Encoder),
-    "commonsense, prompt too": (lambda folder: commonsense(folder, "--data.train_on=all"), Encoder),
-    "vlbart": (vlbart, Seq2SeqEncoder),
+RUNS: dict[str, Callable[[Path], Pipeline]] = {
+    "llava": llava,
+    "a stream": lambda folder: llava(folder, streaming=True),
+    "qwen2_5_vl": lambda folder: instruct(folder, lambda base: write_tiny("qwen2_5_vl", base)),
+    "language model": lambda folder: instruct(folder, lambda base: write_tiny_language("llama", base), text_only=True),
+    "commonsense": lambda folder: commonsense(folder, "--data.train_on=answer"),
+    "commonsense, prompt too": lambda folder: commonsense(folder, "--data.train_on=all"),
+    "vlbart": vlbart,
 }
 
 
@@ -84,8 +81,8 @@ def without_last_label(encode: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("kind", RUNS)
 def test_labels_that_are_not_the_answers_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    make, encoder = RUNS[kind]
-    pipeline, name = make(tmp_path), "labels" if encoder is Seq2SeqEncoder else "encode"
+    pipeline = RUNS[kind](tmp_path)
+    encoder, name = (Seq2SeqEncoder, "labels") if kind == "vlbart" else (Encoder, "encode")
     with monkeypatch.context() as patch:
         patch.setattr(encoder, name, without_last_label(getattr(encoder, name)))
         refused(pipeline)
@@ -94,14 +91,14 @@ def test_labels_that_are_not_the_answers_end_a_run(tmp_path: Path, monkeypatch: 
         train(pipeline)
 
 
-@pytest.mark.parametrize("make", [llava, commonsense, vlbart], ids=lambda make: make.__name__)
 @pytest.mark.parametrize(
-    "override",
+    ("make", "override"),
     [
-        '--adapter.targets=["*.nosuch_proj"]',
-        '--adapter.also_train={"norms": ["*.norrm.*"]}',
-        '--adapter.parts={"eyes": {"targets": ["*.eyes.*"]}}',
-        '--optim.rates={"dorra": 1e-4}',
+        (llava, '--adapter.targets=["*.nosuch_proj"]'),
+        (llava, '--adapter.also_train={"norms": ["*.norrm.*"]}'),
+        (llava, '--adapter.parts={"eyes": {"targets": ["*.eyes.*"]}}'),
+        (commonsense, '--adapter.targets=["*.nosuch_proj"]'),
+        (vlbart, '--optim.rates={"dorra": 1e-4}'),
     ],
 )
 def test_parts_that_the_model_does_not_have_end_a_run(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.training.launched import launch
-from tests.training.tiny_run import losses_of, weights_of, write_run
+from tests.training.tiny_run import MakeRun, losses_of, weights_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,9 +24,9 @@ def launch_on_gpu(run_file: Path, *overrides: str) -> None:
 
 
 @pytest.fixture
-def run_file(tmp_path: Path, tiny_llava: Path, tiny_data: Path) -> Path:
+def run_file(make_run: MakeRun) -> Path:
     training = {"max_steps": 10, "save_strategy": "steps", "save_steps": 5, "gradient_checkpointing": True}
-    return write_run(tmp_path / "run.yaml", tiny_llava, tiny_data, model={"dtype": "bfloat16"}, training=training)
+    return make_run(model={"dtype": "bfloat16"}, training=training)
 
 
 @pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3", "zero3_offload"])

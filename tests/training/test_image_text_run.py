@@ -27,7 +27,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_evaluate_gives_the_answers_of_the_run_s_own_test(data: Path, tmp_path: Path) -> None:
-    evaluation = {"file": str(data), "batch_size": 5, "max_new_tokens": 4}
+    evaluation = {"file": str(data), "batch_size": 5, "max_new_tokens": 4, "forgetting": False}
     base = write_tiny("qwen2_5_vl", tmp_path / "base")
     run(decoder_run(write_run(tmp_path / "run.yaml", base, data, training=CPU, evaluation=evaluation)))
     options = [

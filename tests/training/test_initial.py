@@ -58,7 +58,16 @@ def test_the_run_starts_where_the_folder_ended(folder: Path) -> None:
 
 @pytest.mark.parametrize("with_recipe", [True, False])
 @pytest.mark.parametrize(
-    "change", [{"alpha": 8.0}, {"alpha_pattern": {}}, {"rank": 3}, {"rank_scaling": "sqrt"}, {"init": "pissa"}], ids=str
+    "change",
+    [
+        {"alpha": 8.0},
+        {"alpha_pattern": {}},
+        {"rank": 3},
+        {"rank_scaling": "sqrt"},
+        {"init": "pissa"},
+        {"method": "lora"},
+    ],
+    ids=str,
 )
 def test_another_scale_is_refused_and_another_dropout_is_not(
     folder: Path, change: dict[str, Any], with_recipe: bool
@@ -81,12 +90,6 @@ def test_what_is_no_number_is_no_start(folder: Path, leaf: str) -> None:
     save_file(tensors, file)
     with pytest.raises(UserError):
         adapt(model(), CONFIG, initial=str(folder))
-
-
-def test_lora_is_no_start_for_dora(tmp_path: Path) -> None:
-    save_adapter(moved(replace(CONFIG, method="lora")), tmp_path / "adapter")
-    with pytest.raises(UserError):
-        adapt(model(), CONFIG, initial=str(tmp_path / "adapter"))
 
 
 def test_a_folder_without_factors_needs_no_configuration(tmp_path: Path) -> None:

@@ -10,22 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from dora_vl.data.samples import Sample, Skipped
-from dora_vl.errors import UserError, is_out_of_memory
+from dora_vl.errors import UserError
 from dora_vl.run.folder import read_log
 from dora_vl.run.reading import read_run_file
 from dora_vl.training import largest_batch
 from dora_vl.training.decoder_pipeline import DecoderPipeline
-from dora_vl.training.largest_batch import (
-    asked_bytes,
-    cost_of,
-    largest,
-    smaller_model,
-    smaller_validation,
-    take_and_undo,
-    what_to_lower,
-)
-from dora_vl.training.memory import Activations
+from dora_vl.training.largest_batch import take_and_undo, what_to_lower
 from dora_vl.training.pipeline import NextTokenLoss
 from dora_vl.training.run import train
 from tests.training.launched import launch
@@ -188,44 +178,3 @@ def test_advice_goes_from_the_mildest_on(
 ) -> None:
     config = read_run_file(run_file, *overrides)
     assert advice in what_to_lower(config, DecoderPipeline(config).arguments(), fits=fits)
-
-
-def test_advice_names_only_settings_that_the_run_has(run_file: Path, tmp_path: Path) -> None:
-    data = write_vlbart_data(tmp_path / "data")
-    settings = ("--data.batch_size=6", "--training.gradient_accumulation_steps=3", "--evaluation.batch_size=10")
-    pipeline = vlbart_run(write_vlbart_run(tmp_path / "bart.yaml", data, ("vqav2",)), *settings)
-    bart, arguments = pipeline.config, pipeline.arguments()
-    assert "accumulation_steps to 6 (it is 3): the step keeps its 6 samples" in what_to_lower(bart, arguments)
-    arguments.gradient_accumulation_steps, arguments.gradient_checkpointing = 6, True
-    arguments.per_device_train_batch_size = 1
-    assert what_to_lower(bart, arguments).startswith("Set training.deepspeed to zero3")
-    assert "evaluation.batch_size to 5 (it is 10)" in smaller_validation(bart, arguments)
-    llava = read_run_file(run_file, "--training.per_device_eval_batch_size=8")
-    assert "per_device_eval_batch_size to 4" in smaller_validation(llava, DecoderPipeline(llava).arguments())
-    assert "quantisation" not in smaller_model(bart)
-    assert "model.quantisation to nf4" in smaller_model(read_run_file(run_file))
-    assert "quantisation" not in smaller_model(read_run_file(run_file, "--model.quantisation=nf4"))
-
-
-def test_the_numbers_of_messages() -> None:
-    assert asked_bytes(RuntimeError("you tried to allocate 140 bytes. Error code 12")) == 140
-    assert asked_bytes(MemoryError()) is None
-    assert is_out_of_memory(RuntimeError("CUDA error: out of memory"))
-    assert not is_out_of_memory(ValueError("out of memory"))
-
-
-def test_the_costliest_pool_gives_the_batch() -> None:
-    def sample(name: str, tokens: int, labels: int) -> Sample:
-        ids = torch.ones(tokens, dtype=torch.int64)
-        labelled = torch.cat([torch.full((tokens - labels,), -100), torch.ones(labels)]).long()
-        return Sample(index=0, id=name, input_ids=ids, labels=labelled)
-
-    pictures = [sample("a", 50, 2), sample("b", 70, 2), Skipped(3, "c", "broken"), sample("d", 60, 2)]
-    words = [sample("e", 65, 60), sample("f", 65, 60)]
-    few = cost_of(Activations(layers=2, layer=272, vector=16, adapted=0, scores=12, chunk=None), recomputed=False)
-    assert [item.id for item in largest([pictures, words], few, 2)] == ["b", "d"]
-    many = cost_of(
-        Activations(2, 272, 16, 0, scores=120_000, chunk=None), recomputed=False
-    )  # then scores at labelled places are what takes the room
-    assert [item.id for item in largest([pictures, words], many, 2)] == ["e", "f"]
-    assert largest([[Skipped(0, "x", "broken")]], few, 2) == []

@@ -16,7 +16,7 @@ from tests.backbones.tiny_image_text import write_tiny
 from tests.training.tiny_run import decoder_run, json_of, logged, trained, write_run, write_tiny_llava
 
 FAMILIES = ("qwen2_vl", "llava_next")
-SIDES = ((640, 480), (60, 40), (900, 100))
+SIDES = ((320, 240), (60, 40), (450, 50))
 SHARE = 4_000
 PINPOINTS = [[16, 32], [32, 16], [32, 32], [64, 80], [96, 96]]
 
@@ -69,19 +69,16 @@ def test_what_is_above_a_samples_share_becomes_fewer_tokens(
 ) -> None:
     path = written(tmp_path, bases[family])
     whole, budget = tokens_of(path), tokens_of(path, f"--data.max_pixels_per_step={2 * SHARE}")
-    assert budget[0] < 0.7 * whole[0]  # 307,200 pixels became at most 4,000
+    assert budget[0] < 0.7 * whole[0]  # 76,800 pixels became at most 4,000
     assert budget[1] == whole[1]  # 2,400 fit
     alone = (f"--data.max_pixels_per_step={2 * SHARE}", "--training.per_device_train_batch_size=1")
     shares = tokens_of(path, *alone)  # one sample has all of it
     assert budget[0] < shares[0] <= whole[0]
     assert shares[1] == whole[1]
-    ample = tokens_of(path, f"--data.max_pixels_per_step={2 * 640 * 480}")
-    assert ample == whole
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_run_counts_them(bases: Mapping[str, Path], tmp_path: Path, family: str) -> None:
-    path = written(tmp_path, bases[family], data={"max_pixels_per_step": 2 * SHARE})
+def test_a_run_counts_them(bases: Mapping[str, Path], tmp_path: Path) -> None:
+    path = written(tmp_path, bases["qwen2_vl"], data={"max_pixels_per_step": 2 * SHARE})
     metrics = json_of(trained(path) / "metrics.json")
     assert (metrics["train_samples"], metrics["shrunk_samples"]) == (12, 8)  # large and long ones
     assert logged(tmp_path / "run")[-1]["shrunk_samples"] == 8
@@ -122,7 +119,7 @@ def test_pictures_and_frames_of_a_sample_shrink_by_one_factor() -> None:
 @pytest.mark.parametrize("most", [1_024, 3_333, 50_000])
 def test_never_above_the_share(most: int) -> None:
     draws = torch.Generator().manual_seed(most)
-    for _ in range(50):
+    for _ in range(10):
         sides = torch.randint(20, 900, (3, 2), generator=draws).tolist()
         smaller, _, _ = within_pixels([Image.new("RGB", (width, height)) for width, height in sides], [], most)
         assert sum(picture.width * picture.height for picture in smaller) <= most

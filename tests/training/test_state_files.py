@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 
 from dora_vl.errors import SettingError, UserError
 from dora_vl.training.checkpoint import (
-    OptimizerPlaces,
+    OptimizerLayout,
     Piece,
+    layout_of,
     load_optimizer,
     load_random_states,
     load_values,
     optimizer_numbers,
-    places_of,
     save_random_states,
     seed_all,
     whole_tensors,
@@ -50,26 +50,26 @@ def step(optimizer: torch.optim.Optimizer, tensors: list[torch.nn.Parameter], ti
         optimizer.step()
 
 
-def whole_places(tensors: Trained, *, steps: int) -> OptimizerPlaces:
+def whole_places(tensors: Trained, *, steps: int) -> OptimizerLayout:
     """As without DeepSpeed."""
     optimizer = optimizer_of(list(tensors.values()), 2)
     step(optimizer, list(tensors.values()), steps)
-    return places_of(optimizer, tensors, CPU)
+    return layout_of(optimizer, tensors, CPU)
 
 
-def flat_places(tensors: Trained) -> OptimizerPlaces:
+def flat_places(tensors: Trained) -> OptimizerLayout:
     """As ZeRO lays tensors out: the first two in one flat tensor, in another order and padded; the third alone."""
     flats = [torch.nn.Parameter(torch.zeros(20)), torch.nn.Parameter(torch.zeros(4))]
     pieces = dict(zip(tensors, (Piece(0, 6, 0, 12), Piece(0, 0, 0, 5), Piece(1, 0, 0, 4)), strict=True))
-    return OptimizerPlaces(optimizer_of(flats, 2), flats, tensors, pieces, CPU)
+    return OptimizerLayout(optimizer_of(flats, 2), flats, tensors, pieces, CPU)
 
 
-def saved(checkpoint: Path, layout: OptimizerPlaces, **sizes: int) -> None:
+def saved(checkpoint: Path, layout: OptimizerLayout, **sizes: int) -> None:
     write_state(checkpoint, whole_tensors(layout), **sizes)
     write_numbers(checkpoint, {"optimizer": optimizer_numbers(layout)})
 
 
-def loaded(checkpoint: Path, layout: OptimizerPlaces) -> None:
+def loaded(checkpoint: Path, layout: OptimizerLayout) -> None:
     files = StateFiles(checkpoint)
     load_values(layout, files)
     load_optimizer(layout, files)
@@ -114,7 +114,7 @@ def test_an_optimizer_that_counts_in_integers_gets_integers(tmp_path: Path) -> N
     tensors = trained()
     first, *last = tensors.values()
     counting = WholeSteps([{"name": "first", "params": [first, last[0]]}, {"name": "last", "params": last[1:]}])
-    loaded(tmp_path, places_of(counting, tensors, CPU))
+    loaded(tmp_path, layout_of(counting, tensors, CPU))
     steps = [counting.state[tensor]["step"] for tensor in tensors.values()]
     assert steps == [3, 3, 3]
     assert {type(step) for step in steps} == {int}
@@ -123,7 +123,7 @@ def test_an_optimizer_that_counts_in_integers_gets_integers(tmp_path: Path) -> N
 def test_a_rank_takes_its_piece_of_a_tensor_that_is_larger_than_all_it_holds() -> None:
     whole, flat = torch.arange(12.0).view(3, 4), torch.nn.Parameter(torch.zeros(5))
     parameter = torch.nn.Parameter(torch.zeros(3, 4))
-    layout = OptimizerPlaces(optimizer_of([flat], 1), [flat], {"a": parameter}, {"a": Piece(0, 0, 6, 5)}, CPU)
+    layout = OptimizerLayout(optimizer_of([flat], 1), [flat], {"a": parameter}, {"a": Piece(0, 0, 6, 5)}, CPU)
     layout.set_value("a", whole)
     assert flat.tolist() == [6.0, 7.0, 8.0, 9.0, 10.0]
     assert torch.equal(parameter, whole)

@@ -21,19 +21,15 @@ from dora_vl.run.folder import read_log
 from dora_vl.training.faults import check_base_weights, check_trained_weights, is_spike
 from dora_vl.training.trainer import AdapterTrainer
 from tests.training.launched import launch
-from tests.training.tiny_run import assert_same_weights, json_of, logged, trained, weights_of, write_run
+from tests.training.tiny_run import MakeRun, assert_same_weights, json_of, logged, trained, weights_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def run_file(tmp_path: Path, tiny_llava: Path, tiny_data: Path) -> Path:
-    return write_run(
-        tmp_path / "run.yaml",
-        tiny_llava,
-        tiny_data,
-        data={"group_by_modality_length": False},
-        training={"use_cpu": True, "train_sampling_strategy": "sequential"},
+def run_file(make_run: MakeRun) -> Path:
+    return make_run(
+        data={"group_by_modality_length": False}, training={"use_cpu": True, "train_sampling_strategy": "sequential"}
     )
 
 
@@ -174,12 +170,9 @@ def test_a_spike_is_named_with_its_samples(run_file: Path, monkeypatch: pytest.M
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("ranks", "zero"), [(1, "zero0"), (2, "zero2"), (2, "zero3")])
 def test_a_picture_whose_features_are_no_numbers_under_the_launcher(
-    tiny_llava: Path, tiny_data: Path, tmp_path: Path, ranks: int, zero: str
+    make_run: MakeRun, tmp_path: Path, ranks: int, zero: str
 ) -> None:
-    run_file = write_run(
-        tmp_path / "run.yaml",
-        tiny_llava,
-        tiny_data,
+    run_file = make_run(
         data={"group_by_modality_length": False, "cache_features": True, "feature_cache": str(tmp_path / "features")},
         training={"deepspeed": zero, "train_sampling_strategy": "sequential", "per_device_train_batch_size": 2},
     )

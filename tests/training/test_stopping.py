@@ -14,26 +14,20 @@ import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from dora_vl.adapters.files import complete_checkpoints
+from dora_vl.cli import main
 from dora_vl.run.folder import read_log
 from dora_vl.training.callbacks import StopOnSignal
 from tests.training.launched import ROOT, free_port, launch
-from tests.training.tiny_run import assert_same_weights, losses_of, write_run
+from tests.training.test_run import send_at_step
+from tests.training.tiny_run import MakeRun, assert_same_weights, losses_of
 
 STEPS = 60
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_ctrl_c_saves_and_the_run_goes_on_as_if_nothing_had_been(
-    tiny_llava: Path, tiny_data: Path, tmp_path: Path
-) -> None:
-    run_file = write_run(
-        tmp_path / "run.yaml",
-        tiny_llava,
-        tiny_data,
-        adapter={"dropout": 0.2},
-        training={"max_steps": STEPS, "deepspeed": "zero3"},
-    )
+def test_ctrl_c_saves_and_the_run_goes_on_as_if_nothing_had_been(make_run: MakeRun, tmp_path: Path) -> None:
+    run_file = make_run(adapter={"dropout": 0.2}, training={"max_steps": STEPS, "deepspeed": "zero3"})
     whole = tmp_path / "whole"
     launch(run_file, f"--training.output_dir={whole}", ranks=2)
 
@@ -76,6 +70,19 @@ def stop_after_two_steps(run_file: Path, folder: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=200)
     assert stderr.count("stopped by SIGINT; --resume last resumes from there") == 1
+
+
+def test_a_signal_ends_a_run_with_its_status_once_the_step_is_saved(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_file = make_run(training={"use_cpu": True})
+    before = [signal.getsignal(number) for number in StopOnSignal.SIGNALS]
+    send_at_step(monkeypatch, 2)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(run_file)])
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert [checkpoint.name for checkpoint in complete_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    assert [signal.getsignal(number) for number in StopOnSignal.SIGNALS] == before
 
 
 def test_what_nohup_ignores_stays_ignored(tmp_path: Path) -> None:

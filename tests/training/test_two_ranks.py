@@ -11,6 +11,7 @@ from dora_vl.evaluation.predictions import read_predictions
 from dora_vl.run.watched import read_watched
 from tests.training.launched import launch
 from tests.training.tiny_run import (
+    MakeRun,
     assert_same_weights,
     json_of,
     losses_of,
@@ -59,11 +60,8 @@ def test_two_ranks_train_what_one_rank_trains(mixed_run: Path, one_rank: Path, s
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_shards_of_fsdp_are_asked_saved_and_go_on_bitwise(tiny_llava: Path, tiny_data: Path, tmp_path: Path) -> None:
-    run_file = write_run(
-        tmp_path / "run.yaml",
-        tiny_llava,
-        tiny_data,
+def test_shards_of_fsdp_are_asked_saved_and_go_on_bitwise(make_run: MakeRun, tiny_data: Path, tmp_path: Path) -> None:
+    run_file = make_run(
         data={"cache_features": True},
         training={
             "fsdp": True,
@@ -102,15 +100,10 @@ def test_a_quantised_base_in_shards_trains_as_a_whole_one(tiny_data: Path, tmp_p
 
 @pytest.mark.slow
 def test_zero3_caches_features_on_both_ranks_and_is_tested_afterwards(
-    tiny_llava: Path, tiny_data: Path, tmp_path: Path
+    make_run: MakeRun, tiny_data: Path, tmp_path: Path
 ) -> None:
-    run_file = write_run(
-        tmp_path / "run.yaml",
-        tiny_llava,
-        tiny_data,
-        data={"cache_features": True},
-        training={"deepspeed": "zero3"},
-        evaluation={"file": str(tiny_data), "limit": 8},
+    run_file = make_run(
+        data={"cache_features": True}, training={"deepspeed": "zero3"}, evaluation={"file": str(tiny_data), "limit": 8}
     )
     launch(run_file, ranks=2)
     metrics = json_of(tmp_path / "run" / "metrics.json")

@@ -15,19 +15,19 @@ from dora_vl.evaluation.ask import Assistant, EncoderPrompts, Shown
 from dora_vl.evaluation.open_model import with_adapter
 from dora_vl.evaluation.questions import read_questions
 from dora_vl.run.reading import read_run_file
-from dora_vl.run.watched import Watched, WatchedQuestion, evenly, read_watched, tiled
-from dora_vl.training.callbacks import read_log, steps_to_ask, track_answers
+from dora_vl.run.watched import Watched, WatchedQuestion, read_watched, tiled
+from dora_vl.training.callbacks import read_log, track_answers
 from dora_vl.training.decoder_pipeline import DecoderPipeline
-from tests.training.tiny_run import json_of, logged_losses, trained, write_run
+from tests.training.tiny_run import MakeRun, json_of, logged_losses, trained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def run_file(tmp_path: Path, tiny_llava: Path, tiny_data: Path) -> Path:
+def run_file(make_run: MakeRun) -> Path:
     training = {"use_cpu": True, "learning_rate": 0.05}
     changes: dict[str, Any] = {"training": training, "evaluation": {"max_new_tokens": 3}, "adapter": {"dropout": 0.2}}
-    return write_run(tmp_path / "run.yaml", tiny_llava, tiny_data, **changes)
+    return make_run(**changes)
 
 
 def answers(folder: Path) -> list[dict[str, Any]]:
@@ -39,8 +39,11 @@ def validated(run_file: Path) -> list[str]:
     return [f"--data.validation={records}", "--training.eval_strategy=steps", "--training.eval_steps=3"]
 
 
-def test_the_last_answers_are_those_of_the_saved_adapter(run_file: Path) -> None:
+def test_the_last_answers_are_those_of_the_saved_adapter_and_no_loss_changes(run_file: Path) -> None:
     folder = trained(run_file, *validated(run_file))
+    alone = trained(run_file, *validated(run_file), "--watch=0", name="alone")
+    assert logged_losses(folder) == logged_losses(alone)
+    assert not (alone / "watched").exists()
     watched = read_watched(folder)
     assert watched is not None
     assert sorted(watched.answers) == [0, 3, 6]
@@ -58,13 +61,6 @@ def test_the_last_answers_are_those_of_the_saved_adapter(run_file: Path) -> None
         with Image.open(folder / "watched" / entry.picture) as kept:
             assert kept.tobytes() == picture.tobytes()
     assert watched.answers[0] != watched.answers[6]
-
-
-def test_watching_changes_no_loss(run_file: Path) -> None:
-    settings = validated(run_file)
-    watched, alone = trained(run_file, *settings, name="run"), trained(run_file, *settings, "--watch=0", name="alone")
-    assert logged_losses(watched) == logged_losses(alone)
-    assert not (alone / "watched").exists()
 
 
 @pytest.mark.slow
@@ -90,7 +86,6 @@ def test_without_validation_the_test_is_asked_now_and_then(run_file: Path) -> No
     )
     assert [line["step"] for line in answers(folder)] == [0, 3, 5, 8, 10, 12]
     assert json_of(folder / "watched" / "questions.json")["source"] == records
-    assert steps_to_ask(3) == {1, 2, 3}
     nothing = trained(run_file, name="nothing")
     assert not (nothing / "watched").exists()
 
@@ -119,9 +114,7 @@ def test_rates_by_part_and_memory_are_in_the_log(run_file: Path) -> None:
     assert [row[0] for row in plan["trained"]["rows"]][:3] == ["dora.A", "dora.B", "dora.magnitude"]
 
 
-def test_evenly_and_tiles() -> None:
-    assert evenly(range(10), 4) == [0, 2, 5, 7]
-    assert evenly("ab", 4) == ["a", "b"]
+def test_pictures_of_a_question_are_tiles_of_one() -> None:
     red, blue = Image.new("RGB", (4, 2), "red"), Image.new("RGB", (8, 8), "blue")
     assert tiled([red]) is red
     tile = tiled([red, blue, red])

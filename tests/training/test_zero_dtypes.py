@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.training.launched import launch
-from tests.training.tiny_run import write_run
+from tests.training.tiny_run import MakeRun
 
 # Trains in a process of its own (DeepSpeed keeps global state) and says what the numbers' types are afterwards.
 PROGRAM = """
@@ -41,9 +41,9 @@ def types_after_training(run_file: Path, *overrides: str) -> dict[str, list[str]
 
 
 @pytest.fixture
-def run_file(tmp_path: Path, tiny_llava: Path, tiny_data: Path) -> Path:
+def run_file(make_run: MakeRun) -> Path:
     settings = {"model": {"dtype": "bfloat16"}, "training": {"max_steps": 2}}
-    return write_run(tmp_path / "run.yaml", tiny_llava, tiny_data, **settings)
+    return make_run(**settings)
 
 
 @pytest.mark.parametrize(

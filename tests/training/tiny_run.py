@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from dora_vl.training.run import run, train
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (20, 40, 220), "white": (250, 250, 250)}
 IMAGE_PIXELS = 8
+MakeRun = Callable[..., Path]
+"""Type of the fixture `make_run`: `write_run` over the tiny model and data, in the test's folder."""
 
 
 def write_tiny_llava(folder: Path, *, width: int = 32) -> Path:

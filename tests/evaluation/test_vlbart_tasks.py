@@ -15,37 +15,19 @@ from dora_vl.backbones.tower_sources import small_tokenizer
 from dora_vl.backbones.vision_store import (
     FeatureReader,
     FeatureRow,
-    FeatureStore,
     FeatureWriter,
-    Stored,
     features_of,
     fixed_length,
     open_features,
 )
-from dora_vl.data.batches import over_step
 from dora_vl.data.benchmarks.videos import clip_row
 from dora_vl.data.example import Answer, Clip, Example, ExampleFile, Subtitle, write_examples
-from dora_vl.data.order import MixturePlan, Source
-from dora_vl.data.samples import Skipped
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation import vlbart_tasks
-from dora_vl.evaluation.vlbart_tasks import Seq2SeqCollator
-from dora_vl.training.seq2seq_tasks import MixtureDataset, TaskSource
 
 WORDS = (
     "vqa gpa nlvr caption tvqa how2qa tvc yc2c [Subs] [Q] [TS] [Choices] a0 a1 a2 a3 a4 hello is it red ? true false"
 )
-
-
-class Pictures(FeatureStore):
-    def _read(self, name: str) -> Tensor:
-        return torch.full((4, 3), float(len(name)))
-
-    def _stored(self, name: str) -> Stored:
-        return Stored(4, 3, 1)
-
-
-READER = FeatureReader(Pictures(Path("features"), dict.fromkeys(("a", "bb", "ccc", "d"))), 4, 3)
 
 
 @pytest.fixture(scope="module")
@@ -186,46 +168,3 @@ def test_features_of_another_part_of_the_video_are_not_taken(tmp_path: Path) -> 
         with pytest.raises(BadSample) as error:
             features_of(Example(id="1", videos=(clip,)), reader)
         assert error.value.sample_id == "1"
-
-
-def test_a_caption_file_counts_each_caption_and_others_each_example(tmp_path: Path) -> None:
-    examples = [
-        Example(id=str(number), images=("a.png",), answers=tuple(Answer(text=f"{number} {n}") for n in range(number)))
-        for number in (1, 3, 2)
-    ]
-    write_examples(tmp_path / "c.jsonl", examples)
-    captions = ExampleFile(tmp_path / "c.jsonl", each_answer=True)
-    task = vlbart_tasks.image_subtasks()["coco_caption"]
-    targets = [task.target(captions[i], captions.answer_of(i), Random(0)).text for i in range(len(captions))]
-    assert targets == ["1 0", "3 0", "3 1", "3 2", "2 0", "2 1"]
-    assert [example.id for example in ExampleFile(tmp_path / "c.jsonl")] == ["1", "3", "2"]
-    assert len(ExampleFile(tmp_path / "c.jsonl", each_answer=True, limit=4)) == 4
-    twice = ExampleFile((tmp_path / "c.jsonl", tmp_path / "c.jsonl"), each_answer=True)
-    assert [twice[index].id for index in (5, 6, 7)] == ["2", "1", "3"]
-
-
-def test_a_batch_counts_what_is_usable_and_names_what_it_skips(encoder: Seq2SeqEncoder, tmp_path: Path) -> None:
-    pictures = ("a.png", "missing.png", "bb.png", "ccc.png", "d.png")
-    examples = [
-        Example(id=str(n), images=(name,), question="is it red?", answers=(Answer(text="red", weight=0.5),))
-        for n, name in enumerate(pictures)
-    ]
-    write_examples(tmp_path / "v.jsonl", examples)
-    task, file = vlbart_tasks.image_subtasks()["vqav2"], ExampleFile(tmp_path / "v.jsonl")
-    plan = MixturePlan([Source(name="vqav2", items=5, batch_size=5)], parts=6, mixing="proportional", seed=0)
-    data = MixtureDataset(plan, [TaskSource(task, file, READER, encoder)], seed=0)
-    collate = Seq2SeqCollator(encoder.pad_token_id, (4, 3))
-    batches = [collate([data[number]]) for number in range(len(data))]
-    assert sum(batch["samples"] for batch in batches) == 4
-    assert [name for batch in batches for name, _ in batch["skipped"]] == ["1"]
-    assert {float(batch["sample_weights"].sum()) for batch in batches if batch["samples"]} == {0.5}
-    shared = over_step(batches, torch.device("cpu"))
-    assert [float(batch["sample_weights"].sum()) for batch in shared] == pytest.approx(
-        [0.5 * batch["samples"] / 4 for batch in batches]
-    )
-    nothing = [batch for batch in batches if batch["samples"] == 0]
-    assert len(nothing) == 2  # five items in six parts, one of them skipped
-    assert all(bool((batch["labels"] == -100).all()) for batch in nothing)
-    two = data._item(0, 0, 0)
-    assert not isinstance(two, Skipped)
-    assert torch.equal(two.labels, encoder.labels("red", max_tokens=10))

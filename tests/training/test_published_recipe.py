@@ -12,7 +12,7 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 from dora_vl.adapters.folder import load_adapter
 from dora_vl.backbones.loading import load_tokenizer
 from dora_vl.backbones.model import open_backbone
-from tests.tasks.published_recipe import run_all
+from tests.training.published_recipe import run_all
 from tests.training.tiny_run import logged_losses, weights_of
 
 

@@ -24,19 +24,19 @@ from dora_vl.training.run import train
 from dora_vl.training.run_samples import read_samples
 from dora_vl.training.train_command import pipeline_of
 from tests.backbones.tiny_language import write_tiny_language
-from tests.tasks import generated_commonsense
+from tests.training.generated_commonsense import write_commonsense
 from tests.training.tiny_run import json_of, logged_losses, skipped_by
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[2]
-SMOKE = ROOT / "tests" / "tasks" / "commonsense_smoke.yaml"
+SMOKE = ROOT / "tests" / "training" / "commonsense_smoke.yaml"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("commonsense")
     write_tiny_language(root / "base")
-    generated_commonsense.main(["--to", str(root / "data")])
+    write_commonsense(root / "data")
     return root
 
 
@@ -114,16 +114,6 @@ def test_the_smoke_run_is_tested_again_without_training(folder: Path) -> None:
     assert not (run / "log.jsonl").exists()
 
 
-def test_packing_trains_the_same(folder: Path) -> None:
-    more = ("--training.max_steps", "4", "--training.use_cpu", "true", "--training.deepspeed", "null")
-    for rows in ("packed", "plain"):
-        train(DecoderPipeline(settings(folder, rows, "--data.packing", rows, *more)))
-    packed, plain = (logged_losses(folder / rows) for rows in ("packed", "plain"))
-    assert packed == pytest.approx(plain, abs=1e-4)
-    shares = [json_of(folder / rows / "metrics.json")["padding_share"] for rows in ("packed", "plain")]
-    assert shares[0] == 0 < shares[1]
-
-
 def test_the_references_validation_split(folder: Path) -> None:
     """The same 8 rows that `train_test_split(test_size=8, shuffle=True, seed=42)` takes out."""
     import datasets
@@ -178,31 +168,13 @@ def test_a_sets_answer_is_the_rows_or_found_in_its_output(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("more", "name"),
     [
-        (["--data.validation", "x.json"], "data.validation"),
         (["--data.streaming", "true"], "data.validation_size"),
         (["--data.train", '[{"path": "x.json", "weight": 2}]'], "data.validation_size"),
         (["--adapter.method", "full", "--training.deepspeed", "null"], "adapter.targets"),
         (["--evaluation.files", '{"obqa": "x.json"}'], "evaluation.files"),
-        (["--evaluation.files", '{"openbookqa": "x.json"}'], "x.json"),
-        (["--data.train", "[]"], "data.train"),
         (["--data.validation_size", "40"], "validation_size"),
     ],
 )
 def test_settings_and_files_that_cannot_be_used_are_named(folder: Path, more: list[str], name: str) -> None:
     with pytest.raises(UserError, match=name):
         train(DecoderPipeline(settings(folder, "mistaken", "--overwrite", "true", *more)))
-
-
-def test_the_questions_are_whole_and_right() -> None:
-    records = generated_commonsense.generate(40, seed=3)
-    assert records == generated_commonsense.generate(40, seed=3)
-    for record in records:
-        number = int(record["answer"].removeprefix("answer"))
-        quality = record["instruction"].split("Which of these is the ")[1].split("?")[0]
-        choices = record["instruction"].split("Answer1: ")[1].split("\n\n")[0]
-        for before in ("Answer2: ", "Answer3: ", "Answer4: "):
-            choices = choices.replace(f" {before}", "|")
-        things = choices.split("|")
-        ranked = generated_commonsense.RANKED[quality]
-        assert ranked.index(things[number - 1]) == max(ranked.index(thing) for thing in things)
-        assert record["output"] == f"the correct answer is {record['answer']}"

@@ -18,12 +18,12 @@ from tests.training.tiny_run import write_tiny_data
 ROOT = Path(__file__).parents[2]
 METHODS = ("dora", "lora", "qdora", "full")
 CASES = [
-    pytest.param("smolvlm", "256m", "smolvlm", marks=pytest.mark.slow),
-    pytest.param("qwen2_5_vl", "3b", "qwen2_5_vl", marks=pytest.mark.slow),
-    pytest.param("internvl3", "2b", "internvl", marks=pytest.mark.slow),
-    pytest.param("qwen3_vl", "2b", "qwen3_vl", marks=pytest.mark.slow),
-    pytest.param("gemma3", "4b", "gemma3", marks=pytest.mark.slow),
-    pytest.param("llava_onevision", "7b", "llava_onevision", marks=pytest.mark.slow),
+    ("smolvlm", "256m", "smolvlm"),
+    ("qwen2_5_vl", "3b", "qwen2_5_vl"),
+    ("internvl3", "2b", "internvl"),
+    ("qwen3_vl", "2b", "qwen3_vl"),
+    ("gemma3", "4b", "gemma3"),
+    ("llava_onevision", "7b", "llava_onevision"),
 ]
 ONE_AFTER_ANOTHER = """
 import json, os, sys
@@ -43,6 +43,7 @@ for arguments in json.loads(sys.argv[1]):
 """A process for all methods of a recipe: to import everything takes longer than two steps."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "size", "family"), CASES)
 def test_the_recipe_runs_with_every_method(tmp_path: Path, recipe: str, size: str, family: str) -> None:
     needs = FAMILIES[family].needs

@@ -1,23 +1,25 @@
-"""What a rank holds and keeps is arithmetic: a model of known size counted by hand, and one whose step is counted."""
+"""What a run takes is arithmetic: models counted by hand, a counted step, and what `dora-vl estimate` prints."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.dora_memory import LiveBytes
-from dora_vl.backbones.base import Backbone
+from dora_vl.cli import main
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.core.fast import cpu_step
-from dora_vl.training.estimate import PlannedRun, Samples
+from dora_vl.training.estimate import SHAPES, PlannedRun, Samples, Traffic, traffic_of
 from dora_vl.training.memory import Engine, Estimate, Held, activations_of, engine_of, held_by
-from dora_vl.training.pipeline import LossModel
 
 FROZEN = 100 * 200 * 2  # a bfloat16 weight
 TRAINED = 100 * 4 + 200 * 4 + 200  # A, B and the magnitude, in float32
@@ -88,9 +90,9 @@ def test_activations_and_products_are_those_of_a_real_step(monkeypatch: pytest.M
     expected, kept = activations_of(model), dict[bool, int]()
     for recomputed in (False, True):
         if recomputed:
-            backbone = Backbone()
-            backbone.model = model
-            LossModel(backbone, step_tokens=True).recompute_activations({"use_reentrant": False})
+            newer = hasattr(model, "activation_checkpointing_enable")  # since transformers 5.22
+            enable = model.activation_checkpointing_enable if newer else model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         with LiveBytes() as live:
             model(input_ids=ids, use_cache=False).logits.float().square().mean().backward()  # the first fills caches
             before = live.restart_peak()
@@ -104,3 +106,78 @@ def test_activations_and_products_are_those_of_a_real_step(monkeypatch: pytest.M
     whole, vectors = (expected.of(tokens=ids.numel(), labelled=0, recomputed=each) for each in (False, True))
     assert whole == pytest.approx(kept[False], rel=0.1)
     assert whole - (vectors - ids.numel() * expected.layer) == pytest.approx(kept[False] - kept[True], rel=0.1)
+
+
+LLAVA = ("estimate", "llava/llava15", "--variant", "7b_dora", "--shape", "llava-1.5-7b")
+
+
+@pytest.mark.slow
+def test_a_published_shape_on_eight_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """7,063 million weights, of which CLIP's 303 million do not count as the model's name says."""
+    main([*LLAVA, "--gpus", "8", "--json", str(tmp_path / "found.json"), "--training.deepspeed=zero3"])
+    output = capsys.readouterr().out
+    estimate = json.loads((tmp_path / "found.json").read_text())
+    whole = 2 * 7_063_427_072
+    assert abs(estimate["held"]["weights"]["bfloat16"] / (whole / 8) - 1) < 0.01
+    assert estimate["held"]["optimizer"] == 2 * estimate["held"]["masters"]
+    assert "a rank of 8 (ZeRO-3)" in output
+    assert "frozen weights, bfloat16" in output
+    # Each forward product is 2 FLOP a weight and token, each of input gradients as much, each recomputed one too.
+    tokens = estimate["samples"]["rows"] * 2048 * 4  # accumulated
+    assert 6 < estimate["flop"] / (tokens * 6.7e9) < 7
+    total = f"{estimate['total'] / 2**30:.2f}"
+    assert re.search(rf"at the fullest moment +{total}\n", output)
+    other = re.search(r"gradient_checkpointing: false ([\d.]+) GiB", output)
+    assert other is not None
+    assert float(other[1]) > 2 * float(total)
+    by_engine = re.search(r"by engine: zero0 ([\d.]+), zero2 ([\d.]+), zero3 ([\d.]+)", output)
+    assert by_engine is not None
+    assert float(by_engine[1]) > float(by_engine[2]) > float(by_engine[3]) == float(total)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [*LLAVA, "--gpus", "0"],
+        [*LLAVA, "--gpus", "8", "--mfu", "1.5"],
+        [*LLAVA, "--gpus", "9"],
+        [*LLAVA, "--gpus", "8", "--adapter.ranks", "3"],
+        [*LLAVA, "--gpus", "8", "--tokens", "100"],
+        [*LLAVA, "--gpus", "8", "--model.quantisation", "nf4"],
+        [*LLAVA[:-1], "gpt-5", "--gpus", "8"],
+        [*LLAVA[:-2], "--gpus", "8", "--model.base", "not/there"],
+        ["estimate", "vlbart/image", "--gpus", "8"],
+    ],
+)
+def test_what_cannot_be_used_is_status_two(words: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+
+
+def test_published_shapes_open_as_what_they_are(tmp_path: Path) -> None:
+    for name, shape in SHAPES.items():
+        (tmp_path / "config.json").write_text(json.dumps(shape))
+        config = AutoConfig.from_pretrained(tmp_path)
+        assert config.get_text_config().hidden_size == shape["text_config"]["hidden_size"], name
+        assert config.vision_config.hidden_size == shape["vision_config"]["hidden_size"], name
+
+
+def test_traffic_by_hand() -> None:
+    def sent(stage: int | None, ranks: int = 4) -> Traffic:
+        return traffic_of(Engine(stage, ranks), trained=400, split=10_000, stay_whole=1_000, micro_batches=3)
+
+    assert sent(None) == sent(0) == Traffic(600, 0, 0)  # 2 x 3/4 x 400, once a step
+    assert sent(1) == Traffic(300, 300, 0)
+    assert sent(2) == Traffic(900, 300, 0)
+    assert sent(3) == Traffic(900, 0, 42_750)  # 3/4 x 3 x (20,000 - 1,000)
+    assert [sent(stage, ranks=1).total for stage in (None, 0, 2, 3)] == [0, 0, 0, 0]
+
+
+def test_the_engine_has_deepspeeds_sizes_and_transformers_automatic_ones() -> None:
+    zero = {"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto"}
+    zero |= {"offload_optimizer": {"device": "cpu"}}
+    engine = engine_of({"zero_optimization": zero}, ranks=8, hidden_width=100)
+    assert (engine.stage, engine.bucket, engine.prefetched) == (3, 10_000, 9_000)
+    assert engine.kept_whole == 100_000  # DeepSpeed's own where the file does not say auto
+    assert (engine.offloads_optimizer, engine.offloads_weights) == (True, False)
