@@ -52,13 +52,6 @@ def test_counts_are_those_of_the_files(tmp_path: Path, source: str, folder: str)
     assert counts == COUNTS[source, folder]
 
 
-def test_every_picture_of_nlvr_is_there(tmp_path: Path) -> None:
-    prepared("nlvr", shared("nlvr"), tmp_path)
-    pictures = [example.images[0] for example in iterate_examples(tmp_path / "nlvr" / "validation.jsonl")]
-    assert len(set(pictures)) == len(pictures) == 5934
-    assert all((shared("nlvr") / picture).is_file() for picture in pictures)
-
-
 def test_shares_of_nlvr_never_part_a_sentence(tmp_path: Path) -> None:
     prepared("nlvr", shared("nlvr"), tmp_path, "--set", "shares=train:0.8,validation:0.1,test:0.1")
     sentences = {
@@ -71,13 +64,6 @@ def test_shares_of_nlvr_never_part_a_sentence(tmp_path: Path) -> None:
     assert not sentences["train"] & sentences["test"]
     assert not sentences["train"] & sentences["validation"]
     assert not sentences["validation"] & sentences["test"]
-
-
-def test_one_order_of_nlvrs_boxes(tmp_path: Path) -> None:
-    prepared("nlvr", shared("nlvr"), tmp_path, "--set", "orders=1")
-    examples = list(iterate_examples(tmp_path / "nlvr" / "validation.jsonl"))
-    assert len(examples) == 989
-    assert {example.id.rpartition("-")[2] for example in examples} == {"0"}
 
 
 def test_commonsense_options_are_all_spelled_out(tmp_path: Path) -> None:

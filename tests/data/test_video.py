@@ -87,14 +87,6 @@ def test_open_gops_give_the_frames_that_decoding_from_the_start_gives(
                 assert np.abs(frame.astype(int) - whole[index]).mean() < 1, f"{index} of {indices}"
 
 
-def test_no_library_that_cannot_seek_is_asked_first(tmp_path: Path) -> None:
-    write_video(tmp_path / "a.mp4", x264=OPEN_GOPS)
-    moments = AtSeconds(tuple(begin + 0.01 for begin in STEADY[5:10]))
-    assert read_frames(tmp_path, Clip(path="a.mp4"), moments).backend == "pyav"
-    chosen = read_frames(tmp_path, Clip(path="a.mp4"), moments, backends=("decord", "pyav"))
-    assert (chosen.backend, chosen.indices) == ("decord", (5, 6, 7, 8, 9))
-
-
 def test_only_the_named_part(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4")
     for backend in BACKENDS:
@@ -278,8 +270,3 @@ def test_whole_files_are_read_and_no_cut_one_is(tmp_path: Path, suffix: str) -> 
         assert why_no_video(cut) is not None
         with pytest.raises(BadSample):
             read_frames(tmp_path, Clip(path=cut.name), Uniform(4))
-
-
-def test_unknown_backends_are_refused() -> None:
-    with pytest.raises(UserError):
-        VideoReader(backends=("opencv",))

@@ -9,7 +9,7 @@ import pytest
 from dora_vl import errors
 from dora_vl.cli import main
 from dora_vl.start import doctor
-from dora_vl.start.doctor import declared, why_not_writable
+from dora_vl.start.doctor import why_not_writable
 
 LINES = [
     "numpy",
@@ -29,12 +29,6 @@ def told(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], int]:
     except SystemExit as left:
         status = int(left.code or 0)
     return capsys.readouterr().out.splitlines(), status
-
-
-def test_the_declared_packages_and_extras() -> None:
-    needed, extras = declared(LINES)
-    assert needed == ["numpy", "torch", "open_clip_torch"]
-    assert extras == {"video": ["av", "h5py"], "triton": ["triton"]}
 
 
 def test_a_machine_that_has_all_and_one_that_misses_something(
