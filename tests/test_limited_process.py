@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from dora_vl import limited_process
 from dora_vl.backbones import templates
@@ -136,11 +135,3 @@ def test_a_template_that_does_not_end_or_fills_the_memory_is_refused(monkeypatch
             check_ends(template, tokens, "model")
     for template in (MARKED, "{{ raise_exception('no') }}", "{% what", "{{ messages[9].content }}"):
         check_ends(template, tokens, "model")  # what is wrong with it is for whoever renders it
-
-
-def test_pixels_are_those_of_pillow() -> None:
-    """A mode that Pillow decodes to RGB at once, and one that is converted."""
-    for mode in ("RGB", "CMYK"):
-        stream = io.BytesIO()
-        Image.radial_gradient("L").convert(mode).save(stream, "JPEG")
-        assert load_picture(stream).tobytes() == Image.open(stream).convert("RGB").tobytes()

@@ -55,15 +55,6 @@ def test_a_table_that_is_damaged_is_refused(tmp_path: Path, monkeypatch: pytest.
         list(table_rows(tmp_path / "a.csv", "rows", delimiter=",", required=["answer"]))
 
 
-def test_progress_is_told_every_byte_of_a_table(tmp_path: Path) -> None:
-    progress: list[int] = []
-    (tmp_path / "a.tsv").write_bytes(BOM + "a\tb\né\t2\n".encode())
-    assert list(table_rows(tmp_path / "a.tsv", "rows", delimiter="\t", progress=progress.append)) == [
-        (2, {"a": "é", "b": "2"})
-    ]
-    assert sum(progress) == (tmp_path / "a.tsv").stat().st_size
-
-
 def test_an_object_at_once_has_every_name_once(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(BOM + b'{"a": {"b": 1},\r\n "c": "\\ud83d"}')

