@@ -37,10 +37,9 @@ from dora_vl.serving.decoding import (
     Sampling,
     SequenceSampling,
     SequenceText,
-    drawing,
     generate_options,
-    likeliest,
     may_join,
+    next_tokens,
 )
 from dora_vl.serving.model import Entry, ServedModel, UnknownModel
 from dora_vl.serving.options import Settings
@@ -60,11 +59,10 @@ from dora_vl.serving.scheduler import (
 
 @dataclass
 class RunningRequest:
-    """A request in a batch: its text, and where its draws come from (None: it takes the likeliest token)."""
+    """A request in a batch, and its text."""
 
     submitted: SubmittedRequest
     text: SequenceText
-    draws: torch.Generator | None = None
 
     @property
     def share(self) -> tuple[str, float]:
@@ -142,22 +140,17 @@ class BatchDecoder:
 
     def _next(self, running: Running, logits: Float[Tensor, "batch vocab"]) -> list[int]:
         """Each request's next token, which its text has taken."""
-        best = likeliest(logits, [request.text for request in running])
-        tokens = [
-            token if request.draws is None else request.text.draw(scores, request.draws)
-            for request, token, scores in zip(running, best, logits, strict=True)
-        ]
+        tokens = next_tokens(logits, [request.text for request in running])
         for request, token in zip(running, tokens, strict=True):
             request.text.take(token, self.ends)
         return tokens
 
     def begin(self, batch: Sequence[SubmittedRequest]) -> tuple[list[RunningRequest], Mapping[str, Any]]:
         """The requests in the order of a batch, the base first and then adapter by adapter, and their inputs."""
-        assistant = self._model.assistant
-        draws = [drawing(request.prepared.sampling, assistant.device) for request in batch]
-        running = [RunningRequest(item, self._text(item), draw) for item, draw in zip(batch, draws, strict=True)]
+        running = [RunningRequest(request, self._text(request)) for request in batch]
         running.sort(key=lambda request: request.share)
-        return running, assistant.prompts.collate([request.submitted.prepared.sample for request in running], "left")
+        samples = [request.submitted.prepared.sample for request in running]
+        return running, self._model.assistant.prompts.collate(samples, "left")
 
     def _run(
         self,
@@ -193,7 +186,7 @@ class BatchDecoder:
             named = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria, **arguments}
             return model._sample(input_ids, generation_config=generation_config, **named)
 
-        options = generate_options([request.text for request in running], self.ends, assistant.device)
+        options = generate_options([request.text for request in running], self.ends)
         pictures = [request.submitted.prepared.pictures for request in running]
         with self._holding(running, pictures):
             assistant.new_ids(inputs, max_new_tokens=most, options={**options, "custom_generate": decode})
