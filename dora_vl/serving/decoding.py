@@ -82,7 +82,9 @@ class SequenceText:
         if self._generator is None:
             self._generator = torch.Generator(scores.device)
             self._generator.seed()
-            if self.sampling.seed is not None:
+            if self.sampling.seed is None:
+                self._generator.seed()
+            else:
                 self._generator.manual_seed(self.sampling.seed)
         probabilities = (scores.float() / self.sampling.temperature).softmax(-1)
         if self.sampling.top_p < 1:
