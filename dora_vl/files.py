@@ -41,7 +41,7 @@ class NoRegularFile(OSError):
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """The file's bytes; never waits for another program to open the other end.
+    """Returns the file's bytes; never waits for another program to open the other end.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -131,7 +131,7 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def _is_held(path: Path) -> bool:
-    """Whether a living process writes there; said too where a file system has no locks and nobody can tell."""
+    """Tells whether a living process writes there; said too where a file system has no locks and nobody can tell."""
     try:
         with _opened(path) as descriptor:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -187,7 +187,7 @@ def write_json_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """One JSON object."""
+    """Returns one JSON object."""
     try:
         with open_regular(path) as file:
             content = json.loads(file.read().decode("utf-8"))
@@ -203,7 +203,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def json_or_nothing(path: Path) -> dict[str, Any]:
-    """A file's object; nothing where there is none, or none that can be read."""
+    """Returns a file's object; nothing where there is none, or none that can be read."""
     try:
         return read_json(path)
     except (UserError, OSError):
@@ -211,7 +211,7 @@ def json_or_nothing(path: Path) -> dict[str, Any]:
 
 
 def file_sha256(path: Path, progress: Callable[[int], object] = lambda size: None) -> str:
-    """The file's SHA-256 in hexadecimal, read in pieces."""
+    """Returns the file's SHA-256 in hexadecimal, read in pieces."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 20):
@@ -225,7 +225,7 @@ HASHED_BYTES = 1 << 16
 
 
 def content_key(path: Path) -> str:
-    """A hash that tells a picture or a video from others, without reading all of a large one.
+    """Returns a hash that tells a picture or a video from others, without reading all of a large one.
 
     Raises:
         OSError: as `open_regular`.
@@ -254,7 +254,7 @@ KERNELS: tuple[str, ...] = get_args(Kernel)
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The weights files that are loaded, by name; where no known name is there, all of one kind."""
+    """Returns the weights files that are loaded, by name; where no known name is there, all of one kind."""
     for name in PREFERRED:
         if (folder / name).is_file():
             return (folder / name,)
@@ -285,7 +285,7 @@ def opening(failed: str) -> Iterator[None]:
 
 
 def why_not_read(error: Exception, most: int = 300) -> str:
-    """What transformers' error says, on one line; in our words where it wants to run a model's own code."""
+    """Returns what transformers' error says, on one line; in our words where it wants to run a model's own code."""
     if "trust_remote_code" in str(error):
         return BRINGS_CODE
     speaks = isinstance(error, (OSError, ValueError, ImportError))
@@ -383,7 +383,7 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: Path) -> Any:
-    """What a file says."""
+    """Returns what a file says."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         sizes: dict[int, float] = {}
@@ -410,7 +410,7 @@ def refuse_other_number(text: str) -> None:
 
 
 def _check(node: Node | None, sizes: dict[int, float]) -> float:
-    """How many values a node holds, those of aliases as often as they stand; `sizes` holds it by the node's id.
+    """Tells how many values a node holds, those of aliases as often as they stand; `sizes` holds it by the node's id.
 
     Refuses such numbers, and doubled keys, of which YAML keeps the last: the first would go without a word.
     """

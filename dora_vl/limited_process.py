@@ -94,7 +94,7 @@ class LimitedProcess:
     def run(
         self, job: str, arguments: Mapping[str, Any], content: bytes = b"", *, budget: Budget
     ) -> Generator[Part, None, None]:
-        """The parts that a job sends, as they come; whoever stops reading ends the process.
+        """Yields the parts that a job sends, as they come; whoever stops reading ends the process.
 
         Raises:
             Failed: the job raised an error, or was ended at a limit.
@@ -153,7 +153,7 @@ class LimitedProcess:
         return self._connection
 
     def _last_words(self, budget: Budget) -> str:
-        """Why the process died, as far as its exit status tells."""
+        """Tells why the process died, as far as its exit status tells."""
         status = None
         with contextlib.suppress(subprocess.TimeoutExpired):
             status = self._process and self._process.wait(timeout=5)

@@ -75,7 +75,7 @@ class MediaCheck:
 
 
 def looks_whole(file: BinaryIO | BytesIO) -> bool | None:
-    """Whether a picture ends as whole ones of its kind do; None where its kind has no known end."""
+    """Tells whether a picture ends as whole ones of its kind do; None where its kind has no known end."""
     size = file.seek(0, 2)
     file.seek(max(0, size - 4096))
     last = file.read()
@@ -119,7 +119,7 @@ class Finding:
 
 
 def doubts_of(record: Mapping[str, object], example: Example, form: str | None, columns: Columns) -> list[str]:
-    """What is probably not meant in a row that can be used: an empty cell for its picture, an empty question.
+    """Returns what is probably not meant in a row that can be used: an empty cell for its picture, an empty question.
 
     An empty cell is one of `DOUBTS` only where other rows of the file have pictures.
     """
@@ -135,7 +135,7 @@ def doubts_of(record: Mapping[str, object], example: Example, form: str | None, 
 
 
 def asked_and_told(example: Example) -> tuple[str, str, str]:
-    """What a row asks, about which media, and what it answers, as texts to compare; a caption asks nothing."""
+    """Returns what a row asks, about which media, and what it answers, as texts to compare; a caption asks nothing."""
     asked = [turn.text for turn in example.turns if turn.role != "assistant"] or [example.question, *example.choices]
     words = "\n".join(asked).replace(IMAGE_PLACEHOLDER, "").strip()
     told = [turn.text for turn in example.turns if turn.role == "assistant"] or [
@@ -201,7 +201,7 @@ class FileCheck:
         return self
 
     def read(self, record: Mapping[str, JSON]) -> Example | BadSample:
-        """The next row: a conversation, or a record; or why it cannot be one."""
+        """Returns the next row: a conversation, or a record; or why it cannot be one."""
         self.rows += 1
         location = f"row {self.rows}"
         sample_id = id_of(record, self.rows - 1, self._columns)
@@ -320,7 +320,7 @@ def add_columns(parser: argparse.ArgumentParser) -> None:
 
 
 def columns_of(arguments: argparse.Namespace) -> Columns:
-    """What the options say of the columns."""
+    """Returns what the options say of the columns."""
     pairs = [part.rpartition("=") for part in filter(None, arguments.columns.split(","))]
     if any(not column for column, _, _ in pairs):
         raise UserError(f"--columns {shown_text(arguments.columns, 100)}: must be COLUMN=ROLE,...")
@@ -384,7 +384,7 @@ def _media_check(arguments: argparse.Namespace, option: str) -> MediaCheck | Non
 
 
 def data_files(paths: Sequence[Path]) -> list[Path]:
-    """The files themselves, and those of the folders (manifests left out)."""
+    """Returns the files themselves, and those of the folders (manifests left out)."""
     files: list[Path] = []
     for path in paths:
         inside = [path] if path.is_file() else []
@@ -414,7 +414,7 @@ def table(findings: Sequence[tuple[Path, Finding]]) -> list[str]:
 
 
 def _tokens(folder: Path) -> Callable[[str], int]:
-    """The tokenizer of a model's folder, through `tokenizers` alone."""
+    """Returns the tokenizer of a model's folder, through `tokenizers` alone."""
     path = folder / "tokenizer.json" if folder.is_dir() else folder
     if not path.is_file():
         raise UserError(f"{path}: no such file; --tokenizer takes a folder with tokenizer.json")

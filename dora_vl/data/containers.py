@@ -61,7 +61,7 @@ _SHARD = re.compile(r"(\w+(?:\.\w+)*)-[0-9]{5}-of-[0-9]{5}")
 
 
 def of_the_set(folder: Path, files: Sequence[Path]) -> list[Path]:
-    """A folder's files without the Arrow files that are no shards of the set beside them.
+    """Returns a folder's files without the Arrow files that are no shards of the set beside them.
 
     Beside a `state.json` of `datasets` the shards are those that it lists, in its order.
     """
@@ -102,13 +102,13 @@ def by_split(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
 
 
 def _split_of(name: str) -> str:
-    """What a file's name says; "" where it says nothing."""
+    """Returns what a file's name says; "" where it says nothing."""
     shard = _SHARD.match(name)
     return shard[1] if shard and _ANY_WORD.match(name) else _word(name)  # `test_seen` and `test_unseen` are two
 
 
 def _word(name: str) -> str:
-    """The word that a name begins with, else the last one in it."""
+    """Returns the word that a name begins with, else the last one in it."""
     first = _ANY_WORD.match(name)
     return first[1] if first else next(iter(reversed(_ANY_WORD.findall(name))), "")
 
@@ -120,7 +120,7 @@ def meaning(name: str) -> str | None:
 
 
 def _counted(splits: Mapping[str, Sequence[Path]]) -> str:
-    """The splits for a message, each with its number of files."""
+    """Returns the splits for a message, each with its number of files."""
     return shown_names(f"{name} ({len(files)})" for name, files in splits.items())
 
 
@@ -222,7 +222,7 @@ def arrow_rows(path: Path) -> Iterator[dict[str, object]]:
 
 
 def count_rows(path: Path) -> int | None:
-    """How many rows a Parquet or Arrow file has, without reading them; None for any other file."""
+    """Tells how many rows a Parquet or Arrow file has, without reading them; None for any other file."""
     kind = path.suffix.lower()
     with _reading(path, kind.removeprefix(".").capitalize()):
         if kind == ".parquet":
@@ -246,7 +246,7 @@ def _arrow_batches(source: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
 
 
 def _class_names(metadata: Mapping[bytes, bytes] | None) -> ClassNames:
-    """What the numbers of `datasets`' ClassLabel columns stand for, as it writes them beside a schema."""
+    """Returns what the numbers of `datasets`' ClassLabel columns stand for, as it writes them beside a schema."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         named = {name: kind for name, kind in features.items() if kind.get("_type") == "ClassLabel"}
@@ -256,7 +256,7 @@ def _class_names(metadata: Mapping[bytes, bytes] | None) -> ClassNames:
 
 
 def _with_class_names(row: dict[str, object], names: ClassNames) -> dict[str, object]:
-    """The row with a class's name for its number."""
+    """Returns the row with a class's name for its number."""
     for column, words in names.items():
         if isinstance(number := row.get(column), int):
             row[column] = words[number] if 0 <= number < len(words) else None  # -1: no label, as `datasets` has it
@@ -264,7 +264,7 @@ def _with_class_names(row: dict[str, object], names: ClassNames) -> dict[str, ob
 
 
 def _rows_at_once(rows: int, size: int) -> int:
-    """How many of `rows` rows, of so many bytes in all, are taken at once."""
+    """Counts of `rows` rows, of so many bytes in all, are taken at once."""
     return max(1, min(ROWS_AT_ONCE, BYTES_AT_ONCE * rows // max(1, size)))
 
 
@@ -306,7 +306,7 @@ def delimited_rows(path: Path) -> Iterator[dict[str, object]]:
 
 
 def hub_set(name: str, *, streaming: bool) -> Any:
-    """A set's split, fetched, or a stream that decodes no picture: `OWNER/NAME[@REVISION][[:CONFIG]:SPLIT]`."""
+    """Returns a set's split, fetched, or a stream that decodes no picture: `OWNER/NAME[@REVISION][[:CONFIG]:SPLIT]`."""
     import datasets  # a second and a half, which rows of files need not pay
 
     pinned, *parts = name.split(":")
@@ -358,13 +358,13 @@ PACKED = (".csv", ".tsv", *JSON_ENDINGS)
 
 
 def ending_of(path: Path) -> str:
-    """What a data file's name ends in; of `a.jsonl.gz` what it holds."""
+    """Returns what a data file's name ends in; of `a.jsonl.gz` what it holds."""
     inner = Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else ""
     return inner if inner in PACKED else path.suffix.lower()
 
 
 def is_data_file(path: Path) -> bool:
-    """Whether a file's name is that of one that may hold rows."""
+    """Tells whether a file's name is that of one that may hold rows."""
     return ending_of(path) in ENDINGS and path.name not in (*BESIDE_ARROW, "manifest.json")
 
 
@@ -426,7 +426,7 @@ class PictureFolder(DataFiles):
 
 
 def picture_folder(folder: Path) -> PictureFolder | None:
-    """The pictures and videos below a folder; None where there are none.
+    """Returns the pictures and videos below a folder; None where there are none.
 
     A folder a class is as torchvision's ImageFolder has it: the first folder below the root, or below a folder named
     as a split, is the class; a folder that all of them are in is none.
@@ -460,7 +460,7 @@ RUN_FILE = "run.yaml"
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Files in order, those of hidden folders and of runs left out."""
+    """Yields files in order, those of hidden folders and of runs left out."""
     paths = sorted(folder.rglob("*"))
     runs = {path.parent for path in paths if path.name == RUN_FILE}
     for path in paths:

@@ -97,14 +97,14 @@ MOST_NOTED = 300
 
 
 def plain_name(name: str) -> str:
-    """A column's name as the table of roles has it: no case, no spaces around it."""
+    """Returns a column's name as the table of roles has it: no case, no spaces around it."""
     if name in KNOWN:
         return name
     return re.sub(r"[\s-]+", "_", name.strip().lower())
 
 
 def is_nothing(value: object) -> bool:
-    """Whether a column is empty: null, blank text, a list or object of nothing else, or pandas' NaN."""
+    """Tells whether a column is empty: null, blank text, a list or object of nothing else, or pandas' NaN."""
     if value is None:
         return True
     if isinstance(value, str):
@@ -121,7 +121,7 @@ def is_nothing(value: object) -> bool:
 
 
 def parsed(value: object) -> object:
-    """The list or object that a text writes as JSON; anything else as it is."""
+    """Returns the list or object that a text writes as JSON; anything else as it is."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         with suppress(UserError):
             return json_of(value, "a cell")
@@ -143,7 +143,7 @@ def holds_media(value: object) -> bool:
 
 
 def losing(path: str, value: object, *, unknown: bool = False, has_media: bool = False) -> tuple[str, str] | None:
-    """What may change what is learned, with its path, in a value that would be left out; None for bookkeeping.
+    """Returns what may change what is learned, with its path, in a value that would be left out; None for bookkeeping.
 
     Args:
         unknown: whether a name that is not one of bookkeeping is enough.
@@ -189,12 +189,12 @@ def _loss(path: str, value: object, unknown: bool, has_media: bool) -> tuple[str
 
 
 def _says_more(text: str) -> bool:
-    """Whether a text under the name of a note may be something that is asked or answered."""
+    """Tells whether a text under the name of a note may be something that is asked or answered."""
     return len(text) > MOST_NOTED or text.endswith("?")
 
 
 def _by_value(value: object, unknown: bool) -> str:
-    """What a value is whose name says nothing; "" for what is noted."""
+    """Returns what a value is whose name says nothing; "" for what is noted."""
     if isinstance(value, list | dict):
         return NESTED
     if isinstance(value, bool) or (isinstance(value, int | float | str) and value in _FLAGS):
@@ -207,7 +207,7 @@ def _by_value(value: object, unknown: bool) -> str:
 
 
 def _note_of_media(name: str, value: object) -> str:
-    """What a column is that is named after pictures that stand in another."""
+    """Returns what a column is that is named after pictures that stand in another."""
     kind = _kind_of_word(_NAME_WORDS.findall(name)[-1]) or MEDIUM
     return NOTED if kind == MEDIUM and isinstance(value, int | float) else kind
 
@@ -218,7 +218,7 @@ def _kind_of_word(word: str) -> str:
 
 @lru_cache(maxsize=1 << 12)
 def kind_of(name: str) -> str:
-    """What a column is by its name alone; "" where it says nothing."""
+    """Returns what a column is by its name alone; "" where it says nothing."""
     words = [word.lower() for word in _NAME_WORDS.findall(name)] or [""]
     kinds = [*map(_kind_of_word, words)]
     if MEDIUM in kinds:
@@ -248,7 +248,7 @@ _MEANT = {name: name for name in sorted(KNOWN)} | {name: role for role, names in
 
 @lru_cache(maxsize=1 << 12)
 def nearest_role(name: str) -> str | None:
-    """What a column of an unknown name was probably meant to be."""
+    """Returns what a column of an unknown name was probably meant to be."""
     name = plain_name(name)
     close = get_close_matches(name, _MEANT, n=1, cutoff=0.8)
     return _MEANT[close[0]] if close and (kind_of(name) != NOTED or name in _MEANT) else None

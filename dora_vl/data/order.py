@@ -179,7 +179,7 @@ class TreeSampler(torch.utils.data.Sampler[int]):
                 yield from batch
 
     def _cut(self, window: list[list[int]], most: int) -> tuple[list[list[int]], list[list[int]]]:
-        """The window with exactly so many samples, and what is left of its last group."""
+        """Returns the window with exactly so many samples, and what is left of its last group."""
         over = sum(map(len, window)) - most
         kept, left = window[-1][: len(window[-1]) - over], window[-1][len(window[-1]) - over :]
         return [*window[:-1], kept], [left] if left else []
@@ -291,7 +291,7 @@ class MixturePlan:
 
 @lru_cache(maxsize=4)
 def _steps(seed: int, epoch: int, steps_of: tuple[int, ...]) -> list[tuple[int, int]]:
-    """The task of each step of an epoch, and how many of the task's steps come before it."""
+    """Returns the task of each step of an epoch, and how many of the task's steps come before it."""
     tasks = [task for task, steps in enumerate(steps_of) for _ in range(steps)]
     random.Random(f"{seed}/{epoch}/tasks").shuffle(tasks)
     before = Counter[int]()
@@ -313,7 +313,7 @@ HEADERS = 1_000
 
 
 def longest_places(sizes: SamplingLengths, count: int, among: Bool[Tensor, " samples"] | None = None) -> list[int]:
-    """The places of the `count` longest samples, or of those of one kind."""
+    """Returns the places of the `count` longest samples, or of those of one kind."""
     order = sizes.lengths.argsort(descending=True, stable=True)
     of_kind = order if among is None else order[among[order]]
     return of_kind[:count].tolist()
@@ -322,10 +322,10 @@ def longest_places(sizes: SamplingLengths, count: int, among: Bool[Tensor, " sam
 def places_of_largest_pictures(
     rows: datasets.Dataset, stored: HeldPictures, folder: MediaFolder, count: int
 ) -> list[int]:
-    """The indices of `count` rows whose pictures have the most pixels; nothing is decoded."""
+    """Returns the indices of `count` rows whose pictures have the most pixels; nothing is decoded."""
 
     def pixels(name: str) -> int:
-        """Those that a picture's header tells of; none of one that cannot be read."""
+        """Returns those that a picture's header tells of; none of one that cannot be read."""
         try:
             source = io.BytesIO(stored[name]) if name in stored else path_inside(folder, name)
             with opened_picture(source) as picture:

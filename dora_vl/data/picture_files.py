@@ -130,7 +130,7 @@ def opened_picture(source: Path | BytesIO) -> Iterator[Image.Image]:
 
 
 def load_picture(source: Path | BytesIO, *, as_published: bool = False) -> Image.Image:
-    """A picture decoded whole, RGB, as `open_image` says; raises as `opened_picture`."""
+    """Returns a picture decoded whole, RGB, as `open_image` says; raises as `opened_picture`."""
     with opened_picture(source) as image:
         # Behind the header the end mark never stands among what is compressed. Pillow misses it in some files only.
         if image.format in {"JPEG", "JPEG2000"} and END_MARK not in vars(image)["fp"].read():
@@ -149,7 +149,7 @@ def load_picture(source: Path | BytesIO, *, as_published: bool = False) -> Image
 
 
 def _as_shown(image: Image.Image) -> Image.Image:
-    """A decoded picture as a viewer shows it."""
+    """Returns a decoded picture as a viewer shows it."""
     if image.mode == "F" or image.mode.startswith("I"):
         image = _eight_bits(image)
     elif image.mode in _WITH_ALPHA or "transparency" in image.info:
@@ -168,14 +168,14 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def bad_picture(error: BaseException, name: str, where: object) -> BadSample:
-    """What `load_picture` raised, for a picture and a place as the message calls them."""
+    """Returns what `load_picture` raised, for a picture and a place as the message calls them."""
     if isinstance(error, FileNotFoundError):
         return BadSample(name, f"picture {name} is missing in {where}")
     return BadSample(name, f"picture {name} in {where} {why_not_decoded(error)}")
 
 
 def why_not_decoded(error: BaseException) -> str:
-    """What stands behind "picture X in Y"."""
+    """Returns what stands behind "picture X in Y"."""
     if isinstance(error, NoPicture):
         return str(error)
     if isinstance(error, NoRegularFile):
@@ -189,7 +189,7 @@ STRIP_BYTES = 4 * MEBIBYTE
 
 
 def read_picture(content: bytes, path: str | None, most_pixels: int, decode: bool, send: bool) -> Iterator[Part]:
-    """A job of `limited_process`: sends what a picture's header says, and the picture.
+    """Yields a job of `limited_process`: sends what a picture's header says, and the picture.
 
     Args:
         path: where the file is; None: `content` is the file.
@@ -222,7 +222,7 @@ def _facts(source: Path | BytesIO) -> dict[str, Any]:
 
 
 def parts_of(image: Image.Image, **facts: Any) -> Iterator[Part]:
-    """An RGB picture in strips, the first with its size and `facts`."""
+    """Yields an RGB picture in strips, the first with its size and `facts`."""
     rows = max(1, STRIP_BYTES // (3 * image.width))
     for top in range(0, image.height, rows):
         strip = image.crop((0, top, image.width, min(top + rows, image.height)))
@@ -230,7 +230,7 @@ def parts_of(image: Image.Image, **facts: Any) -> Iterator[Part]:
 
 
 def picture_of(first: Part, others: Iterator[Part], budget: Budget) -> Image.Image:
-    """The picture that `parts_of` has sent; its pixels are taken from the budget before it has any memory."""
+    """Returns the picture that `parts_of` has sent; its pixels are taken from the budget before it has any memory."""
     width, height = map(int, first[0]["size"])
     budget.pixels -= width * height
     if budget.pixels < 0:
@@ -246,7 +246,7 @@ def picture_of(first: Part, others: Iterator[Part], budget: Budget) -> Image.Ima
 
 
 def decoded(process: LimitedProcess, content: bytes, budget: Budget) -> Image.Image:
-    """A picture's file decoded there. Raises Failed: it cannot be, or costs more than the budget has left."""
+    """Returns a picture's file decoded there. Raises Failed: it cannot be, or costs more than the budget has left."""
     arguments = {"path": None, "most_pixels": budget.pixels, "decode": True, "send": True}
     with closing(process.run("read_picture", arguments, content, budget=budget)) as parts:
         next(parts)
@@ -257,7 +257,7 @@ def decoded(process: LimitedProcess, content: bytes, budget: Budget) -> Image.Im
 
 
 def picture_facts(source: Path | BytesIO, *, decode: bool) -> Mapping[str, Any]:
-    """A picture's format, its size, and whether it is turned or transparent, by its header.
+    """Returns a picture's format, its size, and whether it is turned or transparent, by its header.
 
     Args:
         decode: all of it must be readable.
@@ -284,7 +284,7 @@ class Trouble:
 
     @classmethod
     def of(cls, error: Failed) -> Trouble:
-        """Why it could not be read in the process that can be ended."""
+        """Tells why it could not be read in the process that can be ended."""
         reason = str(error)
         return cls(TRUNCATED if "truncated" in reason or "cut off" in reason else BROKEN, reason)
 

@@ -135,7 +135,7 @@ class Counts:
     dropped_rows: list[dict[str, JSON]] = field(default_factory=list)
 
     def first_reason(self) -> str:
-        """The first dropped row, for a message."""
+        """Returns the first dropped row, for a message."""
         first = self.dropped_rows[0]
         return f"the first is row {first['row']}, id {first['id']}: {first['reason']}"
 
@@ -279,7 +279,7 @@ class Records:
             self.digest.update(encoded)
 
     def _stood_before(self, encoded: bytes) -> bool:
-        """Whether an earlier record says the same under another id, which stands first in a line."""
+        """Tells whether an earlier record says the same under another id, which stands first in a line."""
         if self._contents is None:
             return False
         _, end = json.JSONDecoder().raw_decode(line := encoded.decode(), len('{"id":'))
@@ -323,7 +323,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def chosen_splits(arguments: argparse.Namespace) -> list[Split]:
-    """The splits that the source finds and the user wants."""
+    """Returns the splits that the source finds and the user wants."""
     if arguments.source not in SOURCES:
         nearest = get_close_matches(arguments.source, SOURCES, n=1, cutoff=0.0)[0]
         raise UserError(
@@ -348,7 +348,7 @@ def chosen_splits(arguments: argparse.Namespace) -> list[Split]:
 
 
 def summary(prepared: Prepared) -> Iterator[str]:
-    """What to say of a split: its counts, and the reasons of what is missing."""
+    """Yields what to say of a split: its counts, and the reasons of what is missing."""
     entry = prepared.entry
     state = "already there" if prepared.already_there else "written"
     yield f"{prepared.path}: {entry['written']:,} records of {entry['rows']:,} rows, {state}"

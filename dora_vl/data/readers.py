@@ -76,7 +76,7 @@ class UnreadKey(Exception):
 
 
 def read_conversation(messages: Sequence[object], row: Row, sample_id: str, *, strict: bool = True) -> Example:
-    """The conversation of messages, each a `Turn` or an object of role and content, as it is trained on.
+    """Returns the conversation of messages, each a `Turn` or an object of role and content, as it is trained on.
 
     What the row says as `system` stands before them; its `images` and `videos` take the places that the messages leave.
 
@@ -104,7 +104,7 @@ def read_conversation(messages: Sequence[object], row: Row, sample_id: str, *, s
 
 
 def read_conversations(row: Row, sample_id: str) -> Example:
-    """The conversation of a row in LLaVA's form, whatever else it holds."""
+    """Returns the conversation of a row in LLaVA's form, whatever else it holds."""
     return read_conversation(_messages(row, sample_id, "conversations"), row, sample_id, strict=False)
 
 
@@ -127,7 +127,7 @@ class _Conversation:
         self.clips_left = [_read_clip(value, "videos", sample_id) for value in _listed(row.get("videos"))]
 
     def all_images(self) -> list[str]:
-        """The pictures in and beside the messages."""
+        """Returns the pictures in and beside the messages."""
         images = [*self._images, *(self._beside[index] for index in self._left)]
         if self._tagged and len(images) > self._tagged:
             more = len(images) - self._tagged
@@ -135,7 +135,7 @@ class _Conversation:
         return images
 
     def turn(self, message: object, number: int) -> Turn:
-        """One turn, `<image>` where a part is a picture, `<video>` where it is a video."""
+        """Returns one turn, `<image>` where a part is a picture, `<video>` where it is a video."""
         if isinstance(message, Turn):
             return replace(message, text=self._words(message.text))
         if not isinstance(message, Mapping):
@@ -227,7 +227,7 @@ class _Conversation:
         return picture or self._words(IMAGE_PLACEHOLDER)
 
     def _payload(self, fields: Mapping[str, object], message: object, path: str, number: int) -> str:
-        """The place of the picture that a part holds; nothing where it holds none."""
+        """Returns the place of the picture that a part holds; nothing where it holds none."""
         payloads = {key: value for key in PAYLOADS if (value := fields.get(key)) is not None}
         if self._strict and len(payloads) > 1 and payloads.keys() != {"bytes", "path"}:
             raise UnreadKey(message, f"{path}{[*payloads][1]}", MEDIUM)
@@ -265,12 +265,12 @@ class _Conversation:
 
 
 def _own(message: Mapping[str, object], names: Sequence[str]) -> list[object]:
-    """The pictures or videos that a message itself names."""
+    """Returns the pictures or videos that a message itself names."""
     return [value for name in names for value in _listed(message.get(name))]
 
 
 def _listed(value: object) -> Sequence[object]:
-    """What a column of media holds, one that is no list as a list of one; NaN is a table's empty cell."""
+    """Returns what a column of media holds, one that is no list as a list of one; NaN is a table's empty cell."""
     if value is None or value in ("", b"", []) or value != value:
         return ()
     return value if isinstance(value, list | tuple) else (value,)
@@ -301,7 +301,7 @@ def _read_clip(value: object, key: str, sample_id: str) -> Clip:
 
 
 def _messages(row: Row, sample_id: str, key: str) -> Sequence[object]:
-    """A column that must be a list of turns, or of rounds, each an object of a question and its answer."""
+    """Returns a column that must be a list of turns, or of rounds, each an object of a question and its answer."""
     messages = row.get(key)
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
         raise BadSample(sample_id, f"{key!r} must be a list of turns, got {shown(messages)}")
@@ -373,7 +373,7 @@ def _question_answer(row: Row, sample_id: str) -> list[object]:
 
 
 def _record(row: Row, sample_id: str) -> Sequence[object]:
-    """A record of `dora-vl prepare`: its turns, or its question with the answer of the largest weight."""
+    """Returns a record of `dora-vl prepare`: its turns, or its question with the answer of the largest weight."""
     example = read_record(row, sample_id)
     if example.turns or not example.choices:
         return turns_of(example)
@@ -382,7 +382,7 @@ def _record(row: Row, sample_id: str) -> Sequence[object]:
 
 
 def read_record(row: Row, sample_id: str) -> Example:
-    """A row as the record that it is."""
+    """Returns a row as the record that it is."""
     record = {**_without_nulls(row), "id": sample_id}
     if isinstance(record.get("videos"), Mapping):
         record["video"] = record.pop("videos")
@@ -453,7 +453,7 @@ _LETTERED = re.compile(r"\(?([A-Za-z])[.):]\)?\s+(.*)", re.DOTALL)
 
 
 def _says(question: str, texts: Sequence[str]) -> bool:
-    """Whether the question's words hold all of these, as whole words; nothing is said by any."""
+    """Tells whether the question's words hold all of these, as whole words; nothing is said by any."""
     return all(not text or re.search(rf"(?<!\w){re.escape(text.strip())}(?!\w)", question) for text in texts)
 
 
@@ -471,7 +471,7 @@ ANSWER_KEYS = ("answer", "text", "start", "answer_start", "answer_id", "answer_c
 
 
 def _in_object(value: object) -> object:
-    """What an object says as its answer or text; anything else is that itself."""
+    """Returns what an object says as its answer or text; anything else is that itself."""
     if not isinstance(value, Mapping):
         return value
     text = next((text for key in ANSWER_KEYS[:2] if (text := value.get(key)) is not None), None)
@@ -482,7 +482,7 @@ def _in_object(value: object) -> object:
 
 
 def _text(value: object, name: str, sample_id: str) -> str:
-    """Text, or a number as text; nothing is empty text."""
+    """Returns text, or a number as text; nothing is empty text."""
     if value is None or isinstance(value, str):
         return value or ""
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value:  # NaN: a table's empty cell
@@ -507,7 +507,7 @@ MESSAGES: Mapping[str, Callable[[Row, str], Sequence[object]]] = {
 
 
 def id_of(row: Row, number: int = 0, columns: Columns = USUAL) -> str:
-    """The row's own id, else its place in the file."""
+    """Returns the row's own id, else its place in the file."""
     stated = columns.id_of(row)
     if stated is None:
         return f"row {number + 1}"
@@ -515,7 +515,7 @@ def id_of(row: Row, number: int = 0, columns: Columns = USUAL) -> str:
 
 
 def read_row(row: Row, *, number: int = 0, columns: Columns = USUAL) -> Example:
-    """One row of any format as the conversation that is trained on.
+    """Returns one row of any format as the conversation that is trained on.
 
     Raises:
         BadSample: its keys fit no format, or it does not hold what its format asks for.
@@ -525,7 +525,7 @@ def read_row(row: Row, *, number: int = 0, columns: Columns = USUAL) -> Example:
 
 
 def read_fields(resolved: Resolved, sample_id: str) -> Example:
-    """A row of known columns as the conversation that is trained on; raises as `read_row` does."""
+    """Returns a row of known columns as the conversation that is trained on; raises as `read_row` does."""
     fields = resolved.fields
     if resolved.format is None:
         nulls = [name for name, value in fields.items() if value is None and plain_name(name) in KNOWN]
@@ -568,7 +568,7 @@ class RowReader:
         self._first = ""
 
     def read(self, record: Row, number: int) -> Example | BadSample:
-        """The row `number`, from 0, of what the container gives; or why it cannot be a sample."""
+        """Returns the row `number`, from 0, of what the container gives; or why it cannot be a sample."""
         sample_id = id_of(record, number, self._columns)
         row = f"row {number + 1}"
         row += "" if sample_id == row else f" ({sample_id})"

@@ -65,7 +65,7 @@ class Encoded:
     others: tuple[Encoded, ...] = ()
 
     def own_positions(self) -> Int[Tensor, "axes seq"]:
-        """The position of each token: the family's own, else its place."""
+        """Returns the position of each token: the family's own, else its place."""
         return torch.arange(len(self.input_ids))[None] if self.positions is None else self.positions
 
 
@@ -94,7 +94,7 @@ Examples: TypeAlias = ExampleTable | Sequence[Example | BadSample]
 
 
 def sample_random(seed: int, epoch: int, index: int) -> random.Random:
-    """The generator of one sample in one epoch: the same on any rank, in any worker, after any resume."""
+    """Returns the generator of one sample in one epoch: the same on any rank, in any worker, after any resume."""
     return random.Random(f"{seed}/{epoch}/{index}")
 
 
@@ -287,7 +287,7 @@ def check_labels(samples: Iterable[Labelled]) -> None:
 
 
 def _says(trained: str, sample: Labelled) -> bool:
-    """Whether a text is the sample's answers, one after another, each closed; of a cut sample their beginning."""
+    """Tells whether a text is the sample's answers, one after another, each closed; of a cut sample their beginning."""
     rest, closing = _squashed(trained), ""
     for answer in sample.answers:
         # Each as it stands, and as the tokenizer gives it back, which may spell it otherwise or not know it.

@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 
 def _generator(*key: object) -> random.Random:
-    """A generator that is a function of the key alone."""
+    """Returns a generator that is a function of the key alone."""
     return random.Random("/".join(map(str, key)).encode("utf-8", "surrogateescape"))
 
 

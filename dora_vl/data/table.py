@@ -65,7 +65,7 @@ _EXAMPLE_COLUMNS = ["id", "images", "videos", "turns", "problem"]
 
 
 def load_table(path: Path, *, cache_folder: Path | None = None, columns: Columns = USUAL) -> datasets.Dataset:
-    """A data file of any format and container as memory-mapped rows, converted once and kept in a cache.
+    """Returns a data file of any format and container as memory-mapped rows, converted once and kept in a cache.
 
     Columns: the fields of an `Example` as it was read, `problem` (why the row cannot be a sample, else null), `length`
     (words in all turns), `format` (of the row), `held_pictures` (name and content of the pictures that the file holds,
@@ -203,7 +203,7 @@ class ExampleTable:
         return self.rows.select_columns(_EXAMPLE_COLUMNS)
 
     def select(self, indices: Iterable[int]) -> ExampleTable:
-        """The rows at these indices."""
+        """Returns the rows at these indices."""
         return ExampleTable(self.rows.select(indices), self.stored)
 
     def ids(self) -> Iterator[str]:
@@ -231,7 +231,7 @@ def _column(rows: datasets.Dataset, name: str) -> pa.Array:
 
 
 def _counts(rows: datasets.Dataset, name: str) -> Counter[int]:
-    """How many rows have so many `images` or `videos`."""
+    """Tells how many rows have so many `images` or `videos`."""
     return Counter(_column(rows, name).value_lengths().to_pylist())
 
 
@@ -245,7 +245,7 @@ def _example(row: Mapping[str, Any]) -> Example | BadSample:
 def load_rows(
     path: str, limit: int | None = None, *, cache_folder: Path | None = None, columns: Columns = USUAL
 ) -> ExampleTable:
-    """The samples of one path, the first `limit` of them."""
+    """Returns the samples of one path, the first `limit` of them."""
     table = load_table(Path(path), cache_folder=cache_folder, columns=columns)
     rows = table.remove_columns("held_pictures")
     return ExampleTable(rows if limit is None else rows.take(min(limit, len(rows))), StoredPictures([table]))
@@ -260,7 +260,7 @@ def load_training_rows(
     cache_folder: Path | None = None,
     columns: Columns = USUAL,
 ) -> tuple[ExampleTable, ExampleTable | None]:
-    """The training samples of all files, and those held out for validation (None with a share of 0).
+    """Returns the training samples of all files, and those held out for validation (None with a share of 0).
 
     Args:
         share: of all samples, held out before weights repeat or drop any; see `held_out_places`.
@@ -297,7 +297,7 @@ def load_training_rows(
 
 
 def drawn_out(train: ExampleTable, size: int) -> tuple[ExampleTable, ExampleTable]:
-    """What is left of the samples, in a random order, and `size` of them for validation.
+    """Returns what is left of the samples, in a random order, and `size` of them for validation.
 
     As LLM-Adapters' and NVlabs' scripts part theirs: `train_test_split` with the seed 42.
     """
@@ -334,7 +334,7 @@ def held_out_places(
     parent: dict[str, str] = {}
 
     def group_of(name: str) -> str:
-        """The least of all names that stand with this one, directly or through others."""
+        """Returns the least of all names that stand with this one, directly or through others."""
         while parent.setdefault(name, name) != name:
             parent[name] = name = parent[parent[name]]
         return name
@@ -385,7 +385,7 @@ def described(file: TrainFile, rows: datasets.Dataset) -> list[str]:
 
 
 def doubtful(rows: datasets.Dataset) -> list[Finding]:
-    """What is probably not meant in the samples of a file, by kind: `DOUBTS`."""
+    """Returns what is probably not meant in the samples of a file, by kind: `DOUBTS`."""
     findings = {kind: Finding(problem=kind) for kind in DOUBTS}
     has_media = any(_counts(rows, "images")) or any(_counts(rows, "videos"))
     marked = rows.select(np.flatnonzero(_column(rows, "doubts").value_lengths().fill_null(0).to_numpy()))
@@ -405,7 +405,7 @@ def doubtful(rows: datasets.Dataset) -> list[Finding]:
 
 
 def overlap(rows: datasets.Dataset, questions: Iterable[tuple[str, tuple[str, ...], str]]) -> list[tuple[str, str]]:
-    """The ids of a training sample and of the test's question that it holds, for each such sample.
+    """Returns the ids of a training sample and of the test's question that it holds, for each such sample.
 
     Args:
         rows: of `load_table`; any of a conversation's questions counts.

@@ -59,7 +59,7 @@ class NotUtf8(UserError):
 
 
 def text_of(line: bytes, where: str) -> str:
-    """A line's text; `where`, file and line, begins the message.
+    """Returns a line's text; `where`, file and line, begins the message.
 
     Raises:
         NotUtf8: it is not UTF-8.
@@ -100,7 +100,7 @@ def refuse_half_pairs(value: object, where: str) -> None:
 
 
 def json_object(path: Path, kind: str) -> dict[str, object]:
-    """A small file that is one JSON object, each name in it once; half of a surrogate pair may be in it."""
+    """Returns a small file that is one JSON object, each name in it once; half of a surrogate pair may be in it."""
 
     def unique(members: list[tuple[str, object]]) -> dict[str, object]:
         names = [name for name, _ in members]
@@ -116,7 +116,7 @@ def json_object(path: Path, kind: str) -> dict[str, object]:
 
 
 def whole_text(path: Path, kind: str) -> str:
-    """A small file's text, line breaks as they are.
+    """Returns a small file's text, line breaks as they are.
 
     Raises:
         UserError: no such file; `NotUtf8`, which is one, where it is not UTF-8.
@@ -130,7 +130,7 @@ MARKS = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 
 
 def encoding_of(path: Path, kind: str) -> str:
-    """A table's encoding: what its byte order mark says, else UTF-8, else Windows-1252, which is logged."""
+    """Returns a table's encoding: what its byte order mark says, else UTF-8, else Windows-1252, which is logged."""
     with opened(path, kind) as file:
         beginning = file.read(2)
         if beginning in MARKS:
@@ -333,7 +333,7 @@ class _Chunks:
             file.seek(0)
 
     def read(self, size: int = -1) -> bytes:
-        """The next bytes."""
+        """Returns the next bytes."""
         chunk = self._file.read(size)
         if self._progress is not None:
             self._progress(len(chunk))

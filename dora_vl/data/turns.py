@@ -65,7 +65,7 @@ class Turn:
 def arrange(
     sample_id: str, images: Sequence[str], turns: Sequence[Turn], videos: Sequence[Clip] = ()
 ) -> tuple[tuple[str, ...], tuple[Turn, ...]]:
-    """The pictures in the order of their places, and the turns with a place for each picture and video.
+    """Returns the pictures in the order of their places, and the turns with a place for each picture and video.
 
     Turns alternate, begin with the user and end with an answer; a system turn may stand before them. A first turn from
     the assistant is dropped, as the original does. With one picture its placeholder moves to the front of its turn,
@@ -150,7 +150,7 @@ def _by_number(images: Sequence[str], conversation: list[Turn], sample_id: str) 
 
 
 def placeholder_first(text: str) -> str:
-    """A turn's text with its picture's place in front, on a line of its own: the published normalisation."""
+    """Returns a turn's text with its picture's place in front, on a line of its own: the published normalisation."""
     if IMAGE_PLACEHOLDER not in text:
         return text
     rest = text.replace(IMAGE_PLACEHOLDER, "").strip()

@@ -94,7 +94,7 @@ class OutsideClip(NoVideo):
 
 
 def moments(sampling: Sampling, *, start: float, end: float) -> list[float]:
-    """The moments to look at, in seconds, in order; all lie between `start` and `end`.
+    """Returns the moments to look at, in seconds, in order; all lie between `start` and `end`.
 
     Raises:
         OutsideClip: a named moment lies outside.
@@ -118,7 +118,7 @@ def _middles(start: float, end: float, parts: int) -> list[float]:
 
 
 def clip_span(start: float | None, end: float | None, *, duration: float) -> tuple[float, float]:
-    """The part of a video that a clip means: its own times, as far as the video goes."""
+    """Returns the part of a video that a clip means: its own times, as far as the video goes."""
     first, last = max(0.0, start or 0.0), duration if end is None else min(end, duration)
     if first >= last and not (start is None and end is None):
         stated = f"{first:.2f} to {'its end' if end is None else f'{end:.2f} s'}"
@@ -148,7 +148,7 @@ class Frames(Generic[Kept]):
 
 
 def clip_path(root: Path | MediaFolder, clip: Clip) -> Path:
-    """The clip's file, inside `root`, there, and not empty."""
+    """Returns the clip's file, inside `root`, there, and not empty."""
     path = path_inside(root, clip.path, kind="video")
     try:
         with open_regular(path) as file:
@@ -305,7 +305,7 @@ class OpenVideo:
 
 
 def _upright(pixels: UInt8[np.ndarray, "_ _ 3"], side_data: Any) -> UInt8[np.ndarray, "_ _ 3"]:
-    """A frame as its file says to show it: turned by quarters, as phones write, or mirrored.
+    """Returns a frame as its file says to show it: turned by quarters, as phones write, or mirrored.
 
     The matrix takes (x, y) to (a x + c y, b x + d y); a rotation alone, as PyAV gives it, says nothing of a mirror.
     """
@@ -321,7 +321,7 @@ def _upright(pixels: UInt8[np.ndarray, "_ _ 3"], side_data: Any) -> UInt8[np.nda
 def read_video(
     content: bytes, path: str, start: float | None, end: float | None, sampling: tuple[str, Mapping[str, Any]] | None
 ) -> Iterator[Part]:
-    """A job of `limited_process`: sends the facts of a video, then the wanted frames.
+    """Yields a job of `limited_process`: sends the facts of a video, then the wanted frames.
 
     Without `sampling` the facts alone are sent: the file can be opened, and is whole.
     """
@@ -338,7 +338,7 @@ def read_video(
 
 
 def why_no_video(path: Path) -> Trouble | None:
-    """What is wrong with a video file, of which no frame is decoded; None where nothing is."""
+    """Returns what is wrong with a video file, of which no frame is decoded; None where nothing is."""
     wanted = {"path": str(path.absolute()), "start": None, "end": None, "sampling": None}
     try:
         list(one_process().run("read_video", wanted, budget=Budget(VIDEO_SECONDS, VIDEO_MEMORY)))
@@ -364,7 +364,7 @@ class VideoReader:
         self._kept: tuple[object, Frames[Image.Image]] | None = None
 
     def read(self, root: Path | MediaFolder, clip: Clip, sampling: Sampling) -> Frames[Image.Image]:
-        """The frames as RGB pictures; see `read_prepared`. The last are kept: a row asks several questions."""
+        """Returns the frames as RGB pictures; see `read_prepared`. The last are kept: a row asks several questions."""
         path = clip_path(root, clip)
         key = path, path.stat().st_mtime_ns, clip, sampling
         if self._kept is None or self._kept[0] != key:

@@ -70,7 +70,7 @@ HEADERS: Mapping[int, Mapping[str, str]] = {
 
 
 def error_response(error: Exception) -> JSONResponse:
-    """An error as OpenAI's JSON."""
+    """Returns an error as OpenAI's JSON."""
     status = next(problem for kind, problem in PROBLEMS.items() if isinstance(error, kind))[0]
     return JSONResponse(error_content(error), status_code=status, headers=HEADERS.get(status))
 
@@ -121,7 +121,7 @@ class AccessRules:
 
 
 def access_rules(options: argparse.Namespace) -> AccessRules:
-    """The rules that the command line states. Raises UserError where a name or the key is none."""
+    """Returns the rules that the command line states. Raises UserError where a name or the key is none."""
     names = {host: host_name(host.lower()) for host in options.allow_host}
     for host, name in names.items():
         if name is None:
@@ -141,7 +141,7 @@ HEAD_BYTES = 64 * 1024
 
 
 def http_config(app: ASGIApp, **settings: Any) -> uvicorn.Config:
-    """How uvicorn serves an application: its own limits, no websockets, and few words in its log."""
+    """Tells how uvicorn serves an application: its own limits, no websockets, and few words in its log."""
     limits: dict[str, Any] = {"limit_concurrency": MOST_CONNECTIONS, "h11_max_incomplete_event_size": HEAD_BYTES}
     return uvicorn.Config(app, http="h11", ws="none", **limits, **{"log_level": "warning", **settings})
 
@@ -309,7 +309,7 @@ class Uploads:
         self._budget = ByteBudget(most_bytes, most_bytes)
 
     def holds(self, path: str) -> bool:
-        """Whether a path is a file that was uploaded."""
+        """Tells whether a path is a file that was uploaded."""
         try:
             file = Path(path).resolve(strict=True)
         except (OSError, ValueError, RuntimeError):

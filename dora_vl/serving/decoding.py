@@ -78,7 +78,7 @@ class SequenceText:
             self.done(self)
 
     def draw(self, scores: Float[Tensor, " vocab"]) -> int:
-        """A token drawn at the sequence's temperature from the likeliest that have `top_p` together."""
+        """Returns a token drawn at the sequence's temperature from the likeliest that have `top_p` together."""
         if self._generator is None:
             self._generator = torch.Generator(scores.device)
             self._generator.seed()
@@ -133,7 +133,7 @@ class SequenceStops(StoppingCriteria):
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input_ids: Int[Tensor, "batch seq"], scores: Any, **named: Any
     ) -> Bool[Tensor, " batch"]:
-        """Which sequences are over."""
+        """Tells which sequences are over."""
         for sequence, token in zip(self._sequences, input_ids[:, -1].tolist(), strict=True):
             sequence.take(token, self._ends)
         return torch.tensor([sequence.reason is not None for sequence in self._sequences], device=input_ids.device)
@@ -169,7 +169,7 @@ class SequenceSampling(LogitsProcessor):
 
 
 def generate_options(sequences: Sequence[SequenceText], ends: Collection[int]) -> dict[str, Any]:
-    """The options with which transformers' generate decodes these sequences, each in its own way."""
+    """Returns the options with which transformers' generate decodes these sequences, each in its own way."""
     return {
         "stopping_criteria": StoppingCriteriaList([SequenceStops(sequences, ends)]),
         "logits_processor": LogitsProcessorList([SequenceSampling(sequences)]),
@@ -185,7 +185,7 @@ TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 
 
 def may_join(arguments: Mapping[str, Any], media: Collection[str]) -> bool:
-    """Whether sequences may join those of a generate call, by what it hands to its decoding method.
+    """Tells whether sequences may join those of a generate call, by what it hands to its decoding method.
 
     They may where all that the model remembers of them is in a plain cache of keys and values, and where it is told
     each token's position.
@@ -203,7 +203,7 @@ def may_join(arguments: Mapping[str, Any], media: Collection[str]) -> bool:
 
 
 def _caches(arguments: Mapping[str, Any]) -> dict[str, DynamicCache]:
-    """The cache by its name, which transformers has changed."""
+    """Returns the cache by its name, which transformers has changed."""
     names = ("cache", "past_key_values")
     return {name: cache for name in names if isinstance(cache := arguments.get(name), DynamicCache)}
 

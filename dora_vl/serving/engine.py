@@ -76,7 +76,7 @@ ReadPrompts = tuple[list[RunningRequest], KVCacheBatch, Float[Tensor, "batch voc
 
 
 def can_join(logits_processor: Any, generation_config: Any) -> bool:
-    """Whether each token is chosen by the request's own sampling; a penalty for tokens before is generate's."""
+    """Tells whether each token is chosen by the request's own sampling; a penalty for tokens before is generate's."""
     own = all(isinstance(processor, SequenceSampling) for processor in logits_processor)
     return own and not generation_config.stop_strings and generation_config.prefill_chunk_size is None
 
@@ -139,7 +139,7 @@ class BatchDecoder:
             tokens = self._next(running, logits)
 
     def _next(self, running: Running, logits: Float[Tensor, "batch vocab"]) -> list[int]:
-        """Each request's next token, which its text has taken."""
+        """Returns each request's next token, which its text has taken."""
         tokens = next_tokens(logits, [request.text for request in running])
         for request, token in zip(running, tokens, strict=True):
             request.text.take(token, self.ends)
@@ -198,7 +198,7 @@ class BatchDecoder:
         return self._model.rows([item.entry for item in prepared], pictures or [0] * len(prepared), strengths)
 
     def _text(self, request: SubmittedRequest) -> SequenceText:
-        """The text of a request's answer, which tells its end at once, whatever the others do."""
+        """Returns the text of a request's answer, which tells its end at once, whatever the others do."""
         prepared = request.prepared
 
         def done(answer: SequenceText) -> None:
@@ -224,7 +224,7 @@ class BatchDecoder:
 def _without_finished(
     running: list[RunningRequest], tokens: list[int], cache: KVCacheBatch
 ) -> tuple[list[RunningRequest], list[int]]:
-    """The requests that go on, adapter by adapter, and their tokens; the cache keeps those alone."""
+    """Returns the requests that go on, adapter by adapter, and their tokens; the cache keeps those alone."""
     on = [index for index, request in enumerate(running) if request.text.reason is None]
     on.sort(key=lambda index: running[index].share)
     if on and on != [*range(len(running))]:
@@ -262,7 +262,7 @@ class Engine:
         fill: bool = False,
         strength: float = 1.0,
     ) -> PreparedRequest:
-        """A request for the model of this name, its prompt built and checked.
+        """Returns a request for the model of this name, its prompt built and checked.
 
         Args:
             name: an adapter's, or the base's.
@@ -391,7 +391,7 @@ class Engine:
                 self._alone(request, lambda item: self._decoder.answer([item], lambda *_: ()))
 
     def _alone(self, request: SubmittedRequest, put: Callable[[SubmittedRequest], Any]) -> Any:
-        """The result of putting one request to the model; where that fails it is told, and nobody else."""
+        """Returns the result of putting one request to the model; where that fails it is told, and nobody else."""
         try:
             return put(request)
         except Exception as error:  # noqa: BLE001 - it is this request's alone
@@ -401,7 +401,7 @@ class Engine:
             return None
 
     def _joiners(self, joined: list[SubmittedRequest], running: Running, columns: int) -> Sequence[ReadPrompts]:
-        """The requests that join a running batch, their prompts read; one that cannot be read is told so.
+        """Returns the requests that join a running batch, their prompts read; one that cannot be read is told so.
 
         Args:
             joined: gets what joins.

@@ -122,7 +122,7 @@ class Reading:
         self._process: LimitedProcess | None = None
 
     def read(self, messages: Sequence[Message]) -> tuple[list[Turn], Shown]:
-        """A request's messages as turns, and what they show."""
+        """Returns a request's messages as turns, and what they show."""
         parts = [part for message in messages for part in message.content]
         video_count = sum(isinstance(part, VideoPart) for part in parts)
         picture_count = sum(not isinstance(part, TextPart | VideoPart) for part in parts)
@@ -156,12 +156,12 @@ class Reading:
                 raise TooLarge(f"{who} {count} {what}, and {most} are allowed here")
 
     def picture(self, content: bytes, where: str) -> Image.Image:
-        """A picture's file as RGB, upright."""
+        """Returns a picture's file as RGB, upright."""
         with _told(where):
             return decoded(self._its_process(), content, self._budget)
 
     def video(self, content: bytes, where: str) -> Video:
-        """The frames of a video's file that a model sees."""
+        """Returns the frames of a video's file that a model sees."""
         sampling = Uniform(self.settings.frames)
         with tempfile.TemporaryDirectory(prefix="dora-vl-") as folder, _told(where):
             path = Path(folder) / "video"
@@ -199,7 +199,7 @@ def _told(where: str) -> Iterator[None]:
 
 
 def words(text: str, where: str, *, shows_videos: bool) -> str:
-    """A person's words, which may not hold what stands for a picture or a video. Raises BadRequest: they do."""
+    """Returns a person's words, which may not hold what stands for a picture or a video. Raises BadRequest: they do."""
     for placeholder in (IMAGE_PLACEHOLDER, *([VIDEO_PLACEHOLDER] if shows_videos else [])):
         if placeholder in text:
             raise BadRequest(where, f"the text holds {placeholder}; pictures and videos are parts of their own")
@@ -232,7 +232,7 @@ class NotFetched(UserError):
 
 
 def fetch(url: str, most: int, seconds: float) -> bytes:
-    """The content of an address: so many bytes at most, in so many seconds.
+    """Returns the content of an address: so many bytes at most, in so many seconds.
 
     Raises:
         NotFetched: no http(s) address, one that leads to a private, loopback, link-local or other special address,
@@ -282,7 +282,7 @@ async def _fetch(url: str, most: int) -> bytes:
 
 
 def public_address(host: str) -> str:
-    """An IP address of a host, all of whose addresses are public."""
+    """Returns an IP address of a host, all of whose addresses are public."""
     try:
         entries = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
@@ -295,7 +295,7 @@ def public_address(host: str) -> str:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address belongs to the open internet, also where IPv6 only wraps an IPv4 one."""
+    """Tells whether an IP address belongs to the open internet, also where IPv6 only wraps an IPv4 one."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         inside = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)

@@ -36,7 +36,7 @@ class Stopped(UserError):
 
 
 def unloaded(name: str) -> Stopped:
-    """The error for a request whose adapter was there when it came, and is no longer."""
+    """Returns the error for a request whose adapter was there when it came, and is no longer."""
     return Stopped(f"adapter {name} was unloaded before its answer began")
 
 
@@ -178,7 +178,7 @@ class Scheduler:
             self._changed.notify()
 
     def remove(self, name: str) -> list[SubmittedRequest]:
-        """The requests for an adapter, which wait no longer."""
+        """Returns the requests for an adapter, which wait no longer."""
         with self._changed:
             gone = [request for request in self._waiting if request.prepared.entry.name == name]
             self._waiting = deque(request for request in self._waiting if request.prepared.entry.name != name)
@@ -227,7 +227,7 @@ class Scheduler:
                     done.set_result(None)
 
     def next_joiners(self, running: int, columns: int, left: int) -> list[SubmittedRequest]:
-        """Those that may come to a running batch; none where the first that waits may not, or a change waits.
+        """Returns those that may come to a running batch; none where the first that waits may not, or a change waits.
 
         Args:
             running: how many requests the batch has.
@@ -268,7 +268,7 @@ class Scheduler:
         return batch
 
     def _fit(self, requests: Sequence[PreparedRequest]) -> bool:
-        """Whether these can be one batch."""
+        """Tells whether these can be one batch."""
         if len(requests) == 1:
             return True
         if len(requests) * max(request.tokens for request in requests) > self._settings.batch_tokens:

@@ -96,7 +96,7 @@ class Conversation:
     exchanges: tuple[Exchange, ...] = ()
 
     def turns(self, column: int, question: str) -> list[Turn]:
-        """What a column's model is told: the conversation so far as it went there, then the question."""
+        """Returns what a column's model is told: the conversation so far as it went there, then the question."""
         turns: list[Turn] = []
         for exchange in self.exchanges:
             message = exchange.answers[column].text
@@ -108,7 +108,7 @@ class Conversation:
 
 
 def error_text(error: Exception) -> str:
-    """The words about an error for whoever asked; what went wrong inside the program is for its log."""
+    """Returns the words about an error for whoever asked; what went wrong inside the program is for its log."""
     if isinstance(error, BadSample):
         return error.reason
     return one_line(str(error)) if isinstance(error, UserError) else FAILED
@@ -130,7 +130,7 @@ class SideBySide:
         self.media.close()
 
     def look(self, files: Sequence[Path]) -> Shown:
-        """The pictures and videos in some files, as a model will see them."""
+        """Returns the pictures and videos in some files, as a model will see them."""
         # By their names; what a file really is shows when it is read.
         videos = [file for file in files if str(mimetypes.guess_type(file.name)[0]).startswith("video/")]
         pictures = [file for file in files if file not in videos]
@@ -223,7 +223,7 @@ class _Running:
 
 
 def _after(exchange: Exchange, events: Events, start: float) -> Exchange:
-    """The exchange once the next event has come, and those close behind it."""
+    """Returns the exchange once the next event has come, and those close behind it."""
     until = None
     while not exchange.over:
         left = None if until is None else until - time.monotonic()

@@ -116,7 +116,7 @@ def why_not_writable(path: Path) -> str:
 
 
 def _installed(name: str) -> str:
-    """The version of an installed package; empty where it is not."""
+    """Returns the version of an installed package; empty where it is not."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -117,7 +117,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _target(arguments: argparse.Namespace) -> tuple[Path, bool]:
-    """The run's folder, and whether an earlier init's files in it are replaced."""
+    """Returns the run's folder, and whether an earlier init's files in it are replaced."""
     name = re.sub(r"[^\w.\-]+", "_", arguments.folder.resolve().name).strip("._") or "my"
     to: Path = arguments.to or Path("runs") / name
     if to.exists() and not to.is_dir():
@@ -181,7 +181,7 @@ def _on_gpu() -> bool:
 
 
 def _program(name: str) -> str:
-    """A program of this environment, as a shell finds it: it may be in no PATH."""
+    """Returns a program of this environment, as a shell finds it: it may be in no PATH."""
     own, in_path = Path(sys.executable).with_name(name), shutil.which(name)
     if own.exists() and not (in_path and own.samefile(in_path)):
         return quote(str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own))
@@ -203,7 +203,7 @@ class Row:
         return (*self.conversation.images, *(clip.path for clip in self.conversation.videos))
 
     def texts(self, role: str) -> list[str]:
-        """What the user, or the assistant, says, without placeholders."""
+        """Returns what the user, or the assistant, says, without placeholders."""
         texts = [turn.text for turn in self.conversation.turns if turn.role == role]
         return [text.replace(IMAGE_PLACEHOLDER, "").replace(VIDEO_PLACEHOLDER, "").strip() for text in texts]
 
@@ -300,7 +300,7 @@ class Look:
         return False
 
     def lines(self) -> Iterator[str]:
-        """What is told of it."""
+        """Yields what is told of it."""
         yield f"{self.questions}: {self.format}, {self.read:,} rows, {len(self.rows):,} usable"
         yield from self.columns
         pictures = self.pictures
@@ -347,7 +347,7 @@ class Look:
         return self.asked and 2 * len(self.answers) <= len(self.rows)
 
     def held_out(self, halves: Mapping[str, Sequence[Row]], chosen: str) -> Iterator[str]:
-        """What is told of how the rows are parted."""
+        """Yields what is told of how the rows are parted."""
         media = {name: {self.pictures.keys[key] for row in rows for key in row.media} for name, rows in halves.items()}
         counts = {
             name: f"{len(rows):,} rows about {len({key for row in rows for key in row.media}):,}"
@@ -423,7 +423,7 @@ def look_at(folder: Path, records: DataFiles, *, media_to: Path, columns: Column
 
 
 def _usable(check: FileCheck, record: Mapping[str, object], media_to: Path | None, columns: Columns) -> Row | None:
-    """The row, or nothing where it cannot be used, which `check` then has noted."""
+    """Returns the row, or nothing where it cannot be used, which `check` then has noted."""
     example = check.read(record)
     if not check.check(example) or isinstance(example, BadSample):
         return None
@@ -442,13 +442,13 @@ def _usable(check: FileCheck, record: Mapping[str, object], media_to: Path | Non
 
 
 def _lengths(texts: Sequence[str]) -> str:
-    """How many words they have."""
+    """Tells how many words they have."""
     words = _spread(len(text.split()) for text in texts)
     return f"{words} word{'' if words == '1' else 's'}"
 
 
 def _spread(numbers: Iterable[int]) -> str:
-    """Such as `3 to 12 (in the middle 5)`."""
+    """Returns such as `3 to 12 (in the middle 5)`."""
     ordered = sorted(numbers)
     if ordered[0] == ordered[-1]:
         return f"{ordered[0]:,}"

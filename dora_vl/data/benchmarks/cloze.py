@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 def cloze(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Split]:
-    """Every `.json` and `.jsonl` file of rows in `folder`, of the set and the split that its path names.
+    """Yields every `.json` and `.jsonl` file of rows in `folder`, of the set and the split that its path names.
 
     Forms: the publishers' own (ARC and OpenBookQA of AllenAI with `question.stem`, `choices` and `answerKey`; BoolQ
     with `passage`; WinoGrande with `sentence`; PIQA and Social IQa with their `-labels.lst`; HellaSwag with `ctx_a`),
@@ -61,7 +61,7 @@ def cloze(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[S
 
 
 def _set_of(path: Path) -> tuple[str | None, str]:
-    """The set that the path names, the file's own name first, and the split."""
+    """Returns the set that the path names, the file's own name first, and the split."""
     for part in reversed(path.parts):
         plain = re.sub(r"\W|_", "", part).lower()
         if task := next((name for key, name in NAMES.items() if key in plain), None):
@@ -85,7 +85,7 @@ def _rows(path: Path, labels: Path | None, progress: Progress) -> Iterator[Raw]:
 
 
 def cloze_row(raw: Raw, *, task: str, split: str) -> Example:
-    """One question."""
+    """Returns one question."""
     row = Row(raw)
     row.id = f"{task}-{split}-{row.integer('row')}"
     read = next((read for column, read in FORMS.items() if column in raw), None)

@@ -26,7 +26,7 @@ PARTS, MIX = ("train", "test"), "commonsense_170k"
 
 
 def commonsense(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Split]:
-    """Every set's training and test file that is in `folder` or in `folder/dataset`, and the mix.
+    """Yields every set's training and test file that is in `folder` or in `folder/dataset`, and the mix.
 
     Files, from github.com/AGI-Edgerunners/LLM-Adapters: `dataset/<set>/{train,test}.json` and
     `ft-training_set/commonsense_170k.json` (170,420 rows): lists of {instruction, input, output, answer}. Licence:
@@ -63,7 +63,7 @@ def _rows(path: Path, progress: Progress) -> Iterator[Raw]:
 
 
 def commonsense_row(raw: Raw, *, task: str, split: str) -> Example:
-    """One question."""
+    """Returns one question."""
     row = Row(raw)
     row.id = f"{task}-{split}-{row.integer('row')}"
     instruction, answer, output = (row.filled(column) for column in ("instruction", "answer", "output"))
@@ -83,7 +83,7 @@ def commonsense_row(raw: Raw, *, task: str, split: str) -> Example:
 
 
 def labels_of(instruction: str) -> tuple[str, ...]:
-    """What the instruction allows as answer: "Answer format: answer1/answer2" -> ("answer1", "answer2")."""
+    """Returns what the instruction allows as answer: "Answer format: answer1/answer2" -> ("answer1", "answer2")."""
     _, separator, allowed = instruction.rpartition("Answer format:")
     return tuple(label.strip() for label in allowed.split("/") if label.strip()) if separator else ()
 

@@ -56,7 +56,7 @@ def _karpathy_rows(file: Path, split: str, progress: Progress) -> Iterator[Raw]:
 
 
 def coco_caption_row(raw: Raw) -> Example:
-    """One picture with its captions."""
+    """Returns one picture with its captions."""
     row = Row(raw)
     image_id = row.integer("cocoid")
     row.id = str(image_id)
@@ -116,7 +116,7 @@ def gqa(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Spl
 
 
 def gqa_row(raw: Raw, *, answered: bool = True) -> Example:
-    """One question of the official files; where `answered`, its answer must be there."""
+    """Returns one question of the official files; where `answered`, its answer must be there."""
     row = Row(raw, "question_id")
     answer = row.filled("answer") if answered else row.maybe(row.filled, "answer")
     groups = Row(row.maybe(row.mapping, "groups") or {}, sample_id=row.id)
@@ -139,7 +139,7 @@ def gqa_row(raw: Raw, *, answered: bool = True) -> Example:
 
 
 def gqa_vlt5_row(raw: Raw) -> Example:
-    """One question of VL-T5's files."""
+    """Returns one question of VL-T5's files."""
     row = Row(raw, "question_id")
     if not (answers := row.weights("label")):
         raise row.bad("it has no answer: 'label' holds none")
@@ -219,7 +219,7 @@ def _words(sentence: str) -> str:
 def _shared_rows(
     files: Mapping[str, tuple[Path, str]], name: str, shares: Mapping[str, float], seed: str, progress: Progress
 ) -> Iterator[Raw]:
-    """The rows of one share; one without a sentence is in each, to be named there as unusable."""
+    """Yields the rows of one share; one without a sentence is in each, to be named there as unusable."""
     sentences, caught = set[str](), False
     for row in _nlvr_rows(files, progress):
         sentence = row.get("sentence")
@@ -243,7 +243,7 @@ def _nlvr_rows(files: Mapping[str, tuple[Path, str]], progress: Progress) -> Ite
 
 
 def nlvr_row(raw: Raw, orders: int = ORDERS) -> list[Example]:
-    """The examples of one row, one for each order of the boxes."""
+    """Returns the examples of one row, one for each order of the boxes."""
     row = Row(raw, "identifier")
     label = row.one_of("label", ("true", "false"))
     sentence, directory, part = row.filled("sentence"), row.identifier("directory"), row.text("part")
@@ -292,7 +292,7 @@ def nlvr2(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[S
 
 
 def nlvr2_row(raw: Raw) -> Example:
-    """One sentence and its two photographs, in either form."""
+    """Returns one sentence and its two photographs, in either form."""
     row = Row(raw, "identifier")
     vlt5 = row.get("img0") is not None
     label = {0: "False", 1: "True"}.get(row.integer("label"), "") if vlt5 else str(row.scalar("label"))
@@ -361,7 +361,7 @@ def _joined_rows(questions: Path, annotations: Path, progress: Progress) -> Iter
 
 
 def vqav2_row(raw: Raw, *, pictures: str, answered: bool) -> Example:
-    """One question; `pictures` is the folder of its picture and part of the picture's name."""
+    """Returns one question; `pictures` is the folder of its picture and part of the picture's name."""
     row = Row(raw)
     question_id = row.integer("question_id")
     row.id = str(question_id)
@@ -432,7 +432,7 @@ def _official_rows(folder: Path, split: str, progress: Progress) -> Iterator[Raw
 
 
 def vqav2_karpathy_row(raw: Raw, *, allowed: frozenset[str] | None) -> Example:
-    """One question of the official files."""
+    """Returns one question of the official files."""
     row = Row(raw)
     example = vqav2_row(raw, pictures=row.text("part"), answered=True)
     row.id = example.id
@@ -442,7 +442,7 @@ def vqav2_karpathy_row(raw: Raw, *, allowed: frozenset[str] | None) -> Example:
 
 
 def vqav2_vlt5_row(raw: Raw, *, allowed: frozenset[str] | None) -> Example:
-    """One question of VL-T5's files."""
+    """Returns one question of VL-T5's files."""
     row = Row(raw, "question_id")
     picture = row.filled("img_id")
     people = row.maybe(row.people, "answers") or []
