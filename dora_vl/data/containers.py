@@ -119,24 +119,13 @@ def meaning(name: str) -> str | None:
     return next((split for split, words in WORDS.items() if word in words), None)
 
 
-def _counted(splits: Mapping[str, Sequence[Path]]) -> str:
-    """Returns the splits for a message, each with its number of files."""
-    return shown_names(f"{name} ({len(files)})" for name, files in splits.items())
-
-
-LARGEST_MEMBER_BYTES = 1 << 30
-READING_ERRORS = (
-    *(pa.ArrowException, tarfile.TarError, OSError, EOFError, ValueError, TypeError, KeyError, OverflowError),
-    *(MemoryError, zlib.error, lzma.LZMAError),
-)
-"""Libraries raise these on files that are cut, damaged, or of another kind."""
-
-
 @contextlib.contextmanager
 def _reading(path: Path, kind: str) -> Iterator[None]:
+    """Turns what libraries raise on files that are cut, damaged, or of another kind into one line."""
+    errors = (pa.ArrowException, tarfile.TarError, OSError, EOFError, ValueError, TypeError, KeyError, OverflowError)
     try:
         yield
-    except READING_ERRORS as error:
+    except (*errors, MemoryError, zlib.error, lzma.LZMAError) as error:
         reason = one_line(str(error), LONGEST_REASON) or type(error).__name__
         raise UserError(f"{path}: cannot be read as {kind} ({reason}); fetch or write it again") from None
 
@@ -163,7 +152,7 @@ def _members(archive: tarfile.TarFile, path: Path) -> Iterator[tuple[str, str, b
     for member in archive:
         if not member.isfile():
             continue
-        if member.size > LARGEST_MEMBER_BYTES:
+        if member.size > 1 << 30:
             raise UserError(f"{path}: {one_line(member.name, 60)} has {member.size:,} bytes; a sample's file has less")
         content = archive.extractfile(member)
         member_path = PurePosixPath(member.name)
@@ -197,10 +186,6 @@ def _archive_row(key: str, files: list[tuple[str, bytes]], path: Path) -> dict[s
     return row
 
 
-ROWS_AT_ONCE = 64
-"""At most so many rows are in memory as Python objects; with pictures each may be megabytes."""
-BYTES_AT_ONCE = 64 << 20
-"""The rows in memory hold at most so many bytes together; one row may be larger."""
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 ClassNames = Mapping[str, Sequence[str]]
 
@@ -264,8 +249,8 @@ def _with_class_names(row: dict[str, object], names: ClassNames) -> dict[str, ob
 
 
 def _rows_at_once(rows: int, size: int) -> int:
-    """Counts of `rows` rows, of so many bytes in all, are taken at once."""
-    return max(1, min(ROWS_AT_ONCE, BYTES_AT_ONCE * rows // max(1, size)))
+    """Returns how many of `rows` rows, of `size` bytes in all, become Python objects at once: of 64 MiB together."""
+    return max(1, min(64, (64 << 20) * rows // max(1, size)))
 
 
 def _rows(batches: Iterable[pa.RecordBatch]) -> Iterator[dict[str, object]]:
@@ -278,9 +263,7 @@ def _rows(batches: Iterable[pa.RecordBatch]) -> Iterator[dict[str, object]]:
 
 
 LISTS = frozenset({"messages", "conversations", "texts", "turns", "images", "image", "answers", "subtitles"})
-OBJECTS = frozenset({"extra", "video"})
-"""A cell of these columns may hold JSON; any other cell is text as it stands."""
-DELIMITERS, TSV_DELIMITERS = ",;\t|", "\t,;|"
+"""A cell of these columns may hold a list as JSON; any other cell is text as it stands, but for two of objects."""
 
 
 def delimited_rows(path: Path) -> Iterator[dict[str, object]]:
@@ -291,13 +274,13 @@ def delimited_rows(path: Path) -> Iterator[dict[str, object]]:
     """
     encoding = encoding_of(path, "samples")
     _, first = next(text_lines(path, "samples", encoding), (1, ""))
-    marks = TSV_DELIMITERS if ending_of(path) == ".tsv" else DELIMITERS
+    marks = "\t,;|" if ending_of(path) == ".tsv" else ",;\t|"
     delimiter = max(marks, key=re.sub('"[^"]*"', "", first).count)
     for line, cells in table_rows(path, "samples", delimiter=delimiter, encoding=encoding):
         row: dict[str, object] = {}
         for name, cell in cells.items():
             column = plain_name(name)
-            opening = "[" if column in LISTS else "{" if column in OBJECTS else None
+            opening = "[" if column in LISTS else "{" if column in ("extra", "video") else None
             if opening and cell.lstrip().startswith(opening):
                 row[name] = json_of(cell, f"{path}, line {line}, column {name}")
             else:
@@ -336,9 +319,7 @@ def _reading_hub(name: str) -> Iterator[None]:
 
 
 HUB = "hub:"
-Reader = Callable[[Path], Iterator[dict[str, object]]]
-
-READERS: Mapping[str, Reader] = {
+READERS: Mapping[str, Callable[[Path], Iterator[dict[str, object]]]] = {
     ".csv": delimited_rows,
     ".tsv": delimited_rows,
     ".parquet": parquet_rows,
@@ -353,14 +334,12 @@ NO_SAMPLES = {
 """A file with one of these endings is refused with this advice."""
 JSON_ENDINGS = (".json", ".jsonl")
 ENDINGS = (*JSON_ENDINGS, *READERS)
-PACKED = (".csv", ".tsv", *JSON_ENDINGS)
-"""Files with these endings may be packed with gzip."""
 
 
 def ending_of(path: Path) -> str:
     """Returns what a data file's name ends in; of `a.jsonl.gz` what it holds."""
     inner = Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else ""
-    return inner if inner in PACKED else path.suffix.lower()
+    return inner if inner in (".csv", ".tsv", *JSON_ENDINGS) else path.suffix.lower()
 
 
 def is_data_file(path: Path) -> bool:
@@ -378,7 +357,7 @@ class DataFiles:
     @property
     def is_json(self) -> bool:
         """Whether it is a single file of JSON."""
-        return len(self.files) == 1 and ending_of(self.files[0]) not in READERS
+        return type(self) is DataFiles and len(self.files) == 1 and ending_of(self.files[0]) not in READERS
 
     def rows(self, progress: Progress | None = None) -> Iterator[dict[str, object]]:
         """Yields the rows of all files in order."""
@@ -408,11 +387,6 @@ class PictureFolder(DataFiles):
     def says_what(self) -> bool:
         """Whether anything says what the pictures show."""
         return self.has_texts or any("label" in row for row in self.fields.values())
-
-    @property
-    def is_json(self) -> bool:
-        """Never."""
-        return False
 
     def rows(self, progress: Progress | None = None) -> Iterator[dict[str, object]]:
         """Yields the row of each picture or video."""
@@ -499,8 +473,9 @@ def find_files(path: Path) -> DataFiles:
     splits = by_split(path, files)
     if len(splits) > 1:
         trained_on = next((files for name, files in splits.items() if meaning(name) == "train"), files)
+        counts = shown_names(f"{name} ({len(files)})" for name, files in splits.items())
         raise UserError(
-            f"{path}: files of several splits, {_counted(splits)}; name the file that is meant, such as "
+            f"{path}: files of several splits, {counts}; name the file that is meant, such as "
             f"{trained_on[0].name}, in data.train also a list of files, or move each split to a folder of its own"
         )
     return DataFiles(str(path), tuple(files))

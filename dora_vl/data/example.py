@@ -252,7 +252,7 @@ class ExampleFile:
 
 
 def _answers_in(line: bytes) -> int:
-    """Counts items a line is where each answer is one; a line without any, and a broken one, is one."""
+    """Counts the items of a line where each answer is one; a line without any, and a broken one, counts as one."""
     if not line.strip():
         return 0
     try:

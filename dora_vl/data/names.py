@@ -81,19 +81,9 @@ _WORDS: Mapping[str, str] = {
     for word in words.split()
 }
 """The first or last word of a column's name says what it may be; only the last makes it a note."""
-_COUNTS = ("n", "num", "nb", "number", "total", "created", "updated", "modified", "date", "time")
-"""A name that begins with one of these words is a note too."""
-_PLACES = ("id", "key", "index", "idx", "number", "no")
-"""`answer` with one of these last words says which choice is the answer."""
-_VERDICTS = ("is", "has", "was", "should", "can")
-"""A name that begins with one of these words is a flag, not a note."""
 _NAME_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 _MEDIA_FILE = tuple(f".{ending}" for ending in (*PICTURE_ENDINGS, *VIDEO_ENDINGS))
 _LONGEST_ENDING = max(map(len, _MEDIA_FILE))
-_FLAGS = frozenset((0, 1, "0", "1", "0.0", "1.0"))
-_LETTERS = re.compile(r"[^\W\d_]")
-MOST_NOTED = 300
-"""A text of more characters is no note."""
 
 
 def plain_name(name: str) -> str:
@@ -190,18 +180,18 @@ def _loss(path: str, value: object, unknown: bool, has_media: bool) -> tuple[str
 
 def _says_more(text: str) -> bool:
     """Tells whether a text under the name of a note may be something that is asked or answered."""
-    return len(text) > MOST_NOTED or text.endswith("?")
+    return len(text) > 300 or text.endswith("?")
 
 
 def _by_value(value: object, unknown: bool) -> str:
     """Returns what a value is whose name says nothing; "" for what is noted."""
     if isinstance(value, list | dict):
         return NESTED
-    if isinstance(value, bool) or (isinstance(value, int | float | str) and value in _FLAGS):
+    if isinstance(value, bool) or (isinstance(value, int | float | str) and value in (0, 1, "0", "1", "0.0", "1.0")):
         return FLAG
     if isinstance(value, str):
         is_code = value.isascii() and not any(map(str.isspace, value)) and any(map(str.isdigit, value))
-        is_noted = "://" in value or (not unknown and (is_code or not _LETTERS.search(value)))
+        is_noted = "://" in value or (not unknown and (is_code or not re.search(r"[^\W\d_]", value)))
         return "" if is_noted else TEXT
     return {int: LABEL, float: RATING}.get(type(value), "") if unknown else ""
 
@@ -227,11 +217,13 @@ def kind_of(name: str) -> str:
         return CHOICES
     if not name.strip() or words[0] == "unnamed":  # pandas' column of row numbers
         return NOTED
-    if words[0] == "answer" and words[-1] in _PLACES:
+    if words[0] == "answer" and words[-1] in ("id", "key", "index", "idx", "number", "no"):  # of a choice
         return LABEL
     kind = next((kind for kind in (kinds[0], kinds[-1]) if kind not in ("", NOTED)), "")
-    is_noted = kinds[-1] == NOTED and kind in ("", TEXT) and words[0] not in _VERDICTS
-    if is_noted or words[0] in _COUNTS or plain_name(name) in ROLES["id"]:
+    is_flag = words[0] in ("is", "has", "was", "should", "can")
+    is_noted = kinds[-1] == NOTED and kind in ("", TEXT) and not is_flag
+    counts = ("n", "num", "nb", "number", "total", "created", "updated", "modified", "date", "time")
+    if is_noted or words[0] in counts or plain_name(name) in ROLES["id"]:
         return NOTED
     return kind or (TEXT if plain_name(name) in KNOWN and name != "extra" else "")
 

@@ -39,7 +39,7 @@ Tree = tuple[Segment, ...]
 
 
 def tokens_of(tree: Tree) -> int:
-    """Counts tokens stand in it."""
+    """Counts its tokens."""
     return sum(map(len, tree))
 
 
