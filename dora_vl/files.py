@@ -26,7 +26,7 @@ from yaml import MappingNode, Node, ScalarNode, SequenceNode, YAMLError
 from dora_vl.errors import UserError, is_communication, is_out_of_memory, one_line, shown, shown_text
 
 METRICS, SETS, NOT_YET = "metrics.json", "sets", "not_yet_tested"
-"""What a run or an evaluation writes its numbers to, and where those of its test sets stand in it."""
+"""A run or an evaluation writes its numbers to this file, those of its test sets under this key."""
 KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -60,7 +60,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 UNFINISHED, PREVIOUS = "unfinished", "previous"
-"""They mark the hidden names of what is being written, and of the folder that a new one replaces."""
+"""Hidden names with these marks are of what is being written, and of the folder that a new one replaces."""
 
 
 @contextmanager
@@ -221,7 +221,7 @@ def file_sha256(path: Path, progress: Callable[[int], object] = lambda size: Non
 
 
 HASHED_BYTES = 1 << 16
-"""Of a file's beginning and end: with its size enough to tell another picture or video."""
+"""So much of a file's beginning and end, and its size, tell it from another picture or video."""
 
 
 def content_key(path: Path) -> str:
@@ -239,14 +239,14 @@ def content_key(path: Path) -> str:
 
 
 PREFERRED = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
-"""The one weights file of a folder; with `.index.json` behind the name, what lists the shards."""
+"""A folder's weights stand in one file of these names, or in shards that `NAME.index.json` lists."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 HUB_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
 NO_OWN_CODE = {"trust_remote_code": False}
-"""For every `from_pretrained` of transformers' Auto classes: it then asks nobody whether to run a model's code."""
+"""Each `from_pretrained` of transformers' Auto classes takes it, and then never asks whether to run a model's code."""
 BRINGS_CODE = "it brings code of its own (auto_map), which is never run here; take a model that transformers itself has"
 ZIP_START = b"PK"
-"""How torch's own files begin since 1.6; their table is at the end."""
+"""torch's own files begin so since 1.6; their table is at the end."""
 
 
 Kernel = Literal["sdpa", "flex_attention", "flash_attention_2", "eager"]
@@ -369,7 +369,7 @@ def check_whole(path: Path) -> None:
 
 
 MOST_VALUES = 100_000
-"""What aliases may make of a file: ten lines of them can stand for more values than memory holds."""
+"""Aliases may stand for so many values: ten lines of them can mean more than memory holds."""
 _OTHER_NUMBER = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
 
 

@@ -32,16 +32,16 @@ JOBS: Mapping[str, str] = {
     "read_video": "dora_vl.data.video",
     "try_template": "dora_vl.backbones.templates",
 }
-"""The functions that may be run there, and their modules. Each yields parts; what it raises is told to the parent."""
+"""Maps functions that may run there to their modules. Each yields parts; the parent gets what it raises."""
 Part: TypeAlias = tuple[dict[str, Any], bytes]
-"""JSON, and bytes that belong to it."""
+"""Pairs JSON with the bytes that belong to it."""
 
 LARGEST_PART = 2**24
 """No part that the process sends may be larger, so that it cannot fill the parent's memory at once."""
 SILENT_TIMES = 3
 """A job may be silent for so many times its seconds of the processor: it may also hang without using it."""
 START_SECONDS = 60.0
-"""How much longer the silence may be while its libraries are imported, which takes long on a busy machine."""
+"""Seconds of silence allowed besides, while its libraries are imported on a busy machine."""
 LOOK_SECONDS = 0.1
 QUICK_SECONDS, PATIENCE = 0.3, 19
 """After so long a job yields to all others (`nice`), where its process was started to do so."""
@@ -56,7 +56,7 @@ class Failed(ValueError):
 
 
 ENDED = "Ended"
-"""The kind of failure where the process was killed or died."""
+"""Names the failure of a job whose process was killed or died."""
 
 
 @dataclass
@@ -193,7 +193,7 @@ CHILD = (
     "from dora_vl.limited_process import serve; serve(int(sys.argv[1]), sys.argv[2])"
 )
 STATM = Path("/proc/self/statm")
-"""Its sixth number is how many pages of data the process has (proc(5))."""
+"""Its sixth number counts the process's pages of data (proc(5))."""
 
 
 def serve(descriptor: int, first_job: str) -> None:

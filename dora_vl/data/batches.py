@@ -15,17 +15,17 @@ from dora_vl.data.packing import grow, pack, spread, tokens_of
 from dora_vl.data.samples import ALIGNED, IGNORED_LABEL, Sample, Skipped
 
 PACKED_TOKENS = 8_192
-"""Of a row that holds several samples, about; a micro-batch of more becomes several rows, which pad each other."""
+"""Tokens that a packed row holds at most, about; a micro-batch of more becomes several rows."""
 
 
 BY_ROW = "cross_attention_mask"
 """A family with this input (mllama) looks its pictures up by row, so a row of words alone has pictures of zeros."""
 IN_ONE_ROW = {"pixel_values": "target_sizes", "pixel_values_videos": "target_sizes_videos"}
-"""Pixels whose patches all stand in one row, one picture behind another, and the input that tells it (MiniCPM-V)."""
+"""MiniCPM-V puts the patches of all pictures into one row, and has the input on the right."""
 FIRST_TILE = "aspect_ratio_mask"
-"""Of mllama's missing pictures the first tile counts as there, as its processor says, or attention divides by zero."""
+"""The first tile of a missing picture of mllama's counts as there, or attention divides by zero."""
 POINTING = {"image_token_pooling": "pixel_values", "video_token_pooling": "pixel_values_videos"}
-"""Places among the patches of a batch's pixels, -1 for none, so those of a later sample begin further on (Molmo 2)."""
+"""Molmo 2 points to patches of a batch's pixels, -1 for none: a later sample's places begin further on."""
 
 
 def media_of(sample: Sample) -> object:
@@ -190,7 +190,7 @@ def stacked(tensors: Sequence[Tensor], value: int) -> Tensor:
 
 
 SAMPLES, WEIGHTS = "samples", "sample_weights"
-"""Names in a batch: how many usable samples it holds, and what each counts in a mean over them."""
+"""A batch names so how many usable samples it holds, and what each counts in a mean over them."""
 
 
 def over_step(batches: Sequence[Mapping[str, Any]], device: torch.device) -> list[dict[str, Any]]:

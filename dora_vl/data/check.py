@@ -91,7 +91,7 @@ def looks_whole(file: BinaryIO | BytesIO) -> bool | None:
 
 SHOWN_IDS = 5
 LEFT_OUT = "columns left out"
-"""The problem is called so where a run would refuse rows for a column."""
+"""Names the problem of rows that a run would refuse for a column."""
 
 
 NO_PICTURE, EMPTY_QUESTION, CONTRADICTION = "no picture", "empty question", "another answer to the same question"
@@ -178,7 +178,7 @@ class FileCheck:
         self.samples: dict[int, str] = {}  # hash of what is asked, with its media -> id
         self.uses: list[Mapping[str, str]] = []
         self.formats: dict[str, str] = {}
-        """The first row of each."""
+        """Maps each format to its first row."""
         self._columns = columns
         self._longest = longest
         self._answers_needed = answers_needed

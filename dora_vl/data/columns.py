@@ -80,7 +80,7 @@ FORMATS: tuple[RowFormat, ...] = (
     RowFormat("captions", ("caption", "images")),
     RowFormat("captions", ("caption", "videos")),
 )
-"""They are tried from the top: the first that fits is the row's."""
+"""A row has the first of these formats that fits it."""
 ASKED_OF = ("question/answer", "captions")
 """Rows of these formats may have no question; `data.ask` is asked then."""
 
@@ -107,7 +107,7 @@ class Resolved:
 
 
 Candidate = Mapping[str, str]
-"""Columns that hold a role together, each with its label, "" where it has none."""
+"""Maps columns that hold a role together to their labels, "" where there is none."""
 
 
 @dataclass(frozen=True)
@@ -403,7 +403,7 @@ def column_lines(uses: Iterable[Mapping[str, str]]) -> list[str]:
 
 
 USUAL = Columns()
-"""The contract without any setting."""
+"""The default: nothing is named or ignored."""
 
 
 @dataclass(frozen=True, kw_only=True)

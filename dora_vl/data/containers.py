@@ -47,7 +47,7 @@ SAVED_STATE = "state.json"
 BESIDE_ARROW = ("dataset_info.json", SAVED_STATE, "dataset_dict.json")
 """`datasets` writes these beside the Arrow files of a folder; they hold no rows."""
 LEFTOVERS = ("cache-", "tmp")
-"""Arrow files whose names begin so are no shards: `map` and `filter` of `datasets` left them."""
+"""`map` and `filter` of `datasets` leave Arrow files with these names; they are no shards."""
 
 WORDS: Mapping[str, tuple[str, ...]] = {
     "train": ("train", "training"),
@@ -263,7 +263,7 @@ def _rows(batches: Iterable[pa.RecordBatch]) -> Iterator[dict[str, object]]:
 
 
 LISTS = frozenset({"messages", "conversations", "texts", "turns", "images", "image", "answers", "subtitles"})
-"""A cell of these columns may hold a list as JSON; any other cell is text as it stands, but for two of objects."""
+"""A cell of these columns may hold a list as JSON; other cells are text."""
 
 
 def delimited_rows(path: Path) -> Iterator[dict[str, object]]:
@@ -326,7 +326,7 @@ READERS: Mapping[str, Callable[[Path], Iterator[dict[str, object]]]] = {
     ".arrow": arrow_rows,
     ".tar": webdataset_rows,
 }
-"""The ending of a file says who reads it; any other file is JSON."""
+"""Reads files by their ending; any other file is JSON."""
 NO_SAMPLES = {
     **dict.fromkeys((".xlsx", ".xls", ".ods", ".numbers"), "save the sheet as CSV"),
     **dict.fromkeys((".zip", ".gz", ".7z", ".rar", ".zst"), "unpack it first"),
@@ -430,7 +430,7 @@ def picture_folder(folder: Path) -> PictureFolder | None:
 
 
 RUN_FILE = "run.yaml"
-"""`dora-vl init` writes it: a folder that holds one is a run's."""
+"""`dora-vl init` writes it into the folder of a run."""
 
 
 def files_below(folder: Path) -> Iterator[Path]:

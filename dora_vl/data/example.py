@@ -27,7 +27,7 @@ from dora_vl.errors import NO_ANSWER, BadSample, UserError, shown
 from dora_vl.files import whole_file
 
 JSON: TypeAlias = Any
-"""What JSON can hold: null, booleans, numbers, text, lists and objects; checked when it is written."""
+"""Null, booleans, numbers, text, lists and objects; checked when written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +97,9 @@ def named_in(row: Mapping[str, JSON], name: str) -> str | None:
 
 
 MIDDLE_FRAME = "middle_frame"
-"""In an example's `extra`: the picture that LLaVA-1.5 takes for its video."""
+"""An example's `extra` names so the picture that LLaVA-1.5 takes for its video."""
 FIELDS = frozenset(Example.__dataclass_fields__) - {"image_bytes"} | {"video"}
-"""The fields of a record; `video` is written for one video, `videos` for several."""
+"""A record may have these fields: `video` for one video, `videos` for several."""
 
 
 _EXAMPLE = TypeAdapter(Example)
@@ -274,9 +274,9 @@ def _json_object(line: bytes) -> Mapping[str, JSON]:
 
 
 LETTER = "Answer with the option's letter from the given choices directly."
-"""What LLaVA says behind the choices of MMBench and SEED."""
+"""LLaVA says this behind the choices of MMBench and SEED."""
 LONGEST_LIST = 100_000
-"""Characters of a list written as text; Python's reader takes a hundred times that as memory."""
+"""Characters read of a list written as text; Python's reader takes a hundred times that as memory."""
 
 
 def with_letters(choices: Iterable[str]) -> list[str]:

@@ -40,7 +40,7 @@ ROLES: Mapping[str, tuple[str, ...]] = {
     "subtitles": ("subtitles",),
     "extra": ("extra",),
 }
-"""A column can have one of these roles, and is known by these names, the first before the others."""
+"""A column has a role by one of these names; earlier names count before later ones."""
 KNOWN = frozenset(name for names in ROLES.values() for name in names)
 JOINED: Mapping[str, tuple[re.Pattern[str], ...]] = {
     "images": (re.compile(r"(?:image|img|picture|photo)[ _]?(\d{1,4})"), re.compile(r"(left|right)_(?:image|img)")),
@@ -80,7 +80,7 @@ _WORDS: Mapping[str, str] = {
     }.items()
     for word in words.split()
 }
-"""The first or last word of a column's name says what it may be; only the last makes it a note."""
+"""The first or last word of a name tells what a column may be; only the last makes it a note."""
 _NAME_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 _MEDIA_FILE = tuple(f".{ending}" for ending in (*PICTURE_ENDINGS, *VIDEO_ENDINGS))
 _LONGEST_ENDING = max(map(len, _MEDIA_FILE))

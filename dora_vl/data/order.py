@@ -35,9 +35,9 @@ class SamplingLengths(NamedTuple):
     lengths: Int[Tensor, " samples"]
     is_multimodal: Bool[Tensor, " samples"]
     media: Int[Tensor, " samples"]
-    """A number for each different list of pictures and videos; samples of the same number can share their tokens."""
+    """Numbers each different list of pictures and videos; samples of one number can share their tokens."""
     shared: Int[Tensor, " samples"]
-    """Those of its length that its pictures and videos take."""
+    """Counts the tokens of its pictures and videos."""
 
 
 def sampling_lengths(rows: datasets.Dataset, *, tokens_per_image: int, tokens_per_video: int = 0) -> SamplingLengths:
@@ -115,13 +115,13 @@ class ModalityLengthSampler(torch.utils.data.Sampler[int]):
 
 
 WINDOW = 1_024
-"""Samples among which micro-batches are made equally long; more would hardly even them out any further."""
+"""Micro-batches are made equally long among so many samples; more would hardly help."""
 NEIGHBOURS = 8
-"""Micro-batches of almost the same length that follow each other, so that up to so many ranks need not wait."""
+"""So many micro-batches of almost one length follow each other, so that as many ranks need not wait."""
 
 
 TOGETHER = 4
-"""Most samples of one picture or video in a micro-batch: more would save little, and a step would see few pictures."""
+"""A micro-batch holds at most so many samples of one picture or video: with more, a step would see few pictures."""
 
 
 class TreeSampler(torch.utils.data.Sampler[int]):
@@ -309,7 +309,7 @@ def _permutation(key: str, items: int) -> np.ndarray:
 
 
 HEADERS = 1_000
-"""Rows whose pictures' sizes are read, less than a second's worth; of more, so many at even distances."""
+"""The pictures of so many rows, at even distances, are measured: less than a second's worth."""
 
 
 def longest_places(sizes: SamplingLengths, count: int, among: Bool[Tensor, " samples"] | None = None) -> list[int]:

@@ -59,10 +59,10 @@ _TURNS: Mapping[object, Image.Transpose] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF's orientation -> what turns the stored pixels upright; 1, and whatever else stands there, turns nothing."""
+"""Maps EXIF's orientation to the turn that shows the stored pixels upright; any other value turns nothing."""
 _WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 READING = "upright, transparency on white, 16 bits to 8"
-"""It says how files become pixels: features that were computed under another text are computed again."""
+"""Describes how files become pixels: features computed under another description are computed again."""
 AS_PUBLISHED = "as stored"
 
 
@@ -75,7 +75,7 @@ class TooManyPixels(NoPicture):
 
 
 NOT_DECODED = (*DECODING_ERRORS, RuntimeError, MemoryError, Image.DecompressionBombError)
-"""Whatever opening or decoding a picture raises; `NoPicture` and `NoRegularFile` are among them."""
+"""Opening or decoding a picture raises these; `NoPicture` and `NoRegularFile` are among them."""
 
 
 class _Timed(BufferedReader):

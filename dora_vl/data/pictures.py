@@ -35,7 +35,7 @@ VIDEO_ENDINGS = (
     "mp4", "mkv", "webm", "avi", "mov", "m4v", "ts", "m2ts", "flv", "mpg", "mpeg", "vob", "wmv", "asf", "mxf",
 )  # fmt: skip
 ENDINGS = {"JPEG": "jpg", "TIFF": "tif"}
-"""Pillow's name of a format gives the ending of its files where it is not the ending itself."""
+"""Maps Pillow's names of formats to file endings, where they differ."""
 
 
 def save_picture(data: bytes, folder: Path, sample_id: str) -> str:
@@ -64,7 +64,7 @@ def save_picture(data: bytes, folder: Path, sample_id: str) -> str:
 STORED = "bytes:"
 """The name of a picture that the data file holds begins so."""
 HeldPictures: TypeAlias = Mapping[str, bytes]
-"""Pictures that a data file holds, by their names."""
+"""Maps names to the bytes of pictures that a data file holds."""
 
 
 @dataclass(frozen=True)

@@ -31,12 +31,12 @@ from dora_vl.errors import BadSample, UserError, positive, shown, shown_text
 from dora_vl.files import file_sha256, whole_file, write_json
 
 FORMAT = 2
-"""Raise it when records change their meaning: files of an earlier form are made again."""
+"""Raise it when records change their meaning: older files are then made again."""
 MEBIBYTE = 1 << 20
 SMALL_BYTES = 32 * MEBIBYTE
 """Files below this are converted in this process: starting others takes longer."""
 ROWS_A_CHUNK, CHUNKS_AHEAD = 512, 3
-"""Each worker has so many chunks ahead; what is read but not yet written stays bounded."""
+"""A worker has three chunks of 512 rows ahead, which bounds what is read but not yet written."""
 ROWS_TO_JUDGE, MOST_DROPPED = 1000, 100_000
 """When none of so many rows can be used, the file is another one than the source expects; when so many cannot, the
 manifest, which names them all, would be no file that one can open."""

@@ -25,11 +25,11 @@ from dora_vl.errors import BadSample, UserError, one_line, shown_text
 from dora_vl.files import write_json_lines
 
 BOOKKEEPING = ("samples", "sample_ids", "padding_tokens", "skipped", "cut", "shrunk")
-"""Names in a batch of what is counted and told; all else goes to the model."""
+"""A batch holds counts and messages under these names; all else goes to the model."""
 ALIGNED = ("attention_mask", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids", "cross_attention_mask")
-"""A processor's tensors that hold an entry for each token: cut and padded as the ids are."""
+"""These tensors of a processor hold an entry a token, and are cut and padded as the ids are."""
 IGNORED_LABEL = -100
-"""Label of a position that is not trained; what `torch.nn.functional.cross_entropy` ignores by default."""
+"""Labels a position that is not trained, as `torch.nn.functional.cross_entropy` has it."""
 
 
 class TrainedAnswer(NamedTuple):
@@ -126,7 +126,7 @@ class ConversationDataset(torch.utils.data.Dataset["Sample | Skipped"]):
 BAD_BEFORE_EARLY_END = 10
 TIMES_THE_SHARE = 10
 LONGEST_ID = 120
-"""Characters of an id in a line of the log."""
+"""The log shows so many characters of an id."""
 
 _log = logging.getLogger(__name__)
 
@@ -162,9 +162,9 @@ class BadSampleLedger:
         self._read_in_a_pass = max(1, read_in_a_pass or total_samples)
         self._source = source
         self.counts = BadSampleCounts()
-        """This rank's, since the start of the process."""
+        """Counts this rank's samples since the start of the process."""
         self.reasons: dict[str, str] = {}
-        """Why each bad sample that this rank met cannot be used, by id."""
+        """Maps the id of each bad sample that this rank met to the reason."""
 
     def carry_over(self, reasons: Mapping[str, str]) -> None:
         """Bad samples that the run named before it was resumed."""
@@ -205,11 +205,11 @@ def write_skipped(path: Path, reasons: Mapping[str, str], *, validation: Mapping
 
 
 MOST = 20_000
-"""Rows that are looked at, a few seconds' worth; of more, so many at even distances."""
+"""So many rows, at even distances, are looked at before a run: a few seconds' worth."""
 FIRST = 8
-"""Samples whose labels are read before the first step, and of those with pictures so many more."""
+"""The labels of eight samples, and of eight with pictures, are read before the first step."""
 SHOWN, BEFORE = 120, 20
-"""Characters of a text in a message, and of them those before where it differs from another."""
+"""A message shows 120 characters of a text, 20 of them before it differs from another."""
 
 
 def look_ahead(

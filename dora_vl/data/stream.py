@@ -256,7 +256,7 @@ class StreamOrder(torch.utils.data.Sampler[Read]):
         self._epoch = 0
         self._passed, self._first_epoch = 0, 0
         self.epoch_samples: int | None = None
-        """Samples of an epoch, once one has been read whole; None in a run of known epochs."""
+        """Counts the samples of an epoch once one was read whole; None in a run of known epochs."""
 
     def __len__(self) -> int:
         return self._total if self._known is None else self._known

@@ -35,7 +35,7 @@ CHUNK_BYTES = 1 << 20
 
 Value = TypeVar("Value")
 Progress = Callable[[int], object]
-"""A function that is called with the number of bytes whenever some more are read."""
+"""Is called with the number of bytes whenever some more are read."""
 
 
 @contextlib.contextmanager
@@ -239,7 +239,7 @@ def table_rows(
 
 _ROWS_IN_AN_OBJECT = re.compile(rb'\{\s*"(data|rows|samples|examples)"\s*:\s*\[\s*\{')
 DEEPEST = 10_000
-"""More brackets that are open at once are refused: `ijson` keeps a path for each, which fills the memory."""
+"""More open brackets are refused: `ijson` keeps a path for each, which fills the memory."""
 
 
 def stream_records(path: Path, progress: Progress | None = None, key: str | None = None) -> Iterator[dict[str, object]]:

@@ -20,14 +20,14 @@ IMAGE_PLACEHOLDER = "<image>"
 VIDEO_PLACEHOLDER = "<video>"
 
 THINK, END_THINK = "<think>", "</think>"
-"""What stands around the thoughts that an answer begins with."""
+"""These enclose the thoughts that an answer begins with."""
 
 Role = Literal["system", "user", "assistant"]
 Number = Annotated[float, Strict(), AllowInfNan(False)]
-"""What a record of JSON must hold where it has a number."""
+"""A number of a JSON record must be finite and no text."""
 
 SPEAKERS: Mapping[Role, str] = {"system": "system", "user": "human", "assistant": "gpt"}
-"""What LLaVA's JSON calls each role."""
+"""LLaVA's JSON calls the roles so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +133,7 @@ def _check_order(conversation: Sequence[Turn], sample_id: str) -> None:
 
 
 _NUMBERED_PLACE = re.compile(r"<(\|?)image[ _]?(\d{1,3})\1>")
-"""`<image1>`, `<image 1>`, `<image_1>`, `<|image_1|>`: where the first picture goes, in MMMU, MATH-V, for Phi."""
+"""`<image1>`, `<image 1>`, `<image_1>` and `<|image_1|>` place the first picture in MMMU, MATH-V and for Phi."""
 
 
 def _by_number(images: Sequence[str], conversation: list[Turn], sample_id: str) -> tuple[Sequence[str], list[Turn]]:

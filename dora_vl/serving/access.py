@@ -61,7 +61,7 @@ PROBLEMS: Mapping[type[Exception], tuple[int, str, str | None]] = {
     UserError: (400, "invalid_request_error", None),
     Exception: (500, "server_error", "internal_error"),
 }
-"""Each error's HTTP status, and OpenAI's type and code; the first class that an error is of counts, from the top."""
+"""Maps errors to the HTTP status, and OpenAI's type and code; the first class that fits counts."""
 HEADERS: Mapping[int, Mapping[str, str]] = {
     401: {"WWW-Authenticate": 'Basic realm="dora-vl"'},  # a browser asks for the key where this scheme stands alone
     429: {"Retry-After": "1"},
@@ -136,7 +136,7 @@ def access_rules(options: argparse.Namespace) -> AccessRules:
 
 MOST_CONNECTIONS = 512
 MOST_OF_A_CLIENT = 128
-"""Requests from one address that are answered at a time; every open page holds one or two."""
+"""One address may have so many requests answered at a time; every open page holds one or two."""
 HEAD_BYTES = 64 * 1024
 
 
@@ -285,7 +285,7 @@ ADDRESSES = {
     "HEAD": re.compile("/"),
     "POST": re.compile(rf"{UPLOAD}|/gradio_api/(queue/join|run/predict|cancel|reset)"),
 }
-"""The addresses that the page asks for, by method."""
+"""The page asks for these addresses, by method."""
 UPLOAD_SECONDS = 300.0
 MOST_UPLOADS = 1000
 POLICY = (

@@ -17,7 +17,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 from dora_vl.backbones.generation import NOT_YET_A_CHARACTER, NoNumbers
 
 LEAST_TEMPERATURE = 1e-3
-"""Below it the likeliest token is taken: scores divided by less may leave the numbers that there are."""
+"""Below it the likeliest token is taken: scores divided by less may overflow."""
 
 Reason = Literal["stop", "length", "ended"]
 """An answer ends because it was complete, as long as allowed, or because nobody waits for it any more."""
@@ -181,7 +181,7 @@ def generate_options(sequences: Sequence[SequenceText], ends: Collection[int]) -
 
 MASK, POSITIONS = "attention_mask", "position_ids"
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
-"""Further inputs that have an entry for each token; the answer's tokens all have the same."""
+"""These inputs have an entry a token; all tokens of an answer have the same."""
 
 
 def may_join(arguments: Mapping[str, Any], media: Collection[str]) -> bool:

@@ -72,7 +72,7 @@ class RunningRequest:
 
 Running = Sequence[RunningRequest]
 ReadPrompts = tuple[list[RunningRequest], KVCacheBatch, Float[Tensor, "batch vocab"]]
-"""Requests whose prompts the model has read, their keys and values, and the logits of each one's first token."""
+"""Holds requests whose prompts were read, their keys and values, and the logits of their first tokens."""
 
 
 def can_join(logits_processor: Any, generation_config: Any) -> bool:
@@ -234,7 +234,7 @@ def _without_finished(
 
 log = logging.getLogger(__name__)
 CHARACTERS_OF_A_TOKEN = 32
-"""No text has as many for each of its tokens, but for few words among long runs of spaces."""
+"""No text has more characters a token, but for few words among long runs of spaces."""
 
 
 class Engine:
@@ -245,7 +245,7 @@ class Engine:
         self.settings = settings or Settings()
         self._scheduler = Scheduler(self.settings, lambda: model.assistant.prompts.encoder.one_kind_in_a_batch)
         self._encoding = threading.Lock()
-        """Tokenizers and processors are for one thread at a time."""
+        """Lets one thread at a time use tokenizers and processors."""
         self._loading = threading.Lock()
         self._decoder = BatchDecoder(model, lambda: self._scheduler.closed)
         self._thread = threading.Thread(target=self._work, name="dora-vl engine", daemon=True)

@@ -35,9 +35,9 @@ from dora_vl.serving.requests import BadRequest, Message, TextPart, TooLarge, Vi
 from dora_vl.serving.scheduler import TooManyRequests
 
 DECODER_MEMORY = 576 * MEBIBYTE
-"""Most bytes that a request's process may take; with its pixels here, four bytes each, a request stays below 1 GB."""
+"""A request's process may take so many bytes; with its pixels here, four bytes each, a request stays below 1 GB."""
 READING_AT_ONCE = 10
-"""Requests whose pictures are decoded at a time, or wait to become a prompt; as many processes are kept, 15 MB each."""
+"""So many requests have their pictures decoded at a time; as many processes are kept ready, 15 MB each."""
 PATIENT_SECONDS = 5.0
 """A request's pictures may take longer only while no other request waits for its turn."""
 
@@ -224,7 +224,7 @@ def _from_data_url(url: str, where: str, most: int) -> bytes:
 
 MOST_REDIRECTS = 3
 NOT_PUBLIC = tuple(map(ipaddress.ip_network, ("192.88.99.0/24", "3fff::/20", "5f00::/16")))
-"""Special addresses that Python's own tables lack: 6to4 relays, documentation, segment routing."""
+"""Python's own tables lack these special addresses: 6to4 relays, documentation, segment routing."""
 
 
 class NotFetched(UserError):

@@ -30,10 +30,10 @@ TAKE_QUESTION, DIAL = STYLE.with_name("take_question.js"), STYLE.with_name("dial
 FONT, MONOSPACE = ("system-ui", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"), ("ui-monospace", "monospace")
 """The visitor's own system has these fonts: none is fetched."""
 STRONGEST, STEP = 2.0, 0.05
-"""The dial ends here; a request may ask for more."""
+"""The dial ends at 2; a request may ask for more."""
 LONGEST_ANSWER = 1024
 Update = dict[Any, Any]
-"""New values of the page's parts; parts that are not named keep theirs."""
+"""Maps parts of the page to new values; other parts keep theirs."""
 
 
 class QuietServer(uvicorn.Server):

@@ -170,7 +170,7 @@ class BadRequest(UserError):
 
 Model = TypeVar("Model", bound=BaseModel)
 MOST_VALUES = 1_000_000
-"""Commas and opening brackets of a request, in texts too: each value has one before it, and takes a hundred bytes."""
+"""A request may have so many commas and opening brackets: each value has one before it, and takes a hundred bytes."""
 LONGEST_PLACE, LONGEST_REASON = 80, 300
 _TAG = re.compile(r"(\.content\[\d+\])\.(?:text|image_url|video_url)")
 

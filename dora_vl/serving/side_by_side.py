@@ -28,7 +28,7 @@ NOTHING = Shown()
 PACE_SECONDS = 0.04
 """Pieces that come within this time are shown together."""
 HALT = Failed(Stopped("stopped"))
-"""The event that ends a stopped answer for its reader; the engine ends it at the next token."""
+"""Ends a stopped answer for its reader; the engine ends it at the next token."""
 FAILED = "the model failed to answer; what went wrong is in the terminal of dora-vl demo"
 
 
@@ -213,7 +213,7 @@ class _Running:
 
     handed_in: list[SubmittedRequest] = field(default_factory=list)
     events: Events = field(default_factory=queue.SimpleQueue)
-    """The events of all columns, each with its column's number."""
+    """Brings the events of all columns, each with its column's number."""
 
     def halt(self) -> None:
         """Ends all of it; whoever reads is told at once."""

@@ -30,7 +30,7 @@ PROGRAMS = {
     "ninja": "DeepSpeed compiles its operators",
     "g++": "training.deepspeed zero3_offload",
 }
-"""What some settings need beside Python."""
+"""Some settings need these programs."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

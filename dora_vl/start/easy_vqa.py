@@ -32,7 +32,7 @@ Record = dict[str, object]
 
 PLACEHOLDER = "<image>"
 SO = ", so "
-"""What stands between what an answer sees and the answer itself; `evaluation.answer_after` of the demo's run."""
+"""Parts what an answer sees from the answer itself; the demo's run has it as `evaluation.answer_after`."""
 YES_NO = frozenset({"yes", "no"})
 NEGATIONS = frozenset({"no", "not"})
 _ROWS = TypeAdapter(list[tuple[str, str, int]])

@@ -33,7 +33,7 @@ TAKES_SETTINGS = SETS_UP_LOGGING = True
 RECIPE = "llava/easyvqa_smollm2_dora"
 ASSET_FOLDER, DATA_FOLDER = Path("runs/demo/assets"), Path("runs/demo/data")
 TUNED = "tuned"
-"""The folder beside the run's adapter that base and adapter are merged into."""
+"""Base and adapter are merged into this folder of the run."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

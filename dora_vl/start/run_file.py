@@ -31,10 +31,10 @@ from dora_vl.data.pictures import MediaFolder, path_inside
 from dora_vl.errors import BadSample, UserError, one_line, shown, shown_names
 
 DEMO_BASE, HUB_BASE = Path("runs/demo/tuned"), "HuggingFaceTB/SmolVLM-500M-Instruct"
-"""What the demo leaves has a projector that has learned; its own base's is random, and 200 rows do not teach one."""
+"""The demo leaves a projector that has learned; that of its own base is random, and 200 rows do not teach one."""
 STEP_SAMPLES = 16
 SEEN_SAMPLES, MOST_EPOCHS = 3_200, 10
-"""A small set is seen several times, until about so many samples have been."""
+"""A small set is seen several times, until about 3,200 samples were."""
 
 
 @dataclass(frozen=True, kw_only=True)

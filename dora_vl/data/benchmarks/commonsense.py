@@ -297,4 +297,4 @@ FORMS = {
     "query": _foundry,
     "context_options": _foundry_blank,
 }
-"""A row that has the column is read by the function."""
+"""The function reads rows that have the column."""

@@ -26,13 +26,13 @@ Converted = Example | Iterable[Example] | Mapping[str, JSON]
 Value = TypeVar("Value")
 
 WANTED = "the publisher's"
-"""`text_file` calls these files so in its errors."""
+"""Errors of `text_file` call these files so."""
 UNKNOWN_ID = "(no id)"
 LONGEST_ID = 500
 PEOPLE = 10
-"""VQA's soft accuracy needs so many answers, for it leaves each person out in turn."""
+"""VQA's soft accuracy needs ten answers, for it leaves each person out in turn."""
 LADDER_STEP = 0.3
-"""LXMERT's weights: one person 0.3, two 0.6, three 0.9, more 1; the metric itself gives 1 from three on."""
+"""LXMERT weighs an answer of one person 0.3, of two 0.6, of three 0.9, of more 1; the metric gives 1 from three on."""
 _WHOLE = re.compile(r"\s*[+-]?[0-9]{1,19}\s*")
 
 

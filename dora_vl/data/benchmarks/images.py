@@ -28,9 +28,9 @@ from dora_vl.data.text_file import json_object, stream_records
 from dora_vl.errors import UserError, shown, shown_text
 
 KARPATHY = "dataset_coco.json"
-"""Karpathy's split of COCO's 2014 pictures (2015), from `caption_datasets.zip` (cs.stanford.edu/people/karpathy)."""
+"""Karpathy's split of COCO's 2014 pictures is in `caption_datasets.zip` (cs.stanford.edu/people/karpathy)."""
 PARTS = {"train": "train", "restval": "train", "val": "validation", "test": "test"}
-"""Karpathy's name of a part -> ours; everybody trains on train + restval (82,783 + 30,504 pictures)."""
+"""Maps Karpathy's name of a part to ours; everybody trains on train + restval (82,783 + 30,504 pictures)."""
 
 
 def coco_caption(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Split]:

@@ -100,7 +100,7 @@ LLAVA_BENCH_FILES = {
     "context.jsonl": ("context", "image", "caption"),
     "answers_gpt4.jsonl": ("reference", "question_id", "text"),
 }
-"""Each of these files adds a column to the questions: its name here, what it is joined by, what is taken."""
+"""Each file adds a column to the questions: the new name, the column to join by, the column to take."""
 
 
 def llava_bench(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Split]:
