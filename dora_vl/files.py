@@ -358,8 +358,8 @@ def check_whole(path: Path) -> None:
             with safe_open(path, framework="numpy"):
                 return
         except (SafetensorError, OSError) as error:
-            whole = f"its {size:,} bytes are no whole safetensors file"
-            raise UserError(f"{path}: {whole} ({error}); copy or fetch it again") from None
+            problem = f"its {size:,} bytes are no whole safetensors file ({error})"
+            raise UserError(f"{path}: {problem}; copy or fetch it again") from None
     if size == 0:
         raise UserError(f"{path} is empty (0 bytes); copy or fetch it again")
     with path.open("rb") as file:

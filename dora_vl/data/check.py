@@ -136,14 +136,17 @@ def doubts_of(record: Mapping[str, object], example: Example, form: str | None, 
 
 def asked_and_told(example: Example) -> tuple[str, str, str]:
     """Returns what a row asks, about which media, and what it answers, as texts to compare; a caption asks nothing."""
-    asked = [turn.text for turn in example.turns if turn.role != "assistant"] or [example.question, *example.choices]
-    words = "\n".join(asked).replace(IMAGE_PLACEHOLDER, "").strip()
-    told = [turn.text for turn in example.turns if turn.role == "assistant"] or [
+    questions = [turn.text for turn in example.turns if turn.role != "assistant"] or [
+        example.question,
+        *example.choices,
+    ]
+    words = "\n".join(questions).replace(IMAGE_PLACEHOLDER, "").strip()
+    replies = [turn.text for turn in example.turns if turn.role == "assistant"] or [
         answer.text for answer in example.answers
     ]
     # The same about another part of a video, or another order of pictures, is another question.
     media = [*example.images, *map(str, example.videos), str(example.extra.get("order", ""))]
-    return words, "\0".join(filter(None, media)), "\0".join(told)
+    return words, "\0".join(filter(None, media)), "\0".join(replies)
 
 
 @dataclass(frozen=True)
@@ -263,13 +266,13 @@ class FileCheck:
             if trouble is not None:
                 usable = False
                 self._add(trouble.kind, sample_id, f"{name}: {trouble.detail}")
-        words, shown_media, told = asked_and_told(row)
-        asked = hash((words, shown_media))
+        words, shown_media, answer_text = asked_and_told(row)
+        key = hash((words, shown_media))
         if words or shown_media:
-            self.samples.setdefault(asked, sample_id)
+            self.samples.setdefault(key, sample_id)
         if words and usable:
-            first, name = self._answers.setdefault(asked, (hash(told), sample_id))
-            if hash(told) != first:
+            first, name = self._answers.setdefault(key, (hash(answer_text), sample_id))
+            if hash(answer_text) != first:
                 self._add(CONTRADICTION, sample_id, f"{name} has another answer")
         return usable
 

@@ -244,8 +244,8 @@ class Columns:
         used_names = [name for name in names if name not in self.ignored]
         candidates = {role: self._alternatives(role, used_names) for role in ROLES}
         lacking = [(form, [role for role in form.needs if not candidates[role]]) for form in FORMATS]
-        asked = [form for form, lacks in lacking if self.ask and lacks == ["question"]]
-        for form in (*(form for form, lacks in lacking if not lacks), *asked):
+        lacking_question = [form for form, lacks in lacking if self.ask and lacks == ["question"]]
+        for form in (*(form for form, lacks in lacking if not lacks), *lacking_question):
             roles = dict.fromkeys((*EVERYWHERE, *form.needs, *form.uses))
             yield _Shape(form, used_names, [(role, candidates[role]) for role in roles if candidates[role]])
 

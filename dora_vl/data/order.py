@@ -171,8 +171,8 @@ class TreeSampler(torch.utils.data.Sampler[int]):
             full, window = (window, []) if last else self._cut(window, most)
             batches = self._dealt(full)
             # Neighbours go to the ranks of one micro-step; what fills no micro-batch comes last.
-            whole = sorted((batch for batch in batches if len(batch) == self._batch), key=self._tokens)
-            blocks = [whole[start : start + NEIGHBOURS] for start in range(0, len(whole), NEIGHBOURS)]
+            complete = sorted((batch for batch in batches if len(batch) == self._batch), key=self._tokens)
+            blocks = [complete[start : start + NEIGHBOURS] for start in range(0, len(complete), NEIGHBOURS)]
             chance.shuffle(blocks)
             rest = [batch for batch in batches if len(batch) < self._batch]
             for batch in (*(batch for block in blocks for batch in block), *rest):

@@ -143,7 +143,7 @@ def _batches(data: DataFiles, columns: Columns) -> Iterator[list[dict[str, Any]]
             row |= {"id": example.sample_id, "problem": example.reason, "length": 0}
             row |= {"images": (), "videos": (), "turns": ()}
         else:
-            words, media, told = asked_and_told(example)
+            words, media, answer = asked_and_told(example)
             new = {name: content for name, content in example.image_bytes.items() if name not in pictures}
             pictures |= new.keys()
             row |= {
@@ -155,7 +155,7 @@ def _batches(data: DataFiles, columns: Columns) -> Iterator[list[dict[str, Any]]
                 "held_pictures": [{"name": name, "content": content} for name, content in new.items()],
                 "doubts": doubts_of(record, example, reader.format, columns),
                 "asked": _hash(f"{words}\0{media}") if words else None,
-                "told": _hash(told) if words else None,
+                "told": _hash(answer) if words else None,
                 "group": named_in(record, "group"),
             }
         batch.append(row)
@@ -393,9 +393,9 @@ def doubtful(rows: datasets.Dataset) -> list[Finding]:
         for doubt in doubts:
             if doubt != NO_PICTURE or has_media:
                 findings[doubt].add(sample_id)
-    asked, told = _column(rows, "asked"), _column(rows, "told")
-    places = np.flatnonzero(asked.is_valid().to_numpy(zero_copy_only=False))
-    keys, answers = asked.drop_null().to_numpy(), told.drop_null().to_numpy()
+    questions = _column(rows, "asked")
+    places = np.flatnonzero(questions.is_valid().to_numpy(zero_copy_only=False))
+    keys, answers = questions.drop_null().to_numpy(), _column(rows, "told").drop_null().to_numpy()
     order = np.lexsort((answers, keys))
     keys, answers = keys[order], answers[order]
     contradicted = keys[1:][(keys[1:] == keys[:-1]) & (answers[1:] != answers[:-1])]

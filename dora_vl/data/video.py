@@ -266,7 +266,7 @@ class OpenVideo:
         """The frames that are shown at these moments, by their place in the order of showing, without repeats."""
         # A moment that rounding has put just before a frame is that frame's.
         places = (bisect_right(self.begins, moment + 1e-4) - 1 for moment in seconds)
-        return list(dict.fromkeys(max(0, place) for place in places))
+        return list(dict.fromkeys(max(0, index) for index in places))
 
     def frames(self, indices: Sequence[int]) -> Iterator[tuple[float, UInt8[np.ndarray, "height width 3"]]]:
         """When each of these frames begins, and its RGB pixels; for ascending indices without repeats."""

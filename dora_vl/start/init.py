@@ -273,7 +273,7 @@ class Look:
     rows: Sequence[Row]
     pictures: Pictures
     unnamed: int
-    asked: bool
+    has_question: bool
     trouble: Sequence[str]
     doubts: Sequence[str]
 
@@ -344,7 +344,7 @@ class Look:
     @property
     def has_classes(self) -> bool:
         """Whether one question is asked of all, and its answers come again."""
-        return self.asked and 2 * len(self.answers) <= len(self.rows)
+        return self.has_question and 2 * len(self.answers) <= len(self.rows)
 
     def held_out(self, halves: Mapping[str, Sequence[Row]], chosen: str) -> Iterator[str]:
         """Yields what is told of how the rows are parted."""
@@ -416,7 +416,7 @@ def look_at(folder: Path, records: DataFiles, *, media_to: Path, columns: Column
         rows=rows,
         pictures=pictures,
         unnamed=max(0, picture_count - len(pictures.keys)),
-        asked=bool(columns.ask),
+        has_question=bool(columns.ask),
         trouble=trouble if len(trouble) > 1 else (),  # the first line is the heading
         doubts=doubts if len(doubts) > 1 else (),
     )

@@ -245,7 +245,7 @@ def data_files(folder: Path) -> Iterator[Path]:
             continue
         siblings = sum(other.suffix.lower() == path.suffix.lower() for other in path.parent.iterdir())
         is_shard = siblings > 1 or (path.parent / BESIDE_ARROW[0]).is_file()
-        whole = path.parent if ending_of(path) in (".parquet", ".arrow", ".tar") and is_shard else path
-        if whole not in seen:
-            seen.add(whole)
-            yield whole
+        shard_or_folder = path.parent if ending_of(path) in (".parquet", ".arrow", ".tar") and is_shard else path
+        if shard_or_folder not in seen:
+            seen.add(shard_or_folder)
+            yield shard_or_folder

@@ -226,8 +226,8 @@ def test_what_is_probably_not_meant_is_counted_and_named(tmp_path: Path) -> None
     path = tmp_path / "q.csv"
     path.write_text("\n".join(["image,question,answer", *rows]))
     table = load_rows(str(path), cache_folder=tmp_path / "cache").rows
-    found = {finding.problem: (finding.count, [*finding.examples.values()]) for finding in doubtful(table)}
-    assert found == {
+    findings = {finding.problem: (finding.count, [*finding.examples.values()]) for finding in doubtful(table)}
+    assert findings == {
         NO_PICTURE: (1, [["row 4"]]),
         EMPTY_QUESTION: (2, [["row 5", "row 6"]]),
         CONTRADICTION: (3, [["row 1", "row 2", "row 3"]]),

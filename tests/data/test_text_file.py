@@ -120,7 +120,7 @@ HALF = '{"a": "\\uDE00"}'
 
 
 @pytest.mark.parametrize(
-    ("read", "content", "place"),
+    ("read", "content", "where"),
     [
         ("records", f"[{LINE},\n{LINE}", "value 2"),
         ("records", f"[{LINE},\n{LINE[:-9]}", "value 1"),
@@ -144,7 +144,7 @@ HALF = '{"a": "\\uDE00"}'
     ],
 )
 def test_what_is_wrong_has_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: str, content: str | bytes, place: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: str, content: str | bytes, where: str
 ) -> None:
     monkeypatch.setattr(text_file, "LONGEST_LINE_BYTES", 110_000)
     path = tmp_path / "broken.json"
@@ -158,7 +158,7 @@ def test_what_is_wrong_has_its_place(
         list(readers[read](path))
     message = str(caught.value)
     assert message.startswith(str(path))
-    assert place in message
+    assert where in message
     assert "\n" not in message
 
 

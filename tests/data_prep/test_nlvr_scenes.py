@@ -115,8 +115,8 @@ def test_the_files_hold_scenes_that_do_not_mix(tmp_path: Path, monkeypatch: pyte
         turns = rows[name][0].turns
         assert [turn.role for turn in turns] == ["user", "assistant"] * len(about)
         assert [turn.text.count("<image>") for turn in turns] == [1] + [0] * (len(turns) - 1)
-        asked = [turn.text.removeprefix("<image>\n").partition("\n")[0] for turn in turns[::2]]
-        answers = dict(zip(asked, (turn.text for turn in turns[1::2]), strict=True))
+        questions = [turn.text.removeprefix("<image>\n").partition("\n")[0] for turn in turns[::2]]
+        answers = dict(zip(questions, (turn.text for turn in turns[1::2]), strict=True))
         assert answers == {row.question: row.answers[0].text for row in about}
     left = next(row for row in rows["questions"] if row.id == "0-left").answers[0].text
     assert Counter(word.split()[0] for word in left.split(", ")) == Counter(item.colour for item in scene[0])

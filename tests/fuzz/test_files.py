@@ -171,8 +171,8 @@ def prediction_targets(scratch: Path) -> list[Target]:
             forms |= [benchmark.submission(examples, answers)]
         for file, text in forms.items():
             files = {"records.jsonl": records.read_bytes(), file: text.encode()}
-            asked = ["evaluate", "--benchmarks", f"{name}={{files}}/records.jsonl"]
-            targets.append(Target(name, files, [*asked, "--predictions", f"{{files}}/{file}", "--to", "{out}"]))
+            words = ["evaluate", "--benchmarks", f"{name}={{files}}/records.jsonl"]
+            targets.append(Target(name, files, [*words, "--predictions", f"{{files}}/{file}", "--to", "{out}"]))
     return targets
 
 

@@ -148,12 +148,12 @@ def half_sent(address: str, sent: int, *, stated: int = 900) -> socket.socket:
 
 def statuses(senders: list[socket.socket]) -> list[bytes]:
     """What those are answered that are answered at once."""
-    found = []
+    statuses_of = []
     for sender in senders:
         sender.settimeout(0.3)
         with contextlib.suppress(TimeoutError):
-            found.append(sender.recv(12)[-3:])
-    return found
+            statuses_of.append(sender.recv(12)[-3:])
+    return statuses_of
 
 
 def test_a_long_head_is_refused_and_a_slow_body_not_waited_for(model: ServedModel) -> None:
@@ -174,9 +174,9 @@ def test_more_connections_than_allowed_are_turned_away(model: ServedModel, monke
     monkeypatch.setattr(access, "MOST_CONNECTIONS", 4)
     with running(model) as address, contextlib.ExitStack() as idle:
         for status in (b"200", b"503"):
-            with connection(address) as one:
-                one.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-                assert one.recv(12)[-3:] == status
+            with connection(address) as client:
+                client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                assert client.recv(12)[-3:] == status
             for _ in range(4):
                 idle.enter_context(connection(address))
 

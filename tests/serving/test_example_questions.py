@@ -18,12 +18,12 @@ def test_examples_are_questions_of_the_runs_test(tmp_path: Path) -> None:
     (run / "settings.json").write_text(json.dumps(settings))
     for colour in ("red", "blue"):
         Image.new("RGB", (8, 8), colour).save(tmp_path / f"{colour}.png")
-    asked = [("Colour?", "red", "a"), ("Colour?", "red", "a"), ("Size?", "red", "a"), ("Gone?", "gone", "b")]
-    asked.append(("Shape?", "blue", "b"))
+    questions = [("Colour?", "red", "a"), ("Colour?", "red", "a"), ("Size?", "red", "a"), ("Gone?", "gone", "b")]
+    questions.append(("Shape?", "blue", "b"))
     rows = [
         Prediction(set=name, id=str(number), question=question, images=[f"{image}.png"], kind=kind)
         for name, exchange in (("test/exchanged_pictures", {"red": "blue", "blue": "red"}), ("test", {}))
-        for number, (question, picture, kind) in enumerate(asked)
+        for number, (question, picture, kind) in enumerate(questions)
         for image in [exchange.get(picture, picture)]
     ]
     (run / "predictions.jsonl").write_text("".join(map(line_of, rows)))

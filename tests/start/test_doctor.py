@@ -22,7 +22,7 @@ LINES = [
 ]
 
 
-def told(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], int]:
+def printed(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], int]:
     status = 0
     try:
         main(["doctor"])
@@ -38,13 +38,13 @@ def test_a_machine_that_has_all_and_one_that_misses_something(
         monkeypatch.setattr(module, "requires", lambda name: LINES)
     monkeypatch.setattr(doctor, "_installed", lambda name: "1.2.3")
     monkeypatch.setattr(doctor, "places", lambda: [Path.cwd()])
-    lines, status = told(capsys)
+    lines, status = printed(capsys)
     assert status == 0
     assert "writing: here and in the caches" in lines
     assert "extra video: installed" in lines
     assert any(line.startswith("devices: ") and "CPU cores" in line for line in lines)
     monkeypatch.setattr(doctor, "_installed", lambda name: "" if name in {"h5py", "torch"} else "1.2.3")
-    lines, status = told(capsys)
+    lines, status = printed(capsys)
     assert status == 1
     assert "extra video: missing h5py: pip install 'h5py>=3.10'" in lines
     assert lines[-1] == "missing, and needed by every run: torch; pip install 'torch>=2.6'"
