@@ -149,19 +149,11 @@ def asked_and_told(example: Example) -> tuple[str, str, str]:
     return words, "\0".join(filter(None, media)), "\0".join(replies)
 
 
-@dataclass(frozen=True)
-class Longest:
-    """What counts as too long, and what a text's length is counted in."""
-
-    most: int
-    unit: str = "words"
-    length: Callable[[str], int] = lambda text: len(text.split())
-
-
 class FileCheck:
     """Checks one file's rows one after another; `findings` grow with them.
 
     Args:
+        longest: the most words, or tokens where `tokens` counts those, of an example.
         answers_needed: an example without any answer is a problem (a test set may keep them back).
         videos: of files that are videos; None: as `media`.
     """
@@ -171,7 +163,8 @@ class FileCheck:
         path: Path,
         *,
         columns: Columns = USUAL,
-        longest: Longest | None = None,
+        longest: int | None = None,
+        tokens: Callable[[str], int] | None = None,
         answers_needed: bool = True,
         media: MediaCheck | None = None,
         videos: MediaCheck | None = None,
@@ -183,7 +176,7 @@ class FileCheck:
         self.formats: dict[str, str] = {}
         """Maps each format to its first row."""
         self._columns = columns
-        self._longest = longest
+        self._longest, self._tokens = longest, tokens
         self._answers_needed = answers_needed
         self._media = media
         self._videos = videos or media
@@ -279,10 +272,10 @@ class FileCheck:
     def _check_length(self, sample_id: str, texts: Sequence[str]) -> None:
         if self._longest is None:
             return
-        most, unit = self._longest.most, self._longest.unit
-        length = self._longest.length("\n".join(filter(None, texts)))
-        if length > most:
-            self._add(f"longer than {most:,} {unit}", sample_id, f"{length:,} {unit}")
+        text, unit = "\n".join(filter(None, texts)), "tokens" if self._tokens else "words"
+        length = self._tokens(text) if self._tokens else len(text.split())
+        if length > self._longest:
+            self._add(f"longer than {self._longest:,} {unit}", sample_id, f"{length:,} {unit}")
 
     def _add(self, problem: str, sample_id: str, detail: str = "") -> None:
         self._findings.setdefault(problem, Finding(problem=problem)).add(sample_id, detail)
@@ -340,15 +333,14 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     files = data_files(arguments.paths)
     media, videos = (_media_check(arguments, option) for option in ("media", "videos"))
     columns = columns_of(arguments)
-    longest = Longest(arguments.longest or WORDS)
-    if arguments.tokenizer is not None:
-        longest = Longest(arguments.longest or TOKENS, "tokens", _tokens(arguments.tokenizer))
+    tokens = None if arguments.tokenizer is None else _tokens(arguments.tokenizer)
     checks: list[FileCheck] = []
     for file in files:
         check = FileCheck(
             file,
             columns=columns,
-            longest=longest,
+            longest=arguments.longest or (TOKENS if tokens else WORDS),
+            tokens=tokens,
             answers_needed=not file.stem.startswith("test"),  # a test set may keep its answers back
             media=media,
             videos=videos,

@@ -48,8 +48,6 @@ VIDEO_MEMORY = 4_096 * MEBIBYTE
 """A video's decoder may take so many bytes for a file, beyond what its libraries have."""
 
 
-END_MARK = b"\xff\xd9"
-
 _TURNS: Mapping[object, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -60,7 +58,6 @@ _TURNS: Mapping[object, Image.Transpose] = {
     8: Image.Transpose.ROTATE_90,
 }
 """Maps EXIF's orientation to the turn that shows the stored pixels upright; any other value turns nothing."""
-_WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 READING = "upright, transparency on white, 16 bits to 8"
 """Describes how files become pixels: features computed under another description are computed again."""
 AS_PUBLISHED = "as stored"
@@ -133,7 +130,7 @@ def load_picture(source: Path | BytesIO, *, as_published: bool = False) -> Image
     """Returns a picture decoded whole, RGB, as `open_image` says; raises as `opened_picture`."""
     with opened_picture(source) as image:
         # Behind the header the end mark never stands among what is compressed. Pillow misses it in some files only.
-        if image.format in {"JPEG", "JPEG2000"} and END_MARK not in vars(image)["fp"].read():
+        if image.format in {"JPEG", "JPEG2000"} and b"\xff\xd9" not in vars(image)["fp"].read():
             raise OSError("it is cut off: its end mark is missing")
         image.load()
         turn = None
@@ -151,20 +148,15 @@ def load_picture(source: Path | BytesIO, *, as_published: bool = False) -> Image
 def _as_shown(image: Image.Image) -> Image.Image:
     """Returns a decoded picture as a viewer shows it."""
     if image.mode == "F" or image.mode.startswith("I"):
-        image = _eight_bits(image)
-    elif image.mode in _WITH_ALPHA or "transparency" in image.info:
+        if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+            raise NoPicture("holds real or 32-bit numbers, and nothing says which of them is white")
+        image = image.convert("I").point(lambda value: value / 256).convert("L")  # greys of 16 bits
+    elif image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         white = Image.new("RGBA", image.size, "white")
         white.alpha_composite(image if image.mode == "RGBA" else image.convert("RGBA"))
         image = white
     image.info.pop("transparency", None)
     return image
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Greys of 16 bits as greys of 8."""
-    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
-        raise NoPicture("holds real or 32-bit numbers, and nothing says which of them is white")
-    return image.convert("I").point(lambda value: value / 256).convert("L")
 
 
 def bad_picture(error: BaseException, name: str, where: object) -> BadSample:

@@ -151,9 +151,12 @@ class _Conversation:
             return Turn(role, self._content(message, what, number))
         # What is the turn's own is taken before what stands beside the conversation; without a place it comes first.
         pictures, clips = len(self._images), len(self.clips)
-        own = [len(self._beside) + index for index in range(len(_own(message, OWN_PICTURES)))]
-        own_clips = [_read_clip(value, "videos", self._id) for value in _own(message, OWN_VIDEOS)]
-        self._beside += [self._picture(value, "images") for value in _own(message, OWN_PICTURES)]
+        own_pictures, own_videos = (
+            [value for name in names for value in _listed(message.get(name))] for names in (OWN_PICTURES, OWN_VIDEOS)
+        )
+        own = [len(self._beside) + index for index in range(len(own_pictures))]
+        own_clips = [_read_clip(value, "videos", self._id) for value in own_videos]
+        self._beside += [self._picture(value, "images") for value in own_pictures]
         self._left[:0], self.clips_left[:0] = own, own_clips
         text = self._content(message, what, number)
         if self._left[: len(own)] == own:
@@ -262,11 +265,6 @@ class _Conversation:
 
     def _picture(self, value: object, key: str) -> str:
         return picture_name(value, key, self._id, self.image_bytes)
-
-
-def _own(message: Mapping[str, object], names: Sequence[str]) -> list[object]:
-    """Returns the pictures or videos that a message itself names."""
-    return [value for name in names for value in _listed(message.get(name))]
 
 
 def _listed(value: object) -> Sequence[object]:

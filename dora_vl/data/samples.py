@@ -123,8 +123,6 @@ class ConversationDataset(torch.utils.data.Dataset["Sample | Skipped"]):
         return Sample(**vars(encoded), index=index, id=example.id)
 
 
-BAD_BEFORE_EARLY_END = 10
-TIMES_THE_SHARE = 10
 LONGEST_ID = 120
 """The log shows so many characters of an id."""
 
@@ -186,8 +184,8 @@ class BadSampleLedger:
         """
         seen, bad = counts or self.counts
         allowed = self._max_bad_share * self._total_samples * math.ceil(seen / self._read_in_a_pass)
-        broken_share = min(TIMES_THE_SHARE * self._max_bad_share, (1 + self._max_bad_share) / 2)
-        if bad <= allowed and (bad < BAD_BEFORE_EARLY_END or bad <= broken_share * seen):
+        broken_share = min(10 * self._max_bad_share, (1 + self._max_bad_share) / 2)
+        if bad <= allowed and (bad < 10 or bad <= broken_share * seen):
             return
         example = next((f"; for example {shown_text(key)}: {reason}" for key, reason in self.reasons.items()), "")
         raise UserError(

@@ -38,9 +38,6 @@ TABLE_VERSION = 10
 """Part of the cache's key: raise it when columns or their meaning change."""
 ROWS_A_BATCH = 4096
 CHARACTERS_A_BATCH = 1 << 25  # Arrow's string offsets are 32 bits; a batch stays far below
-AT_ONCE = 1_000
-SHOWN_KINDS = 5
-REFERENCE_SPLIT_SEED = 42
 
 _CLIP = pa.struct([("path", pa.string()), ("start_seconds", pa.float64()), ("end_seconds", pa.float64())])
 _TURN = pa.struct([("role", pa.string()), ("text", pa.string()), ("input_characters", pa.int32())])
@@ -193,8 +190,8 @@ class ExampleTable:
         return _example(self._samples[index])
 
     def __iter__(self) -> Iterator[Example | BadSample]:
-        for start in range(0, len(self), AT_ONCE):
-            columns = self._samples[start : start + AT_ONCE]
+        for start in range(0, len(self), 1_000):
+            columns = self._samples[start : start + 1_000]
             yield from (_example(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True))
 
     @cached_property
@@ -303,7 +300,7 @@ def drawn_out(train: ExampleTable, size: int) -> tuple[ExampleTable, ExampleTabl
     """
     if size >= len(train):
         raise UserError(f"data.validation_size {size} leaves none of {len(train)} samples")
-    parts = train.rows.train_test_split(test_size=size, shuffle=True, seed=REFERENCE_SPLIT_SEED)
+    parts = train.rows.train_test_split(test_size=size, shuffle=True, seed=42)
     return ExampleTable(parts["train"], train.stored), ExampleTable(parts["test"], train.stored)
 
 
@@ -374,7 +371,7 @@ def described(file: TrainFile, rows: datasets.Dataset) -> list[str]:
     for sample_id, problem in zip(rows["id"], rows["problem"], strict=True) if bad else ():
         if problem is not None:
             unusable.setdefault(problem, Finding(problem=problem)).add(sample_id)
-    lines = [f"{first}{trouble}{weight}", *(f"  unusable, {finding}" for finding in [*unusable.values()][:SHOWN_KINDS])]
+    lines = [f"{first}{trouble}{weight}", *(f"  unusable, {finding}" for finding in [*unusable.values()][:5])]
     lines += column_lines(map(json.loads, filter(None, rows.unique("columns"))))
     for name, kind in (("images", "pictures"), ("videos", "videos")):
         counts = _counts(rows, name)

@@ -31,8 +31,6 @@ UNKNOWN_ID = "(no id)"
 LONGEST_ID = 500
 PEOPLE = 10
 """VQA's soft accuracy needs ten answers, for it leaves each person out in turn."""
-LADDER_STEP = 0.3
-"""LXMERT weighs an answer of one person 0.3, of two 0.6, of three 0.9, of more 1; the metric gives 1 from three on."""
 _WHOLE = re.compile(r"\s*[+-]?[0-9]{1,19}\s*")
 
 
@@ -207,9 +205,12 @@ class Row:
 
 
 def soft_answers(answers: Sequence[str]) -> tuple[Answer, ...]:
-    """Returns the distinct answers with LXMERT's weights, most frequent first; empty ones are left out."""
+    """Returns the distinct answers, most frequent first; empty ones are left out.
+
+    LXMERT weighs an answer of one person 0.3, of two 0.6, of three 0.9, of more 1; the metric gives 1 from three on.
+    """
     counted = Counter(answer for answer in answers if answer.strip())
-    return tuple(Answer(text=text, weight=min(1.0, round(LADDER_STEP * n, 1))) for text, n in counted.most_common())
+    return tuple(Answer(text=text, weight=min(1.0, round(0.3 * n, 1))) for text, n in counted.most_common())
 
 
 def key(raw: Raw, column: str) -> str:
