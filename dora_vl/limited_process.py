@@ -47,7 +47,7 @@ QUICK_SECONDS, PATIENCE = 0.3, 19
 """After so long a job yields to all others (`nice`), where its process was started to do so."""
 
 
-class Failed(ValueError):
+class JobFailed(ValueError):
     """A job gave no result. `kind` is the class of the error that was raised there, or `ENDED`."""
 
     def __init__(self, kind: str, reason: str) -> None:
@@ -103,7 +103,7 @@ class LimitedProcess:
         try:
             connection = self.start()
             if budget.seconds <= 0:
-                raise Failed(ENDED, "comes after all of the time was used up")
+                raise JobFailed(ENDED, "comes after all of the time was used up")
             request = {"job": job, "arguments": arguments, "seconds": budget.seconds, "memory": budget.memory}
             connection.send_bytes(json.dumps(request).encode())
             connection.send_bytes(content)
@@ -114,7 +114,7 @@ class LimitedProcess:
                 while not connection.poll(LOOK_SECONDS):
                     budget.go_on()
                     if time.monotonic() > deadline:
-                        raise Failed(ENDED, f"takes more than {budget.seconds:.3g} s to read")
+                        raise JobFailed(ENDED, f"takes more than {budget.seconds:.3g} s to read")
                     if self._yields and self.reusable and time.monotonic() > quick and self._process:
                         self.reusable = False
                         os.setpriority(os.PRIO_PROCESS, self._process.pid, PATIENCE)
@@ -124,11 +124,11 @@ class LimitedProcess:
                     is_over = True
                     budget.seconds -= message["spent"]
                     if "kind" in message:
-                        raise Failed(str(message["kind"]), one_line(str(message["reason"])))
+                        raise JobFailed(str(message["kind"]), one_line(str(message["reason"])))
                     return
                 yield message, part
         except (EOFError, OSError):
-            raise Failed(ENDED, self._last_words(budget)) from None
+            raise JobFailed(ENDED, self._last_words(budget)) from None
         finally:
             if not is_over:
                 self.close()

@@ -20,7 +20,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from dora_vl.errors import DECODING_ERRORS, BadSample
 from dora_vl.files import NoRegularFile, open_regular
-from dora_vl.limited_process import ENDED, Budget, Failed, LimitedProcess, Part, one_process
+from dora_vl.limited_process import ENDED, Budget, JobFailed, LimitedProcess, Part, one_process
 
 MEBIBYTE = 2**20
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF")
@@ -226,7 +226,9 @@ def picture_of(first: Part, others: Iterator[Part], budget: Budget) -> Image.Ima
     width, height = map(int, first[0]["size"])
     budget.pixels -= width * height
     if budget.pixels < 0:
-        raise Failed(TooManyPixels.__name__, f"has {width:,} x {height:,} pixels, more than are left of those allowed")
+        raise JobFailed(
+            TooManyPixels.__name__, f"has {width:,} x {height:,} pixels, more than are left of those allowed"
+        )
     image, top, strip = Image.new("RGB", (width, height)), 0, first[1]
     while True:
         rows = len(strip) // (3 * width)
@@ -238,13 +240,13 @@ def picture_of(first: Part, others: Iterator[Part], budget: Budget) -> Image.Ima
 
 
 def decoded(process: LimitedProcess, content: bytes, budget: Budget) -> Image.Image:
-    """Returns a picture's file decoded there. Raises Failed: it cannot be, or costs more than the budget has left."""
+    """Returns a picture that is decoded there. Raises JobFailed: it cannot be, or costs more than the budget has left."""
     arguments = {"path": None, "most_pixels": budget.pixels, "decode": True, "send": True}
     with closing(process.run("read_picture", arguments, content, budget=budget)) as parts:
         next(parts)
         picture = picture_of(next(parts), parts, budget)
         for _ in parts:  # to its end, so that the process may go on
-            raise Failed(ENDED, "is followed by more than itself")
+            raise JobFailed(ENDED, "is followed by more than itself")
     return picture
 
 
@@ -255,7 +257,7 @@ def picture_facts(source: Path | BytesIO, *, decode: bool) -> Mapping[str, Any]:
         decode: all of it must be readable.
 
     Raises:
-        Failed: it cannot be used.
+        JobFailed: it cannot be used.
     """
     content, path = (source.getvalue(), None) if isinstance(source, BytesIO) else (b"", str(source.absolute()))
     arguments = {"path": path, "most_pixels": PICTURE_PIXELS, "decode": decode, "send": False}
@@ -275,7 +277,7 @@ class Trouble:
     detail: str
 
     @classmethod
-    def of(cls, error: Failed) -> Trouble:
+    def of(cls, error: JobFailed) -> Trouble:
         """Tells why it could not be read in the process that can be ended."""
         reason = str(error)
         return cls(TRUNCATED if "truncated" in reason or "cut off" in reason else BROKEN, reason)
@@ -285,6 +287,6 @@ def decoding_trouble(source: Path | BytesIO) -> Trouble | None:
     """What is wrong with a picture that is decoded whole, within the limits of training; None where nothing is."""
     try:
         picture_facts(source, decode=True)
-    except Failed as error:
+    except JobFailed as error:
         return Trouble.of(error)
     return None

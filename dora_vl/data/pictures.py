@@ -18,7 +18,7 @@ from PIL import Image
 
 from dora_vl.data.picture_files import NOT_DECODED, bad_picture, decoding_trouble, load_picture, picture_facts
 from dora_vl.errors import ON_THE_WEB, BadSample, UserError, shown
-from dora_vl.limited_process import Failed
+from dora_vl.limited_process import JobFailed
 
 if TYPE_CHECKING:
     import datasets
@@ -45,7 +45,7 @@ def save_picture(data: bytes, folder: Path, sample_id: str) -> str:
     """
     try:
         kind = str(picture_facts(BytesIO(data), decode=False)["format"])
-    except Failed as error:
+    except JobFailed as error:
         raise BadSample(sample_id, f"its picture {error}") from None
     relative = f"media/{hashlib.sha256(data).hexdigest()[:32]}.{ENDINGS.get(kind, kind.lower())}"
     target = folder / relative

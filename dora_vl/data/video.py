@@ -35,7 +35,7 @@ from dora_vl.data.picture_files import (
 from dora_vl.data.pictures import MediaFolder, path_inside
 from dora_vl.errors import BadSample, UserError, install_command, one_line
 from dora_vl.files import open_regular
-from dora_vl.limited_process import Budget, Failed, LimitedProcess, Part, one_process
+from dora_vl.limited_process import Budget, JobFailed, LimitedProcess, Part, one_process
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,14 @@ class EverySeconds:
             raise UserError(f"at least {self.least} and at most {self.most} frames cannot both hold")
 
 
-Sampling: TypeAlias = Uniform | EverySeconds
+FrameSampling: TypeAlias = Uniform | EverySeconds
 
 
 class NoVideo(ValueError):
     """What stands behind "video X": it cannot be read, has no such part, or is over a limit."""
 
 
-def moments(sampling: Sampling, *, start: float, end: float) -> list[float]:
+def moments(sampling: FrameSampling, *, start: float, end: float) -> list[float]:
     """Returns the moments to look at, in seconds, in order; all lie between `start` and `end`."""
     if isinstance(sampling, Uniform):
         return _middles(start, end, sampling.frames)
@@ -317,7 +317,7 @@ def why_no_video(path: Path) -> Trouble | None:
     wanted = {"path": str(path.absolute()), "start": None, "end": None, "sampling": None}
     try:
         list(one_process().run("read_video", wanted, budget=Budget(VIDEO_SECONDS, VIDEO_MEMORY)))
-    except Failed as error:
+    except JobFailed as error:
         if error.kind == NoDecoder.__name__:
             raise UserError(str(error)) from None
         return Trouble.of(error)
@@ -338,7 +338,7 @@ class VideoReader:
         self._process = LimitedProcess("read_video")
         self._kept: tuple[object, Frames[Image.Image]] | None = None
 
-    def read(self, root: Path | MediaFolder, clip: Clip, sampling: Sampling) -> Frames[Image.Image]:
+    def read(self, root: Path | MediaFolder, clip: Clip, sampling: FrameSampling) -> Frames[Image.Image]:
         """Returns the frames as RGB pictures; see `read_prepared`. The last are kept: a row asks several questions."""
         path = clip_path(root, clip)
         key = path, path.stat().st_mtime_ns, clip, sampling
@@ -347,13 +347,13 @@ class VideoReader:
         return self._kept[1]
 
     def read_prepared(
-        self, root: Path | MediaFolder, clip: Clip, sampling: Sampling, prepare: Callable[[Image.Image], Kept]
+        self, root: Path | MediaFolder, clip: Clip, sampling: FrameSampling, prepare: Callable[[Image.Image], Kept]
     ) -> Frames[Kept]:
         """The frames, each turned into something smaller as it comes, so that a long clip need not fit in memory."""
         budget = Budget(self._limit, VIDEO_MEMORY)
         try:
             return read_frames(self._process, clip_path(root, clip), clip, sampling, prepare, budget)
-        except Failed as error:
+        except JobFailed as error:
             if error.kind == NoDecoder.__name__:
                 raise UserError(str(error)) from None
             raise BadSample(clip.path, f"video {clip.path} {error}") from None
@@ -376,11 +376,11 @@ def read_frames(
     process: LimitedProcess,
     path: Path,
     clip: Clip,
-    sampling: Sampling,
+    sampling: FrameSampling,
     prepare: Callable[[Image.Image], Kept],
     budget: Budget,
 ) -> Frames[Kept]:
-    """The frames of a clip's file, decoded there. Raises Failed: they cannot be read, or cost more than the budget."""
+    """Returns a clip's frames, decoded there. Raises JobFailed: they cannot be read, or cost more than the budget."""
     wanted = {
         "path": str(path.absolute()),
         "start": clip.start_seconds,

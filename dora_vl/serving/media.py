@@ -29,7 +29,7 @@ from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Turn
 from dora_vl.data.video import Uniform, read_frames
 from dora_vl.errors import UserError, shown
 from dora_vl.evaluation.ask import Shown
-from dora_vl.limited_process import LOOK_SECONDS, Budget, Failed, LimitedProcess
+from dora_vl.limited_process import LOOK_SECONDS, Budget, JobFailed, LimitedProcess
 from dora_vl.serving.options import Settings
 from dora_vl.serving.requests import BadRequest, Message, TextPart, TooLarge, VideoPart
 from dora_vl.serving.scheduler import TooManyRequests
@@ -192,7 +192,7 @@ def _told(where: str) -> Iterator[None]:
     """Says where in the request what could not be read stands."""
     try:
         yield
-    except Failed as error:
+    except JobFailed as error:
         if error.kind == TooManyPixels.__name__:
             raise TooLarge(f"{where}: it {error}") from None
         raise BadRequest(where, f"it {error}") from None

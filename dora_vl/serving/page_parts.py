@@ -21,7 +21,7 @@ from dora_vl.evaluation.baselines import EXCHANGED
 from dora_vl.evaluation.predictions import PREDICTIONS, Prediction, read_predictions
 from dora_vl.run.folder import SETTINGS
 from dora_vl.run.watched import evenly
-from dora_vl.serving.side_by_side import Answer, Conversation
+from dora_vl.serving.side_by_side import ColumnAnswer, Conversation
 
 THUMB_PX = 320
 ENDINGS = {"length": " · as long as allowed", "ended": " · stopped"}
@@ -63,7 +63,7 @@ def notice_view(text: str) -> str:
     return f'<div class="dv-notice" role="alert">{escape(text)}</div>' if text else ""
 
 
-def _answer_view(answer: Answer) -> str:
+def _answer_view(answer: ColumnAnswer) -> str:
     words = escape(answer.text)
     if not answer.over:
         words += '<span class="dv-caret"></span>'
@@ -74,7 +74,7 @@ def _answer_view(answer: Answer) -> str:
     return message + trouble + f'<div class="dv-tally">{escape(tally(answer))}</div>'
 
 
-def tally(answer: Answer) -> str:
+def tally(answer: ColumnAnswer) -> str:
     """Who answered, tokens and speed, in a line."""
     choice = answer.choice
     who = choice.name if choice.strength == 1 else f"{choice.name} at {choice.strength:g}"

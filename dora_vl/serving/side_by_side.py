@@ -41,7 +41,7 @@ class ModelChoice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class ColumnAnswer:
     """What a model has said to a question so far.
 
     Attributes:
@@ -63,7 +63,7 @@ class Answer:
         """Whether nothing more comes."""
         return self.reason is not None or bool(self.trouble)
 
-    def after(self, event: Event, seconds: float) -> Answer:
+    def after(self, event: Event, seconds: float) -> ColumnAnswer:
         """This answer once an event has come."""
         if isinstance(event, Piece):
             return replace(self, text=self.text + event.text, seconds=seconds)
@@ -80,7 +80,7 @@ class Exchange:
     """A question and its answers, one a column."""
 
     question: str
-    answers: tuple[Answer, ...]
+    answers: tuple[ColumnAnswer, ...]
 
     @property
     def over(self) -> bool:
@@ -168,7 +168,7 @@ class SideBySide:
             )
             for column, choice in enumerate(choices)
         ]
-        exchange = Exchange(question=question, answers=tuple(Answer(choice=choice) for choice in choices))
+        exchange = Exchange(question=question, answers=tuple(ColumnAnswer(choice=choice) for choice in choices))
         running, start = _Running(), time.monotonic()
         try:
             for column, request in enumerate(prepared):

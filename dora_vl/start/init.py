@@ -28,7 +28,7 @@ from dora_vl.data.readers import read_row
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, SPEAKERS, VIDEO_PLACEHOLDER
 from dora_vl.errors import BadSample, UserError, shown_names, shown_text
 from dora_vl.files import clear_leftovers, content_key, whole_folder
-from dora_vl.limited_process import Failed
+from dora_vl.limited_process import JobFailed
 from dora_vl.start.run_file import (
     MOST_NAMES,
     Data,
@@ -141,7 +141,7 @@ def _target(arguments: argparse.Namespace) -> tuple[Path, bool]:
     return to, bool(earlier)
 
 
-def _data(look: Look, halves: Mapping[str, Sequence[Row]], to: Path) -> Data:
+def _data(look: Look, halves: Mapping[str, Sequence[UsableRow]], to: Path) -> Data:
     answers = [text for row in look.rows for text in row.texts("assistant")]
     words = [len(text.split()) for text in answers]
     return Data(
@@ -158,7 +158,7 @@ def _data(look: Look, halves: Mapping[str, Sequence[Row]], to: Path) -> Data:
     )
 
 
-def _write(staging: Path, halves: Mapping[str, Sequence[Row]], text: str) -> None:
+def _write(staging: Path, halves: Mapping[str, Sequence[UsableRow]], text: str) -> None:
     """Writes all files and reads the settings as a run would."""
     from dora_vl.run.reading import read_run_file
 
@@ -190,7 +190,7 @@ def _program(name: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class UsableRow:
     """One usable sample; `split` is what its picture's folder says."""
 
     conversation: Example
@@ -243,7 +243,7 @@ class Pictures:
         self.keys[name] = content_key(path)
         try:
             facts = picture_facts(path, decode=False)
-        except Failed:  # a video, or no picture that can be read
+        except JobFailed:  # a video, or no picture that can be read
             self.formats[path.suffix.lstrip(".").upper() or "other"] += 1
             return
         self.formats[facts["format"]] += 1
@@ -270,7 +270,7 @@ class Look:
     format: str
     columns: Sequence[str]
     read: int
-    rows: Sequence[Row]
+    rows: Sequence[UsableRow]
     pictures: Pictures
     unnamed: int
     has_question: bool
@@ -346,7 +346,7 @@ class Look:
         """Whether one question is asked of all, and its answers come again."""
         return self.has_question and 2 * len(self.answers) <= len(self.rows)
 
-    def held_out(self, halves: Mapping[str, Sequence[Row]], chosen: str) -> Iterator[str]:
+    def held_out(self, halves: Mapping[str, Sequence[UsableRow]], chosen: str) -> Iterator[str]:
         """Yields what is told of how the rows are parted."""
         media = {name: {self.pictures.keys[key] for row in rows for key in row.media} for name, rows in halves.items()}
         counts = {
@@ -378,11 +378,11 @@ def look_at(folder: Path, records: DataFiles, *, media_to: Path, columns: Column
     first = map(FileCheck(questions, columns=columns).read, islice(records.rows(), MOST_NAMES))
     examples = [row for row in first if isinstance(row, Example)]
     holds_pictures = any(example.image_bytes for example in examples)
-    names = [name for row in examples for name in Row(conversation=row).media if name not in row.image_bytes]
+    names = [name for row in examples for name in UsableRow(conversation=row).media if name not in row.image_bytes]
     root = media_to if holds_pictures else root_of_pictures(folder, questions, names)
     media = MediaCheck(MediaFolder(root, follow_links=True), decode=True)
     check = FileCheck(questions, columns=columns, media=media)
-    rows: list[Row] = []
+    rows: list[UsableRow] = []
     size = sum(file.stat().st_size for file in records.files)
     with tqdm(total=size, unit="B", unit_scale=True, desc="reading", disable=None, leave=False) as bar:
         for record in records.rows(bar.update):
@@ -422,7 +422,9 @@ def look_at(folder: Path, records: DataFiles, *, media_to: Path, columns: Column
     )
 
 
-def _usable(check: FileCheck, record: Mapping[str, object], media_to: Path | None, columns: Columns) -> Row | None:
+def _usable(
+    check: FileCheck, record: Mapping[str, object], media_to: Path | None, columns: Columns
+) -> UsableRow | None:
     """Returns the row, or nothing where it cannot be used, which `check` then has noted."""
     example = check.read(record)
     if not check.check(example) or isinstance(example, BadSample):
@@ -438,7 +440,7 @@ def _usable(check: FileCheck, record: Mapping[str, object], media_to: Path | Non
         check.check(error)
         return None
     kind = record.get("kind")
-    return Row(conversation=conversation, kind=kind if isinstance(kind, str) and kind else None)
+    return UsableRow(conversation=conversation, kind=kind if isinstance(kind, str) and kind else None)
 
 
 def _lengths(texts: Sequence[str]) -> str:
@@ -455,7 +457,7 @@ def _spread(numbers: Iterable[int]) -> str:
     return f"{ordered[0]:,} to {ordered[-1]:,} (in the middle {median(ordered):g})"
 
 
-def split(look: Look, *, share: float, seed: int) -> dict[str, list[Row]]:
+def split(look: Look, *, share: float, seed: int) -> dict[str, list[UsableRow]]:
     """The rows to train on, those to test with, and those for validation where folders say so, in the file's order.
 
     Rows of one picture, by its content, stay together, so that no picture is in both, not even as a copy. Of classes

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 
-from dora_vl.data.video import EverySeconds, NoVideo, Sampling, Uniform, clip_span, moments
+from dora_vl.data.video import EverySeconds, FrameSampling, NoVideo, Uniform, clip_span, moments
 from dora_vl.errors import UserError
 
 
@@ -22,7 +22,9 @@ from dora_vl.errors import UserError
         (EverySeconds(1.5, most=3), (0.0, 60.0), [10.0, 30.0, 50.0]),
     ],
 )
-def test_the_moments_that_are_looked_at(sampling: Sampling, span: tuple[float, float], expected: list[float]) -> None:
+def test_the_moments_that_are_looked_at(
+    sampling: FrameSampling, span: tuple[float, float], expected: list[float]
+) -> None:
     assert moments(sampling, start=span[0], end=span[1]) == pytest.approx(expected)
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dora_vl.data.example import Clip
 from dora_vl.data.pictures import MediaFolder
-from dora_vl.data.video import Frames, Sampling, VideoReader
+from dora_vl.data.video import Frames, FrameSampling, VideoReader
 
 READER = VideoReader()
 MILLISECOND = Fraction(1, 1000)
@@ -20,7 +20,7 @@ OPEN_GOPS = "open-gop=1:keyint=8:min-keyint=8:scenecut=0:bframes=3:b-adapt=0"
 """x264: key frames in whose wake come frames that are shown before them and need the GOP before."""
 
 
-def read_frames(root: Path | MediaFolder, clip: Clip, sampling: Sampling) -> Frames[Image.Image]:
+def read_frames(root: Path | MediaFolder, clip: Clip, sampling: FrameSampling) -> Frames[Image.Image]:
     """By one reader for all tests, since its process takes half a second to start."""
     return READER.read(root, clip, sampling)
 
