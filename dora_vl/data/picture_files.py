@@ -240,7 +240,7 @@ def picture_of(first: Part, others: Iterator[Part], budget: Budget) -> Image.Ima
 
 
 def decoded(process: LimitedProcess, content: bytes, budget: Budget) -> Image.Image:
-    """Returns a picture that is decoded there. Raises JobFailed: it cannot be, or costs more than the budget has left."""
+    """Returns a picture that is decoded there. Raises JobFailed: it cannot be, or costs more than the budget."""
     arguments = {"path": None, "most_pixels": budget.pixels, "decode": True, "send": True}
     with closing(process.run("read_picture", arguments, content, budget=budget)) as parts:
         next(parts)
