@@ -50,27 +50,3 @@ def test_counts_are_those_of_the_files(tmp_path: Path, source: str, folder: str)
             assert split["published_rows"] in {None, split["rows"]}
             assert sum(1 for _ in iterate_examples(path.parent / split["file"])) == split["written"]
     assert counts == COUNTS[source, folder]
-
-
-def test_shares_of_nlvr_never_part_a_sentence(tmp_path: Path) -> None:
-    prepared("nlvr", shared("nlvr"), tmp_path, "--set", "shares=train:0.8,validation:0.1,test:0.1")
-    sentences = {
-        path.stem: {" ".join(example.question.lower().split()) for example in iterate_examples(path)}
-        for path in (tmp_path / "nlvr").glob("*.jsonl")
-    }
-    counts = {path.stem: sum(1 for _ in iterate_examples(path)) for path in (tmp_path / "nlvr").glob("*.jsonl")}
-    assert sum(counts.values()) == 5934
-    assert 0.7 < counts["train"] / 5934 < 0.9
-    assert not sentences["train"] & sentences["test"]
-    assert not sentences["train"] & sentences["validation"]
-    assert not sentences["validation"] & sentences["test"]
-
-
-def test_commonsense_options_are_all_spelled_out(tmp_path: Path) -> None:
-    prepared("commonsense", shared("commonsense"), tmp_path)
-    for path in tmp_path.glob("*/*.jsonl"):
-        for example in iterate_examples(path):
-            assert example.answers[0].text == example.extra["labels"][example.extra["correct"]]
-            assert example.extra["output"] == f"the correct answer is {example.answers[0].text}"
-            assert len(example.choices) == len(example.extra["labels"])
-            assert path.parent.name == "boolq" or example.choices != tuple(example.extra["labels"])

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dora_vl.backbones.video_inputs import grey_video
 from dora_vl.data.turns import Clip, Turn
 from dora_vl.data.video import Uniform
 from dora_vl.evaluation.ask import Shown
@@ -18,7 +17,7 @@ from dora_vl.serving.access import AccessRules
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
 from dora_vl.serving.options import Settings
-from dora_vl.serving.page_parts import ExampleQuestion, shown_view
+from dora_vl.serving.page_parts import ExampleQuestion
 from dora_vl.serving.side_by_side import SideBySide
 from tests.data.video_files import read_frames, write_video
 from tests.serving.browser import QUESTION_BOX, Visitor, browser, page_of
@@ -118,11 +117,6 @@ def test_a_picture_two_answers_and_a_second_turn(red: Visitor, opened: tuple[str
         assert printable(again[number]) == expected(engine, name, turns, seen)
     assert nothing_left(uploads)
     assert {url.split("/")[2] for url in red.asked_for if url.startswith("http")} == {opened[0].split("/")[2]}
-
-
-def test_frames_that_are_pictures_to_a_model_are_called_so() -> None:
-    shown = Shown(videos=(grey_video((9, 9, 9), 8),))
-    assert [("pictures" in shown_view(shown, frames_are_pictures=are)) for are in (False, True)] == [False, True]
 
 
 @pytest.mark.slow
