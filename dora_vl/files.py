@@ -438,7 +438,7 @@ def _check(node: Node | None, sizes: dict[int, float]) -> float:
 
 
 def shipped_folder() -> Path:
-    """The folder of recipes and DeepSpeed JSON: in the package where it is installed, beside it in a checkout."""
+    """Returns the folder of recipes and DeepSpeed JSON: in an installed package, beside it in a checkout."""
     package = Path(str(files("dora_vl")))
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"

@@ -39,7 +39,7 @@ class MediaCheck:
         self.known: dict[str, Trouble | None] = {}
 
     def trouble(self, name: str, content: bytes | None = None, video: bool = False) -> Trouble | None:
-        """What is wrong with a file, or with a picture whose `content` the data file holds; None where nothing is.
+        """Returns what is wrong with a file, or a picture whose `content` the data file holds; None: nothing.
 
         A `video` is looked at as one, whatever its name ends in.
         """
@@ -395,7 +395,7 @@ def data_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def table(findings: Sequence[tuple[Path, Finding]]) -> list[str]:
-    """Lines for each kind of problem in each file, the most frequent first, with the first ids by their detail."""
+    """Returns lines for each kind of problem in each file, the most frequent first, with the first ids."""
     rows: list[tuple[str, ...]] = [("file", "problem", "samples", "ids", "for example")]
     for path, finding in sorted(findings, key=lambda pair: (str(pair[0]), -pair[1].count)):
         file = shown_text(str(Path(path.parent.name, path.name)), 120)  # its name alone in the current folder

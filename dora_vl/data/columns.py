@@ -328,7 +328,7 @@ def _texts_in(value: object) -> Iterator[str]:
 
 
 def _lifted(row: Row, path: str, *, keep: bool) -> Row:
-    """The row without what stands at a dotted path in one of its columns, which is a column of its own if kept."""
+    """Returns the row without what stands at a dotted path in a column; if kept, that is a column of its own."""
     column, *keys = path.split(".")
     if path in row or row.get(column) is None:
         return row

@@ -81,7 +81,7 @@ def of_the_set(folder: Path, files: Sequence[Path]) -> list[Path]:
 
 
 def by_split(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
-    """A folder's files by split, where names say so; all under "" where none does, or some do and name but one."""
+    """Returns a folder's files by split, as names say it; all under "" where they say none, or one."""
     names = {file: _split_of(file.name.lower()) for file in files}
     if any(names.values()):
         for file, name in names.items():  # beside files that say splits in words `testdev-00000-of-00001` counts too
@@ -444,7 +444,7 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def find_files(path: Path) -> DataFiles:
-    """The files of a path: itself, the shards of one kind and split in a folder, its pictures, or a set of the hub."""
+    """Returns a path's files: itself, a folder's shards of one kind and split, its pictures, or a set of the hub."""
     if str(path).startswith(HUB):
         fetched = hub_set(str(path).removeprefix(HUB), streaming=False).cache_files
         return DataFiles(str(path), tuple(Path(file["filename"]) for file in fetched))

@@ -80,7 +80,7 @@ class Example:
 
 
 def turns_of(example: Example) -> tuple[Turn, ...]:
-    """The conversation to train on: the turns, or the question with its heaviest answer (the first of equals)."""
+    """Returns the conversation to train on: the turns, or the question with its heaviest answer."""
     if example.turns:
         return example.turns
     if not example.answers:
@@ -312,7 +312,7 @@ def listed_choices(text: str, sample_id: str) -> tuple[str, ...]:
 
 
 def correct_choice(answer: object, choices: Sequence[str], sample_id: str, *, by_place: bool) -> int | None:
-    """The index of the right choice; None where nothing is said, as in splits whose answers the publisher keeps.
+    """Returns the index of the right choice; None where the publisher keeps it back.
 
     A column says it by its text, or where that is taken `by_place` by its number from 0 (AI2D also as text, "1") or its
     letter (MMMU, "B", also "(B)" or "B."). What is the text of one choice and the letter or number of another, such as

@@ -119,7 +119,7 @@ def parsed(value: object) -> object:
 
 
 def holds_media(value: object) -> bool:
-    """Whether a value is bytes, an object of `bytes` and `path`, the path of a picture or video, or a list of them."""
+    """Tells whether a value is bytes, an object of `bytes` and `path`, a path of media, or a list of them."""
     if isinstance(value, str):
         value = value.partition("?")[0] if value.startswith("http") else value
         ending = value[-_LONGEST_ENDING:]

@@ -102,7 +102,7 @@ def _branches(group: list[Sample]) -> Tree:
 
 
 def _columns(sample: Sample) -> Int[Tensor, "seq columns"]:
-    """What two tokens must have in common to be one: id, position, and whatever else a processor says of a token."""
+    """Returns what two tokens must have in common to be one: id, position, and a processor's other values."""
     length = len(sample.input_ids)
     columns = [sample.input_ids[:, None], sample.own_positions().T]
     columns += [value.reshape(length, -1).long() for name, value in sample.inputs.items() if name in ALIGNED]
@@ -124,7 +124,7 @@ def _same_media(first: Sample, second: Sample) -> bool:
 
 
 def spread(lengths: Sequence[int], rows: int) -> list[list[int]]:
-    """Which trees stand in which of so many rows, equally many tokens in each: the longest first, to the shortest."""
+    """Deals trees to so many rows of equally many tokens: the longest first, to the shortest row."""
     filled = [(0, row) for row in range(rows)]
     trees: list[list[int]] = [[] for _ in range(rows)]
     for tree in sorted(range(len(lengths)), key=lambda tree: -lengths[tree]):

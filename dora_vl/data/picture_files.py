@@ -284,7 +284,7 @@ class Trouble:
 
 
 def decoding_trouble(source: Path | BytesIO) -> Trouble | None:
-    """What is wrong with a picture that is decoded whole, within the limits of training; None where nothing is."""
+    """Returns what is wrong with a picture, decoded whole within the limits of training; None: nothing."""
     try:
         picture_facts(source, decode=True)
     except JobFailed as error:

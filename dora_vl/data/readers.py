@@ -238,7 +238,7 @@ class _Conversation:
         return IMAGE_PLACEHOLDER if payloads else ""
 
     def _words(self, text: str) -> str:
-        """The text, `<image>` for pictures that it names in tags; those beside take the places it has, in order."""
+        """Returns the text, `<image>` for pictures that it names in tags; those beside take its places in order."""
         if "<" not in text:
             return text
         for index in self._left[: text.count(IMAGE_PLACEHOLDER)]:
@@ -275,7 +275,7 @@ def _listed(value: object) -> Sequence[object]:
 
 
 def _read_clip(value: object, key: str, sample_id: str) -> Clip:
-    """A path, or an object with one and times: `start_seconds`, `end_seconds`, or Qwen's `video_start`, `video_end`."""
+    """Reads a path, or an object with one and times: `start_seconds`, `end_seconds`, or Qwen's `video_start`, `video_end`."""
     times: list[float | None] = [None, None]
     if isinstance(value, Mapping):
         for index, names in enumerate(CLIP_TIMES):
@@ -355,7 +355,7 @@ def _instructions(row: Row, sample_id: str) -> list[object]:
 
 
 def _question_answer(row: Row, sample_id: str) -> list[object]:
-    """A question and an answer in columns of their own; of several answers the most frequent, the first of equals.
+    """Reads question and answer from columns of their own; of several answers the most frequent, the first of equals.
 
     A hint stands before the question, choices behind it (`_written_choices`).
     """
@@ -397,7 +397,7 @@ def _without_nulls(value: Any) -> Any:
 def _written_choices(
     question: str, choices: Sequence[str], answer: object, sample_id: str, labels: Sequence[str] = ()
 ) -> tuple[str, str]:
-    """A question with its choices as LLaVA writes MMBench's, a letter and a line each, and the right one's letter.
+    """Returns a question with its choices as LLaVA writes MMBench's, a line each, and the right one's letter.
 
     A question that says its choices itself stays as it is: with letters, or where the answer is the text of one.
 
@@ -427,7 +427,7 @@ def _written_choices(
 
 
 def _choices(value: object, sample_id: str) -> tuple[list[str], list[str]]:
-    """The labels of choices, where they have some of their own, and their texts; those that are empty are none."""
+    """Returns the choices' own labels, if any, and their texts; empty choices are none."""
     labels: object = []
     if isinstance(value, str):
         value = listed_choices(value, sample_id)
@@ -456,7 +456,7 @@ def _says(question: str, texts: Sequence[str]) -> bool:
 
 
 def _answer(value: object, sample_id: str, name: str = "answer") -> str:
-    """The most frequent of several answers, each text or an object with one; SQuAD's are a list in an object."""
+    """Returns the most frequent of several answers, each text or an object; SQuAD's are a list in an object."""
     value = _in_object(value)
     listed = value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
     texts = [_text(_in_object(entry), name, sample_id) for entry in listed]

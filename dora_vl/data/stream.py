@@ -156,7 +156,7 @@ class StreamSource:
         return max(1.0, rows if self._limit is None else min(rows, float(self._limit)))
 
     def described(self) -> list[str]:
-        """Lines about it: name, format, rows where they are known, the weight, and what its first rows' columns are."""
+        """Describes it in lines: name, format, rows where they are known, weight, and the columns of its first rows."""
         _ = self.first_rows
         rows = "" if self.count is None else f", {self.count:,} rows"
         weight = "" if self.file.weight == 1 else f", weight {self.file.weight:g}"

@@ -128,7 +128,7 @@ def _write(path: Path, file: BinaryIO, batches: Iterable[list[dict[str, Any]]]) 
 
 
 def _batches(data: DataFiles, columns: Columns) -> Iterator[list[dict[str, Any]]]:
-    """A table's rows in batches of bounded size; a picture and the columns' roles stand in the first row alone."""
+    """Yields rows in batches of bounded size; a picture and the columns' roles stand in the first row alone."""
     reader, pictures, kinds = RowReader(data.name, columns), set[str](), 0
     batch, size = [], 0
     for number, record in enumerate(data.rows()):
@@ -321,7 +321,7 @@ def held_out_places(
     seed: int,
     classes: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """Indices of the samples held out: about `share` of all, or of each class, no picture or video on both sides.
+    """Returns the indices held out: about `share` of all, or of each class, no picture or video on both sides.
 
     Samples that share a picture or a `group`, directly or through others, stay together; those without go by their id.
     Which groups are held out is decided by a hash of (seed, group), so another order of the file changes nothing.
@@ -361,7 +361,7 @@ def held_out_places(
 
 
 def described(file: TrainFile, rows: datasets.Dataset) -> list[str]:
-    """Lines about a file: name, format, rows, how many cannot be used, what its columns are, and its pictures a row."""
+    """Describes a file in lines: name, format, rows, how many cannot be used, its columns, and its pictures a row."""
     formats = [name for name in rows.unique("format") if name is not None]
     bad = sum(problem is not None for problem in rows["problem"])
     trouble = f", {bad:,} of them unusable" if bad else ""

@@ -77,7 +77,7 @@ def json_of(
     half_pairs: bool = False,
     members: Callable[[list[tuple[str, object]]], object] | None = None,
 ) -> object:
-    """The value that a text holds; `half_pairs` admits half of a surrogate pair, `members` makes its objects."""
+    """Parses a text; `half_pairs` admits half of a surrogate pair, `members` makes its objects."""
     try:
         value = json.loads(text, object_pairs_hook=members)
     except RecursionError:
@@ -314,7 +314,7 @@ def _is_json(text: bytes) -> bool:
 
 
 def _lists_in(path: Path, file: io.BufferedIOBase) -> dict[str, str]:
-    """The names under which a file's one object holds lists or objects, with the event of `ijson` that begins each."""
+    """Maps names of a file's one object that hold lists or objects to the event of `ijson` that begins each."""
     chunks, names = _Chunks(file), dict[str, str]()
     for prefix, event, _ in _parsed(path, chunks, ijson.parse(chunks, use_float=True)):
         if prefix and "." not in prefix and event in ("start_array", "start_map"):

@@ -238,7 +238,7 @@ class OpenVideo:
             raise NoVideo(f"cannot be read: {type(error).__name__}: {one_line(str(error), 160)}") from None
 
     def locate(self, seconds: Sequence[float]) -> list[int]:
-        """The frames that are shown at these moments, by their place in the order of showing, without repeats."""
+        """Returns the frames that are shown at these moments, by their place in showing order, without repeats."""
         # A moment that rounding has put just before a frame is that frame's.
         places = (bisect_right(self.begins, moment + 1e-4) - 1 for moment in seconds)
         return list(dict.fromkeys(max(0, index) for index in places))
@@ -349,7 +349,7 @@ class VideoReader:
     def read_prepared(
         self, root: Path | MediaFolder, clip: Clip, sampling: FrameSampling, prepare: Callable[[Image.Image], Kept]
     ) -> Frames[Kept]:
-        """The frames, each turned into something smaller as it comes, so that a long clip need not fit in memory."""
+        """Returns the frames, each made smaller as it comes, so that a long clip need not fit in memory."""
         budget = Budget(self._limit, VIDEO_MEMORY)
         try:
             return read_frames(self._process, clip_path(root, clip), clip, sampling, prepare, budget)

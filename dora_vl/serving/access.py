@@ -255,7 +255,7 @@ class AccessMiddleware:
 
 
 def limited(receive: Receive, seconds: float, count: Callable[[int], None]) -> Receive:
-    """A request's messages: its bytes are counted as they come, and all of them must come in time (else TooLate)."""
+    """Counts a request's bytes as they come; all of them must come in time (else TooLate)."""
     deadline, coming = time.monotonic() + seconds, True
 
     async def next_message() -> Message:

@@ -140,7 +140,7 @@ class SequenceStops(StoppingCriteria):
 
 
 def next_tokens(scores: Float[Tensor, "batch vocab"], sequences: Sequence[SequenceText]) -> list[int]:
-    """Each sequence's next token, the likeliest or drawn; one whose scores are no numbers is ended, its token is any.
+    """Returns each sequence's next token, likeliest or drawn; ends one whose scores are no numbers (any token).
 
     The largest score is NaN where any is, so that looking at it costs no more than choosing.
     """

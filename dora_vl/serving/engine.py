@@ -146,7 +146,7 @@ class BatchDecoder:
         return tokens
 
     def begin(self, batch: Sequence[SubmittedRequest]) -> tuple[list[RunningRequest], Mapping[str, Any]]:
-        """The requests in the order of a batch, the base first and then adapter by adapter, and their inputs."""
+        """Returns the requests in a batch's order, the base first and then adapter by adapter, and their inputs."""
         running = [RunningRequest(request, self._text(request)) for request in batch]
         running.sort(key=lambda request: request.share)
         samples = [request.submitted.prepared.sample for request in running]

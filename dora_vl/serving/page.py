@@ -263,7 +263,7 @@ class Page:
 
     @no_type_check  # as above
     def ask_again(self, person: str, conversation: Conversation | None, *chosen: Any) -> Iterator[Update]:
-        """The last question once more, to the models as they are chosen now; nothing where just these were asked it."""
+        """Asks the last question once more, of the models chosen now; nothing where just these answered it."""
         yield from self._answers(person, conversation, chosen, None)
 
     def leave(self, request: gr.Request) -> None:

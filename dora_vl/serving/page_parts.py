@@ -110,7 +110,7 @@ class ExampleQuestion:
 
 
 def example_questions(adapter: Path, most: int = 6) -> tuple[ExampleQuestion, ...]:
-    """A few questions with one picture each from the test of the run that an adapter is of; none where it has none."""
+    """Returns a few questions with one picture each from the test of an adapter's run, if it has any."""
     chosen: dict[str, ExampleQuestion] = {}
     for run in adapter.resolve().parents[:2]:  # an adapter is in its run's folder, or in a checkpoint's
         for example in _of_test(run, most):

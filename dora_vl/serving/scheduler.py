@@ -207,7 +207,7 @@ class Scheduler:
         done.result()
 
     def next_batch(self) -> list[SubmittedRequest] | None:
-        """The next batch: waits for a request, and a little for others; None when it is closed. Changes come first."""
+        """Waits for a request, and a little for others; None when it is closed. Changes come first."""
         while True:
             with self._changed:
                 while not (self._waiting or self._changes or self.closed):
@@ -254,7 +254,7 @@ class Scheduler:
     def _take(
         self, room: Callable[[Sequence[PreparedRequest]], bool] = lambda requests: True
     ) -> list[SubmittedRequest]:
-        """The first of those that wait, and those after it that fit beside it, in order; none where it has no room."""
+        """Takes the first that waits, and those after it that fit beside it; none where it has no room."""
         self._drop_unwanted()
         batch: list[SubmittedRequest] = []
         left: deque[SubmittedRequest] = deque()

@@ -208,7 +208,7 @@ class Server:
             self._held -= 1
 
     def _prepared(self, body: ChatRequest, go_on: Callable[[], object]) -> PreparedRequest:
-        """The request's prompt, its pictures and videos read; in a thread of its own, where `go_on` may end it."""
+        """Prepares a request, its pictures and videos read, in a thread of its own, where `go_on` may end it."""
         go_on()
         settings = self.settings
         sampling = Sampling(

@@ -144,7 +144,7 @@ class SideBySide:
     def ask(
         self, person: str, conversation: Conversation, question: str, choices: Sequence[ModelChoice], sampling: Sampling
     ) -> Iterator[Conversation]:
-        """The conversation with one more question, again and again while the answers grow; the last one is whole.
+        """Yields the conversation with one more question again and again while the answers grow.
 
         Whoever stops reading ends the answers, and so does `stop`.
 

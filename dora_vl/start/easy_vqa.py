@@ -142,7 +142,7 @@ def seen_in_pictures(questions: Iterable[Question]) -> dict[int, str]:
 
 
 def reasoned(questions: Iterable[Question], seen: Mapping[int, str]) -> list[Question]:
-    """The questions with answers that say what is seen first; those about pictures that nobody described are left out.
+    """Returns the questions with answers that say what is seen first, without pictures that nobody described.
 
     Three of four questions want yes or no, which says little about a picture: a model trained on bare answers learned
     colours and shapes, and still answered every yes/no question alike after 4,800 samples (62 % of a test set right;

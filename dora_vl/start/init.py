@@ -458,7 +458,7 @@ def _spread(numbers: Iterable[int]) -> str:
 
 
 def split(look: Look, *, share: float, seed: int) -> dict[str, list[UsableRow]]:
-    """The rows to train on, those to test with, and those for validation where folders say so, in the file's order.
+    """Returns the rows to train on, to test with, and for validation where folders say so, in the file's order.
 
     Rows of one picture, by its content, stay together, so that no picture is in both, not even as a copy. Of classes
     that are large enough each is in the test by its share.

@@ -148,7 +148,7 @@ def _text(value: str) -> str:
 
 
 def _read_twice(value: str) -> str:
-    """The same where a list or anything may stand: it is read once more without quotes. `./no` is the folder no."""
+    """Quotes it where a list may stand too: it is read once more without quotes, so `./no` is the folder no."""
     return _text(value if _text(value) == value or Path(value).is_absolute() else f"./{value}")
 
 
@@ -159,7 +159,7 @@ EXAMPLE, ASK = "image,question,answer", "what is it?"
 
 
 def find_questions(folder: Path, columns: Columns = USUAL) -> DataFiles:
-    """The one file, or folder of shards, below a folder whose rows are questions or captions; else its pictures."""
+    """Returns the one file, or folder of shards, below a folder that holds questions; else its pictures."""
     paths = list(islice(data_files(folder), MOST_FILES))
     problems = {path: _why_no_questions(path, columns) for path in paths}
     usable = [path for path, problem in problems.items() if problem is None]

@@ -90,7 +90,7 @@ def labels_of(instruction: str) -> tuple[str, ...]:
 
 
 def options_of(instruction: str, labels: tuple[str, ...]) -> tuple[str, ...]:
-    """The options' texts, "Answer1: dry palms Answer2: ..." -> ("dry palms", ...); none where they are not there."""
+    """Returns the options' texts, "Answer1: dry palms Answer2: ..." -> ("dry palms", ...), or none."""
     if not labels or not all(re.fullmatch(r"[a-z]+\d", label) for label in labels):
         return ()
     body = instruction.rpartition("Answer format:")[0]

@@ -95,7 +95,7 @@ class Row:
         return None if self.get(column) is None else take(column)
 
     def kept(self, *columns: str, take: Callable[[str], object] | None = None) -> dict[str, object]:
-        """Those of the columns that are there, for `Example.extra`; text and numbers unless `take` says otherwise."""
+        """Returns the columns that are there, for `Example.extra`; text and numbers unless `take` says otherwise."""
         return {column: (take or self.scalar)(column) for column in columns if self.get(column) is not None}
 
     def text(self, column: str) -> str:
@@ -222,7 +222,7 @@ def key(raw: Raw, column: str) -> str:
 
 
 def present(folder: Path, names: Iterable[str], *, inside: Sequence[str] = ()) -> dict[str, Path]:
-    """Those of the files that are in `folder`, or else in the first folder `inside` it that has any, by name."""
+    """Returns those of the files that `folder` has, or else the first folder `inside` it that has any."""
     names = list(names)
     for candidate in (*(folder / part for part in inside), folder):
         if files := files_in(candidate, names):

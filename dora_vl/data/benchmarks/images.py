@@ -49,7 +49,7 @@ def coco_caption(folder: Path, options: Mapping[str, str], records: Path) -> Ite
 
 
 def _karpathy_rows(file: Path, split: str, progress: Progress) -> Iterator[Raw]:
-    """The pictures of one of our splits; one of no known part counts as one of each, to be dropped with its reason."""
+    """Yields the pictures of one of our splits; each split gets one of no known part, to drop it with its reason."""
     for row in stream_records(file, progress, "images"):
         if PARTS.get(str(row.get("split")), split) == split:
             yield row
@@ -201,7 +201,7 @@ def read_shares(option: str) -> dict[str, float]:
 
 
 def share_of(sentence: str, shares: Mapping[str, float], seed: str) -> str:
-    """The share that a sentence falls to: by its words alone, so wherever it stands again it falls to the same."""
+    """Returns the share that a sentence falls to, by its words alone: the same wherever it stands again."""
     digest = hashlib.sha256(f"{seed}\0{_words(sentence)}".encode()).digest()
     fraction = int.from_bytes(digest[:8], "big") / 2**64
     *others, last = shares
@@ -346,7 +346,7 @@ def vqav2(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[S
 
 
 def _joined_rows(questions: Path, annotations: Path, progress: Progress) -> Iterator[Raw]:
-    """Each annotation with its question's text; a question without one comes last, to be dropped with that reason."""
+    """Yields each annotation with its question's text, then questions without one, to be dropped for that."""
     rows = stream_records(questions, progress, "questions")
     question_rows = by_id(questions, rows, "question_id", "question", "image_id")
     answered: set[str] = set()
@@ -421,7 +421,7 @@ def vqav2_karpathy(folder: Path, options: Mapping[str, str], records: Path) -> I
 
 
 def _official_rows(folder: Path, split: str, progress: Progress) -> Iterator[Raw]:
-    """The questions about the split's pictures; one about a picture of no part is in each, to be dropped there."""
+    """Yields the questions about the split's pictures; each split gets those of no part, to drop them."""
     pictures = by_id(folder / KARPATHY, stream_records(folder / KARPATHY, progress, "images"), "cocoid", "split")
     for part in KARPATHY_PARTS:
         for row in _joined_rows(folder / QUESTIONS.format(part), folder / ANNOTATIONS.format(part), progress):

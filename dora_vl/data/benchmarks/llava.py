@@ -430,7 +430,7 @@ def scienceqa(folder: Path, options: Mapping[str, str], records: Path) -> Iterat
 
 
 def _scienceqa_rows(problems: Path, members: frozenset[str], progress: Progress) -> Iterator[Raw]:
-    """The problems of one split; one that the split names but nobody has comes last, to be dropped with that reason."""
+    """Yields the problems of one split, then those that it names but nobody has, to be dropped for that."""
     seen: set[str] = set()
     for name, row in stream_members(problems, progress=progress):
         if name in members:

@@ -56,7 +56,7 @@ class Subtitles:
         return self._known.get(video, {"sub": []})["sub"]
 
     def rows(self, file: Path, solution: Mapping[str, int], progress: Progress) -> Iterator[Raw]:
-        """The file's rows with their subtitles, and the right choice from `solution` where the row keeps it back."""
+        """Returns the rows with their subtitles, and the right choice from `solution` where the row lacks it."""
         rows = stream_records(file, progress)
         if solution:
             rows = (
@@ -117,7 +117,7 @@ def span(value: JSON, sample_id: str = UNKNOWN_ID) -> tuple[float, float] | tupl
 
 
 def _clip(row: Row) -> tuple[Clip, dict[str, object]]:
-    """The part of a video that VALUE's row is about, and what `extra` keeps: VL-BART's prompt shows `ts` as it is."""
+    """Returns the part of a video that a row is about, and what `extra` keeps: VL-BART's prompt shows `ts` as it is."""
     name, (start, end) = row.identifier("vid_name"), span(row.get("ts"), row.id)
     extra: dict[str, object] = {"vid_name": name, **({} if row.get("ts") is None else {"ts": row.get("ts")})}
     return Clip(path=f"{name}.mp4", start_seconds=start, end_seconds=end), extra
