@@ -275,7 +275,7 @@ def _listed(value: object) -> Sequence[object]:
 
 
 def _read_clip(value: object, key: str, sample_id: str) -> Clip:
-    """Reads a path, or an object with one and times: `start_seconds`, `end_seconds`, or Qwen's `video_start`, `video_end`."""
+    """Reads a path, or an object of path and times (`start_seconds`, `end_seconds` or `video_start`, `video_end`)."""
     times: list[float | None] = [None, None]
     if isinstance(value, Mapping):
         for index, names in enumerate(CLIP_TIMES):
