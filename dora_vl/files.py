@@ -26,7 +26,7 @@ from yaml import MappingNode, Node, ScalarNode, SequenceNode, YAMLError
 from dora_vl.errors import UserError, is_communication, is_out_of_memory, one_line, shown, shown_text
 
 METRICS, SETS, NOT_YET = "metrics.json", "sets", "not_yet_tested"
-"""What a run or an evaluation writes its numbers to, and where those of its test sets stand in it."""
+"""A run or an evaluation writes its numbers to this file, those of its test sets under this key."""
 KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -41,7 +41,7 @@ class NoRegularFile(OSError):
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """The file's bytes; never waits for another program to open the other end.
+    """Returns the file's bytes; never waits for another program to open the other end.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -60,7 +60,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 UNFINISHED, PREVIOUS = "unfinished", "previous"
-"""They mark the hidden names of what is being written, and of the folder that a new one replaces."""
+"""Hidden names with these marks are of what is being written, and of the folder that a new one replaces."""
 
 
 @contextmanager
@@ -131,7 +131,7 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def _is_held(path: Path) -> bool:
-    """Whether a living process writes there; said too where a file system has no locks and nobody can tell."""
+    """Tells whether a living process writes there; said too where a file system has no locks and nobody can tell."""
     try:
         with _opened(path) as descriptor:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -187,7 +187,7 @@ def write_json_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """One JSON object."""
+    """Returns one JSON object."""
     try:
         with open_regular(path) as file:
             content = json.loads(file.read().decode("utf-8"))
@@ -203,7 +203,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def json_or_nothing(path: Path) -> dict[str, Any]:
-    """A file's object; nothing where there is none, or none that can be read."""
+    """Returns a file's object; nothing where there is none, or none that can be read."""
     try:
         return read_json(path)
     except (UserError, OSError):
@@ -211,7 +211,7 @@ def json_or_nothing(path: Path) -> dict[str, Any]:
 
 
 def file_sha256(path: Path, progress: Callable[[int], object] = lambda size: None) -> str:
-    """The file's SHA-256 in hexadecimal, read in pieces."""
+    """Returns the file's SHA-256 in hexadecimal, read in pieces."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 20):
@@ -221,11 +221,11 @@ def file_sha256(path: Path, progress: Callable[[int], object] = lambda size: Non
 
 
 HASHED_BYTES = 1 << 16
-"""Of a file's beginning and end: with its size enough to tell another picture or video."""
+"""So much of a file's beginning and end, and its size, tell it from another picture or video."""
 
 
 def content_key(path: Path) -> str:
-    """A hash that tells a picture or a video from others, without reading all of a large one.
+    """Returns a hash that tells a picture or a video from others, without reading all of a large one.
 
     Raises:
         OSError: as `open_regular`.
@@ -239,14 +239,14 @@ def content_key(path: Path) -> str:
 
 
 PREFERRED = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
-"""The one weights file of a folder; with `.index.json` behind the name, what lists the shards."""
+"""A folder's weights stand in one file of these names, or in shards that `NAME.index.json` lists."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 HUB_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
 NO_OWN_CODE = {"trust_remote_code": False}
-"""For every `from_pretrained` of transformers' Auto classes: it then asks nobody whether to run a model's code."""
+"""Each `from_pretrained` of transformers' Auto classes takes it, and then never asks whether to run a model's code."""
 BRINGS_CODE = "it brings code of its own (auto_map), which is never run here; take a model that transformers itself has"
 ZIP_START = b"PK"
-"""How torch's own files begin since 1.6; their table is at the end."""
+"""torch's own files begin so since 1.6; their table is at the end."""
 
 
 Kernel = Literal["sdpa", "flex_attention", "flash_attention_2", "eager"]
@@ -254,7 +254,7 @@ KERNELS: tuple[str, ...] = get_args(Kernel)
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The weights files that are loaded, by name; where no known name is there, all of one kind."""
+    """Returns the weights files that are loaded, by name; where no known name is there, all of one kind."""
     for name in PREFERRED:
         if (folder / name).is_file():
             return (folder / name,)
@@ -284,12 +284,12 @@ def opening(failed: str) -> Iterator[None]:
         raise UserError(f"{failed}: {why_not_read(error)}") from error
 
 
-def why_not_read(error: Exception, most: int = 300) -> str:
-    """What transformers' error says, on one line; in our words where it wants to run a model's own code."""
+def why_not_read(error: Exception) -> str:
+    """Returns what transformers' error says, on one line; in our words where it wants to run a model's own code."""
     if "trust_remote_code" in str(error):
         return BRINGS_CODE
     speaks = isinstance(error, (OSError, ValueError, ImportError))
-    return one_line(str(error) if speaks else f"{type(error).__name__}: {error}", most)
+    return one_line(str(error) if speaks else f"{type(error).__name__}: {error}", 300)
 
 
 def check_place(folder_or_id: str | Path) -> None:
@@ -358,8 +358,8 @@ def check_whole(path: Path) -> None:
             with safe_open(path, framework="numpy"):
                 return
         except (SafetensorError, OSError) as error:
-            whole = f"its {size:,} bytes are no whole safetensors file"
-            raise UserError(f"{path}: {whole} ({error}); copy or fetch it again") from None
+            problem = f"its {size:,} bytes are no whole safetensors file ({error})"
+            raise UserError(f"{path}: {problem}; copy or fetch it again") from None
     if size == 0:
         raise UserError(f"{path} is empty (0 bytes); copy or fetch it again")
     with path.open("rb") as file:
@@ -369,7 +369,7 @@ def check_whole(path: Path) -> None:
 
 
 MOST_VALUES = 100_000
-"""What aliases may make of a file: ten lines of them can stand for more values than memory holds."""
+"""Aliases may stand for so many values: ten lines of them can mean more than memory holds."""
 _OTHER_NUMBER = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
 
 
@@ -383,7 +383,7 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: Path) -> Any:
-    """What a file says."""
+    """Returns what a file says."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         sizes: dict[int, float] = {}
@@ -410,7 +410,7 @@ def refuse_other_number(text: str) -> None:
 
 
 def _check(node: Node | None, sizes: dict[int, float]) -> float:
-    """How many values a node holds, those of aliases as often as they stand; `sizes` holds it by the node's id.
+    """Tells how many values a node holds, those of aliases as often as they stand; `sizes` holds it by the node's id.
 
     Refuses such numbers, and doubled keys, of which YAML keeps the last: the first would go without a word.
     """
@@ -438,7 +438,7 @@ def _check(node: Node | None, sizes: dict[int, float]) -> float:
 
 
 def shipped_folder() -> Path:
-    """The folder of recipes and DeepSpeed JSON: in the package where it is installed, beside it in a checkout."""
+    """Returns the folder of recipes and DeepSpeed JSON: in an installed package, beside it in a checkout."""
     package = Path(str(files("dora_vl")))
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"

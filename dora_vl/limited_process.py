@@ -32,22 +32,22 @@ JOBS: Mapping[str, str] = {
     "read_video": "dora_vl.data.video",
     "try_template": "dora_vl.backbones.templates",
 }
-"""The functions that may be run there, and their modules. Each yields parts; what it raises is told to the parent."""
+"""Maps functions that may run there to their modules. Each yields parts; the parent gets what it raises."""
 Part: TypeAlias = tuple[dict[str, Any], bytes]
-"""JSON, and bytes that belong to it."""
+"""Pairs JSON with the bytes that belong to it."""
 
 LARGEST_PART = 2**24
 """No part that the process sends may be larger, so that it cannot fill the parent's memory at once."""
 SILENT_TIMES = 3
 """A job may be silent for so many times its seconds of the processor: it may also hang without using it."""
 START_SECONDS = 60.0
-"""How much longer the silence may be while its libraries are imported, which takes long on a busy machine."""
+"""Seconds of silence allowed besides, while its libraries are imported on a busy machine."""
 LOOK_SECONDS = 0.1
 QUICK_SECONDS, PATIENCE = 0.3, 19
 """After so long a job yields to all others (`nice`), where its process was started to do so."""
 
 
-class Failed(ValueError):
+class JobFailed(ValueError):
     """A job gave no result. `kind` is the class of the error that was raised there, or `ENDED`."""
 
     def __init__(self, kind: str, reason: str) -> None:
@@ -56,7 +56,7 @@ class Failed(ValueError):
 
 
 ENDED = "Ended"
-"""The kind of failure where the process was killed or died."""
+"""Names the failure of a job whose process was killed or died."""
 
 
 @dataclass
@@ -94,7 +94,7 @@ class LimitedProcess:
     def run(
         self, job: str, arguments: Mapping[str, Any], content: bytes = b"", *, budget: Budget
     ) -> Generator[Part, None, None]:
-        """The parts that a job sends, as they come; whoever stops reading ends the process.
+        """Yields the parts that a job sends, as they come; whoever stops reading ends the process.
 
         Raises:
             Failed: the job raised an error, or was ended at a limit.
@@ -103,7 +103,7 @@ class LimitedProcess:
         try:
             connection = self.start()
             if budget.seconds <= 0:
-                raise Failed(ENDED, "comes after all of the time was used up")
+                raise JobFailed(ENDED, "comes after all of the time was used up")
             request = {"job": job, "arguments": arguments, "seconds": budget.seconds, "memory": budget.memory}
             connection.send_bytes(json.dumps(request).encode())
             connection.send_bytes(content)
@@ -114,7 +114,7 @@ class LimitedProcess:
                 while not connection.poll(LOOK_SECONDS):
                     budget.go_on()
                     if time.monotonic() > deadline:
-                        raise Failed(ENDED, f"takes more than {budget.seconds:.3g} s to read")
+                        raise JobFailed(ENDED, f"takes more than {budget.seconds:.3g} s to read")
                     if self._yields and self.reusable and time.monotonic() > quick and self._process:
                         self.reusable = False
                         os.setpriority(os.PRIO_PROCESS, self._process.pid, PATIENCE)
@@ -124,11 +124,11 @@ class LimitedProcess:
                     is_over = True
                     budget.seconds -= message["spent"]
                     if "kind" in message:
-                        raise Failed(str(message["kind"]), one_line(str(message["reason"])))
+                        raise JobFailed(str(message["kind"]), one_line(str(message["reason"])))
                     return
                 yield message, part
         except (EOFError, OSError):
-            raise Failed(ENDED, self._last_words(budget)) from None
+            raise JobFailed(ENDED, self._last_words(budget)) from None
         finally:
             if not is_over:
                 self.close()
@@ -153,7 +153,7 @@ class LimitedProcess:
         return self._connection
 
     def _last_words(self, budget: Budget) -> str:
-        """Why the process died, as far as its exit status tells."""
+        """Tells why the process died, as far as its exit status tells."""
         status = None
         with contextlib.suppress(subprocess.TimeoutExpired):
             status = self._process and self._process.wait(timeout=5)
@@ -193,7 +193,7 @@ CHILD = (
     "from dora_vl.limited_process import serve; serve(int(sys.argv[1]), sys.argv[2])"
 )
 STATM = Path("/proc/self/statm")
-"""Its sixth number is how many pages of data the process has (proc(5))."""
+"""Its sixth number counts the process's pages of data (proc(5))."""
 
 
 def serve(descriptor: int, first_job: str) -> None:

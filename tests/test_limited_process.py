@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from dora_vl import limited_process
 from dora_vl.backbones import templates
 from dora_vl.backbones.templates import check_ends
 from dora_vl.data.picture_files import TooManyPixels, decoded, load_picture
 from dora_vl.errors import UserError
-from dora_vl.limited_process import ENDED, Budget, Failed, LimitedProcess
+from dora_vl.limited_process import ENDED, Budget, JobFailed, LimitedProcess
 from tests.data.hostile import jpeg_of_scans, saved
 
 MEMORY = 2**29
@@ -38,7 +37,7 @@ def test_pictures_come_back_as_they_are_decoded_here() -> None:
         assert budget.pixels == 2_000_000 - 1_500 * 1_100
         assert 0 < budget.seconds < 20
         pid = of(process).pid
-        with pytest.raises(Failed) as refused:
+        with pytest.raises(JobFailed) as refused:
             decoded(process, content, budget)
         assert (refused.value.kind, budget.pixels) == (TooManyPixels.__name__, 350_000)
         assert decoded(process, saved("PNG"), budget).size == (16, 16)
@@ -61,7 +60,7 @@ def test_a_job_is_ended_at_each_limit_and_the_next_is_done(limit: str) -> None:
     with LimitedProcess("read_picture") as process:
         decoded(process, saved("PNG"), Budget(20, MEMORY))
         ended = of(process)
-        with pytest.raises(Gone if limit == "nobody waits" else Failed):
+        with pytest.raises(Gone if limit == "nobody waits" else JobFailed):
             decoded(process, content, budget)
         assert time.monotonic() - began < 30
         if limit != "memory":
@@ -73,7 +72,7 @@ def test_a_process_that_says_nothing_is_ended(monkeypatch: pytest.MonkeyPatch) -
     """It may hang without using the processor."""
     monkeypatch.setattr(limited_process, "CHILD", "import time; time.sleep(1000)")
     monkeypatch.setattr(limited_process, "START_SECONDS", 0.2)
-    with LimitedProcess("read_picture") as process, pytest.raises(Failed) as failed:
+    with LimitedProcess("read_picture") as process, pytest.raises(JobFailed) as failed:
         decoded(process, saved("PNG"), Budget(0.1, MEMORY))
     assert failed.value.kind == ENDED
 
@@ -106,7 +105,10 @@ def test_what_a_process_sends_is_not_run_and_cannot_fill_the_memory(
     first = b'{"size": [9, 9]}'
     for parts in ([pickled, b""], [b"[1]", b""], [first, b"", b'{"size": [9000, 9000]}', b""], [first, bytes(2**25)]):
         monkeypatch.setattr(limited_process, "CHILD", SENDS.replace("PARTS", repr(parts)))
-        with LimitedProcess("read_picture") as process, pytest.raises((Failed, ValueError, AttributeError, TypeError)):
+        with (
+            LimitedProcess("read_picture") as process,
+            pytest.raises((JobFailed, ValueError, AttributeError, TypeError)),
+        ):
             decoded(process, b"", Budget(0.3, MEMORY, pixels=1_000_000))
     assert not (tmp_path / "made").exists()
 
@@ -136,11 +138,3 @@ def test_a_template_that_does_not_end_or_fills_the_memory_is_refused(monkeypatch
             check_ends(template, tokens, "model")
     for template in (MARKED, "{{ raise_exception('no') }}", "{% what", "{{ messages[9].content }}"):
         check_ends(template, tokens, "model")  # what is wrong with it is for whoever renders it
-
-
-def test_pixels_are_those_of_pillow() -> None:
-    """A mode that Pillow decodes to RGB at once, and one that is converted."""
-    for mode in ("RGB", "CMYK"):
-        stream = io.BytesIO()
-        Image.radial_gradient("L").convert(mode).save(stream, "JPEG")
-        assert load_picture(stream).tobytes() == Image.open(stream).convert("RGB").tobytes()

@@ -32,7 +32,7 @@ from dora_vl.backbones.towers import Aspect, ImagePreparation, Preparation
 from dora_vl.backbones.vision_store import WHOLE, FeatureRow, Part, part_of
 from dora_vl.data.example import Clip
 from dora_vl.data.pictures import MediaFolder, open_image
-from dora_vl.data.video import EverySeconds, Sampling, Uniform, VideoReader
+from dora_vl.data.video import EverySeconds, FrameSampling, Uniform, VideoReader
 from dora_vl.errors import BadSample, UserError
 from dora_vl.files import NO_OWN_CODE, check_model_folder, opening
 
@@ -97,7 +97,7 @@ class FeatureSettings:
     frames: int | None = None
 
     @property
-    def sampling(self) -> Sampling:
+    def sampling(self) -> FrameSampling:
         """Returns how frames of a video are chosen."""
         if self.frames is not None and self.every_seconds is not None:
             raise UserError(f"every {self.every_seconds} s and {self.frames} frames: give one of the two")
@@ -251,7 +251,7 @@ class Media(Dataset["Pixels | BadSample"]):
     media: Sequence[Medium]
     root: MediaFolder
     preparation: ImagePreparation
-    sampling: Sampling | None = None
+    sampling: FrameSampling | None = None
     reader: VideoReader | None = None
 
     def __len__(self) -> int:

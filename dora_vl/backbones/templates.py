@@ -22,7 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from dora_vl.backbones.specs import TrainOn
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
 from dora_vl.errors import UserError
-from dora_vl.limited_process import ENDED, Budget, Failed, LimitedProcess, Part
+from dora_vl.limited_process import ENDED, Budget, JobFailed, LimitedProcess, Part
 
 Span = tuple[int, int]
 
@@ -466,6 +466,6 @@ def _why_not(arguments: str) -> str | None:
     with LimitedProcess("try_template") as process:
         try:
             list(process.run("try_template", json.loads(arguments), budget=Budget(SECONDS, MEMORY)))
-        except Failed as error:
+        except JobFailed as error:
             return str(error) if error.kind == ENDED else None
     return None

@@ -15,21 +15,21 @@ from dora_vl.data.packing import grow, pack, spread, tokens_of
 from dora_vl.data.samples import ALIGNED, IGNORED_LABEL, Sample, Skipped
 
 PACKED_TOKENS = 8_192
-"""Of a row that holds several samples, about; a micro-batch of more becomes several rows, which pad each other."""
+"""Tokens that a packed row holds at most, about; a micro-batch of more becomes several rows."""
 
 
 BY_ROW = "cross_attention_mask"
 """A family with this input (mllama) looks its pictures up by row, so a row of words alone has pictures of zeros."""
 IN_ONE_ROW = {"pixel_values": "target_sizes", "pixel_values_videos": "target_sizes_videos"}
-"""Pixels whose patches all stand in one row, one picture behind another, and the input that tells it (MiniCPM-V)."""
+"""MiniCPM-V puts the patches of all pictures into one row, and has the input on the right."""
 FIRST_TILE = "aspect_ratio_mask"
-"""Of mllama's missing pictures the first tile counts as there, as its processor says, or attention divides by zero."""
+"""The first tile of a missing picture of mllama's counts as there, or attention divides by zero."""
 POINTING = {"image_token_pooling": "pixel_values", "video_token_pooling": "pixel_values_videos"}
-"""Places among the patches of a batch's pixels, -1 for none, so those of a later sample begin further on (Molmo 2)."""
+"""Molmo 2 points to patches of a batch's pixels, -1 for none: a later sample's places begin further on."""
 
 
 def media_of(sample: Sample) -> object:
-    """What rows of the same pictures or videos share, or of words alone those of one conversation."""
+    """Returns what rows of the same pictures or videos share, or of words alone those of one conversation."""
     return sample.media or sample.id or None
 
 
@@ -61,7 +61,7 @@ class Collator:
     shares: Callable[[Sample], object] = media_of
 
     def __call__(self, items: Sequence[Sample | Skipped | None]) -> dict[str, Any]:
-        """One batch and its bookkeeping; None is left out."""
+        """Returns one batch and its bookkeeping; None is left out."""
         usable = [item for item in items if isinstance(item, Sample)]
         samples = [row for sample in usable for row in sample.rows()]
         shown = list(samples)
@@ -87,7 +87,7 @@ class Collator:
         }
 
     def _forest(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Rows that hold several samples, and who sees whom in them."""
+        """Returns rows that hold several samples, and who sees whom in them."""
         index = {id(sample): number for number, sample in enumerate(samples)}
         trees = grow(samples, budget=PACKED_TOKENS, shares=self.shares if self.packing == "trees" else None)
         lengths = [tokens_of(tree) for tree in trees]
@@ -116,7 +116,7 @@ class Collator:
         return batch | self._joined_media([root for row in rows for root in row.roots])
 
     def _joined(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """A row for each sample."""
+        """Returns a row for each sample."""
         joined: dict[str, Any] = {
             "input_ids": self._tokens([sample.input_ids[None] for sample in samples], self.pad_token_id),
             "labels": self._tokens([sample.labels[None] for sample in samples], IGNORED_LABEL),
@@ -134,7 +134,7 @@ class Collator:
         return joined | self._joined_media(samples)
 
     def _joined_media(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """What the samples have beside their tokens, one behind another."""
+        """Returns what the samples have beside their tokens, one behind another."""
         joined: dict[str, Any] = {}
         by_row = any(BY_ROW in sample.inputs for sample in samples)
         for name in dict.fromkeys(name for sample in samples for name in sample.inputs if name not in ALIGNED):
@@ -165,19 +165,19 @@ class Collator:
 
 
 def _media(sample: Sample) -> frozenset[str]:
-    """Names of a sample's inputs for pictures and videos."""
+    """Returns names of a sample's inputs for pictures and videos."""
     return frozenset(sample.inputs).difference(ALIGNED)
 
 
 def joined_values(values: Sequence[Any]) -> Any:
-    """Tensors one after another along the first dimension; lists as one list."""
+    """Returns tensors one after another along the first dimension; lists as one list."""
     if all(isinstance(value, Tensor) for value in values):
         return stacked(values, 0)
     return [entry for value in values for entry in value]
 
 
 def stacked(tensors: Sequence[Tensor], value: int) -> Tensor:
-    """Tensors one after another, each filled up at its ends to the largest size of every other dimension."""
+    """Returns tensors one after another, each filled up at its ends to the largest size of every other dimension."""
     if len({tensor.shape[1:] for tensor in tensors}) == 1:
         return torch.cat(list(tensors))
     sizes = [max(tensor.shape[axis] for tensor in tensors) for axis in range(1, tensors[0].dim())]
@@ -190,11 +190,11 @@ def stacked(tensors: Sequence[Tensor], value: int) -> Tensor:
 
 
 SAMPLES, WEIGHTS = "samples", "sample_weights"
-"""Names in a batch: how many usable samples it holds, and what each counts in a mean over them."""
+"""A batch names so how many usable samples it holds, and what each counts in a mean over them."""
 
 
 def over_step(batches: Sequence[Mapping[str, Any]], device: torch.device) -> list[dict[str, Any]]:
-    """A rank's micro-batches of one step with weights for a mean over the step's usable samples, of all ranks.
+    """Returns a rank's micro-batches of one step with weights for a mean over the step's usable samples, of all ranks.
 
     How many those are is known only now that the data has been read: a mean over the samples that were asked for would
     count the missing ones as samples of loss 0. Every rank must call it; batches without weights stay as they are.

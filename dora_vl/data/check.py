@@ -39,7 +39,7 @@ class MediaCheck:
         self.known: dict[str, Trouble | None] = {}
 
     def trouble(self, name: str, content: bytes | None = None, video: bool = False) -> Trouble | None:
-        """What is wrong with a file, or with a picture whose `content` the data file holds; None where nothing is.
+        """Returns what is wrong with a file, or a picture whose `content` the data file holds; None: nothing.
 
         A `video` is looked at as one, whatever its name ends in.
         """
@@ -75,7 +75,7 @@ class MediaCheck:
 
 
 def looks_whole(file: BinaryIO | BytesIO) -> bool | None:
-    """Whether a picture ends as whole ones of its kind do; None where its kind has no known end."""
+    """Tells whether a picture ends as whole ones of its kind do; None where its kind has no known end."""
     size = file.seek(0, 2)
     file.seek(max(0, size - 4096))
     last = file.read()
@@ -91,7 +91,7 @@ def looks_whole(file: BinaryIO | BytesIO) -> bool | None:
 
 SHOWN_IDS = 5
 LEFT_OUT = "columns left out"
-"""The problem is called so where a run would refuse rows for a column."""
+"""Names the problem of rows that a run would refuse for a column."""
 
 
 NO_PICTURE, EMPTY_QUESTION, CONTRADICTION = "no picture", "empty question", "another answer to the same question"
@@ -119,7 +119,7 @@ class Finding:
 
 
 def doubts_of(record: Mapping[str, object], example: Example, form: str | None, columns: Columns) -> list[str]:
-    """What is probably not meant in a row that can be used: an empty cell for its picture, an empty question.
+    """Returns what is probably not meant in a row that can be used: an empty cell for its picture, an empty question.
 
     An empty cell is one of `DOUBTS` only where other rows of the file have pictures.
     """
@@ -135,30 +135,25 @@ def doubts_of(record: Mapping[str, object], example: Example, form: str | None, 
 
 
 def asked_and_told(example: Example) -> tuple[str, str, str]:
-    """What a row asks, about which media, and what it answers, as texts to compare; a caption asks nothing."""
-    asked = [turn.text for turn in example.turns if turn.role != "assistant"] or [example.question, *example.choices]
-    words = "\n".join(asked).replace(IMAGE_PLACEHOLDER, "").strip()
-    told = [turn.text for turn in example.turns if turn.role == "assistant"] or [
+    """Returns what a row asks, about which media, and what it answers, as texts to compare; a caption asks nothing."""
+    questions = [turn.text for turn in example.turns if turn.role != "assistant"] or [
+        example.question,
+        *example.choices,
+    ]
+    words = "\n".join(questions).replace(IMAGE_PLACEHOLDER, "").strip()
+    replies = [turn.text for turn in example.turns if turn.role == "assistant"] or [
         answer.text for answer in example.answers
     ]
     # The same about another part of a video, or another order of pictures, is another question.
     media = [*example.images, *map(str, example.videos), str(example.extra.get("order", ""))]
-    return words, "\0".join(filter(None, media)), "\0".join(told)
-
-
-@dataclass(frozen=True)
-class Longest:
-    """What counts as too long, and what a text's length is counted in."""
-
-    most: int
-    unit: str = "words"
-    length: Callable[[str], int] = lambda text: len(text.split())
+    return words, "\0".join(filter(None, media)), "\0".join(replies)
 
 
 class FileCheck:
     """Checks one file's rows one after another; `findings` grow with them.
 
     Args:
+        longest: the most words, or tokens where `tokens` counts those, of an example.
         answers_needed: an example without any answer is a problem (a test set may keep them back).
         videos: of files that are videos; None: as `media`.
     """
@@ -168,7 +163,8 @@ class FileCheck:
         path: Path,
         *,
         columns: Columns = USUAL,
-        longest: Longest | None = None,
+        longest: int | None = None,
+        tokens: Callable[[str], int] | None = None,
         answers_needed: bool = True,
         media: MediaCheck | None = None,
         videos: MediaCheck | None = None,
@@ -178,9 +174,9 @@ class FileCheck:
         self.samples: dict[int, str] = {}  # hash of what is asked, with its media -> id
         self.uses: list[Mapping[str, str]] = []
         self.formats: dict[str, str] = {}
-        """The first row of each."""
+        """Maps each format to its first row."""
         self._columns = columns
-        self._longest = longest
+        self._longest, self._tokens = longest, tokens
         self._answers_needed = answers_needed
         self._media = media
         self._videos = videos or media
@@ -201,7 +197,7 @@ class FileCheck:
         return self
 
     def read(self, record: Mapping[str, JSON]) -> Example | BadSample:
-        """The next row: a conversation, or a record; or why it cannot be one."""
+        """Returns the next row: a conversation, or a record; or why it cannot be one."""
         self.rows += 1
         location = f"row {self.rows}"
         sample_id = id_of(record, self.rows - 1, self._columns)
@@ -263,23 +259,23 @@ class FileCheck:
             if trouble is not None:
                 usable = False
                 self._add(trouble.kind, sample_id, f"{name}: {trouble.detail}")
-        words, shown_media, told = asked_and_told(row)
-        asked = hash((words, shown_media))
+        words, shown_media, answer_text = asked_and_told(row)
+        key = hash((words, shown_media))
         if words or shown_media:
-            self.samples.setdefault(asked, sample_id)
+            self.samples.setdefault(key, sample_id)
         if words and usable:
-            first, name = self._answers.setdefault(asked, (hash(told), sample_id))
-            if hash(told) != first:
+            first, name = self._answers.setdefault(key, (hash(answer_text), sample_id))
+            if hash(answer_text) != first:
                 self._add(CONTRADICTION, sample_id, f"{name} has another answer")
         return usable
 
     def _check_length(self, sample_id: str, texts: Sequence[str]) -> None:
         if self._longest is None:
             return
-        most, unit = self._longest.most, self._longest.unit
-        length = self._longest.length("\n".join(filter(None, texts)))
-        if length > most:
-            self._add(f"longer than {most:,} {unit}", sample_id, f"{length:,} {unit}")
+        text, unit = "\n".join(filter(None, texts)), "tokens" if self._tokens else "words"
+        length = self._tokens(text) if self._tokens else len(text.split())
+        if length > self._longest:
+            self._add(f"longer than {self._longest:,} {unit}", sample_id, f"{length:,} {unit}")
 
     def _add(self, problem: str, sample_id: str, detail: str = "") -> None:
         self._findings.setdefault(problem, Finding(problem=problem)).add(sample_id, detail)
@@ -320,7 +316,7 @@ def add_columns(parser: argparse.ArgumentParser) -> None:
 
 
 def columns_of(arguments: argparse.Namespace) -> Columns:
-    """What the options say of the columns."""
+    """Returns what the options say of the columns."""
     pairs = [part.rpartition("=") for part in filter(None, arguments.columns.split(","))]
     if any(not column for column, _, _ in pairs):
         raise UserError(f"--columns {shown_text(arguments.columns, 100)}: must be COLUMN=ROLE,...")
@@ -337,15 +333,14 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     files = data_files(arguments.paths)
     media, videos = (_media_check(arguments, option) for option in ("media", "videos"))
     columns = columns_of(arguments)
-    longest = Longest(arguments.longest or WORDS)
-    if arguments.tokenizer is not None:
-        longest = Longest(arguments.longest or TOKENS, "tokens", _tokens(arguments.tokenizer))
+    tokens = None if arguments.tokenizer is None else _tokens(arguments.tokenizer)
     checks: list[FileCheck] = []
     for file in files:
         check = FileCheck(
             file,
             columns=columns,
-            longest=longest,
+            longest=arguments.longest or (TOKENS if tokens else WORDS),
+            tokens=tokens,
             answers_needed=not file.stem.startswith("test"),  # a test set may keep its answers back
             media=media,
             videos=videos,
@@ -384,7 +379,7 @@ def _media_check(arguments: argparse.Namespace, option: str) -> MediaCheck | Non
 
 
 def data_files(paths: Sequence[Path]) -> list[Path]:
-    """The files themselves, and those of the folders (manifests left out)."""
+    """Returns the files themselves, and those of the folders (manifests left out)."""
     files: list[Path] = []
     for path in paths:
         inside = [path] if path.is_file() else []
@@ -400,7 +395,7 @@ def data_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def table(findings: Sequence[tuple[Path, Finding]]) -> list[str]:
-    """Lines for each kind of problem in each file, the most frequent first, with the first ids by their detail."""
+    """Returns lines for each kind of problem in each file, the most frequent first, with the first ids."""
     rows: list[tuple[str, ...]] = [("file", "problem", "samples", "ids", "for example")]
     for path, finding in sorted(findings, key=lambda pair: (str(pair[0]), -pair[1].count)):
         file = shown_text(str(Path(path.parent.name, path.name)), 120)  # its name alone in the current folder
@@ -414,7 +409,7 @@ def table(findings: Sequence[tuple[Path, Finding]]) -> list[str]:
 
 
 def _tokens(folder: Path) -> Callable[[str], int]:
-    """The tokenizer of a model's folder, through `tokenizers` alone."""
+    """Returns the tokenizer of a model's folder, through `tokenizers` alone."""
     path = folder / "tokenizer.json" if folder.is_dir() else folder
     if not path.is_file():
         raise UserError(f"{path}: no such file; --tokenizer takes a folder with tokenizer.json")

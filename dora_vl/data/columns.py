@@ -80,7 +80,7 @@ FORMATS: tuple[RowFormat, ...] = (
     RowFormat("captions", ("caption", "images")),
     RowFormat("captions", ("caption", "videos")),
 )
-"""They are tried from the top: the first that fits is the row's."""
+"""A row has the first of these formats that fits it."""
 ASKED_OF = ("question/answer", "captions")
 """Rows of these formats may have no question; `data.ask` is asked then."""
 
@@ -107,7 +107,7 @@ class Resolved:
 
 
 Candidate = Mapping[str, str]
-"""Columns that hold a role together, each with its label, "" where it has none."""
+"""Maps columns that hold a role together to their labels, "" where there is none."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class _Shape:
     candidates: Sequence[tuple[str, Sequence[Candidate]]]
 
     def fits(self, row: Row) -> bool:
-        """Whether a row of these columns has this format; a caption in JSON is a conversation."""
+        """Tells whether a row of these columns has this format; a caption in JSON is a conversation."""
         if self.format.name != "captions":
             return self.format.fits(row)
         captions = [row[name] for name in dict(self.candidates)["caption"][0]]
@@ -153,7 +153,7 @@ class Columns:
                 )
 
     def resolve(self, row: Row, *, strict: bool = True) -> Resolved:
-        """The row's format, and what it holds of each role.
+        """Returns the row's format, and what it holds of each role.
 
         Raises:
             ColumnsError: if that is `strict`, a column would be left out that could change what is learned, or the row
@@ -189,7 +189,7 @@ class Columns:
         return resolved
 
     def id_of(self, row: Row) -> object:
-        """What the row itself says as its id; None where it says nothing."""
+        """Returns what the row itself says as its id; None where it says nothing."""
         return next((row[name] for name in self._ids if row.get(name) is not None), None)
 
     @cached_property
@@ -197,7 +197,7 @@ class Columns:
         return (*(column for column, name in self.roles.items() if name in ROLES["id"]), *ROLES["id"])
 
     def as_settings(self) -> str:
-        """What a run's YAML says for it."""
+        """Returns what a run's YAML says for it."""
         columns = ", ".join(f"{shown_text(name, 40)}: {role}" for name, role in self.roles.items())
         ignored = ", ".join(shown_text(name, 40) for name in self.ignored)
         keys = {f"columns: {{{columns}}}": columns, f"ignore: [{ignored}]": ignored, f"ask: {self.ask}": self.ask}
@@ -208,7 +208,7 @@ class Columns:
         return tuple(name for name in (*self.roles, *self.ignored) if "." in name)
 
     def _is_settled(self, name: str) -> bool:
-        """Whether `data.columns` says of another column that it is what this one may be."""
+        """Tells whether `data.columns` says of another column that it is what this one may be."""
         roles = {role for role, names in ROLES.items() if not {role, *names}.isdisjoint(self.roles.values())}
         is_preferred = kind_of(name) == PREFERENCE and any(kind_of(column) == PREFERENCE for column in self.roles)
         return is_preferred or any(plain_name(name) in ROLES[role] for role in roles)
@@ -244,13 +244,13 @@ class Columns:
         used_names = [name for name in names if name not in self.ignored]
         candidates = {role: self._alternatives(role, used_names) for role in ROLES}
         lacking = [(form, [role for role in form.needs if not candidates[role]]) for form in FORMATS]
-        asked = [form for form, lacks in lacking if self.ask and lacks == ["question"]]
-        for form in (*(form for form, lacks in lacking if not lacks), *asked):
+        lacking_question = [form for form, lacks in lacking if self.ask and lacks == ["question"]]
+        for form in (*(form for form, lacks in lacking if not lacks), *lacking_question):
             roles = dict.fromkeys((*EVERYWHERE, *form.needs, *form.uses))
             yield _Shape(form, used_names, [(role, candidates[role]) for role in roles if candidates[role]])
 
     def _alternatives(self, role: str, names: Sequence[str]) -> list[Candidate]:
-        """The columns that may hold a role, those together that are taken as one."""
+        """Returns the columns that may hold a role, those together that are taken as one."""
         named = [column for column, name in self.roles.items() if column in names and name in (role, *ROLES[role])]
         joined = role in JOINED and bool(named)
         alternatives: list[Candidate] = [dict.fromkeys(named, "")] if joined else [{name: ""} for name in named]
@@ -267,7 +267,7 @@ class Columns:
 
 
 def _meant(path: str, names: set[str]) -> str | None:
-    """The role that a column of an unknown name probably has, none that another of the row's names has."""
+    """Returns the role that a column of an unknown name probably has, none that another of the row's names has."""
     name = path.rpartition(".")[2]
     if plain_name(name) in KNOWN:
         return None if name == path else name
@@ -297,7 +297,7 @@ def _refuse_left_out(row: Row, left: Sequence[str], resolved: Resolved) -> None:
 
 
 def _remedy(losses: Iterable[tuple[str, str]], uses: Mapping[str, str], form: str) -> Columns:
-    """What would settle columns that are left out, as far as their names and the row's format tell."""
+    """Returns what would settle columns that are left out, as far as their names and the row's format tell."""
     roles: dict[str, str] = {}
     ignored: list[str] = []
     caption = [column for column, role in uses.items() if role == "caption"]
@@ -320,7 +320,7 @@ def _remedy(losses: Iterable[tuple[str, str]], uses: Mapping[str, str], form: st
 
 
 def _texts_in(value: object) -> Iterator[str]:
-    """All texts of a value, at every depth."""
+    """Yields all texts of a value, at every depth."""
     if isinstance(value, str):
         yield value
     for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
@@ -328,7 +328,7 @@ def _texts_in(value: object) -> Iterator[str]:
 
 
 def _lifted(row: Row, path: str, *, keep: bool) -> Row:
-    """The row without what stands at a dotted path in one of its columns, which is a column of its own if kept."""
+    """Returns the row without what stands at a dotted path in a column; if kept, that is a column of its own."""
     column, *keys = path.split(".")
     if path in row or row.get(column) is None:
         return row
@@ -337,7 +337,7 @@ def _lifted(row: Row, path: str, *, keep: bool) -> Row:
 
 
 def _without(value: object, keys: Sequence[str]) -> tuple[object, object]:
-    """A nested value without what stands under these keys, and that; of lists for each entry."""
+    """Returns a nested value without what stands under these keys, and that; of lists for each entry."""
     value = parsed(value)
     if isinstance(value, list):
         pairs = [_without(entry, keys) for entry in value]
@@ -360,7 +360,7 @@ _BETWEEN = re.compile(r"\s*[|;,]\s*")
 
 
 def _listed(text: str, role: str) -> object:
-    """A list that is written as text; any other text as it is."""
+    """Returns a list that is written as text; any other text as it is."""
     value = parsed(text)
     if role in ("prompt", "completion"):
         is_conversation = isinstance(value, list) and value and isinstance(value[0], dict)
@@ -372,7 +372,7 @@ def _listed(text: str, role: str) -> object:
 
 
 def _held(row: Row, columns: Candidate) -> object:
-    """What a column holds; what several do as one list, or by their labels, empty ones left out."""
+    """Returns what a column holds; what several do as one list, or by their labels, empty ones left out."""
     (first, label), *others = columns.items()
     if label:
         return {label: row[name] for name, label in columns.items()}
@@ -386,7 +386,7 @@ def _held(row: Row, columns: Candidate) -> object:
 
 
 def roles_of_columns(uses: Iterable[Mapping[str, str]]) -> dict[str, set[str]]:
-    """What each column is used as in some of these rows; nothing where all leave it out."""
+    """Returns what each column is used as in some of these rows; nothing where all leave it out."""
     roles: dict[str, set[str]] = {}
     for row in uses:
         for name, role in row.items():
@@ -395,7 +395,7 @@ def roles_of_columns(uses: Iterable[Mapping[str, str]]) -> dict[str, set[str]]:
 
 
 def column_lines(uses: Iterable[Mapping[str, str]]) -> list[str]:
-    """A line for each column: what it is used as, or that it is left out."""
+    """Returns a line for each column: what it is used as, or that it is left out."""
     return [
         f"  {shown_text(name, 40)}: " + (f"used as {' and '.join(sorted(roles))}" if roles else "left out")
         for name, roles in roles_of_columns(uses).items()
@@ -403,7 +403,7 @@ def column_lines(uses: Iterable[Mapping[str, str]]) -> list[str]:
 
 
 USUAL = Columns()
-"""The contract without any setting."""
+"""The default: nothing is named or ignored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -417,11 +417,11 @@ class TrainFile:
 
 
 def train_files(train: str | Sequence[str | TrainFile]) -> tuple[TrainFile, ...]:
-    """What `data.train` names, one path or several files, as a list."""
+    """Returns what `data.train` names, one path or several files, as a list."""
     files = (train,) if isinstance(train, str) else train
     return tuple(TrainFile(path=file) if isinstance(file, str) else file for file in files)
 
 
 def train_name(train: str | Sequence[str | TrainFile]) -> str:
-    """The files' names, for messages."""
+    """Returns the files' names, for messages."""
     return ", ".join(file.path for file in train_files(train))

@@ -47,7 +47,7 @@ SAVED_STATE = "state.json"
 BESIDE_ARROW = ("dataset_info.json", SAVED_STATE, "dataset_dict.json")
 """`datasets` writes these beside the Arrow files of a folder; they hold no rows."""
 LEFTOVERS = ("cache-", "tmp")
-"""Arrow files whose names begin so are no shards: `map` and `filter` of `datasets` left them."""
+"""`map` and `filter` of `datasets` leave Arrow files with these names; they are no shards."""
 
 WORDS: Mapping[str, tuple[str, ...]] = {
     "train": ("train", "training"),
@@ -61,7 +61,7 @@ _SHARD = re.compile(r"(\w+(?:\.\w+)*)-[0-9]{5}-of-[0-9]{5}")
 
 
 def of_the_set(folder: Path, files: Sequence[Path]) -> list[Path]:
-    """A folder's files without the Arrow files that are no shards of the set beside them.
+    """Returns a folder's files without the Arrow files that are no shards of the set beside them.
 
     Beside a `state.json` of `datasets` the shards are those that it lists, in its order.
     """
@@ -81,7 +81,7 @@ def of_the_set(folder: Path, files: Sequence[Path]) -> list[Path]:
 
 
 def by_split(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
-    """A folder's files by split, where names say so; all under "" where none does, or some do and name but one."""
+    """Returns a folder's files by split, as names say it; all under "" where they say none, or one."""
     names = {file: _split_of(file.name.lower()) for file in files}
     if any(names.values()):
         for file, name in names.items():  # beside files that say splits in words `testdev-00000-of-00001` counts too
@@ -102,13 +102,13 @@ def by_split(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
 
 
 def _split_of(name: str) -> str:
-    """What a file's name says; "" where it says nothing."""
+    """Returns what a file's name says; "" where it says nothing."""
     shard = _SHARD.match(name)
     return shard[1] if shard and _ANY_WORD.match(name) else _word(name)  # `test_seen` and `test_unseen` are two
 
 
 def _word(name: str) -> str:
-    """The word that a name begins with, else the last one in it."""
+    """Returns the word that a name begins with, else the last one in it."""
     first = _ANY_WORD.match(name)
     return first[1] if first else next(iter(reversed(_ANY_WORD.findall(name))), "")
 
@@ -119,24 +119,13 @@ def meaning(name: str) -> str | None:
     return next((split for split, words in WORDS.items() if word in words), None)
 
 
-def _counted(splits: Mapping[str, Sequence[Path]]) -> str:
-    """The splits for a message, each with its number of files."""
-    return shown_names(f"{name} ({len(files)})" for name, files in splits.items())
-
-
-LARGEST_MEMBER_BYTES = 1 << 30
-READING_ERRORS = (
-    *(pa.ArrowException, tarfile.TarError, OSError, EOFError, ValueError, TypeError, KeyError, OverflowError),
-    *(MemoryError, zlib.error, lzma.LZMAError),
-)
-"""Libraries raise these on files that are cut, damaged, or of another kind."""
-
-
 @contextlib.contextmanager
 def _reading(path: Path, kind: str) -> Iterator[None]:
+    """Turns what libraries raise on files that are cut, damaged, or of another kind into one line."""
+    errors = (pa.ArrowException, tarfile.TarError, OSError, EOFError, ValueError, TypeError, KeyError, OverflowError)
     try:
         yield
-    except READING_ERRORS as error:
+    except (*errors, MemoryError, zlib.error, lzma.LZMAError) as error:
         reason = one_line(str(error), LONGEST_REASON) or type(error).__name__
         raise UserError(f"{path}: cannot be read as {kind} ({reason}); fetch or write it again") from None
 
@@ -163,7 +152,7 @@ def _members(archive: tarfile.TarFile, path: Path) -> Iterator[tuple[str, str, b
     for member in archive:
         if not member.isfile():
             continue
-        if member.size > LARGEST_MEMBER_BYTES:
+        if member.size > 1 << 30:
             raise UserError(f"{path}: {one_line(member.name, 60)} has {member.size:,} bytes; a sample's file has less")
         content = archive.extractfile(member)
         member_path = PurePosixPath(member.name)
@@ -197,10 +186,6 @@ def _archive_row(key: str, files: list[tuple[str, bytes]], path: Path) -> dict[s
     return row
 
 
-ROWS_AT_ONCE = 64
-"""At most so many rows are in memory as Python objects; with pictures each may be megabytes."""
-BYTES_AT_ONCE = 64 << 20
-"""The rows in memory hold at most so many bytes together; one row may be larger."""
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 ClassNames = Mapping[str, Sequence[str]]
 
@@ -222,7 +207,7 @@ def arrow_rows(path: Path) -> Iterator[dict[str, object]]:
 
 
 def count_rows(path: Path) -> int | None:
-    """How many rows a Parquet or Arrow file has, without reading them; None for any other file."""
+    """Tells how many rows a Parquet or Arrow file has, without reading them; None for any other file."""
     kind = path.suffix.lower()
     with _reading(path, kind.removeprefix(".").capitalize()):
         if kind == ".parquet":
@@ -246,7 +231,7 @@ def _arrow_batches(source: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
 
 
 def _class_names(metadata: Mapping[bytes, bytes] | None) -> ClassNames:
-    """What the numbers of `datasets`' ClassLabel columns stand for, as it writes them beside a schema."""
+    """Returns what the numbers of `datasets`' ClassLabel columns stand for, as it writes them beside a schema."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         named = {name: kind for name, kind in features.items() if kind.get("_type") == "ClassLabel"}
@@ -256,7 +241,7 @@ def _class_names(metadata: Mapping[bytes, bytes] | None) -> ClassNames:
 
 
 def _with_class_names(row: dict[str, object], names: ClassNames) -> dict[str, object]:
-    """The row with a class's name for its number."""
+    """Returns the row with a class's name for its number."""
     for column, words in names.items():
         if isinstance(number := row.get(column), int):
             row[column] = words[number] if 0 <= number < len(words) else None  # -1: no label, as `datasets` has it
@@ -264,8 +249,8 @@ def _with_class_names(row: dict[str, object], names: ClassNames) -> dict[str, ob
 
 
 def _rows_at_once(rows: int, size: int) -> int:
-    """How many of `rows` rows, of so many bytes in all, are taken at once."""
-    return max(1, min(ROWS_AT_ONCE, BYTES_AT_ONCE * rows // max(1, size)))
+    """Returns how many of `rows` rows, of `size` bytes in all, become Python objects at once: of 64 MiB together."""
+    return max(1, min(64, (64 << 20) * rows // max(1, size)))
 
 
 def _rows(batches: Iterable[pa.RecordBatch]) -> Iterator[dict[str, object]]:
@@ -278,9 +263,7 @@ def _rows(batches: Iterable[pa.RecordBatch]) -> Iterator[dict[str, object]]:
 
 
 LISTS = frozenset({"messages", "conversations", "texts", "turns", "images", "image", "answers", "subtitles"})
-OBJECTS = frozenset({"extra", "video"})
-"""A cell of these columns may hold JSON; any other cell is text as it stands."""
-DELIMITERS, TSV_DELIMITERS = ",;\t|", "\t,;|"
+"""A cell of these columns may hold a list as JSON; other cells are text."""
 
 
 def delimited_rows(path: Path) -> Iterator[dict[str, object]]:
@@ -291,13 +274,13 @@ def delimited_rows(path: Path) -> Iterator[dict[str, object]]:
     """
     encoding = encoding_of(path, "samples")
     _, first = next(text_lines(path, "samples", encoding), (1, ""))
-    marks = TSV_DELIMITERS if ending_of(path) == ".tsv" else DELIMITERS
+    marks = "\t,;|" if ending_of(path) == ".tsv" else ",;\t|"
     delimiter = max(marks, key=re.sub('"[^"]*"', "", first).count)
     for line, cells in table_rows(path, "samples", delimiter=delimiter, encoding=encoding):
         row: dict[str, object] = {}
         for name, cell in cells.items():
             column = plain_name(name)
-            opening = "[" if column in LISTS else "{" if column in OBJECTS else None
+            opening = "[" if column in LISTS else "{" if column in ("extra", "video") else None
             if opening and cell.lstrip().startswith(opening):
                 row[name] = json_of(cell, f"{path}, line {line}, column {name}")
             else:
@@ -306,7 +289,7 @@ def delimited_rows(path: Path) -> Iterator[dict[str, object]]:
 
 
 def hub_set(name: str, *, streaming: bool) -> Any:
-    """A set's split, fetched, or a stream that decodes no picture: `OWNER/NAME[@REVISION][[:CONFIG]:SPLIT]`."""
+    """Returns a set's split, fetched, or a stream that decodes no picture: `OWNER/NAME[@REVISION][[:CONFIG]:SPLIT]`."""
     import datasets  # a second and a half, which rows of files need not pay
 
     pinned, *parts = name.split(":")
@@ -336,16 +319,14 @@ def _reading_hub(name: str) -> Iterator[None]:
 
 
 HUB = "hub:"
-Reader = Callable[[Path], Iterator[dict[str, object]]]
-
-READERS: Mapping[str, Reader] = {
+READERS: Mapping[str, Callable[[Path], Iterator[dict[str, object]]]] = {
     ".csv": delimited_rows,
     ".tsv": delimited_rows,
     ".parquet": parquet_rows,
     ".arrow": arrow_rows,
     ".tar": webdataset_rows,
 }
-"""The ending of a file says who reads it; any other file is JSON."""
+"""Reads files by their ending; any other file is JSON."""
 NO_SAMPLES = {
     **dict.fromkeys((".xlsx", ".xls", ".ods", ".numbers"), "save the sheet as CSV"),
     **dict.fromkeys((".zip", ".gz", ".7z", ".rar", ".zst"), "unpack it first"),
@@ -353,18 +334,16 @@ NO_SAMPLES = {
 """A file with one of these endings is refused with this advice."""
 JSON_ENDINGS = (".json", ".jsonl")
 ENDINGS = (*JSON_ENDINGS, *READERS)
-PACKED = (".csv", ".tsv", *JSON_ENDINGS)
-"""Files with these endings may be packed with gzip."""
 
 
 def ending_of(path: Path) -> str:
-    """What a data file's name ends in; of `a.jsonl.gz` what it holds."""
+    """Returns what a data file's name ends in; of `a.jsonl.gz` what it holds."""
     inner = Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else ""
-    return inner if inner in PACKED else path.suffix.lower()
+    return inner if inner in (".csv", ".tsv", *JSON_ENDINGS) else path.suffix.lower()
 
 
 def is_data_file(path: Path) -> bool:
-    """Whether a file's name is that of one that may hold rows."""
+    """Tells whether a file's name is that of one that may hold rows."""
     return ending_of(path) in ENDINGS and path.name not in (*BESIDE_ARROW, "manifest.json")
 
 
@@ -378,7 +357,7 @@ class DataFiles:
     @property
     def is_json(self) -> bool:
         """Whether it is a single file of JSON."""
-        return len(self.files) == 1 and ending_of(self.files[0]) not in READERS
+        return type(self) is DataFiles and len(self.files) == 1 and ending_of(self.files[0]) not in READERS
 
     def rows(self, progress: Progress | None = None) -> Iterator[dict[str, object]]:
         """Yields the rows of all files in order."""
@@ -409,11 +388,6 @@ class PictureFolder(DataFiles):
         """Whether anything says what the pictures show."""
         return self.has_texts or any("label" in row for row in self.fields.values())
 
-    @property
-    def is_json(self) -> bool:
-        """Never."""
-        return False
-
     def rows(self, progress: Progress | None = None) -> Iterator[dict[str, object]]:
         """Yields the row of each picture or video."""
         for file in self.files:
@@ -426,7 +400,7 @@ class PictureFolder(DataFiles):
 
 
 def picture_folder(folder: Path) -> PictureFolder | None:
-    """The pictures and videos below a folder; None where there are none.
+    """Returns the pictures and videos below a folder; None where there are none.
 
     A folder a class is as torchvision's ImageFolder has it: the first folder below the root, or below a folder named
     as a split, is the class; a folder that all of them are in is none.
@@ -456,11 +430,11 @@ def picture_folder(folder: Path) -> PictureFolder | None:
 
 
 RUN_FILE = "run.yaml"
-"""`dora-vl init` writes it: a folder that holds one is a run's."""
+"""`dora-vl init` writes it into the folder of a run."""
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Files in order, those of hidden folders and of runs left out."""
+    """Yields files in order, those of hidden folders and of runs left out."""
     paths = sorted(folder.rglob("*"))
     runs = {path.parent for path in paths if path.name == RUN_FILE}
     for path in paths:
@@ -470,7 +444,7 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def find_files(path: Path) -> DataFiles:
-    """The files of a path: itself, the shards of one kind and split in a folder, its pictures, or a set of the hub."""
+    """Returns a path's files: itself, a folder's shards of one kind and split, its pictures, or a set of the hub."""
     if str(path).startswith(HUB):
         fetched = hub_set(str(path).removeprefix(HUB), streaming=False).cache_files
         return DataFiles(str(path), tuple(Path(file["filename"]) for file in fetched))
@@ -499,8 +473,9 @@ def find_files(path: Path) -> DataFiles:
     splits = by_split(path, files)
     if len(splits) > 1:
         trained_on = next((files for name, files in splits.items() if meaning(name) == "train"), files)
+        counts = shown_names(f"{name} ({len(files)})" for name, files in splits.items())
         raise UserError(
-            f"{path}: files of several splits, {_counted(splits)}; name the file that is meant, such as "
+            f"{path}: files of several splits, {counts}; name the file that is meant, such as "
             f"{trained_on[0].name}, in data.train also a list of files, or move each split to a folder of its own"
         )
     return DataFiles(str(path), tuple(files))

@@ -27,7 +27,7 @@ from dora_vl.errors import NO_ANSWER, BadSample, UserError, shown
 from dora_vl.files import whole_file
 
 JSON: TypeAlias = Any
-"""What JSON can hold: null, booleans, numbers, text, lists and objects; checked when it is written."""
+"""Null, booleans, numbers, text, lists and objects; checked when written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class Example:
 
 
 def turns_of(example: Example) -> tuple[Turn, ...]:
-    """The conversation to train on: the turns, or the question with its heaviest answer (the first of equals)."""
+    """Returns the conversation to train on: the turns, or the question with its heaviest answer."""
     if example.turns:
         return example.turns
     if not example.answers:
@@ -90,23 +90,23 @@ def turns_of(example: Example) -> tuple[Turn, ...]:
 
 
 def named_in(row: Mapping[str, JSON], name: str) -> str | None:
-    """What a row says of its `kind`, `unit` or `group`, in a column of its own or in a record's `extra`."""
+    """Returns what a row says of its `kind`, `unit` or `group`, in a column of its own or in a record's `extra`."""
     extra = row.get("extra")
     value = row.get(name, extra.get(name) if isinstance(extra, Mapping) else None)
     return None if value is None else str(value)
 
 
 MIDDLE_FRAME = "middle_frame"
-"""In an example's `extra`: the picture that LLaVA-1.5 takes for its video."""
+"""An example's `extra` names so the picture that LLaVA-1.5 takes for its video."""
 FIELDS = frozenset(Example.__dataclass_fields__) - {"image_bytes"} | {"video"}
-"""The fields of a record; `video` is written for one video, `videos` for several."""
+"""A record may have these fields: `video` for one video, `videos` for several."""
 
 
 _EXAMPLE = TypeAdapter(Example)
 
 
 def to_record(example: Example) -> dict[str, JSON]:
-    """The example as a JSON object, without the fields it has not."""
+    """Returns the example as a JSON object, without the fields it has not."""
     if example.image_bytes:
         raise UserError(f"example {shown(example.id)} holds its pictures as bytes; write them to files first")
     unlike = {"extra", "image_bytes"}  # anything may be in `extra`, which `json_line` judges
@@ -117,7 +117,7 @@ def to_record(example: Example) -> dict[str, JSON]:
 
 
 def from_record(record: Mapping[str, JSON]) -> Example:
-    """The example of a JSON object that `to_record` made.
+    """Returns the example of a JSON object that `to_record` made.
 
     Raises:
         BadSample: a field is unknown or holds something else than it should, or `extra["correct"]` is no choice.
@@ -172,7 +172,7 @@ def _check_unique(lines: dict[str, int], sample_id: str, number: int, path: Path
 
 
 def json_line(record: Mapping[str, JSON], where: str) -> str:
-    """The record as one line of JSON, with its newline."""
+    """Returns the record as one line of JSON, with its newline."""
     try:
         text = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
         text.encode()
@@ -215,7 +215,7 @@ class ExampleFile:
         return len(self._items)
 
     def __getitem__(self, index: int) -> Example:
-        """The example at this index; with `each_answer` see `answer_of` for which of its answers is meant."""
+        """Returns the example at this index; with `each_answer` see `answer_of` for which of its answers is meant."""
         try:
             return from_record(_json_object(self._line(index)))
         except BadSample as error:
@@ -226,7 +226,7 @@ class ExampleFile:
             raise BadSample(error.sample_id, f"{path}, line {number}: {error.reason}") from None
 
     def answer_of(self, index: int) -> int | None:
-        """The answer that this item is about; None where it is about all of them."""
+        """Returns the answer that this item is about; None where it is about all of them."""
         return int(self._items[index, 2]) if self._each_answer else None
 
     def ids(self) -> Iterator[str]:
@@ -252,7 +252,7 @@ class ExampleFile:
 
 
 def _answers_in(line: bytes) -> int:
-    """How many items a line is where each answer is one; a line without any, and a broken one, is one."""
+    """Counts the items of a line where each answer is one; a line without any, and a broken one, counts as one."""
     if not line.strip():
         return 0
     try:
@@ -274,18 +274,18 @@ def _json_object(line: bytes) -> Mapping[str, JSON]:
 
 
 LETTER = "Answer with the option's letter from the given choices directly."
-"""What LLaVA says behind the choices of MMBench and SEED."""
+"""LLaVA says this behind the choices of MMBench and SEED."""
 LONGEST_LIST = 100_000
-"""Characters of a list written as text; Python's reader takes a hundred times that as memory."""
+"""Characters read of a list written as text; Python's reader takes a hundred times that as memory."""
 
 
 def with_letters(choices: Iterable[str]) -> list[str]:
-    """The line of each choice, from A."""
+    """Returns the line of each choice, from A."""
     return [f"{letter}. {text}" for letter, text in zip(ascii_uppercase, choices, strict=False)]
 
 
 def right_choice(correct: object, choices: Sequence[str], sample_id: str) -> int:
-    """The index, from 0, that `extra["correct"]` holds."""
+    """Returns the index, from 0, that `extra["correct"]` holds."""
     if isinstance(correct, bool) or not isinstance(correct, int):
         raise BadSample(sample_id, f"extra.correct must be the right choice's index, from 0, got {shown(correct)}")
     if not 0 <= correct < len(choices):
@@ -294,7 +294,7 @@ def right_choice(correct: object, choices: Sequence[str], sample_id: str) -> int
 
 
 def listed_choices(text: str, sample_id: str) -> tuple[str, ...]:
-    """The choices of a column that holds a list as text, in JSON or as Python writes it."""
+    """Returns the choices of a column that holds a list as text, in JSON or as Python writes it."""
     value: object = None
     if text.lstrip().startswith("[") and len(text) <= LONGEST_LIST:
         try:
@@ -312,7 +312,7 @@ def listed_choices(text: str, sample_id: str) -> tuple[str, ...]:
 
 
 def correct_choice(answer: object, choices: Sequence[str], sample_id: str, *, by_place: bool) -> int | None:
-    """The index of the right choice; None where nothing is said, as in splits whose answers the publisher keeps.
+    """Returns the index of the right choice; None where the publisher keeps it back.
 
     A column says it by its text, or where that is taken `by_place` by its number from 0 (AI2D also as text, "1") or its
     letter (MMMU, "B", also "(B)" or "B."). What is the text of one choice and the letter or number of another, such as

@@ -40,7 +40,7 @@ ROLES: Mapping[str, tuple[str, ...]] = {
     "subtitles": ("subtitles",),
     "extra": ("extra",),
 }
-"""A column can have one of these roles, and is known by these names, the first before the others."""
+"""A column has a role by one of these names; earlier names count before later ones."""
 KNOWN = frozenset(name for names in ROLES.values() for name in names)
 JOINED: Mapping[str, tuple[re.Pattern[str], ...]] = {
     "images": (re.compile(r"(?:image|img|picture|photo)[ _]?(\d{1,4})"), re.compile(r"(left|right)_(?:image|img)")),
@@ -80,31 +80,21 @@ _WORDS: Mapping[str, str] = {
     }.items()
     for word in words.split()
 }
-"""The first or last word of a column's name says what it may be; only the last makes it a note."""
-_COUNTS = ("n", "num", "nb", "number", "total", "created", "updated", "modified", "date", "time")
-"""A name that begins with one of these words is a note too."""
-_PLACES = ("id", "key", "index", "idx", "number", "no")
-"""`answer` with one of these last words says which choice is the answer."""
-_VERDICTS = ("is", "has", "was", "should", "can")
-"""A name that begins with one of these words is a flag, not a note."""
+"""The first or last word of a name tells what a column may be; only the last makes it a note."""
 _NAME_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 _MEDIA_FILE = tuple(f".{ending}" for ending in (*PICTURE_ENDINGS, *VIDEO_ENDINGS))
 _LONGEST_ENDING = max(map(len, _MEDIA_FILE))
-_FLAGS = frozenset((0, 1, "0", "1", "0.0", "1.0"))
-_LETTERS = re.compile(r"[^\W\d_]")
-MOST_NOTED = 300
-"""A text of more characters is no note."""
 
 
 def plain_name(name: str) -> str:
-    """A column's name as the table of roles has it: no case, no spaces around it."""
+    """Returns a column's name as the table of roles has it: no case, no spaces around it."""
     if name in KNOWN:
         return name
     return re.sub(r"[\s-]+", "_", name.strip().lower())
 
 
 def is_nothing(value: object) -> bool:
-    """Whether a column is empty: null, blank text, a list or object of nothing else, or pandas' NaN."""
+    """Tells whether a column is empty: null, blank text, a list or object of nothing else, or pandas' NaN."""
     if value is None:
         return True
     if isinstance(value, str):
@@ -121,7 +111,7 @@ def is_nothing(value: object) -> bool:
 
 
 def parsed(value: object) -> object:
-    """The list or object that a text writes as JSON; anything else as it is."""
+    """Returns the list or object that a text writes as JSON; anything else as it is."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         with suppress(UserError):
             return json_of(value, "a cell")
@@ -129,7 +119,7 @@ def parsed(value: object) -> object:
 
 
 def holds_media(value: object) -> bool:
-    """Whether a value is bytes, an object of `bytes` and `path`, the path of a picture or video, or a list of them."""
+    """Tells whether a value is bytes, an object of `bytes` and `path`, a path of media, or a list of them."""
     if isinstance(value, str):
         value = value.partition("?")[0] if value.startswith("http") else value
         ending = value[-_LONGEST_ENDING:]
@@ -143,7 +133,7 @@ def holds_media(value: object) -> bool:
 
 
 def losing(path: str, value: object, *, unknown: bool = False, has_media: bool = False) -> tuple[str, str] | None:
-    """What may change what is learned, with its path, in a value that would be left out; None for bookkeeping.
+    """Returns what may change what is learned, with its path, in a value that would be left out; None for bookkeeping.
 
     Args:
         unknown: whether a name that is not one of bookkeeping is enough.
@@ -189,25 +179,25 @@ def _loss(path: str, value: object, unknown: bool, has_media: bool) -> tuple[str
 
 
 def _says_more(text: str) -> bool:
-    """Whether a text under the name of a note may be something that is asked or answered."""
-    return len(text) > MOST_NOTED or text.endswith("?")
+    """Tells whether a text under the name of a note may be something that is asked or answered."""
+    return len(text) > 300 or text.endswith("?")
 
 
 def _by_value(value: object, unknown: bool) -> str:
-    """What a value is whose name says nothing; "" for what is noted."""
+    """Returns what a value is whose name says nothing; "" for what is noted."""
     if isinstance(value, list | dict):
         return NESTED
-    if isinstance(value, bool) or (isinstance(value, int | float | str) and value in _FLAGS):
+    if isinstance(value, bool) or (isinstance(value, int | float | str) and value in (0, 1, "0", "1", "0.0", "1.0")):
         return FLAG
     if isinstance(value, str):
         is_code = value.isascii() and not any(map(str.isspace, value)) and any(map(str.isdigit, value))
-        is_noted = "://" in value or (not unknown and (is_code or not _LETTERS.search(value)))
+        is_noted = "://" in value or (not unknown and (is_code or not re.search(r"[^\W\d_]", value)))
         return "" if is_noted else TEXT
     return {int: LABEL, float: RATING}.get(type(value), "") if unknown else ""
 
 
 def _note_of_media(name: str, value: object) -> str:
-    """What a column is that is named after pictures that stand in another."""
+    """Returns what a column is that is named after pictures that stand in another."""
     kind = _kind_of_word(_NAME_WORDS.findall(name)[-1]) or MEDIUM
     return NOTED if kind == MEDIUM and isinstance(value, int | float) else kind
 
@@ -218,7 +208,7 @@ def _kind_of_word(word: str) -> str:
 
 @lru_cache(maxsize=1 << 12)
 def kind_of(name: str) -> str:
-    """What a column is by its name alone; "" where it says nothing."""
+    """Returns what a column is by its name alone; "" where it says nothing."""
     words = [word.lower() for word in _NAME_WORDS.findall(name)] or [""]
     kinds = [*map(_kind_of_word, words)]
     if MEDIUM in kinds:
@@ -227,11 +217,13 @@ def kind_of(name: str) -> str:
         return CHOICES
     if not name.strip() or words[0] == "unnamed":  # pandas' column of row numbers
         return NOTED
-    if words[0] == "answer" and words[-1] in _PLACES:
+    if words[0] == "answer" and words[-1] in ("id", "key", "index", "idx", "number", "no"):  # of a choice
         return LABEL
     kind = next((kind for kind in (kinds[0], kinds[-1]) if kind not in ("", NOTED)), "")
-    is_noted = kinds[-1] == NOTED and kind in ("", TEXT) and words[0] not in _VERDICTS
-    if is_noted or words[0] in _COUNTS or plain_name(name) in ROLES["id"]:
+    is_flag = words[0] in ("is", "has", "was", "should", "can")
+    is_noted = kinds[-1] == NOTED and kind in ("", TEXT) and not is_flag
+    counts = ("n", "num", "nb", "number", "total", "created", "updated", "modified", "date", "time")
+    if is_noted or words[0] in counts or plain_name(name) in ROLES["id"]:
         return NOTED
     return kind or (TEXT if plain_name(name) in KNOWN and name != "extra" else "")
 
@@ -248,7 +240,7 @@ _MEANT = {name: name for name in sorted(KNOWN)} | {name: role for role, names in
 
 @lru_cache(maxsize=1 << 12)
 def nearest_role(name: str) -> str | None:
-    """What a column of an unknown name was probably meant to be."""
+    """Returns what a column of an unknown name was probably meant to be."""
     name = plain_name(name)
     close = get_close_matches(name, _MEANT, n=1, cutoff=0.8)
     return _MEANT[close[0]] if close and (kind_of(name) != NOTED or name in _MEANT) else None

@@ -35,9 +35,9 @@ class SamplingLengths(NamedTuple):
     lengths: Int[Tensor, " samples"]
     is_multimodal: Bool[Tensor, " samples"]
     media: Int[Tensor, " samples"]
-    """A number for each different list of pictures and videos; samples of the same number can share their tokens."""
+    """Numbers each different list of pictures and videos; samples of one number can share their tokens."""
     shared: Int[Tensor, " samples"]
-    """Those of its length that its pictures and videos take."""
+    """Counts the tokens of its pictures and videos."""
 
 
 def sampling_lengths(rows: datasets.Dataset, *, tokens_per_image: int, tokens_per_video: int = 0) -> SamplingLengths:
@@ -115,13 +115,13 @@ class ModalityLengthSampler(torch.utils.data.Sampler[int]):
 
 
 WINDOW = 1_024
-"""Samples among which micro-batches are made equally long; more would hardly even them out any further."""
+"""Micro-batches are made equally long among so many samples; more would hardly help."""
 NEIGHBOURS = 8
-"""Micro-batches of almost the same length that follow each other, so that up to so many ranks need not wait."""
+"""So many micro-batches of almost one length follow each other, so that as many ranks need not wait."""
 
 
 TOGETHER = 4
-"""Most samples of one picture or video in a micro-batch: more would save little, and a step would see few pictures."""
+"""A micro-batch holds at most so many samples of one picture or video: with more, a step would see few pictures."""
 
 
 class TreeSampler(torch.utils.data.Sampler[int]):
@@ -171,15 +171,15 @@ class TreeSampler(torch.utils.data.Sampler[int]):
             full, window = (window, []) if last else self._cut(window, most)
             batches = self._dealt(full)
             # Neighbours go to the ranks of one micro-step; what fills no micro-batch comes last.
-            whole = sorted((batch for batch in batches if len(batch) == self._batch), key=self._tokens)
-            blocks = [whole[start : start + NEIGHBOURS] for start in range(0, len(whole), NEIGHBOURS)]
+            complete = sorted((batch for batch in batches if len(batch) == self._batch), key=self._tokens)
+            blocks = [complete[start : start + NEIGHBOURS] for start in range(0, len(complete), NEIGHBOURS)]
             chance.shuffle(blocks)
             rest = [batch for batch in batches if len(batch) < self._batch]
             for batch in (*(batch for block in blocks for batch in block), *rest):
                 yield from batch
 
     def _cut(self, window: list[list[int]], most: int) -> tuple[list[list[int]], list[list[int]]]:
-        """The window with exactly so many samples, and what is left of its last group."""
+        """Returns the window with exactly so many samples, and what is left of its last group."""
         over = sum(map(len, window)) - most
         kept, left = window[-1][: len(window[-1]) - over], window[-1][len(window[-1]) - over :]
         return [*window[:-1], kept], [left] if left else []
@@ -291,7 +291,7 @@ class MixturePlan:
 
 @lru_cache(maxsize=4)
 def _steps(seed: int, epoch: int, steps_of: tuple[int, ...]) -> list[tuple[int, int]]:
-    """The task of each step of an epoch, and how many of the task's steps come before it."""
+    """Returns the task of each step of an epoch, and how many of the task's steps come before it."""
     tasks = [task for task, steps in enumerate(steps_of) for _ in range(steps)]
     random.Random(f"{seed}/{epoch}/tasks").shuffle(tasks)
     before = Counter[int]()
@@ -309,11 +309,11 @@ def _permutation(key: str, items: int) -> np.ndarray:
 
 
 HEADERS = 1_000
-"""Rows whose pictures' sizes are read, less than a second's worth; of more, so many at even distances."""
+"""The pictures of so many rows, at even distances, are measured: less than a second's worth."""
 
 
 def longest_places(sizes: SamplingLengths, count: int, among: Bool[Tensor, " samples"] | None = None) -> list[int]:
-    """The places of the `count` longest samples, or of those of one kind."""
+    """Returns the places of the `count` longest samples, or of those of one kind."""
     order = sizes.lengths.argsort(descending=True, stable=True)
     of_kind = order if among is None else order[among[order]]
     return of_kind[:count].tolist()
@@ -322,10 +322,10 @@ def longest_places(sizes: SamplingLengths, count: int, among: Bool[Tensor, " sam
 def places_of_largest_pictures(
     rows: datasets.Dataset, stored: HeldPictures, folder: MediaFolder, count: int
 ) -> list[int]:
-    """The indices of `count` rows whose pictures have the most pixels; nothing is decoded."""
+    """Returns the indices of `count` rows whose pictures have the most pixels; nothing is decoded."""
 
     def pixels(name: str) -> int:
-        """Those that a picture's header tells of; none of one that cannot be read."""
+        """Returns those that a picture's header tells of; none of one that cannot be read."""
         try:
             source = io.BytesIO(stored[name]) if name in stored else path_inside(folder, name)
             with opened_picture(source) as picture:

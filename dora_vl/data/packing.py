@@ -39,12 +39,12 @@ Tree = tuple[Segment, ...]
 
 
 def tokens_of(tree: Tree) -> int:
-    """How many tokens stand in it."""
+    """Counts its tokens."""
     return sum(map(len, tree))
 
 
 def grow(samples: Sequence[Sample], *, budget: int, shares: Callable[[Sample], object] | None = None) -> list[Tree]:
-    """The samples as few trees of at most `budget` tokens each; one sample alone may be longer.
+    """Returns the samples as few trees of at most `budget` tokens each; one sample alone may be longer.
 
     Args:
         shares: samples of the same value are put into one tree where they begin alike; None stands for a sample that
@@ -58,7 +58,7 @@ def grow(samples: Sequence[Sample], *, budget: int, shares: Callable[[Sample], o
 
 
 def _trees(group: list[Sample], budget: int) -> list[Tree]:
-    """One tree where all pictures stand in what the samples share, and it is short enough; else several."""
+    """Returns one tree where all pictures stand in what the samples share, and it is short enough; else several."""
     if len(group) == 1:
         return [(Segment(group[0], 0, len(group[0].input_ids)),)]
     tree = _branches(group) if all(_same_media(group[0], sample) for sample in group[1:]) else ()
@@ -71,7 +71,7 @@ def _trees(group: list[Sample], budget: int) -> list[Tree]:
 
 
 def _branches(group: list[Sample]) -> Tree:
-    """The samples' tokens, those that begin alike in one segment; nothing if they do not even begin alike."""
+    """Returns the samples' tokens, those that begin alike in one segment; nothing if they do not even begin alike."""
     columns = [_columns(sample) for sample in group]
     trained = [int((sample.labels != IGNORED_LABEL).int().argmax()) for sample in group]
     segments: list[Segment] = []
@@ -102,7 +102,7 @@ def _branches(group: list[Sample]) -> Tree:
 
 
 def _columns(sample: Sample) -> Int[Tensor, "seq columns"]:
-    """What two tokens must have in common to be one: id, position, and whatever else a processor says of a token."""
+    """Returns what two tokens must have in common to be one: id, position, and a processor's other values."""
     length = len(sample.input_ids)
     columns = [sample.input_ids[:, None], sample.own_positions().T]
     columns += [value.reshape(length, -1).long() for name, value in sample.inputs.items() if name in ALIGNED]
@@ -110,7 +110,7 @@ def _columns(sample: Sample) -> Int[Tensor, "seq columns"]:
 
 
 def _same_media(first: Sample, second: Sample) -> bool:
-    """Whether two samples show a model the same pictures and videos, prepared in the same way."""
+    """Tells whether two samples show a model the same pictures and videos, prepared in the same way."""
 
     def same(value: Any, other: Any) -> bool:
         if isinstance(value, Tensor) and isinstance(other, Tensor):
@@ -124,7 +124,7 @@ def _same_media(first: Sample, second: Sample) -> bool:
 
 
 def spread(lengths: Sequence[int], rows: int) -> list[list[int]]:
-    """Which trees stand in which of so many rows, equally many tokens in each: the longest first, to the shortest."""
+    """Deals trees to so many rows of equally many tokens: the longest first, to the shortest row."""
     filled = [(0, row) for row in range(rows)]
     trees: list[list[int]] = [[] for _ in range(rows)]
     for tree in sorted(range(len(lengths)), key=lambda tree: -lengths[tree]):
@@ -162,7 +162,7 @@ class Packed:
 
 
 def pack(trees: Sequence[Tree]) -> Packed:
-    """A row of trees."""
+    """Returns a row of trees."""
     segments: list[Segment] = []
     parents: list[int | None] = []
     for tree in trees:
@@ -183,7 +183,7 @@ def pack(trees: Sequence[Tree]) -> Packed:
     before = torch.cat(sources)
 
     def joined(of_sample: Callable[[Sample], Tensor]) -> Tensor:
-        """A tensor of every segment's tokens, from those of its sample, whose last dimension they are."""
+        """Returns a tensor of every segment's tokens, from those of its sample, whose last dimension they are."""
         return torch.cat([of_sample(segment.sample)[..., segment.start : segment.stop] for segment in segments], dim=-1)
 
     names = dict.fromkeys(name for segment in segments for name in segment.sample.inputs if name in ALIGNED)
@@ -202,6 +202,6 @@ def pack(trees: Sequence[Tree]) -> Packed:
 
 
 def _of_tokens(sample: Sample, name: str) -> Tensor:
-    """What a processor says of each token by this name; zeros where it says nothing of words alone."""
+    """Returns what a processor says of each token by this name; zeros where it says nothing of words alone."""
     value = sample.inputs.get(name)
     return torch.zeros_like(sample.input_ids) if value is None else value[0]

@@ -20,7 +20,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from dora_vl.errors import DECODING_ERRORS, BadSample
 from dora_vl.files import NoRegularFile, open_regular
-from dora_vl.limited_process import ENDED, Budget, Failed, LimitedProcess, Part, one_process
+from dora_vl.limited_process import ENDED, Budget, JobFailed, LimitedProcess, Part, one_process
 
 MEBIBYTE = 2**20
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF")
@@ -48,8 +48,6 @@ VIDEO_MEMORY = 4_096 * MEBIBYTE
 """A video's decoder may take so many bytes for a file, beyond what its libraries have."""
 
 
-END_MARK = b"\xff\xd9"
-
 _TURNS: Mapping[object, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -59,10 +57,9 @@ _TURNS: Mapping[object, Image.Transpose] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF's orientation -> what turns the stored pixels upright; 1, and whatever else stands there, turns nothing."""
-_WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
+"""Maps EXIF's orientation to the turn that shows the stored pixels upright; any other value turns nothing."""
 READING = "upright, transparency on white, 16 bits to 8"
-"""It says how files become pixels: features that were computed under another text are computed again."""
+"""Describes how files become pixels: features computed under another description are computed again."""
 AS_PUBLISHED = "as stored"
 
 
@@ -75,7 +72,7 @@ class TooManyPixels(NoPicture):
 
 
 NOT_DECODED = (*DECODING_ERRORS, RuntimeError, MemoryError, Image.DecompressionBombError)
-"""Whatever opening or decoding a picture raises; `NoPicture` and `NoRegularFile` are among them."""
+"""Opening or decoding a picture raises these; `NoPicture` and `NoRegularFile` are among them."""
 
 
 class _Timed(BufferedReader):
@@ -130,10 +127,10 @@ def opened_picture(source: Path | BytesIO) -> Iterator[Image.Image]:
 
 
 def load_picture(source: Path | BytesIO, *, as_published: bool = False) -> Image.Image:
-    """A picture decoded whole, RGB, as `open_image` says; raises as `opened_picture`."""
+    """Returns a picture decoded whole, RGB, as `open_image` says; raises as `opened_picture`."""
     with opened_picture(source) as image:
         # Behind the header the end mark never stands among what is compressed. Pillow misses it in some files only.
-        if image.format in {"JPEG", "JPEG2000"} and END_MARK not in vars(image)["fp"].read():
+        if image.format in {"JPEG", "JPEG2000"} and b"\xff\xd9" not in vars(image)["fp"].read():
             raise OSError("it is cut off: its end mark is missing")
         image.load()
         turn = None
@@ -149,10 +146,12 @@ def load_picture(source: Path | BytesIO, *, as_published: bool = False) -> Image
 
 
 def _as_shown(image: Image.Image) -> Image.Image:
-    """A decoded picture as a viewer shows it."""
+    """Returns a decoded picture as a viewer shows it."""
     if image.mode == "F" or image.mode.startswith("I"):
-        image = _eight_bits(image)
-    elif image.mode in _WITH_ALPHA or "transparency" in image.info:
+        if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+            raise NoPicture("holds real or 32-bit numbers, and nothing says which of them is white")
+        image = image.convert("I").point(lambda value: value / 256).convert("L")  # greys of 16 bits
+    elif image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         white = Image.new("RGBA", image.size, "white")
         white.alpha_composite(image if image.mode == "RGBA" else image.convert("RGBA"))
         image = white
@@ -160,22 +159,15 @@ def _as_shown(image: Image.Image) -> Image.Image:
     return image
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Greys of 16 bits as greys of 8."""
-    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
-        raise NoPicture("holds real or 32-bit numbers, and nothing says which of them is white")
-    return image.convert("I").point(lambda value: value / 256).convert("L")
-
-
 def bad_picture(error: BaseException, name: str, where: object) -> BadSample:
-    """What `load_picture` raised, for a picture and a place as the message calls them."""
+    """Returns what `load_picture` raised, for a picture and a place as the message calls them."""
     if isinstance(error, FileNotFoundError):
         return BadSample(name, f"picture {name} is missing in {where}")
     return BadSample(name, f"picture {name} in {where} {why_not_decoded(error)}")
 
 
 def why_not_decoded(error: BaseException) -> str:
-    """What stands behind "picture X in Y"."""
+    """Returns what stands behind "picture X in Y"."""
     if isinstance(error, NoPicture):
         return str(error)
     if isinstance(error, NoRegularFile):
@@ -189,7 +181,7 @@ STRIP_BYTES = 4 * MEBIBYTE
 
 
 def read_picture(content: bytes, path: str | None, most_pixels: int, decode: bool, send: bool) -> Iterator[Part]:
-    """A job of `limited_process`: sends what a picture's header says, and the picture.
+    """Yields a job of `limited_process`: sends what a picture's header says, and the picture.
 
     Args:
         path: where the file is; None: `content` is the file.
@@ -222,7 +214,7 @@ def _facts(source: Path | BytesIO) -> dict[str, Any]:
 
 
 def parts_of(image: Image.Image, **facts: Any) -> Iterator[Part]:
-    """An RGB picture in strips, the first with its size and `facts`."""
+    """Yields an RGB picture in strips, the first with its size and `facts`."""
     rows = max(1, STRIP_BYTES // (3 * image.width))
     for top in range(0, image.height, rows):
         strip = image.crop((0, top, image.width, min(top + rows, image.height)))
@@ -230,11 +222,13 @@ def parts_of(image: Image.Image, **facts: Any) -> Iterator[Part]:
 
 
 def picture_of(first: Part, others: Iterator[Part], budget: Budget) -> Image.Image:
-    """The picture that `parts_of` has sent; its pixels are taken from the budget before it has any memory."""
+    """Returns the picture that `parts_of` has sent; its pixels are taken from the budget before it has any memory."""
     width, height = map(int, first[0]["size"])
     budget.pixels -= width * height
     if budget.pixels < 0:
-        raise Failed(TooManyPixels.__name__, f"has {width:,} x {height:,} pixels, more than are left of those allowed")
+        raise JobFailed(
+            TooManyPixels.__name__, f"has {width:,} x {height:,} pixels, more than are left of those allowed"
+        )
     image, top, strip = Image.new("RGB", (width, height)), 0, first[1]
     while True:
         rows = len(strip) // (3 * width)
@@ -246,24 +240,24 @@ def picture_of(first: Part, others: Iterator[Part], budget: Budget) -> Image.Ima
 
 
 def decoded(process: LimitedProcess, content: bytes, budget: Budget) -> Image.Image:
-    """A picture's file decoded there. Raises Failed: it cannot be, or costs more than the budget has left."""
+    """Returns a picture that is decoded there. Raises JobFailed: it cannot be, or costs more than the budget."""
     arguments = {"path": None, "most_pixels": budget.pixels, "decode": True, "send": True}
     with closing(process.run("read_picture", arguments, content, budget=budget)) as parts:
         next(parts)
         picture = picture_of(next(parts), parts, budget)
         for _ in parts:  # to its end, so that the process may go on
-            raise Failed(ENDED, "is followed by more than itself")
+            raise JobFailed(ENDED, "is followed by more than itself")
     return picture
 
 
 def picture_facts(source: Path | BytesIO, *, decode: bool) -> Mapping[str, Any]:
-    """A picture's format, its size, and whether it is turned or transparent, by its header.
+    """Returns a picture's format, its size, and whether it is turned or transparent, by its header.
 
     Args:
         decode: all of it must be readable.
 
     Raises:
-        Failed: it cannot be used.
+        JobFailed: it cannot be used.
     """
     content, path = (source.getvalue(), None) if isinstance(source, BytesIO) else (b"", str(source.absolute()))
     arguments = {"path": path, "most_pixels": PICTURE_PIXELS, "decode": decode, "send": False}
@@ -283,16 +277,16 @@ class Trouble:
     detail: str
 
     @classmethod
-    def of(cls, error: Failed) -> Trouble:
-        """Why it could not be read in the process that can be ended."""
+    def of(cls, error: JobFailed) -> Trouble:
+        """Tells why it could not be read in the process that can be ended."""
         reason = str(error)
         return cls(TRUNCATED if "truncated" in reason or "cut off" in reason else BROKEN, reason)
 
 
 def decoding_trouble(source: Path | BytesIO) -> Trouble | None:
-    """What is wrong with a picture that is decoded whole, within the limits of training; None where nothing is."""
+    """Returns what is wrong with a picture, decoded whole within the limits of training; None: nothing."""
     try:
         picture_facts(source, decode=True)
-    except Failed as error:
+    except JobFailed as error:
         return Trouble.of(error)
     return None

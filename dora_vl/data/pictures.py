@@ -18,7 +18,7 @@ from PIL import Image
 
 from dora_vl.data.picture_files import NOT_DECODED, bad_picture, decoding_trouble, load_picture, picture_facts
 from dora_vl.errors import ON_THE_WEB, BadSample, UserError, shown
-from dora_vl.limited_process import Failed
+from dora_vl.limited_process import JobFailed
 
 if TYPE_CHECKING:
     import datasets
@@ -35,7 +35,7 @@ VIDEO_ENDINGS = (
     "mp4", "mkv", "webm", "avi", "mov", "m4v", "ts", "m2ts", "flv", "mpg", "mpeg", "vob", "wmv", "asf", "mxf",
 )  # fmt: skip
 ENDINGS = {"JPEG": "jpg", "TIFF": "tif"}
-"""Pillow's name of a format gives the ending of its files where it is not the ending itself."""
+"""Maps Pillow's names of formats to file endings, where they differ."""
 
 
 def save_picture(data: bytes, folder: Path, sample_id: str) -> str:
@@ -45,7 +45,7 @@ def save_picture(data: bytes, folder: Path, sample_id: str) -> str:
     """
     try:
         kind = str(picture_facts(BytesIO(data), decode=False)["format"])
-    except Failed as error:
+    except JobFailed as error:
         raise BadSample(sample_id, f"its picture {error}") from None
     relative = f"media/{hashlib.sha256(data).hexdigest()[:32]}.{ENDINGS.get(kind, kind.lower())}"
     target = folder / relative
@@ -64,7 +64,7 @@ def save_picture(data: bytes, folder: Path, sample_id: str) -> str:
 STORED = "bytes:"
 """The name of a picture that the data file holds begins so."""
 HeldPictures: TypeAlias = Mapping[str, bytes]
-"""Pictures that a data file holds, by their names."""
+"""Maps names to the bytes of pictures that a data file holds."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class MediaFolder:
 
 
 def open_image(root: Path | MediaFolder, relative: str, stored: HeldPictures | None = None) -> Image.Image:
-    """The picture at `relative` under `root`, or among those that the data file holds, as a viewer shows it.
+    """Returns the picture at `relative` under `root`, or among those that the data file holds, as a viewer shows it.
 
     It is RGB, decoded whole, turned as its EXIF orientation says, what is transparent laid on white, 16-bit grey scaled
     to 8 bits. LLaVA's own code does none of these (`convert("RGB")` in c121f04, `llava/train/train.py`): it reads a
@@ -105,7 +105,7 @@ def open_image(root: Path | MediaFolder, relative: str, stored: HeldPictures | N
 
 
 def path_inside(root: Path | MediaFolder, relative: str, *, kind: str = "picture") -> Path:
-    """Where the file at `relative` is, if that is inside `root`; `kind` is what the messages call it.
+    """Returns where the file at `relative` is, if that is inside `root`; `kind` is what the messages call it.
 
     Where nothing has exactly that name, it is the one file whose name differs in upper and lower case alone.
     """
@@ -133,7 +133,7 @@ def path_inside(root: Path | MediaFolder, relative: str, *, kind: str = "picture
 
 
 def as_spelled(root: Path, relative: str) -> Path:
-    """The path below `root`, its file as the folder has it: `up.jpg` is `UP.JPG` where only that is there."""
+    """Returns the path below `root`, its file as the folder has it: `up.jpg` is `UP.JPG` where only that is there."""
     path = root / relative
     names = () if os.path.lexists(path) else _names_in(path.parent).get(path.name.casefold(), ())
     if len(names) != 1:
@@ -144,7 +144,7 @@ def as_spelled(root: Path, relative: str) -> Path:
 
 @lru_cache(maxsize=64)
 def _names_in(folder: Path) -> Mapping[str, Sequence[str]]:
-    """A folder's names, by what they are in one case, as they were when it was first asked for."""
+    """Returns a folder's names, by what they are in one case, as they were when it was first asked for."""
     names: dict[str, list[str]] = {}
     with suppress(OSError, ValueError):
         for path in folder.iterdir():
@@ -159,7 +159,7 @@ def _log_spelling(root: Path) -> None:
 
 
 def any_is_there(names: Iterable[str], root: Path) -> bool:
-    """Whether any of these paths leads to something from `root`; a root that is another one has none."""
+    """Tells whether any of these paths leads to something from `root`; a root that is another one has none."""
     for name in names:
         try:
             if as_spelled(root, name).exists():
@@ -182,7 +182,7 @@ class StoredPictures(HeldPictures):
 
     @classmethod
     def joined(cls, parts: Sequence[StoredPictures]) -> StoredPictures:
-        """The pictures of several files."""
+        """Returns the pictures of several files."""
         return cls([table for part in parts for table in part._tables])
 
     def __len__(self) -> int:
@@ -207,7 +207,7 @@ BARE_BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
 
 
 def picture_name(value: object, key: str, sample_id: str, image_bytes: dict[str, bytes]) -> str:
-    """A picture's path, or a name made of its content, which goes into `image_bytes`.
+    """Returns a picture's path, or a name made of its content, which goes into `image_bytes`.
 
     Args:
         value: a path, bytes, an object with `bytes`, `path` or `url`, or a data URL; no address on the web.

@@ -31,12 +31,12 @@ from dora_vl.errors import BadSample, UserError, positive, shown, shown_text
 from dora_vl.files import file_sha256, whole_file, write_json
 
 FORMAT = 2
-"""Raise it when records change their meaning: files of an earlier form are made again."""
+"""Raise it when records change their meaning: older files are then made again."""
 MEBIBYTE = 1 << 20
 SMALL_BYTES = 32 * MEBIBYTE
 """Files below this are converted in this process: starting others takes longer."""
 ROWS_A_CHUNK, CHUNKS_AHEAD = 512, 3
-"""Each worker has so many chunks ahead; what is read but not yet written stays bounded."""
+"""A worker has three chunks of 512 rows ahead, which bounds what is read but not yet written."""
 ROWS_TO_JUDGE, MOST_DROPPED = 1000, 100_000
 """When none of so many rows can be used, the file is another one than the source expects; when so many cannot, the
 manifest, which names them all, would be no file that one can open."""
@@ -135,7 +135,7 @@ class Counts:
     dropped_rows: list[dict[str, JSON]] = field(default_factory=list)
 
     def first_reason(self) -> str:
-        """The first dropped row, for a message."""
+        """Returns the first dropped row, for a message."""
         first = self.dropped_rows[0]
         return f"the first is row {first['row']}, id {first['id']}: {first['reason']}"
 
@@ -279,7 +279,7 @@ class Records:
             self.digest.update(encoded)
 
     def _stood_before(self, encoded: bytes) -> bool:
-        """Whether an earlier record says the same under another id, which stands first in a line."""
+        """Tells whether an earlier record says the same under another id, which stands first in a line."""
         if self._contents is None:
             return False
         _, end = json.JSONDecoder().raw_decode(line := encoded.decode(), len('{"id":'))
@@ -323,7 +323,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def chosen_splits(arguments: argparse.Namespace) -> list[Split]:
-    """The splits that the source finds and the user wants."""
+    """Returns the splits that the source finds and the user wants."""
     if arguments.source not in SOURCES:
         nearest = get_close_matches(arguments.source, SOURCES, n=1, cutoff=0.0)[0]
         raise UserError(
@@ -348,7 +348,7 @@ def chosen_splits(arguments: argparse.Namespace) -> list[Split]:
 
 
 def summary(prepared: Prepared) -> Iterator[str]:
-    """What to say of a split: its counts, and the reasons of what is missing."""
+    """Yields what to say of a split: its counts, and the reasons of what is missing."""
     entry = prepared.entry
     state = "already there" if prepared.already_there else "written"
     yield f"{prepared.path}: {entry['written']:,} records of {entry['rows']:,} rows, {state}"

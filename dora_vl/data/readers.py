@@ -76,7 +76,7 @@ class UnreadKey(Exception):
 
 
 def read_conversation(messages: Sequence[object], row: Row, sample_id: str, *, strict: bool = True) -> Example:
-    """The conversation of messages, each a `Turn` or an object of role and content, as it is trained on.
+    """Returns the conversation of messages, each a `Turn` or an object of role and content, as it is trained on.
 
     What the row says as `system` stands before them; its `images` and `videos` take the places that the messages leave.
 
@@ -104,7 +104,7 @@ def read_conversation(messages: Sequence[object], row: Row, sample_id: str, *, s
 
 
 def read_conversations(row: Row, sample_id: str) -> Example:
-    """The conversation of a row in LLaVA's form, whatever else it holds."""
+    """Returns the conversation of a row in LLaVA's form, whatever else it holds."""
     return read_conversation(_messages(row, sample_id, "conversations"), row, sample_id, strict=False)
 
 
@@ -127,7 +127,7 @@ class _Conversation:
         self.clips_left = [_read_clip(value, "videos", sample_id) for value in _listed(row.get("videos"))]
 
     def all_images(self) -> list[str]:
-        """The pictures in and beside the messages."""
+        """Returns the pictures in and beside the messages."""
         images = [*self._images, *(self._beside[index] for index in self._left)]
         if self._tagged and len(images) > self._tagged:
             more = len(images) - self._tagged
@@ -135,7 +135,7 @@ class _Conversation:
         return images
 
     def turn(self, message: object, number: int) -> Turn:
-        """One turn, `<image>` where a part is a picture, `<video>` where it is a video."""
+        """Returns one turn, `<image>` where a part is a picture, `<video>` where it is a video."""
         if isinstance(message, Turn):
             return replace(message, text=self._words(message.text))
         if not isinstance(message, Mapping):
@@ -151,9 +151,12 @@ class _Conversation:
             return Turn(role, self._content(message, what, number))
         # What is the turn's own is taken before what stands beside the conversation; without a place it comes first.
         pictures, clips = len(self._images), len(self.clips)
-        own = [len(self._beside) + index for index in range(len(_own(message, OWN_PICTURES)))]
-        own_clips = [_read_clip(value, "videos", self._id) for value in _own(message, OWN_VIDEOS)]
-        self._beside += [self._picture(value, "images") for value in _own(message, OWN_PICTURES)]
+        own_pictures, own_videos = (
+            [value for name in names for value in _listed(message.get(name))] for names in (OWN_PICTURES, OWN_VIDEOS)
+        )
+        own = [len(self._beside) + index for index in range(len(own_pictures))]
+        own_clips = [_read_clip(value, "videos", self._id) for value in own_videos]
+        self._beside += [self._picture(value, "images") for value in own_pictures]
         self._left[:0], self.clips_left[:0] = own, own_clips
         text = self._content(message, what, number)
         if self._left[: len(own)] == own:
@@ -227,7 +230,7 @@ class _Conversation:
         return picture or self._words(IMAGE_PLACEHOLDER)
 
     def _payload(self, fields: Mapping[str, object], message: object, path: str, number: int) -> str:
-        """The place of the picture that a part holds; nothing where it holds none."""
+        """Returns the place of the picture that a part holds; nothing where it holds none."""
         payloads = {key: value for key in PAYLOADS if (value := fields.get(key)) is not None}
         if self._strict and len(payloads) > 1 and payloads.keys() != {"bytes", "path"}:
             raise UnreadKey(message, f"{path}{[*payloads][1]}", MEDIUM)
@@ -235,7 +238,7 @@ class _Conversation:
         return IMAGE_PLACEHOLDER if payloads else ""
 
     def _words(self, text: str) -> str:
-        """The text, `<image>` for pictures that it names in tags; those beside take the places it has, in order."""
+        """Returns the text, `<image>` for pictures that it names in tags; those beside take its places in order."""
         if "<" not in text:
             return text
         for index in self._left[: text.count(IMAGE_PLACEHOLDER)]:
@@ -264,20 +267,15 @@ class _Conversation:
         return picture_name(value, key, self._id, self.image_bytes)
 
 
-def _own(message: Mapping[str, object], names: Sequence[str]) -> list[object]:
-    """The pictures or videos that a message itself names."""
-    return [value for name in names for value in _listed(message.get(name))]
-
-
 def _listed(value: object) -> Sequence[object]:
-    """What a column of media holds, one that is no list as a list of one; NaN is a table's empty cell."""
+    """Returns what a column of media holds, one that is no list as a list of one; NaN is a table's empty cell."""
     if value is None or value in ("", b"", []) or value != value:
         return ()
     return value if isinstance(value, list | tuple) else (value,)
 
 
 def _read_clip(value: object, key: str, sample_id: str) -> Clip:
-    """A path, or an object with one and times: `start_seconds`, `end_seconds`, or Qwen's `video_start`, `video_end`."""
+    """Reads a path, or an object of path and times (`start_seconds`, `end_seconds` or `video_start`, `video_end`)."""
     times: list[float | None] = [None, None]
     if isinstance(value, Mapping):
         for index, names in enumerate(CLIP_TIMES):
@@ -301,7 +299,7 @@ def _read_clip(value: object, key: str, sample_id: str) -> Clip:
 
 
 def _messages(row: Row, sample_id: str, key: str) -> Sequence[object]:
-    """A column that must be a list of turns, or of rounds, each an object of a question and its answer."""
+    """Returns a column that must be a list of turns, or of rounds, each an object of a question and its answer."""
     messages = row.get(key)
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
         raise BadSample(sample_id, f"{key!r} must be a list of turns, got {shown(messages)}")
@@ -357,7 +355,7 @@ def _instructions(row: Row, sample_id: str) -> list[object]:
 
 
 def _question_answer(row: Row, sample_id: str) -> list[object]:
-    """A question and an answer in columns of their own; of several answers the most frequent, the first of equals.
+    """Reads question and answer from columns of their own; of several answers the most frequent, the first of equals.
 
     A hint stands before the question, choices behind it (`_written_choices`).
     """
@@ -373,7 +371,7 @@ def _question_answer(row: Row, sample_id: str) -> list[object]:
 
 
 def _record(row: Row, sample_id: str) -> Sequence[object]:
-    """A record of `dora-vl prepare`: its turns, or its question with the answer of the largest weight."""
+    """Returns a record of `dora-vl prepare`: its turns, or its question with the answer of the largest weight."""
     example = read_record(row, sample_id)
     if example.turns or not example.choices:
         return turns_of(example)
@@ -382,7 +380,7 @@ def _record(row: Row, sample_id: str) -> Sequence[object]:
 
 
 def read_record(row: Row, sample_id: str) -> Example:
-    """A row as the record that it is."""
+    """Returns a row as the record that it is."""
     record = {**_without_nulls(row), "id": sample_id}
     if isinstance(record.get("videos"), Mapping):
         record["video"] = record.pop("videos")
@@ -399,7 +397,7 @@ def _without_nulls(value: Any) -> Any:
 def _written_choices(
     question: str, choices: Sequence[str], answer: object, sample_id: str, labels: Sequence[str] = ()
 ) -> tuple[str, str]:
-    """A question with its choices as LLaVA writes MMBench's, a letter and a line each, and the right one's letter.
+    """Returns a question with its choices as LLaVA writes MMBench's, a line each, and the right one's letter.
 
     A question that says its choices itself stays as it is: with letters, or where the answer is the text of one.
 
@@ -429,7 +427,7 @@ def _written_choices(
 
 
 def _choices(value: object, sample_id: str) -> tuple[list[str], list[str]]:
-    """The labels of choices, where they have some of their own, and their texts; those that are empty are none."""
+    """Returns the choices' own labels, if any, and their texts; empty choices are none."""
     labels: object = []
     if isinstance(value, str):
         value = listed_choices(value, sample_id)
@@ -453,12 +451,12 @@ _LETTERED = re.compile(r"\(?([A-Za-z])[.):]\)?\s+(.*)", re.DOTALL)
 
 
 def _says(question: str, texts: Sequence[str]) -> bool:
-    """Whether the question's words hold all of these, as whole words; nothing is said by any."""
+    """Tells whether the question's words hold all of these, as whole words; nothing is said by any."""
     return all(not text or re.search(rf"(?<!\w){re.escape(text.strip())}(?!\w)", question) for text in texts)
 
 
 def _answer(value: object, sample_id: str, name: str = "answer") -> str:
-    """The most frequent of several answers, each text or an object with one; SQuAD's are a list in an object."""
+    """Returns the most frequent of several answers, each text or an object; SQuAD's are a list in an object."""
     value = _in_object(value)
     listed = value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
     texts = [_text(_in_object(entry), name, sample_id) for entry in listed]
@@ -471,7 +469,7 @@ ANSWER_KEYS = ("answer", "text", "start", "answer_start", "answer_id", "answer_c
 
 
 def _in_object(value: object) -> object:
-    """What an object says as its answer or text; anything else is that itself."""
+    """Returns what an object says as its answer or text; anything else is that itself."""
     if not isinstance(value, Mapping):
         return value
     text = next((text for key in ANSWER_KEYS[:2] if (text := value.get(key)) is not None), None)
@@ -482,7 +480,7 @@ def _in_object(value: object) -> object:
 
 
 def _text(value: object, name: str, sample_id: str) -> str:
-    """Text, or a number as text; nothing is empty text."""
+    """Returns text, or a number as text; nothing is empty text."""
     if value is None or isinstance(value, str):
         return value or ""
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value:  # NaN: a table's empty cell
@@ -507,7 +505,7 @@ MESSAGES: Mapping[str, Callable[[Row, str], Sequence[object]]] = {
 
 
 def id_of(row: Row, number: int = 0, columns: Columns = USUAL) -> str:
-    """The row's own id, else its place in the file."""
+    """Returns the row's own id, else its place in the file."""
     stated = columns.id_of(row)
     if stated is None:
         return f"row {number + 1}"
@@ -515,7 +513,7 @@ def id_of(row: Row, number: int = 0, columns: Columns = USUAL) -> str:
 
 
 def read_row(row: Row, *, number: int = 0, columns: Columns = USUAL) -> Example:
-    """One row of any format as the conversation that is trained on.
+    """Returns one row of any format as the conversation that is trained on.
 
     Raises:
         BadSample: its keys fit no format, or it does not hold what its format asks for.
@@ -525,7 +523,7 @@ def read_row(row: Row, *, number: int = 0, columns: Columns = USUAL) -> Example:
 
 
 def read_fields(resolved: Resolved, sample_id: str) -> Example:
-    """A row of known columns as the conversation that is trained on; raises as `read_row` does."""
+    """Returns a row of known columns as the conversation that is trained on; raises as `read_row` does."""
     fields = resolved.fields
     if resolved.format is None:
         nulls = [name for name, value in fields.items() if value is None and plain_name(name) in KNOWN]
@@ -568,7 +566,7 @@ class RowReader:
         self._first = ""
 
     def read(self, record: Row, number: int) -> Example | BadSample:
-        """The row `number`, from 0, of what the container gives; or why it cannot be a sample."""
+        """Returns the row `number`, from 0, of what the container gives; or why it cannot be a sample."""
         sample_id = id_of(record, number, self._columns)
         row = f"row {number + 1}"
         row += "" if sample_id == row else f" ({sample_id})"

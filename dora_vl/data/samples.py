@@ -25,11 +25,11 @@ from dora_vl.errors import BadSample, UserError, one_line, shown_text
 from dora_vl.files import write_json_lines
 
 BOOKKEEPING = ("samples", "sample_ids", "padding_tokens", "skipped", "cut", "shrunk")
-"""Names in a batch of what is counted and told; all else goes to the model."""
+"""A batch holds counts and messages under these names; all else goes to the model."""
 ALIGNED = ("attention_mask", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids", "cross_attention_mask")
-"""A processor's tensors that hold an entry for each token: cut and padded as the ids are."""
+"""These tensors of a processor hold an entry a token, and are cut and padded as the ids are."""
 IGNORED_LABEL = -100
-"""Label of a position that is not trained; what `torch.nn.functional.cross_entropy` ignores by default."""
+"""Labels a position that is not trained, as `torch.nn.functional.cross_entropy` has it."""
 
 
 class TrainedAnswer(NamedTuple):
@@ -65,7 +65,7 @@ class Encoded:
     others: tuple[Encoded, ...] = ()
 
     def own_positions(self) -> Int[Tensor, "axes seq"]:
-        """The position of each token: the family's own, else its place."""
+        """Returns the position of each token: the family's own, else its place."""
         return torch.arange(len(self.input_ids))[None] if self.positions is None else self.positions
 
 
@@ -94,7 +94,7 @@ Examples: TypeAlias = ExampleTable | Sequence[Example | BadSample]
 
 
 def sample_random(seed: int, epoch: int, index: int) -> random.Random:
-    """The generator of one sample in one epoch: the same on any rank, in any worker, after any resume."""
+    """Returns the generator of one sample in one epoch: the same on any rank, in any worker, after any resume."""
     return random.Random(f"{seed}/{epoch}/{index}")
 
 
@@ -123,10 +123,8 @@ class ConversationDataset(torch.utils.data.Dataset["Sample | Skipped"]):
         return Sample(**vars(encoded), index=index, id=example.id)
 
 
-BAD_BEFORE_EARLY_END = 10
-TIMES_THE_SHARE = 10
 LONGEST_ID = 120
-"""Characters of an id in a line of the log."""
+"""The log shows so many characters of an id."""
 
 _log = logging.getLogger(__name__)
 
@@ -162,9 +160,9 @@ class BadSampleLedger:
         self._read_in_a_pass = max(1, read_in_a_pass or total_samples)
         self._source = source
         self.counts = BadSampleCounts()
-        """This rank's, since the start of the process."""
+        """Counts this rank's samples since the start of the process."""
         self.reasons: dict[str, str] = {}
-        """Why each bad sample that this rank met cannot be used, by id."""
+        """Maps the id of each bad sample that this rank met to the reason."""
 
     def carry_over(self, reasons: Mapping[str, str]) -> None:
         """Bad samples that the run named before it was resumed."""
@@ -186,8 +184,8 @@ class BadSampleLedger:
         """
         seen, bad = counts or self.counts
         allowed = self._max_bad_share * self._total_samples * math.ceil(seen / self._read_in_a_pass)
-        broken_share = min(TIMES_THE_SHARE * self._max_bad_share, (1 + self._max_bad_share) / 2)
-        if bad <= allowed and (bad < BAD_BEFORE_EARLY_END or bad <= broken_share * seen):
+        broken_share = min(10 * self._max_bad_share, (1 + self._max_bad_share) / 2)
+        if bad <= allowed and (bad < 10 or bad <= broken_share * seen):
             return
         example = next((f"; for example {shown_text(key)}: {reason}" for key, reason in self.reasons.items()), "")
         raise UserError(
@@ -205,11 +203,11 @@ def write_skipped(path: Path, reasons: Mapping[str, str], *, validation: Mapping
 
 
 MOST = 20_000
-"""Rows that are looked at, a few seconds' worth; of more, so many at even distances."""
+"""So many rows, at even distances, are looked at before a run: a few seconds' worth."""
 FIRST = 8
-"""Samples whose labels are read before the first step, and of those with pictures so many more."""
+"""The labels of eight samples, and of eight with pictures, are read before the first step."""
 SHOWN, BEFORE = 120, 20
-"""Characters of a text in a message, and of them those before where it differs from another."""
+"""A message shows 120 characters of a text, 20 of them before it differs from another."""
 
 
 def look_ahead(
@@ -287,7 +285,7 @@ def check_labels(samples: Iterable[Labelled]) -> None:
 
 
 def _says(trained: str, sample: Labelled) -> bool:
-    """Whether a text is the sample's answers, one after another, each closed; of a cut sample their beginning."""
+    """Tells whether a text is the sample's answers, one after another, each closed; of a cut sample their beginning."""
     rest, closing = _squashed(trained), ""
     for answer in sample.answers:
         # Each as it stands, and as the tokenizer gives it back, which may spell it otherwise or not know it.

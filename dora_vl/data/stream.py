@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 
 def _generator(*key: object) -> random.Random:
-    """A generator that is a function of the key alone."""
+    """Returns a generator that is a function of the key alone."""
     return random.Random("/".join(map(str, key)).encode("utf-8", "surrogateescape"))
 
 
@@ -156,7 +156,7 @@ class StreamSource:
         return max(1.0, rows if self._limit is None else min(rows, float(self._limit)))
 
     def described(self) -> list[str]:
-        """Lines about it: name, format, rows where they are known, the weight, and what its first rows' columns are."""
+        """Describes it in lines: name, format, rows where they are known, weight, and the columns of its first rows."""
         _ = self.first_rows
         rows = "" if self.count is None else f", {self.count:,} rows"
         weight = "" if self.file.weight == 1 else f", weight {self.file.weight:g}"
@@ -256,7 +256,7 @@ class StreamOrder(torch.utils.data.Sampler[Read]):
         self._epoch = 0
         self._passed, self._first_epoch = 0, 0
         self.epoch_samples: int | None = None
-        """Samples of an epoch, once one has been read whole; None in a run of known epochs."""
+        """Counts the samples of an epoch once one was read whole; None in a run of known epochs."""
 
     def __len__(self) -> int:
         return self._total if self._known is None else self._known

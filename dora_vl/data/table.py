@@ -38,9 +38,6 @@ TABLE_VERSION = 10
 """Part of the cache's key: raise it when columns or their meaning change."""
 ROWS_A_BATCH = 4096
 CHARACTERS_A_BATCH = 1 << 25  # Arrow's string offsets are 32 bits; a batch stays far below
-AT_ONCE = 1_000
-SHOWN_KINDS = 5
-REFERENCE_SPLIT_SEED = 42
 
 _CLIP = pa.struct([("path", pa.string()), ("start_seconds", pa.float64()), ("end_seconds", pa.float64())])
 _TURN = pa.struct([("role", pa.string()), ("text", pa.string()), ("input_characters", pa.int32())])
@@ -65,7 +62,7 @@ _EXAMPLE_COLUMNS = ["id", "images", "videos", "turns", "problem"]
 
 
 def load_table(path: Path, *, cache_folder: Path | None = None, columns: Columns = USUAL) -> datasets.Dataset:
-    """A data file of any format and container as memory-mapped rows, converted once and kept in a cache.
+    """Returns a data file of any format and container as memory-mapped rows, converted once and kept in a cache.
 
     Columns: the fields of an `Example` as it was read, `problem` (why the row cannot be a sample, else null), `length`
     (words in all turns), `format` (of the row), `held_pictures` (name and content of the pictures that the file holds,
@@ -131,7 +128,7 @@ def _write(path: Path, file: BinaryIO, batches: Iterable[list[dict[str, Any]]]) 
 
 
 def _batches(data: DataFiles, columns: Columns) -> Iterator[list[dict[str, Any]]]:
-    """A table's rows in batches of bounded size; a picture and the columns' roles stand in the first row alone."""
+    """Yields rows in batches of bounded size; a picture and the columns' roles stand in the first row alone."""
     reader, pictures, kinds = RowReader(data.name, columns), set[str](), 0
     batch, size = [], 0
     for number, record in enumerate(data.rows()):
@@ -143,7 +140,7 @@ def _batches(data: DataFiles, columns: Columns) -> Iterator[list[dict[str, Any]]
             row |= {"id": example.sample_id, "problem": example.reason, "length": 0}
             row |= {"images": (), "videos": (), "turns": ()}
         else:
-            words, media, told = asked_and_told(example)
+            words, media, answer = asked_and_told(example)
             new = {name: content for name, content in example.image_bytes.items() if name not in pictures}
             pictures |= new.keys()
             row |= {
@@ -155,7 +152,7 @@ def _batches(data: DataFiles, columns: Columns) -> Iterator[list[dict[str, Any]]
                 "held_pictures": [{"name": name, "content": content} for name, content in new.items()],
                 "doubts": doubts_of(record, example, reader.format, columns),
                 "asked": _hash(f"{words}\0{media}") if words else None,
-                "told": _hash(told) if words else None,
+                "told": _hash(answer) if words else None,
                 "group": named_in(record, "group"),
             }
         batch.append(row)
@@ -193,8 +190,8 @@ class ExampleTable:
         return _example(self._samples[index])
 
     def __iter__(self) -> Iterator[Example | BadSample]:
-        for start in range(0, len(self), AT_ONCE):
-            columns = self._samples[start : start + AT_ONCE]
+        for start in range(0, len(self), 1_000):
+            columns = self._samples[start : start + 1_000]
             yield from (_example(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True))
 
     @cached_property
@@ -203,7 +200,7 @@ class ExampleTable:
         return self.rows.select_columns(_EXAMPLE_COLUMNS)
 
     def select(self, indices: Iterable[int]) -> ExampleTable:
-        """The rows at these indices."""
+        """Returns the rows at these indices."""
         return ExampleTable(self.rows.select(indices), self.stored)
 
     def ids(self) -> Iterator[str]:
@@ -231,7 +228,7 @@ def _column(rows: datasets.Dataset, name: str) -> pa.Array:
 
 
 def _counts(rows: datasets.Dataset, name: str) -> Counter[int]:
-    """How many rows have so many `images` or `videos`."""
+    """Tells how many rows have so many `images` or `videos`."""
     return Counter(_column(rows, name).value_lengths().to_pylist())
 
 
@@ -245,7 +242,7 @@ def _example(row: Mapping[str, Any]) -> Example | BadSample:
 def load_rows(
     path: str, limit: int | None = None, *, cache_folder: Path | None = None, columns: Columns = USUAL
 ) -> ExampleTable:
-    """The samples of one path, the first `limit` of them."""
+    """Returns the samples of one path, the first `limit` of them."""
     table = load_table(Path(path), cache_folder=cache_folder, columns=columns)
     rows = table.remove_columns("held_pictures")
     return ExampleTable(rows if limit is None else rows.take(min(limit, len(rows))), StoredPictures([table]))
@@ -260,7 +257,7 @@ def load_training_rows(
     cache_folder: Path | None = None,
     columns: Columns = USUAL,
 ) -> tuple[ExampleTable, ExampleTable | None]:
-    """The training samples of all files, and those held out for validation (None with a share of 0).
+    """Returns the training samples of all files, and those held out for validation (None with a share of 0).
 
     Args:
         share: of all samples, held out before weights repeat or drop any; see `held_out_places`.
@@ -297,13 +294,13 @@ def load_training_rows(
 
 
 def drawn_out(train: ExampleTable, size: int) -> tuple[ExampleTable, ExampleTable]:
-    """What is left of the samples, in a random order, and `size` of them for validation.
+    """Returns what is left of the samples, in a random order, and `size` of them for validation.
 
     As LLM-Adapters' and NVlabs' scripts part theirs: `train_test_split` with the seed 42.
     """
     if size >= len(train):
         raise UserError(f"data.validation_size {size} leaves none of {len(train)} samples")
-    parts = train.rows.train_test_split(test_size=size, shuffle=True, seed=REFERENCE_SPLIT_SEED)
+    parts = train.rows.train_test_split(test_size=size, shuffle=True, seed=42)
     return ExampleTable(parts["train"], train.stored), ExampleTable(parts["test"], train.stored)
 
 
@@ -324,7 +321,7 @@ def held_out_places(
     seed: int,
     classes: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """Indices of the samples held out: about `share` of all, or of each class, no picture or video on both sides.
+    """Returns the indices held out: about `share` of all, or of each class, no picture or video on both sides.
 
     Samples that share a picture or a `group`, directly or through others, stay together; those without go by their id.
     Which groups are held out is decided by a hash of (seed, group), so another order of the file changes nothing.
@@ -334,7 +331,7 @@ def held_out_places(
     parent: dict[str, str] = {}
 
     def group_of(name: str) -> str:
-        """The least of all names that stand with this one, directly or through others."""
+        """Returns the least of all names that stand with this one, directly or through others."""
         while parent.setdefault(name, name) != name:
             parent[name] = name = parent[parent[name]]
         return name
@@ -364,7 +361,7 @@ def held_out_places(
 
 
 def described(file: TrainFile, rows: datasets.Dataset) -> list[str]:
-    """Lines about a file: name, format, rows, how many cannot be used, what its columns are, and its pictures a row."""
+    """Describes a file in lines: name, format, rows, how many cannot be used, its columns, and its pictures a row."""
     formats = [name for name in rows.unique("format") if name is not None]
     bad = sum(problem is not None for problem in rows["problem"])
     trouble = f", {bad:,} of them unusable" if bad else ""
@@ -374,7 +371,7 @@ def described(file: TrainFile, rows: datasets.Dataset) -> list[str]:
     for sample_id, problem in zip(rows["id"], rows["problem"], strict=True) if bad else ():
         if problem is not None:
             unusable.setdefault(problem, Finding(problem=problem)).add(sample_id)
-    lines = [f"{first}{trouble}{weight}", *(f"  unusable, {finding}" for finding in [*unusable.values()][:SHOWN_KINDS])]
+    lines = [f"{first}{trouble}{weight}", *(f"  unusable, {finding}" for finding in [*unusable.values()][:5])]
     lines += column_lines(map(json.loads, filter(None, rows.unique("columns"))))
     for name, kind in (("images", "pictures"), ("videos", "videos")):
         counts = _counts(rows, name)
@@ -385,7 +382,7 @@ def described(file: TrainFile, rows: datasets.Dataset) -> list[str]:
 
 
 def doubtful(rows: datasets.Dataset) -> list[Finding]:
-    """What is probably not meant in the samples of a file, by kind: `DOUBTS`."""
+    """Returns what is probably not meant in the samples of a file, by kind: `DOUBTS`."""
     findings = {kind: Finding(problem=kind) for kind in DOUBTS}
     has_media = any(_counts(rows, "images")) or any(_counts(rows, "videos"))
     marked = rows.select(np.flatnonzero(_column(rows, "doubts").value_lengths().fill_null(0).to_numpy()))
@@ -393,9 +390,9 @@ def doubtful(rows: datasets.Dataset) -> list[Finding]:
         for doubt in doubts:
             if doubt != NO_PICTURE or has_media:
                 findings[doubt].add(sample_id)
-    asked, told = _column(rows, "asked"), _column(rows, "told")
-    places = np.flatnonzero(asked.is_valid().to_numpy(zero_copy_only=False))
-    keys, answers = asked.drop_null().to_numpy(), told.drop_null().to_numpy()
+    questions = _column(rows, "asked")
+    places = np.flatnonzero(questions.is_valid().to_numpy(zero_copy_only=False))
+    keys, answers = questions.drop_null().to_numpy(), _column(rows, "told").drop_null().to_numpy()
     order = np.lexsort((answers, keys))
     keys, answers = keys[order], answers[order]
     contradicted = keys[1:][(keys[1:] == keys[:-1]) & (answers[1:] != answers[:-1])]
@@ -405,7 +402,7 @@ def doubtful(rows: datasets.Dataset) -> list[Finding]:
 
 
 def overlap(rows: datasets.Dataset, questions: Iterable[tuple[str, tuple[str, ...], str]]) -> list[tuple[str, str]]:
-    """The ids of a training sample and of the test's question that it holds, for each such sample.
+    """Returns the ids of a training sample and of the test's question that it holds, for each such sample.
 
     Args:
         rows: of `load_table`; any of a conversation's questions counts.

@@ -35,7 +35,7 @@ CHUNK_BYTES = 1 << 20
 
 Value = TypeVar("Value")
 Progress = Callable[[int], object]
-"""A function that is called with the number of bytes whenever some more are read."""
+"""Is called with the number of bytes whenever some more are read."""
 
 
 @contextlib.contextmanager
@@ -59,7 +59,7 @@ class NotUtf8(UserError):
 
 
 def text_of(line: bytes, where: str) -> str:
-    """A line's text; `where`, file and line, begins the message.
+    """Returns a line's text; `where`, file and line, begins the message.
 
     Raises:
         NotUtf8: it is not UTF-8.
@@ -77,7 +77,7 @@ def json_of(
     half_pairs: bool = False,
     members: Callable[[list[tuple[str, object]]], object] | None = None,
 ) -> object:
-    """The value that a text holds; `half_pairs` admits half of a surrogate pair, `members` makes its objects."""
+    """Parses a text; `half_pairs` admits half of a surrogate pair, `members` makes its objects."""
     try:
         value = json.loads(text, object_pairs_hook=members)
     except RecursionError:
@@ -100,7 +100,7 @@ def refuse_half_pairs(value: object, where: str) -> None:
 
 
 def json_object(path: Path, kind: str) -> dict[str, object]:
-    """A small file that is one JSON object, each name in it once; half of a surrogate pair may be in it."""
+    """Returns a small file that is one JSON object, each name in it once; half of a surrogate pair may be in it."""
 
     def unique(members: list[tuple[str, object]]) -> dict[str, object]:
         names = [name for name, _ in members]
@@ -116,7 +116,7 @@ def json_object(path: Path, kind: str) -> dict[str, object]:
 
 
 def whole_text(path: Path, kind: str) -> str:
-    """A small file's text, line breaks as they are.
+    """Returns a small file's text, line breaks as they are.
 
     Raises:
         UserError: no such file; `NotUtf8`, which is one, where it is not UTF-8.
@@ -130,7 +130,7 @@ MARKS = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 
 
 def encoding_of(path: Path, kind: str) -> str:
-    """A table's encoding: what its byte order mark says, else UTF-8, else Windows-1252, which is logged."""
+    """Returns a table's encoding: what its byte order mark says, else UTF-8, else Windows-1252, which is logged."""
     with opened(path, kind) as file:
         beginning = file.read(2)
         if beginning in MARKS:
@@ -239,7 +239,7 @@ def table_rows(
 
 _ROWS_IN_AN_OBJECT = re.compile(rb'\{\s*"(data|rows|samples|examples)"\s*:\s*\[\s*\{')
 DEEPEST = 10_000
-"""More brackets that are open at once are refused: `ijson` keeps a path for each, which fills the memory."""
+"""More open brackets are refused: `ijson` keeps a path for each, which fills the memory."""
 
 
 def stream_records(path: Path, progress: Progress | None = None, key: str | None = None) -> Iterator[dict[str, object]]:
@@ -314,7 +314,7 @@ def _is_json(text: bytes) -> bool:
 
 
 def _lists_in(path: Path, file: io.BufferedIOBase) -> dict[str, str]:
-    """The names under which a file's one object holds lists or objects, with the event of `ijson` that begins each."""
+    """Maps names of a file's one object that hold lists or objects to the event of `ijson` that begins each."""
     chunks, names = _Chunks(file), dict[str, str]()
     for prefix, event, _ in _parsed(path, chunks, ijson.parse(chunks, use_float=True)):
         if prefix and "." not in prefix and event in ("start_array", "start_map"):
@@ -333,7 +333,7 @@ class _Chunks:
             file.seek(0)
 
     def read(self, size: int = -1) -> bytes:
-        """The next bytes."""
+        """Returns the next bytes."""
         chunk = self._file.read(size)
         if self._progress is not None:
             self._progress(len(chunk))

@@ -20,14 +20,14 @@ IMAGE_PLACEHOLDER = "<image>"
 VIDEO_PLACEHOLDER = "<video>"
 
 THINK, END_THINK = "<think>", "</think>"
-"""What stands around the thoughts that an answer begins with."""
+"""These enclose the thoughts that an answer begins with."""
 
 Role = Literal["system", "user", "assistant"]
 Number = Annotated[float, Strict(), AllowInfNan(False)]
-"""What a record of JSON must hold where it has a number."""
+"""A number of a JSON record must be finite and no text."""
 
 SPEAKERS: Mapping[Role, str] = {"system": "system", "user": "human", "assistant": "gpt"}
-"""What LLaVA's JSON calls each role."""
+"""LLaVA's JSON calls the roles so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class Turn:
 def arrange(
     sample_id: str, images: Sequence[str], turns: Sequence[Turn], videos: Sequence[Clip] = ()
 ) -> tuple[tuple[str, ...], tuple[Turn, ...]]:
-    """The pictures in the order of their places, and the turns with a place for each picture and video.
+    """Returns the pictures in the order of their places, and the turns with a place for each picture and video.
 
     Turns alternate, begin with the user and end with an answer; a system turn may stand before them. A first turn from
     the assistant is dropped, as the original does. With one picture its placeholder moves to the front of its turn,
@@ -133,7 +133,7 @@ def _check_order(conversation: Sequence[Turn], sample_id: str) -> None:
 
 
 _NUMBERED_PLACE = re.compile(r"<(\|?)image[ _]?(\d{1,3})\1>")
-"""`<image1>`, `<image 1>`, `<image_1>`, `<|image_1|>`: where the first picture goes, in MMMU, MATH-V, for Phi."""
+"""`<image1>`, `<image 1>`, `<image_1>` and `<|image_1|>` place the first picture in MMMU, MATH-V and for Phi."""
 
 
 def _by_number(images: Sequence[str], conversation: list[Turn], sample_id: str) -> tuple[Sequence[str], list[Turn]]:
@@ -150,7 +150,7 @@ def _by_number(images: Sequence[str], conversation: list[Turn], sample_id: str) 
 
 
 def placeholder_first(text: str) -> str:
-    """A turn's text with its picture's place in front, on a line of its own: the published normalisation."""
+    """Returns a turn's text with its picture's place in front, on a line of its own: the published normalisation."""
     if IMAGE_PLACEHOLDER not in text:
         return text
     rest = text.replace(IMAGE_PLACEHOLDER, "").strip()

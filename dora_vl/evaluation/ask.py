@@ -33,7 +33,7 @@ from dora_vl.data.example import Clip, Example
 from dora_vl.data.pictures import HeldPictures, MediaFolder, any_is_there, open_image
 from dora_vl.data.samples import ALIGNED, BOOKKEEPING, IGNORED_LABEL, Sample, Skipped
 from dora_vl.data.turns import Turn
-from dora_vl.data.video import Sampling, Uniform
+from dora_vl.data.video import FrameSampling, Uniform
 from dora_vl.errors import BadSample, UserError, shown
 from dora_vl.evaluation.predictions import Prediction
 from dora_vl.evaluation.questions import endings_of, kind_of, outputs_of, text_asked, turns_asked
@@ -119,7 +119,7 @@ class MediaReader:
         pictures = tuple(open_image(self.folder, path, self.stored) for path in example.images)
         return Shown(pictures=pictures, videos=videos)
 
-    def frames(self, clip: Clip, sampling: Sampling) -> Video:
+    def frames(self, clip: Clip, sampling: FrameSampling) -> Video:
         """Reads the frames of a clip by another sampling than that of `videos`."""
         return self.videos.reader.read(self.videos.folder, clip, sampling)
 
@@ -180,7 +180,7 @@ class View:
 
     example: Example
     clip: Clip
-    sampling: Sampling
+    sampling: FrameSampling
     as_pictures: bool = False
 
 

@@ -19,9 +19,8 @@ from dora_vl.backbones.loading import check_made_from
 from dora_vl.backbones.video_inputs import LEAST_PIXELS, Video, repeated
 from dora_vl.data.pictures import MediaFolder
 from dora_vl.data.turns import Clip
-from dora_vl.data.video import EverySeconds, Sampling, Uniform, VideoReader, none_reads
-from dora_vl.data.video_backends import BACKENDS, BackendMissing, import_backend
-from dora_vl.errors import BadSample, SettingError, UserError
+from dora_vl.data.video import EverySeconds, FrameSampling, Uniform, VideoReader, import_av
+from dora_vl.errors import BadSample, SettingError
 from dora_vl.run.settings import DataConfig, ModelConfig, RunConfig
 from dora_vl.run.sharding import loading_in, without_sharding
 
@@ -137,7 +136,7 @@ class VideoReading:
     """
 
     folder: Path | MediaFolder
-    sampling: Sampling
+    sampling: FrameSampling
     frames: int | None = None
     reader: VideoReader = field(default_factory=VideoReader, repr=False)
 
@@ -157,7 +156,7 @@ def video_folder(data: DataConfig) -> MediaFolder:
     return image_folder(data, data.video_folder)
 
 
-def video_sampling(data: DataConfig) -> Sampling:
+def video_sampling(data: DataConfig) -> FrameSampling:
     """Returns the frames that `data.video_frames` and `data.video_fps` mean."""
     if data.video_frames < 1:
         raise SettingError("data.video_frames", f" is {data.video_frames}; at least 1 frame of a video is needed")
@@ -174,12 +173,4 @@ def check_videos(data: DataConfig) -> None:
     video_sampling(data)
     if not video_folder(data).root.is_dir():
         raise SettingError("data.video_folder", f": video folder {video_folder(data)} does not exist")
-    reasons: dict[str, Exception] = {}
-    for backend in BACKENDS:
-        try:
-            import_backend(backend)
-        except BackendMissing as error:
-            reasons[backend] = error
-        else:
-            return
-    raise UserError(str(none_reads(reasons)))
+    import_av()

@@ -61,7 +61,7 @@ PROBLEMS: Mapping[type[Exception], tuple[int, str, str | None]] = {
     UserError: (400, "invalid_request_error", None),
     Exception: (500, "server_error", "internal_error"),
 }
-"""Each error's HTTP status, and OpenAI's type and code; the first class that an error is of counts, from the top."""
+"""Maps errors to the HTTP status, and OpenAI's type and code; the first class that fits counts."""
 HEADERS: Mapping[int, Mapping[str, str]] = {
     401: {"WWW-Authenticate": 'Basic realm="dora-vl"'},  # a browser asks for the key where this scheme stands alone
     429: {"Retry-After": "1"},
@@ -70,7 +70,7 @@ HEADERS: Mapping[int, Mapping[str, str]] = {
 
 
 def error_response(error: Exception) -> JSONResponse:
-    """An error as OpenAI's JSON."""
+    """Returns an error as OpenAI's JSON."""
     status = next(problem for kind, problem in PROBLEMS.items() if isinstance(error, kind))[0]
     return JSONResponse(error_content(error), status_code=status, headers=HEADERS.get(status))
 
@@ -121,7 +121,7 @@ class AccessRules:
 
 
 def access_rules(options: argparse.Namespace) -> AccessRules:
-    """The rules that the command line states. Raises UserError where a name or the key is none."""
+    """Returns the rules that the command line states. Raises UserError where a name or the key is none."""
     names = {host: host_name(host.lower()) for host in options.allow_host}
     for host, name in names.items():
         if name is None:
@@ -136,12 +136,12 @@ def access_rules(options: argparse.Namespace) -> AccessRules:
 
 MOST_CONNECTIONS = 512
 MOST_OF_A_CLIENT = 128
-"""Requests from one address that are answered at a time; every open page holds one or two."""
+"""One address may have so many requests answered at a time; every open page holds one or two."""
 HEAD_BYTES = 64 * 1024
 
 
 def http_config(app: ASGIApp, **settings: Any) -> uvicorn.Config:
-    """How uvicorn serves an application: its own limits, no websockets, and few words in its log."""
+    """Tells how uvicorn serves an application: its own limits, no websockets, and few words in its log."""
     limits: dict[str, Any] = {"limit_concurrency": MOST_CONNECTIONS, "h11_max_incomplete_event_size": HEAD_BYTES}
     return uvicorn.Config(app, http="h11", ws="none", **limits, **{"log_level": "warning", **settings})
 
@@ -255,7 +255,7 @@ class AccessMiddleware:
 
 
 def limited(receive: Receive, seconds: float, count: Callable[[int], None]) -> Receive:
-    """A request's messages: its bytes are counted as they come, and all of them must come in time (else TooLate)."""
+    """Counts a request's bytes as they come; all of them must come in time (else TooLate)."""
     deadline, coming = time.monotonic() + seconds, True
 
     async def next_message() -> Message:
@@ -285,7 +285,7 @@ ADDRESSES = {
     "HEAD": re.compile("/"),
     "POST": re.compile(rf"{UPLOAD}|/gradio_api/(queue/join|run/predict|cancel|reset)"),
 }
-"""The addresses that the page asks for, by method."""
+"""The page asks for these addresses, by method."""
 UPLOAD_SECONDS = 300.0
 MOST_UPLOADS = 1000
 POLICY = (
@@ -309,7 +309,7 @@ class Uploads:
         self._budget = ByteBudget(most_bytes, most_bytes)
 
     def holds(self, path: str) -> bool:
-        """Whether a path is a file that was uploaded."""
+        """Tells whether a path is a file that was uploaded."""
         try:
             file = Path(path).resolve(strict=True)
         except (OSError, ValueError, RuntimeError):

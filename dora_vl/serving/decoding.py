@@ -14,11 +14,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
-from dora_vl.backbones.generation import NO_NUMBERS, NOT_YET_A_CHARACTER
-from dora_vl.errors import UserError
+from dora_vl.backbones.generation import NOT_YET_A_CHARACTER, NoNumbers
 
 LEAST_TEMPERATURE = 1e-3
-"""Below it the likeliest token is taken: scores divided by less may leave the numbers that there are."""
+"""Below it the likeliest token is taken: scores divided by less may overflow."""
 
 Reason = Literal["stop", "length", "ended"]
 """An answer ends because it was complete, as long as allowed, or because nobody waits for it any more."""
@@ -61,6 +60,7 @@ class SequenceText:
     text: str = ""
     reason: Reason | None = None
     error: Exception | None = None
+    _generator: torch.Generator | None = None
 
     def take(self, token: int, ends: Collection[int]) -> None:
         """Takes the next token, and writes what it adds to the text; an error ends this sequence alone."""
@@ -77,13 +77,21 @@ class SequenceText:
             self.error, self.reason = error, "ended"
             self.done(self)
 
-    def draw(self, scores: Float[Tensor, " vocab"], generator: torch.Generator) -> int:
-        """The next token, drawn; scores that are no numbers end this sequence alone, and the token is any."""
-        try:
-            return token_of(scores, self.sampling, generator)
-        except UserError as error:
-            self.fail(error)
-            return 0
+    def draw(self, scores: Float[Tensor, " vocab"]) -> int:
+        """Returns a token drawn at the sequence's temperature from the likeliest that have `top_p` together."""
+        if self._generator is None:
+            self._generator = torch.Generator(scores.device)
+            self._generator.seed()
+            if self.sampling.seed is None:
+                self._generator.seed()
+            else:
+                self._generator.manual_seed(self.sampling.seed)
+        probabilities = (scores.float() / self.sampling.temperature).softmax(-1)
+        if self.sampling.top_p < 1:
+            ranked, order = probabilities.sort(descending=True)
+            unlikely = order[ranked.cumsum(-1) - ranked >= self.sampling.top_p]
+            probabilities = probabilities.index_fill(0, unlikely, 0.0)
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
     def _take(self, token: int, ends: Collection[int]) -> None:
         if self.over():
@@ -125,76 +133,46 @@ class SequenceStops(StoppingCriteria):
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input_ids: Int[Tensor, "batch seq"], scores: Any, **named: Any
     ) -> Bool[Tensor, " batch"]:
-        """Which sequences are over."""
+        """Tells which sequences are over."""
         for sequence, token in zip(self._sequences, input_ids[:, -1].tolist(), strict=True):
             sequence.take(token, self._ends)
         return torch.tensor([sequence.reason is not None for sequence in self._sequences], device=input_ids.device)
 
 
-class SequenceSampling(LogitsProcessor):
-    """Leaves each sequence that samples the one token that it drew, so that generate takes the likeliest of all.
+def next_tokens(scores: Float[Tensor, "batch vocab"], sequences: Sequence[SequenceText]) -> list[int]:
+    """Returns each sequence's next token, likeliest or drawn; ends one whose scores are no numbers (any token).
 
-    A sequence whose scores are no numbers is ended here, whether it samples or not.
+    The largest score is NaN where any is, so that looking at it costs no more than choosing.
     """
+    most, best = scores.max(-1)
+    tokens = best.tolist()
+    for index, (sequence, is_number) in enumerate(zip(sequences, most.isfinite().tolist(), strict=True)):
+        if not is_number:  # on a GPU, to draw from these would break every later call too
+            sequence.fail(NoNumbers())
+        elif sequence.sampling.temperature >= LEAST_TEMPERATURE and sequence.reason is None:
+            tokens[index] = sequence.draw(scores[index])
+    return tokens
 
-    def __init__(self, sequences: Sequence[SequenceText], device: torch.device) -> None:
+
+class SequenceSampling(LogitsProcessor):
+    """Leaves each sequence its next token alone, so that generate takes it as the likeliest of all."""
+
+    def __init__(self, sequences: Sequence[SequenceText]) -> None:
         self._sequences = sequences
-        self._draws = [drawing(sequence.sampling, device) for sequence in sequences]
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input_ids: Tensor, scores: Float[Tensor, "batch vocab"]
     ) -> Float[Tensor, "batch vocab"]:
-        """The scores; where a sequence samples, all but one are minus infinity."""
-        likeliest(scores, self._sequences)
-        for index, (sequence, generator) in enumerate(zip(self._sequences, self._draws, strict=True)):
-            if generator is not None:
-                drawn = sequence.draw(scores[index], generator)
-                scores[index] = float("-inf")
-                scores[index, drawn] = 0.0
-        return scores
+        """Zero for the token of each sequence, minus infinity for all others."""
+        tokens = torch.tensor(next_tokens(scores, self._sequences), device=scores.device)
+        return torch.full_like(scores, float("-inf")).scatter_(1, tokens[:, None], 0.0)
 
 
-def likeliest(scores: Float[Tensor, "batch vocab"], sequences: Sequence[SequenceText]) -> list[int]:
-    """Each sequence's likeliest token; one whose scores are no numbers is ended, and its token is any.
-
-    The largest score is NaN where any is, so that looking at it costs no more than choosing.
-    """
-    most, tokens = scores.max(-1)
-    for sequence, is_number in zip(sequences, most.isfinite().tolist(), strict=True):
-        if not is_number:
-            sequence.fail(UserError(NO_NUMBERS))
-    return tokens.tolist()
-
-
-def drawing(sampling: Sampling, device: torch.device) -> torch.Generator | None:
-    """The generator that a sequence draws from; None where it takes the likeliest token."""
-    if sampling.temperature < LEAST_TEMPERATURE:
-        return None
-    generator = torch.Generator(device=device)
-    if sampling.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(sampling.seed)
-    return generator
-
-
-def token_of(scores: Float[Tensor, " vocab"], sampling: Sampling, generator: torch.Generator) -> int:
-    """A token drawn at the sequence's temperature from the likeliest that have `top_p` together."""
-    probabilities = (scores.float() / sampling.temperature).softmax(-1)
-    if bool(probabilities.isnan().any()):  # on a GPU, to draw from these would break every later call too
-        raise UserError(NO_NUMBERS)
-    if sampling.top_p < 1:
-        ranked, order = probabilities.sort(descending=True)
-        unlikely = order[ranked.cumsum(-1) - ranked >= sampling.top_p]
-        probabilities = probabilities.index_fill(0, unlikely, 0.0)
-    return int(torch.multinomial(probabilities, 1, generator=generator))
-
-
-def generate_options(sequences: Sequence[SequenceText], ends: Collection[int], device: torch.device) -> dict[str, Any]:
-    """The options with which transformers' generate decodes these sequences, each in its own way."""
+def generate_options(sequences: Sequence[SequenceText], ends: Collection[int]) -> dict[str, Any]:
+    """Returns the options with which transformers' generate decodes these sequences, each in its own way."""
     return {
         "stopping_criteria": StoppingCriteriaList([SequenceStops(sequences, ends)]),
-        "logits_processor": LogitsProcessorList([SequenceSampling(sequences, device)]),
+        "logits_processor": LogitsProcessorList([SequenceSampling(sequences)]),
         "num_beams": 1,  # whatever the model's folder says
     }
 
@@ -203,11 +181,11 @@ def generate_options(sequences: Sequence[SequenceText], ends: Collection[int], d
 
 MASK, POSITIONS = "attention_mask", "position_ids"
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
-"""Further inputs that have an entry for each token; the answer's tokens all have the same."""
+"""These inputs have an entry a token; all tokens of an answer have the same."""
 
 
 def may_join(arguments: Mapping[str, Any], media: Collection[str]) -> bool:
-    """Whether sequences may join those of a generate call, by what it hands to its decoding method.
+    """Tells whether sequences may join those of a generate call, by what it hands to its decoding method.
 
     They may where all that the model remembers of them is in a plain cache of keys and values, and where it is told
     each token's position.
@@ -225,7 +203,7 @@ def may_join(arguments: Mapping[str, Any], media: Collection[str]) -> bool:
 
 
 def _caches(arguments: Mapping[str, Any]) -> dict[str, DynamicCache]:
-    """The cache by its name, which transformers has changed."""
+    """Returns the cache by its name, which transformers has changed."""
     names = ("cache", "past_key_values")
     return {name: cache for name in names if isinstance(cache := arguments.get(name), DynamicCache)}
 

@@ -37,10 +37,9 @@ from dora_vl.serving.decoding import (
     Sampling,
     SequenceSampling,
     SequenceText,
-    drawing,
     generate_options,
-    likeliest,
     may_join,
+    next_tokens,
 )
 from dora_vl.serving.model import Entry, ServedModel, UnknownModel
 from dora_vl.serving.options import Settings
@@ -60,11 +59,10 @@ from dora_vl.serving.scheduler import (
 
 @dataclass
 class RunningRequest:
-    """A request in a batch: its text, and where its draws come from (None: it takes the likeliest token)."""
+    """A request in a batch, and its text."""
 
     submitted: SubmittedRequest
     text: SequenceText
-    draws: torch.Generator | None = None
 
     @property
     def share(self) -> tuple[str, float]:
@@ -74,11 +72,11 @@ class RunningRequest:
 
 Running = Sequence[RunningRequest]
 ReadPrompts = tuple[list[RunningRequest], KVCacheBatch, Float[Tensor, "batch vocab"]]
-"""Requests whose prompts the model has read, their keys and values, and the logits of each one's first token."""
+"""Holds requests whose prompts were read, their keys and values, and the logits of their first tokens."""
 
 
 def can_join(logits_processor: Any, generation_config: Any) -> bool:
-    """Whether each token is chosen by the request's own sampling; a penalty for tokens before is generate's."""
+    """Tells whether each token is chosen by the request's own sampling; a penalty for tokens before is generate's."""
     own = all(isinstance(processor, SequenceSampling) for processor in logits_processor)
     return own and not generation_config.stop_strings and generation_config.prefill_chunk_size is None
 
@@ -141,23 +139,18 @@ class BatchDecoder:
             tokens = self._next(running, logits)
 
     def _next(self, running: Running, logits: Float[Tensor, "batch vocab"]) -> list[int]:
-        """Each request's next token, which its text has taken."""
-        best = likeliest(logits, [request.text for request in running])
-        tokens = [
-            token if request.draws is None else request.text.draw(scores, request.draws)
-            for request, token, scores in zip(running, best, logits, strict=True)
-        ]
+        """Returns each request's next token, which its text has taken."""
+        tokens = next_tokens(logits, [request.text for request in running])
         for request, token in zip(running, tokens, strict=True):
             request.text.take(token, self.ends)
         return tokens
 
     def begin(self, batch: Sequence[SubmittedRequest]) -> tuple[list[RunningRequest], Mapping[str, Any]]:
-        """The requests in the order of a batch, the base first and then adapter by adapter, and their inputs."""
-        assistant = self._model.assistant
-        draws = [drawing(request.prepared.sampling, assistant.device) for request in batch]
-        running = [RunningRequest(item, self._text(item), draw) for item, draw in zip(batch, draws, strict=True)]
+        """Returns the requests in a batch's order, the base first and then adapter by adapter, and their inputs."""
+        running = [RunningRequest(request, self._text(request)) for request in batch]
         running.sort(key=lambda request: request.share)
-        return running, assistant.prompts.collate([request.submitted.prepared.sample for request in running], "left")
+        samples = [request.submitted.prepared.sample for request in running]
+        return running, self._model.assistant.prompts.collate(samples, "left")
 
     def _run(
         self,
@@ -193,7 +186,7 @@ class BatchDecoder:
             named = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria, **arguments}
             return model._sample(input_ids, generation_config=generation_config, **named)
 
-        options = generate_options([request.text for request in running], self.ends, assistant.device)
+        options = generate_options([request.text for request in running], self.ends)
         pictures = [request.submitted.prepared.pictures for request in running]
         with self._holding(running, pictures):
             assistant.new_ids(inputs, max_new_tokens=most, options={**options, "custom_generate": decode})
@@ -205,7 +198,7 @@ class BatchDecoder:
         return self._model.rows([item.entry for item in prepared], pictures or [0] * len(prepared), strengths)
 
     def _text(self, request: SubmittedRequest) -> SequenceText:
-        """The text of a request's answer, which tells its end at once, whatever the others do."""
+        """Returns the text of a request's answer, which tells its end at once, whatever the others do."""
         prepared = request.prepared
 
         def done(answer: SequenceText) -> None:
@@ -231,7 +224,7 @@ class BatchDecoder:
 def _without_finished(
     running: list[RunningRequest], tokens: list[int], cache: KVCacheBatch
 ) -> tuple[list[RunningRequest], list[int]]:
-    """The requests that go on, adapter by adapter, and their tokens; the cache keeps those alone."""
+    """Returns the requests that go on, adapter by adapter, and their tokens; the cache keeps those alone."""
     on = [index for index, request in enumerate(running) if request.text.reason is None]
     on.sort(key=lambda index: running[index].share)
     if on and on != [*range(len(running))]:
@@ -241,7 +234,7 @@ def _without_finished(
 
 log = logging.getLogger(__name__)
 CHARACTERS_OF_A_TOKEN = 32
-"""No text has as many for each of its tokens, but for few words among long runs of spaces."""
+"""No text has more characters a token, but for few words among long runs of spaces."""
 
 
 class Engine:
@@ -252,7 +245,7 @@ class Engine:
         self.settings = settings or Settings()
         self._scheduler = Scheduler(self.settings, lambda: model.assistant.prompts.encoder.one_kind_in_a_batch)
         self._encoding = threading.Lock()
-        """Tokenizers and processors are for one thread at a time."""
+        """Lets one thread at a time use tokenizers and processors."""
         self._loading = threading.Lock()
         self._decoder = BatchDecoder(model, lambda: self._scheduler.closed)
         self._thread = threading.Thread(target=self._work, name="dora-vl engine", daemon=True)
@@ -269,7 +262,7 @@ class Engine:
         fill: bool = False,
         strength: float = 1.0,
     ) -> PreparedRequest:
-        """A request for the model of this name, its prompt built and checked.
+        """Returns a request for the model of this name, its prompt built and checked.
 
         Args:
             name: an adapter's, or the base's.
@@ -398,7 +391,7 @@ class Engine:
                 self._alone(request, lambda item: self._decoder.answer([item], lambda *_: ()))
 
     def _alone(self, request: SubmittedRequest, put: Callable[[SubmittedRequest], Any]) -> Any:
-        """The result of putting one request to the model; where that fails it is told, and nobody else."""
+        """Returns the result of putting one request to the model; where that fails it is told, and nobody else."""
         try:
             return put(request)
         except Exception as error:  # noqa: BLE001 - it is this request's alone
@@ -408,7 +401,7 @@ class Engine:
             return None
 
     def _joiners(self, joined: list[SubmittedRequest], running: Running, columns: int) -> Sequence[ReadPrompts]:
-        """The requests that join a running batch, their prompts read; one that cannot be read is told so.
+        """Returns the requests that join a running batch, their prompts read; one that cannot be read is told so.
 
         Args:
             joined: gets what joins.

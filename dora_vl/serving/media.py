@@ -29,15 +29,15 @@ from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Turn
 from dora_vl.data.video import Uniform, read_frames
 from dora_vl.errors import UserError, shown
 from dora_vl.evaluation.ask import Shown
-from dora_vl.limited_process import LOOK_SECONDS, Budget, Failed, LimitedProcess
+from dora_vl.limited_process import LOOK_SECONDS, Budget, JobFailed, LimitedProcess
 from dora_vl.serving.options import Settings
 from dora_vl.serving.requests import BadRequest, Message, TextPart, TooLarge, VideoPart
 from dora_vl.serving.scheduler import TooManyRequests
 
 DECODER_MEMORY = 576 * MEBIBYTE
-"""Most bytes that a request's process may take; with its pixels here, four bytes each, a request stays below 1 GB."""
+"""A request's process may take so many bytes; with its pixels here, four bytes each, a request stays below 1 GB."""
 READING_AT_ONCE = 10
-"""Requests whose pictures are decoded at a time, or wait to become a prompt; as many processes are kept, 15 MB each."""
+"""So many requests have their pictures decoded at a time; as many processes are kept ready, 15 MB each."""
 PATIENT_SECONDS = 5.0
 """A request's pictures may take longer only while no other request waits for its turn."""
 
@@ -122,7 +122,7 @@ class Reading:
         self._process: LimitedProcess | None = None
 
     def read(self, messages: Sequence[Message]) -> tuple[list[Turn], Shown]:
-        """A request's messages as turns, and what they show."""
+        """Returns a request's messages as turns, and what they show."""
         parts = [part for message in messages for part in message.content]
         video_count = sum(isinstance(part, VideoPart) for part in parts)
         picture_count = sum(not isinstance(part, TextPart | VideoPart) for part in parts)
@@ -156,12 +156,12 @@ class Reading:
                 raise TooLarge(f"{who} {count} {what}, and {most} are allowed here")
 
     def picture(self, content: bytes, where: str) -> Image.Image:
-        """A picture's file as RGB, upright."""
+        """Returns a picture's file as RGB, upright."""
         with _told(where):
             return decoded(self._its_process(), content, self._budget)
 
     def video(self, content: bytes, where: str) -> Video:
-        """The frames of a video's file that a model sees."""
+        """Returns the frames of a video's file that a model sees."""
         sampling = Uniform(self.settings.frames)
         with tempfile.TemporaryDirectory(prefix="dora-vl-") as folder, _told(where):
             path = Path(folder) / "video"
@@ -192,14 +192,14 @@ def _told(where: str) -> Iterator[None]:
     """Says where in the request what could not be read stands."""
     try:
         yield
-    except Failed as error:
+    except JobFailed as error:
         if error.kind == TooManyPixels.__name__:
             raise TooLarge(f"{where}: it {error}") from None
         raise BadRequest(where, f"it {error}") from None
 
 
 def words(text: str, where: str, *, shows_videos: bool) -> str:
-    """A person's words, which may not hold what stands for a picture or a video. Raises BadRequest: they do."""
+    """Returns a person's words, which may not hold what stands for a picture or a video. Raises BadRequest: they do."""
     for placeholder in (IMAGE_PLACEHOLDER, *([VIDEO_PLACEHOLDER] if shows_videos else [])):
         if placeholder in text:
             raise BadRequest(where, f"the text holds {placeholder}; pictures and videos are parts of their own")
@@ -224,7 +224,7 @@ def _from_data_url(url: str, where: str, most: int) -> bytes:
 
 MOST_REDIRECTS = 3
 NOT_PUBLIC = tuple(map(ipaddress.ip_network, ("192.88.99.0/24", "3fff::/20", "5f00::/16")))
-"""Special addresses that Python's own tables lack: 6to4 relays, documentation, segment routing."""
+"""Python's own tables lack these special addresses: 6to4 relays, documentation, segment routing."""
 
 
 class NotFetched(UserError):
@@ -232,7 +232,7 @@ class NotFetched(UserError):
 
 
 def fetch(url: str, most: int, seconds: float) -> bytes:
-    """The content of an address: so many bytes at most, in so many seconds.
+    """Returns the content of an address: so many bytes at most, in so many seconds.
 
     Raises:
         NotFetched: no http(s) address, one that leads to a private, loopback, link-local or other special address,
@@ -282,7 +282,7 @@ async def _fetch(url: str, most: int) -> bytes:
 
 
 def public_address(host: str) -> str:
-    """An IP address of a host, all of whose addresses are public."""
+    """Returns an IP address of a host, all of whose addresses are public."""
     try:
         entries = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
@@ -295,7 +295,7 @@ def public_address(host: str) -> str:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address belongs to the open internet, also where IPv6 only wraps an IPv4 one."""
+    """Tells whether an IP address belongs to the open internet, also where IPv6 only wraps an IPv4 one."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         inside = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)

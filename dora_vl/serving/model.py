@@ -46,7 +46,7 @@ class Entry:
     alone: bool = False
 
     def share(self, strength: float = 1.0) -> Share | None:
-        """What a row has of it at this strength; None is the base."""
+        """Returns what a row has of it at this strength; None is the base."""
         return None if self.name is None or strength == 0 else Share(self.name, strength)
 
 
@@ -80,7 +80,7 @@ class ServedModel:
         return tuple(self._entries)
 
     def entry(self, name: str) -> Entry:
-        """How a model of this name is asked. Raises UnknownModel: there is none."""
+        """Tells how a model of this name is asked. Raises UnknownModel: there is none."""
         if name not in self._entries:
             raise UnknownModel(f"no model {shown(name)} is served; there are {', '.join(self._entries)}")
         return self._entries[name]
@@ -170,7 +170,7 @@ def open_served(
     template: str | None = None,
     any_base: bool = False,
 ) -> ServedModel:
-    """A base with its adapters; see `ServedModel`. Without `model`, the base is the first adapter's."""
+    """Returns a base with its adapters; see `ServedModel`. Without `model`, the base is the first adapter's."""
     first = next(iter(adapters.values()), None)
     if first is None:
         request = ModelRequest(model=model, template=template)
@@ -186,7 +186,7 @@ def open_served(
 
 
 def source_on(served: ModelSource, folder: Path, *, template: str | None, any_base: bool) -> ModelSource:
-    """An adapter over the base that is served; no weight is read."""
+    """Returns an adapter over the base that is served; no weight is read."""
     request = ModelRequest(adapter=folder, base=served.base, any_base=True, template=_template_of(folder, template))
     source = find_source(request)
     stated = str(source.recipe.get("base_sha256") or "")
@@ -209,7 +209,7 @@ def source_on(served: ModelSource, folder: Path, *, template: str | None, any_ba
 
 @cache
 def _sha256_of(base: str, revision: str | None) -> str | None:
-    """The hash of a base's content; None of one on the hub that is not here yet."""
+    """Returns the hash of a base's content; None of one on the hub that is not here yet."""
     try:
         return content_hash(local_folder(base, revision))
     except OSError:
@@ -217,5 +217,5 @@ def _sha256_of(base: str, revision: str | None) -> str | None:
 
 
 def _template_of(adapter: Path, template: str | None) -> str | None:
-    """A prompt format for a folder that does not say its own."""
+    """Returns a prompt format for a folder that does not say its own."""
     return None if "base" in read_recipe(adapter) else template

@@ -32,7 +32,7 @@ def between(kind: type[Any], low: float | int, high: float | int = sys.maxsize) 
 
 
 def host_name(address: str) -> str | None:
-    """The host of `host[:port]`; None where it is none."""
+    """Returns the host of `host[:port]`; None where it is none."""
     match = re.fullmatch(r"(?:\[(?P<v6>[0-9a-f:.]+)\]|(?P<name>[^\[\]:/?#@\\\s]+))(?::\d*)?", address)
     return match and (match["v6"] or match["name"].removesuffix("."))
 
@@ -55,7 +55,7 @@ def add_address(to: argparse.ArgumentParser, *, port: int) -> None:
 
 
 def option(group: str, default: Any, kind: Callable[[str], Any], text: str) -> Any:
-    """A field that is an option of the command line too, under its own name."""
+    """Returns a field that is an option of the command line too, under its own name."""
     return field(default=default, metadata={"group": group, "type": kind, "help": text})
 
 
@@ -104,7 +104,7 @@ class Settings:
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Settings:
-        """The settings of a command line; what a command has no option for keeps its default."""
+        """Returns the settings of a command line; what a command has no option for keeps its default."""
         names = {entry.name for entry in fields(cls)}
         return cls(**{name: value for name, value in vars(options).items() if name in names})
 
@@ -125,7 +125,7 @@ def add_options(parser: argparse.ArgumentParser, *groups: str) -> None:
 
 
 def adapters_by_name(options: Sequence[str]) -> dict[str, Path]:
-    """The adapters' folders by name: as `NAME=DIR` states, else as their run is called."""
+    """Returns the adapters' folders by name: as `NAME=DIR` states, else as their run is called."""
     adapters: dict[str, Path] = {}
     for text in options:
         stated, sign, rest = text.partition("=")
@@ -141,7 +141,7 @@ def adapters_by_name(options: Sequence[str]) -> dict[str, Path]:
 
 
 def run_name(folder: Path) -> str:
-    """An adapter's name: that of its run's folder, and the number of the checkpoint that it is from."""
+    """Returns an adapter's name: that of its run's folder, and the number of the checkpoint that it is from."""
     parts = list(folder.resolve().parts)
     parts = parts[:-1] if parts[-1] == "adapter" else parts
     if re.fullmatch(r"checkpoint-\d+", parts[-1]) and len(parts) > 1:
@@ -150,7 +150,7 @@ def run_name(folder: Path) -> str:
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket on this address, taken before the weights are read."""
+    """Returns a socket on this address, taken before the weights are read."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)

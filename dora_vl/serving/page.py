@@ -30,10 +30,10 @@ TAKE_QUESTION, DIAL = STYLE.with_name("take_question.js"), STYLE.with_name("dial
 FONT, MONOSPACE = ("system-ui", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"), ("ui-monospace", "monospace")
 """The visitor's own system has these fonts: none is fetched."""
 STRONGEST, STEP = 2.0, 0.05
-"""The dial ends here; a request may ask for more."""
+"""The dial ends at 2; a request may ask for more."""
 LONGEST_ANSWER = 1024
 Update = dict[Any, Any]
-"""New values of the page's parts; parts that are not named keep theirs."""
+"""Maps parts of the page to new values; other parts keep theirs."""
 
 
 class QuietServer(uvicorn.Server):
@@ -46,7 +46,7 @@ class QuietServer(uvicorn.Server):
 
 
 def build_page_app(page: Page, rules: AccessRules, *, upload_bytes: int) -> FastAPI:
-    """The application.
+    """Returns the application.
 
     Args:
         upload_bytes: largest file that is taken at all.
@@ -163,7 +163,7 @@ class Page:
                 self.asked = gr.Textbox(visible="hidden")
 
     def _examples(self) -> gr.Dataset:
-        """Rows of a small picture and its question."""
+        """Returns rows of a small picture and its question."""
         return gr.Dataset(
             components=[gr.HTML(render=False), gr.Textbox(render=False)],
             samples=[
@@ -222,7 +222,7 @@ class Page:
     # -- what a person does ------------------------------------------------------------------------------------
 
     def show_files(self, person: str, paths: list[str] | str | None) -> Any:
-        """Files were chosen: they are read at once and deleted, and a conversation about them begins."""
+        """Returns files were chosen: they are read at once and deleted, and a conversation about them begins."""
         files = [Path(path) for path in ([paths] if isinstance(paths, str) else paths or [])]
         if not files:
             return gr.skip()
@@ -238,22 +238,22 @@ class Page:
                 self.uploads.delete(file)
 
     def show_nothing(self, person: str) -> Update:
-        """The pictures go, and the conversation with them."""
+        """Returns the pictures go, and the conversation with them."""
         return self._begun(Conversation(), person)
 
     def begin_anew(self, person: str, conversation: Conversation | None) -> Update:
-        """The same pictures, and nothing said about them yet."""
+        """Returns the same pictures, and nothing said about them yet."""
         return self._begun(Conversation(shown=conversation.shown if conversation else NOTHING), person)
 
     def take_example(self, person: str, number: int) -> Update:
-        """An example was clicked: its picture is shown, its question typed."""
+        """Returns an example was clicked: its picture is shown, its question typed."""
         example = self.examples[number]
         begun = self._begun(Conversation(shown=Shown(pictures=(example.picture,))), person)
         return {**begun, self.question: example.question}
 
     @no_type_check  # a wrapper that checks types hides from Gradio that this is a generator
     def ask(self, person: str, conversation: Conversation | None, *chosen: Any) -> Iterator[Update]:
-        """A question was taken from its box; `question` has its number before it, and is answered once."""
+        """Yields a question was taken from its box; `question` has its number before it, and is answered once."""
         *settings, question, answered = chosen
         if question == answered:
             yield gr.skip()
@@ -263,7 +263,7 @@ class Page:
 
     @no_type_check  # as above
     def ask_again(self, person: str, conversation: Conversation | None, *chosen: Any) -> Iterator[Update]:
-        """The last question once more, to the models as they are chosen now; nothing where just these were asked it."""
+        """Asks the last question once more, of the models chosen now; nothing where just these answered it."""
         yield from self._answers(person, conversation, chosen, None)
 
     def leave(self, request: gr.Request) -> None:
@@ -287,7 +287,7 @@ class Page:
     def _answers(
         self, person: str, conversation: Conversation | None, chosen: Sequence[Any], question: str | None
     ) -> Iterator[Update]:
-        """The conversation as it grows by the answers to a question.
+        """Yields the conversation as it grows by the answers to a question.
 
         Args:
             conversation: None where Gradio has let go of it.
@@ -331,5 +331,5 @@ class Page:
 
 
 def _begin(request: gr.Request) -> tuple[str, Conversation, Any]:
-    """The page is ready, and a person has it open, as Gradio knows them: questions are taken from now on."""
+    """Returns the page is ready, and a person has it open, as Gradio knows them: questions are taken from now on."""
     return str(request.session_hash), Conversation(), gr.update(interactive=True)

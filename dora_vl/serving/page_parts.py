@@ -21,7 +21,7 @@ from dora_vl.evaluation.baselines import EXCHANGED
 from dora_vl.evaluation.predictions import PREDICTIONS, Prediction, read_predictions
 from dora_vl.run.folder import SETTINGS
 from dora_vl.run.watched import evenly
-from dora_vl.serving.side_by_side import Answer, Conversation
+from dora_vl.serving.side_by_side import ColumnAnswer, Conversation
 
 THUMB_PX = 320
 ENDINGS = {"length": " · as long as allowed", "ended": " · stopped"}
@@ -29,7 +29,7 @@ NO_WORDS = '<span class="dv-faint">(no words)</span>'
 
 
 def shown_view(shown: Shown, *, frames_are_pictures: bool = False) -> str:
-    """The pictures, and a video's frames with their times, as the model sees them.
+    """Returns the pictures, and a video's frames with their times, as the model sees them.
 
     Args:
         frames_are_pictures: the model takes no videos, and sees their frames as so many pictures.
@@ -46,7 +46,7 @@ def shown_view(shown: Shown, *, frames_are_pictures: bool = False) -> str:
 
 
 def column_view(conversation: Conversation, column: int, *, named: str) -> str:
-    """What one model was asked and said."""
+    """Returns what one model was asked and said."""
     if not conversation.exchanges:
         return (
             f'<div class="dv-conversation"><p class="dv-faint dv-nothing">{escape(named)} will answer here.</p></div>'
@@ -59,11 +59,11 @@ def column_view(conversation: Conversation, column: int, *, named: str) -> str:
 
 
 def notice_view(text: str) -> str:
-    """What went wrong; nothing where nothing did."""
+    """Returns what went wrong; nothing where nothing did."""
     return f'<div class="dv-notice" role="alert">{escape(text)}</div>' if text else ""
 
 
-def _answer_view(answer: Answer) -> str:
+def _answer_view(answer: ColumnAnswer) -> str:
     words = escape(answer.text)
     if not answer.over:
         words += '<span class="dv-caret"></span>'
@@ -74,7 +74,7 @@ def _answer_view(answer: Answer) -> str:
     return message + trouble + f'<div class="dv-tally">{escape(tally(answer))}</div>'
 
 
-def tally(answer: Answer) -> str:
+def tally(answer: ColumnAnswer) -> str:
     """Who answered, tokens and speed, in a line."""
     choice = answer.choice
     who = choice.name if choice.strength == 1 else f"{choice.name} at {choice.strength:g}"
@@ -92,7 +92,7 @@ def _figure(picture: Image.Image, caption: str) -> str:
 
 
 def data_url(picture: Image.Image) -> str:
-    """A small copy; a tiny picture as it is, to the pixel."""
+    """Returns a small copy; a tiny picture as it is, to the pixel."""
     small = picture.copy()
     small.thumbnail((THUMB_PX, THUMB_PX))
     kind = "PNG" if max(picture.size) <= THUMB_PX else "JPEG"
@@ -110,7 +110,7 @@ class ExampleQuestion:
 
 
 def example_questions(adapter: Path, most: int = 6) -> tuple[ExampleQuestion, ...]:
-    """A few questions with one picture each from the test of the run that an adapter is of; none where it has none."""
+    """Returns a few questions with one picture each from the test of an adapter's run, if it has any."""
     chosen: dict[str, ExampleQuestion] = {}
     for run in adapter.resolve().parents[:2]:  # an adapter is in its run's folder, or in a checkpoint's
         for example in _of_test(run, most):
@@ -120,7 +120,7 @@ def example_questions(adapter: Path, most: int = 6) -> tuple[ExampleQuestion, ..
 
 
 def _of_test(run: Path, most: int) -> Iterator[ExampleQuestion]:
-    """One of each kind of question, then the next of each, evenly from the whole test."""
+    """Yields one of each kind of question, then the next of each, evenly from the whole test."""
     try:
         settings = json.loads((run / SETTINGS).read_bytes())
         by_set = read_predictions(run / PREDICTIONS)

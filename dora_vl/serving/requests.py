@@ -17,7 +17,7 @@ MOST_MESSAGES, MOST_PARTS, MOST_FIELDS = 512, 256, 64
 
 
 def _few(value: Any) -> Any:
-    """An object of at most so many fields: one that is wrong costs memory, and a message, for each."""
+    """Returns an object of at most so many fields: one that is wrong costs memory, and a message, for each."""
     if isinstance(value, dict) and len(value) > MOST_FIELDS:
         raise ValueError(f"it has {len(value):,} fields, and {MOST_FIELDS} are allowed")
     return value
@@ -170,13 +170,13 @@ class BadRequest(UserError):
 
 Model = TypeVar("Model", bound=BaseModel)
 MOST_VALUES = 1_000_000
-"""Commas and opening brackets of a request, in texts too: each value has one before it, and takes a hundred bytes."""
+"""A request may have so many commas and opening brackets: each value has one before it, and takes a hundred bytes."""
 LONGEST_PLACE, LONGEST_REASON = 80, 300
 _TAG = re.compile(r"(\.content\[\d+\])\.(?:text|image_url|video_url)")
 
 
 def parsed(kind: type[Model], content: bytes) -> Model:
-    """A request's JSON, checked."""
+    """Returns a request's JSON, checked."""
     if sum(map(content.count, (b",", b"[", b"{"))) > MOST_VALUES:
         raise TooLarge(f"the request holds more than {MOST_VALUES:,} commas and opening brackets; none needs as many")
     try:

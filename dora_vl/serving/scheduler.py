@@ -36,7 +36,7 @@ class Stopped(UserError):
 
 
 def unloaded(name: str) -> Stopped:
-    """The error for a request whose adapter was there when it came, and is no longer."""
+    """Returns the error for a request whose adapter was there when it came, and is no longer."""
     return Stopped(f"adapter {name} was unloaded before its answer began")
 
 
@@ -178,7 +178,7 @@ class Scheduler:
             self._changed.notify()
 
     def remove(self, name: str) -> list[SubmittedRequest]:
-        """The requests for an adapter, which wait no longer."""
+        """Returns the requests for an adapter, which wait no longer."""
         with self._changed:
             gone = [request for request in self._waiting if request.prepared.entry.name == name]
             self._waiting = deque(request for request in self._waiting if request.prepared.entry.name != name)
@@ -207,7 +207,7 @@ class Scheduler:
         done.result()
 
     def next_batch(self) -> list[SubmittedRequest] | None:
-        """The next batch: waits for a request, and a little for others; None when it is closed. Changes come first."""
+        """Waits for a request, and a little for others; None when it is closed. Changes come first."""
         while True:
             with self._changed:
                 while not (self._waiting or self._changes or self.closed):
@@ -227,7 +227,7 @@ class Scheduler:
                     done.set_result(None)
 
     def next_joiners(self, running: int, columns: int, left: int) -> list[SubmittedRequest]:
-        """Those that may come to a running batch; none where the first that waits may not, or a change waits.
+        """Returns those that may come to a running batch; none where the first that waits may not, or a change waits.
 
         Args:
             running: how many requests the batch has.
@@ -254,7 +254,7 @@ class Scheduler:
     def _take(
         self, room: Callable[[Sequence[PreparedRequest]], bool] = lambda requests: True
     ) -> list[SubmittedRequest]:
-        """The first of those that wait, and those after it that fit beside it, in order; none where it has no room."""
+        """Takes the first that waits, and those after it that fit beside it; none where it has no room."""
         self._drop_unwanted()
         batch: list[SubmittedRequest] = []
         left: deque[SubmittedRequest] = deque()
@@ -268,7 +268,7 @@ class Scheduler:
         return batch
 
     def _fit(self, requests: Sequence[PreparedRequest]) -> bool:
-        """Whether these can be one batch."""
+        """Tells whether these can be one batch."""
         if len(requests) == 1:
             return True
         if len(requests) * max(request.tokens for request in requests) > self._settings.batch_tokens:

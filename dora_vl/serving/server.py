@@ -43,7 +43,7 @@ from dora_vl.serving.scheduler import (
 async def chunks(
     request: ChatRequest, event: Event, submitted: SubmittedRequest, events: asyncio.Queue[Event]
 ) -> AsyncIterator[str]:
-    """The events of one answer as OpenAI's chunks, server-sent; whoever closes this ends the answer.
+    """Returns the events of one answer as OpenAI's chunks, server-sent; whoever closes this ends the answer.
 
     Args:
         event: the first one.
@@ -208,7 +208,7 @@ class Server:
             self._held -= 1
 
     def _prepared(self, body: ChatRequest, go_on: Callable[[], object]) -> PreparedRequest:
-        """The request's prompt, its pictures and videos read; in a thread of its own, where `go_on` may end it."""
+        """Prepares a request, its pictures and videos read, in a thread of its own, where `go_on` may end it."""
         go_on()
         settings = self.settings
         sampling = Sampling(
@@ -232,13 +232,13 @@ class Server:
             )
 
     def _adapter_root(self) -> Path:
-        """The folder below which clients may load adapters."""
+        """Returns the folder below which clients may load adapters."""
         if self._root is None:
             raise UserError("this server's clients load and drop no adapters; start it with --adapter-root FOLDER")
         return self._root
 
     async def _answer(self, client: WaitingClient, body: ChatRequest) -> Response:
-        """The answer, as long as the client waits for it.
+        """Returns the answer, as long as the client waits for it.
 
         What goes wrong before the first piece of a stream has its own status, as in a whole answer.
         """
@@ -270,7 +270,7 @@ class Server:
 
 
 def build_app(server: Server) -> FastAPI:
-    """The application: routes, and every error as OpenAI's JSON."""
+    """Returns the application: routes, and every error as OpenAI's JSON."""
     app = FastAPI(title="dora-vl serve", docs_url=None, redoc_url=None, openapi_url=None)
     largest = int(server.settings.max_body_mib * MIB)
     app.add_middleware(

@@ -28,7 +28,7 @@ NOTHING = Shown()
 PACE_SECONDS = 0.04
 """Pieces that come within this time are shown together."""
 HALT = Failed(Stopped("stopped"))
-"""The event that ends a stopped answer for its reader; the engine ends it at the next token."""
+"""Ends a stopped answer for its reader; the engine ends it at the next token."""
 FAILED = "the model failed to answer; what went wrong is in the terminal of dora-vl demo"
 
 
@@ -41,7 +41,7 @@ class ModelChoice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class ColumnAnswer:
     """What a model has said to a question so far.
 
     Attributes:
@@ -63,7 +63,7 @@ class Answer:
         """Whether nothing more comes."""
         return self.reason is not None or bool(self.trouble)
 
-    def after(self, event: Event, seconds: float) -> Answer:
+    def after(self, event: Event, seconds: float) -> ColumnAnswer:
         """This answer once an event has come."""
         if isinstance(event, Piece):
             return replace(self, text=self.text + event.text, seconds=seconds)
@@ -80,7 +80,7 @@ class Exchange:
     """A question and its answers, one a column."""
 
     question: str
-    answers: tuple[Answer, ...]
+    answers: tuple[ColumnAnswer, ...]
 
     @property
     def over(self) -> bool:
@@ -96,7 +96,7 @@ class Conversation:
     exchanges: tuple[Exchange, ...] = ()
 
     def turns(self, column: int, question: str) -> list[Turn]:
-        """What a column's model is told: the conversation so far as it went there, then the question."""
+        """Returns what a column's model is told: the conversation so far as it went there, then the question."""
         turns: list[Turn] = []
         for exchange in self.exchanges:
             message = exchange.answers[column].text
@@ -108,7 +108,7 @@ class Conversation:
 
 
 def error_text(error: Exception) -> str:
-    """The words about an error for whoever asked; what went wrong inside the program is for its log."""
+    """Returns the words about an error for whoever asked; what went wrong inside the program is for its log."""
     if isinstance(error, BadSample):
         return error.reason
     return one_line(str(error)) if isinstance(error, UserError) else FAILED
@@ -130,7 +130,7 @@ class SideBySide:
         self.media.close()
 
     def look(self, files: Sequence[Path]) -> Shown:
-        """The pictures and videos in some files, as a model will see them."""
+        """Returns the pictures and videos in some files, as a model will see them."""
         # By their names; what a file really is shows when it is read.
         videos = [file for file in files if str(mimetypes.guess_type(file.name)[0]).startswith("video/")]
         pictures = [file for file in files if file not in videos]
@@ -144,7 +144,7 @@ class SideBySide:
     def ask(
         self, person: str, conversation: Conversation, question: str, choices: Sequence[ModelChoice], sampling: Sampling
     ) -> Iterator[Conversation]:
-        """The conversation with one more question, again and again while the answers grow; the last one is whole.
+        """Yields the conversation with one more question again and again while the answers grow.
 
         Whoever stops reading ends the answers, and so does `stop`.
 
@@ -168,7 +168,7 @@ class SideBySide:
             )
             for column, choice in enumerate(choices)
         ]
-        exchange = Exchange(question=question, answers=tuple(Answer(choice=choice) for choice in choices))
+        exchange = Exchange(question=question, answers=tuple(ColumnAnswer(choice=choice) for choice in choices))
         running, start = _Running(), time.monotonic()
         try:
             for column, request in enumerate(prepared):
@@ -213,7 +213,7 @@ class _Running:
 
     handed_in: list[SubmittedRequest] = field(default_factory=list)
     events: Events = field(default_factory=queue.SimpleQueue)
-    """The events of all columns, each with its column's number."""
+    """Brings the events of all columns, each with its column's number."""
 
     def halt(self) -> None:
         """Ends all of it; whoever reads is told at once."""
@@ -223,7 +223,7 @@ class _Running:
 
 
 def _after(exchange: Exchange, events: Events, start: float) -> Exchange:
-    """The exchange once the next event has come, and those close behind it."""
+    """Returns the exchange once the next event has come, and those close behind it."""
     until = None
     while not exchange.over:
         left = None if until is None else until - time.monotonic()

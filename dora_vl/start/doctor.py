@@ -30,7 +30,7 @@ PROGRAMS = {
     "ninja": "DeepSpeed compiles its operators",
     "g++": "training.deepspeed zero3_offload",
 }
-"""What some settings need beside Python."""
+"""Some settings need these programs."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def declared(lines: list[str] | None) -> tuple[list[str], Mapping[str, list[str]]]:
-    """Names of the packages that are needed, and of each extra's, as the distribution's metadata declares them."""
+    """Returns the packages that are needed, and those of each extra, as the metadata declares them."""
     needed: list[str] = []
     extras: dict[str, list[str]] = {}
     for line in lines or ():
@@ -106,7 +106,7 @@ def places() -> list[Path]:
 
 
 def why_not_writable(path: Path) -> str:
-    """Why no file can be made below a folder, by trying it in the nearest one that is there; empty where one can."""
+    """Tells why no file can be made below a folder, by trying it in the nearest that is there; "" where one can."""
     nearest = next((folder for folder in (path, *path.parents) if folder.is_dir()), path)
     try:
         with tempfile.TemporaryFile(dir=nearest):
@@ -116,7 +116,7 @@ def why_not_writable(path: Path) -> str:
 
 
 def _installed(name: str) -> str:
-    """The version of an installed package; empty where it is not."""
+    """Returns the version of an installed package; empty where it is not."""
     try:
         return version(name)
     except PackageNotFoundError:

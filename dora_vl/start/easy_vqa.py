@@ -32,7 +32,7 @@ Record = dict[str, object]
 
 PLACEHOLDER = "<image>"
 SO = ", so "
-"""What stands between what an answer sees and the answer itself; `evaluation.answer_after` of the demo's run."""
+"""Parts what an answer sees from the answer itself; the demo's run has it as `evaluation.answer_after`."""
 YES_NO = frozenset({"yes", "no"})
 NEGATIONS = frozenset({"no", "not"})
 _ROWS = TypeAdapter(list[tuple[str, str, int]])
@@ -49,7 +49,7 @@ class Question:
 
 
 def read_answers(folder: Path) -> frozenset[str]:
-    """The package's list of all possible answers (13 of them)."""
+    """Returns the package's list of all possible answers (13 of them)."""
     path = folder / "answers.txt"
     if not path.is_file():
         raise UserError(f"{path} is missing; dora-vl quickstart --fetch-only fetches the package")
@@ -57,7 +57,7 @@ def read_answers(folder: Path) -> frozenset[str]:
 
 
 def read_questions(folder: Path, split: str, answers: frozenset[str]) -> list[Question]:
-    """The questions of one of the package's splits, in its own order."""
+    """Returns the questions of one of the package's splits, in its own order."""
     path = folder / split / "questions.json"
     try:
         rows = _ROWS.validate_json(path.read_text(encoding="utf-8-sig"), strict=True)
@@ -80,12 +80,12 @@ def read_questions(folder: Path, split: str, answers: frozenset[str]) -> list[Qu
 
 
 def picture_path(split: str, number: int) -> str:
-    """A picture's path relative to the package's data folder."""
+    """Returns a picture's path relative to the package's data folder."""
     return f"{split}/images/{number}.png"
 
 
 def kind_of(question: Question) -> str:
-    """What is asked for: "color", "shape", "yes/no", or "yes/no negated" ("is no blue shape present?").
+    """Returns what is asked for: "color", "shape", "yes/no", or "yes/no negated" ("is no blue shape present?").
 
     Read from the question, not from the answer, which may say more than the package's own.
     """
@@ -96,7 +96,7 @@ def kind_of(question: Question) -> str:
 
 
 def shows(question: Question) -> bool:
-    """Whether a yes/no question asks about something that the picture shows."""
+    """Tells whether a yes/no question asks about something that the picture shows."""
     negated = kind_of(question) == "yes/no negated"
     return (question.answer == "yes") != negated
 
@@ -130,7 +130,7 @@ def conversation(question: Question) -> list[dict[str, str]]:
 
 
 def seen_in_pictures(questions: Iterable[Question]) -> dict[int, str]:
-    """Such as "blue circle", for each picture whose colour and shape were both asked for."""
+    """Returns such as "blue circle", for each picture whose colour and shape were both asked for."""
     facts_of: dict[int, dict[str, str]] = defaultdict(dict)
     for question in questions:
         facts_of[question.picture][kind_of(question)] = question.answer
@@ -142,7 +142,7 @@ def seen_in_pictures(questions: Iterable[Question]) -> dict[int, str]:
 
 
 def reasoned(questions: Iterable[Question], seen: Mapping[int, str]) -> list[Question]:
-    """The questions with answers that say what is seen first; those about pictures that nobody described are left out.
+    """Returns the questions with answers that say what is seen first, without pictures that nobody described.
 
     Three of four questions want yes or no, which says little about a picture: a model trained on bare answers learned
     colours and shapes, and still answered every yes/no question alike after 4,800 samples (62 % of a test set right;
@@ -160,7 +160,7 @@ def reasoned(questions: Iterable[Question], seen: Mapping[int, str]) -> list[Que
 
 
 def training_records(questions: Sequence[Question], seed: int) -> list[Record]:
-    """One question a record, in one shuffled list."""
+    """Returns one question a record, in one shuffled list."""
     by_picture: dict[int, list[Question]] = defaultdict(list)
     for question in questions:
         by_picture[question.picture].append(question)
@@ -180,7 +180,7 @@ def training_records(questions: Sequence[Question], seed: int) -> list[Record]:
 
 
 def single_records(questions: Iterable[Question], *, name: str, split: str, seed: int) -> list[Record]:
-    """One question a record, with its kind, in an order shuffled by the seed."""
+    """Returns one question a record, with its kind, in an order shuffled by the seed."""
     records: list[Record] = [
         {
             "id": f"easyvqa-{name}-{question.index:05d}",

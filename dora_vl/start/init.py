@@ -28,7 +28,7 @@ from dora_vl.data.readers import read_row
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, SPEAKERS, VIDEO_PLACEHOLDER
 from dora_vl.errors import BadSample, UserError, shown_names, shown_text
 from dora_vl.files import clear_leftovers, content_key, whole_folder
-from dora_vl.limited_process import Failed
+from dora_vl.limited_process import JobFailed
 from dora_vl.start.run_file import (
     MOST_NAMES,
     Data,
@@ -117,7 +117,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _target(arguments: argparse.Namespace) -> tuple[Path, bool]:
-    """The run's folder, and whether an earlier init's files in it are replaced."""
+    """Returns the run's folder, and whether an earlier init's files in it are replaced."""
     name = re.sub(r"[^\w.\-]+", "_", arguments.folder.resolve().name).strip("._") or "my"
     to: Path = arguments.to or Path("runs") / name
     if to.exists() and not to.is_dir():
@@ -141,7 +141,7 @@ def _target(arguments: argparse.Namespace) -> tuple[Path, bool]:
     return to, bool(earlier)
 
 
-def _data(look: Look, halves: Mapping[str, Sequence[Row]], to: Path) -> Data:
+def _data(look: Look, halves: Mapping[str, Sequence[UsableRow]], to: Path) -> Data:
     answers = [text for row in look.rows for text in row.texts("assistant")]
     words = [len(text.split()) for text in answers]
     return Data(
@@ -158,7 +158,7 @@ def _data(look: Look, halves: Mapping[str, Sequence[Row]], to: Path) -> Data:
     )
 
 
-def _write(staging: Path, halves: Mapping[str, Sequence[Row]], text: str) -> None:
+def _write(staging: Path, halves: Mapping[str, Sequence[UsableRow]], text: str) -> None:
     """Writes all files and reads the settings as a run would."""
     from dora_vl.run.reading import read_run_file
 
@@ -181,7 +181,7 @@ def _on_gpu() -> bool:
 
 
 def _program(name: str) -> str:
-    """A program of this environment, as a shell finds it: it may be in no PATH."""
+    """Returns a program of this environment, as a shell finds it: it may be in no PATH."""
     own, in_path = Path(sys.executable).with_name(name), shutil.which(name)
     if own.exists() and not (in_path and own.samefile(in_path)):
         return quote(str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own))
@@ -190,7 +190,7 @@ def _program(name: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class UsableRow:
     """One usable sample; `split` is what its picture's folder says."""
 
     conversation: Example
@@ -203,7 +203,7 @@ class Row:
         return (*self.conversation.images, *(clip.path for clip in self.conversation.videos))
 
     def texts(self, role: str) -> list[str]:
-        """What the user, or the assistant, says, without placeholders."""
+        """Returns what the user, or the assistant, says, without placeholders."""
         texts = [turn.text for turn in self.conversation.turns if turn.role == role]
         return [text.replace(IMAGE_PLACEHOLDER, "").replace(VIDEO_PLACEHOLDER, "").strip() for text in texts]
 
@@ -243,7 +243,7 @@ class Pictures:
         self.keys[name] = content_key(path)
         try:
             facts = picture_facts(path, decode=False)
-        except Failed:  # a video, or no picture that can be read
+        except JobFailed:  # a video, or no picture that can be read
             self.formats[path.suffix.lstrip(".").upper() or "other"] += 1
             return
         self.formats[facts["format"]] += 1
@@ -270,10 +270,10 @@ class Look:
     format: str
     columns: Sequence[str]
     read: int
-    rows: Sequence[Row]
+    rows: Sequence[UsableRow]
     pictures: Pictures
     unnamed: int
-    asked: bool
+    has_question: bool
     trouble: Sequence[str]
     doubts: Sequence[str]
 
@@ -300,7 +300,7 @@ class Look:
         return False
 
     def lines(self) -> Iterator[str]:
-        """What is told of it."""
+        """Yields what is told of it."""
         yield f"{self.questions}: {self.format}, {self.read:,} rows, {len(self.rows):,} usable"
         yield from self.columns
         pictures = self.pictures
@@ -344,10 +344,10 @@ class Look:
     @property
     def has_classes(self) -> bool:
         """Whether one question is asked of all, and its answers come again."""
-        return self.asked and 2 * len(self.answers) <= len(self.rows)
+        return self.has_question and 2 * len(self.answers) <= len(self.rows)
 
-    def held_out(self, halves: Mapping[str, Sequence[Row]], chosen: str) -> Iterator[str]:
-        """What is told of how the rows are parted."""
+    def held_out(self, halves: Mapping[str, Sequence[UsableRow]], chosen: str) -> Iterator[str]:
+        """Yields what is told of how the rows are parted."""
         media = {name: {self.pictures.keys[key] for row in rows for key in row.media} for name, rows in halves.items()}
         counts = {
             name: f"{len(rows):,} rows about {len({key for row in rows for key in row.media}):,}"
@@ -378,11 +378,11 @@ def look_at(folder: Path, records: DataFiles, *, media_to: Path, columns: Column
     first = map(FileCheck(questions, columns=columns).read, islice(records.rows(), MOST_NAMES))
     examples = [row for row in first if isinstance(row, Example)]
     holds_pictures = any(example.image_bytes for example in examples)
-    names = [name for row in examples for name in Row(conversation=row).media if name not in row.image_bytes]
+    names = [name for row in examples for name in UsableRow(conversation=row).media if name not in row.image_bytes]
     root = media_to if holds_pictures else root_of_pictures(folder, questions, names)
     media = MediaCheck(MediaFolder(root, follow_links=True), decode=True)
     check = FileCheck(questions, columns=columns, media=media)
-    rows: list[Row] = []
+    rows: list[UsableRow] = []
     size = sum(file.stat().st_size for file in records.files)
     with tqdm(total=size, unit="B", unit_scale=True, desc="reading", disable=None, leave=False) as bar:
         for record in records.rows(bar.update):
@@ -416,14 +416,16 @@ def look_at(folder: Path, records: DataFiles, *, media_to: Path, columns: Column
         rows=rows,
         pictures=pictures,
         unnamed=max(0, picture_count - len(pictures.keys)),
-        asked=bool(columns.ask),
+        has_question=bool(columns.ask),
         trouble=trouble if len(trouble) > 1 else (),  # the first line is the heading
         doubts=doubts if len(doubts) > 1 else (),
     )
 
 
-def _usable(check: FileCheck, record: Mapping[str, object], media_to: Path | None, columns: Columns) -> Row | None:
-    """The row, or nothing where it cannot be used, which `check` then has noted."""
+def _usable(
+    check: FileCheck, record: Mapping[str, object], media_to: Path | None, columns: Columns
+) -> UsableRow | None:
+    """Returns the row, or nothing where it cannot be used, which `check` then has noted."""
     example = check.read(record)
     if not check.check(example) or isinstance(example, BadSample):
         return None
@@ -438,25 +440,25 @@ def _usable(check: FileCheck, record: Mapping[str, object], media_to: Path | Non
         check.check(error)
         return None
     kind = record.get("kind")
-    return Row(conversation=conversation, kind=kind if isinstance(kind, str) and kind else None)
+    return UsableRow(conversation=conversation, kind=kind if isinstance(kind, str) and kind else None)
 
 
 def _lengths(texts: Sequence[str]) -> str:
-    """How many words they have."""
+    """Tells how many words they have."""
     words = _spread(len(text.split()) for text in texts)
     return f"{words} word{'' if words == '1' else 's'}"
 
 
 def _spread(numbers: Iterable[int]) -> str:
-    """Such as `3 to 12 (in the middle 5)`."""
+    """Returns such as `3 to 12 (in the middle 5)`."""
     ordered = sorted(numbers)
     if ordered[0] == ordered[-1]:
         return f"{ordered[0]:,}"
     return f"{ordered[0]:,} to {ordered[-1]:,} (in the middle {median(ordered):g})"
 
 
-def split(look: Look, *, share: float, seed: int) -> dict[str, list[Row]]:
-    """The rows to train on, those to test with, and those for validation where folders say so, in the file's order.
+def split(look: Look, *, share: float, seed: int) -> dict[str, list[UsableRow]]:
+    """Returns the rows to train on, to test with, and for validation where folders say so, in the file's order.
 
     Rows of one picture, by its content, stay together, so that no picture is in both, not even as a copy. Of classes
     that are large enough each is in the test by its share.

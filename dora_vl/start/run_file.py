@@ -31,10 +31,10 @@ from dora_vl.data.pictures import MediaFolder, path_inside
 from dora_vl.errors import BadSample, UserError, one_line, shown, shown_names
 
 DEMO_BASE, HUB_BASE = Path("runs/demo/tuned"), "HuggingFaceTB/SmolVLM-500M-Instruct"
-"""What the demo leaves has a projector that has learned; its own base's is random, and 200 rows do not teach one."""
+"""The demo leaves a projector that has learned; that of its own base is random, and 200 rows do not teach one."""
 STEP_SAMPLES = 16
 SEEN_SAMPLES, MOST_EPOCHS = 3_200, 10
-"""A small set is seen several times, until about so many samples have been."""
+"""A small set is seen several times, until about 3,200 samples were."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class Data:
 
 
 def base_of(model: str | None) -> Base:
-    """The base by a folder's config, or by a hub id's name: nothing is fetched.
+    """Returns the base by a folder's config, or by a hub id's name: nothing is fetched.
 
     Args:
         model: None is what the demo trained where it is, else a small model of the hub.
@@ -102,7 +102,7 @@ def base_of(model: str | None) -> Base:
 
 
 def _parameters_in(folder: Path) -> float:
-    """Numbers in the folder's safetensors files, by their headers."""
+    """Returns numbers in the folder's safetensors files, by their headers."""
     total = 0
     for path in folder.glob("*.safetensors"):
         try:
@@ -114,7 +114,7 @@ def _parameters_in(folder: Path) -> float:
 
 
 def written(base: Base, data: Data, *, output_dir: str, on_gpu: bool, command: str) -> str:
-    """The file's text."""
+    """Returns the file's text."""
     epochs = max(1, min(MOST_EPOCHS, round(SEEN_SAMPLES / data.rows)))
     tokens = max(2 * data.answer_words, data.answer_characters // 3) + 8
     loader = FileSystemLoader(Path(__file__).parent, encoding="utf-8")
@@ -138,7 +138,7 @@ def written(base: Base, data: Data, *, output_dir: str, on_gpu: bool, command: s
 
 
 def _text(value: str) -> str:
-    """A path as YAML takes it in one line: bare where it is read as this text, else in quotes.
+    """Returns a path as YAML takes it in one line: bare where it is read as this text, else in quotes.
 
     A name may be a number, a date or a yes to YAML (`0x1f`, `no`), and JSON's quotes write an emoji as two halves.
     """
@@ -148,7 +148,7 @@ def _text(value: str) -> str:
 
 
 def _read_twice(value: str) -> str:
-    """The same where a list or anything may stand: it is read once more without quotes. `./no` is the folder no."""
+    """Quotes it where a list may stand too: it is read once more without quotes, so `./no` is the folder no."""
     return _text(value if _text(value) == value or Path(value).is_absolute() else f"./{value}")
 
 
@@ -159,7 +159,7 @@ EXAMPLE, ASK = "image,question,answer", "what is it?"
 
 
 def find_questions(folder: Path, columns: Columns = USUAL) -> DataFiles:
-    """The one file, or folder of shards, below a folder whose rows are questions or captions; else its pictures."""
+    """Returns the one file, or folder of shards, below a folder that holds questions; else its pictures."""
     paths = list(islice(data_files(folder), MOST_FILES))
     problems = {path: _why_no_questions(path, columns) for path in paths}
     usable = [path for path, problem in problems.items() if problem is None]
@@ -192,7 +192,7 @@ def find_questions(folder: Path, columns: Columns = USUAL) -> DataFiles:
 
 
 def _why_no_questions(path: Path, columns: Columns) -> str | None:
-    """Why the first row of a file cannot be a sample; None where it can."""
+    """Tells why the first row of a file cannot be a sample; None where it can."""
     try:
         first = next(find_files(path).rows(), None)
     except UserError as error:
@@ -205,7 +205,7 @@ def _why_no_questions(path: Path, columns: Columns) -> str | None:
 
 
 def root_of_pictures(folder: Path, questions: Path, names: Sequence[str]) -> Path:
-    """The folder from which most of the first names lead to files; of equals the nearest to `folder`."""
+    """Returns the folder from which most of the first names lead to files; of equals the nearest to `folder`."""
     some = list(dict.fromkeys(names))[:MOST_NAMES]
     if not some:
         return folder
@@ -232,7 +232,7 @@ def _is_there(root: Path, name: str) -> bool:
 
 
 def picture_files(folder: Path) -> Iterator[Path]:
-    """Files below a folder whose names end as pictures' do."""
+    """Returns files below a folder whose names end as pictures' do."""
     Image.init()
     return (path for path in files_below(folder) if path.suffix.lower() in Image.EXTENSION)
 
@@ -245,7 +245,7 @@ def data_files(folder: Path) -> Iterator[Path]:
             continue
         siblings = sum(other.suffix.lower() == path.suffix.lower() for other in path.parent.iterdir())
         is_shard = siblings > 1 or (path.parent / BESIDE_ARROW[0]).is_file()
-        whole = path.parent if ending_of(path) in (".parquet", ".arrow", ".tar") and is_shard else path
-        if whole not in seen:
-            seen.add(whole)
-            yield whole
+        shard_or_folder = path.parent if ending_of(path) in (".parquet", ".arrow", ".tar") and is_shard else path
+        if shard_or_folder not in seen:
+            seen.add(shard_or_folder)
+            yield shard_or_folder

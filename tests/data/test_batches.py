@@ -73,7 +73,7 @@ PICTURE = 99
 IGNORED = IGNORED_LABEL
 
 
-def asked(index: int, ids: Sequence[int], answered: int, images: tuple[str, ...] = ("a.png",)) -> Sample:
+def question(index: int, ids: Sequence[int], answered: int, images: tuple[str, ...] = ("a.png",)) -> Sample:
     """A sample whose last `answered` tokens carry labels."""
     row = torch.tensor(ids)
     labels = torch.full_like(row, IGNORED)
@@ -84,7 +84,7 @@ def asked(index: int, ids: Sequence[int], answered: int, images: tuple[str, ...]
 
 
 def test_two_questions_about_one_picture_written_out() -> None:
-    first, second = asked(0, [1, PICTURE, PICTURE, 5, 6, 7], 2), asked(1, [1, PICTURE, PICTURE, 5, 8, 9, 4], 1)
+    first, second = question(0, [1, PICTURE, PICTURE, 5, 6, 7], 2), question(1, [1, PICTURE, PICTURE, 5, 8, 9, 4], 1)
     batch = Collator(0, packing="trees")([first, second])
     assert batch["input_ids"].tolist() == [[1, PICTURE, PICTURE, 5, 6, 7, 8, 9, 4]]
     assert batch["labels"].tolist() == [[IGNORED] * 4 + [6, 7] + [IGNORED] * 2 + [4]]
@@ -100,7 +100,7 @@ def test_two_questions_about_one_picture_written_out() -> None:
 def test_long_rows_become_several_and_each_has_its_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "PACKED_TOKENS", 12)
     lengths = [9, 4, 5, 3, 2]
-    samples = [asked(i, [1, PICTURE, *range(10, 8 + n)], 1, (f"{i}.png",)) for i, n in enumerate(lengths)]
+    samples = [question(i, [1, PICTURE, *range(10, 8 + n)], 1, (f"{i}.png",)) for i, n in enumerate(lengths)]
     batch = Collator(0, packing="trees")(samples)
     assert batch["attention_mask"].sum(1).tolist() == [12, 11]
     assert batch["padding_tokens"] == 1

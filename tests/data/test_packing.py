@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dora_vl.data.packing import Packed, grow, pack, spread, tokens_of
+from dora_vl.data.packing import Packed, grow, pack, tokens_of
 from dora_vl.data.samples import IGNORED_LABEL, Sample
 
 PICTURE = 9
@@ -114,8 +114,3 @@ def test_trees_stay_below_the_budget() -> None:
     trees = grow(many, budget=60, shares=by_picture)
     assert max(map(tokens_of, trees)) <= 60
     assert sum(sum(segment.stop == len(segment.sample.input_ids) for segment in tree) for tree in trees) == 40
-
-
-def test_rows_are_equally_long() -> None:
-    assert spread([3, 9, 4, 7, 2], 2) == [[0, 1], [2, 3, 4]]
-    assert spread([30], 2) == [[0]], "no row is empty"

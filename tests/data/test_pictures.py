@@ -7,7 +7,6 @@ import json
 import os
 import struct
 import time
-import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from io import BytesIO
@@ -75,21 +74,6 @@ def test_links_inside_a_linked_folder_and_absolute_paths_are_fine(root: Path, tm
             open_image(root, str(outside))
     for path in ("out.png", "up/outside.png"):
         assert open_image(MediaFolder(root, follow_links=True), path).size == (7, 5)
-
-
-@pytest.mark.parametrize("transparency", [0, bytes([0, 128])])
-def test_a_transparent_palette_stands_on_white(root: Path, transparency: int | bytes) -> None:
-    palette = Image.new("P", (2, 1))
-    palette.putpalette([10, 20, 30, 200, 100, 50])
-    palette.putdata([0, 1])
-    palette.save(root / "p.png", transparency=transparency)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        image = open_image(root, "p.png")
-    assert "transparency" not in image.info
-    half_white = [round((255 + part) / 2) for part in (200, 100, 50)]  # alpha 128 of 255
-    second = [200, 100, 50] if transparency == 0 else half_white
-    np.testing.assert_allclose(np.asarray(image), [[[255, 255, 255], second]], atol=1)
 
 
 def test_alpha_is_blended_with_white_and_an_opaque_pixel_keeps_its_bits(root: Path) -> None:
@@ -334,13 +318,6 @@ def test_a_picture_that_lost_pixels_or_is_none_that_is_read_is_refused(tmp_path:
     with pytest.raises(BadSample):
         open_image(tmp_path, "a")
     assert decoding_trouble(tmp_path / "a") is not None
-
-
-def test_a_heic_names_its_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    (tmp_path / "a").write_bytes(b"\0\0\0\x1cftypmif1\0\0\0\0mif1heic" + bytes(40))
-    with pytest.raises(BadSample):
-        open_image(tmp_path, "a")
 
 
 @pytest.mark.parametrize(

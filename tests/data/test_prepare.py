@@ -109,25 +109,6 @@ def test_what_stops_a_split_leaves_nothing_that_looks_whole(tmp_path: Path, monk
     assert left_over(tmp_path / "records" / "llava") == ["a.jsonl", "manifest.json"]
 
 
-def test_a_file_that_cannot_be_read_and_an_error_of_the_program_leave_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def raises(error: Exception) -> Callable[..., None]:
-        def broken(*_: object, **__: object) -> None:
-            raise error
-
-        return broken
-
-    monkeypatch.setattr(prepare_module, "file_sha256", raises(PermissionError(13, "Permission denied", "dev.json")))
-    with pytest.raises(UserError):
-        prepared("nlvr2", FIXTURES / "nlvr2", tmp_path)
-    monkeypatch.undo()
-    monkeypatch.setattr("dora_vl.data.benchmarks.llava.pope_row", raises(TypeError("unhashable type: 'list'")))
-    with pytest.raises(TypeError):
-        prepared("pope", FIXTURES / "pope", tmp_path)
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file() and path.name != ".prepare.lock"] == []
-
-
 @pytest.mark.parametrize(
     "words",
     [

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -17,7 +14,6 @@ from dora_vl.data.samples import (
     Sample,
     Skipped,
     sample_random,
-    write_skipped,
 )
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
@@ -67,14 +63,6 @@ def test_nothing_left_to_train_on_is_skipped(labels: list[int]) -> None:
         return Encoded(torch.tensor([5, 6, 7]), torch.tensor(labels), cut_tokens=9)
 
     assert isinstance(ConversationDataset(ROWS, encode=masked)[0], Skipped)
-
-
-def test_an_error_of_the_program_is_not_taken_for_a_bad_sample() -> None:
-    def wrong(conversation: Example) -> Encoded:
-        raise KeyError("bug")
-
-    with pytest.raises(KeyError):
-        ConversationDataset(ROWS, encode=wrong)[0]
 
 
 def test_random_choices_depend_on_seed_epoch_and_index_only() -> None:
@@ -146,16 +134,3 @@ def test_samples_that_ranks_repeat_are_of_the_same_pass() -> None:
     with pytest.raises(UserError):
         account.judge(BadSampleCounts(seen=12, bad=2))
     account.judge(BadSampleCounts(seen=13, bad=2))
-
-
-@pytest.mark.parametrize("share", [-0.1, 1.5])
-def test_a_share_is_between_none_and_all(share: float) -> None:
-    with pytest.raises(UserError):
-        ledger(share)
-
-
-def test_skipped_samples_are_written_as_lines(tmp_path: Path) -> None:
-    write_skipped(tmp_path / "skipped.jsonl", {"a": "leer", "ü": "two\nlines"})
-    lines = (tmp_path / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in lines] == [{"id": "a", "reason": "leer"}, {"id": "ü", "reason": "two\nlines"}]
-    assert [left.name for left in tmp_path.iterdir()] == ["skipped.jsonl"]

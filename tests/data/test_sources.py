@@ -1,6 +1,6 @@
 """Each source reads ten rows in its publisher's exact form, and each row becomes the record written out by hand.
 
-Damage in a publisher's files is refused or counted; tests/fuzz damages all of them in every way.
+Damage in a publisher's files is refused or counted; tests/fuzz damages all of them at random.
 """
 
 from __future__ import annotations
@@ -42,27 +42,6 @@ def test_rows_become_the_expected_records(tmp_path: Path, fixture: str) -> None:
         counts = (made_of["rows"], made_of["written"], made_of["dropped"], len(lines))
         assert counts == (entry["rows"], entry["records"], entry["dropped"], entry["records"])
         assert len(made_of["dropped_rows"]) == entry["dropped"] == sum(made_of["reasons"].values())
-        if not entry["task"].startswith("llava_") or entry["task"] == "llava_bench":
-            check_examples(path)
-
-
-def check_examples(path: Path) -> None:
-    kept_back = {"vqav2/test_dev", "gqa/test", "vizwiz/test", "textvqa/test", "tvqa/test_public", "tvc/test_public"}
-    answered = f"{path.parent.name}/{path.stem}" not in kept_back
-    for example in iterate_examples(path):
-        assert bool(example.answers) == answered
-        assert all(answer.text.strip() and 0 < answer.weight <= 1 for answer in example.answers)
-        if answered and "correct" in example.extra and "labels" not in example.extra:
-            assert example.choices[example.extra["correct"]] == example.answers[0].text
-        assert not any(path.startswith("/") or ".." in path for path in example.images)
-
-
-def test_a_source_has_a_fixture_and_says_where_its_files_are_published() -> None:
-    assert {*SOURCE_OF.values(), "cloze", "llava-json"} == set(SOURCES)
-    for name, source in SOURCES.items():
-        documentation = " ".join((source.splits.__doc__ or "").split())
-        assert "icence" in documentation, name
-        assert "Quirks: " in documentation, name
 
 
 def test_sources_are_read_without_transformers_and_datasets() -> None:
@@ -74,19 +53,6 @@ def test_sources_are_read_without_transformers_and_datasets() -> None:
 def test_an_empty_folder_is_refused(tmp_path: Path, source: str) -> None:
     with pytest.raises(UserError):
         prepared(source, tmp_path, tmp_path / "records")
-
-
-def read(path: Path) -> tuple[Any, bool]:
-    """The file's JSON, and whether it is a line an object."""
-    content = path.read_text(encoding="utf-8")
-    try:
-        return json.loads(content), False
-    except ValueError:
-        return [json.loads(line) for line in content.splitlines()], True
-
-
-def written(value: Any, lines: bool) -> str:
-    return "\n".join(map(json.dumps, value)) if lines else json.dumps(value)
 
 
 def test_a_row_that_stands_twice_under_two_ids_is_counted(tmp_path: Path) -> None:
@@ -116,20 +82,8 @@ def damaged_picture(text: str) -> str:
     return text.replace(encoded, base64.b64encode(data).decode(), 1)
 
 
-def other_picture(cell: str) -> Callable[[str], str]:
-    return lambda text: text.replace(next(part for part in text.split("\t") if part.startswith(BEGINS_AS_PNG)), cell, 1)
-
-
 @pytest.mark.parametrize(
-    "damage",
-    [
-        cut_picture,
-        damaged_picture,
-        other_picture("münchen" * 20),
-        other_picture("a" * 101),
-        lambda text: text.replace("\tA\tattribute", "\t\tattribute", 1),
-        lambda text: text.replace("\tA\tattribute", "\tAB\tattribute", 1),
-    ],
+    "damage", [cut_picture, damaged_picture, lambda text: text.replace("\tA\tattribute", "\tAB\tattribute", 1)]
 )
 def test_a_damaged_row_of_mmbench_is_dropped(tmp_path: Path, damage: Callable[[str], str]) -> None:
     folder = copied("mmbench", tmp_path)
@@ -171,8 +125,6 @@ ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
 @pytest.mark.parametrize(
     ("fixture", "file", "rows_of", "answers"),
     [
-        ("vqav2", ANNOTATIONS, "annotations", None),
-        ("vqav2", ANNOTATIONS, "annotations", []),
         ("vqav2", ANNOTATIONS, "annotations", [{"answer": " "}] * 10),
         ("vizwiz", "Annotations/val.json", None, [{"answer": "yes"}] * 9),
         ("textvqa", "TextVQA_0.5.1_val.json", "data", [""] * 10),
@@ -184,7 +136,7 @@ def test_a_row_without_answers_is_dropped(
 ) -> None:
     before = dropped(FIXTURES / fixture, tmp_path / "whole")
     folder = copied(fixture, tmp_path)
-    content, _ = read(folder / file)
+    content = json.loads((folder / file).read_text(encoding="utf-8"))
     (content if rows_of is None else content[rows_of])[1]["answers"] = answers
     (folder / file).write_text(json.dumps(content))
     assert dropped(folder, tmp_path / "records", fixture) == before + 1
@@ -247,16 +199,6 @@ def test_the_versions_of_popes_labels_are_told_apart(tmp_path: Path) -> None:
     prepared("pope", folder, tmp_path)
     split = manifest(tmp_path / "pope", "test")
     assert (split["written"], split["notes"]["label_version"]) == (8910, "e3e3926 (LLaVA-1.5's)")
-
-
-def test_records_without_answers_among_others_are_counted(tmp_path: Path) -> None:
-    folder = copied("tvqa", tmp_path)
-    path = folder / "tvqa_test_public.jsonl"
-    rows, _ = read(path)
-    rows[0]["answer_idx"] = 1
-    path.write_text(written(rows, True))
-    prepared("tvqa", folder, tmp_path / "records", "--splits", "test_public")
-    assert manifest(tmp_path / "records" / "tvqa", "test_public")["without_answer"] == len(rows) - 1
 
 
 def test_the_documented_folder_of_llm_adapters_becomes_cloze_records(

@@ -188,17 +188,17 @@ def test_a_run_of_unknown_epochs_goes_from_one_to_the_next(tmp_path: Path) -> No
 
 def test_a_resumed_run_leaves_whole_epochs_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = opened(source(lines(tmp_path / "a.jsonl", question_rows(10))))
-    whole = ids(iter(StreamOrder(stream, total=40)))
+    all_ids = ids(iter(StreamOrder(stream, total=40)))
     read: list[int] = []
     rows = SampleStream.rows
     monkeypatch.setattr(SampleStream, "rows", lambda self, epoch: read.append(epoch) or rows(self, epoch))
     order = StreamOrder(stream, total=40)
     order.resume(taken=23, epoch_samples=10)
-    assert ids(islice(iter(order), 23, None)) == whole[23:]
+    assert ids(islice(iter(order), 23, None)) == all_ids[23:]
     assert read == [2, 3]
     unknown = StreamOrder(stream, total=40)
     unknown.resume(taken=3, epoch_samples=None)
-    assert ids(islice(iter(unknown), 3, None)) == whole[3:]
+    assert ids(islice(iter(unknown), 3, None)) == all_ids[3:]
 
 
 def encode(conversation: Example) -> Encoded:

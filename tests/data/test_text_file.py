@@ -55,15 +55,6 @@ def test_a_table_that_is_damaged_is_refused(tmp_path: Path, monkeypatch: pytest.
         list(table_rows(tmp_path / "a.csv", "rows", delimiter=",", required=["answer"]))
 
 
-def test_progress_is_told_every_byte_of_a_table(tmp_path: Path) -> None:
-    progress: list[int] = []
-    (tmp_path / "a.tsv").write_bytes(BOM + "a\tb\né\t2\n".encode())
-    assert list(table_rows(tmp_path / "a.tsv", "rows", delimiter="\t", progress=progress.append)) == [
-        (2, {"a": "é", "b": "2"})
-    ]
-    assert sum(progress) == (tmp_path / "a.tsv").stat().st_size
-
-
 def test_an_object_at_once_has_every_name_once(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(BOM + b'{"a": {"b": 1},\r\n "c": "\\ud83d"}')
@@ -129,7 +120,7 @@ HALF = '{"a": "\\uDE00"}'
 
 
 @pytest.mark.parametrize(
-    ("read", "content", "place"),
+    ("read", "content", "where"),
     [
         ("records", f"[{LINE},\n{LINE}", "value 2"),
         ("records", f"[{LINE},\n{LINE[:-9]}", "value 1"),
@@ -153,7 +144,7 @@ HALF = '{"a": "\\uDE00"}'
     ],
 )
 def test_what_is_wrong_has_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: str, content: str | bytes, place: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: str, content: str | bytes, where: str
 ) -> None:
     monkeypatch.setattr(text_file, "LONGEST_LINE_BYTES", 110_000)
     path = tmp_path / "broken.json"
@@ -167,7 +158,7 @@ def test_what_is_wrong_has_its_place(
         list(readers[read](path))
     message = str(caught.value)
     assert message.startswith(str(path))
-    assert place in message
+    assert where in message
     assert "\n" not in message
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from argparse import ArgumentTypeError
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep.features import main, media_in_records, media_under, which_part
+from data_prep.features import main, media_in_records, media_under
 from dora_vl.backbones.feature_encoder import FeatureEncoder, Medium
 from dora_vl.backbones.shards import read_settings
 from dora_vl.backbones.vision_store import open_features
@@ -158,10 +157,3 @@ def test_records_name_what_is_read(tmp_path: Path) -> None:
         media_in_records([tmp_path / "s.jsonl"])
     with pytest.raises(UserError):
         media_under(tmp_path)
-
-
-def test_parts_are_read_from_text() -> None:
-    assert which_part("3/8") == (3, 8)
-    for wrong in ("8/8", "-1/2", "a/b", "1"):
-        with pytest.raises(ArgumentTypeError):
-            which_part(wrong)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 from PIL import Image
 
 from data_prep import nlvr_scenes
-from data_prep.nlvr_scenes import BOX, COLOURS, GAP, NUMBERS, Item, claim, draw, examples_of
+from data_prep.nlvr_scenes import BOX, COLOURS, GAP, Item, claim, draw, examples_of
 from dora_vl.backbones.towers import ImagePreparation, Preparation
 from dora_vl.data.example import iterate_examples
 from dora_vl.run.reading import read_run
@@ -63,7 +62,7 @@ def said_of(scene: tuple[list[Item], ...], noun: str, draws: int) -> dict[str, b
 
 
 def test_sentences_are_true_of_the_scenes_that_they_describe() -> None:
-    sentences = said_of(TOWERS, "block", 60_000) | said_of(SHAPES, "", 120_000)
+    sentences = said_of(TOWERS, "block", 30_000) | said_of(SHAPES, "", 60_000)
     checked = {text: value for text, value in sentences.items() if text in TRUE | FALSE}
     assert {text for text, value in checked.items() if value} == TRUE & checked.keys()
     assert len(checked) >= 12  # of many thousand forms, most of these were drawn
@@ -81,7 +80,7 @@ def test_a_scene_is_drawn_where_its_items_lie() -> None:
 
 
 def test_words_alone_tell_nothing() -> None:
-    rows = [row for number in range(800) for row in examples_of(number, 8, seed=1)[1]]
+    rows = [row for number in range(500) for row in examples_of(number, 8, seed=1)[1]]
     labels = Counter(row.answers[0].text for row in rows)
     assert abs(labels["true"] / len(rows) - 0.5) < 0.03
     for word in ("least", "no", "each", "touching", "tower"):
@@ -116,32 +115,11 @@ def test_the_files_hold_scenes_that_do_not_mix(tmp_path: Path, monkeypatch: pyte
         turns = rows[name][0].turns
         assert [turn.role for turn in turns] == ["user", "assistant"] * len(about)
         assert [turn.text.count("<image>") for turn in turns] == [1] + [0] * (len(turns) - 1)
-        asked = [turn.text.removeprefix("<image>\n").partition("\n")[0] for turn in turns[::2]]
-        answers = dict(zip(asked, (turn.text for turn in turns[1::2]), strict=True))
+        questions = [turn.text.removeprefix("<image>\n").partition("\n")[0] for turn in turns[::2]]
+        answers = dict(zip(questions, (turn.text for turn in turns[1::2]), strict=True))
         assert answers == {row.question: row.answers[0].text for row in about}
     left = next(row for row in rows["questions"] if row.id == "0-left").answers[0].text
     assert Counter(word.split()[0] for word in left.split(", ")) == Counter(item.colour for item in scene[0])
-
-
-def test_counts_of_each_box() -> None:
-    checked = 0
-    for number in range(100):
-        scene, _, questions = examples_of(number, 8, seed=0)
-        for row in questions:
-            match = re.fullmatch(
-                r"How many (yellow|black|blue) (block|square|circle|triangle|item|object)s are in each box\?",
-                row.question,
-            )
-            if match is None:
-                continue
-            colour, shape = match.groups()
-            counts = [
-                sum(item.colour == colour and shape in (item.shape, "block", "item", "object") for item in box)
-                for box in scene
-            ]
-            assert row.answers[0].text == ", ".join(NUMBERS[count] for count in counts)
-            checked += 1
-    assert checked > 50
 
 
 @pytest.mark.parametrize("variant", ["pretrain", "adapt"])

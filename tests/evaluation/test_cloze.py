@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dora_vl.backbones.templates import Instruction
 from dora_vl.cli import main
-from dora_vl.data.benchmarks.cloze import cloze_row
+from dora_vl.data.benchmarks.commonsense import cloze_row
 from dora_vl.data.example import Example, iterate_examples
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample

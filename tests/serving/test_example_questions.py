@@ -1,4 +1,4 @@
-"""The page's example questions are the run's own: none has the picture of another question."""
+"""The page's example questions are the run's own: one of each kind first, none with the picture of another question."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ from dora_vl.evaluation.predictions import Prediction, line_of
 from dora_vl.serving.page_parts import example_questions
 
 
-def test_questions_about_exchanged_pictures_are_no_examples(tmp_path: Path) -> None:
-    colours, run = ("red", "blue"), tmp_path / "run"
+def test_examples_are_questions_of_the_runs_test(tmp_path: Path) -> None:
+    run = tmp_path / "run"
     (run / "adapter").mkdir(parents=True)
     settings = {"data": {"image_folder": str(tmp_path)}, "training": {"output_dir": str(run)}}
     (run / "settings.json").write_text(json.dumps(settings))
-    rows = []
-    for colour, other in zip(colours, reversed(colours), strict=True):
+    for colour in ("red", "blue"):
         Image.new("RGB", (8, 8), colour).save(tmp_path / f"{colour}.png")
-        about = {"id": colour, "question": f"is it {colour}?", "truth": "yes", "prediction": "yes"}
-        rows.insert(0, Prediction(set="test/exchanged_pictures", images=[f"{other}.png"], **about))
-        rows.append(Prediction(set="test", images=[f"{colour}.png"], **about))
+    questions = [("Colour?", "red", "a"), ("Colour?", "red", "a"), ("Size?", "red", "a"), ("Gone?", "gone", "b")]
+    questions.append(("Shape?", "blue", "b"))
+    rows = [
+        Prediction(set=name, id=str(number), question=question, images=[f"{image}.png"], kind=kind)
+        for name, exchange in (("test/exchanged_pictures", {"red": "blue", "blue": "red"}), ("test", {}))
+        for number, (question, picture, kind) in enumerate(questions)
+        for image in [exchange.get(picture, picture)]
+    ]
     (run / "predictions.jsonl").write_text("".join(map(line_of, rows)))
-    shown = {example.question: example.picture.getpixel((0, 0)) for example in example_questions(run / "adapter")}
-    assert shown == {"is it red?": (255, 0, 0), "is it blue?": (0, 0, 255)}
+    shown = [(example.question, example.picture.getpixel((0, 0))) for example in example_questions(run / "adapter")]
+    assert shown == [("Colour?", (255, 0, 0)), ("Shape?", (0, 0, 255)), ("Size?", (255, 0, 0))]
+    assert [example.question for example in example_questions(run / "adapter", 1)] == ["Colour?"]

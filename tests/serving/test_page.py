@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,17 +10,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dora_vl.backbones.video_inputs import grey_video
 from dora_vl.data.turns import Clip, Turn
 from dora_vl.data.video import Uniform
 from dora_vl.evaluation.ask import Shown
-from dora_vl.evaluation.predictions import Prediction
-from dora_vl.serving import page_parts
 from dora_vl.serving.access import AccessRules
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
 from dora_vl.serving.options import Settings
-from dora_vl.serving.page_parts import ExampleQuestion, shown_view
+from dora_vl.serving.page_parts import ExampleQuestion
 from dora_vl.serving.side_by_side import SideBySide
 from tests.data.video_files import read_frames, write_video
 from tests.serving.browser import QUESTION_BOX, Visitor, browser, page_of
@@ -121,31 +117,6 @@ def test_a_picture_two_answers_and_a_second_turn(red: Visitor, opened: tuple[str
         assert printable(again[number]) == expected(engine, name, turns, seen)
     assert nothing_left(uploads)
     assert {url.split("/")[2] for url in red.asked_for if url.startswith("http")} == {opened[0].split("/")[2]}
-
-
-def test_frames_that_are_pictures_to_a_model_are_called_so() -> None:
-    shown = Shown(videos=(grey_video((9, 9, 9), 8),))
-    assert [("pictures" in shown_view(shown, frames_are_pictures=are)) for are in (False, True)] == [False, True]
-
-
-def test_examples_are_questions_of_the_runs_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of each kind before a second of any, each question once, none whose picture is gone."""
-    (tmp_path / "run" / "adapter").mkdir(parents=True)
-    RED.save(tmp_path / "red.png")
-    settings = {"evaluation": {"image_folder": str(tmp_path)}, "training": {"output_dir": str(tmp_path / "run")}}
-    (tmp_path / "run" / "settings.json").write_text(json.dumps(settings))
-    questions = [("Colour?", "red.png", "a"), ("Colour?", "red.png", "a"), ("Size?", "red.png", "a")]
-    questions += [("Gone?", "gone.png", "b"), ("Shape?", "red.png", "b")]
-    predictions = {
-        str(number): Prediction(id=str(number), question=question, images=[image], kind=kind)
-        for number, (question, image, kind) in enumerate(questions)
-    }
-    monkeypatch.setattr(page_parts, "read_predictions", lambda path: {"test": predictions})
-    examples = page_parts.example_questions(tmp_path / "run" / "adapter")
-    assert [example.question for example in examples] == ["Colour?", "Shape?", "Size?"]
-    assert [example.question for example in page_parts.example_questions(tmp_path / "run" / "adapter", 1)] == [
-        "Colour?"
-    ]
 
 
 @pytest.mark.slow
@@ -272,39 +243,6 @@ def test_stop_ends_the_answer_and_keeps_what_was_said(long_answers: Visitor) -> 
     left, _ = long_answers.both(1)
     assert left
     assert "stopped" in long_answers.page.locator("#dv-conversation-left").inner_text()
-
-
-@pytest.fixture
-def photographer(chromium: Any, opened: tuple[str, Engine]) -> Iterator[Visitor]:
-    """Somebody before the camera that Chromium pretends to have."""
-    context = chromium.new_context(permissions=["camera"])
-    person = Visitor(context, opened[0])
-    person.page.get_by_role("tab", name="Webcam").click()
-    person.page.locator("#dv-webcam [title='grant webcam access'] button").click()
-    person.page.wait_for_function("document.querySelector('#dv-webcam video').videoWidth > 0")
-    person.page.wait_for_timeout(500)  # its first frame is drawn
-    yield person
-    context.close()
-
-
-CAPTURE = "#dv-webcam button[aria-label='capture photo']"
-
-
-@pytest.mark.slow
-def test_a_question_waits_for_the_webcams_picture(
-    photographer: Visitor, opened: tuple[str, Engine], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a line that sends 20 KB a second, to a server that takes a second to read it."""
-    _slow_to_look(monkeypatch, Shown(pictures=(RED,)))  # the camera's own is never the same
-    line = photographer.page.context.new_cdp_session(photographer.page)
-    line.send("Network.enable")
-    speed = {"offline": False, "latency": 50, "downloadThroughput": -1, "uploadThroughput": 20_000}
-    line.send("Network.emulateNetworkConditions", speed)
-    photographer.page.locator(CAPTURE).click()
-    photographer.page.locator("#dv-webcam progress").first.wait_for(state="attached")
-    left, _ = photographer.ask(QUESTION)
-    photographer.see(1)
-    assert printable(left) == expected(opened[1], "one", first(QUESTION), Shown(pictures=(RED,)))
 
 
 @pytest.fixture

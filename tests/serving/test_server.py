@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import http.client
 import json
-import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -141,17 +140,17 @@ def test_a_video(client: Any, base: Path, folders: dict[str, Path], tmp_path: Pa
     assert text_of(client, messages=shows(part, text="What moves?")) == answer
 
 
-def test_32_requests_in_flight_answer_as_each_adapter_alone(
+def test_20_requests_in_flight_answer_as_each_adapter_alone(
     client: Any, base: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(media, "PATIENT_SECONDS", 60.0)  # a busy machine takes long to start a process
     questions = [ASKED, "Say the colour.", "It is red green blue. Say it.", "What is it?" + " What is it?" * 4]
-    requests = [(NAMES[number % 5], questions[number % 4], (RED, WIDE)[: number % 3]) for number in range(32)]
+    requests = [(NAMES[number % 5], questions[number % 4], (RED, WIDE)[: number % 3]) for number in range(20)]
 
     def ask(name: str, question: str, pictures: Sequence[Image.Image]) -> str:
         return text_of(client, model=name, messages=shows(*map(picture_part, pictures), text=question))
 
-    with ThreadPoolExecutor(32) as threads:
+    with ThreadPoolExecutor(20) as threads:
         texts = list(threads.map(lambda request: ask(*request), requests))
     assistants = {name: alone(base, folders.get(name)) for name in NAMES}
     for (name, question, pictures), text in zip(requests, texts, strict=True):
@@ -258,8 +257,8 @@ def test_other_types_of_content_are_refused(address: str, client: Any, declared:
 
 
 def test_a_server_of_other_settings(model: ServedModel, endless: None) -> None:
-    """No adapters over HTTP, addresses on the web but none of this network, a slow sender, and too many at once."""
-    settings = Settings(waiting=1, batch=1, body_seconds=1.5, allow_remote_media=True)
+    """No adapters over HTTP, addresses on the web but none of this network, and too many at once."""
+    settings = Settings(waiting=1, batch=1, allow_remote_media=True)
     with running(model, settings) as address:
         client = client_of(address)
         for what, body in (("load", {"lora_name": "a", "lora_path": "a"}), ("unload", {"lora_name": "one"})):
@@ -267,11 +266,6 @@ def test_a_server_of_other_settings(model: ServedModel, endless: None) -> None:
                 post(client, what, **body)
         for url in (f"{address}/health", "http://localhost/a.png", "http://169.254.169.254/latest", "http://[::1]/"):
             assert refusal(client, messages=shows(url_part(url))) == (400, None, PICTURE)
-        host, port = address.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=30) as slow:
-            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            slow.sendall(f"{head}Content-Length: 1000\r\n\r\n{{".encode())
-            assert slow.recv(100).startswith(b"HTTP/1.1 504")
         request = {"model": "one", "messages": words("a"), "max_tokens": 500}
         with ThreadPoolExecutor(4) as threads:
             requests = [threads.submit(client.chat.completions.create, **request) for _ in range(4)]

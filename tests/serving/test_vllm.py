@@ -47,7 +47,7 @@ HERE = Path(__file__).parent
 def test_a_mixed_batch_answers_as_peft(case: str, tmp_path: Path) -> None:
     figures = CASES[case](tmp_path, argparse.Namespace(vllm_python=Path(str(PYTHON)), tokens=24))
     assert all(map(agrees, figures.values())), figures
-    rows = [row for found in figures.values() for row in found["answers"].values()]
+    rows = [row for figure in figures.values() for row in figure["answers"].values()]
     assert all(row["largest_logprob_difference"] < 1e-4 for row in rows)
 
 

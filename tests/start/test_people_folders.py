@@ -45,7 +45,7 @@ def classes(folder: Path, sizes: dict[str, int], ending: str = "png") -> None:
             draw(folder / name / f"{number}.{ending}", name, 40 * start + number)
 
 
-def told(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
+def printed_by(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
     capsys.readouterr()
     main(["init", *words, "--model", BASE])
     return capsys.readouterr().out.splitlines()
@@ -69,7 +69,7 @@ def answers(name: str) -> Counter[str]:
 
 def test_a_folder_a_class_is_its_answers_and_each_is_in_the_test(capsys: pytest.CaptureFixture[str]) -> None:
     classes(Path("my"), {"circle": 20, "red_square": 10, "star": 5, "once": 1})
-    assert told(capsys, "my", *ASK) == [
+    assert printed_by(capsys, "my", *ASK) == [
         "my: question/answer, 36 rows, 36 usable",
         "  id: used as id",
         "  image: used as images",
@@ -95,7 +95,7 @@ def test_folders_named_as_splits_stay_what_they_are(capsys: pytest.CaptureFixtur
         classes(Path("my") / split, {"circle": size, "square": size})
     (Path("my/val/circle/0.png")).write_bytes(Path("my/train/circle/0.png").read_bytes())
     Path("my/test/circle/0.png").write_bytes(Path("my/train/circle/1.png").read_bytes())
-    lines = told(capsys, "my", *ASK)
+    lines = printed_by(capsys, "my", *ASK)
     assert "  split: left out" in lines
     assert any(line.startswith("held out by their folders: 6 rows about 6 pictures; to train on: 12") for line in lines)
     assert any("both" in line or "alike" in line for line in lines)  # a test picture is one of those to train on
@@ -134,7 +134,7 @@ def test_a_table_of_pictures_and_labels_is_asked(name: str, column: str, capsys:
     ]
     table(name)(Path("my"), rows)
     assert 'dora-vl init my --ask "what is it?"' in refused(capsys, "my")
-    lines = told(capsys, "my", *ASK)
+    lines = printed_by(capsys, "my", *ASK)
     assert lines[0] == f"my/{name}: question/answer, 20 rows, 20 usable"
     assert "pictures: 20 in my, JPEG 20" in lines
     assert answers("runs/my/test.jsonl") == {"circle": 2, "square": 2}
@@ -146,13 +146,13 @@ def test_a_text_beside_each_picture_is_its_caption_or_its_answer(capsys: pytest.
         Path(f"my/photos/{number}.txt").write_text(f"a circle, number {number}\n")
     Path("my/photos/4.txt").unlink()
     Path("my/notes.json").write_text("[]")
-    lines = told(capsys, "my")
+    lines = printed_by(capsys, "my")
     assert lines[0] == "no questions in notes.json: left out"
     assert "my: captions, 10 rows, 9 usable" in lines
     assert any("empty answer" in line and "photos/4.png" in line for line in lines)
     first = written("runs/my/train.jsonl")[0]["conversations"]
     assert (first[0]["value"], first[1]["value"][:8]) == ("<image>", "a circle")
-    told(capsys, "my", *ASK, "--to", "runs/asked")
+    printed_by(capsys, "my", *ASK, "--to", "runs/asked")
     assert written("runs/asked/train.jsonl")[0]["conversations"][0]["value"] == "<image>\nwhat is it?"
 
 
@@ -173,7 +173,7 @@ def test_what_is_probably_not_meant_is_named_and_kept(capsys: pytest.CaptureFixt
     rows += [["circle/0.png", "Which colour?", "red"], ["circle/0.png", "Which  colour?", "blue"]]
     rows += [["circle/0.png", "Which colour?", "blue"], ["", "Which colour?", "red"], ["circle/1.png", "", "red"]]
     write_table(Path("my/answers.csv"), rows)
-    lines = told(capsys, "my")
+    lines = printed_by(capsys, "my")
     start = lines.index("trained on as they are, though probably not meant:")
     table_of_doubts = [line.split() for line in lines[start + 2 : start + 5]]
     assert sorted((words[1:3], words[-2:]) for words in table_of_doubts if words[-1].isdecimal()) == [

@@ -75,8 +75,3 @@ def test_a_wrong_setting_ends_it_before_anything_is_fetched(steps: list[str]) ->
             main(["quickstart", word, "7"])
         assert stopped.value.code == 2
     assert steps == []
-
-
-def test_only_what_other_demos_need(steps: list[str]) -> None:
-    main(["quickstart", "--fetch-only"])
-    assert steps == FETCHED

@@ -26,13 +26,11 @@ Converted = Example | Iterable[Example] | Mapping[str, JSON]
 Value = TypeVar("Value")
 
 WANTED = "the publisher's"
-"""`text_file` calls these files so in its errors."""
+"""Errors of `text_file` call these files so."""
 UNKNOWN_ID = "(no id)"
 LONGEST_ID = 500
 PEOPLE = 10
-"""VQA's soft accuracy needs so many answers, for it leaves each person out in turn."""
-LADDER_STEP = 0.3
-"""LXMERT's weights: one person 0.3, two 0.6, three 0.9, more 1; the metric itself gives 1 from three on."""
+"""VQA's soft accuracy needs ten answers, for it leaves each person out in turn."""
 _WHOLE = re.compile(r"\s*[+-]?[0-9]{1,19}\s*")
 
 
@@ -73,15 +71,15 @@ class Row:
             self.id = self.identifier(id_column)
 
     def bad(self, reason: str) -> BadSample:
-        """The error to raise for this row."""
+        """Returns the error to raise for this row."""
         return BadSample(self.id, reason)
 
     def get(self, column: str) -> JSON:
-        """The value as it is, None where there is none."""
+        """Returns the value as it is, None where there is none."""
         return self.raw.get(column)
 
     def value(self, column: str, kind: str, *types: type) -> JSON:
-        """The value, which must be of one of these types; `kind` is what the message calls them."""
+        """Returns the value, which must be of one of these types; `kind` is what the message calls them."""
         value = self.raw.get(column)
         if value is None:
             raise self.bad(f"no column {shown(column)}; the row has {shown_names(self.raw)}")
@@ -93,31 +91,31 @@ class Row:
         return self.bad(f"column {shown(column)} must hold {kind}, got {shown(value)}")
 
     def maybe(self, take: Callable[[str], Value], column: str) -> Value | None:
-        """What `take` gives for a column that is there; None where it is absent or null."""
+        """Returns what `take` gives for a column that is there; None where it is absent or null."""
         return None if self.get(column) is None else take(column)
 
     def kept(self, *columns: str, take: Callable[[str], object] | None = None) -> dict[str, object]:
-        """Those of the columns that are there, for `Example.extra`; text and numbers unless `take` says otherwise."""
+        """Returns the columns that are there, for `Example.extra`; text and numbers unless `take` says otherwise."""
         return {column: (take or self.scalar)(column) for column in columns if self.get(column) is not None}
 
     def text(self, column: str) -> str:
-        """Text, possibly empty."""
+        """Returns text, possibly empty."""
         return self.value(column, "text", str)
 
     def filled(self, column: str) -> str:
-        """Text that is more than white space."""
+        """Returns text that is more than white space."""
         if not (value := self.text(column)).strip():
             raise self.bad(f"column {shown(column)} is empty")
         return value
 
     def one_of(self, column: str, allowed: Sequence[str]) -> str:
-        """One of the few texts that are allowed."""
+        """Returns one of the few texts that are allowed."""
         if (value := self.filled(column)) not in allowed:
             raise self.bad(f"its {column} is {shown(value)}, which is not one of {', '.join(allowed)}")
         return value
 
     def identifier(self, column: str) -> str:
-        """An id, which some publishers write as a number."""
+        """Returns an id, which some publishers write as a number."""
         value = self.value(column, "an id", str, int)
         name = value if isinstance(value, str) else str(self._whole(column, value))
         if not name:
@@ -127,7 +125,7 @@ class Row:
         return name
 
     def integer(self, column: str) -> int:
-        """A whole number, or text that spells one."""
+        """Returns a whole number, or text that spells one."""
         value = self.value(column, "a whole number", str, int)
         if isinstance(value, str) and not _WHOLE.fullmatch(value):
             raise self._wrong(column, "a whole number", value)
@@ -139,7 +137,7 @@ class Row:
         return value
 
     def number(self, column: str, value: JSON) -> float:
-        """A finite number, or text that spells one, somewhere in a column."""
+        """Returns a finite number, or text that spells one, somewhere in a column."""
         try:
             result = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
         except (ValueError, OverflowError):
@@ -158,47 +156,47 @@ class Row:
         return start, end
 
     def scalar(self, column: str) -> str | int | float | bool:
-        """Text, a finite number or a truth value."""
+        """Returns text, a finite number or a truth value."""
         value = self.value(column, "text or a number", str, bool, int, float)
         if isinstance(value, float) and not math.isfinite(value):
             raise self._wrong(column, "text or a number", value)
         return self._whole(column, value) if type(value) is int else value
 
     def texts(self, column: str) -> list[str]:
-        """A list of text."""
+        """Returns a list of text."""
         values = self.value(column, "a list", list, tuple)
         if wrong := [value for value in values if not isinstance(value, str)]:
             raise self._wrong(column, "a list of text", wrong[0])
         return list(values)
 
     def rows(self, column: str) -> list[Row]:
-        """A list of objects."""
+        """Returns a list of objects."""
         values = self.value(column, "a list", list, tuple)
         if wrong := [value for value in values if not isinstance(value, Mapping)]:
             raise self._wrong(column, "a list of objects", wrong[0])
         return [Row(value, sample_id=self.id) for value in values]
 
     def mapping(self, column: str) -> Mapping[str, JSON]:
-        """An object, possibly empty."""
+        """Returns an object, possibly empty."""
         return self.value(column, "an object", Mapping)
 
     def weights(self, column: str) -> tuple[Answer, ...]:
-        """Answers with their weights, from an object; an empty answer is left out, as in VL-T5."""
+        """Returns answers with their weights, from an object; an empty answer is left out, as in VL-T5."""
         pairs = {answer: self.number(column, weight) for answer, weight in self.mapping(column).items()}
         return tuple(Answer(text=answer, weight=weight) for answer, weight in pairs.items() if answer.strip())
 
     def choice(self, column: str, choices: Sequence[object]) -> int:
-        """The number of the right choice, which must be one of them."""
+        """Returns the number of the right choice, which must be one of them."""
         if not 0 <= (value := self.integer(column)) < len(choices):
             raise self.bad(f"{shown(column)} is {value}, but there are {len(choices)} choices")
         return value
 
     def people(self, column: str) -> list[str]:
-        """What each person answered, from a list of {"answer": text}; empty answers count for the metrics."""
+        """Returns what each person answered, from a list of {"answer": text}; empty answers count for the metrics."""
         return self.ten([entry.text("answer") for entry in self.rows(column)])
 
     def ten(self, answers: list[str]) -> list[str]:
-        """The answers, if they are as many as the metric needs and one holds text."""
+        """Returns the answers, if they are as many as the metric needs and one holds text."""
         if len(answers) != PEOPLE:
             raise self.bad(f"{len(answers)} people answered; the metric needs {PEOPLE}")
         if not any(answer.strip() for answer in answers):
@@ -207,13 +205,16 @@ class Row:
 
 
 def soft_answers(answers: Sequence[str]) -> tuple[Answer, ...]:
-    """The distinct answers with LXMERT's weights, most frequent first; empty ones are left out."""
+    """Returns the distinct answers, most frequent first; empty ones are left out.
+
+    LXMERT weighs an answer of one person 0.3, of two 0.6, of three 0.9, of more 1; the metric gives 1 from three on.
+    """
     counted = Counter(answer for answer in answers if answer.strip())
-    return tuple(Answer(text=text, weight=min(1.0, round(LADDER_STEP * n, 1))) for text, n in counted.most_common())
+    return tuple(Answer(text=text, weight=min(1.0, round(0.3 * n, 1))) for text, n in counted.most_common())
 
 
 def key(raw: Raw, column: str) -> str:
-    """The id that a row is joined by; "" where it has none, which is for its conversion to say."""
+    """Returns the id that a row is joined by; "" where it has none, which is for its conversion to say."""
     try:
         return Row(raw).identifier(column)
     except BadSample:
@@ -221,7 +222,7 @@ def key(raw: Raw, column: str) -> str:
 
 
 def present(folder: Path, names: Iterable[str], *, inside: Sequence[str] = ()) -> dict[str, Path]:
-    """Those of the files that are in `folder`, or else in the first folder `inside` it that has any, by name."""
+    """Returns those of the files that `folder` has, or else the first folder `inside` it that has any."""
     names = list(names)
     for candidate in (*(folder / part for part in inside), folder):
         if files := files_in(candidate, names):
@@ -232,12 +233,12 @@ def present(folder: Path, names: Iterable[str], *, inside: Sequence[str] = ()) -
 
 
 def files_in(folder: Path, names: Iterable[str]) -> dict[str, Path]:
-    """Those of the files that are there."""
+    """Returns those of the files that are there."""
     return {name: folder / name for name in names if (folder / name).is_file()}
 
 
 def member_rows(paths: Sequence[Path], id_column: str, progress: Progress) -> Iterator[Raw]:
-    """The members of files that are one object of objects; their names stand in `id_column`."""
+    """Yields the members of files that are one object of objects; their names stand in `id_column`."""
     for path in paths:
         for name, row in stream_members(path, progress=progress):
             yield {**row, id_column: name}
@@ -253,12 +254,12 @@ def refusing(where: str | Path) -> Iterator[None]:
 
 
 def numbered(file: Path, rows: Iterable[Raw]) -> Iterator[tuple[str, Raw]]:
-    """Each row with how messages call it, "<file>, row <number>"."""
+    """Returns each row with how messages call it, "<file>, row <number>"."""
     return ((f"{file}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def by_id(file: Path, rows: Iterable[Raw], id_column: str, *columns: str) -> dict[str, Raw]:
-    """Columns of `file` by the rows' ids, to be joined to another file's rows; conversion checks the values."""
+    """Returns columns of `file` by the rows' ids, to be joined to another file's rows; conversion checks the values."""
     rows_by_id: dict[str, Raw] = {}
     for where, row in numbered(file, rows):
         with refusing(where):

@@ -28,9 +28,9 @@ from dora_vl.data.text_file import json_object, stream_records
 from dora_vl.errors import UserError, shown, shown_text
 
 KARPATHY = "dataset_coco.json"
-"""Karpathy's split of COCO's 2014 pictures (2015), from `caption_datasets.zip` (cs.stanford.edu/people/karpathy)."""
+"""Karpathy's split of COCO's 2014 pictures is in `caption_datasets.zip` (cs.stanford.edu/people/karpathy)."""
 PARTS = {"train": "train", "restval": "train", "val": "validation", "test": "test"}
-"""Karpathy's name of a part -> ours; everybody trains on train + restval (82,783 + 30,504 pictures)."""
+"""Maps Karpathy's name of a part to ours; everybody trains on train + restval (82,783 + 30,504 pictures)."""
 
 
 def coco_caption(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Split]:
@@ -49,14 +49,14 @@ def coco_caption(folder: Path, options: Mapping[str, str], records: Path) -> Ite
 
 
 def _karpathy_rows(file: Path, split: str, progress: Progress) -> Iterator[Raw]:
-    """The pictures of one of our splits; one of no known part counts as one of each, to be dropped with its reason."""
+    """Yields the pictures of one of our splits; each split gets one of no known part, to drop it with its reason."""
     for row in stream_records(file, progress, "images"):
         if PARTS.get(str(row.get("split")), split) == split:
             yield row
 
 
 def coco_caption_row(raw: Raw) -> Example:
-    """One picture with its captions."""
+    """Returns one picture with its captions."""
     row = Row(raw)
     image_id = row.integer("cocoid")
     row.id = str(image_id)
@@ -116,7 +116,7 @@ def gqa(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Spl
 
 
 def gqa_row(raw: Raw, *, answered: bool = True) -> Example:
-    """One question of the official files; where `answered`, its answer must be there."""
+    """Returns one question of the official files; where `answered`, its answer must be there."""
     row = Row(raw, "question_id")
     answer = row.filled("answer") if answered else row.maybe(row.filled, "answer")
     groups = Row(row.maybe(row.mapping, "groups") or {}, sample_id=row.id)
@@ -139,7 +139,7 @@ def gqa_row(raw: Raw, *, answered: bool = True) -> Example:
 
 
 def gqa_vlt5_row(raw: Raw) -> Example:
-    """One question of VL-T5's files."""
+    """Returns one question of VL-T5's files."""
     row = Row(raw, "question_id")
     if not (answers := row.weights("label")):
         raise row.bad("it has no answer: 'label' holds none")
@@ -201,7 +201,7 @@ def read_shares(option: str) -> dict[str, float]:
 
 
 def share_of(sentence: str, shares: Mapping[str, float], seed: str) -> str:
-    """The share that a sentence falls to: by its words alone, so wherever it stands again it falls to the same."""
+    """Returns the share that a sentence falls to, by its words alone: the same wherever it stands again."""
     digest = hashlib.sha256(f"{seed}\0{_words(sentence)}".encode()).digest()
     fraction = int.from_bytes(digest[:8], "big") / 2**64
     *others, last = shares
@@ -219,7 +219,7 @@ def _words(sentence: str) -> str:
 def _shared_rows(
     files: Mapping[str, tuple[Path, str]], name: str, shares: Mapping[str, float], seed: str, progress: Progress
 ) -> Iterator[Raw]:
-    """The rows of one share; one without a sentence is in each, to be named there as unusable."""
+    """Yields the rows of one share; one without a sentence is in each, to be named there as unusable."""
     sentences, caught = set[str](), False
     for row in _nlvr_rows(files, progress):
         sentence = row.get("sentence")
@@ -243,7 +243,7 @@ def _nlvr_rows(files: Mapping[str, tuple[Path, str]], progress: Progress) -> Ite
 
 
 def nlvr_row(raw: Raw, orders: int = ORDERS) -> list[Example]:
-    """The examples of one row, one for each order of the boxes."""
+    """Returns the examples of one row, one for each order of the boxes."""
     row = Row(raw, "identifier")
     label = row.one_of("label", ("true", "false"))
     sentence, directory, part = row.filled("sentence"), row.identifier("directory"), row.text("part")
@@ -292,7 +292,7 @@ def nlvr2(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[S
 
 
 def nlvr2_row(raw: Raw) -> Example:
-    """One sentence and its two photographs, in either form."""
+    """Returns one sentence and its two photographs, in either form."""
     row = Row(raw, "identifier")
     vlt5 = row.get("img0") is not None
     label = {0: "False", 1: "True"}.get(row.integer("label"), "") if vlt5 else str(row.scalar("label"))
@@ -346,7 +346,7 @@ def vqav2(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[S
 
 
 def _joined_rows(questions: Path, annotations: Path, progress: Progress) -> Iterator[Raw]:
-    """Each annotation with its question's text; a question without one comes last, to be dropped with that reason."""
+    """Yields each annotation with its question's text, then questions without one, to be dropped for that."""
     rows = stream_records(questions, progress, "questions")
     question_rows = by_id(questions, rows, "question_id", "question", "image_id")
     answered: set[str] = set()
@@ -361,7 +361,7 @@ def _joined_rows(questions: Path, annotations: Path, progress: Progress) -> Iter
 
 
 def vqav2_row(raw: Raw, *, pictures: str, answered: bool) -> Example:
-    """One question; `pictures` is the folder of its picture and part of the picture's name."""
+    """Returns one question; `pictures` is the folder of its picture and part of the picture's name."""
     row = Row(raw)
     question_id = row.integer("question_id")
     row.id = str(question_id)
@@ -421,7 +421,7 @@ def vqav2_karpathy(folder: Path, options: Mapping[str, str], records: Path) -> I
 
 
 def _official_rows(folder: Path, split: str, progress: Progress) -> Iterator[Raw]:
-    """The questions about the split's pictures; one about a picture of no part is in each, to be dropped there."""
+    """Yields the questions about the split's pictures; each split gets those of no part, to drop them."""
     pictures = by_id(folder / KARPATHY, stream_records(folder / KARPATHY, progress, "images"), "cocoid", "split")
     for part in KARPATHY_PARTS:
         for row in _joined_rows(folder / QUESTIONS.format(part), folder / ANNOTATIONS.format(part), progress):
@@ -432,7 +432,7 @@ def _official_rows(folder: Path, split: str, progress: Progress) -> Iterator[Raw
 
 
 def vqav2_karpathy_row(raw: Raw, *, allowed: frozenset[str] | None) -> Example:
-    """One question of the official files."""
+    """Returns one question of the official files."""
     row = Row(raw)
     example = vqav2_row(raw, pictures=row.text("part"), answered=True)
     row.id = example.id
@@ -442,7 +442,7 @@ def vqav2_karpathy_row(raw: Raw, *, allowed: frozenset[str] | None) -> Example:
 
 
 def vqav2_vlt5_row(raw: Raw, *, allowed: frozenset[str] | None) -> Example:
-    """One question of VL-T5's files."""
+    """Returns one question of VL-T5's files."""
     row = Row(raw, "question_id")
     picture = row.filled("img_id")
     people = row.maybe(row.people, "answers") or []

@@ -89,7 +89,7 @@ def _conversations(task: str, name: str, file: Path, size: int | None = None) ->
 
 
 def conversation_row(raw: Raw) -> dict[str, JSON]:
-    """The record itself, with all of its columns and its id as text, if it can be trained on."""
+    """Returns the record itself, with all of its columns and its id as text, if it can be trained on."""
     row = Row(raw)
     sample_id = row.maybe(row.identifier, "id") or UNKNOWN_ID
     read_conversations(USUAL.resolve(raw, strict=False).fields, sample_id)
@@ -100,7 +100,7 @@ LLAVA_BENCH_FILES = {
     "context.jsonl": ("context", "image", "caption"),
     "answers_gpt4.jsonl": ("reference", "question_id", "text"),
 }
-"""Each of these files adds a column to the questions: its name here, what it is joined by, what is taken."""
+"""Each file adds a column to the questions: the new name, the column to join by, the column to take."""
 
 
 def llava_bench(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Split]:
@@ -130,7 +130,7 @@ def _llava_bench_rows(files: Mapping[str, Path], progress: Progress) -> Iterator
 
 
 def llava_bench_row(raw: Raw, *, needed: Sequence[str]) -> Example:
-    """One question; `needed` are those of "context" and "reference" whose files are there."""
+    """Returns one question; `needed` are those of "context" and "reference" whose files are there."""
     row = Row(raw, "question_id")
     for column in needed:
         row.filled(column)
@@ -186,7 +186,7 @@ def mmbench(folder: Path, options: Mapping[str, str], records: Path) -> Iterator
 
 
 def _mmbench_rows(path: Path, answered: bool, progress: Progress) -> Iterator[Raw]:
-    """The rows; for an `image` that names an earlier row, that row's picture."""
+    """Yields the rows; for an `image` that names an earlier row, that row's picture."""
     references = path.name.startswith("MMBench_")  # VLMEvalKit's; the others need no memory of pictures
     needed = ("index", "question", "A", "B", "image", *(["answer"] if answered else []))
     pictures: dict[str, str] = {}
@@ -198,7 +198,7 @@ def _mmbench_rows(path: Path, answered: bool, progress: Progress) -> Iterator[Ra
 
 
 def mmbench_row(raw: Raw, *, task_folder: Path, answered: bool) -> Example:
-    """One rotation of one question; writes its picture. Where `answered`, its answer must be there."""
+    """Returns one rotation of one question; writes its picture. Where `answered`, its answer must be there."""
     row = Row(raw)
     index = row.integer("index")
     row.id = str(index)
@@ -292,7 +292,7 @@ def _mme_rows(root: Path, texts: Sequence[Path], progress: Progress) -> Iterator
 
 
 def mme_row(raw: Raw) -> list[Example]:
-    """The two questions of one picture."""
+    """Returns the two questions of one picture."""
     row = Row(raw)
     category = row.text("category")
     row.id = f"{category}/{row.text('name')}"
@@ -330,7 +330,7 @@ def mmvet(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[S
 
 
 def mmvet_row(raw: Raw) -> Example:
-    """One question."""
+    """Returns one question."""
     row = Row(raw, "id")
     return Example(
         id=row.id,
@@ -389,7 +389,7 @@ def _pope_rows(files: Mapping[str, Path], progress: Progress) -> Iterator[Raw]:
 
 
 def pope_row(raw: Raw, *, pictures: str, label_version: str) -> Example:
-    """One question; `pictures` is the folder of its picture."""
+    """Returns one question; `pictures` is the folder of its picture."""
     row = Row(raw)
     category = row.text("category")
     row.id = f"{category}-{row.identifier('question_id')}"
@@ -430,7 +430,7 @@ def scienceqa(folder: Path, options: Mapping[str, str], records: Path) -> Iterat
 
 
 def _scienceqa_rows(problems: Path, members: frozenset[str], progress: Progress) -> Iterator[Raw]:
-    """The problems of one split; one that the split names but nobody has comes last, to be dropped with that reason."""
+    """Yields the problems of one split, then those that it names but nobody has, to be dropped for that."""
     seen: set[str] = set()
     for name, row in stream_members(problems, progress=progress):
         if name in members:
@@ -440,7 +440,7 @@ def _scienceqa_rows(problems: Path, members: frozenset[str], progress: Progress)
 
 
 def scienceqa_row(raw: Raw, *, part: str) -> Example:
-    """One question; `part` is the folder of its picture."""
+    """Returns one question; `part` is the folder of its picture."""
     row = Row(raw, "pid")
     choices = row.texts("choices")
     correct = row.choice("answer", choices)
@@ -480,7 +480,7 @@ def _seed_bench_rows(file: Path, progress: Progress) -> Iterator[Raw]:
 
 
 def seed_bench_row(raw: Raw) -> Example:
-    """One question."""
+    """Returns one question."""
     row = Row(raw, "question_id")
     choices = [row.filled(f"choice_{letter}") for letter in "abcd"]
     correct = "ABCD".index(row.one_of("answer", tuple("ABCD")))
@@ -550,7 +550,7 @@ def _textvqa_rows(questions: Path, ocr: Mapping[str, Path], progress: Progress) 
 
 
 def textvqa_row(raw: Raw, *, answered: bool) -> Example:
-    """One question; where `answered`, its answers must be there."""
+    """Returns one question; where `answered`, its answers must be there."""
     row = Row(raw)
     question_id = row.integer("question_id")
     row.id = str(question_id)
@@ -587,7 +587,7 @@ def vizwiz(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[
 
 
 def vizwiz_row(raw: Raw, *, pictures: str, answered: bool) -> Example:
-    """One question; `pictures` is the folder of its picture. Where `answered`, its answers must be there."""
+    """Returns one question; `pictures` is the folder of its picture. Where `answered`, its answers must be there."""
     row = Row(raw, "image")
     answers = row.people("answers") if answered else []
     return Example(

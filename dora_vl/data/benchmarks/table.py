@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dora_vl.data.benchmarks import cloze, commonsense, images, llava, videos
+from dora_vl.data.benchmarks import commonsense, images, llava, videos
 from dora_vl.data.benchmarks.fields import Split
 
 
@@ -57,5 +57,5 @@ SOURCES: dict[str, Source] = {
     "tvc": Source(videos.tvc, "TVC with subtitles"),
     "yc2c": Source(videos.yc2c, "YC2C with subtitles; VALUE's files or YouCook2's"),
     "commonsense": Source(commonsense.commonsense, "the eight commonsense sets and commonsense_170k"),
-    "cloze": Source(cloze.cloze, "the same eight sets in lm-eval's cloze form"),
+    "cloze": Source(commonsense.cloze, "the same eight sets in lm-eval's cloze form"),
 }

@@ -43,7 +43,7 @@ class Subtitles:
         self._known: dict[str, Raw] | None = None
 
     def joined(self, annotations: Iterable[Raw], progress: Progress) -> Iterator[Raw]:
-        """Each row with its video's subtitles under `sub`; without subtitles the rows as they are."""
+        """Yields each row with its video's subtitles under `sub`; without subtitles the rows as they are."""
         for row in annotations:
             yield row if self.path is None else {**row, "sub": self._of(self.path, key(row, "vid_name"), progress)}
 
@@ -56,7 +56,7 @@ class Subtitles:
         return self._known.get(video, {"sub": []})["sub"]
 
     def rows(self, file: Path, solution: Mapping[str, int], progress: Progress) -> Iterator[Raw]:
-        """The file's rows with their subtitles, and the right choice from `solution` where the row keeps it back."""
+        """Returns the rows with their subtitles, and the right choice from `solution` where the row lacks it."""
         rows = stream_records(file, progress)
         if solution:
             rows = (
@@ -68,7 +68,7 @@ class Subtitles:
 
 
 def read_srt(path: Path) -> list[dict[str, object]]:
-    """The cues of an .srt file, as VALUE's JSON has them."""
+    """Returns the cues of an .srt file, as VALUE's JSON has them."""
     try:
         content = whole_text(path, WANTED)
     except NotUtf8:
@@ -98,7 +98,7 @@ def _seconds(parts: Sequence[str]) -> float:
 
 
 def subtitles_of(row: Row) -> tuple[Subtitle, ...]:
-    """The subtitles in order, those of empty text too: VL-BART's prompt joins them all; without a text none."""
+    """Returns the subtitles in order, those of empty text too: VL-BART's prompt joins them all; without a text none."""
     return tuple(
         Subtitle(
             entry.text("text").strip(),
@@ -117,14 +117,14 @@ def span(value: JSON, sample_id: str = UNKNOWN_ID) -> tuple[float, float] | tupl
 
 
 def _clip(row: Row) -> tuple[Clip, dict[str, object]]:
-    """The part of a video that VALUE's row is about, and what `extra` keeps: VL-BART's prompt shows `ts` as it is."""
+    """Returns the part of a video that a row is about, and what `extra` keeps: VL-BART's prompt shows `ts` as it is."""
     name, (start, end) = row.identifier("vid_name"), span(row.get("ts"), row.id)
     extra: dict[str, object] = {"vid_name": name, **({} if row.get("ts") is None else {"ts": row.get("ts")})}
     return Clip(path=f"{name}.mp4", start_seconds=start, end_seconds=end), extra
 
 
 def question_row(raw: Raw, *, choices: int, answered: bool) -> Example:
-    """One question of TVQA or How2QA with so many choices; where `answered`, its right choice must be there."""
+    """Returns one question of TVQA or How2QA with so many choices; where `answered`, its right choice must be there."""
     row = Row(raw, "qid")
     texts = [row.filled(f"a{number}") for number in range(choices)]
     is_answered = answered or row.get("answer_idx") is not None
@@ -231,7 +231,7 @@ def _how2qa_csv_rows(path: Path, subtitles: Subtitles, progress: Progress) -> It
 
 
 def how2qa_csv_row(raw: Raw, *, split: str) -> Example:
-    """One row of the authors' table."""
+    """Returns one row of the authors' table."""
     row = Row(raw)
     row.id = f"{split}-{row.integer('row')}"
     right = row.filled("right")
@@ -277,7 +277,7 @@ def tvc(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Spl
 def _clip_splits(
     task: str, paths: Mapping[str, Path], files: Mapping[str, tuple[str, int | None]], subtitles: Subtitles
 ) -> Iterator[Split]:
-    """Each file of clips as one split; the descriptions of test sets are kept back."""
+    """Yields each file of clips as one split; the descriptions of test sets are kept back."""
     for file, path in paths.items():
         name, size = files[file]
         rows, convert = partial(subtitles.rows, path, {}), partial(clip_row, answered=not name.startswith("test"))
@@ -285,7 +285,7 @@ def _clip_splits(
 
 
 def clip_row(raw: Raw, *, answered: bool) -> Example:
-    """One clip of TVC or YC2C with all of its descriptions; where `answered`, it must have one."""
+    """Returns one clip of TVC or YC2C with all of its descriptions; where `answered`, it must have one."""
     row = Row(raw)
     clip_id = row.integer("clip_id")
     row.id = str(clip_id)
@@ -347,7 +347,7 @@ def _youcook2_rows(path: Path, subset: str, progress: Progress) -> Iterator[Raw]
 
 
 def youcook2_row(raw: Raw) -> Example:
-    """One step of a recipe."""
+    """Returns one step of a recipe."""
     row = Row(raw)
     video = row.filled("video")
     row.id = f"{video}_{row.integer('id')}"

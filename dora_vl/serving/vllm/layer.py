@@ -40,7 +40,7 @@ class Slice(NamedTuple):
 
 
 def alone(part: Tensor) -> Tensor:
-    """The sum over ranks where there is one."""
+    """Returns the sum over ranks where there is one."""
     return part
 
 
@@ -71,7 +71,7 @@ class FrozenLayer:
         return self.recovered
 
     def rows(self, index: Int[Tensor, " some"]) -> Float[Tensor, "some in_"]:
-        """Some rows of W."""
+        """Returns some rows of W."""
         if self.weight is not None:
             return self.weight[index]
         blocks = columns_by_product(self.product, self.in_features, self.dtype, self.device)
@@ -164,7 +164,7 @@ class UnservableAdapter(ValueError):
 
 
 def as_factor(name: str) -> str:
-    """A magnitude's name as that of the B beside it, which vLLM knows to read; other names as they are."""
+    """Returns a magnitude's name as that of the B beside it, which vLLM knows to read; other names as they are."""
     return _MAGNITUDE.sub(LORA_B, name)
 
 

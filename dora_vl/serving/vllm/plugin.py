@@ -182,7 +182,7 @@ def give_gains_to_slots(manager: Any) -> None:
 
 
 def is_elsewhere(model: torch.nn.Module, name: str) -> bool:
-    """Whether a layer is on another rank of a pipeline: what it would stand in is not here."""
+    """Tells whether a layer is on another rank of a pipeline: what it would stand in is not here."""
     from vllm.distributed import get_pp_group  # pyright: ignore[reportMissingImports]
 
     try:
@@ -208,7 +208,7 @@ def wrap_layers(module: Any, layers: Any) -> None:
 
 
 def sum_over_ranks(part: Tensor) -> Tensor:
-    """The sum over a row-parallel layer's ranks."""
+    """Returns the sum over a row-parallel layer's ranks."""
     from vllm.distributed import tensor_model_parallel_all_reduce  # pyright: ignore[reportMissingImports]
 
     return tensor_model_parallel_all_reduce(part)
@@ -221,7 +221,7 @@ Lookup = Callable[[str], Any]
 
 
 def magnitudes_in(weights: Any) -> list[Tensor]:
-    """The magnitudes of a layer's weights: one, or those of the parts that were packed into one."""
+    """Returns the magnitudes of a layer's weights: one, or those of the parts that were packed into one."""
     magnitudes = getattr(weights, "magnitude", None)
     parts = magnitudes if isinstance(magnitudes, list) else [magnitudes]
     return [part for part in parts if part is not None]
@@ -234,7 +234,7 @@ def magnitude_of_parts(parts: Iterable[Any]) -> list[Tensor | None] | None:
 
 
 def magnitudes_of(adapter: Any) -> dict[str, list[Tensor]]:
-    """The magnitudes of each of an adapter's layers, by vLLM's name of the layer."""
+    """Returns the magnitudes of each of an adapter's layers, by vLLM's name of the layer."""
     return {name: magnitudes for name, weights in adapter.loras.items() if (magnitudes := magnitudes_in(weights))}
 
 

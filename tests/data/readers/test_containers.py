@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dora_vl.data.columns import TrainFile
-from dora_vl.data.containers import READERS, find_files, meaning
+from dora_vl.data.containers import READERS, find_files
 from dora_vl.data.example import Example
 from dora_vl.data.picture_files import PICTURE_FORMATS
 from dora_vl.data.pictures import PICTURE_ENDINGS, StoredPictures
@@ -336,11 +336,3 @@ def test_a_folder_of_one_split_is_read_whole_and_one_of_several_is_refused(
         return
     with pytest.raises(UserError):
         find_files(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "means"),
-    [("val", "validation"), ("test_seen", "test"), ("train.clean.100", "train"), ("testdev", None), ("", None)],
-)
-def test_what_names_of_splits_mean(name: str, means: str | None) -> None:
-    assert meaning(name) == means

@@ -28,16 +28,16 @@ def pictures(folder: Path, *names: str) -> Path:
     return folder
 
 
-def said(rows: object) -> list[tuple[str, str]]:
+def answers(rows: object) -> list[tuple[str, str]]:
     return [(row.id, row.turns[-1].text) for row in rows if isinstance(row, Example)]  # type: ignore[attr-defined]
 
 
 def test_a_folder_a_class_is_read_alike_by_a_table_a_stream_and_a_test(tmp_path: Path) -> None:
     folder = pictures(tmp_path / "my", "a cat/1.png", "a cat/old/2.jpg", "dog/1.png", ".trash/dog/1.png")
     expected = [("a cat/1.png", "a cat"), ("a cat/old/2.jpg", "a cat"), ("dog/1.png", "dog")]
-    assert said(load_rows(str(folder), cache_folder=tmp_path / "cache", columns=ASKED)) == expected
+    assert answers(load_rows(str(folder), cache_folder=tmp_path / "cache", columns=ASKED)) == expected
     stream = StreamSource(TrainFile(path=str(folder)), limit=None, seed=0, columns=ASKED)
-    assert said(stream.first_rows) == expected
+    assert answers(stream.first_rows) == expected
     questions, _ = read_questions(folder, columns=ASKED)
     assert [(question.id, question.question, question.answers[0].text) for question in questions] == [
         (name, "What is it?", answer) for name, answer in expected
@@ -56,9 +56,9 @@ def test_a_changed_text_is_read_again(tmp_path: Path) -> None:
     folder = pictures(tmp_path / "my", "1.png", "2.png")
     for name in ("1", "2"):
         (folder / f"{name}.txt").write_text(f"picture {name}")
-    assert said(load_rows(str(folder), cache_folder=tmp_path / "cache"))[1] == ("2.png", "picture 2")
+    assert answers(load_rows(str(folder), cache_folder=tmp_path / "cache"))[1] == ("2.png", "picture 2")
     (folder / "2.txt").write_text("another text")
-    assert said(load_rows(str(folder), cache_folder=tmp_path / "cache"))[1] == ("2.png", "another text")
+    assert answers(load_rows(str(folder), cache_folder=tmp_path / "cache"))[1] == ("2.png", "another text")
 
 
 def test_several_splits_are_not_trained_on_together(tmp_path: Path) -> None:

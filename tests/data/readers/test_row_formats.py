@@ -148,17 +148,6 @@ def test_any_row_is_a_sample_or_a_bad_one(values: dict[str, object], formed: dic
     assert longest < 500
 
 
-@pytest.mark.parametrize("line", documented_rows())
-def test_numbers_of_thousands_of_digits_are_bad_samples(line: str) -> None:
-    for name in json.loads(line):
-        for huge in (10**5000, [10**5000], {"text": 10**5000}):
-            try:
-                sample = conversation({**json.loads(line), name: huge})
-            except (BadSample, ColumnsError):
-                continue
-            assert name in ("id", "system", "caption"), sample
-
-
 FREE_TEXT = st.text().filter(lambda text: "<image" not in text)
 ANSWER = FREE_TEXT.filter(lambda text: text.strip() != "")
 
@@ -184,20 +173,3 @@ def test_one_picture_is_normalised_as_published(rounds: list[tuple[str, str]], t
     at = data.draw(st.integers(0, len(texts) - 1))
     texts[at] = f"{texts[at]}<image>{tail}"
     assert texts_of(*texts, image="a.png") == [published_normalisation(text) for text in texts]
-
-
-@given(st.lists(st.lists(FREE_TEXT, min_size=1, max_size=4), min_size=1, max_size=4), st.integers(0, 12))
-def test_several_placeholders_are_all_kept_or_refused(questions: list[list[str]], pictures: int) -> None:
-    """Each question is pieces joined by placeholders; with any other number of pictures it is a bad sample."""
-    prompts = ["<image>".join(pieces) for pieces in questions]
-    placeholders = sum(text.count("<image>") for text in prompts)
-    names = [f"{number}.png" for number in range(pictures)]
-    texts = [text for question in prompts for text in (question, "yes")]
-    if placeholders == 0 and pictures:
-        first = "<image>\n" * pictures + prompts[0] if pictures > 1 else f"<image>\n{prompts[0].strip()}".strip()
-        assert texts_of(*texts, image=names)[::2] == [first, *prompts[1:]]
-    elif placeholders != pictures:
-        with pytest.raises(BadSample):
-            texts_of(*texts, image=names)
-    elif pictures > 1:
-        assert texts_of(*texts, image=names)[::2] == prompts
