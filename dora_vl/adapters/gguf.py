@@ -44,7 +44,7 @@ class Architecture:
     """llama.cpp's form of one kind of language model."""
 
     name: str
-    """Name in gguf's `MODEL_ARCH_NAMES`."""
+    """Stands in gguf's `MODEL_ARCH_NAMES`."""
     activation: str = "silu"
     """The `hidden_act` that llama.cpp's code computes."""
     interleaved: bool = False
@@ -189,7 +189,7 @@ class WrittenTensor:
     name: str
     shape: tuple[int, ...]
     kind: str
-    """One of `GGUF_KINDS`."""
+    """Is one of `GGUF_KINDS`."""
     read: Callable[[], Tensor]
 
 
@@ -244,7 +244,7 @@ class Vocabulary:
     """The fields `tokenizer.ggml.*`: merges of bytes, or SentencePiece tokens with their scores."""
 
     pre: str
-    """llama.cpp's name for the split before tokenisation."""
+    """llama.cpp calls the split before tokenisation so."""
     tokens: list[str]
     kinds: list[int]
     merges: Sequence[str] = ()
@@ -451,7 +451,7 @@ class ExportedGguf:
     files: dict[str, int]
     """Bytes of each file by name."""
     warnings: tuple[str, ...]
-    """What the files cannot keep of the model, and what is known to read them wrongly."""
+    """Say what the files cannot keep of the model, and what is known to read them wrongly."""
 
 
 def refuse_gguf_target(target: Path) -> None:

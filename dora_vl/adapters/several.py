@@ -230,7 +230,7 @@ class ReadAdapter:
     """An adapter that is ready to be put into the model."""
 
     layers: Mapping[str, SlotChange | nn.Module]
-    """What replaces each changed layer, by full name."""
+    """Maps each changed layer's full name to its replacement."""
     alone: bool
     """The adapter changes the vision part, so pictures of a batch must all be its own."""
 

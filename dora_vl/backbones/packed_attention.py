@@ -75,7 +75,7 @@ class Alike(NamedTuple):
     sees: Bool[Tensor, "segments 1 queries keys"] | None
     """The keys that each query sees; None where all lengths are equal and causal attention suffices."""
     filled: Bool[Tensor, "segments queries"]
-    """False at padding."""
+    """False marks padding."""
 
 
 def alike(spans: Sequence[Sequence[Span]]) -> list[Alike]:

@@ -24,7 +24,7 @@ class GridTowerConfig(PreTrainedConfig):
 
     library: VisionLibrary = "timm"
     architecture: str = ""
-    """The library's own name of the network, e.g. `tf_efficientnet_lite0` or `ViT-B-32`."""
+    """Names the network as the library does, e.g. `tf_efficientnet_lite0` or `ViT-B-32`."""
     options: dict[str, Any] | None = None
     """Further arguments of the library: timm's keyword arguments, open_clip's `vision_cfg`..., a config."""
     layer: int = -1

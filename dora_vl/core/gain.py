@@ -48,11 +48,11 @@ class AdapterParameter(nn.Parameter):
     """
 
     data_replaced = 0
-    """How often `.data` was assigned."""
+    """Counts how often `.data` was assigned."""
 
     @property
     def data(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The values, without a graph and with this parameter's count of edits."""
+        """Returns the values, without a graph and with this parameter's count of edits."""
         return self.detach()
 
     @data.setter
@@ -62,7 +62,7 @@ class AdapterParameter(nn.Parameter):
 
 
 def edits_of(tensor: Tensor) -> tuple[int, int]:
-    """What moves at an edit: the count of those in place, a shard's too, and what `p.data = ...` changes.
+    """Returns what an edit moves: the count of edits in place, a shard's too, and what `p.data = ...` changes.
 
     Tensors made under `inference_mode` count none.
     """
@@ -93,7 +93,7 @@ class Snapshot:
         self._also = also
 
     def holds(self, tensors: Iterable[Tensor | None], *also: object) -> bool:
-        """Whether these are the same tensors, unchanged, and the rest is equal."""
+        """Tells whether these are the same tensors, unchanged, and the rest is equal."""
         present = [tensor for tensor in tensors if tensor is not None]
         return (
             len(present) == len(self._tensors)

@@ -26,7 +26,7 @@ def in_chunks(head: nn.Module) -> bool:
 def label_losses(
     hidden: Float[Tensor, "labels width"], targets: Int[Tensor, " labels"], scores: Scores
 ) -> Float[Tensor, " labels"]:
-    """Cross-entropy of each label, in float32.
+    """Computes each label's cross-entropy, in float32.
 
     A label's loss depends on its own hidden state alone. So its gradient is computed beside it, chunk by chunk, and no
     chunk's scores wait for the backward pass; that is faster than scores of all labels at once.
@@ -39,7 +39,7 @@ def label_losses(
 
 
 def losses_of(scores: Float[Tensor, "labels vocab"], targets: Int[Tensor, " labels"]) -> Float[Tensor, " labels"]:
-    """Cross-entropy of each label from scores that exist already, in float32."""
+    """Computes each label's cross-entropy from scores that exist already, in float32."""
     return functional.cross_entropy(scores.float(), targets, reduction="none")
 
 

@@ -139,33 +139,6 @@ def test_of_a_llava_that_llama_cpp_has_no_tower_of_the_language_model_goes_alone
     torch.testing.assert_close(written, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_what_an_mmproj_file_says(tmp_path: Path) -> None:
-    base = write_tiny_llava(tmp_path / "base", width=64)
-    export_gguf(empty(), base, tmp_path / "to", PreTrainedTokenizerFast.from_pretrained(base), kind="f32")
-    file = tmp_path / "to" / VISION_FILE
-    stated = {
-        "general.architecture": "clip",
-        "clip.projector_type": "mlp",
-        "clip.has_vision_encoder": True,
-        "clip.use_gelu": False,  # quick_gelu
-        "clip.vision.image_size": 8,
-        "clip.vision.patch_size": 4,
-        "clip.vision.projection_dim": 64,
-        "clip.vision.block_count": 1,  # of two: the features are the last block's input
-        "clip.vision.feature_layer": [1],
-        "clip.vision.image_mean": [0.5, 0.5, 0.5],
-    }
-    written = fields(file)
-    assert {name: written[name] for name in stated} == stated
-    names = {tensor.name: tuple(map(int, tensor.shape)) for tensor in gguf.GGUFReader(file).tensors}
-    assert names["v.patch_embd.weight"] == (4, 4, 3, 16)
-    assert names["v.blk.0.ffn_up.weight"] == (16, 32)
-    assert names["mm.0.weight"] == (16, 64)
-    assert names["mm.2.bias"] == (64,)
-    assert "v.pre_ln.weight" in names
-    assert not [name for name in names if name.startswith(("v.blk.1.", "v.post_ln"))]
-
-
 def changed(base: Path, **settings: Any) -> Path:
     config = json.loads((base / "config.json").read_text())
     for name, value in settings.items():

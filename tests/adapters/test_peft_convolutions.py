@@ -132,10 +132,3 @@ def test_a_folder_of_pefts_loads_with_its_numbers_or_is_refused(tmp_path_factory
     else:
         load_adapter(model, folder)
         assert_same(model.eval()(x).detach(), theirs(x).detach())
-
-
-@pytest.mark.parametrize("padding_mode", MODES)
-def test_a_kernel_of_width_one_has_no_dilation(tmp_path, padding_mode):
-    conv = nn.Conv2d(6, 4, 1, dilation=3, padding_mode=padding_mode)
-    save_adapter(adapted(conv, "dora"), tmp_path / "adapter")
-    assert peft_type(tmp_path / "adapter") == "LORA"

@@ -25,7 +25,7 @@ from dora_vl.backbones.model import open_backbone
 from dora_vl.backbones.specs import ComposeSpec, SmallLanguageModel
 from dora_vl.backbones.tower_sources import compose_llava, measured
 from dora_vl.data.example import Answer, Example, write_examples
-from dora_vl.errors import SettingError, UserError
+from dora_vl.errors import UserError
 from tests.backbones.conftest import VISION
 from tests.backbones.tiny_language import SIZES
 from tests.backbones.tiny_vlbart import write_features
@@ -202,16 +202,6 @@ def test_a_small_llama_is_made_with_its_vocabulary(
     ids = torch.tensor([[0, image, image, image, image, 270]])
     pixels = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     assert backbone.generate(ids, torch.ones_like(ids), pixel_values=pixels, max_new_tokens=3).shape[0] == 1
-
-
-def test_one_language_model_is_named(
-    make_spec: Callable[..., ComposeSpec], small: SmallLanguageModel, tmp_path: Path
-) -> None:
-    for changes in ({"small": small}, {"language_model": None}):
-        with pytest.raises(SettingError) as raised:
-            compose_llava(make_spec(**changes), tmp_path / "llava")
-        assert raised.value.key == "model.compose"
-    assert not (tmp_path / "llava").exists()
 
 
 def test_a_projector_begins_with_standardised_features(make_spec: Callable[..., ComposeSpec], tmp_path: Path) -> None:

@@ -165,17 +165,6 @@ def test_every_tile_gives_the_same(monkeypatch, tiled):
             close(value, expected, torch.float32)
 
 
-def test_products_follow_torchs_precision():
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("highest")
-        assert [kernels.dot_precision(torch.float32, rank) for rank in (16, 128)] == ["ieee", "tf32x3"]
-        torch.set_float32_matmul_precision("high")
-        assert [kernels.dot_precision(torch.float32, rank) for rank in (16, 128)] == ["tf32", "tf32"]
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 # -- whole layers -----------------------------------------------------------------------------------------------------
 
 
