@@ -44,8 +44,8 @@ def trace(frame, event, argument):
     if event == "call" and "/dora_vl/" in code.co_filename:
         module = code.co_filename.rpartition("/dora_vl/")[2].removesuffix(".py").replace("/", ".")
         called.add(f"{module}.{code.co_qualname}")
-from dora_vl.heads import next_token
-next_token.SMALL_VOCABULARY = 0  # losses in chunks, as of a published one
+from dora_vl import heads
+heads.SMALL_VOCABULARY = 0  # losses in chunks, as of a published one
 script, *sys.argv[1:] = sys.argv[1:]
 sys.setprofile(trace)
 try:

@@ -312,12 +312,12 @@ def _whole_state(adapter: Adapter, base: BaseWeights) -> dict[str, Tensor]:
     """Returns the base's weights with the adapter's other tensors, the token embedding under all its names."""
     state = {name: _wide(base.read(name)) for name in base.tensors}
     for name, tensor in adapter.extras.items():
-        whole, rows = split_rows(name)
-        if whole == name:
+        owner, rows = split_rows(name)
+        if owner == name:
             state[name] = _wide(tensor)
         else:
-            state[whole] = state[whole].clone()
-            state[whole][rows] = _wide(tensor)
+            state[owner] = state[owner].clone()
+            state[owner][rows] = _wide(tensor)
     return {**state, **dict.fromkeys(ALIASES, next(state[name] for name in ALIASES if name in state))}
 
 

@@ -125,10 +125,10 @@ def _check_fit(base: BaseWeights, adapter: Adapter, factors: Mapping[str, Factor
             a, b = (None if factor is None else list(factor.shape) for factor in (layer.lora_A, layer.lora_B))
             raise UserError(f"{adapter.source}: {name} has A {a} and B {b}, the base's weight is {list(weight.shape)}")
     for name, tensor in adapter.extras.items():
-        whole, rows = split_rows(name)
-        if whole not in base.tensors:
+        stored, rows = split_rows(name)
+        if stored not in base.tensors:
             continue
-        shape = base.tensors[whole].shape
+        shape = base.tensors[stored].shape
         needed = (len(range(shape[0])[rows]), *shape[1:]) if rows != slice(None) else shape
         if tuple(tensor.shape) != needed:
             raise UserError(f"{adapter.source}: {name} is {list(tensor.shape)}, the base's {list(needed)}")

@@ -46,13 +46,13 @@ def load_pooled(spec: TowerSpec) -> tuple[nn.Module, Preparation]:
     if spec.library == "transformers":
         with opening(f"transformers could not load {spec.name!r}"):
             check_model_folder(spec.name)
-            whole = AutoConfig.from_pretrained(spec.name, **NO_OWN_CODE)
-            if "vision_config" not in whole.sub_configs:
+            stated = AutoConfig.from_pretrained(spec.name, **NO_OWN_CODE)
+            if "vision_config" not in stated.sub_configs:
                 raise UserError(f"{spec.name} is no two-tower model, so it has no picture embedding; keep its grid")
             own = spec.weights == PRETRAINED
-            model: Any = AutoModel.from_pretrained(spec.name, **NO_OWN_CODE) if own else AutoModel.from_config(whole)
+            model: Any = AutoModel.from_pretrained(spec.name, **NO_OWN_CODE) if own else AutoModel.from_config(stated)
         load_from_file(model, spec)
-        return PictureEmbedding(model), transformers_preparation(spec, whole.vision_config)
+        return PictureEmbedding(model), transformers_preparation(spec, stated.vision_config)
     network, config = {"timm": load_timm, "open_clip": load_open_clip}[spec.library](spec)
     return network, preparation_of(config)
 

@@ -51,7 +51,7 @@ from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Sample
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample, UserError, one_line
 from dora_vl.files import NO_OWN_CODE, check_model_folder, opening
-from dora_vl.heads.next_token import in_chunks, label_losses, losses_of
+from dora_vl.heads import in_chunks, label_losses, losses_of
 
 
 class DecoderBackbone(Backbone[PreTrainedModel]):

@@ -33,8 +33,7 @@ from dora_vl.backbones.vlbart_model import VisualNorm, VlBartConfig, VlBartForCo
 from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.errors import UserError, one_line
 from dora_vl.files import NO_OWN_CODE, check_model_folder, opening
-from dora_vl.heads.answer import AnswerHead
-from dora_vl.heads.next_token import in_chunks, label_losses, losses_of
+from dora_vl.heads import AnswerHead, in_chunks, label_losses, losses_of
 
 log = logging.getLogger(__name__)
 
@@ -351,8 +350,8 @@ def _composed(spec: VlBartSpec) -> tuple[VlBartForConditionalGeneration, PreTrai
         model = VlBartForConditionalGeneration(config)
     state = model.state_dict()
     for name, tensor in weights.items():  # the token embedding's new rows, at its end, stay as they were drawn
-        filled, whole = (state[name].T, tensor.T) if name == "final_logits_bias" else (state[name], tensor)
-        filled[: len(whole)] = whole
+        filled, source = (state[name].T, tensor.T) if name == "final_logits_bias" else (state[name], tensor)
+        filled[: len(source)] = source
     if original is not None:
         load_original(model, original)
     elif spec.standardise is not None:

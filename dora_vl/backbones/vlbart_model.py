@@ -28,7 +28,7 @@ from transformers.models.bart.modeling_bart import (
 
 from dora_vl.backbones.specs import Boxes
 from dora_vl.errors import UserError
-from dora_vl.heads.answer import AnswerHead
+from dora_vl.heads import AnswerHead
 
 VisualNorm = Literal["each", "sum", "none"]
 

@@ -73,8 +73,8 @@ def edits_of(tensor: Tensor) -> tuple[int, int]:
         return tensor._version + local._version, 0
     if type(tensor) is AdapterParameter and SHARD_MARKS.isdisjoint(vars(tensor)):
         return tensor._version, tensor.data_replaced
-    whole = type(tensor) is nn.Parameter and SHARD_MARKS.isdisjoint(vars(tensor))
-    return tensor._version, tensor.data_ptr() if whole else 0
+    is_plain = type(tensor) is nn.Parameter and SHARD_MARKS.isdisjoint(vars(tensor))
+    return tensor._version, tensor.data_ptr() if is_plain else 0
 
 
 class Snapshot:

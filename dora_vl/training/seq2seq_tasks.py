@@ -40,7 +40,7 @@ from dora_vl.evaluation.vlbart_tasks import (
     with_input_tokens,
 )
 from dora_vl.files import read_json, write_json
-from dora_vl.heads.answer import answer_loss
+from dora_vl.heads import answer_loss
 from dora_vl.run.settings import RunConfig
 from dora_vl.training.pipeline import LossModel
 

@@ -92,7 +92,7 @@ def ways(base: Path, folder: Path, to: Path, tokenizer: PreTrainedTokenizerFast)
     def as_measured() -> Any:
         model = AutoModelForCausalLM.from_pretrained(base)
         with BaseWeights(base) as weights, opened(Saved(folder), weights) as tuned, torch.no_grad():
-            for layer in {*tuned.factors, *tuned.whole}:
+            for layer in {*tuned.factors, *tuned.stored_layers}:
                 after = torch.cat([rows for _, rows in tuned.blocks(layer)])
                 weight = model.get_submodule(layer).weight
                 weight.copy_(after.t() if weight.shape != after.shape else after)

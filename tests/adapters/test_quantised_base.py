@@ -124,7 +124,7 @@ def test_layers_too_narrow_for_nf4_stay_whole(tmp_path: Path) -> None:
     write_tiny_language(tmp_path, hidden_size=32, intermediate_size=64)
     layers = quantised_layers(config_of(tmp_path), "nf4", "base")
     assert layers.quantised == ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj")
-    assert len(layers.whole) == 12
+    assert len(layers.too_narrow) == 12
     assert sorted(kept_whole(config_of(tmp_path), layers.quantised, "base"))[1:3] == [
         "model.layers.0.mlp.gate_proj",
         "model.layers.0.mlp.up_proj",

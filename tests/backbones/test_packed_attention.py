@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import send_to_device
 from PIL import Image
 
+from dora_vl import heads
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.model import DecoderBackbone, check_packing
 from dora_vl.backbones.packed_attention import OwnPositions
@@ -19,7 +20,6 @@ from dora_vl.data.batches import Collator
 from dora_vl.data.columns import Packing
 from dora_vl.data.samples import Sample
 from dora_vl.data.turns import Turn
-from dora_vl.heads import next_token
 from tests.backbones.image_text_conversations import (
     BLUE,
     LONG,
@@ -43,7 +43,7 @@ from tests.backbones.tiny_video import VIDEO, VIDEO_FAMILIES
 @pytest.fixture(autouse=True)
 def losses_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """As of a published vocabulary."""
-    monkeypatch.setattr(next_token, "SMALL_VOCABULARY", 0)
+    monkeypatch.setattr(heads, "SMALL_VOCABULARY", 0)
 
 
 Folders = Mapping[str, Path]

@@ -1,1 +1,0 @@
-"""Heads: what a task computes from a backbone's features; a loss and named numbers."""
