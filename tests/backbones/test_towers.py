@@ -18,7 +18,7 @@ from dora_vl.backbones.specs import TowerSpec
 from dora_vl.backbones.tower_sources import load_from_file, load_tower
 from dora_vl.backbones.towers import GridTower
 from dora_vl.errors import UserError
-from tests.backbones.tiny_clip import small_clip
+from tests.backbones.conftest import small_clip
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
 
