@@ -113,8 +113,6 @@ BASE, ADAPTER = "base", "adapter"
 """An export writes these two folders."""
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """vLLM's `--max-lora-rank` takes one of these."""
-GRID_TOWER = "dora_grid_tower"
-"""Towers of timm or open_clip, and pooled ones, have this `model_type`."""
 WHOLE = "dora-vl merge writes the whole model as plain weights instead"
 
 
@@ -174,7 +172,7 @@ def export_for_vllm(
 def refuse_unserved_base(config: Mapping[str, Any], folder: Path) -> None:
     """Raises a `UserError` where vLLM has no class for a base's tower, by the base's configuration."""
     tower = config.get("vision_config")
-    if isinstance(tower, Mapping) and tower.get("model_type") == GRID_TOWER:
+    if isinstance(tower, Mapping) and tower.get("model_type") == "dora_grid_tower":  # of timm or open_clip, or pooled
         raise UserError(
             f"{folder} has a tower of {tower.get('library')} ({tower.get('architecture') or 'pooled'}), which vLLM has "
             "no class for: its LLaVA takes CLIP, SigLIP and Pixtral; dora-vl merge --to FOLDER writes plain weights, "

@@ -155,8 +155,11 @@ class FeatureEncoder:
         return self.sequence(self.encode(torch.stack([self.preparation.prepare(picture) for picture in pictures])))
 
     def sequence(self, frames: Float[Tensor, "frames tokens channels"]) -> Float[Tensor, "all_tokens all_channels"]:
-        """Joins the outputs of `encode` for a clip's frames, in order."""
-        return (with_changes(frames) if self.settings.changes else frames).flatten(0, 1)
+        """Joins the outputs of `encode` for a clip's frames, in order, and with `changes` their differences."""
+        if self.settings.changes:
+            before = torch.cat([frames[:1], frames[:-1]])
+            frames = torch.cat([frames, frames - before], dim=-1)
+        return frames.flatten(0, 1)
 
 
 def merged(
@@ -171,12 +174,6 @@ def merged(
     after = before // side
     blocks = grid.unflatten(1, (after, side, after, side)).transpose(2, 3)
     return blocks.flatten(3, 5).flatten(1, 2)
-
-
-def with_changes(frames: Float[Tensor, "frames tokens channels"]) -> Float[Tensor, "frames tokens twice_the_channels"]:
-    """Appends to each token its difference to the same position of the frame before; 0 in the first frame."""
-    before = torch.cat([frames[:1], frames[:-1]])
-    return torch.cat([frames, frames - before], dim=-1)
 
 
 class GridNetwork(nn.Module):
