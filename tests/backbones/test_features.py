@@ -47,21 +47,6 @@ def test_rows_of_different_lengths_come_back(tmp_path: Path) -> None:
     assert torch.equal(again.read("v3"), source.read("v3"))
 
 
-def test_a_stopped_run_goes_on_and_nothing_half_written_is_read(tmp_path: Path) -> None:
-    writer = FeatureWriter(tmp_path, {"frames": 2}, shard_bytes=200)
-    for row in rows(3):
-        writer.add(row)
-    done = open_features(tmp_path).rows
-    assert 0 < len(done) < 3
-    (tmp_path / ".shard-0.safetensors.17").write_bytes(b"half")
-    writer = FeatureWriter(tmp_path, {"frames": 2})
-    for row in rows(4):
-        if row.name not in done:
-            writer.add(row)
-    writer.flush()
-    assert set(open_features(tmp_path).rows) == {"v0", "v1", "v2", "v3"}
-
-
 def test_other_settings_are_refused(tmp_path: Path) -> None:
     FeatureWriter(tmp_path, {"frames": 2, "tower": {"mean": (0.5, 0.5)}})
     FeatureWriter(tmp_path, {"frames": 2, "tower": {"mean": (0.5, 0.5)}})

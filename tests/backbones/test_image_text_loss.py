@@ -156,7 +156,7 @@ def test_an_answer_sees_nothing_after_it(folders: Folders, family: str) -> None:
     torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
 
 
-@families
+@families_in_turn
 def test_frozen_parts_beside_the_decoder_stay_in_eval(folders: Folders, family: str) -> None:
     backbone = adapted_backbone(folders[family])
     decoder = {id(module) for module in decoder_of(backbone.model).modules()}

@@ -148,7 +148,7 @@ any_text = st.one_of(st.sampled_from(NASTY), st.text(max_size=20))
         ("chatml_direct", "", "", "<|im_end|>"),
     ],
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @example(rounds=[(text, text) for text in NASTY])
 @given(rounds=st.lists(st.tuples(any_text, any_text), min_size=1, max_size=3))
 def test_supervised_tokens_decode_to_the_answers(
