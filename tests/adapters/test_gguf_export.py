@@ -1,6 +1,7 @@
 """GGUF as it is written here: transformers reads the same model back, and what the files say.
 
-Text, biases, scores and rotary positions are compared with llama.cpp itself, in test_gguf_in_llama_cpp.
+Text, biases, scores, rotary positions and all models in float32 are compared with llama.cpp itself, in
+test_gguf_in_llama_cpp.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dora_vl.adapters.gguf import MODEL_FILE, VISION_FILE, export_gguf, refuse_g
 from dora_vl.cli import main
 from dora_vl.errors import UserError
 from dora_vl.evaluation.open_model import folder_of_gguf
-from tests.adapters.gguf_models import MODELS, byte_level, dora_on, language
+from tests.adapters.gguf_models import byte_level, dora_on, language
 from tests.adapters.test_hub_names import adapter_on, logits
 from tests.backbones.tiny_image_text import write_tiny
 from tests.backbones.tiny_language import byte_tokenizer, tiny_language
@@ -38,12 +39,8 @@ def read_back(folder: Path) -> Any:
     return model.eval()
 
 
-QUICK = ("llama", "gemma2")
-KINDS = [(name, kind) for name in QUICK for kind in ("f32", "f16", "q8_0")]
-KINDS += [pytest.param(name, "f32", marks=pytest.mark.slow) for name in MODELS if name not in QUICK]
-
-
-@pytest.mark.parametrize(("name", "kind"), KINDS)
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
 def test_transformers_reads_the_adapted_model_back(tmp_path: Path, name: str, kind: str) -> None:
     tokenizer = byte_tokenizer()
     base = language(tmp_path / "base", name, tokenizer)
@@ -56,7 +53,7 @@ def test_transformers_reads_the_adapted_model_back(tmp_path: Path, name: str, ki
         expected, written = model(ids).logits, again(ids).logits
     assert again.config.model_type == model.config.model_type.replace("mistral", "llama")
     scale = float(expected.abs().max())
-    tolerance = {"f32": 1e-5, "f16": 2e-3, "q8_0": 5e-2}[kind]
+    tolerance = {"f16": 2e-3, "q8_0": 5e-2}[kind]
     assert float((written - expected).abs().max()) < tolerance * scale
     assert scale > 0.1
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 from dora_vl.backbones.loading import load_tokenizer, read_language_model, with_image_token
 from dora_vl.backbones.model import open_backbone
 from dora_vl.backbones.specs import ComposeSpec, SmallLanguageModel
-from dora_vl.backbones.tower_sources import compose_llava, measured
+from dora_vl.backbones.tower_sources import compose_llava, measured, texts_of
 from dora_vl.data.example import Answer, Example, write_examples
 from dora_vl.errors import UserError
 from tests.backbones.conftest import VISION
@@ -215,3 +216,18 @@ def test_a_projector_begins_with_standardised_features(make_spec: Callable[..., 
     mean, spread = measured(features)
     assert torch.allclose(changed(numbers[:5]), plain((numbers[:5] - mean) / spread), atol=1e-5)
     assert not torch.allclose(changed(numbers[:5]), plain(numbers[:5]), atol=0.05)
+
+
+def test_texts_of_records_and_of_rows_are_a_vocabulary_s(tmp_path: Path) -> None:
+    record = {"id": "1", "images": ["0.png"], "question": "Which?", "choices": ["red", "blue"]}
+    record |= {"answers": [{"text": "red"}, {"text": "crimson", "weight": 0.3}]}
+    (tmp_path / "records.jsonl").write_text(json.dumps(record))
+    (tmp_path / "rows.csv").write_text("image,question,answer\n0.png,Why?,because\n")
+    conversation = {
+        "image": "0.png",
+        "conversations": [{"from": "human", "value": "<image>\nWho?"}, {"from": "gpt", "value": "me"}],
+    }
+    (tmp_path / "conversations.json").write_text(json.dumps([conversation]))
+    files = tuple(str(tmp_path / name) for name in ("records.jsonl", "rows.csv", "conversations.json"))
+    texts = list(texts_of(SmallLanguageModel(texts=files, words=("more",))))
+    assert texts == ["Which?", "red", "blue", "red", "crimson", "Why?", "because", "Who?", "me", "more"]
