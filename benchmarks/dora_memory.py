@@ -83,7 +83,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def storages_of(values: Iterable[object]) -> list[torch.UntypedStorage]:
-    """The storages of the tensors among them."""
+    """Returns the storages of the tensors among them."""
     return [value.untyped_storage() for value in values if isinstance(value, Tensor)]
 
 

@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def read_options() -> argparse.Namespace:
-    """The command line."""
+    """Returns the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--layer", default=None, help="INxOUT: one linear layer instead of a model")
@@ -71,7 +71,7 @@ def read_options() -> argparse.Namespace:
 
 
 def time_setting(rank: int, dropout: float, options: argparse.Namespace) -> dict[str, Any]:
-    """One row of the JSON: ratios of training and decoding, with the milliseconds they come from."""
+    """Returns one row of the JSON: ratios of training and decoding, with the milliseconds they come from."""
     if options.layer is not None:
         base: Any = layer_of_shape(options.layer, getattr(torch, options.dtype))
         width = base.q_proj.in_features
@@ -108,7 +108,7 @@ def time_setting(rank: int, dropout: float, options: argparse.Namespace) -> dict
 
 
 def decode_step(model: Any, *, past: int = 96) -> Callable[[], None]:
-    """One token after `past` others, with their keys and values kept."""
+    """Returns one token after `past` others, with their keys and values kept."""
     model.eval()
     ids = torch.arange(past, device=DEVICE).unsqueeze(0)
     cache = DynamicCache(config=model.config)
@@ -159,7 +159,7 @@ class Tokens:
 
     @classmethod
     def random(cls, vocabulary: int, *, batch: int, length: int, labels: int) -> Tokens:
-        """The last `labels` tokens of each row are predicted."""
+        """Returns the last `labels` tokens of each row are predicted."""
         ids = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(0)).to(DEVICE)
         positions = torch.arange(length - labels - 1, length - 1, device=DEVICE)
         return cls(ids, positions, ids[:, positions + 1].reshape(-1))
@@ -180,12 +180,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def tokens_of(options: argparse.Namespace, vocabulary: int) -> Tokens:
-    """The batch."""
+    """Returns the batch."""
     return Tokens.random(vocabulary, batch=options.batch, length=options.tokens, labels=options.labels)
 
 
 def base_model(options: argparse.Namespace) -> Any:
-    """A causal language model from a folder, or SmolLM2-135M's shapes with random weights."""
+    """Returns a causal language model from a folder, or SmolLM2-135M's shapes with random weights."""
     torch.manual_seed(0)
     folder = options.model
     model: Any = LlamaForCausalLM(SMOLLM2_135M) if folder is None else AutoModelForCausalLM.from_pretrained(folder)
@@ -201,7 +201,7 @@ def loss_of(model: Any, tokens: Tokens) -> Tensor:
 
 
 def layer_of_shape(shape: str, dtype: torch.dtype) -> Layer:
-    """A layer from `INxOUT`."""
+    """Returns a layer from `INxOUT`."""
     try:
         width_in, width_out = (int(part) for part in shape.split("x"))
     except ValueError:

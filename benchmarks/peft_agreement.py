@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def compare(adapter: Path, questions: Sequence[Example], images: Path) -> dict[str, dict[str, float]]:
-    """Every comparison, each absolute and relative."""
+    """Returns every comparison, each absolute and relative."""
     assistant, base = open_model(ModelRequest(adapter=adapter)).adapted, read_json(adapter / RECIPE_FILE)["base"]
     if not isinstance(assistant, Assistant):
         raise UserError(f"{adapter} is no LLaVA's adapter")
@@ -80,7 +80,7 @@ def compare(adapter: Path, questions: Sequence[Example], images: Path) -> dict[s
 def unmerged_and_merged(
     base: str, adapter: Path, inputs: Sequence[Inputs], dtype: torch.dtype
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The adapted model's logits before and after `merge_dora`."""
+    """Returns the adapted model's logits before and after `merge_dora`."""
     model = open_backbone(base, dtype=dtype).model
     load_adapter(model, adapter)
     cast = [(ids, pixels.to(dtype)) for ids, pixels in inputs]

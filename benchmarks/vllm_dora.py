@@ -120,7 +120,7 @@ def agrees(case: Mapping[str, Any]) -> bool:
 
 
 def language_case(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """A language model's three adapters, with a slot for each and with one for all."""
+    """Returns a language model's three adapters, with a slot for each and with one for all."""
     base = write_model(AutoModelForCausalLM, llama_config(vocab_size=320), folder / "base")
     adapters = {
         name: write_adapter(AutoModelForCausalLM, base, folder / name, seed=10 + seed, **config)
@@ -207,7 +207,7 @@ def llama_config(vocab_size: int) -> LlamaConfig:
 
 @torch.no_grad()
 def write_model(kind: Any, config: Any, folder: Path) -> Path:
-    """A random model's folder, no bias of it zero."""
+    """Returns a random model's folder, no bias of it zero."""
     torch.manual_seed(3)
     model = kind.from_config(config)
     for name, weight in model.named_parameters():
@@ -218,7 +218,7 @@ def write_model(kind: Any, config: Any, folder: Path) -> Path:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer with a token for a picture."""
+    """Returns a byte-level tokenizer with a token for a picture."""
     words = Tokenizer(models.BPE())
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words.decoder = decoders.ByteLevel()
@@ -273,7 +273,7 @@ def by_peft(
 
 @torch.no_grad()
 def greedy(model: Any, inputs: Mapping[str, Any], tokens: int) -> dict[str, Any]:
-    """The likeliest token, again and again, with its log probability."""
+    """Returns the likeliest token, again and again, with its log probability."""
     model.generation_config.eos_token_id = None
     options = {"max_new_tokens": tokens, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     made = model.generate(**inputs, **options)
@@ -292,7 +292,7 @@ def by_vllm(
     options: argparse.Namespace,
     **engine: Any,
 ) -> Answers:
-    """Every prompt for the base and each adapter, in one batch that mixes them."""
+    """Returns every prompt for the base and each adapter, in one batch that mixes them."""
     names = ["base", *adapters]
     job = {
         "model": str(base),
@@ -374,7 +374,7 @@ def compared(title: str, answers: Answers, expected: Answers) -> dict[str, Any]:
 
 
 def unlike(answers: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]] | None) -> int | None:
-    """How many answers have other tokens; None where there is nothing to compare with."""
+    """Returns how many answers have other tokens; None where there is nothing to compare with."""
     if others is None:
         return None
     return sum(answer["tokens"] != other["tokens"] for answer, other in zip(answers, others, strict=True))

@@ -1,4 +1,4 @@
-"""Whether an adapter's tensors mean the same in a model: their names, and the settings on both sides."""
+"""Checks that an adapter's tensors mean the same in a model, by their names and the settings on both sides."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ WHOLE = "dora-vl merge writes the whole model as plain weights instead"
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote."""
+    """Says what an export wrote."""
 
     layers: int
     """So many layers stay an adapter."""
@@ -248,7 +248,7 @@ def _of_one_scale(adapter: Adapter, served: Mapping[str, Factors]) -> Adapter:
 def original_dictionary(
     adapter: Adapter, base: BaseWeights, form: str, *, tasks: Sequence[str] = (), alpha: float | None = None
 ) -> tuple[dict[str, Tensor], int, float]:
-    """Writes the adapter on its base as one of `ORIGINAL_FORMS`, in float32; returns its rank and alpha too.
+    """Makes one of `ORIGINAL_FORMS` of the adapter on its base, in float32; returns rank and alpha too.
 
     A, B, magnitudes and weights are copied bit by bit. Only where a layer's scale is not the form's (1 for NVlabs,
     alpha / rank for VL-Adapter) B takes the difference, rounded once. VL-Adapter's configuration has to state the

@@ -158,7 +158,7 @@ def check_experts(base: BaseWeights, adapter: Adapter) -> None:
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge wrote."""
+    """Counts what a merge wrote."""
 
     layers: int
     replaced: int

@@ -169,7 +169,7 @@ def _reason_in_adapter(layer: PeftLinear, active: str) -> str | None:
 
 @dataclass(frozen=True)
 class _Operands:
-    """What PEFT's layer computes with at the moment; parameters, but for the tensors of `functional_call`."""
+    """Holds what PEFT's layer computes with now; parameters, but for the tensors of `functional_call`."""
 
     weight: Tensor
     bias: Tensor | None

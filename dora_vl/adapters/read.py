@@ -43,7 +43,7 @@ from dora_vl.files import read_json
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """What the files of some formats do not say."""
+    """Adds what the files of some formats do not say."""
 
     format: str | None = None
     """Is one of `FORMATS`; None recognises the format by the keys."""

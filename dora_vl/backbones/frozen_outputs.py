@@ -62,7 +62,7 @@ class Hollow:
 
 
 class Call(NamedTuple):
-    """What one call of a part returns."""
+    """Describes what one call of a part returns."""
 
     spec: Any
     """Tree structure that the flattened outputs came from."""
@@ -445,7 +445,7 @@ def hollowed(sample: Any, outputs: Outputs) -> Any:
 
 
 class StoredRow(NamedTuple):
-    """What is stored for a sample's pictures."""
+    """Holds what is stored for a sample's pictures."""
 
     sizes: Sequence[tuple[int, int]]
     outputs: Outputs

@@ -1,4 +1,4 @@
-"""What generation needs beside transformers: text that grows with its tokens, and rows whose scores are no numbers."""
+"""Helps transformers generate: text that grows with its tokens, and rows whose scores are no numbers."""
 
 from __future__ import annotations
 

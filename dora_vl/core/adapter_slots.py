@@ -51,7 +51,7 @@ class Run(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What of a layer's adapters each row of a batch takes."""
+    """Says which of a layer's adapters each row of a batch takes."""
 
     mask: Float[Tensor, "rows ranks"]
     """The strength, mostly 1, at the ranks of the row's own adapter."""

@@ -1,4 +1,4 @@
-"""What an adapter is: one frozen dataclass, shared by every backbone and by the `adapter:` section of a run."""
+"""Describes an adapter by one frozen dataclass, for every backbone and the `adapter:` section of a run."""
 
 from __future__ import annotations
 

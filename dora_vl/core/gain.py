@@ -1,4 +1,4 @@
-"""Whether a value that a layer kept, such as its gain, is still true of its tensors.
+"""Tells whether a value that a layer kept, such as its gain, is still true of its tensors.
 
 A gain is computed once an optimizer step and read at every pass. It is untrue after an optimizer step, an edit of any
 kind, or with other tensors in place of its own. Two sources tell, since neither sees all. A parameter's `_version` and

@@ -50,7 +50,7 @@ from dora_vl.errors import UserError
 
 @dataclass(frozen=True)
 class Adaptable:
-    """What a class of layer counts as in `config.kinds`, and what builds its adapted form."""
+    """Says what a class of layer counts as in `config.kinds`, and what builds its adapted form."""
 
     kind: LayerKind
     build: Callable[[Any, DoRAConfig], AdaptedLayer]

@@ -1,4 +1,4 @@
-"""What every adapted layer shares: its A, B and magnitude, when its norm is computed, and how it merges."""
+"""Holds what adapted layers share: A, B and magnitude, when the norm is computed, and how it merges."""
 
 from __future__ import annotations
 

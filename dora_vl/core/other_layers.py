@@ -23,7 +23,7 @@ from dora_vl.errors import UserError
 
 
 class ConvLayer(AdaptedLayer):
-    """What one and two dimensions share: A is a convolution to `rank` channels, B one of width 1, as in PEFT."""
+    """Holds what one and two dimensions share: A is a convolution to `rank` channels, B one of width 1, as in PEFT."""
 
     in_channels: int
     out_channels: int

@@ -29,7 +29,7 @@ IDENTITY_ROWS = 256
 
 @dataclass(frozen=True)
 class QuantisedKind:
-    """What must be known of a class of opaque linear layer."""
+    """Says what must be known of a class of opaque linear layer."""
 
     dtype: Callable[[Any], torch.dtype]
     """Returns the dtype of W."""

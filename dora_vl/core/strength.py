@@ -45,7 +45,7 @@ def checked_strength(value: object) -> float:
 
 @dataclass(frozen=True)
 class GainByStrength:
-    """What a layer's gain at any strength is made of; no weight is read for it again."""
+    """Makes a layer's gain at any strength; no weight is read for it again."""
 
     base_norms: Float[Tensor, " out"]
     """Is ||W_i||."""

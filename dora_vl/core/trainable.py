@@ -1,4 +1,4 @@
-"""What trains: one list, decided once at injection, read by the optimizer, the saver and the loader.
+"""Lists what trains, decided once at injection, for the optimizer, the saver and the loader.
 
 A projector at a learning rate of 2e-5 makes steps that bfloat16 rounds away. So what trains is float32, the rest of a
 half-precision model stays as it is, and the modules in between cast at their doors.
@@ -28,7 +28,7 @@ Gather = Callable[[Iterable[Tensor]], AbstractContextManager[Any]]
 _ATTRIBUTE = "_dora_vl_trained"
 _ROWS = re.compile(r"(.+)\[(-?\d+)?:(-?\d+)?\]")
 FACTORS = {"A": "lora_A", "B": "lora_B", "d": "lambda_d", "b": "lambda_b", "magnitude": "magnitude"}
-"""What a trained part of adapted layers is called behind the part's name, `dora.A` -> the layers' own name of its
+"""Maps what a trained part is called behind the part's name, as in `dora.A`, to the layers' own name of its
 tensor; `d` and `b` are DVoRA's vectors."""
 
 
@@ -66,7 +66,7 @@ class _PartNames(NamedTuple):
 
 
 class TrainedList(NamedTuple):
-    """What trains and what is kept, by name: decided once for a model."""
+    """Lists by name what trains and what is kept: decided once for a model."""
 
     parts: tuple[_PartNames, ...]
     also_keep: tuple[str, ...]

@@ -148,7 +148,7 @@ def files_of(names: Sequence[str], kind: str) -> list[Path]:
 
 
 def open_picture(path: Path) -> Image:
-    """One picture file as RGB; nothing of a model is imported, so a wrong path is told at once."""
+    """Returns one picture file as RGB; nothing of a model is imported, so a wrong path is told at once."""
     if address := re.fullmatch(r"(https?):/+(.*)", str(path)):  # as a path an address has one slash less
         raise UserError(f"{address[1]}://{address[2]} is on the web; save the picture and give its file")
     try:
@@ -158,7 +158,7 @@ def open_picture(path: Path) -> Image:
 
 
 def opened_by(options: argparse.Namespace) -> Opened:
-    """The model that the options name, and its base where they ask for it."""
+    """Returns the model that the options name, and its base where they ask for it."""
     if options.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {options.max_new_tokens}; an answer needs at least 1")
     if options.adapter is None and options.strength != 1:
@@ -231,7 +231,7 @@ class PictureChat:
 
 
 def read_chats(paths: Sequence[Path], *, together: bool) -> list[PictureChat]:
-    """A conversation about each picture, or about all; without any picture one of words alone."""
+    """Returns a conversation about each picture, or about all; without any picture one of words alone."""
     groups = [paths] if together or not paths else [[path] for path in paths]
     return [PictureChat(names=tuple(map(str, group)), pictures=tuple(map(open_picture, group))) for group in groups]
 

@@ -85,7 +85,7 @@ def compared(
 
 
 def _baseline(scored: Scored, metric: str) -> tuple[dict[str, Any], str]:
-    """A baseline's value with its interval, None where it is no formula; and as text."""
+    """Returns a baseline's value with its interval, None where it is no formula; and as text."""
     value, limits = scored.metrics[metric], intervals(scored).get(metric)
     text = "" if limits is None else f" (95 % interval {limits[0]:.2f} to {limits[1]:.2f})"
     return {"value": value, "interval_95": limits, "n": scored.n}, f"{value:.2f} of {scored.n:,}{text}"
@@ -109,12 +109,12 @@ def commonest_answers(examples: Sequence[Example], says: Callable[[Example], str
 
 
 def right_text(example: Example) -> str:
-    """The right answer that most people gave; "" where the file holds none."""
+    """Returns the right answer that most people gave; "" where the file holds none."""
     return max(example.answers, key=lambda answer: answer.weight).text if example.answers else ""
 
 
 def exchanged(examples: Iterable[Example], answered: Container[str], *, together: Group | None = None) -> list[Example]:
-    """A seeded sample of the answered examples, each with the pictures and videos of another, which go round.
+    """Returns a seeded sample of the answered examples, each with the pictures and videos of another, which go round.
 
     Examples of equal `together` are scored as one, and stay together.
     """

@@ -91,7 +91,7 @@ class NamedBenchmark:
 
 
 def find_benchmark(request: str) -> NamedBenchmark:
-    """The benchmark of `NAME`, `NAME:SPLIT` or `FILE.yaml`."""
+    """Returns the benchmark of `NAME`, `NAME:SPLIT` or `FILE.yaml`."""
     if request.endswith((".yaml", ".yml")):
         return read_own(Path(request))
     name, _, split = request.partition(":")
@@ -129,7 +129,7 @@ OWN: Mapping[str, tuple[type, Any]] = {
 
 
 def read_own(path: Path) -> NamedBenchmark:
-    """The benchmark of a YAML file."""
+    """Returns the benchmark of a YAML file."""
     content = read_yaml(path)
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: must hold settings such as `name: receipts`, found {shown(content)}")
@@ -166,7 +166,7 @@ def read_own(path: Path) -> NamedBenchmark:
 
 
 def with_choices(example: Example, suffix: str) -> Example:
-    """A question of LLaVA's conversations with the choices that its words end with, and the right one.
+    """Returns a question of LLaVA's conversations with the choices that its words end with, and the right one.
 
     The choices are the last lines "A. ...", "B. ..." or the line "Options: (A) ... (B) ..."; the right one is what the
     answer's letter names, or whose text it is.

@@ -142,7 +142,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
 
 
 def _sets(options: argparse.Namespace) -> list[EvaluationSet]:
-    """The benchmarks, once the options go together."""
+    """Returns the benchmarks, once the options go together."""
     requests = [request for request in options.benchmarks.split(",") if request]
     names = [find_benchmark(request.partition("=")[0]).name for request in requests]
     modes = _modes(options, names)
@@ -185,7 +185,7 @@ def _modes(options: argparse.Namespace, names: Sequence[str]) -> dict[str, str]:
 
 
 def test_set(dataset: EvaluationSet, options: argparse.Namespace) -> TestSet:
-    """A benchmark as a test set, before it is known which model is asked."""
+    """Returns a benchmark as a test set, before it is known which model is asked."""
     benchmark, after = dataset.benchmark, options.answer_after
     scorer = dataset.scorer
     if dataset.name == "exact_match" and after:
@@ -344,7 +344,7 @@ def refuse_anothers(path: Path) -> None:
 def results_in(
     to: Path, sets: Sequence[EvaluationSet], answers_of: str, sha256: Mapping[str, str], options: argparse.Namespace
 ) -> ResultFolder:
-    """The folder of results, with sets of earlier commands whose answers and questions are still the same."""
+    """Returns the folder of results, with sets of earlier commands whose answers and questions are still the same."""
     header = {ANSWERS_OF: answers_of, "answers_sha256": dict(sha256), "limit": options.limit}
     before, kept = json_or_nothing(to / METRICS), {}
     entries = before.get(SETS, {})
@@ -408,7 +408,7 @@ def table(entries: Mapping[str, Mapping[str, Any]], *, details: bool = False) ->
 
 
 def _remarks(dataset: EvaluationSet, done: Tested, folder: Path) -> Iterator[str]:
-    """What there is to say of a benchmark beside its scores."""
+    """Yields what there is to say of a benchmark beside its scores."""
     answered = done.predictions
     if answered.strangers:
         count, first = len(answered.strangers), shown(answered.strangers[0])

@@ -66,7 +66,7 @@ def abilities(assistant: Assistant, texts: Path | None = None) -> Abilities:
 
 
 def forgetting(before: Abilities, after: Abilities) -> dict[str, Any]:
-    """What `metrics.json` holds: perplexity of both, and the share of answers that stayed word for word."""
+    """Returns what `metrics.json` holds: perplexity of both, and the share of answers that stayed word for word."""
     entry: dict[str, Any] = {
         "perplexity": {"base": math.exp(before.nats), "adapted": math.exp(after.nats), "tokens": before.tokens}
     }
@@ -78,7 +78,7 @@ def forgetting(before: Abilities, after: Abilities) -> dict[str, Any]:
 
 
 def measured(assistant: Assistant, texts: Path | None) -> Abilities | str:
-    """The same, or why it cannot be measured: some families take no words without a picture."""
+    """Returns the same, or why it cannot be measured: some families take no words without a picture."""
     try:
         return abilities(assistant, texts)
     except (BadSample, RuntimeError, ValueError, IndexError, TypeError) as error:

@@ -131,7 +131,7 @@ def unmerged_source(check: Check, adapter: Path, base: Path, template: str | Non
 
 
 def as_model(source: ModelSource, folder: Path) -> ModelSource:
-    """A model's folder, asked just as the adapter that it was made from."""
+    """Returns a model's folder, asked just as the adapter that it was made from."""
     recipe = {name: value for name, value in source.recipe.items() if name != "quantisation"}
     request = ModelRequest(model=str(folder), template=source.request.template)
     if source.kind == VLBART:  # its tasks and towers stand in the adapter's folder alone
@@ -273,7 +273,7 @@ def check_logits(
 
 
 def _incomparable(adapters: Sequence[Adapter], base: Path) -> str:
-    """Why the two are not opened here; nothing where they are."""
+    """Returns why the two are not opened here; nothing where they are."""
     if any(adapter.recipe.get("quantisation") for adapter in adapters):
         return "whose base was quantised for training (--check N compares answers)"
     if any(adapter.input_axis for adapter in adapters):

@@ -104,7 +104,7 @@ def merge_and_check(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def about(plan: Plan, arguments: argparse.Namespace) -> Mapping[str, object]:
-    """What `check.json` says of where the weights come from."""
+    """Returns what `check.json` says of where the weights come from."""
     weights = arguments.weight or [1.0] * len(plan.adapters)
     return {
         "adapters": {adapter.source: weight for adapter, weight in zip(plan.adapters, weights, strict=True)},

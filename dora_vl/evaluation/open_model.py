@@ -100,7 +100,7 @@ class ModelSource:
 
 
 def find_source(request: ModelRequest) -> ModelSource:
-    """What is to be opened: folders are read and checked, before any weight is loaded."""
+    """Returns what is to be opened: folders are read and checked, before any weight is loaded."""
     adapter, recipe, revision = request.adapter, {}, None
     if (adapter is None) == (request.model is None):
         raise UserError("give --adapter DIR, or --model FOLDER for a model without an adapter, one of the two")
@@ -130,7 +130,7 @@ def find_source(request: ModelRequest) -> ModelSource:
 
 
 def _plain_model(request: ModelRequest, model: str) -> str:
-    """A model without an adapter, by its folder or hub id."""
+    """Returns a model without an adapter, by its folder or hub id."""
     if request.base is not None or request.with_base or request.any_base:
         raise UserError("--base, --any-base and --compare-base are about an adapter; --model names the model itself")
     if not Path(model).is_dir() and (model.startswith((".", "/")) or not HUB_ID.fullmatch(model)):
@@ -141,7 +141,7 @@ def _plain_model(request: ModelRequest, model: str) -> str:
 
 
 def _base_of_peft(request: ModelRequest, adapter: Path) -> tuple[str, str | None]:
-    """The base that a folder of PEFT's names, and its revision."""
+    """Returns the base that a folder of PEFT's names, and its revision."""
     config = files.read_peft_config(adapter)
     check_peft_fields(str(adapter), config)
     stated = config.get("base_model_name_or_path")
@@ -168,7 +168,7 @@ def _attention(recipe: Mapping[str, Any]) -> Any:
 
 
 def kind_of_base(base: str, revision: str | None = None) -> str:
-    """Which kind of backbone a model is, by its config alone."""
+    """Returns which kind of backbone a model is, by its config alone."""
     model_type = model_type_of(base, revision)
     if model_type == VLBART:
         return VLBART
@@ -185,14 +185,14 @@ def kind_of_base(base: str, revision: str | None = None) -> str:
 
 
 def _stated_dtype(base: str, revision: str | None) -> str:
-    """The number type that a model's config states; else float32."""
+    """Returns the number type that a model's config states; else float32."""
     config: Any = PreTrainedConfig.get_config_dict(base, revision=revision or "main")[0]
     stated = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
     return stated if stated in DTYPES else "float32"
 
 
 def read_recipe(adapter: Path) -> Mapping[str, Any]:
-    """The adapter's recipe; empty where the folder has none, as PEFT's."""
+    """Returns the adapter's recipe; empty where the folder has none, as PEFT's."""
     if not adapter.is_dir():
         raise UserError(f"{adapter} is not a folder; give the adapter folder of a run, such as runs/demo/adapter")
     if not (adapter / WEIGHTS_FILE).is_file():
@@ -201,7 +201,7 @@ def read_recipe(adapter: Path) -> Mapping[str, Any]:
 
 
 def find_base(base: str, adapter: Path) -> str:
-    """The base as a path, tried as given and under the repository; else as a hub id."""
+    """Returns the base as a path, tried as given and under the repository; else as a hub id."""
     folders = [Path(base), REPOSITORY / base]
     for folder in folders:
         if folder.is_dir():
@@ -228,7 +228,7 @@ def check_base(recipe: Mapping[str, Any], base: str, adapter: Path) -> None:
 
 
 def hashes(source: ModelSource) -> Mapping[str, str]:
-    """What tells the answers of an opened model from others': of the base's content, and of the adapter."""
+    """Returns what tells the answers of an opened model from others': of the base's content, and of the adapter."""
     request, recipe = source.request, source.recipe
     stated = recipe.get("base_sha256") if not request.any_base else None
     base = str(stated) if stated else content_hash(local_folder(source.base, source.revision))
@@ -242,7 +242,7 @@ LONGEST_ANSWERED = 1 << 20
 
 
 def open_model(source: ModelSource | ModelRequest) -> Opened:
-    """The model that is asked for, quietly, on the GPU where there is one."""
+    """Returns the model that is asked for, quietly, on the GPU where there is one."""
     if isinstance(source, ModelRequest):
         source = find_source(source)
     transformers_logging.set_verbosity_error()
@@ -256,7 +256,7 @@ def open_model(source: ModelSource | ModelRequest) -> Opened:
 
 
 def prompts_of(source: ModelSource) -> EncoderPrompts:
-    """What makes the inputs of a source's decoder; its weights are not read."""
+    """Returns what makes the inputs of a source's decoder; its weights are not read."""
     if source.kind != DECODER:
         raise UserError(f"{source.base} is a {source.kind}, which answers no chat")
     model = _model_config(source)
@@ -272,7 +272,7 @@ def prompts_of(source: ModelSource) -> EncoderPrompts:
 
 
 def load_decoder(source: ModelSource) -> Backbone[Any]:
-    """A source's decoder with its weights."""
+    """Returns a source's decoder with its weights."""
     return load_base(open_backbone, _model_config(source))
 
 
@@ -294,7 +294,7 @@ def _model_config(source: ModelSource) -> ModelConfig:
 def with_adapter(
     backbone: AnyBackbone, adapter: Path | None, *, with_base: bool = False, strength: float = 1.0
 ) -> tuple[AnyBackbone, AnyBackbone | None]:
-    """The backbone with so much of the adapter applied, and if asked for one without it, ready to answer."""
+    """Returns the backbone with so much of the adapter applied, and if asked for one without it, ready to answer."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if adapter is None:
         return backbone.to(device).eval(), None
@@ -312,7 +312,7 @@ def with_adapter(
 
 
 def _open_vlbart(source: ModelSource) -> Opened:
-    """The VL-BART that an adapter folder's `recipe.json` describes."""
+    """Returns the VL-BART that an adapter folder's `recipe.json` describes."""
     from dora_vl.backbones.feature_encoder import open_encoders
     from dora_vl.backbones.loading import load_tokenizer
     from dora_vl.backbones.pieces import Seq2SeqEncoder
@@ -398,7 +398,7 @@ def folder_of_gguf(exported: Path, base_folder: Path, target: Path) -> Path:
 
 
 def _vision(file: Path, base: BaseWeights, config: Any) -> dict[str, Tensor]:
-    """The tower's and the projector's tensors by the model's own names."""
+    """Returns the tower's and the projector's tensors by the model's own names."""
     import gguf
 
     keys = {tensor.name: base.hub_keys.get(tensor.key, tensor.key) for tensor in base.tensors.values()}

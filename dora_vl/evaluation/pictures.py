@@ -195,7 +195,7 @@ def _two_lines(answer: str) -> str:
 
 
 def _ending(answer: str) -> str:
-    """An answer in one line behind a word of its own; its last words where it has no room."""
+    """Returns an answer in one line behind a word of its own; its last words where it has no room."""
     room = ANSWER_CHARACTERS - len("true: ")
     if len(answer) <= room:
         return answer
@@ -209,7 +209,7 @@ def plain_text(text: str) -> str:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of this size in inches."""
+    """Returns a figure of this size in inches."""
     # A Figure of its own, not pyplot's: nothing global is changed, and no display is looked for.
     from matplotlib.figure import Figure
 

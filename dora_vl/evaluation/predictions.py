@@ -76,7 +76,7 @@ class Predictions:
 
 
 def line_of(prediction: Prediction) -> str:
-    """The prediction as a line of the file."""
+    """Returns the prediction as a line of the file."""
     return json.dumps({name: getattr(prediction, name) for name in COLUMNS}, ensure_ascii=False) + "\n"
 
 
@@ -182,7 +182,7 @@ def _table_rows(path: Path, delimiter: str) -> Iterator[Prediction]:
 
 
 def _row(record: object, where: str) -> Prediction:
-    """One object's answer: what the model said; a true answer beside it is left alone."""
+    """Returns one object's answer: what the model said; a true answer beside it is left alone."""
     if not isinstance(record, Mapping):
         raise UserError(f"{where}: a {type(record).__name__}, not an object with an id and an answer")
     names = next((names for names in (MODEL_ANSWERS, ANSWERS) if any(key in record for key in names)), ())

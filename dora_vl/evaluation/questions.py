@@ -25,24 +25,24 @@ KEPT = ("kind", "unit", "group")
 
 
 def turns_asked(example: Example) -> tuple[Turn, ...]:
-    """Everything up to and with the last question, which is the example's own text where it has no turns."""
+    """Returns everything up to and with the last question, which is the example's own text where it has no turns."""
     return example.turns or (Turn("user", example.question),)
 
 
 def text_asked(example: Example) -> str:
-    """The last question's words, without placeholders."""
+    """Returns the last question's words, without placeholders."""
     text = turns_asked(example)[-1].text.replace(IMAGE_PLACEHOLDER, "")
     return (text.replace(VIDEO_PLACEHOLDER, "") if example.videos else text).strip()
 
 
 def kind_of(example: Example) -> str | None:
-    """The kind of question, by which accuracies are told apart."""
+    """Returns the kind of question, by which accuracies are told apart."""
     kind = example.extra.get("kind")
     return None if kind is None else str(kind)
 
 
 def last_round(conversation: Example) -> Example:
-    """The last round of a conversation as an example; earlier rounds keep their true answers."""
+    """Returns the last round of a conversation as an example; earlier rounds keep their true answers."""
     *turns, answer = conversation.turns
     example = replace(conversation, turns=tuple(turns), answers=(Answer(text=answer.text),))
     return replace(example, question=text_asked(example))
@@ -59,7 +59,7 @@ def example_of_row(row: Mapping[str, object], columns: Columns = USUAL) -> Examp
 
 
 def as_asked(example: Example, prompt: Prompt) -> Example:
-    """The example with the turns that a decoder is asked it by."""
+    """Returns the example with the turns that a decoder is asked it by."""
     turns: Sequence[Turn] = prompt_turns(example, prompt)
     first = next((turn for turn in turns if turn.role == "user"), None)
     if example.videos and not any(VIDEO_PLACEHOLDER in turn.text for turn in turns):
@@ -77,29 +77,29 @@ def with_middle_frame(example: Example) -> Example:
 
 
 def expected(example: Example) -> str:
-    """The right answer as a model says it: a choice's label, or the first answer."""
+    """Returns the right answer as a model says it: a choice's label, or the first answer."""
     if example.choices and "correct" in example.extra:
         return f"a{example.extra['correct']}"
     return example.answers[0].text if example.answers else ""
 
 
 def in_words(example: Example, text: str) -> str:
-    """An answer as people read it: a choice's label as its words."""
+    """Returns an answer as people read it: a choice's label as its words."""
     return {f"a{index}": words for index, words in enumerate(example.choices)}.get(text, text)
 
 
 def media_of(example: Example) -> list[str]:
-    """Paths of an example's pictures, or of its video."""
+    """Returns paths of an example's pictures, or of its video."""
     return list(example.images) or ([] if example.video is None else [example.video.path])
 
 
 def has_truth(examples: Sequence[Example]) -> bool:
-    """Whether a file says what is right; publishers keep the answers of some."""
+    """Returns whether a file says what is right; publishers keep the answers of some."""
     return any(example.answers or "correct" in example.extra for example in examples)
 
 
 def outputs_of(example: Example) -> list[str]:
-    """The outputs that the question's last line, `Answer format: a/b/...`, admits.
+    """Returns the outputs that the question's last line, `Answer format: a/b/...`, admits.
 
     What stands before the answer in the true output (`extra["output"]`) stands before each: "the correct answer is ".
     """
@@ -123,14 +123,14 @@ def endings_of(example: Example) -> list[tuple[str, str]]:
 
 
 def right_ending(example: Example) -> str:
-    """What a model that is sure of the right ending says in a cloze: a log-likelihood for each ending."""
+    """Returns what a model that is sure of the right ending says in a cloze: a log-likelihood for each ending."""
     return " ".join(
         "0" if index == example.extra["correct"] else "-1" for index in range(len(example.extra["endings"]))
     )
 
 
 def likeliest_ending(example: Example, text: str) -> str:
-    """The ending of the largest log-likelihood, for people to read."""
+    """Returns the ending of the largest log-likelihood, for people to read."""
     scores = [float(number) for number in text.split()]
     return str(example.extra["endings"][scores.index(max(scores))]).strip() if scores else ""
 
@@ -169,12 +169,12 @@ def read_questions(
 
 
 def is_question(record: object) -> bool:
-    """Whether a file whose first record this is holds LLaVA's questions."""
+    """Returns whether a file whose first record this is holds LLaVA's questions."""
     return isinstance(record, Mapping) and "question_id" in record and "text" in record
 
 
 def read_question_file(path: Path) -> list[Example]:
-    """Every question of LLaVA's JSON lines as an example without answers, its words and placeholder as turns.
+    """Returns every question of LLaVA's JSON lines as an example without answers, its words and placeholder as turns.
 
     An id that several questions have (TextVQA's and MME's are the picture's) gets `#1`, `#2`, ... in the file's order.
     """
@@ -213,5 +213,5 @@ def read_question_file(path: Path) -> list[Example]:
 
 
 def unread(reasons: Mapping[str, str]) -> list[Example]:
-    """An example for each row that cannot be read, which counts as wrong."""
+    """Returns an example for each row that cannot be read, which counts as wrong."""
     return [Example(id=name, answers=(Answer(text=""),)) for name in reasons]

@@ -113,7 +113,7 @@ class Tested:
         return self.scored is not None and self.scored.headline in ("accuracy", "average")
 
     def entry(self) -> dict[str, Any]:
-        """What `metrics.json` holds of the set."""
+        """Returns what `metrics.json` holds of the set."""
         test, predictions, scored = self.test, self.predictions, self.scored
         reasons = {**test.unreadable, **predictions.failed}
         of_answers = {
@@ -150,7 +150,7 @@ class Tested:
         }
 
     def lines(self) -> Iterable[dict[str, JSON]]:
-        """The set's lines of `scores.jsonl`."""
+        """Yields the set's lines of `scores.jsonl`."""
         if self.scored is None:
             return
         test, answers = self.test, self.predictions.answers
@@ -169,7 +169,7 @@ class Tested:
 
 
 def scored(test: TestSet, predictions: Predictions) -> Tested:
-    """The answers with their score and the server's file, or why they cannot be scored."""
+    """Returns the answers with their score and the server's file, or why they cannot be scored."""
     tested = Tested(test=test, predictions=predictions)
     answers = {name: answer for name, answer in predictions.answers.items() if name not in test.not_scored}
     if test.decoding is not None and test.decoding.by != "generation" and predictions.failed and not answers:
@@ -192,7 +192,7 @@ def scored(test: TestSet, predictions: Predictions) -> Tested:
 
 
 def with_baselines(tested: Tested, exchange: Exchange | None) -> Tested:
-    """The same with what its score is compared with."""
+    """Returns the same with what its score is compared with."""
     test, result = tested.test, tested.scored
     if result is None or test.score is None:
         return tested
@@ -202,7 +202,7 @@ def with_baselines(tested: Tested, exchange: Exchange | None) -> Tested:
 
 
 def with_differences(tested: Tested, rival: Tested, against: str) -> Tested:
-    """The same with each metric's difference from that of other answers, paired over the set's units."""
+    """Returns the same with each metric's difference from that of other answers, paired over the set's units."""
     if tested.scored is None or rival.scored is None:
         return tested
     return replace(tested, against=against, differences=paired_differences(tested.scored, rival.scored))
@@ -240,13 +240,13 @@ class ResultFolder:
 
 
 def submission_file(tested: Tested, folder: Path) -> Path:
-    """The file that the set's server or judge takes."""
+    """Returns the file that the set's server or judge takes."""
     assert tested.submission is not None
     return folder / tested.test.name / tested.submission[0]
 
 
 def average_of(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The mean of the sets' headlines where several sets have the same one; different metrics are never mixed.
+    """Returns the mean of the sets' headlines where several sets have the same one; different metrics are never mixed.
 
     None where a headline is a mean over sets itself: such entries are ways of scoring the same questions.
     """

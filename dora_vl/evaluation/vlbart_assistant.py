@@ -127,7 +127,7 @@ class VlBartAssistant:
         return self.backbone(ids, mask, labels, features, keep_logits=True).logits.float().cpu()
 
     def _read(self, example: Example, media: MediaReader, task: str) -> tuple[Example, Subtask, Seq2SeqSample]:
-        """The example as the model is asked it, its task, and its tensors."""
+        """Returns the example as the model is asked it, its task, and its tensors."""
         subtask = self.subtask(example, task)
         if self.stored:
             sample = make_sample(example, subtask, encoder=self.encoder, reader=self.stored[subtask.name], target=None)
@@ -141,7 +141,7 @@ class VlBartAssistant:
 
     @torch.inference_mode()
     def sample(self, example: Example, subtask: Subtask, pictures: Sequence[Image.Image]) -> Seq2SeqSample:
-        """An example in tensors, the features of these pictures computed."""
+        """Returns an example in tensors, the features of these pictures computed."""
         if not pictures:
             raise UserError("a VL-BART answers about pictures; give one")
         if subtask.state_span is not None and "ts" not in example.extra:
@@ -224,7 +224,7 @@ class VlBartAssistant:
         return with_numbers([TRUE if is_true else FALSE for is_true in chosen.tolist()], logits)
 
     def subtask(self, example: Example, task: str = "") -> Subtask:
-        """The trained task of this name, or the first that such a question belongs to."""
+        """Returns the trained task of this name, or the first that such a question belongs to."""
         named = next((subtask for subtask in self.subtasks if subtask.name == task), None)
         if named is not None:
             return named
@@ -254,7 +254,7 @@ def _no_span(subtask: Subtask) -> UserError:
 
 
 def _ways_to_ask(subtask: Subtask) -> tuple[str, ...]:
-    """What a person may type for this task."""
+    """Returns what a person may type for this task."""
     if not subtask.reads_question:
         return (CAPTION,)
     return {"choice": (WITH_CHOICES,), "words": (WITH_CHOICES, FREE)}.get(subtask.answer_by, (FREE,))

@@ -95,7 +95,7 @@ class Subtask:
 
 
 def with_input_tokens(subtask: Subtask, tokens: int | None) -> Subtask:
-    """The task with another longest encoder text; None keeps its own."""
+    """Returns the task with another longest encoder text; None keeps its own."""
     return subtask if tokens is None else replace(subtask, input_tokens=tokens)
 
 
@@ -115,7 +115,7 @@ class Seq2SeqSample:
 def make_sample(
     example: Example, subtask: Subtask, *, encoder: Seq2SeqEncoder, reader: FeatureReader, target: Target | None
 ) -> Seq2SeqSample:
-    """An example in tensors; without a target, as it is asked."""
+    """Returns an example in tensors; without a target, as it is asked."""
     _check_kind(example, subtask)
     ids, cut = encoder.encode(subtask.prompt(example), max_tokens=subtask.input_tokens)
     features = features_of(example, reader)
@@ -217,12 +217,12 @@ score_gqa = partial(vqa.gqa_score, conversion="vl_t5")
 
 
 def all_subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
-    """Every task of a VL-BART, by its name."""
+    """Returns every task of a VL-BART, by its name."""
     return {**image_subtasks(task_prompt=task_prompt), **video_subtasks(task_prompt=task_prompt)}
 
 
 def image_subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
-    """Every task on pictures; without `task_prompt` the text does not say which one it is."""
+    """Returns every task on pictures; without `task_prompt` the text does not say which one it is."""
 
     def asked(name: str) -> Callable[[Example], Prompt]:
         return partial(image_question_prompt, prefix=f"{name}: " if task_prompt else "")
@@ -273,7 +273,7 @@ def image_subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
 
 
 def image_question_prompt(example: Example, *, prefix: str) -> Prompt:
-    """The task's name and the question or sentence."""
+    """Returns the task's name and the question or sentence."""
     return Prompt(text=prefix + example.question)
 
 
@@ -299,14 +299,14 @@ def truth(example: Example, answer: int | None, random: Random) -> Target:
 
 
 def own_caption(example: Example, answer: int | None, random: Random) -> Target:
-    """The caption, or description of a clip, that the item is about."""
+    """Returns the caption, or description of a clip, that the item is about."""
     if not example.answers:
         raise BadSample(example.id, "it has no caption to train on")
     return Target(text=example.answers[answer or 0].text)
 
 
 def video_subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
-    """Every task on videos; without `task_prompt` the text does not say which one it is."""
+    """Returns every task on videos; without `task_prompt` the text does not say which one it is."""
 
     def task(name: str, text: Callable[[Example], str], target: Any, score: Any, **more: Any) -> Subtask:
         def prompt(example: Example) -> Prompt:
@@ -361,12 +361,12 @@ def _choices(example: Example) -> str:
 
 
 def right_label(example: Example, answer: int | None, random: Random) -> Target:
-    """The right choice's label, such as `a2`."""
+    """Returns the right choice's label, such as `a2`."""
     return Target(text=f"a{_right_index(example)}")
 
 
 def right_words(example: Example, answer: int | None, random: Random) -> Target:
-    """The right choice itself."""
+    """Returns the right choice itself."""
     return Target(text=example.choices[_right_index(example)])
 
 
@@ -377,7 +377,7 @@ def _right_index(example: Example) -> int:
 
 
 def closed(subtask: Subtask) -> Subtask:
-    """The task answered from a closed list instead of in words (VL-T5's classifier form)."""
+    """Returns the task answered from a closed list instead of in words (VL-T5's classifier form)."""
     return replace(
         subtask,
         answer_by="closed",
@@ -386,7 +386,7 @@ def closed(subtask: Subtask) -> Subtask:
 
 
 def soft_scores(example: Example) -> dict[str, float]:
-    """Each right answer's score, at most 1. Raises BadSample: none has a score above 0."""
+    """Returns each right answer's score, at most 1. Raises BadSample: none has a score above 0."""
     scores: dict[str, float] = {}
     for answer in example.answers:
         if answer.weight > 0:

@@ -79,7 +79,7 @@ def check_tests(tested: Sequence[Tested], encoder: Seq2SeqEncoder, *, max_bad_sh
 
 
 def _reasons(examples: Sequence[Example], check: Callable[[Example], object]) -> dict[str, str]:
-    """Why examples do not pass, by id."""
+    """Returns why examples do not pass, by id."""
     bad: dict[str, str] = {}
     for example in examples:
         try:
@@ -114,7 +114,7 @@ def watch_subtasks(
 def assistant_of(
     backbone: VlBartBackbone, encoder: Seq2SeqEncoder, tested: Sequence[Tested], *, while_training: bool = False
 ) -> VlBartAssistant:
-    """The model with the stored features of every task."""
+    """Returns the model with the stored features of every task."""
     return VlBartAssistant(
         backbone=backbone,
         encoder=encoder,

@@ -24,7 +24,7 @@ OTHER = "other"
 
 
 def read_tests(run: RunRecord) -> tuple[Results, list[str]]:
-    """Every set that a run was tested on, and a sentence where there is none."""
+    """Returns every set that a run was tested on, and a sentence where there is none."""
     if not (run.folder / PREDICTIONS).is_file():
         return {}, [f"{run.label}: it holds no {PREDICTIONS}; a run answers its evaluation.file after training."]
     try:
@@ -34,7 +34,7 @@ def read_tests(run: RunRecord) -> tuple[Results, list[str]]:
 
 
 def is_accuracy(result: SetResult) -> bool:
-    """True where an answer is right or wrong."""
+    """Returns True where an answer is right or wrong."""
     return result.entry.get("headline") in ("accuracy", "average")
 
 
@@ -54,7 +54,7 @@ class AnswerView:
 
 
 def answers_of(result: SetResult) -> Iterator[AnswerView]:
-    """The answers of a set that have a score of their own."""
+    """Yields the answers of a set that have a score of their own."""
     for name, item in result.items.items():
         if (row := result.predictions.get(name)) is not None:
             yield AnswerView(
@@ -110,13 +110,13 @@ class Confusion:
     counts: tuple[tuple[int, ...], ...]
 
     def share(self, row: int, column: int) -> float:
-        """The share of the row's answers; a count above 0 is always visible."""
+        """Returns the share of the row's answers; a count above 0 is always visible."""
         counts = self.counts[row]
         return max(0.12, counts[column] / sum(counts)) if counts[column] else 0.0
 
 
 def score_rows(by_run: Sequence[Results]) -> tuple[list[ScoreRow], list[str]]:
-    """A row for each metric of each set, paired with the first run's, and what cannot be compared."""
+    """Returns a row for each metric of each set, paired with the first run's, and what cannot be compared."""
     cells: list[dict[tuple[str, str], Cell]] = []
     notes: dict[str, None] = {}
     for number, results in enumerate(by_run):
@@ -157,13 +157,13 @@ def _cell(entry: Mapping[str, Any], apart: Difference | None) -> Cell:
 
 
 def _baselines(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What a score is compared with, by what a row of it is called."""
+    """Returns what a score is compared with, by what a row of it is called."""
     numbers = entry.get("baselines") or {}
     return {title: numbers[name] for name, title in BASELINES.items() if name in numbers}
 
 
 def blind(label: str, *several: Results) -> list[str]:
-    """A sentence for each set of a run whose answers do not depend on its pictures."""
+    """Returns a sentence for each set of a run whose answers do not depend on its pictures."""
     entries = [(name, result.entry.get("baselines") or {}) for results in several for name, result in results.items()]
     return [f"{label}, {name}: {baselines[WARNING]}." for name, baselines in entries if WARNING in baselines]
 

@@ -83,7 +83,7 @@ class TokenText:
         """A token's text, with the space before it."""
 
     def pieces(self, ids: Sequence[int], trained: Sequence[bool], real: Sequence[bool]) -> tuple[Piece, ...]:
-        """A row's tokens; stretches of picture places and of padding are joined."""
+        """Returns a row's tokens; stretches of picture places and of padding are joined."""
         pieces: list[Piece] = []
         for token, is_trained, is_real in zip(ids, trained, real, strict=True):
             if not is_real:
@@ -101,7 +101,7 @@ class TokenText:
 
 
 def batch_view(batch: Mapping[str, Any], names: Sequence[str], text: TokenText, *, shifted: bool) -> BatchView:
-    """A collated micro-batch with its bookkeeping and its usable samples' ids.
+    """Returns a collated micro-batch with its bookkeeping and its usable samples' ids.
 
     Where `shifted`, labels are of the input itself (a decoder); else they are an answer of their own.
     """
@@ -176,6 +176,6 @@ def _marked(pieces: Sequence[Piece], *, colours: bool) -> str:
 
 
 def shown(piece: Piece) -> str:
-    """A piece's text on one line; a joined one with its length."""
+    """Returns a piece's text on one line; a joined one with its length."""
     text = piece.text.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍").replace("\x1b", "␛")
     return f"{text} × {piece.count}" if LOOKS[piece.kind].joined and piece.count > 1 else text

@@ -64,7 +64,7 @@ def chart(
     zero: bool = False,
     always_legend: bool = False,
 ) -> Chart | None:
-    """A drawing of all series that have a point; None where none has.
+    """Returns a drawing of all series that have a point; None where none has.
 
     With `log` y is drawn by its logarithm, where all are above 0; with `zero` it begins at 0.
     """
@@ -120,7 +120,7 @@ def chart(
 
 
 def _svg(figure: Any) -> str:
-    """The drawing as an element of a page, whose style has its letters and colours."""
+    """Returns the drawing as an element of a page, whose style has its letters and colours."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True)
     text = file.getvalue()
@@ -156,7 +156,7 @@ NUMBERS = (
 
 
 def curves(runs: Sequence[RunRecord]) -> tuple[list[Chart], list[str]]:
-    """All charts that any of the runs has numbers for, and a sentence for each that is missing."""
+    """Returns all charts that any of the runs has numbers for, and a sentence for each that is missing."""
     notes: list[str] = []
     loss = chart("loss", _losses(runs), y_label="nats per answer token", log=True)
     if loss is None:
@@ -196,7 +196,7 @@ def _losses(runs: Sequence[RunRecord]) -> list[Series]:
 
 
 def _rates(runs: Sequence[RunRecord]) -> list[Series]:
-    """A line for each part of each run that has a rate of its own; parts of equal rates share one."""
+    """Returns a line for each part of each run that has a rate of its own; parts of equal rates share one."""
     lines: list[Series] = []
     for run in runs:
         parts = dict.fromkeys(key for line in run.log for key in line if key.startswith(f"{RATE}/"))

@@ -165,7 +165,7 @@ class Comparison:
         write_json(file, same)
 
     def _cells(self) -> list[CellRun]:
-        """All runs that can be known by now: those at the chosen rate once the rate is."""
+        """Returns all runs that can be known by now: those at the chosen rate once the rate is."""
         cells = [self.untrained_run] if self.untrained else []
         for contender in self.contenders:
             sweep = self.sweep(contender)
@@ -179,7 +179,7 @@ class Comparison:
         return cells
 
     def sweep(self, contender: Contender) -> dict[float, CellRun]:
-        """The runs that find its rate, all with the recipe's seed, untested."""
+        """Returns the runs that find its rate, all with the recipe's seed, untested."""
         rates = sorted(self.rates)
         while True:
             cells = {rate: self._cell(contender, rate, self._seeds[0], is_tested=False) for rate in rates}
@@ -191,7 +191,7 @@ class Comparison:
             rates = sorted([*rates, stepped(best, -1 if best == rates[0] else 1)])
 
     def best_rate(self, contender: Contender) -> float:
-        """The rate of the lowest validation loss."""
+        """Returns the rate of the lowest validation loss."""
         losses = {rate: cell.loss for rate, cell in self.sweep(contender).items()}
         best = min(losses, key=losses.__getitem__)
         if math.isinf(losses[best]):
@@ -199,7 +199,7 @@ class Comparison:
         return best
 
     def tested(self, contender: Contender) -> list[CellRun]:
-        """Its runs at the chosen rate, with the test."""
+        """Returns its runs at the chosen rate, with the test."""
         rate = self.best_rate(contender)
         return [self._cell(contender, rate, seed, is_tested=True) for seed in self._seeds]
 
@@ -255,7 +255,7 @@ class Comparison:
 
 
 def stepped(rate: float, steps: int) -> float:
-    """A rate so many half powers of ten away, in two digits."""
+    """Returns a rate so many half powers of ten away, in two digits."""
     return float(f"{rate * 10 ** (steps / 2):.2g}")
 
 
@@ -294,7 +294,7 @@ class Contrast:
 
 
 def pairs_of(contenders: Sequence[Contender], *, untrained: bool) -> list[tuple[str, str]]:
-    """Which contenders are set against each other.
+    """Returns which contenders are set against each other.
 
     Methods of one rank against the first of them; one without rank against the first method's greatest rank; each rank
     of a method against the one before; and each against the untrained model.
@@ -375,7 +375,7 @@ def _result(comparison: Comparison, runs: Contenders, cells: Mapping[str, Sequen
 
 
 def _by_strength(comparison: Comparison, measure: Measure) -> list[dict[str, Any]]:
-    """The score, and the perplexity of other text, at each strength of the first contender's adapter."""
+    """Returns the score, and the perplexity of other text, at each strength of the first contender's adapter."""
     rows = []
     for strength, cell in comparison.by_strength().items():
         lost = cell.metrics.get("forgetting", {}).get("perplexity", {})
@@ -385,7 +385,7 @@ def _by_strength(comparison: Comparison, measure: Measure) -> list[dict[str, Any
 
 
 def tables(measure: Measure, results: Sequence[Result], contrasts: Sequence[Contrast]) -> Iterator[str]:
-    """A measure's two tables: the contenders, and how they differ."""
+    """Yields a measure's two tables: the contenders, and how they differ."""
     yield ""
     yield f"{measure.name}: {measure.metric}" + (f", the mean of {len(measure.sets)} sets" if measure.sets[1:] else "")
     rows = [("", "rate", "score", "95 % interval", "seeds +-")]

@@ -55,7 +55,7 @@ class Measure:
 
 
 def measures_of(results: SetScores) -> list[Measure]:
-    """The mean over all sets where they have one headline, then each set; different metrics are never mixed.
+    """Returns the mean over all sets where they have one headline, then each set; different metrics are never mixed.
 
     Headlines that are means over tasks themselves are ways of scoring the same questions, and stay apart.
     """
@@ -86,25 +86,25 @@ class Contenders:
         self._units = {of_set: len(scored.units) for of_set, scored in first.items()}
 
     def by_seed(self, measure: Measure, name: str) -> list[float]:
-        """The measure's value of each run of a contender."""
+        """Returns the measure's value of each run of a contender."""
         return [
             sum(results[of_set].metrics[measure.metric] for of_set in measure.sets) / len(measure.sets)
             for results in self.runs[name]
         ]
 
     def score(self, measure: Measure, name: str) -> Estimate:
-        """A contender's mean over seeds."""
+        """Returns a contender's mean over seeds."""
         low, high = self._interval(measure, name, None, tail=0.025)
         return Estimate(float(np.mean(self.by_seed(measure, name))), low, high)
 
     def difference(self, measure: Measure, name: str, other: str, *, contrasts: int = 1) -> Estimate:
-        """A contender's mean less another's, over the same draws of units; one of so many contrasts."""
+        """Returns a contender's mean less another's, over the same draws of units; one of so many contrasts."""
         value = float(np.mean(self.by_seed(measure, name)) - np.mean(self.by_seed(measure, other)))
         own = self._interval(measure, name, other, tail=0.025)
         return Estimate(value, *own, self._interval(measure, name, other, tail=0.025 / contrasts))
 
     def _interval(self, measure: Measure, name: str, other: str | None, *, tail: float) -> tuple[float, float]:
-        """Limits that leave `tail` out on either side.
+        """Returns limits that leave `tail` out on either side.
 
         The seeds' part of the variance has few degrees of freedom, so it is taken with Student's t, the units' part,
         from the bootstrap, with the normal distribution.
@@ -129,14 +129,14 @@ class Contenders:
         return (max(low, 0.0), min(high, 100.0)) if measure.is_share and other is None else (low, high)
 
     def _mean_draws(self, measure: Measure, name: str) -> Numbers:
-        """The contender's mean over seeds in each draw of units."""
+        """Returns the contender's mean over seeds in each draw of units."""
         return np.mean([self._draws_of(measure, name, number) for number in range(len(self.runs[name]))], axis=0)
 
     def _draws_of(self, measure: Measure, name: str, number: int) -> Numbers:
         return np.mean([self._draws[of_set, name, number] for of_set in measure.sets], axis=0)
 
     def _of_seeds(self, measure: Measure, name: str) -> SeedPart:
-        """How far the mean over seeds may be off because of the seeds; 0 where there are too few to tell."""
+        """Returns how far the mean over seeds may be off because of the seeds; 0 where there are too few to tell."""
         runs = len(self.runs[name])
         if runs < LEAST_SEEDS:
             return SeedPart(0.0, 0.0, runs)
@@ -146,7 +146,7 @@ class Contenders:
         return SeedPart(variance, max(0.0, each - together) / (runs - 1), runs)
 
     def _of_equal_units(self, measure: Measure, name: str, other: str | None) -> tuple[float, float]:
-        """Where all units are alike, the limits that a single set's score or difference has (Wilson's)."""
+        """Returns where all units are alike, the limits that a single set's score or difference has (Wilson's)."""
         limits: list[tuple[float, float]] = []
         for of_set in measure.sets:
             scored = self.runs[name][0][of_set]
@@ -169,7 +169,7 @@ class SeedPart:
 
 
 def _aligned(of_set: str, results: SetScores, reference: Scored, name: str) -> Scored:
-    """A run's score of a set with its items and units in the order of another's."""
+    """Returns a run's score of a set with its items and units in the order of another's."""
     if of_set not in results or results[of_set].items.keys() != reference.items.keys():
         raise UserError(f"{name} was not asked the same items of {of_set} as the others; test all of them again")
     items = {item: replace(results[of_set].items[item], unit=score.unit) for item, score in reference.items.items()}

@@ -58,11 +58,11 @@ class InlinePictures:
         self._reader.close()
 
     def file(self, path: Path) -> tuple[str, str]:
-        """A picture file as a data URL, and why there is none."""
+        """Returns a picture file as a data URL, and why there is none."""
         return self._add(lambda: open_image(path.parent, path.name))
 
     def shown(self, root: Path | None, pictures: Sequence[str], clip: Clip | None) -> tuple[str, str]:
-        """What a question shows as one small picture, and why there is none."""
+        """Returns what a question shows as one small picture, and why there is none."""
         if not pictures and clip is None:
             return "", ""
         if root is None:
@@ -88,7 +88,7 @@ class InlinePictures:
 
 
 def data_url(picture: Image.Image) -> str:
-    """The picture, made small, as text inside a page: PNG to the pixel where it is tiny, else JPEG."""
+    """Returns the picture, made small, as text inside a page: PNG to the pixel where it is tiny, else JPEG."""
     small = small_picture(picture.convert("RGB"))
     kind = "png" if max(small.size) <= EXACT_PX else "jpeg"
     file = io.BytesIO()

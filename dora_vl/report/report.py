@@ -98,7 +98,7 @@ def gather(runs: Sequence[RunRecord], *, weights: bool, base: Path | None) -> di
 
 
 def _worst(run: RunRecord, result: SetResult, pictures: InlinePictures) -> dict[str, Any]:
-    """The worst answers of a run to one set, with their pictures."""
+    """Returns the worst answers of a run to one set, with their pictures."""
     from dora_vl.report.answers import is_accuracy, worst
 
     answers, root = worst(result), _pictures_of_test(run)
@@ -114,13 +114,13 @@ def _worst(run: RunRecord, result: SetResult, pictures: InlinePictures) -> dict[
 
 
 def _pictures_of_test(run: RunRecord) -> Path | None:
-    """The root of the pictures that a run was tested on, where its settings name one."""
+    """Returns the root of the pictures that a run was tested on, where its settings name one."""
     folder = run.section("evaluation").get("image_folder") or run.section("data").get("image_folder")
     return None if folder is None else run.path(folder)
 
 
 def _head(run: RunRecord, results: Results) -> dict[str, Any]:
-    """A run in a few numbers."""
+    """Returns a run in a few numbers."""
     adapter, last = run.section("adapter"), run.log[-1]
     losses = [line["loss"] for line in run.log if isinstance(line.get("loss"), int | float)]
     checked = [line["eval_loss"] for line in run.log if isinstance(line.get("eval_loss"), int | float)]
@@ -148,7 +148,7 @@ def _head(run: RunRecord, results: Results) -> dict[str, Any]:
 
 
 def forgotten(entry: object) -> dict[str, str]:
-    """What a run's model lost, in two lines."""
+    """Returns what a run's model lost, in two lines."""
     lines: dict[str, str] = {}
     if isinstance(entry, Mapping) and isinstance(numbers := entry.get("perplexity"), Mapping):
         lines["perplexity of other text"] = f"{numbers['base']:.2f} before, {numbers['adapted']:.2f} after"
@@ -162,7 +162,7 @@ def _stated(facts: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _data(run: RunRecord) -> dict[str, Any]:
-    """What a run wrote before its first step, and what became of its samples."""
+    """Returns what a run wrote before its first step, and what became of its samples."""
     last = next((line for line in reversed(run.log) if "skipped" in line), {})
     padding = run.metrics.get("padding_share")
     sets = run.metrics.get(SETS)

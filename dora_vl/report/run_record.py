@@ -39,12 +39,12 @@ class RunRecord:
     watched: Watched | None = None
 
     def section(self, name: str) -> Line:
-        """A section of the settings; empty where there is none."""
+        """Returns a section of the settings; empty where there is none."""
         result = self.settings.get(name)
         return result if isinstance(result, Mapping) else {}
 
     def path(self, stated: object) -> Path:
-        """Where a path of the settings is: from the folder that the run was started in, else from here.
+        """Returns where a path of the settings is: from the folder that the run was started in, else from here.
 
         That folder is known where `training.output_dir` is relative and the run's folder still ends with it.
         """
@@ -63,7 +63,7 @@ class RunRecord:
 
 
 def read_run(folder: Path, label: str) -> RunRecord:
-    """One run's folder. Raises UserError: it is none, or training has not begun in it."""
+    """Returns one run's folder. Raises UserError: it is none, or training has not begun in it."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name the training.output_dir of a run")
     if not (folder / LOSS_LOG).is_file():
@@ -128,7 +128,7 @@ def _object(path: Path, damaged: list[str]) -> dict[str, Any]:
 
 
 def _benchmarks(folder: Path, damaged: list[str]) -> dict[str, SetResult]:
-    """What `dora-vl evaluate` left, where it has been there."""
+    """Returns what `dora-vl evaluate` left, where it has been there."""
     if not (folder / METRICS).is_file():
         return {}
     try:

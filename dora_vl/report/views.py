@@ -36,7 +36,7 @@ ABSENT = "–"
 
 
 def setting_tables(runs: Sequence[RunRecord]) -> dict[str, Any]:
-    """All settings of all runs: of one run what is not its default first, of several what differs first."""
+    """Returns all settings of all runs: of one run what is not its default first, of several what differs first."""
     flat = [flattened(run.settings) for run in runs]
     names = list(dict.fromkeys(name for item in flat for name in item))
     rows = {name: [_text(item.get(name, ABSENT)) for item in flat] for name in names}
@@ -50,7 +50,7 @@ def setting_tables(runs: Sequence[RunRecord]) -> dict[str, Any]:
 
 
 def _defaults(run: RunRecord) -> dict[str, Any]:
-    """What the settings of the run's task are where a file is silent; nothing where it names no task."""
+    """Returns what the settings of the run's task are where a file is silent; nothing where it names no task."""
     task: Any = run.settings.get("task")
     parsed = run_parser(task).get_defaults().as_dict() if task in FIELDS else {}
     return flattened(json.loads(json.dumps(parsed, default=str)))
@@ -67,7 +67,7 @@ MOST_STEPS = 8
 
 
 def watched_tables(runs: Sequence[RunRecord], pictures: InlinePictures) -> tuple[list[dict[str, Any]], list[str]]:
-    """A table for each run that has been watched, and a sentence for each that has not."""
+    """Returns a table for each run that has been watched, and a sentence for each that has not."""
     tables: list[dict[str, Any]] = []
     notes: list[str] = []
     for run in runs:
@@ -90,7 +90,7 @@ def watched_tables(runs: Sequence[RunRecord], pictures: InlinePictures) -> tuple
 def _row(
     question: WatchedQuestion, watched: Watched, steps: Sequence[int], after: str | None, pictures: InlinePictures
 ) -> dict[str, Any]:
-    """One question with its answers; None could not be asked."""
+    """Returns one question with its answers; None could not be asked."""
     picture = ("", question.why_no_picture)
     if question.picture:
         picture = pictures.file(watched.folder / question.picture)
@@ -112,7 +112,7 @@ _DEPTH = re.compile(r"\.(?:layers|layer|blocks|block|h)\.(\d+)\.")
 
 
 def weight_charts(run: RunRecord, base: Path | None) -> list[Chart]:
-    """The run's adapter, and checkpoints of it that are still there, against the base, where that is now."""
+    """Returns the run's adapter, and checkpoints of it that are still there, against the base, where that is now."""
     final = Saved(run.folder / ADAPTER, run.last_step)
     if (final.folder / WEIGHTS_FILE).is_file():
         earlier = [item for item in saved_in(run.folder) if item.step is not None and item.step < run.last_step]
@@ -189,7 +189,7 @@ def over_depth(panel: Panel) -> list[Chart]:
 
 
 def by_kind(points: Sequence[Point]) -> dict[str, list[Point]]:
-    """Points by the last word of the layer's name, such as q_proj."""
+    """Returns points by the last word of the layer's name, such as q_proj."""
     result: dict[str, list[Point]] = {}
     for point in points:
         result.setdefault(point.layer.rpartition(".")[2], []).append(point)
@@ -207,6 +207,6 @@ def by_stack(points: Sequence[Point]) -> dict[str, list[Point]]:
 
 
 def depth_of(layer: str) -> int | None:
-    """A layer's number in its stack; None where its name has none."""
+    """Returns a layer's number in its stack; None where its name has none."""
     result = _DEPTH.search(layer)
     return None if result is None else int(result[1])

@@ -1,4 +1,4 @@
-"""Whether a file of kernels runs: Triton's on CUDA, C++ on a CPU; without them `functional.py` does the same."""
+"""Chooses a file of kernels: Triton's on CUDA, C++ on a CPU; without them `functional.py` does the same."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class AdaptedModel(lmms):
         self.batch_size, self._sampling, self._reader = int(batch_size), Uniform(frames), VideoReader()
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """The answers, in the requests' order, each up to the first text of its `until`."""
+        """Returns the answers, in the requests' order, each up to the first text of its `until`."""
         answers: list[str] = []
         for start in tqdm(range(0, len(requests), self.batch_size), desc="answers", unit="batch"):
             rows = [request.args for request in requests[start : start + self.batch_size]]
@@ -91,7 +91,7 @@ class AdaptedModel(lmms):
 
 
 def _until(text: str, options: Mapping[str, Any]) -> str:
-    """The answer up to where the task says that it ends."""
+    """Returns the answer up to where the task says that it ends."""
     stops = options.get("until") or ()
     for stop in [stops] if isinstance(stops, str) else stops:
         text = text.partition(stop)[0] if stop else text

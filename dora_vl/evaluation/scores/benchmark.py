@@ -34,7 +34,7 @@ Prompt = Callable[[Example], str]
 
 
 def as_is(example: Example) -> str:
-    """The question alone."""
+    """Returns the question alone."""
     return example.question
 
 
@@ -70,13 +70,13 @@ def caption_of_video(example: Example) -> str:
 
 
 def _subtitles(example: Example) -> list[str]:
-    """What is said in the clip as a line, without empty subtitles; none where nothing is."""
+    """Returns what is said in the clip as a line, without empty subtitles; none where nothing is."""
     text = " ".join(subtitle.text for subtitle in example.subtitles if subtitle.text)
     return [f"Subtitles: {text}"] if text else []
 
 
 def prompt_turns(example: Example, prompt: Prompt) -> tuple[Turn, ...]:
-    """The prompt as turns up to and with the question, one placeholder for each picture first."""
+    """Returns the prompt as turns up to and with the question, one placeholder for each picture first."""
     if example.turns:
         turns = example.turns[:-1] if example.turns[-1].role == "assistant" else example.turns
         return tuple(turns)
@@ -111,7 +111,7 @@ class ByKey:
     of_example: Callable[[Example], Key]
 
     def pairs(self, rows: Sequence[Prediction], examples: Sequence[Example]) -> list[str | None]:
-        """The id of each row's question; None where there is none."""
+        """Returns the id of each row's question; None where there is none."""
         named: defaultdict[Key, list[str]] = defaultdict(list)
         for example in examples:
             named[self.of_example(example)].append(example.id)
@@ -156,14 +156,14 @@ class ByOrder:
 
 
 def question_in(prompt: str) -> str:
-    """A prompt's question alone, in lower case with single spaces: suffixes, OCR tokens and placeholders go."""
+    """Returns a prompt's question alone, in lower case with single spaces: suffixes, OCR tokens and placeholders go."""
     for suffix in _SUFFIXES:  # before the line of tokens, which they end
         prompt = prompt.replace(suffix, " ")
     return plain(_OCR.sub(" ", prompt.replace(IMAGE_PLACEHOLDER, " ")))
 
 
 def plain(question: str) -> str:
-    """A question in lower case with single spaces, without suffixes; POPE's "imange" is an image."""
+    """Returns a question in lower case with single spaces, without suffixes; POPE's "imange" is an image."""
     for suffix in _SUFFIXES:
         question = question.replace(suffix, " ")
     return " ".join(question.lower().replace("imange", "image").split())
@@ -261,7 +261,7 @@ GROUP_WITHOUT = "it is scored together with records of which one or more hold no
 
 
 def has_answer(example: Example) -> bool:
-    """Whether any right answer is there that is not blank."""
+    """Returns whether any right answer is there that is not blank."""
     people = example.extra.get("human_answers")
     texts = [answer.text for answer in example.answers]
     texts += [str(answer) for answer in people] if isinstance(people, list | tuple) else []
@@ -290,19 +290,19 @@ def not_scored(benchmark: Benchmark, examples: Sequence[Example], unreadable: Ma
 
 
 def right_answer(example: Example) -> str:
-    """The first right answer's text."""
+    """Returns the first right answer's text."""
     if not example.answers:
         raise UserError(f"example {shown(example.id)} has no right answer; prepare the set again")
     return example.answers[0].text
 
 
 def letters(example: Example) -> str:
-    """The letters of the example's choices: "ABCD" for four."""
+    """Returns the letters of the example's choices: "ABCD" for four."""
     return ascii_uppercase[: len(example.choices)]
 
 
 def correct_index(example: Example) -> int:
-    """Which choice is right."""
+    """Returns which choice is right."""
     if "correct" not in example.extra:
         raise UserError(
             f"example {shown(example.id)} does not say which of its {len(example.choices)} choices is right "
@@ -343,11 +343,11 @@ def refuse_strangers(name: str, examples: Sequence[Example], answers: Answers, w
 
 
 def json_lines(rows: Sequence[Mapping[str, object]]) -> str:
-    """Rows as a submission's JSON lines."""
+    """Returns rows as a submission's JSON lines."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def published_id(name: str) -> int | str:
-    """An id as servers take it: a number where it is one."""
+    """Returns an id as servers take it: a number where it is one."""
     number = number_of(name)
     return name if number is None else number

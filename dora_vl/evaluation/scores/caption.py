@@ -64,7 +64,7 @@ def one_line(caption: str) -> str:
 
 
 def tokenized(captions: Mapping[str, Sequence[str]], tokenizer: Tokenizer) -> dict[str, list[str]]:
-    """Every caption of each clip as its words with a space between them.
+    """Returns every caption of each clip as its words with a space between them.
 
     With Java, the tokenizer is the official one: Stanford's PTBTokenizer (CoreNLP 3.4.1) through pycocoevalcap, lower
     case, most punctuation dropped. Its quirks stay: brackets survive as "-lrb-" and the like (they are dropped in
@@ -79,7 +79,7 @@ def tokenized(captions: Mapping[str, Sequence[str]], tokenizer: Tokenizer) -> di
 
 
 def fallback_tokens(caption: str) -> list[str]:
-    """The words of one caption by rules that follow the Penn Treebank's, without Java."""
+    """Returns the words of one caption by rules that follow the Penn Treebank's, without Java."""
     text = _CLITICS.sub(r" \1", one_line(caption).translate(_SYMBOLS).lower())
     matches = (match.group() for match in _TOKEN.finditer(text))
     tokens = [_BRACKETS.get(token, token) for token in matches]
@@ -125,7 +125,7 @@ class Bleu:
     decimals: int | None = None
 
     def __call__(self, sums: Sums, whole: Sums | None = None) -> Numbers:
-        """The score of each draw; every draw has clips."""
+        """Returns the score of each draw; every draw has clips."""
         product = np.ones_like(sums["words"])
         for order in ORDERS[: self.order]:
             product = product * (sums[f"matched {order}"] + _ALMOST_ZERO) / (sums[f"said {order}"] + _SMALL)
@@ -144,7 +144,7 @@ class Meteor:
     decimals: int | None = None
 
     def __call__(self, sums: Sums, whole: Sums | None = None) -> Numbers:
-        """The score of each draw; every draw has clips."""
+        """Returns the score of each draw; every draw has clips."""
         moved = sums["meteor"] / sums["clips"] / self.mean if self.mean else np.ones_like(sums["clips"])
         value = PERCENT * self.whole * moved
         return value if self.decimals is None else np.round(value, self.decimals)
@@ -158,7 +158,7 @@ def score(
     tokenizer: Tokenizer | None = None,
     with_meteor: bool | None = None,
 ) -> Scored:
-    """Every caption metric over the clips; one without a prediction counts as an empty caption.
+    """Returns every caption metric over the clips; one without a prediction counts as an empty caption.
 
     `value` replaces every character outside ASCII by a space and rounds to two decimals, as VALUE's server does; `coco`
     does neither. The server needs the references' order; here the ids match.
@@ -211,12 +211,12 @@ def check_scoring(examples: Sequence[Example]) -> None:
 
 
 def clip_of(example: Example) -> str:
-    """What an example's captions belong to, all of them references: a clip (TVC, YC2C) or a picture (COCO)."""
+    """Returns what an example's captions belong to, all of them references: a clip (TVC, YC2C) or a picture (COCO)."""
     return str(example.extra.get("clip_id", example.extra.get("image_id", example.id)))
 
 
 def bleu_counts(prediction: str, references: Sequence[str]) -> dict[str, float]:
-    """One caption's n-grams, those of them that a reference has (clipped), and lengths in words."""
+    """Returns one caption's n-grams, those of them that a reference has (clipped), and lengths in words."""
     words, references_words = prediction.split(), [reference.split() for reference in references]
     closest = min((abs(len(other) - len(words)), len(other)) for other in references_words)[1]
     counts = {"words": float(len(words)), "reference words": float(closest)}
@@ -266,7 +266,7 @@ def _scorers() -> tuple[Any, Any]:
 def _meteor(
     references: Mapping[str, list[str]], predictions: Mapping[str, list[str]]
 ) -> tuple[float, list[float]] | None:
-    """The whole set's and each clip's; a Java process runs meanwhile. None, and a warning, where that fails."""
+    """Returns the whole set's and each clip's; a Java process runs meanwhile. None, and a warning, where that fails."""
     from pycocoevalcap.meteor.meteor import Meteor as Official
 
     separator = "|||"  # of its protocol

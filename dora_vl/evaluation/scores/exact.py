@@ -47,7 +47,7 @@ def score(examples: Sequence[Example], answers: Answers, *, answer_after: str | 
 
 
 def by_kind(example: Example) -> list[str]:
-    """The kind of question as a metric's name."""
+    """Returns the kind of question as a metric's name."""
     return [f"kind/{example.extra['kind']}"] if "kind" in example.extra else []
 
 
@@ -58,7 +58,7 @@ BENCHMARK = Benchmark(modes={"": score})
 
 
 def best_of(points: Callable[[str, str], float], headline: str) -> Scorer:
-    """A score that is the best of an answer's points, from 0 to 1, against each right answer."""
+    """Returns a score that is the best of an answer's points, from 0 to 1, against each right answer."""
 
     def best(example: Example, answer: str) -> float:
         return max((float(points(answer, right.text)) for right in example.answers), default=0.0)
@@ -67,13 +67,13 @@ def best_of(points: Callable[[str, str], float], headline: str) -> Scorer:
 
 
 def right_choice_points(example: Example, answer: str) -> float:
-    """Whether the answer is the right choice's letter or text, or what MMBench's rules take for it."""
+    """Returns whether the answer is the right choice's letter or text, or what MMBench's rules take for it."""
     choices = dict(zip(ascii_uppercase, example.choices, strict=False))
     return float(_chosen(answer, choices) == ascii_uppercase[correct_index(example)])
 
 
 def _chosen(answer: str, choices: Mapping[str, str]) -> str | None:
-    """The letter an answer gives, or None.
+    """Returns the letter an answer gives, or None.
 
     MMBench's rules look for a choice's text anywhere, so where one choice is in another ("1" in "10") they find two in
     the right answer and take neither. A letter as it was asked for goes before all texts, a small one after them.
@@ -89,7 +89,7 @@ def _chosen(answer: str, choices: Mapping[str, str]) -> str | None:
 
 
 def similarity(answer: str, true: str) -> float:
-    """One answer's ANLS against one right one, from 0 to 1 (Biten et al., 2019; DocVQA).
+    """Returns one answer's ANLS against one right one, from 0 to 1 (Biten et al., 2019; DocVQA).
 
     One minus the edit distance over the longer one's length, letter case and spaces aside; nothing up to one half.
     """
@@ -167,7 +167,7 @@ PATTERNS: Mapping[str, re.Pattern[str]] = {
 
 
 def extracted(text: str, task: str, rule: Rule) -> str:
-    """The answer in a generated text, "" where there is none."""
+    """Returns the answer in a generated text, "" where there is none."""
     if task not in PATTERNS:
         raise UserError(f"no commonsense task {shown(task)}; there are {', '.join(PATTERNS)}")
     # The scripts see the prompt, which ends in the marker, before.
@@ -199,7 +199,7 @@ BY_LENGTH = frozenset({"piqa", "hellaswag", "ARC-Easy", "ARC-Challenge", "openbo
 
 
 def cloze_score(examples: Sequence[Example], answers: Answers) -> Scored:
-    """The mean over the tasks, then each one's accuracy, in percent, by the likeliest ending (lm-eval's `acc`).
+    """Returns the mean over the tasks, then each one's accuracy, in percent, by the likeliest ending (lm-eval's `acc`).
 
     `normalised` divides each log-likelihood by its ending's characters (`acc_norm`), for the sets that have it. An
     answer is the log-likelihoods of the endings, as numbers with spaces between; of equals the first is chosen.
@@ -256,7 +256,7 @@ COMMONSENSE = Benchmark(
 
 
 def label_of(example: Example, answer: str) -> str:
-    """The label that an answer gives: the answer itself, or that of the choice whose letter it is."""
+    """Returns the label that an answer gives: the answer itself, or that of the choice whose letter it is."""
     letter, choices = answer.strip().removesuffix("."), letters(example)
     return f"a{choices.index(letter)}" if len(letter) == 1 and letter in choices else answer
 
@@ -268,7 +268,7 @@ def submitted_index(answer: str) -> int:
 
 
 def video_score(examples: Sequence[Example], answers: Answers) -> Scored:
-    """Both accuracies in percent, extra answers ignored (TVQA)."""
+    """Returns both accuracies in percent, extra answers ignored (TVQA)."""
 
     def points(example: Example, answer: str) -> float:
         return float(label_of(example, answer) == f"a{correct_index(example)}")
@@ -281,13 +281,13 @@ def video_score(examples: Sequence[Example], answers: Answers) -> Scored:
 
 
 def how2qa_score(examples: Sequence[Example], answers: Answers) -> Scored:
-    """The same, extra answers refused."""
+    """Returns the same, extra answers refused."""
     refuse_strangers("How2QA", examples, answers, "its server rejects them")
     return video_score(examples, answers)
 
 
 def _submitted(example: Example, answers: Answers) -> int:
-    """What the server's file holds; for a missing answer -1, as it stops where a question lacks."""
+    """Returns what the server's file holds; for a missing answer -1, as it stops where a question lacks."""
     answer = answers.get(example.id)
     return -1 if answer is None else submitted_index(label_of(example, answer))
 

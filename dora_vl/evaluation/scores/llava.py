@@ -63,7 +63,7 @@ from dora_vl.evaluation.scores.scored import (
 def judge_requests(
     examples: Sequence[Example], answers: Answers, rules: Mapping[str, str] | None = None
 ) -> list[dict[str, str]]:
-    """One request for each question: its id, category and the text to put to the judge.
+    """Returns one request for each question: its id, category and the text to put to the judge.
 
     `rules` are by category the instruction that ends the text (`prompt` in LLaVA's rule.json); without them that part
     is left to the judge's system prompt.
@@ -82,7 +82,7 @@ def judge_requests(
 
 
 def scores_of(review: str) -> tuple[float, float]:
-    """The reference's and the model's score in a review's first line, separated by a space or a comma."""
+    """Returns the reference's and the model's score in a review's first line, separated by a space or a comma."""
     first, *_ = review.strip().split("\n", maxsplit=1)
     try:
         reference, model = map(float, first.replace(",", " ").split())
@@ -187,7 +187,7 @@ _LAST_WORDS_2025 = 4
 
 
 def chosen(answer: str, choices: Mapping[str, str], matcher: Matcher) -> str | None:
-    """The letter an answer gives, or None."""
+    """Returns the letter an answer gives, or None."""
     if "Failed to obtain answer via API" not in answer:
         letter = _letter_2023(answer) if matcher == "opencompass_2023" else _letter_2025(answer, choices)
         if letter is not None:
@@ -252,7 +252,7 @@ def mmbench_score(examples: Sequence[Example], answers: Answers, *, matcher: Mat
 
 
 def question_of(example: Example) -> int:
-    """What all rotations of one question share: their index modulo 1,000,000."""
+    """Returns what all rotations of one question share: their index modulo 1,000,000."""
     index = example.extra.get("index")
     if not isinstance(index, int):
         raise UserError(f"MMBench example {shown(example.id)} has extra.index {shown(index)}; it needs the row's index")
@@ -265,7 +265,7 @@ def letter_cn(example: Example) -> str:
 
 
 def mmbench_submission(examples: Sequence[Example], answers: Answers) -> tuple[str, str]:
-    """The columns as tab-separated text; a spreadsheet program saves it as the .xlsx that the server takes."""
+    """Returns the columns as tab-separated text; a spreadsheet program saves it as the .xlsx that the server takes."""
     widest = max(len(example.choices) for example in examples)
     stream = io.StringIO()
     writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
@@ -339,7 +339,7 @@ def mme_score(examples: Sequence[Example], answers: Answers) -> Scored:
 
 
 def picture_of(example: Example) -> tuple[str, str]:
-    """Its subtask and its picture, which both of a picture's questions share."""
+    """Returns its subtask and its picture, which both of a picture's questions share."""
     if len(example.images) != 1:
         raise UserError(f"MME example {example.id} names {len(example.images)} pictures; it needs one")
     return str(example.extra.get("category", "")), example.images[0]
@@ -387,7 +387,7 @@ def says_no(answer: str) -> bool:
 
 
 def pope_score(examples: Sequence[Example], answers: Answers) -> Scored:
-    """The categories' mean F1, as LLaVA's table has it, and its parts in percent; each category's.
+    """Returns the categories' mean F1, as LLaVA's table has it, and its parts in percent; each category's.
 
     A missing answer counts as the wrong one of the two. Division by zero gives 0.
     """
@@ -438,7 +438,7 @@ SENTENCE = re.compile("The answer is ([A-Z]).")
 
 
 def parsed(answer: str) -> str | None:
-    """The letter an answer gives ScienceQA's script, or None where the parsing fails. In this order:
+    """Returns the letter an answer gives ScienceQA's script, or None where the parsing fails. In this order:
 
     1. the whole answer is one of A to E;
     2. it begins with a letter of A to E, a period and a space;

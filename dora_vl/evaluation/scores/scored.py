@@ -44,14 +44,14 @@ class Ratio:
     decimals: int | None = None
 
     def __call__(self, sums: Sums, whole: Sums | None = None) -> Numbers:
-        """The ratio of each draw."""
+        """Returns the ratio of each draw."""
         top, bottom = self.sides(sums)
         of_nothing = 0.0 if whole is None or not self.sides(whole)[1].any() else np.nan
         value = self.scale * np.divide(top, bottom, out=np.full_like(bottom, of_nothing), where=bottom != 0)
         return value if self.decimals is None else np.round(value, self.decimals)
 
     def sides(self, sums: Sums) -> tuple[Numbers, Numbers]:
-        """What is divided, and by what."""
+        """Returns what is divided, and by what."""
         nothing = np.zeros_like(next(iter(sums.values())))
         below = (self.bottom,) if isinstance(self.bottom, str) else self.bottom
         return sums.get(self.top, nothing), np.sum([sums.get(name, nothing) for name in below], axis=0)
@@ -65,7 +65,7 @@ class Total:
     join: ClassVar[Callable[..., Any]] = staticmethod(np.sum)
 
     def __call__(self, sums: Sums, whole: Sums | None = None) -> Numbers:
-        """The parts' values together, of each draw."""
+        """Returns the parts' values together, of each draw."""
         return self.join([part(sums, whole) for part in self.parts], axis=0)
 
 
@@ -148,7 +148,7 @@ class Scored:
         return sums
 
     def items_of(self, metric: str) -> int:
-        """How many items a metric is over: those of a kind for an accuracy of that kind, else all."""
+        """Returns how many items a metric is over: those of a kind for an accuracy of that kind, else all."""
         formula = self.formulas.get(metric)
         bottom = formula.bottom if isinstance(formula, Ratio) else None
         if not isinstance(bottom, str) or not bottom.startswith("asked"):
@@ -169,7 +169,7 @@ class Tally:
         self._items[item] = ItemScore(unit=unit or f"item {item}", share=share, columns={**columns}, failed=failed)
 
     def scored(self, formulas: Mapping[str, Formula], *, settings: Mapping[str, str] | None = None) -> Scored:
-        """The result of everything added; of the formulas the headline stands first."""
+        """Returns the result of everything added; of the formulas the headline stands first."""
         if not self._items:
             raise ValueError("nothing to score")
         scored = Scored(metrics={}, items=self._items, formulas=dict(formulas), settings=dict(settings or {}))
@@ -177,13 +177,13 @@ class Tally:
 
 
 def values_of(scored: Scored) -> dict[str, float]:
-    """Every metric that is a formula, computed from the items' columns."""
+    """Returns every metric that is a formula, computed from the items' columns."""
     whole = _sums(scored.names, scored.columns, np.ones((1, len(scored.columns))))
     return {name: float(formula(whole)[0]) for name, formula in scored.formulas.items()}
 
 
 def _sums(names: Sequence[str], columns: Numbers, counts: Numbers) -> Sums:
-    """The sums of each draw; counts: `[draws, units]`."""
+    """Returns the sums of each draw; counts: `[draws, units]`."""
     return dict(zip(names, (counts @ columns).T, strict=True))
 
 
@@ -200,7 +200,7 @@ ACCURACY = Ratio("right", "asked")
 
 
 def share_of(kind: str) -> Ratio:
-    """The accuracy over the items of one kind."""
+    """Returns the accuracy over the items of one kind."""
     return Ratio(f"right {kind}", f"asked {kind}")
 
 
@@ -214,7 +214,7 @@ def score_points(
     more: Callable[[Example], Mapping[str, float]] = lambda _: {},
     settings: Mapping[str, str] | None = None,
 ) -> Scored:
-    """The mean of each example's points, from 0 to 1, over all and over each kind, in percent.
+    """Returns the mean of each example's points, from 0 to 1, over all and over each kind, in percent.
 
     Args:
         metrics: the first metrics; accuracy alone without them.
@@ -265,7 +265,7 @@ class Difference:
 
 
 def intervals(scored: Scored, *, seed: int = 0, resamples: int = RESAMPLES) -> dict[str, Limits]:
-    """The 95 % percentile interval of every metric that is a formula.
+    """Returns the 95 % percentile interval of every metric that is a formula.
 
     Units (pictures, sentences, clips) are drawn with replacement, each with all of its questions. What a metric
     takes from the whole set, such as CIDEr's document frequencies, stays that of the whole set.
@@ -281,7 +281,7 @@ def intervals(scored: Scored, *, seed: int = 0, resamples: int = RESAMPLES) -> d
 def paired_differences(
     ours: Scored, theirs: Scored, *, seed: int = 0, resamples: int = RESAMPLES
 ) -> dict[str, Difference]:
-    """The difference of each metric that has an interval, both scored on the same draws of units."""
+    """Returns the difference of each metric that has an interval, both scored on the same draws of units."""
     if ours.items.keys() != theirs.items.keys():
         alone = sorted(ours.items.keys() ^ theirs.items.keys())
         raise UserError(
@@ -298,7 +298,7 @@ def paired_differences(
 
 
 def draws(units: int, seed: int, resamples: int) -> Iterator[Numbers]:
-    """How often each unit is in each draw, `[some draws, units]` at a time, so that memory stays bounded."""
+    """Yields how often each unit is in each draw, `[some draws, units]` at a time, so that memory stays bounded."""
     random = np.random.default_rng(seed)
     at_once = max(1, COUNTS_AT_ONCE // units)
     for start in range(0, resamples, at_once):
@@ -308,7 +308,7 @@ def draws(units: int, seed: int, resamples: int) -> Iterator[Numbers]:
 
 
 def drawn(several: Sequence[Scored], seed: int = 0, resamples: int = RESAMPLES) -> list[dict[str, Numbers]]:
-    """Each score's metrics on the same draws, NaN where a draw has none of a metric's items."""
+    """Returns each score's metrics on the same draws, NaN where a draw has none of a metric's items."""
     parts: list[list[dict[str, Numbers]]] = [[] for _ in several]
     for counts in draws(len(several[0].columns), seed, resamples):
         for part, scored in zip(parts, several, strict=True):
@@ -318,7 +318,7 @@ def drawn(several: Sequence[Scored], seed: int = 0, resamples: int = RESAMPLES) 
 
 
 def _interval(values: Numbers, formula: Formula, scores: Sequence[Scored]) -> Limits | None:
-    """Percentiles of the draws that are a number, None where too few are.
+    """Returns percentiles of the draws that are a number, None where too few are.
 
     Percentiles of equal draws, as where every answer is right, would call that certain. There a share has Wilson's
     limits: forty of forty right may be 91 % of all such questions. Equal units differ by rounding alone.
@@ -333,7 +333,7 @@ def _interval(values: Numbers, formula: Formula, scores: Sequence[Scored]) -> Li
 
 
 def _limits_of(formula: Formula, scores: Sequence[Scored]) -> Limits | None:
-    """Limits of a metric that is a share, or of the difference of two scores' that is the same in every unit.
+    """Returns limits of a metric that is a share, or of the difference of two scores' that is the same in every unit.
 
     None for other metrics; a mean or sum of shares has the mean or sum of theirs, which is wide rather than narrow. Of
     a difference the units that were not seen may be otherwise: by Wilson's upper limit for none of so many, a share of

@@ -81,7 +81,7 @@ CONTRACTIONS = {
 
 
 def normalise(answer: str) -> str:
-    """The whole treatment, as a prediction gets it."""
+    """Returns the whole treatment, as a prediction gets it."""
     return map_words(strip_punctuation(one_line(answer)))
 
 
@@ -107,7 +107,7 @@ def map_words(text: str) -> str:
 
 
 def human_answers(example: Example) -> list[str]:
-    """What the ten people said, raw: `extra["human_answers"]`, or else the example's answers."""
+    """Returns what the ten people said, raw: `extra["human_answers"]`, or else the example's answers."""
     people = example.extra.get("human_answers")
     if not isinstance(people, list | tuple | None):
         raise UserError(f"example {shown(example.id)}: extra.human_answers must be a list, it is {shown(people)}")
@@ -121,7 +121,7 @@ def human_answers(example: Example) -> list[str]:
 
 
 def leave_one_out(prediction: str, answers: Sequence[str]) -> float:
-    """The mean over the people of min(1, others who said the prediction / 3), by exact comparison."""
+    """Returns the mean over the people of min(1, others who said the prediction / 3), by exact comparison."""
     same = sum(answer == prediction for answer in answers)
     return sum(min(1.0, (same - (answer == prediction)) / 3) for answer in answers) / len(answers)
 
@@ -174,7 +174,7 @@ def vqa_score(examples: Sequence[Example], answers: Answers, *, version: Version
 
 
 def accuracy(prediction: str, people: Sequence[str], version: Version) -> float:
-    """One question's points, from 0 to 1."""
+    """Returns one question's points, from 0 to 1."""
     if version == "before_2021":
         references = [strip_punctuation(answer) for answer in people] if len(set(people)) > 1 else people
         return leave_one_out(normalise(prediction), references)
@@ -302,7 +302,7 @@ Conversion = Literal["llava", "vl_t5"]
 
 
 def converted(answer: str) -> str:
-    """A model's answer as LLaVA's submission holds it.
+    """Returns a model's answer as LLaVA's submission holds it.
 
     Periods go off the end *before* lower-casing, white space stays: " yes" and "yes. " are wrong.
     """
@@ -359,7 +359,7 @@ def gqa_score(examples: Sequence[Example], answers: Answers, *, conversion: Conv
 
 
 def _types(example: Example) -> tuple[str, str]:
-    """The structural and the semantic type, "" where the record has none."""
+    """Returns the structural and the semantic type, "" where the record has none."""
     types = example.extra.get("types")
     if not isinstance(types, Mapping | None):
         raise UserError(f"question {shown(example.id)}: extra.types must be an object, it is {shown(types)}")
@@ -419,7 +419,7 @@ GQA = Benchmark(
 
 
 def sentence_of_nlvr2(identifier: str) -> str:
-    """What all examples of one sentence share: the identifier without its third field ("dev-850-0-0")."""
+    """Returns what all examples of one sentence share: the identifier without its third field ("dev-850-0-0")."""
     fields = identifier.split("-")
     if len(fields) != 4:
         raise UserError(f"NLVR2 identifier {identifier!r} has {len(fields)} fields, not four as in 'dev-850-0-0'")
@@ -427,7 +427,7 @@ def sentence_of_nlvr2(identifier: str) -> str:
 
 
 def as_read(answer: str) -> str:
-    """What the script reads of a line that holds an identifier and this answer.
+    """Returns what the script reads of a line that holds an identifier and this answer.
 
     It strips a line of its CSV, parts it at commas and takes the second field; letter case aside that must be the label
     exactly. So " True", "true." and "True ,x" are wrong, "True " and "True,x" right.
