@@ -90,7 +90,7 @@ class ActiveAdapters:
     def holding(self, rows: Sequence[Slot], pictures: Sequence[Slot] = (None,)) -> Iterator[None]:
         """Gives the model's batch these rows inside the block, each with an adapter, a share of one, or the base.
 
-        `pictures` is likewise, in the rows' order; a single one is that of all, however many there are.
+        `pictures` says the same of pictures, in the rows' order; a single entry is that of all, however many there are.
         """
         self._runs, self._choices = {"rows": runs_of(rows), "pictures": runs_of(pictures)}, {}
         try:

@@ -97,14 +97,14 @@ class AdapterSettings:
     rank_scaling: RankScaling = "linear"
     """`linear`: s = alpha / rank; `sqrt`: s = alpha / sqrt(rank) (rsLoRA)."""
     kinds: tuple[LayerKind, ...] = ("linear",)
-    """What the globs of `targets` may hit; embeddings, convolutions and experts that are one tensor (by the name of the
-    tensor, `*.experts.down_proj`) only where they are asked for."""
+    """The globs of `targets` may hit these kinds; embeddings, convolutions and experts that are one tensor (by its name,
+    `*.experts.down_proj`) must be named here."""
     magnitude_targets: tuple[str, ...] = ()
     """Full-name globs of further layers that get a magnitude alone, beside the full ones (paper table 6)."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """Full-name glob -> rank, for layers that differ; the first glob that matches counts."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    """Full-name glob -> alpha, likewise."""
+    """Full-name glob -> alpha, for layers that differ; the first glob that matches counts."""
     parts: Mapping[str, AdaptedPart] = field(default_factory=dict)
     """Further adapted parts by name, beside `targets`: {targets, rank, alpha} each."""
     init: Init = "kaiming"
