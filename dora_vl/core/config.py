@@ -97,8 +97,8 @@ class AdapterSettings:
     rank_scaling: RankScaling = "linear"
     """`linear`: s = alpha / rank; `sqrt`: s = alpha / sqrt(rank) (rsLoRA)."""
     kinds: tuple[LayerKind, ...] = ("linear",)
-    """The globs of `targets` may hit these kinds; embeddings, convolutions and experts that are one tensor (by its name,
-    `*.experts.down_proj`) must be named here."""
+    """The globs of `targets` may hit these kinds; embeddings, convolutions and experts that are one tensor (by its
+    name, `*.experts.down_proj`) must be named here."""
     magnitude_targets: tuple[str, ...] = ()
     """Full-name globs of further layers that get a magnitude alone, beside the full ones (paper table 6)."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
