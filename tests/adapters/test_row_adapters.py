@@ -16,7 +16,7 @@ from dora_vl.adapters.quantised_base import SCHEMES
 from dora_vl.adapters.several import AdapterSlots, Layers, rows_seen
 from dora_vl.backbones.model import open_backbone
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora
-from dora_vl.core.adapter_slots import Row, SlotLayer
+from dora_vl.core.adapter_slots import Slot, SlotLayer
 from dora_vl.core.strength import Share
 from dora_vl.errors import UserError
 from tests.adapters import foreign_files
@@ -75,7 +75,7 @@ def adapter_slots(model: Any, folders: Mapping[str, Path]) -> AdapterSlots:
 
 
 @torch.no_grad()
-def logits(adapters: AdapterSlots, names: tuple[Row, ...]) -> Tensor:
+def logits(adapters: AdapterSlots, names: tuple[Slot, ...]) -> Tensor:
     with adapters.batch.holding(names):
         return adapters.model(IDS[: len(names)]).logits
 

@@ -40,7 +40,7 @@ def picture(side: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("name", "layout"), [("test_efficientnet", "NCHW"), ("test_vit", "NLC"), ("swin_tiny_patch4_window7_224", "NHWC")]
+    ("name", "layout"), [("test_efficientnet", "NCHW"), ("test_vit_relpos", "NLC"), ("test_mambaout", "NHWC")]
 )
 def test_timm_last_layer(tmp_path: Path, name: str, layout: str) -> None:
     network = timm_weights(name, tmp_path / "w.safetensors")
