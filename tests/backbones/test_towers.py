@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel, CLIPModel, CLIPVisionModel
 
+from dora_vl.backbones import register_towers
 from dora_vl.backbones.specs import TowerSpec
 from dora_vl.backbones.tower_sources import load_from_file, load_tower
 from dora_vl.backbones.towers import GridTower
@@ -59,6 +60,7 @@ def test_timm_last_layer(tmp_path: Path, name: str, layout: str) -> None:
     assert tower.preparation.mean == tuple(network.pretrained_cfg["mean"])
     # Saved and opened on the meta device and back: buffers that timm does not save must survive.
     tower.model.save_pretrained(tmp_path / "tower")
+    register_towers()
     again = AutoModel.from_pretrained(tmp_path / "tower").eval()
     assert torch.equal(again(pixels).last_hidden_state, tower.model(pixels).last_hidden_state)
 
