@@ -150,7 +150,7 @@ class Adapter:
     recipe: dict[str, Any] = field(default_factory=dict)
     """`recipe.json`; empty for an adapter that was not made here."""
     source: str = "adapter"
-    """Where the adapter came from, for messages."""
+    """Says in messages where the adapter came from."""
     input_axis: frozenset[str] = frozenset()
     """Layers with one magnitude an input column (early LyCORIS); they can be merged, not written as PEFT."""
 

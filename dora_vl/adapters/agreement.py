@@ -1,4 +1,4 @@
-"""Whether an adapter's tensors mean the same in a model: their names, and the settings on both sides."""
+"""Checks that an adapter's tensors mean the same in a model, by their names and the settings on both sides."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ FILE_TO_LEAF = {
     "vera_lambda_d": "lambda_d",
     "vera_lambda_b": "lambda_b",
 }
-"""Every spelling of an adapter's tensor that a file may have -> the layer's own name of it."""
+"""Maps every spelling that a file may have of an adapter's tensor to the layer's own name of it."""
 LEAVES = frozenset(FILE_TO_LEAF.values())
 _FACTOR = re.compile(rf"(.+)\.({'|'.join(map(re.escape, FILE_TO_LEAF))})")
 
 
 def split_key(key: str) -> tuple[str, str | None]:
-    """A PEFT key as (full layer name, what it is), or (key, None) for a tensor that is no adapter's."""
+    """Splits a PEFT key into the layer's full name and the tensor's own; (key, None) for a tensor of no adapter."""
     match = _FACTOR.fullmatch(key.removeprefix(PEFT_PREFIX))
     return (key, None) if match is None else (match[1], FILE_TO_LEAF[match[2]])
 
 
 def own_name(key: str) -> str:
-    """The model's own name of a tensor in an adapter file."""
+    """Returns the model's own name of a tensor in an adapter file."""
     name = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
     layer, leaf = split_key(name)
     return name if leaf is None else f"{layer}.{leaf}"
 
 
 def by_own_name(source: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """An adapter file's tensors by the model's own names; apart from them PEFT's copies of adapted layers' weights.
+    """Returns an adapter file's tensors by the model's own names, and apart from them PEFT's copies of weights.
 
     PEFT saves `lm_head.base_layer.weight`, which did not train, beside the factors of an embedding or output head.
     """
@@ -76,7 +76,7 @@ def refuse_other_copy(source: str, name: str, copy: Tensor, weight: Tensor) -> N
 
 
 def tied_names(model: nn.Module) -> list[frozenset[str]]:
-    """Every name of each parameter that has several."""
+    """Lists all names of each parameter that has several."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -84,7 +84,7 @@ def tied_names(model: nn.Module) -> list[frozenset[str]]:
 
 
 def untied(source: str, name: str, others: Iterable[str], change: str) -> UserError:
-    """The error of a change of one of several tied tensors, which the others must not see."""
+    """Makes the error for a change of one of several tied tensors, which would change the others too."""
     return UserError(
         f"{source} {change} {name}, which in this base is one tensor with {', '.join(sorted(others))}, and that would "
         "change too; give a base that stores both (tie_word_embeddings: false in its config.json)"
@@ -100,7 +100,7 @@ def refuse_untied_values(source: str, model: nn.Module, names: Iterable[str]) ->
 
 
 def file_name(model: nn.Module, name: str) -> str:
-    """The name under which a tensor of the model is saved."""
+    """Returns the name under which a tensor of the model is saved."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     if isinstance(module, AdaptedLayer):
@@ -109,7 +109,7 @@ def file_name(model: nn.Module, name: str) -> str:
 
 
 def whole_change(config: DoRAConfig) -> DoRAConfig:
-    """A PiSSA folder's configuration as PEFT reads it: the change of the original weight, at twice the rank."""
+    """Rewrites a PiSSA folder's configuration as PEFT reads it: a change of the original weight, at twice the rank."""
     if config.init != "pissa":
         return config
     factor = 2 if config.rank_scaling == "linear" else 2**0.5
@@ -124,12 +124,12 @@ def whole_change(config: DoRAConfig) -> DoRAConfig:
 
 
 def fields_of_the_change(stated: DoRAConfig, own: DoRAConfig) -> list[str]:
-    """The settings of a layer that say what its A and B mean."""
+    """Names the settings of a layer that say what its A and B mean."""
     return [*(["init"] if "pissa" in (stated.init, own.init) else ()), "rank", "alpha", "rank_scaling"]
 
 
 def first_difference(stated: DoRAConfig, own: DoRAConfig, fields: Sequence[str]) -> tuple[str, object, object] | None:
-    """The first field in which two layers' settings differ, with both values."""
+    """Returns the first field in which two layers' settings differ, with both values."""
     pairs = ((field, getattr(stated, field), getattr(own, field)) for field in fields)
     return next((pair for pair in pairs if pair[1] != pair[2]), None)
 
@@ -156,7 +156,7 @@ def refuse_other_settings(source: str, model: nn.Module, config: DoRAConfig, *, 
 
 
 def layers_beyond_peft(layers: Mapping[str, AdaptedLayer]) -> dict[str, str]:
-    """Layers that have a setting which PEFT's low-rank path leaves out -> the setting."""
+    """Maps layers to the setting which PEFT's low-rank path leaves out."""
     settings = {name: layer.setting_beyond_peft() for name, layer in layers.items() if layer.lora_A is not None}
     return {name: setting for name, setting in settings.items() if setting is not None}
 

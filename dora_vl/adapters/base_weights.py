@@ -41,9 +41,9 @@ class StoredTensor:
     """A tensor in the folder's files."""
 
     key: str
-    """Name in the files."""
+    """The files name it so."""
     name: str
-    """Name in the model."""
+    """The model names it so."""
     file: str
     shape: tuple[int, ...]
     dtype: str

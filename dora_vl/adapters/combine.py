@@ -133,12 +133,12 @@ def _as_adapter(results: Mapping[str, Factors], extras: Mapping[str, Tensor], ad
     for layer, factors in results.items():
         tensors |= factors.tensors(layer)
     adapted = {layer: factors for layer, factors in results.items() if factors.rank}
-    whole = {module for adapter in adapters for module in adapter.config.get("modules_to_save") or ()}
+    modules = {module for adapter in adapters for module in adapter.config.get("modules_to_save") or ()}
     config = new_config(
         {layer: factors.rank for layer, factors in adapted.items()},
         {layer: factors.scale for layer, factors in adapted.items()},
         base_model_name_or_path=str(adapters[0].config.get("base_model_name_or_path") or ""),
-        modules_to_save=sorted(whole) or None,
+        modules_to_save=sorted(modules) or None,
         fan_in_fan_out=adapters[0].config.get("fan_in_fan_out", False),
         use_dora=any(factors.magnitude is not None for factors in adapted.values()),
     )

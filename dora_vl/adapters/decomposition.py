@@ -77,7 +77,7 @@ class TunedWeights:
     base: BaseWeights
     method: str
     """`dora`, `lora`, ... for an adapter, `model` for a folder of whole weights."""
-    whole: frozenset[str]
+    stored_layers: frozenset[str]
     """Layers stored as a whole weight, not as factors."""
     read: Callable[[str], Tensor]
     factors: Mapping[str, Factors] = field(default_factory=dict)
@@ -100,7 +100,7 @@ class TunedWeights:
             )
         transposed = layer in self.base.transposed_layers
         plain = Factors(lora_A=None, lora_B=None, magnitude=None, scale=1.0, transposed=transposed)
-        rows = (plain.as_matrix(whole).split(functional.NORM_CHUNK_ROWS) for whole in (weight, after))
+        rows = (plain.as_matrix(matrix).split(functional.NORM_CHUNK_ROWS) for matrix in (weight, after))
         yield from zip(*rows, strict=True)
 
 
@@ -111,17 +111,17 @@ def opened(saved: Saved, base: BaseWeights) -> Iterator[TunedWeights]:
         adapter = read_adapter(saved.folder)
         factors = planned_factors(base, adapter)
         extras = {name.removesuffix(".weight") for name in adapter.extras if name.endswith(".weight")}
-        whole = frozenset(name for name in matrices_of(base) if name in extras)
+        stored_layers = frozenset(name for name in matrices_of(base) if name in extras)
         read: Callable[[str], Tensor] = lambda layer: adapter.extras[f"{layer}.weight"]  # noqa: E731
-        yield TunedWeights(adapter.source, base, adapter.method, whole, read, factors)
+        yield TunedWeights(adapter.source, base, adapter.method, stored_layers, read, factors)
         return
     with BaseWeights(saved.folder) as model:
-        whole = frozenset(name for name in matrices_of(model) if f"{name}.weight" in base.tensors)
-        if not whole:
+        stored_layers = frozenset(name for name in matrices_of(model) if f"{name}.weight" in base.tensors)
+        if not stored_layers:
             raise UserError(
                 f"{saved.folder} has no matrix of {base.folder}, but {sorted(model.tensors)[:2]}; wrong base?"
             )
-        yield TunedWeights(str(saved.folder), base, "model", whole, model.weight_of)
+        yield TunedWeights(str(saved.folder), base, "model", stored_layers, model.weight_of)
 
 
 def refuse_saved_on_another_base(saved: Saved, base: BaseWeights) -> None:
@@ -215,7 +215,7 @@ def layers_to_compare(requests: Sequence[Request], base: BaseWeights, globs: Seq
     for request in requests:
         with opened(request.saved[0], base) as tuned:
             adapted |= set(tuned.factors)
-            matrices |= set(tuned.factors) | tuned.whole
+            matrices |= set(tuned.factors) | tuned.stored_layers
     chosen = adapted or matrices
     if globs:
         for glob in globs:
@@ -237,7 +237,7 @@ def measured(
         with opened(saved, base) as tuned:
             method = tuned.method
             for layer in layers:
-                if layer in tuned.factors or layer in tuned.whole:
+                if layer in tuned.factors or layer in tuned.stored_layers:
                     change = change_of_blocks(tuned.blocks(layer), axis=axis)
                     if not math.isfinite(change.magnitude) or not math.isfinite(change.direction):
                         raise UserError(f"{layer} holds NaN or infinity in {tuned.source} or in {base.folder}")

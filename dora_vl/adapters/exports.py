@@ -49,7 +49,7 @@ class LayerExport:
 
 
 def export_layers(adapter: Adapter, base: BaseWeights, rank: int) -> Iterator[LayerExport]:
-    """Each layer's nearest LoRA of rank `rank`, one layer in memory at a time."""
+    """Yields each layer's nearest LoRA of rank `rank`, one layer in memory at a time."""
     if not adapter.layers:
         raise UserError(
             f"{adapter.source} (method: {adapter.method}) adapts no layer, so there is no LoRA; use dora-vl merge"
@@ -68,7 +68,7 @@ def export_layers(adapter: Adapter, base: BaseWeights, rank: int) -> Iterator[La
 def truncated(
     change: Float[Tensor, "out in_"], rank: int
 ) -> tuple[Float[Tensor, "rank in_"], Float[Tensor, "out rank"]]:
-    """A and B of the nearest product of rank `rank` (less where the matrix is smaller), scale 1."""
+    """Returns A and B of the nearest product of rank `rank` (less where the matrix is smaller), scale 1."""
     rank = min(rank, *change.shape)
     if min(change.shape) <= EXACT_SVD_UP_TO or 4 * rank >= min(change.shape):
         u, s, v = torch.linalg.svd(change, full_matrices=False)
@@ -84,7 +84,7 @@ def truncated(
 
 
 def as_lora(adapter: Adapter, exports: list[LayerExport], max_error: float) -> Adapter:
-    """The exported layers as a LoRA adapter, with the adapter's other tensors beside them."""
+    """Makes a LoRA adapter of the exported layers, with the adapter's other tensors beside them."""
     above = sorted((e for e in exports if e.relative_error > max_error), key=lambda e: -e.relative_error)
     if above:
         raise UserError(
@@ -110,24 +110,22 @@ def as_lora(adapter: Adapter, exports: list[LayerExport], max_error: float) -> A
 
 
 BASE, ADAPTER = "base", "adapter"
-"""The two folders of an export."""
+"""An export writes these two folders."""
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's `--max-lora-rank` may be."""
-GRID_TOWER = "dora_grid_tower"
-"""`model_type` of a tower of timm or open_clip, or of a pooled one."""
+"""vLLM's `--max-lora-rank` takes one of these."""
 WHOLE = "dora-vl merge writes the whole model as plain weights instead"
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote."""
+    """Says what an export wrote."""
 
     layers: int
-    """That stay an adapter."""
+    """So many layers stay an adapter."""
     base: Path
-    """What the adapter is to be served on: a new folder, or the given one where nothing had to change in it."""
+    """The adapter is served on this folder: a new one, or the given one where nothing had to change in it."""
     folded: Merged | None
-    """What was folded into it; None where it is the given one."""
+    """Counts what was folded into a new base; None where it is the given one."""
     max_lora_rank: int
     use_dora: bool
 
@@ -174,7 +172,7 @@ def export_for_vllm(
 def refuse_unserved_base(config: Mapping[str, Any], folder: Path) -> None:
     """Raises a `UserError` where vLLM has no class for a base's tower, by the base's configuration."""
     tower = config.get("vision_config")
-    if isinstance(tower, Mapping) and tower.get("model_type") == GRID_TOWER:
+    if isinstance(tower, Mapping) and tower.get("model_type") == "dora_grid_tower":  # of timm or open_clip, or pooled
         raise UserError(
             f"{folder} has a tower of {tower.get('library')} ({tower.get('architecture') or 'pooled'}), which vLLM has "
             "no class for: its LLaVA takes CLIP, SigLIP and Pixtral; dora-vl merge --to FOLDER writes plain weights, "
@@ -211,7 +209,7 @@ def refuse_unserved(adapter: Adapter, base: BaseWeights, language: Collection[st
 
 
 def split(adapter: Adapter, language: Collection[str]) -> tuple[Adapter, Adapter]:
-    """The part that is served, every layer with one scale, and the part that is folded into the base."""
+    """Splits an adapter into what is served, all layers with one scale, and what is folded into the base."""
     served = {name: factors for name, factors in adapter.factors.items() if name in language}
     rest = {key: tensor for key, tensor in adapter.tensors.items() if is_extra(key) or split_key(key)[0] not in served}
     recipe = {name: value for name, value in adapter.recipe.items() if name != "adapter"}
@@ -219,7 +217,7 @@ def split(adapter: Adapter, language: Collection[str]) -> tuple[Adapter, Adapter
 
 
 def _of_one_scale(adapter: Adapter, served: Mapping[str, Factors]) -> Adapter:
-    """Served layers as PEFT's files, such that alpha / r is each layer's scale.
+    """Makes an adapter of the served layers in which alpha / r is each layer's scale.
 
     vLLM reads `r` and `lora_alpha` alone, PEFT the patterns too: where a layer's scale is another, B takes it up.
     """
@@ -250,7 +248,7 @@ def _of_one_scale(adapter: Adapter, served: Mapping[str, Factors]) -> Adapter:
 def original_dictionary(
     adapter: Adapter, base: BaseWeights, form: str, *, tasks: Sequence[str] = (), alpha: float | None = None
 ) -> tuple[dict[str, Tensor], int, float]:
-    """The adapter on its base as one of `ORIGINAL_FORMS`, every floating-point tensor in float32; its rank and alpha.
+    """Makes one of `ORIGINAL_FORMS` of the adapter on its base, in float32; returns rank and alpha too.
 
     A, B, magnitudes and weights are copied bit by bit. Only where a layer's scale is not the form's (1 for NVlabs,
     alpha / rank for VL-Adapter) B takes the difference, rounded once. VL-Adapter's configuration has to state the
@@ -300,7 +298,7 @@ def _check_form(adapter: Adapter, base: BaseWeights, form: str, tasks: Sequence[
 
 
 def _one_of(by_layer: Mapping[str, float], what: str, advice: str = "") -> float:
-    """The one value that all layers have."""
+    """Returns the value that all layers share; refuses layers that differ."""
     layers = {value: name for name, value in by_layer.items()}
     if len(layers) > 1:
         (value, name), (other, other_name) = list(layers.items())[:2]
@@ -309,15 +307,15 @@ def _one_of(by_layer: Mapping[str, float], what: str, advice: str = "") -> float
 
 
 def _whole_state(adapter: Adapter, base: BaseWeights) -> dict[str, Tensor]:
-    """The base's weights with the adapter's tensors beside its layers, the token embedding under all its names."""
+    """Returns the base's weights with the adapter's other tensors, the token embedding under all its names."""
     state = {name: _wide(base.read(name)) for name in base.tensors}
     for name, tensor in adapter.extras.items():
-        whole, rows = split_rows(name)
-        if whole == name:
+        owner, rows = split_rows(name)
+        if owner == name:
             state[name] = _wide(tensor)
         else:
-            state[whole] = state[whole].clone()
-            state[whole][rows] = _wide(tensor)
+            state[owner] = state[owner].clone()
+            state[owner][rows] = _wide(tensor)
     return {**state, **dict.fromkeys(ALIASES, next(state[name] for name in ALIASES if name in state))}
 
 

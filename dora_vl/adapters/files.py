@@ -240,7 +240,7 @@ WRITING = f".checkpoints.{UNFINISHED}-now"
 """A checkpoint is written into this folder of the run and then renamed."""
 STATE_FILE = "trainer_state.json"
 LAST = "last"
-"""Value of `resume` for the newest whole checkpoint."""
+"""Stands in `resume` for the newest whole checkpoint."""
 
 
 def step_of(checkpoint: Path) -> int:

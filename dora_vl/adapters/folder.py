@@ -69,10 +69,10 @@ def save_adapter(
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in _expected(model).items():
-        with gather([tensor]) as (whole,):
+        with gather([tensor]) as (gathered,):
             if write:
                 # A clone: safetensors refuses tensors that share memory, and a sharded one is gone after the block.
-                kept = kept_rows(name, whole.detach()).to("cpu", copy=True)
+                kept = kept_rows(name, gathered.detach()).to("cpu", copy=True)
                 tensors[file_name(model, name)] = _in_file(model, name, kept)
     if write:
         own = {**(recipe or {}), "adapter": own_settings(model)}
@@ -148,8 +148,8 @@ def load_adapter(
             if layer.adapter.init == "pissa" and layer.lora_A is not None:
                 _move_start(source, name, layer, tensors)
         for name, tensor in _expected(model).items():
-            with gather([tensor]) as (whole,):
-                target, value = kept_rows(name, whole), tensors[name]
+            with gather([tensor]) as (gathered,):
+                target, value = kept_rows(name, gathered), tensors[name]
                 layer, leaf = _layer_of(model, name)
                 if layer is not None and layer.adapter.init == "pissa" and leaf in ("lora_A", "lora_B"):
                     rank = layer.adapter.rank

@@ -30,10 +30,6 @@ from dora_vl.files import whole_folder
 
 MODEL_FILE, VISION_FILE = "model.gguf", "mmproj.gguf"
 LLAVA, LANGUAGE_PREFIX = "llava", "model.language_model."
-NO_SUCH_TOWER = (
-    "--text-only writes its language model, which then sees no pictures; with them dora-vl merge --to FOLDER and "
-    "dora-vl serve --model FOLDER answer"
-)
 WRITE_PLAIN = "dora-vl merge writes a plain folder, of which llama.cpp's own convert_hf_to_gguf.py may know more"
 LOCAL_BASE = 10_000.0
 """Rotary base of Gemma 3's sliding layers, fixed in llama.cpp's code."""
@@ -44,7 +40,7 @@ class Architecture:
     """llama.cpp's form of one kind of language model."""
 
     name: str
-    """Name in gguf's `MODEL_ARCH_NAMES`."""
+    """Stands in gguf's `MODEL_ARCH_NAMES`."""
     activation: str = "silu"
     """The `hidden_act` that llama.cpp's code computes."""
     interleaved: bool = False
@@ -178,10 +174,6 @@ def in_pairs(weight: Tensor, heads: int) -> Tensor:
     return weight.reshape(heads, 2, len(weight) // heads // 2, width).transpose(1, 2).reshape(weight.shape)
 
 
-BLOCK = 32
-"""A Q8_0 block holds this many numbers of a row with one scale."""
-
-
 @dataclass(frozen=True)
 class WrittenTensor:
     """A tensor of the file."""
@@ -189,15 +181,15 @@ class WrittenTensor:
     name: str
     shape: tuple[int, ...]
     kind: str
-    """One of `GGUF_KINDS`."""
+    """Is one of `GGUF_KINDS`."""
     read: Callable[[], Tensor]
 
 
 def kind_for(shape: Sequence[int], kind: str) -> str:
-    """Chooses how a tensor of this shape is stored: vectors whole, rows that do not fill Q8_0's blocks as F16."""
+    """Chooses how a tensor of this shape is stored: vectors whole, rows that do not fill Q8_0's blocks of 32 as F16."""
     if len(shape) < 2:
         return "f32"
-    return "f16" if kind == "q8_0" and (len(shape) > 2 or shape[-1] % BLOCK) else kind
+    return "f16" if kind == "q8_0" and (len(shape) > 2 or shape[-1] % 32) else kind
 
 
 def write_gguf(
@@ -244,7 +236,7 @@ class Vocabulary:
     """The fields `tokenizer.ggml.*`: merges of bytes, or SentencePiece tokens with their scores."""
 
     pre: str
-    """llama.cpp's name for the split before tokenisation."""
+    """llama.cpp calls the split before tokenisation so."""
     tokens: list[str]
     kinds: list[int]
     merges: Sequence[str] = ()
@@ -355,7 +347,11 @@ def check_vision(config: Any, folder: Path) -> None:
     tower, strategy = config.vision_config, config.vision_feature_select_strategy
     reason = None
     if tower.model_type not in SELECTED:
-        reason = f"its tower is a {shown(tower.model_type)}; an mmproj file holds CLIP and SigLIP. {NO_SUCH_TOWER}"
+        reason = (
+            f"its tower is a {shown(tower.model_type)}; an mmproj file holds CLIP and SigLIP. --text-only writes its "
+            "language model, which then sees no pictures; with them dora-vl merge --to FOLDER and dora-vl serve "
+            "--model FOLDER answer"
+        )
     elif strategy != SELECTED[tower.model_type]:
         reason = f"its tower's tokens are selected by {strategy!r}, llama.cpp's by {SELECTED[tower.model_type]!r}"
     elif tower.hidden_act not in ACTIVATIONS or config.projector_hidden_act != "gelu":
@@ -451,7 +447,7 @@ class ExportedGguf:
     files: dict[str, int]
     """Bytes of each file by name."""
     warnings: tuple[str, ...]
-    """What the files cannot keep of the model, and what is known to read them wrongly."""
+    """Say what the files cannot keep of the model, and what is known to read them wrongly."""
 
 
 def refuse_gguf_target(target: Path) -> None:

@@ -24,12 +24,12 @@ from dora_vl.errors import UserError, shown_names
 from dora_vl.files import read_json, whole_folder, write_json
 
 SHARD_BYTES = 5_000_000_000
-"""Of one output file; transformers' own default."""
+"""One output file is at most this large; transformers has the same default."""
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"})
 MANIFEST = "dora_vl_merge.json"
 """Names what a merge wrote, so that a later one knows that it may replace the folder."""
 CHECK_FILE = "check.json"
-"""The file in which a check says what it found stands beside the weights under this name."""
+"""A check writes its result beside the weights under this name."""
 NOT_COPIED = frozenset(
     {"pytorch_model.bin.index.json", MANIFEST, CHECK_FILE, *(f"{stem}{INDEX_SUFFIX}" for stem in STEMS)}
 )
@@ -44,18 +44,18 @@ class MergedWeights:
         self.factors = planned_factors(base, adapter, with_experts_and_heads=True)
         check_experts(base, adapter)
         self._rows = {split_rows(name)[0]: name for name in adapter.extras if split_rows(name)[0] != name}
-        """Tensors of which some rows alone are the adapter's -> the name of these."""
+        """Maps tensors of which only some rows are the adapter's to the rows' name."""
 
     @cached_property
     def stored(self) -> list[StoredTensor]:
-        """Everything there is to read: the base's tensors in its files' order, and heads that the base has not."""
+        """Lists everything to read: the base's tensors in its files' order, and heads that the base lacks."""
         words = {dtype: word for word, dtype in DTYPES.items()}
         heads = {name: self.adapter.extras[name] for name in sorted(self.adapter.answer_heads - set(self.base.tensors))}
         added = [StoredTensor(name, name, "", tuple(head.shape), words[head.dtype]) for name, head in heads.items()]
         return [*self.base.tensors.values(), *added]
 
     def read(self, stored: StoredTensor) -> Tensor:
-        """One tensor, in float32 where the adapter changes it, else as it is stored."""
+        """Reads one tensor, in float32 where the adapter changes it, else as it is stored."""
         name, extras, experts = stored.name, self.adapter.extras, self.adapter.experts
         if name in extras:
             return extras[name]
@@ -79,7 +79,7 @@ class MergedWeights:
 
 
 def planned_factors(base: BaseWeights, adapter: Adapter, *, with_experts_and_heads: bool = False) -> dict[str, Factors]:
-    """The adapter's factors, turned the way that each layer's class stores its weight.
+    """Returns the adapter's factors, turned the way that each layer's class stores its weight.
 
     Whatever merges, exports, combines or measures begins here: each tensor of the base is changed by one thing, under
     the one name that it has. An adapter of experts that are one tensor, or with heads of closed answer lists that the
@@ -125,10 +125,10 @@ def _check_fit(base: BaseWeights, adapter: Adapter, factors: Mapping[str, Factor
             a, b = (None if factor is None else list(factor.shape) for factor in (layer.lora_A, layer.lora_B))
             raise UserError(f"{adapter.source}: {name} has A {a} and B {b}, the base's weight is {list(weight.shape)}")
     for name, tensor in adapter.extras.items():
-        whole, rows = split_rows(name)
-        if whole not in base.tensors:
+        stored, rows = split_rows(name)
+        if stored not in base.tensors:
             continue
-        shape = base.tensors[whole].shape
+        shape = base.tensors[stored].shape
         needed = (len(range(shape[0])[rows]), *shape[1:]) if rows != slice(None) else shape
         if tuple(tensor.shape) != needed:
             raise UserError(f"{adapter.source}: {name} is {list(tensor.shape)}, the base's {list(needed)}")
@@ -158,7 +158,7 @@ def check_experts(base: BaseWeights, adapter: Adapter) -> None:
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge wrote."""
+    """Counts what a merge wrote."""
 
     layers: int
     replaced: int
@@ -255,7 +255,7 @@ def _state_dtype(config: dict[str, object], dtype: str) -> None:
 def _plan(
     weights: MergedWeights, dtype: torch.dtype | None, shard_bytes: int
 ) -> dict[str, dict[str, tuple[StoredTensor, torch.dtype]]]:
-    """The output files and what goes where by its name there, known from the base's headers and what is added."""
+    """Plans the output files and their tensors by name, from the base's headers and what is added."""
     base, filled = weights.base, 0
     groups: list[dict[str, tuple[StoredTensor, torch.dtype]]] = [{}]
     for stored in weights.stored:

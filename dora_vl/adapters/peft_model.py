@@ -34,12 +34,12 @@ _STATE = "_dora_vl_core"
 
 @dataclass(frozen=True)
 class Acceleration:
-    """What `accelerate_peft` did."""
+    """Says what `accelerate_peft` did."""
 
     layers: tuple[str, ...]
-    """Full names of the layers that now run on this core."""
+    """These layers, by full name, now run on this core."""
     left: dict[str, str]
-    """Layers that stay on PEFT's own forward pass, and why."""
+    """Maps layers that stay on PEFT's own forward pass to the reason."""
 
 
 @dataclass
@@ -48,14 +48,14 @@ class _CoreState:
 
     dropout_mode: DropoutMode
     cores: dict[str, tuple[DoRALinear, _Operands]] = field(default_factory=dict)
-    """Adapter's name -> the layer over it, built when it first runs, and what that computes with."""
+    """Maps an adapter's name to the layer over it, built when it first runs, and that layer's operands."""
 
 
 class AcceleratedLinear(PeftLinear):
     """PEFT's linear LoRA or DoRA layer with this core's forward pass where that computes the same."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """This core's y for the active adapter; PEFT's own forward pass for whatever this core does not do."""
+        """Computes y for the active adapter; runs PEFT's own forward pass for whatever this core does not do."""
         if args or kwargs or reason_to_leave(self) is not None:
             return super().forward(x, *args, **kwargs)
         if torch.compiler.is_compiling():
@@ -69,7 +69,7 @@ class AcceleratedLinear(PeftLinear):
         return PeftLinear.__name__  # get_layer_status reads the layer's type out of what is printed
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows beside PEFT's own."""
+        """Returns what `print(model)` shows beside PEFT's own."""
         return "accelerated by dora_vl"
 
     def forget_norms(self, *, frozen: bool = False) -> None:
@@ -129,7 +129,7 @@ def restore_peft(model: nn.Module) -> int:
 
 
 def reason_to_leave(layer: object) -> str | None:
-    """Why PEFT's own forward pass must run on this layer now; None where this core computes the same."""
+    """Says why PEFT's own forward pass must run on this layer now; None where this core computes the same."""
     if type(layer) not in {PeftLinear, AcceleratedLinear}:
         return f"{type(layer).__module__.rpartition('.')[2]}.{type(layer).__name__} is no plain linear LoRA layer"
     assert isinstance(layer, PeftLinear)
@@ -169,7 +169,7 @@ def _reason_in_adapter(layer: PeftLinear, active: str) -> str | None:
 
 @dataclass(frozen=True)
 class _Operands:
-    """What PEFT's layer computes with at the moment; parameters, but for the tensors of `functional_call`."""
+    """Holds what PEFT's layer computes with now; parameters, but for the tensors of `functional_call`."""
 
     weight: Tensor
     bias: Tensor | None
@@ -180,7 +180,7 @@ class _Operands:
     dropout: float
 
     def are(self, other: _Operands) -> bool:
-        """Whether both are the same tensors, scale and dropout; a question that a graph can guard."""
+        """Tells whether both are the same tensors, scale and dropout, by comparisons that a graph can guard."""
         same_weights = self.weight is other.weight and self.bias is other.bias
         same_adapter = self.lora_A is other.lora_A and self.lora_B is other.lora_B and self.magnitude is other.magnitude
         return same_weights and same_adapter and (self.scale, self.dropout) == (other.scale, other.dropout)
@@ -223,7 +223,7 @@ def _active_adapter(layer: PeftLinear) -> str:
 
 
 def _core_layer(layer: PeftLinear, adapter: str) -> DoRALinear:
-    """The layer over an adapter's parameters, built again when PEFT has put others in their place."""
+    """Returns the layer over an adapter's parameters, built again when PEFT has put others in their place."""
     state, operands = _state(layer), _operands(layer, adapter)
     core, built_over = state.cores.get(adapter, (None, None))
     if core is None or built_over is None or not built_over.are(operands):
@@ -236,7 +236,7 @@ def _core_layer(layer: PeftLinear, adapter: str) -> DoRALinear:
 
 
 def _kept_layer(layer: PeftLinear) -> DoRALinear | None:
-    """The layer over the active adapter as far as it stands; None where it must be built, which no graph can hold."""
+    """Returns the layer over the active adapter; None where it must be built first, which no graph can hold."""
     adapter = _active_adapter(layer)
     if adapter not in _state(layer).cores:
         return None

@@ -150,7 +150,7 @@ class QuantisedLayers:
     """Full names of a language model's linear layers: the quantised ones, and those too narrow for it."""
 
     quantised: tuple[str, ...]
-    whole: tuple[str, ...]
+    too_narrow: tuple[str, ...]
 
 
 def quantised_layers(config: Mapping[str, Any], kind: str, source: str) -> QuantisedLayers:
@@ -174,7 +174,7 @@ def quantised_layers(config: Mapping[str, Any], kind: str, source: str) -> Quant
             f"are multiples of {SCHEMES[kind].width}); set model.quantisation to another kind, or null"
         )
     names = {fit: tuple(name for name, layer_fits in fits.items() if layer_fits == fit) for fit in (True, False)}
-    return QuantisedLayers(quantised=names[True], whole=names[False])
+    return QuantisedLayers(quantised=names[True], too_narrow=names[False])
 
 
 def _language_skeleton(config: Mapping[str, Any], source: str) -> Any:

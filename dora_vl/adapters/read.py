@@ -43,10 +43,10 @@ from dora_vl.files import read_json
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """What the files of some formats do not say."""
+    """Adds what the files of some formats do not say."""
 
     format: str | None = None
-    """One of `FORMATS`; None recognises it by the keys."""
+    """Is one of `FORMATS`; None recognises the format by the keys."""
     base: Path | None = None
     """The base model's folder: head counts for torchtune, names for kohya."""
     alpha: float | None = None

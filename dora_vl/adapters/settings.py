@@ -190,14 +190,14 @@ def whole_modules(model: nn.Module, parameters: set[str]) -> list[str]:
 def type_of(names: Iterable[str], config: Mapping[str, Any]) -> str:
     """Chooses `peft_type`: LORA where PEFT takes every tensor into account, else one that it refuses."""
     factors = {"lora_A", "lora_B", *(["magnitude"] if config.get("use_dora") else [])}
-    whole = tuple(f".{module}." for module in config.get("modules_to_save") or ())
+    modules = tuple(f".{module}." for module in config.get("modules_to_save") or ())
     biases = config.get("bias", "none") != "none"
     layers: dict[str, set[str]] = {}
     for name in names:
         owner, _, leaf = name.rpartition(".")
         if leaf in LEAVES:
             layers.setdefault(owner, set()).add(leaf)
-        elif not (any(module in f".{name}" for module in whole) or (biases and leaf == "bias")):
+        elif not (any(module in f".{name}" for module in modules) or (biases and leaf == "bias")):
             return OWN_TYPE
     return "LORA" if all(leaves == factors for leaves in layers.values()) else OWN_TYPE
 

@@ -230,7 +230,7 @@ class ReadAdapter:
     """An adapter that is ready to be put into the model."""
 
     layers: Mapping[str, SlotChange | nn.Module]
-    """What replaces each changed layer, by full name."""
+    """Maps each changed layer's full name to its replacement."""
     alone: bool
     """The adapter changes the vision part, so pictures of a batch must all be its own."""
 
@@ -286,16 +286,17 @@ class AdapterSlots:
 
     def _changed(self, own: nn.Module, source: Path) -> Iterator[tuple[str, SlotChange | nn.Module]]:
         """Lists every layer that an adapted copy of the model does not share with it, with its replacement."""
-        whole: list[str] = []
+        replaced: list[str] = []
         in_base = {name for name, _ in self._plain.named_modules()}
         for name, module in own.named_modules():
-            if name not in in_base or any(name.startswith(f"{outer}.") for outer in whole):  # what DVoRA's layers share
+            # Names that the base lacks are what DVoRA's layers share.
+            if name not in in_base or any(name.startswith(f"{outer}.") for outer in replaced):
                 continue
             parameter = self._own_parameter(name, module)
             if parameter is None:
                 continue
             self._refuse(source, name, module, parameter)
-            whole.append(name)
+            replaced.append(name)
             plain_bias = vars(self._plain.get_submodule(name)).get("_parameters", {}).get("bias")
             if isinstance(module, ProductLayer | QuantisedLinear) and module.bias is plain_bias:
                 yield name, SlotChange.of(module, module.compute_dtype())

@@ -10,8 +10,7 @@ def register_towers() -> None:
     """
     from transformers import AutoConfig, AutoModel
 
-    from dora_vl.backbones.tower_config import GridTowerConfig
-    from dora_vl.backbones.towers import GridTower
+    from dora_vl.backbones.towers import GridTower, GridTowerConfig
 
     AutoConfig.register(GridTowerConfig.model_type, GridTowerConfig, exist_ok=True)
     AutoModel.register(GridTowerConfig, GridTower, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What every backbone is: a Hugging Face model that hands features to a head."""
+"""Every backbone is a Hugging Face model that hands features to a head."""
 
 from __future__ import annotations
 

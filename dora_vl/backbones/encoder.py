@@ -68,7 +68,7 @@ class _Processed(NamedTuple):
     trained: list[bool]
     """True for tokens that belong to an answer or close it."""
     media_end: int
-    """Position after the last token of any picture or video."""
+    """The position that follows the last token of any picture or video."""
     answers: tuple[int, ...]
     """Indices of the conversation's answers that are labelled here."""
 

@@ -1,4 +1,4 @@
-"""What the training path must know of model types: who is refused, and what a family does not tell by itself.
+"""Lists what the training path must know of model types: who is refused, and what a family does not tell itself.
 
 Everything else is asked of transformers: the model of its config, the pictures and the text of its processor.
 """

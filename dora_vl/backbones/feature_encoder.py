@@ -46,13 +46,13 @@ def load_pooled(spec: TowerSpec) -> tuple[nn.Module, Preparation]:
     if spec.library == "transformers":
         with opening(f"transformers could not load {spec.name!r}"):
             check_model_folder(spec.name)
-            whole = AutoConfig.from_pretrained(spec.name, **NO_OWN_CODE)
-            if "vision_config" not in whole.sub_configs:
+            stated = AutoConfig.from_pretrained(spec.name, **NO_OWN_CODE)
+            if "vision_config" not in stated.sub_configs:
                 raise UserError(f"{spec.name} is no two-tower model, so it has no picture embedding; keep its grid")
             own = spec.weights == PRETRAINED
-            model: Any = AutoModel.from_pretrained(spec.name, **NO_OWN_CODE) if own else AutoModel.from_config(whole)
+            model: Any = AutoModel.from_pretrained(spec.name, **NO_OWN_CODE) if own else AutoModel.from_config(stated)
         load_from_file(model, spec)
-        return PictureEmbedding(model), transformers_preparation(spec, whole.vision_config)
+        return PictureEmbedding(model), transformers_preparation(spec, stated.vision_config)
     network, config = {"timm": load_timm, "open_clip": load_open_clip}[spec.library](spec)
     return network, preparation_of(config)
 
@@ -155,8 +155,11 @@ class FeatureEncoder:
         return self.sequence(self.encode(torch.stack([self.preparation.prepare(picture) for picture in pictures])))
 
     def sequence(self, frames: Float[Tensor, "frames tokens channels"]) -> Float[Tensor, "all_tokens all_channels"]:
-        """Joins the outputs of `encode` for a clip's frames, in order."""
-        return (with_changes(frames) if self.settings.changes else frames).flatten(0, 1)
+        """Joins the outputs of `encode` for a clip's frames, in order, and with `changes` their differences."""
+        if self.settings.changes:
+            before = torch.cat([frames[:1], frames[:-1]])
+            frames = torch.cat([frames, frames - before], dim=-1)
+        return frames.flatten(0, 1)
 
 
 def merged(
@@ -171,12 +174,6 @@ def merged(
     after = before // side
     blocks = grid.unflatten(1, (after, side, after, side)).transpose(2, 3)
     return blocks.flatten(3, 5).flatten(1, 2)
-
-
-def with_changes(frames: Float[Tensor, "frames tokens channels"]) -> Float[Tensor, "frames tokens twice_the_channels"]:
-    """Appends to each token its difference to the same position of the frame before; 0 in the first frame."""
-    before = torch.cat([frames[:1], frames[:-1]])
-    return torch.cat([frames, frames - before], dim=-1)
 
 
 class GridNetwork(nn.Module):

@@ -62,7 +62,7 @@ class Hollow:
 
 
 class Call(NamedTuple):
-    """What one call of a part returns."""
+    """Describes what one call of a part returns."""
 
     spec: Any
     """Tree structure that the flattened outputs came from."""
@@ -103,16 +103,16 @@ class FrozenParts:
         """Computes what is stored for each sample, in one pass where their pictures have the same shapes."""
         alone = self.outputs_of(model, inputs_of(model, samples[0]))
         if len(samples) > 1:
-            whole = self.outputs_of(model, model_inputs(model, Collator(pad_token_id)(samples)))
-            each = [self._part(whole, number, len(samples)) for number in range(len(samples))]
+            joined = self.outputs_of(model, model_inputs(model, Collator(pad_token_id)(samples)))
+            each = [self._part(joined, number, len(samples)) for number in range(len(samples))]
             if _alike(alone, each[0]):
                 return each
         return [alone, *(self.outputs_of(model, inputs_of(model, sample)) for sample in samples[1:])]
 
-    def _part(self, whole: Outputs, number: int, count: int) -> Outputs:
+    def _part(self, joined: Outputs, number: int, count: int) -> Outputs:
         """Cuts one sample's outputs out of those of several samples of the same shapes."""
         part: dict[str, list[list[Any]]] = {}
-        for name, calls in whole.items():
+        for name, calls in joined.items():
             if self.batched[name]:
                 part[name] = [
                     [_share(leaf, axis, number, count) for leaf, axis in zip(leaves, call.axes, strict=True)]
@@ -445,7 +445,7 @@ def hollowed(sample: Any, outputs: Outputs) -> Any:
 
 
 class StoredRow(NamedTuple):
-    """What is stored for a sample's pictures."""
+    """Holds what is stored for a sample's pictures."""
 
     sizes: Sequence[tuple[int, int]]
     outputs: Outputs

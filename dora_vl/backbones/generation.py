@@ -1,4 +1,4 @@
-"""What generation needs beside transformers: text that grows with its tokens, and rows whose scores are no numbers."""
+"""Helps transformers generate: text that grows with its tokens, and rows whose scores are no numbers."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ class GrowingText:
 
     def _anew(self, ids: Sequence[int]) -> str:
         """Decodes everything, for tokenizers that take text back, such as a space before a full stop."""
-        whole = self._decode(ids)
-        if not whole.endswith(NOT_YET_A_CHARACTER):
-            self._text = whole
+        text = self._decode(ids)
+        if not text.endswith(NOT_YET_A_CHARACTER):
+            self._text = text
             self._go_on(len(ids), ids)
-        return whole
+        return text
 
     def _go_on(self, until: int, ids: Sequence[int]) -> None:
         self._from, self._until = self._until, until
@@ -164,11 +164,6 @@ class WithoutPrompt(BaseStreamer):
     def end(self) -> None:
         """Passes on the end."""
         self._streamer.end()
-
-
-def likeliest(log_probabilities: Float[Tensor, "batch choices"]) -> Int[Tensor, " batch"]:
-    """Returns the most likely choice of each row, the first of equals."""
-    return log_probabilities.argmax(1)
 
 
 def says_true(logits: Float[Tensor, "batch vocab"], *, true_token: int, false_token: int) -> Bool[Tensor, " batch"]:

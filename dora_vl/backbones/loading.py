@@ -281,27 +281,27 @@ def quantised_loading(
     config: Any = PreTrainedConfig.get_config_dict(folder_or_id, revision=revision or "main")[0]
     linears = quantised_layers(config, quantisation, folder_or_id)
     layers = linears.quantised
-    if linears.whole:
+    if linears.too_narrow:
         log.warning(
             "%d of the language model's %d linear layers stay whole, first %s: %s takes widths that are multiples "
             "of %d",
-            len(linears.whole),
-            len(linears.whole) + len(layers),
-            linears.whole[0],
+            len(linears.too_narrow),
+            len(linears.too_narrow) + len(layers),
+            linears.too_narrow[0],
             quantisation,
             SCHEMES[quantisation].width,
         )
     if quantisation == "hqq":
         return QuantisedLoading(quantisation, dtype, layers)
-    whole = kept_whole(config, layers, folder_or_id)
-    bits = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
+    skipped = kept_whole(config, layers, folder_or_id)
+    bits = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     if quantisation == "nf4":
         bits = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_use_double_quant=True,
-            llm_int8_skip_modules=whole,
+            llm_int8_skip_modules=skipped,
         )
     return QuantisedLoading(quantisation, dtype, layers, {"quantization_config": bits})
 

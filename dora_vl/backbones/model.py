@@ -222,7 +222,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         return watch.marked(tokens[:, input_ids.shape[1] :])
 
     def _replaying(self, stored: Sequence[Outputs]) -> contextlib.AbstractContextManager[None]:
-        """Meanwhile frozen parts give what was stored, where something was."""
+        """Returns a context in which frozen parts return their stored outputs, where there are some."""
         if self.frozen_parts is None or not stored:
             return contextlib.nullcontext()
         return self.frozen_parts.replaying(self.model, stored)

@@ -75,7 +75,7 @@ class Alike(NamedTuple):
     sees: Bool[Tensor, "segments 1 queries keys"] | None
     """The keys that each query sees; None where all lengths are equal and causal attention suffices."""
     filled: Bool[Tensor, "segments queries"]
-    """False at padding."""
+    """False marks padding."""
 
 
 def alike(spans: Sequence[Sequence[Span]]) -> list[Alike]:
@@ -104,9 +104,9 @@ def _together(members: Sequence[tuple[int, Span]]) -> Alike:
     filled = count < lengths[:, None]
     queries = keys.gather(1, (behind[:, None] + count).clamp_max(keys.shape[1] - 1))
     sees = most <= (behind[:, None] + count)[..., None]  # also where nothing is: every query must see something
-    whole = bool(filled.all()) and not bool(behind.any())
+    is_even = bool(filled.all()) and not bool(behind.any())
     rows = torch.tensor([[row] for row, _ in members], device=device)
-    return Alike(rows, queries, keys, None if whole else sees[:, None], filled)
+    return Alike(rows, queries, keys, None if is_even else sees[:, None], filled)
 
 
 def spans_of(forest: Forest) -> list[list[Span]]:
@@ -183,8 +183,8 @@ class PackedAttention:
         if self.paths is None:
             return None
         # Paths have none of these, which belong to whole rows.
-        whole = ("attention_mask", "position_ids", "cache_params", "past_key_values", "cache")
-        named = {name: None if name in whole else value for name, value in named.items()}
+        of_rows = ("attention_mask", "position_ids", "cache_params", "past_key_values", "cache")
+        named = {name: None if name in of_rows else value for name, value in named.items()}
         hidden, *rest = args or (named["hidden_states"],)
         hidden = hidden[self.paths.rows[:, None], self.paths.positions]
         if not args:
@@ -197,9 +197,9 @@ class PackedAttention:
             return None
         hidden, writes = output[0] if isinstance(output, tuple) else output, self.paths.writes
         rows = self.paths.rows[:, None].expand_as(writes)
-        whole = hidden.new_zeros(*self.forest.segment.shape, hidden.shape[-1])
-        whole = whole.index_put((rows[writes], self.paths.positions[writes]), hidden[writes])
-        return (whole, *output[1:]) if isinstance(output, tuple) else whole
+        scattered = hidden.new_zeros(*self.forest.segment.shape, hidden.shape[-1])
+        scattered = scattered.index_put((rows[writes], self.paths.positions[writes]), hidden[writes])
+        return (scattered, *output[1:]) if isinstance(output, tuple) else scattered
 
 
 _instances: WeakValueDictionary[int, PackedAttention] = WeakValueDictionary()
@@ -294,7 +294,7 @@ def _by_segment(attend: Callable[..., Any]) -> Callable[..., Any]:
         if packed is None or packed.forest is None or attention_mask is not None or not is_causal:
             return attend(module, query, key, value, attention_mask, *args, **named)
         states = [tensor.transpose(1, 2) for tensor in (query, key, value)]  # positions before heads
-        whole = query.new_zeros(*states[0].shape[:3], value.shape[-1])
+        output = query.new_zeros(*states[0].shape[:3], value.shape[-1])
         for group in packed.groups:
             positions = group.queries, group.keys, group.keys
             parts = [state[group.rows, chosen].transpose(1, 2) for state, chosen in zip(states, positions, strict=True)]
@@ -302,8 +302,8 @@ def _by_segment(attend: Callable[..., Any]) -> Callable[..., Any]:
             with sdpa_kernel(SDPBackend.MATH) if short else contextlib.nullcontext():
                 attended = attend(module, *parts, group.sees, *args, **named)[0]
             rows = group.rows.expand_as(group.queries)[group.filled]
-            whole = whole.index_put((rows, group.queries[group.filled]), attended[group.filled])
-        return whole, None
+            output = output.index_put((rows, group.queries[group.filled]), attended[group.filled])
+        return output, None
 
     return run
 

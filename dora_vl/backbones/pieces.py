@@ -232,8 +232,8 @@ class Seq2SeqEncoder:
         """Returns ids with their ends, and how many tokens were cut."""
         max_tokens = self._longest(max_tokens)
         if not self.subtitles_first or not prompt.subtitles:
-            whole = self._ids(prompt.subtitles_before + prompt.subtitles + prompt.text)
-            return self._closed(whole, max_tokens)
+            ids_of_all = self._ids(prompt.subtitles_before + prompt.subtitles + prompt.text)
+            return self._closed(ids_of_all, max_tokens)
         before, rest = self._ids(prompt.subtitles_before), self._ids(prompt.text)
         subtitles = self._ids(prompt.subtitles)
         room = len(subtitles) if max_tokens is None else max(0, max_tokens - 2 - len(before) - len(rest))

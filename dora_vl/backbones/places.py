@@ -27,15 +27,15 @@ NamesIn = Callable[[PreTrainedModel, str], list[str]]
 
 
 def resolved_targets(
-    model: PreTrainedModel, patterns: Iterable[str], where: str, *, whole: bool = False
+    model: PreTrainedModel, patterns: Iterable[str], where: str, *, any_module: bool = False
 ) -> tuple[str, ...]:
     """Replaces each preset among patterns of layers to adapt by the patterns that it stands for.
 
     Args:
         where: the setting, for messages.
-        whole: takes any module with weights, not only layers that can be adapted alone.
+        any_module: takes any module with weights, not only layers that can be adapted alone.
     """
-    return _resolved(model, patterns, where, _owners_in if whole else _targets_in)
+    return _resolved(model, patterns, where, _owners_in if any_module else _targets_in)
 
 
 def resolved_weights(model: PreTrainedModel, patterns: Iterable[str], where: str) -> tuple[str, ...]:

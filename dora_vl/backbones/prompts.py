@@ -132,9 +132,9 @@ class ProcessorChat(Prompts):
 
     def _find_ends(self, question: Turn, answer: Turn) -> str:
         """Finds what opens and closes an answer; returns the text that trains this one."""
-        prompt, whole = self._prompt([question]), self._apply([question, answer], generation_prompt=False)
-        self._added = prompt[shared_beginning(prompt, whole) :]
-        self._ending = whole[whole.rfind(answer.text) + len(answer.text) :]
+        prompt, answered = self._prompt([question]), self._apply([question, answer], generation_prompt=False)
+        self._added = prompt[shared_beginning(prompt, answered) :]
+        self._ending = answered[answered.rfind(answer.text) + len(answer.text) :]
         closing = [match.end() for match in self._special.finditer(self._ending)]
         self._closing, self._rest = str(self._processor.tokenizer.eos_token or ""), ""
         if closing:
@@ -255,20 +255,20 @@ class ProcessorChat(Prompts):
 
     def _with_answer(self, turns: Sequence[Turn]) -> tuple[str, int, int]:
         """Returns a text that ends with the last answer as it is asked for, and the answer's span."""
-        prompt, whole = self._prompt(turns[:-1]), self._apply(turns, generation_prompt=False)
+        prompt, answered = self._prompt(turns[:-1]), self._apply(turns, generation_prompt=False)
         thought, answer = self.thought_and_answer(turns[-1].text)
         if thought and self.thinking is False:
             raise ValueError("it has thoughts, and the samples that were looked at have none; put one of it first")
-        if not whole.endswith(self._ending):
+        if not answered.endswith(self._ending):
             raise ValueError("the chat template closes this answer otherwise than others")
-        whole = whole.removesuffix(self._ending)
+        answered = answered.removesuffix(self._ending)
         opened, before = prompt.rstrip().endswith(THINK), prompt
-        if not whole.startswith(prompt):
+        if not answered.startswith(prompt):
             before = prompt.rstrip().removesuffix(THINK) if opened else prompt.removesuffix(self._added)
             is_known = opened or not self._added.strip() or self.thinking is False
-            if before == prompt or not whole.startswith(before) or not is_known:
+            if before == prompt or not answered.startswith(before) or not is_known:
                 raise ValueError("the chat template opens an answer otherwise when asked for it than when given it")
-        written = whole[len(before) :]
+        written = answered[len(before) :]
         if before != prompt:
             written = written.lstrip().removeprefix(THINK if opened else "").lstrip()
         if thought not in written or (opened and END_THINK not in written):
@@ -279,19 +279,19 @@ class ProcessorChat(Prompts):
         text = prompt + written + self._closing
         return text + self._rest, len(prompt), len(text)
 
-    def _check_nothing_lost(self, turns: Sequence[Turn], whole: str) -> None:
+    def _check_nothing_lost(self, turns: Sequence[Turn], rendered: str) -> None:
         contents = [self._message(turn)["content"] for turn in turns]
-        if any(str(content) in whole for content in contents if not isinstance(content, str)):
+        if any(str(content) in rendered for content in contents if not isinstance(content, str)):
             raise ValueError("the chat template writes a message's list of parts as it stands")
         texts = [self.thought_and_answer(turn.text) if turn.role == "assistant" else ("", turn.text) for turn in turns]
         pieces = [[piece.strip() for text in pair for piece in self._media.split(text)[::2]] for pair in texts]
         if turns and turns[0].role == "system" and (text := turns[0].text.strip()):
             again = sum(piece.count(text) for turn in pieces[1:] for piece in turn)
-            if whole.count(text) <= again:  # its words may be said again later
+            if rendered.count(text) <= again:  # its words may be said again later
                 raise ValueError("the chat template leaves out or changes the system turn")
         for number, turn in enumerate(pieces):  # earlier answers are rewritten by many templates
             is_checked = turns[number].role != "assistant" or number == len(turns) - 1
-            if is_checked and any(piece not in whole for piece in turn):
+            if is_checked and any(piece not in rendered for piece in turn):
                 raise ValueError(f"the chat template leaves out or changes the text of turn {number}")
 
     def _apply(self, turns: Sequence[Turn], *, generation_prompt: bool, **switch: bool) -> str:

@@ -42,9 +42,9 @@ from dora_vl.backbones.loading import (
     written_base,
 )
 from dora_vl.backbones.specs import PRETRAINED, RANDOM, ComposeSpec, LanguageSource, SmallLanguageModel, TowerSpec
-from dora_vl.backbones.tower_config import GridTowerConfig
 from dora_vl.backbones.towers import (
     GridTower,
+    GridTowerConfig,
     Preparation,
     image_processor,
     keep_all_buffers,
@@ -169,8 +169,8 @@ def load_transformers(spec: TowerSpec) -> tuple[nn.Module, GridTowerConfig]:
     """Loads a transformers vision model, out of a two-tower model where the folder holds one."""
     check_model_folder(spec.name)
     with opening(f"transformers could not load a vision model from {spec.name!r}"):
-        whole = AutoConfig.from_pretrained(spec.name, **NO_OWN_CODE)
-        vision: PreTrainedConfig = whole.vision_config if "vision_config" in whole.sub_configs else whole
+        stated = AutoConfig.from_pretrained(spec.name, **NO_OWN_CODE)
+        vision: PreTrainedConfig = stated.vision_config if "vision_config" in stated.sub_configs else stated
         network_class: Any = MODEL_MAPPING[type(vision)]
         if spec.weights == PRETRAINED:
             network, report = network_class.from_pretrained(spec.name, config=vision, output_loading_info=True)
@@ -409,10 +409,12 @@ def small_tokenizer(
     special = list(named.values())
     bpe = ByteLevelBPETokenizer(add_prefix_space=leading_space)
     bpe.train_from_iterator(texts, vocabulary, min_frequency=0, show_progress=False, special_tokens=special)
-    whole = Tokenizer.from_str(bpe.to_str())
+    backend = Tokenizer.from_str(bpe.to_str())
     ends = [(token, special.index(token)) for token in ("<s>", "</s>")]
-    whole.post_processor = processors.TemplateProcessing(single=form, special_tokens=ends)
-    return PreTrainedTokenizerFast(tokenizer_object=whole, **{f"{name}_token": token for name, token in named.items()})
+    backend.post_processor = processors.TemplateProcessing(single=form, special_tokens=ends)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, **{f"{name}_token": token for name, token in named.items()}
+    )
 
 
 def texts_of(spec: SmallLanguageModel) -> Iterator[str]:

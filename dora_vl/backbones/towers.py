@@ -13,20 +13,21 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, no_type_check
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from PIL import Image
 from PIL.Image import Resampling, new
 from torch import Tensor, nn
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.auto.modeling_auto import AutoModel
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from dora_vl.backbones.tower_config import GridTowerConfig
+from dora_vl.backbones.specs import VisionLibrary
 from dora_vl.data.picture_files import READING
 from dora_vl.errors import UserError, shown
 from dora_vl.files import opening
@@ -34,10 +35,51 @@ from dora_vl.files import opening
 logger = logging.getLogger(__name__)
 
 Aspect = Literal["pad", "square", "squash"]
+Layout = Literal["NCHW", "NHWC", "NLC"]
 PADDED_SIDE = 4_096
 """Largest square, in pixels along a side, that is padded as a whole, as published; larger ones are padded by rows."""
 ROWS = 256
 """Rows padded at once."""
+
+
+# transformers' generated __init__ takes more names than its signature says; a checker that reads it refuses them.
+@no_type_check
+class GridTowerConfig(PreTrainedConfig):
+    """Rebuilds a vision tower of any library without its weights, and states the preparation it expects.
+
+    `layout`, `prefix_tokens` and `grid_side` describe what the library's network returns. They are measured once, when
+    the tower is composed (`tower_sources.load_tower`), so that nothing is guessed from a network's class later.
+    """
+
+    model_type = "dora_grid_tower"
+
+    library: VisionLibrary = "timm"
+    architecture: str = ""
+    """Names the network as the library does, e.g. `tf_efficientnet_lite0` or `ViT-B-32`."""
+    options: dict[str, Any] | None = None
+    """Further arguments of the library: timm's keyword arguments, open_clip's `vision_cfg`..., a config."""
+    layer: int = -1
+    """Hidden state to take, counted from the end; -1 is the last one, after the network's final norm."""
+    grid_pool: int | None = None
+    layout: Layout = "NCHW"
+    prefix_tokens: int = 0
+    """Class and register tokens in front of the grid, which are dropped (`NLC` only)."""
+    grid_side: int = 7
+    hidden_size: int = 1280
+    image_size: int = 224
+    image_mean: list[float] | None = None
+    image_std: list[float] | None = None
+    interpolation: str = "bicubic"
+
+    @property
+    def tokens(self) -> int:
+        """Returns the grid tokens of one picture."""
+        return (self.grid_pool or self.grid_side) ** 2
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels per grid token along a side, rounded down; transformers' processor counts tokens with it."""
+        return self.image_size // (self.grid_pool or self.grid_side)
 
 
 def build_network(config: GridTowerConfig) -> nn.Module:

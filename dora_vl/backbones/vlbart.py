@@ -351,8 +351,8 @@ def _composed(spec: VlBartSpec) -> tuple[VlBartForConditionalGeneration, PreTrai
         model = VlBartForConditionalGeneration(config)
     state = model.state_dict()
     for name, tensor in weights.items():  # the token embedding's new rows, at its end, stay as they were drawn
-        filled, whole = (state[name].T, tensor.T) if name == "final_logits_bias" else (state[name], tensor)
-        filled[: len(whole)] = whole
+        filled, source = (state[name].T, tensor.T) if name == "final_logits_bias" else (state[name], tensor)
+        filled[: len(source)] = source
     if original is not None:
         load_original(model, original)
     elif spec.standardise is not None:

@@ -28,11 +28,11 @@ ONE_PRODUCT = 2**15
 """Up to so many numbers of A x, of all adapters that a layer holds, they are taken in one product and masked: a decoded
 token costs its calls. Beyond, a prompt's tokens cost their arithmetic, and each adapter's rows are taken apart."""
 KEPT_GAINS, KEPT_LAYERS = 16, 4
-"""Of strengths other than 1, how many gains a layer keeps, and how many layers of an adapter's own."""
+"""A layer keeps so many gains, and so many layers of an adapter's own, for strengths other than 1."""
 Axis = Literal["rows", "pictures"]
-"""What the first axis of a layer's input counts: rows of the batch, or the pictures of all rows."""
+"""The first axis of a layer's input counts rows of the batch, or the pictures of all rows."""
 Slot = str | Share | None
-"""What a row has: an adapter by its key, a share of one, or the base."""
+"""A row has an adapter by its key, a share of one, or the base."""
 Layout = tuple[tuple[str, int], ...]
 """The adapters that a layer holds, in the order of its matrices, each with its rank."""
 Value = TypeVar("Value")
@@ -46,28 +46,28 @@ class Run(NamedTuple):
 
     @property
     def key(self) -> str | None:
-        """The adapter's."""
+        """Names the adapter."""
         return None if self.share is None else self.share.key
 
 
 class Choice(NamedTuple):
-    """What of a layer's adapters each row of a batch takes."""
+    """Says which of a layer's adapters each row of a batch takes."""
 
     mask: Float[Tensor, "rows ranks"]
     """The strength, mostly 1, at the ranks of the row's own adapter."""
     gain_index: Int[Tensor, " rows"]
-    """Of its gain among those of `shares`, from 1; 0 is the base's."""
+    """Numbers its gain among those of `shares`, from 1; 0 is the base's."""
     shares: tuple[Share, ...]
 
 
 def share_of(row: Slot) -> Share | None:
-    """What a row has, written out; nothing of an adapter is the base."""
+    """Writes out what a row has; a share of nothing is the base."""
     share = Share(row) if isinstance(row, str) else row
     return None if share is None or share.strength == 0 else share
 
 
 def runs_of(rows: Sequence[Slot]) -> tuple[Run, ...]:
-    """The runs of rows with equal shares; fewest where rows are sorted."""
+    """Lists the runs of rows with equal shares; they are fewest where rows are sorted."""
     runs, start = [], 0
     for share, alike in groupby(map(share_of, rows)):
         stop = start + sum(1 for _ in alike)
@@ -88,9 +88,9 @@ class ActiveAdapters:
 
     @contextlib.contextmanager
     def holding(self, rows: Sequence[Slot], pictures: Sequence[Slot] = (None,)) -> Iterator[None]:
-        """Meanwhile the model's batch has these rows, each with an adapter, a share of one, or the base.
+        """Gives the model's batch these rows inside the block, each with an adapter, a share of one, or the base.
 
-        `pictures` is likewise, in the rows' order; a single one is that of all, however many there are.
+        `pictures` says the same of pictures, in the rows' order; a single entry is that of all, however many there are.
         """
         self._runs, self._choices = {"rows": runs_of(rows), "pictures": runs_of(pictures)}, {}
         try:
@@ -99,7 +99,7 @@ class ActiveAdapters:
             self._runs, self._choices = {}, {}
 
     def runs(self, axis: Axis, length: int) -> tuple[Run, ...]:
-        """The runs of an input whose first axis has this length; another than the batch's is refused."""
+        """Returns the runs of an input whose first axis has this length; refuses another than the batch's."""
         runs = self._runs.get(axis, (Run(None, slice(0, length)),))
         if len(runs) == 1 and axis == "pictures":
             return (Run(runs[0].share, slice(0, length)),)
@@ -108,7 +108,7 @@ class ActiveAdapters:
         return runs
 
     def choice(self, axis: Axis, layout: Layout, like: Tensor) -> Choice:
-        """What each row takes of a layer's adapters; the same for all layers that hold the same ones."""
+        """Chooses what each row takes of a layer's adapters; layers that hold the same ones share the choice."""
         key = (axis, layout, like.dtype, like.device)
         if key not in self._choices:
             stops = dict(zip(dict(layout), accumulate(rank for _, rank in layout), strict=True))
@@ -129,18 +129,18 @@ class SlotChange:
     """One adapter's change of one linear layer, ready for inference: what is computed once, when it is loaded."""
 
     lora_A: Float[Tensor, "rank in_"]
-    """Of no rows for a magnitude alone."""
+    """Has no rows for a magnitude alone."""
     scaled_B: Float[Tensor, "rank out"]
     """(s B)^T, so that adapters can lie one after another in one matrix."""
     minus_one: Float[Tensor, " out"] | None
     """The gain minus one; None for plain LoRA."""
     by_strength: GainByStrength | None = None
-    """What the gain at another strength is made of; None for plain LoRA."""
+    """Makes the gain at another strength; None for plain LoRA."""
 
     @classmethod
     @torch.no_grad()
     def of(cls, layer: AdaptedLayer, dtype: torch.dtype) -> SlotChange:
-        """The change that an adapted linear layer makes, its norm from the layer's own product."""
+        """Takes over the change that an adapted linear layer makes, its norm from the layer's own product."""
         (rows, columns), like = layer.matrix_shape(), layer.weight
         a, b = layer.factors() or (like.new_zeros(0, columns), like.new_zeros(rows, 0))
         full = layer.gain()
@@ -149,7 +149,7 @@ class SlotChange:
         return cls(a.to(dtype).contiguous(), scaled_b, minus_one, GainByStrength.of(layer))
 
     def minus_one_at(self, strength: float) -> Float[Tensor, " out"] | None:
-        """The gain minus one of a share of the adapter."""
+        """Returns the gain minus one of a share of the adapter."""
         if strength == 1 or self.by_strength is None:
             return self.minus_one
         return (self.by_strength.at(strength) - 1).to(self.scaled_B.dtype)
@@ -183,7 +183,7 @@ class SlotLayer(nn.Module):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The adapters that it holds."""
+        """Names the adapters that it holds."""
         return (*self._changes, *self._own)
 
     def put(self, key: str, adapter: SlotChange | nn.Module) -> None:
@@ -222,7 +222,7 @@ class SlotLayer(nn.Module):
 
     @torch.no_grad()
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """The layer's output, each row's by its own adapter."""
+        """Computes the layer's output, each row's by its own adapter."""
         runs = self._batch.runs(self.axis, len(inputs[0]) if inputs else 0)
         if len(runs) == 1 and runs[0].key in self._own:
             return self._own_layer(runs[0])(*inputs, **named)
@@ -261,7 +261,7 @@ class SlotLayer(nn.Module):
         return kept(self._gains, KEPT_GAINS, share, lambda: change.minus_one_at(share.strength))
 
     def _gains_minus_one(self, shares: tuple[Share, ...]) -> Float[Tensor, "base_and_shares out"]:
-        """The base's gain minus one, which is 0, and that of each share."""
+        """Stacks the base's gain minus one, which is 0, and that of each share."""
         if self._table is None or self._table[0] != shares:
             zero = self._all_B.new_zeros(self._all_B.shape[1])
             gains = [self._minus_one(share) for share in shares]
@@ -277,7 +277,7 @@ class SlotLayer(nn.Module):
 
 
 def kept(values: dict[Share, Value], most: int, share: Share, compute: Callable[[], Value]) -> Value:
-    """The value of a share, computed if it is not there; of many, all are forgotten for a new one."""
+    """Returns the value of a share, computed if it is not there; too many are all forgotten for a new one."""
     if share not in values:
         if len(values) >= most:
             values.clear()

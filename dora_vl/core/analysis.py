@@ -45,7 +45,7 @@ class WeightChange:
 def change_of_blocks(
     blocks: Iterable[tuple[Float[Tensor, "rows in_"], Float[Tensor, "rows in_"]]], *, axis: Axis
 ) -> WeightChange:
-    """dM and dD of a weight that comes as (before, after) blocks of rows, so that it never stands there twice."""
+    """Measures dM and dD of a weight that comes as (before, after) blocks of rows, never twice in memory."""
     sums = []
     for first, second in blocks:
         old, new = first.double(), second.double()
@@ -70,11 +70,11 @@ class Line:
     slope: float
     intercept: float
     correlation: float
-    """Pearson's."""
+    """Is Pearson's."""
 
 
 def fit_line(x: Sequence[float], y: Sequence[float]) -> Line | None:
-    """The line y = slope x + intercept; None for fewer than two points, or where x or y does not vary."""
+    """Fits y = slope x + intercept; None for fewer than two points, or where x or y does not vary."""
     for values in (x, y):
         if len(values) < 2 or math.dist(values, [fmean(values)] * len(values)) <= FLAT * math.hypot(*values):
             return None

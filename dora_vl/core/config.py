@@ -1,4 +1,4 @@
-"""What an adapter is: one frozen dataclass, shared by every backbone and by the `adapter:` section of a run."""
+"""Describes an adapter by one frozen dataclass, for every backbone and the `adapter:` section of a run."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ Quantisation = Literal["nf4", "int8", "hqq"]
 Value = TypeVar("Value", int, float)
 
 MAIN_PART = "dora"
-"""What the layers of `targets` are called among the parts that train."""
+"""The layers of `targets` are called so among the parts that train."""
 RESERVED = frozenset((MAIN_PART, "full", "magnitude"))
 """Names that no part of one's own may have: what trains is called `dora.A`, `vision.magnitude`, `full`."""
 
 
 def is_of_type(value: Any, kind: Any) -> bool:
-    """Whether a setting's value is what its annotation says; numpy's numbers are numbers, true and false are none.
+    """Tells whether a value is of its annotation's type; numpy's numbers are numbers, true and false are none.
 
     A text is a sequence too, but no tuple: `targets="*.q_proj"` would be eight globs of one letter, one of them `*`.
     """
@@ -97,14 +97,14 @@ class AdapterSettings:
     rank_scaling: RankScaling = "linear"
     """`linear`: s = alpha / rank; `sqrt`: s = alpha / sqrt(rank) (rsLoRA)."""
     kinds: tuple[LayerKind, ...] = ("linear",)
-    """What the globs of `targets` may hit; embeddings, convolutions and experts that are one tensor (by the name of the
-    tensor, `*.experts.down_proj`) only where they are asked for."""
+    """The globs of `targets` may hit these kinds; embeddings, convolutions and experts that are one tensor (by its
+    name, `*.experts.down_proj`) must be named here."""
     magnitude_targets: tuple[str, ...] = ()
     """Full-name globs of further layers that get a magnitude alone, beside the full ones (paper table 6)."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """Full-name glob -> rank, for layers that differ; the first glob that matches counts."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    """Full-name glob -> alpha, likewise."""
+    """Full-name glob -> alpha, for layers that differ; the first glob that matches counts."""
     parts: Mapping[str, AdaptedPart] = field(default_factory=dict)
     """Further adapted parts by name, beside `targets`: {targets, rank, alpha} each."""
     init: Init = "kaiming"
@@ -163,12 +163,12 @@ class DoRAConfig(AdapterSettings):
             raise UserError("adapter: targets is empty; name at least one module, e.g. '*.q_proj'")
 
     def part_of(self, name: str) -> str:
-        """The part that a layer belongs to: the first whose globs match, else `dora`."""
+        """Returns the part that a layer belongs to: the first whose globs match, else `dora`."""
         patterns = ((part, glob) for part, settings in self.parts.items() for glob in settings.targets)
         return next((part for part, glob in patterns if fnmatchcase(name, glob)), MAIN_PART)
 
     def for_layer(self, name: str, *, magnitude_alone: bool = False) -> DoRAConfig:
-        """The settings of one layer, its patterns and its part resolved; a pattern wins over a part."""
+        """Resolves the settings of one layer, its patterns and its part; a pattern wins over a part."""
         part = self.parts.get(self.part_of(name))
         rank = first_match(self.rank_pattern, name, (part and part.rank) or self.rank)
         alpha = first_match(self.alpha_pattern, name, (part and part.alpha) or self.alpha)
@@ -179,12 +179,12 @@ class DoRAConfig(AdapterSettings):
 
     @property
     def scale(self) -> float:
-        """s, the factor of B A; of DVoRA 1, since its vectors take the place of a scale."""
+        """Returns s, the factor of B A; DVoRA has 1, since its vectors take the place of a scale."""
         if self.method == "dvora":
             return 1.0
         return self.alpha / (self.rank if self.rank_scaling == "linear" else math.sqrt(self.rank))
 
 
 def first_match(patterns: Mapping[str, Value], name: str, default: Value) -> Value:
-    """The value of the first full-name glob that matches."""
+    """Returns the value of the first full-name glob that matches."""
     return next((value for pattern, value in patterns.items() if fnmatchcase(name, pattern)), default)

@@ -36,12 +36,12 @@ NORM_CHUNK_ROWS = 1024
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of norms and gains: float32, or float64 for float64 weights."""
+    """Returns the dtype of norms and gains: float32, or float64 for float64 weights."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype that autocast asks for; None where it is off, or unknown to the device (meta)."""
+    """Returns the dtype that autocast wants; None where it is off, or unknown to the device (meta)."""
     is_on = device.type != "meta" and torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if is_on else None
 
@@ -55,7 +55,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def row_norms_squared(weight: Float[Tensor, "out in_"]) -> Float[Tensor, " out"]:
-    """||W_i||^2 of each output row in float32, read a block of rows at a time."""
+    """Computes ||W_i||^2 of each output row in float32, a block of rows at a time."""
     dtype = accumulation_dtype(weight.dtype)
     blocks = weight.detach().split(NORM_CHUNK_ROWS)
     return torch.cat([block.to(dtype).square().sum(dim=1) for block in blocks])
@@ -68,7 +68,7 @@ def factored_norms_squared(
     weight_on_A: Float[Tensor, "*experts out rank"],
     scale: float,
 ) -> Float[Tensor, "*experts out"]:
-    """n_i^2 = ||W_i||^2 + 2 s B_i.(W A^T + s/2 B A A^T)_i; memory out*rank + rank^2, never out*in.
+    """Computes n_i^2 = ||W_i||^2 + 2 s B_i.(W A^T + s/2 B A A^T)_i in memory of out*rank + rank^2, never out*in.
 
     `weight_on_A` is the frozen layer applied to A's rows, W A^T, so no weight is read here: quantised and
     sharded layers need nothing more. Differentiable in A and B.
@@ -84,7 +84,7 @@ def factored_norms_squared(
 
 
 def root(squared: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
-    """Square root that is 0, with gradient 0 and not infinite, where rounding or a zero row leaves no length."""
+    """Takes a square root that is 0, with gradient 0 instead of infinity, where rounding or a zero row leaves none."""
     positive = squared > 0
     return torch.where(positive, squared, 1.0).sqrt() * positive
 
@@ -92,7 +92,7 @@ def root(squared: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
 def direction_norms(
     weight_norms_squared: Float[Tensor, " out"], norms_squared: Float[Tensor, " out"]
 ) -> tuple[Float[Tensor, " out"], Int[Tensor, " cancelled"]]:
-    """n from n^2, and the rows where its terms cancel too far to be trusted."""
+    """Returns n from n^2, and the rows where its terms cancel too far to be trusted."""
     cancelled = (norms_squared.detach() <= CANCELLATION * weight_norms_squared).nonzero().flatten()
     return root(norms_squared) if cancelled.numel() else norms_squared.sqrt(), cancelled
 
@@ -103,7 +103,7 @@ def dense_direction(
     lora_B: Float[Tensor, "rows rank"] | None,
     scale: float,
 ) -> Float[Tensor, "rows in_"]:
-    """V = W + s B A in float32, for merging and for the few rows whose factored norm cancels."""
+    """Computes V = W + s B A in float32, for merging and for the few rows whose factored norm cancels."""
     dtype = accumulation_dtype(weight.dtype)
     if lora_A is None or lora_B is None:
         return weight.to(dtype)
@@ -117,7 +117,7 @@ def norms(
     lora_B: Float[Tensor, "out rank"],
     scale: float,
 ) -> Float[Tensor, " out"]:
-    """n of each row without a gradient, the rows that cancel taken dense.
+    """Computes n of each row without a gradient, the rows that cancel taken dense.
 
     Asking for them is free on CPU. On CUDA it would stop the host in every layer and rule CUDA graphs out, so the
     kernels decide there for themselves; only where there are none (float64, no Triton) is it asked for.
@@ -140,7 +140,7 @@ def norms(
     schema="(Tensor weight, Tensor squared, Tensor a, Tensor b, float scale) -> Tensor",
 )
 def norms_in_graph(weight: Tensor, squared: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """`norms` as one opaque operation: no graph can hold the number of rows that cancel."""
+    """Computes `norms` as one opaque operation: no graph can hold the number of rows that cancel."""
     return norms(weight, squared, a, b, scale).clone()
 
 
@@ -152,7 +152,7 @@ def _(weight: Tensor, squared: Tensor, a: Tensor, b: Tensor, scale: float) -> Te
 def gain(
     magnitude: Float[Tensor, "*experts out"], norms: Float[Tensor, "*experts out"]
 ) -> Float[Tensor, "*experts out"]:
-    """g = m / n; a row of V that is all zero has no direction and keeps g = 1 instead of 0/0."""
+    """Computes g = m / n; a row of V that is all zero has no direction and keeps g = 1 instead of 0/0."""
     smallest = torch.finfo(norms.dtype).tiny
     return torch.where(norms > 0, magnitude.to(norms.dtype) / norms.clamp_min(smallest), 1.0)
 
@@ -164,7 +164,7 @@ def merged_weight(
     magnitude: Float[Tensor, " out"] | None,
     scale: float,
 ) -> Float[Tensor, "out in_"]:
-    """W' = m V / ||V||, or V without a magnitude (LoRA), computed in float32, in W's dtype."""
+    """Computes W' = m V / ||V||, or V without a magnitude (LoRA), in float32; returns it in W's dtype."""
     direction = dense_direction(weight, lora_A, lora_B, scale)
     if magnitude is not None:
         direction = gain(magnitude, root(row_norms_squared(direction))).unsqueeze(1) * direction
@@ -181,7 +181,7 @@ def adapted_output(
     minus_one: Float[Tensor, "*broadcast"] | None,
     frozen: Float[Tensor, "*shape"] | None = None,
 ) -> Float[Tensor, "*shape"]:
-    """y = f + B h + (g - 1) (f - b + B h); bitwise f where g = 1 and B h = 0.
+    """Computes y = f + B h + (g - 1) (f - b + B h); bitwise f where g = 1 and B h = 0.
 
     g - 1 and not g, since bfloat16 has nothing between 1 and 1.0078. `frozen` stands for f - b where dropout is on the
     input of the whole change, as PEFT and the reference have it, at the price of a second product of W.
@@ -205,7 +205,7 @@ def adapted_linear(  # noqa: PLR0913 - the operands of the equation
     *,
     whole_change: bool = False,
 ) -> Float[Tensor, "*batch out"]:
-    """y of x, where `product_of` gives f; `masked` is x after dropout, for A alone or for the whole change."""
+    """Computes y of x, where `product_of` gives f; `masked` is x after dropout, for A alone or for the whole change."""
     product, low_rank, frozen = product_of(x), None, None
     masked = x if masked is None else masked
     if factors is not None:
@@ -225,7 +225,7 @@ class Gain(NamedTuple):
     minus_one: Float[Tensor, " out"]
     """g - 1 in the activations' dtype."""
     per_norm: Float[Tensor, " out"]
-    """1 / n, the derivative of g by m; 0 for a row without a direction."""
+    """Is 1 / n, the derivative of g by m; 0 for a row without a direction."""
 
 
 def output(
@@ -237,7 +237,7 @@ def output(
     gain: Gain | None,
     scale: float,
 ) -> tuple[Float[Tensor, "rows out"], Float[Tensor, "rows rank"]]:
-    """y and h = s A x from f; all in the dtype of x."""
+    """Computes y and h = s A x from f; all in the dtype of x."""
     hidden = scaled_product(x, a.t(), scale)
     return adapted_output(product, bias, hidden @ b.t(), None if gain is None else gain.minus_one), hidden
 
@@ -250,7 +250,7 @@ def gradients(
     gain: Gain,
     scale: float,
 ) -> tuple[Float[Tensor, "rows out"], Float[Tensor, "rows rank"], Float[Tensor, " out"], Float[Tensor, " out"]]:
-    """dz = g dy, dh = s dz B, and the sums over rows of dy (f - b) and of dy, in float32."""
+    """Computes dz = g dy, dh = s dz B, and the sums over rows of dy (f - b) and of dy, in float32."""
     if dy.device.type == "cpu" and dy.numel():
         # What batch normalisation in evaluation mode gives backward for mean b and variance 1: two passes over memory
         # instead of five, and torch's CPU kernel takes half-precision activations with float32 gains.
@@ -268,5 +268,5 @@ def gradients(
 def scaled_product(
     rows: Float[Tensor, "rows inner"], matrix: Float[Tensor, "inner columns"], scale: float
 ) -> Float[Tensor, "rows columns"]:
-    """`scale * rows @ matrix`, scaled and rounded inside the product, where it costs no pass over memory."""
+    """Computes `scale * rows @ matrix`, scaled inside the product, where it costs no pass over memory."""
     return torch.addmm(rows.new_empty(()), rows, matrix, beta=0, alpha=scale)

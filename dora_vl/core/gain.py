@@ -1,4 +1,4 @@
-"""Whether a value that a layer kept, such as its gain, is still true of its tensors.
+"""Tells whether a value that a layer kept, such as its gain, is still true of its tensors.
 
 A gain is computed once an optimizer step and read at every pass. It is untrue after an optimizer step, an edit of any
 kind, or with other tensors in place of its own. Two sources tell, since neither sees all. A parameter's `_version` and
@@ -48,11 +48,11 @@ class AdapterParameter(nn.Parameter):
     """
 
     data_replaced = 0
-    """How often `.data` was assigned."""
+    """Counts how often `.data` was assigned."""
 
     @property
     def data(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The values, without a graph and with this parameter's count of edits."""
+        """Returns the values, without a graph and with this parameter's count of edits."""
         return self.detach()
 
     @data.setter
@@ -62,7 +62,7 @@ class AdapterParameter(nn.Parameter):
 
 
 def edits_of(tensor: Tensor) -> tuple[int, int]:
-    """What moves at an edit: the count of those in place, a shard's too, and what `p.data = ...` changes.
+    """Returns what an edit moves: the count of edits in place, a shard's too, and what `p.data = ...` changes.
 
     Tensors made under `inference_mode` count none.
     """
@@ -73,8 +73,8 @@ def edits_of(tensor: Tensor) -> tuple[int, int]:
         return tensor._version + local._version, 0
     if type(tensor) is AdapterParameter and SHARD_MARKS.isdisjoint(vars(tensor)):
         return tensor._version, tensor.data_replaced
-    whole = type(tensor) is nn.Parameter and SHARD_MARKS.isdisjoint(vars(tensor))
-    return tensor._version, tensor.data_ptr() if whole else 0
+    is_plain = type(tensor) is nn.Parameter and SHARD_MARKS.isdisjoint(vars(tensor))
+    return tensor._version, tensor.data_ptr() if is_plain else 0
 
 
 class Snapshot:
@@ -93,7 +93,7 @@ class Snapshot:
         self._also = also
 
     def holds(self, tensors: Iterable[Tensor | None], *also: object) -> bool:
-        """Whether these are the same tensors, unchanged, and the rest is equal."""
+        """Tells whether these are the same tensors, unchanged, and the rest is equal."""
         present = [tensor for tensor in tensors if tensor is not None]
         return (
             len(present) == len(self._tensors)

@@ -50,12 +50,12 @@ from dora_vl.errors import UserError
 
 @dataclass(frozen=True)
 class Adaptable:
-    """What a class of layer counts as in `config.kinds`, and what builds its adapted form."""
+    """Says what a class of layer counts as in `config.kinds`, and what builds its adapted form."""
 
     kind: LayerKind
     build: Callable[[Any, DoRAConfig], AdaptedLayer]
     weight_is_readable: bool = True
-    """Whether the layer's weight can be read, and written for `init="pissa"`; not so where it is only called."""
+    """True where the layer's weight can be read, and written for `init="pissa"`; False where it is only called."""
 
 
 ADAPTABLE: Mapping[str, Adaptable] = {
@@ -70,7 +70,7 @@ ADAPTABLE: Mapping[str, Adaptable] = {
 
 
 def adaptable_names(model: nn.Module, config: DoRAConfig) -> list[str]:
-    """Full names of all that can be adapted, in the model's order: layers, and experts' weights that are one tensor."""
+    """Lists all that can be adapted, in the model's order: layers, and experts' weights that are one tensor."""
     names: list[str] = []
     for name, module in model.named_modules():
         if adaptable(module, config) is not None:
@@ -81,7 +81,7 @@ def adaptable_names(model: nn.Module, config: DoRAConfig) -> list[str]:
 
 
 def adaptable(module: nn.Module, config: DoRAConfig) -> Adaptable | None:
-    """How a module is adapted; None if it is not, or not of `config.kinds`.
+    """Returns how a module is adapted; None if it is not, or not of `config.kinds`.
 
     By exact class: a subclass may use its weight without calling itself (torch's attention does), and an adapter
     there would be passed over in silence.
@@ -121,7 +121,7 @@ class SharedRandom(nn.Module):
             self.register_buffer(name, matrix.to(weight.device), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The input: a root that calls its children in turn, `nn.Sequential`, calls this one too."""
+        """Returns the input: a root that calls its children in turn, `nn.Sequential`, calls this one too."""
         return x
 
 
@@ -143,14 +143,14 @@ class DVoRALinear(DoRALinear):
         super().__init__(base, config)
 
     def create_parameters(self) -> None:
-        """d = 0.1, b = 0 and the magnitude: nothing changes yet."""
+        """Creates d = 0.1, b = 0 and the magnitude: nothing changes yet."""
         dtype, device = functional.accumulation_dtype(self.weight.dtype), self.weight.device
         self.lambda_d = AdapterParameter(torch.full((self.adapter.rank,), START_OF_D, dtype=dtype, device=device))
         self.lambda_b = AdapterParameter(torch.zeros(self.out_features, dtype=dtype, device=device))
         self.create_magnitude()
 
     def factors(self) -> tuple[Float[Tensor, "rank in_"], Float[Tensor, "out rank"]]:
-        """A, and B with both vectors folded in."""
+        """Returns A, and B with both vectors folded in."""
         (shared,) = self._shared_matrices
         b = shared.random_B[: self.out_features] * self.lambda_d * self.lambda_b.unsqueeze(1)
         return shared.random_A[:, : self.in_features], b
@@ -238,7 +238,7 @@ def _start_from_weight(name: str, layer: AdaptedLayer) -> None:
 
 
 def matching_layers(model: nn.Module, patterns: tuple[str, ...], config: DoRAConfig, what: str) -> list[str]:
-    """Full names of the layers that the globs match, of the kinds that `config` admits."""
+    """Lists the layers that the globs match, of the kinds that `config` admits."""
     return matching(adaptable_names(model, config), patterns, f"{what} ({', '.join(config.kinds)} layers)")
 
 
@@ -374,14 +374,14 @@ def _adapt(model: nn.Module, name: str, config: DoRAConfig, gather: Gather) -> N
 
 
 def _experts_of(model: nn.Module, name: str) -> nn.Module | None:
-    """The module of experts whose weight has this full name; None for a layer's name."""
+    """Returns the module of experts whose weight has this full name; None for a layer's name."""
     owner, _, leaf = name.rpartition(".")
     parent = model.get_submodule(owner)
     return parent if leaf in expert_projections(parent) else None
 
 
 def _refuse_shared_weights(model: nn.Module, layers: Mapping[str, nn.Module], reason: str) -> None:
-    """A weight that another module uses too (a tied output head) would change there as well."""
+    """Refuses a weight that another module uses too (a tied output head): it would change there as well."""
     users: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         users.setdefault(id(parameter), []).append(name)

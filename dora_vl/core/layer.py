@@ -1,4 +1,4 @@
-"""What every adapted layer shares: its A, B and magnitude, when its norm is computed, and how it merges."""
+"""Holds what adapted layers share: A, B and magnitude, when the norm is computed, and how it merges."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from dora_vl.core.gain import AdapterParameter, OptimizerSteps, Snapshot, watch_
 
 
 def is_traced() -> bool:
-    """Whether a graph is recorded or a transform of `torch.func` runs: neither knows of what is kept between passes."""
+    """Tells whether a graph is recorded or a transform of `torch.func` runs, for which nothing kept may be used."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def principal_factors(
     matrix: Float[Tensor, "out in_"], rank: int, scale: float
 ) -> tuple[Float[Tensor, "rank in_"], Float[Tensor, "out rank"]]:
-    """A and B with s B A the best approximation of `matrix` of that rank, its singular values shared evenly."""
+    """Returns A and B such that s B A approximates `matrix` best at that rank, its singular values shared evenly."""
     left, singular, right = torch.linalg.svd(matrix, full_matrices=False)
     root = (singular[:rank] / scale).sqrt()
     return root.unsqueeze(1) * right[:rank], left[:, :rank] * root
@@ -42,7 +42,7 @@ def take_from_weight(layer: AdaptedLayer, a: Tensor, b: Tensor) -> None:
 
 
 FROZEN = "||W||^2"
-"""What is kept of the frozen weight alone."""
+"""Holds what is kept of the frozen weight alone."""
 Self = TypeVar("Self", bound="AdaptedLayer")
 Value = TypeVar("Value")
 
@@ -66,9 +66,9 @@ class AdaptedLayer(nn.Module):
     }
     """Name of each trained tensor here -> its name in the adapter file (PEFT's)."""
     experts: int = 0
-    """Of a mixture, how many matrices the layer's weight holds; 0: it is one."""
+    """Counts the matrices of a mixture in the layer's weight; 0 means that it is one matrix."""
     weight_is_readable: ClassVar[bool] = True
-    """Whether `weight` holds the values that multiply the input; not so where they are quantised."""
+    """True where `weight` holds the values that multiply the input; False where they are quantised."""
 
     def start_adapter(self, base: nn.Module, config: DoRAConfig) -> None:
         """Sets the adapter up; the layer's own weight and sizes must stand already."""
@@ -89,7 +89,7 @@ class AdaptedLayer(nn.Module):
 
     @torch.no_grad()
     def create_parameters(self) -> None:
-        """A and B with B A = 0 as `adapter.init` says, and the magnitude: nothing changes yet.
+        """Creates A and B with B A = 0 as `adapter.init` says, and the magnitude: nothing changes yet.
 
         With `pissa` A is zero until `start_from`.
         """
@@ -119,7 +119,7 @@ class AdaptedLayer(nn.Module):
 
     @torch.no_grad()
     def create_magnitude(self) -> None:
-        """m = ||V||, from the same arithmetic that will compute n, so that g is 1 to the last bit."""
+        """Creates m = ||V|| by the same arithmetic that will compute n, so that g is 1 to the last bit."""
         if self.adapter.method != "lora":
             changed = self.factors() is not None and self.adapter.init == "orthogonal"
             norms = self.live_norms() if changed else functional.root(self.weight_norms_squared())
@@ -138,15 +138,15 @@ class AdaptedLayer(nn.Module):
     # -- what a kind of layer says about itself --------------------------------------------------------------
 
     def matrix_shape(self) -> tuple[int, int]:
-        """(out, in) of the weight as a matrix."""
+        """Returns (out, in) of the weight as a matrix."""
         raise NotImplementedError
 
     def as_matrix(self, weight: Tensor) -> Float[Tensor, "*experts out in_"]:
-        """A weight in this layer's own layout as a matrix [out, in]; a view where it can be."""
+        """Returns a weight in this layer's own layout as a matrix [out, in]; a view where it can be."""
         return weight
 
     def from_matrix(self, matrix: Float[Tensor, "out in_"]) -> Tensor:
-        """The opposite of `as_matrix`."""
+        """Undoes `as_matrix`."""
         return matrix
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -155,42 +155,42 @@ class AdaptedLayer(nn.Module):
         return (rank, columns), (rows, rank)
 
     def magnitude_file_shape(self) -> tuple[int, ...]:
-        """Shape of the magnitude in the adapter file (PEFT's); [out] in memory."""
+        """Returns the magnitude's shape in the adapter file (PEFT's); it is [out] in memory."""
         return (self.matrix_shape()[0],)
 
     def setting_beyond_peft(self) -> str | None:
-        """A setting of the layer that PEFT's low-rank path leaves out, so that it would compute another result."""
+        """Names a setting of the layer that PEFT's low-rank path leaves out, which would change its result."""
         return None
 
     def compute_dtype(self) -> torch.dtype:
-        """The dtype that the frozen weight multiplies in."""
+        """Returns the dtype that the frozen weight multiplies in."""
         return self.weight.dtype
 
     def factors(self) -> tuple[Float[Tensor, "*experts rank in_"], Float[Tensor, "*experts out rank"]] | None:
-        """A and B as matrices, with their gradients; None for a magnitude alone."""
+        """Returns A and B as matrices, with their gradients; None for a magnitude alone."""
         return None if self.lora_A is None or self.lora_B is None else (self.lora_A, self.lora_B)
 
     def frozen_matrix(self) -> Float[Tensor, "*experts out in_"]:
-        """W as it was before a merge; of a quantised layer made for the one who asks."""
+        """Returns W as it was before a merge; a quantised layer computes it at each call."""
         return self.as_matrix(self.weight if self._base_weight is None else self._base_weight)
 
     def frozen_on_rows(self, rows: Float[Tensor, "*experts rows in_"]) -> Float[Tensor, "*experts out rows"]:
-        """W A^T of rows A, without the bias: all that the norm needs to know of W."""
+        """Computes W A^T of rows A, without the bias: all that the norm needs to know of W."""
         weight = self.frozen_matrix()
         return weight @ rows.to(weight.dtype).mT
 
     def frozen_norms_squared(self) -> Float[Tensor, "*experts out"]:
-        """||W_i||^2 of every row, computed."""
+        """Computes ||W_i||^2 of every row."""
         return functional.row_norms_squared(self.frozen_matrix())
 
     def frozen_tensors(self) -> list[Tensor | None]:
-        """What W is made of."""
+        """Lists the tensors that W is made of."""
         return [self.weight if self._base_weight is None else self._base_weight, self._shards.get("weight")]
 
     # -- what is kept between passes -------------------------------------------------------------------------
 
     def tensors(self) -> list[Tensor | None]:
-        """Weight, bias and what trains, with the shards they were gathered from.
+        """Lists weight, bias and what trains, with the shards they were gathered from.
 
         A parametrization takes a parameter's place by a property, whose tensor is new at each look: never fresh.
         """
@@ -202,7 +202,7 @@ class AdaptedLayer(nn.Module):
         ]
 
     def kept(self, name: str, compute: Callable[[], Value], *also: object) -> Value:
-        """A value without a gradient that hangs on the layer's tensors, its settings and `also`.
+        """Keeps a value without a gradient that depends on the layer's tensors, its settings and `also`.
 
         It is computed again after an optimizer step, an edit, and for other tensors, settings or `also`.
         """
@@ -215,7 +215,7 @@ class AdaptedLayer(nn.Module):
         return cast(Value, value)
 
     def weight_norms_squared(self) -> Float[Tensor, "*experts out"]:
-        """||W_i||^2 in float32; computed once, since W is frozen, and again after an edit."""
+        """Returns ||W_i||^2 in float32, computed once, since W is frozen, and again after an edit."""
         tensors = self.frozen_tensors()
         if FROZEN not in self._kept or not self._kept[FROZEN][1].holds(tensors):
             self._kept[FROZEN] = self.frozen_norms_squared(), Snapshot(tensors)
@@ -233,11 +233,11 @@ class AdaptedLayer(nn.Module):
     # -- norm and gain ---------------------------------------------------------------------------------------
 
     def norms(self) -> Float[Tensor, "*experts out"]:
-        """n without a gradient, computed once per optimizer step."""
+        """Returns n without a gradient, computed once per optimizer step."""
         return self.kept("norms", self.new_norms)
 
     def new_norms(self) -> Float[Tensor, "*experts out"]:
-        """n without a gradient, computed."""
+        """Computes n without a gradient."""
         factors, squared = self.factors(), self.weight_norms_squared()
         if factors is None:
             return functional.root(squared)
@@ -245,7 +245,7 @@ class AdaptedLayer(nn.Module):
             return functional.norms(self.frozen_matrix().detach(), squared, *factors, self.adapter.scale)
 
     def live_norms(self) -> Float[Tensor, "*experts out"]:
-        """n with its gradient in A and B, the rows that cancel taken from the dense direction."""
+        """Computes n with its gradient in A and B, the rows that cancel taken from the dense direction."""
         frozen, factors = self.weight_norms_squared(), self.factors()
         if factors is None:
             return functional.root(frozen)
@@ -258,16 +258,16 @@ class AdaptedLayer(nn.Module):
         return norms.view_as(frozen)
 
     def factored_norms_squared(self, frozen: Float[Tensor, "*experts out"]) -> Float[Tensor, "*experts out"]:
-        """n^2 from ||W||^2 and the factors, with its gradient: exact but for rows that cancel."""
+        """Computes n^2 from ||W||^2 and the factors, with its gradient: exact but for rows that cancel."""
         a, b = cast("tuple[Tensor, Tensor]", self.factors())
         return functional.factored_norms_squared(frozen, a, b, self.frozen_on_rows(a), self.adapter.scale)
 
     def _dense_rows(self, index: Int[Tensor, " rows"], a: Tensor, b: Tensor) -> Float[Tensor, "rows in_"]:
-        """Some rows of V, by their number over all experts."""
+        """Computes some rows of V, by their number over all experts."""
         return functional.dense_direction(self.frozen_matrix()[index], a, b[index], self.adapter.scale)
 
     def gain(self) -> Float[Tensor, "*experts out"] | None:
-        """g with its gradient in m (and through the norm, unless `detach_norm`); None for LoRA."""
+        """Computes g with its gradient in m (and through the norm, unless `detach_norm`); None for LoRA."""
         if self.magnitude is None:
             return None
         if is_traced():
@@ -275,7 +275,7 @@ class AdaptedLayer(nn.Module):
         return functional.gain(self.magnitude, self.norms() if self.adapter.detach_norm else self.live_norms())
 
     def current_gain(self, dtype: torch.dtype) -> Gain:
-        """The gain without a gradient for activations of a dtype, computed once per optimizer step."""
+        """Returns the gain without a gradient for activations of a dtype, computed once per optimizer step."""
 
         def compute() -> Gain:
             norms = self.norms()
@@ -285,13 +285,13 @@ class AdaptedLayer(nn.Module):
         return self.kept("gain", compute, dtype)
 
     def operands(self, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
-        """A and B, and g - 1, with their gradients, in the activations' dtype."""
+        """Returns A and B, and g - 1, with their gradients, in the activations' dtype."""
         factors, gain = self.factors(), self.gain()
         factors = None if factors is None else (factors[0].to(dtype), factors[1].to(dtype))
         return factors, None if gain is None else (gain - 1).to(dtype)
 
     def operands_without_graph(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Gain | None]:
-        """A, B and the gain for activations of a dtype; kept in eval, so that decoding casts nothing."""
+        """Returns A, B and the gain for activations of a dtype; keeps them in eval, so that decoding casts nothing."""
 
         def compute() -> tuple[Tensor, Tensor, Gain | None]:
             a, b = cast("tuple[Tensor, Tensor]", self.factors())
@@ -300,7 +300,7 @@ class AdaptedLayer(nn.Module):
         return compute() if self.training else self.kept("operands", compute, dtype)
 
     def _traced_norms(self) -> Float[Tensor, "*experts out"]:
-        """n by plain operations and an opaque one, computed in every pass of a graph, so that it is never stale.
+        """Computes n by plain operations and an opaque one, in every pass of a graph, so that it is never stale.
 
         Rows that cancel of a layer whose weight cannot be read are not taken dense here.
         """
@@ -333,7 +333,7 @@ class AdaptedLayer(nn.Module):
         self.merged = True
 
     def merged_matrix(self) -> Float[Tensor, "*experts out in_"]:
-        """W' of the adapter as it is now."""
+        """Computes W' of the adapter as it is now."""
         a, b = self.factors() or (None, None)
         return functional.merged_weight(self.as_matrix(self.weight), a, b, self.magnitude, self.adapter.scale)
 
@@ -365,7 +365,7 @@ class AdaptedLayer(nn.Module):
             raise RuntimeError(f"{layer} keeps it frozen: requires_grad_(False), or leave the layer out of targets")
 
     def plain(self) -> nn.Module:
-        """The layer that was here before, with the weights as they are now, merged or not."""
+        """Returns the layer that was here before, with the weights as they are now, merged or not."""
         (base,) = self._replaced
         base.weight, base.bias = self.weight, self.bias  # pyright: ignore[reportArgumentType]
         return base.train(self.training)
@@ -403,7 +403,7 @@ class AdaptedLayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest, **named)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a copy or a pickle: what was kept is not true of other tensors."""
+        """Leaves out of a copy or a pickle what was kept, which is not true of other tensors."""
         return {**vars(self), "_kept": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -416,6 +416,6 @@ class AdaptedLayer(nn.Module):
                 parameter.__class__ = AdapterParameter
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
+        """Returns what `print(model)` shows."""
         adapter = self.adapter
         return f"{super().extra_repr()}, method={adapter.method}, rank={adapter.rank}, scale={adapter.scale:g}"

@@ -25,7 +25,7 @@ class LinearLayer(AdaptedLayer):
     out_features: int
 
     def matrix_shape(self) -> tuple[int, int]:
-        """(out, in)."""
+        """Returns (out, in)."""
         return self.out_features, self.in_features
 
     def adapted(
@@ -35,7 +35,7 @@ class LinearLayer(AdaptedLayer):
         bias: Float[Tensor, " out"] | None,
         weight: Float[Tensor, "out in_"] | None = None,
     ) -> Float[Tensor, "*batch out"]:
-        """y of the input, where `product_of` gives W x + b, and `weight` is W where it can be multiplied by."""
+        """Computes y of the input; `product_of` gives W x + b, and `weight` is W where it can be multiplied by."""
         adapter, factors, magnitude = self.adapter, self.factors(), self.magnitude
         x = input if weight is None else input.to(weight.dtype)
         with_graph, scale, masked = torch.is_grad_enabled(), adapter.scale, None
@@ -71,7 +71,7 @@ class ProductLayer(LinearLayer):
     """A layer that multiplies by one dense weight: the hot path of training and decoding."""
 
     def forward(self, input: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
-        """y = g (W x + s B A x) + b; W x + b alone while merged."""
+        """Computes y = g (W x + s B A x) + b; W x + b alone while merged."""
         self.refuse_what_would_not_train()
         weight, bias = self.as_matrix(self.weight), self.bias
         if dtype := functional.autocast_dtype(input.device):
@@ -102,9 +102,9 @@ class TransposedLinear(ProductLayer):
         self.start_adapter(base, config)
 
     def as_matrix(self, weight: Tensor) -> Float[Tensor, "out in_"]:
-        """[out, in]."""
+        """Returns [out, in]."""
         return weight.t()
 
     def from_matrix(self, matrix: Float[Tensor, "out in_"]) -> Tensor:
-        """[in, out]."""
+        """Returns [in, out]."""
         return matrix.t()

@@ -23,7 +23,7 @@ from dora_vl.errors import UserError
 
 
 class ConvLayer(AdaptedLayer):
-    """What one and two dimensions share: A is a convolution to `rank` channels, B one of width 1, as in PEFT."""
+    """Holds what one and two dimensions share: A is a convolution to `rank` channels, B one of width 1, as in PEFT."""
 
     in_channels: int
     out_channels: int
@@ -40,31 +40,31 @@ class ConvLayer(AdaptedLayer):
         self.start_adapter(base, config)
 
     def matrix_shape(self) -> tuple[int, int]:
-        """(output channels, input channels times the kernel's size)."""
+        """Returns (output channels, input channels times the kernel's size)."""
         return self.out_channels, self.in_channels * math.prod(self.kernel_size)
 
     def as_matrix(self, weight: Tensor) -> Float[Tensor, "out in_"]:
-        """One filter a row."""
+        """Returns one filter a row."""
         return weight.flatten(1)
 
     def from_matrix(self, matrix: Float[Tensor, "out in_"]) -> Tensor:
-        """[out, in, *kernel]."""
+        """Returns [out, in, *kernel]."""
         return matrix.view_as(self.weight)
 
     def factors(self) -> tuple[Float[Tensor, "rank in_"], Float[Tensor, "out rank"]] | None:
-        """A and B, one filter a row."""
+        """Returns A and B, one filter a row."""
         return None if self.lora_A is None or self.lora_B is None else (self.lora_A.flatten(1), self.lora_B.flatten(1))
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """A is [rank, in, *kernel], B is [out, rank, 1, ...]."""
+        """Returns [rank, in, *kernel] for A and [out, rank, 1, ...] for B."""
         return (rank, self.in_channels, *self.kernel_size), (self.out_channels, rank, *(1 for _ in self.kernel_size))
 
     def magnitude_file_shape(self) -> tuple[int, ...]:
-        """[1, out, 1, ...]."""
+        """Returns [1, out, 1, ...]."""
         return (1, self.out_channels, *(1 for _ in self.kernel_size))
 
     def setting_beyond_peft(self) -> str | None:
-        """A dilation, or a padding mode other than zeros, where it matters: PEFT 0.21 builds its A without both.
+        """Names a dilation, or a padding mode other than zeros, where it matters: PEFT 0.21 builds its A without both.
 
         PEFT's A has this layer's kernel, stride and padding alone. A dilation changes nothing along an axis of width
         1, and a padding mode nothing where nothing is padded.
@@ -77,11 +77,11 @@ class ConvLayer(AdaptedLayer):
         return None
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The convolution with this layer's stride, padding and dilation."""
+        """Convolves with this layer's stride, padding and dilation."""
         return self._conv_forward(x, weight, bias)  # pyright: ignore[reportCallIssue] - torch's, of either dimension
 
     def forward(self, input: Float[Tensor, ...]) -> Float[Tensor, ...]:
-        """y = g (W * x + s B A * x) + b."""
+        """Computes y = g (W * x + s B A * x) + b."""
         self.refuse_what_would_not_train()
         weight, bias = self.weight, None if self.bias is None else self.bias.to(self.weight.dtype)
         output = self.convolve(input, weight, bias)
@@ -143,25 +143,25 @@ class DoRAEmbedding(AdaptedLayer, nn.Embedding):
         self.start_adapter(base, config)
 
     def matrix_shape(self) -> tuple[int, int]:
-        """(embedding dimension, vocabulary)."""
+        """Returns (embedding dimension, vocabulary)."""
         return self.embedding_dim, self.num_embeddings
 
     def as_matrix(self, weight: Tensor) -> Float[Tensor, "out in_"]:
-        """[dimension, vocabulary]."""
+        """Returns [dimension, vocabulary]."""
         return weight.t()
 
     def from_matrix(self, matrix: Float[Tensor, "out in_"]) -> Tensor:
-        """[vocabulary, dimension]."""
+        """Returns [vocabulary, dimension]."""
         return matrix.t()
 
     def plain(self) -> nn.Module:
-        """The embedding that was here before."""
+        """Returns the embedding that was here before."""
         base = cast(nn.Embedding, self._replaced[0])
         base.weight = self.weight
         return base.train(self.training)
 
     def forward(self, input: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch dim"]:
-        """y = g (W[id] + s B A[id]), times the model's own factor where the embedding has one."""
+        """Computes y = g (W[id] + s B A[id]), times the model's own factor where the embedding has one."""
         self.refuse_what_would_not_train()
         rows = F.embedding(input, self.weight, self.padding_idx)
         if not self.merged:
@@ -208,35 +208,35 @@ class ExpertsProjection(AdaptedLayer):
     # -- what the norm and the file need -----------------------------------------------------------------------
 
     def matrix_shape(self) -> tuple[int, int]:
-        """(out, in) of one expert."""
+        """Returns (out, in) of one expert."""
         return self.out_features, self.in_features
 
     def as_matrix(self, weight: Tensor) -> Float[Tensor, "*experts out in_"]:
-        """[out, in], of one expert or of all."""
+        """Returns [out, in], of one expert or of all."""
         return weight.transpose(-2, -1) if self.transposed else weight
 
     def from_matrix(self, matrix: Float[Tensor, "*experts out in_"]) -> Tensor:
-        """The opposite of `as_matrix`."""
+        """Undoes `as_matrix`."""
         return self.as_matrix(matrix)
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """[experts, rank, in] and [experts, out, rank]."""
+        """Returns [experts, rank, in] and [experts, out, rank]."""
         return (self.experts, rank, self.in_features), (self.experts, self.out_features, rank)
 
     def magnitude_file_shape(self) -> tuple[int, ...]:
-        """[experts, out]."""
+        """Returns [experts, out]."""
         return self.experts, self.out_features
 
     def setting_beyond_peft(self) -> str | None:
-        """PEFT adapts no magnitudes here, and lays out A and B otherwise."""
+        """Says that PEFT adapts no magnitudes here, and lays out A and B otherwise."""
         return "experts that are one tensor"
 
     def frozen_norms_squared(self) -> Float[Tensor, "experts out"]:
-        """||W_e,i||^2 of every row of every expert."""
+        """Computes ||W_e,i||^2 of every row of every expert."""
         return torch.stack([functional.row_norms_squared(weight) for weight in self.frozen_matrix()])
 
     def new_norms(self) -> Float[Tensor, "experts out"]:
-        """n of each expert without a gradient, computed."""
+        """Computes n of each expert without a gradient."""
         factors, squared = self.factors(), self.weight_norms_squared()
         if factors is None:
             return functional.root(squared)
@@ -245,7 +245,7 @@ class ExpertsProjection(AdaptedLayer):
             return torch.stack([functional.norms(*of_one, self.adapter.scale) for of_one in operands])
 
     def _dense_rows(self, index: Int[Tensor, " rows"], a: Tensor, b: Tensor) -> Float[Tensor, "rows in_"]:
-        """An expert at a time."""
+        """Computes the rows an expert at a time."""
         weight, owners, dense = self.frozen_matrix(), index // self.out_features, []
         for expert in owners.unique_consecutive().tolist():
             rows = index[owners == expert] - expert * self.out_features
@@ -255,7 +255,7 @@ class ExpertsProjection(AdaptedLayer):
         return torch.cat(dense)
 
     def merged_matrix(self) -> Float[Tensor, "experts out in_"]:
-        """W' of each expert, in float32 one at a time."""
+        """Computes W' of each expert, in float32 one at a time."""
         a, b = self.factors() or ([None] * self.experts, [None] * self.experts)
         magnitudes = [None] * self.experts if self.magnitude is None else self.magnitude
         operands = zip(self.as_matrix(self.weight), a, b, magnitudes, strict=True)
@@ -266,7 +266,7 @@ class ExpertsProjection(AdaptedLayer):
     def forward(
         self, rows: Float[Tensor, "rows in_"], counts: Sequence[int], bias: Float[Tensor, "experts out"] | None
     ) -> Float[Tensor, "rows out"]:
-        """y = g_e (W_e x + s B_e A_e x) + b_e of rows that stand in their experts' order, `counts` of each."""
+        """Computes y = g_e (W_e x + s B_e A_e x) + b_e of rows in their experts' order, `counts` of each."""
         self.refuse_what_would_not_train()
         rows = rows.to(functional.autocast_dtype(rows.device) or rows.dtype)
         if self.merged:
@@ -300,7 +300,7 @@ def products(
     weight: Float[Tensor, "experts out in_"],
     bias: Float[Tensor, "experts out"] | None,
 ) -> Float[Tensor, "rows out"]:
-    """W_e x + b_e of rows in their experts' order."""
+    """Computes W_e x + b_e of rows in their experts' order."""
     pieces = [
         F.linear(x, weight[expert].to(x.dtype), None if bias is None else bias[expert].to(x.dtype))
         for expert, x in enumerate(rows.split(list(counts)))
@@ -343,7 +343,7 @@ class AdaptedExperts(nn.Module):
         self.add_module(leaf, projection)
 
     def plain(self) -> nn.Module:
-        """The module of before, with the weights as they are now, merged or not."""
+        """Returns the module of before, with the weights as they are now, merged or not."""
         (base,) = self._replaced
         for name, child in self._modules.items():
             if isinstance(child, ExpertsProjection):
@@ -358,7 +358,7 @@ class AdaptedExperts(nn.Module):
         top_k_index: Int[Tensor, "tokens chosen"],
         top_k_weights: Float[Tensor, "tokens chosen"],
     ) -> Float[Tensor, "tokens width"]:
-        """The weighted sum of the outputs of each token's experts."""
+        """Computes the weighted sum of the outputs of each token's experts."""
         return self._weighted_sum(hidden_states, top_k_index, top_k_weights)  # pyright: ignore[reportCallIssue]
 
     # How many rows each expert gets is no shape that a graph can hold. `torch.compiler.disable` is the same, but

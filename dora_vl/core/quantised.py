@@ -29,10 +29,10 @@ IDENTITY_ROWS = 256
 
 @dataclass(frozen=True)
 class QuantisedKind:
-    """What must be known of a class of opaque linear layer."""
+    """Says what must be known of a class of opaque linear layer."""
 
     dtype: Callable[[Any], torch.dtype]
-    """The dtype of W."""
+    """Returns the dtype of W."""
     weight: Callable[[Any], Float[Tensor, "out in_"]] | None = None
     """W as the class itself dequantises it; None: the layer can only be called."""
     settle: Callable[[str, Any], None] = lambda name, layer: None
@@ -111,17 +111,17 @@ UNKNOWN_LINEAR = QuantisedKind(lambda layer: torch.float32)
 
 
 def class_path(module: nn.Module) -> str:
-    """A module's class as the tables write it."""
+    """Returns a module's class as the tables write it."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether a module is a quantised linear layer of a class known here."""
+    """Tells whether a module is a quantised linear layer of a class known here."""
     return class_path(module) in QUANTISED_KINDS
 
 
 def quantised_in(model: nn.Module) -> Iterator[tuple[str, Any, QuantisedKind]]:
-    """The quantised linear layers of a model, by full name, and what is known of their class."""
+    """Yields a model's quantised linear layers, by full name, with what is known of their class."""
     for name, module in model.named_modules():
         if is_quantised(module):
             yield name, module, QUANTISED_KINDS[class_path(module)]
@@ -134,14 +134,14 @@ def settle_quantised(model: nn.Module) -> None:
 
 
 def dequantised(layer: nn.Module) -> Float[Tensor, "out in_"]:
-    """The weight that a quantised layer multiplies by."""
+    """Returns the weight that a quantised layer multiplies by."""
     weight = QUANTISED_KINDS[class_path(layer)].weight
     assert weight is not None
     return weight(layer)
 
 
 def loose_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """What quantised layers hold that is neither parameter nor buffer; for whoever copies a model."""
+    """Lists tensors of quantised layers that are neither parameters nor buffers, which a copy of a model needs."""
     for _, layer, kind in quantised_in(model):
         yield from kind.loose_tensors(layer)
 
@@ -150,7 +150,7 @@ def loose_tensors(model: nn.Module) -> Iterator[Tensor]:
 def columns_by_product(
     product: Callable[[Tensor], Tensor], in_features: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[int, Float[Tensor, "columns out"]]]:
-    """The columns of a weight of which only W x is known, a block at a time, each with the index of its first."""
+    """Yields the columns of a weight of which only W x is known, in blocks, each with the index of its first."""
     for start in range(0, in_features, IDENTITY_ROWS):
         count = min(IDENTITY_ROWS, in_features - start)
         rows = torch.zeros(count, in_features, dtype=dtype, device=device)
@@ -163,13 +163,13 @@ class ProductOfPacked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Float[Tensor, "rows in_"], weight: Callable[[], Tensor]) -> Float[Tensor, "rows out"]:
-        """`weight` makes the dense W."""
+        """Multiplies by the dense W, which `weight` makes."""
         ctx.weight, ctx.dtype, dense = weight, rows.dtype, weight()
         return rows.to(dense.dtype) @ dense.t()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None]:
-        """The rows' gradient; W is frozen."""
+        """Returns the rows' gradient; W is frozen."""
         return (grad_outputs[0] @ ctx.weight()).to(ctx.dtype), None
 
 
@@ -186,25 +186,25 @@ class QuantisedLinear(LinearLayer):
 
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Where the frozen weight is and of which version; its values are not read."""
+        """Returns the frozen weight for its place and version; its values are not read."""
         return next(self.base.parameters())
 
     @property
     def bias(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The layer's own."""
+        """Returns the layer's own bias."""
         return cast("Tensor | None", self.base.bias)
 
     def compute_dtype(self) -> torch.dtype:
-        """The dtype of W."""
+        """Returns the dtype of W."""
         return self.kind.dtype(self.base)
 
     def forward(self, input: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
-        """y = g (base(x) - b + s B A x) + b."""
+        """Computes y = g (base(x) - b + s B A x) + b."""
         self.refuse_what_would_not_train()
         return self.adapted(input, self.base, self.bias)
 
     def frozen_tensors(self) -> list[Tensor | None]:
-        """All of the layer's tensors but its bias, which may train: which of them hold W is not known.
+        """Lists all of the layer's tensors but its bias, which may train; which of them hold W is not known.
 
         A loose one made in inference mode, as HQQ makes its scales, has no version; nothing but inference mode can edit
         it in place, and that is not seen.
@@ -214,18 +214,18 @@ class QuantisedLinear(LinearLayer):
         return [tensor for tensor in tensors if tensor is not bias]
 
     def tensors(self) -> list[Tensor | None]:
-        """The adapter's own, and those of the layer inside."""
+        """Lists the adapter's own tensors, and those of the layer inside."""
         adapter = [getattr(self, name) for name in self.FILE_LEAVES]
         return [*adapter, self.bias, *self._shards.values(), *self.frozen_tensors()]
 
     # -- the norm ----------------------------------------------------------------------------------------------
 
     def new_norms(self) -> Float[Tensor, " out"]:
-        """n without a gradient, computed; of a layer that can only be called by its product."""
+        """Computes n without a gradient; for a layer that can only be called, by its product."""
         return self.live_norms() if self.kind.weight is None else super().new_norms()
 
     def frozen_on_rows(self, rows: Float[Tensor, "rows in_"]) -> Float[Tensor, "out rows"]:
-        """W A^T of rows A, without the bias; W is dequantised anew for the backward pass."""
+        """Computes W A^T of rows A, without the bias; W is dequantised anew for the backward pass."""
         if self.kind.weight is None:
             return self._without_bias(self.base(rows.to(self.compute_dtype()))).t()
         if is_traced():
@@ -233,7 +233,7 @@ class QuantisedLinear(LinearLayer):
         return cast(Tensor, ProductOfPacked.apply(rows, self.frozen_matrix)).t()
 
     def frozen_matrix(self) -> Float[Tensor, "out in_"]:
-        """W, made for the one who asks."""
+        """Computes W."""
         if self.weight.device.type == "meta":
             return torch.empty(self.matrix_shape(), dtype=self.compute_dtype(), device="meta")
         if self.kind.weight is not None:
@@ -242,7 +242,7 @@ class QuantisedLinear(LinearLayer):
 
     @torch.no_grad()
     def frozen_norms_squared(self) -> Float[Tensor, " out"]:
-        """||W_i||^2 of every row; of a layer that is only called from its columns, a block at a time."""
+        """Computes ||W_i||^2 of every row; for a layer that is only called, from its columns, a block at a time."""
         if self.kind.weight is not None or self.weight.device.type == "meta":
             return super().frozen_norms_squared()
         dtype = functional.accumulation_dtype(self.compute_dtype())
@@ -261,7 +261,7 @@ class QuantisedLinear(LinearLayer):
     # -- not possible here -------------------------------------------------------------------------------------
 
     def merge(self, *, keep_base: bool = True) -> None:
-        """Refused."""
+        """Refuses."""
         self.refuse_merging("this layer")
 
     def refuse_merging(self, name: str) -> None:
@@ -270,5 +270,5 @@ class QuantisedLinear(LinearLayer):
         raise UserError(f"{name}: {what}; load the base without quantisation and merge there")
 
     def plain(self) -> nn.Module:
-        """The layer that was here before."""
+        """Returns the layer that was here before."""
         return self.base.train(self.training)

@@ -95,6 +95,6 @@ class AdaptedStep(torch.autograd.Function):
 
 
 def passes(product: Float[Tensor, "rows out"], matrix_shape: tuple[int, int], gain: Gain | None) -> Any:
-    """What has `output` and `gradients` for such a product: a file of kernels, or `functional`."""
+    """Returns what has `output` and `gradients` for such a product: a file of kernels, or `functional`."""
     kernels = None if gain is None else kernels_for(product, max(product.numel(), math.prod(matrix_shape)))
     return functional if kernels is None else kernels

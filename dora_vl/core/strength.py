@@ -23,7 +23,7 @@ from dora_vl.errors import UserError, shown
 MOST_STRENGTH = 10.0
 """Beyond it a model says nothing any more, and its numbers may leave those that there are."""
 SECOND_FACTORS = ("lora_B", "lambda_b")
-"""What multiplies B A of each kind of layer, so that t times it is t times the change."""
+"""Names what multiplies B A in each kind of layer, so that t times it is t times the change."""
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -35,7 +35,7 @@ class Share(NamedTuple):
 
 
 def checked_strength(value: object) -> float:
-    """The strength, where it is one."""
+    """Returns the strength; refuses what is none."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MOST_STRENGTH:
         raise UserError(
             f"the strength is {shown(value)}; a number from 0 (the base) over 1 (the adapter) to {MOST_STRENGTH:g}"
@@ -45,20 +45,20 @@ def checked_strength(value: object) -> float:
 
 @dataclass(frozen=True)
 class GainByStrength:
-    """What a layer's gain at any strength is made of; no weight is read for it again."""
+    """Makes a layer's gain at any strength; no weight is read for it again."""
 
     base_norms: Float[Tensor, " out"]
-    """||W_i||."""
+    """Is ||W_i||."""
     norms: Float[Tensor, " out"]
-    """||V_i|| of the whole adapter."""
+    """Is ||V_i|| of the whole adapter."""
     change_squared: Float[Tensor, " out"]
-    """||(s B A)_i||^2."""
+    """Is ||(s B A)_i||^2."""
     magnitude: Float[Tensor, " out"]
 
     @classmethod
     @torch.no_grad()
     def of(cls, layer: AdaptedLayer) -> GainByStrength | None:
-        """Those of an adapted layer; None for plain LoRA, which has no gain."""
+        """Takes the norms of an adapted layer; None for plain LoRA, which has no gain."""
         if layer.magnitude is None:
             return None
         norms, factors = layer.norms(), layer.factors()
@@ -70,7 +70,7 @@ class GainByStrength:
         return cls(functional.root(layer.weight_norms_squared()), norms, squared, layer.magnitude.detach())
 
     def norms_at(self, strength: float) -> Float[Tensor, " out"]:
-        """||V_t|| of each row from ||W||, n = ||V|| and ||s B A||^2; no product of W.
+        """Computes ||V_t|| of each row from ||W||, n = ||V|| and ||s B A||^2; no product of W.
 
         V_t lies on the line through W and V, so ||V_t||^2 = (1 - t) ||W||^2 + t n^2 - t (1 - t) ||s B A||^2 (Stewart's
         theorem). The sum is float64: its terms may cancel, and a float32 number's square has its root exactly, so that
@@ -81,21 +81,21 @@ class GainByStrength:
         return functional.root(squared).to(self.norms.dtype)
 
     def at(self, strength: float) -> Float[Tensor, " out"]:
-        """g_t: 1 at strength 0, m / n at 1."""
+        """Computes g_t: 1 at strength 0, m / n at 1."""
         return functional.gain(magnitude_between(self.base_norms, self.magnitude, strength), self.norms_at(strength))
 
 
 def magnitude_between(
     base_norms: Float[Tensor, " out"], magnitude: Float[Tensor, " out"], strength: float
 ) -> Float[Tensor, " out"]:
-    """m_t = (1 - t) ||W|| + t m; beyond t = 1 a magnitude that was above 0 ends at 0: a row never turns round."""
+    """Computes m_t = (1 - t) ||W|| + t m; beyond t = 1 a magnitude above 0 ends at 0, so that no row turns round."""
     moved = torch.lerp(base_norms, magnitude.to(base_norms.dtype), strength)
     return torch.where(magnitude > 0, moved.clamp_min(0), moved) if strength > 1 else moved
 
 
 @torch.no_grad()
 def layer_between(base: nn.Module, changed: Module, strength: float) -> Module:
-    """An adapter's own layer at a strength, in the place of the base's; what does not differ is shared with both."""
+    """Makes an adapter's own layer at a strength, for the base's place; what does not differ is shared with both."""
     between = copy.copy(changed)
     inner = changed._modules.get("base") if isinstance(changed, AdaptedLayer) else None
     modules: dict[str, nn.Module | None] = {}

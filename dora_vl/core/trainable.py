@@ -1,4 +1,4 @@
-"""What trains: one list, decided once at injection, read by the optimizer, the saver and the loader.
+"""Lists what trains, decided once at injection, for the optimizer, the saver and the loader.
 
 A projector at a learning rate of 2e-5 makes steps that bfloat16 rounds away. So what trains is float32, the rest of a
 half-precision model stays as it is, and the modules in between cast at their doors.
@@ -28,7 +28,7 @@ Gather = Callable[[Iterable[Tensor]], AbstractContextManager[Any]]
 _ATTRIBUTE = "_dora_vl_trained"
 _ROWS = re.compile(r"(.+)\[(-?\d+)?:(-?\d+)?\]")
 FACTORS = {"A": "lora_A", "B": "lora_B", "d": "lambda_d", "b": "lambda_b", "magnitude": "magnitude"}
-"""What a trained part of adapted layers is called behind the part's name, `dora.A` -> the layers' own name of its
+"""Maps what a trained part is called behind the part's name, as in `dora.A`, to the layers' own name of its
 tensor; `d` and `b` are DVoRA's vectors."""
 
 
@@ -45,16 +45,16 @@ class TrainedPart:
     parameters: dict[str, nn.Parameter]
     weight_decay: bool
     adapts: bool = False
-    """Whether these are what adapted layers add, not weights of the model's own."""
+    """True for what adapted layers add, False for weights of the model's own."""
 
     @property
     def part(self) -> str:
-        """The part as a run's settings name it: `dora` for `targets`, `vision`, `projector`."""
+        """Names the part as a run's settings do: `dora` for `targets`, `vision`, `projector`."""
         return self.name.rpartition(".")[0] if self.adapts else self.name
 
     @property
     def factor(self) -> str | None:
-        """`A`, `B`, `magnitude`... of adapted layers; None for whole weights."""
+        """Is `A`, `B`, `magnitude`... of adapted layers; None for whole weights."""
         return self.name.rpartition(".")[2] if self.adapts else None
 
 
@@ -66,19 +66,19 @@ class _PartNames(NamedTuple):
 
 
 class TrainedList(NamedTuple):
-    """What trains and what is kept, by name: decided once for a model."""
+    """Lists by name what trains and what is kept: decided once for a model."""
 
     parts: tuple[_PartNames, ...]
     also_keep: tuple[str, ...]
 
 
 def no_gather(tensors: Iterable[Tensor]) -> AbstractContextManager[Any]:
-    """The `Gather` of a model whose parameters are whole already."""
+    """Is the `Gather` of a model whose parameters are whole already."""
     return nullcontext(list(tensors))
 
 
 def matching(names: Iterable[str], patterns: Iterable[str], what: str) -> list[str]:
-    """The names that some full-name glob matches, in order."""
+    """Lists the names that some full-name glob matches, in order."""
     names = list(names)
     hits: set[str] = set()
     for pattern in patterns:
@@ -150,7 +150,7 @@ def refuse_unmatched(model: nn.Module, also_train: Mapping[str, tuple[str, ...]]
 
 
 def trained_parts(model: nn.Module) -> tuple[TrainedPart, ...]:
-    """The list of what trains, as `apply_dora` or `load_adapter` decided it for this model."""
+    """Lists what trains, as `apply_dora` or `load_adapter` decided it for this model."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return tuple(
         TrainedPart(part.name, {name: parameters[name] for name in part.parameters}, part.weight_decay, part.adapts)
@@ -159,13 +159,13 @@ def trained_parts(model: nn.Module) -> tuple[TrainedPart, ...]:
 
 
 def kept_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Frozen tensors that the adapter folder carries as well; a name may end in rows, which `kept_rows` takes."""
+    """Returns frozen tensors that the adapter folder carries too; a name may end in rows, which `kept_rows` takes."""
     tensors = all_tensors(model)
     return {name: tensors[split_rows(name)[0]] for name in trained_list(model).also_keep}
 
 
 def split_rows(name: str) -> tuple[str, slice]:
-    """A kept tensor's own name, and which of its rows are kept: `shared.weight[-200:]`, or all."""
+    """Splits off which rows of a kept tensor its name means: `shared.weight[-200:]`, or all."""
     match = _ROWS.fullmatch(name)
     if match is None:
         return name, slice(None)
@@ -173,18 +173,18 @@ def split_rows(name: str) -> tuple[str, slice]:
 
 
 def kept_rows(name: str, tensor: Tensor) -> Tensor:
-    """The rows of a whole (gathered) tensor that its name in the list asks for, as a view."""
+    """Returns the rows of a whole (gathered) tensor that its name in the list means, as a view."""
     rows = split_rows(name)[1]
     return tensor if rows == slice(None) else tensor[rows]
 
 
 def named_tensor(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """A trained or kept tensor, or the rows of it that are kept, by its name in the list."""
+    """Returns a trained or kept tensor, or the rows of it that are kept, by its name in the list."""
     return kept_rows(name, tensors[split_rows(name)[0]])
 
 
 def _kept_names(names: Iterable[str], patterns: Iterable[str]) -> tuple[str, ...]:
-    """Full names for the globs of `also_keep`, each with its pattern's rows."""
+    """Lists full names for the globs of `also_keep`, each with its pattern's rows."""
     names, kept = list(names), []
     for pattern in patterns:
         glob, rows = split_rows(pattern)
@@ -194,7 +194,7 @@ def _kept_names(names: Iterable[str], patterns: Iterable[str]) -> tuple[str, ...
 
 
 def is_adapted(model: nn.Module) -> bool:
-    """Whether `apply_dora` or `load_adapter` has been here."""
+    """Tells whether `apply_dora` or `load_adapter` has been here."""
     return _ATTRIBUTE in vars(model)
 
 
@@ -204,14 +204,14 @@ def forget_trained(model: nn.Module) -> None:
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
-    """Every adapted layer with its full name."""
+    """Yields every adapted layer with its full name."""
     for name, module in model.named_modules():
         if isinstance(module, AdaptedLayer):
             yield name, module
 
 
 def trained_list(model: nn.Module) -> TrainedList:
-    """What trains in an adapted model, by name."""
+    """Returns what trains in an adapted model, by name."""
     if not is_adapted(model):
         raise ValueError("the model has no adapter; call apply_dora(model, config) or load_adapter(model, folder)")
     return vars(model)[_ATTRIBUTE]
@@ -223,7 +223,7 @@ def all_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _refuse_untrainable(model: nn.Module, by_part: Mapping[str, list[str]]) -> None:
-    """What would train twice, or not at all: an adapted layer's frozen weight, and quantised integers."""
+    """Refuses what would train twice, or not at all: an adapted layer's frozen weight, and quantised integers."""
     owner: dict[str, str] = {}
     frozen = {id(layer.weight): name for name, layer in adapted_layers(model)}
     parameters = dict(model.named_parameters())

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dora_vl.backbones.feature_encoder import FeatureEncoder
-from dora_vl.backbones.generation import NO_TOKEN, NoNumbers, likeliest, says_true, with_numbers
+from dora_vl.backbones.generation import NO_TOKEN, NoNumbers, says_true, with_numbers
 from dora_vl.backbones.pieces import Seq2SeqEncoder
 from dora_vl.backbones.vision_store import FeatureReader, clip_of_features, fixed_length
 from dora_vl.backbones.vlbart import VlBartBackbone
@@ -182,13 +182,13 @@ class VlBartAssistant:
                 scores = self.backbone.likelihoods(ids, mask, features, labels)
                 for row, example in enumerate(examples):
                     scores[row, len(example.choices) :] = float("-inf")
-                return with_numbers([f"a{index}" for index in likeliest(scores).tolist()], scores)
+                return with_numbers([f"a{index}" for index in scores.argmax(1).tolist()], scores)
             if subtask.answer_by == "words":  # each example has choices of its own
                 texts: list[str | None] = []
                 for row, example in enumerate(examples):
                     one_row, labels = slice(row, row + 1), self._labels(example.choices)
                     scores = self.backbone.likelihoods(ids[one_row], mask[one_row], features[one_row], labels)
-                    texts += with_numbers([f"a{int(likeliest(scores))}"], scores)
+                    texts += with_numbers([f"a{int(scores.argmax(1))}"], scores)
                 return texts
             search = subtask.search
             new = self.backbone.generate(
@@ -215,7 +215,7 @@ class VlBartAssistant:
         true_token, false_token = self.encoder.first_token(TRUE), self.encoder.first_token(FALSE)
         if true_token is None or false_token is None:
             scores = backbone.likelihoods(ids, mask, features, self._labels((TRUE, FALSE)))
-            return with_numbers([TRUE if index == 0 else FALSE for index in likeliest(scores).tolist()], scores)
+            return with_numbers([TRUE if index == 0 else FALSE for index in scores.argmax(1).tolist()], scores)
         encoded, joint = backbone.encode(ids, mask, features)
         config = backbone.config
         begun = torch.tensor([[config.decoder_start_token_id, config.bos_token_id]], device=ids.device)

@@ -66,7 +66,7 @@ def core_config(
         for name, part in adapter.parts.items()
     }
     if adapter.targets is not None:
-        targets = resolved_targets(model, adapter.targets, "adapter.targets", whole=adapter.method == "full")
+        targets = resolved_targets(model, adapter.targets, "adapter.targets", any_module=adapter.method == "full")
     named = (*targets, *(glob for part in settings["parts"].values() for glob in part.targets))
     if "experts" not in adapter.kinds and names_experts(model, named):
         settings["kinds"] = (*adapter.kinds, "experts")

@@ -75,32 +75,6 @@ def test_one_graph_equals_peft(form, training, eager_first):
     assert_equal_to_peft(plain, fast, compiled(fast))
 
 
-def test_eval_after_training_in_the_same_graph_and_back():
-    plain, fast = twins(lora_dropout=0.4)
-    graph = compiled(fast)
-    for training in (False, True, False):
-        plain.train(training)
-        graph.train(training)
-        if training:
-            assert not torch.equal(graph(X), graph(X))
-        else:
-            torch.testing.assert_close(graph(X), plain(X), rtol=1e-5, atol=1e-6)
-
-
-def test_fresh_after_every_step():
-    plain, fast = twins()
-    graph = compiled(fast.train())
-    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=0.05) for m in (plain, fast)]
-    start = plain(X).detach()
-    for _ in range(4):
-        assert_equal_to_peft(plain.train(), fast, graph)
-        for optimizer in optimizers:
-            optimizer.step()
-    assert (plain(X) - start).abs().max() > 0.1
-    with torch.no_grad():
-        torch.testing.assert_close(graph.eval()(X), plain.eval()(X), rtol=1e-4, atol=1e-5)
-
-
 def test_adapters_switch_scale_disable_and_merge_after_compiling():
     plain = peft_pair()
     plain.add_adapter("other", LoraConfig(r=2, lora_alpha=5, use_dora=True, target_modules=["first", "second"]))

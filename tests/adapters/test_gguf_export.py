@@ -1,6 +1,7 @@
 """GGUF as it is written here: transformers reads the same model back, and what the files say.
 
-Text, biases, scores and rotary positions are compared with llama.cpp itself, in test_gguf_in_llama_cpp.
+Text, biases, scores, rotary positions and all models in float32 are compared with llama.cpp itself, in
+test_gguf_in_llama_cpp.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dora_vl.adapters.gguf import MODEL_FILE, VISION_FILE, export_gguf, refuse_g
 from dora_vl.cli import main
 from dora_vl.errors import UserError
 from dora_vl.evaluation.open_model import folder_of_gguf
-from tests.adapters.gguf_models import MODELS, byte_level, dora_on, language
+from tests.adapters.gguf_models import byte_level, dora_on, language
 from tests.adapters.test_hub_names import adapter_on, logits
 from tests.backbones.tiny_image_text import write_tiny
 from tests.backbones.tiny_language import byte_tokenizer, tiny_language
@@ -38,12 +39,8 @@ def read_back(folder: Path) -> Any:
     return model.eval()
 
 
-QUICK = ("llama", "gemma2")
-KINDS = [(name, kind) for name in QUICK for kind in ("f32", "f16", "q8_0")]
-KINDS += [pytest.param(name, "f32", marks=pytest.mark.slow) for name in MODELS if name not in QUICK]
-
-
-@pytest.mark.parametrize(("name", "kind"), KINDS)
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
 def test_transformers_reads_the_adapted_model_back(tmp_path: Path, name: str, kind: str) -> None:
     tokenizer = byte_tokenizer()
     base = language(tmp_path / "base", name, tokenizer)
@@ -56,7 +53,7 @@ def test_transformers_reads_the_adapted_model_back(tmp_path: Path, name: str, ki
         expected, written = model(ids).logits, again(ids).logits
     assert again.config.model_type == model.config.model_type.replace("mistral", "llama")
     scale = float(expected.abs().max())
-    tolerance = {"f32": 1e-5, "f16": 2e-3, "q8_0": 5e-2}[kind]
+    tolerance = {"f16": 2e-3, "q8_0": 5e-2}[kind]
     assert float((written - expected).abs().max()) < tolerance * scale
     assert scale > 0.1
     with torch.no_grad():
@@ -137,33 +134,6 @@ def test_of_a_llava_that_llama_cpp_has_no_tower_of_the_language_model_goes_alone
     with torch.no_grad():
         expected, written = model(input_ids=ids).logits, read_back(tmp_path / "to")(ids).logits
     torch.testing.assert_close(written, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_what_an_mmproj_file_says(tmp_path: Path) -> None:
-    base = write_tiny_llava(tmp_path / "base", width=64)
-    export_gguf(empty(), base, tmp_path / "to", PreTrainedTokenizerFast.from_pretrained(base), kind="f32")
-    file = tmp_path / "to" / VISION_FILE
-    stated = {
-        "general.architecture": "clip",
-        "clip.projector_type": "mlp",
-        "clip.has_vision_encoder": True,
-        "clip.use_gelu": False,  # quick_gelu
-        "clip.vision.image_size": 8,
-        "clip.vision.patch_size": 4,
-        "clip.vision.projection_dim": 64,
-        "clip.vision.block_count": 1,  # of two: the features are the last block's input
-        "clip.vision.feature_layer": [1],
-        "clip.vision.image_mean": [0.5, 0.5, 0.5],
-    }
-    written = fields(file)
-    assert {name: written[name] for name in stated} == stated
-    names = {tensor.name: tuple(map(int, tensor.shape)) for tensor in gguf.GGUFReader(file).tensors}
-    assert names["v.patch_embd.weight"] == (4, 4, 3, 16)
-    assert names["v.blk.0.ffn_up.weight"] == (16, 32)
-    assert names["mm.0.weight"] == (16, 64)
-    assert names["mm.2.bias"] == (64,)
-    assert "v.pre_ln.weight" in names
-    assert not [name for name in names if name.startswith(("v.blk.1.", "v.post_ln"))]
 
 
 def changed(base: Path, **settings: Any) -> Path:

@@ -335,15 +335,6 @@ def test_a_second_derivative_is_refused():
         gradient.square().sum().backward()
 
 
-def test_deleted_adapters_are_let_go():
-    _, fast = twins(DORA)
-    fast.delete_adapter("other")
-    fast.add_adapter("third", LoraConfig(r=2, use_dora=True, target_modules=TARGETS))
-    fast.set_adapter("third")
-    logits(fast)
-    assert set(vars(layer_of(fast))["_dora_vl_core"].cores) == {"default", "third"}
-
-
 def test_layers_that_cannot_go_are_named_and_stay_pefts():
     class Pair(nn.Module):
         def __init__(self) -> None:

@@ -16,7 +16,7 @@ from dora_vl.adapters.quantised_base import SCHEMES
 from dora_vl.adapters.several import AdapterSlots, Layers, rows_seen
 from dora_vl.backbones.model import open_backbone
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora
-from dora_vl.core.adapter_slots import Row, SlotLayer
+from dora_vl.core.adapter_slots import Slot, SlotLayer
 from dora_vl.core.strength import Share
 from dora_vl.errors import UserError
 from tests.adapters import foreign_files
@@ -75,27 +75,9 @@ def adapter_slots(model: Any, folders: Mapping[str, Path]) -> AdapterSlots:
 
 
 @torch.no_grad()
-def logits(adapters: AdapterSlots, names: tuple[Row, ...]) -> Tensor:
+def logits(adapters: AdapterSlots, names: tuple[Slot, ...]) -> Tensor:
     with adapters.batch.holding(names):
         return adapters.model(IDS[: len(names)]).logits
-
-
-@torch.no_grad()
-def test_every_kind_of_adapter_in_one_batch(folders: dict[str, Path]) -> None:
-    names = (None, *folders, None)
-    assert len(names) == len(IDS)
-    plain = tiny_llama()
-    base = plain(IDS).logits
-    outputs = logits(adapter_slots(tiny_llama(), folders), names)
-    for number, name in enumerate(names):
-        if name is None:
-            assert torch.equal(outputs[number], base[number])
-            continue
-        model = tiny_llama()
-        load_adapter(model, folders[name], change_base=False)
-        expected = model.eval()(IDS).logits[number]
-        assert (expected - base[number]).abs().max() > 1e-2, name
-        torch.testing.assert_close(outputs[number], expected, rtol=1e-3, atol=1e-3, msg=name)
 
 
 @torch.no_grad()

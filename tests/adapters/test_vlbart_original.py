@@ -65,18 +65,6 @@ def test_b_takes_a_scale_that_the_form_does_not_have(tmp_path: Path, base: Path)
     assert f"{Q}.weight" not in state
 
 
-def test_layers_of_two_alphas_need_one_for_vl_adapter(tmp_path: Path, base: Path) -> None:
-    folder = adapter(tmp_path / "a", method="lora", alpha_pattern={V: 9.0})
-    with pytest.raises(UserError):
-        written(folder, base, "vl-adapter", tasks=("vqa",))
-    state, source = written(folder, base, "vl-adapter", tasks=("vqa", "gqa"), alpha=4.0), read_adapter(folder)
-    for name, ratio in ((Q, 1.0), (V, 9.0 / 4.0)):
-        b = source.factors[name].lora_B
-        assert b is not None
-        assert torch.equal(state[f"{name}.lora_Bs.gqa"], b * ratio)
-        assert torch.equal(state[f"{name}.lora_As.vqa"], source.factors[name].lora_A)  # type: ignore[arg-type]
-
-
 def test_alpha_is_the_result_s_where_the_adapter_states_its_own(tmp_path: Path, base: Path) -> None:
     words = ["convert", str(adapter(tmp_path / "a", method="lora", alpha_pattern={V: 9.0})), "--base", str(base)]
     words += ["--any-base", "--alpha", "4", "--to"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import AddedToken
-from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerBase
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerBase
 from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
@@ -64,6 +64,18 @@ def tiny_llava_config(image_token_id: int = 60, vocabulary: int = 64) -> LlavaCo
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
+
+
+def small_clip(seed: int) -> CLIPModel:
+    """A CLIP of a few thousand weights, the same for the same seed; four by four patches of 8 pixels."""
+    torch.manual_seed(seed)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPConfig(
+        vision_config={**small, "image_size": 32, "patch_size": 8},
+        text_config={**small, "vocab_size": 30},
+        projection_dim=6,
+    )
+    return CLIPModel(config).eval()
 
 
 @pytest.fixture

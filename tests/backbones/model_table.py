@@ -17,25 +17,23 @@ HEAD = """\
 
 <!-- Written by `python -m tests.backbones.model_table` from tests/backbones/tiny_families/; change it there. -->
 
-`dora-vl train` adapts any of these; `model_type` in a base's `config.json` says the family. Each is tested
-with a tiny random model: ids equal to the processor's, the loss equal to transformers' within 1e-5 (float32),
-conversations with no picture, with one and with two, three training steps, the adapter opened again, merged and asked.
-By default every linear layer of the language model is adapted and the projector trains whole. Prompts are the base's
-chat template, conversations hold any number of pictures, unless the table says otherwise.
+`dora-vl train` adapts any of these; `model_type` in a base's `config.json` names the family. Each is tested
+with a tiny random model: the processor's ids, transformers' loss within 1e-5 (float32), conversations with no picture,
+one and two, three training steps, the adapter opened again, merged and asked. By default every linear layer of the
+language model is adapted and the projector trains whole. Prompts are the base's chat template, conversations hold any
+number of pictures, unless the table says otherwise.
 
-Videos as such: {video}. To the others a video is so many pictures: {still}.
+{all} families, those with a + with videos as such, the others with a picture a frame: {names}.
 
-Packed rows and trees (`data.packing`) train alike in {rows} of {all}: loss and every gradient within 1e-10 of rows of
-their own, with checkpointing too; remarks tell why the others keep plain rows.
-
-Outputs of the frozen vision parts can be stored (`data.cache_features`) in {stored} of {all}; remarks tell why not.
+Packed rows and trees (`data.packing`) train alike in {rows} families: loss and every gradient within 1e-10 of rows of
+their own, with checkpointing too. Outputs of the frozen vision parts can be stored (`data.cache_features`) in {stored}.
 
 | `model_type` | remarks |
 | --- | --- |
 """
 PEFT = """
-PEFT opens their adapters with the same logits (within 1e-4), but for {refused}, whose layers it takes for those of an
-older model and would lose, as it would {untried}'s: their folders say `DORA_VL`, which PEFT refuses.
+PEFT opens their adapters with the same logits (within 1e-4), but for {refused}, whose layers it takes for an older
+model's, as it would {untried}'s: their folders say `DORA_VL`, which PEFT refuses.
 """
 LANGUAGE = """
 ## Language models
@@ -47,21 +45,21 @@ ROUNDS = """
 ## Several rounds, and thoughts
 
 Each answer is trained as it is asked for: behind the chat template's own generation prompt, through what closes it.
-Where a template writes earlier answers otherwise once later turns follow (Qwen3 and gpt-oss drop their thoughts, Phi-4
-mini ends the text behind the last alone), each round that it rewrites is a row of its own, with what inference would
-have seen. The rounds still count as one sample, and as trees they share what they begin with, where they show the same
+Some templates rewrite earlier answers once later turns follow (Qwen3 and gpt-oss drop their thoughts, Phi-4
+mini ends the text behind the last alone). Then each rewritten round is a row of its own, with what inference would
+have seen. The rounds count as one sample, and as trees they share what they begin with, if they show the same
 pictures.
 
 Thoughts are what an answer has in `<think>...</think>` at its beginning; the template gets them in its own form
-(`reasoning_content`, a part of type `thinking`, or the text). If any of the samples that are looked at has some, a
-template with a switch (`enable_thinking`, `thinking`) is asked with it on, else with it off; the log says so, and
-`recipe.json` (`thinking`) keeps it for `dora-vl ask`, `evaluate` and `serve`. Other servers take it from you, such as
-vLLM by `chat_template_kwargs`; so does a merged folder, which has no recipe. Where a prompt opens a thought by itself
+(`reasoning_content`, a part of type `thinking`, or the text). A template with a switch (`enable_thinking`,
+`thinking`) is asked with it on if any sample that is looked at has thoughts, else off; `recipe.json` (`thinking`) keeps
+that for `dora-vl ask`, `evaluate` and `serve`. Other servers, and merged folders, take it from you, such as
+vLLM by `chat_template_kwargs`. Where a prompt itself opens a thought
 (QwQ, DeepSeek-R1), an answer without one is trained behind an empty one, which is no part of the answer when asked.
 
-Tried by conversations of one to four rounds, thoughts in all, some or no answers, pictures in later rounds, with
-templates written after those of Qwen3, Qwen3-VL thinking, QwQ, DeepSeek-R1 and V3.1, gpt-oss, GLM-4.5V, SmolLM3,
-Granite, Phi-4, Phi-4 mini, Magistral, Kimi-VL, SmolVLM and LLaVA-OneVision.
+Tested with one to four rounds, thoughts in all, some or no answers, pictures in later rounds, and templates after
+Qwen3, Qwen3-VL thinking, QwQ, DeepSeek-R1 and V3.1, gpt-oss, GLM-4.5V, SmolLM3, Granite, Phi-4, Phi-4 mini,
+Magistral, Kimi-VL, SmolVLM and LLaVA-OneVision.
 """
 REFUSED = """
 ## Not trained
@@ -76,7 +74,7 @@ LOST_BY_PEFT = ("inkling2", "inkling2_loop", "unlimited_ocr")
 UNTRIED = """
 ## Not tried
 
-The other types of `AutoModelForImageTextToText` go the same way, and nobody has tested them: {untried}.
+The other types of `AutoModelForImageTextToText` go the same way, untested: {untried}.
 
 ## Models without a chat template
 
@@ -115,13 +113,12 @@ def page() -> str:
     untried = sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - tried)
     families = sorted(FAMILIES)
     lines = [line for line in (row(name, FAMILIES[name]) for name in families) if not line.endswith("|  |")]
-    video, still = (
-        ", ".join(name for name in families if bool(FAMILIES[name].video) is kind) for kind in (True, False)
-    )
+    names = ", ".join(f"{name}{'+' if FAMILIES[name].video else ''}" for name in families)
     stored, rows = (sum(not getattr(FAMILIES[name], why) for name in families) for why in ("unstored", "plain_rows"))
+    head = HEAD.format(names=names, stored=stored, rows=rows, all=len(families))
     refused_by_peft = [name for name in sorted(FAMILIES) if not FAMILIES[name].peft]
     return (
-        f"{HEAD.format(video=video, still=still, stored=stored, rows=rows, all=len(families))}{chr(10).join(lines)}\n"
+        f"{head}{chr(10).join(lines)}\n"
         f"{PEFT.format(refused=', '.join(refused_by_peft), untried=', '.join(LOST_BY_PEFT))}"
         f"{LANGUAGE.format(tested=', '.join(LANGUAGE_MODELS))}"
         f"{ROUNDS}{REFUSED}{chr(10).join(refused())}\n"

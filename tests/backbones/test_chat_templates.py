@@ -27,10 +27,8 @@ from tests.backbones.image_text_conversations import (
     Conversation,
     encoder_of,
     messages_of,
-    processor_inputs,
     sample_of,
 )
-from tests.backbones.tiny_families.table import FAMILIES
 from tests.backbones.tiny_image_text import CHATML, write_tiny, write_tiny_language
 
 Folders = Mapping[str, Path]
@@ -66,12 +64,6 @@ class TestLanguageModels:
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
         )
         return own
-
-    def test_it_equals_chatml_but_for_the_last_newline(self, own: PreTrainedTokenizerFast) -> None:
-        ours, theirs = (encode_talk(piece_encoder(own, name), self.SAMPLE) for name in ("chatml", "tokenizer"))
-        assert theirs.input_ids.tolist()[:-1] == ours.input_ids.tolist()
-        assert theirs.labels.tolist() == [*ours.labels.tolist(), -100]
-        assert own.convert_ids_to_tokens(theirs.input_ids.tolist()).count("<s>") == 1
 
     def test_a_template_of_parts_says_the_same(self, own: PreTrainedTokenizerFast) -> None:
         """Templates of models with pictures pick the parts of type text; a string has none, and all was lost."""
@@ -140,56 +132,11 @@ class TestLanguageModels:
         assert trained(encoder, sample) == "red<|im_end|>"
 
 
-TURN = "{{ m.role }}: {% for p in m.content %}{% if p.type == 'image' %}PICTURE{% else %}{{ p.text }}{% endif %}"
-OPEN = (
-    "{% for m in messages %}" + TURN + "{% endfor %} {% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-)
-STRIPPING = CHATML.replace(
-    "{% if m.content is string %}", "{% if m.role != 'user' and m != messages[-1] %}...{% elif m.content is string %}"
-)
-REWRITING = CHATML.replace(
-    "{% for part in m.content %}",
-    "{% if m.role == 'assistant' and m == messages[-1] %}<think></think>{% endif %}{% for part in m.content %}",
-)
-THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n\n</think>\n\n{% endif %}").replace(
-    "{% for part in m.content %}",
-    "{% if m.role == 'assistant' and m == messages[-1] %}<think>\n\n</think>\n\n{% endif %}{% for part in m.content %}",
-)
-
-
-@pytest.mark.parametrize(
-    "template", [OPEN, CHAT["llava_onevision"]], ids=["closes no answer", "opens otherwise than asked"]
-)
-def test_answers_are_trained_behind_what_is_asked_up_to_an_end_token(tmp_path: Path, template: str) -> None:
-    """LLaVA-OneVision opens an answer with a space and a line break, and asks without the space."""
-    encoder = encoder_of(write_tiny("qwen2_5_vl", tmp_path / "odd", template=template))
-    sample = sample_of(encoder, TALKS[TWO_QUESTIONS])
-    assert trained(encoder, sample) == "The second is blue.<|im_end|>Yes<|im_end|>"
-    assert [row.answers for row in sample.rows()] == [(1,), (0,)]
-    if template == CHAT["llava_onevision"]:
-        last, first = (encoder.tokenizer.decode(row.input_ids) for row in sample.rows())
-        assert first.endswith("<|im_start|>assistant\nThe second is blue.<|im_end|>")
-        assert "<|im_start|>assistant \nThe second" in last  # as inference has it
-        assert last.endswith("<|im_start|>assistant\nYes<|im_end|>")
-
-
 @pytest.mark.parametrize("template", [CHATML.replace("PICTURE", ""), "{% for m in messages %}{{ m.role }}{% endfor %}"])
 def test_a_template_that_cannot_be_trained_on_is_refused(tmp_path: Path, template: str) -> None:
     folder = write_tiny("qwen2_5_vl", tmp_path / "odd", template=template)
     with pytest.raises(UserError):
         encoder_of(folder)
-
-
-@pytest.mark.parametrize("template", [STRIPPING, REWRITING])
-def test_a_template_that_rewrites_earlier_answers_has_a_row_for_each_round(tmp_path: Path, template: str) -> None:
-    encoder = encoder_of(write_tiny("qwen2_5_vl", tmp_path / "odd", template=template))
-    assert trained(encoder, sample_of(encoder, TALKS["one picture"])).endswith("It is red.<|im_end|>")
-    turns, pictures = TALKS[TWO_QUESTIONS]
-    for row in sample_of(encoder, TALKS[TWO_QUESTIONS]).rows():
-        (number,) = row.answers
-        prompt = encoder.encode_prompt(turns[: 2 * number + 1], pictures)["input_ids"][0]
-        assert row.input_ids[: len(prompt)].tolist() == prompt.tolist()
-        assert encoder.tokenizer.decode(row.labels[len(prompt) :].clamp_min(0)).count(turns[2 * number + 1].text) == 1
 
 
 PUBLISHED = {
@@ -202,14 +149,13 @@ PUBLISHED = {
     "gemma3": ("It is red.<eoi>", 0),
     "gemma3_with_system": ("It is red.<eoi>", 1),
     "glm": ("It is red.<|im_end|>", 1),
-    "thinking": ("It is red.<|im_end|>", 0),
 }
 """What of the first conversation is trained, and how often a system turn is said where that is tried."""
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_templates(tmp_path: Path, name: str) -> None:
-    (reply, times), template = PUBLISHED[name], {**CHAT, "chatml": CHATML, "thinking": THINKING}[name]
+    (reply, times), template = PUBLISHED[name], {**CHAT, "chatml": CHATML}[name]
     encoder = encoder_of(write_tiny("qwen2_5_vl", tmp_path / "published", template=template))
     plain = TALKS["one picture"]
     for turns, pictures in (plain, with_system(plain)) if times else (plain,):
@@ -242,29 +188,6 @@ def template_ids(encoder: Encoder, conversation: Conversation, *, system_as_text
     return inputs["input_ids"][0]
 
 
-SOME = ("qwen2_5_vl", "smolvlm", "internvl", "gemma3", "llava_next", "glm4v", "mistral3", "mllama")
-
-
-@pytest.mark.parametrize("family", SOME)
-def test_with_a_system_turn_inputs_are_the_processor_s_own_and_answers_alone_are_trained(
-    folders: Folders, family: str
-) -> None:
-    pytest.importorskip(FAMILIES[family].needs or "transformers")
-    encoder = encoder_of(folders[family])
-    for plain in TALKS.values():
-        conversation = with_system(plain)
-        sample, without = sample_of(encoder, conversation), sample_of(encoder, plain)
-        theirs = processor_inputs(encoder, family, [conversation])
-        ours = {"input_ids": sample.input_ids[None], **sample.inputs}
-        assert ours.keys() == theirs.keys()
-        for name, value in theirs.items():
-            torch.testing.assert_close(ours[name], value, rtol=0, atol=0, check_dtype=name != "input_ids")
-        labelled = sample.labels != IGNORED_LABEL
-        assert torch.equal(sample.labels[labelled], sample.input_ids[labelled])
-        assert trained(encoder, sample) == trained(encoder, without)
-        assert encoder.tokenizer.decode(sample.input_ids).count(SYSTEM.text) == 1
-
-
 RAISING = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + CHATML
 
 
@@ -287,14 +210,6 @@ def test_a_place_in_the_last_question_alone_serves_prompts(tmp_path: Path) -> No
         turns, pictures = with_system(TALKS[name])
         text = encoder.tokenizer.decode(encoder.encode_prompt(turns[:count], pictures)["input_ids"][0])
         assert text.rpartition("[INST]")[2].startswith(f"{SYSTEM.text}\n\n")
-
-
-@pytest.mark.parametrize("family", ["chameleon", "paligemma"])
-def test_formats_without_a_place_for_it_refuse_the_sample(folders: Folders, family: str) -> None:
-    encoder, conversation = encoder_of(folders[family]), TALKS["one picture"]
-    sample_of(encoder, conversation)
-    with pytest.raises(BadSample):
-        sample_of(encoder, with_system(conversation))
 
 
 QUESTION, ANSWER = TALKS["no picture"][0]

@@ -17,7 +17,7 @@ from dora_vl.backbones.towers import ImagePreparation, Preparation
 from dora_vl.data.example import Clip
 from dora_vl.data.video import EverySeconds, Uniform, VideoReader
 from dora_vl.errors import UserError
-from tests.backbones.tiny_clip import small_clip
+from tests.backbones.conftest import small_clip
 from tests.data.video_files import write_video
 
 TIMM = TowerSpec(library="timm", name="tf_efficientnet_lite0", weights="random", image_size=64)

@@ -12,7 +12,7 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 
-from dora_vl.backbones.vision_store import FeatureRow, FeatureWriter, ParquetFeatures, open_features
+from dora_vl.backbones.vision_store import FeatureRow, FeatureWriter, open_features
 from dora_vl.errors import BadSample, UserError
 
 
@@ -45,21 +45,6 @@ def test_rows_of_different_lengths_come_back(tmp_path: Path) -> None:
     assert len(sent) < 2000  # no features in it
     again = pickle.loads(sent)
     assert torch.equal(again.read("v3"), source.read("v3"))
-
-
-def test_a_stopped_run_goes_on_and_nothing_half_written_is_read(tmp_path: Path) -> None:
-    writer = FeatureWriter(tmp_path, {"frames": 2}, shard_bytes=200)
-    for row in rows(3):
-        writer.add(row)
-    done = open_features(tmp_path).rows
-    assert 0 < len(done) < 3
-    (tmp_path / ".shard-0.safetensors.17").write_bytes(b"half")
-    writer = FeatureWriter(tmp_path, {"frames": 2})
-    for row in rows(4):
-        if row.name not in done:
-            writer.add(row)
-    writer.flush()
-    assert set(open_features(tmp_path).rows) == {"v0", "v1", "v2", "v3"}
 
 
 def test_other_settings_are_refused(tmp_path: Path) -> None:
@@ -212,16 +197,6 @@ def test_damaged_pages_of_a_shard_are_a_bad_sample_and_a_cut_shard_is_named(tmp_
     shard.write_bytes(bytes(content[:-20]))
     with pytest.raises(UserError):
         open_features(tmp_path)
-
-
-def test_only_so_many_groups_stay_in_memory(tmp_path: Path) -> None:
-    write_parquet(tmp_path)
-    for cache_bytes in (2 * TOKENS * WIDTH * 2, 1):
-        store = ParquetFeatures(tmp_path, cache_bytes=cache_bytes)
-        for name in (*VALUES, *VALUES):
-            assert torch.equal(store.read(name), VALUES[name])
-            cached = sum(group.nbytes for group in store._groups.values())
-            assert cached <= cache_bytes or len(store._groups) == 1
 
 
 def test_what_is_no_folder_of_one_form_is_refused(tmp_path: Path) -> None:

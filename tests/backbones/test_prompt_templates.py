@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.loading import add_image_token, load_tokenizer
 from dora_vl.backbones.specs import TemplateName
-from dora_vl.backbones.templates import TEMPLATES, VICUNA_SYSTEM
+from dora_vl.backbones.templates import TEMPLATES
 from dora_vl.data.samples import Labelled, check_labels
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
@@ -135,81 +135,6 @@ def test_a_template_whose_tokens_the_model_lacks_is_refused(tmp_path: Path) -> N
         piece_encoder(tokenizer, "vicuna")
 
 
-TOKENS_PER_IMAGE = 4
-
-
-def published_mask(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[list[int], list[bool]]:
-    """`preprocess_v1` of LLaVA c121f04; one picture is one id, -200.
-
-    The original takes 1 off the later rounds' lengths where the tokenizer puts no space mark after `</s>`: LLaMA's
-    "USER" is one token there and two at the beginning of a text. Here that difference is measured.
-    """
-
-    def tokens(part: str) -> list[int]:
-        pieces = [tokenizer(piece).input_ids for piece in part.split("<image>")]
-        joined = list(pieces[0])
-        for piece in pieces[1:]:
-            joined += [-200, *piece[1:]]
-        return joined
-
-    longer_alone = len(tokens("USER:")) - (len(tokens("</s>USER:")) - 1)
-    ids = tokens(text)
-    trained = [True] * len(ids)
-    trained[0] = False
-    cursor = 1
-    for number, part in enumerate(text.split("</s>")):
-        if not part:
-            break
-        question, separator, _ = part.partition(" ASSISTANT: ")
-        round_length, question_length = len(tokens(part)), len(tokens(question + separator)) - 2
-        if number:
-            round_length, question_length = round_length - longer_alone, question_length - longer_alone
-        trained[cursor : cursor + question_length] = [False] * question_length
-        # `</s>` was split off the round, and the begin token it counts stands for it.
-        cursor += round_length
-    trained[cursor:] = [False] * (len(ids) - cursor)
-    assert cursor == len(ids), "the published code would call this a tokenization mismatch"
-    return ids, trained
-
-
-plain_answers = st.lists(
-    st.tuples(
-        st.sampled_from(["Is it red?", "What is in the picture?", "it"]),
-        st.sampled_from(["Yes, it is.", "A red circle", "No", "42", "blue"]),
-    ),
-    min_size=1,
-    max_size=4,
-)
-
-
-@settings(max_examples=30, deadline=None)
-@given(rounds=plain_answers, with_picture=st.booleans())
-def test_equal_to_the_published_algorithm(
-    tokenizer: PreTrainedTokenizerFast, rounds: list[tuple[str, str]], with_picture: bool
-) -> None:
-    texts = [text for pair in rounds for text in pair]
-    if with_picture:
-        texts[0] = "<image>\n" + texts[0]
-    text = (
-        VICUNA_SYSTEM
-        + " "
-        + "".join(
-            f"USER: {question} ASSISTANT: {answer}</s>"
-            for question, answer in zip(texts[::2], texts[1::2], strict=True)
-        )
-    )
-    ids, trained = published_mask(tokenizer, text)
-    image = tokenizer.convert_tokens_to_ids("<image>")
-    expanded = [
-        pair
-        for token, train in zip(ids, trained, strict=True)
-        for pair in ([(image, False)] * TOKENS_PER_IMAGE if token == -200 else [(token, train)])
-    ]
-    encoded = encode_talk(piece_encoder(tokenizer), conversation(*texts, images=int(with_picture)))
-    assert encoded.input_ids.tolist() == [token for token, _ in expanded]
-    assert encoded.labels.tolist() == [token if train else -100 for token, train in expanded]
-
-
 any_text = st.one_of(st.sampled_from(NASTY), st.text(max_size=20))
 
 
@@ -223,7 +148,7 @@ any_text = st.one_of(st.sampled_from(NASTY), st.text(max_size=20))
         ("chatml_direct", "", "", "<|im_end|>"),
     ],
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @example(rounds=[(text, text) for text in NASTY])
 @given(rounds=st.lists(st.tuples(any_text, any_text), min_size=1, max_size=3))
 def test_supervised_tokens_decode_to_the_answers(
@@ -267,17 +192,6 @@ def test_a_cut_loses_text_at_the_end_alone(tokenizer: PreTrainedTokenizerFast) -
     for most in (first, after_pictures - 1, after_pictures - 3):
         with pytest.raises(BadSample):
             encode_talk(piece_encoder(tokenizer, max_tokens=most), sample)
-
-
-def test_several_pictures_stay_in_place(tokenizer: PreTrainedTokenizerFast) -> None:
-    encoded = encode_talk(
-        piece_encoder(tokenizer), conversation("<image><image> What is <image>\nred?", "A circle", images=3)
-    )
-    text = " ".join(tokenizer.convert_ids_to_tokens(encoded.input_ids.tolist()))
-    pictures = "<image> <image> <image> <image> "
-    assert f" ▁ {pictures}{pictures}" in text  # nothing between the first two
-    assert f"▁is ▁ {pictures}▁ <0x0A> r" in text or f"▁is {pictures}▁ <0x0A> r" in text
-    assert text.count("<s>") == 1
 
 
 @pytest.mark.parametrize("texts", [("Is it?", ""), ("Is it?", " \n"), ("Is it?",), ("a", "b\ufdd1c")])

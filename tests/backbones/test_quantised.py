@@ -65,27 +65,6 @@ def test_it_computes_with_the_dequantised_weights(tmp_path: Path, family: str, k
     torch.testing.assert_close(logits, logits_of(plain), rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize(("kind", "factor"), [("nf4", 8), ("hqq", 8), ("int8", 4)])
-def test_the_frozen_weights_take_less_memory(wide: Path, kind: str, factor: int) -> None:
-    """Of float32; what stays whole is not touched."""
-    pytest.importorskip(SCHEMES[kind].package)
-    layers = quantised_layers(json.loads((wide / "config.json").read_text()), kind, "base").quantised
-
-    def held(model: torch.nn.Module) -> tuple[int, int]:
-        """Bytes of the layers' weights, and of all other modules' parameters."""
-        inside = {name: dict(model.get_submodule(name).named_parameters()) for name in layers}
-        weights = [weight for own in inside.values() for leaf, weight in own.items() if leaf != "bias"]
-        ids = {id(weight) for own in inside.values() for weight in own.values()}
-        rest = [weight for weight in model.parameters() if id(weight) not in ids]
-        sizes = [sum(weight.numel() * weight.element_size() for weight in part) for part in (weights, rest)]
-        return sizes[0], sizes[1]
-
-    whole, other = held(open_backbone(str(wide)).model)
-    packed, same = held(open_backbone(str(wide), quantisation=kind).model)  # pyright: ignore[reportArgumentType]
-    assert packed * factor == whole
-    assert same == other
-
-
 @pytest.mark.parametrize("kind", sorted(SCHEMES))
 def test_the_same_layers_are_adapted(wide: Path, kind: str) -> None:
     pytest.importorskip(SCHEMES[kind].package)
@@ -114,16 +93,6 @@ def test_other_layers_than_meant_are_not_taken_silently(wide: Path, monkeypatch:
     monkeypatch.setattr(loading, "kept_whole", lambda *args: [])
     with pytest.raises(UserError):
         open_backbone(str(wide), quantisation="nf4")
-
-
-def test_what_stays_whole_for_its_width_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    pytest.importorskip("bitsandbytes")
-    write_tiny_language(tmp_path, hidden_size=32, intermediate_size=64)
-    model = open_backbone(str(tmp_path), quantisation="nf4").model
-    assert sum(is_quantised(module) for module in model.modules()) == 2
-    assert (
-        "12 of the language model's 14 linear layers stay whole, first model.layers.0.self_attn.q_proj" in caplog.text
-    )
 
 
 def test_asking_does_not_pack_the_weights_anew(tmp_path: Path) -> None:

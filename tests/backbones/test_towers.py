@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel, CLIPModel, CLIPVisionModel
 
+from dora_vl.backbones import register_towers
 from dora_vl.backbones.specs import TowerSpec
 from dora_vl.backbones.tower_sources import load_from_file, load_tower
 from dora_vl.backbones.towers import GridTower
 from dora_vl.errors import UserError
-from tests.backbones.tiny_clip import small_clip
+from tests.backbones.conftest import small_clip
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
 
@@ -40,7 +41,7 @@ def picture(side: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("name", "layout"), [("test_efficientnet", "NCHW"), ("test_vit", "NLC"), ("swin_tiny_patch4_window7_224", "NHWC")]
+    ("name", "layout"), [("test_efficientnet", "NCHW"), ("test_vit_relpos", "NLC"), ("test_mambaout", "NHWC")]
 )
 def test_timm_last_layer(tmp_path: Path, name: str, layout: str) -> None:
     network = timm_weights(name, tmp_path / "w.safetensors")
@@ -59,6 +60,7 @@ def test_timm_last_layer(tmp_path: Path, name: str, layout: str) -> None:
     assert tower.preparation.mean == tuple(network.pretrained_cfg["mean"])
     # Saved and opened on the meta device and back: buffers that timm does not save must survive.
     tower.model.save_pretrained(tmp_path / "tower")
+    register_towers()
     again = AutoModel.from_pretrained(tmp_path / "tower").eval()
     assert torch.equal(again(pixels).last_hidden_state, tower.model(pixels).last_hidden_state)
 

@@ -290,12 +290,6 @@ def test_a_composed_model_begins_with_standardised_features(tmp_path: Path, feat
     assert not torch.allclose(changed(raw), plain(raw), atol=0.05)
 
 
-def test_no_features_to_standardise_by_are_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError):
-        compose_vlbart(spec_of(tmp_path, standardise=str(tmp_path / "absent")), tmp_path / "model")
-    assert not (tmp_path / "model").exists()
-
-
 def test_an_answers_word_is_the_token_that_it_is_in_a_question() -> None:
     encoder = Seq2SeqEncoder(small_tokenizer(iter(TEXTS * 3), vocabulary=320, leading_space=True))
     ids = encoder.tokenizer(TEXTS[0], add_special_tokens=False).input_ids

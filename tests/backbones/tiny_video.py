@@ -12,59 +12,31 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from dora_vl.backbones.video_inputs import Video
-from tests.backbones.tiny_families.family import why_not_here
+from tests.backbones.tiny_families.family import TABLE, why_not_here
 from tests.backbones.tiny_image_text import CHATML, write_tiny
 
 PICTURE_PART = "{% if part.type == 'image' %}PICTURE{% else %}"
-QWEN_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 VIDEO = "+video"
 """Behind a family's name: with a place for videos in its template."""
-QWEN_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 
 
 @dataclass(frozen=True)
 class VideoFamily:
-    """What differs from the family's set-up for pictures.
-
-    `settings` are its video processor's: sizes that give few tokens.
-    """
+    """What differs from the family's set-up for pictures."""
 
     picture: str = "<image>"
     video: str = "<video>"
     settings: Mapping[str, Any] = field(default_factory=dict)
-    needs: str | None = None
+    """Settings of its video processor: sizes that give few tokens."""
     one_length: bool = False
-    """Whether the videos of a batch must have equally many frames."""
+    """The videos of a batch must have equally many frames."""
     one_kind: bool = False
-    """Whether its model cannot tell pictures from videos of one batch."""
+    """Its model cannot tell pictures from videos of one batch."""
     since: str = ""
     """The first version of transformers whose processor takes them rightly, where an older one is taken too."""
 
 
-SQUARE: Mapping[str, Any] = {"size": {"height": 16, "width": 16}}
-CROPPED: Mapping[str, Any] = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
-VIDEO_FAMILIES: Mapping[str, VideoFamily] = {
-    "qwen2_vl": VideoFamily(QWEN_PICTURE, QWEN_VIDEO, {"size": {"shortest_edge": 64, "longest_edge": 512}}),
-    "qwen2_5_vl": VideoFamily(QWEN_PICTURE, QWEN_VIDEO, {"size": {"shortest_edge": 64, "longest_edge": 512}}),
-    "qwen3_vl": VideoFamily(QWEN_PICTURE, "<|video_pad|>", {"size": {"shortest_edge": 64, "longest_edge": 4096}}),
-    "qwen3_vl_moe": VideoFamily(QWEN_PICTURE, "<|video_pad|>", {"size": {"shortest_edge": 64, "longest_edge": 4096}}),
-    "qwen3_5": VideoFamily(QWEN_PICTURE, "<|video_pad|>", {"size": {"shortest_edge": 64, "longest_edge": 4096}}),
-    "glm4v": VideoFamily(
-        "<|begin_of_image|><|image|><|end_of_image|>",
-        "<|begin_of_video|><|video|><|end_of_video|>",
-        {"size": {"shortest_edge": 64, "longest_edge": 4096}},
-        one_kind=True,
-    ),
-    "internvl": VideoFamily("<IMG_CONTEXT>", "<video>", SQUARE),
-    "smolvlm": VideoFamily(
-        settings={"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 16}},
-        needs="num2words",
-        since="5.23",  # before, its processor takes the frames of a video for videos
-    ),
-    "llava_onevision": VideoFamily(settings=SQUARE, one_length=True),
-    "llava_next_video": VideoFamily(settings=CROPPED, one_length=True),
-    "video_llava": VideoFamily(one_length=True),
-}
+VIDEO_FAMILIES: Mapping[str, VideoFamily] = {name: VideoFamily(**row) for name, row in TABLE["videos"].items()}
 
 
 def video_template(picture: str, video: str) -> str:

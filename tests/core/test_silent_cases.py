@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from dora_vl.core import adapted_layers, apply_dora, strip_adapters
-from tests.core.dense_dora import config, move_layer, moved_layer, reference_of
+from dora_vl.core import DoRALinear, adapted_layers, apply_dora, strip_adapters
+from dora_vl.errors import UserError
+from tests.core.dense_dora import config, move_layer, moved_layer, reference_of, unchanged
 from tests.core.test_experts import adapted as adapted_experts
 from tests.core.test_experts import inputs as expert_inputs
 from tests.core.test_layers import KINDS, input_of, moved
@@ -85,6 +86,63 @@ def test_a_view_of_a_flat_parameter_in_the_weights_place_is_taken() -> None:
     del layer._parameters["weight"]
     layer.weight = flat.view(5, 6)
     torch.testing.assert_close(layer(x), expected)
+
+
+# -- edits, small gains and numbers that are none --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_refused"),
+    [
+        ({}, True),
+        ({"method": "lora"}, True),
+        ({"detach_norm": False}, True),
+        ({"method": "magnitude"}, False),
+        ({"dropout": 0.3}, False),
+        ({"dropout": 0.3, "dropout_mode": "whole_change"}, False),
+    ],
+    ids=str,
+)
+def test_an_input_edited_in_place_is_refused_or_changes_no_gradient(changes, is_refused) -> None:
+    layer, x = moved_layer(config(**changes)).train(), torch.randn(7, 6, dtype=torch.float64)
+
+    def gradients(*, edited: bool) -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        leaf = x.clone().requires_grad_()
+        between = leaf * 1.0
+        y = layer(between)
+        if edited:
+            between.mul_(2)
+        trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+        return list(torch.autograd.grad(y.square().sum(), [leaf, *trained]))
+
+    expected = gradients(edited=False)
+    if is_refused:
+        with pytest.raises(RuntimeError):
+            gradients(edited=True)
+    else:
+        torch.testing.assert_close(gradients(edited=True), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_gain_too_small_for_bfloat16_is_in_the_output(training) -> None:
+    """bfloat16 has nothing between 1 and 1.0078."""
+    torch.manual_seed(0)
+    layer = DoRALinear(nn.Linear(64, 32, bias=False, dtype=torch.bfloat16), config(rank=4)).train(training)
+    x = torch.randn(256, 64).bfloat16()
+    with torch.no_grad():
+        before = layer(x).double()
+        layer.magnitude.mul_(1.003)
+    after = layer(x.requires_grad_(training)).detach().double()
+    assert float((after * before).sum() / before.square().sum()) == pytest.approx(1.003, abs=5e-4)
+
+
+def test_pissa_of_a_weight_with_nan_is_refused_and_changes_nothing() -> None:
+    model = nn.ModuleDict({"q": nn.Linear(6, 6), "k": nn.Linear(6, 6)})
+    with torch.no_grad():
+        model["k"].weight[0, 0] = float("nan")
+    with unchanged(model), pytest.raises(UserError):
+        apply_dora(model, config(init="pissa"))
 
 
 # -- torch's encoders ------------------------------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""What only makes the core faster; each piece can be switched off, with the same results up to rounding."""
+"""Makes the core faster; each piece can be switched off, with the same results up to rounding."""

@@ -39,32 +39,32 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-m
 
 
 def runs(dtype: torch.dtype, numbers: int) -> bool:
-    """Whether a pass over so many numbers, of an output or of a weight, runs compiled."""
+    """Tells whether a pass over so many numbers, of an output or of a weight, runs compiled."""
     return dtype in DTYPES and numbers >= SMALLEST and compiled_operations() is not None
 
 
 def output(
     product: Tensor, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, gain: Any, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """`functional.output`."""
+    """Computes `functional.output`, compiled."""
     return torch.ops.dora_vl_cpu.output(product, x, a, b, bias, gain.full, scale)
 
 
 def gradients(
     dy: Tensor, product: Tensor, b: Tensor, bias: Tensor | None, gain: Any, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`functional.gradients`."""
+    """Computes `functional.gradients`, compiled."""
     return torch.ops.dora_vl_cpu.gradients(dy, product, b, bias, gain.full, scale)
 
 
 def norms(weight: Tensor, weight_norms_squared: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
-    """`functional.norms`."""
+    """Computes `functional.norms`, compiled."""
     return torch.ops.dora_vl_cpu.norms(weight, weight_norms_squared, lora_A, lora_B, scale)
 
 
 @cache
 def compiled_operations() -> Any | None:
-    """The namespace `torch.ops.dora_vl_cpu`, compiled if it never was; None where it cannot be, said once."""
+    """Returns the namespace `torch.ops.dora_vl_cpu`, compiled if it never was; None where it cannot be, logged once."""
     if os.environ.get(SWITCH) == "0":
         return None
     if shutil.which(os.environ.get("CXX", "c++")) is None or importlib.util.find_spec("ninja") is None:

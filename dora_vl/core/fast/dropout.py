@@ -26,11 +26,11 @@ class Dropped:
         self._shared: weakref.ReferenceType[Tensor] | None = None
 
     def apply(self, tensor: Tensor) -> Tensor:
-        """A copy of `tensor` with the dropped elements zero, not rescaled; differentiable."""
+        """Returns a copy of `tensor` with the dropped elements zero, not rescaled; differentiable."""
         return tensor.reshape(-1).index_fill(0, self.positions, 0).view(tensor.shape)
 
     def shared_copy(self, tensor: Tensor) -> Tensor:
-        """The same, made once for all layers that share this draw, in their dtype; it lives as long as they keep it."""
+        """Applies the draw once for all layers that share it, in their dtype; the copy lives while they keep it."""
         copy = None if self._shared is None else self._shared()
         if copy is None or copy.dtype != tensor.dtype:
             copy = self.apply(tensor)
@@ -64,7 +64,7 @@ class SharedDropout:
         self._users: set[int] = set()
 
     def draw(self, tensor: Tensor, probability: float, user: int) -> Dropped:
-        """The mask for `tensor` as layer `user` reads it: shared where it can be, else a new one."""
+        """Draws the mask for `tensor` as layer `user` reads it: shared where it can be, else a new one."""
         dropped, edits = self._dropped, edits_of(tensor)
         same_tensor = self._source is not None and self._source() is tensor and self._edits == edits
         if dropped is None or dropped.probability != probability or not same_tensor or user in self._users:

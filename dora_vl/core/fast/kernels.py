@@ -1,4 +1,4 @@
-"""Whether a file of kernels runs: Triton's on CUDA, C++ on a CPU; without them `functional.py` does the same."""
+"""Chooses a file of kernels: Triton's on CUDA, C++ on a CPU; without them `functional.py` does the same."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from dora_vl.core.fast import cpu_step
 SWITCH = "DORA_VL_TRITON"
 """Set to 0 in the environment before the first pass, the eager operations are used everywhere on CUDA."""
 OLDEST_CAPABILITY = (8, 0)
-"""Of the GPU: the first with bfloat16 matrix products."""
+"""The GPU needs this capability, the first with bfloat16 matrix products."""
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 """Activations and weights of these run in Triton's kernels."""
 _left_out: list[None] = []
 """As many as blocks of `without_kernels` are open."""
 _kernels: dict[tuple[torch.device, torch.dtype], ModuleType | None] = {}
-"""What `triton_kernels` answers, once it was asked."""
+"""Keeps what `triton_kernels` found."""
 
 
 def kernels_for(tensor: Tensor, numbers: int) -> ModuleType | None:
-    """The module whose `output`, `gradients` and norms take tensors like this one; None where there is none.
+    """Returns the module whose `output`, `gradients` and norms take tensors like this one; None where there is none.
 
     `numbers` of an output or a weight say whether C++ is worth compiling.
     """
@@ -39,7 +39,7 @@ def kernels_for(tensor: Tensor, numbers: int) -> ModuleType | None:
 
 
 def triton_kernels(tensor: Tensor) -> ModuleType | None:
-    """Triton's kernels for activations and weights like `tensor`, imported once they are wanted.
+    """Returns Triton's kernels for activations and weights like `tensor`, imported when they are first wanted.
 
     The environment and the card decide, once for a device and dtype.
     """
@@ -57,7 +57,7 @@ def triton_kernels(tensor: Tensor) -> ModuleType | None:
 
 @contextmanager
 def without_kernels() -> Iterator[None]:
-    """The eager operations inside the block, for comparisons; a backward pass belongs into the block of its forward."""
+    """Runs eager operations inside the block, for comparisons; a backward pass belongs into its forward's block."""
     _left_out.append(None)
     try:
         yield

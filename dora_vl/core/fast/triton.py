@@ -36,7 +36,7 @@ SWITCH = "DORA_VL_TRITON_TILES"
 MOST_ROWS = 16384
 """Row counts from here on share one bucket."""
 SHARED_BYTES = 99 * 1024
-"""Of a block on the smallest supported cards (capability 8.6 and 8.9), where torch does not say."""
+"""A block has so much on the smallest supported cards (capability 8.6 and 8.9), where torch does not say."""
 ACCUMULATORS = 128
 """Float32 numbers of accumulator a thread may hold, of its 255 registers."""
 LARGEST_EXACT_RANK = 64
@@ -44,7 +44,7 @@ LARGEST_EXACT_RANK = 64
 
 
 Named = Mapping[str, Any]
-"""What a launch is given, by the kernel's own names: tensors, numbers and constants."""
+"""A launch gets these by the kernel's own names: tensors, numbers and constants."""
 
 
 @dataclass
@@ -53,9 +53,9 @@ class TiledKernel:
 
     kernel: Any
     space: Sequence[Config]
-    """What is timed; the first that fits is the fixed choice, so the most moderate stands first."""
+    """These are timed; the first that fits is the fixed choice, so the most moderate stands first."""
     fits: Callable[[Config, Named], bool]
-    """Whether a configuration fits into shared memory and registers."""
+    """Tells whether a configuration fits into shared memory and registers."""
     keys: Sequence[str]
     """The kernel's arguments on which the timing hangs, besides dtypes and the card; `rows` counts by its bucket."""
     _chosen: dict[tuple[object, ...], Config] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class TiledKernel:
     """One for each kind of card: triton's own cache knows shapes alone."""
 
     def config(self, named: Named, grid: Callable[..., Any], scratch: Callable[[], Named]) -> Config:
-        """The tiles for these operands; timed on `scratch`, whose outputs nobody reads."""
+        """Chooses the tiles for these operands; times them on `scratch`, whose outputs nobody reads."""
         device = _device_of(named)
         if not _may_time(device):
             return self.fitting(named)[0]
@@ -87,7 +87,7 @@ class TiledKernel:
         return self._chosen[case]
 
     def fitting(self, named: Named) -> list[Config]:
-        """Those of the space that fit; the last, which is the smallest, where none does."""
+        """Lists the tiles of the space that fit; the last, which is the smallest, where none does."""
         return [config for config in self.space if self.fits(config, named)] or [self.space[-1]]
 
     def launch(self, named: Named, grid: Callable[..., Any], config: Config) -> None:
@@ -101,14 +101,14 @@ def _device_of(named: Named) -> torch.device:
 
 
 def _may_time(device: torch.device) -> bool:
-    """Not where one configuration or determinism is asked for, nor while a CUDA graph is recorded, nor on a CPU."""
+    """Tells whether tiles may be timed: not for a fixed choice, determinism, a CUDA graph's recording, or a CPU."""
     if device.type != "cuda" or os.environ.get(SWITCH) == "fixed" or torch.are_deterministic_algorithms_enabled():
         return False
     return not torch.cuda.is_current_stream_capturing()
 
 
 def tiles(*shapes: tuple[int, int, int, int]) -> list[Config]:
-    """A space from rows and columns of a tile, warps and pipeline stages; the few-row ones stand last."""
+    """Makes a space of rows and columns of a tile, warps and pipeline stages; those of few rows stand last."""
     return [
         Config({"BLOCK_ROWS": rows, "BLOCK_OUT": out}, num_warps=warps, num_stages=stages)
         for rows, out, warps, stages in shapes
@@ -116,17 +116,17 @@ def tiles(*shapes: tuple[int, int, int, int]) -> list[Config]:
 
 
 def padded(size: int) -> int:
-    """A power of two, 16 at least: the least that the tensor cores take."""
+    """Rounds up to a power of two, 16 at least: the least that the tensor cores take."""
     return max(16, triton.next_power_of_2(size))
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors' in a model spread over several."""
+    """Makes a device current: Triton launches there, and a model spread over several has tensors on others."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def fits_on_chip(config: Config, rows: int, operand_bytes: int, accumulators: int, device: torch.device) -> bool:
-    """By shared memory and registers, and no more rows than there are: decoding has one.
+    """Tells whether a tile fits by shared memory and registers, and has no more rows than there are.
 
     `operand_bytes` is what a product reads at a time, `accumulators` the float32 sums of a program.
     """
@@ -149,12 +149,12 @@ def _card(device: torch.device) -> str:
 
 
 def cast_factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A or B in the activations' dtype, once a call: every block of rows reads it."""
+    """Casts A or B to the activations' dtype, once a call: every block of rows reads it."""
     return factor.detach().to(dtype).contiguous()
 
 
 def dot_precision(dtype: torch.dtype, rank: int) -> str:
-    """Of a kernel's products: what torch is told for its own float32 ones; half precision has but one.
+    """Returns the precision of a kernel's products: torch's setting for its own in float32; half precision has one.
 
     `ieee` runs on the scalar units, which is no loss while the pass is bound by memory; from larger ranks on
     `tf32x3` gives float32's digits on the tensor cores.
@@ -170,7 +170,7 @@ def dot_precision(dtype: torch.dtype, rank: int) -> str:
 
 
 def _product_fits(config: Config, named: Named) -> bool:
-    """`TiledKernel.fits` of a kernel that multiplies a tile's rows by a factor, `BLOCK_RANK` at a time."""
+    """Is `TiledKernel.fits` of a kernel that multiplies a tile's rows by a factor, `BLOCK_RANK` at a time."""
     rows, out = config.kwargs["BLOCK_ROWS"], config.kwargs["BLOCK_OUT"]
     operands = (rows + out) * named["BLOCK_RANK"] * named["factor"].element_size()
     return fits_on_chip(config, named["rows"], operands, rows * out, named["factor"].device)
@@ -284,7 +284,7 @@ def gradients(
     gain: Gain,
     scale: float,
 ) -> tuple[Float[Tensor, "rows out"], Float[Tensor, "rows rank"], Float[Tensor, " out"], Float[Tensor, " out"]]:
-    """`functional.gradients`."""
+    """Computes `functional.gradients`."""
     dy = dy.contiguous()
     (rows, out), rank = dy.shape, b.shape[1]
     inside = rank <= LARGEST_RANK[dy.element_size()]
@@ -312,7 +312,7 @@ def gradients(
 
 
 def _launch_backward(named: Named) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """dz, dh and both sums, these from what the programs found, in one launch and always in one order."""
+    """Computes dz and dh, and both sums from the programs' parts in one launch, always in one order."""
     dy, rows, out, inside = named["dy"], named["rows"], named["out"], named["HAS_LOW_RANK"]
     programs = 2 * torch.cuda.get_device_properties(dy.device).multi_processor_count if dy.is_cuda else 4
 
@@ -352,7 +352,7 @@ def _launch_backward(named: Named) -> tuple[Tensor, Tensor | None, Tensor, Tenso
 
 
 RANK_BLOCK_BYTES = 128
-"""Of a row of B or a column of A, what is multiplied at a time: twice as much of float32 spills kilobytes (ptxas)."""
+"""A row of B or a column of A is multiplied so many bytes at a time: twice as much of float32 spills kilobytes."""
 
 
 @triton.jit
@@ -404,7 +404,7 @@ def output(
     gain: Gain,
     scale: float,
 ) -> tuple[Float[Tensor, "rows out"], Float[Tensor, "rows rank"]]:
-    """`functional.output`."""
+    """Computes `functional.output`."""
     contiguous, hidden = product.contiguous(), scaled_product(x, a.t(), scale)
     y = torch.empty_like(contiguous)
     if product.numel():
@@ -444,9 +444,9 @@ def output(
 
 RANK_BLOCK = 32
 ROWS = 64
-"""Of a program that takes squared norms."""
+"""A program that takes squared norms has so many rows."""
 CAREFUL_ROWS = 16
-"""Of a program that looks for rows that cancel; the fewer, the fewer others are taken dense with one."""
+"""A program that looks for rows that cancel has so many; with fewer, fewer others are taken dense beside one."""
 CAREFUL_COLUMNS = 64
 
 
@@ -525,7 +525,7 @@ def norms(
     lora_B: Float[Tensor, "out rank"],
     scale: float,
 ) -> Float[Tensor, " out"]:
-    """n of each row, those that cancel taken dense, without a shape or a branch that hangs on values.
+    """Computes n of each row, those that cancel dense, without a shape or a branch that depends on values.
 
     Without a row that cancels the second launch reads two vectors. With one it reads the sixteen rows of W in its
     program: one row in sixteen, spread evenly, is as dear as all of W. A and B are taken in the weight's dtype for the

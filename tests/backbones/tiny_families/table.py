@@ -1,4 +1,4 @@
-"""Every family that has a tiny model, from the files beside this one."""
+"""Every family that has a tiny model."""
 
 from __future__ import annotations
 
@@ -7,18 +7,10 @@ from collections.abc import Mapping
 
 import pytest
 
-from tests.backbones.tiny_families import grids, towers
-from tests.backbones.tiny_families.family import Family, why_not_here
+from tests.backbones.tiny_families.family import TABLE, Family, why_not_here
 
 FAMILIES: Mapping[str, Family] = {
-    **towers.LLAVAS,
-    **grids.QWENS,
-    **towers.TILES,
-    **towers.GEMMAS,
-    **towers.ONE_SIZE,
-    **grids.GLMS,
-    **towers.CROSSING,
-    **grids.OTHERS,
+    name: Family(**{**row, "idle": tuple(row.get("idle", ()))}) for name, row in TABLE["families"].items()
 }
 QUICK = ("qwen3_vl", "qwen3_5_moe", "internvl", "gemma3", "paligemma", "mllama")
 """Of each kind of picture, mask and prompt one."""

@@ -22,6 +22,7 @@ from dora_vl.core.fast.kernels import triton_kernels
 from dora_vl.core.functional import CANCELLATION, Gain
 from dora_vl.core.layer import AdaptedLayer
 from tests.core.dense_dora import config, move_layer
+from tests.core.test_layers import PATH, Sealed
 
 if triton_kernels(torch.empty(1, device=os.environ.get("CHECKED_DEVICE", "cpu"))) is None:
     pytest.skip("runs in Triton's interpreter or on a GPU", allow_module_level=True)
@@ -165,34 +166,7 @@ def test_every_tile_gives_the_same(monkeypatch, tiled):
             close(value, expected, torch.float32)
 
 
-def test_products_follow_torchs_precision():
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("highest")
-        assert [kernels.dot_precision(torch.float32, rank) for rank in (16, 128)] == ["ieee", "tf32x3"]
-        torch.set_float32_matmul_precision("high")
-        assert [kernels.dot_precision(torch.float32, rank) for rank in (16, 128)] == ["tf32", "tf32"]
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 # -- whole layers -----------------------------------------------------------------------------------------------------
-
-
-class Sealed(nn.Module):
-    """A linear layer that is only ever called."""
-
-    def __init__(self, *, bias: bool = True) -> None:
-        super().__init__()
-        self.in_features, self.out_features = 33, 70
-        self.secret = nn.Parameter(torch.randn(70, 33), requires_grad=False)
-        self.bias = nn.Parameter(3 * torch.randn(70), requires_grad=False) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x.to(self.secret.dtype), self.secret, self.bias)
-
-
-SEALED = f"{Sealed.__module__}.{Sealed.__qualname__}"
 
 
 @pytest.fixture
@@ -205,8 +179,10 @@ def launches(monkeypatch):
 
 
 def adapted_layer(kind: str, *, bias: bool = True, through_zero: bool = False, **changes: Any) -> Any:
-    model = nn.Sequential(Sealed(bias=bias) if kind == "opaque" else nn.Linear(33, 70, bias=bias))
-    apply_dora(model, config(rank=changes.pop("rank", 5), alpha=7.0, opaque_layers=(SEALED,), **changes))
+    base: Any = Sealed(33, 70) if kind == "opaque" else nn.Linear(33, 70)
+    base.bias = base.bias if bias else None
+    model = nn.Sequential(base)
+    apply_dora(model, config(rank=changes.pop("rank", 5), alpha=7.0, opaque_layers=(PATH,), **changes))
     layer = model[0]
     assert isinstance(layer, AdaptedLayer)
     move_layer(layer)

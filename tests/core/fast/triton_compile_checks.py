@@ -126,15 +126,6 @@ def test_on_other_cards_and_in_other_dtypes(tmp_path, name, dtype, rank, rows, c
     assert_fits(tmp_path, name, dtype, rank, capability, precision=precision, rows=rows)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["output", "backward"])
-@pytest.mark.parametrize("rank", [16, 128])
-def test_every_tile_that_is_timed_compiles(name, rank):
-    tiled, types, constants = case_of(name, torch.bfloat16, rank)
-    for tile in tiles_of(tiled, torch.bfloat16, constants):
-        assert compiled(tiled.kernel, types, constants, tile, 90).metadata.shared <= 99 * 1024, tile
-
-
 @pytest.mark.parametrize(
     "name", ["output", *(pytest.param(name, marks=pytest.mark.slow) for name in ("backward", *SINGLE))]
 )
