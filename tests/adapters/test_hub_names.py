@@ -169,7 +169,8 @@ def test_every_family_is_named_as_published_and_read_alike(family: str, tmp_path
 
 def one_picture(base: Path) -> dict[str, torch.Tensor]:
     picture = Image.new("RGB", (33, 21), (10, 200, 30))
-    return encoder_of(base).encode_prompt([Turn("user", "<image>\nSay the colour.")], [picture])
+    prompt = encoder_of(base).encode_prompt([Turn("user", "<image>\nSay the colour.")], [picture])
+    return {"input_ids": prompt.input_ids[None], **prompt.inputs}
 
 
 def test_a_text_model_keeps_its_names(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def encode_talk(encoder: Encoder, conversation: Example) -> Encoded:
 
 def prompt_ids(encoder: Encoder, *turns: Turn) -> list[int]:
     pictures = [PICTURE] * sum(turn.text.count("<image>") for turn in turns)
-    return encoder.encode_prompt(turns, pictures)["input_ids"][0].tolist()
+    return encoder.encode_prompt(turns, pictures).input_ids.tolist()
 
 
 def conversation(*texts: str, images: int = 0) -> Example:

@@ -160,7 +160,7 @@ def test_published_templates(tmp_path: Path, name: str) -> None:
     plain = TALKS["one picture"]
     for turns, pictures in (plain, with_system(plain)) if times else (plain,):
         sample = sample_of(encoder, (turns, pictures))
-        prompt = encoder.encode_prompt(turns[:-1], pictures)["input_ids"][0]
+        prompt = encoder.encode_prompt(turns[:-1], pictures).input_ids
         expected = template_ids(encoder, (turns[:-1], pictures), system_as_text=name == "glm")
         assert prompt.tolist() == expected.tolist()
         assert torch.equal(sample.input_ids[: len(prompt)], prompt)
@@ -208,7 +208,7 @@ def test_a_place_in_the_last_question_alone_serves_prompts(tmp_path: Path) -> No
     encoder = encoder_of(write_tiny("qwen2_5_vl", tmp_path / "odd", template=CHAT["pixtral"]))
     for name, count in (("one picture", 2), (TWO_QUESTIONS, 4)):
         turns, pictures = with_system(TALKS[name])
-        text = encoder.tokenizer.decode(encoder.encode_prompt(turns[:count], pictures)["input_ids"][0])
+        text = encoder.tokenizer.decode(encoder.encode_prompt(turns[:count], pictures).input_ids)
         assert text.rpartition("[INST]")[2].startswith(f"{SYSTEM.text}\n\n")
 
 

@@ -197,7 +197,7 @@ def test_each_answer_is_trained_once_as_inference_writes_it(name: str, mix: str)
                     seen = sum(turn.text.count("<image>") for turn in before)
                     prompt = prompt_of(encoder, name, before, pictures[:seen], thinking)
                     assert row.input_ids[: places[0]].tolist() == prompt
-                    asked = encoder.encode_prompt(before, pictures[:seen])["input_ids"][0]
+                    asked = encoder.encode_prompt(before, pictures[:seen]).input_ids
                     assert asked.tolist() == prompt
                     among = writes.among_thoughts if thinking and writes.among_thoughts else writes.plain
                     form = writes.with_thought if thoughts[number] else among

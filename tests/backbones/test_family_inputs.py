@@ -195,7 +195,7 @@ class TestVideos:
         encoder, (question, _) = encoder_of(folders[f"qwen2_5_vl{VIDEO}"]), VIDEO_TALKS["one video"][0]
         part = replace(LONG, span=(0.4, 2.0))
         for video, seconds in ((LONG, 2.0), (part, 0.8), (replace(UNSTEADY, span=(0.0, 70.0)), 35.0)):
-            intervals = encoder.encode_prompt((question,), (), (video,))["second_per_grid_ts"]
+            intervals = encoder.encode_prompt((question,), (), (video,)).inputs["second_per_grid_ts"]
             assert float(intervals[0]) == pytest.approx(seconds, rel=1e-3)
 
     def test_a_file_without_duration_has_a_clock_of_its_own(self) -> None:
@@ -251,7 +251,7 @@ class TestVideos:
 
 def text_of(encoder: Encoder, video: Video) -> str:
     prompt = encoder.encode_prompt((Turn("user", "<video>\nWhen?"),), (), (video,))
-    return encoder.tokenizer.decode(prompt["input_ids"][0])
+    return encoder.tokenizer.decode(prompt.input_ids)
 
 
 UNSTEADY = replace(LONG, seconds=(0.2, 1.0, 61.4, 65.0), duration=70.0, span=(0.0, 70.0))

@@ -123,7 +123,7 @@ def test_a_choice_is_tokenised_with_its_prompt(prompt: str) -> None:
     tokenizer = byte_tokenizer()
     assert ids.tolist() == [*tokenizer(text + "the correct answer is true").input_ids, tokenizer.eos_token_id]
     assert coder.decode(ids[start:]).strip() == "the correct answer is true"
-    assert coder.encode_prompt(turns)["input_ids"][0].tolist() == byte_tokenizer()(text).input_ids
+    assert coder.encode_prompt(turns).input_ids.tolist() == byte_tokenizer()(text).input_ids
 
 
 @pytest.mark.parametrize("added", ["", "hello {instruction}", " \n two lines "])
@@ -133,7 +133,7 @@ def test_an_input_has_its_own_place_in_training_and_test(added: str) -> None:
     train, test = (PROMPTS["nvlabs"].before_output("Say it.", added, test=test) for test in (False, True))
     ids = encoder(max_tokens=900).encode(conversation).input_ids
     assert ids.tolist() == [*tokenizer(f"{train}hello").input_ids, tokenizer.eos_token_id]
-    assert encoder().encode_prompt(conversation.turns[:1])["input_ids"][0].tolist() == tokenizer(test).input_ids
+    assert encoder().encode_prompt(conversation.turns[:1]).input_ids.tolist() == tokenizer(test).input_ids
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_a_prompt_is_the_beginning_of_what_is_trained(folders: Folders, family: 
     encoder = encoder_of(folders[family])
     turns, pictures = TALKS["one picture"]
     sample, prompt = sample_of(encoder, (turns, pictures)), encoder.encode_prompt(turns[:1], pictures)
-    ids = prompt["input_ids"][0]
+    ids = prompt.input_ids
     assert torch.equal(ids, sample.input_ids[: len(ids)])
     assert int((sample.labels != IGNORED_LABEL).nonzero()[0]) == len(ids)
 

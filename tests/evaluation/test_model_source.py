@@ -111,7 +111,7 @@ def test_a_language_run_s_adapter_is_asked_with_its_prompt(tmp_path: Path, capsy
     image_qa.main([*options, "--compare-base"])
     with_adapter, without = (line.split(":", 1)[1].strip() for line in capsys.readouterr().out.splitlines()[-2:])
     encoder = open_encoder(str(base), template="alpaca", max_tokens=512)
-    ids = encoder.encode_prompt([Turn("user", "Which answer?")])["input_ids"]
+    ids = encoder.encode_prompt([Turn("user", "Which answer?")]).input_ids[None]
     new = backbone.eval().generate(ids, torch.ones_like(ids), max_new_tokens=4)[0]
     assert " ".join(encoder.decode(new).split()) == " ".join(with_adapter.split())
     assert with_adapter != without

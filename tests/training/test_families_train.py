@@ -122,7 +122,8 @@ def test_a_family_trains_resumes_opens_merges_and_answers(
     encoder = encoder_of(base)
     picture = Image.new("RGB", (33, 21), (10, 200, 30))
     prompt = encoder.encode_prompt([Turn("user", "<image>\nSay the colour.")], [picture])
-    check_adapter(base, adapter, prompt, tmp_path / "merged", merges=row.merges)
+    inputs = {"input_ids": prompt.input_ids[None], **prompt.inputs}
+    check_adapter(base, adapter, inputs, tmp_path / "merged", merges=row.merges)
     picture.save(tmp_path / "asked.png")
     options = ["--image", str(tmp_path / "asked.png"), "--question", "Say the colour.", "--max-new-tokens", "3"]
     capsys.readouterr()
@@ -175,4 +176,5 @@ def test_a_language_model_trains_resumes_opens_merges_and_answers(
     base = write_tiny_language(model_type, tmp_path / model_type)
     adapter = trained(base, tmp_path, monkeypatch, template=None, pictures=(0,), rounds=2, projector=False)
     prompt = encoder_of(base).encode_prompt([Turn("user", "Say the colour.")], [])
-    check_adapter(base, adapter, prompt, tmp_path / "merged")
+    inputs = {"input_ids": prompt.input_ids[None], **prompt.inputs}
+    check_adapter(base, adapter, inputs, tmp_path / "merged")
