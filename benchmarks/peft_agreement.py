@@ -27,8 +27,9 @@ from dora_vl.core import merge_dora
 from dora_vl.data.example import Example
 from dora_vl.data.pictures import open_image
 from dora_vl.errors import UserError, exit_on_user_error, positive
-from dora_vl.evaluation.ask import Assistant, Shown
+from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.open_model import ModelRequest, open_model
+from dora_vl.evaluation.predictor import Shown
 from dora_vl.evaluation.questions import read_questions
 from dora_vl.files import read_json
 

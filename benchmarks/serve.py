@@ -37,7 +37,8 @@ from dora_vl.backbones.model import language_targets
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora
 from dora_vl.data.turns import Turn
 from dora_vl.errors import exit_on_user_error
-from dora_vl.evaluation.ask import Assistant, Shown, model_inputs
+from dora_vl.evaluation.assistant import Assistant, model_inputs
+from dora_vl.evaluation.predictor import Shown
 from dora_vl.serving.access import http_config
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel, open_served

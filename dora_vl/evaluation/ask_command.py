@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dora_vl.data.turns import Turn
-    from dora_vl.evaluation.ask import Predictor
     from dora_vl.evaluation.open_model import Opened
+    from dora_vl.evaluation.predictor import Predictor
 
 DESCRIPTION = """\
 Asks a model about pictures or videos of your own.
@@ -259,7 +259,7 @@ def ask_chat(opened: Opened, chat: PictureChat, question: str, *, max_new_tokens
     """Prints the answers to a question; with `remember` each speaker's next question follows its answer to this one."""
     from dora_vl.data.example import Example
     from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
-    from dora_vl.evaluation.ask import Shown
+    from dora_vl.evaluation.predictor import Shown
 
     if IMAGE_PLACEHOLDER in question:
         raise UserError(f"the question holds {IMAGE_PLACEHOLDER}; the pictures' places are added by themselves")
@@ -286,7 +286,7 @@ def ask_about_videos(options: argparse.Namespace) -> None:
             raise UserError(f"video {path} is missing")
     from dora_vl.data.example import Clip, Example, Subtitle
     from dora_vl.data.video import VideoReader
-    from dora_vl.evaluation.ask import Shown
+    from dora_vl.evaluation.predictor import Shown
     from dora_vl.evaluation.questions import as_asked
     from dora_vl.evaluation.scores.benchmark import about_video
 

@@ -33,7 +33,7 @@ from dora_vl.evaluation.test_sets import (
 from dora_vl.files import METRICS, SETS, file_sha256, json_or_nothing
 
 if TYPE_CHECKING:
-    from dora_vl.evaluation.ask import Predictor
+    from dora_vl.evaluation.predictor import Predictor
 
 ANSWERS_OF = "answers_of"
 DESCRIPTION = """\
@@ -107,8 +107,8 @@ def run(options: argparse.Namespace) -> Iterator[str]:
         yield from finish([tested], None if against is None else [against], results, options)
         return
     from dora_vl.adapters.files import WEIGHTS_FILE
-    from dora_vl.evaluation.ask import check_pictures
     from dora_vl.evaluation.predict import joined_launch
+    from dora_vl.evaluation.predictor import check_pictures
     from dora_vl.run.launch import cause_speaks_first, is_first_rank
 
     with cause_speaks_first(), joined_launch():  # all processes of a launch ask; the first scores
@@ -238,7 +238,8 @@ def _put_to(
     model: Predictor, test: TestSet, sha256: Mapping[str, str], options: argparse.Namespace, pictures: MediaFolder
 ) -> TestSet:
     """Returns a benchmark as a model is asked it: a VL-BART by the task of its training, others by the prompt."""
-    from dora_vl.evaluation.ask import Assistant, Decoding, media_reader
+    from dora_vl.evaluation.assistant import Assistant
+    from dora_vl.evaluation.predictor import Decoding, media_reader
 
     benchmark = test.benchmark
     frames, by_likelihood = options.frames or benchmark.frames, options.answer_by != "generation"

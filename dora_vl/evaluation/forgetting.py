@@ -19,7 +19,8 @@ from dora_vl.data.example import Example
 from dora_vl.data.samples import IGNORED_LABEL, Sample
 from dora_vl.data.text_file import text_lines
 from dora_vl.errors import BadSample, UserError, one_line
-from dora_vl.evaluation.ask import Assistant, Decoding, media_reader
+from dora_vl.evaluation.assistant import Assistant
+from dora_vl.evaluation.predictor import Decoding, media_reader
 
 PASSAGES: Mapping[str, list[str]] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 NEW_TOKENS, BATCH = 24, 8

@@ -29,9 +29,9 @@ from dora_vl.backbones.families import sees_pictures
 from dora_vl.data.example import Example, iterate_examples
 from dora_vl.data.text_file import stream_values
 from dora_vl.errors import UserError, one_line, shown
-from dora_vl.evaluation.ask import Decoding, MediaReader, check_pictures, media_reader
 from dora_vl.evaluation.open_model import ModelRequest, ModelSource, find_source, open_model, read_recipe
 from dora_vl.evaluation.predict import predicted
+from dora_vl.evaluation.predictor import Decoding, MediaReader, check_pictures, media_reader
 from dora_vl.evaluation.questions import is_question, read_question_file, read_questions
 from dora_vl.files import opening, unfinished, write_json
 from dora_vl.run.base import VLBART

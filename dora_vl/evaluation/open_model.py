@@ -38,7 +38,8 @@ from dora_vl.backbones.prompts import FORMATS
 from dora_vl.backbones.templates import PROMPTS, TEMPLATES
 from dora_vl.core.strength import whole_model_between
 from dora_vl.errors import UserError, shown
-from dora_vl.evaluation.ask import Assistant, EncoderPrompts, Predictor
+from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
+from dora_vl.evaluation.predictor import Predictor
 from dora_vl.files import HUB_ID, check_attention, file_sha256
 from dora_vl.run.base import DECODER, VLBART, load_base
 from dora_vl.run.settings import ModelConfig

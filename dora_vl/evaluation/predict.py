@@ -21,7 +21,6 @@ from tqdm import tqdm
 from dora_vl.backbones.generation import NO_NUMBERS
 from dora_vl.data.example import Example
 from dora_vl.errors import UserError, one_line, shown_names, shown_text
-from dora_vl.evaluation.ask import Decoding, MediaReader, Predictor
 from dora_vl.evaluation.baselines import EXCHANGED, Exchange, digest, exchanged
 from dora_vl.evaluation.predictions import (
     PREDICTIONS,
@@ -31,6 +30,7 @@ from dora_vl.evaluation.predictions import (
     line_of,
     read_predictions,
 )
+from dora_vl.evaluation.predictor import Decoding, MediaReader, Predictor
 from dora_vl.evaluation.test_sets import ResultFolder, Tested, TestSet, scored, with_baselines
 from dora_vl.files import METRICS, json_or_nothing, whole_file, write_json
 from dora_vl.run.launch import (

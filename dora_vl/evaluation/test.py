@@ -22,20 +22,12 @@ from dora_vl.data.example import Answer, Example, iterate_examples
 from dora_vl.data.samples import Examples
 from dora_vl.data.video import VideoReader
 from dora_vl.errors import SettingError, UserError
-from dora_vl.evaluation.ask import (
-    Assistant,
-    By,
-    Decoding,
-    EncoderPrompts,
-    MediaReader,
-    Predictor,
-    check_pictures,
-    media_reader,
-)
+from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
 from dora_vl.evaluation.baselines import right_text
 from dora_vl.evaluation.pictures import write_contact_sheet, write_loss_curve
 from dora_vl.evaluation.predict import evaluate
 from dora_vl.evaluation.predictions import Prediction
+from dora_vl.evaluation.predictor import By, Decoding, MediaReader, Predictor, check_pictures, media_reader
 from dora_vl.evaluation.questions import ANSWER as SAID
 from dora_vl.evaluation.questions import (
     OUTPUT,

@@ -32,7 +32,7 @@ from dora_vl.evaluation.scores.scored import (
 from dora_vl.files import NOT_YET, whole_file
 
 if TYPE_CHECKING:
-    from dora_vl.evaluation.ask import Decoding, MediaReader
+    from dora_vl.evaluation.predictor import Decoding, MediaReader
 
 log = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from dora_vl.data.example import Example
 from dora_vl.data.pictures import open_image
 from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.ask import Decoding, MediaReader, Shown, View, Write, prediction
 from dora_vl.evaluation.predictions import Prediction
+from dora_vl.evaluation.predictor import Decoding, MediaReader, Shown, View, Write, prediction
 from dora_vl.evaluation.vlbart_tasks import MicroBatch, Seq2SeqCollator, Seq2SeqSample, Subtask, make_sample
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ CAPTION = 'for a caption (--question "")'
 
 @dataclass(frozen=True, kw_only=True)
 class VlBartAssistant:
-    """A VL-BART with what turns words and pictures into its inputs; an `ask.Predictor`.
+    """A VL-BART with what turns words and pictures into its inputs; an `Predictor`.
 
     What it predicts is what the task's score takes: text, "true" or "false", or the label of a choice.
 
@@ -57,7 +57,7 @@ class VlBartAssistant:
     while_training: bool = False
 
     def view(self, example: Example, *, frames: int, task: str = "") -> View:
-        """See `ask.Predictor`: picks frames as the features' settings say, and states the part in the prompt."""
+        """See `Predictor`: picks frames as the features' settings say, and states the part in the prompt."""
         subtask, video = self.subtask(example, task), example.video
         if subtask.state_span is not None and video is not None and "ts" not in example.extra:
             if video.start_seconds is None or video.end_seconds is None:
@@ -70,7 +70,7 @@ class VlBartAssistant:
         return View(example=example, clip=clip[1], sampling=self._features_of(subtask).settings.sampling)
 
     def answer(self, example: Example, seen: Shown, *, max_new_tokens: int = 64, write: Write | None = None) -> str:
-        """See `ask.Predictor`: answers one question, a choice in its words; the task's search sets the length."""
+        """See `Predictor`: answers one question, a choice in its words; the task's search sets the length."""
         if len(example.turns) > 1:
             raise UserError("a VL-BART reads one question at a time; ask without --conversation")
         subtask = self.subtask(example)
@@ -91,7 +91,7 @@ class VlBartAssistant:
     def predict(
         self, examples: Sequence[Example], media: MediaReader, decoding: Decoding
     ) -> Iterator[list[Prediction]]:
-        """See `ask.Predictor`: keeps the questions' order; asks one at a time where it computes features."""
+        """See `Predictor`: keeps the questions' order; asks one at a time where it computes features."""
         size = decoding.batch_size if self.stored else 1
         for start in range(0, len(examples), size):
             rows: list[Prediction] = []
@@ -116,7 +116,7 @@ class VlBartAssistant:
     def logits(
         self, example: Example, answer: str, media: MediaReader, decoding: Decoding
     ) -> Float[Tensor, "tokens vocab"]:
-        """See `ask.Predictor`: returns the scores of a closed list's answers where the task has one."""
+        """See `Predictor`: returns the scores of a closed list's answers where the task has one."""
         example, subtask, sample = self._read(example, media, decoding.task)
         ids, mask, features = self._inputs(subtask, [sample])
         if subtask.answer_by == "closed":

@@ -17,7 +17,7 @@ from dora_vl.backbones.vision_store import FeatureReader
 from dora_vl.backbones.vlbart import VlBartBackbone
 from dora_vl.data.example import Example, ExampleFile
 from dora_vl.errors import BadSample, UserError, shown_names
-from dora_vl.evaluation.ask import Decoding, Predictor, media_reader
+from dora_vl.evaluation.predictor import Decoding, Predictor, media_reader
 from dora_vl.evaluation.questions import has_truth
 from dora_vl.evaluation.scores.benchmark import check_choices
 from dora_vl.evaluation.scores.caption import clip_of

@@ -31,7 +31,8 @@ from dora_vl.data.batches import ALIGNED
 from dora_vl.data.samples import BOOKKEEPING
 from dora_vl.data.turns import Turn, placeholder_first
 from dora_vl.errors import BadSample, UserError, one_line
-from dora_vl.evaluation.ask import Shown, check_room
+from dora_vl.evaluation.assistant import check_room
+from dora_vl.evaluation.predictor import Shown
 from dora_vl.serving.decoding import (
     KVCacheBatch,
     Sampling,

@@ -28,7 +28,7 @@ from dora_vl.data.readers import ROLES
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Turn
 from dora_vl.data.video import Uniform, read_frames
 from dora_vl.errors import UserError, shown
-from dora_vl.evaluation.ask import Shown
+from dora_vl.evaluation.predictor import Shown
 from dora_vl.limited_process import LOOK_SECONDS, Budget, JobFailed, LimitedProcess
 from dora_vl.serving.options import Settings
 from dora_vl.serving.requests import BadRequest, Message, TextPart, TooLarge, VideoPart

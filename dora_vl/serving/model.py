@@ -20,8 +20,9 @@ from dora_vl.backbones.families import LLAVA
 from dora_vl.core.strength import Share
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError, shown
-from dora_vl.evaluation.ask import Assistant, EncoderPrompts, Shown
+from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
 from dora_vl.evaluation.open_model import ModelRequest, ModelSource, find_source, load_decoder, prompts_of, read_recipe
+from dora_vl.evaluation.predictor import Shown
 
 LLAVA_PROJECTOR = "model.multi_modal_projector"
 """A LLaVA-1.5's projector gets one entry a picture, so each picture can have that of its own request's adapter."""

@@ -19,7 +19,7 @@ from fastapi import FastAPI
 
 from dora_vl.core.strength import checked_strength
 from dora_vl.errors import UserError
-from dora_vl.evaluation.ask import Shown
+from dora_vl.evaluation.predictor import Shown
 from dora_vl.serving.access import AccessRules, ByteBudget, PageMiddleware, Uploads
 from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.page_parts import ExampleQuestion, column_view, data_url, notice_view, shown_view

@@ -16,9 +16,9 @@ from PIL import Image
 
 from dora_vl.data.pictures import MediaFolder, open_image
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.ask import Shown
 from dora_vl.evaluation.baselines import EXCHANGED
 from dora_vl.evaluation.predictions import PREDICTIONS, Prediction, read_predictions
+from dora_vl.evaluation.predictor import Shown
 from dora_vl.run.folder import SETTINGS
 from dora_vl.run.watched import evenly
 from dora_vl.serving.side_by_side import ColumnAnswer, Conversation

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample, UserError, one_line
-from dora_vl.evaluation.ask import Shown
+from dora_vl.evaluation.predictor import Shown
 from dora_vl.serving.decoding import Reason, Sampling
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.media import RequestMedia, words

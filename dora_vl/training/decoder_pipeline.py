@@ -32,8 +32,9 @@ from dora_vl.data.columns import Packing
 from dora_vl.data.pictures import StoredPictures
 from dora_vl.data.samples import Labelled
 from dora_vl.errors import SettingError
-from dora_vl.evaluation.ask import Assistant, EncoderPrompts, MediaReader
+from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
 from dora_vl.evaluation.forgetting import forgetting, measured
+from dora_vl.evaluation.predictor import MediaReader
 from dora_vl.evaluation.test import (
     check_test,
     evaluate_commonsense,

@@ -13,7 +13,7 @@ from dora_vl.backbones.templates import Prompt
 from dora_vl.backbones.tower_sources import small_tokenizer
 from dora_vl.backbones.vlbart import VlBartBackbone
 from dora_vl.errors import BadSample
-from dora_vl.evaluation.ask import check_room
+from dora_vl.evaluation.assistant import check_room
 from tests.backbones.tiny_vlbart import tiny
 
 WORDS = "hello there how are you [Subs] [Q] is it red?"

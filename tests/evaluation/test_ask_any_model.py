@@ -18,9 +18,10 @@ from dora_vl.cli import main
 from dora_vl.data.example import Answer, Clip, Example, write_examples
 from dora_vl.data.samples import Sample
 from dora_vl.data.turns import Turn
-from dora_vl.evaluation.ask import Assistant, Shown, model_inputs
+from dora_vl.evaluation.assistant import Assistant, model_inputs
 from dora_vl.evaluation.open_model import ModelRequest, open_model
 from dora_vl.evaluation.predictions import read_predictions
+from dora_vl.evaluation.predictor import Shown
 from dora_vl.evaluation.scores.benchmark import LETTER
 from tests.backbones.tiny_image_text import FAMILIES, write_tiny
 from tests.backbones.tiny_language import write_tiny_language

@@ -14,9 +14,10 @@ from PIL import Image
 
 from dora_vl.data.example import Example
 from dora_vl.data.turns import Turn
-from dora_vl.evaluation.ask import Assistant, Shown, model_inputs
 from dora_vl.evaluation.ask_command import open_picture
+from dora_vl.evaluation.assistant import Assistant, model_inputs
 from dora_vl.evaluation.open_model import ModelRequest, open_model
+from dora_vl.evaluation.predictor import Shown
 from dora_vl.run.reading import read_run_file
 from dora_vl.serving.model import open_served
 from dora_vl.training.decoder_pipeline import DecoderPipeline
@@ -119,7 +120,7 @@ def test_pictures_together_and_a_conversation(
         seen.append(([*question.turns], len(shown.pictures)))
         return "red"
 
-    monkeypatch.setattr("dora_vl.evaluation.ask.Assistant.answer", answer)
+    monkeypatch.setattr("dora_vl.evaluation.assistant.Assistant.answer", answer)
     images = [part for path in pictures for part in ("--image", path)]
     options = ["--together", "--conversation", "--question", "first?", "--question", "second?"]
     ask("--adapter", str(adapter), *images, *options)

@@ -19,10 +19,11 @@ from dora_vl.data.example import Clip, Example, iterate_examples, write_examples
 from dora_vl.data.samples import Sample
 from dora_vl.data.video import VideoReader
 from dora_vl.errors import UserError
-from dora_vl.evaluation import ask, ask_command, vlbart_tasks
-from dora_vl.evaluation.ask import Shown
+from dora_vl.evaluation import ask_command, vlbart_tasks
+from dora_vl.evaluation import assistant as assistant_module
 from dora_vl.evaluation.open_model import ModelRequest, Opened, open_model
 from dora_vl.evaluation.predictions import read_predictions
+from dora_vl.evaluation.predictor import Shown
 from dora_vl.evaluation.results import score_lines
 from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
 from dora_vl.run.reading import read_run, read_run_file
@@ -230,7 +231,7 @@ def test_a_llava_is_evaluated_on_frames(
     llava: Path, own_benchmark: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[list[int]] = []
-    pictures = ask.QuestionSamples.__getitem__
+    pictures = assistant_module.QuestionSamples.__getitem__
 
     def counted(self: Any, index: int) -> Any:
         sample = pictures(self, index)
@@ -238,7 +239,7 @@ def test_a_llava_is_evaluated_on_frames(
             shown.append([len(sample.inputs["pixel_values"]), len(sample.input_ids)])
         return sample
 
-    monkeypatch.setattr(ask.QuestionSamples, "__getitem__", counted)
+    monkeypatch.setattr(assistant_module.QuestionSamples, "__getitem__", counted)
     metrics = evaluated(llava, own_benchmark, root, tmp_path, "--batch-size", 2)
     entry = metrics["sets"]["moving"]
     assert (entry["n"], entry["failed"].keys()) == (2, {"gone"})

@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from dora_vl.cli import main
 from dora_vl.data.example import Answer, Clip, Example, write_examples
 from dora_vl.data.turns import Turn
-from dora_vl.evaluation.ask import Assistant, Shown
 from dora_vl.evaluation.ask_command import open_picture
+from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.open_model import ModelRequest, open_model
 from dora_vl.evaluation.predictions import Prediction, read_predictions
+from dora_vl.evaluation.predictor import Shown
 from dora_vl.evaluation.results import score_lines
 from dora_vl.run.reading import read_run_file
 from dora_vl.run.settings import RunConfig

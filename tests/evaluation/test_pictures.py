@@ -14,7 +14,6 @@ from PIL import Image
 from dora_vl.data.example import Answer, Clip, Example
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation import test
-from dora_vl.evaluation.ask import MediaReader, media_reader
 from dora_vl.evaluation.pictures import (
     COLUMNS,
     RIGHT,
@@ -27,6 +26,7 @@ from dora_vl.evaluation.pictures import (
     write_loss_curve,
 )
 from dora_vl.evaluation.predictions import Prediction, Predictions
+from dora_vl.evaluation.predictor import MediaReader, media_reader
 from dora_vl.evaluation.scores import caption, exact, vqa
 from dora_vl.evaluation.scores.scored import Scored
 from dora_vl.evaluation.test_sets import Tested, TestSet

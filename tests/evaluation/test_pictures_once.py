@@ -14,8 +14,9 @@ from dora_vl.backbones.encoder import open_encoder
 from dora_vl.backbones.model import DecoderBackbone, open_backbone
 from dora_vl.data.example import Example
 from dora_vl.data.turns import Turn
-from dora_vl.evaluation import ask
-from dora_vl.evaluation.ask import Assistant, Decoding, EncoderPrompts, by_picture, media_reader
+from dora_vl.evaluation import assistant as assistant_module
+from dora_vl.evaluation.assistant import Assistant, EncoderPrompts, by_picture
+from dora_vl.evaluation.predictor import Decoding, media_reader
 from tests.training.tiny_run import write_tiny_llava
 
 WORDS = ("What colour is it?", "Say the colour.", "What is it? Say it.")
@@ -99,7 +100,7 @@ def test_a_picture_is_read_once(
     shared, few = answers()
     monkeypatch.setattr(DecoderBackbone, "continues_prompts", False)
     towers, more = answers()
-    monkeypatch.setattr(ask, "LEAST_REPEATED", 1000)
+    monkeypatch.setattr(assistant_module, "LEAST_REPEATED", 1000)
     alone, most = answers()
     assert shared == towers == alone
     assert len(set(alone.values())) > 2
@@ -144,7 +145,7 @@ def test_likeliest_outputs_are_the_same_over_towers_that_ran_once(
         return {row.id: row.prediction for row in rows}, counted.close()
 
     once, few = answers()
-    monkeypatch.setattr(ask, "LEAST_REPEATED", 1000)
+    monkeypatch.setattr(assistant_module, "LEAST_REPEATED", 1000)
     again, most = answers()
     assert once == again
     assert set(once.values()) <= {"A", "B", "C"}

@@ -16,9 +16,9 @@ from dora_vl.data.example import Answer, Example
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation import predict
-from dora_vl.evaluation.ask import Decoding, media_reader, prediction
 from dora_vl.evaluation.predict import PredictionsFile, ask, evaluate
 from dora_vl.evaluation.predictions import Prediction, Predictions, cut_broken_tail, read_predictions
+from dora_vl.evaluation.predictor import Decoding, media_reader, prediction
 from dora_vl.evaluation.results import read_results
 from dora_vl.evaluation.scores import exact
 from dora_vl.evaluation.test_sets import ResultFolder, TestSet, refuse_unscored

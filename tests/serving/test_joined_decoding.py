@@ -14,7 +14,7 @@ import pytest
 from dora_vl.core.adapter_slots import SlotLayer
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
-from dora_vl.evaluation.ask import Shown
+from dora_vl.evaluation.predictor import Shown
 from dora_vl.serving.decoding import KVCacheBatch, Sampling
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dora_vl.data.turns import Clip, Turn
 from dora_vl.data.video import Uniform
-from dora_vl.evaluation.ask import Shown
+from dora_vl.evaluation.predictor import Shown
 from dora_vl.serving.access import AccessRules
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel

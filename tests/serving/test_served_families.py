@@ -16,7 +16,8 @@ from dora_vl.adapters.adapter import content_hash
 from dora_vl.core.adapter_slots import SlotLayer
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
-from dora_vl.evaluation.ask import Shown, model_inputs
+from dora_vl.evaluation.assistant import model_inputs
+from dora_vl.evaluation.predictor import Shown
 from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel, UnknownModel, open_served

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from dora_vl.data.turns import Clip, Turn
-from dora_vl.evaluation.ask import Shown
+from dora_vl.evaluation.predictor import Shown
 from dora_vl.serving import media
 from dora_vl.serving.decoding import SequenceText
 from dora_vl.serving.engine import Engine

@@ -15,7 +15,7 @@ from dora_vl.adapters.folder import load_adapter, read_weights
 from dora_vl.backbones.base import attention_of
 from dora_vl.backbones.model import open_backbone
 from dora_vl.data.turns import Turn
-from dora_vl.evaluation.ask import Shown
+from dora_vl.evaluation.predictor import Shown
 from dora_vl.serving.engine import Engine
 from tasks import image_qa, llava_instruct
 from tests.backbones.image_text_conversations import TWO_QUESTIONS, encoder_of, talks_of

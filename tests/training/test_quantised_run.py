@@ -15,9 +15,10 @@ from dora_vl.adapters.quantised_base import SCHEMES
 from dora_vl.backbones.model import open_backbone
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
-from dora_vl.evaluation.ask import Assistant, Shown
 from dora_vl.evaluation.ask_command import open_picture
+from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.open_model import ModelRequest, open_model
+from dora_vl.evaluation.predictor import Shown
 from dora_vl.run.reading import read_run_file
 from tests.backbones.tiny_image_text import write_tiny
 from tests.training.launched import launch

@@ -13,8 +13,9 @@ from dora_vl.adapters.folder import read_weights
 from dora_vl.data.turns import Clip, Turn
 from dora_vl.data.video import Uniform
 from dora_vl.errors import SettingError
-from dora_vl.evaluation.ask import Assistant, Shown
+from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.open_model import ModelRequest, open_model
+from dora_vl.evaluation.predictor import Shown
 from dora_vl.run.reading import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import run

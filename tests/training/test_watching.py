@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
-from dora_vl.evaluation.ask import Assistant, EncoderPrompts, Shown
+from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
 from dora_vl.evaluation.open_model import with_adapter
+from dora_vl.evaluation.predictor import Shown
 from dora_vl.evaluation.questions import read_questions
 from dora_vl.run.reading import read_run_file
 from dora_vl.run.watched import Watched, WatchedQuestion, read_watched, tiled

@@ -19,8 +19,9 @@ from tqdm import tqdm
 from dora_vl.data.samples import Sample
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Turn
 from dora_vl.data.video import Uniform, VideoReader
-from dora_vl.evaluation.ask import Assistant, Shown
+from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.open_model import ModelRequest, open_model
+from dora_vl.evaluation.predictor import Shown
 
 NEW_TOKENS = 64
 REQUEST = ("model", "base", "any_base", "template", "strength")

@@ -1,22 +1,20 @@
-"""A decoder that is asked: what an example shows, its prompt, and the model's answer or log-likelihoods."""
+"""A decoder that is asked: an example's prompt, and the model's answers, choices or log-likelihoods."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isnan
-from pathlib import Path
 from string import ascii_uppercase
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import send_to_device
 from jaxtyping import Float, Int
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers.generation.streamers import BaseStreamer
@@ -24,41 +22,22 @@ from transformers.generation.streamers import BaseStreamer
 from dora_vl.backbones.base import Features, max_positions
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.frozen_outputs import NotStorable, Outputs, hollowed, proven_parts
-from dora_vl.backbones.generation import NO_NUMBERS, NO_TOKEN, NOT_YET_A_CHARACTER, NoNumbers, growing_text
+from dora_vl.backbones.generation import NO_TOKEN, NOT_YET_A_CHARACTER, NoNumbers, growing_text
 from dora_vl.backbones.model import check_packing
-from dora_vl.backbones.video_inputs import Video
 from dora_vl.data.batches import Collator
 from dora_vl.data.columns import Packing
 from dora_vl.data.example import Clip, Example
-from dora_vl.data.pictures import HeldPictures, MediaFolder, any_is_there, open_image
 from dora_vl.data.samples import ALIGNED, BOOKKEEPING, IGNORED_LABEL, Sample, Skipped
 from dora_vl.data.turns import Turn
-from dora_vl.data.video import FrameSampling, Uniform
-from dora_vl.errors import BadSample, UserError, shown
+from dora_vl.data.video import Uniform
+from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.predictions import Prediction
-from dora_vl.evaluation.questions import endings_of, kind_of, outputs_of, text_asked, turns_asked
-from dora_vl.run.base import VideoReading
-from dora_vl.run.watched import SIDE, tiled
+from dora_vl.evaluation.predictor import Decoding, MediaReader, Shown, View, Write, prediction
+from dora_vl.evaluation.questions import endings_of, outputs_of, turns_asked
 
 log = logging.getLogger(__name__)
-
 LEAST_REPEATED = 16
 """The proof that a tower can run apart pays from so many questions about earlier pictures on."""
-Write = Callable[[str], object]
-By = Literal["generation", "letters", "outputs", "cloze"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shown:
-    """Holds the pictures and videos of one prompt, RGB, in the order of its `<image>` and `<video>`."""
-
-    pictures: tuple[Image.Image, ...] = ()
-    videos: tuple[Video, ...] = ()
-
-    @property
-    def frames(self) -> tuple[Image.Image, ...]:
-        """Returns the frames of every video."""
-        return tuple(frame for video in self.videos for frame in video.pictures)
 
 
 def model_inputs(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
@@ -103,128 +82,6 @@ class EncoderPrompts:
     def growing_text(self) -> Callable[[Sequence[int]], str]:
         """Returns a decoder for the growing ids of one answer."""
         return growing_text(self.encoder.tokenizer, self.encoder.prompts.answer_in)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MediaReader:
-    """Reads the pictures and videos of examples, `stored` ones from a data file; data workers may have it."""
-
-    folder: Path | MediaFolder
-    videos: VideoReading
-    stored: HeldPictures | None = None
-
-    def read(self, example: Example) -> Shown:
-        """Reads all pictures and videos of an example."""
-        videos = tuple(self.videos.read(example.videos))
-        pictures = tuple(open_image(self.folder, path, self.stored) for path in example.images)
-        return Shown(pictures=pictures, videos=videos)
-
-    def frames(self, clip: Clip, sampling: FrameSampling) -> Video:
-        """Reads the frames of a clip by another sampling than that of `videos`."""
-        return self.videos.reader.read(self.videos.folder, clip, sampling)
-
-    def picture(self, example: Example) -> Image.Image:
-        """Makes one picture of up to four of an example's pictures or frames, for people to look at."""
-        pictures = [open_image(self.folder, path, self.stored) for path in example.images[: SIDE**2]]
-        frames = [frame for clip in example.videos[:1] for frame in self.frames(clip, Uniform(SIDE**2)).pictures]
-        if not pictures and not frames:
-            raise BadSample(example.id, "it shows nothing")
-        return tiled(pictures or frames)
-
-    def close(self) -> None:
-        """Ends the process that decodes videos."""
-        self.videos.reader.close()
-
-
-def media_reader(folder: Path | MediaFolder, *, frames: int, one_length: bool = False) -> MediaReader:
-    """Makes a reader of pictures and so many frames of each video below one folder."""
-    videos = VideoReading(folder=folder, sampling=Uniform(frames), frames=frames if one_length else None)
-    return MediaReader(folder=folder, videos=videos)
-
-
-def check_pictures(images: Iterable[str], folder: Path, *, of: str = "", setting: str) -> None:
-    """Refuses a folder that is missing or holds none of the pictures, before any model is loaded."""
-    if not folder.is_dir():
-        raise UserError(f"picture folder {folder} does not exist; set {setting}")
-    names = list(dict.fromkeys(images))
-    if names and not any_is_there(names, folder):
-        raise UserError(
-            f"{f'{of}: ' if of else ''}not one of {len(names)} pictures is in {folder}, first {shown(names[0])}; set "
-            f"{setting} to the folder that their paths start from"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decoding:
-    """Says how questions are answered.
-
-    Attributes:
-        workers: processes that read pictures ahead; 0 reads them in this one.
-        by: what the model says, or of the question's choices the likeliest letter, or of the outputs that its last
-            line admits the likeliest one; cloze: the log-likelihood of every ending, as numbers.
-        task: of a VL-BART, the trained task by name; "" tells it by the question's form.
-        letters: a VL-BART's choice is given as its letter, not as its label.
-    """
-
-    batch_size: int = 32
-    max_new_tokens: int = 64
-    workers: int = 0
-    by: By = "generation"
-    task: str = ""
-    letters: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class View:
-    """A question about a video and the frames that a model is shown, as pictures where it takes no videos."""
-
-    example: Example
-    clip: Clip
-    sampling: FrameSampling
-    as_pictures: bool = False
-
-
-@runtime_checkable
-class Predictor(Protocol):
-    """A model that answers examples."""
-
-    def answer(self, example: Example, seen: Shown, *, max_new_tokens: int = 64, write: Write | None = None) -> str:
-        """Answers one question about these pictures or videos; `write` receives the text piece by piece."""
-        ...
-
-    def predict(
-        self, examples: Sequence[Example], media: MediaReader, decoding: Decoding
-    ) -> Iterator[list[Prediction]]:
-        """Yields every example's prediction, batch by batch, in an order of its own; none is left out."""
-        ...
-
-    def logits(
-        self, example: Example, answer: str, media: MediaReader, decoding: Decoding
-    ) -> Float[Tensor, "tokens vocab"]:
-        """Returns the logits that predict an answer's tokens; none where the answer cannot stand there."""
-        ...
-
-    def view(self, example: Example, *, frames: int) -> View:
-        """Picks the frames of an example's video; `frames` of them where training fixed no number."""
-        ...
-
-
-def prediction(example: Example, answer: str | None, error: str = "", *, cut_tokens: int = 0) -> Prediction:
-    """Makes the record of an example's answer, or of the error that left it without one."""
-    return Prediction(
-        id=example.id,
-        images=list(example.images),
-        videos=[asdict(clip) for clip in example.videos],
-        question=text_asked(example),
-        truth=example.answers[0].text if example.answers else "",
-        prediction="" if answer is None else answer.strip(),
-        kind=kind_of(example),
-        error=error or (NO_NUMBERS if answer is None else ""),
-        cut_tokens=cut_tokens,
-    )
-
-
-# A decoder.
 
 
 class TextStreamer(BaseStreamer):
