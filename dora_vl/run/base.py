@@ -19,8 +19,9 @@ from dora_vl.backbones.loading import check_made_from
 from dora_vl.backbones.video_inputs import LEAST_PIXELS, Video, repeated
 from dora_vl.data.pictures import MediaFolder
 from dora_vl.data.turns import Clip
-from dora_vl.data.video import EverySeconds, FrameSampling, Uniform, VideoReader, import_av
-from dora_vl.errors import BadSample, SettingError
+from dora_vl.data.video import EverySeconds, FrameSampling, Uniform, VideoReader, none_reads
+from dora_vl.data.video_backends import BACKENDS, BackendMissing, import_backend
+from dora_vl.errors import BadSample, SettingError, UserError
 from dora_vl.run.settings import DataConfig, ModelConfig, RunConfig
 from dora_vl.run.sharding import loading_in, without_sharding
 
@@ -173,4 +174,12 @@ def check_videos(data: DataConfig) -> None:
     video_sampling(data)
     if not video_folder(data).root.is_dir():
         raise SettingError("data.video_folder", f": video folder {video_folder(data)} does not exist")
-    import_av()
+    reasons: dict[str, Exception] = {}
+    for backend in BACKENDS:
+        try:
+            import_backend(backend)
+        except BackendMissing as error:
+            reasons[backend] = error
+        else:
+            return
+    raise UserError(str(none_reads(reasons)))

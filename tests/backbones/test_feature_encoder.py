@@ -115,7 +115,7 @@ def test_frames_of_a_clip(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4")
     spec = TowerSpec(**{**vars(TIMM), "layer": -3, "grid_pool": 2})
     encoder = FeatureEncoder(FeatureSettings(tower=spec, merge=2, frames=3))
-    with VideoReader() as reader:
+    with VideoReader(backends=("decord", "pyav")) as reader:
         frames = reader.read_prepared(tmp_path, Clip(path="a.mp4"), Uniform(3), encoder.preparation.prepare)
         pictures = reader.read(tmp_path, Clip(path="a.mp4"), Uniform(3))
     features = encoder.sequence(encoder.encode(torch.stack(frames.pictures)))
@@ -129,7 +129,7 @@ def test_changes_stand_beside_each_token(tmp_path: Path) -> None:
     spec = TowerSpec(**{**vars(TIMM), "layer": -3, "grid_pool": 2})
     torch.manual_seed(0)
     encoder = FeatureEncoder(FeatureSettings(tower=spec, frames=3, changes=True))
-    with VideoReader() as reader:
+    with VideoReader(backends=("decord", "pyav")) as reader:
         pictures = reader.read(tmp_path, Clip(path="a.mp4"), Uniform(3)).pictures
     features = encoder.frames(pictures)
     numbers, changes = features.unflatten(0, (3, 4)).chunk(2, dim=-1)

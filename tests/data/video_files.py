@@ -12,17 +12,20 @@ from PIL import Image
 from dora_vl.data.example import Clip
 from dora_vl.data.pictures import MediaFolder
 from dora_vl.data.video import Frames, FrameSampling, VideoReader
+from dora_vl.data.video_backends import BACKENDS
 
-READER = VideoReader()
+READERS: dict[tuple[str, ...], VideoReader] = {}
 MILLISECOND = Fraction(1, 1000)
 STEADY = [number / 25 for number in range(50)]
 OPEN_GOPS = "open-gop=1:keyint=8:min-keyint=8:scenecut=0:bframes=3:b-adapt=0"
 """x264: key frames in whose wake come frames that are shown before them and need the GOP before."""
 
 
-def read_frames(root: Path | MediaFolder, clip: Clip, sampling: FrameSampling) -> Frames[Image.Image]:
+def read_frames(
+    root: Path | MediaFolder, clip: Clip, sampling: FrameSampling, *, backends: Sequence[str] = tuple(BACKENDS)
+) -> Frames[Image.Image]:
     """By one reader for all tests, since its process takes half a second to start."""
-    return READER.read(root, clip, sampling)
+    return READERS.setdefault(tuple(backends), VideoReader(backends=backends)).read(root, clip, sampling)
 
 
 def picture(number: int, width: int = 64, height: int = 48) -> np.ndarray:

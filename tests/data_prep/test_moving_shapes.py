@@ -28,7 +28,7 @@ def test_a_real_clip_shows_what_is_said_of_it(tmp_path: Path) -> None:
     for number in range(3):
         shown, examples = examples_of("adapt", number, SMALL.seed)
         assert examples[0].video is not None
-        frames = read_frames(tmp_path, examples[0].video, Uniform(FRAMES))
+        frames = read_frames(tmp_path, examples[0].video, Uniform(FRAMES), backends=("pyav",))
         pictures = [np.asarray(picture) for picture in frames.pictures]
         firsts = [next(time for time, rgb in enumerate(pictures) if len(colored(rgb, mover.color))) for mover in shown]
         assert firsts == sorted(set(firsts))

@@ -35,6 +35,7 @@ from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 from tests.training.tiny_vlbart_run import write_vlbart_run
 
 pytest.importorskip("av", reason="pip install '.[video]'")
+pytest.importorskip("decord", reason="pip install '.[video]'")
 
 
 @pytest.fixture(scope="module")

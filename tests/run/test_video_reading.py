@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
 from dora_vl.data.turns import Clip
 from dora_vl.data.video import EverySeconds, Uniform
+from dora_vl.data.video_backends import BackendMissing
 from dora_vl.errors import SettingError, UserError
+from dora_vl.run import base as run_base
 from dora_vl.run.base import VideoReading, check_videos, video_folder, video_sampling
 from dora_vl.run.settings import DataConfig
 from tests.data.video_files import write_video
@@ -64,6 +65,9 @@ def test_settings_that_mean_no_frame_are_refused(folder: Path, name: str, value:
 
 
 def test_a_machine_without_a_decoder_is_told_before_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "av", None)
+    def missing(backend: str) -> None:
+        raise BackendMissing(f"no module for {backend}")
+
+    monkeypatch.setattr(run_base, "import_backend", missing)
     with pytest.raises(UserError):
         check_videos(settings(folder))
