@@ -283,7 +283,7 @@ def read_frames(
     *,
     backends: Sequence[str] = tuple(BACKENDS),
 ) -> Frames[Kept]:
-    """The frames of a clip's file, decoded there. Raises JobFailed: they cannot be read, or cost more than the budget."""
+    """The frames of a clip's file, decoded there. Raises JobFailed: they cannot be read, or cost too much."""
     wanted = {
         "path": str(path.absolute()),
         "start": clip.start_seconds,
