@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from dora_vl.core import DoRALinear
-from dora_vl.core import adapter_slots
+from dora_vl.core import DoRALinear, adapter_slots
 from dora_vl.core.adapter_slots import ActiveAdapters, SlotChange, SlotLayer
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.other_layers import DoRAEmbedding
