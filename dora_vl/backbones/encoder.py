@@ -262,10 +262,11 @@ class Encoder:
 
     def encode_prompt(
         self, turns: Sequence[Turn], pictures: Sequence[Image.Image] = (), videos: Sequence[Video] = ()
-    ) -> dict[str, Any]:
-        """Encodes turns that end with a question, up to where the answer begins; never cut."""
+    ) -> Encoded:
+        """Encodes turns that end with a question, up to where the answer begins, without labels; never cut."""
         (processed,) = self._processed(turns, pictures, videos, "question", generation_prompt=True)
-        return {"input_ids": processed.ids[None], **processed.inputs}
+        labels = torch.full_like(processed.ids, IGNORED_LABEL)
+        return Encoded(processed.ids, labels, inputs=processed.inputs, media_end=processed.media_end)
 
     def encode_choice(
         self, turns: Sequence[Turn], choice: str, pictures: Sequence[Image.Image] = (), videos: Sequence[Video] = ()

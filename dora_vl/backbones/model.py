@@ -6,6 +6,7 @@ It runs by the model's own forward, with logits only where a label or a decode s
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from jaxtyping import Int
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -75,7 +77,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         for module in model.modules():
             if CROSSING in dict(module.named_children()):
                 module.register_forward_hook(_words_pass_by, with_kwargs=True)
-        self.packed_attention = PackedAttention(decoder_of(model))
+        self.packed_attention = PackedAttention(model, decoder_of(model))
         self._head_is_last: bool | None = None
         """True where the output layer's scores are neither scaled nor capped afterwards; the first pass finds out."""
         self.train(model.training)
@@ -141,13 +143,40 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         finally:
             for hook in hooks:
                 hook.remove()
-            if not torch.is_grad_enabled():  # nothing is recomputed in a backward pass
-                self.packed_attention.follow(None)
         if scores and len(targets):
             self._head_is_last = scores[0].shape == logits.shape and bool((scores[0] == logits).all())
         logits = logits.squeeze(0)
         each = losses[0] if chunked and self._head_is_last else losses_of(logits, targets)
         return Features(hidden[0], each, targets, samples, logits if keep_logits else None)
+
+    @property
+    def continues_prompts(self) -> bool:
+        """Tells whether several prompts may continue one beginning that was read once.
+
+        They may where plain attention over positions along one axis is all that the model does.
+        """
+        return self.causal and all(type(layer) is DynamicLayer for layer in DynamicCache(config=self.config).layers)
+
+    @torch.no_grad()
+    def read(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"],
+        *,
+        stored: Sequence[Outputs] = (),
+        **inputs: Any,
+    ) -> DynamicCache:
+        """Reads left-padded beginnings of prompts; returns their keys and values."""
+        cache = DynamicCache(config=self.config)
+        inputs = {**model_inputs(self.model, inputs), **self._attention(attention_mask, None)}
+        with self._replaying(stored):
+            self.model.base_model(input_ids=input_ids, use_cache=True, **inputs, **{self._cache_name: cache})
+        return cache
+
+    @property
+    def _cache_name(self) -> str:
+        """Returns the argument that takes a cache, which transformers has renamed."""
+        return "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
 
     def generate(
         self,
@@ -158,14 +187,18 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         streamer: BaseStreamer | None = None,
         options: Mapping[str, Any] | None = None,
         stored: Sequence[Outputs] = (),
+        cache: DynamicCache | None = None,
         **inputs: Any,
     ) -> Int[Tensor, "batch new"]:
         """Generates token ids for left-padded prompts, greedily unless `options` (of transformers' generate) differ.
 
-        Rows whose scores are no numbers hold `NO_TOKEN`; `streamer` receives the new tokens alone; `stored` is what
-        frozen parts gave for the pictures of each prompt that has some.
+        Rows whose scores are no numbers hold `NO_TOKEN`.
+
+        Args:
+            streamer: receives the new tokens alone.
+            stored: what frozen parts gave for the pictures of each prompt that has some.
+            cache: keys and values of the prompts' beginnings, by `read`.
         """
-        self.packed_attention.follow(None)
         watch, stated = ScoreWatch(self.model), cast(Any, self.model.generation_config)
         padding, ends = stated.pad_token_id, stated.eos_token_id
         if padding is None:  # any id fills answers that end early, and transformers warns at every call without one
@@ -183,6 +216,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
                 max_new_tokens=max_new_tokens,
                 streamer=None if streamer is None else WithoutPrompt(streamer),
                 **model_inputs(self.model, inputs),
+                **({} if cache is None else {self._cache_name: cache}),
                 **chosen,
             )
         return watch.marked(tokens[:, input_ids.shape[1] :])

@@ -139,16 +139,16 @@ def paths_of(forest: Forest) -> Paths:
 
 
 class PackedAttention:
-    """Makes a decoder attend along a forest, until it gets another or None.
+    """Makes a decoder attend along a forest in its model's next forward.
 
     A recomputed forward (gradient checkpointing) comes later than the forward itself and must see the same forest, so
-    the forward's end resets nothing.
+    the forest stays until the model is called again.
 
     Args:
         decoder: the model's layers; those with a running state are hooked.
     """
 
-    def __init__(self, decoder: nn.Module) -> None:
+    def __init__(self, model: nn.Module, decoder: nn.Module) -> None:
         _install()
         self.config: Any = getattr(decoder, "config", None)
         self.forest: Forest | None = None
@@ -163,10 +163,18 @@ class PackedAttention:
             layer.register_forward_pre_hook(self._apart, with_kwargs=True)
             layer.register_forward_hook(self._together)
         _instances[id(self.config)] = self
+        self._is_next = False
+        model.register_forward_pre_hook(self._begin)
+
+    def _begin(self, *_: object) -> None:
+        """Lets go of the last call's forest where this call has none, such as one of the model by itself."""
+        if not self._is_next and self.forest is not None:
+            self.follow(None)
+        self._is_next = False
 
     def follow(self, forest: Forest | None) -> None:
         """Sets the forest of the next forward; None attends as usual."""
-        self.forest, self.blocks_are_whole = forest, False
+        self.forest, self.blocks_are_whole, self._is_next = forest, False, True
         self.groups = [] if forest is None else alike(spans_of(forest))
         self.paths = paths_of(forest) if forest is not None and self._states else None
 

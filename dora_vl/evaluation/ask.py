@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from dora_vl.data.batches import Collator
 from dora_vl.data.columns import Packing
 from dora_vl.data.example import Clip, Example
 from dora_vl.data.pictures import HeldPictures, MediaFolder, any_is_there, open_image
-from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Sample, Skipped
+from dora_vl.data.samples import ALIGNED, BOOKKEEPING, IGNORED_LABEL, Sample, Skipped
 from dora_vl.data.turns import Turn
 from dora_vl.data.video import Sampling, Uniform
 from dora_vl.errors import BadSample, UserError, shown
@@ -42,26 +43,26 @@ from dora_vl.run.watched import SIDE, tiled
 log = logging.getLogger(__name__)
 
 LEAST_REPEATED = 16
-"""Questions about pictures that were asked about before, from which on it pays to prove that a tower can run apart."""
+"""The proof that a tower can run apart pays from so many questions about earlier pictures on."""
 Write = Callable[[str], object]
 By = Literal["generation", "letters", "outputs", "cloze"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """What one prompt shows, RGB, in the order of the prompt's `<image>` and `<video>`."""
+    """Holds the pictures and videos of one prompt, RGB, in the order of its `<image>` and `<video>`."""
 
     pictures: tuple[Image.Image, ...] = ()
     videos: tuple[Video, ...] = ()
 
     @property
     def frames(self) -> tuple[Image.Image, ...]:
-        """Every video's frames."""
+        """Returns the frames of every video."""
         return tuple(frame for video in self.videos for frame in video.pictures)
 
 
 def model_inputs(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
-    """What the model itself takes of a batch, on its device."""
+    """Returns the model's own inputs from a batch, on its device."""
     added = {"labels", *BOOKKEEPING}  # by a collator
     kept = {name: value for name, value in batch.items() if name not in added}
     return dict(send_to_device(kept, device))
@@ -69,27 +70,25 @@ def model_inputs(batch: Mapping[str, Any], device: torch.device | str) -> dict[s
 
 @dataclass(frozen=True)
 class EncoderPrompts:
-    """A decoder's encoder as asking needs it; holds no model, and may be sent to data workers."""
+    """Turns questions into samples and batches; holds no model, so data workers may have it."""
 
     encoder: Encoder
 
     @property
     def frames_are_pictures(self) -> bool:
-        """Whether the model takes no videos, and is asked about their frames as so many pictures."""
+        """Tells whether videos are shown as pictures, since the model takes none."""
         return self.encoder.why_no_videos is not None
 
     def sample(self, turns: Sequence[Turn], seen: Shown) -> Sample:
-        """Turns that end with a question, up to where the answer begins, without labels; never cut."""
-        inputs = self.encoder.encode_prompt(turns, seen.pictures, seen.videos)
-        ids = inputs.pop("input_ids")[0]
-        return Sample(ids, torch.full_like(ids, IGNORED_LABEL), inputs=inputs)
+        """Encodes turns that end with a question, up to where the answer begins, without labels; never cut."""
+        return Sample(**vars(self.encoder.encode_prompt(turns, seen.pictures, seen.videos)))
 
     def with_answer(self, turns: Sequence[Turn], seen: Shown, answer: str) -> Sample:
-        """The same with an answer behind it, which is labelled, with what closes it; never cut."""
+        """Encodes a question with an answer, which is labelled with what closes it; never cut."""
         return Sample(**vars(self.encoder.encode_choice(turns, answer, seen.pictures, seen.videos)))
 
     def continued(self, context: str, ending: str) -> Sample:
-        """A context and, behind a space, its ending, which alone is labelled; tokenised as lm-eval does."""
+        """Encodes a context and, behind a space, its ending, which alone is labelled; tokenised as lm-eval does."""
         before = context.rstrip()
         ids, shared = (self.encoder.tokenizer(text)["input_ids"] for text in (f"{context} {ending}", before))
         labels = [*[IGNORED_LABEL] * len(shared), *ids[len(shared) :]]
@@ -98,36 +97,34 @@ class EncoderPrompts:
     def collate(
         self, samples: Sequence[Sample], side: Literal["left", "right"], packing: Packing = "plain"
     ) -> Mapping[str, Any]:
-        """One batch, padded on this side: the model's inputs and `labels`; trees are questions with their answers."""
-        return Collator(self.encoder.pad_token_id, pad_side=side, packing=packing, shares=lambda sample: sample.id)(
-            samples
-        )
+        """Makes a batch padded on one side; a tree has the samples of a picture."""
+        return Collator(self.encoder.pad_token_id, pad_side=side, packing=packing)(samples)
 
     def growing_text(self) -> Callable[[Sequence[int]], str]:
-        """`decode` for the ids of one answer as they grow."""
+        """Returns a decoder for the growing ids of one answer."""
         return growing_text(self.encoder.tokenizer, self.encoder.prompts.answer_in)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MediaReader:
-    """Reads what examples show; `stored` are pictures that a data file holds. It may be sent to data workers."""
+    """Reads the pictures and videos of examples, `stored` ones from a data file; data workers may have it."""
 
     folder: Path | MediaFolder
     videos: VideoReading
     stored: HeldPictures | None = None
 
     def read(self, example: Example) -> Shown:
-        """Everything that an example shows."""
+        """Reads all pictures and videos of an example."""
         videos = tuple(self.videos.read(example.videos))
         pictures = tuple(open_image(self.folder, path, self.stored) for path in example.images)
         return Shown(pictures=pictures, videos=videos)
 
     def frames(self, clip: Clip, sampling: Sampling) -> Video:
-        """The frames of a clip, picked in another way than `videos` says."""
+        """Reads the frames of a clip by another sampling than that of `videos`."""
         return self.videos.reader.read(self.videos.folder, clip, sampling)
 
     def picture(self, example: Example) -> Image.Image:
-        """One picture of all that an example shows, up to four of its pictures or frames, for people to look at."""
+        """Makes one picture of up to four of an example's pictures or frames, for people to look at."""
         pictures = [open_image(self.folder, path, self.stored) for path in example.images[: SIDE**2]]
         frames = [frame for clip in example.videos[:1] for frame in self.frames(clip, Uniform(SIDE**2)).pictures]
         if not pictures and not frames:
@@ -135,18 +132,18 @@ class MediaReader:
         return tiled(pictures or frames)
 
     def close(self) -> None:
-        """Ends the decoder's process."""
+        """Ends the process that decodes videos."""
         self.videos.reader.close()
 
 
 def media_reader(folder: Path | MediaFolder, *, frames: int, one_length: bool = False) -> MediaReader:
-    """Reads pictures and so many frames of a video below one folder."""
+    """Makes a reader of pictures and so many frames of each video below one folder."""
     videos = VideoReading(folder=folder, sampling=Uniform(frames), frames=frames if one_length else None)
     return MediaReader(folder=folder, videos=videos)
 
 
 def check_pictures(images: Iterable[str], folder: Path, *, of: str = "", setting: str) -> None:
-    """Refuses a picture folder that is none, or holds not one of the pictures; before any model is loaded."""
+    """Refuses a folder that is missing or holds none of the pictures, before any model is loaded."""
     if not folder.is_dir():
         raise UserError(f"picture folder {folder} does not exist; set {setting}")
     names = list(dict.fromkeys(images))
@@ -159,7 +156,7 @@ def check_pictures(images: Iterable[str], folder: Path, *, of: str = "", setting
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """How questions are answered.
+    """Says how questions are answered.
 
     Attributes:
         workers: processes that read pictures ahead; 0 reads them in this one.
@@ -179,7 +176,7 @@ class Decoding:
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """A question about a video as a model is asked it, and what it looks at: as pictures where it takes no videos."""
+    """A question about a video and the frames that a model is shown, as pictures where it takes no videos."""
 
     example: Example
     clip: Clip
@@ -189,31 +186,31 @@ class View:
 
 @runtime_checkable
 class Predictor(Protocol):
-    """A model, ready to be asked."""
+    """A model that answers examples."""
 
     def answer(self, example: Example, seen: Shown, *, max_new_tokens: int = 64, write: Write | None = None) -> str:
-        """The answer to one question about these pictures or videos; `write` receives it piece by piece."""
+        """Answers one question about these pictures or videos; `write` receives the text piece by piece."""
         ...
 
     def predict(
         self, examples: Sequence[Example], media: MediaReader, decoding: Decoding
     ) -> Iterator[list[Prediction]]:
-        """Every question's prediction, batch by batch, in an order of the model's own; none is left out."""
+        """Yields every example's prediction, batch by batch, in an order of its own; none is left out."""
         ...
 
     def logits(
         self, example: Example, answer: str, media: MediaReader, decoding: Decoding
     ) -> Float[Tensor, "tokens vocab"]:
-        """At the places that predict an answer's tokens; none where the answer cannot stand there."""
+        """Returns the logits that predict an answer's tokens; none where the answer cannot stand there."""
         ...
 
     def view(self, example: Example, *, frames: int) -> View:
-        """What this model looks at of an example's video; `frames` of it where nothing else was trained."""
+        """Picks the frames of an example's video; `frames` of them where training fixed no number."""
         ...
 
 
 def prediction(example: Example, answer: str | None, error: str = "", *, cut_tokens: int = 0) -> Prediction:
-    """An example's answer, or why it has none."""
+    """Makes the record of an example's answer, or of the error that left it without one."""
     return Prediction(
         id=example.id,
         images=list(example.images),
@@ -231,7 +228,7 @@ def prediction(example: Example, answer: str | None, error: str = "", *, cut_tok
 
 
 class TextStreamer(BaseStreamer):
-    """Hands on an answer's text as its tokens come, never half a character."""
+    """Passes on an answer's text as its tokens come, never half a character."""
 
     def __init__(self, decode: Callable[[list[int]], str], write: Callable[[str], object]) -> None:
         self._decode = decode
@@ -240,7 +237,7 @@ class TextStreamer(BaseStreamer):
         self._written = ""
 
     def put(self, value: Tensor, *, is_last: bool = False) -> None:
-        """Takes the next token; generate's first call brings the prompt's ids, of which embeddings have none."""
+        """Takes the next token, or at first the prompt's ids."""
         self._ids += value.flatten().tolist()
         text = self._decode(self._ids)
         if len(text) > len(self._written) and (is_last or not text.endswith(NOT_YET_A_CHARACTER)):
@@ -248,12 +245,12 @@ class TextStreamer(BaseStreamer):
             self._written = text
 
     def end(self) -> None:
-        """Hands on what is left."""
+        """Passes on the rest."""
         self.put(torch.tensor([], dtype=torch.long), is_last=True)
 
 
 def check_room(prompt_tokens: int, max_new_tokens: int, positions: int | None, sample_id: str) -> None:
-    """Sees that a prompt leaves room for the longest answer among the model's positions; None: they have no end."""
+    """Refuses a prompt that leaves the longest answer no room among `positions`; None means there is no end."""
     if positions is not None and prompt_tokens + max_new_tokens > positions:
         raise BadSample(
             sample_id,
@@ -264,7 +261,7 @@ def check_room(prompt_tokens: int, max_new_tokens: int, positions: int | None, s
 
 @dataclass(frozen=True)
 class QuestionSamples(Dataset["Sample | Skipped"]):
-    """Examples as samples without labels; what cannot be asked comes back as `Skipped`."""
+    """Encodes examples without labels; what cannot be asked comes back as `Skipped`."""
 
     examples: Sequence[Example]
     prompts: EncoderPrompts
@@ -280,13 +277,13 @@ class QuestionSamples(Dataset["Sample | Skipped"]):
         try:
             sample = self.prompts.sample(turns_asked(example), self.media.read(example))
             check_room(len(sample.input_ids), self.max_new_tokens, self.positions, example.id)
-            return replace(sample, index=index, id=example.id)
+            return replace(sample, index=index, id=example.id, media=(*example.images, *example.videos))
         except BadSample as error:
             return Skipped(index, example.id, error.reason)
 
 
 def by_picture(examples: Sequence[Example]) -> list[Example]:
-    """Examples of the same pictures one behind another, the longest prompts first: short memory shows at once."""
+    """Orders examples by their pictures, the longest prompts first, so that too little memory shows at once."""
 
     def length(example: Example) -> tuple[int, int, int]:
         return len(example.videos), len(example.images), sum(len(turn.text) for turn in turns_asked(example))
@@ -298,7 +295,7 @@ def by_picture(examples: Sequence[Example]) -> list[Example]:
 
 
 class PicturesOnce:
-    """Runs a model's frozen vision parts once for pictures that several samples in a row show.
+    """Runs a model's frozen vision parts once for pictures that samples of one batch or the next show again.
 
     Raises:
         NotStorable: the family's parts do not give the same when what they gave is handed in again.
@@ -307,29 +304,23 @@ class PicturesOnce:
     def __init__(self, backbone: Any, encoder: Encoder) -> None:
         self._backbone, self._pad_token_id = backbone, encoder.pad_token_id
         backbone.frozen_parts = backbone.frozen_parts or proven_parts(backbone.model, encoder)
-        self._outputs: dict[tuple[str, ...], Outputs] = {}
+        self._outputs: dict[tuple[str | Clip, ...], Outputs] = {}
 
-    def taken(self, samples: Sequence[Sample], pictures: Sequence[tuple[str, ...]]) -> list[Sample]:
-        """The samples of a batch with what the parts give for their pictures, in the place of pixels."""
-        firsts: dict[tuple[str, ...], Sample] = {}
-        for names, sample in zip(pictures, samples, strict=True):
-            if names:
-                firsts.setdefault(names, sample)
-        new = {names: sample for names, sample in firsts.items() if names not in self._outputs}
+    def taken(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Puts the parts' outputs in the place of each sample's pixels."""
+        firsts = {sample.media: sample for sample in reversed(samples) if sample.media}
+        new = {media: sample for media, sample in firsts.items() if media not in self._outputs}
         if new:
             parts, model = self._backbone.frozen_parts, self._backbone.model
             given = parts.outputs_of_each(model, [*new.values()], self._pad_token_id)
             self._outputs |= dict(zip(new, given, strict=True))
-        self._outputs = {names: self._outputs[names] for names in firsts}  # the next batch goes on with the last
-        return [
-            hollowed(sample, self._outputs[names]) if names else sample
-            for sample, names in zip(samples, pictures, strict=True)
-        ]
+        self._outputs = {media: self._outputs[media] for media in firsts}  # the next batch goes on with the last
+        return [hollowed(sample, self._outputs[sample.media]) if sample.media else sample for sample in samples]
 
 
 @dataclass(frozen=True)
 class Assistant:
-    """A decoder with what turns words and pictures into its inputs; an `Predictor`.
+    """Answers by a decoder and its encoder; a `Predictor`.
 
     `while_training`: the model goes on training afterwards, and autograd must be able to save what it made here.
     """
@@ -356,7 +347,7 @@ class Assistant:
         return text
 
     def view(self, example: Example, *, frames: int) -> View:
-        """See `Predictor.view`: so many frames of the example's own clip."""
+        """Shows so many frames of the example's own clip."""
         if example.video is None:
             raise ValueError(f"example {example.id} has no video")
         as_pictures = self.prompts.frames_are_pictures
@@ -365,7 +356,7 @@ class Assistant:
     def predict(
         self, examples: Sequence[Example], media: MediaReader, decoding: Decoding
     ) -> Iterator[list[Prediction]]:
-        """See `Predictor.predict`: examples of one picture together, whose tower runs once for them."""
+        """Answers examples of one picture together, so that it is read once."""
         ordered = by_picture(examples)
         if decoding.by != "generation":
             yield from self._likeliest(ordered, media, decoding)
@@ -377,15 +368,33 @@ class Assistant:
             samples = [item for item in several if isinstance(item, Sample)]
             skipped = [item for item in several if isinstance(item, Skipped)]
             asked = [ordered[sample.index] for sample in samples]
-            if once is not None and samples:
-                samples = once.taken(samples, [example.images for example in asked])
-            batch = self.prompts.collate(samples, "left") if samples else None
-            texts = [] if batch is None else self.answers(batch, max_new_tokens=decoding.max_new_tokens)
+            if once is not None:
+                samples = once.taken(samples)
+            texts = self.answers(self._begun(samples), max_new_tokens=decoding.max_new_tokens) if samples else []
             answered = [prediction(example, text) for example, text in zip(asked, texts, strict=True)]
             yield answered + [prediction(ordered[item.index], None, item.reason) for item in skipped]
 
+    def _begun(self, samples: Sequence[Sample]) -> Mapping[str, Any]:
+        """Makes the batch of some prompts and reads their pictures, once for all prompts that begin alike."""
+        beginnings = [(sample.media, *sample.input_ids[: sample.media_end].tolist()) for sample in samples]
+        first = {beginning: sample for beginning, sample in zip(beginnings, samples, strict=True)}
+        shared = all(sample.media_end for sample in samples) and len(first) < len(samples)
+        if not shared or not self.backbone.continues_prompts:
+            return self.prompts.collate(samples, "left")
+        begun = self.prompts.collate([_part(sample, stop=sample.media_end) for sample in first.values()], "left")
+        rest = self.prompts.collate([_part(sample, start=sample.media_end) for sample in samples], "left")
+        with self._no_grad():
+            cache = self.backbone.read(**model_inputs(begun, self.device))
+        order = torch.tensor([[*first].index(beginning) for beginning in beginnings])
+        cache.batch_select_indices(order.to(self.device))
+        names = ("input_ids", "attention_mask")
+        return {**{name: torch.cat([begun[name][order], rest[name]], dim=1) for name in names}, "cache": cache}
+
+    def _no_grad(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.no_grad() if self.while_training else torch.inference_mode()
+
     def _pictures_once(self, ordered: Sequence[Example]) -> PicturesOnce | None:
-        """None where no picture is asked about twice, or the family's vision parts cannot be run apart."""
+        """Returns None where few pictures are asked about twice, or the family's vision parts cannot run apart."""
         shown = Counter(example.images for example in ordered if example.images)
         if self.while_training or shown.total() < LEAST_REPEATED + len(shown) or any(e.videos for e in ordered):
             return None
@@ -398,13 +407,15 @@ class Assistant:
     def _likeliest(
         self, examples: Sequence[Example], media: MediaReader, decoding: Decoding
     ) -> Iterator[list[Prediction]]:
-        """The likeliest of each question's texts, with what closes an answer; of equals the first."""
+        """Picks the likeliest of each question's texts, closed as an answer is; the first of equals."""
+        once = self._pictures_once(examples)
         rows: list[Sample] = []
         batch: list[tuple[Example, list[str], int]] = []
 
         def chosen() -> list[Prediction]:
             size = decoding.batch_size
-            parts = [self.log_likelihoods(rows[start : start + size]) for start in range(0, len(rows), size)]
+            given = rows if once is None else once.taken(rows)
+            parts = [self.log_likelihoods(given[start : start + size]) for start in range(0, len(given), size)]
             scores = iter(torch.cat(parts).tolist())
             answered: list[Prediction] = []
             for example, texts, count in batch:
@@ -423,7 +434,8 @@ class Assistant:
                     texts = _letters(example) if decoding.by == "letters" else outputs_of(example)
                     seen = media.read(example)
                     samples = [self.prompts.with_answer(turns_asked(example), seen, text) for text in texts]
-                samples = [replace(sample, id=example.id) for sample in samples]
+                media_shown = (*example.images, *example.videos)
+                samples = [replace(sample, id=example.id, media=media_shown) for sample in samples]
                 check_room(max(len(sample.input_ids) for sample in samples), 0, self.positions, example.id)
             except BadSample as error:
                 yield [prediction(example, None, error.reason)]
@@ -438,7 +450,7 @@ class Assistant:
 
     @property
     def positions(self) -> int | None:
-        """What the model takes of a prompt and its answer together."""
+        """Returns how many tokens the model takes, prompt and answer together."""
         return max_positions(self.backbone.config)
 
     def new_ids(
@@ -449,35 +461,35 @@ class Assistant:
         streamer: BaseStreamer | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> Int[Tensor, "batch new"]:
-        """The ids that the model adds to left-padded prompts, greedily unless `options` of generate say otherwise."""
+        """Generates ids behind left-padded prompts, greedily unless `options` of generate say otherwise."""
         inputs = model_inputs(batch, self.device)
         more = {"streamer": streamer} if streamer is not None else {}
         more |= {"options": options} if options is not None else {}
-        with torch.no_grad() if self.while_training else torch.inference_mode():
+        with self._no_grad():
             return self.backbone.generate(**inputs, max_new_tokens=max_new_tokens, **more).cpu()
 
     def answers(
         self, batch: Mapping[str, Any], *, max_new_tokens: int, streamer: BaseStreamer | None = None
     ) -> list[str | None]:
-        """The text of each row's answer, None where the scores were no numbers; the rows are padded on the left."""
+        """Generates each prompt's answer; None where the scores were no numbers."""
         ids = self.new_ids(batch, max_new_tokens=max_new_tokens, streamer=streamer)
         return [None if NO_TOKEN in row.tolist() else self.prompts.encoder.decode(row) for row in ids]
 
     @cached_property
     def packing(self) -> Packing:
-        """How samples with answers stand in a batch: as trees, where the model follows them."""
+        """Says how samples with answers are packed: as trees, where the model follows them."""
         return check_packing(self.backbone, self.prompts.encoder, "trees")[0]
 
     @torch.inference_mode()
     def labelled(self, samples: Sequence[Sample], packing: Packing = "plain", *, keep_logits: bool = False) -> Features:
-        """What the model makes of samples at the places that predict their labelled tokens."""
+        """Computes hidden states and losses at the places that predict labelled tokens."""
         batch = self.prompts.collate(samples, "right", packing)
         labels = batch["labels"].to(self.device)
         return self.backbone(**model_inputs(batch, self.device), labels=labels, keep_logits=keep_logits)
 
     @torch.inference_mode()
     def log_likelihoods(self, samples: Sequence[Sample]) -> Float[Tensor, " samples"]:
-        """The log-likelihood of each sample's labelled tokens behind what stands before them."""
+        """Computes the log-likelihood of each sample's labelled tokens."""
         features = self.labelled(samples, self.packing)
         sums = torch.zeros(len(samples), device=features.losses.device)
         return sums.index_add_(0, features.rows, -features.losses).cpu()
@@ -496,9 +508,20 @@ class Assistant:
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """Returns the device of the weights."""
         module: nn.Module = self.backbone
         return next(module.parameters()).device
+
+
+def _part(sample: Sample, *, start: int = 0, stop: int | None = None) -> Sample:
+    """Returns some of a prompt's tokens; only the first ones come with its pictures."""
+    inputs = {name: value[:, start:stop] if name in ALIGNED else value for name, value in sample.inputs.items()}
+    if start:
+        inputs = {name: value for name, value in inputs.items() if name in ALIGNED}
+    stored = () if start else sample.stored
+    return replace(
+        sample, input_ids=sample.input_ids[start:stop], labels=sample.labels[start:stop], inputs=inputs, stored=stored
+    )
 
 
 def _letters(example: Example) -> list[str]:

@@ -51,7 +51,7 @@ LONGEST_SHARE = timedelta(days=2)  # how long a process that is done waits for t
 
 
 class PredictionsFile(AbstractContextManager["PredictionsFile"]):
-    """`predictions.jsonl` of a folder, which grows line by line; every process of a launch opens it.
+    """Writes a folder's `predictions.jsonl` line by line; every process of a launch opens it.
 
     One process appends to the file itself, several append to a part each, which the first joins. What an earlier run
     answered stays while the settings of its set are the same; lines of other sets stay as they are.
@@ -64,7 +64,7 @@ class PredictionsFile(AbstractContextManager["PredictionsFile"]):
         folder.mkdir(parents=True, exist_ok=True)
 
     def begin(self, name: str, settings: Mapping[str, object]) -> dict[str, Prediction]:
-        """What an earlier run answered of a set under these settings, by id."""
+        """Returns by id what an earlier run answered of a set under these settings."""
         on_first_rank(lambda: self._keep(name, json.loads(json.dumps(dict(settings)))))
         own = self._path if self._ranks == 1 else self._folder / PART.format(self._rank)
         self._stream = own.open("a", encoding="utf-8")
@@ -87,7 +87,7 @@ class PredictionsFile(AbstractContextManager["PredictionsFile"]):
         self._stream.flush()
 
     def end(self, name: str, order: Sequence[str]) -> dict[str, Prediction]:
-        """Every answer to the set by id, of all processes, which the file then holds in this order."""
+        """Joins the answers of all processes, by id; the file then holds them in this order."""
         self.__exit__()
         wait_for_everyone()
         on_first_rank(lambda: self._sort(name, order))
@@ -100,7 +100,7 @@ class PredictionsFile(AbstractContextManager["PredictionsFile"]):
         self._write(everything)
 
     def _joined(self) -> dict[str, dict[str, Prediction]]:
-        """The predictions of the file and of all parts, by set and id."""
+        """Reads the predictions of the file and of all parts, by set and id."""
         everything: dict[str, dict[str, Prediction]] = {}
         for path in (self._path, *sorted(self._folder.glob(PART.format("*")))):
             if path.is_file():
@@ -170,7 +170,7 @@ def ask(
 
 
 def predicted(model: Predictor, examples: Sequence[Example], media: MediaReader, decoding: Decoding) -> Predictions:
-    """The answers of this process alone, in the examples' order, which no file keeps."""
+    """Answers examples in this process alone, in their order, without a file."""
     rows: dict[str, Prediction] = {}
     failed, _ = _ask(model, examples, media, decoding, lambda several: rows.update({row.id: row for row in several}))
     return Predictions(rows=[rows[example.id] for example in examples if example.id in rows], failed=failed)
@@ -183,7 +183,7 @@ def _ask(
     decoding: Decoding,
     keep: Callable[[list[Prediction]], object],
 ) -> tuple[dict[str, str], dict[str, int]]:
-    """Answers examples; why some could not be asked, and how many tokens of a text were cut, by id."""
+    """Answers examples; returns by id why some could not be asked and how many tokens of a text were cut."""
     failed: dict[str, str] = {}
     without_numbers: list[str] = []
     in_a_row, cut = 0, dict[str, int]()
@@ -261,7 +261,7 @@ def evaluate(
 
 
 def _exchanged(tested: Tested, model: Predictor, folder: Path) -> Exchange:
-    """A sample of a set asked again, each example with the pictures of another."""
+    """Asks a sample of a set again, each example with the pictures of another."""
     part, answers = tested.test, tested.predictions.answers
     sample = exchanged(part.scored_examples, answers, together=part.together)
     if not sample:

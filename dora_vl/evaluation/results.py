@@ -24,7 +24,7 @@ FORMULAS: Mapping[str, type[Any]] = {kind.__name__: kind for kind in (Ratio, Tot
 
 
 def formula_record(formula: Formula) -> JSON:
-    """A formula as JSON; None for one of an installed package, or of such parts, which no file can hold."""
+    """Writes a formula as JSON; None for one with parts of an installed package, which no file can hold."""
     if FORMULAS.get(type(formula).__name__) is not type(formula):
         return None
     values = {item.name: getattr(formula, item.name) for item in fields(cast(Any, formula))}
@@ -36,7 +36,7 @@ def formula_record(formula: Formula) -> JSON:
 
 
 def formula_of(record: Mapping[str, Any]) -> Formula:
-    """The formula of `formula_record`."""
+    """Reads what `formula_record` wrote."""
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
     kind = FORMULAS[str(values.pop("is"))]
     if "parts" in values:
@@ -60,7 +60,7 @@ class AnswerScore:
     answer: str = ""
 
     def line(self, name: str, item: str) -> dict[str, JSON]:
-        """The item as a line of `scores.jsonl`."""
+        """Writes the item as a line of `scores.jsonl`."""
         score = self.score
         return {
             **{"set": name, "id": item, "unit": score.unit, "group": self.group, "kind": self.kind},
@@ -89,13 +89,13 @@ def write_results(
 
 
 def score_lines(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a folder's `scores.jsonl`; none where it has no such file."""
+    """Reads the lines of a folder's `scores.jsonl`; none where it has no such file."""
     path = folder / SCORES
     return [dict(row) for _, row in json_lines(path, "scores")] if path.is_file() else []
 
 
 def read_results(folder: Path) -> dict[str, SetResult]:
-    """Every set of a test's folder by name.
+    """Reads every set of a test's folder, by name.
 
     Raises:
         UserError: the files do not belong together or were not written here.

@@ -68,7 +68,7 @@ SCORINGS: Mapping[str, str] = {
     "likelihood": "likelihood of the whole output, among those of `Answer format`, not divided by its length",
     "cloze": "likelihood of the endings behind their contexts; normalised: divided by their characters",
 }
-"""What `metrics.json` says of how commonsense sets were scored other than by generation."""
+"""`metrics.json` describes by these texts how sets were scored other than by generation."""
 
 
 def evaluate_and_draw(
@@ -98,12 +98,12 @@ def evaluate_and_draw(
 
 
 def set_name(file: object) -> str:
-    """What a set of questions is called: its file's name without the ending."""
+    """Names a set after its file, without the ending."""
     return Path(str(file or "test")).stem
 
 
 def adapter_settings(run_folder: Path, strength: float = 1.0) -> dict[str, object]:
-    """What answers of a run depend on: its adapter's weights and the strength they are taken at."""
+    """Returns what a run's answers depend on: its adapter's weights and their strength."""
     weights = run_folder / ADAPTER / WEIGHTS_FILE
     if not weights.is_file():
         raise UserError(f"{weights} is missing; the test needs the finished adapter")
@@ -152,7 +152,7 @@ def evaluate_run(
 
 
 def run_test(assistant: Assistant, config: RunConfig, *, numbers: Mapping[str, object]) -> None:
-    """The test of a run whose adapter is saved, by the model with that adapter; see `evaluate_run`."""
+    """Tests a run whose adapter is saved, by the model with that adapter; see `evaluate_run`."""
     with VideoReader() as reader:
         media = media_of_run(config, assistant, of_test=True, reader=reader)
         evaluate_run(
@@ -168,7 +168,7 @@ def run_test(assistant: Assistant, config: RunConfig, *, numbers: Mapping[str, o
 def media_of_run(
     config: RunConfig, assistant: Assistant, *, of_test: bool, reader: VideoReader | None = None
 ) -> MediaReader:
-    """Reads what the questions of a run show, those of `evaluation.file` or else of its own samples."""
+    """Makes the reader of a run's media, those of `evaluation.file` or else of its own samples."""
     data = config.data
     folder = image_folder(data, config.evaluation.image_folder if of_test else None)
     same = data.video_frames if assistant.prompts.encoder.videos_of_one_length else None
@@ -178,14 +178,14 @@ def media_of_run(
 
 
 def read_test(evaluation: EvaluationConfig, columns: Columns = USUAL) -> tuple[list[Example], dict[str, str]]:
-    """The examples of `evaluation.file`, and the reason for each row that cannot be read, by id."""
+    """Reads the examples of `evaluation.file`, and by id why a row cannot be read."""
     if evaluation.file is None:
         raise UserError("evaluation.file is not set; give a file of questions with answers")
     return read_questions(Path(evaluation.file), evaluation.limit, columns)
 
 
 def check_test(config: RunConfig) -> list[Example]:
-    """The examples of a run's test, before it trains: what is wrong with them shows now, not after hours."""
+    """Reads the examples of a run's test before it trains, so that a mistake shows now and not after hours."""
     examples, _ = read_test(config.evaluation, config.data.contract)
     images = (path for example in examples for path in example.images)
     root = image_folder(config.data, config.evaluation.image_folder).root
@@ -199,7 +199,7 @@ def check_test(config: RunConfig) -> list[Example]:
 
 
 def read_sets(evaluation: EvaluationConfig) -> tuple[list[Example], dict[str, str]]:
-    """The examples of every set, of its kind, and the reason for each row that cannot be read, by id (`openbookqa/17`).
+    """Reads the examples of every set, and by id (`openbookqa/17`) why a row cannot be read.
 
     A row's `answer` is what is looked for; where it names none, what the set's pattern finds in its output.
     """
@@ -239,7 +239,7 @@ def evaluate_commonsense(
     run_folder: Path,
     numbers: Mapping[str, object] = MappingProxyType({}),
 ) -> list[Tested]:
-    """The same for commonsense sets: a test set for each way that `evaluation.scoring` names, averaged over tasks."""
+    """Tests commonsense sets, each in every way that `evaluation.scoring` names, averaged over tasks."""
     examples, unreadable = read_sets(evaluation)
     backbone.eval()
     prompt = PROMPTS[encoder.prompts.name]
@@ -312,7 +312,7 @@ def draw(answered: Sequence[Tested], *, run_folder: Path, media: MediaReader | N
 
 
 def _title(tested: Tested) -> str:
-    """A set's name and score; what could not be asked counts as wrong here too, as `metrics.json` has it."""
+    """Writes a set's name and score; as in `metrics.json`, what could not be asked counts as wrong."""
     name, scored = tested.test.name, tested.scored
     if scored is None:
         return f"{name}: {len(tested.predictions.rows):,} answers, not scored"
@@ -338,7 +338,7 @@ def watch_assistant(
 
 
 def questions_of_rows(examples: Examples, count: int) -> list[Example]:
-    """So many usable examples, evenly over all, their last answers being the right ones."""
+    """Picks so many usable examples, evenly over all; the last answer of each is the right one."""
     chosen = (examples[index] for index in evenly(range(len(examples)), count))
     return [last_round(example) for example in chosen if isinstance(example, Example)]  # validation names others
 

@@ -71,12 +71,12 @@ class TestSet:
 
     @cached_property
     def asked(self) -> list[Example]:
-        """The examples that a model is asked, with their turns."""
+        """Returns the examples that a model is asked, with their turns."""
         return [self.prompt(example) for example in self.examples if example.id not in self.unreadable]
 
     @cached_property
     def scored_examples(self) -> list[Example]:
-        """The examples that a score is over."""
+        """Returns the examples that the score counts."""
         return [example for example in self.examples if example.id not in self.not_scored]
 
 
@@ -104,16 +104,16 @@ class Tested:
 
     @cached_property
     def intervals(self) -> Mapping[str, tuple[float, float]]:
-        """The 95 % interval of each metric that is a formula."""
+        """Returns the 95 % interval of each metric that is a formula."""
         return {} if self.scored is None else intervals(self.scored)
 
     @property
     def is_accuracy(self) -> bool:
-        """True where an answer is right or wrong."""
+        """Tells whether each answer is right or wrong."""
         return self.scored is not None and self.scored.headline in ("accuracy", "average")
 
     def entry(self) -> dict[str, Any]:
-        """What `metrics.json` holds of the set."""
+        """Returns the set's entry of `metrics.json`."""
         test, predictions, scored = self.test, self.predictions, self.scored
         reasons = {**test.unreadable, **predictions.failed}
         of_answers = {
@@ -150,7 +150,7 @@ class Tested:
         }
 
     def lines(self) -> Iterable[dict[str, JSON]]:
-        """The set's lines of `scores.jsonl`."""
+        """Returns the set's lines of `scores.jsonl`."""
         if self.scored is None:
             return
         test, answers = self.test, self.predictions.answers
@@ -169,7 +169,7 @@ class Tested:
 
 
 def scored(test: TestSet, predictions: Predictions) -> Tested:
-    """The answers with their score and the server's file, or why they cannot be scored."""
+    """Scores the answers and makes the server's file, or says why they cannot be scored."""
     tested = Tested(test=test, predictions=predictions)
     answers = {name: answer for name, answer in predictions.answers.items() if name not in test.not_scored}
     if test.decoding is not None and test.decoding.by != "generation" and predictions.failed and not answers:
@@ -192,7 +192,7 @@ def scored(test: TestSet, predictions: Predictions) -> Tested:
 
 
 def with_baselines(tested: Tested, exchange: Exchange | None) -> Tested:
-    """The same with what its score is compared with."""
+    """Adds the baselines that a score is compared with."""
     test, result = tested.test, tested.scored
     if result is None or test.score is None:
         return tested
@@ -202,7 +202,7 @@ def with_baselines(tested: Tested, exchange: Exchange | None) -> Tested:
 
 
 def with_differences(tested: Tested, rival: Tested, against: str) -> Tested:
-    """The same with each metric's difference from that of other answers, paired over the set's units."""
+    """Adds each metric's difference from that of other answers, paired over the set's units."""
     if tested.scored is None or rival.scored is None:
         return tested
     return replace(tested, against=against, differences=paired_differences(tested.scored, rival.scored))
@@ -210,7 +210,7 @@ def with_differences(tested: Tested, rival: Tested, against: str) -> Tested:
 
 @dataclass(frozen=True, kw_only=True)
 class ResultFolder:
-    """The files of a test, written anew after each set.
+    """Writes the files of a test, anew after each set.
 
     Attributes:
         header: what `metrics.json` says beside its sets.
@@ -240,13 +240,13 @@ class ResultFolder:
 
 
 def submission_file(tested: Tested, folder: Path) -> Path:
-    """The file that the set's server or judge takes."""
+    """Makes the file that the set's server or judge takes."""
     assert tested.submission is not None
     return folder / tested.test.name / tested.submission[0]
 
 
 def average_of(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The mean of the sets' headlines where several sets have the same one; different metrics are never mixed.
+    """Averages the headline of several sets that have the same one; different metrics are never mixed.
 
     None where a headline is a mean over sets itself: such entries are ways of scoring the same questions.
     """

@@ -225,3 +225,21 @@ def test_every_kernel_that_takes_a_mask_follows_rows(kernel: str, device: str) -
         torch.testing.assert_close(rows[0], plain[0], rtol=1e-4, atol=1e-4)
         if plain[1] is not None:
             torch.testing.assert_close(rows[1], plain[1], rtol=1e-3, atol=1e-4)
+
+
+def test_a_call_of_the_model_itself_follows_no_earlier_trees() -> None:
+    model = tiny_language()
+    backbone = DecoderBackbone(model.train())
+    samples = [replace(sample, media=("alike",)) for sample in language_samples()]
+    batch = inputs_of(Collator(0, packing="trees")(samples))
+    words = torch.randint(1, 20, (1, 40), generator=torch.Generator().manual_seed(2))
+
+    def alone() -> torch.Tensor:
+        with torch.no_grad():
+            return model(input_ids=words).logits
+
+    before = alone()
+    backbone(**batch)
+    torch.testing.assert_close(alone(), before, rtol=0, atol=0)
+    backbone(**batch)
+    assert model.generate(input_ids=words, max_new_tokens=2, do_sample=False).shape[1] > 40

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
 from dora_vl.backbones.encoder import open_encoder
-from dora_vl.backbones.model import open_backbone
+from dora_vl.backbones.model import DecoderBackbone, open_backbone
 from dora_vl.data.example import Example
 from dora_vl.data.turns import Turn
 from dora_vl.evaluation import ask
@@ -32,40 +34,118 @@ def test_examples_of_one_picture_stand_together_the_longest_first() -> None:
     assert order.index("4") < order.index("0") < order.index("5")
 
 
-@pytest.mark.parametrize("batch_size", [4, 7])
-def test_a_picture_goes_through_the_tower_once(
-    tmp_path: Path, batch_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base = write_tiny_llava(tmp_path / "base")
+@pytest.fixture(scope="module")
+def examples(folder: Path) -> list[Example]:
     random = torch.Generator().manual_seed(3)
     names = [f"{number}.png" for number in range(5)]
     for name in names:
         pixels = torch.randint(0, 255, (8, 8, 3), generator=random, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(tmp_path / name)
-    examples = [example(number, names[number * 3 % 5]) for number in range(24)]
-    examples += [example(24), example(25, names[0], names[1]), example(26, names[0], names[1])]
-    backbone = open_backbone(str(base))
-    assistant = Assistant(backbone, EncoderPrompts(open_encoder(str(base), max_tokens=512)))
-    media, decoding = media_reader(tmp_path, frames=1), Decoding(batch_size=batch_size, max_new_tokens=4)
-    pictures: list[int] = []
-    tower = next(module for name, module in backbone.model.named_modules() if name.endswith("vision_tower"))
+        Image.fromarray(pixels.numpy()).save(folder / name)
+    about_one = [example(number, names[number * 3 % 5]) for number in range(24)]
+    return [*about_one, example(24), example(25, names[0], names[1]), example(26, names[0], names[1])]
 
-    def answers() -> dict[str, str]:
-        pictures.clear()
-        count = tower.register_forward_pre_hook(
-            lambda _, inputs, named: pictures.append(len(named["pixel_values"] if not inputs else inputs[0])),
-            with_kwargs=True,
-        )
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pictures")
+
+
+@pytest.fixture(scope="module")
+def assistant(folder: Path) -> Assistant:
+    base = write_tiny_llava(folder / "base")
+    return Assistant(open_backbone(str(base)), EncoderPrompts(open_encoder(str(base), max_tokens=512)))
+
+
+class Counted:
+    """Counts the pictures that a tower sees and the tokens that a decoder reads."""
+
+    def __init__(self, assistant: Assistant) -> None:
+        self.pictures = self.tokens = 0
+        model = assistant.backbone.model
+        tower = next(module for name, module in model.named_modules() if name.endswith("vision_tower"))
+        self._hooks = [
+            tower.register_forward_pre_hook(self._tower, with_kwargs=True),
+            model.model.language_model.register_forward_pre_hook(self._decoder, with_kwargs=True),
+        ]
+
+    def _tower(self, _: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        self.pictures += len(named["pixel_values"] if not inputs else inputs[0])
+
+    def _decoder(self, _: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        self.tokens += named["inputs_embeds"].shape[:2].numel()
+
+    def close(self) -> Counted:
+        for hook in self._hooks:
+            hook.remove()
+        return self
+
+
+PROOF = 40
+"""Passes by which a tower is proven to run apart, at most."""
+
+
+@pytest.mark.parametrize("batch_size", [4, 7])
+def test_a_picture_is_read_once(
+    folder: Path, examples: list[Example], assistant: Assistant, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    media, decoding = media_reader(folder, frames=1), Decoding(batch_size=batch_size, max_new_tokens=4)
+
+    def answers() -> tuple[dict[str, str], Counted]:
+        counted = Counted(assistant)
         rows = [row for several in assistant.predict(examples, media, decoding) for row in several]
-        count.remove()
         assert not any(row.error for row in rows)
-        return {row.id: row.prediction for row in rows}
+        return {row.id: row.prediction for row in rows}, counted.close()
 
-    shared, of_tower = answers(), sum(pictures)
+    shared, few = answers()
+    monkeypatch.setattr(DecoderBackbone, "continues_prompts", False)
+    towers, more = answers()
     monkeypatch.setattr(ask, "LEAST_REPEATED", 1000)
-    alone = answers()
-    assert shared == alone
+    alone, most = answers()
+    assert shared == towers == alone
     assert len(set(alone.values())) > 2
-    assert sum(pictures) == 24 + 2 * 2
-    proof = 40  # passes by which the tower is proven to run apart, at most
-    assert of_tower - proof < 5 + 2 + -(-27 // batch_size) * 2 < sum(pictures)
+    assert most.pictures == 24 + 2 * 2
+    assert few.pictures - PROOF < 5 + 2 + -(-27 // batch_size) * 2 < most.pictures
+    assert few.tokens < 0.75 * more.tokens
+
+
+def test_likelihoods_share_pictures_and_are_those_of_each_answer_alone(
+    folder: Path, examples: list[Example], assistant: Assistant
+) -> None:
+    media = media_reader(folder, frames=1)
+    of_picture = [item for item in examples if item.images == ("3.png",)]
+    samples = [
+        replace(assistant.prompts.with_answer(item.turns, media.read(item), text), id=item.id, media=item.images)
+        for item in of_picture
+        for text in ("red", "a blue one")
+    ]
+    assert len(of_picture) > 3
+    assert assistant.packing == "trees"  # found out by a trial, which is not counted
+    counted = Counted(assistant)
+    shared = assistant.log_likelihoods(samples)
+    few = counted.close()
+    counted = Counted(assistant)
+    alone = torch.cat([assistant.log_likelihoods([sample]) for sample in samples])
+    most = counted.close()
+    torch.testing.assert_close(shared, alone, rtol=1e-4, atol=1e-4)
+    assert len({round(value, 3) for value in shared.tolist()}) > len(samples) // 2
+    assert (few.pictures, most.pictures) == (1, len(samples))
+    assert few.tokens < most.tokens / 2
+
+
+def test_likeliest_outputs_are_the_same_over_towers_that_ran_once(
+    folder: Path, examples: list[Example], assistant: Assistant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [replace(item, choices=("red", "blue", "a green one")) for item in examples]
+    media, decoding = media_reader(folder, frames=1), Decoding(batch_size=9, by="letters")
+
+    def answers() -> tuple[dict[str, str], Counted]:
+        counted = Counted(assistant)
+        rows = [row for several in assistant.predict(asked, media, decoding) for row in several]
+        return {row.id: row.prediction for row in rows}, counted.close()
+
+    once, few = answers()
+    monkeypatch.setattr(ask, "LEAST_REPEATED", 1000)
+    again, most = answers()
+    assert once == again
+    assert set(once.values()) <= {"A", "B", "C"}
+    assert few.pictures - PROOF < most.pictures
