@@ -76,6 +76,9 @@ class Collator:
         if self.packing != "plain":
             tokens = int((batch["layout"]["segment"] >= 0).sum())
         shrunk = [(sample.id, sample.lost_pixels) for sample in usable if sample.lost_pixels]
+        if any(sample.weight != 1 for sample in samples):
+            batch["weights"] = torch.tensor([sample.weight for sample in samples])
+            batch["groups"] = torch.tensor([number for number, sample in enumerate(usable) for _ in sample.rows()])
         return {
             **batch,
             "samples": len(usable),
