@@ -297,7 +297,8 @@ class Encoder:
         """
         *turns, last = conversation.turns
         media, encoded = (*conversation.images, *conversation.videos), []
-        for weight, text in ((1.0, last.text), *((-1.0, text) for text in conversation.rejected)):
+        first = -1.0 if conversation.is_good is False else 1.0
+        for weight, text in ((first, last.text), *((-1.0, text) for text in conversation.rejected)):
             try:
                 answer = self.encode_choice(turns, text, pictures, videos)
             except BadSample as error:

@@ -69,7 +69,22 @@ def _is_record(row: Row) -> bool:
     return row.get("turns") is not None or (isinstance(first, dict) and {"text"} <= first.keys() <= {"text", "weight"})
 
 
+def _is_judged(row: Row) -> bool:
+    return any(isinstance(value, bool) and plain_name(name) in ROLES["judged"] for name, value in row.items())
+
+
+PREFERENCES = "preferences"
 FORMATS: tuple[RowFormat, ...] = (
+    RowFormat(PREFERENCES, ("conversations", "chosen", "rejected")),
+    RowFormat(PREFERENCES, ("messages", "rejected")),
+    RowFormat(PREFERENCES, ("prompt", "chosen", "rejected"), ("history",)),
+    RowFormat(PREFERENCES, ("instruction", "chosen", "rejected"), ("input", "history")),
+    RowFormat(PREFERENCES, ("question", "chosen", "rejected"), ("hint", "history")),
+    RowFormat(PREFERENCES, ("chosen", "rejected")),
+    RowFormat("judged answers", ("prompt", "completion", "judged"), ("history",), _is_judged),
+    RowFormat("judged answers", ("messages", "judged"), (), _is_judged),
+    RowFormat("judged answers", ("conversations", "judged"), (), _is_judged),
+    RowFormat("judged answers", ("instruction", "output", "judged"), ("input", "history"), _is_judged),
     RowFormat("conversations", ("conversations",), ("completion",)),
     RowFormat("messages", ("messages",), ("completion",)),
     RowFormat("texts", ("texts",)),
@@ -269,11 +284,11 @@ class Columns:
 def _meant(path: str, names: set[str]) -> str | None:
     """The role that a column of an unknown name probably has, none that another of the row's names has."""
     name = path.rpartition(".")[2]
-    if plain_name(name) in KNOWN:
-        return None if name == path else name
     if name == "chosen":
         beside = {"prompt": "completion", "instruction": "output", "question": "answer"}
         return next((role for column, role in beside.items() if column in names), "messages")
+    if plain_name(name) in KNOWN:
+        return None if name == path or name == "rejected" else name
     role = nearest_role(name) or _EXAMPLES.get(kind_of(name))
     is_held = role is not None and any(role in known and not names.isdisjoint(known) for known in ROLES.values())
     return None if is_held else role

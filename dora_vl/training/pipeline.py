@@ -114,7 +114,7 @@ class PreferenceLoss(LossModel):
     """
 
     def __init__(
-        self, backbone: Backbone[Any], *, objective: Mapping[str, float], scale: Scale, reference: Reference | None
+        self, backbone: Backbone[Any], *, objective: Mapping[Any, float], scale: Scale, reference: Reference | None
     ) -> None:
         super().__init__(backbone, step_tokens=False)
         self.objective, self.scale, self.reference = objective, scale, reference

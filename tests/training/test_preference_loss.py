@@ -150,7 +150,7 @@ def test_prompt_and_picture_stand_once_for_all_answers(encoder: Encoder) -> None
 def test_steps_raise_the_margin(encoder: Encoder, backbone: DecoderBackbone) -> None:
     loss = PreferenceLoss(backbone, objective={"dpo": 1.0}, scale=Scale(beta=0.5), reference=Reference(backbone.model))
     optimizer = torch.optim.AdamW([weight for weight in backbone.parameters() if weight.requires_grad], lr=0.01)
-    batch, margins = batch_of(encoder, items(encoder), "trees"), []
+    batch, margins, output = batch_of(encoder, items(encoder), "trees"), [], {}
     for _ in range(8):
         output = loss(**batch)
         margins.append(output["rewards/margin"].item())
