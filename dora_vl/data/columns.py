@@ -222,11 +222,19 @@ class Columns:
     def _paths(self) -> tuple[str, ...]:
         return tuple(name for name in (*self.roles, *self.ignored) if "." in name)
 
+    @cached_property
+    def _takes_one_answer(self) -> bool:
+        """Whether `data.columns` gives an answer of a preference another role, so that it is the only one."""
+        return any(
+            kind_of(name) == PREFERENCE and role not in ("chosen", "rejected") for name, role in self.roles.items()
+        )
+
     def _is_settled(self, name: str) -> bool:
         """Whether `data.columns` says of another column that it is what this one may be."""
         roles = {role for role, names in ROLES.items() if not {role, *names}.isdisjoint(self.roles.values())}
-        is_preferred = kind_of(name) == PREFERENCE and any(kind_of(column) == PREFERENCE for column in self.roles)
-        return is_preferred or any(plain_name(name) in ROLES[role] for role in roles)
+        return (kind_of(name) == PREFERENCE and self._takes_one_answer) or any(
+            plain_name(name) in ROLES[role] for role in roles
+        )
 
     def _refuse_nearly_named(self, row: Row) -> None:
         """Raises ColumnsError where a row of no format would have one by other names, or by a question for all."""
@@ -266,6 +274,8 @@ class Columns:
 
     def _alternatives(self, role: str, names: Sequence[str]) -> list[Candidate]:
         """The columns that may hold a role, those together that are taken as one."""
+        if role in (*ROLES["chosen"], *ROLES["rejected"]) and self._takes_one_answer:
+            return []
         named = [column for column, name in self.roles.items() if column in names and name in (role, *ROLES[role])]
         joined = role in JOINED and bool(named)
         alternatives: list[Candidate] = [dict.fromkeys(named, "")] if joined else [{name: ""} for name in named]

@@ -36,7 +36,7 @@ ROLES: Mapping[str, tuple[str, ...]] = {
     "scored": ("answer",),
     "history": ("history",),
     "chosen": ("chosen", "chosen_response"),
-    "rejected": ("rejected", "rejected_response"),
+    "rejected": ("rejected", "rejected_response", "rejected_messages"),
     "judged": ("label", "kto_tag"),
     "turns": ("turns",),
     "answers": ("answers",),

@@ -115,8 +115,9 @@ def test_answers_called_good_or_bad(tmp_path: Path, base: Path) -> None:
     run_file = write_run(tmp_path / "run.yaml", base, path, training=RATES, objective={"loss": "kto", "beta": 0.5})
     lines = logged(trained(run_file))
     assert lines[-1]["rewards/chosen"] > 0.05 > lines[-1]["rewards/rejected"]
-    assert key_of(decoder_run(run_file, "--objective.loss=dpo")) == "objective.loss"
-    assert key_of(decoder_run(run_file, "--objective.loss=sft")) == "objective.loss"
+    new = f"--training.output_dir={tmp_path / 'new'}"
+    assert key_of(decoder_run(run_file, new, "--objective.loss=dpo")) == "objective.loss"
+    assert key_of(decoder_run(run_file, new, "--objective.loss=sft")) == "objective.loss"
 
 
 def test_data_and_loss_must_fit(tmp_path: Path, base: Path) -> None:
