@@ -138,6 +138,8 @@ def asked_and_told(example: Example) -> tuple[str, str, str]:
     """What a row asks, about which media, and what it answers, as texts to compare; a caption asks nothing."""
     asked = [turn.text for turn in example.turns if turn.role != "assistant"] or [example.question, *example.choices]
     words = "\n".join(asked).replace(IMAGE_PLACEHOLDER, "").strip()
+    if example.rejected or example.is_good is not None:
+        words = ""  # several answers to one question are what such rows are for
     told = [turn.text for turn in example.turns if turn.role == "assistant"] or [
         answer.text for answer in example.answers
     ]

@@ -9,7 +9,7 @@ Letters, for one prompt x with a preferred answer w and a rejected answer l:
     m       g(w) - g(l), the margin
     s       the logistic function
 
-Every loss is computed for each pair or each answer, and its mean is taken over them.
+Every loss gives a number for each pair, or for each answer where nothing is paired; their mean is the batch's loss.
 """
 
 from __future__ import annotations
@@ -36,6 +36,13 @@ class Answers(NamedTuple):
     preferred: Bool[Tensor, " answers"]
     group: Int[Tensor, " answers"]
 
+    def only(self, chosen: Bool[Tensor, " answers"]) -> Answers:
+        """Returns some of the answers."""
+        reference = None if self.reference is None else self.reference[chosen]
+        return Answers(
+            self.log_probs[chosen], reference, self.tokens[chosen], self.preferred[chosen], self.group[chosen]
+        )
+
     def gains(self) -> Float[Tensor, " answers"]:
         """p - r of each answer."""
         assert self.reference is not None
@@ -59,7 +66,7 @@ class Scale:
     Attributes:
         beta: the weight of the log-ratio; a smaller one lets the model go further from the reference.
         margin: gamma of SimPO, the reward by which the preferred answer is to be better.
-        kl: z of KTO and delta of BCO, the reward at which an answer counts as neither good nor bad.
+        kl: z of KTO, the mean p - r of answers to other prompts, at which an answer is neither good nor bad.
     """
 
     beta: float = 0.1
@@ -100,16 +107,28 @@ def kto(answers: Answers, scale: Scale) -> Float[Tensor, " answers"]:
     return 1 - torch.sigmoid(torch.where(answers.preferred, value, -value))
 
 
-def bco(answers: Answers, scale: Scale) -> Float[Tensor, " answers"]:
-    """-log s(g - delta) of a preferred answer, -log s(delta - g) of a rejected one. arXiv 2404.04656, equation 10."""
-    value = scale.beta * answers.gains() - scale.kl
-    return -F.logsigmoid(torch.where(answers.preferred, value, -value))
+def _of_pairs(answers: Answers, values: Float[Tensor, " answers"]) -> Float[Tensor, " values"]:
+    """The sum of both answers' values for each pair; where nothing is paired the values themselves."""
+    chosen, rejected = answers.pairs()
+    return values[chosen] + values[rejected] if len(chosen) else values
 
 
-def apo_zero(answers: Answers, scale: Scale) -> Float[Tensor, " answers"]:
+def bco(answers: Answers, scale: Scale) -> Float[Tensor, " values"]:
+    """-log s(g - delta) of a preferred answer, -log s(delta - g) of a rejected one. arXiv 2404.04656, equation 10.
+
+    delta is the mean reward, here of the batch: halfway between the preferred answers' and the rejected ones'.
+    """
+    rewards, means = scale.beta * answers.gains(), list[Tensor]()
+    for kind in (answers.preferred, ~answers.preferred):
+        means += [rewards.detach()[kind].mean()] if bool(kind.any()) else []
+    value = rewards - torch.stack(means).mean()
+    return _of_pairs(answers, -F.logsigmoid(torch.where(answers.preferred, value, -value)))
+
+
+def apo_zero(answers: Answers, scale: Scale) -> Float[Tensor, " values"]:
     """1 - s(g) of a preferred answer, s(g) of a rejected one: raises the one, lowers the other. arXiv 2408.06266."""
     value = scale.beta * answers.gains()
-    return torch.sigmoid(torch.where(answers.preferred, -value, value))
+    return _of_pairs(answers, torch.sigmoid(torch.where(answers.preferred, -value, value)))
 
 
 def apo_down(answers: Answers, scale: Scale) -> Float[Tensor, " pairs"]:
@@ -124,23 +143,22 @@ def simpo(answers: Answers, scale: Scale) -> Float[Tensor, " pairs"]:
     return -F.logsigmoid(scale.beta * _margins(answers, answers.means()) - scale.margin)
 
 
+def sft(answers: Answers, scale: Scale) -> Float[Tensor, " one"]:
+    """-p / n over all preferred answers: the mean over their tokens, as supervised tuning takes it."""
+    log_probs, tokens = answers.log_probs[answers.preferred], answers.tokens[answers.preferred]
+    return -(log_probs.sum() / tokens.sum().clamp_min(1))[None]
+
+
 def cpo(answers: Answers, scale: Scale) -> Float[Tensor, " pairs"]:
-    """-log s(beta (p(w) - p(l))) - p(w) / n(w). Contrastive preference optimisation, arXiv 2401.08417, equation 5."""
-    chosen, _ = answers.pairs()
-    return -F.logsigmoid(scale.beta * _margins(answers, answers.log_probs)) - answers.means()[chosen]
+    """-log s(beta (p(w) - p(l))), and what `sft` takes. arXiv 2401.08417, equation 5."""
+    return sft(answers, scale) - F.logsigmoid(scale.beta * _margins(answers, answers.log_probs))
 
 
 def orpo(answers: Answers, scale: Scale) -> Float[Tensor, " pairs"]:
-    """-p(w) / n(w) - beta log s(o(w) - o(l)), o = log(q / (1 - q)) with log q = p / n. arXiv 2403.07691, equation 6."""
+    """-beta log s(o(w) - o(l)) with o = log(q / (1 - q)) and log q = p / n, and what `sft` takes. arXiv 2403.07691."""
     means = answers.means()
     odds = means - torch.log1p(-means.exp())
-    chosen, _ = answers.pairs()
-    return -means[chosen] - scale.beta * F.logsigmoid(_margins(answers, odds))
-
-
-def sft(answers: Answers, scale: Scale) -> Float[Tensor, " answers"]:
-    """-p / n of the preferred answers: what supervised tuning takes."""
-    return -answers.means()[answers.preferred]
+    return sft(answers, scale) - scale.beta * F.logsigmoid(_margins(answers, odds))
 
 
 LOSSES: Mapping[str, Loss] = {

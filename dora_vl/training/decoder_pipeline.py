@@ -207,7 +207,12 @@ class DecoderPipeline(Pipeline):
             decoder = cast(DecoderBackbone, backbone)
             outputs, dummy = stored_outputs(self.config, decoder, reader, samples.pictures, arguments)
         collate = Collator(
-            encoder.pad_token_id, dummy=dummy, dummy_video=encoder.dummy_video() if videos else None, packing=packing
+            encoder.pad_token_id,
+            dummy=dummy,
+            dummy_video=encoder.dummy_video() if videos else None,
+            packing=packing,
+            compares=not self.config.objective.is_sft,
+            unmatched="kto" in self.config.objective.weights,
         )
         return samples.training_data(self._rows(arguments, outputs), collate)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -132,11 +132,15 @@ class PreferenceLoss(LossModel):
             with self.reference.in_place():
                 of_reference, _ = self._log_probs(len(weights), inputs)
         log_probs, tokens = self._log_probs(len(weights), inputs)
+        counts, scale = weights != 0, self.scale
         answers = Answers(log_probs, of_reference, tokens, weights > 0, groups)
+        if not bool(counts.all()):  # the others are answers to another prompt
+            scale = replace(scale, kl=answers.gains()[~counts].mean().clamp_min(0).detach())
+            answers = answers.only(counts)
         # Without any pair the loss is 0 and still belongs to the graph, so that ranks stay in step.
         loss = 0 * log_probs.sum()
         for name, weight in self.objective.items():
-            each = LOSSES[name](answers, self.scale)
+            each = LOSSES[name](answers, scale)
             loss = loss + weight * each.sum() / max(1, len(each))
         return {"loss": loss, "labelled_tokens": tokens.sum().long(), **measures(answers, self.scale.beta)}
 

@@ -51,19 +51,31 @@ def margin(p: tuple[float, ...], w: int, o: int) -> float:
     return BETA * (gain(p, w) - gain(p, o))
 
 
+def likelihood(p: tuple[float, ...]) -> float:
+    """What supervised tuning takes of the preferred answers."""
+    return -(p[0] + p[3] + p[4]) / (3 + 7 + 1)
+
+
+def judged(p: tuple[float, ...], y: int, *, good: bool) -> float:
+    """A binary classifier's loss, whose threshold no gradient moves."""
+    rewards = [BETA * gain(LOG_PROBS, number) for number in range(6)]
+    threshold = ((rewards[0] + rewards[3] + rewards[4]) / 3 + (rewards[1] + rewards[2] + rewards[5]) / 3) / 2
+    return -math.log(sigmoid((1 if good else -1) * (BETA * gain(p, y) - threshold)))
+
+
 PAIRED: dict[str, Callable[[tuple[float, ...], int, int], float]] = {
     "dpo": lambda p, w, o: -math.log(sigmoid(margin(p, w, o))),
     "hinge": lambda p, w, o: max(0.0, 1 - margin(p, w, o)),
     "ipo": lambda p, w, o: (gain(p, w) / TOKENS[w] - gain(p, o) / TOKENS[o] - 1 / (2 * BETA)) ** 2,
     "apo_down": lambda p, w, o: sigmoid(BETA * gain(p, w)) + 1 - sigmoid(margin(p, w, o)),
     "simpo": lambda p, w, o: -math.log(sigmoid(BETA * (mean(p, w) - mean(p, o)) - MARGIN)),
-    "cpo": lambda p, w, o: -math.log(sigmoid(BETA * (p[w] - p[o]))) - mean(p, w),
-    "orpo": lambda p, w, o: -mean(p, w) - BETA * math.log(sigmoid(odds(p, w) - odds(p, o))),
+    "cpo": lambda p, w, o: -math.log(sigmoid(BETA * (p[w] - p[o]))) + likelihood(p),
+    "orpo": lambda p, w, o: likelihood(p) - BETA * math.log(sigmoid(odds(p, w) - odds(p, o))),
+    "bco": lambda p, w, o: judged(p, w, good=True) + judged(p, o, good=False),
+    "apo_zero": lambda p, w, o: 1 - sigmoid(BETA * gain(p, w)) + sigmoid(BETA * gain(p, o)),
 }
 SINGLE: dict[str, Callable[[tuple[float, ...], int, bool], float]] = {
-    "kto": lambda p, y, good: 1 - sigmoid((1 if good else -1) * BETA * (gain(p, y) - LEVEL)),
-    "bco": lambda p, y, good: -math.log(sigmoid((1 if good else -1) * (BETA * gain(p, y) - LEVEL))),
-    "apo_zero": lambda p, y, good: 1 - sigmoid(BETA * gain(p, y)) if good else sigmoid(BETA * gain(p, y)),
+    "kto": lambda p, y, good: 1 - sigmoid((1 if good else -1) * BETA * (gain(p, y) - LEVEL))
 }
 
 
@@ -71,7 +83,7 @@ def written_out(name: str, p: tuple[float, ...]) -> float:
     if name in PAIRED:
         values = [PAIRED[name](p, w, o) for w, o in PAIRS]
     elif name == "sft":
-        values = [-mean(p, number) for number, good in enumerate(PREFERRED) if good]
+        values = [likelihood(p)]
     else:
         values = [SINGLE[name](p, number, good) for number, good in enumerate(PREFERRED)]
     return sum(values) / len(values)
@@ -102,7 +114,13 @@ def test_losses_without_a_reference_ask_for_none(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(OF_SINGLE_ANSWERS))
 def test_losses_of_single_answers_need_no_pair(name: str) -> None:
     alone = answers(torch.tensor(LOG_PROBS))._replace(group=torch.arange(len(LOG_PROBS)))
-    assert len(LOSSES[name](alone, Scale())) == (sum(PREFERRED) if name == "sft" else len(LOG_PROBS))
+    values = LOSSES[name](alone, Scale())
+    assert len(values) == (1 if name == "sft" else len(LOG_PROBS))
+    if name == "apo_zero":
+        expected = [
+            sigmoid(-0.1 * gain(LOG_PROBS, y) if good else 0.1 * gain(LOG_PROBS, y)) for y, good in enumerate(PREFERRED)
+        ]
+        torch.testing.assert_close(values, torch.tensor(expected))
 
 
 def test_measures_are_those_of_the_pairs() -> None:

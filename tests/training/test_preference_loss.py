@@ -114,20 +114,24 @@ def test_loss_is_that_of_two_models_and_single_rows(encoder: Encoder, backbone: 
         targets = sample.labels[1:]
         return logits[targets >= 0].gather(1, targets[targets >= 0, None]).sum(), int((targets >= 0).sum())
 
-    margins, gains, means = [], [], []
+    pairs, rewards_of, learned, tokens = list[tuple[float, float]](), {True: [], False: []}, 0.0, 0
     for item in samples:
         rows = [(log_prob(backbone, row), log_prob(before, row)) for row in item.rows()]
-        rewards = [0.3 * float(now[0] - then[0]) for now, then in rows]
-        gains += [(reward, number == 0) for number, reward in enumerate(rewards)]
-        means.append(-float(rows[0][0][0]) / rows[0][0][1])
-        margins += [rewards[0] - other for other in rewards[1:]]
+        chosen, *others = [0.3 * float(now[0] - then[0]) for now, then in rows]
+        rewards_of[True].append(chosen)
+        rewards_of[False] += others
+        pairs += [(chosen, other) for other in others]
+        learned, tokens = learned + float(rows[0][0][0]), tokens + rows[0][0][1]
 
     def log_sigmoid(value: float) -> float:
         return float(functional.logsigmoid(torch.tensor(value)))
 
-    expected = 0.8 * sum(-log_sigmoid(margin) for margin in margins) / len(margins)
-    expected += 0.2 * sum(-log_sigmoid(value if good else -value) for value, good in gains) / len(gains)
-    expected += sum(means) / len(means)
+    threshold = sum(sum(rewards) / len(rewards) for rewards in rewards_of.values()) / 2
+    each = [
+        -0.8 * log_sigmoid(w - o) - 0.2 * (log_sigmoid(w - threshold) + log_sigmoid(threshold - o)) for w, o in pairs
+    ]
+    expected = sum(each) / len(each) - learned / tokens
+    margins = [w - o for w, o in pairs]
     loss = PreferenceLoss(backbone, objective=OBJECTIVE, scale=Scale(beta=0.3), reference=reference)
     output = loss(**batch_of(encoder, samples, "trees"))
     assert output["loss"].item() == pytest.approx(expected, rel=1e-4)
@@ -145,6 +149,34 @@ def test_prompt_and_picture_stand_once_for_all_answers(encoder: Encoder) -> None
     assert trees["input_ids"].numel() < 0.6 * plain["input_ids"].numel()
     assert trees["groups"].tolist() == plain["groups"].tolist() == [0, 0, 1, 1, 1, 2, 2]
     assert trees["weights"].tolist() == [1, -1, 1, -1, -1, 1, -1]
+
+
+@pytest.mark.parametrize("packing", ["trees", "plain"])
+def test_kto_measures_by_answers_to_other_prompts(packing: Any, encoder: Encoder, backbone: DecoderBackbone) -> None:
+    reference, before = Reference(backbone.model), copy.deepcopy(backbone)
+    disturb(backbone.model)
+    samples = items(encoder)
+    batch = inputs_of(Collator(encoder.pad_token_id, packing=packing, unmatched=True)(samples))
+    assert batch["weights"].tolist() == [1, -1, 0, 1, -1, -1, 0, 1, -1, 0]
+    loss = PreferenceLoss(backbone, objective={"kto": 1.0}, scale=Scale(beta=0.3), reference=reference)
+    value = loss(**batch)["loss"].item()
+
+    def gain(prompt: Example, text: str) -> float:
+        pictures = [PICTURES[name] for name in prompt.images]
+        sample = Sample(**vars(encoder.encode_choice(prompt.turns[:1], text, pictures)))
+        batch, sums = inputs_of(Collator(encoder.pad_token_id)([sample])), []
+        with torch.no_grad():
+            sums = [-model(**batch).losses.sum().item() for model in (backbone, before)]
+        return sums[0] - sums[1]
+
+    others = [gain(EXAMPLES[number], EXAMPLES[number - 1].turns[-1].text) for number in range(3)]
+    level = max(0.0, sum(others) / len(others))
+    values = [
+        1 - torch.sigmoid(torch.tensor(sign * 0.3 * (gain(row, text) - level))).item()
+        for row in EXAMPLES
+        for sign, text in ((1, row.turns[-1].text), *((-1, text) for text in row.rejected))
+    ]
+    assert value == pytest.approx(sum(values) / len(values), rel=1e-4)
 
 
 def test_steps_raise_the_margin(encoder: Encoder, backbone: DecoderBackbone) -> None:
