@@ -288,6 +288,27 @@ class Encoder:
         labels = torch.where(trained, ids, IGNORED_LABEL)
         return Encoded(ids, labels, 0, inputs, media_end=end, positions=self._positions(ids, inputs))
 
+    def encode_answers(
+        self, conversation: Example, pictures: Sequence[Image.Image] = (), videos: Sequence[Video] = ()
+    ) -> Encoded:
+        """Encodes a conversation's last answer, and as its `others` the rejected ones. Never cut.
+
+        Raises: BadSample where an answer is longer than `max_tokens` allows, or the model has no positions for it.
+        """
+        *turns, last = conversation.turns
+        media, encoded = (*conversation.images, *conversation.videos), []
+        first = -1.0 if conversation.is_good is False else 1.0
+        for weight, text in ((first, last.text), *((-1.0, text) for text in conversation.rejected)):
+            try:
+                answer = self.encode_choice(turns, text, pictures, videos)
+            except BadSample as error:
+                raise BadSample(conversation.id, error.reason) from None
+            if len(answer.input_ids) > self.max_tokens:
+                reason = f"with its answer {text!r:.60} it takes {len(answer.input_ids)} tokens of {self.max_tokens}"
+                raise BadSample(conversation.id, f"{reason}; raise data.max_tokens: answers are not cut")
+            encoded.append(replace(answer, media=media, weight=weight))
+        return replace(encoded[0], others=tuple(encoded[1:]))
+
     def take_positions_of(self, model: nn.Module) -> None:
         """Gives later samples the model's own positions along several axes; a skeleton model suffices."""
         if self.sees_pictures:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -33,6 +33,29 @@ def media_of(sample: Sample) -> object:
     return sample.media or sample.id or None
 
 
+def with_answer_of(sample: Sample, other: Sample) -> Sample:
+    """A sample's prompt and pictures with the answer of another sample, which has weight 0."""
+    starts = [int((part.labels != IGNORED_LABEL).int().argmax()) for part in (sample, other)]
+    answer = other.input_ids[starts[1] :]
+    ids = torch.cat([sample.input_ids[: starts[0]], answer])
+    labels = torch.cat([torch.full_like(ids[: starts[0]], IGNORED_LABEL), other.labels[starts[1] :]])
+    inputs = {
+        name: torch.cat(
+            [value[:, : starts[0]], value.new_full((1, len(answer), *value.shape[2:]), name == ALIGNED[0])], 1
+        )
+        if name in ALIGNED
+        else value
+        for name, value in sample.inputs.items()
+    }
+    positions = sample.positions
+    if positions is not None:
+        step = torch.arange(1, len(answer) + 1)
+        positions = torch.cat(
+            [positions[:, : starts[0]], positions[:, : starts[0]].amax() + step.expand(len(positions), -1)], 1
+        )
+    return replace(sample, input_ids=ids, labels=labels, inputs=inputs, positions=positions, weight=0.0, others=())
+
+
 @dataclass(frozen=True)
 class Collator:
     """Joins samples' inputs by name: tokens are padded, pictures stand one after another.
@@ -51,6 +74,8 @@ class Collator:
         packing: `plain`: a sample each. `packed`: several stand in a row, each by itself: the same loss, hardly any
             padding. `trees`: and those that share something, such as their pictures, share what they begin with.
         shares: what samples of one tree have in common; None: the sample has nothing to share.
+        compares: a batch says which answers belong together, and by their weights which are good.
+        unmatched: each prompt also gets the answer to the next one, with weight 0, which `kto` measures by.
     """
 
     pad_token_id: int
@@ -59,11 +84,16 @@ class Collator:
     pad_side: Literal["right", "left"] = "right"
     packing: Packing = "plain"
     shares: Callable[[Sample], object] = media_of
+    compares: bool = False
+    unmatched: bool = False
 
     def __call__(self, items: Sequence[Sample | Skipped | None]) -> dict[str, Any]:
         """Returns one batch and its bookkeeping; None is left out."""
         usable = [item for item in items if isinstance(item, Sample)]
-        samples = [row for sample in usable for row in sample.rows()]
+        groups = [[*sample.rows()] for sample in usable]
+        if self.unmatched:
+            groups = [[*rows, with_answer_of(rows[0], groups[number - 1][0])] for number, rows in enumerate(groups)]
+        samples = [row for rows in groups for row in rows]
         shown = list(samples)
         for dummy in (self.dummy, self.dummy_video):
             if dummy is not None and not any(_media(dummy) <= _media(sample) for sample in samples):
@@ -76,6 +106,9 @@ class Collator:
         if self.packing != "plain":
             tokens = int((batch["layout"]["segment"] >= 0).sum())
         shrunk = [(sample.id, sample.lost_pixels) for sample in usable if sample.lost_pixels]
+        if self.compares or any(sample.weight != 1 for sample in samples):
+            batch["weights"] = torch.tensor([sample.weight for sample in samples])
+            batch["groups"] = torch.tensor([number for number, rows in enumerate(groups) for _ in rows])
         return {
             **batch,
             "samples": len(usable),

@@ -141,6 +141,8 @@ def asked_and_told(example: Example) -> tuple[str, str, str]:
         *example.choices,
     ]
     words = "\n".join(questions).replace(IMAGE_PLACEHOLDER, "").strip()
+    if example.rejected or example.is_good is not None:
+        words = ""  # several answers to one question are what such rows are for
     replies = [turn.text for turn in example.turns if turn.role == "assistant"] or [
         answer.text for answer in example.answers
     ]

@@ -69,7 +69,22 @@ def _is_record(row: Row) -> bool:
     return row.get("turns") is not None or (isinstance(first, dict) and {"text"} <= first.keys() <= {"text", "weight"})
 
 
+def _is_judged(row: Row) -> bool:
+    return any(isinstance(value, bool) and plain_name(name) in ROLES["judged"] for name, value in row.items())
+
+
+PREFERENCES = "preferences"
 FORMATS: tuple[RowFormat, ...] = (
+    RowFormat(PREFERENCES, ("conversations", "chosen", "rejected")),
+    RowFormat(PREFERENCES, ("messages", "rejected")),
+    RowFormat(PREFERENCES, ("prompt", "chosen", "rejected"), ("history",)),
+    RowFormat(PREFERENCES, ("instruction", "chosen", "rejected"), ("input", "history")),
+    RowFormat(PREFERENCES, ("question", "chosen", "rejected"), ("hint", "history")),
+    RowFormat(PREFERENCES, ("chosen", "rejected")),
+    RowFormat("judged answers", ("prompt", "completion", "judged"), ("history",), _is_judged),
+    RowFormat("judged answers", ("messages", "judged"), (), _is_judged),
+    RowFormat("judged answers", ("conversations", "judged"), (), _is_judged),
+    RowFormat("judged answers", ("instruction", "output", "judged"), ("input", "history"), _is_judged),
     RowFormat("conversations", ("conversations",), ("completion",)),
     RowFormat("messages", ("messages",), ("completion",)),
     RowFormat("texts", ("texts",)),
@@ -207,11 +222,19 @@ class Columns:
     def _paths(self) -> tuple[str, ...]:
         return tuple(name for name in (*self.roles, *self.ignored) if "." in name)
 
+    @cached_property
+    def _takes_one_answer(self) -> bool:
+        """Whether `data.columns` gives an answer of a preference another role, so that it is the only one."""
+        return any(
+            kind_of(name) == PREFERENCE and role not in ("chosen", "rejected") for name, role in self.roles.items()
+        )
+
     def _is_settled(self, name: str) -> bool:
         """Tells whether `data.columns` says of another column that it is what this one may be."""
         roles = {role for role, names in ROLES.items() if not {role, *names}.isdisjoint(self.roles.values())}
-        is_preferred = kind_of(name) == PREFERENCE and any(kind_of(column) == PREFERENCE for column in self.roles)
-        return is_preferred or any(plain_name(name) in ROLES[role] for role in roles)
+        return (kind_of(name) == PREFERENCE and self._takes_one_answer) or any(
+            plain_name(name) in ROLES[role] for role in roles
+        )
 
     def _refuse_nearly_named(self, row: Row) -> None:
         """Raises ColumnsError where a row of no format would have one by other names, or by a question for all."""
@@ -251,6 +274,8 @@ class Columns:
 
     def _alternatives(self, role: str, names: Sequence[str]) -> list[Candidate]:
         """Returns the columns that may hold a role, those together that are taken as one."""
+        if role in (*ROLES["chosen"], *ROLES["rejected"]) and self._takes_one_answer:
+            return []
         named = [column for column, name in self.roles.items() if column in names and name in (role, *ROLES[role])]
         joined = role in JOINED and bool(named)
         alternatives: list[Candidate] = [dict.fromkeys(named, "")] if joined else [{name: ""} for name in named]
@@ -269,11 +294,11 @@ class Columns:
 def _meant(path: str, names: set[str]) -> str | None:
     """Returns the role that a column of an unknown name probably has, none that another of the row's names has."""
     name = path.rpartition(".")[2]
-    if plain_name(name) in KNOWN:
-        return None if name == path else name
     if name == "chosen":
         beside = {"prompt": "completion", "instruction": "output", "question": "answer"}
         return next((role for column, role in beside.items() if column in names), "messages")
+    if plain_name(name) in KNOWN:
+        return None if name == path or name == "rejected" else name
     role = nearest_role(name) or _EXAMPLES.get(kind_of(name))
     is_held = role is not None and any(role in known and not names.isdisjoint(known) for known in ROLES.values())
     return None if is_held else role

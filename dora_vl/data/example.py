@@ -56,6 +56,8 @@ class Example:
         turns: instead of question and answers, for conversations; all that is trained on (`readers.read_conversation`).
         question: or a sentence to judge; empty for captions.
         answers: empty only where the publisher keeps them.
+        rejected: answers that are worse than the last one of `turns`.
+        is_good: whether that last answer is one to learn or one to avoid, where the file says so.
         choices: what to choose from; `extra["correct"]` is then the right one's index, where it is known.
         extra: what the scorer or the submission needs, such as question_type, category, clip_id, image_size. `unit` is
             drawn as one where intervals are made, `group` is never split between training and validation.
@@ -70,6 +72,8 @@ class Example:
     answers: tuple[Answer, ...] = ()
     choices: tuple[str, ...] = ()
     subtitles: tuple[Subtitle, ...] = ()
+    rejected: tuple[str, ...] = ()
+    is_good: bool | None = None
     extra: Mapping[str, JSON] = field(default_factory=dict)
     image_bytes: Mapping[str, bytes] = field(default_factory=dict)
 

@@ -15,7 +15,7 @@ from functools import partial
 from string import ascii_lowercase, ascii_uppercase
 from typing import Any
 
-from dora_vl.data.columns import FORMATS, USUAL, Columns, ColumnsError, Resolved, Row
+from dora_vl.data.columns import FORMATS, PREFERENCES, USUAL, Columns, ColumnsError, Resolved, Row
 from dora_vl.data.example import (
     LETTER,
     Answer,
@@ -354,6 +354,48 @@ def _instructions(row: Row, sample_id: str) -> list[object]:
     return [*_earlier_rounds(row, sample_id), Turn("user", question, len(added)), Turn("assistant", output)]
 
 
+def _preferred(row: Row, sample_id: str) -> Sequence[object]:
+    """The conversation that ends with the chosen answer, whichever of the other formats asks for it."""
+    for asked, chosen, messages in (
+        ("messages", "completion", partial(_messages, key="messages")),
+        ("conversations", "completion", partial(_messages, key="conversations")),
+        ("prompt", "completion", _prompt_completion),
+        ("instruction", "output", _instructions),
+        ("question", "answer", _question_answer),
+    ):
+        if asked in row:
+            return messages({**row, chosen: row["chosen"]} if "chosen" in row else row, sample_id)
+    chosen, rejected = (_messages(row, sample_id, key) for key in ("chosen", "rejected"))
+    if [*chosen[:-1]] != [*rejected[:-1]]:
+        raise BadSample(sample_id, "its chosen and rejected conversations differ before their last answers")
+    return chosen
+
+
+def _rejected(value: object, sample_id: str) -> tuple[str, ...]:
+    """The texts of rejected answers: a text, a message, a conversation that ends with one, or a list of texts."""
+    if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
+        texts = [*value]
+    else:
+        message = value[-1] if isinstance(value, list) and value else value
+        if isinstance(message, Mapping):
+            message = message.get("content", message.get("value"))
+        if isinstance(message, list):  # parts
+            message = "".join(str(part.get("text", "")) for part in message if isinstance(part, Mapping))
+        texts = [_text(message, "rejected", sample_id)]
+    if not all(text.strip() for text in texts):
+        raise BadSample(sample_id, "its rejected answer is empty", EMPTY_ANSWER)
+    return tuple(texts)
+
+
+JUDGED: Mapping[str, Callable[[Row, str], Sequence[object]]] = {
+    "messages": partial(_messages, key="messages"),
+    "conversations": partial(_messages, key="conversations"),
+    "prompt": _prompt_completion,
+    "instruction": _instructions,
+}
+"""The formats of answers that a flag calls good or bad, by the role that asks."""
+
+
 def _question_answer(row: Row, sample_id: str) -> list[object]:
     """Reads question and answer from columns of their own; of several answers the most frequent, the first of equals.
 
@@ -492,6 +534,8 @@ def _text(value: object, name: str, sample_id: str) -> str:
 
 
 MESSAGES: Mapping[str, Callable[[Row, str], Sequence[object]]] = {
+    PREFERENCES: _preferred,
+    "judged answers": lambda row, sample_id: next(JUDGED[role] for role in JUDGED if role in row)(row, sample_id),
     "conversations": partial(_messages, key="conversations"),
     "messages": partial(_messages, key="messages"),
     "texts": partial(_messages, key="texts"),
@@ -538,7 +582,12 @@ def read_fields(resolved: Resolved, sample_id: str) -> Example:
             "such as {headline: question}, data.ask the question of all rows",
         )
     try:
-        return read_conversation(MESSAGES[resolved.format.name](fields, sample_id), fields, sample_id)
+        example = read_conversation(MESSAGES[resolved.format.name](fields, sample_id), fields, sample_id)
+        rejected = _rejected(fields["rejected"], sample_id) if resolved.format.name == PREFERENCES else ()
+        if rejected and example.turns[-1].text.strip() in {text.strip() for text in rejected}:
+            raise BadSample(sample_id, "its rejected answer is the chosen one")
+        is_judged = resolved.format.name == "judged answers"
+        return replace(example, rejected=rejected, is_good=bool(fields["judged"]) if is_judged else None)
     except UnreadKey as unread:
         held = {role: value if isinstance(value, list) else [value] for role, value in fields.items()}
         by_role = (role for role, entries in held.items() if any(entry is unread.message for entry in entries))

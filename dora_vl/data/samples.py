@@ -49,7 +49,8 @@ class Encoded:
     its pictures as rows), and `stored` what frozen vision parts gave for its pictures (`backbones.frozen_outputs`).
     `media_end` is the first place behind the tokens of all its pictures and videos, and `positions` are those of a
     family that counts along several axes. `media` says which pictures and videos it shows, `answers` the numbers of
-    those that it trains; `others` train the rest, each a row of the same conversation as it was when it was asked.
+    those that it trains; `others` train the rest, each a row of the same conversation as it was when it was asked, or
+    are other answers to the same question. `weight` says how much its labels count; an answer below 0 is rejected.
     """
 
     input_ids: Int[Tensor, " seq"]
@@ -63,6 +64,7 @@ class Encoded:
     media: tuple[str | Clip, ...] = ()
     answers: tuple[int, ...] = ()
     others: tuple[Encoded, ...] = ()
+    weight: float = 1.0
 
     def own_positions(self) -> Int[Tensor, "axes seq"]:
         """Returns the position of each token: the family's own, else its place."""

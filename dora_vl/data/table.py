@@ -34,7 +34,7 @@ from dora_vl.files import unfinished
 
 _log = logging.getLogger(__name__)
 
-TABLE_VERSION = 10
+TABLE_VERSION = 11
 """Part of the cache's key: raise it when columns or their meaning change."""
 ROWS_A_BATCH = 4096
 CHARACTERS_A_BATCH = 1 << 25  # Arrow's string offsets are 32 bits; a batch stays far below
@@ -47,6 +47,8 @@ _SCHEMA = pa.schema(
         ("images", pa.list_(pa.string())),
         ("videos", pa.list_(_CLIP)),
         ("turns", pa.list_(_TURN)),
+        ("rejected", pa.list_(pa.string())),
+        ("is_good", pa.bool_()),
         ("problem", pa.string()),
         ("length", pa.int32()),
         ("format", pa.string()),
@@ -58,7 +60,7 @@ _SCHEMA = pa.schema(
         ("group", pa.string()),
     ]
 )
-_EXAMPLE_COLUMNS = ["id", "images", "videos", "turns", "problem"]
+_EXAMPLE_COLUMNS = ["id", "images", "videos", "turns", "rejected", "is_good", "problem"]
 
 
 def load_table(path: Path, *, cache_folder: Path | None = None, columns: Columns = USUAL) -> datasets.Dataset:
@@ -148,6 +150,8 @@ def _batches(data: DataFiles, columns: Columns) -> Iterator[list[dict[str, Any]]
                 "images": example.images,
                 "videos": [asdict(clip) for clip in example.videos],
                 "turns": [vars(turn) for turn in example.turns],
+                "rejected": example.rejected,
+                "is_good": example.is_good,
                 "length": sum(len(turn.text.split()) for turn in example.turns),
                 "held_pictures": [{"name": name, "content": content} for name, content in new.items()],
                 "doubts": doubts_of(record, example, reader.format, columns),
@@ -236,7 +240,8 @@ def _example(row: Mapping[str, Any]) -> Example | BadSample:
     if row["problem"] is not None:
         return BadSample(row["id"], row["problem"])
     turns, videos = (Turn(**turn) for turn in row["turns"]), (Clip(**clip) for clip in row["videos"])
-    return Example(row["id"], tuple(row["images"]), tuple(turns), tuple(videos))
+    about = {"rejected": tuple(row["rejected"] or ()), "is_good": row["is_good"]}
+    return Example(row["id"], tuple(row["images"]), tuple(turns), tuple(videos), **about)
 
 
 def load_rows(

@@ -23,6 +23,7 @@ from dora_vl.run.settings import (
     DataConfig,
     EvaluationConfig,
     ModelConfig,
+    ObjectiveConfig,
     OptimConfig,
     RunConfig,
     Task,
@@ -38,6 +39,7 @@ SECTION_CLASSES: Mapping[str, type[Any]] = {
     "adapter": AdapterConfig,
     "data": DataConfig,
     "optim": OptimConfig,
+    "objective": ObjectiveConfig,
     "evaluation": EvaluationConfig,
 }
 FOR_ALL = ", or null for all of them"

@@ -26,6 +26,13 @@ from dora_vl.files import Kernel
 
 Decayed = Literal["matrices", "all_but_biases"]
 """Names what weight decay acts on."""
+LossName = Literal[
+    "sft", "dpo", "hinge", "ipo", "kto", "bco", "apo_zero", "apo_down", "orpo", "simpo", "cpo"
+]  # the names of heads.preferences.LOSSES
+WITHOUT_REFERENCE = frozenset[LossName]({"sft", "orpo", "simpo", "cpo"})
+"""These losses need no log-probabilities of the model as it was when training began."""
+OF_SINGLE_ANSWERS = frozenset[LossName]({"sft", "kto", "bco", "apo_zero"})
+"""These losses need no pairs: each answer is good or bad by itself."""
 Task = Literal["llava", "image_text", "commonsense", "vlbart"]
 Files = str | tuple[str | TrainFile, ...]
 """Type of `data.train`, except in a VL-BART's run."""
@@ -205,6 +212,30 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What is learned from an answer: all of it, or that it is better than another."""
+
+    loss: LossName | Mapping[LossName, float] = "sft"
+    """sft learns answers word by word. Rejected answers beside chosen ones take dpo, hinge, ipo, apo_down, kto, bco,
+    apo_zero; or simpo, cpo and orpo, which need no reference. Answers that a flag calls good or bad take kto, bco and
+    apo_zero. A mapping is a weighted sum, such as {dpo: 0.8, bco: 0.2, sft: 1}."""
+    beta: float = 0.1
+    """How close the model stays to the one that training began with; ipo takes some 0.01, simpo 2 to 10."""
+    margin: float = 0.5
+    """simpo: how much better the chosen answer is to be."""
+
+    @property
+    def weights(self) -> Mapping[LossName, float]:
+        """The weight of each loss."""
+        return {self.loss: 1.0} if isinstance(self.loss, str) else self.loss
+
+    @property
+    def is_sft(self) -> bool:
+        """Tells whether answers are only learned word by word."""
+        return self.loss == "sft"
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """Learning rates by part; `training.learning_rate` is the default."""
 
@@ -291,6 +322,7 @@ class RunConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     training: Mapping[str, Any] = field(default_factory=dict)
     """Any field of transformers.TrainingArguments, such as --training.max_steps 20; `deepspeed` takes a JSON
     file, or zero0, zero2, zero3, zero3_offload, the shipped ones."""
@@ -322,6 +354,7 @@ _TEXT = _fields(
     data="validation validation_share validation_size validation_limit max_tokens packing group_by_modality_length "
     "streaming shuffle_buffer columns ignore ask",
     evaluation="max_new_tokens strength forgetting other_texts",
+    objective="loss beta margin",
 )
 _MEDIA = _fields(
     data="image_folder video_folder follow_links as_published video_frames video_fps cache_features feature_cache "

@@ -112,6 +112,7 @@ class LossLog(TrainerCallback):
             self._statistics.judge(self._statistics.over_ranks(args.device))
             return
         if "loss" in logs:
+            logs.update(self._statistics.noted())
             logs.update(self._speed(args.device))
             logs.update(self._rates)
         if state.is_world_process_zero:

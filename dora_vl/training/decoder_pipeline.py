@@ -45,6 +45,7 @@ from dora_vl.evaluation.test import (
     run_test,
     watch_assistant,
 )
+from dora_vl.heads.preferences import Scale
 from dora_vl.report.batch import TokenText
 from dora_vl.run.base import (
     DECODER,
@@ -62,10 +63,11 @@ from dora_vl.run.base import (
     video_sampling,
 )
 from dora_vl.run.folder import run_folder_of
-from dora_vl.run.settings import foreign_fields
+from dora_vl.run.settings import WITHOUT_REFERENCE, foreign_fields
 from dora_vl.run.watched import Watch, evenly
 from dora_vl.training.parts import core_config
-from dora_vl.training.pipeline import NextTokenLoss, Pipeline, TrainingData
+from dora_vl.training.pipeline import LossModel, NextTokenLoss, Pipeline, PreferenceLoss, TrainingData
+from dora_vl.training.reference import Reference
 from dora_vl.training.run_samples import RowEncoder, RunSamples, stored_outputs
 
 logger = logging.getLogger(__name__)
@@ -108,6 +110,7 @@ class DecoderPipeline(Pipeline):
         check_quantisation(config.model)
         samples = self.samples(arguments)
         samples.describe()
+        samples.check_objective(config.objective)
         if config.evaluation.file is not None:
             samples.warn_of_overlap(check_test(config), config)
         elif config.evaluation.files:
@@ -200,7 +203,12 @@ class DecoderPipeline(Pipeline):
             decoder = cast(DecoderBackbone, backbone)
             outputs, dummy = stored_outputs(self.config, decoder, reader, samples.pictures, arguments)
         collate = Collator(
-            encoder.pad_token_id, dummy=dummy, dummy_video=encoder.dummy_video() if videos else None, packing=packing
+            encoder.pad_token_id,
+            dummy=dummy,
+            dummy_video=encoder.dummy_video() if videos else None,
+            packing=packing,
+            compares=not self.config.objective.is_sft,
+            unmatched="kto" in self.config.objective.weights,
         )
         return samples.training_data(self._rows(arguments, outputs), collate)
 
@@ -213,8 +221,9 @@ class DecoderPipeline(Pipeline):
 
     def _rows(self, arguments: TrainingArguments, outputs: OutputStore | None = None) -> RowEncoder:
         data = self.config.data
+        compares = not self.config.objective.is_sft
         if not self.encoder.sees_pictures:
-            return RowEncoder(encoder=self.encoder)
+            return RowEncoder(encoder=self.encoder, compares=compares)
         same = self.samples(arguments).has_videos and self.encoder.videos_of_one_length
         return RowEncoder(
             encoder=self.encoder,
@@ -224,10 +233,19 @@ class DecoderPipeline(Pipeline):
             ),
             most_pixels=self._most_pixels(arguments),
             outputs=outputs,
+            compares=compares,
         )
 
-    def loss(self, backbone: Backbone[Any]) -> NextTokenLoss:
-        """Next-token loss."""
+    def loss(self, backbone: Backbone[Any]) -> LossModel:
+        """Next-token loss, or one of preferences."""
+        objective = self.config.objective
+        if not objective.is_sft:
+            return PreferenceLoss(
+                backbone,
+                objective=objective.weights,
+                scale=Scale(beta=objective.beta, margin=objective.margin),
+                reference=None if WITHOUT_REFERENCE.issuperset(objective.weights) else Reference(backbone.model),
+            )
         return NextTokenLoss(backbone, step_tokens=self.config.optim.loss_normalisation == "step_tokens")
 
     def watch(self, backbone: Backbone[Any], arguments: TrainingArguments) -> Watch | None:

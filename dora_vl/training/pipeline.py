@@ -8,11 +8,11 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import TrainingArguments
@@ -23,11 +23,13 @@ from dora_vl.core import DoRAConfig
 from dora_vl.data.samples import Labelled
 from dora_vl.data.stream import StreamOrder
 from dora_vl.evaluation.open_model import with_adapter
+from dora_vl.heads.preferences import LOSSES, Answers, Scale, measures
 from dora_vl.report.batch import TokenText
 from dora_vl.run.arguments import training_arguments
 from dora_vl.run.folder import ADAPTER, run_folder_of
 from dora_vl.run.settings import RunConfig
 from dora_vl.run.watched import Watch
+from dora_vl.training.reference import Reference
 
 
 class LossModel(nn.Module):
@@ -78,17 +80,68 @@ class NextTokenLoss(LossModel):
         attention_mask: Int[Tensor, "batch seq"],
         labels: Int[Tensor, "batch seq"],
         num_items_in_batch: Tensor | int | None = None,
+        weights: Float[Tensor, " samples"] | None = None,
+        groups: Int[Tensor, " samples"] | None = None,
         **inputs: Any,
     ) -> dict[str, Tensor]:
         """`loss` to go backward from, and `labelled_tokens`, the number of labels it saw.
 
-        `inputs` are what else the backbone takes and the batch brings, such as pictures.
+        `inputs` are what else the backbone takes and the batch brings, such as pictures; `weights` say how much the
+        labels of each sample count.
         """
         features = self.backbone(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **inputs)
+        losses = features.losses if weights is None else features.losses * weights[features.rows]
         # Without any label the loss is 0 and still belongs to the graph, so that ranks stay in step.
-        count = torch.tensor(len(features.losses), device=features.losses.device)
+        count = torch.tensor(len(losses), device=losses.device)
         divisor = count.clamp_min(1) if num_items_in_batch is None else num_items_in_batch
-        return {"loss": features.losses.sum() / divisor, "labelled_tokens": count}
+        return {"loss": losses.sum() / divisor, "labelled_tokens": count}
+
+
+class PreferenceLoss(LossModel):
+    """Loss of answers that are preferred or rejected; a weighted sum of `heads.preferences.LOSSES`.
+
+    Args:
+        objective: the weight of each loss, by its name.
+        reference: the model as it was when training began; None where no loss needs it.
+    """
+
+    def __init__(
+        self, backbone: Backbone[Any], *, objective: Mapping[Any, float], scale: Scale, reference: Reference | None
+    ) -> None:
+        super().__init__(backbone, step_tokens=False)
+        self.objective, self.scale, self.reference = objective, scale, reference
+
+    def forward(
+        self,
+        weights: Float[Tensor, " samples"],
+        groups: Int[Tensor, " samples"],
+        num_items_in_batch: Tensor | int | None = None,
+        **inputs: Any,
+    ) -> dict[str, Tensor]:
+        """`loss` to go backward from, `labelled_tokens`, and what people watch."""
+        of_reference = None
+        if self.reference is not None:
+            with self.reference.in_place():
+                of_reference, _ = self._log_probs(len(weights), inputs)
+        log_probs, tokens = self._log_probs(len(weights), inputs)
+        counts, scale = weights != 0, self.scale
+        answers = Answers(log_probs, of_reference, tokens, weights > 0, groups)
+        if not bool(counts.all()):  # the others are answers to another prompt
+            scale = replace(scale, kl=answers.gains()[~counts].mean().clamp_min(0).detach())
+            answers = answers.only(counts)
+        # Without any pair the loss is 0 and still belongs to the graph, so that ranks stay in step.
+        loss = 0 * log_probs.sum()
+        for name, weight in self.objective.items():
+            each = LOSSES[name](answers, scale)
+            loss = loss + weight * each.sum() / max(1, len(each))
+        return {"loss": loss, "labelled_tokens": tokens.sum().long(), **measures(answers, self.scale.beta)}
+
+    def _log_probs(self, count: int, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Returns the log-probability of each answer, and the number of its tokens."""
+        features = self.backbone(**inputs)
+        nothing = features.losses.new_zeros(count)
+        each = nothing.index_add(0, features.rows, -features.losses)
+        return each, nothing.index_add(0, features.rows, torch.ones_like(features.losses.detach()))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,6 +69,7 @@ class BatchStatistics:
     """Counts of all ranks in the run that is resumed."""
     waited: float = 0.0
     """Seconds that steps of this rank waited for their batches."""
+    _noted: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def carry_over(self, skipped: Mapping[str, str], counts: Counts | None = None) -> None:
         """Goes on from the sums over all ranks of the run that is resumed."""
@@ -92,6 +93,22 @@ class BatchStatistics:
             shrunk_samples=len(batch.get("shrunk", ())),
         )
         return {name: value for name, value in batch.items() if name not in BOOKKEEPING}
+
+    def note(self, output: Mapping[str, Tensor]) -> None:
+        """Keeps the numbers that a loss gives beside itself, until they are logged."""
+        for name, value in output.items():
+            if name not in ("loss", "labelled_tokens"):
+                self._noted.setdefault(name, []).append(value.detach())
+
+    def noted(self) -> dict[str, float]:
+        """Their means over micro-batches and ranks since the last call; every rank must call it."""
+        values = [(name, torch.stack(kept).tolist()) for name, kept in self._noted.items()]
+        self._noted = {}
+        together: dict[str, list[float]] = {}
+        for of_rank in gathered(values):
+            for name, numbers in of_rank:
+                together.setdefault(name, []).extend(number for number in numbers if number == number)
+        return {name: sum(numbers) / len(numbers) for name, numbers in together.items() if numbers}
 
     def judge(self, counts: Counts) -> None:
         """Ends the run where too many samples were unusable; `counts` are of all ranks, so that all end together."""

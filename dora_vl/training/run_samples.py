@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import TrainingArguments
@@ -44,7 +44,7 @@ from dora_vl.data.table import (
     load_training_rows,
     overlap,
 )
-from dora_vl.data.turns import THINK
+from dora_vl.data.turns import THINK, Turn
 from dora_vl.errors import BadSample, SettingError, UserError, one_line, shown
 from dora_vl.evaluation.questions import text_asked
 from dora_vl.files import content_key
@@ -52,7 +52,7 @@ from dora_vl.run.arguments import order_seed
 from dora_vl.run.base import VideoReading, image_folder, video_folder
 from dora_vl.run.folder import run_folder_of
 from dora_vl.run.launch import rank_and_ranks, wait_for_everyone
-from dora_vl.run.settings import DataConfig, RunConfig
+from dora_vl.run.settings import OF_SINGLE_ANSWERS, DataConfig, ObjectiveConfig, RunConfig
 from dora_vl.run.sharding import gather_to_read
 from dora_vl.training.pipeline import TrainingData
 
@@ -80,6 +80,8 @@ class RowEncoder:
     videos: VideoReading | None = None
     most_pixels: int | None = None
     outputs: OutputStore | None = None
+    compares: bool = False
+    """Each sample is the last answer and the rejected ones beside it, not the whole conversation."""
 
     def dataset(self, rows: Examples, stored: HeldPictures) -> ConversationDataset:
         """The samples of some rows, and of the pictures that they hold themselves."""
@@ -90,7 +92,7 @@ class RowEncoder:
         if self.folder is None or self.videos is None:
             if row.images or row.videos:
                 raise BadSample(row.id, "it has pictures or videos, which a language model does not see")
-            return self.encoder.encode(row)
+            return self._encoded(row)
         clips, outputs, lost = self.videos.read(row.videos) if row.videos else [], None, 0
         if self.outputs is not None and row.images:
             reader = PictureReader(encoder=self.encoder, folder=self.folder, stored=stored)
@@ -100,7 +102,7 @@ class RowEncoder:
             pictures = [open_image(self.folder, name, stored) for name in row.images]
         if self.most_pixels is not None:
             pictures, clips, lost = within_pixels(pictures, clips, self.most_pixels)
-        encoded = dataclasses.replace(self.encoder.encode(row, pictures, clips), lost_pixels=lost)
+        encoded = dataclasses.replace(self._encoded(row, pictures, clips), lost_pixels=lost)
         if outputs is None:
             return encoded
         rows = (encoded, *encoded.others)
@@ -109,6 +111,9 @@ class RowEncoder:
             raise BadSample(row.id, f"{reason}; set data.cache_features: false")
         first, *others = (hollowed(part, outputs.outputs) if part.media else part for part in rows)
         return dataclasses.replace(first, others=tuple(others))
+
+    def _encoded(self, row: Example, *media: Any) -> Encoded:
+        return (self.encoder.encode_answers if self.compares else self.encoder.encode)(row, *media)
 
 
 class RunSamples:
@@ -177,6 +182,34 @@ class RunSamples:
             counts = len(self.held_out.rows), len(self.held_out.pictures), self._seed
             logger.info("%d samples of %d pictures held out for validation, chosen by seed %d", *counts)
 
+    def check_objective(self, objective: ObjectiveConfig) -> None:
+        """Refuses a loss that the samples do not serve."""
+        judged, compared = self._judgements()
+        if objective.is_sft and (judged or compared):
+            what = "rejected answers" if compared else "answers that a flag calls good or bad"
+            both = "dpo" if compared else "kto"
+            alone = "data.columns: {chosen: completion}" if compared else "a file without the bad ones"
+            raise SettingError(
+                "objective.loss",
+                f" is sft, and {self._name} has {what}; {both} learns from both, {alone} from the good ones alone",
+            )
+        paired = not OF_SINGLE_ANSWERS.issuperset(objective.weights)
+        if not objective.is_sft and not compared and (paired or not judged):
+            needs = "rejected answers beside the chosen ones" + ("" if paired else ", or a flag for each answer")
+            names = ", ".join(objective.weights)
+            raise SettingError(
+                "objective.loss", f": {names} needs {needs}, and {self._name} has none; see docs/data.md"
+            )
+
+    def _judgements(self) -> tuple[bool, bool]:
+        """Whether some samples are called good or bad, and whether some have rejected answers."""
+        if self._train is not None:
+            rows = self._train.rows
+            return any(value is not None for value in rows["is_good"]), any(rows["rejected"])
+        streamed = [row for source in cast(SampleStream, self._stream).sources for row in source.first_rows]
+        examples = [row for row in streamed if isinstance(row, Example)]
+        return any(row.is_good is not None for row in examples), any(row.rejected for row in examples)
+
     def look_ahead(self, pictures: MediaFolder | None, videos: MediaFolder | None) -> None:
         """Refuses training samples that a run over them would end for; see `data.look_ahead`. Of a stream none.
 
@@ -207,8 +240,12 @@ class RunSamples:
             elif isinstance(example, Example):
                 used += 1
                 answers, tokenizer = encoder.answers(example), encoder.tokenizer
-                for row in sample.rows():
+                texts = (example.turns[-1].text, *example.rejected)
+                for place, row in enumerate(sample.rows()):
                     labels, trained = row.labels, [answers[number] for number in row.answers]
+                    if rows.compares:
+                        turns = (*example.turns[:-1], Turn("assistant", texts[place]))
+                        trained = encoder.answers(dataclasses.replace(example, turns=turns))[-1:]
                     cut = len(labels) == encoder.max_tokens
                     yield Labelled(id=sample.id, labels=labels, answers=trained, tokenizer=tokenizer, cut=cut)
         if bad and not used:

@@ -157,12 +157,20 @@ class AdapterTrainer(OrderedTrainer):
         self.faults.begin_step([tuple(dict.fromkeys(batch.get("sample_ids", ()))) for batch in batches])
         return [self.statistics.take(batch) for batch in over_step(batches, device)], items
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *options: Any, **named: Any) -> Any:
-        """Computes the Trainer's loss, and notes that of a training step."""
-        loss: Any = super().compute_loss(model, inputs, *options, **named)
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Computes the Trainer's loss, and notes that of a training step with what it gives beside."""
+        items: Any = num_items_in_batch
+        loss, output = cast(Any, super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=items))
         if model.training:
             self.faults.note_loss(loss)
-        return loss
+            self.statistics.note(output)
+        return (loss, output) if return_outputs else loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)

@@ -1,7 +1,8 @@
 """Every shape of `shapes.jsonl` is read right, or stops with the settings that settle it and is then read right.
 
 A shape is a row with its pictures, videos and turns. One that is refused has its `remedy`, the settings that the error
-names, and what it is with them; what no setting helps has the kind of its `BadSample`. `of` says where it is from:
+names, and what it is with them; what no setting helps has the kind of its `BadSample`. A preference has its `rejected`
+answers or whether its answer `is_good`, and `alone`, settings that leave these out. `of` says where it is from:
 published examples are those of LLaMA-Factory (data/README.md and its demos), ms-swift (Custom-dataset.md) and TRL
 (dataset_formats.md), published sets have their columns; `bookkeeping` has nothing else beside known columns.
 
@@ -40,7 +41,10 @@ def outcome(row: dict[str, Any], columns: Columns = USUAL) -> dict[str, Any]:
     except BadSample as error:
         return {"bad": error.kind}
     videos = {"videos": [clip.path for clip in example.videos]} if example.videos else {}
-    return {"images": [*example.images], **videos, "turns": [[turn.role, turn.text] for turn in example.turns]}
+    rejected = {"rejected": [*example.rejected]} if example.rejected else {}
+    judged = {} if example.is_good is None else {"is_good": example.is_good}
+    turns = [[turn.role, turn.text] for turn in example.turns]
+    return {"images": [*example.images], **videos, "turns": turns, **rejected, **judged}
 
 
 def settings(remedy: Columns) -> dict[str, Any]:
@@ -53,9 +57,14 @@ def test_a_shape_is_read_or_stops_with_what_settles_it(of: str) -> None:
     for shape in SHAPES:
         if shape["of"] != of:
             continue
-        expected = {name: shape[name] for name in ("images", "videos", "turns", "bad") if name in shape}
+        names = ("images", "videos", "turns", "bad", "rejected", "is_good")
+        expected = {name: shape[name] for name in names if name in shape}
         if "remedy" not in shape:
             assert outcome(shape["row"]) == expected, shape["row"]
+            if alone := shape.get("alone"):
+                settled = Columns(alone.get("columns", {}), tuple(alone.get("ignore", ())))
+                plain = {name: expected[name] for name in ("images", "turns")}
+                assert outcome(shape["row"], settled) == plain, shape["row"]
             continue
         with pytest.raises(ColumnsError) as caught:
             read_row(shape["row"])

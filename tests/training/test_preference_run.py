@@ -1,0 +1,134 @@
+"""Runs that learn which answer is better: from a file to an adapter that prefers it, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dora_vl.errors import SettingError
+from dora_vl.heads import preferences
+from dora_vl.run.settings import OF_SINGLE_ANSWERS, WITHOUT_REFERENCE, LossName
+from dora_vl.training.decoder_pipeline import DecoderPipeline
+from tests.training.tiny_run import (
+    COLOURS,
+    assert_same_weights,
+    decoder_run,
+    logged,
+    refused,
+    trained,
+    write_run,
+    write_tiny_data,
+    write_tiny_llava,
+)
+
+RATES = {"learning_rate": 2e-2, "max_steps": 10, "per_device_train_batch_size": 6}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llava(tmp_path_factory.mktemp("base") / "base")
+
+
+def write_pairs(folder: Path, **more: Any) -> Path:
+    """Each picture's colour is the chosen answer, the next colour the rejected one."""
+    names, path = list(COLOURS), write_tiny_data(folder, samples=24)
+    rows = []
+    for record in json.loads(path.read_text()):
+        question, answer = (turn["value"] for turn in record["conversations"])
+        wrong = names[(names.index(answer.split()[0]) + 1) % len(names)]
+        question = question.removeprefix("<image>\n")
+        rows.append({"prompt": question, "chosen": answer, "rejected": wrong, "image": record["image"], **more})
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def key_of(pipeline: DecoderPipeline) -> str:
+    """The setting that a run is refused for, before it reads a weight."""
+    error = refused(pipeline)
+    assert isinstance(error, SettingError)
+    return error.key
+
+
+def test_a_run_learns_to_prefer_and_says_so(tmp_path: Path, base: Path) -> None:
+    run_file = write_run(
+        tmp_path / "run.yaml",
+        base,
+        write_pairs(tmp_path / "data"),
+        training=RATES,
+        objective={"loss": "dpo", "beta": 0.5},
+    )
+    lines = logged(trained(run_file))
+    assert lines[0]["rewards/margin"] == pytest.approx(0, abs=1e-6)
+    assert lines[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert lines[-1]["rewards/margin"] > 0.2
+    assert lines[-1]["rewards/accuracy"] > 0.8
+    assert lines[-1]["rewards/chosen"] > lines[-1]["rewards/rejected"]
+
+
+@pytest.mark.parametrize("objective", [{"dpo": 0.8, "bco": 0.2, "sft": 1.0}, "orpo"])
+def test_stored_outputs_and_plain_rows_train_the_same(tmp_path: Path, base: Path, objective: Any) -> None:
+    run_file = write_run(
+        tmp_path / "run.yaml",
+        base,
+        write_pairs(tmp_path / "data"),
+        objective={"loss": objective},
+        training={"max_steps": 3},
+    )
+    folders = [
+        trained(run_file, name="trees"),
+        trained(run_file, "--data.cache_features=true", name="stored"),
+        trained(run_file, "--data.packing=plain", "--data.group_by_modality_length=false", name="plain"),
+    ]
+    first = [[line["loss"] for line in logged(folder)] for folder in folders]
+    assert first[1] == pytest.approx(first[0], rel=1e-4)
+    assert_same_weights(folders[0], folders[1], atol=2e-5)
+    assert len(first[2]) == 3
+
+
+def test_a_resumed_run_has_the_reference_of_its_start(tmp_path: Path, base: Path) -> None:
+    training = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "lr_scheduler_type": "constant"}
+    run_file = write_run(
+        tmp_path / "run.yaml", base, write_pairs(tmp_path / "data"), training=training, objective={"loss": "dpo"}
+    )
+    whole = trained(run_file, name="whole")
+    stopped = trained(run_file, name="stopped")
+    for path in (stopped / "checkpoint-4", stopped / "adapter"):
+        for file in sorted(path.rglob("*"), reverse=True):
+            file.unlink() if file.is_file() else file.rmdir()
+        path.rmdir()
+    trained(run_file, "--resume=last", name="stopped")
+    assert_same_weights(whole, stopped)
+    assert [line["loss"] for line in logged(stopped)] == [line["loss"] for line in logged(whole)]
+
+
+def test_answers_called_good_or_bad(tmp_path: Path, base: Path) -> None:
+    path = write_pairs(tmp_path / "data")
+    rows = [
+        {"prompt": row["prompt"], "completion": row[kind], "label": kind == "chosen", "image": row["image"]}
+        for row in json.loads(path.read_text())
+        for kind in ("chosen", "rejected")
+    ]
+    path.write_text(json.dumps(rows))
+    run_file = write_run(tmp_path / "run.yaml", base, path, training=RATES, objective={"loss": "kto", "beta": 0.5})
+    lines = logged(trained(run_file))
+    assert lines[-1]["rewards/chosen"] > 0.05 > lines[-1]["rewards/rejected"]
+    new = f"--training.output_dir={tmp_path / 'new'}"
+    assert key_of(decoder_run(run_file, new, "--objective.loss=dpo")) == "objective.loss"
+    assert key_of(decoder_run(run_file, new, "--objective.loss=sft")) == "objective.loss"
+
+
+def test_data_and_loss_must_fit(tmp_path: Path, base: Path) -> None:
+    pairs = write_run(tmp_path / "pairs.yaml", base, write_pairs(tmp_path / "pairs"))
+    assert key_of(decoder_run(pairs)) == "objective.loss"
+    chosen = trained(pairs, "--data.columns={chosen: completion}", "--training.max_steps=1", name="chosen")
+    assert len(logged(chosen)) == 1
+    plain = write_run(tmp_path / "plain.yaml", base, write_tiny_data(tmp_path / "plain", samples=8))
+    assert key_of(decoder_run(plain, "--objective.loss=ipo")) == "objective.loss"
+
+
+def test_settings_name_every_loss() -> None:
+    assert set(LossName.__args__) == set(preferences.LOSSES)  # pyright: ignore[reportAttributeAccessIssue]
+    assert (WITHOUT_REFERENCE, OF_SINGLE_ANSWERS) == (preferences.WITHOUT_REFERENCE, preferences.OF_SINGLE_ANSWERS)
