@@ -34,7 +34,7 @@ def media_of(sample: Sample) -> object:
 
 
 def with_answer_of(sample: Sample, other: Sample) -> Sample:
-    """A sample's prompt and pictures with the answer of another sample, which has weight 0."""
+    """Joins a sample's prompt and pictures with the answer of another sample; the weight is 0."""
     starts = [int((part.labels != IGNORED_LABEL).int().argmax()) for part in (sample, other)]
     answer = other.input_ids[starts[1] :]
     ids = torch.cat([sample.input_ids[: starts[0]], answer])

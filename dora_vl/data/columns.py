@@ -224,7 +224,7 @@ class Columns:
 
     @cached_property
     def _takes_one_answer(self) -> bool:
-        """Whether `data.columns` gives an answer of a preference another role, so that it is the only one."""
+        """Tells whether `data.columns` gives an answer of a preference another role, so that it is the only one."""
         return any(
             kind_of(name) == PREFERENCE and role not in ("chosen", "rejected") for name, role in self.roles.items()
         )

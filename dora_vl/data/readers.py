@@ -355,7 +355,7 @@ def _instructions(row: Row, sample_id: str) -> list[object]:
 
 
 def _preferred(row: Row, sample_id: str) -> Sequence[object]:
-    """The conversation that ends with the chosen answer, whichever of the other formats asks for it."""
+    """Returns the conversation that ends with the chosen answer, by the format that asks for it."""
     for asked, chosen, messages in (
         ("messages", "completion", partial(_messages, key="messages")),
         ("conversations", "completion", partial(_messages, key="conversations")),
@@ -372,7 +372,7 @@ def _preferred(row: Row, sample_id: str) -> Sequence[object]:
 
 
 def _rejected(value: object, sample_id: str) -> tuple[str, ...]:
-    """The texts of rejected answers: a text, a message, a conversation that ends with one, or a list of texts."""
+    """Reads rejected answers: a text, a message, a conversation that ends with one, or a list of texts."""
     if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
         texts = [*value]
     else:
@@ -393,7 +393,7 @@ JUDGED: Mapping[str, Callable[[Row, str], Sequence[object]]] = {
     "prompt": _prompt_completion,
     "instruction": _instructions,
 }
-"""The formats of answers that a flag calls good or bad, by the role that asks."""
+"""Maps the role that asks to the reader of answers that a flag calls good or bad."""
 
 
 def _question_answer(row: Row, sample_id: str) -> list[object]:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 
 class Answers(NamedTuple):
-    """Log-probabilities of the answers of a batch.
+    """Holds log-probabilities of the answers of a batch.
 
     `reference` is None where the loss needs none. `group` numbers the prompts; answers of one prompt share a number.
     """
@@ -44,16 +44,16 @@ class Answers(NamedTuple):
         )
 
     def gains(self) -> Float[Tensor, " answers"]:
-        """p - r of each answer."""
+        """Computes p - r of each answer."""
         assert self.reference is not None
         return self.log_probs - self.reference
 
     def means(self) -> Float[Tensor, " answers"]:
-        """p / n of each answer."""
+        """Computes p / n of each answer."""
         return self.log_probs / self.tokens
 
     def pairs(self) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:
-        """The numbers of a preferred and of a rejected answer, for all pairs of one prompt."""
+        """Returns the numbers of a preferred and of a rejected answer, for all pairs of one prompt."""
         together = self.group[:, None] == self.group
         chosen, rejected = (together & self.preferred[:, None] & ~self.preferred).nonzero(as_tuple=True)
         return chosen, rejected
@@ -61,7 +61,7 @@ class Answers(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """Numbers of a loss's equation.
+    """Holds the numbers of a loss's equation.
 
     Attributes:
         beta: the weight of the log-ratio; a smaller one lets the model go further from the reference.
@@ -78,7 +78,7 @@ Loss = Callable[[Answers, Scale], Float[Tensor, " values"]]
 
 
 def _margins(answers: Answers, values: Float[Tensor, " answers"]) -> Float[Tensor, " pairs"]:
-    """The value of the preferred answer less that of the rejected one, of each pair."""
+    """Computes the value of the preferred answer less that of the rejected one, for each pair."""
     chosen, rejected = answers.pairs()
     return values[chosen] - values[rejected]
 
@@ -108,7 +108,7 @@ def kto(answers: Answers, scale: Scale) -> Float[Tensor, " answers"]:
 
 
 def _of_pairs(answers: Answers, values: Float[Tensor, " answers"]) -> Float[Tensor, " values"]:
-    """The sum of both answers' values for each pair; where nothing is paired the values themselves."""
+    """Adds both answers' values for each pair; returns the values themselves where nothing is paired."""
     chosen, rejected = answers.pairs()
     return values[chosen] + values[rejected] if len(chosen) else values
 

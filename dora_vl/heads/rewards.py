@@ -65,7 +65,7 @@ def by_sequence(tokens: Int[Tensor, " answers"], longest: int) -> Float[Tensor, 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardLoss:
-    """One way to learn from rewards.
+    """Says how rewards are learned from.
 
     Attributes:
         weights: the weight of each token of an answer, by the answers' lengths and the longest that is allowed.

@@ -98,7 +98,7 @@ class NextTokenLoss(LossModel):
 
 
 class PreferenceLoss(LossModel):
-    """Loss of answers that are preferred or rejected; a weighted sum of `heads.preferences.LOSSES`.
+    """Computes a weighted sum of `heads.preferences.LOSSES`.
 
     Args:
         objective: the weight of each loss, by its name.
@@ -118,7 +118,7 @@ class PreferenceLoss(LossModel):
         num_items_in_batch: Tensor | int | None = None,
         **inputs: Any,
     ) -> dict[str, Tensor]:
-        """`loss` to go backward from, `labelled_tokens`, and what people watch."""
+        """Returns `loss` to go backward from, `labelled_tokens`, and the numbers that people watch."""
         of_reference = None
         if self.reference is not None:
             with self.reference.in_place():

@@ -101,7 +101,7 @@ class BatchStatistics:
                 self._noted.setdefault(name, []).append(value.detach())
 
     def noted(self) -> dict[str, float]:
-        """Their means over micro-batches and ranks since the last call; every rank must call it."""
+        """Returns their means over micro-batches and ranks since the last call; every rank must call it."""
         values = [(name, torch.stack(kept).tolist()) for name, kept in self._noted.items()]
         self._noted = {}
         together: dict[str, list[float]] = {}

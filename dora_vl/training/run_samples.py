@@ -81,7 +81,7 @@ class RowEncoder:
     most_pixels: int | None = None
     outputs: OutputStore | None = None
     compares: bool = False
-    """Each sample is the last answer and the rejected ones beside it, not the whole conversation."""
+    """True makes a sample of the last answer with the rejected ones beside it, not of the whole conversation."""
 
     def dataset(self, rows: Examples, stored: HeldPictures) -> ConversationDataset:
         """The samples of some rows, and of the pictures that they hold themselves."""
@@ -202,7 +202,7 @@ class RunSamples:
             )
 
     def _judgements(self) -> tuple[bool, bool]:
-        """Whether some samples are called good or bad, and whether some have rejected answers."""
+        """Tells whether some samples are called good or bad, and whether some have rejected answers."""
         if self._train is not None:
             rows = self._train.rows
             return any(value is not None for value in rows["is_good"]), any(rows["rejected"])
