@@ -81,7 +81,6 @@ class SequenceText:
         """Returns a token drawn at the sequence's temperature from the likeliest that have `top_p` together."""
         if self._generator is None:
             self._generator = torch.Generator(scores.device)
-            self._generator.seed()
             if self.sampling.seed is None:
                 self._generator.seed()
             else:
