@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 
-from dora_vl.data.video import EverySeconds, FrameSampling, NoVideo, Uniform, clip_span, moments
+from dora_vl.data.video import AtSeconds, EverySeconds, FrameSampling, OutsideClip, Uniform, clip_span, moments
 from dora_vl.errors import UserError
 
 
@@ -20,6 +20,7 @@ from dora_vl.errors import UserError
         (EverySeconds(1.5), (1.0, 6.3), [1.75, 3.25, 4.75, 6.25]),
         (EverySeconds(1.5), (0.0, 1.0), [0.25, 0.75]),
         (EverySeconds(1.5, most=3), (0.0, 60.0), [10.0, 30.0, 50.0]),
+        (AtSeconds((3.0, 1.0)), (0.0, 4.0), [1.0, 3.0]),
     ],
 )
 def test_the_moments_that_are_looked_at(
@@ -28,8 +29,14 @@ def test_the_moments_that_are_looked_at(
     assert moments(sampling, start=span[0], end=span[1]) == pytest.approx(expected)
 
 
+def test_a_named_moment_outside_the_clip_is_refused() -> None:
+    with pytest.raises(OutsideClip):
+        moments(AtSeconds((1.0, 5.0)), start=0.0, end=4.0)
+
+
 @pytest.mark.parametrize(
-    "wrong", [lambda: Uniform(0), lambda: EverySeconds(0.0), lambda: EverySeconds(1.0, least=3, most=2)]
+    "wrong",
+    [lambda: Uniform(0), lambda: EverySeconds(0.0), lambda: EverySeconds(1.0, least=3, most=2), lambda: AtSeconds(())],
 )
 def test_settings_that_take_no_frame_are_refused(wrong) -> None:
     with pytest.raises(UserError):
@@ -40,11 +47,11 @@ def test_a_clip_is_cut_at_the_video_s_end_and_must_be_in_it() -> None:
     assert clip_span(2.0, 99.0, duration=8.0) == (2.0, 8.0)
     assert clip_span(None, None, duration=0.0) == (0.0, 0.0)  # a single frame of unknown length
     for start, end in ((9.0, None), (3.0, 3.0), (5.0, 4.0)):
-        with pytest.raises(NoVideo):
+        with pytest.raises(OutsideClip):
             clip_span(start, end, duration=8.0)
 
 
-@pytest.mark.parametrize(("frames", "rate"), [(200, 25), (47, 24)])
+@pytest.mark.parametrize(("frames", "rate"), [(200, 25), (90, 30), (61, 10), (47, 24)])
 def test_equal_to_the_fps_filter_of_ffmpeg(frames: int, rate: int) -> None:
     av = pytest.importorskip("av", reason="pip install '.[video]'")
     graph = av.filter.Graph()

@@ -1,4 +1,4 @@
-"""Choice by likelihood, true/false by two logits, and the closed answer list."""
+"""True or false by two logits, and the closed answer list."""
 
 from __future__ import annotations
 
@@ -6,13 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from dora_vl.backbones.generation import likeliest, says_true
+from dora_vl.backbones.generation import says_true
 from dora_vl.heads.answer import AnswerHead, answer_loss
-
-
-def test_the_likeliest_choice() -> None:
-    scores = torch.tensor([[-3.0, -1.0, -2.5], [-1.0, -4.0, float("-inf")]])
-    assert likeliest(scores).tolist() == [1, 0]
 
 
 def test_true_or_false_reads_two_logits_alone() -> None:
