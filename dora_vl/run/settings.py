@@ -406,11 +406,11 @@ def foreign_fields(task: Task) -> frozenset[str]:
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
-    """A run's resolved settings in JSON's types, without the fields that only other tasks take."""
-    foreign = foreign_fields(config.task)
-    return {
-        name: {key: entry for key, entry in value.items() if f"{name}.{key}" not in foreign}
-        if isinstance(value, dict)
-        else value
-        for name, value in json.loads(json.dumps(dataclasses.asdict(config), default=str)).items()
-    }
+    """Returns a run's resolved settings in JSON's types, without the fields that only other tasks take."""
+    foreign, settings = foreign_fields(config.task), dict[str, Any]()
+    for name, value in json.loads(json.dumps(dataclasses.asdict(config), default=str)).items():
+        if not isinstance(value, dict) or not value:
+            settings[name] = value
+        elif fields := {key: entry for key, entry in value.items() if f"{name}.{key}" not in foreign}:
+            settings[name] = fields
+    return settings
