@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +13,17 @@ import yaml
 
 from dora_vl.errors import SettingError, UserError
 from dora_vl.run.folder import SETTINGS, write_settings
-from dora_vl.run.reading import find_recipe, flattened, merged, read_run, read_run_file, setting_names, variants_of
-from dora_vl.run.settings import FIELDS, Task
+from dora_vl.run.reading import (
+    SECTION_CLASSES,
+    find_recipe,
+    flattened,
+    merged,
+    read_run,
+    read_run_file,
+    setting_names,
+    variants_of,
+)
+from dora_vl.run.settings import DEFAULTS, FIELDS, TYPES, Task
 from tests.training.tiny_run import json_of, write_run
 
 ROOT = Path(__file__).parents[2]
@@ -223,3 +233,12 @@ def test_every_variant_writes_to_a_folder_of_its_own() -> None:
         variants = [merged(content, content["variants"][name]) for name in variants_of(path)] or [content]
         folders += [variant["training"]["output_dir"] for variant in variants]
     assert len(folders) == len(set(folders)) >= 45
+
+
+def test_the_tables_of_tasks_name_settings_that_exist() -> None:
+    fields = {
+        f"{section}.{field.name}" for section, kind in SECTION_CLASSES.items() for field in dataclasses.fields(kind)
+    }
+    named = frozenset[str]().union(*FIELDS.values())
+    named |= {name for table in (*DEFAULTS.values(), *TYPES.values()) for name in table}
+    assert named <= fields
