@@ -41,9 +41,9 @@ class StoredTensor:
     """A tensor in the folder's files."""
 
     key: str
-    """The files name it so."""
+    """The tensor's name in the files."""
     name: str
-    """The model names it so."""
+    """The tensor's name in the model."""
     file: str
     shape: tuple[int, ...]
     dtype: str

@@ -40,7 +40,7 @@ class Architecture:
     """llama.cpp's form of one kind of language model."""
 
     name: str
-    """Stands in gguf's `MODEL_ARCH_NAMES`."""
+    """The architecture's name, as gguf's `MODEL_ARCH_NAMES` has it."""
     activation: str = "silu"
     """The `hidden_act` that llama.cpp's code computes."""
     interleaved: bool = False
@@ -181,7 +181,7 @@ class WrittenTensor:
     name: str
     shape: tuple[int, ...]
     kind: str
-    """Is one of `GGUF_KINDS`."""
+    """How the tensor is stored, one of `GGUF_KINDS`."""
     read: Callable[[], Tensor]
 
 
@@ -236,7 +236,7 @@ class Vocabulary:
     """The fields `tokenizer.ggml.*`: merges of bytes, or SentencePiece tokens with their scores."""
 
     pre: str
-    """llama.cpp calls the split before tokenisation so."""
+    """llama.cpp's name of the split before tokenisation."""
     tokens: list[str]
     kinds: list[int]
     merges: Sequence[str] = ()

@@ -46,7 +46,7 @@ class ReadOptions:
     """Adds what the files of some formats do not say."""
 
     format: str | None = None
-    """Is one of `FORMATS`; None recognises the format by the keys."""
+    """One of `FORMATS`; None recognises the format by the keys."""
     base: Path | None = None
     """The base model's folder: head counts for torchtune, names for kohya."""
     alpha: float | None = None

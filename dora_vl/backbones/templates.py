@@ -120,7 +120,7 @@ class RoundTemplate(Prompts):
 
     name: str
     system: str = ""
-    """Stands before the first round."""
+    """The text before the first round."""
     own_system: str = ""
     """Replaces `system` by a sample's system turn, `{}`; empty refuses such samples."""
     first_question: str = ""
@@ -129,15 +129,15 @@ class RoundTemplate(Prompts):
     """Replaces `first_question` after a sample's own system turn."""
     question: str
     answer_role: str
-    """Ends the generation prompt."""
+    """The text that ends the generation prompt."""
     answer: str
     """The supervised text: what generation has to produce."""
     between: str = ""
-    """Follows every round but the last."""
+    """The text behind every round but the last."""
     end: str = ""
-    """Follows the last round."""
+    """The text behind the last round."""
     picture: str = "{}"
-    """Surrounds each picture of a question."""
+    """The text around each picture of a question."""
     stop: str = ""
     """Text that ends an answer, where no special token does."""
 
@@ -335,7 +335,7 @@ class InstructionPrompt:
     test: tuple[str, str] = (PLAIN, PAIRED)
     indent: str = ""
     between = ""
-    """Stands between the prompt and the output."""
+    """The text between the prompt and the output."""
 
     def before_output(self, instruction: str, context: str, *, test: bool) -> str:
         """Returns the text up to where the output begins; `context` is the record's `input`."""

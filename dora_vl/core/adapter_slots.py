@@ -129,7 +129,7 @@ class SlotChange:
     """One adapter's change of one linear layer, ready for inference: what is computed once, when it is loaded."""
 
     lora_A: Float[Tensor, "rank in_"]
-    """Has no rows for a magnitude alone."""
+    """A, without rows where only a magnitude was trained."""
     scaled_B: Float[Tensor, "rank out"]
     """(s B)^T, so that adapters can lie one after another in one matrix."""
     minus_one: Float[Tensor, " out"] | None

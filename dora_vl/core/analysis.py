@@ -70,7 +70,7 @@ class Line:
     slope: float
     intercept: float
     correlation: float
-    """Is Pearson's."""
+    """Pearson's correlation of x and y."""
 
 
 def fit_line(x: Sequence[float], y: Sequence[float]) -> Line | None:

@@ -225,7 +225,7 @@ class Gain(NamedTuple):
     minus_one: Float[Tensor, " out"]
     """g - 1 in the activations' dtype."""
     per_norm: Float[Tensor, " out"]
-    """Is 1 / n, the derivative of g by m; 0 for a row without a direction."""
+    """1 / n, the derivative of g by m; 0 for a row without a direction."""
 
 
 def output(

@@ -48,11 +48,11 @@ class GainByStrength:
     """Makes a layer's gain at any strength; no weight is read for it again."""
 
     base_norms: Float[Tensor, " out"]
-    """Is ||W_i||."""
+    """||W_i|| of each output row."""
     norms: Float[Tensor, " out"]
-    """Is ||V_i|| of the whole adapter."""
+    """||V_i|| at strength 1."""
     change_squared: Float[Tensor, " out"]
-    """Is ||(s B A)_i||^2."""
+    """||(s B A)_i||^2 of each output row."""
     magnitude: Float[Tensor, " out"]
 
     @classmethod

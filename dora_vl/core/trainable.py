@@ -54,7 +54,7 @@ class TrainedPart:
 
     @property
     def factor(self) -> str | None:
-        """Is `A`, `B`, `magnitude`... of adapted layers; None for whole weights."""
+        """Returns `A`, `B`, `magnitude`... for adapted layers; None for whole weights."""
         return self.name.rpartition(".")[2] if self.adapts else None
 
 
@@ -73,7 +73,7 @@ class TrainedList(NamedTuple):
 
 
 def no_gather(tensors: Iterable[Tensor]) -> AbstractContextManager[Any]:
-    """Is the `Gather` of a model whose parameters are whole already."""
+    """Gathers nothing: a model's parameters are whole already."""
     return nullcontext(list(tensors))
 
 

@@ -170,7 +170,7 @@ def dot_precision(dtype: torch.dtype, rank: int) -> str:
 
 
 def _product_fits(config: Config, named: Named) -> bool:
-    """Is `TiledKernel.fits` of a kernel that multiplies a tile's rows by a factor, `BLOCK_RANK` at a time."""
+    """Tells whether a tile fits of a kernel that multiplies its rows by a factor, `BLOCK_RANK` at a time."""
     rows, out = config.kwargs["BLOCK_ROWS"], config.kwargs["BLOCK_OUT"]
     operands = (rows + out) * named["BLOCK_RANK"] * named["factor"].element_size()
     return fits_on_chip(config, named["rows"], operands, rows * out, named["factor"].device)
