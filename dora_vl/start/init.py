@@ -155,7 +155,15 @@ def _data(look: Look, halves: Mapping[str, Sequence[UsableRow]], to: Path) -> Da
         usual_answer_words=float(median(words)),
         has_videos=look.has_videos,
         follow_links=look.links_out,
+        loss=_loss_of(look.rows),
     )
+
+
+def _loss_of(rows: Sequence[UsableRow]) -> str | None:
+    """Returns the loss that learns from all of the rows' answers; None where supervised tuning does."""
+    if any(row.conversation.rejected for row in rows):
+        return "dpo"
+    return "kto" if any(row.conversation.is_good is not None for row in rows) else None
 
 
 def _write(staging: Path, halves: Mapping[str, Sequence[UsableRow]], text: str) -> None:
@@ -222,10 +230,13 @@ class UsableRow:
             record["videos"] = videos
         if self.kind is not None:
             record["kind"] = self.kind
-        return {
-            **record,
-            "conversations": [{"from": SPEAKERS[turn.role], "value": turn.text} for turn in conversation.turns],
-        }
+        turns = [{"from": SPEAKERS[turn.role], "value": turn.text} for turn in conversation.turns]
+        if conversation.rejected:
+            *turns, chosen = turns
+            record |= {"chosen": chosen, "rejected": list(conversation.rejected)}
+        if conversation.is_good is not None:
+            record["label"] = conversation.is_good
+        return {**record, "conversations": turns}
 
 
 @dataclass(kw_only=True)

@@ -67,6 +67,8 @@ class Data:
     has_videos: bool
     validation: str | None = None
     follow_links: bool = False
+    loss: str | None = None
+    """The loss of preferences; None where answers are learned word by word."""
 
 
 def base_of(model: str | None) -> Base:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from dora_vl.cli import main
 from dora_vl.data.check import FileCheck, MediaCheck
+from dora_vl.data.readers import read_row
 from dora_vl.errors import UserError
 from dora_vl.run.reading import read_run_file
 from dora_vl.start import init
@@ -291,3 +292,32 @@ def test_a_llava_takes_the_frames_of_videos(tmp_path: Path, base: Path, capsys: 
     assert "videos: 6 in clips, MP4 6" in printed_by(capsys, "clips", "--model", base, "--ask", "Which way?")
     assert rows_of(tmp_path / "runs/clips/train.jsonl")[0]["videos"] == ["left/0.mp4"]
     assert not read_run_file(tmp_path / "runs/clips/run.yaml").data.cache_features  # it is for pictures
+
+
+@pytest.mark.parametrize("judged", [False, True])
+def test_preferences_keep_every_answer_and_get_their_loss(
+    tmp_path: Path, base: Path, judged: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, samples = tmp_path / "my", items(16)
+    folder.mkdir()
+    write_pictures(folder, samples)
+    rows: list[dict[str, Any]] = [
+        {"image": item.picture, "prompt": item.question, "chosen": item.answer, "rejected": f"not {item.answer}"}
+        for item in samples
+    ]
+    if judged:
+        rows = [
+            {"image": row["image"], "prompt": row["prompt"], "completion": row[kind], "label": kind == "chosen"}
+            for row in rows
+            for kind in ("chosen", "rejected")
+        ]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    printed_by(capsys, "my", "--model", base, "--to", "out")
+    config = read_run_file(tmp_path / "out/run.yaml")
+    assert (config.objective.loss, config.adapter.dropout) == ("kto" if judged else "dpo", 0.0)
+    written = [row for half in ("train", "test") for row in rows_of(tmp_path / "out" / f"{half}.jsonl")]
+    examples = [read_row(row) for row in written]
+    expected = {(item.answer, (f"not {item.answer}",), None) for item in samples}
+    if judged:
+        expected = {(text, (), text == item.answer) for item in samples for text in (item.answer, f"not {item.answer}")}
+    assert {(row.turns[-1].text, row.rejected, row.is_good) for row in examples} == expected
