@@ -116,12 +116,14 @@ def _of_pairs(answers: Answers, values: Float[Tensor, " answers"]) -> Float[Tens
 def bco(answers: Answers, scale: Scale) -> Float[Tensor, " values"]:
     """-log s(g - delta) of a preferred answer, -log s(delta - g) of a rejected one. arXiv 2404.04656, equation 10.
 
-    delta is the mean reward, here of the batch: halfway between the preferred answers' and the rejected ones'.
+    delta is 0 for pairs, whose rewards balance each other, as TRL has it; else the mean reward, here of the batch,
+    halfway between the preferred answers' and the rejected ones'.
     """
-    rewards, means = scale.beta * answers.gains(), list[Tensor]()
-    for kind in (answers.preferred, ~answers.preferred):
-        means += [rewards.detach()[kind].mean()] if bool(kind.any()) else []
-    value = rewards - torch.stack(means).mean()
+    rewards, delta = scale.beta * answers.gains(), torch.zeros(())
+    if not len(answers.pairs()[0]):
+        kinds = [rewards.detach()[kind] for kind in (answers.preferred, ~answers.preferred) if bool(kind.any())]
+        delta = torch.stack([kind.mean() for kind in kinds]).mean() if kinds else delta
+    value = rewards - delta.to(rewards)
     return _of_pairs(answers, -F.logsigmoid(torch.where(answers.preferred, value, -value)))
 
 

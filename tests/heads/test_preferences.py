@@ -56,10 +56,8 @@ def likelihood(p: tuple[float, ...]) -> float:
     return -(p[0] + p[3] + p[4]) / (3 + 7 + 1)
 
 
-def judged(p: tuple[float, ...], y: int, *, good: bool) -> float:
-    """A binary classifier's loss, whose threshold no gradient moves."""
-    rewards = [BETA * gain(LOG_PROBS, number) for number in range(6)]
-    threshold = ((rewards[0] + rewards[3] + rewards[4]) / 3 + (rewards[1] + rewards[2] + rewards[5]) / 3) / 2
+def judged(p: tuple[float, ...], y: int, *, good: bool, threshold: float = 0.0) -> float:
+    """A binary classifier's loss."""
     return -math.log(sigmoid((1 if good else -1) * (BETA * gain(p, y) - threshold)))
 
 
@@ -116,6 +114,11 @@ def test_losses_of_single_answers_need_no_pair(name: str) -> None:
     alone = answers(torch.tensor(LOG_PROBS))._replace(group=torch.arange(len(LOG_PROBS)))
     values = LOSSES[name](alone, Scale())
     assert len(values) == (1 if name == "sft" else len(LOG_PROBS))
+    if name == "bco":
+        rewards = [BETA * gain(LOG_PROBS, number) for number in range(6)]
+        threshold = ((rewards[0] + rewards[3] + rewards[4]) / 3 + (rewards[1] + rewards[2] + rewards[5]) / 3) / 2
+        expected = [judged(LOG_PROBS, y, good=good, threshold=threshold) for y, good in enumerate(PREFERRED)]
+        torch.testing.assert_close(LOSSES[name](alone, Scale(beta=BETA)), torch.tensor(expected))
     if name == "apo_zero":
         expected = [
             sigmoid(-0.1 * gain(LOG_PROBS, y) if good else 0.1 * gain(LOG_PROBS, y)) for y, good in enumerate(PREFERRED)

@@ -114,22 +114,17 @@ def test_loss_is_that_of_two_models_and_single_rows(encoder: Encoder, backbone: 
         targets = sample.labels[1:]
         return logits[targets >= 0].gather(1, targets[targets >= 0, None]).sum(), int((targets >= 0).sum())
 
-    pairs, rewards_of, learned, tokens = list[tuple[float, float]](), {True: [], False: []}, 0.0, 0
+    pairs, learned, tokens = list[tuple[float, float]](), 0.0, 0
     for item in samples:
         rows = [(log_prob(backbone, row), log_prob(before, row)) for row in item.rows()]
         chosen, *others = [0.3 * float(now[0] - then[0]) for now, then in rows]
-        rewards_of[True].append(chosen)
-        rewards_of[False] += others
         pairs += [(chosen, other) for other in others]
         learned, tokens = learned + float(rows[0][0][0]), tokens + rows[0][0][1]
 
     def log_sigmoid(value: float) -> float:
         return float(functional.logsigmoid(torch.tensor(value)))
 
-    threshold = sum(sum(rewards) / len(rewards) for rewards in rewards_of.values()) / 2
-    each = [
-        -0.8 * log_sigmoid(w - o) - 0.2 * (log_sigmoid(w - threshold) + log_sigmoid(threshold - o)) for w, o in pairs
-    ]
+    each = [-0.8 * log_sigmoid(w - o) - 0.2 * (log_sigmoid(w) + log_sigmoid(-o)) for w, o in pairs]
     expected = sum(each) / len(each) - learned / tokens
     margins = [w - o for w, o in pairs]
     loss = PreferenceLoss(backbone, objective=OBJECTIVE, scale=Scale(beta=0.3), reference=reference)
