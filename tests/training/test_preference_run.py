@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dora_vl.errors import SettingError
 from dora_vl.heads import preferences
 from dora_vl.run.settings import OF_SINGLE_ANSWERS, WITHOUT_REFERENCE, LossName
 from dora_vl.training.decoder_pipeline import DecoderPipeline
+from tests.training.launched import launch
 from tests.training.tiny_run import (
     COLOURS,
     assert_same_weights,
     decoder_run,
     logged,
+    losses_of,
     refused,
     trained,
     write_run,
@@ -102,6 +105,33 @@ def test_a_resumed_run_has_the_reference_of_its_start(tmp_path: Path, base: Path
     trained(run_file, "--resume=last", name="stopped")
     assert_same_weights(whole, stopped)
     assert [line["loss"] for line in logged(stopped)] == [line["loss"] for line in logged(whole)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_ranks_exchange_their_shards_for_the_reference(tmp_path: Path, base: Path) -> None:
+    training = {"max_steps": 6, "per_device_train_batch_size": 2, "train_sampling_strategy": "sequential"}
+    run_file = write_run(
+        tmp_path / "run.yaml",
+        base,
+        write_pairs(tmp_path / "data"),
+        data={"group_by_modality_length": False},
+        training=training,
+        objective={"loss": "dpo", "beta": 0.5},
+    )
+
+    def launched(name: str, *settings: str, ranks: int) -> Path:
+        launch(run_file, f"--training.output_dir={tmp_path / name}", *settings, ranks=ranks)
+        return tmp_path / name
+
+    alone = launched("one", "--training.deepspeed=zero0", "--training.gradient_accumulation_steps=2", ranks=1)
+    assert losses_of(alone)[0] - losses_of(alone)[-1] > 0.02
+    for name, sharding in (("zero2", "deepspeed=zero2"), ("zero3", "deepspeed=zero3"), ("fsdp", "fsdp=true")):
+        folder = launched(name, f"--training.{sharding}", ranks=2)
+        torch.testing.assert_close(losses_of(folder), losses_of(alone), atol=1e-4, rtol=0)
+        assert_same_weights(folder, alone, atol=2e-3)
+        for line, expected in zip(logged(folder), logged(alone), strict=True):
+            assert line["rewards/margin"] == pytest.approx(expected["rewards/margin"], abs=1e-3)
 
 
 def test_answers_called_good_or_bad(tmp_path: Path, base: Path) -> None:
