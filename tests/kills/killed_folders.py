@@ -127,6 +127,7 @@ def wrong(verb: str, to: Path, old: Files, new: Files) -> str:
         whole = {name.partition("/adapter/")[2]: data for name, data in new.items() if "/adapter/" in name}
         return "".join(f"half of {path} " for path in adapters if content(path) != whole)
     clear_leftovers(to.parent, to.name)
+    clear_leftovers(to, CHECK_FILE)  # as the next check does
     if content(to) == new or content(to) == old:
         return ""
     return f"neither whole: {sorted(content(to))}"
