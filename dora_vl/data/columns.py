@@ -73,7 +73,7 @@ def _is_judged(row: Row) -> bool:
     return any(isinstance(value, bool) and plain_name(name) in ROLES["judged"] for name, value in row.items())
 
 
-PREFERENCES = "preferences"
+PREFERENCES, JUDGED = "preferences", "judged answers"
 FORMATS: tuple[RowFormat, ...] = (
     RowFormat(PREFERENCES, ("conversations", "chosen", "rejected")),
     RowFormat(PREFERENCES, ("messages", "rejected")),
@@ -81,10 +81,10 @@ FORMATS: tuple[RowFormat, ...] = (
     RowFormat(PREFERENCES, ("instruction", "chosen", "rejected"), ("input", "history")),
     RowFormat(PREFERENCES, ("question", "chosen", "rejected"), ("hint", "history")),
     RowFormat(PREFERENCES, ("chosen", "rejected")),
-    RowFormat("judged answers", ("prompt", "completion", "judged"), ("history",), _is_judged),
-    RowFormat("judged answers", ("messages", "judged"), (), _is_judged),
-    RowFormat("judged answers", ("conversations", "judged"), (), _is_judged),
-    RowFormat("judged answers", ("instruction", "output", "judged"), ("input", "history"), _is_judged),
+    RowFormat(JUDGED, ("prompt", "completion", "judged"), ("history",), _is_judged),
+    RowFormat(JUDGED, ("messages", "judged"), (), _is_judged),
+    RowFormat(JUDGED, ("conversations", "judged"), (), _is_judged),
+    RowFormat(JUDGED, ("instruction", "output", "judged"), ("input", "history"), _is_judged),
     RowFormat("conversations", ("conversations",), ("completion",)),
     RowFormat("messages", ("messages",), ("completion",)),
     RowFormat("texts", ("texts",)),

@@ -15,7 +15,7 @@ from functools import partial
 from string import ascii_lowercase, ascii_uppercase
 from typing import Any
 
-from dora_vl.data.columns import FORMATS, PREFERENCES, USUAL, Columns, ColumnsError, Resolved, Row
+from dora_vl.data.columns import FORMATS, JUDGED, PREFERENCES, USUAL, Columns, ColumnsError, Resolved, Row
 from dora_vl.data.example import (
     LETTER,
     Answer,
@@ -355,8 +355,8 @@ def _instructions(row: Row, sample_id: str) -> list[object]:
 
 
 def _preferred(row: Row, sample_id: str) -> Sequence[object]:
-    """Returns the conversation that ends with the chosen answer, by the format that asks for it."""
-    for asked, chosen, messages in (
+    """Returns the conversation that ends with the chosen, or the judged, answer, by the format that asks for it."""
+    for asked, answered, messages in (
         ("messages", "completion", partial(_messages, key="messages")),
         ("conversations", "completion", partial(_messages, key="conversations")),
         ("prompt", "completion", _prompt_completion),
@@ -364,7 +364,7 @@ def _preferred(row: Row, sample_id: str) -> Sequence[object]:
         ("question", "answer", _question_answer),
     ):
         if asked in row:
-            return messages({**row, chosen: row["chosen"]} if "chosen" in row else row, sample_id)
+            return messages({**row, answered: row["chosen"]} if "chosen" in row else row, sample_id)
     chosen, rejected = (_messages(row, sample_id, key) for key in ("chosen", "rejected"))
     if [*chosen[:-1]] != [*rejected[:-1]]:
         raise BadSample(sample_id, "its chosen and rejected conversations differ before their last answers")
@@ -385,15 +385,6 @@ def _rejected(value: object, sample_id: str) -> tuple[str, ...]:
     if not all(text.strip() for text in texts):
         raise BadSample(sample_id, "its rejected answer is empty", EMPTY_ANSWER)
     return tuple(texts)
-
-
-JUDGED: Mapping[str, Callable[[Row, str], Sequence[object]]] = {
-    "messages": partial(_messages, key="messages"),
-    "conversations": partial(_messages, key="conversations"),
-    "prompt": _prompt_completion,
-    "instruction": _instructions,
-}
-"""Maps the role that asks to the reader of answers that a flag calls good or bad."""
 
 
 def _question_answer(row: Row, sample_id: str) -> list[object]:
@@ -535,7 +526,7 @@ def _text(value: object, name: str, sample_id: str) -> str:
 
 MESSAGES: Mapping[str, Callable[[Row, str], Sequence[object]]] = {
     PREFERENCES: _preferred,
-    "judged answers": lambda row, sample_id: next(JUDGED[role] for role in JUDGED if role in row)(row, sample_id),
+    JUDGED: _preferred,
     "conversations": partial(_messages, key="conversations"),
     "messages": partial(_messages, key="messages"),
     "texts": partial(_messages, key="texts"),
@@ -586,7 +577,7 @@ def read_fields(resolved: Resolved, sample_id: str) -> Example:
         rejected = _rejected(fields["rejected"], sample_id) if resolved.format.name == PREFERENCES else ()
         if rejected and example.turns[-1].text.strip() in {text.strip() for text in rejected}:
             raise BadSample(sample_id, "its rejected answer is the chosen one")
-        is_judged = resolved.format.name == "judged answers"
+        is_judged = resolved.format.name == JUDGED
         return replace(example, rejected=rejected, is_good=bool(fields["judged"]) if is_judged else None)
     except UnreadKey as unread:
         held = {role: value if isinstance(value, list) else [value] for role, value in fields.items()}

@@ -226,6 +226,17 @@ class ExampleTable:
         """Whether any row names a video."""
         return any(_counts(self.rows, "videos"))
 
+    @property
+    def has_rejected(self) -> bool:
+        """Tells whether any row has a rejected answer beside the chosen one."""
+        return any(_counts(self.rows, "rejected"))
+
+    @property
+    def is_judged(self) -> bool:
+        """Tells whether any row says that its answer is good or bad."""
+        answers = _column(self.rows, "is_good")
+        return answers.null_count < len(answers)
+
 
 def _column(rows: datasets.Dataset, name: str) -> pa.Array:
     return rows.select_columns([name]).with_format("arrow")[:][name].combine_chunks()

@@ -176,9 +176,6 @@ LOSSES: Mapping[str, Loss] = {
     "simpo": simpo,
     "cpo": cpo,
 }
-WITHOUT_REFERENCE = frozenset({"sft", "orpo", "simpo", "cpo"})
-OF_SINGLE_ANSWERS = frozenset({"sft", "kto", "bco", "apo_zero"})
-"""These need no pairs, so that data may say of each answer by itself whether it is good."""
 
 
 def measures(answers: Answers, beta: float) -> dict[str, Float[Tensor, ""]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -203,12 +203,10 @@ class RunSamples:
 
     def _judgements(self) -> tuple[bool, bool]:
         """Tells whether some samples are called good or bad, and whether some have rejected answers."""
-        if self._train is not None:
-            rows = self._train.rows
-            return any(value is not None for value in rows["is_good"]), any(rows["rejected"])
-        streamed = [row for source in cast(SampleStream, self._stream).sources for row in source.first_rows]
-        examples = [row for row in streamed if isinstance(row, Example)]
-        return any(row.is_good is not None for row in examples), any(row.rejected for row in examples)
+        sources = () if self._stream is None else self._stream.sources
+        examples = [row for source in sources for row in source.first_rows if isinstance(row, Example)]
+        judged = any(row.is_good is not None for row in examples) or any(table.is_judged for table in self._tables)
+        return judged, any(row.rejected for row in examples) or any(table.has_rejected for table in self._tables)
 
     def look_ahead(self, pictures: MediaFolder | None, videos: MediaFolder | None) -> None:
         """Refuses training samples that a run over them would end for; see `data.look_ahead`. Of a stream none.

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dora_vl.heads.preferences import LOSSES, OF_SINGLE_ANSWERS, WITHOUT_REFERENCE, Answers, Scale, measures
+from dora_vl.heads.preferences import LOSSES, Answers, Scale, measures
+from dora_vl.run.settings import OF_SINGLE_ANSWERS, WITHOUT_REFERENCE
 
 LOG_PROBS = (-3.1, -4.7, -2.2, -9.4, -0.6, -5.5)
 REFERENCE = (-3.4, -4.1, -2.9, -8.8, -0.5, -7.3)

@@ -11,7 +11,7 @@ import torch
 
 from dora_vl.errors import SettingError
 from dora_vl.heads import preferences
-from dora_vl.run.settings import OF_SINGLE_ANSWERS, WITHOUT_REFERENCE, LossName
+from dora_vl.run.settings import LossName
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from tests.training.launched import launch
 from tests.training.tiny_run import (
@@ -162,4 +162,3 @@ def test_data_and_loss_must_fit(tmp_path: Path, base: Path) -> None:
 
 def test_settings_name_every_loss() -> None:
     assert set(LossName.__args__) == set(preferences.LOSSES)  # pyright: ignore[reportAttributeAccessIssue]
-    assert (WITHOUT_REFERENCE, OF_SINGLE_ANSWERS) == (preferences.WITHOUT_REFERENCE, preferences.OF_SINGLE_ANSWERS)
