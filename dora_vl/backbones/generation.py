@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -146,6 +146,38 @@ class ScoreWatch:
             return new
         broken = self._broken.view(len(new), -1).any(1, keepdim=True)
         return new.masked_fill(broken.to(new.device), NO_TOKEN)
+
+
+class Draws(LogitsProcessor):
+    """Draws each row's next token from all words, and leaves it that one alone, which generate then takes.
+
+    Attributes:
+        options: arguments for transformers' generate.
+        log_probs, entropies: of each row, a tensor a token; those behind a row's end mean nothing.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+        self.log_probs: list[Float[Tensor, " rows"]] = []
+        self.entropies: list[Float[Tensor, " rows"]] = []
+        self.options: dict[str, Any] = {
+            "logits_processor": LogitsProcessorList([self]),
+            "stopping_criteria": StoppingCriteriaList(),
+            "num_beams": 1,
+            "repetition_penalty": 1.0,  # whatever the model's folder says
+        }
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input_ids: Tensor, scores: Float[Tensor, "rows vocab"]
+    ) -> Float[Tensor, "rows vocab"]:
+        """Zero for the drawn token of each row, minus infinity for all others."""
+        # On a GPU, to draw from what is no number breaks every later call; the step's own loss tells of it.
+        log_probs = scores.float().nan_to_num(0.0).log_softmax(-1)
+        chances = log_probs.exp()
+        tokens = torch.multinomial(chances, 1, generator=self._generator)
+        self.log_probs.append(log_probs.gather(1, tokens)[:, 0])
+        self.entropies.append(-(chances * log_probs).sum(-1))
+        return torch.full_like(scores, float("-inf")).scatter_(1, tokens, 0.0)
 
 
 class WithoutPrompt(BaseStreamer):

@@ -33,27 +33,30 @@ def media_of(sample: Sample) -> object:
     return sample.media or sample.id or None
 
 
-def with_answer_of(sample: Sample, other: Sample) -> Sample:
-    """Joins a sample's prompt and pictures with the answer of another sample; the weight is 0."""
-    starts = [int((part.labels != IGNORED_LABEL).int().argmax()) for part in (sample, other)]
-    answer = other.input_ids[starts[1] :]
-    ids = torch.cat([sample.input_ids[: starts[0]], answer])
-    labels = torch.cat([torch.full_like(ids[: starts[0]], IGNORED_LABEL), other.labels[starts[1] :]])
-    inputs = {
-        name: torch.cat(
-            [value[:, : starts[0]], value.new_full((1, len(answer), *value.shape[2:]), name == ALIGNED[0])], 1
+def with_answer(sample: Sample, ids: Tensor, *, weight: float) -> Sample:
+    """Replaces a sample's answer, which is all that it labels, by other ids."""
+    start = int((sample.labels != IGNORED_LABEL).int().argmax())
+
+    def of_answer(value: Tensor) -> Tensor:
+        """Gives an entry for each token all new ids the value of the first old one."""
+        return torch.cat(
+            [value[:, :start], value[:, start : start + 1].repeat(1, len(ids), *[1] * (value.dim() - 2))], 1
         )
-        if name in ALIGNED
-        else value
-        for name, value in sample.inputs.items()
-    }
+
+    inputs = {name: of_answer(value) if name in ALIGNED else value for name, value in sample.inputs.items()}
     positions = sample.positions
     if positions is not None:
-        step = torch.arange(1, len(answer) + 1)
-        positions = torch.cat(
-            [positions[:, : starts[0]], positions[:, : starts[0]].amax() + step.expand(len(positions), -1)], 1
-        )
-    return replace(sample, input_ids=ids, labels=labels, inputs=inputs, positions=positions, weight=0.0, others=())
+        before = positions[:, :start]
+        positions = torch.cat([before, (before.amax() + torch.arange(1, len(ids) + 1)).expand(len(before), -1)], 1)
+    return replace(
+        sample,
+        input_ids=torch.cat([sample.input_ids[:start], ids]),
+        labels=torch.cat([torch.full_like(sample.input_ids[:start], IGNORED_LABEL), ids]),
+        inputs=inputs,
+        positions=positions,
+        weight=weight,
+        others=(),
+    )
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Collator:
         shares: what samples of one tree have in common; None: the sample has nothing to share.
         compares: a batch says which answers belong together, and by their weights which are good.
         unmatched: each prompt also gets the answer to the next one, with weight 0, which `kto` measures by.
+        keeps_samples: a batch holds the samples that it was made of, so that other answers can take their places.
     """
 
     pad_token_id: int
@@ -86,13 +90,17 @@ class Collator:
     shares: Callable[[Sample], object] = media_of
     compares: bool = False
     unmatched: bool = False
+    keeps_samples: bool = False
 
     def __call__(self, items: Sequence[Sample | Skipped | None]) -> dict[str, Any]:
         """Returns one batch and its bookkeeping; None is left out."""
         usable = [item for item in items if isinstance(item, Sample)]
         groups = [[*sample.rows()] for sample in usable]
         if self.unmatched:
-            groups = [[*rows, with_answer_of(rows[0], groups[number - 1][0])] for number, rows in enumerate(groups)]
+            labels = [rows[0].labels[rows[0].labels != IGNORED_LABEL] for rows in groups]
+            groups = [
+                [*rows, with_answer(rows[0], labels[number - 1], weight=0.0)] for number, rows in enumerate(groups)
+            ]
         samples = [row for rows in groups for row in rows]
         shown = list(samples)
         for dummy in (self.dummy, self.dummy_video):
@@ -117,6 +125,7 @@ class Collator:
             "skipped": [(item.id, item.reason) for item in items if isinstance(item, Skipped)],
             "cut": [(sample.id, sample.cut_tokens) for sample in usable if sample.cut_tokens],
             **({"shrunk": shrunk} if shrunk else {}),
+            **({"made_of": usable} if self.keeps_samples else {}),
         }
 
     def _forest(self, samples: Sequence[Sample]) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from dora_vl.data.turns import Clip
 from dora_vl.errors import BadSample, UserError, one_line, shown_text
 from dora_vl.files import write_json_lines
 
-BOOKKEEPING = ("samples", "sample_ids", "padding_tokens", "skipped", "cut", "shrunk")
-"""A batch holds counts and messages under these names; all else goes to the model."""
+BOOKKEEPING = ("samples", "sample_ids", "padding_tokens", "skipped", "cut", "shrunk", "made_of")
+"""A batch holds counts, messages and its samples under these names; all else goes to the model."""
 ALIGNED = ("attention_mask", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids", "cross_attention_mask")
 """These tensors of a processor hold an entry a token, and are cut and padded as the ids are."""
 IGNORED_LABEL = -100
@@ -80,7 +80,7 @@ class Sample(Encoded):
 
     def rows(self) -> list[Sample]:
         """It and its `others`, a row each."""
-        return [self, *(Sample(**vars(other), index=self.index, id=self.id) for other in self.others)]
+        return [self, *(Sample(**{**vars(other), "index": self.index, "id": self.id}) for other in self.others)]
 
 
 @dataclass(frozen=True)

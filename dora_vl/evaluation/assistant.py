@@ -227,19 +227,19 @@ class Assistant:
             asked = [ordered[sample.index] for sample in samples]
             if once is not None:
                 samples = once.taken(samples)
-            texts = self.answers(self._begun(samples), max_new_tokens=decoding.max_new_tokens) if samples else []
+            texts = self.answers(self.begun(samples), max_new_tokens=decoding.max_new_tokens) if samples else []
             answered = [prediction(example, text) for example, text in zip(asked, texts, strict=True)]
             yield answered + [prediction(ordered[item.index], None, item.reason) for item in skipped]
 
-    def _begun(self, samples: Sequence[Sample]) -> Mapping[str, Any]:
+    def begun(self, samples: Sequence[Sample]) -> Mapping[str, Any]:
         """Makes the batch of some prompts and reads their pictures, once for all prompts that begin alike."""
         beginnings = [(sample.media, *sample.input_ids[: sample.media_end].tolist()) for sample in samples]
         first = {beginning: sample for beginning, sample in zip(beginnings, samples, strict=True)}
         shared = all(sample.media_end for sample in samples) and len(first) < len(samples)
         if not shared or not self.backbone.continues_prompts:
             return self.prompts.collate(samples, "left")
-        begun = self.prompts.collate([_part(sample, stop=sample.media_end) for sample in first.values()], "left")
-        rest = self.prompts.collate([_part(sample, start=sample.media_end) for sample in samples], "left")
+        begun = self.prompts.collate([part_of(sample, stop=sample.media_end) for sample in first.values()], "left")
+        rest = self.prompts.collate([part_of(sample, start=sample.media_end) for sample in samples], "left")
         with self._no_grad():
             cache = self.backbone.read(**model_inputs(begun, self.device))
         order = torch.tensor([[*first].index(beginning) for beginning in beginnings])
@@ -370,7 +370,7 @@ class Assistant:
         return next(module.parameters()).device
 
 
-def _part(sample: Sample, *, start: int = 0, stop: int | None = None) -> Sample:
+def part_of(sample: Sample, *, start: int = 0, stop: int | None = None) -> Sample:
     """Returns some of a prompt's tokens; only the first ones come with its pictures."""
     inputs = {name: value[:, start:stop] if name in ALIGNED else value for name, value in sample.inputs.items()}
     if start:

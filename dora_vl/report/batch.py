@@ -67,7 +67,7 @@ class TokenText:
     """The text of single tokens; `placeholder_ids` are those that stand for a piece of a picture or a video."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, placeholder_ids: frozenset[int]) -> None:
-        self._placeholder_ids = placeholder_ids
+        self.placeholder_ids = placeholder_ids
 
         @cache
         def text_of(token: int) -> str:
@@ -88,7 +88,7 @@ class TokenText:
         for token, is_trained, is_real in zip(ids, trained, real, strict=True):
             if not is_real:
                 piece = Piece("padding", "padding")
-            elif token in self._placeholder_ids:
+            elif token in self.placeholder_ids:
                 piece = Piece(self.of(token), "picture-place")
             else:
                 piece = Piece(self.of(token), "trained" if is_trained else "context")

@@ -32,6 +32,8 @@ ADAPTER = "adapter"
 LOSS_LOG = "log.jsonl"
 SKIPPED = "skipped.jsonl"
 FAULTS = "faults.jsonl"
+DRAWN = "drawn.jsonl"
+"""Holds a question of each step that learned from rewards, with the answers that were drawn to it."""
 SETTINGS = "settings.json"
 PLAN = "plan.json"
 WATCHED = "watched"
@@ -39,7 +41,7 @@ PREDICTED = ("predictions.jsonl", "scores.jsonl")
 SAVED = (ADAPTER, METRICS, *PREDICTED)
 """These took work to make; a run that left none of them, nor a checkpoint, failed before its first save."""
 RESULTS = (
-    *(ADAPTER, LOSS_LOG, METRICS, SKIPPED, FAULTS, *PREDICTED, "predictions.settings.json", WATCHED),
+    *(ADAPTER, LOSS_LOG, METRICS, SKIPPED, FAULTS, DRAWN, *PREDICTED, "predictions.settings.json", WATCHED),
     *("loss_curve.png", "contact_sheet.png"),
 )
 IF_STOPPED = "if_stopped"

@@ -65,7 +65,11 @@ def read_run(
     words, task = files_first(arguments, task)
     parser = run_parser(task, program, description)
     try:
-        parsed = parser.instantiate(parser.parse_args(words))
+        parsed = parser.parse_args(words)
+        if parsed.get("objective.loss", "sft") != "sft":  # log-probabilities of several passes are compared
+            parser.set_defaults({"adapter.dropout": 0.0})
+            parsed = parser.parse_args(words)
+        parsed = parser.instantiate(parsed)
         config = RunConfig(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(RunConfig)})
     except (argparse.ArgumentError, ValueError, TypeError) as error:
         raise explained(str(error), task) from error

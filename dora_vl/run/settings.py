@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dora_vl.backbones.specs import (
     ComposeSpec,
@@ -26,9 +26,11 @@ from dora_vl.files import Kernel
 
 Decayed = Literal["matrices", "all_but_biases"]
 """Names what weight decay acts on."""
-LossName = Literal[
-    "sft", "dpo", "hinge", "ipo", "kto", "bco", "apo_zero", "apo_down", "orpo", "simpo", "cpo"
-]  # the names of heads.preferences.LOSSES
+OfPreferences = Literal["sft", "dpo", "hinge", "ipo", "kto", "bco", "apo_zero", "apo_down", "orpo", "simpo", "cpo"]
+"""The names of heads.preferences.LOSSES."""
+OfRewards = Literal["grpo", "dr_grpo", "dapo", "rloo"]
+"""The names of heads.rewards.REWARD_LOSSES, which learn from answers that the model draws itself."""
+LossName = OfPreferences | OfRewards
 WITHOUT_REFERENCE = frozenset[LossName]({"sft", "orpo", "simpo", "cpo"})
 """These losses need no log-probabilities of the model as it was when training began."""
 OF_SINGLE_ANSWERS = frozenset[LossName]({"sft", "kto", "bco", "apo_zero"})
@@ -213,16 +215,30 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """What is learned from an answer: all of it, or that it is better than another."""
+    """What is learned: answers word by word, that one is better than another, or what rewards the model's own get."""
 
     loss: LossName | Mapping[LossName, float] = "sft"
     """sft learns answers word by word. Rejected answers beside chosen ones take dpo, hinge, ipo, apo_down, kto, bco,
     apo_zero; or simpo, cpo and orpo, which need no reference. Answers that a flag calls good or bad take kto, bco and
-    apo_zero. A mapping is a weighted sum, such as {dpo: 0.8, bco: 0.2, sft: 1}."""
+    apo_zero. A mapping is a weighted sum, such as {dpo: 0.8, bco: 0.2, sft: 1}. grpo, dr_grpo, dapo and rloo draw
+    answers to the data's questions, and learn from the rewards that these get. adapter.dropout is 0 unless it is
+    set, except with sft."""
     beta: float = 0.1
     """How close the model stays to the one that training began with; ipo takes some 0.01, simpo 2 to 10."""
     margin: float = 0.5
     """simpo: how much better the chosen answer is to be."""
+    rewards: Mapping[str, float] = field(default_factory=lambda: {"exact": 1.0})
+    """grpo and the like: the weight of each reward. exact, anls and relaxed compare with the data's answer, choice
+    looks for its letter or text, box takes the overlap of boxes, format a pattern; FILE.py:FUNCTION or MODULE:FUNCTION
+    is your own, called with a dora_vl.data.example.Example and an answer. evaluation.answer_after counts here too."""
+    format: str | None = None
+    """Regular expression that fits all of an answer, for the reward `format`, such as <think>.*</think>.*"""
+    group: int = 8
+    """grpo and the like: answers drawn to each question."""
+    max_new_tokens: int = 64
+    """grpo and the like: tokens that a drawn answer has at most."""
+    kl: float = 0.0
+    """grpo and the like: weight of the divergence from the model that training began with; 0 spares its pass."""
 
     @property
     def weights(self) -> Mapping[LossName, float]:
@@ -233,6 +249,11 @@ class ObjectiveConfig:
     def is_sft(self) -> bool:
         """Tells whether answers are only learned word by word."""
         return self.loss == "sft"
+
+    @property
+    def of_rewards(self) -> OfRewards | None:
+        """The loss that learns from rewards; None for all others."""
+        return next((name for name in get_args(OfRewards) if name in self.weights), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -354,7 +375,7 @@ _TEXT = _fields(
     data="validation validation_share validation_size validation_limit max_tokens packing group_by_modality_length "
     "streaming shuffle_buffer columns ignore ask",
     evaluation="max_new_tokens strength forgetting other_texts",
-    objective="loss beta margin",
+    objective="loss beta margin rewards format group max_new_tokens kl",
 )
 _MEDIA = _fields(
     data="image_folder video_folder follow_links as_published video_frames video_fps cache_features feature_cache "

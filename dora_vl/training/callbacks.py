@@ -29,7 +29,7 @@ from transformers.trainer_utils import IntervalStrategy
 from dora_vl.data.picture_files import PICTURE_FORMATS
 from dora_vl.errors import UserError, shown_text
 from dora_vl.files import write_json, write_json_lines
-from dora_vl.run.folder import LOSS_LOG, PLAN, WATCHED, read_log
+from dora_vl.run.folder import DRAWN, LOSS_LOG, PLAN, WATCHED, read_log
 from dora_vl.run.watched import ANSWERS, Watch, Watched, WatchedQuestion, begin, read_watched
 from dora_vl.training.memory import memory_gib
 from dora_vl.training.progress import BatchStatistics, Counts, random_state_kept, validation_owed
@@ -104,6 +104,8 @@ class LossLog(TrainerCallback):
             lines = read_log(self._folder / LOSS_LOG)
             kept = [line for line in lines if line["step"] < step + (not again or "eval_loss" not in line)]
             write_json_lines(self._folder / LOSS_LOG, kept)
+            if (drawn := self._folder / DRAWN).is_file():
+                write_json_lines(drawn, [line for line in read_log(drawn) if line["step"] <= step])
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Writes one line; every rank takes part in the sums."""

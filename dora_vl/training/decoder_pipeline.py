@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.integrations.deepspeed import deepspeed_config
 
 from dora_vl.backbones.base import Backbone
 from dora_vl.backbones.encoder import Encoder, open_encoder
@@ -35,6 +36,7 @@ from dora_vl.errors import SettingError
 from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
 from dora_vl.evaluation.forgetting import forgetting, measured
 from dora_vl.evaluation.predictor import MediaReader
+from dora_vl.evaluation.rewards import Reward, rewards_of
 from dora_vl.evaluation.test import (
     check_test,
     evaluate_commonsense,
@@ -46,7 +48,9 @@ from dora_vl.evaluation.test import (
     watch_assistant,
 )
 from dora_vl.heads.preferences import Scale
+from dora_vl.heads.rewards import REWARD_LOSSES
 from dora_vl.report.batch import TokenText
+from dora_vl.run.arguments import zero_stage
 from dora_vl.run.base import (
     DECODER,
     VideoReading,
@@ -66,8 +70,9 @@ from dora_vl.run.folder import run_folder_of
 from dora_vl.run.settings import WITHOUT_REFERENCE, foreign_fields
 from dora_vl.run.watched import Watch, evenly
 from dora_vl.training.parts import core_config
-from dora_vl.training.pipeline import LossModel, NextTokenLoss, Pipeline, PreferenceLoss, TrainingData
+from dora_vl.training.pipeline import LossModel, NextTokenLoss, Pipeline, PreferenceLoss, RewardLoss, TrainingData
 from dora_vl.training.reference import Reference
+from dora_vl.training.rollouts import Rollouts
 from dora_vl.training.run_samples import RowEncoder, RunSamples, stored_outputs
 
 logger = logging.getLogger(__name__)
@@ -111,6 +116,8 @@ class DecoderPipeline(Pipeline):
         samples = self.samples(arguments)
         samples.describe()
         samples.check_objective(config.objective)
+        if config.objective.of_rewards:
+            self._check_rewards(arguments)
         if config.evaluation.file is not None:
             samples.warn_of_overlap(check_test(config), config)
         elif config.evaluation.files:
@@ -128,6 +135,26 @@ class DecoderPipeline(Pipeline):
         check_pixels(config.model.base, self.encoder, self._most_pixels(arguments))
         if has_videos:
             check_base_takes_videos(config.model.base, self.encoder, config.data, pictures=samples.has_pictures)
+
+    def _check_rewards(self, arguments: TrainingArguments) -> None:
+        """Refuses what a run that draws its answers cannot do."""
+        objective = self.config.objective
+        if len(objective.weights) > 1:
+            raise SettingError("objective.loss", f": {objective.of_rewards} stands alone, in no sum with other losses")
+        if objective.group < 2:
+            raise SettingError(
+                "objective.group", f" is {objective.group}; answers are compared, so at least 2 are needed"
+            )
+        if self.config.data.streaming:
+            raise SettingError(
+                "data.streaming", " is not for rewards, which look a question's right answer up; set it false"
+            )
+        if arguments.fsdp or (arguments.deepspeed and zero_stage(deepspeed_config()) == 3):
+            raise SettingError(
+                "training.fsdp" if arguments.fsdp else "training.deepspeed",
+                " shards the weights, which answers are drawn with; take zero2",
+            )
+        self._rewards()
 
     @property
     def _sees_pictures(self) -> bool:
@@ -209,6 +236,7 @@ class DecoderPipeline(Pipeline):
             packing=packing,
             compares=not self.config.objective.is_sft,
             unmatched="kto" in self.config.objective.weights,
+            keeps_samples=self.config.objective.of_rewards is not None,
         )
         return samples.training_data(self._rows(arguments, outputs), collate)
 
@@ -237,8 +265,10 @@ class DecoderPipeline(Pipeline):
         )
 
     def loss(self, backbone: Backbone[Any]) -> LossModel:
-        """Next-token loss, or one of preferences."""
+        """Next-token loss, or one of preferences or rewards."""
         objective = self.config.objective
+        if objective.of_rewards:
+            return RewardLoss(backbone, kl=objective.kl, reference=Reference(backbone.model) if objective.kl else None)
         if not objective.is_sft:
             return PreferenceLoss(
                 backbone,
@@ -247,6 +277,32 @@ class DecoderPipeline(Pipeline):
                 reference=None if WITHOUT_REFERENCE.issuperset(objective.weights) else Reference(backbone.model),
             )
         return NextTokenLoss(backbone, step_tokens=self.config.optim.loss_normalisation == "step_tokens")
+
+    def rollouts(self, backbone: Backbone[Any], arguments: TrainingArguments, data: TrainingData) -> Rollouts | None:
+        """Draws answers where the loss learns from rewards."""
+        objective, samples = self.config.objective, self.samples(arguments)
+        if objective.of_rewards is None:
+            return None
+        half = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+        return Rollouts(
+            assistant=Assistant(backbone, EncoderPrompts(self.encoder), while_training=True),
+            collate=cast(Collator, data.collate),
+            example_of=samples.example_of,
+            loss=REWARD_LOSSES[objective.of_rewards],
+            rewards=self._rewards(),
+            weights=objective.rewards,
+            group=objective.group,
+            max_new_tokens=objective.max_new_tokens,
+            seed=arguments.seed,
+            run_folder=run_folder_of(self.config.training),
+            keeps_all=objective.kl > 0,
+            never=self.reading(backbone).placeholder_ids,
+            autocast=None if arguments.deepspeed else half,
+        )
+
+    def _rewards(self) -> dict[str, Reward]:
+        objective, after = self.config.objective, self.config.evaluation.answer_after
+        return rewards_of(objective.rewards, answer_format=objective.format, answer_after=after)
 
     def watch(self, backbone: Backbone[Any], arguments: TrainingArguments) -> Watch | None:
         """Questions of the validation samples, or else of the test."""

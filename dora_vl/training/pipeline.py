@@ -24,12 +24,14 @@ from dora_vl.data.samples import Labelled
 from dora_vl.data.stream import StreamOrder
 from dora_vl.evaluation.open_model import with_adapter
 from dora_vl.heads.preferences import LOSSES, Answers, Scale, measures
+from dora_vl.heads.rewards import divergence
 from dora_vl.report.batch import TokenText
 from dora_vl.run.arguments import training_arguments
 from dora_vl.run.folder import ADAPTER, run_folder_of
 from dora_vl.run.settings import RunConfig
 from dora_vl.run.watched import Watch
 from dora_vl.training.reference import Reference
+from dora_vl.training.rollouts import Rollouts
 
 
 class LossModel(nn.Module):
@@ -95,6 +97,53 @@ class NextTokenLoss(LossModel):
         count = torch.tensor(len(losses), device=losses.device)
         divisor = count.clamp_min(1) if num_items_in_batch is None else num_items_in_batch
         return {"loss": losses.sum() / divisor, "labelled_tokens": count}
+
+
+class RewardLoss(NextTokenLoss):
+    """Raises the log-probability of drawn answers by their advantage; see `heads.rewards`.
+
+    Batches of validation hold the data's own answers, and get their next-token loss.
+
+    Args:
+        kl: the weight of the divergence from `reference`, the model as it was when training began.
+    """
+
+    def __init__(self, backbone: Backbone[Any], *, kl: float, reference: Reference | None) -> None:
+        super().__init__(backbone, step_tokens=True)
+        self.kl, self.reference = kl, reference
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        num_items_in_batch: Tensor | int | None = None,
+        weights: Float[Tensor, " samples"] | None = None,
+        groups: Int[Tensor, " samples"] | None = None,
+        token_weights: Float[Tensor, " samples"] | None = None,
+        drawn_log_probs: Float[Tensor, " samples"] | None = None,
+        **inputs: Any,
+    ) -> dict[str, Tensor]:
+        """Returns `loss` to go backward from, `labelled_tokens`, and how far the model is from rollout and reference.
+
+        `weights` are advantages times `token_weights`.
+        """
+        if weights is None or token_weights is None or drawn_log_probs is None:
+            return super().forward(num_items_in_batch=num_items_in_batch, **inputs)
+        before, noted = torch.zeros(()), dict[str, Tensor]()
+        if self.reference is not None:
+            with self.reference.in_place():
+                before = -self.backbone(**inputs).losses
+        features = self.backbone(**inputs)
+        log_probs = -features.losses
+        # A ratio of 1, so that the loss is of the advantages' size; its gradient is that of the log-probability.
+        each = -weights[features.rows] * (log_probs - log_probs.detach()).exp()
+        if self.reference is not None:
+            kl = divergence(log_probs, before)
+            each = each + self.kl * token_weights[features.rows] * kl
+            noted["log_probs/kl"] = kl.detach().mean()
+        of_answers = torch.zeros_like(drawn_log_probs).index_add(0, features.rows, log_probs.detach().float())
+        noted["log_probs/gap"] = (of_answers - drawn_log_probs).abs().mean()
+        count = torch.tensor(len(log_probs), device=log_probs.device)
+        divisor = 1 if num_items_in_batch is None else num_items_in_batch
+        return {"loss": each.sum() / divisor, "labelled_tokens": count, **noted}
 
 
 class PreferenceLoss(LossModel):
@@ -232,6 +281,10 @@ class Pipeline(ABC):
 
         Every rank must call it, once the data is there.
         """
+
+    def rollouts(self, backbone: Backbone[Any], arguments: TrainingArguments, data: TrainingData) -> Rollouts | None:
+        """Returns what draws the answers that are learned from; None where the data's own are."""
+        return None
 
     @abstractmethod
     def reading(self, backbone: Backbone[Any]) -> TokenText:

@@ -193,6 +193,14 @@ class RunSamples:
                 "objective.loss",
                 f" is sft, and {self._name} has {what}; {both} learns from both, {alone} from the good ones alone",
             )
+        if objective.of_rewards:
+            if judged or compared:
+                what = "rejected answers" if compared else "answers that a flag calls good or bad"
+                reason = "it draws its own answers; dpo and the like learn from the file's"
+                raise SettingError(
+                    "objective.loss", f" is {objective.of_rewards}, and {self._name} has {what}: {reason}"
+                )
+            return
         paired = not OF_SINGLE_ANSWERS.issuperset(objective.weights)
         if not objective.is_sft and not compared and (paired or not judged):
             needs = "rejected answers beside the chosen ones" + ("" if paired else ", or a flag for each answer")
@@ -200,6 +208,11 @@ class RunSamples:
             raise SettingError(
                 "objective.loss", f": {names} needs {needs}, and {self._name} has none; see docs/data.md"
             )
+
+    def example_of(self, index: int) -> Example | BadSample:
+        """Returns a training sample's example."""
+        assert self._train is not None, "prepare has refused a stream"
+        return self._train[index]
 
     def _judgements(self) -> tuple[bool, bool]:
         """Tells whether some samples are called good or bad, and whether some have rejected answers."""

@@ -123,6 +123,7 @@ class AdapterTrainer(OrderedTrainer):
             data,
             skips_seen=not arguments.ignore_data_skip,
         )
+        self.rollouts = pipeline.rollouts(backbone, arguments, data)
         self.stop, self.closing = StopOnSignal(), ExitStack()
         self.closing.callback(self.stop.restore)
         self.closing.callback(faulthandler.cancel_dump_traceback_later)
@@ -155,6 +156,9 @@ class AdapterTrainer(OrderedTrainer):
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.statistics.waited += time.monotonic() - began
         self.faults.begin_step([tuple(dict.fromkeys(batch.get("sample_ids", ()))) for batch in batches])
+        if self.rollouts is not None:
+            batches, items, numbers = self.rollouts.answered(batches, step=self.state.global_step)
+            self.statistics.note(numbers)
         return [self.statistics.take(batch) for batch in over_step(batches, device)], items
 
     def compute_loss(

@@ -1,0 +1,117 @@
+"""Rewards of drawn answers: the scorers of the tests by name, a format, and functions of one's own."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
+
+from dora_vl.data.example import Example
+from dora_vl.errors import SettingError, UserError, shown
+from dora_vl.evaluation.benchmarks import with_choices
+from dora_vl.evaluation.scores.benchmark import LETTER
+from dora_vl.evaluation.scores.exact import final_answer, is_close, normalised, right_choice_points, similarity
+
+Reward = Callable[[Example, str], float]
+"""Gives an answer to an example its points, 1 for a right one; the example's first answer is the data's own."""
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+
+
+def overlap(answer: str, right: str) -> float:
+    """Computes the intersection of two boxes over their union; a box is the last four numbers of a text."""
+    boxes = [[float(number) for number in NUMBER.findall(text)[-4:]] for text in (answer, right)]
+    if any(len(box) < 4 or box[0] >= box[2] or box[1] >= box[3] for box in boxes):
+        return 0.0
+    (left, top, end, bottom), (other_left, other_top, other_end, other_bottom) = boxes
+    width, height = min(end, other_end) - max(left, other_left), min(bottom, other_bottom) - max(top, other_top)
+    shared = max(0.0, width) * max(0.0, height)
+    areas = (end - left) * (bottom - top) + (other_end - other_left) * (other_bottom - other_top)
+    return shared / (areas - shared)
+
+
+SCORES: Mapping[str, Callable[[str, str], float | bool]] = {
+    "exact": lambda answer, right: normalised(answer) == normalised(right),
+    "anls": similarity,
+    "relaxed": is_close,
+    "box": overlap,
+}
+"""Compares an answer with the right one, as the tests' scorers do."""
+CHOICE, FORMAT = "choice", "format"
+
+
+def rewards_of(names: Iterable[str], *, answer_format: str | None, answer_after: str | None) -> dict[str, Reward]:
+    """Finds the rewards of `objective.rewards` by name.
+
+    Args:
+        answer_format: the pattern of the reward `format`.
+        answer_after: what stands before it in answers and right answers is not compared.
+    """
+
+    def compared(score: Callable[[str, str], float | bool]) -> Reward:
+        def reward(example: Example, answer: str) -> float:
+            right = example.answers[0].text
+            return float(score(final_answer(answer, answer_after), final_answer(right, answer_after)))
+
+        return reward
+
+    def choice(example: Example, answer: str) -> float:
+        chosen = example if example.choices else with_choices(example, LETTER)
+        if "correct" not in chosen.extra:
+            raise UserError(f"the reward {CHOICE}: sample {shown(example.id)} has no choices, or names none as right")
+        return right_choice_points(chosen, final_answer(answer, answer_after))
+
+    def reward_of(name: str) -> Reward:
+        if name in SCORES:
+            return compared(SCORES[name])
+        return choice if name == CHOICE else _format(answer_format) if name == FORMAT else _own(name)
+
+    return {name: reward_of(name) for name in names}
+
+
+def _format(pattern: str | None) -> Reward:
+    """Makes the reward 1 of answers that a pattern fits from end to end."""
+    if pattern is None:
+        raise SettingError("objective.format", " is missing: the reward `format` compares answers with its pattern")
+    try:
+        fits = re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise SettingError("objective.format", f": {shown(pattern)} is no regular expression: {error}") from error
+    return lambda example, answer: float(fits.fullmatch(answer) is not None)
+
+
+def _own(name: str) -> Reward:
+    """Finds a function by `FILE.py:FUNCTION`, or `MODULE:FUNCTION` of an installed package."""
+    setting = "objective.rewards"
+    source, colon, function = name.rpartition(":")
+    if not colon:
+        names = ", ".join([*SCORES, CHOICE, FORMAT])
+        raise SettingError(
+            setting, f": there is no reward {shown(name)}; there are {names}, and FILE.py:FUNCTION of your own"
+        )
+    try:
+        module = _loaded(Path(source)) if source.endswith(".py") else importlib.import_module(source)
+        own: Reward = getattr(module, function)
+    except Exception as error:
+        raise SettingError(setting, f": {shown(name)} cannot be loaded: {type(error).__name__}: {error}") from error
+
+    def points(example: Example, answer: str) -> float:
+        try:
+            return float(own(example, answer))
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"the reward {shown(name)} fails for sample {shown(example.id)}: {reason}") from error
+
+    return points
+
+
+def _loaded(path: Path) -> ModuleType:
+    """Runs a file as a module of its own, which no import finds."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise FileNotFoundError(path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,192 @@
+"""Answers that a model draws while it trains, and their rewards, as batches to learn from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dora_vl.backbones.generation import Draws, end_tokens
+from dora_vl.data.batches import Collator, with_answer
+from dora_vl.data.example import Example
+from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Sample, sample_random
+from dora_vl.errors import BadSample
+from dora_vl.evaluation.assistant import Assistant, part_of
+from dora_vl.evaluation.questions import last_round
+from dora_vl.evaluation.rewards import Reward
+from dora_vl.heads.rewards import PolicyGradient
+from dora_vl.run.folder import DRAWN
+from dora_vl.run.launch import gathered, rank_and_ranks
+
+Numbers = dict[str, Float[Tensor, ""]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnAnswer:
+    """One answer as it was drawn.
+
+    Attributes:
+        log_prob: the sum over its tokens.
+        entropy: the mean over its tokens.
+        is_cut: it has as many tokens as it may, and no end.
+    """
+
+    ids: Int[Tensor, " tokens"]
+    text: str
+    log_prob: float
+    entropy: float
+    is_cut: bool
+
+
+OF_A_BATCH = ("padding_tokens", "made_of")
+"""What a batch of drawn answers says of itself; all other bookkeeping is of the questions."""
+Group = list[DrawnAnswer]
+"""The answers to one question."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollouts:
+    """Draws answers to a step's questions, and makes batches of them.
+
+    A prompt and its pictures are read once for all of its answers, where the model can continue what was read, and are
+    one tree with them in the update. What is drawn depends on seed, step, rank and micro-batch alone, so that a resumed
+    run draws the same.
+
+    Attributes:
+        example_of: finds a training sample's example by its index.
+        rewards: functions by name; `weights` says how much each counts.
+        group: so many answers are drawn to each question.
+        keeps_all: groups whose rewards are all alike are learned from too, by their divergence from the reference.
+        never: these tokens are not drawn, since they stand for pictures and videos.
+        autocast: the number type of the drawing passes; None leaves that of the weights.
+    """
+
+    assistant: Assistant
+    collate: Collator
+    example_of: Callable[[int], Example | BadSample]
+    loss: PolicyGradient
+    rewards: Mapping[str, Reward]
+    weights: Mapping[str, float]
+    group: int
+    max_new_tokens: int
+    seed: int
+    run_folder: Path
+    keeps_all: bool
+    never: Collection[int]
+    autocast: torch.dtype | None
+
+    def answered(
+        self, batches: Sequence[Mapping[str, Any]], *, step: int
+    ) -> tuple[list[dict[str, Any]], Int[Tensor, ""], Numbers]:
+        """Puts drawn answers in the places of the data's own in the micro-batches of a step.
+
+        Every rank must call it. Returns the batches, what their losses are divided by, and the numbers that people
+        watch.
+        """
+        samples: list[list[Sample]] = [batch["made_of"] for batch in batches]
+        groups = [group for number, several in enumerate(samples) for group in self._drawn(several, step, number)]
+        examples = [
+            last_round(cast(Example, self.example_of(sample.index))) for several in samples for sample in several
+        ]
+        points = {
+            name: torch.tensor(
+                [
+                    [reward(example, answer.text) for answer in group]
+                    for example, group in zip(examples, groups, strict=True)
+                ]
+            ).view(-1, self.group)
+            for name, reward in self.rewards.items()
+        }
+        rewards = torch.stack([self.weights[name] * value for name, value in points.items()]).sum(0)
+        tokens = torch.tensor([[len(answer.ids) for answer in group] for group in groups]).view(-1, self.group)
+        spread = rewards.std(dim=1) > 0
+        if rank_and_ranks()[0] == 0:
+            self._write(step, examples, groups, rewards)
+
+        token_weights = self.loss.weights(tokens, self.max_new_tokens)
+        weights = self.loss.advantages(rewards) * token_weights
+        batches_of_answers, first = list[dict[str, Any]](), 0
+        for batch, several in zip(batches, samples, strict=True):
+            learned = [place for place in range(first, first + len(several)) if self.keeps_all or bool(spread[place])]
+            answers = [
+                [
+                    with_answer(several[place - first], answer.ids, weight=weight)
+                    for answer, weight in zip(groups[place], weights[place].tolist(), strict=True)
+                ]
+                for place in learned
+            ]
+            made = self.collate([replace(group[0], others=tuple(group[1:])) for group in answers])
+            kept = {name: batch[name] for name in BOOKKEEPING if name in batch and name not in OF_A_BATCH}
+            log_probs = [answer.log_prob for place in learned for answer in groups[place]]
+            drawn = {"token_weights": token_weights[learned].flatten(), "drawn_log_probs": torch.tensor(log_probs)}
+            batches_of_answers.append({**made, **drawn, **kept})
+            first += len(several)
+
+        every = [answer for group in groups for answer in group]
+        numbers: dict[str, Tensor] = {
+            "rewards/mean": rewards.mean(),
+            "rewards/spread": rewards.std(dim=1).mean(),
+            "rewards/alike": (~spread).float().mean(),
+            "answers/tokens": tokens.float().mean(),
+            "answers/cut": torch.tensor([float(answer.is_cut) for answer in every]).mean(),
+            "answers/entropy": torch.tensor([answer.entropy for answer in every]).mean(),
+        }
+        if len(points) > 1:
+            numbers |= {f"rewards/{name}": value.mean() for name, value in points.items()}
+        divisor = sum(gathered(self.loss.divisor(tokens)))
+        return batches_of_answers, torch.tensor(max(1, divisor), device=self.assistant.device), numbers
+
+    def _drawn(self, samples: Sequence[Sample], step: int, number: int) -> list[Group]:
+        """Draws the answers to the questions of one micro-batch."""
+        if not samples:
+            return []
+        rank, ranks = rank_and_ranks()
+        device, encoder = self.assistant.device, self.assistant.prompts.encoder
+        seed = sample_random(self.seed, step, number * ranks + rank).getrandbits(63)
+        draws = Draws(torch.Generator(device).manual_seed(seed))
+        options = {**draws.options, "suppress_tokens": sorted(self.never) or None}
+        prompts = []
+        for sample in samples:
+            start = int((sample.labels != IGNORED_LABEL).int().argmax())
+            # All but the last token is what a prompt's answers begin with.
+            prompts += [replace(part_of(sample, stop=start), media_end=start - 1, others=())] * self.group
+        backbone = self.assistant.backbone
+        training = backbone.training
+        backbone.eval()
+        try:
+            with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
+                batch = self.assistant.begun(prompts)
+                new = self.assistant.new_ids(batch, max_new_tokens=self.max_new_tokens, options=options)
+        finally:
+            backbone.train(training)
+        ends = torch.isin(new, torch.tensor(sorted(end_tokens(backbone.model))))
+        is_cut = ~ends.any(1)
+        lengths = torch.where(is_cut, new.shape[1], ends.int().argmax(1) + 1)
+        inside = torch.arange(new.shape[1]) < lengths[:, None]
+        log_probs = (torch.stack(draws.log_probs, 1).cpu() * inside).sum(1)
+        entropies = (torch.stack(draws.entropies, 1).cpu() * inside).sum(1) / lengths
+        columns = (lengths.tolist(), log_probs.tolist(), entropies.tolist(), is_cut.tolist())
+        answers = [
+            DrawnAnswer(
+                ids=ids[:length], text=encoder.decode(ids[:length]), log_prob=log_prob, entropy=entropy, is_cut=cut
+            )
+            for ids, length, log_prob, entropy, cut in zip(new, *columns, strict=True)
+        ]
+        return [answers[start : start + self.group] for start in range(0, len(answers), self.group)]
+
+    def _write(self, step: int, examples: Sequence[Example], groups: Sequence[Group], rewards: Tensor) -> None:
+        """Writes one question of the step with its answers and rewards, the first whose rewards differ."""
+        differ = (rewards != rewards[:, :1]).any(1).tolist()
+        place = differ.index(True) if True in differ else 0
+        if place < len(examples):
+            example, group, values = examples[place], groups[place], rewards[place].tolist()
+            answers = [{"text": answer.text, "reward": value} for answer, value in zip(group, values, strict=True)]
+            question = {"id": example.id, "question": example.question, "truth": example.answers[0].text}
+            with (self.run_folder / DRAWN).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step + 1, **question, "answers": answers}, ensure_ascii=False) + "\n")
