@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -149,15 +149,16 @@ class ScoreWatch:
 
 
 class Draws(LogitsProcessor):
-    """Draws each row's next token from all words, and leaves it that one alone, which generate then takes.
+    """Draws each row's next token, any but those of `never`, and leaves it that one alone, which generate then takes.
 
     Attributes:
         options: arguments for transformers' generate.
         log_probs, entropies: of each row, a tensor a token; those behind a row's end mean nothing.
     """
 
-    def __init__(self, generator: torch.Generator) -> None:
+    def __init__(self, generator: torch.Generator, never: Collection[int]) -> None:
         self._generator = generator
+        self._never = torch.tensor(sorted(never), dtype=torch.long, device=generator.device)
         self.log_probs: list[Float[Tensor, " rows"]] = []
         self.entropies: list[Float[Tensor, " rows"]] = []
         self.options: dict[str, Any] = {
@@ -174,7 +175,7 @@ class Draws(LogitsProcessor):
         # On a GPU, to draw from what is no number breaks every later call; the step's own loss tells of it.
         log_probs = scores.float().nan_to_num(0.0).log_softmax(-1)
         chances = log_probs.exp()
-        tokens = torch.multinomial(chances, 1, generator=self._generator)
+        tokens = torch.multinomial(chances.index_fill(1, self._never, 0.0), 1, generator=self._generator)
         self.log_probs.append(log_probs.gather(1, tokens)[:, 0])
         self.entropies.append(-(chances * log_probs).sum(-1))
         return torch.full_like(scores, float("-inf")).scatter_(1, tokens, 0.0)

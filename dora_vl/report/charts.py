@@ -153,6 +153,8 @@ NUMBERS = (
     ("memory_gib", "memory", "GiB of the fullest rank: on a GPU its tensors, on a CPU the whole process"),
 )
 """Each row names a field of a log line, its chart and the unit."""
+OBJECTIVE = (("rewards", "rewards", ""), ("log_probs", "log-probabilities", "nats"), ("answers", "drawn answers", ""))
+"""Each row names what begins the fields of a loss of preferences or rewards, their chart and the unit."""
 
 
 def curves(runs: Sequence[RunRecord]) -> tuple[list[Chart], list[str]]:
@@ -177,6 +179,15 @@ def curves(runs: Sequence[RunRecord]) -> tuple[list[Chart], list[str]]:
         charts.append(chart(title, lines, y_label=unit, zero=key != "grad_norm", log=key == "grad_norm"))
         if charts[-1] is None:
             notes.append(f"No chart of {title} ({unit}): no line of the log holds {key}.")
+    for prefix, title, unit in OBJECTIVE:
+        fields = dict.fromkeys(key for run in runs for line in run.log for key in line if key.startswith(f"{prefix}/"))
+        lines = [
+            Series(name=f"{before}{key.removeprefix(f'{prefix}/')}", x=steps, y=smoothed(values), colour=number)
+            for number, (run, key) in enumerate((run, key) for run in runs for key in fields)
+            for before in ["" if len(runs) == 1 else f"{run.label}: "]
+            for steps, values in [series(run.log, key)]
+        ]
+        charts.append(chart(title, lines, y_label=unit, always_legend=True))
     return [item for item in charts if item is not None], notes
 
 

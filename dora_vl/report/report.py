@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dora_vl.report.run_record import RunRecord
     from dora_vl.report.views import InlinePictures
 
-WORST = 12
+WORST, DRAWN_ROWS = 12, 8
 SECTIONS = (
     ("scores", "Scores"),
     ("curves", "Training"),
@@ -42,6 +42,8 @@ def gather(runs: Sequence[RunRecord], *, weights: bool, base: Path | None) -> di
     from dora_vl.report.answers import blind, confusion, read_tests, score_rows
     from dora_vl.report.charts import curves
     from dora_vl.report.views import InlinePictures, setting_tables, watched_tables, weight_charts
+    from dora_vl.run.folder import DRAWN, read_log
+    from dora_vl.run.watched import evenly
 
     notes: dict[str, list[str]] = {name: [] for name, _ in SECTIONS}
     charts, notes["curves"] = curves(runs)
@@ -84,6 +86,7 @@ def gather(runs: Sequence[RunRecord], *, weights: bool, base: Path | None) -> di
         "scores": scores,
         "benchmarks": [row for row in score_rows([run.benchmarks for run in runs])[0] if not row.is_part],
         "watched": watched,
+        "drawn": [(run.label, rows) for run in runs if (rows := evenly(read_log(run.folder / DRAWN), DRAWN_ROWS))],
         "worst": bad,
         "confusions": confusions,
         "weights": changes,

@@ -31,7 +31,7 @@ from dora_vl.core.strength import checked_strength
 from dora_vl.data.batches import Collator
 from dora_vl.data.columns import Packing
 from dora_vl.data.pictures import StoredPictures
-from dora_vl.data.samples import Labelled
+from dora_vl.data.samples import Labelled, Sample, Skipped
 from dora_vl.errors import SettingError
 from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
 from dora_vl.evaluation.forgetting import forgetting, measured
@@ -72,7 +72,7 @@ from dora_vl.run.watched import Watch, evenly
 from dora_vl.training.parts import core_config
 from dora_vl.training.pipeline import LossModel, NextTokenLoss, Pipeline, PreferenceLoss, RewardLoss, TrainingData
 from dora_vl.training.reference import Reference
-from dora_vl.training.rollouts import Rollouts
+from dora_vl.training.rollouts import Rollouts, with_answers
 from dora_vl.training.run_samples import RowEncoder, RunSamples, stored_outputs
 
 logger = logging.getLogger(__name__)
@@ -238,7 +238,17 @@ class DecoderPipeline(Pipeline):
             unmatched="kto" in self.config.objective.weights,
             keeps_samples=self.config.objective.of_rewards is not None,
         )
-        return samples.training_data(self._rows(arguments, outputs), collate)
+        made = samples.training_data(self._rows(arguments, outputs), collate)
+        if self.config.objective.of_rewards is None:
+            return made
+        group, longest = self.config.objective.group, self.config.objective.max_new_tokens
+
+        def pools() -> list[list[Sample | Skipped]]:
+            """Gives the largest samples as many and as long answers as may be drawn."""
+            return [[with_answers(item, group, longest) for item in pool] for pool in made.pools()]
+
+        tokens = made.batch_tokens + arguments.per_device_train_batch_size * group * longest
+        return replace(made, pools=pools, batch_tokens=tokens)
 
     def _packing(self, backbone: Backbone[Any]) -> Packing:
         """`data.packing`, as far as the model follows them."""

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dora_vl.data.batches import over_step
-from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Skipped
+from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Sample, Skipped
 from dora_vl.errors import UserError, is_out_of_memory, one_line
 from dora_vl.run.settings import RunConfig, foreign_fields
 from dora_vl.training.checkpoint import loss_scale_of
@@ -219,7 +219,9 @@ def cost_of(activations: Activations, *, recomputed: bool) -> Callable[[Pool], i
         return len(sample.input_ids) + (0 if features is None else features.shape[0] * features.shape[1])
 
     def cost(items: Pool) -> int:
-        samples = _samples(items)
+        samples = [
+            row for sample in _samples(items) for row in (sample.rows() if isinstance(sample, Sample) else [sample])
+        ]
         padded = len(samples) * max(map(tokens_of, samples), default=0)
         labelled = sum(int((sample.labels != IGNORED_LABEL).sum()) for sample in samples)
         return activations.of(tokens=padded, labelled=labelled, recomputed=recomputed)

@@ -15,7 +15,7 @@ from torch import Tensor
 from dora_vl.backbones.generation import Draws, end_tokens
 from dora_vl.data.batches import Collator, with_answer
 from dora_vl.data.example import Example
-from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Sample, sample_random
+from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Sample, Skipped, sample_random
 from dora_vl.errors import BadSample
 from dora_vl.evaluation.assistant import Assistant, part_of
 from dora_vl.evaluation.questions import last_round
@@ -25,6 +25,14 @@ from dora_vl.run.folder import DRAWN
 from dora_vl.run.launch import gathered, rank_and_ranks
 
 Numbers = dict[str, Float[Tensor, ""]]
+
+
+def with_answers(item: Sample | Skipped, group: int, tokens: int) -> Sample | Skipped:
+    """Gives a sample the largest group that can be drawn to its question."""
+    if isinstance(item, Skipped):
+        return item
+    answer = with_answer(item, item.labels[item.labels != IGNORED_LABEL][:1].repeat(tokens), weight=1.0)
+    return replace(answer, others=(answer,) * (group - 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +157,7 @@ class Rollouts:
         rank, ranks = rank_and_ranks()
         device, encoder = self.assistant.device, self.assistant.prompts.encoder
         seed = sample_random(self.seed, step, number * ranks + rank).getrandbits(63)
-        draws = Draws(torch.Generator(device).manual_seed(seed))
-        options = {**draws.options, "suppress_tokens": sorted(self.never) or None}
+        draws = Draws(torch.Generator(device).manual_seed(seed), self.never)
         prompts = []
         for sample in samples:
             start = int((sample.labels != IGNORED_LABEL).int().argmax())
@@ -162,7 +169,7 @@ class Rollouts:
         try:
             with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
                 batch = self.assistant.begun(prompts)
-                new = self.assistant.new_ids(batch, max_new_tokens=self.max_new_tokens, options=options)
+                new = self.assistant.new_ids(batch, max_new_tokens=self.max_new_tokens, options=draws.options)
         finally:
             backbone.train(training)
         ends = torch.isin(new, torch.tensor(sorted(end_tokens(backbone.model))))

@@ -179,7 +179,7 @@ def test_draws_follow_the_model_s_probabilities(encoder: Encoder, backbone: Deco
     disturb(backbone.model)
     (sample,) = items(encoder)[:1]
     rollouts = rollouts_of(encoder, backbone, tmp_path)
-    counts, steps = torch.zeros(len(encoder.tokenizer)), 30
+    counts, steps, numbers = torch.zeros(len(encoder.tokenizer)), 30, dict[str, torch.Tensor]()
     for step in range(steps):
         (batch,), _, numbers = rollouts.answered([rollouts.collate([sample])], step=step)
         for row in batch["made_of"][0].rows():
