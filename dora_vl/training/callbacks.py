@@ -38,7 +38,13 @@ logger = logging.getLogger(__name__)
 
 ECHO_SECONDS = 1.0
 """A signal that comes this soon after the first is the same one, passed on by the launcher."""
-SHOWN = {"loss": "loss {:.4f}", "samples_per_second": "{:,.1f} samples/s", "memory_gib": "{:.2f} GiB"}
+SHOWN = {
+    "loss": "loss {:.4f}",
+    "rewards/mean": "reward {:.2f}",
+    "rewards/accuracy": "{:.0%} of pairs right",
+    "samples_per_second": "{:,.1f} samples/s",
+    "memory_gib": "{:.2f} GiB",
+}
 """Numbers of the log that the bar and the plain line show -> how."""
 
 
