@@ -33,14 +33,17 @@ from tests.backbones.image_text_conversations import (
     processor_inputs,
     sample_of,
 )
-from tests.backbones.tiny_families.language import LANGUAGE_MODELS
-from tests.backbones.tiny_families.table import FAMILIES, param
+from tests.backbones.tiny_families.language import LANGUAGE_MODELS_IN_TURN
+from tests.backbones.tiny_families.table import FAMILIES, QUICK, param
 from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
 from tests.backbones.tiny_video import VIDEO, VIDEO_FAMILIES, write_tiny_video
 
 Folders = Mapping[str, Path]
-WITH_VIDEOS = [pytest.param(f"{name}{VIDEO}", marks=param(name).marks) for name in VIDEO_FAMILIES]  # pyright: ignore
-SEEING = [*map(param, FAMILIES), *WITH_VIDEOS]
+WITH_VIDEOS = [
+    pytest.param(f"{name}{VIDEO}", marks=param(name, is_slow=name not in ("qwen2_5_vl", "llava_next_video")).marks)  # pyright: ignore
+    for name in VIDEO_FAMILIES
+]
+SEEING = [*(param(name, is_slow=name not in QUICK) for name in FAMILIES), *WITH_VIDEOS]
 
 
 def assert_same(ours: Mapping[str, object], theirs: Mapping[str, object]) -> None:
@@ -49,7 +52,7 @@ def assert_same(ours: Mapping[str, object], theirs: Mapping[str, object]) -> Non
         torch.testing.assert_close(ours[name], value, rtol=0, atol=0, check_dtype=name != "input_ids")
 
 
-@pytest.mark.parametrize("family", [*SEEING, *LANGUAGE_MODELS])
+@pytest.mark.parametrize("family", [*SEEING, *LANGUAGE_MODELS_IN_TURN])
 def test_inputs_are_what_the_processor_makes_of_the_conversation(folders: Folders, family: str) -> None:
     encoder = encoder_of(folders[family])
     for conversation, (turns, pictures, *videos) in all_talks_of(family).items():
@@ -64,7 +67,7 @@ def test_inputs_are_what_the_processor_makes_of_the_conversation(folders: Folder
         assert bool(pixels) == (bool(pictures) or bool(videos and videos[0])), conversation
 
 
-@pytest.mark.parametrize("family", [*SEEING, *LANGUAGE_MODELS])
+@pytest.mark.parametrize("family", [*SEEING, *LANGUAGE_MODELS_IN_TURN])
 def test_answers_and_what_closes_them_are_labelled_and_nothing_else(folders: Folders, family: str) -> None:
     encoder = encoder_of(folders[family])
     format_of = FAMILIES[family].format if family in FAMILIES else None

@@ -29,8 +29,8 @@ from tests.backbones.image_text_conversations import (
     sample_of,
     talks_of,
 )
-from tests.backbones.tiny_families.language import LANGUAGE_MODELS
-from tests.backbones.tiny_families.table import FAMILIES, families, families_in_turn, param
+from tests.backbones.tiny_families.language import LANGUAGE_MODELS_IN_TURN
+from tests.backbones.tiny_families.table import FAMILIES, families_in_turn, param
 from tests.backbones.tiny_video import VIDEO, VIDEO_FAMILIES
 
 Folders = Mapping[str, Path]
@@ -111,7 +111,7 @@ def test_with_videos_too(folders: Folders, family: str, conversations: Sequence[
             assert bool(parameter.grad.any()) != (words_alone and part.name == "projector"), name
 
 
-@pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
+@pytest.mark.parametrize("model_type", LANGUAGE_MODELS_IN_TURN)
 def test_of_language_models(folders: Folders, model_type: str) -> None:
     encoder, backbone = encoder_of(folders[model_type]), adapted_backbone(folders[model_type])
     batch = batch_of(encoder, [*all_talks_of(model_type).values()])
@@ -123,7 +123,7 @@ def test_of_language_models(folders: Folders, model_type: str) -> None:
     assert projector_patterns(backbone.model) == ()
 
 
-@families
+@families_in_turn
 def test_every_linear_of_the_decoder_is_adapted_and_no_other(folders: Folders, family: str) -> None:
     model = open_backbone(str(folders[family])).model
     linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]

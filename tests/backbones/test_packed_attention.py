@@ -34,7 +34,7 @@ from tests.backbones.image_text_conversations import (
     sample_of,
 )
 from tests.backbones.test_decoder import language_samples
-from tests.backbones.tiny_families.language import LANGUAGE_MODELS
+from tests.backbones.tiny_families.language import LANGUAGE_MODELS_IN_TURN
 from tests.backbones.tiny_families.table import FAMILIES, families_in_turn, param
 from tests.backbones.tiny_language import tiny_language
 from tests.backbones.tiny_video import VIDEO, VIDEO_FAMILIES
@@ -167,7 +167,7 @@ def test_questions_about_a_video_train_the_same(folders: Folders, family: str) -
     check_same_training(backbone, encoder, samples, shares=True)
 
 
-@pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
+@pytest.mark.parametrize("model_type", LANGUAGE_MODELS_IN_TURN)
 def test_packed_words_train_the_same(folders: Folders, model_type: str) -> None:
     encoder, backbone = encoder_of(folders[model_type]), adapted_backbone(folders[model_type])
     kind, reason = check_packing(backbone, encoder, "packed")

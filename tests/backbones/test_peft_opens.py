@@ -18,7 +18,7 @@ from dora_vl.adapters.settings import peft_config
 from dora_vl.backbones.model import language_targets, open_backbone, projector_patterns
 from tests.backbones.image_text_conversations import TALKS, batch_of, encoder_of, talks_of
 from tests.backbones.model_table import LOST_BY_PEFT
-from tests.backbones.tiny_families.language import LANGUAGE_MODELS
+from tests.backbones.tiny_families.language import LANGUAGE_MODELS_IN_TURN
 from tests.backbones.tiny_families.table import FAMILIES, families_in_turn
 from tests.backbones.tiny_image_text import write_tiny_language
 
@@ -58,7 +58,7 @@ def test_a_family_opens_or_is_refused(folders: Mapping[str, Path], tmp_path: Pat
 
 
 @methods
-@pytest.mark.parametrize("family", LANGUAGE_MODELS)
+@pytest.mark.parametrize("family", LANGUAGE_MODELS_IN_TURN)
 def test_a_language_model_opens(tmp_path: Path, family: str, method: str) -> None:
     base = write_tiny_language(family, tmp_path / "base")
     batch = {"input_ids": torch.arange(9).unsqueeze(0) + 300}

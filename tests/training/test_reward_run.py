@@ -59,7 +59,11 @@ def begun(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
 def make(tmp_path: Path, base: Path, begun: Path) -> Callable[..., Path]:
     def write(**changes: Any) -> Path:
         (tmp_path / "own.py").write_text(OWN)
-        objective = {**DRAWING, "rewards": {f"{tmp_path / 'own.py'}:right_and_short": 1.0}, **changes.pop("objective", {})}
+        objective = {
+            **DRAWING,
+            "rewards": {f"{tmp_path / 'own.py'}:right_and_short": 1.0},
+            **changes.pop("objective", {}),
+        }
         adapter = {"initial": str(begun), **changes.pop("adapter", {})}
         data = write_tiny_data(tmp_path / "data", samples=16)
         return write_run(tmp_path / "run.yaml", base, data, objective=objective, adapter=adapter, **changes)
