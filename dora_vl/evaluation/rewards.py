@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import re
 from collections.abc import Callable, Iterable, Mapping
+from math import isfinite
 from pathlib import Path
 from types import ModuleType
 
@@ -99,10 +100,13 @@ def _own(name: str) -> Reward:
 
     def points(example: Example, answer: str) -> float:
         try:
-            return float(own(example, answer))
+            value = float(own(example, answer))
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"the reward {shown(name)} fails for sample {shown(example.id)}: {reason}") from error
+        if not isfinite(value):
+            raise UserError(f"the reward {shown(name)} of sample {shown(example.id)} is {value}, for {shown(answer)}")
+        return value
 
     return points
 

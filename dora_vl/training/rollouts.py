@@ -58,6 +58,14 @@ Group = list[DrawnAnswer]
 """The answers to one question."""
 
 
+def _answered(sample: Sample, group: Group, weights: Sequence[float]) -> Sample:
+    """Puts a group in the place of a sample's own answer."""
+    first, *others = [
+        with_answer(sample, answer.ids, weight=weight) for answer, weight in zip(group, weights, strict=True)
+    ]
+    return replace(first, others=tuple(others))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rollouts:
     """Draws answers to a step's questions, and makes batches of them.
@@ -102,53 +110,46 @@ class Rollouts:
         examples = [
             last_round(cast(Example, self.example_of(sample.index))) for several in samples for sample in several
         ]
+        asked = list(zip(examples, groups, strict=True))
         points = {
-            name: torch.tensor(
-                [
-                    [reward(example, answer.text) for answer in group]
-                    for example, group in zip(examples, groups, strict=True)
-                ]
-            ).view(-1, self.group)
+            name: torch.tensor([[reward(example, answer.text) for answer in group] for example, group in asked])
             for name, reward in self.rewards.items()
         }
+        points = {name: value.view(-1, self.group) for name, value in points.items()}
         rewards = torch.stack([self.weights[name] * value for name, value in points.items()]).sum(0)
-        tokens = torch.tensor([[len(answer.ids) for answer in group] for group in groups]).view(-1, self.group)
-        spread = rewards.std(dim=1) > 0
+        differ = (rewards != rewards[:, :1]).any(1)
         if rank_and_ranks()[0] == 0:
             self._write(step, examples, groups, rewards)
 
+        tokens = torch.tensor([[len(answer.ids) for answer in group] for group in groups]).view(-1, self.group)
         token_weights = self.loss.weights(tokens, self.max_new_tokens)
         weights = self.loss.advantages(rewards) * token_weights
-        batches_of_answers, first = list[dict[str, Any]](), 0
+        learned, start = [], 0
         for batch, several in zip(batches, samples, strict=True):
-            learned = [place for place in range(first, first + len(several)) if self.keeps_all or bool(spread[place])]
-            answers = [
-                [
-                    with_answer(several[place - first], answer.ids, weight=weight)
-                    for answer, weight in zip(groups[place], weights[place].tolist(), strict=True)
-                ]
-                for place in learned
-            ]
-            made = self.collate([replace(group[0], others=tuple(group[1:])) for group in answers])
-            kept = {name: batch[name] for name in BOOKKEEPING if name in batch and name not in OF_A_BATCH}
-            log_probs = [answer.log_prob for place in learned for answer in groups[place]]
-            drawn = {"token_weights": token_weights[learned].flatten(), "drawn_log_probs": torch.tensor(log_probs)}
-            batches_of_answers.append({**made, **drawn, **kept})
-            first += len(several)
+            places = range(start, start + len(several))
+            kept = [place for place in places if self.keeps_all or bool(differ[place])]
+            made = self.collate(
+                [_answered(several[place - start], groups[place], weights[place].tolist()) for place in kept]
+            )
+            log_probs = [answer.log_prob for place in kept for answer in groups[place]]
+            made |= {"token_weights": token_weights[kept].flatten(), "drawn_log_probs": torch.tensor(log_probs)}
+            made |= {name: batch[name] for name in BOOKKEEPING if name in batch and name not in OF_A_BATCH}
+            learned.append(made)
+            start += len(several)
 
-        every = [answer for group in groups for answer in group]
-        numbers: dict[str, Tensor] = {
+        answers = [answer for group in groups for answer in group]
+        numbers = {
             "rewards/mean": rewards.mean(),
             "rewards/spread": rewards.std(dim=1).mean(),
-            "rewards/alike": (~spread).float().mean(),
+            "rewards/alike": (~differ).float().mean(),
             "answers/tokens": tokens.float().mean(),
-            "answers/cut": torch.tensor([float(answer.is_cut) for answer in every]).mean(),
-            "answers/entropy": torch.tensor([answer.entropy for answer in every]).mean(),
+            "answers/cut": torch.tensor([float(answer.is_cut) for answer in answers]).mean(),
+            "answers/entropy": torch.tensor([answer.entropy for answer in answers]).mean(),
         }
         if len(points) > 1:
             numbers |= {f"rewards/{name}": value.mean() for name, value in points.items()}
         divisor = sum(gathered(self.loss.divisor(tokens)))
-        return batches_of_answers, torch.tensor(max(1, divisor), device=self.assistant.device), numbers
+        return learned, torch.tensor(max(1, divisor), device=self.assistant.device), numbers
 
     def _drawn(self, samples: Sequence[Sample], step: int, number: int) -> list[Group]:
         """Draws the answers to the questions of one micro-batch."""
@@ -189,8 +190,7 @@ class Rollouts:
 
     def _write(self, step: int, examples: Sequence[Example], groups: Sequence[Group], rewards: Tensor) -> None:
         """Writes one question of the step with its answers and rewards, the first whose rewards differ."""
-        differ = (rewards != rewards[:, :1]).any(1).tolist()
-        place = differ.index(True) if True in differ else 0
+        place = int((rewards != rewards[:, :1]).any(1).int().argmax()) if examples else 0
         if place < len(examples):
             example, group, values = examples[place], groups[place], rewards[place].tolist()
             answers = [{"text": answer.text, "reward": value} for answer, value in zip(group, values, strict=True)]

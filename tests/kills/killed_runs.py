@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -35,10 +35,11 @@ from dora_vl.training.run import run
 from dora_vl.training.train_command import pipeline_of
 from tests.training.launched import free_port
 from tests.training.recorded_run import record_samples
+from tests.training.test_preference_run import write_pairs
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 from tests.training.tiny_vlbart_run import write_vlbart_data, write_vlbart_run
 
-KINDS, ENGINES, RANKS = ("llava", "vlbart", "streamed"), ("none", "zero2", "zero3"), (1, 2)
+KINDS, ENGINES, RANKS = ("llava", "vlbart", "streamed", "pairs", "rewards"), ("none", "zero2", "zero3"), (1, 2)
 STEP_SAMPLES, STEPS, SAMPLES = 4, 8, 16
 """SAMPLES are an epoch's, so that a run is two epochs."""
 SECONDS = 240.0
@@ -59,7 +60,22 @@ class Case(NamedTuple):
     ranks: int
 
 
-CASES = [Case(kind, engine, ranks) for engine in ENGINES for ranks in RANKS for kind in KINDS]
+def is_possible(kind: str, engine: str) -> bool:
+    """Answers are not drawn from weights in shards."""
+    return (kind, engine) != ("rewards", "zero3")
+
+
+CASES = [
+    Case(kind, engine, ranks) for engine in ENGINES for ranks in RANKS for kind in KINDS if is_possible(kind, engine)
+]
+OBJECTIVES: Mapping[str, Mapping[str, Any]] = {
+    "pairs": {"loss": {"dpo": 0.8, "bco": 0.2, "sft": 1.0}, "beta": 0.5},
+    "rewards": {
+        **{"loss": "grpo", "group": 4, "max_new_tokens": 4, "kl": 0.1},
+        **{"rewards": {"format": 1.0}, "format": "[a-m].*"},  # some of what a model draws that knows nothing
+    },
+}
+"""A kind's section `objective`."""
 
 
 class Kill(NamedTuple):
@@ -86,6 +102,7 @@ def write_material(folder: Path) -> None:
     """The tiny models and data of every kind."""
     write_tiny_llava(folder / "llava")
     write_tiny_data(folder / "conversation", samples=SAMPLES)
+    write_pairs(folder / "pairs", samples=SAMPLES)
     write_vlbart_data(folder / "vlbart")
 
 
@@ -111,8 +128,9 @@ def settings_file(case: Case, material: Path, run_folder: Path, *, dropout: floa
     training |= {"per_device_train_batch_size": STEP_SAMPLES // 2}
     streamed = {"streaming": True, "group_by_modality_length": False, "shuffle_buffer": 6}
     data = streamed if case.kind == "streamed" else {}
-    records = material / "conversation" / "train.json"
-    return write_run(path, material / "llava", records, training=training, adapter=adapter, data=data)
+    records = material / ("pairs" if case.kind == "pairs" else "conversation") / "train.json"
+    objective = {"objective": OBJECTIVES[case.kind]} if case.kind in OBJECTIVES else {}
+    return write_run(path, material / "llava", records, training=training, adapter=adapter, data=data, **objective)
 
 
 def start(case: Case, settings: Path, notes: Path, *, kill: Kill | None = None, resume: Sequence[str] = ()) -> Ended:
@@ -232,7 +250,7 @@ def exactly(reference: Path, folder: Path) -> str:
 def numbers(path: Path) -> Any:
     """Each logged step's loss, or a run's metrics but for those of time."""
     if path.suffix == ".jsonl":
-        return [(line["step"], line["loss"]) for line in read_log(path) if "loss" in line]
+        return [(line["step"], line.get("rewards/mean", line["loss"])) for line in read_log(path) if "loss" in line]
     metrics = json.loads(path.read_text(encoding="utf-8"))
     return {name: value for name, value in metrics.items() if name not in OF_TIME}
 
@@ -292,7 +310,7 @@ class Killer:
             return f"before the kill: {whole.error or ended.error or 'it ended ten times'}"
         then, resume = case, ["--resume", "if_stopped"]
         if self._changes:
-            others = [(engine, ranks) for engine in ENGINES for ranks in RANKS if (engine, ranks) != case[1:]]
+            others = [other[1:] for other in CASES if other.kind == case.kind and other != case]
             then = Case(case.kind, *draws.choice(others))
             resume = ["--resume", "last"] if any(folder.glob("checkpoint-*/")) else ["--overwrite", "true"]
         resumed = self._start(then, folder, notes / "resumed", resume=resume)

@@ -35,9 +35,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_llava(tmp_path_factory.mktemp("base") / "base")
 
 
-def write_pairs(folder: Path, **more: Any) -> Path:
+def write_pairs(folder: Path, *, samples: int = 24, **more: Any) -> Path:
     """Each picture's colour is the chosen answer, the next colour the rejected one."""
-    names, path = list(COLOURS), write_tiny_data(folder, samples=24)
+    names, path = list(COLOURS), write_tiny_data(folder, samples=samples)
     rows = []
     for record in json.loads(path.read_text()):
         question, answer = (turn["value"] for turn in record["conversations"])

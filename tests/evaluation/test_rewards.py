@@ -1,0 +1,95 @@
+"""Rewards by name against values written out, and functions of one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dora_vl.data.example import Answer, Example
+from dora_vl.data.turns import Turn
+from dora_vl.errors import SettingError, UserError
+from dora_vl.evaluation.rewards import rewards_of
+
+LETTERED = "What is it?\nA. a red cat\nB. a dog\nAnswer with the option's letter from the given choices directly."
+
+
+def example_of(answer: str, question: str = "What is it?") -> Example:
+    return Example("q", turns=(Turn("user", question),), question=question, answers=(Answer(text=answer),))
+
+
+def points(name: str, right: str, answer: str, question: str = "What is it?", **how: str | None) -> float:
+    options = {"answer_format": None, "answer_after": None, **how}
+    return rewards_of([name], **options)[name](example_of(right, question), answer)
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "answer", "expected"),
+    [
+        ("exact", "Red cat.", " red  CAT", 1.0),
+        ("exact", "red cat", "a red cat", 0.0),
+        ("anls", "colour", "color", 1 - 1 / 6),
+        ("anls", "colour", "dog", 0.0),
+        ("relaxed", "100", "104", 1.0),
+        ("relaxed", "100", "106", 0.0),
+        ("box", "[10, 20, 30, 40]", "[10, 20, 30, 40]", 1.0),
+        ("box", "[0, 0, 10, 10]", "at 2 corners: (5, 0, 15, 10)", 50 / 150),
+        ("box", "0.1 0.1 0.3 0.2", "0.4 0.1 0.6 0.2", 0.0),
+        ("box", "[0, 0, 10, 10]", "[10, 10, 0, 0]", 0.0),
+        ("box", "[0, 0, 10, 10]", "I see none", 0.0),
+    ],
+)
+def test_points_of_an_answer(name: str, right: str, answer: str, expected: float) -> None:
+    assert points(name, right, answer) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("answer", "expected"), [("B", 1.0), ("B. a dog", 1.0), ("a dog", 1.0), ("A", 0.0), ("", 0.0)])
+def test_a_choice_by_letter_or_text(answer: str, expected: float) -> None:
+    assert points("choice", "B", answer, LETTERED) == expected
+
+
+def test_a_question_without_choices_has_no_right_one() -> None:
+    with pytest.raises(UserError):
+        points("choice", "B", "B")
+
+
+def test_what_stands_before_the_answer_is_not_compared() -> None:
+    assert points("exact", "it is a cat, so no", "a dog, so no", answer_after=", so ") == 1.0
+    assert points("exact", "it is a cat, so no", "a dog, so no") == 0.0
+
+
+def test_a_format_fits_from_end_to_end() -> None:
+    pattern = "<think>.+</think>\\w+"
+    assert points("format", "", "<think>a\nb</think>yes", answer_format=pattern) == 1.0
+    assert points("format", "", "<think>a</think>yes and no", answer_format=pattern) == 0.0
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "def length(example, answer):\n    return len(answer) - len(example.answers[0].text)\n\n\n"
+        "def broken(example, answer):\n    return answer[5]\n\n\n"
+        "def endless(example, answer):\n    return float('inf')\n"
+    )
+    return path
+
+
+def test_functions_of_a_file_and_of_a_module(own: Path) -> None:
+    assert points(f"{own}:length", "cat", "a bird") == 3.0
+    rewards = rewards_of(["exact", "os.path:exists"], answer_format=None, answer_after=None)
+    assert list(rewards) == ["exact", "os.path:exists"]
+
+
+@pytest.mark.parametrize("name", ["broken", "endless"])
+def test_an_own_function_that_fails_names_the_sample(own: Path, name: str) -> None:
+    with pytest.raises(UserError) as error:
+        points(f"{own}:{name}", "cat", "dog")
+    assert "'q'" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["precise", "nowhere.py:f", "no.such.module:f", "os.path:nothing"])
+def test_what_is_no_reward_is_refused(name: str) -> None:
+    with pytest.raises(SettingError) as error:
+        rewards_of([name], answer_format=None, answer_after=None)
+    assert error.value.key == "objective.rewards"
