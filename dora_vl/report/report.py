@@ -6,6 +6,7 @@ Templates escape every text; style and script are inside, and nothing in the pag
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -42,8 +43,6 @@ def gather(runs: Sequence[RunRecord], *, weights: bool, base: Path | None) -> di
     from dora_vl.report.answers import blind, confusion, read_tests, score_rows
     from dora_vl.report.charts import curves
     from dora_vl.report.views import InlinePictures, setting_tables, watched_tables, weight_charts
-    from dora_vl.run.folder import DRAWN, read_log
-    from dora_vl.run.watched import evenly
 
     notes: dict[str, list[str]] = {name: [] for name, _ in SECTIONS}
     charts, notes["curves"] = curves(runs)
@@ -86,7 +85,7 @@ def gather(runs: Sequence[RunRecord], *, weights: bool, base: Path | None) -> di
         "scores": scores,
         "benchmarks": [row for row in score_rows([run.benchmarks for run in runs])[0] if not row.is_part],
         "watched": watched,
-        "drawn": [(run.label, rows) for run in runs if (rows := evenly(read_log(run.folder / DRAWN), DRAWN_ROWS))],
+        "drawn": [(run.label, rows) for run in runs if (rows := _drawn(run.folder))],
         "worst": bad,
         "confusions": confusions,
         "weights": changes,
@@ -98,6 +97,16 @@ def gather(runs: Sequence[RunRecord], *, weights: bool, base: Path | None) -> di
         },
         "notes": notes,
     }
+
+
+def _drawn(folder: Path) -> list[dict[str, Any]]:
+    """Returns some questions with the answers that were drawn to them, the rewards, and how often each came."""
+    from dora_vl.run.folder import DRAWN, read_log
+    from dora_vl.run.watched import evenly
+
+    rows = evenly(read_log(folder / DRAWN), DRAWN_ROWS)
+    counts = [Counter((answer["text"], answer["reward"]) for answer in row["answers"]) for row in rows]
+    return [{**row, "answers": count.most_common()} for row, count in zip(rows, counts, strict=True)]
 
 
 def _worst(run: RunRecord, result: SetResult, pictures: InlinePictures) -> dict[str, Any]:

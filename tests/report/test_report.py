@@ -191,6 +191,19 @@ def test_no_host_is_asked_and_foreign_text_is_text(copied: Path, tmp_path: Path)
     assert "@import" not in style[1]
 
 
+def test_rewards_and_drawn_answers_are_shown(copied: Path, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in (copied / "log.jsonl").read_text().splitlines()]
+    rewarded = [{**line, "rewards/mean": 0.25 * n, "log_probs/kl": 0.01 * n} for n, line in enumerate(lines)]
+    (copied / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rewarded))
+    answers = [{"text": text, "reward": reward} for text, reward in ((HOSTILE, 0.0), ("teal", 0.75), (HOSTILE, 0.0))]
+    drawn = {"step": 4, "id": "q", "question": "Which hue?", "truth": "teal", "answers": answers}
+    (copied / "drawn.jsonl").write_text(json.dumps(drawn) + "\n")
+    page = reported(copied, to=tmp_path / "page.html")
+    words = " ".join(page.words.split())
+    for shown in ("Which hue?", "teal 0.75", f"{' '.join(HOSTILE.split())} 0, 2 times", "log-probabilities nats", "kl"):
+        assert shown in words
+
+
 def test_what_is_missing_says_so(copied: Path, tmp_path: Path) -> None:
     for name in ("plan.json", "predictions.jsonl", "metrics.json", "settings.json", "skipped.jsonl"):
         (copied / name).unlink()
