@@ -328,11 +328,13 @@ class ProcessorChat(Prompts):
             written = ("" if opened else f"{THINK}\n") + f"{thought}\n{END_THINK}\n\n{rest}"
         if answer.strip() not in written or thought not in written:
             raise ValueError(f"the chat template leaves out or changes the text of turn {len(turns) - 1}")
-        for call in turns[-1].fields.get(CALLS, ()):
-            texts = [call["function"]["name"], *strings_in(call["function"]["arguments"])]
-            if not all(has_words(written, text) for text in texts):
-                reason = f"the chat template of {self._name} leaves out or changes the call of {texts[0]!r}"
-                raise ValueError(f"{reason}; take a base whose template writes tool calls")
+        functions = [call["function"] for call in turns[-1].fields.get(CALLS, ())]
+        names = [function["name"] for function in functions]
+        for name, function in zip(names, functions, strict=True):
+            is_whole = all(has_words(written, value) for value in leaves_of(function["arguments"]))
+            if not is_whole or written.count(name) < names.count(name):
+                reason = f"the chat template of {self._name} leaves out or changes the call of {name!r}"
+                raise ValueError(f"{reason}; take a base whose template writes such calls")
         text = prompt + written + closing
         return text + behind, len(prompt), len(text)
 
@@ -388,17 +390,18 @@ class ProcessorChat(Prompts):
         return text
 
 
-def strings_in(value: Any) -> Iterator[str]:
-    """Yields the names and texts of a value of JSON, at every depth."""
-    if isinstance(value, str):
+def leaves_of(value: Any) -> Iterator[Any]:
+    """Yields the names, texts, numbers and other ends of a value of JSON, at every depth."""
+    if not isinstance(value, dict | list):
         yield value
-    for inner in (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from strings_in(inner)
+        return
+    for inner in (*value, *value.values()) if isinstance(value, dict) else value:
+        yield from leaves_of(inner)
 
 
-def has_words(text: str, words: str) -> bool:
-    """Tells whether a text holds words, as they are or as JSON writes them."""
-    return words in text or json.dumps(words, ensure_ascii=False)[1:-1] in text
+def has_words(text: str, value: Any) -> bool:
+    """Tells whether a text holds words or a number, as they are or as JSON writes them."""
+    return str(value) in text or json.dumps(value, ensure_ascii=False).removeprefix('"').removesuffix('"') in text
 
 
 def refuse_special(turns: Sequence[Turn], special: re.Pattern[str]) -> None:
