@@ -305,15 +305,16 @@ class ProcessorChat(Prompts):
 
     def _with_answer(self, turns: Sequence[Turn]) -> tuple[str, int, int]:
         """Returns a text that ends with the last answer as it is asked for, and the answer's span."""
-        prompt, answered = self._prompt(turns[:-1]), self._apply(turns, generation_prompt=False)
+        prompt, whole = self._prompt(turns[:-1]), self._apply(turns, generation_prompt=False)
         thought, answer = self.thought_and_answer(turns[-1].text)
         thinking = next(
             (on for name, on in turns[0].fields.get(KWARGS, {}).items() if name in self._switch), self.thinking
         )
         if thought and thinking is False:
             raise ValueError("it has thoughts, and the samples that were looked at have none; put one of it first")
-        ending, closing, behind = self._end_of(answered, turns[-1])
-        answered = answered.removesuffix(ending)
+        functions = [call["function"] for call in turns[-1].fields.get(CALLS, ())]
+        ending, closing, behind = self._end_of(whole, turns[-1])
+        answered = whole.removesuffix(ending)
         opened, before = prompt.rstrip().endswith(THINK), prompt
         if not answered.startswith(prompt):
             before = prompt.rstrip().removesuffix(THINK) if opened else prompt.removesuffix(self._added)
@@ -323,12 +324,15 @@ class ProcessorChat(Prompts):
         written = answered[len(before) :]
         if before != prompt:
             written = written.lstrip().removeprefix(THINK if opened else "").lstrip()
-        if thought not in written or (opened and END_THINK not in written):
+        is_lost = thought not in written or (opened and END_THINK not in written)
+        if thought and functions and not is_lost:  # it may stand in the call alone
+            without = self._apply([*turns[:-1], replace(turns[-1], text=answer)], generation_prompt=False)
+            is_lost = without == whole
+        if is_lost:
             rest = written.lstrip().removeprefix(END_THINK).lstrip()
             written = ("" if opened else f"{THINK}\n") + f"{thought}\n{END_THINK}\n\n{rest}"
         if answer.strip() not in written or thought not in written:
             raise ValueError(f"the chat template leaves out or changes the text of turn {len(turns) - 1}")
-        functions = [call["function"] for call in turns[-1].fields.get(CALLS, ())]
         names = [function["name"] for function in functions]
         for name, function in zip(names, functions, strict=True):
             is_whole = all(has_words(written, value) for value in leaves_of(function["arguments"]))

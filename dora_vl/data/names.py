@@ -228,7 +228,7 @@ def kind_of(name: str) -> str:
     is_flag = words[0] in ("is", "has", "was", "should", "can")
     is_noted = kinds[-1] == NOTED and kind in ("", TEXT) and not is_flag
     counts = ("n", "num", "nb", "number", "total", "created", "updated", "modified", "date", "time")
-    if is_noted or words[0] in counts or plain_name(name) in ROLES["id"]:
+    if is_noted or words[0] in counts or plain_name(name) in (*ROLES["id"], "parallel_tool_calls"):
         return NOTED
     return kind or (TEXT if plain_name(name) in KNOWN and name != "extra" else "")
 

@@ -216,14 +216,7 @@ class _Conversation:
         if role != "assistant":
             return self._with_media(message, what, number)
         silent = is_nothing(content) and not is_nothing(parsed(message.get(CALLS)))
-        text = "" if silent else self._with_media(message, what, number)
-        thoughts = {_text(message[key], key, self._id).strip() for key in THOUGHTS if not is_nothing(message.get(key))}
-        if not thoughts:
-            return text
-        thought, *others = thoughts
-        if others or END_THINK in thought or THINK in text:
-            raise BadSample(self._id, f"turn {number} has thoughts twice: {shown_names(THOUGHTS)}, or {THINK} in it")
-        return f"{THINK}\n{thought}\n{END_THINK}\n\n{text}"
+        return _with_thoughts("" if silent else self._with_media(message, what, number), message, self._id)
 
     def _with_media(self, message: Mapping[str, object], what: str, number: int) -> str:
         """Returns a turn's text with the places of its own pictures and videos."""
@@ -359,6 +352,17 @@ def _json(value: object, sample_id: str) -> str:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError):
         raise BadSample(sample_id, f"{shown(value)} cannot be written as JSON") from None
+
+
+def _with_thoughts(text: str, message: Row, sample_id: str) -> str:
+    """Returns an answer's text with what the message holds as thoughts in front."""
+    thoughts = {_text(message[key], key, sample_id).strip() for key in THOUGHTS if not is_nothing(message.get(key))}
+    if not thoughts:
+        return text
+    thought, *others = thoughts
+    if others or END_THINK in thought or THINK in text:
+        raise BadSample(sample_id, f"an answer has thoughts twice: {shown_names(THOUGHTS)}, or {THINK} in its text")
+    return f"{THINK}\n{thought}\n{END_THINK}\n\n{text}"
 
 
 def _call(call: object, sample_id: str) -> dict[str, object]:
@@ -511,14 +515,13 @@ def _rejected(value: object, sample_id: str) -> tuple[str, ...]:
         texts = [*value]
     else:
         message = value[-1] if isinstance(value, list) and value else value
-        if isinstance(message, Mapping):
-            extra = [key for key in (*THOUGHTS, CALLS) if not is_nothing(message.get(key))]
-            if extra or message.get("from", message.get("role")) in CALLING:
-                raise BadSample(sample_id, f"its rejected answer has {extra or CALLS}; preferences compare texts alone")
-            message = message.get("content", message.get("value"))
-        if isinstance(message, list):  # parts
-            message = "".join(str(part.get("text", "")) for part in message if isinstance(part, Mapping))
-        texts = [_text(message, "rejected", sample_id)]
+        fields = message if isinstance(message, Mapping) else {}
+        if not is_nothing(fields.get(CALLS)) or fields.get("from", fields.get("role")) in CALLING:
+            raise BadSample(sample_id, "its rejected answer calls a tool; preferences compare texts alone")
+        text = fields.get("content", fields.get("value")) if fields else message
+        if isinstance(text, list):  # parts
+            text = "".join(str(part.get("text", "")) for part in text if isinstance(part, Mapping))
+        texts = [_with_thoughts(_text(text, "rejected", sample_id), fields, sample_id)]
     if not all(text.strip() for text in texts):
         raise BadSample(sample_id, "its rejected answer is empty", EMPTY_ANSWER)
     return tuple(texts)

@@ -39,7 +39,15 @@ MARKS = (
     *("<|start|>", "<|end|>", "<|return|>", "<|channel|>", "<|message|>", "<|im_sep|>", "<|endoftext|>"),
     *("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>", "<|user|>", "<|assistant|>"),
     *("[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[THINK]", "[/THINK]"),
-    *("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"),
+    *("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>", "<|call|>", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]"),
+    *("[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
+    *(
+        "<｜tool▁call▁begin｜>",
+        "<｜tool▁call▁end｜>",
+        "<｜tool▁sep｜>",
+        "<｜tool▁output▁begin｜>",
+        "<｜tool▁output▁end｜>",
+    ),
 )
 """Special tokens of the language models."""
 

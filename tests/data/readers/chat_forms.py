@@ -130,7 +130,8 @@ def openai_tools(item: Item) -> tuple[Row, Talk]:
     text = {**call, "function": {"name": "get_weather", "arguments": json.dumps(arguments_of(item))}}
     result = tool(result_of(item), tool_call_id="call_0001")
     calling = {"role": "assistant", "content": None, "tool_calls": [text]}
-    row = {"messages": [user(asked(item)), calling, result, assistant(item.said)], "tools": [TOOL]}
+    row = {"messages": [user(asked(item)), calling, result, assistant(item.said)]}
+    row |= {"parallel_tool_calls": False, "tools": [TOOL]}
     return row, Talk([user(asked(item)), assistant("", tool_calls=[call]), result, assistant(item.said)], [TOOL])
 
 

@@ -118,10 +118,11 @@ def test_a_preference_keeps_its_tools_and_compares_texts_alone() -> None:
     example = read_row(row)
     assert (example.rejected, example.turns[0].fields["tools"]) == (("9",), [TOOL])
     assert [turn.role for turn in example.turns] == ["user", "assistant", "tool", "assistant"]
+    with_thought = read_row({**row, "rejected": [assistant("7", reasoning_content="no")]})
+    assert with_thought.rejected == ("<think>\nno\n</think>\n\n7",)
     for chosen, rejected in (
         (CALLING[1], assistant("9")),
         (assistant("7"), CALLING[1]),
-        (assistant("7"), assistant("9", reasoning_content="so")),
         (assistant("7", weight=0), assistant("9")),
     ):
         with pytest.raises(BadSample):
