@@ -31,7 +31,7 @@ from dora_vl.backbones.templates import (
     shared_beginning,
     variables_of,
 )
-from dora_vl.data.turns import END_THINK, IMAGE_PLACEHOLDER, KWARGS, THINK, TOOLS, Role, Turn
+from dora_vl.data.turns import CALLS, END_THINK, IMAGE_PLACEHOLDER, KWARGS, THINK, TOOLS, Role, Turn
 from dora_vl.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -47,11 +47,6 @@ FORMS: tuple[frozenset[Role], ...] = (frozenset({"user", "assistant"}), frozense
 MEDIA = re.compile(f"({IMAGE_PLACEHOLDER}|{VIDEO_MARK})")
 
 
-CALLS = "tool_calls"
-NOT_OF_ROWS = frozenset(
-    ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token")
-)
-"""Arguments of a chat template that are no row's to choose."""
 _THOUGHT = re.compile(rf"\s*{THINK}(.*?){END_THINK}\n*(.*)", re.DOTALL)
 _SWITCH = re.compile(r"(?<![.\w'\"])(?:enable_thinking|thinking)\b")
 """Finds the variable by which a template is asked for thoughts; a message's field of that name does not match."""
@@ -106,7 +101,8 @@ class ProcessorChat(Prompts):
         self._thoughts: Literal["fields", "part", ""] = ""
         self._added = self._opening = self._ending = self._closing = self._rest = ""
         check_ends(self._template, processor.tokenizer.special_tokens_map, name)
-        self._variables = variables_of(self._template) - NOT_OF_ROWS
+        fixed = {"messages", TOOLS, "documents", "add_generation_prompt", *processor.tokenizer.special_tokens_map}
+        self._variables = variables_of(self._template) - fixed
         self._try(thinking, pictures=pictures)
 
     def _try(self, thinking: bool | None, *, pictures: bool) -> None:
@@ -298,7 +294,7 @@ class ProcessorChat(Prompts):
         """Returns the text up to where the next answer begins."""
         text = self._apply(turns, generation_prompt=True)
         self._check_nothing_lost(turns, text)
-        if turns and TOOLS in turns[0].fields and self._apply(turns, generation_prompt=True, tools=False) == text:
+        if TOOLS in turns[0].fields and self._apply(turns, generation_prompt=True, tools=False) == text:
             reason = f"the chat template of {self._name} writes no tools; take a base whose template does"
             raise ValueError(f"{reason}, or set data.ignore: [{TOOLS}]")
         return text
@@ -307,9 +303,8 @@ class ProcessorChat(Prompts):
         """Returns a text that ends with the last answer as it is asked for, and the answer's span."""
         prompt, whole = self._prompt(turns[:-1]), self._apply(turns, generation_prompt=False)
         thought, answer = self.thought_and_answer(turns[-1].text)
-        thinking = next(
-            (on for name, on in turns[0].fields.get(KWARGS, {}).items() if name in self._switch), self.thinking
-        )
+        switches = {**self._switch, **turns[0].fields.get(KWARGS, {})}
+        thinking = next((switches[name] for name in self._switch), None)
         if thought and thinking is False:
             raise ValueError("it has thoughts, and the samples that were looked at have none; put one of it first")
         functions = [call["function"] for call in turns[-1].fields.get(CALLS, ())]
@@ -375,7 +370,7 @@ class ProcessorChat(Prompts):
 
         Raises: ValueError for whatever is wrong with it.
         """
-        beside = turns[0].fields if turns else {}
+        beside = turns[0].fields
         try:
             text = self._processor.apply_chat_template(
                 [self._message(turn) for turn in turns],

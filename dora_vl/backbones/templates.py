@@ -84,25 +84,22 @@ class Prompts:
             )
         if reason := out_of_order(conversation):
             raise ValueError(reason)
-        answers = [turn for turn in conversation if turn.role == "assistant"]
-        for number, turn in enumerate(answers, 1):
-            if not turn.text.strip() and not turn.more:
+        answers = [place for place, turn in enumerate(conversation) if turn.role == "assistant"]
+        for number, place in enumerate(answers, 1):
+            if not conversation[place].text.strip() and not conversation[place].more:
                 raise ValueError(f"answer {number} is empty")
         if not conversation or (conversation[-1].role == "assistant") == generation_prompt:
             last = "a question" if generation_prompt else "an answer"
             raise ValueError(f"{len(conversation)} turns, but {last} must be last")
         if generation_prompt:
             return self._render(system, conversation, generation_prompt=True)
-        trained = [number for number, turn in enumerate(answers) if turn.is_trained]
+        trained = tuple(number for number, place in enumerate(answers) if conversation[place].is_trained)
         if not trained:
             raise ValueError("none of its answers is to be trained on")
-        end = [number for number, turn in enumerate(conversation) if turn.role == "assistant"][trained[-1]] + 1
-        chat = self._render(system, conversation[:end], generation_prompt=False)
+        chat = self._render(system, conversation[: answers[trained[-1]] + 1], generation_prompt=False)
         if chat.answers or len(trained) == len(answers):
             return chat
-        return replace(
-            chat, answers=tuple(trained), answer_spans=tuple(chat.answer_spans[number] for number in trained)
-        )
+        return replace(chat, answers=trained, answer_spans=tuple(chat.answer_spans[number] for number in trained))
 
     def _refuse_tools(self, turns: Sequence[Turn]) -> None:
         if not self.takes_tools and any(turn.more or turn.role == "tool" for turn in turns):
@@ -480,9 +477,9 @@ def try_template(content: bytes, templates: list[str], tokens: Mapping[str, Any]
     roles = ("system", "user", "assistant", "user", "assistant")
     conversations = (roles, roles[:2], roles[1:], roles[1:2], roles[1:3], (*roles[:3], "tool", "assistant"))
     for template, conversation, form, prompt in product(templates, conversations, forms, (False, True)):
-        messages = [{"role": role, "content": form} for role in conversation]
         tools = [TOOL] if "tool" in conversation else None
-        messages[2:3] = [{**message, "tool_calls": [CALL]} for message in messages[2:3] if tools] or messages[2:3]
+        calls = {"assistant": {"tool_calls": [CALL]}} if tools else {}
+        messages = [{"role": role, "content": form, **calls.get(role, {})} for role in conversation]
         values = {"messages": messages, "add_generation_prompt": prompt, "tools": tools, "documents": None, **tokens}
         try:
             environment.from_string(template).render(values)

@@ -31,6 +31,7 @@ from dora_vl.data.names import KNOWN, MEDIUM, UNREAD, is_nothing, losing, parsed
 from dora_vl.data.names import ROLES as COLUMNS
 from dora_vl.data.pictures import picture_name
 from dora_vl.data.turns import (
+    CALLS,
     END_THINK,
     IMAGE_PLACEHOLDER,
     KWARGS,
@@ -61,7 +62,7 @@ ROLES: Mapping[str, Role] = {
 CALLING = ("tool_call", "function_call")
 """The content of a turn from one of these is the call of a tool (ms-swift, LLaMA-Factory)."""
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-CALLS, RESULT = "tool_calls", ("name", "tool_call_id")
+RESULT = ("name", "tool_call_id")
 OF_ROLE: Mapping[Role, frozenset[str]] = {"assistant": frozenset((*THOUGHTS, CALLS)), "tool": frozenset(RESULT)}
 """A turn of these roles may hold these keys besides `TURN_KEYS`."""
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -194,17 +195,14 @@ class _Conversation:
         if not is_nothing(parsed(calls)):
             more = {CALLS: [_call(call, self._id) for call in _in_list(calls)]}
         text = "" if speaker in CALLING else self._said(message, what, number, role)
-        turn = Turn(
-            role, text, more=_json(more, self._id) if more else "", is_trained=role != "assistant" or False not in marks
-        )
-        if speaker not in CALLING or not self.turns or self.turns[-1].role != "assistant":
-            self.turns.append(turn)
-            return
-        answer = self.turns.pop()
-        if answer.is_trained != turn.is_trained:
-            raise BadSample(self._id, f"turn {number} calls a tool, and the answer before it is trained otherwise")
-        more = {CALLS: [*answer.fields.get(CALLS, ()), *turn.fields.get(CALLS, ())]}
-        self.turns.append(replace(answer, more=_json(more, self._id)))
+        is_trained = role != "assistant" or False not in marks
+        if speaker in CALLING and self.turns and self.turns[-1].role == "assistant":
+            before = self.turns.pop()
+            if before.is_trained != is_trained:
+                raise BadSample(self._id, f"turn {number} calls a tool, and the answer before it is trained otherwise")
+            text, more[CALLS] = before.text, [*before.fields.get(CALLS, ()), *more.get(CALLS, ())]
+        more_text = _json(more, self._id) if more else ""
+        self.turns.append(Turn(role, text, more=more_text, is_trained=is_trained))
 
     def _said(self, message: Mapping[str, object], what: str, number: int, role: Role) -> str:
         """Returns a turn's text: thoughts in front, and what is a tool's result without Hermes' tags."""
@@ -719,12 +717,11 @@ def read_fields(resolved: Resolved, sample_id: str) -> Example:
             fields = {**fields, "completion": _answer(fields["answer"], sample_id)}
         example = read_conversation(MESSAGES[resolved.format.name](fields, sample_id), fields, sample_id)
         rejected = _rejected(fields["rejected"], sample_id) if resolved.format.name == PREFERENCES else ()
-        if resolved.format.name in (PREFERENCES, JUDGED) and (
-            example.turns[-1].more or not example.turns[-1].is_trained
-        ):
+        last, is_compared = example.turns[-1], resolved.format.name in (PREFERENCES, JUDGED)
+        if is_compared and (last.more or not last.is_trained):
             reason = "its last answer calls a tool or is not to be trained; preferences compare texts alone"
             raise BadSample(sample_id, reason)
-        if rejected and example.turns[-1].text.strip() in {text.strip() for text in rejected}:
+        if rejected and last.text.strip() in {text.strip() for text in rejected}:
             raise BadSample(sample_id, "its rejected answer is the chosen one")
         is_judged = resolved.format.name == JUDGED
         return replace(example, rejected=rejected, is_good=bool(fields["judged"]) if is_judged else None)

@@ -36,8 +36,8 @@ FOLLOWERS: Mapping[Role | None, tuple[Role, ...]] = {
     "tool": ("tool", "assistant"),
 }
 """The roles whose turns may follow one of each role; none stands before the first turn."""
-TOOLS, KWARGS = "tools", "chat_template_kwargs"
-"""The first turn of a conversation holds these among its `fields`, where its row has them."""
+TOOLS, KWARGS, CALLS = "tools", "chat_template_kwargs", "tool_calls"
+"""The first turn of a conversation has the first two among its `fields`, where its row has them; answers the third."""
 
 
 @dataclass(frozen=True, kw_only=True)

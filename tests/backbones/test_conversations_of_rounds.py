@@ -7,6 +7,7 @@ rewritten once later turns follow.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -116,7 +117,7 @@ def encoder_with(name: str, thinking: bool | None) -> Encoder:
         processor = FAMILIES["qwen2_5_vl"].processor(words)
         processor.chat_template = template
     else:
-        words = tokenizer()
+        words = deepcopy(tokenizer())  # each keeps its template
         words.chat_template = template
         processor = PieceProcessor(words)
     prompts = prompts_of(

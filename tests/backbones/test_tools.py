@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -175,7 +176,7 @@ TALK = (
 
 
 def with_template(template: str) -> Encoder:
-    words = tokenizer()
+    words = deepcopy(tokenizer())
     words.chat_template = template
     processor = PieceProcessor(words)
     return Encoder(processor, prompts_of(processor, "7B", "tokenizer", pictures=False, thinking=False), max_tokens=4096)
