@@ -97,9 +97,9 @@ class ProcessorChat(Prompts):
         self._special = special_tokens(processor)
         self._not_in_words = special_tokens(processor, allowed={THINK, END_THINK})
         self._switch: dict[str, bool] = {}
-        self._arguments_as_text = False
+        self._arguments_as_text = self._writes_calls = False
         self._thoughts: Literal["fields", "part", ""] = ""
-        self._added = self._opening = self._ending = self._closing = self._rest = ""
+        self._added = self._before = self._opening = self._ending = self._closing = self._rest = ""
         check_ends(self._template, processor.tokenizer.special_tokens_map, name)
         fixed = {"messages", TOOLS, "documents", "add_generation_prompt", *processor.tokenizer.special_tokens_map}
         self._variables = variables_of(self._template) - fixed
@@ -142,7 +142,7 @@ class ProcessorChat(Prompts):
                 break
 
     def _choose_calls(self) -> None:
-        """Finds how the template takes a call's arguments, as an object or as JSON, and a tool's result.
+        """Finds whether the template writes calls, takes their arguments as objects or JSON, and results as parts.
 
         Some write an object as Python does, or quote JSON again.
         """
@@ -156,10 +156,9 @@ class ProcessorChat(Prompts):
                 text = self._apply([question, call], generation_prompt=False)
             except ValueError:
                 continue
-            if name in text and "'side'" not in text and '\\"side' not in text:
+            self._writes_calls = name in text and "'side'" not in text and '\\"side' not in text
+            if self._writes_calls:
                 break
-        else:
-            self._arguments_as_text = False
         result = replace(result, more=json.dumps({"name": name, "tool_call_id": CALL["id"]}))
         for self._in_parts in (parts, parts | {"tool"}):
             if self._why_not((question, call, result), messages_alone=True) is None:
@@ -178,7 +177,8 @@ class ProcessorChat(Prompts):
         if not self._closing:
             raise ValueError("the chat template closes an answer with no special token")
         text, start, _ = self._with_answer([question, answer])
-        self._opening = self._special.sub("", text[start : text.rfind(answer.text)]).strip()
+        self._before = text[start : text.rfind(answer.text)]
+        self._opening = self._special.sub("", self._before).strip()
         return text
 
     def _why_not(self, turns: Sequence[Turn], *, messages_alone: bool = False) -> str | None:
@@ -229,6 +229,8 @@ class ProcessorChat(Prompts):
         if unknown := [name for name in turns[0].fields.get(KWARGS, ()) if name not in self._variables]:
             reason = f"its {KWARGS} name {unknown[0]!r}, which the chat template of {self._name} does not know"
             raise ValueError(f"{reason}; leave it out, or set data.ignore: [{KWARGS}.{unknown[0]}]")
+        if not self._writes_calls and any(CALLS in turn.fields for turn in turns):
+            raise ValueError(f"the chat template of {self._name} writes no tool calls; take a base whose template does")
         if generation_prompt:
             return self._chat(self._prompt(turns), (), ())
         texts: dict[str, dict[int, Span]] = {}
@@ -310,15 +312,16 @@ class ProcessorChat(Prompts):
         functions = [call["function"] for call in turns[-1].fields.get(CALLS, ())]
         ending, closing, behind = self._end_of(whole, turns[-1])
         answered = whole.removesuffix(ending)
-        opened, before = prompt.rstrip().endswith(THINK), prompt
-        if not answered.startswith(prompt):
+        opened = prompt.rstrip().endswith(THINK)
+        before = None if opened else self._behind_calls(turns, answered)
+        if before is not None or answered.startswith(prompt):
+            written = answered[len(prompt if before is None else before) :]
+        else:
             before = prompt.rstrip().removesuffix(THINK) if opened else prompt.removesuffix(self._added)
             is_known = opened or not self._added.strip() or thinking is False
             if before == prompt or not answered.startswith(before) or not is_known:
                 raise ValueError("the chat template opens an answer otherwise when asked for it than when given it")
-        written = answered[len(before) :]
-        if before != prompt:
-            written = written.lstrip().removeprefix(THINK if opened else "").lstrip()
+            written = answered[len(before) :].lstrip().removeprefix(THINK if opened else "").lstrip()
         is_lost = thought not in written or (opened and END_THINK not in written)
         if thought and functions and not is_lost:  # it may stand in the call alone
             without = self._apply([*turns[:-1], replace(turns[-1], text=answer)], generation_prompt=False)
@@ -336,6 +339,20 @@ class ProcessorChat(Prompts):
                 raise ValueError(f"{reason}; take a base whose template writes such calls")
         text = prompt + written + closing
         return text + behind, len(prompt), len(text)
+
+    def _behind_calls(self, turns: Sequence[Turn], answered: str) -> str | None:
+        """Returns what stands before an answer behind calls, where it can be told; the template may rewrite these.
+
+        Once an answer follows, gpt-oss drops the calls' thoughts, and Gemma 4 begins a turn that no prompt has.
+        """
+        if not any(turn.role == "tool" or CALLS in turn.fields for turn in turns):
+            return None
+        first, second = (
+            self._apply([*turns[:-1], Turn("assistant", text)], generation_prompt=False) for text in ("It is.", "No.")
+        )
+        before = first[: shared_beginning(first, second)]
+        opening = before.removesuffix(self._before)
+        return opening if before.endswith(self._before) and answered.startswith(opening) else None
 
     def _end_of(self, answered: str, turn: Turn) -> tuple[str, str, str]:
         """Returns what ends a text behind its last answer, what of that is trained, and what is not.

@@ -472,6 +472,7 @@ def try_template(content: bytes, templates: list[str], tokens: Mapping[str, Any]
     environment = _environment()
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+    compiled = cache(environment.from_string)  # which takes long templates longer than to be rendered
     picture, words = {"type": "image"}, {"type": "text", "text": "Which colour is it?"}
     forms = (words["text"], [words], [picture, words])
     roles = ("system", "user", "assistant", "user", "assistant")
@@ -482,7 +483,7 @@ def try_template(content: bytes, templates: list[str], tokens: Mapping[str, Any]
         messages = [{"role": role, "content": form, **calls.get(role, {})} for role in conversation]
         values = {"messages": messages, "add_generation_prompt": prompt, "tools": tools, "documents": None, **tokens}
         try:
-            environment.from_string(template).render(values)
+            compiled(template).render(values)
         except MemoryError:
             raise
         except Exception:  # noqa: BLE001 - whatever is wrong with it, it has ended

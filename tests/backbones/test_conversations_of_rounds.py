@@ -49,6 +49,7 @@ MARKS = (
         "<｜tool▁output▁begin｜>",
         "<｜tool▁output▁end｜>",
     ),
+    *("<|turn>", "<turn|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>"),
 )
 """Special tokens of the language models."""
 

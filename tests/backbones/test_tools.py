@@ -86,6 +86,12 @@ def mistral(message: Mapping[str, Any], thinking: bool) -> str:
     return (f"[TOOL_CALLS][{listed}]" if calls else thought + message["content"]) + "<|im_end|>"
 
 
+def gemma4(message: Mapping[str, Any], thinking: bool) -> str:
+    calls = [f"<|tool_call>call:{call['name']}{as_json(call['arguments'])}<tool_call|>" for call in calls_of(message)]
+    thought = f"<think>\n{message['reasoning_content']}\n</think>\n\n" if "reasoning_content" in message else ""
+    return thought + message["content"] + "".join(calls) + ("<|tool_response>" if calls else "<turn|>")
+
+
 def chatml(message: Mapping[str, Any], thinking: bool) -> str:
     thought = f"<think>\n{message['reasoning_content']}\n</think>\n\n" if "reasoning_content" in message else ""
     return f"{thought}{message['content']}<|im_end|>"
@@ -102,13 +108,17 @@ WITH_TOOLS = {
 }
 SWITCHED = {"trl_template_arguments"}
 """A template without that switch refuses it."""
-WRITERS = {"qwen3": qwen3, "glm_4_5v": glm, "gpt_oss": gpt_oss, "llama3_1": llama, "mistral": mistral, "chatml": chatml}
+WRITERS = {
+    **{"qwen3": qwen3, "glm_4_5v": glm, "gpt_oss": gpt_oss, "llama3_1": llama, "mistral": mistral},
+    **{"gemma4": gemma4, "chatml": chatml},
+}
 REFUSED: Mapping[str, set[str]] = {
     "qwen3": set(),
     "glm_4_5v": set(),
     "gpt_oss": {"swift_agent", "hermes", *SWITCHED},  # one call an answer; a result follows a call
     "llama3_1": {"swift_agent", *SWITCHED},  # the same
     "mistral": {*WITH_TOOLS, *SWITCHED} - {"openai_tools"} | {"hermes"},  # ids of nine characters
+    "gemma4": SWITCHED,
     "chatml": {*WITH_TOOLS, *SWITCHED},
 }
 SWITCH = {"qwen3": "enable_thinking", "glm_4_5v": "enable_thinking"}
@@ -122,7 +132,7 @@ def prompt_of(
     for message in shown:
         if name == "gpt_oss" and "reasoning_content" in message:
             message["thinking"] = message["reasoning_content"]
-        elif name in ("llama3_1", "mistral", "chatml") and (thought := message.pop("reasoning_content", "")):
+        elif name not in SWITCH and name != "gpt_oss" and (thought := message.pop("reasoning_content", "")):
             message["content"] = f"<think>\n{thought}\n</think>\n\n{message['content']}"
     switch = {SWITCH[name]: thinking} if name in SWITCH else {}
     source: Any = encoder.processor if name == "glm_4_5v" else encoder.tokenizer
