@@ -7,6 +7,7 @@ import logging
 import re
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -149,21 +150,18 @@ class ProcessorChat(Prompts):
         if CALLS not in self._template:
             return
         question, answer = PROCESSOR_PROBE[:2]
-        call, result = replace(answer, text="", more=json.dumps({CALLS: [CALL]})), Turn("tool", "It measures 7 units.")
-        parts, name = self._in_parts, CALL["function"]["name"]
+        call = replace(answer, text="", more=json.dumps({CALLS: [CALL]}))
+        name, parts = CALL["function"]["name"], self._in_parts
         for self._arguments_as_text in (False, True):
-            try:
+            with suppress(ValueError):
                 text = self._apply([question, call], generation_prompt=False)
-            except ValueError:
-                continue
-            self._writes_calls = name in text and "'side'" not in text and '\\"side' not in text
+                self._writes_calls = name in text and "'side'" not in text and '\\"side' not in text
             if self._writes_calls:
                 break
-        result = replace(result, more=json.dumps({"name": name, "tool_call_id": CALL["id"]}))
-        for self._in_parts in (parts, parts | {"tool"}):
+        result = Turn("tool", "It measures 7 units.", more=json.dumps({"name": name, "tool_call_id": CALL["id"]}))
+        for self._in_parts in (parts, parts | {"tool"}, parts):
             if self._why_not((question, call, result), messages_alone=True) is None:
-                return
-        self._in_parts = parts
+                break
 
     def _find_ends(self, question: Turn, answer: Turn) -> str:
         """Finds what opens and closes an answer; returns the text that trains this one."""
@@ -331,9 +329,10 @@ class ProcessorChat(Prompts):
             written = ("" if opened else f"{THINK}\n") + f"{thought}\n{END_THINK}\n\n{rest}"
         if answer.strip() not in written or thought not in written:
             raise ValueError(f"the chat template leaves out or changes the text of turn {len(turns) - 1}")
-        names = [function["name"] for function in functions]
-        for name, function in zip(names, functions, strict=True):
-            is_whole = all(has_words(written, value) for value in leaves_of(function["arguments"]))
+        for name in (names := [function["name"] for function in functions]):
+            is_whole = all(
+                has_words(written, leaf) for function in functions for leaf in leaves_of(function["arguments"])
+            )
             if not is_whole or written.count(name) < names.count(name):
                 reason = f"the chat template of {self._name} leaves out or changes the call of {name!r}"
                 raise ValueError(f"{reason}; take a base whose template writes such calls")

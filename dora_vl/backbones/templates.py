@@ -103,10 +103,8 @@ class Prompts:
 
     def _refuse_tools(self, turns: Sequence[Turn]) -> None:
         if not self.takes_tools and any(turn.more or turn.role == "tool" for turn in turns):
-            raise ValueError(
-                f"template {self.name} has no place for tools, their calls and results, nor for arguments of a chat "
-                "template; take a base whose own chat template writes them (model.template: tokenizer)"
-            )
+            reason = f"template {self.name} has no place for tools, calls, results and arguments of chat templates"
+            raise ValueError(f"{reason}; take a base whose own template writes them (model.template: tokenizer)")
 
     def _render(self, system: Turn | None, conversation: Sequence[Turn], *, generation_prompt: bool) -> Chat:
         raise NotImplementedError
@@ -451,14 +449,8 @@ def variables_of(template: str) -> frozenset[str]:
     return frozenset(meta.find_undeclared_variables(_environment().parse(template)))
 
 
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "measure_edge",
-        "description": "Measures an edge.",
-        "parameters": {"type": "object", "properties": {"side": {"type": "string"}}, "required": ["side"]},
-    },
-}
+_SIDE = {"type": "object", "properties": {"side": {"type": "string"}}, "required": ["side"]}
+TOOL = {"type": "function", "function": {"name": "measure_edge", "description": "Measures.", "parameters": _SIDE}}
 CALL = {"type": "function", "id": "call00001", "function": {"name": "measure_edge", "arguments": {"side": "left"}}}
 """A tool and its call, by which templates are tried."""
 
