@@ -107,4 +107,4 @@ def test_tools_thoughts_and_marks_train_in_any_rows_and_their_preferences_too(tm
     refused_file = write_run(tmp_path / "refused.yaml", without, tmp_path / "reasoning.json", **settings)
     error = refused(decoder_run(refused_file))
     assert "row 1" in str(error)
-    assert "data.ignore: [tools]" in str(error)
+    assert str(without) in str(error)
