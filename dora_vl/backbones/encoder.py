@@ -56,7 +56,8 @@ def stand_in(size: tuple[int, int]) -> Image.Image:
 
 def _media_up_to(answer: int, turns: Sequence[Turn]) -> tuple[int, int]:
     """Counts the pictures and videos that the turns show before the answer of this number."""
-    text = "".join([turn.text for turn in turns if turn.role == "user"][: answer + 1])
+    end = [number for number, turn in enumerate(turns) if turn.role == "assistant"][answer]
+    text = "".join(turn.text for turn in turns[:end] if turn.role != "assistant")
     return text.count(IMAGE_PLACEHOLDER), text.count(VIDEO_PLACEHOLDER) + text.count(VIDEO_MARK)
 
 
@@ -245,20 +246,27 @@ class Encoder:
         if isinstance(self.prompts, Instruction):  # its labels may hold the question too
             question = conversation.turns[0]
 
-        def around(text: str) -> TrainedAnswer:
-            """Finds what labels hold around an answer, thoughts included, from a known one."""
-            _, answer = self.prompts.thought_and_answer(text)
-            chat = self.prompts.render([question, replace(PROBE[1], text=text.removesuffix(answer) + PROBE[1].text)])
+        question = replace(question, more=conversation.turns[0].more)
+
+        def around(turn: Turn) -> TrainedAnswer:
+            """Finds what labels hold around an answer, thoughts included, from a known one; of calls all of it."""
+            if not turn.is_trained:
+                return TrainedAnswer("", turn.text, "")
+            _, answer = self.prompts.thought_and_answer(turn.text)
+            known = replace(turn, text=turn.text.removesuffix(answer) + PROBE[1].text)
+            chat = self.prompts.render([question, turn if turn.more else known])
             if chat.suffix is not None:  # the processor closes it
                 probe = chat.suffix + self.tokenizer.eos_token
             else:
                 start, end = chat.answer_spans[0]
                 begin = self.processor.begin_text if start == 0 and isinstance(self.processor, PieceProcessor) else ""
                 probe = begin + chat.text[start:end]
+            if turn.more:
+                return TrainedAnswer("", probe, "")
             before, _, behind = probe.rpartition(PROBE[1].text)
             return TrainedAnswer(before, answer, behind)
 
-        return [around(turn.text) for turn in conversation.turns if turn.role == "assistant"]
+        return [around(turn) for turn in conversation.turns if turn.role == "assistant"]
 
     def encode_prompt(
         self, turns: Sequence[Turn], pictures: Sequence[Image.Image] = (), videos: Sequence[Video] = ()
@@ -367,7 +375,7 @@ class Encoder:
         placeholders = ((IMAGE_PLACEHOLDER,) if pictures else ()) + ((VIDEO_PLACEHOLDER,) if videos else ())
         try:
             # Unicode's noncharacters stand for marks here (`BREAK`, `VIDEO_MARK`, stand-ins).
-            if any(0xFDD0 <= ord(character) <= 0xFDEF for turn in turns for character in turn.text):
+            if any(0xFDD0 <= ord(character) <= 0xFDEF for turn in turns for character in turn.text + turn.more):
                 raise ValueError("its text holds a Unicode noncharacter (U+FDD0 to U+FDEF)")
             if any(token in turn.text for turn in turns if turn.role == "assistant" for token in placeholders):
                 raise ValueError("an answer holds a picture's or a video's place, and this model answers in words")
@@ -383,9 +391,10 @@ class Encoder:
             chat = (prompts or self.prompts).render(turns, generation_prompt=generation_prompt)
         except ValueError as error:
             raise BadSample(sample, str(error)) from error
-        seen = [(None, None), *(_media_up_to(other.answers[-1], turns) for other in chat.others)]
-        rows = zip((chat, *chat.others), seen, strict=True)
-        return [self._process(row, pictures[:images], videos[:clips], sample) for row, (images, clips) in rows]
+        rows = (chat, *chat.others)
+        seen = [_media_up_to(row.answers[-1], turns) if row.answers else (None, None) for row in rows]
+        media = [(pictures[:images], videos[:clips]) for images, clips in seen]
+        return [self._process(row, *shown, sample) for row, shown in zip(rows, media, strict=True)]
 
     def _process(self, chat: Chat, pictures: Sequence[Image.Image], videos: Sequence[Video], sample: str) -> _Processed:
         options: dict[str, Any] = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from bisect import bisect_left
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -16,6 +19,7 @@ from dora_vl.backbones.pieces import PieceProcessor
 from dora_vl.backbones.specs import FormatName, TrainOn
 from dora_vl.backbones.templates import (
     BREAK,
+    CALL,
     PROBE,
     PROMPTS,
     TEMPLATES,
@@ -26,8 +30,9 @@ from dora_vl.backbones.templates import (
     Span,
     check_ends,
     shared_beginning,
+    variables_of,
 )
-from dora_vl.data.turns import END_THINK, IMAGE_PLACEHOLDER, THINK, Role, Turn
+from dora_vl.data.turns import CALLS, END_THINK, IMAGE_PLACEHOLDER, KWARGS, THINK, TOOLS, Role, Turn
 from dora_vl.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -65,6 +70,9 @@ class ProcessorChat(Prompts):
     text: a mark (`BREAK`) splits each until the template has been applied. Other processors' samples with one are
     refused. To a language model's template a picture is `<image>` in the text.
 
+    What a turn holds as `more` goes to the template by the names that transformers gives it; a template that writes no
+    tools, no call or no result refuses the sample.
+
     Args:
         name: the model's name, for messages.
         pictures: True where the model sees pictures; a template that leaves them out is refused.
@@ -72,7 +80,7 @@ class ProcessorChat(Prompts):
     """
 
     name = "tokenizer"
-    takes_system = True
+    takes_system = takes_tools = True
 
     def __init__(self, processor: Any, name: str, *, pictures: bool = True, thinking: bool | None = None) -> None:
         self._processor = processor
@@ -90,9 +98,12 @@ class ProcessorChat(Prompts):
         self._special = special_tokens(processor)
         self._not_in_words = special_tokens(processor, allowed={THINK, END_THINK})
         self._switch: dict[str, bool] = {}
+        self._arguments_as_text = self._writes_calls = False
         self._thoughts: Literal["fields", "part", ""] = ""
-        self._added = self._opening = self._ending = self._closing = self._rest = ""
+        self._added = self._before = self._opening = self._ending = self._closing = self._rest = ""
         check_ends(self._template, processor.tokenizer.special_tokens_map, name)
+        fixed = {"messages", TOOLS, "documents", "add_generation_prompt", *processor.tokenizer.special_tokens_map}
+        self._variables = variables_of(self._template) - fixed
         self._try(thinking, pictures=pictures)
 
     def _try(self, thinking: bool | None, *, pictures: bool) -> None:
@@ -100,6 +111,7 @@ class ProcessorChat(Prompts):
         self._choose_parts()
         try:
             self._choose_thinking(thinking)
+            self._choose_calls()
             text = self._find_ends(*PROCESSOR_PROBE[:2])
         except ValueError as error:
             raise UserError(f"{self._name}: {error}, so it cannot be trained on; change chat_template") from None
@@ -130,6 +142,27 @@ class ProcessorChat(Prompts):
             if self._why_not((question, thought), messages_alone=True) is None:
                 break
 
+    def _choose_calls(self) -> None:
+        """Finds whether the template writes calls, takes their arguments as objects or JSON, and results as parts.
+
+        Some write an object as Python does, or quote JSON again.
+        """
+        if CALLS not in self._template:
+            return
+        question, answer = PROCESSOR_PROBE[:2]
+        call = replace(answer, text="", more=json.dumps({CALLS: [CALL]}))
+        name, parts = CALL["function"]["name"], self._in_parts
+        for self._arguments_as_text in (False, True):
+            with suppress(ValueError):
+                text = self._apply([question, call], generation_prompt=False)
+                self._writes_calls = name in text and "'side'" not in text and '\\"side' not in text
+            if self._writes_calls:
+                break
+        result = Turn("tool", "It measures 7 units.", more=json.dumps({"name": name, "tool_call_id": CALL["id"]}))
+        for self._in_parts in (parts, parts | {"tool"}, parts):
+            if self._why_not((question, call, result), messages_alone=True) is None:
+                break
+
     def _find_ends(self, question: Turn, answer: Turn) -> str:
         """Finds what opens and closes an answer; returns the text that trains this one."""
         prompt, answered = self._prompt([question]), self._apply([question, answer], generation_prompt=False)
@@ -142,7 +175,8 @@ class ProcessorChat(Prompts):
         if not self._closing:
             raise ValueError("the chat template closes an answer with no special token")
         text, start, _ = self._with_answer([question, answer])
-        self._opening = self._special.sub("", text[start : text.rfind(answer.text)]).strip()
+        self._before = text[start : text.rfind(answer.text)]
+        self._opening = self._special.sub("", self._before).strip()
         return text
 
     def _why_not(self, turns: Sequence[Turn], *, messages_alone: bool = False) -> str | None:
@@ -186,17 +220,23 @@ class ProcessorChat(Prompts):
     def _render(self, system: Turn | None, conversation: Sequence[Turn], *, generation_prompt: bool) -> Chat:
         turns = [*([] if system is None else [system]), *conversation]
         if self._pieces:  # each of a person's special tokens is split, so that it is not taken for the template's
-            turns = [
-                replace(turn, text=self._not_in_words.sub(lambda token: token[0][0] + BREAK + token[0][1:], turn.text))
-                for turn in turns
-            ]
+            split = partial(self._not_in_words.sub, lambda token: token[0][0] + BREAK + token[0][1:])
+            turns = [replace(turn, text=split(turn.text), more=split(turn.more)) for turn in turns]
         else:
             refuse_special(turns, self._not_in_words)
+        if unknown := [name for name in turns[0].fields.get(KWARGS, ()) if name not in self._variables]:
+            reason = f"its {KWARGS} name {unknown[0]!r}, which the chat template of {self._name} does not know"
+            raise ValueError(f"{reason}; leave it out, or set data.ignore: [{KWARGS}.{unknown[0]}]")
+        if not self._writes_calls and any(CALLS in turn.fields for turn in turns):
+            raise ValueError(f"the chat template of {self._name} writes no tool calls; take a base whose template does")
         if generation_prompt:
             return self._chat(self._prompt(turns), (), ())
         texts: dict[str, dict[int, Span]] = {}
-        for number in reversed(range(len(conversation) // 2)):
-            text, start, end = self._with_answer(turns[: len(turns) - len(conversation) + 2 * number + 2])
+        answers = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
+        for number, place in reversed([*enumerate(answers)]):
+            if not turns[place].is_trained:
+                continue
+            text, start, end = self._with_answer(turns[: place + 1])
             longer = next((longer for longer in texts if longer.startswith(text[:end])), text)
             texts[longer] = {number: (start, end), **texts.get(longer, {})}
         last, *others = (self._chat(text, [*spans.values()], [*spans]) for text, spans in texts.items())
@@ -224,8 +264,11 @@ class ProcessorChat(Prompts):
         return "" if self._opening.startswith(text) else text.removeprefix(self._opening).lstrip()
 
     def _message(self, turn: Turn) -> dict[str, Any]:
-        text = turn.text
+        text, more = turn.text, turn.fields
         message: dict[str, Any] = {"role": turn.role}
+        message |= {name: more[name] for name in ("name", "tool_call_id", CALLS) if name in more}
+        for call in more.get(CALLS, ()) if self._arguments_as_text else ():
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
         parts: list[dict[str, str]] = []
         if turn.role == "assistant":
             thought, answer = self.thought_and_answer(text)
@@ -251,33 +294,76 @@ class ProcessorChat(Prompts):
         """Returns the text up to where the next answer begins."""
         text = self._apply(turns, generation_prompt=True)
         self._check_nothing_lost(turns, text)
+        if TOOLS in turns[0].fields and self._apply(turns, generation_prompt=True, tools=False) == text:
+            reason = f"the chat template of {self._name} writes no tools; take a base whose template does"
+            raise ValueError(f"{reason}, or set data.ignore: [{TOOLS}]")
         return text
 
     def _with_answer(self, turns: Sequence[Turn]) -> tuple[str, int, int]:
         """Returns a text that ends with the last answer as it is asked for, and the answer's span."""
-        prompt, answered = self._prompt(turns[:-1]), self._apply(turns, generation_prompt=False)
+        prompt, whole = self._prompt(turns[:-1]), self._apply(turns, generation_prompt=False)
         thought, answer = self.thought_and_answer(turns[-1].text)
-        if thought and self.thinking is False:
+        switches = {**self._switch, **turns[0].fields.get(KWARGS, {})}
+        thinking = next((switches[name] for name in self._switch), None)
+        if thought and thinking is False:
             raise ValueError("it has thoughts, and the samples that were looked at have none; put one of it first")
-        if not answered.endswith(self._ending):
-            raise ValueError("the chat template closes this answer otherwise than others")
-        answered = answered.removesuffix(self._ending)
-        opened, before = prompt.rstrip().endswith(THINK), prompt
-        if not answered.startswith(prompt):
+        functions = [call["function"] for call in turns[-1].fields.get(CALLS, ())]
+        ending, closing, behind = self._end_of(whole, turns[-1])
+        answered = whole.removesuffix(ending)
+        opened = prompt.rstrip().endswith(THINK)
+        before = None if opened else self._behind_calls(turns, answered)
+        if before is not None or answered.startswith(prompt):
+            written = answered[len(prompt if before is None else before) :]
+        else:
             before = prompt.rstrip().removesuffix(THINK) if opened else prompt.removesuffix(self._added)
-            is_known = opened or not self._added.strip() or self.thinking is False
+            is_known = opened or not self._added.strip() or thinking is False
             if before == prompt or not answered.startswith(before) or not is_known:
                 raise ValueError("the chat template opens an answer otherwise when asked for it than when given it")
-        written = answered[len(before) :]
-        if before != prompt:
-            written = written.lstrip().removeprefix(THINK if opened else "").lstrip()
-        if thought not in written or (opened and END_THINK not in written):
+            written = answered[len(before) :].lstrip().removeprefix(THINK if opened else "").lstrip()
+        is_lost = thought not in written or (opened and END_THINK not in written)
+        if thought and functions and not is_lost:  # it may stand in the call alone
+            without = self._apply([*turns[:-1], replace(turns[-1], text=answer)], generation_prompt=False)
+            is_lost = without == whole
+        if is_lost:
             rest = written.lstrip().removeprefix(END_THINK).lstrip()
             written = ("" if opened else f"{THINK}\n") + f"{thought}\n{END_THINK}\n\n{rest}"
         if answer.strip() not in written or thought not in written:
             raise ValueError(f"the chat template leaves out or changes the text of turn {len(turns) - 1}")
-        text = prompt + written + self._closing
-        return text + self._rest, len(prompt), len(text)
+        for name in (names := [function["name"] for function in functions]):
+            is_whole = all(
+                has_words(written, leaf) for function in functions for leaf in leaves_of(function["arguments"])
+            )
+            if not is_whole or written.count(name) < names.count(name):
+                reason = f"the chat template of {self._name} leaves out or changes the call of {name!r}"
+                raise ValueError(f"{reason}; take a base whose template writes such calls")
+        text = prompt + written + closing
+        return text + behind, len(prompt), len(text)
+
+    def _behind_calls(self, turns: Sequence[Turn], answered: str) -> str | None:
+        """Returns what stands before an answer behind calls, where it can be told; the template may rewrite these.
+
+        Once an answer follows, gpt-oss drops the calls' thoughts, and Gemma 4 begins a turn that no prompt has.
+        """
+        if not any(turn.role == "tool" or CALLS in turn.fields for turn in turns):
+            return None
+        first, second = (
+            self._apply([*turns[:-1], Turn("assistant", text)], generation_prompt=False) for text in ("It is.", "No.")
+        )
+        before = first[: shared_beginning(first, second)]
+        opening = before.removesuffix(self._before)
+        return opening if before.endswith(self._before) and answered.startswith(opening) else None
+
+    def _end_of(self, answered: str, turn: Turn) -> tuple[str, str, str]:
+        """Returns what ends a text behind its last answer, what of that is trained, and what is not.
+
+        Calls may have a closing token of their own (gpt-oss).
+        """
+        if answered.endswith(self._ending):
+            return self._ending, self._closing, self._rest
+        last = [*self._special.finditer(answered)][-1:] if CALLS in turn.fields else []
+        if not last or answered[last[0].end() :].strip():
+            raise ValueError("the chat template closes this answer otherwise than others")
+        return answered[last[0].start() :], last[0][0], answered[last[0].end() :]
 
     def _check_nothing_lost(self, turns: Sequence[Turn], rendered: str) -> None:
         contents = [self._message(turn)["content"] for turn in turns]
@@ -291,21 +377,24 @@ class ProcessorChat(Prompts):
                 raise ValueError("the chat template leaves out or changes the system turn")
         for number, turn in enumerate(pieces):  # earlier answers are rewritten by many templates
             is_checked = turns[number].role != "assistant" or number == len(turns) - 1
-            if is_checked and any(piece not in rendered for piece in turn):
+            has = has_words if turns[number].role == "tool" else str.__contains__
+            if is_checked and not all(has(rendered, piece) for piece in turn):
                 raise ValueError(f"the chat template leaves out or changes the text of turn {number}")
 
-    def _apply(self, turns: Sequence[Turn], *, generation_prompt: bool, **switch: bool) -> str:
+    def _apply(self, turns: Sequence[Turn], *, generation_prompt: bool, tools: bool = True, **switch: bool) -> str:
         """Applies the template.
 
         Raises: ValueError for whatever is wrong with it.
         """
+        beside = turns[0].fields
         try:
             text = self._processor.apply_chat_template(
                 [self._message(turn) for turn in turns],
                 chat_template=self._template,
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
-                **(switch or self._switch),
+                tools=beside.get(TOOLS) if tools else None,
+                **(switch or {**self._switch, **beside.get(KWARGS, {})}),
             )
         except MemoryError:
             raise
@@ -316,10 +405,24 @@ class ProcessorChat(Prompts):
         return text
 
 
+def leaves_of(value: Any) -> Iterator[Any]:
+    """Yields the names, texts, numbers and other ends of a value of JSON, at every depth."""
+    if not isinstance(value, dict | list):
+        yield value
+        return
+    for inner in (*value, *value.values()) if isinstance(value, dict) else value:
+        yield from leaves_of(inner)
+
+
+def has_words(text: str, value: Any) -> bool:
+    """Tells whether a text holds words or a number, as they are or as JSON writes them."""
+    return str(value) in text or json.dumps(value, ensure_ascii=False).removeprefix('"').removesuffix('"') in text
+
+
 def refuse_special(turns: Sequence[Turn], special: re.Pattern[str]) -> None:
     """Raises a ValueError for words that the tokenizer would take for one of its special tokens."""
     for number, turn in enumerate(turns):
-        if match := special.search(turn.text.replace(IMAGE_PLACEHOLDER, "")):
+        if match := special.search(turn.text.replace(IMAGE_PLACEHOLDER, "")) or special.search(turn.more):
             raise ValueError(f"turn {number} holds {match[0]!r}, which is a special token of this model")
 
 

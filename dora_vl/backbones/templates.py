@@ -15,12 +15,13 @@ from functools import cache
 from itertools import product
 from typing import Any
 
+from jinja2 import meta
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dora_vl.backbones.specs import TrainOn
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn, out_of_order
 from dora_vl.errors import UserError
 from dora_vl.limited_process import ENDED, Budget, JobFailed, LimitedProcess, Part
 
@@ -64,29 +65,46 @@ class Prompts:
     """Text that ends an answer, where no special token does."""
     takes_system: bool = False
     """True where the format has a place for a system turn."""
+    takes_tools: bool = False
+    """True where the format writes more than turns say: tools, their calls and results."""
     thinking: bool | None = None
     """True or False where the format asks for thoughts or for none; None where it leaves that to the model."""
 
     def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Chat:
-        """Renders turns as text; `generation_prompt` opens the next answer.
+        """Renders turns as text up to the last answer that is trained; `generation_prompt` opens the next answer.
 
         Raises: ValueError if they do not alternate from the user, after one system turn where there is a place for it,
             end otherwise than asked, an answer holds nothing, or the format has no place for them.
         """
+        self._refuse_tools(turns)
         system, conversation = (turns[0], turns[1:]) if turns and turns[0].role == "system" else (None, turns)
         if system is not None and not self.takes_system:
             raise ValueError(
                 f"template {self.name} has no place for a system turn; leave it out, or choose another template"
             )
-        for number, turn in enumerate(conversation):
-            if turn.role != ("assistant" if number % 2 else "user"):
-                raise ValueError(f"turn {number} is from the {turn.role}; they must alternate, the user first")
-            if turn.role == "assistant" and not turn.text.strip():
-                raise ValueError(f"answer {number // 2 + 1} is empty")
-        if len(conversation) % 2 != (1 if generation_prompt else 0):
+        if reason := out_of_order(conversation):
+            raise ValueError(reason)
+        answers = [place for place, turn in enumerate(conversation) if turn.role == "assistant"]
+        for number, place in enumerate(answers, 1):
+            if not conversation[place].text.strip() and not conversation[place].more:
+                raise ValueError(f"answer {number} is empty")
+        if not conversation or (conversation[-1].role == "assistant") == generation_prompt:
             last = "a question" if generation_prompt else "an answer"
             raise ValueError(f"{len(conversation)} turns, but {last} must be last")
-        return self._render(system, conversation, generation_prompt=generation_prompt)
+        if generation_prompt:
+            return self._render(system, conversation, generation_prompt=True)
+        trained = tuple(number for number, place in enumerate(answers) if conversation[place].is_trained)
+        if not trained:
+            raise ValueError("none of its answers is to be trained on")
+        chat = self._render(system, conversation[: answers[trained[-1]] + 1], generation_prompt=False)
+        if chat.answers or len(trained) == len(answers):
+            return chat
+        return replace(chat, answers=trained, answer_spans=tuple(chat.answer_spans[number] for number in trained))
+
+    def _refuse_tools(self, turns: Sequence[Turn]) -> None:
+        if not self.takes_tools and any(turn.more or turn.role == "tool" for turn in turns):
+            reason = f"template {self.name} has no place for tools, calls, results and arguments of chat templates"
+            raise ValueError(f"{reason}; take a base whose own template writes them (model.template: tokenizer)")
 
     def _render(self, system: Turn | None, conversation: Sequence[Turn], *, generation_prompt: bool) -> Chat:
         raise NotImplementedError
@@ -384,6 +402,7 @@ class Instruction(Prompts):
 
     def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Chat:
         """Renders one question and its output; see `Prompts.render`."""
+        self._refuse_tools(turns)
         if len(turns) + generation_prompt != 2 or turns[0].role != "user":
             raise ValueError("a prompt of instructions holds one question and its output; ask one question at a time")
         if not turns[0].instruction.strip():
@@ -419,26 +438,44 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+def _environment() -> ImmutableSandboxedEnvironment:
+    """Makes what reads a chat template as transformers does."""
+    extensions = [_Generation, "jinja2.ext.loopcontrols"]
+    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+
+
+def variables_of(template: str) -> frozenset[str]:
+    """Returns the names that a chat template takes from outside."""
+    return frozenset(meta.find_undeclared_variables(_environment().parse(template)))
+
+
+_SIDE = {"type": "object", "properties": {"side": {"type": "string"}}, "required": ["side"]}
+TOOL = {"type": "function", "function": {"name": "measure_edge", "description": "Measures.", "parameters": _SIDE}}
+CALL = {"type": "function", "id": "call00001", "function": {"name": "measure_edge", "arguments": {"side": "left"}}}
+"""A tool and its call, by which templates are tried."""
+
+
 def try_template(content: bytes, templates: list[str], tokens: Mapping[str, Any]) -> Iterator[Part]:
     """Renders the templates, as a job of `limited_process`."""
 
     def refuse(message: str) -> None:
         raise ValueError(message)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-    )
+    environment = _environment()
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+    compiled = cache(environment.from_string)  # which takes long templates longer than to be rendered
     picture, words = {"type": "image"}, {"type": "text", "text": "Which colour is it?"}
     forms = (words["text"], [words], [picture, words])
     roles = ("system", "user", "assistant", "user", "assistant")
-    conversations = (roles, roles[:2], roles[1:], roles[1:2], roles[1:3])
+    conversations = (roles, roles[:2], roles[1:], roles[1:2], roles[1:3], (*roles[:3], "tool", "assistant"))
     for template, conversation, form, prompt in product(templates, conversations, forms, (False, True)):
-        messages = [{"role": role, "content": form} for role in conversation]
-        values = {"messages": messages, "add_generation_prompt": prompt, "tools": None, "documents": None, **tokens}
+        tools = [TOOL] if "tool" in conversation else None
+        calls = {"assistant": {"tool_calls": [CALL]}} if tools else {}
+        messages = [{"role": role, "content": form, **calls.get(role, {})} for role in conversation]
+        values = {"messages": messages, "add_generation_prompt": prompt, "tools": tools, "documents": None, **tokens}
         try:
-            environment.from_string(template).render(values)
+            compiled(template).render(values)
         except MemoryError:
             raise
         except Exception:  # noqa: BLE001 - whatever is wrong with it, it has ended

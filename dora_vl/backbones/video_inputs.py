@@ -77,7 +77,7 @@ def has_place_for_video(render: Callable[[Sequence[Turn]], Chat], token: str) ->
 
 def marked(turns: Sequence[Turn]) -> list[Turn]:
     """Replaces each `<video>` in the turns by the mark that is no text."""
-    return [Turn(turn.role, turn.text.replace(VIDEO_PLACEHOLDER, VIDEO_MARK)) for turn in turns]
+    return [replace(turn, text=turn.text.replace(VIDEO_PLACEHOLDER, VIDEO_MARK)) for turn in turns]
 
 
 def as_pictures(
@@ -99,7 +99,7 @@ def as_pictures(
                 text += "\n".join([IMAGE_PLACEHOLDER] * len(video_pictures))
             shown += [_next(left) for _ in range(piece.count(IMAGE_PLACEHOLDER))]
             text += piece
-        written.append(Turn(turn.role, text))
+        written.append(replace(turn, text=text))
     if len(shown) != len(pictures) + sum(len(video.pictures) for video in videos):
         raise ValueError("its text has fewer places than it has pictures and videos")
     return written, shown

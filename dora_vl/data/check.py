@@ -136,14 +136,14 @@ def doubts_of(record: Mapping[str, object], example: Example, form: str | None, 
 
 def asked_and_told(example: Example) -> tuple[str, str, str]:
     """Returns what a row asks, about which media, and what it answers, as texts to compare; a caption asks nothing."""
-    questions = [turn.text for turn in example.turns if turn.role != "assistant"] or [
+    questions = [turn.text + turn.more for turn in example.turns if turn.role != "assistant"] or [
         example.question,
         *example.choices,
     ]
     words = "\n".join(questions).replace(IMAGE_PLACEHOLDER, "").strip()
     if example.rejected or example.is_good is not None:
         words = ""  # several answers to one question are what such rows are for
-    replies = [turn.text for turn in example.turns if turn.role == "assistant"] or [
+    replies = [turn.text + turn.more for turn in example.turns if turn.role == "assistant"] or [
         answer.text for answer in example.answers
     ]
     # The same about another part of a video, or another order of pictures, is another question.
@@ -245,13 +245,14 @@ class FileCheck:
         if isinstance(row, BadSample):
             self._add(row.kind, sample_id, row.reason)
             return False
-        questions = [row.question, *(turn.text for turn in row.turns if turn.role == "user"), *row.choices]
-        replies = [turn.text for turn in row.turns if turn.role == "assistant"]
+        asked = [turn.text + turn.more for turn in row.turns if turn.role in ("user", "tool")]
+        questions = [row.question, *asked, *row.choices]
+        replies = [turn.text + turn.more for turn in row.turns if turn.role == "assistant"]
         answers = [answer.text for answer in row.answers]
         usable = all(answer.replace(IMAGE_PLACEHOLDER, "").strip() for answer in (*answers, *replies))
         if not usable:
             self._add(EMPTY_ANSWER, sample_id)
-        system = [turn.text for turn in row.turns if turn.role == "system"]
+        system = [turn.text + turn.more for turn in row.turns if turn.role == "system"]
         subtitles = [subtitle.text for subtitle in row.subtitles]
         self._check_length(sample_id, [*subtitles, *system, *questions, *replies, max(answers, key=len, default="")])
         media = [(name, False) for name in row.images] + [(clip.path, True) for clip in row.videos]

@@ -34,6 +34,7 @@ from dora_vl.data.names import (
     parsed,
     plain_name,
 )
+from dora_vl.data.turns import KWARGS, TOOLS
 from dora_vl.errors import UserError, shown, shown_names, shown_text
 
 Row = Mapping[str, object]
@@ -58,7 +59,7 @@ class RowFormat:
     fits: Callable[[Row], bool] = lambda row: True
 
 
-EVERYWHERE = ("id", "images", "videos", "system")
+EVERYWHERE = ("id", "images", "videos", "system", TOOLS, KWARGS)
 
 
 def _is_record(row: Row) -> bool:
@@ -73,6 +74,13 @@ def _is_judged(row: Row) -> bool:
     return any(isinstance(value, bool) and plain_name(name) in ROLES["judged"] for name, value in row.items())
 
 
+def _ends_asking(row: Row) -> bool:
+    """Tells whether a row has messages of which the last is a user's."""
+    values = [value for column in row.values() if isinstance(value := parsed(column), list) and value]
+    last = [value[-1] for value in values if isinstance(value[-1], Mapping)]
+    return any(message.get("role", message.get("from")) in ("user", "human") for message in last)
+
+
 PREFERENCES, JUDGED = "preferences", "judged answers"
 FORMATS: tuple[RowFormat, ...] = (
     RowFormat(PREFERENCES, ("conversations", "chosen", "rejected")),
@@ -85,6 +93,9 @@ FORMATS: tuple[RowFormat, ...] = (
     RowFormat(JUDGED, ("messages", "judged"), (), _is_judged),
     RowFormat(JUDGED, ("conversations", "judged"), (), _is_judged),
     RowFormat(JUDGED, ("instruction", "output", "judged"), ("input", "history"), _is_judged),
+    RowFormat("conversations", ("conversations", "answer"), (), _ends_asking),
+    RowFormat("messages", ("messages", "answer"), (), _ends_asking),
+    RowFormat("prompt/completion", ("prompt", "answer"), ("history",), _ends_asking),
     RowFormat("conversations", ("conversations",), ("completion",)),
     RowFormat("messages", ("messages",), ("completion",)),
     RowFormat("texts", ("texts",)),

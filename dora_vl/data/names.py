@@ -21,7 +21,7 @@ ROLES: Mapping[str, tuple[str, ...]] = {
     "videos": ("videos", "video"),
     "system": ("system", "system_prompt"),
     "question": ("question", "query", "prompt"),
-    "answer": ("answer", "answers", "response", "label", "output"),
+    "answer": ("answer", "answers", "response", "label", "output", "solution"),
     "choices": ("choices", "options"),
     "hint": ("hint", "context", "input"),
     "caption": ("caption", "captions", "text", "txt", "description"),
@@ -38,6 +38,8 @@ ROLES: Mapping[str, tuple[str, ...]] = {
     "chosen": ("chosen", "chosen_response"),
     "rejected": ("rejected", "rejected_response", "rejected_messages"),
     "judged": ("label", "kto_tag"),
+    "tools": ("tools",),
+    "chat_template_kwargs": ("chat_template_kwargs",),
     "turns": ("turns",),
     "answers": ("answers",),
     "subtitles": ("subtitles",),
@@ -226,7 +228,7 @@ def kind_of(name: str) -> str:
     is_flag = words[0] in ("is", "has", "was", "should", "can")
     is_noted = kinds[-1] == NOTED and kind in ("", TEXT) and not is_flag
     counts = ("n", "num", "nb", "number", "total", "created", "updated", "modified", "date", "time")
-    if is_noted or words[0] in counts or plain_name(name) in ROLES["id"]:
+    if is_noted or words[0] in counts or plain_name(name) in (*ROLES["id"], "parallel_tool_calls"):
         return NOTED
     return kind or (TEXT if plain_name(name) in KNOWN and name != "extra" else "")
 
@@ -238,7 +240,9 @@ NEARLY: Mapping[str, tuple[str, ...]] = {
     "caption": ("alt", "alt_text", "title"),
 }
 """These names may mean a role: they are proposed, not taken for it."""
-_MEANT = {name: name for name in sorted(KNOWN)} | {name: role for role, names in NEARLY.items() for name in names}
+_MEANT = {name: name for name in sorted(KNOWN - {"solution"})} | {
+    name: role for role, names in NEARLY.items() for name in names
+}
 
 
 @lru_cache(maxsize=1 << 12)

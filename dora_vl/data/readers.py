@@ -5,6 +5,7 @@ Each format gives messages of a role and its content; one way leads from these t
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
@@ -26,10 +27,22 @@ from dora_vl.data.example import (
     turns_of,
     with_letters,
 )
-from dora_vl.data.names import KNOWN, MEDIUM, UNREAD, is_nothing, losing, plain_name
+from dora_vl.data.names import KNOWN, MEDIUM, UNREAD, is_nothing, losing, parsed, plain_name
 from dora_vl.data.names import ROLES as COLUMNS
 from dora_vl.data.pictures import picture_name
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Role, Turn, arrange
+from dora_vl.data.turns import (
+    CALLS,
+    END_THINK,
+    IMAGE_PLACEHOLDER,
+    KWARGS,
+    THINK,
+    TOOLS,
+    VIDEO_PLACEHOLDER,
+    Clip,
+    Role,
+    Turn,
+    arrange,
+)
 from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, NO_SAMPLE, ON_THE_WEB, BadSample, UserError, shown, shown_names
 
 ROLES: Mapping[str, Role] = {
@@ -40,7 +53,18 @@ ROLES: Mapping[str, Role] = {
     "assistant": "assistant",
     "model": "assistant",
     "gpt": "assistant",
+    "tool_call": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "tool_response": "tool",
+    "observation": "tool",
 }
+CALLING = ("tool_call", "function_call")
+"""The content of a turn from one of these is the call of a tool (ms-swift, LLaMA-Factory)."""
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+RESULT = ("name", "tool_call_id")
+OF_ROLE: Mapping[Role, frozenset[str]] = {"assistant": frozenset((*THOUGHTS, CALLS)), "tool": frozenset(RESULT)}
+"""A turn of these roles may hold these keys besides `TURN_KEYS`."""
 TEXT_PARTS = ("text", "input_text", "output_text")
 PICTURE_PARTS = ("image", "image_url", "input_image")
 PAYLOADS = ("image", "image_url", "url", "path", "bytes", "data")
@@ -62,7 +86,9 @@ TURN_KEYS = {who: OWN_MEDIA | {who, what} for who, what in (("role", "content"),
 ASKING, REPLYING = ("user", "human", "question"), ("assistant", "gpt", "answer")
 """A round may be one object with these keys (The Cauldron, ms-swift)."""
 TRAINED = ("train", "train_on_turn", "loss", "weight")
-"""These keys mark whether a turn is trained. Every answer is and nothing else, so other marks are refused."""
+"""These keys mark whether a turn is trained. Only an answer can be, wholly or not at all; other marks are refused."""
+_RESULTS = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
+"""Hermes' tools answer in tags, which templates write by themselves."""
 _TAGS = re.compile(r"<(?:img>(.*?)</img>|bbox>|ref-object>|audio>(?!.*</audio>))", re.DOTALL)
 """Qwen names a picture in its text; ms-swift marks places for what stands in other columns."""
 
@@ -84,7 +110,9 @@ def read_conversation(messages: Sequence[object], row: Row, sample_id: str, *, s
         UnreadKey: if that is `strict`.
     """
     conversation = _Conversation(row, sample_id, strict)
-    turns = [conversation.turn(message, number) for number, message in enumerate(messages, 1)]
+    for number, message in enumerate(messages, 1):
+        conversation.add(message, number)
+    turns = conversation.turns
     if not is_nothing(row.get("system")):
         system = Turn("system", _text(row["system"], "system", sample_id))
         first = turns[0].text.strip() if turns and turns[0].role == "system" else None
@@ -93,9 +121,12 @@ def read_conversation(messages: Sequence[object], row: Row, sample_id: str, *, s
             raise BadSample(sample_id, reason)
         turns = turns if first else [system, *(turns if first is None else turns[1:])]
     videos = tuple(conversation.clips + conversation.clips_left)
-    images, arranged = arrange(sample_id, conversation.all_images(), turns, videos)
+    images, (first_turn, *others) = arrange(sample_id, conversation.all_images(), turns, videos)
+    beside = _template_arguments(row, first_turn.text, sample_id)
+    arranged = (replace(first_turn, more=_json(beside, sample_id)) if beside else first_turn, *others)
+    texts = (turn.text + turn.more for turn in arranged)
     try:
-        "".join([sample_id, *images, *(clip.path for clip in videos), *(turn.text for turn in arranged)]).encode()
+        "".join([sample_id, *images, *(clip.path for clip in videos), *texts]).encode()
     except UnicodeEncodeError:
         raise BadSample(sample_id, "its text holds half of a surrogate pair, which is no character") from None
     scored = row.get("scored")
@@ -123,6 +154,7 @@ class _Conversation:
         self._left = list(range(len(self._beside)))
         self._images: list[str] = []
         self._tagged = 0
+        self.turns: list[Turn] = []
         self.clips: list[Clip] = []
         self.clips_left = [_read_clip(value, "videos", sample_id) for value in _listed(row.get("videos"))]
 
@@ -134,10 +166,14 @@ class _Conversation:
             raise BadSample(self._id, f"its text names pictures in <img>, and it has {more} more beside it")
         return images
 
-    def turn(self, message: object, number: int) -> Turn:
-        """Returns one turn, `<image>` where a part is a picture, `<video>` where it is a video."""
+    def add(self, message: object, number: int) -> None:
+        """Reads one turn, `<image>` where a part is a picture, `<video>` where it is a video.
+
+        A call in a turn of its own joins the answer before it.
+        """
         if isinstance(message, Turn):
-            return replace(message, text=self._words(message.text))
+            self.turns.append(replace(message, text=self._words(message.text)))
+            return
         if not isinstance(message, Mapping):
             raise BadSample(self._id, f"turn {number} must be an object of role and text, got {shown(message)}")
         who, what = ("from", "value") if message.get("role") is None and "from" in message else ("role", "content")
@@ -145,10 +181,45 @@ class _Conversation:
         if role is None:
             roles = "'human', 'gpt' and 'system'" if who == "from" else "system, user and assistant"
             raise BadSample(self._id, f"turn {number} has {who!r} {shown(speaker)}; only {roles} are known")
-        if (len(message) > 2 or what not in message) and self._strict and not TURN_KEYS[who].issuperset(message):
-            self._refuse_unread(message, message, TURN_KEYS[who], answers=role == "assistant")
-        if len(message) == 2 or OWN_MEDIA.isdisjoint(message):
-            return Turn(role, self._content(message, what, number))
+        if len(message) == 2 and what in message and role != "tool" and speaker not in CALLING:  # what most of them are
+            self.turns.append(Turn(role, self._content(message, what, number)))
+            return
+        read = TURN_KEYS[who] | OF_ROLE.get(role, frozenset())
+        if self._strict and not read.issuperset(message):
+            self._refuse_unread(message, message, read, answers=role == "assistant")
+        marks = {bool(mark) for key in TRAINED if not is_nothing(mark := message.get(key))}
+        if len(marks) > 1:
+            raise BadSample(self._id, f"turn {number} is marked to be trained and not to be")
+        more = {key: message[key] for key in RESULT if role == "tool" and not is_nothing(message.get(key))}
+        calls = message.get(what) if speaker in CALLING else message.get(CALLS) if role == "assistant" else None
+        if not is_nothing(parsed(calls)):
+            more = {CALLS: [_call(call, self._id) for call in _in_list(calls)]}
+        text = "" if speaker in CALLING else self._said(message, what, number, role)
+        is_trained = role != "assistant" or False not in marks
+        if speaker in CALLING and self.turns and self.turns[-1].role == "assistant":
+            before = self.turns.pop()
+            if before.is_trained != is_trained:
+                raise BadSample(self._id, f"turn {number} calls a tool, and the answer before it is trained otherwise")
+            text, more[CALLS] = before.text, [*before.fields.get(CALLS, ()), *more.get(CALLS, ())]
+        more_text = _json(more, self._id) if more else ""
+        self.turns.append(Turn(role, text, more=more_text, is_trained=is_trained))
+
+    def _said(self, message: Mapping[str, object], what: str, number: int, role: Role) -> str:
+        """Returns a turn's text: thoughts in front, and what is a tool's result without Hermes' tags."""
+        content = message.get(what)
+        if role == "tool" and isinstance(content, Mapping):
+            return self._words(_json(content, self._id))
+        if role == "tool" and isinstance(content, str) and (results := _RESULTS.fullmatch(content)):
+            return self._words(results[1])
+        if role != "assistant":
+            return self._with_media(message, what, number)
+        silent = is_nothing(content) and not is_nothing(parsed(message.get(CALLS)))
+        return _with_thoughts("" if silent else self._with_media(message, what, number), message, self._id)
+
+    def _with_media(self, message: Mapping[str, object], what: str, number: int) -> str:
+        """Returns a turn's text with the places of its own pictures and videos."""
+        if OWN_MEDIA.isdisjoint(message):
+            return self._content(message, what, number)
         # What is the turn's own is taken before what stands beside the conversation; without a place it comes first.
         pictures, clips = len(self._images), len(self.clips)
         own_pictures, own_videos = (
@@ -170,7 +241,7 @@ class _Conversation:
         if not {*own}.isdisjoint(self._left) or len(self.clips) < clips + len(own_clips):
             count = len(own) + len(own_clips)
             raise BadSample(self._id, f"turn {number} has {count} pictures and videos, and fewer places in its text")
-        return Turn(role, text)
+        return text
 
     def _content(self, message: Mapping[str, object], what: str, number: int) -> str:
         content = message.get(what)
@@ -196,9 +267,10 @@ class _Conversation:
                     self._refuse_unread(message, value, BESIDE["images"], f"{path}{key}.")
                 continue
             if key in TRAINED:
-                if value in (0, 1) and bool(value) == answers:
+                if value in (0, 1) and (answers or not value):
                     continue
-                raise UnreadKey(message, f"{path}{key}", "every answer is trained, and nothing else")
+                what = "an answer is trained wholly or not, by 1 or 0" if answers else "only answers are trained"
+                raise UnreadKey(message, f"{path}{key}", what)
             loss = losing(key, value, unknown=True)
             if loss is not None or path:
                 raise UnreadKey(message, f"{path}{loss[0] if loss else key}", loss[1] if loss else UNREAD)
@@ -265,6 +337,70 @@ class _Conversation:
 
     def _picture(self, value: object, key: str) -> str:
         return picture_name(value, key, self._id, self.image_bytes)
+
+
+def _in_list(value: object) -> Sequence[Any]:
+    """Returns what a column or a message holds as a list, or as JSON of one, or of one entry, without nulls."""
+    value = _without_nulls(parsed(value))
+    return [parsed(entry) for entry in value] if isinstance(value, list) else [value]
+
+
+def _json(value: object, sample_id: str) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        raise BadSample(sample_id, f"{shown(value)} cannot be written as JSON") from None
+
+
+def _with_thoughts(text: str, message: Row, sample_id: str) -> str:
+    """Returns an answer's text with what the message holds as thoughts in front."""
+    thoughts = {_text(message[key], key, sample_id).strip() for key in THOUGHTS if not is_nothing(message.get(key))}
+    if not thoughts:
+        return text
+    thought, *others = thoughts
+    if others or END_THINK in thought or THINK in text:
+        raise BadSample(sample_id, f"an answer has thoughts twice: {shown_names(THOUGHTS)}, or {THINK} in its text")
+    return f"{THINK}\n{thought}\n{END_THINK}\n\n{text}"
+
+
+def _call(call: object, sample_id: str) -> dict[str, object]:
+    """Returns a tool's call as transformers' templates take it, its arguments an object."""
+    fields = call if isinstance(call, Mapping) else {}
+    function = parsed(fields.get("function", fields))
+    named = function if isinstance(function, Mapping) else {}
+    arguments = named.get("arguments")
+    arguments = {} if is_nothing(arguments) else parsed(arguments)
+    is_whole = isinstance(named.get("name"), str) and bool(named["name"]) and isinstance(arguments, dict)
+    unread = {*named, *fields} - {"id", "type", "index", "function", "name", "arguments"}
+    if not is_whole or unread or fields.get("type", "function") != "function":
+        reason = "a tool's call must hold the 'name' of a function and 'arguments', an object"
+        raise BadSample(sample_id, f"{reason}, got {shown(call)}")
+    about = {"id": fields["id"]} if "id" in fields else {}
+    return {"type": "function", **about, "function": {"name": named["name"], "arguments": arguments}}
+
+
+def _template_arguments(row: Row, first: str, sample_id: str) -> dict[str, object]:
+    """Returns the row's tools and its chat template's arguments, where it has some.
+
+    Tools that the system turn says already, in `<tools>` (Hermes), are left to it.
+    """
+    beside: dict[str, object] = {}
+    if not is_nothing(parsed(row.get(TOOLS))):
+        tools = [
+            tool if isinstance(tool, Mapping) and "function" in tool else {"type": "function", "function": tool}
+            for tool in _in_list(row[TOOLS])
+        ]
+        functions = [tool["function"] for tool in tools]
+        names = [function.get("name") if isinstance(function, Mapping) else None for function in functions]
+        if not all(isinstance(name, str) and name for name in names):
+            raise BadSample(sample_id, f"'tools' must be a list of functions with names, got {shown(row[TOOLS])}")
+        if "<tools>" not in first or not all(str(name) in first for name in names):
+            beside[TOOLS] = tools
+    if not is_nothing(row.get(KWARGS)):
+        beside[KWARGS] = arguments = _without_nulls(parsed(row[KWARGS]))
+        if not isinstance(arguments, dict):
+            raise BadSample(sample_id, f"{KWARGS!r} must be an object, got {shown(arguments)}")
+    return beside
 
 
 def _listed(value: object) -> Sequence[object]:
@@ -377,11 +513,13 @@ def _rejected(value: object, sample_id: str) -> tuple[str, ...]:
         texts = [*value]
     else:
         message = value[-1] if isinstance(value, list) and value else value
-        if isinstance(message, Mapping):
-            message = message.get("content", message.get("value"))
-        if isinstance(message, list):  # parts
-            message = "".join(str(part.get("text", "")) for part in message if isinstance(part, Mapping))
-        texts = [_text(message, "rejected", sample_id)]
+        fields = message if isinstance(message, Mapping) else {}
+        if not is_nothing(fields.get(CALLS)) or fields.get("from", fields.get("role")) in CALLING:
+            raise BadSample(sample_id, "its rejected answer calls a tool; preferences compare texts alone")
+        text = fields.get("content", fields.get("value")) if fields else message
+        if isinstance(text, list):  # parts
+            text = "".join(str(part.get("text", "")) for part in text if isinstance(part, Mapping))
+        texts = [_with_thoughts(_text(text, "rejected", sample_id), fields, sample_id)]
     if not all(text.strip() for text in texts):
         raise BadSample(sample_id, "its rejected answer is empty", EMPTY_ANSWER)
     return tuple(texts)
@@ -537,6 +675,8 @@ MESSAGES: Mapping[str, Callable[[Row, str], Sequence[object]]] = {
     "captions": lambda row, sample_id: _round(row.get("question", ""), _answer(row["caption"], sample_id, "caption")),
 }
 """Each format has a function that makes messages of a row's fields."""
+CONVERSATIONAL = ("conversations", "messages", "prompt/completion")
+"""In these formats an answer beside messages ends them (TRL's and ms-swift's `solution`)."""
 
 
 def id_of(row: Row, number: int = 0, columns: Columns = USUAL) -> str:
@@ -573,9 +713,15 @@ def read_fields(resolved: Resolved, sample_id: str) -> Example:
             "such as {headline: question}, data.ask the question of all rows",
         )
     try:
+        if "answer" in fields and resolved.format.name in CONVERSATIONAL:
+            fields = {**fields, "completion": _answer(fields["answer"], sample_id)}
         example = read_conversation(MESSAGES[resolved.format.name](fields, sample_id), fields, sample_id)
         rejected = _rejected(fields["rejected"], sample_id) if resolved.format.name == PREFERENCES else ()
-        if rejected and example.turns[-1].text.strip() in {text.strip() for text in rejected}:
+        last, is_compared = example.turns[-1], resolved.format.name in (PREFERENCES, JUDGED)
+        if is_compared and (last.more or not last.is_trained):
+            reason = "its last answer calls a tool or is not to be trained; preferences compare texts alone"
+            raise BadSample(sample_id, reason)
+        if rejected and last.text.strip() in {text.strip() for text in rejected}:
             raise BadSample(sample_id, "its rejected answer is the chosen one")
         is_judged = resolved.format.name == JUDGED
         return replace(example, rejected=rejected, is_good=bool(fields["judged"]) if is_judged else None)

@@ -34,13 +34,18 @@ from dora_vl.files import unfinished
 
 _log = logging.getLogger(__name__)
 
-TABLE_VERSION = 11
+TABLE_VERSION = 12
 """Part of the cache's key: raise it when columns or their meaning change."""
 ROWS_A_BATCH = 4096
 CHARACTERS_A_BATCH = 1 << 25  # Arrow's string offsets are 32 bits; a batch stays far below
 
 _CLIP = pa.struct([("path", pa.string()), ("start_seconds", pa.float64()), ("end_seconds", pa.float64())])
-_TURN = pa.struct([("role", pa.string()), ("text", pa.string()), ("input_characters", pa.int32())])
+_TURN = pa.struct(
+    [
+        *(("role", pa.string()), ("text", pa.string()), ("input_characters", pa.int32())),
+        *(("more", pa.string()), ("is_trained", pa.bool_())),
+    ]
+)
 _SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -152,7 +157,7 @@ def _batches(data: DataFiles, columns: Columns) -> Iterator[list[dict[str, Any]]
                 "turns": [vars(turn) for turn in example.turns],
                 "rejected": example.rejected,
                 "is_good": example.is_good,
-                "length": sum(len(turn.text.split()) for turn in example.turns),
+                "length": sum(len(f"{turn.text} {turn.more}".split()) for turn in example.turns),
                 "held_pictures": [{"name": name, "content": content} for name, content in new.items()],
                 "doubts": doubts_of(record, example, reader.format, columns),
                 "asked": _hash(f"{words}\0{media}") if words else None,
@@ -176,7 +181,7 @@ def characters_of(row: Example | BadSample) -> int:
     """Characters and bytes that a row holds."""
     if isinstance(row, BadSample):
         return len(row.reason)
-    texts = (row.id, *row.images, *(clip.path for clip in row.videos), *(turn.text for turn in row.turns))
+    texts = (row.id, *row.images, *(clip.path for clip in row.videos), *(turn.text + turn.more for turn in row.turns))
     return sum(map(len, texts)) + sum(map(len, row.image_bytes.values()))
 
 

@@ -7,10 +7,11 @@ Source of the rules: LLaVA c121f04, `llava/train/train.py` (`preprocess_multimod
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AllowInfNan, Strict
 
@@ -22,12 +23,21 @@ VIDEO_PLACEHOLDER = "<video>"
 THINK, END_THINK = "<think>", "</think>"
 """These enclose the thoughts that an answer begins with."""
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 Number = Annotated[float, Strict(), AllowInfNan(False)]
 """A number of a JSON record must be finite and no text."""
 
-SPEAKERS: Mapping[Role, str] = {"system": "system", "user": "human", "assistant": "gpt"}
-"""LLaVA's JSON calls the roles so."""
+SPEAKERS: Mapping[Role, str] = {"system": "system", "user": "human", "assistant": "gpt", "tool": "tool"}
+"""LLaVA's JSON calls the roles so; a tool keeps its name."""
+FOLLOWERS: Mapping[Role | None, tuple[Role, ...]] = {
+    None: ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("tool", "assistant"),
+}
+"""The roles whose turns may follow one of each role; none stands before the first turn."""
+TOOLS, KWARGS, CALLS = "tools", "chat_template_kwargs", "tool_calls"
+"""The first turn of a conversation has the first two among its `fields`, where its row has them; answers the third."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +54,21 @@ class Turn:
     """One utterance; `text` holds `<image>` at each place where a picture goes, `<video>` where a video does.
 
     Its last `input_characters` are an instruction's input, which a line break parts from the instruction. Prompts that
-    were published for instructions have a place for each; all others take the text as it stands.
+    were published for instructions have a place for each; all others take the text as it stands. `more` is JSON of
+    what else a chat template gets: `tool_calls` of an answer, `name` and `tool_call_id` of a tool's result, and in the
+    first turn the conversation's `tools` and `chat_template_kwargs`. An answer that is not trained stands in prompts.
     """
 
     role: Role
     text: str
     input_characters: int = 0
+    more: str = ""
+    is_trained: bool = True
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What `more` holds."""
+        return json.loads(self.more) if self.more else {}
 
     @property
     def instruction(self) -> str:
@@ -67,13 +86,13 @@ def arrange(
 ) -> tuple[tuple[str, ...], tuple[Turn, ...]]:
     """Returns the pictures in the order of their places, and the turns with a place for each picture and video.
 
-    Turns alternate, begin with the user and end with an answer; a system turn may stand before them. A first turn from
-    the assistant is dropped, as the original does. With one picture its placeholder moves to the front of its turn,
-    followed by a newline (the published normalisation); with several every placeholder stays where it is, because
-    moving them would lose which picture the text speaks of. Where no turn has a placeholder, the pictures come before
-    the first question. The original folds repeated placeholders of one turn into one; here any other count than that of
-    the pictures is an error. Videos have `<video>`, which stays where it is, or go before the first question; where a
-    sample has no picture, `<image>` may stand for them, as in LLaVA-Video's sets.
+    Turns alternate, begin with the user and end with an answer; tools may stand for the user, and a system turn before
+    all. A first turn from the assistant is dropped, as the original does. With one picture its placeholder moves to the
+    front of its turn, followed by a newline (the published normalisation); with several every placeholder stays where
+    it is, because moving them would lose which picture the text speaks of. Where no turn has a placeholder, the
+    pictures come before the first question. The original folds repeated placeholders of one turn into one; here any
+    other count than that of the pictures is an error. Videos have `<video>`, which stays where it is, or go before the
+    first question; where a sample has no picture, `<image>` may stand for them, as in LLaVA-Video's sets.
     """
     system = [turn for turn in turns[:1] if turn.role == "system"]
     conversation = [*turns[len(system) :]]
@@ -107,7 +126,9 @@ def arrange(
             raise BadSample(sample_id, reason, f"placeholders differ from {kind}")
     if len(images) == 1 and not videos:
         conversation = [
-            Turn(turn.role, placeholder_first(turn.text)) if IMAGE_PLACEHOLDER in turn.text else turn
+            replace(turn, text=placeholder_first(turn.text), input_characters=0)
+            if IMAGE_PLACEHOLDER in turn.text
+            else turn
             for turn in conversation
         ]
     return tuple(images), (*system, *conversation)
@@ -120,16 +141,29 @@ def _places(placeholder: str, system: Sequence[Turn], conversation: Sequence[Tur
 def _check_order(conversation: Sequence[Turn], sample_id: str) -> None:
     if not conversation:
         raise BadSample(sample_id, "it has no question: its only turn is from 'gpt' or 'system'")
-    for number, turn in enumerate(conversation):
-        if turn.role == "system":
-            raise BadSample(sample_id, "a system turn stands among the others; it must be the first, and one")
-        if turn.role != ("assistant" if number % 2 else "user"):
-            raise BadSample(sample_id, f"two turns in a row are from the {turn.role}; human and gpt must alternate")
-        if turn.role == "assistant" and not turn.text.replace(IMAGE_PLACEHOLDER, "").strip():
-            reason = f"answer {number // 2 + 1} of {(len(conversation) + 1) // 2} is empty"
-            raise BadSample(sample_id, reason, EMPTY_ANSWER)
-    if conversation[-1].role == "user":
+    if reason := out_of_order(conversation):
+        raise BadSample(sample_id, reason)
+    answers = [turn for turn in conversation if turn.role == "assistant"]
+    for number, turn in enumerate(answers, 1):
+        if not turn.more and not turn.text.replace(IMAGE_PLACEHOLDER, "").strip():
+            raise BadSample(sample_id, f"answer {number} of {len(answers)} is empty", EMPTY_ANSWER)
+    if conversation[-1].role != "assistant":
         raise BadSample(sample_id, "its last question has no answer", NO_ANSWER)
+    if not any(turn.is_trained for turn in answers):
+        raise BadSample(sample_id, "none of its answers is to be trained on", NO_ANSWER)
+
+
+def out_of_order(conversation: Sequence[Turn]) -> str | None:
+    """Says which turn behind a system turn follows one that it must not follow; None where all are in order."""
+    before: Role | None = None
+    for turn in conversation:
+        if turn.role == "system":
+            return "a system turn stands among the others; it must be the first, and one"
+        if turn.role not in FOLLOWERS[before]:
+            where = f"behind one of the {before}" if before else "first"
+            return f"a turn of the {turn.role} stands {where}; human, or a tool, and gpt must alternate, human first"
+        before = turn.role
+    return None
 
 
 _NUMBERED_PLACE = re.compile(r"<(\|?)image[ _]?(\d{1,3})\1>")

@@ -21,7 +21,6 @@ from typing import Any
 from dora_vl.data.columns import USUAL, Columns
 from dora_vl.data.containers import find_files
 from dora_vl.data.example import FIELDS, Example, iterate_examples
-from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError, shown
 from dora_vl.evaluation.baselines import right_text
 from dora_vl.evaluation.questions import (
@@ -192,7 +191,7 @@ def with_choices(example: Example, suffix: str) -> Example:
     if letter in ascii_uppercase[: len(choices)]:
         extra["correct"] = ascii_uppercase.index(letter)
     if suffix not in text:
-        turn = Turn("user", f"{text.rstrip()}\n{suffix}")
+        turn = replace(turn, text=f"{text.rstrip()}\n{suffix}")
     return replace(example, choices=choices, extra=extra, turns=(*example.turns[:-1], turn))
 
 

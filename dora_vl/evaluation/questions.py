@@ -44,6 +44,8 @@ def kind_of(example: Example) -> str | None:
 def last_round(conversation: Example) -> Example:
     """Returns the last round of a conversation as an example; earlier rounds keep their true answers."""
     *turns, answer = conversation.turns
+    if answer.more:
+        raise BadSample(conversation.id, "its last answer calls a tool, and scores compare texts")
     example = replace(conversation, turns=tuple(turns), answers=(Answer(text=answer.text),))
     return replace(example, question=text_asked(example))
 
@@ -64,7 +66,7 @@ def as_asked(example: Example, prompt: Prompt) -> Example:
     first = next((turn for turn in turns if turn.role == "user"), None)
     if example.videos and not any(VIDEO_PLACEHOLDER in turn.text for turn in turns):
         placeholders = f"{VIDEO_PLACEHOLDER}\n" * len(example.videos)
-        turns = [Turn("user", placeholders + turn.text) if turn is first else turn for turn in turns]
+        turns = [replace(turn, text=placeholders + turn.text) if turn is first else turn for turn in turns]
     return replace(example, turns=tuple(turns))
 
 

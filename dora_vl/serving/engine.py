@@ -274,7 +274,7 @@ class Engine:
         """
         entry, strength = self.model.entry(name), checked_strength(strength)
         if len(pictures) == 1 and not videos:  # as in training
-            turns = [Turn(turn.role, placeholder_first(turn.text)) for turn in turns]
+            turns = [replace(turn, text=placeholder_first(turn.text), input_characters=0) for turn in turns]
         positions, most = self.model.max_positions, self.settings.max_prompt_tokens
         allowed = min((limit for limit in (positions, most) if limit is not None), default=None)
         characters = sum(len(turn.text) for turn in turns)

@@ -25,7 +25,7 @@ from dora_vl.data.example import Example
 from dora_vl.data.picture_files import picture_facts
 from dora_vl.data.pictures import MediaFolder, path_inside, save_picture
 from dora_vl.data.readers import read_row
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, SPEAKERS, VIDEO_PLACEHOLDER
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, KWARGS, SPEAKERS, TOOLS, VIDEO_PLACEHOLDER
 from dora_vl.errors import BadSample, UserError, shown_names, shown_text
 from dora_vl.files import clear_leftovers, content_key, whole_folder
 from dora_vl.limited_process import JobFailed
@@ -230,7 +230,12 @@ class UsableRow:
             record["videos"] = videos
         if self.kind is not None:
             record["kind"] = self.kind
-        turns = [{"from": SPEAKERS[turn.role], "value": turn.text} for turn in conversation.turns]
+        turns: list[dict[str, object]] = []
+        for turn in conversation.turns:
+            more = turn.fields
+            record |= {name: more.pop(name) for name in (TOOLS, KWARGS) if name in more}
+            more |= {} if turn.is_trained else {"loss": False}
+            turns.append({"from": SPEAKERS[turn.role], "value": turn.text, **more})
         if conversation.rejected:
             *turns, chosen = turns
             record |= {"chosen": chosen, "rejected": list(conversation.rejected)}

@@ -7,6 +7,7 @@ rewritten once later turns follow.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -39,7 +40,16 @@ MARKS = (
     *("<|start|>", "<|end|>", "<|return|>", "<|channel|>", "<|message|>", "<|im_sep|>", "<|endoftext|>"),
     *("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>", "<|user|>", "<|assistant|>"),
     *("[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[THINK]", "[/THINK]"),
-    *("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"),
+    *("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>", "<|call|>", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]"),
+    *("[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
+    *(
+        "<｜tool▁call▁begin｜>",
+        "<｜tool▁call▁end｜>",
+        "<｜tool▁sep｜>",
+        "<｜tool▁output▁begin｜>",
+        "<｜tool▁output▁end｜>",
+    ),
+    *("<|turn>", "<turn|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>"),
 )
 """Special tokens of the language models."""
 
@@ -108,7 +118,7 @@ def encoder_with(name: str, thinking: bool | None) -> Encoder:
         processor = FAMILIES["qwen2_5_vl"].processor(words)
         processor.chat_template = template
     else:
-        words = tokenizer()
+        words = deepcopy(tokenizer())  # each keeps its template
         words.chat_template = template
         processor = PieceProcessor(words)
     prompts = prompts_of(

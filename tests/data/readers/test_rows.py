@@ -23,6 +23,7 @@ from dora_vl.data.example import Example
 from dora_vl.data.readers import read_row
 from dora_vl.data.stream import StreamSource
 from dora_vl.data.table import described, load_rows
+from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.questions import read_questions
 
@@ -50,11 +51,16 @@ WRITERS: Mapping[str, Callable[[Path, list[Mapping[str, object]]], object]] = {
 }
 
 
+def turn_parts(turn: Turn) -> list[Any]:
+    """A turn as `rows.jsonl` has it: role, text, what else it holds, and false where it is not trained."""
+    return [turn.role, turn.text, *([turn.fields] if turn.more else []), *([] if turn.is_trained else [False])]
+
+
 def parts(example: object) -> dict[str, Any]:
     """An example as `rows.jsonl` has it."""
     assert isinstance(example, Example)
     videos = [[clip.path, clip.start_seconds, clip.end_seconds] for clip in example.videos]
-    turns = [[turn.role, turn.text] for turn in example.turns]
+    turns = [turn_parts(turn) for turn in example.turns]
     return {"images": list(example.images), **({"videos": videos} if videos else {}), "turns": turns}
 
 
@@ -83,7 +89,7 @@ def test_a_row_is_what_is_written_for_every_reader(tmp_path: Path, case: dict[st
             (question,), _ = read_questions(path, columns=columns)
             assert parts(table[0]) == parts(stream.first_rows[0]) == expected
             *turns, answer = expected["turns"]
-            assert ([[turn.role, turn.text] for turn in question.turns], question.answers[0].text) == (turns, answer[1])
+            assert ([turn_parts(turn) for turn in question.turns], question.answers[0].text) == (turns, answer[1])
             continue
         with pytest.raises(UserError):
             load_rows(str(path), cache_folder=tmp_path / "cache", columns=columns)

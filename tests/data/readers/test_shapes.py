@@ -1,10 +1,11 @@
 """Every shape of `shapes.jsonl` is read right, or stops with the settings that settle it and is then read right.
 
-A shape is a row with its pictures, videos and turns. One that is refused has its `remedy`, the settings that the error
-names, and what it is with them; what no setting helps has the kind of its `BadSample`. A preference has its `rejected`
-answers or whether its answer `is_good`, and `alone`, settings that leave these out. `of` says where it is from:
-published examples are those of LLaMA-Factory (data/README.md and its demos), ms-swift (Custom-dataset.md) and TRL
-(dataset_formats.md), published sets have their columns; `bookkeeping` has nothing else beside known columns.
+A shape is a row with its pictures, videos and turns (as `test_rows` writes them). One that is refused has its `remedy`,
+the settings that the error names, and what it is with them; what no setting helps has the kind of its `BadSample`. A
+preference has its `rejected` answers or whether its answer `is_good`, and `alone`, settings that leave these out. `of`
+says where it is from: published examples are those of LLaMA-Factory (data/README.md and its demos), ms-swift (Custom-
+dataset.md) and TRL (dataset_formats.md), published sets have their columns; `bookkeeping` has nothing else beside known
+columns.
 
 `files.jsonl` holds files that were written without looking at the reader: each opens, with the pictures and turns of
 its first row, stops, or has a bad first row, and says why.
@@ -24,6 +25,7 @@ from dora_vl.data.columns import USUAL, Columns, ColumnsError
 from dora_vl.data.containers import find_files
 from dora_vl.data.readers import RowReader, read_row
 from dora_vl.errors import BadSample, UserError
+from tests.data.readers.test_rows import turn_parts
 
 SHAPES = [
     json.loads(line) for line in Path(__file__).with_name("shapes.jsonl").read_text(encoding="utf-8").splitlines()
@@ -43,7 +45,7 @@ def outcome(row: dict[str, Any], columns: Columns = USUAL) -> dict[str, Any]:
     videos = {"videos": [clip.path for clip in example.videos]} if example.videos else {}
     rejected = {"rejected": [*example.rejected]} if example.rejected else {}
     judged = {} if example.is_good is None else {"is_good": example.is_good}
-    turns = [[turn.role, turn.text] for turn in example.turns]
+    turns = [turn_parts(turn) for turn in example.turns]
     return {"images": [*example.images], **videos, "turns": turns, **rejected, **judged}
 
 
@@ -106,7 +108,7 @@ def first_row(path: Path) -> dict[str, Any]:
         return {"is": "stop"}
     if isinstance(first, BadSample):
         return {"is": "bad"}
-    return {"is": "open", "turns": [[turn.role, turn.text] for turn in first.turns], "images": [*first.images]}
+    return {"is": "open", "turns": [*map(turn_parts, first.turns)], "images": [*first.images]}
 
 
 def test_files_written_without_looking_at_the_reader(tmp_path: Path) -> None:
@@ -116,7 +118,7 @@ def test_files_written_without_looking_at_the_reader(tmp_path: Path) -> None:
     assert len(FILES) >= 120
 
 
-MESSAGES = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "train": False}]}
+MESSAGES = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "train": 0.5}]}
 
 
 def test_a_key_of_a_message_ends_the_run_by_file_row_and_setting() -> None:
