@@ -27,11 +27,11 @@ from dora_vl.files import Kernel
 Decayed = Literal["matrices", "all_but_biases"]
 """Names what weight decay acts on."""
 LossName = Literal[
-    "sft", "dpo", "hinge", "ipo", "kto", "bco", "apo_zero", "apo_down", "orpo", "simpo", "cpo"
+    "sft", "dpo", "hinge", "ipo", "kto", "bco", "apo_zero", "apo_down", "orpo", "simpo", "cpo", "anchor"
 ]  # the names of heads.preferences.LOSSES
 WITHOUT_REFERENCE = frozenset[LossName]({"sft", "orpo", "simpo", "cpo"})
 """These losses need no log-probabilities of the model as it was when training began."""
-OF_SINGLE_ANSWERS = frozenset[LossName]({"sft", "kto", "bco", "apo_zero"})
+OF_SINGLE_ANSWERS = frozenset[LossName]({"sft", "kto", "bco", "apo_zero", "anchor"})
 """These losses need no pairs: each answer is good or bad by itself."""
 Task = Literal["llava", "image_text", "commonsense", "vlbart"]
 Files = str | tuple[str | TrainFile, ...]
@@ -218,11 +218,15 @@ class ObjectiveConfig:
     loss: LossName | Mapping[LossName, float] = "sft"
     """sft learns answers word by word. Rejected answers beside chosen ones take dpo, hinge, ipo, apo_down, kto, bco,
     apo_zero; or simpo, cpo and orpo, which need no reference. Answers that a flag calls good or bad take kto, bco and
-    apo_zero. A mapping is a weighted sum, such as {dpo: 0.8, bco: 0.2, sft: 1}."""
+    apo_zero. A mapping is a weighted sum, such as {dpo: 0.8, bco: 0.2, sft: 1}; anchor in one keeps chosen answers
+    likely."""
     beta: float = 0.1
     """How close the model stays to the one that training began with; ipo takes some 0.01, simpo 2 to 10."""
     margin: float = 0.5
     """simpo: how much better the chosen answer is to be."""
+    exchange_pictures: bool = False
+    """Takes the chosen answer about another picture of the data for a further rejected answer, so that the model looks;
+    with the losses {dpo: 1, anchor: 1} that is mDPO. cpo and orpo do not take it."""
 
     @property
     def weights(self) -> Mapping[LossName, float]:
@@ -360,6 +364,7 @@ _MEDIA = _fields(
     data="image_folder video_folder follow_links as_published video_frames video_fps cache_features feature_cache "
     "max_pixels_per_step",
     evaluation="file image_folder answer_after exchange_pictures",
+    objective="exchange_pictures",
 )
 FIELDS: Mapping[Task, frozenset[str]] = {
     "llava": _TEXT | _MEDIA | _fields(model="compose image_aspect"),

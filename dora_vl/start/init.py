@@ -234,6 +234,8 @@ class UsableRow:
         if conversation.rejected:
             *turns, chosen = turns
             record |= {"chosen": chosen, "rejected": list(conversation.rejected)}
+        if conversation.rejected_images:
+            record["rejected_images"] = list(conversation.rejected_images)
         if conversation.is_good is not None:
             record["label"] = conversation.is_good
         return {**record, "conversations": turns}

@@ -47,6 +47,7 @@ from dora_vl.evaluation.test import (
 )
 from dora_vl.heads.preferences import Scale
 from dora_vl.report.batch import TokenText
+from dora_vl.run.arguments import order_seed
 from dora_vl.run.base import (
     DECODER,
     VideoReading,
@@ -67,7 +68,7 @@ from dora_vl.run.settings import WITHOUT_REFERENCE, foreign_fields
 from dora_vl.run.watched import Watch, evenly
 from dora_vl.training.parts import core_config
 from dora_vl.training.pipeline import LossModel, NextTokenLoss, Pipeline, PreferenceLoss, TrainingData
-from dora_vl.training.reference import Reference
+from dora_vl.training.reference import Reference, draws_in_training
 from dora_vl.training.run_samples import RowEncoder, RunSamples, stored_outputs
 
 logger = logging.getLogger(__name__)
@@ -137,8 +138,9 @@ class DecoderPipeline(Pipeline):
 
     def _most_pixels(self, arguments: TrainingArguments) -> int | None:
         """Returns a sample's share of `data.max_pixels_per_step`; None: no limit."""
-        most = self.config.data.max_pixels_per_step
-        return None if most is None else most // arguments.per_device_train_batch_size
+        config = self.config
+        lists = (1 + self.samples(arguments).shows_others(config.objective)) * arguments.per_device_train_batch_size
+        return None if (most := config.data.max_pixels_per_step) is None else most // lists
 
     def samples(self, arguments: TrainingArguments) -> RunSamples:
         """The run's data, read at the first call."""
@@ -221,7 +223,8 @@ class DecoderPipeline(Pipeline):
 
     def _rows(self, arguments: TrainingArguments, outputs: OutputStore | None = None) -> RowEncoder:
         data = self.config.data
-        compares = not self.config.objective.is_sft
+        objective = self.config.objective
+        compares = not objective.is_sft
         if not self.encoder.sees_pictures:
             return RowEncoder(encoder=self.encoder, compares=compares)
         same = self.samples(arguments).has_videos and self.encoder.videos_of_one_length
@@ -234,6 +237,7 @@ class DecoderPipeline(Pipeline):
             most_pixels=self._most_pixels(arguments),
             outputs=outputs,
             compares=compares,
+            exchange=order_seed(arguments) if objective.exchange_pictures else None,
         )
 
     def loss(self, backbone: Backbone[Any]) -> LossModel:
@@ -245,6 +249,7 @@ class DecoderPipeline(Pipeline):
                 objective=objective.weights,
                 scale=Scale(beta=objective.beta, margin=objective.margin),
                 reference=None if WITHOUT_REFERENCE.issuperset(objective.weights) else Reference(backbone.model),
+                keeps=not self.config.data.streaming and not draws_in_training(backbone.model),
             )
         return NextTokenLoss(backbone, step_tokens=self.config.optim.loss_normalisation == "step_tokens")
 

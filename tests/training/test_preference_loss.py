@@ -86,7 +86,7 @@ def result(loss: PreferenceLoss, batches: Sequence[dict[str, Any]]) -> tuple[flo
 
 
 def batch_of(encoder: Encoder, samples: Sequence[Sample], packing: Any) -> dict[str, Any]:
-    return inputs_of(Collator(encoder.pad_token_id, packing=packing)(samples))
+    return inputs_of(Collator(encoder.pad_token_id, packing=packing, compares=True)(samples))
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
@@ -151,7 +151,7 @@ def test_kto_measures_by_answers_to_other_prompts(packing: Any, encoder: Encoder
     reference, before = Reference(backbone.model), copy.deepcopy(backbone)
     disturb(backbone.model)
     samples = items(encoder)
-    batch = inputs_of(Collator(encoder.pad_token_id, packing=packing, unmatched=True)(samples))
+    batch = inputs_of(Collator(encoder.pad_token_id, packing=packing, compares=True, unmatched=True)(samples))
     assert batch["weights"].tolist() == [1, -1, 0, 1, -1, -1, 0, 1, -1, 0]
     loss = PreferenceLoss(backbone, objective={"kto": 1.0}, scale=Scale(beta=0.3), reference=reference)
     value = loss(**batch)["loss"].item()

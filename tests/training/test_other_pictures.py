@@ -1,0 +1,147 @@
+"""Pairs that look: the chosen answer under another picture, drawn or named by the data, is one more rejected answer."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dora_vl.backbones.encoder import open_encoder
+from dora_vl.data.batches import Collator
+from dora_vl.data.pictures import MediaFolder
+from dora_vl.data.samples import ConversationDataset, Sample
+from dora_vl.data.table import load_rows
+from dora_vl.data.video import FrameSampling
+from dora_vl.run.base import VideoReading
+from dora_vl.training.run_samples import RowEncoder
+from tests.training.test_preference_run import key_of, write_pairs
+from tests.training.tiny_run import (
+    assert_same_weights,
+    decoder_run,
+    logged,
+    skipped_by,
+    trained,
+    write_run,
+    write_tiny_llava,
+)
+
+MDPO = {"loss": {"dpo": 1.0, "anchor": 1.0}, "exchange_pictures": True, "beta": 0.5}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llava(tmp_path_factory.mktemp("base") / "base")
+
+
+def samples(base: Path, path: Path, seed: int | None = 3) -> ConversationDataset:
+    folder = MediaFolder(path.parent)
+    rows = RowEncoder(
+        encoder=open_encoder(str(base), max_tokens=256),
+        folder=folder,
+        videos=VideoReading(folder=folder, sampling=FrameSampling(frames=1)),
+        compares=True,
+        exchange=seed,
+    )
+    table = load_rows(str(path))
+    return rows.dataset(table, table.stored)
+
+
+def test_another_picture_is_drawn_by_seed_and_sample(base: Path, tmp_path: Path) -> None:
+    path = write_pairs(tmp_path / "data")
+    dataset, other = samples(base, path), samples(base, path, seed=4)
+    in_worker: ConversationDataset = pickle.loads(pickle.dumps(dataset))
+    drawn = []
+    for index in reversed(range(len(dataset))):
+        sample = dataset[index]
+        assert isinstance(sample, Sample)
+        chosen, rejected, exchanged = sample.rows()
+        assert [row.weight for row in (chosen, rejected, exchanged)] == [1, -1, -1]
+        assert [row.exchanged for row in (chosen, rejected, exchanged)] == [False, False, True]
+        assert chosen.media == rejected.media != exchanged.media
+        assert torch.equal(exchanged.labels[exchanged.labels >= 0], chosen.labels[chosen.labels >= 0])
+        assert not torch.equal(exchanged.inputs["pixel_values"], chosen.inputs["pixel_values"])
+        again = in_worker[index]
+        assert isinstance(again, Sample)
+        assert again.others[-1].media == exchanged.media
+        drawn.append((exchanged.media, other[index].others[-1].media))
+    assert len({media for media, _ in drawn}) > 8
+    assert sum(media == with_other_seed for media, with_other_seed in drawn) < 8
+
+
+def test_words_alone_get_none_and_the_batch_says_what_is_compared(base: Path, tmp_path: Path) -> None:
+    path = write_pairs(tmp_path / "data")
+    rows = json.loads(path.read_text())
+    del rows[1]["image"]
+    rows[2]["rejected_images"] = [rows[5]["image"]]
+    rows[2]["rejected"] = [rows[2]["rejected"], "white it"]
+    path.write_text(json.dumps(rows))
+    dataset = samples(base, path)
+    assert [len(dataset[index].rows()) for index in range(4)] == [3, 2, 3, 3]
+    named = dataset[2].rows()
+    assert [row.media for row in named] == [(rows[2]["image"],), (rows[5]["image"],), (rows[5]["image"],)]
+    assert not any(row.exchanged for row in named)
+    batch = Collator(0, packing="trees", compares=True)([dataset[index] for index in range(4)])
+    answers = batch["answers"]
+    assert answers["pairs"].T.tolist() == [[0, 1], [3, 4], [5, 6], [5, 7], [8, 9]]
+    assert answers["of_pictures"].T.tolist() == [[0, 2], [8, 10]]
+    assert answers["keys"][:5] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+
+
+def test_a_run_learns_to_look_and_stored_outputs_serve_it(tmp_path: Path, base: Path) -> None:
+    run_file = write_run(
+        tmp_path / "run.yaml",
+        base,
+        write_pairs(tmp_path / "data"),
+        objective=MDPO,
+        training={"learning_rate": 2e-2, "max_steps": 10, "per_device_train_batch_size": 6},
+    )
+    trees = trained(run_file, name="trees")
+    lines = logged(trees)
+    assert lines[0]["loss"] == pytest.approx(3 * 0.6931, abs=1e-3)
+    assert lines[0]["rewards/picture_margin"] == pytest.approx(0, abs=1e-6)
+    assert lines[-1]["rewards/picture_margin"] > 0.2
+    stored = trained(run_file, "--data.cache_features=true", name="stored")
+    plain = trained(run_file, "--data.packing=plain", "--data.group_by_modality_length=false", name="plain")
+    assert [line["loss"] for line in logged(stored)] == pytest.approx([line["loss"] for line in lines], rel=1e-3)
+    assert_same_weights(trees, stored, atol=5e-4)
+    assert logged(plain)[-1]["rewards/picture_margin"] > 0.2
+
+
+def test_answers_about_the_datas_own_other_pictures(tmp_path: Path, base: Path) -> None:
+    """ms-swift's `rejected_images`: what differs is the picture alone, of which some are missing."""
+    path = write_pairs(tmp_path / "data")
+    rows: list[dict[str, Any]] = json.loads(path.read_text())
+    swift = []
+    for number, row in enumerate(rows):
+        turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["chosen"]}]
+        images = {"images": [row["image"]], "rejected_images": [rows[number - 1]["image"]]}
+        swift.append({"messages": turns, **images})
+    swift[7]["rejected_images"] = ["nowhere.png"]
+    path.write_text(json.dumps(swift))
+    run_file = write_run(
+        tmp_path / "run.yaml",
+        base,
+        path,
+        data={"cache_features": True, "max_bad_share": 0.1},
+        objective={"loss": "dpo", "beta": 0.5},
+        training={"learning_rate": 2e-2, "max_steps": 10, "per_device_train_batch_size": 6},
+    )
+    folder = trained(run_file)
+    assert logged(folder)[-1]["rewards/margin"] > 0.2
+    (reason,) = skipped_by(folder).values()
+    assert "nowhere.png" in reason
+
+
+def test_where_nothing_could_be_compared_the_setting_is_refused(tmp_path: Path, base: Path) -> None:
+    path = write_pairs(tmp_path / "data")
+    run_file = write_run(tmp_path / "run.yaml", base, path, objective=MDPO)
+    assert key_of(decoder_run(run_file, "--objective.loss=orpo")) == "objective.exchange_pictures"
+    streamed = ("--data.streaming=true", "--data.group_by_modality_length=false")
+    assert key_of(decoder_run(run_file, *streamed)) == "objective.exchange_pictures"
+    rows = json.loads(path.read_text())
+    path.write_text(json.dumps([{**row, "image": rows[0]["image"]} for row in rows]))
+    assert key_of(decoder_run(run_file)) == "objective.exchange_pictures"
