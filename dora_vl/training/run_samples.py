@@ -89,9 +89,9 @@ class RowEncoder:
 
     def dataset(self, rows: Examples, stored: HeldPictures) -> ConversationDataset:
         """The samples of some rows, and of the pictures that they hold themselves."""
-        return ConversationDataset(rows, encode=partial(self.encode, rows=rows, stored=stored))
+        return ConversationDataset(rows, encode=partial(self.encode, stored=stored, rows=rows))
 
-    def encode(self, row: Example, rows: Examples, stored: HeldPictures) -> Encoded:
+    def encode(self, row: Example, stored: HeldPictures, rows: Examples = ()) -> Encoded:
         """A row's tensors, and beside them those of its answers about other pictures, drawn among `rows`."""
         encoded = [self._encode(part, stored) for part in self.parts(row, rows)]
         if self.exchange is not None and len(encoded) > 1 and not row.rejected_images:
