@@ -14,6 +14,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoProcessor
 
 from dora_vl.backbones.encoder import open_encoder
@@ -27,7 +28,8 @@ from tests.backbones.image_text_conversations import inputs_of
 from tests.training.test_preference_loss import EXAMPLES, PICTURES, disturb, items
 from tests.training.tiny_run import write_tiny_llava
 
-pytest.importorskip("trl", minversion="1.16")
+trl = pytest.importorskip("trl", minversion="1.16")
+cpo, orpo, kto = map(pytest.importorskip, ("trl.experimental.cpo", "trl.experimental.orpo", "trl.trainer.kto_trainer"))
 
 BETA, MARGIN = 0.3, 0.7
 LENGTHS = (3, 5, 2, 7, 1, 4)
@@ -66,11 +68,6 @@ def outputs_of(log_probs: torch.Tensor) -> Any:
 
 def theirs(name: str, log_probs: torch.Tensor, reference: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """A loss of TRL's from the log-probabilities of each token; the first three answers are preferred."""
-    from trl import DPOTrainer
-    from trl.experimental.cpo import CPOTrainer
-    from trl.experimental.orpo import ORPOTrainer
-    from trl.trainer.kto_trainer import KTOTrainer
-
     sums, tokens = log_probs.sum(1), torch.tensor(LENGTHS)
     of_tokens = -log_probs[:3].sum() / tokens[:3].sum()
     inputs: dict[str, Any] = {"input_ids": torch.ones_like(MASK).long(), "completion_mask": MASK.long()}
@@ -78,18 +75,18 @@ def theirs(name: str, log_probs: torch.Tensor, reference: torch.Tensor, others: 
     if name in OF_DPO_TRAINER:
         held = trainer(loss_types=[OF_DPO_TRAINER[name]])
         inputs |= {"ref_chosen_logps": reference[:3], "ref_rejected_logps": reference[3:]}
-        return DPOTrainer._compute_loss(held, lambda **_: outputs_of(log_probs), inputs, False)
+        return trl.DPOTrainer._compute_loss(held, lambda **_: outputs_of(log_probs), inputs, False)
     if name == "kto":
         held = trainer(loss_type="kto", calculate_KL=True)
         held._compute_kl_logps = lambda _, batch: others
         inputs |= {"label": torch.arange(6) < 3, "ref_logps": reference, "ref_KL_logps": reference}
-        return KTOTrainer._compute_loss(held, lambda **_: outputs_of(log_probs), inputs, False)
+        return kto.KTOTrainer._compute_loss(held, lambda **_: outputs_of(log_probs), inputs, False)
     if name == "orpo":
         means = sums / tokens
-        return of_tokens - ORPOTrainer.odds_ratio_loss(trainer(), means[:3], means[3:])[0].mean()
+        return of_tokens - orpo.ORPOTrainer.odds_ratio_loss(trainer(), means[:3], means[3:])[0].mean()
     values = sums / tokens if name == "simpo" else sums
     held = trainer(loss_type="simpo" if name == "simpo" else "sigmoid")
-    return CPOTrainer.cpo_loss(held, values[:3], values[3:])[0].mean() + (of_tokens if name == "cpo" else 0)
+    return cpo.CPOTrainer.cpo_loss(held, values[:3], values[3:])[0].mean() + (of_tokens if name == "cpo" else 0)
 
 
 @pytest.mark.parametrize("name", sorted(set(LOSSES) - {"anchor"}))
@@ -111,9 +108,6 @@ def test_loss_and_gradient_are_trls(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["dpo", "ipo", "bco"])
 def test_a_model_with_pictures_has_the_loss_that_trls_trainer_computes(name: str, tmp_path: Path) -> None:
-    from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
-
     base = write_tiny_llava(tmp_path / "base")
     encoder, backbone = open_encoder(str(base), max_tokens=512), open_backbone(str(base))
     parts = {"projector": projector_patterns(backbone.model)}
@@ -131,7 +125,7 @@ def test_a_model_with_pictures_has_the_loss_that_trls_trainer_computes(name: str
         prompt = encoder.prompts.render(example.turns[:-1], generation_prompt=True).text
         images = [PICTURES[picture] for picture in example.images]
         rows += [{"prompt": prompt, "chosen": chosen, "rejected": text, "images": images} for text in rejected]
-    arguments = DPOConfig(
+    arguments = trl.DPOConfig(
         output_dir=str(tmp_path / "trl"),
         beta=BETA,
         loss_type=[OF_DPO_TRAINER[name]],
@@ -143,7 +137,9 @@ def test_a_model_with_pictures_has_the_loss_that_trls_trainer_computes(name: str
         gradient_checkpointing=False,
     )
     processor: Any = AutoProcessor.from_pretrained(base)
-    held = DPOTrainer(model, before, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=processor)
+    held = trl.DPOTrainer(
+        model, before, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=processor
+    )
     batch = held.data_collator([dict(row) for row in rows])
     chosen, rejected = ([row for sample in samples for row in part(sample)] for part in (_chosen, _rejected))
     for ids, mask, row in zip(batch["input_ids"], batch["attention_mask"], [*chosen, *rejected], strict=True):

@@ -37,6 +37,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_llava(tmp_path_factory.mktemp("base") / "base")
 
 
+def sample_of(dataset: ConversationDataset, index: int) -> Sample:
+    sample = dataset[index]
+    assert isinstance(sample, Sample)
+    return sample
+
+
 def samples(base: Path, path: Path, seed: int | None = 3) -> ConversationDataset:
     folder = MediaFolder(path.parent)
     rows = RowEncoder(
@@ -56,18 +62,15 @@ def test_another_picture_is_drawn_by_seed_and_sample(base: Path, tmp_path: Path)
     in_worker: ConversationDataset = pickle.loads(pickle.dumps(dataset))
     drawn = []
     for index in reversed(range(len(dataset))):
-        sample = dataset[index]
-        assert isinstance(sample, Sample)
+        sample = sample_of(dataset, index)
         chosen, rejected, exchanged = sample.rows()
         assert [row.weight for row in (chosen, rejected, exchanged)] == [1, -1, -1]
         assert [row.exchanged for row in (chosen, rejected, exchanged)] == [False, False, True]
         assert chosen.media == rejected.media != exchanged.media
         assert torch.equal(exchanged.labels[exchanged.labels >= 0], chosen.labels[chosen.labels >= 0])
         assert not torch.equal(exchanged.inputs["pixel_values"], chosen.inputs["pixel_values"])
-        again = in_worker[index]
-        assert isinstance(again, Sample)
-        assert again.others[-1].media == exchanged.media
-        drawn.append((exchanged.media, other[index].others[-1].media))
+        assert sample_of(in_worker, index).others[-1].media == exchanged.media
+        drawn.append((exchanged.media, sample_of(other, index).others[-1].media))
     assert len({media for media, _ in drawn}) > 8
     assert sum(media == with_other_seed for media, with_other_seed in drawn) < 8
 
@@ -80,8 +83,8 @@ def test_words_alone_get_none_and_the_batch_says_what_is_compared(base: Path, tm
     rows[2]["rejected"] = [rows[2]["rejected"], "white it"]
     path.write_text(json.dumps(rows))
     dataset = samples(base, path)
-    assert [len(dataset[index].rows()) for index in range(4)] == [3, 2, 3, 3]
-    named = dataset[2].rows()
+    assert [len(sample_of(dataset, index).rows()) for index in range(4)] == [3, 2, 3, 3]
+    named = sample_of(dataset, 2).rows()
     assert [row.media for row in named] == [(rows[2]["image"],), (rows[5]["image"],), (rows[5]["image"],)]
     assert not any(row.exchanged for row in named)
     batch = Collator(0, packing="trees", compares=True)([dataset[index] for index in range(4)])
@@ -98,7 +101,7 @@ def test_a_run_learns_to_look_and_stored_outputs_serve_it(tmp_path: Path, base: 
         write_pairs(tmp_path / "data"),
         objective={**MDPO, "beta": 4.0},
         optim={"projector_learning_rate": 5e-2},
-        training={"learning_rate": 2e-2, "max_steps": 24, "per_device_train_batch_size": 12},
+        training={"learning_rate": 2e-2, "max_steps": 30, "per_device_train_batch_size": 12},
     )
     lines = logged(trained(run_file, name="trees"))
     assert lines[0]["loss"] == pytest.approx(3 * 0.6931, abs=1e-3)
