@@ -50,6 +50,13 @@ class LossModel(nn.Module):
         self.backbone = backbone
         self.accepts_loss_kwargs = step_tokens  # the Trainer's own name for this switch
 
+    def kept(self) -> Mapping[str, Any]:
+        """Returns what a rank of a resumed run must know beside weights, in JSON's types."""
+        return {}
+
+    def keep(self, numbers: Mapping[str, Any]) -> None:
+        """Takes over what `kept` returned."""
+
     @property
     def config(self) -> Any:
         """The Hugging Face model's config: DeepSpeed's `auto` sizes come from its hidden size."""
@@ -139,6 +146,14 @@ class PreferenceLoss(LossModel):
         loss = preference_loss(compared, scale, self.objective, of_pictures=of_pictures)
         watched = measures(compared, self.scale.beta, of_pictures=of_pictures)
         return {"loss": loss, "labelled_tokens": tokens.sum().long(), **watched}
+
+    def kept(self) -> Mapping[str, Any]:
+        """Returns the reference's log-probabilities, which other batches would round otherwise."""
+        return {"reference": [[*key, value] for key, value in self._kept[True].items()]}
+
+    def keep(self, numbers: Mapping[str, Any]) -> None:
+        """Takes over those of the run that is resumed."""
+        self._kept[True].update({(sample, answer): value for sample, answer, value in numbers.get("reference", ())})
 
     def _of_reference(
         self, reference: Reference, keys: Sequence[tuple[int, int]], inputs: Mapping[str, Any]

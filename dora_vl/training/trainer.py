@@ -127,9 +127,10 @@ class AdapterTrainer(OrderedTrainer):
         self.closing.callback(self.stop.restore)
         self.closing.callback(faulthandler.cancel_dump_traceback_later)
         self.faults = StepFaults(self.run_folder / FAULTS, config.optim.not_finite, scaled=arguments.fp16)
+        self._loss = pipeline.loss(backbone)
         super().__init__(
             data,
-            model=pipeline.loss(backbone),
+            model=self._loss,
             args=arguments,
             eval_dataset=held_out,
             callbacks=[self.stop, self.faults, StepLimit()],
@@ -300,7 +301,8 @@ class AdapterTrainer(OrderedTrainer):
         """Writes nothing: the scale is in the state."""
 
     def _save_rng_state(self, output_dir: str) -> None:
-        save_random_states(Path(output_dir), self.args.process_index, self.args.device)
+        kept = self._loss.kept()
+        save_random_states(Path(output_dir), self.args.process_index, self.args.device, kept)
 
     @property
     def _running(self) -> RunningState:
@@ -336,7 +338,8 @@ class AdapterTrainer(OrderedTrainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             rank, step = self.args.process_index, self.state.global_step
-            load_random_states(Path(checkpoint), rank, self.args.device, seed=self.args.seed, step=step)
+            kept = load_random_states(Path(checkpoint), rank, self.args.device, seed=self.args.seed, step=step)
+            self._loss.keep(kept)
 
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))
