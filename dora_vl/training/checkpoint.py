@@ -99,7 +99,7 @@ def _set_known(holder: Any, numbers: Mapping[str, Any]) -> None:
 
 
 def save_random_states(checkpoint: Path, rank: int, device: torch.device, kept: Mapping[str, Any]) -> None:
-    """Writes this rank's random states (Python's, numpy's, torch's, the GPU's; bytes in hexadecimal) and what it kept."""
+    """Writes this rank's random states (Python's, numpy's, torch's, the GPU's), bytes as hexadecimal, and `kept`."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     states = {

@@ -1,0 +1,225 @@
+"""Times a DPO step of a LLaVA with pictures: trees, a row for each answer, kept references, and TRL's DPOTrainer.
+
+    PYTHONPATH=. python benchmarks/preference_step.py --base runs/demo/base --data runs/demo/data/train.json \\
+        --pictures runs/demo/assets/easy_vqa --layers 8 --json benchmarks/results.jsonl
+
+A step is the reference's pass, the model's, backward and AdamW, over one to four pairs of answers to a question about
+each picture; `kept` is a step of a later epoch, whose reference is known. TRL runs with PEFT's DoRA
+(`autocast_adapter_dtype=False`, its faster setting) on the same base, in the same number type, with the same tokens; it
+has to be importable. Contenders take turns in one process; times are those of the processor, so set OMP_NUM_THREADS=1.
+Quoted are medians over rounds of the ratios inside one round, and the bytes that a step takes at its fullest beyond
+what stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice, product
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from torch import nn
+from transformers import AutoProcessor, PreTrainedModel
+
+from benchmarks.contenders import take_turns
+from benchmarks.dora_memory import LiveBytes
+from benchmarks.report import table, write_json
+from dora_vl.backbones.encoder import Encoder, open_encoder
+from dora_vl.backbones.model import DecoderBackbone, language_targets, open_backbone, projector_patterns
+from dora_vl.core import DoRAConfig, apply_dora
+from dora_vl.data.batches import Collator
+from dora_vl.data.columns import Packing
+from dora_vl.data.example import Example
+from dora_vl.data.pictures import MediaFolder, open_image
+from dora_vl.data.samples import BOOKKEEPING, Sample
+from dora_vl.data.turns import Turn
+from dora_vl.heads.preferences import Scale
+from dora_vl.training.pipeline import PreferenceLoss
+from dora_vl.training.reference import Reference
+
+RANK, BETA = 16, 0.1
+PROJECTIONS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+Step = Callable[[], Any]
+
+
+def main() -> None:
+    """Times every setting, prints the table and writes the JSON."""
+    options = read_options()
+    warnings.filterwarnings("ignore")
+    encoder, figures = open_encoder(str(options.base), max_tokens=8_192), list[dict[str, Any]]()
+    ours, theirs = adapted(options), None
+    for words, pairs in product(options.words, options.pairs):
+        examples = examples_of(options, words=words, pairs=pairs)
+        pictures = {name: open_image(MediaFolder(options.pictures), name, {}) for name in examples[0].extra["all"]}
+        samples = samples_of(encoder, examples, pictures)
+        rows = rows_of(encoder, examples, samples, pictures)
+        theirs = trainer(options, rows) if theirs is None else theirs
+        steps = {
+            "trees": our_step(ours, encoder, samples, "trees"),
+            "kept": our_step(ours, encoder, samples, "trees", keeps=True),
+            "rows": our_step(ours, encoder, samples, "plain"),
+            "trl": their_step(theirs, rows),
+        }
+        turns = take_turns(steps, rounds=options.rounds, repeats=1, clock="processor", warm_up=1)
+        figures.append(
+            {
+                "prompt_tokens": int((samples[0].labels < 0).sum()),
+                "pairs": pairs,
+                "milliseconds": turns.milliseconds,
+                "times_as_fast": {name: round(turns.ratio("trl", name), 2) for name in steps},
+                "mib": {name: round(bytes_of(step) / 2**20, 1) for name, step in steps.items()},
+            }
+        )
+        shown = [
+            [name, *(figures[-1][key][name] for key in ("milliseconds", "times_as_fast", "mib"))] for name in steps
+        ]
+        print(
+            f"\n{options.pictures_of_a_step} pictures, {pairs} pairs, prompt of {figures[-1]['prompt_tokens']} tokens"
+        )
+        print(table(("contender", "ms (median)", "x TRL", "MiB"), shown), flush=True)
+    if options.json is not None:
+        settings = {"layers": options.layers, "pictures": options.pictures_of_a_step, "rounds": options.rounds}
+        write_json(options.json, {**settings, "settings": figures})
+
+
+def read_options() -> argparse.Namespace:
+    """Returns the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, required=True, help="folder of a LLaVA")
+    parser.add_argument("--data", type=Path, required=True, help="its training data, LLaVA's JSON")
+    parser.add_argument("--pictures", type=Path, required=True, help="root of the data's pictures")
+    parser.add_argument("--layers", type=int, help="so many of the decoder's first layers; all unless it is given")
+    parser.add_argument("--pairs", type=int, nargs="+", default=[1, 2, 4], help="of answers to a question")
+    parser.add_argument("--words", type=int, nargs="+", default=[0, 250], help="that are added to a question")
+    parser.add_argument("--pictures-of-a-step", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3, help="how often each contender takes a turn")
+    parser.add_argument("--json", type=Path, help="also writes the figures there")
+    return parser.parse_args()
+
+
+def adapted(options: argparse.Namespace) -> DecoderBackbone:
+    """Opens the base with DoRA on every linear layer of the decoder; the projector trains beside it."""
+    backbone = open_backbone(str(options.base), dtype=torch.bfloat16)
+    cut(backbone.model, options.layers)
+    parts = {"projector": projector_patterns(backbone.model)}
+    targets = language_targets(backbone.model)
+    config = DoRAConfig(targets=targets, rank=RANK, alpha=2.0 * RANK, dropout=0.0, also_train=parts)
+    apply_dora(backbone.model, config)
+    return backbone.train()
+
+
+def cut(model: PreTrainedModel, layers: int | None) -> None:
+    """Leaves the first layers of the decoder."""
+    decoder: Any = model.get_decoder()
+    decoder.layers = decoder.layers[:layers]
+    decoder.config.num_hidden_layers = len(decoder.layers)  # which a cache asks
+
+
+def examples_of(options: argparse.Namespace, *, words: int, pairs: int) -> list[Example]:
+    """Returns pairs of answers to one question about each of some pictures; no answer occurs twice."""
+    records = json.loads(options.data.read_text(encoding="utf-8"))
+    by_picture = {record["image"]: record for record in reversed(records)}
+    pictures = list(islice(reversed(by_picture), options.pictures_of_a_step))
+    shapes = product(("circle", "rectangle", "triangle"), ("blue", "red", "green", "teal"))
+    answers = [f"{colour} {shape}, so {shape}" for shape, colour in shapes]
+    examples = list[Example]()
+    for picture, pair in product(pictures, range(pairs)):
+        question = by_picture[picture]["conversations"][0]["value"] + " and" * words
+        turns = (Turn("user", question), Turn("assistant", answers[2 * pair]))
+        rejected = (answers[2 * pair + 1],)
+        examples.append(Example(picture, (picture,), turns, rejected=rejected, extra={"all": pictures}))
+    return examples
+
+
+def samples_of(encoder: Encoder, examples: Sequence[Example], pictures: Mapping[str, Image.Image]) -> list[Sample]:
+    """Encodes them as training does."""
+    encoded = [encoder.encode_answers(row, [pictures[name] for name in row.images]) for row in examples]
+    return [Sample(**vars(each), index=number, id=str(number)) for number, each in enumerate(encoded)]
+
+
+def rows_of(
+    encoder: Encoder, examples: Sequence[Example], samples: Sequence[Sample], pictures: Mapping[str, Image.Image]
+) -> list[dict[str, Any]]:
+    """Returns the same as TRL takes it: the prompt's text, both answers with what closes them, and the pictures."""
+    rows = list[dict[str, Any]]()
+    for row, sample in zip(examples, samples, strict=True):
+        prompt = encoder.prompts.render(row.turns[:-1], generation_prompt=True).text
+        chosen, rejected = (encoder.tokenizer.decode(part.input_ids[part.labels >= 0]) for part in sample.rows())
+        images = [pictures[name] for name in row.images]
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "images": images})
+    return rows
+
+
+def our_step(
+    backbone: DecoderBackbone, encoder: Encoder, samples: Sequence[Sample], packing: Packing, *, keeps: bool = False
+) -> Step:
+    """Makes a step of this project."""
+    collate = Collator(encoder.pad_token_id, packing=packing, compares=True)
+    batch = {name: value for name, value in collate(samples).items() if name not in BOOKKEEPING}
+    reference = Reference(backbone.model)
+    loss = PreferenceLoss(backbone, objective={"dpo": 1.0}, scale=Scale(beta=BETA), reference=reference, keeps=keeps)
+    return stepped(backbone.model, lambda: loss(**batch)["loss"])
+
+
+def trainer(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> Any:
+    """Makes TRL's trainer of the same base with PEFT's DoRA."""
+    trl, datasets = importlib.import_module("trl"), importlib.import_module("datasets")
+    model: Any = open_backbone(str(options.base), dtype=torch.bfloat16).model
+    cut(model, options.layers)
+    config = LoraConfig(
+        r=RANK,
+        lora_alpha=2 * RANK,
+        use_dora=True,
+        target_modules=PROJECTIONS,
+        modules_to_save=["multi_modal_projector"],
+    )
+    usual = {"report_to": [], "use_cpu": True, "bf16": False, "remove_unused_columns": False}
+    arguments = trl.DPOConfig(
+        output_dir=tempfile.mkdtemp(), beta=BETA, max_length=None, gradient_checkpointing=False, **usual
+    )
+    return trl.DPOTrainer(
+        get_peft_model(model, config, autocast_adapter_dtype=False),
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list(list(rows)),
+        processing_class=AutoProcessor.from_pretrained(options.base),
+    )
+
+
+def their_step(held: Any, rows: Sequence[dict[str, Any]]) -> Step:
+    """Makes a step of TRL's."""
+    batch = held.data_collator([dict(row) for row in rows])
+    batch["pixel_values"] = batch["pixel_values"].to(torch.bfloat16)  # the tower takes no float32 without autocast
+    return stepped(held.model, lambda: held.compute_loss(held.model, dict(batch)))
+
+
+def stepped(model: nn.Module, loss: Callable[[], Any]) -> Step:
+    """Makes a step of a loss, its gradient and AdamW."""
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-5)
+
+    def step() -> None:
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def bytes_of(step: Step) -> int:
+    """Counts what a step takes at its fullest, beyond what is there before."""
+    with LiveBytes() as live:
+        step()
+        before = live.restart_peak()
+        step()
+    return live.peak - before
+
+
+if __name__ == "__main__":
+    main()
