@@ -18,7 +18,7 @@ import importlib
 import json
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ from dora_vl.training.reference import Reference
 
 RANK, BETA = 16, 0.1
 PROJECTIONS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+FIGURES = ("milliseconds", "times_as_fast", "mib")
 Step = Callable[[], Any]
 
 
@@ -58,9 +59,10 @@ def main() -> None:
     ours, theirs = adapted(options), None
     for words, pairs in product(options.words, options.pairs):
         examples = examples_of(options, words=words, pairs=pairs)
-        pictures = {name: open_image(MediaFolder(options.pictures), name, {}) for name in examples[0].extra["all"]}
-        samples = samples_of(encoder, examples, pictures)
-        rows = rows_of(encoder, examples, samples, pictures)
+        shown = [open_image(MediaFolder(options.pictures), row.images[0], {}) for row in examples]
+        encoded = [encoder.encode_answers(row, [picture]) for row, picture in zip(examples, shown, strict=True)]
+        samples = [Sample(**vars(each), index=number, id=str(number)) for number, each in enumerate(encoded)]
+        rows = rows_of(encoder, examples, samples, shown)
         theirs = trainer(options, rows) if theirs is None else theirs
         steps = {
             "trees": our_step(ours, encoder, samples, "trees"),
@@ -78,13 +80,11 @@ def main() -> None:
                 "mib": {name: round(bytes_of(step) / 2**20, 1) for name, step in steps.items()},
             }
         )
-        shown = [
-            [name, *(figures[-1][key][name] for key in ("milliseconds", "times_as_fast", "mib"))] for name in steps
-        ]
+        lines = [[name, *(figures[-1][key][name] for key in FIGURES)] for name in steps]
         print(
             f"\n{options.pictures_of_a_step} pictures, {pairs} pairs, prompt of {figures[-1]['prompt_tokens']} tokens"
         )
-        print(table(("contender", "ms (median)", "x TRL", "MiB"), shown), flush=True)
+        print(table(("contender", "ms (median)", "x TRL", "MiB"), lines), flush=True)
     if options.json is not None:
         settings = {"layers": options.layers, "pictures": options.pictures_of_a_step, "rounds": options.rounds}
         write_json(options.json, {**settings, "settings": figures})
@@ -120,7 +120,7 @@ def cut(model: PreTrainedModel, layers: int | None) -> None:
     """Leaves the first layers of the decoder."""
     decoder: Any = model.get_decoder()
     decoder.layers = decoder.layers[:layers]
-    decoder.config.num_hidden_layers = len(decoder.layers)  # which a cache asks
+    decoder.config.num_hidden_layers = len(decoder.layers)
 
 
 def examples_of(options: argparse.Namespace, *, words: int, pairs: int) -> list[Example]:
@@ -134,27 +134,19 @@ def examples_of(options: argparse.Namespace, *, words: int, pairs: int) -> list[
     for picture, pair in product(pictures, range(pairs)):
         question = by_picture[picture]["conversations"][0]["value"] + " and" * words
         turns = (Turn("user", question), Turn("assistant", answers[2 * pair]))
-        rejected = (answers[2 * pair + 1],)
-        examples.append(Example(picture, (picture,), turns, rejected=rejected, extra={"all": pictures}))
+        examples.append(Example(picture, (picture,), turns, rejected=(answers[2 * pair + 1],)))
     return examples
 
 
-def samples_of(encoder: Encoder, examples: Sequence[Example], pictures: Mapping[str, Image.Image]) -> list[Sample]:
-    """Encodes them as training does."""
-    encoded = [encoder.encode_answers(row, [pictures[name] for name in row.images]) for row in examples]
-    return [Sample(**vars(each), index=number, id=str(number)) for number, each in enumerate(encoded)]
-
-
 def rows_of(
-    encoder: Encoder, examples: Sequence[Example], samples: Sequence[Sample], pictures: Mapping[str, Image.Image]
+    encoder: Encoder, examples: Sequence[Example], samples: Sequence[Sample], pictures: Sequence[Image.Image]
 ) -> list[dict[str, Any]]:
     """Returns the same as TRL takes it: the prompt's text, both answers with what closes them, and the pictures."""
     rows = list[dict[str, Any]]()
-    for row, sample in zip(examples, samples, strict=True):
+    for row, sample, picture in zip(examples, samples, pictures, strict=True):
         prompt = encoder.prompts.render(row.turns[:-1], generation_prompt=True).text
         chosen, rejected = (encoder.tokenizer.decode(part.input_ids[part.labels >= 0]) for part in sample.rows())
-        images = [pictures[name] for name in row.images]
-        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "images": images})
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "images": [picture]})
     return rows
 
 
@@ -174,17 +166,10 @@ def trainer(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> Any:
     trl, datasets = importlib.import_module("trl"), importlib.import_module("datasets")
     model: Any = open_backbone(str(options.base), dtype=torch.bfloat16).model
     cut(model, options.layers)
-    config = LoraConfig(
-        r=RANK,
-        lora_alpha=2 * RANK,
-        use_dora=True,
-        target_modules=PROJECTIONS,
-        modules_to_save=["multi_modal_projector"],
-    )
-    usual = {"report_to": [], "use_cpu": True, "bf16": False, "remove_unused_columns": False}
-    arguments = trl.DPOConfig(
-        output_dir=tempfile.mkdtemp(), beta=BETA, max_length=None, gradient_checkpointing=False, **usual
-    )
+    places: dict[str, Any] = {"target_modules": PROJECTIONS, "modules_to_save": ["multi_modal_projector"]}
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, use_dora=True, **places)
+    usual = {"report_to": [], "use_cpu": True, "bf16": False, "remove_unused_columns": False, "max_length": None}
+    arguments = trl.DPOConfig(output_dir=tempfile.mkdtemp(), beta=BETA, gradient_checkpointing=False, **usual)
     return trl.DPOTrainer(
         get_peft_model(model, config, autocast_adapter_dtype=False),
         args=arguments,

@@ -234,9 +234,9 @@ class ExampleTable:
         return any(_counts(self.rows, "videos"))
 
     @property
-    def has_rejected(self) -> bool:
-        """Tells whether any row has a rejected answer beside the chosen one."""
-        return any(_counts(self.rows, "rejected"))
+    def most_rejected(self) -> int:
+        """Returns how many rejected answers a row has at most beside the chosen one."""
+        return max((count or 0 for count in _counts(self.rows, "rejected")), default=0)
 
     @property
     def has_rejected_images(self) -> bool:

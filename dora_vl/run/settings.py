@@ -234,6 +234,11 @@ class ObjectiveConfig:
         return {self.loss: 1.0} if isinstance(self.loss, str) else self.loss
 
     @property
+    def has_reference(self) -> bool:
+        """Tells whether a loss compares with the model as it was when training began."""
+        return not WITHOUT_REFERENCE.issuperset(self.weights)
+
+    @property
     def is_sft(self) -> bool:
         """Tells whether answers are only learned word by word."""
         return self.loss == "sft"

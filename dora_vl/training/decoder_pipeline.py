@@ -64,7 +64,7 @@ from dora_vl.run.base import (
     video_sampling,
 )
 from dora_vl.run.folder import run_folder_of
-from dora_vl.run.settings import WITHOUT_REFERENCE, foreign_fields
+from dora_vl.run.settings import foreign_fields
 from dora_vl.run.watched import Watch, evenly
 from dora_vl.training.parts import core_config
 from dora_vl.training.pipeline import LossModel, NextTokenLoss, Pipeline, PreferenceLoss, TrainingData
@@ -248,7 +248,7 @@ class DecoderPipeline(Pipeline):
                 backbone,
                 objective=objective.weights,
                 scale=Scale(beta=objective.beta, margin=objective.margin),
-                reference=None if WITHOUT_REFERENCE.issuperset(objective.weights) else Reference(backbone.model),
+                reference=Reference(backbone.model) if objective.has_reference else None,
                 keeps=not self.config.data.streaming and not draws_in_training(backbone.model),
             )
         return NextTokenLoss(backbone, step_tokens=self.config.optim.loss_normalisation == "step_tokens")

@@ -258,7 +258,7 @@ class RunSamples:
         sources = () if self._stream is None else self._stream.sources
         examples = [row for source in sources for row in source.first_rows if isinstance(row, Example)]
         judged = any(row.is_good is not None for row in examples) or any(table.is_judged for table in self._tables)
-        return judged, any(row.rejected for row in examples) or any(table.has_rejected for table in self._tables)
+        return judged, any(row.rejected for row in examples) or any(table.most_rejected for table in self._tables)
 
     def look_ahead(self, pictures: MediaFolder | None, videos: MediaFolder | None) -> None:
         """Refuses training samples that a run over them would end for; see `data.look_ahead`. Of a stream none.
@@ -349,7 +349,7 @@ class RunSamples:
                 stream=order,
                 set_epoch=(order.set_epoch,),
                 samples=len(order),
-                batch_tokens=micro_batch * data.max_tokens,
+                batch_tokens=micro_batch * data.max_tokens * self._most_answers(rows, collate),
                 **shared,
             )
         train = self._train
@@ -384,10 +384,23 @@ class RunSamples:
             samples=len(train.rows),
             ids=train.ids,
             media=partial(_media_keys, train, data) if media else dict,
-            # Words alone would not count a prompt's tokens.
-            batch_tokens=micro_batch * (min(data.max_tokens, int(lengths.lengths.max())) if media else data.max_tokens),
+            batch_tokens=micro_batch * self._sample_tokens(rows, collate, int(lengths.lengths.max())),
             **shared,
         )
+
+    def _sample_tokens(self, rows: RowEncoder, collate: Collator, longest: int) -> int:
+        """Returns the tokens of the longest sample, all its answers counted; `longest` holds each of them once."""
+        answers = self._most_answers(rows, collate)
+        prompts = 1 + (rows.exchange is not None) + collate.unmatched if collate.packing == "trees" else answers
+        most = self._data.max_tokens * answers
+        return min(most, longest * prompts) if rows.folder is not None else most  # words would not count a prompt's
+
+    def _most_answers(self, rows: RowEncoder, collate: Collator) -> int:
+        """Returns how many answers of a sample a batch holds at most."""
+        sources = () if self._stream is None else self._stream.sources
+        first = [row for source in sources for row in source.first_rows if isinstance(row, Example)]
+        rejected = max([*(len(row.rejected) for row in first), *(table.most_rejected for table in self._tables)])
+        return 1 + rejected + (rows.exchange is not None) + collate.unmatched if rows.compares else 1
 
 
 def _first_places(images: Sequence[Sequence[str]]) -> list[int]:
