@@ -101,6 +101,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--words", type=int, nargs="+", default=[0, 250], help="that are added to a question")
     parser.add_argument("--pictures-of-a-step", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3, help="how often each contender takes a turn")
+    parser.add_argument("--float32", action="store_true", help="PEFT's adapters in float32, its usual setting and ours")
     parser.add_argument("--json", type=Path, help="also writes the figures there")
     return parser.parse_args()
 
@@ -171,7 +172,7 @@ def trainer(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> Any:
     usual = {"report_to": [], "use_cpu": True, "bf16": False, "remove_unused_columns": False, "max_length": None}
     arguments = trl.DPOConfig(output_dir=tempfile.mkdtemp(), beta=BETA, gradient_checkpointing=False, **usual)
     return trl.DPOTrainer(
-        get_peft_model(model, config, autocast_adapter_dtype=False),
+        get_peft_model(model, config, autocast_adapter_dtype=options.float32),
         args=arguments,
         train_dataset=datasets.Dataset.from_list(list(rows)),
         processing_class=AutoProcessor.from_pretrained(options.base),
