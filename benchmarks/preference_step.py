@@ -4,11 +4,10 @@
         --pictures runs/demo/assets/easy_vqa --layers 8 --json benchmarks/results.jsonl
 
 A step is the reference's pass, the model's, backward and AdamW, over one to four pairs of answers to a question about
-each picture; `kept` is a step of a later epoch, whose reference is known. TRL runs with PEFT's DoRA
-(`autocast_adapter_dtype=False`, its faster setting) on the same base, in the same number type, with the same tokens; it
-has to be importable. Contenders take turns in one process; times are those of the processor, so set OMP_NUM_THREADS=1.
-Quoted are medians over rounds of the ratios inside one round, and the bytes that a step takes at its fullest beyond
-what stays.
+each picture; `stored` has the tower's outputs, `kept` is a step of a later epoch, whose reference is known. TRL, which
+has to be importable, runs with PEFT's DoRA (`autocast_adapter_dtype=False`, its faster setting) on the same base,
+number type and tokens. Contenders take turns; times are the processor's, so set OMP_NUM_THREADS=1. Quoted are medians
+over rounds of the ratios inside one, and the bytes that a step takes at its fullest beyond what stays.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from benchmarks.contenders import take_turns
 from benchmarks.dora_memory import LiveBytes
 from benchmarks.report import table, write_json
 from dora_vl.backbones.encoder import Encoder, open_encoder
+from dora_vl.backbones.frozen_outputs import hollowed, inputs_of, proven_parts
 from dora_vl.backbones.model import DecoderBackbone, language_targets, open_backbone, projector_patterns
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.data.batches import Collator
@@ -45,7 +46,7 @@ from dora_vl.heads.preferences import Scale
 from dora_vl.training.pipeline import PreferenceLoss
 from dora_vl.training.reference import Reference
 
-RANK, BETA = 16, 0.1
+RANK, BETA, PICTURES = 16, 0.1, 2
 PROJECTIONS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 FIGURES = ("milliseconds", "times_as_fast", "mib")
 Step = Callable[[], Any]
@@ -65,9 +66,10 @@ def main() -> None:
         rows = rows_of(encoder, examples, samples, shown)
         theirs = trainer(options, rows) if theirs is None else theirs
         steps = {
-            "trees": our_step(ours, encoder, samples, "trees"),
-            "kept": our_step(ours, encoder, samples, "trees", keeps=True),
-            "rows": our_step(ours, encoder, samples, "plain"),
+            "trees": our_step(ours, samples),
+            "stored": our_step(ours, stored(ours, encoder, samples)),
+            "kept": our_step(ours, samples, keeps=True),
+            "rows": our_step(ours, samples, packing="plain"),
             "trl": their_step(theirs, rows),
         }
         turns = take_turns(steps, rounds=options.rounds, repeats=1, clock="processor", warm_up=1)
@@ -81,12 +83,10 @@ def main() -> None:
             }
         )
         lines = [[name, *(figures[-1][key][name] for key in FIGURES)] for name in steps]
-        print(
-            f"\n{options.pictures_of_a_step} pictures, {pairs} pairs, prompt of {figures[-1]['prompt_tokens']} tokens"
-        )
+        print(f"\n{PICTURES} pictures, {pairs} pairs, prompt of {figures[-1]['prompt_tokens']} tokens")
         print(table(("contender", "ms (median)", "x TRL", "MiB"), lines), flush=True)
     if options.json is not None:
-        settings = {"layers": options.layers, "pictures": options.pictures_of_a_step, "rounds": options.rounds}
+        settings = {"layers": options.layers, "pictures": PICTURES, "rounds": options.rounds}
         write_json(options.json, {**settings, "settings": figures})
 
 
@@ -99,9 +99,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="so many of the decoder's first layers; all unless it is given")
     parser.add_argument("--pairs", type=int, nargs="+", default=[1, 2, 4], help="of answers to a question")
     parser.add_argument("--words", type=int, nargs="+", default=[0, 250], help="that are added to a question")
-    parser.add_argument("--pictures-of-a-step", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3, help="how often each contender takes a turn")
-    parser.add_argument("--float32", action="store_true", help="PEFT's adapters in float32, its usual setting and ours")
     parser.add_argument("--json", type=Path, help="also writes the figures there")
     return parser.parse_args()
 
@@ -128,7 +126,7 @@ def examples_of(options: argparse.Namespace, *, words: int, pairs: int) -> list[
     """Returns pairs of answers to one question about each of some pictures; no answer occurs twice."""
     records = json.loads(options.data.read_text(encoding="utf-8"))
     by_picture = {record["image"]: record for record in reversed(records)}
-    pictures = list(islice(reversed(by_picture), options.pictures_of_a_step))
+    pictures = list(islice(reversed(by_picture), PICTURES))
     shapes = product(("circle", "rectangle", "triangle"), ("blue", "red", "green", "teal"))
     answers = [f"{colour} {shape}, so {shape}" for shape, colour in shapes]
     examples = list[Example]()
@@ -151,15 +149,24 @@ def rows_of(
     return rows
 
 
-def our_step(
-    backbone: DecoderBackbone, encoder: Encoder, samples: Sequence[Sample], packing: Packing, *, keeps: bool = False
-) -> Step:
+def our_step(backbone: DecoderBackbone, samples: Sequence[Sample], *, packing: Packing = "trees", **how: bool) -> Step:
     """Makes a step of this project."""
-    collate = Collator(encoder.pad_token_id, packing=packing, compares=True)
-    batch = {name: value for name, value in collate(samples).items() if name not in BOOKKEEPING}
+    batch: Any = Collator(0, packing=packing, compares=True)(samples)
+    batch = {name: value for name, value in batch.items() if name not in BOOKKEEPING}
     reference = Reference(backbone.model)
-    loss = PreferenceLoss(backbone, objective={"dpo": 1.0}, scale=Scale(beta=BETA), reference=reference, keeps=keeps)
+    loss = PreferenceLoss(backbone, objective={"dpo": 1.0}, scale=Scale(beta=BETA), reference=reference, **how)
     return stepped(backbone.model, lambda: loss(**batch)["loss"])
+
+
+def stored(backbone: DecoderBackbone, encoder: Encoder, samples: Sequence[Sample]) -> list[Sample]:
+    """Puts the outputs of the frozen tower in place of the pixels, as `data.cache_features` does."""
+    parts = backbone.frozen_parts = backbone.frozen_parts or proven_parts(backbone.model, encoder)
+
+    def without_pixels(part: Any) -> Any:
+        return hollowed(part, parts.outputs_of(backbone.model, inputs_of(backbone.model, part)))
+
+    each = (replace(sample, others=tuple(map(without_pixels, sample.others))) for sample in samples)
+    return [without_pixels(sample) for sample in each]
 
 
 def trainer(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> Any:
@@ -172,7 +179,7 @@ def trainer(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> Any:
     usual = {"report_to": [], "use_cpu": True, "bf16": False, "remove_unused_columns": False, "max_length": None}
     arguments = trl.DPOConfig(output_dir=tempfile.mkdtemp(), beta=BETA, gradient_checkpointing=False, **usual)
     return trl.DPOTrainer(
-        get_peft_model(model, config, autocast_adapter_dtype=options.float32),
+        get_peft_model(model, config, autocast_adapter_dtype=False),
         args=arguments,
         train_dataset=datasets.Dataset.from_list(list(rows)),
         processing_class=AutoProcessor.from_pretrained(options.base),

@@ -114,7 +114,8 @@ def test_a_resumed_run_has_the_reference_of_its_start(tmp_path: Path, base: Path
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_ranks_exchange_their_shards_for_the_reference(tmp_path: Path, base: Path) -> None:
-    training = {"max_steps": 6, "per_device_train_batch_size": 2, "train_sampling_strategy": "sequential"}
+    """Two steps of a second epoch among them, where the reference's log-probabilities are known."""
+    training = {"max_steps": 8, "per_device_train_batch_size": 2, "train_sampling_strategy": "sequential"}
     run_file = write_run(
         tmp_path / "run.yaml",
         base,
