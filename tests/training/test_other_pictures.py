@@ -10,14 +10,22 @@ from typing import Any
 import pytest
 import torch
 
-from dora_vl.backbones.encoder import open_encoder
+from dora_vl.backbones.encoder import Encoder, open_encoder
+from dora_vl.backbones.model import language_targets, open_backbone
+from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.data.batches import Collator
 from dora_vl.data.pictures import MediaFolder
 from dora_vl.data.samples import ConversationDataset, Sample
 from dora_vl.data.table import load_rows
 from dora_vl.data.video import Uniform
+from dora_vl.heads.preferences import Scale
 from dora_vl.run.base import VideoReading
+from dora_vl.training.pipeline import PreferenceLoss
+from dora_vl.training.reference import Reference
 from dora_vl.training.run_samples import RowEncoder
+from tests.backbones.image_text_conversations import inputs_of
+from tests.backbones.tiny_image_text import write_tiny
+from tests.training.test_preference_loss import disturb
 from tests.training.test_preference_run import key_of, write_pairs
 from tests.training.tiny_run import (
     assert_same_weights,
@@ -29,7 +37,7 @@ from tests.training.tiny_run import (
     write_tiny_llava,
 )
 
-MDPO = {"loss": {"dpo": 1.0, "anchor": 1.0}, "exchange_pictures": True, "beta": 0.5}
+MDPO: dict[str, Any] = {"loss": {"dpo": 1.0, "anchor": 1.0}, "exchange_pictures": True, "beta": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +51,10 @@ def sample_of(dataset: ConversationDataset, index: int) -> Sample:
     return sample
 
 
-def samples(base: Path, path: Path, seed: int | None = 3) -> ConversationDataset:
+def samples(base: Path, path: Path, seed: int | None = 3, *, encoder: Encoder | None = None) -> ConversationDataset:
     folder = MediaFolder(path.parent)
     rows = RowEncoder(
-        encoder=open_encoder(str(base), max_tokens=256),
+        encoder=encoder or open_encoder(str(base), max_tokens=256),
         folder=folder,
         videos=VideoReading(folder=folder, sampling=Uniform(1)),
         compares=True,
@@ -149,3 +157,26 @@ def test_where_nothing_could_be_compared_the_setting_is_refused(tmp_path: Path, 
     rows = json.loads(path.read_text())
     path.write_text(json.dumps([{**row, "image": rows[0]["image"]} for row in rows]))
     assert key_of(decoder_run(run_file)) == "objective.exchange_pictures"
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "smolvlm"])
+def test_trees_and_plain_rows_are_the_same_under_two_pictures(family: str, tmp_path: Path) -> None:
+    base, path = tmp_path / "base", write_pairs(tmp_path / "data")
+    write_tiny(family, base, width=64)
+    encoder, backbone = open_encoder(str(base), max_tokens=512), open_backbone(str(base))
+    encoder.take_positions_of(backbone.model)
+    torch.manual_seed(3)
+    targets = language_targets(backbone.model)
+    apply_dora(backbone.model, DoRAConfig(targets=targets, rank=2, alpha=6.0, dropout=0.0))
+    reference = Reference(backbone.model)
+    disturb(backbone.model)
+    dataset = samples(base, path, encoder=encoder)
+    items = [sample_of(dataset, index) for index in range(4)]
+    loss = PreferenceLoss(backbone.train(), objective=MDPO["loss"], scale=Scale(beta=0.5), reference=reference)
+    outputs = [
+        loss(**inputs_of(Collator(encoder.pad_token_id, packing=packing, compares=True)(items)))
+        for packing in ("trees", "plain")
+    ]
+    assert outputs[0]["rewards/picture_margin"].abs() > 1e-3
+    for name in ("loss", "rewards/picture_margin", "rewards/margin"):
+        torch.testing.assert_close(outputs[0][name], outputs[1][name], rtol=1e-4, atol=1e-5)
