@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Any, Literal
 
 import torch
@@ -33,7 +33,7 @@ def media_of(sample: Sample) -> object:
     return sample.media or sample.id or None
 
 
-def with_answer(sample: Sample, ids: Tensor, *, weight: float) -> Sample:
+def with_answer(sample: Sample, ids: Tensor, *, weight: float = 1.0) -> Sample:
     """Replaces a sample's answer, which is all that it labels, by other ids."""
     start = int((sample.labels != IGNORED_LABEL).int().argmax())
 
@@ -57,6 +57,27 @@ def with_answer(sample: Sample, ids: Tensor, *, weight: float) -> Sample:
         weight=weight,
         others=(),
     )
+
+
+def answers_of(groups: Sequence[Sequence[Sample]]) -> dict[str, Any]:
+    """Returns which answers of a batch are compared; each group holds those to one prompt.
+
+    `pairs` are the numbers of a preferred and a rejected answer, `of_pictures` of a preferred one and the same under
+    other pictures; `keys` name each answer by its sample's place in the data and its number there.
+    """
+    pairs: list[tuple[int, int]] = []
+    of_pictures: list[tuple[int, int]] = []
+    keys: list[tuple[int, int]] = []
+    for rows in groups:
+        first = len(keys)
+        keys += [(row.index, number) for number, row in enumerate(rows)]
+        for chosen, other in product(range(len(rows)), repeat=2):
+            if rows[chosen].weight > 0 > rows[other].weight:
+                (of_pictures if rows[other].exchanged else pairs).append((first + chosen, first + other))
+    numbers = {"pairs": pairs, "of_pictures": of_pictures}
+    return {name: torch.tensor(each, dtype=torch.int64).view(-1, 2).T for name, each in numbers.items()} | {
+        "keys": keys
+    }
 
 
 @dataclass(frozen=True)
@@ -116,7 +137,8 @@ class Collator:
         shrunk = [(sample.id, sample.lost_pixels) for sample in usable if sample.lost_pixels]
         if self.compares or any(sample.weight != 1 for sample in samples):
             batch["weights"] = torch.tensor([sample.weight for sample in samples])
-            batch["groups"] = torch.tensor([number for number, rows in enumerate(groups) for _ in rows])
+        if self.compares:
+            batch["answers"] = answers_of(groups)
         return {
             **batch,
             "samples": len(usable),

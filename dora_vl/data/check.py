@@ -255,7 +255,9 @@ class FileCheck:
         system = [turn.text + turn.more for turn in row.turns if turn.role == "system"]
         subtitles = [subtitle.text for subtitle in row.subtitles]
         self._check_length(sample_id, [*subtitles, *system, *questions, *replies, max(answers, key=len, default="")])
-        media = [(name, False) for name in row.images] + [(clip.path, True) for clip in row.videos]
+        media = [(name, False) for name in (*row.images, *row.rejected_images)] + [
+            (clip.path, True) for clip in row.videos
+        ]
         for name, is_video in media:
             check = self._videos if is_video else self._media
             trouble = None if check is None else check.trouble(name, row.image_bytes.get(name), is_video)

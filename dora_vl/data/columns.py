@@ -83,9 +83,10 @@ def _ends_asking(row: Row) -> bool:
 
 PREFERENCES, JUDGED = "preferences", "judged answers"
 FORMATS: tuple[RowFormat, ...] = (
-    RowFormat(PREFERENCES, ("conversations", "chosen", "rejected")),
-    RowFormat(PREFERENCES, ("messages", "rejected")),
-    RowFormat(PREFERENCES, ("prompt", "chosen", "rejected"), ("history",)),
+    RowFormat(PREFERENCES, ("conversations", "chosen", "rejected"), ("rejected_images",)),
+    RowFormat(PREFERENCES, ("messages", "rejected"), ("rejected_images",)),
+    RowFormat(PREFERENCES, ("messages", "rejected_images")),
+    RowFormat(PREFERENCES, ("prompt", "chosen", "rejected"), ("history", "rejected_images")),
     RowFormat(PREFERENCES, ("instruction", "chosen", "rejected"), ("input", "history")),
     RowFormat(PREFERENCES, ("question", "chosen", "rejected"), ("hint", "history")),
     RowFormat(PREFERENCES, ("chosen", "rejected")),

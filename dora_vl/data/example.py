@@ -57,6 +57,7 @@ class Example:
         question: or a sentence to judge; empty for captions.
         answers: empty only where the publisher keeps them.
         rejected: answers that are worse than the last one of `turns`.
+        rejected_images: the pictures that these are given about, where they are others than `images`.
         is_good: whether that last answer is one to learn or one to avoid, where the file says so.
         choices: what to choose from; `extra["correct"]` is then the right one's index, where it is known.
         extra: what the scorer or the submission needs, such as question_type, category, clip_id, image_size. `unit` is
@@ -73,6 +74,7 @@ class Example:
     choices: tuple[str, ...] = ()
     subtitles: tuple[Subtitle, ...] = ()
     rejected: tuple[str, ...] = ()
+    rejected_images: tuple[str, ...] = ()
     is_good: bool | None = None
     extra: Mapping[str, JSON] = field(default_factory=dict)
     image_bytes: Mapping[str, bytes] = field(default_factory=dict)

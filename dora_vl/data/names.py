@@ -36,6 +36,7 @@ ROLES: Mapping[str, tuple[str, ...]] = {
     "scored": ("answer",),
     "history": ("history",),
     "chosen": ("chosen", "chosen_response"),
+    "rejected_images": ("rejected_images",),
     "rejected": ("rejected", "rejected_response", "rejected_messages"),
     "judged": ("label", "kto_tag"),
     "tools": ("tools",),

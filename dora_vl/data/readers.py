@@ -525,6 +525,22 @@ def _rejected(value: object, sample_id: str) -> tuple[str, ...]:
     return tuple(texts)
 
 
+def _compared(example: Example, row: Row) -> Example:
+    """Adds the rejected answers and the pictures that they are about; without answers the chosen one is about these."""
+    stored = dict(example.image_bytes)
+    names = [
+        picture_name(value, "rejected_images", example.id, stored) for value in _listed(row.get("rejected_images"))
+    ]
+    others = () if names == [*example.images] else tuple(names)
+    if others and len(others) != len(example.images):
+        raise BadSample(example.id, f"it has {len(example.images)} pictures and {len(others)} rejected_images")
+    chosen = example.turns[-1].text
+    rejected = (chosen,) if is_nothing(row.get("rejected")) and others else _rejected(row.get("rejected"), example.id)
+    if not others and chosen.strip() in {text.strip() for text in rejected}:
+        raise BadSample(example.id, "its rejected answer is the chosen one")
+    return replace(example, rejected=rejected, rejected_images=others, image_bytes=stored)
+
+
 def _question_answer(row: Row, sample_id: str) -> list[object]:
     """Reads question and answer from columns of their own; of several answers the most frequent, the first of equals.
 
@@ -716,15 +732,13 @@ def read_fields(resolved: Resolved, sample_id: str) -> Example:
         if "answer" in fields and resolved.format.name in CONVERSATIONAL:
             fields = {**fields, "completion": _answer(fields["answer"], sample_id)}
         example = read_conversation(MESSAGES[resolved.format.name](fields, sample_id), fields, sample_id)
-        rejected = _rejected(fields["rejected"], sample_id) if resolved.format.name == PREFERENCES else ()
-        last, is_compared = example.turns[-1], resolved.format.name in (PREFERENCES, JUDGED)
-        if is_compared and (last.more or not last.is_trained):
+        last = example.turns[-1]
+        if resolved.format.name in (PREFERENCES, JUDGED) and (last.more or not last.is_trained):
             reason = "its last answer calls a tool or is not to be trained; preferences compare texts alone"
             raise BadSample(sample_id, reason)
-        if rejected and last.text.strip() in {text.strip() for text in rejected}:
-            raise BadSample(sample_id, "its rejected answer is the chosen one")
-        is_judged = resolved.format.name == JUDGED
-        return replace(example, rejected=rejected, is_good=bool(fields["judged"]) if is_judged else None)
+        if resolved.format.name == PREFERENCES:
+            return _compared(example, fields)
+        return replace(example, is_good=bool(fields["judged"])) if resolved.format.name == JUDGED else example
     except UnreadKey as unread:
         held = {role: value if isinstance(value, list) else [value] for role, value in fields.items()}
         by_role = (role for role, entries in held.items() if any(entry is unread.message for entry in entries))

@@ -50,7 +50,8 @@ class Encoded:
     `media_end` is the first place behind the tokens of all its pictures and videos, and `positions` are those of a
     family that counts along several axes. `media` says which pictures and videos it shows, `answers` the numbers of
     those that it trains; `others` train the rest, each a row of the same conversation as it was when it was asked, or
-    are other answers to the same question. `weight` says how much its labels count; an answer below 0 is rejected.
+    are other answers to the same question. `weight` says how much its labels count; an answer below 0 is rejected, and
+    one that is `exchanged` is the preferred one under other pictures.
     """
 
     input_ids: Int[Tensor, " seq"]
@@ -65,6 +66,7 @@ class Encoded:
     answers: tuple[int, ...] = ()
     others: tuple[Encoded, ...] = ()
     weight: float = 1.0
+    exchanged: bool = False
 
     def own_positions(self) -> Int[Tensor, "axes seq"]:
         """Returns the position of each token: the family's own, else its place."""
@@ -226,7 +228,8 @@ def look_ahead(
         if isinstance(example, BadSample):
             bad[example.sample_id] = example.reason
             continue
-        files = [(pictures, name, "picture") for name in example.images if name not in table.stored]
+        shown = (*example.images, *example.rejected_images)
+        files = [(pictures, name, "picture") for name in shown if name not in table.stored]
         files += [(videos, clip.path, "video") for clip in example.videos]
         problems = (_why_missing(root, name, kind) for root, name, kind in files if root is not None)
         if problem := next(filter(None, problems), None):

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import random
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,9 +35,11 @@ from dora_vl.files import unfinished
 
 _log = logging.getLogger(__name__)
 
-TABLE_VERSION = 12
+TABLE_VERSION = 13
 """Part of the cache's key: raise it when columns or their meaning change."""
 ROWS_A_BATCH = 4096
+DRAWS = 100
+"""So many rows are drawn for other pictures; all of them have the same where nearly all of a file's rows do."""
 CHARACTERS_A_BATCH = 1 << 25  # Arrow's string offsets are 32 bits; a batch stays far below
 
 _CLIP = pa.struct([("path", pa.string()), ("start_seconds", pa.float64()), ("end_seconds", pa.float64())])
@@ -53,6 +56,7 @@ _SCHEMA = pa.schema(
         ("videos", pa.list_(_CLIP)),
         ("turns", pa.list_(_TURN)),
         ("rejected", pa.list_(pa.string())),
+        ("rejected_images", pa.list_(pa.string())),
         ("is_good", pa.bool_()),
         ("problem", pa.string()),
         ("length", pa.int32()),
@@ -65,19 +69,19 @@ _SCHEMA = pa.schema(
         ("group", pa.string()),
     ]
 )
-_EXAMPLE_COLUMNS = ["id", "images", "videos", "turns", "rejected", "is_good", "problem"]
+_EXAMPLE_COLUMNS = ["id", "images", "videos", "turns", "rejected", "rejected_images", "is_good", "problem"]
 
 
 def load_table(path: Path, *, cache_folder: Path | None = None, columns: Columns = USUAL) -> datasets.Dataset:
     """Returns a data file of any format and container as memory-mapped rows, converted once and kept in a cache.
 
     Columns: the fields of an `Example` as it was read, `problem` (why the row cannot be a sample, else null), `length`
-    (words in all turns), `format` (of the row), `held_pictures` (name and content of the pictures that the file holds,
-    each in the first row that has it), `columns` (the role of each of the file's columns, as JSON, in the first row
-    that has these), `doubts` (what is probably not meant, see `doubts_of`), `asked` and `told` (hashes of its questions
-    with their media and of its answers; null where nothing is asked), `group` (what must not be split). The cache is
-    keyed by the files' paths, sizes and modification times, so a changed file is converted again; a content hash would
-    read a gigabyte at each start.
+    (words in all turns and rejected answers), `format` (of the row), `held_pictures` (name and content of the pictures
+    that the file holds, each in the first row that has it), `columns` (the role of each of the file's columns, as JSON,
+    in the first row that has these), `doubts` (what is probably not meant, see `doubts_of`), `asked` and `told` (hashes
+    of its questions with their media and of its answers; null where nothing is asked), `group` (what must not be
+    split). The cache is keyed by the files' paths, sizes and modification times, so a changed file is converted again;
+    a content hash would read a gigabyte at each start.
 
     Args:
         cache_folder: where converted files stay; default `dora_vl` in the cache folder of `datasets`.
@@ -156,8 +160,12 @@ def _batches(data: DataFiles, columns: Columns) -> Iterator[list[dict[str, Any]]
                 "videos": [asdict(clip) for clip in example.videos],
                 "turns": [vars(turn) for turn in example.turns],
                 "rejected": example.rejected,
+                "rejected_images": example.rejected_images,
                 "is_good": example.is_good,
-                "length": sum(len(f"{turn.text} {turn.more}".split()) for turn in example.turns),
+                "length": sum(
+                    len(text.split())
+                    for text in (*(f"{turn.text} {turn.more}" for turn in example.turns), *example.rejected)
+                ),
                 "held_pictures": [{"name": name, "content": content} for name, content in new.items()],
                 "doubts": doubts_of(record, example, reader.format, columns),
                 "asked": _hash(f"{words}\0{media}") if words else None,
@@ -232,9 +240,29 @@ class ExampleTable:
         return any(_counts(self.rows, "videos"))
 
     @property
-    def has_rejected(self) -> bool:
-        """Tells whether any row has a rejected answer beside the chosen one."""
-        return any(_counts(self.rows, "rejected"))
+    def most_rejected(self) -> int:
+        """Returns how many rejected answers a row has at most beside the chosen one."""
+        return max((count or 0 for count in _counts(self.rows, "rejected")), default=0)
+
+    @property
+    def has_rejected_images(self) -> bool:
+        """Tells whether any row has rejected answers about other pictures."""
+        return any(_counts(self.rows, "rejected_images"))
+
+    def other_pictures(self, example: Example, seed: int) -> tuple[str, ...]:
+        """Returns as many other pictures, those of another row, drawn by seed and id; none where no row has such."""
+        places, draws = self._by_pictures.get(len(example.images), ()), random.Random(f"{seed}/{example.id}")
+        for _ in range(DRAWS if len(places) else 0):
+            images = tuple(self.rows[int(draws.choice(places))]["images"])
+            if {*images} != {*example.images}:
+                return images
+        return ()
+
+    @cached_property
+    def _by_pictures(self) -> dict[int, np.ndarray]:
+        """The places of rows by how many pictures they have."""
+        counts = _column(self.rows, "images").value_lengths().to_numpy()
+        return {int(count): np.flatnonzero(counts == count) for count in np.unique(counts) if count}
 
     @property
     def is_judged(self) -> bool:
@@ -256,7 +284,8 @@ def _example(row: Mapping[str, Any]) -> Example | BadSample:
     if row["problem"] is not None:
         return BadSample(row["id"], row["problem"])
     turns, videos = (Turn(**turn) for turn in row["turns"]), (Clip(**clip) for clip in row["videos"])
-    about = {"rejected": tuple(row["rejected"] or ()), "is_good": row["is_good"]}
+    about: dict[str, Any] = {name: tuple(row[name] or ()) for name in ("rejected", "rejected_images")}
+    about |= {"is_good": row["is_good"]}
     return Example(row["id"], tuple(row["images"]), tuple(turns), tuple(videos), **about)
 
 

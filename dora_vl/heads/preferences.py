@@ -9,7 +9,7 @@ Letters, for one prompt x with a preferred answer w and a rejected answer l:
     m       g(w) - g(l), the margin
     s       the logistic function
 
-Every loss gives a number for each pair, or for each answer where nothing is paired; their mean is the batch's loss.
+Every loss is a mean over pairs, or over answers where nothing is paired. `preference_loss` adds them up.
 """
 
 from __future__ import annotations
@@ -23,25 +23,22 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+Pairs = Int[Tensor, "2 pairs"]
+"""The numbers of a preferred answer and of a rejected one, for each pair."""
+
 
 class Answers(NamedTuple):
     """Holds log-probabilities of the answers of a batch.
 
-    `reference` is None where the loss needs none. `group` numbers the prompts; answers of one prompt share a number.
+    `reference` is None where the loss needs none. `weights` are above 0 for preferred answers, below 0 for rejected
+    ones, and 0 for answers to another prompt.
     """
 
     log_probs: Float[Tensor, " answers"]
     reference: Float[Tensor, " answers"] | None
     tokens: Float[Tensor, " answers"]
-    preferred: Bool[Tensor, " answers"]
-    group: Int[Tensor, " answers"]
-
-    def only(self, chosen: Bool[Tensor, " answers"]) -> Answers:
-        """Returns some of the answers."""
-        reference = None if self.reference is None else self.reference[chosen]
-        return Answers(
-            self.log_probs[chosen], reference, self.tokens[chosen], self.preferred[chosen], self.group[chosen]
-        )
+    weights: Float[Tensor, " answers"]
+    pairs: Pairs
 
     def gains(self) -> Float[Tensor, " answers"]:
         """Computes p - r of each answer."""
@@ -52,11 +49,28 @@ class Answers(NamedTuple):
         """Computes p / n of each answer."""
         return self.log_probs / self.tokens
 
-    def pairs(self) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:
-        """Returns the numbers of a preferred and of a rejected answer, for all pairs of one prompt."""
-        together = self.group[:, None] == self.group
-        chosen, rejected = (together & self.preferred[:, None] & ~self.preferred).nonzero(as_tuple=True)
-        return chosen, rejected
+    def mean_of_pairs(self, values: Float[Tensor, " pairs"]) -> Float[Tensor, ""]:
+        """Computes the mean; 0 of no pair."""
+        return values.sum() / max(1, self.pairs.shape[1])
+
+    def margins(self, values: Float[Tensor, " answers"]) -> Float[Tensor, " pairs"]:
+        """Computes the value of the preferred answer less that of the rejected one, for each pair."""
+        return values[self.pairs[0]] - values[self.pairs[1]]
+
+    def of_each(self, values: Float[Tensor, " answers"]) -> Float[Tensor, ""]:
+        """Computes the mean over pairs of both answers' values; over the answers where nothing is paired."""
+        if self.pairs.shape[1]:
+            return self.mean_of_pairs(values[self.pairs].sum(0))
+        return mean_over(values, self.weights != 0)
+
+    def signed(self, values: Float[Tensor, " answers"]) -> Float[Tensor, " answers"]:
+        """Returns the values of preferred answers, and the others' with the other sign."""
+        return torch.where(self.weights > 0, values, -values)
+
+
+def mean_over(values: Float[Tensor, " answers"], kept: Bool[Tensor, " answers"]) -> Float[Tensor, ""]:
+    """Computes the mean over some answers, 0 where there is none; the host waits for nothing."""
+    return torch.where(kept, values, 0).sum() / kept.sum().clamp_min(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,93 +88,88 @@ class Scale:
     kl: Tensor | float = 0.0
 
 
-Loss = Callable[[Answers, Scale], Float[Tensor, " values"]]
+Loss = Callable[[Answers, Scale], Float[Tensor, ""]]
 
 
-def _margins(answers: Answers, values: Float[Tensor, " answers"]) -> Float[Tensor, " pairs"]:
-    """Computes the value of the preferred answer less that of the rejected one, for each pair."""
-    chosen, rejected = answers.pairs()
-    return values[chosen] - values[rejected]
-
-
-def dpo(answers: Answers, scale: Scale) -> Float[Tensor, " pairs"]:
+def dpo(answers: Answers, scale: Scale) -> Float[Tensor, ""]:
     """-log s(m). Direct preference optimisation, arXiv 2305.18290, equation 7."""
-    return -F.logsigmoid(scale.beta * _margins(answers, answers.gains()))
+    return answers.mean_of_pairs(-F.logsigmoid(scale.beta * answers.margins(answers.gains())))
 
 
-def hinge(answers: Answers, scale: Scale) -> Float[Tensor, " pairs"]:
+def hinge(answers: Answers, scale: Scale) -> Float[Tensor, ""]:
     """max(0, 1 - m). Sequence likelihood calibration (SLiC-HF), arXiv 2305.10425, with DPO's reward."""
-    return torch.relu(1 - scale.beta * _margins(answers, answers.gains()))
+    return answers.mean_of_pairs(torch.relu(1 - scale.beta * answers.margins(answers.gains())))
 
 
-def ipo(answers: Answers, scale: Scale) -> Float[Tensor, " pairs"]:
+def ipo(answers: Answers, scale: Scale) -> Float[Tensor, ""]:
     """(h - 1 / (2 beta))^2 with h = (p - r)(w) / n(w) - (p - r)(l) / n(l). arXiv 2310.12036, equation 17.
 
     The mean over tokens is not in the paper; its authors say that the equation is meant so.
     """
-    return (_margins(answers, answers.gains() / answers.tokens) - 1 / (2 * scale.beta)).square()
+    differences = answers.margins(answers.gains() / answers.tokens)
+    return answers.mean_of_pairs((differences - 1 / (2 * scale.beta)).square())
 
 
-def kto(answers: Answers, scale: Scale) -> Float[Tensor, " answers"]:
+def kto(answers: Answers, scale: Scale) -> Float[Tensor, ""]:
     """1 - s(g - z) of a preferred answer, 1 - s(z - g) of a rejected one. arXiv 2402.01306, equation 8."""
-    value = scale.beta * (answers.gains() - scale.kl)
-    return 1 - torch.sigmoid(torch.where(answers.preferred, value, -value))
+    value = answers.signed(scale.beta * (answers.gains() - scale.kl))
+    return mean_over(1 - torch.sigmoid(value), answers.weights != 0)
 
 
-def _of_pairs(answers: Answers, values: Float[Tensor, " answers"]) -> Float[Tensor, " values"]:
-    """Adds both answers' values for each pair; returns the values themselves where nothing is paired."""
-    chosen, rejected = answers.pairs()
-    return values[chosen] + values[rejected] if len(chosen) else values
-
-
-def bco(answers: Answers, scale: Scale) -> Float[Tensor, " values"]:
+def bco(answers: Answers, scale: Scale) -> Float[Tensor, ""]:
     """-log s(g - delta) of a preferred answer, -log s(delta - g) of a rejected one. arXiv 2404.04656, equation 10.
 
     delta is 0 for pairs, whose rewards balance each other, as TRL has it; else the mean reward, here of the batch,
     halfway between the preferred answers' and the rejected ones'.
     """
-    rewards, delta = scale.beta * answers.gains(), torch.zeros(())
-    if not len(answers.pairs()[0]):
-        kinds = [rewards.detach()[kind] for kind in (answers.preferred, ~answers.preferred) if bool(kind.any())]
-        delta = torch.stack([kind.mean() for kind in kinds]).mean() if kinds else delta
-    value = rewards - delta.to(rewards)
-    return _of_pairs(answers, -F.logsigmoid(torch.where(answers.preferred, value, -value)))
+    rewards = scale.beta * answers.gains()
+    if not answers.pairs.shape[1]:
+        kinds = [answers.weights > 0, answers.weights < 0]
+        means = [mean_over(rewards.detach(), kind) for kind in kinds]
+        rewards = rewards - sum(means) / torch.stack([kind.any() for kind in kinds]).sum().clamp_min(1)
+    return answers.of_each(-F.logsigmoid(answers.signed(rewards)))
 
 
-def apo_zero(answers: Answers, scale: Scale) -> Float[Tensor, " values"]:
+def apo_zero(answers: Answers, scale: Scale) -> Float[Tensor, ""]:
     """1 - s(g) of a preferred answer, s(g) of a rejected one: raises the one, lowers the other. arXiv 2408.06266."""
-    value = scale.beta * answers.gains()
-    return _of_pairs(answers, torch.sigmoid(torch.where(answers.preferred, -value, value)))
+    return answers.of_each(torch.sigmoid(-answers.signed(scale.beta * answers.gains())))
 
 
-def apo_down(answers: Answers, scale: Scale) -> Float[Tensor, " pairs"]:
+def apo_down(answers: Answers, scale: Scale) -> Float[Tensor, ""]:
     """s(g(w)) + 1 - s(m): lowers both answers, the rejected one further. arXiv 2408.06266."""
     rewards = scale.beta * answers.gains()
-    chosen, _ = answers.pairs()
-    return torch.sigmoid(rewards[chosen]) + 1 - torch.sigmoid(_margins(answers, rewards))
+    lowered = torch.sigmoid(rewards[answers.pairs[0]])
+    return answers.mean_of_pairs(lowered + 1 - torch.sigmoid(answers.margins(rewards)))
 
 
-def simpo(answers: Answers, scale: Scale) -> Float[Tensor, " pairs"]:
+def simpo(answers: Answers, scale: Scale) -> Float[Tensor, ""]:
     """-log s(beta (p(w) / n(w) - p(l) / n(l)) - gamma). arXiv 2405.14734, equation 6."""
-    return -F.logsigmoid(scale.beta * _margins(answers, answers.means()) - scale.margin)
+    return answers.mean_of_pairs(-F.logsigmoid(scale.beta * answers.margins(answers.means()) - scale.margin))
 
 
-def sft(answers: Answers, scale: Scale) -> Float[Tensor, " one"]:
+def anchor(answers: Answers, scale: Scale) -> Float[Tensor, ""]:
+    """-log s(g(w)): keeps the preferred answers' rewards above 0. arXiv 2406.11839, L_AncPO, with delta 0."""
+    return mean_over(-F.logsigmoid(scale.beta * answers.gains()), answers.weights > 0)
+
+
+def sft(answers: Answers, scale: Scale) -> Float[Tensor, ""]:
     """-p / n over all preferred answers: the mean over their tokens, as supervised tuning takes it."""
-    log_probs, tokens = answers.log_probs[answers.preferred], answers.tokens[answers.preferred]
-    return -(log_probs.sum() / tokens.sum().clamp_min(1))[None]
+    preferred = answers.weights > 0
+    tokens = torch.where(preferred, answers.tokens, 0).sum().clamp_min(1)
+    return -torch.where(preferred, answers.log_probs, 0).sum() / tokens
 
 
-def cpo(answers: Answers, scale: Scale) -> Float[Tensor, " pairs"]:
+def cpo(answers: Answers, scale: Scale) -> Float[Tensor, ""]:
     """-log s(beta (p(w) - p(l))), and what `sft` takes. arXiv 2401.08417, equation 5."""
-    return sft(answers, scale) - F.logsigmoid(scale.beta * _margins(answers, answers.log_probs))
+    of_pairs = -F.logsigmoid(scale.beta * answers.margins(answers.log_probs))
+    return sft(answers, scale) + answers.mean_of_pairs(of_pairs)
 
 
-def orpo(answers: Answers, scale: Scale) -> Float[Tensor, " pairs"]:
+def orpo(answers: Answers, scale: Scale) -> Float[Tensor, ""]:
     """-beta log s(o(w) - o(l)) with o = log(q / (1 - q)) and log q = p / n, and what `sft` takes. arXiv 2403.07691."""
     means = answers.means()
     odds = means - torch.log1p(-means.exp())
-    return sft(answers, scale) - scale.beta * F.logsigmoid(_margins(answers, odds))
+    return sft(answers, scale) - scale.beta * answers.mean_of_pairs(F.logsigmoid(answers.margins(odds)))
 
 
 LOSSES: Mapping[str, Loss] = {
@@ -175,19 +184,50 @@ LOSSES: Mapping[str, Loss] = {
     "orpo": orpo,
     "simpo": simpo,
     "cpo": cpo,
+    "anchor": anchor,
 }
 
 
-def measures(answers: Answers, beta: float) -> dict[str, Float[Tensor, ""]]:
+OF_PICTURES = frozenset({"dpo", "hinge", "ipo", "bco", "apo_zero", "apo_down", "simpo"})
+"""These losses compare an answer with itself under other pictures; they hold nothing else, such as what `sft` takes."""
+
+
+def preference_loss(
+    answers: Answers, scale: Scale, objective: Mapping[str, float], *, of_pictures: Pairs
+) -> Float[Tensor, ""]:
+    """Computes the weighted sum of losses, and once more of those that compare pictures, as mDPO does.
+
+    With w under its own picture v and under another one u, and each L a mean over its own pairs:
+
+        L(w with v, l with v) + L(w with v, w with u)        mDPO, arXiv 2406.11839: L_DPO + L_CoPO
+
+    `anchor` is the third term of mDPO. kto has no pairs: w with u is a further rejected answer.
+
+    Args:
+        objective: the weight of each loss, by its name.
+        of_pictures: pairs of a preferred answer and the same under other pictures; `answers.pairs` has none of them.
+    """
+    # Without any pair the loss is 0 and still belongs to the graph, so that ranks stay in step.
+    loss = 0 * answers.log_probs.sum()
+    looking = answers._replace(pairs=of_pictures)
+    for name, weight in objective.items():
+        loss = loss + weight * LOSSES[name](answers, scale)
+        if name in OF_PICTURES and of_pictures.shape[1]:
+            loss = loss + weight * LOSSES[name](looking, scale)
+    return loss
+
+
+def measures(answers: Answers, beta: float, *, of_pictures: Pairs) -> dict[str, Float[Tensor, ""]]:
     """Returns what people watch: rewards, margin, accuracy and log-probabilities; accuracy counts pairs."""
     values = answers.log_probs if answers.reference is None else answers.gains()
     rewards, log_probs = beta * values.detach(), answers.log_probs.detach()
-    margins = _margins(answers, rewards)
-    return {
-        "rewards/chosen": rewards[answers.preferred].mean(),
-        "rewards/rejected": rewards[~answers.preferred].mean(),
-        "rewards/margin": margins.mean(),
-        "rewards/accuracy": (margins > 0).float().mean(),
-        "log_probs/chosen": log_probs[answers.preferred].mean(),
-        "log_probs/rejected": log_probs[~answers.preferred].mean(),
-    }
+    margins = answers.margins(rewards)
+    numbers = {"rewards/margin": margins.mean(), "rewards/accuracy": (margins > 0).float().mean()}
+    if of_pictures.shape[1]:
+        numbers["rewards/picture_margin"] = answers._replace(pairs=of_pictures).margins(rewards).mean()
+    under_other = torch.zeros_like(rewards, dtype=torch.bool).index_fill(0, of_pictures[1], True)
+    kinds = {"chosen": answers.weights > 0, "rejected": (answers.weights < 0) & ~under_other}
+    for name, kind in kinds.items():
+        for what, each in (("rewards", rewards), ("log_probs", log_probs)):  # of none it is NaN, which no log shows
+            numbers[f"{what}/{name}"] = torch.where(kind, each, 0).sum() / kind.sum()
+    return numbers

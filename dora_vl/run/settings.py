@@ -26,14 +26,16 @@ from dora_vl.files import Kernel
 
 Decayed = Literal["matrices", "all_but_biases"]
 """Names what weight decay acts on."""
-OfPreferences = Literal["sft", "dpo", "hinge", "ipo", "kto", "bco", "apo_zero", "apo_down", "orpo", "simpo", "cpo"]
+OfPreferences = Literal[
+    "sft", "dpo", "hinge", "ipo", "kto", "bco", "apo_zero", "apo_down", "orpo", "simpo", "cpo", "anchor"
+]
 """The names of heads.preferences.LOSSES."""
 OfRewards = Literal["grpo", "dr_grpo", "dapo", "rloo"]
 """The names of heads.rewards.REWARD_LOSSES, which learn from answers that the model draws itself."""
 LossName = OfPreferences | OfRewards
 WITHOUT_REFERENCE = frozenset[LossName]({"sft", "orpo", "simpo", "cpo"})
 """These losses need no log-probabilities of the model as it was when training began."""
-OF_SINGLE_ANSWERS = frozenset[LossName]({"sft", "kto", "bco", "apo_zero"})
+OF_SINGLE_ANSWERS = frozenset[LossName]({"sft", "kto", "bco", "apo_zero", "anchor"})
 """These losses need no pairs: each answer is good or bad by itself."""
 Task = Literal["llava", "image_text", "commonsense", "vlbart"]
 Files = str | tuple[str | TrainFile, ...]
@@ -220,13 +222,16 @@ class ObjectiveConfig:
     loss: LossName | Mapping[LossName, float] = "sft"
     """sft learns answers word by word. Rejected answers beside chosen ones take dpo, hinge, ipo, apo_down, kto, bco,
     apo_zero; or simpo, cpo and orpo, which need no reference. Answers that a flag calls good or bad take kto, bco and
-    apo_zero. A mapping is a weighted sum, such as {dpo: 0.8, bco: 0.2, sft: 1}. grpo, dr_grpo, dapo and rloo draw
-    answers to the data's questions, and learn from the rewards that these get. adapter.dropout is 0 unless it is
-    set, except with sft."""
+    apo_zero. A mapping is a weighted sum, such as {dpo: 0.8, bco: 0.2, sft: 1}; anchor in one keeps chosen answers
+    likely. grpo, dr_grpo, dapo and rloo draw answers to the data's questions, and learn from the rewards that these
+    get. adapter.dropout is 0 unless it is set, except with sft."""
     beta: float = 0.1
     """How close the model stays to the one that training began with; ipo takes some 0.01, simpo 2 to 10."""
     margin: float = 0.5
     """simpo: how much better the chosen answer is to be."""
+    exchange_pictures: bool = False
+    """Takes the chosen answer about another picture of the data for a further rejected answer, so that the model looks;
+    with the losses {dpo: 1, anchor: 1} that is mDPO. cpo and orpo do not take it."""
     rewards: Mapping[str, float] = field(default_factory=lambda: {"exact": 1.0})
     """grpo and the like: the weight of each reward. exact, anls and relaxed compare with the data's answer, choice
     looks for its letter or text, box takes the overlap of boxes, format a pattern; FILE.py:FUNCTION or MODULE:FUNCTION
@@ -244,6 +249,16 @@ class ObjectiveConfig:
     def weights(self) -> Mapping[LossName, float]:
         """The weight of each loss."""
         return {self.loss: 1.0} if isinstance(self.loss, str) else self.loss
+
+    @property
+    def has_reference(self) -> bool:
+        """Tells whether a loss compares with the model as it was when training began."""
+        return self.kl > 0 if self.of_rewards else not WITHOUT_REFERENCE.issuperset(self.weights)
+
+    @property
+    def compares(self) -> bool:
+        """Tells whether a loss compares the data's own answers."""
+        return not self.is_sft and self.of_rewards is None
 
     @property
     def is_sft(self) -> bool:
@@ -381,6 +396,7 @@ _MEDIA = _fields(
     data="image_folder video_folder follow_links as_published video_frames video_fps cache_features feature_cache "
     "max_pixels_per_step",
     evaluation="file image_folder answer_after exchange_pictures",
+    objective="exchange_pictures",
 )
 FIELDS: Mapping[Task, frozenset[str]] = {
     "llava": _TEXT | _MEDIA | _fields(model="compose image_aspect"),

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Tells whether a rank holds a part of it alone."""
+    return "ds_id" in vars(tensor) or isinstance(tensor, DTensor)  # DeepSpeed's mark, and FSDP2's type
+
+
 @contextlib.contextmanager
 def _gathered(tensors: Iterable[Tensor], *, write: bool) -> Iterator[list[Tensor]]:
     tensors = list(tensors)

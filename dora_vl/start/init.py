@@ -208,7 +208,8 @@ class UsableRow:
     @property
     def media(self) -> tuple[str, ...]:
         """Names of its pictures and videos."""
-        return (*self.conversation.images, *(clip.path for clip in self.conversation.videos))
+        row = self.conversation
+        return (*row.images, *row.rejected_images, *(clip.path for clip in row.videos))
 
     def texts(self, role: str) -> list[str]:
         """Returns what the user, or the assistant, says, without placeholders."""
@@ -239,6 +240,8 @@ class UsableRow:
         if conversation.rejected:
             *turns, chosen = turns
             record |= {"chosen": chosen, "rejected": list(conversation.rejected)}
+        if conversation.rejected_images:
+            record["rejected_images"] = list(conversation.rejected_images)
         if conversation.is_good is not None:
             record["label"] = conversation.is_good
         return {**record, "conversations": turns}
@@ -451,7 +454,11 @@ def _usable(
             names = {
                 name: save_picture(data, media_to, conversation.id) for name, data in conversation.image_bytes.items()
             }
-            conversation = replace(conversation, images=tuple(names.get(name, name) for name in conversation.images))
+            images, others = (
+                tuple(names.get(name, name) for name in each)
+                for each in (conversation.images, conversation.rejected_images)
+            )
+            conversation = replace(conversation, images=images, rejected_images=others)
     except BadSample as error:
         check.check(error)
         return None

@@ -98,27 +98,31 @@ def _set_known(holder: Any, numbers: Mapping[str, Any]) -> None:
             setattr(holder, name, value)
 
 
-def save_random_states(checkpoint: Path, rank: int, device: torch.device) -> None:
-    """Writes this rank's random states (Python's, numpy's, torch's, the GPU's), bytes in hexadecimal."""
+def save_random_states(checkpoint: Path, rank: int, device: torch.device, kept: Mapping[str, Any]) -> None:
+    """Writes this rank's random states (Python's, numpy's, torch's, the GPU's), bytes as hexadecimal, and `kept`."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     states = {
         "python": [version, list(words), gauss],
         "numpy": [name, np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state().numpy().tobytes().hex(),
+        "kept": kept,
     }
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device).numpy().tobytes().hex()
     write_numbers(checkpoint, states, f"random-{rank}.json")
 
 
-def load_random_states(checkpoint: Path, rank: int, device: torch.device, *, seed: int, step: int) -> None:
-    """Goes on with this rank's states, or from drawn ones where the checkpoint was written by fewer ranks."""
+def load_random_states(checkpoint: Path, rank: int, device: torch.device, *, seed: int, step: int) -> Mapping[str, Any]:
+    """Goes on with this rank's states, or from drawn ones where the checkpoint was written by fewer ranks.
+
+    Returns what it had kept.
+    """
     files = StateFiles(checkpoint)
     if rank >= files.numbers["ranks"]:
         logger.warning("resume: rank %d was not there; its random states are drawn from seed %d", rank, seed)
         seed_all(seed, step, rank)
-        return
+        return {}
     states = read_json(checkpoint / STATE / f"random-{rank}.json")
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
@@ -127,6 +131,7 @@ def load_random_states(checkpoint: Path, rank: int, device: torch.device, *, see
     torch.set_rng_state(torch.frombuffer(bytearray.fromhex(states["torch"]), dtype=torch.uint8))
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(torch.frombuffer(bytearray.fromhex(states["cuda"]), dtype=torch.uint8), device)
+    return states.get("kept", {})
 
 
 def seed_all(seed: int, step: int, rank: int) -> None:

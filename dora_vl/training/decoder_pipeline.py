@@ -50,7 +50,7 @@ from dora_vl.evaluation.test import (
 from dora_vl.heads.preferences import Scale
 from dora_vl.heads.rewards import REWARD_LOSSES
 from dora_vl.report.batch import TokenText
-from dora_vl.run.arguments import zero_stage
+from dora_vl.run.arguments import order_seed, zero_stage
 from dora_vl.run.base import (
     DECODER,
     VideoReading,
@@ -67,11 +67,11 @@ from dora_vl.run.base import (
     video_sampling,
 )
 from dora_vl.run.folder import run_folder_of
-from dora_vl.run.settings import WITHOUT_REFERENCE, foreign_fields
+from dora_vl.run.settings import foreign_fields
 from dora_vl.run.watched import Watch, evenly
 from dora_vl.training.parts import core_config
 from dora_vl.training.pipeline import LossModel, NextTokenLoss, Pipeline, PreferenceLoss, RewardLoss, TrainingData
-from dora_vl.training.reference import Reference
+from dora_vl.training.reference import Reference, draws_in_training
 from dora_vl.training.rollouts import Rollouts, with_answers
 from dora_vl.training.run_samples import RowEncoder, RunSamples, stored_outputs
 
@@ -164,8 +164,9 @@ class DecoderPipeline(Pipeline):
 
     def _most_pixels(self, arguments: TrainingArguments) -> int | None:
         """Returns a sample's share of `data.max_pixels_per_step`; None: no limit."""
-        most = self.config.data.max_pixels_per_step
-        return None if most is None else most // arguments.per_device_train_batch_size
+        config = self.config
+        lists = (1 + self.samples(arguments).shows_others(config.objective)) * arguments.per_device_train_batch_size
+        return None if (most := config.data.max_pixels_per_step) is None else most // lists
 
     def samples(self, arguments: TrainingArguments) -> RunSamples:
         """The run's data, read at the first call."""
@@ -234,7 +235,7 @@ class DecoderPipeline(Pipeline):
             dummy=dummy,
             dummy_video=encoder.dummy_video() if videos else None,
             packing=packing,
-            compares=not self.config.objective.is_sft,
+            compares=self.config.objective.compares,
             unmatched="kto" in self.config.objective.weights,
             keeps_samples=self.config.objective.of_rewards is not None,
         )
@@ -259,7 +260,8 @@ class DecoderPipeline(Pipeline):
 
     def _rows(self, arguments: TrainingArguments, outputs: OutputStore | None = None) -> RowEncoder:
         data = self.config.data
-        compares = not self.config.objective.is_sft
+        objective = self.config.objective
+        compares = not objective.is_sft
         if not self.encoder.sees_pictures:
             return RowEncoder(encoder=self.encoder, compares=compares)
         same = self.samples(arguments).has_videos and self.encoder.videos_of_one_length
@@ -272,6 +274,7 @@ class DecoderPipeline(Pipeline):
             most_pixels=self._most_pixels(arguments),
             outputs=outputs,
             compares=compares,
+            exchange=order_seed(arguments) if objective.exchange_pictures else None,
         )
 
     def loss(self, backbone: Backbone[Any]) -> LossModel:
@@ -279,12 +282,13 @@ class DecoderPipeline(Pipeline):
         objective = self.config.objective
         if objective.of_rewards:
             return RewardLoss(backbone, kl=objective.kl, reference=Reference(backbone.model) if objective.kl else None)
-        if not objective.is_sft:
+        if objective.compares:
             return PreferenceLoss(
                 backbone,
                 objective=objective.weights,
                 scale=Scale(beta=objective.beta, margin=objective.margin),
-                reference=None if WITHOUT_REFERENCE.issuperset(objective.weights) else Reference(backbone.model),
+                reference=Reference(backbone.model) if objective.has_reference else None,
+                keeps=not self.config.data.streaming and not draws_in_training(backbone.model),
             )
         return NextTokenLoss(backbone, step_tokens=self.config.optim.loss_normalisation == "step_tokens")
 

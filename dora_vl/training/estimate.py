@@ -30,11 +30,15 @@ ATTENTION_FORWARD, ATTENTION_BACKWARD = 4, 10
 
 @dataclass(frozen=True)
 class Samples:
-    """A micro-batch: rows, the tokens of each, and how many of them are labelled."""
+    """A micro-batch: rows, the tokens of each, and how many of them are labelled.
+
+    Rows of compared answers hold all of a sample's; where they have a `reference`, its pass comes before each step's.
+    """
 
     rows: int
     tokens: int
     labelled: int
+    reference: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,12 @@ class PlannedRun:
                 recomputed=self.recomputes if recomputes is None else recomputes,
             ),
             accumulates=self.micro_batches > 1,
+            reference=self._trained_bytes * samples.reference,
         )
+
+    @property
+    def _trained_bytes(self) -> int:
+        return bytes_of(parameter for parameter in self.model.parameters() if parameter.requires_grad)
 
     def _engine(self, ranks: int, deepspeed: str | None = None) -> Engine:
         chosen = deepspeed or self.section.get("deepspeed")
@@ -123,7 +132,7 @@ class PlannedRun:
         engine = self._engine(ranks)
         return traffic_of(
             engine,
-            trained=bytes_of(parameter for parameter in self.model.parameters() if parameter.requires_grad),
+            trained=self._trained_bytes,
             split=bytes_of(self.model.parameters()),
             stay_whole=held_by(self.model, engine, half_precision=self.half_precision).gathered,
             micro_batches=self.micro_batches,
@@ -141,7 +150,8 @@ class PlannedRun:
                 forward += FORWARD * tokens * weight.numel()
                 backward += (TRAINED_BACKWARD if weight.requires_grad else BACKWARD) * tokens * weight.numel()
         head = (FORWARD + BACKWARD) * labelled * text.hidden_size * text.vocab_size
-        return self.micro_batches * (forward * (1 + self.recomputes) + backward + head)
+        passes = 1 + self.recomputes + samples.reference
+        return self.micro_batches * (forward * passes + backward + head * (2 + samples.reference) // 2)
 
 
 def plan_run(pipeline: Pipeline, *, tokens: int | None = None, labelled: int | None = None) -> PlannedRun:
@@ -163,9 +173,25 @@ def plan_run(pipeline: Pipeline, *, tokens: int | None = None, labelled: int | N
         raise UserError(f"{tokens} tokens a sample: a picture of this model alone takes {pictures}; raise --tokens")
     words = tokens - pictures - 1
     rows = int(section.get("per_device_train_batch_size", 8))
-    samples = Samples(rows, tokens, words if labelled is None else min(labelled, words))
+    samples = compared(settings, Samples(rows, tokens, words if labelled is None else min(labelled, words)))
     half = settings.adapter.method == "full" and bool(section.get("bf16") or section.get("fp16"))
     return PlannedRun(model, section, half, samples, activations_of(model))
+
+
+def compared(settings: Any, samples: Samples) -> Samples:
+    """Returns samples with all answers that are compared: a chosen and a rejected one, the others that the loss adds.
+
+    Trees hold a prompt once for its answers, and once more for another picture.
+    """
+    objective = settings.objective
+    if objective.is_sft:
+        return samples
+    looks, unmatched = objective.exchange_pictures, "kto" in objective.weights
+    answers = 2 + looks + unmatched
+    prompt = samples.tokens - samples.labelled
+    prompts = 1 + looks if settings.data.packing == "trees" else answers
+    tokens, labelled = prompts * prompt + answers * samples.labelled, answers * samples.labelled
+    return replace(samples, tokens=tokens, labelled=labelled, reference=objective.has_reference)
 
 
 @dataclass(frozen=True)

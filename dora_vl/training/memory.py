@@ -310,6 +310,7 @@ class Estimate:
     Attributes:
         activations: of a micro-batch, the loss among them.
         accumulates: a step has several micro-batches.
+        reference: of what trains, as it was when training began, whole on every rank.
         others: what this process holds beside its tensors, on a CPU, where the log counts it too.
     """
 
@@ -317,12 +318,17 @@ class Estimate:
     held: Held
     activations: int
     accumulates: bool = False
+    reference: int = 0
     others: int = 0
 
     @property
     def total(self) -> int:
         """Bytes at the fullest moment."""
-        return self.others + self.held.at_most(self.engine, self.activations, accumulates=self.accumulates)
+        return (
+            self.others
+            + self.reference
+            + self.held.at_most(self.engine, self.activations, accumulates=self.accumulates)
+        )
 
     def table(self) -> Table:
         """GiB by part; what takes nothing has no row."""
@@ -335,6 +341,7 @@ class Estimate:
             "buffers for gradients": held.buckets,
             "weights gathered": held.gathered,
             "activations and loss": self.activations,
+            "the start of what trains": self.reference,
             "libraries and data of this process": self.others,
             "moved to the host": -held.on_host,
             "at the fullest moment": self.total,

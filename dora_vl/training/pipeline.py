@@ -23,7 +23,7 @@ from dora_vl.core import DoRAConfig
 from dora_vl.data.samples import Labelled
 from dora_vl.data.stream import StreamOrder
 from dora_vl.evaluation.open_model import with_adapter
-from dora_vl.heads.preferences import LOSSES, Answers, Scale, measures
+from dora_vl.heads.preferences import Answers, Scale, mean_over, measures, preference_loss
 from dora_vl.heads.rewards import divergence
 from dora_vl.report.batch import TokenText
 from dora_vl.run.arguments import training_arguments
@@ -51,6 +51,13 @@ class LossModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.accepts_loss_kwargs = step_tokens  # the Trainer's own name for this switch
+
+    def kept(self) -> Mapping[str, Any]:
+        """Returns what a rank of a resumed run must know beside weights, in JSON's types."""
+        return {}
+
+    def keep(self, numbers: Mapping[str, Any]) -> None:
+        """Takes over what `kept` returned."""
 
     @property
     def config(self) -> Any:
@@ -83,7 +90,6 @@ class NextTokenLoss(LossModel):
         labels: Int[Tensor, "batch seq"],
         num_items_in_batch: Tensor | int | None = None,
         weights: Float[Tensor, " samples"] | None = None,
-        groups: Int[Tensor, " samples"] | None = None,
         **inputs: Any,
     ) -> dict[str, Tensor]:
         """`loss` to go backward from, and `labelled_tokens`, the number of labels it saw.
@@ -116,7 +122,6 @@ class RewardLoss(NextTokenLoss):
         self,
         num_items_in_batch: Tensor | int | None = None,
         weights: Float[Tensor, " samples"] | None = None,
-        groups: Int[Tensor, " samples"] | None = None,
         token_weights: Float[Tensor, " samples"] | None = None,
         drawn_log_probs: Float[Tensor, " samples"] | None = None,
         **inputs: Any,
@@ -152,38 +157,68 @@ class PreferenceLoss(LossModel):
     Args:
         objective: the weight of each loss, by its name.
         reference: the model as it was when training began; None where no loss needs it.
+        keeps: what the reference says of a sample is computed once, and kept for later epochs.
     """
 
     def __init__(
-        self, backbone: Backbone[Any], *, objective: Mapping[Any, float], scale: Scale, reference: Reference | None
+        self,
+        backbone: Backbone[Any],
+        *,
+        objective: Mapping[Any, float],
+        scale: Scale,
+        reference: Reference | None,
+        keeps: bool = False,
     ) -> None:
         super().__init__(backbone, step_tokens=False)
         self.objective, self.scale, self.reference = objective, scale, reference
+        self._keeps = keeps and "kto" not in objective  # whose answers to other prompts are others in every epoch
+        self._kept: dict[bool, dict[tuple[int, int], float]] = {True: {}, False: {}}
+        """The reference's log-probability by sample and answer, of the training and of the validation data."""
 
     def forward(
         self,
         weights: Float[Tensor, " samples"],
-        groups: Int[Tensor, " samples"],
+        answers: Mapping[str, Any],
         num_items_in_batch: Tensor | int | None = None,
         **inputs: Any,
     ) -> dict[str, Tensor]:
         """Returns `loss` to go backward from, `labelled_tokens`, and the numbers that people watch."""
-        of_reference = None
-        if self.reference is not None:
-            with self.reference.in_place():
-                of_reference, _ = self._log_probs(len(weights), inputs)
+        of_reference = None if self.reference is None else self._of_reference(self.reference, answers["keys"], inputs)
         log_probs, tokens = self._log_probs(len(weights), inputs)
-        counts, scale = weights != 0, self.scale
-        answers = Answers(log_probs, of_reference, tokens, weights > 0, groups)
-        if not bool(counts.all()):  # the others are answers to another prompt
-            scale = replace(scale, kl=answers.gains()[~counts].mean().clamp_min(0).detach())
-            answers = answers.only(counts)
-        # Without any pair the loss is 0 and still belongs to the graph, so that ranks stay in step.
-        loss = 0 * log_probs.sum()
-        for name, weight in self.objective.items():
-            each = LOSSES[name](answers, scale)
-            loss = loss + weight * each.sum() / max(1, len(each))
-        return {"loss": loss, "labelled_tokens": tokens.sum().long(), **measures(answers, self.scale.beta)}
+        compared = Answers(log_probs, of_reference, tokens, weights, answers["pairs"])
+        scale, of_pictures = self.scale, answers["of_pictures"]
+        if "kto" in self.objective:
+            scale = replace(scale, kl=mean_over(compared.gains(), weights == 0).clamp_min(0).detach())
+        loss = preference_loss(compared, scale, self.objective, of_pictures=of_pictures)
+        watched = measures(compared, self.scale.beta, of_pictures=of_pictures)
+        return {"loss": loss, "labelled_tokens": tokens.sum().long(), **watched}
+
+    def kept(self) -> Mapping[str, Any]:
+        """Returns the reference's log-probabilities, which other batches would round otherwise."""
+        return {"reference": [[*key, value] for key, value in self._kept[True].items()]}
+
+    def keep(self, numbers: Mapping[str, Any]) -> None:
+        """Takes over those of the run that is resumed."""
+        self._kept[True].update({(sample, answer): value for sample, answer, value in numbers.get("reference", ())})
+
+    def _of_reference(
+        self, reference: Reference, keys: Sequence[tuple[int, int]], inputs: Mapping[str, Any]
+    ) -> Float[Tensor, " answers"]:
+        """Computes the reference's log-probabilities, or returns those of an earlier epoch where all are kept."""
+        kept, device = self._kept[self.training], inputs["input_ids"].device
+        values = [kept.get(key) for key in keys]
+        lacks = not self._keeps or None in values
+        if self._keeps and reference.is_sharded:  # whose passes gather weights: no rank may leave one out alone
+            together = torch.tensor(lacks, dtype=torch.int32, device=device)
+            torch.distributed.all_reduce(together, torch.distributed.ReduceOp.MAX)
+            lacks = bool(together)
+        if not lacks:
+            return torch.tensor(values, dtype=torch.float32, device=device)
+        with reference.in_place():
+            log_probs, _ = self._log_probs(len(keys), inputs)
+        if self._keeps:
+            kept.update(zip(keys, log_probs.tolist(), strict=True))
+        return log_probs
 
     def _log_probs(self, count: int, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Returns the log-probability of each answer, and the number of its tokens."""

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from dora_vl.core import adapted_layers, trained_parts
-from dora_vl.run.sharding import gather_to_write
+from dora_vl.run.sharding import gather_to_write, is_sharded
+
+
+def draws_in_training(model: nn.Module) -> bool:
+    """Tells whether dropout makes two passes over one batch differ."""
+    layers = (module.p for module in model.modules() if isinstance(module, nn.Dropout))
+    return any(layers) or any(layer.adapter.dropout for _, layer in adapted_layers(model))
 
 
 class Reference:
@@ -23,6 +29,7 @@ class Reference:
         self._layers = [layer for _, layer in adapted_layers(model)]
         self._trained = [weight for part in trained_parts(model) for weight in part.parameters.values()]
         self._start = self._exchange(None)
+        self.is_sharded = any(map(is_sharded, model.parameters()))
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:

@@ -31,7 +31,7 @@ def with_answers(item: Sample | Skipped, group: int, tokens: int) -> Sample | Sk
     """Gives a sample the largest group that can be drawn to its question."""
     if isinstance(item, Skipped):
         return item
-    answer = with_answer(item, item.labels[item.labels != IGNORED_LABEL][:1].repeat(tokens), weight=1.0)
+    answer = with_answer(item, item.labels[item.labels != IGNORED_LABEL][:1].repeat(tokens))
     return replace(answer, others=(answer,) * (group - 1))
 
 
@@ -58,11 +58,9 @@ Group = list[DrawnAnswer]
 """The answers to one question."""
 
 
-def _answered(sample: Sample, group: Group, weights: Sequence[float]) -> Sample:
+def _answered(sample: Sample, group: Group) -> Sample:
     """Puts a group in the place of a sample's own answer."""
-    first, *others = [
-        with_answer(sample, answer.ids, weight=weight) for answer, weight in zip(group, weights, strict=True)
-    ]
+    first, *others = [with_answer(sample, answer.ids) for answer in group]
     return replace(first, others=tuple(others))
 
 
@@ -128,11 +126,10 @@ class Rollouts:
         for batch, several in zip(batches, samples, strict=True):
             places = range(start, start + len(several))
             kept = [place for place in places if self.keeps_all or bool(differ[place])]
-            made = self.collate(
-                [_answered(several[place - start], groups[place], weights[place].tolist()) for place in kept]
-            )
+            made = self.collate([_answered(several[place - start], groups[place]) for place in kept])
             log_probs = [answer.log_prob for place in kept for answer in groups[place]]
-            made |= {"token_weights": token_weights[kept].flatten(), "drawn_log_probs": torch.tensor(log_probs)}
+            made |= {"weights": weights[kept].flatten(), "token_weights": token_weights[kept].flatten()}
+            made |= {"drawn_log_probs": torch.tensor(log_probs)}
             made |= {name: batch[name] for name in BOOKKEEPING if name in batch and name not in OF_A_BATCH}
             learned.append(made)
             start += len(several)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -48,6 +49,7 @@ from dora_vl.data.turns import THINK, Turn
 from dora_vl.errors import BadSample, SettingError, UserError, one_line, shown
 from dora_vl.evaluation.questions import text_asked
 from dora_vl.files import content_key
+from dora_vl.heads.preferences import OF_PICTURES
 from dora_vl.run.arguments import order_seed
 from dora_vl.run.base import VideoReading, image_folder, video_folder
 from dora_vl.run.folder import run_folder_of
@@ -82,13 +84,39 @@ class RowEncoder:
     outputs: OutputStore | None = None
     compares: bool = False
     """True makes a sample of the last answer with the rejected ones beside it, not of the whole conversation."""
+    exchange: int | None = None
+    """The seed by which another picture is drawn for the chosen answer (`objective.exchange_pictures`); None: none."""
 
     def dataset(self, rows: Examples, stored: HeldPictures) -> ConversationDataset:
         """The samples of some rows, and of the pictures that they hold themselves."""
-        return ConversationDataset(rows, encode=partial(self.encode, stored=stored))
+        return ConversationDataset(rows, encode=partial(self.encode, stored=stored, rows=rows))
 
-    def encode(self, row: Example, stored: HeldPictures) -> Encoded:
-        """A row's tensors; of pictures with stored outputs the size alone counts."""
+    def encode(self, row: Example, stored: HeldPictures, rows: Examples = ()) -> Encoded:
+        """A row's tensors, and beside them those of its answers about other pictures, drawn among `rows`."""
+        encoded = [self._encode(part, stored) for part in self.parts(row, rows)]
+        if self.exchange is not None and len(encoded) > 1 and not row.rejected_images:
+            encoded[-1] = dataclasses.replace(encoded[-1], exchanged=True)
+        first, *others = (each for part in encoded for each in (part, *part.others))
+        return dataclasses.replace(first, others=tuple(others), lost_pixels=sum(part.lost_pixels for part in encoded))
+
+    def parts(self, row: Example, rows: Examples) -> list[Example]:
+        """Returns the row once for each list of pictures that answers of it are about."""
+        if not self.compares or not row.rejected:
+            return [row]
+        *asked, chosen = row.turns
+        if row.rejected_images:
+            texts, images = row.rejected, row.rejected_images
+            row = dataclasses.replace(row, rejected=())
+        elif self.exchange is not None and isinstance(rows, ExampleTable):
+            texts, images = (chosen.text,), rows.other_pictures(row, self.exchange)
+        else:
+            return [row]
+        turns = (*asked, Turn("assistant", texts[0]))
+        other = dataclasses.replace(row, turns=turns, rejected=texts[1:], images=images, is_good=False)
+        return [row, other] if images else [row]
+
+    def _encode(self, row: Example, stored: HeldPictures) -> Encoded:
+        """The tensors of answers about the same pictures; of pictures with stored outputs the size alone counts."""
         if self.folder is None or self.videos is None:
             if row.images or row.videos:
                 raise BadSample(row.id, "it has pictures or videos, which a language model does not see")
@@ -157,7 +185,15 @@ class RunSamples:
     @property
     def pictures(self) -> list[tuple[str, ...]]:
         """Lists the pictures of each sample of the tables, each combination once."""
-        return list(dict.fromkeys(tuple(names) for table in self._tables for names in table.rows["images"] if names))
+        columns = [table.rows[name] for table in self._tables for name in ("images", "rejected_images")]
+        return list(dict.fromkeys(tuple(names) for column in columns for names in column if names))
+
+    def shows_others(self, objective: ObjectiveConfig) -> bool:
+        """Tells whether a sample's answers may be about two lists of pictures."""
+        sources = () if self._stream is None else self._stream.sources
+        rows = [row for source in sources for row in source.first_rows if isinstance(row, Example)]
+        of_data = any(row.rejected_images for row in rows) or any(table.has_rejected_images for table in self._tables)
+        return not objective.is_sft and (objective.exchange_pictures or of_data)
 
     @property
     def stored(self) -> StoredPictures:
@@ -208,6 +244,22 @@ class RunSamples:
             raise SettingError(
                 "objective.loss", f": {names} needs {needs}, and {self._name} has none; see docs/data.md"
             )
+        if objective.exchange_pictures:
+            self._check_exchange(objective, compared=compared)
+
+    def _check_exchange(self, objective: ObjectiveConfig, *, compared: bool) -> None:
+        """Refuses to exchange pictures where no answer would be compared with itself under another one."""
+        looking, trouble = OF_PICTURES | {"kto"}, None
+        if looking.isdisjoint(objective.weights):
+            trouble = f"needs a loss that compares pictures, {', '.join(sorted(looking))}; set objective.loss"
+        elif self._train is None:
+            trouble = "draws among all pictures, and data.streaming reads samples as they come; set one of them false"
+        elif not compared or {*Counter(len(names) for names in {*map(tuple, self._train.rows["images"])}).values()} == {
+            1
+        }:
+            trouble = f"needs pairs and several pictures, and {self._name} has none; set it false"
+        if trouble is not None:
+            raise SettingError("objective.exchange_pictures", f" {trouble}")
 
     def example_of(self, index: int) -> Example | BadSample:
         """Returns a training sample's example."""
@@ -219,7 +271,7 @@ class RunSamples:
         sources = () if self._stream is None else self._stream.sources
         examples = [row for source in sources for row in source.first_rows if isinstance(row, Example)]
         judged = any(row.is_good is not None for row in examples) or any(table.is_judged for table in self._tables)
-        return judged, any(row.rejected for row in examples) or any(table.has_rejected for table in self._tables)
+        return judged, any(row.rejected for row in examples) or any(table.most_rejected for table in self._tables)
 
     def look_ahead(self, pictures: MediaFolder | None, videos: MediaFolder | None) -> None:
         """Refuses training samples that a run over them would end for; see `data.look_ahead`. Of a stream none.
@@ -251,7 +303,8 @@ class RunSamples:
             elif isinstance(example, Example):
                 used += 1
                 answers, tokenizer = encoder.answers(example), encoder.tokenizer
-                texts = (example.turns[-1].text, *example.rejected)
+                parts = rows.parts(example, [] if self._train is None else self._train)
+                texts = [text for part in parts for text in (part.turns[-1].text, *part.rejected)]
                 for place, row in enumerate(sample.rows()):
                     labels, trained = row.labels, [answers[number] for number in row.answers]
                     if rows.compares:
@@ -309,7 +362,7 @@ class RunSamples:
                 stream=order,
                 set_epoch=(order.set_epoch,),
                 samples=len(order),
-                batch_tokens=micro_batch * data.max_tokens,
+                batch_tokens=micro_batch * data.max_tokens * self._most_answers(rows, collate),
                 **shared,
             )
         train = self._train
@@ -344,10 +397,23 @@ class RunSamples:
             samples=len(train.rows),
             ids=train.ids,
             media=partial(_media_keys, train, data) if media else dict,
-            # Words alone would not count a prompt's tokens.
-            batch_tokens=micro_batch * (min(data.max_tokens, int(lengths.lengths.max())) if media else data.max_tokens),
+            batch_tokens=micro_batch * self._sample_tokens(rows, collate, int(lengths.lengths.max())),
             **shared,
         )
+
+    def _sample_tokens(self, rows: RowEncoder, collate: Collator, longest: int) -> int:
+        """Returns the tokens of the longest sample, all its answers counted; `longest` holds each of them once."""
+        answers = self._most_answers(rows, collate)
+        prompts = 1 + (rows.exchange is not None) + collate.unmatched if collate.packing == "trees" else answers
+        most = self._data.max_tokens * answers
+        return min(most, longest * prompts) if rows.folder is not None else most  # words would not count a prompt's
+
+    def _most_answers(self, rows: RowEncoder, collate: Collator) -> int:
+        """Returns how many answers of a sample a batch holds at most."""
+        sources = () if self._stream is None else self._stream.sources
+        first = [row for source in sources for row in source.first_rows if isinstance(row, Example)]
+        rejected = max([*(len(row.rejected) for row in first), *(table.most_rejected for table in self._tables)])
+        return 1 + rejected + (rows.exchange is not None) + collate.unmatched if rows.compares else 1
 
 
 def _first_places(images: Sequence[Sequence[str]]) -> list[int]:

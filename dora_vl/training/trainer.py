@@ -49,7 +49,7 @@ from dora_vl.training.checkpoint import (
 from dora_vl.training.checkpoint_files import STATE, StateFiles, write_manifest
 from dora_vl.training.faults import StepFaults, check_trained_weights
 from dora_vl.training.largest_batch import LargestBatch, cost_of
-from dora_vl.training.memory import Activations, Estimate, Table, activations_of, engine_of, held_by
+from dora_vl.training.memory import Activations, Estimate, Table, activations_of, bytes_of, engine_of, held_by
 from dora_vl.training.parts import (
     LearningRates,
     frozen_table,
@@ -128,9 +128,10 @@ class AdapterTrainer(OrderedTrainer):
         self.closing.callback(self.stop.restore)
         self.closing.callback(faulthandler.cancel_dump_traceback_later)
         self.faults = StepFaults(self.run_folder / FAULTS, config.optim.not_finite, scaled=arguments.fp16)
+        self._loss = pipeline.loss(backbone)
         super().__init__(
             data,
-            model=pipeline.loss(backbone),
+            model=self._loss,
             args=arguments,
             eval_dataset=held_out,
             callbacks=[self.stop, self.faults, StepLimit()],
@@ -304,7 +305,8 @@ class AdapterTrainer(OrderedTrainer):
         """Writes nothing: the scale is in the state."""
 
     def _save_rng_state(self, output_dir: str) -> None:
-        save_random_states(Path(output_dir), self.args.process_index, self.args.device)
+        kept = self._loss.kept()
+        save_random_states(Path(output_dir), self.args.process_index, self.args.device, kept)
 
     @property
     def _running(self) -> RunningState:
@@ -340,7 +342,8 @@ class AdapterTrainer(OrderedTrainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             rank, step = self.args.process_index, self.state.global_step
-            load_random_states(Path(checkpoint), rank, self.args.device, seed=self.args.seed, step=step)
+            kept = load_random_states(Path(checkpoint), rank, self.args.device, seed=self.args.seed, step=step)
+            self._loss.keep(kept)
 
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))
@@ -359,7 +362,8 @@ def build_trainer(pipeline: Pipeline, arguments: TrainingArguments, backbone: Ba
         shard(backbone.model, arguments.device)
     trainer = AdapterTrainer(pipeline, arguments, backbone, data)
     activations = activations_of(backbone.model)
-    plan = plan_of(backbone, trainer.rates, activations, arguments, tokens=data.batch_tokens)
+    compares = config.objective.has_reference
+    plan = plan_of(backbone, trainer.rates, activations, arguments, tokens=data.batch_tokens, compares=compares)
     logger.info("what trains, and what it takes:\n%s", "\n".join(map(str, plan.values())))
     device = torch.cuda.get_device_name(arguments.device) if arguments.device.type == "cuda" else "cpu"
     machine = {"versions": versions(), "device": device, "ranks": arguments.world_size}
@@ -393,8 +397,12 @@ def plan_of(
     arguments: TrainingArguments,
     *,
     tokens: int,
+    compares: bool = False,
 ) -> dict[str, Table]:
-    """Makes the tables of what trains, what does not, and the memory that a micro-batch of so many tokens takes."""
+    """Makes the tables of what trains, what does not, and the memory that a micro-batch of so many tokens takes.
+
+    `compares` says that the run also holds what it began with.
+    """
     model = backbone.model
     engine = engine_of(
         deepspeed_config() if arguments.deepspeed is not None else None,
@@ -410,6 +418,7 @@ def plan_of(
         held,
         activations.of(tokens=tokens, labelled=tokens, recomputed=bool(arguments.gradient_checkpointing)),
         accumulates=arguments.gradient_accumulation_steps > 1,
+        reference=bytes_of(weight for weight in model.parameters() if weight.requires_grad) * compares,
         others=others,
     )
     return {

@@ -305,6 +305,7 @@ def test_preferences_keep_every_answer_and_get_their_loss(
         {"image": item.picture, "prompt": item.question, "chosen": item.answer, "rejected": f"not {item.answer}"}
         for item in samples
     ]
+    rows[3]["rejected_images"] = [samples[5].picture]
     if judged:
         rows = [
             {"image": row["image"], "prompt": row["prompt"], "completion": row[kind], "label": kind == "chosen"}
@@ -317,6 +318,7 @@ def test_preferences_keep_every_answer_and_get_their_loss(
     assert (config.objective.loss, config.adapter.dropout) == ("kto" if judged else "dpo", 0.0)
     written = [row for half in ("train", "test") for row in rows_of(tmp_path / "out" / f"{half}.jsonl")]
     examples = [read_row(row) for row in written]
+    assert [row.rejected_images for row in examples if row.rejected_images] == [(samples[5].picture,)] * (not judged)
     expected = {(item.answer, (f"not {item.answer}",), None) for item in samples}
     if judged:
         expected = {(text, (), text == item.answer) for item in samples for text in (item.answer, f"not {item.answer}")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from benchmarks.dora_memory import LiveBytes
 from dora_vl.cli import main
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.core.fast import cpu_step
-from dora_vl.training.estimate import SHAPES, PlannedRun, Samples, Traffic, traffic_of
+from dora_vl.training.estimate import SHAPES, PlannedRun, Samples, Traffic, plan_run, traffic_of
 from dora_vl.training.memory import Engine, Estimate, Held, activations_of, engine_of, held_by
+from tests.training.test_preference_run import write_pairs
+from tests.training.tiny_run import decoder_run, write_run, write_tiny_llava
 
 FROZEN = 100 * 200 * 2  # a bfloat16 weight
 TRAINED = 100 * 4 + 200 * 4 + 200  # A, B and the magnitude, in float32
@@ -181,3 +184,36 @@ def test_the_engine_has_deepspeeds_sizes_and_transformers_automatic_ones() -> No
     assert (engine.stage, engine.bucket, engine.prefetched) == (3, 10_000, 9_000)
     assert engine.kept_whole == 100_000  # DeepSpeed's own where the file does not say auto
     assert (engine.offloads_optimizer, engine.offloads_weights) == (True, False)
+
+
+def test_all_answers_of_a_sample_are_counted(tmp_path: Path) -> None:
+    """60 tokens, 10 of them an answer's: a tree has its prompt once, and once more for another picture."""
+    base, pairs = write_tiny_llava(tmp_path / "base"), write_pairs(tmp_path / "data")
+    run_file = write_run(tmp_path / "run.yaml", base, pairs)
+    plain = "--data.packing=plain"
+    looks = "--objective.exchange_pictures=true"
+    expected = {
+        ("sft",): Samples(4, 60, 10),
+        ("dpo",): Samples(4, 50 + 20, 20, reference=True),
+        ("simpo",): Samples(4, 50 + 20, 20),
+        ("kto",): Samples(4, 50 + 30, 30, reference=True),
+        ("dpo", plain): Samples(4, 2 * 60, 20, reference=True),
+        ("dpo", looks): Samples(4, 2 * 50 + 30, 30, reference=True),
+    }
+    for (loss, *more), samples in expected.items():
+        planned = plan_run(decoder_run(run_file, f"--objective.loss={loss}", *more), tokens=60, labelled=10)
+        assert planned.samples == samples
+        trained = sum(4 * weight.numel() for weight in planned.model.parameters() if weight.requires_grad)
+        assert planned.on(1).reference == trained * samples.reference
+        alone = replace(planned, samples=replace(samples, reference=False))
+        assert planned.on(1).activations == alone.on(1).activations  # its pass holds none
+        assert (planned.flop() > 1.2 * alone.flop()) == samples.reference
+    rows = json.loads(pairs.read_text())
+    rows[3]["rejected"] = " ".join(["wrong"] * 30)
+    pairs.write_text(json.dumps(rows))
+    longest = 5 + len(
+        f"{rows[3]['prompt']} {rows[3]['chosen']} {rows[3]['rejected']}".split()
+    )  # 4 of the picture and its mark
+    for more, times in (((), 1), ((plain, "--data.group_by_modality_length=false"), 2), ((looks,), 2)):
+        run = decoder_run(run_file, "--objective.loss=dpo", *more)
+        assert run.data(run.load(), run.arguments()).batch_tokens == 4 * times * longest

@@ -92,25 +92,30 @@ def test_stored_outputs_and_plain_rows_train_the_same(tmp_path: Path, base: Path
 
 
 def test_a_resumed_run_has_the_reference_of_its_start(tmp_path: Path, base: Path) -> None:
-    training = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "lr_scheduler_type": "constant"}
+    """To the bit, also in a second epoch: the reference's log-probabilities of the first one come back."""
+    training = {"save_strategy": "steps", "save_steps": 8, "max_steps": 10, "lr_scheduler_type": "constant"}
     run_file = write_run(
         tmp_path / "run.yaml", base, write_pairs(tmp_path / "data"), training=training, objective={"loss": "dpo"}
     )
     whole = trained(run_file, name="whole")
     stopped = trained(run_file, name="stopped")
-    for path in (stopped / "checkpoint-4", stopped / "adapter"):
+    for path in (stopped / "checkpoint-10", stopped / "adapter"):
         for file in sorted(path.rglob("*"), reverse=True):
             file.unlink() if file.is_file() else file.rmdir()
         path.rmdir()
     trained(run_file, "--resume=last", name="stopped")
     assert_same_weights(whole, stopped)
     assert [line["loss"] for line in logged(stopped)] == [line["loss"] for line in logged(whole)]
+    states = [json.loads((run / "checkpoint-10/state/random-0.json").read_text()) for run in (whole, stopped)]
+    assert sorted(states[0]["kept"]["reference"]) == sorted(states[1]["kept"]["reference"])
+    assert len(states[0]["kept"]["reference"]) == 2 * 24
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_ranks_exchange_their_shards_for_the_reference(tmp_path: Path, base: Path) -> None:
-    training = {"max_steps": 6, "per_device_train_batch_size": 2, "train_sampling_strategy": "sequential"}
+    """Two steps of a second epoch among them, where the reference's log-probabilities are known."""
+    training = {"max_steps": 8, "per_device_train_batch_size": 2, "train_sampling_strategy": "sequential"}
     run_file = write_run(
         tmp_path / "run.yaml",
         base,

@@ -62,7 +62,7 @@ def rollouts_of(encoder: Encoder, backbone: DecoderBackbone, folder: Path, **set
     }
     return Rollouts(
         assistant=Assistant(backbone, EncoderPrompts(encoder), while_training=True),
-        collate=Collator(encoder.pad_token_id, packing=packing, compares=True, keeps_samples=True),
+        collate=Collator(encoder.pad_token_id, packing=packing, keeps_samples=True),
         example_of=lambda index: EXAMPLES[index],
         group=GROUP,
         max_new_tokens=LONGEST,
@@ -74,7 +74,7 @@ def rollouts_of(encoder: Encoder, backbone: DecoderBackbone, folder: Path, **set
 
 
 def collated(encoder: Encoder) -> dict[str, Any]:
-    return Collator(encoder.pad_token_id, compares=True, keeps_samples=True)(items(encoder))
+    return Collator(encoder.pad_token_id, keeps_samples=True)(items(encoder))
 
 
 def inputs_of(batch: dict[str, Any]) -> dict[str, Any]:

@@ -157,10 +157,10 @@ def test_random_states_come_back_and_new_ranks_draw_their_own(tmp_path: Path) ->
     drawn()
     np.random.normal()  # an odd number of draws: numpy keeps the other of the pair
     write_numbers(tmp_path, {"ranks": 1})
-    save_random_states(tmp_path, 0, CPU)
+    save_random_states(tmp_path, 0, CPU, {"numbers": [0.1]})
     expected = drawn()
     seed_all(9, 9, 9)
-    load_random_states(tmp_path, 0, CPU, seed=3, step=4)
+    assert load_random_states(tmp_path, 0, CPU, seed=3, step=4) == {"numbers": [0.1]}
     assert drawn() == expected
     others = []
     for rank in (1, 2, 1):

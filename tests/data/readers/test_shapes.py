@@ -43,7 +43,8 @@ def outcome(row: dict[str, Any], columns: Columns = USUAL) -> dict[str, Any]:
     except BadSample as error:
         return {"bad": error.kind}
     videos = {"videos": [clip.path for clip in example.videos]} if example.videos else {}
-    rejected = {"rejected": [*example.rejected]} if example.rejected else {}
+    about = {name: [*vars(example)[name]] for name in ("rejected", "rejected_images")}
+    rejected = {name: values for name, values in about.items() if values}
     judged = {} if example.is_good is None else {"is_good": example.is_good}
     turns = [turn_parts(turn) for turn in example.turns]
     return {"images": [*example.images], **videos, "turns": turns, **rejected, **judged}
@@ -59,7 +60,7 @@ def test_a_shape_is_read_or_stops_with_what_settles_it(of: str) -> None:
     for shape in SHAPES:
         if shape["of"] != of:
             continue
-        names = ("images", "videos", "turns", "bad", "rejected", "is_good")
+        names = ("images", "videos", "turns", "bad", "rejected", "rejected_images", "is_good")
         expected = {name: shape[name] for name in names if name in shape}
         if "remedy" not in shape:
             assert outcome(shape["row"]) == expected, shape["row"]
