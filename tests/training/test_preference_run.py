@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from dora_vl.errors import SettingError
-from dora_vl.heads import preferences
-from dora_vl.run.settings import LossName
+from dora_vl.heads import preferences, rewards
+from dora_vl.run.settings import OfPreferences, OfRewards
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from tests.training.launched import launch
 from tests.training.tiny_run import (
@@ -166,4 +166,5 @@ def test_data_and_loss_must_fit(tmp_path: Path, base: Path) -> None:
 
 
 def test_settings_name_every_loss() -> None:
-    assert set(LossName.__args__) == set(preferences.LOSSES)  # pyright: ignore[reportAttributeAccessIssue]
+    assert {*get_args(OfPreferences)} == {*preferences.LOSSES}
+    assert {*get_args(OfRewards)} == {*rewards.REWARD_LOSSES}
