@@ -135,9 +135,8 @@ class Collator:
         if self.packing != "plain":
             tokens = int((batch["layout"]["segment"] >= 0).sum())
         shrunk = [(sample.id, sample.lost_pixels) for sample in usable if sample.lost_pixels]
-        if self.compares or any(sample.weight != 1 for sample in samples):
-            batch["weights"] = torch.tensor([sample.weight for sample in samples])
         if self.compares:
+            batch["weights"] = torch.tensor([sample.weight for sample in samples])
             batch["answers"] = answers_of(groups)
         return {
             **batch,

@@ -89,16 +89,13 @@ class NextTokenLoss(LossModel):
         attention_mask: Int[Tensor, "batch seq"],
         labels: Int[Tensor, "batch seq"],
         num_items_in_batch: Tensor | int | None = None,
-        weights: Float[Tensor, " samples"] | None = None,
         **inputs: Any,
     ) -> dict[str, Tensor]:
-        """`loss` to go backward from, and `labelled_tokens`, the number of labels it saw.
+        """Returns `loss` to go backward from, and `labelled_tokens`, the number of labels it saw.
 
-        `inputs` are what else the backbone takes and the batch brings, such as pictures; `weights` say how much the
-        labels of each sample count.
+        `inputs` are what else the backbone takes and the batch brings, such as pictures.
         """
-        features = self.backbone(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **inputs)
-        losses = features.losses if weights is None else features.losses * weights[features.rows]
+        losses = self.backbone(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **inputs).losses
         # Without any label the loss is 0 and still belongs to the graph, so that ranks stay in step.
         count = torch.tensor(len(losses), device=losses.device)
         divisor = count.clamp_min(1) if num_items_in_batch is None else num_items_in_batch
