@@ -30,12 +30,22 @@ from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available, is_tiktoken_available
 
+from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.quantised_base import SCHEMES, here, kept_whole, quantised_layers
 from dora_vl.core.config import Quantisation
 from dora_vl.core.quantised import quantised_in, settle_quantised
 from dora_vl.data.turns import IMAGE_PLACEHOLDER
 from dora_vl.errors import UserError
-from dora_vl.files import BRINGS_CODE, NO_OWN_CODE, check_model_folder, opening, whole_folder, why_not_read, write_json
+from dora_vl.files import (
+    BRINGS_CODE,
+    NO_OWN_CODE,
+    check_model_folder,
+    json_or_nothing,
+    opening,
+    whole_folder,
+    why_not_read,
+    write_json,
+)
 
 SPACE_MARK = "▁"
 NEEDED = {"sentencepiece": is_sentencepiece_available, "protobuf": is_protobuf_available}
@@ -306,7 +316,8 @@ def quantised_loading(
     return QuantisedLoading(quantisation, dtype, layers, {"quantization_config": bits})
 
 
-SETTINGS_FILE = "made_from.json"
+SETTINGS_FILE, PROJECTOR = "made_from.json", "projector_sha256"
+"""The file says what a base was composed from, by hashes; the key, what its projector was then."""
 
 
 @contextlib.contextmanager
@@ -320,7 +331,7 @@ def written_base(folder: Path, spec: Any) -> Iterator[Path]:
         raise UserError(f"{folder} exists already; remove it or write to another place")
     with whole_folder(folder) as unfinished:
         yield unfinished
-        write_json(unfinished / SETTINGS_FILE, _digests(spec))
+        write_json(unfinished / SETTINGS_FILE, {**_digests(spec), **projector_digest(unfinished)})
 
 
 def check_made_from(folder: Path, spec: Any) -> None:
@@ -333,6 +344,23 @@ def check_made_from(folder: Path, spec: Any) -> None:
                 f"{folder} was made with another {name} than the run says ({getattr(spec, name)!r}); remove the folder "
                 "to have it made anew, or name another model.base"
             )
+
+
+def projector_digest(folder: Path) -> dict[str, str]:
+    """Hashes a LLaVA's projector; nothing for a folder without one."""
+    digest = hashlib.sha256()
+    with BaseWeights(folder) as base:
+        names = sorted(name for name in base.tensors if ".multi_modal_projector." in f".{name}")
+        for name in names:
+            digest.update(name.rpartition("multi_modal_projector.")[2].encode())
+            digest.update(base.read(name).float().numpy().tobytes())
+    return {PROJECTOR: digest.hexdigest()} if names else {}
+
+
+def has_new_projector(folder: Path) -> bool:
+    """Tells whether a base was composed here and its projector is still as it was drawn; a merge may change it."""
+    made_from = json_or_nothing(folder / SETTINGS_FILE)
+    return PROJECTOR in made_from and projector_digest(folder)[PROJECTOR] == made_from[PROJECTOR]
 
 
 def _digests(spec: Any) -> dict[str, str]:

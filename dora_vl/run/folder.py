@@ -34,6 +34,7 @@ SKIPPED = "skipped.jsonl"
 FAULTS = "faults.jsonl"
 DRAWN = "drawn.jsonl"
 """Holds a question of each step that learned from rewards, with the answers that were drawn to it."""
+PROJECTOR_START = "projector_start.safetensors"
 SETTINGS = "settings.json"
 PLAN = "plan.json"
 WATCHED = "watched"
@@ -42,7 +43,7 @@ SAVED = (ADAPTER, METRICS, *PREDICTED)
 """These took work to make; a run that left none of them, nor a checkpoint, failed before its first save."""
 RESULTS = (
     *(ADAPTER, LOSS_LOG, METRICS, SKIPPED, FAULTS, DRAWN, *PREDICTED, "predictions.settings.json", WATCHED),
-    *("loss_curve.png", "contact_sheet.png"),
+    *(PROJECTOR_START, "loss_curve.png", "contact_sheet.png"),
 )
 IF_STOPPED = "if_stopped"
 _OTHERWISE = "--overwrite true removes it, --training.output_dir names another folder"

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from transformers import PreTrainedModel, TrainingArguments
@@ -17,6 +17,7 @@ from dora_vl.backbones.base import Backbone
 from dora_vl.backbones.encoder import Encoder, open_encoder
 from dora_vl.backbones.families import sees_pictures
 from dora_vl.backbones.frozen_outputs import OutputStore, PictureReader
+from dora_vl.backbones.loading import has_new_projector
 from dora_vl.backbones.model import (
     DecoderBackbone,
     check_packing,
@@ -69,6 +70,7 @@ from dora_vl.run.base import (
 from dora_vl.run.folder import run_folder_of
 from dora_vl.run.settings import foreign_fields
 from dora_vl.run.watched import Watch, evenly
+from dora_vl.training.closed_form import MOST_PICTURES, start_projector, trains_whole
 from dora_vl.training.parts import core_config
 from dora_vl.training.pipeline import LossModel, NextTokenLoss, Pipeline, PreferenceLoss, RewardLoss, TrainingData
 from dora_vl.training.reference import Reference, draws_in_training
@@ -131,6 +133,7 @@ class DecoderPipeline(Pipeline):
         samples.look_ahead(*folders)
         make_base(compose_llava, config.model.compose, config.model.base, arguments)
         make_base(write_language_model, config.model.source, config.model.base, arguments)
+        self._check_projector_start()
         check_window(config.model.base, self.encoder, config.model.revision)
         check_pixels(config.model.base, self.encoder, self._most_pixels(arguments))
         if has_videos:
@@ -229,7 +232,11 @@ class DecoderPipeline(Pipeline):
             folder, most = image_folder(data), self._most_pixels(arguments)
             reader = PictureReader(encoder=encoder, folder=folder, stored=samples.stored, most_pixels=most)
             decoder = cast(DecoderBackbone, backbone)
+            form = self._projector_start(decoder)
             outputs, dummy = stored_outputs(self.config, decoder, reader, samples.pictures, arguments)
+            if form is not None:
+                rounds, to = samples.rounds(MOST_PICTURES), run_folder_of(self.config.training)
+                start_projector(decoder, encoder.tokenizer, rounds, outputs, reader, form, to)
         collate = Collator(
             encoder.pad_token_id,
             dummy=dummy,
@@ -250,6 +257,37 @@ class DecoderPipeline(Pipeline):
 
         tokens = made.batch_tokens + arguments.per_device_train_batch_size * group * longest
         return replace(made, pools=pools, batch_tokens=tokens)
+
+    def _check_projector_start(self) -> None:
+        """Refuses a start of the projector that the base or the settings have no place for."""
+        config, trouble = self.config, None
+        if config.adapter.projector_start in (None, "random"):
+            return
+        if not config.data.cache_features:
+            trouble = "is computed from stored outputs; set data.cache_features: true"
+        elif config.adapter.initial is not None:
+            trouble = "and adapter.initial both say where the projector begins; leave one out"
+        elif not has_new_projector(Path(config.model.base)):
+            trouble = (
+                f"is for a LLaVA's new projector, and that of {config.model.base} was trained before; leave it out"
+            )
+        if trouble is not None:
+            raise SettingError("adapter.projector_start", f" {trouble}")
+
+    def _projector_start(self, backbone: DecoderBackbone) -> Literal["scaled", "answers"] | None:
+        """Returns the form that the projector's start takes; None where it stays as the base has it."""
+        adapter, base = self.config.adapter, Path(self.config.model.base)
+        form = adapter.projector_start
+        if form == "random" or self.config.task != "llava":
+            return None
+        llava: Any = backbone.model.base_model
+        trains = trains_whole(llava.multi_modal_projector)
+        if form is not None and not trains:
+            raise SettingError(
+                "adapter.projector_start", ": the projector does not train whole in this run; leave it out"
+            )
+        is_new = trains and adapter.initial is None and has_new_projector(base)
+        return (form or "answers") if is_new else None
 
     def _packing(self, backbone: Backbone[Any]) -> Packing:
         """`data.packing`, as far as the model follows them."""
