@@ -125,7 +125,7 @@ def record(name: str, picture: str, asked: Sequence[tuple[str, str]], **more: st
     return {"id": name, "image": picture, **more, "conversations": turns}
 
 
-def convert(source: Path, to: Path, *, variants: int = 4, seed: int = 0) -> None:
+def convert(source: Path, to: Path, *, variants: int = 2, seed: int = 0) -> None:
     """Makes the folder `to`, unless it is there and made by the same settings.
 
     Args:
