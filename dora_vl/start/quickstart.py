@@ -251,7 +251,7 @@ def members(package: Path) -> Iterator[tuple[str, IO[bytes]]]:
         return
     with tarfile.open(package) as tarball:
         for member in tarball:
-            source = tarball.extractfile(member)  # None for what is no file
+            source = tarball.extractfile(member) if member.isfile() else None  # no link
             if source is not None:
                 yield member.name, source
 
