@@ -35,8 +35,10 @@ from dora_vl.data.pictures import StoredPictures
 from dora_vl.data.samples import Labelled, Sample, Skipped
 from dora_vl.errors import SettingError
 from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
+from dora_vl.evaluation.baselines import right_text
 from dora_vl.evaluation.forgetting import forgetting, measured
 from dora_vl.evaluation.predictor import MediaReader
+from dora_vl.evaluation.questions import text_asked
 from dora_vl.evaluation.rewards import Reward, rewards_of
 from dora_vl.evaluation.test import (
     check_test,
@@ -70,8 +72,8 @@ from dora_vl.run.base import (
 from dora_vl.run.folder import run_folder_of
 from dora_vl.run.settings import foreign_fields
 from dora_vl.run.watched import Watch, evenly
-from dora_vl.training.closed_form import MOST_PICTURES, start_projector, trains_whole
-from dora_vl.training.parts import core_config
+from dora_vl.training.closed_form import MOST_PICTURES, probe, projector_inputs, start_projector, trains_whole
+from dora_vl.training.parts import adapt, core_config
 from dora_vl.training.pipeline import LossModel, NextTokenLoss, Pipeline, PreferenceLoss, RewardLoss, TrainingData
 from dora_vl.training.reference import Reference, draws_in_training
 from dora_vl.training.rollouts import Rollouts, with_answers
@@ -229,9 +231,7 @@ class DecoderPipeline(Pipeline):
         pictures = encoder.sees_pictures and (samples.has_pictures or (samples.has_videos and not videos))
         dummy, outputs = encoder.dummy() if pictures else None, None
         if data.cache_features and samples.has_pictures:
-            folder, most = image_folder(data), self._most_pixels(arguments)
-            reader = PictureReader(encoder=encoder, folder=folder, stored=samples.stored, most_pixels=most)
-            decoder = cast(DecoderBackbone, backbone)
+            decoder, reader = cast(DecoderBackbone, backbone), self._picture_reader(arguments)
             form = self._projector_start(decoder)
             outputs, dummy = stored_outputs(self.config, decoder, reader, samples.pictures, arguments)
             if form is not None:
@@ -257,6 +257,23 @@ class DecoderPipeline(Pipeline):
 
         tokens = made.batch_tokens + arguments.per_device_train_batch_size * group * longest
         return replace(made, pools=pools, batch_tokens=tokens)
+
+    def _picture_reader(self, arguments: TrainingArguments) -> PictureReader:
+        folder, most = image_folder(self.config.data), self._most_pixels(arguments)
+        stored = self.samples(arguments).stored
+        return PictureReader(encoder=self.encoder, folder=folder, stored=stored, most_pixels=most)
+
+    def readable(self) -> dict[str, str]:
+        """Returns by id the answers to the test's questions that a linear map of the base's pictures gives."""
+        arguments, backbone = self.arguments(), self.load()
+        adapt(backbone.model, self.dora_config(backbone))  # so that the run finds the outputs that are stored here
+        test = [example for example in check_test(self.config) if example.images]
+        asked = [(example.images, text_asked(example), right_text(example)) for example in test]
+        rounds, reader = self.samples(arguments).rounds(MOST_PICTURES), self._picture_reader(arguments)
+        pictures = [names for names, _, _ in (*rounds, *asked)]
+        outputs, _ = stored_outputs(self.config, backbone, reader, pictures, arguments)
+        read = probe(rounds, asked, projector_inputs(backbone, outputs, reader, pictures))
+        return {example.id: answer for example, answer in zip(test, read, strict=True) if answer is not None}
 
     def _check_projector_start(self) -> None:
         """Refuses a start of the projector that the base or the settings have no place for."""
