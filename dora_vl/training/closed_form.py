@@ -99,7 +99,7 @@ class Ridge:
         values, vectors = values[kept], vectors[:, kept]
         left = vectors if rows <= width else standard @ vectors / values.sqrt()
         turned, best = left.T @ wanted, (float("inf"), 1.0)
-        for exponent in range(-4, 5):
+        for exponent in range(-8, 5):
             penalty = float(values.sum()) / rows * 10 ** (exponent / 2)
             share = values / (values + penalty)
             leverage = left.square() @ share + 1 / rows
