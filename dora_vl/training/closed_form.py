@@ -99,11 +99,11 @@ class Ridge:
         values, vectors = values[kept], vectors[:, kept]
         left = vectors if rows <= width else standard @ vectors / values.sqrt()
         turned, best = left.T @ wanted, (float("inf"), 1.0)
-        for exponent in range(-8, 5):
+        for exponent in range(-6, 5):
             penalty = float(values.sum()) / rows * 10 ** (exponent / 2)
             share = values / (values + penalty)
             leverage = left.square() @ share + 1 / rows
-            error = (wanted - left @ (share[:, None] * turned)) / (1 - leverage).clamp_min(1e-3)[:, None]
+            error = (wanted - left @ (share[:, None] * turned)) / (1 - leverage).clamp_min(1e-9)[:, None]
             best = min(best, (float(error.square().sum() / wanted.square().sum().clamp_min(1e-12)), penalty))
         weights = standard.T @ (left @ (turned / (values + best[1])[:, None]))
         return cls(mean, spread, weights, offset, best[0])
