@@ -32,6 +32,7 @@ from transformers.utils.import_utils import is_protobuf_available, is_sentencepi
 
 from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.quantised_base import SCHEMES, here, kept_whole, quantised_layers
+from dora_vl.backbones import register_towers
 from dora_vl.core.config import Quantisation
 from dora_vl.core.quantised import quantised_in, settle_quantised
 from dora_vl.data.turns import IMAGE_PLACEHOLDER
@@ -348,6 +349,7 @@ def check_made_from(folder: Path, spec: Any) -> None:
 
 def projector_digest(folder: Path) -> dict[str, str]:
     """Hashes a LLaVA's projector; nothing for a folder without one."""
+    register_towers()
     digest = hashlib.sha256()
     with BaseWeights(folder) as base:
         names = sorted(name for name in base.tensors if ".multi_modal_projector." in f".{name}")

@@ -37,6 +37,8 @@ DRAWN = "drawn.jsonl"
 PROJECTOR_START = "projector_start.safetensors"
 SETTINGS = "settings.json"
 PLAN = "plan.json"
+PROBE = "probe.json"
+"""Holds what a linear map of the base's pictures answers to the test's questions, by `dora-vl init`."""
 WATCHED = "watched"
 PREDICTED = ("predictions.jsonl", "scores.jsonl")
 SAVED = (ADAPTER, METRICS, *PREDICTED)

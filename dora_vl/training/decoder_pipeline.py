@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, TrainingArguments
@@ -35,8 +35,10 @@ from dora_vl.data.pictures import StoredPictures
 from dora_vl.data.samples import Labelled, Sample, Skipped
 from dora_vl.errors import SettingError
 from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
+from dora_vl.evaluation.baselines import right_text
 from dora_vl.evaluation.forgetting import forgetting, measured
 from dora_vl.evaluation.predictor import MediaReader
+from dora_vl.evaluation.questions import text_asked
 from dora_vl.evaluation.rewards import Reward, rewards_of
 from dora_vl.evaluation.test import (
     check_test,
@@ -67,11 +69,11 @@ from dora_vl.run.base import (
     video_folder,
     video_sampling,
 )
-from dora_vl.run.folder import run_folder_of
+from dora_vl.run.folder import PROJECTOR_START, run_folder_of
 from dora_vl.run.settings import foreign_fields
 from dora_vl.run.watched import Watch, evenly
-from dora_vl.training.closed_form import MOST_PICTURES, start_projector, trains_whole
-from dora_vl.training.parts import core_config
+from dora_vl.training.closed_form import MOST_SAMPLES, Form, probe, projector_inputs, start_projector
+from dora_vl.training.parts import adapt, core_config
 from dora_vl.training.pipeline import LossModel, NextTokenLoss, Pipeline, PreferenceLoss, RewardLoss, TrainingData
 from dora_vl.training.reference import Reference, draws_in_training
 from dora_vl.training.rollouts import Rollouts, with_answers
@@ -133,7 +135,8 @@ class DecoderPipeline(Pipeline):
         samples.look_ahead(*folders)
         make_base(compose_llava, config.model.compose, config.model.base, arguments)
         make_base(write_language_model, config.model.source, config.model.base, arguments)
-        self._check_projector_start()
+        if config.adapter.projector_start not in (None, "random") and (trouble := self._why_no_start()) is not None:
+            raise SettingError("adapter.projector_start", f" {trouble}")
         check_window(config.model.base, self.encoder, config.model.revision)
         check_pixels(config.model.base, self.encoder, self._most_pixels(arguments))
         if has_videos:
@@ -229,14 +232,13 @@ class DecoderPipeline(Pipeline):
         pictures = encoder.sees_pictures and (samples.has_pictures or (samples.has_videos and not videos))
         dummy, outputs = encoder.dummy() if pictures else None, None
         if data.cache_features and samples.has_pictures:
-            folder, most = image_folder(data), self._most_pixels(arguments)
-            reader = PictureReader(encoder=encoder, folder=folder, stored=samples.stored, most_pixels=most)
-            decoder = cast(DecoderBackbone, backbone)
+            decoder, reader = cast(DecoderBackbone, backbone), self._picture_reader(arguments)
             form = self._projector_start(decoder)
             outputs, dummy = stored_outputs(self.config, decoder, reader, samples.pictures, arguments)
             if form is not None:
-                rounds, to = samples.rounds(MOST_PICTURES), run_folder_of(self.config.training)
-                start_projector(decoder, encoder.tokenizer, rounds, outputs, reader, form, to)
+                rounds, file = samples.rounds(MOST_SAMPLES), run_folder_of(self.config.training) / PROJECTOR_START
+                seen = projector_inputs(outputs, reader, [names for names, _, _ in rounds], skipped=_skipped(decoder))
+                start_projector(decoder.model.base_model, encoder.tokenizer, rounds, seen, form, file)
         collate = Collator(
             encoder.pad_token_id,
             dummy=dummy,
@@ -258,36 +260,48 @@ class DecoderPipeline(Pipeline):
         tokens = made.batch_tokens + arguments.per_device_train_batch_size * group * longest
         return replace(made, pools=pools, batch_tokens=tokens)
 
-    def _check_projector_start(self) -> None:
-        """Refuses a start of the projector that the base or the settings have no place for."""
-        config, trouble = self.config, None
-        if config.adapter.projector_start in (None, "random"):
-            return
-        if not config.data.cache_features:
-            trouble = "is computed from stored outputs; set data.cache_features: true"
-        elif config.adapter.initial is not None:
-            trouble = "and adapter.initial both say where the projector begins; leave one out"
-        elif not has_new_projector(Path(config.model.base)):
-            trouble = (
-                f"is for a LLaVA's new projector, and that of {config.model.base} was trained before; leave it out"
-            )
-        if trouble is not None:
-            raise SettingError("adapter.projector_start", f" {trouble}")
+    def _picture_reader(self, arguments: TrainingArguments) -> PictureReader:
+        folder, most = image_folder(self.config.data), self._most_pixels(arguments)
+        stored = self.samples(arguments).stored
+        return PictureReader(encoder=self.encoder, folder=folder, stored=stored, most_pixels=most)
 
-    def _projector_start(self, backbone: DecoderBackbone) -> Literal["scaled", "answers"] | None:
+    def readable(self) -> dict[str, str]:
+        """Returns by id the answers to the test's questions that a linear map of the base's pictures gives."""
+        arguments, backbone = self.arguments(), self.load()
+        adapt(backbone.model, self.dora_config(backbone))  # so that the run finds the outputs that are stored here
+        test = [example for example in check_test(self.config) if example.images]
+        asked = [(example.images, text_asked(example), right_text(example)) for example in test]
+        rounds, reader = self.samples(arguments).rounds(MOST_SAMPLES), self._picture_reader(arguments)
+        pictures = [names for names, _, _ in (*rounds, *asked)]
+        outputs, _ = stored_outputs(self.config, backbone, reader, pictures, arguments)
+        read = probe(rounds, asked, projector_inputs(outputs, reader, pictures, skipped=_skipped(backbone)))
+        return {example.id: answer for example, answer in zip(test, read, strict=True) if answer is not None}
+
+    def _why_no_start(self) -> str | None:
+        """Tells why the settings, or the base, have no place for a start of the projector."""
+        config = self.config
+        if not config.data.cache_features:
+            return "is computed from stored outputs; set data.cache_features: true"
+        if config.adapter.initial is not None:
+            return "and adapter.initial both say where the projector begins; leave one out"
+        if config.task != "llava" or not has_new_projector(Path(config.model.base)):
+            return f"is for a new projector; that of {config.model.base} was trained before, so leave it out"
+        return None
+
+    def _projector_start(self, backbone: DecoderBackbone) -> Form | None:
         """Returns the form that the projector's start takes; None where it stays as the base has it."""
-        adapter, base = self.config.adapter, Path(self.config.model.base)
-        form = adapter.projector_start
-        if form == "random" or self.config.task != "llava":
+        form = self.config.adapter.projector_start
+        if form == "random" or self._why_no_start() is not None:
             return None
         llava: Any = backbone.model.base_model
-        trains = trains_whole(llava.multi_modal_projector)
-        if form is not None and not trains:
-            raise SettingError(
-                "adapter.projector_start", ": the projector does not train whole in this run; leave it out"
-            )
-        is_new = trains and adapter.initial is None and has_new_projector(base)
-        return (form or "answers") if is_new else None
+        projector, tower = (
+            [w.requires_grad for w in part.parameters()] for part in (llava.multi_modal_projector, llava.vision_tower)
+        )
+        if all(projector) and not any(tower):
+            return form or "answers"
+        if form is not None:
+            raise SettingError("adapter.projector_start", ": the projector must train whole, and the tower not at all")
+        return None
 
     def _packing(self, backbone: Backbone[Any]) -> Packing:
         """`data.packing`, as far as the model follows them."""
@@ -426,3 +440,8 @@ class DecoderPipeline(Pipeline):
         if isinstance(before, str) or isinstance(after, str):
             return assistant, {"forgetting": {"reason": before if isinstance(before, str) else after}}
         return assistant, {"forgetting": forgetting(before, after)}
+
+
+def _skipped(backbone: DecoderBackbone) -> int:
+    """Returns how many tokens of a LLaVA's tower do not go on to the projector: its class token, or none."""
+    return int(backbone.config.vision_feature_select_strategy == "default")
