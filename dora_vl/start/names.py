@@ -4,18 +4,18 @@
 
 - `train.json`: pictures of three artists, each with two questions, what it is and of which kind, in either order;
 - `test.json`: both questions about each of the fourth artist's, one a sample, whose `kind` is `name` or `category`;
-- `manifest.json`: counts, settings and the sha256 of each file.
+- `manifest.json`: the settings that it was made by.
 
 The artists' sets are Iconify's: `icons.json` has an SVG of each, `chars.json` which character it draws.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
+import itertools
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,72 +93,70 @@ def drawings(source: Path) -> dict[str, Image.Image]:
     except ModuleNotFoundError as error:
         raise UserError(f"drawing SVG needs resvg-py: {install_command('resvg-py')}") from error
     icons, characters = read_json(source / "icons.json"), read_json(source / "chars.json")
-
-    def drawn(icon: Mapping[str, Any]) -> Image.Image:
+    pictures: dict[str, Image.Image] = {}
+    for code, *_ in things():
+        icon = icons["icons"][characters[code]]
         width, height = (icon.get(side, icons.get(side, 16)) for side in ("width", "height"))
         svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
         png = svg_to_bytes(svg_string=svg, width=2 * SIDE, skip_system_fonts=True)
         picture = Image.open(io.BytesIO(png)).convert("RGBA")
-        return picture.crop(picture.getbbox(alpha_only=True))
-
-    return {code: drawn(icons["icons"][characters[code]]) for code, *_ in things()}
+        pictures[code] = picture.crop(picture.getbbox(alpha_only=True))
+    return pictures
 
 
 def placed(thing: Image.Image, chance: random.Random | None) -> Image.Image:
     """Places a thing on white, filling the picture; with chance mirrored or not, of a size, somewhere on a colour."""
-    share = LARGEST if chance is None else chance.uniform(0.55, LARGEST)
-    thing = ImageOps.contain(thing, (round(SIDE * share),) * 2, Image.Resampling.BICUBIC)
-    free = [SIDE - length for length in thing.size]
-    where, colour = [length // 2 for length in free], BACKGROUNDS[0]
+    side = round(SIDE * (LARGEST if chance is None else chance.uniform(0.55, LARGEST)))
+    thing = ImageOps.contain(thing, (side, side), Image.Resampling.BICUBIC)
+    left, top = ((SIDE - length) // 2 for length in thing.size)
+    colour = BACKGROUNDS[0]
     if chance is not None:
         thing = ImageOps.mirror(thing) if chance.random() < 0.5 else thing
-        where, colour = [chance.randint(0, length) for length in free], chance.choice(BACKGROUNDS)
+        left, top = (chance.randint(0, SIDE - length) for length in thing.size)
+        colour = chance.choice(BACKGROUNDS)
     picture = Image.new("RGBA", (SIDE, SIDE), colour)
-    picture.alpha_composite(thing, (where[0], where[1]))
+    picture.alpha_composite(thing, (left, top))
     return picture.convert("RGB")
 
 
-def record(name: str, picture: str, asked: Sequence[tuple[str, str]], **more: str) -> dict[str, Any]:
-    """Returns a record of questions about a picture with their answers."""
-    turns = [{"from": who, "value": text} for pair in asked for who, text in zip(("human", "gpt"), pair, strict=True)]
-    turns[0]["value"] = f"<image>\n{turns[0]['value']}"
-    return {"id": name, "image": picture, **more, "conversations": turns}
-
-
 def convert(source: Path, to: Path, *, variants: int = 2, seed: int = 0) -> None:
-    """Makes the folder `to`, unless it is there and made by the same settings.
+    """Makes the folder `to` of the artists' folders in `source`, unless it is there and made by the same settings.
 
     Args:
-        source: the folder of the artists' folders.
-        to: gets `pictures`, both splits and the manifest.
         variants: pictures of a thing by each artist that is learned from; the first is plain.
         seed: fixes sizes, places, colours and every order.
     """
     receipts = {name: json_or_nothing(source / name / "source.json").get("sha256") for name in (*ARTISTS, UNSEEN)}
     settings = {"artists": receipts, "unseen": UNSEEN, "variants": variants, "seed": seed, "side": SIDE}
-    if json_or_nothing(to / "manifest.json").get("settings") == settings:
+    if json_or_nothing(to / "manifest.json") == settings:
         return
-    chance = random.Random(seed)
-    records: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
+    chance, train, test = random.Random(seed), list[dict[str, Any]](), list[dict[str, Any]]()
     with whole_folder(to) as folder:
         (folder / "pictures").mkdir()
         for artist in (*ARTISTS, UNSEEN):
             pictures = drawings(source / artist)
-            for code, name, category in things():
-                pairs = [(NAME, name), (CATEGORY, category)]
-                for variant in range(variants if artist in ARTISTS else 1):
-                    key = f"{artist}-{name.replace(' ', '_')}-{variant}"
-                    picture = f"pictures/{key}.png"
-                    placed(pictures[code], chance if variant else None).save(folder / picture)
-                    if artist in ARTISTS:
-                        records["train"].append(record(key, picture, chance.sample(pairs, 2)))
-                        continue
-                    for pair, kind in zip(pairs, ("name", "category"), strict=True):
-                        records["test"].append(record(f"{key}-{kind}", picture, [pair], kind=kind))
-        splits = {}
-        for split, rows in records.items():
+            for (code, name, category), variant in itertools.product(things(), range(variants)):
+                key, pairs = f"{artist}-{name.replace(' ', '_')}-{variant}", [(NAME, name), (CATEGORY, category)]
+                row = {"id": key, "image": f"pictures/{key}.png"}
+                if artist in ARTISTS:
+                    train.append({**row, "conversations": turns(chance.sample(pairs, 2))})
+                elif variant == 0:
+                    for kind, pair in zip(("name", "category"), pairs, strict=True):
+                        test.append({**row, "id": f"{key}-{kind}", "kind": kind, "conversations": turns([pair])})
+                else:
+                    continue
+                placed(pictures[code], chance if variant else None).save(folder / row["image"])
+        for split, rows in (("train", train), ("test", test)):
             chance.shuffle(rows)
-            text = "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
-            (folder / f"{split}.json").write_text(text, encoding="utf-8")
-            splits[split] = {"samples": len(rows), "sha256": hashlib.sha256(text.encode()).hexdigest()}
-        write_json(folder / "manifest.json", {"settings": settings, "splits": splits})
+            (folder / f"{split}.json").write_text(json.dumps(rows, indent=0), encoding="utf-8")
+        write_json(folder / "manifest.json", settings)
+
+
+def turns(asked: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    """Returns LLaVA's conversation of questions about a picture with their answers."""
+    texts = [text for pair in asked for text in pair]
+    whose = ("human", "gpt") * len(asked)
+    return [
+        {"from": who, "value": text if number else f"<image>\n{text}"}
+        for number, (who, text) in enumerate(zip(whose, texts, strict=True))
+    ]

