@@ -37,16 +37,7 @@ from dora_vl.core.config import Quantisation
 from dora_vl.core.quantised import quantised_in, settle_quantised
 from dora_vl.data.turns import IMAGE_PLACEHOLDER
 from dora_vl.errors import UserError
-from dora_vl.files import (
-    BRINGS_CODE,
-    NO_OWN_CODE,
-    check_model_folder,
-    json_or_nothing,
-    opening,
-    whole_folder,
-    why_not_read,
-    write_json,
-)
+from dora_vl.files import BRINGS_CODE, NO_OWN_CODE, check_model_folder, opening, whole_folder, why_not_read, write_json
 
 SPACE_MARK = "▁"
 NEEDED = {"sentencepiece": is_sentencepiece_available, "protobuf": is_protobuf_available}
@@ -337,8 +328,7 @@ def written_base(folder: Path, spec: Any) -> Iterator[Path]:
 
 def check_made_from(folder: Path, spec: Any) -> None:
     """Refuses a base that was written with other settings; one without settings is taken as it is."""
-    file = folder / SETTINGS_FILE
-    digests = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    digests = _made_from(folder)
     for name, digest in _digests(spec).items():
         if digests.get(name, digest) != digest:
             raise UserError(
@@ -361,8 +351,13 @@ def projector_digest(folder: Path) -> dict[str, str]:
 
 def has_new_projector(folder: Path) -> bool:
     """Tells whether a base was composed here and its projector is still as it was drawn; a merge may change it."""
-    made_from = json_or_nothing(folder / SETTINGS_FILE)
-    return PROJECTOR in made_from and projector_digest(folder)[PROJECTOR] == made_from[PROJECTOR]
+    digest = _made_from(folder).get(PROJECTOR)
+    return digest is not None and projector_digest(folder).get(PROJECTOR) == digest
+
+
+def _made_from(folder: Path) -> dict[str, str]:
+    file = folder / SETTINGS_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _digests(spec: Any) -> dict[str, str]:

@@ -130,9 +130,9 @@ def by_question(
     }
 
 
-def readable_answers(folder: Path, questions_sha256: object) -> Mapping[str, str]:
-    """Reads the probe's answers to the questions of a run's test; none where the questions' file is another."""
-    probe = json_or_nothing(folder / PROBE)
+def readable_answers(questions: object, questions_sha256: object) -> Mapping[str, str]:
+    """Reads the probe's answers beside a test's file of questions; none where the file is another by now."""
+    probe = json_or_nothing(Path(str(questions)).with_name(PROBE)) if questions else {}
     return probe["answers"] if probe and probe["questions_sha256"] == questions_sha256 else {}
 
 

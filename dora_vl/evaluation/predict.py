@@ -250,7 +250,7 @@ def evaluate(
         done.append(tested)
         if not is_first_rank() or tested.refused is not None:
             continue
-        readable = readable_answers(folder, part.settings.get("questions_sha256"))
+        readable = readable_answers(part.about.get("file"), part.settings.get("questions_sha256"))
         done[-1] = with_baselines(tested, others, readable)
         announce(done[-1])
         empty = sum(not answer.strip() for answer in predictions.answers.values())

@@ -18,11 +18,8 @@ from dora_vl.evaluation.scores.scored import SHARES, Difference, paired_differen
 from dora_vl.report.run_record import RunRecord
 
 Results = Mapping[str, SetResult]
-BASELINES = {
-    COMMONEST: "each question's commonest answer",
-    EXCHANGED: "with pictures exchanged",
-    READABLE: "what a linear map of the base's pictures reads",
-}
+BASELINES = {COMMONEST: "each question's commonest answer", EXCHANGED: "with pictures exchanged"}
+BASELINES |= {READABLE: "what a linear map of the base's pictures reads"}
 MOST_LABELS = 24
 OTHER = "other"
 
@@ -166,12 +163,8 @@ def _baselines(entry: Mapping[str, Any]) -> dict[str, Any]:
 def blind(label: str, *several: Results) -> list[str]:
     """Warns of each set of a run whose answers do not depend on its pictures, or tell less than these."""
     entries = [(name, result.entry.get("baselines") or {}) for results in several for name, result in results.items()]
-    return [
-        f"{label}, {name}: {baselines[key]}."
-        for name, baselines in entries
-        for key in (WARNING, ADVICE)
-        if key in baselines
-    ]
+    notes = [(name, baselines.get(key)) for name, baselines in entries for key in (WARNING, ADVICE)]
+    return [f"{label}, {name}: {note}." for name, note in notes if note]
 
 
 def confusion(title: str, result: SetResult) -> Confusion | None:

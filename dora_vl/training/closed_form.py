@@ -53,13 +53,10 @@ def rounds_of(examples: Iterable[Example]) -> Iterator[Round]:
 
 
 def projector_inputs(
-    store: OutputStore, reader: PictureReader, pictures: Iterable[tuple[str, ...]], *, skipped: int = 0
+    config: Any, store: OutputStore, reader: PictureReader, pictures: Iterable[tuple[str, ...]]
 ) -> Seen:
-    """Reads what a LLaVA's tower gave for samples' pictures; those that cannot be read are left out.
-
-    Args:
-        skipped: tokens in front of each picture's that the projector does not get.
-    """
+    """Reads what a LLaVA's tower gave for samples' pictures; those that cannot be read are left out."""
+    skipped = int(config.vision_feature_select_strategy == "default")  # the class token in front
     seen: dict[tuple[str, ...], Tensor] = {}
     for names in dict.fromkeys(pictures):
         try:

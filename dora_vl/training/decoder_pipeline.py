@@ -135,8 +135,7 @@ class DecoderPipeline(Pipeline):
         samples.look_ahead(*folders)
         make_base(compose_llava, config.model.compose, config.model.base, arguments)
         make_base(write_language_model, config.model.source, config.model.base, arguments)
-        if config.adapter.projector_start not in (None, "random") and (trouble := self._why_no_start()) is not None:
-            raise SettingError("adapter.projector_start", f" {trouble}")
+        self._projector_start()
         check_window(config.model.base, self.encoder, config.model.revision)
         check_pixels(config.model.base, self.encoder, self._most_pixels(arguments))
         if has_videos:
@@ -237,7 +236,7 @@ class DecoderPipeline(Pipeline):
             outputs, dummy = stored_outputs(self.config, decoder, reader, samples.pictures, arguments)
             if form is not None:
                 rounds, file = samples.rounds(MOST_SAMPLES), run_folder_of(self.config.training) / PROJECTOR_START
-                seen = projector_inputs(outputs, reader, [names for names, _, _ in rounds], skipped=_skipped(decoder))
+                seen = projector_inputs(decoder.config, outputs, reader, [names for names, _, _ in rounds])
                 start_projector(decoder.model.base_model, encoder.tokenizer, rounds, seen, form, file)
         collate = Collator(
             encoder.pad_token_id,
@@ -274,34 +273,34 @@ class DecoderPipeline(Pipeline):
         rounds, reader = self.samples(arguments).rounds(MOST_SAMPLES), self._picture_reader(arguments)
         pictures = [names for names, _, _ in (*rounds, *asked)]
         outputs, _ = stored_outputs(self.config, backbone, reader, pictures, arguments)
-        read = probe(rounds, asked, projector_inputs(outputs, reader, pictures, skipped=_skipped(backbone)))
+        read = probe(rounds, asked, projector_inputs(backbone.config, outputs, reader, pictures))
         return {example.id: answer for example, answer in zip(test, read, strict=True) if answer is not None}
 
-    def _why_no_start(self) -> str | None:
-        """Tells why the settings, or the base, have no place for a start of the projector."""
-        config = self.config
-        if not config.data.cache_features:
-            return "is computed from stored outputs; set data.cache_features: true"
-        if config.adapter.initial is not None:
-            return "and adapter.initial both say where the projector begins; leave one out"
-        if config.task != "llava" or not has_new_projector(Path(config.model.base)):
-            return f"is for a new projector; that of {config.model.base} was trained before, so leave it out"
-        return None
+    def _projector_start(self, backbone: DecoderBackbone | None = None) -> Form | None:
+        """Returns the form that the projector's start takes, None where it has no place; one that is set is refused.
 
-    def _projector_start(self, backbone: DecoderBackbone) -> Form | None:
-        """Returns the form that the projector's start takes; None where it stays as the base has it."""
-        form = self.config.adapter.projector_start
-        if form == "random" or self._why_no_start() is not None:
+        Before the model is there, it tells by the settings and the base's folder alone.
+        """
+        config, trouble = self.config, None
+        form, base = config.adapter.projector_start, Path(config.model.base)
+        if form == "random" or config.task != "llava":
             return None
-        llava: Any = backbone.model.base_model
-        projector, tower = (
-            [w.requires_grad for w in part.parameters()] for part in (llava.multi_modal_projector, llava.vision_tower)
-        )
-        if all(projector) and not any(tower):
-            return form or "answers"
-        if form is not None:
-            raise SettingError("adapter.projector_start", ": the projector must train whole, and the tower not at all")
-        return None
+        if not config.data.cache_features:
+            trouble = "is computed from stored outputs; set data.cache_features: true"
+        elif config.adapter.initial is not None:
+            trouble = "and adapter.initial both say where the projector begins; leave one out"
+        elif not has_new_projector(base):
+            trouble = (
+                f"is for a new projector, and {base} has one that was trained, or composed elsewhere; leave it out"
+            )
+        elif backbone is not None:
+            llava: Any = backbone.model.base_model
+            whole = all(weight.requires_grad for weight in llava.multi_modal_projector.parameters())
+            if not whole or any(weight.requires_grad for weight in llava.vision_tower.parameters()):
+                trouble = "needs a projector that trains whole, and a tower that does not; leave it out"
+        if trouble is not None and form is not None:
+            raise SettingError("adapter.projector_start", f" {trouble}")
+        return None if trouble is not None else form or "answers"
 
     def _packing(self, backbone: Backbone[Any]) -> Packing:
         """`data.packing`, as far as the model follows them."""
@@ -440,8 +439,3 @@ class DecoderPipeline(Pipeline):
         if isinstance(before, str) or isinstance(after, str):
             return assistant, {"forgetting": {"reason": before if isinstance(before, str) else after}}
         return assistant, {"forgetting": forgetting(before, after)}
-
-
-def _skipped(backbone: DecoderBackbone) -> int:
-    """Returns how many tokens of a LLaVA's tower do not go on to the projector: its class token, or none."""
-    return int(backbone.config.vision_feature_select_strategy == "default")

@@ -152,6 +152,7 @@ def test_what_the_pictures_tell_stands_beside_what_was_learned(tmp_path: Path) -
     assert (learned["readable"]["n"], "advice" in learned) == (2, False)
 
     write_json(tmp_path / PROBE, {"questions_sha256": "of the file", "answers": some})
-    assert readable_answers(tmp_path, "of the file") == some
-    assert not readable_answers(tmp_path, "of another")
-    assert not readable_answers(tmp_path / "nothing", None)
+    assert readable_answers(tmp_path / "test.jsonl", "of the file") == some
+    assert not readable_answers(tmp_path / "test.jsonl", "of another")
+    assert not readable_answers(tmp_path / "nothing" / "test.jsonl", None)
+    assert not readable_answers(None, None)
