@@ -19,7 +19,7 @@ from tests.test_documented_commands import ROOT, check
 NOTEBOOK = ROOT / "docs" / "first_hour.ipynb"
 CELLS = ["".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
 COMMANDS = [cell[1:] for cell in CELLS if cell.startswith("!")]
-DEMO = ROOT / "runs" / "demo"
+ASSETS = ROOT / "runs" / "demo" / "assets"
 
 
 def test_it_is_a_notebook_as_jupyter_writes_one() -> None:
@@ -46,9 +46,8 @@ def test_it_names_what_a_first_hour_needs() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the demo's assets and base alone, where programs find this checkout."""
-    for name in ("assets", "base"):
-        shutil.copytree(DEMO / name, tmp_path / "runs" / "demo" / name, copy_function=os.link)
+    """A folder with the demo's assets alone, where programs find this checkout."""
+    shutil.copytree(ASSETS, tmp_path / "runs" / "demo" / "assets", copy_function=os.link)
     places = [str(Path(sys.executable).parent), os.environ["PATH"]]
     monkeypatch.setenv("PATH", os.pathsep.join(places))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -58,7 +57,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.skipif(not (DEMO / "base").is_dir(), reason="runs/demo/base is not there; make demo leaves it")
+@pytest.mark.skipif(not ASSETS.is_dir(), reason="runs/demo/assets is not there; make demo leaves it")
 def test_it_runs(folder: Path) -> None:
     names: dict[str, Any] = {}
     for cell in CELLS:

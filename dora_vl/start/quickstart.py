@@ -35,6 +35,7 @@ changes nothing.
 Settings of the run may follow, --section.key value; `dora-vl train llava/easyvqa_smollm2_dora --help` explains them.
 """
 TAKES_SETTINGS = SETS_UP_LOGGING = True
+RECIPE = "llava/easyvqa_smollm2_dora"
 ASSET_FOLDER, DATA_FOLDER = Path("runs/demo/assets"), Path("runs/demo/data")
 NAMES_FOLDER = Path("runs/demo-names/data")
 TUNED = "tuned"
@@ -54,8 +55,8 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     from dora_vl.start import easy_vqa, names
     from dora_vl.training.train_command import train
 
-    recipe, assets, question = DEMOS[arguments.names]
-    words = [f"--config={recipe}", "--resume=if_stopped", *arguments.settings]
+    variant, assets, question = DEMOS[arguments.names]
+    words = [f"--config={RECIPE}", *variant, "--resume=if_stopped", *arguments.settings]
     config = read_run(words)  # a wrong setting ends it before anything is fetched
     for asset in assets:
         started = time.monotonic()
@@ -157,10 +158,10 @@ DRAWINGS = tuple(
     )
 )
 DEMOS = {
-    False: ("llava/easyvqa_smollm2_dora", (*MODELS, EASY_VQA), "what color is the shape?"),
-    True: ("llava/names_smollm2_dora", (*MODELS, *DRAWINGS), "what is this?"),
+    False: ((), (*MODELS, EASY_VQA), "what color is the shape?"),
+    True: (("--variant=names",), (*MODELS, *DRAWINGS), "what is this?"),
 }
-"""`--names` or not -> recipe, what it reads, and a question to what is trained."""
+"""`--names` or not -> the recipe's variant, what it reads, and a question to what is trained."""
 
 
 def is_complete(asset: Asset, folder: Path) -> bool:
