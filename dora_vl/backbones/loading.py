@@ -30,9 +30,7 @@ from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available, is_tiktoken_available
 
-from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.quantised_base import SCHEMES, here, kept_whole, quantised_layers
-from dora_vl.backbones import register_towers
 from dora_vl.core.config import Quantisation
 from dora_vl.core.quantised import quantised_in, settle_quantised
 from dora_vl.data.turns import IMAGE_PLACEHOLDER
@@ -308,8 +306,7 @@ def quantised_loading(
     return QuantisedLoading(quantisation, dtype, layers, {"quantization_config": bits})
 
 
-SETTINGS_FILE, PROJECTOR = "made_from.json", "projector_sha256"
-"""The file says what a base was composed from, by hashes; the key, what its projector was then."""
+SETTINGS_FILE = "made_from.json"
 
 
 @contextlib.contextmanager
@@ -323,41 +320,19 @@ def written_base(folder: Path, spec: Any) -> Iterator[Path]:
         raise UserError(f"{folder} exists already; remove it or write to another place")
     with whole_folder(folder) as unfinished:
         yield unfinished
-        write_json(unfinished / SETTINGS_FILE, {**_digests(spec), **projector_digest(unfinished)})
+        write_json(unfinished / SETTINGS_FILE, _digests(spec))
 
 
 def check_made_from(folder: Path, spec: Any) -> None:
     """Refuses a base that was written with other settings; one without settings is taken as it is."""
-    digests = _made_from(folder)
+    file = folder / SETTINGS_FILE
+    digests = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     for name, digest in _digests(spec).items():
         if digests.get(name, digest) != digest:
             raise UserError(
                 f"{folder} was made with another {name} than the run says ({getattr(spec, name)!r}); remove the folder "
                 "to have it made anew, or name another model.base"
             )
-
-
-def projector_digest(folder: Path) -> dict[str, str]:
-    """Hashes a LLaVA's projector; nothing for a folder without one."""
-    register_towers()
-    digest = hashlib.sha256()
-    with BaseWeights(folder) as base:
-        names = sorted(name for name in base.tensors if ".multi_modal_projector." in f".{name}")
-        for name in names:
-            digest.update(name.rpartition("multi_modal_projector.")[2].encode())
-            digest.update(base.read(name).float().numpy().tobytes())
-    return {PROJECTOR: digest.hexdigest()} if names else {}
-
-
-def has_new_projector(folder: Path) -> bool:
-    """Tells whether a base was composed here and its projector is still as it was drawn; a merge may change it."""
-    digest = _made_from(folder).get(PROJECTOR)
-    return digest is not None and projector_digest(folder).get(PROJECTOR) == digest
-
-
-def _made_from(folder: Path) -> dict[str, str]:
-    file = folder / SETTINGS_FILE
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _digests(spec: Any) -> dict[str, str]:

@@ -17,7 +17,6 @@ from dora_vl.backbones.base import Backbone
 from dora_vl.backbones.encoder import Encoder, open_encoder
 from dora_vl.backbones.families import sees_pictures
 from dora_vl.backbones.frozen_outputs import OutputStore, PictureReader
-from dora_vl.backbones.loading import has_new_projector
 from dora_vl.backbones.model import (
     DecoderBackbone,
     check_packing,
@@ -26,7 +25,7 @@ from dora_vl.backbones.model import (
     projector_patterns,
     skeleton_of,
 )
-from dora_vl.backbones.tower_sources import compose_llava, write_language_model
+from dora_vl.backbones.tower_sources import compose_llava, has_new_projector, write_language_model
 from dora_vl.core import DoRAConfig
 from dora_vl.core.strength import checked_strength
 from dora_vl.data.batches import Collator

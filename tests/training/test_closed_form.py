@@ -12,7 +12,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from dora_vl.backbones.loading import has_new_projector
+from dora_vl.backbones.tower_sources import has_new_projector
 from dora_vl.errors import SettingError
 from dora_vl.run.folder import PROJECTOR_START
 from dora_vl.training import closed_form
@@ -184,7 +184,7 @@ def test_a_new_projector_starts_at_the_answers_and_a_resumed_run_where_it_began(
     base = composed.parent / "base"
     assert has_new_projector(base)
     tuned = merged(whole / "adapter", tmp_path / "tuned")
-    assert (tuned / "made_from.json").is_file()
+    assert (tuned / "new_projector.json").is_file()
     assert not has_new_projector(tuned)
     kept = weights_of(whole)
     assert any("multi_modal_projector.linear_2.weight" in name for name in kept), "the folder holds it whole"
