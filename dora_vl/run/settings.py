@@ -185,6 +185,9 @@ class DataConfig:
     subtitles_first: bool = True
     """Takes what does not fit from the subtitles; false cuts the end of the text, question and choices with it, as
     the published video runs do."""
+    replay: float = 0.0
+    """Share of the labelled tokens that short chats make up which the base wrote itself (`dora-vl replay`), so that it
+    keeps what it knows; another draw of them in each epoch. 0: none."""
     closed_answers: Mapping[str, int | str] = field(default_factory=dict)
     """Answers a task from a list, by a head that trains with the adapter (part `answer_head`), instead of in words; of
     vqav2, gqa, short_answer. By task: N, its N most frequent training answers; or FILE: one answer a line, a JSON list,
@@ -388,7 +391,7 @@ def _fields(**sections: str) -> frozenset[str]:
 _TEXT = _fields(
     model="revision quantisation template",
     data="validation validation_share validation_size validation_limit max_tokens packing group_by_modality_length "
-    "streaming shuffle_buffer columns ignore ask",
+    "streaming shuffle_buffer columns ignore ask replay",
     evaluation="max_new_tokens strength forgetting other_texts",
     objective="loss beta margin rewards format group max_new_tokens kl",
 )

@@ -296,6 +296,13 @@ class Pipeline(ABC):
         """The base, in `model.dtype`, sharded while loading under ZeRO-3."""
 
     @abstractmethod
+    def write_replay(self, backbone: Backbone[Any], arguments: TrainingArguments) -> None:
+        """Puts the chats of `data.replay` into the run's folder; the base that has none yet writes them.
+
+        Every rank must call it, before anything is adapted.
+        """
+
+    @abstractmethod
     def dora_config(self, backbone: Backbone[Any]) -> DoRAConfig:
         """Returns what is adapted in the model and what else trains."""
 
