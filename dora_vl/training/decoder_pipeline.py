@@ -73,7 +73,7 @@ from dora_vl.run.watched import Watch, evenly
 from dora_vl.training.parts import core_config
 from dora_vl.training.pipeline import LossModel, NextTokenLoss, Pipeline, PreferenceLoss, RewardLoss, TrainingData
 from dora_vl.training.reference import Reference, draws_in_training
-from dora_vl.training.replay import check_replay, put_chats
+from dora_vl.training.replay import check_base_writes, check_replay, put_chats
 from dora_vl.training.rollouts import Rollouts, with_answers
 from dora_vl.training.run_samples import RowEncoder, RunSamples, stored_outputs
 
@@ -136,6 +136,8 @@ class DecoderPipeline(Pipeline):
         make_base(write_language_model, config.model.source, config.model.base, arguments)
         check_window(config.model.base, self.encoder, config.model.revision)
         check_pixels(config.model.base, self.encoder, self._most_pixels(arguments))
+        if config.data.replay:
+            check_base_writes(config, self.encoder)
         if has_videos:
             check_base_takes_videos(config.model.base, self.encoder, config.data, pictures=samples.has_pictures)
 
@@ -194,8 +196,8 @@ class DecoderPipeline(Pipeline):
     def write_replay(self, backbone: Backbone[Any], arguments: TrainingArguments) -> None:
         """Takes a base's chats from an earlier run of it; where there is none, it writes them."""
         if self.config.data.replay:
-            backbone.to(arguments.device)
-            on_first_rank(partial(put_chats, self.config, Assistant(backbone.eval(), EncoderPrompts(self.encoder))))
+            assistant = Assistant(backbone, EncoderPrompts(self.encoder))
+            on_first_rank(partial(put_chats, self.config, assistant, arguments.device))
 
     def dora_config(self, backbone: Backbone[Any]) -> DoRAConfig:
         """Every linear of the decoder and the projector, unless the settings say otherwise."""
@@ -302,7 +304,10 @@ class DecoderPipeline(Pipeline):
                 reference=Reference(backbone.model) if objective.has_reference else None,
                 keeps=not self.config.data.streaming and not draws_in_training(backbone.model),
             )
-        return NextTokenLoss(backbone, step_tokens=self.config.optim.loss_normalisation == "step_tokens")
+        by_divergence = self.config.data.replay and objective.replay == "divergence"
+        reference = Reference(backbone.model) if by_divergence else None
+        by_step = self.config.optim.loss_normalisation == "step_tokens"
+        return NextTokenLoss(backbone, step_tokens=by_step, reference=reference)
 
     def rollouts(self, backbone: Backbone[Any], arguments: TrainingArguments, data: TrainingData) -> Rollouts | None:
         """Draws answers where the loss learns from rewards."""

@@ -11,7 +11,6 @@ import json
 import logging
 import random
 import re
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,10 +19,11 @@ from pathlib import Path
 import datasets.config
 import torch
 from tqdm import tqdm
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dora_vl.adapters.adapter import content_hash, local_folder
 from dora_vl.backbones.encoder import Encoder, open_encoder
-from dora_vl.backbones.generation import end_tokens
+from dora_vl.backbones.generation import NOT_YET_A_CHARACTER, end_tokens
 from dora_vl.backbones.templates import shared_beginning
 from dora_vl.data.example import Example
 from dora_vl.data.samples import Sample
@@ -31,7 +31,7 @@ from dora_vl.data.table import ExampleTable, load_rows
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample, SettingError
 from dora_vl.evaluation.assistant import Assistant
-from dora_vl.files import file_sha256, write_json_lines
+from dora_vl.files import file_sha256, whole_file, write_json_lines
 from dora_vl.run.folder import REPLAY, run_folder_of
 from dora_vl.run.settings import ModelConfig, RunConfig
 
@@ -44,6 +44,7 @@ QUESTION_TOKENS, ANSWER_TOKENS = 40, 72
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 0}
 COUNTED_ROWS = 1_000
 """So many rows of the data, at even distances, tell how many of its tokens are labelled."""
+MARKS = (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, NOT_YET_A_CHARACTER)
 OPENINGS = (
     *("The", "In", "It", "When", "A", "There are", "One of the", "At first", "Many people", "She", "He", "They", "We"),
     *("After the", "Before the", "Most", "During the", "If you", "As a", "The first", "On the", "For", "This", "To"),
@@ -121,7 +122,7 @@ class ChatWriter:
             texts = self._texts(prompts, ANSWER_TOKENS)
             return [(begin, whole(*text)) for begin, text in zip(beginnings, texts, strict=True)]
         texts = self._texts(prompts, QUESTION_TOKENS, self._openings[0])
-        questions = [text for text, ended in texts if ended and len(text.split()) >= 3 and repeated_share(text) < 0.1]
+        questions = [text for text, ended in texts if ended and len(text.split()) >= 3 and is_plain(text, repeated=0.1)]
         prompts = [Sample(**vars(self._encoder.encode_prompt([Turn("user", text)]))) for text in questions]
         texts = self._texts(prompts, ANSWER_TOKENS) if prompts else []
         return [(question, whole(*text)) for question, text in zip(questions, texts, strict=True)]
@@ -146,8 +147,7 @@ class ChatWriter:
 
     def _can_be_learned(self, example: Example) -> bool:
         question, answer = (turn.text for turn in example.turns)
-        marks = (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, "\ufffd")
-        if not answer or repeated_share(answer) >= 0.2 or any(mark in question + answer for mark in marks):
+        if not answer or not is_plain(answer, repeated=0.2) or not is_plain(question, repeated=1.0):
             return False
         try:
             return not self._encoder.encode(example).cut_tokens
@@ -197,15 +197,34 @@ def check_replay(config: RunConfig) -> None:
         raise SettingError("data.replay", reason)
 
 
-def put_chats(config: RunConfig, assistant: Assistant) -> None:
-    """Puts a base's chats into a run's folder, unless a resumed run has them there; for one rank alone."""
+def check_base_writes(config: RunConfig, encoder: Encoder) -> None:
+    """Refuses a base that takes no words without a picture, and one that is sharded and has written nothing yet."""
+    try:
+        encoder.encode_prompt([Turn("user", "Hello.")])
+    except BadSample as error:
+        raise SettingError("data.replay", f" is of words alone: {error.reason}; set it 0") from None
+    copied = run_folder_of(config.training) / REPLAY
+    if is_deepspeed_zero3_enabled() and not (copied.is_file() or file_of_chats(config, encoder).is_file()):
+        raise SettingError(
+            "data.replay", " needs chats that a whole base writes, and ZeRO-3 shards it: run `dora-vl replay` before"
+        )
+
+
+def put_chats(config: RunConfig, assistant: Assistant, device: torch.device) -> None:
+    """Puts a base's chats into a run's folder, unless a resumed run has them there; for one rank alone.
+
+    A base that has none yet writes them on a device.
+    """
     target = run_folder_of(config.training) / REPLAY
     if target.is_file():
         return
-    path = file_of_chats(config, assistant.prompts.encoder)
+    path, before = file_of_chats(config, assistant.prompts.encoder), assistant.device
     if not path.is_file():
+        assistant.backbone.to(device)
         write_chats(path, assistant, config.model)
-    shutil.copyfile(path, target)
+        assistant.backbone.to(before)  # where the other ranks' are, or an adapter would begin otherwise
+    with whole_file(target, binary=True) as file:
+        file.write(path.read_bytes())
 
 
 @dataclass(frozen=True)
@@ -251,6 +270,11 @@ def tokens_in_labels(table: ExampleTable, encoder: Encoder) -> float:
         if isinstance(row, Example)
     ]
     return max(1.0, sum(counts) / max(1, len(counts)))
+
+
+def is_plain(text: str, *, repeated: float) -> bool:
+    """Tells whether a text repeats less than this share of itself, and holds no place of a picture."""
+    return repeated_share(text) < repeated and not any(mark in text for mark in MARKS)
 
 
 def whole(text: str, ended: bool) -> str:
