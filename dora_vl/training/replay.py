@@ -193,6 +193,8 @@ def check_replay(config: RunConfig) -> None:
     elif share and not config.objective.is_sft:
         names = ", ".join(config.objective.weights)
         reason = f" is for supervised tuning: {names} compares answers, and chats have one; set it 0"
+    elif share and config.model.template == "plain":
+        reason = " is of questions with answers, and model.template plain drops questions; set it 0"
     if reason is not None:
         raise SettingError("data.replay", reason)
 

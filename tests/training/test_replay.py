@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,27 +12,30 @@ import torch
 
 from dora_vl.backbones.encoder import open_encoder
 from dora_vl.data.example import Example
-from dora_vl.data.order import ModalityLengthSampler, ReplaySampler, SamplingLengths, TreeSampler
-from dora_vl.data.turns import Turn
+from dora_vl.data.order import ModalityLengthSampler, ReplaySampler, SamplingLengths
+from dora_vl.data.samples import BOOKKEEPING
 from dora_vl.errors import SettingError
 from dora_vl.evaluation.assistant import EncoderPrompts
 from dora_vl.run.settings import ModelConfig
 from dora_vl.training import replay
+from dora_vl.training.parts import adapt
 from dora_vl.training.replay import ChatWriter, opening_of, repeated_share, whole
 from tests.backbones.tiny_language import byte_tokenizer, write_tiny_language
+from tests.core.dense_dora import move_trained
 from tests.training.tiny_run import (
     MakeRun,
     assert_same_weights,
     decoder_run,
-    json_of,
-    logged,
     logged_losses,
     refused,
     trained,
+    write_chats,
 )
 
-CHATML = """{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}\
-{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 class ScriptedBackbone(torch.nn.Module):
@@ -98,12 +100,11 @@ def test_a_base_asks_by_its_own_template_and_what_is_empty_repeated_or_cut_is_le
         f"red red red red red red red red{END}",
         f"It is blue.{END}",
     ]
-    writer, backbone = writer_of(chatml_base, "chatml", [questions, answers, [f"What colour is it?{END}"], [f"It is red.{END}"]])
+    writer, backbone = writer_of(
+        chatml_base, "chatml", [questions, answers, [f"What colour is it?{END}"], [f"It is red.{END}"]]
+    )
     chats = [tuple(turn.text for turn in chat.turns) for chat in _first(writer.write(100), backbone)]
-    assert chats == [
-        ("What colour is it?", "It is red."),
-        ("What colour is a chat?", "It is green."),
-    ]
+    assert chats == [("What colour is it?", "It is red."), ("What colour is a chat?", "It is green.")]
     assert set(backbone.prompts[0]) == {"<|im_start|>user\n"}
     assert backbone.prompts[1][0] == "<|im_start|>user\nWhat colour is it?<|im_end|>\n<|im_start|>assistant\n"
 
@@ -145,7 +146,6 @@ def test_repeated_and_cut_texts() -> None:
 
 # A run.
 
-CHATS = 7
 PART = "replay.jsonl"
 
 
@@ -153,25 +153,9 @@ PART = "replay.jsonl"
 def with_chats(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> MakeRun:
     """Settings of runs with replay, whose base has chats instead of writing them."""
 
-    def file_of_chats(*_: object) -> Path:
-        path = tmp_path / "chats.jsonl"
-        if not path.exists():
-            lines = [
-                {"id": f"replay-{number}", "conversations": [
-                    {"from": "human", "value": f"Say {number}."},
-                    {"from": "gpt", "value": "It is " + "blue " * number + "."},
-                ]}
-                for number in range(CHATS)
-            ]  # fmt: skip
-            path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return path
-
-    monkeypatch.setattr(replay, "file_of_chats", file_of_chats)
+    chats = write_chats(tmp_path / "chats.jsonl")
+    monkeypatch.setattr(replay, "file_of_chats", lambda *_: chats)
     return make_run
-
-
-def seen_by(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    raise NotImplementedError
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -198,8 +182,107 @@ def test_a_run_resumes_with_the_chats_that_it_had(
     assert error.value.key == "resume"
 
 
-def test_chats_change_what_is_learned_by_their_share_of_labelled_tokens(with_chats: MakeRun) -> None:
-    run_file = with_chats(training={"use_cpu": True}, data={"replay": 0.4})
-    pipeline = decoder_run(run_file)
+@pytest.mark.parametrize("packing", ["trees", "plain"])
+@pytest.mark.parametrize("grouped", [True, False])
+def test_chats_are_a_share_of_the_labelled_tokens_and_others_in_each_epoch(
+    with_chats: MakeRun, packing: str, grouped: bool
+) -> None:
+    share = 0.2
+    settings = {"replay": share, "packing": packing, "group_by_modality_length": grouped}
+    pipeline = decoder_run(with_chats(training={"use_cpu": True}, data=settings))
     arguments = pipeline.arguments()
     pipeline.prepare(arguments)
+    backbone = pipeline.load()
+    Path(arguments.output_dir).mkdir(parents=True)
+    pipeline.write_replay(backbone, arguments)
+    data = pipeline.data(backbone, arguments)
+    own, drawn = 48, []
+    tokens: list[int] = []
+    for epoch in range(3):
+        for set_epoch in data.set_epoch:
+            set_epoch(epoch)
+        assert data.sampler is not None
+        order = list(data.sampler)
+        assert len(order) == len(data.sampler) == data.samples
+        assert sorted(index for index in order if index < own) == list(range(own))
+        chats = [index for index in order if index >= own]
+        assert max(map(chats.count, chats)) == 1  # of seven, fewer are drawn
+        drawn.append(frozenset(chats))
+        labelled = {index: int((data.train[index].labels != -100).sum()) for index in order}
+        tokens += [sum(labelled[index] for index in chats), sum(labelled.values())]
+        batch = data.collate([data.train[chats[0]], data.train[0]])
+        assert batch["replayed"].tolist() == [True, False]
+    assert len({*drawn}) > 1
+    assert sum(tokens[::2]) / sum(tokens[1::2]) == pytest.approx(share, abs=0.06)
+
+
+def test_more_chats_than_there_are_come_round_by_round() -> None:
+    words = torch.zeros(9, dtype=torch.int64)
+    lengths = SamplingLengths(words + 5, words.bool(), words, words)
+
+    def order(of_epoch: SamplingLengths) -> ModalityLengthSampler:
+        return ModalityLengthSampler(
+            of_epoch.lengths, of_epoch.is_multimodal, batch_size=2, world_size=1, accumulation=1, seed=3
+        )
+
+    sampler = ReplaySampler(lengths, own=6, drawn=8, seed=3, order=order)
+    seen = [index for index in sampler if index >= 6]
+    assert sorted(map(seen.count, {6, 7, 8})) == [2, 3, 3]
+    assert list(sampler) == list(sampler)
+
+
+def test_divergence_is_that_of_whole_distributions_from_the_start(with_chats: MakeRun) -> None:
+    pipeline = decoder_run(
+        with_chats(training={"use_cpu": True}, data={"replay": 0.4}, objective={"replay": "divergence"})
+    )
+    arguments = pipeline.arguments()
+    pipeline.prepare(arguments)
+    backbone = pipeline.load()
+    Path(arguments.output_dir).mkdir(parents=True)
+    pipeline.write_replay(backbone, arguments)
+    core_lora = pipeline.dora_config(backbone)
+    adapt(backbone.model, core_lora, initial=None)
+    data = pipeline.data(backbone, arguments)
+    items = [data.train[48], data.train[0], data.train[50]]
+    batch = {name: value for name, value in data.collate(items).items() if name not in BOOKKEEPING}
+    loss = pipeline.loss(backbone).train()
+    replayed = batch.pop("replayed")
+    with torch.no_grad():
+        before = backbone(keep_logits=True, **batch)
+        move_trained(backbone.model, seed=1)
+        after = backbone(keep_logits=True, **batch)
+    p, q = before.logits.double().softmax(-1), after.logits.double().softmax(-1)
+    divergence = (p * (p / q).log()).sum(-1)
+    of_chats = replayed[after.rows]
+    assert divergence[of_chats].min() > 1e-4
+    expected = torch.where(of_chats, divergence, after.losses.double()).mean()
+    output = loss(**batch, replayed=replayed)
+    torch.testing.assert_close(output["loss"].double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss(**batch)["loss"], after.losses.mean())
+    output["loss"].backward()
+    assert all(weight.grad is not None for weight in backbone.parameters() if weight.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"data": {"replay": 1.0}}, "below 1"),
+        ({"data": {"replay": 0.1, "streaming": True, "group_by_modality_length": False}}, "data.streaming"),
+        ({"data": {"replay": 0.1}, "objective": {"loss": "dpo"}}, "dpo"),
+        ({"data": {"replay": 0.1}, "objective": {"loss": "grpo"}}, "grpo"),
+        ({"data": {"replay": 0.1}, "model": {"template": "plain"}}, "plain"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(make_run: MakeRun, settings: Any, says: str) -> None:
+    error = refused(decoder_run(make_run(training={"use_cpu": True}, **settings)))
+    assert isinstance(error, SettingError)
+    assert error.key == "data.replay"
+    assert says in str(error)
+
+
+def test_a_base_that_writes_nothing_usable_ends_the_run(chatml_base: Path, tmp_path: Path) -> None:
+    writer, _ = writer_of(chatml_base, "chatml", [[f"Say.{END}"] * 64] * 20)
+    with pytest.raises(SettingError) as error:
+        replay.write_chats(tmp_path / "chats.jsonl", writer._assistant, ModelConfig(base=str(chatml_base)))
+    assert error.value.key == "data.replay"
+    assert not (tmp_path / "chats.jsonl").exists()
