@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1
 """Part of a file's name: raise it when other chats would be written."""
-CHATS, BATCH, MOST_BATCHES = 192, 64, 24
+CHATS, BATCH, MOST_BATCHES = 128, 64, 16
 QUESTION_TOKENS, ANSWER_TOKENS = 40, 72
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 0}
 COUNTED_ROWS = 1_000
