@@ -16,6 +16,7 @@ from dora_vl.data.order import ModalityLengthSampler, ReplaySampler, SamplingLen
 from dora_vl.data.samples import BOOKKEEPING
 from dora_vl.errors import SettingError
 from dora_vl.evaluation.assistant import EncoderPrompts
+from dora_vl.run.folder import run_folder_of
 from dora_vl.run.settings import ModelConfig
 from dora_vl.training import replay
 from dora_vl.training.parts import adapt
@@ -193,7 +194,7 @@ def test_chats_are_a_share_of_the_labelled_tokens_and_others_in_each_epoch(
     arguments = pipeline.arguments()
     pipeline.prepare(arguments)
     backbone = pipeline.load()
-    Path(arguments.output_dir).mkdir(parents=True)
+    run_folder_of(pipeline.config.training).mkdir(parents=True)
     pipeline.write_replay(backbone, arguments)
     data = pipeline.data(backbone, arguments)
     own, drawn = 48, []
@@ -203,7 +204,7 @@ def test_chats_are_a_share_of_the_labelled_tokens_and_others_in_each_epoch(
             set_epoch(epoch)
         assert data.sampler is not None
         order = list(data.sampler)
-        assert len(order) == len(data.sampler) == data.samples
+        assert len(order) == data.samples
         assert sorted(index for index in order if index < own) == list(range(own))
         chats = [index for index in order if index >= own]
         assert max(map(chats.count, chats)) == 1  # of seven, fewer are drawn
@@ -238,7 +239,7 @@ def test_divergence_is_that_of_whole_distributions_from_the_start(with_chats: Ma
     arguments = pipeline.arguments()
     pipeline.prepare(arguments)
     backbone = pipeline.load()
-    Path(arguments.output_dir).mkdir(parents=True)
+    run_folder_of(pipeline.config.training).mkdir(parents=True)
     pipeline.write_replay(backbone, arguments)
     core_lora = pipeline.dora_config(backbone)
     adapt(backbone.model, core_lora, initial=None)
