@@ -93,6 +93,11 @@ class AdapterConfig(AdapterSettings):
     """Trains all biases of BART as well, as the published LoRA and DoRA runs do."""
     train_norm_weights: bool = False
     """Trains the weights of BART's layer norms as well, as the published image DoRA run does."""
+    projector_start: Literal["random", "scaled", "answers"] | None = None
+    """Where the new projector of a composed LLaVA begins. answers: at a linear map from the tower's stored outputs to
+    the words of the training answers, fitted in seconds; scaled: at a random map with their mean and spread; random: as
+    it was composed. null: answers where it trains for the first time and data.cache_features is on, else as the base
+    has it."""
     initial: str | None = None
     """Adapter folder to start from, such as stage 1's projector; its weights are loaded before training."""
 
@@ -405,7 +410,7 @@ _MEDIA = _fields(
     objective="exchange_pictures",
 )
 FIELDS: Mapping[Task, frozenset[str]] = {
-    "llava": _TEXT | _MEDIA | _fields(model="compose image_aspect"),
+    "llava": _TEXT | _MEDIA | _fields(model="compose image_aspect", adapter="projector_start"),
     "image_text": _TEXT | _MEDIA,
     "commonsense": _TEXT | _fields(model="source", data="train_on", evaluation="files scoring rule beams"),
     "vlbart": _fields(
