@@ -304,6 +304,9 @@ class OptimConfig:
     not_finite: Literal["stop", "skip"] = "stop"
     """A step whose loss or gradient is not a number is left out, named and written to faults.jsonl. stop: the run then
     saves a checkpoint and ends; skip: it goes on, unless ten steps in a row are such."""
+    early_stopping: int | None = None
+    """Ends training after so many validations in a row without a new lowest loss; the adapter is then that of the
+    lowest (training.load_best_model_at_end: false keeps the last), so checkpoints are written with each validation."""
 
 
 @dataclass(frozen=True, kw_only=True)
