@@ -23,11 +23,9 @@ LEARNED, TESTED = 160, 200
 DEMO = "llava/easyvqa_smollm2_dora"
 RED, BLUE, YELLOW, WHITE = (205, 40, 40), (40, 80, 200), (240, 200, 40), (245, 245, 245)
 SHOPS = {"Corner Bakery": RED, "Green Grocer": BLUE, "Book Nook": YELLOW, "Hardware Hub": WHITE}
-SIGNS = {
-    **{"stop": (8, 22, RED, "STOP"), "no entry": (40, 0, RED, "-"), "parking": (4, 0, BLUE, "P")},
-    **{"limit 30": (40, 0, WHITE, "30"), "limit 70": (40, 0, WHITE, "70"), "priority": (4, 45, YELLOW, "")},
-    **{"give way": (3, 180, WHITE, ""), "bus lane": (40, 0, BLUE, "BUS")},
-}
+SIGNS = {"stop": (8, 22, RED, "STOP"), "no entry": (40, 0, RED, "-"), "parking": (4, 0, BLUE, "P")}
+SIGNS |= {"limit 30": (40, 0, WHITE, "30"), "limit 70": (40, 0, WHITE, "70"), "priority": (4, 45, YELLOW, "")}
+SIGNS |= {"give way": (3, 180, WHITE, ""), "bus lane": (40, 0, BLUE, "BUS")}
 """Corners, turn in degrees, colour and text."""
 Drawn = tuple[Image.Image, str, str]
 

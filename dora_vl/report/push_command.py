@@ -93,8 +93,8 @@ def model_card(run: RunRecord, repository: str, *, licence: str | None, sheet: b
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
     from jinja2 import Environment, StrictUndefined
 
+    from dora_vl.evaluation.forgetting import in_words
     from dora_vl.report.answers import blind, read_tests, score_rows
-    from dora_vl.report.report import forgotten
     from dora_vl.report.views import setting_tables
 
     tests, missing = read_tests(run)
@@ -127,7 +127,7 @@ def model_card(run: RunRecord, repository: str, *, licence: str | None, sheet: b
         "sheet": CONTACT_SHEET if sheet else None,
         "rows": score_rows([results])[0],
         "warnings": [*missing, *blind(run.label, results)],
-        "forgotten": forgotten(run.metrics.get("forgetting")),
+        "forgotten": in_words(run.metrics.get("forgetting")),
         "settings": {name: without_folder(row[0]) for name, row in setting_tables([run])["first"].items()},
         "versions": run.plan.get("versions") or run.recipe.get("versions") or {},
     }

@@ -201,24 +201,18 @@ def probe(train: Sequence[Round], test: Sequence[Round], seen: Seen) -> list[str
     times = Counter(question for _, question, _ in train)
     known, asked = defaultdict[str, list[Round]](list), defaultdict[str, list[int]](list)
     for number, (names, question, _) in enumerate((*train, *test)):
-        if names in seen:
-            kind = question if times[question] >= LEAST_ASKED else ""
-            if number < len(train):
-                known[kind].append(train[number])
-            else:
-                asked[kind].append(number - len(train))
+        kind = question if times[question] >= LEAST_ASKED else ""
+        if names in seen and number < len(train):
+            known[kind].append(train[number])
+        elif names in seen:
+            asked[kind].append(number - len(train))
     read: list[str | None] = [None] * len(test)
     for kind, numbers in asked.items():
         answers = list(dict.fromkeys(text for _, _, text in known[kind]))
-        if not 1 < len(answers) <= len(known[kind]) / 2:
-            continue
-        targets = F.one_hot(torch.tensor([answers.index(text) for _, _, text in known[kind]])).double()
-        guesses: list[tuple[float, list[int]]] = []
-        for part in (slice(0, 1), slice(1, None)):  # their mean, or each cell by itself
-            inputs = torch.stack([seen[names][part].flatten() for names, _, _ in known[kind]])
-            ridge = Ridge.fit(inputs, targets)
-            picked = ridge(torch.stack([seen[test[number][0]][part].flatten() for number in numbers])).argmax(1)
-            guesses.append((ridge.unexplained, picked.tolist()))
-        for number, index in zip(numbers, min(guesses)[1], strict=True):
-            read[number] = answers[index]
+        if 1 < len(answers) <= len(known[kind]) / 2:
+            right = F.one_hot(torch.tensor([answers.index(text) for _, _, text in known[kind]])).double()
+            ridge = Ridge.fit(torch.stack([seen[names].flatten() for names, _, _ in known[kind]]), right)
+            picked = ridge(torch.stack([seen[test[number][0]].flatten() for number in numbers])).argmax(1)
+            for number, index in zip(numbers, picked.tolist(), strict=True):
+                read[number] = answers[index]
     return read
