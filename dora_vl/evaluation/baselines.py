@@ -1,4 +1,4 @@
-"""What a score is compared with: each question's commonest answer, and the same questions with pictures exchanged."""
+"""What a score is compared with: each question's commonest answer, pictures exchanged, and the untrained base."""
 
 from __future__ import annotations
 
@@ -12,24 +12,27 @@ from typing import Any
 
 from dora_vl.data.example import MIDDLE_FRAME, Clip, Example
 from dora_vl.evaluation.scores.benchmark import Group, Scorer
-from dora_vl.evaluation.scores.scored import Scored, intervals, paired_differences
+from dora_vl.evaluation.scores.scored import Difference, Scored, intervals, paired_differences
 
 MOST_EXCHANGED, SEED = 200, 0
 LEAST_ASKED = 5
 """A question asked more seldom has no commonest answer of its own: it would be its own truth."""
-COMMONEST, EXCHANGED, WARNING = "commonest_answer", "exchanged_pictures", "warning"
+COMMONEST, EXCHANGED, UNTRAINED, WARNING = "commonest_answer", "exchanged_pictures", "untrained_base", "warning"
+ASKED_AGAIN = (EXCHANGED, UNTRAINED)
+"""Ends of the names of sets that stand in `predictions.jsonl` for a comparison alone."""
 HOW = {
     COMMONEST: f"the test's own commonest right answer to each question that it asks {LEAST_ASKED} times or more, to "
     "all other questions together one; no model",
     EXCHANGED: f"questions drawn by seed {SEED}, at most {MOST_EXCHANGED}, each with the pictures of another of them "
     "that shows as many and not the same",
+    UNTRAINED: f"questions drawn by seed {SEED}, at most {MOST_EXCHANGED}, asked of the base without the adapter",
 }
 Media = tuple[tuple[str, ...], tuple[Clip, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """A sample of a test's examples, each with the pictures of another, and a model's answers to them by id."""
+    """A sample of a test's examples, and by id what is said of them with the pictures of others, or by the base."""
 
     examples: Sequence[Example]
     answers: Mapping[str, str]
@@ -43,12 +46,14 @@ def compared(
     *,
     says: Callable[[Example], str],
     exchange: Exchange | None,
+    untrained: Exchange | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Returns a score's baselines for `metrics.json`, and the lines to print, a warning last.
 
     Args:
         says: the right answer as a model says it; "" where the file holds none.
         exchange: None where no model was asked about exchanged pictures.
+        untrained: None where the base was not asked.
     """
     metric = next(iter(scored.metrics))
     entry: dict[str, Any] = {"metric": metric}
@@ -59,20 +64,27 @@ def compared(
         lines.append(f"{metric} of each question's commonest answer {text}")
     if exchange is not None and not exchange.examples and any(map(_shows, examples)):
         lines.append("no pictures were exchanged: no two of the questions show as many and different ones")
+    by_id = {example.id: example for example in examples}
+
+    def add(name: str, other: Exchange, own_key: str, line: str) -> tuple[Difference | None, Scored, Scored]:
+        sample = [by_id[example.id] for example in other.examples]
+        own, others = (
+            score(sample, {example.id: texts[example.id] for example in sample if example.id in texts})
+            for texts in (answers, other.answers)
+        )
+        apart = paired_differences(own, others).get(metric)
+        baseline, text = _baseline(others, metric)
+        difference = None if apart is None else asdict(apart)
+        entry[name] = {**baseline, own_key: own.metrics[metric], "difference": difference, "how": HOW[name]}
+        lines.append(f"{line.format(text)} {own.metrics[metric]:.2f}")
+        return apart, own, others
+
+    if untrained is not None and untrained.examples:
+        add(UNTRAINED, untrained, "with_the_adapter", "the base without the adapter {}; of the same with it")
     if exchange is None or not exchange.examples:
         return entry, lines
-    by_id = {example.id: example for example in examples}
-    sample = [by_id[example.id] for example in exchange.examples]
-    own, others = (
-        score(sample, {example.id: texts[example.id] for example in sample if example.id in texts})
-        for texts in (answers, exchange.answers)
-    )
-    apart = paired_differences(own, others).get(metric)
-    baseline, text = _baseline(others, metric)
-    difference = None if apart is None else asdict(apart)
-    with_own = {"with_their_own": own.metrics[metric], "difference": difference}
-    entry[EXCHANGED] = {**baseline, **with_own, "how": HOW[EXCHANGED]}
-    lines.append(f"with pictures exchanged {text}; of the same with their own {own.metrics[metric]:.2f}")
+    line = "with pictures exchanged {}; of the same with their own"
+    apart, _, others = add(EXCHANGED, exchange, "with_their_own", line)
     if apart is not None and apart.low <= 0 <= apart.high:  # the score stays where it was, as far as chance goes
         entry[WARNING] = (
             f"the answers do not depend on the pictures, as far as {others.n} questions tell: {metric} "
@@ -142,6 +154,11 @@ def exchanged(examples: Iterable[Example], answered: Container[str], *, together
             extra |= {MIDDLE_FRAME: shown.extra[MIDDLE_FRAME]} if MIDDLE_FRAME in shown.extra else {}
             exchanged_examples.append(replace(example, images=shown.images, videos=shown.videos, extra=extra))
     return exchanged_examples
+
+
+def drawn(examples: Sequence[Example]) -> list[Example]:
+    """Returns a seeded sample of the examples; all where there are few."""
+    return Random(SEED).sample(examples, min(MOST_EXCHANGED, len(examples)))
 
 
 def digest(examples: Sequence[Example]) -> str:

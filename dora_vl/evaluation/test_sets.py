@@ -207,13 +207,14 @@ def scored(test: TestSet, predictions: Predictions) -> Tested:
     return replace(tested, scored=result, submission=submission)
 
 
-def with_baselines(tested: Tested, exchange: Exchange | None) -> Tested:
+def with_baselines(tested: Tested, exchange: Exchange | None, untrained: Exchange | None = None) -> Tested:
     """Adds the baselines that a score is compared with."""
     test, result = tested.test, tested.scored
     if result is None or test.score is None:
         return tested
     answers = tested.predictions.answers
-    baselines, remarks = compared(result, test.scored_examples, answers, test.score, says=test.truth, exchange=exchange)
+    asked = {"exchange": exchange, "untrained": untrained}
+    baselines, remarks = compared(result, test.scored_examples, answers, test.score, says=test.truth, **asked)
     return replace(tested, baselines=baselines, remarks=remarks)
 
 

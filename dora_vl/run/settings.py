@@ -338,6 +338,9 @@ class EvaluationConfig:
     """Asks at most 200 questions (of each file) again about other pictures: a score that stays as it was does not come
     from the pictures."""
 
+    untrained: bool = True
+    """Asks at most 200 questions of the base without the adapter too, so that the score shows what was learned."""
+
     @property
     def tested(self) -> str | None:
         """Names the test's file or files, for messages; None: no test."""
@@ -395,7 +398,7 @@ _TEXT = _fields(
 _MEDIA = _fields(
     data="image_folder video_folder follow_links as_published video_frames video_fps cache_features feature_cache "
     "max_pixels_per_step",
-    evaluation="file image_folder answer_after exchange_pictures",
+    evaluation="file image_folder answer_after exchange_pictures untrained",
     objective="exchange_pictures",
 )
 FIELDS: Mapping[Task, frozenset[str]] = {

@@ -16,7 +16,7 @@ from PIL import Image
 
 from dora_vl.data.pictures import MediaFolder, open_image
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.baselines import EXCHANGED
+from dora_vl.evaluation.baselines import ASKED_AGAIN
 from dora_vl.evaluation.predictions import PREDICTIONS, Prediction, read_predictions
 from dora_vl.evaluation.predictor import Shown
 from dora_vl.run.folder import SETTINGS
@@ -136,7 +136,7 @@ def _of_test(run: Path, most: int) -> Iterator[ExampleQuestion]:
         folder = started_in / folder
     kinds: dict[str | None, list[Prediction]] = {}
     for prediction in chain.from_iterable(
-        rows.values() for name, rows in by_set.items() if not name.endswith(EXCHANGED)
+        rows.values() for name, rows in by_set.items() if not name.endswith(ASKED_AGAIN)
     ):
         if len(prediction.images) == 1:
             kinds.setdefault(prediction.kind, []).append(prediction)

@@ -34,10 +34,12 @@ from dora_vl.data.pictures import StoredPictures
 from dora_vl.data.samples import Labelled, Sample, Skipped
 from dora_vl.errors import SettingError
 from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
+from dora_vl.evaluation.baselines import Exchange
 from dora_vl.evaluation.forgetting import forgetting, measured
 from dora_vl.evaluation.predictor import MediaReader
 from dora_vl.evaluation.rewards import Reward, rewards_of
 from dora_vl.evaluation.test import (
+    ask_untrained,
     check_test,
     evaluate_commonsense,
     media_of_run,
@@ -365,26 +367,27 @@ class DecoderPipeline(Pipeline):
 
     def test(self, numbers: Mapping[str, Any]) -> None:
         """Answers the test's file, or every set of `evaluation.files`, with the saved adapter."""
-        (assistant, lost), evaluation = self._tested(), self.config.evaluation
+        (assistant, lost, untrained), evaluation = self._tested(), self.config.evaluation
         numbers = {**numbers, **lost}
         if not evaluation.files:
-            run_test(assistant, self.config, numbers=numbers)
+            run_test(assistant, self.config, numbers=numbers, untrained=untrained)
             return
         folder = run_folder_of(self.config.training)
         evaluate_commonsense(assistant.backbone, self.encoder, evaluation, run_folder=folder, numbers=numbers)
 
-    def _tested(self) -> tuple[Assistant, dict[str, Any]]:
-        """The model with its saved adapter, and what it lost by it."""
+    def _tested(self) -> tuple[Assistant, dict[str, Any], Exchange | None]:
+        """The model with its saved adapter, what it lost by it, and what the base answers to the test."""
         base, evaluation = self.load(), self.config.evaluation
         strength = checked_strength(evaluation.strength)
         assistant = Assistant(base, EncoderPrompts(self.encoder))
-        if not evaluation.forgetting:
-            return replace(assistant, backbone=self.with_saved_adapter(base, strength)), {}
-        texts = None if evaluation.other_texts is None else Path(evaluation.other_texts)
         base.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()
-        before = measured(assistant, texts)
+        untrained = ask_untrained(assistant, self.config) if evaluation.untrained and evaluation.file else None
+        texts = None if evaluation.other_texts is None else Path(evaluation.other_texts)
+        before = measured(assistant, texts) if evaluation.forgetting else ""
         assistant = replace(assistant, backbone=self.with_saved_adapter(base, strength))
+        if not evaluation.forgetting:
+            return assistant, {}, untrained
         after = measured(assistant, texts)
         if isinstance(before, str) or isinstance(after, str):
-            return assistant, {"forgetting": {"reason": before if isinstance(before, str) else after}}
-        return assistant, {"forgetting": forgetting(before, after)}
+            return assistant, {"forgetting": {"reason": before if isinstance(before, str) else after}}, untrained
+        return assistant, {"forgetting": forgetting(before, after)}, untrained
