@@ -258,7 +258,7 @@ class Pictures:
     transparent: int = 0
 
     def add(self, name: str, path: Path) -> None:
-        """Looks at one."""
+        """Records format, size and content hash of one picture."""
         self.keys[name] = content_key(path)
         try:
             facts = picture_facts(path, decode=False)
