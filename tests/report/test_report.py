@@ -22,6 +22,7 @@ from dora_vl.report.report import SECTIONS
 from dora_vl.run.reading import read_run
 from dora_vl.run.settings import settings_of
 from tests.report.conftest import HOSTILE
+from tests.serving.browser import browser
 
 KINDS = {"often": 16, "seldom": 8}
 VOID = {"meta", "img", "br", "input"}  # a path or a use of a drawing closes itself
@@ -128,6 +129,30 @@ def test_the_command_that_repeats_a_run_is_one(copied: Path, tmp_path: Path) -> 
     plan = json.loads((copied / "plan.json").read_text())
     (copied / "plan.json").write_text(json.dumps({**plan, "ranks": 4}))
     assert "deepspeed --num_gpus 4 --module dora_vl.cli train" in reported(copied, to=tmp_path / "page.html").words
+
+
+def test_a_browser_shows_the_answers_that_are_asked_for(copied: Path, tmp_path: Path) -> None:
+    file = copied / "scores.jsonl"
+    scores = [json.loads(line) for line in file.read_text().splitlines()]
+    for number, score in enumerate(scores):
+        score |= {"share": float(number % 3 == 0), "kind": "odd" if number % 2 else "even", "truth": f"word {number}"}
+    file.write_text("".join(json.dumps(score) + "\n" for score in scores))
+    reported(copied, to=tmp_path / "page.html", more=("--no-weights",))
+    right = {number for number in range(len(scores)) if number % 3 == 0}
+    with browser() as opened:
+        page = opened.new_page()
+        page.goto((tmp_path / "page.html").as_uri())
+        items, filters = page.locator(".item:visible"), page.locator(".filter")
+        assert items.count() == len(scores) - len(right)
+        filters.get_by_text("right", exact=True).click()
+        assert items.count() == len(right)
+        filters.locator("select").select_option("even")
+        assert items.count() == sum(number % 2 == 0 for number in right)
+        filters.locator("input").fill("WORD 6")
+        assert ["word 6" in text for text in items.all_inner_texts()] == [True]
+        filters.get_by_text("all", exact=True).click()
+        filters.locator("input").fill("nothing")
+        assert items.count() == 0
 
 
 def test_a_cloze_run_shows_the_numbers_of_its_metrics(tmp_path: Path) -> None:
