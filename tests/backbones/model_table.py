@@ -25,7 +25,7 @@ number of pictures, unless the table says otherwise.
 
 {all} families. Those with a + take videos as such; the others see a video's frames as separate pictures: {names}.
 
-Packed rows and trees (`data.packing`) train {rows} families to the same loss and gradients as padded rows, within 1e-10,
+Packed rows and trees (`data.packing`) give {rows} families the same loss and gradients as padded rows, within 1e-10,
 with checkpointing too. Outputs of the frozen vision parts can be stored (`data.cache_features`) in {stored}.
 
 | `model_type` | remarks |
@@ -81,7 +81,7 @@ The other types of `AutoModelForImageTextToText` go the same way, untested: {unt
 `model.template` names a prompt format instead:
 
 - `question_answer`: `Question: ... Answer: ...`, a line for each round, the end token behind each answer.
-- `paligemma` (taken by itself where it fits): the question as prefix, seen in both directions, the answer as suffix; one
+- `paligemma` (taken without being named): the question as prefix, seen in both directions, the answer as suffix; one
   question a conversation, pictures before it.
 """
 
