@@ -380,7 +380,7 @@ class DecoderPipeline(Pipeline):
         base, evaluation = self.load(), self.config.evaluation
         strength = checked_strength(evaluation.strength)
         assistant = Assistant(base, EncoderPrompts(self.encoder))
-        base.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()
+        base.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval().requires_grad_(False)
         untrained = ask_untrained(assistant, self.config) if evaluation.untrained and evaluation.file else None
         texts = None if evaluation.other_texts is None else Path(evaluation.other_texts)
         before = measured(assistant, texts) if evaluation.forgetting else ""
