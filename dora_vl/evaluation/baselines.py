@@ -12,13 +12,18 @@ from typing import Any
 
 from dora_vl.data.example import MIDDLE_FRAME, Clip, Example
 from dora_vl.evaluation.scores.benchmark import Group, Scorer
-from dora_vl.evaluation.scores.scored import Difference, Scored, intervals, paired_differences
+from dora_vl.evaluation.scores.scored import Scored, intervals, paired_differences
 
 MOST_EXCHANGED, SEED = 200, 0
 LEAST_ASKED = 5
 """A question asked more seldom has no commonest answer of its own: it would be its own truth."""
 COMMONEST, EXCHANGED, UNTRAINED, WARNING = "commonest_answer", "exchanged_pictures", "untrained_base", "warning"
-ASKED_AGAIN = (EXCHANGED, UNTRAINED)
+SAID_INSTEAD: Mapping[str, tuple[str, str]] = {
+    EXCHANGED: ("with_their_own", "with pictures exchanged {}; of the same with their own"),
+    UNTRAINED: ("with_the_adapter", "the base without the adapter {}; of the same with it"),
+}
+"""Other answers -> what `metrics.json` calls the model's own score, and the line to print."""
+ASKED_AGAIN = tuple(SAID_INSTEAD)
 """Ends of the names of sets that stand in `predictions.jsonl` for a comparison alone."""
 HOW = {
     COMMONEST: f"the test's own commonest right answer to each question that it asks {LEAST_ASKED} times or more, to "
@@ -46,14 +51,12 @@ def compared(
     *,
     says: Callable[[Example], str],
     exchange: Exchange | None,
-    untrained: Exchange | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Returns a score's baselines for `metrics.json`, and the lines to print, a warning last.
 
     Args:
         says: the right answer as a model says it; "" where the file holds none.
         exchange: None where no model was asked about exchanged pictures.
-        untrained: None where the base was not asked.
     """
     metric = next(iter(scored.metrics))
     entry: dict[str, Any] = {"metric": metric}
@@ -64,36 +67,39 @@ def compared(
         lines.append(f"{metric} of each question's commonest answer {text}")
     if exchange is not None and not exchange.examples and any(map(_shows, examples)):
         lines.append("no pictures were exchanged: no two of the questions show as many and different ones")
-    by_id = {example.id: example for example in examples}
-
-    def add(name: str, other: Exchange, own_key: str, line: str) -> tuple[Difference | None, Scored, Scored]:
-        sample = [by_id[example.id] for example in other.examples]
-        own, others = (
-            score(sample, {example.id: texts[example.id] for example in sample if example.id in texts})
-            for texts in (answers, other.answers)
-        )
-        apart = paired_differences(own, others).get(metric)
-        baseline, text = _baseline(others, metric)
-        difference = None if apart is None else asdict(apart)
-        entry[name] = {**baseline, own_key: own.metrics[metric], "difference": difference, "how": HOW[name]}
-        lines.append(f"{line.format(text)} {own.metrics[metric]:.2f}")
-        return apart, own, others
-
-    if untrained is not None and untrained.examples:
-        add(UNTRAINED, untrained, "with_the_adapter", "the base without the adapter {}; of the same with it")
     if exchange is None or not exchange.examples:
         return entry, lines
-    line = "with pictures exchanged {}; of the same with their own"
-    apart, _, others = add(EXCHANGED, exchange, "with_their_own", line)
-    if apart is not None and apart.low <= 0 <= apart.high:  # the score stays where it was, as far as chance goes
+    entry[EXCHANGED], line = said_instead(EXCHANGED, exchange, examples, answers, score)
+    lines.append(line)
+    apart = entry[EXCHANGED]["difference"]
+    if apart is not None and apart["low"] <= 0 <= apart["high"]:  # the score stays where it was, as far as chance goes
         entry[WARNING] = (
-            f"the answers do not depend on the pictures, as far as {others.n} questions tell: {metric} "
-            f"with their own less that with others' is {apart.value:+.2f} (95 % interval {apart.low:+.2f} to "
-            f"{apart.high:+.2f}). Where they cannot be answered unseen, try a base whose projector has learned (or "
+            f"the answers do not depend on the pictures, as far as {entry[EXCHANGED]['n']} questions tell: {metric} "
+            f"with their own less that with others' is {apart['value']:+.2f} (95 % interval {apart['low']:+.2f} to "
+            f"{apart['high']:+.2f}). Where they cannot be answered unseen, try a base whose projector has learned (or "
             "adapter.train_projector: true), more pictures, more epochs"
         )
         lines.append(entry[WARNING])
     return entry, lines
+
+
+def said_instead(
+    name: str, other: Exchange, examples: Sequence[Example], answers: Mapping[str, str], score: Scorer
+) -> tuple[dict[str, Any], str]:
+    """Compares other answers to some examples with a model's own to them, for `metrics.json` and as a line."""
+    by_id = {example.id: example for example in examples}
+    sample = [by_id[example.id] for example in other.examples]
+    own, others = (
+        score(sample, {example.id: texts[example.id] for example in sample if example.id in texts})
+        for texts in (answers, other.answers)
+    )
+    metric = next(iter(own.metrics))
+    apart = paired_differences(own, others).get(metric)
+    baseline, text = _baseline(others, metric)
+    key, line = SAID_INSTEAD[name]
+    difference = None if apart is None else asdict(apart)
+    entry = {**baseline, key: own.metrics[metric], "difference": difference, "how": HOW[name]}
+    return entry, f"{line.format(text)} {own.metrics[metric]:.2f}"
 
 
 def _baseline(scored: Scored, metric: str) -> tuple[dict[str, Any], str]:

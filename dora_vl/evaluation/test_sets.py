@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dora_vl.data.example import JSON, Example
 from dora_vl.errors import UserError, one_line, shown
-from dora_vl.evaluation.baselines import Exchange, compared
+from dora_vl.evaluation.baselines import UNTRAINED, Exchange, compared, said_instead
 from dora_vl.evaluation.predictions import Predictions
 from dora_vl.evaluation.questions import expected, in_words, kind_of
 from dora_vl.evaluation.results import AnswerScore, formula_record, score_lines, write_results
@@ -213,8 +213,10 @@ def with_baselines(tested: Tested, exchange: Exchange | None, untrained: Exchang
     if result is None or test.score is None:
         return tested
     answers = tested.predictions.answers
-    asked = {"exchange": exchange, "untrained": untrained}
-    baselines, remarks = compared(result, test.scored_examples, answers, test.score, says=test.truth, **asked)
+    baselines, remarks = compared(result, test.scored_examples, answers, test.score, says=test.truth, exchange=exchange)
+    if untrained is not None:
+        baselines[UNTRAINED], line = said_instead(UNTRAINED, untrained, test.scored_examples, answers, test.score)
+        remarks = [line, *remarks]
     return replace(tested, baselines=baselines, remarks=remarks)
 
 
