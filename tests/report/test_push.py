@@ -188,6 +188,6 @@ def test_a_label_of_the_data_stays_in_its_cell(copied: Path) -> None:
     (copied / "metrics.json").write_text(json.dumps(metrics))
     main(["push", str(copied), REPOSITORY, "--dry-run"])
     rows = [line for line in card_of(copied).text.splitlines() if line.startswith("| a\\")]
-    assert len(rows) == len(metrics["sets"]["train"]["metrics"]) + 2
+    assert len(rows) == len(metrics["sets"]["train"]["metrics"]) + 3  # the baselines
     assert all(line.count("|") - line.count("\\|") == 6 for line in rows)
     assert "<script>" not in card_of(copied).text
