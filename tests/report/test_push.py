@@ -133,7 +133,8 @@ def test_the_card_says_what_the_run_scored(copied: Path, capsys: pytest.CaptureF
     metrics = json.loads((copied / "metrics.json").read_text())
     entry = metrics["sets"]["train"]
     entry["baselines"]["warning"] = "the answers do not look"
-    metrics["forgetting"] = {"perplexity": {"base": 22.0, "adapted": 30.5}, "answers": {"kept": 3, "n": 16}}
+    answers = {"kept": 3, "n": 16, "nats": {"base": 1.25, "adapted": 2.5}}
+    metrics["forgetting"] = {"perplexity": {"base": 22.0, "adapted": 30.5}, "answers": answers}
     (copied / "metrics.json").write_text(json.dumps(metrics))
     main(["push", str(copied), REPOSITORY, "--dry-run"])
     card, accuracy = card_of(copied), entry["metrics"]["accuracy"]
@@ -145,8 +146,9 @@ def test_the_card_says_what_the_run_scored(copied: Path, capsys: pytest.CaptureF
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in card.text.splitlines() if "|" in line]
     assert ["train", "accuracy", f"{accuracy['value']:.2f}", f"{low:.2f} to {high:.2f}", str(accuracy["n"])] in rows
     assert any(row[1] == "with pictures exchanged" for row in rows if len(row) == 5)
-    assert ["perplexity of other text", "22.00 before, 30.50 after"] in rows
-    assert ["answers to other questions", "3 of 16 as before"] in rows
+    assert ["perplexity of other text", "22.0 before, 30.5 after (1.39 times)"] in rows
+    kept = "3 of 16 word for word as before; the old ones take 1.25 nats a token before, 2.50 after"
+    assert ["answers to other questions", kept] in rows
     assert "the answers do not look" in card.text
     settings = {row[0]: row[1] for row in rows if len(row) == 2}
     assert settings["`training.learning_rate`"] == "`0.005`"
