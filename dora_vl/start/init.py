@@ -56,6 +56,10 @@ a table of pictures and labels. No picture is in both halves; folders named trai
 TRAIN, TEST, VALIDATION, MEDIA = "train.jsonl", "test.jsonl", "validation.jsonl", "media"
 
 
+LARGE = 1e9
+"""A base of so many parameters is not read on a CPU before a run asks for it."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `dora-vl init`."""
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="holds the pictures, and the questions")
@@ -113,7 +117,8 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
             )
     size = f" ({base.parameters / 1e6:,.0f} million parameters)" if base.parameters else ""
     yield f"{to}: {', '.join(halves)} and {RUN_FILE} written, base {base.name}{size}"
-    if base.is_llava and Path(base.name).is_dir() and look.pictures.keys and not look.has_videos:
+    looks = base.is_llava and Path(base.name).is_dir() and look.pictures.keys and not look.has_videos
+    if looks and (on_gpu or base.parameters < LARGE):
         yield from _look_ahead(to / RUN_FILE)
     yield f"\nnext:  {start}"
 
@@ -139,7 +144,7 @@ def _look_ahead(run_file: Path) -> Iterator[str]:
         return
     digest = file_sha256(Path(str(config.evaluation.file)))
     write_json(run_file.with_name(PROBE), {"questions_sha256": digest, "answers": answers})
-    yield "of the test's questions a linear map reads of the base's pictures, before any training:"
+    yield "what a linear map reads of the test's pictures, as the base sees them before any training:"
     commonest = score(examples, commonest_answers(examples, right_text)).shares
     for name, kind in by_question(examples, score(examples, answers).shares, commonest).items():
         yield f"  {name} readable {kind[READABLE]:g} of {kind['n']}, its commonest answer {kind['learned']:g}"
