@@ -19,6 +19,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from dora_vl.run.folder import is_tested
+
 LEARNED, TESTED = 160, 200
 DEMO = "llava/easyvqa_smollm2_dora"
 RED, BLUE, YELLOW, WHITE = (205, 40, 40), (40, 80, 200), (240, 200, 40), (245, 245, 245)
@@ -106,7 +108,7 @@ def run_file(name: str, base: str, to: Path) -> str:
 def train(name: str, start: str, seed: int, epochs: str, to: Path) -> None:
     """Trains and tests one run unless it is there."""
     folder, base = to / f"{name}{epochs}" / f"{start}_{seed}", "tuned" if start == "tuned" else "base"
-    if (folder / "metrics.json").is_file():
+    if is_tested(folder):
         return
     settings = [DEMO, "--training.max_steps=40", "--training.eval_strategy=no", "--evaluation.limit=400"]
     if name in SETS:
@@ -138,11 +140,11 @@ def main() -> None:
             for start in options.starts.split(","):
                 train(name, start, int(seed), options.epochs, options.to)
                 runs: dict[str, dict[str, dict[str, object]]] = {}
-                for path in sorted(options.to.glob("*/*_*/metrics.json")):
-                    metrics = json.loads(path.read_text())
+                for path in filter(is_tested, sorted(options.to.glob("*/*_*"))):
+                    metrics = json.loads((path / "metrics.json").read_text())
                     (entry,) = metrics["sets"].values()
                     scores = {"steps": metrics["train_steps"], "n": entry["n"], **entry["metrics"]["accuracy"]}
-                    runs.setdefault(path.parent.parent.name, {})[path.parent.name] = scores
+                    runs.setdefault(path.parent.name, {})[path.name] = scores
                 (options.to / "starts.json").write_text(json.dumps(runs, indent=1))
                 print({name: {run: of["value"] for run, of in each.items()} for name, each in runs.items()}, flush=True)
 
