@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,7 +35,7 @@ from dora_vl.data.samples import Labelled, Sample, Skipped
 from dora_vl.errors import SettingError
 from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
 from dora_vl.evaluation.baselines import right_text
-from dora_vl.evaluation.forgetting import forgetting, measured
+from dora_vl.evaluation.forgetting import Abilities, forgetting, in_words, measured
 from dora_vl.evaluation.predictor import MediaReader
 from dora_vl.evaluation.questions import text_asked
 from dora_vl.evaluation.rewards import Reward, rewards_of
@@ -68,13 +68,15 @@ from dora_vl.run.base import (
     video_folder,
     video_sampling,
 )
-from dora_vl.run.folder import PROJECTOR_START, run_folder_of
+from dora_vl.run.folder import PROJECTOR_START, REPLAY, run_folder_of
+from dora_vl.run.launch import on_first_rank
 from dora_vl.run.settings import foreign_fields
 from dora_vl.run.watched import Watch, evenly
 from dora_vl.training.closed_form import MOST_SAMPLES, Form, probe, projector_inputs, start_projector
 from dora_vl.training.parts import adapt, core_config
 from dora_vl.training.pipeline import LossModel, NextTokenLoss, Pipeline, PreferenceLoss, RewardLoss, TrainingData
 from dora_vl.training.reference import Reference, draws_in_training
+from dora_vl.training.replay import check_base_writes, check_replay, put_chats
 from dora_vl.training.rollouts import Rollouts, with_answers
 from dora_vl.training.run_samples import RowEncoder, RunSamples, stored_outputs
 
@@ -116,6 +118,7 @@ class DecoderPipeline(Pipeline):
         if config.model.compose is None and config.model.source is None:
             check_base(config)
         check_quantisation(config.model)
+        check_replay(config)
         samples = self.samples(arguments)
         samples.describe()
         samples.check_objective(config.objective)
@@ -137,6 +140,8 @@ class DecoderPipeline(Pipeline):
         self._projector_start()
         check_window(config.model.base, self.encoder, config.model.revision)
         check_pixels(config.model.base, self.encoder, self._most_pixels(arguments))
+        if config.data.replay:
+            check_base_writes(config, self.encoder)
         if has_videos:
             check_base_takes_videos(config.model.base, self.encoder, config.data, pictures=samples.has_pictures)
 
@@ -192,6 +197,12 @@ class DecoderPipeline(Pipeline):
         search = {"num_beams": config.evaluation.beams} if config.task == "commonsense" else None
         return load_base(open_backbone, config.model, generation=search)
 
+    def write_replay(self, backbone: Backbone[Any], arguments: TrainingArguments) -> None:
+        """Takes a base's chats from an earlier run of it; where there is none, it writes them."""
+        if self.config.data.replay:
+            assistant = Assistant(backbone, EncoderPrompts(self.encoder))
+            on_first_rank(partial(put_chats, self.config, assistant, arguments.device))
+
     def dora_config(self, backbone: Backbone[Any]) -> DoRAConfig:
         """Every linear of the decoder and the projector, unless the settings say otherwise."""
         adapter, model = self.config.adapter, backbone.model
@@ -246,7 +257,10 @@ class DecoderPipeline(Pipeline):
             unmatched="kto" in self.config.objective.weights,
             keeps_samples=self.config.objective.of_rewards is not None,
         )
-        made = samples.training_data(self._rows(arguments, outputs), collate)
+        replay = None
+        if data.replay:
+            replay = samples.replay(run_folder_of(self.config.training) / REPLAY, encoder)
+        made = samples.training_data(self._rows(arguments, outputs), collate, replay)
         if self.config.objective.of_rewards is None:
             return made
         group, longest = self.config.objective.group, self.config.objective.max_new_tokens
@@ -340,7 +354,10 @@ class DecoderPipeline(Pipeline):
                 reference=Reference(backbone.model) if objective.has_reference else None,
                 keeps=not self.config.data.streaming and not draws_in_training(backbone.model),
             )
-        return NextTokenLoss(backbone, step_tokens=self.config.optim.loss_normalisation == "step_tokens")
+        by_divergence = self.config.data.replay and objective.replay == "divergence"
+        reference = Reference(backbone.model) if by_divergence else None
+        by_step = self.config.optim.loss_normalisation == "step_tokens"
+        return NextTokenLoss(backbone, step_tokens=by_step, reference=reference)
 
     def rollouts(self, backbone: Backbone[Any], arguments: TrainingArguments, data: TrainingData) -> Rollouts | None:
         """Draws answers where the loss learns from rewards."""
@@ -419,9 +436,11 @@ class DecoderPipeline(Pipeline):
         numbers = {**numbers, **lost}
         if not evaluation.files:
             run_test(assistant, self.config, numbers=numbers)
-            return
-        folder = run_folder_of(self.config.training)
-        evaluate_commonsense(assistant.backbone, self.encoder, evaluation, run_folder=folder, numbers=numbers)
+        else:
+            folder = run_folder_of(self.config.training)
+            evaluate_commonsense(assistant.backbone, self.encoder, evaluation, run_folder=folder, numbers=numbers)
+        for name, line in in_words(lost.get("forgetting")).items():
+            logger.info("%s: %s", name, line)
 
     def _tested(self) -> tuple[Assistant, dict[str, Any]]:
         """The model with its saved adapter, and what it lost by it."""
@@ -434,7 +453,7 @@ class DecoderPipeline(Pipeline):
         base.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()
         before = measured(assistant, texts)
         assistant = replace(assistant, backbone=self.with_saved_adapter(base, strength))
-        after = measured(assistant, texts)
+        after = measured(assistant, texts, before if isinstance(before, Abilities) else None)
         if isinstance(before, str) or isinstance(after, str):
             return assistant, {"forgetting": {"reason": before if isinstance(before, str) else after}}
         return assistant, {"forgetting": forgetting(before, after)}

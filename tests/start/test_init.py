@@ -239,6 +239,12 @@ def test_a_folder_of_such_a_name_makes_a_run(tmp_path: Path, base: Path, capsys:
     assert shlex.split(start)[-1] == f"{name}/run/run.yaml"
 
 
+@pytest.mark.parametrize(("name", "share"), [("a/SmolVLM", 0.1), ("google/paligemma2-3b", None)])
+def test_a_base_that_takes_words_alone_keeps_what_it_knows(name: str, share: float | None) -> None:
+    text = written(base_of(name), data_of("my"), output_dir="my", on_gpu=False, command="run")
+    assert yaml.safe_load(text)["data"].get("replay") == share
+
+
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [("Qwen/Qwen2.5-VL-7B-Instruct", 7e9), ("HuggingFaceTB/SmolVLM-256M-Instruct", 256e6), ("a/InternVL3-hf", 0)],
@@ -335,6 +341,7 @@ def test_preferences_keep_every_answer_and_get_their_loss(
     printed_by(capsys, "my", "--model", base, "--to", "out")
     config = read_run_file(tmp_path / "out/run.yaml")
     assert (config.objective.loss, config.adapter.dropout) == ("kto" if judged else "dpo", 0.0)
+    assert not config.data.replay
     written = [row for half in ("train", "test") for row in rows_of(tmp_path / "out" / f"{half}.jsonl")]
     examples = [read_row(row) for row in written]
     assert [row.rejected_images for row in examples if row.rejected_images] == [(samples[5].picture,)] * (not judged)
