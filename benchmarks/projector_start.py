@@ -115,6 +115,7 @@ def train(name: str, start: str, seed: int, epochs: str, to: Path) -> None:
         settings = [run_file(name, base, to), f"--data.feature_cache={to / name / base / 'features'}"]
         settings += [f"--training.num_train_epochs={epochs}"] if epochs else []
         settings += [f"--evaluation.{switch}=false" for switch in ("forgetting", "exchange_pictures")]
+        settings += ["--data.replay=0"]
     settings += [] if start == "tuned" else [f"--adapter.projector_start={start}"]
     verb(
         "train",

@@ -31,6 +31,7 @@ from dora_vl.files import clear_leftovers, content_key, file_sha256, whole_folde
 from dora_vl.limited_process import JobFailed
 from dora_vl.start.run_file import (
     MOST_NAMES,
+    VIDEO_BASE,
     Data,
     base_of,
     data_files,
@@ -70,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="BASE",
-        help="folder or hub id; default: what the demo trained (runs/demo/tuned) where it is, else a small SmolVLM",
+        help="folder or hub id; default: the demo's (runs/demo/base, for videos tuned) where it is, else a small SmolVLM",
     )
     parser.add_argument(
         "--to", type=Path, metavar="DIR", help="folder of the run; default: runs/ and the folder's name"
@@ -95,6 +96,8 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     with whole_folder(to) as staging:
         look = look_at(folder, records, media_to=staging, columns=columns)
         yield from look.lines()
+        if look.has_videos and arguments.model is None and VIDEO_BASE.is_dir():
+            base = base_of(str(VIDEO_BASE))
         share = arguments.test_share
         if share is None:  # a fifth, of large sets as many as tell a score to 3 %
             share = min(0.2, 1_000 / max(1, len(look.rows)))
