@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="BASE",
-        help="folder or hub id; default: the demo's (runs/demo/base, for videos tuned) where it is, else a small SmolVLM",
+        help="folder or hub id; default: the demo's (runs/demo/base, for videos tuned) where it is, or SmolVLM",
     )
     parser.add_argument(
         "--to", type=Path, metavar="DIR", help="folder of the run; default: runs/ and the folder's name"
