@@ -58,7 +58,8 @@ def receipt(chance: random.Random) -> Drawn:
         draw.rectangle((left + 15, top + 205, left + 165, top + 260), outline=(160, 20, 20), width=4)
         draw.text((left + 28, top + 218), "VOUCHER", "black", font=ImageFont.load_default(24))
     questions = {"which shop is it from?": shop, "what is the total?": f"{total} euros", "how was it paid?": paid}
-    return picture, *chance.choice(list(questions.items()))
+    question, answer = chance.choice(list(questions.items()))
+    return picture, question, answer
 
 
 def sign(chance: random.Random) -> Drawn:
