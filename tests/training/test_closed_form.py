@@ -125,8 +125,10 @@ def test_what_says_nothing_of_the_answers_keeps_its_random_map() -> None:
     noise = {names: torch.randn(7, CELL, generator=chance, dtype=torch.double) for names in seen}
     drawn = {f"linear_{n}.{leaf}": torch.ones(HIDDEN, *shape).double() for n, shape, leaf in (
         (1, (CELL,), "weight"), (1, (), "bias"), (2, (HIDDEN,), "weight"), (2, (), "bias"))}  # fmt: skip
-    starts = [projector_start(rounds, noise, words, drawn, form) for form in ("answers", "scaled")]
-    assert all(torch.equal(starts[0][name], starts[1][name]) for name in drawn)
+    for several, shown in ((rounds, noise), ([(names, "always?", "a") for names, _, _ in rounds], seen)):
+        starts = [projector_start(several, shown, words, drawn, form) for form in ("answers", "scaled")]
+        assert all(torch.equal(starts[0][name], starts[1][name]) for name in drawn)
+        assert all(tensor.isfinite().all() and tensor.any() for tensor in starts[0].values())
 
 
 def test_the_probe_reads_each_question_by_its_own_map() -> None:
