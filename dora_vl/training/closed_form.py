@@ -149,10 +149,8 @@ def projector_start(
     `answers` maps standardised cells to them by ridge; `scaled` keeps the random map `drawn`, as does what says nothing
     of the answers. An answer counts from the mean of its question's, since a picture does not tell what is asked.
     """
-    everything, asked = (
-        torch.stack([words[text] for _, _, text in rounds]).mean(0),
-        defaultdict[str, list[Tensor]](list),
-    )
+    everything = torch.stack([words[text] for _, _, text in rounds]).mean(0)
+    asked = defaultdict[str, list[Tensor]](list)
     for _, question, text in rounds:
         asked[question].append(words[text])
     usual = {name: torch.stack(several).mean(0) for name, several in asked.items() if len(several) >= LEAST_ASKED}
