@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from io import BytesIO
@@ -45,12 +45,19 @@ def shown_view(shown: Shown, *, frames_are_pictures: bool = False) -> str:
     return "".join(parts) or '<p class="dv-faint dv-nothing">Nothing is shown yet. A question needs no picture.</p>'
 
 
+def head_view(names: Sequence[str], base: str) -> str:
+    """Returns who answers: the base's name among the models first, and its folder."""
+    if not names:
+        return '<header class="dv-head"><p>Nothing to ask yet: train first, or start with --adapter.</p></header>'
+    adapters = ", ".join(f"<b>{escape(name)}</b>" for name in names[1:])
+    folder = escape(Path(base).name)
+    return f'<header class="dv-head"><p>The same question to {adapters} and to the untrained base, <b>{folder}</b>.</p></header>'
+
+
 def column_view(conversation: Conversation, column: int, *, named: str) -> str:
     """Returns what one model was asked and said."""
     if not conversation.exchanges:
-        return (
-            f'<div class="dv-conversation"><p class="dv-faint dv-nothing">{escape(named)} will answer here.</p></div>'
-        )
+        return f'<div class="dv-conversation"><p class="dv-faint dv-nothing">{escape(named) or "A model"} will answer here.</p></div>'
     turns = "".join(
         f'<div class="dv-asked">{escape(exchange.question) or NO_WORDS}</div>{_answer_view(exchange.answers[column])}'
         for exchange in conversation.exchanges
@@ -71,7 +78,8 @@ def _answer_view(answer: ColumnAnswer) -> str:
         words = '<span class="dv-faint">(the model ended its answer at once)</span>'
     message = f'<div class="dv-said" data-over="{str(answer.over).lower()}">{words}</div>' if words else ""
     trouble = f'<div class="dv-trouble">{escape(answer.trouble)}</div>' if answer.trouble else ""
-    return message + trouble + f'<div class="dv-tally">{escape(tally(answer))}</div>'
+    copy = '<button class="dv-copy" type="button">copy</button>' if answer.over and answer.text else ""
+    return message + trouble + f'<div class="dv-tally"><span>{escape(tally(answer))}</span>{copy}</div>'
 
 
 def tally(answer: ColumnAnswer) -> str:

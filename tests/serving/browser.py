@@ -18,7 +18,7 @@ from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
 from dora_vl.serving.options import Settings
 from dora_vl.serving.page_parts import ExampleQuestion
-from dora_vl.serving.side_by_side import SideBySide
+from dora_vl.serving.side_by_side import OpenModels
 
 MILLISECONDS = 60_000  # a busy machine has taken more than ten seconds for one answer
 PICTURES = "#dv-seen figure"
@@ -58,17 +58,19 @@ def page_of(
     examples: Sequence[ExampleQuestion] = (),
     rules: AccessRules | None = None,
 ) -> Iterator[tuple[str, Engine]]:
-    """The page over a model; its address and its engine."""
+    """The page over a model, its door Ask alone; its address and its engine."""
     keep_gradio_quiet(uploads)
     from dora_vl.serving.page import Page, QuietServer, build_page_app
 
+    settings = settings or Settings()
     with (
-        Engine(model, settings) as engine,
-        contextlib.closing(SideBySide(engine)) as side,
+        contextlib.closing(OpenModels(lambda adapters: model, settings)) as models,
         socket.create_server(("127.0.0.1", 0)) as listening,
     ):
-        page = Page(side, Uploads(uploads, 2**24), examples)
-        app = build_page_app(page, rules or AccessRules(), upload_bytes=4 * engine.settings.media_bytes)
+        models.open({name: Path(name) for name in model.names[1:]})
+        engine = models.side.engine
+        page = Page(models, Uploads(uploads, 2**24), examples)
+        app = build_page_app(page, rules or AccessRules(), upload_bytes=4 * settings.media_bytes)
         server = QuietServer(http_config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
