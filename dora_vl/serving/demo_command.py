@@ -36,9 +36,9 @@ webcam side by side, with a dial for how much of the adapter is applied.
 
 An adapter is the folder of a run, or of PEFT, and is called as its run unless NAME= says otherwise. All adapters are
 over one base, which is loaded once; nothing is merged. The page listens on this machine alone unless --host says
-otherwise, answers to the names of --allow-host besides, asks for a key where --api-key gives one, and asks no other host
-for anything. Who may train may read folders of this machine and fill its disk: Train is there only for this machine,
-or with --train. docs/serving.md says more.
+otherwise, answers to the names of --allow-host besides, asks for a key where --api-key gives one, and asks no other
+host for anything. Who may train may read folders of this machine and fill its disk: Train is there only where others
+cannot come, or with --train. docs/serving.md says more.
 """
 
 

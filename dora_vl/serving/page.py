@@ -1,4 +1,4 @@
-"""The page: its door Ask, and what happens there. Pictures are shown, questions asked, a dial turned: each is a call here.
+"""The page: its door Ask, and what happens there: pictures are shown, questions asked, a dial turned.
 
 `side_by_side.py` has what a conversation is, `page_parts.py` how it looks, `access.py` what may come to the page,
 `page_training.py` the door Train.
@@ -31,6 +31,7 @@ from dora_vl.serving.page_parts import (
     head_view,
     notice_view,
     shown_view,
+    state_view,
 )
 from dora_vl.serving.page_training import TrainDoor
 from dora_vl.serving.side_by_side import NOTHING, Conversation, ModelChoice, OpenModels, error_text
@@ -248,21 +249,15 @@ class Page:
         doors = [self.head, self.clicked, *(part for column in self.columns for part in column)]
         begun = [self.person, *shown, self.ask_button, *doors]
         if (train := self.training) is not None:
-            train.connect()
-            begun += [part for part in train.parts if part not in begun]
-            train.ask.click(
-                self.ask_run,
-                [self.person, train.run],
-                [*shown, *doors, self.doors, train.notice],
-                **{**quick, "queue": True},
-            )
+            begun += train.parts
+            train.ask.click(self.ask_run, [self.person, train.run], [*begun, self.doors], **{**quick, "queue": True})
         self.blocks.load(self.come, [self.key], begun, js=TALK.read_text(encoding="utf-8"), **quick)
         self.blocks.unload(self.leave)
 
     # -- what a person does ------------------------------------------------------------------------------------
 
     def come(self, key: str, request: gr.Request) -> Update:
-        """Returns the page as it is when somebody opens it, or again: with their talk, from when on it takes questions."""
+        """Returns what somebody finds who opens the page, or loads it again: their talk, and a box for questions."""
         person = str(request.session_hash)
         self._key_of[person] = key
         conversation = self._talks.get(key, Conversation()).ended()
@@ -273,18 +268,19 @@ class Page:
     def ask_run(self, person: str, run: str) -> Iterator[Update]:
         """Yields the door Ask with the adapter of a run beside its base."""
         assert self.training is not None
-        yield {self.training.notice: "<p>the base is read …</p>"}
+        yield {self.training.state: state_view("", "Reading the base …")}
         try:
             folder = Path(run)
             self.models.open({folder.name: folder / "adapter"})
         except UserError as error:
-            yield {self.training.notice: notice_view(error_text(error))}
+            yield {self.training.state: state_view("failed", error_text(error))}
             return
         yield {
             **self._opened(),
             **self._begun(Conversation(), person),
             self.doors: gr.update(selected="ask"),
-            self.training.notice: "",
+            self.ask_button: gr.update(interactive=True),
+            **self.training.show_run(run),
         }
 
     def show_files(self, person: str, paths: list[str] | str | None) -> Any:

@@ -88,7 +88,7 @@ class Visitor:
         slower: so many times as long takes their machine for what the page does.
     """
 
-    def __init__(self, context: Any, address: str, *, slower: float = 1) -> None:
+    def __init__(self, context: Any, address: str, *, slower: float = 1, ready: str = "#dv-ask") -> None:
         self.page = context.new_page()
         if slower > 1:
             context.new_cdp_session(self.page).send("Emulation.setCPUThrottlingRate", {"rate": slower})
@@ -96,7 +96,7 @@ class Visitor:
         self.asked_for: list[str] = []
         self.page.on("request", lambda request: self.asked_for.append(request.url))
         self.page.goto(address)
-        self.page.wait_for_selector("#dv-ask")
+        self.page.wait_for_selector(ready)
 
     def show(self, *files: Path | dict[str, Any]) -> None:
         """Chooses files."""

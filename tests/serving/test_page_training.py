@@ -1,0 +1,168 @@
+"""The page's door Train in a headless browser, over the real command: from dropped pictures to an answer."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dora_vl.run.folder import LOSS_LOG, one_writer, writer_of
+from tests.serving.browser import Visitor, browser
+from tests.training.tiny_run import COLOURS, json_of, write_tiny_data, write_tiny_llava
+
+REPOSITORY = Path(__file__).parents[2]
+ROWS = 40
+
+
+@contextlib.contextmanager
+def demo(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """`dora-vl demo` in a folder; its address and its process."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dora_vl.cli", "demo", "--port", "0", *options],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        match = re.search(r"http://\S+", process.stdout.readline())
+        assert match is not None
+        yield match[0], process
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def write_pictures(folder: Path) -> list[Path]:
+    """Pictures of one colour each, and the table that asks for it; all files."""
+    records = json_of(write_tiny_data(folder, samples=ROWS))
+    (folder / "train.json").unlink()
+    rows = [f"{row['image']},what colour?,{list(COLOURS)[number % 4]}" for number, row in enumerate(records)]
+    (folder / "table.csv").write_text("\n".join(["image,question,answer", *rows]))
+    return sorted(folder.iterdir())
+
+
+def until(true: Callable[[], object], seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+class Trainer(Visitor):
+    """Somebody at the door Train."""
+
+    def state(self, text: str) -> None:
+        """Waits until a run's state says this."""
+        self.page.locator("#dv-state", has_text=text).wait_for()
+
+    def look(self, base: str = "runs/tiny/base") -> None:
+        """Has the data looked at, whole."""
+        self.page.fill("#dv-base input", base)
+        self.page.keyboard.press("Enter")
+        self.page.click("#dv-look")
+        self.state("min on this machine")
+
+    def drop(self, files: list[Path]) -> str:
+        """Drops files; the folder that they are in."""
+        self.page.set_input_files("#dv-drop input[type=file]", [str(file) for file in files])
+        self.state(f"{len(files)} files are in data/dropped")
+        return self.page.input_value("#dv-folder textarea, #dv-folder input")
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with browser() as opened:
+        yield opened
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder to start the page in, with a tiny base."""
+    write_tiny_llava(tmp_path / "runs" / "tiny" / "base")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_from_dropped_pictures_to_an_answer_though_page_and_run_are_ended(chromium: Any, place: Path) -> None:
+    files, run = write_pictures(place / "mine"), place / "runs" / "dropped"
+    with demo(place) as (address, process):
+        one, two = (Trainer(chromium.new_context(), address, ready="#dv-look") for _ in range(2))
+        assert one.drop(files) == "data/dropped"
+        one.look()
+        assert one.page.locator("#dv-rows img").count() == 6
+        for part, text in {"seen-data": "40 usable", "commands": "--here", "yaml": "rank: 16"}.items():
+            assert text in one.page.locator(f"#dv-{part}").text_content()
+        assert "[what" not in one.page.locator("#dv-batch").text_content()  # in colours, not in signs
+        for name, value in {"rank": 8, "epochs": 40}.items():
+            one.page.locator(f"#dv-{name} input[type=number]").fill(str(value))
+            one.page.keyboard.press("Enter")
+            one.page.locator(f"#dv-{name} input[type=range]").dispatch_event("pointerup")
+        until(lambda: "num_train_epochs: 40" in (run / "run.yaml").read_text())
+        settings = yaml.safe_load((run / "run.yaml").read_text())
+        assert (settings["adapter"]["rank"], settings["adapter"]["alpha"]) == (8, 16.0)
+        one.page.click("#dv-start")
+        until((run / LOSS_LOG).is_file)
+        trains = writer_of(run)
+        assert trains is not None
+        os.kill(trains, signal.SIGSTOP)
+        two.page.fill("#dv-folder textarea, #dv-folder input", "mine")
+        two.look()
+        two.page.click("#dv-start")
+        two.page.get_by_text("runs/dropped is at work").wait_for()
+        assert not (place / "runs" / "mine" / "output.txt").read_text()
+        process.kill()
+    assert writer_of(run) == trains
+    with demo(place) as (address, _):
+        again = Trainer(chromium.new_context(), address, ready="#dv-look")
+        again.state("Training.")
+        again.page.click("#dv-halt")
+        os.kill(trains, signal.SIGCONT)
+        again.state("Stopped.")
+        steps = json_of(sorted(run.glob("checkpoint-*"))[-1] / "trainer_state.json")["global_step"]
+        assert 0 < steps < 80
+        again.page.click("#dv-start")
+        again.state("Trained and tested.")
+        assert json_of(run / "metrics.json")["train_steps"] == 80
+        for text in ("accuracy", "each question's commonest answer", "with pictures exchanged"):
+            assert text in again.page.inner_text("#dv-test")
+        assert again.page.locator("#dv-watched img").count() == 4
+        again.page.click("#dv-ask-it")
+        again.page.wait_for_selector("#dv-ask:not([disabled])")
+        again.show(files[0])
+        again.see(1)
+        answers = again.ask("what colour?")
+        again.page.reload()
+        assert again.both(1) == answers
+        again.see(1)
+
+
+def test_who_may_train(chromium: Any, place: Path, tmp_path: Path) -> None:
+    """Where others may come the door is not there, unless a flag says so."""
+    for options, doors in (((), 1), (("--allow-host", "gpu.example"), 0)):
+        if not doors:
+            command = [sys.executable, "-m", "dora_vl.cli", "demo", "--port", "0", *options]
+            done = subprocess.run(command, cwd=place, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, check=False)
+            assert done.returncode == 2
+
+
+def test_a_writer_is_known_by_the_lock_and_lives(tmp_path: Path) -> None:
+    assert writer_of(tmp_path) is None
+    with one_writer(tmp_path):
+        assert writer_of(tmp_path) == os.getpid()
+        lock = tmp_path / ".writing.lock"
+        os.utime(lock, (1, 1))  # of a process that was there before this one began, and had its number
+        assert writer_of(tmp_path) is None
+    (tmp_path / ".writing.lock").write_text(f"process {os.getpid()} on elsewhere")
+    assert writer_of(tmp_path) is None
