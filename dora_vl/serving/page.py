@@ -21,6 +21,7 @@ from fastapi import FastAPI
 from dora_vl.core.strength import checked_strength
 from dora_vl.errors import UserError
 from dora_vl.evaluation.predictor import Shown
+from dora_vl.run.folder import ADAPTER
 from dora_vl.serving.access import AccessRules, ByteBudget, PageMiddleware, Uploads
 from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.page_parts import (
@@ -37,7 +38,9 @@ from dora_vl.serving.page_training import TrainDoor
 from dora_vl.serving.side_by_side import NOTHING, Conversation, ModelChoice, OpenModels, error_text
 
 STYLE = Path(__file__).parent / "page_files" / "page.css"
-TAKE_QUESTION, SCRIPT, TALK = (STYLE.with_name(f"{name}.js") for name in ("take_question", "page", "talk"))
+TAKE_QUESTION, SCRIPT = STYLE.with_name("take_question.js"), STYLE.with_name("page.js")
+KEY = "() => [sessionStorage.doraVlTalk ??= crypto.getRandomValues(new Uint32Array(4)).join('-')]"
+"""The key by which the server keeps a tab's talk while the tab loads the page again."""
 FONT, MONOSPACE = ("system-ui", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"), ("ui-monospace", "monospace")
 """The visitor's own system has these fonts: none is fetched."""
 STRONGEST, STEP = 2.0, 0.05
@@ -251,7 +254,7 @@ class Page:
         if (train := self.training) is not None:
             begun += train.parts
             train.ask.click(self.ask_run, [self.person, train.run], [*begun, self.doors], **{**quick, "queue": True})
-        self.blocks.load(self.come, [self.key], begun, js=TALK.read_text(encoding="utf-8"), **quick)
+        self.blocks.load(self.come, [self.key], begun, js=KEY, **quick)
         self.blocks.unload(self.leave)
 
     # -- what a person does ------------------------------------------------------------------------------------
@@ -270,8 +273,8 @@ class Page:
         assert self.training is not None
         yield {self.training.state: state_view("", "Reading the base …")}
         try:
-            folder = Path(run)
-            self.models.open({folder.name: folder / "adapter"})
+            folder = self.training.folder_of(run)
+            self.models.open({folder.name: folder / ADAPTER})
         except UserError as error:
             yield {self.training.state: state_view("failed", error_text(error))}
             return
@@ -336,15 +339,15 @@ class Page:
     # -- inside ------------------------------------------------------------------------------------------------
 
     def _opened(self) -> Update:
-        """Returns the door's parts for the models that answer now: the adapter opened last, beside the base."""
+        """Returns the door's parts for the models that answer now: the first adapter beside the base."""
         names = self.models.names
         if names and self._looks_for_examples:
-            self.examples = example_questions(self.models.last)
+            self.examples = next(filter(None, map(example_questions, self.models.folders)), ())
         update: Update = {
-            self.head: head_view(names, self.models.base),
+            self.head: head_view(names, self.models.side.engine.model.source.base if names else ""),
             self.clicked: gr.update(samples=self._example_rows(), visible=bool(self.examples)),
         }
-        for column, name in zip(self.columns, names[-1:] + names[:1], strict=False):
+        for column, name in zip(self.columns, names[1:2] + names[:1], strict=False):
             update |= {column.model: gr.update(choices=list(names), value=name), column.strength: self._dial_of(name)}
         return update
 
@@ -356,7 +359,9 @@ class Page:
         self._keep(person, conversation)
         return {
             self.conversation: conversation,
-            self.seen: shown_view(conversation.shown, frames_are_pictures=self.models.frames_are_pictures),
+            self.seen: shown_view(
+                conversation.shown, frames_are_pictures=bool(self.models.names) and self.models.side.frames_are_pictures
+            ),
             self.notice: notice_view(""),
             **self._views(conversation),
         }
@@ -412,5 +417,5 @@ class Page:
         names = self.models.names
         return {
             column.answers: column_view(conversation, number, named=name)
-            for number, (column, name) in enumerate(zip(self.columns, names[-1:] + names[:1] or ("", ""), strict=True))
+            for number, (column, name) in enumerate(zip(self.columns, names[1:2] + names[:1] or ("", ""), strict=True))
         }

@@ -85,15 +85,15 @@ class Runs:
             lambda path: path.exists() and bool(results_in(path) or writer_of(path) or not (path / RUN_FILE).is_file()),
         )
 
-    def start(self, folder: Path) -> list[str]:
-        """Starts a run, or resumes it from its last checkpoint, and returns the command.
-
-        Raises:
-            UserError: another run goes on.
-        """
+    def words_to_train(self, folder: Path) -> list[str]:
+        """Returns the command that starts a run, or resumes it from its last checkpoint."""
         resumes = bool(complete_checkpoints(folder))
-        words = ["train", str(folder / (SETTINGS if resumes else RUN_FILE)), *(["--resume", "last"] if resumes else [])]
-        with self._lock, (folder / OUTPUT).open("ab" if resumes else "wb") as output:
+        return ["train", str(folder / (SETTINGS if resumes else RUN_FILE)), *(["--resume", "last"] if resumes else [])]
+
+    def start(self, folder: Path) -> list[str]:
+        """Starts a run, or resumes it, and returns the command. Raises UserError while another run goes on."""
+        words = self.words_to_train(folder)
+        with self._lock, (folder / OUTPUT).open("ab" if "--resume" in words else "wb") as output:
             if (other := self.running()) is not None:
                 raise UserError(f"{other} is at work, and one run goes on at a time; wait for its end, or stop it")
             process = subprocess.Popen(
@@ -114,7 +114,7 @@ class Runs:
 
     def status(self, folder: Path) -> RunStatus:
         """Reads how far a run is."""
-        files = [folder / name for name in (OUTPUT, LOSS_LOG, METRICS, f"{WATCHED}/{ANSWERS}", RUN_FILE)]
+        files = [folder / name for name in (OUTPUT, LOSS_LOG, METRICS, f"{WATCHED}/{ANSWERS}")]
         sizes = [path.stat().st_size if path.is_file() else 0 for path in files]
         trained = (folder / ADAPTER).is_dir() and (folder / METRICS).is_file()
         settings = json_or_nothing(folder / SETTINGS)

@@ -60,60 +60,62 @@ class TrainDoor:
 
     def lay_out(self) -> None:
         """Lays the door out in the tab that is open, and connects its clicks, but for the one to the door Ask."""
-        self.mark, table = gr.State(""), partial(gr.HTML, padding=False)
+        self.mark = gr.State("")
         with gr.Row(equal_height=False, elem_id="dv-train"):
             with gr.Column(scale=4, min_width=300):
-                gr.Markdown("### 1 · Your pictures and questions\nPictures, and a table: image, question, answer.")
-                self.files = gr.File(show_label=False, file_count="multiple", height=124, elem_id="dv-drop")
-                self.folder = gr.Textbox(label="or a folder on this machine", placeholder="my_pictures",
-                                         info="with such a table, or with a folder for each answer",
-                                         elem_id="dv-folder")  # fmt: skip
-                self.question = gr.Textbox(label="One question for all pictures", placeholder="what is it?",
-                                           info="where the table has none", elem_id="dv-one")  # fmt: skip
-                self.base = gr.Dropdown([], label="Base", allow_custom_value=True, elem_id="dv-base",
-                                        info="the model to adapt: a folder, or OWNER/NAME of the hub")  # fmt: skip
-                self.look = gr.Button("Look at the data", variant="primary", elem_id="dv-look")
-                gr.Markdown("### 2 · Training")
-                self.run = gr.Dropdown([], label="Run", elem_id="dv-run",
-                                       info="its folder; choose an earlier one to see, resume or ask it")  # fmt: skip
-                self.rank = gr.Slider(4, 128, RANK, step=4, label="Rank", elem_id="dv-rank",
-                                      info="16 does for most; more for long answers and much data")  # fmt: skip
-                self.epochs = gr.Slider(1, 40, EPOCHS, step=1, label="Epochs", elem_id="dv-epochs",
-                                        info="how often each row is seen; more for few rows")  # fmt: skip
-                with gr.Row():
-                    self.start = gr.Button("Start", variant="primary", interactive=False, elem_id="dv-start")
-                    self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="dv-halt")
+                self._lay_out_choices()
             with gr.Column(scale=7, min_width=320):
-                self.state = gr.HTML(state_view("", "Drop pictures, or name a folder; then look at the data."),
-                                     elem_id="dv-state", padding=False)  # fmt: skip
-                self.ask = gr.Button("Ask it", variant="primary", visible=False, elem_id="dv-ask-it")
-                self.test = table(elem_id="dv-test")
-                self.curve = gr.LinePlot(x="step", y="loss", color="of", title="Loss", color_title=" ", height=240,
-                                         visible=False, elem_id="dv-curve")  # fmt: skip
-                self.watched = table(elem_id="dv-watched")
-                self.rows, self.seen = table(elem_id="dv-rows"), table(elem_id="dv-seen-data")
-                self.commands = gr.Code(language="shell", label="Commands that the clicks stand for", lines=1,
-                                        interactive=False, elem_id="dv-commands")  # fmt: skip
-                with gr.Accordion("The first batch, as the model sees it", open=False):
-                    self.batch = table(elem_id="dv-batch")
-                with gr.Accordion("What training will take", open=False):
-                    self.estimate = table(elem_id="dv-estimate")
-                with gr.Accordion(f"{RUN_FILE}, the settings", open=False):
-                    self.yaml = gr.Code(language="yaml", show_label=False, interactive=False, elem_id="dv-yaml")
+                self._lay_out_views()
         self.parts = [part for part in vars(self).values() if isinstance(part, Block)]
         quick = {"outputs": self.parts, "show_progress": "hidden", "queue": False, "api_visibility": "private"}
         queued = {**quick, "queue": True, "concurrency_limit": 4}
         self.files.upload(self.take_files, [self.files, self.folder], **quick)
-        asked = [self.folder, self.question, self.base]
-        self.look.click(self.look_at_data, asked, **queued)
+        self.look.click(self.look_at_data, [self.folder, self.question, self.base], **queued)
         self.run.input(self.show_run, [self.run], **quick)
         for slider in (self.rank, self.epochs):
-            slider.release(
-                self.choose, [self.run, self.rank, self.epochs, self.commands], **queued, trigger_mode="always_last"
-            )
+            chosen = [self.run, self.rank, self.epochs, self.commands]
+            slider.release(self.choose, chosen, **queued, trigger_mode="always_last")
         self.start.click(self.begin, [self.run, self.commands], **quick)
         self.stop.click(self.halt, [self.run], **quick)
         gr.Timer(FOLLOW_SECONDS).tick(self.follow, [self.run, self.mark], **quick)
+
+    def _lay_out_choices(self) -> None:
+        gr.Markdown("### 1 · Your pictures and questions\nPictures, and a table: image, question, answer.")
+        self.files = gr.File(show_label=False, file_count="multiple", height=124, elem_id="dv-drop")
+        self.folder = gr.Textbox(label="or a folder on this machine", placeholder="my_pictures", elem_id="dv-folder",
+                                 info="with such a table, or with a folder for each answer")  # fmt: skip
+        self.question = gr.Textbox(label="One question for all pictures", placeholder="what is it?", elem_id="dv-one",
+                                   info="where the table has none")  # fmt: skip
+        self.base = gr.Dropdown([], label="Base", allow_custom_value=True, elem_id="dv-base",
+                                info="the model to adapt: a folder, or OWNER/NAME of the hub")  # fmt: skip
+        self.look = gr.Button("Look at the data", variant="primary", elem_id="dv-look")
+        gr.Markdown("### 2 · Training")
+        self.run = gr.Dropdown([], label="Run", elem_id="dv-run",
+                               info="its folder; choose an earlier one to see, resume or ask it")  # fmt: skip
+        self.rank = gr.Slider(4, 128, RANK, step=4, label="Rank", elem_id="dv-rank",
+                              info="16 does for most; more for long answers and much data")  # fmt: skip
+        self.epochs = gr.Slider(1, 40, EPOCHS, step=1, label="Epochs", elem_id="dv-epochs",
+                                info="how often each row is seen; more for few rows")  # fmt: skip
+        with gr.Row():
+            self.start = gr.Button("Start", variant="primary", interactive=False, elem_id="dv-start")
+            self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="dv-halt")
+
+    def _lay_out_views(self) -> None:
+        html = partial(gr.HTML, padding=False)
+        self.state = html(state_view("", "Drop pictures, or name a folder; then look at the data."), elem_id="dv-state")
+        self.ask = gr.Button("Ask it", variant="primary", visible=False, elem_id="dv-ask-it")
+        self.test = html(elem_id="dv-test")
+        self.curve = gr.LinePlot(x="step", y="loss", color="of", title="Loss", color_title=" ", height=240,
+                                 visible=False, elem_id="dv-curve")  # fmt: skip
+        self.watched, self.rows, self.seen = (html(elem_id=f"dv-{name}") for name in ("watched", "rows", "seen-data"))
+        self.commands = gr.Code(language="shell", label="Commands that the clicks stand for", lines=1,
+                                interactive=False, elem_id="dv-commands")  # fmt: skip
+        with gr.Accordion("The first batch, as the model sees it", open=False):
+            self.batch = html(elem_id="dv-batch")
+        with gr.Accordion("What training will take", open=False):
+            self.estimate = html(elem_id="dv-estimate")
+        with gr.Accordion(f"{RUN_FILE}, the settings", open=False):
+            self.yaml = gr.Code(language="yaml", show_label=False, interactive=False, elem_id="dv-yaml")
 
     def opened(self) -> Update:
         """Returns what somebody sees who opens the page: the run that goes on, if there is one."""
@@ -176,7 +178,7 @@ class TrainDoor:
     @no_type_check  # as above
     def choose(self, run: str | None, rank: int, epochs: int, commands: str) -> Iterator[Update]:
         """Writes what was chosen into the YAML of a run that was not started yet, and counts anew what it takes."""
-        if not run or self.runs.status(folder := self._folder(run)).state != "ready":
+        if not run or self.runs.status(folder := self.folder_of(run)).state != "ready":
             yield gr.skip()
             return
         for key, value in {"rank": int(rank), "alpha": 2.0 * rank, "num_train_epochs": int(epochs)}.items():
@@ -202,21 +204,22 @@ class TrainDoor:
         try:
             if not run:
                 raise UserError("look at the data first")
-            words = self.runs.start(self._folder(run))
+            words = self.runs.start(self.folder_of(run))
         except UserError as error:
             gr.Warning(str(error))
             return gr.skip()
-        return {**self.follow(run, ""), self.commands: f"{commands}\n{command(words)}".strip()}
+        shown = commands if command(words) in commands else f"{commands}\n{command(words)}"
+        return {**self.follow(run, ""), self.commands: shown}
 
     def halt(self, run: str | None) -> Update:
         """Stops a run, which saves a checkpoint first."""
         if run:
-            self.runs.stop(self._folder(run))
+            self.runs.stop(self.folder_of(run))
         return {self.stop: gr.update(interactive=False)}
 
     def show_run(self, run: str) -> Update:
         """Returns all that is seen of a run."""
-        folder = self._folder(run)
+        folder = self.folder_of(run)
         text = _read(folder / RUN_FILE)
         values = {key: int(match[2]) for key in ("rank", "num_train_epochs") if (match := _setting(key).search(text))}
         return {
@@ -226,12 +229,13 @@ class TrainDoor:
             self.epochs: values.get("num_train_epochs", EPOCHS),
             self.rows: rows_view(folder),
             self.yaml: text,
-            **dict.fromkeys([self.commands, self.seen, self.batch, self.estimate], ""),
+            self.commands: command(self.runs.words_to_train(folder)),
+            **dict.fromkeys([self.seen, self.batch, self.estimate], ""),
         }
 
     def follow(self, run: str | None, mark: str) -> Any:
         """Returns how far a run is, where that has changed."""
-        if not run or (status := self.runs.status(folder := self._folder(run))).mark == mark:
+        if not run or (status := self.runs.status(folder := self.folder_of(run))).mark == mark:
             return gr.skip()
         goes_on = status.state in ("starting", "training", "testing")
         update = {
@@ -256,7 +260,8 @@ class TrainDoor:
 
     # -- inside ------------------------------------------------------------------------------------------------
 
-    def _folder(self, run: str) -> Path:
+    def folder_of(self, run: str) -> Path:
+        """Returns a run's folder by its name."""
         if Path(run).parent != RUNS:
             raise UserError(f"{run} is no run's folder")
         return Path(run)
@@ -295,7 +300,7 @@ def watched_view(record: RunRecord) -> str:
         return ""
     rows = []
     for row in tables[0]["rows"]:
-        answers = [f"✓ {text}" if right else text or "–" for text, right in row["answers"]]
+        answers = [f"✓\N{NO-BREAK SPACE}{text}" if right else text or "–" for text, right in row["answers"]]
         rows.append((row["picture"], [row["question"], row["truth"], *answers]))
     head = ["", "question", "right answer", *(f"step {step:,}" for step in tables[0]["steps"])]
     return table_view("Asked while it trains", head, rows)
@@ -310,14 +315,12 @@ def test_view(record: RunRecord) -> str:
         if cell is not None:
             interval = "" if cell.interval is None else "{:.1f} to {:.1f}".format(*cell.interval)
             rows.append((("", row.metric), [f"{cell.value:.1f}", interval, f"{cell.n:,}"]))
-    facts = forgotten(record.metrics.get("forgetting")) if rows else {}
+    if not rows:
+        return ""
+    facts = forgotten(record.metrics.get("forgetting"))
     rows += [(("", name), [value, "", ""]) for name, value in facts.items()]
     head = ["", "value", "95 % interval", "questions"]
-    return (
-        table_view("The test, and what the same questions give without it", head, rows, blind(record.label, results))
-        if rows
-        else ""
-    )
+    return table_view("The test, beside its baselines", head, rows, blind(record.label, results))
 
 
 def _curve(record: RunRecord) -> Any:

@@ -227,7 +227,8 @@ class OpenModels:
     """
 
     def __init__(self, read: Callable[[Mapping[str, Path]], ServedModel], settings: Settings) -> None:
-        self.settings, self.last = settings, Path()
+        self.settings = settings
+        self.folders: tuple[Path, ...] = ()
         self._read = read
         self._side: SideBySide | None = None
         self._lock = threading.Lock()
@@ -244,22 +245,12 @@ class OpenModels:
         """Names of what answers, the base first; none where nothing is open."""
         return () if self._side is None else self._side.engine.model.names
 
-    @property
-    def base(self) -> str:
-        """Folder or id of the base; "" where nothing is open."""
-        return "" if self._side is None else self._side.engine.model.source.base
-
-    @property
-    def frames_are_pictures(self) -> bool:
-        """Whether the model takes a video's frames as so many pictures."""
-        return self._side is not None and self._side.frames_are_pictures
-
     def open(self, adapters: Mapping[str, Path]) -> None:
         """Opens adapters over their base, in place of what was open."""
         with self._lock:
             self.close()
             model = self._read(adapters)
-            self.last = [*adapters.values()][-1]
+            self.folders = tuple(adapters.values())
             self._side = SideBySide(Engine(model, self.settings))
 
     def stop(self, person: str) -> None:

@@ -145,6 +145,6 @@ def step_lines(planned: PlannedRun, gpus: int, cluster: Cluster) -> Iterator[str
     )
     yield (
         f"a step computes {flop / TERA:.1f} TFLOP a GPU: {compute:.2f} s at {cluster.utilisation:g} of "
-        f"{cluster.flop_per_second / TERA:g} TFLOP/s, {wire:.2f} s on the wire ({cluster.machines} machines), "
+        f"{cluster.flop_per_second / TERA:.3g} TFLOP/s, {wire:.2f} s on the wire ({cluster.machines} machines), "
         f"{max(compute, wire):.2f} to {compute + wire:.2f} s together"
     )
