@@ -172,7 +172,7 @@ class Page:
                 self.nothing = gr.Button("Remove the pictures", size="sm", variant="secondary", elem_id="dv-nothing")
             with gr.Column(min_width=280, elem_id="dv-answers"):  # who answers, and what is asked and said
                 self.notice = gr.HTML(notice_view(""), elem_id="dv-notice")
-                with gr.Row(equal_height=True):
+                with gr.Row(equal_height=False):
                     self.columns = [Column.laid_out(side) for side in ("left", "right")]
                 with gr.Row(equal_height=True, elem_id="dv-asking"):
                     self.question = gr.Textbox(placeholder="Type a question, then Enter", show_label=False, scale=8,
@@ -250,10 +250,10 @@ class Page:
             switched.then(self.ask_again, chosen, **answering)
         self.stop.click(self.models.stop, [self.person], **quick)
         doors = [self.head, self.clicked, *(part for column in self.columns for part in column)]
-        begun = [self.person, *shown, self.ask_button, *doors]
+        begun = [self.person, *shown, self.ask_button, *doors, self.doors]
         if (train := self.training) is not None:
             begun += train.parts
-            train.ask.click(self.ask_run, [self.person, train.run], [*begun, self.doors], **{**quick, "queue": True})
+            train.ask.click(self.ask_run, [self.person, train.run], begun, **{**quick, "queue": True})
         self.blocks.load(self.come, [self.key], begun, js=KEY, **quick)
         self.blocks.unload(self.leave)
 
@@ -265,8 +265,10 @@ class Page:
         self._key_of[person] = key
         conversation = self._talks.get(key, Conversation()).ended()
         training = {} if self.training is None else self.training.opened()
-        view = {**self._opened(), **self._begun(conversation, person), **training}
-        return {**view, self.person: person, self.ask_button: gr.update(interactive=bool(self.models.names))}
+        asks = bool(self.models.names)
+        door = "train" if training and not asks else "ask"
+        view = {**self._opened(), **self._begun(conversation, person), **training, self.doors: gr.update(selected=door)}
+        return {**view, self.person: person, self.ask_button: gr.update(interactive=asks)}
 
     def ask_run(self, person: str, run: str) -> Iterator[Update]:
         """Yields the door Ask with the adapter of a run beside its base."""

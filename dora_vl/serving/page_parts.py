@@ -52,7 +52,7 @@ def head_view(names: Sequence[str], base: str) -> str:
     if not names:
         return '<header class="dv-head"><p>Nothing to ask yet: train first, or start with --adapter.</p></header>'
     adapters = ", ".join(f"<b>{escape(name)}</b>" for name in names[1:])
-    who = f"{adapters} and its untrained base, <b>{escape(Path(base).name)}</b>"
+    who = f"{adapters} and its untrained base, <b>{escape(base)}</b>"
     return f'<header class="dv-head"><p>The same question to {who}.</p></header>'
 
 
