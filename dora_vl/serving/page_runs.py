@@ -93,9 +93,10 @@ class Runs:
     def start(self, folder: Path) -> list[str]:
         """Starts a run, or resumes it, and returns the command. Raises UserError while another run goes on."""
         words = self.words_to_train(folder)
-        with self._lock, (folder / OUTPUT).open("ab" if "--resume" in words else "wb") as output:
+        with self._lock:
             if (other := self.running()) is not None:
                 raise UserError(f"{other} is at work, and one run goes on at a time; wait for its end, or stop it")
+            output = (folder / OUTPUT).open("ab" if "--resume" in words else "wb")
             process = subprocess.Popen(
                 [*PROGRAM, *words],
                 stdin=subprocess.DEVNULL,
@@ -103,6 +104,7 @@ class Runs:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # neither Ctrl-C here nor the end of the page reaches it
             )
+            output.close()
             self._child = folder, process
         return words
 
@@ -120,7 +122,7 @@ class Runs:
         settings = json_or_nothing(folder / SETTINGS)
         whole = trained and (is_tested(folder) or not (settings.get("evaluation") or {}).get("file"))
         if self.running() == folder:
-            state = "testing" if trained else "training" if sizes[1] else "starting"
+            state = "testing" if trained else "training" if files[1].exists() else "starting"
         elif whole or complete_checkpoints(folder):
             state = "finished" if whole else "stopped"
         else:
