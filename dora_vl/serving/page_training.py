@@ -146,8 +146,7 @@ class TrainDoor:
             for file in files:
                 shutil.move(file, to / file.name)
         except UserError as error:
-            gr.Warning(str(error))
-            return {self.files: None}
+            return {self.files: None, self.state: state_view("failed", str(error))}
         finally:
             for file in files:
                 self.uploads.delete(file)
@@ -199,15 +198,14 @@ class TrainDoor:
         yield {self.estimate: printed_view(lines), self.commands: commands,
                self.state: state_view("ready", STATES["ready"], lines[-1])}  # fmt: skip
 
-    def begin(self, run: str | None, commands: str) -> Any:
+    def begin(self, run: str | None, commands: str) -> Update:
         """Starts or resumes a run."""
         try:
             if not run:
                 raise UserError("look at the data first")
             words = self.runs.start(self.folder_of(run))
         except UserError as error:
-            gr.Warning(str(error))
-            return gr.skip()
+            return {self.state: state_view("failed", str(error))}
         shown = commands if command(words) in commands else f"{commands}\n{command(words)}"
         return {**self.follow(run, ""), self.commands: shown}
 

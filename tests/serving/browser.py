@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +24,7 @@ from dora_vl.serving.options import Settings
 from dora_vl.serving.page_parts import ExampleQuestion
 from dora_vl.serving.side_by_side import OpenModels
 
+REPOSITORY = Path(__file__).parents[2]
 MILLISECONDS = 60_000  # a busy machine has taken more than ten seconds for one answer
 PICTURES = "#dv-seen figure"
 QUESTION_BOX = "#dv-question textarea, #dv-question input"
@@ -147,3 +152,44 @@ class Visitor:
         number = self.page.locator(f"#dv-strength-{side} input[type=number]")
         number.fill(str(strength))
         number.blur()
+
+
+class Trainer(Visitor):
+    """Somebody at the door Train."""
+
+    def state(self, text: str) -> None:
+        """Waits until a run's state says this."""
+        self.page.locator("#dv-state", has_text=text).wait_for()
+
+    def look(self, base: str) -> None:
+        """Has the data looked at, whole."""
+        self.page.fill("#dv-base input", base)
+        self.page.keyboard.press("Enter")
+        self.page.click("#dv-look")
+        self.state("min on this machine")
+
+    def drop(self, files: list[Path]) -> str:
+        """Drops files; the folder that they are in."""
+        self.page.set_input_files("#dv-drop input[type=file]", [str(file) for file in files])
+        self.state(f"{len(files)} files are in data/dropped")
+        return self.page.input_value("#dv-folder textarea, #dv-folder input")
+
+
+@contextlib.contextmanager
+def demo(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """`dora-vl demo` in a folder; its address and its process."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dora_vl.cli", "demo", "--port", "0", *options],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        match = re.search(r"http://\S+", process.stdout.readline())
+        assert match is not None
+        yield match[0], process
+    finally:
+        process.terminate()
+        process.wait(20)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,31 +14,10 @@ import yaml
 
 from dora_vl.cli import main
 from dora_vl.run.folder import LOSS_LOG, one_writer, writer_of
-from tests.serving.browser import Visitor, browser
+from tests.serving.browser import Trainer, browser, demo
 from tests.training.tiny_run import COLOURS, json_of, write_tiny_data, write_tiny_llava
 
-REPOSITORY = Path(__file__).parents[2]
 ROWS = 40
-
-
-@contextlib.contextmanager
-def demo(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """`dora-vl demo` in a folder; its address and its process."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dora_vl.cli", "demo", "--port", "0", *options],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        match = re.search(r"http://\S+", process.stdout.readline())
-        assert match is not None
-        yield match[0], process
-    finally:
-        process.terminate()
-        process.wait(20)
 
 
 def write_pictures(folder: Path) -> list[Path]:
@@ -61,27 +36,6 @@ def until(true: Callable[[], object], seconds: float = 90) -> None:
         time.sleep(0.01)
 
 
-class Trainer(Visitor):
-    """Somebody at the door Train."""
-
-    def state(self, text: str) -> None:
-        """Waits until a run's state says this."""
-        self.page.locator("#dv-state", has_text=text).wait_for()
-
-    def look(self, base: str = "runs/tiny/base") -> None:
-        """Has the data looked at, whole."""
-        self.page.fill("#dv-base input", base)
-        self.page.keyboard.press("Enter")
-        self.page.click("#dv-look")
-        self.state("min on this machine")
-
-    def drop(self, files: list[Path]) -> str:
-        """Drops files; the folder that they are in."""
-        self.page.set_input_files("#dv-drop input[type=file]", [str(file) for file in files])
-        self.state(f"{len(files)} files are in data/dropped")
-        return self.page.input_value("#dv-folder textarea, #dv-folder input")
-
-
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     with browser() as opened:
@@ -98,37 +52,43 @@ def place(tmp_path: Path) -> Iterator[Path]:
             os.kill(process, signal.SIGKILL)
 
 
+def start_one(one: Trainer, files: list[Path], run: Path) -> int:
+    """Takes dropped pictures to a run with settings of its own; its process, which stands still after a few steps."""
+    assert one.drop(files) == "data/dropped"
+    one.look("runs/tiny/base")
+    assert one.page.locator("#dv-rows img").count() == 6
+    for title in ("The first batch", "What training will take", "run.yaml"):
+        one.page.locator("button.label-wrap", has_text=title).click()
+    for part, text in {"seen-data": "40 usable", "commands": "--here", "estimate": "min on this machine"}.items():
+        assert text in one.page.locator(f"#dv-{part}").text_content()
+    assert one.page.locator("#dv-batch span", has_text="ASSISTANT").count() > 1  # in colours
+    for name, value in {"rank": 8, "epochs": 40}.items():
+        one.page.locator(f"#dv-{name} input[type=number]").fill(str(value))
+        one.page.keyboard.press("Enter")
+        one.page.locator(f"#dv-{name} input[type=range]").dispatch_event("pointerup")
+    until(lambda: "num_train_epochs: 40" in (run / "run.yaml").read_text())
+    settings = yaml.safe_load((run / "run.yaml").read_text())
+    assert (settings["adapter"]["rank"], settings["adapter"]["alpha"]) == (8, 16.0)
+    one.page.click("#dv-start")
+    until(lambda: (run / LOSS_LOG).is_file() and (run / LOSS_LOG).stat().st_size)
+    process = writer_of(run)
+    assert process is not None
+    os.kill(process, signal.SIGSTOP)
+    return process
+
+
 @pytest.mark.slow
 def test_from_dropped_pictures_to_an_answer_though_page_and_run_are_ended(chromium: Any, place: Path) -> None:
     files, run = write_pictures(place / "mine"), place / "runs" / "dropped"
-    with demo(place) as (address, process):
+    with demo(place) as (address, page):
         one, two = (Trainer(chromium.new_context(), address, ready="#dv-look") for _ in range(2))
-        assert one.drop(files) == "data/dropped"
-        one.look()
-        assert one.page.locator("#dv-rows img").count() == 6
-        for title in ("The first batch", "What training will take", "run.yaml"):
-            one.page.locator("button.label-wrap", has_text=title).click()
-        for part, text in {"seen-data": "40 usable", "commands": "--here", "estimate": "min on this machine"}.items():
-            assert text in one.page.locator(f"#dv-{part}").text_content()
-        assert one.page.locator("#dv-batch span", has_text="ASSISTANT").count() > 1  # in colours
-        for name, value in {"rank": 8, "epochs": 40}.items():
-            one.page.locator(f"#dv-{name} input[type=number]").fill(str(value))
-            one.page.keyboard.press("Enter")
-            one.page.locator(f"#dv-{name} input[type=range]").dispatch_event("pointerup")
-        until(lambda: "num_train_epochs: 40" in (run / "run.yaml").read_text())
-        settings = yaml.safe_load((run / "run.yaml").read_text())
-        assert (settings["adapter"]["rank"], settings["adapter"]["alpha"]) == (8, 16.0)
-        one.page.click("#dv-start")
-        until(lambda: (run / LOSS_LOG).is_file() and (run / LOSS_LOG).stat().st_size)
-        trains = writer_of(run)
-        assert trains is not None
-        os.kill(trains, signal.SIGSTOP)
+        trains = start_one(one, files, run)
         two.page.fill("#dv-folder textarea, #dv-folder input", "mine")
-        two.look()
+        two.look("runs/tiny/base")
         two.page.click("#dv-start")
-        two.page.get_by_text("runs/dropped is at work").wait_for()
+        two.state("runs/dropped is at work")
         assert not (place / "runs" / "mine" / "output.txt").exists()
-        process.kill()
+        page.kill()
     assert writer_of(run) == trains
     with demo(place) as (address, _):
         again = Trainer(chromium.new_context(), address, ready="#dv-look")
