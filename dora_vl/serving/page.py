@@ -285,7 +285,7 @@ class Page:
             **self._begun(Conversation(), person),
             self.doors: gr.update(selected="ask"),
             self.ask_button: gr.update(interactive=True),
-            **self.training.show_run(run),
+            **self.training.follow(run, ""),
         }
 
     def show_files(self, person: str, paths: list[str] | str | None) -> Any:

@@ -118,15 +118,13 @@ class TrainDoor:
             self.yaml = gr.Code(language="yaml", show_label=False, interactive=False, elem_id="dv-yaml")
 
     def opened(self) -> Update:
-        """Returns what somebody sees who opens the page: the run that goes on, if there is one."""
+        """Returns what somebody sees who opens the page: the run that goes on, else the last one."""
         bases = sorted(str(path.parent) for path in RUNS.glob("*/*/config.json"))
-        found = gr.update(
-            choices=[("what the demo trained, else a small SmolVLM", ""), *zip(bases, bases, strict=True)], value=""
-        )
-        running = self.runs.running()
+        choices = [("what the demo trained, else a small SmolVLM", ""), *zip(bases, bases, strict=True)]
+        folder = self.runs.running() or next(iter(self.runs.folders()), None)
         return {
-            self.base: found,
-            **({self.run: self._listed(None)} if running is None else self.show_run(str(running))),
+            self.base: gr.update(choices=choices, value=""),
+            **({} if folder is None else self.show_run(str(folder))),
         }
 
     # -- what a person does ------------------------------------------------------------------------------------
@@ -164,8 +162,8 @@ class TrainDoor:
             options = {"--ask": question.strip(), "--model": (base or "").strip(), "--to": str(to)}
             words = ["init", folder.strip(), *(word for pair in options.items() if pair[1] for word in pair)]
             words += ["--overwrite"] if to.exists() else []
-            lines = printed(words)
-            yield {**self.show_run(str(to)), self.seen: printed_view(lines[:-2]), self.commands: command(words),
+            said = "\n".join(printed(words)).partition("\nnext:")[0].strip()
+            yield {**self.show_run(str(to)), self.seen: printed_view([said]), self.commands: command(words),
                    self.state: state_view("", "Making the first batch …")}  # fmt: skip
             more = ["show", "batch", str(to / RUN_FILE)]
             yield {self.batch: printed_view(printed(more)), self.commands: f"{command(words)}\n{command(more)}"}
@@ -222,7 +220,7 @@ class TrainDoor:
         values = {key: int(match[2]) for key in ("rank", "num_train_epochs") if (match := _setting(key).search(text))}
         return {
             **self.follow(run, ""),
-            self.run: self._listed(run),
+            self.run: gr.update(choices=[str(path) for path in self.runs.folders()], value=run),
             self.rank: values.get("rank", RANK),
             self.epochs: values.get("num_train_epochs", EPOCHS),
             self.rows: rows_view(folder),
@@ -263,9 +261,6 @@ class TrainDoor:
         if Path(run).parent != RUNS:
             raise UserError(f"{run} is no run's folder")
         return Path(run)
-
-    def _listed(self, run: str | None) -> Any:
-        return gr.update(choices=[str(folder) for folder in self.runs.folders()], value=run)
 
 
 def _read(path: Path) -> str:

@@ -155,7 +155,11 @@ class Visitor:
 
 
 class Trainer(Visitor):
-    """Somebody at the door Train."""
+    """Somebody at the door Train, each of whose clicks may start programs."""
+
+    def __init__(self, context: Any, address: str) -> None:
+        super().__init__(context, address, ready="#dv-look")
+        self.page.set_default_timeout(5 * MILLISECONDS)
 
     def state(self, text: str) -> None:
         """Waits until a run's state says this."""

@@ -53,7 +53,7 @@ def draw_signs(folder: Path, count: int = 160) -> list[Path]:
 def shoot_training(chromium: Any, base: Path, to: Path) -> None:
     """Trains on drawn signs by the page, from the drop to the test."""
     with tempfile.TemporaryDirectory() as folder, demo(Path(folder)) as (address, _):
-        visitor = Trainer(chromium.new_context(viewport=SIZE, color_scheme="light"), address, ready="#dv-look")
+        visitor = Trainer(chromium.new_context(viewport=SIZE, color_scheme="light"), address)
         visitor.page.set_default_timeout(1_800_000)
         visitor.drop(draw_signs(Path(folder) / "signs"))
         (own := Path(folder) / "runs" / "demo").mkdir(parents=True)

@@ -81,7 +81,7 @@ def start_one(one: Trainer, files: list[Path], run: Path) -> int:
 def test_from_dropped_pictures_to_an_answer_though_page_and_run_are_ended(chromium: Any, place: Path) -> None:
     files, run = write_pictures(place / "mine"), place / "runs" / "dropped"
     with demo(place) as (address, page):
-        one, two = (Trainer(chromium.new_context(), address, ready="#dv-look") for _ in range(2))
+        one, two = (Trainer(chromium.new_context(), address) for _ in range(2))
         trains = start_one(one, files, run)
         two.page.fill("#dv-folder textarea, #dv-folder input", "mine")
         two.look("runs/tiny/base")
@@ -91,7 +91,7 @@ def test_from_dropped_pictures_to_an_answer_though_page_and_run_are_ended(chromi
         page.kill()
     assert writer_of(run) == trains
     with demo(place) as (address, _):
-        again = Trainer(chromium.new_context(), address, ready="#dv-look")
+        again = Trainer(chromium.new_context(), address)
         again.state("Training.")
         again.page.click("#dv-halt")
         os.kill(trains, signal.SIGCONT)
