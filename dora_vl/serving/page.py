@@ -137,7 +137,7 @@ class Page:
         trains: bool = False,
     ) -> None:
         self.models, self.uploads = models, uploads
-        self.training = TrainDoor(uploads) if trains else None
+        self.training = TrainDoor(uploads, models.close) if trains else None
         self.examples = tuple(examples or ())
         self._looks_for_examples = examples is None
         self._talks: OrderedDict[str, Conversation] = OrderedDict()

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, no_type_check
 
 import gradio as gr  # pyright: ignore[reportMissingImports] - of the extra `web`
 import pandas
+import torch
 import yaml
 from gradio.blocks import Block  # pyright: ignore[reportMissingImports]
 
@@ -51,10 +52,11 @@ class TrainDoor:
 
     Args:
         uploads: what visitors have dropped; it is moved below `data/`.
+        make_room: lets go of the model that answers, before a run takes the GPU.
     """
 
-    def __init__(self, uploads: Uploads) -> None:
-        self.uploads, self.runs = uploads, Runs()
+    def __init__(self, uploads: Uploads, make_room: Callable[[], object]) -> None:
+        self.uploads, self.runs, self._make_room = uploads, Runs(), make_room
         self._made: set[Path] = set()
         """Folders of dropped files, which more may be added to."""
 
@@ -201,6 +203,8 @@ class TrainDoor:
         try:
             if not run:
                 raise UserError("look at the data first")
+            if torch.cuda.is_available() and self.runs.running() is None:
+                self._make_room()
             words = self.runs.start(self.folder_of(run))
         except UserError as error:
             return {self.state: state_view("failed", str(error))}

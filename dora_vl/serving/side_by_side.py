@@ -6,6 +6,7 @@ here knows how it is shown.
 
 from __future__ import annotations
 
+import gc
 import mimetypes
 import queue
 import threading
@@ -14,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+
+import torch
 
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample, UserError, one_line
@@ -259,11 +262,14 @@ class OpenModels:
             self._side.stop(person)
 
     def close(self) -> None:
-        """Ends the engine and the decoders."""
+        """Ends the engine and the decoders, and lets go of the weights."""
         side, self._side = self._side, None
         if side is not None:
             side.close()
             side.engine.close()
+        del side
+        gc.collect()
+        torch.cuda.empty_cache()  # nothing where there is no GPU
 
 
 Events = queue.SimpleQueue[tuple[int, Event]]
