@@ -122,7 +122,7 @@ class TrainDoor:
     def opened(self) -> Update:
         """Returns what somebody sees who opens the page: the run that goes on, else the last one."""
         bases = sorted(str(path.parent) for path in RUNS.glob("*/*/config.json"))
-        choices = [("what the demo trained, else a small SmolVLM", ""), *zip(bases, bases, strict=True)]
+        choices = [("the demo's, else a small SmolVLM", ""), *zip(bases, bases, strict=True)]
         folder = self.runs.running() or next(iter(self.runs.folders()), None)
         return {
             self.base: gr.update(choices=choices, value=""),
