@@ -54,7 +54,11 @@ COMMANDS = {
         "dora_vl.evaluation.merge_command", "base + adapters as a plain model folder; checks it", opens_bases=True
     ),
     "prepare": Command("dora_vl.data.prepare", "a publisher's files to records"),
+    "push": Command("dora_vl.report.push_command", "a run's adapter to the hub, with a model card of what it scores"),
     "quickstart": Command("dora_vl.start.quickstart", "the demo: a small model fetched, trained, tested and merged"),
+    "replay": Command(
+        "dora_vl.training.replay_command", "short chats that a base writes, so that a run keeps what it knows"
+    ),
     "report": Command("dora_vl.report.report", "a run, or several side by side, as one page", opens_bases=True),
     "serve": Command(
         "dora_vl.serving.serve_command", "a base and adapters, unmerged in one batch, for OpenAI's clients"

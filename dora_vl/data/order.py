@@ -10,7 +10,7 @@ import hashlib
 import io
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -112,6 +112,46 @@ class ModalityLengthSampler(torch.utils.data.Sampler[int]):
     def _long_to_short(self, batches: Int[Tensor, "batches batch"]) -> Int[Tensor, "batches batch"]:
         order = self._lengths[batches].argsort(dim=1, descending=True, stable=True)
         return batches.gather(1, order)
+
+
+class ReplaySampler(torch.utils.data.Sampler[int]):
+    """Indices of one epoch: all of the data's, and of the chats behind them so many, drawn afresh for each epoch.
+
+    Args:
+        lengths: of the data's samples, then of the chats.
+        own: the data's samples.
+        drawn: chats of an epoch; all come before one comes again.
+        order: makes the sampler that orders an epoch's samples by their lengths.
+    """
+
+    def __init__(
+        self,
+        lengths: SamplingLengths,
+        *,
+        own: int,
+        drawn: int,
+        seed: int,
+        order: Callable[[SamplingLengths], TreeSampler | ModalityLengthSampler],
+    ) -> None:
+        self._lengths, self._own, self._drawn, self._seed, self._order = lengths, own, drawn, seed, order
+        self._epoch = 0
+
+    def __len__(self) -> int:
+        return self._own + self._drawn
+
+    def set_epoch(self, epoch: int) -> None:
+        """Every epoch has its own chats and order; a resumed run sets the epoch and skips what it has seen."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        chats = len(self._lengths.lengths) - self._own
+        rounds = range(-(-self._drawn // chats))
+        orders = [_permutation(f"{self._seed}/{self._epoch}/replay/{number}", chats) for number in rounds]
+        drawn = self._own + np.concatenate(orders)[: self._drawn]
+        chosen = torch.from_numpy(np.concatenate([np.arange(self._own), drawn]))
+        sampler = self._order(SamplingLengths(*(values[chosen] for values in self._lengths)))
+        sampler.set_epoch(self._epoch)
+        return (int(chosen[index]) for index in sampler)
 
 
 WINDOW = 1_024

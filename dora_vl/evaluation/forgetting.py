@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ import torch
 from dora_vl.data.example import Example
 from dora_vl.data.samples import IGNORED_LABEL, Sample
 from dora_vl.data.text_file import text_lines
+from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError, one_line
 from dora_vl.evaluation.assistant import Assistant
-from dora_vl.evaluation.predictor import Decoding, media_reader
+from dora_vl.evaluation.predictor import Decoding, Shown, media_reader
+from dora_vl.evaluation.questions import turns_asked
 
 PASSAGES: Mapping[str, list[str]] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 NEW_TOKENS, BATCH = 24, 8
@@ -34,15 +36,17 @@ class Abilities:
     Attributes:
         nats: mean cross-entropy of a token of the texts.
         answers: by question; None where the model takes no words without a picture.
+        answer_nats: mean cross-entropy of a token of the base's answers.
     """
 
     nats: float
     tokens: int
     answers: Mapping[str, str] | None
+    answer_nats: float | None = None
 
 
-def abilities(assistant: Assistant, texts: Path | None = None) -> Abilities:
-    """Measures a model; `texts` holds a passage a line."""
+def abilities(assistant: Assistant, texts: Path | None = None, base: Abilities | None = None) -> Abilities:
+    """Measures a model; `texts` holds a passage a line, and `base` is what its base made of them, if it is another."""
     passages = PASSAGES["texts"]
     if texts is not None:
         passages = [line.strip() for _, line in text_lines(texts, "a passage a line") if line.strip()]
@@ -55,14 +59,36 @@ def abilities(assistant: Assistant, texts: Path | None = None) -> Abilities:
         labels = ids.clone()
         labels[:1] = IGNORED_LABEL
         samples.append(Sample(ids, labels, id=str(len(samples))))
-    groups = [samples[start : start + BATCH] for start in range(0, len(samples), BATCH)]
-    nats = -sum(float(assistant.log_likelihoods(group).sum()) for group in groups)
-    tokens = sum(len(sample.labels) - 1 for sample in samples)
+    nats = nats_of(assistant, samples)
     questions = [Example(id=text, question=text) for text in PASSAGES["questions"]]
     decoding = Decoding(batch_size=BATCH, max_new_tokens=NEW_TOKENS)
     rows = [row for rows in assistant.predict(questions, media_reader(Path(), frames=1), decoding) for row in rows]
     answers = {row.id: row.prediction for row in rows if not row.error}
-    return Abilities(nats / tokens, tokens, answers or None)
+    of_base = answers if base is None else base.answers
+    said = [_said(assistant, example, text) for example in questions if (text := (of_base or {}).get(example.id))]
+    tokens = sum(len(sample.labels) - 1 for sample in samples)
+    return Abilities(nats, tokens, answers or None, nats_of(assistant, said) if said else None)
+
+
+def nats_of(assistant: Assistant, samples: Sequence[Sample]) -> float:
+    """Returns the mean cross-entropy of the samples' labelled tokens."""
+    groups = [samples[start : start + BATCH] for start in range(0, len(samples), BATCH)]
+    nats = -sum(float(assistant.log_likelihoods(group).sum()) for group in groups)
+    return nats / sum(int((sample.labels != IGNORED_LABEL).sum()) for sample in samples)
+
+
+def _said(assistant: Assistant, example: Example, text: str) -> Sample:
+    """Makes a sample of an answer without what closes it: `NEW_TOKENS` may have cut it."""
+    turns, prompts = turns_asked(example), assistant.prompts
+    sample = prompts.with_answer(turns, Shown(), text)
+    closing = prompts.encoder.answers(Example(example.id, turns=(*turns, Turn("assistant", text))))[-1].closing
+    places, behind = (
+        (sample.labels != IGNORED_LABEL).nonzero().flatten(),
+        len(prompts.encoder.tokenizer(closing, add_special_tokens=False)["input_ids"]),
+    )
+    if 0 < behind < len(places):
+        sample.labels[places[-behind:]] = IGNORED_LABEL
+    return sample
 
 
 def forgetting(before: Abilities, after: Abilities) -> dict[str, Any]:
@@ -74,12 +100,28 @@ def forgetting(before: Abilities, after: Abilities) -> dict[str, Any]:
         pairs = {question: [answer, after.answers.get(question, "")] for question, answer in before.answers.items()}
         kept = sum(first == second for first, second in pairs.values())
         entry["answers"] = {"kept": kept, "n": len(pairs), "base_and_adapted": pairs}
+        entry["answers"]["nats"] = {"base": before.answer_nats, "adapted": after.answer_nats}
     return entry
 
 
-def measured(assistant: Assistant, texts: Path | None) -> Abilities | str:
+def in_words(entry: object) -> dict[str, str]:
+    """Tells how much a run's model forgot, by what was measured; nothing where it was not."""
+    lines: dict[str, str] = {}
+    if isinstance(entry, Mapping) and isinstance(numbers := entry.get("perplexity"), Mapping):
+        before, after = numbers["base"], numbers["adapted"]
+        lines["perplexity of other text"] = f"{before:.1f} before, {after:.1f} after ({after / before:.2f} times)"
+    if isinstance(entry, Mapping) and isinstance(answers := entry.get("answers"), Mapping):
+        kept = f"{answers['kept']} of {answers['n']} word for word as before"
+        nats = answers["nats"]
+        lines["answers to other questions"] = (
+            f"{kept}; the old ones take {nats['base']:.2f} nats a token before, {nats['adapted']:.2f} after"
+        )
+    return lines
+
+
+def measured(assistant: Assistant, texts: Path | None, base: Abilities | None = None) -> Abilities | str:
     """Measures a model, or says why it cannot be: some families take no words without a picture."""
     try:
-        return abilities(assistant, texts)
+        return abilities(assistant, texts, base)
     except (BadSample, RuntimeError, ValueError, IndexError, TypeError) as error:
         return one_line(f"{type(error).__name__}: {error}", 200)

@@ -133,6 +133,8 @@ def _pictures_of_test(run: RunRecord) -> Path | None:
 
 def _head(run: RunRecord, results: Results) -> dict[str, Any]:
     """Sums a run up in a few numbers."""
+    from dora_vl.evaluation.forgetting import in_words
+
     adapter, last = run.section("adapter"), run.log[-1]
     losses = [line["loss"] for line in run.log if isinstance(line.get("loss"), int | float)]
     checked = [line["eval_loss"] for line in run.log if isinstance(line.get("eval_loss"), int | float)]
@@ -154,19 +156,9 @@ def _head(run: RunRecord, results: Results) -> dict[str, Any]:
         if result.scored is not None:
             headline = result.entry["headline"]
             facts[f"{name}, {headline}"] = f"{result.scored.metrics[headline]:.2f} of {result.scored.n:,}"
-    facts |= forgotten(run.metrics.get("forgetting"))
+    facts |= in_words(run.metrics.get("forgetting"))
     facts |= {"device": run.plan.get("device"), "ranks": run.plan.get("ranks")}
     return {"label": run.label, "folder": run.folder, "facts": _stated(facts)}
-
-
-def forgotten(entry: object) -> dict[str, str]:
-    """Tells in two lines how much a run's model forgot."""
-    lines: dict[str, str] = {}
-    if isinstance(entry, Mapping) and isinstance(numbers := entry.get("perplexity"), Mapping):
-        lines["perplexity of other text"] = f"{numbers['base']:.2f} before, {numbers['adapted']:.2f} after"
-    if isinstance(entry, Mapping) and isinstance(answers := entry.get("answers"), Mapping):
-        lines["answers to other questions"] = f"{answers['kept']} of {answers['n']} as before"
-    return lines
 
 
 def _stated(facts: Mapping[str, Any]) -> dict[str, str]:

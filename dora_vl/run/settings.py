@@ -93,6 +93,11 @@ class AdapterConfig(AdapterSettings):
     """Trains all biases of BART as well, as the published LoRA and DoRA runs do."""
     train_norm_weights: bool = False
     """Trains the weights of BART's layer norms as well, as the published image DoRA run does."""
+    projector_start: Literal["random", "scaled", "answers"] | None = None
+    """Where the new projector of a composed LLaVA begins. answers: at a linear map from the tower's stored outputs to
+    the words of the training answers, fitted in seconds; scaled: at a random map with their mean and spread; random: as
+    it was composed. null: answers where it trains for the first time and data.cache_features is on, else as the base
+    has it."""
     initial: str | None = None
     """Adapter folder to start from, such as stage 1's projector; its weights are loaded before training."""
 
@@ -185,6 +190,9 @@ class DataConfig:
     subtitles_first: bool = True
     """Takes what does not fit from the subtitles; false cuts the end of the text, question and choices with it, as
     the published video runs do."""
+    replay: float = 0.0
+    """Share of the labelled tokens that short chats make up which the base wrote itself (`dora-vl replay`), so that it
+    keeps what it knows; another draw of them in each epoch. 0: none."""
     closed_answers: Mapping[str, int | str] = field(default_factory=dict)
     """Answers a task from a list, by a head that trains with the adapter (part `answer_head`), instead of in words; of
     vqav2, gqa, short_answer. By task: N, its N most frequent training answers; or FILE: one answer a line, a JSON list,
@@ -225,6 +233,9 @@ class ObjectiveConfig:
     apo_zero. A mapping is a weighted sum, such as {dpo: 0.8, bco: 0.2, sft: 1}; anchor in one keeps chosen answers
     likely. grpo, dr_grpo, dapo and rloo draw answers to the data's questions, and learn from the rewards that these
     get. adapter.dropout is 0 unless it is set, except with sft."""
+    replay: Literal["labels", "divergence"] = "labels"
+    """What the chats of data.replay teach: their words, or to give all words the probabilities that the model gave them
+    when training began, by a further pass in steps that have chats."""
     beta: float = 0.1
     """How close the model stays to the one that training began with; ipo takes some 0.01, simpo 2 to 10."""
     margin: float = 0.5
@@ -293,6 +304,9 @@ class OptimConfig:
     not_finite: Literal["stop", "skip"] = "stop"
     """A step whose loss or gradient is not a number is left out, named and written to faults.jsonl. stop: the run then
     saves a checkpoint and ends; skip: it goes on, unless ten steps in a row are such."""
+    early_stopping: int | None = None
+    """Ends training after so many validations in a row without a new lowest loss; the adapter is then that of the
+    lowest (training.load_best_model_at_end: false keeps the last), so checkpoints are written with each validation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -388,9 +402,9 @@ def _fields(**sections: str) -> frozenset[str]:
 _TEXT = _fields(
     model="revision quantisation template",
     data="validation validation_share validation_size validation_limit max_tokens packing group_by_modality_length "
-    "streaming shuffle_buffer columns ignore ask",
+    "streaming shuffle_buffer columns ignore ask replay",
     evaluation="max_new_tokens strength forgetting other_texts",
-    objective="loss beta margin rewards format group max_new_tokens kl",
+    objective="loss replay beta margin rewards format group max_new_tokens kl",
 )
 _MEDIA = _fields(
     data="image_folder video_folder follow_links as_published video_frames video_fps cache_features feature_cache "
@@ -399,7 +413,7 @@ _MEDIA = _fields(
     objective="exchange_pictures",
 )
 FIELDS: Mapping[Task, frozenset[str]] = {
-    "llava": _TEXT | _MEDIA | _fields(model="compose image_aspect"),
+    "llava": _TEXT | _MEDIA | _fields(model="compose image_aspect", adapter="projector_start"),
     "image_text": _TEXT | _MEDIA,
     "commonsense": _TEXT | _fields(model="source", data="train_on", evaluation="files scoring rule beams"),
     "vlbart": _fields(

@@ -33,6 +33,8 @@ from dora_vl.errors import BadSample, UserError, one_line, shown, shown_names
 DEMO_BASE, HUB_BASE = Path("runs/demo/tuned"), "HuggingFaceTB/SmolVLM-500M-Instruct"
 """The demo leaves a projector that has learned; that of its own base is random, and 200 rows do not teach one."""
 STEP_SAMPLES = 16
+WORDLESS = "paligemma"
+"""The family whose processor takes no words without a picture."""
 SEEN_SAMPLES, MOST_EPOCHS = 3_200, 10
 """A small set is seen several times, until about 3,200 samples were."""
 
@@ -44,6 +46,7 @@ class Base:
     Attributes:
         is_new: composed here: its projector has seen few pictures or none, and needs high rates.
         parameters: about so many; 0: not known.
+        takes_words: it answers without a picture too.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Base:
     is_new: bool = False
     template: str | None = None
     parameters: float = 0.0
+    takes_words: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +88,8 @@ def base_of(model: str | None) -> Base:
             raise UserError(f"--model {shown(name)}: no such folder, and no hub id (OWNER/NAME)")
         sizes = re.findall(r"(?<![\w.])(\d+(?:\.\d+)?)(b|m)(?![a-z])", name.split("/")[-1].lower())
         parameters = max((float(number) * (1e9 if unit == "b" else 1e6) for number, unit in sizes), default=0.0)
-        return Base(name=name, is_llava="llava-1.5" in name.lower(), parameters=parameters)
+        words = WORDLESS not in name.lower()
+        return Base(name=name, is_llava="llava-1.5" in name.lower(), parameters=parameters, takes_words=words)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise UserError(f"--model {name} is an adapter's folder; name the base that it was trained on")
     from dora_vl.backbones.families import LLAVA, check_trained, model_type_of  # transformers: not for --help
@@ -100,6 +105,7 @@ def base_of(model: str | None) -> Base:
         is_new=(folder / SETTINGS_FILE).is_file(),
         template=usual_template(load_tokenizer(name)) if kind == LLAVA else None,
         parameters=_parameters_in(folder),
+        takes_words=kind != WORDLESS,
     )
 
 

@@ -89,6 +89,7 @@ def train(pipeline: Pipeline) -> tuple[int | None, dict[str, Any]]:
     with out_of_memory_reported(lambda: "loading the model", arguments.device, partial(smaller_model, config)):
         backbone = pipeline.load()
         check_base_weights(backbone.model, config.model.base)
+        pipeline.write_replay(backbone, arguments)
         torch.manual_seed(arguments.seed)  # A's initial values, the same on every rank
         adapt(backbone.model, pipeline.dora_config(backbone), initial=config.adapter.initial)
         trainer = build_trainer(pipeline, arguments, backbone)

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from transformers import TrainingArguments
 
@@ -25,6 +26,7 @@ from dora_vl.data.columns import train_files, train_name
 from dora_vl.data.example import Example
 from dora_vl.data.order import (
     ModalityLengthSampler,
+    ReplaySampler,
     SamplingLengths,
     TreeSampler,
     longest_places,
@@ -56,7 +58,10 @@ from dora_vl.run.folder import run_folder_of
 from dora_vl.run.launch import rank_and_ranks, wait_for_everyone
 from dora_vl.run.settings import OF_SINGLE_ANSWERS, DataConfig, ObjectiveConfig, RunConfig
 from dora_vl.run.sharding import gather_to_read
+from dora_vl.run.watched import evenly
+from dora_vl.training.closed_form import Round, rounds_of
 from dora_vl.training.pipeline import TrainingData
+from dora_vl.training.replay import Replay
 
 logger = logging.getLogger(__name__)
 
@@ -194,6 +199,12 @@ class RunSamples:
         rows = [row for source in sources for row in source.first_rows if isinstance(row, Example)]
         of_data = any(row.rejected_images for row in rows) or any(table.has_rejected_images for table in self._tables)
         return not objective.is_sft and (objective.exchange_pictures or of_data)
+
+    def rounds(self, most: int) -> list[Round]:
+        """Lists questions and answers about pictures of so many training samples, at even distances."""
+        assert self._train is not None, "a stream stores no outputs"
+        examples = (self._train[index] for index in evenly(range(len(self._train)), most))
+        return [*rounds_of(row for row in examples if isinstance(row, Example))]
 
     @property
     def stored(self) -> StoredPictures:
@@ -346,7 +357,12 @@ class RunSamples:
             where = f"{len(pairs):,} training samples of {self._name} are asked again in {evaluation.file}"
             logger.warning("%s", one_line(f"{where}: {named}"))
 
-    def training_data(self, rows: RowEncoder, collate: Collator) -> TrainingData:
+    def replay(self, path: Path, encoder: Encoder) -> Replay:
+        """Returns the chats in a file, as many as make the share `data.replay` of what is learned."""
+        assert self._train is not None, "prepare has refused a stream"
+        return Replay.of(path, self._train, encoder, self._data.replay)
+
+    def training_data(self, rows: RowEncoder, collate: Collator, replay: Replay | None = None) -> TrainingData:
         """Returns what the Trainer takes: samples that `rows` makes, and batches of them."""
         data, encoder, make = self._data, rows.encoder, rows.dataset
         micro_batch = self._arguments.per_device_train_batch_size
@@ -365,8 +381,10 @@ class RunSamples:
                 batch_tokens=micro_batch * data.max_tokens * self._most_answers(rows, collate),
                 **shared,
             )
-        train = self._train
-        assert train is not None
+        assert self._train is not None
+        train = own = self._train
+        if replay is not None:
+            train = ExampleTable(datasets.concatenate_datasets([own.rows, replay.chats.rows]), own.stored)
         media = rows.folder is not None  # else words alone
         shows_videos = self.has_videos and encoder.sees_pictures
         lengths = sampling_lengths(
@@ -374,29 +392,38 @@ class RunSamples:
             tokens_per_image=encoder.tokens_per_image if media else 0,
             tokens_per_video=len(encoder.dummy_video(data.video_frames).input_ids) if media and shows_videos else 0,
         )
+        if replay is not None:  # among pictures, so that every step may hold some
+            lengths.is_multimodal[len(own) :] = lengths.is_multimodal[: len(own)].any()
+            shared["collate"] = dataclasses.replace(collate, replayed_from=len(own))
         samples = make(train, train.stored)
         sized = rows.folder if media and encoder.pixels_count else None  # a larger picture becomes more tokens
-        sampler = None
-        if data.group_by_modality_length and collate.packing == "trees" and bool(lengths.shared.any()):
-            sampler = TreeSampler(lengths, batch_size=micro_batch, seed=self._seed)
-        elif data.group_by_modality_length:  # LLaVA's grouping by modality and length for the global batch
-            sampler = ModalityLengthSampler(
-                lengths.lengths,
-                lengths.is_multimodal,
+        grouped = data.group_by_modality_length
+        trees = grouped and collate.packing == "trees" and bool(lengths.shared.any())
+
+        def ordered(lengths: SamplingLengths) -> TreeSampler | ModalityLengthSampler:
+            """Orders samples in trees, else by LLaVA's grouping by modality and length for the global batch."""
+            if trees:
+                return TreeSampler(lengths, batch_size=micro_batch, seed=self._seed)
+            return ModalityLengthSampler(
+                lengths.lengths if grouped else torch.zeros_like(lengths.lengths),
+                lengths.is_multimodal if grouped else torch.zeros_like(lengths.is_multimodal),
                 batch_size=micro_batch,
                 world_size=self._arguments.world_size,
                 accumulation=self._arguments.gradient_accumulation_steps,
                 seed=self._seed,
             )
-        apart = isinstance(sampler, ModalityLengthSampler)
+
+        sampler = ordered(lengths) if grouped else None
+        if replay is not None:
+            sampler = ReplaySampler(lengths, own=len(own), drawn=replay.drawn, seed=self._seed, order=ordered)
         return TrainingData(
             train=samples,
-            pools=partial(_pools, samples, train, lengths, micro_batch, grouped=apart, sized=sized),
+            pools=partial(_pools, samples, train, lengths, micro_batch, grouped=grouped and not trees, sized=sized),
             sampler=sampler,
             set_epoch=() if sampler is None else (sampler.set_epoch,),
-            samples=len(train.rows),
-            ids=train.ids,
-            media=partial(_media_keys, train, data) if media else dict,
+            samples=len(own) if sampler is None else len(sampler),
+            ids=own.ids,
+            media=partial(_media_keys, own if media else None, data, replay),
             batch_tokens=micro_batch * self._sample_tokens(rows, collate, int(lengths.lengths.max())),
             **shared,
         )
@@ -422,9 +449,11 @@ def _first_places(images: Sequence[Sequence[str]]) -> list[int]:
     return list(dict.fromkeys([*range(min(FIRST, len(images))), *with_pictures[:FIRST]]))
 
 
-def _media_keys(train: ExampleTable, data: DataConfig) -> dict[str, str]:
+def _media_keys(train: ExampleTable | None, data: DataConfig, replay: Replay | None) -> dict[str, str]:
     """Returns a key of what each file of some training samples holds, by name; "" for one inside the data file."""
-    keys: dict[str, str] = {}
+    keys = {} if replay is None else replay.media()
+    if train is None:
+        return keys
     for example in train.select(range(0, len(train), math.ceil(len(train) / HASHED_ROWS))):
         if not isinstance(example, Example):
             continue

@@ -57,9 +57,10 @@ def shown_settings(config: RunConfig, folder: Path) -> RunConfig:
     """A run's settings as they serve to look at its data: nothing is cached, and what is written goes to `folder`."""
     training = {name: value for name, value in config.training.items() if name not in ELSEWHERE}
     training |= {"output_dir": str(folder), "use_cpu": True, "eval_strategy": "no"}
-    data = dataclasses.replace(config.data, workers=0, cache_features=False)
+    data = dataclasses.replace(config.data, workers=0, cache_features=False, replay=0.0)
     model = dataclasses.replace(config.model, dtype="float32", quantisation=None)
-    return dataclasses.replace(config, training=training, data=data, model=model, resume=None)
+    adapter = dataclasses.replace(config.adapter, projector_start=None)
+    return dataclasses.replace(config, adapter=adapter, training=training, data=data, model=model, resume=None)
 
 
 class FirstBatch(NamedTuple):

@@ -31,15 +31,19 @@ from dora_vl.files import PREVIOUS, UNFINISHED
 from dora_vl.run.folder import read_log
 from dora_vl.run.launch import log_to_stderr
 from dora_vl.run.reading import read_run
+from dora_vl.training import replay
 from dora_vl.training.run import run
 from dora_vl.training.train_command import pipeline_of
 from tests.training.launched import free_port
 from tests.training.recorded_run import record_samples
 from tests.training.test_preference_run import write_pairs
-from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
+from tests.training.tiny_run import write_chats, write_run, write_tiny_data, write_tiny_llava
 from tests.training.tiny_vlbart_run import write_vlbart_data, write_vlbart_run
 
-KINDS, ENGINES, RANKS = ("llava", "vlbart", "streamed", "pairs", "rewards"), ("none", "zero2", "zero3"), (1, 2)
+KINDS = ("llava", "vlbart", "streamed", "pairs", "rewards", "replay")
+ENGINES, RANKS = ("none", "zero2", "zero3"), (1, 2)
+REPLAY = 0.5
+"""Of an epoch's labelled tokens; four of its samples are chats."""
 STEP_SAMPLES, STEPS, SAMPLES = 4, 8, 16
 """SAMPLES are an epoch's, so that a run is two epochs."""
 SECONDS = 240.0
@@ -70,6 +74,7 @@ CASES = [
 ]
 OBJECTIVES: Mapping[str, Mapping[str, Any]] = {
     "pairs": {"loss": {"dpo": 0.8, "bco": 0.2, "sft": 1.0}, "beta": 0.5},
+    "replay": {"replay": "divergence"},
     "rewards": {
         **{"loss": "grpo", "group": 4, "max_new_tokens": 4, "kl": 0.1},
         **{"rewards": {"format": 1.0}, "format": "[a-m].*"},  # some of what a model draws that knows nothing
@@ -103,6 +108,7 @@ def write_material(folder: Path) -> None:
     write_tiny_llava(folder / "llava")
     write_tiny_data(folder / "conversation", samples=SAMPLES)
     write_pairs(folder / "pairs", samples=SAMPLES)
+    write_chats(folder / "chats.jsonl")
     write_vlbart_data(folder / "vlbart")
 
 
@@ -127,7 +133,8 @@ def settings_file(case: Case, material: Path, run_folder: Path, *, dropout: floa
         )
     training |= {"per_device_train_batch_size": STEP_SAMPLES // 2}
     streamed = {"streaming": True, "group_by_modality_length": False, "shuffle_buffer": 6}
-    data = streamed if case.kind == "streamed" else {}
+    of_kinds = {"streamed": streamed, "replay": {"limit": SAMPLES - 4, "replay": REPLAY}}
+    data = of_kinds.get(case.kind, {})
     records = material / ("pairs" if case.kind == "pairs" else "conversation") / "train.json"
     objective = {"objective": OBJECTIVES[case.kind]} if case.kind in OBJECTIVES else {}
     return write_run(path, material / "llava", records, training=training, adapter=adapter, data=data, **objective)
@@ -290,6 +297,7 @@ class Killer:
     def __init__(self, folder: Path, *, changes: bool) -> None:
         self._folder, self._changes = folder, changes
         self._whole: dict[Case, Ended] = {}
+        replay.file_of_chats = lambda *_: folder / "material" / "chats.jsonl"  # which the base has written
         # In a process of its own, so that this one computes nothing.
         assert os.waitpid(fork(lambda: write_material(folder / "material")), 0)[1] == 0
 

@@ -107,6 +107,17 @@ def write_tiny_data(folder: Path, *, samples: int = 48, text_only_blocks: int = 
     return path
 
 
+def write_chats(path: Path, *, chats: int = 7) -> Path:
+    """Chats as a base would have written them, each longer than the one before."""
+    lines = [
+        [{"from": "human", "value": f"Say {number}."}, {"from": "gpt", "value": "It is " + "blue " * number + "."}]
+        for number in range(chats)
+    ]
+    rows = [{"id": f"replay-{number}", "conversations": turns} for number, turns in enumerate(lines)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def decoder_run(run_file: Path, *overrides: str) -> DecoderPipeline:
     return DecoderPipeline(read_run_file(run_file, *overrides))
 

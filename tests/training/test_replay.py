@@ -1,0 +1,289 @@
+"""Chats that a base writes itself: what is kept of them, how many an epoch draws, and that a run resumes with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dora_vl.backbones.encoder import open_encoder
+from dora_vl.data.example import Example
+from dora_vl.data.order import ModalityLengthSampler, ReplaySampler, SamplingLengths
+from dora_vl.data.samples import BOOKKEEPING
+from dora_vl.errors import SettingError
+from dora_vl.evaluation.assistant import EncoderPrompts
+from dora_vl.run.folder import run_folder_of
+from dora_vl.run.settings import ModelConfig
+from dora_vl.training import replay
+from dora_vl.training.parts import adapt
+from dora_vl.training.replay import ChatWriter, opening_of, repeated_share, whole
+from tests.backbones.tiny_language import byte_tokenizer, write_tiny_language
+from tests.core.dense_dora import move_trained
+from tests.training.tiny_run import (
+    MakeRun,
+    assert_same_weights,
+    decoder_run,
+    logged_losses,
+    refused,
+    trained,
+    write_chats,
+)
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+class ScriptedBackbone(torch.nn.Module):
+    """Says the given texts, batch by batch, in place of a model."""
+
+    def __init__(self, tokenizer: Any, batches: Sequence[Sequence[str]]) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=tokenizer.eos_token_id))
+        self._tokenizer, self._batches = tokenizer, iter(batches)
+        self.prompts: list[list[str]] = []
+
+    def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> torch.Tensor:
+        kept = [row[mask.bool()] for row, mask in zip(input_ids, attention_mask, strict=True)]
+        self.prompts.append([self._tokenizer.decode(row) for row in kept])
+        texts = list(next(self._batches))[: len(input_ids)]
+        texts += [""] * (len(input_ids) - len(texts))
+        rows = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        longest = max(map(len, rows))
+        return torch.tensor([row + [self._tokenizer.pad_token_id] * (longest - len(row)) for row in rows])
+
+
+@pytest.fixture
+def chatml_base(tmp_path: Path) -> Path:
+    """A tiny language model whose tokenizer has ChatML's tokens and a chat template."""
+    folder = write_tiny_language(tmp_path / "chatml")
+    tokenizer = byte_tokenizer(begin=False)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"})
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def writer_of(base: Path, template: str, batches: Sequence[Sequence[str]]) -> tuple[ChatWriter, ScriptedBackbone]:
+    encoder = open_encoder(str(base), template=template, max_tokens=256)
+    backbone = ScriptedBackbone(encoder.tokenizer, batches)
+    assistant: Any = SimpleNamespace(
+        prompts=EncoderPrompts(encoder),
+        backbone=backbone,
+        device=torch.device("cpu"),
+        new_ids=lambda batch, **options: backbone.generate(batch["input_ids"], batch["attention_mask"], **options),
+    )
+    return ChatWriter(assistant, ModelConfig(base=str(base))), backbone
+
+
+END = "<|im_end|>"
+
+
+def test_a_base_asks_by_its_own_template_and_what_is_empty_repeated_or_cut_is_left_out(chatml_base: Path) -> None:
+    questions = [
+        f"What colour is it?{END}",
+        f"Say it is it is it is it is it is it.{END}",  # repeats itself
+        "What colour is it, and so on",  # came to no end
+        f"Say.{END}",  # hardly a question
+        f"What colour is a chat?{END}",
+        f"Say the colour twice.{END}",
+        f"Say the colour of <image> it.{END}",
+    ]
+    answers = [
+        f"It is red.{END}",
+        "It is green. Between the two chats it is",  # cut: to the end of the last whole sentence
+        f"red red red red red red red red{END}",
+        f"It is blue.{END}",
+    ]
+    writer, backbone = writer_of(
+        chatml_base, "chatml", [questions, answers, [f"What colour is it?{END}"], [f"It is red.{END}"]]
+    )
+    chats = [tuple(turn.text for turn in chat.turns) for chat in _first(writer.write(100), backbone)]
+    assert chats == [("What colour is it?", "It is red."), ("What colour is a chat?", "It is green.")]
+    assert set(backbone.prompts[0]) == {"<|im_start|>user\n"}
+    assert backbone.prompts[1][0] == "<|im_start|>user\nWhat colour is it?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def _first(chats: Iterator[Example], backbone: ScriptedBackbone) -> list[Example]:
+    """What was written until the script ends."""
+    kept: list[Example] = []
+    try:
+        for chat in chats:
+            kept.append(chat)
+    except (StopIteration, RuntimeError):
+        pass
+    return kept
+
+
+def test_without_a_chat_template_a_base_goes_on_with_plain_openings(tmp_path: Path) -> None:
+    base = write_tiny_language(tmp_path / "plain")
+    writer, backbone = writer_of(base, "question_answer", [["runs to the sea.</s>", "went", "is on. And then"]])
+    chats = [tuple(turn.text for turn in chat.turns) for chat in _first(writer.write(100), backbone)]
+    assert [answer for _, answer in chats] == ["runs to the sea.", "is on."]
+    assert {question for question, _ in chats} <= {*replay.OPENINGS}
+    assert {text.removeprefix("<s>") for text in backbone.prompts[0]} <= {*replay.OPENINGS}
+
+
+def test_what_closes_a_question_may_be_words(tiny_llava: Path) -> None:
+    encoder = open_encoder(str(tiny_llava), template="vicuna_v1", max_tokens=256)
+    opening = opening_of(encoder)
+    assert opening.closing_id is None
+    assert "".join(opening.closing.split()).replace("\u0120", "") == "ASSISTANT:"
+
+
+def test_repeated_and_cut_texts() -> None:
+    assert repeated_share("a b c d a b c d e") == pytest.approx(1 / 6)
+    assert repeated_share("a b c") == 0.0
+    assert whole("One. Two", ended=False) == "One."
+    assert whole("One. Two", ended=True) == "One. Two"
+    assert whole("One", ended=False) == ""
+
+
+# A run.
+
+PART = "replay.jsonl"
+
+
+@pytest.fixture
+def with_chats(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> MakeRun:
+    """Settings of runs with replay, whose base has chats instead of writing them."""
+
+    chats = write_chats(tmp_path / "chats.jsonl")
+    monkeypatch.setattr(replay, "file_of_chats", lambda *_: chats)
+    return make_run
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("teaches", ["labels", "divergence"])
+def test_a_run_resumes_with_the_chats_that_it_had(
+    with_chats: MakeRun, tmp_path: Path, teaches: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = {"use_cpu": True, "max_steps": 20, "save_strategy": "steps", "save_steps": 7, "save_total_limit": 5}
+    run_file = with_chats(training=training, data={"replay": 0.4}, objective={"replay": teaches})
+    whole_run = trained(run_file, name="whole")
+    stopped = trained(run_file, name="stopped")
+    for path in (stopped / "adapter", stopped / "checkpoint-14", stopped / "checkpoint-20"):
+        for file in sorted(path.rglob("*"), reverse=True):
+            file.unlink() if file.is_file() else file.rmdir()
+        path.rmdir()
+    (tmp_path / "chats.jsonl").write_text("")  # the run has its own
+    trained(run_file, "--resume=last", name="stopped")
+    assert logged_losses(stopped)[-13:] == logged_losses(whole_run)[-13:]
+    assert_same_weights(stopped, whole_run)
+
+    (stopped / PART).write_text((stopped / PART).read_text().replace("blue", "red"))
+    with pytest.raises(SettingError, match=PART) as error:
+        trained(run_file, "--resume=last", name="stopped")
+    assert error.value.key == "resume"
+
+
+@pytest.mark.parametrize("packing", ["trees", "plain"])
+@pytest.mark.parametrize("grouped", [True, False])
+def test_chats_are_a_share_of_the_labelled_tokens_and_others_in_each_epoch(
+    with_chats: MakeRun, packing: str, grouped: bool
+) -> None:
+    share = 0.2
+    settings = {"replay": share, "packing": packing, "group_by_modality_length": grouped}
+    pipeline = decoder_run(with_chats(training={"use_cpu": True}, data=settings))
+    arguments = pipeline.arguments()
+    pipeline.prepare(arguments)
+    backbone = pipeline.load()
+    run_folder_of(pipeline.config.training).mkdir(parents=True)
+    pipeline.write_replay(backbone, arguments)
+    data = pipeline.data(backbone, arguments)
+    own, drawn = 48, []
+    tokens: list[int] = []
+    for epoch in range(3):
+        for set_epoch in data.set_epoch:
+            set_epoch(epoch)
+        assert data.sampler is not None
+        order = list(data.sampler)
+        assert len(order) == data.samples
+        assert sorted(index for index in order if index < own) == list(range(own))
+        chats = [index for index in order if index >= own]
+        assert max(map(chats.count, chats)) == 1  # of seven, fewer are drawn
+        drawn.append(frozenset(chats))
+        labelled = {index: int((data.train[index].labels != -100).sum()) for index in order}
+        tokens += [sum(labelled[index] for index in chats), sum(labelled.values())]
+        batch = data.collate([data.train[chats[0]], data.train[0]])
+        assert batch["replayed"].tolist() == [True, False]
+    assert len({*drawn}) > 1
+    assert sum(tokens[::2]) / sum(tokens[1::2]) == pytest.approx(share, abs=0.06)
+
+
+def test_more_chats_than_there_are_come_round_by_round() -> None:
+    words = torch.zeros(9, dtype=torch.int64)
+    lengths = SamplingLengths(words + 5, words.bool(), words, words)
+
+    def order(of_epoch: SamplingLengths) -> ModalityLengthSampler:
+        return ModalityLengthSampler(
+            of_epoch.lengths, of_epoch.is_multimodal, batch_size=2, world_size=1, accumulation=1, seed=3
+        )
+
+    sampler = ReplaySampler(lengths, own=6, drawn=8, seed=3, order=order)
+    seen = [index for index in sampler if index >= 6]
+    assert sorted(map(seen.count, {6, 7, 8})) == [2, 3, 3]
+    assert list(sampler) == list(sampler)
+
+
+def test_divergence_is_that_of_whole_distributions_from_the_start(with_chats: MakeRun) -> None:
+    pipeline = decoder_run(
+        with_chats(training={"use_cpu": True}, data={"replay": 0.4}, objective={"replay": "divergence"})
+    )
+    arguments = pipeline.arguments()
+    pipeline.prepare(arguments)
+    backbone = pipeline.load()
+    run_folder_of(pipeline.config.training).mkdir(parents=True)
+    pipeline.write_replay(backbone, arguments)
+    core_lora = pipeline.dora_config(backbone)
+    adapt(backbone.model, core_lora, initial=None)
+    data = pipeline.data(backbone, arguments)
+    items = [data.train[48], data.train[0], data.train[50]]
+    batch = {name: value for name, value in data.collate(items).items() if name not in BOOKKEEPING}
+    loss = pipeline.loss(backbone).train()
+    replayed = batch.pop("replayed")
+    with torch.no_grad():
+        before = backbone(keep_logits=True, **batch)
+        move_trained(backbone.model, seed=1)
+        after = backbone(keep_logits=True, **batch)
+    p, q = before.logits.double().softmax(-1), after.logits.double().softmax(-1)
+    divergence = (p * (p / q).log()).sum(-1)
+    of_chats = replayed[after.rows]
+    assert divergence[of_chats].min() > 1e-4
+    expected = torch.where(of_chats, divergence, after.losses.double()).mean()
+    output = loss(**batch, replayed=replayed)
+    torch.testing.assert_close(output["loss"].double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss(**batch)["loss"], after.losses.mean())
+    output["loss"].backward()
+    assert all(weight.grad is not None for weight in backbone.parameters() if weight.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"data": {"replay": 1.0}}, "below 1"),
+        ({"data": {"replay": 0.1, "streaming": True, "group_by_modality_length": False}}, "data.streaming"),
+        ({"data": {"replay": 0.1}, "objective": {"loss": "dpo"}}, "dpo"),
+        ({"data": {"replay": 0.1}, "objective": {"loss": "grpo"}}, "grpo"),
+        ({"data": {"replay": 0.1}, "model": {"template": "plain"}}, "plain"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(make_run: MakeRun, settings: Any, says: str) -> None:
+    error = refused(decoder_run(make_run(training={"use_cpu": True}, **settings)))
+    assert isinstance(error, SettingError)
+    assert error.key == "data.replay"
+    assert says in str(error)
+
+
+def test_a_base_that_writes_nothing_usable_ends_the_run(chatml_base: Path, tmp_path: Path) -> None:
+    writer, _ = writer_of(chatml_base, "chatml", [[f"Say.{END}"] * 64] * 20)
+    with pytest.raises(SettingError) as error:
+        replay.write_chats(tmp_path / "chats.jsonl", writer._assistant, ModelConfig(base=str(chatml_base)))
+    assert error.value.key == "data.replay"
+    assert not (tmp_path / "chats.jsonl").exists()
