@@ -20,9 +20,9 @@ import yaml
 from gradio.blocks import Block  # pyright: ignore[reportMissingImports]
 
 from dora_vl.errors import UserError
+from dora_vl.evaluation.forgetting import in_words
 from dora_vl.evaluation.pictures import series, smoothed
 from dora_vl.report.answers import blind, read_tests, score_rows
-from dora_vl.report.report import forgotten
 from dora_vl.report.run_record import RunRecord, read_run
 from dora_vl.report.views import InlinePictures, watched_tables
 from dora_vl.run.folder import ADAPTER
@@ -314,7 +314,7 @@ def test_view(record: RunRecord) -> str:
             rows.append((("", row.metric), [f"{cell.value:.1f}", interval, f"{cell.n:,}"]))
     if not rows:
         return ""
-    facts = forgotten(record.metrics.get("forgetting"))
+    facts = in_words(record.metrics.get("forgetting"))
     rows += [(("", name), [value, "", ""]) for name, value in facts.items()]
     head = ["", "value", "95 % interval", "questions"]
     return table_view("The test, beside its baselines", head, rows, blind(record.label, results))
