@@ -33,7 +33,7 @@ def shoot(visitor: Visitor, path: Path) -> None:
 SIGNS = {"stop": (200, 30, 30), "go": (40, 160, 60), "wait": (235, 190, 20)}
 
 
-def draw_signs(folder: Path, count: int = 160) -> list[Path]:
+def draw_signs(folder: Path, count: int = 100) -> list[Path]:
     """Draws signs, each with its row of a table; all files."""
     folder.mkdir()
     draw, rows = Random(3), ["image,question,answer"]
