@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, no_type_check
 
 import gradio as gr  # pyright: ignore[reportMissingImports] - of the extra `web`
-import pandas
 import torch
 import yaml
 from gradio.blocks import Block  # pyright: ignore[reportMissingImports]
@@ -44,6 +43,8 @@ STATES = {
     "finished": "Trained and tested.",
 }
 """What a person reads of a run's state."""
+DAMAGED = (LookupError, TypeError, ValueError, AttributeError)
+"""Reading a run's files may raise these where they are another version's, or somebody has changed them."""
 Update = dict[Any, Any]
 
 
@@ -254,9 +255,12 @@ class TrainDoor:
         }
         try:
             record = read_run(folder, folder.name)
+            views = {self.curve: _curve(record), self.watched: watched_view(record), self.test: test_view(record)}
         except UserError:  # nothing is logged yet
             return update
-        return {**update, self.curve: _curve(record), self.watched: watched_view(record), self.test: test_view(record)}
+        except DAMAGED as error:
+            return {**update, self.state: state_view("failed", f"{folder} has files that cannot be read: {error!r}")}
+        return {**update, **views}
 
     # -- inside ------------------------------------------------------------------------------------------------
 
@@ -277,8 +281,11 @@ def _setting(key: str) -> re.Pattern[str]:
 
 def rows_view(folder: Path) -> str:
     """Returns a few training rows as init wrote them."""
-    rows = [json.loads(line) for line in _read(folder / "train.jsonl").splitlines()]
-    root = (yaml.safe_load(_read(folder / RUN_FILE)) or {}).get("data", {}).get("image_folder")
+    try:
+        rows = [json.loads(line) for line in _read(folder / "train.jsonl").splitlines()]
+        root = yaml.safe_load(_read(folder / RUN_FILE) or "data: {}")["data"].get("image_folder")
+    except (*DAMAGED, yaml.YAMLError) as error:
+        return printed_view([f"its rows cannot be shown: {error!r}"])
     if not rows or root is None:
         return ""
     pictures, shown = InlinePictures(), []
@@ -324,5 +331,7 @@ def _curve(record: RunRecord) -> Any:
     """Returns the loss by step, and the validation's."""
     steps, losses = series(record.log, "loss")
     lines = {"training, smoothed": (steps, smoothed(losses)), "validation": series(record.log, "eval_loss")}
-    points = [(*point, name) for name, line in lines.items() for point in zip(*line, strict=True)]
-    return gr.update(value=pandas.DataFrame(points, columns=["step", "loss", "of"]), visible=bool(points))
+    points = [[*point, name] for name, line in lines.items() for point in zip(*line, strict=True)]
+    kinds = {"step": "quantitative", "loss": "quantitative", "of": "nominal"}
+    value = {"columns": [*kinds], "data": points, "datatypes": kinds, "mark": "line"}
+    return gr.update(value=value, visible=bool(points))

@@ -119,7 +119,9 @@ def _first_batch(config: RunConfig) -> tuple[int, int, int | None]:
 
 def _time_line(steps: int, seconds: float) -> str:
     minutes = math.ceil(steps * seconds / 60)
-    return f"{steps:,} steps: about {minutes:,} min on this machine; to read the pictures, replay and the test come on top"
+    return (
+        f"{steps:,} steps: about {minutes:,} min on this machine; to read the pictures, replay and the test come on top"
+    )
 
 
 def _steps(section: Mapping[str, Any], micro_batches: int) -> int:
