@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -79,10 +80,10 @@ def run(options: argparse.Namespace) -> Iterator[str]:
 
         rules, settings = access_rules(options), Settings.of(options)
         named = {"base_name": "the base", "template": options.template, "any_base": options.any_base}
-        models = OpenModels(lambda adapters: open_served(options.base, adapters, **named), settings)
+        models = OpenModels(partial(open_served, **named), settings)
         at_end.callback(models.close)
         if adapters:
-            models.open(adapters)  # before Gradio, which takes seconds: it may refuse
+            models.open(adapters, options.base)  # before Gradio, which takes seconds: it may refuse
         from dora_vl.serving.page import Page, QuietServer, build_page_app
 
         most = settings.media_bytes * 4  # so that the page itself can say that a file is too large

@@ -226,10 +226,10 @@ class OpenModels:
     """The models that answer, which may be exchanged while people have the page open; none at first.
 
     Args:
-        read: reads a base with these adapters, by name.
+        read: reads a base with these adapters, by name; None is the first adapter's own base.
     """
 
-    def __init__(self, read: Callable[[Mapping[str, Path]], ServedModel], settings: Settings) -> None:
+    def __init__(self, read: Callable[[str | None, Mapping[str, Path]], ServedModel], settings: Settings) -> None:
         self.settings = settings
         self.folders: tuple[Path, ...] = ()
         self._read = read
@@ -248,11 +248,11 @@ class OpenModels:
         """Names of what answers, the base first; none where nothing is open."""
         return () if self._side is None else self._side.engine.model.names
 
-    def open(self, adapters: Mapping[str, Path]) -> None:
+    def open(self, adapters: Mapping[str, Path], base: str | None = None) -> None:
         """Opens adapters over their base, in place of what was open."""
         with self._lock:
             self.close()
-            model = self._read(adapters)
+            model = self._read(base, adapters)
             self.folders = tuple(adapters.values())
             self._side = SideBySide(Engine(model, self.settings))
 

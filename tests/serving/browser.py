@@ -69,7 +69,7 @@ def page_of(
 
     settings = settings or Settings()
     with (
-        contextlib.closing(OpenModels(lambda adapters: model, settings)) as models,
+        contextlib.closing(OpenModels(lambda base, adapters: model, settings)) as models,
         socket.create_server(("127.0.0.1", 0)) as listening,
     ):
         models.open({name: Path(name) for name in model.names[1:]})
