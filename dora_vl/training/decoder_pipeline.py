@@ -193,11 +193,14 @@ class DecoderPipeline(Pipeline):
         search = {"num_beams": config.evaluation.beams} if config.task == "commonsense" else None
         return load_base(open_backbone, config.model, generation=search)
 
+    def assistant(self, backbone: Backbone[Any]) -> Assistant:
+        """Returns the model as one that is asked."""
+        return Assistant(backbone, EncoderPrompts(self.encoder))
+
     def write_replay(self, backbone: Backbone[Any], arguments: TrainingArguments) -> None:
         """Takes a base's chats from an earlier run of it; where there is none, it writes them."""
         if self.config.data.replay:
-            assistant = Assistant(backbone, EncoderPrompts(self.encoder))
-            on_first_rank(partial(put_chats, self.config, assistant, arguments.device))
+            on_first_rank(partial(put_chats, self.config, self.assistant(backbone), arguments.device))
 
     def dora_config(self, backbone: Backbone[Any]) -> DoRAConfig:
         """Every linear of the decoder and the projector, unless the settings say otherwise."""
@@ -396,7 +399,7 @@ class DecoderPipeline(Pipeline):
         """The model with its saved adapter, and what it lost by it."""
         base, evaluation = self.load(), self.config.evaluation
         strength = checked_strength(evaluation.strength)
-        assistant = Assistant(base, EncoderPrompts(self.encoder))
+        assistant = self.assistant(base)
         if not evaluation.forgetting:
             return replace(assistant, backbone=self.with_saved_adapter(base, strength)), {}
         texts = None if evaluation.other_texts is None else Path(evaluation.other_texts)

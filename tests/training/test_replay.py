@@ -130,11 +130,13 @@ def test_without_a_chat_template_a_base_goes_on_with_plain_openings(tmp_path: Pa
     assert {text.removeprefix("<s>") for text in backbone.prompts[0]} <= {*replay.OPENINGS}
 
 
-def test_what_closes_a_question_may_be_words(tiny_llava: Path) -> None:
-    encoder = open_encoder(str(tiny_llava), template="vicuna_v1", max_tokens=256)
-    opening = opening_of(encoder)
-    assert opening.closing_id is None
-    assert "".join(opening.closing.split()).replace("\u0120", "") == "ASSISTANT:"
+def test_what_opens_and_closes_a_user_s_turn(chatml_base: Path, tiny_llava: Path) -> None:
+    encoder = open_encoder(str(chatml_base), template="tokenizer", max_tokens=256)
+    opening, closing = opening_of(encoder)
+    assert encoder.tokenizer.decode(opening) == "<|im_start|>user\n"
+    assert closing == encoder.tokenizer.convert_tokens_to_ids(END)
+    _, closing = opening_of(open_encoder(str(tiny_llava), template="vicuna_v1", max_tokens=256))
+    assert closing is None  # ASSISTANT: is words
 
 
 def test_repeated_and_cut_texts() -> None:
