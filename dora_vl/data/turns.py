@@ -65,6 +65,10 @@ class Turn:
     more: str = ""
     is_trained: bool = True
 
+    def __post_init__(self) -> None:
+        if self.more and not isinstance(json.loads(self.more), dict):
+            raise ValueError(f"'more' must be a JSON object, got {self.more[:40]!r}")
+
     @property
     def fields(self) -> dict[str, Any]:
         """What `more` holds."""

@@ -145,6 +145,8 @@ BROKEN: list[bytes] = [
     b'{"id": "b", "answers": {"text": "red"}}',
     b'{"id": "b", "answers": [{"text": "x", "weight": NaN}]}',
     b'{"id": "b", "turns": [{"role": "human", "text": "x"}]}',
+    b'{"id": "b", "turns": [{"role": "user", "text": "x", "more": "{tools"}]}',
+    b'{"id": "b", "turns": [{"role": "user", "text": "x", "more": "[1]"}]}',
     b'{"id": "b", "subtitles": [{"start_seconds": 1}]}',
     b'{"id": "b", "extra": []}',
     b'{"id": "b", "choices": ["x"], "extra": {"correct": 1}}',
