@@ -307,10 +307,7 @@ class DecoderPipeline(Pipeline):
                 reference=Reference(backbone.model) if objective.has_reference else None,
                 keeps=not self.config.data.streaming and not draws_in_training(backbone.model),
             )
-        by_divergence = self.config.data.replay and objective.replay == "divergence"
-        reference = Reference(backbone.model) if by_divergence else None
-        by_step = self.config.optim.loss_normalisation == "step_tokens"
-        return NextTokenLoss(backbone, step_tokens=by_step, reference=reference)
+        return NextTokenLoss(backbone, step_tokens=self.config.optim.loss_normalisation == "step_tokens")
 
     def rollouts(self, backbone: Backbone[Any], arguments: TrainingArguments, data: TrainingData) -> Rollouts | None:
         """Draws answers where the loss learns from rewards."""
