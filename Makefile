@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-vlbart demo-video test test-all fresh-install lower-bounds lint docs clean
+.PHONY: demo demo-names demo-vlbart demo-video test test-all fresh-install lower-bounds lint docs clean
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -20,6 +20,11 @@ DEMO := runs/demo
 demo: $(INSTALLED)
 	$(BIN)/dora-vl quickstart
 	@echo "(here: $(BIN)/dora-vl, or first: source $(BIN)/activate)"
+
+NAMES := runs/demo-names
+
+demo-names: $(INSTALLED)
+	$(BIN)/dora-vl quickstart --names
 
 VLDEMO := runs/demo-vlbart
 LITE0 := --library timm --name tf_efficientnet_lite0 --weights-in-order --image-size 128 --grid-pool 2 --workers 0 \
@@ -54,6 +59,7 @@ demo-video: $(INSTALLED)
 lint: $(INSTALLED) docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/hadolint Dockerfile
 	$(BIN)/deptry dora_vl tasks data_prep
 	$(BIN)/pyright
 
@@ -97,4 +103,4 @@ test-all: $(INSTALLED) lint
 
 # The demos' and tests' output and the tools' caches alone: other folders in runs/ are somebody's training.
 clean:
-	rm -rf $(DEMO) $(VLDEMO) $(VIDEO) $(FRESH) $(LOWER) build dist .cache .pytest_cache .ruff_cache
+	rm -rf $(DEMO) $(NAMES) $(VLDEMO) $(VIDEO) $(FRESH) $(LOWER) build dist .cache .pytest_cache .ruff_cache

@@ -54,6 +54,7 @@ COMMANDS = {
         "dora_vl.evaluation.merge_command", "base + adapters as a plain model folder; checks it", opens_bases=True
     ),
     "prepare": Command("dora_vl.data.prepare", "a publisher's files to records"),
+    "push": Command("dora_vl.report.push_command", "a run's adapter to the hub, with a model card of what it scores"),
     "quickstart": Command("dora_vl.start.quickstart", "the demo: a small model fetched, trained, tested and merged"),
     "replay": Command(
         "dora_vl.training.replay_command", "short chats that a base writes, so that a run keeps what it knows"

@@ -6,6 +6,7 @@ random.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 from transformers.models.llava.processing_llava import LlavaProcessor
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
-from dora_vl.adapters.base_weights import save_under_hub_names
+from dora_vl.adapters.base_weights import BaseWeights, save_under_hub_names
 from dora_vl.adapters.files import read_tensors
 from dora_vl.backbones import register_towers
 from dora_vl.backbones.loading import (
@@ -56,9 +57,12 @@ from dora_vl.data.check import FileCheck
 from dora_vl.data.containers import find_files
 from dora_vl.data.turns import IMAGE_PLACEHOLDER
 from dora_vl.errors import BadSample, SettingError, UserError, one_line
-from dora_vl.files import NO_OWN_CODE, check_model_folder, opening
+from dora_vl.files import NO_OWN_CODE, check_model_folder, json_or_nothing, opening, write_json
 
 log = logging.getLogger(__name__)
+
+NEW_PROJECTOR = "new_projector.json"
+"""Tells in a composed base what its projector was when it was drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,8 +286,25 @@ def compose_llava(spec: ComposeSpec, folder: Path | str) -> None:
         save_under_hub_names(model)
         model.save_pretrained(unfinished)
         processor(tower, language).save_pretrained(unfinished)
+        write_json(unfinished / NEW_PROJECTOR, {"sha256": _projector_digest(unfinished)})
     named = spec.language_model or "a small Llama"
     log.info("composed %s: %s + %s, %d tokens a picture", folder, spec.vision_name, named, tower.tokens)
+
+
+def has_new_projector(folder: Path) -> bool:
+    """Tells whether a base was composed here and its projector is still as it was drawn; a merge may change it."""
+    digest = json_or_nothing(folder / NEW_PROJECTOR).get("sha256")
+    return digest is not None and digest == _projector_digest(folder)
+
+
+def _projector_digest(folder: Path) -> str:
+    """Hashes the numbers of a LLaVA's projector."""
+    register_towers()
+    digest = hashlib.sha256()
+    with BaseWeights(folder) as base:
+        for name in sorted(name for name in base.tensors if "multi_modal_projector." in name):
+            digest.update(base.read(name).float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _language(spec: ComposeSpec) -> LanguageModel:

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from numbers import Integral, Real
 from types import UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from dora_vl.errors import UserError, shown
 
@@ -38,7 +38,7 @@ def is_of_type(value: Any, kind: Any) -> bool:
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Literal:
         return isinstance(value, str) and value in inner
-    if origin is UnionType:
+    if origin in (UnionType, Union):
         return any(is_of_type(value, option) for option in inner)
     if origin is tuple:
         return isinstance(value, tuple | list) and all(is_of_type(item, inner[0]) for item in value)

@@ -7,22 +7,31 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from random import Random
+from types import MappingProxyType
 from typing import Any
 
 from dora_vl.data.example import MIDDLE_FRAME, Clip, Example
 from dora_vl.evaluation.scores.benchmark import Group, Scorer
 from dora_vl.evaluation.scores.scored import Scored, intervals, paired_differences
+from dora_vl.files import json_or_nothing
+from dora_vl.run.folder import PROBE
 
 MOST_EXCHANGED, SEED = 200, 0
 LEAST_ASKED = 5
 """A question asked more seldom has no commonest answer of its own: it would be its own truth."""
-COMMONEST, EXCHANGED, WARNING = "commonest_answer", "exchanged_pictures", "warning"
+COMMONEST, EXCHANGED, READABLE = "commonest_answer", "exchanged_pictures", "readable"
+WARNING, ADVICE = "warning", "advice"
+MUCH = 0.1
+"""Where so large a share of the questions is readable and not learned, settings to try are named."""
 HOW = {
     COMMONEST: f"the test's own commonest right answer to each question that it asks {LEAST_ASKED} times or more, to "
     "all other questions together one; no model",
     EXCHANGED: f"questions drawn by seed {SEED}, at most {MOST_EXCHANGED}, each with the pictures of another of them "
     "that shows as many and not the same",
+    READABLE: "a linear map from what the base's frozen vision part gives for a picture to the training answers, by "
+    f"`dora-vl init`; one for each question that is asked {LEAST_ASKED} times or more, one for all others",
 }
 Media = tuple[tuple[str, ...], tuple[Clip, ...]]
 
@@ -43,12 +52,14 @@ def compared(
     *,
     says: Callable[[Example], str],
     exchange: Exchange | None,
+    readable: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[dict[str, Any], list[str]]:
     """Returns a score's baselines for `metrics.json`, and the lines to print, a warning last.
 
     Args:
         says: the right answer as a model says it; "" where the file holds none.
         exchange: None where no model was asked about exchanged pictures.
+        readable: the answers that a linear map of the base's pictures gives, by id; see `readable_answers`.
     """
     metric = next(iter(scored.metrics))
     entry: dict[str, Any] = {"metric": metric}
@@ -57,6 +68,22 @@ def compared(
         baseline, text = _baseline(score(examples, commonest), metric)
         entry[COMMONEST] = {**baseline, "how": HOW[COMMONEST]}
         lines.append(f"{metric} of each question's commonest answer {text}")
+    if probed := [example for example in examples if example.id in readable]:
+        of_probe = score(probed, readable)
+        baseline, text = _baseline(of_probe, metric)
+        kinds = by_question(probed, of_probe.shares, scored.shares)
+        entry[READABLE] = {**baseline, "how": HOW[READABLE], "questions": kinds}
+        lines.append(f"{metric} that a linear map of the base's pictures reads {text}")
+        lines += [
+            f"{name}: readable {kind[READABLE]:g}, learned {kind['learned']:g} of {kind['n']}"
+            for name, kind in kinds.items()
+        ]
+        if sum(max(0.0, kind[READABLE] - kind["learned"]) for kind in kinds.values()) >= MUCH * len(probed):
+            entry[ADVICE] = (
+                "the base's pictures tell more than was learned: try more epochs (training.num_train_epochs), another "
+                "rate (training.learning_rate, optim.projector_learning_rate), a higher adapter.rank"
+            )
+            lines.append(entry[ADVICE])
     if exchange is not None and not exchange.examples and any(map(_shows, examples)):
         lines.append("no pictures were exchanged: no two of the questions show as many and different ones")
     if exchange is None or not exchange.examples:
@@ -82,6 +109,31 @@ def compared(
         )
         lines.append(entry[WARNING])
     return entry, lines
+
+
+def by_question(
+    examples: Sequence[Example], readable: Mapping[str, float], learned: Mapping[str, float]
+) -> dict[str, dict[str, float]]:
+    """Counts what is readable and what was learned of each question that is asked often, and of all others together."""
+    times = Counter(example.question for example in examples)
+    groups: defaultdict[str, list[str]] = defaultdict(list)
+    for example in examples:
+        often = times[example.question] >= LEAST_ASKED
+        groups[example.question if often else "other questions"].append(example.id)
+    return {
+        name: {
+            "n": len(ids),
+            READABLE: round(sum(readable.get(key, 0.0) for key in ids), 2),
+            "learned": round(sum(learned.get(key, 0.0) for key in ids), 2),
+        }
+        for name, ids in groups.items()
+    }
+
+
+def readable_answers(questions: object, questions_sha256: object) -> Mapping[str, str]:
+    """Reads the probe's answers beside a test's file of questions; none where the file is another by now."""
+    probe = json_or_nothing(Path(str(questions)).with_name(PROBE)) if questions else {}
+    return probe["answers"] if probe and probe["questions_sha256"] == questions_sha256 else {}
 
 
 def _baseline(scored: Scored, metric: str) -> tuple[dict[str, Any], str]:

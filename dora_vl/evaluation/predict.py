@@ -21,7 +21,7 @@ from tqdm import tqdm
 from dora_vl.backbones.generation import NO_NUMBERS
 from dora_vl.data.example import Example
 from dora_vl.errors import UserError, one_line, shown_names, shown_text
-from dora_vl.evaluation.baselines import EXCHANGED, Exchange, digest, exchanged
+from dora_vl.evaluation.baselines import EXCHANGED, Exchange, digest, exchanged, readable_answers
 from dora_vl.evaluation.predictions import (
     PREDICTIONS,
     Prediction,
@@ -250,7 +250,8 @@ def evaluate(
         done.append(tested)
         if not is_first_rank() or tested.refused is not None:
             continue
-        done[-1] = with_baselines(tested, others)
+        readable = readable_answers(part.about.get("file"), part.settings.get("questions_sha256"))
+        done[-1] = with_baselines(tested, others, readable)
         announce(done[-1])
         empty = sum(not answer.strip() for answer in predictions.answers.values())
         if (failed := len(part.examples) - len(predictions.rows)) or empty:

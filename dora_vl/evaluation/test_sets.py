@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from dora_vl.data.example import JSON, Example
@@ -207,13 +208,17 @@ def scored(test: TestSet, predictions: Predictions) -> Tested:
     return replace(tested, scored=result, submission=submission)
 
 
-def with_baselines(tested: Tested, exchange: Exchange | None) -> Tested:
-    """Adds the baselines that a score is compared with."""
+def with_baselines(
+    tested: Tested, exchange: Exchange | None, readable: Mapping[str, str] = MappingProxyType({})
+) -> Tested:
+    """Adds the baselines that a score is compared with; `readable` are the probe's answers."""
     test, result = tested.test, tested.scored
     if result is None or test.score is None:
         return tested
     answers = tested.predictions.answers
-    baselines, remarks = compared(result, test.scored_examples, answers, test.score, says=test.truth, exchange=exchange)
+    baselines, remarks = compared(
+        result, test.scored_examples, answers, test.score, says=test.truth, exchange=exchange, readable=readable
+    )
     return replace(tested, baselines=baselines, remarks=remarks)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from dora_vl.data.example import Clip
 from dora_vl.errors import UserError
-from dora_vl.evaluation.baselines import COMMONEST, EXCHANGED, WARNING
+from dora_vl.evaluation.baselines import ADVICE, COMMONEST, EXCHANGED, READABLE, WARNING
 from dora_vl.evaluation.predictions import PREDICTIONS
 from dora_vl.evaluation.results import SetResult, read_results
 from dora_vl.evaluation.scores.exact import normalised
@@ -19,6 +19,7 @@ from dora_vl.report.run_record import RunRecord
 
 Results = Mapping[str, SetResult]
 BASELINES = {COMMONEST: "each question's commonest answer", EXCHANGED: "with pictures exchanged"}
+BASELINES |= {READABLE: "what a linear map of the base's pictures reads"}
 MOST_LABELS = 24
 OTHER = "other"
 
@@ -160,9 +161,10 @@ def _baselines(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def blind(label: str, *several: Results) -> list[str]:
-    """Warns of each set of a run whose answers do not depend on its pictures."""
+    """Warns of each set of a run whose answers do not depend on its pictures, or tell less than these."""
     entries = [(name, result.entry.get("baselines") or {}) for results in several for name, result in results.items()]
-    return [f"{label}, {name}: {baselines[WARNING]}." for name, baselines in entries if WARNING in baselines]
+    notes = [(name, baselines.get(key)) for name, baselines in entries for key in (WARNING, ADVICE)]
+    return [f"{label}, {name}: {note}." for name, note in notes if note]
 
 
 def confusion(title: str, result: SetResult) -> Confusion | None:

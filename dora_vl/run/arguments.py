@@ -46,7 +46,7 @@ OWNED = {
     "label_smoothing_factor": "the loss is computed at labelled positions only",
     "use_liger_kernel": "the loss is computed at labelled positions only",
     "auto_find_batch_size": "the batch size is part of the recipe",
-    "push_to_hub": "upload training.output_dir/adapter with `hf upload` afterwards",
+    "push_to_hub": "`dora-vl push RUN OWNER/NAME` uploads the adapter with its model card afterwards",
     "local_rank": "the launcher sets it",
     "neftune_noise_alpha": "the Trainer adds its noise to plain language models only; raise adapter.dropout",
 }
@@ -151,9 +151,10 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         _check_fsdp(section, config.task)
     _check_precision(section, method=method, dtype=config.model.dtype)
     validate = section.get("eval_strategy", "epoch" if data.held_out else "no")
-    if validate != "no" and data.held_out is None:
-        raise SettingError("training.eval_strategy", f" is {validate}, but data.validation names no file")
+    _check_validation(config, validate)
     values = {**OURS, "eval_strategy": validate, "dataloader_pin_memory": on_cuda, "tf32": True, **section}
+    if config.optim.early_stopping is not None:
+        values = {**_best_of_validations(values), **values}
     if not on_cuda:
         del values["tf32"]  # CUDA's alone: a GPU recipe also runs, slowly, on a CPU
     if values.get("deepspeed") is not None:
@@ -187,6 +188,21 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
             "this one process trains on one GPU of %d; start it with `deepspeed` to use all", torch.cuda.device_count()
         )
     return arguments
+
+
+def _check_validation(config: RunConfig, strategy: str) -> None:
+    """Refuses a validation, and what needs one, where nothing is held out."""
+    if strategy != "no" and config.data.held_out is None:
+        raise SettingError("training.eval_strategy", f" is {strategy}, but data.validation names no file")
+    if strategy == "no" and config.optim.early_stopping is not None:
+        raise SettingError("optim.early_stopping", ": nothing is validated; set data.validation_share: 0.1")
+
+
+def _best_of_validations(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings by which the adapter is that of the lowest loss: a checkpoint with each validation."""
+    when = values["eval_strategy"]
+    every = {"save_steps": values.get("eval_steps") or values["logging_steps"]} if when == "steps" else {}
+    return {"load_best_model_at_end": True, "metric_for_best_model": "loss", "save_strategy": when, **every}
 
 
 def _check_fsdp(section: Mapping[str, Any], task: str) -> None:

@@ -36,15 +36,18 @@ DRAWN = "drawn.jsonl"
 """Holds a question of each step that learned from rewards, with the answers that were drawn to it."""
 REPLAY = "replay.jsonl"
 """Holds the base's own chats that a run learned from (`data.replay`)."""
+PROJECTOR_START = "projector_start.safetensors"
 SETTINGS = "settings.json"
 PLAN = "plan.json"
+PROBE = "probe.json"
+"""Holds what a linear map of the base's pictures answers to the test's questions, by `dora-vl init`."""
 WATCHED = "watched"
 PREDICTED = ("predictions.jsonl", "scores.jsonl")
 SAVED = (ADAPTER, METRICS, *PREDICTED)
 """These took work to make; a run that left none of them, nor a checkpoint, failed before its first save."""
 RESULTS = (
     *(ADAPTER, LOSS_LOG, METRICS, SKIPPED, FAULTS, DRAWN, REPLAY, *PREDICTED, "predictions.settings.json", WATCHED),
-    *("loss_curve.png", "contact_sheet.png"),
+    *(PROJECTOR_START, "loss_curve.png", "contact_sheet.png"),
 )
 IF_STOPPED = "if_stopped"
 _OTHERWISE = "--overwrite true removes it, --training.output_dir names another folder"

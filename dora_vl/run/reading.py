@@ -49,6 +49,7 @@ COUNTS = {
     "batch_size": "",
     "max_new_tokens": "",
     "max_pixels_per_step": "; null leaves it to the model",
+    "early_stopping": "; null trains to the end",
 }
 """Settings that are at least 1 -> the end of their message. A limit of 0 would be an empty test that looks whole."""
 

@@ -93,6 +93,11 @@ class AdapterConfig(AdapterSettings):
     """Trains all biases of BART as well, as the published LoRA and DoRA runs do."""
     train_norm_weights: bool = False
     """Trains the weights of BART's layer norms as well, as the published image DoRA run does."""
+    projector_start: Literal["random", "scaled", "answers"] | None = None
+    """Where the new projector of a composed LLaVA begins. answers: at a linear map from the tower's stored outputs to
+    the words of the training answers, fitted in seconds; scaled: at a random map with their mean and spread; random: as
+    it was composed. null: answers where it trains for the first time and data.cache_features is on, else as the base
+    has it."""
     initial: str | None = None
     """Adapter folder to start from, such as stage 1's projector; its weights are loaded before training."""
 
@@ -296,6 +301,9 @@ class OptimConfig:
     not_finite: Literal["stop", "skip"] = "stop"
     """A step whose loss or gradient is not a number is left out, named and written to faults.jsonl. stop: the run then
     saves a checkpoint and ends; skip: it goes on, unless ten steps in a row are such."""
+    early_stopping: int | None = None
+    """Ends training after so many validations in a row without a new lowest loss; the adapter is then that of the
+    lowest (training.load_best_model_at_end: false keeps the last), so checkpoints are written with each validation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -402,7 +410,7 @@ _MEDIA = _fields(
     objective="exchange_pictures",
 )
 FIELDS: Mapping[Task, frozenset[str]] = {
-    "llava": _TEXT | _MEDIA | _fields(model="compose image_aspect"),
+    "llava": _TEXT | _MEDIA | _fields(model="compose image_aspect", adapter="projector_start"),
     "image_text": _TEXT | _MEDIA,
     "commonsense": _TEXT | _fields(model="source", data="train_on", evaluation="files scoring rule beams"),
     "vlbart": _fields(

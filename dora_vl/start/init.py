@@ -27,7 +27,7 @@ from dora_vl.data.pictures import MediaFolder, path_inside, save_picture
 from dora_vl.data.readers import read_row
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, KWARGS, SPEAKERS, TOOLS, VIDEO_PLACEHOLDER
 from dora_vl.errors import BadSample, UserError, shown_names, shown_text
-from dora_vl.files import clear_leftovers, content_key, whole_folder
+from dora_vl.files import clear_leftovers, content_key, file_sha256, whole_folder, write_json
 from dora_vl.limited_process import JobFailed
 from dora_vl.start.run_file import (
     MOST_NAMES,
@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         text = written(base, _data(look, halves, to), output_dir=str(to), on_gpu=on_gpu, command=start)
         _write(staging, halves, text)
         if replaces:  # what a run has added since stays
-            own = (TRAIN, TEST, VALIDATION, RUN_FILE, MEDIA)
+            own = (TRAIN, TEST, VALIDATION, RUN_FILE, MEDIA, "probe.json")
             shutil.copytree(
                 to,
                 staging,
@@ -113,7 +113,36 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
             )
     size = f" ({base.parameters / 1e6:,.0f} million parameters)" if base.parameters else ""
     yield f"{to}: {', '.join(halves)} and {RUN_FILE} written, base {base.name}{size}"
+    if base.is_llava and Path(base.name).is_dir() and look.pictures.keys and not look.has_videos:
+        yield from _look_ahead(to / RUN_FILE)
     yield f"\nnext:  {start}"
+
+
+def _look_ahead(run_file: Path) -> Iterator[str]:
+    """Tells what can be read of the base's pictures before anything is trained, and keeps it for the run's test."""
+    from dora_vl.evaluation.baselines import READABLE, by_question, commonest_answers, right_text
+    from dora_vl.evaluation.scores.exact import score
+    from dora_vl.evaluation.test import check_test
+    from dora_vl.run.folder import PROBE
+    from dora_vl.run.reading import read_run_file
+    from dora_vl.training.decoder_pipeline import DecoderPipeline
+
+    config = read_run_file(run_file)
+    alone = {name: value for name, value in config.training.items() if name != "deepspeed"}
+    try:
+        answers = DecoderPipeline(replace(config, training=alone)).readable()
+    except UserError as error:
+        yield f"what the base's pictures tell was not measured: {error}"
+        return
+    examples = [example for example in check_test(config) if example.id in answers]
+    if not examples:
+        return
+    digest = file_sha256(Path(str(config.evaluation.file)))
+    write_json(run_file.with_name(PROBE), {"questions_sha256": digest, "answers": answers})
+    yield "of the test's questions a linear map reads of the base's pictures, before any training:"
+    commonest = score(examples, commonest_answers(examples, right_text)).shares
+    for name, kind in by_question(examples, score(examples, answers).shares, commonest).items():
+        yield f"  {name} readable {kind[READABLE]:g} of {kind['n']}, its commonest answer {kind['learned']:g}"
 
 
 def _target(arguments: argparse.Namespace) -> tuple[Path, bool]:

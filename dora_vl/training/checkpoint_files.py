@@ -30,7 +30,8 @@ STATE, STATE_NUMBERS = "state", "state.json"
 MAY_CHANGE = tuple(
     f"{section}{name}"
     for section, names in {
-        "": "resume overwrite test_only watch try_largest_batch variant evaluation.* optim.not_finite adapter.initial",
+        "": "resume overwrite test_only watch try_largest_batch variant evaluation.* adapter.initial",
+        "optim.": "not_finite early_stopping",
         "data.": "workers feature_cache follow_links max_bad_share closed_answers*",  # compared as the lists themselves
         "training.": "output_dir save_* logging_* report_to run_name disable_tqdm use_cpu ddp_timeout eval_* "
         "per_device_eval_batch_size load_best_model_at_end metric_for_best_model greater_is_better deepspeed "

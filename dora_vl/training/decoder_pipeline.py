@@ -25,7 +25,7 @@ from dora_vl.backbones.model import (
     projector_patterns,
     skeleton_of,
 )
-from dora_vl.backbones.tower_sources import compose_llava, write_language_model
+from dora_vl.backbones.tower_sources import compose_llava, has_new_projector, write_language_model
 from dora_vl.core import DoRAConfig
 from dora_vl.core.strength import checked_strength
 from dora_vl.data.batches import Collator
@@ -34,8 +34,10 @@ from dora_vl.data.pictures import StoredPictures
 from dora_vl.data.samples import Labelled, Sample, Skipped
 from dora_vl.errors import SettingError
 from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
+from dora_vl.evaluation.baselines import right_text
 from dora_vl.evaluation.forgetting import Abilities, forgetting, in_words, measured
 from dora_vl.evaluation.predictor import MediaReader
+from dora_vl.evaluation.questions import text_asked
 from dora_vl.evaluation.rewards import Reward, rewards_of
 from dora_vl.evaluation.test import (
     check_test,
@@ -66,11 +68,12 @@ from dora_vl.run.base import (
     video_folder,
     video_sampling,
 )
-from dora_vl.run.folder import REPLAY, run_folder_of
+from dora_vl.run.folder import PROJECTOR_START, REPLAY, run_folder_of
 from dora_vl.run.launch import on_first_rank
 from dora_vl.run.settings import foreign_fields
 from dora_vl.run.watched import Watch, evenly
-from dora_vl.training.parts import core_config
+from dora_vl.training.closed_form import MOST_SAMPLES, Form, probe, projector_inputs, start_projector
+from dora_vl.training.parts import adapt, core_config
 from dora_vl.training.pipeline import LossModel, NextTokenLoss, Pipeline, PreferenceLoss, RewardLoss, TrainingData
 from dora_vl.training.reference import Reference, draws_in_training
 from dora_vl.training.replay import check_base_writes, check_replay, put_chats
@@ -134,6 +137,7 @@ class DecoderPipeline(Pipeline):
         samples.look_ahead(*folders)
         make_base(compose_llava, config.model.compose, config.model.base, arguments)
         make_base(write_language_model, config.model.source, config.model.base, arguments)
+        self._projector_start()
         check_window(config.model.base, self.encoder, config.model.revision)
         check_pixels(config.model.base, self.encoder, self._most_pixels(arguments))
         if config.data.replay:
@@ -240,10 +244,13 @@ class DecoderPipeline(Pipeline):
         pictures = encoder.sees_pictures and (samples.has_pictures or (samples.has_videos and not videos))
         dummy, outputs = encoder.dummy() if pictures else None, None
         if data.cache_features and samples.has_pictures:
-            folder, most = image_folder(data), self._most_pixels(arguments)
-            reader = PictureReader(encoder=encoder, folder=folder, stored=samples.stored, most_pixels=most)
-            decoder = cast(DecoderBackbone, backbone)
+            decoder, reader = cast(DecoderBackbone, backbone), self._picture_reader(arguments)
+            form = self._projector_start(decoder)
             outputs, dummy = stored_outputs(self.config, decoder, reader, samples.pictures, arguments)
+            if form is not None:
+                rounds, file = samples.rounds(MOST_SAMPLES), run_folder_of(self.config.training) / PROJECTOR_START
+                seen = projector_inputs(decoder.config, outputs, reader, [names for names, _, _ in rounds])
+                start_projector(decoder.model.base_model, encoder.tokenizer, rounds, seen, form, file)
         collate = Collator(
             encoder.pad_token_id,
             dummy=dummy,
@@ -267,6 +274,49 @@ class DecoderPipeline(Pipeline):
 
         tokens = made.batch_tokens + arguments.per_device_train_batch_size * group * longest
         return replace(made, pools=pools, batch_tokens=tokens)
+
+    def _picture_reader(self, arguments: TrainingArguments) -> PictureReader:
+        folder, most = image_folder(self.config.data), self._most_pixels(arguments)
+        stored = self.samples(arguments).stored
+        return PictureReader(encoder=self.encoder, folder=folder, stored=stored, most_pixels=most)
+
+    def readable(self) -> dict[str, str]:
+        """Returns by id the answers to the test's questions that a linear map of the base's pictures gives."""
+        arguments, backbone = self.arguments(), self.load()
+        adapt(backbone.model, self.dora_config(backbone))  # so that the run finds the outputs that are stored here
+        test = [example for example in check_test(self.config) if example.images]
+        asked = [(example.images, text_asked(example), right_text(example)) for example in test]
+        rounds, reader = self.samples(arguments).rounds(MOST_SAMPLES), self._picture_reader(arguments)
+        pictures = [names for names, _, _ in (*rounds, *asked)]
+        outputs, _ = stored_outputs(self.config, backbone, reader, pictures, arguments)
+        read = probe(rounds, asked, projector_inputs(backbone.config, outputs, reader, pictures))
+        return {example.id: answer for example, answer in zip(test, read, strict=True) if answer is not None}
+
+    def _projector_start(self, backbone: DecoderBackbone | None = None) -> Form | None:
+        """Returns the form that the projector's start takes, None where it has no place; one that is set is refused.
+
+        Before the model is there, it tells by the settings and the base's folder alone.
+        """
+        config, trouble = self.config, None
+        form, base = config.adapter.projector_start, Path(config.model.base)
+        if form == "random" or config.task != "llava":
+            return None
+        if not config.data.cache_features:
+            trouble = "is computed from stored outputs; set data.cache_features: true"
+        elif config.adapter.initial is not None:
+            trouble = "and adapter.initial both say where the projector begins; leave one out"
+        elif not has_new_projector(base):
+            trouble = (
+                f"is for a new projector, and {base} has one that was trained, or composed elsewhere; leave it out"
+            )
+        elif backbone is not None:
+            llava: Any = backbone.model.base_model
+            whole = all(weight.requires_grad for weight in llava.multi_modal_projector.parameters())
+            if not whole or any(weight.requires_grad for weight in llava.vision_tower.parameters()):
+                trouble = "needs a projector that trains whole, and a tower that does not; leave it out"
+        if trouble is not None and form is not None:
+            raise SettingError("adapter.projector_start", f" {trouble}")
+        return None if trouble is not None else form or "answers"
 
     def _packing(self, backbone: Backbone[Any]) -> Packing:
         """`data.packing`, as far as the model follows them."""

@@ -58,6 +58,8 @@ from dora_vl.run.folder import run_folder_of
 from dora_vl.run.launch import rank_and_ranks, wait_for_everyone
 from dora_vl.run.settings import OF_SINGLE_ANSWERS, DataConfig, ObjectiveConfig, RunConfig
 from dora_vl.run.sharding import gather_to_read
+from dora_vl.run.watched import evenly
+from dora_vl.training.closed_form import Round, rounds_of
 from dora_vl.training.pipeline import TrainingData
 from dora_vl.training.replay import Replay
 
@@ -197,6 +199,12 @@ class RunSamples:
         rows = [row for source in sources for row in source.first_rows if isinstance(row, Example)]
         of_data = any(row.rejected_images for row in rows) or any(table.has_rejected_images for table in self._tables)
         return not objective.is_sft and (objective.exchange_pictures or of_data)
+
+    def rounds(self, most: int) -> list[Round]:
+        """Lists questions and answers about pictures of so many training samples, at even distances."""
+        assert self._train is not None, "a stream stores no outputs"
+        examples = (self._train[index] for index in evenly(range(len(self._train)), most))
+        return [*rounds_of(row for row in examples if isinstance(row, Example))]
 
     @property
     def stored(self) -> StoredPictures:

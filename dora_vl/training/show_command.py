@@ -54,7 +54,8 @@ def shown_settings(config: RunConfig, folder: Path) -> RunConfig:
     training |= {"output_dir": str(folder), "use_cpu": True, "eval_strategy": "no"}
     data = dataclasses.replace(config.data, workers=0, cache_features=False, replay=0.0)
     model = dataclasses.replace(config.model, dtype="float32", quantisation=None)
-    return dataclasses.replace(config, training=training, data=data, model=model, resume=None)
+    adapter = dataclasses.replace(config.adapter, projector_start=None)
+    return dataclasses.replace(config, adapter=adapter, training=training, data=data, model=model, resume=None)
 
 
 def first_batch(pipeline: Pipeline) -> BatchView:

@@ -35,7 +35,15 @@ from dora_vl.run.arguments import launch_of, zero_stage
 from dora_vl.run.folder import ADAPTER, FAULTS, full_disk_reported, run_folder_of, settings_of
 from dora_vl.run.launch import is_first_rank, on_first_rank
 from dora_vl.run.sharding import gather_to_read, gather_to_write, shard
-from dora_vl.training.callbacks import Epochs, LossLog, RunProgress, StepLimit, StopOnSignal, WatchQuestions
+from dora_vl.training.callbacks import (
+    EarlyStopping,
+    Epochs,
+    LossLog,
+    RunProgress,
+    StepLimit,
+    StopOnSignal,
+    WatchQuestions,
+)
 from dora_vl.training.checkpoint import (
     OptimizerLayout,
     RunningState,
@@ -129,12 +137,13 @@ class AdapterTrainer(OrderedTrainer):
         self.closing.callback(faulthandler.cancel_dump_traceback_later)
         self.faults = StepFaults(self.run_folder / FAULTS, config.optim.not_finite, scaled=arguments.fp16)
         self._loss = pipeline.loss(backbone)
+        patience = config.optim.early_stopping
         super().__init__(
             data,
             model=self._loss,
             args=arguments,
             eval_dataset=held_out,
-            callbacks=[self.stop, self.faults, StepLimit()],
+            callbacks=[self.stop, self.faults, StepLimit(), *([] if patience is None else [EarlyStopping(patience)])],
         )
         # The model is in shards already, whose gradients meet by themselves.
         self.is_distributed_loading_by_transformers = bool(config.training.get("fsdp"))
@@ -142,7 +151,7 @@ class AdapterTrainer(OrderedTrainer):
 
     def _run_epoch(self, *options: Any, **named: Any) -> None:
         # The Trainer asks whether it is done after a step only: a whole run that is resumed would take one more.
-        if self.state.global_step >= self.state.max_steps:
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*options, **named)

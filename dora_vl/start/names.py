@@ -1,0 +1,162 @@
+"""Things with names, as four artists drew them (emoji): three to learn from, the fourth to be asked about.
+
+`convert` writes pictures, and as LLaVA's JSON
+
+- `train.json`: pictures of three artists, each with two questions, what it is and of which kind, in either order;
+- `test.json`: both questions about each of the fourth artist's, one a sample, whose `kind` is `name` or `category`;
+- `manifest.json`: the settings that it was made by.
+
+The artists' sets are Iconify's: `icons.json` has an SVG of each, `chars.json` which character it draws.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from dora_vl.errors import UserError, install_command
+from dora_vl.files import json_or_nothing, read_json, whole_folder, write_json
+
+ARTISTS, UNSEEN = ("noto", "fluent_emoji_flat", "openmoji"), "twemoji"
+"""Asset folders of the artists that are learned from, and of the one that is not."""
+NAME, CATEGORY = "what is this?", "what kind of thing is it?"
+SIDE, LARGEST = 160, 0.92
+"""Pixels of a picture's side, and the largest share of it that a thing takes."""
+BACKGROUNDS = ("white", "#ebf0fa", "#faebe1", "#e1f5e1", "#f0f0c8", "#c8d7eb", "#e1e1e1", "#fff0f5")
+NOUNS = {
+    "animal": "🐀rat 🐂ox 🐆leopard 🐏ram 🐐goat 🐑sheep 🐒monkey 🐗boar 🐘elephant 🐨koala 🐩poodle 🐪camel 🐭mouse "
+    "🐮cow 🐯tiger 🐰rabbit 🐱cat 🐴horse 🐶dog 🐷pig 🐹hamster 🐺wolf 🐻bear 🐼panda 🐿squirrel 🦁lion 🦄unicorn "
+    "🦇bat 🦊fox 🦌deer 🦍gorilla 🦏rhinoceros 🦒giraffe 🦓zebra 🦔hedgehog 🦘kangaroo 🦙llama 🦛hippopotamus "
+    "🦝raccoon 🦡badger 🦣mammoth 🦥sloth 🦦otter 🦧orangutan 🦨skunk 🦫beaver 🦬bison 🫎moose 🫏donkey 🐉dragon "
+    "🐊crocodile 🐍snake 🐢turtle 🦎lizard 🦖dinosaur 🐸frog",
+    "bird": "🐓rooster 🐔chicken 🐤chick 🐦bird 🐧penguin 🕊dove 🦃turkey 🦅eagle 🦆duck 🦉owl 🦚peacock 🦜parrot "
+    "🦢swan 🦤dodo 🦩flamingo 🪿goose",
+    "insect": "🐌snail 🐛caterpillar 🐜ant 🐝bee 🐞ladybug 🕷spider 🦂scorpion 🦋butterfly 🦗cricket 🦟mosquito 🪰fly "
+    "🪱worm 🪲beetle 🪳cockroach",
+    "sea animal": "🐙octopus 🐚shell 🐟fish 🐡blowfish 🐬dolphin 🐳whale 🦀crab 🦈shark 🦐shrimp 🦑squid 🦞lobster "
+    "🦪oyster 🦭seal 🪸coral 🪼jellyfish",
+    "plant": "🌱seedling 🌲pine_tree 🌳tree 🌴palm_tree 🌵cactus 🍀clover 🍁maple_leaf 🍄mushroom 🪴potted_plant "
+    "🌷tulip 🌸cherry_blossom 🌹rose 🌺hibiscus 🌻sunflower 💐bouquet 🪷lotus 🪻hyacinth",
+    "fruit": "🍅tomato 🍇grapes 🍈melon 🍉watermelon 🍊orange 🍋lemon 🍌banana 🍍pineapple 🍎apple 🍐pear 🍑peach "
+    "🍒cherries 🍓strawberry 🥝kiwi 🥥coconut 🥭mango 🫐blueberries 🫒olive",
+    "vegetable": "🌰chestnut 🌶chili_pepper 🌽corn 🍆eggplant 🥑avocado 🥒cucumber 🥔potato 🥕carrot 🥜peanuts "
+    "🥦broccoli 🧄garlic 🧅onion 🫑bell_pepper 🫚ginger 🫛peas",
+    "food": "🌭hot_dog 🌮taco 🌯burrito 🍔hamburger 🍕pizza 🍗chicken_leg 🍞bread 🍟fries 🍳fried_egg 🍿popcorn "
+    "🥐croissant 🥓bacon 🥖baguette 🥗salad 🥚egg 🥞pancakes 🥨pretzel 🥩steak 🥪sandwich 🥯bagel 🧀cheese 🧇waffle "
+    "🧈butter 🍚rice 🍛curry 🍜ramen 🍝spaghetti 🍣sushi 🥟dumpling 🥠fortune_cookie 🍦ice_cream 🍩doughnut 🍪cookie "
+    "🍫chocolate 🍬candy 🍭lollipop 🍯honey 🍰slice_of_cake 🎂birthday_cake 🥧pie 🧁cupcake",
+    "drink": "🍷wine 🍸cocktail 🍹tropical_drink 🍺beer 🍼baby_bottle 🍾champagne 🥛milk 🥤soda 🧋bubble_tea "
+    "🫖teapot ☕coffee",
+    "vehicle": "🏎racing_car 🚂steam_train 🚊tram 🚌bus 🚑ambulance 🚒fire_engine 🚓police_car 🚕taxi 🚗car 🚚truck "
+    "🚜tractor 🚲bicycle 🛵scooter 🏍motorcycle 🛹skateboard 🚀rocket 🚁helicopter ✈airplane 🛸flying_saucer 🚢ship "
+    "🚤speedboat 🛶canoe ⛵sailboat 🛰satellite 🛻pickup_truck",
+    "building": "🏠house 🏭factory 🏥hospital 🏫school 🏦bank 🏯japanese_castle 🏰castle ⛪church 🕌mosque 🛖hut "
+    "🏟stadium ⛺tent 🗼tower 🎡ferris_wheel 🎪circus_tent ⛲fountain",
+    "clothing": "🎩top_hat 👑crown 👒hat 👓glasses 👔tie 👕t-shirt 👖jeans 👗dress 👘kimono 👙bikini 👛purse "
+    "👜handbag 👞shoe 👟sneaker 👠high_heel 👡sandal 👢boot 💄lipstick 💍ring 💎diamond 🥽goggles 🧣scarf 🧤gloves "
+    "🧥coat 🧦socks 🩳shorts 🧢cap 🎒backpack 🎓graduation_cap",
+    "tool": "🏹bow 💣bomb 🔧wrench 🔨hammer 🔩bolt 🗡dagger 🛡shield 🧰toolbox 🧲magnet 🪃boomerang 🪓axe 🪚saw "
+    "🪛screwdriver 🪜ladder 🪝hook ⚖scales ⚙gear ✂scissors 📎paperclip 📌pushpin 🔑key 🔒lock 🔬microscope "
+    "🔭telescope 💉syringe 💊pill 🩺stethoscope",
+    "instrument": "🎷saxophone 🎸guitar 🎺trumpet 🎻violin 🥁drum 🪇maracas 🪈flute 🪕banjo 🪗accordion 🎤microphone "
+    "🎹piano 🔔bell",
+    "sport": "🎳bowling 🎾tennis 🎿ski 🏀basketball 🏈american_football 🏐volleyball 🛷sled 🥊boxing_glove "
+    "⚽football ⚾baseball ⛳golf ⛸ice_skate 🎯dart 🎲die 🪁kite 🪀yo-yo 🧸teddy_bear 🧩puzzle 🎈balloon 🏆trophy",
+    "household thing": "🚪door 🚽toilet 🚿shower 🛁bathtub 🛏bed 🪑chair 🪞mirror 🪟window 🪣bucket 🧹broom 🧺basket "
+    "🧼soap 🪥toothbrush 🕯candle 💡light_bulb ☂umbrella ⏰alarm_clock ⌚watch ⌛hourglass 🪒razor 🪠plunger 🧽sponge "
+    "🎁gift 🍴fork_and_knife 🥄spoon",
+    "office thing": "📖book 📰newspaper 💼briefcase 📆calendar 📋clipboard 📏ruler 📝note 🖍crayon 💻laptop 🖨printer "
+    "🔋battery ⌨keyboard 📺television 📻radio 📷camera ☎telephone 📱mobile_phone 💾floppy_disk ✉envelope 📦box "
+    "🌐globe",
+}
+"""Category -> its things, each the character that is drawn and its name, with _ for a space."""
+
+
+def things() -> Iterator[tuple[str, str, str]]:
+    """Yields each thing's code point as Iconify writes it, its name and its category."""
+    for category, text in NOUNS.items():
+        for thing in text.split():
+            yield f"{ord(thing[0]):x}", thing[1:].replace("_", " "), category
+
+
+def drawings(source: Path) -> dict[str, Image.Image]:
+    """Draws an artist's things, each cut to what is drawn: code point -> picture with transparency."""
+    try:
+        from resvg_py import svg_to_bytes
+    except ModuleNotFoundError as error:
+        raise UserError(f"drawing SVG needs resvg-py: {install_command('resvg-py')}") from error
+    icons, characters = read_json(source / "icons.json"), read_json(source / "chars.json")
+    pictures: dict[str, Image.Image] = {}
+    for code, *_ in things():
+        icon = icons["icons"][characters[code]]
+        width, height = (icon.get(side, icons.get(side, 16)) for side in ("width", "height"))
+        svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
+        png = svg_to_bytes(svg_string=svg, width=2 * SIDE, skip_system_fonts=True)
+        picture = Image.open(io.BytesIO(png)).convert("RGBA")
+        pictures[code] = picture.crop(picture.getbbox(alpha_only=True))
+    return pictures
+
+
+def placed(thing: Image.Image, chance: random.Random | None) -> Image.Image:
+    """Places a thing on white, filling the picture; with chance mirrored or not, of a size, somewhere on a colour."""
+    side = round(SIDE * (LARGEST if chance is None else chance.uniform(0.55, LARGEST)))
+    thing = ImageOps.contain(thing, (side, side), Image.Resampling.BICUBIC)
+    left, top = ((SIDE - length) // 2 for length in thing.size)
+    colour = BACKGROUNDS[0]
+    if chance is not None:
+        thing = ImageOps.mirror(thing) if chance.random() < 0.5 else thing
+        left, top = (chance.randint(0, SIDE - length) for length in thing.size)
+        colour = chance.choice(BACKGROUNDS)
+    picture = Image.new("RGBA", (SIDE, SIDE), colour)
+    picture.alpha_composite(thing, (left, top))
+    return picture.convert("RGB")
+
+
+def convert(source: Path, to: Path, *, variants: int = 2, seed: int = 0) -> None:
+    """Makes the folder `to` of the artists' folders in `source`, unless it is there and made by the same settings.
+
+    Args:
+        variants: pictures of a thing by each artist that is learned from; the first is plain.
+        seed: fixes sizes, places, colours and every order.
+    """
+    receipts = {name: json_or_nothing(source / name / "source.json").get("sha256") for name in (*ARTISTS, UNSEEN)}
+    settings = {"artists": receipts, "unseen": UNSEEN, "variants": variants, "seed": seed, "side": SIDE}
+    if json_or_nothing(to / "manifest.json") == settings:
+        return
+    chance, train, test = random.Random(seed), list[dict[str, Any]](), list[dict[str, Any]]()
+    with whole_folder(to) as folder:
+        (folder / "pictures").mkdir()
+        for artist in (*ARTISTS, UNSEEN):
+            pictures = drawings(source / artist)
+            for (code, name, category), variant in itertools.product(things(), range(variants)):
+                key, pairs = f"{artist}-{name.replace(' ', '_')}-{variant}", [(NAME, name), (CATEGORY, category)]
+                row = {"id": key, "image": f"pictures/{key}.png"}
+                if artist in ARTISTS:
+                    train.append({**row, "conversations": turns(chance.sample(pairs, 2))})
+                elif variant == 0:
+                    for kind, pair in zip(("name", "category"), pairs, strict=True):
+                        test.append({**row, "id": f"{key}-{kind}", "kind": kind, "conversations": turns([pair])})
+                else:
+                    continue
+                placed(pictures[code], chance if variant else None).save(folder / row["image"])
+        for split, rows in (("train", train), ("test", test)):
+            chance.shuffle(rows)
+            (folder / f"{split}.json").write_text(json.dumps(rows, indent=0), encoding="utf-8")
+        write_json(folder / "manifest.json", settings)
+
+
+def turns(asked: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    """Returns LLaVA's conversation of questions about a picture with their answers."""
+    texts = [text for pair in asked for text in pair]
+    whose = ("human", "gpt") * len(asked)
+    return [
+        {"from": who, "value": text if number else f"<image>\n{text}"}
+        for number, (who, text) in enumerate(zip(whose, texts, strict=True))
+    ]
