@@ -198,11 +198,14 @@ class DecoderPipeline(Pipeline):
         search = {"num_beams": config.evaluation.beams} if config.task == "commonsense" else None
         return load_base(open_backbone, config.model, generation=search)
 
+    def assistant(self, backbone: Backbone[Any]) -> Assistant:
+        """Returns the model as one that is asked."""
+        return Assistant(backbone, EncoderPrompts(self.encoder))
+
     def write_replay(self, backbone: Backbone[Any], arguments: TrainingArguments) -> None:
         """Takes a base's chats from an earlier run of it; where there is none, it writes them."""
         if self.config.data.replay:
-            assistant = Assistant(backbone, EncoderPrompts(self.encoder))
-            on_first_rank(partial(put_chats, self.config, assistant, arguments.device))
+            on_first_rank(partial(put_chats, self.config, self.assistant(backbone), arguments.device))
 
     def dora_config(self, backbone: Backbone[Any]) -> DoRAConfig:
         """Every linear of the decoder and the projector, unless the settings say otherwise."""
@@ -355,10 +358,7 @@ class DecoderPipeline(Pipeline):
                 reference=Reference(backbone.model) if objective.has_reference else None,
                 keeps=not self.config.data.streaming and not draws_in_training(backbone.model),
             )
-        by_divergence = self.config.data.replay and objective.replay == "divergence"
-        reference = Reference(backbone.model) if by_divergence else None
-        by_step = self.config.optim.loss_normalisation == "step_tokens"
-        return NextTokenLoss(backbone, step_tokens=by_step, reference=reference)
+        return NextTokenLoss(backbone, step_tokens=self.config.optim.loss_normalisation == "step_tokens")
 
     def rollouts(self, backbone: Backbone[Any], arguments: TrainingArguments, data: TrainingData) -> Rollouts | None:
         """Draws answers where the loss learns from rewards."""
@@ -447,8 +447,7 @@ class DecoderPipeline(Pipeline):
         """The model with its saved adapter, what it lost by it, and what the base answers to the test."""
         base, evaluation = self.load(), self.config.evaluation
         strength = checked_strength(evaluation.strength)
-        assistant = Assistant(base, EncoderPrompts(self.encoder))
-        base.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval().requires_grad_(False)
+        assistant = self.assistant(base)
         untrained = ask_untrained(assistant, self.config) if evaluation.untrained and evaluation.file else None
         texts = None if evaluation.other_texts is None else Path(evaluation.other_texts)
         before = measured(assistant, texts) if evaluation.forgetting else ""
