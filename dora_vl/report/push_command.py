@@ -79,11 +79,9 @@ def write_folder(run: RunRecord, repository: str, *, licence: str | None, pictur
     adapter = run.folder / ADAPTER
     if run.damaged or not adapter.is_dir():
         raise UserError(f"{run.folder}: {next(iter(run.damaged), 'it has no adapter yet')}; train to the end first")
-    sources = [adapter / name for name in FILES if (adapter / name).is_file()]
-    sources += [path for path in (run.folder / METRICS,) if path.is_file()]
-    sheet = run.folder / CONTACT_SHEET
+    sheet = [run.folder / CONTACT_SHEET] if pictures else []
     with whole_folder(run.folder / HUB) as staging:
-        for source in [*sources, *([sheet] if pictures and sheet.is_file() else [])]:
+        for source in filter(Path.is_file, [*(adapter / name for name in FILES), run.folder / METRICS, *sheet]):
             shutil.copyfile(source, staging / source.name)
         card = model_card(run, repository, licence=licence, sheet=(staging / CONTACT_SHEET).is_file())
         (staging / CARD).write_text(card, encoding="utf-8")
@@ -125,7 +123,7 @@ def model_card(run: RunRecord, repository: str, *, licence: str | None, sheet: b
     values: dict[str, Any] = {
         "run": run,
         "repository": repository,
-        "base": base,
+        "base": without_folder(base),
         "sheet": CONTACT_SHEET if sheet else None,
         "rows": score_rows([results])[0],
         "warnings": [*missing, *blind(run.label, results)],

@@ -153,6 +153,7 @@ def test_the_card_says_what_the_run_scored(copied: Path, capsys: pytest.CaptureF
     settings = {row[0]: row[1] for row in rows if len(row) == 2}
     assert settings["`training.learning_rate`"] == "`0.005`"
     assert settings["`data.train`"] == "`train.json`"
+    assert str(Path(json.loads((copied / "settings.json").read_text())["model"]["base"]).parent) not in str(card)
 
 
 def test_nothing_is_uploaded_where_the_hub_refuses(copied: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
