@@ -447,6 +447,7 @@ class DecoderPipeline(Pipeline):
         """The model with its saved adapter, what it lost by it, and what the base answers to the test."""
         base, evaluation = self.load(), self.config.evaluation
         strength = checked_strength(evaluation.strength)
+        base.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval().requires_grad_(False)
         assistant = self.assistant(base)
         untrained = ask_untrained(assistant, self.config) if evaluation.untrained and evaluation.file else None
         texts = None if evaluation.other_texts is None else Path(evaluation.other_texts)
