@@ -29,7 +29,7 @@ from dora_vl.data.example import Example
 from dora_vl.data.samples import IGNORED_LABEL, Sample
 from dora_vl.data.table import ExampleTable, load_rows
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
-from dora_vl.errors import BadSample, SettingError
+from dora_vl.errors import BadSample, SettingError, UserError
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.files import file_sha256, whole_file, write_json_lines
 from dora_vl.run.folder import REPLAY, run_folder_of
@@ -79,7 +79,7 @@ class ChatWriter:
         self._assistant, self._encoder = assistant, assistant.prompts.encoder
         self._ends = end_tokens(assistant.backbone.model)
         self._opening, self._closing = list[int](), None
-        if self._encoder.tokenizer.chat_template or vars(self._encoder.processor).get("chat_template"):
+        with suppress(UserError):  # no chat template, or none that fits: plain openings
             # By the template that it was tuned with, its default system turn included.
             own = open_encoder(model.base, template="tokenizer", max_tokens=512, revision=model.revision)
             self._opening, self._closing = opening_of(own)
