@@ -266,7 +266,7 @@ class TrainDoor:
 
     def folder_of(self, run: str) -> Path:
         """Returns a run's folder by its name."""
-        if Path(run).parent != RUNS:
+        if Path(run).parent != RUNS or Path(run).name == "..":
             raise UserError(f"{run} is no run's folder")
         return Path(run)
 

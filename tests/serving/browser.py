@@ -172,6 +172,11 @@ class Trainer(Visitor):
         self.page.click("#dv-look")
         self.state("min on this machine")
 
+    def choose_run(self, run: str) -> None:
+        """Another run to look at."""
+        self.page.click("#dv-run input")
+        self.page.locator("ul[role=listbox] li, ul.options li").filter(has_text=run).first.click()
+
     def drop(self, files: list[Path]) -> str:
         """Drops files; the folder that they are in."""
         self.page.set_input_files("#dv-drop input[type=file]", [str(file) for file in files])
