@@ -19,6 +19,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from dora_vl.run.folder import is_tested
+
 LEARNED, TESTED = 160, 200
 DEMO = "llava/easyvqa_smollm2_dora"
 RED, BLUE, YELLOW, WHITE = (205, 40, 40), (40, 80, 200), (240, 200, 40), (245, 245, 245)
@@ -56,7 +58,8 @@ def receipt(chance: random.Random) -> Drawn:
         draw.rectangle((left + 15, top + 205, left + 165, top + 260), outline=(160, 20, 20), width=4)
         draw.text((left + 28, top + 218), "VOUCHER", "black", font=ImageFont.load_default(24))
     questions = {"which shop is it from?": shop, "what is the total?": f"{total} euros", "how was it paid?": paid}
-    return picture, *chance.choice(list(questions.items()))
+    question, answer = chance.choice(list(questions.items()))
+    return picture, question, answer
 
 
 def sign(chance: random.Random) -> Drawn:
@@ -106,13 +109,14 @@ def run_file(name: str, base: str, to: Path) -> str:
 def train(name: str, start: str, seed: int, epochs: str, to: Path) -> None:
     """Trains and tests one run unless it is there."""
     folder, base = to / f"{name}{epochs}" / f"{start}_{seed}", "tuned" if start == "tuned" else "base"
-    if (folder / "metrics.json").is_file():
+    if is_tested(folder):
         return
     settings = [DEMO, "--training.max_steps=40", "--training.eval_strategy=no", "--evaluation.limit=400"]
     if name in SETS:
         settings = [run_file(name, base, to), f"--data.feature_cache={to / name / base / 'features'}"]
         settings += [f"--training.num_train_epochs={epochs}"] if epochs else []
         settings += [f"--evaluation.{switch}=false" for switch in ("forgetting", "exchange_pictures")]
+        settings += ["--data.replay=0"]
     settings += [] if start == "tuned" else [f"--adapter.projector_start={start}"]
     verb(
         "train",
@@ -138,11 +142,11 @@ def main() -> None:
             for start in options.starts.split(","):
                 train(name, start, int(seed), options.epochs, options.to)
                 runs: dict[str, dict[str, dict[str, object]]] = {}
-                for path in sorted(options.to.glob("*/*_*/metrics.json")):
-                    metrics = json.loads(path.read_text())
+                for path in filter(is_tested, sorted(options.to.glob("*/*_*"))):
+                    metrics = json.loads((path / "metrics.json").read_text())
                     (entry,) = metrics["sets"].values()
                     scores = {"steps": metrics["train_steps"], "n": entry["n"], **entry["metrics"]["accuracy"]}
-                    runs.setdefault(path.parent.parent.name, {})[path.parent.name] = scores
+                    runs.setdefault(path.parent.name, {})[path.name] = scores
                 (options.to / "starts.json").write_text(json.dumps(runs, indent=1))
                 print({name: {run: of["value"] for run, of in each.items()} for name, each in runs.items()}, flush=True)
 

@@ -116,10 +116,13 @@ class SmallLanguageModel:
     vocabulary: int = 1000
     """Most tokens before the added ones."""
     width: int = 256
+    """Numbers of a token."""
     layers: int = 3
-    """Layers of a BART's encoder, and of its decoder."""
+    """Layers of a Llama; of a BART's encoder, and of its decoder."""
     heads: int = 4
+    """Heads of each attention."""
     feedforward: int = 1024
+    """Numbers between the two linears of each MLP."""
     max_positions: int = 256
     """Tokens of the longest text."""
     init_std: float = 0.02

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
+from safetensors import safe_open
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
@@ -31,7 +32,7 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 from transformers.models.llava.processing_llava import LlavaProcessor
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
-from dora_vl.adapters.base_weights import BaseWeights, save_under_hub_names
+from dora_vl.adapters.base_weights import save_under_hub_names
 from dora_vl.adapters.files import read_tensors
 from dora_vl.backbones import register_towers
 from dora_vl.backbones.loading import (
@@ -299,11 +300,14 @@ def has_new_projector(folder: Path) -> bool:
 
 def _projector_digest(folder: Path) -> str:
     """Hashes the numbers of a LLaVA's projector."""
-    register_towers()
-    digest = hashlib.sha256()
-    with BaseWeights(folder) as base:
-        for name in sorted(name for name in base.tensors if "multi_modal_projector." in name):
-            digest.update(base.read(name).float().numpy().tobytes())
+    numbers: dict[str, bytes] = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                _, projector, leaf = key.rpartition("multi_modal_projector.")
+                if projector:
+                    numbers[leaf] = file.get_tensor(key).float().numpy().tobytes()
+    digest = hashlib.sha256(b"".join(numbers[leaf] for leaf in sorted(numbers)))
     return digest.hexdigest()
 
 

@@ -100,8 +100,6 @@ class Collator:
         shares: what samples of one tree have in common; None: the sample has nothing to share.
         compares: a batch says which answers belong together, and by their weights which are good.
         unmatched: each prompt also gets the answer to the next one, with weight 0, which `kto` measures by.
-        replayed_from: samples at this place in the data and behind it are chats of `data.replay`, which a batch with
-            some tells from its others.
         keeps_samples: a batch holds the samples that it was made of, so that other answers can take their places.
     """
 
@@ -113,7 +111,6 @@ class Collator:
     shares: Callable[[Sample], object] = media_of
     compares: bool = False
     unmatched: bool = False
-    replayed_from: int | None = None
     keeps_samples: bool = False
 
     def __call__(self, items: Sequence[Sample | Skipped | None]) -> dict[str, Any]:
@@ -138,8 +135,6 @@ class Collator:
         if self.packing != "plain":
             tokens = int((batch["layout"]["segment"] >= 0).sum())
         shrunk = [(sample.id, sample.lost_pixels) for sample in usable if sample.lost_pixels]
-        if self.replayed_from is not None and any(sample.index >= self.replayed_from for sample in samples):
-            batch["replayed"] = torch.tensor([sample.index >= self.replayed_from for sample in shown])
         if self.compares:
             batch["weights"] = torch.tensor([sample.weight for sample in samples])
             batch["answers"] = answers_of(groups)

@@ -1,4 +1,4 @@
-"""What a score is compared with: each question's commonest answer, and the same questions with pictures exchanged."""
+"""What a score is compared with: each question's commonest answer, pictures exchanged, and the untrained base."""
 
 from __future__ import annotations
 
@@ -21,8 +21,15 @@ from dora_vl.run.folder import PROBE
 MOST_EXCHANGED, SEED = 200, 0
 LEAST_ASKED = 5
 """A question asked more seldom has no commonest answer of its own: it would be its own truth."""
-COMMONEST, EXCHANGED, READABLE = "commonest_answer", "exchanged_pictures", "readable"
-WARNING, ADVICE = "warning", "advice"
+COMMONEST, EXCHANGED, UNTRAINED = "commonest_answer", "exchanged_pictures", "untrained_base"
+READABLE, WARNING, ADVICE = "readable", "warning", "advice"
+SAID_INSTEAD: Mapping[str, tuple[str, str]] = {
+    EXCHANGED: ("with_their_own", "with pictures exchanged {}; of the same with their own"),
+    UNTRAINED: ("with_the_adapter", "the base without the adapter {}; of the same with it"),
+}
+"""Other answers -> what `metrics.json` calls the model's own score, and the line to print."""
+ASKED_AGAIN = tuple(SAID_INSTEAD)
+"""Ends of the names of sets that stand in `predictions.jsonl` for a comparison alone."""
 MUCH = 0.1
 """Where so large a share of the questions is readable and not learned, settings to try are named."""
 HOW = {
@@ -30,6 +37,7 @@ HOW = {
     "all other questions together one; no model",
     EXCHANGED: f"questions drawn by seed {SEED}, at most {MOST_EXCHANGED}, each with the pictures of another of them "
     "that shows as many and not the same",
+    UNTRAINED: f"questions drawn by seed {SEED}, at most {MOST_EXCHANGED}, asked of the base without the adapter",
     READABLE: "a linear map from what the base's frozen vision part gives for a picture to the training answers, by "
     f"`dora-vl init`; one for each question that is asked {LEAST_ASKED} times or more, one for all others",
 }
@@ -38,7 +46,7 @@ Media = tuple[tuple[str, ...], tuple[Clip, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """A sample of a test's examples, each with the pictures of another, and a model's answers to them by id."""
+    """A sample of a test's examples, and by id what is said of them with the pictures of others, or by the base."""
 
     examples: Sequence[Example]
     answers: Mapping[str, str]
@@ -88,27 +96,37 @@ def compared(
         lines.append("no pictures were exchanged: no two of the questions show as many and different ones")
     if exchange is None or not exchange.examples:
         return entry, lines
-    by_id = {example.id: example for example in examples}
-    sample = [by_id[example.id] for example in exchange.examples]
-    own, others = (
-        score(sample, {example.id: texts[example.id] for example in sample if example.id in texts})
-        for texts in (answers, exchange.answers)
-    )
-    apart = paired_differences(own, others).get(metric)
-    baseline, text = _baseline(others, metric)
-    difference = None if apart is None else asdict(apart)
-    with_own = {"with_their_own": own.metrics[metric], "difference": difference}
-    entry[EXCHANGED] = {**baseline, **with_own, "how": HOW[EXCHANGED]}
-    lines.append(f"with pictures exchanged {text}; of the same with their own {own.metrics[metric]:.2f}")
-    if apart is not None and apart.low <= 0 <= apart.high:  # the score stays where it was, as far as chance goes
+    entry[EXCHANGED], line = said_instead(EXCHANGED, exchange, examples, answers, score)
+    lines.append(line)
+    apart = entry[EXCHANGED]["difference"]
+    if apart is not None and apart["low"] <= 0 <= apart["high"]:  # the score stays where it was, as far as chance goes
         entry[WARNING] = (
-            f"the answers do not depend on the pictures, as far as {others.n} questions tell: {metric} "
-            f"with their own less that with others' is {apart.value:+.2f} (95 % interval {apart.low:+.2f} to "
-            f"{apart.high:+.2f}). Where they cannot be answered unseen, try a base whose projector has learned (or "
+            f"the answers do not depend on the pictures, as far as {entry[EXCHANGED]['n']} questions tell: {metric} "
+            f"with their own less that with others' is {apart['value']:+.2f} (95 % interval {apart['low']:+.2f} to "
+            f"{apart['high']:+.2f}). Where they cannot be answered unseen, try a base whose projector has learned (or "
             "adapter.train_projector: true), more pictures, more epochs"
         )
         lines.append(entry[WARNING])
     return entry, lines
+
+
+def said_instead(
+    name: str, other: Exchange, examples: Sequence[Example], answers: Mapping[str, str], score: Scorer
+) -> tuple[dict[str, Any], str]:
+    """Compares other answers to some examples with a model's own to them, for `metrics.json` and as a line."""
+    by_id = {example.id: example for example in examples}
+    sample = [by_id[example.id] for example in other.examples]
+    own, others = (
+        score(sample, {example.id: texts[example.id] for example in sample if example.id in texts})
+        for texts in (answers, other.answers)
+    )
+    metric = next(iter(own.metrics))
+    apart = paired_differences(own, others).get(metric)
+    baseline, text = _baseline(others, metric)
+    key, line = SAID_INSTEAD[name]
+    difference = None if apart is None else asdict(apart)
+    entry = {**baseline, key: own.metrics[metric], "difference": difference, "how": HOW[name]}
+    return entry, f"{line.format(text)} {own.metrics[metric]:.2f}"
 
 
 def by_question(
@@ -194,6 +212,11 @@ def exchanged(examples: Iterable[Example], answered: Container[str], *, together
             extra |= {MIDDLE_FRAME: shown.extra[MIDDLE_FRAME]} if MIDDLE_FRAME in shown.extra else {}
             exchanged_examples.append(replace(example, images=shown.images, videos=shown.videos, extra=extra))
     return exchanged_examples
+
+
+def drawn(examples: Sequence[Example]) -> list[Example]:
+    """Returns a seeded sample of the examples; all where there are few."""
+    return Random(SEED).sample(examples, min(MOST_EXCHANGED, len(examples)))
 
 
 def digest(examples: Sequence[Example]) -> str:

@@ -14,7 +14,7 @@ from dora_vl.data.check import add_columns, columns_of
 from dora_vl.data.pictures import MediaFolder
 from dora_vl.errors import UserError, aligned, positive, shown
 from dora_vl.evaluation.ask_command import add_model_options
-from dora_vl.evaluation.baselines import EXCHANGED
+from dora_vl.evaluation.baselines import ASKED_AGAIN
 from dora_vl.evaluation.benchmarks import find_benchmark, read_set
 from dora_vl.evaluation.predictions import read_rows
 from dora_vl.evaluation.questions import as_asked, with_middle_frame
@@ -186,7 +186,7 @@ def _from_file(path: Path, test: TestSet, options: argparse.Namespace) -> Tested
     rows = read_rows(path)
     if any(row.set for row in rows):  # our own file: a question's id may be in several sets
         own = [row for row in rows if row.set == test.name]
-        rows = own or [row for row in rows if not row.set.endswith(EXCHANGED)]
+        rows = own or [row for row in rows if not row.set.endswith(ASKED_AGAIN)]
         if len(several := {row.set for row in rows}) > 1:
             raise UserError(f"{path}: holds answers to {', '.join(sorted(several))}, and none to {test.name}")
     joined = join(test.benchmark, examples, rows, path=path, questions=Path(str(test.about["file"])))

@@ -231,6 +231,7 @@ def evaluate(
     results: ResultFolder,
     *,
     exchange: bool,
+    untrained: Exchange | None = None,
     announce: Callable[[Tested], object] = lambda tested: None,
 ) -> list[Tested]:
     """Asks and scores every set, and asks again about others' pictures; every process of a launch calls it.
@@ -240,6 +241,7 @@ def evaluate(
 
     Args:
         exchange: a sample of each set is asked again with the pictures of others.
+        untrained: what the base without the adapter says, of a test of one set.
     """
     done: list[Tested] = []
     for part in sets:
@@ -251,7 +253,7 @@ def evaluate(
         if not is_first_rank() or tested.refused is not None:
             continue
         readable = readable_answers(part.about.get("file"), part.settings.get("questions_sha256"))
-        done[-1] = with_baselines(tested, others, readable)
+        done[-1] = with_baselines(tested, others, untrained, readable)
         announce(done[-1])
         empty = sum(not answer.strip() for answer in predictions.answers.values())
         if (failed := len(part.examples) - len(predictions.rows)) or empty:
@@ -267,7 +269,20 @@ def _exchanged(tested: Tested, model: Predictor, folder: Path) -> Exchange:
     sample = exchanged(part.scored_examples, answers, together=part.together)
     if not sample:
         return Exchange(examples=(), answers={})
-    name, settings = f"{part.name}/{EXCHANGED}", {**part.settings, EXCHANGED: digest(sample)}
+    return ask_again(model, part, EXCHANGED, sample, folder=folder, settings=part.settings)
+
+
+def ask_again(
+    model: Predictor,
+    part: TestSet,
+    why: str,
+    sample: Sequence[Example],
+    *,
+    folder: Path,
+    settings: Mapping[str, object],
+) -> Exchange:
+    """Asks some examples of a set for a comparison, whose answers stand as a set of their own."""
     asked = [part.prompt(example) for example in sample]
-    predictions = ask(model, name, asked, part, folder=folder, settings=settings)
-    return Exchange(examples=sample, answers=predictions.answers)
+    depends_on = {**settings, why: digest(sample)}
+    answers = ask(model, f"{part.name}/{why}", asked, part, folder=folder, settings=depends_on).answers
+    return Exchange(examples=sample, answers=answers)

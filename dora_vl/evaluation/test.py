@@ -23,9 +23,9 @@ from dora_vl.data.samples import Examples
 from dora_vl.data.video import VideoReader
 from dora_vl.errors import SettingError, UserError
 from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
-from dora_vl.evaluation.baselines import right_text
+from dora_vl.evaluation.baselines import UNTRAINED, Exchange, drawn, right_text
 from dora_vl.evaluation.pictures import write_contact_sheet, write_loss_curve
-from dora_vl.evaluation.predict import evaluate
+from dora_vl.evaluation.predict import ask_again, evaluate
 from dora_vl.evaluation.predictions import Prediction
 from dora_vl.evaluation.predictor import By, Decoding, MediaReader, Predictor, check_pictures, media_reader
 from dora_vl.evaluation.questions import ANSWER as SAID
@@ -70,6 +70,7 @@ def evaluate_and_draw(
     *,
     header: Mapping[str, object],
     exchange: bool = False,
+    untrained: Exchange | None = None,
     sheet: MediaReader | None = None,
 ) -> list[Tested]:
     """Tests a run by its sets, and draws its loss and, where `sheet` reads the pictures, some of its answers."""
@@ -82,7 +83,7 @@ def evaluate_and_draw(
             log.info("%s: %s", tested.test.name, remark)
 
     results = ResultFolder(folder=run_folder, header=header)
-    done = evaluate(sets, model, results, exchange=exchange, announce=announce)
+    done = evaluate(sets, model, results, exchange=exchange, untrained=untrained, announce=announce)
     accuracies = [tested for tested in done if tested.is_accuracy]
     draw(accuracies if len(accuracies) == 1 else done, run_folder=run_folder, media=sheet)
     refuse_unscored(done)
@@ -110,22 +111,35 @@ def evaluate_run(
     media: MediaReader,
     numbers: Mapping[str, object] = MappingProxyType({}),
     columns: Columns = USUAL,
+    untrained: Exchange | None = None,
 ) -> Tested:
     """Answers the test questions with the trained model and writes everything that shows how the run went.
 
     Resumes a `predictions.jsonl` made with the same adapter file and questions; `metrics.json` also holds the
     `numbers` of the training.
     """
+    of_file = _set_of_file(evaluation, media, columns, adapter_settings(run_folder, evaluation.strength))
+    exchange = evaluation.exchange_pictures
+    (tested,) = evaluate_and_draw(
+        [of_file], model, run_folder, header=numbers, exchange=exchange, untrained=untrained, sheet=media
+    )
+    return tested
+
+
+def _set_of_file(
+    evaluation: EvaluationConfig, media: MediaReader, columns: Columns, settings: Mapping[str, object]
+) -> TestSet:
+    """Makes the set of `evaluation.file`; `settings` say which model answers."""
     examples, unreadable = read_test(evaluation, columns)
     after = evaluation.answer_after
-    settings = adapter_settings(run_folder, evaluation.strength)
-    settings |= {
+    depends_on = {
+        **settings,
         "questions_sha256": file_sha256(Path(str(evaluation.file))),
         "max_new_tokens": evaluation.max_new_tokens,
     }
     if any(example.videos for example in examples):
-        settings["frames"] = repr(media.videos.sampling)
-    of_file = TestSet(
+        depends_on["frames"] = repr(media.videos.sampling)
+    return TestSet(
         name=set_name(evaluation.file),
         examples=[*examples, *unread(unreadable)],
         unreadable=unreadable,
@@ -134,16 +148,23 @@ def evaluate_run(
         score=partial(exact_match, answer_after=after),
         truth=lambda example: final_answer(right_text(example), after),
         compared=lambda example, text: final_answer(text, after),
-        settings=settings,
+        settings=depends_on,
         about={"file": evaluation.file, "answer_after": after},
     )
-    (tested,) = evaluate_and_draw(
-        [of_file], model, run_folder, header=numbers, exchange=evaluation.exchange_pictures, sheet=media
-    )
-    return tested
 
 
-def run_test(assistant: Assistant, config: RunConfig, *, numbers: Mapping[str, object]) -> None:
+def ask_untrained(base: Assistant, config: RunConfig) -> Exchange:
+    """Asks some of a run's test of its base, which has no adapter yet, for a score to compare with."""
+    with VideoReader() as reader:
+        media = media_of_run(config, base, of_test=True, reader=reader)
+        part = _set_of_file(config.evaluation, media, config.data.contract, {"base": config.model.base})
+        folder = run_folder_of(config.training)
+        return ask_again(base, part, UNTRAINED, drawn(part.asked), folder=folder, settings=part.settings)
+
+
+def run_test(
+    assistant: Assistant, config: RunConfig, *, numbers: Mapping[str, object], untrained: Exchange | None = None
+) -> None:
     """Tests a run whose adapter is saved, by the model with that adapter; see `evaluate_run`."""
     with VideoReader() as reader:
         media = media_of_run(config, assistant, of_test=True, reader=reader)
@@ -154,6 +175,7 @@ def run_test(assistant: Assistant, config: RunConfig, *, numbers: Mapping[str, o
             media=media,
             numbers=numbers,
             columns=config.data.contract,
+            untrained=untrained,
         )
 
 

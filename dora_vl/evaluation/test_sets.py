@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dora_vl.data.example import JSON, Example
 from dora_vl.errors import UserError, one_line, shown
-from dora_vl.evaluation.baselines import Exchange, compared
+from dora_vl.evaluation.baselines import UNTRAINED, Exchange, compared, said_instead
 from dora_vl.evaluation.predictions import Predictions
 from dora_vl.evaluation.questions import expected, in_words, kind_of
 from dora_vl.evaluation.results import AnswerScore, formula_record, score_lines, write_results
@@ -209,7 +209,10 @@ def scored(test: TestSet, predictions: Predictions) -> Tested:
 
 
 def with_baselines(
-    tested: Tested, exchange: Exchange | None, readable: Mapping[str, str] = MappingProxyType({})
+    tested: Tested,
+    exchange: Exchange | None,
+    untrained: Exchange | None = None,
+    readable: Mapping[str, str] = MappingProxyType({}),
 ) -> Tested:
     """Adds the baselines that a score is compared with; `readable` are the probe's answers."""
     test, result = tested.test, tested.scored
@@ -219,6 +222,9 @@ def with_baselines(
     baselines, remarks = compared(
         result, test.scored_examples, answers, test.score, says=test.truth, exchange=exchange, readable=readable
     )
+    if untrained is not None:
+        baselines[UNTRAINED], line = said_instead(UNTRAINED, untrained, test.scored_examples, answers, test.score)
+        remarks = [line, *remarks]
     return replace(tested, baselines=baselines, remarks=remarks)
 
 

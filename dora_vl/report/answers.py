@@ -10,7 +10,7 @@ from typing import Any
 
 from dora_vl.data.example import Clip
 from dora_vl.errors import UserError
-from dora_vl.evaluation.baselines import ADVICE, COMMONEST, EXCHANGED, READABLE, WARNING
+from dora_vl.evaluation.baselines import ADVICE, COMMONEST, EXCHANGED, READABLE, UNTRAINED, WARNING
 from dora_vl.evaluation.predictions import PREDICTIONS
 from dora_vl.evaluation.results import SetResult, read_results
 from dora_vl.evaluation.scores.exact import normalised
@@ -18,8 +18,12 @@ from dora_vl.evaluation.scores.scored import SHARES, Difference, paired_differen
 from dora_vl.report.run_record import RunRecord
 
 Results = Mapping[str, SetResult]
-BASELINES = {COMMONEST: "each question's commonest answer", EXCHANGED: "with pictures exchanged"}
-BASELINES |= {READABLE: "what a linear map of the base's pictures reads"}
+BASELINES = {
+    UNTRAINED: "the untrained base",
+    COMMONEST: "each question's commonest answer",
+    EXCHANGED: "with pictures exchanged",
+    READABLE: "what a linear map of the base's pictures reads",
+}
 MOST_LABELS = 24
 OTHER = "other"
 
@@ -184,10 +188,18 @@ def confusion(title: str, result: SetResult) -> Confusion | None:
     return Confusion(title=title, labels=labels, columns=columns, counts=rows)
 
 
-def worst(result: SetResult) -> list[AnswerView]:
-    """Returns the answers with the lowest scores, of every kind in turn; of an accuracy the wrong ones."""
-    low = [answer for answer in answers_of(result) if answer.share < 0.5 or not is_accuracy(result)]
+def low_and_high(result: SetResult) -> tuple[list[AnswerView], list[AnswerView]]:
+    """Returns the answers from the lowest score on and from the highest, of every kind in turn.
+
+    Of an accuracy they are the wrong and the right ones, else the two halves.
+    """
+    answers = sorted(answers_of(result), key=lambda answer: answer.share)
+    half = sum(answer.share < 0.5 for answer in answers) if is_accuracy(result) else -(-len(answers) // 2)
+    return _in_turn(answers[:half]), _in_turn(answers[half:][::-1])
+
+
+def _in_turn(answers: Sequence[AnswerView]) -> list[AnswerView]:
     by_kind: dict[str, list[AnswerView]] = {}
-    for answer in sorted(low, key=lambda answer: answer.share):
+    for answer in answers:
         by_kind.setdefault(answer.kind, []).append(answer)
     return [answer for several in zip_longest(*by_kind.values()) for answer in several if answer is not None]

@@ -6,6 +6,7 @@ Templates escape every text; style and script are inside, and nothing in the pag
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dora_vl import __version__
 from dora_vl.errors import UserError
 from dora_vl.files import SETS, whole_file
+from dora_vl.run.folder import SETTINGS
 
 if TYPE_CHECKING:
     from dora_vl.evaluation.results import SetResult
@@ -23,12 +25,12 @@ if TYPE_CHECKING:
     from dora_vl.report.run_record import RunRecord
     from dora_vl.report.views import InlinePictures
 
-WORST, DRAWN_ROWS = 12, 8
+MOST_ANSWERS, DRAWN_ROWS = 40, 8
 SECTIONS = (
     ("scores", "Scores"),
     ("curves", "Training"),
     ("watched", "Questions"),
-    ("worst", "Worst"),
+    ("answers", "Answers"),
     ("confusion", "Confusion"),
     ("weights", "Weights"),
     ("parts", "Parts"),
@@ -56,11 +58,11 @@ def gather(runs: Sequence[RunRecord], *, weights: bool, base: Path | None) -> di
     answered = [(run, result) for run, results in zip(runs, tests, strict=True) for result in results.values()]
     with closing(InlinePictures()) as pictures:
         watched, notes["watched"] = watched_tables(runs, pictures)
-        bad = [_worst(run, result, pictures) for run, result in answered if result.scored is not None]
+        shown = [_answers(run, result, pictures) for run, result in answered if result.scored is not None]
     tables = [confusion(f"{run.label}: {result.name}", result) for run, result in answered]
     confusions = [table for table in tables if table is not None]
-    if not bad:
-        notes["worst"].append("No run has answers that can be scored here.")
+    if not shown:
+        notes["answers"].append("No run has answers that can be scored here.")
     if not confusions:
         notes["confusion"].append("No test has a short closed list of answers.")
     versions = [run.plan.get("versions") or run.recipe.get("versions") or {} for run in runs]
@@ -86,7 +88,7 @@ def gather(runs: Sequence[RunRecord], *, weights: bool, base: Path | None) -> di
         "benchmarks": [row for row in score_rows([run.benchmarks for run in runs])[0] if not row.is_part],
         "watched": watched,
         "drawn": [(run.label, rows) for run in runs if (rows := _drawn(run.folder))],
-        "worst": bad,
+        "answers": shown,
         "confusions": confusions,
         "weights": changes,
         "data": [_data(run) for run in runs],
@@ -109,18 +111,23 @@ def _drawn(folder: Path) -> list[dict[str, Any]]:
     return [{**row, "answers": count.most_common()} for row, count in zip(rows, counts, strict=True)]
 
 
-def _worst(run: RunRecord, result: SetResult, pictures: InlinePictures) -> dict[str, Any]:
-    """Returns the worst answers of a run to one set, with their pictures."""
-    from dora_vl.report.answers import is_accuracy, worst
+def _answers(run: RunRecord, result: SetResult, pictures: InlinePictures) -> dict[str, Any]:
+    """Returns answers of a run to one set, with their pictures: wrong or low ones, then right or high ones."""
+    from dora_vl.report.answers import is_accuracy, low_and_high
 
-    answers, root = worst(result), _pictures_of_test(run)
-    shown = [(answer, pictures.shown(root, answer.pictures, answer.clip)) for answer in answers[:WORST]]
+    halves, root = low_and_high(result), _pictures_of_test(run)
+    shown = [
+        (answer, name, pictures.shown(root, answer.pictures, answer.clip))
+        for name, answers in zip(("wrong", "right"), halves, strict=True)
+        for answer in answers[:MOST_ANSWERS]
+    ]
     return {
         "label": run.label,
         "name": result.name,
         "shown": shown,
+        "kinds": list(dict.fromkeys(answer.kind for answer, _, _ in shown)),
         "n": sum(not item.score.failed for item in result.items.values()),
-        "wrong": len(answers),
+        "wrong": len(halves[0]),
         "is_accuracy": is_accuracy(result),
     }
 
@@ -158,7 +165,17 @@ def _head(run: RunRecord, results: Results) -> dict[str, Any]:
             facts[f"{name}, {headline}"] = f"{result.scored.metrics[headline]:.2f} of {result.scored.n:,}"
     facts |= in_words(run.metrics.get("forgetting"))
     facts |= {"device": run.plan.get("device"), "ranks": run.plan.get("ranks")}
-    return {"label": run.label, "folder": run.folder, "facts": _stated(facts)}
+    return {"label": run.label, "folder": run.folder, "facts": _stated(facts), "again": _again(run)}
+
+
+def _again(run: RunRecord) -> str:
+    """Returns the command that repeats a run from its settings, into another folder."""
+    ranks = run.plan.get("ranks")
+    launcher = ["dora-vl"]
+    if isinstance(ranks, int) and ranks > 1:
+        launcher = ["deepspeed", "--num_gpus", str(ranks), "--module", "dora_vl.cli"]
+    words = ["train", str(run.folder / SETTINGS), "--training.output_dir", f"{run.folder}-again"]
+    return shlex.join([*launcher, *words]) if run.settings else ""
 
 
 def _stated(facts: Mapping[str, Any]) -> dict[str, str]:
@@ -189,8 +206,8 @@ def _data(run: RunRecord) -> dict[str, Any]:
 
 DESCRIPTION = """\
 Makes one HTML file of a run, or of several side by side: scores with 95 % intervals and paired differences, curves,
-the watched questions through training, the worst answers with their pictures, confusion of closed answers, magnitude
-and direction change of each layer, what trained, settings and versions. It opens without a network.
+the watched questions through training, wrong and right answers with their pictures, confusion of closed answers,
+magnitude and direction change of each layer, what trained, settings and versions. It opens without a network.
 
   dora-vl report runs/demo
   dora-vl report runs/lora runs/dora --to comparison.html

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from dora_vl.adapters.files import (
     LAST,
     checkpoint_to_resume,
@@ -207,6 +209,21 @@ def one_writer(folder: Path) -> Iterator[None]:
         if is_new:
             with contextlib.suppress(OSError):  # not empty: what it was made for is in it
                 folder.rmdir()
+
+
+def writer_of(folder: Path) -> int | None:
+    """Returns the process of this machine that writes to a folder by `one_writer`; None where there is none.
+
+    A process that ended without warning leaves the file, whose number another may have by now: it began later.
+    """
+    path = folder / LOCK
+    try:
+        _, number, _, host = path.read_text(encoding="utf-8").split()
+        process = psutil.Process(int(number))
+        lives = process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= path.stat().st_mtime + 1
+    except (OSError, ValueError, psutil.Error):
+        return None
+    return process.pid if lives and host == socket.gethostname() else None
 
 
 def _locked(path: Path) -> int:

@@ -233,9 +233,6 @@ class ObjectiveConfig:
     apo_zero. A mapping is a weighted sum, such as {dpo: 0.8, bco: 0.2, sft: 1}; anchor in one keeps chosen answers
     likely. grpo, dr_grpo, dapo and rloo draw answers to the data's questions, and learn from the rewards that these
     get. adapter.dropout is 0 unless it is set, except with sft."""
-    replay: Literal["labels", "divergence"] = "labels"
-    """What the chats of data.replay teach: their words, or to give all words the probabilities that the model gave them
-    when training began, by a further pass in steps that have chats."""
     beta: float = 0.1
     """How close the model stays to the one that training began with; ipo takes some 0.01, simpo 2 to 10."""
     margin: float = 0.5
@@ -352,6 +349,9 @@ class EvaluationConfig:
     """Asks at most 200 questions (of each file) again about other pictures: a score that stays as it was does not come
     from the pictures."""
 
+    untrained: bool = True
+    """Asks at most 200 questions of the base without the adapter too, so that the score shows what was learned."""
+
     @property
     def tested(self) -> str | None:
         """Names the test's file or files, for messages; None: no test."""
@@ -404,12 +404,12 @@ _TEXT = _fields(
     data="validation validation_share validation_size validation_limit max_tokens packing group_by_modality_length "
     "streaming shuffle_buffer columns ignore ask replay",
     evaluation="max_new_tokens strength forgetting other_texts",
-    objective="loss replay beta margin rewards format group max_new_tokens kl",
+    objective="loss beta margin rewards format group max_new_tokens kl",
 )
 _MEDIA = _fields(
     data="image_folder video_folder follow_links as_published video_frames video_fps cache_features feature_cache "
     "max_pixels_per_step",
-    evaluation="file image_folder answer_after exchange_pictures",
+    evaluation="file image_folder answer_after exchange_pictures untrained",
     objective="exchange_pictures",
 )
 FIELDS: Mapping[Task, frozenset[str]] = {

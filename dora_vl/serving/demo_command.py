@@ -1,4 +1,4 @@
-"""`dora-vl demo`: a web page on which adapters and their base answer side by side."""
+"""`dora-vl demo`: a web page on which a base is trained, and adapters and their base answer side by side."""
 
 from __future__ import annotations
 
@@ -9,24 +9,37 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 from dora_vl.errors import UserError, install_command
 from dora_vl.evaluation.ask_command import add_model_options
-from dora_vl.serving.options import ANSWERS, MEDIA, Settings, adapters_by_name, add_address, add_options, listening
+from dora_vl.serving.options import (
+    ANSWERS,
+    LOCAL,
+    MEDIA,
+    Settings,
+    adapters_by_name,
+    add_address,
+    add_options,
+    listening,
+)
 
 DESCRIPTION = """\
-Opens a page in the browser: a picture, several, a video or the webcam on the left, an adapter's and the base's answers
-to the same question side by side on the right, turn after turn, and a dial for how much of an adapter is applied.
+Opens a page in the browser with two doors. Train: drop pictures and a table, see what training will see, start, follow,
+stop and resume it, read its test. Ask: an adapter and its base answer the same question about a picture, a video or the
+webcam side by side, with a dial for how much of the adapter is applied.
 
+  dora-vl demo
   dora-vl demo --adapter runs/demo/adapter
   dora-vl demo --adapter runs/a/adapter --adapter second=runs/b/adapter --port 8080
 
 An adapter is the folder of a run, or of PEFT, and is called as its run unless NAME= says otherwise. All adapters are
 over one base, which is loaded once; nothing is merged. The page listens on this machine alone unless --host says
-otherwise, answers to the names of --allow-host besides, asks for a key where --api-key gives one, asks no other host
-for anything, reads no file but what was uploaded, and keeps none. docs/serving.md says more.
+otherwise, answers to the names of --allow-host besides, asks for a key where --api-key gives one, and asks no other
+host for anything. Who may train may read folders of this machine and fill its disk: Train is there only where others
+cannot come, or with --train. docs/serving.md says more.
 """
 
 
@@ -34,13 +47,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
     add_model_options(parser)
     add_address(parser, port=7860)
+    parser.add_argument(
+        "--train",
+        action=argparse.BooleanOptionalAction,
+        help="whether visitors may train (default: only where neither --host nor --allow-host lets others in)",
+    )
     add_options(parser, ANSWERS, MEDIA)
 
 
 def run(options: argparse.Namespace) -> Iterator[str]:
-    """Opens the model and serves the page until Ctrl-C; yields a line when it is ready."""
-    if not options.adapter:
-        raise UserError("give --adapter DIR, the adapter folder of a run, such as runs/demo/adapter")
+    """Opens the models that are named and serves the page until Ctrl-C; yields a line when it is ready."""
+    trains = options.host in LOCAL and not options.allow_host if options.train is None else options.train
+    if not (options.adapter or trains):
+        raise UserError("give --adapter DIR, the adapter folder of a run, or --train, with which visitors may train")
     adapters = adapters_by_name(options.adapter)
     missing = [name for name in ("gradio", "httpx2", "uvicorn") if find_spec(name) is None]
     if missing:
@@ -56,26 +75,22 @@ def run(options: argparse.Namespace) -> Iterator[str]:
         at_end.callback(signal.signal, signal.SIGTERM, before)
         keep_gradio_quiet(Path(folder))
         from dora_vl.serving.access import Uploads, access_rules, http_config
-        from dora_vl.serving.engine import Engine
         from dora_vl.serving.model import open_served
+        from dora_vl.serving.side_by_side import OpenModels
 
-        rules = access_rules(options)
-
+        rules, settings = access_rules(options), Settings.of(options)
         named = {"base_name": "the base", "template": options.template, "any_base": options.any_base}
-        model = open_served(options.base, adapters, **named)  # before Gradio, which takes seconds: it may refuse
+        models = OpenModels(partial(open_served, **named), settings)
+        at_end.callback(models.close)
+        if adapters:
+            models.open(adapters, options.base)  # before Gradio, which takes seconds: it may refuse
         from dora_vl.serving.page import Page, QuietServer, build_page_app
-        from dora_vl.serving.page_parts import example_questions
-        from dora_vl.serving.side_by_side import SideBySide
 
-        settings = Settings.of(options)
-        examples = next(filter(None, map(example_questions, adapters.values())), ())
         most = settings.media_bytes * 4  # so that the page itself can say that a file is too large
-        uploads = Uploads(Path(folder), most * 8)
-        with Engine(model, settings) as engine, contextlib.closing(SideBySide(engine)) as side:
-            app = build_page_app(Page(side, uploads, examples), rules, upload_bytes=most)
-            host, port = listener.getsockname()[:2]
-            yield f"{', '.join(model.names)} at http://{host}:{port} (Ctrl-C ends)"
-            QuietServer(http_config(app, lifespan="on", timeout_graceful_shutdown=1)).run(sockets=[listener])
+        app = build_page_app(Page(models, Uploads(Path(folder), most * 8), trains=trains), rules, upload_bytes=most)
+        host, port = listener.getsockname()[:2]
+        yield f"{', '.join(models.names) or 'train'} at http://{host}:{port} (Ctrl-C ends)"
+        QuietServer(http_config(app, lifespan="on", timeout_graceful_shutdown=1)).run(sockets=[listener])
 
 
 def keep_gradio_quiet(uploads: Path) -> None:

@@ -1,15 +1,16 @@
-"""The page: its parts, and what happens on it. Pictures are shown, questions asked, a dial turned: each is a call here.
+"""The page: its door Ask, and what happens there: pictures are shown, questions asked, a dial turned.
 
-`side_by_side.py` has what a conversation is, `page_parts.py` how it looks, `access.py` what may come to the page.
+`side_by_side.py` has what a conversation is, `page_parts.py` how it looks, `access.py` what may come to the page,
+`page_training.py` the door Train.
 """
 
 from __future__ import annotations
 
 import logging
 import socket
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple, no_type_check
 
@@ -20,18 +21,33 @@ from fastapi import FastAPI
 from dora_vl.core.strength import checked_strength
 from dora_vl.errors import UserError
 from dora_vl.evaluation.predictor import Shown
+from dora_vl.run.folder import ADAPTER
 from dora_vl.serving.access import AccessRules, ByteBudget, PageMiddleware, Uploads
 from dora_vl.serving.decoding import Sampling
-from dora_vl.serving.page_parts import ExampleQuestion, column_view, data_url, notice_view, shown_view
-from dora_vl.serving.side_by_side import NOTHING, Conversation, ModelChoice, SideBySide, error_text
+from dora_vl.serving.page_parts import (
+    ExampleQuestion,
+    column_view,
+    data_url,
+    example_questions,
+    head_view,
+    notice_view,
+    shown_view,
+    state_view,
+)
+from dora_vl.serving.page_training import TrainDoor
+from dora_vl.serving.side_by_side import NOTHING, Conversation, ModelChoice, OpenModels, error_text
 
 STYLE = Path(__file__).parent / "page_files" / "page.css"
-TAKE_QUESTION, DIAL = STYLE.with_name("take_question.js"), STYLE.with_name("dial.js")
+TAKE_QUESTION, SCRIPT = STYLE.with_name("take_question.js"), STYLE.with_name("page.js")
+KEY = "() => [sessionStorage.doraVlTalk ??= crypto.getRandomValues(new Uint32Array(4)).join('-')]"
+"""The key by which the server keeps a tab's talk while the tab loads the page again."""
 FONT, MONOSPACE = ("system-ui", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"), ("ui-monospace", "monospace")
 """The visitor's own system has these fonts: none is fetched."""
 STRONGEST, STEP = 2.0, 0.05
 """The dial ends at 2; a request may ask for more."""
 LONGEST_ANSWER = 1024
+MOST_TALKS = 64
+"""So many talks are in memory, with their pictures; the one unused for longest goes."""
 Update = dict[Any, Any]
 """Maps parts of the page to new values; other parts keep theirs."""
 
@@ -54,8 +70,8 @@ def build_page_app(page: Page, rules: AccessRules, *, upload_bytes: int) -> Fast
     app = FastAPI(title="dora-vl demo", docs_url=None, redoc_url=None, openapi_url=None)
     budget = ByteBudget(2**20, 64 * 2**20)  # of events, which hold no picture
     app.add_middleware(PageMiddleware, rules=rules, budget=budget, uploads=page.uploads)
-    page.blocks.queue(max_size=page.side.engine.settings.waiting, api_open=False)
-    page.blocks.state_session_capacity = 64  # conversations, with their pictures; the one unused for longest goes
+    page.blocks.queue(max_size=page.models.settings.waiting, api_open=False)
+    page.blocks.state_session_capacity = MOST_TALKS
     page.blocks.has_launched = True  # else Gradio takes any file for an uploaded one; its mount leaves that out
     colours = gr.themes.Default(
         primary_hue="blue",
@@ -77,58 +93,73 @@ def build_page_app(page: Page, rules: AccessRules, *, upload_bytes: int) -> Fast
         mcp_server=False,
         theme=colours.set(body_background_fill="*neutral_50", block_shadow="none"),
         css_paths=[STYLE],
-        js=DIAL.read_text(encoding="utf-8"),
+        js=SCRIPT.read_text(encoding="utf-8"),
     )
 
 
 class Column(NamedTuple):
-    """One of the two who answer: which model, how much of its adapter, what it was asked and said."""
+    """One of the two who answer: which model, what it was asked and said, how much of its adapter is applied."""
 
     model: gr.Dropdown
-    strength: gr.Slider
     answers: gr.HTML
+    strength: gr.Slider
 
     @classmethod
-    def laid_out(cls, models: Sequence[str], chosen: str, side: str) -> Column:
-        """In the row that is open."""
+    def laid_out(cls, side: str) -> Column:
+        """In the row that is open; `Page.opened` fills it."""
         with gr.Column(min_width=230):
             return cls(
-                gr.Dropdown(list(models), value=chosen, show_label=False, elem_id=f"dv-model-{side}"),
+                gr.Dropdown([], show_label=False, elem_id=f"dv-model-{side}"),
+                gr.HTML("", elem_id=f"dv-conversation-{side}"),
                 gr.Slider(
-                    0, STRONGEST, 1.0, step=STEP, label="Strength of the adapter", interactive=chosen != models[0],
-                    info="0 the base, 1 the adapter", elem_id=f"dv-strength-{side}",
+                    0, STRONGEST, 1.0, step=STEP, label="Strength of the adapter", visible=False,
+                    info="0 the base, 1 the adapter as it was trained", elem_id=f"dv-strength-{side}",
                 ),
-                gr.HTML(column_view(Conversation(), 0, named=chosen), elem_id=f"dv-conversation-{side}"),
             )  # fmt: skip
 
 
 class Page:
-    """One page for all who open it; Gradio keeps each one's conversation.
+    """One page for all who open it; each one's conversation is kept by the key that their browser's tab has.
 
     Args:
+        models: what answers, once something was opened.
         uploads: what visitors have sent; no other file is ever read or deleted.
-        examples: questions that a click takes.
+        examples: questions that a click takes; None: those of the run whose adapter was opened last.
+        trains: whether the door Train is there.
     """
 
-    def __init__(self, side: SideBySide, uploads: Uploads, examples: Sequence[ExampleQuestion] = ()) -> None:
-        self.side, self.uploads, self.examples = side, uploads, tuple(examples)
-        self._base = side.engine.model.base_name
+    def __init__(
+        self,
+        models: OpenModels,
+        uploads: Uploads,
+        examples: Sequence[ExampleQuestion] | None = None,
+        *,
+        trains: bool = False,
+    ) -> None:
+        self.models, self.uploads = models, uploads
+        self.training = TrainDoor(uploads, models.close) if trains else None
+        self.examples = tuple(examples or ())
+        self._looks_for_examples = examples is None
+        self._talks: OrderedDict[str, Conversation] = OrderedDict()
+        self._key_of: dict[str, str] = {}
+        """Maps people who have the page open, as Gradio knows them, to the keys of their talks."""
         with gr.Blocks(title="dora-vl demo", analytics_enabled=False, fill_width=True) as self.blocks:
-            self._lay_out()
+            self.doors = gr.Tabs(selected="ask" if models.names else "train", elem_id="dv-doors")
+            with self.doors:
+                with gr.Tab("Ask", id="ask"):
+                    self._lay_out()
+                if self.training is not None:
+                    with gr.Tab("Train", id="train"):
+                        self.training.lay_out()
             self._connect()
 
     def _lay_out(self) -> None:
-        model, settings = self.side.engine.model, self.side.engine.settings
-        base, first = model.names[:2]
-        named = ", ".join(f"<b>{escape(name)}</b>" for name in model.names[1:])
-        gr.HTML(
-            '<header class="dv-head"><h1>Ask, side by side</h1>'
-            f"<p>{named} over <b>{escape(Path(model.source.base).name)}</b>, unmerged: both columns are rows of one "
-            "batch.</p></header>"
-        )
+        settings = self.models.settings
+        self.head = gr.HTML("")
         self.person, self.conversation, self.answered = gr.State(""), gr.State(None), gr.State("")
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=4, min_width=300):  # what the models are shown, examples, settings
+        self.key, self.asked = gr.Textbox(visible="hidden"), gr.Textbox(visible="hidden")
+        with gr.Row(equal_height=False, elem_id="dv-ask-door"):
+            with gr.Column(min_width=280, elem_id="dv-shown"):  # what the models are shown
                 with gr.Tab("Pictures or a video"):
                     self.files = gr.File(label="Pictures or a video", show_label=False, file_count="multiple",
                                          height=124, elem_id="dv-files")  # fmt: skip
@@ -139,19 +170,10 @@ class Page:
                     self.webcam.preprocess = lambda payload: None if payload is None else payload.path
                 self.seen = gr.HTML(shown_view(NOTHING), elem_id="dv-seen")
                 self.nothing = gr.Button("Remove the pictures", size="sm", variant="secondary", elem_id="dv-nothing")
-                self.clicked = self._examples() if self.examples else None
-                with gr.Accordion("Settings", open=False):
-                    longest = max(LONGEST_ANSWER, settings.max_new_tokens)
-                    self.tokens = gr.Slider(1, longest, settings.max_new_tokens, step=1,
-                                            label="Longest answer, in tokens")  # fmt: skip
-                    self.heat = gr.Slider(0, 2, settings.temperature, step=0.1, label="Temperature",
-                                          info="0 takes the likeliest token each time")  # fmt: skip
-                    self.remember = gr.Checkbox(True, label="Later questions see the earlier ones")
-            with gr.Column(scale=9, min_width=480):  # who answers, and what is asked and said
+            with gr.Column(min_width=280, elem_id="dv-answers"):  # who answers, and what is asked and said
                 self.notice = gr.HTML(notice_view(""), elem_id="dv-notice")
-                with gr.Row(equal_height=True):
-                    sides = {"left": first, "right": base}
-                    self.columns = [Column.laid_out(model.names, name, side) for side, name in sides.items()]
+                with gr.Row(equal_height=False):
+                    self.columns = [Column.laid_out(side) for side in ("left", "right")]
                 with gr.Row(equal_height=True, elem_id="dv-asking"):
                     self.question = gr.Textbox(placeholder="Type a question, then Enter", show_label=False, scale=8,
                                                container=False, lines=1, autofocus=True,
@@ -160,22 +182,34 @@ class Page:
                     self.ask_button = gr.Button("Ask", variant="primary", interactive=False, elem_id="dv-ask", **small)
                     self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="dv-stop", **small)
                     self.anew = gr.Button("New chat", scale=1, min_width=100, elem_id="dv-anew")
-                self.asked = gr.Textbox(visible="hidden")
+            with gr.Column(min_width=280, elem_id="dv-more"):  # examples and settings
+                self.clicked = self._examples()
+                with gr.Accordion("Settings", open=False):
+                    longest = max(LONGEST_ANSWER, settings.max_new_tokens)
+                    self.tokens = gr.Slider(1, longest, settings.max_new_tokens, step=1,
+                                            label="Longest answer, in tokens")  # fmt: skip
+                    self.heat = gr.Slider(0, 2, settings.temperature, step=0.1, label="Temperature",
+                                          info="0 takes the likeliest token each time")  # fmt: skip
+                    self.remember = gr.Checkbox(True, label="Later questions see the earlier ones")
 
     def _examples(self) -> gr.Dataset:
         """Returns rows of a small picture and its question."""
         return gr.Dataset(
             components=[gr.HTML(render=False), gr.Textbox(render=False)],
-            samples=[
-                [f'<img class="dv-thumbnail" alt="" src="{data_url(example.picture)}">', example.question]
-                for example in self.examples
-            ],
+            samples=self._example_rows(),
             headers=["", "A question of the run's test"],
             type="index",
-            samples_per_page=len(self.examples),
+            visible=bool(self.examples),
+            samples_per_page=6,
             label="Try one",
             elem_id="dv-examples",
         )
+
+    def _example_rows(self) -> list[list[str]]:
+        return [
+            [f'<img class="dv-thumbnail" alt="" src="{data_url(example.picture)}">', example.question]
+            for example in self.examples
+        ]
 
     def _connect(self) -> None:
         choices = [*(column.model for column in self.columns), *(column.strength for column in self.columns)]
@@ -195,13 +229,12 @@ class Page:
         # Answers alone go through the queue: its stream is closed after each event, and what an event that begins in
         # the next 100 ms sends is lost, such as the answer to a question that waited for its picture.
         answering = {**showing, "queue": True, "concurrency_id": "answers"}
-        answering |= {"concurrency_limit": self.side.engine.settings.batch}
+        answering |= {"concurrency_limit": self.models.settings.batch}
         self.files.upload(self.show_files, [self.person, self.files], **showing)
         self.webcam.input(self.show_files, [self.person, self.webcam], **showing)
         self.nothing.click(self.show_nothing, [self.person], **showing)
         self.anew.click(self.begin_anew, [self.person, self.conversation], **showing)
-        if self.clicked is not None:
-            self.clicked.click(self.take_example, [self.person, self.clicked], **showing)
+        self.clicked.click(self.take_example, [self.person, self.clicked], **showing)
         taking = gr.on(
             [self.ask_button.click, self.question.submit],
             None,
@@ -215,11 +248,45 @@ class Page:
         for column in self.columns:
             switched = column.model.input(self._dial_of, [column.model], [column.strength], **quick)
             switched.then(self.ask_again, chosen, **answering)
-        self.stop.click(self.side.stop, [self.person], **quick)
-        self.blocks.load(_begin, None, [self.person, self.conversation, self.ask_button], **quick)
+        self.stop.click(self.models.stop, [self.person], **quick)
+        doors = [self.head, self.clicked, *(part for column in self.columns for part in column)]
+        begun = [self.person, *shown, self.ask_button, *doors, self.doors]
+        if (train := self.training) is not None:
+            begun += train.parts
+            train.ask.click(self.ask_run, [self.person, train.run], begun, **{**quick, "queue": True})
+        self.blocks.load(self.come, [self.key], begun, js=KEY, **quick)
         self.blocks.unload(self.leave)
 
     # -- what a person does ------------------------------------------------------------------------------------
+
+    def come(self, key: str, request: gr.Request) -> Update:
+        """Returns what somebody finds who opens the page, or loads it again: their talk, and a box for questions."""
+        person = str(request.session_hash)
+        self._key_of[person] = key
+        conversation = self._talks.get(key, Conversation()).ended()
+        training = {} if self.training is None else self.training.opened()
+        asks = bool(self.models.names)
+        door = "train" if training and not asks else "ask"
+        view = {**self._opened(), **self._begun(conversation, person), **training, self.doors: gr.update(selected=door)}
+        return {**view, self.person: person, self.ask_button: gr.update(interactive=asks)}
+
+    def ask_run(self, person: str, run: str) -> Iterator[Update]:
+        """Yields the door Ask with the adapter of a run beside its base."""
+        assert self.training is not None
+        yield {self.training.state: state_view("", "Reading the base …")}
+        try:
+            folder = self.training.folder_of(run)
+            self.models.open({folder.name: folder / ADAPTER})
+        except UserError as error:
+            yield {self.training.state: state_view("failed", error_text(error))}
+            return
+        yield {
+            **self._opened(),
+            **self._begun(Conversation(), person),
+            self.doors: gr.update(selected="ask"),
+            self.ask_button: gr.update(interactive=True),
+            **self.training.follow(run, ""),
+        }
 
     def show_files(self, person: str, paths: list[str] | str | None) -> Any:
         """Returns files were chosen: they are read at once and deleted, and a conversation about them begins."""
@@ -230,7 +297,7 @@ class Page:
         try:
             if not all(self.uploads.holds(str(file)) for file in files):
                 raise UserError("a file is here no longer; choose it again")
-            return {**emptied, **self._begun(Conversation(shown=self.side.look(files)), person)}
+            return {**emptied, **self._begun(Conversation(shown=self.models.side.look(files)), person)}
         except UserError as error:
             return {**emptied, self.notice: notice_view(error_text(error))}
         finally:
@@ -268,21 +335,46 @@ class Page:
 
     def leave(self, request: gr.Request) -> None:
         """The page was closed: nobody waits for an answer any more."""
-        self.side.stop(str(request.session_hash))
+        self.models.stop(str(request.session_hash))
+        self._key_of.pop(str(request.session_hash), None)
 
     # -- inside ------------------------------------------------------------------------------------------------
 
+    def _opened(self) -> Update:
+        """Returns the door's parts for the models that answer now: the first adapter beside the base."""
+        names = self.models.names
+        if names and self._looks_for_examples:
+            self.examples = next(filter(None, map(example_questions, self.models.folders)), ())
+        update: Update = {
+            self.head: head_view(names, self.models.side.engine.model.source.base if names else ""),
+            self.clicked: gr.update(samples=self._example_rows(), visible=bool(self.examples)),
+        }
+        for column, name in zip(self.columns, names[1:2] + names[:1], strict=False):
+            update |= {column.model: gr.update(choices=list(names), value=name), column.strength: self._dial_of(name)}
+        return update
+
     def _dial_of(self, model: str) -> Any:
-        return gr.update(interactive=model != self._base)  # the base has no strength to choose
+        return gr.update(visible=model != self.models.names[0], value=1.0)  # the base has no strength to choose
 
     def _begun(self, conversation: Conversation, person: str) -> Update:
-        self.side.stop(person)
+        self.models.stop(person)
+        self._keep(person, conversation)
         return {
             self.conversation: conversation,
-            self.seen: shown_view(conversation.shown, frames_are_pictures=self.side.frames_are_pictures),
+            self.seen: shown_view(
+                conversation.shown, frames_are_pictures=bool(self.models.names) and self.models.side.frames_are_pictures
+            ),
             self.notice: notice_view(""),
             **self._views(conversation),
         }
+
+    def _keep(self, person: str, conversation: Conversation) -> None:
+        """Keeps a talk for when its tab is loaded again."""
+        if key := self._key_of.get(person):
+            self._talks[key] = conversation
+            self._talks.move_to_end(key)
+            while len(self._talks) > MOST_TALKS:
+                self._talks.popitem(last=False)
 
     def _answers(
         self, person: str, conversation: Conversation | None, chosen: Sequence[Any], question: str | None
@@ -299,9 +391,9 @@ class Page:
         try:
             if conversation is None or not person:
                 raise UserError("this chat is no longer here; load the page again")
-            # The base has no strength.
+            side, base = self.models.side, self.models.names[0]  # the base has no strength
             choices = [
-                ModelChoice(name=name, strength=1.0 if name == self._base else checked_strength(strength))
+                ModelChoice(name=name, strength=1.0 if name == base else checked_strength(strength))
                 for name, strength in zip(chosen[:2], chosen[2:4], strict=True)
             ]
             if question is None:
@@ -315,21 +407,17 @@ class Page:
             sampling = Sampling(max_new_tokens=max(1, int(tokens)), temperature=float(temperature))
             remembered = conversation if remember else replace(conversation, exchanges=())
             yield {self.ask_button: gr.update(interactive=False), self.stop: gr.update(interactive=True)}
-            for answered in self.side.ask(person, remembered, question, choices, sampling):
+            for answered in side.ask(person, remembered, question, choices, sampling):
                 grown = replace(conversation, exchanges=(*conversation.exchanges, answered.exchanges[-1]))
+                self._keep(person, grown)
                 yield {self.conversation: grown, self.notice: notice_view(""), **self._views(grown)}
         except UserError as error:
             yield {self.notice: notice_view(error_text(error)), **refilled}
         yield {self.ask_button: gr.update(interactive=True), self.stop: gr.update(interactive=False)}
 
     def _views(self, conversation: Conversation) -> Update:
-        names = (self.side.engine.model.names[1], self._base)
+        names = self.models.names
         return {
             column.answers: column_view(conversation, number, named=name)
-            for number, (column, name) in enumerate(zip(self.columns, names, strict=True))
+            for number, (column, name) in enumerate(zip(self.columns, names[1:2] + names[:1] or ("", ""), strict=True))
         }
-
-
-def _begin(request: gr.Request) -> tuple[str, Conversation, Any]:
-    """Returns the page is ready, and a person has it open, as Gradio knows them: questions are taken from now on."""
-    return str(request.session_hash), Conversation(), gr.update(interactive=True)

@@ -5,18 +5,20 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
-from io import BytesIO
+from io import BytesIO, StringIO
 from itertools import chain, zip_longest
 from pathlib import Path
 
 from PIL import Image
+from rich.console import Console
+from rich.text import Text
 
 from dora_vl.data.pictures import MediaFolder, open_image
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.baselines import EXCHANGED
+from dora_vl.evaluation.baselines import ASKED_AGAIN
 from dora_vl.evaluation.predictions import PREDICTIONS, Prediction, read_predictions
 from dora_vl.evaluation.predictor import Shown
 from dora_vl.run.folder import SETTINGS
@@ -45,12 +47,20 @@ def shown_view(shown: Shown, *, frames_are_pictures: bool = False) -> str:
     return "".join(parts) or '<p class="dv-faint dv-nothing">Nothing is shown yet. A question needs no picture.</p>'
 
 
+def head_view(names: Sequence[str], base: str) -> str:
+    """Returns who answers: the base's name among the models first, and its folder."""
+    if not names:
+        return '<header class="dv-head"><p>Nothing to ask yet: train first, or start with --adapter.</p></header>'
+    adapters = ", ".join(f"<b>{escape(name)}</b>" for name in names[1:])
+    who = f"{adapters} and its untrained base, <b>{escape(base)}</b>"
+    return f'<header class="dv-head"><p>The same question to {who}.</p></header>'
+
+
 def column_view(conversation: Conversation, column: int, *, named: str) -> str:
     """Returns what one model was asked and said."""
     if not conversation.exchanges:
-        return (
-            f'<div class="dv-conversation"><p class="dv-faint dv-nothing">{escape(named)} will answer here.</p></div>'
-        )
+        hint = f"{escape(named) or 'A model'} will answer here."
+        return f'<div class="dv-conversation"><p class="dv-faint dv-nothing">{hint}</p></div>'
     turns = "".join(
         f'<div class="dv-asked">{escape(exchange.question) or NO_WORDS}</div>{_answer_view(exchange.answers[column])}'
         for exchange in conversation.exchanges
@@ -71,7 +81,8 @@ def _answer_view(answer: ColumnAnswer) -> str:
         words = '<span class="dv-faint">(the model ended its answer at once)</span>'
     message = f'<div class="dv-said" data-over="{str(answer.over).lower()}">{words}</div>' if words else ""
     trouble = f'<div class="dv-trouble">{escape(answer.trouble)}</div>' if answer.trouble else ""
-    return message + trouble + f'<div class="dv-tally">{escape(tally(answer))}</div>'
+    copy = '<button class="dv-copy" type="button">copy</button>' if answer.over and answer.text else ""
+    return message + trouble + f'<div class="dv-tally"><span>{escape(tally(answer))}</span>{copy}</div>'
 
 
 def tally(answer: ColumnAnswer) -> str:
@@ -99,6 +110,30 @@ def data_url(picture: Image.Image) -> str:
     content = BytesIO()
     small.save(content, kind, quality=85)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def state_view(state: str, text: str, more: str = "") -> str:
+    """Returns where a run stands, and what it said last."""
+    return f'<div class="dv-run" data-state="{state}"><b>{escape(text)}</b><p>{escape(more)}</p></div>'
+
+
+def printed_view(lines: Sequence[str]) -> str:
+    """Returns what a command printed, in its colours."""
+    console = Console(record=True, file=StringIO(), width=100_000, color_system="256", force_terminal=True)
+    console.print(Text.from_ansi("\n".join(lines)))
+    return console.export_html(inline_styles=True, code_format='<pre class="dv-lines">{code}</pre>')
+
+
+def table_view(
+    title: str, head: Sequence[str], rows: Sequence[tuple[Sequence[str], Sequence[str]]], warnings: Sequence[str] = ()
+) -> str:
+    """Returns a table; each row is a picture, as a data URL or why there is none, and its texts."""
+    text = "".join(f"<th>{escape(name)}</th>" for name in head)
+    for (url, why), cells in rows:
+        picture = f'<img alt="" src="{url}">' if url else escape(why)
+        text += f"<tr><td>{picture}</td>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
+    below = "".join(f'<p class="dv-trouble">{escape(warning)}</p>' for warning in warnings)
+    return f'<div class="dv-wide"><table><caption>{escape(title)}</caption>{text}</table></div>{below}'
 
 
 @dataclass(frozen=True)
@@ -136,7 +171,7 @@ def _of_test(run: Path, most: int) -> Iterator[ExampleQuestion]:
         folder = started_in / folder
     kinds: dict[str | None, list[Prediction]] = {}
     for prediction in chain.from_iterable(
-        rows.values() for name, rows in by_set.items() if not name.endswith(EXCHANGED)
+        rows.values() for name, rows in by_set.items() if not name.endswith(ASKED_AGAIN)
     ):
         if len(prediction.images) == 1:
             kinds.setdefault(prediction.kind, []).append(prediction)

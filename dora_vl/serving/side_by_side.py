@@ -6,14 +6,17 @@ here knows how it is shown.
 
 from __future__ import annotations
 
+import gc
 import mimetypes
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+
+import torch
 
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample, UserError, one_line
@@ -21,6 +24,8 @@ from dora_vl.evaluation.predictor import Shown
 from dora_vl.serving.decoding import Reason, Sampling
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.media import RequestMedia, words
+from dora_vl.serving.model import ServedModel
+from dora_vl.serving.options import Settings
 from dora_vl.serving.requests import TooLarge
 from dora_vl.serving.scheduler import Event, Failed, Finished, Piece, Stopped, SubmittedRequest
 
@@ -94,6 +99,19 @@ class Conversation:
 
     shown: Shown = NOTHING
     exchanges: tuple[Exchange, ...] = ()
+
+    def ended(self) -> Conversation:
+        """Returns it as it stands once nobody answers any more."""
+        ended = [
+            replace(
+                exchange,
+                answers=tuple(
+                    answer if answer.over else answer.after(HALT, answer.seconds) for answer in exchange.answers
+                ),
+            )
+            for exchange in self.exchanges
+        ]
+        return replace(self, exchanges=tuple(ended))
 
     def turns(self, column: int, question: str) -> list[Turn]:
         """Returns what a column's model is told: the conversation so far as it went there, then the question."""
@@ -202,6 +220,56 @@ class SideBySide:
             return file.read_bytes()
         except OSError as error:
             raise UserError(f"{file.name} cannot be read: {error.strerror}; choose it again") from None
+
+
+class OpenModels:
+    """The models that answer, which may be exchanged while people have the page open; none at first.
+
+    Args:
+        read: reads a base with these adapters, by name; None is the first adapter's own base.
+    """
+
+    def __init__(self, read: Callable[[str | None, Mapping[str, Path]], ServedModel], settings: Settings) -> None:
+        self.settings = settings
+        self.folders: tuple[Path, ...] = ()
+        self._read = read
+        self._side: SideBySide | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def side(self) -> SideBySide:
+        """The models side by side. Raises UserError where none is open."""
+        if self._side is None:
+            raise UserError("no model is open: train one, or choose a run that was trained, and press Ask it")
+        return self._side
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of what answers, the base first; none where nothing is open."""
+        return () if self._side is None else self._side.engine.model.names
+
+    def open(self, adapters: Mapping[str, Path], base: str | None = None) -> None:
+        """Opens adapters over their base, in place of what was open."""
+        with self._lock:
+            self.close()
+            model = self._read(base, adapters)
+            self.folders = tuple(adapters.values())
+            self._side = SideBySide(Engine(model, self.settings))
+
+    def stop(self, person: str) -> None:
+        """Ends what is being answered for a person."""
+        if self._side is not None:
+            self._side.stop(person)
+
+    def close(self) -> None:
+        """Ends the engine and the decoders, and lets go of the weights."""
+        side, self._side = self._side, None
+        if side is not None:
+            side.close()
+            side.engine.close()
+        del side
+        gc.collect()
+        torch.cuda.empty_cache()  # nothing where there is no GPU
 
 
 Events = queue.SimpleQueue[tuple[int, Event]]

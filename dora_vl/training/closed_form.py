@@ -125,7 +125,7 @@ def start_projector(
             words = {text: table[of_text].detach().double().cpu().mean(0) for text, of_text in ids.items() if of_text}
             usable = [each for each in rounds if each[0] in seen and each[2] in words]
             drawn = {name: tensor.detach().double().cpu() for name, tensor in zip(weights, values, strict=True)}
-            start = projector_start(usable, seen, words, drawn, form)
+            start = projector_start(usable, seen, words, drawn, form) if usable else drawn
             save_file({name: tensor.float().contiguous() for name, tensor in start.items()}, file)
         started.update(load_file(file))
 
@@ -149,10 +149,8 @@ def projector_start(
     `answers` maps standardised cells to them by ridge; `scaled` keeps the random map `drawn`, as does what says nothing
     of the answers. An answer counts from the mean of its question's, since a picture does not tell what is asked.
     """
-    everything, asked = (
-        torch.stack([words[text] for _, _, text in rounds]).mean(0),
-        defaultdict[str, list[Tensor]](list),
-    )
+    everything = torch.stack([words[text] for _, _, text in rounds]).mean(0)
+    asked = defaultdict[str, list[Tensor]](list)
     for _, question, text in rounds:
         asked[question].append(words[text])
     usual = {name: torch.stack(several).mean(0) for name, several in asked.items() if len(several) >= LEAST_ASKED}
@@ -164,14 +162,17 @@ def projector_start(
     cells = torch.cat([seen[names][1:] for names in said])
     first = drawn["linear_1.weight"] / ridge.spread
     first_bias, second, second_bias = drawn["linear_1.bias"] - first @ ridge.mean, drawn["linear_2.weight"], everything
+    size, length = _size(targets), float(everything.norm())
+    if size < 1e-6 * length:  # each question has one answer
+        form, size = "scaled", length
     form = "scaled" if ridge.unexplained >= 1 else form
     if form == "scaled":
         made = F.gelu(cells @ first.T + first_bias) @ second.T
-        second = second * (_size(targets) / _size(made - made.mean(0)))
+        second = second * (size / _size(made - made.mean(0)))
         second_bias = everything - (F.gelu(cells @ first.T + first_bias) @ second.T).mean(0)
     else:
         mapped = (cells - ridge.mean) / ridge.spread @ ridge.weights
-        scale, (variances, directions) = _size(targets) / _size(mapped), torch.linalg.eigh(mapped.T @ mapped)
+        scale, (variances, directions) = size / _size(mapped), torch.linalg.eigh(mapped.T @ mapped)
         rank = min(len(first) // 2, int((variances > 1e-12 * variances[-1]).sum()))
         directions = directions[:, -rank:]
         spread = scale * (mapped @ directions).square().mean(0).sqrt() / HIDDEN_SPREAD

@@ -34,12 +34,13 @@ from dora_vl.data.pictures import StoredPictures
 from dora_vl.data.samples import Labelled, Sample, Skipped
 from dora_vl.errors import SettingError
 from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
-from dora_vl.evaluation.baselines import right_text
+from dora_vl.evaluation.baselines import Exchange, right_text
 from dora_vl.evaluation.forgetting import Abilities, forgetting, in_words, measured
 from dora_vl.evaluation.predictor import MediaReader
 from dora_vl.evaluation.questions import text_asked
 from dora_vl.evaluation.rewards import Reward, rewards_of
 from dora_vl.evaluation.test import (
+    ask_untrained,
     check_test,
     evaluate_commonsense,
     media_of_run,
@@ -197,11 +198,14 @@ class DecoderPipeline(Pipeline):
         search = {"num_beams": config.evaluation.beams} if config.task == "commonsense" else None
         return load_base(open_backbone, config.model, generation=search)
 
+    def assistant(self, backbone: Backbone[Any]) -> Assistant:
+        """Returns the model as one that is asked."""
+        return Assistant(backbone, EncoderPrompts(self.encoder))
+
     def write_replay(self, backbone: Backbone[Any], arguments: TrainingArguments) -> None:
         """Takes a base's chats from an earlier run of it; where there is none, it writes them."""
         if self.config.data.replay:
-            assistant = Assistant(backbone, EncoderPrompts(self.encoder))
-            on_first_rank(partial(put_chats, self.config, assistant, arguments.device))
+            on_first_rank(partial(put_chats, self.config, self.assistant(backbone), arguments.device))
 
     def dora_config(self, backbone: Backbone[Any]) -> DoRAConfig:
         """Every linear of the decoder and the projector, unless the settings say otherwise."""
@@ -354,10 +358,7 @@ class DecoderPipeline(Pipeline):
                 reference=Reference(backbone.model) if objective.has_reference else None,
                 keeps=not self.config.data.streaming and not draws_in_training(backbone.model),
             )
-        by_divergence = self.config.data.replay and objective.replay == "divergence"
-        reference = Reference(backbone.model) if by_divergence else None
-        by_step = self.config.optim.loss_normalisation == "step_tokens"
-        return NextTokenLoss(backbone, step_tokens=by_step, reference=reference)
+        return NextTokenLoss(backbone, step_tokens=self.config.optim.loss_normalisation == "step_tokens")
 
     def rollouts(self, backbone: Backbone[Any], arguments: TrainingArguments, data: TrainingData) -> Rollouts | None:
         """Draws answers where the loss learns from rewards."""
@@ -432,28 +433,29 @@ class DecoderPipeline(Pipeline):
 
     def test(self, numbers: Mapping[str, Any]) -> None:
         """Answers the test's file, or every set of `evaluation.files`, with the saved adapter."""
-        (assistant, lost), evaluation = self._tested(), self.config.evaluation
+        (assistant, lost, untrained), evaluation = self._tested(), self.config.evaluation
         numbers = {**numbers, **lost}
         if not evaluation.files:
-            run_test(assistant, self.config, numbers=numbers)
+            run_test(assistant, self.config, numbers=numbers, untrained=untrained)
         else:
             folder = run_folder_of(self.config.training)
             evaluate_commonsense(assistant.backbone, self.encoder, evaluation, run_folder=folder, numbers=numbers)
         for name, line in in_words(lost.get("forgetting")).items():
             logger.info("%s: %s", name, line)
 
-    def _tested(self) -> tuple[Assistant, dict[str, Any]]:
-        """The model with its saved adapter, and what it lost by it."""
+    def _tested(self) -> tuple[Assistant, dict[str, Any], Exchange | None]:
+        """The model with its saved adapter, what it lost by it, and what the base answers to the test."""
         base, evaluation = self.load(), self.config.evaluation
         strength = checked_strength(evaluation.strength)
-        assistant = Assistant(base, EncoderPrompts(self.encoder))
-        if not evaluation.forgetting:
-            return replace(assistant, backbone=self.with_saved_adapter(base, strength)), {}
+        base.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval().requires_grad_(False)
+        assistant = self.assistant(base)
+        untrained = ask_untrained(assistant, self.config) if evaluation.untrained and evaluation.file else None
         texts = None if evaluation.other_texts is None else Path(evaluation.other_texts)
-        base.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()
-        before = measured(assistant, texts)
+        before = measured(assistant, texts) if evaluation.forgetting else ""
         assistant = replace(assistant, backbone=self.with_saved_adapter(base, strength))
+        if not evaluation.forgetting:
+            return assistant, {}, untrained
         after = measured(assistant, texts, before if isinstance(before, Abilities) else None)
         if isinstance(before, str) or isinstance(after, str):
-            return assistant, {"forgetting": {"reason": before if isinstance(before, str) else after}}
-        return assistant, {"forgetting": forgetting(before, after)}
+            return assistant, {"forgetting": {"reason": before if isinstance(before, str) else after}}, untrained
+        return assistant, {"forgetting": forgetting(before, after)}, untrained

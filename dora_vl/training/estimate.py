@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -214,6 +215,17 @@ class Cluster:
         """An optimizer step's products, and its traffic over the slowest link, which a ring crosses once."""
         slowest = min(self.bandwidth, self.network) if self.machines > 1 else self.bandwidth
         return flop / (self.flop_per_second * self.utilisation), traffic.total / slowest
+
+
+def teraflops(size: int = 1024) -> float:
+    """Measures products of matrices in bfloat16 on this machine's device, in TFLOP a second."""
+    factor = torch.ones(size, size, dtype=torch.bfloat16, device="cuda" if torch.cuda.is_available() else "cpu")
+    times: list[float] = []
+    for _ in range(4):  # the first one warms up
+        start = time.perf_counter()
+        (factor @ factor)[0, 0].item()
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times) / 1e12
 
 
 SHAPES: Mapping[str, dict[str, Any]] = json.loads(Path(__file__).with_name("shapes.json").read_text(encoding="utf-8"))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dora_vl.errors import UserError, positive
 from dora_vl.files import write_json
 
 if TYPE_CHECKING:
+    from dora_vl.run.settings import RunConfig
     from dora_vl.training.estimate import Cluster, PlannedRun
 
 DESCRIPTION = """\
@@ -22,6 +24,7 @@ the GPUs' peak and the links' speed. The model is made from its config alone, on
 
   dora-vl estimate llava/llava15 --variant 7b_dora --shape llava-1.5-7b --gpus 8
   dora-vl estimate my_run.yaml --gpus 64 --machines 8 --mfu 0.4 --training.deepspeed zero2
+  dora-vl estimate my_run.yaml --here        on this machine: its speed is measured, the first batch is counted
 
 What this command does not know is a setting of the run, --section.key value, as for the script itself. docs/cluster.md
 says what is counted and how.
@@ -33,7 +36,8 @@ TERA, GIGA, GIB = 1e12, 1e9, 2**30
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options; a run's own settings may stand between them."""
     parser.add_argument("config", metavar="CONFIG", help="YAML file with the run's settings, or a recipe's name")
-    parser.add_argument("--gpus", type=positive, required=True, metavar="N", help="GPUs in all")
+    parser.add_argument("--gpus", type=positive, metavar="N", help="GPUs in all; needed but with --here")
+    parser.add_argument("--here", action="store_true", help="one device of this machine, and the run's own first batch")
     parser.add_argument("--machines", type=positive, metavar="M", help="that hold them (default: 8 GPUs in each)")
     parser.add_argument("--shape", metavar="NAME", help="a published model's sizes, in place of model.base")
     parser.add_argument("--tokens", type=positive, metavar="T", help="of a sample (default: data.max_tokens)")
@@ -61,15 +65,21 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     from dora_vl.run.reading import read_run  # jsonargparse: not for --help
     from dora_vl.training.train_command import pipeline_of
 
-    gpus, machines = arguments.gpus, arguments.machines or -(-arguments.gpus // 8)
+    if not (gpus := 1 if arguments.here else arguments.gpus):
+        raise UserError("give --gpus N, or --here for this machine")
+    machines = arguments.machines or -(-gpus // 8)
     if gpus % machines:
         raise UserError(f"--gpus {gpus} cannot be spread evenly over {machines} machines; give --machines")
     words = [f"--config={arguments.config}", *arguments.settings]
     config = read_run(words, program="dora-vl estimate")
     if config.task == "vlbart":
         raise UserError("estimate is for decoders; a VL-BART fits any GPU")
-    from dora_vl.training.estimate import Cluster, plan_run, with_shape
+    from dora_vl.training.estimate import Cluster, plan_run, teraflops, with_shape
 
+    epoch: int | None = None
+    if arguments.here:
+        arguments.tokens, arguments.labelled, epoch = _first_batch(config)
+        arguments.tflops, arguments.mfu = teraflops(), 1.0
     with tempfile.TemporaryDirectory() as folder:
         config = with_shape(config, arguments.shape, Path(folder))
         logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -85,10 +95,41 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     bandwidth, network = arguments.bandwidth * GIGA, arguments.network * GIGA
     cluster = Cluster(machines, arguments.tflops * TERA, arguments.mfu, bandwidth, network)
     yield from step_lines(planned, gpus, cluster)
+    if epoch is not None:
+        yield _time_line(_steps(planned.section, epoch), cluster.seconds(planned.traffic(gpus), planned.flop())[0])
     if arguments.json is not None:
         record = {**asdict(estimate), "traffic": asdict(planned.traffic(gpus)), "samples": asdict(samples)}
         write_json(arguments.json, {**record, "total": estimate.total, "flop": planned.flop()})
         yield f"{arguments.json}"
+
+
+def _first_batch(config: RunConfig) -> tuple[int, int, int | None]:
+    """Returns a sample's tokens and labelled ones by a run's first micro-batch, and how many of these an epoch has."""
+    from dora_vl.data.samples import IGNORED_LABEL
+    from dora_vl.training.show_command import read_first_batch, shown_settings
+    from dora_vl.training.train_command import pipeline_of
+
+    with tempfile.TemporaryDirectory() as folder:
+        first = read_first_batch(pipeline_of(shown_settings(config, Path(folder))))
+    samples = max(1, len(first.names))
+    tokens = first.batch["input_ids"].numel() - int(first.batch.get("padding_tokens", 0))
+    labelled = int((first.batch["labels"] != IGNORED_LABEL).sum())
+    return math.ceil(tokens / samples), math.ceil(labelled / samples), first.micro_batches
+
+
+def _time_line(steps: int, seconds: float) -> str:
+    minutes = math.ceil(steps * seconds / 60)
+    return (
+        f"{steps:,} steps: about {minutes:,} min on this machine; to read the pictures, replay and the test come on top"
+    )
+
+
+def _steps(section: Mapping[str, Any], micro_batches: int) -> int:
+    """Returns a run's optimizer steps, as the Trainer counts them."""
+    if (most := section.get("max_steps", -1)) > 0:
+        return int(most)
+    each = math.ceil(micro_batches / section.get("gradient_accumulation_steps", 1))
+    return math.ceil(each * section.get("num_train_epochs", 3))
 
 
 def gib(size: int) -> str:
@@ -106,6 +147,6 @@ def step_lines(planned: PlannedRun, gpus: int, cluster: Cluster) -> Iterator[str
     )
     yield (
         f"a step computes {flop / TERA:.1f} TFLOP a GPU: {compute:.2f} s at {cluster.utilisation:g} of "
-        f"{cluster.flop_per_second / TERA:g} TFLOP/s, {wire:.2f} s on the wire ({cluster.machines} machines), "
+        f"{cluster.flop_per_second / TERA:.3g} TFLOP/s, {wire:.2f} s on the wire ({cluster.machines} machines), "
         f"{max(compute, wire):.2f} to {compute + wire:.2f} s together"
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import TrainingArguments
@@ -81,14 +81,7 @@ class NextTokenLoss(LossModel):
     """Next-token loss of a backbone that gives `Features` for a batch.
 
     With `step_tokens` it is divided by all labelled tokens of the optimizer step, otherwise by this micro-batch's.
-
-    Args:
-        reference: the model as it was when training began, whose probabilities replayed chats teach; None: their words.
     """
-
-    def __init__(self, backbone: Backbone[Any], *, step_tokens: bool, reference: Reference | None = None) -> None:
-        super().__init__(backbone, step_tokens=step_tokens)
-        self.reference = reference
 
     def forward(
         self,
@@ -96,36 +89,17 @@ class NextTokenLoss(LossModel):
         attention_mask: Int[Tensor, "batch seq"],
         labels: Int[Tensor, "batch seq"],
         num_items_in_batch: Tensor | int | None = None,
-        replayed: Bool[Tensor, " samples"] | None = None,
         **inputs: Any,
     ) -> dict[str, Tensor]:
         """Returns `loss` to go backward from, and `labelled_tokens`, the number of labels it saw.
 
         `inputs` are what else the backbone takes and the batch brings, such as pictures.
         """
-        inputs |= {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        if self.reference is None or not self.training or (replayed is None and not self.reference.is_sharded):
-            losses = self.backbone(**inputs).losses
-        else:
-            losses = self._with_divergence(self.reference, replayed, inputs)
+        losses = self.backbone(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **inputs).losses
         # Without any label the loss is 0 and still belongs to the graph, so that ranks stay in step.
         count = torch.tensor(len(losses), device=losses.device)
         divisor = count.clamp_min(1) if num_items_in_batch is None else num_items_in_batch
         return {"loss": losses.sum() / divisor, "labelled_tokens": count}
-
-    def _with_divergence(
-        self, reference: Reference, replayed: Bool[Tensor, " samples"] | None, inputs: Mapping[str, Any]
-    ) -> Float[Tensor, " labels"]:
-        """Computes each label's loss, of a chat's the divergence from the reference at its place."""
-        with reference.in_place():
-            before = self.backbone(keep_logits=True, **inputs)
-        features = self.backbone(keep_logits=True, **inputs)
-        if replayed is None:
-            return features.losses
-        places = replayed[features.rows].nonzero().flatten()
-        target, now = (each.logits[places].float().log_softmax(-1) for each in (before, features))
-        divergences = (target.exp() * (target - now)).sum(-1)
-        return features.losses.index_copy(0, places, divergences.to(features.losses.dtype))
 
 
 class RewardLoss(NextTokenLoss):
@@ -138,8 +112,8 @@ class RewardLoss(NextTokenLoss):
     """
 
     def __init__(self, backbone: Backbone[Any], *, kl: float, reference: Reference | None) -> None:
-        super().__init__(backbone, step_tokens=True, reference=reference)
-        self.kl = kl
+        super().__init__(backbone, step_tokens=True)
+        self.kl, self.reference = kl, reference
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

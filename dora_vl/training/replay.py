@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import random
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,13 +23,13 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dora_vl.adapters.adapter import content_hash, local_folder
 from dora_vl.backbones.encoder import Encoder, open_encoder
-from dora_vl.backbones.generation import NOT_YET_A_CHARACTER, end_tokens
+from dora_vl.backbones.generation import NOT_YET_A_CHARACTER, decoded, end_tokens
 from dora_vl.backbones.templates import shared_beginning
 from dora_vl.data.example import Example
-from dora_vl.data.samples import Sample
+from dora_vl.data.samples import IGNORED_LABEL, Sample
 from dora_vl.data.table import ExampleTable, load_rows
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
-from dora_vl.errors import BadSample, SettingError
+from dora_vl.errors import BadSample, SettingError, UserError
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.files import file_sha256, whole_file, write_json_lines
 from dora_vl.run.folder import REPLAY, run_folder_of
@@ -53,23 +53,12 @@ OPENINGS = (
 """Beginnings of plain text, for a base without a chat template."""
 
 
-@dataclass(frozen=True)
-class Opening:
-    """What stands before the text that a base writes of itself, and what closes it."""
-
-    ids: list[int]
-    closing: str = ""
-    closing_id: int | None = None
-
-
-def opening_of(encoder: Encoder) -> Opening:
-    """Returns what opens and closes a user's turn: what prompts of two different questions share."""
+def opening_of(encoder: Encoder) -> tuple[list[int], int | None]:
+    """Returns the ids that open a user's turn and the special token that closes it: what two prompts share."""
     first, second = (encoder.encode_prompt([Turn("user", word)]).input_ids.tolist() for word in ("Apples", "zebra"))
-    begin, end = shared_beginning(first, second), shared_beginning(first[::-1], second[::-1])
-    behind, tokenizer = first[len(first) - end :], encoder.tokenizer
-    special = [token for token in behind if token in tokenizer.added_tokens_decoder]
-    words = tokenizer.decode(behind[: behind.index(special[0])] if special else behind).strip()
-    return Opening(first[:begin], words.split("\n")[0].strip(), special[0] if special and not words else None)
+    behind = first[len(first) - shared_beginning(first[::-1], second[::-1]) :]
+    special = encoder.tokenizer.added_tokens_decoder
+    return first[: shared_beginning(first, second)], next((token for token in behind if token in special), None)
 
 
 def repeated_share(text: str) -> float:
@@ -88,71 +77,61 @@ class ChatWriter:
 
     def __init__(self, assistant: Assistant, model: ModelConfig) -> None:
         self._assistant, self._encoder = assistant, assistant.prompts.encoder
-        self._tokenizer = self._encoder.tokenizer
         self._ends = end_tokens(assistant.backbone.model)
-        self._openings = [Opening(self._tokenizer(text)["input_ids"]) for text in OPENINGS]
-        self.asks = bool(self._tokenizer.chat_template or vars(self._encoder.processor).get("chat_template"))
-        if self.asks:  # by the template that it was tuned with, its default system turn included
+        self._opening, self._closing = list[int](), None
+        with suppress(UserError):  # no chat template, or none that fits: plain openings
+            # By the template that it was tuned with, its default system turn included.
             own = open_encoder(model.base, template="tokenizer", max_tokens=512, revision=model.revision)
-            self._openings = [opening_of(own)]
+            self._opening, self._closing = opening_of(own)
         self.tried = 0
 
     def write(self, count: int, seed: int = 0) -> Iterator[Example]:
         """Yields so many chats, or fewer where a base writes hardly any that can be used."""
-        chance, seen, devices = random.Random(seed), set[str](), []
-        if self._assistant.device.type == "cuda":
-            devices = [self._assistant.device]
-        with torch.random.fork_rng(devices):
+        device, seen = self._assistant.device, set[str]()
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            for _ in range(MOST_BATCHES):
-                for question, answer in self._batch(chance):
+            while len(seen) < count and self.tried < MOST_BATCHES * BATCH and (seen or self.tried < 4 * BATCH):
+                for question, answer in self._batch():
                     example = Example(f"replay-{len(seen)}", turns=(Turn("user", question), Turn("assistant", answer)))
                     if len(seen) < count and question + answer not in seen and self._can_be_learned(example):
                         seen.add(question + answer)
                         yield example
-                if len(seen) == count or (not seen and self.tried >= 4 * BATCH):
-                    return
+                self.tried += BATCH
 
-    def _batch(self, chance: random.Random) -> list[tuple[str, str]]:
-        openings = chance.choices(self._openings, k=BATCH)
-        self.tried += BATCH
-        prompts = [Sample(ids := torch.tensor(opening.ids), torch.full_like(ids, -100)) for opening in openings]
-        if not self.asks:
-            beginnings = [self._tokenizer.decode(opening.ids, skip_special_tokens=True) for opening in openings]
-            texts = self._texts(prompts, ANSWER_TOKENS)
-            return [(begin, whole(*text)) for begin, text in zip(beginnings, texts, strict=True)]
-        texts = self._texts(prompts, QUESTION_TOKENS, self._openings[0])
-        questions = [text for text, ended in texts if ended and len(text.split()) >= 3 and is_plain(text, repeated=0.1)]
-        prompts = [Sample(**vars(self._encoder.encode_prompt([Turn("user", text)]))) for text in questions]
-        texts = self._texts(prompts, ANSWER_TOKENS) if prompts else []
-        return [(question, whole(*text)) for question, text in zip(questions, texts, strict=True)]
+    def _batch(self) -> list[tuple[str, str]]:
+        """Returns questions with answers; of a base that closes no question, plain openings with what follows."""
+        if self._closing is None:
+            questions = [OPENINGS[(self.tried + number) % len(OPENINGS)] for number in range(BATCH)]
+            ids = [self._encoder.tokenizer(text)["input_ids"] for text in questions]
+        else:
+            texts = self._texts([self._opening] * BATCH, QUESTION_TOKENS, {*self._ends, self._closing})
+            asked = [text for text, ended in texts if ended and len(text.split()) > 2 and is_plain(text, 0.1)]
+            prompts = {text: ids for text in asked if (ids := self._prompt(text)) is not None}
+            questions, ids = [*prompts], [*prompts.values()]
+        texts = self._texts(ids, ANSWER_TOKENS, self._ends) if ids else []
+        answers = [whole(self._encoder.prompts.answer_in(text), ended=ended) for text, ended in texts]
+        return list(zip(questions, answers, strict=True))
 
-    def _texts(self, prompts: Sequence[Sample], tokens: int, opening: Opening | None = None) -> list[tuple[str, bool]]:
+    def _prompt(self, question: str) -> list[int] | None:
+        with suppress(BadSample):
+            return self._encoder.encode_prompt([Turn("user", question)]).input_ids.tolist()
+
+    def _texts(self, prompts: Sequence[list[int]], tokens: int, ends: Collection[int]) -> list[tuple[str, bool]]:
         """Returns what the base writes behind each prompt, and whether it came to its end."""
-        batch = self._assistant.prompts.collate(prompts, "left")
-        ends = {*self._ends, *([] if opening is None or opening.closing_id is None else [opening.closing_id])}
+        samples = [Sample(ids := torch.tensor(prompt), torch.full_like(ids, IGNORED_LABEL)) for prompt in prompts]
         options = {**SAMPLED, **({"eos_token_id": sorted(ends)} if ends else {})}
-        rows = self._assistant.new_ids(batch, max_new_tokens=tokens, options=options).tolist()
+        batch = self._assistant.prompts.collate(samples, "left")
         texts: list[tuple[str, bool]] = []
-        for row in rows:
+        for row in self._assistant.new_ids(batch, max_new_tokens=tokens, options=options).tolist():
             end = next((place for place, token in enumerate(row) if token in ends or token < 0), None)
-            text, ended = self._tokenizer.decode(row[:end], skip_special_tokens=True), end is not None
-            if opening is None:
-                text = self._encoder.prompts.answer_in(text)
-            elif opening.closing:
-                text, closing, _ = text.partition(opening.closing)
-                ended = bool(closing)
-            texts.append((text.strip(), ended))
+            texts.append((decoded(self._encoder.tokenizer, row[:end]).strip(), end is not None))
         return texts
 
     def _can_be_learned(self, example: Example) -> bool:
-        question, answer = (turn.text for turn in example.turns)
-        if not answer or not is_plain(answer, repeated=0.2) or not is_plain(question, repeated=1.0):
-            return False
-        try:
-            return not self._encoder.encode(example).cut_tokens
-        except BadSample:
-            return False
+        answer = example.turns[-1].text
+        with suppress(BadSample):
+            return bool(answer) and is_plain(answer, 0.2) and not self._encoder.encode(example).cut_tokens
+        return False
 
 
 def file_of_chats(config: RunConfig, encoder: Encoder) -> Path:
@@ -212,21 +191,23 @@ def check_base_writes(config: RunConfig, encoder: Encoder) -> None:
         )
 
 
-def put_chats(config: RunConfig, assistant: Assistant, device: torch.device) -> None:
-    """Puts a base's chats into a run's folder, unless a resumed run has them there; for one rank alone.
-
-    A base that has none yet writes them on a device.
-    """
-    target = run_folder_of(config.training) / REPLAY
-    if target.is_file():
-        return
+def kept_chats(config: RunConfig, assistant: Assistant, device: torch.device) -> Path:
+    """Returns the file of a base's chats; one that has none yet writes them on a device."""
     path, before = file_of_chats(config, assistant.prompts.encoder), assistant.device
     if not path.is_file():
         assistant.backbone.to(device)
         write_chats(path, assistant, config.model)
         assistant.backbone.to(before)  # where the other ranks' are, or an adapter would begin otherwise
-    with whole_file(target, binary=True) as file:
-        file.write(path.read_bytes())
+    return path
+
+
+def put_chats(config: RunConfig, assistant: Assistant, device: torch.device) -> None:
+    """Puts a base's chats into a run's folder, unless a resumed run has them there; for one rank alone."""
+    target = run_folder_of(config.training) / REPLAY
+    if not target.is_file():
+        content = kept_chats(config, assistant, device).read_bytes()
+        with whole_file(target, binary=True) as file:
+            file.write(content)
 
 
 @dataclass(frozen=True)
@@ -260,26 +241,23 @@ class Replay:
 
 def tokens_in_labels(table: ExampleTable, encoder: Encoder) -> float:
     """Returns about how many tokens of a row are labelled, in the mean over rows at even distances."""
-    counts = [
-        sum(
-            len(encoder.tokenizer("".join(answer), add_special_tokens=False)["input_ids"])
-            for turn, answer in zip(
-                (turn for turn in row.turns if turn.role == "assistant"), encoder.answers(row), strict=True
-            )
-            if turn.is_trained
-        )
-        for row in table.select(range(0, len(table), -(-len(table) // COUNTED_ROWS)))
-        if isinstance(row, Example)
+    rows = [
+        row for row in table.select(range(0, len(table), -(-len(table) // COUNTED_ROWS))) if isinstance(row, Example)
     ]
-    return max(1.0, sum(counts) / max(1, len(counts)))
+    counts: list[int] = []
+    for row in rows:
+        turns = [turn for turn in row.turns if turn.role == "assistant"]
+        texts = ["".join(each) for turn, each in zip(turns, encoder.answers(row), strict=True) if turn.is_trained]
+        counts += [len(encoder.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    return max(1.0, sum(counts) / max(1, len(rows)))
 
 
-def is_plain(text: str, *, repeated: float) -> bool:
+def is_plain(text: str, repeated: float) -> bool:
     """Tells whether a text repeats less than this share of itself, and holds no place of a picture."""
     return repeated_share(text) < repeated and not any(mark in text for mark in MARKS)
 
 
-def whole(text: str, ended: bool) -> str:
+def whole(text: str, *, ended: bool) -> str:
     """Returns a text that came to its end, and another up to the end of its last whole sentence."""
     sentences = re.match(r".*[.!?](?=\s)", text, re.DOTALL)
     return text if ended else sentences[0] if sentences else ""

@@ -394,7 +394,6 @@ class RunSamples:
         )
         if replay is not None:  # among pictures, so that every step may hold some
             lengths.is_multimodal[len(own) :] = lengths.is_multimodal[: len(own)].any()
-            shared["collate"] = dataclasses.replace(collate, replayed_from=len(own))
         samples = make(train, train.stored)
         sized = rows.folder if media and encoder.pixels_count else None  # a larger picture becomes more tokens
         grouped = data.group_by_modality_length

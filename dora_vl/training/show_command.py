@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dora_vl.training.train_command import pipeline_of
 
 if TYPE_CHECKING:
+    from dora_vl.backbones.base import Backbone
     from dora_vl.report.batch import BatchView
     from dora_vl.run.settings import RunConfig
     from dora_vl.training.pipeline import Pipeline
@@ -45,7 +47,10 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     config = read_run([f"--config={options.config}", *options.settings], program="dora-vl show batch")
     with tempfile.TemporaryDirectory() as folder:
         view = first_batch(pipeline_of(shown_settings(config, Path(folder))))
-        yield from terminal_lines(view, colours=sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+        on_a_screen = (
+            sys.stdout.isatty() or "FORCE_COLOR" in os.environ
+        )  # https://force-color.org, https://no-color.org
+        yield from terminal_lines(view, colours=on_a_screen and "NO_COLOR" not in os.environ)
 
 
 def shown_settings(config: RunConfig, folder: Path) -> RunConfig:
@@ -58,12 +63,31 @@ def shown_settings(config: RunConfig, folder: Path) -> RunConfig:
     return dataclasses.replace(config, adapter=adapter, training=training, data=data, model=model, resume=None)
 
 
+class FirstBatch(NamedTuple):
+    """The micro-batch that one process would see first, its samples' ids, and how many micro-batches an epoch has.
+
+    The last is None where nobody knows it beforehand, as of a stream. `backbone` has no weights.
+    """
+
+    batch: dict[str, Any]
+    names: list[str]
+    micro_batches: int | None
+    backbone: Backbone[Any]
+
+
 def first_batch(pipeline: Pipeline) -> BatchView:
     """The batch that one process would see first."""
+    from dora_vl.report.batch import batch_view
+
+    first = read_first_batch(pipeline)
+    return batch_view(first.batch, first.names, pipeline.reading(first.backbone), shifted=pipeline.labels_shift)
+
+
+def read_first_batch(pipeline: Pipeline) -> FirstBatch:
+    """Makes it as training would."""
     from torch import nn
 
     from dora_vl.data.samples import Skipped
-    from dora_vl.report.batch import batch_view
     from dora_vl.training.trainer import OrderedTrainer
 
     arguments = pipeline.arguments()
@@ -81,8 +105,11 @@ def first_batch(pipeline: Pipeline) -> BatchView:
     trainer = OrderedTrainer(dataclasses.replace(data, collate=collate_and_keep), model=nn.Linear(1, 1), args=arguments)
     for set_epoch in data.set_epoch:
         set_epoch(0)
-    next(iter(trainer.get_train_dataloader()))
+    loader = trainer.get_train_dataloader()
+    next(iter(loader))
     items, batch = batches[0]  # a loader reads a batch ahead
     samples = getattr(items[0], "items", items)  # a mixture's item is a whole micro-batch
     names = [sample.id for sample in samples if not isinstance(sample, Skipped)]
-    return batch_view(batch, names, pipeline.reading(backbone), shifted=pipeline.labels_shift)
+    with contextlib.suppress(TypeError):
+        return FirstBatch(batch, names, len(loader), backbone)
+    return FirstBatch(batch, names, None, backbone)

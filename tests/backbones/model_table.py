@@ -23,22 +23,22 @@ one and two, three training steps, the adapter opened again, merged and asked. B
 language model is adapted and the projector trains whole. Prompts are the base's chat template, conversations hold any
 number of pictures, unless the table says otherwise.
 
-{all} families, those with a + with videos as such, the others with a picture a frame: {names}.
+{all} families. Those with a + take videos as such; the others see a video's frames as separate pictures: {names}.
 
-Packed rows and trees (`data.packing`) train alike in {rows} families: loss and every gradient within 1e-10 of rows of
-their own, with checkpointing too. Outputs of the frozen vision parts can be stored (`data.cache_features`) in {stored}.
+Packed rows and trees (`data.packing`) give {rows} families the same loss and gradients as padded rows, within 1e-10,
+with checkpointing too. Outputs of the frozen vision parts can be stored (`data.cache_features`) in {stored}.
 
 | `model_type` | remarks |
 | --- | --- |
 """
 PEFT = """
-PEFT opens their adapters with the same logits (within 1e-4), but for {refused}, whose layers it takes for an older
-model's, as it would {untried}'s: their folders say `DORA_VL`, which PEFT refuses.
+PEFT opens their adapters with the same logits (within 1e-4), except {refused}: PEFT would take its layers for an older
+model's, as it would those of {untried}. Such folders say `DORA_VL`, which PEFT refuses.
 """
 LANGUAGE = """
 ## Language models
 
-Conversations of words alone, through the tokenizer's chat template. Tested: {tested}. Other types of
+Conversations without pictures, through the tokenizer's chat template. Tested: {tested}. Other types of
 `AutoModelForCausalLM` go the same way.
 """
 ROUNDS = """
@@ -47,7 +47,7 @@ ROUNDS = """
 Each answer is trained as it is asked for: behind the chat template's own generation prompt, through what closes it.
 Some templates rewrite earlier answers once later turns follow (Qwen3 and gpt-oss drop their thoughts, Phi-4
 mini ends the text behind the last alone). Then each rewritten round is a row of its own, with what inference would
-have seen. The rounds count as one sample, and as trees they share what they begin with, if they show the same
+see. The rounds count as one sample, and in packed trees they share their common beginning if they show the same
 pictures.
 
 Thoughts are what an answer has in `<think>...</think>` at its beginning; the template gets them in its own form
@@ -81,7 +81,7 @@ The other types of `AutoModelForImageTextToText` go the same way, untested: {unt
 `model.template` names a prompt format instead:
 
 - `question_answer`: `Question: ... Answer: ...`, a line for each round, the end token behind each answer.
-- `paligemma`, which need not be named: the question as prefix, seen in both directions, the answer as suffix; one
+- `paligemma` (taken without being named): the question as prefix, seen in both directions, the answer as suffix; one
   question a conversation, pictures before it.
 """
 

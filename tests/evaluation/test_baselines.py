@@ -12,13 +12,16 @@ import pytest
 from dora_vl.data.example import MIDDLE_FRAME, Answer, Clip, Example
 from dora_vl.evaluation.baselines import (
     MOST_EXCHANGED,
+    UNTRAINED,
     Exchange,
     commonest_answers,
     compared,
     digest,
+    drawn,
     exchanged,
     readable_answers,
     right_text,
+    said_instead,
 )
 from dora_vl.evaluation.scores.exact import score
 from dora_vl.files import write_json
@@ -131,6 +134,27 @@ def test_the_sample_is_seeded_bounded_and_keeps_what_is_scored_together() -> Non
 def test_where_no_pictures_differ_nothing_is_exchanged_and_warned_of() -> None:
     same = [Example(id=str(n), images=("a.png",), question="?", answers=(Answer(text="x"),)) for n in range(9)]
     assert told(same, lambda _: "x").keys() == {"metric", "commonest_answer"}
+
+
+def test_the_untrained_base_is_compared_on_the_questions_that_it_was_asked() -> None:
+    """It says red to everything: right for a third of 30 of the 60, while the adapter's model knows 50 of all."""
+    examples = rows(60)
+    asked = examples[:30]
+    answers = {example.id: seen(example) if int(example.id) < 50 else "none" for example in examples}
+    untrained = Exchange(examples=asked, answers={example.id: "red" for example in asked})
+    part, line = said_instead(UNTRAINED, untrained, examples, answers, score)
+    assert (part["n"], part["value"], part["with_the_adapter"]) == (30, pytest.approx(100 / 3), 100.0)
+    assert part["difference"]["value"] == pytest.approx(200 / 3)
+    assert part["difference"]["low"] > 40
+    assert "33.33 of 30" in line
+
+
+def test_the_drawn_sample_is_a_seed_s() -> None:
+    examples = rows(3 * MOST_EXCHANGED)
+    sample = drawn(examples)
+    assert sample == drawn(examples)
+    assert len({example.id for example in sample}) == MOST_EXCHANGED
+    assert sorted(example.id for example in drawn(examples[:7])) == [str(number) for number in range(7)]
 
 
 def test_what_the_pictures_tell_stands_beside_what_was_learned(tmp_path: Path) -> None:

@@ -298,10 +298,16 @@ def test_a_run_s_metrics_agree_with_its_predictions_and_testing_again_asks_only_
     right = sum(row.prediction == row.truth for row in others.values())
     assert entry["baselines"]["exchanged_pictures"]["value"] == pytest.approx(100 * right / 23)
     assert "warning" in entry["baselines"]  # a few steps of a tiny model teach it nothing
+    of_base = answers_in(output(config), "test/untrained_base")
+    assert of_base.keys() == own.keys()
+    assert any(of_base[name].prediction != own[name].prediction for name in own)  # the adapter is not in it
+    right, part = sum(row.prediction == row.truth for row in of_base.values()), entry["baselines"]["untrained_base"]
+    assert (part["n"], part["value"]) == (24, pytest.approx(100 * right / 24))  # one picture is broken
+    assert part["with_the_adapter"] == pytest.approx(entry["metrics"]["accuracy"]["value"])
     DecoderPipeline(config).test({})
     again = metrics_of(output(config))["test"]
     assert again["answers_from_earlier_run"] == 23
     assert (again["metrics"], again["baselines"]) == (entry["metrics"], entry["baselines"])
-    without = dataclasses.replace(config.evaluation, exchange_pictures=False)
+    without = dataclasses.replace(config.evaluation, exchange_pictures=False, untrained=False)
     DecoderPipeline(dataclasses.replace(config, evaluation=without)).test({})
     assert metrics_of(output(config))["test"]["baselines"].keys() == {"metric", "commonest_answer"}

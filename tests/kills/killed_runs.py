@@ -74,7 +74,6 @@ CASES = [
 ]
 OBJECTIVES: Mapping[str, Mapping[str, Any]] = {
     "pairs": {"loss": {"dpo": 0.8, "bco": 0.2, "sft": 1.0}, "beta": 0.5},
-    "replay": {"replay": "divergence"},
     "rewards": {
         **{"loss": "grpo", "group": 4, "max_new_tokens": 4, "kl": 0.1},
         **{"rewards": {"format": 1.0}, "format": "[a-m].*"},  # some of what a model draws that knows nothing

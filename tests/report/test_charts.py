@@ -1,4 +1,4 @@
-"""Where a chart's lines and ticks are, by hand; confusion and worst answers counted by hand."""
+"""Where a chart's lines and ticks are, by hand; confusion and wrong answers counted by hand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dora_vl.core.analysis import WeightChange
 from dora_vl.evaluation.predictions import Prediction
 from dora_vl.evaluation.results import AnswerScore, SetResult
 from dora_vl.evaluation.scores.scored import ItemScore
-from dora_vl.report.answers import confusion, worst
+from dora_vl.report.answers import confusion, low_and_high
 from dora_vl.report.charts import MOST_POINTS, Chart, Series, chart
 from dora_vl.report.views import by_stack, depth_of, over_depth
 
@@ -81,11 +81,14 @@ def test_confusion_counts_by_hand() -> None:
     assert confusion("t", of_set({str(number): item(f"answer {number}", "x") for number in range(6)})) is None
 
 
-def test_the_worst_are_wrong_and_of_every_kind_in_turn() -> None:
+def test_wrong_and_right_answers_come_of_every_kind_in_turn() -> None:
     items = {"right": item("x", "x", "b")} | {f"{kind}{n}": item("x", "y", kind) for kind, n in ("a1", "a2", "b1")}
-    assert [answer.id for answer in worst(of_set(items))] == ["a1", "b1", "a2"]
-    graded = of_set({"low": item("x", "x", share=0.9), "lower": item("x", "x", share=0.7)}, headline="CIDEr")
-    assert [answer.id for answer in worst(graded)] == ["lower", "low"]
+    wrong, right = low_and_high(of_set(items))
+    assert ([answer.id for answer in wrong], [answer.id for answer in right]) == (["a1", "b1", "a2"], ["right"])
+    shares = {"low": 0.9, "lower": 0.7, "high": 1.6}
+    graded = of_set({name: item("x", "x", share=share) for name, share in shares.items()}, headline="CIDEr")
+    low, high = low_and_high(graded)
+    assert ([answer.id for answer in low], [answer.id for answer in high]) == (["lower", "low"], ["high"])
 
 
 def test_layers_of_two_stacks_are_two_lines() -> None:

@@ -16,7 +16,6 @@ import pytest
 from huggingface_hub import ModelCard
 
 from dora_vl.cli import main
-from dora_vl.evaluation.forgetting import in_words
 from tests.report.conftest import HOSTILE
 
 REPOSITORY = "someone/shapes"
@@ -134,7 +133,7 @@ def test_the_card_says_what_the_run_scored(copied: Path, capsys: pytest.CaptureF
     metrics = json.loads((copied / "metrics.json").read_text())
     entry = metrics["sets"]["train"]
     entry["baselines"]["warning"] = "the answers do not look"
-    answers = {"kept": 3, "n": 16, "nats": {"base": 0.5, "adapted": 0.75}}
+    answers = {"kept": 3, "n": 16, "nats": {"base": 1.25, "adapted": 2.5}}
     metrics["forgetting"] = {"perplexity": {"base": 22.0, "adapted": 30.5}, "answers": answers}
     (copied / "metrics.json").write_text(json.dumps(metrics))
     main(["push", str(copied), REPOSITORY, "--dry-run"])
@@ -147,11 +146,9 @@ def test_the_card_says_what_the_run_scored(copied: Path, capsys: pytest.CaptureF
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in card.text.splitlines() if "|" in line]
     assert ["train", "accuracy", f"{accuracy['value']:.2f}", f"{low:.2f} to {high:.2f}", str(accuracy["n"])] in rows
     assert any(row[1] == "with pictures exchanged" for row in rows if len(row) == 5)
-    assert [[*words] for words in in_words(metrics["forgetting"]).items()] == [
-        row for row in rows if row[0] in ("perplexity of other text", "answers to other questions")
-    ]
-    assert "22.0 before, 30.5 after" in card.text
-    assert "3 of 16 word for word" in card.text
+    assert ["perplexity of other text", "22.0 before, 30.5 after (1.39 times)"] in rows
+    kept = "3 of 16 word for word as before; the old ones take 1.25 nats a token before, 2.50 after"
+    assert ["answers to other questions", kept] in rows
     assert "the answers do not look" in card.text
     settings = {row[0]: row[1] for row in rows if len(row) == 2}
     assert settings["`training.learning_rate`"] == "`0.005`"
@@ -194,6 +191,6 @@ def test_a_label_of_the_data_stays_in_its_cell(copied: Path) -> None:
     (copied / "metrics.json").write_text(json.dumps(metrics))
     main(["push", str(copied), REPOSITORY, "--dry-run"])
     rows = [line for line in card_of(copied).text.splitlines() if line.startswith("| a\\")]
-    assert len(rows) == len(metrics["sets"]["train"]["metrics"]) + 2
+    assert len(rows) == len(metrics["sets"]["train"]["metrics"]) + 3  # the baselines
     assert all(line.count("|") - line.count("\\|") == 6 for line in rows)
     assert "<script>" not in card_of(copied).text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,10 +19,13 @@ from dora_vl.evaluation.results import read_results
 from dora_vl.evaluation.scores.exact import cloze_score
 from dora_vl.evaluation.test_sets import ResultFolder, TestSet, scored
 from dora_vl.report.report import SECTIONS
+from dora_vl.run.reading import read_run
+from dora_vl.run.settings import settings_of
 from tests.report.conftest import HOSTILE
+from tests.serving.browser import browser
 
 KINDS = {"often": 16, "seldom": 8}
-VOID = {"meta", "img", "br"}  # a path or a use of a drawing closes itself
+VOID = {"meta", "img", "br", "input"}  # a path or a use of a drawing closes itself
 
 
 class Page(HTMLParser):
@@ -83,6 +87,12 @@ def test_a_run_of_a_llava_shows_every_part(llava_run: Path, tmp_path: Path) -> N
     assert any("by depth" in label for label in charts)
     for words in ("step 0", "step 2", "step 6", "dora.magnitude", "projector", "transformers", "adapter.method"):
         assert words in page.words, words
+    shown = [(attributes["data-is"], attributes["class"]) for attributes in page.all("div") if "data-is" in attributes]
+    by_half = [sum(half == name for half, _ in shown) for name in ("wrong", "right")]
+    assert by_half == [round((1 - accuracy / 100) * entry["n"]), round(accuracy / 100 * entry["n"])]
+    part = entry["baselines"]["untrained_base"]
+    assert f"the untrained base {part['n']} {part['value']:.2f}" in " ".join(page.words.split())
+    assert "Perplexity of other text" in page.words
     pictures = [attributes["src"] or "" for attributes in page.all("img")]
     assert len(pictures) >= 4
     assert all(source.startswith("data:image/png;base64,") for source in pictures)
@@ -105,6 +115,44 @@ def test_kinds_and_what_a_score_is_compared_with_stand_below_it(copied: Path, vl
     assert all(task["baselines"]["exchanged_pictures"]["n"] > 1 for task in tasks.values())
     rows = " ".join(reported(vlbart_run, to=tmp_path / "page.html").words.split())
     assert rows.count("with pictures exchanged") == len(tasks)
+
+
+def test_the_command_that_repeats_a_run_is_one(copied: Path, tmp_path: Path) -> None:
+    page = reported(copied, to=tmp_path / "page.html").words
+    (line,) = re.findall(r"dora-vl train (\S+ --training\.output_dir \S+)", page)
+    file, *words = shlex.split(line)
+    settings = json.loads((copied / "settings.json").read_text())
+    again = settings_of(read_run([f"--config={file}", *words]))
+    assert again["training"].pop("output_dir") == f"{copied}-again"
+    del settings["training"]["output_dir"]
+    assert settings == {name: again[name] for name in settings}
+    plan = json.loads((copied / "plan.json").read_text())
+    (copied / "plan.json").write_text(json.dumps({**plan, "ranks": 4}))
+    assert "deepspeed --num_gpus 4 --module dora_vl.cli train" in reported(copied, to=tmp_path / "page.html").words
+
+
+def test_a_browser_shows_the_answers_that_are_asked_for(copied: Path, tmp_path: Path) -> None:
+    file = copied / "scores.jsonl"
+    scores = [json.loads(line) for line in file.read_text().splitlines()]
+    for number, score in enumerate(scores):
+        score |= {"share": float(number % 3 == 0), "kind": "odd" if number % 2 else "even", "truth": f"word {number}"}
+    file.write_text("".join(json.dumps(score) + "\n" for score in scores))
+    reported(copied, to=tmp_path / "page.html", more=("--no-weights",))
+    right = {number for number in range(len(scores)) if number % 3 == 0}
+    with browser() as opened:
+        page = opened.new_page()
+        page.goto((tmp_path / "page.html").as_uri())
+        items, filters = page.locator(".item:visible"), page.locator(".filter")
+        assert items.count() == len(scores) - len(right)
+        filters.get_by_text("right", exact=True).click()
+        assert items.count() == len(right)
+        filters.locator("select").select_option("even")
+        assert items.count() == sum(number % 2 == 0 for number in right)
+        filters.locator("input").fill("WORD 6")
+        assert ["word 6" in text for text in items.all_inner_texts()] == [True]
+        filters.get_by_text("all", exact=True).click()
+        filters.locator("input").fill("nothing")
+        assert items.count() == 0
 
 
 def test_a_cloze_run_shows_the_numbers_of_its_metrics(tmp_path: Path) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,8 +22,9 @@ from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
 from dora_vl.serving.options import Settings
 from dora_vl.serving.page_parts import ExampleQuestion
-from dora_vl.serving.side_by_side import SideBySide
+from dora_vl.serving.side_by_side import OpenModels
 
+REPOSITORY = Path(__file__).parents[2]
 MILLISECONDS = 60_000  # a busy machine has taken more than ten seconds for one answer
 PICTURES = "#dv-seen figure"
 QUESTION_BOX = "#dv-question textarea, #dv-question input"
@@ -58,17 +63,19 @@ def page_of(
     examples: Sequence[ExampleQuestion] = (),
     rules: AccessRules | None = None,
 ) -> Iterator[tuple[str, Engine]]:
-    """The page over a model; its address and its engine."""
+    """The page over a model, its door Ask alone; its address and its engine."""
     keep_gradio_quiet(uploads)
     from dora_vl.serving.page import Page, QuietServer, build_page_app
 
+    settings = settings or Settings()
     with (
-        Engine(model, settings) as engine,
-        contextlib.closing(SideBySide(engine)) as side,
+        contextlib.closing(OpenModels(lambda base, adapters: model, settings)) as models,
         socket.create_server(("127.0.0.1", 0)) as listening,
     ):
-        page = Page(side, Uploads(uploads, 2**24), examples)
-        app = build_page_app(page, rules or AccessRules(), upload_bytes=4 * engine.settings.media_bytes)
+        models.open({name: Path(name) for name in model.names[1:]})
+        engine = models.side.engine
+        page = Page(models, Uploads(uploads, 2**24), examples)
+        app = build_page_app(page, rules or AccessRules(), upload_bytes=4 * settings.media_bytes)
         server = QuietServer(http_config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
@@ -86,7 +93,7 @@ class Visitor:
         slower: so many times as long takes their machine for what the page does.
     """
 
-    def __init__(self, context: Any, address: str, *, slower: float = 1) -> None:
+    def __init__(self, context: Any, address: str, *, slower: float = 1, ready: str = "#dv-ask") -> None:
         self.page = context.new_page()
         if slower > 1:
             context.new_cdp_session(self.page).send("Emulation.setCPUThrottlingRate", {"rate": slower})
@@ -94,7 +101,7 @@ class Visitor:
         self.asked_for: list[str] = []
         self.page.on("request", lambda request: self.asked_for.append(request.url))
         self.page.goto(address)
-        self.page.wait_for_selector("#dv-ask")
+        self.page.wait_for_selector(ready)
 
     def show(self, *files: Path | dict[str, Any]) -> None:
         """Chooses files."""
@@ -145,3 +152,53 @@ class Visitor:
         number = self.page.locator(f"#dv-strength-{side} input[type=number]")
         number.fill(str(strength))
         number.blur()
+
+
+class Trainer(Visitor):
+    """Somebody at the door Train, each of whose clicks may start programs."""
+
+    def __init__(self, context: Any, address: str) -> None:
+        super().__init__(context, address, ready="#dv-look")
+        self.page.set_default_timeout(5 * MILLISECONDS)
+
+    def state(self, text: str) -> None:
+        """Waits until a run's state says this."""
+        self.page.locator("#dv-state", has_text=text).wait_for()
+
+    def look(self, base: str) -> None:
+        """Has the data looked at, whole."""
+        self.page.fill("#dv-base input", base)
+        self.page.keyboard.press("Enter")
+        self.page.click("#dv-look")
+        self.state("min on this machine")
+
+    def choose_run(self, run: str) -> None:
+        """Another run to look at."""
+        self.page.click("#dv-run input")
+        self.page.locator("ul[role=listbox] li, ul.options li").filter(has_text=run).first.click()
+
+    def drop(self, files: list[Path]) -> str:
+        """Drops files; the folder that they are in."""
+        self.page.set_input_files("#dv-drop input[type=file]", [str(file) for file in files])
+        self.state(f"{len(files)} files are in data/dropped")
+        return self.page.input_value("#dv-folder textarea, #dv-folder input")
+
+
+@contextlib.contextmanager
+def demo(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """`dora-vl demo` in a folder; its address and its process."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dora_vl.cli", "demo", "--port", "0", *options],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        match = re.search(r"http://\S+", process.stdout.readline())
+        assert match is not None
+        yield match[0], process
+    finally:
+        process.terminate()
+        process.wait(20)

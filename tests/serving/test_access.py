@@ -28,7 +28,7 @@ from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
 from dora_vl.serving.options import KEY_VARIABLE, LOCAL, Settings, add_address
 from dora_vl.serving.server import Server, build_app
-from dora_vl.serving.side_by_side import SideBySide
+from dora_vl.serving.side_by_side import OpenModels, SideBySide
 from tests.serving.tiny_served import running
 
 HERE = "http://localhost:7860"
@@ -229,8 +229,9 @@ def app(model: ServedModel, uploads: Path) -> Iterator[Any]:
     keep_gradio_quiet(uploads)
     from dora_vl.serving.page import Page, build_page_app
 
-    with Engine(model) as engine, contextlib.closing(SideBySide(engine)) as side:
-        page = Page(side, Uploads(uploads, 10_000))
+    with contextlib.closing(OpenModels(lambda base, adapters: model, Settings())) as models:
+        models.open({name: Path(name) for name in model.names[1:]})
+        page = Page(models, Uploads(uploads, 10_000), trains=True)
         built = build_page_app(page, AccessRules(), upload_bytes=8_000)
         built.state.page = page
         yield built
@@ -372,3 +373,17 @@ def test_a_talk_that_is_gone_is_never_answered_without_its_pictures(
     chosen = ("one", "base", 1.0, 1.0, 8, 0.0, True)
     updates = list(page.ask(person, None, *chosen, "1 What is it?", ""))
     assert any(update.get(page.notice) for update in updates)
+
+
+@pytest.mark.parametrize("run", ["/etc", "runs/../secret", "runs/..", "runs/a/b", "..", ""])
+def test_the_page_shows_the_folders_of_runs_alone(app: Any, run: str) -> None:
+    with pytest.raises(UserError):
+        app.state.page.training.folder_of(run)
+
+
+def test_what_was_not_uploaded_is_not_moved(app: Any, tmp_path: Path) -> None:
+    page, mine = app.state.page, tmp_path / "mine.png"
+    mine.write_bytes(b"mine")
+    update = page.training.take_files([str(mine)], "")
+    assert "drop it again" in update[page.training.state]
+    assert mine.read_bytes() == b"mine"

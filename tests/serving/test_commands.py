@@ -58,7 +58,7 @@ def test_what_is_wrong_is_told_before_weights_are_read(
     (tmp_path / "empty").mkdir()
     monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", lambda *_, **__: pytest.fail("weights"))
     monkeypatch.setattr(demo_command, "find_spec", lambda name: name)  # as where the extra is installed
-    refused(command)
+    refused(command, *(["--no-train"] if command is demo_command else []))
     refused(command, "--adapter", "gone")
     refused(command, "--adapter", f"one={second}", "--adapter", first)
     assert "empty" in refused(command, "--adapter", tmp_path / "empty", "--port", 0)

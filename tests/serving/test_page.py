@@ -135,6 +135,25 @@ def test_two_pictures_and_a_video_with_the_times_of_its_frames(
     assert nothing_left(uploads)
 
 
+def test_a_talk_is_copied_and_stays_over_a_reload_in_its_own_tab(red: Visitor, opened: tuple[str, Engine]) -> None:
+    page, texts = red.page, red.ask(QUESTION)
+    page.context.grant_permissions(["clipboard-read"])
+    page.click("#dv-conversation-left .dv-copy")
+    page.locator("#dv-conversation-left .dv-copy", has_text="copied").wait_for()
+    assert printable(page.evaluate("navigator.clipboard.readText()")) == printable(texts[0])
+    page.reload()
+    assert red.both(1) == texts
+    red.see(1)
+    other = Visitor(page.context, opened[0])
+    other.page.locator("#dv-conversation-left", has_text="one will answer here").wait_for()
+    assert page.is_visible("#dv-strength-left")
+    assert not page.is_visible("#dv-strength-right")  # the base has none
+    page.set_viewport_size({"width": 390, "height": 844})
+    tops = [page.locator(f"#dv-{part}").bounding_box()["y"] for part in ("shown", "answers", "more")]
+    assert tops == sorted(tops)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
 def test_the_dial_from_the_base_to_the_adapter(red: Visitor, opened: tuple[str, Engine]) -> None:
     seen, texts = Shown(pictures=(RED,)), {}
     red.ask(QUESTION)

@@ -101,14 +101,18 @@ def test_a_table_and_photographs_below_become_the_files_of_a_run(
     assert (config.evaluation.file, config.model.template) == ("runs/my/test.jsonl", "vicuna_v1")
 
 
-def test_the_base_is_what_the_demo_trained_where_it_is(
-    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_base_is_the_demo_s_where_it_is(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_folder(tmp_path / "my")
     (tmp_path / "runs" / "demo").mkdir(parents=True)
     for name in ("base", "tuned"):
         (tmp_path / "runs" / "demo" / name).symlink_to(base)
-    assert "base runs/demo/tuned" in printed_by(capsys, "my")
+    assert "base runs/demo/base" in printed_by(capsys, "my")
+    (tmp_path / "clips").mkdir()
+    for number, name in enumerate("ab"):
+        write_clip(tmp_path / "clips" / f"{name}.mp4", frames=3 + number)
+    rows = [[name, "what moves?", "the bar"] for name in ("a.mp4", "b.mp4")]
+    write_table(tmp_path / "clips" / "questions.csv", rows, "video,question,answer")
+    assert "base runs/demo/tuned" in printed_by(capsys, "clips", "--test-share", 0.5)
 
 
 def _turned() -> bytes:

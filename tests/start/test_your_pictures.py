@@ -11,7 +11,7 @@ from tests.start.page_commands import ROOT, block, run_commands
 from tests.training.tiny_run import write_tiny_llava
 
 PAGE = ROOT / "docs" / "your_pictures.md"
-DEMO_BASE = ROOT / "runs" / "demo" / "tuned"
+DEMO_BASE = ROOT / "runs" / "demo" / "base"
 
 
 def run_all(folder: Path, base: Path, *more: str) -> list[str]:
@@ -34,7 +34,7 @@ def test_the_commands_run_one_after_the_other(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-@pytest.mark.skipif(not DEMO_BASE.is_dir(), reason="runs/demo/tuned is not there; make demo leaves it")
+@pytest.mark.skipif(not DEMO_BASE.is_dir(), reason="runs/demo/base is not there; make demo leaves it")
 def test_on_what_the_demo_trained_the_answers_are_right_and_of_the_pictures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import normalize
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.llava.configuration_llava import LlavaConfig
@@ -17,10 +18,12 @@ from dora_vl.errors import SettingError
 from dora_vl.run.folder import PROJECTOR_START
 from dora_vl.training import closed_form
 from dora_vl.training.closed_form import Ridge, Round, probe, projector_start
+from tests.training.launched import launch
 from tests.training.tiny_run import (
     assert_same_weights,
     decoder_run,
     logged_losses,
+    losses_of,
     merged,
     refused,
     trained,
@@ -122,8 +125,10 @@ def test_what_says_nothing_of_the_answers_keeps_its_random_map() -> None:
     noise = {names: torch.randn(7, CELL, generator=chance, dtype=torch.double) for names in seen}
     drawn = {f"linear_{n}.{leaf}": torch.ones(HIDDEN, *shape).double() for n, shape, leaf in (
         (1, (CELL,), "weight"), (1, (), "bias"), (2, (HIDDEN,), "weight"), (2, (), "bias"))}  # fmt: skip
-    starts = [projector_start(rounds, noise, words, drawn, form) for form in ("answers", "scaled")]
-    assert all(torch.equal(starts[0][name], starts[1][name]) for name in drawn)
+    for several, shown in ((rounds, noise), ([(names, "always?", "a") for names, _, _ in rounds], seen)):
+        starts = [projector_start(several, shown, words, drawn, form) for form in ("answers", "scaled")]
+        assert all(torch.equal(starts[0][name], starts[1][name]) for name in drawn)
+        assert all(tensor.isfinite().all() and tensor.any() for tensor in starts[0].values())
 
 
 def test_the_probe_reads_each_question_by_its_own_map() -> None:
@@ -202,3 +207,19 @@ def test_a_start_without_a_place_is_refused(composed: Path, tmp_path: Path, chan
     words = ["--adapter.projector_start=scaled", f"--training.output_dir={tmp_path / 'run'}"]
     with pytest.raises(SettingError):
         trained(composed, *words, *changes)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_ranks_that_share_the_weights_start_where_one_does(composed: Path, tmp_path: Path) -> None:
+    words = ["--data.group_by_modality_length=false", "--training.train_sampling_strategy=sequential"]
+    words += ["--training.per_device_train_batch_size=2", "--training.max_steps=3"]
+    alone = trained(
+        composed, *words, "--training.gradient_accumulation_steps=2", f"--training.output_dir={tmp_path / 'one'}"
+    )
+    two = f"--training.output_dir={tmp_path / 'two'}"
+    launch(composed, *words, two, "--training.deepspeed=zero3", ranks=2)
+    torch.testing.assert_close(losses_of(tmp_path / "two"), losses_of(alone), atol=1e-4, rtol=0)
+    starts = [load_file(folder / PROJECTOR_START) for folder in (alone, tmp_path / "two")]
+    for name, tensor in starts[0].items():
+        torch.testing.assert_close(starts[1][name], tensor, atol=1e-3, rtol=1e-3)

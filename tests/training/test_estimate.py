@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,10 +20,11 @@ from benchmarks.dora_memory import LiveBytes
 from dora_vl.cli import main
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.core.fast import cpu_step
+from dora_vl.training import estimate
 from dora_vl.training.estimate import SHAPES, PlannedRun, Samples, Traffic, plan_run, traffic_of
 from dora_vl.training.memory import Engine, Estimate, Held, activations_of, engine_of, held_by
 from tests.training.test_preference_run import write_pairs
-from tests.training.tiny_run import decoder_run, write_run, write_tiny_llava
+from tests.training.tiny_run import decoder_run, write_run, write_tiny_data, write_tiny_llava
 
 FROZEN = 100 * 200 * 2  # a bfloat16 weight
 TRAINED = 100 * 4 + 200 * 4 + 200  # A, B and the magnitude, in float32
@@ -138,9 +140,36 @@ def test_a_published_shape_on_eight_gpus(tmp_path: Path, capsys: pytest.CaptureF
     assert float(by_engine[1]) > float(by_engine[2]) > float(by_engine[3]) == float(total)
 
 
+def test_on_this_machine_the_first_batch_is_counted_and_its_speed_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert 1e-4 < estimate.teraflops(256) < 1e4
+    monkeypatch.setattr(estimate, "teraflops", lambda: 1e-6)
+    base, records = write_tiny_llava(tmp_path / "base"), write_tiny_data(tmp_path / "data")
+    training: dict[str, object] = {"max_steps": -1, "num_train_epochs": 3, "gradient_accumulation_steps": 5}
+    run_file = write_run(tmp_path / "run.yaml", base, records, training=training)
+    main(["show", "batch", str(run_file)])
+    facts = re.search(
+        r"samples 4, positions (\d+) rows of (\d+), padding 0 .*trained on (\d+) tokens", _printed(capsys)
+    )
+    assert facts is not None
+    rows, length, labelled = map(int, facts.groups())
+    main(["estimate", str(run_file), "--here", "--json", str(tmp_path / "found.json")])
+    written, steps = json.loads((tmp_path / "found.json").read_text()), 3 * 3  # of 12 micro-batches, five in a step
+    assert written["samples"]["tokens"] == math.ceil(rows * length / 4) < 256
+    assert written["samples"]["labelled"] == math.ceil(labelled / 4)
+    minutes = math.ceil(steps * written["flop"] / 1e6 / 60)
+    assert f"{steps} steps: about {minutes:,} min on this machine" in _printed(capsys)
+
+
+def _printed(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "words",
     [
+        [*LLAVA],
         [*LLAVA, "--gpus", "0"],
         [*LLAVA, "--gpus", "8", "--mfu", "1.5"],
         [*LLAVA, "--gpus", "9"],

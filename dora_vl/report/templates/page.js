@@ -36,3 +36,21 @@ for (const figure of document.querySelectorAll("figure[data-chart]")) {
   svg.addEventListener("pointerdown", show);
   svg.addEventListener("pointerleave", () => { tip.style.visibility = "hidden"; });
 }
+// Which answers are shown: the right or the wrong ones, those of a kind, those with a word; all of them without a script.
+for (const filter of document.querySelectorAll(".filter")) {
+  const items = [...filter.nextElementSibling.children], buttons = [...filter.querySelectorAll("button")];
+  const [word, kind] = ["input", "select"].map((name) => filter.querySelector(name));
+  let chosen = items[0].dataset.is;
+  const show = () => {
+    for (const button of buttons) button.setAttribute("aria-pressed", button.value === chosen);
+    for (const item of items) {
+      item.hidden = (chosen && item.dataset.is !== chosen) || (kind?.value && item.dataset.kind !== kind.value)
+        || !item.textContent.toLowerCase().includes(word.value.toLowerCase());
+    }
+    filter.querySelector("output").textContent = `${items.filter((item) => !item.hidden).length} shown`;
+  };
+  for (const button of buttons) button.addEventListener("click", () => { chosen = button.value; show(); });
+  for (const part of [word, kind]) part?.addEventListener("input", show);
+  filter.hidden = false;
+  show();
+}

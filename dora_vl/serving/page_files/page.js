@@ -1,6 +1,12 @@
-// A dial asks again when its number is confirmed by Enter and when keys have moved its slider: by itself Gradio does so where
-// the mouse lets go of it, or leaves it, alone.
+// Copies an answer. And a dial asks again when its number is confirmed by Enter and when keys have moved its slider: by itself
+// Gradio does so where the mouse lets go of it, or leaves it, alone.
 () => {
+  document.addEventListener("click", (event) => {
+    if (!event.target.matches?.(".dv-copy")) return;
+    getSelection().selectAllChildren(event.target.parentElement.previousElementSibling);
+    event.target.textContent = document.execCommand("copy") ? "copied" : "not copied"; // navigator.clipboard wants https
+    getSelection().empty();
+  });
   const PAUSE = 300; // a key that is held moves the slider many times a second
   const in_dial = (event) => event.target.closest?.("#dv-strength-left, #dv-strength-right");
   const waiting = new Map();

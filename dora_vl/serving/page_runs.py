@@ -1,0 +1,138 @@
+"""Runs as the page starts, finds, stops and reads them, and the commands that its clicks stand for.
+
+A run is a process of its own that outlives the page, and is known by its folder alone: its files say how far it is, and
+its lock there whether it goes on. So the page may be closed, or end, and come back.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from dora_vl.adapters.files import complete_checkpoints
+from dora_vl.errors import UserError, one_line
+from dora_vl.files import json_or_nothing
+from dora_vl.run.folder import ADAPTER, LOCK, LOSS_LOG, METRICS, SETTINGS, WATCHED, is_tested, results_in, writer_of
+from dora_vl.run.watched import ANSWERS
+
+RUNS, DATA = Path("runs"), Path("data")
+"""Runs are below the one, dropped files below the other, in the folder that the page was started in."""
+RUN_FILE, OUTPUT = "run.yaml", "output.txt"
+PROGRAM = (sys.executable, "-m", "dora_vl.cli")
+
+
+def command(words: Sequence[str]) -> str:
+    """Returns a command as a person types it."""
+    return shlex.join(["dora-vl", *words])
+
+
+def printed(words: Sequence[str]) -> list[str]:
+    """Returns the lines that a command prints. Raises UserError with the command's own words where it fails."""
+    environment = {**os.environ, "FORCE_COLOR": "1"}
+    done = subprocess.run([*PROGRAM, *words], capture_output=True, text=True, errors="replace", env=environment)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise UserError(one_line(lines[-1].rpartition("error: ")[2] if lines else f"status {done.returncode}"))
+    return done.stdout.splitlines()
+
+
+def free_folder(folder: Path, is_taken: Callable[[Path], bool] = Path.exists) -> Path:
+    """Returns the folder, or the first with a number behind its name, that is not taken."""
+    others = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([folder], others) if not is_taken(path))
+
+
+class RunStatus(NamedTuple):
+    """How far a run is: its last line, as far as the page started it, and what changes whenever its files do."""
+
+    state: Literal["ready", "starting", "training", "testing", "stopped", "failed", "finished"]
+    line: str
+    mark: str
+
+
+class Runs:
+    """The runs below `runs/`, of which one goes on at a time."""
+
+    def __init__(self) -> None:
+        self._child: tuple[Path, subprocess.Popen[bytes]] | None = None
+        self._lock = threading.Lock()
+
+    def folders(self) -> list[Path]:
+        """Returns the folders of all runs, the one that was last written to first."""
+        folders = {path.parent for name in (RUN_FILE, SETTINGS) for path in RUNS.glob(f"*/{name}")}
+        return sorted(folders, key=lambda folder: folder.stat().st_mtime, reverse=True)
+
+    def running(self) -> Path | None:
+        """Returns the folder of the run that goes on, whoever started it."""
+        if self._child is not None and self._child[1].poll() is None:
+            return self._child[0]
+        return next((lock.parent for lock in RUNS.glob(f"*/{LOCK}") if writer_of(lock.parent)), None)
+
+    def new_folder(self, name: str) -> Path:
+        """Returns the folder of a next run: of this name, or with a number behind it where that has been trained."""
+        name = re.sub(r"[^\w.\-]+", "_", name).strip("._-") or "my"
+        return free_folder(
+            RUNS / name,
+            lambda path: path.exists() and bool(results_in(path) or writer_of(path) or not (path / RUN_FILE).is_file()),
+        )
+
+    def words_to_train(self, folder: Path) -> list[str]:
+        """Returns the command that starts a run, or resumes it from its last checkpoint."""
+        resumes = bool(complete_checkpoints(folder))
+        return ["train", str(folder / (SETTINGS if resumes else RUN_FILE)), *(["--resume", "last"] if resumes else [])]
+
+    def start(self, folder: Path) -> list[str]:
+        """Starts a run, or resumes it, and returns the command. Raises UserError while another run goes on."""
+        words = self.words_to_train(folder)
+        with self._lock:
+            if (other := self.running()) is not None:
+                raise UserError(f"{other} is at work, and one run goes on at a time; wait for its end, or stop it")
+            output = (folder / OUTPUT).open("ab" if "--resume" in words else "wb")
+            process = subprocess.Popen(
+                [*PROGRAM, *words],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # neither Ctrl-C here nor the end of the page reaches it
+            )
+            output.close()
+            self._child = folder, process
+        return words
+
+    def stop(self, folder: Path) -> None:
+        """Asks a run to save a checkpoint and end; one that has not begun to train ends at once."""
+        own = self._child[1] if self._child is not None and self._child[0] == folder else None
+        if (process := own.pid if own is not None and own.poll() is None else writer_of(folder)) is not None:
+            os.kill(process, signal.SIGTERM)
+
+    def status(self, folder: Path) -> RunStatus:
+        """Reads how far a run is."""
+        files = [folder / name for name in (OUTPUT, LOSS_LOG, METRICS, f"{WATCHED}/{ANSWERS}")]
+        sizes = [path.stat().st_size if path.is_file() else 0 for path in files]
+        trained = (folder / ADAPTER).is_dir() and (folder / METRICS).is_file()
+        settings = json_or_nothing(folder / SETTINGS)
+        whole = trained and (is_tested(folder) or not (settings.get("evaluation") or {}).get("file"))
+        if self.running() == folder:
+            state = "testing" if trained else "training" if files[1].exists() else "starting"
+        elif whole or complete_checkpoints(folder):
+            state = "finished" if whole else "stopped"
+        else:
+            state = "failed" if sizes[0] else "ready"
+        return RunStatus(state, _last_line(files[0]) if sizes[0] else "", f"{folder} {state} {sizes}")
+
+
+def _last_line(path: Path) -> str:
+    """Returns the last line of what a run has said; a bar that was drawn over itself counts as one."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 4096))
+        lines = file.read().decode(errors="replace").replace("\r", "\n").split("\n")
+    return one_line(next((line for line in reversed(lines) if line.strip()), ""))

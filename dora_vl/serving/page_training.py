@@ -1,0 +1,337 @@
+"""The page's door Train: from dropped pictures to a tested adapter. Each click is a command, which is shown beside it.
+
+`page_runs.py` starts those commands and reads what they leave; nothing of a run is kept here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, no_type_check
+
+import gradio as gr  # pyright: ignore[reportMissingImports] - of the extra `web`
+import torch
+import yaml
+from gradio.blocks import Block  # pyright: ignore[reportMissingImports]
+
+from dora_vl.errors import UserError
+from dora_vl.evaluation.forgetting import in_words
+from dora_vl.evaluation.pictures import series, smoothed
+from dora_vl.report.answers import blind, read_tests, score_rows
+from dora_vl.report.run_record import RunRecord, read_run
+from dora_vl.report.views import InlinePictures, watched_tables
+from dora_vl.run.folder import ADAPTER
+from dora_vl.run.watched import evenly
+from dora_vl.serving.access import Uploads
+from dora_vl.serving.page_parts import printed_view, state_view, table_view
+from dora_vl.serving.page_runs import DATA, RUN_FILE, RUNS, Runs, command, free_folder, printed
+
+FOLLOW_SECONDS = 2.0
+PREVIEWED = 6
+RANK, EPOCHS = 16, 10
+STATES = {
+    "ready": "Ready to train.",
+    "starting": "Starting: the base is read, each picture is looked at.",
+    "training": "Training.",
+    "testing": "Trained; answering the test.",
+    "stopped": "Stopped. Resume goes on from the last checkpoint.",
+    "failed": "Ended before anything was saved. This is the last that it said:",
+    "finished": "Trained and tested.",
+}
+"""What a person reads of a run's state."""
+DAMAGED = (LookupError, TypeError, ValueError, AttributeError)
+"""Reading a run's files may raise these where they are another version's, or somebody has changed them."""
+Update = dict[Any, Any]
+
+
+class TrainDoor:
+    """The door's parts, and what happens there.
+
+    Args:
+        uploads: what visitors have dropped; it is moved below `data/`.
+        make_room: lets go of the model that answers, before a run takes the GPU.
+    """
+
+    def __init__(self, uploads: Uploads, make_room: Callable[[], object]) -> None:
+        self.uploads, self.runs, self._make_room = uploads, Runs(), make_room
+        self._made: set[Path] = set()
+        """Folders of dropped files, which more may be added to."""
+
+    def lay_out(self) -> None:
+        """Lays the door out in the tab that is open, and connects its clicks, but for the one to the door Ask."""
+        self.mark = gr.State("")
+        with gr.Row(equal_height=False, elem_id="dv-train"):
+            with gr.Column(scale=4, min_width=300):
+                self._lay_out_choices()
+            with gr.Column(scale=7, min_width=320):
+                self._lay_out_views()
+        self.parts = [part for part in vars(self).values() if isinstance(part, Block)]
+        quick = {"outputs": self.parts, "show_progress": "hidden", "queue": False, "api_visibility": "private"}
+        queued = {**quick, "queue": True, "concurrency_limit": 4}
+        self.files.upload(self.take_files, [self.files, self.folder], **quick)
+        self.look.click(self.look_at_data, [self.folder, self.question, self.base], **queued)
+        self.run.input(self.show_run, [self.run], **quick)
+        for slider in (self.rank, self.epochs):
+            chosen = [self.run, self.rank, self.epochs, self.commands]
+            slider.release(self.choose, chosen, **queued, trigger_mode="always_last")
+        self.start.click(self.begin, [self.run, self.commands], **quick)
+        self.stop.click(self.halt, [self.run], **quick)
+        gr.Timer(FOLLOW_SECONDS).tick(self.follow, [self.run, self.mark], **quick)
+
+    def _lay_out_choices(self) -> None:
+        gr.Markdown("### 1 · Your pictures and questions\nPictures, and a table: image, question, answer.")
+        self.files = gr.File(show_label=False, file_count="multiple", height=124, elem_id="dv-drop")
+        self.folder = gr.Textbox(label="or a folder on this machine", placeholder="my_pictures", elem_id="dv-folder",
+                                 info="with such a table, or with a folder for each answer")  # fmt: skip
+        self.question = gr.Textbox(label="One question for all pictures", placeholder="what is it?", elem_id="dv-one",
+                                   info="where the table has none")  # fmt: skip
+        self.base = gr.Dropdown([], label="Base", allow_custom_value=True, elem_id="dv-base",
+                                info="the model to adapt: a folder, or OWNER/NAME of the hub")  # fmt: skip
+        self.look = gr.Button("Look at the data", variant="primary", elem_id="dv-look")
+        gr.Markdown("### 2 · Training")
+        self.run = gr.Dropdown([], label="Run", elem_id="dv-run",
+                               info="its folder; choose an earlier one to see, resume or ask it")  # fmt: skip
+        self.rank = gr.Slider(4, 128, RANK, step=4, label="Rank", elem_id="dv-rank",
+                              info="16 does for most; more for long answers and much data")  # fmt: skip
+        self.epochs = gr.Slider(1, 40, EPOCHS, step=1, label="Epochs", elem_id="dv-epochs",
+                                info="how often each row is seen; more for few rows")  # fmt: skip
+        with gr.Row():
+            self.start = gr.Button("Start", variant="primary", interactive=False, elem_id="dv-start")
+            self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="dv-halt")
+
+    def _lay_out_views(self) -> None:
+        html = partial(gr.HTML, padding=False)
+        self.state = html(state_view("", "Drop pictures, or name a folder; then look at the data."), elem_id="dv-state")
+        self.ask = gr.Button("Ask it", variant="primary", visible=False, elem_id="dv-ask-it")
+        self.test = html(elem_id="dv-test")
+        self.curve = gr.LinePlot(x="step", y="loss", color="of", title="Loss", color_title=" ", height=240,
+                                 visible=False, elem_id="dv-curve")  # fmt: skip
+        self.watched, self.rows, self.seen = (html(elem_id=f"dv-{name}") for name in ("watched", "rows", "seen-data"))
+        self.commands = gr.Code(language="shell", label="Commands that the clicks stand for", lines=1,
+                                interactive=False, elem_id="dv-commands")  # fmt: skip
+        with gr.Accordion("The first batch, as the model sees it", open=False):
+            self.batch = html(elem_id="dv-batch")
+        with gr.Accordion("What training will take", open=False):
+            self.estimate = html(elem_id="dv-estimate")
+        with gr.Accordion(f"{RUN_FILE}, the settings", open=False):
+            self.yaml = gr.Code(language="yaml", show_label=False, interactive=False, elem_id="dv-yaml")
+
+    def opened(self) -> Update:
+        """Returns what somebody sees who opens the page: the run that goes on, else the last one."""
+        bases = sorted(str(path.parent) for path in RUNS.glob("*/*/config.json"))
+        choices = [("the demo's, else a small SmolVLM", ""), *zip(bases, bases, strict=True)]
+        folder = self.runs.running() or next(iter(self.runs.folders()), None)
+        return {
+            self.base: gr.update(choices=choices, value=""),
+            **({} if folder is None else self.show_run(str(folder))),
+        }
+
+    # -- what a person does ------------------------------------------------------------------------------------
+
+    def take_files(self, paths: list[str], folder: str) -> Update:
+        """Moves dropped files into a folder of their own, or to those that were dropped before."""
+        files = [Path(path) for path in paths]
+        try:
+            if not all(self.uploads.holds(path) for path in paths):
+                raise UserError("a file is here no longer; drop it again")
+            to = Path(folder) if Path(folder) in self._made else free_folder(DATA / "dropped")
+            names = [file.name for file in files]
+            if taken := [name for name in names if names.count(name) > 1 or (to / name).exists()]:
+                raise UserError(f"two files are called {taken[0]}; rename one")
+            to.mkdir(parents=True, exist_ok=True)
+            self._made.add(to)
+            for file in files:
+                shutil.move(file, to / file.name)
+        except UserError as error:
+            return {self.files: None, self.state: state_view("failed", str(error))}
+        finally:
+            for file in files:
+                self.uploads.delete(file)
+        said = f"{sum(1 for _ in to.iterdir()):,} files are in {to}. Look at the data once all are there."
+        return {self.files: None, self.folder: str(to), self.state: state_view("", said)}
+
+    @no_type_check  # a wrapper that checks types hides from Gradio that this is a generator
+    def look_at_data(self, folder: str, question: str, base: str) -> Iterator[Update]:
+        """Yields what init says of the data, the first rows, the first batch, and what training takes."""
+        yield {self.look: gr.update(interactive=False), self.state: state_view("", "Looking at each picture …")}
+        try:
+            if not folder.strip():
+                raise UserError("drop pictures and a table, or name a folder")
+            to = self.runs.new_folder(Path(folder.strip()).resolve().name)
+            options = {"--ask": question.strip(), "--model": (base or "").strip(), "--to": str(to)}
+            words = ["init", folder.strip(), *(word for pair in options.items() if pair[1] for word in pair)]
+            words += ["--overwrite"] if to.exists() else []
+            said = "\n".join(printed(words)).partition("\nnext:")[0].strip()
+            yield {**self.show_run(str(to)), self.seen: printed_view([said]), self.commands: command(words),
+                   self.state: state_view("", "Making the first batch …")}  # fmt: skip
+            more = ["show", "batch", str(to / RUN_FILE)]
+            yield {self.batch: printed_view(printed(more)), self.commands: f"{command(words)}\n{command(more)}"}
+            yield from self._count(to, f"{command(words)}\n{command(more)}")
+        except UserError as error:
+            yield {self.state: state_view("failed", str(error))}
+        yield {self.look: gr.update(interactive=True)}
+
+    @no_type_check  # as above
+    def choose(self, run: str | None, rank: int, epochs: int, commands: str) -> Iterator[Update]:
+        """Writes what was chosen into the YAML of a run that was not started yet, and counts anew what it takes."""
+        if not run or self.runs.status(folder := self.folder_of(run)).state != "ready":
+            yield gr.skip()
+            return
+        for key, value in {"rank": int(rank), "alpha": 2.0 * rank, "num_train_epochs": int(epochs)}.items():
+            text = (folder / RUN_FILE).read_text(encoding="utf-8")
+            (folder / RUN_FILE).write_text(_setting(key).sub(rf"\g<1>{value}", text, count=1), encoding="utf-8")
+        try:
+            yield from self._count(folder, commands)
+        except UserError as error:
+            yield {self.state: state_view("failed", str(error))}
+
+    def _count(self, folder: Path, commands: str) -> Iterator[Update]:
+        """Yields what training takes, by the YAML as it is now."""
+        words = ["estimate", str(folder / RUN_FILE), "--here"]
+        yield {self.yaml: _read(folder / RUN_FILE), self.state: state_view("", "Counting what training takes …")}
+        lines = printed(words)
+        if command(words) not in commands:
+            commands = f"{commands}\n{command(words)}".strip()
+        yield {self.estimate: printed_view(lines), self.commands: commands,
+               self.state: state_view("ready", STATES["ready"], lines[-1])}  # fmt: skip
+
+    def begin(self, run: str | None, commands: str) -> Update:
+        """Starts or resumes a run."""
+        try:
+            if not run:
+                raise UserError("look at the data first")
+            if torch.cuda.is_available() and self.runs.running() is None:
+                self._make_room()
+            words = self.runs.start(self.folder_of(run))
+        except UserError as error:
+            return {self.state: state_view("failed", str(error))}
+        shown = commands if command(words) in commands else f"{commands}\n{command(words)}"
+        return {**self.follow(run, ""), self.commands: shown}
+
+    def halt(self, run: str | None) -> Update:
+        """Stops a run, which saves a checkpoint first."""
+        if run:
+            self.runs.stop(self.folder_of(run))
+        return {self.stop: gr.update(interactive=False)}
+
+    def show_run(self, run: str) -> Update:
+        """Returns all that is seen of a run."""
+        folder = self.folder_of(run)
+        text = _read(folder / RUN_FILE)
+        values = {key: int(match[2]) for key in ("rank", "num_train_epochs") if (match := _setting(key).search(text))}
+        return {
+            **self.follow(run, ""),
+            self.run: gr.update(choices=[str(path) for path in self.runs.folders()], value=run),
+            self.rank: values.get("rank", RANK),
+            self.epochs: values.get("num_train_epochs", EPOCHS),
+            self.rows: rows_view(folder),
+            self.yaml: text,
+            self.commands: command(self.runs.words_to_train(folder)),
+            **dict.fromkeys([self.seen, self.batch, self.estimate], ""),
+        }
+
+    def follow(self, run: str | None, mark: str) -> Any:
+        """Returns how far a run is, where that has changed."""
+        if not run or (status := self.runs.status(folder := self.folder_of(run))).mark == mark:
+            return gr.skip()
+        goes_on = status.state in ("starting", "training", "testing")
+        update = {
+            self.mark: status.mark,
+            self.state: state_view(
+                status.state, STATES[status.state], "" if status.state == "finished" else status.line
+            ),
+            self.start: gr.update(
+                value="Resume" if status.state == "stopped" else "Start",
+                interactive=status.state in ("ready", "failed", "stopped"),
+            ),
+            self.stop: gr.update(interactive=goes_on),
+            self.ask: gr.update(visible=(folder / ADAPTER).is_dir() and not goes_on),
+            self.curve: gr.update(visible=False),
+            **dict.fromkeys([self.watched, self.test], ""),
+        }
+        try:
+            record = read_run(folder, folder.name)
+            views = {self.curve: _curve(record), self.watched: watched_view(record), self.test: test_view(record)}
+        except UserError:  # nothing is logged yet
+            return update
+        except DAMAGED as error:
+            return {**update, self.state: state_view("failed", f"{folder} has files that cannot be read: {error!r}")}
+        return {**update, **views}
+
+    # -- inside ------------------------------------------------------------------------------------------------
+
+    def folder_of(self, run: str) -> Path:
+        """Returns a run's folder by its name."""
+        if Path(run).parent != RUNS or Path(run).name == "..":
+            raise UserError(f"{run} is no run's folder")
+        return Path(run)
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _setting(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(?m)^( +{key}: +)([\d.]+)")
+
+
+def rows_view(folder: Path) -> str:
+    """Returns a few training rows as init wrote them."""
+    try:
+        rows = [json.loads(line) for line in _read(folder / "train.jsonl").splitlines()]
+        root = yaml.safe_load(_read(folder / RUN_FILE) or "data: {}")["data"].get("image_folder")
+    except (*DAMAGED, yaml.YAMLError) as error:
+        return printed_view([f"its rows cannot be shown: {error!r}"])
+    if not rows or root is None:
+        return ""
+    pictures, shown = InlinePictures(), []
+    for row in evenly(rows, PREVIEWED):
+        images = row.get("image", [])
+        picture = pictures.shown(Path(root), [images] if isinstance(images, str) else images, None)
+        texts = [re.sub("<(image|video)>\n?", "", turn["value"]) for turn in row["conversations"][:2]]
+        shown.append((picture, texts))
+    return table_view(f"{len(shown)} of {len(rows):,} rows to train on", ["", "question", "answer"], shown)
+
+
+def watched_view(record: RunRecord) -> str:
+    """Returns the questions that a run answers again and again while it trains."""
+    tables, _ = watched_tables([record], InlinePictures())
+    if not tables:
+        return ""
+    rows = []
+    for row in tables[0]["rows"]:
+        answers = [f"✓\N{NO-BREAK SPACE}{text}" if right else text or "–" for text, right in row["answers"]]
+        rows.append((row["picture"], [row["question"], row["truth"], *answers]))
+    head = ["", "question", "right answer", *(f"step {step:,}" for step in tables[0]["steps"])]
+    return table_view("Asked while it trains", head, rows)
+
+
+def test_view(record: RunRecord) -> str:
+    """Returns the scores of a run's test beside its baselines, and what it forgot."""
+    results, _ = read_tests(record)
+    rows = []
+    for row in score_rows([results])[0]:
+        (cell,) = row.cells
+        if cell is not None:
+            interval = "" if cell.interval is None else "{:.1f} to {:.1f}".format(*cell.interval)
+            rows.append((("", row.metric), [f"{cell.value:.1f}", interval, f"{cell.n:,}"]))
+    if not rows:
+        return ""
+    facts = in_words(record.metrics.get("forgetting"))
+    rows += [(("", name), [value, "", ""]) for name, value in facts.items()]
+    head = ["", "value", "95 % interval", "questions"]
+    return table_view("The test, beside its baselines", head, rows, blind(record.label, results))
+
+
+def _curve(record: RunRecord) -> Any:
+    """Returns the loss by step, and the validation's."""
+    steps, losses = series(record.log, "loss")
+    lines = {"training, smoothed": (steps, smoothed(losses)), "validation": series(record.log, "eval_loss")}
+    points = [[*point, name] for name, line in lines.items() for point in zip(*line, strict=True)]
+    kinds = {"step": "quantitative", "loss": "quantitative", "of": "nominal"}
+    value = {"columns": [*kinds], "data": points, "datatypes": kinds, "mark": "line"}
+    return gr.update(value=value, visible=bool(points))

@@ -1,0 +1,49 @@
+"""docs/choosing.md: its estimates are those that `dora-vl estimate` makes, its scores those of docs/comparisons.md."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dora_vl.run.reading import read_run
+from dora_vl.training.decoder_pipeline import DecoderPipeline
+from dora_vl.training.estimate import plan_run, with_shape
+from dora_vl.training.memory import GIB
+
+DOCS = Path(__file__).parents[1] / "docs"
+TEXT = (DOCS / "choosing.md").read_text(encoding="utf-8")
+ESTIMATED = ["--config=image_text/qwen2_5_vl", "--variant=7b_dora", "--data.train=my.json", "--data.max_tokens=2048"]
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """The cells of a text's tables by the first of a row."""
+    table = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| "))
+    return {name: cells for name, *cells in table}
+
+
+@pytest.mark.parametrize(("column", "gpus", "more"), [(0, 1, ()), (2, 8, ("--training.deepspeed=zero3",))])
+def test_the_estimates_are_those_of_the_command(tmp_path: Path, column: int, gpus: int, more: tuple[str, ...]) -> None:
+    shape = "llava-1.5-7b"
+    config = with_shape(read_run([*ESTIMATED, *more]), shape, tmp_path)
+    estimate = plan_run(DecoderPipeline(config)).on(gpus)
+    assert rows(TEXT)[shape][column] == f"{estimate.total / GIB:.1f}"
+
+
+def test_the_scores_are_those_of_the_comparisons() -> None:
+    there = (DOCS / "comparisons.md").read_text(encoding="utf-8")
+    parts = re.split(r"^##+ ", there, flags=re.MULTILINE)
+    by_method = {
+        "[commonsense](comparisons.md#commonsense-questions-seen-and-unseen)": (2, 1),
+        "[NLVR](comparisons.md#nlvr-peoples-sentences)": (3, 1),
+    }
+    for name, (part, column) in by_method.items():
+        found = rows(parts[part])
+        names = ("DoRA, rank 16", "LoRA, rank 16", "the magnitude alone")
+        all_weights = next(cells for method, cells in found.items() if method.startswith("all weights"))
+        scores = [*(found[method] for method in names), all_weights]
+        assert rows(TEXT)[name] == [cells[column].split(" (")[0] for cells in scores]
+    easy = rows(parts[1])
+    dora, lora = (easy["16"][at].split(" (")[0] for at in (0, 1))
+    assert rows(TEXT)["[easy-VQA](comparisons.md#easy-vqa-answers-without-their-reasons)"][:2] == [dora, lora]
