@@ -16,7 +16,6 @@ from dora_vl.data.example import MIDDLE_FRAME, Clip, Example
 from dora_vl.evaluation.scores.benchmark import Group, Scorer
 from dora_vl.evaluation.scores.scored import Scored, intervals, paired_differences
 from dora_vl.files import json_or_nothing
-from dora_vl.run.folder import PROBE
 
 MOST_EXCHANGED, SEED = 200, 0
 LEAST_ASKED = 5
@@ -150,6 +149,8 @@ def by_question(
 
 def readable_answers(questions: object, questions_sha256: object) -> Mapping[str, str]:
     """Reads the probe's answers beside a test's file of questions; none where the file is another by now."""
+    from dora_vl.run.folder import PROBE  # it imports torch: not for --help
+
     probe = json_or_nothing(Path(str(questions)).with_name(PROBE)) if questions else {}
     return probe["answers"] if probe and probe["questions_sha256"] == questions_sha256 else {}
 

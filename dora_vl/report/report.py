@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from dora_vl import __version__
 from dora_vl.errors import UserError
 from dora_vl.files import SETS, whole_file
-from dora_vl.run.folder import SETTINGS
 
 if TYPE_CHECKING:
     from dora_vl.evaluation.results import SetResult
@@ -170,6 +169,8 @@ def _head(run: RunRecord, results: Results) -> dict[str, Any]:
 
 def _again(run: RunRecord) -> str:
     """Returns the command that repeats a run from its settings, into another folder."""
+    from dora_vl.run.folder import SETTINGS  # it imports torch: not for --help
+
     ranks = run.plan.get("ranks")
     launcher = ["dora-vl"]
     if isinstance(ranks, int) and ranks > 1:
