@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
@@ -20,6 +20,7 @@ from dora_vl.errors import Diverged, UserError, shown_names
 from dora_vl.files import write_json_lines
 from dora_vl.run.folder import read_log
 from dora_vl.run.launch import gathered
+from dora_vl.training.replay import CHAT
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class StepFaults(TrainerCallback):
         self._losses: list[Tensor] = []
         self._norm: float | Tensor | None = None
         self._left_out_in_a_row = 0
-        self._recent: deque[float] = deque(maxlen=SPIKE_WINDOW)
+        self._recent: defaultdict[bool, deque[float]] = defaultdict(lambda: deque(maxlen=SPIKE_WINDOW))
 
     # ---- what the Trainer hands over during a step
 
@@ -138,11 +139,15 @@ class StepFaults(TrainerCallback):
         control.should_save = control.should_training_stop = True
 
     def _look_for_spike(self, losses: Sequence[float], state: TrainerState) -> None:
-        """Names the micro-batch of the largest loss where this rank's step stands far above those before it."""
+        """Names the micro-batch of the largest loss where this rank's step stands far above those before it.
+
+        A base's chats (`data.replay`) have another loss than the data, so steps with any are compared with each other.
+        """
         if not losses:
             return
-        loss, earlier = sum(losses), list(self._recent)
-        self._recent.append(loss)
+        recent = self._recent[any(name.startswith(CHAT) for ids in self._ids for name in ids)]
+        loss, earlier = sum(losses), list(recent)
+        recent.append(loss)
         if len(earlier) < SPIKE_AFTER or not is_spike(loss, earlier):
             return
         ids = self._ids[max(range(len(losses)), key=losses.__getitem__)]
