@@ -452,7 +452,7 @@ class QuestionAnswer(Prompts):
         self.bos_token = processor.tokenizer.bos_token
         self._end = str(processor.tokenizer.eos_token or "")
         self._picture = str(vars(processor).get("image_token") or "")
-        self._special = special_tokens(processor)
+        self._special, self._pieces = special_tokens(processor), isinstance(processor, PieceProcessor)
         if not self._end or (pictures and not self._picture):
             lacking = "a token for a picture" if self._end else "an end token"
             raise UserError(f"model.template: question_answer needs {lacking}, and the processor of {name} names none")
@@ -469,7 +469,7 @@ class QuestionAnswer(Prompts):
 
     def _render(self, system: Turn | None, conversation: Sequence[Turn], *, generation_prompt: bool) -> Chat:
         refuse_special(conversation, self._special)
-        text, spans = "", []
+        text, spans, controls = "", [], []
         for turn in conversation:
             if turn.role == "user":
                 pieces = [piece.removeprefix("\n") for piece in turn.text.split(IMAGE_PLACEHOLDER)]
@@ -478,7 +478,8 @@ class QuestionAnswer(Prompts):
                 start = len(text)
                 text += f" {turn.text}{self._end}"
                 spans.append((start, len(text)))
-        return Chat(text, tuple(spans))
+                controls.append((len(text) - len(self._end), len(text)))
+        return Chat(text, tuple(spans), tuple(controls) if self._pieces else ())
 
 
 class PaliGemma(Prompts):

@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
+from dora_vl.backbones.encoder import open_encoder
 from dora_vl.backbones.prompts import QuestionAnswer
+from dora_vl.data.example import Example
 from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
@@ -22,6 +24,7 @@ from tests.backbones.image_text_conversations import (
     encoder_of,
     sample_of,
 )
+from tests.backbones.tiny_language import write_tiny_language
 
 Folders = Mapping[str, Path]
 
@@ -36,6 +39,13 @@ def test_question_answer_writes_a_line_for_each_round(folders: Folders) -> None:
     )
     trained = sample.labels != IGNORED_LABEL
     assert encoder.tokenizer.decode(sample.labels[trained]) == " The second is blue.<|im_end|> Yes<|im_end|>"
+
+
+def test_question_answer_closes_a_language_model_s_answer_with_its_end_token(tmp_path: Path) -> None:
+    encoder = open_encoder(str(write_tiny_language(tmp_path / "plain")), template="question_answer", max_tokens=256)
+    sample = encoder.encode(Example("1", turns=(Turn("user", "Who runs?"), Turn("assistant", "The river."))))
+    ids, end = sample.input_ids.tolist(), encoder.tokenizer.eos_token_id
+    assert ids[-1] == sample.labels[-1] == end
 
 
 @pytest.mark.parametrize("family", ["chameleon", "paligemma"])
