@@ -45,8 +45,8 @@ def validations(folder: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["eval_loss"]) for line in logged(folder, "eval_loss")]
 
 
-def test_a_run_ends_and_keeps_the_best(run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+def test_a_run_ends_and_keeps_the_best(run_file: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
     assert trained(run_file, f"--training.output_dir={whole}") is None
     losses = validations(whole)
     best, _ = min(losses, key=lambda pair: pair[1])
@@ -55,6 +55,13 @@ def test_a_run_ends_and_keeps_the_best(run_file: Path, tmp_path: Path, monkeypat
     assert json.loads((whole / "metrics.json").read_text())["train_steps"] == last
     assert_same_weights(whole, whole / f"checkpoint-{best}")
 
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_counting(run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert trained(run_file, f"--training.output_dir={whole}") is None
+    losses = validations(whole)
+    (best, _), (last, _) = min(losses, key=lambda pair: pair[1]), losses[-1]
     send_at_step(monkeypatch, best + EVERY + 1)  # one validation without a lower loss is counted by then
     assert trained(run_file, f"--training.output_dir={stopped}") is not None
     monkeypatch.undo()

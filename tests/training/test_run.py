@@ -163,7 +163,7 @@ def test_checkpoints_hold_nothing_of_the_base_and_a_half_written_one_is_not_take
     assert len(logged_losses(folder)) == 8  # lines 1 to 6 are kept, 7 and 8 are new: it went on from checkpoint-6
 
 
-@pytest.mark.parametrize("in_the_file", [False, True])
+@pytest.mark.parametrize("in_the_file", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_cached_features_train_like_pixels(
     tmp_path: Path, tiny_llava: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch, in_the_file: bool
 ) -> None:

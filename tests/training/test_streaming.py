@@ -66,7 +66,7 @@ def test_every_container_and_any_number_of_workers_give_the_same_losses(tmp_path
     assert sorted(plain[:3]) != sorted(losses_of_one[:3])
 
 
-@pytest.mark.parametrize(("name", "step"), [("messages", 4), ("parquet", 6)])
+@pytest.mark.parametrize(("name", "step"), [pytest.param("messages", 4, marks=pytest.mark.slow), ("parquet", 6)])
 def test_a_resumed_run_has_the_losses_of_a_whole_one(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, name: str, step: int
 ) -> None:

@@ -47,7 +47,7 @@ def run_file(make_run: MakeRun) -> Path:
 
 
 @pytest.mark.parametrize(
-    "stage", [pytest.param("zero0", marks=pytest.mark.slow), pytest.param("zero2", marks=pytest.mark.slow), "zero3"]
+    "stage", [pytest.param(stage, marks=pytest.mark.slow) for stage in ("zero0", "zero2", "zero3")]
 )
 def test_adapters_are_float32_over_a_bfloat16_base(run_file: Path, stage: str) -> None:
     types = types_after_training(run_file, f"--training.deepspeed={stage}")
