@@ -28,7 +28,7 @@ import deepspeed  # noqa: F401
 from safetensors.numpy import load_file
 
 from dora_vl.files import PREVIOUS, UNFINISHED
-from dora_vl.run.folder import read_log
+from dora_vl.run.folder import finished_already, read_log
 from dora_vl.run.launch import log_to_stderr
 from dora_vl.run.reading import read_run
 from dora_vl.training import replay
@@ -158,7 +158,9 @@ def start(case: Case, settings: Path, notes: Path, *, kill: Kill | None = None, 
         record_samples(notes / f"samples-{rank}")
         log_to_stderr()
         options = ["--config", str(settings), *resume]
-        run(pipeline_of(read_run(options)))
+        config = read_run(options)
+        if not finished_already(config):  # as `dora-vl train` looks; the kill may have come in its last milliseconds
+            run(pipeline_of(config))
 
     statuses = _statuses([fork(lambda rank=rank: work(rank)) for rank in range(case.ranks)])
     killed = kill is not None and statuses[kill.rank] == signal.SIGKILL and time.monotonic() - begun < SECONDS
