@@ -41,8 +41,11 @@ BATCH, FRAMES = 8, 8
 FAILED_STATUS = 1
 TEXTS, TOKENS = 3, 12
 """Logits are compared for so many drawn texts of so many tokens."""
-ROUNDING = {False: 1e-3, True: 5e-2}
-"""The largest difference that rounding makes, as a share of the largest logit; True: for weights below float32."""
+ROUNDING = {False: 1e-3, True: 1e-1}
+"""The largest difference that rounding makes, as a share of the largest logit; True: for weights below float32.
+
+Rounding to bfloat16 gave 0.012 to 0.056 after the demos, where the same merges in float32 gave 5e-6.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
