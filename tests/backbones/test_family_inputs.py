@@ -239,8 +239,11 @@ class TestVideos:
         self, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         conversation = (Turn("user", "What is <video> in HTML?"), TURNS_RED), (), ()
-        monkeypatch.setattr(tiny_image_text, "SPECIAL", [tag for tag in tiny_image_text.SPECIAL if tag != "<video>"])
-        encoder = encoder_of(write_tiny_video("qwen2_5_vl", tmp_path / "base"))
+        words = [tag for tag in tiny_image_text.SPECIAL if tag != "<video>"]
+        with monkeypatch.context() as patched:  # the session's own folders are written with all of them
+            patched.setattr(tiny_image_text, "SPECIAL", words)
+            base = write_tiny_video("qwen2_5_vl", tmp_path / "base")
+        encoder = encoder_of(base)
         assert "What is <video> in HTML?" in encoder.tokenizer.decode(sample_of(encoder, conversation).input_ids)
         with pytest.raises(BadSample):
             sample_of(encoder_of(folders[f"llava_onevision{VIDEO}"]), conversation)
