@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -20,7 +20,6 @@ from dora_vl.errors import Diverged, UserError, shown_names
 from dora_vl.files import write_json_lines
 from dora_vl.run.folder import read_log
 from dora_vl.run.launch import gathered
-from dora_vl.training.replay import CHAT
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +38,14 @@ class StepFaults(TrainerCallback):
     The weights survive a step that is no number: its gradients are dropped before the optimizer sees them
     (`drop_gradients`, registered with a torch optimizer) or by DeepSpeed's own overflow check (ZeRO 1 to 3). Losses are
     read once a step, when all of it is on its way. `policy` is `optim.not_finite`; `scaled`: gradients overflow as part
-    of float16's search for a loss scale, so losses alone are judged.
+    of float16's search for a loss scale, so losses alone are judged. `chats` are the ids of a base's own chats.
     """
 
-    def __init__(self, file: Path, policy: Literal["stop", "skip"], *, scaled: bool = False) -> None:
+    def __init__(
+        self, file: Path, policy: Literal["stop", "skip"], *, scaled: bool = False, chats: Collection[str] = ()
+    ) -> None:
         self.ended_by: str | None = None  # why the run ends early, for its error line
-        self._file, self._policy, self._scaled = file, policy, scaled
+        self._file, self._policy, self._scaled, self._chats = file, policy, scaled, frozenset(chats)
         self._ids: Sequence[Sequence[str]] = ()
         self._losses: list[Tensor] = []
         self._norm: float | Tensor | None = None
@@ -145,7 +146,7 @@ class StepFaults(TrainerCallback):
         """
         if not losses:
             return
-        recent = self._recent[any(name.startswith(CHAT) for ids in self._ids for name in ids)]
+        recent = self._recent[not self._chats.isdisjoint(name for ids in self._ids for name in ids)]
         loss, earlier = sum(losses), list(recent)
         recent.append(loss)
         if len(earlier) < SPIKE_AFTER or not is_spike(loss, earlier):

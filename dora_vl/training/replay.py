@@ -39,8 +39,6 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1
 """Part of a file's name: raise it when other chats would be written."""
-CHAT = "replay-"
-"""Begins the id of each chat."""
 CHATS, BATCH, MOST_BATCHES = 128, 64, 16
 QUESTION_TOKENS, ANSWER_TOKENS = 40, 72
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 0}
@@ -94,7 +92,7 @@ class ChatWriter:
             torch.manual_seed(seed)
             while len(seen) < count and self.tried < MOST_BATCHES * BATCH and (seen or self.tried < 4 * BATCH):
                 for question, answer in self._batch():
-                    example = Example(f"{CHAT}{len(seen)}", turns=(Turn("user", question), Turn("assistant", answer)))
+                    example = Example(f"replay-{len(seen)}", turns=(Turn("user", question), Turn("assistant", answer)))
                     if len(seen) < count and question + answer not in seen and self._can_be_learned(example):
                         seen.add(question + answer)
                         yield example

@@ -135,7 +135,9 @@ class AdapterTrainer(OrderedTrainer):
         self.stop, self.closing = StopOnSignal(), ExitStack()
         self.closing.callback(self.stop.restore)
         self.closing.callback(faulthandler.cancel_dump_traceback_later)
-        self.faults = StepFaults(self.run_folder / FAULTS, config.optim.not_finite, scaled=arguments.fp16)
+        self.faults = StepFaults(
+            self.run_folder / FAULTS, config.optim.not_finite, scaled=arguments.fp16, chats=data.chats
+        )
         self._loss = pipeline.loss(backbone)
         patience = config.optim.early_stopping
         super().__init__(

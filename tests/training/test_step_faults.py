@@ -159,7 +159,7 @@ def test_a_spike_stands_far_above_its_window_in_two_ways() -> None:
 
 
 def test_a_step_with_chats_of_the_base_is_compared_with_such_steps(tmp_path: Path) -> None:
-    faults, state = StepFaults(tmp_path / "faults.jsonl", "stop"), TrainerState()
+    faults, state = StepFaults(tmp_path / "faults.jsonl", "stop", chats=["replay-7"]), TrainerState()
     for step in range(90):
         chats = step % 3 == 0
         faults.begin_step([("a", "replay-7") if chats else ("a", "b")])
