@@ -5,19 +5,24 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from math import isfinite
 from pathlib import Path
 from types import ModuleType
 
-from dora_vl.data.example import Example
+from dora_vl.data.example import Clip, Example
 from dora_vl.errors import SettingError, UserError, shown
 from dora_vl.evaluation.benchmarks import with_choices
 from dora_vl.evaluation.scores.benchmark import LETTER
+from dora_vl.evaluation.scores.caption import CiderOfAnswers
 from dora_vl.evaluation.scores.exact import final_answer, is_close, normalised, right_choice_points, similarity
+from dora_vl.evaluation.scores.vqa import normalise
 
 Reward = Callable[[Example, str], float]
 """Gives an answer to an example its points, 1 for a right one; the example's first answer is the data's own."""
+Media = tuple[str | Clip, ...]
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
@@ -37,16 +42,24 @@ SCORES: Mapping[str, Callable[[str, str], float | bool]] = {
     "exact": lambda answer, right: normalised(answer) == normalised(right),
     "anls": similarity,
     "relaxed": is_close,
+    "vqa": lambda answer, right: normalise(answer) == normalise(right),
     "box": overlap,
 }
 """Compares an answer with the right one, as the tests' scorers do."""
-CHOICE, FORMAT = "choice", "format"
+CHOICE, FORMAT, CIDER = "choice", "format", "cider"
 
 
-def rewards_of(names: Iterable[str], *, answer_format: str | None, answer_after: str | None) -> dict[str, Reward]:
+def rewards_of(
+    names: Iterable[str],
+    *,
+    answer_format: str | None,
+    answer_after: str | None,
+    examples: Callable[[], Iterable[Example]] = tuple,
+) -> dict[str, Reward]:
     """Finds the rewards of `objective.rewards` by name.
 
     Args:
+        examples: all of the training file; read by the reward `cider` alone, at its first answer.
         answer_format: the pattern of the reward `format`.
         answer_after: what stands before it in answers and right answers is not compared.
     """
@@ -67,7 +80,8 @@ def rewards_of(names: Iterable[str], *, answer_format: str | None, answer_after:
     def reward_of(name: str) -> Reward:
         if name in SCORES:
             return compared(SCORES[name])
-        return choice if name == CHOICE else _format(answer_format) if name == FORMAT else _own(name)
+        own = {CHOICE: lambda: choice, FORMAT: lambda: _format(answer_format), CIDER: lambda: _cider(examples)}
+        return own.get(name, lambda: _own(name))()
 
     return {name: reward_of(name) for name in names}
 
@@ -83,12 +97,32 @@ def _format(pattern: str | None) -> Reward:
     return lambda example, answer: float(fits.fullmatch(answer) is not None)
 
 
+def _cider(examples: Callable[[], Iterable[Example]]) -> Reward:
+    """Compares a caption with all captions of its picture in the training file."""
+
+    @cache
+    def read() -> tuple[CiderOfAnswers, Mapping[Media, list[str]]]:
+        captions: defaultdict[Media, list[str]] = defaultdict(list)
+        for example in examples():
+            captions[media_of(example)] += [turn.text for turn in example.turns[-1:]]
+        return CiderOfAnswers(list(captions.values())), captions
+
+    def media_of(example: Example) -> Media:
+        return (*example.images, *example.videos) or (example.id,)
+
+    def reward(example: Example, answer: str) -> float:
+        score, captions = read()
+        return score(answer, captions[media_of(example)])
+
+    return reward
+
+
 def _own(name: str) -> Reward:
     """Finds a function by `FILE.py:FUNCTION`, or `MODULE:FUNCTION` of an installed package."""
     setting = "objective.rewards"
     source, colon, function = name.rpartition(":")
     if not colon:
-        names = ", ".join([*SCORES, CHOICE, FORMAT])
+        names = ", ".join([*SCORES, CHOICE, FORMAT, CIDER])
         raise SettingError(
             setting, f": there is no reward {shown(name)}; there are {names}, and FILE.py:FUNCTION of your own"
         )

@@ -241,9 +241,10 @@ class ObjectiveConfig:
     """Takes the chosen answer about another picture of the data for a further rejected answer, so that the model looks;
     with the losses {dpo: 1, anchor: 1} that is mDPO. cpo and orpo do not take it."""
     rewards: Mapping[str, float] = field(default_factory=lambda: {"exact": 1.0})
-    """grpo and the like: the weight of each reward. exact, anls and relaxed compare with the data's answer, choice
-    looks for its letter or text, box takes the overlap of boxes, format a pattern; FILE.py:FUNCTION or MODULE:FUNCTION
-    is your own, called with a dora_vl.data.example.Example and an answer. evaluation.answer_after counts here too."""
+    """grpo and the like: the weight of each reward. exact, anls, relaxed and vqa compare with the data's
+    answer, choice looks for its letter or text, box takes the overlap of boxes, cider compares with all captions of the
+    picture, format with a pattern; FILE.py:FUNCTION or MODULE:FUNCTION is your own, called with a
+    dora_vl.data.example.Example and an answer. evaluation.answer_after counts here too."""
     format: str | None = None
     """Regular expression that fits all of an answer, for the reward `format`, such as <think>.*</think>.*"""
     group: int = 8

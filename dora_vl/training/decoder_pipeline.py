@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from dora_vl.core import DoRAConfig
 from dora_vl.core.strength import checked_strength
 from dora_vl.data.batches import Collator
 from dora_vl.data.columns import Packing
+from dora_vl.data.example import Example
 from dora_vl.data.pictures import StoredPictures
 from dora_vl.data.samples import Labelled, Sample, Skipped
 from dora_vl.errors import SettingError
@@ -371,7 +372,7 @@ class DecoderPipeline(Pipeline):
             collate=cast(Collator, data.collate),
             example_of=samples.example_of,
             loss=REWARD_LOSSES[objective.of_rewards],
-            rewards=self._rewards(),
+            rewards=self._rewards(samples.examples),
             weights=objective.rewards,
             group=objective.group,
             max_new_tokens=objective.max_new_tokens,
@@ -382,9 +383,9 @@ class DecoderPipeline(Pipeline):
             autocast=None if arguments.deepspeed else half,
         )
 
-    def _rewards(self) -> dict[str, Reward]:
+    def _rewards(self, examples: Callable[[], Iterable[Example]] = tuple) -> dict[str, Reward]:
         objective, after = self.config.objective, self.config.evaluation.answer_after
-        return rewards_of(objective.rewards, answer_format=objective.format, answer_after=after)
+        return rewards_of(objective.rewards, answer_format=objective.format, answer_after=after, examples=examples)
 
     def watch(self, backbone: Backbone[Any], arguments: TrainingArguments) -> Watch | None:
         """Questions of the validation samples, or else of the test."""

@@ -277,6 +277,10 @@ class RunSamples:
         assert self._train is not None, "prepare has refused a stream"
         return self._train[index]
 
+    def examples(self) -> Iterator[Example]:
+        """Yields the training samples' examples that can be read, not those of a stream."""
+        yield from (row for row in self._train or () if isinstance(row, Example))
+
     def _judgements(self) -> tuple[bool, bool]:
         """Tells whether some samples are called good or bad, and whether some have rejected answers."""
         sources = () if self._stream is None else self._stream.sources

@@ -32,6 +32,8 @@ def points(name: str, right: str, answer: str, question: str = "What is it?", **
         ("anls", "colour", "dog", 0.0),
         ("relaxed", "100", "104", 1.0),
         ("relaxed", "100", "106", 0.0),
+        ("vqa", "two dogs", "two cats", 0.0),
+        ("vqa", "2 dogs", "The two dogs.", 1.0),
         ("box", "[10, 20, 30, 40]", "[10, 20, 30, 40]", 1.0),
         ("box", "[0, 0, 10, 10]", "at 2 corners: (5, 0, 15, 10)", 50 / 150),
         ("box", "0.1 0.1 0.3 0.2", "0.4 0.1 0.6 0.2", 0.0),
@@ -62,6 +64,37 @@ def test_a_format_fits_from_end_to_end() -> None:
     pattern = "<think>.+</think>\\w+"
     assert points("format", "", "<think>a\nb</think>yes", answer_format=pattern) == 1.0
     assert points("format", "", "<think>a</think>yes and no", answer_format=pattern) == 0.0
+
+
+CAPTIONS = {
+    "a.png": ["A red cat sits on a mat.", "The cat is sitting."],
+    "b.png": ["Two dogs run along the beach.", "Dogs on a beach in the sun."],
+    "c.png": ["A man rides a red bicycle."],
+}
+
+
+def test_a_caption_by_cider_of_coco() -> None:
+    from pycocoevalcap.cider.cider_scorer import CiderScorer
+
+    rows = [
+        Example(f"{image}-{number}", images=(image,), turns=(Turn("user", "Describe."), Turn("assistant", caption)))
+        for image, captions in CAPTIONS.items()
+        for number, caption in enumerate(captions)
+    ]
+    drawn = {"a.png": "A cat sits on a red mat.", "b.png": "Two dogs.", "c.png": "A man rides a red bicycle."}
+    reward = rewards_of(["cider"], answer_format=None, answer_after=None, examples=lambda: rows)["cider"]
+    official = CiderScorer()
+    for image, captions in CAPTIONS.items():
+        official += (words(drawn[image]), [words(caption) for caption in captions])
+    expected = official.compute_score()[1] / 10
+    by_picture = {row.images[0]: reward(row, drawn[row.images[0]]) for row in rows}
+    assert [*by_picture.values()] == pytest.approx(expected.tolist())
+    assert by_picture["c.png"] == pytest.approx(1.0)
+    assert reward(rows[0], "") == 0.0
+
+
+def words(caption: str) -> str:
+    return caption.lower().replace(".", "")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import re
 import shutil
 from collections import Counter
@@ -213,6 +214,47 @@ def check_scoring(examples: Sequence[Example]) -> None:
 def clip_of(example: Example) -> str:
     """Returns the clip (TVC, YC2C) or picture (COCO) whose captions are all references."""
     return str(example.extra.get("clip_id", example.extra.get("image_id", example.id)))
+
+
+class CiderOfAnswers:
+    """CIDEr-D (arXiv 1411.5726) of single captions, from 0 to 1, a tenth of the official code's number for a caption.
+
+    Args:
+        references: every caption of each picture; they say in how many pictures an n-gram stands.
+    """
+
+    def __init__(self, references: Sequence[Sequence[str]]) -> None:
+        self._pictures = Counter[tuple[str, ...]]()
+        for captions in references:
+            self._pictures.update({words for text in captions for grams in _all_ngrams(text) for words in grams})
+        self._most = math.log(max(2, len(references)))
+
+    def __call__(self, caption: str, references: Sequence[str]) -> float:
+        """Returns the mean over references and over n-grams of one to four words."""
+        return float(np.mean([self._similarity(caption, reference) for reference in references]))
+
+    def _similarity(self, caption: str, reference: str) -> float:
+        said, right = _all_ngrams(caption), _all_ngrams(reference)
+        cosines = [self._cosine(*both) for both in zip(said, right, strict=True)]
+        longer = said[1].total() - right[1].total()  # the official code counts pairs of words
+        return float(np.mean(cosines)) * math.exp(-(longer**2) / (2 * 6.0**2))
+
+    def _cosine(self, said: Counter[tuple[str, ...]], right: Counter[tuple[str, ...]]) -> float:
+        first, second = self._weighted(said), self._weighted(right)
+        lengths = math.sqrt(sum(value**2 for value in first.values()) * sum(value**2 for value in second.values()))
+        shared = sum(min(first[words], second[words]) * second[words] for words in first.keys() & second.keys())
+        return shared / lengths if lengths else 0.0
+
+    def _weighted(self, counts: Counter[tuple[str, ...]]) -> dict[tuple[str, ...], float]:
+        return {
+            words: count * (self._most - math.log(max(1, self._pictures[words]))) for words, count in counts.items()
+        }
+
+
+def _all_ngrams(caption: str) -> list[Counter[tuple[str, ...]]]:
+    """Counts a caption's n-grams of one to four words, its words by the tokenizer that needs no Java."""
+    words = fallback_tokens(caption)
+    return [_ngrams(words, order) for order in ORDERS]
 
 
 def bleu_counts(prediction: str, references: Sequence[str]) -> dict[str, float]:
