@@ -245,7 +245,8 @@ class SlotLayer(nn.Module):
         hidden = F.linear(x, self._all_A.to(x.dtype)).mul_(chosen.mask.view(each_row))
         minus_one = self._gains_minus_one(chosen.shares)[chosen.gain_index].view(each_row)
         low_rank = (hidden @ self._all_B.to(x.dtype)).to(output.dtype)
-        return functional.adapted_output(output, self.base.bias, low_rank, minus_one)
+        changed = functional.adapted_output(output, self.base.bias, low_rank, minus_one)
+        return changed.to(output.dtype)  # a quantised layer's gains may be float32
 
     def _changed(self, output: Tensor, x: Tensor, share: Share) -> Tensor:
         change, low_rank = self._changes[share.key], None
