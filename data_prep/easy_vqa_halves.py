@@ -29,7 +29,6 @@ from dora_vl.start.easy_vqa import (
     balanced,
     kind_of,
     picture_path,
-    read_answers,
     read_questions,
     reasoned,
     seen_in_pictures,
@@ -54,15 +53,14 @@ def examples(questions: Sequence[Question], *, split: str, seed: int) -> list[Ex
 
 def convert(source: Path, to: Path, *, validation: int, seed: int) -> dict[str, object]:
     """Writes the files and the manifest; returns the manifest."""
-    answers = read_answers(source)
-    questions = read_questions(source, "train", answers)
+    questions = read_questions(source, "train")
     pictures = sorted({question.picture for question in questions})
     random.Random(f"{seed}/halves").shuffle(pictures)
     first = set(pictures[: len(pictures) // 2])
     pretrain = [question for question in questions if question.picture in first and question.answer in YES_NO]
     held_out = set(pictures[len(pictures) - validation :])
     second = [question for question in questions if question.picture not in first and question.answer not in YES_NO]
-    test = [question for question in read_questions(source, "test", answers) if question.answer not in YES_NO]
+    test = [question for question in read_questions(source, "test") if question.answer not in YES_NO]
     splits = {
         "pretrain": (reasoned(balanced(pretrain, seed), seen_in_pictures(questions)), "train"),
         "adapt": ([question for question in second if question.picture not in held_out], "train"),

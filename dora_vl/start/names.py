@@ -15,7 +15,7 @@ import io
 import itertools
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from PIL import Image, ImageOps
 
 from dora_vl.errors import UserError, install_command
 from dora_vl.files import json_or_nothing, read_json, whole_folder, write_json
+from dora_vl.start.easy_vqa import conversation
 
 ARTISTS, UNSEEN = ("noto", "fluent_emoji_flat", "openmoji"), "twemoji"
 """Asset folders of the artists that are learned from, and of the one that is not."""
@@ -139,10 +140,10 @@ def convert(source: Path, to: Path, *, variants: int = 2, seed: int = 0) -> None
                 key, pairs = f"{artist}-{name.replace(' ', '_')}-{variant}", [(NAME, name), (CATEGORY, category)]
                 row = {"id": key, "image": f"pictures/{key}.png"}
                 if artist in ARTISTS:
-                    train.append({**row, "conversations": turns(chance.sample(pairs, 2))})
+                    train.append({**row, "conversations": conversation(chance.sample(pairs, 2))})
                 elif variant == 0:
                     for kind, pair in zip(("name", "category"), pairs, strict=True):
-                        test.append({**row, "id": f"{key}-{kind}", "kind": kind, "conversations": turns([pair])})
+                        test.append({**row, "id": f"{key}-{kind}", "kind": kind, "conversations": conversation([pair])})
                 else:
                     continue
                 placed(pictures[code], chance if variant else None).save(folder / row["image"])
@@ -150,13 +151,3 @@ def convert(source: Path, to: Path, *, variants: int = 2, seed: int = 0) -> None
             chance.shuffle(rows)
             (folder / f"{split}.json").write_text(json.dumps(rows, indent=0), encoding="utf-8")
         write_json(folder / "manifest.json", settings)
-
-
-def turns(asked: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
-    """Returns LLaVA's conversation of questions about a picture with their answers."""
-    texts = [text for pair in asked for text in pair]
-    whose = ("human", "gpt") * len(asked)
-    return [
-        {"from": who, "value": text if number else f"<image>\n{text}"}
-        for number, (who, text) in enumerate(zip(whose, texts, strict=True))
-    ]
