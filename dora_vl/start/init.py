@@ -180,7 +180,8 @@ def _target(arguments: argparse.Namespace) -> tuple[Path, bool]:
 
 def _data(look: Look, halves: Mapping[str, Sequence[UsableRow]], to: Path) -> Data:
     answers = [text for row in look.rows for text in row.texts("assistant")]
-    words = [len(text.split()) for text in answers]
+    words, compares = [len(text.split()) for text in answers], any(row.conversation.rejected for row in look.rows)
+    is_judged = any(row.conversation.is_good is not None for row in look.rows)
     return Data(
         train=str(to / TRAIN),
         test=str(to / TEST),
@@ -192,15 +193,8 @@ def _data(look: Look, halves: Mapping[str, Sequence[UsableRow]], to: Path) -> Da
         usual_answer_words=float(median(words)),
         has_videos=look.has_videos,
         follow_links=look.links_out,
-        loss=_loss_of(look.rows),
+        loss="dpo" if compares else "kto" if is_judged else None,
     )
-
-
-def _loss_of(rows: Sequence[UsableRow]) -> str | None:
-    """Returns the loss that learns from all of the rows' answers; None where supervised tuning does."""
-    if any(row.conversation.rejected for row in rows):
-        return "dpo"
-    return "kto" if any(row.conversation.is_good is not None for row in rows) else None
 
 
 def _write(staging: Path, halves: Mapping[str, Sequence[UsableRow]], text: str) -> None:
