@@ -107,10 +107,10 @@ def time_setting(rank: int, dropout: float, options: argparse.Namespace) -> dict
     return row
 
 
-def decode_step(model: Any, *, past: int = 96) -> Callable[[], None]:
-    """Makes a step that decodes one token after `past` others, with their keys and values kept."""
+def decode_step(model: Any) -> Callable[[], None]:
+    """Makes a step that decodes one token after 96 others, with their keys and values kept."""
     model.eval()
-    ids = torch.arange(past, device=DEVICE).unsqueeze(0)
+    ids = torch.arange(96, device=DEVICE).unsqueeze(0)
     cache = DynamicCache(config=model.config)
 
     @torch.no_grad()

@@ -26,10 +26,9 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from torch import nn
 from transformers import AutoProcessor, PreTrainedModel
 
-from benchmarks.contenders import take_turns
+from benchmarks.contenders import take_turns, train_step
 from benchmarks.dora_memory import LiveBytes
 from benchmarks.report import table, write_json
 from dora_vl.backbones.encoder import Encoder, open_encoder
@@ -155,7 +154,7 @@ def our_step(backbone: DecoderBackbone, samples: Sequence[Sample], *, packing: P
     batch = {name: value for name, value in batch.items() if name not in BOOKKEEPING}
     reference = Reference(backbone.model)
     loss = PreferenceLoss(backbone, objective={"dpo": 1.0}, scale=Scale(beta=BETA), reference=reference, **how)
-    return stepped(backbone.model, lambda: loss(**batch)["loss"])
+    return train_step(backbone.model, lambda _: loss(**batch)["loss"])
 
 
 def stored(backbone: DecoderBackbone, encoder: Encoder, samples: Sequence[Sample]) -> list[Sample]:
@@ -190,19 +189,7 @@ def their_step(held: Any, rows: Sequence[dict[str, Any]]) -> Step:
     """Makes a step of TRL's."""
     batch = held.data_collator([dict(row) for row in rows])
     batch["pixel_values"] = batch["pixel_values"].to(torch.bfloat16)  # the tower takes no float32 without autocast
-    return stepped(held.model, lambda: held.compute_loss(held.model, dict(batch)))
-
-
-def stepped(model: nn.Module, loss: Callable[[], Any]) -> Step:
-    """Makes a step of a loss, its gradient and AdamW."""
-    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-5)
-
-    def step() -> None:
-        loss().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return train_step(held.model, lambda model: held.compute_loss(model, dict(batch)))
 
 
 def bytes_of(step: Step) -> int:

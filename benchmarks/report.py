@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import sys
@@ -11,6 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median as median
 from typing import Any
+
+from dora_vl.files import write_json_lines
+from dora_vl.run.folder import read_log
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "deepspeed")
 
@@ -23,7 +25,6 @@ def machine() -> dict[str, Any]:
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
         **{package: installed_version(package) for package in PACKAGES},
     }
 
@@ -49,14 +50,10 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def write_json(path: str | Path, content: Mapping[str, Any], *, name: str | None = None) -> None:
     """Writes figures and machine into a file of JSON lines, in place of this script's earlier line."""
-    target, name = Path(path), name or Path(sys.argv[0]).stem
-    target.parent.mkdir(parents=True, exist_ok=True)
-    lines = target.read_text(encoding="utf-8").splitlines() if target.is_file() else []
-    kept = [line for line in lines if json.loads(line)["name"] != name]
-    written = [*kept, json.dumps({"name": name, "machine": machine(), **content})]
-    staging = target.with_name(f".{target.name}.writing")
-    staging.write_text("\n".join(sorted(written)) + "\n", encoding="utf-8")
-    staging.replace(target)
+    name = name or Path(sys.argv[0]).stem
+    others = [line for line in read_log(Path(path)) if line["name"] != name]
+    lines = sorted([*others, {"name": name, "machine": machine(), **content}], key=lambda line: str(line["name"]))
+    write_json_lines(Path(path), lines)
 
 
 def _processor() -> str:

@@ -1,11 +1,12 @@
 """Writes the tables of docs/comparisons.md from finished comparisons, and keeps what they can be computed again from.
 
     python -m benchmarks.tables --keep runs/halves/compared --name easy_vqa   # into benchmarks/results/easy_vqa
-    python -m benchmarks.tables                                               # writes the page's tables
+    python -m benchmarks.tables                                               # writes both pages' tables
 
 A comparison is kept as its `compare.json` and `scores.jsonl.xz`, the lines of every tested run's `scores.jsonl`. Its
 table stands between the marks `<!-- results: NAME -->` and `<!-- end -->`. Values and intervals are computed again from
-the kept scores; a `compare.json` that says something else ends the command.
+the kept scores; a `compare.json` that says something else ends the command. The table `cluster` of docs/cluster.md is
+made of estimates of `dora-vl estimate`; no weight is read.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import lzma
 import re
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -28,11 +30,29 @@ from dora_vl.evaluation.results import SCORES, results_of, score_lines
 from dora_vl.files import SETS, read_json, write_json
 from dora_vl.report.compare import UNTRAINED
 from dora_vl.report.contrasts import Contenders, SetScores
+from dora_vl.run.reading import read_run
+from dora_vl.training.decoder_pipeline import DecoderPipeline
+from dora_vl.training.estimate import Cluster, plan_run, with_shape
+from dora_vl.training.memory import GIB
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE, KEPT = ROOT / "docs" / "comparisons.md", ROOT / "benchmarks" / "results"
+PAGE, CLUSTER_PAGE = ROOT / "docs" / "comparisons.md", ROOT / "docs" / "cluster.md"
+KEPT = ROOT / "benchmarks" / "results"
 TABLE = re.compile(r"(<!-- results: ([\w-]+) -->\n)(.*?)(?=<!-- end -->)", re.DOTALL)
 Row = Mapping[str, Any]
+CLUSTER = "cluster"
+MODELS = {"LLaVA-1.5 7B": "llava-1.5-7b", "LLaVA-1.5 13B": "llava-1.5-13b", "Qwen2.5-VL 32B": "qwen2.5-vl-32b"}
+SETTINGS = (
+    "--adapter.rank=64",
+    "--data.train=my.json",
+    "--data.max_tokens=2048",
+    "--training.per_device_train_batch_size=4",
+    "--training.gradient_checkpointing=true",
+)
+"""Each row is a run with DoRA on all linears of the language model and 4 samples of 2,048 tokens on each GPU a step."""
+FLOP_PER_SECOND, UTILISATION, BANDWIDTH, NETWORK = 312e12, 0.4, 230e9, 100e9
+"""The figures are an A100's in bfloat16, its NVLink's, and those of four 200 Gbit/s links a machine."""
+HEADS = ("model", "GPUs", "GiB a GPU, zero2", "zero3", "GiB sent a step, zero2", "zero3", "s a step, zero2", "zero3")
 
 
 def keep(comparison: Path, to: Path) -> None:
@@ -131,14 +151,41 @@ def _limits(estimate: Row, sign: str = "") -> str:
     return f"{estimate['value']:{sign}.1f} ({estimate['low']:.1f} to {estimate['high']:.1f})"
 
 
+def cluster_rows() -> Iterator[tuple[str, ...]]:
+    """Estimates GiB a GPU, GiB sent by each and seconds a step, for each model and number of GPUs under both stages."""
+    for name, shape in MODELS.items():
+        runs = []
+        with tempfile.TemporaryDirectory() as folder:
+            for stage in ("zero2", "zero3"):
+                config = read_run([f"--model.base={shape}", f"--training.deepspeed={stage}", *SETTINGS])
+                runs.append(plan_run(DecoderPipeline(with_shape(config, shape, Path(folder)))))
+        for gpus in (1, 8, 64, 1024):
+            estimates = [run.on(gpus) for run in runs]
+            cluster = Cluster(-(-gpus // 8), FLOP_PER_SECOND, UTILISATION, BANDWIDTH, NETWORK)
+            traffic = [run.traffic(gpus) for run in runs]
+            seconds = [sum(cluster.seconds(sent, run.flop())) for sent, run in zip(traffic, runs, strict=True)]
+            yield (
+                name,
+                f"{gpus:,}",
+                *(f"{estimate.total / GIB:.1f}" for estimate in estimates),
+                *(f"{sent.total / GIB:.2f}" for sent in traffic),
+                *(f"{each:.2f}" for each in seconds),
+            )
+
+
 def with_tables(text: str, kept: Path = KEPT) -> str:
-    """Returns a page's text with the table of every comparison that it has marks of."""
-    return TABLE.sub(lambda match: f"{match[1]}{table(*rows_of(computed(kept / match[2])))}\n", text)
+    """Returns a page's text with the table of every comparison that it has marks of, and of clusters."""
+
+    def written(match: re.Match[str]) -> str:
+        heads, rows = (HEADS, [*cluster_rows()]) if match[2] == CLUSTER else rows_of(computed(kept / match[2]))
+        return f"{match[1]}{table(heads, rows)}\n"
+
+    return TABLE.sub(written, text)
 
 
 @exit_on_user_error
 def main() -> None:
-    """Keeps a comparison, or writes the page's tables."""
+    """Keeps a comparison, or writes the pages' tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keeps the comparison of this folder")
     parser.add_argument("--name", help="of the kept comparison")
@@ -148,7 +195,8 @@ def main() -> None:
     if options.keep is not None:
         keep(options.keep, KEPT / options.name)
     else:
-        PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        for page in (PAGE, CLUSTER_PAGE):
+            page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

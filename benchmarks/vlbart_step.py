@@ -13,13 +13,12 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from benchmarks.contenders import DEVICE, take_turns
+from benchmarks.contenders import DEVICE, take_turns, train_step
 from benchmarks.report import table, write_json
 from dora_vl.backbones.vlbart import DORA_TARGETS, VlBartBackbone, also_trained
 from dora_vl.backbones.vlbart_model import VlBartConfig, VlBartForConditionalGeneration
-from dora_vl.core import DoRAConfig, apply_dora, trained_parts
+from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.training.seq2seq_tasks import Seq2SeqLoss
 
 Method = Literal["full", "lora", "dora"]
@@ -55,17 +54,8 @@ def stepper(method: Method, *, layers: int, batch: dict[str, Any], device: str) 
     extras = also_trained(model.settings, biases=True, norm_weights=method == "dora")
     config = DoRAConfig(method=method, rank=128, alpha=128.0, dropout=0.0, targets=DORA_TARGETS, also_train=extras)
     apply_dora(model, DoRAConfig(method="full", targets=("*",)) if method == "full" else config)
-    task = Seq2SeqLoss(VlBartBackbone(model)).train()
-    parameters = [parameter for part in trained_parts(model) for parameter in part.parameters.values()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
-
-    def step() -> None:
-        loss: Tensor = task(**batch)["loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    task = Seq2SeqLoss(VlBartBackbone(model))
+    return train_step(task, lambda task: task(**batch)["loss"])
 
 
 def main() -> None:
