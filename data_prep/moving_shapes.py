@@ -22,8 +22,7 @@ import json
 import math
 import os
 import random
-import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -34,10 +33,11 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from dora_vl.data.example import JSON, Answer, Clip, Example, Subtitle, iterate_examples, write_examples
 from dora_vl.errors import exit_on_user_error, positive
-from dora_vl.files import write_json
+from dora_vl.files import json_or_nothing, write_json
 
 SIDE = 128
 RATE = 10
@@ -262,15 +262,13 @@ def examples_of(split: str, number: int, seed: int) -> tuple[list[Mover], list[E
     return shown, examples
 
 
-def draw_clips(numbered: Sequence[tuple[str, int]], to: Path, seed: int) -> int:
-    """Draws these clips, as one task of a worker process."""
-    for split, number in numbered:
-        shown, examples = examples_of(split, number, seed)
-        assert examples[0].video is not None
-        write_clip(
-            to / examples[0].video.path, shown, noise=random.Random(f"{seed}/{split}/{number}/noise").getrandbits(32)
-        )
-    return len(numbered)
+def draw_clip(numbered: tuple[str, int], to: Path, seed: int) -> None:
+    """Draws a clip by its split and number, in a worker process."""
+    split, number = numbered
+    shown, examples = examples_of(split, number, seed)
+    assert examples[0].video is not None
+    noise = random.Random(f"{seed}/{split}/{number}/noise").getrandbits(32)
+    write_clip(to / examples[0].video.path, shown, noise=noise)
 
 
 def write_records(to: Path, settings: Settings) -> dict[str, JSON]:
@@ -290,25 +288,17 @@ def write_records(to: Path, settings: Settings) -> dict[str, JSON]:
 
 def make(to: Path, settings: Settings, *, workers: int) -> dict[str, JSON]:
     """Draws clips and writes records unless an earlier call did; returns the manifest."""
-    manifest_path = to / "manifest.json"
-    if manifest_path.is_file():
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        if manifest.get("settings") == asdict(settings):
-            return manifest
-        manifest_path.unlink()
+    manifest: dict[str, JSON] = json_or_nothing(to / "manifest.json")
+    if manifest.get("settings") == asdict(settings):
+        return manifest
+    (to / "manifest.json").unlink(missing_ok=True)
     (to / "clips").mkdir(parents=True, exist_ok=True)
     numbered = [(split, number) for split in SPLITS for number in range(getattr(settings, split))]
-    chunks = [numbered[start : start + CLIPS_A_CHUNK] for start in range(0, len(numbered), CLIPS_A_CHUNK)]
-    started = time.monotonic()
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        drawn = 0
-        for count in pool.map(partial(draw_clips, to=to, seed=settings.seed), chunks):
-            drawn += count
-            seconds = (time.monotonic() - started) / drawn * (len(numbered) - drawn)
-            print(f"\rdrew {drawn:,} of {len(numbered):,} clips, {seconds:.0f} s left ", end="", flush=True)
-    print()
+        clips = pool.map(partial(draw_clip, to=to, seed=settings.seed), numbered, chunksize=CLIPS_A_CHUNK)
+        deque(tqdm(clips, "drawing clips", len(numbered)), maxlen=0)
     manifest = {"settings": asdict(settings), "splits": write_records(to, settings)}
-    write_json(manifest_path, manifest)
+    write_json(to / "manifest.json", manifest)
     return manifest
 
 
