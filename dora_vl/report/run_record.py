@@ -11,7 +11,7 @@ from typing import Any
 from dora_vl.adapters.files import RECIPE_FILE
 from dora_vl.errors import UserError, shown_names
 from dora_vl.evaluation.results import SetResult, read_results
-from dora_vl.run.folder import ADAPTER, LOSS_LOG, METRICS, PLAN, SETTINGS, SKIPPED
+from dora_vl.run.folder import ADAPTER, LOSS_LOG, METRICS, PLAN, SETTINGS, SKIPPED, path_in_run
 from dora_vl.run.watched import Watched, read_watched
 
 Line = Mapping[str, Any]
@@ -44,17 +44,8 @@ class RunRecord:
         return result if isinstance(result, Mapping) else {}
 
     def path(self, stated: object) -> Path:
-        """Finds a path of the settings: from the folder that the run was started in, else from here.
-
-        That folder is known where `training.output_dir` is relative and the run's folder still ends with it.
-        """
-        path = Path(str(stated))
-        output = Path(str(self.section("training").get("output_dir", "")))
-        resolved = self.folder.resolve()
-        if path.is_absolute() or output.is_absolute() or resolved.parts[-len(output.parts) :] != output.parts:
-            return path
-        started_in = Path(*resolved.parts[: -len(output.parts)])
-        return started_in / path if (started_in / path).exists() else path
+        """Finds a path of the settings."""
+        return path_in_run(stated, self.folder, self.settings)
 
     @property
     def last_step(self) -> int:

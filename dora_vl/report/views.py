@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -37,7 +35,7 @@ from dora_vl.report.run_record import RunRecord
 from dora_vl.run.folder import ADAPTER
 from dora_vl.run.reading import flattened, run_parser
 from dora_vl.run.settings import FIELDS
-from dora_vl.run.watched import EXACT_PX, JPEG_QUALITY, SIDE, Watched, WatchedQuestion, evenly, small_picture, tiled
+from dora_vl.run.watched import SIDE, Watched, WatchedQuestion, data_url, evenly, tiled
 
 ABSENT = "–"
 
@@ -222,15 +220,14 @@ def depth_of(layer: str) -> int | None:
 # -- pictures inside the page ---------------------------------------------------------------------------------------
 
 
-MOST_BYTES = 3_400_000
 TOO_MANY = "left out, so that the page stays small"
 
 
 class InlinePictures:
     """Small pictures as data URLs, each once and up to a budget of bytes; to be closed."""
 
-    def __init__(self, most_bytes: int = MOST_BYTES) -> None:
-        self._left = most_bytes
+    def __init__(self) -> None:
+        self._left = 3_400_000
         self._seen: set[str] = set()
         self._reader = VideoReader()
 
@@ -266,12 +263,3 @@ class InlinePictures:
             self._left -= len(url)
             self._seen.add(name)
         return url, ""
-
-
-def data_url(picture: Image.Image) -> str:
-    """Returns the picture, made small, as text inside a page: PNG to the pixel where it is tiny, else JPEG."""
-    small = small_picture(picture.convert("RGB"))
-    kind = "png" if max(small.size) <= EXACT_PX else "jpeg"
-    file = io.BytesIO()
-    small.save(file, format=kind, quality=JPEG_QUALITY, optimize=True)
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"

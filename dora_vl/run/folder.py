@@ -71,6 +71,19 @@ def run_folder_of(training: Mapping[str, Any]) -> Path:
     return Path(training["output_dir"])
 
 
+def path_in_run(stated: object, folder: Path, settings: Mapping[str, Any]) -> Path:
+    """Finds a path of a run's settings: from the folder that the run was started in, else from here.
+
+    That folder is known where `training.output_dir` is relative and the run's folder still ends with it.
+    """
+    path, output = Path(str(stated)), Path(str((settings.get("training") or {}).get("output_dir", "")))
+    resolved = folder.resolve()
+    if path.is_absolute() or output.is_absolute() or resolved.parts[-len(output.parts) :] != output.parts:
+        return path
+    started_in = Path(*resolved.parts[: -len(output.parts)])
+    return started_in / path if (started_in / path).exists() else path
+
+
 def results_in(folder: Path) -> list[Path]:
     """Lists the results and complete checkpoints that an earlier run left."""
     return [folder / name for name in RESULTS if (folder / name).exists()] + complete_checkpoints(folder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -109,6 +111,15 @@ def read_watched(run_folder: Path) -> Watched | None:
 def small_picture(picture: Image.Image, most: int = SMALL_PX) -> Image.Image:
     """Shrinks a picture to at most so many pixels on its longer side."""
     return picture if max(picture.size) <= most else ImageOps.contain(picture, (most, most))
+
+
+def data_url(picture: Image.Image, most: int = SMALL_PX) -> str:
+    """Returns the picture, made small, as text inside a page: PNG to the pixel where it is tiny, else JPEG."""
+    small = small_picture(picture.convert("RGB"), most)
+    kind = "png" if max(small.size) <= EXACT_PX else "jpeg"
+    file = io.BytesIO()
+    small.save(file, format=kind, quality=JPEG_QUALITY, optimize=True)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def tiled(pictures: Sequence[Image.Image]) -> Image.Image:

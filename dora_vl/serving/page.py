@@ -11,6 +11,7 @@ import socket
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, no_type_check
 
@@ -22,12 +23,12 @@ from dora_vl.core.strength import checked_strength
 from dora_vl.errors import UserError
 from dora_vl.evaluation.predictor import Shown
 from dora_vl.run.folder import ADAPTER
+from dora_vl.run.watched import data_url
 from dora_vl.serving.access import AccessRules, ByteBudget, PageMiddleware, Uploads
 from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.page_parts import (
     ExampleQuestion,
     column_view,
-    data_url,
     example_questions,
     head_view,
     notice_view,
@@ -183,7 +184,16 @@ class Page:
                     self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="dv-stop", **small)
                     self.anew = gr.Button("New chat", scale=1, min_width=100, elem_id="dv-anew")
             with gr.Column(min_width=280, elem_id="dv-more"):  # examples and settings
-                self.clicked = self._examples()
+                self.clicked = gr.Dataset(
+                    components=[gr.HTML(render=False), gr.Textbox(render=False)],
+                    samples=self._example_rows(),
+                    headers=["", "A question of the run's test"],
+                    type="index",
+                    visible=bool(self.examples),
+                    samples_per_page=6,
+                    label="Try one",
+                    elem_id="dv-examples",
+                )
                 with gr.Accordion("Settings", open=False):
                     longest = max(LONGEST_ANSWER, settings.max_new_tokens)
                     self.tokens = gr.Slider(1, longest, settings.max_new_tokens, step=1,
@@ -191,19 +201,6 @@ class Page:
                     self.heat = gr.Slider(0, 2, settings.temperature, step=0.1, label="Temperature",
                                           info="0 takes the likeliest token each time")  # fmt: skip
                     self.remember = gr.Checkbox(True, label="Later questions see the earlier ones")
-
-    def _examples(self) -> gr.Dataset:
-        """Returns rows of a small picture and its question."""
-        return gr.Dataset(
-            components=[gr.HTML(render=False), gr.Textbox(render=False)],
-            samples=self._example_rows(),
-            headers=["", "A question of the run's test"],
-            type="index",
-            visible=bool(self.examples),
-            samples_per_page=6,
-            label="Try one",
-            elem_id="dv-examples",
-        )
 
     def _example_rows(self) -> list[list[str]]:
         return [
@@ -232,7 +229,7 @@ class Page:
         answering |= {"concurrency_limit": self.models.settings.batch}
         self.files.upload(self.show_files, [self.person, self.files], **showing)
         self.webcam.input(self.show_files, [self.person, self.webcam], **showing)
-        self.nothing.click(self.show_nothing, [self.person], **showing)
+        self.nothing.click(partial(self._begun, Conversation()), [self.person], **showing)
         self.anew.click(self.begin_anew, [self.person, self.conversation], **showing)
         self.clicked.click(self.take_example, [self.person, self.clicked], **showing)
         taking = gr.on(
@@ -303,10 +300,6 @@ class Page:
         finally:
             for file in files:
                 self.uploads.delete(file)
-
-    def show_nothing(self, person: str) -> Update:
-        """Returns the pictures go, and the conversation with them."""
-        return self._begun(Conversation(), person)
 
     def begin_anew(self, person: str, conversation: Conversation | None) -> Update:
         """Returns the same pictures, and nothing said about them yet."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
-from io import BytesIO, StringIO
+from io import StringIO
 from itertools import chain, zip_longest
 from pathlib import Path
 
@@ -21,8 +20,8 @@ from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.baselines import ASKED_AGAIN
 from dora_vl.evaluation.predictions import PREDICTIONS, Prediction, read_predictions
 from dora_vl.evaluation.predictor import Shown
-from dora_vl.run.folder import SETTINGS
-from dora_vl.run.watched import evenly
+from dora_vl.run.folder import SETTINGS, path_in_run
+from dora_vl.run.watched import data_url, evenly
 from dora_vl.serving.side_by_side import ColumnAnswer, Conversation
 
 THUMB_PX = 320
@@ -99,17 +98,9 @@ def tally(answer: ColumnAnswer) -> str:
 
 def _figure(picture: Image.Image, caption: str) -> str:
     heading = escape(caption)
-    return f'<figure><img alt="{heading}" src="{data_url(picture)}"><figcaption>{heading}</figcaption></figure>'
-
-
-def data_url(picture: Image.Image) -> str:
-    """Returns a small copy; a tiny picture as it is, to the pixel."""
-    small = picture.copy()
-    small.thumbnail((THUMB_PX, THUMB_PX))
-    kind = "PNG" if max(picture.size) <= THUMB_PX else "JPEG"
-    content = BytesIO()
-    small.save(content, kind, quality=85)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(content.getvalue()).decode()}"
+    return (
+        f'<figure><img alt="{heading}" src="{data_url(picture, THUMB_PX)}"><figcaption>{heading}</figcaption></figure>'
+    )
 
 
 def state_view(state: str, text: str, more: str = "") -> str:
@@ -164,11 +155,7 @@ def _of_test(run: Path, most: int) -> Iterator[ExampleQuestion]:
     stated = [(settings.get(section) or {}).get("image_folder") for section in ("evaluation", "data")]
     if not any(stated):
         return
-    # From the folder that the run was started in, where its own still ends as it was named then; else from here.
-    folder, output = Path(next(filter(None, stated))), Path(settings["training"]["output_dir"])
-    started_in = Path(*run.parts[: -len(output.parts)])
-    if not output.is_absolute() and run.parts[-len(output.parts) :] == output.parts and (started_in / folder).exists():
-        folder = started_in / folder
+    folder = path_in_run(next(filter(None, stated)), run, settings)
     kinds: dict[str | None, list[Prediction]] = {}
     for prediction in chain.from_iterable(
         rows.values() for name, rows in by_set.items() if not name.endswith(ASKED_AGAIN)
