@@ -46,13 +46,13 @@ def series(entries: Sequence[Mapping[str, object]], key: str) -> tuple[list[floa
     return steps, values
 
 
-def smoothed(values: Sequence[float], weight: float = 0.8) -> list[float]:
+def smoothed(values: Sequence[float]) -> list[float]:
     """Returns the exponential moving average of the logarithms, without the start's pull.
 
     A loss of 0 counts as the smallest one above it.
     """
     least = min((value for value in values if value > 0), default=1.0)
-    average, result = 0.0, []
+    weight, average, result = 0.8, 0.0, []
     for count, value in enumerate(values, start=1):
         average = weight * average + (1 - weight) * math.log(max(value, least))
         result.append(math.exp(average / (1 - weight**count)))

@@ -134,7 +134,9 @@ def score_rows(by_run: Sequence[Results]) -> tuple[list[ScoreRow], list[str]]:
                     differences = paired_differences(result.scored, first.scored)
                 except UserError as error:
                     notes[f"No paired difference for {name}: {error}."] = None
-            for metric, entry in {**result.entry["metrics"], **_baselines(result.entry)}.items():
+            baselines = result.entry.get("baselines") or {}
+            titled = {title: baselines[key] for key, title in BASELINES.items() if key in baselines}
+            for metric, entry in {**result.entry["metrics"], **titled}.items():
                 of_run[name, metric] = _cell(entry, differences.get(metric))
         cells.append(of_run)
     names = [*dict.fromkeys(name for results in by_run for name in results)]
@@ -156,12 +158,6 @@ def _cell(entry: Mapping[str, Any], apart: Difference | None) -> Cell:
         difference=difference,
         clear=apart is not None and (apart.low > 0 or apart.high < 0),
     )
-
-
-def _baselines(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the baselines of a set by their titles in the table."""
-    numbers = entry.get("baselines") or {}
-    return {title: numbers[name] for name, title in BASELINES.items() if name in numbers}
 
 
 def blind(label: str, *several: Results) -> list[str]:

@@ -144,9 +144,6 @@ def _facts(batch: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield name, f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
 
 
-RESET = "\x1b[0m"
-
-
 def terminal_lines(view: BatchView, *, colours: bool) -> Iterator[str]:
     """Yields counts, the legend, and each row."""
     yield ", ".join(f"{name} {value}" for name, value in view.facts)
@@ -163,7 +160,7 @@ def terminal_lines(view: BatchView, *, colours: bool) -> Iterator[str]:
 def _marked(pieces: Sequence[Piece], *, colours: bool) -> str:
     if colours:
         return "".join(
-            f"\x1b[48;5;{LOOKS[item.kind].colours[number % 2]}m\x1b[38;5;255m{shown(item)}{RESET}"
+            f"\x1b[48;5;{LOOKS[item.kind].colours[number % 2]}m\x1b[38;5;255m{shown(item)}\x1b[0m"
             for number, item in enumerate(pieces)
         )
     marked: list[str] = []

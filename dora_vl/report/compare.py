@@ -402,7 +402,8 @@ def tables(measure: Measure, results: Sequence[Result], contrasts: Sequence[Cont
     for contrast in contrasts:
         if contrast.measure == measure.name:
             apart = contrast.difference
-            limits, mark = f"{apart.low:+.2f} to {apart.high:+.2f}", "*" if apart.is_clear else ""
+            low, high = apart.simultaneous or (apart.low, apart.high)
+            limits, mark = f"{apart.low:+.2f} to {apart.high:+.2f}", "*" if low > 0 or high < 0 else ""
             rows.append((contrast.name, contrast.against, f"{apart.value:+.2f}", limits, mark))
     if len(rows) > 1:
         yield ""

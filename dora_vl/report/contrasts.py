@@ -41,12 +41,6 @@ class Estimate:
     high: float
     simultaneous: tuple[float, float] | None = None
 
-    @property
-    def is_clear(self) -> bool:
-        """True where 0 is outside the interval for all contrasts at once."""
-        low, high = self.simultaneous or (self.low, self.high)
-        return low > 0 or high < 0
-
 
 @dataclass(frozen=True)
 class Measure:
@@ -55,11 +49,6 @@ class Measure:
     name: str
     metric: str
     sets: tuple[str, ...]
-
-    @property
-    def is_share(self) -> bool:
-        """True where its values lie between 0 and 100."""
-        return self.metric in SHARES
 
 
 def measures_of(results: SetScores) -> list[Measure]:
@@ -119,7 +108,7 @@ class Contenders:
         if half < 1e-6:
             return self._of_equal_units(measure, name, other)
         low, high = middle - half, middle + half
-        return (max(low, 0.0), min(high, 100.0)) if measure.is_share and other is None else (low, high)
+        return (max(low, 0.0), min(high, 100.0)) if measure.metric in SHARES and other is None else (low, high)
 
     def _mean_draws(self, measure: Measure, name: str) -> Numbers:
         """Returns the contender's mean over seeds in each draw of units."""

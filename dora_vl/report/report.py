@@ -114,7 +114,9 @@ def _answers(run: RunRecord, result: SetResult, pictures: InlinePictures) -> dic
     """Returns answers of a run to one set, with their pictures: wrong or low ones, then right or high ones."""
     from dora_vl.report.answers import is_accuracy, low_and_high
 
-    halves, root = low_and_high(result), _pictures_of_test(run)
+    halves = low_and_high(result)
+    folder = run.section("evaluation").get("image_folder") or run.section("data").get("image_folder")
+    root = None if folder is None else run.path(folder)
     shown = [
         (answer, name, pictures.shown(root, answer.pictures, answer.clip))
         for name, answers in zip(("wrong", "right"), halves, strict=True)
@@ -129,12 +131,6 @@ def _answers(run: RunRecord, result: SetResult, pictures: InlinePictures) -> dic
         "wrong": len(halves[0]),
         "is_accuracy": is_accuracy(result),
     }
-
-
-def _pictures_of_test(run: RunRecord) -> Path | None:
-    """Returns the root of the pictures that a run was tested on, where its settings name one."""
-    folder = run.section("evaluation").get("image_folder") or run.section("data").get("image_folder")
-    return None if folder is None else run.path(folder)
 
 
 def _head(run: RunRecord, results: Results) -> dict[str, Any]:
