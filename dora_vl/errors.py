@@ -19,7 +19,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, requires
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 LEFT_OUT: Mapping[str, tuple[str, ...]] = {
     # It looks for a kernel of the hub's at import; its own way on a CPU does the same.
@@ -279,18 +279,21 @@ def number_of(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else None
 
 
-def positive(text: str) -> int:
-    """A whole number from 1, as a type of argparse.
+def between(kind: type[Any], low: float, high: float = sys.maxsize) -> Callable[[str], Any]:
+    """Makes a type for argparse: a number in these limits."""
 
-    Raises:
-        ArgumentTypeError: it is less; argparse names the option.
-    """
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    def number(text: str) -> Any:
+        value = kind(text)
+        if not low <= value <= high:
+            most = f" and at most {high:g}" if high < sys.maxsize else ""
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low:g}{most}")
+        return value
+
+    number.__name__ = kind.__name__
     return number
 
 
+positive = between(int, 1)
 _WRONG_KIND = re.compile(
     r"^\W*(?:Parser key )?\W*([\w.]+)\W*: Expected an? <class '(?:[\w.]+\.)?(\w+)'>\. Got value: (.*)$"
 )

@@ -5,30 +5,16 @@ from __future__ import annotations
 import argparse
 import re
 import socket
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from dora_vl.errors import UserError, positive, shown
+from dora_vl.errors import UserError, between, positive, shown
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 MIB = 2**20
 KEY_VARIABLE = "DORA_VL_API_KEY"
-
-
-def between(kind: type[Any], low: float | int, high: float | int = sys.maxsize) -> Callable[[str], Any]:
-    """Makes a type for argparse: a number in these limits."""
-
-    def number(text: str) -> Any:
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
-        return value
-
-    number.__name__ = kind.__name__
-    return number
 
 
 def host_name(address: str) -> str | None:

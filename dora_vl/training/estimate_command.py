@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_vl.errors import UserError, positive
+from dora_vl.errors import UserError, between, positive
 from dora_vl.files import write_json
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ TERA, GIGA, GIB = 1e12, 1e9, 2**30
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options; a run's own settings may stand between them."""
+    amount, share = between(float, 1e-9, 1e9), between(float, 1e-9, 1)
     parser.add_argument("config", metavar="CONFIG", help="YAML file with the run's settings, or a recipe's name")
     parser.add_argument("--gpus", type=positive, metavar="N", help="GPUs in all; needed but with --here")
     parser.add_argument("--here", action="store_true", help="one device of this machine, and the run's own first batch")
@@ -42,22 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", metavar="NAME", help="a published model's sizes, in place of model.base")
     parser.add_argument("--tokens", type=positive, metavar="T", help="of a sample (default: data.max_tokens)")
     parser.add_argument("--labelled", type=positive, metavar="T", help="of these (default: all but the picture's)")
-    parser.add_argument("--mfu", type=_share, default=0.4, metavar="F", help="share of the peak (default: 0.4)")
-    parser.add_argument("--tflops", type=_amount, default=312.0, help="a GPU's peak (default: 312, an A100's)")
-    parser.add_argument("--bandwidth", type=_amount, default=230.0, metavar="GB/s", help="between GPUs (default: 230)")
-    parser.add_argument("--network", type=_amount, default=100.0, metavar="GB/s", help="of a machine (default: 100)")
+    parser.add_argument("--mfu", type=share, default=0.4, metavar="F", help="share of the peak (default: 0.4)")
+    parser.add_argument("--tflops", type=amount, default=312.0, help="a GPU's peak (default: 312, an A100's)")
+    parser.add_argument("--bandwidth", type=amount, default=230.0, metavar="GB/s", help="between GPUs (default: 230)")
+    parser.add_argument("--network", type=amount, default=100.0, metavar="GB/s", help="of a machine (default: 100)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also writes the numbers to this file")
-
-
-def _amount(text: str, most: float = 1e9) -> float:
-    number = float(text)
-    if not 0 < number <= most:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most {most:g}")
-    return number
-
-
-def _share(text: str) -> float:
-    return _amount(text, 1.0)
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
@@ -96,7 +86,9 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     cluster = Cluster(machines, arguments.tflops * TERA, arguments.mfu, bandwidth, network)
     yield from step_lines(planned, gpus, cluster)
     if epoch is not None:
-        yield _time_line(_steps(planned.section, epoch), cluster.seconds(planned.traffic(gpus), planned.flop())[0])
+        steps, seconds = _steps(planned.section, epoch), cluster.seconds(planned.traffic(gpus), planned.flop())[0]
+        took = f"about {math.ceil(steps * seconds / 60):,} min on this machine"
+        yield f"{steps:,} steps: {took}; to read the pictures, replay and the test come on top"
     if arguments.json is not None:
         record = {**asdict(estimate), "traffic": asdict(planned.traffic(gpus)), "samples": asdict(samples)}
         write_json(arguments.json, {**record, "total": estimate.total, "flop": planned.flop()})
@@ -115,13 +107,6 @@ def _first_batch(config: RunConfig) -> tuple[int, int, int | None]:
     tokens = first.batch["input_ids"].numel() - int(first.batch.get("padding_tokens", 0))
     labelled = int((first.batch["labels"] != IGNORED_LABEL).sum())
     return math.ceil(tokens / samples), math.ceil(labelled / samples), first.micro_batches
-
-
-def _time_line(steps: int, seconds: float) -> str:
-    minutes = math.ceil(steps * seconds / 60)
-    return (
-        f"{steps:,} steps: about {minutes:,} min on this machine; to read the pictures, replay and the test come on top"
-    )
 
 
 def _steps(section: Mapping[str, Any], micro_batches: int) -> int:
