@@ -373,10 +373,15 @@ def base_of(adapter: Adapter) -> Path:
         raise UserError(f"base {stated!r} of {adapter.source} is not on this machine; add --base FOLDER") from error
 
 
-def refuse_other_base(recipe: Mapping[str, Any], base: Path, source: str) -> None:
-    """Raises a `UserError` where the recipe holds the base's content hash and this folder's is another."""
-    stated = recipe.get("base_sha256")
-    if stated is not None and (digest := content_hash(base)) != stated:
+def refuse_other_base(recipe: Mapping[str, Any], base: str | Path, source: str, revision: str | None = None) -> None:
+    """Raises a `UserError` where the recipe holds the base's content hash and this base's is another."""
+    if (stated := recipe.get("base_sha256")) is None:
+        return
+    try:
+        digest = content_hash(local_folder(str(base), revision))
+    except OSError:
+        return  # a hub id that is not in the cache yet; loading it says what is wrong, or fetches that revision
+    if digest != stated:
         raise UserError(
             f"{source} was trained on another base (content hash {stated[:12]}) than {base} ({digest[:12]}); give the "
             "right --base, or --any-base if you know that its weights are the same"

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from dora_vl.adapters import files
-from dora_vl.adapters.adapter import CLOSED_ANSWERS, IMAGE_ASPECT, content_hash, local_folder
+from dora_vl.adapters.adapter import CLOSED_ANSWERS, IMAGE_ASPECT, content_hash, local_folder, refuse_other_base
 from dora_vl.adapters.base_weights import BaseWeights, replaced_by, shared_tensors, skeleton
 from dora_vl.adapters.files import CONFIG_FILE, RECIPE_FILE, WEIGHTS_FILE
 from dora_vl.adapters.folder import load_adapter, no_adapter
@@ -156,7 +156,7 @@ def _check_recipe(request: ModelRequest, adapter: Path, recipe: Mapping[str, Any
     if missing := [name for name in ENTRIES[kind] if name not in recipe]:
         raise UserError(f"{path} lacks {', '.join(missing)}; it was not written by a training run")
     if not request.any_base:
-        check_base(recipe, base, adapter)
+        refuse_other_base(recipe, base, str(adapter), recipe.get("revision"))
     check_attention(path, {"attn_implementation": recipe.get("attn_implementation")})
 
 
@@ -212,19 +212,6 @@ def find_base(base: str, adapter: Path) -> str:
     raise UserError(
         f"{adapter} was trained on {base}, which is not at {looked}; say where it is now with --base FOLDER"
     )
-
-
-def check_base(recipe: Mapping[str, Any], base: str, adapter: Path) -> None:
-    """Refuses a base whose weights or config are not those the adapter was trained on."""
-    try:
-        content = content_hash(local_folder(base, recipe.get("revision")))
-    except OSError:
-        return  # a hub id that is not in the cache yet; loading it says what is wrong, or fetches that revision
-    if content != recipe["base_sha256"]:
-        raise UserError(
-            f"{adapter} was trained on a base with sha256 {recipe['base_sha256'][:12]}…, {base} has {content[:12]}…; "
-            "name the right one with --base FOLDER, or add --any-base to try it all the same"
-        )
 
 
 def hashes(source: ModelSource) -> Mapping[str, str]:
