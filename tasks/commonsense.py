@@ -9,13 +9,11 @@ sample, in any format of docs/data.md. It also runs under torchrun and plain pyt
 
 from __future__ import annotations
 
+from functools import partial
+
 from dora_vl.training.train_command import train_script
 
-
-def main() -> None:
-    """Reads the settings, trains, tests."""
-    train_script("commonsense", __doc__)
-
+main = partial(train_script, "commonsense", __doc__)
 
 if __name__ == "__main__":
     main()

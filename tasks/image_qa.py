@@ -11,15 +11,11 @@ reads of a picture is computed on the way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 
 from dora_vl.evaluation.ask_command import add_picture_options, ask_about_pictures, ask_script
 
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Opens what is asked about and the model, then answers."""
-    ask_script(__doc__, add_picture_options, ask_about_pictures, arguments)
-
+main = partial(ask_script, __doc__, add_picture_options, ask_about_pictures)
 
 if __name__ == "__main__":
     main()

@@ -9,13 +9,11 @@ training.output_dir; `--resume last` resumes from the last checkpoint.
 
 from __future__ import annotations
 
+from functools import partial
+
 from dora_vl.training.train_command import train_script
 
-
-def main() -> None:
-    """Reads the settings, trains, tests."""
-    train_script("llava", __doc__)
-
+main = partial(train_script, "llava", __doc__)
 
 if __name__ == "__main__":
     main()

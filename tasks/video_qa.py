@@ -12,16 +12,11 @@ Without --question it asks for questions until an empty line.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 from dora_vl.evaluation.ask_command import add_video_options, ask_about_videos, ask_script
 
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Opens what is asked about and the model, then answers."""
-    ask_script(__doc__, partial(add_video_options, required=True), ask_about_videos, arguments)
-
+main = partial(ask_script, __doc__, partial(add_video_options, required=True), ask_about_videos)
 
 if __name__ == "__main__":
     main()

@@ -8,13 +8,11 @@ It also runs under torchrun and plain python. Which tasks are trained is what `d
 
 from __future__ import annotations
 
+from functools import partial
+
 from dora_vl.training.train_command import train_script
 
-
-def main() -> None:
-    """Reads the settings, trains, tests."""
-    train_script("vlbart", __doc__)
-
+main = partial(train_script, "vlbart", __doc__)
 
 if __name__ == "__main__":
     main()

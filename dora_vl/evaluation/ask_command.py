@@ -124,7 +124,7 @@ def ask_script(
     description: str | None,
     add_own: Callable[[argparse.ArgumentParser], None],
     answer: Callable[[argparse.Namespace], None],
-    arguments: Sequence[str] | None,
+    arguments: Sequence[str] | None = None,
 ) -> None:
     """Runs a script of tasks/ that asks about pictures or about videos."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
