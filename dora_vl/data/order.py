@@ -61,8 +61,22 @@ def sampling_lengths(rows: datasets.Dataset, *, tokens_per_image: int, tokens_pe
     return SamplingLengths(lengths + shared, (pictures + videos) > 0, numbers, shared)
 
 
-class ModalityLengthSampler(torch.utils.data.Sampler[int]):
-    """Indices of one epoch, a function of (seed, epoch) alone.
+class SeededSampler(torch.utils.data.Sampler[int]):
+    """The indices of one epoch's samples, whose order is a function of (seed, epoch) alone."""
+
+    def __init__(self, samples: int, seed: int) -> None:
+        self._samples, self._seed, self._epoch = samples, seed, 0
+
+    def __len__(self) -> int:
+        return self._samples
+
+    def set_epoch(self, epoch: int) -> None:
+        """Every epoch has its own order; a resumed run sets the epoch and skips what it has seen."""
+        self._epoch = epoch
+
+
+class ModalityLengthSampler(SeededSampler):
+    """Orders samples by modality and length.
 
     A global batch is `batch_size * world_size * accumulation` consecutive indices. Micro-batch k of an epoch goes to
     rank `k % world_size` (accelerate's `BatchSamplerShard`), so inside a global batch, sorted from long to short,
@@ -81,18 +95,10 @@ class ModalityLengthSampler(torch.utils.data.Sampler[int]):
         accumulation: int,
         seed: int,
     ) -> None:
+        super().__init__(len(lengths), seed)
         self._lengths = lengths
         self._is_multimodal = is_multimodal
         self._global_batch = batch_size * world_size * accumulation
-        self._seed = seed
-        self._epoch = 0
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Every epoch has its own order; a resumed run sets the epoch and skips what it has seen."""
-        self._epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
         # A hash, not a sum: seed 0 in epoch 1 is not seed 1 in epoch 0.
@@ -114,8 +120,8 @@ class ModalityLengthSampler(torch.utils.data.Sampler[int]):
         return batches.gather(1, order)
 
 
-class ReplaySampler(torch.utils.data.Sampler[int]):
-    """Indices of one epoch: all of the data's, and of the chats behind them so many, drawn afresh for each epoch.
+class ReplaySampler(SeededSampler):
+    """Takes all of the data's samples, and of the chats behind them so many, drawn afresh for each epoch.
 
     Args:
         lengths: of the data's samples, then of the chats.
@@ -131,17 +137,10 @@ class ReplaySampler(torch.utils.data.Sampler[int]):
         own: int,
         drawn: int,
         seed: int,
-        order: Callable[[SamplingLengths], TreeSampler | ModalityLengthSampler],
+        order: Callable[[SamplingLengths], SeededSampler],
     ) -> None:
-        self._lengths, self._own, self._drawn, self._seed, self._order = lengths, own, drawn, seed, order
-        self._epoch = 0
-
-    def __len__(self) -> int:
-        return self._own + self._drawn
-
-    def set_epoch(self, epoch: int) -> None:
-        """Every epoch has its own chats and order; a resumed run sets the epoch and skips what it has seen."""
-        self._epoch = epoch
+        super().__init__(own + drawn, seed)
+        self._lengths, self._own, self._drawn, self._order = lengths, own, drawn, order
 
     def __iter__(self) -> Iterator[int]:
         chats = len(self._lengths.lengths) - self._own
@@ -164,20 +163,19 @@ TOGETHER = 4
 """A micro-batch holds at most so many samples of one picture or video: with more, a step would see few pictures."""
 
 
-class TreeSampler(torch.utils.data.Sampler[int]):
-    """Indices of one epoch, a function of (seed, epoch) alone: micro-batches of equally many tokens, pictures together.
+class TreeSampler(SeededSampler):
+    """Orders samples into micro-batches of equally many tokens, pictures together.
 
     Up to `TOGETHER` samples of the same pictures or videos are drawn as one; a micro-batch's border parts them only
     where no micro-batch has room for all.
     """
 
     def __init__(self, lengths: SamplingLengths, *, batch_size: int, seed: int) -> None:
+        super().__init__(len(lengths.lengths), seed)
         self._lengths = lengths.lengths.tolist()
         self._shared = lengths.shared.tolist()
         self._media = lengths.media.tolist()
         self._batch = batch_size
-        self._seed = seed
-        self._epoch = 0
         groups: dict[int, list[int]] = {}
         for sample, (media, shared) in enumerate(zip(self._media, self._shared, strict=True)):
             # Where a picture takes few tokens, more pictures in a step teach more than sharing saves.
@@ -185,13 +183,6 @@ class TreeSampler(torch.utils.data.Sampler[int]):
             groups.setdefault(media if is_worth_it else -1 - sample, []).append(sample)
         self._groups = list(groups.values())
         self._together = min(TOGETHER, batch_size)
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Every epoch has its own order; a resumed run sets the epoch and skips what it has seen."""
-        self._epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
         chance = random.Random(f"{self._seed}/{self._epoch}/trees")

@@ -28,6 +28,7 @@ from dora_vl.data.order import (
     ModalityLengthSampler,
     ReplaySampler,
     SamplingLengths,
+    SeededSampler,
     TreeSampler,
     longest_places,
     places_of_largest_pictures,
@@ -182,7 +183,7 @@ class RunSamples:
     @property
     def has_thoughts(self) -> bool:
         """Returns True where a turn begins with thoughts, in samples at even distances or a stream's first."""
-        rows = [] if self._stream is None else [row for source in self._stream.sources for row in source.first_rows]
+        rows: list[Example | BadSample] = [*self._streamed]
         for table in self._tables:
             rows += table.select(range(0, len(table), max(1, len(table) // HASHED_ROWS)))
         return any(turn.text.lstrip().startswith(THINK) for row in rows for turn in getattr(row, "turns", ()))
@@ -193,11 +194,16 @@ class RunSamples:
         columns = [table.rows[name] for table in self._tables for name in ("images", "rejected_images")]
         return list(dict.fromkeys(tuple(names) for column in columns for names in column if names))
 
+    @property
+    def _streamed(self) -> list[Example]:
+        """Lists the first rows of a stream, by which it is judged."""
+        sources = () if self._stream is None else self._stream.sources
+        return [row for source in sources for row in source.first_rows if isinstance(row, Example)]
+
     def shows_others(self, objective: ObjectiveConfig) -> bool:
         """Tells whether a sample's answers may be about two lists of pictures."""
-        sources = () if self._stream is None else self._stream.sources
-        rows = [row for source in sources for row in source.first_rows if isinstance(row, Example)]
-        of_data = any(row.rejected_images for row in rows) or any(table.has_rejected_images for table in self._tables)
+        of_data = any(row.rejected_images for row in self._streamed)
+        of_data = of_data or any(table.has_rejected_images for table in self._tables)
         return not objective.is_sft and (objective.exchange_pictures or of_data)
 
     def rounds(self, most: int) -> list[Round]:
@@ -232,21 +238,16 @@ class RunSamples:
     def check_objective(self, objective: ObjectiveConfig) -> None:
         """Refuses a loss that the samples do not serve."""
         judged, compared = self._judgements()
+        what = "rejected answers" if compared else "answers that a flag calls good or bad"
         if objective.is_sft and (judged or compared):
-            what = "rejected answers" if compared else "answers that a flag calls good or bad"
             both = "dpo" if compared else "kto"
             alone = "data.columns: {chosen: completion}" if compared else "a file without the bad ones"
-            raise SettingError(
-                "objective.loss",
-                f" is sft, and {self._name} has {what}; {both} learns from both, {alone} from the good ones alone",
-            )
+            reason = f"{both} learns from both, {alone} from the good ones alone"
+            raise SettingError("objective.loss", f" is sft, and {self._name} has {what}; {reason}")
+        if objective.of_rewards and (judged or compared):
+            reason = "it draws its own answers; dpo and the like learn from the file's"
+            raise SettingError("objective.loss", f" is {objective.of_rewards}, and {self._name} has {what}: {reason}")
         if objective.of_rewards:
-            if judged or compared:
-                what = "rejected answers" if compared else "answers that a flag calls good or bad"
-                reason = "it draws its own answers; dpo and the like learn from the file's"
-                raise SettingError(
-                    "objective.loss", f" is {objective.of_rewards}, and {self._name} has {what}: {reason}"
-                )
             return
         paired = not OF_SINGLE_ANSWERS.issuperset(objective.weights)
         if not objective.is_sft and not compared and (paired or not judged):
@@ -283,10 +284,9 @@ class RunSamples:
 
     def _judgements(self) -> tuple[bool, bool]:
         """Tells whether some samples are called good or bad, and whether some have rejected answers."""
-        sources = () if self._stream is None else self._stream.sources
-        examples = [row for source in sources for row in source.first_rows if isinstance(row, Example)]
-        judged = any(row.is_good is not None for row in examples) or any(table.is_judged for table in self._tables)
-        return judged, any(row.rejected for row in examples) or any(table.most_rejected for table in self._tables)
+        rows, tables = self._streamed, self._tables
+        judged = any(row.is_good is not None for row in rows) or any(table.is_judged for table in tables)
+        return judged, any(row.rejected for row in rows) or any(table.most_rejected for table in tables)
 
     def look_ahead(self, pictures: MediaFolder | None, videos: MediaFolder | None) -> None:
         """Refuses training samples that a run over them would end for; see `data.look_ahead`. Of a stream none.
@@ -338,10 +338,9 @@ class RunSamples:
             samples = encoder.dataset(self._train, self._train.stored)
             for index in _first_places(self._train.rows[:FIRST_ROWS]["images"]):
                 yield self._train[index], samples[index]
-        elif self._stream is not None:
-            rows = [row for source in self._stream.sources for row in source.first_rows if isinstance(row, Example)]
-            for index in _first_places([row.images for row in rows]):
-                yield rows[index], encoder.dataset([rows[index]], rows[index].image_bytes)[0]
+        rows = self._streamed
+        for index in _first_places([row.images for row in rows]):
+            yield rows[index], encoder.dataset([rows[index]], rows[index].image_bytes)[0]
 
     def warn_of_overlap(self, examples: Sequence[Example], config: RunConfig) -> None:
         """Counts and names training samples that the test asks again; `config` says where its pictures are."""
@@ -403,7 +402,7 @@ class RunSamples:
         grouped = data.group_by_modality_length
         trees = grouped and collate.packing == "trees" and bool(lengths.shared.any())
 
-        def ordered(lengths: SamplingLengths) -> TreeSampler | ModalityLengthSampler:
+        def ordered(lengths: SamplingLengths) -> SeededSampler:
             """Orders samples in trees, else by LLaVA's grouping by modality and length for the global batch."""
             if trees:
                 return TreeSampler(lengths, batch_size=micro_batch, seed=self._seed)
@@ -441,9 +440,8 @@ class RunSamples:
 
     def _most_answers(self, rows: RowEncoder, collate: Collator) -> int:
         """Returns how many answers of a sample a batch holds at most."""
-        sources = () if self._stream is None else self._stream.sources
-        first = [row for source in sources for row in source.first_rows if isinstance(row, Example)]
-        rejected = max([*(len(row.rejected) for row in first), *(table.most_rejected for table in self._tables)])
+        counts = [len(row.rejected) for row in self._streamed]
+        rejected = max([*counts, *(table.most_rejected for table in self._tables)])
         return 1 + rejected + (rows.exchange is not None) + collate.unmatched if rows.compares else 1
 
 
