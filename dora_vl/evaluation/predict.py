@@ -269,20 +269,12 @@ def _exchanged(tested: Tested, model: Predictor, folder: Path) -> Exchange:
     sample = exchanged(part.scored_examples, answers, together=part.together)
     if not sample:
         return Exchange(examples=(), answers={})
-    return ask_again(model, part, EXCHANGED, sample, folder=folder, settings=part.settings)
+    return ask_again(model, part, EXCHANGED, sample, folder=folder)
 
 
-def ask_again(
-    model: Predictor,
-    part: TestSet,
-    why: str,
-    sample: Sequence[Example],
-    *,
-    folder: Path,
-    settings: Mapping[str, object],
-) -> Exchange:
+def ask_again(model: Predictor, part: TestSet, why: str, sample: Sequence[Example], *, folder: Path) -> Exchange:
     """Asks some examples of a set for a comparison, whose answers stand as a set of their own."""
     asked = [part.prompt(example) for example in sample]
-    depends_on = {**settings, why: digest(sample)}
+    depends_on = {**part.settings, why: digest(sample)}
     answers = ask(model, f"{part.name}/{why}", asked, part, folder=folder, settings=depends_on).answers
     return Exchange(examples=sample, answers=answers)

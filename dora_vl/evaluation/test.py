@@ -19,7 +19,6 @@ from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.templates import PROMPTS
 from dora_vl.data.columns import USUAL, Columns
 from dora_vl.data.example import Answer, Example, iterate_examples
-from dora_vl.data.samples import Examples
 from dora_vl.data.video import VideoReader
 from dora_vl.errors import SettingError, UserError
 from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
@@ -34,7 +33,6 @@ from dora_vl.evaluation.questions import (
     endings_of,
     expected,
     in_words,
-    last_round,
     likeliest_ending,
     media_of,
     read_questions,
@@ -49,7 +47,7 @@ from dora_vl.files import file_sha256
 from dora_vl.run.base import VideoReading, check_videos, image_folder, video_folder, video_sampling
 from dora_vl.run.folder import ADAPTER, LOSS_LOG, read_log, run_folder_of
 from dora_vl.run.settings import EvaluationConfig, RunConfig
-from dora_vl.run.watched import Watch, WatchedQuestion, evenly
+from dora_vl.run.watched import Watch, WatchedQuestion
 
 log = logging.getLogger(__name__)
 
@@ -90,40 +88,12 @@ def evaluate_and_draw(
     return done
 
 
-def set_name(file: object) -> str:
-    """Names a set after its file, without the ending."""
-    return Path(str(file or "test")).stem
-
-
 def adapter_settings(run_folder: Path, strength: float = 1.0) -> dict[str, object]:
     """Returns what a run's answers depend on: its adapter's weights and their strength."""
     weights = run_folder / ADAPTER / WEIGHTS_FILE
     if not weights.is_file():
         raise UserError(f"{weights} is missing; the test needs the finished adapter")
     return {"adapter_sha256": file_sha256(weights), **({} if strength == 1 else {"strength": strength})}
-
-
-def evaluate_run(
-    model: Predictor,
-    evaluation: EvaluationConfig,
-    *,
-    run_folder: Path,
-    media: MediaReader,
-    numbers: Mapping[str, object] = MappingProxyType({}),
-    columns: Columns = USUAL,
-    untrained: Exchange | None = None,
-) -> Tested:
-    """Answers the test questions with the trained model and writes everything that shows how the run went.
-
-    Resumes a `predictions.jsonl` made with the same adapter file and questions; `metrics.json` also holds the
-    `numbers` of the training.
-    """
-    of_file = _set_of_file(evaluation, media, columns, adapter_settings(run_folder, evaluation.strength))
-    exchange = evaluation.exchange_pictures
-    (tested,) = evaluate_and_draw(
-        [of_file], model, run_folder, header=numbers, exchange=exchange, untrained=untrained, sheet=media
-    )
-    return tested
 
 
 def _set_of_file(
@@ -140,7 +110,7 @@ def _set_of_file(
     if any(example.videos for example in examples):
         depends_on["frames"] = repr(media.videos.sampling)
     return TestSet(
-        name=set_name(evaluation.file),
+        name=Path(str(evaluation.file)).stem,
         examples=[*examples, *unread(unreadable)],
         unreadable=unreadable,
         decoding=Decoding(batch_size=evaluation.batch_size, max_new_tokens=evaluation.max_new_tokens),
@@ -158,25 +128,23 @@ def ask_untrained(base: Assistant, config: RunConfig) -> Exchange:
     with VideoReader() as reader:
         media = media_of_run(config, base, of_test=True, reader=reader)
         part = _set_of_file(config.evaluation, media, config.data.contract, {"base": config.model.base})
-        folder = run_folder_of(config.training)
-        return ask_again(base, part, UNTRAINED, drawn(part.asked), folder=folder, settings=part.settings)
+        return ask_again(base, part, UNTRAINED, drawn(part.asked), folder=run_folder_of(config.training))
 
 
 def run_test(
     assistant: Assistant, config: RunConfig, *, numbers: Mapping[str, object], untrained: Exchange | None = None
 ) -> None:
-    """Tests a run whose adapter is saved, by the model with that adapter; see `evaluate_run`."""
+    """Answers a run's test by the model with its saved adapter, and writes everything that shows how the run went.
+
+    Resumes a `predictions.jsonl` made with the same adapter file and questions; `metrics.json` also holds the
+    `numbers` of the training.
+    """
+    folder, evaluation = run_folder_of(config.training), config.evaluation
+    settings, exchange = adapter_settings(folder, evaluation.strength), evaluation.exchange_pictures
     with VideoReader() as reader:
         media = media_of_run(config, assistant, of_test=True, reader=reader)
-        evaluate_run(
-            assistant,
-            config.evaluation,
-            run_folder=run_folder_of(config.training),
-            media=media,
-            numbers=numbers,
-            columns=config.data.contract,
-            untrained=untrained,
-        )
+        sets = [_set_of_file(evaluation, media, config.data.contract, settings)]
+        evaluate_and_draw(sets, assistant, folder, header=numbers, exchange=exchange, untrained=untrained, sheet=media)
 
 
 def media_of_run(
@@ -341,20 +309,6 @@ def _title(tested: Tested) -> str:
 
 
 MOST_NEW_TOKENS = 32
-
-
-def watch_assistant(
-    assistant: Assistant, examples: Sequence[Example], media: MediaReader, *, max_new_tokens: int, source: str
-) -> Watch | None:
-    """Has an assistant's model, made with `while_training`, answer questions while it trains; None without any."""
-    decoding = Decoding(batch_size=max(1, len(examples)), max_new_tokens=min(max_new_tokens, MOST_NEW_TOKENS))
-    return watch_questions([(assistant, examples, decoding)], media, source=source)
-
-
-def questions_of_rows(examples: Examples, count: int) -> list[Example]:
-    """Picks so many usable examples, evenly over all; the last answer of each is the right one."""
-    chosen = (examples[index] for index in evenly(range(len(examples)), count))
-    return [last_round(example) for example in chosen if isinstance(example, Example)]  # validation names others
 
 
 def watch_questions(

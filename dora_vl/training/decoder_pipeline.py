@@ -31,25 +31,24 @@ from dora_vl.core.strength import checked_strength
 from dora_vl.data.batches import Collator
 from dora_vl.data.columns import Packing
 from dora_vl.data.example import Example
-from dora_vl.data.pictures import StoredPictures
 from dora_vl.data.samples import Labelled, Sample, Skipped
 from dora_vl.errors import SettingError
 from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
 from dora_vl.evaluation.baselines import Exchange, right_text
 from dora_vl.evaluation.forgetting import Abilities, forgetting, in_words, measured
-from dora_vl.evaluation.predictor import MediaReader
-from dora_vl.evaluation.questions import text_asked
+from dora_vl.evaluation.predictor import Decoding
+from dora_vl.evaluation.questions import last_round, text_asked
 from dora_vl.evaluation.rewards import Reward, rewards_of
 from dora_vl.evaluation.test import (
+    MOST_NEW_TOKENS,
     ask_untrained,
     check_test,
     evaluate_commonsense,
     media_of_run,
-    questions_of_rows,
     read_sets,
     read_test,
     run_test,
-    watch_assistant,
+    watch_questions,
 )
 from dora_vl.heads.preferences import Scale
 from dora_vl.heads.rewards import REWARD_LOSSES
@@ -391,7 +390,11 @@ class DecoderPipeline(Pipeline):
         """Questions of the validation samples, or else of the test."""
         held_out, config = self.samples(arguments).held_out, self.config
         if held_out is not None:
-            questions, source = questions_of_rows(held_out, config.watch), config.data.held_out
+            rows, source = (
+                (held_out[index] for index in evenly(range(len(held_out)), config.watch)),
+                config.data.held_out,
+            )
+            questions = [last_round(row) for row in rows if isinstance(row, Example)]  # validation names others
         elif config.evaluation.tested is not None:
             test, source = config.evaluation, config.evaluation.tested
             examples = read_sets(test)[0] if test.files else read_test(test, config.data.contract)[0]
@@ -399,13 +402,11 @@ class DecoderPipeline(Pipeline):
         else:
             return None
         assistant = Assistant(backbone, EncoderPrompts(self.encoder), while_training=True)
-        media = self._media(assistant, None if held_out is None else held_out.stored)
-        tokens = config.evaluation.max_new_tokens
-        return watch_assistant(assistant, questions, media, max_new_tokens=tokens, source=str(source))
-
-    def _media(self, assistant: Assistant, stored: StoredPictures | None) -> MediaReader:
-        """Reads what questions show; of those of samples also the pictures that their own files hold, `stored`."""
-        return replace(media_of_run(self.config, assistant, of_test=stored is None), stored=stored)
+        media = media_of_run(config, assistant, of_test=held_out is None)
+        media = replace(media, stored=None if held_out is None else held_out.stored)
+        tokens = min(config.evaluation.max_new_tokens, MOST_NEW_TOKENS)
+        decoding = Decoding(batch_size=max(1, len(questions)), max_new_tokens=tokens)
+        return watch_questions([(assistant, questions, decoding)], media, source=str(source))
 
     def reading(self, backbone: Backbone[Any]) -> TokenText:
         """Reads tokens by its encoder's tokenizer."""

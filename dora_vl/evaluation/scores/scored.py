@@ -289,9 +289,7 @@ def intervals(scored: Scored, *, seed: int = 0, resamples: int = RESAMPLES) -> d
     return {name: limits for name, limits in limits_of.items() if limits is not None}
 
 
-def paired_differences(
-    ours: Scored, theirs: Scored, *, seed: int = 0, resamples: int = RESAMPLES
-) -> dict[str, Difference]:
+def paired_differences(ours: Scored, theirs: Scored) -> dict[str, Difference]:
     """Bootstraps the difference of each metric that has an interval, on the same draws of units."""
     if ours.items.keys() != theirs.items.keys():
         alone = sorted(ours.items.keys() ^ theirs.items.keys())
@@ -299,7 +297,7 @@ def paired_differences(
             f"a paired difference needs the same items: {ours.n} against {theirs.n}, first in one alone: {alone[:3]}"
         )
     same = {name: replace(theirs.items[name], unit=item.unit) for name, item in ours.items.items()}
-    first, second = drawn([ours, replace(theirs, items=same)], seed, resamples)
+    first, second = drawn([ours, replace(theirs, items=same)])
     differences: dict[str, Difference] = {}
     for name, formula in ours.formulas.items():
         if name in second and (limits := _interval(first[name] - second[name], formula, [ours, theirs])):
