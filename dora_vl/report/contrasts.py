@@ -75,7 +75,6 @@ class Contenders:
             aligned = [_aligned(of_set, runs[name][number], reference, name) for name, number in everything]
             for (name, number), draws in zip(everything, drawn(aligned), strict=True):
                 self._draws[of_set, name, number] = draws[reference.headline]
-        self._units = {of_set: len(scored.units) for of_set, scored in first.items()}
 
     def by_seed(self, measure: Measure, name: str) -> list[float]:
         """Returns the measure's value of each run of a contender."""
