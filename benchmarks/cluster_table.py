@@ -1,7 +1,7 @@
-"""Writes the table of docs/cluster.md: memory, traffic and step time of 7B, 13B and 32B runs on 1 to 1,024 GPUs.
+"""Writes the table of docs/starting.md: memory and step time of 7B, 13B and 32B runs on 1 to 64 GPUs.
 
     python -m benchmarks.cluster_table
-    python -m benchmarks.cluster_table --into docs/cluster.md
+    python -m benchmarks.cluster_table --into docs/starting.md
 
 The figures are estimates of `dora-vl estimate`; no weight is read. It takes seconds.
 """
@@ -31,28 +31,27 @@ SETTINGS = (
 """Each row is a run with DoRA on all linears of the language model and 4 samples of 2,048 tokens on each GPU a step."""
 FLOP_PER_SECOND, UTILISATION, BANDWIDTH, NETWORK = 312e12, 0.4, 230e9, 100e9
 """The figures are an A100's in bfloat16, its NVLink's, and those of four 200 Gbit/s links a machine."""
-HEADS = ("model", "GPUs", "GiB a GPU, zero2", "zero3", "GiB sent a step, zero2", "zero3", "s a step, zero2", "zero3")
+HEADS = ("model", "GPUs", "GiB a GPU, zero2", "zero3", "s a step, zero2", "zero3")
 BEGIN, END = "<!-- benchmarks.cluster_table -->\n\n", "\n<!-- end -->\n"
 
 
 def rows() -> Iterator[tuple[str, ...]]:
-    """Estimates GiB a GPU, GiB sent by each and seconds a step, for each model and number of GPUs under both stages."""
+    """Estimates GiB a GPU and seconds a step, for each model and number of GPUs under both stages."""
     for name, shape in MODELS.items():
         runs = []
         with tempfile.TemporaryDirectory() as folder:
             for stage in STAGES:
                 config = read_run([f"--model.base={shape}", f"--training.deepspeed={stage}", *SETTINGS])
                 runs.append(plan_run(DecoderPipeline(with_shape(config, shape, Path(folder)))))
-        for gpus in (1, 8, 64, 1024):
+        for gpus in (1, 8, 64):
             estimates = [run.on(gpus) for run in runs]
             cluster = Cluster(-(-gpus // 8), FLOP_PER_SECOND, UTILISATION, BANDWIDTH, NETWORK)
             traffic = [run.traffic(gpus) for run in runs]
             seconds = [sum(cluster.seconds(sent, run.flop())) for sent, run in zip(traffic, runs, strict=True)]
             yield (
                 name,
-                f"{gpus:,}",
+                f"{gpus}",
                 *(f"{estimate.total / GIB:.1f}" for estimate in estimates),
-                *(f"{sent.total / GIB:.2f}" for sent in traffic),
                 *(f"{each:.2f}" for each in seconds),
             )
 
