@@ -5,7 +5,7 @@
 
 A comparison is kept as its `compare.json` and `scores.jsonl.xz`, the lines of every tested run's `scores.jsonl`. Its
 table stands between the marks `<!-- results: NAME -->` and `<!-- end -->`. Values and intervals are computed again from
-the kept scores; a `compare.json` that says something else ends the command. The table `cluster` of docs/cluster.md is
+the kept scores; a `compare.json` that says something else ends the command. The table `cluster` of docs/starting.md is
 made of estimates of `dora-vl estimate`; no weight is read.
 """
 
@@ -36,7 +36,7 @@ from dora_vl.training.estimate import Cluster, plan_run, with_shape
 from dora_vl.training.memory import GIB
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE, CLUSTER_PAGE = ROOT / "docs" / "comparisons.md", ROOT / "docs" / "cluster.md"
+PAGE, CLUSTER_PAGE = ROOT / "docs" / "comparisons.md", ROOT / "docs" / "starting.md"
 KEPT = ROOT / "benchmarks" / "results"
 TABLE = re.compile(r"(<!-- results: ([\w-]+) -->\n)(.*?)(?=<!-- end -->)", re.DOTALL)
 Row = Mapping[str, Any]
@@ -52,7 +52,7 @@ SETTINGS = (
 """Each row is a run with DoRA on all linears of the language model and 4 samples of 2,048 tokens on each GPU a step."""
 FLOP_PER_SECOND, UTILISATION, BANDWIDTH, NETWORK = 312e12, 0.4, 230e9, 100e9
 """The figures are an A100's in bfloat16, its NVLink's, and those of four 200 Gbit/s links a machine."""
-HEADS = ("model", "GPUs", "GiB a GPU, zero2", "zero3", "GiB sent a step, zero2", "zero3", "s a step, zero2", "zero3")
+HEADS = ("model", "GPUs", "GiB a GPU, zero2", "zero3", "s a step, zero2", "zero3")
 
 
 def keep(comparison: Path, to: Path) -> None:
@@ -152,23 +152,22 @@ def _limits(estimate: Row, sign: str = "") -> str:
 
 
 def cluster_rows() -> Iterator[tuple[str, ...]]:
-    """Estimates GiB a GPU, GiB sent by each and seconds a step, for each model and number of GPUs under both stages."""
+    """Estimates GiB a GPU and seconds a step, for each model and number of GPUs under both stages."""
     for name, shape in MODELS.items():
         runs = []
         with tempfile.TemporaryDirectory() as folder:
             for stage in ("zero2", "zero3"):
                 config = read_run([f"--model.base={shape}", f"--training.deepspeed={stage}", *SETTINGS])
                 runs.append(plan_run(DecoderPipeline(with_shape(config, shape, Path(folder)))))
-        for gpus in (1, 8, 64, 1024):
+        for gpus in (1, 8, 64):
             estimates = [run.on(gpus) for run in runs]
             cluster = Cluster(-(-gpus // 8), FLOP_PER_SECOND, UTILISATION, BANDWIDTH, NETWORK)
             traffic = [run.traffic(gpus) for run in runs]
             seconds = [sum(cluster.seconds(sent, run.flop())) for sent, run in zip(traffic, runs, strict=True)]
             yield (
                 name,
-                f"{gpus:,}",
+                f"{gpus}",
                 *(f"{estimate.total / GIB:.1f}" for estimate in estimates),
-                *(f"{sent.total / GIB:.2f}" for sent in traffic),
                 *(f"{each:.2f}" for each in seconds),
             )
 

@@ -18,13 +18,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from dora_vl.core.fast import cpu_step
 from dora_vl.core.fast.kernels import kernels_for
 
 CANCELLATION = 0.15
@@ -218,14 +221,30 @@ def adapted_linear(  # noqa: PLR0913 - the operands of the equation
 # -- the two passes of an eager step, for `step.AdaptedStep`; `fast` has the same two as kernels -----------------------
 
 
-class Gain(NamedTuple):
-    """The gain of one layer without a gradient, true until its factors or magnitude change."""
+@dataclass(frozen=True)
+class Gain:
+    """The gain of one layer without a gradient for activations of `dtype`, true until its factors or magnitude change.
+
+    Attributes:
+        per_norm: 1 / n, the derivative of g by m; 0 for a row without a direction.
+    """
 
     full: Float[Tensor, " out"]
-    minus_one: Float[Tensor, " out"]
-    """g - 1 in the activations' dtype."""
     per_norm: Float[Tensor, " out"]
-    """1 / n, the derivative of g by m; 0 for a row without a direction."""
+    dtype: torch.dtype
+
+    @cached_property
+    def minus_one(self) -> Float[Tensor, " out"]:
+        """g - 1 in the activations' dtype."""
+        return (self.full - 1).to(self.dtype)
+
+
+def gains(magnitude: Float[Tensor, " out"], norms: Float[Tensor, " out"], dtype: torch.dtype, numbers: int) -> Gain:
+    """Computes the gain of a layer, whose weight has so many numbers, for activations of a dtype."""
+    if norms.device.type == "cpu" and cpu_step.runs(norms.dtype, numbers):
+        return Gain(*cpu_step.gains(magnitude, norms), dtype)
+    full = gain(magnitude, norms).to(accumulation_dtype(dtype))
+    return Gain(full, torch.where(norms > 0, norms.reciprocal(), 0.0), dtype)
 
 
 def output(
@@ -263,6 +282,29 @@ def gradients(
         dm = (dy * (product if bias is None else product - bias)).sum(dim=0, dtype=dtype)
         db = dy.sum(dim=0, dtype=dtype)
     return dz, scaled_product(dz, b, scale), dm, db
+
+
+NARROW = 64
+"""Ranks below it take B's gradient as [rank, out], twice as fast on CPU; from there on turning it costs more."""
+
+
+def of_factors(
+    dy: Float[Tensor, "rows out"],
+    x: Float[Tensor, "rows in_"],
+    hidden: Float[Tensor, "rows rank"],
+    dh: Float[Tensor, "rows rank"],
+    lora_B: Float[Tensor, "out rank"],
+    sums: Float[Tensor, " out"] | None,
+    gain: Gain | None,
+) -> tuple[Float[Tensor, "rank in_"], Float[Tensor, "out rank"], Float[Tensor, " out"] | None]:
+    """Computes dA = dh^T x, dB = g dy^T h and dm = (B.dy^T h + the sums over rows of dy (f - b)) / n."""
+    on_hidden = (hidden.t() @ dy).t() if lora_B.shape[1] < NARROW else dy.t() @ hidden
+    # Contiguous: a gradient laid out unlike its parameter would be copied once more.
+    dA, dB = (dh.t() @ x).to(lora_B.dtype), on_hidden.to(lora_B.dtype, memory_format=torch.contiguous_format)
+    if gain is None or sums is None:
+        return dA, dB, None
+    dm = (sums + torch.linalg.vecdot(lora_B, dB)) * gain.per_norm
+    return dA, dB.mul_(gain.full.unsqueeze(1)), dm
 
 
 def scaled_product(

@@ -94,10 +94,11 @@ class Snapshot:
 
     def holds(self, tensors: Iterable[Tensor | None], *also: object) -> bool:
         """Tells whether these are the same tensors, unchanged, and the rest is equal."""
+        if self._also != also:
+            return False
         present = [tensor for tensor in tensors if tensor is not None]
         return (
             len(present) == len(self._tensors)
             and all(ref() is tensor for ref, tensor in zip(self._tensors, present, strict=True))
             and self._edits == [edits_of(tensor) for tensor in present]
-            and self._also == also
         )

@@ -278,9 +278,8 @@ class AdaptedLayer(nn.Module):
         """Returns the gain without a gradient for activations of a dtype, computed once per optimizer step."""
 
         def compute() -> Gain:
-            norms = self.norms()
-            full = functional.gain(cast(Tensor, self.magnitude), norms).to(functional.accumulation_dtype(dtype))
-            return Gain(full, (full - 1).to(dtype), torch.where(norms > 0, norms.reciprocal(), 0.0))
+            numbers = math.prod(self.matrix_shape())
+            return functional.gains(cast(Tensor, self.magnitude), self.new_norms(), dtype, numbers)
 
         return self.kept("gain", compute, dtype)
 

@@ -16,9 +16,6 @@ from dora_vl.core.fast.dropout import Dropped
 from dora_vl.core.fast.kernels import kernels_for
 from dora_vl.core.functional import Gain
 
-NARROW = 64
-"""Ranks below it take B's gradient as [rank, out], twice as fast on CPU; from there on turning it costs more."""
-
 
 class AdaptedStep(torch.autograd.Function):
     """y = g (W x + s B A x) + b with a norm that is a constant; letters as in `functional`.
@@ -67,22 +64,16 @@ class AdaptedStep(torch.autograd.Function):
         masked, weight, bias, lora_A, lora_B, hidden, product, positions = ctx.saved_tensors
         gain, needs = ctx.gain, ctx.needs_input_grad
         dy = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
-        b, db, dm = lora_B.to(dy.dtype), None, None
-        on_hidden = dy.t() @ hidden if len(lora_A) >= NARROW else (hidden.t() @ dy).t()
-        # Contiguous: a gradient laid out unlike its parameter would be copied once more.
-        dB = on_hidden.to(lora_B.dtype, memory_format=torch.contiguous_format)
+        b, db, sums = lora_B.to(dy.dtype), None, None
+        kernels = passes(dy, (len(b), lora_A.shape[1]), gain)
         if gain is None:
             dz, dh = dy, functional.scaled_product(dy, b, ctx.scale)
             db = dy.sum(dim=0) if needs[3] and weight is not None else None
         else:
-            dz, dh, dm, db = passes(dy, (len(b), lora_A.shape[1]), gain).gradients(
-                dy, product, b, bias, gain, ctx.scale
-            )
-            dm = (dm + torch.linalg.vecdot(lora_B, dB)) * gain.per_norm
-            dB = dB.mul_(gain.full.unsqueeze(1))
+            dz, dh, sums, db = kernels.gradients(dy, product, b, bias, gain, ctx.scale)
             if weight is None:  # f has b's gradient too, times g
                 db = -(gain.full - 1) * db
-        dA = (dh.t() @ masked).to(lora_A.dtype) if needs[4] else None
+        dA, dB, dm = kernels.of_factors(dy, masked, hidden, dh, lora_B, sums, gain)
         dx = None
         if needs[0]:
             dx = dh @ lora_A.to(dy.dtype)

@@ -35,10 +35,10 @@ Then, with the openai package:
       {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}},
       {"type": "text", "text": "What color is the shape?"}]}])
 
-An adapter is the folder of a run, or of PEFT; the base is where the first one says, unless --model names it. The base
-is asked as the first adapter was trained to be. It listens on this machine alone unless --host says otherwise, answers
-to the names of --allow-host besides, and asks for a key where --api-key gives one. docs/serving.md says what cannot be
-served, and why.
+An adapter is the folder of a run, or of PEFT; the base is where the first one says, unless --model names it. Questions
+to the base are written in the first adapter's prompt format. The server listens on this machine alone unless --host
+says otherwise, answers to the names of --allow-host besides, and asks for a key where --api-key gives one.
+docs/serving.md says what cannot be served.
 """
 
 

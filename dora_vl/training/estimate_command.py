@@ -26,8 +26,8 @@ the GPUs' peak and the links' speed. The model is made from its config alone, on
   dora-vl estimate my_run.yaml --gpus 64 --machines 8 --mfu 0.4 --training.deepspeed zero2
   dora-vl estimate my_run.yaml --here        on this machine: its speed is measured, the first batch is counted
 
-What this command does not know is a setting of the run, --section.key value, as for the script itself. docs/cluster.md
-says what is counted and how.
+What this command does not know is a setting of the run, --section.key value, as for the script itself. docs/starting.md
+says what is left out.
 """
 TAKES_SETTINGS = True
 TERA, GIGA, GIB = 1e12, 1e9, 2**30

@@ -17,16 +17,15 @@ HEAD = """\
 
 <!-- Written by `python -m tests.backbones.model_table` from tests/backbones/tiny_families/; change it there. -->
 
-`dora-vl train` adapts any of these; `model_type` in a base's `config.json` names the family. Each is tested
-with a tiny random model: the processor's ids, transformers' loss within 1e-5 (float32), conversations with no picture,
-one and two, three training steps, the adapter opened again, merged and asked. By default every linear layer of the
-language model is adapted and the projector trains whole. Prompts are the base's chat template, conversations hold any
-number of pictures, unless the table says otherwise.
+`dora-vl train` adapts any of these; `model_type` in a base's `config.json` names the family. Tests train, save, open
+again, merge and ask a tiny random model of each, and compare its ids and losses with transformers'. By default every
+linear layer of the language model is adapted and the projector trains whole. Prompts are the base's chat template, and
+conversations hold any number of pictures, unless the table says otherwise.
 
 {all} families. Those with a + take videos as such; the others see a video's frames as separate pictures: {names}.
 
-Packed rows and trees (`data.packing`) give {rows} families the same loss and gradients as padded rows, within 1e-10,
-with checkpointing too. Outputs of the frozen vision parts can be stored (`data.cache_features`) in {stored}.
+Packed rows and trees (`data.packing`) give {rows} families the same loss and gradients as padded rows. Outputs of the
+frozen vision parts can be stored (`data.cache_features`) in {stored}.
 
 | `model_type` | remarks |
 | --- | --- |
@@ -38,44 +37,35 @@ model's, as it would those of {untried}. Such folders say `DORA_VL`, which PEFT 
 LANGUAGE = """
 ## Language models
 
-Conversations without pictures, through the tokenizer's chat template. Tested: {tested}. Other types of
-`AutoModelForCausalLM` go the same way.
+Conversations without pictures, through the tokenizer's chat template. Tested: {tested}.
+
+Other types of `AutoModelForImageTextToText` and `AutoModelForCausalLM` go the same way, untested.
 """
 ROUNDS = """
 ## Several rounds, and thoughts
 
 Each answer is trained as it is asked for: behind the chat template's own generation prompt, through what closes it.
-Some templates rewrite earlier answers once later turns follow (Qwen3 and gpt-oss drop their thoughts, Phi-4
-mini ends the text behind the last alone). Then each rewritten round is a row of its own, with what inference would
-see. The rounds count as one sample, and in packed trees they share their common beginning if they show the same
-pictures.
+Some templates rewrite earlier answers once later turns follow (Qwen3 and gpt-oss drop their thoughts). Then each
+rewritten round is a row of its own, with what inference would see.
 
-Thoughts are what an answer has in `<think>...</think>` at its beginning; the template gets them in its own form
-(`reasoning_content`, a part of type `thinking`, or the text). A template with a switch (`enable_thinking`,
-`thinking`) is asked with it on if any sample that is looked at has thoughts, else off; `recipe.json` (`thinking`) keeps
-that for `dora-vl ask`, `evaluate` and `serve`. Other servers, and merged folders, take it from you, such as
-vLLM by `chat_template_kwargs`. Where a prompt itself opens a thought
-(QwQ, DeepSeek-R1), an answer without one is trained behind an empty one, which is no part of the answer when asked.
-
-Tested with one to four rounds, thoughts in all, some or no answers, pictures in later rounds, and templates after
-Qwen3, Qwen3-VL thinking, QwQ, DeepSeek-R1 and V3.1, gpt-oss, GLM-4.5V, SmolLM3, Granite, Phi-4, Phi-4 mini,
-Magistral, Kimi-VL, SmolVLM and LLaVA-OneVision.
+Thoughts are what an answer has in `<think>...</think>` at its beginning; the template gets them in its own form. A
+template with a switch (`enable_thinking`, `thinking`) is asked with it on if any sample that is looked at has thoughts,
+else off. `recipe.json` keeps that for `dora-vl ask`, `evaluate` and `serve`; other servers take it from you, such as
+vLLM by `chat_template_kwargs`. Where a prompt itself opens a thought (QwQ, DeepSeek-R1), an answer without one is
+trained behind an empty one.
 """
 REFUSED = """
 ## Not trained
 
-Refused in one line before any weight is loaded.
+Refused in one line before any weight is loaded, as are language models that do not predict the next token of a text
+(BERT, BART and their kin).
 
 | why | `model_type` |
 | --- | --- |
 """
 LOST_BY_PEFT = ("inkling2", "inkling2_loop", "unlimited_ocr")
 """Types that have no tiny model here, and that PEFT takes for older ones."""
-UNTRIED = """
-## Not tried
-
-The other types of `AutoModelForImageTextToText` go the same way, untested: {untried}.
-
+FORMATS = """
 ## Models without a chat template
 
 `model.template` names a prompt format instead:
@@ -100,17 +90,15 @@ def row(name: str, family: Family) -> str:
 
 
 def refused() -> list[str]:
-    """The types that are not trained, a line for each reason."""
+    """The types for pictures and text that are not trained, a line for each reason."""
     types: dict[str, list[str]] = {}
-    for name in sorted(NOT_TRAINED):
+    for name in sorted(set(NOT_TRAINED) & set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)):
         types.setdefault(NOT_TRAINED[name], []).append(name)
     return [f"| {reason} | {', '.join(names)} |" for reason, names in types.items()]
 
 
 def page() -> str:
     """The whole page."""
-    tried = set(FAMILIES) | set(NOT_TRAINED)
-    untried = sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - tried)
     families = sorted(FAMILIES)
     lines = [line for line in (row(name, FAMILIES[name]) for name in families) if not line.endswith("|  |")]
     names = ", ".join(f"{name}{'+' if FAMILIES[name].video else ''}" for name in families)
@@ -122,7 +110,7 @@ def page() -> str:
         f"{PEFT.format(refused=', '.join(refused_by_peft), untried=', '.join(LOST_BY_PEFT))}"
         f"{LANGUAGE.format(tested=', '.join(LANGUAGE_MODELS))}"
         f"{ROUNDS}{REFUSED}{chr(10).join(refused())}\n"
-        f"{UNTRIED.format(untried=', '.join(untried))}"
+        f"{FORMATS}"
     )
 
 

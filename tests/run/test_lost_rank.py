@@ -1,4 +1,4 @@
-"""A launch one of whose ranks dies, raises or hangs ends in the seconds that docs/cluster.md says, by its launcher."""
+"""A launch one of whose ranks dies, raises or hangs ends in the seconds that docs/starting.md says, by its launcher."""
 
 from __future__ import annotations
 

@@ -4,7 +4,9 @@
 //     norms        n^2 = ||W||^2 + 2 s B.(W A^T + s/2 B A A^T), rows that cancel from the dense direction
 //     output       y = f + B h + (g - 1) (f - b + B h) and h = s A x. For a few rows, a token of each sequence, two
 //                  short loops: products through torch cost more in their calls than in their arithmetic.
+//     gains        g = m / n, 1 where n is 0, and 1 / n
 //     gradients    dz = g dy, and the sums of dy (f - b) and dy over rows, in one pass; dh = s dz B
+//     of_factors   dA = dh^T x, dB = g dy^T h, dm = (B.dy^T h + sum of dy (f - b)) / n
 //
 // Sums are float32. Built by cpu_step.py; held to functional.py by tests.
 
@@ -20,8 +22,10 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -34,8 +38,9 @@ namespace {
 constexpr int64_t BLOCK_ROWS = 64;      // rows whose sums one thread takes at a time
 constexpr int64_t FEW_ROWS = 8;         // above it a matrix product reads A and B once for all rows
 constexpr int64_t GRAIN = 32768;        // numbers below which a pass is not worth a second thread
+constexpr int64_t NARROW = 64;         // step.py's
 constexpr int64_t LANES = 16;           // sums of a dot product that run side by side
-constexpr double CANCELLATION = 0.15;   // functional.py's
+constexpr float CANCELLATION = 0.15;   // functional.py's
 
 inline int64_t grain(int64_t numbers_each) { return std::max<int64_t>(1, GRAIN / std::max<int64_t>(numbers_each, 1)); }
 
@@ -207,16 +212,19 @@ Tensor norms(const Tensor& weight, const Tensor& frozen, const Tensor& lora_A, c
   const float* before = frozen.const_data_ptr<float>();
   float* result = squared.mutable_data_ptr<float>();
   const int64_t rank = b.size(1);
+  std::atomic<bool> cancels{false};
   with_dtype(weight, [&](auto zero) {
     using T = decltype(zero);
     const T *B = b.const_data_ptr<T>(), *H = half.const_data_ptr<T>();
     at::parallel_for(0, b.size(0), grain(rank), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row)
+      for (int64_t row = begin; row < end; ++row) {
         result[row] = before[row] + 2 * static_cast<float>(scale) * dot(B + row * rank, H + row * rank, rank);
+        if (result[row] <= before[row] * CANCELLATION) cancels = true;
+      }
     });
   });
-  const Tensor cancelled = (squared <= frozen * CANCELLATION).nonzero().flatten();
-  if (cancelled.numel() > 0) {
+  if (cancels) {
+    const Tensor cancelled = (squared <= frozen * CANCELLATION).nonzero().flatten();
     const Tensor change = at::mm(lora_B.detach().index_select(0, cancelled), lora_A.detach());
     const Tensor dense = weight.index_select(0, cancelled).to(at::kFloat) + change * scale;
     squared.index_copy_(0, cancelled, dense.square().sum(1));
@@ -224,10 +232,54 @@ Tensor norms(const Tensor& weight, const Tensor& frozen, const Tensor& lora_A, c
   return squared.sqrt_();  // torch's, as the magnitudes came to be, so that a change of nothing has gain 1
 }
 
+std::tuple<Tensor, Tensor> gains(const Tensor& magnitude, const Tensor& norms) {
+  const Tensor given = magnitude.detach().to(at::kFloat).contiguous();
+  Tensor full = at::empty_like(norms), per_norm = at::empty_like(norms);
+  const float *m = given.const_data_ptr<float>(), *n = norms.const_data_ptr<float>();
+  float *g = full.mutable_data_ptr<float>(), *inverse = per_norm.mutable_data_ptr<float>();
+  for (int64_t o = 0; o < norms.numel(); ++o) {
+    g[o] = n[o] > 0 ? m[o] / std::max(n[o], std::numeric_limits<float>::min()) : 1.0f;
+    inverse[o] = n[o] > 0 ? 1 / n[o] : 0.0f;
+  }
+  return {full, per_norm};
+}
+
+// `sums` are those of dy (f - b); B's gradient is taken as [rank, out] where the rank is small, twice as fast.
+std::tuple<Tensor, Tensor, Tensor> of_factors(const Tensor& given_dy, const Tensor& x, const Tensor& hidden,
+                                              const Tensor& dh, const Tensor& lora_B, const Tensor& sums,
+                                              const Tensor& full, const Tensor& per_norm) {
+  const Tensor dy = given_dy.contiguous(), dA = at::mm(dh.t(), x), B = lora_B.detach().to(at::kFloat).contiguous();
+  const int64_t out = B.size(0), rank = B.size(1);
+  const bool turned = rank < NARROW;
+  const Tensor product = turned ? at::mm(hidden.t(), dy) : at::mm(dy.t(), hidden);
+  Tensor dB = at::empty_like(B), dm = at::empty_like(full);
+  const float *b = B.const_data_ptr<float>(), *g = full.const_data_ptr<float>(), *sum = sums.const_data_ptr<float>();
+  const float* inverse = per_norm.const_data_ptr<float>();
+  float *on_B = dB.mutable_data_ptr<float>(), *on_m = dm.mutable_data_ptr<float>();
+  with_dtype(product, [&](auto zero) {
+    using T = decltype(zero);
+    const T* read = product.const_data_ptr<T>();
+    at::parallel_for(0, out, grain(rank), [&](int64_t begin, int64_t end) {
+      for (int64_t o = begin; o < end; ++o) {
+        float moved = 0;
+        for (int64_t k = 0; k < rank; ++k) {
+          const float value = wide(read[turned ? k * out + o : o * rank + k]);
+          moved += b[o * rank + k] * value;
+          on_B[o * rank + k] = g[o] * value;
+        }
+        on_m[o] = (sum[o] + moved) * inverse[o];
+      }
+    });
+  });
+  return {dA.to(at::kFloat), dB, dm};
+}
+
 }  // namespace
 
 TORCH_LIBRARY(dora_vl_cpu, m) {
   m.def("output", output);
+  m.def("gains", gains);
   m.def("gradients", gradients);
+  m.def("of_factors", of_factors);
   m.def("norms", norms);
 }

@@ -57,6 +57,20 @@ def gradients(
     return torch.ops.dora_vl_cpu.gradients(dy, product, b, bias, gain.full, scale)
 
 
+def of_factors(
+    dy: Tensor, x: Tensor, hidden: Tensor, dh: Tensor, lora_B: Tensor, sums: Tensor, gain: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes `functional.of_factors`, compiled."""
+    operands = (dy, x, hidden, dh, lora_B, sums, gain.full, gain.per_norm)
+    dA, dB, dm = torch.ops.dora_vl_cpu.of_factors(*operands)
+    return dA.to(lora_B.dtype), dB.to(lora_B.dtype), dm
+
+
+def gains(magnitude: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes g and 1 / n of `functional.gains`, compiled."""
+    return torch.ops.dora_vl_cpu.gains(magnitude, norms)
+
+
 def norms(weight: Tensor, weight_norms_squared: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
     """Computes `functional.norms`, compiled."""
     return torch.ops.dora_vl_cpu.norms(weight, weight_norms_squared, lora_A, lora_B, scale)

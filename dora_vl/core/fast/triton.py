@@ -28,6 +28,7 @@ from triton import Config
 from triton.testing import do_bench
 
 from dora_vl.core.functional import CANCELLATION, NORM_RANGE, Gain, scaled_product
+from dora_vl.core.functional import of_factors as of_factors
 
 SWITCH = "DORA_VL_TRITON_TILES"
 """Set to `fixed` in the environment, one configuration stands for all: sums in one order, and nothing is timed.

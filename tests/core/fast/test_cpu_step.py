@@ -45,12 +45,12 @@ def calls(monkeypatch):
         real = getattr(cpu_step, name)
         monkeypatch.setattr(cpu_step, name, lambda *operands: counted.update([name]) or real(*operands))
 
-    for name in ("output", "gradients", "norms"):
+    for name in ("output", "gradients", "of_factors", "gains", "norms"):
         counting(name)
     return counted
 
 
-ONE_STEP = {"output": 2, "gradients": 2, "norms": 2}
+ONE_STEP = dict.fromkeys(("output", "gradients", "of_factors", "gains", "norms"), 2)
 """A step of two layers is these passes."""
 
 

@@ -53,7 +53,7 @@ def close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str = "", 
 
 def gain_of(out: int, dtype: torch.dtype) -> Gain:
     full = torch.linspace(0.5, 1.6, out)
-    return Gain(full, (full - 1).to(dtype), torch.linspace(0.3, 2.0, out))
+    return Gain(full, torch.linspace(0.3, 2.0, out), dtype)
 
 
 class Operands(NamedTuple):
@@ -128,7 +128,8 @@ def test_any_layout_of_any_operand(layout):
     """Each operand in turn gives the bits of contiguous ones."""
     of, dy = Operands.drawn(21, 75, 19), torch.randn(21, 75)
     plain, straight = of.output(), of.gradients(dy)
-    strided = Gain(of.gain.full, every_other(of.gain.minus_one), of.gain.per_norm)
+    strided = Gain(of.gain.full, of.gain.per_norm, of.gain.dtype)
+    strided.__dict__["minus_one"] = every_other(of.gain.minus_one)
     for name in ("product", "b", "bias"):
         other = of._replace(gain=strided, **{name: layout(getattr(of, name))})
         for results, expected in ((other.output(), plain), (other.gradients(layout(dy)), straight)):
@@ -138,7 +139,7 @@ def test_any_layout_of_any_operand(layout):
 @each_dtype
 def test_a_neutral_change_changes_no_bit(dtype):
     of = Operands.drawn(9, 33, 3, dtype)
-    gain = Gain(torch.ones(33), torch.zeros(33, dtype=dtype), torch.ones(33))
+    gain = Gain(torch.ones(33), torch.ones(33), dtype)
     assert torch.equal(of._replace(b=torch.zeros_like(of.b), gain=gain).output()[0], of.product)
 
 
