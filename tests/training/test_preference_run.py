@@ -65,7 +65,9 @@ def test_a_run_learns_to_prefer_and_says_so(tmp_path: Path, tiny_llava: Path) ->
     assert lines[-1]["rewards/chosen"] > lines[-1]["rewards/rejected"]
 
 
-@pytest.mark.parametrize("objective", [{"dpo": 0.8, "bco": 0.2, "sft": 1.0}, "orpo"])
+@pytest.mark.parametrize(
+    "objective", [{"dpo": 0.8, "bco": 0.2, "sft": 1.0}, pytest.param("orpo", marks=pytest.mark.slow)]
+)
 def test_stored_outputs_and_plain_rows_train_the_same(tmp_path: Path, tiny_llava: Path, objective: Any) -> None:
     run_file = write_run(
         tmp_path / "run.yaml",
