@@ -121,21 +121,26 @@ def vision_config(model: ModelConfig) -> Any:
     return tower.model.config
 
 
-def meta_llava(config: RunConfig) -> LlavaForConditionalGeneration:
+def language_config(source: str, layers: int | None) -> LlamaConfig:
+    """The published shape of a base, or the first layers of it."""
+    return LlamaConfig(**{**LANGUAGE_SHAPES[source], **({} if layers is None else {"num_hidden_layers": layers})})
+
+
+def meta_llava(config: RunConfig, layers: int | None) -> LlavaForConditionalGeneration:
     register_towers()
     model = config.model
     source = model.compose.language_model if isinstance(model.compose, ComposeSpec) else None
-    text = LlamaConfig(**LANGUAGE_SHAPES[source or model.base])
+    text = language_config(source or model.base, layers)
     tied = text.tie_word_embeddings
     shapes = LlavaConfig(vision_config=vision_config(model), text_config=text, tie_word_embeddings=tied)
     with torch.device("meta"):
         return LlavaForConditionalGeneration(shapes)
 
 
-def meta_language_model(config: RunConfig) -> PreTrainedModel:
+def meta_language_model(config: RunConfig, layers: int | None) -> PreTrainedModel:
     source = config.model.base if config.model.source is None else config.model.source.folder
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(LlamaConfig(**LANGUAGE_SHAPES[source]))
+        return AutoModelForCausalLM.from_config(language_config(source, layers))
 
 
 def meta_vlbart(config: RunConfig) -> VlBartForConditionalGeneration:
@@ -148,7 +153,7 @@ def meta_vlbart(config: RunConfig) -> VlBartForConditionalGeneration:
         return VlBartForConditionalGeneration(VlBartConfig(**{**BART_BASE, **visual}))
 
 
-def meta_image_text(config: RunConfig) -> PreTrainedModel:
+def meta_image_text(config: RunConfig, _: int | None) -> PreTrainedModel:
     """A tiny model of the base's family, which has the names of the published one's layers."""
     model_type = FAMILIES[config.model.base]
     tiny = TINY_FAMILIES[model_type]
@@ -169,14 +174,14 @@ def named(name: str) -> Recipe:
     return next(recipe for recipe in CONFIGS if recipe.name == name)
 
 
-def adapted(config: Any) -> Any:
-    """The model of these settings on the meta device, adapted as they say."""
+def adapted(config: Any, layers: int | None = None) -> Any:
+    """The model of these settings on the meta device, adapted as they say; of so many language layers, or whole."""
     if config.task == "vlbart":
         model = meta_vlbart(config)
         adapt(model, vlbart_dora_config(config.adapter, model, heads=bool(config.data.closed_answers)))
         return model
     make = {"commonsense": meta_language_model, "image_text": meta_image_text, "llava": meta_llava}[config.task]
-    model = make(config)
+    model = make(config, layers)
     adapt(model, DecoderPipeline(config).dora_config(DecoderBackbone(model)))
     return model
 
@@ -190,7 +195,7 @@ def test_loads_and_builds_on_the_meta_device(recipe: Recipe) -> None:
     config = read(recipe)
     deepspeed = read_deepspeed(config.training["deepspeed"])
     check_deepspeed(deepspeed, method=config.adapter.method)
-    model = adapted(config)
+    model = adapted(config, layers=2)  # each is like the next
     assert trained_count(model) > 0
     tower = getattr(model.model, "vision_tower", torch.nn.Identity())
     assert not any(weight.requires_grad for weight in tower.parameters())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -77,16 +78,22 @@ def training_fields() -> list[str]:
     return [field.name for field in dataclasses.fields(TrainingArguments) if field.init and field.name not in OWNED]
 
 
+@functools.cache
+def training_parser() -> ArgumentParser:
+    """The parser of the section, made once: it reads the source of every field's class."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TrainingArguments, "training", instantiate=False, skip={"fsdp"})
+    parser.add_argument("--training.fsdp", type=bool, default=False)
+    return parser
+
+
 def check_training_section(section: Mapping[str, Any]) -> dict[str, Any]:
     """The section with each value in its field's type."""
     section = {_accepted_name(key): value for key, value in section.items()}
     # YAML reads an unquoted `no` as false.
     section = {key: "no" if key in STRATEGIES and value is False else value for key, value in section.items()}
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(TrainingArguments, "training", instantiate=False, skip={"fsdp"})
-    parser.add_argument("--training.fsdp", type=bool, default=False)
     try:
-        parsed = parser.parse_object({"training": section}).training
+        parsed = training_parser().parse_object({"training": section}).training
     except (argparse.ArgumentError, TypeError, ValueError) as error:
         raise wrong_value(str(error)) from error
     values = {key: getattr(parsed, key) for key in section}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -68,7 +69,7 @@ def read_run(
     try:
         parsed = parser.parse_args(words)
         if parsed.get("objective.loss", "sft") != "sft":  # log-probabilities of several passes are compared
-            parser.set_defaults({"adapter.dropout": 0.0})
+            parser = run_parser(task, program, description, dropout=False)
             parsed = parser.parse_args(words)
         parsed = parser.instantiate(parsed)
         config = RunConfig(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(RunConfig)})
@@ -86,8 +87,13 @@ def read_run(
     return dataclasses.replace(config, training=check_training_section(config.training))
 
 
-def run_parser(task: Task, program: str = "run", description: str = "") -> ArgumentParser:
-    """The parser of a task's settings; its help text comes from the fields that the task takes."""
+@functools.cache
+def run_parser(task: Task, program: str = "run", description: str = "", *, dropout: bool = True) -> ArgumentParser:
+    """The parser of a task's settings, made once; its help text comes from the fields that the task takes.
+
+    Args:
+        dropout: whether the adapter has its usual dropout where no setting says so, or none.
+    """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     how: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False, "conflict_handler": "resolve"}
     parser = ArgumentParser(prog=program, description=description, **how)
@@ -105,7 +111,7 @@ def run_parser(task: Task, program: str = "run", description: str = "") -> Argum
         old = parser._option_string_actions[f"--{name}"]
         same: dict[str, Any] = {"help": old.help, "required": old.required, "default": old.default}
         groups[name.partition(".")[0]].add_argument(f"--{name}", type=kind, **same)
-    parser.set_defaults({"task": task, **DEFAULTS[task]})
+    parser.set_defaults({"task": task, **DEFAULTS[task], **({} if dropout else {"adapter.dropout": 0.0})})
     return parser
 
 

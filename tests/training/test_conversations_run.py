@@ -46,7 +46,9 @@ def write_talks(folder: Path, *, pictures: bool, thoughts: bool) -> Path:
     return folder / "train.json"
 
 
-@pytest.mark.parametrize(("family", "thoughts"), [("qwen3", True), ("qwen3", False), ("qwen3_vl", True)])
+@pytest.mark.parametrize(
+    ("family", "thoughts"), [("qwen3", True), pytest.param("qwen3", False, marks=pytest.mark.slow), ("qwen3_vl", True)]
+)
 def test_they_train_and_resume_with_the_same_loss_in_any_rows(tmp_path: Path, family: str, thoughts: bool) -> None:
     sees = family == "qwen3_vl"
     template = CHAT["qwen3_vl_thinking" if sees else "qwen3"]

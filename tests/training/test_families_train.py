@@ -19,7 +19,7 @@ from dora_vl.evaluation.predictor import Shown
 from dora_vl.serving.engine import Engine
 from tasks import image_qa, llava_instruct
 from tests.backbones.image_text_conversations import TWO_QUESTIONS, encoder_of, talks_of
-from tests.backbones.tiny_families.table import FAMILIES, families_in_turn
+from tests.backbones.tiny_families.table import FAMILIES, param
 from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
 from tests.serving.tiny_served import alone, answer_alone, answers, served
 from tests.training.tiny_run import logged_losses, merged, write_run
@@ -108,7 +108,11 @@ def check_adapter(base: Path, adapter: Path, prompt: dict[str, Any], to: Path, *
     assert 1 <= answer.shape[1] <= 3
 
 
-@families_in_turn
+QUICK = ("qwen3_vl", "qwen3_5_moe", "mllama")
+"""Pictures by their positions, experts, and pictures beside the text's attention."""
+
+
+@pytest.mark.parametrize("family", [param(name, is_slow=name not in QUICK) for name in FAMILIES])
 def test_a_family_trains_resumes_opens_merges_and_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], family: str
 ) -> None:

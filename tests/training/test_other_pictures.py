@@ -27,22 +27,9 @@ from tests.backbones.image_text_conversations import inputs_of
 from tests.backbones.tiny_image_text import write_tiny
 from tests.training.test_preference_loss import disturb
 from tests.training.test_preference_run import key_of, write_pairs
-from tests.training.tiny_run import (
-    assert_same_weights,
-    decoder_run,
-    logged,
-    skipped_by,
-    trained,
-    write_run,
-    write_tiny_llava,
-)
+from tests.training.tiny_run import assert_same_weights, decoder_run, logged, skipped_by, trained, write_run
 
 MDPO: dict[str, Any] = {"loss": {"dpo": 1.0, "anchor": 1.0}, "exchange_pictures": True, "beta": 0.5}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llava(tmp_path_factory.mktemp("base") / "base")
 
 
 def sample_of(dataset: ConversationDataset, index: int) -> Sample:
@@ -64,9 +51,9 @@ def samples(base: Path, path: Path, seed: int | None = 3, *, encoder: Encoder | 
     return rows.dataset(table, table.stored)
 
 
-def test_another_picture_is_drawn_by_seed_and_sample(base: Path, tmp_path: Path) -> None:
+def test_another_picture_is_drawn_by_seed_and_sample(tiny_llava: Path, tmp_path: Path) -> None:
     path = write_pairs(tmp_path / "data")
-    dataset, other = samples(base, path), samples(base, path, seed=4)
+    dataset, other = samples(tiny_llava, path), samples(tiny_llava, path, seed=4)
     in_worker: ConversationDataset = pickle.loads(pickle.dumps(dataset))
     drawn = []
     for index in reversed(range(len(dataset))):
@@ -83,14 +70,14 @@ def test_another_picture_is_drawn_by_seed_and_sample(base: Path, tmp_path: Path)
     assert sum(media == with_other_seed for media, with_other_seed in drawn) < 8
 
 
-def test_words_alone_get_none_and_the_batch_says_what_is_compared(base: Path, tmp_path: Path) -> None:
+def test_words_alone_get_none_and_the_batch_says_what_is_compared(tiny_llava: Path, tmp_path: Path) -> None:
     path = write_pairs(tmp_path / "data")
     rows = json.loads(path.read_text())
     del rows[1]["image"]
     rows[2]["rejected_images"] = [rows[5]["image"]]
     rows[2]["rejected"] = [rows[2]["rejected"], "white it"]
     path.write_text(json.dumps(rows))
-    dataset = samples(base, path)
+    dataset = samples(tiny_llava, path)
     assert [len(sample_of(dataset, index).rows()) for index in range(4)] == [3, 2, 3, 3]
     named = sample_of(dataset, 2).rows()
     assert [row.media for row in named] == [(rows[2]["image"],), (rows[5]["image"],), (rows[5]["image"],)]
@@ -102,10 +89,10 @@ def test_words_alone_get_none_and_the_batch_says_what_is_compared(base: Path, tm
     assert answers["keys"][:5] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
 
 
-def test_a_run_learns_to_look_and_stored_outputs_serve_it(tmp_path: Path, base: Path) -> None:
+def test_a_run_learns_to_look_and_stored_outputs_serve_it(tmp_path: Path, tiny_llava: Path) -> None:
     run_file = write_run(
         tmp_path / "run.yaml",
-        base,
+        tiny_llava,
         write_pairs(tmp_path / "data"),
         objective={**MDPO, "beta": 4.0},
         optim={"projector_learning_rate": 5e-2},
@@ -123,7 +110,7 @@ def test_a_run_learns_to_look_and_stored_outputs_serve_it(tmp_path: Path, base: 
     assert_same_weights(trees, stored, atol=5e-5)
 
 
-def test_answers_about_the_datas_own_other_pictures(tmp_path: Path, base: Path) -> None:
+def test_answers_about_the_datas_own_other_pictures(tmp_path: Path, tiny_llava: Path) -> None:
     """ms-swift's `rejected_images`: what differs is the picture alone, of which some are missing."""
     path = write_pairs(tmp_path / "data")
     rows: list[dict[str, Any]] = json.loads(path.read_text())
@@ -136,7 +123,7 @@ def test_answers_about_the_datas_own_other_pictures(tmp_path: Path, base: Path) 
     path.write_text(json.dumps(swift))
     run_file = write_run(
         tmp_path / "run.yaml",
-        base,
+        tiny_llava,
         path,
         data={"cache_features": True, "max_bad_share": 0.1},
         objective={"loss": "dpo", "beta": 0.5},
@@ -148,9 +135,9 @@ def test_answers_about_the_datas_own_other_pictures(tmp_path: Path, base: Path) 
     assert "nowhere.png" in reason
 
 
-def test_where_nothing_could_be_compared_the_setting_is_refused(tmp_path: Path, base: Path) -> None:
+def test_where_nothing_could_be_compared_the_setting_is_refused(tmp_path: Path, tiny_llava: Path) -> None:
     path = write_pairs(tmp_path / "data")
-    run_file = write_run(tmp_path / "run.yaml", base, path, objective=MDPO)
+    run_file = write_run(tmp_path / "run.yaml", tiny_llava, path, objective=MDPO)
     assert key_of(decoder_run(run_file, "--objective.loss=orpo")) == "objective.exchange_pictures"
     streamed = ("--data.streaming=true", "--data.group_by_modality_length=false")
     assert key_of(decoder_run(run_file, *streamed)) == "objective.exchange_pictures"

@@ -25,7 +25,6 @@ from dora_vl.heads.preferences import LOSSES, Scale
 from dora_vl.training.pipeline import PreferenceLoss
 from dora_vl.training.reference import Reference
 from tests.backbones.image_text_conversations import BLUE, RED, inputs_of
-from tests.training.tiny_run import write_tiny_llava
 
 EXAMPLES = (
     Example(
@@ -42,19 +41,14 @@ PICTURES: dict[str, Image.Image] = {"red": RED, "blue": BLUE}
 OBJECTIVE = {"dpo": 0.8, "bco": 0.2, "sft": 1.0}
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llava(tmp_path_factory.mktemp("base") / "base")
+@pytest.fixture
+def encoder(tiny_llava: Path) -> Encoder:
+    return open_encoder(str(tiny_llava), max_tokens=512)
 
 
 @pytest.fixture
-def encoder(base: Path) -> Encoder:
-    return open_encoder(str(base), max_tokens=512)
-
-
-@pytest.fixture
-def backbone(base: Path) -> DecoderBackbone:
-    backbone = open_backbone(str(base))
+def backbone(tiny_llava: Path) -> DecoderBackbone:
+    backbone = open_backbone(str(tiny_llava))
     targets, projector = language_targets(backbone.model), {"projector": projector_patterns(backbone.model)}
     torch.manual_seed(3)
     apply_dora(backbone.model, DoRAConfig(targets=targets, rank=2, alpha=6.0, dropout=0.0, also_train=projector))
@@ -188,8 +182,8 @@ def test_steps_raise_the_margin(encoder: Encoder, backbone: DecoderBackbone) -> 
     assert output["rewards/accuracy"].item() == 1
 
 
-def test_answers_that_are_too_long_are_refused_by_name(base: Path) -> None:
-    encoder = open_encoder(str(base), max_tokens=24)
+def test_answers_that_are_too_long_are_refused_by_name(tiny_llava: Path) -> None:
+    encoder = open_encoder(str(tiny_llava), max_tokens=24)
     long = replace(EXAMPLES[0], rejected=("It is red. " * 12,))
     with pytest.raises(BadSample) as error:
         items(encoder, [long])

@@ -24,15 +24,9 @@ from tests.training.tiny_run import (
     trained,
     write_run,
     write_tiny_data,
-    write_tiny_llava,
 )
 
 RATES = {"learning_rate": 2e-2, "max_steps": 10, "per_device_train_batch_size": 6}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llava(tmp_path_factory.mktemp("base") / "base")
 
 
 def write_pairs(folder: Path, *, samples: int = 24, **more: Any) -> Path:
@@ -55,10 +49,10 @@ def key_of(pipeline: DecoderPipeline) -> str:
     return error.key
 
 
-def test_a_run_learns_to_prefer_and_says_so(tmp_path: Path, base: Path) -> None:
+def test_a_run_learns_to_prefer_and_says_so(tmp_path: Path, tiny_llava: Path) -> None:
     run_file = write_run(
         tmp_path / "run.yaml",
-        base,
+        tiny_llava,
         write_pairs(tmp_path / "data"),
         training=RATES,
         objective={"loss": "dpo", "beta": 0.5},
@@ -71,11 +65,13 @@ def test_a_run_learns_to_prefer_and_says_so(tmp_path: Path, base: Path) -> None:
     assert lines[-1]["rewards/chosen"] > lines[-1]["rewards/rejected"]
 
 
-@pytest.mark.parametrize("objective", [{"dpo": 0.8, "bco": 0.2, "sft": 1.0}, "orpo"])
-def test_stored_outputs_and_plain_rows_train_the_same(tmp_path: Path, base: Path, objective: Any) -> None:
+@pytest.mark.parametrize(
+    "objective", [{"dpo": 0.8, "bco": 0.2, "sft": 1.0}, pytest.param("orpo", marks=pytest.mark.slow)]
+)
+def test_stored_outputs_and_plain_rows_train_the_same(tmp_path: Path, tiny_llava: Path, objective: Any) -> None:
     run_file = write_run(
         tmp_path / "run.yaml",
-        base,
+        tiny_llava,
         write_pairs(tmp_path / "data"),
         objective={"loss": objective},
         training={"max_steps": 3},
@@ -91,11 +87,11 @@ def test_stored_outputs_and_plain_rows_train_the_same(tmp_path: Path, base: Path
     assert len(first[2]) == 3
 
 
-def test_a_resumed_run_has_the_reference_of_its_start(tmp_path: Path, base: Path) -> None:
+def test_a_resumed_run_has_the_reference_of_its_start(tmp_path: Path, tiny_llava: Path) -> None:
     """To the bit, also in a second epoch: the reference's log-probabilities of the first one come back."""
     training = {"save_strategy": "steps", "save_steps": 8, "max_steps": 10, "lr_scheduler_type": "constant"}
     run_file = write_run(
-        tmp_path / "run.yaml", base, write_pairs(tmp_path / "data"), training=training, objective={"loss": "dpo"}
+        tmp_path / "run.yaml", tiny_llava, write_pairs(tmp_path / "data"), training=training, objective={"loss": "dpo"}
     )
     whole = trained(run_file, name="whole")
     stopped = trained(run_file, name="stopped")
@@ -113,12 +109,12 @@ def test_a_resumed_run_has_the_reference_of_its_start(tmp_path: Path, base: Path
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_ranks_exchange_their_shards_for_the_reference(tmp_path: Path, base: Path) -> None:
+def test_two_ranks_exchange_their_shards_for_the_reference(tmp_path: Path, tiny_llava: Path) -> None:
     """Two steps of a second epoch among them, where the reference's log-probabilities are known."""
     training = {"max_steps": 8, "per_device_train_batch_size": 2, "train_sampling_strategy": "sequential"}
     run_file = write_run(
         tmp_path / "run.yaml",
-        base,
+        tiny_llava,
         write_pairs(tmp_path / "data"),
         data={"group_by_modality_length": False},
         training=training,
@@ -140,7 +136,7 @@ def test_two_ranks_exchange_their_shards_for_the_reference(tmp_path: Path, base:
             assert line["rewards/margin"] == pytest.approx(expected["rewards/margin"], abs=3e-2)
 
 
-def test_answers_called_good_or_bad(tmp_path: Path, base: Path) -> None:
+def test_answers_called_good_or_bad(tmp_path: Path, tiny_llava: Path) -> None:
     path = write_pairs(tmp_path / "data")
     rows = [
         {"prompt": row["prompt"], "completion": row[kind], "label": kind == "chosen", "image": row["image"]}
@@ -148,7 +144,9 @@ def test_answers_called_good_or_bad(tmp_path: Path, base: Path) -> None:
         for kind in ("chosen", "rejected")
     ]
     path.write_text(json.dumps(rows))
-    run_file = write_run(tmp_path / "run.yaml", base, path, training=RATES, objective={"loss": "kto", "beta": 0.5})
+    run_file = write_run(
+        tmp_path / "run.yaml", tiny_llava, path, training=RATES, objective={"loss": "kto", "beta": 0.5}
+    )
     lines = logged(trained(run_file))
     assert lines[-1]["rewards/chosen"] > 0.05 > lines[-1]["rewards/rejected"]
     new = f"--training.output_dir={tmp_path / 'new'}"
@@ -156,12 +154,12 @@ def test_answers_called_good_or_bad(tmp_path: Path, base: Path) -> None:
     assert key_of(decoder_run(run_file, new, "--objective.loss=sft")) == "objective.loss"
 
 
-def test_data_and_loss_must_fit(tmp_path: Path, base: Path) -> None:
-    pairs = write_run(tmp_path / "pairs.yaml", base, write_pairs(tmp_path / "pairs"))
+def test_data_and_loss_must_fit(tmp_path: Path, tiny_llava: Path) -> None:
+    pairs = write_run(tmp_path / "pairs.yaml", tiny_llava, write_pairs(tmp_path / "pairs"))
     assert key_of(decoder_run(pairs)) == "objective.loss"
     chosen = trained(pairs, "--data.columns={chosen: completion}", "--training.max_steps=1", name="chosen")
     assert len(logged(chosen)) == 1
-    plain = write_run(tmp_path / "plain.yaml", base, write_tiny_data(tmp_path / "plain", samples=8))
+    plain = write_run(tmp_path / "plain.yaml", tiny_llava, write_tiny_data(tmp_path / "plain", samples=8))
     assert key_of(decoder_run(plain, "--objective.loss=ipo")) == "objective.loss"
 
 

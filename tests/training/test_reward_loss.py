@@ -22,24 +22,18 @@ from dora_vl.training.pipeline import RewardLoss
 from dora_vl.training.reference import Reference
 from dora_vl.training.rollouts import Rollouts
 from tests.training.test_preference_loss import EXAMPLES, PICTURES, disturb, items
-from tests.training.tiny_run import write_tiny_llava
 
 GROUP, LONGEST = 5, 6
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_tiny_llava(tmp_path_factory.mktemp("base") / "base"))
+@pytest.fixture
+def encoder(tiny_llava: Path) -> Encoder:
+    return open_encoder(str(tiny_llava), max_tokens=512)
 
 
 @pytest.fixture
-def encoder(base: str) -> Encoder:
-    return open_encoder(base, max_tokens=512)
-
-
-@pytest.fixture
-def backbone(base: str) -> DecoderBackbone:
-    backbone = open_backbone(base)
+def backbone(tiny_llava: Path) -> DecoderBackbone:
+    backbone = open_backbone(str(tiny_llava))
     targets, projector = language_targets(backbone.model), {"projector": projector_patterns(backbone.model)}
     torch.manual_seed(3)
     apply_dora(backbone.model, DoRAConfig(targets=targets, rank=2, alpha=6.0, dropout=0.0, also_train=projector))
