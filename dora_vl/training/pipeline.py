@@ -141,8 +141,9 @@ class RewardLoss(NextTokenLoss):
             kl = divergence(log_probs, before)
             each = each + self.kl * token_weights[features.rows] * kl
             noted["log_probs/kl"] = kl.detach().mean()
-        of_answers = torch.zeros_like(drawn_log_probs).index_add(0, features.rows, log_probs.detach().float())
-        noted["log_probs/gap"] = (of_answers - drawn_log_probs).abs().mean()
+        drawn = drawn_log_probs.float()  # DeepSpeed's bfloat16 engine casts what goes in
+        of_answers = torch.zeros_like(drawn).index_add(0, features.rows, log_probs.detach().float())
+        noted["log_probs/gap"] = (of_answers - drawn).abs().mean()
         count = torch.tensor(len(log_probs), device=log_probs.device)
         divisor = 1 if num_items_in_batch is None else num_items_in_batch
         return {"loss": each.sum() / divisor, "labelled_tokens": count, **noted}

@@ -84,6 +84,16 @@ def test_a_run_raises_its_reward_and_says_so(make: Callable[..., Path]) -> None:
     assert len({answer["reward"] for answer in drawn[0]["answers"]}) > 1
 
 
+def test_all_weights_learn_in_half_precision(make: Callable[..., Path]) -> None:
+    """DeepSpeed's engine casts the batch's float32 numbers too."""
+    adapter = {"method": "full", "initial": None, "targets": ["*.q_proj"]}
+    run_file = make(
+        training={"max_steps": 2, "deepspeed": "zero0", "bf16": True}, objective={"kl": 0.2}, adapter=adapter
+    )
+    folder = trained(run_file, "--model.dtype=bfloat16", "--optim.projector_learning_rate=null")
+    assert all(0 <= line["log_probs/gap"] < 0.5 for line in logged(folder))
+
+
 def test_a_resumed_run_draws_the_same(make: Callable[..., Path]) -> None:
     training = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "lr_scheduler_type": "constant"}
     run_file = make(training=training, objective={"kl": 0.2})
