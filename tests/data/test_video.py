@@ -148,7 +148,8 @@ def write_broken(folder: Path) -> None:
     (folder / "text.mp4").write_text("no video " * 500)
     write_video(folder / "sound.mp4", [], sound=True)
     header = write_video(folder / "whole.mp4", STEADY, options={"movflags": "faststart"}).read_bytes()
-    (folder / "cut_index_first.mp4").write_bytes(header[: len(header) * 6 // 10])
+    frames = header.find(b"mdat")  # how many bytes each frame takes is the encoder's to choose
+    (folder / "cut_index_first.mp4").write_bytes(header[: frames + (len(header) - frames) * 3 // 10])
     plain = write_video(folder / "plain.mp4").read_bytes()
     (folder / "cut.mp4").write_bytes(plain[: len(plain) * 6 // 10])
     (folder / "no_frame.mp4").write_bytes(plain[: plain.find(b"mdat") - 4])
