@@ -51,6 +51,17 @@ def wait_without_spinning() -> None:
         os.environ.update({**SPINS, **os.environ})
 
 
+def bind_threads() -> None:
+    """Has OpenMP give each of its threads a core of its own, where nothing says otherwise; before torch loads.
+
+    Left to the system, two threads that wait for each other can share a core while other programs have the rest: a
+    step beside one busy program a core takes six times its time alone, and two and a half times with this.
+    """
+    stated = ("OMP_NUM_THREADS", "OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "LOCAL_RANK")
+    if sys.platform == "linux" and "torch" not in sys.modules and not any(name in os.environ for name in stated):
+        os.environ.update(OMP_PROC_BIND="true", OMP_PLACES="cores")
+
+
 Inputs = ParamSpec("Inputs")
 Result = TypeVar("Result")
 

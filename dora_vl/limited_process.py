@@ -43,6 +43,8 @@ SILENT_TIMES = 3
 START_SECONDS = 60.0
 """Seconds of silence allowed besides, while its libraries are imported on a busy machine."""
 LOOK_SECONDS = 0.1
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_PROC_BIND": "false"}
+"""Set for the process, which may run on any core."""
 QUICK_SECONDS, PATIENCE = 0.3, 19
 """After so long a job yields to all others (`nice`), where its process was started to do so."""
 
@@ -146,7 +148,7 @@ class LimitedProcess:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,  # FFmpeg writes a line for every damaged block
-            env={**os.environ, "PYTHONPATH": packages, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": packages, **ONE_THREAD},
         )
         theirs.close()
         self._owner, self.reusable = os.getpid(), True

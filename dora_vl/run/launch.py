@@ -37,6 +37,21 @@ def threads_of_this_rank() -> int | None:
     return max(1, cores // int(ranks))
 
 
+def own_core() -> tuple[set[int], set[int]] | None:
+    """Starts OpenMP's threads; where it binds them, returns the main thread's core and all that it may run on.
+
+    It may run on all of them again: what a bound thread starts, such as data workers, has its core alone. To be asked
+    before anything else is computed.
+    """
+    if os.environ.get("OMP_PROC_BIND") != "true" or sys.platform != "linux":
+        return None
+    every = os.sched_getaffinity(0)
+    torch.ones(2**20).add_(1)  # large enough for several threads
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, every)
+    return None if own == every or torch.cuda.is_available() else (own, every)
+
+
 def stand_alone_environment() -> None:
     """Gives a process that is the only rank a free port, and its names where no launcher gave any.
 

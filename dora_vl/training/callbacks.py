@@ -312,6 +312,26 @@ class StepLimit(TrainerCallback):
 # Watched questions: asked while it trains, their answers kept and handed to the trackers.
 
 
+class OwnCore(TrainerCallback):
+    """Keeps the main thread on its own core while a step computes, as OpenMP keeps its other threads on theirs.
+
+    Args:
+        own: the core's numbers.
+        every: what it may run on between steps, and whatever is started there.
+    """
+
+    def __init__(self, own: set[int], every: set[int]) -> None:
+        self._own, self._every = own, every
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Binds the thread."""
+        os.sched_setaffinity(0, self._own)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Frees it."""
+        os.sched_setaffinity(0, self._every)
+
+
 class WatchQuestions(TrainerCallback):
     """Has the questions answered before the first step, at every validation, or now and then where there is none.
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from dora_vl.errors import exit_on_user_error
+from dora_vl.errors import bind_threads, exit_on_user_error
 
 if TYPE_CHECKING:
     from dora_vl.run.settings import RunConfig, Task
@@ -65,6 +65,7 @@ def train(words: Sequence[str], task: Task = "image_text", *, program: str, desc
 
     The words and their files are settings of the task that they name, or else of `task`.
     """
+    bind_threads()
     from dora_vl.run.folder import finished_already, run_folder_of
     from dora_vl.run.launch import cause_speaks_first, end_with_launcher, log_to_stderr
     from dora_vl.run.reading import read_run
