@@ -43,10 +43,8 @@ SILENT_TIMES = 3
 START_SECONDS = 60.0
 """Seconds of silence allowed besides, while its libraries are imported on a busy machine."""
 LOOK_SECONDS = 0.1
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_PROC_BIND": "false"}
-"""Set for the process, which may run on any core."""
-QUICK_SECONDS, PATIENCE = 0.3, 19
-"""After so long a job yields to all others (`nice`), where its process was started to do so."""
+QUICK_SECONDS = 0.25
+"""After so many seconds of the processor a job yields to all others, where its process was started to do so (Linux)."""
 
 
 class JobFailed(ValueError):
@@ -109,7 +107,7 @@ class LimitedProcess:
             request = {"job": job, "arguments": arguments, "seconds": budget.seconds, "memory": budget.memory}
             connection.send_bytes(json.dumps(request).encode())
             connection.send_bytes(content)
-            quick = time.monotonic() + QUICK_SECONDS
+            quick = self._spent() + QUICK_SECONDS
             silence = START_SECONDS
             while True:
                 deadline = time.monotonic() + silence + SILENT_TIMES * budget.seconds
@@ -117,9 +115,9 @@ class LimitedProcess:
                     budget.go_on()
                     if time.monotonic() > deadline:
                         raise JobFailed(ENDED, f"takes more than {budget.seconds:.3g} s to read")
-                    if self._yields and self.reusable and time.monotonic() > quick and self._process:
+                    if self._yields and self.reusable and self._process and self._spent() > quick:
                         self.reusable = False
-                        os.setpriority(os.PRIO_PROCESS, self._process.pid, PATIENCE)
+                        os.sched_setscheduler(self._process.pid, os.SCHED_IDLE, os.sched_param(0))
                 message, part = json.loads(connection.recv_bytes(LARGEST_PART)), connection.recv_bytes(LARGEST_PART)
                 silence = 0.0
                 if "spent" in message:
@@ -148,11 +146,19 @@ class LimitedProcess:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,  # FFmpeg writes a line for every damaged block
-            env={**os.environ, "PYTHONPATH": packages, **ONE_THREAD},
+            env={**os.environ, "PYTHONPATH": packages, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         )
         theirs.close()
         self._owner, self.reusable = os.getpid(), True
         return self._connection
+
+    def _spent(self) -> float:
+        """Returns the seconds of the processor that the process has used; 0 where the system does not tell them."""
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            return (
+                int(Path(f"/proc/{self._process and self._process.pid}/schedstat").read_text("ascii").split()[0]) / 1e9
+            )
+        return 0.0
 
     def _last_words(self, budget: Budget) -> str:
         """Tells why the process died, as far as its exit status tells."""

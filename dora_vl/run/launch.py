@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import logging
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from dora_vl.errors import LostRank, UserError, is_communication, one_line
+from dora_vl.errors import BINDING, LostRank, UserError, bind_threads, is_communication, one_line
 
 FIRST_RANK_SECONDS = 15.0  # on a busy machine the first has taken more than five
 Item = TypeVar("Item")
@@ -37,18 +38,21 @@ def threads_of_this_rank() -> int | None:
     return max(1, cores // int(ranks))
 
 
-def own_core() -> tuple[set[int], set[int]] | None:
-    """Starts OpenMP's threads; where it binds them, returns the main thread's core and all that it may run on.
+@functools.cache
+def own_core() -> tuple[Set[int], Set[int]] | None:
+    """Starts torch's threads; where they are bound, returns the main thread's core and all that it may run on.
 
-    It may run on all of them again: what a bound thread starts, such as data workers, has its core alone. To be asked
-    before anything else is computed.
+    It may run on all of them again, and so may other libraries' threads and processes: what a bound thread starts, such
+    as data workers, has its core alone.
     """
-    if os.environ.get("OMP_PROC_BIND") != "true" or sys.platform != "linux":
+    every = bind_threads()
+    if not every:
         return None
-    every = os.sched_getaffinity(0)
     torch.ones(2**20).add_(1)  # large enough for several threads
     own = os.sched_getaffinity(0)
     os.sched_setaffinity(0, every)
+    for name in BINDING:
+        del os.environ[name]
     return None if own == every or torch.cuda.is_available() else (own, every)
 
 

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -320,7 +320,7 @@ class OwnCore(TrainerCallback):
         every: what it may run on between steps, and whatever is started there.
     """
 
-    def __init__(self, own: set[int], every: set[int]) -> None:
+    def __init__(self, own: Set[int], every: Set[int]) -> None:
         self._own, self._every = own, every
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

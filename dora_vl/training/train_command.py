@@ -66,8 +66,10 @@ def train(words: Sequence[str], task: Task = "image_text", *, program: str, desc
     The words and their files are settings of the task that they name, or else of `task`.
     """
     bind_threads()
+    from dora_vl.run.launch import cause_speaks_first, end_with_launcher, log_to_stderr, own_core
+
+    own_core()  # before other libraries bring an OpenMP of their own
     from dora_vl.run.folder import finished_already, run_folder_of
-    from dora_vl.run.launch import cause_speaks_first, end_with_launcher, log_to_stderr
     from dora_vl.run.reading import read_run
 
     log_to_stderr()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.server
 import io
+import os
 import socket
 import threading
 import time
@@ -15,7 +16,6 @@ from typing import Any
 import psutil
 import pytest
 
-from dora_vl.limited_process import PATIENCE
 from dora_vl.serving import media
 from dora_vl.serving.media import NotFetched, RequestMedia, fetch, is_public, public_address
 from dora_vl.serving.options import Settings
@@ -39,7 +39,7 @@ def test_a_picture_that_takes_long_yields_and_goes_where_others_wait(monkeypatch
 
         slow = threads.submit(read, jpeg_of_scans(4_000, 20_000))
         until = time.monotonic() + 60
-        while not any(child.nice() == PATIENCE for child in psutil.Process().children()):
+        while not any(os.sched_getscheduler(child.pid) == os.SCHED_IDLE for child in psutil.Process().children()):
             assert time.monotonic() < until
             time.sleep(0.05)
         assert read(quick.getvalue()).size == RED.size
