@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCH = ("RANK", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 AT_START = {name: os.environ.get(name) for name in LAUNCH}
 
 

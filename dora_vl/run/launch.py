@@ -25,11 +25,12 @@ FIRST_RANK_SECONDS = 15.0  # on a busy machine the first has taken more than fiv
 Item = TypeVar("Item")
 
 
+@functools.cache
 def threads_of_this_rank() -> int | None:
     """Returns this rank's share of the cores on a CPU under a launcher; None leaves torch's or the user's choice.
 
     Launchers set OMP_NUM_THREADS=1, which leaves cores idle where the CPU does the computing. To be asked before
-    accelerate starts: it overwrites LOCAL_WORLD_SIZE, which it does not find under the deepspeed launcher.
+    accelerate starts, which sets LOCAL_WORLD_SIZE itself; a later run in this process has the first one's answer.
     """
     ranks = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE")
     if torch.cuda.is_available() or ranks is None:
