@@ -56,9 +56,8 @@ def wait_without_spinning() -> None:
 def bind_threads() -> frozenset[int]:
     """Has OpenMP give each of its threads a core of its own, where nothing says otherwise; before torch loads.
 
-    Left to the system, two threads that wait for each other can share a core while other programs have the rest: a
-    step beside one busy program a core takes six times its time alone, and two and a half times with this. Returns all
-    cores that this process may use; none where threads are not bound.
+    Left to the system, two threads that wait for each other can share a core while other programs have the rest.
+    Returns all cores that this process may use; none where threads are not bound.
     """
     stated = ("OMP_NUM_THREADS", *BINDING, "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "LOCAL_RANK")
     if sys.platform != "linux" or "torch" in sys.modules or any(name in os.environ for name in stated):

@@ -154,10 +154,11 @@ class LimitedProcess:
 
     def _spent(self) -> float:
         """Returns the seconds of the processor that the process has used; 0 where the system does not tell them."""
+        if self._process is None:
+            return 0.0
         with contextlib.suppress(OSError, ValueError, IndexError):
-            return (
-                int(Path(f"/proc/{self._process and self._process.pid}/schedstat").read_text("ascii").split()[0]) / 1e9
-            )
+            nanoseconds = Path(f"/proc/{self._process.pid}/schedstat").read_text("ascii").split()[0]
+            return int(nanoseconds) / 1e9
         return 0.0
 
     def _last_words(self, budget: Budget) -> str:

@@ -309,9 +309,6 @@ class StepLimit(TrainerCallback):
     on_substep_end = on_step_end = on_prediction_step = on_save = on_evaluate = on_step_begin
 
 
-# Watched questions: asked while it trains, their answers kept and handed to the trackers.
-
-
 class OwnCore(TrainerCallback):
     """Keeps the main thread on its own core while a step computes, as OpenMP keeps its other threads on theirs.
 
@@ -330,6 +327,9 @@ class OwnCore(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Frees it."""
         os.sched_setaffinity(0, self._every)
+
+
+# Watched questions: asked while it trains, their answers kept and handed to the trackers.
 
 
 class WatchQuestions(TrainerCallback):
