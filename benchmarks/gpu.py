@@ -1,4 +1,4 @@
-"""Checks the CUDA kernels against the eager operations and times them beside PEFT and `torch.compile`, in ten minutes.
+"""Times the CUDA kernels beside the eager operations, PEFT and `torch.compile`, in ten minutes.
 
     python benchmarks/gpu.py                             # writes gpu.jsonl
     python benchmarks/gpu.py --minutes 3 --to /tmp/gpu   # what does not fit is named
@@ -7,7 +7,7 @@
 Needs torch, triton and peft. All in bfloat16: a training step (forward, backward, AdamW) and the decoding
 of one token, of linear layers and decoder blocks as in models of 1 to 8 billion parameters. Contenders take turns;
 quoted are medians over rounds of the ratio to PEFT's LoRA inside one round. Memory is what a step takes above what lay
-there before it. Exit status 1: a check failed, nothing was timed; 2: no CUDA.
+there before it. Exit status 2: no CUDA. Whether the kernels are right, `pytest tests/core/fast` says on the same machine.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it stands in its own folder
 
 from benchmarks.contenders import Layer, activation_loss, contender, take_turns, train_step
-from benchmarks.gpu_checks import Check, checks, compiled_check
 from benchmarks.report import table, write_json
 from dora_vl.core.fast.kernels import without_kernels
 
@@ -111,30 +110,26 @@ class Budget:
 
 
 def main() -> int:
-    """Runs the checks and the timings, writes the results and returns the exit status."""
+    """Runs the timings, writes the results and returns the exit status."""
     options = read_options()
     if options.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device; --device cpu --smoke runs the script on tiny shapes", file=sys.stderr)
         return 2
     torch.set_float32_matmul_precision("highest")
     budget = Budget(60 * options.minutes)
-    outcome = run_checks(options, budget)
-    failed = any(not check.passed for check in outcome)
     rows: list[dict[str, Any]] = []
-    publish(options, budget, outcome, rows)
-    for row in () if failed else run_cases(options, budget):
+    for row in run_cases(options, budget):
         rows.append(row)  # written after each, so that what comes later takes nothing away
-        publish(options, budget, outcome, rows)
-    publish(options, budget, outcome, rows)
+        publish(options, budget, rows)
+    publish(options, budget, rows)
     print(f"\n{budget.spent():.0f} s of {budget.seconds:.0f} s; left out: {', '.join(budget.left_out) or 'nothing'}")
-    return 1 if failed else 0
+    return 0
 
 
-def publish(options: argparse.Namespace, budget: Budget, outcome: list[Check], rows: list[dict[str, Any]]) -> None:
+def publish(options: argparse.Namespace, budget: Budget, rows: list[dict[str, Any]]) -> None:
     """Writes the results so far as JSON."""
     content = {
         "options": {name: str(value) for name, value in vars(options).items() if name != "to"},
-        "checks": [{**asdict(check), "passed": check.passed} for check in outcome],
         "cases": rows,
         "left_out": budget.left_out,
         "seconds": round(budget.spent(), 1),
@@ -159,23 +154,6 @@ def read_options() -> argparse.Namespace:
 def backend_of(options: argparse.Namespace) -> str:
     """Chooses the backend of `torch.compile`; the smoke test needs no C++ compiler."""
     return "aot_eager" if options.smoke else "inductor"
-
-
-def run_checks(options: argparse.Namespace, budget: Budget) -> list[Check]:
-    """Runs the checks that fit in their share of the time and prints those that fail."""
-    done: list[Check] = []
-    for check in checks(options.device, smoke=options.smoke):
-        done.append(check)
-        if budget.spent() > 0.3 * budget.seconds:  # the rest is for timing
-            budget.left_out.append("checks after " + check.name)
-            break
-    compiled = budget.run("check", "check of compiled", lambda: compiled_check(options.device, backend_of(options)))
-    done += [] if compiled is None else [compiled]
-    failed = [check for check in done if not check.passed]
-    print(f"{len(done) - len(failed)} of {len(done)} checks passed, in {budget.spent():.0f} s")
-    for check in failed:
-        print(f"FAILED {check.name}: {check.error:.2g}, at most {check.allowed:.2g}")
-    return done
 
 
 def run_cases(options: argparse.Namespace, budget: Budget) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from dora_vl.adapters.folder import save_adapter as save_adapter
     from dora_vl.adapters.peft_model import accelerate_peft as accelerate_peft
     from dora_vl.adapters.peft_model import restore_peft as restore_peft
-    from dora_vl.adapters.several import AdapterSet as AdapterSet
     from dora_vl.core import DoRAConfig as DoRAConfig
     from dora_vl.core import apply_dora as apply_dora
     from dora_vl.core import merge_dora as merge_dora
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AdapterSet": "dora_vl.adapters.several",
     "DoRAConfig": "dora_vl.core",
     "UserError": "dora_vl.errors",
     "accelerate_peft": "dora_vl.adapters.peft_model",

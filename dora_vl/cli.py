@@ -47,7 +47,7 @@ COMMANDS = {
     "estimate": Command("dora_vl.training.estimate_command", "memory, traffic and time of a run, before it starts"),
     "evaluate": Command("dora_vl.evaluation.commands", "official scores with intervals, of adapters and predictions"),
     "export": Command(
-        "dora_vl.evaluation.export_command", "a trained model for vLLM, or as GGUF; checks it", opens_bases=True
+        "dora_vl.evaluation.export_command", "a trained model as vLLM serves it; checks it", opens_bases=True
     ),
     "init": Command("dora_vl.start.init", "your pictures and questions to the files of a first run"),
     "merge": Command(

@@ -1,1 +1,1 @@
-"""The adapter folder: written and read strictly, other tools' formats, merge, combine, and PEFT models on this core."""
+"""The adapter folder: written and read strictly, other tools' formats, merge, and PEFT models on this core."""

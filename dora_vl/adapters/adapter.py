@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -54,8 +54,6 @@ class Factors:
     scale: float
     transposed: bool = False
     """The layer stores its weight as [in, out], as embeddings and transformers' `Conv1D` do."""
-    magnitude_axis: Literal["output", "input"] = "output"
-    """`output`: one magnitude an output row, as in the paper; `input`: one an input column (early LyCORIS)."""
     shared_A: bool = False
     """A is DVoRA's, as wide as the widest layer; `on_weight` cuts it."""
 
@@ -94,11 +92,10 @@ class Factors:
     def shape_fits(self, weight: Tensor) -> bool:
         """Tells whether A, B and the magnitude belong to a weight of this shape."""
         rows, columns = self.as_matrix(weight).shape
-        along = rows if self.magnitude_axis == "output" else columns
         return (
             (self.lora_A is None or self.lora_A.shape[1] == columns)
             and (self.lora_B is None or self.lora_B.shape[0] == rows)
-            and (self.magnitude is None or self.magnitude.numel() == along)
+            and (self.magnitude is None or self.magnitude.numel() == rows)
         )
 
     def as_matrix(self, weight: Tensor) -> Float[Tensor, "out in_"]:
@@ -108,26 +105,14 @@ class Factors:
     def merged(self, weight: Tensor) -> Tensor:
         """Computes W' in the shape of `weight`, in float32 (float64 for float64)."""
         matrix = self.as_matrix(weight.detach())
-        wide, a, b = matrix.to(functional.accumulation_dtype(weight.dtype)), self.lora_A, self.lora_B
-        if self.magnitude_axis == "input":
-            a, b = (None if factor is None else factor.t() for factor in (b, a))
-            new = functional.merged_weight(wide.t(), a, b, self.magnitude, self.scale).t().contiguous()
-        else:
-            new = functional.merged_weight(wide, a, b, self.magnitude, self.scale)
+        wide = matrix.to(functional.accumulation_dtype(weight.dtype))
+        new = functional.merged_weight(wide, self.lora_A, self.lora_B, self.magnitude, self.scale)
         return new.t().contiguous() if self.transposed else new.view(weight.shape)
 
     def tensors(self, layer: str) -> dict[str, Tensor]:
         """Returns A, B and magnitude under a linear layer's PEFT keys."""
         parts = {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B, "lora_magnitude_vector": self.magnitude}
         return {f"{PEFT_PREFIX}{layer}.{leaf}": part for leaf, part in parts.items() if part is not None}
-
-    def gain_on(self, weight: Tensor) -> Float[Tensor, " out"]:
-        """Computes g = m / ||W + s B A|| of each output row; ones without a magnitude."""
-        matrix = self.as_matrix(weight.detach())
-        direction = functional.dense_direction(matrix, self.lora_A, self.lora_B, self.scale)
-        if self.magnitude is None:
-            return torch.ones(len(matrix), dtype=direction.dtype)
-        return functional.gain(self.magnitude, functional.root(functional.row_norms_squared(direction)))
 
 
 CLOSED_ANSWERS = "closed_answers"
@@ -151,8 +136,6 @@ class Adapter:
     """`recipe.json`; empty for an adapter that was not made here."""
     source: str = "adapter"
     """Says in messages where the adapter came from."""
-    input_axis: frozenset[str] = frozenset()
-    """Layers with one magnitude an input column (early LyCORIS); they can be merged, not written as PEFT."""
 
     @cached_property
     def layers(self) -> dict[str, dict[str, Tensor]]:
@@ -249,7 +232,6 @@ class Adapter:
             magnitude=magnitude,
             scale=scale_of(self.config, layer, rank) if rank else 1.0,
             transposed=layer in self.embeddings or bool(self.config.get("fan_in_fan_out")),
-            magnitude_axis="input" if layer in self.input_axis else "output",
         )
 
     def _shared_factors(self, layer: str, tensors: Mapping[str, Tensor]) -> Factors:
@@ -308,12 +290,6 @@ def write_adapter(adapter: Adapter, folder: str | PathLike[str]) -> None:
 
     The exception: where PEFT would leave out some of the tensors, `peft_type` becomes one that it refuses.
     """
-    if adapter.input_axis:
-        raise UserError(
-            f"{adapter.source}: {len(adapter.input_axis)} layers, first {min(adapter.input_axis)}, have one magnitude "
-            "an input column; an adapter folder holds one an output row, so this would lose them. Merge it into its "
-            "base (dora-vl merge) or export a LoRA with its error stated (dora-vl convert --as lora)"
-        )
     kind = adapter.config.get("peft_type", "LORA")
     if kind == "LORA":
         kind = type_of(by_own_name(adapter.source, adapter.tensors)[0], adapter.config)

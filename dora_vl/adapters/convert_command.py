@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_vl.adapters.foreign import FORMATS, ORIGINAL_FORMS
+from dora_vl.adapters.foreign import FORMATS
 from dora_vl.errors import UserError, positive
 
 if TYPE_CHECKING:
@@ -20,20 +19,11 @@ PEFT, transformers and dora_vl load. The format is known by the file's keys; --f
 
   dora-vl convert DoRA-llava/ --to adapter                      NVlabs' LLaVA, both of its .bin files
   dora-vl convert LAST.pth --to adapter                         NVlabs' VL-BART
-  dora-vl convert adapter_0.pt --base llama-3-8b/ --to adapter  torchtune
-  dora-vl convert adapters.safetensors --to adapter             mlx-lm
-  dora-vl convert style.safetensors --base sdxl/unet --to adapter   LyCORIS, kohya
 
 With --as lora the result is a plain LoRA for tools that cannot serve magnitudes: the truncated SVD of each layer's
 change. Its relative error is printed layer by layer, and nothing is written above --max-error.
 
   dora-vl convert runs/demo/adapter --as lora --base runs/demo/base --rank 128 --max-error 0.2 --to adapter-lora
-
-With --as nvlabs-vlbart (a DoRA) or vl-adapter (a LoRA) a VL-BART's adapter becomes the whole dictionary that the
-original saves, the base's weights included.
-
-  dora-vl convert adapter --as nvlabs-vlbart --base BASE --to LAST.pth
-  dora-vl convert adapter --as vl-adapter --task vqa,gqa,nlvr,caption --base BASE --to LAST.pth
 """
 
 
@@ -41,18 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `dora-vl convert`."""
     parser.add_argument("source", type=Path, metavar="FROM", help="a folder or file that holds an adapter")
     parser.add_argument(
-        "--to",
-        type=Path,
-        required=True,
-        metavar="FOLDER",
-        help="adapter folder to write, replaced if it is one; of an original dictionary a new file",
+        "--to", type=Path, required=True, metavar="FOLDER", help="adapter folder to write, replaced if it is one"
     )
-    kinds = ("peft", "lora", *ORIGINAL_FORMS)
-    parser.add_argument("--as", dest="kind", choices=kinds, default="peft", help="default: peft")
-    parser.add_argument(
-        "--base", type=Path, metavar="FOLDER", help="the base model's folder (torchtune, kohya; --as lora, VL-BART)"
-    )
-    parser.add_argument("--any-base", action="store_true", help="VL-BART: accept a base whose content hash differs")
+    parser.add_argument("--as", dest="kind", choices=("peft", "lora"), default="peft", help="default: peft")
+    parser.add_argument("--base", type=Path, metavar="FOLDER", help="the base model's folder (--as lora)")
     add_reading_arguments(parser)
     parser.add_argument("--rank", type=positive, metavar="R", help="--as lora: rank of the result")
     parser.add_argument("--max-error", type=float, metavar="X", help="--as lora: largest relative error of any layer")
@@ -62,7 +44,6 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options that some formats need, shared by the commands that read adapters."""
     parser.add_argument("--from", dest="format", choices=FORMATS, help="the format; default: known by the keys")
     parser.add_argument("--alpha", type=float, help="numerator of the scale, where no file states it")
-    parser.add_argument("--task", help="which of VL-Adapter's tasks; with --as vl-adapter all of them, by commas")
     parser.add_argument(
         "--rename",
         action="append",
@@ -83,7 +64,6 @@ def reading_options(arguments: argparse.Namespace) -> ReadOptions:
         format=arguments.format,
         base=arguments.base,
         alpha=arguments.alpha,
-        task=arguments.task,
         renames=tuple((old, new) for old, _, new in pairs),
     )
 
@@ -99,9 +79,6 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     source, target, rank = arguments.source, arguments.to, arguments.rank
     if arguments.kind != "lora" and (rank is not None or arguments.max_error is not None):
         raise UserError("--rank and --max-error belong to --as lora")
-    if arguments.kind in ORIGINAL_FORMS:
-        yield _to_original(arguments)
-        return
     if target.resolve() in (source.resolve(), source.resolve().parent):
         raise UserError(f"--to {target} is where the adapter is read from; name another folder")
     refuse_to_replace_adapter(target)
@@ -122,25 +99,3 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     write_adapter(as_lora(adapter, exports, arguments.max_error), target)
     worst = max(export.relative_error for export in exports)
     yield f"{target}: {len(exports)} layers of rank {rank}, largest relative error {worst:.3g}"
-
-
-def _to_original(arguments: argparse.Namespace) -> str:
-    from dora_vl.adapters.adapter import base_of, refuse_other_base
-    from dora_vl.adapters.base_weights import BaseWeights
-    from dora_vl.adapters.exports import original_dictionary, refuse_to_overwrite, write_original
-    from dora_vl.adapters.read import read_any
-
-    refuse_to_overwrite(arguments.to)
-    is_lora = arguments.kind == "vl-adapter"
-    options = replace(reading_options(arguments), task=None, alpha_serves_result=is_lora)
-    adapter = read_any(arguments.source, options)
-    base_folder = arguments.base or base_of(adapter)
-    if not arguments.any_base:
-        refuse_other_base(adapter.recipe, base_folder, adapter.source)
-    tasks = tuple((arguments.task or "").split(",")) if is_lora else ()
-    with BaseWeights(base_folder) as base:
-        tensors, rank, alpha = original_dictionary(adapter, base, arguments.kind, tasks=tasks, alpha=arguments.alpha)
-        write_original(tensors, arguments.to)
-    stated = f", lora_alpha {alpha:g} (the file does not say it)" if tasks else ""
-    size = f"{len(adapter.layers)} layers of rank {rank}, {len(tensors)} tensors"
-    return f"{arguments.to}: {size}{stated}"

@@ -13,7 +13,7 @@ hold comes from its base, beside each adapted weight stand the factors, and the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dora_vl.adapters.adapter import CLOSED_ANSWERS, Adapter, Factors, content_hash, is_extra, write_adapter
+from dora_vl.adapters.adapter import Adapter, Factors, content_hash, is_extra, write_adapter
 from dora_vl.adapters.agreement import PEFT_PREFIX, split_key
 from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.files import refuse_to_replace
-from dora_vl.adapters.foreign import ALIASES, EMBEDDING, ORIGINAL_FORMS
 from dora_vl.adapters.merge import Merged, MergedWeights, merge_to_folder, planned_factors
 from dora_vl.adapters.settings import new_config, own_recipe, peft_fields
-from dora_vl.core.trainable import split_rows
 from dora_vl.errors import UserError
-from dora_vl.files import whole_file, whole_folder
+from dora_vl.files import whole_folder
 
 EXACT_SVD_UP_TO = 1024
 """Shorter side of a change up to which the whole SVD is taken; beyond it a randomised one of the leading part."""
@@ -193,7 +191,6 @@ def refuse_unserved(adapter: Adapter, base: BaseWeights, language: Collection[st
             "is experts in one tensor": name in adapter.experts,
             "is an embedding or a convolution": name in adapter.not_linear,
             "has a magnitude alone": "lora_A" not in layer,
-            "has a magnitude for each input column": name in adapter.input_axis,
             "is a Conv1D": name in base.transposed_layers,
         }
         if (reason := next((reason for reason, holds in reasons.items() if holds), None)) is not None:
@@ -243,94 +240,3 @@ def _of_one_scale(adapter: Adapter, served: Mapping[str, Factors]) -> Adapter:
     )
     recipe = {**adapter.recipe, **own_recipe(config)} if adapter.recipe else {}
     return Adapter(tensors, config, recipe, adapter.source)
-
-
-def original_dictionary(
-    adapter: Adapter, base: BaseWeights, form: str, *, tasks: Sequence[str] = (), alpha: float | None = None
-) -> tuple[dict[str, Tensor], int, float]:
-    """Makes one of `ORIGINAL_FORMS` of the adapter on its base, in float32; returns rank and alpha too.
-
-    A, B, magnitudes and weights are copied bit by bit. Only where a layer's scale is not the form's (1 for NVlabs,
-    alpha / rank for VL-Adapter) B takes the difference, rounded once. VL-Adapter's configuration has to state the
-    alpha, since the file does not; None takes the adapter's own. All its `tasks` have this one adapter, as with
-    `--use_single_lora`.
-    """
-    _check_form(adapter, base, form, tasks)
-    factors, is_dora = planned_factors(base, adapter), form == "nvlabs-vlbart"
-    rank = round(_one_of({name: float(layer.rank) for name, layer in factors.items()}, f"{adapter.source}: rank"))
-    if is_dora:
-        alpha = float(rank)  # the form's scale is 1
-    elif alpha is None:
-        alphas = {name: layer.scale * layer.rank for name, layer in factors.items()}
-        alpha = _one_of(alphas, f"{adapter.source}: alpha", ": give it as --alpha, and B takes the difference")
-    state = _whole_state(adapter, base)
-    for name, layer in factors.items():
-        assert layer.lora_A is not None  # the method has factors
-        assert layer.lora_B is not None
-        weight, a, b = state.pop(f"{name}.weight"), layer.lora_A.float(), layer.lora_B.float()
-        if layer.scale != alpha / rank:
-            b = (layer.lora_B.double() * (layer.scale / (alpha / rank))).float()
-        if is_dora:
-            assert layer.magnitude is not None
-            leaves = {"weight_v": weight, "weight_m": layer.magnitude.float().unsqueeze(1), "lora_A": a, "lora_B": b}
-        else:
-            factors_of = {f"lora_{side}s.{task}": part for task in tasks for side, part in (("A", a), ("B", b))}
-            leaves = {"weight": weight, **factors_of}
-        state |= {f"{name}.{leaf}": tensor for leaf, tensor in leaves.items()}
-    return state, rank, alpha
-
-
-def _check_form(adapter: Adapter, base: BaseWeights, form: str, tasks: Sequence[str]) -> None:
-    if f"{EMBEDDING}.feat_embedding.0.weight" not in base.tensors:
-        raise UserError(f"{base.folder} is no VL-BART: it holds no {EMBEDDING}.feat_embedding.0.weight")
-    if adapter.answer_heads or base.config.get(CLOSED_ANSWERS):
-        raise UserError(f"{form} has no place for the heads of closed answer lists; dora-vl merge writes them")
-    if adapter.method != ORIGINAL_FORMS[form]:
-        raise UserError(
-            f"{adapter.source}: method is {adapter.method!r}; {form} holds the factors of {ORIGINAL_FORMS[form]} alone"
-        )
-    is_dora = form == "nvlabs-vlbart"
-    odd = [name for name, layer in adapter.factors.items() if (layer.magnitude is None) == is_dora or not layer.rank]
-    if odd or not adapter.factors:
-        raise UserError(f"{adapter.source}: {len(odd)} layers are no {adapter.method} with A and B, first {odd[:1]}")
-    if not is_dora and (not tasks or not all(task.isidentifier() for task in tasks)):
-        raise UserError("--as vl-adapter needs --task, VL-Adapter's --tasks: such as --task vqa,gqa,nlvr,caption")
-
-
-def _one_of(by_layer: Mapping[str, float], what: str, advice: str = "") -> float:
-    """Returns the value that all layers share; refuses layers that differ."""
-    layers = {value: name for name, value in by_layer.items()}
-    if len(layers) > 1:
-        (value, name), (other, other_name) = list(layers.items())[:2]
-        raise UserError(f"{what} is {value:g} in {name} and {other:g} in {other_name}; the original has one{advice}")
-    return next(iter(layers))
-
-
-def _whole_state(adapter: Adapter, base: BaseWeights) -> dict[str, Tensor]:
-    """Returns the base's weights with the adapter's other tensors, the token embedding under all its names."""
-    state = {name: _wide(base.read(name)) for name in base.tensors}
-    for name, tensor in adapter.extras.items():
-        owner, rows = split_rows(name)
-        if owner == name:
-            state[name] = _wide(tensor)
-        else:
-            state[owner] = state[owner].clone()
-            state[owner][rows] = _wide(tensor)
-    return {**state, **dict.fromkeys(ALIASES, next(state[name] for name in ALIASES if name in state))}
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
-
-
-def write_original(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Writes the `.pth`, whole or not at all."""
-    refuse_to_overwrite(file)
-    with whole_file(file, binary=True) as stream:
-        torch.save(dict(tensors), stream)
-
-
-def refuse_to_overwrite(file: Path) -> None:
-    """Raises a `UserError` where the file, or a folder, is there already."""
-    if file.exists():
-        raise UserError(f"--to {file} is there already; name another file")

@@ -81,7 +81,7 @@ class MergedWeights:
 def planned_factors(base: BaseWeights, adapter: Adapter, *, with_experts_and_heads: bool = False) -> dict[str, Factors]:
     """Returns the adapter's factors, turned the way that each layer's class stores its weight.
 
-    Whatever merges, exports, combines or measures begins here: each tensor of the base is changed by one thing, under
+    Whatever merges, exports or measures begins here: each tensor of the base is changed by one thing, under
     the one name that it has. An adapter of experts that are one tensor, or with heads of closed answer lists that the
     base has not, is refused but by who takes them.
     """

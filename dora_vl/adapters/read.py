@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from dora_vl.adapters.adapter import Adapter, names_adapter, read_adapter
 from dora_vl.adapters.agreement import PEFT_PREFIX
-from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.files import (
     CONFIG_FILE,
     TRAINED_IN,
@@ -25,20 +23,10 @@ from dora_vl.adapters.files import (
     refuse_not_finite,
 )
 from dora_vl.adapters.folder import PICKLED_WEIGHTS_FILE, no_adapter
-from dora_vl.adapters.foreign import (
-    FORMATS,
-    KOHYA_PREFIXES,
-    LAYOUTS,
-    ROTARY_ORDER,
-    TELLING_KEYS,
-    TORCHTUNE_MODULES,
-    KeptRows,
-    Layout,
-)
+from dora_vl.adapters.foreign import FORMATS, LAYOUTS, TELLING_KEYS, KeptRows, Layout
 from dora_vl.adapters.settings import READ_TYPES, new_config, own_recipe
 from dora_vl.core.trainable import kept_rows
 from dora_vl.errors import UserError
-from dora_vl.files import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +36,9 @@ class ReadOptions:
     format: str | None = None
     """One of `FORMATS`; None recognises the format by the keys."""
     base: Path | None = None
-    """The base model's folder: head counts for torchtune, names for kohya."""
+    """The base model's folder, written down as what the adapter belongs to."""
     alpha: float | None = None
     """Numerator of the scale, where no file states it."""
-    alpha_serves_result: bool = False
-    """Also writes this alpha into the result, even where the source states another."""
-    task: str | None = None
     renames: tuple[tuple[str, str], ...] = ()
     """Pairs of old and new prefixes of layer names."""
 
@@ -72,7 +57,7 @@ def read_any(source: Path, options: ReadOptions) -> Adapter:
         tensors = _tensors(source)
         name = name or known_format(tensors, str(source))
     if name == "peft" or is_own:
-        if options.alpha is not None and not options.alpha_serves_result:
+        if options.alpha is not None:
             raise UserError(
                 f"{source}: its {CONFIG_FILE} states alpha: leave --alpha out, or change lora_alpha in a copy"
             )
@@ -82,16 +67,6 @@ def read_any(source: Path, options: ReadOptions) -> Adapter:
             )
         return read_adapter(source)
     assert name is not None
-    if name == "vl-adapter":
-        tensors = from_vl_adapter(tensors, options.task, str(source))
-    elif name in {"torchtune", "kohya"}:
-        if options.base is None:
-            raise UserError(f"{source} is of format {name}, whose layer names need the base model: add --base FOLDER")
-        if name == "torchtune":
-            tensors = from_torchtune(tensors, read_json(options.base / "config.json"), str(source))
-        else:
-            with BaseWeights(options.base) as base:
-                tensors = from_kohya(tensors, base.module_names(), str(source))
     return to_adapter(tensors, LAYOUTS[name], config=config, options=options, source=str(source))
 
 
@@ -100,14 +75,12 @@ def known_format(tensors: Mapping[str, Tensor], source: str) -> str:
     for name, endings in TELLING_KEYS:
         if any(key == ending or key.endswith(f".{ending}") for key in tensors for ending in endings):
             return name
-    if any(key.rpartition(".")[0].endswith((".lora_As", ".lora_Bs")) for key in tensors):
-        return "vl-adapter"
     raise UserError(f"{source}: keys such as {sorted(tensors)[:3]} are of no known format; name it with --from")
 
 
 def _tensors(source: Path) -> dict[str, Tensor]:
     # Tools give their weight files these names; all that a folder has are read together.
-    names = (WEIGHTS_FILE, PICKLED_WEIGHTS_FILE, "adapters.safetensors", "adapter_0.pt", "non_lora_trainables.bin")
+    names = (WEIGHTS_FILE, PICKLED_WEIGHTS_FILE, "non_lora_trainables.bin")
     files = [source] if source.is_file() else [source / name for name in names if (source / name).is_file()]
     if not files:
         raise no_adapter(source)
@@ -119,77 +92,6 @@ def _tensors(source: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def from_torchtune(tensors: Mapping[str, Tensor], base_config: Mapping[str, Any], source: str) -> dict[str, Tensor]:
-    """Renames torchtune's tensors to transformers' names and reorders rows of q and k as transformers does.
-
-    torchtune's own export reorders B alone; a magnitude belongs to its row and moves with it.
-    """
-    model_type = base_config.get("model_type")
-    if model_type not in ROTARY_ORDER:
-        raise UserError(f"{source}: base model type {model_type!r} is not known here; {list(ROTARY_ORDER)} are")
-    heads = {".q_proj": int(base_config["num_attention_heads"])}
-    heads[".k_proj"] = int(base_config.get("num_key_value_heads") or heads[".q_proj"])
-    leaves = r"(lora_a\.weight|lora_b\.weight|magnitude)"
-    renamed: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        layer = re.fullmatch(rf"(?:decoder\.)?layers\.(\d+)\.([\w.]+?)\.{leaves}", key)
-        output = re.fullmatch(rf"output\.{leaves}", key)
-        if layer and layer[2] in TORCHTUNE_MODULES:
-            name, leaf = f"model.layers.{layer[1]}.{TORCHTUNE_MODULES[layer[2]]}", layer[3]
-        elif output:
-            name, leaf = "lm_head", output[1]
-        else:
-            modules = list(TORCHTUNE_MODULES)
-            raise UserError(f"{source}: {key} is no adapter tensor of a torchtune decoder; {modules} are read")
-        projection = name[-len(".q_proj") :]
-        if ROTARY_ORDER[model_type] and leaf != "lora_a.weight" and projection in heads:
-            # Each head's rows from (even, odd, even, odd...) to all even ones, then all odd ones.
-            per_head = tensor.reshape(heads[projection], -1, 2, *tensor.shape[1:])
-            tensor = per_head.transpose(1, 2).reshape(tensor.shape)
-        renamed[f"{name}.{leaf}"] = tensor
-    return renamed
-
-
-def from_kohya(tensors: Mapping[str, Tensor], module_names: Iterable[str], source: str) -> dict[str, Tensor]:
-    """Renames kohya's tensors to the base's names; kohya writes underscores for dots, so the base must resolve them."""
-    by_flat_name: dict[str, list[str]] = {}
-    for name in module_names:
-        by_flat_name.setdefault(name.replace(".", "_"), []).append(name)
-    renamed: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        flat, _, leaf = key.partition(".")
-        prefix = next((p for p in KOHYA_PREFIXES if flat.startswith(p)), "")
-        layers = by_flat_name.get(flat.removeprefix(prefix), [])
-        if len(layers) != 1:
-            raise UserError(f"{source}: {flat} names {len(layers)} layers of the base {layers[:2]}; wrong --base?")
-        renamed[f"{layers[0]}.{leaf}"] = tensor
-    return renamed
-
-
-def from_vl_adapter(tensors: Mapping[str, Tensor], task: str | None, source: str) -> dict[str, Tensor]:
-    """Renames one task's `lora_As.<task>`, `lora_Bs.<task>` of VL-Adapter to `lora_A`, `lora_B`.
-
-    With `--use_single_lora` all tasks alias one tensor and `task` can be None.
-    """
-    per_task: dict[str, dict[str, Tensor]] = {}
-    plain: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        if match := re.fullmatch(r"(.+)\.lora_([AB])s\.(\w+)", key):
-            per_task.setdefault(match[3], {})[f"{match[1]}.lora_{match[2]}"] = tensor
-        else:
-            plain[key] = tensor
-    if task is None and per_task:
-        task, first = next(iter(per_task.items()))
-        for other in per_task.values():
-            if first.keys() != other.keys() or not all(torch.equal(first[key], other[key]) for key in first):
-                raise UserError(
-                    f"{source}: tasks {sorted(per_task)} have adapters of their own; choose one with --task"
-                )
-    if task is not None and task not in per_task:
-        raise UserError(f"{source}: no adapter for task {task!r}; there are {sorted(per_task)}")
-    return {**plain, **(per_task[task] if task is not None else {})}
-
-
 def to_adapter(
     tensors: Mapping[str, Tensor], layout: Layout, *, config: Mapping[str, Any], options: ReadOptions, source: str
 ) -> Adapter:
@@ -199,18 +101,12 @@ def to_adapter(
     converted: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     scales: dict[str, float] = {}
-    input_axis: set[str] = set()
     for name, layer in layers.items():
-        parts, axis = _own_tensors(layer, f"{source}: {name}", transposed=layout.transposed)
+        parts = _own_tensors(layer, f"{source}: {name}")
         converted.update({f"{PEFT_PREFIX}{name}.{leaf}": tensor for leaf, tensor in parts.items()})
-        input_axis.update({name} if axis == "input" else ())
         if "A" in layer:
             ranks[name] = rank = len(parts["lora_A.weight"])
-            stated = layout.scale(config, rank)
-            if options.alpha is not None:
-                stated = options.alpha / rank
-            elif layout.alpha:
-                stated = float(layer["alpha"]) / rank if "alpha" in layer else 1.0
+            stated = layout.scale(config, rank) if options.alpha is None else options.alpha / rank
             if stated is None:
                 raise UserError(
                     f"{source}: nothing states the scale (no adapter_config.json beside it?); add --alpha ALPHA"
@@ -229,14 +125,14 @@ def to_adapter(
     kept = [layout.kept.own] if layout.kept is not None and layout.kept.own in extras else []
     alone = layers.keys() - ranks.keys()
     recipe = own_recipe(fields, extras, kept, alone) if extras or alone else {}
-    return Adapter(converted, fields, recipe, source, frozenset(input_axis))
+    return Adapter(converted, fields, recipe, source)
 
 
 def _split_layers(
     tensors: Mapping[str, Tensor], layout: Layout, renames: tuple[tuple[str, str], ...], source: str
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Groups the tensors of each adapted layer by role (A, B, magnitude, alpha), and returns all the others."""
-    kinds = {"A": layout.lora_A, "B": layout.lora_B, "magnitude": layout.magnitude, "alpha": layout.alpha}
+    """Groups the tensors of each adapted layer by role (A, B, magnitude), and returns all the others."""
+    kinds = {"A": layout.lora_A, "B": layout.lora_B, "magnitude": layout.magnitude}
     endings = {f".{ending}": kind for kind, spellings in kinds.items() for ending in spellings}
     layers: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
@@ -245,7 +141,7 @@ def _split_layers(
         ending = next((ending for ending in endings if name.endswith(ending)), None)
         if ending is None:
             others[name] = tensor
-        elif tensor.dtype not in TRAINED_IN and endings[ending] != "alpha":
+        elif tensor.dtype not in TRAINED_IN:
             raise not_trained_in(source, key, tensor)
         else:
             layers.setdefault(_renamed(name.removesuffix(ending), renames), {})[endings[ending]] = tensor
@@ -267,29 +163,16 @@ def _renamed(name: str, renames: tuple[tuple[str, str], ...]) -> str:
     return next((new + name.removeprefix(old) for old, new in renames if name.startswith(old)), name)
 
 
-def _own_tensors(layer: Mapping[str, Tensor], where: str, *, transposed: bool) -> tuple[dict[str, Tensor], str]:
-    """Gives A, B and magnitude of one layer PEFT's names and shapes; returns them and the magnitude's axis.
-
-    The shape shows along which axis the norm was taken: [out, 1...] or [out] is a row's, [1, in...] a column's.
-    """
+def _own_tensors(layer: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Gives A, B and magnitude of one layer PEFT's names and shapes; a magnitude is [out] or [out, 1...]."""
     a, b, magnitude = layer.get("A"), layer.get("B"), layer.get("magnitude")
-    if transposed and a is not None and b is not None:
-        a, b = a.t().contiguous(), b.t().contiguous()
     own = {} if a is None or b is None else {"lora_A.weight": a, "lora_B.weight": b}
     if magnitude is None:
-        return own, "output"
-    rows, columns = magnitude.numel() if b is None else len(b), -1 if a is None else a.shape[1]
-    if magnitude.numel() == rows and magnitude.shape[0] == rows:
-        kernel_axes = 0 if a is None else a.ndim - 2
-        shape = (1, -1, *[1] * kernel_axes) if kernel_axes else (-1,)
-        return {**own, "lora_magnitude_vector": magnitude.reshape(shape)}, "output"
-    if magnitude.numel() != columns or magnitude.shape[0] != 1:
-        raise UserError(
-            f"{where}: magnitude {list(magnitude.shape)} fits neither {rows} output rows nor {columns} input columns"
-        )
-    if a is not None and a.ndim > 2:
-        raise UserError(f"{where}: a convolution's magnitude per input channel is not read; train with wd_on_output")
-    return {**own, "lora_magnitude_vector": magnitude.flatten()}, "input"
+        return own
+    rows = magnitude.numel() if b is None else len(b)
+    if magnitude.numel() != rows or magnitude.shape[0] != rows:
+        raise UserError(f"{where}: magnitude {list(magnitude.shape)} fits no {rows} output rows")
+    return {**own, "lora_magnitude_vector": magnitude.flatten()}
 
 
 def _trained_extras(

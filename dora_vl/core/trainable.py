@@ -178,11 +178,6 @@ def kept_rows(name: str, tensor: Tensor) -> Tensor:
     return tensor if rows == slice(None) else tensor[rows]
 
 
-def named_tensor(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """Returns a trained or kept tensor, or the rows of it that are kept, by its name in the list."""
-    return kept_rows(name, tensors[split_rows(name)[0]])
-
-
 def _kept_names(names: Iterable[str], patterns: Iterable[str]) -> tuple[str, ...]:
     """Lists full names for the globs of `also_keep`, each with its pattern's rows."""
     names, kept = list(names), []

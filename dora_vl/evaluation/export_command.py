@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dora_vl.adapters.convert_command import add_reading_arguments
-from dora_vl.adapters.foreign import GGUF_KINDS
 from dora_vl.evaluation.merge_command import CHECK_HELP, RESULT_DTYPES, add_check_options
 
 DESCRIPTION = f"""\
@@ -18,33 +17,19 @@ Writes a trained model as another server takes it.
 vLLM serves adapters of the language model's linear layers, and nothing else that was trained: the projector, and what
 was adapted in the vision tower, are folded into served/base; served/adapter holds the rest and stays an adapter.
 
-  dora-vl export --gguf --adapter runs/llava/adapter --to gguf            half precision
-  dora-vl export --gguf q8_0 --adapter runs/llava/adapter --to gguf       8 bits a weight
-
-Merges into gguf/model.gguf, with tokenizer and chat template, and of a LLaVA with a CLIP or SigLIP tower into
-gguf/mmproj.gguf too: what llama.cpp and its kin run. They have no other towers, such as the demo's:
-
-  dora-vl export --gguf --text-only --adapter runs/demo/adapter --to gguf  its language model, which sees no pictures
-
 {CHECK_HELP}
-GGUF is read back by transformers for it.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `dora-vl export`."""
-    form = parser.add_mutually_exclusive_group(required=True)
-    form.add_argument("--for", dest="server", choices=("vllm",), help="base folder and adapter for a server")
-    form.add_argument(
-        "--gguf", nargs="?", const=GGUF_KINDS[0], choices=GGUF_KINDS, help=f"GGUF files (default: {GGUF_KINDS[0]})"
-    )
-    parser.add_argument("--text-only", action="store_true", help="--gguf: a LLaVA's language model alone")
-    parser.add_argument("--adapter", type=Path, action="append", required=True, metavar="DIR", help="folder of a run")
+    parser.add_argument("--for", dest="server", choices=("vllm",), required=True, help="the server")
+    parser.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="folder of a run")
     parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="folder to write")
     parser.add_argument("--base", type=Path, metavar="FOLDER", help="default: what the adapter says it was trained on")
-    parser.add_argument("--dtype", choices=RESULT_DTYPES, help="--for vllm: of the base; default: each tensor's own")
+    parser.add_argument("--dtype", choices=RESULT_DTYPES, help="of the base; default: each tensor's own")
     parser.add_argument("--any-base", action="store_true", help="accept a base whose content hash differs")
-    parser.set_defaults(weight=None, base_values="trained")
+    parser.set_defaults(base_values="trained")
     add_reading_arguments(parser)
     add_check_options(parser)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -240,7 +240,7 @@ def _add_written_answers(
 
 
 def check_logits(
-    adapters: Sequence[Adapter],
+    adapter: Adapter,
     base: Path,
     unmerged: Callable[[], AbstractContextManager[Path]],
     merged: Path,
@@ -249,13 +249,13 @@ def check_logits(
     """Compares a merged folder's logits for drawn texts with those of base and adapter; yields the lines to print.
 
     Args:
-        adapters: what was merged; `unmerged` opens a folder of it.
+        adapter: what was merged; `unmerged` opens a folder of it.
 
     Raises:
         SystemExit: with status 1, they differ by more than rounding.
     """
     beside = f"{merged}: not compared with base and adapter"
-    if reason := _incomparable(adapters, base):
+    if reason := _incomparable(adapter, base):
         yield f"{beside}, {reason}"
         return
     try:
@@ -275,12 +275,10 @@ def check_logits(
         raise SystemExit(FAILED_STATUS)
 
 
-def _incomparable(adapters: Sequence[Adapter], base: Path) -> str:
+def _incomparable(adapter: Adapter, base: Path) -> str:
     """Says why base and adapter cannot be compared here; "" where they can."""
-    if any(adapter.recipe.get("quantisation") for adapter in adapters):
+    if adapter.recipe.get("quantisation"):
         return "whose base was quantised for training (--check N compares answers)"
-    if any(adapter.input_axis for adapter in adapters):
-        return "whose magnitudes are one an input column"
     register_towers()
     model = skeleton(config_in(base))
     if model is None:

@@ -1,4 +1,4 @@
-"""`dora-vl merge`: adapters folded into their base; a check compares the result with them, by logits and by answers."""
+"""`dora-vl merge`: an adapter folded into its base; a check compares the two, by logits and by answers."""
 
 from __future__ import annotations
 
@@ -23,10 +23,6 @@ float32, one tensor in memory at a time, so a 7B model needs no second copy.
   dora-vl merge --adapter runs/llava/adapter --to llava-merged
   dora-vl merge --adapter adapter --base llava-1.5-7b/ --dtype float16 --to merged
 
-Several adapters merge with weights: W' = W + sum of weight * (W'_i - W). Weight 1 of one adapter is that adapter.
-
-  dora-vl merge --adapter a --adapter b --weight 0.7 --weight 0.3 --base BASE --to merged
-
 {CHECK_HELP}
 Without --check the logits for a few drawn texts are compared, and exit status 1 says that they differ by more than
 rounding; --no-check compares nothing.
@@ -38,8 +34,7 @@ rounding; --no-check compares nothing.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `dora-vl merge`."""
-    parser.add_argument("--adapter", type=Path, action="append", required=True, metavar="DIR", help="may come often")
-    parser.add_argument("--weight", type=float, action="append", metavar="W", help="one for each --adapter; default 1")
+    parser.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="folder of a run")
     parser.add_argument(
         "--to", type=Path, required=True, metavar="FOLDER", help="model folder to write; an earlier merge is replaced"
     )

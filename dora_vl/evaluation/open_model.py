@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -22,17 +20,13 @@ from transformers.utils import logging as transformers_logging
 
 from dora_vl.adapters import files
 from dora_vl.adapters.adapter import CLOSED_ANSWERS, IMAGE_ASPECT, content_hash, local_folder, refuse_other_base
-from dora_vl.adapters.base_weights import BaseWeights, replaced_by, shared_tensors, skeleton
+from dora_vl.adapters.base_weights import replaced_by, shared_tensors
 from dora_vl.adapters.files import CONFIG_FILE, RECIPE_FILE, WEIGHTS_FILE
 from dora_vl.adapters.folder import load_adapter, no_adapter
-from dora_vl.adapters.gguf import LANGUAGE_PREFIX, MODEL_FILE, VISION_FILE, vision_names
-from dora_vl.adapters.merge import NOT_COPIED, WEIGHT_SUFFIXES
 from dora_vl.adapters.settings import check_peft_fields
-from dora_vl.backbones import register_towers
 from dora_vl.backbones.base import Attention, Backbone, max_positions
 from dora_vl.backbones.encoder import open_encoder
 from dora_vl.backbones.families import NOT_TRAINED, model_type_of
-from dora_vl.backbones.loading import read_language_model
 from dora_vl.backbones.model import open_backbone
 from dora_vl.backbones.prompts import FORMATS
 from dora_vl.backbones.templates import PROMPTS, TEMPLATES
@@ -342,59 +336,3 @@ def _open_vlbart(source: ModelSource) -> Opened:
     # Without the adapter a task is answered in words, unless the base brought a head of its own.
     without = None if plain is None else replace(first, backbone=plain, subtasks=subtasks(of_base))
     return Opened(adapted=first, base=without)
-
-
-def folder_of_gguf(exported: Path, base_folder: Path, target: Path) -> Path:
-    """Writes an export's files as a model folder in float32, with the base's tokenizer, so that it can be asked."""
-    language = read_language_model(str(exported), gguf_file=MODEL_FILE, dtype=torch.float32)
-    register_towers()
-    with BaseWeights(base_folder) as base:
-        shell = skeleton(base.config)
-        config = copy.deepcopy(shell.config)
-        weights = dict(language.weights)
-        if config.model_type == "llava":
-            weights = {
-                LANGUAGE_PREFIX + name.removeprefix("model.") if name.startswith("model.") else name: value
-                for name, value in weights.items()
-            }
-            weights |= _vision(exported / VISION_FILE, base, config)
-            text = config.text_config.to_dict() | language.config.to_dict()
-            config.text_config = type(config.text_config).from_dict(text)
-            config.tie_word_embeddings = language.config.tie_word_embeddings
-        else:
-            config = type(config).from_dict(config.to_dict() | language.config.to_dict())
-    config.architectures = shell.config.architectures
-    config.dtype = torch.float32
-    with torch.device("meta"):
-        model = type(shell)(config)
-    if config.tie_word_embeddings:
-        prefix = LANGUAGE_PREFIX if config.model_type == "llava" else "model."
-        weights["lm_head.weight"] = weights[f"{prefix}embed_tokens.weight"]
-    unread: dict[str, Tensor] = {}
-    for name, value in model.state_dict().items():
-        if name not in weights and config.model_type == "llava" and name.startswith("model.vision_tower."):
-            hub = {name: name.replace("model.vision_tower.", "vision_tower.vision_model.", 1)}
-            if not vision_names(hub, config):  # no answer depends on it, and an mmproj file leaves it out
-                unread[name] = torch.zeros(value.shape)
-    model.load_state_dict(weights | unread, strict=True, assign=True)
-    model.tie_weights()
-    model.save_pretrained(target)
-    for path in sorted(base_folder.iterdir()):
-        if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and path.name not in {"config.json", *NOT_COPIED}:
-            shutil.copyfile(path, target / path.name)
-    return target
-
-
-def _vision(file: Path, base: BaseWeights, config: Any) -> dict[str, Tensor]:
-    """Returns the tower's and the projector's tensors by the model's own names."""
-    import gguf
-
-    keys = {tensor.name: base.hub_keys.get(tensor.key, tensor.key) for tensor in base.tensors.values()}
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-    weights: dict[str, Tensor] = {}
-    for name, exported in vision_names(keys, config).items():
-        if exported not in tensors:
-            raise UserError(f"{file} lacks {exported}")
-        values = gguf.quants.dequantize(tensors[exported].data, tensors[exported].tensor_type)
-        weights[name] = torch.from_numpy(values.copy()).float().view(base.tensors[name].shape)
-    return weights

@@ -19,7 +19,6 @@ from dora_vl.adapters.adapter import read_adapter
 from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.folder import save_adapter
 from dora_vl.adapters.merge import merge_to_folder
-from dora_vl.adapters.read import ReadOptions, read_any
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora
 from dora_vl.errors import UserError
 from dora_vl.evaluation.open_model import ModelRequest, find_source
@@ -127,30 +126,6 @@ def test_only_an_earlier_merge_is_replaced(tmp_path, llava):
     merge_to_folder(adapter, target, tmp_path / "twice")
     merge_to_folder(adapter, base, target)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "merged", "other", "twice"]
-
-
-@pytest.mark.parametrize("shard_bytes", [1_000, 5_000_000_000])
-def test_a_diffusers_folder_keeps_its_names(tmp_path, shard_bytes):
-    base = tmp_path / "unet"
-    base.mkdir()
-    (base / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
-    weights = {f"down_blocks.{i}.to_q.weight": torch.randn(6, 8) for i in range(8)}
-    save_file(weights, base / "diffusion_pytorch_model.safetensors")
-    a, b = torch.randn(2, 8), torch.randn(6, 2)
-    keys = {"lora_down.weight": a, "lora_up.weight": b}
-    save_file({f"lora_unet_down_blocks_3_to_q.{k}": v for k, v in keys.items()}, tmp_path / "style.safetensors")
-    for folder in (base, tmp_path / "merged"):
-        adapter = read_any(tmp_path / "style.safetensors", ReadOptions(base=folder))
-        merged = merge_to_folder(adapter, folder, tmp_path / f"{folder.name}-merged", shard_bytes=shard_bytes)
-        merge_to_folder(adapter, base, tmp_path / "merged", shard_bytes=shard_bytes)
-        names = {p.name for p in (tmp_path / f"{folder.name}-merged").glob("diffusion_pytorch_model*")}
-        assert len(names) == merged.files + (merged.files > 1)
-    (tmp_path / "wrong").mkdir()
-    with pytest.raises(UserError):
-        merge_to_folder(adapter, tmp_path / "wrong", tmp_path / "x")
-    with BaseWeights(tmp_path / "unet-merged") as merged_weights:
-        expected = weights["down_blocks.3.to_q.weight"] + b @ a
-        torch.testing.assert_close(merged_weights.read("down_blocks.3.to_q.weight"), expected)
 
 
 def test_one_tensor_is_in_memory_at_a_time(tmp_path, llava, monkeypatch):

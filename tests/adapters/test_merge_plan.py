@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from dora_vl import merge_dora
 from dora_vl.adapters.adapter import read_adapter
@@ -21,14 +21,11 @@ from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.decomposition import Saved, opened
 from dora_vl.adapters.files import WEIGHTS_FILE
 from dora_vl.adapters.folder import load_adapter
-from dora_vl.adapters.gguf import export_gguf
 from dora_vl.adapters.merge import MergedWeights, merge_to_folder
 from dora_vl.errors import UserError
 from dora_vl.evaluation import merge_command
-from tests.adapters.gguf_models import language
 from tests.adapters.peft_folders import moved_peft
-from tests.adapters.test_gguf_export import read_back
-from tests.backbones.tiny_language import byte_tokenizer
+from tests.backbones.tiny_language import write_tiny_language
 
 CHANGES: dict[str, dict[str, Any]] = {
     "head": {"target_modules": ["q_proj", "lm_head"]},
@@ -45,16 +42,10 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return byte_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> dict[bool, Path]:
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     """By whether its head is its table."""
     root = tmp_path_factory.mktemp("bases")
-    names = {False: "llama", True: "llama, tied"}
-    return {tied: language(root / name.replace(", ", "-"), name, tokenizer) for tied, name in names.items()}
+    return {tied: write_tiny_language(root / f"tied-{tied}", tie_word_embeddings=tied) for tied in (False, True)}
 
 
 def peft_folder(base: Path, folder: Path, **settings: Any) -> torch.Tensor:
@@ -72,7 +63,7 @@ def ids() -> torch.Tensor:
     return torch.arange(14).view(2, 7) * 11 % 200
 
 
-def ways(base: Path, folder: Path, to: Path, tokenizer: PreTrainedTokenizerFast) -> list[Callable[[], Any]]:
+def ways(base: Path, folder: Path, to: Path) -> list[Callable[[], Any]]:
     """What folds the adapter into its base; each returns the model that came of it."""
 
     def in_memory() -> Any:
@@ -85,10 +76,6 @@ def ways(base: Path, folder: Path, to: Path, tokenizer: PreTrainedTokenizerFast)
         merge_to_folder(read_adapter(folder), base, to / "merged")
         return AutoModelForCausalLM.from_pretrained(to / "merged")
 
-    def as_gguf() -> Any:
-        export_gguf(read_adapter(folder), base, to / "gguf", tokenizer, kind="f32")
-        return read_back(to / "gguf")
-
     def as_measured() -> Any:
         model = AutoModelForCausalLM.from_pretrained(base)
         with BaseWeights(base) as weights, opened(Saved(folder), weights) as tuned, torch.no_grad():
@@ -98,13 +85,13 @@ def ways(base: Path, folder: Path, to: Path, tokenizer: PreTrainedTokenizerFast)
                 weight.copy_(after.t() if weight.shape != after.shape else after)
         return model
 
-    return [in_memory, as_folder, as_gguf, as_measured]
+    return [in_memory, as_folder, as_measured]
 
 
 @pytest.mark.parametrize("use_dora", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["dora", "lora"])
 @pytest.mark.parametrize(("tied", "name"), CASES)
 def test_all_give_pefts_logits_or_all_refuse(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, bases: dict[bool, Path], tied: bool, name: str, use_dora: bool
+    tmp_path: Path, bases: dict[bool, Path], tied: bool, name: str, use_dora: bool
 ) -> None:
     base = bases[tied]
     expected = peft_folder(base, tmp_path / "adapter", use_dora=use_dora, **CHANGES[name])
@@ -116,7 +103,7 @@ def test_all_give_pefts_logits_or_all_refuse(
     else:
         load_adapter(model, tmp_path / "adapter")
         torch.testing.assert_close(model.eval()(ids()).logits, expected, rtol=1e-4, atol=1e-4)
-    for merged in ways(base, tmp_path / "adapter", tmp_path, tokenizer):
+    for merged in ways(base, tmp_path / "adapter", tmp_path):
         if tied:
             with pytest.raises(UserError):
                 merged()
@@ -127,9 +114,7 @@ def test_all_give_pefts_logits_or_all_refuse(
 
 
 @pytest.mark.parametrize("damage", ["another base", "tokens added", "twice"])
-def test_a_copy_of_another_weight_is_no_base(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, bases: dict[bool, Path], damage: str
-) -> None:
+def test_a_copy_of_another_weight_is_no_base(tmp_path: Path, bases: dict[bool, Path], damage: str) -> None:
     base, folder = bases[False], tmp_path / "adapter"
     peft_folder(base, folder, **CHANGES["head"])
     load_adapter(AutoModelForCausalLM.from_pretrained(base), folder)
@@ -142,7 +127,7 @@ def test_a_copy_of_another_weight_is_no_base(
     }[damage]
     save_file(tensors, folder / WEIGHTS_FILE)
     loads = partial(load_adapter, AutoModelForCausalLM.from_pretrained(base), folder)
-    for way in (loads, *ways(base, folder, tmp_path, tokenizer)):
+    for way in (loads, *ways(base, folder, tmp_path)):
         with pytest.raises(UserError):
             way()
 

@@ -1,4 +1,4 @@
-"""Whatever `convert`, `save` or `combine` writes opens here as its source was, and in PEFT equally or not at all."""
+"""Whatever `convert` or `save` writes opens here as its source was, and in PEFT equally or not at all."""
 
 from __future__ import annotations
 
@@ -11,21 +11,18 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from dora_vl import AdapterSet, merge_dora
 from dora_vl.adapters.adapter import read_adapter, write_adapter
 from dora_vl.adapters.base_weights import BaseWeights
-from dora_vl.adapters.combine import combine
 from dora_vl.adapters.exports import as_lora, export_layers
 from dora_vl.adapters.files import CONFIG_FILE
 from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.adapters.read import ReadOptions, read_any
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.core.config import AdaptedPart
-from tests.adapters.foreign_files import DOWN, HEADS, KEY_HEADS, RANK, WIDTH, K, Q, dora, factors, saved, tiny_llama
+from tests.adapters.foreign_files import DOWN, RANK, WIDTH, K, Q, dora, factors, saved, tiny_llama
 from tests.adapters.peft_folders import moved_peft
 from tests.core.dense_dora import move_trained
 
@@ -88,42 +85,6 @@ def nvlabs(
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "DORA", "r": RANK, "lora_alpha": 7}))
 
 
-def torchtune(layers: dict[str, tuple[Tensor, Tensor, Tensor]], folder: Path) -> None:
-    """In a rotary projection row i and row i + half of a head are neighbours there."""
-    names = {
-        Q: ("layers.0.attn.q_proj", HEADS),
-        K: ("layers.1.attn.k_proj", KEY_HEADS),
-        DOWN: ("layers.1.mlp.w2", None),
-        GATE: ("layers.0.mlp.w1", None),
-    }
-    file = {}
-    for name, (key, heads) in names.items():
-        a, b, m = layers[name]
-        order = list(range(len(m)))
-        if heads is not None:
-            size = len(m) // heads
-            order = [h * size + i + half * size // 2 for h in range(heads) for i in range(size // 2) for half in (0, 1)]
-        file |= {f"{key}.lora_a.weight": a, f"{key}.lora_b.weight": b[order], f"{key}.magnitude": m[order]}
-    torch.save(file, folder / "adapter_0.pt")
-
-
-def mlx(layers: dict[str, tuple[Tensor, Tensor, Tensor]], folder: Path) -> None:
-    file = {}
-    for name, (a, b, m) in layers.items():
-        file |= {f"{name}.lora_a": a.t().contiguous(), f"{name}.lora_b": b.t().contiguous(), f"{name}.m": m}
-    save_file(file, folder / "adapters.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps({"lora_parameters": {"rank": RANK, "scale": 2.0}}))
-
-
-def kohya(layers: dict[str, tuple[Tensor, Tensor, Tensor]], folder: Path, alpha: float | None = 5.0) -> None:
-    file = {}
-    for name, (a, b, m) in layers.items():
-        flat = f"lora_te_{name.replace('.', '_')}"
-        file |= {f"{flat}.lora_down.weight": a, f"{flat}.lora_up.weight": b, f"{flat}.dora_scale": m[:, None]}
-        file |= {} if alpha is None else {f"{flat}.alpha": torch.tensor(alpha)}
-    save_file(file, folder / "adapters.safetensors")
-
-
 # -- our own ---------------------------------------------------------------------------------------------------
 
 
@@ -137,43 +98,6 @@ def own(*, tied: bool = False, **settings: Any) -> Callable[[Path], Tensor]:
         move_trained(model)
         save_adapter(model, folder / name, base_model=str(folder / "base"))
         return logits(model)
-
-    return write
-
-
-def combined(*parts: dict[str, Any]) -> Callable[[Path], Tensor]:
-    """What `combine` writes of several; the truth is its definition, over each of the merged models."""
-
-    def write(folder: Path) -> Tensor:
-        shares = {str(number): 0.7 - 0.2 * number for number in range(len(parts))}
-        model, start = base_model(), dict(base_model().named_parameters())
-        for (name, share), part in zip(shares.items(), parts, strict=True):
-            own(**part)(folder, name)
-            merged = base_model()
-            load_adapter(merged, folder / name)
-            merge_dora(merged)
-            with torch.no_grad():
-                for key, parameter in model.named_parameters():
-                    parameter.add_(share * (merged.get_parameter(key) - start[key]))
-        with BaseWeights(folder / "base") as base:
-            combination = combine({name: read_adapter(folder / name) for name in shares}, shares, base)
-        write_adapter(combination.adapter, folder / "adapter")
-        return logits(model)
-
-    return write
-
-
-def combined_in_memory(*parts: dict[str, Any]) -> Callable[[Path], Tensor]:
-    """The same by an `AdapterSet`, whose active adapter is saved."""
-
-    def write(folder: Path) -> Tensor:
-        expected = combined(*parts)(folder)
-        adapters = AdapterSet(base_model())
-        for number in range(len(parts)):
-            adapters.load(str(number), folder / str(number))
-        adapters.combine("all", {str(number): 0.7 - 0.2 * number for number in range(len(parts))})
-        save_adapter(adapters.model, folder / "adapter")
-        return expected
 
     return write
 
@@ -201,10 +125,6 @@ LAYOUTS: dict[str, tuple[Callable[[Path], Tensor], str]] = {
     "nvlabs, two files": (foreign(partial(nvlabs, split=True), 7 / RANK), "LORA"),
     "nvlabs, granular": (foreign(partial(nvlabs, alone=(GATE,)), 7 / RANK), "DORA_VL"),
     "nvlabs, magnitudes alone": (foreign(partial(nvlabs, alone=(Q, K, DOWN, GATE)), 7 / RANK), "DORA_VL"),
-    "torchtune": (foreign(torchtune, 2.0, alpha=2.0 * RANK), "LORA"),
-    "mlx": (foreign(mlx, 2.0), "LORA"),
-    "kohya": (foreign(kohya, 5 / RANK), "LORA"),
-    "kohya without alpha": (foreign(partial(kohya, alpha=None), 1.0), "LORA"),
     "peft, head and biases": (by_peft, "LORA"),
     "head and table": (own(targets=(HEAD, TABLE, "*.q_proj"), kinds=("linear", "embedding")), "LORA"),
     "whole norm": (own(also_train=PROJECTOR), "LORA"),
@@ -214,13 +134,6 @@ LAYOUTS: dict[str, tuple[Callable[[Path], Tensor], str]] = {
     "whole tied table": (own(tied=True, also_train={"table": (f"{TABLE}.weight",)}), "DORA_VL"),
     "granular": (own(**GRANULAR), "DORA_VL"),
     "parts": (own(parts={"mlp": AdaptedPart(targets=("*.up_proj",), rank=2, alpha=5.0)}), "LORA"),
-    "dora + lora": (combined({}, {"method": "lora"}), "LORA"),
-    "granular + whole norm": (combined(GRANULAR, {"also_train": PROJECTOR}), "DORA_VL"),
-    "magnitudes": (combined({"method": "magnitude"}, {"method": "magnitude"}), "DORA_VL"),
-    "dora + lora, in memory": (
-        combined_in_memory({"targets": ("*.q_proj",)}, {"method": "lora", "targets": ("*.down_proj",)}),
-        "LORA",
-    ),
     "as lora": (low_rank, "DORA_VL"),
 }
 

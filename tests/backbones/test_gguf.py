@@ -1,33 +1,66 @@
-"""A language model from a GGUF file: `export_gguf`, which llama.cpp and transformers hold, writes it; it comes back."""
+"""A language model from a GGUF file that llama.cpp's own package wrote: its weights, its tokenizer, its logits."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from dora_vl.adapters.adapter import Adapter
-from dora_vl.adapters.gguf import MODEL_FILE, export_gguf
 from dora_vl.backbones.loading import read_language_model, with_image_token
 from dora_vl.errors import UserError
-from tests.adapters.gguf_models import language
-from tests.backbones.tiny_language import byte_tokenizer
+from tests.backbones.tiny_language import SIZES, byte_tokenizer
+
+FILE = "model.gguf"
 
 
 def written(folder: Path, kind: str) -> tuple[Any, PreTrainedTokenizerFast]:
-    """Writes `model.gguf` of a LLaMA whose head is its table; returns the model and its tokenizer."""
+    """Writes a Qwen2 whose head is its table, its matrices as `kind`; returns the model and its tokenizer."""
     tokenizer = byte_tokenizer()
-    base = language(folder / "base", "llama, tied", tokenizer)
-    export_gguf(Adapter({}, {"peft_type": "LORA"}, {}, "nothing"), base, folder / "to", tokenizer, kind=kind)
-    return AutoModelForCausalLM.from_pretrained(base).eval(), tokenizer
+    sizes = {**SIZES, "intermediate_size": 64, "tie_word_embeddings": True, "vocab_size": len(tokenizer)}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **sizes)).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(6) if weight.dim() > 1 else weight.add_(0.2 * torch.randn_like(weight))
+    writer = gguf.GGUFWriter(folder / FILE, "qwen2")
+    writer.add_block_count(2)
+    writer.add_context_length(1024)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(model.config.rms_norm_eps)
+    writer.add_rope_freq_base(model.config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(len(tokenizer))
+    words = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(sorted(words["vocab"], key=words["vocab"].get))
+    writer.add_token_types([3] * 3 + [1] * (len(tokenizer) - 3))
+    writer.add_token_merges([" ".join(pair) for pair in words["merges"]])
+    for name, number in (("bos", 1), ("eos", 2), ("unk", 0)):
+        getattr(writer, f"add_{name}_token_id")(number)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, 2)
+    for name, value in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        raw = gguf.GGMLQuantizationType["F32" if value.dim() == 1 else kind]
+        data = gguf.quants.quantize(value.detach().numpy(), raw)
+        writer.add_tensor(f"{names.get_name(owner)}.{leaf}", data, raw_dtype=raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model, tokenizer
 
 
 def test_float_weights_come_back_bit_by_bit(tmp_path: Path) -> None:
-    model, tokenizer = written(tmp_path, "f32")
-    language = read_language_model(str(tmp_path / "to"), gguf_file=MODEL_FILE)
+    model, tokenizer = written(tmp_path, "F32")
+    language = read_language_model(str(tmp_path), gguf_file=FILE)
     expected = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}
     assert language.weights.keys() == expected.keys()
     for name, value in expected.items():
@@ -40,8 +73,8 @@ def test_float_weights_come_back_bit_by_bit(tmp_path: Path) -> None:
 
 
 def test_quantised_weights_are_unpacked_and_the_model_computes_with_them(tmp_path: Path) -> None:
-    model, _ = written(tmp_path, "q8_0")
-    language = with_image_token(read_language_model(str(tmp_path / "to"), gguf_file=MODEL_FILE, dtype=torch.bfloat16))
+    model, _ = written(tmp_path, "Q8_0")
+    language = with_image_token(read_language_model(str(tmp_path), gguf_file=FILE, dtype=torch.bfloat16))
     words = model.config.vocab_size
     assert language.tokenizer.convert_tokens_to_ids("<image>") == len(language.tokenizer) - 1
     assert all(value.dtype == torch.bfloat16 for value in language.weights.values())

@@ -44,24 +44,7 @@ def test_the_whole_script_on_tiny_shapes(tmp_path):
     done = run("-c", code, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr[-3000:]
     (written,) = map(json.loads, (tmp_path / "gpu.jsonl").read_text().splitlines())
-    assert len(written["checks"]) > 100
-    assert all(check["passed"] for check in written["checks"])
-    assert any(check["error"] > 0 for check in written["checks"]), "what is compared is not the same path twice"
     assert [row["case"]["name"] for row in written["cases"]] == ["tiny layer", "tiny block"]
     assert all(value > 0 for row in written["cases"] for value in row["train_ms"].values())
     assert "ours_compiled" in written["cases"][1]["decode_ms"]
     assert written["left_out"] == []
-
-
-def test_a_failed_check_times_nothing(tmp_path, monkeypatch, capsys):
-    from benchmarks import gpu
-    from benchmarks.gpu_checks import Check
-
-    monkeypatch.setattr(gpu, "checks", lambda device, smoke: iter([Check("good", 0.1, 0.2), Check("bad", 0.3, 0.2)]))
-    monkeypatch.setattr(gpu, "compiled_check", lambda *_: Check("not a number", float("nan"), 1.0))
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--smoke", "--to", str(tmp_path / "gpu")])
-    assert gpu.main() == 1
-    assert "FAILED bad: 0.3, at most 0.2" in capsys.readouterr().out
-    (written,) = map(json.loads, (tmp_path / "gpu.jsonl").read_text().splitlines())
-    assert [check["passed"] for check in written["checks"]] == [True, False, False]
-    assert written["cases"] == []
