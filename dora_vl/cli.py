@@ -39,7 +39,7 @@ COMMANDS = {
     "ask": Command("dora_vl.evaluation.ask_command", "a model's answers about pictures or videos of your own"),
     "check-data": Command("dora_vl.data.check", "what is wrong with data files, before a run finds it"),
     "compare": Command("dora_vl.report.compare_command", "methods and ranks of one recipe, each at its best rate"),
-    "convert": Command("dora_vl.adapters.convert_command", "adapters of other tools, in and out", opens_bases=True),
+    "convert": Command("dora_vl.adapters.convert_command", "adapters of other tools", opens_bases=True),
     "demo": Command("dora_vl.serving.demo_command", "a web page: adapters and their base answer side by side"),
     "doctor": Command("dora_vl.start.doctor", "what this machine has for a run, and what is missing"),
     "estimate": Command("dora_vl.training.estimate_command", "memory, traffic and time of a run, before it starts"),
