@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     if not (options.adapter or trains):
         raise UserError("give --adapter DIR, the adapter folder of a run, or --train, with which visitors may train")
     adapters = adapters_by_name(options.adapter)
-    missing = [name for name in ("gradio", "httpx2", "uvicorn") if find_spec(name) is None]
+    missing = [name for name in ("gradio", "uvicorn") if find_spec(name) is None]
     if missing:
         raise UserError(f"the page needs {' and '.join(missing)}: {install_command(*missing)}")
     with (

@@ -38,7 +38,7 @@ class _Url(_Strict):
 
 
 Address = Annotated[_Url, BeforeValidator(lambda value: {"url": value} if isinstance(value, str) else value)]
-"""A picture's or video's place is a data: URL, or an address on the web where those are allowed."""
+"""A picture's or video's content as a data: URL."""
 
 
 class TextPart(_Strict):

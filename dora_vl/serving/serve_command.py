@@ -53,11 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--adapter-root", type=Path, metavar="DIR", help="clients may load adapters below it (default: they may not)"
     )
     add_options(parser, ANSWERS, REQUEST, MEDIA)
-    parser.add_argument(
-        "--allow-remote-media",
-        action="store_true",
-        help="fetches http(s) addresses of pictures and videos, public ones alone (default: data: URLs alone)",
-    )
 
 
 def run(options: argparse.Namespace) -> Iterator[str]:
@@ -73,7 +68,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
         from dora_vl.serving.access import access_rules, http_config
         from dora_vl.serving.server import Server, build_app
     except ImportError as error:
-        raise UserError(f"serving needs {error.name}: {install_command('fastapi', 'httpx2', 'uvicorn')}") from error
+        raise UserError(f"serving needs {error.name}: {install_command('fastapi', 'uvicorn')}") from error
     rules = access_rules(options)
     listener = listening(options.host, options.port)
     from dora_vl.serving.engine import Engine

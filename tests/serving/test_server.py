@@ -257,8 +257,8 @@ def test_other_types_of_content_are_refused(address: str, client: Any, declared:
 
 
 def test_a_server_of_other_settings(model: ServedModel, endless: None) -> None:
-    """No adapters over HTTP, addresses on the web but none of this network, and too many at once."""
-    settings = Settings(waiting=1, batch=1, allow_remote_media=True)
+    """No adapters over HTTP, no addresses on the web, and too many at once."""
+    settings = Settings(waiting=1, batch=1)
     with running(model, settings) as address:
         client = client_of(address)
         for what, body in (("load", {"lora_name": "a", "lora_path": "a"}), ("unload", {"lora_name": "one"})):
