@@ -67,7 +67,6 @@ class Settings:
     waiting: int = option(ANSWERS, 64, positive, "most requests that wait; more are refused")
     answer_seconds: float = option(ANSWERS, 300.0, positive_seconds, "from request to end of its answer")
     max_prompt_tokens: int | None = option(ANSWERS, None, positive, "longest prompt, else as the model takes")
-    max_adapters: int = option(ANSWERS, 32, between(int, 0), "adapters up to which clients may load more")
     joining: bool = True
 
     max_body_mib: float = option(REQUEST, 64, positive, "largest request")

@@ -143,19 +143,6 @@ class ChatRequest(_Strict):
         return self.max_completion_tokens or self.max_tokens
 
 
-class LoadRequest(_Strict):
-    """An adapter to be served from now on; vLLM's fields."""
-
-    lora_name: Annotated[str, Field(min_length=1, max_length=LONGEST_NAME, pattern=r"^[\w.\-/]+$")]
-    lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
-
-
-class UnloadRequest(_Strict):
-    """An adapter to be served no longer."""
-
-    lora_name: Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]
-
-
 class TooLarge(UserError):
     """More, or larger, than is allowed."""
 
@@ -192,7 +179,6 @@ REASONS = {
     "missing": "is missing",
     "model_type": "must be an object",
     "none_required": "must be null",
-    "string_pattern_mismatch": "may hold letters, digits and _ . - / alone",
     "string_too_long": "may have at most {max_length} characters",
     "string_too_short": "must not be empty",
     "string_type": "must be text",
