@@ -28,8 +28,8 @@ from dora_vl.serving.options import (
 
 DESCRIPTION = """\
 Opens a page in the browser with two doors. Train: drop pictures and a table, see what training will see, start, follow,
-stop and resume it, read its test. Ask: an adapter and its base answer the same question about a picture, a video or the
-webcam side by side, with a dial for how much of the adapter is applied.
+stop and resume it, read its test. Ask: an adapter and its base answer the same question about a picture or a video
+side by side, with a dial for how much of the adapter is applied.
 
   dora-vl demo
   dora-vl demo --adapter runs/demo/adapter
