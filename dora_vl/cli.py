@@ -39,7 +39,7 @@ COMMANDS = {
     "ask": Command("dora_vl.evaluation.ask_command", "a model's answers about pictures or videos of your own"),
     "check-data": Command("dora_vl.data.check", "what is wrong with data files, before a run finds it"),
     "compare": Command("dora_vl.report.compare_command", "methods and ranks of one recipe, each at its best rate"),
-    "convert": Command("dora_vl.adapters.convert_command", "adapters of other tools", opens_bases=True),
+    "convert": Command("dora_vl.adapters.convert_command", "adapters of other tools"),
     "demo": Command("dora_vl.serving.demo_command", "a web page: adapters and their base answer side by side"),
     "doctor": Command("dora_vl.start.doctor", "what this machine has for a run, and what is missing"),
     "estimate": Command("dora_vl.training.estimate_command", "memory, traffic and time of a run, before it starts"),
@@ -57,7 +57,7 @@ COMMANDS = {
     "replay": Command(
         "dora_vl.training.replay_command", "short chats that a base writes, so that a run keeps what it knows"
     ),
-    "report": Command("dora_vl.report.report", "a run, or several side by side, as one page", opens_bases=True),
+    "report": Command("dora_vl.report.report", "a run, or several side by side, as one page"),
     "serve": Command(
         "dora_vl.serving.serve_command", "a base and adapters, unmerged in one batch, for OpenAI's clients"
     ),
