@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -155,7 +155,6 @@ class BadRequest(UserError):
         self.param = param
 
 
-Model = TypeVar("Model", bound=BaseModel)
 MOST_VALUES = 1_000_000
 """A request may have so many commas and opening brackets: each value has one before it, and takes a hundred bytes."""
 LONGEST_PLACE, LONGEST_REASON = 80, 300
@@ -191,12 +190,12 @@ REASONS = {
 """Pydantic's kinds of errors -> how they are told."""
 
 
-def parsed(kind: type[Model], content: bytes) -> Model:
+def parsed(content: bytes) -> ChatRequest:
     """Returns a request's JSON, checked."""
     if sum(map(content.count, (b",", b"[", b"{"))) > MOST_VALUES:
         raise TooLarge(f"the request holds more than {MOST_VALUES:,} commas and opening brackets; none needs as many")
     try:
-        return kind.model_validate_json(content)
+        return ChatRequest.model_validate_json(content)
     except ValidationError as error:
         first, *others = error.errors(include_url=False, include_input=False)
         pieces = [f"[{piece}]" if isinstance(piece, int) else f".{piece}" for piece in first["loc"]]

@@ -149,7 +149,7 @@ class Server:
             raise TooManyRequests(f"{self._held} requests are held already, and no more may; try again later")
         self._held += 1
         try:
-            body = await run_sync(partial(parsed, ChatRequest, await request.body()))
+            body = await run_sync(partial(parsed, await request.body()))
             self.engine.model.entry(body.model)  # before any picture is decoded
             return await self._answer(client, body)
         finally:
