@@ -1,4 +1,4 @@
-"""Adapted copies of one model that `dora_step.py`, `dora_memory.py` and `gpu.py` time in turns.
+"""Adapted copies of one model that `dora_step.py` and `dora_memory.py` measure in turns.
 
 PEFT runs with `autocast_adapter_dtype=False`, its faster setting. B and the magnitudes stand away from their starting
 values, so that nobody is timed on a change that is zero.

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
-from pathlib import Path
 from typing import NoReturn
 
 from dora_vl import __version__
@@ -40,8 +39,7 @@ COMMANDS = {
     "ask": Command("dora_vl.evaluation.ask_command", "a model's answers about pictures or videos of your own"),
     "check-data": Command("dora_vl.data.check", "what is wrong with data files, before a run finds it"),
     "compare": Command("dora_vl.report.compare_command", "methods and ranks of one recipe, each at its best rate"),
-    "completion": Command("dora_vl.cli", "a script with which a shell completes all of this"),
-    "convert": Command("dora_vl.adapters.convert_command", "adapters of other tools, in and out", opens_bases=True),
+    "convert": Command("dora_vl.adapters.convert_command", "adapters of other tools"),
     "demo": Command("dora_vl.serving.demo_command", "a web page: adapters and their base answer side by side"),
     "doctor": Command("dora_vl.start.doctor", "what this machine has for a run, and what is missing"),
     "estimate": Command("dora_vl.training.estimate_command", "memory, traffic and time of a run, before it starts"),
@@ -59,7 +57,7 @@ COMMANDS = {
     "replay": Command(
         "dora_vl.training.replay_command", "short chats that a base writes, so that a run keeps what it knows"
     ),
-    "report": Command("dora_vl.report.report", "a run, or several side by side, as one page", opens_bases=True),
+    "report": Command("dora_vl.report.report", "a run, or several side by side, as one page"),
     "serve": Command(
         "dora_vl.serving.serve_command", "a base and adapters, unmerged in one batch, for OpenAI's clients"
     ),
@@ -116,32 +114,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
-
-
-DESCRIPTION = """\
-Prints a script with which a shell completes dora-vl's verbs, options and files.
-
-  dora-vl completion bash > ~/.local/share/bash-completion/completions/dora-vl
-  dora-vl completion zsh > ~/.zfunc/_dora-vl            # a folder of your fpath
-"""
-SHELLS = ("bash", "zsh", "tcsh")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `dora-vl completion`."""
-    parser.add_argument("shell", choices=SHELLS)
-
-
-def run(arguments: argparse.Namespace) -> Iterator[str]:
-    """Yields a script with which a shell completes verbs and options, without a lookup at each Tab."""
-    import shtab
-
-    program = argparse.ArgumentParser(prog="dora-vl")
-    verbs = program.add_subparsers()
-    for verb, command in COMMANDS.items():
-        parser = verbs.add_parser(verb, help=command.summary)
-        import_module(command.module).add_arguments(parser)
-        for action in parser._actions:
-            if action.type is Path:
-                action.complete = shtab.FILE  # type: ignore[attr-defined]
-    yield shtab.complete(program, shell=arguments.shell)

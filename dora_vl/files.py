@@ -238,7 +238,7 @@ def content_key(path: Path) -> str:
         return hashlib.sha256(b"%d " % size + beginning + file.read(HASHED_BYTES)).hexdigest()
 
 
-PREFERRED = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
+PREFERRED = ("model.safetensors", "pytorch_model.bin")
 """A folder's weights stand in one file of these names, or in shards that `NAME.index.json` lists."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 HUB_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")

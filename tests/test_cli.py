@@ -12,9 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import LlamaForCausalLM
 
-from dora_vl.adapters.folder import save_adapter
 from dora_vl.cli import COMMANDS, main
-from dora_vl.core import DoRAConfig, apply_dora
 from tests.adapters.foreign_files import saved, tiny_llama
 from tests.adapters.peft_folders import moved_peft
 
@@ -69,7 +67,6 @@ OF_PEFT = ["--alpha 8", "--rename model.=model.language_model."]
         f"{ASK} --video gone.mp4",
         "convert nothing --to x",
         f"{CONVERT} --rename a",
-        f"{CONVERT} --rank 3",
         "merge --adapter one --base other --to x",
         *(f"{verb} {option}{of}" for verb in (CONVERT, MERGE) for option in OF_PEFT for of in ("", " --from peft")),
     ],
@@ -81,34 +78,12 @@ def test_wrong_words_end_it_and_leave_nothing(folders, monkeypatch, line):
     assert not Path("x").exists()
 
 
-def test_convert_exports_within_an_error(folders, capsys):
-    export = ["convert", folders / "one", "--as", "lora", "--base", folders / "base", "--to", folders / "lora"]
-    failed(*export)
-    failed(*export, "--rank", 2, "--max-error", 0.01)
-    assert not (folders / "lora").exists()
-    capsys.readouterr()
-    main([str(word) for word in (*export, "--rank", 16, "--max-error", 0.01)])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 5
-    assert all("model.layers." in line for line in lines[:-1])
-    assert "largest relative error" in lines[-1]
-
-
 def test_convert_takes_the_file_of_tensors_for_its_folder(folders):
     main(["convert", str(folders / "one" / "adapter_model.safetensors"), "--to", str(folders / "same")])
     files = [(folders / name / "adapter_model.safetensors").read_bytes() for name in ("one", "same")]
     assert files[0] == files[1]
     (folders / "one" / "adapter_model.safetensors").rename(folders / "renamed.safetensors")
     failed("convert", folders / "renamed.safetensors", "--to", folders / "x")
-
-
-def test_whole_weights_are_no_lora(folders, capsys):
-    model = tiny_llama()
-    apply_dora(model, DoRAConfig(targets=("*.q_proj",), method="full"))
-    save_adapter(model, folders / "full")
-    words = ["convert", folders / "full", "--as", "lora", "--base", folders / "base", "--rank", 4, "--max-error", 1]
-    failed(*words, "--to", folders / "x")
-    assert not (folders / "x").exists()
 
 
 @pytest.mark.parametrize("verb", ["convert", "merge"])
@@ -153,19 +128,3 @@ def test_a_reader_that_leaves_early_ends_it_quietly(words):
     message = program.stderr.read()
     assert program.wait() in (0, 141)  # argparse itself passes over an error in writing its help
     assert message == ""
-
-
-def test_bash_completes_verbs_options_and_files(tmp_path, capsys):
-    main(["completion", "bash"])
-    script = tmp_path / "dora-vl.bash"
-    script.write_text(capsys.readouterr().out)
-    command = 'source {}; COMP_WORDS=({}); COMP_CWORD={}; {} ; printf "%s\\n" "${{COMPREPLY[@]}}"'
-    entry = next(line.split()[-2] for line in script.read_text().splitlines() if line.startswith("complete "))
-
-    def completed(*words: str) -> list[str]:
-        line = command.format(script, " ".join(f"'{word}'" for word in words), len(words) - 1, entry)
-        return subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout.split()
-
-    assert set(completed("dora-vl", "")) >= set(COMMANDS)
-    assert completed("dora-vl", "in") == ["init"]
-    assert "--questions" in completed("dora-vl", "init", "--q")

@@ -32,9 +32,9 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "configs/READM
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 FOREIGN = ("git", "vllm", "llama-mtmd-cli", "curl", "tensorboard", "trackio", "docker", "accelerate", "trl", "swift",
            "llamafactory-cli", "xdg-open", "mkdir", "cp", "ls", "grep", "llamafactory", "zensical",
-           "mkdocs", "source")  # fmt: skip
-FOREIGN_MODULES = ("lmms_eval", "dora_vl.evaluation.harnesses.lm_eval_model")
-"""Programs of others, of whose options nothing is known here; the second is lm-eval's, which needs it installed."""
+           "mkdocs", "source", "lm_eval")  # fmt: skip
+FOREIGN_MODULES = ("lmms_eval",)
+"""Programs of others, of whose options nothing is known here."""
 OTHER_PACKAGES = {"tensorboard", "trackio", "wandb"}
 """Of others, which we never import ourselves."""
 USERS_FILE = re.compile(r"(?!configs/)[\w./\-]+\.yaml|[A-Z]+")

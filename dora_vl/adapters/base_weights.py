@@ -29,10 +29,8 @@ from dora_vl.core.trainable import split_rows
 from dora_vl.errors import UserError
 from dora_vl.files import check_attention, check_whole, read_json
 
-STEMS = ("model", "diffusion_pytorch_model")
-"""Weight files begin with one of these: transformers' and diffusers' names."""
-SUFFIX, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
-"""Weight files end with these; the index maps each tensor to one of several files."""
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""A base's weights; the index maps each tensor to one of several files."""
 CONFIG_FILE = "config.json"
 
 
@@ -65,11 +63,9 @@ class ExpertPiece:
     """The piece is stored as [in, out]."""
 
 
-def stem_in(folder: Path) -> str | None:
-    """Returns the one of `STEMS` whose files the folder holds; None where it holds no model in safetensors."""
-    return next(
-        (s for s in STEMS if any((folder / f"{s}{suffix}").is_file() for suffix in (INDEX_SUFFIX, SUFFIX))), None
-    )
+def holds_weights(folder: Path) -> bool:
+    """Tells whether a folder holds a model in safetensors."""
+    return any((folder / name).is_file() for name in (INDEX, WEIGHTS))
 
 
 def config_in(folder: Path) -> dict[str, Any]:
@@ -85,15 +81,12 @@ class BaseWeights:
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}
         self.config = config_in(folder)
-        stem = stem_in(folder)
-        if stem is None:
+        if not holds_weights(folder):
             files = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no such folder"
             raise UserError(
-                f"{folder} holds neither {' nor '.join(f'{stem}{SUFFIX}' for stem in STEMS)}, whole or in shards "
-                f"({files}); give a model folder in safetensors (load an older one and save_pretrained it once)"
+                f"{folder} holds no {WEIGHTS}, whole or in shards ({files}); give a "
+                "model folder in safetensors (load an older one and save_pretrained it once)"
             )
-        self.stem = stem
-        """Weight files begin with this, one of `STEMS`."""
         self.transposed_layers: frozenset[str] = frozenset()
         """Layers whose class stores its weight as [in, out] (transformers' `Conv1D`, embeddings)."""
         self.expert_pieces: dict[str, ExpertPiece] = {}
@@ -115,7 +108,7 @@ class BaseWeights:
 
     def _stored(self) -> Iterator[tuple[str, str, tuple[int, ...], str]]:
         """Yields key, file, shape and dtype of every tensor."""
-        index, files = self.folder / f"{self.stem}{INDEX_SUFFIX}", [f"{self.stem}{SUFFIX}"]
+        index, files = self.folder / INDEX, [WEIGHTS]
         if index.is_file():
             files = sorted(set(read_json(index).get("weight_map", {}).values()))
         for file in files:

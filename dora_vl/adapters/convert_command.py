@@ -1,4 +1,4 @@
-"""`dora-vl convert`: between other tools' adapters and the folder that PEFT and this package read."""
+"""`dora-vl convert`: other tools' adapters to the folder that PEFT and this package read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_vl.adapters.foreign import FORMATS
-from dora_vl.errors import UserError, positive
+from dora_vl.errors import UserError
 
 if TYPE_CHECKING:
     from dora_vl.adapters.read import ReadOptions
@@ -19,11 +19,6 @@ PEFT, transformers and dora_vl load. The format is known by the file's keys; --f
 
   dora-vl convert DoRA-llava/ --to adapter                      NVlabs' LLaVA, both of its .bin files
   dora-vl convert LAST.pth --to adapter                         NVlabs' VL-BART
-
-With --as lora the result is a plain LoRA for tools that cannot serve magnitudes: the truncated SVD of each layer's
-change. Its relative error is printed layer by layer, and nothing is written above --max-error.
-
-  dora-vl convert runs/demo/adapter --as lora --base runs/demo/base --rank 128 --max-error 0.2 --to adapter-lora
 """
 
 
@@ -33,11 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to", type=Path, required=True, metavar="FOLDER", help="adapter folder to write, replaced if it is one"
     )
-    parser.add_argument("--as", dest="kind", choices=("peft", "lora"), default="peft", help="default: peft")
-    parser.add_argument("--base", type=Path, metavar="FOLDER", help="the base model's folder (--as lora)")
+    parser.add_argument("--base", type=Path, metavar="FOLDER", help="the base, written down as the adapter's")
     add_reading_arguments(parser)
-    parser.add_argument("--rank", type=positive, metavar="R", help="--as lora: rank of the result")
-    parser.add_argument("--max-error", type=float, metavar="X", help="--as lora: largest relative error of any layer")
 
 
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,31 +63,13 @@ def reading_options(arguments: argparse.Namespace) -> ReadOptions:
 def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Converts an adapter and yields the lines to print."""
     from dora_vl.adapters.adapter import write_adapter
-    from dora_vl.adapters.base_weights import BaseWeights
-    from dora_vl.adapters.exports import LayerExport, as_lora, export_layers
     from dora_vl.adapters.files import refuse_to_replace_adapter
     from dora_vl.adapters.read import read_any
 
-    source, target, rank = arguments.source, arguments.to, arguments.rank
-    if arguments.kind != "lora" and (rank is not None or arguments.max_error is not None):
-        raise UserError("--rank and --max-error belong to --as lora")
+    source, target = arguments.source, arguments.to
     if target.resolve() in (source.resolve(), source.resolve().parent):
         raise UserError(f"--to {target} is where the adapter is read from; name another folder")
     refuse_to_replace_adapter(target)
     adapter = read_any(source, reading_options(arguments))
-    if arguments.kind != "lora":
-        write_adapter(adapter, target)
-        yield f"{target}: {len(adapter.layers)} layers, {len(adapter.extras)} other tensors"
-        return
-    if rank is None or arguments.max_error is None or arguments.base is None:
-        raise UserError(
-            "--as lora needs --base FOLDER, --rank R and --max-error X (1.0 accepts any error, and states it)"
-        )
-    exports: list[LayerExport] = []
-    with BaseWeights(arguments.base) as base:
-        for export in export_layers(adapter, base, rank):
-            exports.append(export)
-            yield f"{export.relative_error:9.3g}  {export.layer}"
-    write_adapter(as_lora(adapter, exports, arguments.max_error), target)
-    worst = max(export.relative_error for export in exports)
-    yield f"{target}: {len(exports)} layers of rank {rank}, largest relative error {worst:.3g}"
+    write_adapter(adapter, target)
+    yield f"{target}: {len(adapter.layers)} layers, {len(adapter.extras)} other tensors"

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dora_vl.adapters.adapter import Factors, read_adapter, refuse_other_base
-from dora_vl.adapters.base_weights import STEMS, SUFFIX, BaseWeights, stem_in
+from dora_vl.adapters.base_weights import WEIGHTS, BaseWeights, holds_weights
 from dora_vl.adapters.files import CONFIG_FILE, complete_checkpoints, step_of
 from dora_vl.adapters.folder import INNER
 from dora_vl.adapters.merge import planned_factors
@@ -61,11 +61,11 @@ def _weights_folder(folder: Path) -> Path:
     for candidate in (folder, folder / INNER):
         if (candidate / CONFIG_FILE).is_file():
             return candidate
-    if stem_in(folder) is not None:
+    if holds_weights(folder):
         return folder
     files = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
     raise UserError(
-        f"{folder} is no model ({STEMS[0]}{SUFFIX}), adapter ({CONFIG_FILE}) or run with complete checkpoints: {files}"
+        f"{folder} is no model ({WEIGHTS}), adapter ({CONFIG_FILE}) or run with complete checkpoints: {files}"
     )
 
 

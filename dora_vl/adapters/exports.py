@@ -1,111 +1,28 @@
-"""Adapters for tools that cannot serve all of one: the nearest plain LoRA, its error stated.
+"""An adapter as vLLM serves it, exactly the trained model.
 
-The change of a DoRA layer, W' - W = (g - 1) W + g s B A, has full rank, so no LoRA below full rank equals it. The
-nearest one of rank R is the change's truncated SVD (Eckart-Young); what is lost is measured, layer by layer.
-
-And an adapter as vLLM serves it: its slots hold A and B of the language model's linear layers (and, with a plugin,
-magnitudes); all else that was trained is folded into the base beside it. Both together are exactly the trained model.
-
-And a VL-BART's adapter as the whole dictionary that NVlabs' DoRA or VL-Adapter's LoRA saves: what the adapter does not
-hold comes from its base, beside each adapted weight stand the factors, and the token embedding has all five names.
+vLLM's slots hold A and B of the language model's linear layers (and, with a plugin, magnitudes); all else that was
+trained is folded into the base beside it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from dora_vl.adapters.adapter import Adapter, Factors, content_hash, is_extra, write_adapter
-from dora_vl.adapters.agreement import PEFT_PREFIX, split_key
+from dora_vl.adapters.agreement import split_key
 from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.files import refuse_to_replace
-from dora_vl.adapters.merge import Merged, MergedWeights, merge_to_folder, planned_factors
-from dora_vl.adapters.settings import new_config, own_recipe, peft_fields
+from dora_vl.adapters.merge import Merged, MergedWeights, merge_to_folder
+from dora_vl.adapters.settings import own_recipe, peft_fields
 from dora_vl.errors import UserError
 from dora_vl.files import whole_folder
-
-EXACT_SVD_UP_TO = 1024
-"""Shorter side of a change up to which the whole SVD is taken; beyond it a randomised one of the leading part."""
-
-
-@dataclass(frozen=True)
-class LayerExport:
-    """One layer as LoRA, and what it lost."""
-
-    layer: str
-    lora_A: Float[Tensor, "rank in_"]
-    lora_B: Float[Tensor, "out rank"]
-    relative_error: float
-    """||change - B A|| / ||change||, Frobenius norms, measured on the result; 0 where nothing changed."""
-
-
-def export_layers(adapter: Adapter, base: BaseWeights, rank: int) -> Iterator[LayerExport]:
-    """Yields each layer's nearest LoRA of rank `rank`, one layer in memory at a time."""
-    if not adapter.layers:
-        raise UserError(
-            f"{adapter.source} (method: {adapter.method}) adapts no layer, so there is no LoRA; use dora-vl merge"
-        )
-    factors = planned_factors(base, adapter)
-    for layer, own in factors.items():
-        weight = base.weight_of(layer)
-        merged = own.merged(weight)
-        change = own.as_matrix(merged - weight.to(merged.dtype))
-        a, b = truncated(change, rank)
-        norm = float(change.norm())
-        error = float((change - b @ a).norm()) / norm if norm else 0.0
-        yield LayerExport(layer, a, b, error)
-
-
-def truncated(
-    change: Float[Tensor, "out in_"], rank: int
-) -> tuple[Float[Tensor, "rank in_"], Float[Tensor, "out rank"]]:
-    """Returns A and B of the nearest product of rank `rank` (less where the matrix is smaller), scale 1."""
-    rank = min(rank, *change.shape)
-    if min(change.shape) <= EXACT_SVD_UP_TO or 4 * rank >= min(change.shape):
-        u, s, v = torch.linalg.svd(change, full_matrices=False)
-        u, s, v = u[:, :rank], s[:rank], v[:rank]
-    else:
-        # The generator's state is put back: an export must not change what a program draws next.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            u, s, columns = torch.svd_lowrank(change, q=min(rank + 16, *change.shape), niter=6)
-        u, s, v = u[:, :rank], s[:rank], columns[:, :rank].t()
-    root = s.sqrt()
-    return (root.unsqueeze(1) * v).contiguous(), (u * root).contiguous()
-
-
-def as_lora(adapter: Adapter, exports: list[LayerExport], max_error: float) -> Adapter:
-    """Makes a LoRA adapter of the exported layers, with the adapter's other tensors beside them."""
-    above = sorted((e for e in exports if e.relative_error > max_error), key=lambda e: -e.relative_error)
-    if above:
-        raise UserError(
-            f"{len(above)} of {len(exports)} layers lose more than {max_error:g} of their change, most "
-            f"{above[0].layer} ({above[0].relative_error:.3g}); raise --rank or --max-error, or use dora-vl merge"
-        )
-    if adapter.not_linear:
-        raise UserError(f"{adapter.source}: {min(adapter.not_linear)} is no linear layer; only linears are exported")
-    tensors = {key: tensor for key, tensor in adapter.tensors.items() if is_extra(key)}
-    for export in exports:
-        tensors[f"{PEFT_PREFIX}{export.layer}.lora_A.weight"] = export.lora_A
-        tensors[f"{PEFT_PREFIX}{export.layer}.lora_B.weight"] = export.lora_B
-    carried = {
-        field: adapter.config[field]
-        for field in ("base_model_name_or_path", "modules_to_save", "task_type", "revision", "fan_in_fan_out", "bias")
-        if field in adapter.config
-    }
-    ranks = {export.layer: len(export.lora_A) for export in exports}
-    config = new_config(ranks, dict.fromkeys(ranks, 1.0), use_dora=False, **carried)
-    kept = adapter.extras.keys() & adapter.recipe.get("adapter", {}).get("kept", ())
-    own = own_recipe(config, adapter.extras, kept) if adapter.recipe else {}
-    return Adapter(tensors, config, {**adapter.recipe, **own}, adapter.source)
-
 
 BASE, ADAPTER = "base", "adapter"
 """An export writes these two folders."""

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dora_vl.adapters.adapter import CLOSED_ANSWERS, IMAGE_ASPECT, Adapter, Factors
 from dora_vl.adapters.agreement import refuse_other_copy, untied
-from dora_vl.adapters.base_weights import INDEX_SUFFIX, STEMS, SUFFIX, BaseWeights, StoredTensor
+from dora_vl.adapters.base_weights import INDEX, WEIGHTS, BaseWeights, StoredTensor
 from dora_vl.adapters.files import DTYPES, byte_size, refuse_to_replace, write_safetensors
 from dora_vl.core.trainable import split_rows
 from dora_vl.errors import UserError, shown_names
@@ -30,9 +30,7 @@ MANIFEST = "dora_vl_merge.json"
 """Names what a merge wrote, so that a later one knows that it may replace the folder."""
 CHECK_FILE = "check.json"
 """A check writes its result beside the weights under this name."""
-NOT_COPIED = frozenset(
-    {"pytorch_model.bin.index.json", MANIFEST, CHECK_FILE, *(f"{stem}{INDEX_SUFFIX}" for stem in STEMS)}
-)
+NOT_COPIED = frozenset({"pytorch_model.bin.index.json", MANIFEST, CHECK_FILE, INDEX})
 
 
 class MergedWeights:
@@ -211,7 +209,7 @@ def merge_to_folder(
             if len(shards) > 1:
                 weight_map = dict(sorted((key, file) for file, entries in shards.items() for key in entries))
                 index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-                write_json(staging / f"{base.stem}{INDEX_SUFFIX}", index)
+                write_json(staging / INDEX, index)
             names = sorted(path.name for path in staging.iterdir())
             write_json(staging / MANIFEST, {"written_by": "dora-vl merge", "files": names})
     return Merged(len(weights.factors) + len(adapter.experts), len(adapter.extras), len(shards), total)
@@ -270,5 +268,5 @@ def _plan(
         groups[-1][base.hub_keys.get(stored.key, stored.key)] = (stored, kind)
         filled += size
     if len(groups) == 1:
-        return {f"{base.stem}{SUFFIX}": groups[0]}
-    return {f"{base.stem}-{i:05d}-of-{len(groups):05d}{SUFFIX}": group for i, group in enumerate(groups, start=1)}
+        return {WEIGHTS: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}

@@ -47,8 +47,8 @@ class ReadAdapter:
 class AdapterSlots:
     """The adapters of one model by name; each row of a batch uses one of them, or none for the base.
 
-    They are loaded and dropped while the model runs. A layer is wrapped the first time that an adapter changes it. The
-    base's tensors are never copied or written to; an adapter costs its own.
+    A layer is wrapped the first time that an adapter changes it. The base's tensors are never copied or written to; an
+    adapter costs its own.
     """
 
     def __init__(self, model: nn.Module, layers: Layers) -> None:
@@ -56,18 +56,9 @@ class AdapterSlots:
         self.batch = ActiveAdapters()
         self._layers = layers
         self._plain = copy.deepcopy(model, shared_tensors(model))
-        self._loaded: dict[str, tuple[str, ...]] = {}
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names the adapters that rows may use."""
-        return tuple(self._loaded)
 
     def read(self, folder: str | os.PathLike[str]) -> ReadAdapter:
-        """Reads an adapter folder, ours or PEFT's, and computes its gains; the model is not touched.
-
-        It may run beside a batch, in another thread.
-        """
+        """Reads an adapter folder, ours or PEFT's, and computes its gains; the model is not touched."""
         source = Path(folder)
         own = copy.deepcopy(self._plain, shared_tensors(self._plain, replaced_by(source)))
         load_adapter(own, source, change_base=False)
@@ -76,22 +67,9 @@ class AdapterSlots:
         return ReadAdapter(changed, alone=any(name not in self._layers.by_picture for name in vision))
 
     def put(self, name: str, adapter: ReadAdapter) -> None:
-        """Makes a read adapter available to rows, between batches only. If a layer fails, no layer has it."""
-        self._loaded[name] = tuple(adapter.layers)
-        try:
-            for layer, change in adapter.layers.items():
-                self._slot_layer(layer).put(name, change)
-        except BaseException:
-            self.drop(name)
-            raise
-
-    def drop(self, name: str) -> None:
-        """Drops an adapter and restores base layers that no other adapter changes, between batches only."""
-        for layer_name in self._loaded.pop(name):
-            layer = self._slot_layer(layer_name)
-            layer.drop(name)
-            if not layer.keys:
-                put_in_place(self.model, layer, layer.base)
+        """Makes a read adapter available to rows."""
+        for layer, change in adapter.layers.items():
+            self._slot_layer(layer).put(name, change)
 
     def _changed(self, own: nn.Module, source: Path) -> Iterator[tuple[str, SlotChange | nn.Module]]:
         """Lists every layer that an adapted copy of the model does not share with it, with its replacement."""

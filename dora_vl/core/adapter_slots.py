@@ -181,11 +181,6 @@ class SlotLayer(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("base"), name)
 
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Names the adapters that it holds."""
-        return (*self._changes, *self._own)
-
     def put(self, key: str, adapter: SlotChange | nn.Module) -> None:
         """Takes an adapter in."""
         self._forget_shares()
@@ -194,26 +189,14 @@ class SlotLayer(nn.Module):
         else:
             self._stack({**self._changes, key: adapter})
 
-    def drop(self, key: str) -> None:
-        """Lets an adapter go; one that it does not hold is none here."""
-        self._forget_shares()
-        self._own.pop(key, None)
-        if key in self._changes:
-            self._stack({name: change for name, change in self._changes.items() if name != key})
-
     def _stack(self, changes: Mapping[str, SlotChange]) -> None:
-        """Lays the adapters into one matrix each for A and B; the adapters' own are views of them from then on.
-
-        All is built before anything is swapped: where it does not fit into memory, the layer stays as it was.
-        """
-        ranks, a, b = [len(change.lora_A) for change in changes.values()], torch.empty(0), torch.empty(0)
-        if changes:
-            a = torch.cat([change.lora_A for change in changes.values()])
-            b = torch.cat([change.scaled_B for change in changes.values()])
-            views = zip(changes.items(), a.split(ranks), b.split(ranks), strict=True)
-            changes = {key: replace(change, lora_A=own_A, scaled_B=own_B) for (key, change), own_A, own_B in views}
-        self._all_A, self._all_B = a, b
-        self._changes, self._layout = dict(changes), tuple(zip(changes, ranks, strict=True))
+        """Lays the adapters into one matrix each for A and B; the adapters' own are views of them from then on."""
+        ranks = [len(change.lora_A) for change in changes.values()]
+        self._all_A = torch.cat([change.lora_A for change in changes.values()])
+        self._all_B = torch.cat([change.scaled_B for change in changes.values()])
+        views = zip(changes.items(), self._all_A.split(ranks), self._all_B.split(ranks), strict=True)
+        self._changes = {key: replace(change, lora_A=own_A, scaled_B=own_B) for (key, change), own_A, own_B in views}
+        self._layout = tuple(zip(changes, ranks, strict=True))
 
     def _forget_shares(self) -> None:
         self._gains: dict[Share, Tensor | None] = {}

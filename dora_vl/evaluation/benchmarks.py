@@ -1,8 +1,7 @@
-"""Benchmarks by name: the table, those of installed packages, and one's own as a YAML file of a few lines.
+"""Benchmarks by name: the table, and one's own as a YAML file of a few lines.
 
-What a benchmark is stands in its scorer's file. A package offers benchmarks, each a `Benchmark`, as entry points of the
-group `dora_vl.benchmarks`, such as `receipts = "my_package.receipts:RECEIPTS"`. A file holds `name` and `scoring`, and
-may say `file` (records, looked for from where the YAML is), `prompt`, `max_new_tokens` and `frames`.
+What a benchmark is stands in its scorer's file. A file of one's own holds `name` and `scoring`, and may say `file`
+(records, looked for from where the YAML is), `prompt`, `max_new_tokens` and `frames`.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
-from importlib.metadata import entry_points
 from itertools import islice
 from pathlib import Path
 from string import ascii_uppercase
@@ -76,7 +74,6 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     **dict.fromkeys(PATTERNS, exact.COMMONSENSE),
 }
 
-GROUP = "dora_vl.benchmarks"
 NAME = re.compile(r"[A-Za-z0-9][\w\-]*")
 PROMPTS: Mapping[str, Prompt] = {
     "as_is": prompts.as_is,
@@ -104,26 +101,13 @@ def find_benchmark(request: str) -> NamedBenchmark:
     if request.endswith((".yaml", ".yml")):
         return read_own(Path(request))
     name, _, split = request.partition(":")
-    if name in BENCHMARKS:
-        return NamedBenchmark(name=name, benchmark=BENCHMARKS[name], split=split)
-    installed = {point.name: point for point in entry_points(group=GROUP)}
-    if name not in installed:
-        names = [*BENCHMARKS, *installed]
-        nearest = get_close_matches(name, names, n=1, cutoff=0.0)[0]
+    if name not in BENCHMARKS:
+        nearest = get_close_matches(name, BENCHMARKS, n=1, cutoff=0.0)[0]
         raise UserError(
-            f"no benchmark {shown(name)}; did you mean {nearest!r}? There are {', '.join(names)}; your own is a "
+            f"no benchmark {shown(name)}; did you mean {nearest!r}? There are {', '.join(BENCHMARKS)}; your own is a "
             "FILE.yaml"
         )
-    target = installed[name].value
-    try:
-        benchmark = installed[name].load()
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"benchmark {name}: {target} of an installed package fails: {error}") from error
-    if not isinstance(benchmark, Benchmark):
-        raise UserError(f"benchmark {name}: {target} is a {type(benchmark).__name__}, it must be a Benchmark")
-    if not NAME.fullmatch(name):
-        raise UserError(f"benchmark {shown(name)}: a name is letters, digits, _ and -, as folders have it")
-    return NamedBenchmark(name=name, benchmark=benchmark, split=split)
+    return NamedBenchmark(name=name, benchmark=BENCHMARKS[name], split=split)
 
 
 OWN: Mapping[str, tuple[type, Any]] = {

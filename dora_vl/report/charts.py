@@ -31,14 +31,13 @@ STYLES: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One line or cloud of points, in one of the page's colours; `names` are shown when a pointer is on a point."""
+    """One line, in one of the page's colours."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
-    look: Literal["line", "faint", "dashed", "dots"] = "line"
+    look: Literal["line", "faint", "dashed"] = "line"
     colour: int = 0
-    names: Sequence[str] = ()
     in_legend: bool = True
 
 
@@ -47,7 +46,6 @@ class Chart:
     """What a template draws; `data` is for the page's script: the drawing's limits, and the numbers of each series."""
 
     title: str
-    x_label: str
     y_label: str
     svg: str
     legend: tuple[Series, ...]
@@ -59,7 +57,6 @@ def chart(
     lines: Sequence[Series],
     *,
     y_label: str,
-    x_label: str = "step",
     log: bool = False,
     zero: bool = False,
     always_legend: bool = False,
@@ -81,20 +78,19 @@ def chart(
             style = STYLES["dots" if len(item.x) == 1 else item.look]
             axes.plot(item.x, item.y, color=COLOURS[item.colour % len(COLOURS)], **style)
         axes.set_yscale("log" if log else "linear")
-        plain_axes(axes, x_label, "")
+        plain_axes(axes, "step", "")
         axes.grid(visible=False, axis="x")
         axes.minorticks_off()
         wide = log and most > 20 * least
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8) if wide else MaxNLocator(5))
         axes.yaxis.set_major_formatter(EngFormatter(sep="") if most >= 1e4 else "{x:.4g}")
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=x_label in ("step", "layer")))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if zero:
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]) if least < 0 else 0.0)
         svg = _svg(figure)
     low, high = axes.get_xlim()
     return Chart(
         title=title,
-        x_label=x_label,
         y_label=y_label,
         svg=svg,
         legend=tuple(item for item in drawn if item.in_legend) if always_legend or len(drawn) > 1 else (),
@@ -103,14 +99,12 @@ def chart(
             "y": list(axes.get_ylim()),
             "log": log,
             "box": [LEFT, RIGHT, TOP, BOTTOM],
-            "label": x_label,
             "series": [
                 {
                     "name": item.name,
                     "colour": item.colour % len(COLOURS),
                     "x": [float(f"{x:.4g}") for x in item.x],
                     "y": [float(f"{y:.4g}") for y in item.y],
-                    "names": list(item.names),
                 }
                 for item in drawn
                 if item.in_legend
@@ -136,12 +130,11 @@ def _drawable(line: Series) -> Series:
     """Returns its finite points; of more than a screen shows, the means of equally long stretches."""
     finite = [index for index, pair in enumerate(zip(line.x, line.y, strict=True)) if all(map(math.isfinite, pair))]
     x, y = ([axis[index] for index in finite] for axis in (line.x, line.y))
-    names = [line.names[index] for index in finite] if line.names else ()
     length = -(-len(finite) // MOST_POINTS)
-    if length > 1 and line.look != "dots":
+    if length > 1:
         parts = [slice(start, start + length) for start in range(0, len(finite), length)]
         x, y = ([sum(axis[part]) / len(axis[part]) for part in parts] for axis in (x, y))
-    return replace(line, x=x, y=y, names=names)
+    return replace(line, x=x, y=y)
 
 
 RATE = "learning_rate"

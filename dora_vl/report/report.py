@@ -20,7 +20,6 @@ from dora_vl.files import SETS, whole_file
 if TYPE_CHECKING:
     from dora_vl.evaluation.results import SetResult
     from dora_vl.report.answers import Results
-    from dora_vl.report.charts import Chart
     from dora_vl.report.run_record import RunRecord
     from dora_vl.report.views import InlinePictures
 
@@ -31,7 +30,6 @@ SECTIONS = (
     ("watched", "Questions"),
     ("answers", "Answers"),
     ("confusion", "Confusion"),
-    ("weights", "Weights"),
     ("parts", "Parts"),
     ("data", "Data"),
     ("settings", "Settings"),
@@ -39,11 +37,11 @@ SECTIONS = (
 )
 
 
-def gather(runs: Sequence[RunRecord], *, weights: bool, base: Path | None) -> dict[str, Any]:
-    """Reads, scores and draws all that the template shows, with `weights` also the layers' change from the base."""
+def gather(runs: Sequence[RunRecord]) -> dict[str, Any]:
+    """Reads, scores and draws all that the template shows."""
     from dora_vl.report.answers import blind, confusion, read_tests, score_rows
     from dora_vl.report.charts import curves
-    from dora_vl.report.views import InlinePictures, setting_tables, watched_tables, weight_charts
+    from dora_vl.report.views import InlinePictures, setting_tables, watched_tables
 
     notes: dict[str, list[str]] = {name: [] for name, _ in SECTIONS}
     charts, notes["curves"] = curves(runs)
@@ -65,15 +63,7 @@ def gather(runs: Sequence[RunRecord], *, weights: bool, base: Path | None) -> di
     if not confusions:
         notes["confusion"].append("No test has a short closed list of answers.")
     versions = [run.plan.get("versions") or run.recipe.get("versions") or {} for run in runs]
-    changes: list[Chart] = []
-    if not weights:
-        notes["weights"].append("Not measured: --no-weights was given.")
     for run in runs:
-        if weights:
-            try:
-                changes += weight_charts(run, base)
-            except (UserError, OSError) as error:
-                notes["weights"].append(f"{run.label}: not measured: {error}")
         if not run.plan:
             notes["parts"].append(f"{run.label}: it holds no plan.json.")
         if not run.settings:
@@ -89,7 +79,6 @@ def gather(runs: Sequence[RunRecord], *, weights: bool, base: Path | None) -> di
         "drawn": [(run.label, rows) for run in runs if (rows := _drawn(run.folder))],
         "answers": shown,
         "confusions": confusions,
-        "weights": changes,
         "data": [_data(run) for run in runs],
         "settings": setting_tables(runs),
         "versions": {
@@ -204,12 +193,13 @@ def _data(run: RunRecord) -> dict[str, Any]:
 DESCRIPTION = """\
 Makes one HTML file of a run, or of several side by side: scores with 95 % intervals and paired differences, curves,
 the watched questions through training, wrong and right answers with their pictures, confusion of closed answers,
-magnitude and direction change of each layer, what trained, settings and versions. It opens without a network.
+what trained, settings and versions. It opens without a network.
 
   dora-vl report runs/demo
   dora-vl report runs/lora runs/dora --to comparison.html
 
-A part that a run holds nothing for says so. The first run is the one that others are compared with.
+A part that a run holds nothing for says so. The first run is the one that others are compared with. What training
+changed in the weights is drawn by dora-vl analyze.
 """
 
 
@@ -218,10 +208,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder, its training.output_dir")
     parser.add_argument("--to", type=Path, metavar="FILE.html", help="default: report.html in the first run's folder")
     parser.add_argument("--label", action="append", metavar="TEXT", help="one for each RUN; default: its folder's name")
-    parser.add_argument("--base", type=Path, metavar="DIR", help="where the base is, if not where the adapter says")
-    parser.add_argument(
-        "--no-weights", action="store_true", help="leave out the change of weights, which reads the base"
-    )
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
@@ -241,7 +227,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     runs = [read_run(folder, label) for folder, label in zip(folders, arguments.label or unique, strict=True)]
     for entry in runs:
         yield from (f"{entry.label}: {trouble}" for trouble in entry.damaged)
-    report = gather(runs, weights=not arguments.no_weights, base=arguments.base)
+    report = gather(runs)
     with whole_file(to) as file:
         file.write(page(report))
     yield f"{to}: {to.stat().st_size / 1e6:.1f} MB"

@@ -1,38 +1,21 @@
-"""Tables, charts and pictures of a run for its page: settings, watched questions, what changed in the weights."""
+"""Tables and pictures of a run for its page: settings and watched questions."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tqdm import tqdm
 
-from dora_vl.adapters.adapter import base_of, read_adapter
-from dora_vl.adapters.base_weights import CONFIG_FILE, BaseWeights
-from dora_vl.adapters.decomposition import (
-    Panel,
-    Point,
-    Request,
-    Saved,
-    layers_to_compare,
-    measured,
-    refuse_saved_on_another_base,
-    saved_in,
-)
-from dora_vl.adapters.files import WEIGHTS_FILE
 from dora_vl.data.example import Clip
 from dora_vl.data.pictures import open_image
 from dora_vl.data.video import Uniform, VideoReader
 from dora_vl.errors import BadSample
 from dora_vl.evaluation.scores.exact import final_answer, normalised
-from dora_vl.report.charts import COLOURS, Chart, Series, chart
 from dora_vl.report.run_record import RunRecord
-from dora_vl.run.folder import ADAPTER
 from dora_vl.run.reading import flattened, run_parser
 from dora_vl.run.settings import FIELDS
 from dora_vl.run.watched import SIDE, Watched, WatchedQuestion, data_url, evenly, tiled
@@ -107,114 +90,6 @@ def _row(
 
 def _compared(text: str, after: str | None) -> str:
     return normalised(final_answer(text, after))
-
-
-# -- what training changed in each adapted layer's weight, magnitude and direction: the paper's plot -------------------
-
-
-MOST_CHECKPOINTS = 3
-_DEPTH = re.compile(r"\.(?:layers|layer|blocks|block|h)\.(\d+)\.")
-
-
-def weight_charts(run: RunRecord, base: Path | None) -> list[Chart]:
-    """Draws how the run's adapter and its last checkpoints changed the base, read from where it is now."""
-    final = Saved(run.folder / ADAPTER, run.last_step)
-    if (final.folder / WEIGHTS_FILE).is_file():
-        earlier = [item for item in saved_in(run.folder) if item.step is not None and item.step < run.last_step]
-        saved = [*evenly(earlier, MOST_CHECKPOINTS - 1), final]
-    else:
-        saved = list(saved_in(run.folder))[-MOST_CHECKPOINTS:]
-    if base is None:
-        stated = run.path(run.section("model").get("base", ""))
-        base = stated if (stated / CONFIG_FILE).is_file() else base_of(read_adapter(saved[-1].folder))
-    with BaseWeights(base) as weights:
-        refuse_saved_on_another_base(saved[-1], weights)
-        request = Request(run.label, run.folder, tuple(saved))
-        layers = layers_to_compare([request], weights, ())
-        with tqdm(total=len(layers) * len(saved), desc="comparing", unit="layer") as progress:
-            panel = measured(request, weights, layers, axis="output", done=progress.update)
-    drawn = plane(panel)
-    return [*([] if drawn is None else [drawn]), *over_depth(panel)]
-
-
-def plane(panel: Panel) -> Chart | None:
-    """Draws every layer of the last checkpoint as a point; the line is through all checkpoints."""
-    series = [
-        Series(
-            name=kind,
-            x=[point.change.direction for point in points],
-            y=[point.change.magnitude for point in points],
-            look="dots",
-            colour=colour % (len(COLOURS) - 1),
-            names=[f"{item.layer}: ΔM {item.change.magnitude:.3g}, ΔD {item.change.direction:.3g}" for item in points],
-        )
-        for colour, (kind, points) in enumerate(by_kind(_of_last_step(panel)).items())
-    ]
-    if (line := panel.line) is not None:
-        xs = [point.change.direction for point in panel.points]
-        ends = [min(xs), max(xs)]
-        name = f"slope {line.slope:.3g}, correlation {line.correlation:.2f}"
-        ys = [line.intercept + line.slope * end for end in ends]
-        series.append(Series(name=name, x=ends, y=ys, look="dashed", colour=len(COLOURS) - 1))
-    title = f"{panel.label} ({panel.method})"
-    return chart(title, series, x_label="direction change ΔD", y_label="magnitude change ΔM")
-
-
-def _of_last_step(panel: Panel) -> list[Point]:
-    return [point for point in panel.points if point.step == panel.steps[-1]]
-
-
-def over_depth(panel: Panel) -> list[Chart]:
-    """Draws the last checkpoint's magnitude and direction change by depth, a line for each stack of layers."""
-    numbered = [point for point in _of_last_step(panel) if depth_of(point.layer) is not None]
-    stacks = {kind: points for kind, points in by_stack(numbered).items() if len(points) > 1}
-    values: dict[str, Callable[[Point], float]] = {
-        "magnitude change ΔM": lambda point: point.change.magnitude,
-        "direction change ΔD": lambda point: point.change.direction,
-    }
-    charts = [
-        chart(
-            f"{panel.label}, by depth",
-            [
-                Series(
-                    name=kind,
-                    x=[float(depth_of(point.layer) or 0) for point in points],
-                    y=[value(point) for point in points],
-                    colour=colour % (len(COLOURS) - 1),
-                )
-                for colour, (kind, points) in enumerate(stacks.items())
-            ],
-            x_label="layer",
-            y_label=title,
-            zero=True,
-        )
-        for title, value in values.items()
-    ]
-    return [item for item in charts if item is not None]
-
-
-def by_kind(points: Sequence[Point]) -> dict[str, list[Point]]:
-    """Returns points by the last word of the layer's name, such as q_proj."""
-    result: dict[str, list[Point]] = {}
-    for point in points:
-        result.setdefault(point.layer.rpartition(".")[2], []).append(point)
-    return result
-
-
-def by_stack(points: Sequence[Point]) -> dict[str, list[Point]]:
-    """Groups points by the layer's name without its number, as short as tells them apart."""
-    result: dict[str, list[Point]] = {}
-    for point in points:
-        result.setdefault(_DEPTH.sub(".", point.layer), []).append(point)
-    short = [name.rpartition(".")[2] for name in result]
-    names = short if len(set(short)) == len(short) else [name.removeprefix("model.") for name in result]
-    return dict(zip(names, result.values(), strict=True))
-
-
-def depth_of(layer: str) -> int | None:
-    """Returns a layer's number in its stack; None where its name has none."""
-    result = _DEPTH.search(layer)
-    return None if result is None else int(result[1])
 
 
 # -- pictures inside the page ---------------------------------------------------------------------------------------

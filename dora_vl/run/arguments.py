@@ -8,7 +8,7 @@ import difflib
 import functools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ import torch
 from jsonargparse import ArgumentParser
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_config
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-from dora_vl.errors import SettingError, UserError, one_line, shown, wrong_value
+from dora_vl.errors import SettingError, UserError, one_line, wrong_value
 from dora_vl.files import read_json, shipped_folder
 from dora_vl.run.folder import run_folder_of
 from dora_vl.run.launch import Launch, several_ranks, stand_alone_environment, start_cpu_communication
@@ -26,22 +26,6 @@ from dora_vl.run.settings import RunConfig
 
 logger = logging.getLogger(__name__)
 
-RENAMED = {
-    "warmup_ratio": "training.warmup_steps as a number below 1, such as 0.03",
-    "group_by_length": "data.group_by_modality_length",
-    "overwrite_output_dir": "the top-level overwrite: true",
-    "resume_from_checkpoint": "the top-level resume: last",
-    "logging_dir": "nothing: log.jsonl is in training.output_dir",
-    "no_cuda": "training.use_cpu",
-    "save_safetensors": "nothing: adapters are always safetensors",
-    "adafactor": "training.optim: adafactor",
-    "batch_size": "training.per_device_train_batch_size (x gradient_accumulation_steps x GPUs is a step)",
-    "epochs": "training.num_train_epochs",
-    "lr": "training.learning_rate",
-    "steps": "training.max_steps",
-    "dataloader_num_workers": "data.workers",
-}
-"""Fields of earlier transformers that people still write -> what to write now (transformers 5 migration guide)."""
 OWNED = {
     "remove_unused_columns": "batches are read whole",
     "label_smoothing_factor": "the loss is computed at labelled positions only",
@@ -49,6 +33,8 @@ OWNED = {
     "auto_find_batch_size": "the batch size is part of the recipe",
     "push_to_hub": "`dora-vl push RUN OWNER/NAME` uploads the adapter with its model card afterwards",
     "local_rank": "the launcher sets it",
+    "resume_from_checkpoint": "the top-level resume: last does it",
+    "dataloader_num_workers": "data.workers says it",
     "neftune_noise_alpha": "the Trainer adds its noise to plain language models only; raise adapter.dropout",
 }
 """Fields that a run must not set, since they would break it -> why."""
@@ -109,16 +95,12 @@ def check_training_section(section: Mapping[str, Any]) -> dict[str, Any]:
         raise SettingError(
             "training.metric_for_best_model", f" is {metric}, but validation measures the loss alone; write loss"
         )
-    check_trackers(values.get("report_to"))
     return values
 
 
 def _accepted_name(key: str) -> str:
     fields = {field.name for field in dataclasses.fields(TrainingArguments)}
     name = f"training.{key}"
-    if key in RENAMED:
-        word = RENAMED[key].split()[0]
-        raise SettingError(name, f" is not a setting here; use {RENAMED[key]}", [word] if "." in word else [])
     if key in OWNED:
         raise SettingError(name, f" cannot be set: {OWNED[key]}")
     if key in fields:
@@ -128,23 +110,6 @@ def _accepted_name(key: str) -> str:
     close = [f"training.{name}" for name in difflib.get_close_matches(key, fields - OWNED.keys(), n=1, cutoff=0.6)]
     hint = f"did you mean {close[0]}?" if close else "see transformers.TrainingArguments"
     raise SettingError(name, f" is not a setting; {hint}", close)
-
-
-def check_trackers(report_to: object) -> None:
-    """Refuses a tracker that transformers does not know, or whose package is not installed, before weights are read."""
-    names = [report_to] if isinstance(report_to, str) else report_to
-    for name in names if isinstance(names, Sequence) else ():
-        if name in ("none", "all"):
-            continue
-        if name not in INTEGRATION_TO_CALLBACK:
-            trackers = ", ".join(INTEGRATION_TO_CALLBACK)
-            raise SettingError("training.report_to", f": no tracker {shown(name)}; there are {trackers} and none")
-        # transformers lists the first one without MLflow alone, the second never; it says itself that they are missing.
-        if name not in ("azure_ml", "flyte", *get_available_reporting_integrations()):
-            raise SettingError(
-                "training.report_to",
-                f": {name} is not installed; pip install {name.replace('_', '-')}, or leave it out",
-            )
 
 
 def training_arguments(config: RunConfig) -> TrainingArguments:
@@ -182,6 +147,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
     values.update(remove_unused_columns=False, dataloader_num_workers=data.workers)
     try:
         arguments = TrainingArguments(**values)
+        get_reporting_integration_callbacks(arguments.report_to)  # an unknown one, before the weights are read
     except ValueError as error:
         raise UserError(f"training: {' '.join(str(error).split())}") from error
     engine: Any = vars(arguments).get("hf_deepspeed_config")

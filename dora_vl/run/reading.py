@@ -8,7 +8,7 @@ import difflib
 import functools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -235,33 +235,6 @@ def _resolved(path: Path, variant: str | None) -> dict[str, Any]:
     return settings
 
 
-# What other tools call a setting, for those who bring a file of theirs.
-
-NAMES: Mapping[str, str] = {
-    theirs: ours
-    for ours, names in {
-        "model.base": "model_name_or_path base_model model_id",
-        "model.template": "template version",
-        "model.quantisation": "quantization_bit load_in_4bit load_in_8bit",
-        "data.train": "dataset datasets dataset_name data_path train_file",
-        "data.image_folder": "media_dir image_dir image_folder",
-        "data.validation_share": "val_size val_set_size split_dataset_ratio",
-        "data.max_tokens": "cutoff_len sequence_len max_length max_seq_length model_max_length",
-        "data.limit": "max_samples",
-        "adapter.rank": "lora_r lora_rank",
-        "adapter.alpha": "lora_alpha",
-        "adapter.dropout": "lora_dropout",
-        "adapter.targets": "lora_target lora_target_modules target_modules",
-        "adapter.method": "finetuning_type train_type tuner_type use_dora peft_use_dora",
-        "optim.projector_learning_rate": "mm_projector_lr",
-        "training.per_device_train_batch_size": "micro_batch_size",
-        "training.num_train_epochs": "num_epochs",
-    }.items()
-    for theirs in names.split()
-}
-"""Name of a setting in another tool -> its name here."""
-
-
 # What is said of a key or a value that the parser does not take.
 
 _UNKNOWN = (
@@ -285,24 +258,7 @@ def explained(message: str, task: Task) -> UserError:
     unknown = f"{group}.{match['key']}" if group else match["key"]
     names, field = setting_names(task), ".".join(unknown.split(".")[:2])
     owners = [name for name, fields in FIELDS.items() if field in fields]
-    same = NAMES.get(unknown.rpartition(".")[2], "")
-    if owners:
-        close = difflib.get_close_matches(field, names, n=1, cutoff=0.9)
-    else:
-        close = [same] if same in names else nearest(field, names)
+    close = difflib.get_close_matches(field, names, n=1, cutoff=0.9 if owners else 0.6)
     owner = f", but of {' and '.join(owners)}" if owners else ""
-    hint = f"; did you mean {' or '.join(close)}?" if close else "; --help lists the settings"
+    hint = f"; did you mean {close[0]}?" if close else "; --help lists the settings"
     return SettingError(unknown, f" is not a setting of task {task}{owner}{hint}", nearest=close)
-
-
-def nearest(unknown: str, names: Iterable[str]) -> list[str]:
-    """Up to two settings whose dotted name, or whose last word, is close to `unknown`, best first."""
-    spelled_out = re.sub(r"\blr\b|(?<=_)lr\b", "learning_rate", unknown.replace("-", "_"))
-    section, _, last = spelled_out.rpartition(".")
-
-    def likeness(name: str) -> float:
-        alike = difflib.SequenceMatcher(None, last, name.rpartition(".")[2]).ratio()
-        return alike + 0.1 * (section != "" and name.startswith(f"{section}."))
-
-    best = [name for name in sorted(names, key=likeness, reverse=True)[:2] if likeness(name) >= 0.6]
-    return [name for name in best if name.rpartition(".")[2] == last] or best

@@ -28,8 +28,8 @@ from dora_vl.serving.options import (
 
 DESCRIPTION = """\
 Opens a page in the browser with two doors. Train: drop pictures and a table, see what training will see, start, follow,
-stop and resume it, read its test. Ask: an adapter and its base answer the same question about a picture, a video or the
-webcam side by side, with a dial for how much of the adapter is applied.
+stop and resume it, read its test. Ask: an adapter and its base answer the same question about a picture or a video
+side by side, with a dial for how much of the adapter is applied.
 
   dora-vl demo
   dora-vl demo --adapter runs/demo/adapter
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     if not (options.adapter or trains):
         raise UserError("give --adapter DIR, the adapter folder of a run, or --train, with which visitors may train")
     adapters = adapters_by_name(options.adapter)
-    missing = [name for name in ("gradio", "httpx2", "uvicorn") if find_spec(name) is None]
+    missing = [name for name in ("gradio", "uvicorn") if find_spec(name) is None]
     if missing:
         raise UserError(f"the page needs {' and '.join(missing)}: {install_command(*missing)}")
     with (

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from dora_vl.core.strength import checked_strength
 from dora_vl.data.batches import ALIGNED
 from dora_vl.data.samples import BOOKKEEPING
 from dora_vl.data.turns import Turn, placeholder_first
-from dora_vl.errors import BadSample, UserError, one_line
+from dora_vl.errors import BadSample, one_line
 from dora_vl.evaluation.assistant import check_room
 from dora_vl.evaluation.predictor import Shown
 from dora_vl.serving.decoding import (
@@ -42,7 +41,7 @@ from dora_vl.serving.decoding import (
     may_join,
     next_tokens,
 )
-from dora_vl.serving.model import Entry, ServedModel, UnknownModel
+from dora_vl.serving.model import ServedModel
 from dora_vl.serving.options import Settings
 from dora_vl.serving.scheduler import (
     ENDING,
@@ -54,7 +53,6 @@ from dora_vl.serving.scheduler import (
     Scheduler,
     Stopped,
     SubmittedRequest,
-    unloaded,
 )
 
 
@@ -247,7 +245,6 @@ class Engine:
         self._scheduler = Scheduler(self.settings, lambda: model.assistant.prompts.encoder.one_kind_in_a_batch)
         self._encoding = threading.Lock()
         """Lets one thread at a time use tokenizers and processors."""
-        self._loading = threading.Lock()
         self._decoder = BatchDecoder(model, lambda: self._scheduler.closed)
         self._thread = threading.Thread(target=self._work, name="dora-vl engine", daemon=True)
         self._thread.start()
@@ -301,7 +298,7 @@ class Engine:
         """
         deadline = time.monotonic() + self.settings.answer_seconds if deadline is None else deadline
         request = SubmittedRequest(prepared, put, deadline)
-        self._scheduler.add(request, partial(self._check_served, prepared.entry))
+        self._scheduler.add(request)
         return request
 
     def ask(self, prepared: PreparedRequest) -> Iterator[Piece | Finished]:
@@ -322,25 +319,6 @@ class Engine:
         """How many requests wait."""
         return len(self._scheduler)
 
-    def load(self, name: str, folder: Path) -> None:
-        """Serves an adapter from now on; it is read beside the batches, and put in between two."""
-        with self._loading:
-            if (served := len(self.model.names) - 1) >= self.settings.max_adapters:
-                raise UserError(f"{served} adapters are served, and no more may be loaded; unload one first")
-            read = self.model.read(name, folder)
-            self._scheduler.between_batches(lambda: self.model.put(*read))
-
-    def unload(self, name: str) -> None:
-        """Serves an adapter no longer; the batch at hand is finished, and requests that wait for it are told."""
-
-        def drop() -> None:
-            self.model.drop(name)
-            for request in self._scheduler.remove(name):
-                request.tell(Failed(unloaded(name)))
-
-        with self._loading:
-            self._scheduler.between_batches(drop)
-
     def close(self) -> None:
         """Ends the thread after the next token; requests at hand are told."""
         self._scheduler.close()
@@ -351,17 +329,6 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _check_served(self, entry: Entry) -> None:
-        """Raises Stopped where an adapter is no longer the one that a request was prepared for."""
-        if entry.name is None:
-            return
-        try:
-            served = self.model.entry(entry.name)
-        except UnknownModel:
-            raise unloaded(entry.name) from None
-        if served is not entry:
-            raise Stopped(f"adapter {entry.name} was loaded anew meanwhile; ask again")
 
     # -- the thread --------------------------------------------------------------------------------------------
 

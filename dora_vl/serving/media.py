@@ -9,17 +9,12 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
-import ipaddress
-import socket
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import anyio
-import httpx2 as httpx
-from anyio import to_thread
 from PIL import Image
 
 from dora_vl.backbones.video_inputs import Video, repeated
@@ -27,7 +22,7 @@ from dora_vl.data.picture_files import MEBIBYTE, TooManyPixels, decoded
 from dora_vl.data.readers import ROLES
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Turn
 from dora_vl.data.video import Uniform, read_frames
-from dora_vl.errors import UserError, shown
+from dora_vl.errors import shown
 from dora_vl.evaluation.predictor import Shown
 from dora_vl.limited_process import LOOK_SECONDS, Budget, JobFailed, LimitedProcess
 from dora_vl.serving.options import Settings
@@ -177,14 +172,9 @@ class Reading:
         return self._process
 
     def _content(self, url: str, where: str) -> bytes:
-        if url[:5].lower() == "data:":
-            return _from_data_url(url, where, self.settings.media_bytes)
-        if not self.settings.allow_remote_media:
-            raise BadRequest(where, f"{shown(url)}: this server takes data: URLs alone (--allow-remote-media)")
-        try:
-            return fetch(url, self.settings.media_bytes, self.settings.fetch_seconds)
-        except NotFetched as error:
-            raise BadRequest(where, str(error)) from None
+        if url[:5].lower() != "data:":
+            raise BadRequest(where, f"{shown(url)}: addresses are not fetched; send what is there as a data: URL")
+        return _from_data_url(url, where, self.settings.media_bytes)
 
 
 @contextlib.contextmanager
@@ -216,93 +206,3 @@ def _from_data_url(url: str, where: str, most: int) -> bytes:
         return base64.b64decode(content, validate=True)
     except (binascii.Error, ValueError) as error:
         raise BadRequest(where, f"the data: URL {shown(url)} cannot be read: {error}") from None
-
-
-# -- pictures and videos from the web, without a way into the server's own network. A name is resolved once, every
-# address of it must be a public one, and the connection goes to the address that was checked: a name that changes its
-# mind in between gains nothing. Each redirect is a new address, checked the same way.
-
-MOST_REDIRECTS = 3
-NOT_PUBLIC = tuple(map(ipaddress.ip_network, ("192.88.99.0/24", "3fff::/20", "5f00::/16")))
-"""Python's own tables lack these special addresses: 6to4 relays, documentation, segment routing."""
-
-
-class NotFetched(UserError):
-    """The content of an address cannot be had, or may not."""
-
-
-def fetch(url: str, most: int, seconds: float) -> bytes:
-    """Returns the content of an address: so many bytes at most, in so many seconds.
-
-    Raises:
-        NotFetched: no http(s) address, one that leads to a private, loopback, link-local or other special address,
-            too many redirects, too large, too slow, or no answer.
-    """
-
-    async def in_time() -> bytes:
-        with anyio.fail_after(seconds):  # the client's own timeouts begin anew at every byte
-            return await _fetch(url, most)
-
-    try:
-        return anyio.run(in_time)
-    except TimeoutError:
-        raise NotFetched(f"{shown(url)} was too slow") from None
-    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
-        raise NotFetched(f"{shown(url)} cannot be read: {type(error).__name__} {shown(str(error))}") from None
-
-
-async def _fetch(url: str, most: int) -> bytes:
-    async with httpx.AsyncClient(trust_env=False, timeout=None) as client:
-        for _ in range(MOST_REDIRECTS + 1):
-            target = httpx.URL(url)
-            if target.scheme not in ("http", "https") or not target.host or target.userinfo or not url.isascii():
-                raise NotFetched(f"{shown(url)}: only http:// and https:// addresses in ASCII are fetched, of no user")
-            # The system's resolver knows no limit: when it takes too long, its thread is left behind.
-            address = await to_thread.run_sync(public_address, target.host, abandon_on_cancel=True)
-            request = client.build_request(
-                "GET",
-                target.copy_with(host=address),
-                headers={"Host": target.netloc.decode(), "User-Agent": "dora-vl", "Accept-Encoding": "identity"},
-                extensions={"sni_hostname": target.host},
-            )
-            answer = await client.send(request, stream=True)
-            async with contextlib.aclosing(answer):
-                if answer.has_redirect_location:
-                    url = str(target.join(answer.headers["Location"]))
-                    continue
-                if answer.status_code != httpx.codes.OK:
-                    raise NotFetched(f"{shown(target.host)} answered with status {answer.status_code}")
-                content = bytearray()
-                async for chunk in answer.aiter_raw():
-                    content += chunk
-                    if len(content) > most:
-                        raise NotFetched(f"what {shown(target.host)} sends is larger than the {most:,} bytes allowed")
-                return bytes(content)
-    raise NotFetched(f"{shown(url)}: more than {MOST_REDIRECTS} redirects")
-
-
-def public_address(host: str) -> str:
-    """Returns an IP address of a host, all of whose addresses are public."""
-    try:
-        entries = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise NotFetched(f"{shown(host)} cannot be resolved ({error})") from None
-    addresses = [str(entry[4][0]) for entry in entries]
-    for address in addresses:
-        if not is_public(address):
-            raise NotFetched(f"{shown(host)} is at {address}, which is no public address, and those are not fetched")
-    return addresses[0]
-
-
-def is_public(address: str) -> bool:
-    """Tells whether an IP address belongs to the open internet, also where IPv6 only wraps an IPv4 one."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        inside = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
-        if inside is None and ip in ipaddress.ip_network("64:ff9b::/96"):
-            inside = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if inside is not None:
-            return is_public(str(inside))
-        if ip.is_reserved or ip.is_site_local:  # outside of 2000::/3 Python calls most of both global
-            return False
-    return ip.is_global and not ip.is_multicast and not any(ip in network for network in NOT_PUBLIC)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from dora_vl.adapters.adapter import content_hash, local_folder
-from dora_vl.adapters.several import AdapterSlots, Layers, ReadAdapter, rows_seen
+from dora_vl.adapters.several import AdapterSlots, Layers, rows_seen
 from dora_vl.backbones.base import Backbone, decoder_of, max_positions
 from dora_vl.backbones.families import LLAVA
 from dora_vl.core.strength import Share
@@ -86,26 +86,16 @@ class ServedModel:
             raise UnknownModel(f"no model {shown(name)} is served; there are {', '.join(self._entries)}")
         return self._entries[name]
 
-    def read(self, name: str, folder: Path) -> tuple[Entry, ReadAdapter]:
-        """Reads an adapter, which may take long, beside whatever the model does; `put` makes it one that is served."""
-        self._refuse_taken(name)
+    def add(self, name: str, folder: Path) -> None:
+        """Reads an adapter and serves it, before any request."""
+        if name == self.base_name:
+            raise UserError(
+                f"the base is called {shown(name)} too; choose another name, or the base's with --base-name"
+            )
         source = source_on(self.source, folder, template=self._template, any_base=self._any_base)
         read = self.adapters.read(folder)
-        return Entry(name, prompts_of(source), read.alone), read
-
-    def put(self, entry: Entry, adapter: ReadAdapter) -> None:
-        """Serves what was read; between batches only. Raises UserError: the name was taken meanwhile."""
-        name = str(entry.name)
-        self._refuse_taken(name)
-        self.adapters.put(name, adapter)
-        self._entries[name] = entry
-
-    def drop(self, name: str) -> None:
-        """Serves an adapter no longer; between batches only."""
-        if self.entry(name).name is None:
-            raise UserError(f"{name} is the base, which stays; name an adapter")
-        del self._entries[name]
-        self.adapters.drop(name)
+        self.adapters.put(name, read)
+        self._entries[name] = Entry(name, prompts_of(source), read.alone)
 
     @contextmanager
     def rows(
@@ -137,14 +127,6 @@ class ServedModel:
     def max_positions(self) -> int | None:
         """What the model takes of a prompt and its answer together."""
         return max_positions(self.backbone.config)
-
-    def _refuse_taken(self, name: str) -> None:
-        if name == self.base_name:
-            raise UserError(
-                f"the base is called {shown(name)} too; choose another name, or the base's with --base-name"
-            )
-        if name in self._entries:
-            raise UserError(f"a model {shown(name)} is served already; unload it first, or choose another name")
 
     def _layers(self) -> Layers:
         model = self.backbone.model
@@ -182,7 +164,7 @@ def open_served(
         source_on(source, folder, template=template, any_base=any_base)
     served = ServedModel(source, base_name=base_name, template=template, any_base=any_base)
     for name, folder in adapters.items():
-        served.put(*served.read(name, folder))
+        served.add(name, folder)
     return served
 
 

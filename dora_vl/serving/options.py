@@ -55,7 +55,6 @@ class Settings:
 
     Attributes:
         joining: whether requests join a batch that is being answered, where the model allows it.
-        allow_remote_media: whether http(s) addresses of pictures and videos are fetched.
     """
 
     max_new_tokens: int = option(ANSWERS, 256, positive, "longest answer where a request names none")
@@ -68,13 +67,10 @@ class Settings:
     waiting: int = option(ANSWERS, 64, positive, "most requests that wait; more are refused")
     answer_seconds: float = option(ANSWERS, 300.0, positive_seconds, "from request to end of its answer")
     max_prompt_tokens: int | None = option(ANSWERS, None, positive, "longest prompt, else as the model takes")
-    max_adapters: int = option(ANSWERS, 32, between(int, 0), "adapters up to which clients may load more")
     joining: bool = True
 
     max_body_mib: float = option(REQUEST, 64, positive, "largest request")
     body_seconds: float = option(REQUEST, 30.0, positive_seconds, "longest time to send one")
-    fetch_seconds: float = option(REQUEST, 10.0, positive_seconds, "longest time to fetch a picture or video")
-    allow_remote_media: bool = False
 
     max_pictures: int = option(MEDIA, 8, between(int, 0), "most pictures of a request")
     max_mpx: float = option(MEDIA, 80, positive, "most megapixels of a request's pictures and frames, together")

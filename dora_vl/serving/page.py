@@ -21,20 +21,10 @@ from fastapi import FastAPI
 
 from dora_vl.core.strength import checked_strength
 from dora_vl.errors import UserError
-from dora_vl.evaluation.predictor import Shown
 from dora_vl.run.folder import ADAPTER
-from dora_vl.run.watched import data_url
 from dora_vl.serving.access import AccessRules, ByteBudget, PageMiddleware, Uploads
 from dora_vl.serving.decoding import Sampling
-from dora_vl.serving.page_parts import (
-    ExampleQuestion,
-    column_view,
-    example_questions,
-    head_view,
-    notice_view,
-    shown_view,
-    state_view,
-)
+from dora_vl.serving.page_parts import column_view, head_view, notice_view, shown_view, state_view
 from dora_vl.serving.page_training import TrainDoor
 from dora_vl.serving.side_by_side import NOTHING, Conversation, ModelChoice, OpenModels, error_text
 
@@ -125,22 +115,12 @@ class Page:
     Args:
         models: what answers, once something was opened.
         uploads: what visitors have sent; no other file is ever read or deleted.
-        examples: questions that a click takes; None: those of the run whose adapter was opened last.
         trains: whether the door Train is there.
     """
 
-    def __init__(
-        self,
-        models: OpenModels,
-        uploads: Uploads,
-        examples: Sequence[ExampleQuestion] | None = None,
-        *,
-        trains: bool = False,
-    ) -> None:
+    def __init__(self, models: OpenModels, uploads: Uploads, *, trains: bool = False) -> None:
         self.models, self.uploads = models, uploads
         self.training = TrainDoor(uploads, models.close) if trains else None
-        self.examples = tuple(examples or ())
-        self._looks_for_examples = examples is None
         self._talks: OrderedDict[str, Conversation] = OrderedDict()
         self._key_of: dict[str, str] = {}
         """Maps people who have the page open, as Gradio knows them, to the keys of their talks."""
@@ -161,14 +141,8 @@ class Page:
         self.key, self.asked = gr.Textbox(visible="hidden"), gr.Textbox(visible="hidden")
         with gr.Row(equal_height=False, elem_id="dv-ask-door"):
             with gr.Column(min_width=280, elem_id="dv-shown"):  # what the models are shown
-                with gr.Tab("Pictures or a video"):
-                    self.files = gr.File(label="Pictures or a video", show_label=False, file_count="multiple",
-                                         height=124, elem_id="dv-files")  # fmt: skip
-                with gr.Tab("Webcam"):
-                    self.webcam = gr.Image(label="Webcam", show_label=False, sources=["webcam"], type="filepath",
-                                           image_mode=None, height=220, elem_id="dv-webcam")  # fmt: skip
-                    # Gradio's own would open the picture with Pillow in this process.
-                    self.webcam.preprocess = lambda payload: None if payload is None else payload.path
+                self.files = gr.File(label="Pictures or a video", file_count="multiple", height=124,
+                                     elem_id="dv-files")  # fmt: skip
                 self.seen = gr.HTML(shown_view(NOTHING), elem_id="dv-seen")
                 self.nothing = gr.Button("Remove the pictures", size="sm", variant="secondary", elem_id="dv-nothing")
             with gr.Column(min_width=280, elem_id="dv-answers"):  # who answers, and what is asked and said
@@ -183,42 +157,18 @@ class Page:
                     self.ask_button = gr.Button("Ask", variant="primary", interactive=False, elem_id="dv-ask", **small)
                     self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="dv-stop", **small)
                     self.anew = gr.Button("New chat", scale=1, min_width=100, elem_id="dv-anew")
-            with gr.Column(min_width=280, elem_id="dv-more"):  # examples and settings
-                self.clicked = gr.Dataset(
-                    components=[gr.HTML(render=False), gr.Textbox(render=False)],
-                    samples=self._example_rows(),
-                    headers=["", "A question of the run's test"],
-                    type="index",
-                    visible=bool(self.examples),
-                    samples_per_page=6,
-                    label="Try one",
-                    elem_id="dv-examples",
-                )
-                with gr.Accordion("Settings", open=False):
-                    longest = max(LONGEST_ANSWER, settings.max_new_tokens)
-                    self.tokens = gr.Slider(1, longest, settings.max_new_tokens, step=1,
-                                            label="Longest answer, in tokens")  # fmt: skip
-                    self.heat = gr.Slider(0, 2, settings.temperature, step=0.1, label="Temperature",
-                                          info="0 takes the likeliest token each time")  # fmt: skip
-                    self.remember = gr.Checkbox(True, label="Later questions see the earlier ones")
-
-    def _example_rows(self) -> list[list[str]]:
-        return [
-            [f'<img class="dv-thumbnail" alt="" src="{data_url(example.picture)}">', example.question]
-            for example in self.examples
-        ]
+            with gr.Column(min_width=280, elem_id="dv-more"), gr.Accordion("Settings", open=False):
+                longest = max(LONGEST_ANSWER, settings.max_new_tokens)
+                self.tokens = gr.Slider(1, longest, settings.max_new_tokens, step=1,
+                                        label="Longest answer, in tokens")  # fmt: skip
+                self.heat = gr.Slider(0, 2, settings.temperature, step=0.1, label="Temperature",
+                                      info="0 takes the likeliest token each time")  # fmt: skip
+                self.remember = gr.Checkbox(True, label="Later questions see the earlier ones")
 
     def _connect(self) -> None:
         choices = [*(column.model for column in self.columns), *(column.strength for column in self.columns)]
         chosen = [self.person, self.conversation, *choices, self.tokens, self.heat, self.remember]
-        shown = [
-            self.conversation,
-            self.files,
-            self.webcam,
-            self.seen,
-            self.notice,
-            *(column.answers for column in self.columns),
-        ]
+        shown = [self.conversation, self.files, self.seen, self.notice, *(column.answers for column in self.columns)]
         changing = [*shown, self.question, self.answered, self.ask_button, self.stop]
         quick = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
         # always_last: what comes while the page is still about the event before is begun after it, not dropped.
@@ -228,10 +178,8 @@ class Page:
         answering = {**showing, "queue": True, "concurrency_id": "answers"}
         answering |= {"concurrency_limit": self.models.settings.batch}
         self.files.upload(self.show_files, [self.person, self.files], **showing)
-        self.webcam.input(self.show_files, [self.person, self.webcam], **showing)
         self.nothing.click(partial(self._begun, Conversation()), [self.person], **showing)
         self.anew.click(self.begin_anew, [self.person, self.conversation], **showing)
-        self.clicked.click(self.take_example, [self.person, self.clicked], **showing)
         taking = gr.on(
             [self.ask_button.click, self.question.submit],
             None,
@@ -246,7 +194,7 @@ class Page:
             switched = column.model.input(self._dial_of, [column.model], [column.strength], **quick)
             switched.then(self.ask_again, chosen, **answering)
         self.stop.click(self.models.stop, [self.person], **quick)
-        doors = [self.head, self.clicked, *(part for column in self.columns for part in column)]
+        doors = [self.head, *(part for column in self.columns for part in column)]
         begun = [self.person, *shown, self.ask_button, *doors, self.doors]
         if (train := self.training) is not None:
             begun += train.parts
@@ -285,18 +233,17 @@ class Page:
             **self.training.follow(run, ""),
         }
 
-    def show_files(self, person: str, paths: list[str] | str | None) -> Any:
+    def show_files(self, person: str, paths: list[str] | None) -> Any:
         """Returns files were chosen: they are read at once and deleted, and a conversation about them begins."""
-        files = [Path(path) for path in ([paths] if isinstance(paths, str) else paths or [])]
+        files = [Path(path) for path in paths or []]
         if not files:
             return gr.skip()
-        emptied = {self.files: None, self.webcam: None}
         try:
             if not all(self.uploads.holds(str(file)) for file in files):
                 raise UserError("a file is here no longer; choose it again")
-            return {**emptied, **self._begun(Conversation(shown=self.models.side.look(files)), person)}
+            return {self.files: None, **self._begun(Conversation(shown=self.models.side.look(files)), person)}
         except UserError as error:
-            return {**emptied, self.notice: notice_view(error_text(error))}
+            return {self.files: None, self.notice: notice_view(error_text(error))}
         finally:
             for file in files:
                 self.uploads.delete(file)
@@ -304,12 +251,6 @@ class Page:
     def begin_anew(self, person: str, conversation: Conversation | None) -> Update:
         """Returns the same pictures, and nothing said about them yet."""
         return self._begun(Conversation(shown=conversation.shown if conversation else NOTHING), person)
-
-    def take_example(self, person: str, number: int) -> Update:
-        """Returns an example was clicked: its picture is shown, its question typed."""
-        example = self.examples[number]
-        begun = self._begun(Conversation(shown=Shown(pictures=(example.picture,))), person)
-        return {**begun, self.question: example.question}
 
     @no_type_check  # a wrapper that checks types hides from Gradio that this is a generator
     def ask(self, person: str, conversation: Conversation | None, *chosen: Any) -> Iterator[Update]:
@@ -336,12 +277,7 @@ class Page:
     def _opened(self) -> Update:
         """Returns the door's parts for the models that answer now: the first adapter beside the base."""
         names = self.models.names
-        if names and self._looks_for_examples:
-            self.examples = next(filter(None, map(example_questions, self.models.folders)), ())
-        update: Update = {
-            self.head: head_view(names, self.models.side.engine.model.source.base if names else ""),
-            self.clicked: gr.update(samples=self._example_rows(), visible=bool(self.examples)),
-        }
+        update: Update = {self.head: head_view(names, self.models.side.engine.model.source.base if names else "")}
         for column, name in zip(self.columns, names[1:2] + names[:1], strict=False):
             update |= {column.model: gr.update(choices=list(names), value=name), column.strength: self._dial_of(name)}
         return update

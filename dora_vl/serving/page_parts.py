@@ -1,27 +1,17 @@
-"""What the page shows, as HTML whose text is escaped, and the questions of a run's test that it offers."""
+"""What the page shows, as HTML whose text is escaped."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from html import escape
 from io import StringIO
-from itertools import chain, zip_longest
-from pathlib import Path
 
 from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
-from dora_vl.data.pictures import MediaFolder, open_image
-from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.baselines import ASKED_AGAIN
-from dora_vl.evaluation.predictions import PREDICTIONS, Prediction, read_predictions
 from dora_vl.evaluation.predictor import Shown
-from dora_vl.run.folder import SETTINGS, path_in_run
-from dora_vl.run.watched import data_url, evenly
+from dora_vl.run.watched import data_url
 from dora_vl.serving.side_by_side import ColumnAnswer, Conversation
 
 THUMB_PX = 320
@@ -125,45 +115,3 @@ def table_view(
         text += f"<tr><td>{picture}</td>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
     below = "".join(f'<p class="dv-trouble">{escape(warning)}</p>' for warning in warnings)
     return f'<div class="dv-wide"><table><caption>{escape(title)}</caption>{text}</table></div>{below}'
-
-
-@dataclass(frozen=True)
-class ExampleQuestion:
-    """A question about a picture, which a click asks."""
-
-    question: str
-    picture: Image.Image
-
-
-def example_questions(adapter: Path, most: int = 6) -> tuple[ExampleQuestion, ...]:
-    """Returns a few questions with one picture each from the test of an adapter's run, if it has any."""
-    chosen: dict[str, ExampleQuestion] = {}
-    for run in adapter.resolve().parents[:2]:  # an adapter is in its run's folder, or in a checkpoint's
-        for example in _of_test(run, most):
-            if len(chosen) < most:
-                chosen.setdefault(example.question, example)  # each question once
-    return tuple(chosen.values())
-
-
-def _of_test(run: Path, most: int) -> Iterator[ExampleQuestion]:
-    """Yields one of each kind of question, then the next of each, evenly from the whole test."""
-    try:
-        settings = json.loads((run / SETTINGS).read_bytes())
-        by_set = read_predictions(run / PREDICTIONS)
-    except (OSError, ValueError, UserError):
-        return
-    stated = [(settings.get(section) or {}).get("image_folder") for section in ("evaluation", "data")]
-    if not any(stated):
-        return
-    folder = path_in_run(next(filter(None, stated)), run, settings)
-    kinds: dict[str | None, list[Prediction]] = {}
-    for prediction in chain.from_iterable(
-        rows.values() for name, rows in by_set.items() if not name.endswith(ASKED_AGAIN)
-    ):
-        if len(prediction.images) == 1:
-            kinds.setdefault(prediction.kind, []).append(prediction)
-    for of_each in zip_longest(*(evenly(alike, 5 * most) for alike in kinds.values())):
-        for prediction in filter(None, of_each):
-            with contextlib.suppress(BadSample):  # its picture is gone
-                picture = open_image(MediaFolder(folder, follow_links=True), prediction.images[0])
-                yield ExampleQuestion(prediction.question, picture)

@@ -6,7 +6,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -32,12 +31,7 @@ class TooLate(UserError):
 
 
 class Stopped(UserError):
-    """The server is ending, the adapter was taken away meanwhile, or nobody waits for the answer."""
-
-
-def unloaded(name: str) -> Stopped:
-    """Returns the error for a request whose adapter was there when it came, and is no longer."""
-    return Stopped(f"adapter {name} was unloaded before its answer began")
+    """The server is ending, or nobody waits for the answer."""
 
 
 @dataclass(frozen=True)
@@ -157,15 +151,14 @@ class Scheduler:
         self._settings = settings
         self._one_kind = one_kind
         self._waiting: deque[SubmittedRequest] = deque()
-        self._changes: list[tuple[Callable[[], object], Future[None]]] = []
         self._changed = threading.Condition()
         self.closed = False
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def add(self, request: SubmittedRequest, check: Callable[[], object]) -> None:
-        """Takes a request in, where `check` raises nothing while no other request comes or goes."""
+    def add(self, request: SubmittedRequest) -> None:
+        """Takes a request in."""
         with self._changed:
             if self.closed:
                 raise Stopped(ENDING)
@@ -173,61 +166,30 @@ class Scheduler:
                 self._drop_unwanted()
             if len(self._waiting) >= self._settings.waiting:
                 raise TooManyRequests(f"{len(self._waiting)} requests wait already, and no more may; try again later")
-            check()
             self._waiting.append(request)
             self._changed.notify()
-
-    def remove(self, name: str) -> list[SubmittedRequest]:
-        """Returns the requests for an adapter, which wait no longer."""
-        with self._changed:
-            gone = [request for request in self._waiting if request.prepared.entry.name == name]
-            self._waiting = deque(request for request in self._waiting if request.prepared.entry.name != name)
-        return gone
 
     def close(self) -> None:
         """Takes no request any more, and tells those that wait."""
         with self._changed:
             self.closed = True
             left, self._waiting = list(self._waiting), deque()
-            changes, self._changes = self._changes, []
             self._changed.notify()
         for request in left:
             request.tell(Failed(Stopped(ENDING)))
-        for _, done in changes:
-            done.set_exception(Stopped(ENDING))
-
-    def between_batches(self, change: Callable[[], object]) -> None:
-        """Has the engine's thread call `change` before its next batch, and waits until it has; no batch runs then."""
-        done: Future[None] = Future()
-        with self._changed:
-            if self.closed:
-                raise Stopped(ENDING)
-            self._changes.append((change, done))
-            self._changed.notify()
-        done.result()
 
     def next_batch(self) -> list[SubmittedRequest] | None:
-        """Waits for a request, and a little for others; None when it is closed. Changes come first."""
-        while True:
-            with self._changed:
-                while not (self._waiting or self._changes or self.closed):
-                    self._changed.wait()
-                changes, self._changes = self._changes, []
-                if not changes:
-                    until, most = time.monotonic() + self._settings.window_ms / 1000, self._settings.batch
-                    while len(self._waiting) < most and not self.closed and (left := until - time.monotonic()) > 0:
-                        self._changed.wait(left)
-                    return None if self.closed else self._take()
-            for change, done in changes:
-                try:
-                    change()
-                except Exception as error:  # noqa: BLE001 - it is told to the thread that waits for the change
-                    done.set_exception(error)
-                else:
-                    done.set_result(None)
+        """Waits for a request, and a little for others; None when it is closed."""
+        with self._changed:
+            while not (self._waiting or self.closed):
+                self._changed.wait()
+            until, most = time.monotonic() + self._settings.window_ms / 1000, self._settings.batch
+            while len(self._waiting) < most and not self.closed and (left := until - time.monotonic()) > 0:
+                self._changed.wait(left)
+            return None if self.closed else self._take()
 
     def next_joiners(self, running: int, columns: int, left: int) -> list[SubmittedRequest]:
-        """Returns those that may come to a running batch; none where the first that waits may not, or a change waits.
+        """Returns those that may come to a running batch; none where the first that waits may not.
 
         Args:
             running: how many requests the batch has.
@@ -242,7 +204,7 @@ class Scheduler:
             return count <= self._settings.batch and count * longest <= self._settings.batch_tokens
 
         with self._changed:
-            return self._take(room) if self._waiting and not (self._changes or self.closed) else []
+            return self._take(room) if self._waiting and not self.closed else []
 
     def _drop_unwanted(self) -> None:
         """Gives those up that nobody waits for."""

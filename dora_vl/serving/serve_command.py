@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 
 from dora_vl.errors import UserError, install_command
 from dora_vl.serving.options import (
@@ -25,7 +24,6 @@ for different adapters and for the base are answered in one batch, each row with
 
   dora-vl serve --adapter shapes=runs/demo/adapter
   dora-vl serve --model OWNER/NAME --adapter a=runs/a/adapter --adapter b=runs/b/adapter --port 8001
-  dora-vl serve --model FOLDER --adapter-root runs     a base alone, over which clients may load runs' adapters
 
 Then, with the openai package:
 
@@ -49,22 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--any-base", action="store_true", help="accepts another base than an adapter was trained on")
     parser.add_argument("--template", help="prompt format of a LLaVA-1.5 or language model of which nothing says it")
     add_address(parser, port=8000)
-    parser.add_argument(
-        "--adapter-root", type=Path, metavar="DIR", help="clients may load adapters below it (default: they may not)"
-    )
     add_options(parser, ANSWERS, REQUEST, MEDIA)
-    parser.add_argument(
-        "--allow-remote-media",
-        action="store_true",
-        help="fetches http(s) addresses of pictures and videos, public ones alone (default: data: URLs alone)",
-    )
 
 
 def run(options: argparse.Namespace) -> Iterator[str]:
     """Opens the model, serves until Ctrl-C; yields a line when it is ready."""
     adapters = adapters_by_name(options.adapter)
-    if options.adapter_root is not None and not options.adapter_root.is_dir():
-        raise UserError(f"--adapter-root {options.adapter_root} is not a folder")
     if options.model is None and not adapters:
         raise UserError("give --adapter DIR, or --model BASE, or both")
     try:
@@ -73,7 +61,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
         from dora_vl.serving.access import access_rules, http_config
         from dora_vl.serving.server import Server, build_app
     except ImportError as error:
-        raise UserError(f"serving needs {error.name}: {install_command('fastapi', 'httpx2', 'uvicorn')}") from error
+        raise UserError(f"serving needs {error.name}: {install_command('fastapi', 'uvicorn')}") from error
     rules = access_rules(options)
     listener = listening(options.host, options.port)
     from dora_vl.serving.engine import Engine
@@ -81,11 +69,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
 
     named = {"base_name": options.base_name, "template": options.template, "any_base": options.any_base}
     served = open_served(options.model, adapters, **named)
-    with (
-        listener,
-        Engine(served, Settings.of(options)) as engine,
-        Server(engine, rules=rules, adapter_root=options.adapter_root) as server,
-    ):
+    with listener, Engine(served, Settings.of(options)) as engine, Server(engine, rules=rules) as server:
         host, port = listener.getsockname()[:2]
         yield f"serving {', '.join(served.names)} at http://{host}:{port}/v1 (Ctrl-C ends)"
         config = http_config(build_app(server), lifespan="off", timeout_graceful_shutdown=5)

@@ -1,4 +1,4 @@
-"""The engine over HTTP, as OpenAI's clients speak it: chat completions, models, and adapters loaded and dropped."""
+"""The engine over HTTP, as OpenAI's clients speak it: chat completions and models."""
 
 from __future__ import annotations
 
@@ -9,23 +9,21 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from dora_vl.errors import UserError, shown
+from dora_vl.errors import UserError
 from dora_vl.serving.access import AccessMiddleware, AccessRules, ByteBudget, error_content, error_response
 from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.media import RequestMedia
-from dora_vl.serving.model import UnknownModel
 from dora_vl.serving.options import MIB
-from dora_vl.serving.requests import BadRequest, ChatRequest, LoadRequest, Model, UnloadRequest, parsed
+from dora_vl.serving.requests import ChatRequest, parsed
 from dora_vl.serving.scheduler import (
     Event,
     Failed,
@@ -36,7 +34,6 @@ from dora_vl.serving.scheduler import (
     SubmittedRequest,
     TooLate,
     TooManyRequests,
-    unloaded,
 )
 
 
@@ -128,13 +125,11 @@ class Server:
 
     Args:
         engine: what answers; the server does not close it.
-        adapter_root: adapters below this folder may be loaded and dropped by clients; None: they may not.
     """
 
-    def __init__(self, engine: Engine, *, rules: AccessRules | None = None, adapter_root: Path | None = None) -> None:
+    def __init__(self, engine: Engine, *, rules: AccessRules | None = None) -> None:
         self.engine, self.settings = engine, engine.settings
         self.rules = rules or AccessRules()
-        self._root = adapter_root
         same_length = engine.model.assistant.prompts.encoder.videos_of_one_length
         self.media = RequestMedia(engine.settings, same_length=same_length)
         self.started = int(time.time())
@@ -150,12 +145,15 @@ class Server:
     async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""
         client = WaitingClient(request, self.settings.answer_seconds)
-        async with self._read(request, ChatRequest) as body:
+        if self._held >= self._most_held:
+            raise TooManyRequests(f"{self._held} requests are held already, and no more may; try again later")
+        self._held += 1
+        try:
+            body = await run_sync(partial(parsed, await request.body()))
             self.engine.model.entry(body.model)  # before any picture is decoded
-            try:
-                return await self._answer(client, body)
-            except UnknownModel:  # it was unloaded meanwhile: nothing is wrong with the request
-                raise unloaded(body.model) from None
+            return await self._answer(client, body)
+        finally:
+            self._held -= 1
 
     async def models(self, request: Request) -> Response:
         """`GET /v1/models`: the base, and its adapters."""
@@ -172,40 +170,6 @@ class Server:
     async def health(self, request: Request) -> Response:
         """`GET /health`: how much waits."""
         return JSONResponse({"status": "ok", "waiting": self.engine.waiting, "models": list(self.engine.model.names)})
-
-    async def load(self, request: Request) -> Response:
-        """`POST /v1/load_lora_adapter`, as vLLM has it."""
-        async with self._read(request, LoadRequest) as body:
-            root = folder = self._adapter_root().resolve()
-            is_below = False
-            with contextlib.suppress(OSError, ValueError, RuntimeError):  # no path, or links in a circle
-                folder = (root / body.lora_path).resolve()
-                is_below = folder.is_relative_to(root) and folder.is_dir()
-            if not is_below:
-                raise BadRequest(
-                    "lora_path",
-                    f"there is no folder {shown(body.lora_path)} below the one that adapters are loaded from",
-                )
-            await run_sync(partial(self.engine.load, body.lora_name, folder))
-        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
-
-    async def unload(self, request: Request) -> Response:
-        """`POST /v1/unload_lora_adapter`, as vLLM has it."""
-        async with self._read(request, UnloadRequest) as body:
-            self._adapter_root()
-            await run_sync(partial(self.engine.unload, body.lora_name))
-        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
-
-    @contextlib.asynccontextmanager
-    async def _read(self, request: Request, kind: type[Model]) -> AsyncIterator[Model]:
-        """Reads a request's content; until its answer begins it counts among those that are held."""
-        if self._held >= self._most_held:
-            raise TooManyRequests(f"{self._held} requests are held already, and no more may; try again later")
-        self._held += 1
-        try:
-            yield await run_sync(partial(parsed, kind, await request.body()))
-        finally:
-            self._held -= 1
 
     def _prepared(self, body: ChatRequest, go_on: Callable[[], object]) -> PreparedRequest:
         """Prepares a request, its pictures and videos read, in a thread of its own, where `go_on` may end it."""
@@ -230,12 +194,6 @@ class Server:
                 fill=body.longest is None,
                 strength=1.0 if body.strength is None else body.strength,
             )
-
-    def _adapter_root(self) -> Path:
-        """Returns the folder below which clients may load adapters."""
-        if self._root is None:
-            raise UserError("this server's clients load and drop no adapters; start it with --adapter-root FOLDER")
-        return self._root
 
     async def _answer(self, client: WaitingClient, body: ChatRequest) -> Response:
         """Returns the answer, as long as the client waits for it.
@@ -284,8 +242,6 @@ def build_app(server: Server) -> FastAPI:
         ("GET", "/v1/models", server.models),
         ("GET", "/v1/models/{name:path}", server.model),
         ("GET", "/health", server.health),
-        ("POST", "/v1/load_lora_adapter", server.load),
-        ("POST", "/v1/unload_lora_adapter", server.unload),
     ]
     for method, path, handler in routes:
         app.add_route(path, handler, methods=[method])

@@ -231,7 +231,6 @@ class OpenModels:
 
     def __init__(self, read: Callable[[str | None, Mapping[str, Path]], ServedModel], settings: Settings) -> None:
         self.settings = settings
-        self.folders: tuple[Path, ...] = ()
         self._read = read
         self._side: SideBySide | None = None
         self._lock = threading.Lock()
@@ -253,7 +252,6 @@ class OpenModels:
         with self._lock:
             self.close()
             model = self._read(base, adapters)
-            self.folders = tuple(adapters.values())
             self._side = SideBySide(Engine(model, self.settings))
 
     def stop(self, person: str) -> None:

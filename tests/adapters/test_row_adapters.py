@@ -111,21 +111,13 @@ def test_every_kind_of_adapter_at_a_strength_of_its_own_in_one_batch(folders: di
 
 
 @torch.no_grad()
-def test_the_base_is_never_touched_and_comes_back(folders: dict[str, Path]) -> None:
+def test_the_base_is_never_touched(folders: dict[str, Path]) -> None:
     model = tiny_llama()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    modules = {name: type(module) for name, module in model.named_modules()}
     adapters = adapter_slots(model, folders)
-    assert adapters.names == tuple(folders)
     assert isinstance(model.model.layers[0].self_attn.q_proj, SlotLayer)
-    alone = logits(adapters, ("dora", "peft"))
-    adapters.drop("lora")
-    adapters.drop("embedding")
-    assert torch.equal(logits(adapters, ("dora", "peft")), alone)  # others stay what they were
-    for name in adapters.names:
-        adapters.drop(name)
-    assert {name: type(module) for name, module in model.named_modules()} == modules
-    after = model.state_dict()
+    logits(adapters, ("dora", "peft"))
+    after = {name.replace(".base.", "."): tensor for name, tensor in model.state_dict().items()}
     assert list(after) == list(before)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
@@ -154,33 +146,6 @@ def test_a_layer_that_is_not_given_rows_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError):
             adapters.read(tmp_path / name)
         assert not any(isinstance(module, SlotLayer) for module in plain.modules())
-
-
-@pytest.mark.parametrize("failing", [3, 5])  # in the second layer, which is new, and in one that others change too
-def test_an_adapter_that_does_not_fit_into_memory_takes_nothing_from_the_others(
-    failing: int, folders: dict[str, Path], monkeypatch: Any
-) -> None:
-    adapters = adapter_slots(tiny_llama(), {"dora": folders["dora"]})
-    read, before = adapters.read(folders["lora"]), logits(adapters, (None, "dora"))
-    modules = {name: type(module) for name, module in adapters.model.named_modules()}
-    cat, calls = torch.cat, list[object]()
-
-    def full(*args: Any, **named: Any) -> Tensor:
-        calls.append(args)
-        if len(calls) == failing:
-            raise torch.OutOfMemoryError("out of memory")
-        return cat(*args, **named)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(torch, "cat", full)
-        with pytest.raises(torch.OutOfMemoryError):
-            adapters.put("lora", read)
-    assert torch.equal(logits(adapters, (None, "dora")), before)
-    assert adapters.names == ("dora",)
-    assert {name: type(module) for name, module in adapters.model.named_modules()} == modules
-    assert not any("lora" in module.keys for module in adapters.model.modules() if isinstance(module, SlotLayer))
-    adapters.put("lora", read)  # once there is room
-    assert not torch.equal(logits(adapters, ("lora", "dora"))[0], before[0])
 
 
 def test_rows_are_those_of_every_call() -> None:

@@ -14,15 +14,13 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from dora_vl.adapters.adapter import read_adapter, write_adapter
-from dora_vl.adapters.base_weights import BaseWeights
-from dora_vl.adapters.exports import as_lora, export_layers
+from dora_vl.adapters.adapter import write_adapter
 from dora_vl.adapters.files import CONFIG_FILE
 from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.adapters.read import ReadOptions, read_any
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.core.config import AdaptedPart
-from tests.adapters.foreign_files import DOWN, RANK, WIDTH, K, Q, dora, factors, saved, tiny_llama
+from tests.adapters.foreign_files import DOWN, RANK, K, Q, dora, factors, saved, tiny_llama
 from tests.adapters.peft_folders import moved_peft
 from tests.core.dense_dora import move_trained
 
@@ -102,15 +100,6 @@ def own(*, tied: bool = False, **settings: Any) -> Callable[[Path], Tensor]:
     return write
 
 
-def low_rank(folder: Path) -> Tensor:
-    """`convert --as lora` at full rank, with trained biases beside it."""
-    expected = own(also_train={"biases": ("*.q_proj.bias",)})(folder, "source")
-    adapter = read_adapter(folder / "source")
-    with BaseWeights(folder / "base") as base:
-        write_adapter(as_lora(adapter, list(export_layers(adapter, base, WIDTH + 4)), 1.0), folder / "adapter")
-    return expected
-
-
 def by_peft(folder: Path) -> Tensor:
     wrapped = moved_peft(base_model(), target_modules=["q_proj", "lm_head"], bias="lora_only")
     wrapped.save_pretrained(folder / "source")
@@ -134,7 +123,6 @@ LAYOUTS: dict[str, tuple[Callable[[Path], Tensor], str]] = {
     "whole tied table": (own(tied=True, also_train={"table": (f"{TABLE}.weight",)}), "DORA_VL"),
     "granular": (own(**GRANULAR), "DORA_VL"),
     "parts": (own(parts={"mlp": AdaptedPart(targets=("*.up_proj",), rank=2, alpha=5.0)}), "LORA"),
-    "as lora": (low_rank, "DORA_VL"),
 }
 
 

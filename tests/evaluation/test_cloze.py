@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -128,20 +127,3 @@ def test_likelihoods_are_the_model_s(scored_folder: Path) -> None:
             pairs = zip(example.extra["contexts"], example.extra["endings"], strict=True)
             expected = [likelihood(model, tokenizer, *pair) for pair in pairs]
             assert [float(number) for number in answers[example.id].split()] == pytest.approx(expected, abs=2e-4)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
-def test_lm_eval_finds_the_same(scored_folder: Path) -> None:
-    """Its own code over the same texts and weights, through the model class that it is given."""
-    from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
-
-    from dora_vl.evaluation.harnesses.lm_eval_model import AdaptedLM
-
-    model = AdaptedLM(model=str(scored_folder / "model"), batch_size=4)
-    for task in ("piqa", "winogrande", "ARC-Easy"):
-        answers = answers_to(scored_folder, task)
-        for example in iterate_examples(scored_folder / "records" / task / "test.jsonl"):
-            pairs = zip(example.extra["contexts"], example.extra["endings"], strict=True)
-            requests = [Instance("loglikelihood", {}, (context, f" {ending}"), 0) for context, ending in pairs]
-            theirs = [score for score, _ in model.loglikelihood(requests)]
-            assert [float(number) for number in answers[example.id].split()] == pytest.approx(theirs, abs=2e-4)

@@ -77,15 +77,12 @@ def test_a_number_is_a_number_a_yaml_no_is_no_and_an_alias_is_read(tmp_path: Pat
 @pytest.mark.parametrize(
     ("words", "key", "nearest"),
     [
-        ("--mm_projector_lr 1", "mm_projector_lr", "optim.projector_learning_rate"),
-        ("--lora_r 1", "lora_r", "adapter.rank"),
         ("--adapter.rnk 1", "adapter.rnk", "adapter.rank"),
         ("--xyzzy 1", "xyzzy", None),
         ("--training.warmup_ratio 0.03", "training.warmup_ratio", "training.warmup_steps"),
         ("--training.evaluation_strategy steps", "training.evaluation_strategy", "training.eval_strategy"),
         ("--training.train_sampling_strategy group_by_length", "training.train_sampling_strategy", None),
         ("--training.metric_for_best_model accuracy", "training.metric_for_best_model", None),
-        ("--training.report_to nobody", "training.report_to", None),
         ("--training.learning_rate -1", "training.learning_rate", None),
         ("--training.learning_rate nan", "training.learning_rate", None),
         ("--training.per_device_train_batch_size 0", "training.per_device_train_batch_size", None),

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from dora_vl.serving.demo_command import keep_gradio_quiet
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
 from dora_vl.serving.options import Settings
-from dora_vl.serving.page_parts import ExampleQuestion
 from dora_vl.serving.side_by_side import OpenModels
 
 REPOSITORY = Path(__file__).parents[2]
@@ -47,8 +46,7 @@ def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        camera = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
-        opened = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", *camera])
+        opened = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
         try:
             yield opened
         finally:
@@ -57,11 +55,7 @@ def browser() -> Iterator[Any]:
 
 @contextlib.contextmanager
 def page_of(
-    model: ServedModel,
-    uploads: Path,
-    settings: Settings | None = None,
-    examples: Sequence[ExampleQuestion] = (),
-    rules: AccessRules | None = None,
+    model: ServedModel, uploads: Path, settings: Settings | None = None, rules: AccessRules | None = None
 ) -> Iterator[tuple[str, Engine]]:
     """The page over a model, its door Ask alone; its address and its engine."""
     keep_gradio_quiet(uploads)
@@ -74,7 +68,7 @@ def page_of(
     ):
         models.open({name: Path(name) for name in model.names[1:]})
         engine = models.side.engine
-        page = Page(models, Uploads(uploads, 2**24), examples)
+        page = Page(models, Uploads(uploads, 2**24))
         app = build_page_app(page, rules or AccessRules(), upload_bytes=4 * settings.media_bytes)
         server = QuietServer(http_config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)

@@ -25,14 +25,13 @@ def folders(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 
 @pytest.fixture(scope="module")
 def model(base: Path, folders: dict[str, Path]) -> ServedModel:
-    """A file's own: tests load adapters into it and take them out, which leaves them in another order."""
     return served(base, folders)
 
 
 @pytest.fixture(scope="module")
-def address(model: ServedModel, folders: dict[str, Path]) -> Iterator[str]:
+def address(model: ServedModel) -> Iterator[str]:
     settings = Settings(batch=32, window_ms=200, max_body_mib=0.3, max_pictures=2, max_mpx=0.015, frames=4)
-    with running(model, settings, adapter_root=folders["one"].parent) as address:
+    with running(model, settings) as address:
         yield address
 
 

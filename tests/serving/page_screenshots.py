@@ -12,7 +12,6 @@ from PIL import Image, ImageDraw
 
 from dora_vl.serving.model import open_served
 from dora_vl.serving.options import Settings
-from dora_vl.serving.page_parts import example_questions
 from tests.serving.browser import Trainer, Visitor, browser, demo, page_of
 
 SIZE = {"width": 1240, "height": 800}
@@ -74,25 +73,26 @@ def main() -> None:
     with browser() as chromium:
         shoot_training(chromium, options.base, options.to)
     model = open_served(None, {"demo": options.adapter}, base_name="the base")
-    examples = example_questions(options.adapter)
     with tempfile.TemporaryDirectory() as folder, browser() as chromium:
         broken = Path(folder) / "holiday.jpg"
         broken.write_bytes(b"\xff\xd8\xff\xe0" + bytes(900))
-        with page_of(model, Path(folder) / "uploads", Settings(max_new_tokens=24), examples) as (address, _):
+        for colour in ("red", "blue"):
+            picture = Image.new("RGB", (64, 64), "white")
+            ImageDraw.Draw(picture).ellipse((16, 16, 48, 48), fill=colour)
+            picture.save(Path(folder) / f"{colour}.png")
+        with page_of(model, Path(folder) / "uploads", Settings(max_new_tokens=24)) as (address, _):
             visitor = Visitor(chromium.new_context(viewport=SIZE, color_scheme="light"), address)
             visitor.page.set_default_timeout(60_000)
-            visitor.page.locator("#dv-examples tbody tr").nth(0).click()
+            visitor.show(Path(folder) / "red.png")
             visitor.see(1)
-            visitor.page.click("#dv-ask")
-            visitor.both(1)
+            visitor.ask("what shape is in the picture?")
             visitor.ask("what color is the shape?")
             shoot(visitor, options.to / "page_side_by_side.png")
-            visitor.page.locator("#dv-examples tbody tr").nth(3).click()
+            visitor.show(Path(folder) / "blue.png")
             visitor.page.locator("#dv-conversation-left", has_text="will answer here").wait_for()
             visitor.choose("right", "demo")
             visitor.turn_dial("left", 0.25)
-            visitor.page.click("#dv-ask")
-            visitor.both(1)
+            visitor.ask("what color is the shape?")
             visitor.ask("describe the picture")
             shoot(visitor, options.to / "page_dial.png")
             visitor.show(broken)

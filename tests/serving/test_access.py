@@ -115,11 +115,7 @@ def test_every_address_of_the_server_asks_for_name_origin_and_key(model: ServedM
     key = {"Authorization": "Bearer open-sesame"}
     with Engine(model) as engine, Server(engine, rules=AccessRules(key="open-sesame")) as server:
         client = TestClient(build_app(server), base_url=HERE)
-        for method, path in (
-            ("GET", "/v1/models"),
-            ("POST", "/v1/chat/completions"),
-            ("POST", "/v1/load_lora_adapter"),
-        ):
+        for method, path in (("GET", "/v1/models"), ("POST", "/v1/chat/completions")):
             for headers in FOREIGN.values():
                 answer = client.request(method, path, headers={**headers, **key}, json={})
                 assert (answer.status_code, answer.json()["error"]["code"]) == (403, "refused")

@@ -67,7 +67,6 @@ def test_what_is_wrong_is_told_before_weights_are_read(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         refused(command, "--adapter", first, "--port", taken.getsockname()[1])
     if command is serve_command:
-        refused(command, "--model", base, "--adapter-root", tmp_path / "gone")
         refused(command, "--model", "./gone", "--port", 0)
 
 

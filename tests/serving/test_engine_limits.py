@@ -7,14 +7,13 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from dora_vl.data.turns import Turn
-from dora_vl.errors import BadSample, UserError
+from dora_vl.errors import BadSample
 from dora_vl.serving.decoding import Sampling, SequenceText
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
@@ -142,60 +141,6 @@ def test_what_a_failed_batch_held_is_gone_before_its_rows_are_tried_alone_and_to
     assert left == [0] * 5
 
 
-def test_an_adapter_that_goes_takes_its_waiting_requests_along(
-    engine: Engine, folders: dict[str, Path], monkeypatch: Any
-) -> None:
-    engine.load("extra", folders["two"])
-    gate = Gate(engine, monkeypatch)
-    waiting, other = handed_in(engine, "extra"), handed_in(engine, "one")
-    unloading = threading.Thread(target=engine.unload, args=["extra"])
-    unloading.start()
-    time.sleep(0.2)
-    gate.opened.set()
-    unloading.join(60)
-    assert finished(gate.first, other)
-    assert isinstance(last(waiting[1]), Failed | Finished)  # told, or answered before it went
-    stale = engine.prepare("one", QUESTION, Sampling(max_new_tokens=2))
-    engine.unload("one")
-    with pytest.raises(Stopped):
-        engine.submit(stale, print)
-    engine.load("one", folders["one"])
-    with pytest.raises(Stopped):
-        engine.submit(stale, print)
-
-
-def test_an_adapter_is_put_in_while_requests_never_cease(model: ServedModel, folders: dict[str, Path]) -> None:
-    with Engine(model, Settings(batch=1, waiting=4)) as engine:
-        stop, answered = threading.Event(), list[object]()
-
-        def ask_on() -> None:
-            while not stop.is_set():
-                answered.append(last(handed_in(engine, "base")[1]))
-
-        askers = [threading.Thread(target=ask_on) for _ in range(3)]
-        for predictor in askers:
-            predictor.start()
-        try:
-            for _ in range(3):
-                engine.load("new", folders["three"])
-                assert finished(handed_in(engine, "new"))
-                engine.unload("new")
-        finally:
-            stop.set()
-            for predictor in askers:
-                predictor.join(60)
-    assert len(answered) > 6
-    assert all(isinstance(event, Finished) for event in answered)
-
-
-def test_only_so_many_adapters_are_loaded(model: ServedModel, folders: dict[str, Path]) -> None:
-    with Engine(model, Settings(max_adapters=len(model.names))) as engine:
-        engine.load("again", folders["two"])
-        with pytest.raises(UserError):
-            engine.load("more", folders["two"])
-        engine.unload("again")
-
-
 def test_an_engine_that_ends_tells_everybody(model: ServedModel, monkeypatch: Any) -> None:
     engine = Engine(model, Settings(batch=1))
     _, running = handed_in(engine, tokens=1500)
@@ -208,8 +153,6 @@ def test_an_engine_that_ends_tells_everybody(model: ServedModel, monkeypatch: An
         assert isinstance(failed.error, Stopped)
     with pytest.raises(Stopped):
         handed_in(engine)
-    with pytest.raises(Stopped):
-        engine.unload("one")
 
 
 def test_prompts_have_a_longest(model: ServedModel) -> None:

@@ -17,7 +17,6 @@ from dora_vl.serving.access import AccessRules
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
 from dora_vl.serving.options import Settings
-from dora_vl.serving.page_parts import ExampleQuestion
 from dora_vl.serving.side_by_side import SideBySide
 from tests.data.video_files import read_frames, write_video
 from tests.serving.browser import QUESTION_BOX, Visitor, browser, page_of
@@ -43,8 +42,7 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def opened(chromium: Any, model: ServedModel, uploads: Path) -> Iterator[tuple[str, Engine]]:
-    examples = [ExampleQuestion("Say the colour.", RED), ExampleQuestion(QUESTION, WIDE)]
-    with page_of(model, uploads, SETTINGS, examples) as page:
+    with page_of(model, uploads, SETTINGS) as page:
         yield page
 
 
@@ -97,9 +95,8 @@ def check(texts: Sequence[str], engine: Engine, question: str, seen: Shown, medi
 
 
 def nothing_left(uploads: Path) -> bool:
-    """No upload lies about; the examples' own pictures do."""
-    kept = [path for path in uploads.rglob("*") if path.is_file() and path.stat().st_size]
-    return all(path.suffix == ".webp" for path in kept)
+    """No upload lies about."""
+    return not any(path.is_file() and path.stat().st_size for path in uploads.rglob("*"))
 
 
 def test_a_picture_two_answers_and_a_second_turn(red: Visitor, opened: tuple[str, Engine], uploads: Path) -> None:
@@ -222,10 +219,13 @@ def test_what_cannot_be_shown_is_said_and_nothing_stays(red: Visitor, pictures: 
 
 
 @pytest.mark.slow
-def test_an_example_in_one_batch_and_a_new_talk(visitor: Visitor, opened: tuple[str, Engine], monkeypatch: Any) -> None:
+def test_two_answers_in_one_batch_and_a_new_talk(
+    visitor: Visitor, opened: tuple[str, Engine], pictures: dict[str, Path], monkeypatch: Any
+) -> None:
     batches = batches_of(opened[1], monkeypatch)
-    visitor.page.locator("#dv-examples tbody tr").nth(1).click()
+    visitor.show(pictures["wide"])
     visitor.see(1)
+    visitor.page.fill(QUESTION_BOX, QUESTION)
     assert visitor.captions() == ["60 × 17"]
     visitor.turn_dial("left", 0.5)  # nothing was asked yet, and nothing changes
     visitor.page.wait_for_timeout(500)

@@ -39,7 +39,7 @@ def with_parts(*parts: Any) -> dict[str, Any]:
 
 
 def read(body: Any) -> ChatRequest:
-    return parsed(ChatRequest, json.dumps(body).encode())
+    return parsed(json.dumps(body).encode())
 
 
 def names(count: int) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def test_ten_megabytes_of_values_or_of_what_is_never_closed_are_refused_soon(wha
     tracemalloc.start()
     began = time.process_time()
     with pytest.raises((BadRequest, TooLarge)):
-        parsed(ChatRequest, body)
+        parsed(body)
     seconds, (_, peak) = time.process_time() - began, tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 4 * len(body)
@@ -153,7 +153,7 @@ def assert_own_words(body: Any) -> None:
     first = error.value.errors()[0]
     assert first["type"] in REASONS
     with pytest.raises(BadRequest) as refused:
-        parsed(ChatRequest, content)
+        parsed(content)
     assert first["msg"] not in str(refused.value)
 
 

@@ -1,12 +1,8 @@
-// Beside the pointer: of lines their values at its step, of points the name of the nearest. The charts stand without it.
+// Beside the pointer: the values of all lines at its step. The charts stand without it.
 for (const figure of document.querySelectorAll("figure[data-chart]")) {
   const data = JSON.parse(figure.dataset.chart), svg = figure.querySelector("svg"), tip = figure.querySelector(".tip");
-  const [left, right, top, bottom] = data.box;
+  const [left, right] = data.box, lines = data.series;
   const of_x = (x) => left + (x - data.x[0]) / (data.x[1] - data.x[0]) * (right - left);
-  const scale_y = data.log ? Math.log10 : (y) => y;
-  const of_y = (y) => bottom - (scale_y(y) - scale_y(data.y[0])) / (scale_y(data.y[1]) - scale_y(data.y[0])) * (bottom - top);
-  const points = data.series.flatMap((one) => one.names.map((name, at) => ({ name, x: of_x(one.x[at]), y: of_y(one.y[at]) })));
-  const lines = data.series.filter((one) => !one.names.length);
   const row = (text, colour) => {
     const line = document.createElement("div"), dot = document.createElement("span");
     if (colour !== undefined) { dot.className = `dot c${colour}`; line.append(dot); }
@@ -14,19 +10,15 @@ for (const figure of document.querySelectorAll("figure[data-chart]")) {
     return line;
   };
   const nearest = (items, distance) => items.reduce((best, item) => distance(item) < distance(best) ? item : best, items[0]);
-  const rows = (x, y) => {
-    if (points.length) {
-      const point = nearest(points, (one) => Math.hypot(one.x - x, one.y - y));
-      return Math.hypot(point.x - x, point.y - y) < 12 ? [row(point.name)] : [];
-    }
+  const rows = (x) => {
     if (!lines.length || x < left - 8 || x > right + 8) return [];
     const shown = lines.map((one) => ({ one, at: nearest([...one.x.keys()], (at) => Math.abs(of_x(one.x[at]) - x)) }));
     const step = nearest(shown.map(({ one, at }) => one.x[at]), (value) => Math.abs(of_x(value) - x));
-    return [row(`${data.label} ${step}`), ...shown.map(({ one, at }) => row(`${one.name}: ${one.y[at]}`, one.colour))];
+    return [row(`step ${step}`), ...shown.map(({ one, at }) => row(`${one.name}: ${one.y[at]}`, one.colour))];
   };
   const show = (event) => {
     const box = svg.getBoundingClientRect(), scale = svg.viewBox.baseVal.width / box.width;
-    tip.replaceChildren(...rows((event.clientX - box.left) * scale, (event.clientY - box.top) * scale));
+    tip.replaceChildren(...rows((event.clientX - box.left) * scale));
     tip.style.visibility = tip.childElementCount ? "visible" : "hidden";
     const inside = figure.getBoundingClientRect(), place = event.clientX - inside.left + 14;
     tip.style.left = `${Math.max(0, Math.min(place, inside.width - tip.offsetWidth - 4))}px`;

@@ -6,7 +6,7 @@ async (question) => {
   const ask = () => document.querySelector("#dv-ask");
   const page = (window.doraVl ??= {begun: false, taking: false, taken: 0});
   // What is being sent has a bar; what was sent is a row or a picture until the server has read it and empties the part.
-  const ON_ITS_WAY = ["#dv-files progress", "#dv-files table", "#dv-webcam progress", "#dv-webcam img[src]"];
+  const ON_ITS_WAY = ["#dv-files progress", "#dv-files table"];
   const showing = () => document.querySelector(ON_ITS_WAY.join()) !== null;
   const again = !question.trim() && Date.now() - page.taken < DOUBLE_CLICK;
   if (page.taking || again || (page.begun && ask().disabled)) return [stays, stays];
