@@ -2,7 +2,7 @@
 
 Beside each row stands the conversation that it is, in the messages that transformers' chat templates take; an answer
 that is not trained has `trained: False`. Sources: TRL dataset_formats.md (tool calling, harmony, prompt-completion),
-transformers' chat_extras, OpenAI's fine-tuning guide (tools, `weight`), ms-swift Agent-support.md and
+transformers' chat_extras, OpenAI's fine-tuning guide (tools), ms-swift Agent-support.md and
 Custom-dataset.md, LLaMA-Factory data/README.md and glaive_toolcall, Axolotl conversation.qmd, the card of
 NousResearch/hermes-function-calling-v1.
 """
@@ -135,13 +135,6 @@ def openai_tools(item: Item) -> tuple[Row, Talk]:
     return row, Talk([user(asked(item)), assistant("", tool_calls=[call]), result, assistant(item.said)], [TOOL])
 
 
-def openai_weight(item: Item) -> tuple[Row, Talk]:
-    system = {"role": "system", "content": "Marv is a factual chatbot that is also sarcastic."}
-    messages = [system, user(asked(item)), assistant("Warm."), user("Be exact."), assistant(item.said)]
-    row = {"messages": [*messages[:2], {**messages[2], "weight": 0}, messages[3], {**messages[4], "weight": 1}]}
-    return row, Talk([*messages[:2], {**messages[2], "trained": False}, *messages[3:]])
-
-
 def swift_agent(item: Item) -> tuple[Row, Talk]:
     """Two calls, each a turn; the tools are JSON."""
     calls = [call_of(item), call_of(item, exact=False)]
@@ -235,21 +228,10 @@ def hermes(item: Item) -> tuple[Row, Talk]:
     return row, Talk([*messages, assistant(item.said)])
 
 
-def trl_solution(item: Item) -> tuple[Row, Talk]:
-    row = {"prompt": [user(asked(item))], "solution": item.said}
-    return row, Talk([user(asked(item)), assistant(item.said)])
-
-
-def swift_solution(item: Item) -> tuple[Row, Talk]:
-    system = {"role": "system", "content": "You are a useful and harmless assistant"}
-    row = {"messages": [system, user(asked(item))], "solution": item.said}
-    return row, Talk([system, user(asked(item)), assistant(item.said)])
-
-
 FORMS: Mapping[str, Callable[[Item], tuple[Row, Talk]]] = {
     form.__name__: form
     for form in (
         *(trl_tools, trl_prompt_completion, trl_harmony, trl_template_arguments, reasoning, openai_tools),
-        *(openai_weight, swift_agent, swift_loss, llama_factory, axolotl, hermes, trl_solution, swift_solution),
+        *(swift_agent, swift_loss, llama_factory, axolotl, hermes),
     )
 }

@@ -17,13 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from dora_vl.data.columns import TrainFile
 from dora_vl.data.containers import READERS, find_files
 from dora_vl.data.example import Example
-from dora_vl.data.picture_files import PICTURE_FORMATS
-from dora_vl.data.pictures import PICTURE_ENDINGS, StoredPictures
+from dora_vl.data.pictures import StoredPictures
 from dora_vl.data.readers import read_row
 from dora_vl.data.stream import StreamSource
 from dora_vl.data.table import load_rows, load_table
@@ -86,17 +84,6 @@ def test_a_folder_is_its_shards_in_order_and_a_changed_shard_is_read_again(tmp_p
         find_files(folder)
 
 
-def test_messages_in_a_cell_and_in_arrow_columns(tmp_path: Path) -> None:
-    messages = [{"role": "user", "content": 'q, "r"'}, {"role": "assistant", "content": "a"}]
-    cell = json.dumps(messages).replace('"', '""')
-    (tmp_path / "a.csv").write_text(f'messages,images\n"{cell}","[""a.png""]"\n')
-    pq.write_table(pa.Table.from_pylist([{"messages": messages, "images": ["a.png"]}]), tmp_path / "a.parquet")
-    for name in ("a.csv", "a.parquet"):
-        (row,) = load_table(tmp_path / name, cache_folder=tmp_path / "cache")
-        assert row["images"] == ["a.png"]
-        assert [turn["text"] for turn in row["turns"]] == ['<image>\nq, "r"', "a"]
-
-
 def test_an_archive_with_captions_and_several_pictures(tmp_path: Path) -> None:
     members = {"x/1.0.png": b"one", "x/1.1.png": b"two", "x/1.txt": b"A cat.", "x/2.txt": b"\xff"}
     rows = find_files(write_tar(tmp_path / "a.tar", members)).rows()
@@ -127,11 +114,6 @@ def test_an_archive_s_pictures_of_every_format_that_is_read(tmp_path: Path, endi
         assert table["problem"][:] == [None]
 
 
-def test_the_endings_are_those_of_the_formats() -> None:
-    names = {ending[1:] for ending, kind in Image.registered_extensions().items() if kind in (*PICTURE_FORMATS, "MPO")}
-    assert set(PICTURE_ENDINGS) == names | {"heic", "heif", "hif"}  # pillow-heif's
-
-
 def test_videos_of_an_archive_are_refused_unless_the_fields_name_their_files(tmp_path: Path) -> None:
     for name in ("a.mp4", "a.left.WEBM"):
         path = write_tar(tmp_path / "a.tar", {name: b"x", "a.json": json.dumps(QUESTION).encode()})
@@ -155,9 +137,7 @@ TABLE = "Image,Question ,answer\na.png,Wie groß?,größer; „so“\n"
         ("a.csv", TABLE.replace(";", "").encode()),
         ("a.csv", TABLE.replace(",", ";").replace("; „", " „").encode()),
         ("a.csv", TABLE.replace(",", "\t").encode()),
-        ("a.tsv", TABLE.replace(",", "|").encode()),
         ("a.csv", TABLE.encode("utf-16")),
-        ("a.csv", b"\xfe\xff" + TABLE.encode("utf-16-be")),
         ("a.csv", TABLE.encode("cp1252")),
         ("a.csv", TABLE.encode("utf-8-sig")),
         ("a.csv.gz", gzip.compress(TABLE.encode("utf-16"), mtime=0)),
@@ -165,7 +145,6 @@ TABLE = "Image,Question ,answer\na.png,Wie groß?,größer; „so“\n"
             "a.jsonl.gz",
             gzip.compress(json.dumps({"image": "a.png", "question": "Wie groß?", "answer": "x"}).encode(), mtime=0),
         ),
-        ("a.json", json.dumps({"data": [{"image": "a.png", "question": "Wie groß?", "answer": "x"}]}).encode()),
         ("a.json", b'{"rows": [{"img": "a.png", "question": "Wie gro\\u00df?", "answer": "x"}], "version": 1}'),
     ],
 )
@@ -289,38 +268,26 @@ def test_what_map_keeps_in_a_saved_folder_is_no_shard(tmp_path: Path) -> None:
     assert ids(saved) == IDS
 
 
-def test_a_shard_of_a_saved_folder_that_is_gone(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "state", [None, b"{", b'{"_data_files": [1]}', b'{"_data_files": [{"filename": "../other.arrow"}]}']
+)
+def test_a_saved_folder_without_a_shard_or_whose_state_leads_elsewhere(tmp_path: Path, state: bytes | None) -> None:
     saved = write_saved(tmp_path, MADE)
     (saved / "data-00001-of-00002.arrow").rename(tmp_path / "other.arrow")
-    with pytest.raises(UserError):
-        find_files(saved)
-
-
-@pytest.mark.parametrize(
-    "state", [b"{", b'{"_data_files": [1]}', b"\xff", b'{"_data_files": [{"filename": "../other.arrow"}]}']
-)
-def test_a_state_that_cannot_be_read_or_leads_elsewhere(tmp_path: Path, state: bytes) -> None:
-    saved = write_saved(tmp_path, MADE)
-    (saved / "data-00000-of-00002.arrow").rename(tmp_path / "other.arrow")
-    (saved / "state.json").write_bytes(state)
+    if state is not None:
+        (saved / "state.json").write_bytes(state)
     with pytest.raises(UserError):
         find_files(saved)
 
 
 SPLITS = {
-    ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet"): False,
     ("train.parquet", "val.parquet"): False,
-    ("my_set-Train-0.parquet", "my_set-dev-0.parquet"): False,
     ("test_seen-00000-of-00001.parquet", "test_unseen-00000-of-00001.parquet"): False,
     ("test-00000-of-00001.parquet", "testdev-00000-of-00001.parquet"): False,
-    ("train.jsonl", "test.jsonl"): False,
     ("a.parquet", "b.parquet"): True,
     ("trainers-0.parquet", "tests-0.parquet", "devices.parquet"): True,
-    ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet"): True,
-    ("gqa_train.parquet", "vqa_train.parquet"): True,
     ("gqa_train-00000-of-00001.parquet", "vqa_train-00000-of-00001.parquet"): True,
     ("extra.parquet", "train.parquet"): True,
-    ("gqa-00000-of-00001.parquet", "vqa-00000-of-00001.parquet"): True,
 }
 """Names of a folder's files -> whether all are of one split."""
 
