@@ -171,19 +171,11 @@ def test_lengths_are_tokens_where_a_tokenizer_is_given(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words",
-    [
-        ["none.json"],
-        ["rows.jsonl", "--media", "nowhere"],
-        ["rows.jsonl", "--videos", "nowhere"],
-        ["rows.jsonl", "--tokenizer", "nowhere"],
-        ["broken.jsonl"],
-    ],
+    "words", [["none.json"], ["rows.jsonl", "--media", "nowhere"], ["rows.jsonl", "--tokenizer", "nowhere"]]
 )
 def test_wrong_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text(json.dumps(llava("a", "b", "c")))
-    Path("broken.jsonl").write_text("{]")
     with pytest.raises(UserError):
         check(*words)
 
