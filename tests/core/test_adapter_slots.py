@@ -1,7 +1,4 @@
-"""Several adapters in one layer, whole or in part: each row as its own makes it, base rows bit by bit the base's.
-
-A share lies between the base (0) and the adapter (1), bit by bit at both ends, and beyond.
-"""
+"""Several adapters in one layer, whole, in part or beyond: each row as its own makes it, base rows bit by bit."""
 
 from __future__ import annotations
 
@@ -17,14 +14,7 @@ from dora_vl.core.adapter_slots import ActiveAdapters, SlotChange, SlotLayer
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.other_layers import DoRAEmbedding
 from dora_vl.core.quantised import QuantisedLinear
-from dora_vl.core.strength import (
-    MOST_STRENGTH,
-    GainByStrength,
-    Share,
-    checked_strength,
-    layer_between,
-    magnitude_between,
-)
+from dora_vl.core.strength import MOST_STRENGTH, Share, checked_strength, layer_between
 from dora_vl.errors import UserError
 from tests.core.dense_dora import at_strength, config, move_layer
 from tests.core.test_layers import Sealed
@@ -157,25 +147,6 @@ def test_half_precision_keeps_small_gains():
     layer.magnitude.mul_(1.003)
     change = SlotChange.of(layer, torch.bfloat16)
     torch.testing.assert_close(change.minus_one.float(), torch.full((32,), 0.003), rtol=2e-2, atol=0.0)
-
-
-@pytest.mark.parametrize("name", ["dora2", "dora5", "magnitude"])
-@torch.no_grad()
-def test_the_gain_is_exact_at_both_ends(name):
-    torch.manual_seed(1)
-    layer = adapted(nn.Linear(31, 17), name)
-    gain = GainByStrength.of(layer)
-    assert gain is not None
-    assert torch.equal(gain.at(0.0), torch.ones(17))
-    assert torch.equal(gain.at(1.0), layer.gain())
-    assert torch.equal(gain.norms_at(1.0), layer.norms())
-
-
-def test_a_magnitude_falls_silent_and_does_not_turn_round():
-    base, trained = torch.tensor([2.0, 2.0, 2.0]), torch.tensor([1.0, 3.0, -1.0])
-    assert magnitude_between(base, trained, 3.0).tolist() == [0.0, 5.0, -7.0]
-    assert torch.equal(magnitude_between(base, trained, 1.0), trained)
-    assert torch.equal(magnitude_between(base, trained, 0.0), base)
 
 
 def biased(linear: nn.Linear) -> AdaptedLayer:

@@ -152,19 +152,6 @@ def test_batches_are_drawn_anew_and_not_in_the_order_of_length() -> None:
     assert len({tuple(sampler(samples, (4, 1, 2), seed=s, epoch=e)) for s in range(4) for e in range(4)}) == 16
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("skipped", [0, 1, 5])
-def test_a_resumed_epoch_yields_the_identical_remainder(world_size: int, skipped: int) -> None:
-    """As Trainer resumes: a fresh sampler at the same epoch, its first batches skipped."""
-    samples = [(number * 7 % 31, number % 4 > 0) for number in range(101)]
-
-    def loader(rank: int) -> DataLoader[int]:
-        batch_sampler = BatchSampler(sampler(samples, (3, world_size, 2), seed=1, epoch=2), 3, drop_last=False)
-        dealt = BatchSamplerShard(batch_sampler, world_size, rank)
-        return DataLoader(range(len(samples)), batch_sampler=dealt, collate_fn=list)  # pyright: ignore
-
-    for rank in range(world_size):
-        assert list(skip_first_batches(loader(rank), skipped)) == list(loader(rank))[skipped:]
 
 
 def test_lengths_of_rows_count_the_pictures_and_videos(tmp_path: Path) -> None:

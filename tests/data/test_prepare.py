@@ -113,12 +113,9 @@ def test_what_stops_a_split_leaves_nothing_that_looks_whole(tmp_path: Path, monk
     "words",
     [
         ["popee", "--from", "."],
-        ["pope", "--from", "nowhere"],
         ["pope", "--from", ".", "--set", "seed=1"],
-        ["nlvr", "--from", ".", "--set", "share=1"],
         ["nlvr", "--from", str(FIXTURES / "nlvr"), "--set", "orders=12"],
         ["pope", "--from", ".", "--limit", "0"],
-        ["pope", "--from", ".", "--workers", "-1"],
         ["llava-json", "--from", "a.json", "--splits", "a,test"],
         ["llava-json", "--from", "a.json", "--to", "a.json"],
     ],

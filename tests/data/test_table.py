@@ -84,20 +84,6 @@ def test_a_file_that_cannot_be_used_leaves_no_table(tmp_path: Path, content: str
         load_table(tmp_path / "none.json")
 
 
-def test_a_picture_of_several_rows_is_kept_once_in_batches_of_bounded_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(table_module, "ROWS_A_BATCH", 3)
-    repeated = [item for item in items(2) for _ in range(4)]
-    table = load_table(write_parquet(tmp_path, repeated), cache_folder=tmp_path / "cache")
-    assert [len(pictures or ()) for pictures in table["held_pictures"]] == [1, 0, 0, 0, 1, 0, 0, 0]
-    assert table.data.column("held_pictures").num_chunks == 3
-    monkeypatch.setattr(table_module, "CHARACTERS_A_BATCH", 500)
-    monkeypatch.setattr(table_module, "ROWS_A_BATCH", 300)
-    table = load_table(write_parquet(tmp_path, items(9)), cache_folder=tmp_path / "cache")
-    assert table.data.column("held_pictures").num_chunks > 1
-    stored = StoredPictures([table])
-    assert [stored[names[0]] for names in table["images"]] == [item.content for item in items(9)]
 
 
 def test_a_changed_file_is_converted_again_and_an_unchanged_one_is_not(tmp_path: Path) -> None:

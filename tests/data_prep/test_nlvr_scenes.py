@@ -122,13 +122,3 @@ def test_the_files_hold_scenes_that_do_not_mix(tmp_path: Path, monkeypatch: pyte
     assert Counter(word.split()[0] for word in left.split(", ")) == Counter(item.colour for item in scene[0])
 
 
-@pytest.mark.parametrize("variant", ["pretrain", "adapt"])
-def test_the_llava_of_the_recipe_sees_every_box(variant: str) -> None:
-    recipe = Path(__file__).parents[2] / "configs/llava/nlvr_small.yaml"
-    aspect = read_run([f"--config={recipe}", f"--variant={variant}"]).model.image_aspect
-    preparation = ImagePreparation(Preparation(image_size=448, mean=(0.5,) * 3, std=(0.5,) * 3), aspect=aspect)
-    pixels = preparation.prepare(draw(SHAPES))
-    for number in range(3):
-        others = [*SHAPES]
-        others[number] = [Item("triangle", "black", 50, 70, 10)]
-        assert not preparation.prepare(draw(others)).equal(pixels)

@@ -62,14 +62,11 @@ BAD = {
     "a result without a call": [user("q"), tool("7"), assistant("a")],
     "no answer to a result": [*CALLING, tool("7")],
     "a question behind a result": [*CALLING, tool("7"), user("r"), assistant("a")],
-    "two answers": [*CALLING, assistant("a")],
     "arguments that are no object": [
         user("q"),
         assistant("", tool_calls=[{"function": {"name": "f", "arguments": "[1]"}}]),
     ],
     "a call with more": [user("q"), assistant("", tool_calls=[{**call_of(PARIS), "cache": {"a": 1}}])],
-    "a call without a name": [user("q"), assistant("", tool_calls=[{"function": {"arguments": {}}}])],
-    "thoughts twice": [user("q"), assistant("<think>so</think>a", reasoning_content="so")],
     "thoughts that differ": [user("q"), assistant("a", reasoning_content="so", thinking="not so")],
     "marks that differ": [user("q"), assistant("a", weight=1, train=False)],
     "a call that is trained otherwise": [

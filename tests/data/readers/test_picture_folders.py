@@ -61,16 +61,8 @@ def test_a_changed_text_is_read_again(tmp_path: Path) -> None:
     assert answers(load_rows(str(folder), cache_folder=tmp_path / "cache"))[1] == ("2.png", "another text")
 
 
-def test_several_splits_are_not_trained_on_together(tmp_path: Path) -> None:
-    folder = pictures(tmp_path / "my", *(f"{split}/{name}/1.png" for split in ("train", "test") for name in "ab"))
-    with pytest.raises(UserError):
-        find_files(folder)
-    assert [row["label"] for row in find_files(folder / "train").rows()] == ["a", "b"]
 
 
-def test_pictures_that_nothing_is_said_of_are_no_samples(tmp_path: Path) -> None:
-    with pytest.raises(UserError):
-        find_files(pictures(tmp_path / "my", "photos/1.png", "photos/2.png"))
 
 
 @pytest.mark.parametrize(

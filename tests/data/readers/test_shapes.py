@@ -124,7 +124,3 @@ def test_a_key_of_a_message_ends_the_run_by_file_row_and_setting() -> None:
     assert nested.value.remedy.ignored == ("completion.train",)
 
 
-@pytest.mark.parametrize("depth", [300, 900])
-def test_values_of_any_depth_are_nothing_or_end_the_run(depth: int) -> None:
-    for value in ("[" * depth + "1" + "]" * depth, '{"id":' * depth + "1" + "}" * depth, "[" * depth + "]" * depth):
-        outcome({"question": "q", "answer": "a", "meta": json.loads(value)})  # no RecursionError
