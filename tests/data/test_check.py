@@ -137,8 +137,6 @@ def test_answers_may_be_kept_back_in_test_files_only(tmp_path: Path) -> None:
     assert "no answer" in lines[1]
 
 
-
-
 def test_lengths_are_tokens_where_a_tokenizer_is_given(tmp_path: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # pyright: ignore[reportAttributeAccessIssue]
@@ -200,5 +198,3 @@ def test_videos_are_looked_for_in_their_own_folder(tmp_path: Path, media: Path) 
     assert {kind: kinds[kind] in line for kind, line in problems.items()} == dict.fromkeys(kinds, True)
     assert lines[-1] == "1 files, 5 samples, 6 media files: 4 problems"
     assert status == 1
-
-

@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import skip_first_batches
 from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler
 
 from dora_vl.data.batches import Collator
 from dora_vl.data.order import (
@@ -150,8 +149,6 @@ def test_batches_are_drawn_anew_and_not_in_the_order_of_length() -> None:
     assert longest != sorted(longest, reverse=True)
     assert all(max(batch) - min(batch) > 7 for batch in chunks(order, 8))  # drawn at random, then sorted
     assert len({tuple(sampler(samples, (4, 1, 2), seed=s, epoch=e)) for s in range(4) for e in range(4)}) == 16
-
-
 
 
 def test_lengths_of_rows_count_the_pictures_and_videos(tmp_path: Path) -> None:

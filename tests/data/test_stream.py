@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from zlib import crc32
 
 import pytest
-import torch
-from torch.utils.data import DataLoader
 
-from dora_vl.data.batches import Collator
 from dora_vl.data.columns import TrainFile
 from dora_vl.data.example import Example
-from dora_vl.data.pictures import HeldPictures
-from dora_vl.data.samples import ConversationDataset, Encoded, Examples
-from dora_vl.data.stream import Read, SampleStream, StreamedDataset, StreamOrder, StreamSource, shuffled
+from dora_vl.data.stream import Read, SampleStream, StreamOrder, StreamSource, shuffled
 from dora_vl.data.turns import Clip, Turn
 from dora_vl.errors import BadSample, UserError
 from tests.training.own_data import WRITERS, items, lines
@@ -145,10 +138,6 @@ def test_samples_are_known_where_the_file_says_how_many_rows_it_has(
     assert len(StreamOrder(opened(source(path, weight=2)), total=500)) == (count or 500)
 
 
-
-
-
-
 def test_rows_that_cannot_be_samples_are_named_and_none_that_can_is_one_line(tmp_path: Path) -> None:
     half = '{"id": "half", "question": "q \\ud83d", "answer": "a"}\n'
     path = lines(tmp_path / "a.jsonl", [*question_rows(2), {"id": "empty", "question": "q"}])
@@ -169,14 +158,6 @@ def test_a_run_of_unknown_epochs_goes_from_one_to_the_next(tmp_path: Path) -> No
     assert (len(order), order.epoch_samples) == (25, 10)
     with pytest.raises(UserError):
         list(StreamOrder(opened(source(tmp_path / "a.jsonl", weight=1e-9)), total=5))
-
-
-
-
-
-
-
-
 
 
 def test_videos_stream_where_a_first_row_has_one_and_are_named_elsewhere(tmp_path: Path) -> None:

@@ -13,17 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_vl.data import table as table_module
 from dora_vl.data.check import CONTRADICTION, EMPTY_QUESTION, NO_PICTURE, FileCheck
 from dora_vl.data.columns import TrainFile
 from dora_vl.data.example import Example
-from dora_vl.data.pictures import StoredPictures
 from dora_vl.data.readers import read_row
 from dora_vl.data.stream import StreamSource
 from dora_vl.data.table import described, doubtful, held_out_places, load_rows, load_table, load_training_rows, overlap
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.questions import example_of_row
-from tests.training.own_data import items, write_parquet
 
 GOOD = {
     "id": "a",
@@ -82,8 +79,6 @@ def test_a_file_that_cannot_be_used_leaves_no_table(tmp_path: Path, content: str
     assert [left.suffix for left in (tmp_path / "cache").iterdir()] == [".lock"]
     with pytest.raises(UserError):
         load_table(tmp_path / "none.json")
-
-
 
 
 def test_a_changed_file_is_converted_again_and_an_unchanged_one_is_not(tmp_path: Path) -> None:

@@ -161,8 +161,6 @@ def test_broken_files_are_named_and_the_next_one_is_read(tmp_path: Path) -> None
     assert (frames.backend, frames.indices) == ("decord", (12, 37))
 
 
-
-
 def test_a_missing_backend_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_video(tmp_path / "a.mp4")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # found before what is installed
@@ -173,10 +171,6 @@ def test_a_missing_backend_is_passed_over(tmp_path: Path, monkeypatch: pytest.Mo
     with VideoReader() as reader, pytest.raises(UserError) as raised:
         reader.read(tmp_path, Clip(path="a.mp4"), Uniform(2))
     assert not isinstance(raised.value, BadSample)  # the machine's fault, not the file's: it must end the run
-
-
-
-
 
 
 STAND_IN = """

@@ -12,9 +12,7 @@ from PIL import Image
 
 from data_prep import nlvr_scenes
 from data_prep.nlvr_scenes import BOX, COLOURS, GAP, Item, claim, draw, examples_of
-from dora_vl.backbones.towers import ImagePreparation, Preparation
 from dora_vl.data.example import iterate_examples
-from dora_vl.run.reading import read_run
 
 
 def block(colour: str, level: int) -> Item:
@@ -120,5 +118,3 @@ def test_the_files_hold_scenes_that_do_not_mix(tmp_path: Path, monkeypatch: pyte
         assert answers == {row.question: row.answers[0].text for row in about}
     left = next(row for row in rows["questions"] if row.id == "0-left").answers[0].text
     assert Counter(word.split()[0] for word in left.split(", ")) == Counter(item.colour for item in scene[0])
-
-

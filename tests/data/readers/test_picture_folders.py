@@ -14,7 +14,6 @@ from dora_vl.data.containers import find_files
 from dora_vl.data.example import Example
 from dora_vl.data.stream import StreamSource
 from dora_vl.data.table import load_rows
-from dora_vl.errors import UserError
 from dora_vl.evaluation.questions import read_questions
 from tests.data.readers.test_containers import write_tar
 
@@ -59,10 +58,6 @@ def test_a_changed_text_is_read_again(tmp_path: Path) -> None:
     assert answers(load_rows(str(folder), cache_folder=tmp_path / "cache"))[1] == ("2.png", "picture 2")
     (folder / "2.txt").write_text("another text")
     assert answers(load_rows(str(folder), cache_folder=tmp_path / "cache"))[1] == ("2.png", "another text")
-
-
-
-
 
 
 @pytest.mark.parametrize(

@@ -122,5 +122,3 @@ def test_a_key_of_a_message_ends_the_run_by_file_row_and_setting() -> None:
     with pytest.raises(ColumnsError) as nested:
         read_row({"prompt": "q", "completion": [MESSAGES["messages"][1]]})
     assert nested.value.remedy.ignored == ("completion.train",)
-
-
