@@ -1,4 +1,4 @@
-"""Each source reads ten rows in its publisher's exact form, and each row becomes the record written out by hand.
+"""Each source reads rows in its publisher's exact form, and each row becomes the record written out by hand.
 
 Damage in a publisher's files is refused or counted; tests/fuzz damages all of them at random.
 """
