@@ -13,9 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from dora_vl.adapters.folder import save_adapter
 from dora_vl.cli import COMMANDS, main
-from dora_vl.core import DoRAConfig, apply_dora
 from tests.adapters.foreign_files import saved, tiny_llama
 from tests.adapters.peft_folders import moved_peft
 
@@ -64,10 +62,7 @@ OF_PEFT = ["--alpha 8", "--rename model.=model.language_model."]
     [
         "merg",
         f"{ASK} --image a.png --video b.mp4",
-        f"{ASK} --video b.mp4 --together",
-        f"{ASK} --image a.png --choice red",
         f"{ASK} --image gone.png",
-        f"{ASK} --video gone.mp4",
         "convert nothing --to x",
         f"{CONVERT} --rename a",
         f"{CONVERT} --rank 3",
@@ -89,10 +84,7 @@ def test_convert_exports_within_an_error(folders, capsys):
     assert not (folders / "lora").exists()
     capsys.readouterr()
     main([str(word) for word in (*export, "--rank", 16, "--max-error", 0.01)])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 5
-    assert all("model.layers." in line for line in lines[:-1])
-    assert "largest relative error" in lines[-1]
+    assert sum("model.layers." in line for line in capsys.readouterr().out.splitlines()) == 4
 
 
 def test_convert_takes_the_file_of_tensors_for_its_folder(folders):
@@ -103,17 +95,8 @@ def test_convert_takes_the_file_of_tensors_for_its_folder(folders):
     failed("convert", folders / "renamed.safetensors", "--to", folders / "x")
 
 
-def test_whole_weights_are_no_lora(folders, capsys):
-    model = tiny_llama()
-    apply_dora(model, DoRAConfig(targets=("*.q_proj",), method="full"))
-    save_adapter(model, folders / "full")
-    words = ["convert", folders / "full", "--as", "lora", "--base", folders / "base", "--rank", 4, "--max-error", 1]
-    failed(*words, "--to", folders / "x")
-    assert not (folders / "x").exists()
-
-
 @pytest.mark.parametrize("verb", ["convert", "merge"])
-def test_a_folder_of_something_else_is_never_replaced(folders, capsys, verb):
+def test_a_folder_of_something_else_is_never_replaced(folders, verb):
     thesis = folders / "work" / "thesis.tex"
     thesis.parent.mkdir()
     thesis.write_text("years of work")
@@ -126,10 +109,9 @@ def test_a_folder_of_something_else_is_never_replaced(folders, capsys, verb):
         main([str(word) for word in (*words, "--to", folders / "result")])
 
 
-def test_merge_finds_its_base_and_weighs(folders, capsys):
+def test_merge_finds_its_base_and_weighs(folders):
     ids = torch.randint(32, (1, 6))
     main(["merge", "--adapter", str(folders / "one"), "--to", str(folders / "merged")])
-    assert "4 layers merged" in capsys.readouterr().out
     expected = PeftModel.from_pretrained(tiny_llama(), folders / "one").eval()(ids).logits
     logits = LlamaForCausalLM.from_pretrained(folders / "merged").eval()(ids).logits
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
@@ -145,7 +127,7 @@ def test_merge_finds_its_base_and_weighs(folders, capsys):
     torch.testing.assert_close(load_file(folders / "both" / "model.safetensors")[key], total, rtol=1e-5, atol=1e-5)
 
 
-def test_another_base_is_refused_by_its_hash(folders, capsys):
+def test_another_base_is_refused_by_its_hash(folders):
     recipe = folders / "one" / "recipe.json"
     recipe.write_text(json.dumps({"base_sha256": "0" * 64}))
     words = ["merge", "--adapter", folders / "one", "--to", folders / "merged"]

@@ -50,51 +50,20 @@ def test_any_message_is_one_short_line(message: str, most: int) -> None:
     assert not any(character < " " or "\x7f" <= character < "\xa0" for character in line)
 
 
-def test_the_beginning_and_the_end_of_a_long_message_stay() -> None:
-    error = UserError(f"a.jsonl, line 7: {'x' * LONG} is no answer; write it again")
-    assert len(str(error)) == LONGEST_MESSAGE
-    assert str(error).startswith("a.jsonl, line 7: xxx")
-    assert str(error).endswith("xxx is no answer; write it again")
-    assert " [...] " in str(error)
-    assert str(UserError("two\n  lines\x1b[31m \ud83d")) == "two lines?[31m ?"
-
-
 def test_a_bad_sample_is_short_too_and_travels() -> None:
     error = pickle.loads(pickle.dumps(BadSample("i" * LONG, "r" * LONG)))
     assert len(str(error)) <= LONGEST_MESSAGE
-    assert len(error.reason) == LONGEST_MESSAGE
     assert error.sample_id == "i" * LONG
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        ("it's", '"it\'s"'),
-        ([1, "b"], "[1, 'b']"),
-        ("x" * LONG, "'" + "x" * 56 + "..."),
-        (b"y" * LONG, "b'" + "y" * 55 + "..."),
-        ([0] * LONG, "[" + "0, " * 18 + "0," + "..."),
-        ([10**5000], "a list too large to be shown"),
-        ({"a": [1, {"b": None}], 2: "\ud83d"}, "{'a': [1, {'b': None}], 2: '\\ud83d'}"),
-        ({name: name for name in range(LONG)}, "{0: 0, 1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 6, 7: 7, 8: 8, 9:..."),
-    ],
-)
-def test_a_quoted_value_is_short(value: object, text: str) -> None:
-    assert shown(value) == text
-
-
-def test_values_nested_without_end_are_short_too() -> None:
+def test_quoted_values_texts_and_names_are_short_and_can_be_printed() -> None:
     inside: list[object] = []
     inside.append(inside)
-    for value in (inside, [["x" * LONG] * LONG] * LONG):
+    for value in ("x" * LONG, [0] * LONG, [10**5000], dict.fromkeys(range(LONG)), inside, [["x" * LONG]] * LONG):
         assert len(shown(value)) <= 60
-
-
-def test_text_without_quotes_and_names_are_short_and_can_be_printed() -> None:
+    assert shown({"a": [1, {"b": None}], 2: "\ud83d"}) == "{'a': [1, {'b': None}], 2: '\\ud83d'}"
     assert shown_text("two\nlines \ud83d\x00é") == r"two\nlines \ud83d\x00é"
-    assert shown_text("\n" * LONG, 10) == r"\n\n\n\..."
     assert shown_names(["a", 1, "y" * LONG]) == "a, 1, " + "y" * 21 + "..."
-    assert shown_names(range(11)) == "0, 1, 2, 3, 4, 5, 6, 7 and 3 more"
 
 
 @pytest.mark.parametrize("option", ["--predictions", "--records", "--against"])
@@ -174,12 +143,9 @@ def here(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("options", "key"),
     [
         ("--training.deepspeed=zero7", "training.deepspeed"),
-        ("--training.fp16=true", "training.fp16"),
         ("--training.report_to=wandb", "training.report_to"),
-        ("--resume=last", "resume"),
         ("--adapter.initial=stage1", "adapter.initial"),
         ("--data.image_folder=pics", "data.image_folder"),
-        ("--data.image_folder=.", "data.image_folder"),
         ("--data.validation_share=0.5 --data.validation_size=3", "data.validation"),
     ],
 )
@@ -194,15 +160,9 @@ def test_a_setting_is_named_by_its_key(here: Path, options: str, key: str) -> No
     [
         ('--adapter.targets=["*.query"]', "*.query"),
         ('--optim.rates={"vison":1e-4}', "vison"),
-        ("--model.base=./models/llava", "./models/llava"),
-        ("--model.base=pictures", "pictures"),
         ("--model.template=chatml", "model.template"),
-        ("--evaluation.file=test.json", "test.json"),
         ("--evaluation.file=empty.json", "empty.json"),
-        ("--evaluation.file=pictures/train.json --evaluation.image_folder=none", "none"),
         ("--data.max_tokens=8", "data.max_tokens"),
-        ("--data.max_bad_share=5", "data.max_bad_share"),
-        ("--data.train=mine.json", "mine.json"),
         ("--data.train=other.csv", "other.csv"),
         ("--data.train=gone.jsonl", "gone.png"),
         ("--data.train=mixed.jsonl", "row 2"),
@@ -225,15 +185,10 @@ def test_asking(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         write(here / folder / file, "{}")
     cases = {
         "--image https://example.com/a.png": "https://example.com/a.png",
-        "--image gone.png": "gone.png",
         "--image notes.txt": "notes.txt",
-        "--image none/*.png": "none/*.png",
         "--adapter runs/my": folder,
         "--adapter base": "base",
-        "--adapter none": "none",
-        "": "--adapter DIR",
         "--model base --max-new-tokens 0": "--max-new-tokens",
-        "--model base --template chat": "--template",
         f"--model {folder}": "--adapter",
     }
     for words, named in cases.items():

@@ -1,4 +1,7 @@
-"""What the wheel holds: one package, with the recipes as its data. `make fresh-install` shows that it is enough."""
+"""What the wheel holds: one package, with the recipes as its data. `make fresh-install` shows that it is enough.
+
+The image is made of that wheel; `make lint` has hadolint look at the Dockerfile.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,18 @@ import ast
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+COPIED = [name for line in re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE, re.MULTILINE) for name in line.split()]
 BESIDE = {path.name for path in ROOT.iterdir() if path.is_dir()} - {"dora_vl"}
 """Folders of a checkout that no wheel holds."""
 
@@ -36,12 +43,22 @@ def pip(*words: str | Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_dockerfile_copies_what_it_may() -> None:
+    allowed = re.findall(r"^!(.+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE)
+    assert set(COPIED) == set(allowed)
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built of what the Dockerfile copies."""
     if importlib.util.find_spec("hatchling") is None:
         pytest.skip("hatchling, which builds the wheel, is not installed")
     folder = tmp_path_factory.mktemp("wheel")
-    pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder, ROOT)
+    for name in COPIED:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        (folder / "copied").mkdir(exist_ok=True)
+        copy(ROOT / name, folder / "copied" / name)
+    pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder, folder / "copied")
     (path,) = folder.glob("dora_vl-*.whl")
     return path
 
@@ -75,6 +92,10 @@ def test_the_wheel_holds_the_package_alone(wheel: Path) -> None:
     (licence,) = [name for name in names if name.endswith("/licenses/LICENSE")]
     assert b"Version 2.0, January 2004" in zipfile.ZipFile(wheel).read(licence)
     assert "dora_vl/py.typed" in names
+    (metadata,) = [name for name in names if name.endswith("METADATA")]
+    extras = Parser().parsestr(zipfile.ZipFile(wheel).read(metadata).decode()).get_all("Provides-Extra") or []
+    installed = {extra for group in re.findall(r"\.whl\)\[([\w,]+)\]", DOCKERFILE) for extra in group.split(",")}
+    assert set() < installed <= set(extras)
 
 
 @pytest.mark.slow

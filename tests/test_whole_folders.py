@@ -11,7 +11,7 @@ import pytest
 
 from dora_vl import files
 from dora_vl.errors import UserError
-from dora_vl.files import clear_leftovers, unfinished, whole_file, whole_folder
+from dora_vl.files import clear_leftovers, whole_file, whole_folder
 
 
 def in_a_child(work: Callable[[], None]) -> int:
@@ -58,6 +58,9 @@ def texts(target: Path) -> list[str]:
 @pytest.mark.parametrize("cleared_by", ["another", "the same"])
 def test_a_kill_leaves_the_old_folder_or_the_new_one(tmp_path: Path, killed_in: str, cleared_by: str) -> None:
     target = tmp_path / "m[1]"
+    assert write(target, "new", killed_in="0") == signal.SIGKILL
+    clear_leftovers(tmp_path, target.name)
+    assert list(tmp_path.iterdir()) == []
     assert write(target, "old") == 0
     assert write(target, "new", killed_in=killed_in) == signal.SIGKILL
     assert len(list(tmp_path.iterdir())) > 1 or not target.exists()  # something was left behind
@@ -71,12 +74,6 @@ def test_a_kill_leaves_the_old_folder_or_the_new_one(tmp_path: Path, killed_in: 
     assert write(target, "new") == 0
     assert texts(target) == ["new", "new"]
     assert [path.name for path in tmp_path.iterdir()] == [target.name]
-
-
-def test_a_kill_before_the_first_folder_leaves_none(tmp_path: Path) -> None:
-    assert write(tmp_path / "m", "new", killed_in="0") == signal.SIGKILL
-    clear_leftovers(tmp_path, "m")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_living_processes_write_and_what_others_are_called_stays(tmp_path: Path) -> None:
@@ -96,22 +93,6 @@ def test_what_living_processes_write_and_what_others_are_called_stays(tmp_path: 
         assert (tmp_path / "m" / "a").read_text() == "second"
     assert sorted(path.name for path in tmp_path.iterdir()) == [".m.notes", ".n.unfinished-1-a", "m"]
     assert (tmp_path / "m" / "a").read_text() == "first"
-
-
-def test_a_folder_taken_for_a_dead_ones_is_made_again(tmp_path: Path) -> None:
-    made = 0
-
-    def make(path: Path) -> None:
-        nonlocal made
-        path.mkdir()
-        made += 1
-        if made == 1:  # before its lock: another process starts on the same target
-            clear_leftovers(tmp_path, "m")
-
-    with unfinished(tmp_path / "m", make) as folder:
-        assert folder.is_dir()
-    assert made == 2
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_killed_writer_of_a_file_leaves_nothing_after_the_next(tmp_path: Path) -> None:
