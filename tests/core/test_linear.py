@@ -183,15 +183,3 @@ def test_func_grad_is_autograds_gradient(detach_norm):
     trained = [of_values[name] for name, p in layer.named_parameters() if p.requires_grad]
     for actual, gradient in zip([of_x, *trained], expected, strict=True):
         torch.testing.assert_close(actual, gradient, rtol=1e-9, atol=1e-9)
-
-
-def test_vmap_over_inputs_and_over_sets_of_parameters():
-    layer, x = moved_layer(config()), rows().detach()
-    torch.testing.assert_close(torch.vmap(layer)(x), layer(x), rtol=1e-9, atol=1e-9)
-    stacked = {name: torch.randn(3, *value.shape, dtype=value.dtype) for name, value in layer.named_parameters()}
-    outputs = torch.vmap(lambda values: functional_call(layer, values, (x,)))(stacked)
-    for number, y in enumerate(outputs):
-        values = {name: value[number] for name, value in stacked.items()}
-        torch.testing.assert_close(functional_call(layer, values, (x,)), y, rtol=1e-9, atol=1e-9)
-    gradients = torch.vmap(torch.func.grad(lambda values: functional_call(layer, values, (x,)).sum()))(stacked)
-    assert gradients["lora_A"].shape == stacked["lora_A"].shape

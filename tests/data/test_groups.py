@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 
-from dora_vl.data.benchmarks.images import nlvr_row
 from dora_vl.data.columns import USUAL, TrainFile
-from dora_vl.data.example import to_record
 from dora_vl.data.table import load_training_rows
 from dora_vl.evaluation.questions import read_questions
 from dora_vl.evaluation.scores.exact import score
@@ -44,11 +42,3 @@ def test_a_group_is_held_out_whole(tmp_path: Path, form: str) -> None:
     scored = score(examples, dict.fromkeys((example.id for example in examples), "yes"))
     assert len(scored.units) == 10
     assert {example.extra["group"] for example in examples} == {f"scene {number}" for number in range(6)}
-
-
-def test_nlvrs_orders_are_one_unit_and_its_sentence_one_group() -> None:
-    raw = {"identifier": "1572-0", "sentence": "There is  A box.", "label": "true", "directory": "5"}
-    records = [to_record(example) for example in nlvr_row({**raw, "part": "train", "pictures": "train/images"})]
-    assert len(records) == 6
-    assert {record["extra"]["unit"] for record in records} == {"1572"}
-    assert {record["extra"]["group"] for record in records} == {"there is a box."}
