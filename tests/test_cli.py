@@ -146,19 +146,3 @@ def test_a_reader_that_leaves_early_ends_it_quietly(words):
     message = program.stderr.read()
     assert program.wait() in (0, 141)  # argparse itself passes over an error in writing its help
     assert message == ""
-
-
-def test_bash_completes_verbs_options_and_files(tmp_path, capsys):
-    main(["completion", "bash"])
-    script = tmp_path / "dora-vl.bash"
-    script.write_text(capsys.readouterr().out)
-    command = 'source {}; COMP_WORDS=({}); COMP_CWORD={}; {} ; printf "%s\\n" "${{COMPREPLY[@]}}"'
-    entry = next(line.split()[-2] for line in script.read_text().splitlines() if line.startswith("complete "))
-
-    def completed(*words: str) -> list[str]:
-        line = command.format(script, " ".join(f"'{word}'" for word in words), len(words) - 1, entry)
-        return subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout.split()
-
-    assert set(completed("dora-vl", "")) >= set(COMMANDS)
-    assert completed("dora-vl", "in") == ["init"]
-    assert "--questions" in completed("dora-vl", "init", "--q")

@@ -47,8 +47,6 @@ ROOT = Path(__file__).parents[1]
 
 
 class Recipe(NamedTuple):
-    """A file of configs/ and one of its variants, where it has any."""
-
     path: Path
     variant: str | None
 
@@ -164,7 +162,6 @@ def meta_image_text(config: RunConfig, _: int | None) -> PreTrainedModel:
 
 @functools.cache
 def read(recipe: Recipe) -> Any:
-    """A file's settings under its variant."""
     chosen = [] if recipe.variant is None else [f"--variant={recipe.variant}"]
     return read_run([f"--config={recipe.path}", *chosen])
 

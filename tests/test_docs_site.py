@@ -20,7 +20,6 @@ FETCHED = re.compile(
 
 
 def named(entry: object) -> list[str]:
-    """The pages of a part of the navigation."""
     if isinstance(entry, str):
         return [entry]
     parts = entry if isinstance(entry, list) else list(entry.values()) if isinstance(entry, dict) else []

@@ -129,7 +129,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder: a model, data and settings that work."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / ".cache"))
     (tmp_path / "base").symlink_to(model)

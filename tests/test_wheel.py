@@ -65,7 +65,6 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path) -> Path:
-    """A folder that holds the package, and nothing else of ours."""
     folder = wheel.parent / "site-packages"
     pip("install", "--no-deps", "--no-index", "--target", folder, wheel)
     return folder

@@ -154,7 +154,6 @@ def test_one_module_under_two_names_is_adapted_under_both():
 
 
 def test_attention_that_bypasses_its_projection_is_refused():
-    """As an opaque layer too."""
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(6, 2), "q": nn.Linear(6, 6)})
     path = "torch.nn.modules.linear.NonDynamicallyQuantizableLinear"
     for changes in ({"targets": ("attention.out_proj",)}, {"targets": ("*",), "opaque_layers": (path,)}):

@@ -21,7 +21,6 @@ def reader() -> Iterator[VideoReader]:
 
 
 def refused(reader: VideoReader, folder: Path, name: str) -> None:
-    """Neither a picture nor a video of that name can be read."""
     for read in (lambda: open_image(folder, name), lambda: reader.read(folder, Clip(path=name), Uniform(2))):
         with pytest.raises(BadSample) as error:
             read()

@@ -75,7 +75,6 @@ def cut_picture(text: str) -> str:
 
 
 def damaged_picture(text: str) -> str:
-    """Between a good beginning and a good end."""
     encoded = next(cell for cell in text.split("\t") if cell.startswith(BEGINS_AS_PNG))
     data = bytearray(base64.b64decode(encoded))
     data[45:49] = b"\xff\xff\xff\xff"

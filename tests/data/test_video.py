@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import time
 from pathlib import Path
 
@@ -199,18 +198,6 @@ def test_a_decoder_that_hangs_or_crashes_costs_one_file(tmp_path: Path, monkeypa
             assert raised.value.sample_id == name
         assert time.monotonic() - started < 30
         assert reader.read(tmp_path, Clip(path="good.mp4"), Uniform(2)).backend == "pyav"
-
-
-def test_frames_are_prepared_as_they_come_and_a_reader_can_be_sent(tmp_path: Path) -> None:
-    write_video(tmp_path / "a.mp4")
-    with VideoReader(backends=BACKENDS) as reader:
-        sizes = reader.read_prepared(tmp_path, Clip(path="a.mp4"), Uniform(3), lambda picture: picture.size)
-        assert sizes.pictures == ((64, 48),) * 3
-        with pytest.raises(ZeroDivisionError):
-            reader.read_prepared(tmp_path, Clip(path="a.mp4"), Uniform(3), lambda picture: 1 // 0)
-        with pickle.loads(pickle.dumps(reader)) as sent:
-            assert sent.read(tmp_path, Clip(path="a.mp4"), Uniform(1)).indices == (25,)
-        assert reader.read(tmp_path, Clip(path="a.mp4"), Uniform(1)).indices == (25,)
 
 
 def test_questions_about_one_video_decode_it_once_until_its_file_changes(tmp_path: Path) -> None:

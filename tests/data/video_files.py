@@ -91,7 +91,6 @@ CODECS = {
 def write_clip(
     path: Path, codec: str = "", *, width: int = 64, height: int = 48, frames: int = 30, options: dict | None = None
 ) -> Path:
-    """A file of any container, 25 frames a second."""
     import av
 
     codec = codec or CODECS[path.suffix]

@@ -28,7 +28,6 @@ TOWER += ["--layer", "-3", "--grid-pool", "2"]
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Weights of their own, the same in every call."""
     import timm
 
     path = tmp_path_factory.mktemp("weights") / "tower.pth"

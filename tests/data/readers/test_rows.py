@@ -58,7 +58,6 @@ def turn_parts(turn: Turn) -> list[Any]:
 
 
 def parts(example: object) -> dict[str, Any]:
-    """An example as `rows.jsonl` has it."""
     assert isinstance(example, Example)
     videos = [[clip.path, clip.start_seconds, clip.end_seconds] for clip in example.videos]
     turns = [turn_parts(turn) for turn in example.turns]

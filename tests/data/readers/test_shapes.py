@@ -33,7 +33,6 @@ FILES = [json.loads(line) for line in Path(__file__).with_name("files.jsonl").re
 
 
 def outcome(row: dict[str, Any], columns: Columns = USUAL) -> dict[str, Any]:
-    """What a row is by these settings."""
     try:
         example = read_row(row, columns=columns)
     except ColumnsError:
@@ -75,7 +74,6 @@ def test_a_shape_is_read_or_stops_with_what_settles_it(of: str) -> None:
 
 
 def written(folder: Path, file: dict[str, Any]) -> Path:
-    """The rows as a file of their kind."""
     path, rows = folder / f"{file['name']}.{file['suffix']}", file["rows"]
     if file["suffix"] in ("csv", "tsv"):
         with path.open("w", newline="", encoding="utf-8") as stream:
