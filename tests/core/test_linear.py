@@ -21,10 +21,6 @@ from tests.core.dense_dora import assert_same_gradients, config, moved_layer, pa
 methods = pytest.mark.parametrize("method", ["dora", "lora", "magnitude"])
 
 
-def leaf(shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.randn(shape, dtype=torch.float64).requires_grad_()
-
-
 @pytest.mark.parametrize(("sizes", "rows"), [((6, 5, 2), 4), ((192, 576, 100), 96)])
 @methods
 @pytest.mark.parametrize("detach_norm", [True, False])
@@ -51,7 +47,7 @@ def test_float32_is_within_1e_6_of_float64(sizes, rows, method, detach_norm):
 def test_dropout_with_a_known_mask(mode, method, detach_norm, shape):
     torch.manual_seed(1)
     layer = moved_layer(config(method=method, dropout=0.4, dropout_mode=mode, detach_norm=detach_norm))
-    x = leaf(shape)
+    x = torch.randn(shape, dtype=torch.float64).requires_grad_()
     torch.manual_seed(5)
     if mode == "low_rank" or method == "lora":
         kept = draw_dropped(x, 0.4).apply(torch.ones_like(x)) / 0.6

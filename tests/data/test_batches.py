@@ -20,24 +20,17 @@ def sample(index: int, ids: list[int], *, cut: int = 0, **inputs: Tensor) -> Sam
     return Sample(torch.tensor(ids), labels, index=index, id=f"s{index}", cut_tokens=cut, inputs=inputs)
 
 
-def test_right_padding_written_out() -> None:
-    batch = Collator(pad_token_id=9)([sample(0, [1, 2, 3]), Skipped(1, "s1", "empty"), sample(2, [4, 9], cut=5)])
-    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
-    assert batch["attention_mask"].tolist() == [
-        [1, 1, 1],
-        [1, 1, 0],
-    ]  # the token 9 at the end of the text is no padding
+def test_padding_on_either_side_written_out() -> None:
+    samples = [sample(0, [1, 2, 3]), Skipped(1, "s1", "empty"), sample(2, [4, 9], cut=5)]
+    batch, left = Collator(pad_token_id=9)(samples), Collator(pad_token_id=9, pad_side="left")(samples)
+    assert (batch["input_ids"].tolist(), left["input_ids"].tolist()) == ([[1, 2, 3], [4, 9, 9]], [[1, 2, 3], [9, 4, 9]])
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]  # the 9 at the end of the text is no padding
+    assert left["attention_mask"].tolist() == [[1, 1, 1], [0, 1, 1]]
     assert batch["labels"].tolist() == [[-100, 2, 3], [-100, 9, -100]]
+    assert left["labels"].tolist() == [[-100, 2, 3], [-100, -100, 9]]
     assert (batch["samples"], batch["padding_tokens"]) == (2, 1)
     assert (batch["skipped"], batch["cut"]) == ([("s1", "empty")], [("s2", 5)])
     assert not {"pixel_values", "image_features"} & set(batch)
-
-
-def test_left_padding_written_out() -> None:
-    batch = Collator(pad_token_id=0, pad_side="left")([sample(0, [1, 2, 3]), sample(1, [4, 5])])
-    assert batch["input_ids"].tolist() == [[1, 2, 3], [0, 4, 5]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 1, 1]]
-    assert batch["labels"].tolist() == [[-100, 2, 3], [-100, -100, 5]]
 
 
 def test_pictures_follow_the_order_of_rows_and_placeholders() -> None:

@@ -15,7 +15,6 @@ from dora_vl.errors import UserError
     [
         (Uniform(4), (2.0, 10.0), [3.0, 5.0, 7.0, 9.0]),
         (Uniform(1), (0.0, 7.0), [3.5]),
-        (EverySeconds(1.5), (0.0, 6.0), [0.75, 2.25, 3.75, 5.25]),
         (EverySeconds(1.5), (1.0, 6.3), [1.75, 3.25, 4.75, 6.25]),
         (EverySeconds(1.5), (0.0, 1.0), [0.25, 0.75]),
         (EverySeconds(1.5, most=3), (0.0, 60.0), [10.0, 30.0, 50.0]),

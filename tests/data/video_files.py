@@ -42,7 +42,6 @@ def write_video(
     seconds: Sequence[float] = STEADY,
     *,
     sound: bool = False,
-    noise: bool = False,
     options: dict | None = None,
     x264: str = "keyint=20",
 ) -> Path:
@@ -56,10 +55,7 @@ def write_video(
             video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
             video.codec_context.time_base = MILLISECOND
             for number, begin in enumerate(seconds):
-                pixels = picture(number)
-                if noise:  # so that a frame takes many packets
-                    pixels[:, :, 1] = np.random.default_rng(number).integers(0, 256, pixels.shape[:2])
-                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+                frame = av.VideoFrame.from_ndarray(picture(number), format="rgb24")
                 frame.pts, frame.time_base = round(begin * 1000), MILLISECOND
                 container.mux(video.encode(frame))
             container.mux(video.encode())
@@ -73,18 +69,7 @@ def write_video(
 
 
 PIXEL_FORMATS = {"gif": "rgb8", "mjpeg": "yuvj420p"}
-CODECS = {
-    ".mp4": "libx264",
-    ".mkv": "libx264",
-    ".webm": "libvpx",
-    ".avi": "mpeg4",
-    ".gif": "gif",
-    ".flv": "flv1",
-    ".ts": "libx264",
-    ".mpg": "mpeg2video",
-    ".wmv": "wmv2",
-    ".mxf": "mpeg2video",
-}
+CODECS = {".mp4": "libx264", ".mkv": "libx264", ".webm": "libvpx", ".avi": "mpeg4", ".gif": "gif", ".ts": "libx264"}
 """One that each container holds."""
 
 
