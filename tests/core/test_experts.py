@@ -181,7 +181,7 @@ def tiny_qwen() -> Qwen3MoeForCausalLM:
 
 
 @pytest.mark.parametrize("tiny", [tiny_mixtral, tiny_qwen])
-def test_a_model_trains_saves_and_loads_bit_by_bit(tiny: Callable[[], Any], tmp_path: Path):
+def test_a_model_saves_and_loads_bit_by_bit(tiny: Callable[[], Any], tmp_path: Path):
     model, ids = tiny(), torch.arange(24).view(2, 12) % 40
     targets, ranks = ("*.q_proj", "*.mlp.experts.*"), {"*.1.mlp.experts.down_proj": 2}
     names = apply_dora(
@@ -189,14 +189,7 @@ def test_a_model_trains_saves_and_loads_bit_by_bit(tiny: Callable[[], Any], tmp_
     )
     assert sum("experts" in name for name in names) == 4
     assert sum(isinstance(module, AdaptedExperts) for module in model.modules()) == 2
-    optimizer, losses = torch.optim.Adam(trained(model).values(), lr=0.02), []
-    for _ in range(8):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < losses[0] - 0.05
+    move_trained(model, amount=0.05)
     save_adapter(model.eval(), tmp_path / "adapter")
     other = tiny()
     assert load_adapter(other, tmp_path / "adapter") == names

@@ -14,24 +14,19 @@ from dora_vl.evaluation.questions import read_questions
 from dora_vl.evaluation.scores.exact import score
 
 
-def rows_of(form: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for number in range(60):
-        about = {"group": f"scene {number % 6}", "unit": f"sentence {number % 10}"}
-        row: dict[str, Any] = {"id": f"{number}", "question": f"is it {number}?", "answers": [{"text": "yes"}]}
-        if form == "record":
-            rows.append({**row, "images": [f"{number}.png"], "extra": about})
-        else:
-            rows.append(
-                {"id": row["id"], "image": f"{number}.png", "question": row["question"], "answer": "yes", **about}
-            )
-    return rows
-
-
 @pytest.mark.parametrize("form", ["record", "columns"])
 def test_a_group_is_held_out_whole(tmp_path: Path, form: str) -> None:
     path = tmp_path / "train.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows_of(form)))
+    lines = []
+    for number in range(60):
+        row: dict[str, Any] = {"id": f"{number}", "question": f"is it {number}?"}
+        about = {"group": f"scene {number % 6}", "unit": f"sentence {number % 10}"}
+        if form == "record":
+            row |= {"answers": [{"text": "yes"}], "images": [f"{number}.png"], "extra": about}
+        else:
+            row |= {"answer": "yes", "image": f"{number}.png", **about}
+        lines.append(json.dumps(row) + "\n")
+    path.write_text("".join(lines))
     train, held_out = load_training_rows([TrainFile(path=str(path))], share=0.3, cache_folder=tmp_path / "cache")
     assert held_out is not None
     scenes = [{int(name) % 6 for name in part.rows["id"]} for part in (train, held_out)]

@@ -104,13 +104,11 @@ def test_a_turned_photograph_is_read_upright(root: Path, orientation: int, kind:
     np.testing.assert_array_equal(np.asarray(open_image(root, "x")), upright)
 
 
-def test_a_jpeg_of_a_phone_is_upright_and_one_with_damaged_notes_as_stored(root: Path) -> None:
+def test_a_jpeg_with_damaged_notes_is_read_as_stored(root: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     buffer = io.BytesIO()
     Image.fromarray(noise(5, 7, 3)).save(buffer, "JPEG", exif=exif)
-    (root / "turned.jpg").write_bytes(buffer.getvalue())
-    assert open_image(root, "turned.jpg").size == (5, 7)
     (root / "odd.jpg").write_bytes(buffer.getvalue().replace(b"Exif\0\0MM", b"Exif\0\0QQ"))
     assert open_image(root, "odd.jpg").size == (7, 5)
 

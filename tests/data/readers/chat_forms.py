@@ -1,9 +1,9 @@
-"""Rows with tools, thoughts and marks of turns as the owners of each form write them, ten of each.
+"""Rows with tools, thoughts and marks of turns as the owners of each form write them, seven of each.
 
 Beside each row stands the conversation that it is, in the messages that transformers' chat templates take; an answer
 that is not trained has `trained: False`. Sources: TRL dataset_formats.md (tool calling, harmony, prompt-completion),
 transformers' chat_extras, OpenAI's fine-tuning guide (tools), ms-swift Agent-support.md and
-Custom-dataset.md, LLaMA-Factory data/README.md and glaive_toolcall, Axolotl conversation.qmd, the card of
+Custom-dataset.md, Axolotl conversation.qmd, the card of
 NousResearch/hermes-function-calling-v1.
 """
 
@@ -35,11 +35,8 @@ ITEMS = [
     Item('the "Hague"', 0, 'In the "Hague" it is <b>0</b>.', "Quotes?"),
     Item("東京", 31, "東京は31度です。", "日本語で"),
     Item("Sault\\Ste", 7, "Seven \\o/", "A \\ is in it"),
-    Item("O'Fallon", 12, "It's 12.", "It's a quote"),
-    Item("Rome", 15, "15", "R"),
     Item("Oslo {north}", 3, "{3}", "{{ none }}"),
     Item("Bern", 9.25, "9.25 degrees:\n- mild", "So:"),
-    Item("Lima", 19, "Mild, 19.", "Lima, then."),
 ]
 
 FUNCTION: Row = {
@@ -169,23 +166,6 @@ def swift_loss(item: Item) -> tuple[Row, Talk]:
     return row, Talk([user(asked(item)), calling, tool(result_of(item)), assistant(item.said)], [TOOL])
 
 
-def llama_factory(item: Item) -> tuple[Row, Talk]:
-    """Tools are JSON of functions alone."""
-    row = {
-        "conversations": [
-            {"from": "human", "value": asked(item)},
-            {"from": "function_call", "value": json.dumps({"name": "get_weather", "arguments": arguments_of(item)})},
-            {"from": "observation", "value": result_of(item)},
-            {"from": "gpt", "value": item.said},
-        ],
-        "system": "You tell the weather.",
-        "tools": json.dumps([FUNCTION]),
-    }
-    system = {"role": "system", "content": "You tell the weather."}
-    messages = [system, user(asked(item)), assistant("", tool_calls=[call_of(item)]), tool(result_of(item))]
-    return row, Talk([*messages, assistant(item.said)], [TOOL])
-
-
 def axolotl(item: Item) -> tuple[Row, Talk]:
     row = {
         "conversations": [
@@ -232,6 +212,6 @@ FORMS: Mapping[str, Callable[[Item], tuple[Row, Talk]]] = {
     form.__name__: form
     for form in (
         *(trl_tools, trl_prompt_completion, trl_harmony, trl_template_arguments, reasoning, openai_tools),
-        *(swift_agent, swift_loss, llama_factory, axolotl, hermes),
+        *(swift_agent, swift_loss, axolotl, hermes),
     )
 }

@@ -36,7 +36,7 @@ def turns_of(talk: Talk) -> list[list[Any]]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_ten_rows_of_each_form_are_the_conversation_that_they_are(tmp_path: Path, form: str) -> None:
+def test_rows_of_each_form_are_the_conversation_that_they_are(tmp_path: Path, form: str) -> None:
     rows, talks = zip(*map(FORMS[form], ITEMS), strict=True)
     expected = [turns_of(talk) for talk in talks]
     for kind in ("jsonl", "csv", "parquet"):

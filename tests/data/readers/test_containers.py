@@ -10,6 +10,7 @@ import random
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -30,7 +31,6 @@ from dora_vl.evaluation.questions import read_questions
 from tests.training.own_data import (
     HOLD_PICTURES,
     WRITERS,
-    as_dataset,
     items,
     write_llava,
     write_parquet,
@@ -221,24 +221,20 @@ def test_cut_and_damaged_files_are_rows_or_one_line(tmp_path: Path, ending: str,
 def test_a_set_of_the_hub_is_read_from_the_files_that_datasets_keeps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[tuple[str, str | None, str | None, str]] = []
+    calls: list[tuple[Any, ...]] = []
 
-    def load_dataset(
-        path: str, *, name: str | None, revision: str | None, split: str, streaming: bool
-    ) -> datasets.Dataset:
-        assert not streaming
-        calls.append((path, revision, name, split))
+    def load_dataset(path: str, **named: Any) -> Any:
+        calls.append((path, *(named[name] for name in ("revision", "name", "split", "streaming"))))
         if path == "no/such":
             raise FileNotFoundError("no such set,\nand no network")
-        as_dataset(MADE).save_to_disk(str(tmp_path / "fetched"))
-        return datasets.load_from_disk(str(tmp_path / "fetched"))  # pyright: ignore[reportReturnType]
+        return datasets.load_from_disk(str(write_saved(tmp_path, MADE)))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     table = load_table(Path("hub:own/er@v1.2:art:validation"), cache_folder=tmp_path / "cache")
     assert table["id"][:] == [item.id for item in MADE]
     with pytest.raises(UserError):
         find_files(Path("hub:no/such"))
-    assert calls == [("own/er", "v1.2", "art", "validation"), ("no/such", None, None, "train")]
+    assert calls == [("own/er", "v1.2", "art", "validation", False), ("no/such", None, None, "train", False)]
 
 
 IDS = [item.id for item in MADE]
