@@ -18,19 +18,12 @@ from tests.backbones.tiny_language import tiny_language
 TENSORS = {"a": torch.arange(40.0).view(8, 5), "b": torch.ones(3, dtype=torch.bfloat16)}
 
 
-def written(path: Path) -> bytes:
-    if path.suffix == ".safetensors":
-        save_file(TENSORS, path)
-    else:
-        torch.save(TENSORS, path)
-    return path.read_bytes()
-
-
 @pytest.mark.parametrize("name", ["w.safetensors", "w.bin", "w.pth", "w.pt"])
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
 def test_a_cut_file_is_told_with_its_name_and_size(tmp_path: Path, name: str, share: float) -> None:
     path = tmp_path / name
-    whole = written(path)
+    save_file(TENSORS, path) if path.suffix == ".safetensors" else torch.save(TENSORS, path)
+    whole = path.read_bytes()
     check_whole(path)
     read_tensors(path)
     path.write_bytes(whole[: int(len(whole) * share)])

@@ -65,10 +65,6 @@ def config(**changes: Any) -> DoRAConfig:
     return DoRAConfig(**settings)
 
 
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for part in trained_parts(model) for name, parameter in part.parameters.items()}
-
-
 def adapted(kind: str = "qwen3_moe", **changes: Any) -> Any:
     model = Layer(kind)
     assert len(apply_dora(model, config(**changes))) in (1, 2)
@@ -98,7 +94,8 @@ def test_output_and_gradients_equal_the_dense_form(kind, changes):
     ours = model(x, index, weights)
     theirs = functional_call(base, dense(model, base, detached=changes.get("detach_norm", True)), (x, index, weights))
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
-    leaves = {"x": x, "weights": weights, **trained(model)}
+    leaves: dict[str, Tensor] = {"x": x, "weights": weights}
+    leaves.update((name, leaf) for part in trained_parts(model) for name, leaf in part.parameters.items())
     seed = torch.randn_like(ours)
     gradients = (torch.autograd.grad(output, list(leaves.values()), seed) for output in (ours, theirs))
     for name, gradient, expected in zip(leaves, *gradients, strict=True):

@@ -84,7 +84,9 @@ def damaged_picture(text: str) -> str:
 @pytest.mark.parametrize(
     "damage", [cut_picture, damaged_picture, lambda text: text.replace("\tA\tattribute", "\tAB\tattribute", 1)]
 )
-def test_a_damaged_row_of_mmbench_is_dropped(tmp_path: Path, damage: Callable[[str], str]) -> None:
+def test_a_damaged_row_of_mmbench_is_dropped_and_a_damaged_table_refused(
+    tmp_path: Path, damage: Callable[[str], str]
+) -> None:
     folder = copied("mmbench", tmp_path)
     path = folder / MMBENCH
     path.write_text(damage(path.read_text(encoding="utf-8")), encoding="utf-8")
@@ -92,17 +94,12 @@ def test_a_damaged_row_of_mmbench_is_dropped(tmp_path: Path, damage: Callable[[s
     assert manifest(tmp_path / "records" / "mmbench", "validation")["dropped"] == 1
     for picture in (tmp_path / "records").glob("*/media/*"):
         assert picture.read_bytes().endswith(b"IEND\xaeB`\x82")
-
-
-def test_a_table_of_mmbench_that_was_cut_or_lacks_its_answers_is_refused(tmp_path: Path) -> None:
-    folder = copied("mmbench", tmp_path)
-    path = folder / MMBENCH
-    whole = path.read_text(encoding="utf-8")
-    for damaged in (whole[: whole.rindex(BEGINS_AS_PNG) + 40], whole.replace("\tanswer\t", "\tcomments\t", 1)):
-        path.write_text(damaged, encoding="utf-8")
+    whole = (FIXTURES / "mmbench" / MMBENCH).read_text(encoding="utf-8")
+    for refused in (whole[: whole.rindex(BEGINS_AS_PNG) + 40], whole.replace("\tanswer\t", "\tcomments\t", 1)):
+        path.write_text(refused, encoding="utf-8")
         with pytest.raises(UserError):
-            prepared("mmbench", folder, tmp_path / "records")
-    assert not list((tmp_path / "records").rglob("validation.jsonl"))
+            prepared("mmbench", folder, tmp_path / "none")
+    assert not list((tmp_path / "none").rglob("validation.jsonl"))
 
 
 def test_pictures_of_mmbench_are_written_once_and_rotations_share_them(tmp_path: Path) -> None:

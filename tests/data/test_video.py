@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from dora_vl.data.video_backends import BackendMissing, Unreadable, import_backe
 from dora_vl.errors import BadSample, UserError
 from tests.data.video_files import CODECS, OPEN_GOPS, STEADY, read_frames, turned, write_clip, write_video
 
-pytest.importorskip("av", reason="pip install '.[video]'")
+av = pytest.importorskip("av", reason="pip install '.[video]'")
 pytest.importorskip("decord", reason="pip install '.[video]'")
 pytestmark = pytest.mark.timeout(240)
 
@@ -26,13 +25,6 @@ UNEVEN = [0.0, 0.04, 0.5, 0.52, 1.5, 3.0, 3.04, 5.0]
 
 def pixels(frames) -> np.ndarray:
     return np.stack([np.asarray(picture, dtype=np.int64) for picture in frames.pictures])
-
-
-def decoded_from_the_start(path: Path) -> list[np.ndarray]:
-    import av
-
-    with av.open(str(path)) as container:
-        return [frame.to_ndarray(format="rgb24").astype(int) for frame in container.decode(video=0)]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -70,7 +62,8 @@ def test_open_gops_give_the_frames_that_decoding_from_the_start_gives(
     tmp_path: Path, backend: str, suffix: str
 ) -> None:
     path = write_video(tmp_path / f"a{suffix}", x264=OPEN_GOPS)
-    whole = decoded_from_the_start(path)
+    with av.open(str(path)) as container:
+        whole = [frame.to_ndarray(format="rgb24").astype(int) for frame in container.decode(video=0)]
     assert len(whole) == len(STEADY)
     groups = [[index] for index in range(len(STEADY))] + [[6, 18, 31, 43], [7, 8, 9, 30], list(range(len(STEADY)))]
     if (backend, suffix) == ("decord", ".ts"):  # it loses the first frames of a stream: refused, not wrong
@@ -101,39 +94,31 @@ def test_only_the_named_part(tmp_path: Path) -> None:
             read_frames(tmp_path, Clip(path="a.mp4", start_seconds=3.0), Uniform(2), backends=(backend,))
 
 
-QUARTERS_AND_MIRRORS = [(0, 1, -1, 0), (-1, 0, 0, -1), (-1, 0, 0, 1), (0, 1, 1, 0)]
-"""a, b, c, d of the header's matrix; the last two mirror."""
+UPRIGHT = {
+    (0, 1, -1, 0): lambda flat: np.rot90(flat, -1),
+    (-1, 0, 0, -1): lambda flat: flat[::-1, ::-1],
+    (-1, 0, 0, 1): lambda flat: flat[:, ::-1],
+    (0, 1, 1, 0): lambda flat: flat.transpose(1, 0, 2),
+}
+"""a, b, c, d of the header's matrix, which show a pixel at (x, y) where (a x + c y, b x + d y) is -> what is shown."""
 
 
-def shown_by(matrix: tuple[int, int, int, int], flat: np.ndarray) -> np.ndarray:
-    """Each pixel (x, y) put where (a x + c y, b x + d y) is, from 0."""
-    a, b, c, d = matrix
-    y, x = np.indices(flat.shape[:2])
-    across, down = a * x + c * y, b * x + d * y
-    across, down = across - across.min(), down - down.min()
-    upright = np.zeros((down.max() + 1, across.max() + 1, 3), flat.dtype)
-    upright[down, across] = flat
-    return upright
-
-
-@pytest.mark.parametrize("matrix", QUARTERS_AND_MIRRORS)
+@pytest.mark.parametrize("matrix", UPRIGHT)
 def test_a_turned_or_mirrored_video_is_shown_upright(tmp_path: Path, matrix: tuple[int, int, int, int]) -> None:
     turned(write_video(tmp_path / "flat.mp4"), tmp_path / "turned.mp4", matrix)
     flat = read_frames(tmp_path, Clip(path="flat.mp4"), AtSeconds((0.4,)), backends=("pyav",))
     upright = pixels(read_frames(tmp_path, Clip(path="turned.mp4"), AtSeconds((0.4,))))[0]
-    expected = shown_by(matrix, pixels(flat)[0])
+    expected = UPRIGHT[matrix](pixels(flat)[0])
     assert upright.shape == expected.shape
     assert np.abs(upright - expected).mean() < 1
 
 
-BROKEN = ("missing", "empty", "noise", "text", "sound", "no_frame", "damaged", "cut", "cut_index_first", "pipe")
-BROKEN_FILES = (*(f"{name}.mp4" for name in BROKEN), "a.m3u8", "wide.mkv", "../outside.mp4")
+BROKEN = ("missing", "noise", "sound", "no_frame", "damaged", "cut", "cut_index_first")
+BROKEN_FILES = (*(f"{name}.mp4" for name in BROKEN), "wide.mkv")
 
 
 def write_broken(folder: Path) -> None:
-    (folder / "empty.mp4").touch()
     (folder / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(20_000))
-    (folder / "text.mp4").write_text("no video " * 500)
     write_video(folder / "sound.mp4", [], sound=True)
     header = write_video(folder / "whole.mp4", STEADY, options={"movflags": "faststart"}).read_bytes()
     frames = header.find(b"mdat")  # how many bytes each frame takes is the encoder's to choose
@@ -142,8 +127,6 @@ def write_broken(folder: Path) -> None:
     (folder / "cut.mp4").write_bytes(plain[: len(plain) * 6 // 10])
     (folder / "no_frame.mp4").write_bytes(plain[: plain.find(b"mdat") - 4])
     (folder / "damaged.mp4").write_bytes(plain.replace(b"stbl", b"stbX"))
-    (folder / "a.m3u8").write_text(f"#EXTM3U\n#EXTINF:2,\n{folder / 'whole.mp4'}\n#EXT-X-ENDLIST\n")
-    os.mkfifo(folder / "pipe.mp4")
     write_clip(folder / "wide.mkv", "ffv1", width=12_000, height=4_000, frames=1)
 
 
