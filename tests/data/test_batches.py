@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from dora_vl.data import batches
@@ -45,21 +43,6 @@ def test_a_batch_without_any_usable_sample_is_still_a_batch() -> None:
     assert batch["labels"].tolist() == [[-100]]
     assert batch["attention_mask"].tolist() == [[1]]
     assert (batch["samples"], batch["padding_tokens"], len(batch["skipped"])) == (0, 1, 2)
-
-
-@given(
-    st.lists(st.lists(st.integers(0, 50), min_size=2, max_size=9), min_size=1, max_size=6),
-    st.sampled_from(["left", "right"]),
-)
-def test_every_token_and_label_is_there_once(rows: list[list[int]], side: str) -> None:
-    batch = Collator(pad_token_id=0, pad_side=side)([sample(i, ids) for i, ids in enumerate(rows)])  # pyright: ignore
-    kept = batch["attention_mask"].bool()
-    assert [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], kept, strict=True)] == rows
-    assert [row[mask].tolist() for row, mask in zip(batch["labels"], kept, strict=True)] == [
-        [-100, *r[1:]] for r in rows
-    ]
-    assert bool((batch["labels"][~kept] == -100).all())
-    assert batch["padding_tokens"] == int((~kept).sum())
 
 
 PICTURE = 99

@@ -108,11 +108,6 @@ def chunks(order: list[int], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def full_batches(samples: list[tuple[int, bool]], size: int) -> int:
-    pictures = sum(multimodal for _, multimodal in samples)
-    return pictures // size + (len(samples) - pictures) // size
-
-
 @given(SAMPLES, SIZES, st.integers(0, 5), st.integers(0, 5))
 def test_an_epoch_is_a_permutation_the_same_for_everyone_in_batches_of_one_modality_dealt_by_length(
     samples: list[tuple[int, bool]], sizes: tuple[int, int, int], seed: int, epoch: int
@@ -124,7 +119,8 @@ def test_an_epoch_is_a_permutation_the_same_for_everyone_in_batches_of_one_modal
     torch.manual_seed(epoch + 17)  # another rank's global random state
     assert list(sampler(samples, sizes, seed=seed, epoch=epoch)) == order
     assert sorted(order) == list(range(len(samples))) == list(range(len(sampler(samples, sizes))))
-    batches, complete = chunks(order, size), full_batches(samples, size)
+    pictures = sum(multimodal for _, multimodal in samples)
+    batches, complete = chunks(order, size), pictures // size + (len(samples) - pictures) // size
     for batch in batches[:complete]:
         lengths = [samples[index][0] for index in batch]
         assert len(batch) == size

@@ -1,4 +1,4 @@
-"""Files as tables: converted once whatever happens meanwhile, examples as they were read, weights, splits, overlap."""
+"""Files as tables: converted once whatever happens meanwhile, examples as read, weights, splits, groups, overlap."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ import sys
 import textwrap
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dora_vl.data.check import CONTRADICTION, EMPTY_QUESTION, NO_PICTURE, FileCheck
-from dora_vl.data.columns import TrainFile
+from dora_vl.data.columns import USUAL, TrainFile
 from dora_vl.data.example import Example
 from dora_vl.data.readers import read_row
 from dora_vl.data.stream import StreamSource
 from dora_vl.data.table import described, doubtful, held_out_places, load_rows, load_table, load_training_rows, overlap
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.questions import example_of_row
+from dora_vl.evaluation.questions import example_of_row, read_questions
+from dora_vl.evaluation.scores.exact import score
 
 GOOD = {
     "id": "a",
@@ -255,3 +257,28 @@ def test_each_class_has_its_share_and_small_sets_lose_none_to_the_test() -> None
     assert Counter(classes[index] for index in held) == {"a": 2, "b": 6, "c": 4}
     assert len({media[index][0] for index in held}) == 6
     assert sorted(held) != sorted(held_out_places(ids, media, share=0.2, seed=4, classes=classes))
+
+
+@pytest.mark.parametrize("form", ["record", "columns"])
+def test_a_group_is_held_out_whole(tmp_path: Path, form: str) -> None:
+    path = tmp_path / "train.jsonl"
+    lines = []
+    for number in range(60):
+        row: dict[str, Any] = {"id": f"{number}", "question": f"is it {number}?"}
+        about = {"group": f"scene {number % 6}", "unit": f"sentence {number % 10}"}
+        if form == "record":
+            row |= {"answers": [{"text": "yes"}], "images": [f"{number}.png"], "extra": about}
+        else:
+            row |= {"answer": "yes", "image": f"{number}.png", **about}
+        lines.append(json.dumps(row) + "\n")
+    path.write_text("".join(lines))
+    train, held_out = load_training_rows([TrainFile(path=str(path))], share=0.3, cache_folder=tmp_path / "cache")
+    assert held_out is not None
+    scenes = [{int(name) % 6 for name in part.rows["id"]} for part in (train, held_out)]
+    assert scenes[0] & scenes[1] == set()
+    assert scenes[0] | scenes[1] == set(range(6))
+    examples, unreadable = read_questions(path, columns=USUAL)
+    assert not unreadable
+    scored = score(examples, dict.fromkeys((example.id for example in examples), "yes"))
+    assert len(scored.units) == 10
+    assert {example.extra["group"] for example in examples} == {f"scene {number}" for number in range(6)}

@@ -98,13 +98,6 @@ def trl_prompt_completion(item: Item) -> tuple[Row, Talk]:
     return row, Talk([user(asked(item)), assistant("", tool_calls=[call])], [TOOL])
 
 
-def trl_harmony(item: Item) -> tuple[Row, Talk]:
-    developer = {"role": "developer", "content": "Use a friendly tone."}
-    row = {"messages": [developer, user(asked(item)), assistant(item.said, thinking=item.thought)]}
-    system = {"role": "system", "content": "Use a friendly tone."}
-    return row, Talk([system, user(asked(item)), assistant(item.said, reasoning_content=item.thought)])
-
-
 def trl_template_arguments(item: Item) -> tuple[Row, Talk]:
     row = {"messages": [user(asked(item)), assistant(item.said)], "chat_template_kwargs": {"enable_thinking": False}}
     return row, Talk([user(asked(item)), assistant(item.said)], (), {"enable_thinking": False})
@@ -211,7 +204,7 @@ def hermes(item: Item) -> tuple[Row, Talk]:
 FORMS: Mapping[str, Callable[[Item], tuple[Row, Talk]]] = {
     form.__name__: form
     for form in (
-        *(trl_tools, trl_prompt_completion, trl_harmony, trl_template_arguments, reasoning, openai_tools),
+        *(trl_tools, trl_prompt_completion, trl_template_arguments, reasoning, openai_tools),
         *(swift_agent, swift_loss, axolotl, hermes),
     )
 }

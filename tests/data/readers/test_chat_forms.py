@@ -92,17 +92,6 @@ def test_columns_beside_messages_that_are_none_are_a_bad_sample(beside: dict[str
         read_row({"messages": [user("q"), assistant("a")], **beside})
 
 
-def test_numbers_between_and_marked_questions_stop_with_what_settles_it() -> None:
-    for marked in ([user("q"), assistant("a", weight=0.5)], [{**user("q"), "weight": 1}, assistant("a")]):
-        with pytest.raises(ColumnsError) as caught:
-            read_row({"messages": marked})
-        assert caught.value.remedy.ignored == ("messages.weight",)
-        assert read_row({"messages": marked}, columns=caught.value.remedy).turns == (
-            Turn("user", "q"),
-            Turn("assistant", "a"),
-        )
-
-
 def test_what_is_ignored_is_not_there() -> None:
     row, _ = FORMS["openai_tools"](PARIS)
     plain = read_row(row, columns=Columns(ignored=("tools", "messages.tool_call_id")))

@@ -1,10 +1,19 @@
-"""Each row of `rows.jsonl` is what is written there for all readers alike: pictures, videos and turns, or refused.
+"""Rows, shapes and files of rows as people write them, each beside what it is.
 
-A refused row has the kind of its `BadSample`, or "columns" where one would be left out that means something.
+A row of `rows.jsonl` is what is written there for all readers alike: pictures, videos and turns, or refused, with the
+kind of its `BadSample`, or "columns" where one would be left out that means something.
+
+A shape of `shapes.jsonl` is read right, or stops with its `remedy`, the settings that the error names, and is what is
+written with them; `bad` is the kind of its `BadSample`. A preference has its `rejected` answers or whether its answer
+`is_good`, and `alone`, settings that leave these out. `of` says where it is from: LLaMA-Factory (data/README.md and its
+demos), ms-swift (Custom-dataset.md), TRL (dataset_formats.md); published sets have their columns.
+
+Each file of `files.jsonl`, written without looking at the reader, opens, stops, or has a bad first row, and says why.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import re
@@ -18,35 +27,36 @@ import pyarrow.parquet as pq
 import pytest
 
 from dora_vl.data.check import DOUBTS, FileCheck
-from dora_vl.data.columns import Columns, ColumnsError, TrainFile
+from dora_vl.data.columns import USUAL, Columns, ColumnsError, TrainFile
 from dora_vl.data.containers import find_files
 from dora_vl.data.example import Example
-from dora_vl.data.readers import read_row
+from dora_vl.data.readers import RowReader, read_row
 from dora_vl.data.stream import StreamSource
 from dora_vl.data.table import described, load_rows
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.questions import read_questions
 
-ROWS = [json.loads(line) for line in Path(__file__).with_name("rows.jsonl").read_text(encoding="utf-8").splitlines()]
+ROWS, SHAPES, FILES = (
+    [json.loads(line) for line in Path(__file__).with_name(f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    for name in ("rows", "shapes", "files")
+)
 ASKED = {"question": "Which?", "answer": "two"}
 
 
 def as_csv(path: Path, rows: list[Mapping[str, object]]) -> None:
-    cells = [
-        {name: json.dumps(value) if isinstance(value, list | dict) else value for name, value in row.items()}
-        for row in rows
-    ]
     with path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, [*rows[0]])
+        table = csv.DictWriter(file, [*dict.fromkeys(name for row in rows for name in row)])
         table.writeheader()
-        table.writerows(cells)
+        for row in rows:
+            table.writerow({name: json.dumps(v) if isinstance(v, list | dict) else v for name, v in row.items()})
 
 
 OF_TABLES = (" image ", "image1, image2", "VSR", "A, B", "MATH-V", "header")
 """Cases that a table's cells or types could change."""
 WRITERS: Mapping[str, Callable[[Path, list[Mapping[str, object]]], object]] = {
     "csv": as_csv,
+    "json": lambda path, rows: path.write_text(json.dumps(rows), encoding="utf-8"),
     "jsonl": lambda path, rows: path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"),
     "parquet": lambda path, rows: pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), path),
 }
@@ -151,3 +161,73 @@ def test_a_value_nested_too_deeply_is_a_bad_sample(tmp_path: Path) -> None:
     with pytest.raises(BadSample):
         read_row(row)
     assert isinstance(FileCheck(tmp_path / "a.json").read(row), BadSample)
+
+
+def outcome(row: dict[str, Any], columns: Columns = USUAL) -> dict[str, Any]:
+    try:
+        example = read_row(row, columns=columns)
+    except ColumnsError:
+        return {"bad": "columns"}
+    except BadSample as error:
+        return {"bad": error.kind}
+    videos = {"videos": [clip.path for clip in example.videos]} if example.videos else {}
+    about = {name: [*vars(example)[name]] for name in ("rejected", "rejected_images")}
+    rejected = {name: values for name, values in about.items() if values}
+    judged = {} if example.is_good is None else {"is_good": example.is_good}
+    turns = [turn_parts(turn) for turn in example.turns]
+    return {"images": [*example.images], **videos, "turns": turns, **rejected, **judged}
+
+
+def settings(remedy: Columns) -> dict[str, Any]:
+    values = {"columns": dict(remedy.roles), "ignore": [*remedy.ignored], "ask": remedy.ask}
+    return {name: value for name, value in values.items() if value}
+
+
+@pytest.mark.parametrize("of", dict.fromkeys(shape["of"] for shape in SHAPES))
+def test_a_shape_is_read_or_stops_with_what_settles_it(of: str) -> None:
+    for shape in SHAPES:
+        if shape["of"] != of:
+            continue
+        names = ("images", "videos", "turns", "bad", "rejected", "rejected_images", "is_good")
+        expected = {name: shape[name] for name in names if name in shape}
+        if "remedy" not in shape:
+            assert outcome(shape["row"]) == expected, shape["row"]
+            if alone := shape.get("alone"):
+                settled = Columns(alone.get("columns", {}), tuple(alone.get("ignore", ())))
+                plain = {name: expected[name] for name in ("images", "turns")}
+                assert outcome(shape["row"], settled) == plain, shape["row"]
+            continue
+        with pytest.raises(ColumnsError) as caught:
+            read_row(shape["row"])
+        assert settings(caught.value.remedy) == shape["remedy"], shape["row"]
+        assert caught.value.remedy.as_settings() in str(caught.value), shape["row"]
+        assert outcome(shape["row"], caught.value.remedy) == expected, shape["row"]
+
+
+def test_files_written_without_looking_at_the_reader(tmp_path: Path) -> None:
+    for file in FILES:
+        path = tmp_path / f"{file['name']}.{file['suffix']}"
+        WRITERS[file["suffix"]](path, file["rows"])
+        reader, found = RowReader(path.name), {"is": "stop"}
+        with contextlib.suppress(UserError):
+            first, *_ = [reader.read(row, number) for number, row in enumerate(find_files(path).rows())]
+            opened = {} if isinstance(first, BadSample) else parts(first)
+            found = {"is": "open", "turns": opened["turns"], "images": opened["images"]} if opened else {"is": "bad"}
+        assert found == {name: file[name] for name in ("is", "turns", "images") if name in file}, file["name"]
+
+
+MESSAGES = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "train": 0.5}]}
+
+
+def test_a_key_of_a_message_ends_the_run_by_file_row_and_setting() -> None:
+    with pytest.raises(UserError) as caught:
+        RowReader("conversations.jsonl").read(MESSAGES, 6)
+    assert not isinstance(caught.value, BadSample)
+    assert all(word in str(caught.value) for word in ("conversations.jsonl", "row 7", "data.ignore: [messages.train]"))
+    columns = Columns({"conversation": "messages"})
+    with pytest.raises(ColumnsError) as named:
+        read_row({"conversation": MESSAGES["messages"]}, columns=columns)
+    assert named.value.remedy.ignored == ("conversation.train",)  # by the file's own name
+    with pytest.raises(ColumnsError) as nested:
+        read_row({"prompt": "q", "completion": [MESSAGES["messages"][1]]})
+    assert nested.value.remedy.ignored == ("completion.train",)
