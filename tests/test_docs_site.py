@@ -63,10 +63,6 @@ WAYS = (ROOT / "docs" / "design.md").read_text(encoding="utf-8").split("## Where
 NAMES = sorted(set(re.findall(r"`([a-z_]+(?:\.\w+){2,})`", WAYS)))
 
 
-def test_the_page_tells_of_functions() -> None:
-    assert len(NAMES) > 25
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_the_function_is_there(name: str) -> None:
     parts = name.split(".")

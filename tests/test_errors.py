@@ -139,24 +139,13 @@ def here(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("options", "key"),
+    ("options", "name"),
     [
         ("--training.deepspeed=zero7", "training.deepspeed"),
         ("--training.report_to=wandb", "training.report_to"),
         ("--adapter.initial=stage1", "adapter.initial"),
         ("--data.image_folder=pics", "data.image_folder"),
         ("--data.validation_share=0.5 --data.validation_size=3", "data.validation"),
-    ],
-)
-def test_a_setting_is_named_by_its_key(here: Path, options: str, key: str) -> None:
-    error = refused(*options.split())
-    assert isinstance(error, SettingError)
-    assert error.key == key
-
-
-@pytest.mark.parametrize(
-    ("options", "name"),
-    [
         ('--adapter.targets=["*.query"]', "*.query"),
         ('--optim.rates={"vison":1e-4}', "vison"),
         ("--model.template=chatml", "model.template"),
@@ -167,14 +156,15 @@ def test_a_setting_is_named_by_its_key(here: Path, options: str, key: str) -> No
         ("--data.train=mixed.jsonl", "row 2"),
     ],
 )
-def test_what_a_model_or_a_file_has_wrong_is_named(here: Path, options: str, name: str) -> None:
+def test_the_setting_the_file_or_what_a_model_lacks_is_named(here: Path, options: str, name: str) -> None:
     write(here / "other.csv", "file,colour\nred-0.png,red\n")
     write(here / "empty.json", "[]")
     conversation = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     row = {"image": "red-0.png", "question": "Q?", "answer": "red"}
     for file, rows in (("gone", (row, {**row, "image": "gone.png"})), ("mixed", (row, conversation))):
         write(here / f"{file}.jsonl", "".join(json.dumps(entry) + "\n" for entry in rows))
-    assert name in str(refused(*options.split()))
+    error = refused(*options.split())
+    assert (isinstance(error, SettingError) and error.key == name) or name in str(error)
 
 
 def test_asking(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,21 +30,15 @@ def test_a_cell_parses(cell: str) -> None:
         ast.parse(cell)
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the demo's assets alone, where programs find this checkout."""
-    shutil.copytree(ASSETS, tmp_path / "runs" / "demo" / "assets", copy_function=os.link)
-    places = [str(Path(sys.executable).parent), os.environ["PATH"]]
-    monkeypatch.setenv("PATH", os.pathsep.join(places))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(not ASSETS.is_dir(), reason="runs/demo/assets is not there; make demo leaves it")
-def test_it_runs(folder: Path) -> None:
+def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder with the demo's assets alone, where programs find this checkout."""
+    shutil.copytree(ASSETS, tmp_path / "runs" / "demo" / "assets", copy_function=os.link)
+    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     for cell in CELLS:
         if cell.startswith("!"):
@@ -53,7 +47,7 @@ def test_it_runs(folder: Path) -> None:
         else:
             exec(compile(cell, NOTEBOOK.name, "exec"), names)
     for run, least in (("demo", 70), ("my", 70)):
-        (entry,) = json.loads((folder / "runs" / run / "metrics.json").read_text())["sets"].values()
+        (entry,) = json.loads((tmp_path / "runs" / run / "metrics.json").read_text())["sets"].values()
         assert entry["metrics"]["accuracy"]["value"] > least
-    assert (folder / "runs" / "my" / "report.html").is_file()
-    assert "## Scores" in (folder / "runs" / "my" / "hub" / "README.md").read_text()
+    assert (tmp_path / "runs" / "my" / "report.html").is_file()
+    assert "## Scores" in (tmp_path / "runs" / "my" / "hub" / "README.md").read_text()

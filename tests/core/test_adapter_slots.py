@@ -12,7 +12,6 @@ from torch import nn
 from dora_vl.core import DoRALinear, adapter_slots
 from dora_vl.core.adapter_slots import ActiveAdapters, SlotChange, SlotLayer
 from dora_vl.core.layer import AdaptedLayer
-from dora_vl.core.other_layers import DoRAEmbedding
 from dora_vl.core.quantised import QuantisedLinear
 from dora_vl.core.strength import MOST_STRENGTH, Share, checked_strength, layer_between
 from dora_vl.errors import UserError
@@ -35,9 +34,9 @@ def adapted(base: nn.Module, name: str, kind: Any = DoRALinear) -> AdaptedLayer:
     return layer.eval()
 
 
-def slot_layer_of(base: nn.Module, unit: Any = "rows") -> tuple[SlotLayer, ActiveAdapters]:
+def slot_layer_of(base: nn.Module) -> tuple[SlotLayer, ActiveAdapters]:
     batch = ActiveAdapters()
-    return SlotLayer(base, batch, unit), batch
+    return SlotLayer(base, batch, "rows"), batch
 
 
 @pytest.mark.parametrize("one_product", [True, False])
@@ -94,49 +93,6 @@ def test_adapters_come_and_go():
         slot_layer.drop(name)
     with batch.holding(("dora5", "lora")):
         assert torch.equal(slot_layer(x), linear(x))
-
-
-@torch.no_grad()
-def test_a_layer_of_an_adapters_own_takes_its_rows():
-    torch.manual_seed(0)
-    embedding, trained = nn.Embedding(11, 5), nn.Embedding(11, 5)
-    own = adapted(embedding, "dora2", DoRAEmbedding)
-    slot_layer, batch = slot_layer_of(embedding)
-    slot_layer.put("adapted", own)
-    slot_layer.put("trained", trained)
-    ids = torch.randint(11, (4, 3))
-    with batch.holding((None, "adapted", "trained", "adapted")):
-        output = slot_layer(ids)
-    for number, layer in enumerate((embedding, own, trained, own)):
-        assert torch.equal(output[number], layer(ids[number : number + 1])[0])
-    assert slot_layer.embedding_dim == 5  # other attributes are the base's
-    with batch.holding(("trained",) * 4):
-        assert torch.equal(slot_layer(ids), trained(ids))
-    strengths = (0.0, 0.2, 0.4, 0.6, 0.8, 1.2)  # more than are kept
-    assert len(strengths) > adapter_slots.KEPT_LAYERS + 1
-    ids = torch.arange(12).view(6, 2) % 11
-    with batch.holding([Share("adapted", strength) for strength in strengths]):
-        output = slot_layer(ids)
-    assert torch.equal(output[0], embedding(ids)[0])
-    for number, strength in enumerate(strengths[1:], start=1):
-        assert torch.equal(output[number], layer_between(embedding, own, strength)(ids[number : number + 1])[0])
-
-
-@torch.no_grad()
-def test_pictures_are_counted_apart_from_rows_and_another_length_is_refused():
-    linear = nn.Linear(6, 5)
-    layer = adapted(linear, "dora2")
-    slot_layer, batch = slot_layer_of(linear, "pictures")
-    slot_layer.put("dora2", SlotChange.of(layer, torch.float32))
-    x = torch.randn(3, 2, 6)
-    with batch.holding((None, "dora2"), (None, "dora2", "dora2")):
-        output = slot_layer(x)
-        assert torch.equal(output[0], linear(x)[0])
-        torch.testing.assert_close(output[1:], layer(x[1:]))
-        with pytest.raises(RuntimeError):
-            slot_layer(x[:2])
-    with batch.holding((None, "dora2"), ("dora2",)):  # all pictures are its own, however many
-        torch.testing.assert_close(slot_layer(x), layer(x))
 
 
 @torch.no_grad()

@@ -127,13 +127,6 @@ def test_the_magnitudes_gradient_under_a_bias_a_thousand_times_the_product():
     assert error < 1e-4, error
 
 
-EDITS = {
-    "relu_": lambda y: torch.relu_(y),
-    "mul_": lambda y: y.mul_(1.7).tanh(),
-    "columns": lambda y: y.index_fill_(-1, torch.tensor([1, 3]), 0.0),
-}
-
-
 def rows(*shape: int) -> torch.Tensor:
     return torch.randn(
         shape or (7, 6), dtype=torch.float64, generator=torch.Generator().manual_seed(5)
@@ -146,7 +139,7 @@ def gradients(layer: nn.Module, x: torch.Tensor, run) -> list[torch.Tensor]:
     return list(passed(layer, x, run=run).values())[1:]
 
 
-@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+@pytest.mark.parametrize("edit", [torch.relu_, lambda y: y.mul_(1.7).tanh()], ids=["relu_", "mul_"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("shape", [(2, 3, 6), (6,)])
 def test_an_output_edited_in_place_has_the_gradients_of_one_that_was_not(edit, dropout, shape):

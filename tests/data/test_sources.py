@@ -106,19 +106,6 @@ def test_a_damaged_row_of_mmbench_is_dropped_and_a_damaged_table_refused(
     assert not list((tmp_path / "none").rglob("validation.jsonl"))
 
 
-def test_pictures_of_mmbench_are_written_once_and_rotations_share_them(tmp_path: Path) -> None:
-    prepared("mmbench", FIXTURES / "mmbench", tmp_path)
-    examples = list(iterate_examples(tmp_path / "mmbench" / "validation.jsonl"))
-    assert len(list((tmp_path / "mmbench" / "media").iterdir())) == 5
-    for example in examples:
-        index = example.extra["index"]
-        twin = next(other for other in examples if other.extra["index"] % 1_000_000 == index % 1_000_000)
-        assert (example.images, example.answers, {*example.choices}) == (twin.images, twin.answers, {*twin.choices})
-        assert (tmp_path / "mmbench" / example.images[0]).read_bytes().startswith(b"\x89PNG")
-    assert examples[1].extra.get("hint") is None  # "nan"
-    assert examples[2].extra["hint"] == "A hint."
-
-
 ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
 
 
