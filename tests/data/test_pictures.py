@@ -1,4 +1,7 @@
-"""Pictures come from inside their folder, decoded whole, as plain RGB; anything else is a named bad sample."""
+"""Pictures come from inside their folder, decoded whole, as plain RGB; anything else is a named bad sample.
+
+Names, special files and formats that could do harm, of videos too, are one printable line; nothing is opened.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import os
 import struct
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -27,10 +30,10 @@ from dora_vl.data.picture_files import decoding_trouble
 from dora_vl.data.pictures import MediaFolder, any_is_there, open_image, path_inside
 from dora_vl.data.samples import look_ahead
 from dora_vl.data.table import load_rows
-from dora_vl.data.video import Uniform
+from dora_vl.data.video import Uniform, VideoReader
 from dora_vl.errors import BadSample, UserError
+from tests.data.hostile import NAMES, PICTURES, SPECIAL, VIDEOS, jpeg_of_scans
 from tests.data.hostile import PICTURES as HOSTILE
-from tests.data.hostile import jpeg_of_scans
 from tests.data.video_files import read_frames, write_clip
 
 
@@ -315,3 +318,38 @@ def test_a_name_in_other_letters_is_the_one_file_that_fits(tmp_path: Path, caplo
     assert path_inside(tmp_path, "Photos/TWO.PNG").name == "TWO.PNG"  # three would fit: it is missing
     assert any_is_there(["Photos/DOWN.PNG"], tmp_path)
     assert [record.levelname for record in caplog.records] == ["WARNING"]  # once in a process
+
+
+@pytest.fixture(scope="module")
+def reader() -> Iterator[VideoReader]:
+    with VideoReader() as reading:
+        yield reading
+
+
+def refused(reader: VideoReader, folder: Path, name: str) -> None:
+    for read in (lambda: open_image(folder, name), lambda: reader.read(folder, Clip(path=name), Uniform(2))):
+        with pytest.raises(BadSample) as error:
+            read()
+        assert str(error.value).isprintable()
+        assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("name", NAMES, ids=repr)
+def test_a_name_of_nothing_that_may_be_read(reader: VideoReader, tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "outside").write_bytes(b"")
+    refused(reader, tmp_path / "folder", name)
+
+
+@pytest.mark.parametrize("put", SPECIAL.values(), ids=SPECIAL)
+def test_what_is_no_regular_file_below_the_folder(
+    reader: VideoReader, tmp_path: Path, put: Callable[[Path], object]
+) -> None:
+    put(tmp_path / "hostile")
+    refused(reader, tmp_path, "hostile")
+
+
+@pytest.mark.parametrize("content", [*PICTURES.values(), *VIDEOS.values()], ids=[*PICTURES, *VIDEOS])
+def test_a_format_that_starts_programs_or_names_files(reader: VideoReader, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "hostile").write_bytes(content)
+    refused(reader, tmp_path, "hostile")

@@ -89,11 +89,7 @@ def write_clip(
 
 
 def turned(path: Path, to: Path, matrix: tuple[int, int, int, int] = (0, 1, -1, 0)) -> Path:
-    """The MP4 file with a header that says how to show it; by 90 degrees, as a phone held upright writes.
-
-    Args:
-        matrix: a, b, c, d, which take (x, y) to (a x + c y, b x + d y).
-    """
+    """The MP4 file with a header that takes (x, y) to (a x + c y, b x + d y); by 90 degrees, as phones write."""
     data = bytearray(path.read_bytes())
     start = data.find(b"tkhd") + 4 + 40
     a, b, c, d = (entry << 16 for entry in matrix)
