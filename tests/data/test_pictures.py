@@ -32,7 +32,7 @@ from dora_vl.data.samples import look_ahead
 from dora_vl.data.table import load_rows
 from dora_vl.data.video import Uniform, VideoReader
 from dora_vl.errors import BadSample, UserError
-from tests.data.hostile import NAMES, PICTURES, SPECIAL, VIDEOS, jpeg_of_scans
+from tests.data.hostile import NAMES, SPECIAL, VIDEOS, jpeg_of_scans
 from tests.data.hostile import PICTURES as HOSTILE
 from tests.data.video_files import read_frames, write_clip
 
@@ -341,15 +341,14 @@ def test_a_name_of_nothing_that_may_be_read(reader: VideoReader, tmp_path: Path,
     refused(reader, tmp_path / "folder", name)
 
 
-@pytest.mark.parametrize("put", SPECIAL.values(), ids=SPECIAL)
-def test_what_is_no_regular_file_below_the_folder(
+FORMATS = {
+    name: lambda path, content=content: path.write_bytes(content) for name, content in {**HOSTILE, **VIDEOS}.items()
+}
+
+
+@pytest.mark.parametrize("put", [*SPECIAL.values(), *FORMATS.values()], ids=[*SPECIAL, *FORMATS])
+def test_no_regular_file_or_a_format_that_starts_programs_or_names_files(
     reader: VideoReader, tmp_path: Path, put: Callable[[Path], object]
 ) -> None:
     put(tmp_path / "hostile")
-    refused(reader, tmp_path, "hostile")
-
-
-@pytest.mark.parametrize("content", [*PICTURES.values(), *VIDEOS.values()], ids=[*PICTURES, *VIDEOS])
-def test_a_format_that_starts_programs_or_names_files(reader: VideoReader, tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "hostile").write_bytes(content)
     refused(reader, tmp_path, "hostile")

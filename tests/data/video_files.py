@@ -38,19 +38,13 @@ def picture(number: int, width: int = 64, height: int = 48) -> np.ndarray:
 
 
 def write_video(
-    path: Path,
-    seconds: Sequence[float] = STEADY,
-    *,
-    sound: bool = False,
-    options: dict | None = None,
-    x264: str = "keyint=20",
+    path: Path, seconds: Sequence[float] = STEADY, *, options: dict | None = None, x264: str = "keyint=20"
 ) -> Path:
     """An H.264 file whose frames begin at these times; without times, one without a picture."""
     import av
 
     with av.open(str(path), "w", options=options or {}) as container:
         video = container.add_stream("libx264", rate=25, options={"x264-params": x264}) if seconds else None
-        audio = container.add_stream("aac", rate=16000) if sound else None
         if video is not None:
             video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
             video.codec_context.time_base = MILLISECOND
@@ -59,12 +53,6 @@ def write_video(
                 frame.pts, frame.time_base = round(begin * 1000), MILLISECOND
                 container.mux(video.encode(frame))
             container.mux(video.encode())
-        if audio is not None:
-            for number in range(20):
-                samples = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-                samples.sample_rate, samples.pts = 16000, number * 1024
-                container.mux(audio.encode(samples))
-            container.mux(audio.encode())
     return path
 
 
