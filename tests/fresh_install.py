@@ -79,13 +79,11 @@ class Person:
         return done.stdout
 
     def has(self, *names: str) -> None:
-        """Ends this program where a file is missing."""
         if missing := [name for name in names if not (self.folder / name).is_file()]:
             sys.exit(f"{self.folder} lacks {', '.join(missing)}")
 
 
 def say(line: str) -> None:
-    """Prints a line now."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 

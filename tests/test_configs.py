@@ -47,8 +47,6 @@ ROOT = Path(__file__).parents[1]
 
 
 class Recipe(NamedTuple):
-    """A file of configs/ and one of its variants, where it has any."""
-
     path: Path
     variant: str | None
 
@@ -164,7 +162,6 @@ def meta_image_text(config: RunConfig, _: int | None) -> PreTrainedModel:
 
 @functools.cache
 def read(recipe: Recipe) -> Any:
-    """A file's settings under its variant."""
     chosen = [] if recipe.variant is None else [f"--variant={recipe.variant}"]
     return read_run([f"--config={recipe.path}", *chosen])
 
@@ -213,17 +210,10 @@ def test_trains_the_published_number_of_parameters(name: str, expected: int) -> 
     [
         ("llama_7b_lora_r32", 0.83),
         ("llama_7b_dora_r16", 0.43),
-        ("llama_7b_dora_r32", 0.84),
-        ("llama_13b_lora_r32", 0.67),
-        ("llama_13b_dora_r16", 0.35),
         ("llama_13b_dora_r32", 0.68),
-        ("llama2_7b_dora_r16", 0.43),
-        ("llama2_7b_dora_r32", 0.84),
-        ("llama3_8b_lora_r32", 0.70),
         ("llama3_8b_dora_r16", 0.36),  # the paper prints .35, which leaves the magnitudes out
         ("llama3_8b_dora_r32", 0.71),
         ("llama_7b_dora_granular", 0.39),
-        ("llama_13b_dora_granular", 0.31),
     ],
 )
 def test_trains_the_papers_share_of_parameters(name: str, percent: float) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,14 +30,15 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
 def imports_of(path: Path) -> Iterator[str]:
-    """The first name below `dora_vl` of every import, those inside functions too."""
+    """The dotted name of every import, those inside functions too."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module == "dora_vl":
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dora_vl."):
-            yield str(node.module).split(".")[1]
+        if isinstance(node, ast.ImportFrom):
+            names = (
+                [f"dora_vl.{alias.name}" for alias in node.names] if node.module == "dora_vl" else [node.module or ""]
+            )
+            yield from names
         elif isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("dora_vl."))
+            yield from (alias.name for alias in node.names)
 
 
 def modules() -> list[Path]:
@@ -51,9 +54,24 @@ def test_no_import_points_up():
     up = {
         (own, name)
         for path in modules()
-        for name in imports_of(path)
+        for name in (module.split(".")[1] for module in imports_of(path) if module.startswith("dora_vl."))
         if name in LEVEL
         and name != (own := path.relative_to(PACKAGE).parts[0].removesuffix(".py"))
         and LEVEL[name] >= LEVEL[own]
     }
     assert not up
+
+
+def test_the_core_imports_torch_safetensors_jaxtyping_and_the_standard_library():
+    """Triton in its own file, where it is there."""
+    for path in (PACKAGE / "core").rglob("*.py"):
+        allowed = {"torch", "safetensors", "jaxtyping", *sys.stdlib_module_names}
+        allowed |= {"triton"} if path.name == "triton.py" else set()
+        for name in imports_of(path):
+            assert name.startswith(("dora_vl.core", "dora_vl.errors")) or name.split(".")[0] in allowed, (path, name)
+
+
+def test_the_core_loads_where_everything_else_is_missing():
+    others = ("transformers", "peft", "deepspeed", "accelerate", "datasets", "timm", "bitsandbytes", "triton")
+    code = f"import sys; sys.modules.update(dict.fromkeys({others})); import dora_vl.core"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)

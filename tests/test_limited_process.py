@@ -17,7 +17,7 @@ from dora_vl.backbones import templates
 from dora_vl.backbones.templates import check_ends
 from dora_vl.data.picture_files import TooManyPixels, decoded, load_picture
 from dora_vl.errors import UserError
-from dora_vl.limited_process import ENDED, Budget, JobFailed, LimitedProcess
+from dora_vl.limited_process import Budget, JobFailed, LimitedProcess
 from tests.data.hostile import jpeg_of_scans, saved
 
 MEMORY = 2**29
@@ -66,15 +66,6 @@ def test_a_job_is_ended_at_each_limit_and_the_next_is_done(limit: str) -> None:
         if limit != "memory":
             assert ended.poll() is not None
         assert decoded(process, saved("PNG"), Budget(20, MEMORY)).size == (16, 16)
-
-
-def test_a_process_that_says_nothing_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may hang without using the processor."""
-    monkeypatch.setattr(limited_process, "CHILD", "import time; time.sleep(1000)")
-    monkeypatch.setattr(limited_process, "START_SECONDS", 0.2)
-    with LimitedProcess("read_picture") as process, pytest.raises(JobFailed) as failed:
-        decoded(process, saved("PNG"), Budget(0.1, MEMORY))
-    assert failed.value.kind == ENDED
 
 
 SENDS = """

@@ -1,4 +1,7 @@
-"""What the wheel holds: one package, with the recipes as its data. `make fresh-install` shows that it is enough."""
+"""What the wheel holds: one package, with the recipes as its data. `make fresh-install` shows that it is enough.
+
+The image is made of that wheel; `make lint` has hadolint look at the Dockerfile.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,18 @@ import ast
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+COPIED = [name for line in re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE, re.MULTILINE) for name in line.split()]
 BESIDE = {path.name for path in ROOT.iterdir() if path.is_dir()} - {"dora_vl"}
 """Folders of a checkout that no wheel holds."""
 
@@ -36,32 +43,31 @@ def pip(*words: str | Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_dockerfile_copies_what_it_may() -> None:
+    allowed = re.findall(r"^!(.+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE)
+    assert set(COPIED) == set(allowed)
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built of what the Dockerfile copies."""
     if importlib.util.find_spec("hatchling") is None:
         pytest.skip("hatchling, which builds the wheel, is not installed")
     folder = tmp_path_factory.mktemp("wheel")
-    pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder, ROOT)
+    for name in COPIED:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        (folder / "copied").mkdir(exist_ok=True)
+        copy(ROOT / name, folder / "copied" / name)
+    pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder, folder / "copied")
     (path,) = folder.glob("dora_vl-*.whl")
     return path
 
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path) -> Path:
-    """A folder that holds the package, and nothing else of ours."""
     folder = wheel.parent / "site-packages"
     pip("install", "--no-deps", "--no-index", "--target", folder, wheel)
     return folder
-
-
-def started(installed: Path, folder: Path, *words: str) -> str:
-    """Standard output of this Python with the installed package before every other, in a folder that holds nothing."""
-    environment = {**os.environ, "PYTHONPATH": str(installed)}
-    done = subprocess.run(
-        [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_the_wheel_holds_the_package_alone(wheel: Path) -> None:
@@ -75,6 +81,10 @@ def test_the_wheel_holds_the_package_alone(wheel: Path) -> None:
     (licence,) = [name for name in names if name.endswith("/licenses/LICENSE")]
     assert b"Version 2.0, January 2004" in zipfile.ZipFile(wheel).read(licence)
     assert "dora_vl/py.typed" in names
+    (metadata,) = [name for name in names if name.endswith("METADATA")]
+    extras = Parser().parsestr(zipfile.ZipFile(wheel).read(metadata).decode()).get_all("Provides-Extra") or []
+    installed = {extra for group in re.findall(r"\.whl\)\[([\w,]+)\]", DOCKERFILE) for extra in group.split(",")}
+    assert set() < installed <= set(extras)
 
 
 @pytest.mark.slow
@@ -84,4 +94,7 @@ def test_the_scripts_of_a_checkout_take_the_installed_package(installed: Path, t
     (tmp_path / "tasks").mkdir()
     copy = tmp_path / "tasks" / script
     copy.write_text((ROOT / "tasks" / script).read_text(encoding="utf-8"), encoding="utf-8")
-    assert "usage: " in started(installed, tmp_path, str(copy), "--help")
+    environment = {**os.environ, "PYTHONPATH": str(installed)}  # before every other
+    words = [sys.executable, str(copy), "--help"]
+    printed = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+    assert "usage: " in printed

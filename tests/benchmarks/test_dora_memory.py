@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.contenders import contender
-from benchmarks.dora_memory import LiveBytes, Memory, memory_of
+from benchmarks.dora_memory import LiveBytes, memory_of
 from benchmarks.dora_step import Tokens
 
 BATCH, LENGTH, LAYERS, HIDDEN, MIDDLE = 6, 40, 4, 32, 48
@@ -29,15 +29,8 @@ def test_live_bytes_follows_what_is_made_until_it_dies():
         assert (live.now, live.peak) == (0, 2000)
 
 
-def test_what_the_backward_pass_needs_is_alive():
-    x = torch.ones(30, 10, requires_grad=True)
-    with LiveBytes() as live:
-        y = (2 * x).exp().sin()  # exp keeps what it made, which is what sin keeps; twice x is gone
-        assert live.now == y.nbytes + x.nbytes
-
-
-@pytest.fixture(scope="module")
-def measured() -> dict[str, Memory]:
+@pytest.mark.slow
+def test_checkpointing_keeps_less_and_the_step_holds_more_than_its_forward_pass() -> None:
     """Dropout so frequent that what it keeps is no small part of the whole."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -51,11 +44,7 @@ def measured() -> dict[str, Memory]:
     base = LlamaForCausalLM(config)
     tokens = Tokens.random(60, batch=BATCH, length=LENGTH, labels=3)
     names = ("frozen", "peft_lora", "peft_dora", "ours")
-    return {name: memory_of(contender(name, base, rank=4, dropout=0.4), tokens) for name in names}
-
-
-@pytest.mark.slow
-def test_checkpointing_keeps_less_and_the_step_holds_more_than_its_forward_pass(measured):
+    measured = {name: memory_of(contender(name, base, rank=4, dropout=0.4), tokens) for name in names}
     for name, memory in measured.items():
         stored, *checkpointed = memory.steps.values()
         assert all(step.alive < 0.6 * stored.alive for step in checkpointed), name

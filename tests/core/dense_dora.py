@@ -89,7 +89,6 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def move_layer(layer: AdaptedLayer) -> None:
-    """Moves an adapted layer of any kind away from where it started."""
     if layer.lora_B is not None:
         layer.lora_B.normal_(std=0.3)
     if layer.magnitude is not None:
@@ -97,7 +96,6 @@ def move_layer(layer: AdaptedLayer) -> None:
 
 
 def move(model: nn.Module) -> None:
-    """Moves every adapted linear layer inside `model`."""
     for module in model.modules():
         if isinstance(module, DoRALinear):
             move_layer(module)
@@ -105,7 +103,6 @@ def move(model: nn.Module) -> None:
 
 @torch.no_grad()
 def move_trained(model: nn.Module, seed: int = 1, amount: float = 0.3) -> None:
-    """Moves every trained tensor away from where it starts."""
     draw = torch.Generator().manual_seed(seed)
     for part in trained_parts(model):
         for name, parameter in part.parameters.items():

@@ -1,7 +1,4 @@
-"""Several adapters in one layer, whole or in part: each row as its own makes it, base rows bit by bit the base's.
-
-A share lies between the base (0) and the adapter (1), bit by bit at both ends, and beyond.
-"""
+"""Several adapters in one layer, whole, in part or beyond: each row as its own makes it, base rows bit by bit."""
 
 from __future__ import annotations
 
@@ -15,16 +12,8 @@ from torch import nn
 from dora_vl.core import DoRALinear, adapter_slots
 from dora_vl.core.adapter_slots import ActiveAdapters, SlotChange, SlotLayer
 from dora_vl.core.layer import AdaptedLayer
-from dora_vl.core.other_layers import DoRAEmbedding
 from dora_vl.core.quantised import QuantisedLinear
-from dora_vl.core.strength import (
-    MOST_STRENGTH,
-    GainByStrength,
-    Share,
-    checked_strength,
-    layer_between,
-    magnitude_between,
-)
+from dora_vl.core.strength import MOST_STRENGTH, Share, checked_strength, layer_between
 from dora_vl.errors import UserError
 from tests.core.dense_dora import at_strength, config, move_layer
 from tests.core.test_layers import Sealed
@@ -45,9 +34,9 @@ def adapted(base: nn.Module, name: str, kind: Any = DoRALinear) -> AdaptedLayer:
     return layer.eval()
 
 
-def slot_layer_of(base: nn.Module, unit: Any = "rows") -> tuple[SlotLayer, ActiveAdapters]:
+def slot_layer_of(base: nn.Module) -> tuple[SlotLayer, ActiveAdapters]:
     batch = ActiveAdapters()
-    return SlotLayer(base, batch, unit), batch
+    return SlotLayer(base, batch, "rows"), batch
 
 
 @pytest.mark.parametrize("one_product", [True, False])
@@ -80,66 +69,18 @@ def test_rows_of_one_batch_have_adapters_at_strengths_of_their_own(kind, bias, o
 
 
 @torch.no_grad()
-def test_adapters_come():
+def test_another_adapter_under_a_name_takes_its_place_and_an_unknown_one_changes_nothing():
     torch.manual_seed(0)
-    linear = nn.Linear(6, 5)
+    linear, x = nn.Linear(6, 5), torch.randn(2, 3, 6)
     slot_layer, batch = slot_layer_of(linear)
     layers = {name: adapted(linear, name) for name in SETTINGS}
-    x = torch.randn(2, 3, 6)
-    for name in ("lora", "dora5"):
-        slot_layer.put(name, SlotChange.of(layers[name], torch.float32))
-    with batch.holding(("dora5", "dora2")):
-        output = slot_layer(x)
-    torch.testing.assert_close(output[0], layers["dora5"](x[0]), rtol=1e-5, atol=1e-5)
-    assert torch.equal(output[1], linear(x)[1])  # an adapter that does not change this layer
-    slot_layer.put("dora5", SlotChange.of(layers["dora2"], torch.float32))  # another under its name
-    with batch.holding((Share("dora5", 0.5), Share("lora", 0.5))):
+    for name, layer in (("one", "dora5"), ("one", "dora2")):
+        slot_layer.put(name, SlotChange.of(layers[layer], torch.float32))
+    with batch.holding((Share("one", 0.5), "other")):
         output = slot_layer(x)
     expected = at_strength(layers["dora2"], linear.weight, linear.bias, x[0], 0.5)
     torch.testing.assert_close(output[0], expected, rtol=1e-5, atol=1e-5)
-
-
-@torch.no_grad()
-def test_a_layer_of_an_adapters_own_takes_its_rows():
-    torch.manual_seed(0)
-    embedding, trained = nn.Embedding(11, 5), nn.Embedding(11, 5)
-    own = adapted(embedding, "dora2", DoRAEmbedding)
-    slot_layer, batch = slot_layer_of(embedding)
-    slot_layer.put("adapted", own)
-    slot_layer.put("trained", trained)
-    ids = torch.randint(11, (4, 3))
-    with batch.holding((None, "adapted", "trained", "adapted")):
-        output = slot_layer(ids)
-    for number, layer in enumerate((embedding, own, trained, own)):
-        assert torch.equal(output[number], layer(ids[number : number + 1])[0])
-    assert slot_layer.embedding_dim == 5  # other attributes are the base's
-    with batch.holding(("trained",) * 4):
-        assert torch.equal(slot_layer(ids), trained(ids))
-    strengths = (0.0, 0.2, 0.4, 0.6, 0.8, 1.2)  # more than are kept
-    assert len(strengths) > adapter_slots.KEPT_LAYERS + 1
-    ids = torch.arange(12).view(6, 2) % 11
-    with batch.holding([Share("adapted", strength) for strength in strengths]):
-        output = slot_layer(ids)
-    assert torch.equal(output[0], embedding(ids)[0])
-    for number, strength in enumerate(strengths[1:], start=1):
-        assert torch.equal(output[number], layer_between(embedding, own, strength)(ids[number : number + 1])[0])
-
-
-@torch.no_grad()
-def test_pictures_are_counted_apart_from_rows_and_another_length_is_refused():
-    linear = nn.Linear(6, 5)
-    layer = adapted(linear, "dora2")
-    slot_layer, batch = slot_layer_of(linear, "pictures")
-    slot_layer.put("dora2", SlotChange.of(layer, torch.float32))
-    x = torch.randn(3, 2, 6)
-    with batch.holding((None, "dora2"), (None, "dora2", "dora2")):
-        output = slot_layer(x)
-        assert torch.equal(output[0], linear(x)[0])
-        torch.testing.assert_close(output[1:], layer(x[1:]))
-        with pytest.raises(RuntimeError):
-            slot_layer(x[:2])
-    with batch.holding((None, "dora2"), ("dora2",)):  # all pictures are its own, however many
-        torch.testing.assert_close(slot_layer(x), layer(x))
+    assert torch.equal(output[1], linear(x)[1])
 
 
 @torch.no_grad()
@@ -150,25 +91,6 @@ def test_half_precision_keeps_small_gains():
     layer.magnitude.mul_(1.003)
     change = SlotChange.of(layer, torch.bfloat16)
     torch.testing.assert_close(change.minus_one.float(), torch.full((32,), 0.003), rtol=2e-2, atol=0.0)
-
-
-@pytest.mark.parametrize("name", ["dora2", "dora5", "magnitude"])
-@torch.no_grad()
-def test_the_gain_is_exact_at_both_ends(name):
-    torch.manual_seed(1)
-    layer = adapted(nn.Linear(31, 17), name)
-    gain = GainByStrength.of(layer)
-    assert gain is not None
-    assert torch.equal(gain.at(0.0), torch.ones(17))
-    assert torch.equal(gain.at(1.0), layer.gain())
-    assert torch.equal(gain.norms_at(1.0), layer.norms())
-
-
-def test_a_magnitude_falls_silent_and_does_not_turn_round():
-    base, trained = torch.tensor([2.0, 2.0, 2.0]), torch.tensor([1.0, 3.0, -1.0])
-    assert magnitude_between(base, trained, 3.0).tolist() == [0.0, 5.0, -7.0]
-    assert torch.equal(magnitude_between(base, trained, 1.0), trained)
-    assert torch.equal(magnitude_between(base, trained, 0.0), base)
 
 
 def biased(linear: nn.Linear) -> AdaptedLayer:

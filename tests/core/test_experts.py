@@ -65,10 +65,6 @@ def config(**changes: Any) -> DoRAConfig:
     return DoRAConfig(**settings)
 
 
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for part in trained_parts(model) for name, parameter in part.parameters.items()}
-
-
 def adapted(kind: str = "qwen3_moe", **changes: Any) -> Any:
     model = Layer(kind)
     assert len(apply_dora(model, config(**changes))) in (1, 2)
@@ -98,7 +94,8 @@ def test_output_and_gradients_equal_the_dense_form(kind, changes):
     ours = model(x, index, weights)
     theirs = functional_call(base, dense(model, base, detached=changes.get("detach_norm", True)), (x, index, weights))
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
-    leaves = {"x": x, "weights": weights, **trained(model)}
+    leaves: dict[str, Tensor] = {"x": x, "weights": weights}
+    leaves.update((name, leaf) for part in trained_parts(model) for name, leaf in part.parameters.items())
     seed = torch.randn_like(ours)
     gradients = (torch.autograd.grad(output, list(leaves.values()), seed) for output in (ours, theirs))
     for name, gradient, expected in zip(leaves, *gradients, strict=True):
@@ -181,7 +178,7 @@ def tiny_qwen() -> Qwen3MoeForCausalLM:
 
 
 @pytest.mark.parametrize("tiny", [tiny_mixtral, tiny_qwen])
-def test_a_model_trains_saves_and_loads_bit_by_bit(tiny: Callable[[], Any], tmp_path: Path):
+def test_a_model_saves_and_loads_bit_by_bit(tiny: Callable[[], Any], tmp_path: Path):
     model, ids = tiny(), torch.arange(24).view(2, 12) % 40
     targets, ranks = ("*.q_proj", "*.mlp.experts.*"), {"*.1.mlp.experts.down_proj": 2}
     names = apply_dora(
@@ -189,14 +186,7 @@ def test_a_model_trains_saves_and_loads_bit_by_bit(tiny: Callable[[], Any], tmp_
     )
     assert sum("experts" in name for name in names) == 4
     assert sum(isinstance(module, AdaptedExperts) for module in model.modules()) == 2
-    optimizer, losses = torch.optim.Adam(trained(model).values(), lr=0.02), []
-    for _ in range(8):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < losses[0] - 0.05
+    move_trained(model, amount=0.05)
     save_adapter(model.eval(), tmp_path / "adapter")
     other = tiny()
     assert load_adapter(other, tmp_path / "adapter") == names

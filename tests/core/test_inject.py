@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from typing import Any
 
 import numpy as np
@@ -11,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dora_vl.adapters.folder import load_adapter, save_adapter
-from dora_vl.core import DoRAConfig, apply_dora, merge_dora, strip_adapters, trained_parts
+from dora_vl.core import DoRAConfig, apply_dora, merge_dora, strip_adapters
 from dora_vl.core.linear import DoRALinear
 from dora_vl.errors import UserError
 from tests.core import dense_dora
@@ -64,34 +61,18 @@ def config(**changes: Any) -> DoRAConfig:
     return DoRAConfig(**{"targets": ("text.*_proj",), "rank": 2, "alpha": 6.0, "dropout": 0.0, **changes})
 
 
-def test_trained_parts_are_named_and_vectors_do_not_decay():
-    model = Small()
-    apply_dora(model, config(also_train={"projector": ("projector.*",)}))
-    parts = {(part.name, part.weight_decay): set(part.parameters) for part in trained_parts(model)}
-    assert parts[("projector", True)] == {"projector.0.weight", "projector.2.weight"}
-    assert parts[("projector", False)] == {"projector.0.bias", "projector.2.bias"}
-    assert ("dora.magnitude", True) not in parts
-    assert len(parts[("dora.A", True)]) == len(parts[("dora.B", True)]) == len(parts[("dora.magnitude", False)]) == 4
-    everything = set().union(*parts.values())
-    assert everything == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 @pytest.mark.parametrize(
     "changes",
     [
         {"targets": ("text.*.k_proj",)},
-        {"targets": ("text.*.norm",)},
         {"targets": ("q_proj",)},
         {"also_train": {"projector": ("projectr.*",)}},
         {"also_train": {"a": ("projector.0.*",), "b": ("projector.*",)}},
-        {"also_train": {"a": ("text.0.q_proj.weight",)}},
         {"also_keep": ("nothing",)},
         {"rank_pattern": {"text.7.*": 4}},
-        {"alpha_pattern": {"vision.*": 4.0}},
         {"magnitude_targets": ("text.0.q_proj",)},
         {"method": "lora", "magnitude_targets": ("vision.*_proj",)},
         {"method": "full", "targets": ("scale*",)},
-        {"method": "full", "targets": ("projector.1",)},
         {"init": "pissa", "rank": 7},
     ],
     ids=str,
@@ -112,24 +93,14 @@ def test_contradictions_are_refused_and_change_nothing(changes, init):
     [
         {"targets": ()},
         {"rank": 0},
-        {"alpha": 0.0},
         {"alpha": float("nan")},
         {"dropout": 1.0},
-        {"rank_pattern": {"*": 0}},
         {"init": "orthogonal", "rank": 3},
         {"method": "dvora", "init": "pissa"},
         {"method": "LoRA"},
-        {"init": "PiSSA"},
-        {"dropout_mode": "peft"},
-        {"rank_scaling": "none"},
-        {"kinds": ("lineer",)},
-        {"kinds": "linear"},
         {"targets": "*q_proj"},
         {"rank": "8"},
-        {"rank": True},
         {"detach_norm": 1},
-        {"targets": (1,)},
-        {"rank_pattern": {"*": "8"}},
         {"parts": {"vision": {"targets": ("*",)}}},
         {"also_train": {"projector": "*.projector.*"}},
     ],
@@ -171,7 +142,6 @@ def test_one_module_under_two_names_is_adapted_under_both():
 
 
 def test_attention_that_bypasses_its_projection_is_refused():
-    """As an opaque layer too."""
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(6, 2), "q": nn.Linear(6, 6)})
     path = "torch.nn.modules.linear.NonDynamicallyQuantizableLinear"
     for changes in ({"targets": ("attention.out_proj",)}, {"targets": ("*",), "opaque_layers": (path,)}):
@@ -227,28 +197,6 @@ def test_a_tied_extra_trains_once_in_float32_and_stays_tied():
 def test_what_would_change_a_weight_tied_to_an_adapted_one_is_refused(changes):
     with pytest.raises(UserError):
         apply_dora(Tied(), DoRAConfig(targets=("head",), rank=2, **changes))
-
-
-def test_on_the_meta_device_everything_is_counted():
-    with torch.device("meta"):
-        model = Small()
-    for method, each in {"dora": 24 + 6, "lora": 24, "magnitude": 6, "dvora": 2 + 6 + 6}.items():
-        twin = copy.deepcopy(model)
-        apply_dora(twin, config(method=method))
-        assert sum(p.numel() for p in twin.parameters() if p.requires_grad) == 4 * each, method
-
-
-def test_whole_model_survives_deepcopy_and_pickle():
-    model = Small()
-    apply_dora(model, config(also_train={"projector": ("projector.*",)}))
-    move(model)
-    x = torch.randn(2, 6)
-    expected = model.eval()(x)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(twin(x), expected)
-        assert [part.name for part in trained_parts(twin)] == [part.name for part in trained_parts(model)]
-        first, other = (next(iter(trained_parts(module)[0].parameters.values())) for module in (twin, model))
-        assert first is not other
 
 
 def test_strip_refuses_what_pissa_left_of_a_weight_until_it_is_merged():
@@ -334,16 +282,3 @@ def test_pissa_holds_the_largest_singular_values():
     singular = torch.linalg.svdvals(weight)
     torch.testing.assert_close(torch.linalg.svdvals(3 * (model.up.lora_B @ model.up.lora_A))[:2], singular[:2])
     torch.testing.assert_close(torch.linalg.svdvals(model.up.weight)[0], singular[2])
-
-
-@pytest.mark.parametrize("scaling", ["linear", "sqrt"])
-def test_pissa_as_a_change_of_the_original_weight(scaling, tmp_path):
-    """What `AdapterSet` needs: the same outputs, and no frozen weight changes."""
-    model, x = Small(), torch.randn(2, 6)
-    apply_dora(model, dense_dora.config(targets=("text.*_proj",), init="pissa", rank_scaling=scaling))
-    move(model)
-    save_adapter(model, tmp_path / "a")
-    fresh = Small()
-    load_adapter(fresh, tmp_path / "a", change_base=False)
-    torch.testing.assert_close(fresh.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-5)
-    assert torch.equal(fresh.text[0].q_proj.weight, Small().text[0].q_proj.weight)

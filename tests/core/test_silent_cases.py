@@ -16,8 +16,6 @@ from tests.core.test_experts import adapted as adapted_experts
 from tests.core.test_experts import inputs as expert_inputs
 from tests.core.test_layers import KINDS, input_of, moved
 
-# -- float16 ---------------------------------------------------------------------------------------------------
-
 
 def with_long_rows(layer: Any) -> Any:
     """A's rows have a norm of 400, whose square no float16 holds; B is small enough for the output."""
@@ -54,9 +52,6 @@ def test_long_rows_of_experts_in_float16() -> None:
         torch.testing.assert_close(layer.norms().double(), expected, rtol=2e-3, atol=2e-3)
 
 
-# -- a frozen weight that was unfrozen -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_unfrozen_weight_is_refused_where_it_would_get_no_gradient(kind) -> None:
     model, x = moved(kind).eval(), input_of(kind)
@@ -86,9 +81,6 @@ def test_a_view_of_a_flat_parameter_in_the_weights_place_is_taken() -> None:
     del layer._parameters["weight"]
     layer.weight = flat.view(5, 6)
     torch.testing.assert_close(layer(x), expected)
-
-
-# -- edits, small gains and numbers that are none --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -143,9 +135,6 @@ def test_pissa_of_a_weight_with_nan_is_refused_and_changes_nothing() -> None:
         model["k"].weight[0, 0] = float("nan")
     with unchanged(model), pytest.raises(UserError):
         apply_dora(model, config(init="pissa"))
-
-
-# -- torch's encoders ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", ["linear1", "linear2"])

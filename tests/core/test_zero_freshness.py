@@ -15,8 +15,6 @@ from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).parents[2]
-
-
 STAGES = (1, 2, 3)
 
 

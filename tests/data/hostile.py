@@ -13,7 +13,6 @@ from PIL import Image
 
 
 def saved(form: str, size: tuple[int, int] = (16, 16), **options: object) -> bytes:
-    """A grey picture as Pillow writes it."""
     stream = io.BytesIO()
     Image.new("RGB", size, (90, 90, 90)).save(stream, form, **options)
     return stream.getvalue()

@@ -33,5 +33,4 @@ def copied(fixture: str, to: Path) -> Path:
 
 
 def manifest(folder: Path, split: str) -> dict[str, Any]:
-    """What the folder's manifest says of a split."""
     return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["splits"][split]

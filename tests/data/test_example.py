@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from dora_vl.data.example import (
     Answer,
@@ -25,50 +22,17 @@ from dora_vl.data.example import (
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
-SECONDS = st.none() | st.floats(0, 1e6)
-VALUE = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(1 << 40), 1 << 40)
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | TEXT,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
-    max_leaves=6,
-)
-CLIP = st.builds(Clip, path=TEXT, start_seconds=SECONDS, end_seconds=SECONDS)
-EXAMPLE = st.builds(
-    Example,
-    id=TEXT.filter(bool),
-    images=st.lists(TEXT, max_size=3).map(tuple),
-    videos=st.lists(CLIP, max_size=2).map(tuple),
-    question=TEXT,
-    turns=st.lists(st.builds(Turn, st.sampled_from(["user", "assistant"]), TEXT), max_size=3).map(tuple),
-    answers=st.lists(st.builds(Answer, text=TEXT, weight=st.floats(0, 1)), max_size=3).map(tuple),
-    choices=st.lists(TEXT, max_size=3).map(tuple),
-    subtitles=st.lists(st.builds(Subtitle, TEXT, SECONDS, SECONDS), max_size=3).map(tuple),
-    extra=st.dictionaries(TEXT, VALUE, max_size=3),
-)
-
 FULL = Example(
     id="q1",
     images=("a/b.jpg",),
     videos=(Clip(path="v.mp4", start_seconds=1.5, end_seconds=3.0),),
-    question="What?",
+    question='What\u2028 "é"?',
+    turns=(Turn("user", "q\n"), Turn("assistant", "")),
     answers=(Answer(text="cat"), Answer(text="kitten", weight=0.3)),
     choices=("cat", "dog"),
     subtitles=(Subtitle("Meow.", 0.0, 1.0),),
-    extra={"correct": 0},
+    extra={"correct": 0, "of": [{"a": None}, 0.1, 1 << 40]},
 )
-
-
-@settings(max_examples=30)
-@given(st.lists(EXAMPLE, max_size=5, unique_by=lambda example: example.id))
-def test_what_is_written_is_read_again(tmp_path: Path, examples: list[Example]) -> None:
-    path = tmp_path / "new" / "any.jsonl"
-    assert write_examples(path, iter(examples)) == len(examples)
-    assert list(iterate_examples(path)) == examples
-    assert path.read_bytes().count(b"\n") == len(examples)
 
 
 def test_the_form_on_disk() -> None:
@@ -77,11 +41,12 @@ def test_the_form_on_disk() -> None:
         "id": "q1",
         "images": ["a/b.jpg"],
         "video": {"path": "v.mp4", "start_seconds": 1.5, "end_seconds": 3.0},
-        "question": "What?",
+        "question": 'What\u2028 "é"?',
+        "turns": [{"role": "user", "text": "q\n"}, {"role": "assistant", "text": ""}],
         "answers": [{"text": "cat"}, {"text": "kitten", "weight": 0.3}],
         "choices": ["cat", "dog"],
         "subtitles": [{"text": "Meow.", "start_seconds": 0.0, "end_seconds": 1.0}],
-        "extra": {"correct": 0},
+        "extra": {"correct": 0, "of": [{"a": None}, 0.1, 1 << 40]},
     }
     several = to_record(Example(id="1", videos=(Clip(path="a.mp4", start_seconds=1.5), Clip(path="b.mp4"))))
     assert several["videos"] == [{"path": "a.mp4", "start_seconds": 1.5}, {"path": "b.mp4"}]
@@ -108,47 +73,27 @@ def stopped() -> Iterator[Example]:
 )
 def test_a_writing_that_fails_leaves_the_old_file(tmp_path: Path, examples: list[Example] | Iterator[Example]) -> None:
     path = tmp_path / "a.jsonl"
-    write_examples(path, [FULL])
+    assert write_examples(path, [FULL]) == path.read_bytes().count(b"\n") == 1
     with pytest.raises((UserError, KeyboardInterrupt)):
         write_examples(path, examples)
     assert list(iterate_examples(path)) == [FULL]
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(UserError):
-        write_examples(tmp_path / "a.jsonl", [FULL])
-    assert not list(tmp_path.iterdir())
-
-
 BROKEN: list[bytes] = [
     b"{'id': 1}",
     b'{"id":"b","ans',
-    b"[1]",
     b'{"id":"caf\xe9"}',
     b"[" * 5000 + b"]" * 5000,
     b'{"id": 7}',
-    b'{"question": "x"}',
     b'{"id": "b", "answer": "x"}',
-    b'{"id": "b", "images": "x.jpg"}',
     b'{"id": "b", "images": [1]}',
-    b'{"id": "b", "question": null}',
     b'{"id": "b", "video": "v.mp4"}',
-    b'{"id": "b", "video": {"path": "v", "start_seconds": "1"}}',
     b'{"id": "b", "video": {"path": "v", "start_seconds": ' + b"9" * 400 + b"}}",
     b'{"id": "b", "answers": ["x"]}',
-    b'{"id": "b", "answers": null}',
-    b'{"id": "b", "answers": {"text": "red"}}',
     b'{"id": "b", "answers": [{"text": "x", "weight": NaN}]}',
     b'{"id": "b", "turns": [{"role": "human", "text": "x"}]}',
     b'{"id": "b", "turns": [{"role": "user", "text": "x", "more": "{tools"}]}',
-    b'{"id": "b", "turns": [{"role": "user", "text": "x", "more": "[1]"}]}',
-    b'{"id": "b", "subtitles": [{"start_seconds": 1}]}',
-    b'{"id": "b", "extra": []}',
     b'{"id": "b", "choices": ["x"], "extra": {"correct": 1}}',
 ]
 GOOD = b'{"id":"a","answers":[{"text":"red"},{"text":"blue"}]}\n'

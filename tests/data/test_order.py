@@ -7,18 +7,14 @@ import json
 import random
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from accelerate import skip_first_batches
 from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler
 
-from dora_vl.data.batches import Collator
-from dora_vl.data.columns import Mixing
 from dora_vl.data.order import (
     MixturePlan,
     ModalityLengthSampler,
@@ -27,7 +23,6 @@ from dora_vl.data.order import (
     TreeSampler,
     sampling_lengths,
 )
-from dora_vl.data.samples import IGNORED_LABEL, Sample
 from dora_vl.data.table import load_table
 
 SOURCES = (
@@ -83,15 +78,10 @@ def test_balanced_gives_every_task_as_many_steps() -> None:
     plan = MixturePlan(SOURCES, parts=1, mixing="balanced", seed=0)
     tasks = Counter(SOURCES[plan.part(step, epoch=0).source].name for step in range(len(plan)))
     assert tasks == {"vqav2": 4, "gqa": 4, "nlvr2": 4}
+    assert plan.items == sum(len(plan.part(step, epoch=0).indices) for step in range(len(plan)))
     items = [index for step in steps(plan, 0) for source, indices in step if source == 2 for index in indices]
     assert len(items) == 5 + 2  # three steps are the whole set, the fourth begins it anew
     assert sorted(items[:5]) == list(range(5))
-
-
-@pytest.mark.parametrize("mixing", ["proportional", "balanced"])
-def test_a_plan_says_how_many_items_an_epoch_reads(mixing: Mixing) -> None:
-    plan = MixturePlan(SOURCES, parts=3, mixing=mixing, seed=0)
-    assert plan.items == sum(len(plan.part(number, epoch=0).indices) for number in range(len(plan)))
 
 
 SAMPLES = st.lists(st.tuples(st.integers(0, 40), st.booleans()), max_size=70)
@@ -118,11 +108,6 @@ def chunks(order: list[int], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def full_batches(samples: list[tuple[int, bool]], size: int) -> int:
-    pictures = sum(multimodal for _, multimodal in samples)
-    return pictures // size + (len(samples) - pictures) // size
-
-
 @given(SAMPLES, SIZES, st.integers(0, 5), st.integers(0, 5))
 def test_an_epoch_is_a_permutation_the_same_for_everyone_in_batches_of_one_modality_dealt_by_length(
     samples: list[tuple[int, bool]], sizes: tuple[int, int, int], seed: int, epoch: int
@@ -134,7 +119,8 @@ def test_an_epoch_is_a_permutation_the_same_for_everyone_in_batches_of_one_modal
     torch.manual_seed(epoch + 17)  # another rank's global random state
     assert list(sampler(samples, sizes, seed=seed, epoch=epoch)) == order
     assert sorted(order) == list(range(len(samples))) == list(range(len(sampler(samples, sizes))))
-    batches, complete = chunks(order, size), full_batches(samples, size)
+    pictures = sum(multimodal for _, multimodal in samples)
+    batches, complete = chunks(order, size), pictures // size + (len(samples) - pictures) // size
     for batch in batches[:complete]:
         lengths = [samples[index][0] for index in batch]
         assert len(batch) == size
@@ -158,21 +144,6 @@ def test_batches_are_drawn_anew_and_not_in_the_order_of_length() -> None:
     assert len({tuple(sampler(samples, (4, 1, 2), seed=s, epoch=e)) for s in range(4) for e in range(4)}) == 16
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("skipped", [0, 1, 5])
-def test_a_resumed_epoch_yields_the_identical_remainder(world_size: int, skipped: int) -> None:
-    """As Trainer resumes: a fresh sampler at the same epoch, its first batches skipped."""
-    samples = [(number * 7 % 31, number % 4 > 0) for number in range(101)]
-
-    def loader(rank: int) -> DataLoader[int]:
-        batch_sampler = BatchSampler(sampler(samples, (3, world_size, 2), seed=1, epoch=2), 3, drop_last=False)
-        dealt = BatchSamplerShard(batch_sampler, world_size, rank)
-        return DataLoader(range(len(samples)), batch_sampler=dealt, collate_fn=list)  # pyright: ignore
-
-    for rank in range(world_size):
-        assert list(skip_first_batches(loader(rank), skipped)) == list(loader(rank))[skipped:]
-
-
 def test_lengths_of_rows_count_the_pictures_and_videos(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "two words"}, {"from": "gpt", "value": " one  two\nthree "}]
     rows = [{"id": n, "image": images, "conversations": turns} for n, images in enumerate([None, "a.png", ["a", "b"]])]
@@ -189,54 +160,23 @@ def test_lengths_of_rows_count_the_pictures_and_videos(tmp_path: Path) -> None:
     assert (lengths.tolist(), is_multimodal.tolist()) == ([27, 5], [True, False])
 
 
-@pytest.fixture(scope="module")
-def mixture() -> tuple[list[Sample], SamplingLengths]:
-    """Lengths as LLaVA-1.5's 665,000 have them: three of ten are words alone, three questions to a picture's 576."""
+def test_trees_stand_in_micro_batches_of_equal_length_and_each_sample_once() -> None:
+    """As in LLaVA-1.5's mixture: three of ten are words alone, three questions to a picture's tokens."""
     chance = random.Random(7)
-    samples: list[Sample] = []
-
-    def add(own: int, picture: str | None) -> None:
-        shared = 611 if picture else 0
-        ids = torch.cat([torch.full((shared,), 9), torch.randint(10, 30_000, (own,))])
-        labels = torch.where(torch.arange(len(ids)) < len(ids) - own // 2, IGNORED_LABEL, ids)
-        media = (picture,) if picture else ()
-        samples.append(Sample(ids, labels, index=len(samples), id="", media=media, media_end=shared))
-
-    torch.manual_seed(7)
-    for picture in range(700):
-        for _ in range(3):
-            add(min(400, max(100, int(chance.lognormvariate(5.34, 0.45)))), str(picture))
-    for _ in range(900):
-        add(min(2_048, max(16, int(chance.lognormvariate(5.12, 0.9)))), None)
-    pictures = torch.tensor([int(sample.media[0]) + 1 if sample.media else 0 for sample in samples])
-    lengths = torch.tensor([len(sample.input_ids) for sample in samples])
-    return samples, SamplingLengths(lengths, pictures > 0, pictures, (pictures > 0) * 611)
-
-
-def test_trees_stand_in_full_micro_batches_of_equal_length(mixture: tuple[list[Sample], SamplingLengths]) -> None:
-    """For two ranks: few tokens, little padding, hardly any waiting, each sample once in an order of its epoch."""
-    samples, lengths = mixture
+    pictures = [picture for picture in range(1, 701) for _ in range(3)] + [0] * 900
+    own = [chance.randint(100, 400) if picture else chance.randint(16, 800) for picture in pictures]
+    media = torch.tensor(pictures)
+    shared = (media > 0) * 611
+    lengths = SamplingLengths(torch.tensor(own) + shared, media > 0, media, shared)
     trees = TreeSampler(lengths, batch_size=16, seed=5)
-    grouped = ModalityLengthSampler(
-        lengths.lengths, lengths.is_multimodal, batch_size=16, world_size=2, accumulation=1, seed=5
-    )
-    batches: dict[str, list[list[dict[str, Any]]]] = {}
-    for kind, sampler in (("plain", grouped), ("trees", trees)):
-        shards = [BatchSamplerShard(BatchSampler(sampler, 16, drop_last=False), 2, rank) for rank in range(2)]
-        collate = Collator(0, packing=kind)
-        batches[kind] = [[collate([samples[index] for index in batch]) for batch in shard] for shard in shards]
-    tokens = {
-        kind: [[batch["input_ids"].numel() for batch in rank] for rank in ranks] for kind, ranks in batches.items()
-    }
-    padding = sum(batch["padding_tokens"] for rank in batches["trees"] for batch in rank)
-    totals = {kind: sum(map(sum, ranks)) for kind, ranks in tokens.items()}
-    assert {len(rank) for ranks in tokens.values() for rank in ranks} == {len(tokens["plain"][0])}
-    assert padding < 0.02 * totals["trees"]
-    assert totals["trees"] < 0.6 * totals["plain"]
-    assert totals["trees"] > 0.95 * 2 * sum(map(max, zip(*tokens["trees"], strict=True)))
-    first, trees_of = list(trees), TreeSampler(lengths, batch_size=16, seed=5)
-    assert sorted(first) == list(range(len(samples)))
-    trees_of.set_epoch(1)
-    assert list(trees_of) != first
-    trees_of.set_epoch(0)
-    assert list(trees_of) == first
+    order = list(trees)
+    assert sorted(order) == list(range(3000))
+    shown = [{pictures[index] for index in batch} - {0} for batch in chunks(order, 16)]
+    assert sum(map(len, shown)) < 1.05 * 700  # hardly any is in two micro-batches
+    tokens = [611 * len(of) + sum(own[i] for i in batch) for of, batch in zip(shown, chunks(order, 16), strict=True)]
+    waited = 2 * sum(map(max, zip(tokens[::2], tokens[1::2], strict=False)))  # neighbours are the two ranks' of a step
+    assert sum(tokens) > 0.95 * waited
+    trees.set_epoch(1)
+    assert list(trees) != order
+    trees.set_epoch(0)
+    assert list(trees) == order

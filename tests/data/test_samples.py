@@ -88,22 +88,14 @@ def test_each_sample_is_named_once_and_counted_each_time(caplog: pytest.LogCaptu
     ("share", "total", "seen", "bad", "ends"),
     [
         (0.001, 100_000, 1, 1, False),  # the first of a big set
-        (0.001, 100_000, 9, 9, False),
         (0.001, 100_000, 10, 10, True),  # ten of ten: nothing can be read
         (0.001, 100_000, 1_000, 10, False),  # ten times the share, but not more
-        (0.001, 100_000, 999, 10, True),
         (0.001, 100_000, 50_000, 100, False),  # the whole allowance of a pass, used up at half of it
         (0.001, 100_000, 50_000, 101, True),
-        (0.001, 100_000, 100_000, 100, False),
         (0.001, 100_000, 100_001, 101, False),  # the second pass meets the first bad sample again
-        (0.001, 100_000, 200_000, 201, True),
         (0.001, 500, 1, 1, True),  # one of 500 is more than 0.1 %, certainly
         (0.0, 100_000, 1, 1, True),
-        (0.0, 100_000, 100_000, 0, False),
-        (0.5, 100, 30, 22, False),
         (0.5, 100, 29, 22, True),  # more than halfway from the share to all
-        (0.5, 100, 100, 50, False),
-        (0.5, 100, 100, 51, True),
         (1.0, 100, 100, 100, False),
         (0.001, 0, 0, 0, False),
     ],

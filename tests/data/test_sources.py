@@ -1,6 +1,7 @@
-"""Each source reads ten rows in its publisher's exact form, and each row becomes the record written out by hand.
+"""Each source reads rows in its publisher's exact form, and each row becomes the record written out by hand.
 
-Damage in a publisher's files is refused or counted; tests/fuzz damages all of them at random.
+Damage in a publisher's files is refused or counted; tests/fuzz damages all of them at random. Single values: subtitles
+in any spelling of .srt, captions, spans, shares.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from typing import Any
 
 import pytest
 
+from dora_vl.data.benchmarks.fields import Row
+from dora_vl.data.benchmarks.images import coco_caption_row, read_shares, share_of
 from dora_vl.data.benchmarks.table import SOURCES
+from dora_vl.data.benchmarks.videos import Subtitles, parse_srt, span, subtitles_of
 from dora_vl.data.example import iterate_examples
-from dora_vl.errors import UserError
+from dora_vl.errors import BadSample, UserError
 from tests.data.published import EXPECTED, FIXTURE_NAMES, FIXTURES, SOURCE_OF, copied, manifest, prepared
 
 
@@ -75,7 +79,6 @@ def cut_picture(text: str) -> str:
 
 
 def damaged_picture(text: str) -> str:
-    """Between a good beginning and a good end."""
     encoded = next(cell for cell in text.split("\t") if cell.startswith(BEGINS_AS_PNG))
     data = bytearray(base64.b64decode(encoded))
     data[45:49] = b"\xff\xff\xff\xff"
@@ -85,7 +88,9 @@ def damaged_picture(text: str) -> str:
 @pytest.mark.parametrize(
     "damage", [cut_picture, damaged_picture, lambda text: text.replace("\tA\tattribute", "\tAB\tattribute", 1)]
 )
-def test_a_damaged_row_of_mmbench_is_dropped(tmp_path: Path, damage: Callable[[str], str]) -> None:
+def test_a_damaged_row_of_mmbench_is_dropped_and_a_damaged_table_refused(
+    tmp_path: Path, damage: Callable[[str], str]
+) -> None:
     folder = copied("mmbench", tmp_path)
     path = folder / MMBENCH
     path.write_text(damage(path.read_text(encoding="utf-8")), encoding="utf-8")
@@ -93,30 +98,12 @@ def test_a_damaged_row_of_mmbench_is_dropped(tmp_path: Path, damage: Callable[[s
     assert manifest(tmp_path / "records" / "mmbench", "validation")["dropped"] == 1
     for picture in (tmp_path / "records").glob("*/media/*"):
         assert picture.read_bytes().endswith(b"IEND\xaeB`\x82")
-
-
-def test_a_table_of_mmbench_that_was_cut_or_lacks_its_answers_is_refused(tmp_path: Path) -> None:
-    folder = copied("mmbench", tmp_path)
-    path = folder / MMBENCH
-    whole = path.read_text(encoding="utf-8")
-    for damaged in (whole[: whole.rindex(BEGINS_AS_PNG) + 40], whole.replace("\tanswer\t", "\tcomments\t", 1)):
-        path.write_text(damaged, encoding="utf-8")
+    whole = (FIXTURES / "mmbench" / MMBENCH).read_text(encoding="utf-8")
+    for refused in (whole[: whole.rindex(BEGINS_AS_PNG) + 40], whole.replace("\tanswer\t", "\tcomments\t", 1)):
+        path.write_text(refused, encoding="utf-8")
         with pytest.raises(UserError):
-            prepared("mmbench", folder, tmp_path / "records")
-    assert not list((tmp_path / "records").rglob("validation.jsonl"))
-
-
-def test_pictures_of_mmbench_are_written_once_and_rotations_share_them(tmp_path: Path) -> None:
-    prepared("mmbench", FIXTURES / "mmbench", tmp_path)
-    examples = list(iterate_examples(tmp_path / "mmbench" / "validation.jsonl"))
-    assert len(list((tmp_path / "mmbench" / "media").iterdir())) == 5
-    for example in examples:
-        index = example.extra["index"]
-        twin = next(other for other in examples if other.extra["index"] % 1_000_000 == index % 1_000_000)
-        assert (example.images, example.answers, {*example.choices}) == (twin.images, twin.answers, {*twin.choices})
-        assert (tmp_path / "mmbench" / example.images[0]).read_bytes().startswith(b"\x89PNG")
-    assert examples[1].extra.get("hint") is None  # "nan"
-    assert examples[2].extra["hint"] == "A hint."
+            prepared("mmbench", folder, tmp_path / "none")
+    assert not list((tmp_path / "none").rglob("validation.jsonl"))
 
 
 ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
@@ -177,14 +164,13 @@ def test_karpathys_split_of_the_official_files_is_by_picture_and_limited_to_the_
 
 
 def test_published_ids_that_repeat_are_numbered_and_turns_stay_as_they_are(tmp_path: Path) -> None:
-    output = prepared("llava-mix665k", FIXTURES / "llava-mix665k", tmp_path)
+    prepared("llava-mix665k", FIXTURES / "llava-mix665k", tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "llava_mix665k" / "train.jsonl").read_text().splitlines()]
     ids = ["000000033471", "000000033471#2", "wNBG8Gp_0", "2373417", "ocr/0001", "gpt_first", "text/0009"]
     assert [row["id"] for row in rows] == [*ids, "000000033471#3"]
     published = json.loads((FIXTURES / "llava-mix665k" / "llava_v1_5_mix665k.json").read_text(encoding="utf-8"))
     kept = [row for row in published if row["id"] not in {"empty_answer", "two_images_one_named"}]
     assert [row["conversations"] for row in rows] == [row["conversations"] for row in kept]
-    assert "  2 repeated ids were numbered" in output
     rows = manifest(tmp_path / "llava_mix665k", "train")["dropped_rows"]
     assert [(row["row"], row["id"]) for row in rows] == [(7, "empty_answer"), (8, "two_images_one_named")]
 
@@ -226,3 +212,87 @@ def test_the_documented_folder_of_llm_adapters_becomes_cloze_records(
     prepared("cloze", tmp_path / "commonsense", tmp_path / "cloze")
     (example,) = iterate_examples(tmp_path / "cloze" / "boolq" / "test.jsonl")
     assert (example.question, example.answers[0].text) == ("It is.\nQuestion: is it?\nAnswer:", "yes")
+
+
+@pytest.mark.parametrize(
+    ("content", "cue"),
+    [
+        ("1\n00:00:01,500 --> 00:00:02,000\nTwo\n lines.\n", ("Two lines.", 1.5, 2.0)),
+        ("01:00:00.250 --> 99:59:59,999\r\nHello.\r\n\r\n", ("Hello.", 3600.25, 359_999.999)),
+        ("7\nsoon --> later\nHello.", ("soon --> later Hello.", None, None)),
+    ],
+)
+def test_cues_are_read_in_any_spelling(content: str, cue: tuple[str, float | None, float | None]) -> None:
+    assert [tuple(entry.values()) for entry in parse_srt(content)] == [cue]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("20.16-25.12", (20.16, 25.12)),
+        ([0, 2.29], (0.0, 2.29)),
+        ("nan-nan", (None, None)),
+        ("NaN-NaN", (None, None)),
+        (None, (None, None)),
+        ("5-5", (5.0, 5.0)),
+    ],
+)
+def test_spans(value: object, expected: tuple[float | None, float | None]) -> None:
+    assert span(value) == expected
+
+
+@pytest.mark.parametrize("value", ["5", "x-7", "7-5", [1, "x"], [1, 2, 3], [2, 1], {"0": 1, "1": 2}, 7, True, "nan-1"])
+def test_a_span_that_cannot_be_read_is_no_question_about_the_whole_video(value: object) -> None:
+    with pytest.raises(BadSample):
+        span(value)
+
+
+def test_subtitles_of_no_words_are_kept_and_entries_without_text_are_not() -> None:
+    """VL-Adapter joins all of the file's texts by spaces, so an empty one is a second space in its prompt."""
+    cues = [{"text": "well", "start": 1, "end": 2}, {"text": " "}, {"start": 3}, {"text": None}, {"text": " no "}]
+    lines = subtitles_of(Row({"sub": cues}))
+    assert [(line.text, line.start_seconds) for line in lines] == [("well", 1.0), ("", None), ("no", None)]
+
+
+def test_a_caption_keeps_what_is_inside_it() -> None:
+    sentences = [{"raw": "\nA dog  runs.\nFast. "}, {"raw": " \n"}, {"raw": "A\tdog"}]
+    row = {"cocoid": 7, "split": "test", "filepath": "val2014", "filename": "7.jpg", "sentences": sentences}
+    assert [answer.text for answer in coco_caption_row(row).answers] == ["A dog  runs.\nFast.", "A\tdog"]
+
+
+def test_subtitles_of_a_folder_of_files(tmp_path: Path) -> None:
+    (tmp_path / "tvqa_subtitles").mkdir()
+    (tmp_path / "tvqa_subtitles" / "a.srt").write_bytes("1\n00:00:01,000 --> 00:00:02,000\ncaf\xe9\n".encode("latin-1"))
+    subtitles = Subtitles(tmp_path, ["tv_subtitles.jsonl", "tvqa_subtitles"])
+    rows = list(subtitles.joined([{"vid_name": "a"}, {"vid_name": "b"}], lambda _: None))
+    assert [[subtitle.text for subtitle in subtitles_of(Row(row))] for row in rows] == [["caf\xe9"], []]
+
+
+SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
+
+
+def test_shares_are_about_as_large_as_asked_and_spacing_and_case_do_not_count() -> None:
+    assert len({share_of(sentence, SHARES, "0") for sentence in ("A  b c", " a B C\n")}) == 1
+    names = [share_of(f"There are {number} yellow boxes", SHARES, "0") for number in range(4000)]
+    assert {name: names.count(name) / 4000 for name in SHARES} == pytest.approx(SHARES, abs=0.02)
+    assert names != [share_of(f"There are {number} yellow boxes", SHARES, "1") for number in range(4000)]
+
+
+@pytest.mark.parametrize(
+    "text", ["train", "train:0.8", "train:0.8,test:0.3", "train:x,test:1", "a b:1", "train:-1,test:2"]
+)
+def test_shares_that_make_no_sense(text: str) -> None:
+    with pytest.raises(UserError):
+        read_shares(text)
+
+
+def test_a_share_without_a_sentence_is_refused(tmp_path: Path) -> None:
+    rows = [
+        {"sentence": f"There are {number // 2} boxes", "label": "true", "identifier": f"{number}-0", "directory": "0"}
+        for number in range(6)
+    ]
+    (tmp_path / "dev.json").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError):
+        prepared("nlvr", tmp_path, tmp_path / "records", "--set", "shares=train:0.999,validation:0.001")
+    assert [path.name for path in (tmp_path / "records" / "nlvr").glob("*.jsonl")] == ["train.jsonl"]
+    prepared("nlvr", tmp_path, tmp_path / "records", "--set", "shares=train:0.5,validation:0.5", "--limit", "1")

@@ -1,4 +1,4 @@
-"""Files as tables: converted once whatever happens meanwhile, examples as they were read, weights, splits, overlap."""
+"""Files as tables: converted once whatever happens meanwhile, examples as read, weights, splits, groups, overlap."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ import sys
 import textwrap
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_vl.data import table as table_module
 from dora_vl.data.check import CONTRADICTION, EMPTY_QUESTION, NO_PICTURE, FileCheck
-from dora_vl.data.columns import TrainFile
+from dora_vl.data.columns import USUAL, TrainFile
 from dora_vl.data.example import Example
-from dora_vl.data.pictures import StoredPictures
 from dora_vl.data.readers import read_row
 from dora_vl.data.stream import StreamSource
 from dora_vl.data.table import described, doubtful, held_out_places, load_rows, load_table, load_training_rows, overlap
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.questions import example_of_row
-from tests.training.own_data import items, write_parquet
+from dora_vl.evaluation.questions import example_of_row, read_questions
+from dora_vl.evaluation.scores.exact import score
 
 GOOD = {
     "id": "a",
@@ -39,10 +38,8 @@ def write(path: Path, rows: list[dict[str, object]]) -> str:
 
 def test_a_row_is_stored_as_the_example_that_it_is(tmp_path: Path) -> None:
     rows = [
-        {"id": "one", "image": "a.png"},
         {"id": "two", "question": "<image2> or <image1>?", "images": ["a.png", "b.png"]},
         {"id": "clip", "video": {"path": "a.mp4", "start_seconds": 1.5}},
-        {"id": "system", "system": "Be brief."},
         {"id": "empty", "answer": " "},
         {"image": 3},
         {"id": "half \ud83d"},
@@ -58,10 +55,9 @@ def test_a_row_is_stored_as_the_example_that_it_is(tmp_path: Path) -> None:
         with pytest.raises(BadSample) as caught:
             read_row(row, number=number)
         assert stored.reason == caught.value.reason
-    assert [isinstance(item, Example) for item in table] == [True] * 4 + [False] * 4
-    assert list(table.ids()) == ["one", "two", "clip", "system", "empty", "row 6", r"half \ud83d", r"no \ud83d"]
-    assert table.rows["length"][:2] == [3, 4]
-    assert described(TrainFile(path=path), table.rows)[0] == "a.jsonl: question/answer, 8 rows, 4 of them unusable"
+    assert [isinstance(item, Example) for item in table] == [True] * 2 + [False] * 4
+    assert list(table.ids()) == ["two", "clip", "empty", "row 4", r"half \ud83d", r"no \ud83d"]
+    assert described(TrainFile(path=path), table.rows)[0] == "a.jsonl: question/answer, 6 rows, 4 of them unusable"
 
 
 @pytest.mark.parametrize(
@@ -82,22 +78,6 @@ def test_a_file_that_cannot_be_used_leaves_no_table(tmp_path: Path, content: str
     assert [left.suffix for left in (tmp_path / "cache").iterdir()] == [".lock"]
     with pytest.raises(UserError):
         load_table(tmp_path / "none.json")
-
-
-def test_a_picture_of_several_rows_is_kept_once_in_batches_of_bounded_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(table_module, "ROWS_A_BATCH", 3)
-    repeated = [item for item in items(2) for _ in range(4)]
-    table = load_table(write_parquet(tmp_path, repeated), cache_folder=tmp_path / "cache")
-    assert [len(pictures or ()) for pictures in table["held_pictures"]] == [1, 0, 0, 0, 1, 0, 0, 0]
-    assert table.data.column("held_pictures").num_chunks == 3
-    monkeypatch.setattr(table_module, "CHARACTERS_A_BATCH", 500)
-    monkeypatch.setattr(table_module, "ROWS_A_BATCH", 300)
-    table = load_table(write_parquet(tmp_path, items(9)), cache_folder=tmp_path / "cache")
-    assert table.data.column("held_pictures").num_chunks > 1
-    stored = StoredPictures([table])
-    assert [stored[names[0]] for names in table["images"]] == [item.content for item in items(9)]
 
 
 def test_a_changed_file_is_converted_again_and_an_unchanged_one_is_not(tmp_path: Path) -> None:
@@ -274,3 +254,28 @@ def test_each_class_has_its_share_and_small_sets_lose_none_to_the_test() -> None
     assert Counter(classes[index] for index in held) == {"a": 2, "b": 6, "c": 4}
     assert len({media[index][0] for index in held}) == 6
     assert sorted(held) != sorted(held_out_places(ids, media, share=0.2, seed=4, classes=classes))
+
+
+@pytest.mark.parametrize("form", ["record", "columns"])
+def test_a_group_is_held_out_whole(tmp_path: Path, form: str) -> None:
+    path = tmp_path / "train.jsonl"
+    lines = []
+    for number in range(60):
+        row: dict[str, Any] = {"id": f"{number}", "question": f"is it {number}?"}
+        about = {"group": f"scene {number % 6}", "unit": f"sentence {number % 10}"}
+        if form == "record":
+            row |= {"answers": [{"text": "yes"}], "images": [f"{number}.png"], "extra": about}
+        else:
+            row |= {"answer": "yes", "image": f"{number}.png", **about}
+        lines.append(json.dumps(row) + "\n")
+    path.write_text("".join(lines))
+    train, held_out = load_training_rows([TrainFile(path=str(path))], share=0.3, cache_folder=tmp_path / "cache")
+    assert held_out is not None
+    scenes = [{int(name) % 6 for name in part.rows["id"]} for part in (train, held_out)]
+    assert scenes[0] & scenes[1] == set()
+    assert scenes[0] | scenes[1] == set(range(6))
+    examples, unreadable = read_questions(path, columns=USUAL)
+    assert not unreadable
+    scored = score(examples, dict.fromkeys((example.id for example in examples), "yes"))
+    assert len(scored.units) == 10
+    assert {example.extra["group"] for example in examples} == {f"scene {number}" for number in range(6)}

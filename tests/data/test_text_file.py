@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from dora_vl.data import text_file
 from dora_vl.data.text_file import (
@@ -89,30 +86,6 @@ def test_values_of_a_list_of_lines_and_of_texts_are_numbered(tmp_path: Path) -> 
     assert list(stream_values(path, "values")) == [(1, {"a": "\U0001f600"})]
 
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]))
-WHOLE = st.integers(1 - 2**63, 2**63 - 1)  # a list's are of 64 bits
-VALUES = st.one_of(TEXT, WHOLE, st.none(), st.lists(TEXT), st.dictionaries(TEXT, TEXT))
-
-
-@st.composite
-def spelled(draw: st.DrawFn) -> tuple[Sequence[Mapping[str, object]], bytes]:
-    """The same records as a list or as lines, indented or not, escaped or not, with either line end, with a mark."""
-    rows = draw(st.lists(st.dictionaries(TEXT, VALUES, min_size=1), min_size=1, max_size=6))
-    options = {"indent": draw(st.sampled_from([None, 0, 2])), "ensure_ascii": draw(st.booleans())}
-    as_list = draw(st.booleans())
-    text = json.dumps(rows, **options) if as_list else "\n".join(json.dumps(row, **options) for row in rows)
-    text = draw(st.sampled_from(["", "\n ", "\ufeff"])) + text + draw(st.sampled_from(["", "\n", "\r\n\r\n"]))
-    return rows, (text.replace("\n", "\r\n") if draw(st.booleans()) else text).encode()
-
-
-@given(spelled())
-def test_every_spelling_reads_the_same(tmp_path: Path, case: tuple[Sequence[Mapping[str, object]], bytes]) -> None:
-    rows, content = case
-    path = tmp_path / "any.json"
-    path.write_bytes(content)
-    assert list(stream_records(path)) == rows
-
-
 LINE = json.dumps({"id": "a", "text": "x"})
 
 
@@ -123,23 +96,15 @@ HALF = '{"a": "\\uDE00"}'
     ("read", "content", "where"),
     [
         ("records", f"[{LINE},\n{LINE}", "value 2"),
-        ("records", f"[{LINE},\n{LINE[:-9]}", "value 1"),
         ("records", f"[{LINE}\n{LINE}]", "value 1"),
-        ("records", f"[{LINE},\n]", "value 1"),
-        ("records", f"[{LINE}]\n\n{LINE}", "value 1"),
         ("records", f"{LINE}\n{LINE}\n{{'id': 1}}\n", "line 3"),
-        ("records", f"{LINE}\n[1]\n", "row 2"),
-        ("records", f'[{LINE},\n{{"id": "\x01"}}]', "value 1"),
         ("records", f'[{LINE}, {{"id": NaN}}]', "value 1"),
         ("records", f'[\n{{"id": {"[" * 100_000}', "value 0"),
-        ("records", "{" + f'"id": {"[" * 100_000}', "value 0"),
         ("records", f'{{"data": [{LINE}],\n"test": [{LINE}]}}', "'test'"),
         ("lines", b'{}\n{"a": "\xe9"}', "line 2"),
         ("lines", b"{}\n" + b"[" * 100_000, "line 2"),
         ("lines", f"{{}}\n{HALF}", "line 2"),
-        ("lines", "{}\n[1]", "line 2"),
         ("lines", "{}\n" + "x" * 120_000, "line 2"),
-        ("values", HALF, "row 1"),
         ("values", f'{{"a": 1}}\n{HALF}', "row 2"),
     ],
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import pickle
 import time
 from pathlib import Path
 
@@ -12,12 +10,12 @@ import pytest
 
 from dora_vl import limited_process
 from dora_vl.data.example import Clip
-from dora_vl.data.video import AtSeconds, EverySeconds, Uniform, VideoReader, why_no_video
+from dora_vl.data.video import AtSeconds, Uniform, VideoReader, why_no_video
 from dora_vl.data.video_backends import BackendMissing, Unreadable, import_backend, open_video
 from dora_vl.errors import BadSample, UserError
 from tests.data.video_files import CODECS, OPEN_GOPS, STEADY, read_frames, turned, write_clip, write_video
 
-pytest.importorskip("av", reason="pip install '.[video]'")
+av = pytest.importorskip("av", reason="pip install '.[video]'")
 pytest.importorskip("decord", reason="pip install '.[video]'")
 pytestmark = pytest.mark.timeout(240)
 
@@ -27,13 +25,6 @@ UNEVEN = [0.0, 0.04, 0.5, 0.52, 1.5, 3.0, 3.04, 5.0]
 
 def pixels(frames) -> np.ndarray:
     return np.stack([np.asarray(picture, dtype=np.int64) for picture in frames.pictures])
-
-
-def decoded_from_the_start(path: Path) -> list[np.ndarray]:
-    import av
-
-    with av.open(str(path)) as container:
-        return [frame.to_ndarray(format="rgb24").astype(int) for frame in container.decode(video=0)]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -50,11 +41,9 @@ def backend(request: pytest.FixtureRequest) -> str:
     ("seconds", "sampling", "expected"),
     [
         (STEADY, Uniform(4), (6, 18, 31, 43)),
-        (STEADY, EverySeconds(0.5), (6, 18, 31, 43)),
         (STEADY, AtSeconds((0.0, 1.0, 1.03, 2.0)), (0, 25, 49)),
         (UNEVEN, AtSeconds((0.3, 0.51, 2.9, 3.1, 5.0)), (1, 2, 4, 6, 7)),
         (STEADY[:1], Uniform(8), (0,)),
-        (STEADY[:2], EverySeconds(1.5), (0, 1)),
         ([2 + begin for begin in STEADY], Uniform(2), (12, 37)),
     ],
 )
@@ -73,7 +62,8 @@ def test_open_gops_give_the_frames_that_decoding_from_the_start_gives(
     tmp_path: Path, backend: str, suffix: str
 ) -> None:
     path = write_video(tmp_path / f"a{suffix}", x264=OPEN_GOPS)
-    whole = decoded_from_the_start(path)
+    with av.open(str(path)) as container:
+        whole = [frame.to_ndarray(format="rgb24").astype(int) for frame in container.decode(video=0)]
     assert len(whole) == len(STEADY)
     groups = [[index] for index in range(len(STEADY))] + [[6, 18, 31, 43], [7, 8, 9, 30], list(range(len(STEADY)))]
     if (backend, suffix) == ("decord", ".ts"):  # it loses the first frames of a stream: refused, not wrong
@@ -104,49 +94,31 @@ def test_only_the_named_part(tmp_path: Path) -> None:
             read_frames(tmp_path, Clip(path="a.mp4", start_seconds=3.0), Uniform(2), backends=(backend,))
 
 
-QUARTERS_AND_MIRRORS = [
-    (1, 0, 0, 1),
-    (0, 1, -1, 0),
-    (-1, 0, 0, -1),
-    (0, -1, 1, 0),
-    (-1, 0, 0, 1),
-    (1, 0, 0, -1),
-    (0, 1, 1, 0),
-    (0, -1, -1, 0),
-]
-"""a, b, c, d of the header's matrix; the last four mirror."""
+UPRIGHT = {
+    (0, 1, -1, 0): lambda flat: np.rot90(flat, -1),
+    (-1, 0, 0, -1): lambda flat: flat[::-1, ::-1],
+    (-1, 0, 0, 1): lambda flat: flat[:, ::-1],
+    (0, 1, 1, 0): lambda flat: flat.transpose(1, 0, 2),
+}
+"""a, b, c, d of the header's matrix, which show a pixel at (x, y) where (a x + c y, b x + d y) is -> what is shown."""
 
 
-def shown_by(matrix: tuple[int, int, int, int], flat: np.ndarray) -> np.ndarray:
-    """Each pixel (x, y) put where (a x + c y, b x + d y) is, from 0."""
-    a, b, c, d = matrix
-    y, x = np.indices(flat.shape[:2])
-    across, down = a * x + c * y, b * x + d * y
-    across, down = across - across.min(), down - down.min()
-    upright = np.zeros((down.max() + 1, across.max() + 1, 3), flat.dtype)
-    upright[down, across] = flat
-    return upright
-
-
-@pytest.mark.parametrize("matrix", QUARTERS_AND_MIRRORS)
+@pytest.mark.parametrize("matrix", UPRIGHT)
 def test_a_turned_or_mirrored_video_is_shown_upright(tmp_path: Path, matrix: tuple[int, int, int, int]) -> None:
     turned(write_video(tmp_path / "flat.mp4"), tmp_path / "turned.mp4", matrix)
     flat = read_frames(tmp_path, Clip(path="flat.mp4"), AtSeconds((0.4,)), backends=("pyav",))
     upright = pixels(read_frames(tmp_path, Clip(path="turned.mp4"), AtSeconds((0.4,))))[0]
-    expected = shown_by(matrix, pixels(flat)[0])
+    expected = UPRIGHT[matrix](pixels(flat)[0])
     assert upright.shape == expected.shape
     assert np.abs(upright - expected).mean() < 1
 
 
-BROKEN = ("missing", "empty", "noise", "text", "sound", "no_frame", "damaged", "cut", "cut_index_first", "pipe")
-BROKEN_FILES = (*(f"{name}.mp4" for name in BROKEN), "a.m3u8", "wide.mkv", "../outside.mp4")
+BROKEN = ("missing", "noise", "no_frame", "damaged", "cut", "cut_index_first")
+BROKEN_FILES = (*(f"{name}.mp4" for name in BROKEN), "wide.mkv")
 
 
 def write_broken(folder: Path) -> None:
-    (folder / "empty.mp4").touch()
     (folder / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(20_000))
-    (folder / "text.mp4").write_text("no video " * 500)
-    write_video(folder / "sound.mp4", [], sound=True)
     header = write_video(folder / "whole.mp4", STEADY, options={"movflags": "faststart"}).read_bytes()
     frames = header.find(b"mdat")  # how many bytes each frame takes is the encoder's to choose
     (folder / "cut_index_first.mp4").write_bytes(header[: frames + (len(header) - frames) * 3 // 10])
@@ -154,8 +126,6 @@ def write_broken(folder: Path) -> None:
     (folder / "cut.mp4").write_bytes(plain[: len(plain) * 6 // 10])
     (folder / "no_frame.mp4").write_bytes(plain[: plain.find(b"mdat") - 4])
     (folder / "damaged.mp4").write_bytes(plain.replace(b"stbl", b"stbX"))
-    (folder / "a.m3u8").write_text(f"#EXTM3U\n#EXTINF:2,\n{folder / 'whole.mp4'}\n#EXT-X-ENDLIST\n")
-    os.mkfifo(folder / "pipe.mp4")
     write_clip(folder / "wide.mkv", "ffv1", width=12_000, height=4_000, frames=1)
 
 
@@ -170,36 +140,16 @@ def test_broken_files_are_named_and_the_next_one_is_read(tmp_path: Path) -> None
     assert (frames.backend, frames.indices) == ("decord", (12, 37))
 
 
-def test_a_file_that_takes_too_much_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The decoder's process may have so many bytes more; a library that asks for them gets none."""
-    write_video(tmp_path / "a.mp4")
-    greedy = "import numpy\nclass DECORDError(Exception): pass\nclass VideoReader:\n"  # bytes that nobody writes
-    greedy += "    def __init__(self, path, num_threads): self.held = [numpy.zeros(2**25) for _ in range(32)]\n"
-    broken_library(tmp_path, "decord", greedy)
-    raises = pytest.raises(BadSample)
-    with reader_with(tmp_path, monkeypatch, backends=("decord",)) as reader, raises:
-        reader.read(tmp_path, Clip(path="a.mp4"), Uniform(2))
-
-
 def test_a_missing_backend_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_video(tmp_path / "a.mp4")
-    broken_library(tmp_path, "av", "raise ImportError('not built for this machine')")
-    with reader_with(tmp_path, monkeypatch) as reader:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # found before what is installed
+    (tmp_path / "av.py").write_text("raise ImportError('not built for this machine')")
+    with VideoReader() as reader:
         assert [reader.read(tmp_path, Clip(path="a.mp4"), Uniform(2)).backend for _ in range(2)] == ["decord"] * 2
-    broken_library(tmp_path, "decord", "raise RuntimeError('no FFmpeg')")
-    with reader_with(tmp_path, monkeypatch) as reader, pytest.raises(UserError) as raised:
+    (tmp_path / "decord.py").write_text("raise RuntimeError('no FFmpeg')")
+    with VideoReader() as reader, pytest.raises(UserError) as raised:
         reader.read(tmp_path, Clip(path="a.mp4"), Uniform(2))
     assert not isinstance(raised.value, BadSample)  # the machine's fault, not the file's: it must end the run
-
-
-def broken_library(folder: Path, name: str, code: str) -> None:
-    (folder / f"{name}.py").write_text(code)
-
-
-def reader_with(folder: Path, monkeypatch: pytest.MonkeyPatch, **options) -> VideoReader:
-    """A reader whose process finds the modules of `folder` before the installed ones."""
-    monkeypatch.setenv("PYTHONPATH", str(folder))
-    return VideoReader(**options)
 
 
 STAND_IN = """
@@ -217,8 +167,9 @@ def test_a_decoder_that_hangs_or_crashes_costs_one_file(tmp_path: Path, monkeypa
     monkeypatch.setattr(limited_process, "START_SECONDS", 2.0)
     for name in ("good", "hang", "crash"):
         write_video(tmp_path / f"{name}.mp4")
-    broken_library(tmp_path, "decord", STAND_IN)
-    with reader_with(tmp_path, monkeypatch, backends=BACKENDS, limit_seconds=0.5) as reader:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "decord.py").write_text(STAND_IN)
+    with VideoReader(backends=BACKENDS, limit_seconds=0.5) as reader:
         assert reader.read(tmp_path, Clip(path="good.mp4"), Uniform(2)).backend == "pyav"
         started = time.monotonic()
         for name in ("hang.mp4", "crash.mp4"):
@@ -227,18 +178,6 @@ def test_a_decoder_that_hangs_or_crashes_costs_one_file(tmp_path: Path, monkeypa
             assert raised.value.sample_id == name
         assert time.monotonic() - started < 30
         assert reader.read(tmp_path, Clip(path="good.mp4"), Uniform(2)).backend == "pyav"
-
-
-def test_frames_are_prepared_as_they_come_and_a_reader_can_be_sent(tmp_path: Path) -> None:
-    write_video(tmp_path / "a.mp4")
-    with VideoReader(backends=BACKENDS) as reader:
-        sizes = reader.read_prepared(tmp_path, Clip(path="a.mp4"), Uniform(3), lambda picture: picture.size)
-        assert sizes.pictures == ((64, 48),) * 3
-        with pytest.raises(ZeroDivisionError):
-            reader.read_prepared(tmp_path, Clip(path="a.mp4"), Uniform(3), lambda picture: 1 // 0)
-        with pickle.loads(pickle.dumps(reader)) as sent:
-            assert sent.read(tmp_path, Clip(path="a.mp4"), Uniform(1)).indices == (25,)
-        assert reader.read(tmp_path, Clip(path="a.mp4"), Uniform(1)).indices == (25,)
 
 
 def test_questions_about_one_video_decode_it_once_until_its_file_changes(tmp_path: Path) -> None:
@@ -264,8 +203,8 @@ def test_the_process_ends_with_its_parent(tmp_path: Path) -> None:
     assert process.wait(timeout=60) == 0
 
 
-CUT = (".mp4", ".mkv", ".webm", ".avi", ".gif", ".flv", ".mxf")
-"""Containers that state how long they are, or end with a mark; WMV and streams of MPEG tell no cut"""
+CUT = (".mp4", ".mkv", ".webm", ".avi", ".gif")
+"""Containers that state how long they are, or end with a mark; streams of MPEG tell no cut"""
 
 
 @pytest.mark.parametrize("suffix", CODECS)
@@ -279,8 +218,3 @@ def test_whole_files_are_read_and_no_cut_one_is(tmp_path: Path, suffix: str) -> 
         assert why_no_video(cut) is not None
         with pytest.raises(BadSample):
             read_frames(tmp_path, Clip(path=cut.name), Uniform(4))
-
-
-def test_unknown_backends_are_refused() -> None:
-    with pytest.raises(UserError):
-        VideoReader(backends=("opencv",))

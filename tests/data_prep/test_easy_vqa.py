@@ -45,10 +45,6 @@ def package(tmp_path: Path) -> Path:
     return folder
 
 
-def read(folder: Path, split: str) -> list[dict]:
-    return json.loads((folder / f"{split}.json").read_text())
-
-
 def test_the_same_seed_writes_the_same_bytes_and_the_manifest_says_which(package: Path, tmp_path: Path) -> None:
     manifests = [
         convert(package, tmp_path / name, held_out=2, seed=seed) for name, seed in (("a", 1), ("b", 1), ("c", 2))
@@ -89,7 +85,8 @@ def test_splits_are_the_written_ones(package: Path, tmp_path: Path) -> None:
     undescribed = [row for row in rows if row[2] != 5 or row[1] in {"yes", "no"}]
     (package / "train/questions.json").write_text(json.dumps(undescribed))
     manifest = convert(package, tmp_path / "data", held_out=2)
-    splits = {split: read(tmp_path / "data", split) for split in ("train", "validation", "test")}
+    names = ("train", "validation", "test")
+    splits = {split: json.loads((tmp_path / "data" / f"{split}.json").read_text()) for split in names}
     assert splits == json.loads(Path(__file__).with_name("easy_vqa_splits.json").read_text(encoding="utf-8"))
     assert manifest["left_out_undescribed"] == 5
 

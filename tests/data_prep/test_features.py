@@ -28,7 +28,6 @@ TOWER += ["--layer", "-3", "--grid-pool", "2"]
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Weights of their own, the same in every call."""
     import timm
 
     path = tmp_path_factory.mktemp("weights") / "tower.pth"
@@ -73,6 +72,7 @@ def test_a_folder_of_pictures_and_videos(root: Path, tmp_path: Path, weights: st
     run(root, to, weights)
     assert sorted(to.iterdir()) == before
     refused(root, to, weights, "--aspect", "square")
+    refused(root, tmp_path / "other", weights, "--max-bad-share", "0.1")
 
 
 @pytest.mark.parametrize(
@@ -124,10 +124,6 @@ def test_parts_do_not_pass_for_the_whole(root: Path, tmp_path: Path, weights: st
     run(root, to, weights, "--records", str(records))
     assert open_features(to).part("one") == (0.4, 1.0)
     refused(root, to, weights)
-
-
-def test_too_many_broken_files_end_the_run(root: Path, tmp_path: Path, weights: str) -> None:
-    refused(root, tmp_path / "features", weights, "--max-bad-share", "0.1")
 
 
 def test_records_name_what_is_read(tmp_path: Path) -> None:

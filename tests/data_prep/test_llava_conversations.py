@@ -65,7 +65,6 @@ def test_bad_files_end_with_status_2(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def run(monkeypatch: pytest.MonkeyPatch, records: Path, to: Path, benchmark: str = "nlvr") -> None:
-    """The command as it is typed."""
     typed = ["llava_conversations", "--records", str(records), "--benchmark", benchmark, "--to", str(to)]
     monkeypatch.setattr("sys.argv", typed)
     main()

@@ -12,9 +12,7 @@ from PIL import Image
 
 from data_prep import nlvr_scenes
 from data_prep.nlvr_scenes import BOX, COLOURS, GAP, Item, claim, draw, examples_of
-from dora_vl.backbones.towers import ImagePreparation, Preparation
 from dora_vl.data.example import iterate_examples
-from dora_vl.run.reading import read_run
 
 
 def block(colour: str, level: int) -> Item:
@@ -120,15 +118,3 @@ def test_the_files_hold_scenes_that_do_not_mix(tmp_path: Path, monkeypatch: pyte
         assert answers == {row.question: row.answers[0].text for row in about}
     left = next(row for row in rows["questions"] if row.id == "0-left").answers[0].text
     assert Counter(word.split()[0] for word in left.split(", ")) == Counter(item.colour for item in scene[0])
-
-
-@pytest.mark.parametrize("variant", ["pretrain", "adapt"])
-def test_the_llava_of_the_recipe_sees_every_box(variant: str) -> None:
-    recipe = Path(__file__).parents[2] / "configs/llava/nlvr_small.yaml"
-    aspect = read_run([f"--config={recipe}", f"--variant={variant}"]).model.image_aspect
-    preparation = ImagePreparation(Preparation(image_size=448, mean=(0.5,) * 3, std=(0.5,) * 3), aspect=aspect)
-    pixels = preparation.prepare(draw(SHAPES))
-    for number in range(3):
-        others = [*SHAPES]
-        others[number] = [Item("triangle", "black", 50, 70, 10)]
-        assert not preparation.prepare(draw(others)).equal(pixels)

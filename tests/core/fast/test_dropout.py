@@ -8,10 +8,8 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from dora_vl.core import apply_dora
-from dora_vl.core.fast import dropout
 from dora_vl.core.fast.dropout import SHARED_DROPOUT, SharedDropout, draw_dropped
 from tests.core.dense_dora import config
 
@@ -56,25 +54,3 @@ def test_sharing_holds_under_autocast_and_keeps_nothing_alive():
     del x
     gc.collect()
     assert gone() is None
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_a_checkpoint_keeps_no_mask(monkeypatch, reentrant):
-    """Two blocks, since the last draw of all is kept for the layers that may share it."""
-    masks: list[weakref.ReferenceType[torch.Tensor]] = []
-    draw = dropout.draw_dropped
-
-    def remembered(*operands):
-        drawn = draw(*operands)
-        masks.append(weakref.ref(drawn.positions))
-        return drawn
-
-    monkeypatch.setattr(dropout, "draw_dropped", remembered)
-    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
-    apply_dora(model, config(dropout=0.3))
-    y = torch.randn(40, 6, requires_grad=True)
-    for layer in model:
-        y = checkpoint(layer, y, use_reentrant=reentrant)
-    gc.collect()
-    assert [mask() is None for mask in masks] == [True, False]
-    y.sum().backward()

@@ -1,9 +1,9 @@
-"""Rows with tools, thoughts and marks of turns as the owners of each form write them, ten of each.
+"""Rows with tools, thoughts and marks of turns as the owners of each form write them, seven of each.
 
 Beside each row stands the conversation that it is, in the messages that transformers' chat templates take; an answer
 that is not trained has `trained: False`. Sources: TRL dataset_formats.md (tool calling, harmony, prompt-completion),
-transformers' chat_extras, OpenAI's fine-tuning guide (tools, `weight`), ms-swift Agent-support.md and
-Custom-dataset.md, LLaMA-Factory data/README.md and glaive_toolcall, Axolotl conversation.qmd, the card of
+transformers' chat_extras, OpenAI's fine-tuning guide (tools), ms-swift Agent-support.md and
+Custom-dataset.md, Axolotl conversation.qmd, the card of
 NousResearch/hermes-function-calling-v1.
 """
 
@@ -35,11 +35,8 @@ ITEMS = [
     Item('the "Hague"', 0, 'In the "Hague" it is <b>0</b>.', "Quotes?"),
     Item("東京", 31, "東京は31度です。", "日本語で"),
     Item("Sault\\Ste", 7, "Seven \\o/", "A \\ is in it"),
-    Item("O'Fallon", 12, "It's 12.", "It's a quote"),
-    Item("Rome", 15, "15", "R"),
     Item("Oslo {north}", 3, "{3}", "{{ none }}"),
     Item("Bern", 9.25, "9.25 degrees:\n- mild", "So:"),
-    Item("Lima", 19, "Mild, 19.", "Lima, then."),
 ]
 
 FUNCTION: Row = {
@@ -101,13 +98,6 @@ def trl_prompt_completion(item: Item) -> tuple[Row, Talk]:
     return row, Talk([user(asked(item)), assistant("", tool_calls=[call])], [TOOL])
 
 
-def trl_harmony(item: Item) -> tuple[Row, Talk]:
-    developer = {"role": "developer", "content": "Use a friendly tone."}
-    row = {"messages": [developer, user(asked(item)), assistant(item.said, thinking=item.thought)]}
-    system = {"role": "system", "content": "Use a friendly tone."}
-    return row, Talk([system, user(asked(item)), assistant(item.said, reasoning_content=item.thought)])
-
-
 def trl_template_arguments(item: Item) -> tuple[Row, Talk]:
     row = {"messages": [user(asked(item)), assistant(item.said)], "chat_template_kwargs": {"enable_thinking": False}}
     return row, Talk([user(asked(item)), assistant(item.said)], (), {"enable_thinking": False})
@@ -133,13 +123,6 @@ def openai_tools(item: Item) -> tuple[Row, Talk]:
     row = {"messages": [user(asked(item)), calling, result, assistant(item.said)]}
     row |= {"parallel_tool_calls": False, "tools": [TOOL]}
     return row, Talk([user(asked(item)), assistant("", tool_calls=[call]), result, assistant(item.said)], [TOOL])
-
-
-def openai_weight(item: Item) -> tuple[Row, Talk]:
-    system = {"role": "system", "content": "Marv is a factual chatbot that is also sarcastic."}
-    messages = [system, user(asked(item)), assistant("Warm."), user("Be exact."), assistant(item.said)]
-    row = {"messages": [*messages[:2], {**messages[2], "weight": 0}, messages[3], {**messages[4], "weight": 1}]}
-    return row, Talk([*messages[:2], {**messages[2], "trained": False}, *messages[3:]])
 
 
 def swift_agent(item: Item) -> tuple[Row, Talk]:
@@ -174,23 +157,6 @@ def swift_loss(item: Item) -> tuple[Row, Talk]:
     }
     calling = assistant("Let me look.", tool_calls=[call_of(item)], trained=False)
     return row, Talk([user(asked(item)), calling, tool(result_of(item)), assistant(item.said)], [TOOL])
-
-
-def llama_factory(item: Item) -> tuple[Row, Talk]:
-    """Tools are JSON of functions alone."""
-    row = {
-        "conversations": [
-            {"from": "human", "value": asked(item)},
-            {"from": "function_call", "value": json.dumps({"name": "get_weather", "arguments": arguments_of(item)})},
-            {"from": "observation", "value": result_of(item)},
-            {"from": "gpt", "value": item.said},
-        ],
-        "system": "You tell the weather.",
-        "tools": json.dumps([FUNCTION]),
-    }
-    system = {"role": "system", "content": "You tell the weather."}
-    messages = [system, user(asked(item)), assistant("", tool_calls=[call_of(item)]), tool(result_of(item))]
-    return row, Talk([*messages, assistant(item.said)], [TOOL])
 
 
 def axolotl(item: Item) -> tuple[Row, Talk]:
@@ -235,21 +201,10 @@ def hermes(item: Item) -> tuple[Row, Talk]:
     return row, Talk([*messages, assistant(item.said)])
 
 
-def trl_solution(item: Item) -> tuple[Row, Talk]:
-    row = {"prompt": [user(asked(item))], "solution": item.said}
-    return row, Talk([user(asked(item)), assistant(item.said)])
-
-
-def swift_solution(item: Item) -> tuple[Row, Talk]:
-    system = {"role": "system", "content": "You are a useful and harmless assistant"}
-    row = {"messages": [system, user(asked(item))], "solution": item.said}
-    return row, Talk([system, user(asked(item)), assistant(item.said)])
-
-
 FORMS: Mapping[str, Callable[[Item], tuple[Row, Talk]]] = {
     form.__name__: form
     for form in (
-        *(trl_tools, trl_prompt_completion, trl_harmony, trl_template_arguments, reasoning, openai_tools),
-        *(openai_weight, swift_agent, swift_loss, llama_factory, axolotl, hermes, trl_solution, swift_solution),
+        *(trl_tools, trl_prompt_completion, trl_template_arguments, reasoning, openai_tools),
+        *(swift_agent, swift_loss, axolotl, hermes),
     )
 }

@@ -1,12 +1,23 @@
-"""Each row of `rows.jsonl` is what is written there for all readers alike: pictures, videos and turns, or refused.
+"""Rows, shapes and files of rows as people write them, each beside what it is.
 
-A refused row has the kind of its `BadSample`, or "columns" where one would be left out that means something.
+A row of `rows.jsonl` is what is written there for all readers alike: pictures, videos and turns, or refused, with the
+kind of its `BadSample`, or "columns" where one would be left out that means something.
+
+A shape of `shapes.jsonl` is read right, or stops with its `remedy`, the settings that the error names, and is what is
+written with them; `bad` is the kind of its `BadSample`. A preference has its `rejected` answers or whether its answer
+`is_good`, and `alone`, settings that leave these out. `of` says where it is from: LLaMA-Factory (data/README.md and its
+demos), ms-swift (Custom-dataset.md), TRL (dataset_formats.md); published sets have their columns.
+
+Each file of `files.jsonl`, written without looking at the reader, opens, stops, or has a bad first row, and says why.
 """
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import csv
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,37 +26,40 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dora_vl.data.check import DOUBTS, FileCheck
-from dora_vl.data.columns import Columns, ColumnsError, TrainFile
+from dora_vl.data.columns import FORMATS, USUAL, Columns, ColumnsError, TrainFile
 from dora_vl.data.containers import find_files
 from dora_vl.data.example import Example
-from dora_vl.data.readers import read_row
+from dora_vl.data.readers import RowReader, read_row
 from dora_vl.data.stream import StreamSource
 from dora_vl.data.table import described, load_rows
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.questions import read_questions
 
-ROWS = [json.loads(line) for line in Path(__file__).with_name("rows.jsonl").read_text(encoding="utf-8").splitlines()]
+ROWS, SHAPES, FILES = (
+    [json.loads(line) for line in Path(__file__).with_name(f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    for name in ("rows", "shapes", "files")
+)
 ASKED = {"question": "Which?", "answer": "two"}
 
 
 def as_csv(path: Path, rows: list[Mapping[str, object]]) -> None:
-    cells = [
-        {name: json.dumps(value) if isinstance(value, list | dict) else value for name, value in row.items()}
-        for row in rows
-    ]
     with path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, [*rows[0]])
+        table = csv.DictWriter(file, [*dict.fromkeys(name for row in rows for name in row)])
         table.writeheader()
-        table.writerows(cells)
+        for row in rows:
+            table.writerow({name: json.dumps(v) if isinstance(v, list | dict) else v for name, v in row.items()})
 
 
-OF_TABLES = ("Image", " image ", "image1, image2", "VSR", "A, B", "MATH-V", "tools", "calls", "header")
+OF_TABLES = (" image ", "image1, image2", "VSR", "A, B", "MATH-V", "header")
 """Cases that a table's cells or types could change."""
 WRITERS: Mapping[str, Callable[[Path, list[Mapping[str, object]]], object]] = {
     "csv": as_csv,
+    "json": lambda path, rows: path.write_text(json.dumps(rows), encoding="utf-8"),
     "jsonl": lambda path, rows: path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"),
     "parquet": lambda path, rows: pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), path),
 }
@@ -57,7 +71,6 @@ def turn_parts(turn: Turn) -> list[Any]:
 
 
 def parts(example: object) -> dict[str, Any]:
-    """An example as `rows.jsonl` has it."""
     assert isinstance(example, Example)
     videos = [[clip.path, clip.start_seconds, clip.end_seconds] for clip in example.videos]
     turns = [turn_parts(turn) for turn in example.turns]
@@ -102,25 +115,13 @@ def test_the_columns_are_told_before_the_first_step(tmp_path: Path) -> None:
     rows.append({"image_1": "a.png", "image_2": "b.png", **ASKED, "source": "web"})
     path = tmp_path / "rows.jsonl"
     WRITERS["jsonl"](path, [*rows])
-    lines = [
-        "  photo: used as images",
-        "  question: used as question",
-        "  answer: used as answer",
-        "  source: left out",
-        "  image_1: used as images",
-        "  image_2: used as images",
-    ]
+    lines = ["  photo: used as images", "  question: used as question", "  answer: used as answer"]
+    lines += ["  source: left out", "  image_1: used as images", "  image_2: used as images"]
     summary = described(TrainFile(path=str(path)), load_rows(str(path), cache_folder=tmp_path / "cache").rows)
-    assert summary == [
-        "rows.jsonl: question/answer, 3 rows",
-        *lines,
-        "  pictures: none in 1 rows, 1 in 1 rows, 2 in 1 rows",
-    ]
+    assert summary[1:-1] == lines
+    assert [*map(int, re.findall(r"\d+", summary[-1]))] == [1, 1, 1, 2, 1]  # none in one, one in one, two in one
     assert StreamSource(TrainFile(path=str(path)), limit=None, seed=0).described()[1:] == lines
-    plain = {"id": "a", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "model": "m"}
-    WRITERS["jsonl"](path, [plain, {**plain, "image": "a.png"}])
-    summary = described(TrainFile(path=str(path)), load_rows(str(path), cache_folder=tmp_path / "cache").rows)
-    assert {"  model: left out", "  image: used as images", "  pictures: none in 1 rows, 1 in 1 rows"} < set(summary)
+    plain = {"id": "a", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
     WRITERS["jsonl"](path, [plain, {**plain, "label": False}])
     with pytest.raises(UserError):
         load_rows(str(path), cache_folder=tmp_path / "cache")
@@ -163,3 +164,230 @@ def test_a_value_nested_too_deeply_is_a_bad_sample(tmp_path: Path) -> None:
     with pytest.raises(BadSample):
         read_row(row)
     assert isinstance(FileCheck(tmp_path / "a.json").read(row), BadSample)
+
+
+def outcome(row: dict[str, Any], columns: Columns = USUAL) -> dict[str, Any]:
+    try:
+        example = read_row(row, columns=columns)
+    except ColumnsError:
+        return {"bad": "columns"}
+    except BadSample as error:
+        return {"bad": error.kind}
+    videos = {"videos": [clip.path for clip in example.videos]} if example.videos else {}
+    about = {name: [*vars(example)[name]] for name in ("rejected", "rejected_images")}
+    rejected = {name: values for name, values in about.items() if values}
+    judged = {} if example.is_good is None else {"is_good": example.is_good}
+    turns = [turn_parts(turn) for turn in example.turns]
+    return {"images": [*example.images], **videos, "turns": turns, **rejected, **judged}
+
+
+def settings_of(remedy: Columns) -> dict[str, Any]:
+    values = {"columns": dict(remedy.roles), "ignore": [*remedy.ignored], "ask": remedy.ask}
+    return {name: value for name, value in values.items() if value}
+
+
+@pytest.mark.parametrize("of", dict.fromkeys(shape["of"] for shape in SHAPES))
+def test_a_shape_is_read_or_stops_with_what_settles_it(of: str) -> None:
+    for shape in SHAPES:
+        if shape["of"] != of:
+            continue
+        names = ("images", "videos", "turns", "bad", "rejected", "rejected_images", "is_good")
+        expected = {name: shape[name] for name in names if name in shape}
+        if "remedy" not in shape:
+            assert outcome(shape["row"]) == expected, shape["row"]
+            if alone := shape.get("alone"):
+                settled = Columns(alone.get("columns", {}), tuple(alone.get("ignore", ())))
+                plain = {name: expected[name] for name in ("images", "turns")}
+                assert outcome(shape["row"], settled) == plain, shape["row"]
+            continue
+        with pytest.raises(ColumnsError) as caught:
+            read_row(shape["row"])
+        assert settings_of(caught.value.remedy) == shape["remedy"], shape["row"]
+        assert caught.value.remedy.as_settings() in str(caught.value), shape["row"]
+        assert outcome(shape["row"], caught.value.remedy) == expected, shape["row"]
+
+
+def test_files_written_without_looking_at_the_reader(tmp_path: Path) -> None:
+    for file in FILES:
+        path = tmp_path / f"{file['name']}.{file['suffix']}"
+        WRITERS[file["suffix"]](path, file["rows"])
+        reader, found = RowReader(path.name), {"is": "stop"}
+        with contextlib.suppress(UserError):
+            first, *_ = [reader.read(row, number) for number, row in enumerate(find_files(path).rows())]
+            opened = {} if isinstance(first, BadSample) else parts(first)
+            found = {"is": "open", "turns": opened["turns"], "images": opened["images"]} if opened else {"is": "bad"}
+        assert found == {name: file[name] for name in ("is", "turns", "images") if name in file}, file["name"]
+
+
+MESSAGES = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "train": 0.5}]}
+
+
+def test_a_key_of_a_message_ends_the_run_by_file_row_and_setting() -> None:
+    with pytest.raises(UserError) as caught:
+        RowReader("conversations.jsonl").read(MESSAGES, 6)
+    assert not isinstance(caught.value, BadSample)
+    assert all(word in str(caught.value) for word in ("conversations.jsonl", "row 7", "data.ignore: [messages.train]"))
+    columns = Columns({"conversation": "messages"})
+    with pytest.raises(ColumnsError) as named:
+        read_row({"conversation": MESSAGES["messages"]}, columns=columns)
+    assert named.value.remedy.ignored == ("conversation.train",)  # by the file's own name
+    with pytest.raises(ColumnsError) as nested:
+        read_row({"prompt": "q", "completion": [MESSAGES["messages"][1]]})
+    assert nested.value.remedy.ignored == ("completion.train",)
+
+
+ROOT = Path(__file__).parents[3]
+DOCUMENTED = Turn("user", "<image>\nWhat is it?"), Turn("assistant", "A cat.")
+
+
+def conversation(row: Mapping[str, object]) -> Example:
+    return read_row(row)
+
+
+def documented_rows(kind: str = "rows") -> list[str]:
+    text = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    return text.partition(f"<!-- {kind} -->\n```json\n")[2].partition("```")[0].splitlines()
+
+
+@pytest.mark.parametrize("line", [*documented_rows(), *documented_rows("video rows")])
+def test_each_row_of_the_documentation_is_the_same_sample(line: str) -> None:
+    sample, videos = conversation(json.loads(line)), line in documented_rows("video rows")
+    *system, question, answer = sample.turns
+    assert system == ([Turn("system", "Be brief.")] if "system" in line else [])
+    assert answer == DOCUMENTED[1]
+    words = "" if '"caption"' in line else "What is it?"
+    assert question.text.replace("\n", "") == ("<video>" if videos else "<image>") + words
+    if videos:
+        assert [clip.path for clip in sample.videos] == ["cat.mp4"]
+        assert read_row(json.loads(line)).video is not None  # what a test about one video reads
+    else:
+        assert sample.images == ("cat.jpg",)
+        assert not words or question == DOCUMENTED[0]
+
+
+def test_the_documentation_has_a_row_of_every_format() -> None:
+    formats = [USUAL.resolve(json.loads(line)).format for line in documented_rows()]
+    assert {form.name for form in formats if form} == {form.name for form in FORMATS}
+
+
+def test_pictures_in_parts_and_beside_them_keep_their_order() -> None:
+    url = "data:image/png;base64," + base64.b64encode(b"pixels").decode()
+    parts = [
+        {"type": "image"},
+        {"type": "text", "text": "and"},
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "text", "text": "and <image>?"},
+    ]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "so"}]
+    sample = read_row({"messages": messages, "images": ["first.png", {"bytes": b"third", "path": None}]})
+    assert sample.turns[0].text == "<image>and<image>and <image>?"
+    assert sample.images[0] == "first.png"
+    assert [sample.image_bytes[name] for name in sample.images[1:]] == [b"pixels", b"third"]
+
+
+SAID = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+LLAVA = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+
+
+ASKING = {"question": "Which is red?", "answer": "two"}
+
+
+def test_an_instruction_keeps_its_input_and_the_answer_that_is_scored(tmp_path: Path) -> None:
+    scored = {"instruction": "Is it so?", "input": "", "output": "the correct answer is true", "answer": "true"}
+    unscored = {"instruction": "Say it.", "input": " it\n\u00e9 ", "output": "it"}
+    first, second = conversation(scored).turns[0], conversation(unscored).turns[0]
+    assert (first.text, first.input) == ("Is it so?", "")
+    assert (second.instruction, second.input) == ("Say it.", " it\n\u00e9 ")
+    assert second.text == "Say it.\n it\n\u00e9 "  # what every other prompt takes
+    (tmp_path / "a.json").write_text(json.dumps([scored, {**unscored, "id": "b"}, {"instruction": "q", "output": ""}]))
+    questions, skipped = read_questions(tmp_path / "a.json")
+    assert [(question.id, question.extra.get("answer", ""), question.answers[0].text) for question in questions] == [
+        ("row 1", "true", "the correct answer is true"),
+        ("b", "", "it"),
+    ]
+    assert [*skipped] == ["row 3"]
+    assert [question.id for question in read_questions(tmp_path / "a.json", limit=1)[0]] == ["row 1"]
+    (tmp_path / "twice.json").write_text(json.dumps([{**scored, "id": "a"}] * 2))
+    with pytest.raises(UserError):
+        read_questions(tmp_path / "twice.json")
+
+
+def test_pictures_in_base64_and_paths_of_windows() -> None:
+    png = b"\x89PNG\r\n\x1a\n and more"
+    sample = read_row({**ASKING, "images": [base64.b64encode(png).decode(), "a\\b.png", "/9j/a.png"]})
+    assert (sample.image_bytes[sample.images[0]], sample.images[1:]) == (png, ("a/b.png", "/9j/a.png"))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [b"x", {"bytes": b"x", "path": None}, {"bytes": None, "path": "a"}, [None, b"x"], [{"bytes": b"x"}], "a.PNG"],
+)
+@pytest.mark.parametrize("row", [ASKING, {"messages": SAID}, {"conversations": LLAVA}, {"image": "a", "caption": "c"}])
+def test_bytes_in_a_column_that_nothing_reads_are_named(row: dict[str, object], value: object) -> None:
+    with pytest.raises(UserError):
+        RowReader("a").read({**row, "thumb": value}, 0)
+    for nothing in (None, b"", [], {"bytes": None, "path": None}, [None, {}]):
+        assert read_row({**row, "thumb": nothing, "id": b"1"}).turns == read_row(row).turns
+
+
+KEYS = [
+    *("id", "messages", "conversations", "texts", "prompt", "completion", "instruction", "output", "question"),
+    *("answer", "answers", "image", "images", "caption", "video", "system", "turns", "role", "content", "type"),
+    *("text", "from", "value", "user", "assistant", "bytes", "path", "url", "image_url", "weight", "extra", "choices"),
+    *("context", "history", "image_1", "gif", "loss", "system_prompt"),
+]
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.binary(max_size=8)
+    | st.sampled_from(["user", "assistant", "human", "gpt", "text", "image", "<image>", "data:;base64,aGk=", "a.png"])
+)
+VALUES = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4)
+)
+FORMED = st.sampled_from([json.loads(line) for line in documented_rows()])
+
+
+@settings(max_examples=300)
+@given(st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=3), VALUES, max_size=6), FORMED)
+def test_any_row_is_a_sample_or_a_bad_one(values: dict[str, object], formed: dict[str, object]) -> None:
+    longest = 0
+    for row in (values, {**formed, **values}, {**values, **formed}):
+        try:
+            sample = conversation(row)
+        except (BadSample, ColumnsError) as error:
+            longest = len(str(error))
+            continue
+        assert sample.turns[-1].text.strip()
+        assert sum(turn.text.count("<image>") for turn in sample.turns) == len(sample.images)
+    assert longest < 500
+
+
+FREE_TEXT = st.text().filter(lambda text: "<image" not in text)
+ANSWER = FREE_TEXT.filter(lambda text: text.strip() != "")
+
+
+def texts_of(*texts: str, **more: object) -> list[str]:
+    turns = [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)]
+    return [turn.text for turn in conversation({"conversations": turns, **more}).turns]
+
+
+def published_normalisation(value: str) -> str:
+    """`preprocess_multimodal` of LLaVA c121f04, written out for one turn."""
+    if "<image>" in value:
+        value = value.replace("<image>", "").strip()
+        value = "<image>\n" + value
+        value = value.strip()
+    return value
+
+
+@given(st.lists(st.tuples(FREE_TEXT, ANSWER), min_size=1, max_size=4), FREE_TEXT, st.data())
+def test_one_picture_is_normalised_as_published(rounds: list[tuple[str, str]], tail: str, data: st.DataObject) -> None:
+    texts = [text for pair in rounds for text in pair]
+    assert texts_of(*texts) == texts  # free text is kept to the letter
+    at = data.draw(st.integers(0, len(texts) - 1))
+    texts[at] = f"{texts[at]}<image>{tail}"
+    assert texts_of(*texts, image="a.png") == [published_normalisation(text) for text in texts]
