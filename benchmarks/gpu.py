@@ -7,7 +7,7 @@
 Needs torch, triton and peft. All in bfloat16: a training step (forward, backward, AdamW) and the decoding
 of one token, of linear layers and decoder blocks as in models of 1 to 8 billion parameters. Contenders take turns;
 quoted are medians over rounds of the ratio to PEFT's LoRA inside one round. Memory is what a step takes above what lay
-there before it. Exit status 2: no CUDA. Whether the kernels are right, `pytest tests/core/fast` says on the same machine.
+there before it. Exit status 2: no CUDA. Whether the kernels are right, `pytest tests/core/fast` says there.
 """
 
 from __future__ import annotations
