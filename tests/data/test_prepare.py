@@ -61,18 +61,6 @@ def test_the_manifest_accounts_for_every_row(tmp_path: Path) -> None:
     assert lines[0].endswith("7 records of 9 rows, written")
 
 
-def test_several_workers_write_the_same_bytes(tmp_path: Path) -> None:
-    file = published(tmp_path / "a.json", 3000, r1500={"conversations": []}, r2000={"id": "r1999"})
-    for workers in ("0", "2"):
-        prepare(file, tmp_path / workers, "--workers", workers)
-    first, second = (tmp_path / workers / "llava" / "a.jsonl" for workers in ("0", "2"))
-    assert first.read_bytes() == second.read_bytes()
-    assert (
-        manifest(tmp_path / "0" / "llava", "a")["dropped_rows"]
-        == manifest(tmp_path / "2" / "llava", "a")["dropped_rows"]
-    )
-
-
 def test_a_finished_split_is_left_alone_until_something_changes(tmp_path: Path) -> None:
     file = published(tmp_path / "a.json", 5)
     records = tmp_path / "records"
@@ -118,7 +106,6 @@ def test_what_stops_a_split_leaves_nothing_that_looks_whole(tmp_path: Path, monk
         ["nlvr", "--from", ".", "--set", "share=1"],
         ["nlvr", "--from", str(FIXTURES / "nlvr"), "--set", "orders=12"],
         ["pope", "--from", ".", "--limit", "0"],
-        ["pope", "--from", ".", "--workers", "-1"],
         ["llava-json", "--from", "a.json", "--splits", "a,test"],
         ["llava-json", "--from", "a.json", "--to", "a.json"],
     ],
@@ -140,7 +127,7 @@ def numbers(progress: Progress) -> Iterator[Raw]:
 
 
 def run(split: Split, folder: Path) -> prepare_module.Prepared:
-    return prepare_module.prepare_split(split, folder, source="own", workers=0, limit=None, progress=lambda _: None)
+    return prepare_module.prepare_split(split, folder, source="own", limit=None, progress=lambda _: None)
 
 
 def test_ids_that_a_publisher_repeats_are_refused(tmp_path: Path) -> None:

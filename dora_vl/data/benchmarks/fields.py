@@ -41,7 +41,7 @@ class Split:
     Attributes:
         inputs: the files that it depends on; their sizes and hashes go into the manifest.
         rows: yields the raw rows in the publisher's order.
-        convert: a function that can be pickled; raises `BadSample` for a row that cannot be used.
+        convert: raises `BadSample` for a row that cannot be used.
         published_rows: how many rows the publisher states; another number is reported, not refused.
         repeated_ids: what to do with an id that came before: refuse the file, or number it ("x#2").
         ids_by_place: ids say where a row stands, so repeated rows have two ids: they are counted.
