@@ -394,7 +394,7 @@ def build_trainer(pipeline: Pipeline, arguments: TrainingArguments, backbone: Ba
     if arguments.device.type == "cuda" if config.try_largest_batch is None else config.try_largest_batch:
         cost = cost_of(activations, recomputed=bool(arguments.gradient_checkpointing))
         # Before a clock runs or a question is asked.
-        callbacks.insert(0, LargestBatch(trainer, config, data=data, cost=cost))
+        callbacks.insert(0, LargestBatch(trainer, data=data, cost=cost))
     return trainer
 
 
