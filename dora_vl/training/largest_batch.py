@@ -33,8 +33,8 @@ Pool = Sequence[Any]
 """Holds items of which a loader can make one micro-batch."""
 
 WHAT_TO_LOWER = (
-    "Lower the batch size (training.per_device_train_batch_size, evaluation.batch_size) or data.max_tokens, set "
-    "training.gradient_checkpointing: true, or hold the base quantised (model.quantisation: nf4)"
+    "Lower training.per_device_train_batch_size, evaluation.batch_size or data.max_tokens, or set "
+    "training.gradient_checkpointing: true or model.quantisation: nf4"
 )
 
 
@@ -96,8 +96,8 @@ class LargestBatch(TrainerCallback):
                 while fits and self._trouble(items[:fits], args) is not None:
                     fits //= 2
         raise UserError(
-            f"out of memory in the largest micro-batch that the data can give ({size}), tried before the first step: "
-            f"{trouble}{'' if fits is None else f'; {fits} of its samples fit'}. {WHAT_TO_LOWER}"
+            f"out of memory in the largest micro-batch ({size}{'' if fits is None else f'; {fits} fit'}), before the "
+            f"first step: {trouble}. {WHAT_TO_LOWER}"
         )
 
     def _trouble(self, items: list[Any], args: TrainingArguments) -> str | None:
