@@ -180,11 +180,6 @@ class Row:
         """Returns an object, possibly empty."""
         return self.value(column, "an object", Mapping)
 
-    def weights(self, column: str) -> tuple[Answer, ...]:
-        """Returns answers with their weights, from an object; an empty answer is left out, as in VL-T5."""
-        pairs = {answer: self.number(column, weight) for answer, weight in self.mapping(column).items()}
-        return tuple(Answer(text=answer, weight=weight) for answer, weight in pairs.items() if answer.strip())
-
     def choice(self, column: str, choices: Sequence[object]) -> int:
         """Returns the number of the right choice, which must be one of them."""
         if not 0 <= (value := self.integer(column)) < len(choices):
