@@ -19,8 +19,8 @@ DropoutMode = Literal["low_rank", "whole_change"]
 RankScaling = Literal["linear", "sqrt"]
 Init = Literal["kaiming", "gaussian", "pissa"]
 LayerKind = Literal["linear", "embedding", "conv", "experts"]
-Quantisation = Literal["nf4", "int8", "hqq"]
-"""`nf4`: 4-bit NormalFloat, its block scales quantised too (QLoRA); `int8`: LLM.int8; `hqq`: 4 bits in groups of 64."""
+Quantisation = Literal["nf4", "int8"]
+"""`nf4`: 4-bit NormalFloat, its block scales quantised too (QLoRA); `int8`: LLM.int8."""
 
 Value = TypeVar("Value", int, float)
 

@@ -59,7 +59,7 @@ class ModelConfig:
     """Number type of the frozen weights. What trains is float32 anyway (unless adapter.method is full)."""
     quantisation: Quantisation | None = None
     """Holds the linear layers of the language model quantised while the adapter trains (QDoRA): `nf4` (4 bits, as
-    QLoRA) and `int8` need bitsandbytes, `hqq` (4 bits) the package hqq. What else the model has stays whole."""
+    QLoRA) or `int8`, by bitsandbytes. What else the model has stays whole."""
     attn_implementation: Kernel | Mapping[str, Kernel] | None = None
     """Attention kernel, or one for each part by its config's name ({"": eager, vision_config: sdpa}); flash_attention_2
     needs CUDA and the flash-attn package; null: transformers' choice for each part, sdpa where it can be. The adapter's

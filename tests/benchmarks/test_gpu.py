@@ -13,7 +13,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
-NOT_NEEDED = ("deepspeed", "datasets", "timm", "open_clip", "bitsandbytes", "hqq", "decord", "gguf", "jsonargparse")
+NOT_NEEDED = ("deepspeed", "datasets", "timm", "open_clip", "bitsandbytes", "decord", "gguf", "jsonargparse")
 """Of this project's own requirements, what the benchmark runs without."""
 
 

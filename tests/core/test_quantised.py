@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.core import DoRAConfig, apply_dora, merge_dora
 from dora_vl.core.gain import Snapshot
-from dora_vl.core.quantised import QUANTISED_KINDS, QuantisedLinear
+from dora_vl.core.quantised import QuantisedKind, QuantisedLinear
 from dora_vl.errors import UserError
 from tests.core.dense_dora import move_layer, unchanged
 from tests.core.test_layers import PATH, Sealed
 
-HOW = "optional quantisation: pip install bitsandbytes hqq torchao"
+HOW = "optional quantisation: pip install bitsandbytes torchao"
 
 
 def adapted(layer: nn.Module, **changes: Any) -> Any:
@@ -49,26 +49,13 @@ def four_bits(quant_type: str) -> Callable[[], tuple[nn.Module, Tensor]]:
     return build
 
 
-def hqq_layer(**changes: Any) -> tuple[nn.Module, Tensor]:
-    hqq = pytest.importorskip("hqq.core.quantize", reason=HOW)
-    settings = hqq.BaseQuantizeConfig(nbits=4, group_size=64)
-    layer = hqq.HQQLinear(nn.Linear(128, 64), settings, compute_dtype=torch.float32, device="cpu", **changes)
-    return layer, layer.dequantize().float()
-
-
 def in_blocks() -> tuple[nn.Module, Tensor]:
     """Wider than what is read of an unknown weight at a time."""
     layer = Sealed(300, 7)
     return layer, layer.secret
 
 
-QUANTISERS = {
-    "unknown": in_blocks,
-    "torchao": torchao_int8,
-    "nf4": four_bits("nf4"),
-    "fp4": four_bits("fp4"),
-    "hqq": hqq_layer,
-}
+QUANTISERS = {"unknown": in_blocks, "torchao": torchao_int8, "nf4": four_bits("nf4"), "fp4": four_bits("fp4")}
 
 
 @pytest.mark.parametrize("quantiser", QUANTISERS.values(), ids=QUANTISERS)
@@ -95,20 +82,6 @@ def test_it_trains_as_the_dense_layer(quantiser):
         torch.testing.assert_close(getattr(layer, name).grad, leaf.grad, rtol=1e-4, atol=1e-3, msg=name)
 
 
-def test_a_folder_over_an_hqq_layer_whose_bias_has_a_graph(tmp_path):
-    torch.manual_seed(0)
-    base, _ = hqq_layer(del_orig=False)
-    torch.manual_seed(0)
-    again, _ = hqq_layer(del_orig=False)
-    assert base.bias.grad_fn is not None
-    model, x = adapted(base), torch.randn(3, 128)
-    move_layer(model["q"])
-    save_adapter(model, tmp_path / "a")
-    other: Any = nn.ModuleDict({"q": again})
-    load_adapter(other, tmp_path / "a")
-    torch.testing.assert_close(other["q"](x), model["q"](x))
-
-
 def test_a_mix_is_refused_before_anything_is_merged():
     plain = nn.Linear(300, 7)
     model: Any = nn.ModuleDict({"plain": plain, "sealed": sealed()})
@@ -132,7 +105,7 @@ def test_pissa_is_refused_before_anything_changes(tmp_path):
 
 
 class Scaled(nn.Module):
-    """Keeps its scales as HQQ does: in a dictionary, one of them quantised itself, beside parameters and buffers."""
+    """Keeps its scales in a dictionary, beside parameters and buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,7 +135,9 @@ EDITS: dict[str, Callable[[Scaled], object]] = {
 def test_an_edit_of_the_layer_inside_or_of_its_scales_is_noticed(edit):
     base, x = Scaled(), torch.randn(4, 30)
     config = DoRAConfig(targets=("q",), rank=3, alpha=6.0, dropout=0.0)
-    layer = QuantisedLinear(base, config, QUANTISED_KINDS["hqq.core.quantize.HQQLinear"])
+    scales = lambda layer: iter((layer.meta["scale"], layer.meta["meta_zero"]["scale"]))  # noqa: E731
+    kind = QuantisedKind(lambda layer: torch.float32, Scaled.dequantize, loose_tensors=scales)
+    layer = QuantisedLinear(base, config, kind)
     move_layer(layer)
     for _ in range(2):
         direction = base.dequantize() + layer.adapter.scale * layer.lora_B @ layer.lora_A
