@@ -23,7 +23,6 @@ from dora_vl.core.config import Quantisation
 from dora_vl.core.quantised import class_path, dequantised, quantised_in, settle_quantised
 from dora_vl.errors import UserError, install_command, one_line, shown
 
-HQQ_BITS, HQQ_GROUP = 4, 64
 TRIAL_WIDTH = 64
 MOST_OFF = 0.05
 """Relative error allowed between a quantised layer and its dequantised weight. LLM.int8 rounds its input to 127 steps,
@@ -64,24 +63,11 @@ def _int8(linear: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Mod
     return layer
 
 
-@torch.no_grad()
-def _hqq(linear: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
-
-    copy = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")  # HQQ empties what it is given
-    copy.weight, copy.bias = nn.Parameter(linear.weight.data.to(dtype), requires_grad=False), linear.bias
-    settings = BaseQuantizeConfig(nbits=HQQ_BITS, group_size=HQQ_GROUP)
-    layer: Any = HQQLinear(copy, settings, compute_dtype=dtype, device=str(device))
-    layer.in_features, layer.out_features = linear.in_features, linear.out_features
-    return layer
-
-
 SCHEMES: Mapping[str, Scheme] = MappingProxyType(
     {
         # On a CPU bitsandbytes 0.50 gives weights back with other blocks' scales where a row ends inside a block of 64.
         "nf4": Scheme("bitsandbytes", _nf4, width=64),
         "int8": Scheme("bitsandbytes", _int8),
-        "hqq": Scheme("hqq", _hqq),
     }
 )
 

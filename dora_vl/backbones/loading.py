@@ -30,7 +30,7 @@ from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available, is_tiktoken_available
 
-from dora_vl.adapters.quantised_base import SCHEMES, here, kept_whole, quantised_layers
+from dora_vl.adapters.quantised_base import SCHEMES, kept_whole, quantised_layers
 from dora_vl.core.config import Quantisation
 from dora_vl.core.quantised import quantised_in, settle_quantised
 from dora_vl.data.turns import IMAGE_PLACEHOLDER
@@ -251,18 +251,11 @@ log = logging.getLogger(__name__)
 class QuantisedLoading:
     """Arguments for `from_pretrained`, and the layers that must come out quantised; empty by default."""
 
-    kind: Quantisation | None = None
-    dtype: torch.dtype = torch.float32
     layers: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def finish(self, model: nn.Module) -> None:
-        """Quantises what transformers does not, and checks that the right layers are quantised."""
-        if self.kind == "hqq":  # transformers 5.24 opens folders that HQQ wrote, but quantises none while loading
-            for name in self.layers:
-                parent, _, leaf = name.rpartition(".")
-                linear: Any = model.get_submodule(name)
-                setattr(model.get_submodule(parent), leaf, SCHEMES["hqq"].layer(linear, self.dtype, here()))
+        """Checks that the right layers are quantised."""
         settle_quantised(model)
         quantised = {name for name, _, _ in quantised_in(model)}
         if other := sorted(quantised ^ set(self.layers)):
@@ -291,8 +284,6 @@ def quantised_loading(
             quantisation,
             SCHEMES[quantisation].width,
         )
-    if quantisation == "hqq":
-        return QuantisedLoading(quantisation, dtype, layers)
     skipped = kept_whole(config, layers, folder_or_id)
     bits = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     if quantisation == "nf4":
@@ -303,7 +294,7 @@ def quantised_loading(
             bnb_4bit_use_double_quant=True,
             llm_int8_skip_modules=skipped,
         )
-    return QuantisedLoading(quantisation, dtype, layers, {"quantization_config": bits})
+    return QuantisedLoading(layers, {"quantization_config": bits})
 
 
 SETTINGS_FILE = "made_from.json"

@@ -6,19 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 TemplateName = Literal[
-    "vicuna_v1",
-    "llava_v1",
-    "v1_mmtag",
-    "llama_2",
-    "llava_llama_2",
-    "mistral_instruct",
-    "mpt",
-    "chatml_direct",
-    "chatml",
-    "v0",
-    "v0_mmtag",
-    "plain",
-    "tokenizer",
+    "vicuna_v1", "llava_v1", "llama_2", "mistral_instruct", "chatml_direct", "chatml", "plain", "tokenizer"
 ]
 FormatName = Literal["question_answer", "paligemma"]
 VisionLibrary = Literal["timm", "open_clip", "transformers"]

@@ -61,8 +61,6 @@ class Prompts:
     name: str = ""
     """Value of `model.template` that chooses it."""
     bos_token: str | None = None
-    stop: str = ""
-    """Text that ends an answer, where no special token does."""
     takes_system: bool = False
     """True where the format has a place for a system turn."""
     takes_tools: bool = False
@@ -119,7 +117,7 @@ class Prompts:
 
     def answer_in(self, text: str) -> str:
         """Cuts the answer out of decoded text."""
-        return (text.partition(self.stop)[0] if self.stop else text).strip()
+        return text.strip()
 
 
 def shared_beginning(first: Sequence[Any], second: Sequence[Any]) -> int:
@@ -134,7 +132,7 @@ _CONTROL = re.compile("|".join(map(re.escape, ("<s>", "</s>", "<|im_start|>", "<
 
 @dataclass(frozen=True, kw_only=True)
 class RoundTemplate(Prompts):
-    """Writes rounds of question and answer; `{}` marks where question, answer or picture goes."""
+    """Writes rounds of question and answer; `{}` marks where question or answer goes."""
 
     name: str
     system: str = ""
@@ -152,12 +150,6 @@ class RoundTemplate(Prompts):
     """The supervised text: what generation has to produce."""
     between: str = ""
     """The text behind every round but the last."""
-    end: str = ""
-    """The text behind the last round."""
-    picture: str = "{}"
-    """The text around each picture of a question."""
-    stop: str = ""
-    """Text that ends an answer, where no special token does."""
 
     @property
     def takes_system(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -173,14 +165,11 @@ class RoundTemplate(Prompts):
             frames = [(self.own_system, system.text, False)]
         for number, turn in enumerate(conversation):
             if turn.role == "user":
-                shown = turn.text.replace(IMAGE_PLACEHOLDER, self.picture.replace("{}", IMAGE_PLACEHOLDER))
                 frames.append((self.between if number else "", "", False))
-                frames.append((self.question if number else first_question, shown, False))
+                frames.append((self.question if number else first_question, turn.text, False))
                 frames.append((self.answer_role, "", False))
             else:
                 frames.append((self.answer, turn.text, True))
-        if not generation_prompt:
-            frames.append((self.end, "", False))
         text, answers, controls = "", [], []
         for frame, content, is_answer in frames:
             start = len(text)
@@ -219,27 +208,16 @@ class Prompt:
 
 
 # Every template, a row of strings each. Strings: `llava/conversation.py`; where `preprocess` in `llava/train/train.py`
-# writes others, those. The original has more names for the same: `v1` is vicuna_v1, `llava_v0` is v0, `v0_plain` is
-# plain, `mistral_direct` is chatml_direct. `chatml` is Qwen's and SmolLM's, without a system line.
+# writes others, those. The original has more names for the same: `v1` is vicuna_v1, `v0_plain` is plain,
+# `mistral_direct` is chatml_direct. `chatml` is Qwen's and SmolLM's, without a system line.
 #
-# What is labelled is in every row the answer with what closes it. The original labels the same for the vicuna_v1,
-# llama_2 and plain kinds. Its other masks are wrong, and ours are not:
-#
-# - mpt, chatml_direct: its lengths leave the last "<|im_end|>" out. It drops the sample as a mismatch, or with a legacy
-#   tokenizer labels one place too early.
-# - v0, v0_mmtag: it counts a begin token for every turn, and so is one place further off with each; at first it labels
-#   "Assistant:" too. It trains "###" to close an answer, as here: no special token does, so an answer is read up to
-#   that text. And it asks with "###Human: ", which it never trains; here a prompt is the beginning of a training text.
+# What is labelled is in every row the answer with what closes it. The original labels the same but for chatml_direct:
+# its lengths leave the last "<|im_end|>" out. It drops the sample as a mismatch, or with a legacy tokenizer labels one
+# place too early.
 
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-HUMAN_SYSTEM = VICUNA_SYSTEM.replace("user", "human")
-MMTAG_SYSTEM = (  # no space between the last two sentences, as published
-    "A chat between a curious user and an artificial intelligence assistant. The assistant is able to understand the "
-    "visual content that the user provides, and assist the user with a variety of tasks using natural language."
-    "The visual content will be provided with the following format: <Image>visual content</Image>."
 )
 LLAMA_2_SYSTEM = (  # two spaces before "Your", as published
     "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  "
@@ -248,16 +226,9 @@ LLAMA_2_SYSTEM = (  # two spaces before "Your", as published
     "If a question does not make any sense, or is not factually coherent, explain why instead of answering something "
     "not correct. If you don't know the answer to a question, please don't share false information."
 )
-LLAVA_LLAMA_2_SYSTEM = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
-    "provides, and assist the user with a variety of tasks using natural language."
-)
-MPT_SYSTEM = (
-    "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
-)
 
 
-def _v1(name: str, system: str, *, picture: str = "{}") -> RoundTemplate:
+def _v1(name: str, system: str) -> RoundTemplate:
     return RoundTemplate(
         name=name,
         system=f"{system} ",
@@ -265,58 +236,31 @@ def _v1(name: str, system: str, *, picture: str = "{}") -> RoundTemplate:
         question="USER: {} ",
         answer_role="ASSISTANT:",
         answer=" {}</s>",
-        picture=picture,
-    )
-
-
-def _llama_2(name: str, system: str) -> RoundTemplate:
-    return RoundTemplate(
-        name=name,
-        own_system="[INST] <<SYS>>\n{}\n<</SYS>>\n\n",
-        first_question=f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{{}} [/INST]",
-        first_question_after_system="{} [/INST]",
-        question="[INST] {} [/INST]",
-        answer_role="",
-        answer=" {} </s>",
-        between="<s>",
-    )
-
-
-def _mpt(name: str, system: str) -> RoundTemplate:
-    return RoundTemplate(
-        name=name,
-        system=f"<|im_start|>system\n{system}<|im_end|>",
-        own_system="<|im_start|>system\n{}<|im_end|>",
-        question="<|im_start|>user\n{}<|im_end|>",
-        answer_role="<|im_start|>assistant\n",
-        answer="{}<|im_end|>",
-    )
-
-
-def _v0(name: str, system: str, *, picture: str = "{}") -> RoundTemplate:
-    return RoundTemplate(
-        name=name,
-        system=f"{system}\n\n### ",
-        own_system="{}\n\n### ",
-        question="Human: {}\n### ",
-        answer_role="Assistant:",
-        answer=" {}\n###",
-        between=" ",
-        end=" ",
-        picture=picture,
-        stop="###",
     )
 
 
 _ROWS: tuple[RoundTemplate | PlainTemplate, ...] = (
     _v1("vicuna_v1", VICUNA_SYSTEM),
-    _v1("llava_v1", HUMAN_SYSTEM),
-    _v1("v1_mmtag", MMTAG_SYSTEM, picture="<Image>{}</Image>"),
-    _llama_2("llama_2", LLAMA_2_SYSTEM),
-    _llama_2("llava_llama_2", LLAVA_LLAMA_2_SYSTEM),
+    _v1("llava_v1", VICUNA_SYSTEM.replace("user", "human")),
+    RoundTemplate(
+        name="llama_2",
+        own_system="[INST] <<SYS>>\n{}\n<</SYS>>\n\n",
+        first_question=f"[INST] <<SYS>>\n{LLAMA_2_SYSTEM}\n<</SYS>>\n\n{{}} [/INST]",
+        first_question_after_system="{} [/INST]",
+        question="[INST] {} [/INST]",
+        answer_role="",
+        answer=" {} </s>",
+        between="<s>",
+    ),
     RoundTemplate(name="mistral_instruct", question="[INST] {} [/INST]", answer_role="", answer=" {} </s>"),
-    _mpt("mpt", MPT_SYSTEM),
-    _mpt("chatml_direct", "Answer the questions."),
+    RoundTemplate(
+        name="chatml_direct",
+        system="<|im_start|>system\nAnswer the questions.<|im_end|>",
+        own_system="<|im_start|>system\n{}<|im_end|>",
+        question="<|im_start|>user\n{}<|im_end|>",
+        answer_role="<|im_start|>assistant\n",
+        answer="{}<|im_end|>",
+    ),
     RoundTemplate(
         name="chatml",
         own_system="<|im_start|>system\n{}<|im_end|>\n",
@@ -325,8 +269,6 @@ _ROWS: tuple[RoundTemplate | PlainTemplate, ...] = (
         answer="{}<|im_end|>",
         between="\n",
     ),
-    _v0("v0", HUMAN_SYSTEM),
-    _v0("v0_mmtag", MMTAG_SYSTEM, picture="<Image>{}</Image>"),
     PlainTemplate(),
 )
 TEMPLATES: Mapping[str, RoundTemplate | PlainTemplate] = {row.name: row for row in _ROWS}

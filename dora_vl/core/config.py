@@ -17,10 +17,10 @@ from dora_vl.errors import UserError, shown
 Method = Literal["dora", "lora", "full", "magnitude", "dvora"]
 DropoutMode = Literal["low_rank", "whole_change"]
 RankScaling = Literal["linear", "sqrt"]
-Init = Literal["kaiming", "gaussian", "orthogonal", "pissa"]
+Init = Literal["kaiming", "gaussian", "pissa"]
 LayerKind = Literal["linear", "embedding", "conv", "experts"]
-Quantisation = Literal["nf4", "int8", "hqq"]
-"""`nf4`: 4-bit NormalFloat, its block scales quantised too (QLoRA); `int8`: LLM.int8; `hqq`: 4 bits in groups of 64."""
+Quantisation = Literal["nf4", "int8"]
+"""`nf4`: 4-bit NormalFloat, its block scales quantised too (QLoRA); `int8`: LLM.int8."""
 
 Value = TypeVar("Value", int, float)
 
@@ -108,8 +108,8 @@ class AdapterSettings:
     parts: Mapping[str, AdaptedPart] = field(default_factory=dict)
     """Further adapted parts by name, beside `targets`: {targets, rank, alpha} each."""
     init: Init = "kaiming"
-    """How A and B start: `kaiming` and `gaussian` with B = 0; `orthogonal` with B A = 0; `pissa` from the weight's
-    largest singular vectors, which leave the frozen weight. The model's output is unchanged at the start."""
+    """How A and B start: `kaiming` and `gaussian` with B = 0; `pissa` from the weight's largest singular vectors, which
+    leave the frozen weight. The model's output is unchanged at the start."""
     random_seed: int = 0
     """Seed of the random matrices that `dvora` shares."""
     opaque_layers: tuple[str, ...] = ()
@@ -140,7 +140,6 @@ class AdapterSettings:
             (low_rank, f"parts.{low_rank[:1]} has a rank below 1"),
             (low_alpha, f"parts.{low_alpha[:1]} has an alpha of 0 or less"),
             (self.method == "full" and self.parts, "method: full adapts nothing: name parts in also_train"),
-            (self.init == "orthogonal" and any(rank % 2 for rank in ranks), "orthogonal needs even ranks"),
             (
                 self.method == "dvora" and (self.init != "kaiming" or len(set(ranks)) > 1),
                 "method: dvora shares one random A and B: no init, and one rank",

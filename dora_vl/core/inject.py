@@ -23,7 +23,6 @@ from dora_vl.core.other_layers import (
     DoRAConv1d,
     DoRAConv2d,
     DoRAEmbedding,
-    ExpertsProjection,
     expert_projections,
 )
 from dora_vl.core.quantised import (
@@ -249,39 +248,18 @@ def refuse_unwritable(model: nn.Module, config: DoRAConfig) -> None:
     patterns = (*config.targets, *(glob for part in config.parts.values() for glob in part.targets))
     names = matching_layers(model, patterns, config, "targets")
     if experts := [name for name in names if _experts_of(model, name) is not None]:
-        raise UserError(
-            f"init: pissa rewrites {experts[0]}, experts that are one tensor; use kaiming, gaussian or orthogonal"
-        )
+        raise UserError(f"init: pissa rewrites {experts[0]}, experts that are one tensor; use kaiming or gaussian")
     layers = {name: model.get_submodule(name) for name in names}
     for name, layer in layers.items():
         row = adaptable(layer, config)
         if row is not None and not row.weight_is_readable:
             raise UserError(
                 f"init: pissa rewrites {name}'s weight, and a {type(layer).__name__} has none that can be written; use "
-                "kaiming, or dora_vl.core.inject.loftq after apply_dora"
+                "kaiming or gaussian"
             )
         if any(parameter.numel() == 0 for parameter in layer.parameters(recurse=False)):
             raise UserError(f"init: pissa rewrites {name}'s weight, which ZeRO-3 holds in shards; use ZeRO-2 or less")
     _refuse_shared_weights(model, layers, "init: pissa would change both")
-
-
-def loftq(model: nn.Module, original_weight: Callable[[str], Tensor]) -> None:
-    """Starts every A and B from what quantisation took from its layer's weight, as LoftQ does.
-
-    s B A is the best approximation of W - quantised W, and the magnitude the norm of the corrected weight. One
-    iteration (arXiv 2310.08659, algorithm 1 with T = 1), which leaves the quantised weight as it is, so the adapter
-    folder needs nothing more. `original_weight` gives the full-precision weight [out, in] of a layer by its full name.
-    """
-    for name, layer in adapted_layers(model):
-        if layer.lora_A is None:
-            raise UserError("LoftQ starts A and B; this layer has none (method: magnitude or dvora)")
-        if isinstance(layer, ExpertsProjection):
-            raise UserError("LoftQ starts from one matrix a layer; experts that are one tensor start otherwise")
-        layer.start_from(original_weight(name).to(torch.float32) - layer.frozen_matrix())
-        layer.forget_norms()
-        if layer.magnitude is not None:
-            with torch.no_grad():
-                layer.magnitude.copy_(layer.live_norms())
 
 
 def _plan(model: nn.Module, config: DoRAConfig) -> dict[str, DoRAConfig]:

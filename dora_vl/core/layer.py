@@ -98,21 +98,11 @@ class AdaptedLayer(nn.Module):
             dtype, device = functional.accumulation_dtype(self.compute_dtype()), self.weight.device
             self.lora_A = AdapterParameter(torch.empty(shape_A, dtype=dtype, device=device))
             self.lora_B = AdapterParameter(torch.zeros(shape_B, dtype=dtype, device=device))
-            (out_features, in_features), rank = self.matrix_shape(), self.adapter.rank
-            pairs = zip(self.lora_A, self.lora_B, strict=True) if self.experts else [(self.lora_A, self.lora_B)]
-            for a, b in pairs if device.type != "meta" else ():
+            for a in (self.lora_A if self.experts else [self.lora_A]) if device.type != "meta" else ():
                 if self.adapter.init == "kaiming":
                     nn.init.kaiming_uniform_(a, a=math.sqrt(5))
                 elif self.adapter.init == "gaussian":
-                    nn.init.normal_(a, std=1 / rank)
-                elif self.adapter.init == "orthogonal":
-                    # A lives in odd rows of an orthogonal matrix, B in even: neither is zero, and B A = 0 to the last
-                    # digits of whatever dtype the factors have.
-                    basis, _ = torch.linalg.qr(torch.randn(rank, rank, dtype=torch.float64))
-                    start_A = basis[0::2].t() @ torch.randn(rank // 2, in_features, dtype=torch.float64) / 10
-                    start_B = torch.randn(out_features, rank // 2, dtype=torch.float64) @ basis[1::2] / 10
-                    a.copy_(start_A.view_as(a))
-                    b.copy_(start_B.view_as(b))
+                    nn.init.normal_(a, std=1 / self.adapter.rank)
                 else:
                     nn.init.zeros_(a)
         self.create_magnitude()
@@ -121,9 +111,7 @@ class AdaptedLayer(nn.Module):
     def create_magnitude(self) -> None:
         """Creates m = ||V|| by the same arithmetic that will compute n, so that g is 1 to the last bit."""
         if self.adapter.method != "lora":
-            changed = self.factors() is not None and self.adapter.init == "orthogonal"
-            norms = self.live_norms() if changed else functional.root(self.weight_norms_squared())
-            self.magnitude = AdapterParameter(norms.clone())
+            self.magnitude = AdapterParameter(functional.root(self.weight_norms_squared()).clone())
 
     @torch.no_grad()
     def start_from(self, matrix: Float[Tensor, "out in_"]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from itertools import chain
 from typing import Any, ClassVar, cast
 
 import torch
@@ -39,11 +38,6 @@ class QuantisedKind:
     """Keeps W, and the gradient through it, the same in training and in evaluation, of a layer with this full name."""
     loose_tensors: Callable[[Any], Iterator[Tensor]] = lambda layer: iter(())
     """Tensors that W is made of and that are neither parameters nor buffers."""
-
-
-def _tensors_in(value: object) -> Iterator[Tensor]:
-    entries = value.values() if isinstance(value, dict) else ()
-    yield from (value,) if isinstance(value, Tensor) else chain.from_iterable(map(_tensors_in, entries))
 
 
 def _four_bit_state(layer: Any) -> Any:
@@ -96,13 +90,8 @@ QUANTISED_KINDS: Mapping[str, QuantisedKind] = {
         lambda layer: torch.float32,
         _int8_weight,
         _hold_own_codes,
-        lambda layer: _tensors_in({"codes": layer.state.CB, "scales": layer.state.SCB}),
+        lambda layer: (tensor for tensor in (layer.state.CB, layer.state.SCB) if tensor is not None),
     ),
-    "hqq.core.quantize.HQQLinear": QuantisedKind(
-        lambda layer: layer.compute_dtype,
-        lambda layer: layer.dequantize(),
-        loose_tensors=lambda layer: _tensors_in({**layer.meta, "bias": layer.bias}),
-    ),  # scales and zeros, which may be quantised themselves
 }
 TENSOR_SUBCLASS = QuantisedKind(lambda layer: layer.weight.dtype)
 """An `nn.Linear` whose weight is a tensor subclass (torchao)."""
@@ -206,8 +195,8 @@ class QuantisedLinear(LinearLayer):
     def frozen_tensors(self) -> list[Tensor | None]:
         """Lists all of the layer's tensors but its bias, which may train; which of them hold W is not known.
 
-        A loose one made in inference mode, as HQQ makes its scales, has no version; nothing but inference mode can edit
-        it in place, and that is not seen.
+        A loose one made in inference mode has no version; nothing but inference mode can edit it in place, and that is
+        not seen.
         """
         tensors = *self.base.parameters(), *self.base.buffers(), *self.kind.loose_tensors(self.base)
         bias = self.bias

@@ -6,14 +6,10 @@ import argparse
 import contextlib
 import hashlib
 import json
-import multiprocessing
-import os
 import platform
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
@@ -32,11 +28,6 @@ from dora_vl.files import file_sha256, whole_file, write_json
 
 FORMAT = 2
 """Raise it when records change their meaning: older files are then made again."""
-MEBIBYTE = 1 << 20
-SMALL_BYTES = 32 * MEBIBYTE
-"""Files below this are converted in this process: starting others takes longer."""
-ROWS_A_CHUNK, CHUNKS_AHEAD = 512, 3
-"""A worker has three chunks of 512 rows ahead, which bounds what is read but not yet written."""
 ROWS_TO_JUDGE, MOST_DROPPED = 1000, 100_000
 """When none of so many rows can be used, the file is another one than the source expects; when so many cannot, the
 manifest, which names them all, would be no file that one can open."""
@@ -61,60 +52,29 @@ Sources (python -c "help('dora_vl.data.benchmarks.images')", llava, videos... sa
 class ConvertedRow:
     """What one raw row became, or the `problem` why nothing; a line has an id, its JSON, and whether it is answered."""
 
-    number: int
     lines: tuple[tuple[str, bytes, bool], ...] = ()
     id: str = ""
     problem: str | None = None
 
 
-def converted_rows(
-    rows: Iterable[Raw], convert: Callable[[Raw], Converted], *, workers: int
-) -> Iterator[list[ConvertedRow]]:
-    """Yields the converted rows chunk by chunk, in the order of `rows`."""
-    numbered = enumerate(rows, start=1)
-    chunks = iter(lambda: list(islice(numbered, ROWS_A_CHUNK)), [])
-    if workers == 0:
-        yield from (convert_chunk(convert, chunk) for chunk in chunks)
-        return
-    pending: deque[Future[list[ConvertedRow]]] = deque()
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+def converted(convert: Callable[[Raw], Converted], row: Raw) -> ConvertedRow:
+    """Converts a row; one that cannot be used keeps its reason."""
+    lines: list[tuple[str, bytes, bool]] = []
     try:
-        for chunk in chunks:
-            pending.append(pool.submit(convert_chunk, convert, chunk))
-            if len(pending) > CHUNKS_AHEAD * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool:
-        raise UserError("a worker process died, perhaps of too little memory; try again with --workers 0") from None
+        result = convert(row)
+        for item in [cast(Example, result)] if isinstance(result, Example | Mapping) else result:
+            record = to_record(item) if isinstance(item, Example) else item
+            answered = bool(item.answers or item.turns) if isinstance(item, Example) else True
+            sample_id = str(record["id"])
+            try:
+                lines.append((sample_id, json_line(record, sample_id).encode(), answered))
+            except UserError as error:
+                raise BadSample(sample_id, str(error).removeprefix(f"{sample_id}: ")) from None
+    except BadSample as error:
+        return ConvertedRow(id=shown_text(error.sample_id, 80), problem=shown_text(error.reason, 200))
     except RecursionError:
-        raise UserError("a row is nested too deeply for a worker process; try again with --workers 0") from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def convert_chunk(convert: Callable[[Raw], Converted], chunk: list[tuple[int, Raw]]) -> list[ConvertedRow]:
-    """Converts numbered rows; one that cannot be used keeps its reason."""
-    converted: list[ConvertedRow] = []
-    for number, row in chunk:
-        lines: list[tuple[str, bytes, bool]] = []
-        try:
-            result = convert(row)
-            for item in [cast(Example, result)] if isinstance(result, Example | Mapping) else result:
-                record = to_record(item) if isinstance(item, Example) else item
-                answered = bool(item.answers or item.turns) if isinstance(item, Example) else True
-                sample_id = str(record["id"])
-                try:
-                    lines.append((sample_id, json_line(record, sample_id).encode(), answered))
-                except UserError as error:
-                    raise BadSample(sample_id, str(error).removeprefix(f"{sample_id}: ")) from None
-            converted.append(ConvertedRow(number, tuple(lines)))
-        except BadSample as error:
-            name, reason = shown_text(error.sample_id, 80), shown_text(error.reason, 200)
-            converted.append(ConvertedRow(number, id=name, problem=reason))
-        except RecursionError:
-            converted.append(ConvertedRow(number, id=UNKNOWN_ID, problem="its values are nested too deeply"))
-    return converted
+        return ConvertedRow(id=UNKNOWN_ID, problem="its values are nested too deeply")
+    return ConvertedRow(tuple(lines))
 
 
 @dataclass(kw_only=True)
@@ -149,9 +109,7 @@ class Prepared:
     already_there: bool
 
 
-def prepare_split(
-    split: Split, folder: Path, *, source: str, workers: int, limit: int | None, progress: Progress
-) -> Prepared:
+def prepare_split(split: Split, folder: Path, *, source: str, limit: int | None, progress: Progress) -> Prepared:
     """Makes `folder/<split>.jsonl`, unless it is there and was made of the same files with the same settings."""
     path, manifest = folder / f"{split.name}.jsonl", folder / "manifest.json"
     try:
@@ -179,7 +137,7 @@ def prepare_split(
     started = time.monotonic()
     with whole_file(path, binary=True) as file:
         records = Records(path, file, find_repeated=split.ids_by_place)
-        _write_rows(split, records, workers=workers, limit=limit, progress=progress)
+        _write_rows(split, records, limit=limit, progress=progress)
     counts = records.counts
     entry: dict[str, JSON] = {
         "file": path.name,
@@ -202,11 +160,10 @@ def prepare_split(
     return Prepared(path=path, entry=entry, already_there=False)
 
 
-def _write_rows(split: Split, records: Records, *, workers: int, limit: int | None, progress: Progress) -> None:
+def _write_rows(split: Split, records: Records, *, limit: int | None, progress: Progress) -> None:
     counts, names = records.counts, _names(split)
-    for chunk in converted_rows(_read_rows(split, limit, progress), split.convert, workers=workers):
-        for row in chunk:
-            records.add(row, number_repeated=split.repeated_ids == "number")
+    for row in _read_rows(split, limit, progress):
+        records.add(converted(split.convert, row), number_repeated=split.repeated_ids == "number")
     if not counts.rows:
         raise UserError(f"{names}: holds no rows")
     if not counts.written:
@@ -254,7 +211,7 @@ class Records:
         counts = self.counts
         counts.rows += 1
         if row.problem is not None:
-            counts.dropped_rows.append({"row": row.number, "id": row.id, "reason": row.problem})
+            counts.dropped_rows.append({"row": counts.rows, "id": row.id, "reason": row.problem})
             dropped = len(counts.dropped_rows)
             if dropped >= MOST_DROPPED:
                 raise UserError(f"{self._path}: {dropped:,} rows cannot be used; {counts.first_reason()}")
@@ -296,29 +253,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", type=Path, default=Path("records"), metavar="FOLDER", help="default: records")
     parser.add_argument("--splits", metavar="A,B", help="only these, such as train,validation; default: all found")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of each split")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes besides this one; default: as files need")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="an option of the source")
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Prepares each split; yields the lines to print."""
-    if arguments.workers is not None and arguments.workers < 0:
-        raise UserError(f"--workers is {arguments.workers}; 0 converts in this process, N in N others")
     with reading(str(arguments.folder)):
         chosen = chosen_splits(arguments)
     for split in chosen:
         folder, size = arguments.to / split.task, sum(path.stat().st_size for path in split.inputs)
-        workers = arguments.workers
-        if workers is None:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            workers = 0 if size < SMALL_BYTES or cores == 1 else cores
         # bytes of the inputs, once for their hash and once for their rows; no bar without a terminal
         name = f"{split.task}/{split.name}"
         bar = tqdm(total=2 * size or None, unit="B", unit_scale=True, desc=name, disable=None, leave=False)
         with _alone_in(folder), bar:
-            prepared = prepare_split(
-                split, folder, source=arguments.source, workers=workers, limit=arguments.limit, progress=bar.update
-            )
+            prepared = prepare_split(split, folder, source=arguments.source, limit=arguments.limit, progress=bar.update)
         yield from summary(prepared)
 
 

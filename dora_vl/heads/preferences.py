@@ -96,11 +96,6 @@ def dpo(answers: Answers, scale: Scale) -> Float[Tensor, ""]:
     return answers.mean_of_pairs(-F.logsigmoid(scale.beta * answers.margins(answers.gains())))
 
 
-def hinge(answers: Answers, scale: Scale) -> Float[Tensor, ""]:
-    """max(0, 1 - m). Sequence likelihood calibration (SLiC-HF), arXiv 2305.10425, with DPO's reward."""
-    return answers.mean_of_pairs(torch.relu(1 - scale.beta * answers.margins(answers.gains())))
-
-
 def ipo(answers: Answers, scale: Scale) -> Float[Tensor, ""]:
     """(h - 1 / (2 beta))^2 with h = (p - r)(w) / n(w) - (p - r)(l) / n(l). arXiv 2310.12036, equation 17.
 
@@ -133,13 +128,6 @@ def bco(answers: Answers, scale: Scale) -> Float[Tensor, ""]:
 def apo_zero(answers: Answers, scale: Scale) -> Float[Tensor, ""]:
     """1 - s(g) of a preferred answer, s(g) of a rejected one: raises the one, lowers the other. arXiv 2408.06266."""
     return answers.of_each(torch.sigmoid(-answers.signed(scale.beta * answers.gains())))
-
-
-def apo_down(answers: Answers, scale: Scale) -> Float[Tensor, ""]:
-    """s(g(w)) + 1 - s(m): lowers both answers, the rejected one further. arXiv 2408.06266."""
-    rewards = scale.beta * answers.gains()
-    lowered = torch.sigmoid(rewards[answers.pairs[0]])
-    return answers.mean_of_pairs(lowered + 1 - torch.sigmoid(answers.margins(rewards)))
 
 
 def simpo(answers: Answers, scale: Scale) -> Float[Tensor, ""]:
@@ -175,12 +163,10 @@ def orpo(answers: Answers, scale: Scale) -> Float[Tensor, ""]:
 LOSSES: Mapping[str, Loss] = {
     "sft": sft,
     "dpo": dpo,
-    "hinge": hinge,
     "ipo": ipo,
     "kto": kto,
     "bco": bco,
     "apo_zero": apo_zero,
-    "apo_down": apo_down,
     "orpo": orpo,
     "simpo": simpo,
     "cpo": cpo,
@@ -188,7 +174,7 @@ LOSSES: Mapping[str, Loss] = {
 }
 
 
-OF_PICTURES = frozenset({"dpo", "hinge", "ipo", "bco", "apo_zero", "apo_down", "simpo"})
+OF_PICTURES = frozenset({"dpo", "ipo", "bco", "apo_zero", "simpo"})
 """These losses compare an answer with itself under other pictures; they hold nothing else, such as what `sft` takes."""
 
 

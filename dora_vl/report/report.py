@@ -181,7 +181,7 @@ def _data(run: RunRecord) -> dict[str, Any]:
         "padding": f"{padding:.1%}" if isinstance(padding, int | float) else None,
         "questions that could not be asked": unasked,
     }
-    tables = [run.plan.get(name) for name in ("trained", "not_adapted", "memory")]
+    tables = [run.plan.get(name) for name in ("trained", "memory")]
     return {
         "label": run.label,
         "tables": [table for table in tables if isinstance(table, Mapping)],

@@ -26,9 +26,7 @@ from dora_vl.files import Kernel
 
 Decayed = Literal["matrices", "all_but_biases"]
 """Names what weight decay acts on."""
-OfPreferences = Literal[
-    "sft", "dpo", "hinge", "ipo", "kto", "bco", "apo_zero", "apo_down", "orpo", "simpo", "cpo", "anchor"
-]
+OfPreferences = Literal["sft", "dpo", "ipo", "kto", "bco", "apo_zero", "orpo", "simpo", "cpo", "anchor"]
 """The names of heads.preferences.LOSSES."""
 OfRewards = Literal["grpo", "dr_grpo", "dapo", "rloo"]
 """The names of heads.rewards.REWARD_LOSSES, which learn from answers that the model draws itself."""
@@ -61,7 +59,7 @@ class ModelConfig:
     """Number type of the frozen weights. What trains is float32 anyway (unless adapter.method is full)."""
     quantisation: Quantisation | None = None
     """Holds the linear layers of the language model quantised while the adapter trains (QDoRA): `nf4` (4 bits, as
-    QLoRA) and `int8` need bitsandbytes, `hqq` (4 bits) the package hqq. What else the model has stays whole."""
+    QLoRA) or `int8`, by bitsandbytes. What else the model has stays whole."""
     attn_implementation: Kernel | Mapping[str, Kernel] | None = None
     """Attention kernel, or one for each part by its config's name ({"": eager, vision_config: sdpa}); flash_attention_2
     needs CUDA and the flash-attn package; null: transformers' choice for each part, sdpa where it can be. The adapter's
@@ -228,11 +226,11 @@ class ObjectiveConfig:
     """What is learned: answers word by word, that one is better than another, or what rewards the model's own get."""
 
     loss: LossName | Mapping[LossName, float] = "sft"
-    """sft learns answers word by word. Rejected answers beside chosen ones take dpo, hinge, ipo, apo_down, kto, bco,
-    apo_zero; or simpo, cpo and orpo, which need no reference. Answers that a flag calls good or bad take kto, bco and
-    apo_zero. A mapping is a weighted sum, such as {dpo: 0.8, bco: 0.2, sft: 1}; anchor in one keeps chosen answers
-    likely. grpo, dr_grpo, dapo and rloo draw answers to the data's questions, and learn from the rewards that these
-    get. adapter.dropout is 0 unless it is set, except with sft."""
+    """sft learns answers word by word. Rejected answers beside chosen ones take dpo, ipo, kto, bco, apo_zero; or
+    simpo, cpo and orpo, which need no reference. Answers that a flag calls good or bad take kto, bco and apo_zero. A
+    mapping is a weighted sum, such as {dpo: 0.8, bco: 0.2, sft: 1}; anchor in one keeps chosen answers likely. grpo,
+    dr_grpo, dapo and rloo draw answers to the data's questions, and learn from the rewards that these get.
+    adapter.dropout is 0 unless it is set, except with sft."""
     beta: float = 0.1
     """How close the model stays to the one that training began with; ipo takes some 0.01, simpo 2 to 10."""
     margin: float = 0.5

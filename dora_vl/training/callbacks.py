@@ -16,21 +16,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from dora_vl.data.picture_files import PICTURE_FORMATS
 from dora_vl.errors import UserError, shown_text
 from dora_vl.files import write_json, write_json_lines
 from dora_vl.run.folder import DRAWN, LOSS_LOG, PLAN, WATCHED, read_log
-from dora_vl.run.watched import ANSWERS, Watch, Watched, WatchedQuestion, begin, read_watched
+from dora_vl.run.watched import ANSWERS, Watch, begin
 from dora_vl.training.memory import memory_gib
 from dora_vl.training.progress import BatchStatistics, Counts, random_state_kept, validation_owed
 
@@ -329,18 +325,18 @@ class OwnCore(TrainerCallback):
         os.sched_setaffinity(0, self._every)
 
 
-# Watched questions: asked while it trains, their answers kept and handed to the trackers.
+# Watched questions: asked while it trains, their answers kept.
 
 
 class WatchQuestions(TrainerCallback):
     """Has the questions answered before the first step, at every validation, or now and then where there is none.
 
     Every rank answers, since under ZeRO-3 they only can together; the first writes. Nothing that is drawn at random
-    afterwards, dropout say, is changed by it. `trackers` also hear of the answers.
+    afterwards, dropout say, is changed by it.
     """
 
-    def __init__(self, watch: Watch, folder: Path, trackers: Sequence[TrainerCallback]) -> None:
-        self._watch, self._folder, self._trackers = watch, folder, trackers
+    def __init__(self, watch: Watch, folder: Path) -> None:
+        self._watch, self._folder = watch, folder
         self._failed = False
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **more: Any) -> None:
@@ -382,54 +378,3 @@ class WatchQuestions(TrainerCallback):
             if question.id in answers and not args.disable_tqdm:
                 texts = (question.question, answers[question.id], question.truth)
                 logger.info("step %d: %s -> %s (right: %s)", state.global_step, *(shown_text(text) for text in texts))
-        if (watched := read_watched(self._folder)) is not None:
-            track_answers(self._trackers, watched, state.global_step)
-
-
-def track_answers(callbacks: Sequence[TrainerCallback], watched: Watched, step: int) -> None:
-    """Sends the answers of one step to TensorBoard, trackio and Weights & Biases, whose reporters know no pictures."""
-    for callback in callbacks:
-        if isinstance(callback, TensorBoardCallback):
-            _to_tensorboard(callback.tb_writer, watched, step)
-        elif isinstance(callback, TrackioCallback):
-            _as_table(callback._trackio, watched, step)
-        elif isinstance(callback, WandbCallback) and callback._wandb is not None:
-            _as_table(callback._wandb, watched, step)
-
-
-def _to_tensorboard(writer: Any, watched: Watched, step: int) -> None:
-    """A text for each question, which TensorBoard shows by step, and its picture once."""
-    if writer is None:  # before training begins, or after its end
-        return
-
-    def indented(text: str) -> str:  # as a block of code in Markdown: a model's answer is shown, not followed
-        return "\n".join(f"    {line}" for line in text.splitlines() or [""])
-
-    answers = watched.answers[step]
-    for number, question in enumerate(watched.questions):
-        name = f"{WATCHED}/{number}"
-        if question.id in answers:
-            texts = question.question, answers[question.id], question.truth
-            writer.add_text(name, "\n\n".join(map(indented, texts)), step)
-        if step == min(watched.answers) and (picture := _picture(watched, question)) is not None:
-            writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
-    writer.flush()
-
-
-def _as_table(tracker: Any, watched: Watched, step: int) -> None:
-    """Logs one table by Weights & Biases' calls, which trackio takes too."""
-    answers, rows = watched.answers[step], []
-    for question in watched.questions:
-        if question.id in answers:
-            picture = _picture(watched, question)
-            shown = None if picture is None else tracker.Image(picture)
-            rows.append([shown, question.question, question.truth, answers[question.id]])
-    columns = ["picture", "question", "right", "answer"]
-    tracker.log({WATCHED: tracker.Table(columns=columns, data=rows), "train/global_step": step})
-
-
-def _picture(watched: Watched, question: WatchedQuestion) -> Image.Image | None:
-    if not question.picture:
-        return None
-    with Image.open(watched.folder / question.picture, formats=PICTURE_FORMATS) as picture:
-        return picture.convert("RGB")

@@ -1,14 +1,12 @@
-"""Steps that go wrong: one whose loss or gradient is no number is left out and named, a loss that jumps is named."""
+"""Steps that go wrong: one whose loss or gradient is no number is left out and named."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-from collections import defaultdict, deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any, Literal
 
 import torch
@@ -25,9 +23,6 @@ logger = logging.getLogger(__name__)
 
 MOST_IN_A_ROW = 10
 """Steps left out one after another that end a run which goes on after a single one."""
-SPIKE_WINDOW, SPIKE_AFTER = 100, 20
-SPIKE_TIMES, SPIKE_DEVIATIONS = 2.0, 10.0
-"""A step's loss is a spike beyond both: this multiple of the window's median, and so many median deviations."""
 NAMED_WEIGHTS, LONGEST_WEIGHT = 2, 90
 """A message names this many weights, each in so many characters."""
 
@@ -38,19 +33,16 @@ class StepFaults(TrainerCallback):
     The weights survive a step that is no number: its gradients are dropped before the optimizer sees them
     (`drop_gradients`, registered with a torch optimizer) or by DeepSpeed's own overflow check (ZeRO 1 to 3). Losses are
     read once a step, when all of it is on its way. `policy` is `optim.not_finite`; `scaled`: gradients overflow as part
-    of float16's search for a loss scale, so losses alone are judged. `chats` are the ids of a base's own chats.
+    of float16's search for a loss scale, so losses alone are judged.
     """
 
-    def __init__(
-        self, file: Path, policy: Literal["stop", "skip"], *, scaled: bool = False, chats: Collection[str] = ()
-    ) -> None:
+    def __init__(self, file: Path, policy: Literal["stop", "skip"], *, scaled: bool = False) -> None:
         self.ended_by: str | None = None  # why the run ends early, for its error line
-        self._file, self._policy, self._scaled, self._chats = file, policy, scaled, frozenset(chats)
+        self._file, self._policy, self._scaled = file, policy, scaled
         self._ids: Sequence[Sequence[str]] = ()
         self._losses: list[Tensor] = []
         self._norm: float | Tensor | None = None
         self._left_out_in_a_row = 0
-        self._recent: defaultdict[bool, deque[float]] = defaultdict(lambda: deque(maxlen=SPIKE_WINDOW))
 
     # ---- what the Trainer hands over during a step
 
@@ -115,7 +107,6 @@ class StepFaults(TrainerCallback):
             self._judge(what, done, ids, state, control)
             return
         self._left_out_in_a_row = 0
-        self._look_for_spike(losses, state)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Leaves the validation out of a run that ends early; see `progress.validation_owed`."""
@@ -139,41 +130,10 @@ class StepFaults(TrainerCallback):
         )
         control.should_save = control.should_training_stop = True
 
-    def _look_for_spike(self, losses: Sequence[float], state: TrainerState) -> None:
-        """Names the micro-batch of the largest loss where this rank's step stands far above those before it.
-
-        A base's chats (`data.replay`) have another loss than the data, so steps with any are compared with each other.
-        """
-        if not losses:
-            return
-        recent = self._recent[not self._chats.isdisjoint(name for ids in self._ids for name in ids)]
-        loss, earlier = sum(losses), list(recent)
-        recent.append(loss)
-        if len(earlier) < SPIKE_AFTER or not is_spike(loss, earlier):
-            return
-        ids = self._ids[max(range(len(losses)), key=losses.__getitem__)]
-        times = loss / max(1e-9, median(earlier))
-        self._write(state, {"fault": "spike", "times_the_median": round(times, 2), "samples": list(ids)})
-        logger.warning(
-            "step %d: the loss is %.1f times the median of the %d steps before it; its samples: %s",
-            state.global_step,
-            times,
-            len(earlier),
-            shown_names(ids),
-        )
-
     def _write(self, state: TrainerState, fault: dict[str, Any]) -> None:
-        """Writes the first rank's lines; another's spike shows by its warning alone."""
         if state.is_world_process_zero:
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **fault}, ensure_ascii=False) + "\n")
-
-
-def is_spike(loss: float, earlier: Sequence[float]) -> bool:
-    """Returns True for a loss far above the median of those before it, by itself and in their spread."""
-    middle = median(earlier)
-    spread = median(abs(loss - middle) for loss in earlier)
-    return loss > SPIKE_TIMES * middle and loss > middle + SPIKE_DEVIATIONS * spread
 
 
 def steps_left_out(file: Path) -> int:

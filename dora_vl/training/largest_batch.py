@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
-import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -23,9 +20,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from dora_vl.data.batches import over_step
 from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Sample, Skipped
 from dora_vl.errors import UserError, is_out_of_memory, one_line
-from dora_vl.run.settings import RunConfig, foreign_fields
+from dora_vl.run.settings import RunConfig
 from dora_vl.training.checkpoint import loss_scale_of
-from dora_vl.training.memory import GIB, Activations, memory_gib
+from dora_vl.training.memory import Activations, memory_gib
 from dora_vl.training.pipeline import TrainingData
 from dora_vl.training.progress import random_state_kept
 
@@ -35,41 +32,21 @@ ENGINE_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_ste
 Pool = Sequence[Any]
 """Holds items of which a loader can make one micro-batch."""
 
-# Too little memory, wherever it shows: one line with the bytes, and which setting to lower to what.
-
-
-def what_did_not_fit(error: BaseException, device: torch.device) -> str:
-    """Bytes that were asked for and bytes that are left, in words."""
-
-    def in_words(size: int) -> str:
-        return f"{size / GIB:.2f} GiB" if size >= GIB // 100 else f"{size:,} bytes"
-
-    if device.type == "cuda":
-        free, owner = torch.cuda.mem_get_info(device)[0], "the GPU"
-    else:
-        free, owner = psutil.virtual_memory().available, "this machine"
-        limit, _ = resource.getrlimit(resource.RLIMIT_AS)  # ulimit -v
-        if limit != resource.RLIM_INFINITY:
-            free = max(0, min(free, limit - psutil.Process().memory_info().vms))
-    units = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-    requested = re.search(rf"allocate ([\d.]+) ?({'|'.join(units)})", str(error))
-    more = "more was asked for"
-    if requested is not None:
-        more = f"{in_words(int(float(requested[1]) * units[requested[2]]))} more were asked for"
-    return f"{more}, {in_words(free)} are free on {owner}"
+WHAT_TO_LOWER = (
+    "Lower training.per_device_train_batch_size, evaluation.batch_size or data.max_tokens, or set "
+    "training.gradient_checkpointing: true or model.quantisation: nf4"
+)
 
 
 @contextlib.contextmanager
-def out_of_memory_reported(where: Callable[[], str], device: torch.device, advice: Callable[[], str]) -> Iterator[None]:
-    """Turns too little memory into one `UserError`: where it was, and which setting to lower to what."""
+def out_of_memory_reported(where: Callable[[], str]) -> Iterator[None]:
+    """Turns too little memory, wherever it shows, into one `UserError` that says where it was."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(
-            one_line(f"out of memory in {where()}: {what_did_not_fit(error, device)}. {advice()}")
-        ) from None
+        raise UserError(f"out of memory in {where()}: {one_line(str(error), 200)}. {WHAT_TO_LOWER}") from None
 
 
 @contextlib.contextmanager
@@ -79,11 +56,7 @@ def training_fits(trainer: Any, config: RunConfig) -> Iterator[None]:
     def where() -> str:
         return f"step {trainer.state.global_step + 1}" if trainer.model.training else "the validation"
 
-    def advice() -> str:
-        to_lower = what_to_lower if trainer.model.training else smaller_validation
-        return to_lower(config, trainer.args)
-
-    with out_of_memory_reported(where, trainer.args.device, advice):
+    with out_of_memory_reported(where):
         try:
             yield
         except RuntimeError as error:
@@ -95,70 +68,14 @@ def training_fits(trainer: Any, config: RunConfig) -> Iterator[None]:
             ) from None
 
 
-def what_to_lower(config: RunConfig, arguments: TrainingArguments, *, fits: int | None = None) -> str:
-    """Names the mildest setting that makes a training step smaller, with its value.
-
-    `fits` is how many samples of a micro-batch were tried and fit; None: nothing was tried.
-    """
-    micro, parts = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
-    data, foreign = config.data, foreign_fields(config.task)
-    if "data.batch_size" not in foreign and data.batch_size > arguments.world_size * parts:
-        return (
-            f"Set training.gradient_accumulation_steps to {2 * parts} (it is {parts}): the step keeps its "
-            f"{data.batch_size} samples"
-        )
-    if micro > 1 and fits != 0:
-        # The largest number of samples that parts a step evenly, so that it stays the same step.
-        smaller = next(size for size in range(fits or micro // 2, 0, -1) if micro * parts % size == 0)
-        tried = ", which has been tried and fits," if fits else ""
-        return (
-            f"Set training.per_device_train_batch_size to {smaller} (it is {micro}){tried} and "
-            f"training.gradient_accumulation_steps to {micro * parts // smaller} (it is {parts}): the step keeps its "
-            f"{micro * parts * arguments.world_size} samples"
-        )
-    if not arguments.gradient_checkpointing:
-        return "Set training.gradient_checkpointing to true (it is false): slower by about a third, far less memory"
-    changes = list[str]()
-    if "data.max_pixels_per_step" not in foreign:
-        pixels = data.max_pixels_per_step
-        to = 1280 * 28 * 28 if pixels is None else pixels // 2  # as in Qwen2-VL's own example
-        changes.append(f"data.max_pixels_per_step to {to} (it is {'not set' if pixels is None else pixels})")
-    if "data.max_tokens" not in foreign and data.max_tokens > 64:
-        changes.append(f"data.max_tokens to {data.max_tokens // 2} (it is {data.max_tokens})")
-    changes.append("training.deepspeed to zero3, which shares the weights out among ranks")
-    return "Set " + ", or ".join(changes)
-
-
-def smaller_model(config: RunConfig) -> str:
-    """Says what to do where the model alone does not fit."""
-    unquantised = config.task != "vlbart" and config.model.quantisation is None
-    four = ", or model.quantisation to nf4" if unquantised else ""
-    half = ", or model.dtype to bfloat16 (it is float32)" if config.model.dtype == "float32" else ""
-    return f"Set training.deepspeed to zero3 with more ranks, or to zero3_offload{half}{four}"
-
-
-def smaller_validation(config: RunConfig, arguments: TrainingArguments) -> str:
-    """Names the setting that makes a validation batch smaller."""
-    if config.task == "vlbart":  # such a run validates by the test's batches
-        return smaller_test(config)
-    size = arguments.per_device_eval_batch_size
-    return f"Set training.per_device_eval_batch_size to {max(1, size // 2)} (it is {size})"
-
-
-def smaller_test(config: RunConfig) -> str:
-    """Names the setting that makes a test's batch smaller."""
-    size = config.evaluation.batch_size
-    return f"Set evaluation.batch_size to {max(1, size // 2)} (it is {size}); --test_only true tests the adapter again"
-
-
 class LargestBatch(TrainerCallback):
     """Tries the largest micro-batch when training begins; every rank tries the same one at the same time.
 
     `cost` is a micro-batch's in any unit. A UserError ends the run where it does not fit.
     """
 
-    def __init__(self, trainer: Any, config: RunConfig, *, data: TrainingData, cost: Callable[[Pool], int]) -> None:
-        self._trainer, self._config, self._data, self._cost = trainer, config, data, cost
+    def __init__(self, trainer: Any, *, data: TrainingData, cost: Callable[[Pool], int]) -> None:
+        self._trainer, self._data, self._cost = trainer, data, cost
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Tries it before anything is asked or trained."""
@@ -179,8 +96,8 @@ class LargestBatch(TrainerCallback):
                 while fits and self._trouble(items[:fits], args) is not None:
                     fits //= 2
         raise UserError(
-            f"out of memory in the largest micro-batch that the data can give ({size}), tried before the first step: "
-            f"{trouble}. {what_to_lower(self._config, args, fits=fits)}"
+            f"out of memory in the largest micro-batch ({size}{'' if fits is None else f'; {fits} fit'}), before the "
+            f"first step: {trouble}. {WHAT_TO_LOWER}"
         )
 
     def _trouble(self, items: list[Any], args: TrainingArguments) -> str | None:
@@ -190,7 +107,7 @@ class LargestBatch(TrainerCallback):
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            trouble = what_did_not_fit(error, args.device)
+            trouble = one_line(str(error), 200)
         else:
             return None
         self._trainer.model.zero_grad(set_to_none=True)

@@ -63,14 +63,9 @@ def bytes_of(parameters: Iterable[nn.Parameter]) -> int:
 
 def weight_count(model: nn.Module) -> int:
     """Numbers in all of a model's parameters; a quantised layer's weight counts as what it stands for, unpacked."""
-    unpacked = unpacked_sizes(model)
-    return sum(unpacked.get(id(parameter), parameter_count(parameter)) for parameter in model.parameters())
-
-
-def unpacked_sizes(model: nn.Module) -> dict[int, int]:
-    """Identity of each quantised weight -> the numbers that it stands for."""
     layers: list[Any] = [module for module in model.modules() if is_quantised(module)]
-    return {id(next(layer.parameters())): layer.in_features * layer.out_features for layer in layers}
+    unpacked = {id(next(layer.parameters())): layer.in_features * layer.out_features for layer in layers}
+    return sum(unpacked.get(id(parameter), parameter_count(parameter)) for parameter in model.parameters())
 
 
 def memory_gib(device: torch.device) -> float:

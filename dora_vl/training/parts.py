@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from dora_vl.core.trainable import kept_rows, kept_tensors, split_rows
 from dora_vl.errors import SettingError, UserError
 from dora_vl.run.settings import AdapterConfig, Decayed, OptimConfig
 from dora_vl.run.sharding import gather_to_read, gather_to_write, without_sharding
-from dora_vl.training.memory import Table, parameter_count, unpacked_sizes, weight_count
+from dora_vl.training.memory import Table, parameter_count, weight_count
 from dora_vl.training.pipeline import Pipeline
 
 logger = logging.getLogger(__name__)
@@ -251,16 +250,6 @@ def parameter_groups(
     ]
 
 
-EXPERTS, TIED, EMBEDDINGS, LINEARS, CONVOLUTIONS, OTHERS = KINDS = (
-    "experts that are one tensor",
-    "embeddings, tied to the head",
-    "embeddings",
-    "linear layers",
-    "convolutions",
-    "vectors and others",
-)
-
-
 def trained_table(model: nn.Module, parts: Sequence[TrainedPart], rates: LearningRates) -> Table:
     """A row for each part that trains: layers, numbers, their share of all, rank and learning rate."""
     total = weight_count(model)
@@ -288,44 +277,3 @@ def _count(part: TrainedPart) -> int:
 
 def _share(count: int, total: int) -> tuple[str, str]:
     return f"{count:,}", f"{count / max(total, 1):.3%}"
-
-
-def frozen_table(model: nn.Module) -> Table:
-    """Lists what is neither adapted nor trained: a row for each kind of weight, with its share and its largest."""
-    total = weight_count(model)
-    weights: dict[str, list[tuple[str, int]]] = {}
-    for kind, name, count in _out_of_reach(model):
-        weights.setdefault(kind, []).append((name, count))
-    rows = [
-        (kind, *_share(sum(count for _, count in weights[kind]), total), max(weights[kind], key=itemgetter(1))[0])
-        for kind in KINDS
-        if kind in weights
-    ]
-    return Table(("not adapted", "parameters", "share", "such as"), tuple(rows))
-
-
-def _out_of_reach(model: nn.Module) -> Iterator[tuple[str, str, int]]:
-    """Kind, name and size of every frozen weight that no adapter changes."""
-    heads = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
-    seen = {id(layer.weight) for _, layer in adapted_layers(model)}
-    unpacked = unpacked_sizes(model)
-    for owner, module in model.named_modules():
-        for leaf, weight in module.named_parameters(recurse=False):
-            if weight.requires_grad or id(weight) in seen:
-                continue
-            seen.add(id(weight))
-            size = unpacked.get(id(weight), parameter_count(weight))
-            yield _kind(module, weight, heads), f"{owner}.{leaf}".strip("."), size
-
-
-def _kind(module: nn.Module, weight: nn.Parameter, heads: set[int]) -> str:
-    axes = len(vars(weight).get("ds_shape", weight.shape))
-    if isinstance(module, nn.Embedding):
-        return TIED if id(weight) in heads else EMBEDDINGS
-    if axes < 2:
-        return OTHERS
-    if isinstance(module, nn.Linear):
-        return LINEARS
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return CONVOLUTIONS
-    return EXPERTS if axes == 3 else OTHERS

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -242,7 +242,6 @@ class TrainingData:
         read_in_a_pass: how many an epoch reads over all ranks; None: `samples`, and what accelerate repeats of them.
         source: the training file, for messages.
         ids: the training samples', in the data's order; None: they are not known beforehand, as of a stream.
-        chats: ids of those that the base wrote itself (`data.replay`).
         media: what the picture and video files of some of them hold, by name (`content_key`).
         batch_tokens: of the largest micro-batch, for the memory estimate.
         pools: of `train`'s items, the largest of each kind that a micro-batch is drawn from; read when it is asked.
@@ -258,7 +257,6 @@ class TrainingData:
     source: str
     batch_tokens: int
     ids: Callable[[], Iterable[str]] | None = None
-    chats: Collection[str] = ()
     media: Callable[[], Mapping[str, str]] = dict
     read_in_a_pass: int | None = None
     pools: Callable[[], Sequence[Sequence[Any]]] = tuple

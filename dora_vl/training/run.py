@@ -45,7 +45,7 @@ from dora_vl.run.sharding import load_whole_models_again
 from dora_vl.training.callbacks import OwnCore
 from dora_vl.training.checkpoint_files import check_base, check_manifest
 from dora_vl.training.faults import check_base_weights, steps_left_out
-from dora_vl.training.largest_batch import out_of_memory_reported, smaller_model, smaller_test, training_fits
+from dora_vl.training.largest_batch import out_of_memory_reported, training_fits
 from dora_vl.training.parts import adapt, check_initial, check_parts
 from dora_vl.training.pipeline import Pipeline
 from dora_vl.training.trainer import AdapterTrainer, build_trainer
@@ -88,7 +88,7 @@ def train(pipeline: Pipeline) -> tuple[int | None, dict[str, Any]]:
     checkpoint = checkpoint_of(config)
     on_first_rank(partial(_check_and_prepare, pipeline, arguments, checkpoint))
 
-    with out_of_memory_reported(lambda: "loading the model", arguments.device, partial(smaller_model, config)):
+    with out_of_memory_reported(lambda: "loading the model"):
         backbone = pipeline.load()
         check_base_weights(backbone.model, config.model.base)
         pipeline.write_replay(backbone, arguments)
@@ -174,8 +174,7 @@ def _written(trainer: AdapterTrainer, *, stopped: bool) -> dict[str, Any]:
 
 
 def _test(pipeline: Pipeline, numbers: dict[str, Any]) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with out_of_memory_reported(lambda: "the test", device, partial(smaller_test, pipeline.config)):
+    with out_of_memory_reported(lambda: "the test"):
         pipeline.test(numbers)
 
 

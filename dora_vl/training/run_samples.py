@@ -425,7 +425,6 @@ class RunSamples:
             set_epoch=() if sampler is None else (sampler.set_epoch,),
             samples=len(own) if sampler is None else len(sampler),
             ids=own.ids,
-            chats=() if replay is None else tuple(replay.chats.ids()),
             media=partial(_media_keys, own if media else None, data, replay),
             batch_tokens=micro_batch * self._sample_tokens(rows, collate, int(lengths.lengths.max())),
             **shared,

@@ -60,7 +60,6 @@ from dora_vl.training.largest_batch import LargestBatch, cost_of
 from dora_vl.training.memory import Activations, Estimate, Table, activations_of, bytes_of, engine_of, held_by
 from dora_vl.training.parts import (
     LearningRates,
-    frozen_table,
     parameter_groups,
     rates_of,
     refuse_unknown_parts,
@@ -135,9 +134,7 @@ class AdapterTrainer(OrderedTrainer):
         self.stop, self.closing = StopOnSignal(), ExitStack()
         self.closing.callback(self.stop.restore)
         self.closing.callback(faulthandler.cancel_dump_traceback_later)
-        self.faults = StepFaults(
-            self.run_folder / FAULTS, config.optim.not_finite, scaled=arguments.fp16, chats=data.chats
-        )
+        self.faults = StepFaults(self.run_folder / FAULTS, config.optim.not_finite, scaled=arguments.fp16)
         self._loss = pipeline.loss(backbone)
         patience = config.optim.early_stopping
         super().__init__(
@@ -386,7 +383,7 @@ def build_trainer(pipeline: Pipeline, arguments: TrainingArguments, backbone: Ba
     trainer.remove_callback(PrinterCallback)
     watch = pipeline.watch(backbone, arguments) if config.watch else None
     if watch is not None:
-        trainer.add_callback(WatchQuestions(watch, trainer.run_folder, callbacks))
+        trainer.add_callback(WatchQuestions(watch, trainer.run_folder))
     trainer.remove_callback(ProgressCallback)
     if not arguments.disable_tqdm and is_first_rank():
         progress = RunProgress(Console(file=sys.stderr))
@@ -397,7 +394,7 @@ def build_trainer(pipeline: Pipeline, arguments: TrainingArguments, backbone: Ba
     if arguments.device.type == "cuda" if config.try_largest_batch is None else config.try_largest_batch:
         cost = cost_of(activations, recomputed=bool(arguments.gradient_checkpointing))
         # Before a clock runs or a question is asked.
-        callbacks.insert(0, LargestBatch(trainer, config, data=data, cost=cost))
+        callbacks.insert(0, LargestBatch(trainer, data=data, cost=cost))
     return trainer
 
 
@@ -432,11 +429,7 @@ def plan_of(
         reference=bytes_of(weight for weight in model.parameters() if weight.requires_grad) * compares,
         others=others,
     )
-    return {
-        "trained": trained_table(model, trained_parts(model), rates),
-        "not_adapted": frozen_table(model),
-        "memory": estimate.table(),
-    }
+    return {"trained": trained_table(model, trained_parts(model), rates), "memory": estimate.table()}
 
 
 def _read_in_a_pass(samples: int, arguments: TrainingArguments) -> int:

@@ -44,10 +44,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "pissa": {"init": "pissa"},
     "pissa_rslora": {"init": "pissa", "rank_scaling": "sqrt"},
-    "orthogonal": {"init": "orthogonal"},
     "settings": {"dropout": 0.3, "dropout_mode": "whole_change", "detach_norm": False},
 }
-PEFT_READS = {"dora", "lora", "rslora", "patterns", "pissa", "pissa_rslora", "orthogonal", "settings"}
+PEFT_READS = {"dora", "lora", "rslora", "patterns", "pissa", "pissa_rslora", "settings"}
 
 
 def trained_small(name: str) -> Small:

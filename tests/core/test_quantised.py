@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.core import DoRAConfig, apply_dora, merge_dora
 from dora_vl.core.gain import Snapshot
-from dora_vl.core.inject import loftq
-from dora_vl.core.quantised import QUANTISED_KINDS, QuantisedLinear
+from dora_vl.core.quantised import QuantisedKind, QuantisedLinear
 from dora_vl.errors import UserError
 from tests.core.dense_dora import move_layer, unchanged
 from tests.core.test_layers import PATH, Sealed
 
-HOW = "optional quantisation: pip install bitsandbytes hqq torchao"
+HOW = "optional quantisation: pip install bitsandbytes torchao"
 
 
 def adapted(layer: nn.Module, **changes: Any) -> Any:
@@ -47,20 +46,13 @@ def nf4() -> tuple[nn.Module, Tensor]:
     return base, bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state).float()
 
 
-def hqq_layer() -> tuple[nn.Module, Tensor]:
-    hqq = pytest.importorskip("hqq.core.quantize", reason=HOW)
-    settings = hqq.BaseQuantizeConfig(nbits=4, group_size=64)
-    layer = hqq.HQQLinear(nn.Linear(128, 64), settings, compute_dtype=torch.float32, device="cpu")
-    return layer, layer.dequantize().float()
-
-
 def in_blocks() -> tuple[nn.Module, Tensor]:
     """Wider than what is read of an unknown weight at a time."""
     layer = Sealed(300, 7)
     return layer, layer.secret
 
 
-QUANTISERS = {"unknown": in_blocks, "torchao": torchao_int8, "nf4": nf4, "hqq": hqq_layer}
+QUANTISERS = {"unknown": in_blocks, "torchao": torchao_int8, "nf4": nf4}
 
 
 @pytest.mark.parametrize("quantiser", QUANTISERS.values(), ids=QUANTISERS)
@@ -109,20 +101,8 @@ def test_pissa_is_refused_before_anything_changes(tmp_path):
         load_adapter(model, tmp_path / "a")
 
 
-def test_loftq_brings_the_layer_nearer_to_the_original():
-    original = torch.randn(7, 300, generator=torch.Generator().manual_seed(1))
-    base = sealed()
-    with torch.no_grad():
-        base.secret.copy_((original * 2).round() / 2)
-    model, x = adapted(base), torch.randn(400, 300)
-    target = x @ original.t() + base.bias
-    before = (model["q"](x) - target).norm()
-    loftq(model, lambda name: original)
-    assert float((model["q"](x) - target).norm()) < 0.8 * float(before)
-
-
 class Scaled(nn.Module):
-    """Keeps its scales as HQQ does: in a dictionary, one of them quantised itself, beside parameters and buffers."""
+    """Keeps its scales in a dictionary, beside parameters and buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -152,7 +132,9 @@ EDITS: dict[str, Callable[[Scaled], object]] = {
 def test_an_edit_of_the_layer_inside_or_of_its_scales_is_noticed(edit):
     base, x = Scaled(), torch.randn(4, 30)
     config = DoRAConfig(targets=("q",), rank=3, alpha=6.0, dropout=0.0)
-    layer = QuantisedLinear(base, config, QUANTISED_KINDS["hqq.core.quantize.HQQLinear"])
+    scales = lambda layer: iter((layer.meta["scale"], layer.meta["meta_zero"]["scale"]))  # noqa: E731
+    kind = QuantisedKind(lambda layer: torch.float32, Scaled.dequantize, loose_tensors=scales)
+    layer = QuantisedLinear(base, config, kind)
     move_layer(layer)
     for _ in range(2):
         direction = base.dequantize() + layer.adapter.scale * layer.lora_B @ layer.lora_A

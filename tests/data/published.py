@@ -23,7 +23,7 @@ def prepared(source: str, folder: Path, to: Path, *options: str) -> list[str]:
     """What the command says."""
     parser = argparse.ArgumentParser()
     prepare.add_arguments(parser)
-    words = [source, "--from", str(folder), "--to", str(to), "--workers", "0", *options]
+    words = [source, "--from", str(folder), "--to", str(to), *options]
     return list(prepare.run(parser.parse_args(words)))
 
 

@@ -59,16 +59,6 @@ def test_the_manifest_accounts_for_every_row(tmp_path: Path) -> None:
     assert lines[0].endswith("7 records of 9 rows, written")
 
 
-def test_several_workers_write_the_same_bytes(tmp_path: Path) -> None:
-    file = published(tmp_path / "a.json", 3000, r1500={"conversations": []}, r2000={"id": "r1999"})
-    for workers in ("0", "2"):
-        prepare(file, tmp_path / workers, "--workers", workers)
-    first, second = (tmp_path / workers / "llava" / "a.jsonl" for workers in ("0", "2"))
-    assert first.read_bytes() == second.read_bytes()
-    of_one, of_two = (manifest(tmp_path / workers / "llava", "a")["dropped_rows"] for workers in ("0", "2"))
-    assert of_one == of_two
-
-
 def test_a_finished_split_is_left_alone_until_something_changes(tmp_path: Path) -> None:
     file = published(tmp_path / "a.json", 5)
     records = tmp_path / "records"
@@ -132,7 +122,7 @@ def numbers(progress: Progress) -> Iterator[Raw]:
 
 
 def run(split: Split, folder: Path) -> prepare_module.Prepared:
-    return prepare_module.prepare_split(split, folder, source="own", workers=0, limit=None, progress=lambda _: None)
+    return prepare_module.prepare_split(split, folder, source="own", limit=None, progress=lambda _: None)
 
 
 def test_ids_that_a_publisher_repeats_are_refused(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def prepared(row: Mapping[str, Any], to: Path) -> Path:
     """The split's file, as `dora-vl prepare` writes it."""
     parser = argparse.ArgumentParser()
     prepare.add_arguments(parser)
-    words = [row["source"], "--from", str(FIXTURES / row["fixture"]), "--to", str(to), "--workers", "0"]
+    words = [row["source"], "--from", str(FIXTURES / row["fixture"]), "--to", str(to)]
     list(prepare.run(parser.parse_args(words)))
     return to / f"{row['split']}.jsonl"
 

@@ -135,7 +135,7 @@ def another_cell(content: bytes, draw: Random, delimiter: str) -> tuple[bytes, s
 
 
 def prepare_words(source: str, folder: str, to: str) -> list[str]:
-    return ["prepare", source, "--from", folder, "--to", to, "--workers", "0"]
+    return ["prepare", source, "--from", folder, "--to", to]
 
 
 def publisher_targets() -> list[Target]:

@@ -66,9 +66,7 @@ def judged(p: tuple[float, ...], y: int, *, good: bool, threshold: float = 0.0) 
 
 PAIRED: dict[str, Callable[[tuple[float, ...], int, int], float]] = {
     "dpo": lambda p, w, o: -math.log(sigmoid(margin(p, w, o))),
-    "hinge": lambda p, w, o: max(0.0, 1 - margin(p, w, o)),
     "ipo": lambda p, w, o: (gain(p, w) / TOKENS[w] - gain(p, o) / TOKENS[o] - 1 / (2 * BETA)) ** 2,
-    "apo_down": lambda p, w, o: sigmoid(BETA * gain(p, w)) + 1 - sigmoid(margin(p, w, o)),
     "simpo": lambda p, w, o: -math.log(sigmoid(BETA * (mean(p, w) - mean(p, o)) - MARGIN)),
     "cpo": lambda p, w, o: -math.log(sigmoid(BETA * (p[w] - p[o]))) + likelihood(p),
     "orpo": lambda p, w, o: likelihood(p) - BETA * math.log(sigmoid(odds(p, w) - odds(p, o))),

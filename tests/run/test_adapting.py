@@ -32,7 +32,7 @@ OTHER: dict[str, Any] = {
     "rank_pattern": {"*.v_proj": 4},
     "alpha_pattern": {"*.v_proj": 3.0},
     "parts": {"heads": AdaptedPart(targets=("*.k_proj",), rank=2, alpha=7.0)},
-    "init": "orthogonal",
+    "init": "gaussian",
     "random_seed": 9,
     "opaque_layers": ("a.B",),
     "also_train": {"norms": ("*layernorm.weight",)},
@@ -100,7 +100,6 @@ ANY = AdaptedPart(targets=("*",))
         {"parts": {"x": ANY}, "also_train": {"x": ("*",)}},
         {"parts": {"x": ANY}, "method": "full"},
         {"parts": {"x": AdaptedPart(targets=("*",), rank=3)}, "method": "dvora"},
-        {"parts": {"x": AdaptedPart(targets=("*",), rank=3)}, "init": "orthogonal"},
     ],
 )
 def test_settings_that_contradict_each_other_are_refused_at_once(values: dict[str, Any]) -> None:

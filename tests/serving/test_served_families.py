@@ -127,7 +127,7 @@ def test_an_adapter_is_asked_as_its_recipe_says_and_says_its_base(
     recipe = {"base": str(llava), "revision": None, "base_sha256": content_hash(llava), "image_aspect": "pad"}
     recipe |= {"dtype": "float32", "max_tokens": 99}
     adapters = {}
-    for seed, (name, template) in enumerate({"one": "vicuna_v1", "two": "v0"}.items()):
+    for seed, (name, template) in enumerate({"one": "vicuna_v1", "two": "mistral_instruct"}.items()):
         adapters[name] = write_adapter(llava, tmp_path / name, seed=seed, targets=targets, rank=2, alpha=5.0)
         with_recipe(adapters[name], {**recipe, "template": template})
     model = open_served(None, adapters)

@@ -34,15 +34,7 @@ cpo, orpo, kto = map(pytest.importorskip, ("trl.experimental.cpo", "trl.experime
 BETA, MARGIN = 0.3, 0.7
 LENGTHS = (3, 5, 2, 7, 1, 4)
 PAIRS = torch.tensor([(0, 3), (1, 4), (2, 5)]).T
-OF_DPO_TRAINER = {
-    "dpo": "sigmoid",
-    "hinge": "hinge",
-    "ipo": "ipo",
-    "bco": "bco_pair",
-    "apo_zero": "apo_zero",
-    "apo_down": "apo_down",
-    "sft": "sft",
-}
+OF_DPO_TRAINER = {"dpo": "sigmoid", "ipo": "ipo", "bco": "bco_pair", "apo_zero": "apo_zero", "sft": "sft"}
 MASK = torch.arange(8) <= torch.tensor(LENGTHS)[:, None]
 MASK[:, 0] = False
 """Tokens of each answer behind a prompt of one token."""

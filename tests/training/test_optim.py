@@ -11,7 +11,7 @@ from dora_vl.core import DoRAConfig, apply_dora, trained_parts
 from dora_vl.core.config import AdaptedPart
 from dora_vl.errors import SettingError
 from dora_vl.run.settings import Decayed, OptimConfig
-from dora_vl.training.parts import LearningRates, frozen_table, parameter_groups, rates_of, trained_table, with_decay
+from dora_vl.training.parts import LearningRates, parameter_groups, rates_of, trained_table, with_decay
 from tests.backbones.tiny_vlbart import tiny
 
 
@@ -124,13 +124,3 @@ def test_a_line_for_each_part() -> None:
     trained = 20 + 40 + 20 + 60 + 90 + 30 + 20
     assert cells["trained"] == [f"{trained:,}", f"{trained / total:.3%}"]
     assert cells["all"] == [f"{total:,}", "100.000%"]
-
-
-def test_what_is_not_adapted_is_named_with_its_share() -> None:
-    table = frozen_table(with_tables())
-    cells = rows(str(table))
-    assert cells["experts that are one tensor"][-3:] == ["200", "9.479%", "experts.down_proj"]
-    assert cells["embeddings, tied to the head"][-3:] == ["500", "23.697%", "tokens.weight"]
-    assert cells["linear layers"][-3:] == ["300", "14.218%", "third.weight"]
-    assert "first.weight" not in str(table)
-    assert "second.weight" not in str(table)

@@ -14,12 +14,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import TrainerState
 
 from dora_vl.core import TrainedPart
 from dora_vl.errors import UserError
 from dora_vl.run.folder import read_log
-from dora_vl.training.faults import StepFaults, check_base_weights, check_trained_weights, is_spike
+from dora_vl.training.faults import check_base_weights, check_trained_weights
 from dora_vl.training.trainer import AdapterTrainer
 from tests.training.launched import launch
 from tests.training.tiny_run import MakeRun, assert_same_weights, json_of, logged, trained, weights_of
@@ -147,36 +146,6 @@ def test_without_zero_the_engine_s_log_holds_the_norm_before_clipping(run_file: 
     assert engine == pytest.approx(plain, rel=1e-3)
     assert len(engine) == 2
     assert min(engine) > 0.02
-
-
-def test_a_spike_stands_far_above_its_window_in_two_ways() -> None:
-    quiet = [1.0 + 0.01 * (step % 5) for step in range(30)]
-    assert is_spike(2.5, quiet)
-    assert not is_spike(1.9, quiet)  # not twice the median
-    wild = [1.0 + 0.8 * (step % 3) for step in range(30)]
-    assert not is_spike(4.5, wild)  # the loss jumps like that all the time
-    assert is_spike(12.0, wild)
-
-
-def test_a_step_with_chats_of_the_base_is_compared_with_such_steps(tmp_path: Path) -> None:
-    faults, state = StepFaults(tmp_path / "faults.jsonl", "stop", chats=["replay-7"]), TrainerState()
-    for step in range(90):
-        chats = step % 3 == 0
-        faults.begin_step([("a", "replay-7") if chats else ("a", "b")])
-        faults._look_for_spike([1.0 if chats else 0.01], state)
-    assert not (tmp_path / "faults.jsonl").exists()
-    faults.begin_step([("a", "b")])
-    faults._look_for_spike([1.0], state)
-    assert len(read_log(tmp_path / "faults.jsonl")) == 1
-
-
-def test_a_spike_is_named_with_its_samples(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    change_loss(monkeypatch, (25,), lambda trainer, value: watched(trainer, value * 50, value))
-    folder = trained(run_file, "--training.max_steps=27", "--training.learning_rate=1e-5")
-    (line,) = read_log(folder / "faults.jsonl")
-    assert line["step"] == 26
-    assert line["times_the_median"] > 10
-    assert line["samples"] == ["sample-4", "sample-5", "sample-6", "sample-7"]  # 48 samples: the third epoch's second
 
 
 @pytest.mark.slow

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from PIL import Image
-from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
 from dora_vl.evaluation.open_model import with_adapter
 from dora_vl.evaluation.predictor import Shown
 from dora_vl.evaluation.questions import read_questions
 from dora_vl.run.reading import read_run_file
-from dora_vl.run.watched import Watched, WatchedQuestion, read_watched, tiled
-from dora_vl.training.callbacks import read_log, track_answers
+from dora_vl.run.watched import read_watched, tiled
+from dora_vl.training.callbacks import read_log
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from tests.training.tiny_run import MakeRun, json_of, logged_losses, trained
 
@@ -121,50 +119,3 @@ def test_pictures_of_a_question_are_tiles_of_one() -> None:
     tile = tiled([red, blue, red])
     assert tile.size == (10, 6)
     assert (tile.getpixel((0, 0)), tile.getpixel((7, 0))) == ((255, 0, 0), (0, 0, 255))
-
-
-def watched_in(folder: Path) -> Watched:
-    Image.new("RGB", (6, 5), "red").save(folder / "0.png")
-    questions = (
-        WatchedQuestion(id="a", question="what?", truth="red", picture="0.png"),
-        WatchedQuestion(id="b", question="where?", truth="there"),
-    )
-    return Watched(folder=folder, questions=questions, answers={0: {"a": "blue", "b": "here"}, 4: {"a": "red"}})
-
-
-class Tracker:
-    """wandb's calls, kept."""
-
-    def __init__(self) -> None:
-        self.logged: list[dict[str, Any]] = []
-        self.Table, self.Image, self.log = dict, lambda picture: picture.size, self.logged.append
-
-
-@pytest.mark.parametrize(("kind", "holds"), [(WandbCallback, "_wandb"), (TrackioCallback, "_trackio")])
-def test_wandb_and_trackio_get_a_table_with_pictures(tmp_path: Path, kind: type[Any], holds: str) -> None:
-    callback, tracker = kind.__new__(kind), Tracker()
-    setattr(callback, holds, tracker)
-    for step in (0, 4):
-        track_answers([callback], watched_in(tmp_path), step)
-    first, last = tracker.logged
-    assert (first["train/global_step"], last["train/global_step"]) == (0, 4)
-    assert first["watched"]["columns"] == ["picture", "question", "right", "answer"]
-    assert first["watched"]["data"] == [[(6, 5), "what?", "red", "blue"], [None, "where?", "there", "here"]]
-    assert last["watched"]["data"] == [[(6, 5), "what?", "red", "red"]]
-
-
-def test_tensorboard_gets_text_and_each_picture_once(tmp_path: Path) -> None:
-    sent: list[tuple[Any, ...]] = []
-    writer = SimpleNamespace(
-        add_text=lambda name, text, step: sent.append((name, text, step)),
-        add_image=lambda name, picture, step, dataformats: sent.append((name, picture.shape, step, dataformats)),
-        flush=lambda: None,
-    )
-    callback = TensorBoardCallback.__new__(TensorBoardCallback)
-    callback.tb_writer = writer
-    watched = watched_in(tmp_path)
-    track_answers([callback], watched, 0)
-    assert sent[:2] == [("watched/0", "    what?\n\n    blue\n\n    red", 0), ("watched/0", (5, 6, 3), 0, "HWC")]
-    sent.clear()
-    track_answers([callback], watched, 4)
-    assert sent == [("watched/0", "    what?\n\n    red\n\n    red", 4)]

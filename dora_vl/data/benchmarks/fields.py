@@ -41,7 +41,7 @@ class Split:
     Attributes:
         inputs: the files that it depends on; their sizes and hashes go into the manifest.
         rows: yields the raw rows in the publisher's order.
-        convert: a function that can be pickled; raises `BadSample` for a row that cannot be used.
+        convert: raises `BadSample` for a row that cannot be used.
         published_rows: how many rows the publisher states; another number is reported, not refused.
         repeated_ids: what to do with an id that came before: refuse the file, or number it ("x#2").
         ids_by_place: ids say where a row stands, so repeated rows have two ids: they are counted.
@@ -179,11 +179,6 @@ class Row:
     def mapping(self, column: str) -> Mapping[str, JSON]:
         """Returns an object, possibly empty."""
         return self.value(column, "an object", Mapping)
-
-    def weights(self, column: str) -> tuple[Answer, ...]:
-        """Returns answers with their weights, from an object; an empty answer is left out, as in VL-T5."""
-        pairs = {answer: self.number(column, weight) for answer, weight in self.mapping(column).items()}
-        return tuple(Answer(text=answer, weight=weight) for answer, weight in pairs.items() if answer.strip())
 
     def choice(self, column: str, choices: Sequence[object]) -> int:
         """Returns the number of the right choice, which must be one of them."""

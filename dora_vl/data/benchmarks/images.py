@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -80,11 +80,6 @@ GQA_FILES = {
     "val_all_questions.json": ("validation_all", 2_011_853),
     "testdev_all_questions.json": ("testdev_all", 172_174),
 }
-GQA_VLT5 = {
-    "train.json": ("train", 943_000),
-    "valid.json": ("validation", 132_062),
-    "testdev.json": ("testdev", 12_578),
-}
 GQA_ALL_TRAIN = [f"train_all_questions/train_all_questions_{part}.json" for part in range(10)]
 
 
@@ -94,13 +89,13 @@ def gqa(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Spl
     Files, from cs.stanford.edu/people/dorarad/gqa (`questions1.2.zip`, 1.4 GB): the balanced ones, and where present
     `{val,testdev}_all_questions.json` and `train_all_questions/train_all_questions_{0..9}.json` (14,305,356), which
     make one split. Licence: CC BY 4.0. Pictures: `images/<imageId>.jpg` (148,854, from Visual Genome; `images.zip`,
-    20 GB). VL-T5's form, `{train,valid,testdev}.json` of {question_id, img_id, sent, label}, is read where no other is.
+    20 GB).
 
     Quirks: a file is one object, question id -> question; `test` has no answers, its scores come from the server;
     LLaVA-1.5 reports testdev_balanced, VL-BART trains on train + val and reports testdev. The official script needs
     `types`, `entailed`, `groups` and `isBalanced` for all of its figures, so they stay in `extra`.
     """
-    files = present(folder, [*GQA_FILES, *GQA_ALL_TRAIN, *GQA_VLT5])
+    files = present(folder, [*GQA_FILES, *GQA_ALL_TRAIN])
     splits: list[tuple[str, int, tuple[Path, ...]]] = [
         (*GQA_FILES[file], (path,)) for file, path in files.items() if file in GQA_FILES
     ]
@@ -109,10 +104,6 @@ def gqa(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Spl
     for name, size, paths in splits:
         rows, convert = partial(member_rows, paths, "question_id"), partial(gqa_row, answered=name != "test")
         yield Split("gqa", name, paths, rows, convert, size)
-    for file, path in {} if splits else files.items():
-        name, size = GQA_VLT5[file]
-        notes = {"form": "VL-T5's files"}
-        yield Split("gqa", name, (path,), partial(stream_records, path), gqa_vlt5_row, size, notes=notes)
 
 
 def gqa_row(raw: Raw, *, answered: bool = True) -> Example:
@@ -136,15 +127,6 @@ def gqa_row(raw: Raw, *, answered: bool = True) -> Example:
         answers=(Answer(text=answer),) if answer else (),
         extra={name: value for name, value in extra.items() if value is not None},
     )
-
-
-def gqa_vlt5_row(raw: Raw) -> Example:
-    """Returns one question of VL-T5's files."""
-    row = Row(raw, "question_id")
-    if not (answers := row.weights("label")):
-        raise row.bad("it has no answer: 'label' holds none")
-    image = f"images/{row.filled('img_id')}.jpg"
-    return Example(id=row.id, images=(image,), question=row.filled("sent"), answers=answers)
 
 
 ORDERS = 6
@@ -268,7 +250,6 @@ NLVR2_FILES = {
     "test1.json": ("test", 6_967),
     "test2.json": ("test2", 6_970),
 }
-NLVR2_VLT5 = {"train.json": ("train", 86_373), "valid.json": ("validation", 6_982), "test.json": ("test", 6_967)}
 
 
 def nlvr2(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Split]:
@@ -277,34 +258,29 @@ def nlvr2(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[S
     Files, from github.com/lil-lab/nlvr (`nlvr2/data`): `{train,dev,test1,test2}.json`, JSON lines; test1 is the public
     test set. Licence: CC BY 4.0. The photographs are given on request; they are named after the row:
     `images/dev/dev-850-0-img0.png` (left) and `-img1.png`, in training
-    `images/train/<directory>/train-10171-0-img0.png`. VL-T5's form, `{train,valid,test}.json` with {identifier, img0,
-    img1, sent, label 0/1}, is read too.
+    `images/train/<directory>/train-10171-0-img0.png`.
 
     Quirks: labels are "True" and "False" here and "true"/"false" in NLVR; consistency counts a sentence (the identifier
     without its last field) when all of its rows are right; the submission is "identifier,True".
     """
-    files = present(folder, [*NLVR2_FILES, *NLVR2_VLT5], inside=["data"])
-    table = NLVR2_VLT5 if "valid.json" in files else NLVR2_FILES | NLVR2_VLT5
-    for file, path in files.items():
-        if file in table:
-            name, size = table[file]
-            yield Split("nlvr2", name, (path,), partial(stream_records, path), nlvr2_row, size)
+    for file, path in present(folder, NLVR2_FILES, inside=["data"]).items():
+        name, size = NLVR2_FILES[file]
+        yield Split("nlvr2", name, (path,), partial(stream_records, path), nlvr2_row, size)
 
 
 def nlvr2_row(raw: Raw) -> Example:
-    """Returns one sentence and its two photographs, in either form."""
+    """Returns one sentence and its two photographs."""
     row = Row(raw, "identifier")
-    vlt5 = row.get("img0") is not None
-    label = {0: "False", 1: "True"}.get(row.integer("label"), "") if vlt5 else str(row.scalar("label"))
+    label = str(row.scalar("label"))
     if label not in {"True", "False"}:
         raise row.bad(f"its label is {shown(row.get('label'))}, which is neither True nor False")
     part, pair = row.id.split("-", 1)[0], row.id.rsplit("-", 1)[0]
-    names = [row.identifier("img0"), row.identifier("img1")] if vlt5 else [f"{pair}-img0", f"{pair}-img1"]
     directory = row.maybe(row.identifier, "directory")
+    folder = "/".join(["images", part, *([directory] if directory else [])])
     return Example(
         id=row.id,
-        images=tuple("/".join(["images", part, *([directory] if directory else []), f"{name}.png"]) for name in names),
-        question=row.filled("sent" if vlt5 else "sentence"),
+        images=(f"{folder}/{pair}-img0.png", f"{folder}/{pair}-img1.png"),
+        question=row.filled("sentence"),
         answers=(Answer(text=label),),
         extra=row.kept("synset", "writer", "uid"),
     )
@@ -380,11 +356,7 @@ def vqav2_row(raw: Raw, *, pictures: str, answered: bool) -> Example:
     )
 
 
-KARPATHY_VLT5 = {
-    "karpathy_train.json": ("train", 605_102),
-    "karpathy_val.json": ("validation", 26_729),
-    "karpathy_test.json": ("test", 26_280),
-}
+KARPATHY_SIZES = {"train": 605_102, "validation": 26_729, "test": 26_280}
 KNOWN_ANSWERS = "trainval_ans2label.json"
 KARPATHY_PARTS = ("train2014", "val2014")
 
@@ -392,32 +364,24 @@ KARPATHY_PARTS = ("train2014", "val2014")
 def vqav2_karpathy(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Split]:
     """VQA v2 in Karpathy's split, as VL-T5 and VL-BART report it.
 
-    Two forms, whichever is in the folder: VL-T5's own `karpathy_{train,val,test}.json` (its shared drive is no longer
-    answered), a list of {question_id, img_id, sent, label, answer_type, question_type, answers}; or the official files
-    of `vqav2` (train2014 and val2014) with Karpathy's `dataset_coco.json`, which make the same partition, because a
-    question goes where its picture goes. `trainval_ans2label.json` (3,129 answers, from LXMERT), where present, limits
-    the weighted answers to those that VL-BART is trained on: a training question none of whose answers is in it is
-    dropped, as in VL-T5. Licence: CC BY 4.0.
+    Files: the official ones of `vqav2` (train2014 and val2014) with Karpathy's `dataset_coco.json`, which make the same
+    partition as VL-T5's own, because a question goes where its picture goes. `trainval_ans2label.json` (3,129 answers,
+    from LXMERT), where present, limits the weighted answers to those that VL-BART is trained on: a training question
+    none of whose answers is in it is dropped, as in VL-T5. Licence: CC BY 4.0.
 
-    Quirks: VL-T5's questions are cut at 20 tokens later, not here; `img_id` is the picture's name without its ending.
+    Quirks: VL-T5's questions are cut at 20 tokens later, not here.
     """
     answer_list = files_in(folder, [KNOWN_ANSWERS])
     allowed = frozenset(json_object(answer_list[KNOWN_ANSWERS], WANTED)) if answer_list else None
-    vlt5_files = files_in(folder, KARPATHY_VLT5)
     names = [form.format(part) for form in (QUESTIONS, ANNOTATIONS) for part in KARPATHY_PARTS] + [KARPATHY]
-    if missing := [] if vlt5_files else [name for name in names if not (folder / name).is_file()]:
-        raise UserError(f"{folder}: {missing[0]} is missing; it takes {', '.join(names)}, or VL-T5's karpathy_*.json")
-    for file, (name, size) in KARPATHY_VLT5.items():
-        if vlt5_files and file not in vlt5_files:
-            continue
-        rows: Callable[[Progress], Iterator[Raw]] = partial(_official_rows, folder, name)
-        convert, inputs = vqav2_karpathy_row, [folder / name for name in names]
-        if vlt5_files:
-            rows, convert, inputs = partial(stream_records, vlt5_files[file]), vqav2_vlt5_row, [vlt5_files[file]]
-        convert = partial(convert, allowed=allowed if name == "train" else None)
-        form = "VL-T5's files" if vlt5_files else f"official files and {KARPATHY}"
-        notes = {"form": form, "answers_allowed": len(allowed or ())}
-        yield Split("vqav2_karpathy", name, (*inputs, *answer_list.values()), rows, convert, size, notes=notes)
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise UserError(f"{folder}: {missing[0]} is missing; it takes {', '.join(names)}")
+    inputs = (*(folder / name for name in names), *answer_list.values())
+    notes = {"form": f"official files and {KARPATHY}", "answers_allowed": len(allowed or ())}
+    for name, size in KARPATHY_SIZES.items():
+        convert = partial(vqav2_karpathy_row, allowed=allowed if name == "train" else None)
+        rows = partial(_official_rows, folder, name)
+        yield Split("vqav2_karpathy", name, inputs, rows, convert, size, notes=notes)
 
 
 def _official_rows(folder: Path, split: str, progress: Progress) -> Iterator[Raw]:
@@ -439,27 +403,6 @@ def vqav2_karpathy_row(raw: Raw, *, allowed: frozenset[str] | None) -> Example:
     if row.get("split") is None:
         raise row.bad(f"its picture {example.images[0]} is in no part of {KARPATHY}")
     return replace(example, answers=_allowed(example.answers, allowed, row))
-
-
-def vqav2_vlt5_row(raw: Raw, *, allowed: frozenset[str] | None) -> Example:
-    """Returns one question of VL-T5's files."""
-    row = Row(raw, "question_id")
-    picture = row.filled("img_id")
-    people = row.maybe(row.people, "answers") or []
-    answers = row.maybe(row.weights, "label") or soft_answers(people)
-    if not answers:
-        raise row.bad("it has no answer: neither 'label' nor 'answers' holds one")
-    number = row.scalar("question_id")  # the server wants a number, which some of VL-T5's files write as text
-    return Example(
-        id=row.id,
-        images=(f"{picture.split('_')[1] if picture.count('_') == 2 else '.'}/{picture}.jpg",),
-        question=row.filled("sent"),
-        answers=_allowed(answers, allowed, row),
-        extra={"question_id": int(number) if isinstance(number, str) and number.isdecimal() else number}
-        | {"image_name": picture}
-        | ({"human_answers": people} if people else {})
-        | row.kept("question_type", "answer_type", "is_topk_optimal"),
-    )
 
 
 def _allowed(answers: tuple[Answer, ...], allowed: frozenset[str] | None, row: Row) -> tuple[Answer, ...]:
