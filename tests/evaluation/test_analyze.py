@@ -25,7 +25,6 @@ from tests.adapters.peft_folders import moved_peft
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
-    """A base, and a PEFT DoRA adapter on it, in the working folder."""
     monkeypatch.chdir(tmp_path)
     saved(tiny_llama(), tmp_path / "base")
     moved_peft(tiny_llama()).save_pretrained(tmp_path / "dora")
@@ -73,7 +72,6 @@ def test_the_magnitude_change_of_dora_is_its_magnitudes_change(folders):
 
 @torch.no_grad()
 def test_every_method_and_whole_models_side_by_side(folders):
-    """LoRA, a magnitude alone, DVoRA, whole weights as an adapter, and a tuned model folder: the same two layers."""
     for method in ("lora", "magnitude", "dvora", "full"):
         model = tiny_llama()
         targets = ("*.q_proj",)

@@ -67,7 +67,7 @@ def test_two_keys_that_may_be_the_answer(tmp_path: Path, keys: tuple[str, str]) 
     "line",
     [
         *('{"id": 1,, }', "[1]", '{"id": "b"}', '{"answer": "b"}', '{"id": "b", "answer": 3}', "[" * 100_000),
-        *('{"id": true, "answer": "b"}', '{"id": ["b"], "answer": "b"}', '{"id": 1' + "0" * 5000 + ', "answer": "b"}'),
+        '{"id": 1' + "0" * 5000 + ', "answer": "b"}',
         '{"id": "b", "answer": "cat", "pred": null}',
     ],
 )
@@ -81,7 +81,6 @@ def test_a_broken_line_is_refused(tmp_path: Path, line: str) -> None:
     [
         *(("r.csv", "dev-1-0-0\n"), ("r.tsv", 'index\tprediction\n1\t"x\n'), ("r.xlsx", "PK\x03\x04rest")),
         *(("r.json", content) for content in ('{"1": [2]}', '{"1": true}', '{"answer": "x"}', "[]", "[1, 2]")),
-        *(("r.csv", "\n"), ("r.jsonl", "\n")),
     ],
 )
 def test_what_is_no_such_file_is_refused(tmp_path: Path, file: str, content: str) -> None:

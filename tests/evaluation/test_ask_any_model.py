@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dora_vl.backbones.generation import NoNumbers
 from dora_vl.cli import main
-from dora_vl.data.example import Answer, Clip, Example, write_examples
+from dora_vl.data.example import Answer, Example, write_examples
 from dora_vl.data.samples import Sample
 from dora_vl.data.turns import Turn
 from dora_vl.evaluation.assistant import Assistant, model_inputs
@@ -26,19 +26,12 @@ from dora_vl.evaluation.scores.benchmark import LETTER
 from tests.backbones.tiny_image_text import FAMILIES, write_tiny
 from tests.backbones.tiny_language import write_tiny_language
 from tests.backbones.tiny_video import coloured_video, write_tiny_video
+from tests.serving.tiny_served import spread
 from tests.training.tiny_run import write_tiny_llava
 
 MORE_FAMILIES = [pytest.param(name, marks=pytest.mark.slow) for name in ("smolvlm", "internvl")]
 MODELS = ["qwen2_5_vl", "llava", "language", *MORE_FAMILIES]
 NEW_TOKENS = 6
-
-
-def spread(folder: Path) -> Path:
-    """Larger weights, so that a random model's answers differ from question to question."""
-    weights = load_file(folder / "model.safetensors")
-    scaled = {name: tensor * (8 if tensor.dim() == 2 else 1) for name, tensor in weights.items()}
-    save_file(scaled, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 def write_model(name: str, folder: Path) -> Path:
@@ -98,11 +91,9 @@ def test_a_batch_answers_as_one_by_one_to_the_id(model: tuple[str, Path]) -> Non
     )
 
 
-@pytest.mark.parametrize("beams", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_row_without_numbers_has_no_answer_and_the_others_have_theirs(model: tuple[str, Path], beams: int) -> None:
+def test_a_row_without_numbers_has_no_answer_and_the_others_have_theirs(model: tuple[str, Path]) -> None:
     name, folder = model
     assistant = opened(folder)
-    assistant.backbone.model.generation_config.num_beams = beams
     samples = [assistant.prompts.sample(*conversation) for conversation in conversations(name)]
     batch = assistant.prompts.collate(samples, "left")
     expected = assistant.answers(batch, max_new_tokens=NEW_TOKENS)
@@ -116,7 +107,6 @@ def test_a_row_without_numbers_has_no_answer_and_the_others_have_theirs(model: t
     predictions = assistant.answers(batch, max_new_tokens=NEW_TOKENS)
     assert predictions == [None if index == 1 else text for index, text in enumerate(expected)]
     turns, seen = list(conversations(name))[1]
-    assistant.backbone.model.generation_config.num_beams = 1  # a search with beams writes nothing as it comes
     with pytest.raises(NoNumbers):
         assistant.answer(Example(id="q", turns=tuple(turns)), seen, max_new_tokens=NEW_TOKENS, write=lambda text: None)
 
@@ -282,14 +272,13 @@ def test_a_folder_of_peft_opens(name: str, use_dora: bool, tmp_path: Path) -> No
 def paths(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Models without weights, adapters that cannot be opened, and folders that hold nothing."""
     folder = tmp_path_factory.mktemp("places")
-    for name in ("empty", "bare_adapter", "lora", "other_peft", "florence2", "blip-2", "bert", "vlbart"):
+    for name in ("empty", "bare_adapter", "lora", "florence2", "bert", "vlbart"):
         (folder / name).mkdir()
-    for name in ("florence2", "blip-2", "bert", "vlbart"):
+    for name in ("florence2", "bert", "vlbart"):
         (folder / name / "config.json").write_text(json.dumps({"model_type": name}))
-    for name, kind in (("bare_adapter", None), ("lora", "LORA"), ("other_peft", "IA3")):
+    for name in ("bare_adapter", "lora"):
         save_file({"a": torch.zeros(1)}, folder / name / "adapter_model.safetensors")
-        if kind:
-            (folder / name / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
+    (folder / "lora" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     models = {"bare": write_tiny("qwen2_5_vl", folder / "bare"), "silent": write_tiny("qwen2_5_vl", folder / "silent")}
     models |= {"language": write_tiny_language(folder / "language"), "llava": write_tiny_llava(folder / "llava")}
     for model in models.values():
@@ -305,15 +294,15 @@ EVALUATE = "evaluate --benchmarks {own} --to {gone}/to --images {data} --model "
 @pytest.mark.parametrize(
     "words",
     [
-        *("ask --question q --model {florence2}", EVALUATE + "{blip-2}", "ask --question q --model {bert}"),
-        *("ask --question q --model {vlbart}", "ask --question q", "ask --question q --model ./gone"),
-        *(EVALUATE + "{bare} --images {gone}", EVALUATE + "{bare} --images {empty}", EVALUATE + "{silent}"),
+        *("ask --question q --model {florence2}", EVALUATE + "{bert}", "ask --question q --model {vlbart}"),
+        *("ask --question q", "ask --question q --model ./gone"),
+        *(EVALUATE + "{bare} --images {empty}", EVALUATE + "{silent}"),
         "evaluate --benchmarks {own} --model {bare} --images {data}",
         "evaluate --to {gone} --model {bare} --benchmarks pope={data}/colours.jsonl --answer-by likelihood",
         *("ask --question q --model {language}", "ask --question q --model {llava} --template tokenizer"),
         *("ask --question q --model {llava} --template odd", "ask --question q --model {bare} --adapter {lora}"),
         *("ask --question q --model {bare} --compare-base", "ask --question q --model {bare_adapter}"),
-        *("ask --question q --adapter {lora}", "ask --question q --adapter {other_peft}"),
+        "ask --question q --adapter {lora}",
     ],
 )
 def test_what_cannot_be_asked_is_one_line_before_weights_are_read(
@@ -325,25 +314,3 @@ def test_what_cannot_be_asked_is_one_line_before_weights_are_read(
     assert stopped.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not paths["gone"].exists()
-
-
-def test_a_benchmark_about_videos_shows_frames(tmp_path: Path) -> None:
-    pytest.importorskip("av", reason="pip install '.[video]'")
-    from data_prep.moving_shapes import Settings, make
-
-    make(tmp_path / "data", Settings(pretrain=1, adapt=1, test=1, seed=1), workers=1)
-    clip = Clip(path="clips/test-00000.mp4")
-    examples = [
-        Example(id=name, videos=(video,), question="What moves?", answers=(Answer(text="red"),))
-        for name, video in (("there", clip), ("gone", Clip(path="gone.mp4")))
-    ]
-    write_examples(tmp_path / "clips.jsonl", examples)
-    (tmp_path / "clips.yaml").write_text("name: clips\nscoring: exact\nprompt: video\nmax_new_tokens: 3\nframes: 3\n")
-    folder = write_model("qwen2_5_vl", tmp_path / "model")
-    options = ["--benchmarks", f"{tmp_path / 'clips.yaml'}={tmp_path / 'clips.jsonl'}", "--images", tmp_path / "data"]
-    main(["evaluate", *map(str, ["--model", folder, *options, "--to", tmp_path / "to"])])
-    metrics = json.loads((tmp_path / "to" / "metrics.json").read_text())
-    assert list(metrics["sets"]["clips"]["failed"]) == ["gone"]
-    assert metrics["sets"]["clips"]["asked_with"]["frames"] == 3
-    (answered,) = read_predictions(tmp_path / "to" / "predictions.jsonl")["clips"].values()
-    assert answered.id == "there"

@@ -28,7 +28,6 @@ from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter on the tiny base, trained long enough to answer otherwise than the base."""
     folder = tmp_path_factory.mktemp("asked")
     base, records = write_tiny_llava(folder / "llava"), write_tiny_data(folder / "data")
     path = write_run(folder / "run.yaml", base, records, training={"use_cpu": True, "max_steps": 30})
@@ -83,7 +82,6 @@ def test_the_base_beside_it_is_the_base(adapter: Path, pictures: list[str], caps
 
 @torch.no_grad()
 def test_strength_is_that_of_the_server(adapter: Path, pictures: list[str]) -> None:
-    """Trained layers and the projector, from the base over the adapter and beyond."""
     model = open_served(None, {"one": adapter})
     turns, seen = [Turn("user", "<image>\nSay the colour.")], Shown(pictures=(open_picture(Path(pictures[0])),))
     batch = model.assistant.prompts.collate([model.entry("one").prompts.sample(turns, seen)], "left")

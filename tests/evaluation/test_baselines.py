@@ -49,7 +49,6 @@ def seen(example: Example) -> str:
 
 
 def told(examples: list[Example], says: Any) -> dict[str, Any]:
-    """The entry of `metrics.json` for a model that says this."""
     answers = {example.id: says(example) for example in examples}
     sample = exchanged(examples, answers)
     exchange = Exchange(examples=sample, answers={example.id: says(example) for example in sample})
@@ -129,6 +128,9 @@ def test_the_sample_is_seeded_bounded_and_keeps_what_is_scored_together() -> Non
     kept = {int(row.id) // 7 for row in sample}
     assert len(sample) == sum(int(row.id) // 7 in kept for row in examples)
     assert digest(sample) != digest(sample[1:])
+    assert drawn(examples) == drawn(examples)
+    assert len({example.id for example in drawn(examples)}) == MOST_EXCHANGED
+    assert sorted(example.id for example in drawn(examples[:7])) == [str(number) for number in range(7)]
 
 
 def test_where_no_pictures_differ_nothing_is_exchanged_and_warned_of() -> None:
@@ -147,14 +149,6 @@ def test_the_untrained_base_is_compared_on_the_questions_that_it_was_asked() -> 
     assert part["difference"]["value"] == pytest.approx(200 / 3)
     assert part["difference"]["low"] > 40
     assert "33.33 of 30" in line
-
-
-def test_the_drawn_sample_is_a_seed_s() -> None:
-    examples = rows(3 * MOST_EXCHANGED)
-    sample = drawn(examples)
-    assert sample == drawn(examples)
-    assert len({example.id for example in sample}) == MOST_EXCHANGED
-    assert sorted(example.id for example in drawn(examples[:7])) == [str(number) for number in range(7)]
 
 
 def test_what_the_pictures_tell_stands_beside_what_was_learned(tmp_path: Path) -> None:

@@ -131,7 +131,6 @@ def metrics_of(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def alone(trained: Path) -> Path:
-    """The test file answered one question at a time, in one process."""
     main(["evaluate", *map(str, on_test_file(trained, trained / "alone", "--batch-size", 1))])
     return trained / "alone"
 
@@ -191,7 +190,6 @@ def test_two_processes_give_the_same(trained: Path, alone: Path, tmp_path: Path,
 
 @pytest.fixture
 def question_ids(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The ids of all questions that are put to a model."""
     ids: list[str] = []
     predict = Assistant.predict
 

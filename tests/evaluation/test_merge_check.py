@@ -34,13 +34,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def projected(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The adapter, with a trained projector, of a wider LLaVA."""
     folder = tmp_path_factory.mktemp("export")
     return adapter_on(spread(write_tiny_llava(folder / "base", width=64)), folder / "adapter")
 
 
 def checked(*words: object) -> dict[str, Any]:
-    """What the check of a command that passes found."""
     main([str(word) for word in words])
     return check_of(Path(str(words[words.index("--to") + 1])))
 

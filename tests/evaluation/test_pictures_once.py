@@ -15,7 +15,7 @@ from dora_vl.backbones.model import DecoderBackbone, open_backbone
 from dora_vl.data.example import Example
 from dora_vl.data.turns import Turn
 from dora_vl.evaluation import assistant as assistant_module
-from dora_vl.evaluation.assistant import Assistant, EncoderPrompts, by_picture
+from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
 from dora_vl.evaluation.predictor import Decoding, media_reader
 from tests.training.tiny_run import write_tiny_llava
 
@@ -25,14 +25,6 @@ WORDS = ("What colour is it?", "Say the colour.", "What is it? Say it.")
 def example(number: int, *images: str) -> Example:
     text = "<image>\n" * len(images) + WORDS[number % 3] + " red" * (number % 5)
     return Example(id=str(number), images=images, turns=(Turn("user", text),))
-
-
-def test_examples_of_one_picture_stand_together_the_longest_first() -> None:
-    examples = [example(0, "a.png"), example(1, "b.png"), example(2), example(4, "a.png"), example(5)]
-    order = [item.id for item in by_picture(examples)]
-    assert sorted(order) == ["0", "1", "2", "4", "5"]
-    assert abs(order.index("0") - order.index("4")) == 1
-    assert order.index("4") < order.index("0") < order.index("5")
 
 
 @pytest.fixture(scope="module")
@@ -131,22 +123,3 @@ def test_likelihoods_share_pictures_and_are_those_of_each_answer_alone(
     assert len({round(value, 3) for value in shared.tolist()}) > len(samples) // 2
     assert (few.pictures, most.pictures) == (1, len(samples))
     assert few.tokens < most.tokens / 2
-
-
-def test_likeliest_outputs_are_the_same_over_towers_that_ran_once(
-    folder: Path, examples: list[Example], assistant: Assistant, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = [replace(item, choices=("red", "blue", "a green one")) for item in examples]
-    media, decoding = media_reader(folder, frames=1), Decoding(batch_size=9, by="letters")
-
-    def answers() -> tuple[dict[str, str], Counted]:
-        counted = Counted(assistant)
-        rows = [row for several in assistant.predict(asked, media, decoding) for row in several]
-        return {row.id: row.prediction for row in rows}, counted.close()
-
-    once, few = answers()
-    monkeypatch.setattr(assistant_module, "LEAST_REPEATED", 1000)
-    again, most = answers()
-    assert once == again
-    assert set(once.values()) <= {"A", "B", "C"}
-    assert few.pictures - PROOF < most.pictures

@@ -17,7 +17,7 @@ from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation import predict
 from dora_vl.evaluation.predict import PredictionsFile, ask, evaluate
-from dora_vl.evaluation.predictions import Prediction, Predictions, cut_broken_tail, read_predictions
+from dora_vl.evaluation.predictions import Prediction, Predictions, read_predictions
 from dora_vl.evaluation.predictor import Decoding, media_reader, prediction
 from dora_vl.evaluation.results import read_results
 from dora_vl.evaluation.scores import exact
@@ -203,7 +203,6 @@ def finished(name: str, of_set: str = "set") -> Prediction:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Of a run that finished two questions."""
     with PredictionsFile(tmp_path) as file:
         file.begin("set", SETTINGS)
         file.add("set", map(finished, "12"))
@@ -216,14 +215,6 @@ def test_a_line_cut_by_a_crash_is_removed_and_asked_again(folder: Path, cut: int
     path.write_bytes(path.read_bytes()[:-cut])
     with PredictionsFile(folder) as file:
         assert list(file.begin("set", SETTINGS)) == ["1"]
-
-
-@pytest.mark.parametrize(("whole", "tail"), [(b"whole\n", b"x" * 200_000), (b"", b"x" * 10), (b"whole\n", b"")])
-def test_a_broken_tail_is_cut(tmp_path: Path, whole: bytes, tail: bytes) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(whole + tail)
-    assert cut_broken_tail(path) == len(tail)
-    assert path.read_bytes() == whole
 
 
 @pytest.mark.parametrize(

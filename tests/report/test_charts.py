@@ -41,9 +41,6 @@ def test_a_logarithmic_axis() -> None:
     assert drawn is not None
     first, second, third = (y for _, y in places(drawn, 0))
     assert first - second == pytest.approx(second - third, abs=0.02)
-    with_zero = chart("t", [Series(name="a", x=[0.0, 1.0], y=[0.0, 1.0])], y_label="y", log=True)
-    assert with_zero is not None
-    assert with_zero.data["log"] is False
 
 
 def test_long_lines_are_thinned_to_means_and_gaps_left_out() -> None:

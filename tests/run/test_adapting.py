@@ -1,4 +1,4 @@
-"""A run's adapter section is the core's own settings: each reaches the core, `--help` and the adapter folder."""
+"""A run's adapter section is the core's own settings: each reaches the core and the adapter folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dora_vl.adapters.settings import BY_NAME, OWN_FIELDS
 from dora_vl.core import adapted_layers, apply_dora
 from dora_vl.core.config import AdaptedPart, AdapterSettings, DoRAConfig
 from dora_vl.errors import UserError
-from dora_vl.run.reading import read_run, run_parser
+from dora_vl.run.reading import read_run
 from dora_vl.run.settings import AdapterConfig
 from dora_vl.training.parts import core_config
 
@@ -43,12 +43,7 @@ OTHER: dict[str, Any] = {
 
 def tiny() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-    }
+    sizes: Any = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
     return LlamaForCausalLM(LlamaConfig(vocab_size=30, num_hidden_layers=2, **sizes))
 
 
@@ -59,13 +54,6 @@ def test_every_setting_reaches_the_core() -> None:
     config = core_config(AdapterConfig(**OTHER), tiny(), targets=("*.q_proj",))
     assert config == DoRAConfig(targets=("*.q_proj",), **OTHER)
     assert core_config(AdapterConfig(targets=("*.up_proj",)), tiny(), targets=("*.q_proj",)).targets == ("*.up_proj",)
-
-
-def test_every_setting_is_in_the_help_with_its_text() -> None:
-    text = " ".join(run_parser("image_text").format_help().split())
-    for name in OTHER:
-        assert f"--adapter.{name} " in text, name
-    assert "Probability of dropping an element" in text
 
 
 def test_every_setting_is_in_the_folder_by_itself_or_by_names() -> None:
@@ -94,13 +82,10 @@ ANY = AdaptedPart(targets=("*",))
     [
         {"rank": 0},
         {"parts": {"magnitude": ANY}},
-        {"parts": {"a.b": ANY}},
         {"parts": {"x": AdaptedPart(targets=())}},
-        {"parts": {"x": AdaptedPart(targets=("*",), rank=0)}},
         {"parts": {"x": ANY}, "also_train": {"x": ("*",)}},
         {"parts": {"x": ANY}, "method": "full"},
         {"parts": {"x": AdaptedPart(targets=("*",), rank=3)}, "method": "dvora"},
-        {"parts": {"x": AdaptedPart(targets=("*",), rank=3)}, "init": "orthogonal"},
     ],
 )
 def test_settings_that_contradict_each_other_are_refused_at_once(values: dict[str, Any]) -> None:

@@ -39,7 +39,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def state(folder: Path, entries: dict[str, Any], target: Path) -> Path:
-    """The folder with a config that says more."""
     target.mkdir()
     for file in folder.iterdir():
         (target / file.name).symlink_to(file)

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from transformers import Phi3Config, Phi3ForCausalLM, TrainingArguments
+from transformers import Phi3Config, TrainingArguments
 
 from dora_vl.backbones.loading import written_base
 from dora_vl.backbones.specs import LanguageSource
@@ -51,30 +51,12 @@ def test_a_base_that_was_not_finished_is_not_there(tmp_path: Path):
     assert not (tmp_path / "base").exists()
 
 
-def longrope(window: int) -> Phi3Config:
-    rope = {"rope_type": "longrope", "short_factor": [1.0, 1.2], "long_factor": [4.0, 8.0], "factor": 4.0}
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 8}
-    return Phi3Config(
-        vocab_size=64,
-        pad_token_id=0,
-        max_position_embeddings=4 * window,
-        original_max_position_embeddings=window,
-        rope_parameters=rope,
-        **sizes,
-    )
-
-
 def test_a_sample_that_would_change_its_neighbours_positions_is_refused(tmp_path: Path):
-    torch.manual_seed(0)
-    model, window = Phi3ForCausalLM(longrope(window=16)).eval(), 16
-    model.save_pretrained(tmp_path)
-    neighbour, long = torch.arange(1, 11)[None], torch.arange(1, 31)[None]
-    both = torch.cat([torch.nn.functional.pad(neighbour, (0, 20)), long])
-    with torch.no_grad():
-        alone, beside = model(neighbour).logits[0], model(both).logits[0, :10]
-        within = model(both[:, :window]).logits[0, :10]
-    torch.testing.assert_close(within, alone)
-    assert not torch.allclose(beside, alone, rtol=1e-3)  # what transformers does, and why
+    """Beyond the window transformers turns every position of a batch by other factors."""
+    window = 16
+    rope = {"rope_type": "longrope", "short_factor": [1.0, 1.2], "long_factor": [4.0, 8.0], "factor": 4.0}
+    places = {"max_position_embeddings": 4 * window, "original_max_position_embeddings": window}
+    Phi3Config(hidden_size=32, num_attention_heads=8, rope_parameters=rope, **places).save_pretrained(tmp_path)
     check_window(str(tmp_path), cast(Any, SimpleNamespace(max_tokens=window)))
     with pytest.raises(SettingError) as error:
         check_window(str(tmp_path), cast(Any, SimpleNamespace(max_tokens=window + 1)))

@@ -44,12 +44,10 @@ def changed(**sections: object) -> dict[str, object]:
     "sections",
     [
         {},
-        {"resume": "last"},
-        {"watch": 0},
+        {"resume": "last", "watch": 0},
         {"training": {"save_steps": 10, "logging_steps": 1, "output_dir": "elsewhere"}},
         {"data": {"workers": 0}},
-        {"training": {"dataloader_num_workers": 2, "dataloader_pin_memory": False}},
-        {"training": {"dataloader_persistent_workers": True, "dataloader_prefetch_factor": 4}},
+        {"training": {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 4}},
         {"adapter": {"parts": None}},  # nothing, written in two ways
         {"training": {"max_steps": 200}},  # a longer run
     ],
@@ -65,7 +63,6 @@ def test_what_changes_no_step_may_change(checkpoint: Path, sections: dict[str, o
         {"training": {"learning_rate": 1e-3}},
         {"data": {"train": "two.json"}},
         {"training": {"dataloader_drop_last": True}},
-        {"adapter": {"alpha": 1.0, "targets": [], "dropout": 0.1}},
     ],
 )
 def test_what_changes_the_result_is_refused(checkpoint: Path, sections: dict[str, object]) -> None:
@@ -86,13 +83,10 @@ ADAFACTOR, DROPS = {"optim": "adafactor"}, {"dataloader_drop_last": True}
 @pytest.mark.parametrize(
     ("then", "wrote", "now", "launch"),
     [
-        (shaped(4, 1), LAUNCH, shaped(4, 1), Launch(2, 2)),
         (shaped(4, 1), LAUNCH, shaped(4, 2), Launch(1, None)),
         (shaped(4, 1), LAUNCH, shaped(2, 1), Launch(4, 0)),
-        (shaped(4, 1), LAUNCH, shaped(2, 2), LAUNCH),
         (MIXTURE, LAUNCH, MIXTURE, Launch(8, None)),  # a mixture's step is its own setting
         (shaped(4, 1, **ADAFACTOR), LAUNCH, shaped(4, 1, **ADAFACTOR), LAUNCH),
-        (shaped(4, 1, **DROPS), LAUNCH, shaped(4, 1, **DROPS), LAUNCH),
         (shaped(4, 2, **ADAFACTOR), Launch(1, None), shaped(4, 1, **ADAFACTOR), Launch(2, 0)),  # no ranks share it
     ],
 )
@@ -127,7 +121,6 @@ def test_another_step_and_what_others_cannot_go_on_with_is_refused(
         ("adapter/adapter_model.safetensors", b"wEights"),
         (MANIFEST, None),
         (MANIFEST, b"{"),
-        (MANIFEST, b"[]"),
         (MANIFEST, b'{"files": {}}'),
     ],
 )

@@ -26,14 +26,6 @@ def test_one_rank_takes_a_free_port_and_keeps_what_the_launcher_said(monkeypatch
     assert os.environ["MASTER_PORT"] == port
 
 
-def test_a_process_without_a_launcher_is_the_only_rank(monkeypatch: pytest.MonkeyPatch):
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    stand_alone_environment()
-    assert (os.environ["WORLD_SIZE"], os.environ["RANK"], os.environ["LOCAL_RANK"]) == ("1", "0", "0")
-    assert int(os.environ["MASTER_PORT"]) > 0
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are looked at in /proc")
 def test_leaving_waits_for_a_worker_of_gloo_that_still_works(monkeypatch: pytest.MonkeyPatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):

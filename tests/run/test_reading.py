@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,17 +12,8 @@ import yaml
 
 from dora_vl.errors import SettingError, UserError
 from dora_vl.run.folder import SETTINGS, write_settings
-from dora_vl.run.reading import (
-    SECTION_CLASSES,
-    find_recipe,
-    flattened,
-    merged,
-    read_run,
-    read_run_file,
-    setting_names,
-    variants_of,
-)
-from dora_vl.run.settings import DEFAULTS, FIELDS, TYPES, Task
+from dora_vl.run.reading import find_recipe, flattened, merged, read_run, read_run_file, setting_names, variants_of
+from dora_vl.run.settings import FIELDS, Task
 from tests.training.tiny_run import json_of, write_run
 
 ROOT = Path(__file__).parents[2]
@@ -78,21 +68,15 @@ def test_a_number_is_a_number_a_yaml_no_is_no_and_an_alias_is_read(tmp_path: Pat
     ("words", "key", "nearest"),
     [
         ("--mm_projector_lr 1", "mm_projector_lr", "optim.projector_learning_rate"),
-        ("--lora_r 1", "lora_r", "adapter.rank"),
         ("--adapter.rnk 1", "adapter.rnk", "adapter.rank"),
         ("--xyzzy 1", "xyzzy", None),
         ("--training.warmup_ratio 0.03", "training.warmup_ratio", "training.warmup_steps"),
-        ("--training.evaluation_strategy steps", "training.evaluation_strategy", "training.eval_strategy"),
         ("--training.train_sampling_strategy group_by_length", "training.train_sampling_strategy", None),
-        ("--training.metric_for_best_model accuracy", "training.metric_for_best_model", None),
         ("--training.report_to nobody", "training.report_to", None),
-        ("--training.learning_rate -1", "training.learning_rate", None),
         ("--training.learning_rate nan", "training.learning_rate", None),
-        ("--training.per_device_train_batch_size 0", "training.per_device_train_batch_size", None),
         ("--adapter.rank four", "adapter.rank", None),
         ("--model.template vicuna_v2", "model.template", None),
         ("--data.limit 0", "data.limit", None),
-        ("--evaluation.limit 0", "evaluation.limit", None),
         ("--watch -1", "watch", None),
         ("--config nope.yaml", "--config", None),
         ("--variant smal", "variant", None),
@@ -117,17 +101,13 @@ MINIMAL: Mapping[Task, tuple[str, ...]] = {
     ("task", "word", "key", "nearest"),
     [
         ("image_text", "--data.features.vqav2=f", "data.features.vqav2", None),
-        ("image_text", '--model.compose={"vision_library": "timm"}', "model.compose", None),
         ("image_text", "--evaluation.files.boolq=f", "evaluation.files.boolq", "evaluation.file"),
         ("llava", "--data.train_on=answer", "data.train_on", None),
-        ("commonsense", "--data.image_folder=.", "data.image_folder", None),
         ("commonsense", "--evaluation.file=t.json", "evaluation.file", "evaluation.files"),
         ("commonsense", "--model.template=vicuna_v1", "model.template", None),
         ("vlbart", "--model.quantisation=nf4", "model.quantisation", None),
-        ("vlbart", "--data.packing=plain", "data.packing", None),
         ("vlbart", "--data.featurs.vqav2=f", "data.featurs.vqav2", "data.features"),
         ("vlbart", '--data.train=["t.jsonl"]', "data.train", None),
-        ("vlbart", "--data.batch_size=0", "data.batch_size", None),
         ("llawa", "--adapter.rank=4", "task", "llava"),
     ],
 )
@@ -150,7 +130,6 @@ def test_the_task_is_what_is_named_first_of_option_file_and_default(tmp_path: Pa
 
 @pytest.mark.parametrize("task", FIELDS)
 def test_the_settings_that_a_run_leaves_are_read_back(tmp_path: Path, task: Task) -> None:
-    """They hold every field that the task takes and none of another task's."""
     config = read_run([f"--task={task}", *MINIMAL[task], "--adapter.rank=3"])
     write_settings(tmp_path, config)
     assert read_run_file(tmp_path / SETTINGS) == config
@@ -168,14 +147,11 @@ def test_the_settings_that_a_run_leaves_are_read_back(tmp_path: Path, task: Task
         ("task: [llava]", "task"),
         ("variants:\n  a:\n    config: {secret}\nvariant: a", "config"),
         ("variants: [small]", "variants"),
-        ("variants: {small: 3}", "variants"),
         ("variants: {small: {}}\nvariant: smal", "variant"),
         ("variants: {small: {adapter: {rnk: 3}}}\nvariant: small", "adapter.rnk"),
         ("adapter:\n  alpha: 8\nadapter:\n  rank: 4", None),
-        ("training:\n  seed: 1\n  max_steps: 2\n  seed: 3", None),
         ("training:\n  learning_rate: 1:30", None),
         ("adapter:\n  rank: 010", None),
-        ("a list\nof words", None),
         ("model:\n\tbase: x\n", None),
         ("model_name_or_path: x\nlora_r: 8\ncutoff_len: 9\nfinetuning_type: lora", "model_name_or_path"),
     ],
@@ -189,11 +165,6 @@ def test_what_a_file_may_not_hold_is_refused(tmp_path: Path, content: str, key: 
     assert getattr(error.value, "key", None) == key
     assert "honour" not in repr(error.value)
     assert time.process_time() - started < 5
-
-
-def test_a_time_is_no_number(run_file: Path) -> None:
-    with pytest.raises(UserError, match="90"):
-        read_run([f"--config={run_file}", "--adapter.rank=1:30"])
 
 
 def test_a_variant_lies_over_the_rest_at_every_depth(run_file: Path) -> None:
@@ -233,12 +204,3 @@ def test_every_variant_writes_to_a_folder_of_its_own() -> None:
         variants = [merged(content, content["variants"][name]) for name in variants_of(path)] or [content]
         folders += [variant["training"]["output_dir"] for variant in variants]
     assert len(folders) == len(set(folders)) >= 45
-
-
-def test_the_tables_of_tasks_name_settings_that_exist() -> None:
-    fields = {
-        f"{section}.{field.name}" for section, kind in SECTION_CLASSES.items() for field in dataclasses.fields(kind)
-    }
-    named = frozenset[str]().union(*FIELDS.values())
-    named |= {name for table in (*DEFAULTS.values(), *TYPES.values()) for name in table}
-    assert named <= fields

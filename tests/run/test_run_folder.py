@@ -44,14 +44,7 @@ def test_a_run_that_failed_before_its_first_save_blocks_nothing(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "adapter/adapter_config.json",
-        "metrics.json",
-        "predictions.jsonl",
-        "scores.jsonl",
-        "checkpoint-3/trainer_state.json",
-    ],
+    "name", ["adapter/adapter_config.json", "metrics.json", "predictions.jsonl", "checkpoint-3/trainer_state.json"]
 )
 def test_what_took_work_is_kept(tmp_path: Path, name: str) -> None:
     folder = left(tmp_path / "run", "log.jsonl", name)

@@ -85,7 +85,6 @@ def start(pair: Hosts, how: str, run_file: Path, *settings: str) -> list[subproc
 
 
 def ended(ranks: list[subprocess.Popen[str]], *, within: float) -> list[str]:
-    """What each rank said."""
     return [process.communicate(timeout=within)[1] for process in ranks]
 
 

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from jsonargparse import get_loader
 from PIL import Image
+from transformers import LlavaForConditionalGeneration
 
 from dora_vl.cli import main
 from dora_vl.data.check import FileCheck, MediaCheck
@@ -57,10 +58,6 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def problems(path: Path, root: Path) -> list[str]:
-    return list(FileCheck(path, media=MediaCheck(root, decode=True)).run(lambda _: None).findings)
-
-
 def test_a_table_and_photographs_below_become_the_files_of_a_run(
     tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,7 +65,9 @@ def test_a_table_and_photographs_below_become_the_files_of_a_run(
     photos = tmp_path / "my" / "photos"
     (photos / "copy.png").write_bytes(picture(3))
     (photos / "cut.png").write_bytes(picture(5)[:-30])
-    (photos / "phone.jpg").write_bytes(_turned())
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (photos / "phone.jpg").write_bytes(picture(8, "JPEG", exif=exif))
     clear = Image.new("RGBA", (20, 30), (0, 0, 0, 0))
     clear.save(photos / "clear.png")
     (photos / "spare.png").write_bytes(picture(9))
@@ -77,12 +76,9 @@ def test_a_table_and_photographs_below_become_the_files_of_a_run(
     write_table(tmp_path / "my" / "answers.csv", [*rows, *extra])
 
     printed = printed_by(capsys, "my", "--model", base)
-    assert (
-        "my/answers.csv: question/answer, 30 rows, 27 usable\n  image: used as images\n  question: used as" in printed
-    )
+    assert "my/answers.csv: question/answer, 30 rows, 27 usable\n  image: used as images\n" in printed
     assert "pictures: 27 in my/photos, PNG 26, JPEG 1; 2 more that no row names" in printed
     assert "turned upright by their EXIF notes 1; shown on white for their transparency 1" in printed
-    assert "questions: 1 a row, 2 to 4 (in the middle 3) words" in printed
     for kind, name in (("truncated media", "cut.png"), ("missing media", "none.png"), ("empty answer", "row 30")):
         assert any(kind in line and name in line for line in printed.splitlines()), kind
     assert re.fullmatch(r"next:  \S*dora-vl train runs/my/run\.yaml", printed.splitlines()[-1])
@@ -95,7 +91,8 @@ def test_a_table_and_photographs_below_become_the_files_of_a_run(
     assert 3 <= len(test) <= 6
     sides = [{(photos / str(row["image"])).read_bytes() for row in half} for half in (train, test)]
     assert sides[0].isdisjoint(sides[1])  # the copy stays with what it is a copy of
-    assert [problems(run / name, photos) for name in ("train.jsonl", "test.jsonl")] == [[], []]
+    for name in ("train.jsonl", "test.jsonl"):
+        assert not FileCheck(run / name, media=MediaCheck(photos, decode=True)).run(lambda _: None).findings
     config = read_run_file(run / "run.yaml")
     assert (config.data.train, config.data.image_folder) == ("runs/my/train.jsonl", "my/photos")
     assert (config.evaluation.file, config.model.template) == ("runs/my/test.jsonl", "vicuna_v1")
@@ -113,12 +110,6 @@ def test_the_base_is_the_demo_s_where_it_is(tmp_path: Path, base: Path, capsys: 
     rows = [[name, "what moves?", "the bar"] for name in ("a.mp4", "b.mp4")]
     write_table(tmp_path / "clips" / "questions.csv", rows, "video,question,answer")
     assert "base runs/demo/tuned" in printed_by(capsys, "clips", "--test-share", 0.5)
-
-
-def _turned() -> bytes:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    return picture(8, "JPEG", exif=exif)
 
 
 def test_the_seed_decides_and_an_earlier_init_is_not_replaced_unasked(
@@ -154,28 +145,18 @@ def test_what_can_be_read_of_the_base_is_told_before_training_and_stands_beside_
     assert "advice" in entry
 
 
-INSIDE, BESIDE = ([name for name in WRITERS if (name in HOLD_PICTURES) is inside] for inside in (True, False))
-
-
-@pytest.mark.parametrize("name", [INSIDE[0], BESIDE[0]])  # tests/data has every container
-def test_every_container_gives_the_same_halves(
-    tmp_path: Path, base: Path, name: str, capsys: pytest.CaptureFixture[str]
+def test_pictures_inside_a_container_come_out_whole(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, samples = tmp_path / "my", items(16)
-    folder.mkdir()
-    if name not in HOLD_PICTURES:
-        write_pictures(folder, samples)
-    WRITERS[name](folder, samples)
-    printed = printed_by(capsys, "my", "--model", base, "--to", "out")
-    assert "16 rows" in printed
-    assert "left out, as check-data" not in printed
+    samples = items(16)
+    (tmp_path / "my").mkdir()
+    WRITERS[min(HOLD_PICTURES)](tmp_path / "my", samples)
+    assert "16 rows" in printed_by(capsys, "my", "--model", base, "--to", "out")
     rows = [row for half in ("train", "test") for row in rows_of(tmp_path / "out" / f"{half}.jsonl")]
     conversations = {tuple(turn["value"] for turn in row["conversations"]) for row in rows}
     assert conversations == {(f"<image>\n{item.question}", item.answer) for item in samples}
-    root = tmp_path / ("out" if name in HOLD_PICTURES else "my")
-    assert read_run_file("out/run.yaml").data.image_folder == root.name
-    assert {(root / str(row["image"])).read_bytes() for row in rows} == {item.content for item in samples}
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".cache") == ["my", "out"]
+    assert read_run_file("out/run.yaml").data.image_folder == "out"
+    assert {Path("out", str(row["image"])).read_bytes() for row in rows} == {item.content for item in samples}
 
 
 def test_the_settings_follow_the_base_and_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,34 +173,18 @@ def test_the_settings_follow_the_base_and_the_data(tmp_path: Path, capsys: pytes
     large = yaml.safe_load((tmp_path / "runs/my/run.yaml").read_text())
     assert large["model"]["base"] == "Qwen/Qwen2.5-VL-7B-Instruct"
     assert large["training"]["gradient_checkpointing"] is True
-    each, times = (
-        large["training"][f"{name}"] for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
-    )
-    assert each < 16
-    assert each * times == 16
+    each, training = large["training"]["per_device_train_batch_size"], large["training"]
+    assert each < 16 == each * training["gradient_accumulation_steps"]
     assert large["evaluation"]["max_new_tokens"] >= 180
-    assert "strict for long answers" in (tmp_path / "runs/my/run.yaml").read_text()
 
 
-ODD_NAMES = (
-    *("no", "null", "~", "0x1f", "1e3", "1_000", "2026-11-27", "12:30", ".inf", "=", "<<", "yes/", "größe", "übung"),
-    *("bilder 😀", "a: b", "a #b", "'", '"', "\\", "[a, b]", "{a: b}", "&a", "*a", "!a", "%a", "@a", "- a", " a "),
-    *("a\nb", "a\tb", "a\u2028b", "a\x85b", "a\x07b", "\ufeffa", "x " * 200),
-)
+ODD_NAMES = ("no", "0x1f", "12:30", "bilder 😀", "a: b", "a #b", "'", "*a", "- a", " a ", "a\nb", "a\x07b", "x " * 200)
 
 
 def data_of(name: str) -> Data:
-    """Data in a folder of this name."""
-    return Data(
-        train=f"{name}/train.jsonl",
-        test=f"{name}/test.jsonl",
-        root=name,
-        rows=200,
-        answer_words=1,
-        answer_characters=3,
-        usual_answer_words=1.0,
-        has_videos=False,
-    )
+    files = {"train": f"{name}/train.jsonl", "test": f"{name}/test.jsonl", "root": name}
+    lengths: Any = {"answer_words": 1, "answer_characters": 3, "usual_answer_words": 1.0}
+    return Data(**files, **lengths, rows=200, has_videos=False)
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
@@ -249,19 +214,11 @@ def test_a_base_that_takes_words_alone_keeps_what_it_knows(name: str, share: flo
     assert yaml.safe_load(text)["data"].get("replay") == share
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters"),
-    [("Qwen/Qwen2.5-VL-7B-Instruct", 7e9), ("HuggingFaceTB/SmolVLM-256M-Instruct", 256e6), ("a/InternVL3-hf", 0)],
-)
-def test_a_hub_id_s_size_is_in_its_name(name: str, parameters: float) -> None:
-    assert base_of(name).parameters == parameters
-
-
-def test_a_folder_s_size_is_in_its_headers(base: Path) -> None:
-    from transformers import LlavaForConditionalGeneration
-
-    model = LlavaForConditionalGeneration.from_pretrained(base)
-    assert base_of(str(base)).parameters == sum(weight.numel() for weight in model.parameters())
+def test_a_size_is_in_a_hub_id_s_name_and_in_a_folder_s_headers(base: Path) -> None:
+    sizes = {"Qwen/Qwen2.5-VL-7B-Instruct": 7e9, "HuggingFaceTB/SmolVLM-256M-Instruct": 256e6, "a/InternVL3-hf": 0}
+    assert {name: base_of(name).parameters for name in sizes} == sizes
+    weights = LlavaForConditionalGeneration.from_pretrained(base).parameters()
+    assert base_of(str(base)).parameters == sum(weight.numel() for weight in weights)
 
 
 @pytest.mark.parametrize(
@@ -272,8 +229,6 @@ def test_a_folder_s_size_is_in_its_headers(base: Path) -> None:
         ({"a.csv": "image,question,answer\ngone.png,Q?,red\n"}, ["my"]),
         ({name: "image,question,answer\na.png,Q?,red\n" for name in ("a.csv", "b.csv")}, ["my"]),
         ({"b.csv": "image,question,answer\na.png,Q?,red\n"}, ["my"]),  # one row cannot be parted
-        ({"b.csv": "image,question,answer\na.png,Q?, \n"}, ["my"]),
-        ({}, ["none"]),
         ({}, ["sound", "--model", "./none"]),
         ({}, ["sound", "--test-share", "2"]),
     ],

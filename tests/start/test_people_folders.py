@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw
 
@@ -103,28 +101,15 @@ def test_folders_named_as_splits_stay_what_they_are(capsys: pytest.CaptureFixtur
     assert "validation: runs/my/validation.jsonl" in Path("runs/my/run.yaml").read_text(encoding="utf-8")
 
 
-def table(name: str) -> Callable[[Path, list[dict[str, str]]], None]:
-    def write(folder: Path, rows: list[dict[str, str]]) -> None:
-        path = folder / name
-        if path.suffix == ".csv":
-            write_table(path, [list(row.values()) for row in rows], ",".join(rows[0]))
-        elif path.suffix == ".parquet":
-            pq.write_table(pa.Table.from_pylist(rows), path)
-        elif path.suffix == ".json":
-            path.write_text(json.dumps(rows))
-        else:
-            path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-
-    return write
+METADATA = [("metadata.csv", "file_name"), ("metadata.jsonl", "file_name")]
+WRITERS: dict[str, Callable[[Path, list[dict[str, str]]], object]] = {
+    ".csv": lambda path, rows: write_table(path, [list(row.values()) for row in rows], ",".join(rows[0])),
+    ".json": lambda path, rows: path.write_text(json.dumps(rows)),
+    ".jsonl": lambda path, rows: path.write_text("".join(f"{json.dumps(row)}\n" for row in rows)),
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "column"),
-    [
-        *(("labels.csv", "image"), ("labels.json", "image"), ("labels.jsonl", "image"), ("labels.parquet", "image")),
-        *(("metadata.csv", "file_name"), ("metadata.jsonl", "file_name")),
-    ],
-)
+@pytest.mark.parametrize(("name", "column"), [("labels.csv", "image"), ("labels.json", "image"), *METADATA])
 def test_a_table_of_pictures_and_labels_is_asked(name: str, column: str, capsys: pytest.CaptureFixture[str]) -> None:
     classes(Path("my/photos"), {"circle": 10, "square": 10}, "JPG")
     rows = [
@@ -132,7 +117,7 @@ def test_a_table_of_pictures_and_labels_is_asked(name: str, column: str, capsys:
         for shape in ("circle", "square")
         for number in range(10)
     ]
-    table(name)(Path("my"), rows)
+    WRITERS[Path(name).suffix](Path("my", name), rows)
     assert 'dora-vl init my --ask "what is it?"' in refused(capsys, "my")
     lines = printed_by(capsys, "my", *ASK)
     assert lines[0] == f"my/{name}: question/answer, 20 rows, 20 usable"
@@ -174,12 +159,9 @@ def test_what_is_probably_not_meant_is_named_and_kept(capsys: pytest.CaptureFixt
     rows += [["circle/0.png", "Which colour?", "blue"], ["", "Which colour?", "red"], ["circle/1.png", "", "red"]]
     write_table(Path("my/answers.csv"), rows)
     lines = printed_by(capsys, "my")
-    start = lines.index("trained on as they are, though probably not meant:")
-    table_of_doubts = [line.split() for line in lines[start + 2 : start + 5]]
-    assert sorted((words[1:3], words[-2:]) for words in table_of_doubts if words[-1].isdecimal()) == [
-        (["empty", "question"], ["row", "17"]),
-        (["no", "picture"], ["row", "16"]),
+    doubts = [
+        line for line in lines[lines.index("trained on as they are, though probably not meant:") :] if "row " in line
     ]
-    (contradiction,) = (line for line in lines if "another answer" in line and "row 15" in line)
-    assert contradiction.endswith("row 1 has another answer")
+    for kind, row in (("empty question", "row 17"), ("no picture", "row 16"), ("another answer", "row 15")):
+        assert sum(kind in line and row in line for line in doubts) == 1, kind
     assert len(written("runs/my/train.jsonl")) + len(written("runs/my/test.jsonl")) == len(rows)

@@ -15,7 +15,6 @@ DEMO_BASE = ROOT / "runs" / "demo" / "base"
 
 
 def run_all(folder: Path, base: Path, *more: str) -> list[str]:
-    """What each command prints, one after the other, in `folder`; `more` goes to the training."""
     exec(compile(block(PAGE, "drawn"), "drawn", "exec"), {})
     return run_commands(PAGE, folder, more={0: ("--model", str(base)), 2: more})
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from dora_vl.data.example import Answer, Example
 from dora_vl.errors import UserError
 from dora_vl.evaluation.benchmarks import BENCHMARKS
 from dora_vl.evaluation.predictions import Prediction, Predictions
-from dora_vl.evaluation.results import formula_record, read_results
+from dora_vl.evaluation.results import read_results
 from dora_vl.evaluation.scores import caption, exact
 from dora_vl.evaluation.scores.benchmark import Scorer
-from dora_vl.evaluation.scores.scored import ACCURACY, Mean, Numbers, Sums, intervals
+from dora_vl.evaluation.scores.scored import intervals
 from dora_vl.evaluation.test_sets import ResultFolder, Tested, TestSet, average_of, scored
 from tests.evaluation.scores.test_scores import any_row
 
@@ -40,7 +38,6 @@ def of_answers(name: str, score: Scorer, examples: Sequence[Example], texts: Seq
 
 
 def everything() -> Iterator[Tested]:
-    """Every benchmark in every version and every scoring of one's own."""
     scorers = {f"{name} {mode}": score for name, row in BENCHMARKS.items() for mode, score in row.modes.items()}
     for name, score in {**scorers, **{f"own {name}": score for name, score in exact.SCORINGS.items()}}.items():
         examples, texts = [any_row(number) for number in range(8)], list(SOME)
@@ -91,20 +88,6 @@ def test_a_clip_s_line_is_of_the_answer_that_was_scored(tmp_path: Path) -> None:
         "3": ("a man 4 runs fast", "a dog"),
     }
     assert result.items["5"].score.share > result.items["3"].score.share == result.items["4"].score.share == 0
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A package's own formula, which has the name of one of ours."""
-
-    def __call__(self, sums: Sums, whole: Sums | None = None) -> Numbers:
-        return np.ones_like(next(iter(sums.values())))
-
-
-def test_a_formula_that_no_file_can_hold_is_left_out() -> None:
-    assert formula_record(Ratio()) is None
-    assert formula_record(Mean((ACCURACY, Ratio()))) is None
-    assert formula_record(ACCURACY) is not None
 
 
 def test_an_average_is_over_sets_of_one_metric() -> None:

@@ -53,10 +53,6 @@ def test_rows_score_as_worked_out(row: dict[str, Any]) -> None:
     assert set(scored.failed) == scored.shares.keys() - row["answers"].keys()
 
 
-def mme_row(number: int, picture: str = "1.jpg") -> Example:
-    return example(number, "Yes", images=[picture], category="count")
-
-
 GQA_ROW = {"types": {"structural": "query", "semantic": "attr"}, "entailed": [], "global_group": "color"}
 
 
@@ -65,18 +61,14 @@ GQA_ROW = {"types": {"structural": "query", "semantic": "attr"}, "entailed": [],
     [
         *(
             (vqa.gqa_score, [example(4, "blue", **{**GQA_ROW, field: value})], {"4": "red"})
-            for field, value in (
-                *(("types", value) for value in ([1], {"structural": ["query"]}, {"semantic": {"a": 1}})),
-                *(("entailed", "12"), ("entailed", [["1"]]), ("global_group", ["color"])),
-            )
+            for field, value in (("types", {"structural": ["query"]}), ("entailed", "12"), ("global_group", ["color"]))
         ),
-        (llava.mme_score, [mme_row(1)], {}),  # one question about a picture
+        (llava.mme_score, [example(1, "Yes", images=["1.jpg"], category="count")], {}),  # one question about a picture
         (llava.pope_score, [example(1, "yes")], {"2": "yes"}),  # another version's questions
         (llava.pope_score, [example(1, "maybe")], {}),
         (exact.how2qa_score, [example(1, choices=FOUR, correct=0)], {"2": "a1"}),
         (vqa.nlvr2_score, [example("12-3", "true")], {}),
         (llava.score_grades, [example("v1_0")], {"v1_0": 7.0}),
-        (llava.score_reviews, [example("0", "ref")], {}),
         (llava.score_reviews, [example("0", "ref")], {"0": "Both are good\n8 7"}),
         (llava.seed_score, [example(1, choices=FOUR)], {"1": "A"}),
         (vqa.vqa_score, [example("q", "yes")], {"q": "yes"}),  # one person
@@ -111,8 +103,8 @@ def test_what_stands_before_the_answer_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("answer", "choices", "right"),
     [
-        *((answer, ("red", "pale blue"), right) for answer, right in (("A.", 0), ("a pale blue", 1), ("no", None))),
-        *((answer, ("red", "blue"), right) for answer, right in (("a.", 0), (" B.", 1), ("A) red", 0))),
+        *((answer, ("red", "pale blue"), right) for answer, right in (("a.", 0), ("a pale blue", 1), ("no", None))),
+        ("A) red", ("red", "blue"), 0),
         *(("10", ("1", "10"), 1), ("10 or 1", ("1", "10"), None)),
         *(("unknown", ("no", "unknown"), 1), ("b", ("yes", "no"), 1)),
         *(("Cats and dogs.", ("cat", "cats and dogs"), 1), ("cat", ("cat", "cats and dogs"), 0)),
