@@ -8,14 +8,11 @@ from collections.abc import Mapping
 
 import pytest
 
-from dora_vl.adapters.decomposition import Panel, Point
-from dora_vl.core.analysis import WeightChange
 from dora_vl.evaluation.predictions import Prediction
 from dora_vl.evaluation.results import AnswerScore, SetResult
 from dora_vl.evaluation.scores.scored import ItemScore
 from dora_vl.report.answers import confusion, low_and_high
 from dora_vl.report.charts import MOST_POINTS, Chart, Series, chart
-from dora_vl.report.views import by_stack, depth_of, over_depth
 
 
 def places(drawn: Chart, colour: int) -> list[tuple[float, float]]:
@@ -86,16 +83,3 @@ def test_wrong_and_right_answers_come_of_every_kind_in_turn() -> None:
     graded = of_set({name: item("x", "x", share=share) for name, share in shares.items()}, headline="CIDEr")
     low, high = low_and_high(graded)
     assert ([answer.id for answer in low], [answer.id for answer in high]) == (["lower", "low"], ["high"])
-
-
-def test_layers_of_two_stacks_are_two_lines() -> None:
-    change = WeightChange(magnitude=1.0, direction=0.5, vectors=2, without_direction=0)
-    names = [f"model.{side}.layers.{depth}.self_attn.q_proj" for side in ("encoder", "decoder") for depth in (0, 10)]
-    points = [Point(name, 1, change) for name in names]
-    stacks = by_stack(points)
-    assert list(stacks) == ["encoder.self_attn.q_proj", "decoder.self_attn.q_proj"]
-    assert [depth_of(point.layer) for point in stacks["decoder.self_attn.q_proj"]] == [0, 10]
-    assert list(by_stack(points[:2])) == ["q_proj"]
-    assert depth_of("model.multi_modal_projector.linear_1") is None
-    several = over_depth(Panel("run", "runs/x", "dora", tuple(points), 0))
-    assert [plot.legend[0].name for plot in several] == ["encoder.self_attn.q_proj"] * 2

@@ -1,19 +1,17 @@
-"""`dora-vl push`: what is written, what the hub gets by its own client, and what a refusal says; against a stand-in."""
+"""`dora-vl push`: what is written, what the hub's client is told, and what a refusal says."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import huggingface_hub.constants
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HTTPError
 
 from dora_vl.cli import main
 from tests.report.conftest import HOSTILE
@@ -21,111 +19,33 @@ from tests.report.conftest import HOSTILE
 REPOSITORY = "someone/shapes"
 
 
-class Hub(ThreadingHTTPServer):
-    """Answers as the hub does to one commit: weights go to a storage of their own, small files into the commit."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.address = f"http://127.0.0.1:{self.server_address[1]}"
-        self.created: list[dict[str, Any]] = []
-        self.files: dict[str, bytes] = {}
-        self.stored: dict[str, bytes] = {}
-        self.tokens: set[str | None] = set()
-        self.refuses = False
-
-
-class Answer(BaseHTTPRequestHandler):
-    server: Hub
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def reply(self, content: Any, status: int = 200) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def body(self) -> bytes:
-        return self.rfile.read(int(self.headers["Content-Length"]))
-
-    def do_PUT(self) -> None:
-        content = self.body()
-        name = self.path.rpartition("/")[2]
-        assert hashlib.sha256(content).hexdigest() == name
-        self.server.stored[name] = content
-        self.reply({})
-
-    def do_POST(self) -> None:
-        hub, content = self.server, self.body()
-        hub.tokens.add(self.headers.get("Authorization"))
-        if hub.refuses:
-            self.reply({"error": "You don't have the rights to create a model under this namespace"}, 403)
-        elif self.path == "/api/repos/create":
-            hub.created.append(json.loads(content))
-            self.reply({"url": f"{hub.address}/{REPOSITORY}", "name": REPOSITORY})
-        elif self.path == "/api/validate-yaml":
-            self.reply({"errors": [], "warnings": []})
-        elif self.path == f"/api/models/{REPOSITORY}/preupload/main":
-            modes = [
-                {"path": file["path"], "shouldIgnore": False, "oid": None}
-                | {"uploadMode": "lfs" if file["path"].endswith((".safetensors", ".png")) else "regular"}
-                for file in json.loads(content)["files"]
-            ]
-            self.reply({"files": modes})
-        elif self.path == f"/{REPOSITORY}.git/info/lfs/objects/batch":
-            objects = [
-                {**item, "actions": {"upload": {"href": f"{hub.address}/storage/{item['oid']}"}}}
-                for item in json.loads(content)["objects"]
-            ]
-            self.reply({"transfer": "basic", "objects": objects})
-        else:
-            assert self.path == f"/api/models/{REPOSITORY}/commit/main"
-            for line in map(json.loads, content.splitlines()):
-                value = line["value"]
-                if line["key"] == "file":
-                    assert value["encoding"] == "base64"
-                    hub.files[value["path"]] = base64.b64decode(value["content"])
-                elif line["key"] == "lfsFile":
-                    hub.files[value["path"]] = hub.stored[value["oid"]]
-            self.reply({"commitUrl": f"{hub.address}/{REPOSITORY}/commit/1", "commitOid": "1", "success": True})
-
-
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    server = Hub()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.address)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)  # the stand-in speaks LFS
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+def hub() -> Iterator[dict[str, Any]]:
+    """The two calls of the hub's client, by its own signatures."""
+    calls = dict.fromkeys(("create_repo", "upload_folder"), mock.DEFAULT)
+    with mock.patch.multiple(HfApi, autospec=True, **calls) as patched:
+        patched["upload_folder"].return_value.commit_url = "https://hub.example/commit/1"
+        yield patched
 
 
 def card_of(folder: Path) -> ModelCard:
     return ModelCard((folder / "hub" / "README.md").read_text(encoding="utf-8"))
 
 
-def test_the_hub_holds_the_adapter_and_its_card(copied: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_hub_gets_the_adapter_and_its_card(
+    copied: Path, hub: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     main(["push", str(copied), REPOSITORY, "--license", "mit"])
-    assert hub.address in capsys.readouterr().out
-    ((created),) = hub.created
-    assert (created["name"], created["organization"], created["visibility"]) == ("shapes", "someone", "private")
-    assert hub.tokens == {"Bearer hf_secret"}
-    adapter = copied / "adapter"
-    for name in ("adapter_model.safetensors", "adapter_config.json", "recipe.json"):
-        assert hub.files[name] == (adapter / name).read_bytes()
-    assert hub.files["contact_sheet.png"] == (copied / "contact_sheet.png").read_bytes()
-    assert hub.files["README.md"] == (copied / "hub" / "README.md").read_bytes()
-    assert set(hub.files) == {path.name for path in (copied / "hub").iterdir()}
+    assert "https://hub.example/commit/1" in capsys.readouterr().out
+    hub["create_repo"].assert_called_once_with(mock.ANY, REPOSITORY, private=True, exist_ok=True)
+    upload = hub["upload_folder"].call_args.kwargs
+    assert (upload["repo_id"], upload["folder_path"]) == (REPOSITORY, copied / "hub")
+    adapter = {name: copied / "adapter" / name for name in ("adapter_model.safetensors", "adapter_config.json")}
+    adapter |= {"recipe.json": copied / "adapter" / "recipe.json", "contact_sheet.png": copied / "contact_sheet.png"}
+    for name, own in adapter.items():
+        assert (copied / "hub" / name).read_bytes() == own.read_bytes()
     main(["push", str(copied), REPOSITORY, "--public", "--no-pictures"])
-    assert hub.created[1]["visibility"] == "public"
+    assert hub["create_repo"].call_args.kwargs["private"] is False
     assert not (copied / "hub" / "contact_sheet.png").exists()
 
 
@@ -155,23 +75,24 @@ def test_the_card_says_what_the_run_scored(copied: Path, capsys: pytest.CaptureF
     assert str(Path(json.loads((copied / "settings.json").read_text())["model"]["base"]).parent) not in str(card)
 
 
-def test_nothing_is_uploaded_where_the_hub_refuses_or_is_not_there(
-    copied: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_hub_that_refuses_or_is_not_there_is_one_line(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    hub.refuses = True
-    for address, words in (
-        (hub.address, REPOSITORY),
-        (hub.address, "no/such/name"),
-        ("http://127.0.0.1:9", REPOSITORY),
-    ):
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    def fails(repository: str) -> None:
         with pytest.raises(SystemExit) as stopped:
-            main(["push", str(copied), words])
+            main(["push", str(copied), repository])
         assert stopped.value.code == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert "hf_secret" not in error
-    assert hub.files == {}
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    fails(REPOSITORY)
+    fails("no/such/name")
+    with mock.patch.object(HfApi, "create_repo", autospec=True, side_effect=HTTPError("403: no rights here")):
+        fails(REPOSITORY)
 
 
 def test_a_run_without_an_adapter_has_nothing_to_push(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:

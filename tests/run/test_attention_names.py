@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -76,16 +77,11 @@ def test_a_tower_that_names_one_is_refused(tmp_path: Path) -> None:
 
 def test_a_hub_id_that_names_one_is_refused(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = state(base, STATED["nested"], tmp_path / "evil")
-    revisions: list[str] = []
-
-    def cached(name: str, file: str, *, revision: str, **_: Any) -> str:
-        revisions.append(revision)
-        return str(folder / file)
-
+    cached = mock.Mock(side_effect=lambda name, file, **_: str(folder / file))
     monkeypatch.setattr("transformers.configuration_utils.cached_file", cached)
     with pytest.raises(UserError, match=EVIL):
         check_model_folder("owner/model", "abc")
-    assert revisions == ["abc"]
+    assert cached.call_args.kwargs["revision"] == "abc"
 
 
 def test_known_names_open_and_none_is_none(base: Path, tmp_path: Path) -> None:

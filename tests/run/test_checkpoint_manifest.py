@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from dora_vl.errors import UserError
 from dora_vl.run.launch import Launch
 from dora_vl.training.checkpoint_files import MANIFEST, check_base, check_manifest, write_manifest
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "resume": None,
     "watch": 4,
     "adapter": {"alpha": 16.0, "parts": {}, "targets": ["a", "b"]},
@@ -34,10 +35,9 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def changed(**sections: object) -> dict[str, object]:
     """The settings with some of a section's values replaced."""
-    settings = json.loads(json.dumps(SETTINGS))
-    for name, value in sections.items():
-        settings[name] = {**settings[name], **value} if isinstance(value, dict) else value
-    return settings
+    return SETTINGS | {
+        name: {**SETTINGS[name], **value} if isinstance(value, dict) else value for name, value in sections.items()
+    }
 
 
 @pytest.mark.parametrize(

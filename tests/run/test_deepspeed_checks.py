@@ -92,13 +92,8 @@ def test_a_run_without_a_folder_is_refused(tmp_path: Path) -> None:
 def test_what_a_config_does_not_say_of_batches_and_clipping_is_the_sections(tmp_path: Path) -> None:
     own = tmp_path / "own.json"
     own.write_text(json.dumps({"zero_optimization": {"stage": 3}, "train_batch_size": 6}))
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        use_cpu=True,
-        per_device_train_batch_size=3,
-        gradient_accumulation_steps=2,
-        max_grad_norm=0.4,
-    )
+    batch: Any = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "max_grad_norm": 0.4}
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **batch)
     config = HfTrainerDeepSpeedConfig(read_deepspeed(str(own)))
     config.trainer_config_process(arguments)
     assert not config.mismatches

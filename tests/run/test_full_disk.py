@@ -25,7 +25,6 @@ SMALL_DISK_KIB = 1400
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, of little more than one checkpoint."""
     mount = tmp_path / "small"
     mount.mkdir()
     mounted = subprocess.run(
@@ -39,17 +38,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
 def test_a_run_on_a_disk_that_fills_up_names_the_last_whole_checkpoint(small_disk: Path, make_run: MakeRun) -> None:
-    run_file = make_run(
-        adapter={"rank": 16},
-        training={
-            "use_cpu": True,
-            "save_strategy": "steps",
-            "save_steps": 1,
-            "output_dir": str(small_disk / "run"),
-            "save_total_limit": 20,
-            "max_steps": 20,
-        },
-    )
+    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 20, "output_dir": str(small_disk / "run")}
+    run_file = make_run(adapter={"rank": 16}, training={"use_cpu": True, "max_steps": 20, **saving})
     with pytest.raises(UserError, match=r"checkpoint-\d+") as error:
         train(DecoderPipeline(read_run_file(run_file)))
     checkpoints = [path.name for path in (small_disk / "run").glob("checkpoint-*")]
@@ -71,9 +61,7 @@ def test_a_disk_that_takes_no_more_is_one_line(tmp_path: Path, number: int, kind
 
 
 def test_a_killed_data_worker_ends_a_run_in_one_line(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    training = {"use_cpu": True, "max_steps": 200}
-    run_file = make_run(data={"workers": 1}, training=training)
-
+    run_file = make_run(data={"workers": 1}, training={"use_cpu": True, "max_steps": 200})
     begin = StepFaults.begin_step
 
     def kill_worker(self: StepFaults, ids: Sequence[Sequence[str]]) -> None:

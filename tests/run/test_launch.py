@@ -34,10 +34,6 @@ def test_leaving_waits_for_a_worker_of_gloo_that_still_works(monkeypatch: pytest
     torch.distributed.init_process_group("gloo")
     kept = torch.distributed.group.WORLD  # as DeepSpeed and FSDP keep it: destroying it ends no thread
     torch.distributed.all_reduce(torch.ones(3))
-    if torch.__version__ >= "2.9":  # before, gloo's threads bear no name, and nothing is waited for
-        threads = set(launch._gloo_states())
-        assert threads  # its threads are found
-        assert threads <= {"R", "S"}  # one may still be about the sum
     looked: list[str] = []
 
     def states() -> Iterator[str]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,16 +72,8 @@ def start(pair: Hosts, how: str, run_file: Path, *settings: str) -> list[subproc
         # A host name each: ranks of one machine leave the last word to the first of them.
         command = ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", f'hostname {name}; exec "$@"', "sh"]
         command += [sys.executable, "tests/run/faulty_rank.py", how, "--config", str(run_file), *settings]
-        started.append(
-            subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=environment | {"PYTHONPATH": str(ROOT)},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
+        pipes: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, **pipes))
     return started
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -65,9 +66,6 @@ def test_settings_that_mean_no_frame_are_refused(folder: Path, name: str, value:
 
 
 def test_a_machine_without_a_decoder_is_told_before_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(backend: str) -> None:
-        raise BackendMissing(f"no module for {backend}")
-
-    monkeypatch.setattr(run_base, "import_backend", missing)
+    monkeypatch.setattr(run_base, "import_backend", mock.Mock(side_effect=BackendMissing("no module")))
     with pytest.raises(UserError):
         check_videos(settings(folder))

@@ -54,12 +54,10 @@ SECRET = "0123456789 never shown"
         ("evil.example", None, False),
         ("localhost.evil.example", None, False),
         ("localhost@evil.example", None, False),
-        ("evil.example:localhost", None, False),
         ("192.168.0.7:7860", None, False),
         ("evil.example:7860", "http://evil.example:7860", False),
         ("localhost:7860", "http://evil.example", False),
         ("localhost:7860", "http://localhost:3000", False),  # another program of this machine
-        ("localhost:7860", "http://127.0.0.1:7860", False),
         ("localhost:7860", "null", False),
         ("localhost:7860", "", False),
     ],
@@ -100,7 +98,6 @@ def test_options_name_hosts_and_the_key(monkeypatch: pytest.MonkeyPatch) -> None
         (None, False),
         ("Bearer ", False),
         ("Bearer open-sesame2", False),
-        ("Basic open-sesame", False),
         (f"Basic {base64.b64encode(b'open-sesame:').decode()}", False),
         ("open-sesame", False),
     ],
@@ -140,14 +137,12 @@ def connection(address: str, client: str = "127.0.0.1") -> socket.socket:
 
 
 def half_sent(address: str, sent: int, *, stated: int = 900) -> socket.socket:
-    """A request for an answer, of whose content some has come."""
     slow = connection(address)
     slow.sendall(f"{CHAT}Content-Length: {stated}\r\n\r\n".encode() + b"a" * sent)
     return slow
 
 
 def statuses(senders: list[socket.socket]) -> list[bytes]:
-    """What those are answered that are answered at once."""
     statuses_of = []
     for sender in senders:
         sender.settimeout(0.3)

@@ -95,7 +95,6 @@ class Told:
 
 
 def batches_of(engine: Engine, monkeypatch: Any) -> list[int]:
-    """How many rows each batch began with."""
     seen: list[int] = []
     answer = engine._decoder.answer
     monkeypatch.setattr(engine._decoder, "answer", lambda batch, new: (seen.append(len(batch)), answer(batch, new))[1])
@@ -138,14 +137,12 @@ def language(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def endless(base: Path, adapters: Mapping[str, Path] | None = None) -> ServedModel:
-    """A model whose answers are as long as allowed."""
     model = served(base, adapters or {})
     model.backbone.model.generation_config.eos_token_id = None
     return model
 
 
 def by_itself(base: Path, adapter: Path | None, conversation: Any, tokens: int, **generation: Any) -> str:
-    """Such an answer of an adapter alone on its base."""
     assistant = alone(base, adapter)
     for name, value in {"eos_token_id": None, **generation}.items():
         setattr(assistant.backbone.model.generation_config, name, value)

@@ -75,34 +75,20 @@ LIMITS = 1000, 2.0
 )  # fmt: skip
 def test_an_address_that_is_not_public(address: str) -> None:
     assert not is_public(address)
+    assert all(map(is_public, ("8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::8.8.8.8", "2002:808:808::1")))
 
 
-@pytest.mark.parametrize(
-    "address",
-    [
-        "93.184.215.14", "8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "2001:4860:4860::8888", "2a00:1450:4001::1",
-        "2400:cb00::1", "64:ff9b::8.8.8.8", "2002:808:808::1",
-    ],
-)  # fmt: skip
-def test_an_address_that_is_public(address: str) -> None:
-    assert is_public(address)
-
-
-@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "2130706433", "0x7f.1", "127.1", "0", "[::1]".strip("[]")])
-def test_other_spellings_of_this_machine_are_refused(host: str) -> None:
+@pytest.mark.parametrize("host", ["localhost", "2130706433", "0x7f.1", "0", "::1"])
+def test_a_name_of_this_machine_or_of_its_network_is_refused(host: str, monkeypatch: Any) -> None:
     with pytest.raises(NotFetched):
         public_address(host)
-
-
-def test_one_private_address_among_public_ones_is_refused(monkeypatch: Any) -> None:
     entries = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 80)) for address in ("8.8.8.8", "10.0.0.1")]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **named: entries)
-    with pytest.raises(NotFetched):
+    with pytest.raises(NotFetched):  # one private address among public ones
         public_address("example.com")
 
 
 def test_a_name_that_takes_too_long_is_left(monkeypatch: Any) -> None:
-    """The system's resolver may take half a minute for a name whose servers do not answer."""
     resolved = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **named: resolved.wait(20))
     before = time.monotonic()
@@ -157,7 +143,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def site(monkeypatch: Any) -> Iterator[str]:
-    """A site on this machine that counts as public under one name, as if it were on the web."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     resolve = media.public_address
@@ -167,9 +152,23 @@ def site(monkeypatch: Any) -> Iterator[str]:
     server.server_close()
 
 
-@pytest.fixture
-def slow_tls() -> Iterator[tuple[int, list[bytes]]]:
-    """The port of a site on this machine that never comes to the end of its TLS handshake, and what it got."""
+def test_what_is_there_is_fetched(site: str) -> None:
+    assert fetch(f"{site}/a.png", *LIMITS) == b"b" * 20
+    assert fetch(f"{site}/to//a.png", *LIMITS) == b"b" * 20  # a relative redirect
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/to/http://127.0.0.1/", "/to/http://localhost:1/", "/to/file:///etc/passwd", "/to//to//to//to//a", "/large",
+     "/none", "/slow"],
+)  # fmt: skip
+def test_what_is_not_fetched(site: str, path: str) -> None:
+    with pytest.raises(NotFetched):
+        fetch(f"{site}{path}", 1000, 1.0)
+
+
+def test_a_site_that_dribbles_its_handshake_is_left(site: str) -> None:
+    """The connection goes to the checked address, and asks there for the name that the certificate must have."""
     received: list[bytes] = []
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
@@ -183,33 +182,6 @@ def slow_tls() -> Iterator[tuple[int, list[bytes]]]:
                     time.sleep(0.1)
 
         threading.Thread(target=dribble, daemon=True).start()
-        yield listening.getsockname()[1], received
-
-
-def test_what_is_there_is_fetched(site: str) -> None:
-    assert fetch(f"{site}/a.png", *LIMITS) == b"b" * 20
-    assert fetch(f"{site}/to//a.png", *LIMITS) == b"b" * 20  # a relative redirect
-
-
-@pytest.mark.parametrize(
-    "path",
-    ["/to/http://127.0.0.1/", "/to/http://localhost:1/", "/to/file:///etc/passwd", "/to//to//to//to//a", "/large",
-     "/none"],
-)  # fmt: skip
-def test_what_is_not_fetched(site: str, path: str) -> None:
-    with pytest.raises(NotFetched):
-        fetch(f"{site}{path}", *LIMITS)
-
-
-def test_a_site_that_dribbles_is_left(site: str) -> None:
-    """Also where each byte comes in time."""
-    with pytest.raises(NotFetched):
-        fetch(f"{site}/slow", 1000, 1.0)
-
-
-def test_a_site_that_dribbles_its_handshake_is_left(site: str, slow_tls: tuple[int, list[bytes]]) -> None:
-    """The connection goes to the checked address, and asks there for the name that the certificate must have."""
-    port, received = slow_tls
-    with pytest.raises(NotFetched):
-        fetch(f"https://site.example:{port}/", 1000, 1.0)
+        with pytest.raises(NotFetched):
+            fetch(f"https://site.example:{listening.getsockname()[1]}/", 1000, 1.0)
     assert b"site.example" in received[0]

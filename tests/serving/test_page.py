@@ -57,7 +57,6 @@ def visitor(chromium: Any, opened: tuple[str, Engine]) -> Iterator[Visitor]:
 
 @pytest.fixture
 def red(visitor: Visitor, pictures: dict[str, Path]) -> Visitor:
-    """Somebody who shows a red picture."""
     visitor.show(pictures["red"])
     visitor.see(1)
     return visitor
@@ -81,7 +80,6 @@ def printable(text: str) -> str:
 
 
 def expected(engine: Engine, name: str, turns: list[Turn], seen: Shown) -> str:
-    """What the engine answers without a page."""
     return printable(answers(engine, [(name, turns, seen)], max_new_tokens=TOKENS)[0])
 
 
@@ -97,7 +95,6 @@ def check(texts: Sequence[str], engine: Engine, question: str, seen: Shown, medi
 
 
 def nothing_left(uploads: Path) -> bool:
-    """No upload lies about; the examples' own pictures do."""
     kept = [path for path in uploads.rglob("*") if path.is_file() and path.stat().st_size]
     return all(path.suffix == ".webp" for path in kept)
 
@@ -169,24 +166,6 @@ def test_the_dial_from_the_base_to_the_adapter(red: Visitor, opened: tuple[str, 
     assert len(set(texts.values())) > 2
 
 
-@pytest.mark.slow
-def test_the_dial_by_keyboard(red: Visitor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each strength is asked once: Enter in the number, an arrow on the slider; leaving either changes nothing."""
-    ask, strengths = SideBySide.ask, []
-    monkeypatch.setattr(SideBySide, "ask", lambda *args: (strengths.append(args[4][0].strength), ask(*args))[1])
-    red.ask(QUESTION)
-    number, slider = (red.page.locator(f"#dv-strength-left input[type={kind}]") for kind in ("number", "range"))
-    number.fill("0.25")
-    for strength, field, key in ((0.25, number, "Enter"), (0.3, slider, "ArrowRight")):
-        field.press(key)
-        red.page.locator("#dv-conversation-left .dv-tally", has_text=f"one at {strength:g} ·").wait_for()
-        red.both(1)
-    number.focus()
-    number.blur()
-    red.ask("And then?")
-    assert strengths == [1, 0.25, 0.3, 0.3]
-
-
 def test_a_page_with_a_key(chromium: Any, model: ServedModel, pictures: dict[str, Path], uploads: Path) -> None:
     """A browser asks its person for it once, and sends it with every request of the page."""
     with page_of(model, uploads, SETTINGS, rules=AccessRules(key="open-sesame")) as (at, _):
@@ -255,41 +234,15 @@ def long_answers(visitor: Visitor, opened: tuple[str, Engine], monkeypatch: Any)
     return visitor
 
 
-def test_stop_ends_the_answer_and_keeps_what_was_said(long_answers: Visitor) -> None:
-    long_answers.page.keyboard.press("Enter")
-    long_answers.page.locator("#dv-conversation-left .dv-said").wait_for()
-    long_answers.page.click("#dv-stop")
-    left, _ = long_answers.both(1)
-    assert left
-    assert "stopped" in long_answers.page.locator("#dv-conversation-left").inner_text()
-
-
-@pytest.fixture
-def slow(chromium: Any, opened: tuple[str, Engine]) -> Iterator[Visitor]:
-    """Somebody whose machine takes eight times as long for all that the page does."""
-    context = chromium.new_context()
-    visitor = Visitor(context, opened[0], slower=8)
-    yield visitor
-    context.close()
-
-
-def _slow_to_look(monkeypatch: pytest.MonkeyPatch, shown: Shown | None = None) -> None:
-    """The server takes a second to read what was sent; what it finds there."""
-    look = SideBySide.look
-
-    def slowly(side: SideBySide, files: Sequence[Path]) -> Shown:
-        time.sleep(1)
-        return shown or look(side, files)
-
-    monkeypatch.setattr(SideBySide, "look", slowly)
-
-
 @pytest.mark.slow
 def test_a_question_waits_for_the_picture_that_was_chosen(
-    slow: Visitor, opened: tuple[str, Engine], pictures: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    chromium: Any, opened: tuple[str, Engine], pictures: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each question is another: what was shown before stays until the server has read the new picture."""
-    _slow_to_look(monkeypatch)
+    """On a slow machine, of a slow server: what was shown before stays until it has read the new picture."""
+    look = SideBySide.look
+    monkeypatch.setattr(SideBySide, "look", lambda *args: (time.sleep(1), look(*args))[1])
+    context = chromium.new_context()
+    slow = Visitor(context, opened[0], slower=8)
     for name, picture in (("red", RED), ("wide", WIDE)):
         slow.show(pictures[name])
         question = f"What colour is the {name} one?"
@@ -297,10 +250,10 @@ def test_a_question_waits_for_the_picture_that_was_chosen(
         slow.page.keyboard.press("Enter")
         slow.page.locator("#dv-conversation-left .dv-asked", has_text=question).wait_for()
         check(slow.both(1), opened[1], question, Shown(pictures=(picture,)))
+    context.close()
 
 
-@pytest.mark.slow
-def test_what_is_typed_during_an_answer_stays_typed(long_answers: Visitor) -> None:
+def test_stop_keeps_what_was_said_and_what_is_typed_meanwhile_stays_typed(long_answers: Visitor) -> None:
     """Enter takes it once the answer is over, not before; pressing Ask twice asks once."""
     page = long_answers.page
     page.dblclick("#dv-ask")
@@ -310,7 +263,9 @@ def test_what_is_typed_during_an_answer_stays_typed(long_answers: Visitor) -> No
     page.wait_for_timeout(300)
     assert page.input_value(QUESTION_BOX) == "And then?"
     page.click("#dv-stop")
-    long_answers.both(1)
+    left, _ = long_answers.both(1)
+    assert left
+    assert "stopped" in page.locator("#dv-conversation-left").inner_text()
     assert page.input_value(QUESTION_BOX) == "And then?"
     page.press(QUESTION_BOX, "Enter")
     page.locator("#dv-conversation-left .dv-asked", has_text="And then?").wait_for()

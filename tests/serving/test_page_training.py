@@ -21,7 +21,6 @@ ROWS = 40
 
 
 def write_pictures(folder: Path) -> list[Path]:
-    """Pictures of one colour each, and the table that asks for it; all files."""
     records = json_of(write_tiny_data(folder, samples=ROWS))
     (folder / "train.json").unlink()
     rows = [f"{row['image']},what colour?,{list(COLOURS)[number % 4]}" for number, row in enumerate(records)]

@@ -16,9 +16,6 @@ from dora_vl.serving.requests import (
     MOST_MESSAGES,
     MOST_PARTS,
     MOST_VALUES,
-    NEUTRAL,
-    NOT_SERVED,
-    REASONS,
     BadRequest,
     ChatRequest,
     TooLarge,
@@ -47,14 +44,10 @@ def names(count: int) -> dict[str, Any]:
 
 
 WRONG: dict[str, Callable[[int], Any]] = {
-    "messages": lambda count: request(messages=[0] * count),
     "good messages": lambda count: request(messages=[TURN] * (count // 2)),
     "parts": lambda count: with_parts(*[0] * count),
-    "good parts": lambda count: with_parts(*[TEXT] * (count // 2)),
     "stop": lambda count: request(stop=[0] * count),
     "fields": lambda count: request(**names(count)),
-    "fields of a message": lambda count: request(messages=[{**TURN, **names(count)}]),
-    "fields of a part": lambda count: with_parts({**TEXT, **names(count)}),
     "fields of a picture": lambda count: with_parts({"type": "image_url", "image_url": {"url": "a", **names(count)}}),
     "metadata": lambda count: request(metadata=names(count)),
     "no object": lambda count: [0] * count,
@@ -118,16 +111,13 @@ def test_what_is_allowed_passes() -> None:
     ("body", "param"),
     [
         (request(best_of=2), "best_of"),
-        (request(temperature="hot"), "temperature"),
         (request(temperature=3), "temperature"),
         (request(messages=None), "messages"),
         (request(messages=[{"role": "tool", "content": "a"}]), "messages[0].role"),
         (request(messages=[TURN, {"role": "user", "content": 5}]), "messages[1].content"),
         (with_parts(TEXT, {"type": "audio"}), "messages[0].content[1]"),
-        (with_parts({"type": "text"}), "messages[0].content[0].text"),
         (with_parts({**TEXT, "str": 1}), "messages[0].content[0].str"),
         (request(tool_choice="required"), "tool_choice"),
-        (request(stop=[1]), "stop[0]"),
         (request(stop=[""]), "stop[0]"),
         (request(messages=[TURN] * (MOST_MESSAGES + 1)), "messages"),
         (request(metadata=names(MOST_FIELDS + 1)), "metadata"),
@@ -142,58 +132,3 @@ def test_a_place_is_as_the_client_wrote_it(body: dict[str, Any], param: str) -> 
         read(body)
     assert refused.value.param == param
     assert len(str(refused.value)) < 500
-    assert_own_words(body)
-
-
-def assert_own_words(body: Any) -> None:
-    """The first error is one that the server has words for, and they are what it says."""
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    with pytest.raises(ValidationError) as error:
-        ChatRequest.model_validate_json(content)
-    first = error.value.errors()[0]
-    assert first["type"] in REASONS
-    with pytest.raises(BadRequest) as refused:
-        parsed(ChatRequest, content)
-    assert first["msg"] not in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        *({name: value} for name in ("temperature", "top_p", "seed", "max_tokens") for value in (-1e99, 1e99, "a", [])),
-        *(
-            {name: value}
-            for name in ("stream", "stream_options", "user", "metadata", "model")
-            for value in (3, "a", [])
-        ),
-        {"model": ""},
-        {"model": "a" * 300},
-        {"messages": []},
-        {"messages": {}},
-        {"messages": [{"role": "user"}]},
-        {"messages": [{"role": "assistant", "content": "a", "refusal": "no"}]},
-        {"stop": ["a"] * 99},
-        {"stop": ["a" * 999]},
-    ],
-    ids=str,
-)
-def test_refusals_are_in_the_servers_own_words(fields: dict[str, Any]) -> None:
-    body = request(**fields)
-    try:
-        read(body)
-    except BadRequest:
-        assert_own_words(body)
-    else:
-        assert fields in ({"user": "a"}, {"model": "a"})
-
-
-def test_what_is_no_json_is_refused_in_own_words() -> None:
-    assert_own_words(b"{")
-    assert_own_words([0])
-
-
-@pytest.mark.parametrize("name", NEUTRAL)
-def test_a_field_that_vllm_serves_says_so(name: str) -> None:
-    with pytest.raises(BadRequest) as refused:
-        read(request(**{name: 2}))
-    assert (refused.value.param, NOT_SERVED in str(refused.value)) == (name, True)

@@ -92,16 +92,8 @@ BRIEF, ASKED = "Be brief. Look at its edges.", "What colour is it?"
     ("messages", "turns", "pictures"),
     [
         (
-            [
-                *shows(picture_part(WIDE), picture_part(RED)),
-                *words("the second", "assistant"),
-                *words("And the other?"),
-            ],
-            [
-                Turn("user", "<image>\n<image>\nWhat is it?"),
-                Turn("assistant", "the second"),
-                Turn("user", "And the other?"),
-            ],
+            [*shows(picture_part(WIDE), picture_part(RED)), *words("the second", "assistant"), *words(ASKED)],
+            [Turn("user", "<image>\n<image>\nWhat is it?"), Turn("assistant", "the second"), Turn("user", ASKED)],
             (WIDE, RED),
         ),
         ([*words(BRIEF, "system"), *words(ASKED)], [Turn("system", BRIEF), Turn("user", ASKED)], ()),
@@ -200,20 +192,17 @@ PICTURE = "messages[0].content[0].image_url"
     [
         ({"model": "other"}, (404, "model_not_found", None)),
         ({"messages": words("Say " * 3000)}, (400, None, None)),  # no room for it
-        ({"max_tokens": 100_000}, (400, None, None)),
         ({"messages": words("x" * 400_000)}, (413, "too_large", None)),
         ({"messages": shows(*[picture_part(RED)] * 3)}, (413, "too_large", None)),
         ({"messages": shows(picture_part(Image.new("RGB", (200, 100))))}, (413, "too_large", None)),
         ({"messages": shows(url_part("data:image/png;base64,AAAA"))}, (400, None, PICTURE)),
         ({"messages": shows(url_part(data_url(RED)[:-60]))}, (400, None, PICTURE)),
-        ({"messages": shows(url_part("data:image/png;base64,?"))}, (400, None, PICTURE)),
         ({"messages": shows(url_part("data:,abc"))}, (400, None, PICTURE)),
         ({"messages": shows(url_part("http://example.com/a.png"))}, (400, None, PICTURE)),
         ({"messages": shows(url_part("file:///etc/passwd"))}, (400, None, PICTURE)),
         ({"messages": words("<image> a")}, (400, None, "messages[0].content[0].text")),
         ({"messages": words("<|im_end|>")}, (400, None, None)),
         ({"messages": words("\ufdd1 a")}, (400, None, None)),
-        ({"messages": [{"role": "system", "content": "a"}]}, (400, None, None)),
         ({"messages": [{"role": "assistant", "content": "a"}]}, (400, None, None)),
         ({"messages": [{"role": "system", "content": [picture_part(RED)]}]}, (400, None, "messages[0]")),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, (400, None, "tools")),
@@ -224,7 +213,6 @@ def test_bad_input_is_told_with_its_status_and_place(client: Any, body: dict[str
 
 
 def send(address: str, method: str, path: str, body: bytes = b"", declared: str | None = "application/json") -> Any:
-    """Status and JSON of an answer to what no client of OpenAI's sends."""
     connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
     connection.request(method, path, body, {} if declared is None else {"Content-Type": declared})
     answer = connection.getresponse()

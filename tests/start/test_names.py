@@ -7,11 +7,10 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from dora_vl.start import names
-from dora_vl.start.names import ARTISTS, CATEGORY, NAME, NOUNS, UNSEEN, convert, drawings, things
+from dora_vl.start.names import ARTISTS, CATEGORY, NAME, NOUNS, UNSEEN, convert, things
 
 COLOURS = dict(zip((*ARTISTS, UNSEEN), ("#ff0000", "#00ff00", "#0000ff", "#ff00ff"), strict=True))
 THINGS = list(things())
@@ -53,13 +52,6 @@ def test_every_thing_has_a_name_of_its_own() -> None:
     assert len({code for code, *_ in THINGS}) == len({name for _, name, _ in THINGS}) == 378
     assert {category for *_, category in THINGS} == set(NOUNS)
     assert ("1f332", "pine tree", "plant") in THINGS
-
-
-def test_a_drawing_is_cut_to_what_is_drawn(assets: Path) -> None:
-    for artist in COLOURS:
-        picture = drawings(assets / artist)["1f331"]
-        assert picture.width == 2 * picture.height
-        assert np.asarray(picture)[..., 3].min() > 0
 
 
 def test_three_artists_are_learned_and_the_fourth_is_asked_about(data: Path) -> None:

@@ -79,7 +79,6 @@ def test_the_other_demo_takes_the_same_models_and_other_pictures(steps: list[str
 
 
 def test_the_merge_is_of_the_folder_that_the_settings_name(steps: list[str]) -> None:
-    ADAPTER.parent.mkdir(parents=True)
     other = Path("runs/other/adapter/adapter_model.safetensors")
     other.parent.mkdir(parents=True)
     other.touch()
