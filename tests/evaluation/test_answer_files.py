@@ -55,33 +55,21 @@ def test_what_the_model_said_goes_before_the_true_answer(tmp_path: Path, key: st
         assert answers_in(tmp_path / name, content) == {"a": "dog", "b": "owl"}
 
 
-@pytest.mark.parametrize("keys", [("prediction", "response"), ("pred", "output"), ("answer", "text")])
-def test_two_keys_that_may_be_the_answer(tmp_path: Path, keys: tuple[str, str]) -> None:
-    first, other = keys
+@pytest.mark.parametrize(("first", "other"), [("prediction", "response"), ("answer", "text")])
+def test_two_keys_that_may_be_the_answer(tmp_path: Path, first: str, other: str) -> None:
     with pytest.raises(UserError):
         answers_in(tmp_path / "p.jsonl", [{"id": "a", other: "dog", first: "cat"}])
     assert answers_in(tmp_path / "p.jsonl", [{"id": "a", other: "cat", first: "cat"}]) == {"a": "cat"}
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        *('{"id": 1,, }', "[1]", '{"id": "b"}', '{"answer": "b"}', '{"id": "b", "answer": 3}', "[" * 100_000),
-        '{"id": 1' + "0" * 5000 + ', "answer": "b"}',
-        '{"id": "b", "answer": "cat", "pred": null}',
-    ],
-)
+@pytest.mark.parametrize("line", ['{"id": "b"}', '{"answer": "b"}', '{"id": "b", "answer": 3}', "[" * 100_000])
 def test_a_broken_line_is_refused(tmp_path: Path, line: str) -> None:
     with pytest.raises(UserError):
         answers_in(tmp_path / "p.jsonl", f'{{"id": "a", "answer": "one"}}\n{line}\n')
 
 
 @pytest.mark.parametrize(
-    ("file", "content"),
-    [
-        *(("r.csv", "dev-1-0-0\n"), ("r.tsv", 'index\tprediction\n1\t"x\n'), ("r.xlsx", "PK\x03\x04rest")),
-        *(("r.json", content) for content in ('{"1": [2]}', '{"1": true}', '{"answer": "x"}', "[]", "[1, 2]")),
-    ],
+    ("file", "content"), [("r.csv", "dev-1-0-0\n"), ("r.xlsx", "PK\x03\x04rest"), ("r.json", '{"1": true}')]
 )
 def test_what_is_no_such_file_is_refused(tmp_path: Path, file: str, content: str) -> None:
     with pytest.raises(UserError):

@@ -87,26 +87,19 @@ def test_strength_is_that_of_the_server(adapter: Path, pictures: list[str]) -> N
     batch = model.assistant.prompts.collate([model.entry("one").prompts.sample(turns, seen)], "left")
     inputs = model_inputs(batch, "cpu")
 
-    def logits(strength: float, *, with_base: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-        opened = open_model(ModelRequest(adapter=adapter, strength=strength, with_base=with_base))
-        assistants = [assistant for assistant in (opened.adapted, opened.base) if isinstance(assistant, Assistant)]
-        scores = [
-            assistant.backbone(**inputs, labels=inputs["input_ids"].clamp_min(0), keep_logits=True).logits
-            for assistant in assistants
-        ]
-        return scores[0], scores[1] if with_base else None
-
-    seen_logits = []
+    labels, seen_logits = inputs["input_ids"].clamp_min(0), []
     for strength in (0.0, 0.4, 1.0, 1.7):
         with model.rows([model.entry("one")], [1], [strength]):
-            expected = model.backbone(**inputs, labels=inputs["input_ids"].clamp_min(0), keep_logits=True).logits
-        actual, _ = logits(strength)
+            expected = model.backbone(**inputs, labels=labels, keep_logits=True).logits
+        opened: Any = open_model(ModelRequest(adapter=adapter, strength=strength, with_base=True))
+        actual, base = (
+            assistant.backbone(**inputs, labels=labels, keep_logits=True).logits
+            for assistant in (opened.adapted, opened.base)
+        )
         torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
         seen_logits.append(actual)
+        assert torch.equal(base, seen_logits[0])  # the base is the base, whatever is beside it
     assert all(not torch.allclose(first, other, atol=1e-2) for first, other in pairwise(seen_logits))
-    beside, base = logits(1.7, with_base=True)
-    assert torch.equal(beside, seen_logits[-1])
-    assert torch.equal(base, seen_logits[0])  # the base is the base, whatever is beside it
 
 
 def test_pictures_together_and_a_conversation(

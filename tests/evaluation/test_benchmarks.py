@@ -13,7 +13,6 @@ from dora_vl.cli import main
 from dora_vl.data.example import Answer, Example, write_examples
 from dora_vl.errors import UserError
 from dora_vl.evaluation.benchmarks import find_benchmark, read_own, read_set
-from dora_vl.evaluation.results import score_lines
 from dora_vl.evaluation.scores import benchmark as prompts
 
 RECEIPTS = "name: receipts\nscoring: anls\nfile: receipts.jsonl\nprompt: as_is\nmax_new_tokens: 24\nframes: 2\n"
@@ -36,12 +35,9 @@ def test_a_file_of_a_few_lines_is_a_benchmark(tmp_path: Path, capsys: Any) -> No
     entry = json.loads((tmp_path / "to" / "metrics.json").read_text())["sets"]["receipts"]
     assert (entry["headline"], entry["metrics"]["anls"]["value"]) == ("anls", pytest.approx(90.0))
     assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["receipts", "anls", "90.00"]
-    assert [line["set"] for line in score_lines(tmp_path / "to")] == ["receipts"] * 2
-    own = read_own(benchmark)
-    assert (own.benchmark.max_new_tokens, own.benchmark.frames) == (24, 2)
-    assert own.benchmark.prompt is prompts.as_is
-    other = write_examples(tmp_path / "other.jsonl", [Example(id="z", answers=(Answer(text="x"),))])
-    assert other == 1
+    own = read_own(benchmark).benchmark
+    assert (own.max_new_tokens, own.frames, own.prompt) == (24, 2, prompts.as_is)
+    write_examples(tmp_path / "other.jsonl", [Example(id="z", answers=(Answer(text="x"),))])
     test_set = read_set(f"{benchmark}={tmp_path / 'other.jsonl'}", tmp_path)
     assert [example.id for example in test_set.examples] == ["z"]
 
@@ -49,11 +45,9 @@ def test_a_file_of_a_few_lines_is_a_benchmark(tmp_path: Path, capsys: Any) -> No
 @pytest.mark.parametrize(
     "text",
     [
-        "name: mine",
-        "name: mine\nscoring: bleu",
-        *(f"name: mine\nscoring: exact\n{more}" for more in ("prompt: long", "files: x", "frames: true", "frames: 0")),
-        *(f"name: {name}\nscoring: exact" for name in ("pope", "../mine", "3", "2001-99-99")),
-        *("- name", "name: [", "{? [a] : b}", "[" * 5000),
+        *("name: mine", "name: mine\nscoring: bleu", "- name", "name: [", "[" * 5000),
+        *(f"name: mine\nscoring: exact\n{more}" for more in ("prompt: long", "files: x", "frames: 0")),
+        *(f"name: {name}\nscoring: exact" for name in ("pope", "../mine", "3")),
     ],
 )
 def test_a_file_that_says_something_else_is_refused(tmp_path: Path, text: str) -> None:
@@ -93,8 +87,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("installed")
 def test_an_installed_package_adds_benchmarks(tmp_path: Path) -> None:
-    extra = {"wanted": "x"}
-    examples = [Example(id=name, answers=(Answer(text="x"),), extra=extra) for name in "ab"]
+    examples = [Example(id=name, answers=(Answer(text="x"),), extra={"wanted": "x"}) for name in "ab"]
     write_examples(tmp_path / "records" / "mine" / "dev.jsonl", examples)
     (tmp_path / "p.jsonl").write_text('{"id": "a", "answer": "x"}\n{"id": "b", "answer": "y"}\n')
     options = ["--records", tmp_path / "records", "--predictions", tmp_path / "p.jsonl", "--to", tmp_path / "to"]

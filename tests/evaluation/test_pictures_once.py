@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,8 +26,7 @@ def example(number: int, *images: str) -> Example:
     return Example(id=str(number), images=images, turns=(Turn("user", text),))
 
 
-@pytest.fixture(scope="module")
-def examples(folder: Path) -> list[Example]:
+def examples_in(folder: Path) -> list[Example]:
     random = torch.Generator().manual_seed(3)
     names = [f"{number}.png" for number in range(5)]
     for name in names:
@@ -36,17 +34,6 @@ def examples(folder: Path) -> list[Example]:
         Image.fromarray(pixels.numpy()).save(folder / name)
     about_one = [example(number, names[number * 3 % 5]) for number in range(24)]
     return [*about_one, example(24), example(25, names[0], names[1]), example(26, names[0], names[1])]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("pictures")
-
-
-@pytest.fixture(scope="module")
-def assistant(folder: Path) -> Assistant:
-    base = write_tiny_llava(folder / "base")
-    return Assistant(open_backbone(str(base)), EncoderPrompts(open_encoder(str(base), max_tokens=512)))
 
 
 class Counted:
@@ -78,9 +65,10 @@ PROOF = 40
 
 
 @pytest.mark.parametrize("batch_size", [4, 7])
-def test_a_picture_is_read_once(
-    folder: Path, examples: list[Example], assistant: Assistant, batch_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_picture_is_read_once(tmp_path: Path, batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, examples = tmp_path, examples_in(tmp_path)
+    base = write_tiny_llava(folder / "base")
+    assistant = Assistant(open_backbone(str(base)), EncoderPrompts(open_encoder(str(base), max_tokens=512)))
     media, decoding = media_reader(folder, frames=1), Decoding(batch_size=batch_size, max_new_tokens=4)
 
     def answers() -> tuple[dict[str, str], Counted]:
@@ -99,27 +87,3 @@ def test_a_picture_is_read_once(
     assert most.pictures == 24 + 2 * 2
     assert few.pictures - PROOF < 5 + 2 + -(-27 // batch_size) * 2 < most.pictures
     assert few.tokens < 0.75 * more.tokens
-
-
-def test_likelihoods_share_pictures_and_are_those_of_each_answer_alone(
-    folder: Path, examples: list[Example], assistant: Assistant
-) -> None:
-    media = media_reader(folder, frames=1)
-    of_picture = [item for item in examples if item.images == ("3.png",)]
-    samples = [
-        replace(assistant.prompts.with_answer(item.turns, media.read(item), text), id=item.id, media=item.images)
-        for item in of_picture
-        for text in ("red", "a blue one")
-    ]
-    assert len(of_picture) > 3
-    assert assistant.packing == "trees"  # found out by a trial, which is not counted
-    counted = Counted(assistant)
-    shared = assistant.log_likelihoods(samples)
-    few = counted.close()
-    counted = Counted(assistant)
-    alone = torch.cat([assistant.log_likelihoods([sample]) for sample in samples])
-    most = counted.close()
-    torch.testing.assert_close(shared, alone, rtol=1e-4, atol=1e-4)
-    assert len({round(value, 3) for value in shared.tolist()}) > len(samples) // 2
-    assert (few.pictures, most.pictures) == (1, len(samples))
-    assert few.tokens < most.tokens / 2

@@ -104,17 +104,6 @@ def test_a_score_is_the_formula_of_its_scorer_and_the_mean_over_sets() -> None:
     assert 305 < score.low < 310 < score.high < 315
 
 
-def test_a_difference_over_many_contrasts_is_wider() -> None:
-    random = np.random.default_rng(3)
-    base = (random.random((3, 400)) < 0.7).astype(float)
-    better = np.maximum(base, random.random((3, 400)) < 0.1)
-    table = Contenders({"a": runs(*better), "b": runs(*base)})
-    one, of_many = (table.difference(table.measures[0], "a", "b", contrasts=count) for count in (1, 20))
-    assert (one.low, one.high) == (of_many.low, of_many.high) == one.simultaneous
-    assert of_many.simultaneous is not None
-    assert of_many.simultaneous[0] < one.low < one.value < one.high < of_many.simultaneous[1]
-
-
 def test_runs_of_other_items_are_refused() -> None:
     with pytest.raises(UserError):
         Contenders({"a": runs([1.0, 0.0, 1.0]), "b": runs([1.0, 0.0])})

@@ -24,7 +24,6 @@ from dora_vl.run.settings import settings_of
 from tests.report.conftest import HOSTILE
 from tests.serving.browser import browser
 
-KINDS = {"often": 16, "seldom": 8}
 VOID = {"meta", "img", "br", "input"}  # a path or a use of a drawing closes itself
 
 
@@ -99,10 +98,10 @@ def test_a_run_of_a_llava_shows_every_part(llava_run: Path, tmp_path: Path) -> N
     assert (tmp_path / "page.html").stat().st_size < 5e6
 
 
-def test_kinds_and_what_a_score_is_compared_with_stand_below_it(copied: Path, vlbart_run: Path, tmp_path: Path) -> None:
+def test_kinds_and_what_a_score_is_compared_with_stand_below_it(copied: Path, tmp_path: Path) -> None:
     metrics = json.loads((copied / "metrics.json").read_text())
     entry = metrics["sets"]["train"]
-    entry["metrics"] |= {f"kind/{kind}": {"value": 50.0, "interval_95": None, "n": n} for kind, n in KINDS.items()}
+    entry["metrics"]["kind/seldom"] = {"value": 50.0, "interval_95": None, "n": 8}
     part = entry["baselines"]["exchanged_pictures"]
     entry["baselines"]["warning"] = "the answers do not look"
     (copied / "metrics.json").write_text(json.dumps(metrics))
@@ -110,11 +109,7 @@ def test_kinds_and_what_a_score_is_compared_with_stand_below_it(copied: Path, vl
     low, high = part["interval_95"]
     assert f"with pictures exchanged {part['n']} {part['value']:.2f} {low:.2f} to {high:.2f}" in words
     assert "copied, train: the answers do not look." in words
-    assert all(f"kind/{kind} {n} 50.00" in words for kind, n in KINDS.items())
-    tasks = json.loads((vlbart_run / "metrics.json").read_text())["sets"]
-    assert all(task["baselines"]["exchanged_pictures"]["n"] > 1 for task in tasks.values())
-    rows = " ".join(reported(vlbart_run, to=tmp_path / "page.html").words.split())
-    assert rows.count("with pictures exchanged") == len(tasks)
+    assert "kind/seldom 8 50.00" in words
 
 
 def test_the_command_that_repeats_a_run_is_one(copied: Path, tmp_path: Path) -> None:
@@ -185,6 +180,7 @@ def test_a_run_of_a_vlbart(vlbart_run: Path, tmp_path: Path) -> None:
     page = reported(vlbart_run, to=tmp_path / "page.html")
     for words in ("vqav2", "tvqa", "what is it", "what is said?", "evaluation.image_folder names no folder"):
         assert words in page.words, words
+    assert page.words.count("with pictures exchanged") == 2
     assert len(page.all("svg")) >= 6
     steps = [json.loads(line)["step"] for line in (vlbart_run / "watched" / "answers.jsonl").read_text().splitlines()]
     assert steps[0] == 0

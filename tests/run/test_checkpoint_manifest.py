@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 
 from dora_vl.errors import UserError
 from dora_vl.run.launch import Launch
-from dora_vl.training.checkpoint_files import MANIFEST, check_base, check_manifest, write_manifest
+from dora_vl.training.checkpoint_files import MANIFEST, check_manifest, write_manifest
 
 SETTINGS: dict[str, Any] = {
     "resume": None,
@@ -128,13 +127,3 @@ def test_a_missing_cut_or_changed_file_is_named(checkpoint: Path, name: str, con
     (checkpoint / name).unlink() if content is None else (checkpoint / name).write_bytes(content)
     with pytest.raises(UserError, match=str(checkpoint / name)):
         check_manifest(checkpoint, SETTINGS, LAUNCH)
-
-
-def test_another_base_is_refused_where_both_are_known(checkpoint: Path) -> None:
-    check_base(checkpoint, "models/base", "b" * 64)  # of a run that wrote no recipe
-    recipe = checkpoint / "adapter" / "recipe.json"
-    recipe.write_text(json.dumps({"base_sha256": "a" * 64}))
-    check_base(checkpoint, "models/base", "a" * 64)
-    check_base(checkpoint, "models/base", None)
-    with pytest.raises(UserError):
-        check_base(checkpoint, "models/base", "b" * 64)

@@ -15,7 +15,7 @@ from torch.distributed import DistNetworkError
 
 from dora_vl.errors import LostRank, UserError
 from dora_vl.run import launch as run_launch
-from dora_vl.run.launch import cause_speaks_first
+from dora_vl.run.launch import cause_speaks_first, stand_alone_environment
 from tests.training.launched import launch
 from tests.training.tiny_run import MakeRun
 
@@ -72,6 +72,19 @@ def test_the_rank_that_knows_most_speaks_first(
     assert type(raised.value) is kind
     assert getattr(raised.value, "status", None) == {LostRank: 1, UserError: 2}.get(kind)
     assert sum(waited) == waits * run_launch.FIRST_RANK_SECONDS
+
+
+def test_one_rank_takes_a_free_port_and_keeps_what_the_launcher_said(monkeypatch: pytest.MonkeyPatch):
+    launched = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    stand_alone_environment()
+    port = os.environ["MASTER_PORT"]
+    assert {**launched, "MASTER_PORT": port} == {name: os.environ[name] for name in launched}
+    assert int(port) != 29500
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    stand_alone_environment()  # two ranks meet at the launcher's port
+    assert os.environ["MASTER_PORT"] == port
 
 
 # ---- a rank whose launcher is gone

@@ -13,6 +13,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +45,11 @@ SECRET = "0123456789 never shown"
     ("host", "origin", "admitted"),
     [
         ("localhost", None, True),
-        ("LOCALHOST:7860", "http://localhost:7860", True),
-        ("127.0.0.1:7860", "http://127.0.0.1:7860", True),
-        ("[::1]:7860", "http://[::1]:7860", True),
-        ("gpu.example", "https://gpu.example", True),
+        *((host, f"http://{host.lower()}", True) for host in ("LOCALHOST:7860", "[::1]:7860", "10.1.2.3:7860")),
         ("127.0.0.1:7860", "https://gpu.example:8443", True),  # a proxy that was named
-        ("10.1.2.3:7860", "http://10.1.2.3:7860", True),
-        (None, None, False),
-        ("evil.example", None, False),
-        ("localhost.evil.example", None, False),
-        ("localhost@evil.example", None, False),
-        ("192.168.0.7:7860", None, False),
-        ("evil.example:7860", "http://evil.example:7860", False),
-        ("localhost:7860", "http://evil.example", False),
-        ("localhost:7860", "http://localhost:3000", False),  # another program of this machine
-        ("localhost:7860", "null", False),
-        ("localhost:7860", "", False),
+        *((host, None, False) for host in (None, "evil.example", "localhost.evil.example", "localhost@evil.example")),
+        *((host, f"http://{host}", False) for host in ("evil.example:7860", "192.168.0.7:7860")),
+        *(("localhost:7860", origin, False) for origin in ("http://evil.example", "http://localhost:3000", "null", "")),
     ],
 )
 def test_a_name_and_an_origin(host: str | None, origin: str | None, admitted: bool) -> None:
@@ -95,11 +85,8 @@ def test_options_name_hosts_and_the_key(monkeypatch: pytest.MonkeyPatch) -> None
         ("Bearer open-sesame", True),
         ("bearer open-sesame", True),
         (f"Basic {base64.b64encode(b'anybody:open-sesame').decode()}", True),  # as a browser asks its person
-        (None, False),
-        ("Bearer ", False),
-        ("Bearer open-sesame2", False),
         (f"Basic {base64.b64encode(b'open-sesame:').decode()}", False),
-        ("open-sesame", False),
+        *((wrong, False) for wrong in (None, "Bearer ", "Bearer open-sesame2", "Basic open-sesame", "open-sesame")),
     ],
 )
 def test_a_key(authorization: str | None, admitted: bool) -> None:
@@ -112,15 +99,12 @@ def test_every_address_of_the_server_asks_for_name_origin_and_key(model: ServedM
     key = {"Authorization": "Bearer open-sesame"}
     with Engine(model) as engine, Server(engine, rules=AccessRules(key="open-sesame")) as server:
         client = TestClient(build_app(server), base_url=HERE)
-        for method, path in (
-            ("GET", "/v1/models"),
-            ("POST", "/v1/chat/completions"),
-            ("POST", "/v1/load_lora_adapter"),
-        ):
+        for path in ("models", "chat/completions", "load_lora_adapter"):
+            request = partial(client.request, "GET" if path == "models" else "POST", f"/v1/{path}", json={})
             for headers in FOREIGN.values():
-                answer = client.request(method, path, headers={**headers, **key}, json={})
+                answer = request(headers={**headers, **key})
                 assert (answer.status_code, answer.json()["error"]["code"]) == (403, "refused")
-            answer = client.request(method, path, json={})
+            answer = request()
             assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
             assert "Basic" in answer.headers["WWW-Authenticate"]
         assert client.get("/v1/models", headers=key).status_code == 200
@@ -143,12 +127,12 @@ def half_sent(address: str, sent: int, *, stated: int = 900) -> socket.socket:
 
 
 def statuses(senders: list[socket.socket]) -> list[bytes]:
-    statuses_of = []
+    told = []
     for sender in senders:
         sender.settimeout(0.3)
         with contextlib.suppress(TimeoutError):
-            statuses_of.append(sender.recv(12)[-3:])
-    return statuses_of
+            told.append(sender.recv(12)[-3:])
+    return told
 
 
 def test_a_long_head_is_refused_and_a_slow_body_not_waited_for(model: ServedModel) -> None:
@@ -179,10 +163,8 @@ def test_more_connections_than_allowed_are_turned_away(model: ServedModel, monke
 def test_slow_senders_take_no_place_and_what_they_have_sent_is_counted(model: ServedModel) -> None:
     """The server has two places, for which whole requests alone count."""
     body = json.dumps({"model": "one", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2})
-    with (
-        running(model, Settings(waiting=1, batch=1, max_body_mib=1000 / 2**20)) as address,
-        contextlib.ExitStack() as senders,
-    ):
+    settings = Settings(waiting=1, batch=1, max_body_mib=1000 / 2**20)
+    with running(model, settings) as address, contextlib.ExitStack() as senders:
         for _ in range(3):
             senders.enter_context(half_sent(address, 1))
         client = http.client.HTTPConnection(address.removeprefix("http://"), timeout=30)

@@ -184,6 +184,7 @@ def refusal(client: Any, **request: Any) -> tuple[int, str | None, str | None]:
     return refused.value.status_code, error["code"], error["param"]
 
 
+LARGE = Image.new("RGB", (200, 100))
 PICTURE = "messages[0].content[0].image_url"
 
 
@@ -192,14 +193,14 @@ PICTURE = "messages[0].content[0].image_url"
     [
         ({"model": "other"}, (404, "model_not_found", None)),
         ({"messages": words("Say " * 3000)}, (400, None, None)),  # no room for it
-        ({"messages": words("x" * 400_000)}, (413, "too_large", None)),
-        ({"messages": shows(*[picture_part(RED)] * 3)}, (413, "too_large", None)),
-        ({"messages": shows(picture_part(Image.new("RGB", (200, 100))))}, (413, "too_large", None)),
-        ({"messages": shows(url_part("data:image/png;base64,AAAA"))}, (400, None, PICTURE)),
-        ({"messages": shows(url_part(data_url(RED)[:-60]))}, (400, None, PICTURE)),
-        ({"messages": shows(url_part("data:,abc"))}, (400, None, PICTURE)),
-        ({"messages": shows(url_part("http://example.com/a.png"))}, (400, None, PICTURE)),
-        ({"messages": shows(url_part("file:///etc/passwd"))}, (400, None, PICTURE)),
+        *(
+            ({"messages": large}, (413, "too_large", None))
+            for large in (words("x" * 400_000), shows(*[picture_part(RED)] * 3), shows(picture_part(LARGE)))
+        ),
+        *(
+            ({"messages": shows(url_part(url))}, (400, None, PICTURE))
+            for url in (data_url(RED)[:-60], "data:,abc", "http://example.com/a.png", "file:///etc/passwd")
+        ),
         ({"messages": words("<image> a")}, (400, None, "messages[0].content[0].text")),
         ({"messages": words("<|im_end|>")}, (400, None, None)),
         ({"messages": words("\ufdd1 a")}, (400, None, None)),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -196,16 +195,6 @@ def test_an_odd_name_is_read_as_it_is_written(name: str) -> None:
         assert printed["training"]["output_dir"] in (name, f"./{name}")
         assert printed["data"]["train"] in (f"{name}/train.jsonl", f"./{name}/train.jsonl")
         assert printed["evaluation"]["file"] == f"{name}/test.jsonl"
-
-
-def test_a_folder_of_such_a_name_makes_a_run(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    name = "bilder 😀"
-    write_folder(tmp_path / name)
-    start = printed_by(capsys, name, "--model", base, "--to", name + "/run").splitlines()[-1]
-    config = read_run_file(tmp_path / name / "run" / "run.yaml")
-    assert config.data.image_folder == f"{name}/photos"
-    assert Path(config.training["output_dir"]) == Path(name) / "run"
-    assert shlex.split(start)[-1] == f"{name}/run/run.yaml"
 
 
 @pytest.mark.parametrize(("name", "share"), [("a/SmolVLM", 0.1), ("google/paligemma2-3b", None)])

@@ -123,14 +123,3 @@ def test_where_all_agree_a_share_has_wilson_s_limits() -> None:
     together = intervals(agreeing([1] * 40, per_unit=10))["accuracy"]  # questions of one picture count as one
     assert together[0] == pytest.approx(100 * wilson(1.0, 4)[0])
     assert intervals(agreeing([1] * 39 + [0]))["accuracy"] == (92.5, 100.0)  # one wrong answer: left to the draws
-
-
-def test_two_that_agree_everywhere_may_still_differ() -> None:
-    same = paired_differences(agreeing([1] * 40), agreeing([1] * 40))["accuracy"]
-    other = 100 * wilson(0.0, 40)[1]
-    assert (same.value, same.low, same.high) == (0.0, pytest.approx(-other), pytest.approx(other))
-    mixed = agreeing([1, 0, 0] * 20)
-    assert paired_differences(mixed, mixed)["accuracy"].high == pytest.approx(100 * wilson(0.0, 60)[1])
-    apart = paired_differences(agreeing([1] * 40), agreeing([0] * 40))["accuracy"]
-    assert (apart.value, apart.high) == (100.0, pytest.approx(100.0))
-    assert apart.low == pytest.approx(100 - 2 * other)
