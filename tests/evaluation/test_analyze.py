@@ -107,14 +107,11 @@ def test_every_method_and_whole_models_side_by_side(folders):
 
 
 def test_a_correlation_has_an_interval_over_layers_and_the_paper_s_beside_it() -> None:
-    chance = Random(3)
+    chance, directions = Random(3), [0.1 + 0.01 * number for number in range(24)]
 
     def panel(noise: float) -> Panel:
-        points = []
-        for number in range(24):
-            direction = 0.1 + 0.01 * number
-            magnitude = 1.0 - 2 * direction + noise * chance.gauss(0, 1)
-            points.append(Point(f"layers.{number}.q_proj", 5, WeightChange(magnitude, direction, 8, 0)))
+        changes = [WeightChange(1.0 - 2 * x + noise * chance.gauss(0, 1), x, 8, 0) for x in directions]
+        points = [Point(f"layers.{number}.q_proj", 5, change) for number, change in enumerate(changes)]
         return Panel("tuned", "run", "dora", tuple(points), 0)
 
     sure, unsure = panel(0.02), panel(0.4)
@@ -122,8 +119,7 @@ def test_a_correlation_has_an_interval_over_layers_and_the_paper_s_beside_it() -
         assert -1 <= low < high <= 1
     assert sure.interval[1] < -0.9
     assert unsure.interval[1] - unsure.interval[0] > 0.4
-    few = replace(sure, points=sure.points[:4])
-    assert few.interval is None
+    assert replace(sure, points=sure.points[:4]).interval is None
 
 
 def test_a_runs_checkpoints_are_points_of_one_panel(folders):

@@ -1,15 +1,21 @@
-"""What a score is compared with: written out by hand on answers that see their pictures, and on answers that do not."""
+"""What stands beside a score: other pictures, commonest answers, the untrained base, what the model forgot."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from dora_vl.backbones.encoder import open_encoder
+from dora_vl.backbones.model import open_backbone
 from dora_vl.data.example import MIDDLE_FRAME, Answer, Clip, Example
+from dora_vl.data.turns import Turn
+from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
 from dora_vl.evaluation.baselines import (
     MOST_EXCHANGED,
     UNTRAINED,
@@ -23,23 +29,21 @@ from dora_vl.evaluation.baselines import (
     right_text,
     said_instead,
 )
+from dora_vl.evaluation.forgetting import PASSAGES, abilities, forgetting, in_words
 from dora_vl.evaluation.scores.exact import score
 from dora_vl.files import write_json
 from dora_vl.run.folder import PROBE
+from tests.backbones.tiny_language import write_tiny_language
 
 COLOURS = ("red", "blue", "green")
 
 
 def rows(count: int, question: str = "which colour?") -> list[Example]:
     """Pictures whose names say their colour, in turn."""
+    named = [(str(number), COLOURS[number % 3]) for number in range(count)]
     return [
-        Example(
-            id=str(number),
-            images=(f"{COLOURS[number % 3]}-{number}.png",),
-            question=question,
-            answers=(Answer(text=COLOURS[number % 3]),),
-        )
-        for number in range(count)
+        Example(id=name, images=(f"{colour}-{name}.png",), question=question, answers=(Answer(text=colour),))
+        for name, colour in named
     ]
 
 
@@ -95,13 +99,10 @@ def test_the_commonest_answer_is_each_question_s_own_where_it_is_asked_often() -
 def test_every_picture_gets_one_other_of_as_many() -> None:
     singles, pairs = rows(20), [Example(id=f"p{n}", images=(f"{n}.png", f"{n + 1}.png")) for n in range(4)]
     twice = [Example(id=f"again{example.id}", images=example.images, question="again?") for example in singles[:3]]
+    parts = [Clip(path="v.mp4", start_seconds=float(n)) for n in range(3)]
     clips = [
-        Example(
-            id=f"c{n}",
-            videos=(Clip(path="v.mp4", start_seconds=float(n)),),
-            extra={MIDDLE_FRAME: f"{float(n)}.png", "kind": n},
-        )
-        for n in range(3)
+        Example(id=f"c{n}", videos=(part,), extra={MIDDLE_FRAME: f"{float(n)}.png", "kind": n})
+        for n, part in enumerate(parts)
     ]
     words, alone = Example(id="words", question="?"), Example(id="alone", images=("a.png", "b.png", "c.png"))
     everything = {example.id: example for example in (*singles, *pairs, *twice, *clips, words, alone)}
@@ -115,7 +116,6 @@ def test_every_picture_gets_one_other_of_as_many() -> None:
     assert all(sample[f"again{n}"].images == sample[str(n)].images for n in range(3))
     for n in range(3):
         assert sample[f"c{n}"].extra[MIDDLE_FRAME] == f"{sample[f'c{n}'].videos[0].start_seconds}.png"
-    assert exchanged(everything.values(), everything.keys() - {"p0", "p1", "p2"}) != [*sample.values()]
     assert "p3" not in {item.id for item in exchanged(everything.values(), everything.keys() - {"p0", "p1", "p2"})}
 
 
@@ -174,3 +174,35 @@ def test_what_the_pictures_tell_stands_beside_what_was_learned(tmp_path: Path) -
     assert not readable_answers(tmp_path / "test.jsonl", "of another")
     assert not readable_answers(tmp_path / "nothing" / "test.jsonl", None)
     assert not readable_answers(None, None)
+
+
+def test_the_base_s_answers_are_measured_on_both_models_without_what_closes_them(tmp_path: Path) -> None:
+    base = write_tiny_language(tmp_path / "base")
+    encoder = open_encoder(str(base), template="vicuna_v1", max_tokens=512)
+    model = open_backbone(str(base), dtype=torch.float32).eval()
+    assistant = Assistant(model, EncoderPrompts(encoder))
+    before = abilities(assistant)
+    with torch.no_grad():
+        model.model.model.layers[0].self_attn.q_proj.weight.add_(0.3)
+    after = abilities(assistant, base=before)
+    assert before.answers is not None
+    nats, tokens = 0.0, 0
+    for question, answer in before.answers.items():
+        prompt = encoder.encode_prompt([Turn("user", question)]).input_ids.tolist()
+        ids = prompt + encoder.tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
+        logits = model.model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        places = range(len(prompt), len(ids))
+        nats -= sum(float(logits[place - 1, ids[place]]) for place in places)
+        tokens += len(places)
+    assert after.answer_nats == pytest.approx(nats / tokens, rel=1e-4)
+    assert before.answer_nats is not None
+    assert before.answer_nats < nats / tokens
+
+    entry = forgetting(before, after)
+    assert entry["answers"]["nats"] == {"base": before.answer_nats, "adapted": after.answer_nats}
+    assert entry["answers"]["n"] == len(PASSAGES["questions"])
+    said = in_words(entry)
+    assert f"{math.exp(after.nats) / math.exp(before.nats):.2f} times" in said["perplexity of other text"]
+    assert f"{after.answer_nats:.2f} after" in said["answers to other questions"]
+    assert in_words({"reason": "it takes no words"}) == {}
+    assert in_words(None) == {}

@@ -1,4 +1,4 @@
-"""`dora-vl evaluate --predictions`: answers of a file, scored without a model; what is true of metrics.json."""
+"""`dora-vl evaluate --predictions`: which answers a file holds and to what, their score, what metrics.json says."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ from dora_vl.cli import main
 from dora_vl.data.example import Answer, Example, from_record, write_examples
 from dora_vl.errors import UserError
 from dora_vl.evaluation import commands
-from dora_vl.evaluation.benchmarks import read_set
-from dora_vl.evaluation.predictions import Prediction, line_of
+from dora_vl.evaluation.benchmarks import BENCHMARKS
+from dora_vl.evaluation.predictions import ANSWERS, MODEL_ANSWERS, Prediction, line_of, read_rows
 from dora_vl.evaluation.results import score_lines
+from dora_vl.evaluation.scores.benchmark import join
 from tests.backbones.tiny_language import write_tiny_language
 
 ROOT = Path(__file__).parents[2]
-CHOICES = ("red", "blue")
 ROWS: list[dict[str, Any]] = [
     json.loads(line) for line in Path(__file__).with_name("evaluated_rows.jsonl").read_text().splitlines()
 ]
@@ -209,15 +210,6 @@ def test_what_a_file_of_answers_scores(row: dict[str, Any], tmp_path: Path) -> N
     assert entry["settings"] == row.get("settings", entry["settings"])
 
 
-def test_one_caption_serves_all_records_of_its_clip_and_without_any_answer_there_is_no_score(tmp_path: Path) -> None:
-    examples = [right("1", clip_id=5), right("2", "a dog", clip_id=5), right("3", clip_id=6)]
-    write_examples(tmp_path / "tvc.jsonl", examples)
-    test = read_set(f"tvc={tmp_path / 'tvc.jsonl'}", tmp_path)
-    assert (list(test.not_scored), [example.id for example in test.scored_examples]) == (["3"], ["1", "2"])
-    write_examples(tmp_path / "kept.jsonl", [Example(id="1", choices=CHOICES)])
-    assert read_set(f"seed={tmp_path / 'kept.jsonl'}", tmp_path).score is None
-
-
 # metrics.json holds what is true of one model's answers: entries of before stay or go, and no file is another's.
 
 
@@ -254,3 +246,80 @@ def test_a_file_that_says_too_little_is_replaced_and_a_training_run_s_is_not(tmp
     with pytest.raises(SystemExit):
         add(tmp_path, "pope")
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"train_steps": 5}
+
+
+# Other tools' files of predictions: which answers they hold, and which questions those belong to.
+
+
+JOINED: list[dict[str, Any]] = [
+    json.loads(line) for line in Path(__file__).with_name("joined_answers.jsonl").read_text().splitlines()
+]
+
+
+def answers_in(path: Path, content: object) -> dict[str, str]:
+    """By the rows' own ids, of a file that holds this."""
+    if isinstance(content, list) and path.suffix == ".jsonl":
+        content = "".join(json.dumps(row) + "\n" for row in content)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return {row.id: row.prediction for row in read_rows(path)}
+
+
+def test_the_forms_of_rows_and_the_later_of_two_stands(tmp_path: Path) -> None:
+    rows = [
+        {"id": "a", "answer": "one"},
+        {"id": "b", "images": [], "question": "?", "truth": "2", "prediction": "two", "kind": None},
+        {"question_id": 7, "prompt": "?", "text": "three", "answer_id": "x", "model_id": "m", "metadata": {}},
+        {"id": "a", "answer": "four"},
+    ]
+    answers = {"a": "four", "b": "two", "7": "three"}
+    assert answers_in(tmp_path / "p.jsonl", rows) == answers_in(tmp_path / "p.json", rows) == answers
+
+
+@pytest.mark.parametrize("key", MODEL_ANSWERS)
+@pytest.mark.parametrize("true", ANSWERS)
+def test_what_the_model_said_goes_before_the_true_answer(tmp_path: Path, key: str, true: str) -> None:
+    rows = [{"id": "a", "question": "?", true: "cat", key: "dog"}, {"id": "b", key: "owl", true: "owl"}]
+    for name, content in (
+        ("p.jsonl", rows),
+        ("p.csv", f"id,{true},{key}\na,cat,dog\nb,owl,owl\n"),
+        ("only.csv", f"id,{key}\na,dog\nb,owl\n"),
+    ):
+        assert answers_in(tmp_path / name, content) == {"a": "dog", "b": "owl"}
+
+
+@pytest.mark.parametrize(("first", "other"), [("prediction", "response"), ("answer", "text")])
+def test_two_keys_that_may_be_the_answer(tmp_path: Path, first: str, other: str) -> None:
+    with pytest.raises(UserError):
+        answers_in(tmp_path / "p.jsonl", [{"id": "a", other: "dog", first: "cat"}])
+    assert answers_in(tmp_path / "p.jsonl", [{"id": "a", other: "cat", first: "cat"}]) == {"a": "cat"}
+
+
+@pytest.mark.parametrize("line", ['{"id": "b"}', '{"answer": "b"}', '{"id": "b", "answer": 3}', "[" * 100_000])
+def test_a_broken_line_is_refused(tmp_path: Path, line: str) -> None:
+    with pytest.raises(UserError):
+        answers_in(tmp_path / "p.jsonl", f'{{"id": "a", "answer": "one"}}\n{line}\n')
+
+
+@pytest.mark.parametrize(
+    ("file", "content"), [("r.csv", "dev-1-0-0\n"), ("r.xlsx", "PK\x03\x04rest"), ("r.json", '{"1": true}')]
+)
+def test_what_is_no_such_file_is_refused(tmp_path: Path, file: str, content: str) -> None:
+    with pytest.raises(UserError):
+        answers_in(tmp_path / file, content)
+    with pytest.raises(UserError):
+        read_rows(tmp_path / "gone.jsonl")
+
+
+@pytest.mark.parametrize("row", JOINED, ids=lambda row: f"{row['benchmark']}-{row['about']}")
+def test_answers_find_their_questions(row: dict[str, Any], tmp_path: Path) -> None:
+    path, examples = tmp_path / row["file"], [from_record(record) for record in row["examples"]]
+    answers_in(path, row["content"])
+    find = partial(join, BENCHMARKS[row["benchmark"]], examples, read_rows(path), path=path, questions=Path("records"))
+    if row["answers"] is None:
+        with pytest.raises(UserError):
+            find()
+        return
+    joined = find()
+    assert joined.answers == row["answers"]
+    assert joined.joined_by == row.get("joined_by", joined.joined_by)
+    assert list(joined.strangers) == row.get("strangers", list(joined.strangers))

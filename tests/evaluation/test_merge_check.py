@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dora_vl.adapters.adapter import content_hash
 from dora_vl.cli import main
 from dora_vl.evaluation import merging as merging_module
 from tests.adapters.test_hub_names import adapter_on
@@ -106,10 +106,7 @@ def test_a_merge_that_answers_otherwise_fails_with_status_1(
 
 def test_the_runs_own_test_is_asked_of_a_combination_too(folders: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    (run / "adapter").mkdir(parents=True)
-    for path in (folders / "adapter").iterdir():
-        if path.is_file():
-            (run / "adapter" / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(folders / "adapter", run / "adapter", dirs_exist_ok=True)
     evaluation = {"file": str(folders / "data" / "train.json"), "image_folder": None}
     settings = {"evaluation": evaluation, "data": {"image_folder": str(folders / "data")}}
     (run / "settings.json").write_text(json.dumps(settings))
@@ -145,20 +142,6 @@ def test_what_cannot_be_checked_or_exported_is_told_before_anything_is_written(
             paths[name] = peft_adapter(base, tmp_path / "adapter", use_dora=True)
     assert exit_status(*words.format(**paths).split(), "--to", tmp_path / "to") == 2
     assert not (tmp_path / "to").exists()
-
-
-def test_values_that_the_adapter_never_saw_fail(folders: Path, tmp_path: Path) -> None:
-    """A base that was quantised for training merges into its values after that; its stored ones make another model."""
-    pytest.importorskip("bitsandbytes", reason="pip install '.[quantised]'")
-    base = spread(write_tiny_llava(tmp_path / "base", width=64))
-    adapter = adapter_on(base, tmp_path / "adapter")
-    recipe = json.loads((adapter / "recipe.json").read_text())
-    recipe |= {"base": str(base), "base_sha256": content_hash(base), "template": "vicuna_v1"}
-    recipe |= {"revision": None, "image_aspect": "pad", "dtype": "float32", "max_tokens": 256, "quantisation": "nf4"}
-    (adapter / "recipe.json").write_text(json.dumps(recipe))
-    merge = ("merge", "--adapter", adapter, "--to", tmp_path / "merged", *asking(folders), "--check", 4)
-    assert checked(*merge)["different_answers"] == 0
-    assert exit_status(*merge, "--base-values", "stored") == 1
 
 
 # A VL-BART: closed answers about pictures, captions and choices about videos.
@@ -206,9 +189,7 @@ def test_for_vllm(projected: Path, folders: Path, tmp_path: Path, capsys: Any) -
     assert "4 tensors and 2 layers folded in" in printed
     assert f"vllm serve {target / 'base'} --enable-lora --max-lora-rank 8 --lora-modules served=" in printed
     assert (result["different_answers"], result["largest_logit_difference"] < 1e-2) == (0, True)
-    files = ["adapter", "base", "check.json"]
-    assert sorted(path.name for path in target.iterdir()) == files
-    assert [path.name for path in tmp_path.iterdir()] == ["served"]
+    assert sorted(path.name for path in target.iterdir()) == ["adapter", "base", "check.json"]
 
 
 @pytest.mark.parametrize("kind", [[], pytest.param(["q8_0"], marks=pytest.mark.slow)])
@@ -217,16 +198,5 @@ def test_gguf(projected: Path, folders: Path, tmp_path: Path, kind: list[str]) -
     result = checked(*export, "--check", 4, "--most-different", 1)
     assert (result["passed"], result["weights"]) == (True, f"GGUF {(kind or ['f16'])[0]}")
     assert result["agreeing_tokens"] > 0.7 * result["tokens"] > 0
-    files = ["check.json", "mmproj.gguf", "model.gguf"]
-    assert sorted(path.name for path in (tmp_path / "files").iterdir()) == files
+    assert {path.name for path in (tmp_path / "files").iterdir()} == {"check.json", "mmproj.gguf", "model.gguf"}
     assert [path.name for path in tmp_path.iterdir()] == ["files"]
-
-
-def test_a_language_model_as_gguf(tmp_path: Path) -> None:
-    base = write_model("language", tmp_path / "base")
-    adapter = peft_adapter(base, tmp_path / "adapter", use_dora=True)
-    rows = [{"id": str(n), "question": f"What is {n} and {n}?", "answer": str(2 * n)} for n in range(5)]
-    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = ("--check", 5, "--questions", tmp_path / "questions.jsonl", "--template", "vicuna_v1")
-    result = checked("export", "--gguf", "f32", "--adapter", adapter, "--to", tmp_path / "files", *options)
-    assert (result["n"], result["different_answers"]) == (5, 0)

@@ -59,15 +59,6 @@ def asked(folder: Path, examples: list[Example], model: Any) -> Predictions:
     return ask(model, "set", examples, set_of(folder, examples), folder=folder, settings={})
 
 
-def test_what_cannot_be_asked_is_named_and_never_an_empty_answer(tmp_path: Path) -> None:
-    examples = [question(0), question(1, BROKEN), question(2)]
-    predictions = asked(tmp_path, examples, Echo())
-    assert predictions.answers == {"q0": "words 0", "q2": "words 2"}
-    assert predictions.failed == {"q1": "a broken picture"}
-    again = asked(tmp_path, examples, later := Echo())  # it is asked again
-    assert (again.answered_before, later.batches) == (2, [["q1"]])
-
-
 def test_scores_that_are_no_numbers_are_named_at_the_end_and_cost_no_other_its_answer(tmp_path: Path) -> None:
     examples = [question(number, WITHOUT_NUMBERS if number == 2 else "") for number in range(9)]
     with pytest.raises(UserError):
@@ -125,14 +116,7 @@ def test_a_test_that_is_killed_loses_and_doubles_nothing(tmp_path: Path, stop_af
     assert len(answered) == 10 + 5
     results_of(tmp_path / "killed", third := Echo())
     assert third.batches == [["q3"]]  # nothing but what could not be asked
-
-
-def test_a_set_of_other_settings_is_asked_anew_and_the_others_stay(tmp_path: Path) -> None:
-    results_of(tmp_path, Echo())
-    one, two = sets_in(tmp_path)
-    sets = [one, replace(two, settings={"adapter": "b"})]
-    evaluate(sets, model := Echo(), ResultFolder(folder=tmp_path), exchange=False)
-    assert [name for batch in model.batches for name in batch] == [f"q{number}" for number in range(6)]
+    assert read_results(tmp_path / "killed")["two"].entry["failed"] == {"q3": "a broken picture"}
 
 
 def test_a_set_that_cannot_be_scored_costs_no_other_its_score(tmp_path: Path) -> None:

@@ -86,19 +86,14 @@ def test_each_contender_is_tested_at_the_rate_of_its_lowest_loss(
     assert len(sweep) == 2 * (3 + 4)  # of LoRA the smallest was the best at first
     assert {words["training.seed"] for words in sweep} == {"5"}
     assert len(tested) == 1 + 2 * 2 * 2  # the untrained model, and each contender with two seeds
-    rates = {
-        (words["adapter.method"], words["training.learning_rate"]) for words in tested if "adapter.method" in words
-    }
-    assert rates == {("dora", "0.01"), ("lora", "0.0032")}
+    rates = {(words.get("adapter.method"), words["training.learning_rate"]) for words in tested}
+    assert rates == {("dora", "0.01"), ("lora", "0.0032"), (None, "0")}
     assert {(words["adapter.rank"], words["adapter.alpha"]) for words in sweep} == {("4", "12"), ("8", "24")}
     results = {row["name"]: row for row in json_of(tmp_path / "out" / "compare.json")["results"]}
     assert list(results) == ["dora r4", "dora r8", "lora r4", "lora r8", "untrained"]
-    names = ("dora r4", "lora r4", "untrained")
+    names, written = ("dora r4", "lora r4", "untrained"), json_of(tmp_path / "out" / "compare.json")
     assert [results[name]["scores"]["openbookqa"]["value"] for name in names] == [75, 50, 0]
-    contrasts = {
-        (row["name"], row["against"]): row["difference"]
-        for row in json_of(tmp_path / "out" / "compare.json")["contrasts"]
-    }
+    contrasts = {(row["name"], row["against"]): row["difference"] for row in written["contrasts"]}
     of_methods = {(f"lora r{rank}", f"dora r{rank}") for rank in (4, 8)}
     of_ranks = {(f"{method} r8", f"{method} r4") for method in ("dora", "lora")}
     assert contrasts.keys() == of_methods | of_ranks | {(name, "untrained") for name in results if name != "untrained"}

@@ -1,19 +1,26 @@
-"""Settings: what wins, which variant counts, and which key an error is about."""
+"""Settings: what wins, which variant counts, which key an error is about; DeepSpeed's JSON, and the page of all."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 from dora_vl.errors import SettingError, UserError
+from dora_vl.files import shipped_folder
+from dora_vl.run.arguments import SHORT_NAMES, check_deepspeed, read_deepspeed, zero_stage
 from dora_vl.run.folder import SETTINGS, write_settings
 from dora_vl.run.reading import find_recipe, flattened, merged, read_run, read_run_file, setting_names, variants_of
 from dora_vl.run.settings import FIELDS, Task
+from dora_vl.training.decoder_pipeline import DecoderPipeline
+from tests.run.settings_page import PAGE, page
 from tests.training.tiny_run import json_of, write_run
 
 ROOT = Path(__file__).parents[2]
@@ -94,11 +101,9 @@ MINIMAL: Mapping[Task, tuple[str, ...]] = {
 @pytest.mark.parametrize(
     ("task", "word", "key", "nearest"),
     [
-        ("image_text", "--data.features.vqav2=f", "data.features.vqav2", None),
         ("image_text", "--evaluation.files.boolq=f", "evaluation.files.boolq", "evaluation.file"),
         ("llava", "--data.train_on=answer", "data.train_on", None),
         ("commonsense", "--evaluation.file=t.json", "evaluation.file", "evaluation.files"),
-        ("commonsense", "--model.template=vicuna_v1", "model.template", None),
         ("vlbart", "--model.quantisation=nf4", "model.quantisation", None),
         ("vlbart", "--data.featurs.vqav2=f", "data.featurs.vqav2", "data.features"),
         ("vlbart", '--data.train=["t.jsonl"]', "data.train", None),
@@ -140,8 +145,6 @@ def test_the_settings_that_a_run_leaves_are_read_back(tmp_path: Path, task: Task
         ("model: {base: b}\ndata: {train: {vqav2: t.jsonl}}", "data.train"),
         ("task: [llava]", "task"),
         ("variants:\n  a:\n    config: {secret}\nvariant: a", "config"),
-        ("variants: [small]", "variants"),
-        ("variants: {small: {}}\nvariant: smal", "variant"),
         ("variants: {small: {adapter: {rnk: 3}}}\nvariant: small", "adapter.rnk"),
         ("adapter:\n  alpha: 8\nadapter:\n  rank: 4", None),
         ("training:\n  learning_rate: 1:30", None),
@@ -198,3 +201,97 @@ def test_every_variant_writes_to_a_folder_of_its_own() -> None:
         variants = [merged(content, content["variants"][name]) for name in variants_of(path)] or [content]
         folders += [variant["training"]["output_dir"] for variant in variants]
     assert len(folders) == len(set(folders)) >= 45
+
+
+# DeepSpeed JSON and number types that would train something else than the recipe says.
+
+
+@pytest.mark.parametrize(
+    ("block", "key"),
+    [
+        ({"optimizer": {"enabled": True}}, ".optimizer"),
+        ({"fp16": {"enabled": True}}, ".fp16"),
+        ({"torch_autocast": {"enabled": True}}, ".torch_autocast"),
+        ({"zero_optimization": 3}, ".zero_optimization"),
+        ({"bf16": True}, ".bf16"),
+        ({"zero_optimization": {"stage": 7}}, ""),
+        ({"zero_optimization": {"stag": 2}}, ""),
+        ({"communication_data_type": "fp99"}, ""),
+    ],
+)
+def test_what_is_unsafe_or_not_taken_is_refused(block: dict[str, Any], key: str) -> None:
+    with pytest.raises(SettingError) as error:
+        check_deepspeed({**read_deepspeed("zero2"), **block}, method="dora")
+    assert error.value.key == f"training.deepspeed{key}"
+
+
+def test_what_is_safe_is_taken() -> None:
+    shipped = sorted(path.stem for path in (shipped_folder() / "deepspeed").glob("*.json"))
+    assert shipped == sorted(SHORT_NAMES)
+    for name in shipped:
+        check_deepspeed(read_deepspeed(name), method="dora")
+    check_deepspeed({**read_deepspeed("zero2"), "bf16": {"enabled": True}}, method="full")  # with float32 masters
+
+
+def test_a_config_is_found_by_name_path_and_below_the_repository(tmp_path: Path) -> None:
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    assert zero_stage(read_deepspeed(str(own))) == 1
+    assert zero_stage(read_deepspeed("zero3")) == 3
+    assert read_deepspeed("configs/deepspeed/zero3.json") == read_deepspeed("zero3")
+    with pytest.raises(SettingError) as error:
+        read_deepspeed("zero4")
+    assert error.value.key == "training.deepspeed"
+    own.write_text("{")
+    with pytest.raises(UserError):
+        read_deepspeed(str(own))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["--training.bf16=true"], "training.bf16"),
+        (["--adapter.method=full", "--model.dtype=bfloat16"], "adapter.method"),
+        (["--adapter.method=full", "--model.dtype=bfloat16", "--training.bf16=true"], "training.bf16"),
+        (["--training.eval_strategy=steps"], "training.eval_strategy"),
+        (["--training.deepspeed={folder}/batch"], "training.deepspeed"),
+        (["--training.deepspeed={folder}/steps"], "training.deepspeed"),
+    ],
+)
+def test_settings_that_contradict_are_refused(tmp_path: Path, overrides: list[str], key: str) -> None:
+    run_file = write_run(tmp_path / "run.yaml", tmp_path / "base", tmp_path / "train.json")
+    for name, field in {"batch": "train_batch_size", "steps": "gradient_accumulation_steps"}.items():
+        (tmp_path / name).write_text(json.dumps({**read_deepspeed("zero2"), field: 7}))
+    with pytest.raises(SettingError) as error:
+        DecoderPipeline(read_run_file(run_file, *(word.format(folder=tmp_path) for word in overrides))).arguments()
+    assert error.value.key == key
+
+
+def test_a_run_without_a_folder_is_refused(tmp_path: Path) -> None:
+    config = read_run_file(write_run(tmp_path / "run.yaml", tmp_path / "base", tmp_path / "train.json"))
+    training = {key: value for key, value in config.training.items() if key != "output_dir"}
+    with pytest.raises(SettingError) as error:
+        DecoderPipeline(dataclasses.replace(config, training=training)).arguments()
+    assert error.value.key == "training.output_dir"
+
+
+# docs/settings.md is what the dataclasses say, whole.
+
+
+REMEDY = "python -m tests.run.settings_page writes it anew"
+
+
+def test_the_page_is_made_of_the_dataclasses() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), REMEDY
+
+
+def test_every_setting_of_every_task_has_a_row_with_a_sentence() -> None:
+    sections = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", page(), re.MULTILINE | re.DOTALL))
+    rows = {
+        f"{'' if section == 'At the top level' else f'{section}.'}{name}": text
+        for section, body in sections.items()
+        for name, text in re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", body, re.MULTILINE)
+    }
+    names = {name for task in get_args(Task) for name in setting_names(task, training=False)}
+    assert names - {"training"} <= set(rows)
+    assert [name for name, text in rows.items() if len(text) < 12] == []

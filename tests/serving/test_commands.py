@@ -77,15 +77,12 @@ def test_every_number_of_the_documentation_is_its_options_default() -> None:
     """docs/serving.md's table of limits, beside the one table that the options are made of."""
     page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    of_rows = [zip(row[1].split(", "), row[2].split(", "), strict=False) for row in rows if len(row) == 4]
+    documented = {name: value for pairs in of_rows for name, value in pairs}
     defaults = {f"`--{entry.name.replace('_', '-')}`": entry.default for entry in dataclasses.fields(Settings)}
-    documented = {
-        name: float(value)
-        for _, names, values, *_ in (row for row in rows if len(row) == 4)
-        for name, value in zip(names.split(", "), values.split(", "), strict=False)
-        if name in defaults
-    }
-    assert len(documented) >= 10
-    assert documented == {name: defaults[name] for name in documented}
+    shared = documented.keys() & defaults.keys()
+    assert len(shared) >= 10
+    assert {name: float(documented[name]) for name in shared} == {name: defaults[name] for name in shared}
 
 
 def test_without_its_packages_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,12 +13,13 @@ from PIL import Image
 
 from dora_vl.data.turns import Clip, Turn
 from dora_vl.data.video import Uniform
+from dora_vl.evaluation.predictions import Prediction, line_of
 from dora_vl.evaluation.predictor import Shown
 from dora_vl.serving.access import AccessRules
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
 from dora_vl.serving.options import Settings
-from dora_vl.serving.page_parts import ExampleQuestion
+from dora_vl.serving.page_parts import ExampleQuestion, example_questions
 from dora_vl.serving.side_by_side import SideBySide
 from tests.data.video_files import read_frames, write_video
 from tests.serving.browser import QUESTION_BOX, Visitor, browser, page_of
@@ -271,3 +273,24 @@ def test_stop_keeps_what_was_said_and_what_is_typed_meanwhile_stays_typed(long_a
     page.locator("#dv-conversation-left .dv-asked", has_text="And then?").wait_for()
     page.click("#dv-stop")
     long_answers.both(2)
+
+
+def test_examples_are_questions_of_the_runs_test(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "adapter").mkdir(parents=True)
+    settings = {"data": {"image_folder": str(tmp_path)}, "training": {"output_dir": str(run)}}
+    (run / "settings.json").write_text(json.dumps(settings))
+    for colour in ("red", "blue"):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{colour}.png")
+    questions = [("Colour?", "red", "a"), ("Colour?", "red", "a"), ("Size?", "red", "a"), ("Gone?", "gone", "b")]
+    questions.append(("Shape?", "blue", "b"))
+    rows = [
+        Prediction(set=name, id=str(number), question=question, images=[f"{image}.png"], kind=kind)
+        for name, exchange in (("test/exchanged_pictures", {"red": "blue", "blue": "red"}), ("test", {}))
+        for number, (question, picture, kind) in enumerate(questions)
+        for image in [exchange.get(picture, picture)]
+    ]
+    (run / "predictions.jsonl").write_text("".join(map(line_of, rows)))
+    shown = [(example.question, example.picture.getpixel((0, 0))) for example in example_questions(run / "adapter")]
+    assert shown == [("Colour?", (255, 0, 0)), ("Shape?", (0, 0, 255)), ("Size?", (255, 0, 0))]
+    assert [example.question for example in example_questions(run / "adapter", 1)] == ["Colour?"]

@@ -58,7 +58,7 @@ def start_one(one: Trainer, files: list[Path], run: Path) -> int:
     assert one.page.locator("#dv-rows img").count() == 6
     for title in ("The first batch", "What training will take", "run.yaml"):
         one.page.locator("button.label-wrap", has_text=title).click()
-    for part, text in {"seen-data": "40 usable", "commands": "--here", "estimate": "min on this machine"}.items():
+    for part, text in {"seen-data": "40 usable", "estimate": "min on this machine"}.items():
         assert text in one.page.locator(f"#dv-{part}").text_content()
     assert one.page.locator("#dv-batch span", has_text="ASSISTANT").count() > 1  # in colours
     for name, value in {"rank": 8, "epochs": 40}.items():
@@ -106,8 +106,7 @@ def test_from_dropped_pictures_to_an_answer_though_page_and_run_are_ended(chromi
         again.page.click("#dv-start")
         again.state("Trained and tested.")
         assert json_of(run / "metrics.json")["train_steps"] == stopped["max_steps"]
-        for text in ("accuracy", "each question's commonest answer", "with pictures exchanged"):
-            assert text in again.page.inner_text("#dv-test")
+        assert "with pictures exchanged" in again.page.inner_text("#dv-test")
         assert again.page.locator("#dv-watched img").count() == 4
         again.page.click("#dv-ask-it")
         again.page.wait_for_selector("#dv-ask:not([disabled])")

@@ -127,11 +127,10 @@ def test_an_adapter_is_asked_as_its_recipe_says_and_says_its_base(
     """Two adapters of one base that were trained with two prompt formats, in one batch; the base as the first."""
     targets = ("*language_model*.q_proj", "*language_model*.down_proj")
     recipe = {"base": str(llava), "revision": None, "base_sha256": content_hash(llava), "image_aspect": "pad"}
-    recipe |= {"dtype": "float32", "max_tokens": 99}
-    adapters = {}
-    for seed, (name, template) in enumerate({"one": "vicuna_v1", "two": "v0"}.items()):
-        adapters[name] = write_adapter(llava, tmp_path / name, seed=seed, targets=targets, rank=2, alpha=5.0)
-        with_recipe(adapters[name], {**recipe, "template": template})
+    templates, settings = {"one": "vicuna_v1", "two": "v0"}, {"targets": targets, "rank": 2, "alpha": 5.0}
+    adapters = write_adapters(llava, tmp_path, dict.fromkeys(templates, settings))
+    for name, template in templates.items():
+        with_recipe(adapters[name], {**recipe, "dtype": "float32", "max_tokens": 99, "template": template})
     model = open_served(None, adapters)
     assert model.names == ("base", "one", "two")
     with Engine(model, Settings(window_ms=500)) as engine:
@@ -163,9 +162,8 @@ def test_a_language_model_with_adapters_of_peft(tmp_path: Path, monkeypatch: Any
 
 
 def test_adapters_of_another_kind_or_base_are_refused(tmp_path: Path, base: Path, folders: dict[str, Path]) -> None:
-    other = write_adapter(
-        write_tiny_language(tmp_path / "l"), tmp_path / "other", seed=1, targets=("*.q_proj",), rank=2
-    )
+    language = write_tiny_language(tmp_path / "language")
+    other = write_adapter(language, tmp_path / "other", seed=1, targets=("*.q_proj",), rank=2)
     adapter = shutil.copytree(folders["one"], tmp_path / "one")
     model = served(base, {"one": adapter})
     for name, folder in (("other", other), ("one", adapter), ("base", adapter), ("gone", tmp_path / "gone")):

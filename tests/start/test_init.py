@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from jsonargparse import get_loader
-from PIL import Image
+from PIL import Image, ImageDraw
 from transformers import LlavaForConditionalGeneration
 
 from dora_vl.cli import main
@@ -38,6 +40,7 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / ".cache"))
     monkeypatch.setattr(init, "_on_gpu", lambda: False)
+    monkeypatch.setattr(init, "_program", str)
 
 
 def printed_by(capsys: pytest.CaptureFixture[str], *words: object) -> str:
@@ -62,14 +65,12 @@ def test_a_table_and_photographs_below_become_the_files_of_a_run(
 ) -> None:
     rows = write_folder(tmp_path / "my", count=24)
     photos = tmp_path / "my" / "photos"
-    (photos / "copy.png").write_bytes(picture(3))
-    (photos / "cut.png").write_bytes(picture(5)[:-30])
     exif = Image.Exif()
     exif[0x0112] = 6
-    (photos / "phone.jpg").write_bytes(picture(8, "JPEG", exif=exif))
-    clear = Image.new("RGBA", (20, 30), (0, 0, 0, 0))
-    clear.save(photos / "clear.png")
-    (photos / "spare.png").write_bytes(picture(9))
+    files = {"copy.png": picture(3), "cut.png": picture(5)[:-30], "phone.jpg": picture(8, "JPEG", exif=exif)}
+    for name, content in {**files, "spare.png": picture(9)}.items():
+        (photos / name).write_bytes(content)
+    Image.new("RGBA", (20, 30), (0, 0, 0, 0)).save(photos / "clear.png")
     extra = [["copy.png", "Say it.", "white"], ["cut.png", "Say it.", "red"], ["none.png", "Say it.", "red"]]
     extra += [["phone.jpg", "Which one is it?", "a red one"], ["clear.png", "Is it?", "no"], ["001.png", "Is it?", " "]]
     write_table(tmp_path / "my" / "answers.csv", [*rows, *extra])
@@ -260,8 +261,8 @@ def test_rows_that_would_lose_a_column_are_one_line_until_it_is_named(
 
 def test_a_llava_takes_the_frames_of_videos(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(6):
-        (tmp_path / "clips" / ("left", "right")[number % 2]).mkdir(parents=True, exist_ok=True)
-        write_clip(tmp_path / "clips" / ("left", "right")[number % 2] / f"{number}.mp4", frames=3 + number)
+        (folder := tmp_path / "clips" / ("left", "right")[number % 2]).mkdir(parents=True, exist_ok=True)
+        write_clip(folder / f"{number}.mp4", frames=3 + number)
     assert "videos: 6 in clips, MP4 6" in printed_by(capsys, "clips", "--model", base, "--ask", "Which way?")
     assert rows_of(tmp_path / "runs/clips/train.jsonl")[0]["videos"] == ["left/0.mp4"]
     assert not read_run_file(tmp_path / "runs/clips/run.yaml").data.cache_features  # it is for pictures
@@ -274,17 +275,13 @@ def test_preferences_keep_every_answer_and_get_their_loss(
     folder, samples = tmp_path / "my", items(16)
     folder.mkdir()
     write_pictures(folder, samples)
-    rows: list[dict[str, Any]] = [
-        {"image": item.picture, "prompt": item.question, "chosen": item.answer, "rejected": f"not {item.answer}"}
-        for item in samples
-    ]
+    asked = [{"image": item.picture, "prompt": item.question} for item in samples]
+    answers = [{"chosen": item.answer, "rejected": f"not {item.answer}"} for item in samples]
+    rows: list[dict[str, Any]] = [{**both, **pair} for both, pair in zip(asked, answers, strict=True)]
     rows[3]["rejected_images"] = [samples[5].picture]
     if judged:
-        rows = [
-            {"image": row["image"], "prompt": row["prompt"], "completion": row[kind], "label": kind == "chosen"}
-            for row in rows
-            for kind in ("chosen", "rejected")
-        ]
+        pairs = zip(asked, answers, strict=True)
+        rows = [{**both, "completion": pair[kind], "label": kind == "chosen"} for both, pair in pairs for kind in pair]
     (folder / "rows.json").write_text(json.dumps(rows))
     printed_by(capsys, "my", "--model", base, "--to", "out")
     config = read_run_file(tmp_path / "out/run.yaml")
@@ -297,3 +294,145 @@ def test_preferences_keep_every_answer_and_get_their_loss(
     if judged:
         expected = {(text, (), text == item.answer) for item in samples for text in (item.answer, f"not {item.answer}")}
     assert {(row.turns[-1].text, row.rejected, row.is_good) for row in examples} == expected
+
+
+# Folders as people have them: what it says of each, which rows it writes, what it asks for.
+
+
+BASE = "OWNER/NAME-1B"
+"""Nothing is fetched of a base of the hub."""
+ASK = ("--ask", "what is it?")
+
+
+def draw(path: Path, shape: str, number: int) -> None:
+    """A grey picture with a shape in it, like no other."""
+    image = Image.new("RGB", (24, 24), (200, 200, 100 + number))
+    box = (number % 5, number % 7, 15, 15)
+    pen = ImageDraw.Draw(image)
+    (pen.ellipse if shape == "circle" else pen.rectangle)(box, fill=(20, 20, number))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+def classes(folder: Path, sizes: dict[str, int], ending: str = "png") -> None:
+    for start, (name, size) in enumerate(sizes.items()):
+        for number in range(size):
+            draw(folder / name / f"{number}.{ending}", name, 40 * start + number)
+
+
+def lines_of(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
+    return printed_by(capsys, *words, "--model", BASE).splitlines()
+
+
+def told(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(["init", *words, "--model", BASE])
+    assert caught.value.code == 2
+    assert not Path("runs").exists()
+    return capsys.readouterr().err
+
+
+def answers(name: str) -> Counter[str]:
+    return Counter(row["conversations"][-1]["value"] for row in rows_of(Path(name)))
+
+
+def test_a_folder_a_class_is_its_answers_and_each_is_in_the_test(capsys: pytest.CaptureFixture[str]) -> None:
+    classes(Path("my"), {"circle": 20, "red_square": 10, "star": 5, "once": 1})
+    assert lines_of(capsys, "my", *ASK) == [
+        "my: question/answer, 36 rows, 36 usable",
+        "  id: used as id",
+        "  image: used as images",
+        "  label: used as answer",
+        "pictures: 36 in my, PNG 36",
+        "sizes: 24x24 to 24x24 pixels, in the middle 24x24",
+        "questions: 1 a row, 3 words",
+        "answers: 1 word, 4 different, most often circle (56%)",
+        "answers as they are named: circle 20, red_square 10, star 5, once 1",
+        "held out by seed 0: 8 rows about 8 pictures; to train on: 28 rows about 28",
+        "runs/my: train.jsonl, test.jsonl and run.yaml rows_of, base OWNER/NAME-1B (1,000 million parameters)",
+        "",
+        "next:  dora-vl train runs/my/run.yaml",
+    ]
+    assert answers("runs/my/test.jsonl") == {"circle": 4, "red_square": 2, "star": 1, "once": 1}
+    row = rows_of(Path("runs/my/train.jsonl"))[0]
+    assert (row["id"], row["image"]) == ("circle/0.png", "circle/0.png") or row["image"].startswith("circle/")
+    assert row["conversations"][0]["value"] == "<image>\nwhat is it?"
+
+
+def test_folders_named_as_splits_stay_what_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    for split, size in {"train": 6, "val": 2, "test": 3}.items():
+        classes(Path("my") / split, {"circle": size, "square": size})
+    (Path("my/val/circle/0.png")).write_bytes(Path("my/train/circle/0.png").read_bytes())
+    Path("my/test/circle/0.png").write_bytes(Path("my/train/circle/1.png").read_bytes())
+    lines = lines_of(capsys, "my", *ASK)
+    assert "  split: left out" in lines
+    assert any(line.startswith("held out by their folders: 6 rows about 6 pictures; to train on: 12") for line in lines)
+    assert any("both" in line or "alike" in line for line in lines)  # a test picture is one of those to train on
+    assert [len(rows_of(Path(f"runs/my/{name}.jsonl"))) for name in ("train", "test", "validation")] == [12, 6, 4]
+    assert "validation: runs/my/validation.jsonl" in Path("runs/my/run.yaml").read_text(encoding="utf-8")
+
+
+METADATA = [("metadata.csv", "file_name"), ("metadata.jsonl", "file_name")]
+TABLES: dict[str, Callable[[Path, list[dict[str, str]]], object]] = {
+    ".csv": lambda path, rows: write_table(path, [list(row.values()) for row in rows], ",".join(rows[0])),
+    ".json": lambda path, rows: path.write_text(json.dumps(rows)),
+    ".jsonl": lambda path, rows: path.write_text("".join(f"{json.dumps(row)}\n" for row in rows)),
+}
+
+
+@pytest.mark.parametrize(("name", "column"), [("labels.csv", "image"), ("labels.json", "image"), *METADATA])
+def test_a_table_of_pictures_and_labels_is_asked(name: str, column: str, capsys: pytest.CaptureFixture[str]) -> None:
+    classes(Path("my/photos"), {"circle": 10, "square": 10}, "JPG")
+    rows = [
+        {column: f"photos/{shape}/{number}.jpg", "label": shape}  # their endings are in capitals on the disk
+        for shape in ("circle", "square")
+        for number in range(10)
+    ]
+    TABLES[Path(name).suffix](Path("my", name), rows)
+    assert 'dora-vl init my --ask "what is it?"' in told(capsys, "my")
+    lines = lines_of(capsys, "my", *ASK)
+    assert lines[0] == f"my/{name}: question/answer, 20 rows, 20 usable"
+    assert "pictures: 20 in my, JPEG 20" in lines
+    assert answers("runs/my/test.jsonl") == {"circle": 2, "square": 2}
+
+
+def test_a_text_beside_each_picture_is_its_caption_or_its_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    classes(Path("my"), {"photos": 10})
+    for number in range(10):
+        Path(f"my/photos/{number}.txt").write_text(f"a circle, number {number}\n")
+    Path("my/photos/4.txt").unlink()
+    Path("my/notes.json").write_text("[]")
+    lines = lines_of(capsys, "my")
+    assert lines[0] == "no questions in notes.json: left out"
+    assert "my: captions, 10 rows, 9 usable" in lines
+    assert any("empty answer" in line and "photos/4.png" in line for line in lines)
+    first = rows_of(Path("runs/my/train.jsonl"))[0]["conversations"]
+    assert (first[0]["value"], first[1]["value"][:8]) == ("<image>", "a circle")
+    lines_of(capsys, "my", *ASK, "--to", "runs/asked")
+    assert rows_of(Path("runs/asked/train.jsonl"))[0]["conversations"][0]["value"] == "<image>\nwhat is it?"
+
+
+def test_what_says_nothing_is_one_line_with_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    classes(Path("alone"), {"photos": 3})
+    for words in (("alone",), ("alone", *ASK)):
+        line = told(capsys, *words)
+        assert line.count("\n") == 1
+        assert "3 pictures" in line
+        assert "image,question,answer" in line
+    classes(Path("my shapes"), {"circle": 3, "square": 3})
+    assert "dora-vl init 'my shapes' --ask" in told(capsys, "my shapes")
+
+
+def test_what_is_probably_not_meant_is_named_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    classes(Path("my/photos"), {"circle": 12})
+    rows = [[f"circle/{number}.png", "Which colour?", "red"] for number in range(12)]
+    rows += [["circle/0.png", "Which colour?", "red"], ["circle/0.png", "Which  colour?", "blue"]]
+    rows += [["circle/0.png", "Which colour?", "blue"], ["", "Which colour?", "red"], ["circle/1.png", "", "red"]]
+    write_table(Path("my/answers.csv"), rows)
+    lines = lines_of(capsys, "my")
+    doubts = [
+        line for line in lines[lines.index("trained on as they are, though probably not meant:") :] if "row " in line
+    ]
+    for kind, row in (("empty question", "row 17"), ("no picture", "row 16"), ("another answer", "row 15")):
+        assert sum(kind in line and row in line for line in doubts) == 1, kind
+    assert len(rows_of(Path("runs/my/train.jsonl"))) + len(rows_of(Path("runs/my/test.jsonl"))) == len(rows)

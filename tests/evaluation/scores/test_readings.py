@@ -87,12 +87,6 @@ def test_wording(prompt: prompts.Prompt, fields: dict[str, object], text: str) -
     assert prompts.prompt_turns(Example(id="1", question="Which?", **fields), prompt) == (Turn("user", text),)  # pyright: ignore[reportArgumentType]
 
 
-def test_turns_are_asked_as_they_are_without_their_last_answer() -> None:
-    turns = (Turn("user", "<image>\nWhat?"), Turn("assistant", "a cat"), Turn("user", "Why?"))
-    for row in (turns, (*turns, Turn("assistant", "because"))):
-        assert prompts.prompt_turns(Example(id="1", images=("a.jpg",), turns=row), prompts.short) == turns
-
-
 # Which choice is right: what a record may say of it, and that a file is refused before a model is asked.
 
 
