@@ -98,9 +98,6 @@ def test_every_method_and_whole_models_side_by_side(folders):
     assert by_layer(panels["full"]) == {
         "model.layers.1.self_attn.q_proj": pytest.approx((float(norms.mean()), 0), abs=1e-6)
     }
-    all_layers = numbers("base", "tuned")["panels"][0]
-    assert len(all_layers["points"]) == 4
-    assert all_layers["unchanged_matrices"] == 12
     only = numbers("base", "tuned", "--layers", "*.1.mlp.up_proj", "--axis", "input")
     assert list(by_layer(only["panels"][0])) == ["model.layers.1.mlp.up_proj"]
     assert only["axis"] == "input"

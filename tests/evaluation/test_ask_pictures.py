@@ -14,19 +14,17 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from dora_vl import DoRAConfig, apply_dora, save_adapter
 from dora_vl.adapters.adapter import content_hash
 from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.combine import combine
 from dora_vl.adapters.merge import merge_to_folder
 from dora_vl.adapters.read import read_adapter
 from dora_vl.backbones.encoder import open_encoder
-from dora_vl.backbones.model import open_backbone
 from dora_vl.data.example import Example
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation.ask_command import open_picture
-from dora_vl.evaluation.assistant import Assistant, model_inputs
+from dora_vl.evaluation.assistant import model_inputs
 from dora_vl.evaluation.open_model import ModelRequest, find_source, open_model, prompts_of
 from dora_vl.evaluation.predictor import Shown
 from dora_vl.run.reading import read_run_file
@@ -75,8 +73,6 @@ def test_the_base_beside_it_is_the_base(adapter: Path, pictures: list[str], caps
     from dora_vl.backbones.model import open_backbone
 
     both = open_model(ModelRequest(adapter=adapter, with_base=True))
-    assert isinstance(both.base, Assistant)
-    assert isinstance(both.adapted, Assistant)
     recipe = json.loads((adapter / "recipe.json").read_text())
     untouched = open_backbone(recipe["base"]).model.state_dict()
     shown = both.base.backbone.model.state_dict()
@@ -115,9 +111,7 @@ def test_strength_is_that_of_the_server(adapter: Path, pictures: list[str]) -> N
     assert all(not torch.allclose(first, other, atol=1e-2) for first, other in pairwise(seen_logits))
 
 
-def test_pictures_together_and_a_conversation(
-    adapter: Path, pictures: list[str], monkeypatch: Any, capsys: Any
-) -> None:
+def test_pictures_together_and_a_talk(adapter: Path, pictures: list[str], monkeypatch: Any, capsys: Any) -> None:
     seen: list[tuple[list[Turn], int]] = []
 
     def answer(self: object, question: Example, shown: Shown, **_: object) -> str:
@@ -149,9 +143,7 @@ def refused(*arguments: str) -> None:
     assert stopped.value.code == 2
 
 
-def test_an_incomplete_recipe_and_a_base_that_moved_or_changed(
-    adapter: Path, pictures: list[str], tmp_path: Path
-) -> None:
+def test_an_incomplete_recipe_and_a_base_moved_or_changed(adapter: Path, pictures: list[str], tmp_path: Path) -> None:
     copied = tmp_path / "adapter"
     shutil.copytree(adapter, copied)
     recipe = json.loads((copied / "recipe.json").read_text())
@@ -242,21 +234,17 @@ def test_a_merged_llava_prepares_pictures_as_it_was_trained(tmp_path: Path) -> N
 
 def test_a_language_run_s_adapter_is_asked_with_its_prompt(tmp_path: Path, capsys: Any) -> None:
     base = write_tiny_language(tmp_path / "base")
-    backbone = open_backbone(str(base))
-    apply_dora(backbone.model, DoRAConfig(targets=("*.q_proj", "*.up_proj"), rank=3, alpha=7.0))
-    random = torch.Generator().manual_seed(1)
-    for name, parameter in backbone.model.named_parameters():
-        if name.endswith("lora_B"):
-            parameter.data.normal_(generator=random, std=0.5)
+    adapter = write_adapter(base, tmp_path / "adapter", seed=1, targets=("*.q_proj", "*.up_proj"), rank=3, alpha=7.0)
     recipe = {"task": "commonsense", "base": str(base), "revision": None, "template": "alpaca", "image_aspect": None}
     recipe |= {"base_sha256": content_hash(base), "dtype": "float32", "max_tokens": 512}
-    save_adapter(backbone.model, tmp_path / "adapter", base_model=str(base), recipe=recipe)
-    options = ["--adapter", str(tmp_path / "adapter"), "--question", "Which answer?", "--max-new-tokens", "4"]
+    (adapter / "recipe.json").write_text(json.dumps(recipe))
+    backbone = open_model(ModelRequest(adapter=adapter)).adapted.backbone
+    options = ["--adapter", str(adapter), "--question", "Which answer?", "--max-new-tokens", "4"]
     image_qa.main([*options, "--compare-base"])
     with_adapter, without = (line.split(":", 1)[1].strip() for line in capsys.readouterr().out.splitlines()[-2:])
     encoder = open_encoder(str(base), template="alpaca", max_tokens=512)
     ids = encoder.encode_prompt([Turn("user", "Which answer?")]).input_ids[None]
-    new = backbone.eval().generate(ids, torch.ones_like(ids), max_new_tokens=4)[0]
+    new = backbone.generate(ids, torch.ones_like(ids), max_new_tokens=4)[0]
     assert " ".join(encoder.decode(new).split()) == " ".join(with_adapter.split())
     assert with_adapter != without
     with pytest.raises(SystemExit) as stopped:  # it reads one question at a time

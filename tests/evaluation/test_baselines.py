@@ -185,7 +185,6 @@ def test_the_base_s_answers_are_measured_on_both_models_without_what_closes_them
     with torch.no_grad():
         model.model.model.layers[0].self_attn.q_proj.weight.add_(0.3)
     after = abilities(assistant, base=before)
-    assert before.answers is not None
     nats, tokens = 0.0, 0
     for question, answer in before.answers.items():
         prompt = encoder.encode_prompt([Turn("user", question)]).input_ids.tolist()
@@ -195,7 +194,6 @@ def test_the_base_s_answers_are_measured_on_both_models_without_what_closes_them
         nats -= sum(float(logits[place - 1, ids[place]]) for place in places)
         tokens += len(places)
     assert after.answer_nats == pytest.approx(nats / tokens, rel=1e-4)
-    assert before.answer_nats is not None
     assert before.answer_nats < nats / tokens
 
     entry = forgetting(before, after)

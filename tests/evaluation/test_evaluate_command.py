@@ -137,9 +137,7 @@ def right_of(entry: Mapping[str, Any], predictions: Mapping[str, Prediction]) ->
     return right
 
 
-def test_metrics_agree_with_the_predictions_whatever_the_batch_size(
-    trained: Path, alone: Path, tmp_path: Path, capsys: Any
-) -> None:
+def test_metrics_agree_whatever_the_batch_size(trained: Path, alone: Path, tmp_path: Path, capsys: Any) -> None:
     predictions = answers_in(alone)
     right = right_of(metrics_of(alone)["exact_match"], predictions)
     assert sum(line["share"] for line in score_lines(alone)) == right
@@ -215,9 +213,7 @@ def test_answers_of_another_base_or_of_other_pictures_are_not_taken_over(
     assert count("--images", tmp_path / "pictures" / ".." / "pictures") == 0
 
 
-def test_against_itself_nothing_differs_and_against_the_truth_much(
-    trained: Path, alone: Path, tmp_path: Path, capsys: Any
-) -> None:
+def test_against_itself_nothing_differs(trained: Path, alone: Path, tmp_path: Path, capsys: Any) -> None:
     truth = tmp_path / "truth.jsonl"
     answered = answers_in(alone)
     truth.write_text("".join(json.dumps({"id": row.id, "answer": row.truth}) + "\n" for row in answered.values()))
@@ -234,9 +230,7 @@ def test_against_itself_nothing_differs_and_against_the_truth_much(
     assert (tmp_path / "again/against/predictions.jsonl").is_file()
 
 
-def test_records_are_found_by_the_benchmarks_name_and_asked_with_llavas_words(
-    trained: Path, tmp_path: Path, capsys: Any
-) -> None:
+def test_records_are_found_by_name_and_asked_with_llavas_words(trained: Path, tmp_path: Path, capsys: Any) -> None:
     records = ["--max-new-tokens", 2, "--records", trained / "records", "--benchmarks", "pope"]
     evaluate(capsys, *options_of(trained, tmp_path, *records, "--limit", 7))
     entry = metrics_of(tmp_path)["pope"]
@@ -248,9 +242,7 @@ def test_records_are_found_by_the_benchmarks_name_and_asked_with_llavas_words(
     assert metrics_of(tmp_path)["pope"]["n"] == 23
 
 
-def test_a_video_that_is_not_there_is_named_and_seeds_are_asked_by_their_middle_frame(
-    trained: Path, tmp_path: Path, capsys: Any
-) -> None:
+def test_a_missing_video_is_named_and_seeds_show_their_middle_frame(trained: Path, tmp_path: Path, capsys: Any) -> None:
     picture = json.loads((trained / "test.json").read_text())[0]["image"]
     clip = {"videos": (Clip(path="v.mp4"),), "question": "?", "choices": ("a", "b", "c", "d")}
     frames = {"there": picture, "gone": "SEED-Bench-video-image/9_1.png"}

@@ -89,9 +89,7 @@ def break_merge(monkeypatch: pytest.MonkeyPatch, head: str) -> None:
     monkeypatch.setattr(merging_module, "merge", wrong)
 
 
-def test_a_merge_that_answers_otherwise_fails_with_status_1(
-    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_merge_that_answers_otherwise_fails_with_status_1(folders: Path, tmp_path: Path, monkeypatch: Any) -> None:
     break_merge(monkeypatch, "lm_head.weight")
     merge = merging(folders, tmp_path / "merged", "--check")
     assert exit_status(*merge) == 1
@@ -124,22 +122,13 @@ def test_the_runs_own_test_is_asked_of_a_combination_too(folders: Path, tmp_path
         "merge --adapter {adapter} --questions {questions}",  # without --check
         "merge --adapter {adapter} --check --questions {questions} --images {tmp}",
         "merge --adapter {adapter} --check --questions {questions} --most-different 2",
-        "merge --adapter {words} --check --questions {questions} --images {data} --template vicuna_v1",
         "export --adapter {adapter}",
         "export --adapter {adapter} --gguf --dtype float16",
         "export --adapter {adapter} --adapter {adapter} --for vllm",
-        "export --adapter {qwen} --gguf",
     ],
 )
-def test_what_cannot_be_checked_or_exported_is_told_before_anything_is_written(
-    words: str, folders: Path, tmp_path: Path
-) -> None:
-    paths = {"adapter": folders / "adapter", "data": folders / "data", "tmp": tmp_path}
-    paths["questions"] = folders / "data" / "train.json"
-    for name, model in (("words", "language"), ("qwen", "qwen2_5_vl")):
-        if f"{{{name}}}" in words:
-            base = write_model(model, tmp_path / "base")
-            paths[name] = peft_adapter(base, tmp_path / "adapter", use_dora=True)
+def test_what_cannot_be_checked_or_exported_leaves_nothing(words: str, folders: Path, tmp_path: Path) -> None:
+    paths = {"adapter": folders / "adapter", "questions": folders / "data" / "train.json", "tmp": tmp_path}
     assert exit_status(*words.format(**paths).split(), "--to", tmp_path / "to") == 2
     assert not (tmp_path / "to").exists()
 
@@ -147,9 +136,7 @@ def test_what_cannot_be_checked_or_exported_is_told_before_anything_is_written(
 # A VL-BART: closed answers about pictures, captions and choices about videos.
 
 
-def test_answers_from_a_list_are_those_of_the_adapter(
-    gqa_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_answers_from_a_list_are_those_of_the_adapter(gqa_folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     merge = ("merge", "--adapter", gqa_folder / "run" / "adapter", "--to", tmp_path / "merged", "--check", 4)
     merge = (*merge, "--images", gqa_folder / "pictures")  # the run's own test
     result = checked(*merge, "--questions", gqa_folder / "gqa.jsonl")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -100,9 +101,7 @@ def draw(folder: Path, *tasks: Tested) -> None:
     test.draw(tasks, run_folder=folder, media=media_reader(folder, frames=1))
 
 
-def test_a_label_stands_in_its_words_and_other_scores_are_no_share(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_label_stands_in_its_words_and_other_scores_are_no_share(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("PATH", "")  # without Java, which takes eight seconds for each score of a caption
     choice = Example(id="1", images=("a.png",), choices=("red", "blue"), extra={"correct": 1})
     clips = [Example(id=n, images=("a.png",), answers=(Answer(text=f"a man {n} runs"),)) for n in ("one", "two")]

@@ -26,11 +26,12 @@ def points(name: str, right: str, answer: str, question: str = "What is it?", **
 @pytest.mark.parametrize(
     ("name", "right", "answer", "expected"),
     [
-        ("exact", "Red cat.", " red  CAT", 1.0),
-        ("exact", "red cat", "a red cat", 0.0),
-        ("anls", "colour", "color", 1 - 1 / 6),
-        ("relaxed", "100", "104", 1.0),
-        ("vqa", "2 dogs", "The two dogs.", 1.0),
+        *(("exact", "Red cat.", " red  CAT", 1.0), ("exact", "red cat", "a red cat", 0.0)),
+        *(
+            ("anls", "colour", "color", 1 - 1 / 6),
+            ("relaxed", "100", "104", 1.0),
+            ("vqa", "2 dogs", "The two dogs.", 1.0),
+        ),
         ("box", "[10, 20, 30, 40]", "[10, 20, 30, 40]", 1.0),
         ("box", "[0, 0, 10, 10]", "at 2 corners: (5, 0, 15, 10)", 50 / 150),
         ("box", "[0, 0, 10, 10]", "[10, 10, 0, 0]", 0.0),

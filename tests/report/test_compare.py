@@ -76,9 +76,7 @@ def compared(folder: Path, *more: str) -> None:
     main(["compare", str(recipe(folder)), *words, *more])
 
 
-def test_each_contender_is_tested_at_the_rate_of_its_lowest_loss(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_each_contender_is_tested_at_the_rate_of_its_lowest_loss(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     trainings = Trainings(monkeypatch)
     compared(tmp_path)
     tested = [words for words in trainings.started if words.get("evaluation.files") != "{}"]

@@ -32,9 +32,7 @@ def card_of(folder: Path) -> ModelCard:
     return ModelCard((folder / "hub" / "README.md").read_text(encoding="utf-8"))
 
 
-def test_the_hub_gets_the_adapter_and_its_card(
-    copied: Path, hub: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_hub_gets_the_adapter_and_its_card(copied: Path, hub: dict[str, Any], capsys: Any) -> None:
     main(["push", str(copied), REPOSITORY, "--license", "mit"])
     assert "https://hub.example/commit/1" in capsys.readouterr().out
     hub["create_repo"].assert_called_once_with(mock.ANY, REPOSITORY, private=True, exist_ok=True)
@@ -75,9 +73,7 @@ def test_the_card_says_what_the_run_scored(copied: Path, capsys: pytest.CaptureF
     assert str(Path(json.loads((copied / "settings.json").read_text())["model"]["base"]).parent) not in str(card)
 
 
-def test_a_hub_that_refuses_or_is_not_there_is_one_line(
-    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_hub_that_refuses_or_is_not_there_is_one_line(copied: Path, monkeypatch: Any, capsys: Any) -> None:
     def fails(repository: str) -> None:
         with pytest.raises(SystemExit) as stopped:
             main(["push", str(copied), repository])

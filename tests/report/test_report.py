@@ -304,7 +304,6 @@ def places(drawn: Chart, colour: int) -> list[tuple[float, float]]:
 
 def test_a_line_is_where_its_numbers_are() -> None:
     drawn = chart("t", [Series(name="a", x=[10.0, 20.0, 30.0], y=[0.0, 50.0, 100.0])], y_label="y", zero=True)
-    assert drawn is not None
     left, right, top, bottom = drawn.data["box"]
     low, high = drawn.data["x"]
     x = [left + (value - low) / (high - low) * (right - left) for value in (10, 20, 30)]
@@ -316,7 +315,6 @@ def test_a_line_is_where_its_numbers_are() -> None:
 
 def test_a_logarithmic_axis() -> None:
     drawn = chart("t", [Series(name="a", x=[0.0, 1.0, 2.0], y=[0.01, 0.1, 1.0])], y_label="y", log=True)
-    assert drawn is not None
     first, second, third = (y for _, y in places(drawn, 0))
     assert first - second == pytest.approx(second - third, abs=0.02)
 
@@ -324,7 +322,6 @@ def test_a_logarithmic_axis() -> None:
 def test_long_lines_are_thinned_to_means_and_gaps_left_out() -> None:
     x = [float(number) for number in range(10 * MOST_POINTS)]
     drawn = chart("t", [Series(name="a", x=x, y=[number % 2 for number in x])], y_label="y")
-    assert drawn is not None
     (series,) = drawn.data["series"]
     assert (len(series["x"]), set(series["y"])) == (MOST_POINTS, {0.5})
     gaps = chart("t", [Series(name="a", x=[1.0, 2.0, 3.0], y=[1.0, math.nan, 2.0])], y_label="y")

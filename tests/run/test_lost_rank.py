@@ -41,7 +41,6 @@ def test_a_launch_ends_soon_after_one_of_its_ranks(make_run: MakeRun, how: str, 
     program = ("tests/run/faulty_rank.py", how)
     done = launch(run_file, ranks=2, launcher=launcher, program=program, succeeds=False)
     wrong = re.search(r"goes wrong at ([\d.]+)", done.stderr)
-    assert wrong is not None
     assert time.time() - float(wrong[1]) < seconds + BUSY
     words = {"raise": "LookupError: no such word", "sleep": "in go_wrong", "stop": "Timeout (0:00:15)"}
     assert words.get(how, "") in done.stderr  # the cause itself, or where each rank stood
@@ -55,8 +54,7 @@ GLOO = "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:84] Timed out 
     [
         (DistNetworkError("closed"), "0", LostRank, 2),
         (RuntimeError(GLOO), "1", LostRank, 2),
-        (UserError("bad"), "0", UserError, 0),
-        (UserError("bad"), "1", UserError, 1),
+        *((UserError("bad"), rank, UserError, int(rank)) for rank in "01"),
         (RuntimeError("a bug"), "1", RuntimeError, 0),
     ],
 )
@@ -111,7 +109,6 @@ def test_a_rank_ends_with_its_launcher_and_a_process_without_one_does_not(launch
     environment = {**os.environ, **({"LOCAL_RANK": "0"} if launched else {})}
     command = [sys.executable, "-c", LAUNCHER, ORPHAN]
     launcher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    assert launcher.stdout is not None
     rank = psutil.Process(int(launcher.stdout.readline()))
     launcher.kill()
     launcher.wait()

@@ -83,9 +83,7 @@ def test_a_number_is_a_number_a_yaml_no_is_no_and_an_alias_is_read(tmp_path: Pat
         *(("--adapter.rank four", "adapter.rank", None), ("--config nope.yaml", "--config", None)),
     ],
 )
-def test_a_wrong_key_or_value_is_named_with_the_nearest(
-    run_file: Path, words: str, key: str, nearest: str | None
-) -> None:
+def test_a_wrong_key_or_value_is_named_with_nearest(run_file: Path, words: str, key: str, nearest: str | None) -> None:
     with pytest.raises(SettingError) as error:
         read_run([f"--config={run_file}", *words.split()])
     assert error.value.key == key

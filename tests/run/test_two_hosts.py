@@ -83,9 +83,7 @@ def ended(ranks: list[subprocess.Popen[str]], *, within: float) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_a_lost_link_ends_both_hosts_and_the_run_resumes_bitwise(
-    hosts: Hosts, make_run: MakeRun, tmp_path: Path
-) -> None:
+def test_a_lost_link_ends_both_hosts_and_the_run_resumes(hosts: Hosts, make_run: MakeRun, tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 2, "deepspeed": "zero3", "ddp_timeout": LIMIT}
     run_file = make_run(
         adapter={"dropout": 0.1}, training={"max_steps": STEPS, "per_device_train_batch_size": 2, **saving}

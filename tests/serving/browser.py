@@ -184,9 +184,7 @@ def demo(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[st
         text=True,
     )
     try:
-        assert process.stdout is not None
         match = re.search(r"http://\S+", process.stdout.readline())
-        assert match is not None
         yield match[0], process
     finally:
         process.terminate()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dora_vl.serving.model import ServedModel
 from dora_vl.serving.options import Settings
 from tests.backbones.tiny_video import write_tiny_video
+from tests.serving.browser import browser
 from tests.serving.tiny_served import running, served, spread, write_adapters
 
 
@@ -34,6 +36,12 @@ def address(model: ServedModel, folders: dict[str, Path]) -> Iterator[str]:
     settings = Settings(batch=32, window_ms=200, max_body_mib=0.3, max_pictures=2, max_mpx=0.015, frames=4)
     with running(model, settings, adapter_root=folders["one"].parent) as address:
         yield address
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with browser() as opened:
+        yield opened
 
 
 @pytest.fixture

@@ -195,8 +195,7 @@ def test_one_clients_requests_leave_room_for_others(model: ServedModel, monkeypa
 
 @pytest.fixture(scope="module")
 def uploads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("page") / "uploads"
-    folder.mkdir()
+    (folder := tmp_path_factory.mktemp("page") / "uploads").mkdir()
     return folder
 
 
@@ -238,10 +237,6 @@ def not_uploaded(request: pytest.FixtureRequest, uploads: Path) -> Iterator[str]
     link.unlink()
 
 
-def file_data(path: str) -> dict[str, Any]:
-    return {"path": path, "meta": {"_type": "gradio.FileData"}}
-
-
 def stored(uploads: Path) -> list[Path]:
     return [path for path in uploads.rglob("*") if path.is_file() and not path.is_symlink()]
 
@@ -252,7 +247,7 @@ def test_no_function_of_the_page_takes_a_file_that_was_not_uploaded(
     functions = app.state.page.blocks.fns
     assert len(functions) > 8
     for number, function in functions.items():
-        named = [{"value": file_data(not_uploaded)}]
+        named = [{"value": {"path": not_uploaded, "meta": {"_type": "gradio.FileData"}}}]
         body = {"fn_index": number, "session_hash": "s", "data": [named] * max(1, len(function.inputs))}
         for way in ("run/predict", "queue/join", *(f"{at}/{function.api_name}" for at in ("run", "api", "call"))):
             answer = client.post(f"/gradio_api/{way}", json=body)
@@ -288,9 +283,7 @@ def test_nothing_of_the_page_is_for_foreigners(app: Any, client: TestClient, upl
     assert client.get("/").status_code == 200
 
 
-def test_uploads_are_counted_and_forgotten(
-    app: Any, client: TestClient, uploads: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_uploads_are_counted_and_forgotten(app: Any, client: TestClient, uploads: Path, monkeypatch: Any) -> None:
     def send(size: int) -> int:
         content = os.urandom(size)
         return client.post("/gradio_api/upload", files={"files": ("a.png", content)}).status_code
@@ -314,9 +307,8 @@ def test_an_upload_is_counted_as_it_comes(app: Any, uploads: Path) -> None:
     """Whatever size it states, and where it states none: no more of it is read than there is room for."""
 
     async def sent(chunks: int, *headers: tuple[bytes, bytes]) -> tuple[int, int]:
-        answers, left = list[int](), [b"a" * 2_000] * chunks
         head = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
-        left = [head, *left, b"\r\n--b--\r\n"]
+        answers, left = list[int](), [head, *[b"a" * 2_000] * chunks, b"\r\n--b--\r\n"]
 
         async def receive() -> dict[str, Any]:
             return {"type": "http.request", "body": left.pop(0), "more_body": bool(left)}
@@ -330,20 +322,16 @@ def test_an_upload_is_counted_as_it_comes(app: Any, uploads: Path) -> None:
         return answers[0], len(left)
 
     lie = (b"content-length", b"10"), (b"transfer-encoding", b"chunked")
-    for headers in ((), lie):
-        status, left = asyncio.run(sent(20, *headers))
-        assert (status in (429, 500), left > 10) == (True, True)  # Gradio answers 500 to what is broken off
-    for file in stored(uploads):  # what was written of those
-        file.unlink()
-    assert asyncio.run(sent(2))[0] == 200
-    for file in stored(uploads):
-        file.unlink()
+    for headers, chunks, answers in (((), 20, (429, 500)), (lie, 20, (429, 500)), ((), 2, (200,))):
+        status, left = asyncio.run(sent(chunks, *headers))
+        assert status in answers  # Gradio answers 500 to what is broken off
+        assert (left > 10) == (chunks == 20)
+        for file in stored(uploads):  # what was written of it
+            file.unlink()
 
 
 @pytest.mark.parametrize("person", ["", "somebody"])
-def test_a_talk_that_is_gone_is_never_answered_without_its_pictures(
-    app: Any, monkeypatch: pytest.MonkeyPatch, person: str
-) -> None:
+def test_a_talk_that_is_gone_is_never_answered_without_its_pictures(app: Any, monkeypatch: Any, person: str) -> None:
     """Gradio lets go of the oldest states of its visitors."""
     page = app.state.page
     monkeypatch.setattr(SideBySide, "ask", lambda *_: pytest.fail("it was asked"))

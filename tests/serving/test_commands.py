@@ -48,9 +48,7 @@ def with_recipe(adapter: Path, base: Path, **changed: Any) -> Path:
 
 
 @pytest.mark.parametrize("command", [serve_command, demo_command])
-def test_what_is_wrong_is_told_before_weights_are_read(
-    command: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_wrong_is_told_before_weights_are_read(command: ModuleType, tmp_path: Path, monkeypatch: Any) -> None:
     base = write_tiny("qwen2_5_vl", tmp_path / "base")
     first = with_recipe(write_adapter(base, tmp_path / "one", seed=1, **SETTINGS), base)
     second = with_recipe(write_adapter(base, tmp_path / "two", seed=2, **SETTINGS), base, base_sha256="f" * 64)
@@ -108,8 +106,6 @@ def started(folder: Path, verb: str, adapter: Path) -> Iterator[tuple[Any, str]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(folder / "temporary")}
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=folder, env=environment, **pipes) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
         line = process.stdout.readline()
         assert " at http://127.0.0.1:" in line, process.stderr.read()[-2000:]
         yield process, line
@@ -129,9 +125,7 @@ def test_the_server_from_start_to_ctrl_c(tmp_path: Path, folders: dict[str, Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_page_from_start_to_end_without_a_file_left(
-    tmp_path: Path, folders: dict[str, Path], number: signal.Signals
-) -> None:
+def test_the_page_from_start_to_end(tmp_path: Path, folders: dict[str, Path], number: signal.Signals) -> None:
     pytest.importorskip("gradio", reason="pip install '.[web]'")
     with started(tmp_path, "demo", folders["one"]) as (process, line):
         with urllib.request.urlopen(line.split()[-3], timeout=60) as answer:

@@ -114,7 +114,7 @@ def test_what_a_failed_batch_held_is_gone_before_its_rows_are_tried_alone_and_to
     assert left == [0] * 5
 
 
-def test_an_adapter_that_goes_takes_its_waiting_requests_along(
+def test_an_adapter_that_goes_takes_its_requests_along(
     engine: Engine, folders: dict[str, Path], monkeypatch: Any
 ) -> None:
     engine.load("extra", folders["two"])

@@ -249,17 +249,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_response(302)
             self.send_header("Location", self.path.removeprefix("/to/"))
             self.end_headers()
-        elif self.path == "/slow":
-            self.send_response(200)
-            self.end_headers()
-            for _ in range(100):
-                self.wfile.write(b"a")
-                self.wfile.flush()
-                time.sleep(0.1)
         else:
             self.send_response(200 if self.path != "/none" else 404)
             self.end_headers()
-            self.wfile.write(b"b" * (2000 if self.path == "/large" else 20))
+            for _ in range(100 if self.path == "/slow" else 1):
+                self.wfile.write(b"b" * (2000 if self.path == "/large" else 20))
+                time.sleep(0.1)
 
     def log_message(self, *args: Any) -> None:
         pass

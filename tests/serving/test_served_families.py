@@ -87,9 +87,7 @@ def test_each_picture_of_a_llava_has_its_own_rows_projector(llava: Path, tmp_pat
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", *SELDOM])
-def test_adapted_towers_are_served_with_pictures_of_their_own_alone(
-    family: str, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_adapted_towers_are_served_with_their_own_pictures(family: str, tmp_path: Path, monkeypatch: Any) -> None:
     if family == "smolvlm":
         pytest.importorskip("num2words")
     base = spread(write_tiny(family, tmp_path / "base"))
@@ -110,9 +108,7 @@ def test_adapted_towers_are_served_with_pictures_of_their_own_alone(
     assert set(batches[0]) == {None, "vision", "tower", "language"}  # words of all join the first
 
 
-def test_pictures_and_videos_that_a_model_cannot_tell_apart_are_batches_of_their_own(
-    tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_pictures_and_videos_that_look_alike_are_batches_of_their_own(tmp_path: Path, monkeypatch: Any) -> None:
     base = spread(write_tiny_video("glm4v", tmp_path / "base"))
     settings = {"one": {"targets": ("*language_model*.q_proj",), "rank": 2, "alpha": 5.0}}
     adapters = write_adapters(base, tmp_path / "adapters", settings)
@@ -121,9 +117,7 @@ def test_pictures_and_videos_that_a_model_cannot_tell_apart_are_batches_of_their
     assert [len(batch) for batch in batches] == [4, 2]  # words and pictures, then videos
 
 
-def test_an_adapter_is_asked_as_its_recipe_says_and_says_its_base(
-    llava: Path, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_an_adapter_is_asked_as_its_recipe_says(llava: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Two adapters of one base that were trained with two prompt formats, in one batch; the base as the first."""
     targets = ("*language_model*.q_proj", "*language_model*.down_proj")
     recipe = {"base": str(llava), "revision": None, "base_sha256": content_hash(llava), "image_aspect": "pad"}

@@ -60,9 +60,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_table_and_photographs_below_become_the_files_of_a_run(
-    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_table_and_photographs_below_become_the_files_of_a_run(tmp_path: Path, base: Path, capsys: Any) -> None:
     rows = write_folder(tmp_path / "my", count=24)
     photos = tmp_path / "my" / "photos"
     exif = Image.Exif()
@@ -112,9 +110,7 @@ def test_the_base_is_the_demo_s_where_it_is(tmp_path: Path, base: Path, capsys: 
     assert "base runs/demo/tuned" in printed_by(capsys, "clips", "--test-share", 0.5)
 
 
-def test_the_seed_decides_and_an_earlier_init_is_not_replaced_unasked(
-    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_seed_decides_and_an_earlier_init_is_not_replaced_unasked(tmp_path: Path, base: Path, capsys: Any) -> None:
     write_folder(tmp_path / "my")
     printed_by(capsys, "my", "--model", base)
     files = {path.name: path.read_bytes() for path in (tmp_path / "runs/my").iterdir() if path.is_file()}
@@ -145,9 +141,7 @@ def test_what_can_be_read_of_the_base_is_told_before_training_and_stands_beside_
     assert "advice" in entry
 
 
-def test_pictures_inside_a_container_come_out_whole(
-    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pictures_inside_a_container_come_out_whole(tmp_path: Path, base: Path, capsys: Any) -> None:
     samples = items(16)
     (tmp_path / "my").mkdir()
     WRITERS[min(HOLD_PICTURES)](tmp_path / "my", samples)
@@ -236,17 +230,13 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(
     assert not any(path.is_file() for path in (tmp_path / "runs").rglob("*"))
 
 
-def test_the_current_folder_with_runs_in_it_is_still_one_folder(
-    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_current_folder_with_runs_in_it_is_still_one_folder(tmp_path: Path, base: Path, capsys: Any) -> None:
     write_folder(tmp_path)
     printed_by(capsys, ".", "--model", base, "--to", "runs/first")
     assert "answers.csv: question/answer, 24 rows" in printed_by(capsys, ".", "--model", base, "--to", "runs/second")
 
 
-def test_rows_that_would_lose_a_column_are_one_line_until_it_is_named(
-    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rows_that_would_lose_a_column_are_one_line_until_it_is_named(tmp_path: Path, base: Path, capsys: Any) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     row = {"image": "a.png", "question": "Which?", "choices": ["up", "down"], "reply": 1, "rating": 3}
     Image.new("RGB", (8, 9)).save(tmp_path / "b.png")
@@ -349,7 +339,7 @@ def test_a_folder_a_class_is_its_answers_and_each_is_in_the_test(capsys: pytest.
         "answers: 1 word, 4 different, most often circle (56%)",
         "answers as they are named: circle 20, red_square 10, star 5, once 1",
         "held out by seed 0: 8 rows about 8 pictures; to train on: 28 rows about 28",
-        "runs/my: train.jsonl, test.jsonl and run.yaml rows_of, base OWNER/NAME-1B (1,000 million parameters)",
+        "runs/my: train.jsonl, test.jsonl and run.yaml written, base OWNER/NAME-1B (1,000 million parameters)",
         "",
         "next:  dora-vl train runs/my/run.yaml",
     ]

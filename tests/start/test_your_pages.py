@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,9 +59,7 @@ def test_your_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.skipif(not DEMO_BASE.is_dir(), reason="runs/demo/base is not there; make demo leaves it")
-def test_on_what_the_demo_trained_the_answers_are_right_and_of_the_pictures(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_what_the_demo_trained_the_answers_are_right_and_of_the_pictures(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     run_page("your_pictures.md", tmp_path, DEMO_BASE)
     metrics = json.loads((tmp_path / "runs/my/metrics.json").read_text())

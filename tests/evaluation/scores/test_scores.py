@@ -242,8 +242,6 @@ def test_every_score_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pyte
     assert list(results) == [ours.test.name for ours in tested]
     for number, ours in enumerate(tested):
         own, result = ours.scored, results[ours.test.name]
-        assert own is not None
-        assert result.scored is not None
         assert list(result.scored.metrics.items()) == list(own.metrics.items())
         assert (result.scored.items, result.scored.formulas) == (own.items, own.formulas), ours.test.name
         assert (result.scored.failed, result.scored.settings) == (own.failed, own.settings)

@@ -116,7 +116,6 @@ def test_an_upload_scores_as_metrics_json_says(name: str, mode: str) -> None:
     examples = [made(number, rng) for number in range(400)]
     answers = {example.id: rng.choice(TEXTS) for example in examples if rng.random() < 0.8}
     write = benchmark.submissions.get(mode, benchmark.submission)
-    assert write is not None
     scored = benchmark.modes[mode](examples, answers)
     assert 0 < scored.metrics[metric] < 100
     assert rule(examples, write(examples, answers)[1]) == pytest.approx(scored.metrics[metric], abs=1e-9)
@@ -125,7 +124,6 @@ def test_an_upload_scores_as_metrics_json_says(name: str, mode: str) -> None:
 def written(name: str, examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
     """The file's name and text."""
     write = BENCHMARKS[name].submission
-    assert write is not None
     return write(examples, answers)
 
 
