@@ -165,9 +165,6 @@ def test_a_likelihood_is_the_sum_over_the_answer_and_what_closes_it(model: tuple
     assert len({round(float(value), 3) for value in together}) == len(choices)
 
 
-# From the command line.
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A benchmark of one's own: questions with choices about pictures, one broken, one without."""
@@ -230,7 +227,6 @@ def auto_class(base: Path) -> Any:
 
 
 def peft_adapter(base: Path, folder: Path, *, use_dora: bool, targets: Sequence[str] = ("q_proj", "up_proj")) -> Path:
-    """Two files as PEFT itself writes them, B moved from zero."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=list(targets), use_dora=use_dora)
     wrapped = peft.get_peft_model(auto_class(base).from_pretrained(base), config)
@@ -265,12 +261,8 @@ def test_a_folder_of_peft_opens(name: str, use_dora: bool, tmp_path: Path) -> No
     assert (logits - bare).abs().max() > 1e-2
 
 
-# What cannot be asked.
-
-
 @pytest.fixture(scope="module")
 def paths(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Models without weights, adapters that cannot be opened, and folders that hold nothing."""
     folder = tmp_path_factory.mktemp("places")
     for name in ("empty", "bare_adapter", "lora", "florence2", "bert", "vlbart"):
         (folder / name).mkdir()

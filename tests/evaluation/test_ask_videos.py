@@ -58,7 +58,6 @@ def llava(root: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def vlbart(root: Path) -> Path:
-    """A VL-BART adapter that was trained for one step on features of real clips."""
     import timm
 
     weights = root / "tower.pth"
@@ -189,7 +188,6 @@ def test_another_tower_is_refused(vlbart: Path, clip: str, tmp_path: Path, capsy
 
 @pytest.fixture(scope="module")
 def own_benchmark(root: Path) -> Path:
-    """A benchmark of one's own about clips, one of which is missing."""
     records = root / "data/records/moving_shapes/test.jsonl"
     first = next(iterate_examples(records))
     missing = replace(first, id="gone", videos=(Clip(path="clips/gone.mp4"),))

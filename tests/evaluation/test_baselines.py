@@ -39,7 +39,6 @@ COLOURS = ("red", "blue", "green")
 
 
 def rows(count: int, question: str = "which colour?") -> list[Example]:
-    """Pictures whose names say their colour, in turn."""
     named = [(str(number), COLOURS[number % 3]) for number in range(count)]
     return [
         Example(id=name, images=(f"{colour}-{name}.png",), question=question, answers=(Answer(text=colour),))
@@ -48,7 +47,6 @@ def rows(count: int, question: str = "which colour?") -> list[Example]:
 
 
 def seen(example: Example) -> str:
-    """What a model that looks says."""
     return example.images[0].partition("-")[0]
 
 
@@ -74,7 +72,6 @@ def test_answers_that_see_their_pictures_fall_with_others() -> None:
 
 @pytest.mark.parametrize("says", [lambda _: "red", lambda example: COLOURS[int(example.id) % 3]])
 def test_answers_that_do_not_are_warned_of(says: Any) -> None:
-    """One always says the same; the other is always right, by the question alone."""
     entry = told(rows(60), says)
     assert entry["exchanged_pictures"]["difference"]["value"] == 0
     assert "warning" in entry

@@ -77,7 +77,6 @@ NOT_ONE = 3
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An installed package with benchmarks, one of them sound."""
     folder = tmp_path / "site"
     (folder / "mine-1.0.dist-info").mkdir(parents=True)
     (folder / "own_benchmarks.py").write_text(PACKAGE)
@@ -223,9 +222,6 @@ def test_scienceqas_conversations_have_choices(tmp_path: Path) -> None:
     entry = json.loads((tmp_path / "metrics.json").read_text())["sets"]["scienceqa"]
     assert (entry["n"], entry["metrics"]["accuracy"]["value"]) == (4, 50.0)  # two of 4, 5, 6 and the unreadable 8
     assert entry["metrics"]["image accuracy"]["value"] == 100.0
-
-
-# Instructions name the outputs that they admit, of which the likeliest is taken.
 
 
 TRUTH = "the correct answer is answer2"

@@ -78,7 +78,6 @@ def test_both_accuracies_by_hand() -> None:
 
 @pytest.fixture(scope="module")
 def scored_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Records of three sets, put to a tiny model by `dora-vl evaluate`."""
     folder = tmp_path_factory.mktemp("cloze")
     write_tiny_language(folder / "model")
     for name, form in (("piqa", "piqa"), ("winogrande", "winogrande"), ("ARC-Easy", "arc")):

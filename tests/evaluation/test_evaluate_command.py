@@ -263,9 +263,6 @@ def test_a_missing_video_is_named_and_seeds_show_their_middle_frame(trained: Pat
     assert metrics["seed"]["bootstrap"]["units"] == 1  # two questions about one video
 
 
-# The test after training.
-
-
 def test_a_run_s_metrics_agree_with_its_predictions_and_testing_again_asks_only_what_failed(tested: Tested) -> None:
     config, folder = tested
     entry, own = metrics_of(folder)["test"], answers_in(folder, "test")

@@ -124,18 +124,6 @@ def test_a_split_without_answers_gives_a_submission_and_takes_the_numbers_of_the
     assert score_lines(tmp_path) == []
 
 
-def test_an_answer_to_a_record_that_cannot_be_read_is_wrong(tmp_path: Path) -> None:
-    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat"}]
-    rows = [{"id": "good", "conversations": turns}, {"id": "bad", "conversations": turns[:1]}]
-    (tmp_path / "test.json").write_text(json.dumps(rows))
-    answers = predictions_file(tmp_path / "answers.jsonl", {"good": "a cat", "bad": ""})
-    options = ["--benchmarks", f"exact_match={tmp_path / 'test.json'}", "--to", tmp_path, "--against", answers]
-    main(["evaluate", *map(str, options), "--predictions", str(answers)])
-    entry = entries(tmp_path)["exact_match"]
-    assert (entry["n"], entry["metrics"]["accuracy"]["value"], [*entry["failed"]]) == (2, 50.0, ["bad"])
-    assert entry["difference"]["accuracy"]["value"] == 0.0
-
-
 @pytest.mark.parametrize(
     "words",
     [
@@ -250,7 +238,6 @@ JOINED: list[dict[str, Any]] = [
 
 
 def answers_in(path: Path, content: object) -> dict[str, str]:
-    """By the rows' own ids, of a file that holds this."""
     if isinstance(content, list) and path.suffix == ".jsonl":
         content = "".join(json.dumps(row) + "\n" for row in content)
     path.write_text(content if isinstance(content, str) else json.dumps(content))

@@ -25,7 +25,6 @@ __all__ = ["gqa_folder", "root", "vlbart"]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny LLaVA, a DoRA of PEFT's on it, and ten questions about pictures."""
     folder = tmp_path_factory.mktemp("check")
     peft_adapter(write_model("llava", folder / "base"), folder / "adapter", use_dora=True)
     write_tiny_data(folder / "data", samples=10)
@@ -75,7 +74,6 @@ def test_a_merge_that_answers_alike_passes_and_says_so(folders: Path, tmp_path: 
 
 
 def break_merge(monkeypatch: pytest.MonkeyPatch, head: str) -> None:
-    """Merging that gets the weight of this name's end wrong."""
     merge = merging_module.merge
 
     def wrong(plan: Any, arguments: Any) -> Iterator[str]:
@@ -133,9 +131,6 @@ def test_what_cannot_be_checked_or_exported_leaves_nothing(words: str, folders: 
     assert not (tmp_path / "to").exists()
 
 
-# A VL-BART: closed answers about pictures, captions and choices about videos.
-
-
 def test_answers_from_a_list_are_those_of_the_adapter(gqa_folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     merge = ("merge", "--adapter", gqa_folder / "run" / "adapter", "--to", tmp_path / "merged", "--check", 4)
     merge = (*merge, "--images", gqa_folder / "pictures")  # the run's own test
@@ -162,9 +157,6 @@ def test_captions_and_choices_about_videos(vlbart: Path, root: Path, tmp_path: P
     assert choices["passed"] is True
     assert {answer["unmerged"] for answer in choices["answers"]} <= {"a0", "a1", "a2", "a3"}
     assert 0 < choices["largest_logit_difference"] < 1e-3
-
-
-# `dora-vl export`.
 
 
 def test_for_vllm(projected: Path, folders: Path, tmp_path: Path, capsys: Any) -> None:

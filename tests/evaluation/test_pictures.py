@@ -84,9 +84,6 @@ def test_the_sheet_survives_broken_pictures_and_long_or_empty_text(tmp_path: Pat
     assert len(set(sheets)) == 4
 
 
-# Of a test with several sets.
-
-
 def people(name: str, *answers: str) -> Example:
     extra = {"human_answers": [text for text in answers for _ in range(10 // len(answers))]}
     return Example(id=name, images=("a.png",), question="what?", answers=(Answer(text=answers[0]),), extra=extra)

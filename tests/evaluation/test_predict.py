@@ -72,9 +72,6 @@ def test_scores_that_are_no_numbers_are_named_at_the_end_and_cost_no_other_its_a
     assert len(none.batches) == 1
 
 
-# Several sets in one folder, stopped anywhere.
-
-
 def sets_in(folder: Path) -> list[TestSet]:
     """Two sets whose ids are the same; of the second a question cannot be asked. Half of the answers are right."""
     first = [question(number, answer=f"words {number % 6}") for number in range(11)]
@@ -104,7 +101,6 @@ def content_of(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("stop_after", range(5))
 def test_a_test_that_is_killed_loses_and_doubles_nothing(tmp_path: Path, stop_after: int) -> None:
-    """Before the first batch, within a set, or between two: the same files as of one that ran through."""
     whole = results_of(tmp_path / "whole", Echo())
     with pytest.raises(KeyboardInterrupt):
         results_of(tmp_path / "killed", killed := Echo(stop_after=stop_after))
@@ -167,9 +163,6 @@ def test_two_processes_leave_the_files_of_one(tmp_path: Path) -> None:
     assert [process.exitcode for process in processes] == [0, 0]
     assert content_of(folder) == whole
     assert {path.name for path in folder.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
-
-
-# predictions.jsonl goes on after a crash, and never mixes answers of two adapters.
 
 
 SETTINGS = {"adapter": "a1", "limit": None, "sizes": (1, 2)}

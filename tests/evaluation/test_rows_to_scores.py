@@ -73,7 +73,6 @@ def test_every_source_is_followed_to_its_score() -> None:
 
 
 def prepared(row: Mapping[str, Any], to: Path) -> Path:
-    """The split's file, as `dora-vl prepare` writes it."""
     parser = argparse.ArgumentParser()
     prepare.add_arguments(parser)
     words = [row["source"], "--from", str(FIXTURES / row["fixture"]), "--to", str(to), "--workers", "0"]
@@ -82,7 +81,6 @@ def prepared(row: Mapping[str, Any], to: Path) -> Path:
 
 
 def seq2seq_text(subtask: Subtask, example: Example) -> tuple[str, str]:
-    """The encoder's text and the decoder's."""
     prompt = subtask.prompt(example)
     return prompt.subtitles_before + prompt.subtitles + prompt.text, subtask.target(example, 0, Random(0)).text
 

@@ -164,7 +164,6 @@ def test_what_cannot_be_compared_is_refused_before_a_run(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_real_runs_are_compared(tmp_path: Path) -> None:
-    """Of a tiny language model on generated questions: rates chosen, tested, and what it forgot."""
     from tests.training.generated_commonsense import write_commonsense
     from tests.training.test_commonsense import arguments
 

@@ -297,7 +297,6 @@ def test_bad_input_ends_with_status_2_and_leaves_no_file(llava_run: Path, tmp_pa
 
 
 def places(drawn: Chart, colour: int) -> list[tuple[float, float]]:
-    """The corners of a line, in the drawing's units."""
     (path,) = re.findall(rf'd="([^"]*)" [^>]*stroke: var\(--c{colour}\)', drawn.svg)
     return [(float(x), float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", path)]
 

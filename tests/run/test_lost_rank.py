@@ -85,8 +85,6 @@ def test_one_rank_takes_a_free_port_and_keeps_what_the_launcher_said(monkeypatch
     assert os.environ["MASTER_PORT"] == port
 
 
-# ---- a rank whose launcher is gone
-
 ORPHAN = """
 import time
 from dora_vl.run.launch import end_with_launcher

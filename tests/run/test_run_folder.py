@@ -94,7 +94,6 @@ HOLD = (
 
 
 def holder(folder: Path, *more: str) -> tuple[subprocess.Popen[str], int]:
-    """A process that holds the folder until its input ends, and the number of its worker."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder), *more], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -170,7 +169,6 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def changed(**sections: object) -> dict[str, object]:
-    """The settings with some of a section's values replaced."""
     return SETTINGS | {
         name: {**SETTINGS[name], **value} if isinstance(value, dict) else value for name, value in sections.items()
     }
@@ -207,7 +205,6 @@ def test_what_changes_the_result_is_refused(checkpoint: Path, sections: dict[str
 
 
 def shaped(micro_batch: int, accumulation: int, **training: object) -> dict[str, object]:
-    """The settings with a step cut into micro-batches."""
     cut = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": accumulation}
     return changed(training={**cut, "optim": "adamw_torch", **training})
 

@@ -22,8 +22,6 @@ LIMIT, STEPS = 15, 5
 
 @dataclass(frozen=True)
 class Hosts:
-    """The namespaces, and the two ends of the cable between them."""
-
     names: tuple[str, str]
     links: tuple[str, str]
     addresses: tuple[str, str] = ("10.213.7.1", "10.213.7.2")
@@ -63,7 +61,6 @@ def remove(pair: Hosts) -> None:
 
 
 def start(pair: Hosts, how: str, run_file: Path, *settings: str) -> list[subprocess.Popen[str]]:
-    """A rank in each namespace, as two machines would start them."""
     started = []
     for rank, (name, link) in enumerate(zip(pair.names, pair.links, strict=True)):
         launch = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 29500}

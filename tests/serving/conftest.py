@@ -46,5 +46,4 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture
 def endless(model: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answers are as long as allowed."""
     monkeypatch.setattr(model.backbone.model.generation_config, "eos_token_id", None)

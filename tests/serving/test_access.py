@@ -161,7 +161,6 @@ def test_more_connections_than_allowed_are_turned_away(model: ServedModel, monke
 
 
 def test_slow_senders_take_no_place_and_what_they_have_sent_is_counted(model: ServedModel) -> None:
-    """The server has two places, for which whole requests alone count."""
     body = json.dumps({"model": "one", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2})
     settings = Settings(waiting=1, batch=1, max_body_mib=1000 / 2**20)
     with running(model, settings) as address, contextlib.ExitStack() as senders:

@@ -72,7 +72,6 @@ def test_what_is_wrong_is_told_before_weights_are_read(command: ModuleType, tmp_
 
 
 def test_every_number_of_the_documentation_is_its_options_default() -> None:
-    """docs/serving.md's table of limits, beside the one table that the options are made of."""
     page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
     of_rows = [zip(row[1].split(", "), row[2].split(", "), strict=False) for row in rows if len(row) == 4]
@@ -100,7 +99,6 @@ def test_adapters_are_called_as_their_runs(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def started(folder: Path, verb: str, adapter: Path) -> Iterator[tuple[Any, str]]:
-    """The program, and the line that says where it is; it must end quietly."""
     (folder / "temporary").mkdir()
     command = [sys.executable, "-m", "dora_vl.cli", verb, "--adapter", str(adapter), "--port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(folder / "temporary")}

@@ -253,7 +253,6 @@ END = 0
 
 
 def spoken(tokens: list[int], decode: Any = None, **sampling: Any) -> tuple[SequenceText, list[str]]:
-    """What a row wrote of these tokens, by default the letters of their numbers."""
     pieces: list[str] = []
     letters = decode or (lambda ids: "".join(chr(number) for number in ids if number != END))
     row = SequenceText(Sampling(**{"max_new_tokens": 99, **sampling}), letters, pieces.append)

@@ -77,7 +77,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def printable(text: str) -> str:
-    """A random model says bytes that browsers show in ways of their own."""
     return "".join(character for character in text if character.isascii() and character.isprintable()).strip()
 
 
@@ -90,7 +89,6 @@ def first(question: str, media: str = "<image>\n") -> list[Turn]:
 
 
 def check(texts: Sequence[str], engine: Engine, question: str, seen: Shown, media: str = "<image>\n") -> None:
-    """Both columns say what the adapter and the base say to a first question."""
     assert [printable(text) for text in texts] == [
         expected(engine, name, first(question, media), seen) for name in ("one", "base")
     ]
@@ -169,7 +167,6 @@ def test_the_dial_from_the_base_to_the_adapter(red: Visitor, opened: tuple[str, 
 
 
 def test_a_page_with_a_key(chromium: Any, model: ServedModel, pictures: dict[str, Path], uploads: Path) -> None:
-    """A browser asks its person for it once, and sends it with every request of the page."""
     with page_of(model, uploads, SETTINGS, rules=AccessRules(key="open-sesame")) as (at, _):
         context = chromium.new_context()
         assert context.request.get(at).status == 401
@@ -319,7 +316,6 @@ def until(true: Callable[[], object], seconds: float = 90) -> None:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Path]:
-    """A folder to start the page in, with a tiny base; no run of it is left."""
     write_tiny_llava(tmp_path / "runs" / "tiny" / "base")
     yield tmp_path
     for run in (tmp_path / "runs").iterdir():

@@ -118,7 +118,6 @@ def test_pictures_and_videos_that_look_alike_are_batches_of_their_own(tmp_path: 
 
 
 def test_an_adapter_is_asked_as_its_recipe_says(llava: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """Two adapters of one base that were trained with two prompt formats, in one batch; the base as the first."""
     targets = ("*language_model*.q_proj", "*language_model*.down_proj")
     recipe = {"base": str(llava), "revision": None, "base_sha256": content_hash(llava), "image_aspect": "pad"}
     templates, settings = {"one": "vicuna_v1", "two": "v0"}, {"targets": targets, "rank": 2, "alpha": 5.0}

@@ -167,11 +167,7 @@ def test_adapters_come_and_go_while_it_runs(client: Any, base: Path, folders: di
     assert [card.id for card in client.models.list().data] == list(NAMES)
 
 
-# -- what cannot be answered ---------------------------------------------------------------------------------
-
-
 def refusal(client: Any, **request: Any) -> tuple[int, str | None, str | None]:
-    """Status, code and place of what a request is refused with."""
     with pytest.raises(openai.APIStatusError) as refused:
         client.chat.completions.create(**{"model": "one", "messages": words("a"), **request})
     error = refused.value.response.json()["error"]
@@ -242,7 +238,6 @@ def test_other_types_of_content_are_refused(address: str, client: Any, declared:
 
 
 def test_a_server_of_other_settings(model: ServedModel, endless: None) -> None:
-    """No adapters over HTTP, addresses on the web but none of this network, and too many at once."""
     settings = Settings(waiting=1, batch=1, allow_remote_media=True)
     with running(model, settings) as address:
         client = client_of(address)
@@ -261,9 +256,6 @@ def test_a_server_of_other_settings(model: ServedModel, endless: None) -> None:
         }
         status, health = send(address, "GET", "/health")
         assert (status, health["status"], health["waiting"]) == (200, "ok", 0)
-
-
-# -- an adapter that goes, a client that goes, and time that is over -------------------------------------------
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -288,7 +280,6 @@ def test_an_adapter_that_goes_meanwhile_is_no_fault_of_the_request(
 
 
 def test_a_client_that_goes_away_ends_its_row(model: ServedModel, endless: None, monkeypatch: Any) -> None:
-    """Two long answers end when their clients leave, one streamed and one waited for; the next is answered."""
     rows: dict[int, SequenceText] = {}
     take = SequenceText.take
     monkeypatch.setattr(SequenceText, "take", lambda row, *args: (rows.setdefault(id(row), row), take(row, *args))[1])

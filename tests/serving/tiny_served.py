@@ -96,7 +96,6 @@ def answer_alone(assistant: Assistant, turns: Sequence[Turn], seen: Shown = NOTH
 def answers(
     engine: Engine, questions: Sequence[tuple[str, list[Turn], Shown]], strengths: Sequence[float] = (), **sampling: Any
 ) -> list[str]:
-    """The engine's answers to questions that are handed in all at once, each with a strength of its own."""
     settings = Sampling(**{"max_new_tokens": 8, **sampling})
     prepared = [
         engine.prepare(name, turns, settings, pictures=seen.pictures, videos=seen.videos, strength=strength)
@@ -120,7 +119,6 @@ def last(events: queue.SimpleQueue[Event]) -> Finished | Failed:
 
 
 def batches_of(engine: Engine, monkeypatch: Any) -> list[list[tuple[str, float] | None]]:
-    """What the rows whose prompts are read together have of adapters, as they come."""
     batches: list[list[tuple[str, float] | None]] = []
     begin = engine._decoder.begin
 

@@ -295,7 +295,6 @@ ASK = ("--ask", "what is it?")
 
 
 def draw(path: Path, shape: str, number: int) -> None:
-    """A grey picture with a shape in it, like no other."""
     image = Image.new("RGB", (24, 24), (200, 200, 100 + number))
     box = (number % 5, number % 7, 15, 15)
     pen = ImageDraw.Draw(image)

@@ -114,7 +114,6 @@ FEW = 2 * len(NOUNS)
 
 @pytest.fixture(scope="module", autouse=True)
 def few_things() -> Iterator[None]:
-    """The first two of each category, which take a second."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(names, "NOUNS", {category: " ".join(text.split()[:2]) for category, text in NOUNS.items()})
         yield
@@ -179,7 +178,6 @@ FILES = {"toy/data/answers.txt": b"yes no", "toy/data/images/0.png": b"png", "to
 
 
 def make_wheel(folder: Path, files: dict[str, bytes] = FILES) -> Asset:
-    """A wheel in `folder` that pip can download from there, and the asset that describes it."""
     wheel = folder / "toy_data-1.0-py3-none-any.whl"
     info = {
         "toy_data-1.0.dist-info/METADATA": b"Metadata-Version: 2.1\nName: toy-data\nVersion: 1.0\n",

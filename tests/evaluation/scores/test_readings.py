@@ -59,9 +59,6 @@ def test_the_published_commonsense_targets_score_full_marks(file: str) -> None:
         assert [exact.extracted(row["output"], task, rule) for row in records] == [row["answer"] for row in records]
 
 
-# Questions, beside those that `rows_to_scores.jsonl` follows.
-
-
 SHORT, LETTER = prompts.SHORT, "Answer with the option's letter from the given choices directly."
 HINTED = {"choices": ("red", "blue"), "extra": {"hint": "Look."}}
 CAPTION = "Provide a one-sentence caption for the provided video."
@@ -79,9 +76,6 @@ LINES = (Subtitle("well"), Subtitle(""), Subtitle("no"))
 )
 def test_wording(prompt: prompts.Prompt, fields: dict[str, object], text: str) -> None:
     assert prompts.prompt_turns(Example(id="1", question="Which?", **fields), prompt) == (Turn("user", text),)  # pyright: ignore[reportArgumentType]
-
-
-# Which choice is right: what a record may say of it, and that a file is refused before a model is asked.
 
 
 def question(**changes: object) -> dict[str, object]:

@@ -212,7 +212,6 @@ def clips() -> list[Example]:
 
 
 def of_answers(name: str, score: Scorer, examples: Sequence[Example], texts: Sequence[str]) -> Tested:
-    """The last example has no answer."""
     rows = [Prediction(id=example.id, prediction=text) for example, text in zip(examples[:-1], texts, strict=False)]
     of_caption = "clip_id" in examples[0].extra
     item = caption.clip_of if of_caption else lambda example: example.id
@@ -252,7 +251,6 @@ def test_every_score_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_clip_s_line_is_of_the_answer_that_was_scored(tmp_path: Path) -> None:
-    """Clips are items, whatever examples are called as they are; the first answer of one counts."""
     examples = clips()
     rows = [Prediction(id="1", prediction="a man 1 runs"), Prediction(id="4", prediction="a dog")]
     score = caption.score

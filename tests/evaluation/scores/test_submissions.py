@@ -94,7 +94,6 @@ ROWS: list[dict[str, Any]] = [
 
 
 def made(number: int, rng: random.Random) -> Example:
-    """An example that any of the benchmarks could hold."""
     correct = rng.randrange(4)
     extra = {"human_answers": rng.choices(TEXTS, k=10), "index": number, "correct": correct, "clip_id": number // 2}
     extra |= {"hint": "a\tb", "category": "c"}
@@ -122,7 +121,6 @@ def test_an_upload_scores_as_metrics_json_says(name: str, mode: str) -> None:
 
 
 def written(name: str, examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
-    """The file's name and text."""
     write = BENCHMARKS[name].submission
     return write(examples, answers)
 
