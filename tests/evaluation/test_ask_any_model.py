@@ -35,6 +35,7 @@ from tests.training.tiny_run import write_tiny_llava
 MORE_FAMILIES = [pytest.param(name, marks=pytest.mark.slow) for name in ("smolvlm", "internvl")]
 MODELS = ["qwen2_5_vl", "llava", "language", *MORE_FAMILIES]
 NEW_TOKENS = 6
+COLOURS = ("red", "green", "blue")
 
 
 def write_model(name: str, folder: Path) -> Path:
@@ -172,16 +173,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     examples: list[Example] = []
     for number, colour in enumerate(("red", "green", "blue", "white", "red", "blue")):
         Image.new("RGB", (9 + 7 * number, 12), colour).save(folder / f"{number}.png")
-        examples.append(
-            Example(
-                id=f"q{number}",
-                images=() if number == 3 else (f"{number}.png",),
-                question="Which colour?" + " Say." * number,
-                choices=("red", "green", "blue"),
-                answers=(Answer(text=colour),),
-                extra={"correct": number % 3, "kind": ("even", "odd")[number % 2]},
-            )
-        )
+        asked: Any = {"id": f"q{number}", "question": "Which colour?" + " Say." * number, "choices": COLOURS}
+        asked["extra"] = {"correct": number % 3, "kind": ("even", "odd")[number % 2]}
+        images = () if number == 3 else (f"{number}.png",)
+        examples.append(Example(**asked, images=images, answers=(Answer(text=colour),)))
     (folder / "1.png").write_bytes(b"no picture")
     write_examples(folder / "colours.jsonl", examples)
     (folder / "colours.yaml").write_text("name: colours\nscoring: choice\nfile: colours.jsonl\nmax_new_tokens: 5\n")

@@ -184,17 +184,11 @@ def test_questions_of_one_id_are_numbered(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "row",
-    [
-        {"question_id": [1], "text": "?"},
-        {"question_id": 1, "text": "?", "image": ["a"]},
-        {"id": 1, "text": "?"},
-        {"question_id": 0, "text": "?"},  # the same once more
-    ],
+    "row", [{"question_id": [1]}, {"question_id": 1, "image": ["a"]}, {"id": 1}, {"question_id": 0}]
 )
-def test_what_is_no_question_is_refused(row: dict[str, Any], tmp_path: Path) -> None:
+def test_what_is_no_question_or_one_once_more_is_refused(row: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UserError):
-        read_question_file(lines(tmp_path / "q.jsonl", [{"question_id": 0, "text": "?"}, row]))
+        read_question_file(lines(tmp_path / "q.jsonl", [{"question_id": 0, "text": "?"}, {"text": "?", **row}]))
 
 
 def test_scienceqas_conversations_have_choices(tmp_path: Path) -> None:

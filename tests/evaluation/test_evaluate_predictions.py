@@ -151,14 +151,7 @@ def test_our_own_file_of_several_sets_answers_the_one_of_its_name(tmp_path: Path
     rows = [row("gqa", "y"), row("exact_match", "x"), row("exact_match/exchanged_pictures", "y")]
     write_examples(tmp_path / "records.jsonl", [right("1", "x")])
     file = tmp_path / "predictions.jsonl"
-    words = [
-        "--benchmarks",
-        f"exact_match={tmp_path / 'records.jsonl'}",
-        "--predictions",
-        file,
-        "--to",
-        tmp_path / "to",
-    ]
+    words = ["--benchmarks", f"exact_match={tmp_path}/records.jsonl", "--predictions", file, "--to", tmp_path / "to"]
     for several, expected in ((rows, 100.0), (rows[1:], 100.0), ([rows[0], row("gqa/exchanged_pictures", "x")], 0.0)):
         file.write_text("".join(map(line_of, several)))
         main(["evaluate", *map(str, words)])
@@ -274,15 +267,12 @@ def test_two_keys_that_may_be_the_answer(tmp_path: Path, first: str, other: str)
     assert answers_in(tmp_path / "p.jsonl", [{"id": "a", other: "cat", first: "cat"}]) == {"a": "cat"}
 
 
-@pytest.mark.parametrize("line", ['{"id": "b"}', '{"answer": "b"}', '{"id": "b", "answer": 3}', "[" * 100_000])
-def test_a_broken_line_is_refused(tmp_path: Path, line: str) -> None:
-    with pytest.raises(UserError):
-        answers_in(tmp_path / "p.jsonl", f'{{"id": "a", "answer": "one"}}\n{line}\n')
+WHOLE = '{"id": "a", "answer": "one"}\n'
+BROKEN = ('{"id": "b"}', '{"answer": "b"}', '{"id": "b", "answer": 3}', "[" * 100_000)
+OTHERS = (("r.csv", "dev-1-0-0\n"), ("r.xlsx", "PK\x03\x04rest"), ("r.json", '{"1": true}'))
 
 
-@pytest.mark.parametrize(
-    ("file", "content"), [("r.csv", "dev-1-0-0\n"), ("r.xlsx", "PK\x03\x04rest"), ("r.json", '{"1": true}')]
-)
+@pytest.mark.parametrize(("file", "content"), [*(("r.jsonl", f"{WHOLE}{line}\n") for line in BROKEN), *OTHERS])
 def test_what_is_no_such_file_is_refused(tmp_path: Path, file: str, content: str) -> None:
     with pytest.raises(UserError):
         answers_in(tmp_path / file, content)

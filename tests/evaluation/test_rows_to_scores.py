@@ -49,15 +49,11 @@ def test_a_row_becomes_prompt_target_and_score(row: dict[str, Any], tmp_path: Pa
         (turn,) = prompt_turns(example, questions.benchmark.prompt)
         assert turn.text == row["asked"]
     if "vlbart" in row:
-        assert seq2seq_text(SUBTASKS[row["vlbart"]["task"]], example) == (
-            row["vlbart"]["text"],
-            row["vlbart"]["target"],
-        )
+        expected = row["vlbart"]
+        assert seq2seq_text(SUBTASKS[expected["task"]], example) == (expected["text"], expected["target"])
     if "trained" in row:
-        assert trained_text(row["trained"]["template"], file, row["id"]) == (
-            row["trained"]["text"],
-            row["trained"]["answers"],
-        )
+        expected = row["trained"]
+        assert trained_text(expected["template"], file, row["id"]) == (expected["text"], expected["answers"])
     if "instruction" in row:
         prompt = PROMPTS["nvlabs"].before_output(example.question, "", test=True)
         assert (prompt, example.extra["output"]) == (row["instruction"]["text"], row["instruction"]["target"])

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -175,32 +176,18 @@ def changed(**sections: object) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(
-    "sections",
+    ("sections", "fits"),
     [
-        {},
-        {"resume": "last", "watch": 0},
-        {"training": {"save_steps": 10, "logging_steps": 1, "output_dir": "elsewhere"}},
-        {"data": {"workers": 0}},
-        {"training": {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 4}},
-        {"adapter": {"parts": None}},  # nothing, written in two ways
-        {"training": {"max_steps": 200}},  # a longer run
+        *((same, True) for same in ({}, {"resume": "last", "watch": 0}, {"data": {"workers": 0}})),
+        ({"adapter": {"parts": None}}, True),  # nothing, written in two ways
+        ({"training": {"save_steps": 10, "output_dir": "elsewhere", "dataloader_prefetch_factor": 4}}, True),
+        ({"training": {"max_steps": 200}}, True),  # a longer run
+        *((other, False) for other in ({"adapter": {"alpha": 32.0}}, {"data": {"train": "two.json"}})),
+        *(({"training": training}, False) for training in ({"learning_rate": 1e-3}, {"dataloader_drop_last": True})),
     ],
 )
-def test_what_changes_no_step_may_change(checkpoint: Path, sections: dict[str, object]) -> None:
-    check_manifest(checkpoint, changed(**sections), LAUNCH)
-
-
-@pytest.mark.parametrize(
-    "sections",
-    [
-        {"adapter": {"alpha": 32.0}},
-        {"training": {"learning_rate": 1e-3}},
-        {"data": {"train": "two.json"}},
-        {"training": {"dataloader_drop_last": True}},
-    ],
-)
-def test_what_changes_the_result_is_refused(checkpoint: Path, sections: dict[str, object]) -> None:
-    with pytest.raises(UserError):
+def test_what_changes_the_result_may_not_change(checkpoint: Path, sections: dict[str, object], fits: bool) -> None:
+    with nullcontext() if fits else pytest.raises(UserError):
         check_manifest(checkpoint, changed(**sections), LAUNCH)
 
 
@@ -214,36 +201,30 @@ ADAFACTOR, DROPS = {"optim": "adafactor"}, {"dataloader_drop_last": True}
 
 
 @pytest.mark.parametrize(
-    ("then", "wrote", "now", "launch"),
+    ("then", "wrote", "now", "launch", "fits"),
     [
-        (shaped(4, 1), LAUNCH, shaped(4, 2), Launch(1, None)),
-        (shaped(4, 1), LAUNCH, shaped(2, 1), Launch(4, 0)),
-        (MIXTURE, LAUNCH, MIXTURE, Launch(8, None)),  # a mixture's step is its own setting
-        (shaped(4, 1, **ADAFACTOR), LAUNCH, shaped(4, 1, **ADAFACTOR), LAUNCH),
-        (shaped(4, 2, **ADAFACTOR), Launch(1, None), shaped(4, 1, **ADAFACTOR), Launch(2, 0)),  # no ranks share it
+        (shaped(4, 1), LAUNCH, shaped(4, 2), Launch(1, None), True),
+        (shaped(4, 1), LAUNCH, shaped(2, 1), Launch(4, 0), True),
+        (MIXTURE, LAUNCH, MIXTURE, Launch(8, None), True),  # a mixture's step is its own setting
+        (shaped(4, 1, **ADAFACTOR), LAUNCH, shaped(4, 1, **ADAFACTOR), LAUNCH, True),
+        (
+            shaped(4, 2, **ADAFACTOR),
+            Launch(1, None),
+            shaped(4, 1, **ADAFACTOR),
+            Launch(2, 0),
+            True,
+        ),  # no ranks share it
+        *((shaped(4, 1), LAUNCH, shaped(4, 1), other, False) for other in (Launch(1, 3), Launch(4, 2), Launch(3, 3))),
+        (shaped(4, 1), LAUNCH, shaped(4, 3), LAUNCH, False),
+        *((shaped(4, 1, **how), LAUNCH, shaped(4, 2, **how), Launch(1, None), False) for how in (ADAFACTOR, DROPS)),
     ],
 )
 def test_processes_with_the_same_step_go_on(
-    checkpoint: Path, then: dict[str, object], wrote: Launch, now: dict[str, object], launch: Launch
+    checkpoint: Path, then: dict[str, object], wrote: Launch, now: dict[str, object], launch: Launch, fits: bool
 ) -> None:
     write_manifest(checkpoint, then, wrote)
-    check_manifest(checkpoint, now, launch)
-
-
-@pytest.mark.parametrize(
-    ("launch", "cut", "training"),
-    [
-        *((launch, (4, 1), {}) for launch in (Launch(1, 3), Launch(4, 2), Launch(3, 3))),
-        (LAUNCH, (4, 3), {}),
-        *((Launch(1, None), (4, 2), training) for training in (ADAFACTOR, DROPS)),
-    ],
-)
-def test_another_step_and_what_others_cannot_go_on_with_is_refused(
-    checkpoint: Path, launch: Launch, cut: tuple[int, int], training: dict[str, object]
-) -> None:
-    write_manifest(checkpoint, shaped(4, 1, **training), LAUNCH)
-    with pytest.raises(UserError):
-        check_manifest(checkpoint, shaped(*cut, **training), launch)
+    with nullcontext() if fits else pytest.raises(UserError):
+        check_manifest(checkpoint, now, launch)
 
 
 @pytest.mark.parametrize(

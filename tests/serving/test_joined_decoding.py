@@ -281,14 +281,6 @@ def test_a_stop_text_is_never_written_not_even_in_part(text: str, stop: tuple[st
     assert row.reason == "stop"
 
 
-def test_what_may_become_a_stop_text_is_kept_back_and_comes_later() -> None:
-    _, pieces = spoken(ids("a#b"), stop=("##",))
-    assert pieces == ["a", "#b"]
-    row, pieces = spoken([*ids("a#"), END], stop=("##",))
-    assert pieces == ["a", "#"]
-    assert row.reason == "stop"
-
-
 def test_half_a_character_waits_for_its_other_half() -> None:
     content = "aé€".encode()
     decode = lambda taken: bytes(taken).decode("utf-8", errors="replace")  # noqa: E731

@@ -250,24 +250,6 @@ def test_every_score_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pyte
             assert intervals(result.scored) == ours.intervals
 
 
-def test_a_clip_s_line_is_of_the_answer_that_was_scored(tmp_path: Path) -> None:
-    examples = clips()
-    rows = [Prediction(id="1", prediction="a man 1 runs"), Prediction(id="4", prediction="a dog")]
-    score = caption.score
-    test = TestSet(
-        name="c", examples=examples, score=lambda *both: score(*both, tokenizer="fallback"), item=caption.clip_of
-    )
-    ResultFolder(folder=tmp_path).write([scored(test, Predictions(rows=rows, failed={"2": "a broken clip"}))])
-    result = read_results(tmp_path)["c"]
-    assert result.entry["failed"] == {"4": "a broken clip"}
-    assert {name: (item.truth, item.answer) for name, item in result.items.items()} == {
-        "5": ("a man 1 runs fast", "a man 1 runs"),
-        "4": ("a man 2 runs fast", ""),
-        "3": ("a man 4 runs fast", "a dog"),
-    }
-    assert result.items["5"].score.share > result.items["3"].score.share == result.items["4"].score.share == 0
-
-
 def test_an_average_is_over_sets_of_one_metric() -> None:
     def entry(metric: str, value: float) -> dict[str, object]:
         return {"headline": metric, "metrics": {metric: {"value": value}}}
