@@ -1,13 +1,15 @@
-"""Who may start in a run's folder, and what a resume compares there: files, processes and settings."""
+"""Who may start in a run's folder, what a resume compares there, and what a full disk leaves."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,23 @@ import pytest
 
 from dora_vl.errors import SettingError, UserError
 from dora_vl.files import write_json
-from dora_vl.run.folder import LOCK, checkpoint_of, finished_already, one_writer, prepare_run_folder, write_settings
+from dora_vl.run.folder import (
+    LOCK,
+    checkpoint_of,
+    finished_already,
+    full_disk_reported,
+    one_writer,
+    prepare_run_folder,
+    write_settings,
+)
 from dora_vl.run.launch import Launch
 from dora_vl.run.reading import read_run_file
 from dora_vl.run.settings import RunConfig
 from dora_vl.training.checkpoint_files import MANIFEST, check_manifest, write_manifest
-from tests.training.tiny_run import write_run
+from dora_vl.training.decoder_pipeline import DecoderPipeline
+from dora_vl.training.faults import StepFaults
+from dora_vl.training.run import train
+from tests.training.tiny_run import MakeRun, write_run
 
 
 def left(folder: Path, *names: str) -> Path:
@@ -242,3 +255,61 @@ def test_a_missing_cut_or_changed_file_is_named(checkpoint: Path, name: str, con
     (checkpoint / name).unlink() if content is None else (checkpoint / name).write_bytes(content)
     with pytest.raises(UserError, match=str(checkpoint / name)):
         check_manifest(checkpoint, SETTINGS, LAUNCH)
+
+
+# A full disk is one line that names what is whole, whichever library was writing.
+
+
+SMALL_DISK_KIB = 1400
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    mount = tmp_path / "small"
+    mount.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK_KIB}k", "tmpfs", str(mount)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small file system is not allowed here")
+    yield mount
+    subprocess.run(["umount", "-l", str(mount)], check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
+def test_a_run_on_a_disk_that_fills_up_names_the_last_whole_checkpoint(small_disk: Path, make_run: MakeRun) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 20, "output_dir": str(small_disk / "run")}
+    run_file = make_run(adapter={"rank": 16}, training={"use_cpu": True, "max_steps": 20, **saving})
+    with pytest.raises(UserError, match=r"checkpoint-\d+") as error:
+        train(DecoderPipeline(read_run_file(run_file)))
+    checkpoints = [path.name for path in (small_disk / "run").glob("checkpoint-*")]
+    named = [name for name in checkpoints if f"{name} is the last whole" in str(error.value)]
+    assert len(named) == 1
+    assert not (small_disk / "run" / "adapter").exists()
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EFBIG, errno.EDQUOT])
+@pytest.mark.parametrize("kind", [OSError, RuntimeError])
+def test_a_disk_that_takes_no_more_is_one_line(tmp_path: Path, number: int, kind: type[Exception]) -> None:
+    """RuntimeError: as safetensors words it, by the system's text alone."""
+    raised = OSError(number, os.strerror(number)) if kind is OSError else kind(f"I/O: {os.strerror(number)}")
+    with (
+        pytest.raises(UserError, match="checkpoint-3"),
+        full_disk_reported(tmp_path, "weights", lambda: "checkpoint-3"),
+    ):
+        raise raised
+
+
+def test_a_killed_data_worker_ends_a_run_in_one_line(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_file = make_run(data={"workers": 1}, training={"use_cpu": True, "max_steps": 200})
+    begin = StepFaults.begin_step
+
+    def kill_worker(self: StepFaults, ids: Sequence[Sequence[str]]) -> None:
+        begin(self, ids)
+        (worker,) = multiprocessing.active_children()
+        worker.kill()
+        worker.join()
+
+    monkeypatch.setattr(StepFaults, "begin_step", kill_worker)
+    with pytest.raises(UserError, match=r"data\.workers"):
+        train(DecoderPipeline(read_run_file(run_file)))
