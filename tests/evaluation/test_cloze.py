@@ -11,9 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dora_vl.backbones.templates import Instruction
 from dora_vl.cli import main
 from dora_vl.data.benchmarks.commonsense import cloze_row
 from dora_vl.data.example import Example, iterate_examples
+from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample
 from dora_vl.evaluation.predictions import read_predictions
 from dora_vl.evaluation.scores.exact import PATTERNS, cloze_score
@@ -51,6 +53,13 @@ def test_rows_that_cannot_be_used_are_named(task: str, raw: dict[str, Any]) -> N
     with pytest.raises(BadSample) as caught:
         cloze_row({**raw, "row": 3}, task=task, split="train")
     assert caught.value.sample_id == f"{task}-train-3"
+
+
+def test_a_sample_is_trained_on_what_follows_the_context() -> None:
+    prompt = Instruction(name="cloze", train_on="answer", end="</s>")
+    chat = prompt.render([Turn("user", "Question: q\nAnswer:"), Turn("assistant", "fire")])
+    ((start, end),) = chat.answer_spans
+    assert (chat.text, chat.text[start:end]) == ("Question: q\nAnswer: fire</s>", " fire</s>")
 
 
 def example(name: str, task: str, endings: list[str], correct: int) -> Example:

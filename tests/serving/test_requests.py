@@ -34,7 +34,7 @@ from dora_vl.serving.requests import (
 )
 from dora_vl.serving.scheduler import TooManyRequests
 from tests.data.hostile import jpeg_of_scans
-from tests.serving.tiny_served import RED
+from tests.serving.tiny_served import RED, picture_part
 
 MANY = 80_000
 TURN = {"role": "user", "content": "a"}
@@ -167,6 +167,17 @@ def test_a_picture_that_takes_long_yields_and_goes_where_others_wait(monkeypatch
             time.sleep(0.05)
         assert read(quick.getvalue()).size == RED.size
         assert isinstance(slow.exception(), TooManyRequests)
+
+
+def test_a_file_beyond_its_bytes_is_not_decoded() -> None:
+    content = [picture_part(RED), {"type": "text", "text": "What is it?"}]
+    body = ChatRequest.model_validate({"model": "one", "messages": [{"role": "user", "content": content}]})
+    with (
+        contextlib.closing(RequestMedia(Settings(max_media_mib=50 / 2**20))) as requests,
+        requests.reading() as reading,
+        pytest.raises(TooLarge),
+    ):
+        reading.read(body.messages)
 
 
 # -- addresses on the web ----------------------------------------------------------------------------------------
