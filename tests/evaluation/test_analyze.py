@@ -25,7 +25,6 @@ from tests.adapters.peft_folders import moved_peft
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
-    """A base, and a PEFT DoRA adapter on it, in the working folder."""
     monkeypatch.chdir(tmp_path)
     saved(tiny_llama(), tmp_path / "base")
     moved_peft(tiny_llama()).save_pretrained(tmp_path / "dora")
@@ -73,7 +72,6 @@ def test_the_magnitude_change_of_dora_is_its_magnitudes_change(folders):
 
 @torch.no_grad()
 def test_every_method_and_whole_models_side_by_side(folders):
-    """LoRA, a magnitude alone, DVoRA, whole weights as an adapter, and a tuned model folder: the same two layers."""
     for method in ("lora", "magnitude", "dvora", "full"):
         model = tiny_llama()
         targets = ("*.q_proj",)
@@ -100,23 +98,17 @@ def test_every_method_and_whole_models_side_by_side(folders):
     assert by_layer(panels["full"]) == {
         "model.layers.1.self_attn.q_proj": pytest.approx((float(norms.mean()), 0), abs=1e-6)
     }
-    all_layers = numbers("base", "tuned")["panels"][0]
-    assert len(all_layers["points"]) == 4
-    assert all_layers["unchanged_matrices"] == 12
     only = numbers("base", "tuned", "--layers", "*.1.mlp.up_proj", "--axis", "input")
     assert list(by_layer(only["panels"][0])) == ["model.layers.1.mlp.up_proj"]
     assert only["axis"] == "input"
 
 
 def test_a_correlation_has_an_interval_over_layers_and_the_paper_s_beside_it() -> None:
-    chance = Random(3)
+    chance, directions = Random(3), [0.1 + 0.01 * number for number in range(24)]
 
     def panel(noise: float) -> Panel:
-        points = []
-        for number in range(24):
-            direction = 0.1 + 0.01 * number
-            magnitude = 1.0 - 2 * direction + noise * chance.gauss(0, 1)
-            points.append(Point(f"layers.{number}.q_proj", 5, WeightChange(magnitude, direction, 8, 0)))
+        changes = [WeightChange(1.0 - 2 * x + noise * chance.gauss(0, 1), x, 8, 0) for x in directions]
+        points = [Point(f"layers.{number}.q_proj", 5, change) for number, change in enumerate(changes)]
         return Panel("tuned", "run", "dora", tuple(points), 0)
 
     sure, unsure = panel(0.02), panel(0.4)
@@ -124,8 +116,7 @@ def test_a_correlation_has_an_interval_over_layers_and_the_paper_s_beside_it() -
         assert -1 <= low < high <= 1
     assert sure.interval[1] < -0.9
     assert unsure.interval[1] - unsure.interval[0] > 0.4
-    few = replace(sure, points=sure.points[:4])
-    assert few.interval is None
+    assert replace(sure, points=sure.points[:4]).interval is None
 
 
 def test_a_runs_checkpoints_are_points_of_one_panel(folders):

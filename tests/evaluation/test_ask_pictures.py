@@ -1,4 +1,4 @@
-"""Asking an adapter from the command line: every picture and question, beside the base, with errors of one line."""
+"""Asking an adapter from the command line, beside its base; what its folder says of the base, pictures and prompt."""
 
 from __future__ import annotations
 
@@ -8,27 +8,37 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+from dora_vl.adapters.adapter import content_hash
+from dora_vl.adapters.base_weights import BaseWeights
+from dora_vl.adapters.combine import combine
+from dora_vl.adapters.merge import merge_to_folder
+from dora_vl.adapters.read import read_adapter
+from dora_vl.backbones.encoder import open_encoder
 from dora_vl.data.example import Example
 from dora_vl.data.turns import Turn
+from dora_vl.errors import UserError
 from dora_vl.evaluation.ask_command import open_picture
-from dora_vl.evaluation.assistant import Assistant, model_inputs
-from dora_vl.evaluation.open_model import ModelRequest, open_model
+from dora_vl.evaluation.assistant import model_inputs
+from dora_vl.evaluation.open_model import ModelRequest, find_source, open_model, prompts_of
 from dora_vl.evaluation.predictor import Shown
 from dora_vl.run.reading import read_run_file
 from dora_vl.serving.model import open_served
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import run
 from tasks import image_qa
+from tests.backbones.tiny_language import write_tiny_language
+from tests.serving.tiny_served import write_adapter
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter on the tiny base, trained long enough to answer otherwise than the base."""
     folder = tmp_path_factory.mktemp("asked")
     base, records = write_tiny_llava(folder / "llava"), write_tiny_data(folder / "data")
     path = write_run(folder / "run.yaml", base, records, training={"use_cpu": True, "max_steps": 30})
@@ -63,8 +73,6 @@ def test_the_base_beside_it_is_the_base(adapter: Path, pictures: list[str], caps
     from dora_vl.backbones.model import open_backbone
 
     both = open_model(ModelRequest(adapter=adapter, with_base=True))
-    assert isinstance(both.base, Assistant)
-    assert isinstance(both.adapted, Assistant)
     recipe = json.loads((adapter / "recipe.json").read_text())
     untouched = open_backbone(recipe["base"]).model.state_dict()
     shown = both.base.backbone.model.state_dict()
@@ -83,37 +91,27 @@ def test_the_base_beside_it_is_the_base(adapter: Path, pictures: list[str], caps
 
 @torch.no_grad()
 def test_strength_is_that_of_the_server(adapter: Path, pictures: list[str]) -> None:
-    """Trained layers and the projector, from the base over the adapter and beyond."""
     model = open_served(None, {"one": adapter})
     turns, seen = [Turn("user", "<image>\nSay the colour.")], Shown(pictures=(open_picture(Path(pictures[0])),))
     batch = model.assistant.prompts.collate([model.entry("one").prompts.sample(turns, seen)], "left")
     inputs = model_inputs(batch, "cpu")
 
-    def logits(strength: float, *, with_base: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-        opened = open_model(ModelRequest(adapter=adapter, strength=strength, with_base=with_base))
-        assistants = [assistant for assistant in (opened.adapted, opened.base) if isinstance(assistant, Assistant)]
-        scores = [
-            assistant.backbone(**inputs, labels=inputs["input_ids"].clamp_min(0), keep_logits=True).logits
-            for assistant in assistants
-        ]
-        return scores[0], scores[1] if with_base else None
-
-    seen_logits = []
+    labels, seen_logits = inputs["input_ids"].clamp_min(0), []
     for strength in (0.0, 0.4, 1.0, 1.7):
         with model.rows([model.entry("one")], [1], [strength]):
-            expected = model.backbone(**inputs, labels=inputs["input_ids"].clamp_min(0), keep_logits=True).logits
-        actual, _ = logits(strength)
+            expected = model.backbone(**inputs, labels=labels, keep_logits=True).logits
+        opened: Any = open_model(ModelRequest(adapter=adapter, strength=strength, with_base=True))
+        actual, base = (
+            assistant.backbone(**inputs, labels=labels, keep_logits=True).logits
+            for assistant in (opened.adapted, opened.base)
+        )
         torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
         seen_logits.append(actual)
+        assert torch.equal(base, seen_logits[0])  # the base is the base, whatever is beside it
     assert all(not torch.allclose(first, other, atol=1e-2) for first, other in pairwise(seen_logits))
-    beside, base = logits(1.7, with_base=True)
-    assert torch.equal(beside, seen_logits[-1])
-    assert torch.equal(base, seen_logits[0])  # the base is the base, whatever is beside it
 
 
-def test_pictures_together_and_a_conversation(
-    adapter: Path, pictures: list[str], monkeypatch: Any, capsys: Any
-) -> None:
+def test_pictures_together_and_a_talk(adapter: Path, pictures: list[str], monkeypatch: Any, capsys: Any) -> None:
     seen: list[tuple[list[Turn], int]] = []
 
     def answer(self: object, question: Example, shown: Shown, **_: object) -> str:
@@ -145,9 +143,7 @@ def refused(*arguments: str) -> None:
     assert stopped.value.code == 2
 
 
-def test_an_incomplete_recipe_and_a_base_that_moved_or_changed(
-    adapter: Path, pictures: list[str], tmp_path: Path
-) -> None:
+def test_an_incomplete_recipe_and_a_base_moved_or_changed(adapter: Path, pictures: list[str], tmp_path: Path) -> None:
     copied = tmp_path / "adapter"
     shutil.copytree(adapter, copied)
     recipe = json.loads((copied / "recipe.json").read_text())
@@ -166,3 +162,91 @@ def test_an_incomplete_recipe_and_a_base_that_moved_or_changed(
 
     (copied / "recipe.json").write_text(json.dumps({"base": str(base)}))
     refused(*image)
+
+
+WORDING = {"template": "tokenizer", "image_aspect": "pad"}
+
+
+def folders(where: Path, model_type: str, **recipe: object) -> Path:
+    """A base of a config alone, and an adapter folder that names it."""
+    (where / "base").mkdir()
+    (where / "base" / "config.json").write_text(json.dumps({"model_type": model_type}))
+    (where / "adapter").mkdir()
+    save_file({"a": torch.zeros(1)}, where / "adapter" / "adapter_model.safetensors")
+    common = {"base": str(where / "base"), "revision": None, "dtype": "float32", "max_tokens": 64}
+    stated = {**common, "base_sha256": content_hash(where / "base"), **recipe}
+    (where / "adapter" / "recipe.json").write_text(json.dumps(stated))
+    return where / "adapter"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "recipe"),
+    [
+        ("llama", {}),
+        ("qwen2_5_vl", {**WORDING, "attn_implementation": "hub/kernel"}),
+        ("qwen2_5_vl", {**WORDING, "attn_implementation": {"": "sdpa", "text_config": [1]}}),
+        ("bert", {}),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(model_type: str, recipe: dict[str, object], tmp_path: Path) -> None:
+    with pytest.raises(UserError):
+        find_source(ModelRequest(adapter=folders(tmp_path, model_type, **recipe)))
+
+
+def test_attention_is_the_recipe_s_and_another_machine_s_is_transformers_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = folders(tmp_path, "qwen2_5_vl", **WORDING, attn_implementation={"": "flash_attention_2"})
+    for available, expected in ((True, {"": "flash_attention_2"}), (False, None)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        assert find_source(ModelRequest(adapter=adapter)).attention == expected
+
+
+def test_a_merged_llava_prepares_pictures_as_it_was_trained(tmp_path: Path) -> None:
+    """Its base states no way, which means padded; merged once more, the later run's way holds."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (10, 40, 3), np.uint8))
+    folder = write_tiny_llava(tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+
+    def pixels(request: ModelRequest) -> torch.Tensor:
+        return prompts_of(find_source(request)).encoder.processor.pixels(picture)
+
+    seen = [pixels(ModelRequest(model=str(folder), template="vicuna_v1"))]
+    for aspect in ("squash", "pad"):
+        adapter = write_adapter(folder, tmp_path / f"{aspect}-adapter", seed=1, targets=("*.q_proj",), rank=2)
+        recipe = {"base": str(folder), "revision": None, "base_sha256": content_hash(folder), "template": "vicuna_v1"}
+        stated = json.dumps({**recipe, "image_aspect": aspect, "dtype": "float32", "max_tokens": 64})
+        (adapter / "recipe.json").write_text(stated)
+        folder = tmp_path / aspect
+        merge_to_folder(read_adapter(adapter), Path(recipe["base"]), folder)
+        with BaseWeights(Path(recipe["base"])) as opened:
+            twice = combine(dict.fromkeys("ab", read_adapter(adapter)), {"a": 0.5, "b": 0.25}, opened).adapter
+        assert twice.recipe["image_aspect"] == aspect
+        seen.append(pixels(ModelRequest(adapter=adapter)))
+        assert torch.equal(pixels(ModelRequest(model=str(folder), template="vicuna_v1")), seen[-1])
+    assert torch.equal(seen[0], seen[-1])
+    assert not torch.equal(seen[0], seen[1])
+    assert {**json.loads((folder / "config.json").read_text()), "image_aspect": 0} == {**config, "image_aspect": 0}
+    (folder / "config.json").write_text(json.dumps({**config, "image_aspect": "anyres"}))
+    with pytest.raises(UserError):
+        pixels(ModelRequest(model=str(folder), template="vicuna_v1"))
+
+
+def test_a_language_run_s_adapter_is_asked_with_its_prompt(tmp_path: Path, capsys: Any) -> None:
+    base = write_tiny_language(tmp_path / "base")
+    adapter = write_adapter(base, tmp_path / "adapter", seed=1, targets=("*.q_proj", "*.up_proj"), rank=3, alpha=7.0)
+    recipe = {"task": "commonsense", "base": str(base), "revision": None, "template": "alpaca", "image_aspect": None}
+    recipe |= {"base_sha256": content_hash(base), "dtype": "float32", "max_tokens": 512}
+    (adapter / "recipe.json").write_text(json.dumps(recipe))
+    backbone = open_model(ModelRequest(adapter=adapter)).adapted.backbone
+    options = ["--adapter", str(adapter), "--question", "Which answer?", "--max-new-tokens", "4"]
+    image_qa.main([*options, "--compare-base"])
+    with_adapter, without = (line.split(":", 1)[1].strip() for line in capsys.readouterr().out.splitlines()[-2:])
+    encoder = open_encoder(str(base), template="alpaca", max_tokens=512)
+    ids = encoder.encode_prompt([Turn("user", "Which answer?")]).input_ids[None]
+    new = backbone.generate(ids, torch.ones_like(ids), max_new_tokens=4)[0]
+    assert " ".join(encoder.decode(new).split()) == " ".join(with_adapter.split())
+    assert with_adapter != without
+    with pytest.raises(SystemExit) as stopped:  # it reads one question at a time
+        image_qa.main([*options, "--question", "Another?", "--conversation"])
+    assert stopped.value.code == 2

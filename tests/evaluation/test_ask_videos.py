@@ -24,8 +24,6 @@ from dora_vl.evaluation import assistant as assistant_module
 from dora_vl.evaluation.open_model import ModelRequest, Opened, open_model
 from dora_vl.evaluation.predictions import read_predictions
 from dora_vl.evaluation.predictor import Shown
-from dora_vl.evaluation.results import score_lines
-from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
 from dora_vl.run.reading import read_run, read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import run
@@ -60,7 +58,6 @@ def llava(root: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def vlbart(root: Path) -> Path:
-    """A VL-BART adapter that was trained for one step on features of real clips."""
     import timm
 
     weights = root / "tower.pth"
@@ -75,20 +72,17 @@ def vlbart(root: Path) -> Path:
     small = {"texts": [str(records)], "vocabulary": 300, "width": 16, "layers": 1, "heads": 2, "feedforward": 16}
     compose = {"small": {**small, "max_positions": 256}, "feature_width": 320, "pooled_side": None, "dropout": 0.0}
     tests = {"video_caption": captions / "test.jsonl", "video_words": records.with_name("test.jsonl")}
-    path = write_vlbart_run(
-        root / "vlbart.yaml",
-        root,
-        (),
-        model={"base": str(root / "base"), "compose": compose},
-        data={
-            "train": {"video_words": str(records), "video_caption": str(captions / "adapt.jsonl")},
-            "features": {"video_words": str(root / "features"), "video_caption": str(root / "caption_features")},
-            "feature_tokens": 3,
-            "batch_size": 4,
-        },
-        training={"use_cpu": True, "max_steps": 1, "optim": "adamw_torch"},
-        evaluation={"files": {task: str(file) for task, file in tests.items()}, "image_folder": str(root / "data")},
-    )
+    sections: dict[str, Any] = {
+        "model": {"base": str(root / "base"), "compose": compose},
+        "training": {"use_cpu": True, "max_steps": 1, "optim": "adamw_torch"},
+        "evaluation": {"files": {task: str(file) for task, file in tests.items()}, "image_folder": str(root / "data")},
+    }
+    data = {
+        "train": {"video_words": str(records), "video_caption": str(captions / "adapt.jsonl")},
+        "features": {"video_words": str(root / "features"), "video_caption": str(root / "caption_features")},
+    }
+    data |= {"feature_tokens": 3, "batch_size": 4}
+    path = write_vlbart_run(root / "vlbart.yaml", root, (), data=data, **sections)
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("PATH", "")  # without Java, which takes eight seconds for each score of a caption
         run(pipeline_of(read_run([f"--config={path}"])))
@@ -102,7 +96,7 @@ def test_a_llava_sees_frames_as_pictures(llava: Path, clip: str, capsys: Any) ->
     assert (
         heading == f"{clip} (2 frames as separate pictures, since it takes no videos, 0.8 to 2.4 s, pyav)  What moves?"
     )
-    assert [answer[:19].strip() for answer in answers] == ["with adapter:", "without adapter:"]
+    assert len(answers) == 2
     video_qa.main([*common, "--frames", "3", "--start", "1", "--end", "2", "--choice", "red", "--choice", "blue"])
     assert "3 frames as separate pictures, since it takes no videos, 1.1 to 1.8 s" in capsys.readouterr().out
 
@@ -122,30 +116,21 @@ def test_a_vlbart_sees_what_it_was_trained_on(vlbart: Path, clip: str, capsys: A
 
 def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, root: Path) -> None:
     assistant = open_model(ModelRequest(adapter=vlbart)).adapted
-    assert isinstance(assistant, VlBartAssistant)
     subtasks = {subtask.name: subtask for subtask in assistant.subtasks}
     words, caption = subtasks["video_words"], subtasks["video_caption"]
+    question, clip = Example(id="1", question="which?"), Clip(path="clips/test-00000.mp4")
     with VideoReader() as reader:
-        clip = Clip(path="clips/test-00000.mp4")
-        encoder = assistant.features[words.name]
-        tokens = encoder.frames(reader.read(root / "data", clip, encoder.settings.sampling).pictures)
         frames, caption_frames = (
             reader.read(root / "data", clip, assistant.view(example, frames=0).sampling).pictures
             for example in (Example(id="1", question=text, videos=(clip,)) for text in ("which?", ""))
         )
-    torch.testing.assert_close(tokens.half(), open_features(root / "features").read("test-00000"), atol=2e-3, rtol=2e-3)
-    question = Example(id="1", question="which?")
-
-    def features(model: VlBartAssistant, pictures: Any, subtask: Any) -> Any:
-        return model.sample(Example(id="1", question="which?"), subtask, pictures).features[0]
-
-    captions = features(assistant, caption_frames, caption)
-    stored = open_features(root / "caption_features").read("test-00000")  # of two frames, by settings of their own
-    torch.testing.assert_close(captions[:2].half(), stored, atol=2e-3, rtol=2e-3)
-    assert not captions[2].any()
-    torch.testing.assert_close(features(assistant, frames, words), tokens)  # what a question typed in gets
-    halves = features(replace(assistant, feature_tokens=2), frames, words)
-    torch.testing.assert_close(halves, torch.stack([tokens[:2].amax(0), tokens[1:].amax(0)]))  # pooled over time
+    for subtask, pictures, folder, count in (
+        (words, frames, "features", 3),
+        (caption, caption_frames, "caption_features", 2),  # by settings of their own, filled up with zeros
+    ):
+        features, stored = assistant.sample(question, subtask, pictures).features[0], open_features(root / folder)
+        torch.testing.assert_close(features[:count].half(), stored.read("test-00000"), atol=2e-3, rtol=2e-3)
+        assert not features[count:].any()
     labels_alone = replace(assistant, subtasks=(vlbart_tasks.video_subtasks()["tvqa"],))
     without = replace(assistant, features={"video_caption": assistant.features["video_caption"]})
     for unable in (labels_alone, without):  # of a question without choices, and without features of its task
@@ -153,20 +138,20 @@ def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, root: Path) -> 
             unable.answer(question, Shown(pictures=tuple(frames)))
 
 
+CHOICE = ["--question", "what moves?", "--choice", "a", "--choice", "b"]
+
+
 @pytest.mark.parametrize(
     ("task", "flags", "stated"),
     [
-        ("tvqa", ["--question", "what moves?", "--choice", "a", "--choice", "b"], "[TS] (0.5-2)"),
-        ("how2qa", ["--question", "what moves?", "--choice", "a", "--choice", "b"], "[TS] (0.5-2.0)"),
+        *(("tvqa", CHOICE, "[TS] (0.5-2)"), ("how2qa", CHOICE, "[TS] (0.5-2.0)"), ("video_choice", CHOICE, "[TS] ()")),
         ("tvc", ["--question", ""], "[TS] ([0.5, 2.0])"),
-        ("video_choice", ["--question", "what moves?", "--choice", "a", "--choice", "b"], "[TS] ()"),
     ],
 )
 def test_a_part_that_the_text_states_is_stated_and_the_whole_is_seen(
     vlbart: Path, clip: str, capsys: Any, monkeypatch: pytest.MonkeyPatch, task: str, flags: list[str], stated: str
 ) -> None:
     trained = open_model(ModelRequest(adapter=vlbart)).adapted
-    assert isinstance(trained, VlBartAssistant)
     texts: list[str] = []
     encode = trained.encoder.encode
     monkeypatch.setattr(
@@ -201,19 +186,8 @@ def test_another_tower_is_refused(vlbart: Path, clip: str, tmp_path: Path, capsy
     assert "(2 frames" in capsys.readouterr().out
 
 
-def test_the_run_shows_its_clips(vlbart: Path) -> None:
-    metrics = json.loads((vlbart.parent / "metrics.json").read_text())
-    assert metrics["sets"]["video_words"]["headline"] == "accuracy"
-    assert metrics["sets"]["video_caption"]["headline"] == "CIDEr"
-    assert "average" not in metrics  # of two metrics there is none
-    kinds = {line["kind"] for line in score_lines(vlbart.parent) if line["set"] == "video_words"}
-    assert {"color", "shape", "direction", "count", "spoken"} <= kinds
-    assert (vlbart.parent / "contact_sheet.png").stat().st_size > 10_000
-
-
 @pytest.fixture(scope="module")
 def own_benchmark(root: Path) -> Path:
-    """A benchmark of one's own about clips, one of which is missing."""
     records = root / "data/records/moving_shapes/test.jsonl"
     first = next(iterate_examples(records))
     missing = replace(first, id="gone", videos=(Clip(path="clips/gone.mp4"),))
@@ -233,13 +207,13 @@ def evaluated(adapter: Path, benchmark: object, root: Path, to: Path, *more: obj
 def test_a_llava_is_evaluated_on_frames(
     llava: Path, own_benchmark: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shown: list[list[int]] = []
+    shown: list[int] = []
     pictures = assistant_module.QuestionSamples.__getitem__
 
     def counted(self: Any, index: int) -> Any:
         sample = pictures(self, index)
         if isinstance(sample, Sample):
-            shown.append([len(sample.inputs["pixel_values"]), len(sample.input_ids)])
+            shown.append(len(sample.inputs["pixel_values"]))
         return sample
 
     monkeypatch.setattr(assistant_module.QuestionSamples, "__getitem__", counted)
@@ -248,15 +222,10 @@ def test_a_llava_is_evaluated_on_frames(
     assert (entry["n"], entry["failed"].keys()) == (2, {"gone"})
     assert "clips/gone.mp4 is missing" in entry["failed"]["gone"]
     assert entry["asked_with"]["frames"] == 3
-    (three,) = shown
-    assert three[0] == 3
     (line,) = read_predictions(tmp_path / "predictions.jsonl")["moving"].values()
     assert line.question.endswith("Answer with the option's letter from the given choices directly.")
-    shown.clear()
     evaluated(llava, own_benchmark, root, tmp_path, "--frames", 2)  # other frames: answers of before are not taken
-    (two,) = shown
-    assert two[0] == 2
-    assert two[1] < three[1]  # a frame's tokens fewer
+    assert shown == [3, 2]
 
 
 def test_a_vlbart_is_evaluated_as_it_was_trained(

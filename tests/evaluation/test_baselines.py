@@ -1,15 +1,21 @@
-"""What a score is compared with: written out by hand on answers that see their pictures, and on answers that do not."""
+"""What stands beside a score: other pictures, commonest answers, the untrained base, what the model forgot."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from dora_vl.backbones.encoder import open_encoder
+from dora_vl.backbones.model import open_backbone
 from dora_vl.data.example import MIDDLE_FRAME, Answer, Clip, Example
+from dora_vl.data.turns import Turn
+from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
 from dora_vl.evaluation.baselines import (
     MOST_EXCHANGED,
     UNTRAINED,
@@ -23,33 +29,28 @@ from dora_vl.evaluation.baselines import (
     right_text,
     said_instead,
 )
+from dora_vl.evaluation.forgetting import PASSAGES, abilities, forgetting, in_words
 from dora_vl.evaluation.scores.exact import score
 from dora_vl.files import write_json
 from dora_vl.run.folder import PROBE
+from tests.backbones.tiny_language import write_tiny_language
 
 COLOURS = ("red", "blue", "green")
 
 
 def rows(count: int, question: str = "which colour?") -> list[Example]:
-    """Pictures whose names say their colour, in turn."""
+    named = [(str(number), COLOURS[number % 3]) for number in range(count)]
     return [
-        Example(
-            id=str(number),
-            images=(f"{COLOURS[number % 3]}-{number}.png",),
-            question=question,
-            answers=(Answer(text=COLOURS[number % 3]),),
-        )
-        for number in range(count)
+        Example(id=name, images=(f"{colour}-{name}.png",), question=question, answers=(Answer(text=colour),))
+        for name, colour in named
     ]
 
 
 def seen(example: Example) -> str:
-    """What a model that looks says."""
     return example.images[0].partition("-")[0]
 
 
 def told(examples: list[Example], says: Any) -> dict[str, Any]:
-    """The entry of `metrics.json` for a model that says this."""
     answers = {example.id: says(example) for example in examples}
     sample = exchanged(examples, answers)
     exchange = Exchange(examples=sample, answers={example.id: says(example) for example in sample})
@@ -71,7 +72,6 @@ def test_answers_that_see_their_pictures_fall_with_others() -> None:
 
 @pytest.mark.parametrize("says", [lambda _: "red", lambda example: COLOURS[int(example.id) % 3]])
 def test_answers_that_do_not_are_warned_of(says: Any) -> None:
-    """One always says the same; the other is always right, by the question alone."""
     entry = told(rows(60), says)
     assert entry["exchanged_pictures"]["difference"]["value"] == 0
     assert "warning" in entry
@@ -96,13 +96,10 @@ def test_the_commonest_answer_is_each_question_s_own_where_it_is_asked_often() -
 def test_every_picture_gets_one_other_of_as_many() -> None:
     singles, pairs = rows(20), [Example(id=f"p{n}", images=(f"{n}.png", f"{n + 1}.png")) for n in range(4)]
     twice = [Example(id=f"again{example.id}", images=example.images, question="again?") for example in singles[:3]]
+    parts = [Clip(path="v.mp4", start_seconds=float(n)) for n in range(3)]
     clips = [
-        Example(
-            id=f"c{n}",
-            videos=(Clip(path="v.mp4", start_seconds=float(n)),),
-            extra={MIDDLE_FRAME: f"{float(n)}.png", "kind": n},
-        )
-        for n in range(3)
+        Example(id=f"c{n}", videos=(part,), extra={MIDDLE_FRAME: f"{float(n)}.png", "kind": n})
+        for n, part in enumerate(parts)
     ]
     words, alone = Example(id="words", question="?"), Example(id="alone", images=("a.png", "b.png", "c.png"))
     everything = {example.id: example for example in (*singles, *pairs, *twice, *clips, words, alone)}
@@ -116,7 +113,6 @@ def test_every_picture_gets_one_other_of_as_many() -> None:
     assert all(sample[f"again{n}"].images == sample[str(n)].images for n in range(3))
     for n in range(3):
         assert sample[f"c{n}"].extra[MIDDLE_FRAME] == f"{sample[f'c{n}'].videos[0].start_seconds}.png"
-    assert exchanged(everything.values(), everything.keys() - {"p0", "p1", "p2"}) != [*sample.values()]
     assert "p3" not in {item.id for item in exchanged(everything.values(), everything.keys() - {"p0", "p1", "p2"})}
 
 
@@ -129,6 +125,9 @@ def test_the_sample_is_seeded_bounded_and_keeps_what_is_scored_together() -> Non
     kept = {int(row.id) // 7 for row in sample}
     assert len(sample) == sum(int(row.id) // 7 in kept for row in examples)
     assert digest(sample) != digest(sample[1:])
+    assert drawn(examples) == drawn(examples)
+    assert len({example.id for example in drawn(examples)}) == MOST_EXCHANGED
+    assert sorted(example.id for example in drawn(examples[:7])) == [str(number) for number in range(7)]
 
 
 def test_where_no_pictures_differ_nothing_is_exchanged_and_warned_of() -> None:
@@ -147,14 +146,6 @@ def test_the_untrained_base_is_compared_on_the_questions_that_it_was_asked() -> 
     assert part["difference"]["value"] == pytest.approx(200 / 3)
     assert part["difference"]["low"] > 40
     assert "33.33 of 30" in line
-
-
-def test_the_drawn_sample_is_a_seed_s() -> None:
-    examples = rows(3 * MOST_EXCHANGED)
-    sample = drawn(examples)
-    assert sample == drawn(examples)
-    assert len({example.id for example in sample}) == MOST_EXCHANGED
-    assert sorted(example.id for example in drawn(examples[:7])) == [str(number) for number in range(7)]
 
 
 def test_what_the_pictures_tell_stands_beside_what_was_learned(tmp_path: Path) -> None:
@@ -180,3 +171,33 @@ def test_what_the_pictures_tell_stands_beside_what_was_learned(tmp_path: Path) -
     assert not readable_answers(tmp_path / "test.jsonl", "of another")
     assert not readable_answers(tmp_path / "nothing" / "test.jsonl", None)
     assert not readable_answers(None, None)
+
+
+def test_the_base_s_answers_are_measured_on_both_models_without_what_closes_them(tmp_path: Path) -> None:
+    base = write_tiny_language(tmp_path / "base")
+    encoder = open_encoder(str(base), template="vicuna_v1", max_tokens=512)
+    model = open_backbone(str(base), dtype=torch.float32).eval()
+    assistant = Assistant(model, EncoderPrompts(encoder))
+    before = abilities(assistant)
+    with torch.no_grad():
+        model.model.model.layers[0].self_attn.q_proj.weight.add_(0.3)
+    after = abilities(assistant, base=before)
+    nats, tokens = 0.0, 0
+    for question, answer in before.answers.items():
+        prompt = encoder.encode_prompt([Turn("user", question)]).input_ids.tolist()
+        ids = prompt + encoder.tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
+        logits = model.model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        places = range(len(prompt), len(ids))
+        nats -= sum(float(logits[place - 1, ids[place]]) for place in places)
+        tokens += len(places)
+    assert after.answer_nats == pytest.approx(nats / tokens, rel=1e-4)
+    assert before.answer_nats < nats / tokens
+
+    entry = forgetting(before, after)
+    assert entry["answers"]["nats"] == {"base": before.answer_nats, "adapted": after.answer_nats}
+    assert entry["answers"]["n"] == len(PASSAGES["questions"])
+    said = in_words(entry)
+    assert f"{math.exp(after.nats) / math.exp(before.nats):.2f} times" in said["perplexity of other text"]
+    assert f"{after.answer_nats:.2f} after" in said["answers to other questions"]
+    assert in_words({"reason": "it takes no words"}) == {}
+    assert in_words(None) == {}

@@ -1,8 +1,10 @@
-"""A benchmark of one's own: ten lines of YAML and records."""
+"""Benchmarks of one's own and question files of others: what is read of them, and what a model is asked."""
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,12 @@ import pytest
 
 from dora_vl.cli import main
 from dora_vl.data.example import Answer, Example, write_examples
-from dora_vl.errors import UserError
+from dora_vl.data.turns import Turn
+from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.benchmarks import find_benchmark, read_own, read_set
-from dora_vl.evaluation.results import score_lines
+from dora_vl.evaluation.questions import outputs_of, read_question_file, read_questions
 from dora_vl.evaluation.scores import benchmark as prompts
+from dora_vl.evaluation.scores.benchmark import LETTER, SHORT, prompt_turns
 
 RECEIPTS = "name: receipts\nscoring: anls\nfile: receipts.jsonl\nprompt: as_is\nmax_new_tokens: 24\nframes: 2\n"
 
@@ -35,12 +39,9 @@ def test_a_file_of_a_few_lines_is_a_benchmark(tmp_path: Path, capsys: Any) -> No
     entry = json.loads((tmp_path / "to" / "metrics.json").read_text())["sets"]["receipts"]
     assert (entry["headline"], entry["metrics"]["anls"]["value"]) == ("anls", pytest.approx(90.0))
     assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["receipts", "anls", "90.00"]
-    assert [line["set"] for line in score_lines(tmp_path / "to")] == ["receipts"] * 2
-    own = read_own(benchmark)
-    assert (own.benchmark.max_new_tokens, own.benchmark.frames) == (24, 2)
-    assert own.benchmark.prompt is prompts.as_is
-    other = write_examples(tmp_path / "other.jsonl", [Example(id="z", answers=(Answer(text="x"),))])
-    assert other == 1
+    own = read_own(benchmark).benchmark
+    assert (own.max_new_tokens, own.frames, own.prompt) == (24, 2, prompts.as_is)
+    write_examples(tmp_path / "other.jsonl", [Example(id="z", answers=(Answer(text="x"),))])
     test_set = read_set(f"{benchmark}={tmp_path / 'other.jsonl'}", tmp_path)
     assert [example.id for example in test_set.examples] == ["z"]
 
@@ -48,13 +49,188 @@ def test_a_file_of_a_few_lines_is_a_benchmark(tmp_path: Path, capsys: Any) -> No
 @pytest.mark.parametrize(
     "text",
     [
-        "name: mine",
-        "name: mine\nscoring: bleu",
-        *(f"name: mine\nscoring: exact\n{more}" for more in ("prompt: long", "files: x", "frames: true", "frames: 0")),
-        *(f"name: {name}\nscoring: exact" for name in ("pope", "../mine", "3", "2001-99-99")),
-        *("- name", "name: [", "{? [a] : b}", "[" * 5000),
+        *("name: mine", "name: mine\nscoring: bleu", "- name", "name: [", "[" * 5000),
+        *(f"name: mine\nscoring: exact\n{more}" for more in ("prompt: long", "files: x", "frames: 0")),
+        *(f"name: {name}\nscoring: exact" for name in ("pope", "../mine", "3")),
     ],
 )
 def test_a_file_that_says_something_else_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(UserError):
         find_benchmark(str(written(tmp_path, text)))
+
+
+PACKAGE = """
+from dora_vl.evaluation.scores.benchmark import Benchmark
+from dora_vl.evaluation.scores.scored import ACCURACY, Tally
+
+def score(examples, answers):
+    tally = Tally()
+    for example in examples:
+        right = float(answers.get(example.id) == example.extra["wanted"])
+        tally.add(example.id, right, {"right": right, "asked": 1.0})
+    return tally.scored({"mine": ACCURACY})
+
+MINE = Benchmark(modes={"": score}, splits=("dev",))
+NOT_ONE = 3
+"""
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "site"
+    (folder / "mine-1.0.dist-info").mkdir(parents=True)
+    (folder / "own_benchmarks.py").write_text(PACKAGE)
+    (folder / "mine-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (folder / "mine-1.0.dist-info" / "entry_points.txt").write_text(
+        "[dora_vl.benchmarks]\nmine = own_benchmarks:MINE\nbroken = own_benchmarks:GONE\nodd = own_benchmarks:NOT_ONE\n"
+    )
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "own_benchmarks", raising=False)
+
+
+@pytest.mark.usefixtures("installed")
+def test_an_installed_package_adds_benchmarks(tmp_path: Path) -> None:
+    examples = [Example(id=name, answers=(Answer(text="x"),), extra={"wanted": "x"}) for name in "ab"]
+    write_examples(tmp_path / "records" / "mine" / "dev.jsonl", examples)
+    (tmp_path / "p.jsonl").write_text('{"id": "a", "answer": "x"}\n{"id": "b", "answer": "y"}\n')
+    options = ["--records", tmp_path / "records", "--predictions", tmp_path / "p.jsonl", "--to", tmp_path / "to"]
+    main(["evaluate", "--benchmarks", "mine", *map(str, options)])
+    entry = json.loads((tmp_path / "to" / "metrics.json").read_text())["sets"]["mine"]
+    assert entry["metrics"]["mine"]["value"] == 50.0
+    write_examples(tmp_path / "records" / "mine" / "dev.jsonl", [Example(id="a", answers=(Answer(text="x"),))])
+    with pytest.raises(SystemExit) as status:  # its scorer trips over a record
+        main(["evaluate", "--benchmarks", "mine", *map(str, options)])
+    assert status.value.code == 2
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("name", ["broken", "odd", "min"])
+def test_a_broken_package_is_refused(name: str) -> None:
+    with pytest.raises(UserError):
+        find_benchmark(name)
+
+
+# What a model is asked: the last round of any format's rows, LLaVA's question files, the outputs that are admitted.
+
+
+def record(name: object, *texts: str, **more: object) -> dict[str, object]:
+    turns = [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(texts)]
+    return {"id": name, "conversations": turns, **more}
+
+
+def about_picture(name: object, *texts: str, **more: object) -> dict[str, object]:
+    return record(name, *texts, image="a.png", **more)
+
+
+def lines(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_the_last_round_is_the_question_and_the_rounds_before_it_are_its_context(tmp_path: Path) -> None:
+    rows = [
+        about_picture(7, "<image>\nwhat?", "a cat", "which colour?", "grey", kind="color", unit=9),
+        about_picture("a", "<image>\nwhat?", "a cat"),
+    ]
+    (question, first), unreadable = read_questions(lines(tmp_path / "q.jsonl", rows))
+    assert unreadable == {}
+    turns = (Turn("user", "<image>\nwhat?"), Turn("assistant", "a cat"), Turn("user", "which colour?"))
+    assert (question.id, question.images, question.turns) == ("7", ("a.png",), turns)
+    assert question.question == "which colour?"
+    assert (question.answers, question.extra) == ((Answer(text="grey"),), {"kind": "color", "unit": "9"})
+    assert (first.question, first.extra) == ("what?", {})  # without its placeholder
+
+
+def test_unreadable_records_are_named_and_the_limit_counts_them(tmp_path: Path) -> None:
+    embedded = {"id": "d", "image": "data:image/png;base64,aGk=", "question": "q", "answer": "a"}
+    rows = [about_picture(name, text, "x") for name, text in (("a", "<image><image> two"), ("b", "<image> q"))]
+    path = lines(tmp_path / "q.jsonl", [*rows, embedded, about_picture("c", "<image>", "x")])
+    questions, unreadable = read_questions(path, limit=3)
+    assert [question.id for question in questions] == ["b"]
+    assert unreadable.keys() == {"a", "d"}
+
+
+@pytest.mark.parametrize("rows", [None, [], [about_picture("a", "<image>", answer) for answer in "xy"]])
+def test_what_is_no_question_file_is_refused(rows: list[dict[str, Any]] | None, tmp_path: Path) -> None:
+    if rows is not None:
+        lines(tmp_path / "q.jsonl", rows)
+    with pytest.raises(UserError):
+        read_questions(tmp_path / "q.jsonl")
+
+
+# LLaVA's own question files as a benchmark's file: asked as they stand, scored where they hold the answers.
+
+
+@pytest.mark.parametrize("name", ["vqav2", "gqa", "textvqa", "pope", "mme", "vizwiz", "seed", "mmbench", "mmvet"])
+def test_questions_are_asked_as_they_stand(name: str, tmp_path: Path) -> None:
+    rows = [
+        {"question_id": 5, "image": "a.jpg", "text": f"Is it <image> red?\n{SHORT}", "category": "random"},
+        {"question_id": "x7", "text": f"Why?\nA. so\nB. no\n{LETTER}"},
+    ]
+    path = lines(tmp_path / "q.jsonl", rows)
+    test_set = read_set(f"{name}={path}", tmp_path)
+    first, second = test_set.examples
+    assert (first.id, first.images, first.extra) == ("5", ("a.jpg",), {"category": "random"})
+    assert prompt_turns(first, test_set.benchmark.prompt) == (Turn("user", f"<image>\nIs it  red?\n{SHORT}"),)
+    assert prompt_turns(second, test_set.benchmark.prompt) == (Turn("user", f"Why?\nA. so\nB. no\n{LETTER}"),)
+    assert test_set.score is None
+    assert read_set(f"{name}={path}", tmp_path, limit=1).examples == [first]
+
+
+def test_questions_of_one_id_are_numbered(tmp_path: Path) -> None:
+    rows = [{"question_id": name, "text": f"{name}{n}?"} for name, n in (("a", 1), ("b", 1), ("a", 2), ("a", 3))]
+    names = [question.id for question in read_question_file(lines(tmp_path / "q.jsonl", rows))]
+    assert names == ["a#1", "b", "a#2", "a#3"]
+
+
+@pytest.mark.parametrize(
+    "row", [{"question_id": [1]}, {"question_id": 1, "image": ["a"]}, {"id": 1}, {"question_id": 0}]
+)
+def test_what_is_no_question_or_one_once_more_is_refused(row: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError):
+        read_question_file(lines(tmp_path / "q.jsonl", [{"question_id": 0, "text": "?"}, {"text": "?", **row}]))
+
+
+def test_scienceqas_conversations_have_choices(tmp_path: Path) -> None:
+    options = "Which?\nA. map\nB. pen"
+    rows = [
+        record("4", f"Context: A. Look.\n{options}\n<image>", "The answer is B.", image="4/image.png"),
+        record("5", "Which?\nContext: N/A\nOptions: (A) red (B) pale blue (C) green", "The answer is A.\nBECAUSE: so"),
+        record("6", options, "pen"),
+        record("7", options, "nothing of it"),
+        record("8", options, ""),
+    ]
+    path = tmp_path / "llava_test_CQM-A.json"
+    path.write_text(json.dumps(rows))
+    test_set = read_set(f"scienceqa={path}", tmp_path)
+    by_id = {example.id: example for example in test_set.examples}
+    assert (by_id["4"].choices, by_id["5"].choices) == (("map", "pen"), ("red", "pale blue", "green"))
+    assert [by_id[name].extra.get("correct") for name in "4567"] == [1, 0, 1, None]
+    (turn,) = prompt_turns(by_id["4"], test_set.benchmark.prompt)
+    assert turn.text == f"<image>\nContext: A. Look.\n{options}\n{LETTER}"
+    assert (test_set.not_scored.keys(), test_set.unreadable.keys()) == ({"7"}, {"8"})
+    answers = {"4": "B", "5": "B", "6": "The answer is B.", "7": "A"}
+    lines(tmp_path / "p.jsonl", [{"question_id": name, "text": text} for name, text in answers.items()])
+    predictions = ["--predictions", str(tmp_path / "p.jsonl"), "--to", str(tmp_path)]
+    main(["evaluate", "--benchmarks", f"scienceqa={path}", *predictions])
+    entry = json.loads((tmp_path / "metrics.json").read_text())["sets"]["scienceqa"]
+    assert (entry["n"], entry["metrics"]["accuracy"]["value"]) == (4, 50.0)  # two of 4, 5, 6 and the unreadable 8
+    assert entry["metrics"]["image accuracy"]["value"] == 100.0
+
+
+TRUTH = "the correct answer is answer2"
+TEXT = "Is it?\n\nAnswer1: a Answer2: b\n\nAnswer format: answer1/answer2"
+
+
+def instruction(text: str, answer: str = "answer2", added: str = "") -> Example:
+    turn = Turn("user", f"{text}\n{added}" if added else text, len(added))
+    return Example(id="q", turns=(turn,), answers=(Answer(text=answer),), extra={"output": TRUTH})
+
+
+def test_the_choices_stand_in_the_instruction_s_last_line_and_the_answer_is_one_of_them() -> None:
+    for added in ("", "a text\nabout it"):
+        assert outputs_of(instruction(TEXT, added=added)) == ["the correct answer is answer1", TRUTH]
+    for text, answer in (("Is it?", "answer2"), (TEXT, "answer3"), (TEXT, "answer1")):
+        with pytest.raises(BadSample) as refused:
+            outputs_of(instruction(text, answer))
+        assert refused.value.sample_id == "q"

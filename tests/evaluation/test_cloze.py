@@ -78,18 +78,14 @@ def test_both_accuracies_by_hand() -> None:
     scored = cloze_score(examples, answers)
     assert scored.metrics == {"average": 50.0, "piqa": 50.0, "winogrande": 50.0, "normalised piqa": 100.0}
     assert scored.shares == {"a": 0.0, "b": 1.0, "c": 0.0, "d": 1.0}
-
-
-@pytest.mark.parametrize("task", PATTERNS)
-def test_normalised_accuracy_is_of_the_sets_whose_task_file_in_lm_eval_has_acc_norm(task: str) -> None:
-    scored = cloze_score([example("a", task, ["x", "long one"], 1)], {"a": "-2.0 -4.0"})
-    has_it = task not in ("boolq", "social_i_qa", "winogrande")
-    assert scored.metrics == {"average": 0.0, task: 0.0} | ({f"normalised {task}": 100.0} if has_it else {})
+    for task in PATTERNS:  # the normalised one is of the sets whose task file in lm-eval has acc_norm
+        scored = cloze_score([example("a", task, ["x", "long one"], 1)], {"a": "-2.0 -4.0"})
+        has_it = task not in ("boolq", "social_i_qa", "winogrande")
+        assert scored.metrics == {"average": 0.0, task: 0.0} | ({f"normalised {task}": 100.0} if has_it else {})
 
 
 @pytest.fixture(scope="module")
 def scored_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Records of three sets, put to a tiny model by `dora-vl evaluate`."""
     folder = tmp_path_factory.mktemp("cloze")
     write_tiny_language(folder / "model")
     for name, form in (("piqa", "piqa"), ("winogrande", "winogrande"), ("ARC-Easy", "arc")):

@@ -34,16 +34,12 @@ from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 ROOT = Path(__file__).parents[2]
 ANSWER_TOKENS = 5
 PARTS = {"accuracy": 24, "kind/even": 12, "kind/odd": 12}
-Tested = tuple[RunConfig, dict[str, Any]]
-
-
-def output(config: RunConfig) -> Path:
-    return Path(config.training["output_dir"])
+Tested = tuple[RunConfig, Path]
 
 
 @pytest.fixture(scope="module")
 def tested(tmp_path_factory: pytest.TempPathFactory) -> Tested:
-    """A run of a few steps, tested on its own questions, one with a broken picture, and its metrics."""
+    """A run of a few steps, tested on its own questions, one with a broken picture; its settings and folder."""
     folder = tmp_path_factory.mktemp("tested")
     base, records = write_tiny_llava(folder / "llava"), write_tiny_data(folder / "data", samples=24)
     questions = json.loads(records.read_text())
@@ -61,7 +57,7 @@ def tested(tmp_path_factory: pytest.TempPathFactory) -> Tested:
     )
     config = read_run_file(path)
     assert run(DecoderPipeline(config)) is None
-    return config, json.loads((output(config) / "metrics.json").read_text())
+    return config, folder / "run"
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +69,12 @@ def trained(tested: Tested, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     folder = tmp_path_factory.mktemp("evaluated")
     for name in ("llava", "data", "run"):
-        shutil.copytree(output(tested[0]).parent / name, folder / name)
-    move(folder / "run" / "adapter" / "adapter_model.safetensors")
+        shutil.copytree(tested[1].parent / name, folder / name)
+    weights, random = folder / "run" / "adapter" / "adapter_model.safetensors", torch.Generator().manual_seed(1)
+    tensors = load_file(weights)
+    for tensor in (tensor for name, tensor in tensors.items() if "lora_B" in name):
+        tensor += 0.5 * torch.randn(tensor.shape, generator=random)
+    save_file(tensors, weights, metadata={"format": "pt"})
     rows = json.loads((folder / "data" / "train.json").read_text())
     model = open_model(ModelRequest(adapter=folder / "run" / "adapter")).adapted
     examples: list[Example] = []
@@ -95,15 +95,6 @@ def trained(tested: Tested, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "test.json").write_text(json.dumps(rows))
     write_examples(folder / "records" / "pope" / "test.jsonl", examples)
     return folder
-
-
-def move(weights: Path) -> None:
-    random = torch.Generator().manual_seed(1)
-    tensors = load_file(weights)
-    for name, tensor in tensors.items():
-        if "lora_B" in name:
-            tensor += 0.5 * torch.randn(tensor.shape, generator=random)
-    save_file(tensors, weights, metadata={"format": "pt"})
 
 
 def options_of(trained: Path, to: Path, *more: object) -> list[object]:
@@ -131,7 +122,6 @@ def metrics_of(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def alone(trained: Path) -> Path:
-    """The test file answered one question at a time, in one process."""
     main(["evaluate", *map(str, on_test_file(trained, trained / "alone", "--batch-size", 1))])
     return trained / "alone"
 
@@ -147,9 +137,7 @@ def right_of(entry: Mapping[str, Any], predictions: Mapping[str, Prediction]) ->
     return right
 
 
-def test_metrics_agree_with_the_predictions_whatever_the_batch_size(
-    trained: Path, alone: Path, tmp_path: Path, capsys: Any
-) -> None:
+def test_metrics_agree_whatever_the_batch_size(trained: Path, alone: Path, tmp_path: Path, capsys: Any) -> None:
     predictions = answers_in(alone)
     right = right_of(metrics_of(alone)["exact_match"], predictions)
     assert sum(line["share"] for line in score_lines(alone)) == right
@@ -191,7 +179,6 @@ def test_two_processes_give_the_same(trained: Path, alone: Path, tmp_path: Path,
 
 @pytest.fixture
 def question_ids(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The ids of all questions that are put to a model."""
     ids: list[str] = []
     predict = Assistant.predict
 
@@ -211,24 +198,20 @@ def test_answers_of_another_base_or_of_other_pictures_are_not_taken_over(
         evaluate(capsys, *on_test_file(trained, tmp_path / "to", "--limit", 4, "--no-exchange", *more))
         return len(question_ids)
 
-    shutil.copytree(trained / "llava", tmp_path / "moved")
-    shutil.copytree(trained / "llava", tmp_path / "other")
-    shutil.copytree(trained / "data", tmp_path / "pictures")
+    for name, source in {"moved": "llava", "other": "llava", "pictures": "data"}.items():
+        shutil.copytree(trained / source, tmp_path / name)
     weights = load_file(tmp_path / "other" / "model.safetensors")
     save_file({name: 2 * tensor for name, tensor in weights.items()}, tmp_path / "other" / "model.safetensors")
     assert count() == 4
     assert count("--base", tmp_path / "moved") == 0  # the same content at another place
     assert count("--any-base") == 0
     assert count("--base", tmp_path / "other", "--any-base") == 4
-    assert count("--base", tmp_path / "other", "--any-base") == 0
     assert count() == 4
     assert count("--images", tmp_path / "pictures") == 4
     assert count("--images", tmp_path / "pictures" / ".." / "pictures") == 0
 
 
-def test_against_itself_nothing_differs_and_against_the_truth_much(
-    trained: Path, alone: Path, tmp_path: Path, capsys: Any
-) -> None:
+def test_against_itself_nothing_differs(trained: Path, alone: Path, tmp_path: Path, capsys: Any) -> None:
     truth = tmp_path / "truth.jsonl"
     answered = answers_in(alone)
     truth.write_text("".join(json.dumps({"id": row.id, "answer": row.truth}) + "\n" for row in answered.values()))
@@ -245,9 +228,7 @@ def test_against_itself_nothing_differs_and_against_the_truth_much(
     assert (tmp_path / "again/against/predictions.jsonl").is_file()
 
 
-def test_records_are_found_by_the_benchmarks_name_and_asked_with_llavas_words(
-    trained: Path, tmp_path: Path, capsys: Any
-) -> None:
+def test_records_are_found_by_name_and_asked_with_llavas_words(trained: Path, tmp_path: Path, capsys: Any) -> None:
     records = ["--max-new-tokens", 2, "--records", trained / "records", "--benchmarks", "pope"]
     evaluate(capsys, *options_of(trained, tmp_path, *records, "--limit", 7))
     entry = metrics_of(tmp_path)["pope"]
@@ -259,17 +240,12 @@ def test_records_are_found_by_the_benchmarks_name_and_asked_with_llavas_words(
     assert metrics_of(tmp_path)["pope"]["n"] == 23
 
 
-def test_a_video_that_is_not_there_is_named_and_seeds_are_asked_by_their_middle_frame(
-    trained: Path, tmp_path: Path, capsys: Any
-) -> None:
+def test_a_missing_video_is_named_and_seeds_show_their_middle_frame(trained: Path, tmp_path: Path, capsys: Any) -> None:
     picture = json.loads((trained / "test.json").read_text())[0]["image"]
     clip = {"videos": (Clip(path="v.mp4"),), "question": "?", "choices": ("a", "b", "c", "d")}
     frames = {"there": picture, "gone": "SEED-Bench-video-image/9_1.png"}
-    examples = [
-        Example(id=name, extra={"correct": 0, "data_type": "video", "middle_frame": frame}, **clip)
-        for name, frame in frames.items()
-    ]
-    write_examples(tmp_path / "seed.jsonl", examples)
+    extras = {name: {"correct": 0, "data_type": "video", "middle_frame": frame} for name, frame in frames.items()}
+    write_examples(tmp_path / "seed.jsonl", (Example(id=name, extra=extra, **clip) for name, extra in extras.items()))
     write_examples(tmp_path / "how2qa.jsonl", [Example(id="q1", extra={"correct": 0}, **clip)])
     benchmarks = ",".join(f"{name}={tmp_path / name}.jsonl" for name in ("how2qa", "seed"))
     evaluate(capsys, *options_of(trained, tmp_path, "--benchmarks", benchmarks, "--max-new-tokens", 2))
@@ -282,32 +258,28 @@ def test_a_video_that_is_not_there_is_named_and_seeds_are_asked_by_their_middle_
     assert metrics["seed"]["bootstrap"]["units"] == 1  # two questions about one video
 
 
-# The test after training.
-
-
 def test_a_run_s_metrics_agree_with_its_predictions_and_testing_again_asks_only_what_failed(tested: Tested) -> None:
-    config, metrics = tested
-    entry, own = metrics["sets"]["test"], answers_in(output(config), "test")
+    config, folder = tested
+    entry, own = metrics_of(folder)["test"], answers_in(folder, "test")
     right_of(entry, own)
-    assert metrics["train_seconds"] > 0
     for name in ("loss_curve.png", "contact_sheet.png"):
-        assert (output(config) / name).read_bytes().startswith(b"\x89PNG")
-    others = answers_in(output(config), "test/exchanged_pictures")
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    others = answers_in(folder, "test/exchanged_pictures")
     assert others.keys() == own.keys()
     assert all(others[name].images != own[name].images for name in own)
     right = sum(row.prediction == row.truth for row in others.values())
     assert entry["baselines"]["exchanged_pictures"]["value"] == pytest.approx(100 * right / 23)
     assert "warning" in entry["baselines"]  # a few steps of a tiny model teach it nothing
-    of_base = answers_in(output(config), "test/untrained_base")
+    of_base = answers_in(folder, "test/untrained_base")
     assert of_base.keys() == own.keys()
     assert any(of_base[name].prediction != own[name].prediction for name in own)  # the adapter is not in it
     right, part = sum(row.prediction == row.truth for row in of_base.values()), entry["baselines"]["untrained_base"]
     assert (part["n"], part["value"]) == (24, pytest.approx(100 * right / 24))  # one picture is broken
     assert part["with_the_adapter"] == pytest.approx(entry["metrics"]["accuracy"]["value"])
     DecoderPipeline(config).test({})
-    again = metrics_of(output(config))["test"]
+    again = metrics_of(folder)["test"]
     assert again["answers_from_earlier_run"] == 23
     assert (again["metrics"], again["baselines"]) == (entry["metrics"], entry["baselines"])
     without = dataclasses.replace(config.evaluation, exchange_pictures=False, untrained=False)
     DecoderPipeline(dataclasses.replace(config, evaluation=without)).test({})
-    assert metrics_of(output(config))["test"]["baselines"].keys() == {"metric", "commonest_answer"}
+    assert metrics_of(folder)["test"]["baselines"].keys() == {"metric", "commonest_answer"}

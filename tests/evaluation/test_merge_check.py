@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dora_vl.adapters.adapter import content_hash
 from dora_vl.cli import main
 from dora_vl.evaluation import merging as merging_module
 from tests.adapters.test_hub_names import adapter_on
@@ -25,7 +25,6 @@ __all__ = ["gqa_folder", "root", "vlbart"]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny LLaVA, a DoRA of PEFT's on it, and ten questions about pictures."""
     folder = tmp_path_factory.mktemp("check")
     peft_adapter(write_model("llava", folder / "base"), folder / "adapter", use_dora=True)
     write_tiny_data(folder / "data", samples=10)
@@ -34,13 +33,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def projected(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The adapter, with a trained projector, of a wider LLaVA."""
     folder = tmp_path_factory.mktemp("export")
     return adapter_on(spread(write_tiny_llava(folder / "base", width=64)), folder / "adapter")
 
 
 def checked(*words: object) -> dict[str, Any]:
-    """What the check of a command that passes found."""
     main([str(word) for word in words])
     return check_of(Path(str(words[words.index("--to") + 1])))
 
@@ -77,7 +74,6 @@ def test_a_merge_that_answers_alike_passes_and_says_so(folders: Path, tmp_path: 
 
 
 def break_merge(monkeypatch: pytest.MonkeyPatch, head: str) -> None:
-    """Merging that gets the weight of this name's end wrong."""
     merge = merging_module.merge
 
     def wrong(plan: Any, arguments: Any) -> Iterator[str]:
@@ -91,9 +87,7 @@ def break_merge(monkeypatch: pytest.MonkeyPatch, head: str) -> None:
     monkeypatch.setattr(merging_module, "merge", wrong)
 
 
-def test_a_merge_that_answers_otherwise_fails_with_status_1(
-    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_merge_that_answers_otherwise_fails_with_status_1(folders: Path, tmp_path: Path, monkeypatch: Any) -> None:
     break_merge(monkeypatch, "lm_head.weight")
     merge = merging(folders, tmp_path / "merged", "--check")
     assert exit_status(*merge) == 1
@@ -106,19 +100,17 @@ def test_a_merge_that_answers_otherwise_fails_with_status_1(
     assert checked(*merge, "--most-different", 1.0)["passed"] is True
 
 
-def test_the_runs_own_test_is_asked(folders: Path, tmp_path: Path) -> None:
+def test_the_runs_own_test_is_asked_of_a_combination_too(folders: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    (run / "adapter").mkdir(parents=True)
-    for path in (folders / "adapter").iterdir():
-        if path.is_file():
-            (run / "adapter" / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(folders / "adapter", run / "adapter", dirs_exist_ok=True)
     evaluation = {"file": str(folders / "data" / "train.json"), "image_folder": None}
     settings = {"evaluation": evaluation, "data": {"image_folder": str(folders / "data")}}
     (run / "settings.json").write_text(json.dumps(settings))
-    to = ("--to", tmp_path / "merged", "--check", 3, "--check-tokens", 6)
-    result = checked("merge", "--adapter", run / "adapter", *to)
-    assert (result["passed"], result["n"]) == (True, 3)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "run"]
+    other = peft_adapter(folders / "base", tmp_path / "other", use_dora=True, targets=("v_proj", "down_proj"))
+    adapters = ("--adapter", run / "adapter", "--adapter", other, "--weight", 0.6, "--weight", 0.5)
+    result = checked("merge", *adapters, "--to", tmp_path / "merged", "--check", 3, "--check-tokens", 6)
+    assert (result["passed"], result["n"], sorted(result["adapters"].values())) == (True, 3, [0.5, 0.6])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "other", "run"]
 
 
 @pytest.mark.parametrize(
@@ -128,42 +120,18 @@ def test_the_runs_own_test_is_asked(folders: Path, tmp_path: Path) -> None:
         "merge --adapter {adapter} --questions {questions}",  # without --check
         "merge --adapter {adapter} --check --questions {questions} --images {tmp}",
         "merge --adapter {adapter} --check --questions {questions} --most-different 2",
-        "merge --adapter {words} --check --questions {questions} --images {data} --template vicuna_v1",
         "export --adapter {adapter}",
+        "export --adapter {adapter} --gguf --dtype float16",
+        "export --adapter {adapter} --adapter {adapter} --for vllm",
     ],
 )
-def test_what_cannot_be_checked_or_exported_is_told_before_anything_is_written(
-    words: str, folders: Path, tmp_path: Path
-) -> None:
-    paths = {"adapter": folders / "adapter", "data": folders / "data", "tmp": tmp_path}
-    paths["questions"] = folders / "data" / "train.json"
-    if "{words}" in words:
-        base = write_model("language", tmp_path / "base")
-        paths["words"] = peft_adapter(base, tmp_path / "adapter", use_dora=True)
+def test_what_cannot_be_checked_or_exported_leaves_nothing(words: str, folders: Path, tmp_path: Path) -> None:
+    paths = {"adapter": folders / "adapter", "questions": folders / "data" / "train.json", "tmp": tmp_path}
     assert exit_status(*words.format(**paths).split(), "--to", tmp_path / "to") == 2
     assert not (tmp_path / "to").exists()
 
 
-def test_values_that_the_adapter_never_saw_fail(folders: Path, tmp_path: Path) -> None:
-    """A base that was quantised for training merges into its values after that; its stored ones make another model."""
-    pytest.importorskip("bitsandbytes", reason="pip install '.[quantised]'")
-    base = spread(write_tiny_llava(tmp_path / "base", width=64))
-    adapter = adapter_on(base, tmp_path / "adapter")
-    recipe = json.loads((adapter / "recipe.json").read_text())
-    recipe |= {"base": str(base), "base_sha256": content_hash(base), "template": "vicuna_v1"}
-    recipe |= {"revision": None, "image_aspect": "pad", "dtype": "float32", "max_tokens": 256, "quantisation": "nf4"}
-    (adapter / "recipe.json").write_text(json.dumps(recipe))
-    merge = ("merge", "--adapter", adapter, "--to", tmp_path / "merged", *asking(folders), "--check", 4)
-    assert checked(*merge)["different_answers"] == 0
-    assert exit_status(*merge, "--base-values", "stored") == 1
-
-
-# A VL-BART: closed answers about pictures, captions and choices about videos.
-
-
-def test_answers_from_a_list_are_those_of_the_adapter(
-    gqa_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_answers_from_a_list_are_those_of_the_adapter(gqa_folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     merge = ("merge", "--adapter", gqa_folder / "run" / "adapter", "--to", tmp_path / "merged", "--check", 4)
     merge = (*merge, "--images", gqa_folder / "pictures")  # the run's own test
     result = checked(*merge, "--questions", gqa_folder / "gqa.jsonl")
@@ -191,9 +159,6 @@ def test_captions_and_choices_about_videos(vlbart: Path, root: Path, tmp_path: P
     assert 0 < choices["largest_logit_difference"] < 1e-3
 
 
-# `dora-vl export`.
-
-
 def test_for_vllm(projected: Path, folders: Path, tmp_path: Path, capsys: Any) -> None:
     target = tmp_path / "served"
     result = checked(
@@ -203,6 +168,14 @@ def test_for_vllm(projected: Path, folders: Path, tmp_path: Path, capsys: Any) -
     assert "4 tensors and 2 layers folded in" in printed
     assert f"vllm serve {target / 'base'} --enable-lora --max-lora-rank 8 --lora-modules served=" in printed
     assert (result["different_answers"], result["largest_logit_difference"] < 1e-2) == (0, True)
-    files = ["adapter", "base", "check.json"]
-    assert sorted(path.name for path in target.iterdir()) == files
-    assert [path.name for path in tmp_path.iterdir()] == ["served"]
+    assert sorted(path.name for path in target.iterdir()) == ["adapter", "base", "check.json"]
+
+
+@pytest.mark.parametrize("kind", [[], pytest.param(["q8_0"], marks=pytest.mark.slow)])
+def test_gguf(projected: Path, folders: Path, tmp_path: Path, kind: list[str]) -> None:
+    export = ("export", "--adapter", projected, "--to", tmp_path / "files", "--gguf", *kind, *asking(folders))
+    result = checked(*export, "--check", 4, "--most-different", 1)
+    assert (result["passed"], result["weights"]) == (True, f"GGUF {(kind or ['f16'])[0]}")
+    assert result["agreeing_tokens"] > 0.7 * result["tokens"] > 0
+    assert {path.name for path in (tmp_path / "files").iterdir()} == {"check.json", "mmproj.gguf", "model.gguf"}
+    assert [path.name for path in tmp_path.iterdir()] == ["files"]

@@ -38,9 +38,7 @@ OF_ONES_OWN = {"cloze", "llava-json"}  # several forms; test_cloze, test_prepare
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['fixture']}-{row['split']}")
-def test_a_row_becomes_prompt_target_and_score(
-    row: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_becomes_prompt_target_and_score(row: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("PATH", "")  # without Java, which takes eight seconds for each score of a caption
     file = prepared(row, tmp_path)
     assert {"asked", "vlbart", "trained", "instruction"} & set(row), "nothing is expected of the prompt"
@@ -51,21 +49,16 @@ def test_a_row_becomes_prompt_target_and_score(
         (turn,) = prompt_turns(example, questions.benchmark.prompt)
         assert turn.text == row["asked"]
     if "vlbart" in row:
-        assert seq2seq_text(SUBTASKS[row["vlbart"]["task"]], example) == (
-            row["vlbart"]["text"],
-            row["vlbart"]["target"],
-        )
+        expected = row["vlbart"]
+        assert seq2seq_text(SUBTASKS[expected["task"]], example) == (expected["text"], expected["target"])
     if "trained" in row:
-        assert trained_text(row["trained"]["template"], file, row["id"]) == (
-            row["trained"]["text"],
-            row["trained"]["answers"],
-        )
+        expected = row["trained"]
+        assert trained_text(expected["template"], file, row["id"]) == (expected["text"], expected["answers"])
     if "instruction" in row:
         prompt = PROMPTS["nvlabs"].before_output(example.question, "", test=True)
         assert (prompt, example.extra["output"]) == (row["instruction"]["text"], row["instruction"]["target"])
     assert bool(row["scores"]) == (questions.score is not None)  # a judge scores the others
     for prediction, share in row["scores"].items():
-        assert questions.score is not None
         scored = questions.score(questions.examples, {example.id: prediction})
         assert scored.shares[example.id] == pytest.approx(share, rel=1e-9), prediction
 
@@ -76,7 +69,6 @@ def test_every_source_is_followed_to_its_score() -> None:
 
 
 def prepared(row: Mapping[str, Any], to: Path) -> Path:
-    """The split's file, as `dora-vl prepare` writes it."""
     parser = argparse.ArgumentParser()
     prepare.add_arguments(parser)
     words = [row["source"], "--from", str(FIXTURES / row["fixture"]), "--to", str(to)]
@@ -85,7 +77,6 @@ def prepared(row: Mapping[str, Any], to: Path) -> Path:
 
 
 def seq2seq_text(subtask: Subtask, example: Example) -> tuple[str, str]:
-    """The encoder's text and the decoder's."""
     prompt = subtask.prompt(example)
     return prompt.subtitles_before + prompt.subtitles + prompt.text, subtask.target(example, 0, Random(0)).text
 

@@ -74,5 +74,4 @@ def vlbart_run(root: Path) -> Path:
 
 @pytest.fixture
 def copied(llava_run: Path, tmp_path: Path) -> Path:
-    """A run's folder to spoil."""
     return Path(shutil.copytree(llava_run, tmp_path / "copied"))

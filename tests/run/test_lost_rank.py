@@ -15,7 +15,7 @@ from torch.distributed import DistNetworkError
 
 from dora_vl.errors import LostRank, UserError
 from dora_vl.run import launch as run_launch
-from dora_vl.run.launch import cause_speaks_first
+from dora_vl.run.launch import cause_speaks_first, stand_alone_environment
 from tests.training.launched import launch
 from tests.training.tiny_run import MakeRun
 
@@ -41,7 +41,6 @@ def test_a_launch_ends_soon_after_one_of_its_ranks(make_run: MakeRun, how: str, 
     program = ("tests/run/faulty_rank.py", how)
     done = launch(run_file, ranks=2, launcher=launcher, program=program, succeeds=False)
     wrong = re.search(r"goes wrong at ([\d.]+)", done.stderr)
-    assert wrong is not None
     assert time.time() - float(wrong[1]) < seconds + BUSY
     words = {"raise": "LookupError: no such word", "sleep": "in go_wrong", "stop": "Timeout (0:00:15)"}
     assert words.get(how, "") in done.stderr  # the cause itself, or where each rank stood
@@ -55,8 +54,7 @@ GLOO = "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:84] Timed out 
     [
         (DistNetworkError("closed"), "0", LostRank, 2),
         (RuntimeError(GLOO), "1", LostRank, 2),
-        (UserError("bad"), "0", UserError, 0),
-        (UserError("bad"), "1", UserError, 1),
+        *((UserError("bad"), rank, UserError, int(rank)) for rank in "01"),
         (RuntimeError("a bug"), "1", RuntimeError, 0),
     ],
 )
@@ -74,7 +72,18 @@ def test_the_rank_that_knows_most_speaks_first(
     assert sum(waited) == waits * run_launch.FIRST_RANK_SECONDS
 
 
-# ---- a rank whose launcher is gone
+def test_one_rank_takes_a_free_port_and_keeps_what_the_launcher_said(monkeypatch: pytest.MonkeyPatch):
+    launched = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    stand_alone_environment()
+    port = os.environ["MASTER_PORT"]
+    assert {**launched, "MASTER_PORT": port} == {name: os.environ[name] for name in launched}
+    assert int(port) != 29500
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    stand_alone_environment()  # two ranks meet at the launcher's port
+    assert os.environ["MASTER_PORT"] == port
+
 
 ORPHAN = """
 import time
@@ -98,7 +107,6 @@ def test_a_rank_ends_with_its_launcher_and_a_process_without_one_does_not(launch
     environment = {**os.environ, **({"LOCAL_RANK": "0"} if launched else {})}
     command = [sys.executable, "-c", LAUNCHER, ORPHAN]
     launcher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    assert launcher.stdout is not None
     rank = psutil.Process(int(launcher.stdout.readline()))
     launcher.kill()
     launcher.wait()

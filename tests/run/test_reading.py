@@ -1,29 +1,33 @@
-"""Settings: what wins, which variant counts, and which key an error is about."""
+"""Settings: what wins, which key an error is about, DeepSpeed's JSON, the page of all, the adapter section."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+import torch
 import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from dora_vl import trained_parts
+from dora_vl.adapters.settings import BY_NAME, OWN_FIELDS
+from dora_vl.core import adapted_layers, apply_dora
+from dora_vl.core.config import AdaptedPart, AdapterSettings, DoRAConfig
 from dora_vl.errors import SettingError, UserError
+from dora_vl.files import shipped_folder
+from dora_vl.run.arguments import SHORT_NAMES, check_deepspeed, read_deepspeed, zero_stage
 from dora_vl.run.folder import SETTINGS, write_settings
-from dora_vl.run.reading import (
-    SECTION_CLASSES,
-    find_recipe,
-    flattened,
-    merged,
-    read_run,
-    read_run_file,
-    setting_names,
-    variants_of,
-)
-from dora_vl.run.settings import DEFAULTS, FIELDS, TYPES, Task
+from dora_vl.run.reading import find_recipe, flattened, merged, read_run, read_run_file, setting_names, variants_of
+from dora_vl.run.settings import FIELDS, AdapterConfig, Task
+from dora_vl.training.decoder_pipeline import DecoderPipeline
+from dora_vl.training.parts import core_config
+from tests.run.settings_page import PAGE, page
 from tests.training.tiny_run import json_of, write_run
 
 ROOT = Path(__file__).parents[2]
@@ -77,27 +81,16 @@ def test_a_number_is_a_number_a_yaml_no_is_no_and_an_alias_is_read(tmp_path: Pat
 @pytest.mark.parametrize(
     ("words", "key", "nearest"),
     [
+        ("--mm_projector_lr 1", "mm_projector_lr", "optim.projector_learning_rate"),
         ("--adapter.rnk 1", "adapter.rnk", "adapter.rank"),
-        ("--xyzzy 1", "xyzzy", None),
         ("--training.warmup_ratio 0.03", "training.warmup_ratio", "training.warmup_steps"),
-        ("--training.evaluation_strategy steps", "training.evaluation_strategy", "training.eval_strategy"),
         ("--training.train_sampling_strategy group_by_length", "training.train_sampling_strategy", None),
-        ("--training.metric_for_best_model accuracy", "training.metric_for_best_model", None),
-        ("--training.learning_rate -1", "training.learning_rate", None),
         ("--training.learning_rate nan", "training.learning_rate", None),
-        ("--training.per_device_train_batch_size 0", "training.per_device_train_batch_size", None),
-        ("--adapter.rank four", "adapter.rank", None),
-        ("--model.template vicuna_v2", "model.template", None),
-        ("--data.limit 0", "data.limit", None),
-        ("--evaluation.limit 0", "evaluation.limit", None),
-        ("--watch -1", "watch", None),
-        ("--config nope.yaml", "--config", None),
-        ("--variant smal", "variant", None),
+        *(("--xyzzy 1", "xyzzy", None), ("--watch -1", "watch", None), ("--variant smal", "variant", None)),
+        *(("--adapter.rank four", "adapter.rank", None), ("--config nope.yaml", "--config", None)),
     ],
 )
-def test_a_wrong_key_or_value_is_named_with_the_nearest(
-    run_file: Path, words: str, key: str, nearest: str | None
-) -> None:
+def test_a_wrong_key_or_value_is_named_with_nearest(run_file: Path, words: str, key: str, nearest: str | None) -> None:
     with pytest.raises(SettingError) as error:
         read_run([f"--config={run_file}", *words.split()])
     assert error.value.key == key
@@ -113,18 +106,12 @@ MINIMAL: Mapping[Task, tuple[str, ...]] = {
 @pytest.mark.parametrize(
     ("task", "word", "key", "nearest"),
     [
-        ("image_text", "--data.features.vqav2=f", "data.features.vqav2", None),
-        ("image_text", '--model.compose={"vision_library": "timm"}', "model.compose", None),
         ("image_text", "--evaluation.files.boolq=f", "evaluation.files.boolq", "evaluation.file"),
         ("llava", "--data.train_on=answer", "data.train_on", None),
-        ("commonsense", "--data.image_folder=.", "data.image_folder", None),
         ("commonsense", "--evaluation.file=t.json", "evaluation.file", "evaluation.files"),
-        ("commonsense", "--model.template=vicuna_v1", "model.template", None),
         ("vlbart", "--model.quantisation=nf4", "model.quantisation", None),
-        ("vlbart", "--data.packing=plain", "data.packing", None),
         ("vlbart", "--data.featurs.vqav2=f", "data.featurs.vqav2", "data.features"),
         ("vlbart", '--data.train=["t.jsonl"]', "data.train", None),
-        ("vlbart", "--data.batch_size=0", "data.batch_size", None),
         ("llawa", "--adapter.rank=4", "task", "llava"),
     ],
 )
@@ -147,7 +134,6 @@ def test_the_task_is_what_is_named_first_of_option_file_and_default(tmp_path: Pa
 
 @pytest.mark.parametrize("task", FIELDS)
 def test_the_settings_that_a_run_leaves_are_read_back(tmp_path: Path, task: Task) -> None:
-    """They hold every field that the task takes and none of another task's."""
     config = read_run([f"--task={task}", *MINIMAL[task], "--adapter.rank=3"])
     write_settings(tmp_path, config)
     assert read_run_file(tmp_path / SETTINGS) == config
@@ -164,15 +150,10 @@ def test_the_settings_that_a_run_leaves_are_read_back(tmp_path: Path, task: Task
         ("model: {base: b}\ndata: {train: {vqav2: t.jsonl}}", "data.train"),
         ("task: [llava]", "task"),
         ("variants:\n  a:\n    config: {secret}\nvariant: a", "config"),
-        ("variants: [small]", "variants"),
-        ("variants: {small: 3}", "variants"),
-        ("variants: {small: {}}\nvariant: smal", "variant"),
         ("variants: {small: {adapter: {rnk: 3}}}\nvariant: small", "adapter.rnk"),
         ("adapter:\n  alpha: 8\nadapter:\n  rank: 4", None),
-        ("training:\n  seed: 1\n  max_steps: 2\n  seed: 3", None),
         ("training:\n  learning_rate: 1:30", None),
         ("adapter:\n  rank: 010", None),
-        ("a list\nof words", None),
         ("model:\n\tbase: x\n", None),
         ("model_name_or_path: x\nlora_r: 8\ncutoff_len: 9\nfinetuning_type: lora", "model_name_or_path"),
     ],
@@ -186,11 +167,6 @@ def test_what_a_file_may_not_hold_is_refused(tmp_path: Path, content: str, key: 
     assert getattr(error.value, "key", None) == key
     assert "honour" not in repr(error.value)
     assert time.process_time() - started < 5
-
-
-def test_a_time_is_no_number(run_file: Path) -> None:
-    with pytest.raises(UserError, match="90"):
-        read_run([f"--config={run_file}", "--adapter.rank=1:30"])
 
 
 def test_a_variant_lies_over_the_rest_at_every_depth(run_file: Path) -> None:
@@ -232,10 +208,212 @@ def test_every_variant_writes_to_a_folder_of_its_own() -> None:
     assert len(folders) == len(set(folders)) >= 45
 
 
-def test_the_tables_of_tasks_name_settings_that_exist() -> None:
-    fields = {
-        f"{section}.{field.name}" for section, kind in SECTION_CLASSES.items() for field in dataclasses.fields(kind)
+# DeepSpeed JSON and number types that would train something else than the recipe says.
+
+
+@pytest.mark.parametrize(
+    ("block", "key"),
+    [
+        ({"optimizer": {"enabled": True}}, ".optimizer"),
+        ({"fp16": {"enabled": True}}, ".fp16"),
+        ({"torch_autocast": {"enabled": True}}, ".torch_autocast"),
+        ({"zero_optimization": 3}, ".zero_optimization"),
+        ({"bf16": True}, ".bf16"),
+        ({"zero_optimization": {"stage": 7}}, ""),
+        ({"zero_optimization": {"stag": 2}}, ""),
+        ({"communication_data_type": "fp99"}, ""),
+    ],
+)
+def test_what_is_unsafe_or_not_taken_is_refused(block: dict[str, Any], key: str) -> None:
+    with pytest.raises(SettingError) as error:
+        check_deepspeed({**read_deepspeed("zero2"), **block}, method="dora")
+    assert error.value.key == f"training.deepspeed{key}"
+
+
+def test_what_is_safe_is_taken() -> None:
+    shipped = sorted(path.stem for path in (shipped_folder() / "deepspeed").glob("*.json"))
+    assert shipped == sorted(SHORT_NAMES)
+    for name in shipped:
+        check_deepspeed(read_deepspeed(name), method="dora")
+    check_deepspeed({**read_deepspeed("zero2"), "bf16": {"enabled": True}}, method="full")  # with float32 masters
+
+
+def test_a_config_is_found_by_name_path_and_below_the_repository(tmp_path: Path) -> None:
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    assert zero_stage(read_deepspeed(str(own))) == 1
+    assert zero_stage(read_deepspeed("zero3")) == 3
+    assert read_deepspeed("configs/deepspeed/zero3.json") == read_deepspeed("zero3")
+    with pytest.raises(SettingError) as error:
+        read_deepspeed("zero4")
+    assert error.value.key == "training.deepspeed"
+    own.write_text("{")
+    with pytest.raises(UserError):
+        read_deepspeed(str(own))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["--training.bf16=true"], "training.bf16"),
+        (["--adapter.method=full", "--model.dtype=bfloat16"], "adapter.method"),
+        (["--adapter.method=full", "--model.dtype=bfloat16", "--training.bf16=true"], "training.bf16"),
+        (["--training.eval_strategy=steps"], "training.eval_strategy"),
+        (["--training.deepspeed={folder}/batch"], "training.deepspeed"),
+        (["--training.deepspeed={folder}/steps"], "training.deepspeed"),
+    ],
+)
+def test_settings_that_contradict_are_refused(tmp_path: Path, overrides: list[str], key: str) -> None:
+    run_file = write_run(tmp_path / "run.yaml", tmp_path / "base", tmp_path / "train.json")
+    for name, field in {"batch": "train_batch_size", "steps": "gradient_accumulation_steps"}.items():
+        (tmp_path / name).write_text(json.dumps({**read_deepspeed("zero2"), field: 7}))
+    with pytest.raises(SettingError) as error:
+        DecoderPipeline(read_run_file(run_file, *(word.format(folder=tmp_path) for word in overrides))).arguments()
+    assert error.value.key == key
+
+
+def test_a_run_without_a_folder_is_refused(tmp_path: Path) -> None:
+    config = read_run_file(write_run(tmp_path / "run.yaml", tmp_path / "base", tmp_path / "train.json"))
+    training = {key: value for key, value in config.training.items() if key != "output_dir"}
+    with pytest.raises(SettingError) as error:
+        DecoderPipeline(dataclasses.replace(config, training=training)).arguments()
+    assert error.value.key == "training.output_dir"
+
+
+# docs/settings.md is what the dataclasses say, whole.
+
+
+REMEDY = "python -m tests.run.settings_page writes it anew"
+
+
+def test_the_page_is_made_of_the_dataclasses() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), REMEDY
+
+
+def test_every_setting_of_every_task_has_a_row_with_a_sentence() -> None:
+    sections = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", page(), re.MULTILINE | re.DOTALL))
+    rows = {
+        f"{'' if section == 'At the top level' else f'{section}.'}{name}": text
+        for section, body in sections.items()
+        for name, text in re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", body, re.MULTILINE)
     }
-    named = frozenset[str]().union(*FIELDS.values())
-    named |= {name for table in (*DEFAULTS.values(), *TYPES.values()) for name in table}
-    assert named <= fields
+    names = {name for task in get_args(Task) for name in setting_names(task, training=False)}
+    assert names - {"training"} <= set(rows)
+    assert [name for name, text in rows.items() if len(text) < 12] == []
+
+
+# A run's adapter section is the core's own settings: each reaches the core and the adapter folder.
+
+
+OTHER: dict[str, Any] = {
+    "method": "lora",
+    "rank": 6,
+    "alpha": 5.0,
+    "dropout": 0.25,
+    "dropout_mode": "whole_change",
+    "detach_norm": False,
+    "rank_scaling": "sqrt",
+    "kinds": ("linear", "embedding"),
+    "magnitude_targets": ("*.o_proj",),
+    "rank_pattern": {"*.v_proj": 4},
+    "alpha_pattern": {"*.v_proj": 3.0},
+    "parts": {"heads": AdaptedPart(targets=("*.k_proj",), rank=2, alpha=7.0)},
+    "init": "orthogonal",
+    "random_seed": 9,
+    "opaque_layers": ("a.B",),
+    "also_train": {"norms": ("*layernorm.weight",)},
+    "also_keep": ("*.norm.weight",),
+}
+"""A value of each setting that is not its default."""
+
+
+def tiny() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes: Any = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=30, num_hidden_layers=2, **sizes))
+
+
+def test_every_setting_reaches_the_core() -> None:
+    assert OTHER.keys() == {field.name for field in dataclasses.fields(AdapterSettings)}
+    defaults = AdapterSettings()
+    assert all(getattr(defaults, name) != value for name, value in OTHER.items())
+    config = core_config(AdapterConfig(**OTHER), tiny(), targets=("*.q_proj",))
+    assert config == DoRAConfig(targets=("*.q_proj",), **OTHER)
+    assert core_config(AdapterConfig(targets=("*.up_proj",)), tiny(), targets=("*.q_proj",)).targets == ("*.up_proj",)
+
+
+def test_every_setting_is_in_the_folder_by_itself_or_by_names() -> None:
+    assert set(OWN_FIELDS) | BY_NAME == OTHER.keys()
+    assert not set(OWN_FIELDS) & BY_NAME
+
+
+def test_yaml_gives_parts_with_what_they_leave_out(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text(
+        "model: {base: b}\ndata: {train: t.json}\n"
+        "adapter: {targets: [language], parts: {vision: {targets: [vision], rank: 8}},\n"
+        "  also_train: {tokens: ['*embed*']}}\n"
+        "optim: {rates: {vision: 1.0e-5, tokens: 2.0e-5}}\n"
+    )
+    config = read_run([f"--config={tmp_path / 'my.yaml'}"])
+    assert config.adapter.parts == {"vision": AdaptedPart(targets=("vision",), rank=8, alpha=None)}
+    assert config.adapter.also_train == {"tokens": ("*embed*",)}
+    assert config.optim.rates == {"vision": 1e-5, "tokens": 2e-5}
+
+
+ANY = AdaptedPart(targets=("*",))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rank": 0},
+        {"parts": {"magnitude": ANY}},
+        {"parts": {"x": AdaptedPart(targets=())}},
+        {"parts": {"x": ANY}, "also_train": {"x": ("*",)}},
+        {"parts": {"x": ANY}, "method": "full"},
+        {"parts": {"x": AdaptedPart(targets=("*",), rank=3)}, "method": "dvora"},
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused_at_once(values: dict[str, Any]) -> None:
+    with pytest.raises(UserError):
+        AdapterConfig(**values)
+
+
+CONFIG = DoRAConfig(
+    targets=("*.q_proj", "*.v_proj"),
+    rank=6,
+    alpha=9.0,
+    dropout=0.0,
+    rank_pattern={"*.1.self_attn.v_proj": 3},
+    parts={"feed": AdaptedPart(targets=("*.0.mlp.*",), rank=2, alpha=8.0), "keys": AdaptedPart(targets=("*.k_proj",))},
+    also_train={"tokens": ("model.embed_tokens.weight",)},
+)
+
+
+def test_each_part_has_its_rank_scale_and_name() -> None:
+    model = tiny()
+    names = apply_dora(model, CONFIG)
+    assert len(names) == 4 + 3 + 2
+    layers = {name: layer.adapter for name, layer in adapted_layers(model)}
+    assert list(layers) == names
+    assert {(name.split(".")[-1], adapter.rank, adapter.scale) for name, adapter in layers.items()} == {
+        ("q_proj", 6, 1.5), ("v_proj", 6, 1.5), ("v_proj", 3, 3.0), ("k_proj", 6, 1.5),
+        ("gate_proj", 2, 4.0), ("up_proj", 2, 4.0), ("down_proj", 2, 4.0),
+    }  # fmt: skip
+    counts = {part.name: len(part.parameters) for part in trained_parts(model)}
+    expected = {f"{part}.{factor}": n for part, n in (("dora", 4), ("feed", 3), ("keys", 2)) for factor in ("A", "B")}
+    assert counts == {**expected, "dora.magnitude": 4, "feed.magnitude": 3, "keys.magnitude": 2, "tokens": 1}
+    assert {(part.part, part.factor) for part in trained_parts(model) if not part.adapts} == {("tokens", None)}
+
+
+@pytest.mark.parametrize(
+    "parts", [{"x": ("*.qq_proj",)}, {"x": ("*.k_proj",), "y": ("*.layers.0.*",)}, {"x": ("*_proj",)}]
+)
+def test_parts_that_hit_nothing_or_each_other_are_refused(parts: dict[str, tuple[str, ...]]) -> None:
+    model = tiny()
+    before = [name for name, _ in model.named_parameters()]
+    adapted = {name: AdaptedPart(targets=globs) for name, globs in parts.items()}
+    with pytest.raises(UserError):
+        apply_dora(model, DoRAConfig(targets=("*.q_proj",), parts=adapted))
+    assert [name for name, _ in model.named_parameters()] == before
+    apply_dora(model, DoRAConfig(targets=(), parts={"keys": AdaptedPart(targets=("*.k_proj",))}))  # parts alone

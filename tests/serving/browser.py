@@ -41,7 +41,6 @@ def find_chromium() -> str:
 
 @contextlib.contextmanager
 def browser() -> Iterator[Any]:
-    """Headless Chromium."""
     program = find_chromium()
     from playwright.sync_api import sync_playwright
 
@@ -98,19 +97,16 @@ class Visitor:
         self.page.wait_for_selector(ready)
 
     def show(self, *files: Path | dict[str, Any]) -> None:
-        """Chooses files."""
         uploads = [str(file) if isinstance(file, Path) else file for file in files]
         self.page.set_input_files("#dv-files input[type=file]", uploads)
 
     def see(self, count: int) -> None:
-        """Waits until so many pictures are shown."""
         self.page.wait_for_function(f"document.querySelectorAll('{PICTURES}').length == {count}")
 
     def captions(self) -> list[str]:
         return self.page.locator(f"{PICTURES} figcaption").all_inner_texts()
 
     def ask(self, question: str) -> tuple[str, str]:
-        """Types a question; both answers when they are whole."""
         before = self.count("left")
         self.page.fill(QUESTION_BOX, question)
         self.page.keyboard.press("Enter")
@@ -136,13 +132,11 @@ class Visitor:
         return self.page.locator(f"#dv-conversation-{side} .dv-tally").last.inner_text()
 
     def choose(self, side: str, model: str) -> None:
-        """Another model for a column."""
         self.page.evaluate("window.scrollTo(0, 0)")  # the list stays where it opens
         self.page.click(f"#dv-model-{side} input")
         self.page.locator("ul[role=listbox] li, ul.options li").filter(has_text=model).first.click()
 
     def turn_dial(self, side: str, strength: float) -> None:
-        """The dial of a column, as its number is typed."""
         number = self.page.locator(f"#dv-strength-{side} input[type=number]")
         number.fill(str(strength))
         number.blur()
@@ -156,23 +150,19 @@ class Trainer(Visitor):
         self.page.set_default_timeout(5 * MILLISECONDS)
 
     def state(self, text: str) -> None:
-        """Waits until a run's state says this."""
         self.page.locator("#dv-state", has_text=text).wait_for()
 
     def look(self, base: str) -> None:
-        """Has the data looked at, whole."""
         self.page.fill("#dv-base input", base)
         self.page.keyboard.press("Enter")
         self.page.click("#dv-look")
         self.state("min on this machine")
 
     def choose_run(self, run: str) -> None:
-        """Another run to look at."""
         self.page.click("#dv-run input")
         self.page.locator("ul[role=listbox] li, ul.options li").filter(has_text=run).first.click()
 
     def drop(self, files: list[Path]) -> str:
-        """Drops files; the folder that they are in."""
         self.page.set_input_files("#dv-drop input[type=file]", [str(file) for file in files])
         self.state(f"{len(files)} files are in data/dropped")
         return self.page.input_value("#dv-folder textarea, #dv-folder input")
@@ -180,7 +170,6 @@ class Trainer(Visitor):
 
 @contextlib.contextmanager
 def demo(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """`dora-vl demo` in a folder; its address and its process."""
     process = subprocess.Popen(
         [sys.executable, "-m", "dora_vl.cli", "demo", "--port", "0", *options],
         cwd=folder,
@@ -189,9 +178,7 @@ def demo(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[st
         text=True,
     )
     try:
-        assert process.stdout is not None
         match = re.search(r"http://\S+", process.stdout.readline())
-        assert match is not None
         yield match[0], process
     finally:
         process.terminate()

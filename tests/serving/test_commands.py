@@ -41,7 +41,6 @@ def refused(command: ModuleType, *arguments: object) -> str:
 
 
 def with_recipe(adapter: Path, base: Path, **changed: Any) -> Path:
-    """The recipe that training writes."""
     recipe = {"base": str(base), "revision": None, "base_sha256": content_hash(base), "dtype": "float32"}
     recipe |= {"template": "tokenizer", "image_aspect": None, "quantisation": None, "max_tokens": 256, **changed}
     (adapter / "recipe.json").write_text(json.dumps(recipe))
@@ -49,9 +48,7 @@ def with_recipe(adapter: Path, base: Path, **changed: Any) -> Path:
 
 
 @pytest.mark.parametrize("command", [serve_command, demo_command])
-def test_what_is_wrong_is_told_before_weights_are_read(
-    command: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_wrong_is_told_before_weights_are_read(command: ModuleType, tmp_path: Path, monkeypatch: Any) -> None:
     base = write_tiny("qwen2_5_vl", tmp_path / "base")
     first = with_recipe(write_adapter(base, tmp_path / "one", seed=1, **SETTINGS), base)
     second = with_recipe(write_adapter(base, tmp_path / "two", seed=2, **SETTINGS), base, base_sha256="f" * 64)
@@ -66,33 +63,22 @@ def test_what_is_wrong_is_told_before_weights_are_read(
     refused(command, "--adapter", first, "--host", "no.such.host.invalid")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         refused(command, "--adapter", first, "--port", taken.getsockname()[1])
+    for words in (["--batch", "0"], ["--port", "70000"]):
+        with pytest.raises(SystemExit):
+            refused(command, *words)
     if command is serve_command:
         refused(command, "--model", "./gone", "--port", 0)
 
 
-@pytest.mark.parametrize("words", [["--batch", "0"], ["--port", "70000"], ["--temperature", "3"], ["--window-ms", "0"]])
-@pytest.mark.parametrize("command", [serve_command, demo_command])
-def test_a_number_out_of_its_limits(command: ModuleType, words: list[str]) -> None:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    with pytest.raises(SystemExit) as status:
-        parser.parse_args(words)
-    assert status.value.code == 2
-
-
 def test_every_number_of_the_documentation_is_its_options_default() -> None:
-    """docs/serving.md's table of limits, beside the one table that the options are made of."""
     page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    of_rows = [zip(row[1].split(", "), row[2].split(", "), strict=False) for row in rows if len(row) == 4]
+    documented = {name: value for pairs in of_rows for name, value in pairs}
     defaults = {f"`--{entry.name.replace('_', '-')}`": entry.default for entry in dataclasses.fields(Settings)}
-    documented = {
-        name: float(value)
-        for _, names, values, *_ in (row for row in rows if len(row) == 4)
-        for name, value in zip(names.split(", "), values.split(", "), strict=False)
-        if name in defaults
-    }
-    assert len(documented) >= 10
-    assert documented == {name: defaults[name] for name in documented}
+    shared = documented.keys() & defaults.keys()
+    assert len(shared) >= 10
+    assert {name: float(documented[name]) for name in shared} == {name: defaults[name] for name in shared}
 
 
 def test_without_its_packages_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,14 +98,11 @@ def test_adapters_are_called_as_their_runs(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def started(folder: Path, verb: str, adapter: Path) -> Iterator[tuple[Any, str]]:
-    """The program, and the line that says where it is; it must end quietly."""
     (folder / "temporary").mkdir()
     command = [sys.executable, "-m", "dora_vl.cli", verb, "--adapter", str(adapter), "--port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(folder / "temporary")}
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=folder, env=environment, **pipes) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
         line = process.stdout.readline()
         assert " at http://127.0.0.1:" in line, process.stderr.read()[-2000:]
         yield process, line
@@ -139,9 +122,7 @@ def test_the_server_from_start_to_ctrl_c(tmp_path: Path, folders: dict[str, Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_page_from_start_to_end_without_a_file_left(
-    tmp_path: Path, folders: dict[str, Path], number: signal.Signals
-) -> None:
+def test_the_page_from_start_to_end(tmp_path: Path, folders: dict[str, Path], number: signal.Signals) -> None:
     pytest.importorskip("gradio", reason="pip install '.[web]'")
     with started(tmp_path, "demo", folders["one"]) as (process, line):
         with urllib.request.urlopen(line.split()[-3], timeout=60) as answer:

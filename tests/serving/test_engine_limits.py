@@ -7,14 +7,16 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from dora_vl.data.turns import Turn
-from dora_vl.errors import BadSample
-from dora_vl.serving.decoding import Sampling, SequenceText
+from dora_vl.errors import BadSample, UserError
+from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
 from dora_vl.serving.options import Settings
@@ -56,7 +58,6 @@ def handed_in(engine: Engine, name: str = "one", *, tokens: int = 3) -> tuple[An
 
 
 def finished(*requests: tuple[Any, queue.SimpleQueue[Any]]) -> bool:
-    """Whether all of them come to their end."""
     return all(isinstance(last(events), Finished) for _, events in requests)
 
 
@@ -70,34 +71,6 @@ def test_more_than_may_wait_are_refused_and_later_ones_join_together(engine: Eng
     gate.opened.set()
     assert isinstance(last(later[0][1]), Failed)
     assert finished(gate.first, *later[1:])
-    assert gate.sizes == [1, 3]
-
-
-def test_leaving_the_loop_ends_the_answer(engine: Engine) -> None:
-    events = engine.ask(engine.prepare("one", QUESTION, Sampling(max_new_tokens=1500)))
-    assert isinstance(next(events), Piece)
-    events.close()
-    before = time.monotonic()
-    assert finished(handed_in(engine))
-    assert time.monotonic() - before < 5
-
-
-def test_a_row_that_breaks_breaks_no_other(engine: Engine, monkeypatch: Any) -> None:
-    gate = Gate(engine, monkeypatch)
-    good, bad, other = handed_in(engine, tokens=5), handed_in(engine, tokens=7), handed_in(engine, "base", tokens=5)
-    write = SequenceText._write
-
-    def broken(row: SequenceText, text: str) -> None:
-        if row.sampling.max_new_tokens == 7 and len(row.ids) == 2:
-            raise ZeroDivisionError
-        write(row, text)
-
-    monkeypatch.setattr(SequenceText, "_write", broken)
-    gate.opened.set()
-    failed = last(bad[1])
-    assert isinstance(failed, Failed)
-    assert type(failed.error) is ZeroDivisionError
-    assert finished(gate.first, good, other)
     assert gate.sizes == [1, 3]
 
 
@@ -141,21 +114,64 @@ def test_what_a_failed_batch_held_is_gone_before_its_rows_are_tried_alone_and_to
     assert left == [0] * 5
 
 
+def test_an_adapter_that_goes_takes_its_requests_along(
+    engine: Engine, folders: dict[str, Path], monkeypatch: Any
+) -> None:
+    engine.load("extra", folders["two"])
+    gate = Gate(engine, monkeypatch)
+    waiting, other = handed_in(engine, "extra"), handed_in(engine, "one")
+    unloading = threading.Thread(target=engine.unload, args=["extra"])
+    unloading.start()
+    time.sleep(0.2)
+    gate.opened.set()
+    unloading.join(60)
+    assert finished(gate.first, other)
+    assert isinstance(last(waiting[1]), Failed | Finished)  # told, or answered before it went
+    stale = engine.prepare("one", QUESTION, Sampling(max_new_tokens=2))
+    engine.unload("one")
+    engine.load("one", folders["one"])
+    with pytest.raises(Stopped):
+        engine.submit(stale, print)
+
+
+def test_an_adapter_is_put_in_while_requests_never_cease(model: ServedModel, folders: dict[str, Path]) -> None:
+    with Engine(model, Settings(batch=1, waiting=4)) as engine:
+        stop, answered = threading.Event(), list[object]()
+
+        def ask_on() -> None:
+            while not stop.is_set():
+                answered.append(last(handed_in(engine, "base")[1]))
+
+        with ThreadPoolExecutor(3) as threads:
+            for _ in range(3):
+                threads.submit(ask_on)
+            try:
+                for _ in range(3):
+                    engine.load("new", folders["three"])
+                    with pytest.raises(UserError):  # no more than so many
+                        engine.load("more", folders["two"])
+                    assert finished(handed_in(engine, "new"))
+                    engine.unload("new")
+            finally:
+                stop.set()
+    assert len(answered) > 6
+    assert all(isinstance(event, Finished) for event in answered)
+
+
 def test_an_engine_that_ends_tells_everybody(model: ServedModel, monkeypatch: Any) -> None:
     engine = Engine(model, Settings(batch=1))
     _, running = handed_in(engine, tokens=1500)
     _, waiting = handed_in(engine)
     assert isinstance(running.get(timeout=60), Piece)
     engine.close()
-    for events in (running, waiting):
-        failed = last(events)
+    for failed in map(last, (running, waiting)):
         assert isinstance(failed, Failed)
         assert isinstance(failed.error, Stopped)
     with pytest.raises(Stopped):
         handed_in(engine)
 
 
-def test_prompts_have_a_longest(model: ServedModel) -> None:
+def test_prompts_have_a_longest(model: ServedModel, monkeypatch: Any) -> None:
     with Engine(model, Settings(max_prompt_tokens=20)) as engine:
         for turns, tokens in (([Turn("user", "Say it. " * 9)], 1), ([Turn("user", "a")], 2048)):
             with pytest.raises(BadSample) as refused:
@@ -163,11 +179,7 @@ def test_prompts_have_a_longest(model: ServedModel) -> None:
             assert refused.value.sample_id == "request"
         filled = engine.prepare("base", [Turn("user", "a")], Sampling(max_new_tokens=4000), fill=True)
         assert filled.tokens == 2048
-
-
-def test_an_endless_text_is_refused_before_it_is_tokenised(model: ServedModel, monkeypatch: Any) -> None:
-    monkeypatch.setattr(type(model.entry("one").prompts), "sample", lambda *_: pytest.fail("it was rendered"))
-    with Engine(model) as engine:
-        for name in ("one", "base"):
+        monkeypatch.setattr(type(model.entry("one").prompts), "sample", lambda *_: pytest.fail("it was rendered"))
+        for name in ("one", "base"):  # an endless text, before it is tokenised
             with pytest.raises(BadSample):
                 engine.prepare(name, [Turn("user", "a b " * 10**7)], Sampling(max_new_tokens=1), fill=True)

@@ -1,4 +1,4 @@
-"""Requests that come while others are answered: they join at the next token, and each answer is as alone."""
+"""Requests that join others at the next token, each answered as alone; and a row's text as its tokens come."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dora_vl.core.adapter_slots import SlotLayer
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation.predictor import Shown
-from dora_vl.serving.decoding import KVCacheBatch, Sampling
+from dora_vl.serving.decoding import KVCacheBatch, Sampling, SequenceSampling, SequenceText
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
 from dora_vl.serving.options import Settings
@@ -95,7 +96,6 @@ class Told:
 
 
 def batches_of(engine: Engine, monkeypatch: Any) -> list[int]:
-    """How many rows each batch began with."""
     seen: list[int] = []
     answer = engine._decoder.answer
     monkeypatch.setattr(engine._decoder, "answer", lambda batch, new: (seen.append(len(batch)), answer(batch, new))[1])
@@ -138,14 +138,12 @@ def language(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def endless(base: Path, adapters: Mapping[str, Path] | None = None) -> ServedModel:
-    """A model whose answers are as long as allowed."""
     model = served(base, adapters or {})
     model.backbone.model.generation_config.eos_token_id = None
     return model
 
 
 def by_itself(base: Path, adapter: Path | None, conversation: Any, tokens: int, **generation: Any) -> str:
-    """Such an answer of an adapter alone on its base."""
     assistant = alone(base, adapter)
     for name, value in {"eos_token_id": None, **generation}.items():
         setattr(assistant.backbone.model.generation_config, name, value)
@@ -246,3 +244,73 @@ def test_no_more_rows_and_tokens_than_a_batch_may_have(language: Path, monkeypat
     assert max(rows) <= 3
     assert max(positions) <= most
     assert rows[50] == 2  # a third would have places for more at the first one's end
+
+
+# A row's text: stop texts across pieces, half characters, its own draws and end.
+
+
+END = 0
+
+
+def spoken(tokens: list[int], decode: Any = None, **sampling: Any) -> tuple[SequenceText, list[str]]:
+    pieces: list[str] = []
+    letters = decode or (lambda ids: "".join(chr(number) for number in ids if number != END))
+    row = SequenceText(Sampling(**{"max_new_tokens": 99, **sampling}), letters, pieces.append)
+    for token in tokens:
+        row.take(token, {END})
+    return row, pieces
+
+
+def ids(text: str) -> list[int]:
+    return [ord(letter) for letter in text]
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("one two three", ("two",), "one "),
+        ("one two three", ("xy", "e t"), "on"),
+        ("aaab", ("aab",), "a"),
+        ("no stop", ("stopped",), "no stop"),
+        ("both", ("th", "ot"), "b"),
+    ],
+)
+def test_a_stop_text_is_never_written_not_even_in_part(text: str, stop: tuple[str, ...], expected: str) -> None:
+    row, pieces = spoken([*ids(text), END], stop=stop)
+    assert "".join(pieces) == row.text == expected
+    assert row.reason == "stop"
+
+
+def test_half_a_character_waits_for_its_other_half() -> None:
+    content = "aé€".encode()
+    decode = lambda taken: bytes(taken).decode("utf-8", errors="replace")  # noqa: E731
+    _, pieces = spoken(list(content), decode)
+    assert pieces == ["a", "é", "€"]
+
+
+def silent(**sampling: Any) -> SequenceText:
+    return SequenceText(Sampling(**{"max_new_tokens": 1, **sampling}), lambda ids: "", lambda text: None)
+
+
+def drawn(scores: torch.Tensor, **sampling: Any) -> list[int]:
+    rows = [silent(**sampling)] * len(scores)
+    return SequenceSampling(rows)(torch.zeros(1), scores).argmax(-1).tolist()
+
+
+def test_draws_follow_temperature_and_top_p() -> None:
+    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    scores = probabilities.log().repeat(4000, 1)
+    for temperature in (1.0, 2.0):
+        frequencies = torch.bincount(torch.tensor(drawn(scores, temperature=temperature)), minlength=4) / len(scores)
+        flattened = probabilities ** (1 / temperature)
+        torch.testing.assert_close(frequencies, flattened / flattened.sum(), atol=0.03, rtol=0.0)
+    kept = torch.bincount(torch.tensor(drawn(scores, temperature=1.0, top_p=0.7)), minlength=4) / len(scores)
+    torch.testing.assert_close(kept, torch.tensor([0.625, 0.375, 0.0, 0.0]), atol=0.03, rtol=0.0)
+
+
+def test_a_greedy_row_beside_one_that_samples_takes_its_likeliest_token() -> None:
+    scores = torch.randn(2, 9)
+    rows = [silent(), silent(temperature=1.0, seed=3)]
+    processed = SequenceSampling(rows)(torch.zeros(1), scores)
+    assert processed[0].argmax() == scores[0].argmax()
+    assert (processed > float("-inf")).sum(1).tolist() == [1, 1]

@@ -1,26 +1,35 @@
-"""The page as a person meets it, in a headless browser over a tiny random model: every answer is the model's own."""
+"""The page as a person meets it, in a headless browser over tiny models: every answer is the model's own."""
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from PIL import Image
 
+from dora_vl.cli import main
 from dora_vl.data.turns import Clip, Turn
 from dora_vl.data.video import Uniform
+from dora_vl.evaluation.predictions import Prediction, line_of
 from dora_vl.evaluation.predictor import Shown
+from dora_vl.run.folder import LOSS_LOG, one_writer, writer_of
 from dora_vl.serving.access import AccessRules
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
 from dora_vl.serving.options import Settings
+from dora_vl.serving.page_parts import ExampleQuestion, example_questions
 from dora_vl.serving.side_by_side import SideBySide
 from tests.data.video_files import read_frames, write_video
-from tests.serving.browser import QUESTION_BOX, Visitor, browser, page_of
+from tests.serving.browser import QUESTION_BOX, Trainer, Visitor, demo, page_of
 from tests.serving.tiny_served import RED, WIDE, answers, batches_of
+from tests.training.tiny_run import COLOURS, json_of, write_tiny_data, write_tiny_llava
 
 TOKENS, FRAMES = 8, 4
 QUESTION = "What colour is it?"
@@ -35,14 +44,9 @@ def uploads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with browser() as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
 def opened(chromium: Any, model: ServedModel, uploads: Path) -> Iterator[tuple[str, Engine]]:
-    with page_of(model, uploads, SETTINGS) as page:
+    examples = [ExampleQuestion("Say the colour.", RED), ExampleQuestion(QUESTION, WIDE)]
+    with page_of(model, uploads, SETTINGS, examples) as page:
         yield page
 
 
@@ -55,7 +59,6 @@ def visitor(chromium: Any, opened: tuple[str, Engine]) -> Iterator[Visitor]:
 
 @pytest.fixture
 def red(visitor: Visitor, pictures: dict[str, Path]) -> Visitor:
-    """Somebody who shows a red picture."""
     visitor.show(pictures["red"])
     visitor.see(1)
     return visitor
@@ -74,12 +77,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def printable(text: str) -> str:
-    """A random model says bytes that browsers show in ways of their own."""
     return "".join(character for character in text if character.isascii() and character.isprintable()).strip()
 
 
 def expected(engine: Engine, name: str, turns: list[Turn], seen: Shown) -> str:
-    """What the engine answers without a page."""
     return printable(answers(engine, [(name, turns, seen)], max_new_tokens=TOKENS)[0])
 
 
@@ -88,15 +89,14 @@ def first(question: str, media: str = "<image>\n") -> list[Turn]:
 
 
 def check(texts: Sequence[str], engine: Engine, question: str, seen: Shown, media: str = "<image>\n") -> None:
-    """Both columns say what the adapter and the base say to a first question."""
     assert [printable(text) for text in texts] == [
         expected(engine, name, first(question, media), seen) for name in ("one", "base")
     ]
 
 
 def nothing_left(uploads: Path) -> bool:
-    """No upload lies about."""
-    return not any(path.is_file() and path.stat().st_size for path in uploads.rglob("*"))
+    kept = [path for path in uploads.rglob("*") if path.is_file() and path.stat().st_size]
+    return all(path.suffix == ".webp" for path in kept)
 
 
 def test_a_picture_two_answers_and_a_second_turn(red: Visitor, opened: tuple[str, Engine], uploads: Path) -> None:
@@ -166,26 +166,7 @@ def test_the_dial_from_the_base_to_the_adapter(red: Visitor, opened: tuple[str, 
     assert len(set(texts.values())) > 2
 
 
-@pytest.mark.slow
-def test_the_dial_by_keyboard(red: Visitor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each strength is asked once: Enter in the number, an arrow on the slider; leaving either changes nothing."""
-    ask, strengths = SideBySide.ask, []
-    monkeypatch.setattr(SideBySide, "ask", lambda *args: (strengths.append(args[4][0].strength), ask(*args))[1])
-    red.ask(QUESTION)
-    number, slider = (red.page.locator(f"#dv-strength-left input[type={kind}]") for kind in ("number", "range"))
-    number.fill("0.25")
-    for strength, field, key in ((0.25, number, "Enter"), (0.3, slider, "ArrowRight")):
-        field.press(key)
-        red.page.locator("#dv-conversation-left .dv-tally", has_text=f"one at {strength:g} ·").wait_for()
-        red.both(1)
-    number.focus()
-    number.blur()
-    red.ask("And then?")
-    assert strengths == [1, 0.25, 0.3, 0.3]
-
-
 def test_a_page_with_a_key(chromium: Any, model: ServedModel, pictures: dict[str, Path], uploads: Path) -> None:
-    """A browser asks its person for it once, and sends it with every request of the page."""
     with page_of(model, uploads, SETTINGS, rules=AccessRules(key="open-sesame")) as (at, _):
         context = chromium.new_context()
         assert context.request.get(at).status == 401
@@ -219,13 +200,10 @@ def test_what_cannot_be_shown_is_said_and_nothing_stays(red: Visitor, pictures: 
 
 
 @pytest.mark.slow
-def test_two_answers_in_one_batch_and_a_new_talk(
-    visitor: Visitor, opened: tuple[str, Engine], pictures: dict[str, Path], monkeypatch: Any
-) -> None:
+def test_an_example_in_one_batch_and_a_new_talk(visitor: Visitor, opened: tuple[str, Engine], monkeypatch: Any) -> None:
     batches = batches_of(opened[1], monkeypatch)
-    visitor.show(pictures["wide"])
+    visitor.page.locator("#dv-examples tbody tr").nth(1).click()
     visitor.see(1)
-    visitor.page.fill(QUESTION_BOX, QUESTION)
     assert visitor.captions() == ["60 × 17"]
     visitor.turn_dial("left", 0.5)  # nothing was asked yet, and nothing changes
     visitor.page.wait_for_timeout(500)
@@ -255,41 +233,15 @@ def long_answers(visitor: Visitor, opened: tuple[str, Engine], monkeypatch: Any)
     return visitor
 
 
-def test_stop_ends_the_answer_and_keeps_what_was_said(long_answers: Visitor) -> None:
-    long_answers.page.keyboard.press("Enter")
-    long_answers.page.locator("#dv-conversation-left .dv-said").wait_for()
-    long_answers.page.click("#dv-stop")
-    left, _ = long_answers.both(1)
-    assert left
-    assert "stopped" in long_answers.page.locator("#dv-conversation-left").inner_text()
-
-
-@pytest.fixture
-def slow(chromium: Any, opened: tuple[str, Engine]) -> Iterator[Visitor]:
-    """Somebody whose machine takes eight times as long for all that the page does."""
-    context = chromium.new_context()
-    visitor = Visitor(context, opened[0], slower=8)
-    yield visitor
-    context.close()
-
-
-def _slow_to_look(monkeypatch: pytest.MonkeyPatch, shown: Shown | None = None) -> None:
-    """The server takes a second to read what was sent; what it finds there."""
-    look = SideBySide.look
-
-    def slowly(side: SideBySide, files: Sequence[Path]) -> Shown:
-        time.sleep(1)
-        return shown or look(side, files)
-
-    monkeypatch.setattr(SideBySide, "look", slowly)
-
-
 @pytest.mark.slow
 def test_a_question_waits_for_the_picture_that_was_chosen(
-    slow: Visitor, opened: tuple[str, Engine], pictures: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    chromium: Any, opened: tuple[str, Engine], pictures: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each question is another: what was shown before stays until the server has read the new picture."""
-    _slow_to_look(monkeypatch)
+    """On a slow machine, of a slow server: what was shown before stays until it has read the new picture."""
+    look = SideBySide.look
+    monkeypatch.setattr(SideBySide, "look", lambda *args: (time.sleep(1), look(*args))[1])
+    context = chromium.new_context()
+    slow = Visitor(context, opened[0], slower=8)
     for name, picture in (("red", RED), ("wide", WIDE)):
         slow.show(pictures[name])
         question = f"What colour is the {name} one?"
@@ -297,10 +249,10 @@ def test_a_question_waits_for_the_picture_that_was_chosen(
         slow.page.keyboard.press("Enter")
         slow.page.locator("#dv-conversation-left .dv-asked", has_text=question).wait_for()
         check(slow.both(1), opened[1], question, Shown(pictures=(picture,)))
+    context.close()
 
 
-@pytest.mark.slow
-def test_what_is_typed_during_an_answer_stays_typed(long_answers: Visitor) -> None:
+def test_stop_keeps_what_was_said_and_what_is_typed_meanwhile_stays_typed(long_answers: Visitor) -> None:
     """Enter takes it once the answer is over, not before; pressing Ask twice asks once."""
     page = long_answers.page
     page.dblclick("#dv-ask")
@@ -310,9 +262,148 @@ def test_what_is_typed_during_an_answer_stays_typed(long_answers: Visitor) -> No
     page.wait_for_timeout(300)
     assert page.input_value(QUESTION_BOX) == "And then?"
     page.click("#dv-stop")
-    long_answers.both(1)
+    left, _ = long_answers.both(1)
+    assert left
+    assert "stopped" in page.locator("#dv-conversation-left").inner_text()
     assert page.input_value(QUESTION_BOX) == "And then?"
     page.press(QUESTION_BOX, "Enter")
     page.locator("#dv-conversation-left .dv-asked", has_text="And then?").wait_for()
     page.click("#dv-stop")
     long_answers.both(2)
+
+
+def test_examples_are_questions_of_the_runs_test(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "adapter").mkdir(parents=True)
+    settings = {"data": {"image_folder": str(tmp_path)}, "training": {"output_dir": str(run)}}
+    (run / "settings.json").write_text(json.dumps(settings))
+    for colour in ("red", "blue"):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{colour}.png")
+    questions = [("Colour?", "red", "a"), ("Colour?", "red", "a"), ("Size?", "red", "a"), ("Gone?", "gone", "b")]
+    questions.append(("Shape?", "blue", "b"))
+    rows = [
+        Prediction(set=name, id=str(number), question=question, images=[f"{image}.png"], kind=kind)
+        for name, exchange in (("test/exchanged_pictures", {"red": "blue", "blue": "red"}), ("test", {}))
+        for number, (question, picture, kind) in enumerate(questions)
+        for image in [exchange.get(picture, picture)]
+    ]
+    (run / "predictions.jsonl").write_text("".join(map(line_of, rows)))
+    shown = [(example.question, example.picture.getpixel((0, 0))) for example in example_questions(run / "adapter")]
+    assert shown == [("Colour?", (255, 0, 0)), ("Shape?", (0, 0, 255)), ("Size?", (255, 0, 0))]
+    assert [example.question for example in example_questions(run / "adapter", 1)] == ["Colour?"]
+
+
+# The page's door Train, over the real command: from dropped pictures to an answer.
+
+
+ROWS = 40
+
+
+def write_pictures(folder: Path) -> list[Path]:
+    records = json_of(write_tiny_data(folder, samples=ROWS))
+    (folder / "train.json").unlink()
+    rows = [f"{row['image']},what colour?,{list(COLOURS)[number % 4]}" for number, row in enumerate(records)]
+    (folder / "table.csv").write_text("\n".join(["image,question,answer", *rows]))
+    return sorted(folder.iterdir())
+
+
+def until(true: Callable[[], object], seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    write_tiny_llava(tmp_path / "runs" / "tiny" / "base")
+    yield tmp_path
+    for run in (tmp_path / "runs").iterdir():
+        if (process := writer_of(run)) is not None:
+            os.kill(process, signal.SIGKILL)
+
+
+def start_one(one: Trainer, files: list[Path], run: Path) -> int:
+    """Takes dropped pictures to a run with settings of its own; its process, which stands still after a few steps."""
+    assert one.drop(files) == "data/dropped"
+    one.look("runs/tiny/base")
+    assert one.page.locator("#dv-rows img").count() == 6
+    for title in ("The first batch", "What training will take", "run.yaml"):
+        one.page.locator("button.label-wrap", has_text=title).click()
+    for part, text in {"seen-data": "40 usable", "estimate": "min on this machine"}.items():
+        assert text in one.page.locator(f"#dv-{part}").text_content()
+    assert one.page.locator("#dv-batch span", has_text="ASSISTANT").count() > 1  # in colours
+    for name, value in {"rank": 8, "epochs": 40}.items():
+        one.page.locator(f"#dv-{name} input[type=number]").fill(str(value))
+        one.page.keyboard.press("Enter")
+        one.page.locator(f"#dv-{name} input[type=range]").dispatch_event("pointerup")
+    until(lambda: "num_train_epochs: 40" in (run / "run.yaml").read_text())
+    settings = yaml.safe_load((run / "run.yaml").read_text())
+    assert (settings["adapter"]["rank"], settings["adapter"]["alpha"]) == (8, 16.0)
+    one.state("min on this machine")
+    (run / "run.yaml").write_text((run / "run.yaml").read_text().replace("replay: 0.1", "replay: 0.0"))  # takes minutes
+    one.page.click("#dv-start")
+    until(lambda: (run / LOSS_LOG).is_file() and (run / LOSS_LOG).stat().st_size)
+    process = writer_of(run)
+    assert process is not None
+    os.kill(process, signal.SIGSTOP)
+    return process
+
+
+@pytest.mark.slow
+def test_from_dropped_pictures_to_an_answer_though_page_and_run_are_ended(chromium: Any, place: Path) -> None:
+    files, run = write_pictures(place / "mine"), place / "runs" / "dropped"
+    with demo(place) as (address, page):
+        one, two = (Trainer(chromium.new_context(), address) for _ in range(2))
+        trains = start_one(one, files, run)
+        (other := place / "runs" / "mine").mkdir()
+        (other / "run.yaml").write_text((run / "run.yaml").read_text().replace("runs/dropped", "runs/mine"))
+        two.page.reload()
+        two.state("Training.")
+        two.choose_run("runs/mine")
+        two.state("Ready to train.")
+        two.page.click("#dv-start")
+        two.state("runs/dropped is at work")
+        assert not (place / "runs" / "mine" / "output.txt").exists()
+        page.kill()
+    assert writer_of(run) == trains
+    with demo(place) as (address, _):
+        again = Trainer(chromium.new_context(), address)
+        again.state("Training.")
+        again.page.click("#dv-halt")
+        os.kill(trains, signal.SIGCONT)
+        again.state("Stopped.")
+        stopped = json_of(sorted(run.glob("checkpoint-*"))[-1] / "trainer_state.json")
+        assert 0 < stopped["global_step"] < stopped["max_steps"]
+        again.page.click("#dv-start")
+        again.state("Trained and tested.")
+        assert json_of(run / "metrics.json")["train_steps"] == stopped["max_steps"]
+        assert "with pictures exchanged" in again.page.inner_text("#dv-test")
+        assert again.page.locator("#dv-watched img").count() == 4
+        again.page.click("#dv-ask-it")
+        again.page.wait_for_selector("#dv-ask:not([disabled])")
+        again.show(files[0])
+        again.see(1)
+        answers = again.ask("what colour?")
+        again.page.reload()
+        assert again.both(1) == answers
+        again.see(1)
+
+
+@pytest.mark.parametrize("options", [["--allow-host", "gpu.example.org"], ["--host", "0.0.0.0"], ["--no-train"]])
+def test_where_others_may_come_nobody_trains_unless_a_flag_says_so(options: list[str]) -> None:
+    """So without an adapter there is no page."""
+    with pytest.raises(SystemExit) as end:
+        main(["demo", "--port", "0", *options])
+    assert end.value.code == 2
+
+
+def test_a_writer_is_known_by_the_lock_and_lives(tmp_path: Path) -> None:
+    assert writer_of(tmp_path) is None
+    with one_writer(tmp_path):
+        assert writer_of(tmp_path) == os.getpid()
+        lock = tmp_path / ".writing.lock"
+        os.utime(lock, (1, 1))  # of a process that was there before this one began, and had its number
+        assert writer_of(tmp_path) is None
+    (tmp_path / ".writing.lock").write_text(f"process {os.getpid()} on elsewhere")
+    assert writer_of(tmp_path) is None

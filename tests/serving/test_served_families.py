@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from dora_vl.adapters.adapter import content_hash
+from dora_vl.core.adapter_slots import SlotLayer
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation.assistant import model_inputs
@@ -21,6 +22,7 @@ from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel, UnknownModel, open_served
 from dora_vl.serving.options import Settings
+from dora_vl.serving.scheduler import Finished
 from tests.adapters.peft_folders import moved_peft
 from tests.backbones.tiny_image_text import write_tiny
 from tests.backbones.tiny_language import write_tiny_language
@@ -85,9 +87,7 @@ def test_each_picture_of_a_llava_has_its_own_rows_projector(llava: Path, tmp_pat
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", *SELDOM])
-def test_adapted_towers_are_served_with_pictures_of_their_own_alone(
-    family: str, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_adapted_towers_are_served_with_their_own_pictures(family: str, tmp_path: Path, monkeypatch: Any) -> None:
     if family == "smolvlm":
         pytest.importorskip("num2words")
     base = spread(write_tiny(family, tmp_path / "base"))
@@ -108,9 +108,7 @@ def test_adapted_towers_are_served_with_pictures_of_their_own_alone(
     assert set(batches[0]) == {None, "vision", "tower", "language"}  # words of all join the first
 
 
-def test_pictures_and_videos_that_a_model_cannot_tell_apart_are_batches_of_their_own(
-    tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_pictures_and_videos_that_look_alike_are_batches_of_their_own(tmp_path: Path, monkeypatch: Any) -> None:
     base = spread(write_tiny_video("glm4v", tmp_path / "base"))
     settings = {"one": {"targets": ("*language_model*.q_proj",), "rank": 2, "alpha": 5.0}}
     adapters = write_adapters(base, tmp_path / "adapters", settings)
@@ -119,17 +117,13 @@ def test_pictures_and_videos_that_a_model_cannot_tell_apart_are_batches_of_their
     assert [len(batch) for batch in batches] == [4, 2]  # words and pictures, then videos
 
 
-def test_an_adapter_is_asked_as_its_recipe_says_and_says_its_base(
-    llava: Path, tmp_path: Path, monkeypatch: Any
-) -> None:
-    """Two adapters of one base that were trained with two prompt formats, in one batch; the base as the first."""
+def test_an_adapter_is_asked_as_its_recipe_says(llava: Path, tmp_path: Path, monkeypatch: Any) -> None:
     targets = ("*language_model*.q_proj", "*language_model*.down_proj")
     recipe = {"base": str(llava), "revision": None, "base_sha256": content_hash(llava), "image_aspect": "pad"}
-    recipe |= {"dtype": "float32", "max_tokens": 99}
-    adapters = {}
-    for seed, (name, template) in enumerate({"one": "vicuna_v1", "two": "mistral_instruct"}.items()):
-        adapters[name] = write_adapter(llava, tmp_path / name, seed=seed, targets=targets, rank=2, alpha=5.0)
-        with_recipe(adapters[name], {**recipe, "template": template})
+    templates, settings = {"one": "vicuna_v1", "two": "v0"}, {"targets": targets, "rank": 2, "alpha": 5.0}
+    adapters = write_adapters(llava, tmp_path, dict.fromkeys(templates, settings))
+    for name, template in templates.items():
+        with_recipe(adapters[name], {**recipe, "dtype": "float32", "max_tokens": 99, "template": template})
     model = open_served(None, adapters)
     assert model.names == ("base", "one", "two")
     with Engine(model, Settings(window_ms=500)) as engine:
@@ -161,27 +155,41 @@ def test_a_language_model_with_adapters_of_peft(tmp_path: Path, monkeypatch: Any
 
 
 def test_adapters_of_another_kind_or_base_are_refused(tmp_path: Path, base: Path, folders: dict[str, Path]) -> None:
-    other = write_adapter(
-        write_tiny_language(tmp_path / "l"), tmp_path / "other", seed=1, targets=("*.q_proj",), rank=2
-    )
+    language = write_tiny_language(tmp_path / "language")
+    other = write_adapter(language, tmp_path / "other", seed=1, targets=("*.q_proj",), rank=2)
     adapter = shutil.copytree(folders["one"], tmp_path / "one")
     model = served(base, {"one": adapter})
-    for name, folder in (("other", other), ("base", adapter), ("gone", tmp_path / "gone")):
+    for name, folder in (("other", other), ("one", adapter), ("base", adapter), ("gone", tmp_path / "gone")):
         with pytest.raises(UserError):
-            model.add(name, folder)
-    with pytest.raises(UnknownModel):
-        model.entry("gone")
-    model.add("two", adapter)
+            model.read(name, folder)
+    for name, error in (("gone", UnknownModel), ("base", UserError)):
+        with pytest.raises(error):
+            model.drop(name)
+    assert model.read("two", adapter)
     recipe = {"base": str(base), "base_sha256": "0" * 64, "dtype": "float32", "max_tokens": 99, "revision": None}
     with_recipe(adapter, {**recipe, "template": "tokenizer", "image_aspect": None})
     with pytest.raises(UserError):
-        model.add("three", adapter)
-    assert model.names == ("base", "one", "two")
+        model.read("two", adapter)
+    assert model.names == ("base", "one")
 
 
 def with_recipe(adapter: Path, recipe: Mapping[str, Any]) -> None:
     path = adapter / "recipe.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **recipe}))
+
+
+def test_an_adapter_leaves_no_trace(base: Path, folders: dict[str, Path]) -> None:
+    with Engine(served(base, {})) as engine:
+        model: ServedModel = engine.model
+        before = dict(model.backbone.model.named_modules())
+        engine.load("one", folders["one"])
+        assert any(isinstance(module, SlotLayer) for module in model.backbone.model.modules())
+        request = engine.prepare("one", PICTURES[0][0], Sampling(max_new_tokens=3))
+        assert isinstance(list(engine.ask(request))[-1], Finished)
+        engine.unload("one")
+        assert dict(model.backbone.model.named_modules()) == before
+        with pytest.raises(UserError):
+            list(engine.ask(request))
 
 
 def shares_answered(base: Path, adapters: Mapping[str, Path], shares: Any, monkeypatch: Any) -> list[list[Any]]:
@@ -207,9 +215,7 @@ def test_a_projector_at_strengths_of_the_rows_own(llava: Path, tmp_path: Path, m
 
 def test_a_tower_at_several_strengths_are_batches_of_their_own(tmp_path: Path, monkeypatch: Any) -> None:
     base = spread(write_tiny("internvl", tmp_path / "base"))
-    names = [name for name, _ in AutoModelForImageTextToText.from_pretrained(base).named_modules()]
-    vision = next(name for name in names if "vision" in name and name.endswith("q_proj"))
-    targets = (vision, "*language_model*.q_proj")
+    targets = ("*vision*.0.*q_proj", "*language_model*.q_proj")
     adapters = write_adapters(base, tmp_path / "adapters", {"vision": {"targets": targets, "rank": 2, "alpha": 5.0}})
     shares = [("base", 1.0), ("vision", 0.5), ("vision", 1.0), ("vision", 0.0)]
     batches = shares_answered(base, adapters, shares, monkeypatch)

@@ -1,4 +1,4 @@
-"""OpenAI's own client against the server: answers, streams, pictures, errors, clients' ends.
+"""OpenAI's own client against the server: answers, streams, pictures, adapters that come and go, errors, clients' ends.
 
 What is refused is told by status, code and place; the sentences are the server's own affair.
 """
@@ -6,6 +6,7 @@ What is refused is told by status, code and place; the sentences are the server'
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import json
 import threading
@@ -23,6 +24,7 @@ from dora_vl.data.turns import Clip, Turn
 from dora_vl.evaluation.predictor import Shown
 from dora_vl.serving import media
 from dora_vl.serving.decoding import SequenceText
+from dora_vl.serving.engine import Engine
 from dora_vl.serving.media import Reading
 from dora_vl.serving.model import ServedModel
 from dora_vl.serving.options import Settings
@@ -63,11 +65,6 @@ def expected(base: Path, folders: dict[str, Path], name: str, turns: list[Turn],
     return answer_alone(alone(base, folders.get(name)), turns, seen, tokens=TOKENS)
 
 
-def test_models_are_the_base_and_its_adapters(client: Any) -> None:
-    assert [card.id for card in client.models.list().data] == list(NAMES)
-    assert client.models.retrieve("two").id == "two"
-
-
 def test_an_answer_whole_and_streamed(client: Any, base: Path, folders: dict[str, Path]) -> None:
     request = {"model": "one", "messages": words("What colour is it?"), "max_tokens": TOKENS}
     whole = client.chat.completions.create(**request)
@@ -91,16 +88,8 @@ BRIEF, ASKED = "Be brief. Look at its edges.", "What colour is it?"
     ("messages", "turns", "pictures"),
     [
         (
-            [
-                *shows(picture_part(WIDE), picture_part(RED)),
-                *words("the second", "assistant"),
-                *words("And the other?"),
-            ],
-            [
-                Turn("user", "<image>\n<image>\nWhat is it?"),
-                Turn("assistant", "the second"),
-                Turn("user", "And the other?"),
-            ],
+            [*shows(picture_part(WIDE), picture_part(RED)), *words("the second", "assistant"), *words(ASKED)],
+            [Turn("user", "<image>\n<image>\nWhat is it?"), Turn("assistant", "the second"), Turn("user", ASKED)],
             (WIDE, RED),
         ),
         ([*words(BRIEF, "system"), *words(ASKED)], [Turn("system", BRIEF), Turn("user", ASKED)], ()),
@@ -157,11 +146,29 @@ def test_20_requests_in_flight_answer_as_each_adapter_alone(
         assert text == answer_alone(assistants[name], turns, Shown(pictures=pictures), tokens=TOKENS)
 
 
-# -- what cannot be answered ---------------------------------------------------------------------------------
+def post(client: Any, what: str, **body: Any) -> Any:
+    return client.post(f"/{what}_lora_adapter", body=body, cast_to=str)
+
+
+def test_adapters_come_and_go_while_it_runs(client: Any, base: Path, folders: dict[str, Path]) -> None:
+    assert client.models.retrieve("two").id == "two"
+    post(client, "load", lora_name="again", lora_path="two")
+    assert text_of(client, model="again") == expected(base, folders, "two", [Turn("user", "What colour is it?")])
+    post(client, "unload", lora_name="again")
+    assert refusal(client, model="again") == (404, "model_not_found", None)
+    for path in ("..", "/etc", "none", "a\0b", str(base)):
+        with pytest.raises(openai.BadRequestError) as refused:
+            post(client, "load", lora_name="other", lora_path=path)
+        assert refused.value.param == "lora_path"
+    for what, body in (("load", {"lora_name": "one", "lora_path": "two"}), ("unload", {"lora_name": "base"})):
+        with pytest.raises(openai.BadRequestError):
+            post(client, what, **body)
+    with pytest.raises(openai.NotFoundError):
+        post(client, "unload", lora_name="never")
+    assert [card.id for card in client.models.list().data] == list(NAMES)
 
 
 def refusal(client: Any, **request: Any) -> tuple[int, str | None, str | None]:
-    """Status, code and place of what a request is refused with."""
     with pytest.raises(openai.APIStatusError) as refused:
         client.chat.completions.create(**{"model": "one", "messages": words("a"), **request})
     error = refused.value.response.json()["error"]
@@ -170,6 +177,7 @@ def refusal(client: Any, **request: Any) -> tuple[int, str | None, str | None]:
     return refused.value.status_code, error["code"], error["param"]
 
 
+LARGE = Image.new("RGB", (200, 100))
 PICTURE = "messages[0].content[0].image_url"
 
 
@@ -178,20 +186,17 @@ PICTURE = "messages[0].content[0].image_url"
     [
         ({"model": "other"}, (404, "model_not_found", None)),
         ({"messages": words("Say " * 3000)}, (400, None, None)),  # no room for it
-        ({"max_tokens": 100_000}, (400, None, None)),
-        ({"messages": words("x" * 400_000)}, (413, "too_large", None)),
-        ({"messages": shows(*[picture_part(RED)] * 3)}, (413, "too_large", None)),
-        ({"messages": shows(picture_part(Image.new("RGB", (200, 100))))}, (413, "too_large", None)),
-        ({"messages": shows(url_part("data:image/png;base64,AAAA"))}, (400, None, PICTURE)),
-        ({"messages": shows(url_part(data_url(RED)[:-60]))}, (400, None, PICTURE)),
-        ({"messages": shows(url_part("data:image/png;base64,?"))}, (400, None, PICTURE)),
-        ({"messages": shows(url_part("data:,abc"))}, (400, None, PICTURE)),
-        ({"messages": shows(url_part("http://example.com/a.png"))}, (400, None, PICTURE)),
-        ({"messages": shows(url_part("file:///etc/passwd"))}, (400, None, PICTURE)),
+        *(
+            ({"messages": large}, (413, "too_large", None))
+            for large in (words("x" * 400_000), shows(*[picture_part(RED)] * 3), shows(picture_part(LARGE)))
+        ),
+        *(
+            ({"messages": shows(url_part(url))}, (400, None, PICTURE))
+            for url in (data_url(RED)[:-60], "data:,abc", "http://example.com/a.png", "file:///etc/passwd")
+        ),
         ({"messages": words("<image> a")}, (400, None, "messages[0].content[0].text")),
         ({"messages": words("<|im_end|>")}, (400, None, None)),
         ({"messages": words("\ufdd1 a")}, (400, None, None)),
-        ({"messages": [{"role": "system", "content": "a"}]}, (400, None, None)),
         ({"messages": [{"role": "assistant", "content": "a"}]}, (400, None, None)),
         ({"messages": [{"role": "system", "content": [picture_part(RED)]}]}, (400, None, "messages[0]")),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, (400, None, "tools")),
@@ -202,13 +207,10 @@ def test_bad_input_is_told_with_its_status_and_place(client: Any, body: dict[str
 
 
 def send(address: str, method: str, path: str, body: bytes = b"", declared: str | None = "application/json") -> Any:
-    """Status and JSON of an answer to what no client of OpenAI's sends."""
-    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
-    connection.request(method, path, body, {} if declared is None else {"Content-Type": declared})
-    answer = connection.getresponse()
-    status, content = answer.status, json.loads(answer.read())
-    connection.close()
-    return status, content
+    with contextlib.closing(http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)) as connection:
+        connection.request(method, path, body, {} if declared is None else {"Content-Type": declared})
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
 
 
 def test_what_is_no_json_or_no_route(client: Any, address: str) -> None:
@@ -221,36 +223,61 @@ def test_what_is_no_json_or_no_route(client: Any, address: str) -> None:
     assert text_of(client)
 
 
-@pytest.mark.parametrize("declared", ["text/plain", "text/plain;charset=UTF-8", "multipart/form-data", "", None])
-def test_other_types_of_content_are_refused(address: str, declared: str | None) -> None:
+@pytest.mark.parametrize("declared", ["text/plain;charset=UTF-8", "multipart/form-data", "", None])
+def test_other_types_of_content_are_refused(address: str, client: Any, declared: str | None) -> None:
     """Those are what a browser lets any page send to this machine without asking the server first."""
-    body = {"model": "one", "messages": words("a")}
-    status, content = send(address, "POST", "/v1/chat/completions", json.dumps(body).encode(), declared)
-    assert (status, content["error"]["code"]) == (415, "not_json")
+    for path, body in (
+        ("/v1/unload_lora_adapter", {"lora_name": "one"}),
+        ("/v1/load_lora_adapter", {"lora_name": "other", "lora_path": "two"}),
+        ("/v1/chat/completions", {"model": "one", "messages": words("a")}),
+    ):
+        status, content = send(address, "POST", path, json.dumps(body).encode(), declared)
+        assert (status, content["error"]["code"]) == (415, "not_json")
+    assert [card.id for card in client.models.list().data] == list(NAMES)
 
 
 def test_a_server_of_other_settings(model: ServedModel, endless: None) -> None:
-    """Too many at once."""
-    settings = Settings(waiting=1, batch=1)
+    settings = Settings(waiting=1, batch=1, allow_remote_media=True)
     with running(model, settings) as address:
         client = client_of(address)
+        for what, body in (("load", {"lora_name": "a", "lora_path": "a"}), ("unload", {"lora_name": "one"})):
+            with pytest.raises(openai.BadRequestError):
+                post(client, what, **body)
+        for url in (f"{address}/health", "http://localhost/a.png", "http://169.254.169.254/latest", "http://[::1]/"):
+            assert refusal(client, messages=shows(url_part(url))) == (400, None, PICTURE)
         request = {"model": "one", "messages": words("a"), "max_tokens": 500}
         with ThreadPoolExecutor(4) as threads:
             requests = [threads.submit(client.chat.completions.create, **request) for _ in range(4)]
             errors: list[Any] = [error for future in requests if (error := future.exception()) is not None]
         assert len(errors) in (2, 3)  # one is answered and one may wait
-        assert {(type(error), error.response.headers["retry-after"]) for error in errors} == {
-            (openai.RateLimitError, "1")
-        }
+        told = {(type(error), error.response.headers["retry-after"]) for error in errors}
+        assert told == {(openai.RateLimitError, "1")}
         status, health = send(address, "GET", "/health")
         assert (status, health["status"], health["waiting"]) == (200, "ok", 0)
 
 
-# -- a client that goes, and time that is over -------------------------------------------
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("moment", ["prepare", "submit"])
+def test_an_adapter_that_goes_meanwhile_is_no_fault_of_the_request(
+    model: ServedModel, folders: dict[str, Path], monkeypatch: Any, moment: str, stream: bool
+) -> None:
+    """503, to be tried again: 404 is for a name that was not served when the request came."""
+    step = getattr(Engine, moment)
+
+    def after_it_went(engine: Engine, *args: Any, **named: Any) -> Any:
+        if "extra" in engine.model.names:
+            engine.model.drop("extra")
+        return step(engine, *args, **named)
+
+    with running(model) as address:
+        client = client_of(address)
+        model.put(*model.read("extra", folders["one"]))
+        monkeypatch.setattr(Engine, moment, after_it_went)
+        assert refusal(client, model="extra", stream=stream) == (503, "stopped", None)
+        assert refusal(client, model="extra") == (404, "model_not_found", None)
 
 
 def test_a_client_that_goes_away_ends_its_row(model: ServedModel, endless: None, monkeypatch: Any) -> None:
-    """Two long answers end when their clients leave, one streamed and one waited for; the next is answered."""
     rows: dict[int, SequenceText] = {}
     take = SequenceText.take
     monkeypatch.setattr(SequenceText, "take", lambda row, *args: (rows.setdefault(id(row), row), take(row, *args))[1])
@@ -294,9 +321,8 @@ def test_nothing_more_is_decoded_for_a_client_that_has_gone_or_waited_too_long(
 
     def counted(server: Server, *args: Any) -> Any:
         try:
-            result = prepare(server, *args)
-            prepared.append(result)
-            return result
+            prepared.append(prepare(server, *args))
+            return prepared[-1]
         finally:
             ended.set()
 

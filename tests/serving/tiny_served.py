@@ -70,7 +70,6 @@ def write_adapter(base: Path, folder: Path, *, seed: int, **settings: Any) -> Pa
 
 
 def write_adapters(base: Path, folder: Path, adapters: Mapping[str, Mapping[str, Any]] = ADAPTERS) -> dict[str, Path]:
-    """The folders of several."""
     return {
         name: write_adapter(base, folder / name, seed=seed, **settings)
         for seed, (name, settings) in enumerate(adapters.items(), 1)
@@ -78,7 +77,6 @@ def write_adapters(base: Path, folder: Path, adapters: Mapping[str, Mapping[str,
 
 
 def served(base: Path, adapters: Mapping[str, Path], *, template: str | None = None) -> ServedModel:
-    """The base with its adapters."""
     return open_served(str(base), adapters, base_name="base", template=template)
 
 
@@ -91,7 +89,6 @@ def alone(base: Path, adapter: Path | None, *, template: str | None = None) -> A
 
 
 def answer_alone(assistant: Assistant, turns: Sequence[Turn], seen: Shown = NOTHING, *, tokens: int = 8) -> str:
-    """Its answer to one question, greedily."""
     batch = assistant.prompts.collate([assistant.prompts.sample(turns, seen)], "left")
     return assistant.answers(batch, max_new_tokens=tokens)[0]
 
@@ -99,7 +96,6 @@ def answer_alone(assistant: Assistant, turns: Sequence[Turn], seen: Shown = NOTH
 def answers(
     engine: Engine, questions: Sequence[tuple[str, list[Turn], Shown]], strengths: Sequence[float] = (), **sampling: Any
 ) -> list[str]:
-    """The engine's answers to questions that are handed in all at once, each with a strength of its own."""
     settings = Sampling(**{"max_new_tokens": 8, **sampling})
     prepared = [
         engine.prepare(name, turns, settings, pictures=seen.pictures, videos=seen.videos, strength=strength)
@@ -123,7 +119,6 @@ def last(events: queue.SimpleQueue[Event]) -> Finished | Failed:
 
 
 def batches_of(engine: Engine, monkeypatch: Any) -> list[list[tuple[str, float] | None]]:
-    """What the rows whose prompts are read together have of adapters, as they come."""
     batches: list[list[tuple[str, float] | None]] = []
     begin = engine._decoder.begin
 
@@ -136,20 +131,17 @@ def batches_of(engine: Engine, monkeypatch: Any) -> list[list[tuple[str, float] 
 
 
 def data_url(picture: Image.Image) -> str:
-    """A picture as a data: URL."""
     content = io.BytesIO()
     picture.save(content, "PNG")
     return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def picture_part(picture: Image.Image) -> dict[str, Any]:
-    """A picture as a part of a message."""
     return {"type": "image_url", "image_url": {"url": data_url(picture)}}
 
 
 @contextlib.contextmanager
 def running(model: ServedModel, settings: Settings | None = None, **named: Any) -> Iterator[str]:
-    """A server in a thread; its address."""
     with (
         Engine(model, settings) as engine,
         Server(engine, **named) as answering,

@@ -13,7 +13,6 @@ COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (20, 40, 220), 
 
 
 def picture(number: int, kind: str = "PNG", **options: object) -> bytes:
-    """A picture of one of four colours with noise of its own."""
     colour = np.array(list(COLOURS.values())[number % 4])
     noise = np.random.default_rng(number).integers(-20, 5, (12 + number % 3, 16, 3))
     stream = io.BytesIO()
@@ -22,7 +21,6 @@ def picture(number: int, kind: str = "PNG", **options: object) -> bytes:
 
 
 def write_table(path: Path, rows: list[list[str]], columns: str = "image,question,answer") -> Path:
-    """A CSV."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([columns.split(","), *rows])

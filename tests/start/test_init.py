@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shlex
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from jsonargparse import get_loader
-from PIL import Image
+from PIL import Image, ImageDraw
+from transformers import LlavaForConditionalGeneration
 
 from dora_vl.cli import main
 from dora_vl.data.check import FileCheck, MediaCheck
@@ -38,6 +40,7 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / ".cache"))
     monkeypatch.setattr(init, "_on_gpu", lambda: False)
+    monkeypatch.setattr(init, "_program", str)
 
 
 def printed_by(capsys: pytest.CaptureFixture[str], *words: object) -> str:
@@ -57,32 +60,23 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def problems(path: Path, root: Path) -> list[str]:
-    return list(FileCheck(path, media=MediaCheck(root, decode=True)).run(lambda _: None).findings)
-
-
-def test_a_table_and_photographs_below_become_the_files_of_a_run(
-    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_table_and_photographs_below_become_the_files_of_a_run(tmp_path: Path, base: Path, capsys: Any) -> None:
     rows = write_folder(tmp_path / "my", count=24)
     photos = tmp_path / "my" / "photos"
-    (photos / "copy.png").write_bytes(picture(3))
-    (photos / "cut.png").write_bytes(picture(5)[:-30])
-    (photos / "phone.jpg").write_bytes(_turned())
-    clear = Image.new("RGBA", (20, 30), (0, 0, 0, 0))
-    clear.save(photos / "clear.png")
-    (photos / "spare.png").write_bytes(picture(9))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    files = {"copy.png": picture(3), "cut.png": picture(5)[:-30], "phone.jpg": picture(8, "JPEG", exif=exif)}
+    for name, content in {**files, "spare.png": picture(9)}.items():
+        (photos / name).write_bytes(content)
+    Image.new("RGBA", (20, 30), (0, 0, 0, 0)).save(photos / "clear.png")
     extra = [["copy.png", "Say it.", "white"], ["cut.png", "Say it.", "red"], ["none.png", "Say it.", "red"]]
     extra += [["phone.jpg", "Which one is it?", "a red one"], ["clear.png", "Is it?", "no"], ["001.png", "Is it?", " "]]
     write_table(tmp_path / "my" / "answers.csv", [*rows, *extra])
 
     printed = printed_by(capsys, "my", "--model", base)
-    assert (
-        "my/answers.csv: question/answer, 30 rows, 27 usable\n  image: used as images\n  question: used as" in printed
-    )
+    assert "my/answers.csv: question/answer, 30 rows, 27 usable\n  image: used as images\n" in printed
     assert "pictures: 27 in my/photos, PNG 26, JPEG 1; 2 more that no row names" in printed
     assert "turned upright by their EXIF notes 1; shown on white for their transparency 1" in printed
-    assert "questions: 1 a row, 2 to 4 (in the middle 3) words" in printed
     for kind, name in (("truncated media", "cut.png"), ("missing media", "none.png"), ("empty answer", "row 30")):
         assert any(kind in line and name in line for line in printed.splitlines()), kind
     assert re.fullmatch(r"next:  \S*dora-vl train runs/my/run\.yaml", printed.splitlines()[-1])
@@ -95,7 +89,8 @@ def test_a_table_and_photographs_below_become_the_files_of_a_run(
     assert 3 <= len(test) <= 6
     sides = [{(photos / str(row["image"])).read_bytes() for row in half} for half in (train, test)]
     assert sides[0].isdisjoint(sides[1])  # the copy stays with what it is a copy of
-    assert [problems(run / name, photos) for name in ("train.jsonl", "test.jsonl")] == [[], []]
+    for name in ("train.jsonl", "test.jsonl"):
+        assert not FileCheck(run / name, media=MediaCheck(photos, decode=True)).run(lambda _: None).findings
     config = read_run_file(run / "run.yaml")
     assert (config.data.train, config.data.image_folder) == ("runs/my/train.jsonl", "my/photos")
     assert (config.evaluation.file, config.model.template) == ("runs/my/test.jsonl", "vicuna_v1")
@@ -115,15 +110,7 @@ def test_the_base_is_the_demo_s_where_it_is(tmp_path: Path, base: Path, capsys: 
     assert "base runs/demo/tuned" in printed_by(capsys, "clips", "--test-share", 0.5)
 
 
-def _turned() -> bytes:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    return picture(8, "JPEG", exif=exif)
-
-
-def test_the_seed_decides_and_an_earlier_init_is_not_replaced_unasked(
-    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_seed_decides_and_an_earlier_init_is_not_replaced_unasked(tmp_path: Path, base: Path, capsys: Any) -> None:
     write_folder(tmp_path / "my")
     printed_by(capsys, "my", "--model", base)
     files = {path.name: path.read_bytes() for path in (tmp_path / "runs/my").iterdir() if path.is_file()}
@@ -154,28 +141,16 @@ def test_what_can_be_read_of_the_base_is_told_before_training_and_stands_beside_
     assert "advice" in entry
 
 
-INSIDE, BESIDE = ([name for name in WRITERS if (name in HOLD_PICTURES) is inside] for inside in (True, False))
-
-
-@pytest.mark.parametrize("name", [INSIDE[0], BESIDE[0]])  # tests/data has every container
-def test_every_container_gives_the_same_halves(
-    tmp_path: Path, base: Path, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder, samples = tmp_path / "my", items(16)
-    folder.mkdir()
-    if name not in HOLD_PICTURES:
-        write_pictures(folder, samples)
-    WRITERS[name](folder, samples)
-    printed = printed_by(capsys, "my", "--model", base, "--to", "out")
-    assert "16 rows" in printed
-    assert "left out, as check-data" not in printed
+def test_pictures_inside_a_container_come_out_whole(tmp_path: Path, base: Path, capsys: Any) -> None:
+    samples = items(16)
+    (tmp_path / "my").mkdir()
+    WRITERS[min(HOLD_PICTURES)](tmp_path / "my", samples)
+    assert "16 rows" in printed_by(capsys, "my", "--model", base, "--to", "out")
     rows = [row for half in ("train", "test") for row in rows_of(tmp_path / "out" / f"{half}.jsonl")]
     conversations = {tuple(turn["value"] for turn in row["conversations"]) for row in rows}
     assert conversations == {(f"<image>\n{item.question}", item.answer) for item in samples}
-    root = tmp_path / ("out" if name in HOLD_PICTURES else "my")
-    assert read_run_file("out/run.yaml").data.image_folder == root.name
-    assert {(root / str(row["image"])).read_bytes() for row in rows} == {item.content for item in samples}
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".cache") == ["my", "out"]
+    assert read_run_file("out/run.yaml").data.image_folder == "out"
+    assert {Path("out", str(row["image"])).read_bytes() for row in rows} == {item.content for item in samples}
 
 
 def test_the_settings_follow_the_base_and_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,34 +167,18 @@ def test_the_settings_follow_the_base_and_the_data(tmp_path: Path, capsys: pytes
     large = yaml.safe_load((tmp_path / "runs/my/run.yaml").read_text())
     assert large["model"]["base"] == "Qwen/Qwen2.5-VL-7B-Instruct"
     assert large["training"]["gradient_checkpointing"] is True
-    each, times = (
-        large["training"][f"{name}"] for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
-    )
-    assert each < 16
-    assert each * times == 16
+    each, training = large["training"]["per_device_train_batch_size"], large["training"]
+    assert each < 16 == each * training["gradient_accumulation_steps"]
     assert large["evaluation"]["max_new_tokens"] >= 180
-    assert "strict for long answers" in (tmp_path / "runs/my/run.yaml").read_text()
 
 
-ODD_NAMES = (
-    *("no", "null", "~", "0x1f", "1e3", "1_000", "2026-11-27", "12:30", ".inf", "=", "<<", "yes/", "größe", "übung"),
-    *("bilder 😀", "a: b", "a #b", "'", '"', "\\", "[a, b]", "{a: b}", "&a", "*a", "!a", "%a", "@a", "- a", " a "),
-    *("a\nb", "a\tb", "a\u2028b", "a\x85b", "a\x07b", "\ufeffa", "x " * 200),
-)
+ODD_NAMES = ("no", "0x1f", "12:30", "bilder 😀", "a: b", "a #b", "'", "*a", "- a", " a ", "a\nb", "a\x07b", "x " * 200)
 
 
 def data_of(name: str) -> Data:
-    """Data in a folder of this name."""
-    return Data(
-        train=f"{name}/train.jsonl",
-        test=f"{name}/test.jsonl",
-        root=name,
-        rows=200,
-        answer_words=1,
-        answer_characters=3,
-        usual_answer_words=1.0,
-        has_videos=False,
-    )
+    files = {"train": f"{name}/train.jsonl", "test": f"{name}/test.jsonl", "root": name}
+    lengths: Any = {"answer_words": 1, "answer_characters": 3, "usual_answer_words": 1.0}
+    return Data(**files, **lengths, rows=200, has_videos=False)
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
@@ -233,35 +192,17 @@ def test_an_odd_name_is_read_as_it_is_written(name: str) -> None:
         assert printed["evaluation"]["file"] == f"{name}/test.jsonl"
 
 
-def test_a_folder_of_such_a_name_makes_a_run(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    name = "bilder 😀"
-    write_folder(tmp_path / name)
-    start = printed_by(capsys, name, "--model", base, "--to", name + "/run").splitlines()[-1]
-    config = read_run_file(tmp_path / name / "run" / "run.yaml")
-    assert config.data.image_folder == f"{name}/photos"
-    assert Path(config.training["output_dir"]) == Path(name) / "run"
-    assert shlex.split(start)[-1] == f"{name}/run/run.yaml"
-
-
 @pytest.mark.parametrize(("name", "share"), [("a/SmolVLM", 0.1), ("google/paligemma2-3b", None)])
 def test_a_base_that_takes_words_alone_keeps_what_it_knows(name: str, share: float | None) -> None:
     text = written(base_of(name), data_of("my"), output_dir="my", on_gpu=False, command="run")
     assert yaml.safe_load(text)["data"].get("replay") == share
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters"),
-    [("Qwen/Qwen2.5-VL-7B-Instruct", 7e9), ("HuggingFaceTB/SmolVLM-256M-Instruct", 256e6), ("a/InternVL3-hf", 0)],
-)
-def test_a_hub_id_s_size_is_in_its_name(name: str, parameters: float) -> None:
-    assert base_of(name).parameters == parameters
-
-
-def test_a_folder_s_size_is_in_its_headers(base: Path) -> None:
-    from transformers import LlavaForConditionalGeneration
-
-    model = LlavaForConditionalGeneration.from_pretrained(base)
-    assert base_of(str(base)).parameters == sum(weight.numel() for weight in model.parameters())
+def test_a_size_is_in_a_hub_id_s_name_and_in_a_folder_s_headers(base: Path) -> None:
+    sizes = {"Qwen/Qwen2.5-VL-7B-Instruct": 7e9, "HuggingFaceTB/SmolVLM-256M-Instruct": 256e6, "a/InternVL3-hf": 0}
+    assert {name: base_of(name).parameters for name in sizes} == sizes
+    weights = LlavaForConditionalGeneration.from_pretrained(base).parameters()
+    assert base_of(str(base)).parameters == sum(weight.numel() for weight in weights)
 
 
 @pytest.mark.parametrize(
@@ -272,8 +213,6 @@ def test_a_folder_s_size_is_in_its_headers(base: Path) -> None:
         ({"a.csv": "image,question,answer\ngone.png,Q?,red\n"}, ["my"]),
         ({name: "image,question,answer\na.png,Q?,red\n" for name in ("a.csv", "b.csv")}, ["my"]),
         ({"b.csv": "image,question,answer\na.png,Q?,red\n"}, ["my"]),  # one row cannot be parted
-        ({"b.csv": "image,question,answer\na.png,Q?, \n"}, ["my"]),
-        ({}, ["none"]),
         ({}, ["sound", "--model", "./none"]),
         ({}, ["sound", "--test-share", "2"]),
     ],
@@ -291,17 +230,13 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(
     assert not any(path.is_file() for path in (tmp_path / "runs").rglob("*"))
 
 
-def test_the_current_folder_with_runs_in_it_is_still_one_folder(
-    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_current_folder_with_runs_in_it_is_still_one_folder(tmp_path: Path, base: Path, capsys: Any) -> None:
     write_folder(tmp_path)
     printed_by(capsys, ".", "--model", base, "--to", "runs/first")
     assert "answers.csv: question/answer, 24 rows" in printed_by(capsys, ".", "--model", base, "--to", "runs/second")
 
 
-def test_rows_that_would_lose_a_column_are_one_line_until_it_is_named(
-    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rows_that_would_lose_a_column_are_one_line_until_it_is_named(tmp_path: Path, base: Path, capsys: Any) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     row = {"image": "a.png", "question": "Which?", "choices": ["up", "down"], "reply": 1, "rating": 3}
     Image.new("RGB", (8, 9)).save(tmp_path / "b.png")
@@ -316,8 +251,8 @@ def test_rows_that_would_lose_a_column_are_one_line_until_it_is_named(
 
 def test_a_llava_takes_the_frames_of_videos(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(6):
-        (tmp_path / "clips" / ("left", "right")[number % 2]).mkdir(parents=True, exist_ok=True)
-        write_clip(tmp_path / "clips" / ("left", "right")[number % 2] / f"{number}.mp4", frames=3 + number)
+        (folder := tmp_path / "clips" / ("left", "right")[number % 2]).mkdir(parents=True, exist_ok=True)
+        write_clip(folder / f"{number}.mp4", frames=3 + number)
     assert "videos: 6 in clips, MP4 6" in printed_by(capsys, "clips", "--model", base, "--ask", "Which way?")
     assert rows_of(tmp_path / "runs/clips/train.jsonl")[0]["videos"] == ["left/0.mp4"]
     assert not read_run_file(tmp_path / "runs/clips/run.yaml").data.cache_features  # it is for pictures
@@ -330,17 +265,13 @@ def test_preferences_keep_every_answer_and_get_their_loss(
     folder, samples = tmp_path / "my", items(16)
     folder.mkdir()
     write_pictures(folder, samples)
-    rows: list[dict[str, Any]] = [
-        {"image": item.picture, "prompt": item.question, "chosen": item.answer, "rejected": f"not {item.answer}"}
-        for item in samples
-    ]
+    asked = [{"image": item.picture, "prompt": item.question} for item in samples]
+    answers = [{"chosen": item.answer, "rejected": f"not {item.answer}"} for item in samples]
+    rows: list[dict[str, Any]] = [{**both, **pair} for both, pair in zip(asked, answers, strict=True)]
     rows[3]["rejected_images"] = [samples[5].picture]
     if judged:
-        rows = [
-            {"image": row["image"], "prompt": row["prompt"], "completion": row[kind], "label": kind == "chosen"}
-            for row in rows
-            for kind in ("chosen", "rejected")
-        ]
+        pairs = zip(asked, answers, strict=True)
+        rows = [{**both, "completion": pair[kind], "label": kind == "chosen"} for both, pair in pairs for kind in pair]
     (folder / "rows.json").write_text(json.dumps(rows))
     printed_by(capsys, "my", "--model", base, "--to", "out")
     config = read_run_file(tmp_path / "out/run.yaml")
@@ -353,3 +284,129 @@ def test_preferences_keep_every_answer_and_get_their_loss(
     if judged:
         expected = {(text, (), text == item.answer) for item in samples for text in (item.answer, f"not {item.answer}")}
     assert {(row.turns[-1].text, row.rejected, row.is_good) for row in examples} == expected
+
+
+# Folders as people have them: what it says of each, which rows it writes, what it asks for.
+
+
+BASE = "OWNER/NAME-1B"
+"""Nothing is fetched of a base of the hub."""
+ASK = ("--ask", "what is it?")
+
+
+def draw(path: Path, shape: str, number: int) -> None:
+    image = Image.new("RGB", (24, 24), (200, 200, 100 + number))
+    box = (number % 5, number % 7, 15, 15)
+    pen = ImageDraw.Draw(image)
+    (pen.ellipse if shape == "circle" else pen.rectangle)(box, fill=(20, 20, number))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+def classes(folder: Path, sizes: dict[str, int], ending: str = "png") -> None:
+    for start, (name, size) in enumerate(sizes.items()):
+        for number in range(size):
+            draw(folder / name / f"{number}.{ending}", name, 40 * start + number)
+
+
+def lines_of(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
+    return printed_by(capsys, *words, "--model", BASE).splitlines()
+
+
+def told(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(["init", *words, "--model", BASE])
+    assert caught.value.code == 2
+    assert not Path("runs").exists()
+    return capsys.readouterr().err
+
+
+def answers(name: str) -> Counter[str]:
+    return Counter(row["conversations"][-1]["value"] for row in rows_of(Path(name)))
+
+
+def test_a_folder_a_class_is_its_answers_and_each_is_in_the_test(capsys: pytest.CaptureFixture[str]) -> None:
+    classes(Path("my"), {"circle": 20, "red_square": 10, "star": 5, "once": 1})
+    first, *lines = lines_of(capsys, "my", *ASK)
+    assert first == "my: question/answer, 36 rows, 36 usable"
+    assert "answers as they are named: circle 20, red_square 10, star 5, once 1" in lines
+    assert "held out by seed 0: 8 rows about 8 pictures; to train on: 28 rows about 28" in lines
+    assert answers("runs/my/test.jsonl") == {"circle": 4, "red_square": 2, "star": 1, "once": 1}
+    row = rows_of(Path("runs/my/train.jsonl"))[0]
+    assert (row["id"], row["image"]) == ("circle/0.png", "circle/0.png") or row["image"].startswith("circle/")
+    assert row["conversations"][0]["value"] == "<image>\nwhat is it?"
+
+
+def test_folders_named_as_splits_stay_what_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    for split, size in {"train": 6, "val": 2, "test": 3}.items():
+        classes(Path("my") / split, {"circle": size, "square": size})
+    (Path("my/val/circle/0.png")).write_bytes(Path("my/train/circle/0.png").read_bytes())
+    Path("my/test/circle/0.png").write_bytes(Path("my/train/circle/1.png").read_bytes())
+    lines = lines_of(capsys, "my", *ASK)
+    assert any(line.startswith("held out by their folders: 6 rows about 6 pictures; to train on: 12") for line in lines)
+    assert any("both" in line or "alike" in line for line in lines)  # a test picture is one of those to train on
+    assert [len(rows_of(Path(f"runs/my/{name}.jsonl"))) for name in ("train", "test", "validation")] == [12, 6, 4]
+    assert "validation: runs/my/validation.jsonl" in Path("runs/my/run.yaml").read_text(encoding="utf-8")
+
+
+METADATA = [("metadata.csv", "file_name"), ("metadata.jsonl", "file_name")]
+TABLES: dict[str, Callable[[Path, list[dict[str, str]]], object]] = {
+    ".csv": lambda path, rows: write_table(path, [list(row.values()) for row in rows], ",".join(rows[0])),
+    ".json": lambda path, rows: path.write_text(json.dumps(rows)),
+    ".jsonl": lambda path, rows: path.write_text("".join(f"{json.dumps(row)}\n" for row in rows)),
+}
+
+
+@pytest.mark.parametrize(("name", "column"), [("labels.csv", "image"), ("labels.json", "image"), *METADATA])
+def test_a_table_of_pictures_and_labels_is_asked(name: str, column: str, capsys: pytest.CaptureFixture[str]) -> None:
+    classes(Path("my/photos"), {"circle": 10, "square": 10}, "JPG")
+    rows = [
+        {column: f"photos/{shape}/{number}.jpg", "label": shape}  # their endings are in capitals on the disk
+        for shape in ("circle", "square")
+        for number in range(10)
+    ]
+    TABLES[Path(name).suffix](Path("my", name), rows)
+    assert 'dora-vl init my --ask "what is it?"' in told(capsys, "my")
+    lines = lines_of(capsys, "my", *ASK)
+    assert lines[0] == f"my/{name}: question/answer, 20 rows, 20 usable"
+    assert "pictures: 20 in my, JPEG 20" in lines
+    assert answers("runs/my/test.jsonl") == {"circle": 2, "square": 2}
+
+
+def test_a_text_beside_each_picture_is_its_caption_or_its_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    classes(Path("my"), {"photos": 10})
+    for number in range(10):
+        Path(f"my/photos/{number}.txt").write_text(f"a circle, number {number}\n")
+    Path("my/photos/4.txt").unlink()
+    Path("my/notes.json").write_text("[]")
+    lines = lines_of(capsys, "my")
+    assert lines[0] == "no questions in notes.json: left out"
+    assert "my: captions, 10 rows, 9 usable" in lines
+    assert any("empty answer" in line and "photos/4.png" in line for line in lines)
+    first = rows_of(Path("runs/my/train.jsonl"))[0]["conversations"]
+    assert (first[0]["value"], first[1]["value"][:8]) == ("<image>", "a circle")
+    lines_of(capsys, "my", *ASK, "--to", "runs/asked")
+    assert rows_of(Path("runs/asked/train.jsonl"))[0]["conversations"][0]["value"] == "<image>\nwhat is it?"
+
+
+def test_what_says_nothing_is_one_line_with_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    classes(Path("alone"), {"photos": 3})
+    for words in (("alone",), ("alone", *ASK)):
+        assert told(capsys, *words).count("\n") == 1
+    classes(Path("my shapes"), {"circle": 3, "square": 3})
+    assert "dora-vl init 'my shapes' --ask" in told(capsys, "my shapes")
+
+
+def test_what_is_probably_not_meant_is_named_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    classes(Path("my/photos"), {"circle": 12})
+    rows = [[f"circle/{number}.png", "Which colour?", "red"] for number in range(12)]
+    rows += [["circle/0.png", "Which colour?", "red"], ["circle/0.png", "Which  colour?", "blue"]]
+    rows += [["circle/0.png", "Which colour?", "blue"], ["", "Which colour?", "red"], ["circle/1.png", "", "red"]]
+    write_table(Path("my/answers.csv"), rows)
+    lines = lines_of(capsys, "my")
+    doubts = [
+        line for line in lines[lines.index("trained on as they are, though probably not meant:") :] if "row " in line
+    ]
+    for kind, row in (("empty question", "row 17"), ("no picture", "row 16"), ("another answer", "row 15")):
+        assert sum(kind in line and row in line for line in doubts) == 1, kind
+    assert len(rows_of(Path("runs/my/train.jsonl"))) + len(rows_of(Path("runs/my/test.jsonl"))) == len(rows)

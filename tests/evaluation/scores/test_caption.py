@@ -6,10 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from dora_vl.data.example import Answer, Example
 from dora_vl.errors import UserError
@@ -72,7 +69,6 @@ def words(text: str) -> str:
 
 
 def yc2c() -> tuple[list[Example], dict[str, str]]:
-    """The clips that VALUE's sample submission for YC2C's validation split holds."""
     with shared("value/yc2c_val_predictions_sample.jsonl").open() as file:
         answers = {str(row["clip_id"]): row["descs"][0]["desc"] for row in map(json.loads, file)}
     with shared("value/yc2c_val_release.jsonl").open() as file:
@@ -95,21 +91,11 @@ def test_with_java_the_official_tokenizer_and_meteor_are_used() -> None:
 
 @needs_java
 def test_the_official_tokenizers_quirks_and_how_near_the_fallback_is() -> None:
-    captions = [
-        "A man (in red) rides a horse.",
-        "Wow!! What?! Really?",
-        "It costs £5 or €6, ½ price",
-        "He isn't here; she'll cannot go -- ok...",
-        'the sign says "STOP"',
-        "a well-known dog's toy, 3.5 inches",
-        "",
-    ]
-    ours, theirs = (tokenized({"clip": captions}, tokenizer)["clip"] for tokenizer in ("fallback", "ptb"))
-    assert theirs[0] == "a man -lrb- in red -rrb- rides a horse"
-    assert theirs[1] == "wow !! what ?! really"
-    assert theirs[2].startswith("it costs # 5 or $ 6 ")
-    assert theirs[3] == "he is n't here she 'll can not go ok"
-    assert [ours[n] for n in (0, 1, 3, 4, 5, 6)] == [theirs[n] for n in (0, 1, 3, 4, 5, 6)]
+    texts = ["A man (in red), what?!", "He isn't here; she'll cannot go -- ok...", 'a "STOP", 3.5', "", "£5 or €6, ½"]
+    ours, theirs = (tokenized({"clip": texts}, tokenizer)["clip"] for tokenizer in ("fallback", "ptb"))
+    assert theirs[:2] == ["a man -lrb- in red -rrb- what ?!", "he is n't here she 'll can not go ok"]
+    assert theirs[4].startswith("# 5 or $ 6 ")
+    assert ours[:4] == theirs[:4]
 
 
 def test_a_java_that_fails_leaves_meteor_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,15 +146,3 @@ def test_value_takes_other_letters_for_spaces() -> None:
     for style, expected in (("value", True), ("coco", False)):
         scored = caption.score(examples, answers, tokenizer="fallback", style=style, with_meteor=False)
         assert (scored.metrics["BLEU-1"] == 100.0) is expected
-
-
-@given(st.lists(st.text("ab ", max_size=12), min_size=1, max_size=4), st.text("ab ", max_size=12))
-def test_bleu_is_the_librarys_on_any_captions(references: list[str], prediction: str) -> None:
-    from pycocoevalcap.bleu.bleu import Bleu
-
-    counts = caption.bleu_counts(prediction, references)
-    theirs, _ = Bleu(4).compute_score({"1": references}, {"1": [prediction]}, verbose=0)
-    ours = [
-        caption.Bleu(order)({name: np.array([value]) for name, value in counts.items()})[0] for order in (1, 2, 3, 4)
-    ]
-    assert ours == pytest.approx([100 * float(value) for value in theirs], abs=1e-9)

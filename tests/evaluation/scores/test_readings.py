@@ -1,4 +1,4 @@
-"""Questions in LLaVA's wording, which choice is right, and how each official script reads an answer.
+"""Questions in LLaVA's wording, which choice is right, how each official script reads an answer, and rewards by name.
 
 `readings.jsonl` holds a reading a line, quirks included.
 """
@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 
-from dora_vl.data.example import Example, ExampleFile, Subtitle, iterate_examples
+from dora_vl.data.example import Answer, Example, Subtitle
 from dora_vl.data.turns import Turn
-from dora_vl.errors import BadSample, UserError
+from dora_vl.errors import BadSample, SettingError, UserError
 from dora_vl.evaluation import vlbart_tasks
 from dora_vl.evaluation.benchmarks import read_set
+from dora_vl.evaluation.rewards import rewards_of
 from dora_vl.evaluation.scores import benchmark as prompts
 from dora_vl.evaluation.scores import exact, llava, vqa
-from dora_vl.evaluation.scores.benchmark import check_choices, correct_index
+from dora_vl.evaluation.scores.benchmark import check_choices
 from dora_vl.evaluation.scores.vqa import CONTRACTIONS
 from tests.shared_data import shared
 
@@ -59,11 +60,9 @@ def test_the_published_commonsense_targets_score_full_marks(file: str) -> None:
         assert [exact.extracted(row["output"], task, rule) for row in records] == [row["answer"] for row in records]
 
 
-# Questions, beside those that `rows_to_scores.jsonl` follows.
-
-
 SHORT, LETTER = prompts.SHORT, "Answer with the option's letter from the given choices directly."
 HINTED = {"choices": ("red", "blue"), "extra": {"hint": "Look."}}
+CAPTION = "Provide a one-sentence caption for the provided video."
 LINES = (Subtitle("well"), Subtitle(""), Subtitle("no"))
 
 
@@ -71,43 +70,25 @@ LINES = (Subtitle("well"), Subtitle(""), Subtitle("no"))
     ("prompt", "fields", "text"),
     [
         (prompts.letter, HINTED, f"Look.\nWhich?\nA. red\nB. blue\n{LETTER}"),
-        (llava.scienceqa_prompt, HINTED, f"Context: Look.\nWhich?\nA. red\nB. blue\n{LETTER}"),
-        (llava.letter_cn, HINTED, "Look.\nWhich?\nA. red\nB. blue\n请直接回答选项字母。"),
-        (vqa.textvqa_prompt, {"extra": {"reference_ocr": "go"}}, f"Which?\nReference OCR token: go\n{SHORT}"),
         (prompts.as_is, {"images": ("a.jpg", "b.jpg")}, "<image>\n<image>\nWhich?"),
         (prompts.about_video, {"subtitles": LINES[1:2]}, "Which?"),  # subtitles without words
-        (
-            prompts.caption_of_video,
-            {"subtitles": LINES},
-            "Subtitles: well no\nProvide a one-sentence caption for the provided video.",
-        ),
+        (prompts.caption_of_video, {"subtitles": LINES}, f"Subtitles: well no\n{CAPTION}"),
     ],
 )
 def test_wording(prompt: prompts.Prompt, fields: dict[str, object], text: str) -> None:
     assert prompts.prompt_turns(Example(id="1", question="Which?", **fields), prompt) == (Turn("user", text),)  # pyright: ignore[reportArgumentType]
 
 
-def test_turns_are_asked_as_they_are_without_their_last_answer() -> None:
-    turns = (Turn("user", "<image>\nWhat?"), Turn("assistant", "a cat"), Turn("user", "Why?"))
-    for row in (turns, (*turns, Turn("assistant", "because"))):
-        assert prompts.prompt_turns(Example(id="1", images=("a.jpg",), turns=row), prompts.short) == turns
-
-
-# Which choice is right: what a record may say of it, and that a file is refused before a model is asked.
-
-
 def question(**changes: object) -> dict[str, object]:
     return {"id": "q7", "question": "which?", "choices": ["red", "blue", "green"], "extra": {"correct": 1}, **changes}
 
 
-@pytest.mark.parametrize("correct", [3, -1, "blue", 1.0, True, None, [1]])
-def test_a_right_choice_that_is_not_there_is_refused(tmp_path: Path, correct: object) -> None:
+@pytest.mark.parametrize(
+    "changes", [*({"extra": {"correct": index}} for index in (3, "blue", 1.0, True)), {"choices": []}]
+)
+def test_a_file_whose_right_choice_is_not_there_is_refused(tmp_path: Path, changes: dict[str, object]) -> None:
     path = tmp_path / "q.jsonl"
-    lines = [question(id="q6"), question(extra={"correct": correct})]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for read in (iterate_examples, ExampleFile):
-        with pytest.raises(UserError):
-            list(read(path))
+    path.write_text("".join(json.dumps(line) + "\n" for line in (question(id="q6"), question(**changes))))
     with pytest.raises(UserError):
         read_set(f"tvqa={path}", tmp_path)
 
@@ -123,17 +104,121 @@ def test_a_choice_task_refuses_to_train_on_what_is_no_choice(task: str) -> None:
         assert caught.value.sample_id == "2"
 
 
-@pytest.mark.parametrize("choices", [[], ["x"] * 27])
-def test_a_file_that_cannot_be_scored_is_refused_before_anything_is_asked(tmp_path: Path, choices: list[str]) -> None:
-    path = tmp_path / "seed.jsonl"
-    path.write_text(json.dumps(question(id="q6")) + "\n" + json.dumps(question(choices=choices)) + "\n")
-    with pytest.raises(UserError):
-        read_set(f"seed={path}", tmp_path)
-
-
 def test_a_file_whose_answers_the_publisher_keeps_is_no_mistake(tmp_path: Path) -> None:
     kept = [Example(id=name, choices=("red", "blue")) for name in "ab"]
     check_choices(kept, tmp_path / "test.jsonl")
-    check_choices([Example(id="a", choices=("x",) * 30)], tmp_path / "test.jsonl", most=None)
-    with pytest.raises(BadSample):
-        correct_index(Example(id="a", choices=("red", "blue"), extra={"correct": True}))
+    letters = [Example(id="a", choices=("x",) * 27)]
+    check_choices(letters, tmp_path / "test.jsonl", most=None)
+    with pytest.raises(UserError):  # there are not so many letters
+        check_choices(letters, tmp_path / "test.jsonl")
+
+
+# Rewards by name against values written out, and functions of one's own.
+
+
+LETTERED = "What is it?\nA. a red cat\nB. a dog\nAnswer with the option's letter from the given choices directly."
+
+
+def example_of(answer: str, question: str = "What is it?") -> Example:
+    return Example("q", turns=(Turn("user", question),), question=question, answers=(Answer(text=answer),))
+
+
+def points(name: str, right: str, answer: str, question: str = "What is it?", **how: str | None) -> float:
+    options = {"answer_format": None, "answer_after": None, **how}
+    return rewards_of([name], **options)[name](example_of(right, question), answer)
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "answer", "expected"),
+    [
+        *(("exact", "Red cat.", " red  CAT", 1.0), ("exact", "red cat", "a red cat", 0.0)),
+        *(
+            ("anls", "colour", "color", 1 - 1 / 6),
+            ("relaxed", "100", "104", 1.0),
+            ("vqa", "2 dogs", "The two dogs.", 1.0),
+        ),
+        ("box", "[10, 20, 30, 40]", "[10, 20, 30, 40]", 1.0),
+        ("box", "[0, 0, 10, 10]", "at 2 corners: (5, 0, 15, 10)", 50 / 150),
+        ("box", "[0, 0, 10, 10]", "[10, 10, 0, 0]", 0.0),
+        ("box", "[0, 0, 10, 10]", "I see none", 0.0),
+    ],
+)
+def test_points_of_an_answer(name: str, right: str, answer: str, expected: float) -> None:
+    assert points(name, right, answer) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("answer", "expected"), [("B", 1.0), ("B. a dog", 1.0), ("a dog", 1.0), ("A", 0.0), ("", 0.0)])
+def test_a_choice_by_letter_or_text(answer: str, expected: float) -> None:
+    assert points("choice", "B", answer, LETTERED) == expected
+    with pytest.raises(UserError):
+        points("choice", "B", answer)  # a question without choices
+
+
+def test_the_end_of_an_answer_is_compared_and_a_format_fits_from_end_to_end() -> None:
+    assert points("exact", "it is a cat, so no", "a dog, so no", answer_after=", so ") == 1.0
+    assert points("exact", "it is a cat, so no", "a dog, so no") == 0.0
+    pattern = "<think>.+</think>\\w+"
+    assert points("format", "", "<think>a\nb</think>yes", answer_format=pattern) == 1.0
+    assert points("format", "", "<think>a</think>yes and no", answer_format=pattern) == 0.0
+
+
+CAPTIONS = {
+    "a.png": ["A red cat sits on a mat.", "The cat is sitting."],
+    "b.png": ["Two dogs run along the beach.", "Dogs on a beach in the sun."],
+    "c.png": ["A man rides a red bicycle."],
+}
+
+
+def test_a_caption_by_cider_of_coco() -> None:
+    from pycocoevalcap.cider.cider_scorer import CiderScorer
+
+    rows = [
+        Example(f"{image}-{number}", images=(image,), turns=(Turn("user", "Describe."), Turn("assistant", caption)))
+        for image, captions in CAPTIONS.items()
+        for number, caption in enumerate(captions)
+    ]
+    drawn = {"a.png": "A cat sits on a red mat.", "b.png": "Two dogs.", "c.png": "A man rides a red bicycle."}
+    reward = rewards_of(["cider"], answer_format=None, answer_after=None, examples=lambda: rows)["cider"]
+    official = CiderScorer()
+    for image, captions in CAPTIONS.items():
+        official += (words(drawn[image]), [words(caption) for caption in captions])
+    expected = official.compute_score()[1] / 10
+    by_picture = {row.images[0]: reward(row, drawn[row.images[0]]) for row in rows}
+    assert [*by_picture.values()] == pytest.approx(expected.tolist())
+    assert by_picture["c.png"] == pytest.approx(1.0)
+    assert reward(rows[0], "") == 0.0
+
+
+def words(caption: str) -> str:
+    return caption.lower().replace(".", "")
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "def length(example, answer):\n    return len(answer) - len(example.answers[0].text)\n\n\n"
+        "def broken(example, answer):\n    return answer[5]\n\n\n"
+        "def endless(example, answer):\n    return float('inf')\n"
+    )
+    return path
+
+
+def test_functions_of_a_file_and_of_a_module(own: Path) -> None:
+    assert points(f"{own}:length", "cat", "a bird") == 3.0
+    rewards = rewards_of(["exact", "os.path:exists"], answer_format=None, answer_after=None)
+    assert list(rewards) == ["exact", "os.path:exists"]
+
+
+@pytest.mark.parametrize("name", ["broken", "endless"])
+def test_an_own_function_that_fails_names_the_sample(own: Path, name: str) -> None:
+    with pytest.raises(UserError) as error:
+        points(f"{own}:{name}", "cat", "dog")
+    assert "'q'" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["precise", "nowhere.py:f", "no.such.module:f", "os.path:nothing"])
+def test_what_is_no_reward_is_refused(name: str) -> None:
+    with pytest.raises(SettingError) as error:
+        rewards_of([name], answer_format=None, answer_after=None)
+    assert error.value.key == "objective.rewards"

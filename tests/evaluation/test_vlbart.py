@@ -1,11 +1,16 @@
-"""Texts, targets, features and batches of an encoder-decoder's tasks."""
+"""VL-BART's tasks: texts, targets and features; its test tells what it lacks early, and NaN costs one answer."""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -23,7 +28,12 @@ from dora_vl.backbones.vision_store import (
 from dora_vl.data.benchmarks.videos import clip_row
 from dora_vl.data.example import Answer, Clip, Example, ExampleFile, Subtitle, write_examples
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation import vlbart_tasks
+from dora_vl.evaluation import vlbart_assistant, vlbart_tasks
+from dora_vl.evaluation.predictions import read_predictions
+from dora_vl.run.reading import read_run
+from dora_vl.training.run import run
+from dora_vl.training.vlbart_pipeline import VlBartPipeline
+from tests.training.tiny_vlbart_run import write_vlbart_data, write_vlbart_run
 
 WORDS = (
     "vqa gpa nlvr caption tvqa how2qa tvc yc2c [Subs] [Q] [TS] [Choices] a0 a1 a2 a3 a4 hello is it red ? true false"
@@ -64,56 +74,19 @@ def test_a_long_text_loses_subtitles_and_keeps_question_choices_and_prompt(encod
     published, _ = plain.encode(prompt, max_tokens=600)
     assert "[Q]" not in text(encoder, published)
     assert torch.equal(plain.encode(prompt, max_tokens=None)[0], whole)  # the pieces' tokens are the whole text's
+    assert whole.tolist() == encoder.tokenizer(prompt.subtitles_before + prompt.subtitles + prompt.text).input_ids
     assert task.target(VIDEO, None, Random(0)).text == "a2"
 
 
-def test_the_published_texts(encoder: Seq2SeqEncoder) -> None:
+def test_the_published_shares_and_a_cut_question(encoder: Seq2SeqEncoder) -> None:
     images = vlbart_tasks.image_subtasks()
-    example = Example(id="1", images=("a.png",), question="is it red?", answers=(Answer(text="True"),))
-    texts = {name: images[name].prompt(example).text for name in ("vqav2", "gqa", "nlvr2", "coco_caption")}
-    assert texts == {
-        "vqav2": "vqa: is it red?",
-        "gqa": "gpa: is it red?",
-        "nlvr2": "nlvr: is it red?",
-        "coco_caption": "caption: ",
-    }
+    example = Example(id="1", images=("a.png",), question="is it red?")
     assert vlbart_tasks.image_subtasks(task_prompt=False)["vqav2"].prompt(example).text == "is it red?"
     assert [images[name].batch_share * 300 for name in ("vqav2", "gqa", "nlvr2", "coco_caption")] == pytest.approx(
         [300, 500, 100, 250]
     )
     ids, cut = encoder.encode(images["vqav2"].prompt(Example(id="3", question="is it red? " * 20)), max_tokens=20)
-    assert len(ids) == 20
-    assert ids[0] == 0
-    assert ids[-1] == 2
-    assert cut > 0
-
-
-@pytest.mark.parametrize(
-    ("lines", "heard"),
-    [((), "[Subs] "), (("hello", " you there "), "[Subs] hello you there"), (("hello", ""), "[Subs] hello ")],
-    ids=["nothing is said", "two lines", "an empty line"],
-)
-def test_video_texts_are_the_published_ones_to_the_last_space(
-    encoder: Seq2SeqEncoder, lines: tuple[str, ...], heard: str
-) -> None:
-    """VL-Adapter joins `[Subs] `, the stripped lines, the stripped question, the times and the choices by spaces."""
-    shared = {"id": "1", "videos": (Clip(path="a.mp4"),), "subtitles": tuple(Subtitle(line) for line in lines)}
-    question = Example(
-        **shared, question=" who comes in?\n", choices=(" ann. ", "ben"), extra={"ts": "1.5-2.5", "correct": 0}
-    )
-    clip = Example(**shared, extra={"ts": [1.5, 2.5]})
-    tail = "[Q] who comes in? [TS] (1.5-2.5) [Choices] a0: ann. a1: ben."
-    tasks = vlbart_tasks.video_subtasks()
-    for name, example, expected in (
-        ("tvqa", question, f"{heard} {tail} tvqa: "),
-        ("how2qa", question, f"{heard} {tail} how2qa: "),
-        ("tvc", clip, f"{heard} [TS] ([1.5, 2.5]) tvc: "),
-        ("yc2c", clip, f"{heard} yc2c: "),
-    ):
-        prompt = tasks[name].prompt(example)
-        assert prompt.subtitles_before + prompt.subtitles + prompt.text == expected
-        whole = encoder.tokenizer(expected).input_ids
-        assert encoder.encode(prompt, max_tokens=600)[0].tolist() == whole  # in pieces as at once
+    assert (len(ids), ids[0], ids[-1], cut > 0) == (20, 0, 2, True)
 
 
 def test_a_descriptions_leading_space_is_in_its_first_token(encoder: Seq2SeqEncoder, tmp_path: Path) -> None:
@@ -168,3 +141,94 @@ def test_features_of_another_part_of_the_video_are_not_taken(tmp_path: Path) -> 
         with pytest.raises(BadSample) as error:
             features_of(Example(id="1", videos=(clip,)), reader)
         assert error.value.sample_id == "1"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_vlbart_data(tmp_path / "data")
+
+
+def vlbart(data: Path, tested: tuple[str, ...], *overrides: str, trained: str = "vqav2") -> VlBartPipeline:
+    files = {name: str(data / "records" / f"{name}.jsonl") for name in tested}
+    features = dict.fromkeys((trained, *tested), str(data / "features"))
+    path = write_vlbart_run(
+        data.parent / "run.yaml",
+        data,
+        (trained,),
+        data={"features": features},
+        training={"use_cpu": True},
+        evaluation={"files": files},
+    )
+    config = read_run([f"--config={path}", *overrides])
+    return VlBartPipeline(config)
+
+
+def unlabelled(data: Path) -> None:
+    path = data / "records" / "nlvr2.jsonl"
+    first, *lines = path.read_text().splitlines()
+    path.write_text("\n".join([json.dumps({**json.loads(first), "answers": []}), *lines]) + "\n")
+
+
+def features(change: Callable[[Path], object]) -> Callable[[Path], object]:
+    return lambda data: change(data / "features" / "p5.npz")
+
+
+def holding(tokens: int, width: int, value: float = 0.0) -> Callable[[Path], object]:
+    return features(lambda path: np.savez(path, features=np.full((tokens, width), value, np.float16)))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "tested"),
+    [
+        (lambda data: (data / "records" / "gqa.jsonl").unlink(), "gqa"),
+        (unlabelled, "nlvr2"),
+        (features(Path.unlink), "gqa"),
+        (features(lambda path: path.write_bytes(path.read_bytes()[:-40])), "tvqa"),
+        *((holding(9, 8), "nlvr2"), (holding(4, 9), "gqa"), (holding(4, 8, np.nan), "gqa")),
+    ],
+)
+def test_what_the_test_lacks_is_told_before_training(data: Path, spoil: Callable[[Path], object], tested: str) -> None:
+    spoil(data)
+    with pytest.raises(UserError):
+        run(vlbart(data, (tested,)))
+    assert not (data.parent / "run" / "log.jsonl").exists()
+
+
+def test_a_missing_caption_scorer_is_told_before_training(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("pycocoevalcap", "pycocoevalcap.cider", "pycocoevalcap.cider.cider"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError):
+        run(vlbart(data, ("tvc",)))
+    assert not (data.parent / "run" / "log.jsonl").exists()
+
+
+def break_row(number: int, patched: pytest.MonkeyPatch) -> None:
+    collate = vlbart_assistant.Seq2SeqCollator.__call__
+
+    def broken(self: Any, parts: Any) -> dict[str, Any]:
+        batch = collate(self, parts)
+        batch["features"][number] = float("nan")
+        return batch
+
+    patched.setattr(vlbart_assistant.Seq2SeqCollator, "__call__", broken)
+
+
+@pytest.mark.parametrize("name", ["gqa", "tvqa"])  # as text, as a choice
+def test_the_others_of_a_batch_have_their_answers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = vlbart(write_vlbart_data(tmp_path / "data"), (name,), trained=name)
+    run(pipeline)
+    whole = answers_in(tmp_path, name)
+    (tmp_path / "run" / "predictions.jsonl").unlink()
+    with monkeypatch.context() as patched:
+        break_row(2, patched)
+        with pytest.raises(UserError):
+            pipeline.test({})
+    answers = answers_in(tmp_path, name)
+    (broken,) = whole.keys() - answers.keys()
+    assert "-2" in broken
+    assert answers == {key: text for key, text in whole.items() if key != broken}
+
+
+def answers_in(folder: Path, task: str) -> dict[str, str]:
+    rows = read_predictions(folder / "run" / "predictions.jsonl")[task]
+    return {name: row.prediction for name, row in rows.items()}
