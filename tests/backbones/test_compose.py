@@ -1,15 +1,17 @@
-"""A composed folder opens like a downloaded one, with plain transformers too, and answers the same."""
+"""A composed folder opens like a downloaded one, with plain transformers too, and answers the same; GGUF comes back."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import (
+    AutoModelForCausalLM,
     AutoProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -19,14 +21,17 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
+from dora_vl.adapters.adapter import Adapter
+from dora_vl.adapters.gguf import MODEL_FILE, export_gguf
 from dora_vl.backbones.loading import load_tokenizer, read_language_model, with_image_token
 from dora_vl.backbones.model import open_backbone
 from dora_vl.backbones.specs import ComposeSpec, SmallLanguageModel
 from dora_vl.backbones.tower_sources import compose_llava, measured, texts_of
 from dora_vl.data.example import Answer, Example, write_examples
 from dora_vl.errors import UserError
+from tests.adapters.gguf_models import language
 from tests.backbones.conftest import VISION
-from tests.backbones.tiny_language import SIZES
+from tests.backbones.tiny_language import SIZES, byte_tokenizer
 from tests.backbones.tiny_vlbart import write_features
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
@@ -225,3 +230,48 @@ def test_texts_of_records_and_of_rows_are_a_vocabulary_s(tmp_path: Path) -> None
     files = tuple(str(tmp_path / name) for name in ("records.jsonl", "rows.csv", "conversations.json"))
     texts = list(texts_of(SmallLanguageModel(texts=files, words=("more",))))
     assert texts == ["Which?", "red", "blue", "red", "crimson", "Why?", "because", "Who?", "me", "more"]
+
+
+def written(folder: Path, kind: str) -> tuple[Any, PreTrainedTokenizerFast]:
+    """Writes `model.gguf` of a LLaMA whose head is its table; returns the model and its tokenizer."""
+    tokenizer = byte_tokenizer()
+    base = language(folder / "base", "llama, tied", tokenizer)
+    export_gguf(Adapter({}, {"peft_type": "LORA"}, {}, "nothing"), base, folder / "to", tokenizer, kind=kind)
+    return AutoModelForCausalLM.from_pretrained(base).eval(), tokenizer
+
+
+def test_float_weights_come_back_bit_by_bit(tmp_path: Path) -> None:
+    model, tokenizer = written(tmp_path, "f32")
+    language = read_language_model(str(tmp_path / "to"), gguf_file=MODEL_FILE)
+    expected = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    assert language.weights.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(language.weights[name], value), name
+    assert "quantization_config" not in language.config.to_dict()
+    assert language.config.tie_word_embeddings
+    assert language.config.name_or_path == ""
+    text = "the correct answer"
+    assert language.tokenizer(text, add_special_tokens=False).input_ids == tokenizer(text).input_ids[1:]
+
+
+def test_quantised_weights_are_unpacked_and_the_model_computes_with_them(tmp_path: Path) -> None:
+    model, _ = written(tmp_path, "q8_0")
+    language = with_image_token(read_language_model(str(tmp_path / "to"), gguf_file=MODEL_FILE, dtype=torch.bfloat16))
+    words = model.config.vocab_size
+    assert language.tokenizer.convert_tokens_to_ids("<image>") == len(language.tokenizer) - 1
+    assert all(value.dtype == torch.bfloat16 for value in language.weights.values())
+    assert len(language.weights["model.embed_tokens.weight"]) == language.config.vocab_size >= words
+    again = type(model)(language.config)
+    missing = again.load_state_dict({name: value.float() for name, value in language.weights.items()}, strict=False)
+    assert missing.missing_keys == ["lm_head.weight"]
+    again.tie_weights()
+    ids = torch.tensor([[5, 17, 40, 7]])
+    with torch.no_grad():
+        expected, logits = model(ids).logits, again.eval()(ids).logits[..., :words]
+    # Eight bits a weight and then bfloat16: near, and not by chance.
+    assert float((logits - expected).norm()) < 0.03 * float(expected.norm())
+
+
+def test_no_such_file_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError):
+        read_language_model(str(tmp_path), gguf_file="nothing.gguf")

@@ -20,10 +20,9 @@ from torch.utils import _pytree as pytree
 
 from dora_vl import DoRAConfig, apply_dora
 from dora_vl.backbones import frozen_outputs
-from dora_vl.backbones.encoder import Encoder, stand_in
+from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.frozen_outputs import FrozenParts, NotStorable, OutputStore, PictureReader, proven_parts
 from dora_vl.backbones.model import open_backbone
-from dora_vl.backbones.pieces import PieceProcessor
 from dora_vl.data.batches import Collator
 from dora_vl.data.example import Example
 from dora_vl.data.pictures import MediaFolder, StoredPictures
@@ -34,7 +33,6 @@ from dora_vl.run.base import VideoReading
 from dora_vl.training.run_samples import RowEncoder
 from tests.backbones.image_text_conversations import BLUE, RED, TALKS, adapted_backbone, encoder_of, inputs_of, talks_of
 from tests.backbones.tiny_families.table import FAMILIES, families_in_turn
-from tests.backbones.tiny_language import byte_tokenizer
 
 NAMES = {id(RED): "red.png", id(BLUE): "deep/blue.png"}
 
@@ -293,20 +291,3 @@ def test_a_base_of_another_place_has_the_same_outputs(case: Case, monkeypatch: p
     assert moved.missing(case.reader(), case.pictures) == []
     monkeypatch.setattr(case.model.config, "projector_hidden_act", "relu")
     assert case.store().folder != folder
-
-
-def test_a_picture_with_stored_outputs_is_not_prepared_again() -> None:
-    prepared: list[Image.Image] = []
-
-    def pixels(picture: Image.Image) -> torch.Tensor:
-        prepared.append(picture)
-        return torch.full((3, 8, 8), float(picture.width))
-
-    tokenizer = byte_tokenizer()
-    processor = PieceProcessor(tokenizer, pixels=pixels, tokens_per_image=2, image_token_id=7)
-    text = ["<image><image>"]
-    hollow = [processor(text=text, images=[[stand_in((40, 20)), stand_in((20, 40))]]) for _ in range(3)]
-    assert hollow[-1]["pixel_values"].shape == (2, 3, 8, 8)
-    assert len(prepared) == 1
-    real = processor(text=text, images=[[Image.new("RGB", (5, 5)), Image.new("RGB", (6, 6))]])
-    assert real["pixel_values"][:, 0, 0, 0].tolist() == [5, 6]

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -25,7 +24,7 @@ from dora_vl.training.run_samples import read_samples
 from dora_vl.training.train_command import pipeline_of
 from tests.backbones.tiny_language import write_tiny_language
 from tests.training.generated_commonsense import write_commonsense
-from tests.training.tiny_run import json_of, logged_losses, skipped_by
+from tests.training.tiny_run import json_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[2]
@@ -125,29 +124,6 @@ def test_the_references_validation_split(folder: Path) -> None:
     assert held_out is not None
     for ours, theirs in ((held_out, split["test"]), (rows, split["train"])):
         assert [turns[0]["text"] for turns in ours.rows["turns"]] == theirs["instruction"][:]
-
-
-def test_any_format_of_several_files_streamed(folder: Path) -> None:
-    """What runs about pictures read, an instruction's run reads too: weights, streams and chats of one question."""
-    chats = folder / "chats.jsonl"
-    rows = [
-        [{"role": "user", "content": f"Is {number} so?"}, {"role": "assistant", "content": "the answer is true"}]
-        for number in range(12)
-    ]
-    longer = [*rows[0], {"role": "user", "content": "And now?"}, {"role": "assistant", "content": "no"}]
-    chats.write_text("".join(json.dumps({"id": f"chat {len(row)}", "messages": row}) + "\n" for row in [*rows, longer]))
-    files: list[Any] = [{"path": str(folder / "data" / "train.json"), "weight": 0.25}, str(chats)]
-    config = settings(
-        folder,
-        "stream",
-        *("--data.train", json.dumps(files), "--data.streaming", "true", "--data.validation_size", "0"),
-        *("--data.validation", str(folder / "data" / "test.json"), "--data.validation_limit", "4"),
-        *("--data.max_bad_share", "0.5", "--training.max_steps", "4", "--training.eval_steps", "4"),
-        *("--training.use_cpu", "true", "--training.deepspeed", "null"),
-    )
-    train(DecoderPipeline(config))
-    assert len(logged_losses(folder / "stream")) == json_of(folder / "stream" / "metrics.json")["train_steps"] == 4
-    assert "one question and its output" in skipped_by(folder / "stream")["chat 4"]
 
 
 def test_a_sets_answer_is_the_rows_or_found_in_its_output(tmp_path: Path) -> None:

@@ -23,8 +23,7 @@ from dora_vl.core.fast import cpu_step
 from dora_vl.training import estimate
 from dora_vl.training.estimate import SHAPES, PlannedRun, Samples, Traffic, plan_run, traffic_of
 from dora_vl.training.memory import Engine, Estimate, Held, activations_of, engine_of, held_by
-from tests.training.test_preference_run import write_pairs
-from tests.training.tiny_run import decoder_run, write_run, write_tiny_data, write_tiny_llava
+from tests.training.tiny_run import decoder_run, write_pairs, write_run, write_tiny_data, write_tiny_llava
 
 FROZEN = 100 * 200 * 2  # a bfloat16 weight
 TRAINED = 100 * 4 + 200 * 4 + 200  # A, B and the magnitude, in float32
@@ -204,15 +203,6 @@ def test_traffic_by_hand() -> None:
     assert sent(2) == Traffic(900, 300, 0)
     assert sent(3) == Traffic(900, 0, 42_750)  # 3/4 x 3 x (20,000 - 1,000)
     assert [sent(stage, ranks=1).total for stage in (None, 0, 2, 3)] == [0, 0, 0, 0]
-
-
-def test_the_engine_has_deepspeeds_sizes_and_transformers_automatic_ones() -> None:
-    zero = {"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto"}
-    zero |= {"offload_optimizer": {"device": "cpu"}}
-    engine = engine_of({"zero_optimization": zero}, ranks=8, hidden_width=100)
-    assert (engine.stage, engine.bucket, engine.prefetched) == (3, 10_000, 9_000)
-    assert engine.kept_whole == 100_000  # DeepSpeed's own where the file does not say auto
-    assert (engine.offloads_optimizer, engine.offloads_weights) == (True, False)
 
 
 def test_all_answers_of_a_sample_are_counted(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from dora_vl.evaluation.assistant import EncoderPrompts
 from dora_vl.run.folder import run_folder_of
 from dora_vl.run.settings import ModelConfig
 from dora_vl.training import replay
-from dora_vl.training.replay import ChatWriter, opening_of, repeated_share, whole
+from dora_vl.training.replay import ChatWriter
 from tests.backbones.tiny_language import byte_tokenizer, write_tiny_language
 from tests.training.tiny_run import (
     MakeRun,
@@ -125,23 +125,6 @@ def test_without_a_chat_template_a_base_goes_on_with_plain_openings(tmp_path: Pa
     assert [answer for _, answer in chats] == ["runs to the sea.", "is on."]
     assert {question for question, _ in chats} <= {*replay.OPENINGS}
     assert {text.removeprefix("<s>") for text in backbone.prompts[0]} <= {*replay.OPENINGS}
-
-
-def test_what_opens_and_closes_a_user_s_turn(chatml_base: Path, tiny_llava: Path) -> None:
-    encoder = open_encoder(str(chatml_base), template="tokenizer", max_tokens=256)
-    opening, closing = opening_of(encoder)
-    assert encoder.tokenizer.decode(opening) == "<|im_start|>user\n"
-    assert closing == encoder.tokenizer.convert_tokens_to_ids(END)
-    _, closing = opening_of(open_encoder(str(tiny_llava), template="vicuna_v1", max_tokens=256))
-    assert closing is None  # ASSISTANT: is words
-
-
-def test_repeated_and_cut_texts() -> None:
-    assert repeated_share("a b c d a b c d e") == pytest.approx(1 / 6)
-    assert repeated_share("a b c") == 0.0
-    assert whole("One. Two", ended=False) == "One."
-    assert whole("One. Two", ended=True) == "One. Two"
-    assert whole("One", ended=False) == ""
 
 
 # A run.

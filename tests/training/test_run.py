@@ -229,17 +229,6 @@ def test_a_finished_run_stays_as_it_is_to_the_byte(run_file: Path, monkeypatch: 
         assert contents(folder) == before
 
 
-def test_starts_from_a_projector_alone(run_file: Path) -> None:
-    whole = ["--adapter.method=full", '--adapter.targets=["model.multi_modal_projector*"]']
-    stage_one = trained(run_file, *whole, "--optim.projector_learning_rate=null", name="stage_one")
-    first = weights_of(stage_one)
-    assert {name.rpartition("multi_modal_projector")[1] for name in first} == {"multi_modal_projector"}
-    still = ["--training.learning_rate=1e-12", "--optim.projector_learning_rate=1e-12"]
-    second = weights_of(trained(run_file, f"--adapter.initial={stage_one / 'adapter'}", *still))
-    for name, tensor in first.items():
-        torch.testing.assert_close(second[name], tensor, atol=1e-6, rtol=0)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("evaluates", ["epoch", "steps"])
 def test_going_on_at_an_epochs_end_gives_the_whole_run(run_file: Path, evaluates: str) -> None:
