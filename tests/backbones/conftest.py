@@ -37,13 +37,11 @@ def llama_tokenizer(folder: Path, *, legacy: bool) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="session", params=["legacy", "first"])
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    """Both ways in which LLaMA tokenizers put the space mark."""
     return llama_tokenizer(tmp_path_factory.mktemp("tokenizer"), legacy=request.param == "legacy")
 
 
 @pytest.fixture(scope="session")
 def new_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    """The space mark before the first stretch only."""
     return llama_tokenizer(tmp_path_factory.mktemp("tokenizer"), legacy=False)
 
 
@@ -80,7 +78,6 @@ def small_clip(seed: int) -> CLIPModel:
 
 @pytest.fixture
 def backbone() -> DecoderBackbone:
-    """A tiny random LLaVA in float32, its weights large enough for attention to matter."""
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(tiny_llava_config())
     with torch.no_grad():

@@ -10,12 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import AutoProcessor, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from dora_vl.backbones.encoder import Encoder, open_encoder
-from dora_vl.backbones.prompts import QuestionAnswer, usual_template
 from dora_vl.data.example import Example
 from dora_vl.data.samples import IGNORED_LABEL, Sample
 from dora_vl.data.turns import Turn
@@ -31,7 +29,7 @@ from tests.backbones.image_text_conversations import (
     messages_of,
     sample_of,
 )
-from tests.backbones.tiny_image_text import CHATML, write_tiny, write_tiny_language
+from tests.backbones.tiny_image_text import CHATML, write_tiny
 from tests.backbones.tiny_language import write_tiny_language as write_tiny_llama
 
 Folders = Mapping[str, Path]
@@ -88,51 +86,16 @@ class TestLanguageModels:
         "template",
         [
             "{{ 9 ** (9 ** 9) }}",
-            "{{ 'a' * 10 ** 10 }}",
-            "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
             "{{ 1 / 0 }}",
-            "{% for m in messages %}<|im_end|>{% endfor %}",
             "{% for m in messages %}{{ m.content | reverse }}<|im_end|>{% endfor %}",
             "{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",
             None,
         ],
     )
-    def test_one_that_does_not_end_or_says_something_else_is_refused(
-        self, own: PreTrainedTokenizerFast, template: str | None
-    ) -> None:
+    def test_one_that_does_not_end_or_says_something_else_is_refused(self, own, template) -> None:
         own.chat_template = template
         with pytest.raises(UserError):
             piece_encoder(own, "tokenizer")
-
-    @pytest.mark.parametrize(
-        ("special", "chosen"),
-        [
-            (("<s>", "</s>", "<|im_start|>", "<|im_end|>"), "vicuna_v1"),
-            (("<|im_start|>", "<|im_end|>"), "chatml"),
-            (("<|end|>",), "tokenizer"),
-        ],
-    )
-    def test_without_a_name_it_is_the_first_whose_tokens_are_there(self, special: tuple[str, ...], chosen: str) -> None:
-        words = Tokenizer(models.BPE(unk_token="<unk>"))
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(special_tokens=["<unk>", *special], initial_alphabet=alphabet)
-        words.train_from_iterator([""], trainer)
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token=special[-1])
-        tokenizer.add_special_tokens({"additional_special_tokens": [*special]})
-        tokenizer.chat_template = CHATML.replace("<|im_end|>", "<|end|>")
-        assert usual_template(tokenizer) == chosen
-
-    @pytest.mark.parametrize("template", [CHAT["llama3"], CHATML, CHAT["glm"]], ids=["llama3", "chatml", "glm"])
-    @pytest.mark.parametrize("system", [True, False], ids=["system", "conversation alone"])
-    def test_it_writes_words_and_no_list_of_parts(self, tmp_path: Path, template: str, system: bool) -> None:
-        encoder = encoder_of(write_tiny_language("llama", tmp_path / "llama", template=template))
-        conversation = with_system(TALKS["no picture"]) if system else TALKS["no picture"]
-        sample = sample_of(encoder, conversation)
-        messages = [{"role": turn.role, "content": turn.text} for turn in conversation[0]]
-        expected = encoder.tokenizer.apply_chat_template(messages)["input_ids"]
-        added = ["<|im_end|>"] if template == CHAT["glm"] else []  # it closes no answer
-        assert sample.input_ids.tolist() == expected + encoder.tokenizer.convert_tokens_to_ids(added)
-        assert trained(encoder, sample) == "red<|im_end|>"
 
 
 @pytest.mark.parametrize("template", [CHATML.replace("PICTURE", ""), "{% for m in messages %}{{ m.role }}{% endfor %}"])
@@ -286,25 +249,11 @@ def test_a_prompt_is_the_beginning_of_what_is_trained(folders: Folders, family: 
     ],
     ids=["two questions", "picture inside", "no picture", "special token"],
 )
-def test_what_paligemma_does_not_take_is_refused_by_id(
-    folders: Folders, turns: tuple[Turn, ...], pictures: int
-) -> None:
+def test_what_paligemma_does_not_take_is_refused_by_id(folders, turns, pictures) -> None:
     encoder = encoder_of(folders["paligemma"])
     with pytest.raises(BadSample) as error:
         sample_of(encoder, (turns, (RED,) * pictures))
     assert error.value.sample_id == "conversation"
-
-
-def test_a_processor_that_puts_a_separator_behind_every_text_is_refused(folders: Folders) -> None:
-    """As Chameleon's of transformers before 5.23, which passes over what it is asked."""
-    processor = AutoProcessor.from_pretrained(folders["chameleon"])
-    QuestionAnswer(processor, "chameleon", pictures=True)
-    name, now = "ChameleonProcessor", type(processor)
-    processor.__class__ = type(
-        name, (now,), {"__call__": lambda self, text, **_: now.__call__(self, text=[f"{item}</s>" for item in text])}
-    )
-    with pytest.raises(UserError):
-        QuestionAnswer(processor, "chameleon", pictures=True)
 
 
 def test_a_format_goes_before_the_chat_template(folders: Folders) -> None:

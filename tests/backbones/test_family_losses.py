@@ -258,10 +258,12 @@ def check_same_training(
 @pytest.mark.parametrize("checkpointing", [None, True, False], ids=["", "reentrant", "checkpointing"])
 @families_in_turn
 def test_rows_of_several_samples_train_the_same(folders: Folders, family: str, checkpointing: bool | None) -> None:
-    if why := FAMILIES[family].plain_rows:
-        pytest.skip(why)
     encoder, backbone = encoder_of(folders[family]), adapted_backbone(folders[family])
-    assert check_packing(backbone, encoder, "trees")[0] == "trees"
+    kind, reason = check_packing(backbone, encoder, "trees")
+    assert backbone.training
+    assert (kind, reason is None) == (("plain", False) if FAMILIES[family].plain_rows else ("trees", True)), reason
+    if kind == "plain":
+        return
     takes_words = FAMILIES[family].format != "paligemma"
     samples = samples_of(encoder, (*ALIKE, *OTHERS, *(WORDS if takes_words else ())))
     if checkpointing is not None:
@@ -299,14 +301,6 @@ def test_packed_words_train_the_same(folders: Folders, model_type: str) -> None:
     assert kind == "packed", reason
     samples = samples_of(encoder, [(rounds(f"Say it {word}.", word), ()) for word in ("red", "is green or blue", "no")])
     check_same_training(backbone, encoder, samples, shares=False)
-
-
-@families_in_turn
-def test_the_probe_tells_which_rows_a_family_follows(folders: Folders, family: str) -> None:
-    encoder, backbone = encoder_of(folders[family]), adapted_backbone(folders[family])
-    kind, reason = check_packing(backbone, encoder, "trees")
-    assert backbone.training
-    assert (kind, reason is None) == (("plain", False) if FAMILIES[family].plain_rows else ("trees", True)), reason
 
 
 def test_rows_that_a_model_misreads_are_not_taken(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:

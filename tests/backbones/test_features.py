@@ -64,17 +64,6 @@ def test_of_two_shards_the_one_written_last_counts(tmp_path: Path) -> None:
     assert len(shards) == 2  # the same pictures again took the place of the first
 
 
-def test_a_shard_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_: object, path: Path, *__: object) -> None:
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("dora_vl.backbones.shards.save_file", full)
-    with pytest.raises(UserError):
-        write(tmp_path, rows(1)[0])
-    assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
-
-
 def test_what_is_no_whole_shard_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
@@ -182,21 +171,6 @@ def test_a_damaged_file_costs_its_own_sample(tmp_path: Path, form: str, file: st
         store.read("a")
     assert error.value.sample_id == "a"
     assert torch.equal(store.read("b"), VALUES["b"])
-
-
-def test_damaged_pages_of_a_shard_are_a_bad_sample_and_a_cut_shard_is_named(tmp_path: Path) -> None:
-    write_parquet(tmp_path)
-    shard = tmp_path / "00001.parquet"
-    group = parquet.ParquetFile(shard).metadata.row_group(0)
-    column = next(c for c in (group.column(n) for n in range(group.num_columns)) if c.path_in_schema.startswith("feat"))
-    content, start = bytearray(shard.read_bytes()), column.dictionary_page_offset or column.data_page_offset
-    content[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
-    shard.write_bytes(bytes(content))
-    with pytest.raises(BadSample):
-        open_features(tmp_path).read("d")
-    shard.write_bytes(bytes(content[:-20]))
-    with pytest.raises(UserError):
-        open_features(tmp_path)
 
 
 def test_what_is_no_folder_of_one_form_is_refused(tmp_path: Path) -> None:

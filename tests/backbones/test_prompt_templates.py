@@ -1,7 +1,8 @@
 """Each format of strings: its text, tokens and labels written out, equal to the published algorithm on any text.
 
 Tokens and labels of the vicuna_v1, llama_2 and plain kinds are what LLaVA c121f04 gave on this tokenizer (transformers
-4.37.2, slow). Of mpt's and v0's kinds the tokens are; the labels are by hand, since the original's are wrong there. At the end the prompts of single instructions.
+4.37.2, slow). Of mpt's and v0's kinds the tokens are; the labels are by hand, since the original's are wrong there.
+At the end the prompts of single instructions.
 """
 
 from __future__ import annotations
@@ -139,14 +140,7 @@ any_text = st.one_of(st.sampled_from(NASTY), st.text(max_size=20))
 @settings(max_examples=15, deadline=None)
 @example(rounds=[(text, text) for text in NASTY])
 @given(rounds=st.lists(st.tuples(any_text, any_text), min_size=1, max_size=3))
-def test_supervised_tokens_decode_to_the_answers(
-    tokenizer: PreTrainedTokenizerFast,
-    rounds: list[tuple[str, str]],
-    template: str,
-    before: str,
-    after: str,
-    close: str,
-) -> None:
+def test_supervised_tokens_decode_to_the_answers(tokenizer, rounds, template, before, after, close) -> None:
     texts = [text for pair in rounds for text in pair]
     assume(all("<image>" not in text for text in texts))
     assume(all(answer.strip() for answer in texts[1::2]))

@@ -59,9 +59,7 @@ def test_no_label_is_a_zero_with_a_graph() -> None:
 
 
 @pytest.mark.parametrize(("family", "chunked"), [("llama", True), ("gemma2", False), ("granite", False)])
-def test_a_model_that_changes_its_scores_keeps_them_whole(
-    monkeypatch: pytest.MonkeyPatch, family: str, chunked: bool
-) -> None:
+def test_a_model_that_changes_its_scores_keeps_them_whole(monkeypatch, family, chunked) -> None:
     """Gemma 2 caps them, Granite scales them: what stands behind the output layer is theirs."""
     monkeypatch.setattr(next_token, "SMALL_VOCABULARY", 0)
     model = tiny_language(family)

@@ -38,7 +38,6 @@ from tests.training.tiny_run import (
     logged,
     losses_of,
     refused_key,
-    skipped_by,
     trained,
     write_pairs,
     write_run,
@@ -217,31 +216,6 @@ def test_a_run_learns_to_look_and_stored_outputs_serve_it(of_pairs: MakeRun) -> 
         [line["loss"] for line in logged(trees)], rel=1e-4
     )
     assert_same_weights(trees, stored, atol=5e-5)
-
-
-def test_answers_about_the_datas_own_other_pictures(tmp_path: Path, tiny_llava: Path) -> None:
-    """ms-swift's `rejected_images`: what differs is the picture alone, of which some are missing."""
-    path = write_pairs(tmp_path / "data")
-    rows: list[dict[str, Any]] = json.loads(path.read_text())
-    swift = []
-    for number, row in enumerate(rows):
-        turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["chosen"]}]
-        images = {"images": [row["image"]], "rejected_images": [rows[number - 1]["image"]]}
-        swift.append({"messages": turns, **images})
-    swift[7]["rejected_images"] = ["nowhere.png"]
-    path.write_text(json.dumps(swift))
-    run_file = write_run(
-        tmp_path / "run.yaml",
-        tiny_llava,
-        path,
-        data={"cache_features": True, "max_bad_share": 0.1},
-        objective={"loss": "dpo", "beta": 0.5},
-        training={"learning_rate": 2e-2, "max_steps": 10, "per_device_train_batch_size": 6},
-    )
-    folder = trained(run_file)
-    assert logged(folder)[0]["rewards/margin"] == pytest.approx(0, abs=1e-6) != logged(folder)[-1]["rewards/margin"]
-    (reason,) = skipped_by(folder).values()
-    assert "nowhere.png" in reason
 
 
 def test_where_nothing_could_be_compared_the_setting_is_refused(of_pairs: MakeRun, tmp_path: Path) -> None:

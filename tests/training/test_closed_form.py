@@ -36,9 +36,7 @@ CELL, HIDDEN, PICTURES = 10, 24, 40
 
 
 @pytest.mark.parametrize(("rows", "width", "noise"), [(30, 6, 1), (12, 40, 12)])
-def test_a_ridge_is_the_normal_equations_and_its_error_that_of_rows_left_out(
-    rows: int, width: int, noise: float
-) -> None:
+def test_a_ridge_is_the_normal_equations_and_its_error_that_of_rows_left_out(rows, width, noise) -> None:
     generator = torch.Generator().manual_seed(rows)
     inputs = 3 + torch.randn(rows, width, generator=generator, dtype=torch.double) * torch.linspace(1, 4, width)
     targets = inputs[:, :2] @ torch.tensor([[1.0, -2.0, 0.5], [0.3, 1.0, 2.0]]).double() + 5
@@ -146,7 +144,6 @@ def test_the_probe_reads_each_question_by_its_own_map() -> None:
 
 @pytest.fixture(scope="module")
 def composed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that composes a tiny LLaVA of a CLIP tower and a random Llama."""
     folder = tmp_path_factory.mktemp("composed")
     torch.manual_seed(1)
     vision = CLIPVisionConfig(

@@ -134,9 +134,7 @@ QUICK = ("qwen3_vl", "qwen3_5_moe", "mllama")
 
 
 @pytest.mark.parametrize("family", [param(name, is_slow=name not in QUICK) for name in FAMILIES])
-def test_a_family_trains_resumes_opens_merges_and_answers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], family: str
-) -> None:
+def test_a_family_trains_resumes_opens_merges_and_answers(tmp_path, monkeypatch, capsys, family) -> None:
     base = write_tiny(family, tmp_path / family)
     row, taken = FAMILIES[family], talks_of(family)
     pictures = (0, 1, 2) if "no picture" in taken else (1, 2)
@@ -195,9 +193,7 @@ def test_where_sdpa_cannot_be_it_trains_answers_and_is_served_without_an_option(
 @pytest.mark.parametrize(
     "model_type", ["qwen3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma", "lfm2"))]
 )
-def test_a_language_model_trains_resumes_opens_merges_and_answers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str
-) -> None:
+def test_a_language_model_trains_resumes_opens_merges_and_answers(tmp_path, monkeypatch, model_type) -> None:
     base = write_tiny_language(model_type, tmp_path / model_type)
     adapter = trained(base, tmp_path, monkeypatch, template=None, pictures=(0,), rounds=2, projector=False)
     prompt = encoder_of(base).encode_prompt([Turn("user", "Say the colour.")], [])
@@ -210,7 +206,6 @@ CPU: dict[str, object] = {"use_cpu": True, "max_steps": 4}
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every second block of four samples has no picture."""
     return write_tiny_data(tmp_path_factory.mktemp("any-model"), samples=24, text_only_blocks=4)
 
 

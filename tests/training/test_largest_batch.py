@@ -68,9 +68,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     ],
     ids=["adamw", "accumulated", "adafactor", "momentum", "streamed"],
 )
-def test_a_run_is_the_same_to_the_bit_with_it_and_without(
-    run_file: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
-) -> None:
+def test_a_run_is_the_same_to_the_bit_with_it_and_without(run_file, monkeypatch, more) -> None:
     plain = trained(run_file, *SETTINGS, *more, name="without")
     tried, options = counted(monkeypatch), [*SETTINGS, *more, "--try_largest_batch=true"]
     # a resumed run too: the optimizer's state is the checkpoint's afterwards, not a step older
@@ -145,9 +143,7 @@ def no_room_above(monkeypatch: pytest.MonkeyPatch, most: int, make: Callable[[],
         lambda: raised(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has 79 GiB")),
     ],
 )
-def test_any_allocators_error_ends_a_run(
-    run_file: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[], object]
-) -> None:
+def test_any_allocators_error_ends_a_run(run_file, monkeypatch, make) -> None:
     no_room_above(monkeypatch, 0, make)
     with pytest.raises(UserError):
         trained(run_file)
@@ -157,9 +153,7 @@ def raised(error: Exception) -> None:
     raise error
 
 
-def test_what_does_not_fit_ends_before_the_first_step_with_what_does(
-    run_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_does_not_fit_ends_before_the_first_step_with_what_does(run_file, monkeypatch) -> None:
     no_room_above(monkeypatch, 3, lambda: torch.empty(IMPOSSIBLE, dtype=torch.uint8))
     with pytest.raises(UserError) as error:
         trained(
@@ -178,7 +172,6 @@ PINPOINTS = [[16, 32], [32, 16], [32, 32], [64, 80], [96, 96]]
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    """The tiny families, with room for pictures of several sizes; and a LLaVA-1.5."""
     folder = tmp_path_factory.mktemp("bases")
     tiny = {name: write_tiny(name, folder / name) for name in FAMILIES}
     changed(
@@ -219,9 +212,7 @@ def tokens_of(path: Path, *overrides: str) -> list[int]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_above_a_samples_share_becomes_fewer_tokens(
-    bases: Mapping[str, Path], tmp_path: Path, family: str
-) -> None:
+def test_what_is_above_a_samples_share_becomes_fewer_tokens(bases, tmp_path, family) -> None:
     path = written(tmp_path, bases[family])
     whole, budget = tokens_of(path), tokens_of(path, f"--data.max_pixels_per_step={2 * SHARE}")
     assert budget[0] < 0.7 * whole[0]  # 76,800 pixels became at most 4,000
@@ -239,21 +230,8 @@ def test_a_run_counts_them(bases: Mapping[str, Path], tmp_path: Path) -> None:
     assert logged(tmp_path / "run")[-1]["shrunk_samples"] == 8
 
 
-def test_the_largest_batch_finds_the_largest_picture(bases: Mapping[str, Path], tmp_path: Path) -> None:
-    path = written(tmp_path, bases["qwen2_vl"])
-    pipeline = decoder_run(path)
-    arguments = pipeline.arguments()
-    data = pipeline.data(pipeline.skeleton(), arguments)
-    pictured = data.pools()[0]
-    largest = max(pictured, key=lambda sample: len(sample.input_ids))
-    assert int(largest.id[1:]) % 3 != 1  # all are named alike, so only their headers tell the small ones
-    assert len(pictured) <= 3 * arguments.per_device_train_batch_size  # not every picture is decoded for it
-
-
 @pytest.mark.parametrize(("family", "pixels"), [("llava", 100_000), ("qwen2_vl", 2_001), ("qwen2_vl", 0)])
-def test_it_is_refused_where_it_saves_nothing(
-    bases: Mapping[str, Path], tmp_path: Path, family: str, pixels: int
-) -> None:
+def test_it_is_refused_where_it_saves_nothing(bases, tmp_path, family, pixels) -> None:
     with pytest.raises(SettingError) as error:
         tokens_of(written(tmp_path, bases[family]), f"--data.max_pixels_per_step={pixels}")
     assert error.value.key == "data.max_pixels_per_step"
@@ -269,12 +247,3 @@ def test_pictures_and_frames_of_a_sample_shrink_by_one_factor() -> None:
     assert lost == 135_000
     same, clips, lost = within_pixels(pictures, [video], 180_000)
     assert (same, clips, lost) == (pictures, [video], 0)
-
-
-@pytest.mark.parametrize("most", [1_024, 3_333, 50_000])
-def test_never_above_the_share(most: int) -> None:
-    draws = torch.Generator().manual_seed(most)
-    for _ in range(10):
-        sides = torch.randint(20, 900, (3, 2), generator=draws).tolist()
-        smaller, _, _ = within_pixels([Image.new("RGB", (width, height)) for width, height in sides], [], most)
-        assert sum(picture.width * picture.height for picture in smaller) <= most

@@ -51,7 +51,6 @@ from tests.training.video_run import write_video_data
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Qwen2.5-VL, and data of every kind."""
     pytest.importorskip("av")
     folder = tmp_path_factory.mktemp("videos")
     write_tiny_video("qwen2_5_vl", folder / "base")
@@ -94,9 +93,7 @@ def test_three_steps_are_trained_saved_and_opened_again(videos: Path, monkeypatc
     "family",
     ["smolvlm", "llava", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llava_next_video", "idefics3"))],
 )
-def test_other_ways_that_videos_go_in(
-    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
-) -> None:
+def test_other_ways_that_videos_go_in(videos, tmp_path, monkeypatch, family) -> None:
     """Frames among the pictures, videos of one length, and frames as pictures, which is said."""
     if family == "smolvlm":
         pytest.importorskip("num2words")
@@ -132,9 +129,7 @@ def test_a_broken_video_is_a_bad_sample_and_named(videos: Path) -> None:
         ("glm4v", {}, "data.train"),
     ],
 )
-def test_what_no_video_could_be_trained_with_ends_before_weights_are_read(
-    videos: Path, tmp_path: Path, family: str, data: dict[str, object], key: str
-) -> None:
+def test_what_no_video_could_be_trained_with_ends_before_weights_are_read(videos, tmp_path, family, data, key) -> None:
     base = write_tiny_video(family, tmp_path / "base")
     assert refused_key(of_videos(videos, "refused", base, **data)) == key
 
@@ -225,7 +220,6 @@ TURNS = [Turn("user", "<image>\nSay the colour.")]
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny bases of two kinds, and data in which every second block of four samples has no picture."""
     folder = tmp_path_factory.mktemp("quantised")
     write_tiny("qwen2_5_vl", folder / "qwen2_5_vl", width=64)
     write_tiny_llava(folder / "llava", width=64)

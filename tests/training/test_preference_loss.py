@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from dora_vl.data.batches import Collator
 from dora_vl.data.example import Example
 from dora_vl.data.samples import Sample
 from dora_vl.data.turns import Turn
-from dora_vl.errors import BadSample
 from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
 from dora_vl.heads.preferences import LOSSES, Scale
 from dora_vl.heads.rewards import REWARD_LOSSES
@@ -42,6 +40,7 @@ EXAMPLES = (
         "c", ("blue",), (Turn("user", "<image>\nSay it."), Turn("assistant", "blue")), rejected=("It is a red one.",)
     ),
 )
+SCALE = Scale(beta=0.3)
 PICTURES: dict[str, Image.Image] = {"red": RED, "blue": BLUE}
 
 
@@ -91,7 +90,7 @@ def batch_of(encoder: Encoder, samples: Sequence[Sample], packing: Any) -> dict[
 def test_trees_and_plain_rows_are_the_same(name: str, encoder: Encoder, backbone: DecoderBackbone) -> None:
     reference = Reference(backbone.model)
     disturb(backbone.model)
-    loss = PreferenceLoss(backbone, objective={name: 1.0}, scale=Scale(beta=0.3), reference=reference)
+    loss = PreferenceLoss(backbone, objective={name: 1.0}, scale=SCALE, reference=reference)
     samples = items(encoder)
     trees, plain = (result(loss, [batch_of(encoder, samples, packing)]) for packing in ("trees", "plain"))
     assert trees[0] == pytest.approx(plain[0], rel=1e-4)
@@ -125,9 +124,7 @@ def test_loss_is_that_of_two_models_and_single_rows(encoder: Encoder, backbone: 
     each = [-0.8 * log_sigmoid(w - o) - 0.2 * (log_sigmoid(w) + log_sigmoid(-o)) for w, o in pairs]
     expected = sum(each) / len(each) - learned / tokens
     margins = [w - o for w, o in pairs]
-    loss = PreferenceLoss(
-        backbone, objective={"dpo": 0.8, "bco": 0.2, "sft": 1.0}, scale=Scale(beta=0.3), reference=reference
-    )
+    loss = PreferenceLoss(backbone, objective={"dpo": 0.8, "bco": 0.2, "sft": 1.0}, scale=SCALE, reference=reference)
     output = loss(**batch_of(encoder, samples, "trees"))
     assert output["loss"].item() == pytest.approx(expected, rel=1e-4)
     assert output["rewards/margin"].item() == pytest.approx(sum(margins) / len(margins), rel=1e-3)
@@ -152,7 +149,7 @@ def test_kto_measures_by_answers_to_other_prompts(packing: Any, encoder: Encoder
     samples = items(encoder)
     batch = inputs_of(Collator(encoder.pad_token_id, packing=packing, compares=True, unmatched=True)(samples))
     assert batch["weights"].tolist() == [1, -1, 0, 1, -1, -1, 0, 1, -1, 0]
-    loss = PreferenceLoss(backbone, objective={"kto": 1.0}, scale=Scale(beta=0.3), reference=reference)
+    loss = PreferenceLoss(backbone, objective={"kto": 1.0}, scale=SCALE, reference=reference)
     value = loss(**batch)["loss"].item()
 
     def gain(prompt: Example, text: str) -> float:
@@ -173,38 +170,16 @@ def test_kto_measures_by_answers_to_other_prompts(packing: Any, encoder: Encoder
     assert value == pytest.approx(sum(values) / len(values), rel=1e-4)
 
 
-def test_answers_that_are_too_long_are_refused_by_name(tiny_llava: Path) -> None:
-    encoder = open_encoder(str(tiny_llava), max_tokens=24)
-    long = replace(EXAMPLES[0], rejected=("It is red. " * 12,))
-    with pytest.raises(BadSample) as error:
-        items(encoder, [long])
-    assert error.value.sample_id == "a"
-
-
-class Counted(Reference):
-    """Counts how often the reference takes the model's place."""
-
-    calls = 0
-
-    def in_place(self) -> Any:
-        self.calls += 1
-        return super().in_place()
-
-
-@pytest.mark.parametrize("name", ["dpo", "kto"])
-def test_what_the_reference_says_is_kept_for_later_epochs(
-    name: str, encoder: Encoder, backbone: DecoderBackbone
-) -> None:
-    samples, collate = (
-        items(encoder),
-        Collator(encoder.pad_token_id, packing="trees", compares=True, unmatched=name == "kto"),
-    )
+def test_what_the_reference_says_is_kept_for_later_epochs(encoder: Encoder, backbone: DecoderBackbone) -> None:
+    samples, collate = items(encoder), Collator(encoder.pad_token_id, packing="trees", compares=True)
     epochs = [[samples[:2], samples[2:]], [samples[::2], samples[1:2]], [samples]]
-    losses = dict[bool, list[torch.Tensor]]()
+    losses, calls = dict[bool, list[torch.Tensor]](), list[object]()
     start = copy.deepcopy(backbone.state_dict())
     for keeps in (False, True):
-        reference = Counted(backbone.model)
-        loss = PreferenceLoss(backbone, objective={name: 1.0}, scale=Scale(beta=0.3), reference=reference, keeps=keeps)
+        reference = Reference(backbone.model)
+        in_place, calls = reference.in_place, []
+        reference.in_place = lambda calls=calls, in_place=in_place: calls.append(1) or in_place()
+        loss = PreferenceLoss(backbone, objective={"dpo": 1.0}, scale=SCALE, reference=reference, keeps=keeps)
         optimizer = torch.optim.SGD([weight for weight in backbone.parameters() if weight.requires_grad], lr=0.5)
         losses[keeps] = []
         for batch in (inputs_of(collate(rows)) for epoch in epochs for rows in epoch):
@@ -213,11 +188,7 @@ def test_what_the_reference_says_is_kept_for_later_epochs(
             losses[keeps].append(value.detach())
             optimizer.step()
             optimizer.zero_grad()
-        assert reference.calls == (2 if keeps and name == "dpo" else 5)
-        if keeps and name == "dpo":  # the validation data counts its samples anew
-            loss.eval()
-            loss(**inputs_of(collate(samples[:1])))
-            assert reference.calls == 3
+        assert len(calls) == (2 if keeps else 5)
         backbone.load_state_dict(start)
         for _, layer in adapted_layers(backbone.model):
             layer.forget_norms()
@@ -268,9 +239,7 @@ def alone(model: DecoderBackbone, sample: Sample) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("name", "packing"), [*((name, "trees") for name in REWARD_LOSSES), ("grpo", "plain")])
-def test_loss_and_gradient_are_the_equation(
-    name: str, packing: str, encoder: Encoder, backbone: DecoderBackbone, tmp_path: Path
-) -> None:
+def test_loss_and_gradient_are_the_equation(name, packing, encoder, backbone, tmp_path) -> None:
     reference, before = Reference(backbone.model), copy.deepcopy(backbone)
     disturb(backbone.model)
     rollouts = rollouts_of(encoder, backbone, tmp_path, loss=REWARD_LOSSES[name], packing=packing, keeps_all=True)

@@ -52,8 +52,8 @@ def seen_first(monkeypatch: pytest.MonkeyPatch, pipeline: Any) -> dict[str, Any]
     return seen[0]
 
 
-def of_kind(row: Any, kind: str, line: int = 0) -> str:
-    text = "".join(piece.text for piece in row.lines[line] if piece.kind == kind)
+def of_kind(row: Any, kind: str) -> str:
+    text = "".join(piece.text for piece in row.lines[0] if piece.kind == kind)
     return text.replace("Ġ", " ")  # the tiny tokenizer has no decoder
 
 
@@ -62,9 +62,7 @@ def counts(line: Any, kind: str) -> int:
 
 
 @pytest.mark.parametrize("grouped", ["true", "false"])
-def test_it_is_the_batch_that_training_sees(
-    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grouped: str
-) -> None:
+def test_it_is_the_batch_that_training_sees(run_file, tmp_path, monkeypatch, grouped) -> None:
     settings = [
         "--data.packing=plain",
         f"--data.group_by_modality_length={grouped}",
@@ -102,9 +100,7 @@ def test_a_vlbarts_batch(bart_file: Path, tmp_path: Path, monkeypatch: pytest.Mo
         assert counts(answer, "trained") == int((labels != -100).sum())
 
 
-def test_the_command_writes_nothing_and_prints_signs(
-    run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_writes_nothing_and_prints_signs(run_file, tmp_path, capsys) -> None:
     """Of a base whose weights are gone."""
     base = shutil.copytree(read_run_file(run_file).model.base, tmp_path / "base")
     (base / "model.safetensors").unlink()

@@ -29,7 +29,7 @@ from dora_vl.run.folder import read_log
 from dora_vl.run.reading import read_run_file
 from dora_vl.training.callbacks import StopOnSignal
 from dora_vl.training.decoder_pipeline import DecoderPipeline
-from dora_vl.training.faults import StepFaults, check_base_weights, check_trained_weights, is_spike
+from dora_vl.training.faults import check_base_weights, check_trained_weights, is_spike
 from dora_vl.training.run import run, train
 from dora_vl.training.trainer import AdapterTrainer
 from tests.training.launched import ROOT, free_port, launch
@@ -79,9 +79,7 @@ def stop_after_two_steps(run_file: Path, folder: Path) -> None:
     assert stderr.count("stopped by SIGINT; --resume last resumes from there") == 1
 
 
-def test_a_signal_ends_a_run_with_its_status_once_the_step_is_saved(
-    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_signal_ends_a_run_with_its_status_once_the_step_is_saved(make_run, tmp_path, monkeypatch) -> None:
     run_file = make_run(training={"use_cpu": True})
     before = [signal.getsignal(number) for number in StopOnSignal.SIGNALS]
     send_at_step(monkeypatch, 2)
@@ -177,9 +175,10 @@ def in_order(make_run: MakeRun) -> Path:
     )
 
 
-def change_loss(
-    monkeypatch: pytest.MonkeyPatch, steps: Sequence[int], change: Callable[[AdapterTrainer, Tensor], Tensor]
-) -> None:
+Change = Callable[[AdapterTrainer, Tensor], Tensor]
+
+
+def change_loss(monkeypatch: pytest.MonkeyPatch, steps: Sequence[int], change: Change) -> None:
     """At these steps (from 0) the training loss is another."""
     compute = AdapterTrainer.compute_loss
 
@@ -210,9 +209,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, *steps: int, loss: bool) -> None:
 
 
 @pytest.mark.parametrize("loss", [True, False])
-def test_a_step_that_is_no_number_is_left_out_and_the_run_ends_with_its_samples(
-    in_order: Path, monkeypatch: pytest.MonkeyPatch, loss: bool
-) -> None:
+def test_a_step_that_is_no_number_is_left_out_and_the_run_ends_with_its_samples(in_order, monkeypatch, loss) -> None:
     constant = "--training.lr_scheduler_type=constant"
     sound, folder = trained(in_order, "--training.max_steps=3", constant, name="sound"), in_order.with_suffix("")
     spoil(monkeypatch, 3, loss=loss)
@@ -235,9 +232,7 @@ def test_ten_such_steps_in_a_row_end_it_all_the_same(in_order: Path, monkeypatch
     assert read_log(in_order.with_suffix("") / "faults.jsonl")[-1]["step"] == 12
 
 
-def test_a_run_that_skips_counts_and_a_resumed_one_goes_on_after_the_step(
-    in_order: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_skips_counts_and_a_resumed_one_goes_on_after_the_step(in_order, monkeypatch) -> None:
     with monkeypatch.context() as spoilt:
         spoil(spoilt, 3, loss=True)
         with pytest.raises(UserError):
@@ -262,34 +257,21 @@ def test_a_base_with_a_weight_that_is_no_number_is_refused_before_the_first_step
     assert not (in_order.with_suffix("") / "log.jsonl").exists()
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
 def test_weights_are_read_whatever_their_number_type(value: float) -> None:
-    last = nn.Linear(5, 2).to(torch.bfloat16)
-    model = nn.Sequential(nn.Linear(3, 5).to(torch.bfloat16), last)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)).to(torch.bfloat16)
+    weights = [cast(nn.Parameter, layer.weight) for layer in model]
+    part = TrainedPart("dora.A", {"1.weight": weights[1]}, weight_decay=True)
+    with torch.no_grad():
+        weights[0].fill_(3e38)  # finite, though their float32 sum is not
     check_base_weights(model, "base")
-    part = TrainedPart("dora.A", {"1.weight": cast(nn.Parameter, last.weight)}, weight_decay=True)
     check_trained_weights([part], step=7, kept=None)
     with torch.no_grad():
-        cast(nn.Linear, model[0]).weight.fill_(3e38)  # finite, though their float32 sum is not
-    check_base_weights(model, "base")
-    with torch.no_grad():
-        last.weight[1, 2] = value
+        weights[1][1, 2] = value
     with pytest.raises(UserError):
         check_base_weights(model, "base")
     with pytest.raises(UserError):
         check_trained_weights([part], step=7, kept="checkpoint-5")
-
-
-@pytest.mark.slow
-def test_without_zero_the_engine_s_log_holds_the_norm_before_clipping(in_order: Path) -> None:
-    clipped, folder = ("--training.max_steps=2", "--training.max_grad_norm=0.01"), in_order.parent / "engine"
-    launch(in_order, *clipped, f"--training.output_dir={folder}", "--training.deepspeed=zero0", ranks=1)
-    plain, engine = (
-        [line["grad_norm"] for line in logged(run, "grad_norm")] for run in (trained(in_order, *clipped), folder)
-    )
-    assert engine == pytest.approx(plain, rel=1e-3)
-    assert len(engine) == 2
-    assert min(engine) > 0.02
 
 
 def test_a_spike_stands_far_above_its_window_in_two_ways() -> None:
@@ -299,18 +281,6 @@ def test_a_spike_stands_far_above_its_window_in_two_ways() -> None:
     wild = [1.0 + 0.8 * (step % 3) for step in range(30)]
     assert not is_spike(4.5, wild)  # the loss jumps like that all the time
     assert is_spike(12.0, wild)
-
-
-def test_a_step_with_chats_of_the_base_is_compared_with_such_steps(tmp_path: Path) -> None:
-    faults, state = StepFaults(tmp_path / "faults.jsonl", "stop", chats=["replay-7"]), TrainerState()
-    for step in range(90):
-        chats = step % 3 == 0
-        faults.begin_step([("a", "replay-7") if chats else ("a", "b")])
-        faults._look_for_spike([1.0 if chats else 0.01], state)
-    assert not (tmp_path / "faults.jsonl").exists()
-    faults.begin_step([("a", "b")])
-    faults._look_for_spike([1.0], state)
-    assert len(read_log(tmp_path / "faults.jsonl")) == 1
 
 
 def test_a_spike_is_named_with_its_samples(in_order: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,9 +295,7 @@ def test_a_spike_is_named_with_its_samples(in_order: Path, monkeypatch: pytest.M
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("ranks", "zero"), [(1, "zero0"), (2, "zero2"), (2, "zero3")])
-def test_a_picture_whose_features_are_no_numbers_under_the_launcher(
-    make_run: MakeRun, tmp_path: Path, ranks: int, zero: str
-) -> None:
+def test_a_picture_whose_features_are_no_numbers_under_the_launcher(make_run, tmp_path, ranks, zero) -> None:
     in_order = make_run(
         data={"group_by_modality_length": False, "cache_features": True, "feature_cache": str(tmp_path / "features")},
         training={"deepspeed": zero, "train_sampling_strategy": "sequential", "per_device_train_batch_size": 2},

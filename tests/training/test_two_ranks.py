@@ -104,9 +104,7 @@ def test_a_quantised_base_in_shards_trains_as_a_whole_one(tiny_data: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_zero3_caches_features_on_both_ranks_and_is_tested_afterwards(
-    make_run: MakeRun, tiny_data: Path, tmp_path: Path
-) -> None:
+def test_zero3_caches_features_on_both_ranks_and_is_tested_afterwards(make_run, tiny_data, tmp_path) -> None:
     run_file = make_run(
         data={"cache_features": True}, training={"deepspeed": "zero3"}, evaluation={"file": str(tiny_data), "limit": 8}
     )
@@ -146,9 +144,7 @@ def test_two_ranks_end_where_one_does_though_they_read_some_samples_twice(tiny_l
 @pytest.mark.timeout(600)
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_two_ranks_without_deepspeeds_engine_are_one_run(
-    mixed_run: Path, one_rank: Path, launcher: str, tmp_path: Path
-) -> None:
+def test_two_ranks_without_deepspeeds_engine_are_one_run(mixed_run, one_rank, launcher, tmp_path) -> None:
     """On a CPU they would otherwise be two runs that write to one folder."""
     launch(mixed_run, f"--training.output_dir={tmp_path}/run", ranks=2, launcher=launcher)
     torch.testing.assert_close(losses_of(tmp_path / "run"), losses_of(one_rank), atol=1e-4, rtol=0)

@@ -23,7 +23,7 @@ from dora_vl.evaluation.open_model import with_adapter
 from dora_vl.evaluation.predictor import Shown
 from dora_vl.evaluation.questions import read_questions
 from dora_vl.run.reading import read_run_file
-from dora_vl.run.watched import Watched, WatchedQuestion, read_watched, tiled
+from dora_vl.run.watched import Watched, WatchedQuestion, read_watched
 from dora_vl.training.callbacks import RunProgress, read_log, track_answers
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from tests.training.launched import launch
@@ -62,8 +62,7 @@ def test_the_last_answers_are_those_of_the_saved_adapter_and_no_loss_changes(run
     alone = trained(run_file, *validated(run_file), "--watch=0", name="alone")
     assert logged_losses(folder) == logged_losses(alone)
     assert not (alone / "watched").exists()
-    watched = read_watched(folder)
-    assert watched is not None
+    watched: Any = read_watched(folder)
     assert sorted(watched.answers) == [0, 3, 6]
     assert len(watched.questions) == 4
     config = read_run_file(run_file)
@@ -109,13 +108,12 @@ def test_without_validation_the_test_is_asked_now_and_then(run_file: Path) -> No
 
 
 def test_a_picture_that_cannot_be_read_leaves_its_question_out(run_file: Path, tmp_path: Path) -> None:
-    records = json.loads(Path(str(read_run_file(run_file).data.train)).read_text())[:3]
+    records = json_of(Path(str(read_run_file(run_file).data.train)))[:3]
     held_out = [{**record, "id": f"held-{number}"} for number, record in enumerate(records)]
     held_out[1]["image"] = "nowhere.png"
     (tmp_path / "held_out.json").write_text(json.dumps(held_out))
     folder = trained(run_file, f"--data.validation={tmp_path / 'held_out.json'}", name="run")
-    watched = read_watched(folder)
-    assert watched is not None
+    watched: Any = read_watched(folder)
     assert [bool(question.picture) for question in watched.questions] == [True, False, True]
     assert "nowhere.png" in watched.questions[1].why_no_picture
     assert all(set(answered) == {"held-0", "held-2"} for answered in watched.answers.values())
@@ -130,14 +128,6 @@ def test_rates_by_part_and_memory_are_in_the_log(run_file: Path) -> None:
     assert 0.05 < line["memory_gib"] < 64
     plan = json_of(run_file.parent / "run" / "plan.json")
     assert [row[0] for row in plan["trained"]["rows"]][:3] == ["dora.A", "dora.B", "dora.magnitude"]
-
-
-def test_pictures_of_a_question_are_tiles_of_one() -> None:
-    red, blue = Image.new("RGB", (4, 2), "red"), Image.new("RGB", (8, 8), "blue")
-    assert tiled([red]) is red
-    tile = tiled([red, blue, red])
-    assert tile.size == (10, 6)
-    assert (tile.getpixel((0, 0)), tile.getpixel((7, 0))) == ((255, 0, 0), (0, 0, 255))
 
 
 def watched_in(folder: Path) -> Watched:
@@ -301,41 +291,35 @@ def test_two_ranks_carry_over_what_both_skipped(with_bad_samples: Path) -> None:
 
 
 @pytest.fixture
-def llava_run(tmp_path: Path, tiny_llava: Path, tiny_data: Path) -> Path:
+def llava_run(tmp_path: Path, tiny_llava: Path) -> Path:
     """Seven validation samples in batches of two; the first two have no picture."""
-    held_out = write_tiny_data(tmp_path / "held", samples=7)
-    for name in ("red-0.png", "green-1.png"):
-        (held_out.parent / name).unlink()
-    for source in tiny_data.parent.glob("*.png"):
-        (held_out.parent / "of" / source.name).parent.mkdir(exist_ok=True)
-        (held_out.parent / "of" / source.name).write_bytes(source.read_bytes())
-    records = json.loads(tiny_data.read_text())
-    for record in records:
-        record["image"] = f"of/{record['image']}"
-    (held_out.parent / "records.json").write_text(json.dumps(records))
+    data = write_tiny_data(tmp_path / "data", samples=16)
+    rows = [{**row, "id": f"held-{number}"} for number, row in enumerate(json_of(data)[:7])]
+    for row in rows[:2]:
+        row["image"] = "none.png"
+    data.with_name("held.json").write_text(json.dumps(rows))
     return write_run(
         tmp_path / "run.yaml",
         tiny_llava,
-        held_out.parent / "records.json",
-        data={"validation": str(held_out), "group_by_modality_length": False},
+        data,
+        data={"validation": str(data.with_name("held.json")), "group_by_modality_length": False},
         training={"per_device_eval_batch_size": 2, "max_steps": 2},
     )
 
 
 def test_a_llava_batch_without_usable_samples_is_not_in_the_mean(llava_run: Path) -> None:
-    folder = llava_run.parent
-    records = json.loads((folder / "held" / "train.json").read_text())
-    (whole := folder / "held" / "whole.json").write_text(json.dumps(records[2:]))
-    trained(llava_run, "--training.use_cpu=true")
-    trained(llava_run, "--training.use_cpu=true", f"--data.validation={whole}", name="whole")
-    (result,), (expected,) = (logged(folder / name, "eval_loss") for name in ("run", "whole"))
+    rows, results = json_of(llava_run.parent / "data" / "held.json"), []
+    for name, kept in (("run", rows), ("whole", rows[2:])):
+        (held := llava_run.with_name(f"{name}.json")).write_text(json.dumps(kept))
+        folder = trained(llava_run, ON_CPU, f"--data.validation={held}", name=name)
+        results += logged(folder, "eval_loss")
+    result, expected = results
     assert result["eval_loss"] == pytest.approx(expected["eval_loss"], abs=2e-2)  # batches differ: means of token means
     assert (result["eval_samples"], result["eval_skipped"]) == (5, 2)
-    assert set(skipped_by(folder / "run")) == {"sample-0", "sample-1"}
-    for picture in (folder / "held").glob("*.png"):
-        picture.unlink()
+    assert set(skipped_by(llava_run.parent / "run")) == {"held-0", "held-1"}
+    (nothing := llava_run.with_name("nothing.json")).write_text(json.dumps(rows[:2]))
     with pytest.raises(UserError):
-        trained(llava_run, "--training.use_cpu=true", "--overwrite=true")
+        trained(llava_run, ON_CPU, f"--data.validation={nothing}", name="nothing")
 
 
 @pytest.mark.slow
@@ -347,7 +331,7 @@ def test_two_ranks_find_the_loss_of_one(llava_run: Path) -> None:
         folder = llava_run.parent / f"ranks-{ranks}"
         settings = (f"--training.output_dir={folder}", "--training.deepspeed=zero2")
         launch(llava_run, *settings, f"--training.gradient_accumulation_steps={2 // ranks}", ranks=ranks)
-        assert set(skipped_by(folder)) == {"sample-0", "sample-1"}
+        assert set(skipped_by(folder)) == {"held-0", "held-1"}
         entries += logged(folder, "eval_loss")
     single, two = entries
     assert two["eval_loss"] == pytest.approx(single["eval_loss"], abs=1e-5)
