@@ -15,7 +15,7 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 
 from dora_vl.backbones.loading import add_image_token, load_tokenizer
 from dora_vl.backbones.model import DecoderBackbone
-from tests.backbones.tiny_families.language import LANGUAGE_MODELS
+from tests.backbones.tiny_families.table import LANGUAGE_MODELS
 from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
 from tests.backbones.tiny_language import SIZES
 from tests.backbones.tiny_sentencepiece import write_tokenizer_model

@@ -44,8 +44,7 @@ from tests.backbones.image_text_conversations import (
 )
 from tests.backbones.model_table import PAGE, page
 from tests.backbones.tiny_families.family import why_not_here
-from tests.backbones.tiny_families.language import LANGUAGE_MODELS_IN_TURN
-from tests.backbones.tiny_families.table import FAMILIES, QUICK, families, param
+from tests.backbones.tiny_families.table import FAMILIES, LANGUAGE_MODELS_IN_TURN, QUICK, families, param
 from tests.backbones.tiny_image_text import tiny_tokenizer, write_tiny, write_tiny_language
 from tests.backbones.tiny_video import VIDEO, VIDEO_FAMILIES, write_tiny_video
 

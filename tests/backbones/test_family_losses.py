@@ -42,8 +42,7 @@ from tests.backbones.image_text_conversations import (
     talks_of,
 )
 from tests.backbones.test_decoder import language_samples
-from tests.backbones.tiny_families.language import LANGUAGE_MODELS_IN_TURN
-from tests.backbones.tiny_families.table import FAMILIES, families_in_turn, param
+from tests.backbones.tiny_families.table import FAMILIES, LANGUAGE_MODELS_IN_TURN, families_in_turn, param
 from tests.backbones.tiny_language import tiny_language
 from tests.backbones.tiny_video import VIDEO, VIDEO_FAMILIES
 

@@ -28,8 +28,7 @@ from dora_vl.serving.engine import Engine
 from dora_vl.training.run import run
 from tasks import image_qa, llava_instruct
 from tests.backbones.image_text_conversations import TWO_QUESTIONS, encoder_of, talks_of
-from tests.backbones.tiny_families.language import LANGUAGE_MODELS
-from tests.backbones.tiny_families.table import FAMILIES, param
+from tests.backbones.tiny_families.table import FAMILIES, LANGUAGE_MODELS, param
 from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
 from tests.backbones.tiny_video import write_tiny_video
 from tests.serving.tiny_served import alone, answer_alone, answers, served
@@ -46,13 +45,8 @@ from tests.training.tiny_run import (
 )
 
 TRAINING = {
-    "use_cpu": True,
-    "max_steps": 3,
-    "save_strategy": "steps",
-    "save_steps": 2,
-    "per_device_train_batch_size": 2,
-    "learning_rate": 2e-2,
-    "warmup_steps": 0,
+    **{"use_cpu": True, "max_steps": 3, "save_strategy": "steps", "save_steps": 2},
+    **{"per_device_train_batch_size": 2, "learning_rate": 2e-2, "warmup_steps": 0},
 }
 
 
@@ -78,27 +72,11 @@ def started(monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
     llava_instruct.main()
 
 
-def trained(
-    base: Path,
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    *,
-    template: str | None,
-    pictures: tuple[int, ...],
-    rounds: int,
-    projector: bool,
-) -> Path:
+def trained(base: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, records: Path, **model: Any) -> Path:
     """The adapter of three steps; the third was taken twice, by the run and by one that resumed it."""
-    records = write_talks(folder / "data", pictures=pictures, rounds=rounds)
-    path = write_run(
-        folder / "run.yaml",
-        base,
-        records,
-        training=TRAINING,
-        model={"template": template} if template else {},
-        data={"max_tokens": 1024},
-        optim={"projector_learning_rate": 1e-3 if projector else None},
-    )
+    rate = 1e-3 if model.pop("projector", False) else None
+    data, optim = {"max_tokens": 1024}, {"projector_learning_rate": rate}
+    path = write_run(folder / "run.yaml", base, records, training=TRAINING, model=model, data=data, optim=optim)
     adapter = folder / "run" / "adapter"
     started(monkeypatch, "--config", str(path))
     whole = logged_losses(folder / "run"), read_weights(adapter)
@@ -138,10 +116,9 @@ def test_a_family_trains_resumes_opens_merges_and_answers(tmp_path, monkeypatch,
     base = write_tiny(family, tmp_path / family)
     row, taken = FAMILIES[family], talks_of(family)
     pictures = (0, 1, 2) if "no picture" in taken else (1, 2)
-    rounds = 2 if TWO_QUESTIONS in taken else 1
-    adapter = trained(
-        base, tmp_path, monkeypatch, template=row.format, pictures=pictures, rounds=rounds, projector=row.projector
-    )
+    records = write_talks(tmp_path / "data", pictures=pictures, rounds=2 if TWO_QUESTIONS in taken else 1)
+    template = {"template": row.format} if row.format else {}
+    adapter = trained(base, tmp_path, monkeypatch, records, projector=row.projector, **template)
     encoder = encoder_of(base)
     picture = Image.new("RGB", (33, 21), (10, 200, 30))
     prompt = encoder.encode_prompt([Turn("user", "<image>\nSay the colour.")], [picture])
@@ -154,37 +131,23 @@ def test_a_family_trains_resumes_opens_merges_and_answers(tmp_path, monkeypatch,
     assert "Say the colour." in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("model_type", "attention"),
-    [
-        ("hy_v4_vl", {"": "eager", "text_config": "eager", "vision_config": "sdpa"}),
-        pytest.param("gemma2", "eager", marks=pytest.mark.slow),
-    ],
-)
-def test_where_sdpa_cannot_be_it_trains_answers_and_is_served_without_an_option(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_type: str, attention: Any
-) -> None:
-    sees = model_type in FAMILIES
-    base = (write_tiny if sees else write_tiny_language)(model_type, tmp_path / model_type)
-    records = write_talks(tmp_path / "data", pictures=(1,) if sees else (0,), rounds=1)
-    path = write_run(
-        tmp_path / "run.yaml",
-        base,
-        records,
-        training={**TRAINING, "save_strategy": "no"},
-        optim={"projector_learning_rate": None},
+def test_where_sdpa_cannot_be_it_trains_answers_and_is_served_without_an_option(tmp_path, monkeypatch, capsys) -> None:
+    attention = {"": "eager", "text_config": "eager", "vision_config": "sdpa"}
+    base = write_tiny("hy_v4_vl", tmp_path / "base")
+    records = write_talks(tmp_path / "data", pictures=(1,), rounds=1)
+    training, optim = {**TRAINING, "save_strategy": "no"}, {"projector_learning_rate": None}
+    started(
+        monkeypatch, "--config", str(write_run(tmp_path / "run.yaml", base, records, training=training, optim=optim))
     )
-    started(monkeypatch, "--config", str(path))
-    adapter = tmp_path / "run" / "adapter"
-    assert json.loads((adapter / "recipe.json").read_text())["attn_implementation"] == attention
-    turns = [Turn("user", "<image>\nSay the colour." if sees else "Say the colour.")]
-    shown = Shown(pictures=(Image.open(tmp_path / "data" / "0-0.png").convert("RGB"),)) if sees else Shown()
+    adapter, picture = tmp_path / "run" / "adapter", tmp_path / "data" / "0-0.png"
+    assert json_of(adapter / "recipe.json")["attn_implementation"] == attention
+    turns, shown = [Turn("user", "<image>\nSay the colour.")], Shown(pictures=(Image.open(picture).convert("RGB"),))
     opened = [alone(base, adapter), alone(base, None)]
     assert [attention_of(assistant.backbone.model) for assistant in opened] == [attention, attention]
     expected = answer_alone(opened[0], turns, shown, tokens=8)
-    named = ["--image", str(tmp_path / "data" / "0-0.png")] if sees else []
     capsys.readouterr()
-    image_qa.main(["--adapter", str(adapter), *named, "--question", "Say the colour.", "--max-new-tokens", str(8)])
+    options = ["--image", str(picture), "--question", "Say the colour.", "--max-new-tokens", "8"]
+    image_qa.main(["--adapter", str(adapter), *options])
     assert expected in capsys.readouterr().out
     with Engine(served(base, {"mine": adapter})) as engine:
         assert answers(engine, [("mine", turns, shown)]) == [expected]
@@ -195,13 +158,10 @@ def test_where_sdpa_cannot_be_it_trains_answers_and_is_served_without_an_option(
 )
 def test_a_language_model_trains_resumes_opens_merges_and_answers(tmp_path, monkeypatch, model_type) -> None:
     base = write_tiny_language(model_type, tmp_path / model_type)
-    adapter = trained(base, tmp_path, monkeypatch, template=None, pictures=(0,), rounds=2, projector=False)
+    adapter = trained(base, tmp_path, monkeypatch, write_talks(tmp_path / "data", pictures=(0,), rounds=2))
     prompt = encoder_of(base).encode_prompt([Turn("user", "Say the colour.")], [])
     inputs = {"input_ids": prompt.input_ids[None], **prompt.inputs}
     check_adapter(base, adapter, inputs, tmp_path / "merged")
-
-
-CPU: dict[str, object] = {"use_cpu": True, "max_steps": 4}
 
 
 @pytest.fixture(scope="module")
@@ -211,17 +171,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_evaluate_gives_the_answers_of_the_run_s_own_test(data: Path, tmp_path: Path) -> None:
     evaluation = {"file": str(data), "batch_size": 5, "max_new_tokens": 4, "forgetting": False}
-    base = write_tiny("qwen2_5_vl", tmp_path / "base")
-    run(decoder_run(write_run(tmp_path / "run.yaml", base, data, training=CPU, evaluation=evaluation)))
-    options = [
-        "--adapter",
-        tmp_path / "run" / "adapter",
-        "--benchmarks",
-        f"exact_match={data}",
-        "--to",
-        tmp_path / "to",
-    ]
-    options += ["--images", data.parent, "--max-new-tokens", "4", "--batch-size", "7"]
+    base, training = write_tiny("qwen2_5_vl", tmp_path / "base"), {"use_cpu": True, "max_steps": 4}
+    run(decoder_run(write_run(tmp_path / "run.yaml", base, data, training=training, evaluation=evaluation)))
+    options = ["--adapter", tmp_path / "run" / "adapter", "--benchmarks", f"exact_match={data}"]
+    options += ["--images", data.parent, "--max-new-tokens", "4", "--batch-size", "7", "--to", tmp_path / "to"]
     cli.main(["evaluate", *map(str, options)])
     theirs = read_predictions(tmp_path / "to" / "predictions.jsonl")["exact_match"]
     own = read_predictions(tmp_path / "run" / "predictions.jsonl")[data.stem]
