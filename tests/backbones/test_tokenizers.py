@@ -9,20 +9,15 @@ from typing import Any
 
 import pytest
 import sentencepiece
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoProcessor, CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from dora_vl.backbones import loading
 from dora_vl.backbones.generation import decoded, growing_text
 from dora_vl.backbones.loading import add_image_token, load_tokenizer
-from dora_vl.backbones.model import open_backbone
-from dora_vl.backbones.specs import ComposeSpec
-from dora_vl.backbones.tower_sources import compose_llava
 from dora_vl.errors import UserError
-from tests.backbones.conftest import VISION
 from tests.backbones.encoded_talk import conversation, encode_talk, piece_encoder
-from tests.backbones.tiny_sentencepiece import sentencepiece_model, write_tiny_vicuna, write_tokenizer_model
+from tests.backbones.tiny_sentencepiece import sentencepiece_model, write_tokenizer_model
 
 AROUND = [
     ("", "\n"),
@@ -113,31 +108,6 @@ class TestIds:
                 loaded(text).input_ids
             )
         assert (again.padding_side, again.model_max_length) == ("right", 4096)
-
-
-def test_composes_from_tokenizer_model_alone(tmp_path: Path) -> None:
-    language, vision = write_tiny_vicuna(tmp_path / "vicuna"), tmp_path / "clip"
-    assert sorted(path.name for path in language.glob("tokenizer*")) == ["tokenizer.model", "tokenizer_config.json"]
-    torch.manual_seed(1)
-    CLIPVisionModel(CLIPVisionConfig(**VISION)).save_pretrained(vision)
-    spec = ComposeSpec(
-        vision_library="transformers",
-        vision_name=str(vision),
-        vision_layer=-2,
-        image_mean=(0.1, 0.2, 0.3),
-        image_std=(0.4, 0.5, 0.6),
-        language_model=str(language),
-        dtype="bfloat16",
-    )
-    compose_llava(spec, tmp_path / "base")
-    backbone = open_backbone(str(tmp_path / "base"))
-    tokenizer = load_tokenizer(str(tmp_path / "base"))
-    assert backbone.config.image_token_id == tokenizer.convert_tokens_to_ids("<image>") == 480
-    assert backbone.model.lm_head.weight.shape == (512, 64)
-    served = AutoProcessor.from_pretrained(tmp_path / "base", backend="pil").tokenizer
-    for text, expected in SLOW[False].items():
-        for coder in (tokenizer, served):
-            assert " ".join(coder.convert_ids_to_tokens(coder(text).input_ids)) == expected
 
 
 class TestSaysWhatIsMissing:

@@ -332,12 +332,6 @@ def test_stored_outputs_and_plain_rows_draw_and_learn_the_same(make: MakeRun) ->
     assert_same_weights(trees, stored, atol=2e-5)
 
 
-def test_groups_without_spread_teach_nothing(make: MakeRun, tmp_path: Path) -> None:
-    run_file = make(training={"max_steps": 2}, objective={"rewards": {"format": 2.0}, "format": ".*"})
-    lines = logged(trained(run_file))
-    assert [(line["rewards/mean"], line["rewards/alike"], line["grad_norm"]) for line in lines] == [(2.0, 1.0, 0.0)] * 2
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_ranks_draw_and_learn_as_one(make: MakeRun, tmp_path: Path) -> None:

@@ -191,7 +191,6 @@ def logged_losses(run_folder: Path) -> list[float]:
 
 
 def losses_of(run_folder: Path) -> torch.Tensor:
-    """The same as a tensor."""
     return torch.tensor(logged_losses(run_folder))
 
 
