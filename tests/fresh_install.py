@@ -130,7 +130,6 @@ def main() -> None:
     say(f"{time.monotonic() - started:6.1f} s  installed")
     person = Person(environment, to / "person")
     person.types("dora-vl", "doctor")
-    person.types("dora-vl", "completion", "bash")
     person.types("dora-vl", "quickstart", *BASE_IN_LITTLE.split())
     person.has(f"runs/demo/{ADAPTER}", "runs/demo/tuned/model.safetensors")
     own_pictures(person)

@@ -15,7 +15,7 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 
 from dora_vl.backbones.loading import add_image_token, load_tokenizer
 from dora_vl.backbones.model import DecoderBackbone
-from tests.backbones.tiny_families.language import LANGUAGE_MODELS
+from tests.backbones.tiny_families.table import LANGUAGE_MODELS
 from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
 from tests.backbones.tiny_language import SIZES
 from tests.backbones.tiny_sentencepiece import write_tokenizer_model
@@ -37,13 +37,11 @@ def llama_tokenizer(folder: Path, *, legacy: bool) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="session", params=["legacy", "first"])
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    """Both ways in which LLaMA tokenizers put the space mark."""
     return llama_tokenizer(tmp_path_factory.mktemp("tokenizer"), legacy=request.param == "legacy")
 
 
 @pytest.fixture(scope="session")
 def new_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    """The space mark before the first stretch only."""
     return llama_tokenizer(tmp_path_factory.mktemp("tokenizer"), legacy=False)
 
 
@@ -80,7 +78,6 @@ def small_clip(seed: int) -> CLIPModel:
 
 @pytest.fixture
 def backbone() -> DecoderBackbone:
-    """A tiny random LLaVA in float32, its weights large enough for attention to matter."""
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(tiny_llava_config())
     with torch.no_grad():

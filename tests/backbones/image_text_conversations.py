@@ -18,15 +18,13 @@ from dora_vl.backbones.prompts import prompts_of
 from dora_vl.backbones.video_inputs import metadata, pixels
 from dora_vl.data.batches import Collator
 from dora_vl.data.example import Example
-from dora_vl.data.samples import Sample
+from dora_vl.data.samples import BOOKKEEPING, Sample
 from dora_vl.data.turns import Clip, Turn
-from tests.backbones.tiny_families.language import LANGUAGE_MODELS
-from tests.backbones.tiny_families.table import FAMILIES
+from tests.backbones.tiny_families.table import FAMILIES, LANGUAGE_MODELS
 from tests.backbones.tiny_video import VIDEO, coloured_video
 
 RED, BLUE = Image.new("RGB", (40, 24), (200, 30, 30)), Image.new("RGB", (18, 35), (20, 40, 220))
 ASKED, SAID = "What colour is it?", "It is red."
-BOOKKEEPING = {"samples", "sample_ids", "padding_tokens", "skipped", "cut"}
 
 Conversation = tuple[Any, ...]
 """Turns, pictures and, where there are any, videos."""

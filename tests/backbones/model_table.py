@@ -8,8 +8,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from dora_vl.backbones.families import NOT_TRAINED
 from tests.backbones.tiny_families.family import Family
-from tests.backbones.tiny_families.language import LANGUAGE_MODELS
-from tests.backbones.tiny_families.table import FAMILIES
+from tests.backbones.tiny_families.table import FAMILIES, LANGUAGE_MODELS
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 HEAD = """\

@@ -1,4 +1,4 @@
-"""Chat templates of many forms: which answers they let train, where a system turn goes, and which are refused."""
+"""Chat templates of many forms, and formats where there is none: which answers they let train, and what is refused."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from dora_vl.backbones.encoder import Encoder
-from dora_vl.backbones.prompts import usual_template
+from dora_vl.backbones.encoder import Encoder, open_encoder
+from dora_vl.data.example import Example
 from dora_vl.data.samples import IGNORED_LABEL, Sample
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
 from tests.backbones.encoded_talk import conversation, encode_talk, piece_encoder
 from tests.backbones.image_text_conversations import (
     ASKED,
+    RED,
     TALKS,
     TWO_QUESTIONS,
     Conversation,
@@ -29,7 +29,8 @@ from tests.backbones.image_text_conversations import (
     messages_of,
     sample_of,
 )
-from tests.backbones.tiny_image_text import CHATML, write_tiny, write_tiny_language
+from tests.backbones.tiny_image_text import CHATML, write_tiny
+from tests.backbones.tiny_language import write_tiny_language as write_tiny_llama
 
 Folders = Mapping[str, Path]
 CHAT = {
@@ -85,51 +86,16 @@ class TestLanguageModels:
         "template",
         [
             "{{ 9 ** (9 ** 9) }}",
-            "{{ 'a' * 10 ** 10 }}",
-            "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
             "{{ 1 / 0 }}",
-            "{% for m in messages %}<|im_end|>{% endfor %}",
             "{% for m in messages %}{{ m.content | reverse }}<|im_end|>{% endfor %}",
             "{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",
             None,
         ],
     )
-    def test_one_that_does_not_end_or_says_something_else_is_refused(
-        self, own: PreTrainedTokenizerFast, template: str | None
-    ) -> None:
+    def test_one_that_does_not_end_or_says_something_else_is_refused(self, own, template) -> None:
         own.chat_template = template
         with pytest.raises(UserError):
             piece_encoder(own, "tokenizer")
-
-    @pytest.mark.parametrize(
-        ("special", "chosen"),
-        [
-            (("<s>", "</s>", "<|im_start|>", "<|im_end|>"), "vicuna_v1"),
-            (("<|im_start|>", "<|im_end|>"), "chatml"),
-            (("<|end|>",), "tokenizer"),
-        ],
-    )
-    def test_without_a_name_it_is_the_first_whose_tokens_are_there(self, special: tuple[str, ...], chosen: str) -> None:
-        words = Tokenizer(models.BPE(unk_token="<unk>"))
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(special_tokens=["<unk>", *special], initial_alphabet=alphabet)
-        words.train_from_iterator([""], trainer)
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token=special[-1])
-        tokenizer.add_special_tokens({"additional_special_tokens": [*special]})
-        tokenizer.chat_template = CHATML.replace("<|im_end|>", "<|end|>")
-        assert usual_template(tokenizer) == chosen
-
-    @pytest.mark.parametrize("template", [CHAT["llama3"], CHATML, CHAT["glm"]], ids=["llama3", "chatml", "glm"])
-    @pytest.mark.parametrize("system", [True, False], ids=["system", "conversation alone"])
-    def test_it_writes_words_and_no_list_of_parts(self, tmp_path: Path, template: str, system: bool) -> None:
-        encoder = encoder_of(write_tiny_language("llama", tmp_path / "llama", template=template))
-        conversation = with_system(TALKS["no picture"]) if system else TALKS["no picture"]
-        sample = sample_of(encoder, conversation)
-        messages = [{"role": turn.role, "content": turn.text} for turn in conversation[0]]
-        expected = encoder.tokenizer.apply_chat_template(messages)["input_ids"]
-        added = ["<|im_end|>"] if template == CHAT["glm"] else []  # it closes no answer
-        assert sample.input_ids.tolist() == expected + encoder.tokenizer.convert_tokens_to_ids(added)
-        assert trained(encoder, sample) == "red<|im_end|>"
 
 
 @pytest.mark.parametrize("template", [CHATML.replace("PICTURE", ""), "{% for m in messages %}{{ m.role }}{% endfor %}"])
@@ -242,3 +208,55 @@ def test_marks_of_ours_in_people_s_words_are_refused(folders: Folders, family: s
     for turns in ((marked,), (system, question)):
         with pytest.raises(BadSample):
             encoder.encode_prompt(turns, ())
+
+
+def test_question_answer_writes_a_line_for_each_round(folders: Folders) -> None:
+    encoder = encoder_of(folders["chameleon"])
+    sample = sample_of(encoder, TALKS[TWO_QUESTIONS])
+    picture = "<boi>" + "<image>" * 64 + "<eoi>"
+    assert encoder.tokenizer.decode(sample.input_ids) == (
+        f"Question: Is {picture}or {picture}blue? Answer: The second is blue.<|im_end|>\n"
+        "Question: Sure? Answer: Yes<|im_end|>"
+    )
+    trained = sample.labels != IGNORED_LABEL
+    assert encoder.tokenizer.decode(sample.labels[trained]) == " The second is blue.<|im_end|> Yes<|im_end|>"
+
+
+def test_question_answer_closes_a_language_model_s_answer_with_its_end_token(tmp_path: Path) -> None:
+    encoder = open_encoder(str(write_tiny_llama(tmp_path / "plain")), template="question_answer", max_tokens=256)
+    sample = encoder.encode(Example("1", turns=(Turn("user", "Who runs?"), Turn("assistant", "The river."))))
+    ids, end = sample.input_ids.tolist(), encoder.tokenizer.eos_token_id
+    assert ids[-1] == sample.labels[-1] == end
+
+
+@pytest.mark.parametrize("family", ["chameleon", "paligemma"])
+def test_a_prompt_is_the_beginning_of_what_is_trained(folders: Folders, family: str) -> None:
+    encoder = encoder_of(folders[family])
+    turns, pictures = TALKS["one picture"]
+    sample, prompt = sample_of(encoder, (turns, pictures)), encoder.encode_prompt(turns[:1], pictures)
+    ids = prompt.input_ids
+    assert torch.equal(ids, sample.input_ids[: len(ids)])
+    assert int((sample.labels != IGNORED_LABEL).nonzero()[0]) == len(ids)
+
+
+@pytest.mark.parametrize(
+    ("turns", "pictures"),
+    [
+        (TALKS[TWO_QUESTIONS][0], 2),
+        ((Turn("user", "Is <image> red?"), Turn("assistant", "yes")), 1),
+        (TALKS["no picture"][0], 0),
+        ((Turn("user", "<image>\nWhat is <eos>?"), Turn("assistant", "<|im_end|>")), 1),
+    ],
+    ids=["two questions", "picture inside", "no picture", "special token"],
+)
+def test_what_paligemma_does_not_take_is_refused_by_id(folders, turns, pictures) -> None:
+    encoder = encoder_of(folders["paligemma"])
+    with pytest.raises(BadSample) as error:
+        sample_of(encoder, (turns, (RED,) * pictures))
+    assert error.value.sample_id == "conversation"
+
+
+def test_a_format_goes_before_the_chat_template(folders: Folders) -> None:
+    encoder = encoder_of(folders["qwen2_5_vl"], template="question_answer")
+    ids = sample_of(encoder, TALKS["no picture"]).input_ids
+    assert encoder.tokenizer.decode(ids) == "Question: Say the colour red. Answer: red<|im_end|>"

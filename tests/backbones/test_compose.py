@@ -19,15 +19,14 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
-from dora_vl.backbones.loading import load_tokenizer, read_language_model, with_image_token
+from dora_vl.backbones.loading import load_tokenizer
 from dora_vl.backbones.model import open_backbone
 from dora_vl.backbones.specs import ComposeSpec, SmallLanguageModel
-from dora_vl.backbones.tower_sources import compose_llava, measured, texts_of
+from dora_vl.backbones.tower_sources import compose_llava
 from dora_vl.data.example import Answer, Example, write_examples
 from dora_vl.errors import UserError
 from tests.backbones.conftest import VISION
 from tests.backbones.tiny_language import SIZES
-from tests.backbones.tiny_vlbart import write_features
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
 
@@ -36,7 +35,6 @@ MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
 def language_folder(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, new_tokenizer: PreTrainedTokenizerFast
 ) -> Path:
-    """A tiny LLaMA whose tokenizer does not know `<image>`, and whose vocabulary is full."""
     folder = tmp_path_factory.mktemp("language")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(_saved_without_image(new_tokenizer, folder))
     torch.manual_seed(0)
@@ -101,9 +99,7 @@ def test_clip_and_llama_open_with_plain_transformers(make_spec: Callable[..., Co
     assert plain.generate(input_ids=ids, pixel_values=pixels, **options)[:, ids.shape[1] :].tolist() == ours
 
 
-def test_the_parts_are_the_given_ones(
-    make_spec: Callable[..., ComposeSpec], tmp_path: Path, language_folder: Path, vision_folder: Path
-) -> None:
+def test_the_parts_are_the_given_ones(make_spec, tmp_path, language_folder, vision_folder) -> None:
     compose_llava(make_spec(projector_seed=3), tmp_path / "llava")
     model = open_backbone(str(tmp_path / "llava")).model
     language = LlamaForCausalLM.from_pretrained(language_folder)
@@ -150,17 +146,6 @@ def test_refusals(make_spec: Callable[..., ComposeSpec], tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
-def test_vocabulary_with_room_is_not_resized(language_folder: Path, tmp_path: Path) -> None:
-    model = LlamaForCausalLM.from_pretrained(language_folder)
-    tokenizer = load_tokenizer(str(language_folder))
-    model.resize_token_embeddings(len(tokenizer) + 5)
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    language = with_image_token(read_language_model(str(tmp_path)))
-    assert language.config.vocab_size == len(tokenizer) + 5
-    assert language.tokenizer.convert_tokens_to_ids("<image>") == len(tokenizer)
-
-
 @pytest.fixture
 def small(tmp_path: Path) -> SmallLanguageModel:
     file = tmp_path / "texts.jsonl"
@@ -177,9 +162,7 @@ def small(tmp_path: Path) -> SmallLanguageModel:
     )
 
 
-def test_a_small_llama_is_made_with_its_vocabulary(
-    make_spec: Callable[..., ComposeSpec], small: SmallLanguageModel, tmp_path: Path
-) -> None:
+def test_a_small_llama_is_made_with_its_vocabulary(make_spec, small, tmp_path) -> None:
     for name, seed in {"first": 3, "again": 3, "other": 4}.items():
         compose_llava(make_spec(language_model=None, small=small, projector_seed=seed), tmp_path / name)
     first, again, other = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "again", "other"))
@@ -197,31 +180,3 @@ def test_a_small_llama_is_made_with_its_vocabulary(
     ids = torch.tensor([[0, image, image, image, image, 270]])
     pixels = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     assert backbone.generate(ids, torch.ones_like(ids), pixel_values=pixels, max_new_tokens=3).shape[0] == 1
-
-
-def test_a_projector_begins_with_standardised_features(make_spec: Callable[..., ComposeSpec], tmp_path: Path) -> None:
-    numbers = torch.randn(50, 2, VISION["hidden_size"], generator=torch.Generator().manual_seed(0)) * 7 + 40
-    features = write_features(tmp_path / "features", numbers)
-    compose_llava(make_spec(), tmp_path / "plain")
-    compose_llava(make_spec(standardise=str(features)), tmp_path / "standardised")
-    plain, changed = (
-        open_backbone(str(tmp_path / name)).model.model.multi_modal_projector for name in ("plain", "standardised")
-    )
-    mean, spread = measured(features)
-    assert torch.allclose(changed(numbers[:5]), plain((numbers[:5] - mean) / spread), atol=1e-5)
-    assert not torch.allclose(changed(numbers[:5]), plain(numbers[:5]), atol=0.05)
-
-
-def test_texts_of_records_and_of_rows_are_a_vocabulary_s(tmp_path: Path) -> None:
-    record = {"id": "1", "images": ["0.png"], "question": "Which?", "choices": ["red", "blue"]}
-    record |= {"answers": [{"text": "red"}, {"text": "crimson", "weight": 0.3}]}
-    (tmp_path / "records.jsonl").write_text(json.dumps(record))
-    (tmp_path / "rows.csv").write_text("image,question,answer\n0.png,Why?,because\n")
-    conversation = {
-        "image": "0.png",
-        "conversations": [{"from": "human", "value": "<image>\nWho?"}, {"from": "gpt", "value": "me"}],
-    }
-    (tmp_path / "conversations.json").write_text(json.dumps([conversation]))
-    files = tuple(str(tmp_path / name) for name in ("records.jsonl", "rows.csv", "conversations.json"))
-    texts = list(texts_of(SmallLanguageModel(texts=files, words=("more",))))
-    assert texts == ["Which?", "red", "blue", "red", "crimson", "Why?", "because", "Who?", "me", "more"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -11,22 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Llama4ForCausalLM, Llama4TextConfig
-from transformers.generation.streamers import BaseStreamer
 
-from dora_vl.backbones.base import decoder_of, head_of
-from dora_vl.backbones.families import config_of
-from dora_vl.backbones.frozen_outputs import find_parts, hollowed, inputs_of, model_inputs
+from dora_vl.backbones import frozen_outputs
+from dora_vl.backbones.base import decoder_of
+from dora_vl.backbones.frozen_outputs import find_parts, hollowed, model_inputs
 from dora_vl.backbones.model import DecoderBackbone, language_targets, open_backbone, projector_patterns
 from dora_vl.backbones.specs import LanguageSource
 from dora_vl.backbones.tower_sources import write_language_model
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.data.batches import Collator
-from dora_vl.data.columns import Packing
-from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Sample
+from dora_vl.data.samples import IGNORED_LABEL, Sample
 from dora_vl.errors import UserError
-from dora_vl.training.decoder_pipeline import PAPER_TARGETS
-from tests.backbones.conftest import tiny_llava_config
-from tests.backbones.tiny_language import FAMILIES, tiny_language, write_tiny_language
+from tests.backbones.image_text_conversations import inputs_of
+from tests.backbones.tiny_language import FAMILIES, SIZES, tiny_language, write_tiny_language
 
 IMAGE = 60
 PICTURE = [IMAGE] * 4
@@ -60,17 +56,13 @@ def language_samples() -> list[Sample]:
     return samples
 
 
-def inputs(batch: Any) -> dict[str, Any]:
-    return {name: value for name, value in batch.items() if name not in BOOKKEEPING}
-
-
 def with_stored(samples: list[Sample], backbone: DecoderBackbone) -> list[Sample]:
     """The same with the frozen tower's stored outputs in the place of pixels."""
     model, first = backbone.model, next(sample for sample in samples if sample.inputs)
     pair = model_inputs(model, Collator(0)([first, first]))
-    parts = backbone.frozen_parts = find_parts(model, inputs_of(model, first), pair)
+    parts = backbone.frozen_parts = find_parts(model, frozen_outputs.inputs_of(model, first), pair)
     return [
-        hollowed(sample, parts.outputs_of(model, inputs_of(model, sample))) if sample.inputs else sample
+        hollowed(sample, parts.outputs_of(model, frozen_outputs.inputs_of(model, sample))) if sample.inputs else sample
         for sample in samples
     ]
 
@@ -98,7 +90,7 @@ def adapted(backbone: DecoderBackbone) -> DecoderBackbone:
 
 def gradients(backbone: DecoderBackbone, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
     backbone.zero_grad()
-    loss = backbone(**inputs(batch)).losses.sum()
+    loss = backbone(**inputs_of(batch)).losses.sum()
     loss.backward()
     return loss, {name: leaf.grad.clone() for name, leaf in backbone.model.named_parameters() if leaf.grad is not None}
 
@@ -110,7 +102,7 @@ def test_equal_to_transformers_on_each_row_alone(backbone: DecoderBackbone, fami
     heads: list[torch.Size] = []
     head = backbone.model.get_output_embeddings()
     head.register_forward_hook(lambda _, args, __: heads.append(args[0].shape[:-1]))  # pyright: ignore
-    batch = inputs(Collator(0, pad_side=side)(samples))
+    batch = inputs_of(Collator(0, pad_side=side)(samples))
     output = backbone(**batch, keep_logits=True)
     assert heads == [(1, len(output.targets))]  # labelled positions alone
     assert not head._forward_pre_hooks  # pyright: ignore
@@ -125,22 +117,6 @@ def test_equal_to_transformers_on_each_row_alone(backbone: DecoderBackbone, fami
 
 
 class TestPictures:
-    """A LLaVA's pictures as pixels or as what its tower gave, and batches without any."""
-
-    def test_the_tower_is_frozen_and_stays_in_eval(self, backbone: DecoderBackbone) -> None:
-        tower = adapted(backbone).model.get_submodule("model.vision_tower")
-        assert not any(weight.requires_grad for weight in tower.parameters())
-        assert not any(module.training for module in tower.modules())
-        _, grads = gradients(backbone, Collator(0)(llava_samples()))
-        assert grads.keys() == {name for name, weight in backbone.model.named_parameters() if weight.requires_grad}
-        assert float(grads["model.multi_modal_projector.linear_1.weight"].abs().sum()) > 0
-        assert {name.split(".layers.")[0] for name in grads if "lora" in name} == {"model.language_model"}
-        tower.requires_grad_(True)
-        backbone.train()
-        assert tower.training
-        _, grads = gradients(backbone, Collator(0)(llava_samples()))
-        assert "model.vision_tower.encoder.layers.0.mlp.fc1.weight" in grads
-
     @pytest.mark.parametrize("stored", [False, True])
     def test_words_alone_give_the_projector_zeros(self, backbone: DecoderBackbone, stored: bool) -> None:
         """Under ZeRO-3 every rank has to run the modules that a rank with pictures runs, no more and no less."""
@@ -161,56 +137,12 @@ class TestPictures:
             else:
                 torch.testing.assert_close(gradient, expected[1][name], rtol=1e-4, atol=1e-6)
 
-    def test_sharing_a_stored_picture_changes_neither_loss_nor_gradients(self, backbone: DecoderBackbone) -> None:
-        """Of pictures themselves test_packed_attention holds it, family by family."""
-        texts = [("a", [8, 9, 10, 2], 3), ("b", [11, 12, 2], 1), ("a", [8, 21, 22, 23, 2], 2), ("a", [30, 31], 1)]
-        samples = []
-        for number, (name, text, answered) in enumerate(texts):
-            ids = torch.tensor([1, 7, *PICTURE, *text])
-            labels = torch.where(torch.arange(len(ids)) >= len(ids) - answered, ids, IGNORED_LABEL)
-            seen = {"pixel_values": pixels(1, seed=ord(name))}
-            end = 2 + len(PICTURE)
-            samples.append(Sample(ids, labels, index=number, id=str(number), inputs=seen, media=(name,), media_end=end))
-        samples = with_stored(samples, adapted(backbone))
-        kinds: tuple[Packing, ...] = ("plain", "trees")
-        apart, shared = (Collator(0, packing=kind)(samples) for kind in kinds)
-        assert len(apart["pixel_values"]) == 4
-        assert len(shared["pixel_values"]) == 2
-        loss, expected = gradients(backbone, apart)
-        again, grads = gradients(backbone, shared)
-        torch.testing.assert_close(loss, again, rtol=1e-5, atol=1e-5)
-        for name, gradient in expected.items():
-            torch.testing.assert_close(grads[name], gradient, rtol=1e-3, atol=1e-5)
-
-    def test_a_picture_token_that_is_none_is_one_line(self, tmp_path: Path) -> None:
-        tiny_llava_config().save_pretrained(tmp_path)
-        config = json.loads((tmp_path / "config.json").read_text())
-        (tmp_path / "config.json").write_text(json.dumps({**config, "image_token_index": -200}))
-        with pytest.raises(UserError):
-            config_of(str(tmp_path))
-
-
-class Collected(BaseStreamer):
-    """Keeps what a streamer is given."""
-
-    def __init__(self) -> None:
-        self.ids: list[int] = []
-        self.ended = False
-
-    def put(self, value: Tensor) -> None:
-        self.ids += value.flatten().tolist()
-
-    def end(self) -> None:
-        self.ended = True
-
 
 class TestGenerate:
-    """Greedy decoding with a cache equals the full forward, alone and in a batch."""
-
     def test_a_batch_answers_as_each_prompt_alone(self, backbone: DecoderBackbone) -> None:
         # A random model may say the picture's token, which as an input would need a picture.
         options: dict[str, Any] = {"max_new_tokens": 6, "options": {"eos_token_id": 999, "suppress_tokens": [IMAGE]}}
-        prompts = inputs(Collator(0, pad_side="left")(llava_samples()))
+        prompts = inputs_of(Collator(0, pad_side="left")(llava_samples()))
         del prompts["labels"]
         together = backbone.generate(**prompts, **options)
         assert together.shape == (3, 6)
@@ -233,38 +165,6 @@ class TestGenerate:
             ids = sample.input_ids
             expected = model.generate(ids[None], max_new_tokens=4, num_beams=2, do_sample=False)[0][len(ids) :]
             assert torch.equal(row[: len(expected)], expected)
-
-    def test_the_head_scores_no_view_with_gaps(self, backbone: DecoderBackbone) -> None:
-        """Of one, torch's CPU multiplies by a frozen matrix row by row, hundreds of times slower."""
-        seen: list[Tensor] = []
-        prompts = inputs(Collator(0, pad_side="left")(llava_samples()))
-        del prompts["labels"]
-        head = backbone.model.get_output_embeddings()
-        assert isinstance(head, torch.nn.Module)
-        for _ in range(2):
-            before = len(head._forward_pre_hooks)
-            with head.register_forward_hook(lambda _, args, __: seen.append(args[0])):
-                backbone.generate(**prompts, max_new_tokens=2)
-            assert len(head._forward_pre_hooks) == before
-        assert len(seen) == 4
-        assert all(hidden.shape[1] == 1 and hidden.is_contiguous() for hidden in seen)
-
-    def test_streams_the_new_tokens_only_up_to_the_end_token(self, backbone: DecoderBackbone) -> None:
-        streamer, ids = Collected(), llava_samples()[2].input_ids[None]
-        new = backbone.generate(
-            ids, torch.ones_like(ids), max_new_tokens=5, streamer=streamer, options={"eos_token_id": 999}
-        )
-        assert streamer.ids == new[0].tolist()
-        assert streamer.ended
-        first = int(new[0, 0])
-        again = backbone.generate(ids, torch.ones_like(ids), max_new_tokens=9, options={"eos_token_id": first})
-        assert again[0].tolist() == [first]
-
-
-def test_the_papers_five_projections_and_nothing_else() -> None:
-    names = apply_dora(tiny_language(), DoRAConfig(targets=PAPER_TARGETS, rank=2, alpha=4.0))
-    assert len(names) == 5 * 2
-    assert {name.rsplit(".", 1)[1] for name in names} == {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"}
 
 
 def test_a_language_model_is_written_once_and_opens_everywhere(tmp_path: Path) -> None:
@@ -295,16 +195,8 @@ def test_a_broken_folder_is_one_line(backbone: DecoderBackbone, tmp_path: Path, 
 
 def test_the_layers_and_head_of_a_causal_model_inside_a_model_are_found() -> None:
     config = Llama4TextConfig(
-        vocab_size=40,
-        hidden_size=32,
-        intermediate_size=32,
-        intermediate_size_mlp=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_local_experts=2,
-        pad_token_id=0,
+        **{**SIZES, "intermediate_size": 32, "intermediate_size_mlp": 32},
+        **{"vocab_size": 40, "head_dim": 8, "num_local_experts": 2},
     )
     torch.manual_seed(0)
     model = Llama4ForCausalLM(config).eval()
@@ -314,8 +206,3 @@ def test_the_layers_and_head_of_a_causal_model_inside_a_model_are_found() -> Non
     losses = DecoderBackbone(model)(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).losses
     expected = torch.nn.functional.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     torch.testing.assert_close(losses.mean(), expected)
-
-    outer = copy.deepcopy(model.model)
-    outer.language_model = model  # as Nemotron's omni model holds a whole causal model
-    outer.get_decoder = lambda: model
-    assert (decoder_of(outer), head_of(outer)) == (model.model, model.lm_head)

@@ -1,17 +1,26 @@
-"""Every family, with videos too, and language models: inputs are the processor's own, labels the answers, cuts text."""
+"""Families, with videos too: which are trained, inputs are the processor's own, labels the answers, cuts text."""
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoConfig
 
 from dora_vl.backbones.encoder import Encoder, load_processor
-from dora_vl.backbones.video_inputs import Video, as_pictures, metadata, repeated
+from dora_vl.backbones.families import NOT_TRAINED, check_trained, model_type_of
+from dora_vl.backbones.loading import load_tokenizer
+from dora_vl.backbones.model import open_backbone, refuse_turned_experts, skeleton_of
+from dora_vl.backbones.video_inputs import Video, repeated
 from dora_vl.data.batches import ALIGNED, Collator
 from dora_vl.data.example import Example
 from dora_vl.data.samples import IGNORED_LABEL, Labelled, check_labels
@@ -33,9 +42,10 @@ from tests.backbones.image_text_conversations import (
     processor_inputs,
     sample_of,
 )
-from tests.backbones.tiny_families.language import LANGUAGE_MODELS_IN_TURN
-from tests.backbones.tiny_families.table import FAMILIES, QUICK, param
-from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
+from tests.backbones.model_table import PAGE, page
+from tests.backbones.tiny_families.family import why_not_here
+from tests.backbones.tiny_families.table import FAMILIES, LANGUAGE_MODELS_IN_TURN, QUICK, families, param
+from tests.backbones.tiny_image_text import tiny_tokenizer, write_tiny, write_tiny_language
 from tests.backbones.tiny_video import VIDEO, VIDEO_FAMILIES, write_tiny_video
 
 Folders = Mapping[str, Path]
@@ -152,8 +162,6 @@ def test_without_chat_template_a_format_must_be_named(tmp_path: Path) -> None:
 
 
 class TestVideos:
-    """Real times, lengths that must agree, and frames as pictures where a family has no videos."""
-
     def test_pictures_and_videos_of_one_name_are_all_there_in_the_order_of_the_text(self, folders: Folders) -> None:
         """SmolVLM's processor keeps the videos' pixels alone; its model reads all in the order of their tokens."""
         pytest.importorskip("num2words")
@@ -201,20 +209,8 @@ class TestVideos:
             intervals = encoder.encode_prompt((question,), (), (video,)).inputs["second_per_grid_ts"]
             assert float(intervals[0]) == pytest.approx(seconds, rel=1e-3)
 
-    def test_a_file_without_duration_has_a_clock_of_its_own(self) -> None:
-        video_metadata = metadata(replace(LONG, duration=0.0, span=(0.0, 0.0)))
-        assert video_metadata.timestamps == pytest.approx(LONG.seconds, abs=1e-3)
-        assert video_metadata.total_num_frames == 4
-
-    def test_short_videos_repeat_frames(self) -> None:
-        assert repeated(SHORT, 3) is SHORT
-        assert repeated(SHORT, 8).indices == (3, 3, 3, 14, 14, 14, 25, 25)
-        assert len(repeated(SHORT, 8).pictures) == len(repeated(SHORT, 8).seconds) == 8
-
     @pytest.mark.parametrize("family", ["idefics3", "qwen2_5_vl"])
-    def test_they_go_in_as_pictures_where_the_family_or_its_template_has_none(
-        self, folders: Folders, family: str
-    ) -> None:
+    def test_they_go_in_as_pictures_where_the_family_or_its_template_has_none(self, folders, family) -> None:
         encoder = encoder_of(folders[family])
         assert encoder.why_no_videos
         turns, pictures, videos = VIDEO_TALKS["picture and video"]
@@ -226,18 +222,7 @@ class TestVideos:
         assert torch.equal(sample.labels, expected.labels)
         assert_same(sample.inputs, expected.inputs)
 
-    def test_pictures_and_frames_keep_the_order_of_the_text(self) -> None:
-        turns = VIDEO_TALKS["video and picture"][0]
-        written, shown = as_pictures(turns, (RED,), (LONG,))
-        assert written[0].text == "Is " + "\n".join(["<image>"] * 4) + "\nlike <image>\nhere?"
-        assert shown == [*LONG.pictures, RED]
-        for pictures, videos in (((), (LONG,)), ((RED,), ()), ((RED, RED), (LONG,)), ((RED,), (LONG, LONG))):
-            with pytest.raises(ValueError, match="places"):
-                as_pictures(turns, pictures, videos)
-
-    def test_html_is_text_where_no_video_is(
-        self, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_html_is_text_where_no_video_is(self, folders, tmp_path, monkeypatch) -> None:
         conversation = (Turn("user", "What is <video> in HTML?"), TURNS_RED), (), ()
         words = [tag for tag in tiny_image_text.SPECIAL if tag != "<video>"]
         with monkeypatch.context() as patched:  # the session's own folders are written with all of them
@@ -249,7 +234,6 @@ class TestVideos:
             sample_of(encoder_of(folders[f"llava_onevision{VIDEO}"]), conversation)
 
     def test_frames_that_change_their_size_are_a_bad_sample(self, folders: Folders) -> None:
-        """As a recording of a call whose line got worse."""
         odd = replace(LONG, pictures=(*LONG.pictures[:3], RED))
         with pytest.raises(BadSample):
             sample_of(encoder_of(folders[f"qwen2_5_vl{VIDEO}"]), (VIDEO_TALKS["one video"][0], (), (odd,)))
@@ -261,3 +245,89 @@ def text_of(encoder: Encoder, video: Video) -> str:
 
 
 UNSTEADY = replace(LONG, seconds=(0.2, 1.0, 61.4, 65.0), duration=70.0, span=(0.0, 70.0))
+
+
+@pytest.mark.parametrize("model_type", [*NOT_TRAINED, "no_such_model"])
+def test_what_cannot_be_trained_is_named_with_what_can(model_type: str) -> None:
+    with pytest.raises(UserError, match=f"'{model_type}'.*cannot be trained.*qwen2_5_vl") as raised:
+        check_trained("folder", model_type)
+    assert len(str(raised.value)) <= 490
+
+
+@pytest.mark.parametrize("loads", [model_type_of, load_processor, load_tokenizer, skeleton_of, open_backbone])
+def test_a_model_s_own_code_is_never_run_and_nobody_is_asked(tmp_path: Path, monkeypatch, loads: Any) -> None:
+    code = "from transformers import PretrainedConfig\nopen('ran', 'w')\nclass C(PretrainedConfig):\n    pass\n"
+    (tmp_path / "own.py").write_text(code)
+    classes = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoProcessor", "AutoTokenizer")
+    auto_map = {name: "own.C" for name in classes}
+    for name in ("config.json", "tokenizer_config.json", "processor_config.json"):
+        (tmp_path / name).write_text(json.dumps({"model_type": "own", "auto_map": auto_map}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
+    with pytest.raises(UserError, match=r"brings code of its own .*never run here; take a model that") as raised:
+        loads(str(tmp_path))
+    assert "trust_remote_code" not in str(raised.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_type_is_read_from_the_config_alone(tmp_path: Path) -> None:
+    AutoConfig.for_model("smolvlm").save_pretrained(tmp_path)
+    assert model_type_of(str(tmp_path)) == "smolvlm"
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="states no model_type"):
+        model_type_of(str(tmp_path))
+    for base in (str(tmp_path / "nowhere"), "runs/nowhere/base"):
+        with pytest.raises(UserError, match=f"{re.escape(repr(base))}: no such folder in {re.escape(str(Path.cwd()))}"):
+            model_type_of(base)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    write_tiny("qwen2_5_vl", folder := tmp_path_factory.mktemp("whole"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a":' * 5_000, '{"a": 1' + "0" * 5_000 + "}", "", "[]"], ids=lambda text: text[:6]
+)
+@pytest.mark.parametrize("file", ["config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_what_is_no_json_object_is_one_line(whole: Path, tmp_path: Path, file: str, text: str) -> None:
+    base = shutil.copytree(whole, tmp_path / "base")
+    (base / file).write_text(text)
+    with pytest.raises(UserError) as error:
+        load_processor(str(base))
+    assert len(str(error.value)) < 500
+    assert "\n" not in str(error.value)
+
+
+PAGE_OF = "5.24"
+
+
+@pytest.mark.skipif(bool(why_not_here(PAGE_OF)), reason="the page lists a newer version's models too")
+def test_the_page_is_written_from_the_table() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "run python -m tests.backbones.model_table"
+
+
+@families
+def test_a_family_takes_videos_where_its_processor_has_a_part_for_them(family: str) -> None:
+    row = FAMILIES[family]
+    processor = row.processor(tiny_tokenizer(row.names))
+    assert (vars(processor).get("video_processor") is not None) == row.video
+
+
+def test_a_folder_of_save_pretrained_is_refused_and_a_published_one_is_not(tmp_path, monkeypatch) -> None:
+    base = write_tiny("qwen3_vl_moe", tmp_path / "base")
+    monkeypatch.setattr("dora_vl.backbones.model.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(UserError):
+        open_backbone(str(base))
+    file = base / "model.safetensors"
+    weights = load_file(file)
+    named = [name for name in weights if name.endswith(("experts.down_proj", "experts.gate_up_proj"))]
+    assert named
+    for name in named:
+        weights[name] = weights[name].transpose(1, 2).contiguous()
+    save_file(weights, file, metadata={"format": "pt"})
+    shape = weights[next(name for name in named if name.endswith("down_proj"))].shape
+    if shape[1] == shape[2]:
+        pytest.fail("the tiny model's experts are square, so that this test could not tell")
+    refuse_turned_experts(str(base))

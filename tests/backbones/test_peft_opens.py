@@ -18,8 +18,7 @@ from dora_vl.adapters.settings import peft_config
 from dora_vl.backbones.model import language_targets, open_backbone, projector_patterns
 from tests.backbones.image_text_conversations import TALKS, batch_of, encoder_of, talks_of
 from tests.backbones.model_table import LOST_BY_PEFT
-from tests.backbones.tiny_families.language import LANGUAGE_MODELS_IN_TURN
-from tests.backbones.tiny_families.table import FAMILIES, families_in_turn
+from tests.backbones.tiny_families.table import FAMILIES, LANGUAGE_MODELS_IN_TURN, families_in_turn
 from tests.backbones.tiny_image_text import write_tiny_language
 
 methods = pytest.mark.parametrize("method", ["dora", "lora"])

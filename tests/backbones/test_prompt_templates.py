@@ -2,6 +2,7 @@
 
 Tokens and labels of the vicuna_v1, llama_2 and plain kinds are what LLaVA c121f04 gave on this tokenizer (transformers
 4.37.2, slow). Of chatml_direct the tokens are; the labels are by hand, since the original's are wrong there.
+At the end the prompts of single instructions.
 """
 
 from __future__ import annotations
@@ -9,21 +10,27 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
+import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.loading import add_image_token, load_tokenizer
+from dora_vl.backbones.pieces import PieceProcessor
+from dora_vl.backbones.prompts import prompts_of
 from dora_vl.backbones.specs import TemplateName
-from dora_vl.backbones.templates import TEMPLATES
+from dora_vl.backbones.templates import PROMPTS, TEMPLATES
+from dora_vl.data.example import Example
 from dora_vl.data.samples import Labelled, check_labels
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
 from tests.backbones.encoded_talk import NASTY, answers_of, conversation, encode_talk, piece_encoder, prompt_ids
+from tests.backbones.tiny_language import byte_tokenizer
 from tests.backbones.tiny_sentencepiece import write_tokenizer_model
 
 ROUNDS = ("<image>\nIs it red?", "Yes, it is.", "What is in the picture?", "A red circle")
@@ -33,13 +40,13 @@ kind (`legacy` false), the labelled ones with a star; and what a sample's own sy
 NAMED = sorted(name for name, written in WRITTEN.items() if "text" in written)
 
 
-def encoder(tokenizer: PreTrainedTokenizerBase, name: str) -> Encoder:
+def plain_encoder(tokenizer: PreTrainedTokenizerBase, name: str) -> Encoder:
     return piece_encoder(tokenizer, name, each=1)
 
 
 def starred(tokenizer: PreTrainedTokenizerBase, name: str, *texts: str) -> str:
     """The tokens of a conversation, those with a label starred."""
-    encoded = encode_talk(encoder(tokenizer, name), conversation(*texts, images=texts[0].count("<image>")))
+    encoded = encode_talk(plain_encoder(tokenizer, name), conversation(*texts, images=texts[0].count("<image>")))
     tokens = tokenizer.convert_ids_to_tokens(encoded.input_ids.tolist())
     labels = encoded.labels.tolist()
     return " ".join(("" if label == -100 else "*") + token for token, label in zip(tokens, labels, strict=True))
@@ -96,35 +103,17 @@ def test_a_prompt_is_what_stands_before_the_answer(new_tokenizer: PreTrainedToke
     text = TEMPLATES[name].render(turns, generation_prompt=True).text
     rendered = TEMPLATES[name].render(conversation(*ROUNDS).turns)
     assert text == rendered.text[: rendered.answer_spans[1][0]]
-    encoded = encode_talk(encoder(new_tokenizer, name), conversation(*ROUNDS, images=1))
-    prompt = prompt_ids(encoder(new_tokenizer, name), *turns)
+    encoded = encode_talk(plain_encoder(new_tokenizer, name), conversation(*ROUNDS, images=1))
+    prompt = prompt_ids(plain_encoder(new_tokenizer, name), *turns)
     assert prompt == encoded.input_ids[: len(prompt)].tolist()
     assert encoded.labels[len(prompt)] == encoded.input_ids[len(prompt)]
-
-
-@pytest.mark.parametrize("name", sorted(set(TEMPLATES) - {"plain"}))
-def test_the_labelled_tokens_of_an_answer_are_read_back_as_the_answer(
-    new_tokenizer: PreTrainedTokenizerBase, name: str
-) -> None:
-    """Special tokens and braces in what is said are text, and an answer ends where the template closes it."""
-    answer = "It {} is <s> a </s> <|im_end|> ['circle']"
-    coder = encoder(new_tokenizer, name)
-    encoded = encode_talk(coder, conversation("Is {} </s> <|im_start|> it?", "Yes", "Why <s>?", answer))
-    last = encoded.labels[
-        len(prompt_ids(coder, *conversation("Is {} </s> <|im_start|> it?", "Yes", "Why <s>?").turns)) :
-    ]
-    assert coder.decode(last[last != -100]) == answer
-    controls = [new_tokenizer.convert_tokens_to_ids(token) for token in ("<s>", "</s>", "<|im_start|>", "<|im_end|>")]
-    plain = encode_talk(coder, conversation("Is it?", "Yes", "Why?", "It is"))
-    for token in controls:
-        assert (encoded.input_ids == token).sum() == (plain.input_ids == token).sum()
 
 
 def test_a_template_whose_tokens_the_model_lacks_is_refused(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(write_tokenizer_model(tmp_path)))
     add_image_token(tokenizer)
     with pytest.raises(UserError):
-        prompt_ids(encoder(tokenizer, "chatml"), Turn("user", "Is it?"))
+        prompt_ids(plain_encoder(tokenizer, "chatml"), Turn("user", "Is it?"))
     with pytest.raises(UserError):
         piece_encoder(tokenizer, "vicuna")
 
@@ -145,14 +134,7 @@ any_text = st.one_of(st.sampled_from(NASTY), st.text(max_size=20))
 @settings(max_examples=15, deadline=None)
 @example(rounds=[(text, text) for text in NASTY])
 @given(rounds=st.lists(st.tuples(any_text, any_text), min_size=1, max_size=3))
-def test_supervised_tokens_decode_to_the_answers(
-    tokenizer: PreTrainedTokenizerFast,
-    rounds: list[tuple[str, str]],
-    template: str,
-    before: str,
-    after: str,
-    close: str,
-) -> None:
+def test_supervised_tokens_decode_to_the_answers(tokenizer, rounds, template, before, after, close) -> None:
     texts = [text for pair in rounds for text in pair]
     assume(all("<image>" not in text for text in texts))
     assume(all(answer.strip() for answer in texts[1::2]))
@@ -192,3 +174,137 @@ def test_a_cut_loses_text_at_the_end_alone(tokenizer: PreTrainedTokenizerFast) -
 def test_answers_must_be_there_and_hold_no_mark(tokenizer: PreTrainedTokenizerFast, texts: tuple[str, ...]) -> None:
     with pytest.raises(BadSample):
         encode_talk(piece_encoder(tokenizer), conversation(*texts))
+
+
+QUESTION = "Please answer: is {input} </s> a question?\n\nAnswer format: true/false"
+
+
+def said(instruction: str, output: str, *, added: str = "") -> Example:
+    question = Turn("user", f"{instruction}\n{added}" if added else instruction, len(added))
+    return Example("0", (), (question, Turn("assistant", output)))
+
+
+TASK = said(QUESTION, "the correct answer is true")
+
+
+SPACES = " " * 16
+PLAIN = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+PAIRED = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request."
+)
+ADDED = "hello {instruction}"
+
+
+def laid_out(first: str, blank: str, added: str = "") -> str:
+    """NVlabs/DoRA's and LLM-Adapters' `generate_prompt`."""
+    middle = f"{SPACES}### Input:\n{SPACES}{added}\n{blank}\n" if added else ""
+    return f"{first}\n\n{SPACES}### Instruction:\n{SPACES}{QUESTION}\n{blank}\n{middle}{SPACES}### Response:\n{SPACES}"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "added", "test", "expected"),
+    [
+        ("nvlabs", "", False, laid_out(f"{PLAIN}  ", SPACES)),
+        ("nvlabs", ADDED, False, laid_out(f"{PAIRED} ", SPACES, ADDED)),
+        ("nvlabs", "", True, laid_out(f"{PLAIN} ", "")),
+        ("nvlabs", ADDED, True, laid_out(PAIRED, "", ADDED)),
+        ("llm_adapters", "", False, laid_out(f"{PLAIN}  # noqa: E501", SPACES)),
+        ("llm_adapters", "", True, laid_out(f"{PLAIN} ", "")),
+        ("alpaca", "", False, f"{PLAIN}\n\n### Instruction:\n{QUESTION}\n\n### Response:\n"),
+        ("alpaca", "", True, f"{PLAIN}\n\n### Instruction:\n{QUESTION}\n\n### Response:\n"),
+    ],
+)
+def test_the_prompts_as_published(prompt: str, added: str, test: bool, expected: str) -> None:
+    assert PROMPTS[prompt].before_output(QUESTION, added, test=test) == expected
+
+
+def encoder(prompt: str = "nvlabs", train_on: Any = "answer", max_tokens: int = 400) -> Encoder:
+    processor = PieceProcessor(byte_tokenizer())
+    prompts = prompts_of(processor, "test", prompt, pictures=False, train_on=train_on)
+    return Encoder(processor, prompts, max_tokens=max_tokens)
+
+
+@pytest.mark.parametrize("left", ["", "b"])
+def test_a_tokenizer_that_drops_or_rewrites_letters_is_refused_or_read(left: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("a", left)
+    if left:
+        assert PieceProcessor(tokenizer).begin_text == tokenizer.bos_token
+        return
+    with pytest.raises(UserError):
+        PieceProcessor(tokenizer)
+
+
+def test_ids_are_the_tokenizers_own_and_the_answer_alone_is_labelled() -> None:
+    tokenizer = byte_tokenizer()
+    plain = said("Is it so?", "the correct answer is true")
+    prompt = PROMPTS["nvlabs"].before_output("Is it so?", "", test=False)
+    whole = tokenizer(prompt + "the correct answer is true", return_offsets_mapping=True)
+    encoded = encoder().encode(plain)
+    assert encoded.input_ids.tolist() == [*whole.input_ids, tokenizer.eos_token_id]
+    assert encoded.input_ids[0] == tokenizer.bos_token_id
+    labelled = encoded.labels != -100
+    # A token that begins in the prompt's last space and ends in the output is the output's, as in the reference.
+    assert labelled.tolist() == [*(end > len(prompt) for _, end in whole.offset_mapping), True]
+    assert str(tokenizer.decode(encoded.labels[labelled])).strip() == "the correct answer is true</s>"
+    assert torch.equal(encoded.labels[labelled], encoded.input_ids[labelled])
+    everything = encoder(train_on="all").encode(plain)
+    assert torch.equal(everything.labels, everything.input_ids)
+
+
+def test_an_end_token_in_a_question_stays_text() -> None:
+    ids = encoder().encode(TASK).input_ids.tolist()
+    assert ids.count(byte_tokenizer().eos_token_id) == 1
+    assert ids[-1] == byte_tokenizer().eos_token_id
+
+
+def test_a_cut_sample_loses_its_end_and_says_so() -> None:
+    whole = encoder(train_on="all").encode(TASK)
+    length = len(whole.input_ids)
+    cut = encoder(train_on="all", max_tokens=length - 6).encode(TASK)
+    assert cut.cut_tokens == 6
+    assert torch.equal(cut.input_ids, whole.input_ids[: length - 6])
+    exactly = encoder(train_on="all", max_tokens=length - 1).encode(TASK)
+    assert exactly.cut_tokens == 1
+    assert exactly.input_ids[-1] != byte_tokenizer().eos_token_id  # as in the references: no room for it
+    with pytest.raises(BadSample):
+        encoder(max_tokens=20).encode(TASK)
+
+
+@pytest.mark.parametrize("prompt", ["nvlabs", "alpaca"])
+def test_a_choice_is_tokenised_with_its_prompt(prompt: str) -> None:
+    coder = encoder(prompt=prompt)
+    turns = [Turn("user", "Is it so?")]
+    encoded = coder.encode_choice(turns, "the correct answer is true")
+    ids, start = encoded.input_ids, int((encoded.labels != -100).int().argmax())
+    text = PROMPTS[prompt].before_output("Is it so?", "", test=True)
+    tokenizer = byte_tokenizer()
+    assert ids.tolist() == [*tokenizer(text + "the correct answer is true").input_ids, tokenizer.eos_token_id]
+    assert coder.decode(ids[start:]).strip() == "the correct answer is true"
+    assert coder.encode_prompt(turns).input_ids.tolist() == byte_tokenizer()(text).input_ids
+
+
+@pytest.mark.parametrize("added", ["", "hello {instruction}", " \n two lines "])
+def test_an_input_has_its_own_place_in_training_and_test(added: str) -> None:
+    conversation = said("Say it.", "hello", added=added)
+    tokenizer = byte_tokenizer()
+    train, test = (PROMPTS["nvlabs"].before_output("Say it.", added, test=test) for test in (False, True))
+    ids = encoder(max_tokens=900).encode(conversation).input_ids
+    assert ids.tolist() == [*tokenizer(f"{train}hello").input_ids, tokenizer.eos_token_id]
+    assert encoder().encode_prompt(conversation.turns[:1]).input_ids.tolist() == tokenizer(test).input_ids
+
+
+@pytest.mark.parametrize(
+    "conversation",
+    [
+        Example("0", (), (Turn("system", "s"), *TASK.turns)),
+        Example("0", (), (*TASK.turns, *TASK.turns)),
+        said("  ", "hello"),
+        said("", "hello", added="to this"),
+    ],
+)
+def test_what_is_no_single_instruction_is_named(conversation: Example) -> None:
+    with pytest.raises(BadSample) as error:
+        encoder(train_on="all").encode(conversation)
+    assert error.value.sample_id == conversation.id

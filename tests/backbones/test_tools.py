@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -214,7 +213,6 @@ ARGUMENTS = "(call.arguments if call.arguments is string else call.arguments | t
 SPOILT = {
     "a call left out": ("{%- for call in m.tool_calls or [] -%}", "{%- for call in [] -%}"),
     "an argument left out": (ARGUMENTS, "{'city': call.arguments.city} | tojson"),
-    "a name left out": ("call.name", "'it'"),
     "a result left out": ("'\\n<tool_response>\\n' + said", "'\\n<tool_response>\\n'"),
     "tools left out": ("{%- if tools -%}", "{%- if false -%}"),
 }
@@ -229,18 +227,6 @@ def test_a_template_that_leaves_a_part_out_refuses_the_sample_by_name(spoilt: tu
     assert refused.value.sample_id == "7"
     plain = (Turn("user", "Why?"), TALK[3])
     assert decoded(encoder, encoder.encode(Example("8", (), plain))) == "It is 22.<|im_end|>"
-
-
-@pytest.mark.parametrize(
-    "written", ["call.arguments | tojson", "call.arguments"], ids=["quoted again", "as Python does"]
-)
-def test_arguments_are_given_in_the_form_that_comes_out_as_json(written: str) -> None:
-    """Of text `tojson` makes a quotation, and an object without it comes out with Python's quotation marks."""
-    start, end = CHAT["qwen3"].split(ARGUMENTS)
-    assert start.endswith(" + ")
-    encoder = with_template(f"{start.removesuffix(' + ')} ~ {written} ~ {end.removeprefix(' + ')}")
-    (answer, *_) = [part for part in rows_of(encoder.encode(Example("7", (), TALK))) if 0 in part.answers]
-    assert as_json(call_of(ITEMS[0])["function"]["arguments"]) in decoded(encoder, answer)
 
 
 def test_special_tokens_in_tools_calls_and_results_are_text_or_refused() -> None:
@@ -305,9 +291,7 @@ MARKED = (
 
 
 @pytest.mark.parametrize("name", ["vicuna_v1", "llama_2", "question_answer", "glm_4_5v", "qwen3_vl_thinking"])
-def test_a_turn_that_is_not_trained_stands_in_the_prompt_alone(
-    new_tokenizer: PreTrainedTokenizerFast, folders: Mapping[str, Path], name: str
-) -> None:
+def test_a_turn_that_is_not_trained_stands_in_the_prompt_alone(new_tokenizer, folders, name) -> None:
     """Behind the last trained answer nothing is read, its pictures neither."""
     if name == "question_answer":
         encoder = encoder_of(folders["qwen2_5_vl"], template=name)

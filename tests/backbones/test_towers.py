@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModel, CLIPModel, CLIPVisionModel
+from transformers import AutoModel, CLIPImageProcessorPil, CLIPModel, CLIPVisionModel
 
 from dora_vl.backbones import register_towers
+from dora_vl.backbones.feature_encoder import FeatureEncoder, FeatureSettings, merged
 from dora_vl.backbones.specs import TowerSpec
-from dora_vl.backbones.tower_sources import load_from_file, load_tower
-from dora_vl.backbones.towers import GridTower
+from dora_vl.backbones.tower_sources import load_tower
+from dora_vl.backbones.towers import GridTower, ImagePreparation, Preparation
+from dora_vl.data.example import Clip
+from dora_vl.data.video import Uniform, VideoReader
 from dora_vl.errors import UserError
 from tests.backbones.conftest import small_clip
+from tests.data.video_files import write_video
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
 
@@ -101,8 +109,6 @@ def test_open_clip(tmp_path: Path) -> None:
 
 
 class TestTransformers:
-    """A CLIP folder is used as it is where LLaVA can, and as a grid tower where it has to be pooled."""
-
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
         small_clip(4).save_pretrained(tmp_path)
@@ -110,15 +116,6 @@ class TestTransformers:
 
     def spec(self, folder: Path, **changes: object) -> TowerSpec:
         return TowerSpec(library="transformers", name=str(folder), image_mean=MEAN, image_std=STD, **changes)  # pyright: ignore
-
-    def test_the_librarys_own_class(self, folder: Path) -> None:
-        tower = load_tower(self.spec(folder))
-        assert isinstance(tower.model, CLIPVisionModel)
-        assert (tower.layer, tower.select, tower.tokens, tower.prefix_tokens) == (-2, "default", 16, 1)
-        whole = CLIPModel.from_pretrained(folder)
-        pixels = picture(32)
-        assert torch.equal(tower.model(pixels).last_hidden_state, whole.vision_model(pixels).last_hidden_state)
-        assert (tower.preparation.image_size, tower.preparation.mean) == (32, MEAN)
 
     def test_pooled(self, folder: Path, tmp_path: Path) -> None:
         tower = load_tower(self.spec(folder, grid_pool=2))
@@ -130,10 +127,6 @@ class TestTransformers:
         expected = F.avg_pool2d(grid, 2).flatten(2).transpose(1, 2)
         torch.testing.assert_close(tower.model(pixels).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
 
-    def test_needs_a_stated_preparation(self, folder: Path) -> None:
-        with pytest.raises(UserError):
-            load_tower(TowerSpec(library="transformers", name=str(folder)))
-
 
 def test_batch_norms_never_move() -> None:
     tower = load_tower(TowerSpec(library="timm", name="test_efficientnet", weights="random")).model
@@ -143,20 +136,7 @@ def test_batch_norms_never_move() -> None:
     assert all(torch.equal(value, before[name]) for name, value in tower.state_dict().items())
 
 
-def test_weights_cast_without_the_statistics_still_see(tmp_path: Path) -> None:
-    timm_weights("test_efficientnet", tmp_path / "w.safetensors")
-    spec = TowerSpec(library="timm", name="test_efficientnet", weights=str(tmp_path / "w.safetensors"))
-    tower, expected = load_tower(spec).model, load_tower(spec).model.to(torch.bfloat16)
-    for weight in tower.parameters():  # as DeepSpeed does
-        weight.data = weight.data.to(torch.bfloat16)
-    pixels = picture(160).to(torch.bfloat16)
-    with torch.no_grad():
-        assert torch.equal(tower.eval()(pixels).last_hidden_state, expected.eval()(pixels).last_hidden_state)
-
-
 class TestWeights:
-    """A weights file fits exactly or is refused with what does not fit."""
-
     def test_other_names_in_the_same_order(self, tmp_path: Path) -> None:
         network = timm_weights("test_efficientnet", tmp_path / "w.safetensors")
         other = {f"_{index}": value for index, value in enumerate(network.state_dict().values())}
@@ -173,13 +153,6 @@ class TestWeights:
         expected = network.forward_features(pixels).flatten(2).transpose(1, 2)
         torch.testing.assert_close(tower.model(pixels).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
 
-    @pytest.mark.parametrize("other", [{"x": torch.zeros(2, 3), "y": torch.zeros(4)}, {"x": torch.zeros(2, 3)}])
-    def test_order_is_checked_shape_by_shape(self, tmp_path: Path, other: dict[str, torch.Tensor]) -> None:
-        save_file(other, tmp_path / "w.safetensors")
-        spec = TowerSpec(library="timm", name="", weights=str(tmp_path / "w.safetensors"), weights_in_order=True)
-        with pytest.raises(UserError):
-            load_from_file(nn.Linear(3, 2), spec)
-
 
 @pytest.mark.parametrize(
     "spec",
@@ -193,3 +166,139 @@ class TestWeights:
 def test_what_does_not_exist_is_refused(spec: TowerSpec) -> None:
     with pytest.raises(UserError):
         load_tower(spec)
+
+
+VERBS = """
+import json, sys
+from importlib import import_module
+from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from dora_vl import cli
+towers = {'architecture': 'resnet18', 'hidden_size': 512}
+for words in json.loads(sys.argv[1]):
+    CONFIG_MAPPING._extra_content.pop('dora_grid_tower', None)
+    module = import_module(cli.COMMANDS[words[0]].module)
+    module.run = lambda options: [type(AutoConfig.for_model('dora_grid_tower', **towers)).__name__]
+    cli.main(words)
+"""
+
+
+def test_verbs_that_open_bases_have_registered_them() -> None:
+    verbs = [["merge", "--adapter", "a", "--to", "b"], ["report", "a"], ["convert", "a", "--to", "b"]]
+    command = [sys.executable, "-c", VERBS, json.dumps(verbs)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.stdout.split(), done.stderr) == (["GridTowerConfig"] * 3, ""), done.stderr
+
+
+TIMM = TowerSpec(library="timm", name="tf_efficientnet_lite0", weights="random", image_size=64)
+
+
+def photo(width: int = 90, height: int = 60) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def test_squashing_equals_open_clips_own() -> None:
+    import open_clip  # takes seconds
+
+    values = ((0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+    transform = open_clip.transform.image_transform(
+        32, is_train=False, mean=values[0], std=values[1], resize_mode="squash", interpolation="bicubic"
+    )
+    ours = ImagePreparation(Preparation(image_size=32, mean=values[0], std=values[1]), aspect="squash")
+    torch.testing.assert_close(ours.prepare(photo()), transform(photo()), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kept", "merge", "shape"), [("grid", 1, (2, 4, 112)), ("grid", 2, (2, 1, 448)), ("pooled", 1, (2, 1, 1280))]
+)
+def test_a_timm_tower(kept, merge: int, shape: tuple[int, ...]) -> None:
+    layer = None if kept == "pooled" else -2
+    spec = TowerSpec(**{**vars(TIMM), "layer": layer, "grid_pool": None if kept == "pooled" else 2})
+    encoder = FeatureEncoder(FeatureSettings(tower=spec, kept=kept, merge=merge))
+    features = encoder.pictures([photo(), photo(30, 50)])
+    assert features.shape == shape
+    if kept == "pooled":
+        pixels = torch.stack([encoder.preparation.prepare(photo())])
+        torch.testing.assert_close(features[:1, 0], encoder.network(pixels))
+
+
+def test_blocks_of_cells_side_by_side() -> None:
+    grid = torch.arange(2.0 * 16 * 3).view(2, 16, 3)
+    blocks = merged(grid, 2)
+    assert blocks.shape == (2, 4, 12)
+    assert torch.equal(blocks[0, 1], torch.cat([grid[0, cell] for cell in (2, 3, 6, 7)]))
+    assert torch.equal(merged(grid, 1), grid)
+    with pytest.raises(UserError):
+        merged(grid, 3)
+
+
+def test_open_clips_projection_is_not_normalised() -> None:
+    spec = TowerSpec(library="open_clip", name="ViT-S-32-alt", weights="random", image_size=64)
+    encoder = FeatureEncoder(FeatureSettings(tower=spec, kept="pooled", aspect="square"))
+    features = encoder.pictures([photo()])
+    assert features.shape == (1, 1, 256)
+    pixels = encoder.preparation.prepare(photo())[None]
+    torch.testing.assert_close(features[0], encoder.network(pixels))
+
+
+def save_clip(model: CLIPModel, folder: Path) -> None:
+    model.save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+
+
+def test_transformers_projection(tmp_path: Path) -> None:
+    model = small_clip(0)
+    save_clip(model, tmp_path)
+    spec = TowerSpec(library="transformers", name=str(tmp_path))
+    encoder = FeatureEncoder(FeatureSettings(tower=spec, kept="pooled", aspect="square"))
+    features = encoder.pictures([photo()])
+    with torch.no_grad():
+        hidden = model.vision_model(encoder.preparation.prepare(photo())[None]).pooler_output
+        torch.testing.assert_close(features[0], model.visual_projection(hidden))
+    grid = FeatureEncoder(FeatureSettings(tower=spec, aspect="square"))
+    with torch.no_grad():
+        states = model.vision_model(grid.preparation.prepare(photo())[None], output_hidden_states=True).hidden_states
+    torch.testing.assert_close(grid.pictures([photo()]), states[-2][:, 1:])
+
+
+@pytest.mark.parametrize("kept", ["pooled", "grid"])
+def test_a_transformers_tower_takes_the_weights_it_is_given(tmp_path: Path, kept) -> None:
+    save_clip(small_clip(0), tmp_path / "clip")
+    other = small_clip(1)
+    save_clip(other, tmp_path / "other")
+    network = other if kept == "pooled" else CLIPVisionModel.from_pretrained(tmp_path / "other")
+    torch.save(network.state_dict(), tmp_path / "other.pth")
+
+    def made(folder: str, weights: str) -> torch.Tensor:
+        spec = TowerSpec(library="transformers", name=str(tmp_path / folder), weights=weights)
+        return FeatureEncoder(FeatureSettings(tower=spec, kept=kept)).pictures([photo()])
+
+    folders_own, loaded = made("clip", "pretrained"), made("clip", str(tmp_path / "other.pth"))
+    torch.testing.assert_close(loaded, made("other", "pretrained"))
+    assert not torch.allclose(loaded, folders_own, atol=1e-2)
+    assert not torch.allclose(made("clip", "random"), folders_own, atol=1e-2)
+    with pytest.raises(UserError):
+        made("clip", "openai")
+
+
+def test_changes_stand_beside_each_token(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4")
+    spec = TowerSpec(**{**vars(TIMM), "layer": -3, "grid_pool": 2})
+    torch.manual_seed(0)
+    encoder = FeatureEncoder(FeatureSettings(tower=spec, frames=3, changes=True))
+    with VideoReader(backends=("decord", "pyav")) as reader:
+        pictures = reader.read(tmp_path, Clip(path="a.mp4"), Uniform(3)).pictures
+    features = encoder.frames(pictures)
+    numbers, changes = features.unflatten(0, (3, 4)).chunk(2, dim=-1)
+    alone = encoder.pictures(pictures)  # the same frames as pictures: nothing came before them
+    torch.testing.assert_close(numbers, alone[..., :40])
+    assert not alone[..., 40:].any()
+    torch.testing.assert_close(changes[1:], alone[1:, :, :40] - alone[:-1, :, :40])
+    assert not changes[0].any()
+    assert changes[1:].abs().max() > 1e-3
+
+
+def test_other_weights_are_another_fingerprint() -> None:
+    first, other = (FeatureEncoder(FeatureSettings(tower=TIMM, kept="pooled")) for _ in range(2))
+    assert first.fingerprint() == first.fingerprint()
+    assert first.fingerprint() != other.fingerprint()  # random weights

@@ -1,4 +1,4 @@
-"""VL-BART: published numbers, picture tokens, names, original files, and a small one composed of nothing."""
+"""VL-BART: published numbers, picture tokens, names, original files, a composed one, and texts longer than it reads."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from dora_vl.adapters.files import read_tensors
 from dora_vl.adapters.folder import load_adapter, save_adapter
+from dora_vl.backbones.base import max_positions
+from dora_vl.backbones.model import DecoderBackbone
 from dora_vl.backbones.pieces import Seq2SeqEncoder
 from dora_vl.backbones.specs import SmallLanguageModel, VlBartSpec
+from dora_vl.backbones.templates import Prompt
 from dora_vl.backbones.tower_sources import measured, small_tokenizer
 from dora_vl.backbones.vlbart import (
     DORA_TARGETS,
@@ -29,7 +33,8 @@ from dora_vl.backbones.vlbart import (
 from dora_vl.backbones.vlbart_model import grid_boxes, pool_grid, strip_boxes
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
 from dora_vl.data.example import Answer, Example, write_examples
-from dora_vl.errors import UserError
+from dora_vl.errors import BadSample, UserError
+from dora_vl.evaluation.assistant import check_room
 from tests.backbones.tiny_vlbart import batch, meta_bart_base, tiny, write_features
 
 
@@ -171,15 +176,6 @@ def test_a_saved_folder_gives_the_same_and_holds_the_shared_rows_once(tmp_path: 
         load_vlbart(tmp_path / "nothing")
 
 
-def test_a_resized_vocabulary_moves_the_order_rows_along() -> None:
-    model = tiny()
-    model.resize_token_embeddings(330, mean_resizing=False)
-    visual = model.model.encoder.visual_embedding
-    assert visual.obj_order_embedding.weight is model.model.shared.weight
-    assert visual.obj_order_embedding.num_embeddings == 330
-    assert model.final_logits_bias.shape == (1, 330)
-
-
 def test_an_adapter_folder_carries_the_random_rows_along(tmp_path: Path) -> None:
     model = tiny(seed=0)
     extras = also_trained(model.settings, biases=True, norm_weights=True)
@@ -269,12 +265,6 @@ def spec_of(tmp_path: Path, standardise: str | None = None) -> VlBartSpec:
     return VlBartSpec(small=small, feature_width=4, pooled_side=None, seed=3, standardise=standardise)
 
 
-def test_a_number_that_never_varies_is_not_blown_up(tmp_path: Path) -> None:
-    numbers = torch.stack([torch.arange(8.0), torch.full((8,), 3.0)], dim=1).unsqueeze(1)
-    _, spread = measured(write_features(tmp_path / "still", numbers))
-    assert spread[1] > 0.05 * spread[0]
-
-
 def test_a_composed_model_begins_with_standardised_features(tmp_path: Path, features: Path) -> None:
     compose_vlbart(spec_of(tmp_path), tmp_path / "plain")
     compose_vlbart(spec_of(tmp_path, standardise=str(features)), tmp_path / "standardised")
@@ -295,3 +285,48 @@ def test_an_answers_word_is_the_token_that_it_is_in_a_question() -> None:
     ids = encoder.tokenizer(TEXTS[0], add_special_tokens=False).input_ids
     assert encoder.first_token("circle") in ids
     assert encoder.decode(encoder.labels("circle", max_tokens=9)) == "circle"
+
+
+WORDS = "hello there how are you [Subs] [Q] is it red?"
+POSITIONS = 64
+"""Of the tiny VL-BART, where bart-base has 1,024."""
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Seq2SeqEncoder:
+    return Seq2SeqEncoder(small_tokenizer(iter([WORDS] * 4), vocabulary=310), max_positions=POSITIONS)
+
+
+@pytest.mark.parametrize("max_tokens", [None, 600])
+@pytest.mark.parametrize("subtitles", ["", " hello there" * 200])
+def test_the_longest_text_of_a_vlbart_is_what_its_encoder_reads(encoder, max_tokens, subtitles) -> None:
+    question = "[Q] is it red?" if subtitles else "[Q] is it red? " * 40
+    prompt = Prompt(subtitles_before="[Subs]", subtitles=subtitles, text=question)
+    ids, cut = encoder.encode(prompt, max_tokens=max_tokens)
+    whole, nothing = Seq2SeqEncoder(encoder.tokenizer).encode(prompt, max_tokens=None)
+    assert (len(ids), cut, nothing) == (POSITIONS, len(whole) - POSITIONS, 0)
+    if subtitles:  # they go first, the question stays
+        assert str(encoder.tokenizer.decode(ids.tolist())).endswith("[Q] is it red?</s>")
+    backbone, features = VlBartBackbone(tiny()), torch.randn(1, 1, 4, 8)
+    labels = encoder.labels("hello " * 100, max_tokens=500)
+    assert len(labels) == POSITIONS
+    scores = backbone.likelihoods(ids[None], torch.ones_like(ids)[None], features, labels[None])
+    assert scores.isfinite().all()
+    longest = backbone.generate(ids[None], torch.ones_like(ids)[None], features, max_length=POSITIONS + 9)
+    assert longest.shape[1] <= POSITIONS
+    with pytest.raises(IndexError):  # what happened before
+        backbone.encode(whole[None], torch.ones_like(whole)[None], features)
+
+
+def test_a_prompt_that_leaves_no_room_for_its_answer_is_refused_with_both_numbers() -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(n_positions=24, n_embd=8, n_layer=1, n_head=2, vocab_size=50, bos_token_id=1, eos_token_id=None)
+    backbone = DecoderBackbone(GPT2LMHeadModel(config).eval())
+    positions = max_positions(backbone.config)
+    ids = torch.arange(18)[None] + 2
+    check_room(18, 6, positions, "q1")
+    assert backbone.generate(ids, torch.ones_like(ids), max_new_tokens=6).shape == (1, 6)
+    with pytest.raises(BadSample) as error:
+        check_room(19, 6, positions, "q2")
+    assert error.value.sample_id == "q2"
+    check_room(10**6, 6, None, "q3")  # a model that states no number

@@ -11,8 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from tests.backbones.tiny_families.family import SPECIAL, TEXT, resolved, why_not_here
-from tests.backbones.tiny_families.language import LANGUAGE_MODELS
-from tests.backbones.tiny_families.table import FAMILIES
+from tests.backbones.tiny_families.table import FAMILIES, LANGUAGE_MODELS
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"

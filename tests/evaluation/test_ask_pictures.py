@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dora_vl.adapters.combine import combine
 from PIL import Image
 from safetensors.torch import save_file
 
 from dora_vl.adapters.adapter import content_hash
 from dora_vl.adapters.base_weights import BaseWeights
-from dora_vl.adapters.combine import combine
 from dora_vl.adapters.merge import merge_to_folder
 from dora_vl.adapters.read import read_adapter
 from dora_vl.backbones.encoder import open_encoder

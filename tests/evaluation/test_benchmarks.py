@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,57 +56,6 @@ def test_a_file_of_a_few_lines_is_a_benchmark(tmp_path: Path, capsys: Any) -> No
 def test_a_file_that_says_something_else_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(UserError):
         find_benchmark(str(written(tmp_path, text)))
-
-
-PACKAGE = """
-from dora_vl.evaluation.scores.benchmark import Benchmark
-from dora_vl.evaluation.scores.scored import ACCURACY, Tally
-
-def score(examples, answers):
-    tally = Tally()
-    for example in examples:
-        right = float(answers.get(example.id) == example.extra["wanted"])
-        tally.add(example.id, right, {"right": right, "asked": 1.0})
-    return tally.scored({"mine": ACCURACY})
-
-MINE = Benchmark(modes={"": score}, splits=("dev",))
-NOT_ONE = 3
-"""
-
-
-@pytest.fixture
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "site"
-    (folder / "mine-1.0.dist-info").mkdir(parents=True)
-    (folder / "own_benchmarks.py").write_text(PACKAGE)
-    (folder / "mine-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
-    (folder / "mine-1.0.dist-info" / "entry_points.txt").write_text(
-        "[dora_vl.benchmarks]\nmine = own_benchmarks:MINE\nbroken = own_benchmarks:GONE\nodd = own_benchmarks:NOT_ONE\n"
-    )
-    monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.delitem(sys.modules, "own_benchmarks", raising=False)
-
-
-@pytest.mark.usefixtures("installed")
-def test_an_installed_package_adds_benchmarks(tmp_path: Path) -> None:
-    examples = [Example(id=name, answers=(Answer(text="x"),), extra={"wanted": "x"}) for name in "ab"]
-    write_examples(tmp_path / "records" / "mine" / "dev.jsonl", examples)
-    (tmp_path / "p.jsonl").write_text('{"id": "a", "answer": "x"}\n{"id": "b", "answer": "y"}\n')
-    options = ["--records", tmp_path / "records", "--predictions", tmp_path / "p.jsonl", "--to", tmp_path / "to"]
-    main(["evaluate", "--benchmarks", "mine", *map(str, options)])
-    entry = json.loads((tmp_path / "to" / "metrics.json").read_text())["sets"]["mine"]
-    assert entry["metrics"]["mine"]["value"] == 50.0
-    write_examples(tmp_path / "records" / "mine" / "dev.jsonl", [Example(id="a", answers=(Answer(text="x"),))])
-    with pytest.raises(SystemExit) as status:  # its scorer trips over a record
-        main(["evaluate", "--benchmarks", "mine", *map(str, options)])
-    assert status.value.code == 2
-
-
-@pytest.mark.usefixtures("installed")
-@pytest.mark.parametrize("name", ["broken", "odd", "min"])
-def test_a_broken_package_is_refused(name: str) -> None:
-    with pytest.raises(UserError):
-        find_benchmark(name)
 
 
 # What a model is asked: the last round of any format's rows, LLaVA's question files, the outputs that are admitted.

@@ -36,8 +36,7 @@ from dora_vl.training.run import run
 from dora_vl.training.train_command import pipeline_of
 from tests.training.launched import free_port
 from tests.training.recorded_run import record_samples
-from tests.training.test_preference_run import write_pairs
-from tests.training.tiny_run import write_chats, write_run, write_tiny_data, write_tiny_llava
+from tests.training.tiny_run import write_chats, write_pairs, write_run, write_tiny_data, write_tiny_llava
 from tests.training.tiny_vlbart_run import write_vlbart_data, write_vlbart_run
 
 KINDS = ("llava", "vlbart", "streamed", "pairs", "rewards", "replay")

@@ -132,7 +132,7 @@ def test_a_browser_shows_the_answers_that_are_asked_for(copied: Path, tmp_path: 
     for number, score in enumerate(scores):
         score |= {"share": float(number % 3 == 0), "kind": "odd" if number % 2 else "even", "truth": f"word {number}"}
     write_rows(copied / "scores.jsonl", scores)
-    reported(copied, to=tmp_path / "page.html", more=("--no-weights",))
+    reported(copied, to=tmp_path / "page.html")
     right = {number for number in range(len(scores)) if number % 3 == 0}
     with browser() as opened:
         page = opened.new_page()
@@ -167,7 +167,7 @@ def test_a_cloze_run_shows_the_numbers_of_its_metrics(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     entry = json.loads((tmp_path / "metrics.json").read_text())["sets"]["cloze"]
     assert 0 < entry["metrics"]["average"]["value"] < 100
-    words = " ".join(reported(tmp_path, to=tmp_path / "page.html", more=("--no-weights",)).words.split())
+    words = " ".join(reported(tmp_path, to=tmp_path / "page.html").words.split())
     for name, metric in entry["metrics"].items():
         low, high = metric["interval_95"]
         assert f"{name} {metric['n']} {metric['value']:.2f} {low:.2f} to {high:.2f}" in words, name
@@ -266,7 +266,7 @@ def test_damaged_lines_are_counted(copied: Path, tmp_path: Path) -> None:
     lines[1:2] = ['{"step": 2, "loss": 1.', "[1, 2]", '{"loss": 1.0}']
     (copied / "log.jsonl").write_text("\n".join(lines) + "\n" + '{"step": 9, "lo')
     (copied / "metrics.json").write_text("{")
-    page = reported(copied, to=tmp_path / "page.html", more=("--no-weights",))
+    page = reported(copied, to=tmp_path / "page.html")
     assert not any("by depth" in str(figure["aria-label"]) for figure in page.all("figure"))
     assert f"log.jsonl: 4 of {len(lines) + 1} lines" in page.words
     assert "metrics.json: not one whole JSON object" in page.words
@@ -284,7 +284,7 @@ def test_bad_input_ends_with_status_2_and_leaves_no_file(llava_run: Path, tmp_pa
         [str(tmp_path / "damaged"), "--to", str(to)],
         [run, "--label", "a", "--label", "b", "--to", str(to)],
         [run, "--to", str(tmp_path / "page.pdf")],
-        [run, "--no-weights", "--to", str(tmp_path / "file" / "page.html")],
+        [run, "--to", str(tmp_path / "file" / "page.html")],
     ):
         with pytest.raises(SystemExit) as end:
             main(["report", *words])

@@ -27,5 +27,4 @@ def make_run(tmp_path: Path, tiny_llava: Path, tiny_data: Path) -> MakeRun:
 
 @pytest.fixture
 def run_file(make_run: MakeRun) -> Path:
-    """Settings of a run of six steps in this process."""
     return make_run(training={"use_cpu": True})

@@ -42,13 +42,11 @@ def items(count: int = 16) -> list[Item]:
 
 
 def lines(path: Path, rows: list[dict[str, object]]) -> Path:
-    """A JSON lines file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
 def write_pictures(folder: Path, samples: list[Item]) -> None:
-    """Each item's picture as a file."""
     for item in samples:
         (folder / item.picture).write_bytes(item.content)
 
@@ -65,7 +63,6 @@ def write_llava(folder: Path, samples: list[Item]) -> Path:
 
 
 def write_messages(folder: Path, samples: list[Item]) -> Path:
-    """Messages with parts."""
     rows: list[dict[str, object]] = []
     for item in samples:
         parts = [{"type": "image", "image": item.picture}, {"type": "text", "text": item.question}]
@@ -85,7 +82,6 @@ def write_sharegpt(folder: Path, samples: list[Item]) -> Path:
 
 
 def write_csv(folder: Path, samples: list[Item], *, delimiter: str = ",") -> Path:
-    """A table of columns."""
     path = folder / ("table.csv" if delimiter == "," else "table.tsv")
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, delimiter=delimiter)
@@ -95,7 +91,6 @@ def write_csv(folder: Path, samples: list[Item], *, delimiter: str = ",") -> Pat
 
 
 def write_tsv(folder: Path, samples: list[Item]) -> Path:
-    """The same with tabs."""
     return write_csv(folder, samples, delimiter="\t")
 
 
@@ -111,7 +106,6 @@ def as_dataset(samples: list[Item]) -> datasets.Dataset:
 
 
 def write_parquet(folder: Path, samples: list[Item]) -> Path:
-    """Parquet with the pictures as bytes."""
     as_dataset(samples).to_parquet(folder / "table.parquet")
     return folder / "table.parquet"
 
@@ -123,7 +117,6 @@ def write_saved(folder: Path, samples: list[Item]) -> Path:
 
 
 def write_webdataset(folder: Path, samples: list[Item]) -> Path:
-    """An archive of `.png` and `.json` files."""
     with tarfile.open(folder / "shard.tar", "w") as archive:
         for item in samples:
             metadata = json.dumps({"id": item.id, "question": item.question, "answer": item.answer}).encode()

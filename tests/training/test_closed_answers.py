@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from data_prep import features
 from dora_vl.adapters.folder import load_adapter
@@ -26,7 +26,7 @@ from dora_vl.run.settings import RunConfig
 from dora_vl.training.run import run
 from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tasks import image_qa
-from tests.training.tiny_run import losses_of
+from tests.training.tiny_run import json_of, losses_of
 from tests.training.tiny_vlbart_run import (
     FEATURE_TOKENS,
     FEATURE_WIDTH,
@@ -83,7 +83,7 @@ def trained(run_file: Path) -> Path:
 def loaded(folder: Path, base: Path) -> VlBartBackbone:
     """The base with a run's adapter, as a person loads it."""
     backbone = load_vlbart(base)
-    set_answer_heads(backbone.model, json.loads((folder / "adapter" / "recipe.json").read_text())["closed_answers"])
+    set_answer_heads(backbone.model, json_of(folder / "adapter" / "recipe.json")["closed_answers"])
     load_adapter(backbone.model, folder / "adapter")
     return backbone.eval()
 
@@ -115,16 +115,16 @@ def by_hand(config: RunConfig, backbone: VlBartBackbone, task: str) -> torch.Ten
 
 
 def test_the_head_trains_and_is_saved_with_its_list_and_answers_the_test(run_file: Path, trained: Path) -> None:
-    recipe = json.loads((trained / "adapter" / "recipe.json").read_text())
+    recipe = json_of(trained / "adapter" / "recipe.json")
     assert recipe["closed_answers"] == LISTS
     names = [name for task in LISTS for name in recipe["adapter"]["parts"]["answer_head"] if f".{task}." in name]
     assert len(names) == 2 * 6
-    metrics = json.loads((trained / "metrics.json").read_text())
+    metrics = json_of(trained / "metrics.json")
     assert metrics["settings"]["closed_answers"] == {
         "vqav2": {"answers": 4, "outside": 4},
         "gqa": {"answers": 5, "outside": 2},
     }
-    left_out = json.loads((trained / "closed_answers.json").read_text())["outside"]
+    left_out = json_of(trained / "closed_answers.json")["outside"]
     assert left_out == {task: [f"{task}-{index}" for index in indices] for task, indices in OUTSIDE.items()}
     backbone = loaded(trained, run_file.parent / "data" / "base")
     for task, answers in LISTS.items():
@@ -136,7 +136,7 @@ def test_the_head_trains_and_is_saved_with_its_list_and_answers_the_test(run_fil
     for name in ("metrics.json", "predictions.jsonl"):
         (again / name).unlink()
     train(run_file, f"--training.output_dir={again}", "--test_only=true")
-    sets = json.loads((again / "metrics.json").read_text())["sets"]
+    sets = json_of(again / "metrics.json")["sets"]
     assert {name: entry["metrics"] for name, entry in sets.items()} == {
         name: entry["metrics"] for name, entry in metrics["sets"].items()
     }
@@ -145,28 +145,21 @@ def test_the_head_trains_and_is_saved_with_its_list_and_answers_the_test(run_fil
 @pytest.mark.parametrize("task", ["vqav2", pytest.param("gqa", marks=pytest.mark.slow)])
 def test_the_loss_of_a_step_is_vl_t5s_written_out(run_file: Path, task: str) -> None:
     """Micro-batches of 5 and 2 samples make one mean over all 7; GQA's answer has one score, VQAv2's less than 1."""
-    folder = run_file.parent / f"one-{task}"
-    overrides = [f"--data.train={json.dumps({task: config_of(run_file).data.train[task]})}"]
-    choice = config_of(run_file).data.closed_answers[task]
-    overrides += [
-        f"--data.closed_answers={json.dumps({task: choice})}",
-        "--data.batch_size=10",
-        "--evaluation.files={}",
-    ]
-    overrides += ["--training.max_steps=1", "--training.gradient_accumulation_steps=2", "--data.validation_files={}"]
-    train(run_file, f"--training.output_dir={folder}", *overrides, "--training.eval_strategy=no")
-    config = config_of(run_file)
+    folder, config = run_file.parent / f"one-{task}", config_of(run_file)
+    options = ["--data.batch_size=10", "--evaluation.files={}", "--data.validation_files={}"]
+    options += ["--training.max_steps=1", "--training.gradient_accumulation_steps=2", "--training.eval_strategy=no"]
+    for name in ("train", "closed_answers"):
+        options.append(f"--data.{name}={json.dumps({task: getattr(config.data, name)[task]})}")
+    train(run_file, f"--training.output_dir={folder}", *options)
     backbone = load_vlbart(config.model.base)
     set_answer_heads(backbone.model, {task: LISTS[task]}, seed=3)
     chance = by_hand(config, backbone, task).sigmoid().double()
-    truth = torch.tensor(
-        [
-            [sum(answer.weight for answer in example.answers if answer.text == text) for text in LISTS[task]]
-            for example in ExampleFile(Path(str(config.data.train[task])))
-        ],
-        dtype=torch.float64,
-    )
-    expected = -(truth * chance.log() + (1 - truth) * (1 - chance).log()).sum() / ITEMS
+    truth = [
+        [sum(answer.weight for answer in example.answers if answer.text == text) for text in LISTS[task]]
+        for example in ExampleFile(Path(str(config.data.train[task])))
+    ]
+    right = torch.tensor(truth, dtype=torch.float64)
+    expected = -(right * chance.log() + (1 - right) * (1 - chance).log()).sum() / ITEMS
     assert losses_of(folder).tolist() == [pytest.approx(float(expected), rel=1e-5)]
     before = backbone.model.get_parameter(f"answer_heads.{task}.logit_fc.0.weight")
     moved = load_file(folder / WEIGHTS)[HEAD.format(task)] - before
@@ -191,44 +184,34 @@ def test_a_resumed_run_ends_like_one_that_was_not_stopped(run_file: Path, traine
 
 
 @pytest.mark.slow
-def test_the_head_is_merged_into_a_base_that_trains_on(run_file: Path, trained: Path) -> None:
-    base, merged = run_file.parent / "data" / "base", run_file.parent / "merged"
+def test_a_base_with_a_merged_head_trains_on_with_its_list_or_in_words(run_file: Path, trained: Path) -> None:
+    merged = run_file.parent / "merged"
     main(["merge", "--adapter", str(trained / "adapter"), "--to", str(merged)])
-    plain, adapted = load_vlbart(merged).eval(), loaded(trained, base)
-    assert plain.config.closed_answers == LISTS
+    plain, adapted = load_vlbart(merged).eval(), loaded(trained, run_file.parent / "data" / "base")
     for task in LISTS:
         torch.testing.assert_close(scores(plain, task), scores(adapted, task), atol=1e-5, rtol=1e-4)
     options = (f"--model.base={merged}", "--training.learning_rate=0", "--optim.rates={}", "--model.compose=null")
     same = f"--data.closed_answers={json.dumps(dict.fromkeys(LISTS, str(merged / 'config.json')))}"
     on = train(run_file, *options, same, f"--training.output_dir={run_file.parent / 'on'}")
     assert torch.equal(load_file(on / WEIGHTS)[HEAD.format("gqa")], load_file(trained / WEIGHTS)[HEAD.format("gqa")])
+    other = run_file.parent / "other"
     with pytest.raises(UserError):  # the base has a list of its own
-        train(
-            run_file, *options, "--data.closed_answers={gqa: 3}", f"--training.output_dir={run_file.parent / 'three'}"
-        )
-    in_words = run_file.parent / "words"
-    train(run_file, *options, "--data.closed_answers={}", f"--training.output_dir={in_words}")
-    assert not [name for name in load_file(in_words / WEIGHTS) if "answer_heads" in name]
+        train(run_file, *options, "--data.closed_answers={gqa: 3}", f"--training.output_dir={other}")
+    train(run_file, *options, "--data.closed_answers={}", f"--training.output_dir={other}")
+    assert not [name for name in load_file(other / WEIGHTS) if "answer_heads" in name]
 
 
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
         pytest.param(["--model.dtype=bfloat16"], "answer_head", marks=pytest.mark.slow),
-        pytest.param(
-            ["--adapter.targets=[all-linear]", "--adapter.train_projector=false", "--adapter.train_biases=false"],
-            "answer_head",
-            marks=pytest.mark.slow,
-        ),
         (["--adapter.method=full", "--optim.rates={}"], "full"),
     ],
-    ids=["bfloat16", "all-linear", "full"],
+    ids=["bfloat16", "full"],
 )
-def test_the_head_trains_whole_and_in_float32_whatever_is_adapted(
-    run_file: Path, tmp_path: Path, changes: list[str], part: str
-) -> None:
+def test_the_head_trains_whole_and_in_float32_whatever_is_adapted(run_file, tmp_path, changes, part) -> None:
     folder = train(run_file, f"--training.output_dir={tmp_path / 'run'}", "--training.max_steps=2", *changes)
-    recipe = json.loads((folder / "adapter" / "recipe.json").read_text())
+    recipe = json_of(folder / "adapter" / "recipe.json")
     assert sum(name.startswith("answer_heads.") for name in recipe["adapter"]["parts"][part]) == 12
     assert load_file(folder / WEIGHTS)[HEAD.format("gqa")].dtype == torch.float32
     main(["merge", "--adapter", str(folder / "adapter"), "--to", str(tmp_path / "merged")])
@@ -248,43 +231,16 @@ def test_an_adapter_to_start_from_must_mean_the_same_answers(run_file: Path, tra
     assert torch.equal(started, load_file(trained / WEIGHTS)[name])
 
 
-def test_a_folder_without_a_part_of_its_head_is_refused(run_file: Path, trained: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(trained, tmp_path / "run")
-    tensors = load_file(folder / WEIGHTS)
-    del tensors[HEAD.format("gqa")]
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"1 missing \['answer_heads\.gqa\.logit_fc\.0\.weight'\]"):
-        train(run_file, f"--training.output_dir={folder}", "--test_only=true")
-    with pytest.raises(SettingError) as error:
-        train(run_file, f"--training.output_dir={folder}", "--test_only=true", "--data.closed_answers={gqa: 5}")
-    assert error.value.key == "data.closed_answers"
-    with pytest.raises(UserError):
-        load_adapter(load_vlbart(run_file.parent / "data" / "base").model, trained / "adapter")
-
-
 @pytest.mark.parametrize(
     ("setting", "key"),
-    [
-        ({"nlvr2": 2}, ""),
-        ({"short_answer": 2}, ""),
-        ({"gqa": 1}, ".gqa"),
-        ({"gqa": "twice.txt"}, ".gqa"),
-        ({"gqa": "other.txt"}, ".gqa"),
-        ({"gqa": "missing.txt"}, None),
-        ({"gqa": "odd.json"}, None),
-    ],
+    [({"nlvr2": 2}, ""), ({"gqa": 1}, ".gqa"), ({"gqa": "twice.txt"}, ".gqa"), ({"gqa": "missing.txt"}, None)],
 )
-def test_what_cannot_be_closed_is_refused(
-    run_file: Path, tmp_path: Path, setting: dict[str, Any], key: str | None
-) -> None:
-    for name, text in {"twice.txt": "red\nblue\nred", "odd.json": '{"closed_answers": 3}', "other.txt": "a\nb"}.items():
-        (tmp_path / name).write_text(text)
+def test_what_cannot_be_closed_is_refused(run_file, tmp_path, setting, key) -> None:
+    (tmp_path / "twice.txt").write_text("red\nblue\nred")
     setting = {task: value if isinstance(value, int) else str(tmp_path / value) for task, value in setting.items()}
-    data = {"closed_answers": setting}
-    tasks = ("vqav2", "gqa", "nlvr2", "coco_caption")
-    file = write_vlbart_run(tmp_path / "run.yaml", run_file.parent / "data", tasks, data=data)
+    data, tasks = {"closed_answers": setting}, ("vqav2", "gqa", "nlvr2", "coco_caption")
     with pytest.raises(UserError) as error:
-        train(file)
+        train(write_vlbart_run(tmp_path / "run.yaml", run_file.parent / "data", tasks, data=data))
     assert getattr(error.value, "key", None) == (None if key is None else f"data.closed_answers{key}")
     assert not (tmp_path / "run" / "adapter").exists()
 
@@ -342,6 +298,6 @@ def test_pictures_are_answered_from_the_list_and_by_the_base_in_words(gqa_folder
     assert [subtask.answer_by for subtask in base.subtasks] == ["text"]
     options = ["evaluate", "--adapter", str(adapter), "--benchmarks", f"gqa={gqa_folder / 'gqa.jsonl'}"]
     main([*options, "--images", str(pictures), "--to", str(gqa_folder / "evaluated")])
-    evaluated = json.loads((gqa_folder / "evaluated" / "metrics.json").read_text())
-    tested = json.loads((gqa_folder / "run" / "metrics.json").read_text())
+    evaluated = json_of(gqa_folder / "evaluated" / "metrics.json")
+    tested = json_of(gqa_folder / "run" / "metrics.json")
     assert evaluated["sets"]["gqa"]["metrics"] == tested["sets"]["gqa"]["metrics"]

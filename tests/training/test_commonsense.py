@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -25,7 +24,7 @@ from dora_vl.training.run_samples import read_samples
 from dora_vl.training.train_command import pipeline_of
 from tests.backbones.tiny_language import write_tiny_language
 from tests.training.generated_commonsense import write_commonsense
-from tests.training.tiny_run import json_of, logged_losses, skipped_by
+from tests.training.tiny_run import json_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[2]
@@ -61,7 +60,6 @@ def settings(folder: Path, output: str, *more: str) -> RunConfig:
 
 @pytest.mark.slow
 def test_the_smoke_configuration_runs_whole(folder: Path) -> None:
-    """As a person starts it, in a process of its own: 40 generated rows, training, both ways of scoring."""
     command = [sys.executable, "tasks/commonsense.py", *arguments(folder, "smoke", "--training.max_steps", "6")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -127,29 +125,6 @@ def test_the_references_validation_split(folder: Path) -> None:
         assert [turns[0]["text"] for turns in ours.rows["turns"]] == theirs["instruction"][:]
 
 
-def test_any_format_of_several_files_streamed(folder: Path) -> None:
-    """What runs about pictures read, an instruction's run reads too: weights, streams and chats of one question."""
-    chats = folder / "chats.jsonl"
-    rows = [
-        [{"role": "user", "content": f"Is {number} so?"}, {"role": "assistant", "content": "the answer is true"}]
-        for number in range(12)
-    ]
-    longer = [*rows[0], {"role": "user", "content": "And now?"}, {"role": "assistant", "content": "no"}]
-    chats.write_text("".join(json.dumps({"id": f"chat {len(row)}", "messages": row}) + "\n" for row in [*rows, longer]))
-    files: list[Any] = [{"path": str(folder / "data" / "train.json"), "weight": 0.25}, str(chats)]
-    config = settings(
-        folder,
-        "stream",
-        *("--data.train", json.dumps(files), "--data.streaming", "true", "--data.validation_size", "0"),
-        *("--data.validation", str(folder / "data" / "test.json"), "--data.validation_limit", "4"),
-        *("--data.max_bad_share", "0.5", "--training.max_steps", "4", "--training.eval_steps", "4"),
-        *("--training.use_cpu", "true", "--training.deepspeed", "null"),
-    )
-    train(DecoderPipeline(config))
-    assert len(logged_losses(folder / "stream")) == json_of(folder / "stream" / "metrics.json")["train_steps"] == 4
-    assert "one question and its output" in skipped_by(folder / "stream")["chat 4"]
-
-
 def test_a_sets_answer_is_the_rows_or_found_in_its_output(tmp_path: Path) -> None:
     row = {"instruction": "Is it?", "input": "a text", "output": "the correct answer is solution2"}
     rows = [{**row, "id": "a", "answer": "solution2"}, row, {**row, "output": ""}, {**row, "id": 7, "answer": None}]
@@ -166,15 +141,13 @@ def test_a_sets_answer_is_the_rows_or_found_in_its_output(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("more", "name"),
+    ("more", "key"),
     [
         (["--data.streaming", "true"], "data.validation_size"),
-        (["--data.train", '[{"path": "x.json", "weight": 2}]'], "data.validation_size"),
         (["--adapter.method", "full", "--training.deepspeed", "null"], "adapter.targets"),
         (["--evaluation.files", '{"obqa": "x.json"}'], "evaluation.files"),
-        (["--data.validation_size", "40"], "validation_size"),
     ],
 )
-def test_settings_and_files_that_cannot_be_used_are_named(folder: Path, more: list[str], name: str) -> None:
-    with pytest.raises(UserError, match=name):
+def test_settings_that_cannot_be_used_are_named(folder: Path, more: list[str], key: str) -> None:
+    with pytest.raises(UserError, match=key):
         train(DecoderPipeline(settings(folder, "mistaken", "--overwrite", "true", *more)))

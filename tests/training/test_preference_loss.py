@@ -1,30 +1,33 @@
-"""Preferences on pictures: trees, plain rows and one prompt at a time are the same loss, against a written-out one."""
+"""Preferences and rewards on pictures: losses against written-out ones, trees like plain rows, and the reference."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from torch.nn import functional
 
+from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.backbones.encoder import Encoder, open_encoder
 from dora_vl.backbones.model import DecoderBackbone, language_targets, open_backbone, projector_patterns
-from dora_vl.core import DoRAConfig, adapted_layers, apply_dora
+from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
 from dora_vl.data.batches import Collator
 from dora_vl.data.example import Example
 from dora_vl.data.samples import Sample
 from dora_vl.data.turns import Turn
-from dora_vl.errors import BadSample
+from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
 from dora_vl.heads.preferences import LOSSES, Scale
-from dora_vl.training.pipeline import PreferenceLoss
+from dora_vl.heads.rewards import REWARD_LOSSES
+from dora_vl.run.folder import DRAWN, read_log
+from dora_vl.training.pipeline import PreferenceLoss, RewardLoss
 from dora_vl.training.reference import Reference
+from dora_vl.training.rollouts import Rollouts
 from tests.backbones.image_text_conversations import BLUE, RED, inputs_of
+from tests.backbones.tiny_language import tiny_language
 
 EXAMPLES = (
     Example(
@@ -37,8 +40,8 @@ EXAMPLES = (
         "c", ("blue",), (Turn("user", "<image>\nSay it."), Turn("assistant", "blue")), rejected=("It is a red one.",)
     ),
 )
+SCALE = Scale(beta=0.3)
 PICTURES: dict[str, Image.Image] = {"red": RED, "blue": BLUE}
-OBJECTIVE = {"dpo": 0.8, "bco": 0.2, "sft": 1.0}
 
 
 @pytest.fixture
@@ -87,7 +90,7 @@ def batch_of(encoder: Encoder, samples: Sequence[Sample], packing: Any) -> dict[
 def test_trees_and_plain_rows_are_the_same(name: str, encoder: Encoder, backbone: DecoderBackbone) -> None:
     reference = Reference(backbone.model)
     disturb(backbone.model)
-    loss = PreferenceLoss(backbone, objective={name: 1.0}, scale=Scale(beta=0.3), reference=reference)
+    loss = PreferenceLoss(backbone, objective={name: 1.0}, scale=SCALE, reference=reference)
     samples = items(encoder)
     trees, plain = (result(loss, [batch_of(encoder, samples, packing)]) for packing in ("trees", "plain"))
     assert trees[0] == pytest.approx(plain[0], rel=1e-4)
@@ -116,12 +119,12 @@ def test_loss_is_that_of_two_models_and_single_rows(encoder: Encoder, backbone: 
         learned, tokens = learned + float(rows[0][0][0]), tokens + rows[0][0][1]
 
     def log_sigmoid(value: float) -> float:
-        return float(functional.logsigmoid(torch.tensor(value)))
+        return float(torch.nn.functional.logsigmoid(torch.tensor(value)))
 
     each = [-0.8 * log_sigmoid(w - o) - 0.2 * (log_sigmoid(w) + log_sigmoid(-o)) for w, o in pairs]
     expected = sum(each) / len(each) - learned / tokens
     margins = [w - o for w, o in pairs]
-    loss = PreferenceLoss(backbone, objective=OBJECTIVE, scale=Scale(beta=0.3), reference=reference)
+    loss = PreferenceLoss(backbone, objective={"dpo": 0.8, "bco": 0.2, "sft": 1.0}, scale=SCALE, reference=reference)
     output = loss(**batch_of(encoder, samples, "trees"))
     assert output["loss"].item() == pytest.approx(expected, rel=1e-4)
     assert output["rewards/margin"].item() == pytest.approx(sum(margins) / len(margins), rel=1e-3)
@@ -146,7 +149,7 @@ def test_kto_measures_by_answers_to_other_prompts(packing: Any, encoder: Encoder
     samples = items(encoder)
     batch = inputs_of(Collator(encoder.pad_token_id, packing=packing, compares=True, unmatched=True)(samples))
     assert batch["weights"].tolist() == [1, -1, 0, 1, -1, -1, 0, 1, -1, 0]
-    loss = PreferenceLoss(backbone, objective={"kto": 1.0}, scale=Scale(beta=0.3), reference=reference)
+    loss = PreferenceLoss(backbone, objective={"kto": 1.0}, scale=SCALE, reference=reference)
     value = loss(**batch)["loss"].item()
 
     def gain(prompt: Example, text: str) -> float:
@@ -167,53 +170,16 @@ def test_kto_measures_by_answers_to_other_prompts(packing: Any, encoder: Encoder
     assert value == pytest.approx(sum(values) / len(values), rel=1e-4)
 
 
-def test_steps_raise_the_margin(encoder: Encoder, backbone: DecoderBackbone) -> None:
-    loss = PreferenceLoss(backbone, objective={"dpo": 1.0}, scale=Scale(beta=0.5), reference=Reference(backbone.model))
-    optimizer = torch.optim.AdamW([weight for weight in backbone.parameters() if weight.requires_grad], lr=0.01)
-    batch, margins, output = batch_of(encoder, items(encoder), "trees"), [], {}
-    for _ in range(8):
-        output = loss(**batch)
-        margins.append(output["rewards/margin"].item())
-        output["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert margins[0] == pytest.approx(0, abs=1e-5)
-    assert margins[-1] > 0.1
-    assert output["rewards/accuracy"].item() == 1
-
-
-def test_answers_that_are_too_long_are_refused_by_name(tiny_llava: Path) -> None:
-    encoder = open_encoder(str(tiny_llava), max_tokens=24)
-    long = replace(EXAMPLES[0], rejected=("It is red. " * 12,))
-    with pytest.raises(BadSample) as error:
-        items(encoder, [long])
-    assert error.value.sample_id == "a"
-
-
-class Counted(Reference):
-    """Counts how often the reference takes the model's place."""
-
-    calls = 0
-
-    def in_place(self) -> Any:
-        self.calls += 1
-        return super().in_place()
-
-
-@pytest.mark.parametrize("name", ["dpo", "kto"])
-def test_what_the_reference_says_is_kept_for_later_epochs(
-    name: str, encoder: Encoder, backbone: DecoderBackbone
-) -> None:
-    samples, collate = (
-        items(encoder),
-        Collator(encoder.pad_token_id, packing="trees", compares=True, unmatched=name == "kto"),
-    )
+def test_what_the_reference_says_is_kept_for_later_epochs(encoder: Encoder, backbone: DecoderBackbone) -> None:
+    samples, collate = items(encoder), Collator(encoder.pad_token_id, packing="trees", compares=True)
     epochs = [[samples[:2], samples[2:]], [samples[::2], samples[1:2]], [samples]]
-    losses = dict[bool, list[torch.Tensor]]()
+    losses, calls = dict[bool, list[torch.Tensor]](), list[object]()
     start = copy.deepcopy(backbone.state_dict())
     for keeps in (False, True):
-        reference = Counted(backbone.model)
-        loss = PreferenceLoss(backbone, objective={name: 1.0}, scale=Scale(beta=0.3), reference=reference, keeps=keeps)
+        reference = Reference(backbone.model)
+        in_place, calls = reference.in_place, []
+        reference.in_place = lambda calls=calls, in_place=in_place: calls.append(1) or in_place()
+        loss = PreferenceLoss(backbone, objective={"dpo": 1.0}, scale=SCALE, reference=reference, keeps=keeps)
         optimizer = torch.optim.SGD([weight for weight in backbone.parameters() if weight.requires_grad], lr=0.5)
         losses[keeps] = []
         for batch in (inputs_of(collate(rows)) for epoch in epochs for rows in epoch):
@@ -222,13 +188,206 @@ def test_what_the_reference_says_is_kept_for_later_epochs(
             losses[keeps].append(value.detach())
             optimizer.step()
             optimizer.zero_grad()
-        assert reference.calls == (2 if keeps and name == "dpo" else 5)
-        if keeps and name == "dpo":  # the validation data counts its samples anew
-            loss.eval()
-            loss(**inputs_of(collate(samples[:1])))
-            assert reference.calls == 3
+        assert len(calls) == (2 if keeps else 5)
         backbone.load_state_dict(start)
         for _, layer in adapted_layers(backbone.model):
             layer.forget_norms()
     torch.testing.assert_close(torch.stack(losses[True]), torch.stack(losses[False]), rtol=2e-5, atol=2e-5)
     assert abs(float(losses[True][0] - losses[True][-1])) > 1e-3
+
+
+GROUP, LONGEST = 5, 6
+
+
+def lengths_and_vowels(example: Example, answer: str) -> float:
+    return 0.3 * len(answer) + sum(letter in "aeiou" for letter in answer)
+
+
+def rollouts_of(encoder: Encoder, backbone: DecoderBackbone, folder: Path, **settings: Any) -> Rollouts:
+    packing = settings.pop("packing", "trees")
+    values: dict[str, Any] = {
+        "loss": REWARD_LOSSES["grpo"],
+        "rewards": {"vowels": lengths_and_vowels, "length": lambda example, answer: float(len(answer))},
+        "weights": {"vowels": 1.0, "length": -0.5},
+        "keeps_all": False,
+        "never": (),
+        **settings,
+    }
+    return Rollouts(
+        assistant=Assistant(backbone, EncoderPrompts(encoder), while_training=True),
+        collate=Collator(encoder.pad_token_id, packing=packing, keeps_samples=True),
+        example_of=lambda index: EXAMPLES[index],
+        group=GROUP,
+        max_new_tokens=LONGEST,
+        seed=7,
+        run_folder=folder,
+        autocast=None,
+        **values,
+    )
+
+
+def collated(encoder: Encoder) -> dict[str, Any]:
+    return Collator(encoder.pad_token_id, keeps_samples=True)(items(encoder))
+
+
+def alone(model: DecoderBackbone, sample: Sample) -> torch.Tensor:
+    """The log-probabilities of a sample's labels, by transformers' model and the sample alone."""
+    inputs = {name: value for name, value in sample.inputs.items() if name != "attention_mask"}
+    logits = model.model(input_ids=sample.input_ids[None], **inputs).logits[0, :-1].log_softmax(-1)
+    targets = sample.labels[1:]
+    return logits[targets >= 0].gather(1, targets[targets >= 0, None])[:, 0]
+
+
+@pytest.mark.parametrize(("name", "packing"), [*((name, "trees") for name in REWARD_LOSSES), ("grpo", "plain")])
+def test_loss_and_gradient_are_the_equation(name, packing, encoder, backbone, tmp_path) -> None:
+    reference, before = Reference(backbone.model), copy.deepcopy(backbone)
+    disturb(backbone.model)
+    rollouts = rollouts_of(encoder, backbone, tmp_path, loss=REWARD_LOSSES[name], packing=packing, keeps_all=True)
+    batches = [rollouts.collate(several) for several in (items(encoder)[:1], items(encoder)[1:])]
+    answered, divisor, numbers = rollouts.answered(batches, step=4)
+    module = RewardLoss(backbone, kl=0.3, reference=reference)
+    outputs, trained = [], [weight for weight in backbone.model.parameters() if weight.requires_grad]
+    gradients = [torch.zeros_like(weight) for weight in trained]
+    for batch in answered:  # two micro-batches of a step
+        outputs.append(module(**inputs_of(batch), num_items_in_batch=divisor))
+        for gradient, more in zip(gradients, torch.autograd.grad(outputs[-1]["loss"], trained), strict=True):
+            gradient += more
+
+    rows = [row for batch in answered for item in batch["made_of"] for row in item.rows()]
+    assert len(rows) == 3 * GROUP
+    log_probs = [alone(backbone, row) for row in rows]
+    with torch.no_grad():
+        references = [alone(before, row) for row in rows]
+    lengths = [len(values) for values in log_probs]
+    texts = [encoder.decode(row.labels[row.labels >= 0]) for row in rows]
+    rewards = [lengths_and_vowels(EXAMPLES[0], text) - 0.5 * len(text) for text in texts]
+    assert numbers["rewards/mean"].item() == pytest.approx(sum(rewards) / len(rewards))
+    total = torch.zeros(())
+    for number, (now, then) in enumerate(zip(log_probs, references, strict=True)):
+        group = rewards[number // GROUP * GROUP :][:GROUP]
+        mean = sum(group) / GROUP
+        advantage = rewards[number] - mean
+        if name in ("grpo", "dapo"):
+            advantage /= (sum((reward - mean) ** 2 for reward in group) / (GROUP - 1)) ** 0.5 + 1e-4
+        if name == "rloo":
+            advantage = rewards[number] - (sum(group) - rewards[number]) / (GROUP - 1)
+        weight = {
+            "grpo": 1 / (lengths[number] * len(rows)),
+            "dr_grpo": 1 / (LONGEST * len(rows)),
+            "dapo": 1 / sum(lengths),
+            "rloo": 1 / len(rows),
+        }[name]
+        total = total - weight * (advantage * now - 0.3 * ((then - now).exp() - (then - now) - 1)).sum()
+    expected = torch.autograd.grad(total, trained)
+    for gradient, right in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, right, rtol=2e-3, atol=2e-5)
+    assert max(output["log_probs/gap"].item() for output in outputs) < 1e-4
+    assert sum(output["labelled_tokens"].item() for output in outputs) == sum(lengths)
+
+
+def test_prompts_are_those_that_inference_asks(encoder: Encoder, backbone: DecoderBackbone, tmp_path: Path) -> None:
+    rollouts = rollouts_of(encoder, backbone, tmp_path)
+    (batch,), _, _ = rollouts.answered([rollouts.collate(items(encoder))], step=0)
+    for item, example in zip(batch["made_of"], EXAMPLES, strict=True):
+        prompt = encoder.encode_prompt(example.turns[:1], [PICTURES[name] for name in example.images])
+        for row in item.rows():
+            start = int((row.labels >= 0).int().argmax())
+            assert torch.equal(row.input_ids[:start], prompt.input_ids)
+            assert torch.equal(row.labels[start:], row.input_ids[start:])
+
+
+def test_no_picture_s_token_is_drawn(encoder: Encoder, backbone: DecoderBackbone, tmp_path: Path) -> None:
+    (batch,), _, _ = rollouts_of(encoder, backbone, tmp_path).answered([collated(encoder)], step=1)
+    drawn = {
+        token for item in batch["made_of"] for row in item.rows() for token in row.labels[row.labels >= 0].tolist()
+    }
+    rollouts = rollouts_of(encoder, backbone, tmp_path, never=drawn)
+    (batch,), _, _ = rollouts.answered([collated(encoder)], step=1)
+    others = {token for item in batch["made_of"] for row in item.rows() for token in row.labels.tolist()} - {-100}
+    assert others
+    assert not others & drawn
+
+
+def test_draws_depend_on_seed_and_step_alone(encoder: Encoder, backbone: DecoderBackbone, tmp_path: Path) -> None:
+    rollouts = rollouts_of(encoder, backbone, tmp_path)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    ids = [rollouts.answered([rollouts.collate(items(encoder))], step=step)[0][0]["input_ids"] for step in (2, 3)]
+    assert torch.equal(torch.get_rng_state(), state)  # dropout goes on as if nothing was drawn
+    torch.manual_seed(9)
+    again = rollouts.answered([rollouts.collate(items(encoder))], step=2)[0][0]["input_ids"]
+    assert torch.equal(again, ids[0])
+    assert ids[1].shape != again.shape or not torch.equal(ids[1], again)
+    assert [line["step"] for line in read_log(tmp_path / DRAWN)] == [3, 4, 3]
+
+
+def test_draws_follow_the_model_s_probabilities(encoder: Encoder, backbone: DecoderBackbone, tmp_path: Path) -> None:
+    """First tokens of many draws against the softmax that they are drawn from, and their entropy."""
+    disturb(backbone.model)
+    (sample,) = items(encoder)[:1]
+    rollouts = rollouts_of(encoder, backbone, tmp_path)
+    counts, steps, numbers = torch.zeros(len(encoder.tokenizer)), 30, dict[str, torch.Tensor]()
+    for step in range(steps):
+        (batch,), _, numbers = rollouts.answered([rollouts.collate([sample])], step=step)
+        for row in batch["made_of"][0].rows():
+            counts[row.labels[row.labels >= 0][0]] += 1
+    start = int((sample.labels >= 0).int().argmax())
+    inputs = {name: value for name, value in sample.inputs.items() if name != "attention_mask"}
+    with torch.no_grad():
+        chances = backbone.model(input_ids=sample.input_ids[None, :start], **inputs).logits[0, -1].softmax(-1)
+    likely = chances.topk(len(chances) // 2).indices
+    share, expected = counts[likely].sum().item() / (steps * GROUP), chances[likely].sum().item()
+    assert share == pytest.approx(expected, abs=4 * (expected * (1 - expected) / (steps * GROUP)) ** 0.5)
+    assert numbers["answers/entropy"].item() == pytest.approx(-(chances * chances.log()).sum().item(), rel=0.05)
+
+
+TARGETS = ("model.layers.*.self_attn.*_proj", "model.layers.*.mlp.down_proj")
+IDS = torch.arange(2, 20).view(2, 9)
+STARTS: dict[str, dict[str, Any]] = {
+    "dora": {"method": "dora"},
+    "lora": {"method": "lora"},
+    "magnitude": {"method": "magnitude"},
+    "pissa": {"method": "dora", "init": "pissa"},
+    "norms beside it": {"method": "dora", "also_train": {"norms": ("model.norm.weight",)}},
+    "an initial adapter": {"method": "dora"},
+}
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def train(model: Any, steps: int = 3) -> None:
+    weights = [weight for part in trained_parts(model) for weight in part.parameters.values()]
+    optimizer = torch.optim.AdamW(weights, lr=0.05)
+    for _ in range(steps):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_reference_is_the_model_that_training_began_with_and_training_goes_on(start: str, tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    model: Any = tiny_language().train()
+    apply_dora(model, DoRAConfig(rank=2, alpha=6.0, dropout=0.0, targets=TARGETS, **STARTS[start]))
+    if start == "an initial adapter":
+        begun = copy.deepcopy(model)
+        train(begun)
+        save_adapter(begun, tmp_path / "adapter")
+        load_adapter(model, tmp_path / "adapter")
+    second, alone, reference = copy.deepcopy(model), copy.deepcopy(model), Reference(model)
+    for trains in (model, alone):
+        train(trains)
+    learned = logits(model)
+    assert float((learned - logits(second)).abs().max()) > 0.01
+    for _ in range(2):
+        with reference.in_place():
+            torch.testing.assert_close(logits(model), logits(second), rtol=0, atol=0)
+        torch.testing.assert_close(logits(model), learned, rtol=0, atol=0)
+    with pytest.raises(KeyError), reference.in_place():
+        raise KeyError
+    for trains in (model, alone):
+        train(trains)
+    torch.testing.assert_close(logits(model), logits(alone), rtol=0, atol=0)

@@ -12,23 +12,14 @@ import torch
 
 from dora_vl.backbones.encoder import open_encoder
 from dora_vl.data.example import Example
-from dora_vl.data.order import ModalityLengthSampler, ReplaySampler, SamplingLengths
 from dora_vl.errors import SettingError
 from dora_vl.evaluation.assistant import EncoderPrompts
 from dora_vl.run.folder import run_folder_of
 from dora_vl.run.settings import ModelConfig
 from dora_vl.training import replay
-from dora_vl.training.replay import ChatWriter, opening_of, repeated_share, whole
+from dora_vl.training.replay import ChatWriter
 from tests.backbones.tiny_language import byte_tokenizer, write_tiny_language
-from tests.training.tiny_run import (
-    MakeRun,
-    assert_same_weights,
-    decoder_run,
-    logged_losses,
-    refused,
-    trained,
-    write_chats,
-)
+from tests.training.tiny_run import MakeRun, check_resume, decoder_run, refused_key, trained, write_chats
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}"
@@ -58,7 +49,6 @@ class ScriptedBackbone(torch.nn.Module):
 
 @pytest.fixture
 def chatml_base(tmp_path: Path) -> Path:
-    """A tiny language model whose tokenizer has ChatML's tokens and a chat template."""
     folder = write_tiny_language(tmp_path / "chatml")
     tokenizer = byte_tokenizer(begin=False)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"})
@@ -127,28 +117,6 @@ def test_without_a_chat_template_a_base_goes_on_with_plain_openings(tmp_path: Pa
     assert {text.removeprefix("<s>") for text in backbone.prompts[0]} <= {*replay.OPENINGS}
 
 
-def test_what_opens_and_closes_a_user_s_turn(chatml_base: Path, tiny_llava: Path) -> None:
-    encoder = open_encoder(str(chatml_base), template="tokenizer", max_tokens=256)
-    opening, closing = opening_of(encoder)
-    assert encoder.tokenizer.decode(opening) == "<|im_start|>user\n"
-    assert closing == encoder.tokenizer.convert_tokens_to_ids(END)
-    _, closing = opening_of(open_encoder(str(tiny_llava), template="vicuna_v1", max_tokens=256))
-    assert closing is None  # ASSISTANT: is words
-
-
-def test_repeated_and_cut_texts() -> None:
-    assert repeated_share("a b c d a b c d e") == pytest.approx(1 / 6)
-    assert repeated_share("a b c") == 0.0
-    assert whole("One. Two", ended=False) == "One."
-    assert whole("One. Two", ended=True) == "One. Two"
-    assert whole("One", ended=False) == ""
-
-
-# A run.
-
-PART = "replay.jsonl"
-
-
 @pytest.fixture
 def with_chats(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> MakeRun:
     """Settings of runs with replay, whose base has chats instead of writing them."""
@@ -162,28 +130,18 @@ def with_chats(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def test_a_run_resumes_with_the_chats_that_it_had(with_chats: MakeRun, tmp_path: Path) -> None:
     training = {"use_cpu": True, "max_steps": 20, "save_strategy": "steps", "save_steps": 7, "save_total_limit": 5}
     run_file = with_chats(training=training, data={"replay": 0.4})
-    whole_run = trained(run_file, name="whole")
-    stopped = trained(run_file, name="stopped")
-    for path in (stopped / "adapter", stopped / "checkpoint-14", stopped / "checkpoint-20"):
-        for file in sorted(path.rglob("*"), reverse=True):
-            file.unlink() if file.is_file() else file.rmdir()
-        path.rmdir()
+    _, stopped = check_resume(run_file, step=7)
     (tmp_path / "chats.jsonl").write_text("")  # the run has its own
-    trained(run_file, "--resume=last", name="stopped")
-    assert logged_losses(stopped)[-13:] == logged_losses(whole_run)[-13:]
-    assert_same_weights(stopped, whole_run)
-
-    (stopped / PART).write_text((stopped / PART).read_text().replace("blue", "red"))
-    with pytest.raises(SettingError, match=PART) as error:
+    trained(run_file, f"--resume={stopped / 'checkpoint-7'}", name="stopped")
+    (stopped / "replay.jsonl").write_text((stopped / "replay.jsonl").read_text().replace("blue", "red"))
+    with pytest.raises(SettingError) as error:
         trained(run_file, "--resume=last", name="stopped")
     assert error.value.key == "resume"
 
 
 @pytest.mark.parametrize("packing", ["trees", "plain"])
 @pytest.mark.parametrize("grouped", [True, False])
-def test_chats_are_a_share_of_the_labelled_tokens_and_others_in_each_epoch(
-    with_chats: MakeRun, packing: str, grouped: bool
-) -> None:
+def test_chats_are_a_share_of_the_labelled_tokens_and_others_in_each_epoch(with_chats, packing, grouped) -> None:
     share = 0.2
     settings = {"replay": share, "packing": packing, "group_by_modality_length": grouped}
     pipeline = decoder_run(with_chats(training={"use_cpu": True}, data=settings))
@@ -211,36 +169,17 @@ def test_chats_are_a_share_of_the_labelled_tokens_and_others_in_each_epoch(
     assert sum(tokens[::2]) / sum(tokens[1::2]) == pytest.approx(share, abs=0.06)
 
 
-def test_more_chats_than_there_are_come_round_by_round() -> None:
-    words = torch.zeros(9, dtype=torch.int64)
-    lengths = SamplingLengths(words + 5, words.bool(), words, words)
-
-    def order(of_epoch: SamplingLengths) -> ModalityLengthSampler:
-        return ModalityLengthSampler(
-            of_epoch.lengths, of_epoch.is_multimodal, batch_size=2, world_size=1, accumulation=1, seed=3
-        )
-
-    sampler = ReplaySampler(lengths, own=6, drawn=8, seed=3, order=order)
-    seen = [index for index in sampler if index >= 6]
-    assert sorted(map(seen.count, {6, 7, 8})) == [2, 3, 3]
-    assert list(sampler) == list(sampler)
-
-
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    "settings",
     [
-        ({"data": {"replay": 1.0}}, "below 1"),
-        ({"data": {"replay": 0.1, "streaming": True, "group_by_modality_length": False}}, "data.streaming"),
-        ({"data": {"replay": 0.1}, "objective": {"loss": "dpo"}}, "dpo"),
-        ({"data": {"replay": 0.1}, "objective": {"loss": "grpo"}}, "grpo"),
-        ({"data": {"replay": 0.1}, "model": {"template": "plain"}}, "plain"),
+        {"data": {"replay": 1.0}},
+        {"data": {"replay": 0.1, "streaming": True, "group_by_modality_length": False}},
+        {"data": {"replay": 0.1}, "objective": {"loss": "dpo"}},
+        {"data": {"replay": 0.1}, "model": {"template": "plain"}},
     ],
 )
-def test_what_makes_no_sense_is_refused(make_run: MakeRun, settings: Any, says: str) -> None:
-    error = refused(decoder_run(make_run(training={"use_cpu": True}, **settings)))
-    assert isinstance(error, SettingError)
-    assert error.key == "data.replay"
-    assert says in str(error)
+def test_what_makes_no_sense_is_refused(make_run: MakeRun, settings: Any) -> None:
+    assert refused_key(make_run(training={"use_cpu": True}, **settings)) == "data.replay"
 
 
 def test_a_base_that_writes_nothing_usable_ends_the_run(chatml_base: Path, tmp_path: Path) -> None:

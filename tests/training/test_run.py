@@ -58,12 +58,10 @@ def checkpoints(folder: Path) -> list[str]:
 
 def test_a_run_leaves_its_trained_adapter_a_log_and_numbers(run_file: Path, tiny_llava: Path) -> None:
     folder = trained(run_file, "--data.validation", data_of(run_file))
-    losses = logged_losses(folder)
+    losses, noted = logged_losses(folder), {"samples_per_second", "padding_share", "data_wait_share", "learning_rate"}
     assert len(losses) == 6
     assert losses[-1] < losses[0]
-    assert {"samples_per_second", "padding_share", "data_wait_share", "skipped", "learning_rate"} <= logged(folder)[
-        0
-    ].keys()
+    assert {*noted, "skipped"} <= logged(folder)[0].keys()
     assert logged(folder, "eval_loss")
     metrics, recipe = json_of(folder / "metrics.json"), json_of(folder / "adapter" / "recipe.json")
     assert metrics["train_samples"] == 24
@@ -73,11 +71,11 @@ def test_a_run_leaves_its_trained_adapter_a_log_and_numbers(run_file: Path, tiny
     assert not checkpoints(folder)
     assert len(load_adapter(open_backbone(str(tiny_llava)).model, folder / "adapter")) == 14
     base = open_backbone(str(tiny_llava)).model.state_dict()
-    tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in weights_of(folder).items()}
-    magnitudes = {name: tensor for name, tensor in tensors.items() if name.endswith("lora_magnitude_vector")}
+    magnitudes = {name: tensor for name, tensor in weights_of(folder).items() if name.endswith("lora_magnitude_vector")}
     assert len(magnitudes) == 14  # seven linears in each of two layers
     for name, magnitude in magnitudes.items():
-        assert not torch.equal(magnitude, base[name.replace("lora_magnitude_vector", "weight")].norm(dim=1))
+        layer = name.removeprefix("base_model.model.").removesuffix("lora_magnitude_vector")
+        assert not torch.equal(magnitude, base[f"{layer}weight"].norm(dim=1))
 
 
 def test_same_seed_same_losses_whatever_the_workers(run_file: Path) -> None:
@@ -86,24 +84,18 @@ def test_same_seed_same_losses_whatever_the_workers(run_file: Path) -> None:
     assert logged_losses(trained(run_file, DROPOUT, "--training.seed=4", name="other")) != alone
 
 
+BESIDE = ('--adapter.targets=["*language_model*.q_proj"]', '--adapter.magnitude_targets=["*language_model*.up_proj"]')
+
+
 @pytest.mark.parametrize(
     "adapter",
     [
         (),
-        *(
-            pytest.param(settings, marks=pytest.mark.slow)
-            for settings in (
-                ("--adapter.method=dvora",),
-                ("--adapter.init=pissa",),
-                ('--adapter.rank_pattern={"*.q_proj": 3}', '--adapter.alpha_pattern={"*.k_proj": 5.0}'),
-                (
-                    '--adapter.targets=["*language_model*.q_proj"]',
-                    '--adapter.magnitude_targets=["*language_model*.up_proj"]',
-                ),
-            )
-        ),
+        pytest.param(("--adapter.method=dvora",), marks=pytest.mark.slow),
+        pytest.param(("--adapter.init=pissa",), marks=pytest.mark.slow),
+        pytest.param(BESIDE, marks=pytest.mark.slow),
     ],
-    ids=["dora", "dvora", "pissa", "patterns", "magnitudes beside"],
+    ids=["dora", "dvora", "pissa", "magnitudes beside"],
 )
 def test_going_on_gives_the_losses_of_the_whole_run(run_file: Path, adapter: tuple[str, ...]) -> None:
     settings = [*adapter, DROPOUT, *saving(5, 16), "--training.gradient_accumulation_steps=2"]
@@ -115,21 +107,7 @@ def test_going_on_gives_the_losses_of_the_whole_run(run_file: Path, adapter: tup
     assert_same_weights(again, whole)
 
 
-@pytest.mark.slow
-def test_a_run_from_an_earlier_checkpoint_saves_and_logs_as_it_says_now(run_file: Path) -> None:
-    settings = ["--training.eval_strategy=steps", f"--data.validation={data_of(run_file)}"]
-    folder = trained(run_file, *settings, *saving(2, 8), "--training.eval_steps=2")
-    assert checkpoints(folder) == ["checkpoint-6", "checkpoint-8"]
-    often = [*saving(1, 9), "--training.eval_steps=7", "--training.logging_steps=3"]
-    trained(run_file, *settings, *often, f"--resume={folder / 'checkpoint-6'}")
-    assert checkpoints(folder) == ["checkpoint-8", "checkpoint-9", "superseded-checkpoint-8"]
-    assert [line["step"] for line in logged(folder)] == [1, 2, 3, 4, 5, 6, 9]
-    assert [line["step"] for line in logged(folder, "eval_loss")] == [2, 4, 6, 7, 9]
-
-
-def test_a_resume_on_other_data_or_another_base_is_refused_and_changes_nothing(
-    tmp_path: Path, tiny_llava: Path
-) -> None:
+def test_a_resume_on_other_data_or_another_base_is_refused_and_changes_nothing(tmp_path, tiny_llava) -> None:
     """What is under a path is known once it was read, which is after the settings were compared."""
     records = write_tiny_data(tmp_path / "data", samples=12)
     base = Path(shutil.copytree(tiny_llava, tmp_path / "base"))
@@ -153,9 +131,7 @@ def test_a_resume_on_other_data_or_another_base_is_refused_and_changes_nothing(
 def test_checkpoints_hold_nothing_of_the_base_and_a_half_written_one_is_not_taken(run_file: Path) -> None:
     folder = trained(run_file, *saving(2, 6), "--training.save_total_limit=2")
     assert checkpoints(folder) == ["checkpoint-4", "checkpoint-6"]
-    written = {path.name for path in (folder / "checkpoint-6").rglob("*") if path.is_file()}
-    assert {"adapter_model.safetensors", "recipe.json", "tensors-00001.safetensors", "state.json"} <= written
-    assert "model.safetensors" not in written
+    assert not list(folder.glob("checkpoint-*/**/model.safetensors"))
     assert_same_weights(folder / "checkpoint-6", folder)
     (folder / "checkpoint-9" / "state").mkdir(parents=True)
     (folder / "checkpoint-9" / "state" / "state.json").write_bytes(b"half")
@@ -164,9 +140,7 @@ def test_checkpoints_hold_nothing_of_the_base_and_a_half_written_one_is_not_take
 
 
 @pytest.mark.parametrize("in_the_file", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_cached_features_train_like_pixels(
-    tmp_path: Path, tiny_llava: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch, in_the_file: bool
-) -> None:
+def test_cached_features_train_like_pixels(tmp_path, tiny_llava, tiny_data, monkeypatch, in_the_file) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     records = write_parquet(tmp_path, items(8)) if in_the_file else tiny_data
     run_file = write_run(tmp_path / "run.yaml", tiny_llava, records, training={"use_cpu": True, "max_steps": 3})
@@ -229,17 +203,6 @@ def test_a_finished_run_stays_as_it_is_to_the_byte(run_file: Path, monkeypatch: 
         assert contents(folder) == before
 
 
-def test_starts_from_a_projector_alone(run_file: Path) -> None:
-    whole = ["--adapter.method=full", '--adapter.targets=["model.multi_modal_projector*"]']
-    stage_one = trained(run_file, *whole, "--optim.projector_learning_rate=null", name="stage_one")
-    first = weights_of(stage_one)
-    assert {name.rpartition("multi_modal_projector")[1] for name in first} == {"multi_modal_projector"}
-    still = ["--training.learning_rate=1e-12", "--optim.projector_learning_rate=1e-12"]
-    second = weights_of(trained(run_file, f"--adapter.initial={stage_one / 'adapter'}", *still))
-    for name, tensor in first.items():
-        torch.testing.assert_close(second[name], tensor, atol=1e-6, rtol=0)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("evaluates", ["epoch", "steps"])
 def test_going_on_at_an_epochs_end_gives_the_whole_run(run_file: Path, evaluates: str) -> None:
@@ -256,13 +219,10 @@ def test_going_on_at_an_epochs_end_gives_the_whole_run(run_file: Path, evaluates
     assert [line["eval_loss"] for line in logged(again, "eval_loss")] == [expected[1]["eval_loss"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("steps", "stopped_at"),
-    [
-        pytest.param(6, 3, id="an epoch", marks=pytest.mark.slow),
-        pytest.param(6, 6, id="the run", marks=pytest.mark.slow),
-        pytest.param(5, 5, id="amid one", marks=pytest.mark.slow),
-    ],
+    [pytest.param(6, 3, id="an epoch"), pytest.param(6, 6, id="the run"), pytest.param(5, 5, id="amid one")],
 )
 def test_a_stop_in_front_of_a_validation_leaves_it_to_the_run_that_goes_on(
     tmp_path: Path, tiny_llava: Path, monkeypatch: pytest.MonkeyPatch, steps: int, stopped_at: int

@@ -17,7 +17,6 @@ from dora_vl.training.progress import BatchStatistics
 from dora_vl.training.run import train
 from dora_vl.training.show_command import first_batch, shown_settings
 from dora_vl.training.vlbart_pipeline import VlBartPipeline
-from tests.backbones.tiny_image_text import write_tiny
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 from tests.training.tiny_vlbart_run import write_vlbart_data, write_vlbart_run
 
@@ -53,8 +52,8 @@ def seen_first(monkeypatch: pytest.MonkeyPatch, pipeline: Any) -> dict[str, Any]
     return seen[0]
 
 
-def of_kind(row: Any, kind: str, line: int = 0) -> str:
-    text = "".join(piece.text for piece in row.lines[line] if piece.kind == kind)
+def of_kind(row: Any, kind: str) -> str:
+    text = "".join(piece.text for piece in row.lines[0] if piece.kind == kind)
     return text.replace("Ġ", " ")  # the tiny tokenizer has no decoder
 
 
@@ -63,9 +62,7 @@ def counts(line: Any, kind: str) -> int:
 
 
 @pytest.mark.parametrize("grouped", ["true", "false"])
-def test_it_is_the_batch_that_training_sees(
-    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grouped: str
-) -> None:
+def test_it_is_the_batch_that_training_sees(run_file, tmp_path, monkeypatch, grouped) -> None:
     settings = [
         "--data.packing=plain",
         f"--data.group_by_modality_length={grouped}",
@@ -103,9 +100,7 @@ def test_a_vlbarts_batch(bart_file: Path, tmp_path: Path, monkeypatch: pytest.Mo
         assert counts(answer, "trained") == int((labels != -100).sum())
 
 
-def test_the_command_writes_nothing_and_prints_signs(
-    run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_writes_nothing_and_prints_signs(run_file, tmp_path, capsys) -> None:
     """Of a base whose weights are gone."""
     base = shutil.copytree(read_run_file(run_file).model.base, tmp_path / "base")
     (base / "model.safetensors").unlink()
@@ -129,34 +124,3 @@ def test_signs_colours_and_foreign_text() -> None:
     coloured = list(terminal_lines(view, colours=True))[-1]
     assert coloured.count("\x1b[0m") == 4
     assert "\x1b[31m" not in coloured
-
-
-def test_bad_input_is_status_two(run_file: Path, tmp_path: Path) -> None:
-    for words in (("--data.max_tokns", "9"), ("--data.train", str(tmp_path / "no.json"))):
-        with pytest.raises(SystemExit) as end:
-            main(["show", "batch", str(run_file), *words])
-        assert end.value.code == 2
-
-
-def test_a_model_with_a_processor_of_its_own(tmp_path: Path) -> None:
-    """Gemma's processor calls a picture's beginning its token; its places have another id."""
-    base, records = write_tiny("gemma3", tmp_path / "base"), write_tiny_data(tmp_path / "data", text_only_blocks=4)
-    file = write_run(tmp_path / "run.yaml", base, records, data={"max_tokens": 512, "packing": "plain"})
-    pipeline = DecoderPipeline(shown_settings(read_run_file(file), tmp_path / "none"))
-    marks = {
-        row.title: [piece for piece in row.lines[0] if piece.kind == "picture-place"]
-        for row in first_batch(pipeline).rows
-    }
-    records_by_id = {record["id"]: record for record in json.loads(records.read_text())}
-    assert len(marks) >= 4
-    for name, pieces in marks.items():
-        with_picture = "image" in records_by_id.get(name, {"image": "of the row that stands in"})
-        assert [piece.count for piece in pieces] == ([4] if with_picture else [])
-
-
-def test_samples_that_share_rows_have_numbered_ones(run_file: Path, tmp_path: Path) -> None:
-    config = read_run_file(run_file, "--data.packing=trees")
-    view = first_batch(DecoderPipeline(shown_settings(config, tmp_path / "none")))
-    assert [row.title.split(",")[0] for row in view.rows] == [
-        f"row {number + 1} of {len(view.rows)}" for number in range(len(view.rows))
-    ]

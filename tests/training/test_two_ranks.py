@@ -1,7 +1,8 @@
-"""Two ranks under a launcher on a CPU train what one rank with the same global batch trains."""
+"""Two ranks under a launcher on a CPU train what one rank with the same global batch trains; and what ZeRO casts."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -103,9 +104,7 @@ def test_a_quantised_base_in_shards_trains_as_a_whole_one(tiny_data: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_zero3_caches_features_on_both_ranks_and_is_tested_afterwards(
-    make_run: MakeRun, tiny_data: Path, tmp_path: Path
-) -> None:
+def test_zero3_caches_features_on_both_ranks_and_is_tested_afterwards(make_run, tiny_data, tmp_path) -> None:
     run_file = make_run(
         data={"cache_features": True}, training={"deepspeed": "zero3"}, evaluation={"file": str(tiny_data), "limit": 8}
     )
@@ -145,11 +144,66 @@ def test_two_ranks_end_where_one_does_though_they_read_some_samples_twice(tiny_l
 @pytest.mark.timeout(600)
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_two_ranks_without_deepspeeds_engine_are_one_run(
-    mixed_run: Path, one_rank: Path, launcher: str, tmp_path: Path
-) -> None:
+def test_two_ranks_without_deepspeeds_engine_are_one_run(mixed_run, one_rank, launcher, tmp_path) -> None:
     """On a CPU they would otherwise be two runs that write to one folder."""
     launch(mixed_run, f"--training.output_dir={tmp_path}/run", ranks=2, launcher=launcher)
     torch.testing.assert_close(losses_of(tmp_path / "run"), losses_of(one_rank), atol=1e-4, rtol=0)
     assert json_of(tmp_path / "run" / "metrics.json")["train_samples"] == STEPS * 4
     assert_same_weights(tmp_path / "run", one_rank, atol=2e-3)
+
+
+# Trains in a process of its own (DeepSpeed keeps global state) and says what the numbers' types are afterwards.
+PROGRAM = """
+import json, sys
+import torch
+from dora_vl.training import run as run_module
+from dora_vl.run.reading import read_run_file
+from dora_vl.training.decoder_pipeline import DecoderPipeline
+
+seen = {}
+def keep(task, arguments, backbone):
+    seen["backbone"] = backbone
+    return build(task, arguments, backbone)
+
+build, run_module.build_trainer = run_module.build_trainer, keep
+run_module.train(DecoderPipeline(read_run_file(sys.argv[2], *sys.argv[3:])))
+types = {True: set(), False: set()}
+for parameter in seen["backbone"].parameters():
+    held = getattr(parameter, "ds_tensor", parameter)
+    types[parameter.requires_grad].add(str(held.dtype))
+print("TYPES " + json.dumps({"trained": sorted(types[True]), "frozen": sorted(types[False])}))
+run_module.leave_process_group()
+"""
+
+
+def types_after_training(run_file: Path, *overrides: str) -> dict[str, list[str]]:
+    result = launch(run_file, *overrides, ranks=1, program=("-c", PROGRAM), launcher="")
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("TYPES ")]
+    return json.loads(line.removeprefix("TYPES "))
+
+
+@pytest.fixture
+def run_file(make_run: MakeRun) -> Path:
+    settings = {"model": {"dtype": "bfloat16"}, "training": {"max_steps": 2}}
+    return make_run(**settings)
+
+
+@pytest.mark.parametrize(
+    "stage", [pytest.param(stage, marks=pytest.mark.slow) for stage in ("zero0", "zero2", "zero3")]
+)
+def test_adapters_are_float32_over_a_bfloat16_base(run_file: Path, stage: str) -> None:
+    types = types_after_training(run_file, f"--training.deepspeed={stage}")
+    assert types == {"trained": ["torch.float32"], "frozen": ["torch.bfloat16"]}
+
+
+@pytest.mark.slow
+def test_full_fine_tuning_is_bfloat16_with_masters(run_file: Path) -> None:
+    types = types_after_training(
+        run_file,
+        "--training.deepspeed=zero3",
+        "--training.bf16=true",
+        "--adapter.method=full",
+        '--adapter.targets=["model.language_model*", "lm_head", "model.multi_modal_projector*"]',
+        "--optim.projector_learning_rate=null",
+    )
+    assert types == {"trained": ["torch.bfloat16"], "frozen": ["torch.bfloat16"]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from transformers.models.llava.processing_llava import LlavaProcessor
 
 from dora_vl.backbones.towers import Preparation, image_processor
 from dora_vl.cli import main
-from dora_vl.errors import UserError
+from dora_vl.errors import SettingError, UserError
 from dora_vl.run.folder import read_log
 from dora_vl.run.reading import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
@@ -118,6 +119,19 @@ def write_chats(path: Path, *, chats: int = 7) -> Path:
     return path
 
 
+def write_pairs(folder: Path, *, samples: int = 24) -> Path:
+    """Each picture's colour is the chosen answer, the next colour the rejected one."""
+    names, path = list(COLOURS), write_tiny_data(folder, samples=samples)
+    rows = []
+    for record in json.loads(path.read_text()):
+        question, answer = (turn["value"] for turn in record["conversations"])
+        wrong = names[(names.index(answer.split()[0]) + 1) % len(names)]
+        question = question.removeprefix("<image>\n")
+        rows.append({"prompt": question, "chosen": answer, "rejected": wrong, "image": record["image"]})
+    path.write_text(json.dumps(rows))
+    return path
+
+
 def decoder_run(run_file: Path, *overrides: str) -> DecoderPipeline:
     return DecoderPipeline(read_run_file(run_file, *overrides))
 
@@ -129,6 +143,13 @@ def refused(pipeline: Pipeline) -> UserError:
         with pytest.raises(UserError) as error:
             run(pipeline)
     return error.value
+
+
+def refused_key(run_file: Path, *overrides: str) -> str:
+    """The setting that a run is refused for, before it reads a weight."""
+    error = refused(decoder_run(run_file, *overrides))
+    assert isinstance(error, SettingError), error
+    return error.key
 
 
 def merged(adapter: Path, to: Path, *more: str) -> Path:
@@ -145,6 +166,20 @@ def trained(run_file: Path, *overrides: str, name: str = "") -> Path:
     return Path(config.training["output_dir"])
 
 
+def check_resume(run_file: Path, *overrides: str, step: int) -> tuple[Path, Path]:
+    """A run that stopped after a checkpoint goes on to the losses and weights of the whole one, bit by bit; both."""
+    whole = trained(run_file, *overrides, name="whole")
+    stopped = run_file.parent / "stopped"
+    shutil.copytree(whole, stopped)
+    later = [path for path in stopped.glob("checkpoint-*") if int(path.name.removeprefix("checkpoint-")) > step]
+    for path in (stopped / "adapter", *later):
+        shutil.rmtree(path)
+    trained(run_file, *overrides, "--resume=last", name="stopped")
+    assert logged_losses(stopped) == logged_losses(whole)
+    assert_same_weights(stopped, whole)
+    return whole, stopped
+
+
 def logged(run_folder: Path, field: str = "loss") -> list[dict[str, Any]]:
     """The lines of a run's log that have this field."""
     return [line for line in read_log(run_folder / "log.jsonl") if field in line]
@@ -156,7 +191,6 @@ def logged_losses(run_folder: Path) -> list[float]:
 
 
 def losses_of(run_folder: Path) -> torch.Tensor:
-    """The same as a tensor."""
     return torch.tensor(logged_losses(run_folder))
 
 

@@ -1,9 +1,10 @@
-"""Every family that has a tiny model."""
+"""Every family that has a tiny model, and language models without eyes."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 
@@ -31,3 +32,13 @@ families = pytest.mark.parametrize("family", [param(family) for family in FAMILI
 
 families_in_turn = pytest.mark.parametrize("family", [param(name, is_slow=name not in QUICK) for name in FAMILIES])
 """A test of every family that takes a second for each: quick of a few, slow of the others."""
+
+LANGUAGE_MODELS: Mapping[str, Mapping[str, Any]] = TABLE["language"]
+"""Model types of `AutoModelForCausalLM`, what their config needs beyond the common sizes; tokenizer and template alone.
+"""
+QUICK_WORDS = ("llama", "qwen3_moe", "gemma3_text", "lfm2", "gpt_oss")
+"""Plain, of experts, with windows, without keys and values, with sinks."""
+LANGUAGE_MODELS_IN_TURN = [
+    pytest.param(name, marks=() if name in QUICK_WORDS else (pytest.mark.slow,)) for name in LANGUAGE_MODELS
+]
+"""All of them; quick of a few, slow of the others."""

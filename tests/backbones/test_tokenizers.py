@@ -1,34 +1,29 @@
-"""A base with `tokenizer.model` alone: it composes, its ids are SentencePiece's own, and what is missing is named."""
+"""Tokenizers: a base with tokenizer.model alone has SentencePiece's own ids, and text as its tokens come is whole."""
 
 from __future__ import annotations
 
+import random
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
-import torch
-from transformers import AutoProcessor, CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from dora_vl.backbones import loading
+from dora_vl.backbones.generation import decoded, growing_text
 from dora_vl.backbones.loading import add_image_token, load_tokenizer
-from dora_vl.backbones.model import open_backbone
-from dora_vl.backbones.specs import ComposeSpec
-from dora_vl.backbones.tower_sources import compose_llava
 from dora_vl.errors import UserError
-from tests.backbones.conftest import VISION
 from tests.backbones.encoded_talk import conversation, encode_talk, piece_encoder
-from tests.backbones.tiny_sentencepiece import sentencepiece_model, write_tiny_vicuna, write_tokenizer_model
+from tests.backbones.tiny_sentencepiece import sentencepiece_model, write_tokenizer_model
 
 AROUND = [
     ("", "\n"),
     ("", " "),
-    ("", "  "),
     ("", ""),
-    ("", "\n "),
     ("", " \n"),
-    ("Is it ", " "),
-    ("Is it", "."),
     ("Is it\n", "\n\n"),
     ("a  ", " <image> "),
     ("a", "<image>\n<image> "),
@@ -93,14 +88,7 @@ class TestIds:
             assert " ".join(loaded.convert_ids_to_tokens(loaded(text).input_ids)) == expected
 
     @pytest.mark.parametrize(("before", "after"), AROUND)
-    def test_around_a_picture(
-        self,
-        loaded: PreTrainedTokenizerFast,
-        model: sentencepiece.SentencePieceProcessor,
-        legacy: bool | None,
-        before: str,
-        after: str,
-    ) -> None:
+    def test_around_a_picture(self, loaded, model, legacy, before, after) -> None:
         image = add_image_token(loaded)
         encoder = piece_encoder(loaded, each=1)
         texts = (f"{before}<image>{after}red?", " Yes", "Is it?", "No")
@@ -122,31 +110,6 @@ class TestIds:
         assert (again.padding_side, again.model_max_length) == ("right", 4096)
 
 
-def test_composes_from_tokenizer_model_alone(tmp_path: Path) -> None:
-    language, vision = write_tiny_vicuna(tmp_path / "vicuna"), tmp_path / "clip"
-    assert sorted(path.name for path in language.glob("tokenizer*")) == ["tokenizer.model", "tokenizer_config.json"]
-    torch.manual_seed(1)
-    CLIPVisionModel(CLIPVisionConfig(**VISION)).save_pretrained(vision)
-    spec = ComposeSpec(
-        vision_library="transformers",
-        vision_name=str(vision),
-        vision_layer=-2,
-        image_mean=(0.1, 0.2, 0.3),
-        image_std=(0.4, 0.5, 0.6),
-        language_model=str(language),
-        dtype="bfloat16",
-    )
-    compose_llava(spec, tmp_path / "base")
-    backbone = open_backbone(str(tmp_path / "base"))
-    tokenizer = load_tokenizer(str(tmp_path / "base"))
-    assert backbone.config.image_token_id == tokenizer.convert_tokens_to_ids("<image>") == 480
-    assert backbone.model.lm_head.weight.shape == (512, 64)
-    served = AutoProcessor.from_pretrained(tmp_path / "base", backend="pil").tokenizer
-    for text, expected in SLOW[False].items():
-        for coder in (tokenizer, served):
-            assert " ".join(coder.convert_ids_to_tokens(coder(text).input_ids)) == expected
-
-
 class TestSaysWhatIsMissing:
     @pytest.mark.parametrize("package", ["sentencepiece", "protobuf"])
     def test_a_package(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
@@ -158,13 +121,6 @@ class TestSaysWhatIsMissing:
             load_tokenizer(str(folder))
         assert "tiktoken" not in str(error.value)
 
-    def test_the_model_itself(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        folder = write_tokenizer_model(tmp_path)
-        (folder / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1\nsize 499723\n")
-        monkeypatch.setattr(loading, "is_tiktoken_available", lambda: False)
-        with pytest.raises(UserError):
-            load_tokenizer(str(folder))
-
     @pytest.mark.parametrize("with_settings", [True, False])
     def test_any_tokenizer(self, tmp_path: Path, with_settings: bool) -> None:
         """transformers makes one of three tokens up where there are only settings."""
@@ -174,3 +130,49 @@ class TestSaysWhatIsMissing:
             (folder / "tokenizer_config.json").unlink()
         with pytest.raises(UserError):
             load_tokenizer(str(folder))
+
+
+TEXTS = ["Größe naïve 東京 😀 words, and more words.", "It's here; don't. The end!", "  two spaces\n\nand lines\t"]
+
+
+def byte_level() -> PreTrainedTokenizerFast:
+    """Pieces of characters are tokens of their own, as in GPT-2's and Qwen's."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(TEXTS * 3, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+def with_spaces_before_words() -> PreTrainedTokenizerFast:
+    """A token says that a space is before it, and the first has none, as Llama's and Vicuna's; bytes where it must."""
+    pieces = ["<unk>", "▁", *"abcdefghij", "▁ab", "▁cd", "cd", "▁.", ".", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend = Tokenizer(
+        models.BPE(vocab={piece: index for index, piece in enumerate(pieces)}, merges=[], byte_fallback=True)
+    )
+    replaced = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(replaced)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def word_pieces() -> PreTrainedTokenizerFast:
+    """Takes a space back before a full stop."""
+    pieces = ["[UNK]", "the", "end", "##s", ".", ",", "do", "n", "'", "t", "n't", "!"]
+    backend = Tokenizer(models.WordPiece(vocab={piece: index for index, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    backend.decoder = decoders.WordPiece(cleanup=True)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", clean_up_tokenization_spaces=True)
+
+
+@pytest.mark.parametrize("make", [byte_level, with_spaces_before_words, word_pieces], ids=lambda make: make.__name__)
+def test_every_beginning_is_as_decoded_whole(make: Any) -> None:
+    tokenizer, draw = make(), random.Random(0)
+    rows = [tokenizer(text).input_ids for text in TEXTS] if make is byte_level else []
+    rows += [[draw.randrange(len(tokenizer)) for _ in range(60)] for _ in range(40)]
+    several = 0
+    for row in rows:
+        growing = growing_text(tokenizer, str.strip)
+        for end in range(1, len(row) + 1):
+            assert growing(row[:end]) == decoded(tokenizer, row[:end]).strip(), (row[:end], end)
+        several += len(decoded(tokenizer, row)) > 20
+    assert several > 20

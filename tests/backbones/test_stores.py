@@ -1,18 +1,18 @@
-"""Stored outputs of frozen vision parts give the loss and gradients of the pictures themselves, in any family.
-
-The store survives a stop, follows the files, and is never taken from other weights, settings or folders.
-"""
+"""Stored features, and stored outputs of frozen vision parts with the loss and gradients of the pictures themselves."""
 
 from __future__ import annotations
 
 import os
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 import torch
 from PIL import Image
@@ -20,10 +20,10 @@ from torch.utils import _pytree as pytree
 
 from dora_vl import DoRAConfig, apply_dora
 from dora_vl.backbones import frozen_outputs
-from dora_vl.backbones.encoder import Encoder, stand_in
+from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.frozen_outputs import FrozenParts, NotStorable, OutputStore, PictureReader, proven_parts
 from dora_vl.backbones.model import open_backbone
-from dora_vl.backbones.pieces import PieceProcessor
+from dora_vl.backbones.vision_store import FeatureRow, FeatureWriter, open_features
 from dora_vl.data.batches import Collator
 from dora_vl.data.example import Example
 from dora_vl.data.pictures import MediaFolder, StoredPictures
@@ -34,7 +34,177 @@ from dora_vl.run.base import VideoReading
 from dora_vl.training.run_samples import RowEncoder
 from tests.backbones.image_text_conversations import BLUE, RED, TALKS, adapted_backbone, encoder_of, inputs_of, talks_of
 from tests.backbones.tiny_families.table import FAMILIES, families_in_turn
-from tests.backbones.tiny_language import byte_tokenizer
+
+
+def made(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rows(count: int) -> list[FeatureRow]:
+    return [FeatureRow(f"v{n}", made(n, 2 + n % 3, 5), "pyav", (n, n + 1), (0.5, 1.25)) for n in range(count)]
+
+
+def write(folder: Path, *written: FeatureRow, shard_bytes: int = 2**20) -> None:
+    with FeatureWriter(folder, {}, shard_bytes=shard_bytes) as writer:
+        for row in written:
+            writer.add(row)
+
+
+def test_rows_of_different_lengths_come_back(tmp_path: Path) -> None:
+    write(tmp_path, *rows(7), shard_bytes=200)
+    source = open_features(tmp_path)
+    assert sorted(source.rows) == sorted(f"v{n}" for n in range(7))
+    for row in rows(7):
+        read = source.read(row.name)
+        assert read.dtype == torch.float16
+        torch.testing.assert_close(read, row.features.half(), rtol=0, atol=0)
+        stored = source.stored(row.name)
+        assert (stored.tokens, stored.width, stored.frames) == (len(read), 5, len(row.indices))
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    sent = pickle.dumps(source)
+    assert len(sent) < 2000  # no features in it
+    again = pickle.loads(sent)
+    assert torch.equal(again.read("v3"), source.read("v3"))
+
+
+def test_other_settings_are_refused(tmp_path: Path) -> None:
+    FeatureWriter(tmp_path, {"frames": 2, "tower": {"mean": (0.5, 0.5)}})
+    FeatureWriter(tmp_path, {"frames": 2, "tower": {"mean": (0.5, 0.5)}})
+    with pytest.raises(UserError):
+        FeatureWriter(tmp_path, {"frames": 3, "tower": {"mean": (0.5, 0.5)}})
+
+
+def test_of_two_shards_the_one_written_last_counts(tmp_path: Path) -> None:
+    """A, then B beside another picture, then A again; the order of the names does not tell who came last."""
+    first, second = made(1, 2, 5).half(), made(2, 2, 5).half()
+    for features, more in ((first, ()), (second, rows(1)), (first, ())):
+        write(tmp_path, FeatureRow("a", features), *more)
+        assert torch.equal(open_features(tmp_path).read("a"), features)
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) == 2  # the same pictures again took the place of the first
+
+
+def test_what_is_no_whole_shard_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    write(tmp_path, *rows(2))
+    (shard,) = tmp_path.glob("*.safetensors")
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-20])
+    with pytest.raises(UserError):
+        open_features(tmp_path)
+    for tensors in ({"weight": torch.zeros(2)}, {"features": torch.zeros(2, 3)}):
+        save_file(tensors, shard)
+        with pytest.raises(UserError):
+            open_features(tmp_path)
+    shard.write_bytes(content.replace(b"written", b"writing"))
+    with pytest.raises(UserError):
+        open_features(tmp_path)
+
+
+def test_numbers_too_large_for_float16_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError):
+        FeatureWriter(tmp_path, {}).add(FeatureRow("big", torch.full((1, 2), 7e4), "pyav"))
+
+
+def test_names_come_in_one_order_whoever_was_first(tmp_path: Path) -> None:
+    """A base is standardised by the first names, on whichever number of processes the features were computed."""
+    for folder, order in (("one", (0, 1, 2)), ("other", (2, 0, 1))):
+        for number in order:
+            write(tmp_path / folder, rows(3)[number])
+    first, other = (list(open_features(tmp_path / folder).rows) for folder in ("one", "other"))
+    assert first == other
+    assert sorted(first) == ["v0", "v1", "v2"]
+
+
+TOKENS, WIDTH = 24, 5
+
+
+VALUES = {name: made(number, TOKENS, WIDTH).half() for number, name in enumerate(("a", "b", "c", "d"))}
+
+
+def write_own(folder: Path) -> None:
+    with FeatureWriter(folder, {}) as writer:
+        for name, values in VALUES.items():
+            writer.add(FeatureRow(name, values.view(6, 4, WIDTH), "pyav", tuple(range(6)), tuple(map(float, range(6)))))
+
+
+def write_parquet(folder: Path) -> None:
+    """VL-Adapter's re-hosted shards, two rows a group."""
+    flat = pa.array(torch.stack([*VALUES.values()]).flatten().numpy())
+    nested = pa.FixedSizeListArray.from_arrays(pa.FixedSizeListArray.from_arrays(flat, WIDTH), TOKENS)
+    for number, part in enumerate((slice(0, 3), slice(3, 4))):
+        table = pa.table({"id": pa.array([*VALUES][part]), "features": nested[part]})
+        parquet.write_table(table, folder / f"{number:05d}.parquet", compression="zstd", row_group_size=2)
+
+
+def write_npz(folder: Path) -> None:
+    for name, values in VALUES.items():
+        np.savez_compressed(folder / f"{name}.npz", features=values.numpy())
+
+
+def write_hdf5(folder: Path) -> None:
+    h5py = pytest.importorskip("h5py", reason="pip install '.[video]'")
+    for name, values in VALUES.items():
+        with h5py.File(folder / f"{name}.h5", "w") as file:
+            file.create_group(name).create_dataset("features", data=values.numpy())
+
+
+FORMS: dict[str, Callable[[Path], None]] = {
+    "own": write_own, "parquet": write_parquet, "npz": write_npz, "hdf5": write_hdf5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_read_as_it_was_written(tmp_path: Path, form: str) -> None:
+    FORMS[form](tmp_path)
+    store = open_features(tmp_path)
+    assert sorted(store.rows) == sorted(VALUES)
+    for name, values in VALUES.items():
+        stored = store.stored(name)
+        assert (stored.tokens, stored.width, stored.frames) == (TOKENS, WIDTH, 6 if form == "own" else TOKENS)
+        assert torch.equal(store.read(name), values)
+    assert torch.equal(pickle.loads(pickle.dumps(store)).read("d"), VALUES["d"])
+    for missing in ("absent", "../a"):
+        with pytest.raises(BadSample):
+            store.stored(missing)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:200])
+
+
+@pytest.mark.parametrize(
+    ("form", "file", "damage"),
+    [
+        ("npz", "a.npz", cut),
+        ("npz", "a.npz", lambda path: np.savez(path, other=np.zeros(3))),
+        ("npz", "a.npz", lambda path: np.savez(path, features=np.zeros(3))),
+        ("hdf5", "a.h5", cut),
+    ],
+)
+def test_a_damaged_file_costs_its_own_sample(tmp_path: Path, form: str, file: str, damage) -> None:
+    FORMS[form](tmp_path)
+    damage(tmp_path / file)
+    store = open_features(tmp_path)
+    with pytest.raises(BadSample) as error:
+        store.read("a")
+    assert error.value.sample_id == "a"
+    assert torch.equal(store.read("b"), VALUES["b"])
+
+
+def test_what_is_no_folder_of_one_form_is_refused(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError):
+            open_features(folder)
+    table = pa.table({"id": ["a", "b"], "features": pa.array([[[1.0]], [[1.0], [2.0]]])})
+    parquet.write_table(table, tmp_path / "any_length.parquet")
+    with pytest.raises(UserError):
+        open_features(tmp_path)
+    write_own(tmp_path)  # none of the two may be left out in silence
+    with pytest.raises(UserError):
+        open_features(tmp_path)
+
 
 NAMES = {id(RED): "red.png", id(BLUE): "deep/blue.png"}
 
@@ -93,9 +263,7 @@ def test_loss_and_gradients_are_those_of_the_pictures(family: str, folders: Mapp
 
 
 @families_in_turn
-def test_pictures_of_one_size_go_through_together(
-    family: str, folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pictures_of_one_size_go_through_together(family, folders, monkeypatch) -> None:
     if FAMILIES[family].unstored:
         pytest.skip(FAMILIES[family].unstored)
     encoder, model = encoder_of(folders[family]), adapted_backbone(folders[family]).eval().model
@@ -168,7 +336,6 @@ def case(folders: Mapping[str, Path], tmp_path: Path) -> Case:
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """One entry for each sample whose outputs are computed."""
     seen: list[object] = []
     outputs_of = FrozenParts.outputs_of
 
@@ -183,9 +350,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 
 @pytest.mark.parametrize(("shard_bytes", "again"), [(1, 2), (2**20, 5)])  # a sample a shard; all in one
-def test_a_stopped_run_goes_on(
-    case: Case, computed: list[object], monkeypatch: pytest.MonkeyPatch, shard_bytes: int, again: int
-) -> None:
+def test_a_stopped_run_goes_on(case, computed, monkeypatch, shard_bytes, again) -> None:
     monkeypatch.setattr(frozen_outputs, "SHARD_BYTES", shard_bytes)
     computed.append("stop")  # after three
     with pytest.raises(KeyboardInterrupt):
@@ -241,9 +406,7 @@ def test_another_folder_of_equal_files_is_another_store(case: Case, computed: li
     assert len(computed) == 10
 
 
-def test_other_weights_dtype_processor_or_reading_are_another_store(
-    case: Case, folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_weights_dtype_processor_or_reading_are_another_store(case, folders, monkeypatch) -> None:
     stores = [case.store(), case.store(most_pixels=5000), case.store(folder=MediaFolder(case.root, False, True))]
     other = encoder_of(folders["llava"])
     other.processor.image_processor.image_mean = [0.1, 0.2, 0.3]
@@ -252,6 +415,7 @@ def test_other_weights_dtype_processor_or_reading_are_another_store(
     stores.append(case.store())
     monkeypatch.undo()
     tower = case.model.get_submodule(next(iter(case.parts.calls)))
+    case.model.config._name_or_path = "somewhere/else"  # the same base in another place
     assert case.store().folder == stores[0].folder
     next(tower.parameters()).data[0] += 1
     stores.append(case.store())
@@ -283,30 +447,3 @@ def test_a_tower_that_trains_is_refused(folders: Mapping[str, Path], targets: st
     apply_dora(model, DoRAConfig(targets=(targets,), rank=2))
     with pytest.raises(NotStorable):
         proven_parts(model, encoder_of(folders["llava"]))
-
-
-def test_a_base_of_another_place_has_the_same_outputs(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = case.filled().folder
-    monkeypatch.setattr(case.model.config, "_name_or_path", "somewhere/else")
-    moved = case.store()
-    assert moved.folder == folder
-    assert moved.missing(case.reader(), case.pictures) == []
-    monkeypatch.setattr(case.model.config, "projector_hidden_act", "relu")
-    assert case.store().folder != folder
-
-
-def test_a_picture_with_stored_outputs_is_not_prepared_again() -> None:
-    prepared: list[Image.Image] = []
-
-    def pixels(picture: Image.Image) -> torch.Tensor:
-        prepared.append(picture)
-        return torch.full((3, 8, 8), float(picture.width))
-
-    tokenizer = byte_tokenizer()
-    processor = PieceProcessor(tokenizer, pixels=pixels, tokens_per_image=2, image_token_id=7)
-    text = ["<image><image>"]
-    hollow = [processor(text=text, images=[[stand_in((40, 20)), stand_in((20, 40))]]) for _ in range(3)]
-    assert hollow[-1]["pixel_values"].shape == (2, 3, 8, 8)
-    assert len(prepared) == 1
-    real = processor(text=text, images=[[Image.new("RGB", (5, 5)), Image.new("RGB", (6, 6))]])
-    assert real["pixel_values"][:, 0, 0, 0].tolist() == [5, 6]

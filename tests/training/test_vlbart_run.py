@@ -1,12 +1,9 @@
-"""Two ranks take the steps of one, whatever DeepSpeed splits, for every task; a bad sample changes no loss of others.
-
-GQA is answered from a closed list, whose head has nothing to do in the other tasks' steps. Plain SGD without clipping:
-what a weight has moved is the sum of its gradients, so equal weights after a step of each task are equal gradients.
-"""
+"""VL-BART: a mixture of all tasks, alone and on two ranks whatever DeepSpeed splits, and what bad samples change."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,10 +12,86 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dora_vl.data.example import iterate_examples, write_examples
+from dora_vl.errors import SettingError
+from dora_vl.evaluation.predictions import read_predictions
+from dora_vl.run.folder import read_log
 from dora_vl.training.run import run
+from dora_vl.training.seq2seq_tasks import check_same_features
 from tests.training.launched import launch
 from tests.training.tiny_run import assert_same_weights, logged, losses_of, weights_of
-from tests.training.tiny_vlbart_run import vlbart_run, write_vlbart_data, write_vlbart_run
+from tests.training.tiny_vlbart_run import ITEMS, vlbart_run, write_vlbart_data, write_vlbart_run
+
+TESTED = ("vqav2", "gqa", "nlvr2", "tvqa", "how2qa")
+
+
+def test_all_tasks_train_in_one_run_and_are_scored(tmp_path: Path) -> None:
+    data = write_vlbart_data(tmp_path / "data")
+    tasks = ("vqav2", "gqa", "nlvr2", "coco_caption", "tvqa", "how2qa", "tvc", "yc2c")
+    files = {task: str(data / "records" / f"{task}.jsonl") for task in TESTED}
+    (data / "features" / "p5.npz").unlink()  # inputs 5 of 7 have no features now
+    file = write_vlbart_run(
+        tmp_path / "run.yaml",
+        data,
+        tasks,
+        data={"max_bad_share": 0.5, "validation_files": {"gqa": files["gqa"]}},
+        training={"use_cpu": True, "optim": "adamw_torch", "learning_rate": 1e-3},
+        evaluation={"files": files, "batch_size": 4},
+    )
+    assert run(vlbart_run(file)) is None
+    folder = tmp_path / "run"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert set(metrics["sets"]) == set(TESTED)
+    for task in TESTED:
+        assert metrics["sets"][task]["n"] == ITEMS
+        assert ("dev-5-0-0" if task == "nlvr2" else f"{task}-5") in metrics["sets"][task]["failed"]
+        assert 0 <= metrics["sets"][task]["metrics"]["accuracy"]["value"] <= 100
+    assert metrics["sets"]["tvqa"]["asked_with"]["answer_by"] == "choice"
+    assert metrics["settings"] == {
+        "task_prompt": True,
+        "subtitles_first": True,
+        "input_tokens": None,
+        "choice_by_likelihood": True,
+        "mixing": "proportional",
+        "batch_size": 21,
+        "weight_decay_on": "matrices",
+    }
+    rows = read_predictions(folder / "predictions.jsonl")["nlvr2"].values()
+    assert {row.prediction for row in rows} <= {"true", "false"}
+    assert metrics["train_steps"] == 8
+    assert metrics["skipped_samples"] > 0
+    assert any("eval_loss" in line for line in read_log(folder / "log.jsonl"))
+    recipe = json.loads((folder / "adapter" / "recipe.json").read_text())
+    assert recipe["backbone"] == "vlbart"
+    assert sorted(recipe["tasks"]) == sorted(tasks)
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "key"),
+    [
+        ("data", {"train": {"vqa": "x.jsonl"}}, "data.train"),
+        ("data", {"features": {}}, "data.train"),
+        ("data", {"train": {}}, "data.train"),
+        ("training", {"per_device_train_batch_size": 4}, "training.per_device_train_batch_size"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(tmp_path: Path, section: str, change: dict, key: str) -> None:
+    file = write_vlbart_run(tmp_path / "run.yaml", tmp_path, ("vqav2",), **{section: change})
+    with pytest.raises(SettingError) as error:
+        vlbart_run(file)
+    assert error.value.key == key
+
+
+def test_tests_on_features_computed_in_another_way_are_refused(tmp_path: Path) -> None:
+    for folder, side in (("trained", 2), ("tested", 4), ("same", 2)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "settings.json").write_text(json.dumps({"kept": "grid", "merge": side}))
+    trained = {"vqav2": str(tmp_path / "trained")}
+    check_same_features(trained, {"vqav2": str(tmp_path / "same")})
+    check_same_features(trained, {"vqav2": str(tmp_path / "nowhere")})  # cannot be compared
+    with pytest.raises(SettingError) as error:
+        check_same_features(trained, {"vqav2": str(tmp_path / "tested")})
+    assert error.value.key == "evaluation.features"
+
 
 TASKS = ("vqav2", "gqa", "nlvr2", "coco_caption", "tvqa", "how2qa", "tvc", "yc2c")
 SHARED = "model.shared.weight"
@@ -111,7 +184,6 @@ def without_missing(data: Path, folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def run_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The run with missing features, and the run on what is left."""
     folder = tmp_path_factory.mktemp("skipped")
     data = write_vlbart_data(folder / "data")
     for number in MISSING:
@@ -146,9 +218,7 @@ def expected(run_files: tuple[Path, Path]) -> Path:
     [(in_this_process, 1), (in_this_process, 5), pytest.param(with_two_ranks, 3, marks=pytest.mark.slow)],
     ids=["at once", "accumulated", "two ranks"],
 )
-def test_losses_and_weights_are_those_of_the_usable_samples(
-    run_files: tuple[Path, Path], expected: Path, train: Callable[..., None], accumulation: int
-) -> None:
+def test_losses_and_weights_are_those_of_the_usable_samples(run_files, expected, train, accumulation) -> None:
     folder = run_files[0].parent / f"{train.__name__}-{accumulation}"
     options = ["--training.eval_strategy=epoch", f"--training.gradient_accumulation_steps={accumulation}"]
     train(run_files[0], f"--training.output_dir={folder}", *options)
