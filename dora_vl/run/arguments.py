@@ -16,7 +16,10 @@ import torch
 from jsonargparse import ArgumentParser
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_config
-from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import (
+    get_available_reporting_integrations,
+    get_reporting_integration_callbacks,
+)
 
 from dora_vl.errors import SettingError, UserError, one_line, wrong_value
 from dora_vl.files import read_json, shipped_folder
@@ -150,6 +153,9 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         get_reporting_integration_callbacks(arguments.report_to)  # an unknown one, before the weights are read
     except ValueError as error:
         raise UserError(f"training: {' '.join(str(error).split())}") from error
+    # transformers never lists the first two; a Trainer would tell of the others once the weights are read.
+    if missing := {*arguments.report_to} - {"azure_ml", "flyte", *get_available_reporting_integrations()}:
+        raise SettingError("training.report_to", f": {min(missing)} is not installed; install it, or leave it out")
     engine: Any = vars(arguments).get("hf_deepspeed_config")
     if engine is not None and engine.mismatches:  # transformers itself says so after the model was loaded
         raise SettingError(

@@ -120,7 +120,6 @@ def test_the_runs_own_test_is_asked(folders: Path, tmp_path: Path) -> None:
         "merge --adapter {adapter} --check --questions {questions} --images {tmp}",
         "merge --adapter {adapter} --check --questions {questions} --most-different 2",
         "export --adapter {adapter}",
-        "export --adapter {adapter} --adapter {adapter} --for vllm",
     ],
 )
 def test_what_cannot_be_checked_or_exported_leaves_nothing(words: str, folders: Path, tmp_path: Path) -> None:

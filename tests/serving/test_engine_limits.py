@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 import weakref
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from dora_vl.data.turns import Turn
-from dora_vl.errors import BadSample, UserError
+from dora_vl.errors import BadSample
 from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
@@ -112,50 +109,6 @@ def test_what_a_failed_batch_held_is_gone_before_its_rows_are_tried_alone_and_to
     assert len(references) == (4 if alone_too else 1)
     assert still_there() == 0
     assert left == [0] * 5
-
-
-def test_an_adapter_that_goes_takes_its_requests_along(
-    engine: Engine, folders: dict[str, Path], monkeypatch: Any
-) -> None:
-    engine.load("extra", folders["two"])
-    gate = Gate(engine, monkeypatch)
-    waiting, other = handed_in(engine, "extra"), handed_in(engine, "one")
-    unloading = threading.Thread(target=engine.unload, args=["extra"])
-    unloading.start()
-    time.sleep(0.2)
-    gate.opened.set()
-    unloading.join(60)
-    assert finished(gate.first, other)
-    assert isinstance(last(waiting[1]), Failed | Finished)  # told, or answered before it went
-    stale = engine.prepare("one", QUESTION, Sampling(max_new_tokens=2))
-    engine.unload("one")
-    engine.load("one", folders["one"])
-    with pytest.raises(Stopped):
-        engine.submit(stale, print)
-
-
-def test_an_adapter_is_put_in_while_requests_never_cease(model: ServedModel, folders: dict[str, Path]) -> None:
-    with Engine(model, Settings(batch=1, waiting=4)) as engine:
-        stop, answered = threading.Event(), list[object]()
-
-        def ask_on() -> None:
-            while not stop.is_set():
-                answered.append(last(handed_in(engine, "base")[1]))
-
-        with ThreadPoolExecutor(3) as threads:
-            for _ in range(3):
-                threads.submit(ask_on)
-            try:
-                for _ in range(3):
-                    engine.load("new", folders["three"])
-                    with pytest.raises(UserError):  # no more than so many
-                        engine.load("more", folders["two"])
-                    assert finished(handed_in(engine, "new"))
-                    engine.unload("new")
-            finally:
-                stop.set()
-    assert len(answered) > 6
-    assert all(isinstance(event, Finished) for event in answered)
 
 
 def test_an_engine_that_ends_tells_everybody(model: ServedModel, monkeypatch: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -17,14 +16,12 @@ from PIL import Image
 from dora_vl.cli import main
 from dora_vl.data.turns import Clip, Turn
 from dora_vl.data.video import Uniform
-from dora_vl.evaluation.predictions import Prediction, line_of
 from dora_vl.evaluation.predictor import Shown
 from dora_vl.run.folder import LOSS_LOG, one_writer, writer_of
 from dora_vl.serving.access import AccessRules
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
 from dora_vl.serving.options import Settings
-from dora_vl.serving.page_parts import ExampleQuestion, example_questions
 from dora_vl.serving.side_by_side import SideBySide
 from tests.data.video_files import read_frames, write_video
 from tests.serving.browser import QUESTION_BOX, Trainer, Visitor, demo, page_of
@@ -45,8 +42,7 @@ def uploads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def opened(chromium: Any, model: ServedModel, uploads: Path) -> Iterator[tuple[str, Engine]]:
-    examples = [ExampleQuestion("Say the colour.", RED), ExampleQuestion(QUESTION, WIDE)]
-    with page_of(model, uploads, SETTINGS, examples) as page:
+    with page_of(model, uploads, SETTINGS) as page:
         yield page
 
 
@@ -95,8 +91,7 @@ def check(texts: Sequence[str], engine: Engine, question: str, seen: Shown, medi
 
 
 def nothing_left(uploads: Path) -> bool:
-    kept = [path for path in uploads.rglob("*") if path.is_file() and path.stat().st_size]
-    return all(path.suffix == ".webp" for path in kept)
+    return not any(path.is_file() and path.stat().st_size for path in uploads.rglob("*"))
 
 
 def test_a_picture_two_answers_and_a_second_turn(red: Visitor, opened: tuple[str, Engine], uploads: Path) -> None:
@@ -200,10 +195,13 @@ def test_what_cannot_be_shown_is_said_and_nothing_stays(red: Visitor, pictures: 
 
 
 @pytest.mark.slow
-def test_an_example_in_one_batch_and_a_new_talk(visitor: Visitor, opened: tuple[str, Engine], monkeypatch: Any) -> None:
+def test_two_answers_in_one_batch_and_a_new_talk(
+    visitor: Visitor, opened: tuple[str, Engine], pictures: dict[str, Path], monkeypatch: Any
+) -> None:
     batches = batches_of(opened[1], monkeypatch)
-    visitor.page.locator("#dv-examples tbody tr").nth(1).click()
+    visitor.show(pictures["wide"])
     visitor.see(1)
+    visitor.page.fill(QUESTION_BOX, QUESTION)
     assert visitor.captions() == ["60 × 17"]
     visitor.turn_dial("left", 0.5)  # nothing was asked yet, and nothing changes
     visitor.page.wait_for_timeout(500)
@@ -270,27 +268,6 @@ def test_stop_keeps_what_was_said_and_what_is_typed_meanwhile_stays_typed(long_a
     page.locator("#dv-conversation-left .dv-asked", has_text="And then?").wait_for()
     page.click("#dv-stop")
     long_answers.both(2)
-
-
-def test_examples_are_questions_of_the_runs_test(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    (run / "adapter").mkdir(parents=True)
-    settings = {"data": {"image_folder": str(tmp_path)}, "training": {"output_dir": str(run)}}
-    (run / "settings.json").write_text(json.dumps(settings))
-    for colour in ("red", "blue"):
-        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{colour}.png")
-    questions = [("Colour?", "red", "a"), ("Colour?", "red", "a"), ("Size?", "red", "a"), ("Gone?", "gone", "b")]
-    questions.append(("Shape?", "blue", "b"))
-    rows = [
-        Prediction(set=name, id=str(number), question=question, images=[f"{image}.png"], kind=kind)
-        for name, exchange in (("test/exchanged_pictures", {"red": "blue", "blue": "red"}), ("test", {}))
-        for number, (question, picture, kind) in enumerate(questions)
-        for image in [exchange.get(picture, picture)]
-    ]
-    (run / "predictions.jsonl").write_text("".join(map(line_of, rows)))
-    shown = [(example.question, example.picture.getpixel((0, 0))) for example in example_questions(run / "adapter")]
-    assert shown == [("Colour?", (255, 0, 0)), ("Shape?", (0, 0, 255)), ("Size?", (255, 0, 0))]
-    assert [example.question for example in example_questions(run / "adapter", 1)] == ["Colour?"]
 
 
 # The page's door Train, over the real command: from dropped pictures to an answer.

@@ -1,4 +1,4 @@
-"""OpenAI's own client against the server: answers, streams, pictures, adapters that come and go, errors, clients' ends.
+"""OpenAI's own client against the server: answers, streams, pictures, errors, clients' ends.
 
 What is refused is told by status, code and place; the sentences are the server's own affair.
 """
@@ -24,7 +24,6 @@ from dora_vl.data.turns import Clip, Turn
 from dora_vl.evaluation.predictor import Shown
 from dora_vl.serving import media
 from dora_vl.serving.decoding import SequenceText
-from dora_vl.serving.engine import Engine
 from dora_vl.serving.media import Reading
 from dora_vl.serving.model import ServedModel
 from dora_vl.serving.options import Settings
@@ -146,28 +145,6 @@ def test_20_requests_in_flight_answer_as_each_adapter_alone(
         assert text == answer_alone(assistants[name], turns, Shown(pictures=pictures), tokens=TOKENS)
 
 
-def post(client: Any, what: str, **body: Any) -> Any:
-    return client.post(f"/{what}_lora_adapter", body=body, cast_to=str)
-
-
-def test_adapters_come_and_go_while_it_runs(client: Any, base: Path, folders: dict[str, Path]) -> None:
-    assert client.models.retrieve("two").id == "two"
-    post(client, "load", lora_name="again", lora_path="two")
-    assert text_of(client, model="again") == expected(base, folders, "two", [Turn("user", "What colour is it?")])
-    post(client, "unload", lora_name="again")
-    assert refusal(client, model="again") == (404, "model_not_found", None)
-    for path in ("..", "/etc", "none", "a\0b", str(base)):
-        with pytest.raises(openai.BadRequestError) as refused:
-            post(client, "load", lora_name="other", lora_path=path)
-        assert refused.value.param == "lora_path"
-    for what, body in (("load", {"lora_name": "one", "lora_path": "two"}), ("unload", {"lora_name": "base"})):
-        with pytest.raises(openai.BadRequestError):
-            post(client, what, **body)
-    with pytest.raises(openai.NotFoundError):
-        post(client, "unload", lora_name="never")
-    assert [card.id for card in client.models.list().data] == list(NAMES)
-
-
 def refusal(client: Any, **request: Any) -> tuple[int, str | None, str | None]:
     with pytest.raises(openai.APIStatusError) as refused:
         client.chat.completions.create(**{"model": "one", "messages": words("a"), **request})
@@ -224,27 +201,17 @@ def test_what_is_no_json_or_no_route(client: Any, address: str) -> None:
 
 
 @pytest.mark.parametrize("declared", ["text/plain;charset=UTF-8", "multipart/form-data", "", None])
-def test_other_types_of_content_are_refused(address: str, client: Any, declared: str | None) -> None:
+def test_other_types_of_content_are_refused(address: str, declared: str | None) -> None:
     """Those are what a browser lets any page send to this machine without asking the server first."""
-    for path, body in (
-        ("/v1/unload_lora_adapter", {"lora_name": "one"}),
-        ("/v1/load_lora_adapter", {"lora_name": "other", "lora_path": "two"}),
-        ("/v1/chat/completions", {"model": "one", "messages": words("a")}),
-    ):
-        status, content = send(address, "POST", path, json.dumps(body).encode(), declared)
-        assert (status, content["error"]["code"]) == (415, "not_json")
-    assert [card.id for card in client.models.list().data] == list(NAMES)
+    body = {"model": "one", "messages": words("a")}
+    status, content = send(address, "POST", "/v1/chat/completions", json.dumps(body).encode(), declared)
+    assert (status, content["error"]["code"]) == (415, "not_json")
 
 
 def test_a_server_of_other_settings(model: ServedModel, endless: None) -> None:
-    settings = Settings(waiting=1, batch=1, allow_remote_media=True)
+    settings = Settings(waiting=1, batch=1)
     with running(model, settings) as address:
         client = client_of(address)
-        for what, body in (("load", {"lora_name": "a", "lora_path": "a"}), ("unload", {"lora_name": "one"})):
-            with pytest.raises(openai.BadRequestError):
-                post(client, what, **body)
-        for url in (f"{address}/health", "http://localhost/a.png", "http://169.254.169.254/latest", "http://[::1]/"):
-            assert refusal(client, messages=shows(url_part(url))) == (400, None, PICTURE)
         request = {"model": "one", "messages": words("a"), "max_tokens": 500}
         with ThreadPoolExecutor(4) as threads:
             requests = [threads.submit(client.chat.completions.create, **request) for _ in range(4)]
@@ -254,27 +221,6 @@ def test_a_server_of_other_settings(model: ServedModel, endless: None) -> None:
         assert told == {(openai.RateLimitError, "1")}
         status, health = send(address, "GET", "/health")
         assert (status, health["status"], health["waiting"]) == (200, "ok", 0)
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("moment", ["prepare", "submit"])
-def test_an_adapter_that_goes_meanwhile_is_no_fault_of_the_request(
-    model: ServedModel, folders: dict[str, Path], monkeypatch: Any, moment: str, stream: bool
-) -> None:
-    """503, to be tried again: 404 is for a name that was not served when the request came."""
-    step = getattr(Engine, moment)
-
-    def after_it_went(engine: Engine, *args: Any, **named: Any) -> Any:
-        if "extra" in engine.model.names:
-            engine.model.drop("extra")
-        return step(engine, *args, **named)
-
-    with running(model) as address:
-        client = client_of(address)
-        model.put(*model.read("extra", folders["one"]))
-        monkeypatch.setattr(Engine, moment, after_it_went)
-        assert refusal(client, model="extra", stream=stream) == (503, "stopped", None)
-        assert refusal(client, model="extra") == (404, "model_not_found", None)
 
 
 def test_a_client_that_goes_away_ends_its_row(model: ServedModel, endless: None, monkeypatch: Any) -> None:

@@ -42,7 +42,7 @@ def steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
             adapter.touch()
 
     def merge(options: object) -> list[str]:
-        steps.append(f"merge {options.adapter[0]} {options.to}")  # type: ignore[attr-defined]
+        steps.append(f"merge {options.adapter} {options.to}")  # type: ignore[attr-defined]
         TUNED.parent.mkdir(parents=True, exist_ok=True)
         TUNED.touch()
         return []

@@ -29,7 +29,7 @@ from dora_vl.run.folder import read_log
 from dora_vl.run.reading import read_run_file
 from dora_vl.training.callbacks import StopOnSignal
 from dora_vl.training.decoder_pipeline import DecoderPipeline
-from dora_vl.training.faults import check_base_weights, check_trained_weights, is_spike
+from dora_vl.training.faults import check_base_weights, check_trained_weights
 from dora_vl.training.run import run, train
 from dora_vl.training.trainer import AdapterTrainer
 from tests.training.launched import ROOT, free_port, launch
@@ -272,24 +272,6 @@ def test_weights_are_read_whatever_their_number_type(value: float) -> None:
         check_base_weights(model, "base")
     with pytest.raises(UserError):
         check_trained_weights([part], step=7, kept="checkpoint-5")
-
-
-def test_a_spike_stands_far_above_its_window_in_two_ways() -> None:
-    quiet = [1.0 + 0.01 * (step % 5) for step in range(30)]
-    assert is_spike(2.5, quiet)
-    assert not is_spike(1.9, quiet)  # not twice the median
-    wild = [1.0 + 0.8 * (step % 3) for step in range(30)]
-    assert not is_spike(4.5, wild)  # the loss jumps like that all the time
-    assert is_spike(12.0, wild)
-
-
-def test_a_spike_is_named_with_its_samples(in_order: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    change_loss(monkeypatch, (25,), lambda trainer, value: watched(trainer, value * 50, value))
-    folder = trained(in_order, "--training.max_steps=27", "--training.learning_rate=1e-5")
-    (line,) = read_log(folder / "faults.jsonl")
-    assert line["step"] == 26
-    assert line["times_the_median"] > 10
-    assert line["samples"] == ["sample-4", "sample-5", "sample-6", "sample-7"]  # 48 samples: the third epoch's second
 
 
 @pytest.mark.slow
