@@ -8,7 +8,7 @@ import difflib
 import functools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,7 @@ import torch
 from jsonargparse import ArgumentParser
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_config
-from transformers.integrations.integration_utils import (
-    get_available_reporting_integrations,
-    get_reporting_integration_callbacks,
-)
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from dora_vl.errors import SettingError, UserError, one_line, wrong_value
 from dora_vl.files import read_json, shipped_folder
@@ -115,6 +112,13 @@ def _accepted_name(key: str) -> str:
     raise SettingError(name, f" is not a setting; {hint}", close)
 
 
+def _check_trackers(names: Iterable[str]) -> None:
+    """Refuses a tracker that is unknown or not installed, which a Trainer tells once the weights are read."""
+    never_listed = ("azure_ml", "flyte")
+    if missing := set(names) - {*get_available_reporting_integrations(), *never_listed}:
+        raise SettingError("training.report_to", f": {min(missing)} is unknown or not installed; leave it out")
+
+
 def training_arguments(config: RunConfig) -> TrainingArguments:
     """Makes the arguments of a run's settings, which also starts the process group and tells transformers about ZeRO-3.
 
@@ -150,12 +154,9 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
     values.update(remove_unused_columns=False, dataloader_num_workers=data.workers)
     try:
         arguments = TrainingArguments(**values)
-        get_reporting_integration_callbacks(arguments.report_to)  # an unknown one, before the weights are read
     except ValueError as error:
         raise UserError(f"training: {' '.join(str(error).split())}") from error
-    # transformers never lists the first two; a Trainer would tell of the others once the weights are read.
-    if missing := {*arguments.report_to} - {"azure_ml", "flyte", *get_available_reporting_integrations()}:
-        raise SettingError("training.report_to", f": {min(missing)} is not installed; install it, or leave it out")
+    _check_trackers(list(arguments.report_to or ()))
     engine: Any = vars(arguments).get("hf_deepspeed_config")
     if engine is not None and engine.mismatches:  # transformers itself says so after the model was loaded
         raise SettingError(

@@ -10,21 +10,27 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from functools import cache
 from itertools import groupby
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from dora_vl.backbones.encoder import Encoder
+from dora_vl.backbones.frozen_outputs import StoredRow
 from dora_vl.backbones.generation import growing_text
 from dora_vl.backbones.pieces import PieceProcessor
 from dora_vl.backbones.prompts import prompts_of
 from dora_vl.data.batches import Collator, media_of
 from dora_vl.data.example import Example
 from dora_vl.data.packing import grow
+from dora_vl.data.pictures import MediaFolder
 from dora_vl.data.samples import IGNORED_LABEL, Encoded, Labelled, Sample, check_labels
 from dora_vl.data.turns import Turn
+from dora_vl.data.video import Uniform
 from dora_vl.errors import BadSample
+from dora_vl.run.base import VideoReading
+from dora_vl.training.run_samples import RowEncoder
 from tests.backbones.image_text_conversations import BLUE, RED, messages_of
 from tests.backbones.test_chat_templates import CHAT
 from tests.backbones.tiny_families.table import FAMILIES
@@ -280,3 +286,26 @@ def test_what_the_length_limit_takes_of_later_rounds_is_counted() -> None:
     assert kept[1].input_ids.tolist() == first.input_ids.tolist()
     with pytest.raises(BadSample):
         Encoder(whole.processor, whole.prompts, max_tokens=8).encode(example)
+
+
+def test_stored_outputs_serve_every_round_that_shows_all_pictures(tmp_path: Path) -> None:
+    class Store:
+        """Stands for stored outputs of any pictures."""
+
+        def read(self, _: object, names: Sequence[str]) -> StoredRow:
+            return StoredRow([picture.size for picture in (RED, BLUE)[: len(names)]], {})
+
+    for number, picture in enumerate((RED, BLUE)):
+        picture.save(tmp_path / f"{number}.png")
+    encoder = encoder_with("qwen3_vl_thinking", True)
+    videos = VideoReading(folder=tmp_path, sampling=Uniform(1))
+    rows = RowEncoder(encoder=encoder, folder=MediaFolder(tmp_path), videos=videos, outputs=cast(Any, Store()))
+    turns = talk_of(3, (True,) * 3, (0,))
+    encoded = rows.encode(Example("conversation", ("0.png",), turns), {})
+    assert [(row.media, len(row.stored)) for row in rows_of(encoded)] == [(("0.png",), 1)] * 3
+    later = Example("conversation", ("0.png", "1.png"), talk_of(3, (True,) * 3, (0, 1)))
+    with pytest.raises(BadSample) as refused:
+        rows.encode(later, {})
+    assert refused.value.sample_id == "conversation"
+    words_first = rows.encode(Example("conversation", ("0.png",), talk_of(2, (True,) * 2, (1,))), {})
+    assert [len(row.stored) for row in rows_of(words_first)] == [1, 0]

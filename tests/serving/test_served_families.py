@@ -118,7 +118,7 @@ def test_pictures_and_videos_that_look_alike_are_batches_of_their_own(tmp_path: 
 def test_an_adapter_is_asked_as_its_recipe_says(llava: Path, tmp_path: Path, monkeypatch: Any) -> None:
     targets = ("*language_model*.q_proj", "*language_model*.down_proj")
     recipe = {"base": str(llava), "revision": None, "base_sha256": content_hash(llava), "image_aspect": "pad"}
-    templates, settings = {"one": "vicuna_v1", "two": "llama_2"}, {"targets": targets, "rank": 2, "alpha": 5.0}
+    templates, settings = {"one": "vicuna_v1", "two": "mistral_instruct"}, {"targets": targets, "rank": 2, "alpha": 5.0}
     adapters = write_adapters(llava, tmp_path, dict.fromkeys(templates, settings))
     for name, template in templates.items():
         with_recipe(adapters[name], {**recipe, "dtype": "float32", "max_tokens": 99, "template": template})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dora_vl.data.batches import Collator
 from dora_vl.data.example import Example
 from dora_vl.data.samples import Sample
 from dora_vl.data.turns import Turn
+from dora_vl.errors import BadSample
 from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
 from dora_vl.heads.preferences import LOSSES, Scale
 from dora_vl.heads.rewards import REWARD_LOSSES
@@ -391,3 +393,11 @@ def test_reference_is_the_model_that_training_began_with_and_training_goes_on(st
     for trains in (model, alone):
         train(trains)
     torch.testing.assert_close(logits(model), logits(alone), rtol=0, atol=0)
+
+
+def test_answers_that_are_too_long_are_refused_by_name(tiny_llava: Path) -> None:
+    encoder = open_encoder(str(tiny_llava), max_tokens=24)
+    long = replace(EXAMPLES[0], rejected=("It is red. " * 12,))
+    with pytest.raises(BadSample) as error:
+        items(encoder, [long])
+    assert error.value.sample_id == "a"
