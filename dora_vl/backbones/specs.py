@@ -102,9 +102,9 @@ class SmallLanguageModel:
     """More texts for the vocabulary, such as the words that the task writes around a question; otherwise they are
     spelled letter by letter."""
     vocabulary: int = 1000
-    """Most tokens before the added ones."""
+    """The tokenizer learns at most so many tokens; special ones are added to them."""
     width: int = 256
-    """Numbers of a token."""
+    """Each token is so many numbers wide."""
     layers: int = 3
     """Layers of a Llama; of a BART's encoder, and of its decoder."""
     heads: int = 4

@@ -239,18 +239,18 @@ class ObjectiveConfig:
     """Takes the chosen answer about another picture of the data for a further rejected answer, so that the model looks;
     with the losses {dpo: 1, anchor: 1} that is mDPO. cpo and orpo do not take it."""
     rewards: Mapping[str, float] = field(default_factory=lambda: {"exact": 1.0})
-    """grpo and the like: the weight of each reward. exact, anls, relaxed and vqa compare with the data's
+    """grpo, dr_grpo, dapo and rloo weigh the rewards so. exact, anls, relaxed and vqa compare with the data's
     answer, choice looks for its letter or text, box takes the overlap of boxes, cider compares with all captions of the
     picture, format with a pattern; FILE.py:FUNCTION or MODULE:FUNCTION is your own, called with a
     dora_vl.data.example.Example and an answer. evaluation.answer_after counts here too."""
     format: str | None = None
     """Regular expression that fits all of an answer, for the reward `format`, such as <think>.*</think>.*"""
     group: int = 8
-    """grpo and the like: answers drawn to each question."""
+    """grpo, dr_grpo, dapo and rloo draw so many answers to each question."""
     max_new_tokens: int = 64
-    """grpo and the like: tokens that a drawn answer has at most."""
+    """A drawn answer has at most so many tokens."""
     kl: float = 0.0
-    """grpo and the like: weight of the divergence from the model that training began with; 0 spares its pass."""
+    """Rewards lose so much for each nat that the model leaves its start by; 0 spares the pass that measures it."""
 
     @property
     def weights(self) -> Mapping[LossName, float]:
