@@ -67,28 +67,30 @@ def main() -> None:
     """Takes them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--adapter", type=Path, default=Path("runs/demo/adapter"))
+    parser.add_argument(
+        "--pictures", type=Path, default=Path("runs/demo/assets/easy_vqa/test/images"), help="of its test"
+    )
     parser.add_argument("--to", type=Path, default=Path("docs/images"))
+    parser.add_argument("--ask-alone", action="store_true", help="without the run on the page, which takes minutes")
     parser.add_argument("--base", type=Path, default=Path("runs/demo/tuned"), help="of the run that is trained")
     options = parser.parse_args()
-    with browser() as chromium:
-        shoot_training(chromium, options.base, options.to)
+    if not options.ask_alone:
+        with browser() as chromium:
+            shoot_training(chromium, options.base, options.to)
     model = open_served(None, {"demo": options.adapter}, base_name="the base")
     with tempfile.TemporaryDirectory() as folder, browser() as chromium:
         broken = Path(folder) / "holiday.jpg"
         broken.write_bytes(b"\xff\xd8\xff\xe0" + bytes(900))
-        for colour in ("red", "blue"):
-            picture = Image.new("RGB", (64, 64), "white")
-            ImageDraw.Draw(picture).ellipse((16, 16, 48, 48), fill=colour)
-            picture.save(Path(folder) / f"{colour}.png")
+        first, second, *_ = sorted(options.pictures.glob("*.png"))
         with page_of(model, Path(folder) / "uploads", Settings(max_new_tokens=24)) as (address, _):
             visitor = Visitor(chromium.new_context(viewport=SIZE, color_scheme="light"), address)
             visitor.page.set_default_timeout(60_000)
-            visitor.show(Path(folder) / "red.png")
+            visitor.show(first)
             visitor.see(1)
             visitor.ask("what shape is in the picture?")
             visitor.ask("what color is the shape?")
             shoot(visitor, options.to / "page_side_by_side.png")
-            visitor.show(Path(folder) / "blue.png")
+            visitor.show(second)
             visitor.page.locator("#dv-conversation-left", has_text="will answer here").wait_for()
             visitor.choose("right", "demo")
             visitor.turn_dial("left", 0.25)
