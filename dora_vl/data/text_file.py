@@ -238,6 +238,8 @@ def table_rows(
 
 
 _ROWS_IN_AN_OBJECT = re.compile(rb'\{\s*"(data|rows|samples|examples)"\s*:\s*\[\s*\{')
+_TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_TO_THE_LAST_TEXT = re.compile(rb'(?:[^"]*"[^"\\]*(?:\\.[^"\\]*)*")*', re.DOTALL)
 DEEPEST = 10_000
 """More open brackets are refused: `ijson` keeps a path for each, which fills the memory."""
 
@@ -329,6 +331,7 @@ class _Chunks:
         self._file = file
         self._progress = progress
         self.open_brackets = 0
+        self._begun = b""
         if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
             file.seek(0)
 
@@ -337,10 +340,20 @@ class _Chunks:
         chunk = self._file.read(size)
         if self._progress is not None:
             self._progress(len(chunk))
-        self.open_brackets += sum(map(chunk.count, (b"[", b"{"))) - sum(map(chunk.count, (b"]", b"}")))
+        plain = self._without_texts(chunk)
+        self.open_brackets += sum(map(plain.count, (b"[", b"{"))) - sum(map(plain.count, (b"]", b"}")))
         if self.open_brackets > DEEPEST:
             raise ijson.JSONError("its values are nested too deeply")
         return chunk
+
+    def _without_texts(self, chunk: bytes) -> bytes:
+        """Cuts the strings out of a chunk, which may begin or end inside one: their brackets open nothing."""
+        content = self._begun + chunk
+        closed = _TO_THE_LAST_TEXT.match(content)
+        assert closed is not None  # the pattern fits nothing as well
+        rest, quote, text = content[closed.end() :].partition(b'"')
+        self._begun = quote + b"\\" * ((len(text) - len(text.rstrip(b"\\"))) % 2)
+        return _TEXT.sub(b"", closed[0]) + rest
 
 
 def _parsed(path: Path, chunks: _Chunks, values: Iterable[Value]) -> Iterator[Value]:

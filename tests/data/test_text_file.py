@@ -9,6 +9,7 @@ import pytest
 
 from dora_vl.data import text_file
 from dora_vl.data.text_file import (
+    DEEPEST,
     NotUtf8,
     json_lines,
     json_object,
@@ -153,3 +154,12 @@ def test_yaml_whose_aliases_have_no_end_is_refused_at_once(tmp_path: Path, text:
         read_yaml(path)
     path.write_text("a: &a {x: [1, 2]}\nb: *a\nc: [*a, *a]\n")
     assert read_yaml(path) == {"a": (value := {"x": [1, 2]}), "b": value, "c": [value, value]}
+
+
+def test_brackets_in_texts_open_nothing_and_open_ones_have_a_limit(tmp_path: Path) -> None:
+    rows = [{"text": '[{"\\' * 5}] * 2_500  # more open brackets than may be nested
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert list(stream_records(tmp_path / "rows.json")) == rows
+    (tmp_path / "deep.json").write_text('[{"a": ' + "[" * (DEEPEST + 1))
+    with pytest.raises(UserError):
+        list(stream_records(tmp_path / "deep.json"))
