@@ -49,7 +49,7 @@ COMMANDS = {
     ),
     "init": Command("dora_vl.start.init", "your pictures and questions to the files of a first run"),
     "merge": Command(
-        "dora_vl.evaluation.merge_command", "base + adapters as a plain model folder; checks it", opens_bases=True
+        "dora_vl.evaluation.merge_command", "base + adapter as a plain model folder; checks it", opens_bases=True
     ),
     "prepare": Command("dora_vl.data.prepare", "a publisher's files to records"),
     "push": Command("dora_vl.report.push_command", "a run's adapter to the hub, with a model card of what it scores"),

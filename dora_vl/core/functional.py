@@ -218,7 +218,7 @@ def adapted_linear(  # noqa: PLR0913 - the operands of the equation
     return adapted_output(product, bias, low_rank, minus_one, frozen)
 
 
-# -- the two passes of an eager step, for `step.AdaptedStep`; `fast` has the same two as kernels -----------------------
+# -- the two passes of an eager step, for `linear.AdaptedStep`; `fast` has the same two as kernels ---------------------
 
 
 @dataclass(frozen=True)

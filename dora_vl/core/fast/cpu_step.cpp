@@ -38,7 +38,7 @@ namespace {
 constexpr int64_t BLOCK_ROWS = 64;      // rows whose sums one thread takes at a time
 constexpr int64_t FEW_ROWS = 8;         // above it a matrix product reads A and B once for all rows
 constexpr int64_t GRAIN = 32768;        // numbers below which a pass is not worth a second thread
-constexpr int64_t NARROW = 64;         // step.py's
+constexpr int64_t NARROW = 64;          // functional.py's
 constexpr int64_t LANES = 16;           // sums of a dot product that run side by side
 constexpr float CANCELLATION = 0.15;   // functional.py's
 
