@@ -108,25 +108,39 @@ def checkpoint_of(config: RunConfig) -> Path | None:
 
 def finished_already(config: RunConfig) -> bool:
     """Returns True where `resume: if_stopped` finds a finished run with the same settings."""
+    return _finds(config, _is_finished)
+
+
+def trained_already(config: RunConfig) -> bool:
+    """Returns True where `resume: if_stopped` finds a run with the same settings that lacks its test alone."""
+    return _finds(config, lambda folder, config: _is_trained(folder) and not _is_finished(folder, config))
+
+
+def _finds(config: RunConfig, state: Callable[[Path, RunConfig], bool]) -> bool:
+    """Returns True where `resume: if_stopped` finds a run in this state; refuses one with other settings."""
     folder = run_folder_of(config.training)
-    if config.resume != IF_STOPPED or config.overwrite or not _is_finished(folder, config):
+    if config.resume != IF_STOPPED or config.overwrite or not state(folder, config):
         return False
     then, now = json_or_nothing(folder / SETTINGS), settings_of(config)
     names = sorted((now.keys() | then.keys()) - HOW_IT_STARTS - BESIDE_THE_RUN)
     if changed := [name for name in names if now.get(name) != then.get(name)]:
         raise SettingError(
-            changed[0], f": {folder} holds a finished run with other settings (in {', '.join(changed)}); {_OTHERWISE}"
+            changed[0], f": {folder} holds a trained run with other settings (in {', '.join(changed)}); {_OTHERWISE}"
         )
     return True
 
 
-def _is_finished(folder: Path, config: RunConfig) -> bool:
-    """Returns True once a run has its adapter and, where it is tested, the scores of every set."""
+def _is_trained(folder: Path) -> bool:
+    """Returns True once a run has its adapter and the numbers of its training."""
     metrics, checkpoints = json_or_nothing(folder / METRICS), complete_checkpoints(folder)
     if checkpoints and step_of(checkpoints[-1]) > metrics.get("train_steps", 0):
         return False  # they are of the run before the resume that was stopped there
-    tested = config.evaluation.tested is None or is_tested(folder)
-    return (folder / ADAPTER).is_dir() and bool(metrics) and tested
+    return (folder / ADAPTER).is_dir() and bool(metrics)
+
+
+def _is_finished(folder: Path, config: RunConfig) -> bool:
+    """Returns True once a run is trained and, where it is tested, has the scores of every set."""
+    return _is_trained(folder) and (config.evaluation.tested is None or is_tested(folder))
 
 
 def is_tested(folder: Path) -> bool:

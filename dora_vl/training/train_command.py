@@ -6,6 +6,7 @@ Imports that take seconds come after mistakes in the settings were reported.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import signal
 import sys
@@ -69,7 +70,7 @@ def train(words: Sequence[str], task: Task = "image_text", *, program: str, desc
     from dora_vl.run.launch import cause_speaks_first, end_with_launcher, log_to_stderr, own_core
 
     own_core()  # before other libraries bring an OpenMP of their own
-    from dora_vl.run.folder import finished_already, run_folder_of
+    from dora_vl.run.folder import finished_already, run_folder_of, trained_already
     from dora_vl.run.reading import read_run
 
     log_to_stderr()
@@ -80,6 +81,9 @@ def train(words: Sequence[str], task: Task = "image_text", *, program: str, desc
         if finished_already(config):
             logger.info("%s: finished already; --overwrite true replaces it", run_folder_of(config.training))
             return
+        if trained_already(config):
+            logger.info("%s: trained already; its test is what is left", run_folder_of(config.training))
+            config = dataclasses.replace(config, resume=None, test_only=True)
         pipeline = pipeline_of(config)
 
         from dora_vl.training.run import run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import multiprocessing
@@ -25,11 +26,13 @@ from dora_vl.run.folder import (
     full_disk_reported,
     one_writer,
     prepare_run_folder,
+    trained_already,
     write_settings,
 )
 from dora_vl.run.launch import Launch
 from dora_vl.run.reading import read_run_file
 from dora_vl.run.settings import RunConfig
+from dora_vl.training import train_command
 from dora_vl.training.checkpoint_files import MANIFEST, check_manifest, write_manifest
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.faults import StepFaults
@@ -53,11 +56,21 @@ def settings(folder: Path, *more: str, resume: str) -> RunConfig:
     ("tested", "finished"),
     [({}, False), ({"sets": {"a": {}}, "not_yet_tested": ["b"]}, False), ({"sets": {"a": {}, "b": {}}}, True)],
 )
-def test_a_run_is_finished_once_every_set_is_tested(tmp_path: Path, tested: dict[str, object], finished: bool) -> None:
+def test_a_run_is_finished_once_every_set_is_tested_and_trained_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tested: dict[str, object], finished: bool
+) -> None:
     config = settings(folder := left(tmp_path / "run", "adapter/a"), "--evaluation.file=t.json", resume="if_stopped")
     write_settings(folder, config)
     write_json(folder / "metrics.json", {"train_steps": 6, "forgetting": {}, **tested})
-    assert finished_already(config) is finished
+    assert (finished_already(config), trained_already(config)) == (finished, not finished)
+    started: list[RunConfig] = []
+    monkeypatch.setattr(train_command, "pipeline_of", lambda config: started.append(config) or sys.exit())
+    words = (f"--training.output_dir={folder}", "--resume=if_stopped", "--evaluation.file=t.json")
+    with nullcontext() if finished else pytest.raises(SystemExit):
+        train_command.train([f"--config={tmp_path / 'settings.yaml'}", *words], program="train", description="")
+    assert [(config.test_only, config.resume) for config in started] == ([] if finished else [(True, None)])
+    with pytest.raises(SettingError):
+        (finished_already if finished else trained_already)(dataclasses.replace(config, task="commonsense"))
 
 
 def test_a_run_that_failed_before_its_first_save_blocks_nothing(tmp_path: Path) -> None:
