@@ -108,7 +108,7 @@ def one_line(message: str, most: int = LONGEST_MESSAGE) -> str:
 
 
 def shown(value: object, most: int = LONGEST_QUOTED) -> str:
-    """A value of a file as a message quotes it: as Python writes it, at most so many characters, whatever it is."""
+    """Returns a value of a file as a message quotes it: as Python writes it, cut to `most` characters."""
     writer = reprlib.Repr()
     writer.maxlist = writer.maxdict = writer.maxstring = writer.maxother = most
     try:
@@ -119,7 +119,7 @@ def shown(value: object, most: int = LONGEST_QUOTED) -> str:
 
 
 def shown_text(text: str, most: int = LONGEST_QUOTED) -> str:
-    """Text as it is, without quotes, at most so many characters; those that cannot be printed are spelled out."""
+    """Returns text without quotes, cut to `most` characters; those that cannot be printed are spelled out."""
     visible = "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in text[: most + 1]

@@ -369,7 +369,7 @@ def check_whole(path: Path) -> None:
 
 
 MOST_VALUES = 100_000
-"""Aliases may stand for so many values: ten lines of them can mean more than memory holds."""
+"""The most values that aliases may stand for: ten lines of them can mean more than memory holds."""
 _OTHER_NUMBER = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
 
 

@@ -1,9 +1,9 @@
 """A process that can be ended: pictures and videos from elsewhere are decoded in it, and chat templates tried.
 
-A file of 171 KB can hold a decoder for minutes, and nothing interrupts a C library from inside. So a job has so many
-seconds of the processor, so much memory and so long a silence, and is killed at each of them, or once nobody waits for
-its answer; the next job starts another process. It has the rights of whoever started it, so it is no sandbox. What it
-sends is JSON and pixels: nothing of it is unpickled.
+A file of 171 KB can hold a decoder for minutes, and nothing interrupts a C library from inside. So a job has limits of
+CPU seconds, memory and silence, and is killed at any of them, or once nobody waits for its answer; the next job starts
+another process. It has the rights of whoever started it, so it is no sandbox. What it sends is JSON and pixels: nothing
+of it is unpickled.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ Part: TypeAlias = tuple[dict[str, Any], bytes]
 LARGEST_PART = 2**24
 """No part that the process sends may be larger, so that it cannot fill the parent's memory at once."""
 SILENT_TIMES = 3
-"""A job may be silent for so many times its seconds of the processor: it may also hang without using it."""
+"""A job may be silent for this many times its CPU seconds: it may also hang without using the processor."""
 START_SECONDS = 60.0
 """Seconds of silence allowed besides, while its libraries are imported on a busy machine."""
 LOOK_SECONDS = 0.1
 QUICK_SECONDS = 0.25
-"""After so many seconds of the processor a job yields to all others, where its process was started to do so (Linux)."""
+"""CPU seconds after which a job yields to all others, where its process was started to do so (Linux)."""
 
 
 class JobFailed(ValueError):
@@ -231,7 +231,7 @@ def serve(descriptor: int, first_job: str) -> None:
 
 
 def limit(seconds: float, memory: int) -> None:
-    """Lets this process use so many seconds of the processor and bytes of memory more than it has used."""
+    """Lets this process use `seconds` of the processor and `memory` bytes more than it has used."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     limits = {resource.RLIMIT_CPU: math.ceil(used.ru_utime + used.ru_stime + seconds)}
     with contextlib.suppress(OSError, ValueError, IndexError):

@@ -25,10 +25,10 @@ from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.strength import GainByStrength, Share, layer_between
 
 ONE_PRODUCT = 2**15
-"""Up to so many numbers of A x, of all adapters that a layer holds, they are taken in one product and masked: a decoded
-token costs its calls. Beyond, a prompt's tokens cost their arithmetic, and each adapter's rows are taken apart."""
+"""Up to this many numbers of A x, of all adapters that a layer holds, one masked product computes them: a decoded token
+costs its calls. Beyond, a prompt's tokens cost their arithmetic, and each adapter's rows are computed apart."""
 KEPT_GAINS, KEPT_LAYERS = 16, 4
-"""A layer keeps so many gains, and so many layers of an adapter's own, for strengths other than 1."""
+"""The most gains, and the most layers of an adapter's own, that a layer keeps for strengths other than 1."""
 Axis = Literal["rows", "pictures"]
 """The first axis of a layer's input counts rows of the batch, or the pictures of all rows."""
 Slot = str | Share | None

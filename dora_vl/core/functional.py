@@ -240,7 +240,7 @@ class Gain:
 
 
 def gains(magnitude: Float[Tensor, " out"], norms: Float[Tensor, " out"], dtype: torch.dtype, numbers: int) -> Gain:
-    """Computes the gain of a layer, whose weight has so many numbers, for activations of a dtype."""
+    """Computes the gain of a layer for activations of a dtype; `numbers` is the size of its weight."""
     if norms.device.type == "cpu" and cpu_step.runs(norms.dtype, numbers):
         return Gain(*cpu_step.gains(magnitude, norms), dtype)
     full = gain(magnitude, norms).to(accumulation_dtype(dtype))

@@ -113,7 +113,7 @@ class DataConfig:
     """Holds this share of the training samples out for validation instead, chosen by training.seed; samples of one
     picture stay on one side."""
     validation_size: int = 0
-    """Holds so many training samples out instead, drawn as the published runs of language models do (seed 42)."""
+    """Holds this many training samples out instead, drawn as the published runs of language models do (seed 42)."""
     validation_files: Mapping[str, str] = field(default_factory=dict)
     """Records file of each task whose loss is measured while training."""
     train_on: TrainOn = "all"
@@ -147,9 +147,9 @@ class DataConfig:
     ask: str = ""
     """The question of every row that has none, such as a picture with its class or its caption: What is it?"""
     limit: int | None = None
-    """Uses only the first so many training samples (of several files or tasks, of each)."""
+    """Trains on the first N samples only (of several files or tasks, the first N of each)."""
     validation_limit: int | None = None
-    """Uses only the first so many validation samples."""
+    """Validates on the first N samples only."""
     image_folder: str = "."
     """Root that the pictures' paths in the files are relative to."""
     video_folder: str | None = None
@@ -159,9 +159,9 @@ class DataConfig:
     as_published: bool = False
     """Reads pictures as LLaVA's own code: not turned by EXIF, no white under transparency, 16-bit grey clipped."""
     video_frames: int = 8
-    """Frames taken of each video, in the middles of so many equal parts; with video_fps the most that are taken."""
+    """Frames taken of each video, evenly spread over it; with video_fps the most that are taken."""
     video_fps: float | None = None
-    """Takes so many frames a second instead, at most video_frames; for base models that take videos of any length."""
+    """Frames taken of each second instead, up to video_frames in all; for bases that take videos of any length."""
     cache_features: bool = False
     """Computes what frozen vision parts give for a sample's pictures once and reads it from disk afterwards."""
     feature_cache: str | None = None
@@ -246,11 +246,11 @@ class ObjectiveConfig:
     format: str | None = None
     """Regular expression that fits all of an answer, for the reward `format`, such as <think>.*</think>.*"""
     group: int = 8
-    """grpo, dr_grpo, dapo and rloo draw so many answers to each question."""
+    """Answers that grpo, dr_grpo, dapo and rloo draw to each question."""
     max_new_tokens: int = 64
-    """A drawn answer has at most so many tokens."""
+    """The most tokens that a drawn answer has."""
     kl: float = 0.0
-    """Rewards lose so much for each nat that the model leaves its start by; 0 spares the pass that measures it."""
+    """Weight of the penalty for moving away from the untrained model (KL divergence); 0 saves the pass that measures it."""
 
     @property
     def weights(self) -> Mapping[LossName, float]:
@@ -301,7 +301,7 @@ class OptimConfig:
     """A step whose loss or gradient is not a number is left out, named and written to faults.jsonl. stop: the run then
     saves a checkpoint and ends; skip: it goes on, unless ten steps in a row are such."""
     early_stopping: int | None = None
-    """Ends training after so many validations in a row without a new lowest loss; the adapter is then that of the
+    """Ends training after this many validations in a row without a new lowest loss; the adapter is then that of the
     lowest (training.load_best_model_at_end: false keeps the last), so checkpoints are written with each validation."""
 
 
@@ -336,7 +336,7 @@ class EvaluationConfig:
     beams: int = 1
     """Beams of the search; the published scripts use 4, and no sampling."""
     limit: int | None = None
-    """Asks only the first so many questions (of several files, of each)."""
+    """Asks the first N questions only (of several files, the first N of each)."""
     strength: float = 1.0
     """How much of the adapter is tested: 0 nothing of it, 1 all, beyond it more of the same."""
     forgetting: bool = True

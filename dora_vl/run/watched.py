@@ -109,7 +109,7 @@ def read_watched(run_folder: Path) -> Watched | None:
 
 
 def small_picture(picture: Image.Image, most: int = SMALL_PX) -> Image.Image:
-    """Shrinks a picture to at most so many pixels on its longer side."""
+    """Shrinks a picture until its longer side has at most this many pixels."""
     return picture if max(picture.size) <= most else ImageOps.contain(picture, (most, most))
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MOST_SAMPLES = 2_000
-"""A map is fitted to so many training samples at most, at even distances: seconds on one core."""
+"""The most training samples that a map is fitted to, evenly spread over the data: seconds on one core."""
 CELLS = 16
 """Cells of a picture that are kept, at even distances."""
 HIDDEN_SPREAD = 0.25

@@ -100,7 +100,7 @@ class PlannedRun:
         return int(self.section.get("gradient_accumulation_steps", 1))
 
     def on(self, ranks: int, deepspeed: str | None = None, *, recomputes: bool | None = None) -> Estimate:
-        """The estimate for so many ranks, with the run's engine and checkpointing or others."""
+        """Returns the estimate for a number of ranks, with the run's engine and checkpointing or others."""
         engine = self._engine(ranks, deepspeed)
         samples = self.samples
         return Estimate(
@@ -158,8 +158,8 @@ class PlannedRun:
 def plan_run(pipeline: Pipeline, *, tokens: int | None = None, labelled: int | None = None) -> PlannedRun:
     """The model of a run's settings, and its micro-batch; no weight is read.
 
-    A sample has so many tokens, pictures among them (None: `data.max_tokens`), and so many of these are `labelled`
-    (None: all that are not a picture's).
+    `tokens` counts those of a sample, pictures included (None: `data.max_tokens`), and `labelled` those of them that
+    have a label (None: all that are not a picture's).
     """
     section = check_training_section(pipeline.config.training)
     settings: Any = pipeline.config

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 MOST_IN_A_ROW = 10
 """Steps left out one after another that end a run which goes on after a single one."""
 NAMED_WEIGHTS, LONGEST_WEIGHT = 2, 90
-"""A message names this many weights, each in so many characters."""
+"""A message names this many weights, each in at most this many characters."""
 
 
 class StepFaults(TrainerCallback):

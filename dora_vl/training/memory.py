@@ -103,7 +103,7 @@ class Activations:
     chunk: int | None
 
     def of(self, *, tokens: int, labelled: int, recomputed: bool) -> int:
-        """Returns the bytes of so many tokens; with recomputation a vector a layer, and one layer whole."""
+        """Returns the bytes that `tokens` take; with recomputation a vector a layer, and one layer whole."""
         stored = self.layers * self.layer + self.adapted
         kept = self.layers * self.vector + self.layer + self.adapted // self.layers if recomputed else stored
         together = labelled if self.chunk is None else min(labelled, self.chunk)
@@ -146,10 +146,10 @@ class Engine:
 
     Attributes:
         stage: of ZeRO; None without DeepSpeed; 3 also where FSDP2 shares out the same (`fsdp`).
-        bucket: numbers that are reduced at once, in each of so many `buckets`.
+        bucket: numbers that are reduced at once, in each of the `buckets`.
         prefetched: numbers gathered ahead under ZeRO-3.
         kept_whole: ZeRO-3 never splits parameters of fewer numbers.
-        reused_within: ZeRO-3 keeps a weight gathered that is needed again after so many numbers.
+        reused_within: ZeRO-3 keeps a weight gathered that is needed again within this many numbers.
         offloads_optimizer: its state and the float32 copy are in the host's memory; `offloads_weights`: so are shards.
     """
 
@@ -279,8 +279,8 @@ def held_by(model: nn.Module, engine: Engine, *, half_precision: bool = False) -
         layers = [bytes_of(block.parameters()) for block in blocks_of(model)]
         gathered = bytes_of(split) - sum(layers) + 2 * max(layers, default=0)
     elif engine.stage == 3 and engine.ranks > 1:
-        # Where the forward pass ends, the layers that come again soon are whole: one that ran so many parameters
-        # before the end runs again after twice as many.
+        # Where the forward pass ends, the layers that come again soon are whole: one that ran N parameters
+        # before the end runs again after 2 N.
         all_split = sum(map(parameter_count, split))
         soon = min(all_split, engine.reused_within // 2 + engine.prefetched)
         gathered = bytes_of(split) * soon // max(all_split, 1)

@@ -240,7 +240,7 @@ class ValidationLoss:
         return inputs, counts.samples
 
     def add(self, loss: Tensor, samples: int) -> None:
-        """A batch's mean loss over so many samples; one without any has no loss to speak of."""
+        """Adds a batch's mean loss over its usable samples; a batch without any has no loss."""
         if samples:
             self._loss += float(loss) * samples
             self._samples += samples

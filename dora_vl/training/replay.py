@@ -43,7 +43,7 @@ CHATS, BATCH, MOST_BATCHES = 128, 64, 16
 QUESTION_TOKENS, ANSWER_TOKENS = 40, 72
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 0}
 COUNTED_ROWS = 1_000
-"""So many rows of the data, at even distances, tell how many of its tokens are labelled."""
+"""The number of rows, evenly spread over the data, that its share of labelled tokens is estimated from."""
 MARKS = (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, NOT_YET_A_CHARACTER)
 OPENINGS = (
     *("The", "In", "It", "When", "A", "There are", "One of the", "At first", "Many people", "She", "He", "They", "We"),
@@ -86,7 +86,7 @@ class ChatWriter:
         self.tried = 0
 
     def write(self, count: int, seed: int = 0) -> Iterator[Example]:
-        """Yields so many chats, or fewer where a base writes hardly any that can be used."""
+        """Yields `count` chats, or fewer where a base writes hardly any that can be used."""
         device, seen = self._assistant.device, set[str]()
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)

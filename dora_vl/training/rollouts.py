@@ -75,7 +75,7 @@ class Rollouts:
     Attributes:
         example_of: finds a training sample's example by its index.
         rewards: functions by name; `weights` says how much each counts.
-        group: so many answers are drawn to each question.
+        group: the number of answers drawn to each question.
         keeps_all: groups whose rewards are all alike are learned from too, by their divergence from the reference.
         never: these tokens are not drawn, since they stand for pictures and videos.
         autocast: the number type of the drawing passes; None leaves that of the weights.

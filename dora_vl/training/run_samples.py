@@ -67,9 +67,9 @@ from dora_vl.training.replay import Replay
 logger = logging.getLogger(__name__)
 
 HASHED_ROWS = 2_000
-"""Turns and media of so many rows, at even distances, are looked at: a second's work on a local disk."""
+"""The number of rows, evenly spread, whose turns and media are looked at: a second's work on a local disk."""
 FIRST_ROWS = 1_000
-"""A folder that holds no picture of so many first rows is another one."""
+"""The number of first rows of which at least one picture must be in the folder, or it is the wrong folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +207,7 @@ class RunSamples:
         return not objective.is_sft and (objective.exchange_pictures or of_data)
 
     def rounds(self, most: int) -> list[Round]:
-        """Lists questions and answers about pictures of so many training samples, at even distances."""
+        """Lists questions and answers about pictures of at most `most` training samples, evenly spread."""
         assert self._train is not None, "a stream stores no outputs"
         examples = (self._train[index] for index in evenly(range(len(self._train)), most))
         return [*rounds_of(row for row in examples if isinstance(row, Example))]

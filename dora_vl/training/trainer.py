@@ -407,7 +407,7 @@ def plan_of(
     tokens: int,
     compares: bool = False,
 ) -> dict[str, Table]:
-    """Makes the tables of what trains, what does not, and the memory that a micro-batch of so many tokens takes.
+    """Makes the tables of what trains, what does not, and the memory that a micro-batch of `tokens` takes.
 
     `compares` says that the run also holds what it began with.
     """

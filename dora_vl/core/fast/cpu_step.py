@@ -39,7 +39,7 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-m
 
 
 def runs(dtype: torch.dtype, numbers: int) -> bool:
-    """Tells whether a pass over so many numbers, of an output or of a weight, runs compiled."""
+    """Tells whether a pass over an output or a weight of this size runs compiled."""
     return dtype in DTYPES and numbers >= SMALLEST and compiled_operations() is not None
 
 

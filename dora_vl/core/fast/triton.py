@@ -353,7 +353,7 @@ def _launch_backward(named: Named) -> tuple[Tensor, Tensor | None, Tensor, Tenso
 
 
 RANK_BLOCK_BYTES = 128
-"""A row of B or a column of A is multiplied so many bytes at a time: twice as much of float32 spills kilobytes."""
+"""Bytes of a row of B or a column of A that are multiplied at a time: twice as many of float32 spill kilobytes."""
 
 
 @triton.jit
@@ -445,9 +445,9 @@ def output(
 
 RANK_BLOCK = 32
 ROWS = 64
-"""A program that takes squared norms has so many rows."""
+"""Rows of a program that computes squared norms."""
 CAREFUL_ROWS = 16
-"""A program that looks for rows that cancel has so many; with fewer, fewer others are taken dense beside one."""
+"""Rows of a program that looks for rows that cancel; with fewer, fewer others are computed dense beside one."""
 CAREFUL_COLUMNS = 64
 
 
