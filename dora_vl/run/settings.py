@@ -250,7 +250,7 @@ class ObjectiveConfig:
     max_new_tokens: int = 64
     """The most tokens that a drawn answer has."""
     kl: float = 0.0
-    """Weight of the penalty for moving away from the untrained model (KL divergence); 0 saves the pass that measures it."""
+    """Weight of the penalty for moving away from the untrained model (KL divergence); 0 saves its pass."""
 
     @property
     def weights(self) -> Mapping[LossName, float]:

@@ -41,15 +41,15 @@ SHOWN = {
     "samples_per_second": "{:,.1f} samples/s",
     "memory_gib": "{:.2f} GiB",
 }
-"""Numbers of the log that the bar and the plain line show -> how."""
+"""Maps each number of the log that the bar and the plain line show to its format."""
 
 
 class Epochs(TrainerCallback):
     """Tells the data which epoch it is, and keeps checkpoints and validations at an epoch's end in their order.
 
-    The Trainer saves at an epoch's last step and validates afterwards: a run resumed from there would never hear of
-    this validation, neither in its log nor when it chooses the best checkpoint. So that checkpoint is written after it.
-    And a run that was stopped in front of a validation begins with it when it is resumed (`validate`).
+    The Trainer saves at an epoch's last step and validates afterwards, so a run resumed from there would miss this
+    validation in its log and when it chooses the best checkpoint. Here that checkpoint is written after the validation.
+    A run that was stopped before a validation begins with it when it resumes (`validate`).
     """
 
     def __init__(self, set_epoch: Sequence[Callable[[int], None]], validate: Callable[[], None]) -> None:
@@ -57,7 +57,7 @@ class Epochs(TrainerCallback):
         self._save_waits = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Validates, on every rank."""
+        """Makes up for a validation that the stopped run left out; every rank takes part."""
         if validation_owed(state, args):
             self._validate()
 
@@ -67,14 +67,14 @@ class Epochs(TrainerCallback):
             set_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Puts the checkpoint off where the epoch ends with this step."""
+        """Postpones the checkpoint where the epoch ends with this step."""
         ends = float(state.epoch or 0).is_integer() or control.should_training_stop
         self._save_waits = control.should_save and ends and args.eval_strategy == IntervalStrategy.EPOCH
         if self._save_waits:
             control.should_save = False
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Asks for the checkpoint that was put off."""
+        """Asks for the postponed checkpoint."""
         if self._save_waits:
             self._save_waits = False
             control.should_save = True
@@ -83,8 +83,8 @@ class Epochs(TrainerCallback):
 class LossLog(TrainerCallback):
     """Writes `log.jsonl`, each line with speed, padding, memory, rates by part and skipped samples; and `plan.json`.
 
-    Both once training begins: a resume that is refused leaves them as they were. The log of a resumed run keeps the
-    lines up to the step it resumes from.
+    Both are written once training begins, so a refused resume leaves them as they were. The log of a resumed run keeps
+    the lines up to the step that it resumes from.
     """
 
     def __init__(self, run_folder: Path, statistics: BatchStatistics, plan: Mapping[str, Any]) -> None:
@@ -93,12 +93,12 @@ class LossLog(TrainerCallback):
         self._rates: dict[str, float] = {}
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **more: Any) -> None:
-        """Keeps the rates of the step by part, when the Trainer notes the one that it logs."""
+        """Notes the learning rates of the step by part, when the Trainer notes its own."""
         groups = more["optimizer"].param_groups
         self._rates = {f"learning_rate/{group['name']}": group["lr"] for group in groups if "name" in group}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Starts the clock, and cuts lines that a resumed run will write again."""
+        """Starts the clock, and removes lines that a resumed run will write again."""
         self._since, self._before, self._waited = time.monotonic(), self._statistics.earlier, self._statistics.waited
         if state.is_world_process_zero:
             write_json(self._folder / PLAN, self._plan)
@@ -145,10 +145,10 @@ class LossLog(TrainerCallback):
 
 
 class RunProgress(TrainerCallback):
-    """Shows how far the run is: a bar in a terminal, elsewhere a line with each line of the log; for the first rank.
+    """Shows progress: a bar in a terminal, elsewhere a line for each line of the log. For the first rank only.
 
-    It is drawn as steps end, not by a thread: data workers are forked from this process, and a lock that a thread held
-    then would stay locked in them.
+    It is drawn when steps end, not by a thread: data workers are forked from this process, and a lock that a thread
+    holds at that moment would stay locked in them.
     """
 
     def __init__(self, console: Console) -> None:
@@ -179,14 +179,14 @@ class RunProgress(TrainerCallback):
                     self._handlers.append((handler, handler.setStream(vars(sys)[name])))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Moves on by a step."""
+        """Advances the bar by a step."""
         self._bar.update(self._task, completed=state.global_step)
         if time.monotonic() >= self._next:
             self._bar.refresh()
             self._next = time.monotonic() + 0.25
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
-        """Takes the newest numbers; a validation is a line of its own."""
+        """Shows the newest numbers; a validation gets its own line."""
         logs: Mapping[str, Any] = more["logs"]
         if "loss" in logs:
             numbers = {name: text.format(logs[name]) for name, text in SHOWN.items() if name in logs}
@@ -202,7 +202,7 @@ class RunProgress(TrainerCallback):
             logger.info("step %d: validation loss %.4f, skipped %d", state.global_step, logs["eval_loss"], skipped)
 
     def close(self) -> None:
-        """Draws the last state, which stays, and gives the terminal back."""
+        """Draws the final state and releases the terminal."""
         self._bar.stop()
         while self._handlers:
             handler, stream = self._handlers.pop()
@@ -210,9 +210,9 @@ class RunProgress(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGINT, SIGTERM or SIGHUP (a terminal or an ssh that was closed): finish the step, save a checkpoint, stop.
+    """On SIGINT, SIGTERM or SIGHUP (a closed terminal), finishes the step, saves a checkpoint and stops.
 
-    All ranks agree at the end of a step, since one that stopped alone would leave the others waiting. A second
+    All ranks agree at the end of a step, since a rank that stopped alone would leave the others waiting. A second
     Ctrl-C ends the process at once; a further SIGTERM does not, since the deepspeed launcher turns one Ctrl-C into
     a SIGINT and several SIGTERM, and kills after 30 seconds anyway.
     """
@@ -221,7 +221,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.received: int | None = None
-        """The signal that all ranks stop for. One that comes after the last step stops nothing."""
+        """The signal that all ranks stop for; None also where it came after the last step."""
         self._heard: int | None = None
         self._since = 0.0
         self._process = os.getpid()
@@ -247,12 +247,12 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Leaves the validation out of a run that stops; the run that resumes it begins with it."""
+        """Skips the validation of a run that stops; the resumed run begins with it."""
         if self.received is not None:
             control.should_evaluate = False
 
     def restore(self) -> None:
-        """Gives the signals back."""
+        """Restores the earlier signal handlers."""
         while self._before:
             signal.signal(*self._before.popitem())
 
@@ -271,10 +271,10 @@ class StopOnSignal(TrainerCallback):
 
 
 class EarlyStopping(EarlyStoppingCallback):
-    """Transformers' own, whose count goes on in a run that is resumed; one that it had ended stays at its end."""
+    """Is transformers' own, but a resumed run keeps its count, and one that it ended does not train on."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Takes over the count of the checkpoint."""
+        """Restores the count from the checkpoint."""
         saved: Any = state.stateful_callbacks or {}
         if (kept := saved.get(type(self).__name__)) is not None:
             self.early_stopping_patience_counter = kept["attributes"]["early_stopping_patience_counter"]
@@ -291,14 +291,14 @@ class EarlyStopping(EarlyStoppingCallback):
 
 
 class StepLimit(TrainerCallback):
-    """Ends a rank with its stacks where its run stands still for `training.ddp_timeout`; the launcher ends the others.
+    """Ends a rank that makes no progress for `training.ddp_timeout` with its stacks; the launcher ends the others.
 
     The collectives' own limit is no substitute: groups that DeepSpeed makes have 30 minutes with gloo whatever is set.
-    Who trains calls `faulthandler.cancel_dump_traceback_later` afterwards.
+    Call `faulthandler.cancel_dump_traceback_later` after training.
     """
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Begins the time anew, as the run moves."""
+        """Restarts the timer."""
         if args.world_size > 1:
             faulthandler.dump_traceback_later(args.ddp_timeout, exit=True, file=2)  # whatever stands in sys.stderr
 
@@ -310,7 +310,7 @@ class OwnCore(TrainerCallback):
 
     Args:
         own: the core's numbers.
-        every: what it may run on between steps, and whatever is started there.
+        every: the cores that it and its children may use between steps.
     """
 
     def __init__(self, own: Set[int], every: Set[int]) -> None:
@@ -329,10 +329,10 @@ class OwnCore(TrainerCallback):
 
 
 class WatchQuestions(TrainerCallback):
-    """Has the questions answered before the first step, at every validation, or now and then where there is none.
+    """Asks the watched questions before the first step and at every validation, or five times where there is none.
 
-    Every rank answers, since under ZeRO-3 they only can together; the first writes. Nothing that is drawn at random
-    afterwards, dropout say, is changed by it.
+    Every rank answers, as ZeRO-3 needs; the first one writes. Random numbers drawn afterwards (dropout) do not
+    change.
     """
 
     def __init__(self, watch: Watch, folder: Path) -> None:
@@ -340,7 +340,7 @@ class WatchQuestions(TrainerCallback):
         self._failed = False
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **more: Any) -> None:
-        """Writes the questions; a run from its beginning answers them untrained, a resumed one keeps what it had."""
+        """Writes the questions; a new run answers them untrained, a resumed one keeps its earlier answers."""
         if state.is_world_process_zero:
             begin(self._folder, self._watch, step=state.global_step)
         if state.global_step == 0:

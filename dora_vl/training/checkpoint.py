@@ -4,7 +4,7 @@
     state/state.json                  the optimizer's settings and numbers, the schedule, loss scale, counters, ranks
     state/random-RANK.json            the random states of each rank
 
-The tensors are the same whatever wrote them, so another number of ranks, another ZeRO stage or none can go on.
+The tensors do not depend on what wrote them, so a run can resume on other ranks, or under another ZeRO stage or none.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def save_state(checkpoint: Path, running: RunningState, arguments: TrainingArgum
 
 
 def load_state(checkpoint: Path, running: RunningState) -> None:
-    """Goes on from a checkpoint's `state/`, whose files its manifest vouches for; every rank must call it."""
+    """Restores a checkpoint's `state/`, whose files the manifest has verified; every rank must call it."""
     files = StateFiles(checkpoint)
     load_values(running.layout, files)
     load_optimizer(running.layout, files)
@@ -86,13 +86,13 @@ def load_state(checkpoint: Path, running: RunningState) -> None:
 
 
 def loss_scale_of(engine: DeepSpeedEngine | None) -> Any:
-    """The object that DeepSpeed keeps its scale in, under one of two names; None: nothing is scaled."""
+    """Returns the object that holds DeepSpeed's loss scale, under one of two names; None where nothing is scaled."""
     attributes = {} if engine is None else vars(engine.optimizer)
     return attributes.get("loss_scaler", attributes.get("loss_scale_config"))
 
 
 def _set_known(holder: Any, numbers: Mapping[str, Any]) -> None:
-    """Sets those numbers that the object has: another ZeRO stage's has others."""
+    """Sets the numbers that the object has; that of another ZeRO stage has others."""
     for name, value in numbers.items():
         if holder is not None and name in vars(holder):
             setattr(holder, name, value)
@@ -114,9 +114,9 @@ def save_random_states(checkpoint: Path, rank: int, device: torch.device, kept: 
 
 
 def load_random_states(checkpoint: Path, rank: int, device: torch.device, *, seed: int, step: int) -> Mapping[str, Any]:
-    """Goes on with this rank's states, or from drawn ones where the checkpoint was written by fewer ranks.
+    """Restores this rank's states, or seeds new ones where the checkpoint was written by fewer ranks.
 
-    Returns what it had kept.
+    Returns what the rank had `kept`.
     """
     files = StateFiles(checkpoint)
     if rank >= files.numbers["ranks"]:
@@ -135,7 +135,7 @@ def load_random_states(checkpoint: Path, rank: int, device: torch.device, *, see
 
 
 def seed_all(seed: int, step: int, rank: int) -> None:
-    """Seeds what had no state: a hash of the run's seed, the step and the rank."""
+    """Seeds a rank without a state by a hash of the run's seed, the step and the rank."""
     drawn = hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()
     random.seed(drawn)
     np.random.seed(int.from_bytes(drawn[:4], "little"))
@@ -171,7 +171,8 @@ class OptimizerLayout:
 
     Attributes:
         optimizer: torch's, the innermost, which steps the `flats`.
-        trained: in the same order on all ranks, which exchange tensors on `device`; `pieces` by the same names.
+        trained: what trains by name, in the same order on all ranks, which exchange tensors on `device`; `pieces` has
+            the same names.
         stage3: DeepSpeed's optimizer of ZeRO-3, which lends `optimizer` its tensors for a step alone.
     """
 
@@ -195,7 +196,7 @@ class OptimizerLayout:
         return self.optimizer.state.get(self.flat_of(name), {})
 
     def whole(self, name: str, flat: Tensor) -> Tensor:
-        """A trained tensor, or one that goes with it by element, on the CPU, from `flat`; every rank must call it."""
+        """Gathers a trained tensor, or its optimizer state, from `flat` onto the CPU; every rank must call it."""
         piece = self.pieces[name]
         if isinstance(flat, DTensor):
             return flat.full_tensor().cpu().view(self.shape(name))
@@ -278,7 +279,7 @@ def layout_of(optimizer: Any, trained: Mapping[str, nn.Parameter], device: torch
 
 
 def _linked(groups: Sequence[Sequence[Any]]) -> dict[int, Piece]:
-    """A flat tensor a group; each parameter knows which of its elements this rank has (`_hp_mapping`)."""
+    """ZeRO 1 and 2: a flat tensor a group; each parameter knows which of its elements this rank has (`_hp_mapping`)."""
     pieces = {}
     for number, group in enumerate(groups):
         for parameter in group:
@@ -290,7 +291,7 @@ def _linked(groups: Sequence[Sequence[Any]]) -> dict[int, Piece]:
 
 
 def _of_stage_3(optimizer: Any) -> dict[int, Piece]:
-    """Each rank has an equal part of every parameter, the last ones padded."""
+    """ZeRO 3: each rank has an equal part of every parameter, padded at the end."""
     if optimizer.swap_optimizer or optimizer.params_in_nvme_and_cpu:
         raise SettingError("training.deepspeed", ": a checkpoint cannot hold what is offloaded to nvme; offload to cpu")
     pieces = {}
@@ -328,7 +329,7 @@ def optimizer_numbers(layout: OptimizerLayout) -> dict[str, Any]:
 
 
 def load_values(layout: OptimizerLayout, files: StateFiles) -> None:
-    """Gives what trains its values; every rank must call it."""
+    """Restores the values of what trains; every rank must call it."""
     stored = {name.removeprefix(f"{VALUE}/") for name in files.names() if name.startswith(f"{VALUE}/")}
     if missing := sorted(set(layout.pieces) ^ stored):
         raise SettingError(
@@ -345,7 +346,7 @@ def load_values(layout: OptimizerLayout, files: StateFiles) -> None:
 
 
 def load_optimizer(layout: OptimizerLayout, files: StateFiles) -> None:
-    """Gives the optimizer its state; every rank must call it."""
+    """Restores the optimizer's state; every rank must call it."""
     groups, kept = files.numbers["optimizer"]["groups"], files.numbers["optimizer"]["numbers"]
     with layout.in_optimizer():
         optimizer = layout.optimizer

@@ -1,4 +1,4 @@
-"""Writes and compares the account of a checkpoint, and its state in files that hold data alone."""
+"""Writes and checks a checkpoint's manifest, and reads and writes its state in files that hold only data."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ MAY_CHANGE = tuple(
     }.items()
     for name in names.split()
 )
-"""Settings that change nothing of what the steps to come compute, or what is compared elsewhere."""
+"""Settings that do not change what the remaining steps compute, or that are compared elsewhere."""
 MAY_GROW = ("training.max_steps", "training.num_train_epochs")
 """Settings that people change to train longer; the schedule of the learning rate moves with them."""
 NEXT_STEP = "copy the checkpoint again, or resume from another one of the run"
 DEFAULTS = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "optim": "adamw_torch_fused"}
 """transformers' values of fields that a run does not set."""
 BY_ELEMENT = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop")
-"""Optimizers whose state has a number for each weight, whatever cuts the weights into parts (`training.optim`)."""
+"""Optimizers with one state number per weight, so that the weights can be split anywhere (`training.optim`)."""
 FILE_BYTES = 1 << 30
 """A file of tensors is closed at this size, so that a writer never holds much more than that."""
 
 
 def write_manifest(checkpoint: Path, settings: Mapping[str, Any], launch: Launch) -> None:
-    """Describes a checkpoint whose files are all there; to be called last, before the folder gets its name."""
+    """Writes the manifest of a complete checkpoint; call it last, before the folder gets its name."""
     paths = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
     files = {str(path.relative_to(checkpoint)): (path.stat().st_size, file_hash(path)) for path in paths}
     content = {
@@ -66,7 +66,7 @@ def write_manifest(checkpoint: Path, settings: Mapping[str, Any], launch: Launch
 
 
 def check_manifest(checkpoint: Path, settings: Mapping[str, Any], launch: Launch) -> None:
-    """Compares a checkpoint with its own account and with the run that would resume from it."""
+    """Compares a checkpoint with its manifest and with the run that would resume from it."""
     path = checkpoint / MANIFEST
     if not path.is_file():
         raise SettingError("resume", f": {path} is missing; {NEXT_STEP}")
@@ -127,7 +127,7 @@ def _check_settings(checkpoint: Path, then: Mapping[str, Any], now: Mapping[str,
 def _check_shape(
     checkpoint: Path, then: Mapping[str, Any], wrote: Launch, settings: Mapping[str, Any], launch: Launch
 ) -> None:
-    """Refuses processes that cannot go on with what others did, who must take the same samples in each step."""
+    """Refuses a launch whose steps would not take the same samples as those of the run that it resumes."""
     before, now = (
         DEFAULTS | {name: value for name, value in run.get("training", {}).items() if value is not None}
         for run in (then, settings)
@@ -181,7 +181,7 @@ def _check_shape(
 
 
 def write_state(checkpoint: Path, tensors: Iterable[tuple[str, Tensor]], *, file_bytes: int = FILE_BYTES) -> None:
-    """Writes tensors by name below a checkpoint's `state/`, as they come: on the CPU, each of its own memory."""
+    """Writes named tensors to a checkpoint's `state/` as they come; they are on the CPU and share no memory."""
     folder = checkpoint / STATE
     folder.mkdir(parents=True, exist_ok=True)
     pending: dict[str, Tensor] = {}
@@ -198,7 +198,7 @@ def write_state(checkpoint: Path, tensors: Iterable[tuple[str, Tensor]], *, file
 
 
 def write_numbers(checkpoint: Path, numbers: Mapping[str, Any], file: str = STATE_NUMBERS) -> None:
-    """Writes what is no tensor, or one rank's random state."""
+    """Writes numbers, or one rank's random state, as JSON."""
     (checkpoint / STATE).mkdir(parents=True, exist_ok=True)
     try:
         text = json.dumps(numbers)  # a float's shortest digits: the same float when they are read
@@ -231,7 +231,7 @@ class StateFiles:
 
 
 def is_plain(value: Any) -> bool:
-    """Returns True where JSON brings a value back as it was, but for the kind of a sequence."""
+    """Returns True where a value survives JSON unchanged, except that a tuple becomes a list."""
     if isinstance(value, list | tuple):
         return all(map(is_plain, value))
     return value is None or isinstance(value, bool | int | float | str)

@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 MOST_SAMPLES = 2_000
 """The most training samples that a map is fitted to, evenly spread over the data: seconds on one core."""
 CELLS = 16
-"""Cells of a picture that are kept, at even distances."""
+"""The number of a picture's cells that are kept, evenly spread."""
 HIDDEN_SPREAD = 0.25
-"""Spread of a hidden unit before GELU where two of them carry one number; small, so that neither is ever at rest."""
+"""Spread of a hidden unit before GELU where two units carry one number; small, so that neither ever saturates."""
 Form = Literal["scaled", "answers"]
 Round = tuple[tuple[str, ...], str, str]
 """Holds a sample's pictures, a question about them, and its answer."""
@@ -74,7 +74,7 @@ class Ridge:
     """A linear map of standardised numbers, `(x - mean) / spread @ weights + offset`.
 
     Attributes:
-        unexplained: the share of the targets' variance that is left where each row is left out of the fit.
+        unexplained: the share of the targets' variance that remains in leave-one-out predictions.
     """
 
     mean: Float[Tensor, " inputs"]
@@ -85,7 +85,7 @@ class Ridge:
 
     @classmethod
     def fit(cls, inputs: Float[Tensor, "rows inputs"], targets: Float[Tensor, "rows targets"]) -> Ridge:
-        """Fits by least squares with the penalty that predicts left-out rows best, in closed form for each."""
+        """Fits by ridge regression with the penalty of the lowest leave-one-out error, which has a closed form."""
         rows, width = inputs.shape
         mean, offset, spread = inputs.mean(0), targets.mean(0), inputs.std(0, correction=0)
         # What hardly varies is not blown up into noise.
@@ -115,7 +115,7 @@ def start_projector(
 ) -> None:
     """Gives a LLaVA's projector its start, which `file` keeps; every rank must call it, the first one computes it.
 
-    A resumed run takes the start that is kept: what comes after may be compared with the model as training began.
+    A resumed run reads the start from `file`, since losses may compare with the model as it was when training began.
     """
     weights, started = dict(llava.multi_modal_projector.named_parameters()), dict[str, Tensor]()
 
@@ -196,8 +196,8 @@ def _size(vectors: Float[Tensor, "rows width"]) -> float:
 def probe(train: Sequence[Round], test: Sequence[Round], seen: Seen) -> list[str | None]:
     """Returns the answer that a linear map reads of each test question's pictures; None where there is no map.
 
-    A question that is asked `LEAST_ASKED` times has a map of its own; all others share one, which does not know what is
-    asked. Answers that hardly come again cannot be read.
+    A question asked `LEAST_ASKED` times gets its own map; the others share one, which does not see the question.
+    Answers that occur too rarely cannot be read.
     """
     times = Counter(question for _, question, _ in train)
     known, asked = defaultdict[str, list[Round]](list), defaultdict[str, list[int]](list)

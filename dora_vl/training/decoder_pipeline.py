@@ -1,4 +1,4 @@
-"""Decoders trained on conversations, as a pipeline: a LLaVA, any other vision-language model, or a language model."""
+"""The pipeline of decoders that learn conversations: a LLaVA, any other vision-language model, or a language model."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ PAPER_TARGETS = tuple(
 
 
 class DecoderPipeline(Pipeline):
-    """Conversations about pictures and videos, or of words alone; instructions by a published prompt."""
+    """Trains on conversations about pictures and videos, or on text alone."""
 
     kind = DECODER
     _samples: RunSamples | None = None
@@ -113,7 +113,7 @@ class DecoderPipeline(Pipeline):
     def prepare(self, arguments: TrainingArguments) -> None:
         """Composes the base, or writes it from its source, where it is not there yet.
 
-        All data is read first, and the test's questions: what is wrong with them shows now, not after hours.
+        All data and the test's questions are read first, so that what is wrong with them shows now, not after hours.
         """
         config = self.config
         if config.model.compose is None and config.model.source is None:
@@ -199,16 +199,16 @@ class DecoderPipeline(Pipeline):
         return load_base(open_backbone, config.model, generation=search)
 
     def assistant(self, backbone: Backbone[Any]) -> Assistant:
-        """Returns the model as one that is asked."""
+        """Wraps the model for asking questions."""
         return Assistant(backbone, EncoderPrompts(self.encoder))
 
     def write_replay(self, backbone: Backbone[Any], arguments: TrainingArguments) -> None:
-        """Takes a base's chats from an earlier run of it; where there is none, it writes them."""
+        """Puts the chats of `data.replay` into the run's folder; a base that has none yet writes them."""
         if self.config.data.replay:
             on_first_rank(partial(put_chats, self.config, self.assistant(backbone), arguments.device))
 
     def dora_config(self, backbone: Backbone[Any]) -> DoRAConfig:
-        """Every linear of the decoder and the projector, unless the settings say otherwise."""
+        """Adapts every linear of the decoder and trains the projector, unless the settings say otherwise."""
         adapter, model = self.config.adapter, backbone.model
         if adapter.method == "full" and adapter.targets is None:
             raise SettingError(
@@ -446,7 +446,7 @@ class DecoderPipeline(Pipeline):
             logger.info("%s: %s", name, line)
 
     def _tested(self) -> tuple[Assistant, dict[str, Any], Exchange | None]:
-        """The model with its saved adapter, what it lost by it, and what the base answers to the test."""
+        """Returns the model with its saved adapter, what it forgot, and the base's answers to the test."""
         base, evaluation = self.load(), self.config.evaluation
         strength = checked_strength(evaluation.strength)
         base.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval().requires_grad_(False)

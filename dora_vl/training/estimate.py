@@ -24,16 +24,16 @@ from dora_vl.training.memory import Activations, Engine, Estimate, activations_o
 from dora_vl.training.pipeline import Pipeline
 
 FORWARD, BACKWARD, TRAINED_BACKWARD = 2, 2, 4
-"""FLOP a token for each number of a frozen weight, whose own gradient nobody takes, and of one that trains."""
+"""FLOP for a token and a weight: forward, backward through a frozen weight, and through a trained one."""
 ATTENTION_FORWARD, ATTENTION_BACKWARD = 4, 10
-"""FLOP for each query, key and number of the width: two products forward, five backward, the scores made again."""
+"""FLOP for each query, key and hidden number: two products forward, five backward, which recompute the scores."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """A micro-batch: rows, the tokens of each, and how many of them are labelled.
+    """Describes a micro-batch: its rows, and the tokens and labelled tokens of each.
 
-    Rows of compared answers hold all of a sample's; where they have a `reference`, its pass comes before each step's.
+    A row of compared answers holds all of a sample's; with a `reference`, that model's pass comes before each step.
     """
 
     rows: int
@@ -96,7 +96,7 @@ class PlannedRun:
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of a step."""
+        """Returns how many micro-batches a step has."""
         return int(self.section.get("gradient_accumulation_steps", 1))
 
     def on(self, ranks: int, deepspeed: str | None = None, *, recomputes: bool | None = None) -> Estimate:
@@ -140,7 +140,7 @@ class PlannedRun:
         )
 
     def flop(self) -> int:
-        """Floating-point operations of a rank's step in the text layers and the head, recomputed ones counted."""
+        """Returns a rank's FLOP for a step in the text layers and the head, recomputation included."""
         samples, text = self.samples, self.model.config.get_text_config()
         tokens, labelled = samples.rows * samples.tokens, samples.rows * samples.labelled
         attention = tokens * samples.tokens * text.hidden_size * text.num_hidden_layers
@@ -156,7 +156,7 @@ class PlannedRun:
 
 
 def plan_run(pipeline: Pipeline, *, tokens: int | None = None, labelled: int | None = None) -> PlannedRun:
-    """The model of a run's settings, and its micro-batch; no weight is read.
+    """Builds a run's model without weights, and describes its micro-batch.
 
     `tokens` counts those of a sample, pictures included (None: `data.max_tokens`), and `labelled` those of them that
     have a label (None: all that are not a picture's).
@@ -197,7 +197,7 @@ def compared(settings: Any, samples: Samples) -> Samples:
 
 @dataclass(frozen=True)
 class Cluster:
-    """The machines of a run, over which its GPUs are spread evenly.
+    """Describes the machines that a run's GPUs are spread over evenly.
 
     Attributes:
         flop_per_second: peak of one GPU in the weights' number type; `utilisation`: the share that a step's products
@@ -212,7 +212,7 @@ class Cluster:
     network: float
 
     def seconds(self, traffic: Traffic, flop: int) -> tuple[float, float]:
-        """An optimizer step's products, and its traffic over the slowest link, which a ring crosses once."""
+        """Returns the seconds that a step computes, and that its traffic takes over the slowest link."""
         slowest = min(self.bandwidth, self.network) if self.machines > 1 else self.bandwidth
         return flop / (self.flop_per_second * self.utilisation), traffic.total / slowest
 
@@ -229,11 +229,11 @@ def teraflops(size: int = 1024) -> float:
 
 
 SHAPES: Mapping[str, dict[str, Any]] = json.loads(Path(__file__).with_name("shapes.json").read_text(encoding="utf-8"))
-"""Name -> `config.json` of a published model, for a run whose base is not at hand."""
+"""Maps a published model's name to its `config.json`, for a run whose base is not here."""
 
 
 def with_shape(config: Any, shape: str | None, folder: Path) -> Any:
-    """The settings over a folder with a published model's config; as they are where no shape is named."""
+    """Points the settings at a folder with a published model's config; without a shape they stay as they are."""
     if shape is None:
         if config.model.compose is not None and not Path(config.model.base).exists():
             named = " or ".join(SHAPES)

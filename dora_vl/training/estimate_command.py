@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _first_batch(config: RunConfig) -> tuple[int, int, int | None]:
-    """Returns a sample's tokens and labelled ones by a run's first micro-batch, and how many of these an epoch has."""
+    """Returns a sample's tokens and labelled tokens in the first micro-batch, and the micro-batches of an epoch."""
     from dora_vl.data.samples import IGNORED_LABEL
     from dora_vl.training.show_command import read_first_batch, shown_settings
     from dora_vl.training.train_command import pipeline_of
@@ -118,12 +118,12 @@ def _steps(section: Mapping[str, Any], micro_batches: int) -> int:
 
 
 def gib(size: int) -> str:
-    """Bytes in GiB."""
+    """Formats bytes as GiB."""
     return f"{size / GIB:.2f}"
 
 
 def step_lines(planned: PlannedRun, gpus: int, cluster: Cluster) -> Iterator[str]:
-    """An optimizer step: what a GPU sends, what it computes, how long it takes."""
+    """Yields what a GPU sends and computes in an optimizer step, and how long that takes."""
     sent, flop = planned.traffic(gpus), planned.flop()
     compute, wire = cluster.seconds(sent, flop)
     yield (

@@ -1,4 +1,4 @@
-"""Steps that go wrong: one whose loss or gradient is no number is left out and named."""
+"""Leaves out and names a step whose loss or gradient is not finite."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dora_vl.run.launch import gathered
 logger = logging.getLogger(__name__)
 
 MOST_IN_A_ROW = 10
-"""Steps left out one after another that end a run which goes on after a single one."""
+"""So many steps left out in a row end a run that would continue after a single one."""
 NAMED_WEIGHTS, LONGEST_WEIGHT = 2, 90
 """A message names this many weights, each in at most this many characters."""
 
@@ -30,10 +30,10 @@ NAMED_WEIGHTS, LONGEST_WEIGHT = 2, 90
 class StepFaults(TrainerCallback):
     """Watches every step's losses and gradient norm on all ranks, and writes faults to `file`, a line each.
 
-    The weights survive a step that is no number: its gradients are dropped before the optimizer sees them
+    The weights survive a step that is not finite: its gradients are dropped before the optimizer sees them
     (`drop_gradients`, registered with a torch optimizer) or by DeepSpeed's own overflow check (ZeRO 1 to 3). Losses are
-    read once a step, when all of it is on its way. `policy` is `optim.not_finite`; `scaled`: gradients overflow as part
-    of float16's search for a loss scale, so losses alone are judged.
+    read once a step, after all of its work was queued. `policy` is `optim.not_finite`; `scaled`: gradients overflow
+    while float16 searches for a loss scale, so losses alone are judged.
     """
 
     def __init__(self, file: Path, policy: Literal["stop", "skip"], *, scaled: bool = False) -> None:
@@ -47,15 +47,15 @@ class StepFaults(TrainerCallback):
     # ---- what the Trainer hands over during a step
 
     def begin_step(self, ids: Sequence[Sequence[str]]) -> None:
-        """Takes the ids of each micro-batch's samples on this rank."""
+        """Notes the sample ids of each micro-batch on this rank."""
         self._ids, self._losses, self._norm = ids, [], None
 
     def note_loss(self, loss: Tensor) -> None:
-        """Takes a micro-batch's loss, as it goes into the backward pass."""
+        """Notes a micro-batch's loss before its backward pass."""
         self._losses.append(loss.detach())
 
     def note_norm(self, norm: float | Tensor | None) -> None:
-        """Takes the step's gradient norm where the Trainer or DeepSpeed has it."""
+        """Notes the step's gradient norm where the Trainer or DeepSpeed has it."""
         self._norm = norm if norm is not None else self._norm
 
     @property
@@ -64,14 +64,14 @@ class StepFaults(TrainerCallback):
         return None if self._norm is None else float(self._norm)
 
     def note_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Takes the norm of the gradients themselves."""
+        """Computes and notes the norm of the gradients."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if gradients:
             norms = torch._foreach_norm(gradients)
             self._norm = torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
 
     def drop_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Drops all gradients before a torch optimizer's step where one is no number, so that it changes nothing."""
+        """Drops all gradients before a torch optimizer's step where one is not finite, so that nothing changes."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if self._norm is None:
             self.note_gradients(parameters)
@@ -85,7 +85,7 @@ class StepFaults(TrainerCallback):
     # ---- the verdict
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Cuts lines that a resumed run may write again."""
+        """Removes lines that a resumed run may write again."""
         if state.is_world_process_zero and self._file.is_file():
             write_json_lines(self._file, [line for line in read_log(self._file) if line["step"] <= state.global_step])
 
@@ -109,12 +109,12 @@ class StepFaults(TrainerCallback):
         self._left_out_in_a_row = 0
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Leaves the validation out of a run that ends early; see `progress.validation_owed`."""
+        """Skips the validation of a run that ends early; see `progress.validation_owed`."""
         if self.ended_by is not None:
             control.should_evaluate = False
 
     def _judge(self, what: str, done: str, ids: Sequence[str], state: TrainerState, control: TrainerControl) -> None:
-        """Warns of what was wrong with a step, and ends the run where that is set."""
+        """Warns of a step that is not finite, and ends the run where `policy` says so."""
         self._left_out_in_a_row += 1
         about = f" (samples {shown_names(ids)})" if ids else ""
         fault = f"step {state.global_step}: {what}{about}; {done}"
@@ -137,7 +137,7 @@ class StepFaults(TrainerCallback):
 
 
 def steps_left_out(file: Path) -> int:
-    """Steps that a run left out, those before a resume included."""
+    """Counts the steps that a run left out, including those before a resume."""
     return sum(bool(line.get("left_out")) for line in read_log(file))
 
 
@@ -147,7 +147,7 @@ def steps_left_out(file: Path) -> int:
 def check_base_weights(model: nn.Module, base: str) -> None:
     """Reads every weight of a loaded base once; every rank must call it (under ZeRO-3 each reads its own shards).
 
-    Buffers are left out: masks of minus infinity are among them.
+    Buffers are not checked, since some are masks of minus infinity.
     """
     if broken := _not_finite(model.named_parameters()):
         raise UserError(

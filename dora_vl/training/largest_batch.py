@@ -1,8 +1,8 @@
 """The largest micro-batch that the data can give, tried before the first step and undone: what does not fit ends there.
 
-A run that ends for memory does so at its longest sample, which may come after hours. Here a step is taken over that
-one: with the optimizer's state in its place, gradients that are zero and a learning rate of zero. Afterwards weights,
-optimizer and generators are as they were, to the bit.
+A run out of memory fails at its longest sample, which may come after hours. Here a step is taken over that sample
+first: with the optimizer's state allocated, zero gradients and a learning rate of zero. Afterwards weights, optimizer
+and generators are as they were, to the bit.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 ENGINE_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 Pool = Sequence[Any]
-"""Holds items of which a loader can make one micro-batch."""
+"""Items that a loader can make one micro-batch of."""
 
 WHAT_TO_LOWER = (
     "Lower training.per_device_train_batch_size, evaluation.batch_size or data.max_tokens, or set "
@@ -40,7 +40,7 @@ WHAT_TO_LOWER = (
 
 @contextlib.contextmanager
 def out_of_memory_reported(where: Callable[[], str]) -> Iterator[None]:
-    """Turns too little memory, wherever it shows, into one `UserError` that says where it was."""
+    """Turns every error of too little memory into one `UserError` that says where it happened."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -78,7 +78,7 @@ class LargestBatch(TrainerCallback):
         self._trainer, self._data, self._cost = trainer, data, cost
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Tries it before anything is asked or trained."""
+        """Tries the batch before any question is asked or step is taken."""
         with random_state_kept(args.device):
             items = largest(self._data.pools(), self._cost, args.per_device_train_batch_size)
             if not items:
@@ -101,7 +101,7 @@ class LargestBatch(TrainerCallback):
         )
 
     def _trouble(self, items: list[Any], args: TrainingArguments) -> str | None:
-        """Returns what did not fit, or None. The error is let go, since it holds what the step had made."""
+        """Returns what did not fit, or None; the error itself is dropped, since it holds the step's tensors."""
         try:
             take_and_undo(self._trainer, self._data.collate(items))
         except (MemoryError, RuntimeError) as error:
@@ -129,7 +129,7 @@ def _samples(items: Pool) -> list[Any]:
 
 
 def cost_of(activations: Activations, *, recomputed: bool) -> Callable[[Pool], int]:
-    """Bytes of a micro-batch by its padded tokens and its labels, which are what differs between micro-batches."""
+    """Returns a function for a micro-batch's bytes by its padded tokens and its labels."""
 
     def tokens_of(sample: Any) -> int:
         features = getattr(sample, "features", None)  # of a VL-BART, pictures x tokens
@@ -150,9 +150,9 @@ def cost_of(activations: Activations, *, recomputed: bool) -> Callable[[Pool], i
 
 
 def take_and_undo(trainer: Any, batch: Mapping[str, Any]) -> None:
-    """A whole step over a batch that changes nothing; every rank must call it under DeepSpeed.
+    """Takes a whole step over a batch that changes nothing; under DeepSpeed every rank must call it.
 
-    With accumulation two micro-batches, since the second finds the first one's gradients in memory.
+    With accumulation it takes two micro-batches, since the second finds the first one's gradients in memory.
     """
     parts, alone = min(2, trainer.args.gradient_accumulation_steps), not trainer.is_deepspeed_enabled
     optimizer: torch.optim.Optimizer = trainer.optimizer_layout.optimizer
@@ -183,9 +183,9 @@ def _forward_and_backward(trainer: Any, batch: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _nothing_learnt(trainer: Any) -> Iterator[None]:
-    """Steps inside have a learning rate of zero; afterwards the optimizer, and what it trains, is as it was.
+    """Sets the learning rate to zero inside; afterwards the optimizer and what it trains are as they were.
 
-    What is kept lies in the machine's memory, so that the device has as much room as ever.
+    The copies are in the machine's memory, so that the device has as much room as before.
     """
 
     def on_host(value: Any) -> Any:
@@ -219,7 +219,7 @@ def _nothing_learnt(trainer: Any) -> Iterator[None]:
 
 
 def _restore(state: dict[str, Any], before: Mapping[str, Any]) -> None:
-    """Puts values back, in place where a tensor was there already; what is new goes."""
+    """Restores values, in place where the tensor is still there, and removes new ones."""
     for name in [name for name in state if name not in before]:
         del state[name]
     for name, value in before.items():
@@ -230,6 +230,6 @@ def _restore(state: dict[str, Any], before: Mapping[str, Any]) -> None:
 
 
 def _counters(owner: Any) -> dict[str, Any]:
-    """Whole numbers of DeepSpeed's engine that its checkpoints hold, or all of its loss scale."""
+    """Returns the counters of DeepSpeed's engine that its checkpoints hold, or its loss scale."""
     names = [name for name in ENGINE_COUNTERS if name in vars(owner)] or list(vars(owner))
     return {name: vars(owner)[name] for name in names}

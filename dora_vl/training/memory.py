@@ -52,26 +52,26 @@ class Table:
 
 
 def parameter_count(parameter: nn.Parameter) -> int:
-    """Numbers in a parameter; under ZeRO-3 the whole, not this rank's shard."""
+    """Counts the numbers of a parameter; under ZeRO-3 those of all shards."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def bytes_of(parameters: Iterable[nn.Parameter]) -> int:
-    """Bytes of whole parameters."""
+    """Returns the bytes of whole parameters."""
     return sum(parameter_count(parameter) * parameter.element_size() for parameter in parameters)
 
 
 def weight_count(model: nn.Module) -> int:
-    """Numbers in all of a model's parameters; a quantised layer's weight counts as what it stands for, unpacked."""
+    """Counts the numbers of all parameters; a quantised weight counts unpacked."""
     layers: list[Any] = [module for module in model.modules() if is_quantised(module)]
     unpacked = {id(next(layer.parameters())): layer.in_features * layer.out_features for layer in layers}
     return sum(unpacked.get(id(parameter), parameter_count(parameter)) for parameter in model.parameters())
 
 
 def memory_gib(device: torch.device) -> float:
-    """GiB of the rank that holds most; every rank must call it.
+    """Returns the GiB of the rank that holds most; every rank must call it.
 
-    On a GPU the most that torch had allocated since the last call, on a CPU what the process holds now.
+    On a GPU that is torch's peak since the last call, on a CPU what the process holds now.
     """
     if device.type == "cuda":
         used = torch.cuda.max_memory_allocated(device)
@@ -87,7 +87,7 @@ def memory_gib(device: torch.device) -> float:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that a model's text layers and its loss keep of a micro-batch between forward and backward.
+    """Describes the bytes that text layers and loss keep of a micro-batch between forward and backward.
 
     Attributes:
         layer: bytes of a token in one layer; `vector`: of its hidden state.
@@ -169,12 +169,12 @@ class Engine:
         return f"{self.ranks} ({'FSDP2' if self.fsdp else zero})"
 
     def shares(self, first_stage: int) -> int:
-        """Among how many ranks a thing is split that ZeRO splits from this stage on."""
+        """Returns how many ranks share what ZeRO splits from this stage on."""
         return self.ranks if (self.stage or 0) >= first_stage else 1
 
 
 def engine_of(deepspeed: Mapping[str, Any] | None, *, ranks: int, hidden_width: int, fsdp: bool = False) -> Engine:
-    """The engine of a DeepSpeed config; `auto` sizes are transformers', from the hidden width."""
+    """Reads the engine of a DeepSpeed config; `auto` sizes follow the hidden width, as transformers sets them."""
     if deepspeed is None:
         return Engine(3 if fsdp else None, ranks, fsdp=fsdp)
     zero = deepspeed.get("zero_optimization", {})
@@ -205,7 +205,7 @@ def engine_of(deepspeed: Mapping[str, Any] | None, *, ranks: int, hidden_width: 
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of one rank, on its GPU unless said otherwise.
+    """Describes the bytes of one rank, on its GPU unless said otherwise.
 
     Attributes:
         weights: frozen weights by number type, such as `bfloat16`.
@@ -234,7 +234,7 @@ class Held:
     def at_most(self, engine: Engine, activations: int, *, accumulates: bool) -> int:
         """Returns the GPU's bytes at the fullest moment: in the passes, or while the optimizer steps.
 
-        Gradients come as activations go, but those of an earlier micro-batch are there before.
+        Gradients replace activations during the backward pass, but an earlier micro-batch's are there from the start.
         """
         came = self.gradients + (self.buckets if engine.stage == 2 else 0)
         if engine.stage == 3:  # their memory is there before
@@ -300,13 +300,13 @@ def held_by(model: nn.Module, engine: Engine, *, half_precision: bool = False) -
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of one rank.
+    """Estimates the bytes of one rank.
 
     Attributes:
-        activations: of a micro-batch, the loss among them.
+        activations: bytes that a micro-batch and its loss keep.
         accumulates: a step has several micro-batches.
-        reference: of what trains, as it was when training began, whole on every rank.
-        others: what this process holds beside its tensors, on a CPU, where the log counts it too.
+        reference: bytes of the copy of what trains as it was when training began, whole on every rank.
+        others: bytes that the process holds beside its tensors, on a CPU, where the log counts them too.
     """
 
     engine: Engine
@@ -318,7 +318,7 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        """Bytes at the fullest moment."""
+        """Returns the bytes at the fullest moment."""
         return (
             self.others
             + self.reference
@@ -326,7 +326,7 @@ class Estimate:
         )
 
     def table(self) -> Table:
-        """GiB by part; what takes nothing has no row."""
+        """Lists GiB by part; what takes nothing has no row."""
         held = self.held
         sizes = {f"frozen weights, {name}": size for name, size in held.weights.items()} | {
             "trained weights": held.trained,

@@ -37,7 +37,7 @@ from dora_vl.training.pipeline import Pipeline
 logger = logging.getLogger(__name__)
 
 FACTORS = LEAVES - {"magnitude"}
-"""The effect of these tensors depends on their layer's scale."""
+"""Tensors whose effect depends on their layer's scale."""
 
 
 def core_config(
@@ -50,8 +50,8 @@ def core_config(
 ) -> DoRAConfig:
     """The core's config of a run's adapter section; presets (`language`, `vision`...) are looked up in the model.
 
-    The backbone's own `targets` are those of a section without any; its parts (`also_train`) stand beside the section's
-    unless one has the same name, and so do the frozen tensors that the folder carries (`also_keep`).
+    The backbone's `targets` apply where the section has none; its parts (`also_train`) and the frozen tensors that the
+    folder carries (`also_keep`) are added to the section's, which wins where names are equal.
     """
     settings = {field.name: getattr(adapter, field.name) for field in fields(AdapterSettings)}
     default = {name: globs for name, globs in (also_train or {}).items() if name not in adapter.parts}
@@ -73,7 +73,7 @@ def core_config(
 
 
 def check_initial(initial: str | None) -> None:
-    """Sees before any weight is read that the folder to start from holds an adapter."""
+    """Checks that the folder to start from holds an adapter, before any weight is read."""
     if initial is not None and not (Path(initial) / WEIGHTS_FILE).is_file():
         raise SettingError("adapter.initial", f": {no_adapter(Path(initial))}")
 
@@ -89,8 +89,8 @@ def adapt(model: nn.Module, config: DoRAConfig, *, initial: str | None = None) -
 def load_initial(model: nn.Module, folder: Path) -> None:
     """Starts from the weights of an adapter folder, which may hold fewer parts (stage 1's projector alone).
 
-    Frozen rows that the folder carries and this run's own folder will carry too (a VL-BART's picture tokens) are taken
-    over as well. Other frozen tensors of the folder must be the base's.
+    Frozen rows of the folder that this run's own folder will carry too (a VL-BART's picture tokens) are loaded as well.
+    Other frozen tensors of the folder must equal the base's.
     """
     stored = {own_name(key): tensor for key, tensor in read_weights(folder).items()}
     trained = {name: weight for part in trained_parts(model) for name, weight in part.parameters.items()}
@@ -135,7 +135,7 @@ def _refuse_lost_values(model: nn.Module, folder: Path, frozen: Mapping[str, Ten
 
 
 def _refuse_another_meaning(model: nn.Module, folder: Path, stored: Mapping[str, Tensor]) -> None:
-    """A and B mean what the folder's settings say; under others they would start the run somewhere else."""
+    """Refuses a folder whose settings differ: its A and B would start the run somewhere else."""
     owners = {name.rpartition(".")[0] for name in stored if name.rpartition(".")[2] in FACTORS}
     if not owners:
         return
@@ -174,7 +174,7 @@ class LearningRates:
     b_ratio: float = 1.0
 
     def of(self, part: TrainedPart) -> float:
-        """The rate of a part: by its whole name, by its part, by its factor, or the default, in this order."""
+        """Returns the rate of a part: by its whole name, by its part, by its factor, or the default, in this order."""
         if part.name in self.by_part:
             return self.by_part[part.name]
         keys = (key for key in (part.part, part.factor) if key is not None and key in self.by_part)
@@ -184,7 +184,7 @@ class LearningRates:
 
 
 def rates_of(optim: OptimConfig, default: float) -> LearningRates:
-    """The rates that a run's `optim:` section says, `training.learning_rate` being the default.
+    """Reads the rates of a run's `optim:` section; `training.learning_rate` is the default.
 
     B trains at `b_learning_rate_ratio` times its part's rate (LoRA+), magnitudes never with it.
     """
@@ -197,7 +197,7 @@ def rates_of(optim: OptimConfig, default: float) -> LearningRates:
 
 
 def refuse_unknown_parts(parts: Sequence[TrainedPart], rates: LearningRates) -> None:
-    """Raises a `UserError` where a learning rate is for a part that this run does not train; it names the nearest."""
+    """Refuses a learning rate for a part that this run does not train; the error names the nearest part."""
     trained = {name for part in parts for name in (part.name, part.part, part.factor) if name is not None}
     for unknown in sorted(set(rates.by_part) - trained):
         close = get_close_matches(unknown, trained, n=1, cutoff=0.5)
@@ -237,7 +237,7 @@ def with_decay(parts: Sequence[TrainedPart], decayed: Decayed) -> tuple[TrainedP
 def parameter_groups(
     parts: Sequence[TrainedPart], rates: LearningRates, *, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Groups for a torch optimizer. Vectors (magnitudes, norms, biases) do not decay, unless `with_decay` says so."""
+    """Makes groups for a torch optimizer. Vectors (magnitudes, norms, biases) decay only where `with_decay` says so."""
     return [
         {
             "name": part.name,
@@ -251,7 +251,7 @@ def parameter_groups(
 
 
 def trained_table(model: nn.Module, parts: Sequence[TrainedPart], rates: LearningRates) -> Table:
-    """A row for each part that trains: layers, numbers, their share of all, rank and learning rate."""
+    """Lists each part that trains: layers, numbers, their share of all, rank and learning rate."""
     total = weight_count(model)
     layers = dict(adapted_layers(model))
     by_name: dict[str, list[TrainedPart]] = {}

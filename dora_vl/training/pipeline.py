@@ -1,6 +1,6 @@
 """A pipeline gives a training run its model, what is adapted in it, its data, its loss and its test.
 
-Training asks for these in the order in which they stand here, and knows nothing else of a backbone or of what is asked.
+Training calls these methods in the order in which they stand here, and knows nothing else of backbones or tasks.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from dora_vl.training.rollouts import Rollouts
 
 
 class LossModel(nn.Module):
-    """A backbone and a loss. The loss goes through `forward`, so every engine sees it.
+    """Joins a backbone with a loss. The loss is computed in `forward`, so every engine sees it.
 
     A subclass's `forward` takes a batch by name and `num_items_in_batch`, and gives `loss` to go backward from and
     `labelled_tokens`, the number of labels it saw.
@@ -53,11 +53,11 @@ class LossModel(nn.Module):
         self.accepts_loss_kwargs = step_tokens  # the Trainer's own name for this switch
 
     def kept(self) -> Mapping[str, Any]:
-        """Returns what a rank of a resumed run must know beside weights, in JSON's types."""
+        """Returns what a rank of a resumed run needs beside weights, in JSON's types."""
         return {}
 
     def keep(self, numbers: Mapping[str, Any]) -> None:
-        """Takes over what `kept` returned."""
+        """Restores what `kept` returned."""
 
     @property
     def config(self) -> Any:
@@ -196,7 +196,7 @@ class PreferenceLoss(LossModel):
         return {"reference": [[*key, value] for key, value in self._kept[True].items()]}
 
     def keep(self, numbers: Mapping[str, Any]) -> None:
-        """Takes over those of the run that is resumed."""
+        """Restores those of the run that is resumed."""
         self._kept[True].update({(sample, answer): value for sample, answer, value in numbers.get("reference", ())})
 
     def _of_reference(

@@ -128,7 +128,7 @@ def _check_and_prepare(pipeline: Pipeline, arguments: TrainingArguments, checkpo
 
 
 def _go_on(trainer: AdapterTrainer, checkpoint: Path, config: RunConfig) -> None:
-    """Takes over a checkpoint; for the first rank alone."""
+    """Checks the checkpoint to resume from, and prepares the folder; for the first rank alone."""
     folder = run_folder_of(config.training)
     check_base(checkpoint, config.model.base, trainer.recipe.get("base_sha256"))
     trainer.progress.check_samples(checkpoint)
@@ -137,7 +137,7 @@ def _go_on(trainer: AdapterTrainer, checkpoint: Path, config: RunConfig) -> None
 
 
 def _written(trainer: AdapterTrainer, *, stopped: bool) -> dict[str, Any]:
-    """Writes what a whole run leaves, and returns its numbers; of one that was stopped nothing is written."""
+    """Writes the results of a finished run, and returns its numbers; a stopped run gets no results."""
     folder, counts = trainer.run_folder, trainer.statistics.over_ranks(trainer.args.device)
     skipped = trainer.statistics.skipped_on_all_ranks()
     held_out = {} if trainer.validation is None else trainer.validation.statistics.skipped_on_all_ranks()

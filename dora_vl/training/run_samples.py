@@ -79,7 +79,7 @@ class RowEncoder:
     Attributes:
         folder: root of the pictures' paths; None: the model sees words alone.
         videos: reads the videos; None: the model sees words alone.
-        most_pixels: of a sample; what is above it is shrunk.
+        most_pixels: the most pixels of a sample; larger pictures are shrunk.
         outputs: stored outputs of the pictures' frozen vision parts.
     """
 
@@ -89,9 +89,9 @@ class RowEncoder:
     most_pixels: int | None = None
     outputs: OutputStore | None = None
     compares: bool = False
-    """True makes a sample of the last answer with the rejected ones beside it, not of the whole conversation."""
+    """True where a sample is the last answer with the rejected ones beside it, not the whole conversation."""
     exchange: int | None = None
-    """The seed by which another picture is drawn for the chosen answer (`objective.exchange_pictures`); None: none."""
+    """The seed that draws another picture for the chosen answer (`objective.exchange_pictures`); None draws none."""
 
     def dataset(self, rows: Examples, stored: HeldPictures) -> ConversationDataset:
         """The samples of some rows, and of the pictures that they hold themselves."""
@@ -106,7 +106,7 @@ class RowEncoder:
         return dataclasses.replace(first, others=tuple(others), lost_pixels=sum(part.lost_pixels for part in encoded))
 
     def parts(self, row: Example, rows: Examples) -> list[Example]:
-        """Returns the row once for each list of pictures that answers of it are about."""
+        """Splits a row by the pictures that its answers are about."""
         if not self.compares or not row.rejected:
             return [row]
         *asked, chosen = row.turns
@@ -122,7 +122,7 @@ class RowEncoder:
         return [row, other] if images else [row]
 
     def _encode(self, row: Example, stored: HeldPictures) -> Encoded:
-        """The tensors of answers about the same pictures; of pictures with stored outputs the size alone counts."""
+        """Encodes answers about the same pictures; pictures with stored outputs only give their size."""
         if self.folder is None or self.videos is None:
             if row.images or row.videos:
                 raise BadSample(row.id, "it has pictures or videos, which a language model does not see")
@@ -151,7 +151,7 @@ class RowEncoder:
 
 
 class RunSamples:
-    """A run's training and validation samples; the arguments' seed is that of every order."""
+    """Holds a run's training and validation samples; every order is drawn by the arguments' seed."""
 
     def __init__(self, data: DataConfig, arguments: TrainingArguments) -> None:
         self._data, self._arguments, self._seed = data, arguments, order_seed(arguments)
@@ -171,7 +171,7 @@ class RunSamples:
 
     @property
     def has_pictures(self) -> bool:
-        """Returns True where a training sample has a picture; always for a stream, of which nobody knows."""
+        """Returns True where a training sample has a picture, and for every stream, which may hold one."""
         return self._train is None or self._train.has_pictures
 
     @property
@@ -182,7 +182,7 @@ class RunSamples:
 
     @property
     def has_thoughts(self) -> bool:
-        """Returns True where a turn begins with thoughts, in samples at even distances or a stream's first."""
+        """Returns True where a turn begins with thoughts, in evenly spread samples or the first of a stream."""
         rows: list[Example | BadSample] = [*self._streamed]
         for table in self._tables:
             rows += table.select(range(0, len(table), max(1, len(table) // HASHED_ROWS)))
@@ -196,7 +196,7 @@ class RunSamples:
 
     @property
     def _streamed(self) -> list[Example]:
-        """Lists the first rows of a stream, by which it is judged."""
+        """Lists the first rows of a stream, which stand for all of it."""
         sources = () if self._stream is None else self._stream.sources
         return [row for source in sources for row in source.first_rows if isinstance(row, Example)]
 
@@ -289,7 +289,7 @@ class RunSamples:
         return judged, any(row.rejected for row in rows) or any(table.most_rejected for table in tables)
 
     def look_ahead(self, pictures: MediaFolder | None, videos: MediaFolder | None) -> None:
-        """Refuses training samples that a run over them would end for; see `data.look_ahead`. Of a stream none.
+        """Refuses training samples that would end the run later (see `data.look_ahead`); a stream is not looked at.
 
         `pictures` and `videos` are the roots of their paths; None: the model sees words alone.
         """
@@ -477,7 +477,7 @@ def _pools(
     grouped: bool,
     sized: MediaFolder | None,
 ) -> list[list[Sample | Skipped]]:
-    """The largest samples, those with pictures and those without apart where no micro-batch mixes them.
+    """Returns the largest samples, with and without pictures apart where no micro-batch mixes them.
 
     Twice as many as a micro-batch holds, since words only stand for tokens.
     """
@@ -497,7 +497,7 @@ def _pool_of_first_rows(
 
 
 def read_samples(data: DataConfig, *, seed: int) -> tuple[ExampleTable, ExampleTable | None]:
-    """The training samples and those whose loss is measured meanwhile, memory-mapped."""
+    """Reads the training samples and the validation samples, memory-mapped."""
     if sum(map(bool, (data.validation, data.validation_share, data.validation_size))) > 1:
         raise SettingError("data.validation", ": set one of it, data.validation_share and data.validation_size")
     files = train_files(data.files)
@@ -556,7 +556,7 @@ def stored_outputs(
     pictures: Iterable[Sequence[str]],
     arguments: TrainingArguments,
 ) -> tuple[OutputStore, Sample]:
-    """Outputs of the model's frozen vision parts for samples' pictures, missing ones computed first; and a dummy row's.
+    """Returns the frozen vision parts' outputs for pictures, computing missing ones first, and for a dummy sample.
 
     Every rank must call it: they share the computing.
     """

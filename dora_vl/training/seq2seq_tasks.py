@@ -59,7 +59,7 @@ class TaskSource:
     encoder: Seq2SeqEncoder
 
     def item(self, index: int, drawn: Random, answer: int | None) -> Seq2SeqSample | Skipped:
-        """A sample of an item, or why it is none; it is trained on the `answer` of this number, or on one drawn."""
+        """Makes an item's sample, or says why it has none; its label is the answer number `answer`, or a drawn one."""
         name = f"{self.subtask.name}:{index}"
         try:
             example = self.file[index]
@@ -87,7 +87,7 @@ class MixtureDataset(Dataset[MicroBatch]):
         return len(self.plan)
 
     def set_epoch(self, epoch: int) -> None:
-        """Moves the order and the random choices of every worker to this epoch."""
+        """Sets the epoch that the order and the random choices of all workers depend on."""
         self._epoch.fill_(epoch)
 
     def first(self, count: int) -> Iterator[tuple[Seq2SeqSample, Target, Subtask]]:
@@ -103,7 +103,7 @@ class MixtureDataset(Dataset[MicroBatch]):
                     yield sample, target, task.subtask
 
     def longest(self) -> list[MicroBatch]:
-        """Returns the largest micro-batch of each task that can be made of samples at even distances."""
+        """Returns the largest micro-batch of each task among evenly spread samples."""
         epoch = int(self._epoch)
         batches = []
         for number, source in enumerate(self.plan.sources):
@@ -128,9 +128,9 @@ class MixtureDataset(Dataset[MicroBatch]):
 
 
 class ValidationBatches(Dataset[MicroBatch]):
-    """Each task's samples in the file's order, with the first answer of each, in batches of one task.
+    """Batches each task's samples in the file's order, with the first answer of each; a batch holds one task.
 
-    Batches without items follow until all ranks have equally many.
+    Empty batches follow until all ranks have equally many.
     """
 
     def __init__(self, sources: Sequence[TaskSource], *, batch_size: int, ranks: int) -> None:
@@ -151,7 +151,7 @@ class ValidationBatches(Dataset[MicroBatch]):
 
 
 class Seq2SeqLoss(LossModel):
-    """The loss of one task's micro-batch, normalised over the whole step, however that is dealt out to ranks."""
+    """Computes the loss of one task's micro-batch, normalised over the whole step of all ranks."""
 
     backbone: VlBartBackbone
 
@@ -198,7 +198,7 @@ class Seq2SeqLoss(LossModel):
     def _with_idle_heads(
         self, loss: Float[Tensor, ""], hidden: Float[Tensor, "places width"], closed: ClosedBatch | None
     ) -> Float[Tensor, ""]:
-        """The loss and zero times every other head: under ZeRO-3 all that trains must have a gradient."""
+        """Adds zero times every other head to the loss: under ZeRO-3 all that trains must have a gradient."""
         for task, head in self.backbone.model.answer_heads.items():
             if closed is None or task != closed.task:
                 loss = loss + 0.0 * head(hidden[:1].detach()).float().sum()
@@ -236,7 +236,7 @@ def check_names(config: RunConfig, subtasks: Mapping[str, Subtask]) -> None:
 
 
 def check_same_features(trained: Mapping[str, str], tested: Mapping[str, str]) -> None:
-    """Refuses test features that were computed in another way than those of training, where both say how."""
+    """Refuses test features that were computed differently from those of training, where both say how."""
     for task, folder in tested.items():
         before = read_settings(Path(trained[task])) if task in trained else None
         now = read_settings(Path(folder))

@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
 
 
 def shown_settings(config: RunConfig, folder: Path) -> RunConfig:
-    """A run's settings as they serve to look at its data: nothing is cached, and what is written goes to `folder`."""
+    """Returns a run's settings for looking at its data: nothing is cached, and files go to `folder`."""
     training = {name: value for name, value in config.training.items() if name not in ELSEWHERE}
     training |= {"output_dir": str(folder), "use_cpu": True, "eval_strategy": "no"}
     data = dataclasses.replace(config.data, workers=0, cache_features=False, replay=0.0)
@@ -66,7 +66,7 @@ def shown_settings(config: RunConfig, folder: Path) -> RunConfig:
 class FirstBatch(NamedTuple):
     """The micro-batch that one process would see first, its samples' ids, and how many micro-batches an epoch has.
 
-    The last is None where nobody knows it beforehand, as of a stream. `backbone` has no weights.
+    `micro_batches` is None where it is not known beforehand, as for a stream. `backbone` has no weights.
     """
 
     batch: dict[str, Any]
@@ -84,7 +84,7 @@ def first_batch(pipeline: Pipeline) -> BatchView:
 
 
 def read_first_batch(pipeline: Pipeline) -> FirstBatch:
-    """Makes it as training would."""
+    """Makes the first micro-batch as training would."""
     from torch import nn
 
     from dora_vl.data.samples import Skipped

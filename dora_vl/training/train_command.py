@@ -1,6 +1,6 @@
 """`dora-vl train`, and the scripts in tasks/ that train: settings from the command line, a run, an exit status.
 
-Imports that take seconds come after mistakes in the settings were reported.
+Slow imports wait until the settings have been checked.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ SETS_UP_LOGGING = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's options; what stands behind CONFIG is read as the run's settings."""
+    """Adds the verb's options; what follows CONFIG is read as the run's settings."""
     parser.add_argument("config", metavar="CONFIG", help="YAML file with the run's settings, or a recipe's name")
     parser.add_argument("settings", nargs=argparse.REMAINDER, metavar="...", help="--variant NAME, --section.key value")
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
-    """Trains and tests; what there is to say goes to the log."""
+    """Trains and tests; its messages go to the log."""
     words = [f"--config={arguments.config}", *arguments.settings]
     train(words, program="dora-vl train", description=DESCRIPTION)
     yield from ()
@@ -57,14 +57,14 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
 
 @exit_on_user_error
 def train_script(task: Task, description: str | None) -> None:
-    """Runs a script of tasks/, for settings that name no task or this one."""
+    """Runs a script of tasks/, whose settings name this task or none."""
     train(sys.argv[1:], task, program=f"{task}.py", description=description or "")
 
 
 def train(words: Sequence[str], task: Task = "image_text", *, program: str, description: str) -> None:
     """Reads the settings, trains, tests; a run that a signal stopped ends the process with the signal's status.
 
-    The words and their files are settings of the task that they name, or else of `task`.
+    `task` is the task of settings that name none.
     """
     bind_threads()
     from dora_vl.run.launch import cause_speaks_first, end_with_launcher, log_to_stderr, own_core

@@ -76,7 +76,7 @@ logger = logging.getLogger(__name__)
 
 
 class OrderedTrainer(Trainer):
-    """Takes a pipeline's samples in their order; where the data has none, in the Trainer's."""
+    """Takes a pipeline's samples in the data's order, or the Trainer's where the data has none."""
 
     def __init__(self, data: TrainingData, **options: Any) -> None:
         super().__init__(train_dataset=data.train, data_collator=cast(Any, data.collate), **options)
@@ -90,9 +90,9 @@ class AdapterTrainer(OrderedTrainer):
     """Trains what `core.trained_parts` lists of an adapted backbone, and saves it at every checkpoint."""
 
     optimizer_layout: OptimizerLayout
-    """Finds what trains in the optimizer, once there is one."""
+    """Locates what trains in the optimizer; set once training begins."""
     closing: ExitStack
-    """Gives signals and the terminal back, also after an error in training."""
+    """Restores signal handlers and the terminal, also after an error in training."""
 
     def __init__(
         self, pipeline: Pipeline, arguments: TrainingArguments, backbone: Backbone[Any], data: TrainingData
@@ -177,7 +177,7 @@ class AdapterTrainer(OrderedTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Computes the Trainer's loss, and notes that of a training step with what it gives beside."""
+        """Computes the Trainer's loss, and notes the loss of a training step and its other numbers."""
         items: Any = num_items_in_batch
         loss, output = cast(Any, super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=items))
         if model.training:
@@ -203,14 +203,14 @@ class AdapterTrainer(OrderedTrainer):
         return loss, None, None
 
     def evaluation_loop(self, *options: Any, **named: Any) -> Any:
-        """The validation data's loss as the mean over usable samples; the Trainer's is one over batches."""
+        """Computes the validation loss as a mean over usable samples, where the Trainer takes one over batches."""
         with random_state_kept(self.args.device):  # a stop that leaves a validation out shall change no later dropout
             output: Any = super().evaluation_loop(*options, **named)
         output.metrics.update(cast(ValidationLoss, self.validation).finish(self.args.device))
         return output
 
     def validate_at_once(self) -> None:
-        """Validates as at an epoch's end, also for the choice of the best checkpoint."""
+        """Validates as at an epoch's end, which also counts for the best checkpoint."""
         self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
         self._name_best()
 
@@ -227,7 +227,7 @@ class AdapterTrainer(OrderedTrainer):
         return self.optimizer
 
     def _see_gradients_before_clipping(self, engine: DeepSpeedEngine) -> None:
-        """The engine clips float32 gradients without ZeRO inside its step, and keeps their norm to itself."""
+        """Notes gradients before DeepSpeed's engine clips them: without ZeRO it keeps their norm to itself."""
         clip = engine.clip_fp32_gradients
 
         def seen_and_clipped() -> None:
@@ -238,7 +238,7 @@ class AdapterTrainer(OrderedTrainer):
 
     @property
     def _drops_gradients_itself(self) -> bool:
-        """Returns True where DeepSpeed's optimizer leaves a step out whose gradient is no number: ZeRO 1 to 3."""
+        """Returns True under ZeRO 1 to 3, whose optimizers skip a step with a gradient that is not finite."""
         return self.is_deepspeed_enabled and zero_stage(deepspeed_config()) > 0
 
     # ---- checkpoints: written under another name, renamed when every rank is done
@@ -256,7 +256,7 @@ class AdapterTrainer(OrderedTrainer):
             self._write_checkpoint(model, trial, self.run_folder / WRITING / name)
 
     def _write_checkpoint(self, model: nn.Module, trial: Any, written: Path) -> None:
-        """Writes a checkpoint under another folder, its account last, and then gives it its name."""
+        """Writes a checkpoint into another folder, its manifest last, and then renames it."""
         self._checkpoint_parent = written.parent
         try:
             super()._save_checkpoint(model, trial)
@@ -364,7 +364,7 @@ class AdapterTrainer(OrderedTrainer):
 
 
 def build_trainer(pipeline: Pipeline, arguments: TrainingArguments, backbone: Backbone[Any]) -> AdapterTrainer:
-    """The Trainer of an adapted backbone with its data, and all that happens beside its steps."""
+    """Builds the Trainer of an adapted backbone with its data and callbacks."""
     config, data = pipeline.config, pipeline.data(backbone, arguments)
     if config.training.get("fsdp"):
         shard(backbone.model, arguments.device)
@@ -433,7 +433,7 @@ def plan_of(
 
 
 def _read_in_a_pass(samples: int, arguments: TrainingArguments) -> int:
-    """Samples that the ranks read in an epoch: accelerate repeats some until all have equally many whole batches."""
+    """Returns how many samples the ranks read in an epoch: accelerate repeats some to fill the last batches."""
     if arguments.world_size == 1:
         return samples
     together = arguments.per_device_train_batch_size * arguments.world_size
