@@ -42,8 +42,7 @@ from dora_vl.data.pictures import MediaFolder, open_image
 from dora_vl.data.samples import BOOKKEEPING, Sample
 from dora_vl.data.turns import Turn
 from dora_vl.heads.preferences import Scale
-from dora_vl.training.pipeline import PreferenceLoss
-from dora_vl.training.reference import Reference
+from dora_vl.training.losses import PreferenceLoss, Reference
 
 RANK, BETA, PICTURES = 16, 0.1, 2
 PROJECTIONS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"

@@ -74,9 +74,9 @@ from dora_vl.run.launch import on_first_rank
 from dora_vl.run.settings import foreign_fields
 from dora_vl.run.watched import Watch, evenly
 from dora_vl.training.closed_form import MOST_SAMPLES, Form, probe, projector_inputs, start_projector
+from dora_vl.training.losses import LossModel, NextTokenLoss, PreferenceLoss, Reference, RewardLoss, draws_in_training
 from dora_vl.training.parts import adapt, core_config
-from dora_vl.training.pipeline import LossModel, NextTokenLoss, Pipeline, PreferenceLoss, RewardLoss, TrainingData
-from dora_vl.training.reference import Reference, draws_in_training
+from dora_vl.training.pipeline import Pipeline, TrainingData
 from dora_vl.training.replay import check_base_writes, check_replay, put_chats
 from dora_vl.training.rollouts import Rollouts, with_answers
 from dora_vl.training.run_samples import RowEncoder, RunSamples, stored_outputs

@@ -22,8 +22,7 @@ from dora_vl.backbones.model import language_targets, open_backbone, projector_p
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.data.batches import Collator
 from dora_vl.heads.preferences import LOSSES, Answers, Scale
-from dora_vl.training.pipeline import PreferenceLoss
-from dora_vl.training.reference import Reference
+from dora_vl.training.losses import PreferenceLoss, Reference
 from tests.backbones.image_text_conversations import inputs_of
 from tests.training.test_preference_loss import EXAMPLES, PICTURES, disturb, items
 from tests.training.tiny_run import write_tiny_llava

@@ -23,8 +23,7 @@ from dora_vl.data.video import Uniform
 from dora_vl.heads.preferences import Scale
 from dora_vl.run.base import VideoReading
 from dora_vl.run.folder import DRAWN, read_log
-from dora_vl.training.pipeline import PreferenceLoss
-from dora_vl.training.reference import Reference
+from dora_vl.training.losses import PreferenceLoss, Reference
 from dora_vl.training.run_samples import RowEncoder
 from tests.backbones.image_text_conversations import inputs_of
 from tests.backbones.tiny_image_text import write_tiny

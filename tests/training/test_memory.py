@@ -28,8 +28,8 @@ from dora_vl.run.reading import read_run_file
 from dora_vl.training import estimate, largest_batch
 from dora_vl.training.estimate import SHAPES, PlannedRun, Samples, Traffic, plan_run, traffic_of
 from dora_vl.training.largest_batch import take_and_undo
+from dora_vl.training.losses import NextTokenLoss
 from dora_vl.training.memory import Engine, activations_of, engine_of, held_by
-from dora_vl.training.pipeline import NextTokenLoss
 from dora_vl.training.run import train
 from tests.backbones.tiny_image_text import write_tiny
 from tests.training.launched import launch

@@ -25,8 +25,7 @@ from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
 from dora_vl.heads.preferences import LOSSES, Scale
 from dora_vl.heads.rewards import REWARD_LOSSES
 from dora_vl.run.folder import DRAWN, read_log
-from dora_vl.training.pipeline import PreferenceLoss, RewardLoss
-from dora_vl.training.reference import Reference
+from dora_vl.training.losses import PreferenceLoss, Reference, RewardLoss
 from dora_vl.training.rollouts import Rollouts
 from tests.backbones.image_text_conversations import BLUE, RED, inputs_of
 from tests.backbones.tiny_language import tiny_language

@@ -1,0 +1,257 @@
+"""The losses of a decoder's run, each a module over its backbone, and the reference that some compare with.
+
+The reference is the model as it was when training began. It costs no second model: what trains changes places with its
+values at the start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dora_vl.backbones.base import Backbone
+from dora_vl.core import adapted_layers, trained_parts
+from dora_vl.heads.preferences import Answers, Scale, mean_over, measures, preference_loss
+from dora_vl.heads.rewards import divergence
+from dora_vl.run.sharding import gather_to_write, is_sharded
+
+
+class Reference:
+    """Remembers what trains in a model, and puts it back for a while.
+
+    It is right for whatever trains (DoRA, LoRA, magnitudes, whole weights, a projector) and wherever a run begins: an
+    adapter that is switched off is the base, which is another model where the run started from an adapter or by PiSSA.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = [layer for _, layer in adapted_layers(model)]
+        self._trained = [weight for part in trained_parts(model) for weight in part.parameters.values()]
+        self._start = self._exchange(None)
+        self.is_sharded = any(map(is_sharded, model.parameters()))
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Makes the model the reference, without gradients; no graph may span it. Every rank must call it."""
+        with torch.no_grad():
+            now = self._exchange(self._start)
+            try:
+                yield
+            finally:
+                self._exchange(now)
+
+    @torch.no_grad()
+    def _exchange(self, values: Sequence[Tensor] | None) -> list[Tensor]:
+        """Writes values where some are given; returns those that stood there. One tensor at a time is whole."""
+        before: list[Tensor] = []
+        for number, weight in enumerate(self._trained):
+            with gather_to_write([weight]) as (whole,):
+                before.append(whole.detach().clone())
+                if values is not None:
+                    whole.copy_(values[number])
+        for layer in self._layers:
+            layer.forget_norms()
+        return before
+
+
+def draws_in_training(model: nn.Module) -> bool:
+    """Tells whether dropout makes two passes over one batch differ."""
+    layers = (module.p for module in model.modules() if isinstance(module, nn.Dropout))
+    return any(layers) or any(layer.adapter.dropout for _, layer in adapted_layers(model))
+
+
+class LossModel(nn.Module):
+    """Joins a backbone with a loss. The loss is computed in `forward`, so every engine sees it.
+
+    A subclass's `forward` takes a batch by name and `num_items_in_batch`, and gives `loss` to go backward from and
+    `labelled_tokens`, the number of labels it saw.
+
+    Args:
+        backbone: holds its Hugging Face model under `model`.
+        step_tokens: the loss is divided by a number of the whole optimizer step, not of this micro-batch, so that
+            neither accumulation nor ranks divide it again; the Trainer passes all labelled tokens of the step as
+            `num_items_in_batch`.
+    """
+
+    def __init__(self, backbone: Backbone[Any], *, step_tokens: bool) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.accepts_loss_kwargs = step_tokens  # the Trainer's own name for this switch
+
+    def kept(self) -> Mapping[str, Any]:
+        """Returns what a rank of a resumed run needs beside weights, in JSON's types."""
+        return {}
+
+    def keep(self, numbers: Mapping[str, Any]) -> None:
+        """Restores what `kept` returned."""
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face model's config: DeepSpeed's `auto` sizes come from its hidden size."""
+        return self.backbone.model.config
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **layers: Any
+    ) -> None:
+        """Recomputes the layers' activations in the backward pass (transformers from 5.22 calls this)."""
+        self.backbone.model.activation_checkpointing_enable(activation_checkpointing_kwargs, **layers)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **layers: Any
+    ) -> None:
+        """Does the same under the name that transformers before 5.22 calls."""
+        self.backbone.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **layers)
+
+
+class NextTokenLoss(LossModel):
+    """Next-token loss of a backbone that gives `Features` for a batch.
+
+    With `step_tokens` it is divided by all labelled tokens of the optimizer step, otherwise by this micro-batch's.
+    """
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"],
+        labels: Int[Tensor, "batch seq"],
+        num_items_in_batch: Tensor | int | None = None,
+        **inputs: Any,
+    ) -> dict[str, Tensor]:
+        """Returns `loss` to go backward from, and `labelled_tokens`, the number of labels it saw.
+
+        `inputs` are what else the backbone takes and the batch brings, such as pictures.
+        """
+        losses = self.backbone(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **inputs).losses
+        # Without any label the loss is 0 and still belongs to the graph, so that ranks stay in step.
+        count = torch.tensor(len(losses), device=losses.device)
+        divisor = count.clamp_min(1) if num_items_in_batch is None else num_items_in_batch
+        return {"loss": losses.sum() / divisor, "labelled_tokens": count}
+
+
+class RewardLoss(NextTokenLoss):
+    """Raises the log-probability of drawn answers by their advantage; see `heads.rewards`.
+
+    Batches of validation hold the data's own answers, and get their next-token loss.
+
+    Args:
+        kl: the weight of the divergence from `reference`, the model as it was when training began.
+    """
+
+    def __init__(self, backbone: Backbone[Any], *, kl: float, reference: Reference | None) -> None:
+        super().__init__(backbone, step_tokens=True)
+        self.kl, self.reference = kl, reference
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        num_items_in_batch: Tensor | int | None = None,
+        weights: Float[Tensor, " samples"] | None = None,
+        token_weights: Float[Tensor, " samples"] | None = None,
+        drawn_log_probs: Float[Tensor, " samples"] | None = None,
+        **inputs: Any,
+    ) -> dict[str, Tensor]:
+        """Returns `loss` to go backward from, `labelled_tokens`, and how far the model is from rollout and reference.
+
+        `weights` are advantages times `token_weights`.
+        """
+        if weights is None or token_weights is None or drawn_log_probs is None:
+            return super().forward(num_items_in_batch=num_items_in_batch, **inputs)
+        before, noted = torch.zeros(()), dict[str, Tensor]()
+        if self.reference is not None:
+            with self.reference.in_place():
+                before = -self.backbone(**inputs).losses
+        features = self.backbone(**inputs)
+        log_probs = -features.losses
+        # A ratio of 1, so that the loss is of the advantages' size; its gradient is that of the log-probability.
+        each = -weights[features.rows] * (log_probs - log_probs.detach()).exp()
+        if self.reference is not None:
+            kl = divergence(log_probs, before)
+            each = each + self.kl * token_weights[features.rows] * kl
+            noted["log_probs/kl"] = kl.detach().mean()
+        drawn = drawn_log_probs.float()  # DeepSpeed's bfloat16 engine casts what goes in
+        of_answers = torch.zeros_like(drawn).index_add(0, features.rows, log_probs.detach().float())
+        noted["log_probs/gap"] = (of_answers - drawn).abs().mean()
+        count = torch.tensor(len(log_probs), device=log_probs.device)
+        divisor = 1 if num_items_in_batch is None else num_items_in_batch
+        return {"loss": each.sum() / divisor, "labelled_tokens": count, **noted}
+
+
+class PreferenceLoss(LossModel):
+    """Computes a weighted sum of `heads.preferences.LOSSES`.
+
+    Args:
+        objective: the weight of each loss, by its name.
+        reference: the model as it was when training began; None where no loss needs it.
+        keeps: what the reference says of a sample is computed once, and kept for later epochs.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone[Any],
+        *,
+        objective: Mapping[Any, float],
+        scale: Scale,
+        reference: Reference | None,
+        keeps: bool = False,
+    ) -> None:
+        super().__init__(backbone, step_tokens=False)
+        self.objective, self.scale, self.reference = objective, scale, reference
+        self._keeps = keeps and "kto" not in objective  # whose answers to other prompts are others in every epoch
+        self._kept: dict[bool, dict[tuple[int, int], float]] = {True: {}, False: {}}
+        """The reference's log-probability by sample and answer, of the training and of the validation data."""
+
+    def forward(
+        self,
+        weights: Float[Tensor, " samples"],
+        answers: Mapping[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+        **inputs: Any,
+    ) -> dict[str, Tensor]:
+        """Returns `loss` to go backward from, `labelled_tokens`, and the numbers that people watch."""
+        of_reference = None if self.reference is None else self._of_reference(self.reference, answers["keys"], inputs)
+        log_probs, tokens = self._log_probs(len(weights), inputs)
+        compared = Answers(log_probs, of_reference, tokens, weights, answers["pairs"])
+        scale, of_pictures = self.scale, answers["of_pictures"]
+        if "kto" in self.objective:
+            scale = replace(scale, kl=mean_over(compared.gains(), weights == 0).clamp_min(0).detach())
+        loss = preference_loss(compared, scale, self.objective, of_pictures=of_pictures)
+        watched = measures(compared, self.scale.beta, of_pictures=of_pictures)
+        return {"loss": loss, "labelled_tokens": tokens.sum().long(), **watched}
+
+    def kept(self) -> Mapping[str, Any]:
+        """Returns the reference's log-probabilities, which other batches would round otherwise."""
+        return {"reference": [[*key, value] for key, value in self._kept[True].items()]}
+
+    def keep(self, numbers: Mapping[str, Any]) -> None:
+        """Restores those of the run that is resumed."""
+        self._kept[True].update({(sample, answer): value for sample, answer, value in numbers.get("reference", ())})
+
+    def _of_reference(
+        self, reference: Reference, keys: Sequence[tuple[int, int]], inputs: Mapping[str, Any]
+    ) -> Float[Tensor, " answers"]:
+        """Computes the reference's log-probabilities, or returns those of an earlier epoch where all are kept."""
+        kept, device = self._kept[self.training], inputs["input_ids"].device
+        values = [kept.get(key) for key in keys]
+        lacks = not self._keeps or None in values
+        if self._keeps and reference.is_sharded:  # whose passes gather weights: no rank may leave one out alone
+            together = torch.tensor(lacks, dtype=torch.int32, device=device)
+            torch.distributed.all_reduce(together, torch.distributed.ReduceOp.MAX)
+            lacks = bool(together)
+        if not lacks:
+            return torch.tensor(values, dtype=torch.float32, device=device)
+        with reference.in_place():
+            log_probs, _ = self._log_probs(len(keys), inputs)
+        if self._keeps:
+            kept.update(zip(keys, log_probs.tolist(), strict=True))
+        return log_probs
+
+    def _log_probs(self, count: int, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Returns the log-probability of each answer, and the number of its tokens."""
+        features = self.backbone(**inputs)
+        nothing = features.losses.new_zeros(count)
+        each = nothing.index_add(0, features.rows, -features.losses)
+        return each, nothing.index_add(0, features.rows, torch.ones_like(features.losses.detach()))
