@@ -107,27 +107,30 @@ def checkpoint_of(config: RunConfig) -> Path | None:
 
 
 def finished_already(config: RunConfig) -> bool:
-    """Returns True where `resume: if_stopped` finds a finished run with the same settings."""
-    return _finds(config, _is_finished)
+    """Returns True where `resume: if_stopped` finds a finished run; refuses one with other settings."""
+    folder = run_folder_of(config.training)
+    if config.resume != IF_STOPPED or config.overwrite or not _is_finished(folder, config):
+        return False
+    if changed := _changed_settings(folder, config):
+        raise SettingError(
+            changed[0], f": {folder} holds a finished run with other settings (in {', '.join(changed)}); {_OTHERWISE}"
+        )
+    return True
 
 
 def trained_already(config: RunConfig) -> bool:
-    """Returns True where `resume: if_stopped` finds a run with the same settings that lacks its test alone."""
-    return _finds(config, lambda folder, config: _is_trained(folder) and not _is_finished(folder, config))
-
-
-def _finds(config: RunConfig, state: Callable[[Path, RunConfig], bool]) -> bool:
-    """Returns True where `resume: if_stopped` finds a run in this state; refuses one with other settings."""
+    """Returns True where `resume: if_stopped` finds a run with the same settings that is trained, tested or not."""
     folder = run_folder_of(config.training)
-    if config.resume != IF_STOPPED or config.overwrite or not state(folder, config):
+    if config.resume != IF_STOPPED or config.overwrite or not _is_trained(folder):
         return False
+    return not _changed_settings(folder, config)
+
+
+def _changed_settings(folder: Path, config: RunConfig) -> list[str]:
+    """Names the sections in which a run's settings differ from those in its folder."""
     then, now = json_or_nothing(folder / SETTINGS), settings_of(config)
     names = sorted((now.keys() | then.keys()) - HOW_IT_STARTS - BESIDE_THE_RUN)
-    if changed := [name for name in names if now.get(name) != then.get(name)]:
-        raise SettingError(
-            changed[0], f": {folder} holds a trained run with other settings (in {', '.join(changed)}); {_OTHERWISE}"
-        )
-    return True
+    return [name for name in names if now.get(name) != then.get(name)]
 
 
 def _is_trained(folder: Path) -> bool:
