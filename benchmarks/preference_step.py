@@ -53,7 +53,16 @@ Step = Callable[[], Any]
 
 def main() -> None:
     """Times every setting, prints the table and writes the JSON."""
-    options = read_options()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, required=True, help="folder of a LLaVA")
+    parser.add_argument("--data", type=Path, required=True, help="its training data, LLaVA's JSON")
+    parser.add_argument("--pictures", type=Path, required=True, help="root of the data's pictures")
+    parser.add_argument("--layers", type=int, help="so many of the decoder's first layers; all unless it is given")
+    parser.add_argument("--pairs", type=int, nargs="+", default=[1, 2, 4], help="of answers to a question")
+    parser.add_argument("--words", type=int, nargs="+", default=[0, 250], help="that are added to a question")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each contender takes a turn")
+    parser.add_argument("--json", type=Path, help="also writes the figures there")
+    options = parser.parse_args()
     warnings.filterwarnings("ignore")
     encoder, figures = open_encoder(str(options.base), max_tokens=8_192), list[dict[str, Any]]()
     ours, theirs = adapted(options), None
@@ -87,20 +96,6 @@ def main() -> None:
     if options.json is not None:
         settings = {"layers": options.layers, "pictures": PICTURES, "rounds": options.rounds}
         write_json(options.json, {**settings, "settings": figures})
-
-
-def read_options() -> argparse.Namespace:
-    """Returns the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, required=True, help="folder of a LLaVA")
-    parser.add_argument("--data", type=Path, required=True, help="its training data, LLaVA's JSON")
-    parser.add_argument("--pictures", type=Path, required=True, help="root of the data's pictures")
-    parser.add_argument("--layers", type=int, help="so many of the decoder's first layers; all unless it is given")
-    parser.add_argument("--pairs", type=int, nargs="+", default=[1, 2, 4], help="of answers to a question")
-    parser.add_argument("--words", type=int, nargs="+", default=[0, 250], help="that are added to a question")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each contender takes a turn")
-    parser.add_argument("--json", type=Path, help="also writes the figures there")
-    return parser.parse_args()
 
 
 def adapted(options: argparse.Namespace) -> DecoderBackbone:
