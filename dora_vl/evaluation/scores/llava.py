@@ -1,6 +1,6 @@
 """The benchmarks of LLaVA's own scripts (commit c121f04): their questions, scores and files, quirks included.
 
-Two of them, LLaVA-Bench and MM-Vet, an external judge scores: no judge is called here, but what it says is scored.
+Two of them, LLaVA-Bench and MM-Vet, an external judge scores: here the file is written that it takes.
 """
 
 from __future__ import annotations
@@ -76,34 +76,6 @@ def judge_requests(examples: Sequence[Example], answers: Answers) -> list[dict[s
     return requests
 
 
-def scores_of(review: str) -> tuple[float, float]:
-    """Reads the reference's and the model's score in a review's first line."""
-    first, *_ = review.strip().split("\n", maxsplit=1)
-    try:
-        reference, model = map(float, first.replace(",", " ").split())
-    except ValueError:
-        raise UserError(f"a review must begin with two numbers, found {first[:60]!r}") from None
-    return reference, model
-
-
-def score_reviews(examples: Sequence[Example], reviews: Mapping[str, str]) -> Scored:
-    """Scores 100 times model over reference, over all and by category; adds both means (from 1 to 10)."""
-    tally, categories = Tally(), set[str]()
-    for example in examples:
-        if example.id not in reviews:
-            raise UserError(f"LLaVA-Bench question {example.id} has no review; ask the judge again")
-        reference, model = scores_of(reviews[example.id])
-        category = str(example.extra.get("category", "all"))
-        categories.add(category)
-        columns = {"reference": reference, "model": model, "asked": 1.0}
-        columns |= {f"reference {category}": reference, f"model {category}": model}
-        tally.add(example.id, model / reference if reference else 0.0, columns, unit=unit_of(example))
-    formulas: dict[str, Formula] = {"relative score": Ratio("model", "reference")}
-    formulas |= {f"category/{kind}": Ratio(f"model {kind}", f"reference {kind}") for kind in sorted(categories)}
-    formulas |= {f"mean/{name}": Ratio(name, "asked", scale=1.0) for name in ("model", "reference")}
-    return tally.scored(formulas, settings={"judge": "external"})
-
-
 LLAVA_BENCH = Benchmark(
     modes={},
     max_new_tokens=LONG_ANSWER_TOKENS,
@@ -116,25 +88,10 @@ LLAVA_BENCH = Benchmark(
 
 def judge_file(examples: Sequence[Example], answers: Answers) -> dict[str, str]:
     """Returns answers by the publisher's ids ("v1_7" for LLaVA's 7), as the online grader takes them."""
-    names = {
-        example.id: f"v1_{example.id}" if number_of(example.id) is not None else example.id for example in examples
+    return {
+        f"v1_{example.id}" if number_of(example.id) is not None else example.id: answers.get(example.id, "")
+        for example in examples
     }
-    return {published: answers.get(name, "") for name, published in names.items()}
-
-
-def score_grades(examples: Sequence[Example], grades: Mapping[str, float]) -> Scored:
-    """Scores the total and each of a question's capabilities, 0 to 100; a missing grade is 0."""
-    for name, grade in grades.items():
-        if not 0 <= grade <= 1:
-            raise UserError(f"MM-Vet grade of {name} is {grade}; grades go from 0 to 1")
-    return score_points(
-        examples,
-        dict.fromkeys(grades, ""),
-        lambda example, _: grades[example.id],
-        metrics={"total": ACCURACY},
-        kinds=lambda example: [f"capability/{kind}" for kind in example.extra.get("capability", ())],
-        settings={"judge": "external"},
-    )
 
 
 MMVET = Benchmark(
@@ -222,14 +179,14 @@ def mmbench_score(examples: Sequence[Example], answers: Answers, *, matcher: Mat
     groups: defaultdict[int, list[Example]] = defaultdict(list)
     for example in examples:
         groups[question_of(example)].append(example)
+
+    def is_right(example: Example) -> bool:
+        choices, answer = dict(zip(ascii_uppercase, example.choices, strict=False)), answers.get(example.id)
+        return answer is not None and chosen(answer, choices, matcher) == ascii_uppercase[correct_index(example)]
+
     tally, kinds = Tally(), set[str]()
     for question, rotations in groups.items():
-        hits: list[bool] = []
-        for example in rotations:
-            choices, answer = dict(zip(ascii_uppercase, example.choices, strict=False)), answers.get(example.id)
-            hits.append(
-                answer is not None and chosen(answer, choices, matcher) == ascii_uppercase[correct_index(example)]
-            )
+        hits = list(map(is_right, rotations))
         first = min(rotations, key=lambda example: example.extra["index"])
         named = {"l2": first.extra.get("l2_category"), "category": first.extra.get("category")}
         of_question = {f"{prefix}/{kind}" for prefix, kind in named.items() if kind}
