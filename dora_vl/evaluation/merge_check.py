@@ -68,8 +68,6 @@ def planned_check(options: argparse.Namespace, adapter: Path) -> Check | None:
         if options.questions is not None or options.images is not None or options.check_dtype is not None:
             raise UserError("--questions, --images and --check-dtype say how --check asks; add --check")
         return None
-    if not 0 <= options.most_different <= 1:
-        raise UserError(f"--most-different is {options.most_different}; it is a share, 0 to 1")
     run: dict[str, Any] = {}
     for folder in adapter.resolve().parents[:2]:  # an adapter lies in its run's folder, or in a checkpoint of it
         if (folder / SETTINGS).is_file():
@@ -84,8 +82,6 @@ def planned_check(options: argparse.Namespace, adapter: Path) -> Check | None:
         if not isinstance(name, str):
             raise UserError(f"{adapter} lies in no run with a test of its own; say with --questions FILE what to ask")
         file = Path(name)
-        if not file.is_file():
-            raise UserError(f"the run's test {file} is not there any more; say with --questions FILE what to ask")
     is_vlbart = adapter.is_dir() and read_recipe(adapter).get("backbone") == VLBART
     questions = [*iterate_examples(file)] if is_vlbart else _read(file)
     if not questions:

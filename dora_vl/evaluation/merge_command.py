@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dora_vl.adapters.convert_command import add_reading_arguments
-from dora_vl.errors import positive
+from dora_vl.errors import between, positive
 
 RESULT_DTYPES = ("bfloat16", "float16", "float32")
 QUESTIONS = 20
@@ -57,14 +57,8 @@ def add_check_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of every command that can check what it wrote."""
     group = parser.add_argument_group("checking the result")
     group.add_argument("--no-check", dest="check", action="store_const", const=0, help="merge: compares nothing")
-    group.add_argument(
-        "--check",
-        type=positive,
-        nargs="?",
-        const=QUESTIONS,
-        metavar="N",
-        help=f"asks N questions (default {QUESTIONS})",
-    )
+    asked = f"asks N questions (default {QUESTIONS})"
+    group.add_argument("--check", type=positive, nargs="?", const=QUESTIONS, metavar="N", help=asked)
     group.add_argument(
         "--questions", type=Path, metavar="FILE", help="in any format that training reads (default: the run's test)"
     )
@@ -74,13 +68,13 @@ def add_check_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--template", help="prompt format of a LLaVA-1.5 or a language model without recipe.json")
     group.add_argument(
         "--check-dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=RESULT_DTYPES,
         help="that the models compute in (default: float32; the run's own where its base was quantised)",
     )
     group.add_argument("--check-tokens", type=positive, default=32, metavar="N", help="longest answer")
     group.add_argument(
         "--most-different",
-        type=float,
+        type=between(float, 0, 1),
         default=0.0,
         metavar="SHARE",
         help="of the questions whose answers may differ, 0 to 1 (default: 0)",

@@ -205,7 +205,7 @@ def _ending(answer: str) -> str:
 
 
 def plain_text(text: str) -> str:
-    """Returns text that matplotlib draws: half a surrogate pair becomes the sign for the unknown."""
+    """Returns text that can be drawn or written: half a surrogate pair becomes the sign for the unknown."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 

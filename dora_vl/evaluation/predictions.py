@@ -80,8 +80,8 @@ def line_of(prediction: Prediction) -> str:
     return json.dumps({name: getattr(prediction, name) for name in COLUMNS}, ensure_ascii=False) + "\n"
 
 
-def cut_broken_tail(path: Path) -> int:
-    """Removes a line that was being written when the process died; how many bytes that were."""
+def cut_broken_tail(path: Path) -> None:
+    """Removes a line that was being written when the process died."""
     with path.open("rb+") as stream:
         size = stream.seek(0, os.SEEK_END)
         position, tail = size, b""
@@ -93,7 +93,6 @@ def cut_broken_tail(path: Path) -> int:
         stream.truncate(keep)
     if keep < size:
         log.info("%s: removed a line of %d bytes that was cut while being written", path, size - keep)
-    return size - keep
 
 
 def read_predictions(path: Path) -> dict[str, dict[str, Prediction]]:

@@ -90,11 +90,6 @@ def in_words(example: Example, text: str) -> str:
     return {f"a{index}": words for index, words in enumerate(example.choices)}.get(text, text)
 
 
-def media_of(example: Example) -> list[str]:
-    """Returns paths of an example's pictures, or of its video."""
-    return list(example.images) or ([] if example.video is None else [example.video.path])
-
-
 def has_truth(examples: Sequence[Example]) -> bool:
     """Returns True where a file holds right answers; publishers keep those of some."""
     return any(example.answers or "correct" in example.extra for example in examples)

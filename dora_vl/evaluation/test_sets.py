@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 LONGEST_REASON = 300
 NO_ANSWER = "the predictions hold no answer"
+UNREADABLE = (AttributeError, IndexError, KeyError, TypeError, ValueError)  # what scorers raise at odd records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,13 +192,7 @@ def scored(test: TestSet, predictions: Predictions) -> Tested:
         submission = None if test.submission is None else test.submission(test.examples, predictions.answers)
     except UserError as error:
         return replace(tested, refused=error)
-    except (
-        AttributeError,
-        IndexError,
-        KeyError,
-        TypeError,
-        ValueError,
-    ) as error:  # a package's own scorer may raise these
+    except UNREADABLE as error:
         reason = (
             f"{test.about.get('file', test.name)}: a record holds something that the scorer of {test.name} cannot read "
             f"({type(error).__name__}: {shown(str(error), 120)}); prepare the set again"

@@ -237,8 +237,9 @@ def page(report: Mapping[str, Any]) -> str:
     """Returns the page, every text of it escaped; halves of surrogate pairs become the sign for the unknown."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+    from dora_vl.evaluation.pictures import plain_text
+
     loader = FileSystemLoader(Path(__file__).parent / "templates", encoding="utf-8")
     options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
     template = Environment(loader=loader, undefined=StrictUndefined, **options).get_template("report.html.j2")
-    text = template.render(version=__version__, report=report, sections=SECTIONS)
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return plain_text(template.render(version=__version__, report=report, sections=SECTIONS))

@@ -40,7 +40,8 @@ def example(
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['benchmark']}-{row['mode']}-{row['about']:.30}")
-def test_rows_score_as_worked_out(row: dict[str, Any]) -> None:
+def test_rows_score_as_worked_out(row: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dora_vl.evaluation.scores.scored.RESAMPLES", 200)
     own, name = row["benchmark"].startswith("own "), row["benchmark"].removeprefix("own ")
     score = SCORINGS[name] if own else BENCHMARKS[name].modes[row["mode"]]
     scored = score([from_record(record) for record in row["examples"]], row["answers"])
@@ -52,7 +53,7 @@ def test_rows_score_as_worked_out(row: dict[str, Any]) -> None:
     assert scored.settings == row.get("settings", scored.settings)
     assert len(scored.columns) == row.get("units", len(scored.columns))
     assert {name: scored.items_of(name) for name in row.get("items", {})} == row.get("items", {})
-    for name, (low, high) in intervals(scored, resamples=200).items():
+    for name, (low, high) in intervals(scored).items():
         assert low - 1e-9 <= scored.metrics[name] <= high + 1e-9, name
     assert set(scored.failed) == scored.shares.keys() - row["answers"].keys()
 
