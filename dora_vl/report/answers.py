@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from dora_vl.data.example import Clip
 from dora_vl.errors import UserError
 from dora_vl.evaluation.baselines import ADVICE, COMMONEST, EXCHANGED, READABLE, UNTRAINED, WARNING
-from dora_vl.evaluation.predictions import PREDICTIONS
-from dora_vl.evaluation.results import SetResult, read_results
+from dora_vl.evaluation.predictions import PREDICTIONS, Prediction
+from dora_vl.evaluation.results import AnswerScore, SetResult, read_results
 from dora_vl.evaluation.scores.exact import normalised
 from dora_vl.evaluation.scores.scored import SHARES, Difference, paired_differences
 from dora_vl.report.run_record import RunRecord
 
 Results = Mapping[str, SetResult]
+Answer = tuple[Prediction, AnswerScore]
 BASELINES = {
     UNTRAINED: "the untrained base",
     COMMONEST: "each question's commonest answer",
@@ -41,38 +41,6 @@ def read_tests(run: RunRecord) -> tuple[Results, list[str]]:
 def is_accuracy(result: SetResult) -> bool:
     """Returns True where an answer is right or wrong."""
     return result.entry.get("headline") in SHARES
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnswerView:
-    """One scored answer as people look at it; `full_answer` is all of the model's text."""
-
-    id: str
-    question: str
-    truth: str
-    answer: str
-    full_answer: str
-    kind: str
-    share: float
-    pictures: tuple[str, ...]
-    clip: Clip | None
-
-
-def answers_of(result: SetResult) -> Iterator[AnswerView]:
-    """Yields the answers of a set that have a score of their own."""
-    for name, item in result.items.items():
-        if (row := result.predictions.get(name)) is not None:
-            yield AnswerView(
-                id=name,
-                question=row.question,
-                truth=item.truth,
-                answer=item.answer,
-                full_answer=row.prediction,
-                kind=item.kind,
-                share=item.score.share,
-                pictures=tuple(row.images),
-                clip=Clip(**row.videos[0]) if len(row.videos) == 1 else None,
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,18 +152,20 @@ def confusion(title: str, result: SetResult) -> Confusion | None:
     return Confusion(title=title, labels=labels, columns=columns, counts=rows)
 
 
-def low_and_high(result: SetResult) -> tuple[list[AnswerView], list[AnswerView]]:
-    """Returns the answers from the lowest score on and from the highest, of every kind in turn.
+def low_and_high(result: SetResult) -> tuple[list[Answer], list[Answer]]:
+    """Returns the answers with a score of their own from the lowest on and from the highest, of every kind in turn.
 
     Of an accuracy they are the wrong and the right ones, else the two halves.
     """
-    answers = sorted(answers_of(result), key=lambda answer: answer.share)
-    half = sum(answer.share < 0.5 for answer in answers) if is_accuracy(result) else -(-len(answers) // 2)
+    answers = [(result.predictions[name], item) for name, item in result.items.items() if name in result.predictions]
+    answers.sort(key=lambda answer: answer[1].score.share)
+    wrong = sum(item.score.share < 0.5 for _, item in answers)
+    half = wrong if is_accuracy(result) else -(-len(answers) // 2)
     return _in_turn(answers[:half]), _in_turn(answers[half:][::-1])
 
 
-def _in_turn(answers: Sequence[AnswerView]) -> list[AnswerView]:
-    by_kind: dict[str, list[AnswerView]] = {}
-    for answer in answers:
-        by_kind.setdefault(answer.kind, []).append(answer)
+def _in_turn(answers: Sequence[Answer]) -> list[Answer]:
+    by_kind: dict[str, list[Answer]] = {}
+    for row, item in answers:
+        by_kind.setdefault(item.kind, []).append((row, item))
     return [answer for several in zip_longest(*by_kind.values()) for answer in several if answer is not None]

@@ -107,15 +107,15 @@ def _answers(run: RunRecord, result: SetResult, pictures: InlinePictures) -> dic
     folder = run.section("evaluation").get("image_folder") or run.section("data").get("image_folder")
     root = None if folder is None else run.path(folder)
     shown = [
-        (answer, name, pictures.shown(root, answer.pictures, answer.clip))
+        (row, item, name, pictures.shown(root, row))
         for name, answers in zip(("wrong", "right"), halves, strict=True)
-        for answer in answers[:MOST_ANSWERS]
+        for row, item in answers[:MOST_ANSWERS]
     ]
     return {
         "label": run.label,
         "name": result.name,
         "shown": shown,
-        "kinds": list(dict.fromkeys(answer.kind for answer, _, _ in shown)),
+        "kinds": list(dict.fromkeys(item.kind for _, item, _, _ in shown)),
         "n": sum(not item.score.failed for item in result.items.values()),
         "wrong": len(halves[0]),
         "is_accuracy": is_accuracy(result),

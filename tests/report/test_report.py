@@ -354,8 +354,8 @@ def test_confusion_counts_by_hand() -> None:
 def test_wrong_and_right_answers_come_of_every_kind_in_turn() -> None:
     items = {"right": item("x", "x", "b")} | {f"{kind}{n}": item("x", "y", kind) for kind, n in ("a1", "a2", "b1")}
     wrong, right = low_and_high(of_set(items))
-    assert ([answer.id for answer in wrong], [answer.id for answer in right]) == (["a1", "b1", "a2"], ["right"])
+    assert ([row.id for row, _ in wrong], [row.id for row, _ in right]) == (["a1", "b1", "a2"], ["right"])
     shares = {"low": 0.9, "lower": 0.7, "high": 1.6}
     graded = of_set({name: item("x", "x", share=share) for name, share in shares.items()}, headline="CIDEr")
     low, high = low_and_high(graded)
-    assert ([answer.id for answer in low], [answer.id for answer in high]) == (["lower", "low"], ["high"])
+    assert ([row.id for row, _ in low], [row.id for row, _ in high]) == (["lower", "low"], ["high"])
