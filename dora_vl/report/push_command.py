@@ -77,8 +77,8 @@ def write_folder(run: RunRecord, repository: str, *, licence: str | None, pictur
     from dora_vl.run.folder import ADAPTER
 
     adapter = run.folder / ADAPTER
-    if run.damaged or not adapter.is_dir():
-        raise UserError(f"{run.folder}: {next(iter(run.damaged), 'it has no adapter yet')}; train to the end first")
+    if not adapter.is_dir():
+        raise UserError(f"{run.folder}: it has no adapter yet; train to the end first")
     sheet = [run.folder / CONTACT_SHEET] if pictures else []
     with whole_folder(run.folder / HUB) as staging:
         for source in filter(Path.is_file, [*(adapter / name for name in FILES), run.folder / METRICS, *sheet]):

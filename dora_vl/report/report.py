@@ -71,7 +71,6 @@ def gather(runs: Sequence[RunRecord]) -> dict[str, Any]:
     return {
         "title": " · ".join(run.label for run in runs),
         "heads": [_head(run, results) for run, results in zip(runs, tests, strict=True)],
-        "damaged": [f"{run.label}: {trouble}" for run in runs for trouble in run.damaged],
         "curves": charts,
         "scores": scores,
         "benchmarks": [row for row in score_rows([run.benchmarks for run in runs])[0] if not row.is_part],
@@ -101,13 +100,14 @@ def _drawn(folder: Path) -> list[dict[str, Any]]:
 
 def _answers(run: RunRecord, result: SetResult, pictures: InlinePictures) -> dict[str, Any]:
     """Returns answers of a run to one set, with their pictures: wrong or low ones, then right or high ones."""
+    from dora_vl.data.example import Clip
     from dora_vl.report.answers import is_accuracy, low_and_high
 
     halves = low_and_high(result)
     folder = run.section("evaluation").get("image_folder") or run.section("data").get("image_folder")
     root = None if folder is None else run.path(folder)
     shown = [
-        (row, item, name, pictures.shown(root, row))
+        (row, item, name, pictures.shown(root, row.images, Clip(**row.videos[0]) if len(row.videos) == 1 else None))
         for name, answers in zip(("wrong", "right"), halves, strict=True)
         for row, item in answers[:MOST_ANSWERS]
     ]
@@ -225,11 +225,8 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     names = [folder.resolve().name for folder in folders]
     unique = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
     runs = [read_run(folder, label) for folder, label in zip(folders, arguments.label or unique, strict=True)]
-    for entry in runs:
-        yield from (f"{entry.label}: {trouble}" for trouble in entry.damaged)
-    report = gather(runs)
     with whole_file(to) as file:
-        file.write(page(report))
+        file.write(page(gather(runs)))
     yield f"{to}: {to.stat().st_size / 1e6:.1f} MB"
 
 

@@ -14,7 +14,6 @@ from dora_vl.data.example import Clip
 from dora_vl.data.pictures import open_image
 from dora_vl.data.video import Uniform, VideoReader
 from dora_vl.errors import BadSample
-from dora_vl.evaluation.predictions import Prediction
 from dora_vl.evaluation.scores.exact import final_answer, normalised
 from dora_vl.report.run_record import RunRecord
 from dora_vl.run.reading import flattened, run_parser
@@ -115,16 +114,15 @@ class InlinePictures:
         """Returns a picture file as a data URL, or why there is none."""
         return self._add(lambda: open_image(path.parent, path.name))
 
-    def shown(self, root: Path | None, row: Prediction) -> tuple[str, str]:
+    def shown(self, root: Path | None, pictures: Sequence[str], clip: Clip | None) -> tuple[str, str]:
         """Returns a question's pictures or clip as one small picture, or why there is none."""
-        clips = [Clip(**clip) for clip in row.videos]
-        if not row.images and len(clips) != 1:
+        if not pictures and clip is None:
             return "", ""
         if root is None:
             return "", "the settings name no folder of its pictures"
-        if len(clips) == 1:
-            return self._add(lambda: tiled(self._reader.read(root, clips[0], Uniform(SIDE**2)).pictures))
-        return self._add(lambda: tiled([open_image(root, path) for path in row.images]))
+        if clip is not None:
+            return self._add(lambda: tiled(self._reader.read(root, clip, Uniform(SIDE**2)).pictures))
+        return self._add(lambda: tiled([open_image(root, path) for path in pictures]))
 
     def _add(self, opened: Callable[[], Image.Image]) -> tuple[str, str]:
         if self._left <= 0:
