@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import glob
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_vl.data.pictures import MediaFolder, open_image
-from dora_vl.errors import BadSample, UserError, exit_on_user_error
+from dora_vl.errors import BadSample, UserError, exit_on_user_error, positive
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -60,7 +59,7 @@ def add_options(to: argparse.ArgumentParser) -> None:
         metavar="T",
         help="how much of the adapter is applied: 0 the base, 1 the adapter, beyond it more of the same",
     )
-    to.add_argument("--max-new-tokens", type=int, default=64, help="longest answer")
+    to.add_argument("--max-new-tokens", type=positive, default=64, help="longest answer")
     add_model_options(to)
 
 
@@ -137,7 +136,7 @@ def files_of(names: Sequence[str], kind: str) -> list[Path]:
     """Returns the files of names and of patterns (`*`, `?`, `[...]`) that no shell has replaced."""
     paths: list[Path] = []
     for name in names:
-        if Path(name).exists() or "://" in name or not glob.has_magic(name):
+        if Path(name).exists() or not glob.has_magic(name):
             paths.append(Path(name))
             continue
         matched = sorted(glob.glob(name))  # noqa: PTH207 - a Path globs no absolute pattern
@@ -149,8 +148,6 @@ def files_of(names: Sequence[str], kind: str) -> list[Path]:
 
 def open_picture(path: Path) -> Image:
     """Opens a picture file as RGB; imports nothing of a model, so that a wrong path shows at once."""
-    if address := re.fullmatch(r"(https?):/+(.*)", str(path)):  # as a path an address has one slash less
-        raise UserError(f"{address[1]}://{address[2]} is on the web; save the picture and give its file")
     try:
         return open_image(MediaFolder(path.parent, follow_links=True), path.name)
     except BadSample as error:
@@ -159,10 +156,6 @@ def open_picture(path: Path) -> Image:
 
 def opened_by(options: argparse.Namespace) -> Opened:
     """Opens the model that the options name, and its base where they ask for it."""
-    if options.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens is {options.max_new_tokens}; an answer needs at least 1")
-    if options.adapter is None and options.strength != 1:
-        raise UserError("--strength is about an adapter; name one with --adapter")
     from dora_vl.core.strength import checked_strength
     from dora_vl.evaluation.open_model import ModelRequest, open_model
 

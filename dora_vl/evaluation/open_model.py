@@ -125,8 +125,8 @@ def find_source(request: ModelRequest) -> ModelSource:
 
 def _plain_model(request: ModelRequest, model: str) -> str:
     """Checks that a model is asked without an adapter."""
-    if request.base is not None or request.with_base or request.any_base:
-        raise UserError("--base, --any-base and --compare-base are about an adapter; --model names the model itself")
+    if request.base is not None or request.with_base or request.any_base or request.strength != 1:
+        raise UserError("--base, --any-base, --compare-base and --strength are about an adapter, not about --model")
     if (Path(model) / WEIGHTS_FILE).is_file() and not (Path(model) / "config.json").is_file():
         raise UserError(f"--model {model} is an adapter folder; ask it with --adapter {model}")
     return model

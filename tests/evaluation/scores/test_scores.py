@@ -58,16 +58,9 @@ def test_rows_score_as_worked_out(row: dict[str, Any], monkeypatch: pytest.Monke
     assert set(scored.failed) == scored.shares.keys() - row["answers"].keys()
 
 
-GQA_ROW = {"types": {"structural": "query", "semantic": "attr"}, "entailed": [], "global_group": "color"}
-
-
 @pytest.mark.parametrize(
     ("score", "examples", "answers"),
     [
-        *(
-            (vqa.gqa_score, [example(4, "blue", **{**GQA_ROW, field: value})], {"4": "red"})
-            for field, value in (("types", {"structural": ["query"]}), ("entailed", "12"), ("global_group", ["color"]))
-        ),
         (llava.mme_score, [example(1, "Yes", images=["1.jpg"], category="count")], {}),  # one question about a picture
         (llava.pope_score, [example(1, "yes")], {"2": "yes"}),  # another version's questions
         (llava.pope_score, [example(1, "maybe")], {}),
