@@ -15,13 +15,9 @@ from typing import Any
 import pytest
 
 from dora_vl.cli import main
-from dora_vl.data.example import Example
-from dora_vl.evaluation.predictions import Prediction, Predictions, line_of
-from dora_vl.evaluation.questions import likeliest_ending, right_ending
-from dora_vl.evaluation.results import AnswerScore, SetResult, read_results
-from dora_vl.evaluation.scores.exact import cloze_score
+from dora_vl.evaluation.predictions import Prediction
+from dora_vl.evaluation.results import AnswerScore, SetResult
 from dora_vl.evaluation.scores.scored import ItemScore
-from dora_vl.evaluation.test_sets import ResultFolder, TestSet, scored
 from dora_vl.report.answers import confusion, low_and_high
 from dora_vl.report.charts import MOST_POINTS, Chart, Series, chart
 from dora_vl.report.report import SECTIONS
@@ -148,32 +144,6 @@ def test_a_browser_shows_the_answers_that_are_asked_for(copied: Path, tmp_path: 
         filters.get_by_text("all", exact=True).click()
         filters.locator("input").fill("nothing")
         assert items.count() == 0
-
-
-def test_a_cloze_run_shows_the_numbers_of_its_metrics(tmp_path: Path) -> None:
-    extra = {"contexts": ["Is it?"] * 2, "endings": ["no", "yes"]}
-    examples = [
-        Example(id=f"{task}/{n}", question="Is it?", extra={**extra, "task": task, "correct": n % 2})
-        for task in ("boolq", "piqa")
-        for n in range(12)
-    ]
-    rows = [
-        Prediction(id=example.id, set="cloze", question="Is it?", prediction=f"-1.5 -{number % 5}.25")
-        for number, example in enumerate(examples)
-    ]
-    cloze = TestSet(name="cloze", examples=examples, score=cloze_score, truth=right_ending, compared=likeliest_ending)
-    ResultFolder(folder=tmp_path).write([scored(cloze, Predictions(rows=rows))])
-    (tmp_path / "predictions.jsonl").write_text("".join(map(line_of, rows)))
-    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
-    entry = json.loads((tmp_path / "metrics.json").read_text())["sets"]["cloze"]
-    assert 0 < entry["metrics"]["average"]["value"] < 100
-    words = " ".join(reported(tmp_path, to=tmp_path / "page.html").words.split())
-    for name, metric in entry["metrics"].items():
-        low, high = metric["interval_95"]
-        assert f"{name} {metric['n']} {metric['value']:.2f} {low:.2f} to {high:.2f}" in words, name
-    wrong = [item for item in read_results(tmp_path)["cloze"].items.values() if item.score.share == 0]
-    assert f"{len(wrong)} of 24 answers are wrong" in words
-    assert all({item.truth, item.answer} == {"no", "yes"} for item in wrong)
 
 
 def test_a_run_of_a_vlbart(vlbart_run: Path, tmp_path: Path) -> None:
