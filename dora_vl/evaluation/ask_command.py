@@ -212,11 +212,7 @@ def answer_all(questions: Sequence[str], answer: Callable[[str], object], what: 
 
 @dataclass(frozen=True, kw_only=True)
 class PictureChat:
-    """A conversation about some pictures, which stand in its first turn.
-
-    Attributes:
-        turns: the turns so far, by speaker: the model with the adapter and the one without answer differently.
-    """
+    """A conversation about some pictures, which stand in its first turn; each speaker has `turns` of its own."""
 
     names: tuple[str, ...]
     pictures: tuple[Image, ...]
@@ -231,9 +227,8 @@ def read_chats(paths: Sequence[Path], *, together: bool) -> list[PictureChat]:
 
 def ask_about_pictures(options: argparse.Namespace) -> None:
     """Opens the pictures and the model, then answers; without a question it asks for some."""
-    chats = read_chats(
-        files_of(options.image, "picture"), together=options.together
-    )  # a wrong path shows before the model loads
+    paths = files_of(options.image, "picture")
+    chats = read_chats(paths, together=options.together)  # a wrong path shows before the model loads
     opened = opened_by(options)
 
     def answer(line: str) -> None:

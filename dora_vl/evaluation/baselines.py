@@ -65,7 +65,6 @@ def compared(
 
     Args:
         says: the right answer as a model says it; "" where the file holds none.
-        exchange: None where no model was asked about exchanged pictures.
         readable: the answers that a linear map of the base's pictures gives, by id; see `readable_answers`.
     """
     metric = next(iter(scored.metrics))

@@ -201,10 +201,7 @@ def read_set(
 ) -> TestSet:
     """Returns the test set of `NAME`, `NAME:SPLIT`, `NAME=FILE`, `FILE.yaml` or `FILE.yaml=FILE`, for no model yet.
 
-    Args:
-        mode: the version of the score; None takes the benchmark's usual one.
-        columns: names the columns of its file.
-        answer_after: of `exact_match`: what follows the last of this text in an answer is scored.
+    Without a `mode` its score is the benchmark's usual one; `answer_after` is of `exact_match`.
     """
     name_of_set, _, stated = request.partition("=")
     listed = find_benchmark(name_of_set)

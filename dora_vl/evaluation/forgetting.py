@@ -31,12 +31,11 @@ MOST_TOKENS = 512  # of a text; the rest of a longer one does not count
 
 @dataclass(frozen=True)
 class Abilities:
-    """What one model makes of the passages and questions.
+    """What one model makes of the passages and questions; nats are the mean cross-entropy of a token.
 
     Attributes:
-        nats: mean cross-entropy of a token of the texts.
         answers: by question; None where the model takes no words without a picture.
-        answer_nats: mean cross-entropy of a token of the base's answers.
+        answer_nats: of the base's answers.
     """
 
     nats: float

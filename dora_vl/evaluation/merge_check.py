@@ -244,8 +244,7 @@ def check_logits(
 ) -> Iterator[str]:
     """Compares a merged folder's logits for drawn texts with those of base and adapter; yields the lines to print.
 
-    Args:
-        adapter: what was merged; `unmerged` opens a folder of it.
+    `unmerged` opens a folder of the adapter.
 
     Raises:
         SystemExit: with status 1, they differ by more than rounding.

@@ -26,11 +26,9 @@ class Prediction:
 
     Attributes:
         set: the name of the test set; another tool's file names none.
-        videos: path and span of each clip, in seconds.
         question: its text without placeholders; in another tool's file its prompt.
         prediction: the answer; it is empty without an error only where the model ended its answer at once.
         error: why there is no answer. No file holds such a prediction, so that the next run asks again.
-        cut_tokens: how many tokens the text of the question lost.
         ids: everything in a row of another tool's file that names a question or its picture, by column.
         is_number: the other tool's file has a whole number, which VALUE's submissions have for a choice.
     """
@@ -55,8 +53,6 @@ class Predictions:
 
     Attributes:
         failed: why an example has no answer, by id.
-        answered_before: how many answers an earlier run left.
-        cut_texts: how many questions lost some of their text.
         joined_by: what another tool's rows and the questions have in common.
         strangers: ids of another tool's rows that answer no question.
     """

@@ -94,12 +94,9 @@ class TestSet:
 
 @dataclass(frozen=True, kw_only=True)
 class Tested:
-    """A test set with the answers to it and their score.
+    """A test set with the answers to it and their score, or why it is `refused`.
 
-    Attributes:
-        refused: why the set cannot be scored.
-        remarks: sentences about what the score is compared with.
-        against: the name of other answers that `differences` are from.
+    `remarks` are sentences about what it is compared with; `differences` are from the answers named `against`.
     """
 
     __test__ = False

@@ -58,17 +58,13 @@ class Subtask:
 
     Attributes:
         batch_share: its batch as a multiple of the run's base batch, rounded down.
-        prompt: the encoder's text of an example.
         target: what is trained on, given which answer the item is about (None: any of them may be drawn).
         each_answer: every answer is an item of its own.
         input_tokens: longest encoder text; None does not cut.
-        target_tokens: longest label.
         normalise_by: `samples`: mean over a sample's tokens, then over the batch; `tokens`: mean over all tokens.
         answer_by: `text`: what is generated; `pair`: true or false by two logits; `choice`: the likeliest label;
             `words`: the likeliest of the example's choices, in their own words; `closed`: the best of a list.
-        score: the benchmark's scorer.
         check_scoring: tells before training what `score` would miss; None tries `score` itself without answers.
-        images: pictures of one input.
         reads_question: the prompt holds the example's question; not so where pictures are described.
         chooses: every example has choices, and which of them is right is what is scored.
         is_video: a sample's pictures are the frames of one video, not inputs of their own.

@@ -202,8 +202,7 @@ def clip_of(example: Example) -> str:
 class CiderOfAnswers:
     """CIDEr-D (arXiv 1411.5726) of single captions, from 0 to 1, a tenth of the official code's number for a caption.
 
-    Args:
-        references: every caption of each picture; they say in how many pictures an n-gram stands.
+    Every caption of each picture says in how many pictures an n-gram stands.
     """
 
     def __init__(self, references: Sequence[Sequence[str]]) -> None:

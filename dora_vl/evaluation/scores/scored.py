@@ -100,7 +100,6 @@ class Scored:
 
     Attributes:
         metrics: values by name, the headline first; in percent unless the scorer's docstring says otherwise.
-        items: each item's score by its id.
         formulas: how metrics are computed from the items' columns; a metric without one has no interval.
         settings: the mode and whatever else decides the numbers.
     """
