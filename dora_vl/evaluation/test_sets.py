@@ -5,7 +5,6 @@ A run's test, `dora-vl evaluate` and a VL-BART's tasks differ in the list of set
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -34,8 +33,6 @@ from dora_vl.files import NOT_YET, whole_file
 
 if TYPE_CHECKING:
     from dora_vl.evaluation.predictor import Decoding, MediaReader
-
-log = logging.getLogger(__name__)
 
 LONGEST_REASON = 300
 NO_ANSWER = "the predictions hold no answer"

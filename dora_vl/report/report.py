@@ -125,21 +125,20 @@ def _answers(run: RunRecord, result: SetResult, pictures: InlinePictures) -> dic
 def _head(run: RunRecord, results: Results) -> dict[str, Any]:
     """Sums a run up in a few numbers."""
     from dora_vl.evaluation.forgetting import in_words
+    from dora_vl.evaluation.pictures import series
 
     adapter, last = run.section("adapter"), run.log[-1]
-    losses = [line["loss"] for line in run.log if isinstance(line.get("loss"), int | float)]
-    checked = [line["eval_loss"] for line in run.log if isinstance(line.get("eval_loss"), int | float)]
-    seconds, samples = run.metrics.get("train_seconds"), run.metrics.get("train_samples")
-    speed = run.metrics.get("samples_per_second")
+    (_, losses), (_, checked) = (series(run.log, key) for key in ("loss", "eval_loss"))
+    seconds, samples, speed = map(run.metrics.get, ("train_seconds", "train_samples", "samples_per_second"))
     facts = {
         "base": run.section("model").get("base"),
         "method": adapter.get("method"),
         "rank, alpha": f"{adapter.get('rank')}, {adapter.get('alpha')}" if adapter.get("rank") else None,
         "steps": f"{run.last_step:,}",
         "epochs": None if "epoch" not in last else f"{float(last['epoch']):.3g}",
-        "samples": f"{samples:,}" if isinstance(samples, int) else None,
-        "training took": f"{seconds / 60:.1f} min" if isinstance(seconds, int | float) else None,
-        "samples a second": f"{speed:g}" if isinstance(speed, int | float) else None,
+        "samples": None if samples is None else f"{samples:,}",
+        "training took": None if seconds is None else f"{seconds / 60:.1f} min",
+        "samples a second": None if speed is None else f"{speed:g}",
         "last loss": f"{losses[-1]:.4f}" if losses else None,
         "best validation loss": f"{min(checked):.4f}" if checked else None,
     }
@@ -171,20 +170,18 @@ def _stated(facts: Mapping[str, Any]) -> dict[str, str]:
 def _data(run: RunRecord) -> dict[str, Any]:
     """Returns the tables of a run's plan and the counts of its samples."""
     last = next((line for line in reversed(run.log) if "skipped" in line), {})
-    padding = run.metrics.get("padding_share")
-    sets = run.metrics.get(SETS)
-    unasked = sum(len(entry["failed"]) for entry in sets.values()) if isinstance(sets, Mapping) else None
+    padding, sets = run.metrics.get("padding_share"), run.metrics.get(SETS)
+    unasked = None if sets is None else sum(len(entry["failed"]) for entry in sets.values())
     counts = {
         "samples skipped": last.get("skipped", run.metrics.get("skipped_samples")),
         "samples cut": last.get("cut_samples"),
         "samples whose pictures were shrunk": last.get("shrunk_samples") or None,
-        "padding": f"{padding:.1%}" if isinstance(padding, int | float) else None,
+        "padding": None if padding is None else f"{padding:.1%}",
         "questions that could not be asked": unasked,
     }
-    tables = [run.plan.get(name) for name in ("trained", "memory")]
     return {
         "label": run.label,
-        "tables": [table for table in tables if isinstance(table, Mapping)],
+        "tables": [run.plan[name] for name in ("trained", "memory") if name in run.plan],
         "counts": _stated(counts),
         "skipped": run.skipped,
     }
