@@ -88,18 +88,16 @@ def test_a_hub_that_refuses_or_is_not_there_is_one_line(
     copied: Path, hub: Any, capsys: Any, repository: str, error: Exception | None
 ) -> None:
     hub.create_repo.side_effect = error
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit, match="2"):
         main(["push", str(copied), repository])
-    assert stopped.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
     hub.upload_folder.assert_not_called()
 
 
 def test_a_run_without_an_adapter_has_nothing_to_push(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (copied / "adapter").rename(copied / "elsewhere")
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit, match="2"):
         main(["push", str(copied), REPOSITORY, "--dry-run"])
-    assert stopped.value.code == 2
     assert not (copied / "hub").exists()
 
 

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from dora_vl.evaluation.scores.benchmark import Scorer
 from dora_vl.evaluation.scores.exact import SCORINGS
 from dora_vl.evaluation.scores.scored import intervals
 from dora_vl.evaluation.test_sets import ResultFolder, Tested, TestSet, average_of, scored
-from tests.shared_data import shared
 
 FOUR = ("red", "green", "blue", "white")
 ROWS: list[dict[str, Any]] = [
@@ -118,25 +116,6 @@ def test_a_missing_answer_is_wrong_and_named(name: str, mode: str) -> None:
     scored = BENCHMARKS[name].modes[mode](examples, answers)
     assert (scored.n, scored.failed, scored.shares[examples[0].id]) == (4, (examples[0].id,), 0.0)
     assert all(value >= 0 for value in scored.metrics.values())
-
-
-def lines(path: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in shared(path).read_text().splitlines()]
-
-
-def test_how2qa_and_tvqa_as_published() -> None:
-    rows = lines("value/how2qa_val_release.jsonl")
-    examples = [example(row["qid"], choices=FOUR, correct=row["answer_idx"]) for row in rows]
-    counts = Counter(row["answer_idx"] for row in rows)
-    assert (len(rows), [counts[n] for n in range(4)]) == (3115, [778, 727, 781, 829])
-    for answer, accuracy, value in (("a1", 100 * 727 / 3115, 23.34), ("", 0.0, 24.98)):  # 778 of 3,115
-        metrics = exact.how2qa_score(examples, {row.id: answer for row in examples}).metrics
-        assert metrics == {"accuracy": pytest.approx(accuracy), "value_accuracy": value}
-    shows = json.loads(shared("value/tvqa_val_solution.json").read_text())["solution"]
-    answers = {name: correct for questions in shows.values() for name, correct in questions.items()}
-    video_examples = [example(name, choices="abcde", correct=correct) for name, correct in answers.items()]
-    scored = exact.video_score(video_examples, {name: f"a{correct}" for name, correct in answers.items()})
-    assert (scored.n, scored.metrics["accuracy"]) == (15253, 100.0)
 
 
 # What a test wrote is read again as it was: metrics, intervals and differences, without scoring.
