@@ -8,7 +8,6 @@ then both are shown the unmerged one's answers, token by token, so that their lo
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
@@ -33,7 +32,7 @@ from dora_vl.evaluation.open_model import ModelRequest, ModelSource, find_source
 from dora_vl.evaluation.predict import predicted
 from dora_vl.evaluation.predictor import Decoding, MediaReader, check_pictures, media_reader
 from dora_vl.evaluation.questions import is_question, read_question_file, read_questions
-from dora_vl.files import opening, unfinished, write_json
+from dora_vl.files import opening, read_json, unfinished, write_json
 from dora_vl.run.base import VLBART
 from dora_vl.run.folder import SETTINGS
 
@@ -68,11 +67,9 @@ def planned_check(options: argparse.Namespace, adapter: Path) -> Check | None:
         if options.questions is not None or options.images is not None or options.check_dtype is not None:
             raise UserError("--questions, --images and --check-dtype say how --check asks; add --check")
         return None
-    run: dict[str, Any] = {}
-    for folder in adapter.resolve().parents[:2]:  # an adapter lies in its run's folder, or in a checkpoint of it
-        if (folder / SETTINGS).is_file():
-            run = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-            break
+    # An adapter lies in its run's folder, or in a checkpoint of it.
+    settings = [folder / SETTINGS for folder in adapter.resolve().parents[:2] if (folder / SETTINGS).is_file()]
+    run = read_json(settings[0]) if settings else {}
     data, evaluation = run.get("data") or {}, run.get("evaluation") or {}
     task, file, root = "", options.questions, "."
     if file is None:

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dora_vl.data.text_file import json_lines, opened, stream_values, table_rows, text_lines
+from dora_vl.data.text_file import json_lines, stream_values, table_rows, text_lines
 from dora_vl.errors import UserError, shown, shown_names
 
 log = logging.getLogger(__name__)
@@ -132,11 +132,8 @@ def read_rows(path: Path) -> list[Prediction]:
     | JSON lines with `clip_id` and `descs` | VALUE's captions |
     | one object, id -> answer; a whole number is a choice's index | MM-Vet; VALUE's TVQA and How2QA |
     | `.csv` of an identifier and an answer, without a header | NLVR2 |
-    | `.csv` or `.tsv` whose first row names the columns | MMBench |
+    | `.csv` or `.tsv` whose first row names the columns | MMBench (its .xlsx saved as .tsv) |
     """
-    with opened(path, WANTED) as file:
-        if file.read(4) == b"PK\x03\x04":
-            raise UserError(f"{path}: an .xlsx or another packed file; save the table as tab-separated text, NAME.tsv")
     delimiter = DELIMITERS.get(path.suffix.lower())
     rows = list(_json_rows(path) if delimiter is None else _table_rows(path, delimiter))
     if not rows:

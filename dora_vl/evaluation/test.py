@@ -23,7 +23,7 @@ from dora_vl.data.video import VideoReader
 from dora_vl.errors import SettingError, UserError
 from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
 from dora_vl.evaluation.baselines import UNTRAINED, Exchange, drawn, right_text
-from dora_vl.evaluation.pictures import write_contact_sheet, write_loss_curve
+from dora_vl.evaluation.pictures import series, write_contact_sheet, write_loss_curve
 from dora_vl.evaluation.predict import ask_again, evaluate
 from dora_vl.evaluation.predictions import Prediction
 from dora_vl.evaluation.predictor import By, Decoding, MediaReader, Predictor, check_pictures, media_reader
@@ -254,7 +254,7 @@ def evaluate_commonsense(
 def draw(answered: Sequence[Tested], *, run_folder: Path, media: MediaReader | None) -> None:
     """Writes the loss curve, and where `media` shows the pictures the contact sheet."""
     entries = read_log(run_folder / LOSS_LOG)
-    if any("loss" in entry for entry in entries):
+    if series(entries, "loss")[0]:
         write_loss_curve(entries, run_folder / LOSS_CURVE)
     rows: list[Prediction] = []
     shares: dict[str, float] = {}
