@@ -94,7 +94,7 @@ def model_card(run: RunRecord, repository: str, *, licence: str | None, sheet: b
     from jinja2 import Environment, StrictUndefined
 
     from dora_vl.evaluation.forgetting import in_words
-    from dora_vl.report.answers import blind, read_tests, score_rows
+    from dora_vl.report.run_record import blind, read_tests, score_rows
     from dora_vl.report.views import setting_tables
 
     tests, missing = read_tests(run)

@@ -19,8 +19,7 @@ from dora_vl.files import SETS, whole_file
 
 if TYPE_CHECKING:
     from dora_vl.evaluation.results import SetResult
-    from dora_vl.report.answers import Results
-    from dora_vl.report.run_record import RunRecord
+    from dora_vl.report.run_record import Results, RunRecord
     from dora_vl.report.views import InlinePictures
 
 MOST_ANSWERS, DRAWN_ROWS = 40, 8
@@ -39,8 +38,8 @@ SECTIONS = (
 
 def gather(runs: Sequence[RunRecord]) -> dict[str, Any]:
     """Reads, scores and draws all that the template shows."""
-    from dora_vl.report.answers import blind, confusion, read_tests, score_rows
     from dora_vl.report.charts import curves
+    from dora_vl.report.run_record import blind, confusion, read_tests, score_rows
     from dora_vl.report.views import InlinePictures, setting_tables, watched_tables
 
     notes: dict[str, list[str]] = {name: [] for name, _ in SECTIONS}
@@ -101,7 +100,7 @@ def _drawn(folder: Path) -> list[dict[str, Any]]:
 def _answers(run: RunRecord, result: SetResult, pictures: InlinePictures) -> dict[str, Any]:
     """Returns answers of a run to one set, with their pictures: wrong or low ones, then right or high ones."""
     from dora_vl.data.example import Clip
-    from dora_vl.report.answers import is_accuracy, low_and_high
+    from dora_vl.report.run_record import is_accuracy, low_and_high
 
     halves = low_and_high(result)
     folder = run.section("evaluation").get("image_folder") or run.section("data").get("image_folder")

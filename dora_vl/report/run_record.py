@@ -1,21 +1,40 @@
-"""What a run's folder holds, as far as the run has come."""
+"""A run as reports read it: its folder, as far as the run has come, and its tests as tables, answers and confusion.
+
+Nothing is scored here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from dora_vl.adapters.files import RECIPE_FILE
 from dora_vl.errors import UserError
-from dora_vl.evaluation.results import SetResult, read_results
+from dora_vl.evaluation.baselines import ADVICE, COMMONEST, EXCHANGED, READABLE, UNTRAINED, WARNING
+from dora_vl.evaluation.predictions import PREDICTIONS, Prediction
+from dora_vl.evaluation.results import AnswerScore, SetResult, read_results
+from dora_vl.evaluation.scores.exact import normalised
+from dora_vl.evaluation.scores.scored import SHARES, Difference, paired_differences
 from dora_vl.files import json_or_nothing
 from dora_vl.run.folder import ADAPTER, LOSS_LOG, METRICS, PLAN, SETTINGS, SKIPPED, path_in_run, read_log
 from dora_vl.run.watched import Watched, read_watched
 
 Line = Mapping[str, Any]
+Results = Mapping[str, SetResult]
+Answer = tuple[Prediction, AnswerScore]
+BASELINES = {
+    UNTRAINED: "the untrained base",
+    COMMONEST: "each question's commonest answer",
+    EXCHANGED: "with pictures exchanged",
+    READABLE: "what a linear map of the base's pictures reads",
+}
+MOST_LABELS = 24
+OTHER = "other"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +70,7 @@ class RunRecord:
         return max(int(line["step"]) for line in self.log)
 
     @cached_property
-    def benchmarks(self) -> Mapping[str, SetResult]:
+    def benchmarks(self) -> Results:
         """What `dora-vl evaluate` left in the folder `evaluation`."""
         folder = self.folder / "evaluation"
         return read_results(folder) if (folder / METRICS).is_file() else {}
@@ -76,3 +95,146 @@ def read_run(folder: Path, label: str) -> RunRecord:
         ),
         watched=read_watched(folder),
     )
+
+
+def read_tests(run: RunRecord) -> tuple[Results, list[str]]:
+    """Reads every set that a run was tested on, and says where there is none."""
+    if not (run.folder / PREDICTIONS).is_file():
+        return {}, [f"{run.label}: it holds no {PREDICTIONS}; a run answers its evaluation.file after training."]
+    try:
+        return read_results(run.folder), []
+    except UserError as error:
+        return {}, [f"{run.label}: {error}."]
+
+
+def is_accuracy(result: SetResult) -> bool:
+    """Returns True where an answer is right or wrong."""
+    return result.entry.get("headline") in SHARES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A run's value of a metric; its `difference` from the first run is `clear` where 0 is outside its interval."""
+
+    value: float
+    n: int
+    interval: tuple[float, float] | None
+    difference: str = ""
+    clear: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRow:
+    """One metric of one set over the runs; None where a run has no such number."""
+
+    test: str
+    metric: str
+    cells: tuple[Cell | None, ...]
+
+    @property
+    def n(self) -> int:
+        """How many items it is over."""
+        return next(cell.n for cell in self.cells if cell is not None)
+
+    @property
+    def is_part(self) -> bool:
+        """True where it is of a part of the set."""
+        return "/" in self.metric
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confusion:
+    """How often each right answer (a row) was answered with each (a column)."""
+
+    title: str
+    labels: tuple[str, ...]
+    columns: tuple[str, ...]
+    counts: tuple[tuple[int, ...], ...]
+
+    def share(self, row: int, column: int) -> float:
+        """Returns the share of the row's answers; a count above 0 is always visible."""
+        counts = self.counts[row]
+        return max(0.12, counts[column] / sum(counts)) if counts[column] else 0.0
+
+
+def score_rows(by_run: Sequence[Results]) -> tuple[list[ScoreRow], list[str]]:
+    """Returns a row for each metric of each set, paired with the first run's, and notes on those that are not."""
+    cells: list[dict[tuple[str, str], Cell]] = []
+    notes: dict[str, None] = {}
+    for number, results in enumerate(by_run):
+        of_run: dict[tuple[str, str], Cell] = {}
+        for name, result in results.items():
+            first = by_run[0].get(name) if number else None
+            differences: Mapping[str, Difference] = {}
+            if first is not None and first.scored is not None and result.scored is not None:
+                try:
+                    differences = paired_differences(result.scored, first.scored)
+                except UserError as error:
+                    notes[f"No paired difference for {name}: {error}."] = None
+            baselines = result.entry.get("baselines") or {}
+            titled = {title: baselines[key] for key, title in BASELINES.items() if key in baselines}
+            for metric, entry in {**result.entry["metrics"], **titled}.items():
+                of_run[name, metric] = _cell(entry, differences.get(metric))
+        cells.append(of_run)
+    names = [*dict.fromkeys(name for results in by_run for name in results)]
+    keys = dict.fromkeys(key for of_run in cells for key in of_run)
+    rows = [
+        ScoreRow(test=name, metric=metric, cells=tuple(of_run.get((name, metric)) for of_run in cells))
+        for name, metric in sorted(keys, key=lambda key: names.index(key[0]))
+    ]
+    return rows, [*notes]
+
+
+def _cell(entry: Mapping[str, Any], apart: Difference | None) -> Cell:
+    limits = entry["interval_95"]
+    difference = "" if apart is None else f"{apart.value:+.2f} ({apart.low:+.2f} to {apart.high:+.2f})"
+    return Cell(
+        value=float(entry["value"]),
+        n=int(entry["n"]),
+        interval=None if limits is None else (limits[0], limits[1]),
+        difference=difference,
+        clear=apart is not None and (apart.low > 0 or apart.high < 0),
+    )
+
+
+def blind(label: str, *several: Results) -> list[str]:
+    """Warns of each set of a run whose answers do not depend on its pictures, or tell less than these."""
+    entries = [(name, result.entry.get("baselines") or {}) for results in several for name, result in results.items()]
+    notes = [(name, baselines.get(key)) for name, baselines in entries for key in (WARNING, ADVICE)]
+    return [f"{label}, {name}: {note}." for name, note in notes if note]
+
+
+def confusion(title: str, result: SetResult) -> Confusion | None:
+    """Counts the answers of a closed list; None where there are too many, or they are hardly repeated."""
+    pairs = [
+        (normalised(item.truth), normalised(item.answer))
+        for item in result.items.values()
+        if item.truth and not item.score.failed
+    ]
+    counts = Counter(truth for truth, _ in pairs)
+    if not 2 <= len(counts) <= MOST_LABELS or len(pairs) < 2 * len(counts):
+        return None
+    labels = tuple(sorted(counts, key=lambda label: (-counts[label], label)))
+    cells = Counter((truth, answer if answer in counts else OTHER) for truth, answer in pairs)
+    columns = (*labels, OTHER) if any(answer not in counts for _, answer in pairs) else labels
+    rows = tuple(tuple(cells[truth, answer] for answer in columns) for truth in labels)
+    return Confusion(title=title, labels=labels, columns=columns, counts=rows)
+
+
+def low_and_high(result: SetResult) -> tuple[list[Answer], list[Answer]]:
+    """Returns the answers with a score of their own from the lowest on and from the highest, of every kind in turn.
+
+    Of an accuracy they are the wrong and the right ones, else the two halves.
+    """
+    answers = [(result.predictions[name], item) for name, item in result.items.items() if name in result.predictions]
+    answers.sort(key=lambda answer: answer[1].score.share)
+    wrong = sum(item.score.share < 0.5 for _, item in answers)
+    half = wrong if is_accuracy(result) else -(-len(answers) // 2)
+    return _in_turn(answers[:half]), _in_turn(answers[half:][::-1])
+
+
+def _in_turn(answers: Sequence[Answer]) -> list[Answer]:
+    by_kind: dict[str, list[Answer]] = {}
+    for row, item in answers:
+        by_kind.setdefault(item.kind, []).append((row, item))
+    return [answer for several in zip_longest(*by_kind.values()) for answer in several if answer is not None]
