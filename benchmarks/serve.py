@@ -29,7 +29,7 @@ import uvicorn
 from fastapi import FastAPI
 from openai import OpenAI
 
-from benchmarks.contenders import CLOCKS, take_turns
+from benchmarks.contenders import take_turns
 from benchmarks.report import median, table, write_json
 from dora_vl.adapters.base_weights import shared_tensors
 from dora_vl.adapters.folder import load_adapter, save_adapter
@@ -61,7 +61,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="of each answer")
     parser.add_argument("--rounds", type=int, default=5, help="how often each contender takes a turn")
     parser.add_argument("--steps", type=int, default=5, help="decode steps of a turn; its time is their median")
-    parser.add_argument("--clock", default="wall", choices=CLOCKS)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -114,7 +113,7 @@ def decode_figures(served: ServedModel, folder: Path, options: argparse.Namespac
             "one, served": decode_step(served.backbone.model, served, count, ["a"]),
             mixed: decode_step(served.backbone.model, served, count, ["base", *NAMES]),
         }
-        turns = take_turns(steps, rounds=options.rounds, repeats=options.steps, clock=options.clock)
+        turns = take_turns(steps, rounds=options.rounds, repeats=options.steps)
         print(f"\n{count} rows, one decoded token of each")
         print(turns.shown("one, by itself"))
         figures[str(count)] = {
