@@ -59,9 +59,10 @@ in it while they are true.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's options."""
     parser.add_argument("--benchmarks", required=True, help="NAME, NAME:SPLIT, NAME=FILE or FILE.yaml, commas between")
-    parser.add_argument("--adapter", type=Path, help="adapter folder of a run, or of PEFT")
-    parser.add_argument("--model", help="folder or hub id of a model that is asked without an adapter")
-    parser.add_argument("--predictions", type=Path, help="scores this file instead of asking a model (one benchmark)")
+    answers = parser.add_mutually_exclusive_group(required=True)
+    answers.add_argument("--adapter", type=Path, help="adapter folder of a run, or of PEFT")
+    answers.add_argument("--model", help="folder or hub id of a model that is asked without an adapter")
+    answers.add_argument("--predictions", type=Path, help="scores this file instead of asking a model (one benchmark)")
     parser.add_argument("--against", type=Path, help="another adapter, model or predictions file: paired difference")
     parser.add_argument("--records", type=Path, default=Path("records"), help="folder of records (default: records)")
     parser.add_argument("--images", type=Path, default=Path(), help="root of the pictures (default: here)")
@@ -139,10 +140,6 @@ def _sets(options: argparse.Namespace) -> list[TestSet]:
     modes = _modes(options, named)
     if not requests or len(named) < len(requests):
         raise UserError(f"--benchmarks {shown(options.benchmarks)} must name at least one benchmark, each once")
-    if [options.adapter, options.model, options.predictions].count(None) != 2:
-        raise UserError(
-            "give --adapter DIR or --model FOLDER to ask a model, or --predictions FILE to score answers, one of these"
-        )
     if options.against is not None and not options.against.exists():
         raise UserError(f"--against {options.against}: no such adapter, model or predictions file")
     for name in ("predictions", "against"):

@@ -35,6 +35,7 @@ from dora_vl.evaluation.questions import is_question, read_question_file, read_q
 from dora_vl.files import opening, read_json, unfinished, write_json
 from dora_vl.run.base import VLBART
 from dora_vl.run.folder import SETTINGS
+from dora_vl.run.watched import evenly
 
 BATCH, FRAMES = 8, 8
 FAILED_STATUS = 1
@@ -84,8 +85,7 @@ def planned_check(options: argparse.Namespace, adapter: Path) -> Check | None:
     if not questions:
         raise UserError(f"{file}: holds no questions")
     images = options.images or Path(root)
-    count = min(options.check, len(questions))  # evenly over the file: neighbours are often about one picture
-    questions = [questions[number * len(questions) // count] for number in range(count)]
+    questions = evenly(questions, options.check)  # neighbours are often about one picture
     check_pictures((path for question in questions for path in question.images), images, setting="--images")
     return Check(
         questions=questions,
