@@ -1,10 +1,10 @@
 """Where a composed LLaVA's projector starts: the same rows and steps from a random, a scaled and a closed-form start.
 
-    python -m benchmarks.projector_start --to runs/starts [--starts random,scaled,answers,tuned] [--seeds 0,1,2]
+python -m benchmarks.projector_start --to runs/starts [--sets receipts,signs,easy_vqa] [--starts random,scaled,answers]
 
-Needs what `dora-vl quickstart` leaves. Till receipts are drawn here, 160 questions to learn from and 200 about others
-to test with, and made a run by `dora-vl init`. `tuned` among the starts is the base that the demo trained. Finished
-runs are not repeated; starts.json has all of them.
+Needs what `dora-vl quickstart` leaves. Receipts and signs are drawn here, 160 rows to learn from and 200 about other
+pictures to test with, and made a run by `dora-vl init`; easy-VQA is the demo's, 40 steps of it. `tuned` among the
+starts is the base that the demo trained. Finished runs are not repeated; starts.json has all of them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import json
 import random
 import subprocess
 import sys
-from itertools import product
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -23,21 +22,25 @@ from PIL import Image, ImageDraw, ImageFont
 from dora_vl.run.folder import is_tested
 
 LEARNED, TESTED = 160, 200
-SHOPS = {
-    "Corner Bakery": (205, 40, 40),
-    "Green Grocer": (40, 80, 200),
-    "Book Nook": (240, 200, 40),
-    "Hardware Hub": (245, 245, 245),
-}
+DEMO = "llava/easyvqa_smollm2_dora"
+RED, BLUE, YELLOW, WHITE = (205, 40, 40), (40, 80, 200), (240, 200, 40), (245, 245, 245)
+SHOPS = {"Corner Bakery": RED, "Green Grocer": BLUE, "Book Nook": YELLOW, "Hardware Hub": WHITE}
+SIGNS = {"stop": (8, 22, RED, "STOP"), "no entry": (40, 0, RED, "-"), "parking": (4, 0, BLUE, "P")}
+SIGNS |= {"limit 30": (40, 0, WHITE, "30"), "limit 70": (40, 0, WHITE, "70"), "priority": (4, 45, YELLOW, "")}
+SIGNS |= {"give way": (3, 180, WHITE, ""), "bus lane": (40, 0, BLUE, "BUS")}
+"""Corners, turn in degrees, colour and text."""
+Drawn = tuple[Image.Image, str, str]
 
 
-def receipt(chance: random.Random) -> tuple[Image.Image, str, str]:
-    """Draws a receipt on a desk; asks for its shop, its total, or how it was paid. Returns question and answer too."""
+def receipt(chance: random.Random) -> Drawn:
+    """Draws a till receipt on a desk; asks for its shop, its total, or how it was paid."""
     shop, total = chance.choice(list(SHOPS)), chance.choice((5, 10, 20, 50))
     paid = chance.choice(("in cash", "by card", "by voucher"))
     picture = Image.new("RGB", (240, 320), tuple(chance.randrange(90, 150) for _ in range(3)))
-    draw = ImageDraw.Draw(picture)
-    left, top, paper = (chance.randrange(*span) for span in ((10, 40), (5, 25), (225, 255)))
+    draw, left, top, paper = (
+        ImageDraw.Draw(picture),
+        *(chance.randrange(*span) for span in ((10, 40), (5, 25), (225, 255))),
+    )
     draw.rectangle((left, top, left + 180, top + 285), fill=(paper, paper, paper - 8))
     draw.rectangle((left, top, left + 180, top + 34), fill=SHOPS[shop])
     items = "\n".join(
@@ -59,6 +62,24 @@ def receipt(chance: random.Random) -> tuple[Image.Image, str, str]:
     return picture, question, answer
 
 
+def sign(chance: random.Random) -> Drawn:
+    """Draws a road sign before a landscape."""
+    name = chance.choice(list(SIGNS))
+    corners, turn, colour, text = SIGNS[name]
+    picture = Image.new("RGB", (200, 200), tuple(chance.randrange(130, 220) for _ in range(3)))
+    draw, size, x, y = ImageDraw.Draw(picture), *(chance.randrange(*span) for span in ((45, 70), (75, 125), (75, 105)))
+    draw.rectangle((0, chance.randrange(140, 175), 200, 200), fill=(80, chance.randrange(90, 140), 70))
+    draw.rectangle((x - 4, y, x + 4, 200), fill=(110, 110, 110))
+    draw.regular_polygon((x, y, size), corners, rotation=turn, fill=RED if colour == WHITE else colour)
+    draw.regular_polygon((x, y, 0.75 * size), corners, rotation=turn, fill=colour)
+    ink = "black" if colour == WHITE else "white"
+    draw.text((x, y), text, ink, font=ImageFont.load_default(size * 1.2 / max(2, len(text))), anchor="mm")
+    return picture, "what does the sign say?", name
+
+
+SETS = {"receipts": receipt, "signs": sign}
+
+
 def verb(*words: str) -> None:
     """Runs `dora-vl`."""
     done = subprocess.run([sys.executable, "-m", "dora_vl.cli", *words], capture_output=True, text=True, check=False)
@@ -67,52 +88,67 @@ def verb(*words: str) -> None:
         raise SystemExit(f"dora-vl {' '.join(words)}\n{done.stderr[-2000:]}")
 
 
-def run_file(base: str, to: Path) -> Path:
-    """Returns the run of the receipts on a base, drawn and written if it is not there."""
-    if not (to / "questions.csv").is_file():
-        chance = random.Random("receipts")
-        (to / "pictures").mkdir(parents=True, exist_ok=True)
-        with (to / "questions.csv").open("w", newline="") as file:
+def run_file(name: str, base: str, to: Path) -> str:
+    """Returns the run of a set on a base, drawn and written if it is not there."""
+    folder = to / name
+    if not (folder / "questions.csv").is_file():
+        chance = random.Random(name)
+        (folder / "pictures").mkdir(parents=True, exist_ok=True)
+        with (folder / "questions.csv").open("w", newline="") as file:
             csv.writer(file).writerow(["image", "question", "answer"])
             for number in range(LEARNED + TESTED):
-                picture, question, answer = receipt(chance)
-                picture.save(to / "pictures" / f"{number:03}.png")
+                picture, question, answer = SETS[name](chance)
+                picture.save(folder / "pictures" / f"{number:03}.png")
                 csv.writer(file).writerow([f"{number:03}.png", question, answer])
-    file = to / base / "run.yaml"
-    if not file.is_file():
-        share = TESTED / (LEARNED + TESTED)
-        verb("init", str(to), f"--model=runs/demo/{base}", f"--to={file.parent}", f"--test-share={share}")
-    return file
+    if not (folder / base / "run.yaml").is_file():
+        share = str(TESTED / (LEARNED + TESTED))
+        verb("init", str(folder), f"--model=runs/demo/{base}", f"--to={folder / base}", f"--test-share={share}")
+    return str(folder / base / "run.yaml")
 
 
-def train(start: str, seed: str, to: Path) -> None:
+def train(name: str, start: str, seed: int, epochs: str, to: Path) -> None:
     """Trains and tests one run unless it is there."""
-    folder, base = to / f"{start}_{seed}", "tuned" if start == "tuned" else "base"
+    folder, base = to / f"{name}{epochs}" / f"{start}_{seed}", "tuned" if start == "tuned" else "base"
     if is_tested(folder):
         return
-    settings = [f"--data.feature_cache={to / base / 'features'}", "--data.replay=0", "--overwrite=true", "--watch=0"]
-    settings += [f"--evaluation.{switch}=false" for switch in ("forgetting", "exchange_pictures")]
-    settings += [f"--training.output_dir={folder}", f"--training.seed={seed}"]
+    settings = [DEMO, "--training.max_steps=40", "--training.eval_strategy=no", "--evaluation.limit=400"]
+    if name in SETS:
+        settings = [run_file(name, base, to), f"--data.feature_cache={to / name / base / 'features'}"]
+        settings += [f"--training.num_train_epochs={epochs}"] if epochs else []
+        settings += [f"--evaluation.{switch}=false" for switch in ("forgetting", "exchange_pictures")]
+        settings += ["--data.replay=0"]
     settings += [] if start == "tuned" else [f"--adapter.projector_start={start}"]
-    verb("train", str(run_file(base, to)), *settings)
+    verb(
+        "train",
+        *settings,
+        f"--training.output_dir={folder}",
+        f"--training.seed={seed}",
+        "--overwrite=true",
+        "--watch=0",
+    )
 
 
 def main() -> None:
     """Trains what is not there yet, and writes the numbers after each run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", type=Path, default=Path("runs/starts"))
+    parser.add_argument("--sets", default="receipts,signs,easy_vqa")
     parser.add_argument("--starts", default="random,scaled,answers")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--epochs", default="", help="default: what init writes")
     options = parser.parse_args()
-    for seed, start in product(options.seeds.split(","), options.starts.split(",")):
-        train(start, seed, options.to)
-        runs: dict[str, dict[str, object]] = {}
-        for path in filter(is_tested, sorted(options.to.glob("*_*"))):
-            metrics = json.loads((path / "metrics.json").read_text())
-            (entry,) = metrics["sets"].values()
-            runs[path.name] = {"steps": metrics["train_steps"], "n": entry["n"], **entry["metrics"]["accuracy"]}
-        (options.to / "starts.json").write_text(json.dumps(runs, indent=1))
-        print({name: scores["value"] for name, scores in runs.items()}, flush=True)
+    for seed in options.seeds.split(","):
+        for name in options.sets.split(","):
+            for start in options.starts.split(","):
+                train(name, start, int(seed), options.epochs, options.to)
+                runs: dict[str, dict[str, dict[str, object]]] = {}
+                for path in filter(is_tested, sorted(options.to.glob("*/*_*"))):
+                    metrics = json.loads((path / "metrics.json").read_text())
+                    (entry,) = metrics["sets"].values()
+                    scores = {"steps": metrics["train_steps"], "n": entry["n"], **entry["metrics"]["accuracy"]}
+                    runs.setdefault(path.parent.name, {})[path.name] = scores
+                (options.to / "starts.json").write_text(json.dumps(runs, indent=1))
+                print({name: {run: of["value"] for run, of in each.items()} for name, each in runs.items()}, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
-"""`dora-vl push`: what is written, what the hub gets by its own client, and what a refusal says."""
+"""`dora-vl push`: what is written, what the hub gets by its own client, and what a refusal says; against a stand-in."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
-import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import create_autospec
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
-from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import LocalTokenNotFoundError
+from huggingface_hub import ModelCard
 
 from dora_vl.cli import main
 from tests.report.conftest import HOSTILE
@@ -20,36 +21,111 @@ from tests.report.conftest import HOSTILE
 REPOSITORY = "someone/shapes"
 
 
+class Hub(ThreadingHTTPServer):
+    """Answers as the hub does to one commit: weights go to a storage of their own, small files into the commit."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.address = f"http://127.0.0.1:{self.server_address[1]}"
+        self.created: list[dict[str, Any]] = []
+        self.files: dict[str, bytes] = {}
+        self.stored: dict[str, bytes] = {}
+        self.tokens: set[str | None] = set()
+        self.refuses = False
+
+
+class Answer(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def reply(self, content: Any, status: int = 200) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def body(self) -> bytes:
+        return self.rfile.read(int(self.headers["Content-Length"]))
+
+    def do_PUT(self) -> None:
+        content = self.body()
+        name = self.path.rpartition("/")[2]
+        assert hashlib.sha256(content).hexdigest() == name
+        self.server.stored[name] = content
+        self.reply({})
+
+    def do_POST(self) -> None:
+        hub, content = self.server, self.body()
+        hub.tokens.add(self.headers.get("Authorization"))
+        if hub.refuses:
+            self.reply({"error": "You don't have the rights to create a model under this namespace"}, 403)
+        elif self.path == "/api/repos/create":
+            hub.created.append(json.loads(content))
+            self.reply({"url": f"{hub.address}/{REPOSITORY}", "name": REPOSITORY})
+        elif self.path == "/api/validate-yaml":
+            self.reply({"errors": [], "warnings": []})
+        elif self.path == f"/api/models/{REPOSITORY}/preupload/main":
+            modes = [
+                {"path": file["path"], "shouldIgnore": False, "oid": None}
+                | {"uploadMode": "lfs" if file["path"].endswith((".safetensors", ".png")) else "regular"}
+                for file in json.loads(content)["files"]
+            ]
+            self.reply({"files": modes})
+        elif self.path == f"/{REPOSITORY}.git/info/lfs/objects/batch":
+            objects = [
+                {**item, "actions": {"upload": {"href": f"{hub.address}/storage/{item['oid']}"}}}
+                for item in json.loads(content)["objects"]
+            ]
+            self.reply({"transfer": "basic", "objects": objects})
+        else:
+            assert self.path == f"/api/models/{REPOSITORY}/commit/main"
+            for line in map(json.loads, content.splitlines()):
+                value = line["value"]
+                if line["key"] == "file":
+                    assert value["encoding"] == "base64"
+                    hub.files[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    hub.files[value["path"]] = hub.stored[value["oid"]]
+            self.reply({"commitUrl": f"{hub.address}/{REPOSITORY}/commit/1", "commitOid": "1", "success": True})
+
+
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """The hub's client, which sends nothing; a folder that it uploads lies in `uploaded` afterwards."""
-    api = create_autospec(HfApi, instance=True)
-
-    def upload(*, folder_path: Path, **_: object) -> SimpleNamespace:
-        shutil.copytree(folder_path, tmp_path / "uploaded", dirs_exist_ok=True)
-        return SimpleNamespace(commit_url="https://hub.example/commit/1")
-
-    api.upload_folder.side_effect = upload
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda **_: api)
-    return api
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.address)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)  # the stand-in speaks LFS
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
 
 
 def card_of(folder: Path) -> ModelCard:
     return ModelCard((folder / "hub" / "README.md").read_text(encoding="utf-8"))
 
 
-def test_the_hub_gets_the_adapter_and_its_card(copied: Path, hub: Any, tmp_path: Path, capsys: Any) -> None:
+def test_the_hub_holds_the_adapter_and_its_card(copied: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     main(["push", str(copied), REPOSITORY, "--license", "mit"])
-    assert "https://hub.example/commit/1" in capsys.readouterr().out
-    hub.create_repo.assert_called_once_with(REPOSITORY, private=True, exist_ok=True)
-    assert hub.upload_folder.call_args.kwargs["repo_id"] == REPOSITORY
-    uploaded = {path.name: path.read_bytes() for path in (tmp_path / "uploaded").iterdir()}
-    names = ("adapter_model.safetensors", "adapter_config.json", "recipe.json")
-    sources = [*(copied / "adapter" / name for name in names), copied / "metrics.json", copied / "contact_sheet.png"]
-    assert uploaded.pop("README.md").startswith(b"---\n")
-    assert uploaded == {path.name: path.read_bytes() for path in sources}
+    assert hub.address in capsys.readouterr().out
+    ((created),) = hub.created
+    assert (created["name"], created["organization"], created["visibility"]) == ("shapes", "someone", "private")
+    assert hub.tokens == {"Bearer hf_secret"}
+    adapter = copied / "adapter"
+    for name in ("adapter_model.safetensors", "adapter_config.json", "recipe.json"):
+        assert hub.files[name] == (adapter / name).read_bytes()
+    assert hub.files["contact_sheet.png"] == (copied / "contact_sheet.png").read_bytes()
+    assert hub.files["README.md"] == (copied / "hub" / "README.md").read_bytes()
+    assert set(hub.files) == {path.name for path in (copied / "hub").iterdir()}
     main(["push", str(copied), REPOSITORY, "--public", "--no-pictures"])
-    assert hub.create_repo.call_args.kwargs["private"] is False
+    assert hub.created[1]["visibility"] == "public"
     assert not (copied / "hub" / "contact_sheet.png").exists()
 
 
@@ -80,24 +156,32 @@ def test_the_card_says_what_the_run_scored(copied: Path, capsys: pytest.CaptureF
     assert str(Path(json.loads((copied / "settings.json").read_text())["model"]["base"]).parent) not in str(card)
 
 
-@pytest.mark.parametrize(
-    ("repository", "error"),
-    [("no/such/name", None), (REPOSITORY, LocalTokenNotFoundError("no token")), (REPOSITORY, OSError("no\nroute"))],
-)
-def test_a_hub_that_refuses_or_is_not_there_is_one_line(
-    copied: Path, hub: Any, capsys: Any, repository: str, error: Exception | None
-) -> None:
-    hub.create_repo.side_effect = error
-    with pytest.raises(SystemExit, match="2"):
-        main(["push", str(copied), repository])
+def test_nothing_is_uploaded_where_the_hub_refuses(copied: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    hub.refuses = True
+    for words in ([REPOSITORY], ["no/such/name"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(["push", str(copied), *words])
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert "hf_secret" not in error
+        assert words[0] in error
+    assert hub.files == {}
+
+
+def test_a_hub_that_is_not_there_is_one_line(copied: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(SystemExit) as stopped:
+        main(["push", str(copied), REPOSITORY])
+    assert stopped.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
-    hub.upload_folder.assert_not_called()
 
 
 def test_a_run_without_an_adapter_has_nothing_to_push(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (copied / "adapter").rename(copied / "elsewhere")
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit) as stopped:
         main(["push", str(copied), REPOSITORY, "--dry-run"])
+    assert stopped.value.code == 2
     assert not (copied / "hub").exists()
 
 

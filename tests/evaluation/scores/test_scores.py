@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from dora_vl.evaluation.scores.benchmark import Scorer
 from dora_vl.evaluation.scores.exact import SCORINGS
 from dora_vl.evaluation.scores.scored import intervals
 from dora_vl.evaluation.test_sets import ResultFolder, Tested, TestSet, average_of, scored
+from tests.shared_data import shared
 
 FOUR = ("red", "green", "blue", "white")
 ROWS: list[dict[str, Any]] = [
@@ -75,6 +77,19 @@ def test_what_cannot_be_scored_is_refused(
         score(examples, answers)
 
 
+def test_judged_benchmarks_take_grades_and_reviews() -> None:
+    capable = [example(f"v1_{n}", capability=["rec"] if n < 5 else ["rec", "ocr"]) for n in range(10)]
+    scored = llava.score_grades(capable, {f"v1_{n}": n / 10 for n in range(9)})
+    assert scored.metrics == pytest.approx({"total": 36.0, "capability/ocr": 52.0, "capability/rec": 36.0})
+    assert scored.failed == ("v1_9",)
+    bench = [example(n, "ref", category=kind) for n, kind in enumerate(["conv"] * 4 + ["detail"] * 3 + ["complex"] * 3)]
+    reviews = {str(n): f"{8 if n < 4 else 10} {n}\nbecause, 3 things" for n in range(10)}
+    metrics = llava.score_reviews(bench, reviews).metrics
+    expected = {"relative score": 100 * 45 / 92, "category/conv": 100 * 6 / 32, "mean/model": 4.5}
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+    assert llava.scores_of("8.5, 7\nText") == (8.5, 7.0)
+
+
 def test_what_stands_before_the_answer_is_left_out() -> None:
     reasoned = [example(0, "blue circle, so no"), example(1, "no")]
     answers = {"0": "red square, so no", "1": "it is blue, so yes"}
@@ -122,6 +137,62 @@ def test_a_missing_answer_is_wrong_and_named(name: str, mode: str) -> None:
 
 
 SOME = ("yes", "no", "yes", "yes", "no", "A", "yes")
+
+
+def lines(path: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in shared(path).read_text().splitlines()]
+
+
+def test_how2qa_and_tvqa_as_published() -> None:
+    rows = lines("value/how2qa_val_release.jsonl")
+    examples = [example(row["qid"], choices=FOUR, correct=row["answer_idx"]) for row in rows]
+    counts = Counter(row["answer_idx"] for row in rows)
+    assert (len(rows), [counts[n] for n in range(4)]) == (3115, [778, 727, 781, 829])
+    for answer, accuracy, value in (("a1", 100 * 727 / 3115, 23.34), ("", 0.0, 24.98)):  # 778 of 3,115
+        metrics = exact.how2qa_score(examples, {row.id: answer for row in examples}).metrics
+        assert metrics == {"accuracy": pytest.approx(accuracy), "value_accuracy": value}
+    shows = json.loads(shared("value/tvqa_val_solution.json").read_text())["solution"]
+    answers = {name: correct for questions in shows.values() for name, correct in questions.items()}
+    video_examples = [example(name, choices="abcde", correct=correct) for name, correct in answers.items()]
+    scored = exact.video_score(video_examples, {name: f"a{correct}" for name, correct in answers.items()})
+    assert (scored.n, scored.metrics["accuracy"]) == (15253, 100.0)
+
+
+def test_nlvr2_and_nlvr_as_published() -> None:
+    rows = lines("nlvr2/dev.json")
+    sentences = [example(row["identifier"], row["label"]) for row in rows]
+    scored = vqa.nlvr2_score(sentences, {row.id: "true" for row in sentences})
+    of_sentence: dict[str, set[str]] = {}
+    for row in rows:
+        split, number, _, sentence = row["identifier"].split("-")
+        of_sentence.setdefault(f"{split} {number} {sentence}", set()).add(row["label"])
+    consistent = sum(labels == {"True"} for labels in of_sentence.values())
+    true = sum(row["label"] == "True" for row in rows)
+    expected = {"accuracy": 100 * true / 6982, "consistency": 100 * consistent / len(of_sentence)}
+    assert scored.metrics == pytest.approx(expected)
+    rows = lines("nlvr/dev/dev.json")
+    boxes = [example(row["identifier"], row["label"]) for row in rows]
+    scored = vqa.score_nlvr(boxes, {row["identifier"]: row["label"] for row in rows})
+    assert (scored.n, scored.metrics) == (989, {"accuracy": 100.0, "consistency": 100.0})
+    assert len(scored.columns) == len({row["identifier"].split("-")[0] for row in rows})
+
+
+def test_pope_as_published_by_hand_written_rules() -> None:
+    examples, answers = [], {}
+    for category in ("random", "popular", "adversarial"):
+        for row in lines(f"pope/coco_pope_{category}.json"):
+            name = f"{category}-{row['question_id']}"
+            examples.append(example(name, row["label"], images=[row["image"]], category=category))
+            # says yes unless the object's name is short: some of both, wrong and right
+            answers[name] = "No, there is not." if len(row["text"]) % 3 == 0 else "Yes, there is."
+    scored = llava.pope_score(examples, answers)
+    assert (scored.n, scored.settings["labels"]) == (9000, "current")
+    for category in ("random", "popular", "adversarial"):
+        rows = [(row.answers[0].text, answers[row.id][:2] == "No") for row in examples if row.id.startswith(category)]
+        tp, yes = sum(label == "yes" and not no for label, no in rows), sum(not no for _, no in rows)
+        assert scored.metrics[f"{category}/yes share"] == pytest.approx(100 * yes / 3000)
+        assert scored.metrics[f"{category}/precision"] == pytest.approx(100 * tp / yes)
+        assert scored.metrics[f"{category}/f1"] == pytest.approx(200 * tp / (yes + 1500))  # 1,500 are yes in each
 
 
 def clips() -> list[Example]:
