@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.report import median, table
 from dora_vl import DoRAConfig, apply_dora, merge_dora
@@ -29,8 +29,7 @@ def contender(name: str, base: Any, *, rank: int, dropout: float) -> Any:
     if name == "frozen":
         return model.requires_grad_(False)
     if name.startswith("ours"):
-        present = {leaf.rpartition(".")[2] for leaf, _ in model.named_modules()}
-        targets = tuple(f"*{projection}" for projection in PROJECTIONS if projection in present)
+        targets = tuple(f"*{projection}" for projection in PROJECTIONS)
         apply_dora(model, DoRAConfig(rank=rank, alpha=2.0 * rank, dropout=dropout, targets=targets))
     else:
         model = _with_peft(model, rank, dropout, dora=name != "peft_lora")
@@ -57,34 +56,27 @@ def _with_peft(model: Any, rank: int, dropout: float, *, dora: bool) -> Any:
     return get_peft_model(model, config, autocast_adapter_dtype=False).get_base_model()
 
 
-class Layer(nn.Module):
-    """Holds a linear layer under a name that every contender's pattern matches."""
-
-    def __init__(self, width_in: int, width_out: int) -> None:
-        super().__init__()
-        self.q_proj = nn.Linear(width_in, width_out)
-
-    def forward(self, x: Tensor, past: Tensor | None = None) -> Tensor:
-        """Applies the layer; it keeps no past."""
-        return self.q_proj(x)
+def optimizer_of(model: Any) -> torch.optim.Optimizer | None:
+    """Returns an AdamW of what trains; None where nothing does."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=1e-6, fused=True) if trained else None
 
 
-def activation_loss(model: Any, x: Tensor) -> Tensor:
-    """Squares the output, so that activations need a gradient of their own, as inside a model."""
-    return model(x.detach().requires_grad_()).float().square().mean()
+def finish(loss: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
+    """Runs backward and AdamW."""
+    loss.backward()
+    if optimizer is not None:
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def train_step(model: Any, loss: Callable[[Any], Tensor]) -> Callable[[], None]:
     """Makes a step of forward, backward and AdamW; AdamW makes the norms due every time."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True) if trained else None
+    optimizer = optimizer_of(model)
 
     def step() -> None:
         model.train()
-        loss(model).backward()
-        if optimizer is not None:
-            optimizer.step()
-            optimizer.zero_grad()
+        finish(loss(model), optimizer)
 
     return step
 

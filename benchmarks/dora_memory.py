@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.contenders import DEVICE, contender
+from benchmarks.contenders import DEVICE, contender, finish, optimizer_of
 from benchmarks.dora_step import TRAINED, Tokens, add_options, base_model, loss_of, tokens_of
 from benchmarks.report import table, write_json
 
@@ -118,15 +118,13 @@ def main() -> None:
 def memory_of(model: Any, tokens: Tokens) -> Memory:
     """Measures one contender; gradient checkpointing is left on."""
     model.train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True) if trained else None
-    forward = partial(loss_of, model, tokens)
+    optimizer, forward = optimizer_of(model), partial(loss_of, model, tokens)
     steps = {}
     for name, reentrant in CHECKPOINTING.items():
         if reentrant is not None:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         steps[name] = step_of(forward, optimizer)
-    return Memory(sum(parameter.nbytes for parameter in trained), steps)
+    return Memory(sum(weight.nbytes for weight in model.parameters() if weight.requires_grad), steps)
 
 
 def step_of(forward: Callable[[], Tensor], optimizer: torch.optim.Optimizer | None) -> Step:
@@ -138,14 +136,6 @@ def step_of(forward: Callable[[], Tensor], optimizer: torch.optim.Optimizer | No
         alive = live.now - between
         finish(loss, optimizer)
         return Step(alive, live.peak - between, cuda_peak(forward, optimizer))
-
-
-def finish(loss: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
-    """Runs backward and AdamW."""
-    loss.backward()
-    if optimizer is not None:
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def cuda_peak(forward: Callable[[], Tensor], optimizer: torch.optim.Optimizer | None) -> int | None:
@@ -161,23 +151,15 @@ def cuda_peak(forward: Callable[[], Tensor], optimizer: torch.optim.Optimizer | 
 
 def figures(measured: dict[str, Memory]) -> dict[str, Any]:
     """Builds one row of the JSON; its ratio is that of the worse kind of checkpointing."""
-
-    def ratio(read: Callable[[Memory], int], to: str) -> float:
-        return round(read(measured["ours"]) / read(measured[to]), 4)
-
-    def checkpointed(read: Callable[[Step], int]) -> float:
-        ways = [way for way, reentrant in CHECKPOINTING.items() if reentrant is not None]
-        return max(ratio(lambda memory, way=way: read(memory.steps[way]), "peft_lora") for way in ways)
-
-    return {
-        "saved_bytes_vs_peft_lora": ratio(lambda memory: memory.steps["stored"].alive, "peft_lora"),
-        "saved_bytes_vs_peft_dora": ratio(lambda memory: memory.steps["stored"].alive, "peft_dora"),
-        "saved_bytes_vs_peft_lora_checkpointed": checkpointed(lambda step: step.alive),
-        "peak_bytes_vs_peft_lora": ratio(lambda memory: memory.steps["stored"].peak, "peft_lora"),
-        "peak_bytes_vs_peft_dora": ratio(lambda memory: memory.steps["stored"].peak, "peft_dora"),
-        "peak_bytes_vs_peft_lora_checkpointed": checkpointed(lambda step: step.peak),
-        "bytes": {name: asdict(memory) for name, memory in measured.items()},
-    }
+    checkpointed = [way for way, reentrant in CHECKPOINTING.items() if reentrant is not None]
+    compared = (("peft_lora", ["stored"]), ("peft_dora", ["stored"]), ("peft_lora", checkpointed))
+    ratios = {}
+    for name, part in (("saved", "alive"), ("peak", "peak")):
+        for other, ways in compared:
+            sizes = ([getattr(measured[who].steps[way], part) for way in ways] for who in ("ours", other))
+            ratio = max(round(own / reference, 4) for own, reference in zip(*sizes, strict=True))
+            ratios[f"{name}_bytes_vs_{other}{'_checkpointed' if ways is checkpointed else ''}"] = ratio
+    return {**ratios, "bytes": {name: asdict(memory) for name, memory in measured.items()}}
 
 
 def shown(measured: dict[str, Memory]) -> str:
@@ -188,19 +170,14 @@ def shown(measured: dict[str, Memory]) -> str:
         heads += [f"alive {way}", "x peft_lora", f"peak {way}", "x peft_lora"]
     if DEVICE == "cuda":
         heads += [f"CUDA peak {way}" for way in CHECKPOINTING]
-    return table(heads, [cells(name, memory, lora) for name, memory in measured.items()])
-
-
-def cells(name: str, memory: Memory, lora: Memory) -> list[object]:
-    """Formats one row of the table."""
-
-    def beside(size: int, reference: int) -> tuple[str, str]:
-        return mebibytes(size), f"{size / reference:.3f}"
-
-    row: list[object] = [name, mebibytes(memory.gradients)]
-    for way, step in memory.steps.items():
-        row += [*beside(step.alive, lora.steps[way].alive), *beside(step.peak, lora.steps[way].peak)]
-    return row + [mebibytes(step.cuda_peak) for step in memory.steps.values() if step.cuda_peak is not None]
+    rows: list[list[str]] = []
+    for name, memory in measured.items():
+        row = [name, mebibytes(memory.gradients)]
+        for way, step in memory.steps.items():
+            for size, reference in ((step.alive, lora.steps[way].alive), (step.peak, lora.steps[way].peak)):
+                row += [mebibytes(size), f"{size / reference:.3f}"]
+        rows.append(row + [mebibytes(step.cuda_peak) for step in memory.steps.values() if step.cuda_peak is not None])
+    return table(heads, rows)
 
 
 def mebibytes(size: int) -> str:

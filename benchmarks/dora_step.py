@@ -1,19 +1,16 @@
 """Times a training step and a one-token decode step: frozen model, PEFT LoRA, PEFT DoRA and this project.
 
     python benchmarks/dora_step.py --rank 16 128 --dropout 0 0.05 --json benchmarks/results.jsonl
-    python benchmarks/dora_step.py --layer 4096x11008 --rank 64 --tokens 512      # one layer by itself
 
 The model is SmolLM2-135M's shapes with all seven projections adapted, unless `--model FOLDER` names another. A step
 is forward, backward and AdamW, logits at the labelled places alone. The allocator keeps a step's memory for the next,
-for all contenders, as training here does. Contenders take turns in one process; quoted are
-medians over rounds of the ratios inside one round. On a CUDA machine the table adds kernel times, the share of the
-card's peak (`--peak-tflops`) and peak memory.
+for all contenders, as training here does. Contenders take turns in one process; quoted are medians over rounds of the
+ratios inside one round.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,8 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.contenders import CLOCKS, DEVICE, Layer, activation_loss, contender, seconds, take_turns, train_step
-from benchmarks.report import table, write_json
+from benchmarks.contenders import CLOCKS, DEVICE, contender, take_turns, train_step
+from benchmarks.report import write_json
 from dora_vl.run.launch import keep_freed_memory
 
 TRAINED = ("frozen", "peft_lora", "peft_dora", "peft_dora_accelerated", "ours")
@@ -45,19 +42,8 @@ SMOLLM2_135M = LlamaConfig(
 
 def main() -> None:
     """Times every setting, prints the tables and writes the JSON."""
-    options = read_options()
-    keep_freed_memory()
-    figures = [time_setting(rank, dropout, options) for rank, dropout in product(options.rank, options.dropout)]
-    if options.json is not None:
-        shown = {name: value for name, value in vars(options).items() if name != "json"}
-        write_json(options.json, {"options": shown, "settings": figures})
-
-
-def read_options() -> argparse.Namespace:
-    """Returns the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
-    parser.add_argument("--layer", default=None, help="INxOUT: one linear layer instead of a model")
     parser.add_argument("--rounds", type=int, default=5, help="how often each contender takes a turn")
     parser.add_argument("--steps", type=int, default=4, help="steps of a turn; its time is their median")
     parser.add_argument(
@@ -66,20 +52,18 @@ def read_options() -> argparse.Namespace:
         choices=CLOCKS,
         help="processor: for a machine that others use; set OMP_NUM_THREADS=1",
     )
-    parser.add_argument("--peak-tflops", type=float, default=None, help="the card's dense peak, for the share used")
-    return parser.parse_args()
+    options = parser.parse_args()
+    keep_freed_memory()
+    figures = [time_setting(rank, dropout, options) for rank, dropout in product(options.rank, options.dropout)]
+    if options.json is not None:
+        shown = {name: value for name, value in vars(options).items() if name != "json"}
+        write_json(options.json, {"options": shown, "settings": figures})
 
 
 def time_setting(rank: int, dropout: float, options: argparse.Namespace) -> dict[str, Any]:
     """Times one setting: ratios of training and decoding, with the milliseconds that they come from."""
-    if options.layer is not None:
-        base: Any = layer_of_shape(options.layer, getattr(torch, options.dtype))
-        width = base.q_proj.in_features
-        x = torch.randn(options.batch * options.tokens, width, generator=torch.Generator().manual_seed(0))
-        loss: Callable[[Any], Tensor] = partial(activation_loss, x=x.to(base.q_proj.weight))
-    else:
-        base = base_model(options)
-        loss = partial(loss_of, tokens=tokens_of(options, base.config.vocab_size))
+    base = base_model(options)
+    loss = partial(loss_of, tokens=tokens_of(options, base.config.vocab_size))
     adapt = partial(contender, base=base, rank=rank, dropout=dropout)
     turns = {"rounds": options.rounds, "repeats": options.steps, "clock": options.clock}
     training = take_turns({name: train_step(adapt(name), loss) for name in TRAINED}, **turns)
@@ -92,7 +76,7 @@ def time_setting(rank: int, dropout: float, options: argparse.Namespace) -> dict
     row = {"rank": rank, "dropout": dropout, "train_ms": training.milliseconds, **ratios}
     print(f"\nrank {rank}, dropout {dropout}, training step, {options.dtype}")
     print(training.shown("peft_lora"))
-    if options.layer is None and dropout == options.dropout[0]:
+    if dropout == options.dropout[0]:
         decoding = take_turns({name: decode_step(adapt(name)) for name in DECODED}, **turns)
         row |= {
             "decode_ms": decoding.milliseconds,
@@ -102,8 +86,6 @@ def time_setting(rank: int, dropout: float, options: argparse.Namespace) -> dict
         }
         print(f"\nrank {rank}, one-token decode")
         print(decoding.shown("peft_lora"))
-    if DEVICE == "cuda":
-        row |= cuda_figures(lambda name: train_step(adapt(name), loss), base, options)
     return row
 
 
@@ -121,32 +103,6 @@ def decode_step(model: Any) -> Callable[[], None]:
     with torch.no_grad():
         model(ids, past_key_values=cache, use_cache=True)
     return step
-
-
-def cuda_figures(
-    step_of: Callable[[str], Callable[[], None]], base: Any, options: argparse.Namespace
-) -> dict[str, dict[str, float]]:
-    """Measures kernel milliseconds, peak memory and, with the card's peak, the share that the step uses.
-
-    One contender at a time is on the card, so that its peak is its own; the base they are copied from is in all.
-    """
-    kernels, peaks, shares = {}, {}, {}
-    weights = sum(parameter.numel() for parameter in base.parameters())
-    operations = 4 * weights * options.batch * options.tokens  # a frozen weight: forward, and the input's gradient
-    for name in TRAINED:
-        step = step_of(name)
-        step()
-        torch.cuda.reset_peak_memory_stats()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            took = seconds(step)
-        kernels[name] = sum(event.device_time_total for event in profile.key_averages()) / 1e3
-        peaks[name] = torch.cuda.max_memory_allocated() / 2**20
-        if options.peak_tflops is not None:
-            shares[name] = operations / took / (options.peak_tflops * 1e12)
-        del step
-        gc.collect()
-    print(table(("contender", "kernels ms", "peak MiB"), [(name, kernels[name], peaks[name]) for name in TRAINED]))
-    return {"kernel_ms": kernels, "peak_mib": peaks, "mfu": shares}
 
 
 @dataclass(frozen=True)
@@ -198,16 +154,6 @@ def loss_of(model: Any, tokens: Tokens) -> Tensor:
     hidden = model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
     chosen = hidden[:, tokens.positions].flatten(0, 1)
     return F.cross_entropy(model.lm_head(chosen).float(), tokens.targets)
-
-
-def layer_of_shape(shape: str, dtype: torch.dtype) -> Layer:
-    """Returns a layer from `INxOUT`."""
-    try:
-        width_in, width_out = (int(part) for part in shape.split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"--layer {shape}: write INxOUT, such as 576x1536") from None
-    torch.manual_seed(0)
-    return Layer(width_in, width_out).to(DEVICE, dtype)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from dora_vl.data.turns import Turn
 from dora_vl.heads.preferences import Scale
 from dora_vl.training.losses import PreferenceLoss, Reference
 
-RANK, BETA, PICTURES = 16, 0.1, 2
+RANK, BETA, PICTURES, PAIRS = 16, 0.1, 2, (1, 2, 4)
 PROJECTIONS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 FIGURES = ("milliseconds", "times_as_fast", "mib")
 Step = Callable[[], Any]
@@ -52,11 +52,19 @@ Step = Callable[[], Any]
 
 def main() -> None:
     """Times every setting, prints the table and writes the JSON."""
-    options = read_options()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, required=True, help="folder of a LLaVA")
+    parser.add_argument("--data", type=Path, required=True, help="its training data, LLaVA's JSON")
+    parser.add_argument("--pictures", type=Path, required=True, help="root of the data's pictures")
+    parser.add_argument("--layers", type=int, help="so many of the decoder's first layers; all unless it is given")
+    parser.add_argument("--words", type=int, nargs="+", default=[0, 250], help="that are added to a question")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each contender takes a turn")
+    parser.add_argument("--json", type=Path, help="also writes the figures there")
+    options = parser.parse_args()
     warnings.filterwarnings("ignore")
     encoder, figures = open_encoder(str(options.base), max_tokens=8_192), list[dict[str, Any]]()
     ours, theirs = adapted(options), None
-    for words, pairs in product(options.words, options.pairs):
+    for words, pairs in product(options.words, PAIRS):
         examples = examples_of(options, words=words, pairs=pairs)
         shown = [open_image(MediaFolder(options.pictures), row.images[0], {}) for row in examples]
         encoded = [encoder.encode_answers(row, [picture]) for row, picture in zip(examples, shown, strict=True)]
@@ -86,20 +94,6 @@ def main() -> None:
     if options.json is not None:
         settings = {"layers": options.layers, "pictures": PICTURES, "rounds": options.rounds}
         write_json(options.json, {**settings, "settings": figures})
-
-
-def read_options() -> argparse.Namespace:
-    """Returns the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, required=True, help="folder of a LLaVA")
-    parser.add_argument("--data", type=Path, required=True, help="its training data, LLaVA's JSON")
-    parser.add_argument("--pictures", type=Path, required=True, help="root of the data's pictures")
-    parser.add_argument("--layers", type=int, help="so many of the decoder's first layers; all unless it is given")
-    parser.add_argument("--pairs", type=int, nargs="+", default=[1, 2, 4], help="of answers to a question")
-    parser.add_argument("--words", type=int, nargs="+", default=[0, 250], help="that are added to a question")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each contender takes a turn")
-    parser.add_argument("--json", type=Path, help="also writes the figures there")
-    return parser.parse_args()
 
 
 def adapted(options: argparse.Namespace) -> DecoderBackbone:

@@ -46,43 +46,31 @@ from dora_vl.serving.options import Settings
 from dora_vl.serving.server import Server, build_app
 
 NAMES = ("a", "b", "c", "d")
-PARTS = ("step", "load")
 QUESTION = "What is the colour of the shape, and what stands beside it?"
 
 
 @exit_on_user_error
 def main() -> None:
-    """Runs the chosen parts, prints the tables and writes the JSON."""
-    options = read_options()
-    with tempfile.TemporaryDirectory() as folder:
-        base = open_served(options.model, {}, base_name="base", template=options.template)
-        folders = write_adapters(base, Path(folder), options)
-        served = open_served(options.model, folders, base_name="base", template=options.template)
-        figures: dict[str, Any] = {}
-        if "step" in options.parts:
-            figures["decode_step"] = decode_figures(served, folders["a"], options)
-        if "load" in options.parts:
-            figures["load"] = load_figures(served, options)
-    if options.json is not None:
-        shown = {name: value for name, value in vars(options).items() if name not in ("json", "model")}
-        write_json(options.json, {"options": shown, **figures})
-
-
-def read_options() -> argparse.Namespace:
-    """Parses the command line."""
+    """Runs both parts, prints the tables and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a base, such as the one that make demo leaves")
     parser.add_argument("--template", help="its prompt format, where nothing says it")
-    parser.add_argument("--parts", nargs="+", default=[*PARTS], choices=PARTS)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rows", type=int, nargs="+", default=[5, 15, 30], help="of a decode step's batch")
     parser.add_argument("--requests", type=int, default=32, help="in flight")
     parser.add_argument("--tokens", type=int, default=32, help="of each answer")
     parser.add_argument("--rounds", type=int, default=5, help="how often each contender takes a turn")
     parser.add_argument("--steps", type=int, default=5, help="decode steps of a turn; its time is their median")
-    parser.add_argument("--clock", default="wall", choices=("wall", "processor"))
     parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        base = open_served(options.model, {}, base_name="base", template=options.template)
+        folders = write_adapters(base, Path(folder), options)
+        served = open_served(options.model, folders, base_name="base", template=options.template)
+        steps, load = decode_figures(served, folders["a"], options), load_figures(served, options)
+    if options.json is not None:
+        shown = {name: value for name, value in vars(options).items() if name not in ("json", "model")}
+        write_json(options.json, {"options": shown, "decode_step": steps, "load": load})
 
 
 @torch.no_grad()
@@ -117,18 +105,17 @@ def decode_figures(served: ServedModel, folder: Path, options: argparse.Namespac
     frozen = open_served(options.model, {}, base_name="base", template=options.template).backbone.model
     alone = structure_of(frozen)
     load_adapter(alone, folder)
-    figures = {}
+    figures, mixed = {}, "four and the base"
     for count in options.rows:
         steps = {
             "frozen": decode_step(frozen, served, count),
             "one, by itself": decode_step(alone.eval(), served, count),
             "one, served": decode_step(served.backbone.model, served, count, ["a"]),
-            "four and the base": decode_step(served.backbone.model, served, count, ["base", *NAMES]),
+            mixed: decode_step(served.backbone.model, served, count, ["base", *NAMES]),
         }
-        turns = take_turns(steps, rounds=options.rounds, repeats=options.steps, clock=options.clock)
+        turns = take_turns(steps, rounds=options.rounds, repeats=options.steps)
         print(f"\n{count} rows, one decoded token of each")
         print(turns.shown("one, by itself"))
-        mixed = "four and the base"
         figures[str(count)] = {
             "ms": turns.milliseconds,
             "mixed_vs_by_itself": turns.ratio(mixed, "one, by itself"),

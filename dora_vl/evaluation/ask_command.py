@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import glob
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dora_vl.data.pictures import MediaFolder, open_image
-from dora_vl.errors import BadSample, UserError, exit_on_user_error
+from dora_vl.errors import BadSample, UserError, exit_on_user_error, positive
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,6 +31,7 @@ The adapter is any run's, or PEFT's; --model asks a model without one, --compare
 every picture, each on its own, unless --together puts all into one prompt. Of a video the model sees --frames frames.
 """
 PICTURE_COMMAND = ":image "
+FILES: dict[str, Any] = {"type": Path, "nargs": "+", "action": "extend", "default": [], "metavar": "FILE"}
 OF_PICTURES = {"together": False, "conversation": False}
 OF_VIDEOS = {"start": None, "end": None, "frames": 8, "choice": [], "subtitle": []}
 """Each kind's own options, which are refused with the other, and their defaults."""
@@ -60,7 +59,7 @@ def add_options(to: argparse.ArgumentParser) -> None:
         metavar="T",
         help="how much of the adapter is applied: 0 the base, 1 the adapter, beyond it more of the same",
     )
-    to.add_argument("--max-new-tokens", type=int, default=64, help="longest answer")
+    to.add_argument("--max-new-tokens", type=positive, default=64, help="longest answer")
     add_model_options(to)
 
 
@@ -75,29 +74,14 @@ def add_model_options(to: argparse.ArgumentParser) -> None:
 
 def add_picture_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that are about pictures."""
-    parser.add_argument(
-        "--image",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FILE",
-        help="picture files, or patterns such as 'my/*.jpg'",
-    )
+    parser.add_argument("--image", help="picture files", **FILES)
     parser.add_argument("--together", action="store_true", help="all pictures in one prompt")
     parser.add_argument("--conversation", action="store_true", help="later questions see the earlier ones and answers")
 
 
 def add_video_options(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
     """Adds the options that are about videos."""
-    parser.add_argument(
-        "--video",
-        nargs="+",
-        action="extend",
-        default=[],
-        required=required,
-        metavar="FILE",
-        help="video files, or patterns",
-    )
+    parser.add_argument("--video", required=required, help="video files", **FILES)
     parser.add_argument("--start", type=float, help="seconds into the video where to begin")
     parser.add_argument("--end", type=float, help="seconds into the video where to stop")
     parser.add_argument(
@@ -133,24 +117,8 @@ def ask_script(
     answer(parser.parse_args(arguments))
 
 
-def files_of(names: Sequence[str], kind: str) -> list[Path]:
-    """Returns the files of names and of patterns (`*`, `?`, `[...]`) that no shell has replaced."""
-    paths: list[Path] = []
-    for name in names:
-        if Path(name).exists() or "://" in name or not glob.has_magic(name):
-            paths.append(Path(name))
-            continue
-        matched = sorted(glob.glob(name))  # noqa: PTH207 - a Path globs no absolute pattern
-        if not matched:
-            raise UserError(f"no {kind} matches {name}")
-        paths += map(Path, matched)
-    return paths
-
-
 def open_picture(path: Path) -> Image:
     """Opens a picture file as RGB; imports nothing of a model, so that a wrong path shows at once."""
-    if address := re.fullmatch(r"(https?):/+(.*)", str(path)):  # as a path an address has one slash less
-        raise UserError(f"{address[1]}://{address[2]} is on the web; save the picture and give its file")
     try:
         return open_image(MediaFolder(path.parent, follow_links=True), path.name)
     except BadSample as error:
@@ -159,10 +127,6 @@ def open_picture(path: Path) -> Image:
 
 def opened_by(options: argparse.Namespace) -> Opened:
     """Opens the model that the options name, and its base where they ask for it."""
-    if options.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens is {options.max_new_tokens}; an answer needs at least 1")
-    if options.adapter is None and options.strength != 1:
-        raise UserError("--strength is about an adapter; name one with --adapter")
     from dora_vl.core.strength import checked_strength
     from dora_vl.evaluation.open_model import ModelRequest, open_model
 
@@ -219,11 +183,7 @@ def answer_all(questions: Sequence[str], answer: Callable[[str], object], what: 
 
 @dataclass(frozen=True, kw_only=True)
 class PictureChat:
-    """A conversation about some pictures, which stand in its first turn.
-
-    Attributes:
-        turns: the turns so far, by speaker: the model with the adapter and the one without answer differently.
-    """
+    """A conversation about some pictures, which stand in its first turn; each speaker has `turns` of its own."""
 
     names: tuple[str, ...]
     pictures: tuple[Image, ...]
@@ -238,14 +198,12 @@ def read_chats(paths: Sequence[Path], *, together: bool) -> list[PictureChat]:
 
 def ask_about_pictures(options: argparse.Namespace) -> None:
     """Opens the pictures and the model, then answers; without a question it asks for some."""
-    chats = read_chats(
-        files_of(options.image, "picture"), together=options.together
-    )  # a wrong path shows before the model loads
+    chats = read_chats(options.image, together=options.together)  # a wrong path shows before the model loads
     opened = opened_by(options)
 
     def answer(line: str) -> None:
         if line.startswith(PICTURE_COMMAND):
-            chats[:] = read_chats(files_of([line.removeprefix(PICTURE_COMMAND).strip()], "picture"), together=False)
+            chats[:] = read_chats([Path(line.removeprefix(PICTURE_COMMAND).strip())], together=False)
             return
         for chat in chats:
             if len(chats) > 1 or options.question:
@@ -280,7 +238,7 @@ def ask_chat(opened: Opened, chat: PictureChat, question: str, *, max_new_tokens
 
 def ask_about_videos(options: argparse.Namespace) -> None:
     """Opens the videos and the model, then answers; without a question it asks for some."""
-    paths = files_of(options.video, "video")
+    paths = options.video
     for path in paths:
         if not path.is_file():  # shows before the model loads
             raise UserError(f"video {path} is missing")

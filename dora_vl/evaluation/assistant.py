@@ -30,7 +30,7 @@ from dora_vl.data.example import Clip, Example
 from dora_vl.data.samples import ALIGNED, BOOKKEEPING, IGNORED_LABEL, Sample, Skipped
 from dora_vl.data.turns import Turn
 from dora_vl.data.video import Uniform
-from dora_vl.errors import BadSample, UserError
+from dora_vl.errors import BadSample
 from dora_vl.evaluation.predictions import Prediction
 from dora_vl.evaluation.predictor import Decoding, MediaReader, Shown, View, Write, prediction
 from dora_vl.evaluation.questions import endings_of, outputs_of, turns_asked
@@ -191,11 +191,8 @@ class Assistant:
 
     def answer(self, example: Example, seen: Shown, *, max_new_tokens: int = 64, write: Write | None = None) -> str:
         """See `Predictor`."""
-        try:
-            sample = self.prompts.sample(turns_asked(example), seen)
-            check_room(len(sample.input_ids), max_new_tokens, self.positions, "question")
-        except BadSample as error:
-            raise UserError(f"the question cannot be put to this model: {error.reason}") from error
+        sample = self.prompts.sample(turns_asked(example), seen)
+        check_room(len(sample.input_ids), max_new_tokens, self.positions, example.id)
         streamer = None if write is None else TextStreamer(self.prompts.growing_text(), write)
         batch = self.prompts.collate([sample], "left")
         (text,) = self.answers(batch, max_new_tokens=max_new_tokens, streamer=streamer)
@@ -320,10 +317,9 @@ class Assistant:
     ) -> Int[Tensor, "batch new"]:
         """Generates ids behind left-padded prompts, greedily unless `options` of generate say otherwise."""
         inputs = model_inputs(batch, self.device)
-        more = {"streamer": streamer} if streamer is not None else {}
-        more |= {"options": options} if options is not None else {}
+        how = {"max_new_tokens": max_new_tokens, "streamer": streamer, "options": options}
         with self._no_grad():
-            return self.backbone.generate(**inputs, max_new_tokens=max_new_tokens, **more).cpu()
+            return self.backbone.generate(**inputs, **how).cpu()
 
     def answers(
         self, batch: Mapping[str, Any], *, max_new_tokens: int, streamer: BaseStreamer | None = None

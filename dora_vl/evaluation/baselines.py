@@ -65,7 +65,6 @@ def compared(
 
     Args:
         says: the right answer as a model says it; "" where the file holds none.
-        exchange: None where no model was asked about exchanged pictures.
         readable: the answers that a linear map of the base's pictures gives, by id; see `readable_answers`.
     """
     metric = next(iter(scored.metrics))
@@ -91,7 +90,7 @@ def compared(
                 "rate (training.learning_rate, optim.projector_learning_rate), a higher adapter.rank"
             )
             lines.append(entry[ADVICE])
-    if exchange is not None and not exchange.examples and any(map(_shows, examples)):
+    if exchange is not None and not exchange.examples and any(any(_media(example)) for example in examples):
         lines.append("no pictures were exchanged: no two of the questions show as many and different ones")
     if exchange is None or not exchange.examples:
         return entry, lines
@@ -171,10 +170,9 @@ def commonest_answers(examples: Sequence[Example], says: Callable[[Example], str
     times = Counter(example.question for example in answerable)
     groups: defaultdict[Hashable, list[Example]] = defaultdict(list)
     for example in answerable:
-        rare = str(example.extra.get("task", "")), len(example.extra.get("endings", ()))
-        groups[example.question if example.question and times[example.question] >= LEAST_ASKED else rare].append(
-            example
-        )
+        rare = example.extra.get("task"), len(example.extra.get("endings", ()))
+        often = example.question and times[example.question] >= LEAST_ASKED
+        groups[example.question if often else rare].append(example)
     commonest = {name: Counter(map(says, group)).most_common(1)[0][0] for name, group in groups.items()}
     return {example.id: commonest[name] for name, group in groups.items() for example in group}
 
@@ -193,7 +191,7 @@ def exchanged(examples: Iterable[Example], answered: Container[str], *, together
     for example in examples:
         groups[example.id if together is None else together(example)].append(example)
     usable = [
-        group for group in groups.values() if all(example.id in answered and _shows(example) for example in group)
+        group for group in groups.values() if all(example.id in answered and any(_media(example)) for example in group)
     ]
     Random(SEED).shuffle(usable)
     sample: list[Example] = []
@@ -228,7 +226,3 @@ def digest(examples: Sequence[Example]) -> str:
 
 def _media(example: Example) -> Media:
     return example.images, example.videos
-
-
-def _shows(example: Example) -> bool:
-    return bool(example.images or example.videos)

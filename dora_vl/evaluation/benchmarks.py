@@ -201,10 +201,7 @@ def read_set(
 ) -> TestSet:
     """Returns the test set of `NAME`, `NAME:SPLIT`, `NAME=FILE`, `FILE.yaml` or `FILE.yaml=FILE`, for no model yet.
 
-    Args:
-        mode: the version of the score; None takes the benchmark's usual one.
-        columns: names the columns of its file.
-        answer_after: of `exact_match`: what follows the last of this text in an answer is scored.
+    Without a `mode` its score is the benchmark's usual one; `answer_after` is of `exact_match`.
     """
     name_of_set, _, stated = request.partition("=")
     listed = find_benchmark(name_of_set)
@@ -213,7 +210,7 @@ def read_set(
         named = [version for version in benchmark.modes if version]
         raise UserError(f"--mode {name}={mode}: {name} has {', '.join(named) or 'one version only'}")
     mode = next(iter(benchmark.modes), "") if mode is None else mode
-    file = Path(stated) if stated else listed.file or _split_file(name, benchmark, listed.split, records)
+    file = Path(stated) if stated else listed.file or _split_file(listed, records)
     examples, unreadable = _read_examples(file, columns, limit)
     if benchmark.chooses:
         suffix = LETTER_CN if benchmark.prompt is letter_cn else LETTER
@@ -278,12 +275,12 @@ def _read_examples(path: Path, columns: Columns, limit: int | None) -> tuple[lis
     return [*examples, *unread(unreadable)], unreadable
 
 
-def _split_file(name: str, benchmark: Benchmark, split: str, records: Path) -> Path:
-    folder = records / name
+def _split_file(listed: NamedBenchmark, records: Path) -> Path:
+    name, folder = listed.name, records / listed.name
     splits = sorted(path.stem for path in folder.glob("*.jsonl"))
-    names = (split,) if split else benchmark.splits
-    matching = [name for name in names if name in splits]
-    if not matching and not split and len(splits) == 1:
+    names = (listed.split,) if listed.split else listed.benchmark.splits
+    matching = [split for split in names if split in splits]
+    if not matching and not listed.split and len(splits) == 1:
         matching = splits
     if not matching:
         others = f"there are {', '.join(splits)}; name one as {name}:SPLIT" if splits else "there is none"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FunctionType
@@ -59,9 +59,10 @@ in it while they are true.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's options."""
     parser.add_argument("--benchmarks", required=True, help="NAME, NAME:SPLIT, NAME=FILE or FILE.yaml, commas between")
-    parser.add_argument("--adapter", type=Path, help="adapter folder of a run, or of PEFT")
-    parser.add_argument("--model", help="folder or hub id of a model that is asked without an adapter")
-    parser.add_argument("--predictions", type=Path, help="scores this file instead of asking a model (one benchmark)")
+    answers = parser.add_mutually_exclusive_group(required=True)
+    answers.add_argument("--adapter", type=Path, help="adapter folder of a run, or of PEFT")
+    answers.add_argument("--model", help="folder or hub id of a model that is asked without an adapter")
+    answers.add_argument("--predictions", type=Path, help="scores this file instead of asking a model (one benchmark)")
     parser.add_argument("--against", type=Path, help="another adapter, model or predictions file: paired difference")
     parser.add_argument("--records", type=Path, default=Path("records"), help="folder of records (default: records)")
     parser.add_argument("--images", type=Path, default=Path(), help="root of the pictures (default: here)")
@@ -135,21 +136,17 @@ def run(options: argparse.Namespace) -> Iterator[str]:
 def _sets(options: argparse.Namespace) -> list[TestSet]:
     """Reads the benchmarks, once the options go together."""
     requests = [request for request in options.benchmarks.split(",") if request]
-    names = [find_benchmark(request.partition("=")[0]).name for request in requests]
-    modes = _modes(options, names)
-    if not requests or len(set(names)) < len(names):
+    named = {find_benchmark(request.partition("=")[0]).name: request for request in requests}
+    modes = _modes(options, named)
+    if not requests or len(named) < len(requests):
         raise UserError(f"--benchmarks {shown(options.benchmarks)} must name at least one benchmark, each once")
-    if [options.adapter, options.model, options.predictions].count(None) != 2:
-        raise UserError(
-            "give --adapter DIR or --model FOLDER to ask a model, or --predictions FILE to score answers, one of these"
-        )
     if options.against is not None and not options.against.exists():
         raise UserError(f"--against {options.against}: no such adapter, model or predictions file")
     for name in ("predictions", "against"):
         path: Path | None = getattr(options, name)
         if len(requests) > 1 and path is not None and not path.is_dir():
             raise UserError(f"--{name} holds one benchmark's answers; --benchmarks names {len(requests)}")
-    sets = [_read_set(options, name, options.limit, modes.get(name)) for name in names]
+    sets = [_read_set(options, request, options.limit, modes.get(name)) for name, request in named.items()]
     without = [test.name for test in sets if not test.benchmark.chooses]
     if options.answer_by == "likelihood" and without:
         raise UserError(
@@ -158,15 +155,13 @@ def _sets(options: argparse.Namespace) -> list[TestSet]:
     return sets
 
 
-def _read_set(options: argparse.Namespace, name: str, limit: int | None, mode: str | None = None) -> TestSet:
-    """Reads the benchmark of this name, as `--benchmarks` asks for it."""
-    requests = (request for request in options.benchmarks.split(",") if request)
-    (request,) = (request for request in requests if find_benchmark(request.partition("=")[0]).name == name)
+def _read_set(options: argparse.Namespace, request: str, limit: int | None, mode: str | None = None) -> TestSet:
+    """Reads a benchmark, as `--benchmarks` asks for it."""
     columns, after = columns_of(options), options.answer_after
     return read_set(request, options.records, mode=mode, limit=limit, columns=columns, answer_after=after)
 
 
-def _modes(options: argparse.Namespace, names: Sequence[str]) -> dict[str, str]:
+def _modes(options: argparse.Namespace, names: Collection[str]) -> dict[str, str]:
     """Returns the version of a benchmark's score by its name, where one is stated."""
     modes = dict.fromkeys(names, CLOZE) if options.answer_by == CLOZE else {}
     for text in options.mode:
@@ -182,7 +177,8 @@ def _modes(options: argparse.Namespace, names: Sequence[str]) -> dict[str, str]:
 
 def _from_file(path: Path, test: TestSet, options: argparse.Namespace) -> Tested:
     """Scores a file's answers; one to a record that cannot be read is none, as nothing says what would be right."""
-    examples = test.examples if options.limit is None else _read_set(options, test.name, None).examples
+    request = options.benchmarks.strip(",")  # a file answers one benchmark
+    examples = test.examples if options.limit is None else _read_set(options, request, None).examples
     rows = read_rows(path)
     if any(row.set for row in rows):  # our own file: a question's id may be in several sets
         own = [row for row in rows if row.set == test.name]

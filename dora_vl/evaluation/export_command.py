@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from pathlib import Path
 
-from dora_vl.adapters.convert_command import add_reading_arguments
-from dora_vl.evaluation.merge_command import CHECK_HELP, RESULT_DTYPES, add_check_options
+from dora_vl.evaluation.merge_command import CHECK_HELP, RESULT_DTYPES, add_shared_arguments
 
 DESCRIPTION = f"""\
 Writes a trained model as another server takes it.
@@ -24,14 +22,9 @@ was adapted in the vision tower, are folded into served/base; served/adapter hol
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `dora-vl export`."""
     parser.add_argument("--for", dest="server", choices=("vllm",), required=True, help="the server")
-    parser.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="folder of a run")
-    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="folder to write")
-    parser.add_argument("--base", type=Path, metavar="FOLDER", help="default: what the adapter says it was trained on")
+    add_shared_arguments(parser)
     parser.add_argument("--dtype", choices=RESULT_DTYPES, help="of the base; default: each tensor's own")
-    parser.add_argument("--any-base", action="store_true", help="accept a base whose content hash differs")
     parser.set_defaults(base_values="trained")
-    add_reading_arguments(parser)
-    add_check_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:

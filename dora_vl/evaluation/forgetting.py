@@ -31,12 +31,11 @@ MOST_TOKENS = 512  # of a text; the rest of a longer one does not count
 
 @dataclass(frozen=True)
 class Abilities:
-    """What one model makes of the passages and questions.
+    """What one model makes of the passages and questions; nats are the mean cross-entropy of a token.
 
     Attributes:
-        nats: mean cross-entropy of a token of the texts.
         answers: by question; None where the model takes no words without a picture.
-        answer_nats: mean cross-entropy of a token of the base's answers.
+        answer_nats: of the base's answers.
     """
 
     nats: float
@@ -82,10 +81,8 @@ def _said(assistant: Assistant, example: Example, text: str) -> Sample:
     turns, prompts = turns_asked(example), assistant.prompts
     sample = prompts.with_answer(turns, Shown(), text)
     closing = prompts.encoder.answers(Example(example.id, turns=(*turns, Turn("assistant", text))))[-1].closing
-    places, behind = (
-        (sample.labels != IGNORED_LABEL).nonzero().flatten(),
-        len(prompts.encoder.tokenizer(closing, add_special_tokens=False)["input_ids"]),
-    )
+    places = (sample.labels != IGNORED_LABEL).nonzero().flatten()
+    behind = len(prompts.encoder.tokenizer(closing, add_special_tokens=False)["input_ids"])
     if 0 < behind < len(places):
         sample.labels[places[-behind:]] = IGNORED_LABEL
     return sample
@@ -104,17 +101,17 @@ def forgetting(before: Abilities, after: Abilities) -> dict[str, Any]:
     return entry
 
 
-def in_words(entry: object) -> dict[str, str]:
+def in_words(entry: Mapping[str, Any] | None) -> dict[str, str]:
     """Tells how much a run's model forgot, by what was measured; nothing where it was not."""
     lines: dict[str, str] = {}
-    if isinstance(entry, Mapping) and isinstance(numbers := entry.get("perplexity"), Mapping):
+    if numbers := (entry or {}).get("perplexity"):
         before, after = numbers["base"], numbers["adapted"]
         lines["perplexity of other text"] = f"{before:.1f} before, {after:.1f} after ({after / before:.2f} times)"
-    if isinstance(entry, Mapping) and isinstance(answers := entry.get("answers"), Mapping):
-        kept = f"{answers['kept']} of {answers['n']} word for word as before"
+    if answers := (entry or {}).get("answers"):
         nats = answers["nats"]
         lines["answers to other questions"] = (
-            f"{kept}; the old ones take {nats['base']:.2f} nats a token before, {nats['adapted']:.2f} after"
+            f"{answers['kept']} of {answers['n']} word for word as before; the old ones take {nats['base']:.2f} nats a "
+            f"token before, {nats['adapted']:.2f} after"
         )
     return lines
 

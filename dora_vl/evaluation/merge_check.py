@@ -8,7 +8,6 @@ then both are shown the unmerged one's answers, token by token, so that their lo
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
@@ -33,9 +32,10 @@ from dora_vl.evaluation.open_model import ModelRequest, ModelSource, find_source
 from dora_vl.evaluation.predict import predicted
 from dora_vl.evaluation.predictor import Decoding, MediaReader, check_pictures, media_reader
 from dora_vl.evaluation.questions import is_question, read_question_file, read_questions
-from dora_vl.files import opening, unfinished, write_json
+from dora_vl.files import opening, read_json, unfinished, write_json
 from dora_vl.run.base import VLBART
 from dora_vl.run.folder import SETTINGS
+from dora_vl.run.watched import evenly
 
 BATCH, FRAMES = 8, 8
 FAILED_STATUS = 1
@@ -68,13 +68,9 @@ def planned_check(options: argparse.Namespace, adapter: Path) -> Check | None:
         if options.questions is not None or options.images is not None or options.check_dtype is not None:
             raise UserError("--questions, --images and --check-dtype say how --check asks; add --check")
         return None
-    if not 0 <= options.most_different <= 1:
-        raise UserError(f"--most-different is {options.most_different}; it is a share, 0 to 1")
-    run: dict[str, Any] = {}
-    for folder in adapter.resolve().parents[:2]:  # an adapter lies in its run's folder, or in a checkpoint of it
-        if (folder / SETTINGS).is_file():
-            run = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-            break
+    # An adapter lies in its run's folder, or in a checkpoint of it.
+    settings = [folder / SETTINGS for folder in adapter.resolve().parents[:2] if (folder / SETTINGS).is_file()]
+    run = read_json(settings[0]) if settings else {}
     data, evaluation = run.get("data") or {}, run.get("evaluation") or {}
     task, file, root = "", options.questions, "."
     if file is None:
@@ -84,15 +80,12 @@ def planned_check(options: argparse.Namespace, adapter: Path) -> Check | None:
         if not isinstance(name, str):
             raise UserError(f"{adapter} lies in no run with a test of its own; say with --questions FILE what to ask")
         file = Path(name)
-        if not file.is_file():
-            raise UserError(f"the run's test {file} is not there any more; say with --questions FILE what to ask")
     is_vlbart = adapter.is_dir() and read_recipe(adapter).get("backbone") == VLBART
     questions = [*iterate_examples(file)] if is_vlbart else _read(file)
     if not questions:
         raise UserError(f"{file}: holds no questions")
     images = options.images or Path(root)
-    count = min(options.check, len(questions))  # evenly over the file: neighbours are often about one picture
-    questions = [questions[number * len(questions) // count] for number in range(count)]
+    questions = evenly(questions, options.check)  # neighbours are often about one picture
     check_pictures((path for question in questions for path in question.images), images, setting="--images")
     return Check(
         questions=questions,
@@ -248,8 +241,7 @@ def check_logits(
 ) -> Iterator[str]:
     """Compares a merged folder's logits for drawn texts with those of base and adapter; yields the lines to print.
 
-    Args:
-        adapter: what was merged; `unmerged` opens a folder of it.
+    `unmerged` opens a folder of the adapter.
 
     Raises:
         SystemExit: with status 1, they differ by more than rounding.

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dora_vl.adapters.convert_command import add_reading_arguments
-from dora_vl.errors import positive
+from dora_vl.errors import between, positive
 
 RESULT_DTYPES = ("bfloat16", "float16", "float32")
 QUESTIONS = 20
@@ -18,7 +18,7 @@ answers and logits are compared, in check.json beside the weights. Exit status 1
 
 DESCRIPTION = f"""\
 Writes base + adapter as a plain model folder: sharded safetensors, configuration, tokenizer and processor. Computed in
-float32, one tensor in memory at a time, so a 7B model needs no second copy.
+float32, one tensor in memory at a time, so a 7B model needs no second copy. An earlier merge in --to is replaced.
 
   dora-vl merge --adapter runs/llava/adapter --to llava-merged
   dora-vl merge --adapter adapter --base llava-1.5-7b/ --dtype float16 --to merged
@@ -34,13 +34,8 @@ rounding; --no-check compares nothing.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `dora-vl merge`."""
-    parser.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="folder of a run")
-    parser.add_argument(
-        "--to", type=Path, required=True, metavar="FOLDER", help="model folder to write; an earlier merge is replaced"
-    )
-    parser.add_argument("--base", type=Path, metavar="FOLDER", help="default: what the adapter says it was trained on")
+    add_shared_arguments(parser)
     parser.add_argument("--dtype", choices=RESULT_DTYPES, help="of the result; default: as stored, or as trained")
-    parser.add_argument("--shard-bytes", type=int, metavar="N", help="largest output file")
     parser.add_argument(
         "--base-values",
         choices=("trained", "stored"),
@@ -48,23 +43,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of a base that was quantised for training: trained (default) merges into the values after quantisation, "
         "so that the result is the trained model; stored into the folder's own, which the adapter never saw",
     )
+
+
+def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of every command that writes what an adapter and its base are together, and can check it."""
+    parser.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="folder of a run")
+    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="folder to write")
+    parser.add_argument("--base", type=Path, metavar="FOLDER", help="default: what the adapter says it was trained on")
     parser.add_argument("--any-base", action="store_true", help="accept a base whose content hash differs")
     add_reading_arguments(parser)
-    add_check_options(parser)
-
-
-def add_check_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of every command that can check what it wrote."""
     group = parser.add_argument_group("checking the result")
     group.add_argument("--no-check", dest="check", action="store_const", const=0, help="merge: compares nothing")
-    group.add_argument(
-        "--check",
-        type=positive,
-        nargs="?",
-        const=QUESTIONS,
-        metavar="N",
-        help=f"asks N questions (default {QUESTIONS})",
-    )
+    asked = f"asks N questions (default {QUESTIONS})"
+    group.add_argument("--check", type=positive, nargs="?", const=QUESTIONS, metavar="N", help=asked)
     group.add_argument(
         "--questions", type=Path, metavar="FILE", help="in any format that training reads (default: the run's test)"
     )
@@ -74,13 +65,13 @@ def add_check_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--template", help="prompt format of a LLaVA-1.5 or a language model without recipe.json")
     group.add_argument(
         "--check-dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=RESULT_DTYPES,
         help="that the models compute in (default: float32; the run's own where its base was quantised)",
     )
     group.add_argument("--check-tokens", type=positive, default=32, metavar="N", help="longest answer")
     group.add_argument(
         "--most-different",
-        type=float,
+        type=between(float, 0, 1),
         default=0.0,
         metavar="SHARE",
         help="of the questions whose answers may differ, 0 to 1 (default: 0)",

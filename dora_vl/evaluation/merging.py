@@ -16,7 +16,7 @@ from dora_vl.adapters.base_weights import BaseWeights, config_in, skeleton
 from dora_vl.adapters.convert_command import reading_options
 from dora_vl.adapters.exports import ADAPTER, BASE, export_for_vllm, refuse_unserved_base
 from dora_vl.adapters.files import CONFIG_FILE, WEIGHTS_FILE, refuse_to_replace
-from dora_vl.adapters.merge import SHARD_BYTES, merge_to_folder, refuse_target
+from dora_vl.adapters.merge import merge_to_folder, refuse_target
 from dora_vl.adapters.quantised_base import as_trained
 from dora_vl.adapters.read import read_any
 from dora_vl.backbones import register_towers
@@ -51,14 +51,7 @@ def plan_merge(arguments: argparse.Namespace, refuse: Callable[[Path, Path], Non
 def merge(plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:
     """Merges; yields the lines to print."""
     adapter, dtype = plan.adapter, getattr(torch, arguments.dtype) if arguments.dtype else None
-    merged = merge_to_folder(
-        adapter,
-        plan.base,
-        arguments.to,
-        dtype=dtype,
-        shard_bytes=arguments.shard_bytes or SHARD_BYTES,
-        open_base=plan.open_base,
-    )
+    merged = merge_to_folder(adapter, plan.base, arguments.to, dtype=dtype, open_base=plan.open_base)
     yield (
         f"{arguments.to}: {merged.layers} layers merged, {merged.replaced} other tensors taken from the adapter, "
         f"{merged.files} files, {merged.bytes:,} bytes"

@@ -124,11 +124,9 @@ def find_source(request: ModelRequest) -> ModelSource:
 
 
 def _plain_model(request: ModelRequest, model: str) -> str:
-    """Checks the folder or hub id of a model without an adapter."""
-    if request.base is not None or request.with_base or request.any_base:
-        raise UserError("--base, --any-base and --compare-base are about an adapter; --model names the model itself")
-    if not Path(model).is_dir() and (model.startswith((".", "/")) or not HUB_ID.fullmatch(model)):
-        raise UserError(f"--model {shown(model)}: no such folder, and no hub id")
+    """Checks that a model is asked without an adapter."""
+    if request.base is not None or request.with_base or request.any_base or request.strength != 1:
+        raise UserError("--base, --any-base, --compare-base and --strength are about an adapter, not about --model")
     if (Path(model) / WEIGHTS_FILE).is_file() and not (Path(model) / "config.json").is_file():
         raise UserError(f"--model {model} is an adapter folder; ask it with --adapter {model}")
     return model
@@ -187,8 +185,6 @@ def _stated_dtype(base: str, revision: str | None) -> str:
 
 def read_recipe(adapter: Path) -> Mapping[str, Any]:
     """Reads the adapter's recipe; empty where the folder has none, as PEFT's."""
-    if not adapter.is_dir():
-        raise UserError(f"{adapter} is not a folder; give the adapter folder of a run, such as runs/demo/adapter")
     if not (adapter / WEIGHTS_FILE).is_file():
         raise no_adapter(adapter)
     return files.read_recipe(adapter)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from dora_vl.errors import BadSample, UserError
+from dora_vl.errors import BadSample
 from dora_vl.evaluation.predictions import Prediction
 
 if TYPE_CHECKING:
@@ -34,16 +34,10 @@ AS_IT_STANDS: Mapping[str, Any] = {"parse_math": False}
 """Text that somebody else wrote is drawn as it is: two dollars in it are no formula."""
 
 
-def series(entries: Sequence[Mapping[str, object]], key: str) -> tuple[list[float], list[float]]:
+def series(entries: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
     """Steps and values of one logged number, finite ones only (the log writes NaN as text)."""
-    steps: list[float] = []
-    values: list[float] = []
-    for entry in entries:
-        step, value = entry.get("step"), entry.get(key)
-        if isinstance(step, int | float) and isinstance(value, int | float):
-            steps.append(float(step))
-            values.append(float(value))
-    return steps, values
+    known = [entry for entry in entries if isinstance(entry.get(key), int | float)]
+    return [float(entry["step"]) for entry in known], [float(entry[key]) for entry in known]
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
@@ -59,11 +53,9 @@ def smoothed(values: Sequence[float]) -> list[float]:
     return result
 
 
-def write_loss_curve(entries: Sequence[Mapping[str, object]], to: Path) -> None:
+def write_loss_curve(entries: Sequence[Mapping[str, Any]], to: Path) -> None:
     """Draws training loss (each logged step faint, its geometric average on top), validation loss and learning rate."""
     steps, losses = series(entries, "loss")
-    if not steps:
-        raise UserError(f"the training log holds no loss at any step, so there is no curve for {to}")
     figure = new_figure(8.0, 4.5)
     figure.set_layout_engine("constrained")
     axes = figure.add_subplot()
@@ -130,8 +122,6 @@ def write_contact_sheet(
         shares: by id, how right each answer is, from 0 to 1; half is right, and one without has neither colour.
         subtitles: by id, what is said in a video; drawn over its picture's lower edge.
     """
-    if not predictions:
-        raise UserError(f"no predictions, so there is no contact sheet for {to}")
     fair, mistakes = chosen_for_sheet(predictions, shares)
     chosen = fair + mistakes
     title += "\nrandom questions, then a row of mistakes" if mistakes else "\nrandom questions"
@@ -205,7 +195,7 @@ def _ending(answer: str) -> str:
 
 
 def plain_text(text: str) -> str:
-    """Returns text that matplotlib draws: half a surrogate pair becomes the sign for the unknown."""
+    """Returns text that can be drawn or written: half a surrogate pair becomes the sign for the unknown."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 

@@ -132,11 +132,8 @@ def ask(
 ) -> Predictions:
     """Answers every example that the folder has no prediction for; every process of a launch gets all answers.
 
-    What could not be asked gets no line in the file, so that the next run asks it again.
-
-    Args:
-        part: how they are asked: its decoding, and what reads its media.
-        settings: what the answers depend on; earlier ones with other settings are not taken.
+    What could not be asked gets no line in the file, so that the next run asks it again; so are answers that were made
+    with other `settings`. `part` says how it is asked.
 
     Raises:
         UserError: the model's scores were no numbers for some questions; the others are answered first, unless
@@ -237,11 +234,8 @@ def evaluate(
     """Asks and scores every set, and asks again about others' pictures; every process of a launch calls it.
 
     The first process scores and writes the files, anew after each set, so that an error in a later one does not cost
-    its score. A set that cannot be scored is `refused`, and the others are asked all the same.
-
-    Args:
-        exchange: a sample of each set is asked again with the pictures of others.
-        untrained: what the base without the adapter says, of a test of one set.
+    its score. A set that cannot be scored is `refused`, and the others are asked all the same. `untrained` is what the
+    base says, of a test of one set.
     """
     done: list[Tested] = []
     for part in sets:

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dora_vl.data.text_file import json_lines, opened, stream_values, table_rows, text_lines
+from dora_vl.data.text_file import json_lines, stream_values, table_rows, text_lines
 from dora_vl.errors import UserError, shown, shown_names
 
 log = logging.getLogger(__name__)
@@ -26,11 +26,9 @@ class Prediction:
 
     Attributes:
         set: the name of the test set; another tool's file names none.
-        videos: path and span of each clip, in seconds.
         question: its text without placeholders; in another tool's file its prompt.
         prediction: the answer; it is empty without an error only where the model ended its answer at once.
         error: why there is no answer. No file holds such a prediction, so that the next run asks again.
-        cut_tokens: how many tokens the text of the question lost.
         ids: everything in a row of another tool's file that names a question or its picture, by column.
         is_number: the other tool's file has a whole number, which VALUE's submissions have for a choice.
     """
@@ -55,8 +53,6 @@ class Predictions:
 
     Attributes:
         failed: why an example has no answer, by id.
-        answered_before: how many answers an earlier run left.
-        cut_texts: how many questions lost some of their text.
         joined_by: what another tool's rows and the questions have in common.
         strangers: ids of another tool's rows that answer no question.
     """
@@ -80,8 +76,8 @@ def line_of(prediction: Prediction) -> str:
     return json.dumps({name: getattr(prediction, name) for name in COLUMNS}, ensure_ascii=False) + "\n"
 
 
-def cut_broken_tail(path: Path) -> int:
-    """Removes a line that was being written when the process died; how many bytes that were."""
+def cut_broken_tail(path: Path) -> None:
+    """Removes a line that was being written when the process died."""
     with path.open("rb+") as stream:
         size = stream.seek(0, os.SEEK_END)
         position, tail = size, b""
@@ -93,7 +89,6 @@ def cut_broken_tail(path: Path) -> int:
         stream.truncate(keep)
     if keep < size:
         log.info("%s: removed a line of %d bytes that was cut while being written", path, size - keep)
-    return size - keep
 
 
 def read_predictions(path: Path) -> dict[str, dict[str, Prediction]]:
@@ -137,11 +132,8 @@ def read_rows(path: Path) -> list[Prediction]:
     | JSON lines with `clip_id` and `descs` | VALUE's captions |
     | one object, id -> answer; a whole number is a choice's index | MM-Vet; VALUE's TVQA and How2QA |
     | `.csv` of an identifier and an answer, without a header | NLVR2 |
-    | `.csv` or `.tsv` whose first row names the columns | MMBench |
+    | `.csv` or `.tsv` whose first row names the columns | MMBench (its .xlsx saved as .tsv) |
     """
-    with opened(path, WANTED) as file:
-        if file.read(4) == b"PK\x03\x04":
-            raise UserError(f"{path}: an .xlsx or another packed file; save the table as tab-separated text, NAME.tsv")
     delimiter = DELIMITERS.get(path.suffix.lower())
     rows = list(_json_rows(path) if delimiter is None else _table_rows(path, delimiter))
     if not rows:

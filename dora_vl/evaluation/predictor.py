@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol
 
 from jaxtyping import Float
 from PIL import Image
@@ -118,7 +118,6 @@ class View:
     as_pictures: bool = False
 
 
-@runtime_checkable
 class Predictor(Protocol):
     """A model that answers examples."""
 

@@ -90,11 +90,6 @@ def in_words(example: Example, text: str) -> str:
     return {f"a{index}": words for index, words in enumerate(example.choices)}.get(text, text)
 
 
-def media_of(example: Example) -> list[str]:
-    """Returns paths of an example's pictures, or of its video."""
-    return list(example.images) or ([] if example.video is None else [example.video.path])
-
-
 def has_truth(examples: Sequence[Example]) -> bool:
     """Returns True where a file holds right answers; publishers keep those of some."""
     return any(example.answers or "correct" in example.extra for example in examples)
@@ -180,37 +175,35 @@ def read_question_file(path: Path) -> list[Example]:
 
     An id that several questions have (TextVQA's and MME's are the picture's) gets `#1`, `#2`, ... in the file's order.
     """
-    rows: list[tuple[str, Mapping[str, object]]] = []
+    examples: list[Example] = []
     numbers: dict[tuple[str, str], int] = {}
     for number, record in stream_values(path, "questions; give LLaVA's JSON lines"):
-        where = f"{path}, row {number}"
         fields = record if isinstance(record, Mapping) else {}
-        name, text, image = fields.get("question_id"), fields.get("text"), fields.get("image")
-        if not is_id(name) or name == "" or not isinstance(text, str) or not isinstance(image, str | None):
+        name, words, image, category = (fields.get(key) for key in ("question_id", "text", "image", "category"))
+        if not is_id(name) or name == "" or not isinstance(words, str) or not isinstance(image, str | None):
             needed = "question_id as text or a whole number, text and perhaps image as text"
-            raise UserError(f"{where}: a question has {needed}; found {shown(record)}")
-        if (first := numbers.setdefault((str(name), text), number)) != number:
+            raise UserError(f"{path}, row {number}: a question has {needed}; found {shown(record)}")
+        if (first := numbers.setdefault((str(name), words), number)) != number:
             raise UserError(
                 f"{path}: id {shown(name)} in rows {first} and {number} with one text; ids keep answers apart"
             )
-        rows.append((str(name), fields))
-    if not rows:
-        raise UserError(f"{path}: holds no questions")
-    counts, seen = Counter(name for name, _ in rows), Counter[str]()
-    examples = []
-    for name, record in rows:
-        seen[name] += 1
-        image, category = str(record.get("image") or ""), record.get("category")
-        text = str(record["text"]).replace(IMAGE_PLACEHOLDER, "").strip()
+        text = words.replace(IMAGE_PLACEHOLDER, "").strip()
         examples.append(
             Example(
-                id=f"{name}#{seen[name]}" if counts[name] > 1 else name,
+                id=str(name),
                 images=(image,) if image else (),
                 question=text,
                 turns=(Turn("user", f"{IMAGE_PLACEHOLDER}\n{text}" if image else text),),
                 extra={"category": category} if isinstance(category, str) else {},
             )
         )
+    if not examples:
+        raise UserError(f"{path}: holds no questions")
+    counts, seen = Counter(example.id for example in examples), Counter[str]()
+    for place, example in enumerate(examples):
+        if counts[example.id] > 1:
+            seen[example.id] += 1
+            examples[place] = replace(example, id=f"{example.id}#{seen[example.id]}")
     return examples
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import re
+import runpy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from math import isfinite
-from pathlib import Path
-from types import ModuleType
 
 from dora_vl.data.example import Clip, Example
 from dora_vl.errors import SettingError, UserError, shown
@@ -122,13 +120,13 @@ def _own(name: str) -> Reward:
     setting = "objective.rewards"
     source, colon, function = name.rpartition(":")
     if not colon:
-        names = ", ".join([*SCORES, CHOICE, FORMAT, CIDER])
+        there = ", ".join([*SCORES, CHOICE, FORMAT, CIDER])
         raise SettingError(
-            setting, f": there is no reward {shown(name)}; there are {names}, and FILE.py:FUNCTION of your own"
+            setting, f": there is no reward {shown(name)}; there are {there}, and FILE.py:FUNCTION of your own"
         )
     try:
-        module = _loaded(Path(source)) if source.endswith(".py") else importlib.import_module(source)
-        own: Reward = getattr(module, function)
+        names = runpy.run_path(source) if source.endswith(".py") else vars(importlib.import_module(source))
+        own: Reward = names[function]
     except Exception as error:
         raise SettingError(setting, f": {shown(name)} cannot be loaded: {type(error).__name__}: {error}") from error
 
@@ -143,13 +141,3 @@ def _own(name: str) -> Reward:
         return value
 
     return points
-
-
-def _loaded(path: Path) -> ModuleType:
-    """Runs a file as a module of its own, which no import finds."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise FileNotFoundError(path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -17,13 +17,13 @@ from torch import nn
 from dora_vl.adapters.files import WEIGHTS_FILE
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.templates import PROMPTS
-from dora_vl.data.columns import USUAL, Columns
+from dora_vl.data.columns import Columns
 from dora_vl.data.example import Answer, Example, iterate_examples
 from dora_vl.data.video import VideoReader
 from dora_vl.errors import SettingError, UserError
 from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
 from dora_vl.evaluation.baselines import UNTRAINED, Exchange, drawn, right_text
-from dora_vl.evaluation.pictures import write_contact_sheet, write_loss_curve
+from dora_vl.evaluation.pictures import series, write_contact_sheet, write_loss_curve
 from dora_vl.evaluation.predict import ask_again, evaluate
 from dora_vl.evaluation.predictions import Prediction
 from dora_vl.evaluation.predictor import By, Decoding, MediaReader, Predictor, check_pictures, media_reader
@@ -34,7 +34,6 @@ from dora_vl.evaluation.questions import (
     expected,
     in_words,
     likeliest_ending,
-    media_of,
     read_questions,
     right_ending,
     text_asked,
@@ -100,17 +99,13 @@ def _set_of_file(
     evaluation: EvaluationConfig, media: MediaReader, columns: Columns, settings: Mapping[str, object]
 ) -> TestSet:
     """Makes the set of `evaluation.file`; `settings` say which model answers."""
-    examples, unreadable = read_test(evaluation, columns)
-    after = evaluation.answer_after
-    depends_on = {
-        **settings,
-        "questions_sha256": file_sha256(Path(str(evaluation.file))),
-        "max_new_tokens": evaluation.max_new_tokens,
-    }
+    file, after = Path(str(evaluation.file)), evaluation.answer_after
+    examples, unreadable = read_questions(file, evaluation.limit, columns)
+    depends_on = {**settings, "questions_sha256": file_sha256(file), "max_new_tokens": evaluation.max_new_tokens}
     if any(example.videos for example in examples):
         depends_on["frames"] = repr(media.videos.sampling)
     return TestSet(
-        name=Path(str(evaluation.file)).stem,
+        name=file.stem,
         examples=[*examples, *unread(unreadable)],
         unreadable=unreadable,
         decoding=Decoding(batch_size=evaluation.batch_size, max_new_tokens=evaluation.max_new_tokens),
@@ -159,18 +154,12 @@ def media_of_run(
     return MediaReader(folder=folder, videos=videos)
 
 
-def read_test(evaluation: EvaluationConfig, columns: Columns = USUAL) -> tuple[list[Example], dict[str, str]]:
-    """Reads the examples of `evaluation.file`, and by id why a row cannot be read."""
-    if evaluation.file is None:
-        raise UserError("evaluation.file is not set; give a file of questions with answers")
-    return read_questions(Path(evaluation.file), evaluation.limit, columns)
-
-
 def check_test(config: RunConfig) -> list[Example]:
-    """Reads the examples of a run's test before it trains, so that a mistake shows now and not after hours."""
-    examples, _ = read_test(config.evaluation, config.data.contract)
+    """Reads the examples of `evaluation.file` before a run trains: a mistake shows now and not after hours."""
+    test = config.evaluation
+    examples, _ = read_questions(Path(str(test.file)), test.limit, config.data.contract)
     images = (path for example in examples for path in example.images)
-    root = image_folder(config.data, config.evaluation.image_folder).root
+    root = image_folder(config.data, test.image_folder).root
     check_pictures(images, root, setting="evaluation.image_folder (or data.image_folder)")
     if any(example.videos for example in examples):
         check_videos(config.data)
@@ -265,7 +254,7 @@ def evaluate_commonsense(
 def draw(answered: Sequence[Tested], *, run_folder: Path, media: MediaReader | None) -> None:
     """Writes the loss curve, and where `media` shows the pictures the contact sheet."""
     entries = read_log(run_folder / LOSS_LOG)
-    if any("loss" in entry for entry in entries):
+    if series(entries, "loss")[0]:
         write_loss_curve(entries, run_folder / LOSS_CURVE)
     rows: list[Prediction] = []
     shares: dict[str, float] = {}
@@ -276,7 +265,7 @@ def draw(answered: Sequence[Tested], *, run_folder: Path, media: MediaReader | N
         for row in tested.predictions.rows:
             example = by_id[f"{name}/{row.id}"]
             truth, answer = (in_words(example, text) for text in (expected(example), row.prediction))
-            images = media_of(example)
+            images = list(example.images) or [clip.path for clip in example.videos[:1]]
             rows.append(replace(row, id=f"{name}/{row.id}", images=images, truth=truth, prediction=answer))
         if tested.scored is not None and tested.is_accuracy:
             shares |= {f"{name}/{item}": share for item, share in tested.scored.shares.items()}

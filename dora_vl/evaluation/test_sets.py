@@ -5,7 +5,6 @@ A run's test, `dora-vl evaluate` and a VL-BART's tasks differ in the list of set
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -35,10 +34,9 @@ from dora_vl.files import NOT_YET, whole_file
 if TYPE_CHECKING:
     from dora_vl.evaluation.predictor import Decoding, MediaReader
 
-log = logging.getLogger(__name__)
-
 LONGEST_REASON = 300
 NO_ANSWER = "the predictions hold no answer"
+UNREADABLE = (AttributeError, IndexError, KeyError, TypeError, ValueError)  # what scorers raise at odd records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +91,9 @@ class TestSet:
 
 @dataclass(frozen=True, kw_only=True)
 class Tested:
-    """A test set with the answers to it and their score.
+    """A test set with the answers to it and their score, or why it is `refused`.
 
-    Attributes:
-        refused: why the set cannot be scored.
-        remarks: sentences about what the score is compared with.
-        against: the name of other answers that `differences` are from.
+    `remarks` are sentences about what it is compared with; `differences` are from the answers named `against`.
     """
 
     __test__ = False
@@ -191,13 +186,7 @@ def scored(test: TestSet, predictions: Predictions) -> Tested:
         submission = None if test.submission is None else test.submission(test.examples, predictions.answers)
     except UserError as error:
         return replace(tested, refused=error)
-    except (
-        AttributeError,
-        IndexError,
-        KeyError,
-        TypeError,
-        ValueError,
-    ) as error:  # a package's own scorer may raise these
+    except UNREADABLE as error:
         reason = (
             f"{test.about.get('file', test.name)}: a record holds something that the scorer of {test.name} cannot read "
             f"({type(error).__name__}: {shown(str(error), 120)}); prepare the set again"

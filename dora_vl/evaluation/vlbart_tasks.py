@@ -22,10 +22,11 @@ from dora_vl.backbones.pieces import Seq2SeqEncoder
 from dora_vl.backbones.templates import Prompt
 from dora_vl.backbones.vision_store import FeatureReader, check_features, feature_paths, features_of
 from dora_vl.data.batches import SAMPLES, WEIGHTS
-from dora_vl.data.example import Example, right_choice
+from dora_vl.data.example import Example
 from dora_vl.data.samples import IGNORED_LABEL, Skipped
 from dora_vl.errors import BadSample
 from dora_vl.evaluation.scores import caption, vqa
+from dora_vl.evaluation.scores.benchmark import correct_index
 from dora_vl.evaluation.scores.exact import how2qa_score, video_score
 from dora_vl.evaluation.scores.scored import Scored
 
@@ -57,17 +58,13 @@ class Subtask:
 
     Attributes:
         batch_share: its batch as a multiple of the run's base batch, rounded down.
-        prompt: the encoder's text of an example.
         target: what is trained on, given which answer the item is about (None: any of them may be drawn).
         each_answer: every answer is an item of its own.
         input_tokens: longest encoder text; None does not cut.
-        target_tokens: longest label.
         normalise_by: `samples`: mean over a sample's tokens, then over the batch; `tokens`: mean over all tokens.
         answer_by: `text`: what is generated; `pair`: true or false by two logits; `choice`: the likeliest label;
             `words`: the likeliest of the example's choices, in their own words; `closed`: the best of a list.
-        score: the benchmark's scorer.
         check_scoring: tells before training what `score` would miss; None tries `score` itself without answers.
-        images: pictures of one input.
         reads_question: the prompt holds the example's question; not so where pictures are described.
         chooses: every example has choices, and which of them is right is what is scored.
         is_video: a sample's pictures are the frames of one video, not inputs of their own.
@@ -364,18 +361,12 @@ def _choices(example: Example) -> str:
 
 def right_label(example: Example, answer: int | None, random: Random) -> Target:
     """Returns the right choice's label, such as `a2`."""
-    return Target(text=f"a{_right_index(example)}")
+    return Target(text=f"a{correct_index(example)}")
 
 
 def right_words(example: Example, answer: int | None, random: Random) -> Target:
     """Returns the right choice itself."""
-    return Target(text=example.choices[_right_index(example)])
-
-
-def _right_index(example: Example) -> int:
-    if "correct" not in example.extra:
-        raise BadSample(example.id, "nothing says which of its choices is right, so it cannot be trained on")
-    return right_choice(example.extra["correct"], example.choices, example.id)
+    return Target(text=example.choices[correct_index(example)])
 
 
 def closed(subtask: Subtask) -> Subtask:

@@ -60,7 +60,7 @@ def check_tests(tested: Sequence[Tested], encoder: Seq2SeqEncoder, *, max_bad_sh
             check(examples)
         bad = _reasons(examples, partial(check_sample, subtask=subtask, reader=reader))
         left = [example for example in examples if example.id not in bad]
-        sample = left[:: -(-len(left) // READ)] if left else []
+        sample = evenly(left, READ)
         unread = _reasons(sample, partial(make_sample, subtask=subtask, encoder=encoder, reader=reader, target=None))
         reasons = bad | unread
         if not reasons:

@@ -6,7 +6,7 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from matplotlib import rc_context
@@ -38,7 +38,6 @@ class Series:
     y: Sequence[float]
     look: Literal["line", "faint", "dashed"] = "line"
     colour: int = 0
-    in_legend: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +48,7 @@ class Chart:
     y_label: str
     svg: str
     legend: tuple[Series, ...]
-    data: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any]
 
 
 def chart(
@@ -88,14 +87,14 @@ def chart(
         if zero:
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]) if least < 0 else 0.0)
         svg = _svg(figure)
-    low, high = axes.get_xlim()
+    named = tuple(item for item in drawn if item.look != "faint")
     return Chart(
         title=title,
         y_label=y_label,
         svg=svg,
-        legend=tuple(item for item in drawn if item.in_legend) if always_legend or len(drawn) > 1 else (),
+        legend=named if always_legend or len(drawn) > 1 else (),
         data={
-            "x": [low, high],
+            "x": list(axes.get_xlim()),
             "y": list(axes.get_ylim()),
             "log": log,
             "box": [LEFT, RIGHT, TOP, BOTTOM],
@@ -106,8 +105,7 @@ def chart(
                     "x": [float(f"{x:.4g}") for x in item.x],
                     "y": [float(f"{y:.4g}") for y in item.y],
                 }
-                for item in drawn
-                if item.in_legend
+                for item in named
             ],
         },
     )
@@ -159,8 +157,6 @@ def curves(runs: Sequence[RunRecord]) -> tuple[list[Chart], list[str]]:
     for run in runs:
         if not series(run.log, "eval_loss")[0]:
             notes.append(f"{run.label}: no validation loss in its log; data.validation, or a share, makes one.")
-        if not any(key.startswith(f"{RATE}/") for line in run.log for key in line):
-            notes.append(f"{run.label}: its log has one learning rate, not those of its parts.")
     rates = chart("learning rate by part", _rates(runs), y_label="of the step", zero=True, always_legend=True)
     charts = [loss, rates]
     for key, title, unit in NUMBERS:
@@ -191,7 +187,7 @@ def _losses(runs: Sequence[RunRecord]) -> list[Series]:
         steps, losses = series(run.log, "loss")
         name = "" if len(runs) == 1 else f"{run.label}: "
         if len(runs) == 1:
-            lines.append(Series(name="each logged loss", x=steps, y=losses, look="faint", in_legend=False))
+            lines.append(Series(name="each logged loss", x=steps, y=losses, look="faint"))
         lines.append(Series(name=f"{name}training, smoothed", x=steps, y=smoothed(losses), colour=number))
         x, y = series(run.log, "eval_loss")
         colour = 1 if len(runs) == 1 else number

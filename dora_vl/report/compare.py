@@ -51,12 +51,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class CellRun:
-    """One training run of the comparison.
-
-    Attributes:
-        is_tested: the test is asked after it.
-        takes_best: the run keeps the checkpoint of its lowest validation loss, not the last.
-    """
+    """One training run; with `takes_best` it keeps the checkpoint of its lowest validation loss, not the last."""
 
     folder: Path
     words: tuple[str, ...]
@@ -116,8 +111,7 @@ class Comparison:
     """What is compared, and where.
 
     Attributes:
-        words: the recipe and the settings of all runs, as on a command line.
-        config: what they say.
+        words: the recipe and the settings of all runs, as on a command line; `config` is what they say.
         rates: learning rates that every contender tries; `goes_on` tries others beyond while the last one is best.
         seeds: runs of each contender at its best rate; the first is the one that found it.
         strengths: at which the first contender's adapter is tested too.
@@ -268,10 +262,8 @@ class Result:
 
     Attributes:
         losses: validation loss by rate; None where the training diverged.
-        scores: by measure, the mean over seeds with its interval.
-        by_seed: by measure, each seed's value.
+        scores, by_seed: by measure, the mean over seeds with its interval, and each seed's value.
         runs: the folder of each seed's run, below that of the comparison.
-        metrics: what `metrics.json` of each run holds.
     """
 
     name: str

@@ -148,9 +148,7 @@ class SeedPart:
 def seed_part(values: Sequence[float], each: float, together: float) -> SeedPart:
     """Returns what seeds add to the variance of a mean over runs of these values; 0 where they are too few to tell.
 
-    Args:
-        each: the variance of a single run's value that its units make.
-        together: the variance of the mean that the units make.
+    Units make the variance `each` of a single run's value, and `together` that of the mean.
     """
     runs = len(values)
     if runs < LEAST_SEEDS:

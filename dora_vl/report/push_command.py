@@ -77,8 +77,8 @@ def write_folder(run: RunRecord, repository: str, *, licence: str | None, pictur
     from dora_vl.run.folder import ADAPTER
 
     adapter = run.folder / ADAPTER
-    if run.damaged or not adapter.is_dir():
-        raise UserError(f"{run.folder}: {next(iter(run.damaged), 'it has no adapter yet')}; train to the end first")
+    if not adapter.is_dir():
+        raise UserError(f"{run.folder}: it has no adapter yet; train to the end first")
     sheet = [run.folder / CONTACT_SHEET] if pictures else []
     with whole_folder(run.folder / HUB) as staging:
         for source in filter(Path.is_file, [*(adapter / name for name in FILES), run.folder / METRICS, *sheet]):
@@ -94,7 +94,7 @@ def model_card(run: RunRecord, repository: str, *, licence: str | None, sheet: b
     from jinja2 import Environment, StrictUndefined
 
     from dora_vl.evaluation.forgetting import in_words
-    from dora_vl.report.answers import blind, read_tests, score_rows
+    from dora_vl.report.run_record import blind, read_tests, score_rows
     from dora_vl.report.views import setting_tables
 
     tests, missing = read_tests(run)

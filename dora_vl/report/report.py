@@ -19,8 +19,7 @@ from dora_vl.files import SETS, whole_file
 
 if TYPE_CHECKING:
     from dora_vl.evaluation.results import SetResult
-    from dora_vl.report.answers import Results
-    from dora_vl.report.run_record import RunRecord
+    from dora_vl.report.run_record import Results, RunRecord
     from dora_vl.report.views import InlinePictures
 
 MOST_ANSWERS, DRAWN_ROWS = 40, 8
@@ -39,8 +38,8 @@ SECTIONS = (
 
 def gather(runs: Sequence[RunRecord]) -> dict[str, Any]:
     """Reads, scores and draws all that the template shows."""
-    from dora_vl.report.answers import blind, confusion, read_tests, score_rows
     from dora_vl.report.charts import curves
+    from dora_vl.report.run_record import blind, confusion, read_tests, score_rows
     from dora_vl.report.views import InlinePictures, setting_tables, watched_tables
 
     notes: dict[str, list[str]] = {name: [] for name, _ in SECTIONS}
@@ -71,7 +70,6 @@ def gather(runs: Sequence[RunRecord]) -> dict[str, Any]:
     return {
         "title": " · ".join(run.label for run in runs),
         "heads": [_head(run, results) for run, results in zip(runs, tests, strict=True)],
-        "damaged": [f"{run.label}: {trouble}" for run in runs for trouble in run.damaged],
         "curves": charts,
         "scores": scores,
         "benchmarks": [row for row in score_rows([run.benchmarks for run in runs])[0] if not row.is_part],
@@ -101,21 +99,22 @@ def _drawn(folder: Path) -> list[dict[str, Any]]:
 
 def _answers(run: RunRecord, result: SetResult, pictures: InlinePictures) -> dict[str, Any]:
     """Returns answers of a run to one set, with their pictures: wrong or low ones, then right or high ones."""
-    from dora_vl.report.answers import is_accuracy, low_and_high
+    from dora_vl.data.example import Clip
+    from dora_vl.report.run_record import is_accuracy, low_and_high
 
     halves = low_and_high(result)
     folder = run.section("evaluation").get("image_folder") or run.section("data").get("image_folder")
     root = None if folder is None else run.path(folder)
     shown = [
-        (answer, name, pictures.shown(root, answer.pictures, answer.clip))
+        (row, item, name, pictures.shown(root, row.images, Clip(**row.videos[0]) if len(row.videos) == 1 else None))
         for name, answers in zip(("wrong", "right"), halves, strict=True)
-        for answer in answers[:MOST_ANSWERS]
+        for row, item in answers[:MOST_ANSWERS]
     ]
     return {
         "label": run.label,
         "name": result.name,
         "shown": shown,
-        "kinds": list(dict.fromkeys(answer.kind for answer, _, _ in shown)),
+        "kinds": list(dict.fromkeys(item.kind for _, item, _, _ in shown)),
         "n": sum(not item.score.failed for item in result.items.values()),
         "wrong": len(halves[0]),
         "is_accuracy": is_accuracy(result),
@@ -125,21 +124,20 @@ def _answers(run: RunRecord, result: SetResult, pictures: InlinePictures) -> dic
 def _head(run: RunRecord, results: Results) -> dict[str, Any]:
     """Sums a run up in a few numbers."""
     from dora_vl.evaluation.forgetting import in_words
+    from dora_vl.evaluation.pictures import series
 
     adapter, last = run.section("adapter"), run.log[-1]
-    losses = [line["loss"] for line in run.log if isinstance(line.get("loss"), int | float)]
-    checked = [line["eval_loss"] for line in run.log if isinstance(line.get("eval_loss"), int | float)]
-    seconds, samples = run.metrics.get("train_seconds"), run.metrics.get("train_samples")
-    speed = run.metrics.get("samples_per_second")
+    (_, losses), (_, checked) = (series(run.log, key) for key in ("loss", "eval_loss"))
+    seconds, samples, speed = map(run.metrics.get, ("train_seconds", "train_samples", "samples_per_second"))
     facts = {
         "base": run.section("model").get("base"),
         "method": adapter.get("method"),
         "rank, alpha": f"{adapter.get('rank')}, {adapter.get('alpha')}" if adapter.get("rank") else None,
         "steps": f"{run.last_step:,}",
         "epochs": None if "epoch" not in last else f"{float(last['epoch']):.3g}",
-        "samples": f"{samples:,}" if isinstance(samples, int) else None,
-        "training took": f"{seconds / 60:.1f} min" if isinstance(seconds, int | float) else None,
-        "samples a second": f"{speed:g}" if isinstance(speed, int | float) else None,
+        "samples": None if samples is None else f"{samples:,}",
+        "training took": None if seconds is None else f"{seconds / 60:.1f} min",
+        "samples a second": None if speed is None else f"{speed:g}",
         "last loss": f"{losses[-1]:.4f}" if losses else None,
         "best validation loss": f"{min(checked):.4f}" if checked else None,
     }
@@ -171,20 +169,18 @@ def _stated(facts: Mapping[str, Any]) -> dict[str, str]:
 def _data(run: RunRecord) -> dict[str, Any]:
     """Returns the tables of a run's plan and the counts of its samples."""
     last = next((line for line in reversed(run.log) if "skipped" in line), {})
-    padding = run.metrics.get("padding_share")
-    sets = run.metrics.get(SETS)
-    unasked = sum(len(entry["failed"]) for entry in sets.values()) if isinstance(sets, Mapping) else None
+    padding, sets = run.metrics.get("padding_share"), run.metrics.get(SETS)
+    unasked = None if sets is None else sum(len(entry["failed"]) for entry in sets.values())
     counts = {
         "samples skipped": last.get("skipped", run.metrics.get("skipped_samples")),
         "samples cut": last.get("cut_samples"),
         "samples whose pictures were shrunk": last.get("shrunk_samples") or None,
-        "padding": f"{padding:.1%}" if isinstance(padding, int | float) else None,
+        "padding": None if padding is None else f"{padding:.1%}",
         "questions that could not be asked": unasked,
     }
-    tables = [run.plan.get(name) for name in ("trained", "memory")]
     return {
         "label": run.label,
-        "tables": [table for table in tables if isinstance(table, Mapping)],
+        "tables": [run.plan[name] for name in ("trained", "memory") if name in run.plan],
         "counts": _stated(counts),
         "skipped": run.skipped,
     }
@@ -225,11 +221,8 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     names = [folder.resolve().name for folder in folders]
     unique = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
     runs = [read_run(folder, label) for folder, label in zip(folders, arguments.label or unique, strict=True)]
-    for entry in runs:
-        yield from (f"{entry.label}: {trouble}" for trouble in entry.damaged)
-    report = gather(runs)
     with whole_file(to) as file:
-        file.write(page(report))
+        file.write(page(gather(runs)))
     yield f"{to}: {to.stat().st_size / 1e6:.1f} MB"
 
 
@@ -237,8 +230,9 @@ def page(report: Mapping[str, Any]) -> str:
     """Returns the page, every text of it escaped; halves of surrogate pairs become the sign for the unknown."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+    from dora_vl.evaluation.pictures import plain_text
+
     loader = FileSystemLoader(Path(__file__).parent / "templates", encoding="utf-8")
     options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
     template = Environment(loader=loader, undefined=StrictUndefined, **options).get_template("report.html.j2")
-    text = template.render(version=__version__, report=report, sections=SECTIONS)
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return plain_text(template.render(version=__version__, report=report, sections=SECTIONS))

@@ -1,28 +1,47 @@
-"""What a run's folder holds, read as far as it can be; what is damaged is named, not fatal."""
+"""A run as reports read it: its folder, as far as the run has come, and its tests as tables, answers and confusion.
+
+Nothing is scored here.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from dora_vl.adapters.files import RECIPE_FILE
-from dora_vl.errors import UserError, shown_names
-from dora_vl.evaluation.results import SetResult, read_results
-from dora_vl.run.folder import ADAPTER, LOSS_LOG, METRICS, PLAN, SETTINGS, SKIPPED, path_in_run
+from dora_vl.errors import UserError
+from dora_vl.evaluation.baselines import ADVICE, COMMONEST, EXCHANGED, READABLE, UNTRAINED, WARNING
+from dora_vl.evaluation.predictions import PREDICTIONS, Prediction
+from dora_vl.evaluation.results import AnswerScore, SetResult, read_results
+from dora_vl.evaluation.scores.exact import normalised
+from dora_vl.evaluation.scores.scored import SHARES, Difference, paired_differences
+from dora_vl.files import json_or_nothing
+from dora_vl.run.folder import ADAPTER, LOSS_LOG, METRICS, PLAN, SETTINGS, SKIPPED, path_in_run, read_log
 from dora_vl.run.watched import Watched, read_watched
 
 Line = Mapping[str, Any]
+Results = Mapping[str, SetResult]
+Answer = tuple[Prediction, AnswerScore]
+BASELINES = {
+    UNTRAINED: "the untrained base",
+    COMMONEST: "each question's commonest answer",
+    EXCHANGED: "with pictures exchanged",
+    READABLE: "what a linear map of the base's pictures reads",
+}
+MOST_LABELS = 24
+OTHER = "other"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """One run; `damaged` is what cannot be read of it, a sentence each.
+    """One run; files that are not there yet are empty.
 
     Attributes:
-        benchmarks: what `dora-vl evaluate` left in the folder `evaluation`.
         skipped: (id, reason) of unusable samples, and whether they are of the validation data.
     """
 
@@ -30,13 +49,11 @@ class RunRecord:
     folder: Path
     settings: Line
     log: tuple[Line, ...]
-    damaged: tuple[str, ...] = ()
-    metrics: Line = field(default_factory=dict)
-    plan: Line = field(default_factory=dict)
-    recipe: Line = field(default_factory=dict)
-    benchmarks: Mapping[str, SetResult] = field(default_factory=dict)
-    skipped: tuple[tuple[str, str, bool], ...] = ()
-    watched: Watched | None = None
+    metrics: Line
+    plan: Line
+    recipe: Line
+    skipped: tuple[tuple[str, str, bool], ...]
+    watched: Watched | None
 
     def section(self, name: str) -> Line:
         """Returns a section of the settings; empty where there is none."""
@@ -50,80 +67,174 @@ class RunRecord:
     @property
     def last_step(self) -> int:
         """The last step that the log knows."""
-        return max((int(line["step"]) for line in self.log), default=0)
+        return max(int(line["step"]) for line in self.log)
+
+    @cached_property
+    def benchmarks(self) -> Results:
+        """What `dora-vl evaluate` left in the folder `evaluation`."""
+        folder = self.folder / "evaluation"
+        return read_results(folder) if (folder / METRICS).is_file() else {}
 
 
 def read_run(folder: Path, label: str) -> RunRecord:
     """Reads a run's folder. Raises UserError: it is none, or training has not begun in it."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; name the training.output_dir of a run")
-    if not (folder / LOSS_LOG).is_file():
-        raise UserError(f"{folder} holds no {LOSS_LOG}: it is no run's folder, or its training has not begun")
-    damaged: list[str] = []
-    log = read_lines(
-        folder / LOSS_LOG, damaged, usable=lambda line: type(step := line.get("step")) is int and step >= 0
-    )
+    log = read_log(folder / LOSS_LOG)
     if not log:
-        raise UserError(f"{folder / LOSS_LOG}: not one whole line; the run has logged nothing yet, or it is damaged")
-    skipped = read_lines(folder / SKIPPED, damaged) if (folder / SKIPPED).is_file() else []
-    result = {name: _object(folder / name, damaged) for name in (SETTINGS, METRICS, PLAN)}
+        raise UserError(f"{folder} has no line in its {LOSS_LOG}: it is no run's folder, or its training has not begun")
     return RunRecord(
         label=label,
         folder=folder,
-        settings=result[SETTINGS],
+        settings=json_or_nothing(folder / SETTINGS),
         log=tuple(log),
-        metrics=result[METRICS],
-        plan=result[PLAN],
-        recipe=_object(folder / ADAPTER / RECIPE_FILE, damaged),
-        benchmarks=_benchmarks(folder / "evaluation", damaged),
+        metrics=json_or_nothing(folder / METRICS),
+        plan=json_or_nothing(folder / PLAN),
+        recipe=json_or_nothing(folder / ADAPTER / RECIPE_FILE),
         skipped=tuple(
-            (str(item.get("id")), str(item.get("reason")), item.get("of") == "validation") for item in skipped
+            (str(line.get("id")), str(line.get("reason")), line.get("of") == "validation")
+            for line in read_log(folder / SKIPPED)
         ),
         watched=read_watched(folder),
-        damaged=tuple(damaged),
     )
 
 
-def read_lines(
-    path: Path, damaged: list[str], *, usable: Callable[[Line], bool] = lambda line: True
-) -> list[dict[str, Any]]:
-    """Reads the usable lines of a file; the numbers of the others become one sentence in `damaged`."""
-    lines: list[dict[str, Any]] = []
-    bad: list[int] = []
-    for number, raw in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            value = json.loads(raw)
-        except (ValueError, RecursionError):
-            value = None
-        if isinstance(value, dict) and usable(value):
-            lines.append(value)
-        elif raw.strip():
-            bad.append(number)
-    if bad:
-        named = shown_names(bad)
-        damaged.append(f"{path.name}: {len(bad)} of {len(lines) + len(bad)} lines cannot be read (line {named})")
-    return lines
-
-
-def _object(path: Path, damaged: list[str]) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+def read_tests(run: RunRecord) -> tuple[Results, list[str]]:
+    """Reads every set that a run was tested on, and says where there is none."""
+    if not (run.folder / PREDICTIONS).is_file():
+        return {}, [f"{run.label}: it holds no {PREDICTIONS}; a run answers its evaluation.file after training."]
     try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        damaged.append(f"{path.name}: not one whole JSON object")
-        return {}
-    return value
-
-
-def _benchmarks(folder: Path, damaged: list[str]) -> dict[str, SetResult]:
-    """Reads the results of `dora-vl evaluate`, where there are any."""
-    if not (folder / METRICS).is_file():
-        return {}
-    try:
-        return read_results(folder)
+        return read_results(run.folder), []
     except UserError as error:
-        damaged.append(str(error))
-        return {}
+        return {}, [f"{run.label}: {error}."]
+
+
+def is_accuracy(result: SetResult) -> bool:
+    """Returns True where an answer is right or wrong."""
+    return result.entry.get("headline") in SHARES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A run's value of a metric; its `difference` from the first run is `clear` where 0 is outside its interval."""
+
+    value: float
+    n: int
+    interval: tuple[float, float] | None
+    difference: str = ""
+    clear: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRow:
+    """One metric of one set over the runs; None where a run has no such number."""
+
+    test: str
+    metric: str
+    cells: tuple[Cell | None, ...]
+
+    @property
+    def n(self) -> int:
+        """How many items it is over."""
+        return next(cell.n for cell in self.cells if cell is not None)
+
+    @property
+    def is_part(self) -> bool:
+        """True where it is of a part of the set."""
+        return "/" in self.metric
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confusion:
+    """How often each right answer (a row) was answered with each (a column)."""
+
+    title: str
+    labels: tuple[str, ...]
+    columns: tuple[str, ...]
+    counts: tuple[tuple[int, ...], ...]
+
+    def share(self, row: int, column: int) -> float:
+        """Returns the share of the row's answers; a count above 0 is always visible."""
+        counts = self.counts[row]
+        return max(0.12, counts[column] / sum(counts)) if counts[column] else 0.0
+
+
+def score_rows(by_run: Sequence[Results]) -> tuple[list[ScoreRow], list[str]]:
+    """Returns a row for each metric of each set, paired with the first run's, and notes on those that are not."""
+    cells: list[dict[tuple[str, str], Cell]] = []
+    notes: dict[str, None] = {}
+    for number, results in enumerate(by_run):
+        of_run: dict[tuple[str, str], Cell] = {}
+        for name, result in results.items():
+            first = by_run[0].get(name) if number else None
+            differences: Mapping[str, Difference] = {}
+            if first is not None and first.scored is not None and result.scored is not None:
+                try:
+                    differences = paired_differences(result.scored, first.scored)
+                except UserError as error:
+                    notes[f"No paired difference for {name}: {error}."] = None
+            baselines = result.entry.get("baselines") or {}
+            titled = {title: baselines[key] for key, title in BASELINES.items() if key in baselines}
+            for metric, entry in {**result.entry["metrics"], **titled}.items():
+                of_run[name, metric] = _cell(entry, differences.get(metric))
+        cells.append(of_run)
+    names = [*dict.fromkeys(name for results in by_run for name in results)]
+    keys = dict.fromkeys(key for of_run in cells for key in of_run)
+    rows = [
+        ScoreRow(test=name, metric=metric, cells=tuple(of_run.get((name, metric)) for of_run in cells))
+        for name, metric in sorted(keys, key=lambda key: names.index(key[0]))
+    ]
+    return rows, [*notes]
+
+
+def _cell(entry: Mapping[str, Any], apart: Difference | None) -> Cell:
+    limits = entry["interval_95"]
+    difference = "" if apart is None else f"{apart.value:+.2f} ({apart.low:+.2f} to {apart.high:+.2f})"
+    return Cell(
+        value=float(entry["value"]),
+        n=int(entry["n"]),
+        interval=None if limits is None else (limits[0], limits[1]),
+        difference=difference,
+        clear=apart is not None and (apart.low > 0 or apart.high < 0),
+    )
+
+
+def blind(label: str, *several: Results) -> list[str]:
+    """Warns of each set of a run whose answers do not depend on its pictures, or tell less than these."""
+    entries = [(name, result.entry.get("baselines") or {}) for results in several for name, result in results.items()]
+    notes = [(name, baselines.get(key)) for name, baselines in entries for key in (WARNING, ADVICE)]
+    return [f"{label}, {name}: {note}." for name, note in notes if note]
+
+
+def confusion(title: str, result: SetResult) -> Confusion | None:
+    """Counts the answers of a closed list; None where there are too many, or they are hardly repeated."""
+    pairs = [
+        (normalised(item.truth), normalised(item.answer))
+        for item in result.items.values()
+        if item.truth and not item.score.failed
+    ]
+    counts = Counter(truth for truth, _ in pairs)
+    if not 2 <= len(counts) <= MOST_LABELS or len(pairs) < 2 * len(counts):
+        return None
+    labels = tuple(sorted(counts, key=lambda label: (-counts[label], label)))
+    cells = Counter((truth, answer if answer in counts else OTHER) for truth, answer in pairs)
+    columns = (*labels, OTHER) if any(answer not in counts for _, answer in pairs) else labels
+    rows = tuple(tuple(cells[truth, answer] for answer in columns) for truth in labels)
+    return Confusion(title=title, labels=labels, columns=columns, counts=rows)
+
+
+def low_and_high(result: SetResult) -> tuple[list[Answer], list[Answer]]:
+    """Returns the answers with a score of their own from the lowest on and from the highest, of every kind in turn.
+
+    Of an accuracy they are the wrong and the right ones, else the two halves.
+    """
+    answers = [(result.predictions[name], item) for name, item in result.items.items() if name in result.predictions]
+    answers.sort(key=lambda answer: answer[1].score.share)
+    wrong = sum(item.score.share < 0.5 for _, item in answers)
+    half = wrong if is_accuracy(result) else -(-len(answers) // 2)
+    return _in_turn(answers[:half]), _in_turn(answers[half:][::-1])
+
+
+def _in_turn(answers: Sequence[Answer]) -> list[Answer]:
+    by_kind: dict[str, list[Answer]] = {}
+    for row, item in answers:
+        by_kind.setdefault(item.kind, []).append((row, item))
+    return [answer for several in zip_longest(*by_kind.values()) for answer in several if answer is not None]

@@ -21,8 +21,7 @@ from gradio.blocks import Block  # pyright: ignore[reportMissingImports]
 from dora_vl.errors import UserError
 from dora_vl.evaluation.forgetting import in_words
 from dora_vl.evaluation.pictures import series, smoothed
-from dora_vl.report.answers import blind, read_tests, score_rows
-from dora_vl.report.run_record import RunRecord, read_run
+from dora_vl.report.run_record import RunRecord, blind, read_run, read_tests, score_rows
 from dora_vl.report.views import InlinePictures, watched_tables
 from dora_vl.run.folder import ADAPTER
 from dora_vl.run.watched import evenly

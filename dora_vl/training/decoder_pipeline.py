@@ -46,7 +46,6 @@ from dora_vl.evaluation.test import (
     evaluate_commonsense,
     media_of_run,
     read_sets,
-    read_test,
     run_test,
     watch_questions,
 )
@@ -397,7 +396,7 @@ class DecoderPipeline(Pipeline):
             questions = [last_round(row) for row in rows if isinstance(row, Example)]  # validation names others
         elif config.evaluation.tested is not None:
             test, source = config.evaluation, config.evaluation.tested
-            examples = read_sets(test)[0] if test.files else read_test(test, config.data.contract)[0]
+            examples = read_sets(test)[0] if test.files else check_test(config)
             questions = evenly(examples, config.watch)
         else:
             return None

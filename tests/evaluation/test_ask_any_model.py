@@ -130,22 +130,6 @@ def test_a_family_with_videos_is_shown_videos(name: str, tmp_path: Path) -> None
     assert_a_batch_is_each_alone(assistant, samples)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", *MORE_FAMILIES])
-def test_ids_are_those_of_transformers_own_generate(name: str, tmp_path: Path) -> None:
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    folder = write_model(name, tmp_path / "model")
-    assistant, picture = opened(folder), Image.new("RGB", (21, 15), "red")
-    plain = AutoModelForImageTextToText.from_pretrained(folder).eval()
-    processor = AutoProcessor.from_pretrained(folder)
-    content = [{"type": "image"}, {"type": "text", "text": "Say the colour."}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = processor(text=[text], images=[[picture]], return_tensors="pt")
-    whole = plain.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-    sample = assistant.prompts.sample([Turn("user", "<image>\nSay the colour.")], Shown(pictures=(picture,)))
-    assert new_ids(assistant, sample)[0] == whole[0, inputs["input_ids"].shape[1] :].tolist()
-
-
 def test_a_likelihood_is_the_sum_over_the_answer_and_what_closes_it(model: tuple[str, Path]) -> None:
     name, folder = model
     assistant = opened(folder)
@@ -294,9 +278,8 @@ EVALUATE = "evaluate --benchmarks {own} --to {gone}/to --images {data} --model "
 )
 def test_what_cannot_be_asked_is_one_line_and_reads_no_weights(words: str, paths: dict[str, Path], capsys: Any) -> None:
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit, match="2"):
         main(words.format(**paths).split())
-    assert stopped.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not paths["gone"].exists()
 

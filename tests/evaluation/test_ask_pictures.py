@@ -136,9 +136,8 @@ def test_typed_questions(adapter: Path, pictures: list[str], monkeypatch: Any, c
 
 
 def refused(*arguments: str) -> None:
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit, match="2"):
         ask(*arguments, "--question", "q")
-    assert stopped.value.code == 2
 
 
 def test_an_incomplete_recipe_and_a_base_moved_or_changed(adapter: Path, pictures: list[str], tmp_path: Path) -> None:
@@ -242,6 +241,5 @@ def test_a_language_run_s_adapter_is_asked_with_its_prompt(tmp_path: Path, capsy
     new = backbone.generate(ids, torch.ones_like(ids), max_new_tokens=4)[0]
     assert " ".join(encoder.decode(new).split()) == " ".join(with_adapter.split())
     assert with_adapter != without
-    with pytest.raises(SystemExit) as stopped:  # it reads one question at a time
+    with pytest.raises(SystemExit, match="2"):  # it reads one question at a time
         image_qa.main([*options, "--question", "Another?", "--conversation"])
-    assert stopped.value.code == 2

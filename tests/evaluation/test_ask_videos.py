@@ -168,9 +168,8 @@ def test_a_part_that_the_text_states_is_stated_and_the_whole_is_seen(
     assert f"(3 frames, {seen}, pyav)" in capsys.readouterr().out
     if task == "video_choice":
         return
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit, match="2"):
         video_qa.main([*common, "--start", "0.5"])
-    assert stopped.value.code == 2
 
 
 def test_another_tower_is_refused(vlbart: Path, clip: str, tmp_path: Path, capsys: Any) -> None:
@@ -179,9 +178,8 @@ def test_another_tower_is_refused(vlbart: Path, clip: str, tmp_path: Path, capsy
     recipe["features"]["video_caption"]["sha256"] = "0123456789abcdef" * 4
     (adapter / "recipe.json").write_text(json.dumps(recipe))
     options = ["--adapter", str(adapter), "--video", clip, "--question", "", "--question", "what moves?"]
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit, match="2"):
         video_qa.main(options)
-    assert stopped.value.code == 2
     video_qa.main([*options, "--any-base"])
     assert "(2 frames" in capsys.readouterr().out
 

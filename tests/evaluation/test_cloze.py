@@ -17,6 +17,7 @@ from dora_vl.data.example import Example, iterate_examples
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample
 from dora_vl.evaluation.predictions import read_predictions
+from dora_vl.evaluation.results import score_lines
 from dora_vl.evaluation.scores.exact import PATTERNS, cloze_score
 from tests.backbones.tiny_language import write_tiny_language
 
@@ -115,6 +116,7 @@ def likelihood(model: Any, tokenizer: Any, context: str, ending: str) -> float:
 def test_likelihoods_are_the_model_s(scored_folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(scored_folder / "model", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(scored_folder / "model")
+    scores = {(line["set"], line["id"]): line for line in score_lines(scored_folder / "scores")}
     for task in ("piqa", "winogrande", "ARC-Easy"):
         examples = list(iterate_examples(scored_folder / "records" / task / "test.jsonl"))
         answers = answers_to(scored_folder, task)
@@ -123,3 +125,7 @@ def test_likelihoods_are_the_model_s(scored_folder: Path) -> None:
             pairs = zip(example.extra["contexts"], example.extra["endings"], strict=True)
             expected = [likelihood(model, tokenizer, *pair) for pair in pairs]
             assert [float(number) for number in answers[example.id].split()] == pytest.approx(expected, abs=2e-4)
+            endings = [ending.strip() for ending in example.extra["endings"]]
+            compared = scores[task, example.id]
+            assert compared["truth"] == endings[example.extra["correct"]]
+            assert compared["answer"] == endings[expected.index(max(expected))]

@@ -52,9 +52,8 @@ def evaluated(
 
 
 def refused(words: Sequence[object]) -> None:
-    with pytest.raises(SystemExit) as status:
+    with pytest.raises(SystemExit, match="2"):
         main(["evaluate", *map(str, words)])
-    assert status.value.code == 2
 
 
 @pytest.fixture
@@ -173,9 +172,8 @@ def test_answers_to_no_question_are_counted(tmp_path: Path, capsys: Any) -> None
 def test_what_a_file_of_answers_scores(row: dict[str, Any], tmp_path: Path) -> None:
     examples, options = [from_record(record) for record in row["examples"]], row.get("options", ())
     if "metric" not in row:
-        with pytest.raises(SystemExit) as status:
+        with pytest.raises(SystemExit, match="2"):
             evaluated(row["benchmark"], examples, row["answers"], tmp_path, *options)
-        assert status.value.code == 2
         assert {path.name for path in tmp_path.iterdir()} == {"records.jsonl", "p.jsonl"}
         return
     entry = evaluated(row["benchmark"], examples, row["answers"], tmp_path, *options)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from dora_vl.data.example import Answer, Example
 from dora_vl.data.turns import Turn
@@ -82,15 +80,7 @@ def sets_in(folder: Path) -> list[TestSet]:
 
 def results_of(folder: Path, model: Any) -> dict[str, str]:
     """What the three files hold after a test, less what it took."""
-    evaluate(sets_in(folder), model, results_in(folder), exchange=False)
-    return content_of(folder)
-
-
-def results_in(folder: Path) -> ResultFolder:
-    return ResultFolder(folder=folder, header={"train_steps": 7})
-
-
-def content_of(folder: Path) -> dict[str, str]:
+    evaluate(sets_in(folder), model, ResultFolder(folder=folder, header={"train_steps": 7}), exchange=False)
     metrics = json.loads((folder / "metrics.json").read_text())
     for entry in metrics["sets"].values():
         assert entry.pop("seconds") >= 0
@@ -120,7 +110,7 @@ def test_a_set_that_cannot_be_scored_costs_no_other_its_score(tmp_path: Path) ->
         raise KeyError("extra")
 
     one, two = sets_in(tmp_path)
-    done = evaluate([replace(one, score=trips), two], Echo(), results_in(tmp_path), exchange=False)
+    done = evaluate([replace(one, score=trips), two], Echo(), ResultFolder(folder=tmp_path), exchange=False)
     with pytest.raises(UserError, match="one"):
         refuse_unscored(done)
     assert read_results(tmp_path).keys() == {"two"}
@@ -142,27 +132,6 @@ def test_several_processes_leave_what_one_leaves(tmp_path: Path, monkeypatch: py
     assert results_of(folder, model := Echo()) == whole
     assert model.batches[:2] == [["q0", "q2", "q4", "q6"], ["q8", "q10"]]
     assert not part.exists()
-
-
-def test_two_processes_leave_the_files_of_one(tmp_path: Path) -> None:
-    whole = results_of(tmp_path / "whole", Echo())
-    folder = tmp_path / "two"
-
-    def rank(number: int) -> None:
-        meet = f"file://{tmp_path / 'meet'}"
-        torch.distributed.init_process_group("gloo", init_method=meet, rank=number, world_size=2)
-        evaluate(sets_in(folder), model := Echo(), results_in(folder), exchange=False)
-        torch.distributed.destroy_process_group()
-        assert sum(map(len, model.batches)) in (8, 9)  # of 17 questions
-
-    processes = [multiprocessing.get_context("fork").Process(target=rank, args=(number,)) for number in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=100)
-    assert [process.exitcode for process in processes] == [0, 0]
-    assert content_of(folder) == whole
-    assert {path.name for path in folder.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
 
 
 SETTINGS = {"adapter": "a1", "limit": None, "sizes": (1, 2)}

@@ -13,15 +13,15 @@ from dora_vl.report import contrasts
 from dora_vl.report.contrasts import Contenders, half_width, quantile
 
 
-def scored(hits: Sequence[float], *, metric: str = "accuracy", per_unit: int = 1, scale: float = 100.0) -> Scored:
+def scored(hits: Sequence[float], *, metric: str = "accuracy") -> Scored:
     tally = Tally()
     for number, hit in enumerate(hits):
-        tally.add(str(number), hit, {"right": hit, "asked": 1.0}, unit=f"picture {number // per_unit}")
-    return tally.scored({metric: Ratio("right", "asked", scale=scale)})
+        tally.add(str(number), hit, {"right": hit, "asked": 1.0})
+    return tally.scored({metric: Ratio("right", "asked")})
 
 
-def runs(*hits: Sequence[float], **more: float) -> list[dict[str, Scored]]:
-    return [{"test": scored(row, **more)} for row in hits]  # pyright: ignore[reportArgumentType]
+def runs(*hits: Sequence[float]) -> list[dict[str, Scored]]:
+    return [{"test": scored(row)} for row in hits]
 
 
 @pytest.mark.parametrize(
@@ -72,13 +72,6 @@ def test_few_seeds_give_an_interval_over_units_alone() -> None:
     assert narrow.value == wide.value == pytest.approx(75)
     assert narrow.high - narrow.low < 16
     assert wide.high - wide.low > 40  # seeds of 60, 75 and 90, and t of two degrees of freedom
-
-
-def test_items_of_one_unit_are_drawn_together() -> None:
-    hits = [1.0] * 300 + [0.0] * 100
-    alone, together = (Contenders({"a": runs(hits, hits, hits, per_unit=count)}) for count in (1, 10))
-    narrow, wide = (table.score(table.measures[0], "a") for table in (alone, together))
-    assert (wide.high - wide.low) == pytest.approx(np.sqrt(10) * (narrow.high - narrow.low), rel=0.1)
 
 
 def test_a_score_is_the_formula_of_its_scorer_and_the_mean_over_sets() -> None:

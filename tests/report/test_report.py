@@ -15,16 +15,12 @@ from typing import Any
 import pytest
 
 from dora_vl.cli import main
-from dora_vl.data.example import Example
-from dora_vl.evaluation.predictions import Prediction, Predictions, line_of
-from dora_vl.evaluation.questions import likeliest_ending, right_ending
-from dora_vl.evaluation.results import AnswerScore, SetResult, read_results
-from dora_vl.evaluation.scores.exact import cloze_score
+from dora_vl.evaluation.predictions import Prediction
+from dora_vl.evaluation.results import AnswerScore, SetResult
 from dora_vl.evaluation.scores.scored import ItemScore
-from dora_vl.evaluation.test_sets import ResultFolder, TestSet, scored
-from dora_vl.report.answers import confusion, low_and_high
 from dora_vl.report.charts import MOST_POINTS, Chart, Series, chart
 from dora_vl.report.report import SECTIONS
+from dora_vl.report.run_record import confusion, low_and_high
 from dora_vl.run.reading import read_run
 from dora_vl.run.settings import settings_of
 from tests.report.conftest import HOSTILE
@@ -150,32 +146,6 @@ def test_a_browser_shows_the_answers_that_are_asked_for(copied: Path, tmp_path: 
         assert items.count() == 0
 
 
-def test_a_cloze_run_shows_the_numbers_of_its_metrics(tmp_path: Path) -> None:
-    extra = {"contexts": ["Is it?"] * 2, "endings": ["no", "yes"]}
-    examples = [
-        Example(id=f"{task}/{n}", question="Is it?", extra={**extra, "task": task, "correct": n % 2})
-        for task in ("boolq", "piqa")
-        for n in range(12)
-    ]
-    rows = [
-        Prediction(id=example.id, set="cloze", question="Is it?", prediction=f"-1.5 -{number % 5}.25")
-        for number, example in enumerate(examples)
-    ]
-    cloze = TestSet(name="cloze", examples=examples, score=cloze_score, truth=right_ending, compared=likeliest_ending)
-    ResultFolder(folder=tmp_path).write([scored(cloze, Predictions(rows=rows))])
-    (tmp_path / "predictions.jsonl").write_text("".join(map(line_of, rows)))
-    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
-    entry = json.loads((tmp_path / "metrics.json").read_text())["sets"]["cloze"]
-    assert 0 < entry["metrics"]["average"]["value"] < 100
-    words = " ".join(reported(tmp_path, to=tmp_path / "page.html").words.split())
-    for name, metric in entry["metrics"].items():
-        low, high = metric["interval_95"]
-        assert f"{name} {metric['n']} {metric['value']:.2f} {low:.2f} to {high:.2f}" in words, name
-    wrong = [item for item in read_results(tmp_path)["cloze"].items.values() if item.score.share == 0]
-    assert f"{len(wrong)} of 24 answers are wrong" in words
-    assert all({item.truth, item.answer} == {"no", "yes"} for item in wrong)
-
-
 def test_a_run_of_a_vlbart(vlbart_run: Path, tmp_path: Path) -> None:
     page = reported(vlbart_run, to=tmp_path / "page.html")
     for words in ("vqav2", "tvqa", "what is it", "what is said?", "evaluation.image_folder names no folder"):
@@ -261,34 +231,19 @@ def test_what_is_missing_says_so(copied: Path, tmp_path: Path) -> None:
     assert {attributes.get("id") for attributes in page.all("h2")} == {name for name, _ in SECTIONS}
 
 
-def test_damaged_lines_are_counted(copied: Path, tmp_path: Path) -> None:
-    lines = (copied / "log.jsonl").read_text().splitlines()
-    lines[1:2] = ['{"step": 2, "loss": 1.', "[1, 2]", '{"loss": 1.0}']
-    (copied / "log.jsonl").write_text("\n".join(lines) + "\n" + '{"step": 9, "lo')
-    (copied / "metrics.json").write_text("{")
-    page = reported(copied, to=tmp_path / "page.html")
-    assert not any("by depth" in str(figure["aria-label"]) for figure in page.all("figure"))
-    assert f"log.jsonl: 4 of {len(lines) + 1} lines" in page.words
-    assert "metrics.json: not one whole JSON object" in page.words
-
-
 def test_bad_input_ends_with_status_2_and_leaves_no_file(llava_run: Path, tmp_path: Path) -> None:
     to, run = tmp_path / "out" / "page.html", str(llava_run)
     (tmp_path / "empty").mkdir()
-    (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged" / "log.jsonl").write_bytes(b"\xff\x00\n")
     (tmp_path / "file").write_text("")
     for words in (
         [str(tmp_path / "nothing"), "--to", str(to)],
         [run, str(tmp_path / "empty"), "--to", str(to)],
-        [str(tmp_path / "damaged"), "--to", str(to)],
         [run, "--label", "a", "--label", "b", "--to", str(to)],
         [run, "--to", str(tmp_path / "page.pdf")],
         [run, "--to", str(tmp_path / "file" / "page.html")],
     ):
-        with pytest.raises(SystemExit) as end:
+        with pytest.raises(SystemExit, match="2"):
             main(["report", *words])
-        assert end.value.code == 2
     assert not to.parent.exists()
     assert not list(tmp_path.glob("**/*.html")) + list(tmp_path.glob("**/.*"))
 
@@ -354,8 +309,8 @@ def test_confusion_counts_by_hand() -> None:
 def test_wrong_and_right_answers_come_of_every_kind_in_turn() -> None:
     items = {"right": item("x", "x", "b")} | {f"{kind}{n}": item("x", "y", kind) for kind, n in ("a1", "a2", "b1")}
     wrong, right = low_and_high(of_set(items))
-    assert ([answer.id for answer in wrong], [answer.id for answer in right]) == (["a1", "b1", "a2"], ["right"])
+    assert ([row.id for row, _ in wrong], [row.id for row, _ in right]) == (["a1", "b1", "a2"], ["right"])
     shares = {"low": 0.9, "lower": 0.7, "high": 1.6}
     graded = of_set({name: item("x", "x", share=share) for name, share in shares.items()}, headline="CIDEr")
     low, high = low_and_high(graded)
-    assert ([answer.id for answer in low], [answer.id for answer in high]) == (["lower", "low"], ["high"])
+    assert ([row.id for row, _ in low], [row.id for row, _ in high]) == (["lower", "low"], ["high"])

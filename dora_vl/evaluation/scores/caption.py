@@ -89,12 +89,8 @@ def fallback_tokens(caption: str) -> list[str]:
 
 
 def _official(captions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    try:
-        from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-    except ModuleNotFoundError as error:
-        raise UserError(f"caption metrics need pycocoevalcap: {install_command('pycocoevalcap')}") from error
-    if shutil.which("java") is None:
-        raise UserError("the official caption tokenizer needs Java (8 or later); the fallback tokenizer needs none")
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
     # Its own tokenizer loses a caption that is empty, and with it the count of lines: keep a word in its place.
     standing = {
         clip: [{"caption": caption.strip() or "."} for caption in several] for clip, several in captions.items()
@@ -102,9 +98,7 @@ def _official(captions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     try:
         words = PTBTokenizer().tokenize(standing)  # it writes a file into its own folder
     except OSError as error:
-        raise UserError(
-            f"the official caption tokenizer cannot run ({error}); the fallback tokenizer needs no Java"
-        ) from error
+        raise UserError(f"the official caption tokenizer cannot run: {error}") from error
     lost = [clip for clip, several in standing.items() if len(words.get(clip, ())) != len(several)]
     if lost:
         raise UserError(f"Java's tokenizer lost captions of {len(lost)} clips, first {lost[0]}; see what it said above")
@@ -151,24 +145,15 @@ class Meteor:
         return value if self.decimals is None else np.round(value, self.decimals)
 
 
-def score(
-    examples: Sequence[Example],
-    answers: Answers,
-    *,
-    style: Style = "coco",
-    tokenizer: Tokenizer | None = None,
-    with_meteor: bool | None = None,
-) -> Scored:
+def score(examples: Sequence[Example], answers: Answers, *, style: Style = "coco") -> Scored:
     """Scores captions by every metric; a clip without a prediction counts as an empty caption.
 
     `value` replaces every character outside ASCII by a space and rounds to two decimals, as VALUE's server does; `coco`
-    does neither. The server needs the references' order; here the ids match.
-
-    Args:
-        tokenizer: None takes the official one where Java is, else the fallback.
-        with_meteor: None computes it where the official tokenizer is used.
+    does neither. The server needs the references' order; here the ids match. METEOR and the official tokenizer are used
+    where Java is.
     """
-    tokenizer = tokenizer or ("ptb" if shutil.which("java") else "fallback")
+    tokenizer: Tokenizer = "ptb" if shutil.which("java") else "fallback"
+    scorers = _scorers()
     truth, answered = _references(examples), _predictions(examples, answers)
     answers_said = {clip: [caption or ""] for clip, caption in answered.items()}
     if style == "value":
@@ -177,10 +162,8 @@ def score(
             for captions in (truth, answers_said)
         )
     references, predictions = tokenized(truth, tokenizer), tokenized(answers_said, tokenizer)
-    cider, rouge = (list(scorer.compute_score(references, predictions)[1]) for scorer in _scorers())
-    meteor = None
-    if with_meteor or (with_meteor is None and tokenizer == "ptb"):
-        meteor = _meteor(references, predictions)
+    cider, rouge = (list(scorer.compute_score(references, predictions)[1]) for scorer in scorers)
+    meteor = meteor_of(references, predictions) if tokenizer == "ptb" else None
     tally = Tally()
     for number, (clip, caption) in enumerate(answered.items()):
         columns = {"clips": 1.0, "cider": cider[number], "rouge": rouge[number]}
@@ -219,8 +202,7 @@ def clip_of(example: Example) -> str:
 class CiderOfAnswers:
     """CIDEr-D (arXiv 1411.5726) of single captions, from 0 to 1, a tenth of the official code's number for a caption.
 
-    Args:
-        references: every caption of each picture; they say in how many pictures an n-gram stands.
+    Every caption of each picture says in how many pictures an n-gram stands.
     """
 
     def __init__(self, references: Sequence[Sequence[str]]) -> None:
@@ -305,7 +287,7 @@ def _scorers() -> tuple[Any, Any]:
     return Cider(), Rouge()
 
 
-def _meteor(
+def meteor_of(
     references: Mapping[str, list[str]], predictions: Mapping[str, list[str]]
 ) -> tuple[float, list[float]] | None:
     """Computes METEOR of the whole set and of each clip by a Java process; None, and a warning, where that fails."""

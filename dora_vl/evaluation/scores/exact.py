@@ -11,7 +11,6 @@ from string import ascii_uppercase
 from typing import Literal
 
 from dora_vl.data.example import Example
-from dora_vl.errors import UserError, shown
 from dora_vl.evaluation.scores import caption, llava
 from dora_vl.evaluation.scores.benchmark import (
     Benchmark,
@@ -22,7 +21,7 @@ from dora_vl.evaluation.scores.benchmark import (
     refuse_strangers,
     right_answer,
 )
-from dora_vl.evaluation.scores.scored import ACCURACY, Answers, Mean, Ratio, Scored, score_points, share_of
+from dora_vl.evaluation.scores.scored import ACCURACY, Answers, Formula, Mean, Ratio, Scored, score_points, share_of
 
 
 def normalised(answer: str) -> str:
@@ -168,27 +167,31 @@ PATTERNS: Mapping[str, re.Pattern[str]] = {
 
 def extracted(text: str, task: str, rule: Rule) -> str:
     """Finds the answer in a generated text; "" where there is none."""
-    if task not in PATTERNS:
-        raise UserError(f"no commonsense task {shown(task)}; there are {', '.join(PATTERNS)}")
     # The scripts see the prompt, which ends in the marker, before.
     match = PATTERNS[task].search(text.split(RESPONSE)[0 if rule == "llm_adapters" else -1])
     return match.group() if match else ""
 
 
+def task_of(example: Example) -> str:
+    """Returns the name of an example's set."""
+    return str(example.extra.get("task", ""))
+
+
+def _tasks_of(examples: Sequence[Example]) -> dict[str, Formula]:
+    """Returns the mean over the tasks that are there, then each task's accuracy."""
+    present = set(map(task_of, examples))
+    tasks = {task: share_of(task) for task in PATTERNS if task in present}
+    return {"average": Mean(tuple(tasks.values())), **tasks}
+
+
 def commonsense_score(examples: Sequence[Example], answers: Answers, *, rule: Rule = "nvlabs") -> Scored:
     """Scores generated text without its prompt: the mean over the tasks, then each task's accuracy, in percent."""
-
-    def points(example: Example, answer: str) -> float:
-        return float(extracted(answer, str(example.extra.get("task", "")), rule) == right_answer(example))
-
-    present = {str(example.extra.get("task", "")) for example in examples}
-    tasks = {task: share_of(task) for task in PATTERNS if task in present}
     return score_points(
         examples,
         answers,
-        points,
-        metrics={"average": Mean(tuple(tasks.values())), **tasks},
-        kinds=lambda example: [str(example.extra.get("task", ""))],
+        lambda example, answer: float(extracted(answer, task_of(example), rule) == right_answer(example)),
+        metrics=_tasks_of(examples),
+        kinds=lambda example: [task_of(example)],
         settings={"extraction": rule},
     )
 
@@ -205,15 +208,9 @@ def cloze_score(examples: Sequence[Example], answers: Answers) -> Scored:
     answer is the log-likelihoods of the endings, as numbers with spaces between; of equals the first is chosen.
     """
 
-    def task_of(example: Example) -> str:
-        return str(example.extra.get("task", ""))
-
     def chosen(example: Example, answer: str, lengths: Sequence[float]) -> bool:
         scores = [float(number) / length for number, length in zip(answer.split(), lengths, strict=True)]
         return scores.index(max(scores)) == example.extra["correct"]
-
-    def points(example: Example, answer: str) -> float:
-        return float(chosen(example, answer, [1.0] * len(example.extra["endings"])))
 
     def normalised_points(example: Example) -> dict[str, float]:
         endings, answer, task = example.extra["endings"], answers.get(example.id), task_of(example)
@@ -222,18 +219,17 @@ def cloze_score(examples: Sequence[Example], answers: Answers) -> Scored:
         right = answer is not None and chosen(example, answer, [float(len(ending)) for ending in endings])
         return {f"normalised {task}": float(right), f"asked normalised {task}": 1.0}
 
-    present = set(map(task_of, examples))
-    shares = {task: share_of(task) for task in PATTERNS if task in present}
+    tasks = _tasks_of(examples)
     by_length = {
         f"normalised {task}": Ratio(f"normalised {task}", f"asked normalised {task}")
-        for task in shares
+        for task in tasks
         if task in BY_LENGTH
     }
     return score_points(
         examples,
         answers,
-        points,
-        metrics={"average": Mean(tuple(shares.values())), **shares, **by_length},
+        lambda example, answer: float(chosen(example, answer, [1.0] * len(example.extra["endings"]))),
+        metrics={**tasks, **by_length},
         kinds=lambda example: [task_of(example)],
         more=normalised_points,
     )
@@ -269,15 +265,13 @@ def submitted_index(answer: str) -> int:
 
 def video_score(examples: Sequence[Example], answers: Answers) -> Scored:
     """Scores both accuracies in percent; ignores extra answers (TVQA)."""
-
-    def points(example: Example, answer: str) -> float:
-        return float(label_of(example, answer) == f"a{correct_index(example)}")
-
-    def parsed(example: Example) -> dict[str, float]:
-        return {"parsed right": float(_submitted(example, answers) == correct_index(example))}
-
-    metrics = {"accuracy": ACCURACY, "value_accuracy": Ratio("parsed right", "asked", decimals=2)}
-    return score_points(examples, answers, points, metrics=metrics, more=parsed)
+    return score_points(
+        examples,
+        answers,
+        lambda example, answer: float(label_of(example, answer) == f"a{correct_index(example)}"),
+        metrics={"accuracy": ACCURACY, "value_accuracy": Ratio("parsed right", "asked", decimals=2)},
+        more=lambda example: {"parsed right": float(_submitted(example, answers) == correct_index(example))},
+    )
 
 
 def how2qa_score(examples: Sequence[Example], answers: Answers) -> Scored:

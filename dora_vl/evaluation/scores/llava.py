@@ -116,10 +116,10 @@ LLAVA_BENCH = Benchmark(
 
 def judge_file(examples: Sequence[Example], answers: Answers) -> dict[str, str]:
     """Returns answers by the publisher's ids ("v1_7" for LLaVA's 7), as the online grader takes them."""
-    names = {
-        example.id: f"v1_{example.id}" if number_of(example.id) is not None else example.id for example in examples
+    return {
+        f"v1_{example.id}" if number_of(example.id) is not None else example.id: answers.get(example.id, "")
+        for example in examples
     }
-    return {published: answers.get(name, "") for name, published in names.items()}
 
 
 def score_grades(examples: Sequence[Example], grades: Mapping[str, float]) -> Scored:
@@ -222,14 +222,14 @@ def mmbench_score(examples: Sequence[Example], answers: Answers, *, matcher: Mat
     groups: defaultdict[int, list[Example]] = defaultdict(list)
     for example in examples:
         groups[question_of(example)].append(example)
+
+    def is_right(example: Example) -> bool:
+        choices, answer = dict(zip(ascii_uppercase, example.choices, strict=False)), answers.get(example.id)
+        return answer is not None and chosen(answer, choices, matcher) == ascii_uppercase[correct_index(example)]
+
     tally, kinds = Tally(), set[str]()
     for question, rotations in groups.items():
-        hits: list[bool] = []
-        for example in rotations:
-            choices, answer = dict(zip(ascii_uppercase, example.choices, strict=False)), answers.get(example.id)
-            hits.append(
-                answer is not None and chosen(answer, choices, matcher) == ascii_uppercase[correct_index(example)]
-            )
+        hits = list(map(is_right, rotations))
         first = min(rotations, key=lambda example: example.extra["index"])
         named = {"l2": first.extra.get("l2_category"), "category": first.extra.get("category")}
         of_question = {f"{prefix}/{kind}" for prefix, kind in named.items() if kind}

@@ -100,7 +100,6 @@ class Scored:
 
     Attributes:
         metrics: values by name, the headline first; in percent unless the scorer's docstring says otherwise.
-        items: each item's score by its id.
         formulas: how metrics are computed from the items' columns; a metric without one has no interval.
         settings: the mode and whatever else decides the numbers.
     """
@@ -240,9 +239,8 @@ def score_points(
         for kind in kinds(example):
             seen[kind] = None
             columns |= {f"right {kind}": share, f"asked {kind}": 1.0}
-        tally.add(
-            example.id, share, columns | dict(more(example)), unit=unit_of(example), failed=example.id not in answers
-        )
+        columns |= more(example)
+        tally.add(example.id, share, columns, unit=unit_of(example), failed=answer is None)
     prefixes = list(dict.fromkeys(kind.partition("/")[0] for kind in seen))
     ordered = sorted(seen, key=lambda kind: (prefixes.index(kind.partition("/")[0]), kind))
     formulas: dict[str, Formula] = {**(metrics or {"accuracy": ACCURACY})}
@@ -275,7 +273,7 @@ class Difference:
     high: float
 
 
-def intervals(scored: Scored, *, seed: int = 0, resamples: int = RESAMPLES) -> dict[str, Limits]:
+def intervals(scored: Scored) -> dict[str, Limits]:
     """Bootstraps the 95 % percentile interval of every metric that is a formula.
 
     Units (pictures, sentences, clips) are drawn with replacement, each with all of its questions. What a metric
@@ -284,7 +282,7 @@ def intervals(scored: Scored, *, seed: int = 0, resamples: int = RESAMPLES) -> d
     A draw without any item of a kind says nothing about that kind and is left out of its percentiles. A metric that
     fewer than a tenth of the draws have (the mean over several kinds of one item each) gets no interval.
     """
-    (own,) = drawn([scored], seed, resamples)
+    (own,) = drawn([scored])
     limits_of = {name: _interval(values, scored.formulas[name], [scored]) for name, values in own.items()}
     return {name: limits for name, limits in limits_of.items() if limits is not None}
 
@@ -306,20 +304,20 @@ def paired_differences(ours: Scored, theirs: Scored) -> dict[str, Difference]:
     return differences
 
 
-def draws(units: int, seed: int, resamples: int) -> Iterator[Numbers]:
+def draws(units: int) -> Iterator[Numbers]:
     """Yields how often each draw has each unit, `[some draws, units]` at a time, so that memory stays bounded."""
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     at_once = max(1, COUNTS_AT_ONCE // units)
-    for start in range(0, resamples, at_once):
-        several = range(min(at_once, resamples - start))
+    for start in range(0, RESAMPLES, at_once):
+        several = range(min(at_once, RESAMPLES - start))
         counts = [np.bincount(random.integers(units, size=units), minlength=units) for _ in several]
         yield np.array(counts, dtype=np.float64)
 
 
-def drawn(several: Sequence[Scored], seed: int = 0, resamples: int = RESAMPLES) -> list[dict[str, Numbers]]:
+def drawn(several: Sequence[Scored]) -> list[dict[str, Numbers]]:
     """Computes each score's metrics on the same draws, NaN where a draw has none of a metric's items."""
     parts: list[list[dict[str, Numbers]]] = [[] for _ in several]
-    for counts in draws(len(several[0].columns), seed, resamples):
+    for counts in draws(len(several[0].columns)):
         for part, scored in zip(parts, several, strict=True):
             sums, totals = (_sums(scored.names, scored.columns, each) for each in (counts, np.ones_like(counts[:1])))
             part.append({name: formula(sums, totals) for name, formula in scored.formulas.items()})

@@ -32,6 +32,11 @@ ROWS = [  # references, prediction
 ]
 
 
+@pytest.fixture
+def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+
+
 def ten() -> tuple[list[Example], dict[str, str]]:
     examples = [
         Example(id=str(n), answers=tuple(Answer(text=text) for text in references), extra={"image_id": 100 + n})
@@ -52,15 +57,16 @@ def official(references: dict[str, list[str]], predictions: dict[str, list[str]]
     return metrics
 
 
+@pytest.mark.usefixtures("no_java")
 def test_captions_as_pycocoevalcap_scores_them() -> None:
     for examples, answers in (ten(), yc2c()):
-        scored = caption.score(examples, answers, tokenizer="fallback", with_meteor=False)
+        scored = caption.score(examples, answers)
         references = {caption.clip_of(sample): [words(answer.text) for answer in sample.answers] for sample in examples}
         predictions = {caption.clip_of(sample): [words(answers[sample.id])] for sample in examples}
         assert scored.metrics == pytest.approx(official(references, predictions), abs=1e-9)
         assert (next(iter(scored.metrics)), scored.n) == ("CIDEr", len(examples))
         assert "without Java" in scored.settings["tokenizer"]
-        value = caption.score(examples, answers, tokenizer="fallback", style="value", with_meteor=False)
+        value = caption.score(examples, answers, style="value")
         assert value.metrics == {name: round(number, 2) for name, number in scored.metrics.items()}
 
 
@@ -79,13 +85,14 @@ def yc2c() -> tuple[list[Example], dict[str, str]]:
 
 
 @needs_java
-def test_with_java_the_official_tokenizer_and_meteor_are_used() -> None:
+def test_with_java_the_official_tokenizer_and_meteor_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     examples, answers = yc2c()
     examples = examples[:40]
     scored = caption.score_value(examples, answers)
     assert scored.settings == {"style": "value", "tokenizer": "PTBTokenizer (CoreNLP 3.4.1)"}
     assert 0 < scored.metrics["METEOR"] < 100
-    fallback = caption.score(examples, answers, tokenizer="fallback", style="value", with_meteor=False)
+    monkeypatch.setenv("PATH", "")
+    fallback = caption.score_value(examples, answers)
     assert {name: scored.metrics[name] for name in fallback.metrics} == pytest.approx(fallback.metrics, abs=0.5)
 
 
@@ -104,9 +111,7 @@ def test_a_java_that_fails_leaves_meteor_out(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     with pytest.raises(UserError):
         tokenized({"clip": ["a cat", "a dog"]}, "ptb")
-    examples, answers = ten()
-    scored = caption.score(examples, answers, tokenizer="fallback", with_meteor=True)
-    assert "METEOR" not in scored.metrics
+    assert caption.meteor_of({"clip": ["a cat"]}, {"clip": ["a cat"]}) is None
 
 
 @needs_java
@@ -115,6 +120,7 @@ def test_a_line_break_does_not_shift_the_captions_after_it() -> None:
     assert tokenized(captions, "ptb") == {"1": ["one two"], "2": ["three", "four"], "3": ["five"]}
 
 
+@pytest.mark.usefixtures("no_java")
 def test_flattened_captions_come_together_by_clip() -> None:
     examples = [
         Example(id=f"clip-{clip}-{n}", answers=(Answer(text=text),), extra={"clip_id": clip})
@@ -122,27 +128,29 @@ def test_flattened_captions_come_together_by_clip() -> None:
         for n, text in enumerate(texts)
     ]
     answers = {"clip-0-1": "a b c d", "clip-1-0": "e f g h", "clip-1-1": "another"}
-    scored = caption.score(examples, answers, tokenizer="fallback", with_meteor=False)
+    scored = caption.score(examples, answers)
     assert scored.n == 2
     assert scored.metrics["BLEU-4"] == pytest.approx(100.0)
     assert scored.failed == ()
 
 
+@pytest.mark.usefixtures("no_java")
 def test_a_clip_without_a_caption_counts_as_empty_and_without_a_reference_is_refused() -> None:
     examples, answers = ten()
     del answers["1"]
-    scored = caption.score(examples, answers, tokenizer="fallback", with_meteor=False)
+    scored = caption.score(examples, answers)
     assert scored.failed == ("101",)
     assert scored.shares["101"] == 0.0
     with pytest.raises(UserError):
-        caption.score([*examples, Example(id="7")], answers, tokenizer="fallback")
+        caption.score([*examples, Example(id="7")], answers)
 
 
+@pytest.mark.usefixtures("no_java")
 def test_value_takes_other_letters_for_spaces() -> None:
     examples = [
         Example(id=name, answers=(Answer(text=text),)) for name, text in (("1", "caf bar here now"), ("2", "x"))
     ]
     answers = {"1": "caféébar here now", "2": "x"}
     for style, expected in (("value", True), ("coco", False)):
-        scored = caption.score(examples, answers, tokenizer="fallback", style=style, with_meteor=False)
+        scored = caption.score(examples, answers, style=style)
         assert (scored.metrics["BLEU-1"] == 100.0) is expected
