@@ -23,6 +23,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from dora_vl.backbones.base import max_positions
 from dora_vl.backbones.generation import end_tokens
 from dora_vl.backbones.video_inputs import Video
 from dora_vl.core.strength import checked_strength
@@ -272,7 +273,7 @@ class Engine:
         entry, strength = self.model.entry(name), checked_strength(strength)
         if len(pictures) == 1 and not videos:  # as in training
             turns = [replace(turn, text=placeholder_first(turn.text), input_characters=0) for turn in turns]
-        positions, most = self.model.max_positions, self.settings.max_prompt_tokens
+        positions, most = max_positions(self.model.backbone.config), self.settings.max_prompt_tokens
         allowed = min((limit for limit in (positions, most) if limit is not None), default=None)
         characters = sum(len(turn.text) for turn in turns)
         if allowed is not None and characters > allowed * CHARACTERS_OF_A_TOKEN:  # to tokenise them takes long

@@ -155,18 +155,16 @@ def test_a_language_model_with_adapters_of_peft(tmp_path: Path, monkeypatch: Any
 def test_adapters_of_another_kind_or_base_are_refused(tmp_path: Path, base: Path, folders: dict[str, Path]) -> None:
     language = write_tiny_language(tmp_path / "language")
     other = write_adapter(language, tmp_path / "other", seed=1, targets=("*.q_proj",), rank=2)
-    adapter = shutil.copytree(folders["one"], tmp_path / "one")
-    model = served(base, {"one": adapter})
-    for name, folder in (("other", other), ("base", adapter), ("gone", tmp_path / "gone")):
+    foreign = shutil.copytree(folders["one"], tmp_path / "foreign")
+    recipe = {"base": str(base), "base_sha256": "0" * 64, "dtype": "float32", "max_tokens": 99, "revision": None}
+    with_recipe(foreign, {**recipe, "template": "tokenizer", "image_aspect": None})
+    wrong = {"other": other, "base": folders["one"], "gone": tmp_path / "gone", "foreign": foreign}
+    for name, folder in wrong.items():
         with pytest.raises(UserError):
-            model.add(name, folder)
+            served(base, {"one": folders["one"], name: folder})
+    model = served(base, {"one": folders["one"], "two": folders["one"]})
     with pytest.raises(UnknownModel):
         model.entry("gone")
-    model.add("two", adapter)
-    recipe = {"base": str(base), "base_sha256": "0" * 64, "dtype": "float32", "max_tokens": 99, "revision": None}
-    with_recipe(adapter, {**recipe, "template": "tokenizer", "image_aspect": None})
-    with pytest.raises(UserError):
-        model.add("three", adapter)
     assert model.names == ("base", "one", "two")
 
 
