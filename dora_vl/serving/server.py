@@ -7,7 +7,7 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -237,14 +237,10 @@ def build_app(server: Server) -> FastAPI:
         content_seconds=server.settings.body_seconds,
         budget=ByteBudget(largest, 8 * largest),
     )
-    routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
-        ("POST", "/v1/chat/completions", server.chat),
-        ("GET", "/v1/models", server.models),
-        ("GET", "/v1/models/{name:path}", server.model),
-        ("GET", "/health", server.health),
-    ]
-    for method, path, handler in routes:
-        app.add_route(path, handler, methods=[method])
+    app.add_route("/v1/chat/completions", server.chat, methods=["POST"])
+    app.add_route("/v1/models", server.models)
+    app.add_route("/v1/models/{name:path}", server.model)
+    app.add_route("/health", server.health)
 
     async def refused(_: Request, error: Exception) -> Response:
         return error_response(error)
