@@ -27,7 +27,7 @@ from dora_vl.core.other_layers import expert_projections
 from dora_vl.core.quantised import loose_tensors
 from dora_vl.core.trainable import split_rows
 from dora_vl.errors import UserError
-from dora_vl.files import check_attention, check_whole, read_json
+from dora_vl.files import check_attention, read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 """A base's weights; the index maps each tensor to one of several files."""
@@ -163,8 +163,6 @@ class BaseWeights:
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
-            if (self.folder / file).is_file():
-                check_whole(self.folder / file)
             try:
                 self._files[file] = self._stack.enter_context(safe_open(self.folder / file, framework="pt"))
             except (SafetensorError, OSError) as error:
