@@ -8,11 +8,10 @@ it at its next token where the model allows that, else the next batch. Nothing h
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -301,19 +300,6 @@ class Engine:
         request = SubmittedRequest(prepared, put, deadline)
         self._scheduler.add(request)
         return request
-
-    def ask(self, prepared: PreparedRequest) -> Iterator[Piece | Finished]:
-        """Hands a request in and gives its events as they come; whoever stops reading ends it."""
-        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        request = self.submit(prepared, events.put)
-        try:
-            while not isinstance(event := events.get(), Finished):
-                if isinstance(event, Failed):
-                    raise event.error
-                yield event
-            yield event
-        finally:
-            request.cancel()
 
     @property
     def waiting(self) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -87,10 +87,9 @@ class ServedModel:
         self.adapters.put(name, read)
         self._entries[name] = Entry(name, prompts_of(source), read.alone)
 
-    @contextmanager
     def rows(
         self, entries: Sequence[Entry], pictures: Sequence[int], strengths: Sequence[float] = ()
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """Meanwhile the model's batch has a row for each of these, with so many pictures each.
 
         Args:
@@ -104,8 +103,7 @@ class ServedModel:
             shown_by: list[Share | None] = [alone[0] if alone else None]
         else:
             shown_by = [share for _, share, count in rows for _ in range(count)] or [None]
-        with self.adapters.batch.holding(shares, shown_by):
-            yield
+        return self.adapters.batch.holding(shares, shown_by)
 
     @property
     def by_picture(self) -> bool:

@@ -152,8 +152,6 @@ def by_itself(base: Path, adapter: Path | None, conversation: Any, tokens: int, 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", pytest.param("llava", marks=pytest.mark.slow), *SELDOM])
 def test_pictures_and_words_join_a_running_answer(family: str, tmp_path: Path, monkeypatch: Any) -> None:
-    if family == "smolvlm":
-        pytest.importorskip("num2words")
     folder = tmp_path / "base"
     base = spread(write_tiny_llava(folder) if family == "llava" else write_tiny(family, folder))
     prefix = "*text_model*" if family == "smolvlm" else "*language_model*"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import json
 import queue
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from benchmarks.serve import running as running_app
+from dora_vl.adapters.adapter import content_hash
 from dora_vl.adapters.folder import save_adapter
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
 from dora_vl.data.turns import Turn
@@ -67,6 +69,15 @@ def write_adapter(base: Path, folder: Path, *, seed: int, **settings: Any) -> Pa
             parameter.add_(torch.randn(parameter.shape, generator=draw) * parameter.std())
     save_adapter(model, folder, base_model=str(base))
     return folder
+
+
+def with_recipe(adapter: Path, base: Path, **changed: Any) -> Path:
+    """The folder as a run leaves it, which says how the model is asked."""
+    path = adapter / "recipe.json"
+    recipe = {"base": str(base), "revision": None, "base_sha256": content_hash(base), "dtype": "float32"}
+    recipe |= {"template": "tokenizer", "image_aspect": None, "quantisation": None, "max_tokens": 256, **changed}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **recipe}))
+    return adapter
 
 
 def write_adapters(base: Path, folder: Path, adapters: Mapping[str, Mapping[str, Any]] = ADAPTERS) -> dict[str, Path]:
