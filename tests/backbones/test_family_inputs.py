@@ -164,7 +164,6 @@ def test_without_chat_template_a_format_must_be_named(tmp_path: Path) -> None:
 class TestVideos:
     def test_pictures_and_videos_of_one_name_are_all_there_in_the_order_of_the_text(self, folders: Folders) -> None:
         """SmolVLM's processor keeps the videos' pixels alone; its model reads all in the order of their tokens."""
-        pytest.importorskip("num2words")
         encoder = encoder_of(folders[f"smolvlm{VIDEO}"])
         video, picture, first, last = (
             sample_of(encoder, VIDEO_TALKS[conversation]).inputs["pixel_values"]
@@ -196,7 +195,6 @@ class TestVideos:
         # Its processor lengthens the list of indices in place.
         assert text_of(qwen, SHORT) == text_of(qwen, SHORT)
         assert len(SHORT.indices) == 3
-        pytest.importorskip("num2words")
         prompt = text_of(encoder_of(folders[f"smolvlm{VIDEO}"]), UNSTEADY)
         assert "four frames from a 0:01:10 [H:MM:SS] video" in prompt
         assert [f"Frame from {time}:" in prompt for time in ("00:00", "00:01", "01:01", "01:05")] == [True] * 4
