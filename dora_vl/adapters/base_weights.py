@@ -156,7 +156,7 @@ class BaseWeights:
                     in_out=experts[name] != is_reversed,
                 )
         self.transposed_layers = frozenset(n for n, m in modules.items() if isinstance(m, Conv1D | nn.Embedding))
-        self.hub_keys = hub_names(model, read, read_as, lambda key: unjoined(key)[0])
+        self.hub_keys = hub_names(model, read, read_as, unjoined)
         self._tied = tied_names(model)
         keys_of = Counter(name for name, _ in read.values())
         return {key: name if name in own and keys_of[name] == 1 else key for key, (name, _) in read.items()}
@@ -225,7 +225,7 @@ def hub_names(
     model: Any,
     read: Mapping[str, tuple[str, str | None]],
     read_as: Callable[[str], tuple[str, str | None]],
-    unjoined: Callable[[str], str],
+    unjoined: Callable[[str], tuple[str, str | None]],
 ) -> dict[str, str]:
     """Maps each key of a model's files to the key of published folders.
 
@@ -240,7 +240,7 @@ def hub_names(
 
     conversions = reversed(hub_conversions(model))
     undone: Any = [change.reverse_transform() for change in conversions if isinstance(change, WeightRenaming)]
-    names = {key: rename_source_key(unjoined(key), undone, [])[0] for key in read}
+    names = {key: rename_source_key(unjoined(key)[0], undone, [])[0] for key in read}
     safe = {key: name if read_as(name) == read[key] else key for key, name in names.items()}
     return safe if len(set(safe.values())) == len(safe) else {key: key for key in safe}
 
@@ -257,9 +257,7 @@ def skeleton(config: Mapping[str, Any]) -> Any:
     settings = kind.config_class.from_dict(json.loads(json.dumps(dict(config))))
     settings.quantization_config = None
     with torch.device("meta"):
-        model = kind(settings)
-    assert isinstance(model, nn.Module)
-    return model
+        return kind(settings)
 
 
 def replaced_by(adapter: Path) -> frozenset[str]:

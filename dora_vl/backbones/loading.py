@@ -28,7 +28,7 @@ from transformers.models.llama.tokenization_llama import LlamaTokenizer
 from transformers.tokenization_utils_base import AddedToken, PreTrainedTokenizerBase
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
-from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available, is_tiktoken_available
+from transformers.utils.import_utils import is_tiktoken_available
 
 from dora_vl.adapters.quantised_base import SCHEMES, kept_whole, quantised_layers
 from dora_vl.core.config import Quantisation
@@ -38,8 +38,6 @@ from dora_vl.errors import UserError
 from dora_vl.files import BRINGS_CODE, NO_OWN_CODE, check_model_folder, opening, whole_folder, why_not_read, write_json
 
 SPACE_MARK = "▁"
-NEEDED = {"sentencepiece": is_sentencepiece_available, "protobuf": is_protobuf_available}
-"""Packages that transformers reads a `tokenizer.model` with."""
 
 
 def is_sentencepiece(file: Path) -> bool:
@@ -47,11 +45,6 @@ def is_sentencepiece(file: Path) -> bool:
 
     transformers tries both in silence, and says at the end that tiktoken is missing, whatever was wrong.
     """
-    if missing := [name for name, installed in NEEDED.items() if not installed()]:
-        raise UserError(
-            f"{file} is read with {' and '.join(NEEDED)}; not installed: {', '.join(missing)} "
-            f"(pip install {' '.join(missing)})"
-        )
     from sentencepiece import SentencePieceProcessor
 
     try:
@@ -238,10 +231,8 @@ def _dequantised() -> dict[str, Any]:
 def add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """Returns the id of `<image>`, which becomes a special token of this tokenizer if it is none yet."""
     tokenizer.add_tokens([AddedToken(IMAGE_PLACEHOLDER, normalized=False, special=True)], special_tokens=True)
-    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
-    if not isinstance(image_token_id, int):
-        raise TypeError(f"the tokenizer gave {image_token_id!r} for {IMAGE_PLACEHOLDER}")
-    return image_token_id
+    token_id: Any = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
+    return int(token_id)
 
 
 log = logging.getLogger(__name__)

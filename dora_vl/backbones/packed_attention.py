@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -204,16 +205,14 @@ class PackedAttention:
 
 _instances: WeakValueDictionary[int, PackedAttention] = WeakValueDictionary()
 """Finds the instance by the id of its decoder's config, which masks and attention functions receive."""
-_installed: list[bool] = []
 
 
+@cache
 def _install() -> None:
     """Wraps transformers' masks and attention, once a process."""
-    if not _installed:
-        _installed.append(True)
-        for kind in MASKED:
-            ALL_MASK_ATTENTION_FUNCTIONS.register(kind, _along_paths(ALL_MASK_ATTENTION_FUNCTIONS[kind]))
-        ALL_ATTENTION_FUNCTIONS.register("sdpa", _by_segment(ALL_ATTENTION_FUNCTIONS["sdpa"]))
+    for kind in MASKED:
+        ALL_MASK_ATTENTION_FUNCTIONS.register(kind, _along_paths(ALL_MASK_ATTENTION_FUNCTIONS[kind]))
+    ALL_ATTENTION_FUNCTIONS.register("sdpa", _by_segment(ALL_ATTENTION_FUNCTIONS["sdpa"]))
 
 
 def _along_paths(build: Callable[..., Any]) -> Callable[..., Any]:
