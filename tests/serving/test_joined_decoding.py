@@ -55,7 +55,7 @@ class Told:
     def hand_in(self, name: str, turns: list[Turn], seen: Shown, tokens: int, **sampling: Any) -> int:
         number, self._handed_in = self._handed_in, self._handed_in + 1
         settings = Sampling(**{"max_new_tokens": tokens, **sampling})
-        prepared = self._engine.prepare(name, turns, settings, pictures=seen.pictures)
+        prepared = self._engine.prepare(name, turns, settings, seen)
         self._engine.submit(prepared, lambda event: self._events.put((number, event)))
         self._steps.release(PACE)
         return number

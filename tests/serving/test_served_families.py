@@ -124,7 +124,7 @@ def test_an_adapter_is_asked_as_its_recipe_says(llava: Path, tmp_path: Path, mon
         batches = batches_of(engine, monkeypatch)
         turns, seen = PICTURES[1]
         predictions = answers(engine, [(name, turns, seen) for name in model.names])
-        prepared = [engine.prepare(name, turns, Sampling(max_new_tokens=1), pictures=[RED]) for name in model.names]
+        prepared = [engine.prepare(name, turns, Sampling(max_new_tokens=1), seen) for name in model.names]
     assert len(batches) == 1
     lengths = [len(request.sample.input_ids) for request in prepared]
     assert lengths[0] == lengths[1] != lengths[2]

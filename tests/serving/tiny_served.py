@@ -26,13 +26,12 @@ from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.open_model import ModelRequest, open_model
 from dora_vl.evaluation.predictor import Shown
 from dora_vl.serving.decoding import Sampling
-from dora_vl.serving.engine import Engine
+from dora_vl.serving.engine import NOTHING, Engine
 from dora_vl.serving.model import ServedModel, open_served
 from dora_vl.serving.options import Settings
 from dora_vl.serving.scheduler import Event, Failed, Finished, Piece, SubmittedRequest
 from dora_vl.serving.server import Server, build_app
 
-NOTHING = Shown()
 RED, WIDE = Image.new("RGB", (21, 15), "red"), Image.new("RGB", (60, 17), (20, 40, 220))
 LANGUAGE = ("*language_model*.q_proj", "*language_model*.down_proj")
 ADAPTERS: Mapping[str, Mapping[str, Any]] = {
@@ -109,7 +108,7 @@ def answers(
 ) -> list[str]:
     settings = Sampling(**{"max_new_tokens": 8, **sampling})
     prepared = [
-        engine.prepare(name, turns, settings, pictures=seen.pictures, videos=seen.videos, strength=strength)
+        engine.prepare(name, turns, settings, seen, strength=strength)
         for (name, turns, seen), strength in zip(questions, strengths or [1.0] * len(questions), strict=True)
     ]
     queues: list[queue.SimpleQueue[Event]] = [queue.SimpleQueue() for _ in prepared]

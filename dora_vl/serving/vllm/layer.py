@@ -120,11 +120,7 @@ def frozen_layer(
 
 @torch.no_grad()
 def gains_minus_one(layer: FrozenLayer, slices: Sequence[Slice | None], sizes: Sequence[int]) -> Float[Tensor, " out"]:
-    """g - 1 of each of a layer's outputs, in float32: zero where a slice has no magnitude.
-
-    Args:
-        slices: one for each of the layer's slices, in their order.
-    """
+    """g - 1 of each of a layer's outputs, slice by slice, in float32: zero where one has no magnitude."""
     result = torch.zeros(sum(sizes), device=layer.device)
     present = [part for part in slices if part is not None]
     if not present:
@@ -164,8 +160,7 @@ def as_factor(name: str) -> str:
 def take_magnitudes(tensors: MutableMapping[str, Tensor], *, use_dora: bool) -> dict[str, Float[Tensor, " out"]]:
     """Takes an adapter's magnitudes out of its tensors, by the names of their layers in the file, which are PEFT's.
 
-    Args:
-        use_dora: what the adapter's `adapter_config.json` says.
+    Refuses a file that is not whole, or not what `adapter_config.json` says of `use_dora`.
     """
     magnitudes = {_MAGNITUDE.sub("", name): name for name in tensors if _MAGNITUDE.search(name)}
     if use_dora != bool(magnitudes):
@@ -199,13 +194,10 @@ def take_magnitudes(tensors: MutableMapping[str, Tensor], *, use_dora: bool) -> 
 
 
 class DoRALayer(Wrapper):
-    """In front of one of vLLM's LoRA wrappers of a linear layer (vllm/lora/layers/base_linear.py).
-
-    Attributes:
-        dora_minus_one: g - 1 of what stands in each slot, behind a row of zeros for tokens of the base (slot -1).
-    """
+    """In front of one of vLLM's LoRA wrappers of a linear layer (vllm/lora/layers/base_linear.py)."""
 
     dora_minus_one: Float[Tensor, "slots_and_base out"]
+    """g - 1 of what stands in each slot, behind a row of zeros for tokens of the base (slot -1)."""
     sum_of_ranks: Callable[[Tensor], Tensor] = staticmethod(alone)
     shards_inputs: bool = False
     """Whether ranks hold columns of W, as of row-parallel layers; `sum_of_ranks` is for those."""
