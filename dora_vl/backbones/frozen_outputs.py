@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from dora_vl.backbones.base import decoder_of
 from dora_vl.backbones.encoder import Encoder
-from dora_vl.backbones.shards import HASH, SHARD_BYTES, ShardStore, keep_settings, store_key
+from dora_vl.backbones.shards import HASH, ShardStore, keep_settings, store_key
 from dora_vl.backbones.video_inputs import within_pixels
 from dora_vl.data.batches import Collator
 from dora_vl.data.picture_files import AS_PUBLISHED, READING
@@ -468,7 +468,7 @@ class OutputStore:
         self.folder = cache / name
         self.folder.mkdir(parents=True, exist_ok=True)
         keep_settings(self.folder, {**decided, HASH: name})
-        self._shards = ShardStore(self.folder, shard_bytes=SHARD_BYTES)
+        self._shards = ShardStore(self.folder)
         self._has_room = False
 
     def missing(self, reader: PictureReader, pictures: Iterable[Sequence[str]]) -> list[Sequence[str]]:

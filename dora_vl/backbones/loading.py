@@ -62,10 +62,8 @@ def is_sentencepiece(file: Path) -> bool:
 def as_sentencepiece(tokenizer: PreTrainedTokenizerBase, settings_file: Path | None) -> PreTrainedTokenizerBase:
     """Rebuilds the tokenizer with SentencePiece's own space marks; one of another class stays as it is.
 
-    Args:
-        tokenizer: as transformers built it from a SentencePiece model.
-        settings_file: its `tokenizer_config.json`. `legacy` there says whether the text after a special token gets
-            a space mark too; by default it does, as in every transformers before 5.
+    `legacy` in its `tokenizer_config.json` says whether the text after a special token gets a space mark too; by
+    default it does, as in every transformers before 5.
     """
     if not isinstance(tokenizer, LlamaTokenizer):
         return tokenizer
@@ -179,12 +177,9 @@ def with_image_token(language: LanguageModel) -> LanguageModel:
 def read_language_model(
     folder: str, *, gguf_file: str | None = None, dtype: torch.dtype | None = None
 ) -> LanguageModel:
-    """Reads a causal language model as it is.
+    """Reads a causal language model of a folder or hub id, or a GGUF file in the folder, which is dequantised.
 
-    Args:
-        folder: a folder or hub id; with `gguf_file`, where that file lies.
-        gguf_file: name of a GGUF file, which is dequantised.
-        dtype: dtype of the weights; None keeps the folder's own (float32 for GGUF).
+    Without `dtype` the weights keep their own (float32 for GGUF).
     """
     tokenizer = load_tokenizer(folder, gguf_file=gguf_file)
     options: dict[str, Any] = {"dtype": dtype or "auto"}
@@ -293,11 +288,7 @@ SETTINGS_FILE = "made_from.json"
 
 @contextlib.contextmanager
 def written_base(folder: Path, spec: Any) -> Iterator[Path]:
-    """Yields a folder that gets its name, and the settings in it, once the block ends well.
-
-    Args:
-        spec: the dataclass of settings.
-    """
+    """Yields a folder that gets its name, and a dataclass of settings in it, once the block ends well."""
     if folder.exists():
         raise UserError(f"{folder} exists already; remove it or write to another place")
     with whole_folder(folder) as unfinished:

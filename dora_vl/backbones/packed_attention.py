@@ -54,13 +54,7 @@ class Span(NamedTuple):
 
 
 class Paths(NamedTuple):
-    """All paths of a batch, padded at the end.
-
-    Attributes:
-        rows: the row of each path.
-        positions: the path's positions in its row.
-        writes: False for positions that an earlier path writes.
-    """
+    """All paths of a batch, padded at the end; `writes` is False for positions that an earlier path writes."""
 
     rows: Int[Tensor, " paths"]
     positions: Int[Tensor, "paths longest"]
@@ -143,10 +137,7 @@ class PackedAttention:
     """Makes a decoder attend along a forest in its model's next forward.
 
     A recomputed forward (gradient checkpointing) comes later than the forward itself and must see the same forest, so
-    the forest stays until the model is called again.
-
-    Args:
-        decoder: the model's layers; those with a running state are hooked.
+    the forest stays until the model is called again. Layers of the decoder with a running state are hooked.
     """
 
     def __init__(self, model: nn.Module, decoder: nn.Module) -> None:

@@ -248,8 +248,7 @@ def set_answer_heads(
 ) -> None:
     """Gives the model a head for each of these answer lists by task, and no other; heads it has stay.
 
-    Args:
-        seed: seed of new heads' initial values, so that every rank draws the same.
+    New ones are drawn from `seed`, so that every rank has the same.
     """
     config, heads = model.settings, model.answer_heads
     if unused := sorted(set(config.closed_answers) - set(lists)):

@@ -84,7 +84,7 @@ def test_a_vlbart_has_language_and_a_projector_and_no_vision() -> None:
     assert language == [name for name in names if name not in projector and name != "lm_head"]
     weights = resolved_weights(model, ("projector",), "t")
     assert not any("obj_order" in name or name.startswith("model.shared") for name in weights)
-    with pytest.raises(UserError, match="t: vision is no place in a VlBartForConditionalGeneration"):
+    with pytest.raises(UserError, match="t: vision"):
         resolved_targets(model, ("vision",), "t")
 
 
@@ -93,7 +93,7 @@ def test_presets_and_patterns_mix_and_a_misspelt_preset_is_named(folders: Mappin
     mixed = resolved_targets(model, ("*.layers.0.*.q_proj", "projector"), "adapter.targets")
     assert mixed[0] == "*.layers.0.*.q_proj"
     assert len(hits(linears(model), mixed)) == 4  # q_proj of tower and language, and the projector's two
-    with pytest.raises(UserError, match=r"adapter\.targets: 'langauge' is neither .* did you mean language"):
+    with pytest.raises(UserError, match=r"adapter\.targets: 'langauge'.* language"):
         resolved_targets(model, ("langauge",), "adapter.targets")
 
 
