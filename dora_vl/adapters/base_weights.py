@@ -189,10 +189,6 @@ class BaseWeights:
         stored = self.tensors
         return [n for n in others if not {name, n} <= stored.keys() or torch.equal(self.read(name), self.read(n))]
 
-    def module_names(self) -> list[str]:
-        """Returns full names of the modules that own a weight."""
-        return [name.removesuffix(".weight") for name in self.tensors if name.endswith(".weight")]
-
 
 def hub_conversions(model: Any) -> list[Any]:
     """Returns transformers' conversions from a checkpoint's names to this model's that a save has to undo.

@@ -1,9 +1,12 @@
-"""Reads an adapter of any tool: finds the files, recognises the format by its keys, and converts it to ours."""
+"""Reads an adapter of any tool: finds the files, recognises the format by its keys, and converts it to ours.
+
+Sources of the layouts: NVlabs/DoRA (`peft/tuners/dora.py`, `VL-T5/src/trainer_base.py`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -23,10 +26,83 @@ from dora_vl.adapters.files import (
     refuse_not_finite,
 )
 from dora_vl.adapters.folder import PICKLED_WEIGHTS_FILE, no_adapter
-from dora_vl.adapters.foreign import FORMATS, LAYOUTS, TELLING_KEYS, KeptRows, Layout
 from dora_vl.adapters.settings import READ_TYPES, new_config, own_recipe
 from dora_vl.core.trainable import kept_rows
 from dora_vl.errors import UserError
+
+EMBEDDING = "model.encoder.visual_embedding"
+TOKENS = "model.shared.weight"
+ALIASES = (
+    TOKENS,
+    "model.encoder.embed_tokens.weight",
+    "model.decoder.embed_tokens.weight",
+    f"{EMBEDDING}.obj_order_embedding.weight",
+    "lm_head.weight",
+)
+"""A VL-BART's token embedding is stored under any of these names."""
+ADDED_ROWS = f"{TOKENS}[-200:]"
+"""Frozen random rows of the token embedding that the result depends on: the picture tokens' orders."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptRows:
+    """Frozen rows that an adapter carries; the file holds their whole tensor under one of several names."""
+
+    names: tuple[str, ...]
+    own: str
+    """Name of the rows in an adapter folder, such as `shared.weight[-200:]`."""
+    needed_by: str
+    """Full-name glob of trained tensors that mean nothing without the rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How one tool names a layer's tensors: endings after the layer's name, alternatives in order."""
+
+    lora_A: tuple[str, ...]
+    lora_B: tuple[str, ...]
+    magnitude: tuple[str, ...]
+    scale: float | None = None
+    """s, whatever alpha its options name; None is alpha over the rank."""
+    extras: tuple[str, ...] = ("*",)
+    """Full-name globs of the other tensors that were trained."""
+    kept: KeptRows | None = None
+    whole_model: bool = False
+    """The file holds the base as well; elsewhere a tensor that is neither adapter nor extra is refused."""
+    renames: tuple[tuple[str, str], ...] = ()
+    """Prefixes of names: the tool's, and transformers'."""
+
+
+NVLABS = Layout(
+    lora_A=("lora_A.weight", "lora_A.default.weight"),
+    lora_B=("lora_B.weight", "lora_B.default.weight"),
+    magnitude=("weight_m_wdecomp.weight", "weight_m_wdecomp.default.weight"),
+)
+LLAVA_RENAMES = (
+    ("model.layers.", "model.language_model.layers."),
+    ("model.mm_projector.0.", "model.multi_modal_projector.linear_1."),
+    ("model.mm_projector.2.", "model.multi_modal_projector.linear_2."),
+)
+"""Maps prefixes of LLaVA's own class to those of transformers' `LlavaForConditionalGeneration`."""
+NVLABS_VLBART = Layout(
+    lora_A=("lora_A",),
+    lora_B=("lora_B",),
+    magnitude=("weight_m",),
+    scale=1.0,  # B A is multiplied by one there
+    extras=("*.bias", "*layer_norm.*", "*layernorm_embedding.*", "*.visual_embedding.*"),
+    kept=KeptRows(names=ALIASES, own=ADDED_ROWS, needed_by=f"{EMBEDDING}.*"),
+    whole_model=True,
+)
+LAYOUTS = {"nvlabs": NVLABS, "nvlabs-llava": replace(NVLABS, renames=LLAVA_RENAMES), "nvlabs-vlbart": NVLABS_VLBART}
+"""Layouts by the name that `dora-vl convert --from` takes, beside `peft`."""
+FORMATS = ("peft", *LAYOUTS)
+TELLING_KEYS = (
+    ("nvlabs-llava", ("model.mm_projector.0.weight",)),
+    ("nvlabs", NVLABS.magnitude),
+    ("nvlabs-vlbart", ("weight_v",)),
+    ("peft", ("lora_A.weight", "lora_embedding_A", "lora_magnitude_vector", "lora_magnitude_vector.weight")),
+)
+"""Key endings that only one format has, most specific first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,14 +133,8 @@ def read_any(source: Path, options: ReadOptions) -> Adapter:
         tensors = _tensors(source)
         name = name or known_format(tensors, str(source))
     if name == "peft" or is_own:
-        if options.alpha is not None:
-            raise UserError(
-                f"{source}: its {CONFIG_FILE} states alpha: leave --alpha out, or change lora_alpha in a copy"
-            )
-        if options.renames:
-            raise UserError(
-                f"{source}: --rename is for other tools' names; PEFT's folder is read as it stands: leave it out"
-            )
+        if options.alpha is not None or options.renames:
+            raise UserError(f"{source} is of PEFT's format, which is read as it stands: leave --alpha and --rename out")
         return read_adapter(source)
     assert name is not None
     return to_adapter(tensors, LAYOUTS[name], config=config, options=options, source=str(source))
@@ -101,17 +171,18 @@ def to_adapter(
     converted: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     scales: dict[str, float] = {}
+    alpha = config.get("lora_alpha") if options.alpha is None else options.alpha
     for name, layer in layers.items():
         parts = _own_tensors(layer, f"{source}: {name}")
         converted.update({f"{PEFT_PREFIX}{name}.{leaf}": tensor for leaf, tensor in parts.items()})
         if "A" in layer:
             ranks[name] = rank = len(parts["lora_A.weight"])
-            stated = layout.scale(config, rank) if options.alpha is None else options.alpha / rank
-            if stated is None:
-                raise UserError(
-                    f"{source}: nothing states the scale (no adapter_config.json beside it?); add --alpha ALPHA"
-                )
-            scales[name] = stated
+            if layout.scale is not None and options.alpha is None:
+                scales[name] = layout.scale
+            elif alpha is None:
+                raise UserError(f"{source}: nothing states the scale (no {CONFIG_FILE} beside it?); add --alpha ALPHA")
+            else:
+                scales[name] = float(alpha) / rank
     extras = _trained_extras(others, layout, renames, source)
     converted.update({f"{PEFT_PREFIX}{name}": tensor for name, tensor in extras.items()})
     fields = new_config(
