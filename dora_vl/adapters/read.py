@@ -45,17 +45,6 @@ ADDED_ROWS = f"{TOKENS}[-200:]"
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeptRows:
-    """Frozen rows that an adapter carries; the file holds their whole tensor under one of several names."""
-
-    names: tuple[str, ...]
-    own: str
-    """Name of the rows in an adapter folder, such as `shared.weight[-200:]`."""
-    needed_by: str
-    """Full-name glob of trained tensors that mean nothing without the rows."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Layout:
     """How one tool names a layer's tensors: endings after the layer's name, alternatives in order."""
 
@@ -66,8 +55,7 @@ class Layout:
     """s, whatever alpha its options name; None is alpha over the rank."""
     extras: tuple[str, ...] = ("*",)
     """Full-name globs of the other tensors that were trained."""
-    kept: KeptRows | None = None
-    whole_model: bool = False
+    whole_vlbart: bool = False
     """The file holds the base as well; elsewhere a tensor that is neither adapter nor extra is refused."""
     renames: tuple[tuple[str, str], ...] = ()
     """Prefixes of names: the tool's, and transformers'."""
@@ -90,8 +78,7 @@ NVLABS_VLBART = Layout(
     magnitude=("weight_m",),
     scale=1.0,  # B A is multiplied by one there
     extras=("*.bias", "*layer_norm.*", "*layernorm_embedding.*", "*.visual_embedding.*"),
-    kept=KeptRows(names=ALIASES, own=ADDED_ROWS, needed_by=f"{EMBEDDING}.*"),
-    whole_model=True,
+    whole_vlbart=True,
 )
 LAYOUTS = {"nvlabs": NVLABS, "nvlabs-llava": replace(NVLABS, renames=LLAVA_RENAMES), "nvlabs-vlbart": NVLABS_VLBART}
 """Layouts by the name that `dora-vl convert --from` takes, beside `peft`."""
@@ -193,7 +180,7 @@ def to_adapter(
         modules_to_save=sorted({name.rpartition(".")[0] for name in extras if name.endswith(".weight")}) or None,
         use_dora=bool(ranks) and any("magnitude" in layer for layer in layers.values()),
     )
-    kept = [layout.kept.own] if layout.kept is not None and layout.kept.own in extras else []
+    kept = [ADDED_ROWS] if ADDED_ROWS in extras else []
     alone = layers.keys() - ranks.keys()
     recipe = own_recipe(fields, extras, kept, alone) if extras or alone else {}
     return Adapter(converted, fields, recipe, source)
@@ -249,30 +236,28 @@ def _own_tensors(layer: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
 def _trained_extras(
     others: Mapping[str, Tensor], layout: Layout, renames: tuple[tuple[str, str], ...], source: str
 ) -> dict[str, Tensor]:
-    aliases = () if layout.kept is None else layout.kept.names
+    aliases = ALIASES if layout.whole_vlbart else ()
     extras = {
         name: tensor
         for name, tensor in others.items()
         if name not in aliases and any(fnmatchcase(name, pattern) for pattern in layout.extras)
     }
     strangers = sorted(others.keys() - extras.keys())
-    if strangers and not layout.whole_model:
+    if strangers and not layout.whole_vlbart:
         raise UserError(
             f"{source}: {len(strangers)} tensors are no LoRA or DoRA factor, first {strangers[:3]}; this converter "
             "would lose them (LoHa, LoKr, Tucker factors and trained norms are not read)"
         )
     trained = {_renamed(name, renames): tensor for name, tensor in extras.items()}
-    return trained if layout.kept is None else {**trained, **_rows_kept(others, trained, layout.kept, source)}
+    return {**trained, **_added_rows(others, trained, source)} if layout.whole_vlbart else trained
 
 
-def _rows_kept(others: Mapping[str, Tensor], trained: Iterable[str], kept: KeptRows, source: str) -> dict[str, Tensor]:
-    """Copies the kept rows into a tensor of their own: the whole tensor is the base's, and large."""
-    rows = {name: kept_rows(kept.own, others[name]).clone() for name in kept.names if name in others}
-    if not rows and any(fnmatchcase(name, kept.needed_by) for name in trained):
-        raise UserError(
-            f"{source}: none of {', '.join(kept.names)} is there, whose last rows the pictures' tokens need"
-        )
+def _added_rows(others: Mapping[str, Tensor], trained: Iterable[str], source: str) -> dict[str, Tensor]:
+    """Copies a VL-BART's added rows into a tensor of their own: the whole tensor is the base's, and large."""
+    rows = {name: kept_rows(ADDED_ROWS, others[name]).clone() for name in ALIASES if name in others}
+    if not rows and any(name.startswith(f"{EMBEDDING}.") for name in trained):
+        raise UserError(f"{source}: none of {', '.join(ALIASES)} is there, whose last rows the pictures' tokens need")
     first = next(iter(rows), "")
     if other := next((name for name in rows if not torch.equal(rows[name], rows[first])), None):
         raise UserError(f"{source}: the last rows of {first} and of {other} differ; they are one tensor in a VL-BART")
-    return {kept.own: rows[first]} if rows else {}
+    return {ADDED_ROWS: rows[first]} if rows else {}

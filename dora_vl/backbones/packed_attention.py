@@ -33,10 +33,6 @@ SHORT = 64
 """Up to this many keys plain products take a CPU less time than its flash attention, mainly in the backward pass."""
 
 
-class BlockIsCut(ValueError):
-    """A token sees later ones in a branch behind its segment, so the segment cannot be shared."""
-
-
 class Forest(NamedTuple):
     """A batch of packed rows, each as in `data.packing.Packed`; `segment` is -1 at padding."""
 
@@ -223,7 +219,7 @@ def _along_paths(build: Callable[..., Any]) -> Callable[..., Any]:
         if not packed.blocks_are_whole:
             blocks = sdpa_mask(*args, mask_function=_into_branches(forest, mask_function), **options)
             if blocks is not None and bool(blocks.any()):
-                raise BlockIsCut("tokens that see each other stand in a shared segment and in a branch behind it")
+                raise ValueError("tokens that see each other stand in a shared segment and in a branch behind it")
             packed.blocks_are_whole = True
         along = _visible(forest, mask_function, size, chunked=chunked)
         return build(*args, mask_function=along, config=config, **options)
