@@ -116,8 +116,6 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         """
         rows, positions, targets, samples = _predicted(labels, attention_mask, layout)
         head: Any = head_of(self.model)
-        if head is None:
-            raise UserError(f"{type(self.model).__name__} has no output layer; a causal language model is needed")
         # While unknown, both are computed: ZeRO-3 records the first backward pass, which later ones must equal.
         chunked = self._head_is_last is not False and not keep_logits and in_chunks(head)
         hidden, losses, scores = list[Tensor](), list[Tensor](), list[Tensor]()
