@@ -56,7 +56,7 @@ class Layout:
     extras: tuple[str, ...] = ("*",)
     """Full-name globs of the other tensors that were trained."""
     whole_vlbart: bool = False
-    """The file holds the base as well; elsewhere a tensor that is neither adapter nor extra is refused."""
+    """The file holds a VL-BART too; elsewhere a tensor that is neither adapter nor extra is refused."""
     renames: tuple[tuple[str, str], ...] = ()
     """Prefixes of names: the tool's, and transformers'."""
 

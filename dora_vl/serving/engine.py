@@ -79,7 +79,7 @@ def can_join(logits_processor: Any, generation_config: Any) -> bool:
 
 
 class BatchDecoder:
-    """Decodes requests together, each with its adapter, and tells each what becomes of it, until all is `ending`."""
+    """Decodes requests together, each with its adapter, until `ending()`, and tells each what becomes of it."""
 
     def __init__(self, model: ServedModel, ending: Callable[[], bool]) -> None:
         self._model = model
