@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,11 +26,13 @@ from dora_vl.serving.access import AccessRules, ByteBudget, PageMiddleware, Uplo
 from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.engine import NOTHING
 from dora_vl.serving.page_parts import column_view, head_view, notice_view, shown_view, state_view
-from dora_vl.serving.page_training import TrainDoor, Update
+from dora_vl.serving.page_training import TrainDoor
 from dora_vl.serving.side_by_side import Conversation, ModelChoice, OpenModels, error_text
 
 STYLE = Path(__file__).parent / "page_files" / "page.css"
 TAKE_QUESTION, SCRIPT = STYLE.with_name("take_question.js"), STYLE.with_name("page.js")
+KEY = "() => [sessionStorage.doraVlTalk ??= crypto.getRandomValues(new Uint32Array(4)).join('-')]"
+"""The key by which the server keeps a tab's talk while the tab loads the page again."""
 FONT, MONOSPACE = ("system-ui", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"), ("ui-monospace", "monospace")
 """The visitor's own system has these fonts: none is fetched."""
 STRONGEST, STEP = 2.0, 0.05
@@ -37,6 +40,8 @@ STRONGEST, STEP = 2.0, 0.05
 LONGEST_ANSWER = 1024
 MOST_TALKS = 64
 """So many talks are in memory, with their pictures; the one unused for longest goes."""
+Update = dict[Any, Any]
+"""Maps parts of the page to new values; other parts keep theirs."""
 
 
 class QuietServer(uvicorn.Server):
@@ -102,7 +107,7 @@ class Column(NamedTuple):
 
 
 class Page:
-    """One page for all who open it, each with a conversation of their own.
+    """One page for all who open it; each one's conversation is kept by the key that their browser's tab has.
 
     Args:
         models: what answers, once something was opened.
@@ -113,6 +118,9 @@ class Page:
     def __init__(self, models: OpenModels, uploads: Uploads, *, trains: bool = False) -> None:
         self.models, self.uploads = models, uploads
         self.training = TrainDoor(uploads, models.close) if trains else None
+        self._talks: OrderedDict[str, Conversation] = OrderedDict()
+        self._key_of: dict[str, str] = {}
+        """Maps people who have the page open, as Gradio knows them, to the keys of their talks."""
         with gr.Blocks(title="dora-vl demo", analytics_enabled=False, fill_width=True) as self.blocks:
             self.doors = gr.Tabs(selected="ask" if models.names else "train", elem_id="dv-doors")
             with self.doors:
@@ -127,7 +135,7 @@ class Page:
         settings = self.models.settings
         self.head = gr.HTML("")
         self.person, self.conversation, self.answered = gr.State(""), gr.State(None), gr.State("")
-        self.asked = gr.Textbox(visible="hidden")
+        self.key, self.asked = gr.Textbox(visible="hidden"), gr.Textbox(visible="hidden")
         with gr.Row(equal_height=False, elem_id="dv-ask-door"):
             with gr.Column(min_width=280, elem_id="dv-shown"):  # what the models are shown
                 self.files = gr.File(label="Pictures or a video", file_count="multiple", height=124,
@@ -188,24 +196,21 @@ class Page:
         if (train := self.training) is not None:
             begun += train.parts
             train.ask.click(self.ask_run, [self.person, train.run], begun, **{**quick, "queue": True})
-        self.blocks.load(self.come, None, begun, **quick)
+        self.blocks.load(self.come, [self.key], begun, js=KEY, **quick)
         self.blocks.unload(self.leave)
 
     # -- what a person does ------------------------------------------------------------------------------------
 
-    def come(self, request: gr.Request) -> Update:
-        """Returns what somebody finds who opens the page."""
+    def come(self, key: str, request: gr.Request) -> Update:
+        """Returns what somebody finds who opens the page, or loads it again: their talk, and a box for questions."""
         person = str(request.session_hash)
+        self._key_of[person] = key
+        conversation = self._talks.get(key, Conversation()).ended()
         training = {} if self.training is None else self.training.opened()
         asks = bool(self.models.names)
-        return {
-            **self._opened(),
-            **self._begun(Conversation(), person),
-            **training,
-            self.person: person,
-            self.doors: gr.update(selected="train" if training and not asks else "ask"),
-            self.ask_button: gr.update(interactive=asks),
-        }
+        door = "train" if training and not asks else "ask"
+        view = {**self._opened(), **self._begun(conversation, person), **training, self.doors: gr.update(selected=door)}
+        return {**view, self.person: person, self.ask_button: gr.update(interactive=asks)}
 
     def ask_run(self, person: str, run: str) -> Iterator[Update]:
         """Yields the door Ask with the adapter of a run beside its base."""
@@ -226,7 +231,7 @@ class Page:
         }
 
     def show_files(self, person: str, paths: list[str] | None) -> Any:
-        """Reads files that were chosen, deletes them, and begins a conversation about them."""
+        """Returns files were chosen: they are read at once and deleted, and a conversation about them begins."""
         files = [Path(path) for path in paths or []]
         if not files:
             return gr.skip()
@@ -241,12 +246,12 @@ class Page:
                 self.uploads.delete(file)
 
     def begin_anew(self, person: str, conversation: Conversation | None) -> Update:
-        """Begins a conversation about the same pictures."""
+        """Returns the same pictures, and nothing said about them yet."""
         return self._begun(Conversation(shown=conversation.shown if conversation else NOTHING), person)
 
     @no_type_check  # a wrapper that checks types hides from Gradio that this is a generator
     def ask(self, person: str, conversation: Conversation | None, *chosen: Any) -> Iterator[Update]:
-        """Answers a question that was taken from its box; it has its number before it, and is answered once."""
+        """Yields a question was taken from its box; `question` has its number before it, and is answered once."""
         *settings, question, answered = chosen
         if question == answered:
             yield gr.skip()
@@ -262,6 +267,7 @@ class Page:
     def leave(self, request: gr.Request) -> None:
         """The page was closed: nobody waits for an answer any more."""
         self.models.stop(str(request.session_hash))
+        self._key_of.pop(str(request.session_hash), None)
 
     # -- inside ------------------------------------------------------------------------------------------------
 
@@ -278,6 +284,7 @@ class Page:
 
     def _begun(self, conversation: Conversation, person: str) -> Update:
         self.models.stop(person)
+        self._keep(person, conversation)
         return {
             self.conversation: conversation,
             self.seen: shown_view(
@@ -286,6 +293,14 @@ class Page:
             self.notice: notice_view(""),
             **self._views(conversation),
         }
+
+    def _keep(self, person: str, conversation: Conversation) -> None:
+        """Keeps a talk for when its tab is loaded again."""
+        if key := self._key_of.get(person):
+            self._talks[key] = conversation
+            self._talks.move_to_end(key)
+            while len(self._talks) > MOST_TALKS:
+                self._talks.popitem(last=False)
 
     def _answers(
         self, person: str, conversation: Conversation | None, chosen: Sequence[Any], question: str | None
@@ -320,6 +335,7 @@ class Page:
             yield {self.ask_button: gr.update(interactive=False), self.stop: gr.update(interactive=True)}
             for answered in side.ask(person, remembered, question, choices, sampling):
                 grown = replace(conversation, exchanges=(*conversation.exchanges, answered.exchanges[-1]))
+                self._keep(person, grown)
                 yield {self.conversation: grown, self.notice: notice_view(""), **self._views(grown)}
         except UserError as error:
             yield {self.notice: notice_view(error_text(error)), **refilled}

@@ -46,7 +46,6 @@ STATES = {
 DAMAGED = (LookupError, TypeError, ValueError, AttributeError)
 """Reading a run's files may raise these where they are another version's, or somebody has changed them."""
 Update = dict[Any, Any]
-"""Maps parts of the page to new values; other parts keep theirs."""
 
 
 class TrainDoor:

@@ -159,8 +159,35 @@ MOST_VALUES = 1_000_000
 """A request may have so many commas and opening brackets: each value has one before it, and takes a hundred bytes."""
 LONGEST_PLACE, LONGEST_REASON = 80, 300
 _TAG = re.compile(r"(\.content\[\d+\])\.(?:text|image_url|video_url)")
-NOT_SERVED = "this server has no such field, or its neutral value alone; vLLM with dora-vl's plugin has more"
+NOT_SERVED = "this server has its neutral value alone; vLLM with dora-vl's plugin has more"
 NEUTRAL = ("n", "logprobs", "frequency_penalty", "presence_penalty", "response_format", "store", "tool_choice")
+REASONS = {
+    "bool_type": "must be true or false",
+    "dict_type": "must be an object",
+    "extra_forbidden": "is no field of this server; vLLM with dora-vl's plugin has OpenAI's others",
+    "finite_number": "must be a finite number",
+    "float_type": "must be a number",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "int_from_float": "must be a whole number",
+    "int_type": "must be a whole number",
+    "json_invalid": "is not JSON: {error}",
+    "less_than_equal": "must be at most {le}",
+    "list_type": "must be a list",
+    "literal_error": "must be {expected}",
+    "missing": "is missing",
+    "model_type": "must be an object",
+    "none_required": "must be null",
+    "string_too_long": "may have at most {max_length} characters",
+    "string_too_short": "must not be empty",
+    "string_type": "must be text",
+    "too_long": "may have at most {max_length} entries",
+    "too_short": "must not be empty",
+    "union_tag_invalid": "its type must be {expected_tags}",
+    "union_tag_not_found": "needs a type: text, image_url or video_url",
+    "value_error": "{error}",
+}
+"""Pydantic's kinds of errors -> how they are told."""
 
 
 def parsed(content: bytes) -> ChatRequest:
@@ -173,7 +200,8 @@ def parsed(content: bytes) -> ChatRequest:
         first, *others = error.errors(include_url=False, include_input=False)
         pieces = [f"[{piece}]" if isinstance(piece, int) else f".{piece}" for piece in first["loc"]]
         location = _TAG.sub(r"\1", "".join(pieces)).removeprefix(".")  # without pydantic's names for the kinds of parts
-        is_unserved = first["type"] == "extra_forbidden" or (first["loc"] and first["loc"][0] in NEUTRAL)
-        words = NOT_SERVED if is_unserved else first["msg"].removeprefix("Value error, ")
+        words = REASONS[first["type"]].format_map(first.get("ctx", {})) if first["type"] in REASONS else first["msg"]
+        if first["loc"] and first["loc"][0] in NEUTRAL:
+            words = NOT_SERVED
         reason = one_line(words, LONGEST_REASON) + (f" (and {len(others)} more)" if others else "")
         raise BadRequest(one_line(location or "the request", LONGEST_PLACE), reason) from None

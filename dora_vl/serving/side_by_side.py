@@ -99,6 +99,19 @@ class Conversation:
     shown: Shown = NOTHING
     exchanges: tuple[Exchange, ...] = ()
 
+    def ended(self) -> Conversation:
+        """Returns it as it stands once nobody answers any more."""
+        ended = [
+            replace(
+                exchange,
+                answers=tuple(
+                    answer if answer.over else answer.after(HALT, answer.seconds) for answer in exchange.answers
+                ),
+            )
+            for exchange in self.exchanges
+        ]
+        return replace(self, exchanges=tuple(ended))
+
     def turns(self, column: int, question: str) -> list[Turn]:
         """Returns what a column's model is told: the conversation so far as it went there, then the question."""
         turns: list[Turn] = []
@@ -128,6 +141,10 @@ class SideBySide:
         self.frames_are_pictures = prompts.frames_are_pictures
         self._running: dict[str, _Running] = {}
         self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Ends the decoders; the engine is not closed."""
+        self.media.close()
 
     def look(self, files: Sequence[Path]) -> Shown:
         """Returns the pictures and videos in some files, as a model will see them."""
@@ -244,7 +261,7 @@ class OpenModels:
         """Ends the engine and the decoders, and lets go of the weights."""
         side, self._side = self._side, None
         if side is not None:
-            side.media.close()
+            side.close()
             side.engine.close()
         del side
         gc.collect()

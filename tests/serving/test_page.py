@@ -127,12 +127,15 @@ def test_two_pictures_and_a_video_with_the_times_of_its_frames(
     assert nothing_left(uploads)
 
 
-def test_a_talk_is_copied_and_another_tab_has_its_own(red: Visitor, opened: tuple[str, Engine]) -> None:
+def test_a_talk_is_copied_and_stays_over_a_reload_in_its_own_tab(red: Visitor, opened: tuple[str, Engine]) -> None:
     page, texts = red.page, red.ask(QUESTION)
     page.context.grant_permissions(["clipboard-read"])
     page.click("#dv-conversation-left .dv-copy")
     page.locator("#dv-conversation-left .dv-copy", has_text="copied").wait_for()
     assert printable(page.evaluate("navigator.clipboard.readText()")) == printable(texts[0])
+    page.reload()
+    assert red.both(1) == texts
+    red.see(1)
     other = Visitor(page.context, opened[0])
     other.page.locator("#dv-conversation-left", has_text="one will answer here").wait_for()
     assert page.is_visible("#dv-strength-left")
@@ -358,7 +361,10 @@ def test_from_dropped_pictures_to_an_answer_though_page_and_run_are_ended(chromi
         again.page.wait_for_selector("#dv-ask:not([disabled])")
         again.show(files[0])
         again.see(1)
-        assert all(again.ask("what colour?"))
+        answers = again.ask("what colour?")
+        again.page.reload()
+        assert again.both(1) == answers
+        again.see(1)
 
 
 @pytest.mark.parametrize("options", [["--allow-host", "gpu.example.org"], ["--host", "0.0.0.0"], ["--no-train"]])
