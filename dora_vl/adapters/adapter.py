@@ -154,12 +154,6 @@ class Adapter:
         return frozenset(split_key(key)[0] for key in self.tensors if key.endswith(endings))
 
     @cached_property
-    def not_linear(self) -> frozenset[str]:
-        """Names the adapted layers that are embeddings or convolutions."""
-        kernels = (name for name, layer in self.layers.items() if "lora_A" in layer and layer["lora_A"].ndim > 2)
-        return self.embeddings.union(kernels)
-
-    @cached_property
     def _by_name(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return by_own_name(self.source, self.tensors)
 

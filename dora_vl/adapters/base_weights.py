@@ -27,7 +27,7 @@ from dora_vl.core.other_layers import expert_projections
 from dora_vl.core.quantised import loose_tensors
 from dora_vl.core.trainable import split_rows
 from dora_vl.errors import UserError
-from dora_vl.files import check_attention, check_whole, read_json
+from dora_vl.files import check_attention, read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 """A base's weights; the index maps each tensor to one of several files."""
@@ -156,15 +156,13 @@ class BaseWeights:
                     in_out=experts[name] != is_reversed,
                 )
         self.transposed_layers = frozenset(n for n, m in modules.items() if isinstance(m, Conv1D | nn.Embedding))
-        self.hub_keys = hub_names(model, read, read_as, lambda key: unjoined(key)[0])
+        self.hub_keys = hub_names(model, read, read_as, unjoined)
         self._tied = tied_names(model)
         keys_of = Counter(name for name, _ in read.values())
         return {key: name if name in own and keys_of[name] == 1 else key for key, (name, _) in read.items()}
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
-            if (self.folder / file).is_file():
-                check_whole(self.folder / file)
             try:
                 self._files[file] = self._stack.enter_context(safe_open(self.folder / file, framework="pt"))
             except (SafetensorError, OSError) as error:
@@ -190,10 +188,6 @@ class BaseWeights:
         others = sorted(next((group - {name} for group in self._tied if name in group), ()))
         stored = self.tensors
         return [n for n in others if not {name, n} <= stored.keys() or torch.equal(self.read(name), self.read(n))]
-
-    def module_names(self) -> list[str]:
-        """Returns full names of the modules that own a weight."""
-        return [name.removesuffix(".weight") for name in self.tensors if name.endswith(".weight")]
 
 
 def hub_conversions(model: Any) -> list[Any]:
@@ -227,7 +221,7 @@ def hub_names(
     model: Any,
     read: Mapping[str, tuple[str, str | None]],
     read_as: Callable[[str], tuple[str, str | None]],
-    unjoined: Callable[[str], str],
+    unjoined: Callable[[str], tuple[str, str | None]],
 ) -> dict[str, str]:
     """Maps each key of a model's files to the key of published folders.
 
@@ -242,7 +236,7 @@ def hub_names(
 
     conversions = reversed(hub_conversions(model))
     undone: Any = [change.reverse_transform() for change in conversions if isinstance(change, WeightRenaming)]
-    names = {key: rename_source_key(unjoined(key), undone, [])[0] for key in read}
+    names = {key: rename_source_key(unjoined(key)[0], undone, [])[0] for key in read}
     safe = {key: name if read_as(name) == read[key] else key for key, name in names.items()}
     return safe if len(set(safe.values())) == len(safe) else {key: key for key in safe}
 
@@ -259,9 +253,7 @@ def skeleton(config: Mapping[str, Any]) -> Any:
     settings = kind.config_class.from_dict(json.loads(json.dumps(dict(config))))
     settings.quantization_config = None
     with torch.device("meta"):
-        model = kind(settings)
-    assert isinstance(model, nn.Module)
-    return model
+        return kind(settings)
 
 
 def replaced_by(adapter: Path) -> frozenset[str]:

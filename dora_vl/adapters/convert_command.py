@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_vl.adapters.foreign import FORMATS
 from dora_vl.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options that some formats need, shared by the commands that read adapters."""
-    parser.add_argument("--from", dest="format", choices=FORMATS, help="the format; default: known by the keys")
+    formats = "peft, nvlabs, nvlabs-llava or nvlabs-vlbart"
+    parser.add_argument("--from", dest="format", metavar="FORMAT", help=f"{formats}; default: known by the keys")
     parser.add_argument("--alpha", type=float, help="numerator of the scale, where no file states it")
     parser.add_argument(
         "--rename",

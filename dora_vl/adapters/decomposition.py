@@ -133,10 +133,9 @@ def refuse_saved_on_another_base(saved: Saved, base: BaseWeights) -> None:
 def matrices_of(weights: BaseWeights) -> list[str]:
     """Lists layers whose weight has two axes or more and a dtype that training uses."""
     return [
-        name
-        for name in weights.module_names()
-        for stored in [weights.tensors[f"{name}.weight"]]
-        if len(stored.shape) >= 2 and stored.dtype in {"F64", "F32", "F16", "BF16"}
+        name.removesuffix(".weight")
+        for name, stored in weights.tensors.items()
+        if name.endswith(".weight") and len(stored.shape) >= 2 and stored.dtype in {"F64", "F32", "F16", "BF16"}
     ]
 
 
@@ -222,9 +221,8 @@ def layers_to_compare(requests: Sequence[Request], base: BaseWeights, globs: Seq
             if not any(fnmatchcase(layer, glob) for layer in matrices):
                 raise UserError(f"--layers {glob!r} matches none of {len(matrices)} matrices, such as {min(matrices)}")
         chosen = {layer for layer in matrices if any(fnmatchcase(layer, glob) for glob in globs)}
-    parts = {name: re.split(r"(\d+)", name) for name in chosen}
-    numbered = {n: [(int(p), "") if p.isdigit() else (-1, p) for p in split] for n, split in parts.items()}
-    return sorted(chosen, key=lambda name: numbered[name])  # layer 2 before layer 10
+    # Layer 2 before layer 10.
+    return sorted(chosen, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 
 def measured(

@@ -71,13 +71,8 @@ def export_for_vllm(
         recipe = served.recipe
         if "base" in recipe:
             digest = content_hash(base_folder if merged is None else staging / BASE)
-            recipe = {
-                **recipe,
-                "base": str(base_of_result),
-                "revision": None,
-                "base_sha256": digest,
-                "quantisation": None,
-            }
+            own = {"base": str(base_of_result), "revision": None, "base_sha256": digest, "quantisation": None}
+            recipe = {**recipe, **own}
         config = {**served.config, "base_model_name_or_path": str(base_of_result)}
         write_adapter(replace(served, config=config, recipe=recipe), staging / ADAPTER)
     rank = next(rank for rank in RANKS if rank >= served.config["r"])
@@ -106,7 +101,8 @@ def refuse_unserved(adapter: Adapter, base: BaseWeights, language: Collection[st
         reasons = {
             "is the output head": name == head,
             "is experts in one tensor": name in adapter.experts,
-            "is an embedding or a convolution": name in adapter.not_linear,
+            "is an embedding": name in adapter.embeddings,
+            "is a convolution": "lora_A" in layer and layer["lora_A"].ndim > 2,
             "has a magnitude alone": "lora_A" not in layer,
             "is a Conv1D": name in base.transposed_layers,
         }

@@ -251,9 +251,5 @@ def no_adapter(path: Path) -> UserError:
         return UserError(f"{path} is a run that has not ended; resume it, or take its last adapter, {adapters[-1]}")
     if (path / PICKLED_WEIGHTS_FILE).is_file():
         return pickled(path)
-    if (path / CONFIG_FILE).is_file():
-        return UserError(f"{path} has no {WEIGHTS_FILE}; the folder is incomplete, copy it again or train again")
-    if (path / "config.json").is_file():
-        return UserError(f"{path} is a model and has no {WEIGHTS_FILE}; give an adapter, or ask it as --model")
     files = shown_names(sorted(file.name for file in path.iterdir()))
     return UserError(f"{path} has no {WEIGHTS_FILE}, but {files}; an adapter is {', '.join(FILES)}")

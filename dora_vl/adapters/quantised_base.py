@@ -144,9 +144,9 @@ def quantised_layers(config: Mapping[str, Any], kind: str, source: str) -> Quant
 
     The vision tower, the projector and the output head stay as they are.
     """
-    model = None if config.get("quantization_config") else _language_skeleton(config, source)
-    if model is None:
+    if config.get("quantization_config"):
         raise UserError(f"{source} is stored quantised; leave model.quantisation null, or take the weights before it")
+    model = _language_skeleton(config, source)
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     fits = {

@@ -1,9 +1,12 @@
-"""Reads an adapter of any tool: finds the files, recognises the format by its keys, and converts it to ours."""
+"""Reads an adapter of any tool: finds the files, recognises the format by its keys, and converts it to ours.
+
+Sources of the layouts: NVlabs/DoRA (`peft/tuners/dora.py`, `VL-T5/src/trainer_base.py`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -23,10 +26,70 @@ from dora_vl.adapters.files import (
     refuse_not_finite,
 )
 from dora_vl.adapters.folder import PICKLED_WEIGHTS_FILE, no_adapter
-from dora_vl.adapters.foreign import FORMATS, LAYOUTS, TELLING_KEYS, KeptRows, Layout
 from dora_vl.adapters.settings import READ_TYPES, new_config, own_recipe
 from dora_vl.core.trainable import kept_rows
 from dora_vl.errors import UserError
+
+EMBEDDING = "model.encoder.visual_embedding"
+TOKENS = "model.shared.weight"
+ALIASES = (
+    TOKENS,
+    "model.encoder.embed_tokens.weight",
+    "model.decoder.embed_tokens.weight",
+    f"{EMBEDDING}.obj_order_embedding.weight",
+    "lm_head.weight",
+)
+"""A VL-BART's token embedding is stored under any of these names."""
+ADDED_ROWS = f"{TOKENS}[-200:]"
+"""Frozen random rows of the token embedding that the result depends on: the picture tokens' orders."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How one tool names a layer's tensors: endings after the layer's name, alternatives in order."""
+
+    lora_A: tuple[str, ...]
+    lora_B: tuple[str, ...]
+    magnitude: tuple[str, ...]
+    scale: float | None = None
+    """s, whatever alpha its options name; None is alpha over the rank."""
+    extras: tuple[str, ...] = ("*",)
+    """Full-name globs of the other tensors that were trained."""
+    whole_vlbart: bool = False
+    """The file holds a VL-BART too; elsewhere a tensor that is neither adapter nor extra is refused."""
+    renames: tuple[tuple[str, str], ...] = ()
+    """Prefixes of names: the tool's, and transformers'."""
+
+
+NVLABS = Layout(
+    lora_A=("lora_A.weight", "lora_A.default.weight"),
+    lora_B=("lora_B.weight", "lora_B.default.weight"),
+    magnitude=("weight_m_wdecomp.weight", "weight_m_wdecomp.default.weight"),
+)
+LLAVA_RENAMES = (
+    ("model.layers.", "model.language_model.layers."),
+    ("model.mm_projector.0.", "model.multi_modal_projector.linear_1."),
+    ("model.mm_projector.2.", "model.multi_modal_projector.linear_2."),
+)
+"""Maps prefixes of LLaVA's own class to those of transformers' `LlavaForConditionalGeneration`."""
+NVLABS_VLBART = Layout(
+    lora_A=("lora_A",),
+    lora_B=("lora_B",),
+    magnitude=("weight_m",),
+    scale=1.0,  # B A is multiplied by one there
+    extras=("*.bias", "*layer_norm.*", "*layernorm_embedding.*", "*.visual_embedding.*"),
+    whole_vlbart=True,
+)
+LAYOUTS = {"nvlabs": NVLABS, "nvlabs-llava": replace(NVLABS, renames=LLAVA_RENAMES), "nvlabs-vlbart": NVLABS_VLBART}
+"""Layouts by the name that `dora-vl convert --from` takes, beside `peft`."""
+FORMATS = ("peft", *LAYOUTS)
+TELLING_KEYS = (
+    ("nvlabs-llava", ("model.mm_projector.0.weight",)),
+    ("nvlabs", NVLABS.magnitude),
+    ("nvlabs-vlbart", ("weight_v",)),
+    ("peft", ("lora_A.weight", "lora_embedding_A", "lora_magnitude_vector", "lora_magnitude_vector.weight")),
+)
+"""Key endings that only one format has, most specific first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,14 +120,8 @@ def read_any(source: Path, options: ReadOptions) -> Adapter:
         tensors = _tensors(source)
         name = name or known_format(tensors, str(source))
     if name == "peft" or is_own:
-        if options.alpha is not None:
-            raise UserError(
-                f"{source}: its {CONFIG_FILE} states alpha: leave --alpha out, or change lora_alpha in a copy"
-            )
-        if options.renames:
-            raise UserError(
-                f"{source}: --rename is for other tools' names; PEFT's folder is read as it stands: leave it out"
-            )
+        if options.alpha is not None or options.renames:
+            raise UserError(f"{source} is of PEFT's format, which is read as it stands: leave --alpha and --rename out")
         return read_adapter(source)
     assert name is not None
     return to_adapter(tensors, LAYOUTS[name], config=config, options=options, source=str(source))
@@ -101,17 +158,18 @@ def to_adapter(
     converted: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     scales: dict[str, float] = {}
+    alpha = config.get("lora_alpha") if options.alpha is None else options.alpha
     for name, layer in layers.items():
         parts = _own_tensors(layer, f"{source}: {name}")
         converted.update({f"{PEFT_PREFIX}{name}.{leaf}": tensor for leaf, tensor in parts.items()})
         if "A" in layer:
             ranks[name] = rank = len(parts["lora_A.weight"])
-            stated = layout.scale(config, rank) if options.alpha is None else options.alpha / rank
-            if stated is None:
-                raise UserError(
-                    f"{source}: nothing states the scale (no adapter_config.json beside it?); add --alpha ALPHA"
-                )
-            scales[name] = stated
+            if layout.scale is not None and options.alpha is None:
+                scales[name] = layout.scale
+            elif alpha is None:
+                raise UserError(f"{source}: nothing states the scale (no {CONFIG_FILE} beside it?); add --alpha ALPHA")
+            else:
+                scales[name] = float(alpha) / rank
     extras = _trained_extras(others, layout, renames, source)
     converted.update({f"{PEFT_PREFIX}{name}": tensor for name, tensor in extras.items()})
     fields = new_config(
@@ -122,7 +180,7 @@ def to_adapter(
         modules_to_save=sorted({name.rpartition(".")[0] for name in extras if name.endswith(".weight")}) or None,
         use_dora=bool(ranks) and any("magnitude" in layer for layer in layers.values()),
     )
-    kept = [layout.kept.own] if layout.kept is not None and layout.kept.own in extras else []
+    kept = [ADDED_ROWS] if ADDED_ROWS in extras else []
     alone = layers.keys() - ranks.keys()
     recipe = own_recipe(fields, extras, kept, alone) if extras or alone else {}
     return Adapter(converted, fields, recipe, source)
@@ -178,30 +236,28 @@ def _own_tensors(layer: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
 def _trained_extras(
     others: Mapping[str, Tensor], layout: Layout, renames: tuple[tuple[str, str], ...], source: str
 ) -> dict[str, Tensor]:
-    aliases = () if layout.kept is None else layout.kept.names
+    aliases = ALIASES if layout.whole_vlbart else ()
     extras = {
         name: tensor
         for name, tensor in others.items()
         if name not in aliases and any(fnmatchcase(name, pattern) for pattern in layout.extras)
     }
     strangers = sorted(others.keys() - extras.keys())
-    if strangers and not layout.whole_model:
+    if strangers and not layout.whole_vlbart:
         raise UserError(
             f"{source}: {len(strangers)} tensors are no LoRA or DoRA factor, first {strangers[:3]}; this converter "
             "would lose them (LoHa, LoKr, Tucker factors and trained norms are not read)"
         )
     trained = {_renamed(name, renames): tensor for name, tensor in extras.items()}
-    return trained if layout.kept is None else {**trained, **_rows_kept(others, trained, layout.kept, source)}
+    return {**trained, **_added_rows(others, trained, source)} if layout.whole_vlbart else trained
 
 
-def _rows_kept(others: Mapping[str, Tensor], trained: Iterable[str], kept: KeptRows, source: str) -> dict[str, Tensor]:
-    """Copies the kept rows into a tensor of their own: the whole tensor is the base's, and large."""
-    rows = {name: kept_rows(kept.own, others[name]).clone() for name in kept.names if name in others}
-    if not rows and any(fnmatchcase(name, kept.needed_by) for name in trained):
-        raise UserError(
-            f"{source}: none of {', '.join(kept.names)} is there, whose last rows the pictures' tokens need"
-        )
+def _added_rows(others: Mapping[str, Tensor], trained: Iterable[str], source: str) -> dict[str, Tensor]:
+    """Copies a VL-BART's added rows into a tensor of their own: the whole tensor is the base's, and large."""
+    rows = {name: kept_rows(ADDED_ROWS, others[name]).clone() for name in ALIASES if name in others}
+    if not rows and any(name.startswith(f"{EMBEDDING}.") for name in trained):
+        raise UserError(f"{source}: none of {', '.join(ALIASES)} is there, whose last rows the pictures' tokens need")
     first = next(iter(rows), "")
     if other := next((name for name in rows if not torch.equal(rows[name], rows[first])), None):
         raise UserError(f"{source}: the last rows of {first} and of {other} differ; they are one tensor in a VL-BART")
-    return {kept.own: rows[first]} if rows else {}
+    return {ADDED_ROWS: rows[first]} if rows else {}

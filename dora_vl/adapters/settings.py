@@ -358,11 +358,14 @@ def own_recipe(
     """Returns `recipe.json` for an adapter that holds more than A and B."""
     kept, alone = sorted(kept), sorted(alone)
     method = "magnitude" if not config["target_modules"] else "dora" if config["use_dora"] else "lora"
-    return {
-        "adapter": {
-            **{"method": method, "rank": config["r"], "alpha": float(config["lora_alpha"])},
-            **{field: config[field] for field in ("rank_pattern", "alpha_pattern")},
-            **{"parts": {"extra": sorted(set(extras) - set(kept))}, "kept": kept},
-            "magnitude_targets": alone if method != "magnitude" else [],
-        }
+    own = {
+        "method": method,
+        "rank": config["r"],
+        "alpha": float(config["lora_alpha"]),
+        "rank_pattern": config["rank_pattern"],
+        "alpha_pattern": config["alpha_pattern"],
+        "parts": {"extra": sorted(set(extras) - set(kept))},
+        "kept": kept,
+        "magnitude_targets": alone if method != "magnitude" else [],
     }
+    return {"adapter": own}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -59,19 +59,6 @@ def _media_up_to(answer: int, turns: Sequence[Turn]) -> tuple[int, int]:
     end = [number for number, turn in enumerate(turns) if turn.role == "assistant"][answer]
     text = "".join(turn.text for turn in turns[:end] if turn.role != "assistant")
     return text.count(IMAGE_PLACEHOLDER), text.count(VIDEO_PLACEHOLDER) + text.count(VIDEO_MARK)
-
-
-class _Processed(NamedTuple):
-    """A sample as the processor returns it: ids, and all other inputs under the processor's own names."""
-
-    ids: Int[Tensor, " seq"]
-    inputs: dict[str, Any]
-    trained: list[bool]
-    """True for tokens that belong to an answer or close it."""
-    media_end: int
-    """The position that follows the last token of any picture or video."""
-    answers: tuple[int, ...]
-    """Indices of the conversation's answers that are labelled here."""
 
 
 def open_encoder(
@@ -215,7 +202,7 @@ class Encoder:
         Raises: BadSample if the turns do not fit the template, a picture would be cut, or no answer is left.
         """
         rounds = self._processed(conversation.turns, pictures, videos, conversation.id)
-        end, longest = max(row.media_end for row in rounds), max(len(row.ids) for row in rounds)
+        end, longest = max(row.media_end for row in rounds), max(len(row.input_ids) for row in rounds)
         if end > self.max_tokens:
             what = f"{len(pictures)} pictures" + (f" and {len(videos)} videos" if videos else "")
             fewer = "take fewer frames (data.video_frames)" if videos else "have the processor make fewer of a picture"
@@ -224,21 +211,21 @@ class Encoder:
                 f"its {what} and the text before the last one take {end} tokens of "
                 f"{self.max_tokens}; raise data.max_tokens, or {fewer}",
             )
-        rows = [self._row(row, conversation) for row in rounds if any(row.trained[: self.max_tokens])]
+        kept = [row for row in rounds if bool((row.labels[: self.max_tokens] != IGNORED_LABEL).any())]
+        rows = [self._row(row, conversation) for row in kept]
         cut = max(0, longest - self.max_tokens)
         if not rows:
             raise BadSample(conversation.id, f"no answer is left to train on after {cut} of {longest} tokens were cut")
         return replace(rows[0], cut_tokens=cut, others=tuple(rows[1:]))
 
-    def _row(self, row: _Processed, conversation: Example) -> Encoded:
-        """Cuts a text to `max_tokens` and labels it."""
-        ids, trained = row.ids[: self.max_tokens], torch.tensor(row.trained[: self.max_tokens])
-        labels = torch.where(trained, ids, IGNORED_LABEL)
+    def _row(self, row: Encoded, conversation: Example) -> Encoded:
+        """Cuts a text to `max_tokens`, and tells what it shows."""
+        ids, labels = row.input_ids[: self.max_tokens], row.labels[: self.max_tokens]
         inputs = {name: value[:, : len(ids)] if name in ALIGNED else value for name, value in row.inputs.items()}
         images, videos = _media_up_to(row.answers[-1], conversation.turns)
         media = (*conversation.images[:images], *conversation.videos[:videos])
-        positions, end = self._positions(ids, inputs), row.media_end
-        return Encoded(ids, labels, inputs=inputs, media_end=end, positions=positions, media=media, answers=row.answers)
+        positions = self._positions(ids, inputs)
+        return replace(row, input_ids=ids, labels=labels, inputs=inputs, positions=positions, media=media)
 
     def answers(self, conversation: Example) -> list[TrainedAnswer]:
         """Lists what the labels of a conversation must say."""
@@ -272,9 +259,8 @@ class Encoder:
         self, turns: Sequence[Turn], pictures: Sequence[Image.Image] = (), videos: Sequence[Video] = ()
     ) -> Encoded:
         """Encodes turns that end with a question, up to where the answer begins, without labels; never cut."""
-        (processed,) = self._processed(turns, pictures, videos, "question", generation_prompt=True)
-        labels = torch.full_like(processed.ids, IGNORED_LABEL)
-        return Encoded(processed.ids, labels, inputs=processed.inputs, media_end=processed.media_end)
+        (encoded,) = self._processed(turns, pictures, videos, "question", generation_prompt=True)
+        return encoded
 
     def encode_choice(
         self, turns: Sequence[Turn], choice: str, pictures: Sequence[Image.Image] = (), videos: Sequence[Video] = ()
@@ -284,17 +270,16 @@ class Encoder:
         Raises: BadSample where the model has no positions for all of it.
         """
         answered = (*turns, Turn("assistant", choice))
-        processed, *_ = self._processed(answered, pictures, videos, "question", prompts=self.prompts.in_test())
-        length, positions = len(processed.ids), self.max_positions
+        encoded, *_ = self._processed(answered, pictures, videos, "question", prompts=self.prompts.in_test())
+        length, positions = len(encoded.input_ids), self.max_positions
         if positions is not None and length > positions:
             reason = f"with its answer {choice!r:.60} it takes {length} tokens; the model has {positions} positions"
             raise BadSample("question", reason)
-        trained = torch.tensor(processed.trained)
+        labels = encoded.labels.clone()
+        trained = labels != IGNORED_LABEL
         others = (~trained[: int(trained.nonzero()[-1]) + 1]).nonzero()  # what stands before the last answer
-        trained[: int(others[-1]) + 1 if len(others) else 0] = False
-        ids, inputs, end = processed.ids, processed.inputs, processed.media_end
-        labels = torch.where(trained, ids, IGNORED_LABEL)
-        return Encoded(ids, labels, 0, inputs, media_end=end, positions=self._positions(ids, inputs))
+        labels[: int(others[-1]) + 1 if len(others) else 0] = IGNORED_LABEL
+        return replace(encoded, labels=labels, positions=self._positions(encoded.input_ids, encoded.inputs), answers=())
 
     def encode_answers(
         self, conversation: Example, pictures: Sequence[Image.Image] = (), videos: Sequence[Video] = ()
@@ -352,10 +337,8 @@ class Encoder:
         Raises: BadSample where the family does not take so many together.
         """
         shown = f"{IMAGE_PLACEHOLDER}\n" * len(pictures) + f"{VIDEO_PLACEHOLDER}\n" * len(videos)
-        (processed,) = self._processed((Turn("user", f"{shown}."),), pictures, videos, "dummy", generation_prompt=True)
-        ids, inputs, end = processed.ids, processed.inputs, processed.media_end
-        unlabelled, positions = torch.full_like(ids, IGNORED_LABEL), self._positions(ids, inputs)
-        return Sample(ids, unlabelled, inputs=inputs, media_end=end, positions=positions, id="dummy")
+        sample = Sample(**vars(self.encode_prompt((Turn("user", f"{shown}."),), pictures, videos)), id="dummy")
+        return replace(sample, positions=self._positions(sample.input_ids, sample.inputs))
 
     def decode(self, ids: Int[Tensor, " seq"] | Sequence[int]) -> str:
         """Decodes an answer, without special tokens and what ends it."""
@@ -370,7 +353,7 @@ class Encoder:
         *,
         generation_prompt: bool = False,
         prompts: Prompts | None = None,
-    ) -> list[_Processed]:
+    ) -> list[Encoded]:
         """Processes each text of a conversation, that of its last answer first."""
         placeholders = ((IMAGE_PLACEHOLDER,) if pictures else ()) + ((VIDEO_PLACEHOLDER,) if videos else ())
         try:
@@ -396,7 +379,8 @@ class Encoder:
         media = [(pictures[:images], videos[:clips]) for images, clips in seen]
         return [self._process(row, *shown, sample) for row, shown in zip(rows, media, strict=True)]
 
-    def _process(self, chat: Chat, pictures: Sequence[Image.Image], videos: Sequence[Video], sample: str) -> _Processed:
+    def _process(self, chat: Chat, pictures: Sequence[Image.Image], videos: Sequence[Video], sample: str) -> Encoded:
+        """Encodes a text as the processor does, all its answers labelled."""
         options: dict[str, Any] = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
         if self.prompts.bos_token is not None and chat.text.startswith(self.prompts.bos_token):
             options["add_special_tokens"] = False  # apply_chat_template does the same
@@ -425,14 +409,16 @@ class Encoder:
         if chat.by_token_types:
             # The answer's tokens are ones, and all before it count as the picture's.
             trained = [kind == 1 for kind in outputs["token_type_ids"][0].tolist()]
-            roles = trained, trained.index(True) if True in trained else len(trained)
+            media_end = trained.index(True) if True in trained else len(trained)
         elif offsets is None or ((pictures or videos) and not replacements):
-            roles = self._by_prefixes(chat, ids[0].tolist(), pictures, videos, sample)
+            trained, media_end = self._by_prefixes(chat, ids[0].tolist(), pictures, videos, sample)
         else:
             token_spans = [(first, last) for first, last in torch.as_tensor(offsets)[0].tolist()]
             moves = [(tuple(replacement["span"]), tuple(replacement["new_span"])) for replacement in replacements]
-            roles = from_offsets(chat, token_spans, moves, begin=self.prompts.bos_token or "")
-        return _Processed(ids[0], outputs, *roles, chat.answers or tuple(range(len(chat.answer_spans))))
+            trained, media_end = from_offsets(chat, token_spans, moves, begin=self.prompts.bos_token or "")
+        labels = torch.where(torch.tensor(trained), ids[0], IGNORED_LABEL)
+        answers = chat.answers or tuple(range(len(chat.answer_spans)))
+        return Encoded(ids[0], labels, inputs=outputs, media_end=media_end, answers=answers)
 
     def _by_prefixes(
         self, chat: Chat, ids: list[int], pictures: Sequence[Image.Image], videos: Sequence[Video], sample: str
@@ -450,7 +436,7 @@ class Encoder:
         def tokens_up_to(position: int) -> int:
             """Counts the tokens shared with the text up to there, whose last may merge with what follows."""
             text = chat.text[:position]
-            prefix = self._process(Chat(text, ()), pictures[: text.count(token)], (), sample).ids.tolist()
+            prefix = self._process(Chat(text, ()), pictures[: text.count(token)], (), sample).input_ids.tolist()
             return shared_beginning(ids, prefix)
 
         for answer in chat.answer_spans:

@@ -133,8 +133,7 @@ def config_of(base: str, revision: str | None = None) -> Any:
 
 def sees_pictures(base: str, revision: str | None = None) -> bool:
     """Tells whether a folder or hub id is a vision-language model's; a language model takes words alone."""
-    model_type = model_type_of(base, revision)
-    return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or not is_language_model(model_type)
+    return not is_language_model(model_type_of(base, revision))
 
 
 def is_language_model(model_type: str) -> bool:

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from dora_vl.backbones.base import decoder_of
 from dora_vl.backbones.encoder import Encoder
-from dora_vl.backbones.shards import HASH, SHARD_BYTES, ShardStore, keep_settings, store_key
+from dora_vl.backbones.shards import HASH, ShardStore, keep_settings, store_key
 from dora_vl.backbones.video_inputs import within_pixels
 from dora_vl.data.batches import Collator
 from dora_vl.data.picture_files import AS_PUBLISHED, READING
@@ -86,17 +86,11 @@ class FrozenParts:
         """Computes what is stored for one sample's inputs."""
         outputs: dict[str, list[list[Any]]] = {}
         for name, recorded in _recorded(model, self.calls, inputs).items():
-            outputs[name] = []
-            for number, (leaves, _) in enumerate(recorded):
-                read = self._call(name, number).read
-                outputs[name].append(
-                    [
-                        Hollow(tuple(leaf.shape), leaf.dtype)
-                        if isinstance(leaf, Tensor) and index not in read
-                        else leaf
-                        for index, leaf in enumerate(leaves)
-                    ]
-                )
+            read = [self._call(name, number).read for number in range(len(recorded))]
+            outputs[name] = [
+                [leaf if index in used else _emptied(leaf) for index, leaf in enumerate(leaves)]
+                for used, (leaves, _) in zip(read, recorded, strict=True)
+            ]
         return outputs
 
     def outputs_of_each(self, model: Any, samples: Sequence[Sample], pad_token_id: int) -> list[Outputs]:
@@ -155,6 +149,11 @@ class FrozenParts:
             return pytree.tree_unflatten([_joined(values, axis, device) for values, axis in leaves], call.spec)
 
         return forward
+
+
+def _emptied(leaf: Any) -> Any:
+    """Returns a tensor's shape in its place."""
+    return Hollow(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf
 
 
 def _share(leaf: Any, axis: int, number: int, count: int) -> Any:
@@ -468,7 +467,7 @@ class OutputStore:
         self.folder = cache / name
         self.folder.mkdir(parents=True, exist_ok=True)
         keep_settings(self.folder, {**decided, HASH: name})
-        self._shards = ShardStore(self.folder, shard_bytes=SHARD_BYTES)
+        self._shards = ShardStore(self.folder)
         self._has_room = False
 
     def missing(self, reader: PictureReader, pictures: Iterable[Sequence[str]]) -> list[Sequence[str]]:

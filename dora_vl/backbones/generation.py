@@ -27,11 +27,7 @@ def decoded(tokenizer: PreTrainedTokenizerBase, ids: Iterable[object]) -> str:
 
 
 def growing_text(tokenizer: PreTrainedTokenizerBase, answer_in: Callable[[str], str]) -> Callable[[Sequence[int]], str]:
-    """Returns a decoder for an answer's ids as they grow.
-
-    Args:
-        answer_in: cuts the answer out of the whole text.
-    """
+    """Returns a decoder for an answer's ids as they grow; `answer_in` cuts the answer out of the whole text."""
     if tokenizer.clean_up_tokenization_spaces:  # takes spaces back across several tokens
         return lambda ids: answer_in(decoded(tokenizer, ids))
     return GrowingText(partial(decoded, tokenizer), answer_in)
@@ -109,10 +105,8 @@ class ScoreWatch:
     """Ends rows whose scores are no numbers, and marks them; the others go on.
 
     A row's largest score is NaN where any is. Nothing is read back from the device before the end. Callers that pass
-    generate a logits processor or stopping criterion of their own must look at the scores themselves.
-
-    Attributes:
-        options: arguments for transformers' generate.
+    generate a logits processor or stopping criterion of their own must look at the scores themselves. `options` are
+    arguments for generate.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -151,9 +145,8 @@ class ScoreWatch:
 class Draws(LogitsProcessor):
     """Draws each row's next token, any but those of `never`, and leaves it that one alone, which generate then takes.
 
-    Attributes:
-        options: arguments for transformers' generate.
-        log_probs, entropies: of each row, a tensor a token; those behind a row's end mean nothing.
+    `options` are arguments for generate. `log_probs` and `entropies` of the rows, a tensor a token, mean nothing behind
+    a row's end.
     """
 
     def __init__(self, generator: torch.Generator, never: Collection[int]) -> None:

@@ -28,7 +28,7 @@ from transformers.models.llama.tokenization_llama import LlamaTokenizer
 from transformers.tokenization_utils_base import AddedToken, PreTrainedTokenizerBase
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
-from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available, is_tiktoken_available
+from transformers.utils.import_utils import is_tiktoken_available
 
 from dora_vl.adapters.quantised_base import SCHEMES, kept_whole, quantised_layers
 from dora_vl.core.config import Quantisation
@@ -38,8 +38,6 @@ from dora_vl.errors import UserError
 from dora_vl.files import BRINGS_CODE, NO_OWN_CODE, check_model_folder, opening, whole_folder, why_not_read, write_json
 
 SPACE_MARK = "▁"
-NEEDED = {"sentencepiece": is_sentencepiece_available, "protobuf": is_protobuf_available}
-"""Packages that transformers reads a `tokenizer.model` with."""
 
 
 def is_sentencepiece(file: Path) -> bool:
@@ -47,11 +45,6 @@ def is_sentencepiece(file: Path) -> bool:
 
     transformers tries both in silence, and says at the end that tiktoken is missing, whatever was wrong.
     """
-    if missing := [name for name, installed in NEEDED.items() if not installed()]:
-        raise UserError(
-            f"{file} is read with {' and '.join(NEEDED)}; not installed: {', '.join(missing)} "
-            f"(pip install {' '.join(missing)})"
-        )
     from sentencepiece import SentencePieceProcessor
 
     try:
@@ -69,10 +62,8 @@ def is_sentencepiece(file: Path) -> bool:
 def as_sentencepiece(tokenizer: PreTrainedTokenizerBase, settings_file: Path | None) -> PreTrainedTokenizerBase:
     """Rebuilds the tokenizer with SentencePiece's own space marks; one of another class stays as it is.
 
-    Args:
-        tokenizer: as transformers built it from a SentencePiece model.
-        settings_file: its `tokenizer_config.json`. `legacy` there says whether the text after a special token gets
-            a space mark too; by default it does, as in every transformers before 5.
+    `legacy` in its `tokenizer_config.json` says whether the text after a special token gets a space mark too; by
+    default it does, as in every transformers before 5.
     """
     if not isinstance(tokenizer, LlamaTokenizer):
         return tokenizer
@@ -186,12 +177,9 @@ def with_image_token(language: LanguageModel) -> LanguageModel:
 def read_language_model(
     folder: str, *, gguf_file: str | None = None, dtype: torch.dtype | None = None
 ) -> LanguageModel:
-    """Reads a causal language model as it is.
+    """Reads a causal language model of a folder or hub id, or a GGUF file in the folder, which is dequantised.
 
-    Args:
-        folder: a folder or hub id; with `gguf_file`, where that file lies.
-        gguf_file: name of a GGUF file, which is dequantised.
-        dtype: dtype of the weights; None keeps the folder's own (float32 for GGUF).
+    Without `dtype` the weights keep their own (float32 for GGUF).
     """
     tokenizer = load_tokenizer(folder, gguf_file=gguf_file)
     options: dict[str, Any] = {"dtype": dtype or "auto"}
@@ -238,10 +226,8 @@ def _dequantised() -> dict[str, Any]:
 def add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """Returns the id of `<image>`, which becomes a special token of this tokenizer if it is none yet."""
     tokenizer.add_tokens([AddedToken(IMAGE_PLACEHOLDER, normalized=False, special=True)], special_tokens=True)
-    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
-    if not isinstance(image_token_id, int):
-        raise TypeError(f"the tokenizer gave {image_token_id!r} for {IMAGE_PLACEHOLDER}")
-    return image_token_id
+    token_id: Any = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
+    return int(token_id)
 
 
 log = logging.getLogger(__name__)
@@ -302,11 +288,7 @@ SETTINGS_FILE = "made_from.json"
 
 @contextlib.contextmanager
 def written_base(folder: Path, spec: Any) -> Iterator[Path]:
-    """Yields a folder that gets its name, and the settings in it, once the block ends well.
-
-    Args:
-        spec: the dataclass of settings.
-    """
+    """Yields a folder that gets its name, and a dataclass of settings in it, once the block ends well."""
     if folder.exists():
         raise UserError(f"{folder} exists already; remove it or write to another place")
     with whole_folder(folder) as unfinished:

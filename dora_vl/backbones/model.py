@@ -60,10 +60,8 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
     """Runs a model of `AutoModelForImageTextToText` or `AutoModelForCausalLM` to the positions that predict a label.
 
     The inputs keep the processor's names and go to the model's own forward, so that grids, tiles, positions in two
-    dimensions and token types are the model's business. What is frozen outside the decoder stays in eval mode.
-
-    Args:
-        generation: options of transformers' `generate` that every answer uses, such as `num_beams`.
+    dimensions and token types are the model's business. What is frozen outside the decoder stays in eval mode. Every
+    answer uses the options of `generation`, such as `num_beams`.
     """
 
     def __init__(self, model: PreTrainedModel, *, generation: Mapping[str, Any] | None = None) -> None:
@@ -118,8 +116,6 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         """
         rows, positions, targets, samples = _predicted(labels, attention_mask, layout)
         head: Any = head_of(self.model)
-        if head is None:
-            raise UserError(f"{type(self.model).__name__} has no output layer; a causal language model is needed")
         # While unknown, both are computed: ZeRO-3 records the first backward pass, which later ones must equal.
         chunked = self._head_is_last is not False and not keep_logits and in_chunks(head)
         hidden, losses, scores = list[Tensor](), list[Tensor](), list[Tensor]()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -32,10 +33,6 @@ SHORT = 64
 """Up to this many keys plain products take a CPU less time than its flash attention, mainly in the backward pass."""
 
 
-class BlockIsCut(ValueError):
-    """A token sees later ones in a branch behind its segment, so the segment cannot be shared."""
-
-
 class Forest(NamedTuple):
     """A batch of packed rows, each as in `data.packing.Packed`; `segment` is -1 at padding."""
 
@@ -53,13 +50,7 @@ class Span(NamedTuple):
 
 
 class Paths(NamedTuple):
-    """All paths of a batch, padded at the end.
-
-    Attributes:
-        rows: the row of each path.
-        positions: the path's positions in its row.
-        writes: False for positions that an earlier path writes.
-    """
+    """All paths of a batch, padded at the end; `writes` is False for positions that an earlier path writes."""
 
     rows: Int[Tensor, " paths"]
     positions: Int[Tensor, "paths longest"]
@@ -142,10 +133,7 @@ class PackedAttention:
     """Makes a decoder attend along a forest in its model's next forward.
 
     A recomputed forward (gradient checkpointing) comes later than the forward itself and must see the same forest, so
-    the forest stays until the model is called again.
-
-    Args:
-        decoder: the model's layers; those with a running state are hooked.
+    the forest stays until the model is called again. Layers of the decoder with a running state are hooked.
     """
 
     def __init__(self, model: nn.Module, decoder: nn.Module) -> None:
@@ -204,16 +192,14 @@ class PackedAttention:
 
 _instances: WeakValueDictionary[int, PackedAttention] = WeakValueDictionary()
 """Finds the instance by the id of its decoder's config, which masks and attention functions receive."""
-_installed: list[bool] = []
 
 
+@cache
 def _install() -> None:
     """Wraps transformers' masks and attention, once a process."""
-    if not _installed:
-        _installed.append(True)
-        for kind in MASKED:
-            ALL_MASK_ATTENTION_FUNCTIONS.register(kind, _along_paths(ALL_MASK_ATTENTION_FUNCTIONS[kind]))
-        ALL_ATTENTION_FUNCTIONS.register("sdpa", _by_segment(ALL_ATTENTION_FUNCTIONS["sdpa"]))
+    for kind in MASKED:
+        ALL_MASK_ATTENTION_FUNCTIONS.register(kind, _along_paths(ALL_MASK_ATTENTION_FUNCTIONS[kind]))
+    ALL_ATTENTION_FUNCTIONS.register("sdpa", _by_segment(ALL_ATTENTION_FUNCTIONS["sdpa"]))
 
 
 def _along_paths(build: Callable[..., Any]) -> Callable[..., Any]:
@@ -233,7 +219,7 @@ def _along_paths(build: Callable[..., Any]) -> Callable[..., Any]:
         if not packed.blocks_are_whole:
             blocks = sdpa_mask(*args, mask_function=_into_branches(forest, mask_function), **options)
             if blocks is not None and bool(blocks.any()):
-                raise BlockIsCut("tokens that see each other stand in a shared segment and in a branch behind it")
+                raise ValueError("tokens that see each other stand in a shared segment and in a branch behind it")
             packed.blocks_are_whole = True
         along = _visible(forest, mask_function, size, chunked=chunked)
         return build(*args, mask_function=along, config=config, **options)

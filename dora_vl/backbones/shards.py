@@ -23,6 +23,7 @@ from dora_vl.files import read_json, unfinished, write_json
 
 SHARD_GLOB = "shard-*.safetensors"
 SHARD_BYTES = 128 * 2**20
+"""A shard is written once it holds so much."""
 SETTINGS_FILE = "settings.json"
 HASH = "sha256"
 """Setting that holds the weights' hash."""
@@ -41,11 +42,10 @@ class Entry(NamedTuple):
 class ShardStore:
     """Reads and writes a folder's entries; of two with one key the later counts. Worker processes may have it."""
 
-    def __init__(self, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.entries: dict[str, Entry] = {}
         """Entries in the order of the shards' names, which does not depend on which process was first."""
-        self._shard_bytes = shard_bytes
         self._waiting: dict[str, tuple[Any, list[Tensor]]] = {}
         self._bytes = 0
         self._shards = set[Path]()
@@ -77,7 +77,7 @@ class ShardStore:
         copies = [tensor.detach().to("cpu", copy=True).contiguous() for tensor in tensors]
         self._waiting[key] = facts, copies
         self._bytes += len(json.dumps([key, facts])) + sum(copy.nbytes for copy in copies)
-        if self._bytes >= self._shard_bytes:
+        if self._bytes >= SHARD_BYTES:
             self.flush()
 
     def flush(self) -> None:

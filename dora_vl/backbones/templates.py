@@ -328,12 +328,10 @@ PROMPTS: Mapping[str, InstructionPrompt] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Instruction(Prompts):
-    """Renders a published prompt: one question, its output, and the tokenizer's end token.
+    """Renders a prompt of `PROMPTS`: one question, its output, and the tokenizer's end token.
 
     Args:
-        name: key in `PROMPTS`.
         train_on: `all` labels prompt and output, as the published runs do; `answer` the output and its end alone.
-        end: the tokenizer's end token.
         test: uses the test's wording in any case.
     """
 

@@ -82,8 +82,6 @@ class LoadedTower:
 def load_tower(spec: TowerSpec) -> LoadedTower:
     """Loads a pretrained network as a `GridTower`, or as transformers' own class where LLaVA takes that directly."""
     loaders = {"timm": load_timm, "open_clip": load_open_clip, "transformers": load_transformers}
-    if spec.library not in loaders:
-        raise UserError(f"vision_library {spec.library!r}: there are {', '.join(loaders)}")
     if spec.weights_in_order and spec.library == "open_clip":
         raise UserError("vision_weights_in_order: open_clip reads its files itself, by name; leave it off")
     network, config = loaders[spec.library](spec)

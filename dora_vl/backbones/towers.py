@@ -96,9 +96,7 @@ def build_network(config: GridTowerConfig) -> nn.Module:
         smallest_text = CLIPTextCfg(context_length=1, vocab_size=2, width=8, heads=1, layers=1)
         quick_gelu = options.get("quick_gelu", False)
         return CLIP(options["embed_dim"], options["vision_cfg"], smallest_text, quick_gelu=quick_gelu).visual
-    network = AutoModel.from_config(AutoConfig.for_model(**options))
-    if not isinstance(network, nn.Module):
-        raise TypeError(f"AutoModel built a {type(network).__name__} for {config.architecture}")
+    network: Any = AutoModel.from_config(AutoConfig.for_model(**options))
     return network
 
 
@@ -145,23 +143,16 @@ class GridTower(PreTrainedModel):
         **_: Any,  # transformers passes output flags on; there is one output, so none of them matters
     ) -> BaseModelOutput:
         """Returns grid tokens [images, tokens, width], row by row, as the only hidden state."""
-        grid = self.grid(pixel_values)
+        grid = network_output(self.network, self.config, pixel_values)
+        if self.config.layout == "NHWC":
+            grid = grid.permute(0, 3, 1, 2)
+        elif self.config.layout == "NLC":
+            side = self.config.grid_side
+            grid = grid[:, self.config.prefix_tokens :].transpose(1, 2).unflatten(2, (side, side))
         if self.config.grid_pool is not None:
             grid = F.adaptive_avg_pool2d(grid, self.config.grid_pool)
         tokens = grid.flatten(2).transpose(1, 2)
         return BaseModelOutput(last_hidden_state=tokens, hidden_states=(tokens,))
-
-    def grid(
-        self, pixel_values: Float[Tensor, "images 3 height width"]
-    ) -> Float[Tensor, "images channels rows columns"]:
-        """Returns the chosen layer's grid before pooling, channels first."""
-        raw = network_output(self.network, self.config, pixel_values)
-        if self.config.layout == "NHWC":
-            return raw.permute(0, 3, 1, 2)
-        if self.config.layout == "NLC":
-            side = self.config.grid_side
-            return raw[:, self.config.prefix_tokens :].transpose(1, 2).unflatten(2, (side, side))
-        return raw
 
 
 def network_output(network: nn.Module, config: GridTowerConfig, pixel_values: Tensor) -> Tensor:

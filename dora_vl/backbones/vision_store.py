@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from dora_vl.backbones.shards import SHARD_BYTES, SHARD_GLOB, ShardStore, keep_settings
+from dora_vl.backbones.shards import SHARD_GLOB, ShardStore, keep_settings
 from dora_vl.data.example import Clip, Example
 from dora_vl.errors import BadSample, UserError
 
@@ -46,8 +46,7 @@ class Stored:
 class FeatureStore:
     """Reads stored features by the name of their picture or video; worker processes may have it.
 
-    Args:
-        rows: maps each name to where its features are, in the format's own terms.
+    `rows` maps each name to where its features are, in the format's own terms.
     """
 
     def __init__(self, folder: Path, rows: Mapping[str, Any]) -> None:
@@ -143,10 +142,10 @@ class FeatureRow:
 class FeatureWriter:
     """Writes features in float16, a shard whenever there are enough; leaving the `with` block writes the rest."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], *, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         keep_settings(folder, settings)
-        self._shards = ShardStore(folder, shard_bytes=shard_bytes)
+        self._shards = ShardStore(folder)
 
     def __enter__(self) -> FeatureWriter:
         return self
@@ -168,14 +167,16 @@ class FeatureWriter:
         self._shards.flush()
 
 
+CACHE_BYTES = 256 * 2**20
+
+
 class ParquetFeatures(FeatureStore):
     """Reads VL-Adapter's re-hosted shards: Parquet with columns `id` and `features`, nested lists of fixed sizes.
 
-    The row groups read last stay in memory, up to `cache_bytes`.
+    The row groups read last stay in memory, up to `CACHE_BYTES`.
     """
 
-    def __init__(self, folder: Path, *, cache_bytes: int = 256 * 2**20) -> None:
-        self._cache_bytes = cache_bytes
+    def __init__(self, folder: Path) -> None:
         self._groups: OrderedDict[tuple[Path, int], np.ndarray] = OrderedDict()
         rows: dict[str, tuple[Path, int, int, Stored]] = {}
         for path in sorted(folder.glob("*.parquet")):
@@ -197,10 +198,7 @@ class ParquetFeatures(FeatureStore):
 
     def _read(self, name: str) -> Tensor:
         path, group, row, stored = self.rows[name]
-        try:
-            numbers = self._group(path, group)
-        except DAMAGE as error:
-            raise BadSample(name, f"features of {name} {_unreadable(path, error)}") from None
+        numbers = self._group(path, group)
         length = stored.tokens * stored.width
         return torch.from_numpy(numbers[row * length : (row + 1) * length].copy()).view(stored.tokens, stored.width)
 
@@ -213,7 +211,7 @@ class ParquetFeatures(FeatureStore):
             for _ in _fixed_sizes(column.type):
                 column = column.flatten()
             self._groups[key] = column.to_numpy(zero_copy_only=False)
-            while len(self._groups) > 1 and sum(group.nbytes for group in self._groups.values()) > self._cache_bytes:
+            while len(self._groups) > 1 and sum(group.nbytes for group in self._groups.values()) > CACHE_BYTES:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(key)
         return self._groups[key]
@@ -411,10 +409,6 @@ def fixed_length(
 
     Each position in a frame is pooled by itself, so that a grid stays a grid. In float32, since pooling float16 fails
     on a CPU.
-
-    Args:
-        features: the tokens of one frame after the other's.
-        frames: number of frames.
     """
     tokens = features.float()
     if len(tokens) <= length:

@@ -23,7 +23,7 @@ from transformers.models.bart.modeling_bart import BartForConditionalGeneration
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dora_vl.adapters.files import read_tensors
-from dora_vl.adapters.foreign import ADDED_ROWS, ALIASES, EMBEDDING
+from dora_vl.adapters.read import ADDED_ROWS, ALIASES, EMBEDDING
 from dora_vl.backbones.base import Attention, Backbone, Features, max_positions
 from dora_vl.backbones.generation import ScoreWatch
 from dora_vl.backbones.loading import written_base
@@ -248,8 +248,7 @@ def set_answer_heads(
 ) -> None:
     """Gives the model a head for each of these answer lists by task, and no other; heads it has stay.
 
-    Args:
-        seed: seed of new heads' initial values, so that every rank draws the same.
+    New ones are drawn from `seed`, so that every rank has the same.
     """
     config, heads = model.settings, model.answer_heads
     if unused := sorted(set(config.closed_answers) - set(lists)):

@@ -162,8 +162,7 @@ class ByteBudget:
     def arriving(self, headers: Headers, stored: int = 0) -> Iterator[Callable[[int], None]]:
         """Gives a function that counts one request's bytes as they come, whatever size it states.
 
-        Args:
-            stored: bytes that count beside those on their way.
+        `stored` bytes count beside those on their way.
         """
         stated, arrived = headers.get("content-length", ""), 0
 

@@ -187,10 +187,7 @@ def may_join(arguments: Mapping[str, Any], media: Collection[str]) -> bool:
     """Tells whether sequences may join those of a generate call, by what it hands to its decoding method.
 
     They may where all that the model remembers of them is in a plain cache of keys and values, and where it is told
-    each token's position.
-
-    Args:
-        media: names of the inputs that hold pictures and videos, which are read with the prompt alone.
+    each token's position. Inputs named in `media`, pictures and videos, are read with the prompt alone.
     """
     caches = list(_caches(arguments).values())
     if not caches or not isinstance(arguments.get(POSITIONS), Tensor):

@@ -8,11 +8,10 @@ it at its next token where the model allows that, else the next batch. Nothing h
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,11 +19,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
+from dora_vl.backbones.base import max_positions
 from dora_vl.backbones.generation import end_tokens
-from dora_vl.backbones.video_inputs import Video
 from dora_vl.core.strength import checked_strength
 from dora_vl.data.batches import ALIGNED
 from dora_vl.data.samples import BOOKKEEPING
@@ -81,11 +79,7 @@ def can_join(logits_processor: Any, generation_config: Any) -> bool:
 
 
 class BatchDecoder:
-    """Decodes requests together, each with its adapter, and tells each what becomes of it.
-
-    Args:
-        ending: whether nobody waits for any answer any more.
-    """
+    """Decodes requests together, each with its adapter, until `ending()`, and tells each what becomes of it."""
 
     def __init__(self, model: ServedModel, ending: Callable[[], bool]) -> None:
         self._model = model
@@ -97,9 +91,7 @@ class BatchDecoder:
     ) -> None:
         """Answers a batch, and the requests that join it.
 
-        Args:
-            joiners: called at every token with the requests that run and how many tokens their cache holds; gives
-                those that join now.
+        `joiners` is asked at every token, with the requests that run and how many tokens their cache holds.
         """
         running, inputs = self.begin(batch)
         most = max(request.text.sampling.max_new_tokens for request in running)
@@ -232,6 +224,7 @@ def _without_finished(
 
 
 log = logging.getLogger(__name__)
+NOTHING = Shown()
 CHARACTERS_OF_A_TOKEN = 32
 """No text has more characters a token, but for few words among long runs of spaces."""
 
@@ -254,9 +247,8 @@ class Engine:
         name: str,
         turns: Sequence[Turn],
         sampling: Sampling,
+        seen: Shown = NOTHING,
         *,
-        pictures: Sequence[Image.Image] = (),
-        videos: Sequence[Video] = (),
         fill: bool = False,
         strength: float = 1.0,
     ) -> PreparedRequest:
@@ -264,22 +256,22 @@ class Engine:
 
         Args:
             name: an adapter's, or the base's.
-            turns: the conversation, its last turn a question; `<image>` and `<video>` where pictures and videos go.
+            turns: the conversation, its last turn a question; `<image>` and `<video>` where what is `seen` goes.
             fill: the answer may be shorter than `sampling` says where the model has not so many positions left.
             strength: how much of the adapter is applied, 0 nothing (the base, asked as the adapter was trained to be)
                 and 1 all; beyond 1 more of the same.
         """
         entry, strength = self.model.entry(name), checked_strength(strength)
-        if len(pictures) == 1 and not videos:  # as in training
+        if len(seen.pictures) == 1 and not seen.videos:  # as in training
             turns = [replace(turn, text=placeholder_first(turn.text), input_characters=0) for turn in turns]
-        positions, most = self.model.max_positions, self.settings.max_prompt_tokens
+        positions, most = max_positions(self.model.backbone.config), self.settings.max_prompt_tokens
         allowed = min((limit for limit in (positions, most) if limit is not None), default=None)
         characters = sum(len(turn.text) for turn in turns)
         if allowed is not None and characters > allowed * CHARACTERS_OF_A_TOKEN:  # to tokenise them takes long
             reason = f"its {characters:,} characters are more than a prompt of {allowed:,} tokens can hold; shorten it"
             raise BadSample("request", reason)
         with self._encoding:
-            sample = entry.prompts.sample(turns, Shown(pictures=tuple(pictures), videos=tuple(videos)))
+            sample = entry.prompts.sample(turns, seen)
         tokens = len(sample.input_ids)
         if most is not None and tokens > most:
             raise BadSample("request", f"its prompt takes {tokens} tokens, and {most} are allowed here; shorten it")
@@ -293,26 +285,12 @@ class Engine:
     ) -> SubmittedRequest:
         """Hands a request in; `put` receives its events in the engine's thread, and must not wait.
 
-        Args:
-            deadline: when its answer comes too late, by `time.monotonic`; None: its time begins now.
+        Its answer comes too late after `deadline`, by `time.monotonic`; without one its time begins now.
         """
         deadline = time.monotonic() + self.settings.answer_seconds if deadline is None else deadline
         request = SubmittedRequest(prepared, put, deadline)
         self._scheduler.add(request)
         return request
-
-    def ask(self, prepared: PreparedRequest) -> Iterator[Piece | Finished]:
-        """Hands a request in and gives its events as they come; whoever stops reading ends it."""
-        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        request = self.submit(prepared, events.put)
-        try:
-            while not isinstance(event := events.get(), Finished):
-                if isinstance(event, Failed):
-                    raise event.error
-                yield event
-            yield event
-        finally:
-            request.cancel()
 
     @property
     def waiting(self) -> int:
@@ -369,10 +347,9 @@ class Engine:
             return None
 
     def _joiners(self, joined: list[SubmittedRequest], running: Running, columns: int) -> Sequence[ReadPrompts]:
-        """Returns the requests that join a running batch, their prompts read; one that cannot be read is told so.
+        """Returns the requests that join a running batch, their prompts read, and adds them to `joined`.
 
-        Args:
-            joined: gets what joins.
+        One that cannot be read is told so.
         """
         if not self.settings.joining:
             return ()

@@ -38,11 +38,7 @@ PATIENT_SECONDS = 5.0
 
 
 class RequestMedia:
-    """Reads what requests show, from several threads.
-
-    Args:
-        same_length: whether the videos of a batch must have equally many frames.
-    """
+    """Reads what requests show, from several threads; with `same_length` all videos get equally many frames."""
 
     def __init__(self, settings: Settings, *, same_length: bool = False) -> None:
         self.settings, self._same_length = settings, same_length
@@ -61,8 +57,7 @@ class RequestMedia:
     def reading(self, go_on: Callable[[], object] = lambda: None) -> Iterator[Reading]:
         """One request's reading; its turn begins with its first picture and ends with this.
 
-        Args:
-            go_on: raises what ends the reading, such as that the client has gone.
+        `go_on` raises what ends the reading, such as that the client has gone.
         """
         with contextlib.ExitStack() as turn:
             budget = Budget(self.settings.media_seconds, DECODER_MEMORY, int(self.settings.max_mpx * 1_000_000), go_on)
@@ -104,11 +99,7 @@ class RequestMedia:
 
 
 class Reading:
-    """One request's pictures and videos, which share its budget.
-
-    Args:
-        turn: waits for the request's turn; gives the process that reads for it.
-    """
+    """One request's pictures and videos, which share its budget; `turn` waits for the process that reads them."""
 
     def __init__(
         self, settings: Settings, budget: Budget, turn: Callable[[], LimitedProcess], same_length: bool

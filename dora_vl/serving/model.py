@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from dora_vl.adapters.adapter import content_hash, local_folder
 from dora_vl.adapters.several import AdapterSlots, Layers, rows_seen
-from dora_vl.backbones.base import Backbone, decoder_of, max_positions
+from dora_vl.backbones.base import Backbone, decoder_of
 from dora_vl.backbones.families import LLAVA
 from dora_vl.core.strength import Share
 from dora_vl.data.turns import Turn
@@ -46,7 +46,7 @@ class Entry:
     prompts: EncoderPrompts
     alone: bool = False
 
-    def share(self, strength: float = 1.0) -> Share | None:
+    def share(self, strength: float) -> Share | None:
         """Returns what a row has of it at this strength; None is the base."""
         return None if self.name is None or strength == 0 else Share(self.name, strength)
 
@@ -56,24 +56,19 @@ class ServedModel:
 
     Args:
         source: of the base, and of how it is asked: by itself, or as an adapter on it was trained to be.
-        base_name: what the base is called among the adapters; None: as its folder.
-        template: the prompt format of adapters that do not say their own.
+        base_name: what the base is called among the adapters.
     """
 
-    def __init__(
-        self, source: ModelSource, *, base_name: str | None = None, template: str | None = None, any_base: bool = False
-    ) -> None:
+    def __init__(self, source: ModelSource, base_name: str) -> None:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         self.source = source
-        self.base_name = base_name or Path(source.base).absolute().name
-        self._template, self._any_base = template, any_base
         prompts = prompts_of(source)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.backbone: Backbone[Any] = load_decoder(source).to(device).eval()
         self.assistant = Assistant(self.backbone, prompts)
         self.adapters = AdapterSlots(self.backbone.model, self._layers())
-        self._entries: dict[str, Entry] = {self.base_name: Entry(None, prompts)}
+        self._entries: dict[str, Entry] = {base_name: Entry(None, prompts)}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -86,26 +81,16 @@ class ServedModel:
             raise UnknownModel(f"no model {shown(name)} is served; there are {', '.join(self._entries)}")
         return self._entries[name]
 
-    def add(self, name: str, folder: Path) -> None:
+    def add(self, name: str, folder: Path, source: ModelSource) -> None:
         """Reads an adapter and serves it, before any request."""
-        if name == self.base_name:
-            raise UserError(
-                f"the base is called {shown(name)} too; choose another name, or the base's with --base-name"
-            )
-        source = source_on(self.source, folder, template=self._template, any_base=self._any_base)
         read = self.adapters.read(folder)
         self.adapters.put(name, read)
         self._entries[name] = Entry(name, prompts_of(source), read.alone)
 
-    @contextmanager
     def rows(
         self, entries: Sequence[Entry], pictures: Sequence[int], strengths: Sequence[float] = ()
-    ) -> Iterator[None]:
-        """Meanwhile the model's batch has a row for each of these, with so many pictures each.
-
-        Args:
-            strengths: how much of its adapter is applied to each; none: all of it.
-        """
+    ) -> AbstractContextManager[None]:
+        """Meanwhile the model's batch has a row for each of these, with so many pictures, at this strength (or 1)."""
         strengths = strengths or [1.0] * len(entries)
         shares = [entry.share(strength) for entry, strength in zip(entries, strengths, strict=True)]
         rows = list(zip(entries, shares, pictures, strict=True))
@@ -114,19 +99,13 @@ class ServedModel:
             shown_by: list[Share | None] = [alone[0] if alone else None]
         else:
             shown_by = [share for _, share, count in rows for _ in range(count)] or [None]
-        with self.adapters.batch.holding(shares, shown_by):
-            yield
+        return self.adapters.batch.holding(shares, shown_by)
 
     @property
     def by_picture(self) -> bool:
         """Whether each picture of a batch can have the projector of its own row's adapter."""
         config: Any = self.backbone.model.config
         return config.model_type == LLAVA
-
-    @cached_property
-    def max_positions(self) -> int | None:
-        """What the model takes of a prompt and its answer together."""
-        return max_positions(self.backbone.config)
 
     def _layers(self) -> Layers:
         model = self.backbone.model
@@ -153,18 +132,28 @@ def open_served(
     template: str | None = None,
     any_base: bool = False,
 ) -> ServedModel:
-    """Returns a base with its adapters; see `ServedModel`. Without `model`, the base is the first adapter's."""
+    """Returns a base with its adapters, all checked before the weights are read.
+
+    Args:
+        model: the base; None: the first adapter's.
+        base_name: what the base is called among the adapters; None: as its folder.
+        template: the prompt format of adapters that do not say their own.
+    """
     first = next(iter(adapters.values()), None)
     if first is None:
         request = ModelRequest(model=model, template=template)
     else:
         request = ModelRequest(adapter=first, base=model, any_base=any_base, template=_template_of(first, template))
     source = find_source(request)
-    for folder in adapters.values():  # before the weights are read
-        source_on(source, folder, template=template, any_base=any_base)
-    served = ServedModel(source, base_name=base_name, template=template, any_base=any_base)
-    for name, folder in adapters.items():
-        served.add(name, folder)
+    base_name = base_name or Path(source.base).absolute().name
+    if base_name in adapters:
+        raise UserError(
+            f"the base is called {shown(base_name)} too; choose another name, or the base's with --base-name"
+        )
+    sources = [source_on(source, folder, template=template, any_base=any_base) for folder in adapters.values()]
+    served = ServedModel(source, base_name)
+    for (name, folder), adapter_source in zip(adapters.items(), sources, strict=True):
+        served.add(name, folder, adapter_source)
     return served
 
 

@@ -51,11 +51,7 @@ positive_seconds = between(float, 1e-6)
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Defaults of a request, sizes of a batch and limits of what a request may hold and show.
-
-    Attributes:
-        joining: whether requests join a batch that is being answered, where the model allows it.
-    """
+    """Defaults of a request, sizes of a batch and limits of what a request may hold and show."""
 
     max_new_tokens: int = option(ANSWERS, 256, positive, "longest answer where a request names none")
     temperature: float = option(
@@ -68,6 +64,7 @@ class Settings:
     answer_seconds: float = option(ANSWERS, 300.0, positive_seconds, "from request to end of its answer")
     max_prompt_tokens: int | None = option(ANSWERS, None, positive, "longest prompt, else as the model takes")
     joining: bool = True
+    """Requests join a batch that is being answered, where the model allows it."""
 
     max_body_mib: float = option(REQUEST, 64, positive, "largest request")
     body_seconds: float = option(REQUEST, 30.0, positive_seconds, "longest time to send one")

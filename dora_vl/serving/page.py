@@ -24,9 +24,10 @@ from dora_vl.errors import UserError
 from dora_vl.run.folder import ADAPTER
 from dora_vl.serving.access import AccessRules, ByteBudget, PageMiddleware, Uploads
 from dora_vl.serving.decoding import Sampling
+from dora_vl.serving.engine import NOTHING
 from dora_vl.serving.page_parts import column_view, head_view, notice_view, shown_view, state_view
 from dora_vl.serving.page_training import TrainDoor
-from dora_vl.serving.side_by_side import NOTHING, Conversation, ModelChoice, OpenModels, error_text
+from dora_vl.serving.side_by_side import Conversation, ModelChoice, OpenModels, error_text
 
 STYLE = Path(__file__).parent / "page_files" / "page.css"
 TAKE_QUESTION, SCRIPT = STYLE.with_name("take_question.js"), STYLE.with_name("page.js")
@@ -53,11 +54,7 @@ class QuietServer(uvicorn.Server):
 
 
 def build_page_app(page: Page, rules: AccessRules, *, upload_bytes: int) -> FastAPI:
-    """Returns the application.
-
-    Args:
-        upload_bytes: largest file that is taken at all.
-    """
+    """Returns the application, which takes no file of more than `upload_bytes`."""
     app = FastAPI(title="dora-vl demo", docs_url=None, redoc_url=None, openapi_url=None)
     budget = ByteBudget(2**20, 64 * 2**20)  # of events, which hold no picture
     app.add_middleware(PageMiddleware, rules=rules, budget=budget, uploads=page.uploads)

@@ -20,11 +20,7 @@ NO_WORDS = '<span class="dv-faint">(no words)</span>'
 
 
 def shown_view(shown: Shown, *, frames_are_pictures: bool = False) -> str:
-    """Returns the pictures, and a video's frames with their times, as the model sees them.
-
-    Args:
-        frames_are_pictures: the model takes no videos, and sees their frames as so many pictures.
-    """
+    """Returns the pictures, and a video's frames with their times, as the model sees them."""
     figures = [_figure(picture, f"{picture.width} × {picture.height}") for picture in shown.pictures]
     parts = [f'<div class="dv-pictures">{"".join(figures)}</div>'] if figures else []
     for video in shown.videos:

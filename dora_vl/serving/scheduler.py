@@ -100,16 +100,12 @@ class PreparedRequest:
 
 @dataclass
 class SubmittedRequest:
-    """A request that was handed in.
-
-    Attributes:
-        put: receives its events.
-        deadline: when its answer comes too late, by `time.monotonic`.
-    """
+    """A request that was handed in; `put` receives its events."""
 
     prepared: PreparedRequest
     put: Callable[[Event], object]
     deadline: float
+    """Afterwards, by `time.monotonic`, its answer comes too late."""
     over: bool = False
     pieces: int = 0
     cancelled: bool = False

@@ -7,7 +7,7 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -40,12 +40,7 @@ from dora_vl.serving.scheduler import (
 async def chunks(
     request: ChatRequest, event: Event, submitted: SubmittedRequest, events: asyncio.Queue[Event]
 ) -> AsyncIterator[str]:
-    """Returns the events of one answer as OpenAI's chunks, server-sent; whoever closes this ends the answer.
-
-    Args:
-        event: the first one.
-        events: the others.
-    """
+    """Yields an answer's first event and the others as OpenAI's chunks, server-sent; whoever closes this ends it."""
     head = _head(request, "chat.completion.chunk")
     with_usage = request.stream_options is not None and request.stream_options.include_usage
 
@@ -121,11 +116,7 @@ class WaitingClient:
 
 
 class Server:
-    """Answers HTTP requests through an engine; use it in a `with`, whose end ends the decoders.
-
-    Args:
-        engine: what answers; the server does not close it.
-    """
+    """Answers HTTP requests through an engine, which stays open; use it in a `with`, whose end ends the decoders."""
 
     def __init__(self, engine: Engine, *, rules: AccessRules | None = None) -> None:
         self.engine, self.settings = engine, engine.settings
@@ -189,8 +180,7 @@ class Server:
                 body.model,
                 turns,
                 sampling,
-                pictures=seen.pictures,
-                videos=seen.videos,
+                seen,
                 fill=body.longest is None,
                 strength=1.0 if body.strength is None else body.strength,
             )
@@ -237,14 +227,10 @@ def build_app(server: Server) -> FastAPI:
         content_seconds=server.settings.body_seconds,
         budget=ByteBudget(largest, 8 * largest),
     )
-    routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
-        ("POST", "/v1/chat/completions", server.chat),
-        ("GET", "/v1/models", server.models),
-        ("GET", "/v1/models/{name:path}", server.model),
-        ("GET", "/health", server.health),
-    ]
-    for method, path, handler in routes:
-        app.add_route(path, handler, methods=[method])
+    app.add_route("/v1/chat/completions", server.chat, methods=["POST"])
+    app.add_route("/v1/models", server.models)
+    app.add_route("/v1/models/{name:path}", server.model)
+    app.add_route("/health", server.health)
 
     async def refused(_: Request, error: Exception) -> Response:
         return error_response(error)

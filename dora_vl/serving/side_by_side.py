@@ -22,14 +22,13 @@ from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample, UserError, one_line
 from dora_vl.evaluation.predictor import Shown
 from dora_vl.serving.decoding import Reason, Sampling
-from dora_vl.serving.engine import Engine
+from dora_vl.serving.engine import NOTHING, Engine
 from dora_vl.serving.media import RequestMedia, words
 from dora_vl.serving.model import ServedModel
 from dora_vl.serving.options import Settings
 from dora_vl.serving.requests import TooLarge
 from dora_vl.serving.scheduler import Event, Failed, Finished, Piece, Stopped, SubmittedRequest
 
-NOTHING = Shown()
 PACE_SECONDS = 0.04
 """Pieces that come within this time are shown together."""
 HALT = Failed(Stopped("stopped"))
@@ -179,8 +178,7 @@ class SideBySide:
                 choice.name,
                 conversation.turns(column, question),
                 sampling,
-                pictures=conversation.shown.pictures,
-                videos=conversation.shown.videos,
+                conversation.shown,
                 fill=True,
                 strength=choice.strength,
             )

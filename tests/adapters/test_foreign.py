@@ -39,6 +39,23 @@ def test_llava_names_become_transformers(tmp_path):
     assert read_any(tmp_path, ReadOptions(alpha=6.0)).layers.keys() == adapter.layers.keys()
 
 
+def test_a_whole_vlbart_gives_its_adapter_what_trained_and_the_added_rows(tmp_path):
+    (a, b, m), rows = factors(torch.randn(8, 6)), torch.randn(210, 4)
+    layer, visual = "model.encoder.layers.0.self_attn.q_proj", "model.encoder.visual_embedding.feat_embedding.0.weight"
+    file = {f"{layer}.{leaf}": part for leaf, part in {"lora_A": a, "lora_B": b, "weight_m": m[:, None]}.items()}
+    file |= {f"{layer}.weight_v": torch.ones(8, 6), f"{layer}.bias": torch.ones(8), visual: torch.ones(4, 4)}
+    for tokens in ({}, {"model.shared.weight": rows, "lm_head.weight": rows}):
+        torch.save({f"module.{name}": part for name, part in {**file, **tokens}.items()}, tmp_path / "LAST.pth")
+        if not tokens:
+            with pytest.raises(UserError):
+                read_any(tmp_path / "LAST.pth", ReadOptions())
+    adapter, added = read_any(tmp_path / "LAST.pth", ReadOptions()), "model.shared.weight[-200:]"
+    assert adapter.factors[layer].scale == 1.0
+    assert set(adapter.extras) == {f"{layer}.bias", visual, added}
+    assert torch.equal(adapter.extras[added], rows[-200:])
+    assert adapter.recipe["adapter"]["kept"] == [added]
+
+
 def with_(**more):
     return lambda file: {**file, **{key.replace("__", "."): tensor for key, tensor in more.items()}}
 

@@ -52,18 +52,6 @@ VISION: dict[str, Any] = {
 """A tiny CLIP's sizes."""
 
 
-def tiny_llava_config(image_token_id: int = 60, vocabulary: int = 64) -> LlavaConfig:
-    """CLIP with 2x2 patches and two LLaMA layers whose key/value heads are fewer than its heads."""
-    return LlavaConfig(
-        vision_config=CLIPVisionConfig(**VISION),
-        text_config=LlamaConfig(**{**SIZES, "vocab_size": vocabulary, "max_position_embeddings": 256}),
-        image_token_index=image_token_id,
-        image_seq_length=4,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-    )
-
-
 def small_clip(seed: int) -> CLIPModel:
     """A CLIP of a few thousand weights, the same for the same seed; four by four patches of 8 pixels."""
     torch.manual_seed(seed)
@@ -78,8 +66,15 @@ def small_clip(seed: int) -> CLIPModel:
 
 @pytest.fixture
 def backbone() -> DecoderBackbone:
+    """A LLaVA of CLIP with 2x2 patches and two LLaMA layers whose key/value heads are fewer than its heads."""
     torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(tiny_llava_config())
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**VISION),
+        text_config=LlamaConfig(**{**SIZES, "vocab_size": 64, "max_position_embeddings": 256}),
+        image_token_index=60,
+        image_seq_length=4,
+    )
+    model = LlavaForConditionalGeneration(config)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:

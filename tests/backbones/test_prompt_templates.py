@@ -259,19 +259,6 @@ def test_an_end_token_in_a_question_stays_text() -> None:
     assert ids[-1] == byte_tokenizer().eos_token_id
 
 
-def test_a_cut_sample_loses_its_end_and_says_so() -> None:
-    whole = encoder(train_on="all").encode(TASK)
-    length = len(whole.input_ids)
-    cut = encoder(train_on="all", max_tokens=length - 6).encode(TASK)
-    assert cut.cut_tokens == 6
-    assert torch.equal(cut.input_ids, whole.input_ids[: length - 6])
-    exactly = encoder(train_on="all", max_tokens=length - 1).encode(TASK)
-    assert exactly.cut_tokens == 1
-    assert exactly.input_ids[-1] != byte_tokenizer().eos_token_id  # as in the references: no room for it
-    with pytest.raises(BadSample):
-        encoder(max_tokens=20).encode(TASK)
-
-
 @pytest.mark.parametrize("prompt", ["nvlabs", "alpaca"])
 def test_a_choice_is_tokenised_with_its_prompt(prompt: str) -> None:
     coder = encoder(prompt=prompt)

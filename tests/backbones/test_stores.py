@@ -19,7 +19,7 @@ from PIL import Image
 from torch.utils import _pytree as pytree
 
 from dora_vl import DoRAConfig, apply_dora
-from dora_vl.backbones import frozen_outputs
+from dora_vl.backbones import frozen_outputs, shards
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.frozen_outputs import FrozenParts, NotStorable, OutputStore, PictureReader, proven_parts
 from dora_vl.backbones.model import open_backbone
@@ -44,14 +44,15 @@ def rows(count: int) -> list[FeatureRow]:
     return [FeatureRow(f"v{n}", made(n, 2 + n % 3, 5), "pyav", (n, n + 1), (0.5, 1.25)) for n in range(count)]
 
 
-def write(folder: Path, *written: FeatureRow, shard_bytes: int = 2**20) -> None:
-    with FeatureWriter(folder, {}, shard_bytes=shard_bytes) as writer:
+def write(folder: Path, *written: FeatureRow) -> None:
+    with FeatureWriter(folder, {}) as writer:
         for row in written:
             writer.add(row)
 
 
-def test_rows_of_different_lengths_come_back(tmp_path: Path) -> None:
-    write(tmp_path, *rows(7), shard_bytes=200)
+def test_rows_of_different_lengths_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "SHARD_BYTES", 200)
+    write(tmp_path, *rows(7))
     source = open_features(tmp_path)
     assert sorted(source.rows) == sorted(f"v{n}" for n in range(7))
     for row in rows(7):
@@ -80,8 +81,7 @@ def test_of_two_shards_the_one_written_last_counts(tmp_path: Path) -> None:
     for features, more in ((first, ()), (second, rows(1)), (first, ())):
         write(tmp_path, FeatureRow("a", features), *more)
         assert torch.equal(open_features(tmp_path).read("a"), features)
-    shards = sorted(tmp_path.glob("*.safetensors"))
-    assert len(shards) == 2  # the same pictures again took the place of the first
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2  # the same pictures again took the place of the first
 
 
 def test_what_is_no_whole_shard_is_refused(tmp_path: Path) -> None:
@@ -351,7 +351,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 @pytest.mark.parametrize(("shard_bytes", "again"), [(1, 2), (2**20, 5)])  # a sample a shard; all in one
 def test_a_stopped_run_goes_on(case, computed, monkeypatch, shard_bytes, again) -> None:
-    monkeypatch.setattr(frozen_outputs, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(shards, "SHARD_BYTES", shard_bytes)
     computed.append("stop")  # after three
     with pytest.raises(KeyboardInterrupt):
         case.filled()

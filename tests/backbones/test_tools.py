@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from itertools import groupby
 from typing import Any
 
 import pytest
@@ -27,7 +26,7 @@ from dora_vl.errors import BadSample
 from tests.backbones.encoded_talk import piece_encoder
 from tests.backbones.image_text_conversations import BLUE, RED, encoder_of
 from tests.backbones.test_chat_templates import CHAT
-from tests.backbones.test_conversations_of_rounds import encoder_with, labelled, rows_of, tokenizer
+from tests.backbones.test_conversations_of_rounds import encoder_with, labelled, rows_of, tokenizer, trained_stretches
 from tests.data.readers.chat_forms import FORMS, ITEMS, TOOL, Talk, assistant, call_of, tool, user
 
 
@@ -139,11 +138,6 @@ def prompt_of(
         shown, tools=talk.tools or None, add_generation_prompt=True, tokenize=False, **{**switch, **talk.kwargs}
     )
     return encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def trained_stretches(row: Encoded) -> list[list[int]]:
-    places = groupby(enumerate(row.labels.tolist()), lambda pair: pair[1] != IGNORED_LABEL)
-    return [[place for place, _ in group] for is_trained, group in places if is_trained]
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -108,24 +109,17 @@ def test_open_clip(tmp_path: Path) -> None:
     assert tower.model.config.options["quick_gelu"] is True
 
 
-class TestTransformers:
-    @pytest.fixture
-    def folder(self, tmp_path: Path) -> Path:
-        small_clip(4).save_pretrained(tmp_path)
-        return tmp_path
-
-    def spec(self, folder: Path, **changes: object) -> TowerSpec:
-        return TowerSpec(library="transformers", name=str(folder), image_mean=MEAN, image_std=STD, **changes)  # pyright: ignore
-
-    def test_pooled(self, folder: Path, tmp_path: Path) -> None:
-        tower = load_tower(self.spec(folder, grid_pool=2))
-        assert isinstance(tower.model, GridTower)
-        assert (tower.layer, tower.select, tower.tokens) == (-1, "full", 4)
-        pixels = picture(32)
-        states = CLIPVisionModel.from_pretrained(folder)(pixels, output_hidden_states=True).hidden_states[-2]
-        grid = states[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
-        expected = F.avg_pool2d(grid, 2).flatten(2).transpose(1, 2)
-        torch.testing.assert_close(tower.model(pixels).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
+def test_a_transformers_grid_is_pooled(tmp_path: Path) -> None:
+    small_clip(4).save_pretrained(tmp_path)
+    spec = TowerSpec(library="transformers", name=str(tmp_path), image_mean=MEAN, image_std=STD, grid_pool=2)
+    tower = load_tower(spec)
+    assert isinstance(tower.model, GridTower)
+    assert (tower.layer, tower.select, tower.tokens) == (-1, "full", 4)
+    pixels = picture(32)
+    states = CLIPVisionModel.from_pretrained(tmp_path)(pixels, output_hidden_states=True).hidden_states[-2]
+    grid = states[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+    expected = F.avg_pool2d(grid, 2).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(tower.model(pixels).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_batch_norms_never_move() -> None:
@@ -136,22 +130,17 @@ def test_batch_norms_never_move() -> None:
     assert all(torch.equal(value, before[name]) for name, value in tower.state_dict().items())
 
 
-class TestWeights:
-    def test_other_names_in_the_same_order(self, tmp_path: Path) -> None:
-        network = timm_weights("test_efficientnet", tmp_path / "w.safetensors")
-        other = {f"_{index}": value for index, value in enumerate(network.state_dict().values())}
-        torch.save({"state_dict": other}, tmp_path / "other.pth")
-        spec = TowerSpec(library="timm", name="test_efficientnet", weights=str(tmp_path / "other.pth"))
-        with pytest.raises(UserError):
-            load_tower(spec)
-        tower = load_tower(
-            TowerSpec(
-                library="timm", name="test_efficientnet", weights=str(tmp_path / "other.pth"), weights_in_order=True
-            )
-        )
-        pixels = picture(160)
-        expected = network.forward_features(pixels).flatten(2).transpose(1, 2)
-        torch.testing.assert_close(tower.model(pixels).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
+def test_weights_of_other_names_in_the_same_order(tmp_path: Path) -> None:
+    network = timm_weights("test_efficientnet", tmp_path / "w.safetensors")
+    other = {f"_{index}": value for index, value in enumerate(network.state_dict().values())}
+    torch.save({"state_dict": other}, tmp_path / "other.pth")
+    spec = TowerSpec(library="timm", name="test_efficientnet", weights=str(tmp_path / "other.pth"))
+    with pytest.raises(UserError):
+        load_tower(spec)
+    tower = load_tower(replace(spec, weights_in_order=True))
+    pixels = picture(160)
+    expected = network.forward_features(pixels).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(tower.model(pixels).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +202,7 @@ def test_squashing_equals_open_clips_own() -> None:
 )
 def test_a_timm_tower(kept, merge: int, shape: tuple[int, ...]) -> None:
     layer = None if kept == "pooled" else -2
-    spec = TowerSpec(**{**vars(TIMM), "layer": layer, "grid_pool": None if kept == "pooled" else 2})
+    spec = replace(TIMM, layer=layer, grid_pool=None if kept == "pooled" else 2)
     encoder = FeatureEncoder(FeatureSettings(tower=spec, kept=kept, merge=merge))
     features = encoder.pictures([photo(), photo(30, 50)])
     assert features.shape == shape
@@ -283,7 +272,7 @@ def test_a_transformers_tower_takes_the_weights_it_is_given(tmp_path: Path, kept
 
 def test_changes_stand_beside_each_token(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4")
-    spec = TowerSpec(**{**vars(TIMM), "layer": -3, "grid_pool": 2})
+    spec = replace(TIMM, layer=-3, grid_pool=2)
     torch.manual_seed(0)
     encoder = FeatureEncoder(FeatureSettings(tower=spec, frames=3, changes=True))
     with VideoReader(backends=("decord", "pyav")) as reader:

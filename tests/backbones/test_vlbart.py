@@ -31,11 +31,12 @@ from dora_vl.backbones.vlbart import (
     load_vlbart,
 )
 from dora_vl.backbones.vlbart_model import grid_boxes, pool_grid, strip_boxes
-from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
+from dora_vl.core import DoRAConfig, apply_dora, trained_parts
 from dora_vl.data.example import Answer, Example, write_examples
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.assistant import check_room
 from tests.backbones.tiny_vlbart import batch, meta_bart_base, tiny, write_features
+from tests.core.dense_dora import move_trained
 
 
 @pytest.mark.parametrize(
@@ -181,12 +182,7 @@ def test_an_adapter_folder_carries_the_random_rows_along(tmp_path: Path) -> None
     extras = also_trained(model.settings, biases=True, norm_weights=True)
     config = DoRAConfig(rank=4, alpha=6.0, dropout=0.0, targets=DORA_TARGETS, also_train=extras, also_keep=KEPT_ROWS)
     apply_dora(model, config)
-    with torch.no_grad():
-        for part in trained_parts(model):
-            for parameter in part.parameters.values():
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-    for _, layer in adapted_layers(model):
-        layer.forget_norms()
+    move_trained(model)
     expected = logits_of(VlBartBackbone(model.eval()), batch())
     save_adapter(model, tmp_path / "adapter")
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")

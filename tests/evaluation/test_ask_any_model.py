@@ -26,7 +26,7 @@ from dora_vl.evaluation.open_model import ModelRequest, open_model
 from dora_vl.evaluation.predictions import read_predictions
 from dora_vl.evaluation.predictor import Decoding, Shown, media_reader
 from dora_vl.evaluation.scores.benchmark import LETTER
-from tests.backbones.tiny_image_text import FAMILIES, write_tiny
+from tests.backbones.tiny_image_text import write_tiny
 from tests.backbones.tiny_language import write_tiny_language
 from tests.backbones.tiny_video import coloured_video, write_tiny_video
 from tests.serving.tiny_served import spread
@@ -43,8 +43,6 @@ def write_model(name: str, folder: Path) -> Path:
         return spread(write_tiny_language(folder))
     if name == "llava":
         return spread(write_tiny_llava(folder))
-    if FAMILIES[name].needs:
-        pytest.importorskip(FAMILIES[name].needs)
     return spread(write_tiny(name, folder))
 
 

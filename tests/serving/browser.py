@@ -133,8 +133,11 @@ class Visitor:
 
     def choose(self, side: str, model: str) -> None:
         self.page.evaluate("window.scrollTo(0, 0)")  # the list stays where it opens
-        self.page.click(f"#dv-model-{side} input")
-        self.page.locator("ul[role=listbox] li, ul.options li").filter(has_text=model).first.click()
+        self.pick(f"#dv-model-{side}", model)
+
+    def pick(self, dropdown: str, text: str) -> None:
+        self.page.click(f"{dropdown} input")
+        self.page.locator("ul[role=listbox] li, ul.options li").filter(has_text=text).first.click()
 
     def turn_dial(self, side: str, strength: float) -> None:
         number = self.page.locator(f"#dv-strength-{side} input[type=number]")
@@ -157,10 +160,6 @@ class Trainer(Visitor):
         self.page.keyboard.press("Enter")
         self.page.click("#dv-look")
         self.state("min on this machine")
-
-    def choose_run(self, run: str) -> None:
-        self.page.click("#dv-run input")
-        self.page.locator("ul[role=listbox] li, ul.options li").filter(has_text=run).first.click()
 
     def drop(self, files: list[Path]) -> str:
         self.page.set_input_files("#dv-drop input[type=file]", [str(file) for file in files])

@@ -14,6 +14,7 @@ from dora_vl.serving.model import open_served
 from dora_vl.serving.options import Settings
 from tests.serving.browser import Trainer, Visitor, browser, demo, page_of
 
+DEMO = Path("runs/demo")
 SIZE = {"width": 1240, "height": 800}
 COLOURS = 192
 """Of a palette: enough for a page, and a small file."""
@@ -66,22 +67,15 @@ def shoot_training(chromium: Any, base: Path, to: Path) -> None:
 def main() -> None:
     """Takes them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--adapter", type=Path, default=Path("runs/demo/adapter"))
-    parser.add_argument(
-        "--pictures", type=Path, default=Path("runs/demo/assets/easy_vqa/test/images"), help="of its test"
-    )
     parser.add_argument("--to", type=Path, default=Path("docs/images"))
-    parser.add_argument("--ask-alone", action="store_true", help="without the run on the page, which takes minutes")
-    parser.add_argument("--base", type=Path, default=Path("runs/demo/tuned"), help="of the run that is trained")
-    options = parser.parse_args()
-    if not options.ask_alone:
-        with browser() as chromium:
-            shoot_training(chromium, options.base, options.to)
-    model = open_served(None, {"demo": options.adapter}, base_name="the base")
+    to = parser.parse_args().to
+    with browser() as chromium:
+        shoot_training(chromium, DEMO / "tuned", to)
+    model = open_served(None, {"demo": DEMO / "adapter"}, base_name="the base")
     with tempfile.TemporaryDirectory() as folder, browser() as chromium:
         broken = Path(folder) / "holiday.jpg"
         broken.write_bytes(b"\xff\xd8\xff\xe0" + bytes(900))
-        first, second, *_ = sorted(options.pictures.glob("*.png"))
+        first, second, *_ = sorted((DEMO / "assets/easy_vqa/test/images").glob("*.png"))
         with page_of(model, Path(folder) / "uploads", Settings(max_new_tokens=24)) as (address, _):
             visitor = Visitor(chromium.new_context(viewport=SIZE, color_scheme="light"), address)
             visitor.page.set_default_timeout(60_000)
@@ -89,17 +83,17 @@ def main() -> None:
             visitor.see(1)
             visitor.ask("what shape is in the picture?")
             visitor.ask("what color is the shape?")
-            shoot(visitor, options.to / "page_side_by_side.png")
+            shoot(visitor, to / "page_side_by_side.png")
             visitor.show(second)
             visitor.page.locator("#dv-conversation-left", has_text="will answer here").wait_for()
             visitor.choose("right", "demo")
             visitor.turn_dial("left", 0.25)
             visitor.ask("what color is the shape?")
             visitor.ask("describe the picture")
-            shoot(visitor, options.to / "page_dial.png")
+            shoot(visitor, to / "page_dial.png")
             visitor.show(broken)
             visitor.page.locator("#dv-notice .dv-notice").wait_for()
-            shoot(visitor, options.to / "page_broken_file.png")
+            shoot(visitor, to / "page_broken_file.png")
 
 
 if __name__ == "__main__":

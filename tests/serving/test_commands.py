@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import signal
 import socket
@@ -21,12 +20,11 @@ import openai
 import pytest
 from transformers import AutoModelForImageTextToText
 
-from dora_vl.adapters.adapter import content_hash
 from dora_vl.errors import UserError
 from dora_vl.serving import demo_command, serve_command
 from dora_vl.serving.options import Settings, adapters_by_name, run_name
 from tests.backbones.tiny_image_text import write_tiny
-from tests.serving.tiny_served import write_adapter
+from tests.serving.tiny_served import with_recipe, write_adapter
 
 ROOT = Path(__file__).parents[2]
 SETTINGS: Any = {"targets": ("*language_model*.q_proj",), "rank": 2, "alpha": 5.0}
@@ -38,13 +36,6 @@ def refused(command: ModuleType, *arguments: object) -> str:
     with pytest.raises(UserError) as error:
         list(command.run(parser.parse_args([str(word) for word in arguments])))
     return str(error.value)
-
-
-def with_recipe(adapter: Path, base: Path, **changed: Any) -> Path:
-    recipe = {"base": str(base), "revision": None, "base_sha256": content_hash(base), "dtype": "float32"}
-    recipe |= {"template": "tokenizer", "image_aspect": None, "quantisation": None, "max_tokens": 256, **changed}
-    (adapter / "recipe.json").write_text(json.dumps(recipe))
-    return adapter
 
 
 @pytest.mark.parametrize("command", [serve_command, demo_command])

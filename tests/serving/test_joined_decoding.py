@@ -55,7 +55,7 @@ class Told:
     def hand_in(self, name: str, turns: list[Turn], seen: Shown, tokens: int, **sampling: Any) -> int:
         number, self._handed_in = self._handed_in, self._handed_in + 1
         settings = Sampling(**{"max_new_tokens": tokens, **sampling})
-        prepared = self._engine.prepare(name, turns, settings, pictures=seen.pictures)
+        prepared = self._engine.prepare(name, turns, settings, seen)
         self._engine.submit(prepared, lambda event: self._events.put((number, event)))
         self._steps.release(PACE)
         return number
@@ -152,8 +152,6 @@ def by_itself(base: Path, adapter: Path | None, conversation: Any, tokens: int, 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", pytest.param("llava", marks=pytest.mark.slow), *SELDOM])
 def test_pictures_and_words_join_a_running_answer(family: str, tmp_path: Path, monkeypatch: Any) -> None:
-    if family == "smolvlm":
-        pytest.importorskip("num2words")
     folder = tmp_path / "base"
     base = spread(write_tiny_llava(folder) if family == "llava" else write_tiny(family, folder))
     prefix = "*text_model*" if family == "smolvlm" else "*language_model*"

@@ -337,7 +337,7 @@ def test_from_dropped_pictures_to_an_answer_though_page_and_run_are_ended(chromi
         (other / "run.yaml").write_text((run / "run.yaml").read_text().replace("runs/dropped", "runs/mine"))
         two.page.reload()
         two.state("Training.")
-        two.choose_run("runs/mine")
+        two.pick("#dv-run", "runs/mine")
         two.state("Ready to train.")
         two.page.click("#dv-start")
         two.state("runs/dropped is at work")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from dora_vl.adapters.adapter import content_hash
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation.assistant import model_inputs
@@ -35,6 +33,7 @@ from tests.serving.tiny_served import (
     batches_of,
     served,
     spread,
+    with_recipe,
     write_adapter,
     write_adapters,
 )
@@ -86,8 +85,6 @@ def test_each_picture_of_a_llava_has_its_own_rows_projector(llava: Path, tmp_pat
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", *SELDOM])
 def test_adapted_towers_are_served_with_their_own_pictures(family: str, tmp_path: Path, monkeypatch: Any) -> None:
-    if family == "smolvlm":
-        pytest.importorskip("num2words")
     base = spread(write_tiny(family, tmp_path / "base"))
     model = AutoModelForImageTextToText.from_pretrained(base)
     language = next(name for name, _ in model.named_modules() if name.endswith("q_proj") and "vision" not in name)
@@ -117,24 +114,23 @@ def test_pictures_and_videos_that_look_alike_are_batches_of_their_own(tmp_path: 
 
 def test_an_adapter_is_asked_as_its_recipe_says(llava: Path, tmp_path: Path, monkeypatch: Any) -> None:
     targets = ("*language_model*.q_proj", "*language_model*.down_proj")
-    recipe = {"base": str(llava), "revision": None, "base_sha256": content_hash(llava), "image_aspect": "pad"}
     templates, settings = {"one": "vicuna_v1", "two": "mistral_instruct"}, {"targets": targets, "rank": 2, "alpha": 5.0}
     adapters = write_adapters(llava, tmp_path, dict.fromkeys(templates, settings))
     for name, template in templates.items():
-        with_recipe(adapters[name], {**recipe, "dtype": "float32", "max_tokens": 99, "template": template})
+        with_recipe(adapters[name], llava, image_aspect="pad", template=template)
     model = open_served(None, adapters)
     assert model.names == ("base", "one", "two")
     with Engine(model, Settings(window_ms=500)) as engine:
         batches = batches_of(engine, monkeypatch)
         turns, seen = PICTURES[1]
         predictions = answers(engine, [(name, turns, seen) for name in model.names])
-        prepared = [engine.prepare(name, turns, Sampling(max_new_tokens=1), pictures=[RED]) for name in model.names]
+        prepared = [engine.prepare(name, turns, Sampling(max_new_tokens=1), seen) for name in model.names]
     assert len(batches) == 1
     lengths = [len(request.sample.input_ids) for request in prepared]
     assert lengths[0] == lengths[1] != lengths[2]
     expected = [answer_alone(alone(llava, adapters[name]), turns, seen) for name in ("one", "two")]
     assert predictions[1:] == expected
-    with_recipe(adapters["two"], {"base_sha256": "0" * 64})
+    with_recipe(adapters["two"], llava, image_aspect="pad", template=templates["two"], base_sha256="0" * 64)
     with pytest.raises(UserError):
         open_served(None, adapters)
     assert open_served(None, adapters, any_base=True).names == model.names
@@ -155,24 +151,16 @@ def test_a_language_model_with_adapters_of_peft(tmp_path: Path, monkeypatch: Any
 def test_adapters_of_another_kind_or_base_are_refused(tmp_path: Path, base: Path, folders: dict[str, Path]) -> None:
     language = write_tiny_language(tmp_path / "language")
     other = write_adapter(language, tmp_path / "other", seed=1, targets=("*.q_proj",), rank=2)
-    adapter = shutil.copytree(folders["one"], tmp_path / "one")
-    model = served(base, {"one": adapter})
-    for name, folder in (("other", other), ("base", adapter), ("gone", tmp_path / "gone")):
+    foreign = shutil.copytree(folders["one"], tmp_path / "foreign")
+    with_recipe(foreign, base, base_sha256="0" * 64)
+    wrong = {"other": other, "base": folders["one"], "gone": tmp_path / "gone", "foreign": foreign}
+    for name, folder in wrong.items():
         with pytest.raises(UserError):
-            model.add(name, folder)
+            served(base, {"one": folders["one"], name: folder})
+    model = served(base, {"one": folders["one"], "two": folders["one"]})
     with pytest.raises(UnknownModel):
         model.entry("gone")
-    model.add("two", adapter)
-    recipe = {"base": str(base), "base_sha256": "0" * 64, "dtype": "float32", "max_tokens": 99, "revision": None}
-    with_recipe(adapter, {**recipe, "template": "tokenizer", "image_aspect": None})
-    with pytest.raises(UserError):
-        model.add("three", adapter)
     assert model.names == ("base", "one", "two")
-
-
-def with_recipe(adapter: Path, recipe: Mapping[str, Any]) -> None:
-    path = adapter / "recipe.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **recipe}))
 
 
 def shares_answered(base: Path, adapters: Mapping[str, Path], shares: Any, monkeypatch: Any) -> list[list[Any]]:

@@ -24,11 +24,12 @@ from dora_vl.data.turns import Clip, Turn
 from dora_vl.evaluation.predictor import Shown
 from dora_vl.serving import media
 from dora_vl.serving.decoding import SequenceText
+from dora_vl.serving.engine import NOTHING
 from dora_vl.serving.media import Reading
 from dora_vl.serving.model import ServedModel
 from dora_vl.serving.options import Settings
 from dora_vl.serving.server import Server
-from tests.serving.tiny_served import ADAPTERS, NOTHING, RED, WIDE, alone, answer_alone, data_url, picture_part, running
+from tests.serving.tiny_served import ADAPTERS, RED, WIDE, alone, answer_alone, data_url, picture_part, running
 
 TOKENS = 8
 NAMES = ("base", *ADAPTERS)

@@ -87,10 +87,10 @@ def test_a_tested_version_is_changed_once_and_another_left_with_a_warning(
     module = ModuleType("vllm")
     vars(module)["__version__"] = version
     monkeypatch.setitem(sys.modules, "vllm", module)
-    monkeypatch.setattr(plugin, "_done", False)
     monkeypatch.setattr(plugin, "install", lambda: installed.append(version))
     monkeypatch.setattr(plugin, "fix_base_rows", lambda: False)
     monkeypatch.setenv(plugin.UNTESTED, tried)
+    plugin.register.cache_clear()
     plugin.register()
     plugin.register()
     assert len(installed) == changed

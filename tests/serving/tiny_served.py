@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import json
 import queue
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from benchmarks.serve import running as running_app
+from dora_vl.adapters.adapter import content_hash
 from dora_vl.adapters.folder import save_adapter
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
 from dora_vl.data.turns import Turn
@@ -24,13 +26,12 @@ from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.open_model import ModelRequest, open_model
 from dora_vl.evaluation.predictor import Shown
 from dora_vl.serving.decoding import Sampling
-from dora_vl.serving.engine import Engine
+from dora_vl.serving.engine import NOTHING, Engine
 from dora_vl.serving.model import ServedModel, open_served
 from dora_vl.serving.options import Settings
 from dora_vl.serving.scheduler import Event, Failed, Finished, Piece, SubmittedRequest
 from dora_vl.serving.server import Server, build_app
 
-NOTHING = Shown()
 RED, WIDE = Image.new("RGB", (21, 15), "red"), Image.new("RGB", (60, 17), (20, 40, 220))
 LANGUAGE = ("*language_model*.q_proj", "*language_model*.down_proj")
 ADAPTERS: Mapping[str, Mapping[str, Any]] = {
@@ -69,6 +70,15 @@ def write_adapter(base: Path, folder: Path, *, seed: int, **settings: Any) -> Pa
     return folder
 
 
+def with_recipe(adapter: Path, base: Path, **changed: Any) -> Path:
+    """The folder as a run leaves it, which says how the model is asked."""
+    path = adapter / "recipe.json"
+    recipe = {"base": str(base), "revision": None, "base_sha256": content_hash(base), "dtype": "float32"}
+    recipe |= {"template": "tokenizer", "image_aspect": None, "quantisation": None, "max_tokens": 256, **changed}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **recipe}))
+    return adapter
+
+
 def write_adapters(base: Path, folder: Path, adapters: Mapping[str, Mapping[str, Any]] = ADAPTERS) -> dict[str, Path]:
     return {
         name: write_adapter(base, folder / name, seed=seed, **settings)
@@ -98,7 +108,7 @@ def answers(
 ) -> list[str]:
     settings = Sampling(**{"max_new_tokens": 8, **sampling})
     prepared = [
-        engine.prepare(name, turns, settings, pictures=seen.pictures, videos=seen.videos, strength=strength)
+        engine.prepare(name, turns, settings, seen, strength=strength)
         for (name, turns, seen), strength in zip(questions, strengths or [1.0] * len(questions), strict=True)
     ]
     queues: list[queue.SimpleQueue[Event]] = [queue.SimpleQueue() for _ in prepared]

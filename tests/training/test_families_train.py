@@ -213,9 +213,6 @@ for arguments in json.loads(sys.argv[1]):
 @pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "size", "family"), CASES)
 def test_the_recipe_runs_with_every_method(tmp_path: Path, recipe: str, size: str, family: str) -> None:
-    needs = FAMILIES[family].needs
-    if needs is not None:
-        pytest.importorskip(needs)
     methods = [name for name in METHODS if name != "qdora" or importlib.util.find_spec("bitsandbytes")]
     write_tiny(family, tmp_path / "base", width=64)
     write_tiny_data(tmp_path / "data", samples=8, text_only_blocks=4)

@@ -95,8 +95,6 @@ def test_three_steps_are_trained_saved_and_opened_again(videos: Path, monkeypatc
 )
 def test_other_ways_that_videos_go_in(videos, tmp_path, monkeypatch, family) -> None:
     """Frames among the pictures, videos of one length, and frames as pictures, which is said."""
-    if family == "smolvlm":
-        pytest.importorskip("num2words")
     ways = {"idefics3": write_tiny, "llava": lambda _, folder: write_tiny_llava(folder)}
     base = ways.get(family, write_tiny_video)(family, tmp_path / "base")
     messages: list[str] = []

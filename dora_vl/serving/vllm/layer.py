@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -50,8 +51,8 @@ class FrozenLayer:
 
     Attributes:
         product: W x of rows, without the bias.
+        norms_squared: ||W_i||^2 of every row, over this rank's columns.
         weight: W where it can be read, [out, in]; None where the product alone says what it is.
-        recovered: ||W_i||^2 of every row here, where `weight` is None.
         total: sums over the ranks that hold other columns of the same rows.
     """
 
@@ -59,16 +60,9 @@ class FrozenLayer:
     in_features: int
     dtype: torch.dtype
     device: torch.device
+    total: Callable[[Tensor], Tensor]
+    norms_squared: Float[Tensor, " out"]
     weight: Float[Tensor, "out in_"] | None = None
-    recovered: Float[Tensor, " out"] | None = None
-    total: Callable[[Tensor], Tensor] = alone
-
-    def norms_squared(self) -> Float[Tensor, " out"]:
-        """||W_i||^2 of this rank's columns."""
-        if self.weight is not None:
-            return functional.row_norms_squared(self.weight)
-        assert self.recovered is not None
-        return self.recovered
 
     def rows(self, index: Int[Tensor, " some"]) -> Float[Tensor, "some in_"]:
         """Returns some rows of W."""
@@ -96,7 +90,7 @@ def frozen_layer(
     Args:
         weight: what the layer keeps; taken as W only if it is a matrix that gives the layer's product.
     """
-    layer = FrozenLayer(product, in_features, dtype, device, total=total)
+    layer = partial(FrozenLayer, product, in_features, dtype, device, total)
     probes = torch.randn(PROBES, in_features, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     expected = product(probes).float()
 
@@ -110,7 +104,7 @@ def frozen_layer(
         and weight.element_size() > 1  # 8-bit floats need scales beside them
         and off((probes.to(weight.dtype) @ weight.t()).float()) <= MOST_OFF
     ):
-        return replace(layer, weight=weight)
+        return layer(functional.row_norms_squared(weight), weight)
     squared, computed = torch.zeros_like(expected[0]), torch.zeros_like(expected)
     for start, columns in columns_by_product(product, in_features, dtype, device):
         squared += columns.float().square().sum(dim=0)
@@ -121,27 +115,22 @@ def frozen_layer(
             "rounds its input coarsely, as to 8-bit floats; serve a base that is not quantised, or one whose weights "
             "alone are"
         )
-    return replace(layer, recovered=squared)
+    return layer(squared)
 
 
 @torch.no_grad()
 def gains_minus_one(layer: FrozenLayer, slices: Sequence[Slice | None], sizes: Sequence[int]) -> Float[Tensor, " out"]:
-    """g - 1 of each of a layer's outputs, in float32: zero where a slice has no magnitude.
-
-    Args:
-        slices: one for each of the layer's slices, in their order.
-    """
+    """g - 1 of each of a layer's outputs, slice by slice, in float32: zero where one has no magnitude."""
     result = torch.zeros(sum(sizes), device=layer.device)
     present = [part for part in slices if part is not None]
     if not present:
         return result
-    norms_squared = layer.norms_squared()
     on_A = layer.product(torch.cat([part.lora_A for part in present]).to(layer.device, layer.dtype))
     products = iter(on_A.split([len(part.lora_A) for part in present]))
     for part, rows in zip(slices, torch.arange(len(result), device=layer.device).split(list(sizes)), strict=True):
         if part is None:
             continue
-        a, b, frozen = part.lora_A.to(layer.device), part.lora_B.to(layer.device), norms_squared[rows]
+        a, b, frozen = part.lora_A.to(layer.device), part.lora_B.to(layer.device), layer.norms_squared[rows]
         squared = layer.total(functional.factored_norms_squared(frozen, a, b, next(products)[:, rows].t(), 1.0))
         norms, cancelled = functional.direction_norms(layer.total(frozen), squared)
         if cancelled.numel():  # those rows from the dense direction
@@ -171,8 +160,7 @@ def as_factor(name: str) -> str:
 def take_magnitudes(tensors: MutableMapping[str, Tensor], *, use_dora: bool) -> dict[str, Float[Tensor, " out"]]:
     """Takes an adapter's magnitudes out of its tensors, by the names of their layers in the file, which are PEFT's.
 
-    Args:
-        use_dora: what the adapter's `adapter_config.json` says.
+    Refuses a file that is not whole, or not what `adapter_config.json` says of `use_dora`.
     """
     magnitudes = {_MAGNITUDE.sub("", name): name for name in tensors if _MAGNITUDE.search(name)}
     if use_dora != bool(magnitudes):
@@ -206,13 +194,10 @@ def take_magnitudes(tensors: MutableMapping[str, Tensor], *, use_dora: bool) -> 
 
 
 class DoRALayer(Wrapper):
-    """In front of one of vLLM's LoRA wrappers of a linear layer (vllm/lora/layers/base_linear.py).
-
-    Attributes:
-        dora_minus_one: g - 1 of what stands in each slot, behind a row of zeros for tokens of the base (slot -1).
-    """
+    """In front of one of vLLM's LoRA wrappers of a linear layer (vllm/lora/layers/base_linear.py)."""
 
     dora_minus_one: Float[Tensor, "slots_and_base out"]
+    """g - 1 of what stands in each slot, behind a row of zeros for tokens of the base (slot -1)."""
     sum_of_ranks: Callable[[Tensor], Tensor] = staticmethod(alone)
     shards_inputs: bool = False
     """Whether ranks hold columns of W, as of row-parallel layers; `sum_of_ranks` is for those."""

@@ -10,6 +10,7 @@ import copy
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -23,15 +24,11 @@ log = logging.getLogger("vllm.dora_vl")  # below vLLM's own, whose handler and l
 TESTED = ("0.32.0", "0.33.0")
 """The versions that the plugin was run with; 0.33.0's Python code was run over the CPU kernels of 0.32.0."""
 UNTESTED = "DORA_VL_UNTESTED_VLLM"
-_done = False
 
 
+@cache
 def register() -> None:
     """Lets vLLM serve DoRA adapters, or leaves it as it is with one line that says why; once, however often called."""
-    global _done
-    if _done:
-        return
-    _done = True
     version = str(import_module("vllm").__version__)
     try:  # vLLM's own look at an adapter's config may let `use_dora` pass
         helper = import_module(HELPER).PEFTHelper

@@ -26,7 +26,6 @@ class Family:
     """The processor's class, its parts in order, and its options."""
     picture: str = "<image>"
     """The chat template writes this for a picture."""
-    needs: str | None = None
     names: Mapping[str, str] = field(default_factory=dict)
     """Special tokens that the family's processor asks its tokenizer for, by their names there."""
     format: str | None = None
