@@ -101,15 +101,15 @@ class UnreadKey(Exception):
         self.message, self.path, self.what = message, path, what
 
 
-def read_conversation(messages: Sequence[object], row: Row, sample_id: str, *, strict: bool = True) -> Example:
+def read_conversation(messages: Sequence[object], row: Row, sample_id: str) -> Example:
     """Returns the conversation of messages, each a `Turn` or an object of role and content, as it is trained on.
 
     What the row says as `system` stands before them; its `images` and `videos` take the places that the messages leave.
 
     Raises:
-        UnreadKey: if that is `strict`.
+        UnreadKey: a message holds what nothing reads.
     """
-    conversation = _Conversation(row, sample_id, strict)
+    conversation = _Conversation(row, sample_id)
     for number, message in enumerate(messages, 1):
         conversation.add(message, number)
     turns = conversation.turns
@@ -134,19 +134,13 @@ def read_conversation(messages: Sequence[object], row: Row, sample_id: str, *, s
     return Example(sample_id, images, arranged, videos, answers=answers, image_bytes=conversation.image_bytes)
 
 
-def read_conversations(row: Row, sample_id: str) -> Example:
-    """Returns the conversation of a row in LLaVA's form, whatever else it holds."""
-    return read_conversation(_messages(row, sample_id, "conversations"), row, sample_id, strict=False)
-
-
 class _Conversation:
     """Reads one row's messages; its pictures and videos come out in the order of their places."""
 
-    def __init__(self, row: Row, sample_id: str, strict: bool) -> None:
+    def __init__(self, row: Row, sample_id: str) -> None:
         self._id = sample_id
-        self._strict = strict
         self.image_bytes: dict[str, bytes] = {}
-        for role, read in BESIDE.items() if strict else ():
+        for role, read in BESIDE.items():
             for value in _listed(row.get(role)):
                 if isinstance(value, Mapping) and not read.issuperset(value):
                     self._refuse_unread(value, value, read)
@@ -185,7 +179,7 @@ class _Conversation:
             self.turns.append(Turn(role, self._content(message, what, number)))
             return
         read = TURN_KEYS[who] | OF_ROLE.get(role, frozenset())
-        if self._strict and not read.issuperset(message):
+        if not read.issuperset(message):
             self._refuse_unread(message, message, read, answers=role == "assistant")
         marks = {bool(mark) for key in TRAINED if not is_nothing(mark := message.get(key))}
         if len(marks) > 1:
@@ -284,8 +278,7 @@ class _Conversation:
             kind = next((key for key in ("text", "image", "image_url", "video") if not is_nothing(fields.get(key))), "")
         if not isinstance(kind, str) or kind not in PARTS:
             raise BadSample(self._id, f"turn {number} has a part that is no text, picture or video: {shown(part)}")
-        if self._strict:
-            self._refuse_unread(message, fields, PARTS[kind], path)
+        self._refuse_unread(message, fields, PARTS[kind], path)
         if kind in VIDEO_PARTS:
             if all(fields.get(key) is None for key in VIDEO_PAYLOADS):
                 return self._words(VIDEO_PLACEHOLDER)
@@ -304,7 +297,7 @@ class _Conversation:
     def _payload(self, fields: Mapping[str, object], message: object, path: str, number: int) -> str:
         """Returns the place of the picture that a part holds; nothing where it holds none."""
         payloads = {key: value for key in PAYLOADS if (value := fields.get(key)) is not None}
-        if self._strict and len(payloads) > 1 and payloads.keys() != {"bytes", "path"}:
+        if len(payloads) > 1 and payloads.keys() != {"bytes", "path"}:
             raise UnreadKey(message, f"{path}{[*payloads][1]}", MEDIUM)
         self._images += [self._picture(value, f"part of turn {number}") for value in [*payloads.values()][:1]]
         return IMAGE_PLACEHOLDER if payloads else ""

@@ -104,20 +104,18 @@ def arrange(
     _check_order(conversation, sample_id)
     system = [turn for turn in system if turn.text.strip()]
     images, conversation = _by_number(images, conversation, sample_id)
-    pictures, clips = _places(IMAGE_PLACEHOLDER, system, conversation), _places(VIDEO_PLACEHOLDER, system, conversation)
-    if videos and not images and not clips and pictures == len(videos):
+
+    def places(placeholder: str) -> int:
+        return sum(turn.text.count(placeholder) for turn in (*system, *conversation))
+
+    if videos and not images and not places(VIDEO_PLACEHOLDER) and places(IMAGE_PLACEHOLDER) == len(videos):
         conversation = [
             replace(turn, text=turn.text.replace(IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER)) for turn in conversation
         ]
-        pictures, clips = (
-            _places(IMAGE_PLACEHOLDER, system, conversation),
-            _places(VIDEO_PLACEHOLDER, system, conversation),
-        )
+    pictures, clips = places(IMAGE_PLACEHOLDER), places(VIDEO_PLACEHOLDER)
     front = "" if pictures else f"{IMAGE_PLACEHOLDER}\n" * len(images)
     front += "" if clips else f"{VIDEO_PLACEHOLDER}\n" * len(videos)
-    conversation = (
-        [replace(conversation[0], text=front + conversation[0].text), *conversation[1:]] if front else conversation
-    )
+    conversation[0] = replace(conversation[0], text=front + conversation[0].text)
     media = [(IMAGE_PLACEHOLDER, pictures or len(images), len(images), "pictures")]
     media += [(VIDEO_PLACEHOLDER, clips or len(videos), len(videos), "videos")] if videos else []
     for placeholder, placed, count, kind in media:
@@ -136,10 +134,6 @@ def arrange(
             for turn in conversation
         ]
     return tuple(images), (*system, *conversation)
-
-
-def _places(placeholder: str, system: Sequence[Turn], conversation: Sequence[Turn]) -> int:
-    return sum(turn.text.count(placeholder) for turn in (*system, *conversation))
 
 
 def _check_order(conversation: Sequence[Turn], sample_id: str) -> None:

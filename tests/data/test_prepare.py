@@ -80,10 +80,10 @@ def test_what_stops_a_split_leaves_nothing_that_looks_whole(tmp_path: Path, monk
     file = published(tmp_path / "a.json", 2000)
     add, calls = prepare_module.Records.add, itertools.count()
 
-    def full(records: prepare_module.Records, row: Any, **options: Any) -> None:
+    def full(records: prepare_module.Records, row: Raw) -> None:
         if next(calls) == 1500:
             raise OSError(errno.ENOSPC, "No space left on device")
-        add(records, row, **options)
+        add(records, row)
 
     monkeypatch.setattr(prepare_module.Records, "add", full)
     with pytest.raises(UserError):

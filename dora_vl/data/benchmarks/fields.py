@@ -260,16 +260,9 @@ def by_id(file: Path, rows: Iterable[Raw], id_column: str, *columns: str) -> dic
         with refusing(where):
             name = Row(row).identifier(id_column)
         values = {column: row.get(column) for column in columns}
-        if not _same(rows_by_id.setdefault(name, values), values):
+        if rows_by_id.setdefault(name, values) != values:
             raise UserError(
                 f"{where}: {id_column} {shown(name)} stands in an earlier row with another {' or '.join(columns)}; "
                 "which is right? fetch the file again"
             )
     return rows_by_id
-
-
-def _same(first: Raw, second: Raw) -> bool:
-    try:
-        return first == second
-    except RecursionError:  # nested as deeply as Python reads
-        return False

@@ -25,7 +25,7 @@ from dora_vl.data.benchmarks.fields import (
 )
 from dora_vl.data.example import Answer, Example
 from dora_vl.data.text_file import json_object, stream_records
-from dora_vl.errors import UserError, shown, shown_text
+from dora_vl.errors import BadSample, UserError, shown, shown_text
 
 KARPATHY = "dataset_coco.json"
 """Karpathy's split of COCO's 2014 pictures is in `caption_datasets.zip` (cs.stanford.edu/people/karpathy)."""
@@ -57,10 +57,7 @@ def _karpathy_rows(file: Path, split: str, progress: Progress) -> Iterator[Raw]:
 
 def coco_caption_row(raw: Raw) -> Example:
     """Returns one picture with its captions."""
-    row = Row(raw)
-    image_id = row.integer("cocoid")
-    row.id = str(image_id)
-    part = row.one_of("split", list(PARTS))
+    row = Row(raw, "cocoid")
     captions = [sentence.text("raw").strip() for sentence in row.rows("sentences")]
     if not any(captions):
         raise row.bad("it has no caption")
@@ -68,7 +65,7 @@ def coco_caption_row(raw: Raw) -> Example:
         id=row.id,
         images=(f"{row.filled('filepath')}/{row.filled('filename')}",),
         answers=tuple(Answer(text=caption) for caption in captions if caption),
-        extra={"image_id": image_id, "split": part},
+        extra={"image_id": row.integer("cocoid"), "split": row.one_of("split", [*PARTS])},
     )
 
 
@@ -236,8 +233,11 @@ def nlvr_row(raw: Raw, orders: int = ORDERS) -> list[Example]:
             question=sentence,
             answers=(Answer(text=label),),
             extra={
-                **{"identifier": row.id, "order": order, "part": part},
-                **{"unit": row.id.split("-")[0], "group": " ".join(sentence.lower().split())},
+                "identifier": row.id,
+                "order": order,
+                "part": part,
+                "unit": row.id.split("-")[0],
+                "group": _words(sentence),
             },
         )
         for order in range(orders)
@@ -338,15 +338,12 @@ def _joined_rows(questions: Path, annotations: Path, progress: Progress) -> Iter
 
 def vqav2_row(raw: Raw, *, pictures: str, answered: bool) -> Example:
     """Returns one question; `pictures` is the folder of its picture and part of the picture's name."""
-    row = Row(raw)
-    question_id = row.integer("question_id")
-    row.id = str(question_id)
+    row = Row(raw, "question_id")
     image_id = row.integer("image_id")
     answers = row.people("answers") if answered else []
-    extra: dict[str, object] = {"question_id": question_id, "image_id": image_id}
+    extra: dict[str, object] = {"question_id": row.integer("question_id"), "image_id": image_id}
     if answered:
-        extra |= {"human_answers": answers}
-        extra |= row.kept("question_type", "answer_type", "multiple_choice_answer")
+        extra |= {"human_answers": answers, **row.kept("question_type", "answer_type", "multiple_choice_answer")}
     return Example(
         id=row.id,
         images=(f"{pictures}/COCO_{pictures}_{image_id:012d}.jpg",),
@@ -397,16 +394,10 @@ def _official_rows(folder: Path, split: str, progress: Progress) -> Iterator[Raw
 
 def vqav2_karpathy_row(raw: Raw, *, allowed: frozenset[str] | None) -> Example:
     """Returns one question of the official files."""
-    row = Row(raw)
-    example = vqav2_row(raw, pictures=row.text("part"), answered=True)
-    row.id = example.id
-    if row.get("split") is None:
-        raise row.bad(f"its picture {example.images[0]} is in no part of {KARPATHY}")
-    return replace(example, answers=_allowed(example.answers, allowed, row))
-
-
-def _allowed(answers: tuple[Answer, ...], allowed: frozenset[str] | None, row: Row) -> tuple[Answer, ...]:
-    left = answers if allowed is None else tuple(answer for answer in answers if answer.text in allowed)
-    if not left:
-        raise row.bad(f"none of its answers is in {KNOWN_ANSWERS}")
-    return left
+    example = vqav2_row(raw, pictures=raw["part"], answered=True)
+    if raw["split"] is None:
+        raise BadSample(example.id, f"its picture {example.images[0]} is in no part of {KARPATHY}")
+    answers = tuple(answer for answer in example.answers if allowed is None or answer.text in allowed)
+    if not answers:
+        raise BadSample(example.id, f"none of its answers is in {KNOWN_ANSWERS}")
+    return replace(example, answers=answers)

@@ -24,12 +24,12 @@ from dora_vl.data.benchmarks.fields import (
     refusing,
     soft_answers,
 )
-from dora_vl.data.columns import USUAL
+from dora_vl.data.columns import USUAL, ColumnsError
 from dora_vl.data.example import JSON, MIDDLE_FRAME, Answer, Clip, Example
 from dora_vl.data.pictures import save_picture
-from dora_vl.data.readers import read_conversations
+from dora_vl.data.readers import read_fields
 from dora_vl.data.text_file import NotUtf8, json_object, stream_members, stream_records, table_rows, whole_text
-from dora_vl.errors import UserError, shown
+from dora_vl.errors import BadSample, UserError, shown
 
 
 def llava_json(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Split]:
@@ -92,7 +92,10 @@ def conversation_row(raw: Raw) -> dict[str, JSON]:
     """Returns the record itself, with all of its columns and its id as text, if it can be trained on."""
     row = Row(raw)
     sample_id = row.maybe(row.identifier, "id") or UNKNOWN_ID
-    read_conversations(USUAL.resolve(raw, strict=False).fields, sample_id)
+    try:
+        read_fields(USUAL.resolve(raw, strict=False), sample_id)
+    except ColumnsError as error:
+        raise BadSample(sample_id, str(error)) from None
     return {"id": sample_id, **{name: value for name, value in raw.items() if name != "id"}}
 
 
@@ -199,9 +202,7 @@ def _mmbench_rows(path: Path, answered: bool, progress: Progress) -> Iterator[Ra
 
 def mmbench_row(raw: Raw, *, task_folder: Path, answered: bool) -> Example:
     """Returns one rotation of one question; writes its picture. Where `answered`, its answer must be there."""
-    row = Row(raw)
-    index = row.integer("index")
-    row.id = str(index)
+    row = Row(raw, "index")
     choices: list[str] = []
     for letter in "ABCDE":
         if (choice := _mmbench_cell(row, letter)) is None:
@@ -215,7 +216,7 @@ def mmbench_row(raw: Raw, *, task_folder: Path, answered: bool) -> Example:
         raise row.bad(f"its answer is {shown(answer)}, but its choices are A to {letters[-1]}")
     correct = letters.index(answer) if answer else None
     extra = {
-        "index": index,
+        "index": row.integer("index"),
         "correct": correct,
         **row.kept("category"),
         "l2_category": row.maybe(row.text, "l2-category"),
@@ -551,12 +552,11 @@ def _textvqa_rows(questions: Path, ocr: Mapping[str, Path], progress: Progress) 
 
 def textvqa_row(raw: Raw, *, answered: bool) -> Example:
     """Returns one question; where `answered`, its answers must be there."""
-    row = Row(raw)
-    question_id = row.integer("question_id")
-    row.id = str(question_id)
+    row = Row(raw, "question_id")
     image = row.identifier("image_id")
     answers = row.ten(row.texts("answers")) if answered else []
-    extra = {"image_id": image, "question_id": question_id} | ({"human_answers": answers} if answers else {})
+    extra: dict[str, object] = {"image_id": image, "question_id": row.integer("question_id")}
+    extra |= {"human_answers": answers} if answers else {}
     return Example(
         id=row.id,
         images=(f"{'train_images' if answered else 'test_images'}/{image}.jpg",),

@@ -286,22 +286,22 @@ def _clip_splits(
 
 def clip_row(raw: Raw, *, answered: bool) -> Example:
     """Returns one clip of TVC or YC2C with all of its descriptions; where `answered`, it must have one."""
-    row = Row(raw)
-    clip_id = row.integer("clip_id")
-    row.id = str(clip_id)
+    row = Row(raw, "clip_id")
     entries = row.maybe(row.rows, "descs") or []
     descriptions = [text for entry in entries if (text := entry.text("desc")).strip()]
     if answered and not descriptions:
         raise row.bad("it has no description")
     clip, extra = _clip(row)
+    extra = {"clip_id": row.integer("clip_id"), **extra, **row.kept("duration")}
     # whether each description was written from video, text or both, where the set says it
-    kinds = [kind for entry in entries if (kind := entry.maybe(entry.text, "type"))]
+    if kinds := [kind for entry in entries if (kind := entry.maybe(entry.text, "type"))]:
+        extra |= {"description_types": kinds}
     return Example(
         id=row.id,
         videos=(clip,),
         answers=tuple(Answer(text=description) for description in descriptions),
         subtitles=subtitles_of(row),
-        extra={"clip_id": clip_id, **extra, **row.kept("duration")} | ({"description_types": kinds} if kinds else {}),
+        extra=extra,
     )
 
 
