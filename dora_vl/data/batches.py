@@ -16,8 +16,6 @@ from dora_vl.data.samples import ALIGNED, IGNORED_LABEL, Sample, Skipped
 
 PACKED_TOKENS = 8_192
 """Tokens that a packed row holds at most, about; a micro-batch of more becomes several rows."""
-
-
 BY_ROW = "cross_attention_mask"
 """A family with this input (mllama) looks its pictures up by row, so a row of words alone has pictures of zeros."""
 IN_ONE_ROW = {"pixel_values": "target_sizes", "pixel_values_videos": "target_sizes_videos"}
@@ -65,19 +63,17 @@ def answers_of(groups: Sequence[Sequence[Sample]]) -> dict[str, Any]:
     `pairs` are the numbers of a preferred and a rejected answer, `of_pictures` of a preferred one and the same under
     other pictures; `keys` name each answer by its sample's place in the data and its number there.
     """
-    pairs: list[tuple[int, int]] = []
-    of_pictures: list[tuple[int, int]] = []
+    numbers: dict[str, list[tuple[int, int]]] = {"pairs": [], "of_pictures": []}
     keys: list[tuple[int, int]] = []
     for rows in groups:
         first = len(keys)
         keys += [(row.index, number) for number, row in enumerate(rows)]
         for chosen, other in product(range(len(rows)), repeat=2):
             if rows[chosen].weight > 0 > rows[other].weight:
-                (of_pictures if rows[other].exchanged else pairs).append((first + chosen, first + other))
-    numbers = {"pairs": pairs, "of_pictures": of_pictures}
-    return {name: torch.tensor(each, dtype=torch.int64).view(-1, 2).T for name, each in numbers.items()} | {
-        "keys": keys
-    }
+                kind = "of_pictures" if rows[other].exchanged else "pairs"
+                numbers[kind].append((first + chosen, first + other))
+    tensors = {kind: torch.tensor(pairs, dtype=torch.int64).view(-1, 2).T for kind, pairs in numbers.items()}
+    return {**tensors, "keys": keys}
 
 
 @dataclass(frozen=True)
@@ -130,9 +126,10 @@ class Collator:
         if not shown:
             nothing = torch.tensor([self.pad_token_id])
             shown = [Sample(nothing, labels=torch.tensor([IGNORED_LABEL]))]
-        batch = self._joined(shown) if self.packing == "plain" else self._forest(shown)
-        tokens = sum(len(sample.input_ids) for sample in samples)
-        if self.packing != "plain":
+        if self.packing == "plain":
+            batch, tokens = self._joined(shown), sum(len(sample.input_ids) for sample in samples)
+        else:
+            batch = self._forest(shown)
             tokens = int((batch["layout"]["segment"] >= 0).sum())
         shrunk = [(sample.id, sample.lost_pixels) for sample in usable if sample.lost_pixels]
         if self.compares:
@@ -214,8 +211,10 @@ class Collator:
                     for indices, start in zip(values, starts, strict=False)
                 ]
                 joined[name] = stacked(moved, -1)
+            elif all(isinstance(value, Tensor) for value in values):
+                joined[name] = stacked(values, 0)
             else:
-                joined[name] = joined_values(values)
+                joined[name] = [entry for value in values for entry in value]
         if by_row and FIRST_TILE in joined:
             joined[FIRST_TILE][:, :, 0] = 1
         stored = [outputs for sample in samples for outputs in sample.stored]
@@ -230,13 +229,6 @@ class Collator:
 def _media(sample: Sample) -> frozenset[str]:
     """Returns names of a sample's inputs for pictures and videos."""
     return frozenset(sample.inputs).difference(ALIGNED)
-
-
-def joined_values(values: Sequence[Any]) -> Any:
-    """Returns tensors one after another along the first dimension; lists as one list."""
-    if all(isinstance(value, Tensor) for value in values):
-        return stacked(values, 0)
-    return [entry for value in values for entry in value]
 
 
 def stacked(tensors: Sequence[Tensor], value: int) -> Tensor:

