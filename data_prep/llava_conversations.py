@@ -23,9 +23,6 @@ from dora_vl.evaluation.benchmarks import BENCHMARKS
 from dora_vl.evaluation.scores.benchmark import Benchmark, correct_index, letters, prompt_turns
 from dora_vl.files import write_json_lines
 
-NAMED = 5
-"""The summary names this many of the records that were left out."""
-
 
 def conversation_of(example: Example, benchmark: Benchmark) -> dict[str, JSON]:
     """Converts one record to LLaVA's form."""
@@ -79,7 +76,7 @@ def main() -> None:
         raise UserError(f"{options.records}: none of its {len(dropped)} records can be trained on; {dropped[0]}")
     write_json_lines(options.to, conversations)
     print(f"{options.to}: {len(conversations):,} conversations, {len(dropped):,} records left out")
-    for problem in dropped[:NAMED]:
+    for problem in dropped[:5]:
         print(f"  left out: {problem}")
 
 

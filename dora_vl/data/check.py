@@ -324,11 +324,7 @@ def columns_of(arguments: argparse.Namespace) -> Columns:
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
-    """Checks the files; yields the lines to print.
-
-    Raises:
-        SystemExit: with status 1, after the table, when something was found.
-    """
+    """Checks the files; yields the lines to print, and ends with status 1 where something was found."""
     files = data_files(arguments.paths)
     media, videos = (_media_check(arguments, option) for option in ("media", "videos"))
     columns = columns_of(arguments)

@@ -115,8 +115,7 @@ ASKED_OF = ("question/answer", "captions")
 class ColumnsError(UserError):
     """What could change what is learned would be left out; ends a run, whatever share of bad samples it accepts.
 
-    Attributes:
-        remedy: the settings that settle it, beside those that the run has; the message says them.
+    `remedy` has the settings that settle it, beside those that the run has.
     """
 
     def __init__(self, problem: str, remedy: Columns, otherwise: str = "") -> None:
@@ -155,14 +154,10 @@ class _Shape:
 
 @dataclass(frozen=True)
 class Columns:
-    """The contract of a file's columns.
+    """The contract of a file's columns: `data.columns`, `data.ignore`, and `data.ask`, which rows without question get.
 
-    A dotted name leads into a column: `meta.image` is the key `image` of the object in `meta`, or of those in its list.
-
-    Args:
-        roles: what `data.columns` says: a known name, such as `image` or `question`, for a column of another name.
-        ignored: what `data.ignore` names.
-        ask: what `data.ask` says, the question of rows that have none.
+    `roles` has a known name, such as `image` or `question`, for a column of another name. A dotted name leads into a
+    column: `meta.image` is the key `image` of the object in `meta`, or of those in its list.
     """
 
     roles: Mapping[str, str] = field(default_factory=dict)
@@ -440,7 +435,6 @@ def column_lines(uses: Iterable[Mapping[str, str]]) -> list[str]:
 
 
 USUAL = Columns()
-"""The default: nothing is named or ignored."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -144,16 +144,14 @@ def webdataset_rows(path: Path) -> Iterator[dict[str, object]]:
         _reading(path, "a tar archive"),
         tarfile.open(fileobj=file, mode="r|*") as archive,
     ):
-        for key, members in groupby(_members(archive, path), key=lambda member: member[0]):
+        for key, members in groupby(_members(archive), key=lambda member: member[0]):
             yield _archive_row(key, [member[1:] for member in members], path)
 
 
-def _members(archive: tarfile.TarFile, path: Path) -> Iterator[tuple[str, str, bytes]]:
+def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
     for member in archive:
         if not member.isfile():
             continue
-        if member.size > 1 << 30:
-            raise UserError(f"{path}: {one_line(member.name, 60)} has {member.size:,} bytes; a sample's file has less")
         content = archive.extractfile(member)
         member_path = PurePosixPath(member.name)
         name, _, ending = member_path.name.partition(".")

@@ -123,11 +123,7 @@ def to_record(example: Example) -> dict[str, JSON]:
 
 
 def from_record(record: Mapping[str, JSON]) -> Example:
-    """Returns the example of a JSON object that `to_record` made.
-
-    Raises:
-        BadSample: a field is unknown or holds something else than it should, or `extra["correct"]` is no choice.
-    """
+    """Returns the example of a JSON object that `to_record` made; raises `BadSample` where it is not one."""
     sample_id = record.get("id")
     if not isinstance(sample_id, str) or not sample_id:
         raise BadSample("(no id)", f"'id' must be text that is not empty, got {shown(sample_id)}")
@@ -190,11 +186,8 @@ def json_line(record: Mapping[str, JSON], where: str) -> str:
 class ExampleFile:
     """The examples of `records/<task>/<split>.jsonl`, or one for each of their answers, read one at a time by place.
 
-    A line that is no record is an item as well; asked for, it is a `BadSample` that names file and line. Worker
-    processes may have it.
-
-    Args:
-        each_answer: an example with several answers counts as several, as captions are trained on.
+    With `each_answer` an example with several answers counts as several, as captions are trained on. A line that is no
+    record is an item as well; asked for, it is a `BadSample` that names file and line. Worker processes may have it.
     """
 
     def __init__(self, paths: Path | Sequence[Path], *, each_answer: bool = False, limit: int | None = None) -> None:

@@ -121,13 +121,9 @@ class ModalityLengthSampler(SeededSampler):
 
 
 class ReplaySampler(SeededSampler):
-    """Takes all of the data's samples, and of the chats behind them so many, drawn afresh for each epoch.
+    """Takes all `own` samples of the data, and `drawn` of the chats behind them, others in each epoch.
 
-    Args:
-        lengths: of the data's samples, then of the chats.
-        own: the data's samples.
-        drawn: chats of an epoch; all come before one comes again.
-        order: makes the sampler that orders an epoch's samples by their lengths.
+    All chats come before one comes again. `order` makes the sampler that orders an epoch's samples by their lengths.
     """
 
     def __init__(
@@ -241,11 +237,7 @@ class TreeSampler(SeededSampler):
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One task's share of a mixture.
-
-    Attributes:
-        batch_size: items of one optimizer step, over all ranks and micro-batches.
-    """
+    """One task of a mixture; an optimizer step takes `batch_size` of its items, over all ranks and micro-batches."""
 
     name: str
     items: int

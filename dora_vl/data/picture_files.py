@@ -247,14 +247,7 @@ def decoded(process: LimitedProcess, content: bytes, budget: Budget) -> Image.Im
 
 
 def picture_facts(source: Path | BytesIO, *, decode: bool) -> Mapping[str, Any]:
-    """Returns a picture's format and size, by its header.
-
-    Args:
-        decode: all of it must be readable.
-
-    Raises:
-        JobFailed: it cannot be used.
-    """
+    """Returns a picture's format and size, by its header; to `decode`, all of it must be readable. Raises JobFailed."""
     content, path = (source.getvalue(), None) if isinstance(source, BytesIO) else (b"", str(source.absolute()))
     arguments = {"path": path, "most_pixels": PICTURE_PIXELS, "decode": decode, "send": False}
     budget = Budget(PICTURE_SECONDS, PICTURE_MEMORY)

@@ -27,9 +27,8 @@ from dora_vl.files import file_sha256, whole_file, write_json
 
 FORMAT = 2
 """Raise it when records change their meaning: older files are then made again."""
-ROWS_TO_JUDGE, MOST_DROPPED = 1000, 100_000
-"""When none of so many rows can be used, the file is another one than the source expects; when so many cannot, the
-manifest, which names them all, would be no file that one can open."""
+ROWS_TO_JUDGE = 1000
+"""When none of so many rows can be used, the file is another one than the source expects."""
 
 DESCRIPTION = """\
 Turns a publisher's files into records/<task>/<split>.jsonl, with records/<task>/manifest.json beside them: counts,
@@ -195,11 +194,8 @@ class Records:
     def _drop(self, name: str, reason: str) -> None:
         counts = self.counts
         counts.dropped_rows.append({"row": counts.rows, "id": name, "reason": reason})
-        dropped = len(counts.dropped_rows)
-        if dropped >= MOST_DROPPED:
-            raise UserError(f"{self._path}: {dropped:,} rows cannot be used; {counts.first_reason()}")
-        if not counts.written and dropped >= ROWS_TO_JUDGE:
-            none = f"none of the first {dropped:,} rows can be used"
+        if not counts.written and len(counts.dropped_rows) >= ROWS_TO_JUDGE:
+            none = f"none of the first {ROWS_TO_JUDGE:,} rows can be used"
             raise UserError(f"{self._path}: {none}; {counts.first_reason()}")
 
     def _write(self, name: str, line: str, *, is_answered: bool) -> None:

@@ -105,9 +105,6 @@ def read_conversation(messages: Sequence[object], row: Row, sample_id: str) -> E
     """Returns the conversation of messages, each a `Turn` or an object of role and content, as it is trained on.
 
     What the row says as `system` stands before them; its `images` and `videos` take the places that the messages leave.
-
-    Raises:
-        UnreadKey: a message holds what nothing reads.
     """
     conversation = _Conversation(row, sample_id)
     for number, message in enumerate(messages, 1):
@@ -626,8 +623,7 @@ def _choices(value: object, sample_id: str) -> tuple[list[str], list[str]]:
     return [_text(label, "choices", sample_id) for label in labels], texts
 
 
-_LETTERED = re.compile(r"\(?([A-Za-z])[.):]\)?\s+(.*)", re.DOTALL)
-"""It matches a choice with its letter, such as `A. cat`."""
+_LETTERED = re.compile(r"\(?([A-Za-z])[.):]\)?\s+(.*)", re.DOTALL)  # such as `A. cat`
 
 
 def _says(question: str, texts: Sequence[str]) -> bool:
@@ -683,7 +679,6 @@ MESSAGES: Mapping[str, Callable[[Row, str], Sequence[object]]] = {
     "question/answer": _question_answer,
     "captions": lambda row, sample_id: _round(row.get("question", ""), _answer(row["caption"], sample_id, "caption")),
 }
-"""Each format has a function that makes messages of a row's fields."""
 CONVERSATIONAL = ("conversations", "messages", "prompt/completion")
 """In these formats an answer beside messages ends them (TRL's and ms-swift's `solution`)."""
 

@@ -53,8 +53,7 @@ def _generator(*key: object) -> random.Random:
 class StreamSource:
     """One training file, read as it comes, with its weight.
 
-    Args:
-        seed: which rows a weight that is no whole number takes once more; they are the same in every epoch.
+    By the seed a weight that is no whole number takes some rows once more, the same ones in every epoch.
     """
 
     def __init__(self, file: TrainFile, *, limit: int | None, seed: int, columns: Columns = USUAL) -> None:
@@ -74,11 +73,7 @@ class StreamSource:
         return [1.0] * int(self.file.weight) + [self.fraction] * (self.fraction > 0)
 
     def rows(self, *, share: float = 1.0, order: random.Random | None = None) -> Iterator[Read]:
-        """Yields the rows of one pass, each as an example or why it cannot be one.
-
-        Args:
-            share: of the rows; about as many, chosen by (seed, file, place).
-        """
+        """Yields the rows of one pass, or about this share of them, chosen by (seed, file, place)."""
         # A share of a set of the hub is drawn by the places of its rows, which shuffled shards would change.
         mixed = order if self._limit is None and (share == 1 or self._hub is None) else None
         taken = 0
@@ -165,11 +160,7 @@ class StreamSource:
 
 
 class SampleStream:
-    """The rows of several files, epoch by epoch.
-
-    Args:
-        seed: of every order.
-    """
+    """The rows of several files, epoch by epoch."""
 
     def __init__(self, sources: Sequence[StreamSource], *, buffer: int, seed: int) -> None:
         self.sources = tuple(sources)
@@ -244,9 +235,6 @@ class StreamOrder(torch.utils.data.Sampler[Read]):
 
     Where the samples of an epoch are known, an epoch is one pass. Where they are not, one pass of `total` samples is
     the whole run, and the stream begins its next epoch by itself.
-
-    Args:
-        total: samples of the whole run; used where the stream does not know its own number.
     """
 
     def __init__(self, stream: SampleStream, *, total: int) -> None:
@@ -291,11 +279,7 @@ class StreamOrder(torch.utils.data.Sampler[Read]):
 
 
 class StreamedDataset(torch.utils.data.Dataset["Sample | Skipped"]):
-    """Makes a sample of each row that a `StreamOrder` gives.
-
-    Args:
-        make: the data set of some rows and of the pictures that they hold, as for rows of a table.
-    """
+    """Makes a sample of each row that a `StreamOrder` gives, by a data set of this row and of the pictures it holds."""
 
     def __init__(self, make: Callable[[Examples, HeldPictures], ConversationDataset], *, length: int) -> None:
         self._make = make

@@ -80,11 +80,8 @@ def load_table(path: Path, *, cache_folder: Path | None = None, columns: Columns
     that the file holds, each in the first row that has it), `columns` (the role of each of the file's columns, as JSON,
     in the first row that has these), `doubts` (what is probably not meant, see `doubts_of`), `asked` and `told` (hashes
     of its questions with their media and of its answers; null where nothing is asked), `group` (what must not be
-    split). The cache is keyed by the files' paths, sizes and modification times, so a changed file is converted again;
-    a content hash would read a gigabyte at each start.
-
-    Args:
-        cache_folder: where converted files stay; default `dora_vl` in the cache folder of `datasets`.
+    split). The cache, by default `dora_vl` in that of `datasets`, is keyed by the files' paths, sizes and modification
+    times, so a changed file is converted again; a content hash would read a gigabyte at each start.
     """
     data = find_files(path)
     folder = cache_folder or Path(datasets.config.HF_DATASETS_CACHE) / "dora_vl"
@@ -309,9 +306,7 @@ def load_training_rows(
 ) -> tuple[ExampleTable, ExampleTable | None]:
     """Returns the training samples of all files, and those held out for validation (None with a share of 0).
 
-    Args:
-        share: of all samples, held out before weights repeat or drop any; see `held_out_places`.
-        seed: of the split, and of what a weight below 1 leaves out.
+    `held_out_places` draws the share of all samples, before weights repeat or drop any.
     """
     check_weights(files)
     tables = [load_rows(file.path, limit, cache_folder=cache_folder, columns=columns) for file in files]
@@ -454,9 +449,7 @@ def doubtful(rows: datasets.Dataset) -> list[Finding]:
 def overlap(rows: datasets.Dataset, questions: Iterable[tuple[str, tuple[str, ...], str]]) -> list[tuple[str, str]]:
     """Returns the ids of a training sample and of the test's question that it holds, for each such sample.
 
-    Args:
-        rows: of `load_table`; any of a conversation's questions counts.
-        questions: id, pictures named as in `rows`, and text of each. Those without pictures are left out.
+    Questions are id, pictures named as in `rows`, and text; those without pictures are left out.
     """
 
     def words(text: str) -> str:

@@ -40,11 +40,7 @@ Progress = Callable[[int], object]
 
 @contextlib.contextmanager
 def opened(path: Path, kind: str) -> Iterator[io.BufferedIOBase]:
-    """The file's bytes, those inside of one that gzip packed.
-
-    Args:
-        kind: what the file should be, such as "predictions; give JSON lines", for the message.
-    """
+    """The file's bytes, those inside of one that gzip packed; `kind` is what it should be, for the message."""
     try:
         if not path.is_file():
             raise UserError(f"{path}: no such file of {kind}")
@@ -59,11 +55,7 @@ class NotUtf8(UserError):
 
 
 def text_of(line: bytes, where: str) -> str:
-    """Returns a line's text; `where`, file and line, begins the message.
-
-    Raises:
-        NotUtf8: it is not UTF-8.
-    """
+    """Returns a line's text; `where`, file and line, begins the message of `NotUtf8`."""
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -116,11 +108,7 @@ def json_object(path: Path, kind: str) -> dict[str, object]:
 
 
 def whole_text(path: Path, kind: str) -> str:
-    """Returns a small file's text, line breaks as they are.
-
-    Raises:
-        UserError: no such file; `NotUtf8`, which is one, where it is not UTF-8.
-    """
+    """Returns a small file's text, line breaks as they are; raises `NotUtf8` where it is none."""
     with opened(path, kind) as file:
         return text_of(file.read().removeprefix(codecs.BOM_UTF8), f"{path}")
 
@@ -202,8 +190,7 @@ def table_rows(
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Yields the rows of a CSV or TSV file by column, with the number of each one's last line; all values are text.
 
-    Args:
-        columns: their names where the file has no line for them.
+    `columns` has their names where the file has no line for them.
     """
     csv.field_size_limit(LONGEST_LINE_BYTES)
     lines = (line.replace("\r\n", "\n") for _, line in _lines(path, kind, progress, encoding))
@@ -245,11 +232,7 @@ DEEPEST = 10_000
 
 
 def stream_records(path: Path, progress: Progress | None = None, key: str | None = None) -> Iterator[dict[str, object]]:
-    """Yields the objects of a JSON list, or of JSON lines, in order.
-
-    Args:
-        key: the file is one object, and the list is what it holds under this name.
-    """
+    """Yields the objects of a JSON list, of JSON lines, or of the list that one object holds under `key`, in order."""
     for number, value in _stream(path, "records", progress, key):
         if not isinstance(value, dict):
             raise UserError(f"{path}, row {number}: a record must be an object, found {type(value).__name__}")

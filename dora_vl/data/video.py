@@ -90,11 +90,9 @@ Kept = TypeVar("Kept")
 
 @dataclass(frozen=True)
 class Frames(Generic[Kept]):
-    """Frames in the order they are shown.
+    """Frames in the order they are shown, and when each begins; `span` is the part of the file that was meant.
 
-    Attributes:
-        seconds: when each begins, from the file's first frame.
-        span: the part of the file that was meant, in seconds from its first frame.
+    Times are in seconds from the file's first frame.
     """
 
     pictures: tuple[Kept, ...]
@@ -178,11 +176,8 @@ def none_reads(reasons: Mapping[str, Exception]) -> Exception:
 class VideoReader:
     """Reads videos in a process of its own, which is replaced when it hangs or dies. Use it from one thread.
 
-    It can be sent to data workers; each starts its own process, at its first file.
-
-    Args:
-        backends: which libraries to try, in this order.
-        limit_seconds: of the processor for one file; then the process is killed and the file given up.
+    It can be sent to data workers; each starts its own process, at its first file. The libraries are tried in order; a
+    file that takes `limit_seconds` of the processor is given up.
     """
 
     def __init__(self, *, backends: Sequence[str] = tuple(BACKENDS), limit_seconds: float = VIDEO_SECONDS) -> None:

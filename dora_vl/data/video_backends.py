@@ -242,17 +242,11 @@ def _upright(pixels: UInt8[np.ndarray, "_ _ 3"], side_data: Any) -> UInt8[np.nda
 
 BACKENDS: dict[str, Callable[[str], OpenVideo]] = {"pyav": PyavVideo, "decord": DecordVideo}
 """In the order in which they are tried: those that seek to the right frame before the one that must not seek."""
-
 LIBRARIES = {"pyav": "av", "decord": "decord"}
-"""The module to import for each."""
 
 
 def import_backend(backend: str) -> Any:
-    """Imports a backend's library, which can take seconds, before anything is timed.
-
-    Raises:
-        BackendMissing: it cannot be imported.
-    """
+    """Imports a backend's library, which can take seconds, before anything is timed, or raises `BackendMissing`."""
     try:
         return import_module(LIBRARIES[backend])
     except (ImportError, OSError, RuntimeError) as error:  # as of a build that does not fit this machine

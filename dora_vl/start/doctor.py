@@ -30,7 +30,6 @@ PROGRAMS = {
     "ninja": "DeepSpeed compiles its operators",
     "g++": "training.deepspeed zero3_offload",
 }
-"""Some settings need these programs."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -61,22 +61,15 @@ LARGE = 1e9
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `dora-vl init`."""
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="holds the pictures, and the questions")
-    parser.add_argument(
-        "--questions", type=Path, metavar="FILE", help="default: the one file in FOLDER that holds some"
-    )
+    add, bases = parser.add_argument, "the demo's (runs/demo/base, for videos tuned) where it is, or SmolVLM"
+    add("folder", type=Path, metavar="FOLDER", help="holds the pictures, and the questions")
+    add("--questions", type=Path, metavar="FILE", help="default: the one file in FOLDER that holds some")
     add_columns(parser)
-    parser.add_argument(
-        "--model",
-        metavar="BASE",
-        help="folder or hub id; default: the demo's (runs/demo/base, for videos tuned) where it is, or SmolVLM",
-    )
-    parser.add_argument(
-        "--to", type=Path, metavar="DIR", help="folder of the run; default: runs/ and the folder's name"
-    )
-    parser.add_argument("--test-share", type=float, metavar="X", help="held out; default 0.2, at most 1,000 rows")
-    parser.add_argument("--seed", type=int, default=0, help="which pictures are held out; default 0")
-    parser.add_argument("--overwrite", action="store_true", help="replace the three files of an earlier init")
+    add("--model", metavar="BASE", help=f"folder or hub id; default: {bases}")
+    add("--to", type=Path, metavar="DIR", help="folder of the run; default: runs/ and the folder's name")
+    add("--test-share", type=float, metavar="X", help="held out; default 0.2, at most 1,000 rows")
+    add("--seed", type=int, default=0, help="which pictures are held out; default 0")
+    add("--overwrite", action="store_true", help="replace the three files of an earlier init")
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
@@ -84,8 +77,6 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     folder: Path = arguments.folder
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the one that holds your pictures")
-    if arguments.questions is not None and not arguments.questions.exists():
-        raise UserError(f"--questions {arguments.questions}: no such file")
     to, replaces = _target(arguments)
     base, columns = base_of(arguments.model), columns_of(arguments)
     records = find_files(arguments.questions) if arguments.questions else find_questions(folder, columns)
@@ -303,7 +294,8 @@ class Look:
     Attributes:
         root: of the paths in `rows`.
         holds: whether the questions file holds the pictures itself; they are in `root` then.
-        asked: whether `--ask` said the question.
+        unnamed: how many pictures no row names.
+        has_question: whether `--ask` said the question.
         trouble: what `check-data` says of rows that are left out, line by line.
         doubts: likewise of rows that are not.
     """
@@ -410,12 +402,7 @@ SHOWN_CLASSES = 20
 
 
 def look_at(folder: Path, records: DataFiles, *, media_to: Path, columns: Columns = USUAL) -> Look:
-    """Reads the questions and looks at every picture that they name.
-
-    Args:
-        media_to: gets the pictures that the questions file holds itself.
-        columns: what the file's columns are.
-    """
+    """Reads the questions and looks at every picture that they name; those that their file holds go into `media_to`."""
     questions, has_splits = Path(records.name), isinstance(records, PictureFolder)
     first = map(FileCheck(questions, columns=columns).read, islice(records.rows(), MOST_NAMES))
     examples = [row for row in first if isinstance(row, Example)]

@@ -123,9 +123,7 @@ def placed(thing: Image.Image, chance: random.Random | None) -> Image.Image:
 def convert(source: Path, to: Path, *, variants: int = 2, seed: int = 0) -> None:
     """Makes the folder `to` of the artists' folders in `source`, unless it is there and made by the same settings.
 
-    Args:
-        variants: pictures of a thing by each artist that is learned from; the first is plain.
-        seed: fixes sizes, places, colours and every order.
+    Each artist that is learned from has so many variants of a thing, the first one plain. The seed fixes all else.
     """
     receipts = {name: json_or_nothing(source / name / "source.json").get("sha256") for name in (*ARTISTS, UNSEEN)}
     settings = {"artists": receipts, "unseen": UNSEEN, "variants": variants, "seed": seed, "side": SIDE}

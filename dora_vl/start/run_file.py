@@ -80,8 +80,7 @@ class Data:
 def base_of(model: str | None) -> Base:
     """Returns the base by a folder's config, or by a hub id's name: nothing is fetched.
 
-    Args:
-        model: None is what the demo trained where it is, else a small model of the hub.
+    Without a name it is what the demo trained where that is, else a small model of the hub.
     """
     name = model or (str(DEMO_BASE) if DEMO_BASE.is_dir() else HUB_BASE)
     folder = Path(name)
