@@ -189,9 +189,9 @@ class FileCheck:
         """What has been found, by kind."""
         return {name: finding for name, finding in self._findings.items() if name != NO_PICTURE or self._has_media}
 
-    def run(self, progress: Callable[[int], object]) -> FileCheck:
+    def run(self) -> FileCheck:
         """Reads the whole file."""
-        for record in find_files(self.path).rows(progress):
+        for record in tqdm(find_files(self.path).rows(), self.path.name, unit=" rows", disable=None, leave=False):
             self.check(self.read(record))
         return self
 
@@ -340,9 +340,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
             media=media,
             videos=videos,
         )
-        size = sum(part.stat().st_size for part in find_files(file).files)
-        with tqdm(total=size, unit="B", unit_scale=True, desc=file.name, disable=None, leave=False) as bar:
-            checks.append(check.run(bar.update))
+        checks.append(check.run())
         if left := [name for name, roles in roles_of_columns(check.uses).items() if not roles]:
             yield f"{shown_text(file.name, 120)}: left out {shown_names(left)}"
     findings = [(check.path, finding) for check in checks for finding in check.findings.values()]

@@ -28,7 +28,6 @@ from dora_vl.data.names import ROLES, plain_name
 from dora_vl.data.pictures import PICTURE_ENDINGS, VIDEO_ENDINGS
 from dora_vl.data.text_file import (
     LONGEST_REASON,
-    Progress,
     encoding_of,
     json_of,
     opened,
@@ -357,16 +356,10 @@ class DataFiles:
         """Whether it is a single file of JSON."""
         return type(self) is DataFiles and len(self.files) == 1 and ending_of(self.files[0]) not in READERS
 
-    def rows(self, progress: Progress | None = None) -> Iterator[dict[str, object]]:
+    def rows(self) -> Iterator[dict[str, object]]:
         """Yields the rows of all files in order."""
         for file in self.files:
-            reader = READERS.get(ending_of(file))
-            if reader is None:
-                yield from stream_records(file, progress=progress)
-                continue
-            yield from reader(file)
-            if progress is not None:
-                progress(file.stat().st_size)
+            yield from READERS.get(ending_of(file), stream_records)(file)
 
 
 @dataclass(frozen=True)
@@ -386,11 +379,9 @@ class PictureFolder(DataFiles):
         """Whether anything says what the pictures show."""
         return self.has_texts or any("label" in row for row in self.fields.values())
 
-    def rows(self, progress: Progress | None = None) -> Iterator[dict[str, object]]:
+    def rows(self) -> Iterator[dict[str, object]]:
         """Yields the row of each picture or video."""
         for file in self.files:
-            if progress is not None:
-                progress(file.stat().st_size)
             if file in self.fields:
                 text = file.with_suffix(".txt")
                 caption = {"txt": whole_text(text, "text").strip() if text.is_file() else ""} if self.has_texts else {}

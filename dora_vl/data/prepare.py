@@ -1,4 +1,4 @@
-"""`dora-vl prepare`: a publisher's files to records, with progress and a manifest."""
+"""`dora-vl prepare`: a publisher's files to records, with a manifest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import IO, cast
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from dora_vl.data.benchmarks.fields import UNKNOWN_ID, Progress, Raw, Split
+from dora_vl.data.benchmarks.fields import UNKNOWN_ID, Raw, Split
 from dora_vl.data.benchmarks.table import SOURCES
 from dora_vl.data.example import JSON, Example, json_line, to_record
 from dora_vl.errors import BadSample, UserError, positive, shown, shown_text
@@ -78,7 +78,7 @@ class Prepared:
     already_there: bool
 
 
-def prepare_split(split: Split, folder: Path, *, source: str, limit: int | None, progress: Progress) -> Prepared:
+def prepare_split(split: Split, folder: Path, *, source: str, limit: int | None) -> Prepared:
     """Makes `folder/<split>.jsonl`, unless it is there and was made of the same files with the same settings."""
     path, manifest = folder / f"{split.name}.jsonl", folder / "manifest.json"
     try:
@@ -89,8 +89,7 @@ def prepare_split(split: Split, folder: Path, *, source: str, limit: int | None,
     before = others.pop(split.name, {})
     with reading(_names(split)):
         inputs = [
-            {"file": file.name, "bytes": file.stat().st_size, "sha256": file_sha256(file, progress)}
-            for file in split.inputs
+            {"file": file.name, "bytes": file.stat().st_size, "sha256": file_sha256(file)} for file in split.inputs
         ]
     settings = {**split.settings, "limit": limit, "source": source, "format": FORMAT}
     is_same = before.get("settings") == settings and before.get("inputs") == inputs and path.is_file()
@@ -99,7 +98,7 @@ def prepare_split(split: Split, folder: Path, *, source: str, limit: int | None,
     started = time.monotonic()
     with whole_file(path, binary=True) as file:
         records = Records(split, path, file)
-        _write_rows(split, records, limit=limit, progress=progress)
+        _write_rows(split, records, limit)
     counts = records.counts
     entry: dict[str, JSON] = {
         "file": path.name,
@@ -122,9 +121,9 @@ def prepare_split(split: Split, folder: Path, *, source: str, limit: int | None,
     return Prepared(path=path, entry=entry, already_there=False)
 
 
-def _write_rows(split: Split, records: Records, *, limit: int | None, progress: Progress) -> None:
+def _write_rows(split: Split, records: Records, limit: int | None) -> None:
     counts, names = records.counts, _names(split)
-    for row in _read_rows(split, limit, progress):
+    for row in _read_rows(split, limit):
         records.add(row)
     if not counts.rows:
         raise UserError(f"{names}: holds no rows")
@@ -135,9 +134,10 @@ def _write_rows(split: Split, records: Records, *, limit: int | None, progress: 
         raise UserError(f"{names}: is doubled, {doubled}; fetch the file again")
 
 
-def _read_rows(split: Split, limit: int | None, progress: Progress) -> Iterator[Raw]:
+def _read_rows(split: Split, limit: int | None) -> Iterator[Raw]:
+    name, total = f"{split.task}/{split.name}", split.published_rows if limit is None else limit
     with reading(_names(split)):
-        yield from islice(split.rows(progress), limit)
+        yield from tqdm(islice(split.rows(), limit), name, total, unit=" rows", disable=None, leave=False)
 
 
 @contextlib.contextmanager
@@ -240,12 +240,9 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     with reading(str(arguments.folder)):
         chosen = chosen_splits(arguments)
     for split in chosen:
-        folder, size = arguments.to / split.task, sum(path.stat().st_size for path in split.inputs)
-        # bytes of the inputs, once for their hash and once for their rows; no bar without a terminal
-        name = f"{split.task}/{split.name}"
-        bar = tqdm(total=2 * size or None, unit="B", unit_scale=True, desc=name, disable=None, leave=False)
-        with _alone_in(folder), bar:
-            prepared = prepare_split(split, folder, source=arguments.source, limit=arguments.limit, progress=bar.update)
+        folder = arguments.to / split.task
+        with _alone_in(folder):
+            prepared = prepare_split(split, folder, source=arguments.source, limit=arguments.limit)
         yield from summary(prepared)
 
 

@@ -34,8 +34,6 @@ LONGEST_REASON = 120
 CHUNK_BYTES = 1 << 20
 
 Value = TypeVar("Value")
-Progress = Callable[[int], object]
-"""Is called with the number of bytes whenever some more are read."""
 
 
 @contextlib.contextmanager
@@ -143,11 +141,11 @@ def _log_encoding(path: Path) -> None:
 
 def text_lines(path: Path, kind: str, encoding: str = UTF_8) -> Iterator[tuple[int, str]]:
     """Yields each line with its number, from 1, without its line break."""
-    return ((number, line.rstrip("\r\n")) for number, line in _lines(path, kind, lambda size: None, encoding))
+    return ((number, line.rstrip("\r\n")) for number, line in _lines(path, kind, encoding))
 
 
-def _lines(path: Path, kind: str, progress: Progress, encoding: str) -> Iterator[tuple[int, str]]:
-    """Yields each line as it is, with its number; of another encoding progress counts what it is in UTF-8."""
+def _lines(path: Path, kind: str, encoding: str = UTF_8) -> Iterator[tuple[int, str]]:
+    """Yields each line as it is, with its number."""
     try:
         with opened(path, kind) as file:
             lines = iter(lambda: file.readline(LONGEST_LINE_BYTES + 1), b"")
@@ -157,7 +155,6 @@ def _lines(path: Path, kind: str, progress: Progress, encoding: str) -> Iterator
                 where = f"{path}, line {number}"
                 if len(line) > LONGEST_LINE_BYTES:
                     raise UserError(f"{where}: longer than {LONGEST_LINE_BYTES:,} bytes; is it a text file?")
-                progress(len(line))
                 yield number, text_of(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, where)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not whole {encoding} ({error.reason}); write it as UTF-8") from None
@@ -185,7 +182,6 @@ def table_rows(
     delimiter: str,
     columns: Sequence[str] = (),
     required: Sequence[str] = (),
-    progress: Progress = lambda size: None,
     encoding: str = UTF_8,
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Yields the rows of a CSV or TSV file by column, with the number of each one's last line; all values are text.
@@ -193,7 +189,7 @@ def table_rows(
     `columns` has their names where the file has no line for them.
     """
     csv.field_size_limit(LONGEST_LINE_BYTES)
-    lines = (line.replace("\r\n", "\n") for _, line in _lines(path, kind, progress, encoding))
+    lines = (line.replace("\r\n", "\n") for _, line in _lines(path, kind, encoding))
     reader = csv.reader(chain(lines, [_END]), delimiter=delimiter)
     try:
         heads = list(columns) or next(reader)
@@ -231,9 +227,9 @@ DEEPEST = 10_000
 """More open brackets are refused: `ijson` keeps a path for each, which fills the memory."""
 
 
-def stream_records(path: Path, progress: Progress | None = None, key: str | None = None) -> Iterator[dict[str, object]]:
+def stream_records(path: Path, key: str | None = None) -> Iterator[dict[str, object]]:
     """Yields the objects of a JSON list, of JSON lines, or of the list that one object holds under `key`, in order."""
-    for number, value in _stream(path, "records", progress, key):
+    for number, value in _stream(path, "records", key):
         if not isinstance(value, dict):
             raise UserError(f"{path}, row {number}: a record must be an object, found {type(value).__name__}")
         yield value
@@ -249,19 +245,17 @@ def stream_values(path: Path, kind: str) -> Iterator[tuple[int, object]]:
         yield number, value
 
 
-def stream_members(path: Path, *, progress: Progress | None = None) -> Iterator[tuple[str, dict[str, object]]]:
+def stream_members(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
     """Yields the members, name and object, of a file that is one JSON object of objects; see `stream_records`."""
     with opened(path, "records") as file:
-        chunks = _Chunks(file, progress)
+        chunks = _Chunks(file)
         for name, value in _parsed(path, chunks, ijson.kvitems(chunks, "", use_float=True)):
             if not isinstance(value, dict):
                 raise UserError(f"{path}: {shown(name)} must hold an object, found {type(value).__name__}")
             yield name, value
 
 
-def _stream(
-    path: Path, kind: str, progress: Progress | None = None, key: str | None = None
-) -> Iterator[tuple[int, object]]:
+def _stream(path: Path, kind: str, key: str | None = None) -> Iterator[tuple[int, object]]:
     """Yields the numbered values of JSON lines, of a list, or of the list that an object holds."""
     with opened(path, kind) as file:
         beginning = file.read(CHUNK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
@@ -270,8 +264,7 @@ def _stream(
         rows = _ROWS_IN_AN_OBJECT.match(beginning) if key is None else None
         name = rows[1].decode() if rows else key
         if name is None and not beginning.startswith(b"[") and _is_json(beginning.partition(b"\n")[0]):
-            lines = _lines(path, kind, progress or (lambda size: None), UTF_8)
-            texts = ((f"{path}, line {number}", line) for number, line in lines if line.strip())
+            texts = ((f"{path}, line {number}", line) for number, line in _lines(path, kind) if line.strip())
             yield from enumerate((json_of(line, where, half_pairs=True) for where, line in texts), start=1)
             return
         file.seek(0)
@@ -279,7 +272,7 @@ def _stream(
             remedy = "write the rows that are meant as a list of their own"
             raise UserError(f"{path}: beside {name!r} stands {shown(beside[0])}; {remedy}")
         file.seek(0)
-        chunks, number = _Chunks(file, progress), 0
+        chunks, number = _Chunks(file), 0
         prefix = f"{name}.item" if name else "item" if beginning.startswith(b"[") else ""
         values = ijson.items(chunks, prefix, use_float=True, multiple_values=not prefix)
         for number, value in enumerate(_parsed(path, chunks, values), start=1):
@@ -310,9 +303,8 @@ def _lists_in(path: Path, file: io.BufferedIOBase) -> dict[str, str]:
 class _Chunks:
     """A file as `ijson` reads it, behind its byte order mark."""
 
-    def __init__(self, file: io.BufferedIOBase, progress: Progress | None = None) -> None:
+    def __init__(self, file: io.BufferedIOBase) -> None:
         self._file = file
-        self._progress = progress
         self.open_brackets = 0
         self._begun = b""
         if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
@@ -321,8 +313,6 @@ class _Chunks:
     def read(self, size: int = -1) -> bytes:
         """Returns the next bytes."""
         chunk = self._file.read(size)
-        if self._progress is not None:
-            self._progress(len(chunk))
         plain = self._without_texts(chunk)
         self.open_brackets += sum(map(plain.count, (b"[", b"{"))) - sum(map(plain.count, (b"]", b"}")))
         if self.open_brackets > DEEPEST:

@@ -412,12 +412,10 @@ def look_at(folder: Path, records: DataFiles, *, media_to: Path, columns: Column
     media = MediaCheck(MediaFolder(root, follow_links=True), decode=True)
     check = FileCheck(questions, columns=columns, media=media)
     rows: list[UsableRow] = []
-    size = sum(file.stat().st_size for file in records.files)
-    with tqdm(total=size, unit="B", unit_scale=True, desc="reading", disable=None, leave=False) as bar:
-        for record in records.rows(bar.update):
-            row = _usable(check, record, media_to if holds_pictures else None, columns)
-            if row is not None:
-                rows.append(replace(row, split=str(record.get("split", "")) if has_splits else ""))
+    for record in tqdm(records.rows(), "reading", unit=" rows", disable=None, leave=False):
+        row = _usable(check, record, media_to if holds_pictures else None, columns)
+        if row is not None:
+            rows.append(replace(row, split=str(record.get("split", "")) if has_splits else ""))
     findings = {name: finding for name, finding in check.findings.items() if name != "duplicate id"}
     trouble, doubts = (
         table([(questions, finding) for name, finding in findings.items() if (name in DOUBTS) is doubtful])

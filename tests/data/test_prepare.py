@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from dora_vl.cli import main
 from dora_vl.data import prepare as prepare_module
-from dora_vl.data.benchmarks.fields import Progress, Raw, Split
+from dora_vl.data.benchmarks.fields import Raw, Split
 from dora_vl.data.example import Answer, Example, iterate_examples
 from dora_vl.errors import BadSample, UserError
 from tests.data.published import FIXTURES, manifest, prepared
@@ -113,16 +113,16 @@ def test_the_command_exits_with_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert left.value.code == 2
 
 
-def split_of(rows: Callable[[Progress], Iterator[Raw]], convert: Callable[[Raw], Any]) -> Split:
+def split_of(rows: Callable[[], Iterator[Raw]], convert: Callable[[Raw], Any]) -> Split:
     return Split(task="t", name="s", inputs=(), rows=rows, convert=convert)
 
 
-def numbers(progress: Progress) -> Iterator[Raw]:
+def numbers() -> Iterator[Raw]:
     yield from ({"n": number} for number in range(3))
 
 
 def run(split: Split, folder: Path) -> prepare_module.Prepared:
-    return prepare_module.prepare_split(split, folder, source="own", limit=None, progress=lambda _: None)
+    return prepare_module.prepare_split(split, folder, source="own", limit=None)
 
 
 def test_ids_that_a_publisher_repeats_are_refused(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_row_that_json_cannot_hold_is_dropped_with_its_reason(tmp_path: Path) 
 def test_a_file_of_other_rows_is_refused_long_before_its_end(tmp_path: Path) -> None:
     read = 0
 
-    def endless(progress: Progress) -> Iterator[Raw]:
+    def endless() -> Iterator[Raw]:
         nonlocal read
         while True:
             read += 1

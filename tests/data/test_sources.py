@@ -264,7 +264,7 @@ def test_subtitles_of_a_folder_of_files(tmp_path: Path) -> None:
     (tmp_path / "tvqa_subtitles").mkdir()
     (tmp_path / "tvqa_subtitles" / "a.srt").write_bytes("1\n00:00:01,000 --> 00:00:02,000\ncaf\xe9\n".encode("latin-1"))
     subtitles = Subtitles(tmp_path, ["tv_subtitles.jsonl", "tvqa_subtitles"])
-    rows = list(subtitles.joined([{"vid_name": "a"}, {"vid_name": "b"}], lambda _: None))
+    rows = list(subtitles.joined([{"vid_name": "a"}, {"vid_name": "b"}]))
     assert [[subtitle.text for subtitle in subtitles_of(Row(row))] for row in rows] == [["caf\xe9"], []]
 
 

@@ -215,7 +215,7 @@ def test_what_is_probably_not_meant_is_counted_and_named(tmp_path: Path) -> None
     (unusable,) = (line for line in described(TrainFile(path=str(path)), table) if "row 14" in line)
     assert "9 samples" in unusable
     assert unusable.count("row") == 5
-    check = FileCheck(path).run(lambda _: None).findings
+    check = FileCheck(path).run().findings
     assert [check[kind].count for kind in (NO_PICTURE, EMPTY_QUESTION, CONTRADICTION)] == [1, 2, 1]
 
 
@@ -231,7 +231,7 @@ def test_words_alone_captions_and_several_answers_are_meant(tmp_path: Path, capl
     )  # the first names no picture at all
     for path in sorted(tmp_path.glob("*.[cj]s*")):
         assert not doubtful(load_rows(str(path), cache_folder=tmp_path / "cache").rows), path
-        assert not FileCheck(path).run(lambda _: None).findings, path
+        assert not FileCheck(path).run().findings, path
     stream = StreamSource(TrainFile(path=str(tmp_path / "words.csv")), limit=None, seed=0)
     assert len(list(stream.rows())) == 2
     assert not caplog.records

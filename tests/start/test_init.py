@@ -87,7 +87,7 @@ def test_a_table_and_photographs_below_become_the_files_of_a_run(tmp_path: Path,
     sides = [{(photos / str(row["image"])).read_bytes() for row in half} for half in (train, test)]
     assert sides[0].isdisjoint(sides[1])  # the copy stays with what it is a copy of
     for name in ("train.jsonl", "test.jsonl"):
-        assert not FileCheck(run / name, media=MediaCheck(photos, decode=True)).run(lambda _: None).findings
+        assert not FileCheck(run / name, media=MediaCheck(photos, decode=True)).run().findings
     config = read_run_file(run / "run.yaml")
     assert (config.data.train, config.data.image_folder) == ("runs/my/train.jsonl", "my/photos")
     assert (config.evaluation.file, config.model.template) == ("runs/my/test.jsonl", "vicuna_v1")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from dora_vl.data.example import JSON, Answer, Example
-from dora_vl.data.text_file import Progress, stream_members
+from dora_vl.data.text_file import stream_members
 from dora_vl.errors import BadSample, UserError, shown, shown_names
 
 Raw = Mapping[str, JSON]
@@ -52,7 +52,7 @@ class Split:
     task: str
     name: str
     inputs: tuple[Path, ...]
-    rows: Callable[[Progress], Iterator[Raw]]
+    rows: Callable[[], Iterator[Raw]]
     convert: Callable[[Raw], Converted]
     published_rows: int | None = None
     repeated_ids: Literal["refuse", "number"] = "refuse"
@@ -232,10 +232,10 @@ def files_in(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     return {name: folder / name for name in names if (folder / name).is_file()}
 
 
-def member_rows(paths: Sequence[Path], id_column: str, progress: Progress) -> Iterator[Raw]:
+def member_rows(paths: Sequence[Path], id_column: str) -> Iterator[Raw]:
     """Yields the members of files that are one object of objects; their names stand in `id_column`."""
     for path in paths:
-        for name, row in stream_members(path, progress=progress):
+        for name, row in stream_members(path):
             yield {**row, id_column: name}
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from dora_vl.data.benchmarks.fields import (
     WANTED,
-    Progress,
     Raw,
     Row,
     Split,
@@ -48,9 +47,9 @@ def coco_caption(folder: Path, options: Mapping[str, str], records: Path) -> Ite
         yield Split("coco_caption", name, (file,), partial(_karpathy_rows, file, name), coco_caption_row, size)
 
 
-def _karpathy_rows(file: Path, split: str, progress: Progress) -> Iterator[Raw]:
+def _karpathy_rows(file: Path, split: str) -> Iterator[Raw]:
     """Yields the pictures of one of our splits; each split gets one of no known part, to drop it with its reason."""
-    for row in stream_records(file, progress, "images"):
+    for row in stream_records(file, "images"):
         if PARTS.get(str(row.get("split")), split) == split:
             yield row
 
@@ -196,11 +195,11 @@ def _words(sentence: str) -> str:
 
 
 def _shared_rows(
-    files: Mapping[str, tuple[Path, str]], name: str, shares: Mapping[str, float], seed: str, progress: Progress
+    files: Mapping[str, tuple[Path, str]], name: str, shares: Mapping[str, float], seed: str
 ) -> Iterator[Raw]:
     """Yields the rows of one share; one without a sentence is in each, to be named there as unusable."""
     sentences, caught = set[str](), False
-    for row in _nlvr_rows(files, progress):
+    for row in _nlvr_rows(files):
         sentence = row.get("sentence")
         if isinstance(sentence, str):
             sentences.add(_words(sentence))
@@ -215,9 +214,9 @@ def _shared_rows(
         )
 
 
-def _nlvr_rows(files: Mapping[str, tuple[Path, str]], progress: Progress) -> Iterator[Raw]:
+def _nlvr_rows(files: Mapping[str, tuple[Path, str]]) -> Iterator[Raw]:
     for part, (path, pictures) in files.items():
-        for row in stream_records(path, progress):
+        for row in stream_records(path):
             yield {**row, "part": part, "pictures": pictures}
 
 
@@ -321,12 +320,12 @@ def vqav2(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[S
             yield Split("vqav2", name, inputs, rows, convert, size)
 
 
-def _joined_rows(questions: Path, annotations: Path, progress: Progress) -> Iterator[Raw]:
+def _joined_rows(questions: Path, annotations: Path) -> Iterator[Raw]:
     """Yields each annotation with its question's text, then questions without one, to be dropped for that."""
-    rows = stream_records(questions, progress, "questions")
+    rows = stream_records(questions, "questions")
     question_rows = by_id(questions, rows, "question_id", "question", "image_id")
     answered: set[str] = set()
-    for where, row in numbered(annotations, stream_records(annotations, progress, "annotations")):
+    for where, row in numbered(annotations, stream_records(annotations, "annotations")):
         name = key(row, "question_id")
         if name and name not in question_rows:
             raise UserError(f"{where}: question_id {shown(name)} is not in {questions.name}; fetch both again")
@@ -381,11 +380,11 @@ def vqav2_karpathy(folder: Path, options: Mapping[str, str], records: Path) -> I
         yield Split("vqav2_karpathy", name, inputs, rows, convert, size, notes=notes)
 
 
-def _official_rows(folder: Path, split: str, progress: Progress) -> Iterator[Raw]:
+def _official_rows(folder: Path, split: str) -> Iterator[Raw]:
     """Yields the questions about the split's pictures; each split gets those of no part, to drop them."""
-    pictures = by_id(folder / KARPATHY, stream_records(folder / KARPATHY, progress, "images"), "cocoid", "split")
+    pictures = by_id(folder / KARPATHY, stream_records(folder / KARPATHY, "images"), "cocoid", "split")
     for part in KARPATHY_PARTS:
-        for row in _joined_rows(folder / QUESTIONS.format(part), folder / ANNOTATIONS.format(part), progress):
+        for row in _joined_rows(folder / QUESTIONS.format(part), folder / ANNOTATIONS.format(part)):
             picture = pictures.get(key(row, "image_id"), {})
             of_split = PARTS.get(str(picture.get("split")))
             if of_split in {split, None}:

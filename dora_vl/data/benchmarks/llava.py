@@ -11,7 +11,6 @@ from string import ascii_uppercase
 from dora_vl.data.benchmarks.fields import (
     UNKNOWN_ID,
     WANTED,
-    Progress,
     Raw,
     Row,
     Split,
@@ -122,13 +121,13 @@ def llava_bench(folder: Path, options: Mapping[str, str], records: Path) -> Iter
     yield Split("llava_bench", "test", tuple(files.values()), rows, convert, 60, notes={"files": sorted(files)})
 
 
-def _llava_bench_rows(files: Mapping[str, Path], progress: Progress) -> Iterator[Raw]:
+def _llava_bench_rows(files: Mapping[str, Path]) -> Iterator[Raw]:
     joins = [
-        (name, join, column, by_id(files[file], stream_records(files[file], progress), join, column))
+        (name, join, column, by_id(files[file], stream_records(files[file]), join, column))
         for file, (name, join, column) in LLAVA_BENCH_FILES.items()
         if file in files
     ]
-    for row in stream_records(files["questions.jsonl"], progress):
+    for row in stream_records(files["questions.jsonl"]):
         yield {**row, **{name: rows.get(key(row, join), {}).get(column) for name, join, column, rows in joins}}
 
 
@@ -188,12 +187,12 @@ def mmbench(folder: Path, options: Mapping[str, str], records: Path) -> Iterator
             yield Split(task, name, (path,), rows, convert, size, notes=notes)
 
 
-def _mmbench_rows(path: Path, answered: bool, progress: Progress) -> Iterator[Raw]:
+def _mmbench_rows(path: Path, answered: bool) -> Iterator[Raw]:
     """Yields the rows; for an `image` that names an earlier row, that row's picture."""
     references = path.name.startswith("MMBench_")  # VLMEvalKit's; the others need no memory of pictures
     needed = ("index", "question", "A", "B", "image", *(["answer"] if answered else []))
     pictures: dict[str, str] = {}
-    for _, row in table_rows(path, WANTED, delimiter="\t", required=needed, progress=progress):
+    for _, row in table_rows(path, WANTED, delimiter="\t", required=needed):
         image = row["image"]
         if references and len(image) >= REFERENCE_CHARACTERS:
             pictures[row["index"]] = image
@@ -273,9 +272,8 @@ def mme(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Spl
     raise UserError(f"{folder}: none of the subtasks' folders ({subtasks}, ...) with .txt is in it")
 
 
-def _mme_rows(root: Path, texts: Sequence[Path], progress: Progress) -> Iterator[Raw]:
+def _mme_rows(root: Path, texts: Sequence[Path]) -> Iterator[Raw]:
     for path in texts:
-        progress(path.stat().st_size)
         apart = path.parent.name == MME_QUESTIONS
         folder = path.parent.parent / "images" if apart else path.parent
         pictures = [folder / f"{path.stem}{end}" for end in (".jpg", ".png", ".jpeg", ".JPG", ".PNG")]
@@ -370,7 +368,7 @@ def pope(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Sp
     for pictures, (task, picture_folder) in POPE_SETS.items():
         files = {part: paths[name] for part in POPE_CATEGORIES if (name := f"{pictures}_pope_{part}.json") in paths}
         if files:
-            counts = tuple(sum(1 for _ in stream_records(path, lambda _: None)) for path in files.values())
+            counts = tuple(sum(1 for _ in stream_records(path)) for path in files.values())
             version = POPE_VERSIONS.get(counts, f"unknown: {counts} rows")
             yield Split(
                 task,
@@ -383,9 +381,9 @@ def pope(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Sp
             )
 
 
-def _pope_rows(files: Mapping[str, Path], progress: Progress) -> Iterator[Raw]:
+def _pope_rows(files: Mapping[str, Path]) -> Iterator[Raw]:
     for category, path in files.items():
-        for row in stream_records(path, progress):
+        for row in stream_records(path):
             yield {**row, "category": category}
 
 
@@ -430,10 +428,10 @@ def scienceqa(folder: Path, options: Mapping[str, str], records: Path) -> Iterat
         yield Split("scienceqa", name, (problems, parts), rows, partial(scienceqa_row, part=part), size)
 
 
-def _scienceqa_rows(problems: Path, members: frozenset[str], progress: Progress) -> Iterator[Raw]:
+def _scienceqa_rows(problems: Path, members: frozenset[str]) -> Iterator[Raw]:
     """Yields the problems of one split, then those that it names but nobody has, to be dropped for that."""
     seen: set[str] = set()
-    for name, row in stream_members(problems, progress=progress):
+    for name, row in stream_members(problems):
         if name in members:
             seen.add(name)
             yield {**row, "pid": name}
@@ -472,11 +470,11 @@ def seed_bench(folder: Path, options: Mapping[str, str], records: Path) -> Itera
     yield Split("seed", "test", (file,), partial(_seed_bench_rows, file), seed_bench_row, 19_242)
 
 
-def _seed_bench_rows(file: Path, progress: Progress) -> Iterator[Raw]:
+def _seed_bench_rows(file: Path) -> Iterator[Raw]:
     with refusing(file):
         types = Row(json_object(file, WANTED)).mapping("question_type")
         names = {str(Row(types).integer(name)): name for name in types}
-    for row in stream_records(file, progress, "questions"):
+    for row in stream_records(file, "questions"):
         yield {**row, "question_type": names.get(key(row, "question_type_id"))}
 
 
@@ -530,21 +528,21 @@ def textvqa(folder: Path, options: Mapping[str, str], records: Path) -> Iterator
             yield Split("textvqa", name, (questions, *ocr.values()), rows, convert, size, notes={"ocr": sorted(ocr)})
 
 
-def _textvqa_rows(questions: Path, ocr: Mapping[str, Path], progress: Progress) -> Iterator[Raw]:
+def _textvqa_rows(questions: Path, ocr: Mapping[str, Path]) -> Iterator[Raw]:
     rosetta: dict[str, Raw] = {}
     references: dict[tuple[str, str], str] = {}
     for name, path in ocr.items():
         if name != TEXTVQA_LLAVA:
-            rosetta = by_id(path, stream_records(path, progress, "data"), "image_id", "ocr_tokens")
+            rosetta = by_id(path, stream_records(path, "data"), "image_id", "ocr_tokens")
             continue
-        for where, raw in numbered(path, stream_records(path, progress)):
+        for where, raw in numbered(path, stream_records(path)):
             with refusing(where):
                 row = Row(raw, "question_id")
                 question, *lines = row.text("text").split("\n")
             for line in lines:
                 if line.startswith(REFERENCE_OCR):
                     references[row.id, question.lower()] = line.removeprefix(REFERENCE_OCR).strip()
-    for row in stream_records(questions, progress, "data"):
+    for row in stream_records(questions, "data"):
         image = key(row, "image_id")
         reference = references.get((image, str(row.get("question")).lower()))
         yield {**row, "ocr_tokens": rosetta.get(image, {}).get("ocr_tokens"), "reference_ocr": reference}

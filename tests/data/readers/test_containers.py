@@ -325,7 +325,7 @@ def test_a_folder_a_class_is_read_alike_by_a_table_a_stream_and_a_test(tmp_path:
     assert [(question.id, question.question, question.answers[0].text) for question in questions] == [
         (name, "What is it?", answer) for name, answer in expected
     ]
-    assert not FileCheck(folder, columns=ASKED).run(lambda _: None).findings
+    assert not FileCheck(folder, columns=ASKED).run().findings
 
 
 def test_a_picture_that_is_alone_is_not_taken_for_json(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_a_row_is_what_is_written_for_every_reader(tmp_path: Path, case: dict[st
     for kind in WRITERS if case["name"] in OF_TABLES else ("jsonl",):
         path = tmp_path / f"rows.{kind}"
         WRITERS[kind](path, [case["row"]])
-        check = FileCheck(path, columns=columns).run(lambda _: None)
+        check = FileCheck(path, columns=columns).run()
         assert bool(check.findings.keys() - {*DOUBTS}) == (refused is not None), check.findings
         stream = StreamSource(TrainFile(path=str(path)), limit=None, seed=0, columns=columns)
         if refused is None:
