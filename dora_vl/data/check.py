@@ -210,7 +210,7 @@ class FileCheck:
             if resolved.uses not in self.uses:
                 self.uses.append(resolved.uses)
             self._note_format("records" if is_record else form, sample_id, location)
-            example = read_record(record, sample_id) if is_record else read_fields(resolved, sample_id)
+            example = read_record({**record, "id": sample_id}) if is_record else read_fields(resolved, sample_id)
         except ColumnsError as error:
             return BadSample(sample_id, str(error), LEFT_OUT)
         except BadSample as error:

@@ -22,7 +22,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from dora_vl.data.text_file import json_lines, json_of, text_of
-from dora_vl.data.turns import Clip, Number, Turn
+from dora_vl.data.turns import Clip, Number, Turn, Unusable
 from dora_vl.errors import NO_ANSWER, BadSample, UserError, shown
 from dora_vl.files import whole_file
 
@@ -292,7 +292,7 @@ def right_choice(correct: object, choices: Sequence[str], sample_id: str) -> int
     return correct
 
 
-def listed_choices(text: str, sample_id: str) -> tuple[str, ...]:
+def listed_choices(text: str) -> tuple[str, ...]:
     """Returns the choices of a column that holds a list as text, in JSON or as Python writes it."""
     value: object = None
     if text.lstrip().startswith("[") and len(text) <= LONGEST_LIST:
@@ -306,11 +306,11 @@ def listed_choices(text: str, sample_id: str) -> tuple[str, ...]:
                 warnings.simplefilter("ignore")  # of backslashes that Python keeps as they are
                 value = ast.literal_eval(text.strip())
     if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value) or len(value) == 1:
-        raise BadSample(sample_id, f"its choices must be a list of text, got the text {shown(text)}")
+        raise Unusable(f"its choices must be a list of text, got the text {shown(text)}")
     return tuple(value)
 
 
-def correct_choice(answer: object, choices: Sequence[str], sample_id: str, *, by_place: bool) -> int | None:
+def correct_choice(answer: object, choices: Sequence[str], *, by_place: bool) -> int | None:
     """Returns the index of the right choice; None where the publisher keeps it back.
 
     A column says it by its text, or where that is taken `by_place` by its number from 0 (AI2D also as text, "1") or its
@@ -321,22 +321,22 @@ def correct_choice(answer: object, choices: Sequence[str], sample_id: str, *, by
         return None
     if isinstance(answer, int) and not isinstance(answer, bool):
         if not 0 <= answer < len(choices):
-            raise BadSample(sample_id, f"its answer is {answer}, but there are {len(choices)} choices")
+            raise Unusable(f"its answer is {answer}, but there are {len(choices)} choices")
         return answer
     if not isinstance(answer, str):
-        raise BadSample(sample_id, f"its answer must be text or a whole number, got {shown(answer)}")
+        raise Unusable(f"its answer must be text or a whole number, got {shown(answer)}")
     word = answer.strip()
     by_text = [index for index, choice in enumerate(choices) if choice.strip() == word]
     if len(by_text) > 1:
-        raise BadSample(sample_id, f"its answer {shown(answer)} is the text of {len(by_text)} of its choices")
+        raise Unusable(f"its answer {shown(answer)} is the text of {len(by_text)} of its choices")
     letter = re.fullmatch(r"\(?([A-Za-z])\)?[.:]?", word)
     number = int(word) if re.fullmatch("[0-9]{1,4}", word) else len(choices)
     position = ascii_uppercase.index(letter[1].upper()) if letter else number
     indices = {*by_text, *([position] if position < len(choices) and by_place else [])}
     if not indices:
         ways = "letter, number from 0 or text" if by_place else "text"
-        raise BadSample(sample_id, f"its answer {shown(answer)} is no {ways} of its {len(choices)} choices")
+        raise Unusable(f"its answer {shown(answer)} is no {ways} of its {len(choices)} choices")
     if len(indices) > 1:
         reason = "is the text of one choice and the letter or number of another; write a letter before each choice"
-        raise BadSample(sample_id, f"its answer {shown(answer)} {reason}")
+        raise Unusable(f"its answer {shown(answer)} {reason}")
     return indices.pop()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from PIL import Image
 
 from dora_vl.data.picture_files import NOT_DECODED, bad_picture, decoding_trouble, load_picture, picture_facts
+from dora_vl.data.turns import Unusable
 from dora_vl.errors import ON_THE_WEB, BadSample, UserError, shown
 from dora_vl.limited_process import JobFailed
 
@@ -206,7 +207,7 @@ BARE_BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
 """PNG, JPEG, GIF and WebP begin so in base64."""
 
 
-def picture_name(value: object, key: str, sample_id: str, image_bytes: dict[str, bytes]) -> str:
+def picture_name(value: object, key: str, image_bytes: dict[str, bytes]) -> str:
     """Returns a picture's path, or a name made of its content, which goes into `image_bytes`.
 
     Args:
@@ -219,7 +220,7 @@ def picture_name(value: object, key: str, sample_id: str, image_bytes: dict[str,
         header, _, text = value.partition(",")
         content = _from_base64(text) if header.endswith(";base64") else None
         if content is None:
-            raise BadSample(sample_id, f"its data URL {shown(value)} cannot be read: it is not base64")
+            raise Unusable(f"its data URL {shown(value)} cannot be read: it is not base64")
         value = content
     elif isinstance(value, str) and value.startswith(BARE_BASE64):
         value = _from_base64(value) or value  # a path may begin alike
@@ -228,9 +229,9 @@ def picture_name(value: object, key: str, sample_id: str, image_bytes: dict[str,
         image_bytes[name] = bytes(value)
         return name
     if not isinstance(value, str) or not value:
-        raise BadSample(sample_id, f"{key!r} must be a path or a list of paths, got {shown(value)}")
+        raise Unusable(f"{key!r} must be a path or a list of paths, got {shown(value)}")
     if value.startswith(WEB):
-        raise BadSample(sample_id, f"{key!r} is on the web, {shown(value)}; fetch it and name the file", ON_THE_WEB)
+        raise Unusable(f"{key!r} is on the web, {shown(value)}; fetch it and name the file", ON_THE_WEB)
     return value.removeprefix(AS_URL).replace("\\", "/")
 
 
