@@ -173,10 +173,9 @@ def _loss(path: str, value: object, unknown: bool, has_media: bool) -> tuple[str
         several = next((loss for loss in losses if loss[1] == MEDIUM), (path, NESTED))
         return several if len(losses) > 1 else next(iter(losses), (path, MEDIUM) if kind == MEDIUM else None)
     if isinstance(value, list) and kind == NOTED:  # of words it may be what is answered
-        words = (
-            (path, NESTED) if any(isinstance(text, str) and _by_value(text, False) == TEXT for text in value) else None
-        )
-        return words or next(filter(None, (_loss(path, entry, unknown, has_media) for entry in value)), None)
+        if any(isinstance(text, str) and _by_value(text, False) == TEXT for text in value):
+            return path, NESTED
+        return next(filter(None, (_loss(path, entry, unknown, has_media) for entry in value)), None)
     if kind == NOTED:
         return (path, TEXT) if isinstance(value, str) and _says_more(value) else None
     if not kind or isinstance(value, bool) or (kind in (MEDIUM, ASKED) and isinstance(value, list)):

@@ -31,7 +31,6 @@ PICTURE_ENDINGS = (
     "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jpe", "jfif", "apng", "mpo",
     "jp2", "j2k", "jpc", "jpf", "jpx", "j2c", "avif", "avifs", "heic", "heif", "hif",
 )  # fmt: skip
-"""A file with one of these endings is a picture."""
 VIDEO_ENDINGS = (
     "mp4", "mkv", "webm", "avi", "mov", "m4v", "ts", "m2ts", "flv", "mpg", "mpeg", "vob", "wmv", "asf", "mxf",
 )  # fmt: skip
@@ -95,7 +94,7 @@ def open_image(root: Path | MediaFolder, relative: str, stored: HeldPictures | N
     `PICTURE_SIDE` pixels, which are shrunk to it.
     """
     folder = root if isinstance(root, MediaFolder) else MediaFolder(root)
-    if relative.startswith(STORED) and stored is not None and relative in stored:
+    if stored is not None and relative in stored:
         source, where = BytesIO(stored[relative]), "the data file"
     else:
         source, where = path_inside(folder, relative), folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from contextlib import closing
 from pathlib import Path
 
@@ -11,9 +12,9 @@ import pytest
 
 from dora_vl import limited_process
 from dora_vl.data.example import Clip
-from dora_vl.data.video import Uniform, VideoReader, why_no_video
+from dora_vl.data.video import EverySeconds, FrameSampling, Uniform, VideoReader, clip_span, moments, why_no_video
 from dora_vl.data.video_backends import BACKENDS as LIBRARIES
-from dora_vl.data.video_backends import BackendMissing, OpenVideo, Unreadable, import_backend
+from dora_vl.data.video_backends import BackendMissing, NoVideo, OpenVideo, Unreadable, import_backend
 from dora_vl.errors import BadSample, UserError
 from tests.data.video_files import CODECS, OPEN_GOPS, STEADY, read_frames, turned, write_clip, write_video
 
@@ -228,3 +229,38 @@ def test_whole_files_are_read_and_no_cut_one_is(tmp_path: Path, suffix: str) -> 
         assert why_no_video(cut) is not None
         with pytest.raises(BadSample):
             read_frames(tmp_path, Clip(path=cut.name), Uniform(4))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "span", "expected"),
+    [
+        (Uniform(4), (2.0, 10.0), [3.0, 5.0, 7.0, 9.0]),
+        (Uniform(1), (0.0, 7.0), [3.5]),
+        (EverySeconds(1.5), (1.0, 6.3), [1.75, 3.25, 4.75, 6.25]),
+        (EverySeconds(1.5), (0.0, 1.0), [0.25, 0.75]),
+        (EverySeconds(1.5, most=3), (0.0, 60.0), [10.0, 30.0, 50.0]),
+    ],
+)
+def test_the_moments_that_are_looked_at(
+    sampling: FrameSampling, span: tuple[float, float], expected: list[float]
+) -> None:
+    assert moments(sampling, start=span[0], end=span[1]) == pytest.approx(expected)
+
+
+def test_a_clip_is_cut_at_the_video_s_end_and_must_be_in_it() -> None:
+    assert clip_span(2.0, 99.0, duration=8.0) == (2.0, 8.0)
+    assert clip_span(None, None, duration=0.0) == (0.0, 0.0)  # a single frame of unknown length
+    for start, end in ((9.0, None), (3.0, 3.0), (5.0, 4.0)):
+        with pytest.raises(NoVideo):
+            clip_span(start, end, duration=8.0)
+
+
+@pytest.mark.parametrize(
+    ("frames", "rate", "taken"),
+    [(200, 25, [18, 56, 93, 131, 168]), (90, 30, [22, 67]), (61, 10, [7, 22, 37, 52]), (47, 24, [17])],
+)
+def test_equal_to_the_fps_filter_of_ffmpeg_within_a_frame(frames: int, rate: int, taken: list[int]) -> None:
+    """`taken` is what libavfilter's `fps=1/1.5` gave, each frame with its number as its pixels."""
+    begins = [number / rate for number in range(frames)]
+    shown = moments(EverySeconds(1.5, least=1), start=0.0, end=frames / rate)
+    assert [bisect_right(begins, moment) - 1 for moment in shown] == pytest.approx(taken, abs=1)
