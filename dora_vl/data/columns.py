@@ -168,11 +168,8 @@ class Columns:
     def __post_init__(self) -> None:
         for column, role in self.roles.items():
             if role not in ROLES and role not in KNOWN:
-                near = get_close_matches(role, KNOWN, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise UserError(
-                    f"data.columns: {shown(column)} cannot be {shown(role)}{hint}; there are {', '.join(ROLES)}"
-                )
+                (near,) = get_close_matches(role, KNOWN, n=1, cutoff=0.0)
+                raise UserError(f"data.columns: {shown(column)} cannot be {shown(role)}; did you mean {near}?")
 
     def resolve(self, row: Row, *, strict: bool = True) -> Resolved:
         """Returns the row's format, and what it holds of each role.

@@ -63,7 +63,7 @@ def saved_shards(folder: Path) -> tuple[Path, ...]:
     import datasets  # a second and a half, which rows of files need not pay
 
     with _reading(folder, "a saved set"):
-        saved = datasets.load_from_disk(str(folder), keep_in_memory=False)
+        saved: Any = datasets.load_from_disk(str(folder), keep_in_memory=False)
         return tuple(Path(file["filename"]) for file in saved.cache_files)
 
 
@@ -429,10 +429,7 @@ def find_files(path: Path) -> DataFiles:
             raise UserError(f"{path}: a {path.suffix} file is not read; {remedy}")
         return DataFiles(str(path), (path,))
     if not path.is_dir():
-        raise UserError(
-            f"{path}: no such file; give a file of samples ({', '.join(ENDINGS)}), a folder of shards, or "
-            f"{HUB}OWNER/NAME"
-        )
+        raise UserError(f"{path}: no such file of samples, or folder of them; a set of the hub is {HUB}OWNER/NAME")
     if all((path / name).is_file() for name in BESIDE_ARROW[:2]):
         return DataFiles(str(path), saved_shards(path))
     files = [file for file in sorted(path.iterdir()) if is_data_file(file) and file.is_file()]

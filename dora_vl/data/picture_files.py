@@ -222,9 +222,7 @@ def picture_of(first: Part, others: Iterator[Part], budget: Budget) -> Image.Ima
     width, height = map(int, first[0]["size"])
     budget.pixels -= width * height
     if budget.pixels < 0:
-        raise JobFailed(
-            TooManyPixels.__name__, f"has {width:,} x {height:,} pixels, more than are left of those allowed"
-        )
+        raise JobFailed(TooManyPixels.__name__, f"has {width:,} x {height:,} pixels, more than are left")
     image, top, strip = Image.new("RGB", (width, height)), 0, first[1]
     while True:
         rows = len(strip) // (3 * width)

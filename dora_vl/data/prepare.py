@@ -203,9 +203,7 @@ class Records:
         if name in self._lines:
             if self._split.repeated_ids == "refuse":
                 lines = f"lines {self._lines[name]} and {counts.written + 1}"
-                raise UserError(
-                    f"{self._path}: id {shown(name)} would be in {lines}; the publisher's ids must be unique"
-                )
+                raise UserError(f"{self._path}: id {shown(name)} in {lines}; the publisher's ids must be unique")
             name = next(new for number in count(2) if (new := f"{name}#{number}") not in self._lines)
             counts.renamed_ids += 1
             line = json_line({**json.loads(line), "id": name}, name)

@@ -92,9 +92,7 @@ def load_table(path: Path, *, cache_folder: Path | None = None, columns: Columns
             if not table.exists():
                 _convert(path, data, table, columns)
     except OSError as error:
-        raise UserError(
-            f"{folder}: cannot keep the converted {path.name} there ({error}); set HF_DATASETS_CACHE"
-        ) from error
+        raise UserError(f"{folder}: cannot keep the converted {path.name} ({error}); set HF_DATASETS_CACHE") from error
     return datasets.Dataset.from_file(str(table))
 
 
@@ -398,9 +396,8 @@ def held_out_places(
             left[class_of[group]] -= sizes[group]
     if not chosen or len(chosen) == len(sizes):
         raise UserError(
-            f"data.validation_share {share} of {len(groups)} samples cannot be held out: samples of one picture stay "
-            f"together, and the smallest group has {min(sizes.values())}; set another share, or name a "
-            "data.validation file"
+            f"data.validation_share {share} of {len(groups)} samples cannot be held out, since those of one picture "
+            "stay together; set another share, or name a data.validation file"
         )
     return np.array([index for index, group in enumerate(groups) if group in chosen], np.int64)
 

@@ -206,18 +206,13 @@ def table_rows(
             if values[-1].endswith(_END):
                 break
             if len(values) != len(heads):
-                raise UserError(
-                    f"{path}, line {reader.line_num}: {len(values)} values for {len(heads)} columns; "
-                    "the file is cut or damaged, fetch or write it again"
-                )
+                counts = f"{len(values)} values for {len(heads)} columns"
+                raise UserError(f"{path}, line {reader.line_num}: {counts}; fetch or write the file again")
             yield reader.line_num, dict(zip(heads, values, strict=True))
             begins = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: not the table expected: {error}") from None
-    raise UserError(
-        f"{path}, line {begins}: a quotation mark in it is never closed; the file is cut or damaged, fetch or write it "
-        "again"
-    )
+    raise UserError(f"{path}, line {begins}: a quotation mark in it is never closed; fetch or write the file again")
 
 
 _ROWS_IN_AN_OBJECT = re.compile(rb'\{\s*"(data|rows|samples|examples)"\s*:\s*\[\s*\{')

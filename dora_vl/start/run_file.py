@@ -226,10 +226,7 @@ def root_of_pictures(folder: Path, questions: Path, names: Sequence[str]) -> Pat
     hits = Counter({root: sum(_is_there(root, name) for name in some) for root in roots})
     best = max(roots, key=lambda root: (hits[root], -roots.index(root)))
     if not hits[best]:
-        raise UserError(
-            f"{questions}: not one of its first {len(some)} pictures is below {folder}, such as {shown(some[0])}; "
-            "give the folder that holds them, or correct the paths"
-        )
+        raise UserError(f"{questions}: none of its pictures is below {folder}, such as {shown(some[0])}")
     return best
 
 

@@ -261,8 +261,6 @@ def by_id(file: Path, rows: Iterable[Raw], id_column: str, *columns: str) -> dic
             name = Row(row).identifier(id_column)
         values = {column: row.get(column) for column in columns}
         if rows_by_id.setdefault(name, values) != values:
-            raise UserError(
-                f"{where}: {id_column} {shown(name)} stands in an earlier row with another {' or '.join(columns)}; "
-                "which is right? fetch the file again"
-            )
+            other = f"stands in an earlier row with another {' or '.join(columns)}"
+            raise UserError(f"{where}: {id_column} {shown(name)} {other}; fetch the file again")
     return rows_by_id

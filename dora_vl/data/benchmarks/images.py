@@ -198,20 +198,15 @@ def _shared_rows(
     files: Mapping[str, tuple[Path, str]], name: str, shares: Mapping[str, float], seed: str
 ) -> Iterator[Raw]:
     """Yields the rows of one share; one without a sentence is in each, to be named there as unusable."""
-    sentences, caught = set[str](), False
+    is_caught, row = False, None
     for row in _nlvr_rows(files):
         sentence = row.get("sentence")
-        if isinstance(sentence, str):
-            sentences.add(_words(sentence))
         if not isinstance(sentence, str) or share_of(sentence, shares, seed) == name:
-            caught = True
+            is_caught = True
             yield row
-    if sentences and not caught:
-        where = ", ".join(str(path) for path, _ in files.values())
-        raise UserError(
-            f"--set shares: the share {name} ({shares[name]:g}) catches none of the {len(sentences)} sentences of "
-            f"{where}; make it larger, or take another --set seed=... than {seed}"
-        )
+    if row is not None and not is_caught:
+        remedy = f"make it larger, or take another --set seed=... than {seed}"
+        raise UserError(f"--set shares: the share {name} ({shares[name]:g}) catches no sentence; {remedy}")
 
 
 def _nlvr_rows(files: Mapping[str, tuple[Path, str]]) -> Iterator[Raw]:
