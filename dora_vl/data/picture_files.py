@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
-from dora_vl.errors import DECODING_ERRORS, BadSample
+from dora_vl.errors import DECODING_ERRORS
 from dora_vl.files import NoRegularFile, open_regular
 from dora_vl.limited_process import ENDED, Budget, JobFailed, LimitedProcess, Part, one_process
 
@@ -157,13 +157,6 @@ def _as_shown(image: Image.Image) -> Image.Image:
         image = white
     image.info.pop("transparency", None)
     return image
-
-
-def bad_picture(error: BaseException, name: str, where: object) -> BadSample:
-    """Returns what `load_picture` raised, for a picture and a place as the message calls them."""
-    if isinstance(error, FileNotFoundError):
-        return BadSample(name, f"picture {name} is missing in {where}")
-    return BadSample(name, f"picture {name} in {where} {why_not_decoded(error)}")
 
 
 def why_not_decoded(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from PIL import Image
 
-from dora_vl.data.picture_files import NOT_DECODED, bad_picture, decoding_trouble, load_picture, picture_facts
+from dora_vl.data.picture_files import NOT_DECODED, decoding_trouble, load_picture, picture_facts, why_not_decoded
 from dora_vl.data.turns import Unusable
 from dora_vl.errors import ON_THE_WEB, BadSample, UserError, shown
 from dora_vl.limited_process import JobFailed
@@ -100,8 +100,10 @@ def open_image(root: Path | MediaFolder, relative: str, stored: HeldPictures | N
         source, where = path_inside(folder, relative), folder
     try:
         return load_picture(source, as_published=folder.as_published)
+    except FileNotFoundError:
+        raise BadSample(relative, f"picture {relative} is missing in {where}") from None
     except NOT_DECODED as error:
-        raise bad_picture(error, relative, where) from None
+        raise BadSample(relative, f"picture {relative} in {where} {why_not_decoded(error)}") from None
 
 
 def path_inside(root: Path | MediaFolder, relative: str, *, kind: str = "picture") -> Path:
