@@ -38,6 +38,7 @@ _log = logging.getLogger(__name__)
 TABLE_VERSION = 13
 """Part of the cache's key: raise it when columns or their meaning change."""
 ROWS_A_BATCH = 4096
+SHARES = "data.validation_share (of init: --test-share)"
 DRAWS = 100
 """So many rows are drawn for other pictures; all of them have the same where nearly all of a file's rows do."""
 CHARACTERS_A_BATCH = 1 << 25  # Arrow's string offsets are 32 bits; a batch stays far below
@@ -370,7 +371,7 @@ def held_out_places(
     Which groups are held out is decided by a hash of (seed, group), so another order of the file changes nothing.
     """
     if not 0 < share < 1:
-        raise UserError(f"data.validation_share is {share}; it must be above 0 and below 1")
+        raise UserError(f"{SHARES} is {share}; it must be above 0 and below 1")
     parent: dict[str, str] = {}
 
     def group_of(name: str) -> str:
@@ -395,10 +396,8 @@ def held_out_places(
             chosen.add(group)
             left[class_of[group]] -= sizes[group]
     if not chosen or len(chosen) == len(sizes):
-        raise UserError(
-            f"data.validation_share {share} of {len(groups)} samples cannot be held out, since those of one picture "
-            "stay together; set another share, or name a data.validation file"
-        )
+        why = "samples of one picture stay together; give another share, or more pictures"
+        raise UserError(f"{SHARES} {share:g} of {len(groups)} samples cannot be held out: {why}")
     return np.array([index for index, group in enumerate(groups) if group in chosen], np.int64)
 
 
