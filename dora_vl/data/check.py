@@ -90,8 +90,7 @@ def looks_whole(file: BinaryIO | BytesIO) -> bool | None:
 
 
 SHOWN_IDS = 5
-LEFT_OUT = "columns left out"
-"""Names the problem of rows that a run would refuse for a column."""
+LEFT_OUT = "columns left out"  # a run would refuse these rows for a column
 NO_PICTURE, EMPTY_QUESTION, CONTRADICTION = "no picture", "empty question", "another answer to the same question"
 DOUBTS = (NO_PICTURE, EMPTY_QUESTION, CONTRADICTION)
 """A run trains on samples with these problems, and warns."""

@@ -405,8 +405,7 @@ def picture_folder(folder: Path) -> PictureFolder | None:
     return PictureFolder(str(folder), (*media, *texts), fields, has_texts)
 
 
-RUN_FILE = "run.yaml"
-"""`dora-vl init` writes it into the folder of a run."""
+RUN_FILE = "run.yaml"  # `dora-vl init` writes it into the folder of a run
 
 
 def files_below(folder: Path) -> Iterator[Path]:

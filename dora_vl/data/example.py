@@ -26,8 +26,7 @@ from dora_vl.data.turns import Clip, Number, Turn, Unusable
 from dora_vl.errors import NO_ANSWER, BadSample, UserError, shown
 from dora_vl.files import whole_file
 
-JSON: TypeAlias = Any
-"""Null, booleans, numbers, text, lists and objects; checked when written."""
+JSON: TypeAlias = Any  # null, booleans, numbers, text, lists and objects; checked when written
 
 
 @dataclass(frozen=True, kw_only=True)

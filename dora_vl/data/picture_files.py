@@ -35,17 +35,12 @@ PICTURE_SIDE = 8_192
 PICTURE_BYTES = 512 * MEBIBYTE
 PICTURE_SECONDS = 20.0
 """Decoding a picture may take so many CPU seconds: a JPEG of 171 KB can be made of thousands of scans."""
-PICTURE_MEMORY = 3_072 * MEBIBYTE
-"""The process that looks at a picture may take so many bytes for it."""
+PICTURE_MEMORY = 3_072 * MEBIBYTE  # of the process that looks at a picture
 
-FRAME_PIXELS = 36_000_000
-"""A video's frame may have so many pixels: 8K has 33 million."""
-VIDEO_FRAMES = 2_000_000
-"""A video may have so many frames: nine hours at 60 a second."""
-VIDEO_SECONDS = 60.0
-"""A video's decoder may take so many CPU seconds for a file, and three times as long on the clock."""
-VIDEO_MEMORY = 4_096 * MEBIBYTE
-"""A video's decoder may take so many bytes for a file, beyond what its libraries have."""
+FRAME_PIXELS = 36_000_000  # 8K has 33 million
+VIDEO_FRAMES = 2_000_000  # nine hours at 60 a second
+VIDEO_SECONDS = 60.0  # of the processor for a file, and three times as many on the clock
+VIDEO_MEMORY = 4_096 * MEBIBYTE  # of the decoder for a file, beyond what its libraries have
 
 
 _TURNS: Mapping[object, Image.Transpose] = {

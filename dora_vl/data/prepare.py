@@ -25,8 +25,7 @@ from dora_vl.data.example import JSON, Example, json_line, to_record
 from dora_vl.errors import BadSample, UserError, positive, shown, shown_text
 from dora_vl.files import file_sha256, whole_file, write_json
 
-FORMAT = 2
-"""Raise it when records change their meaning: older files are then made again."""
+FORMAT = 2  # raise it when records change their meaning: older files are then made again
 ROWS_TO_JUDGE = 1000
 """When none of so many rows can be used, the file is another one than the source expects."""
 

@@ -199,12 +199,9 @@ def write_skipped(path: Path, reasons: Mapping[str, str], *, validation: Mapping
     write_json_lines(path, lines)
 
 
-MOST = 20_000
-"""So many rows, at even distances, are looked at before a run: a few seconds' worth."""
-FIRST = 8
-"""The labels of eight samples, and of eight with pictures, are read before the first step."""
-SHOWN, BEFORE = 120, 20
-"""A message shows 120 characters of a text, 20 of them before it differs from another."""
+MOST = 20_000  # rows, at even distances, that are looked at before a run: a few seconds' worth
+FIRST = 8  # samples, and as many with pictures, whose labels are read before the first step
+SHOWN, BEFORE = 120, 20  # characters of a text in a message, and those of them before it differs from another
 
 
 def look_ahead(

@@ -33,11 +33,9 @@ from dora_vl.data.samples import ConversationDataset, Examples, Sample, Skipped
 from dora_vl.data.table import characters_of
 from dora_vl.errors import BadSample, UserError
 
-FIRST_ROWS = 64
-"""So many rows are read before training: they show the format, and how long rows are."""
+FIRST_ROWS = 64  # read before training: they show the format, and how long rows are
 UNKNOWN_ROWS = 1000
-BUFFER_BYTES = 1 << 28
-"""The rows of a shuffle buffer hold at most so many bytes together, pictures included."""
+BUFFER_BYTES = 1 << 28  # of all rows of a shuffle buffer together, pictures included
 
 Record = Mapping[str, object]
 Read = Example | BadSample

@@ -23,8 +23,7 @@ from dora_vl.errors import BadSample, UserError, install_command
 from dora_vl.files import open_regular
 from dora_vl.limited_process import Budget, JobFailed, LimitedProcess, Part, one_process
 
-VALUE_PERIOD_SECONDS = 1.5
-"""The VALUE benchmark's video features: ffmpeg's `fps=1/1.5`."""
+VALUE_PERIOD_SECONDS = 1.5  # of the VALUE benchmark's video features: ffmpeg's `fps=1/1.5`
 
 
 @dataclass(frozen=True)

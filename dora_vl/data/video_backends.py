@@ -24,12 +24,9 @@ from dora_vl.data.picture_files import FRAME_PIXELS, VIDEO_FRAMES
 FORMATS = "mov,matroska,avi,gif,flv,asf,mxf,mpeg,mpegts"
 """FFmpeg's names of what is read; it knows playlists too, which name more files and addresses."""
 MP4_BOXES, EBML = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"), b"\x1a\x45\xdf\xa3"
-SPARE_SECONDS = 0.5
-"""How much earlier than its header says a whole video may end."""
-SOURCE_LINE = re.compile(r"\[[\d:]+\] \S+: ")
-"""Where in its C++ decord gave up."""
-ROUNDING_SECONDS = 1e-4
-"""decord keeps times in single precision, and both must find the same frame."""
+SPARE_SECONDS = 0.5  # a whole video may end so much earlier than its header says
+SOURCE_LINE = re.compile(r"\[[\d:]+\] \S+: ")  # where in its C++ decord gave up
+ROUNDING_SECONDS = 1e-4  # decord keeps times in single precision, and both must find the same frame
 
 
 Frame: TypeAlias = tuple[float, UInt8[np.ndarray, "height width 3"]]

@@ -55,8 +55,7 @@ lines, Parquet, Arrow, tar; or a .txt of its name beside each picture. With --as
 a table of pictures and labels. No picture is in both halves; folders named train, val and test stay what they are.
 """
 TRAIN, TEST, VALIDATION, MEDIA = "train.jsonl", "test.jsonl", "validation.jsonl", "media"
-LARGE = 1e9
-"""A base of so many parameters is not read on a CPU before a run asks for it."""
+LARGE = 1e9  # parameters of a base that is not read on a CPU before a run asks for it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

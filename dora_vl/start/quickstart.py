@@ -37,8 +37,7 @@ TAKES_SETTINGS = SETS_UP_LOGGING = True
 RECIPE = "llava/easyvqa_smollm2_dora"
 ASSET_FOLDER, DATA_FOLDER = Path("runs/demo/assets"), Path("runs/demo/data")
 NAMES_FOLDER = Path("runs/demo-names/data")
-TUNED = "tuned"
-"""Base and adapter are merged into this folder of the run."""
+TUNED = "tuned"  # the folder of the run that base and adapter are merged into
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -35,8 +35,7 @@ DEMO_BASE, HUB_BASE = Path("runs/demo/base"), "HuggingFaceTB/SmolVLM-500M-Instru
 VIDEO_BASE = Path("runs/demo/tuned")
 """Videos' outputs are not stored, so their projector must have learned before."""
 STEP_SAMPLES = 16
-WORDLESS = "paligemma"
-"""The family whose processor takes no words without a picture."""
+WORDLESS = "paligemma"  # its processor takes no words without a picture
 SEEN_SAMPLES, MOST_EPOCHS = 3_200, 10
 """A small set is seen several times, until about 3,200 samples were."""
 
