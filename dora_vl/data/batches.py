@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, product
 from typing import Any, Literal
@@ -24,11 +24,6 @@ FIRST_TILE = "aspect_ratio_mask"
 """The first tile of a missing picture of mllama's counts as there, or attention divides by zero."""
 POINTING = {"image_token_pooling": "pixel_values", "video_token_pooling": "pixel_values_videos"}
 """Molmo 2 points to patches of a batch's pixels, -1 for none: a later sample's places begin further on."""
-
-
-def media_of(sample: Sample) -> object:
-    """Returns what rows of the same pictures or videos share, or of words alone those of one conversation."""
-    return sample.media or sample.id or None
 
 
 def with_answer(sample: Sample, ids: Tensor, *, weight: float = 1.0) -> Sample:
@@ -93,7 +88,6 @@ class Collator:
         pad_side: training pads on the right; decoding needs the left.
         packing: `plain`: a sample each. `packed`: several stand in a row, each by itself: the same loss, hardly any
             padding. `trees`: and those that share something, such as their pictures, share what they begin with.
-        shares: what samples of one tree have in common; None: the sample has nothing to share.
         compares: a batch says which answers belong together, and by their weights which are good.
         unmatched: each prompt also gets the answer to the next one, with weight 0, which `kto` measures by.
         keeps_samples: a batch holds the samples that it was made of, so that other answers can take their places.
@@ -104,7 +98,6 @@ class Collator:
     dummy_video: Sample | None = None
     pad_side: Literal["right", "left"] = "right"
     packing: Packing = "plain"
-    shares: Callable[[Sample], object] = media_of
     compares: bool = False
     unmatched: bool = False
     keeps_samples: bool = False
@@ -149,7 +142,7 @@ class Collator:
     def _forest(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Returns rows that hold several samples, and who sees whom in them."""
         index = {id(sample): number for number, sample in enumerate(samples)}
-        trees = grow(samples, budget=PACKED_TOKENS, shares=self.shares if self.packing == "trees" else None)
+        trees = grow(samples, budget=PACKED_TOKENS, shared=self.packing == "trees")
         lengths = [tokens_of(tree) for tree in trees]
         rows = [pack([trees[tree] for tree in row]) for row in spread(lengths, -(-sum(lengths) // PACKED_TOKENS))]
         of_tokens: dict[str, tuple[int, list[Tensor]]] = {

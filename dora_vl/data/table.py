@@ -72,7 +72,7 @@ _SCHEMA = pa.schema(
 _EXAMPLE_COLUMNS = ["id", "images", "videos", "turns", "rejected", "rejected_images", "is_good", "problem"]
 
 
-def load_table(path: Path, *, cache_folder: Path | None = None, columns: Columns = USUAL) -> datasets.Dataset:
+def load_table(path: Path, *, columns: Columns = USUAL) -> datasets.Dataset:
     """Returns a data file of any format and container as memory-mapped rows, converted once and kept in a cache.
 
     Columns: the fields of an `Example` as it was read, `problem` (why the row cannot be a sample, else null), `length`
@@ -80,11 +80,11 @@ def load_table(path: Path, *, cache_folder: Path | None = None, columns: Columns
     that the file holds, each in the first row that has it), `columns` (the role of each of the file's columns, as JSON,
     in the first row that has these), `doubts` (what is probably not meant, see `doubts_of`), `asked` and `told` (hashes
     of its questions with their media and of its answers; null where nothing is asked), `group` (what must not be
-    split). The cache, by default `dora_vl` in that of `datasets`, is keyed by the files' paths, sizes and modification
+    split). The cache, `dora_vl` in that of `datasets`, is keyed by the files' paths, sizes and modification
     times, so a changed file is converted again; a content hash would read a gigabyte at each start.
     """
     data = find_files(path)
-    folder = cache_folder or Path(datasets.config.HF_DATASETS_CACHE) / "dora_vl"
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "dora_vl"
     table = folder / f"{path.stem}-{_fingerprint(data.files, columns)}.arrow"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -284,30 +284,22 @@ def _example(row: Mapping[str, Any]) -> Example | BadSample:
     return Example(row["id"], tuple(row["images"]), tuple(turns), tuple(videos), **about)
 
 
-def load_rows(
-    path: str, limit: int | None = None, *, cache_folder: Path | None = None, columns: Columns = USUAL
-) -> ExampleTable:
+def load_rows(path: str, limit: int | None = None, *, columns: Columns = USUAL) -> ExampleTable:
     """Returns the samples of one path, the first `limit` of them."""
-    table = load_table(Path(path), cache_folder=cache_folder, columns=columns)
+    table = load_table(Path(path), columns=columns)
     rows = table.remove_columns("held_pictures")
     return ExampleTable(rows if limit is None else rows.take(min(limit, len(rows))), StoredPictures([table]))
 
 
 def load_training_rows(
-    files: Sequence[TrainFile],
-    *,
-    limit: int | None = None,
-    share: float = 0.0,
-    seed: int = 0,
-    cache_folder: Path | None = None,
-    columns: Columns = USUAL,
+    files: Sequence[TrainFile], *, limit: int | None = None, share: float = 0.0, seed: int = 0, columns: Columns = USUAL
 ) -> tuple[ExampleTable, ExampleTable | None]:
     """Returns the training samples of all files, and those held out for validation (None with a share of 0).
 
     `held_out_places` draws the share of all samples, before weights repeat or drop any.
     """
     check_weights(files)
-    tables = [load_rows(file.path, limit, cache_folder=cache_folder, columns=columns) for file in files]
+    tables = [load_rows(file.path, limit, columns=columns) for file in files]
     rows = datasets.concatenate_datasets([table.rows for table in tables]) if len(tables) > 1 else tables[0].rows
     stored = StoredPictures.joined([table.stored for table in tables])
     held_out = np.zeros(0, np.int64)

@@ -49,9 +49,9 @@ TALK = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_each_container_gives_the_same_table_and_stream(tmp_path: Path, name: str) -> None:
-    expected = load_rows(str(write_llava(tmp_path, MADE)), cache_folder=tmp_path / "cache")
+    expected = load_rows(str(write_llava(tmp_path, MADE)))
     path = str(WRITERS[name](tmp_path, MADE))
-    table = load_rows(path, cache_folder=tmp_path / "cache")
+    table = load_rows(path)
     streamed = [
         row for row in StreamSource(TrainFile(path=path), limit=None, seed=0).rows() if isinstance(row, Example)
     ]
@@ -81,9 +81,9 @@ def test_a_folder_is_its_shards_in_order_and_a_changed_shard_is_read_again(tmp_p
     folder.mkdir()
     for number, part in enumerate((MADE[:3], MADE[3:])):
         write_parquet(folder, part).rename(folder / f"part-{number}.parquet")
-    assert load_table(folder, cache_folder=tmp_path / "cache")["id"][:] == [item.id for item in MADE]
+    assert load_table(folder)["id"][:] == [item.id for item in MADE]
     write_parquet(folder, MADE[:1]).rename(folder / "part-1.parquet")
-    assert load_table(folder, cache_folder=tmp_path / "cache")["id"][:] == ["n0", "n1", "n2", "n0"]
+    assert load_table(folder)["id"][:] == ["n0", "n1", "n2", "n0"]
     (folder / "more.jsonl").write_text("{}")
     with pytest.raises(UserError):
         find_files(folder)
@@ -105,7 +105,7 @@ QUESTION = {"question": "q", "answer": "a"}
 def test_an_archive_s_pictures_of_every_format_that_is_read(tmp_path: Path, ending: str) -> None:
     for fields in (QUESTION, {"image": f"a.{ending}", "conversations": TALK}):
         path = write_tar(tmp_path / "a.tar", {f"a.{ending}": b"pixels", "a.json": json.dumps(fields).encode()})
-        table = load_table(path, cache_folder=tmp_path / "cache")
+        table = load_table(path)
         (names,) = table["images"]
         assert [StoredPictures([table])[name] for name in names] == [b"pixels"]
         assert table["problem"][:] == [None]
@@ -119,10 +119,10 @@ def test_videos_of_an_archive_are_refused_unless_the_fields_name_their_files(tmp
             read_row(row)
     fields = json.dumps({**QUESTION, "video": "clips/a.mp4"}).encode()
     path = write_tar(tmp_path / "b.tar", {"a.mp4": b"x", "a.json": fields})
-    assert load_table(path, cache_folder=tmp_path / "cache")[0]["videos"][0]["path"] == "clips/a.mp4"
+    assert load_table(path)[0]["videos"][0]["path"] == "clips/a.mp4"
     path = write_tar(tmp_path / "c.tar", {"a.wav": b"x", "a.json": json.dumps(QUESTION).encode()})
     with pytest.raises(UserError):
-        load_table(path, cache_folder=tmp_path / "cache")
+        load_table(path)
 
 
 TABLE = "Image,Question ,answer\na.png,Wie groß?,größer; „so“\n"
@@ -147,7 +147,7 @@ TABLE = "Image,Question ,answer\na.png,Wie groß?,größer; „so“\n"
 )
 def test_files_that_people_have_are_read_as_they_are(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    (row,) = load_table(tmp_path / name, cache_folder=tmp_path / "cache")
+    (row,) = load_table(tmp_path / name)
     assert (row["images"], row["problem"], row["turns"][0]["text"]) == (["a.png"], None, "<image>\nWie groß?")
     ((question,), _) = read_questions(tmp_path / name)
     assert (question.images, question.question) == (("a.png",), "Wie groß?")
@@ -164,7 +164,7 @@ def test_files_that_people_have_are_read_as_they_are(tmp_path: Path, name: str, 
 def test_such_files_that_are_not_whole(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError):
-        load_table(tmp_path / name, cache_folder=tmp_path / "cache")
+        load_table(tmp_path / name)
 
 
 def test_a_stream_of_arrow_that_was_cut_between_two_batches_loses_no_row(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_cut_and_damaged_files_are_rows_or_one_line(tmp_path: Path, ending: str,
     cut = data.draw(st.integers(0, len(content)) | st.just(len(content)))
     path = tmp_path / f"damaged{ending}"
     path.write_bytes(content[:cut])
-    for read in (lambda: [*find_files(path).rows()], lambda: [*load_table(path, cache_folder=tmp_path / "c")]):
+    for read in (lambda: [*find_files(path).rows()], lambda: [*load_table(path)]):
         with contextlib.suppress(UserError):
             read()
 
@@ -222,7 +222,7 @@ def test_a_set_of_the_hub_is_read_from_the_files_that_datasets_keeps(
         return datasets.load_from_disk(str(write_saved(tmp_path, MADE)))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    table = load_table(Path("hub:own/er@v1.2:art:validation"), cache_folder=tmp_path / "cache")
+    table = load_table(Path("hub:own/er@v1.2:art:validation"))
     assert table["id"][:] == [item.id for item in MADE]
     with pytest.raises(UserError):
         find_files(Path("hub:no/such"))
@@ -306,7 +306,7 @@ def answers(rows: object) -> list[tuple[str, str]]:
 def test_a_folder_a_class_is_read_alike_by_a_table_a_stream_and_a_test(tmp_path: Path) -> None:
     folder = pictures(tmp_path / "my", "a cat/1.png", "a cat/old/2.jpg", "dog/1.png", ".trash/dog/1.png")
     expected = [("a cat/1.png", "a cat"), ("a cat/old/2.jpg", "a cat"), ("dog/1.png", "dog")]
-    assert answers(load_rows(str(folder), cache_folder=tmp_path / "cache", columns=ASKED)) == expected
+    assert answers(load_rows(str(folder), columns=ASKED)) == expected
     stream = StreamSource(TrainFile(path=str(folder)), limit=None, seed=0, columns=ASKED)
     assert answers(stream.first_rows) == expected
     questions, _ = read_questions(folder, columns=ASKED)
@@ -327,9 +327,9 @@ def test_a_changed_text_is_read_again(tmp_path: Path) -> None:
     folder = pictures(tmp_path / "my", "1.png", "2.png")
     for name in ("1", "2"):
         (folder / f"{name}.txt").write_text(f"picture {name}")
-    assert answers(load_rows(str(folder), cache_folder=tmp_path / "cache"))[1] == ("2.png", "picture 2")
+    assert answers(load_rows(str(folder)))[1] == ("2.png", "picture 2")
     (folder / "2.txt").write_text("another text")
-    assert answers(load_rows(str(folder), cache_folder=tmp_path / "cache"))[1] == ("2.png", "another text")
+    assert answers(load_rows(str(folder)))[1] == ("2.png", "another text")
 
 
 @pytest.mark.parametrize(

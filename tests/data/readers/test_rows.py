@@ -98,14 +98,14 @@ def test_a_row_is_what_is_written_for_every_reader(tmp_path: Path, case: dict[st
         assert bool(check.findings.keys() - {*DOUBTS}) == (refused is not None), check.findings
         stream = StreamSource(TrainFile(path=str(path)), limit=None, seed=0, columns=columns)
         if refused is None:
-            table = load_rows(str(path), cache_folder=tmp_path / "cache", columns=columns)
+            table = load_rows(str(path), columns=columns)
             (question,), _ = read_questions(path, columns=columns)
             assert parts(table[0]) == parts(stream.first_rows[0]) == expected
             *turns, answer = expected["turns"]
             assert ([turn_parts(turn) for turn in question.turns], question.answers[0].text) == (turns, answer[1])
             continue
         with pytest.raises(UserError):
-            load_rows(str(path), cache_folder=tmp_path / "cache", columns=columns)
+            load_rows(str(path), columns=columns)
         with pytest.raises(UserError):
             _ = stream.first_rows
 
@@ -117,14 +117,14 @@ def test_the_columns_are_told_before_the_first_step(tmp_path: Path) -> None:
     WRITERS["jsonl"](path, [*rows])
     lines = ["  photo: used as images", "  question: used as question", "  answer: used as answer"]
     lines += ["  source: left out", "  image_1: used as images", "  image_2: used as images"]
-    summary = described(TrainFile(path=str(path)), load_rows(str(path), cache_folder=tmp_path / "cache").rows)
+    summary = described(TrainFile(path=str(path)), load_rows(str(path)).rows)
     assert summary[1:-1] == lines
     assert [*map(int, re.findall(r"\d+", summary[-1]))] == [1, 1, 1, 2, 1]  # none in one, one in one, two in one
     assert StreamSource(TrainFile(path=str(path)), limit=None, seed=0).described()[1:] == lines
     plain = {"id": "a", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
     WRITERS["jsonl"](path, [plain, {**plain, "label": False}])
     with pytest.raises(UserError):
-        load_rows(str(path), cache_folder=tmp_path / "cache")
+        load_rows(str(path))
 
 
 def test_numbers_of_a_class_are_its_names(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_numbers_of_a_class_are_its_names(tmp_path: Path) -> None:
     dataset.to_parquet(tmp_path / "a.parquet")
     dataset.save_to_disk(str(tmp_path / "saved"))
     for name in ("a.parquet", "saved"):
-        rows = load_rows(str(tmp_path / name), cache_folder=tmp_path / "cache").rows
+        rows = load_rows(str(tmp_path / name)).rows
         assert [conversation[-1]["text"] for conversation in rows["turns"]] == ["dog", "cat"]
 
 
@@ -152,7 +152,7 @@ def test_a_folder_of_pictures_with_their_captions(tmp_path: Path, name: str) -> 
     WRITERS["csv" if name.endswith("csv") else "jsonl"](
         tmp_path / "set" / name, [{"file_name": "a.png", "text": "cat"}]
     )
-    rows = load_rows(str(tmp_path / "set"), cache_folder=tmp_path / "cache").rows
+    rows = load_rows(str(tmp_path / "set")).rows
     assert (rows["images"][:], rows["format"][:]) == ([["a.png"]], ["captions"])
     assert read_questions(tmp_path / "set")[0][0].answers[0].text == "cat"
 
