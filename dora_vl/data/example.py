@@ -140,7 +140,7 @@ def from_record(record: Mapping[str, JSON]) -> Example:
         location = " ".join(map(str, first["loc"]))
         raise BadSample(sample_id, f"{location!r}: {first['msg']}, got {shown(first['input'])}") from None
     if example.choices and "correct" in example.extra:
-        right_choice(example.extra["correct"], example.choices, sample_id)
+        right_choice(example)
     return example
 
 
@@ -282,12 +282,12 @@ def with_letters(choices: Iterable[str]) -> list[str]:
     return [f"{letter}. {text}" for letter, text in zip(ascii_uppercase, choices, strict=False)]
 
 
-def right_choice(correct: object, choices: Sequence[str], sample_id: str) -> int:
+def right_choice(example: Example) -> int:
     """Returns the index, from 0, that `extra["correct"]` holds."""
-    if isinstance(correct, bool) or not isinstance(correct, int):
-        raise BadSample(sample_id, f"extra.correct must be the right choice's index, from 0, got {shown(correct)}")
-    if not 0 <= correct < len(choices):
-        raise BadSample(sample_id, f"extra.correct is {shown(correct)}, and it has {len(choices)} choices")
+    correct, count = example.extra["correct"], len(example.choices)
+    if isinstance(correct, bool) or not isinstance(correct, int) or not 0 <= correct < count:
+        reason = f"extra.correct must be the index, from 0, of one of its {count} choices, got {shown(correct)}"
+        raise BadSample(example.id, reason)
     return correct
 
 

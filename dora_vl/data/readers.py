@@ -678,7 +678,7 @@ CONVERSATIONAL = ("conversations", "messages", "prompt/completion")
 """In these formats an answer beside messages ends them (TRL's and ms-swift's `solution`)."""
 
 
-def id_of(row: Row, number: int = 0, columns: Columns = USUAL) -> str:
+def id_of(row: Row, number: int, columns: Columns) -> str:
     """Returns the row's own id, else its place in the file."""
     stated = columns.id_of(row)
     if stated is None:
@@ -686,14 +686,14 @@ def id_of(row: Row, number: int = 0, columns: Columns = USUAL) -> str:
     return stated if isinstance(stated, str) else shown(stated)
 
 
-def read_row(row: Row, *, number: int = 0, columns: Columns = USUAL) -> Example:
+def read_row(row: Row, *, columns: Columns = USUAL) -> Example:
     """Returns one row of any format as the conversation that is trained on.
 
     Raises:
         BadSample: its keys fit no format, or it does not hold what its format asks for.
         ColumnsError: it holds something that its format would leave out.
     """
-    return read_fields(columns.resolve(row), id_of(row, number, columns))
+    return read_fields(columns.resolve(row), id_of(row, 0, columns))
 
 
 def read_fields(resolved: Resolved, sample_id: str) -> Example:

@@ -375,7 +375,7 @@ def right_words(example: Example, answer: int | None, random: Random) -> Target:
 def _right_index(example: Example) -> int:
     if "correct" not in example.extra:
         raise BadSample(example.id, "nothing says which of its choices is right, so it cannot be trained on")
-    return right_choice(example.extra["correct"], example.choices, example.id)
+    return right_choice(example)
 
 
 def closed(subtask: Subtask) -> Subtask:

@@ -51,10 +51,10 @@ def test_a_row_is_stored_as_the_example_that_it_is(tmp_path: Path) -> None:
     for number, stored in enumerate(table):
         row = {"question": "q", "answer": "a", **rows[number]}
         if isinstance(stored, Example):
-            assert stored == table[number] == read_row(row, number=number)
+            assert stored == table[number] == read_row(row)
             continue
         with pytest.raises(BadSample) as caught:
-            read_row(row, number=number)
+            read_row(row)
         assert stored.reason == caught.value.reason
     assert [isinstance(item, Example) for item in table] == [True] * 2 + [False] * 4
     assert list(table.ids()) == ["two", "clip", "empty", "row 4", r"half \ud83d", r"no \ud83d"]

@@ -186,9 +186,9 @@ class Row:
             raise self.bad(f"{shown(column)} is {value}, but there are {len(choices)} choices")
         return value
 
-    def people(self, column: str) -> list[str]:
+    def people(self) -> list[str]:
         """Returns what each person answered, from a list of {"answer": text}; empty answers count for the metrics."""
-        return self.ten([entry.text("answer") for entry in self.rows(column)])
+        return self.ten([entry.text("answer") for entry in self.rows("answers")])
 
     def ten(self, answers: list[str]) -> list[str]:
         """Returns the answers, if they are as many as the metric needs and one holds text."""

@@ -334,7 +334,7 @@ def vqav2_row(raw: Raw, *, pictures: str, answered: bool) -> Example:
     """Returns one question; `pictures` is the folder of its picture and part of the picture's name."""
     row = Row(raw, "question_id")
     image_id = row.integer("image_id")
-    answers = row.people("answers") if answered else []
+    answers = row.people() if answered else []
     extra: dict[str, object] = {"question_id": row.integer("question_id"), "image_id": image_id}
     if answered:
         extra |= {"human_answers": answers, **row.kept("question_type", "answer_type", "multiple_choice_answer")}

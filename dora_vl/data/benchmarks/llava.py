@@ -587,7 +587,7 @@ def vizwiz(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[
 def vizwiz_row(raw: Raw, *, pictures: str, answered: bool) -> Example:
     """Returns one question; `pictures` is the folder of its picture. Where `answered`, its answers must be there."""
     row = Row(raw, "image")
-    answers = row.people("answers") if answered else []
+    answers = row.people() if answered else []
     return Example(
         id=row.id,
         images=(f"{pictures}/{row.id}",),

@@ -308,7 +308,7 @@ def correct_index(example: Example) -> int:
             f"example {shown(example.id)} does not say which of its {len(example.choices)} choices is right "
             "(extra.correct); a split whose answers the publisher keeps cannot be scored here"
         )
-    return right_choice(example.extra["correct"], example.choices, example.id)
+    return right_choice(example)
 
 
 def check_choices(
