@@ -149,7 +149,7 @@ ASKED = {
     "color": ("what color is the {shape}?", "color", tuple(COLORS)),
     "shape": ("what shape is {color}?", "shape", SHAPES),
     "direction": ("which way does the {color} shape move?", "direction", tuple(DIRECTIONS)),
-    "spoken": ("what shape is the one they conversation about?", "shape", SHAPES),
+    "spoken": ("what shape is the one they talk about?", "shape", SHAPES),
 }
 """Maps each kind to its question, the shape's field that answers it, and all possible answers."""
 NUMBERS = ("one", "two", "three", "four")
