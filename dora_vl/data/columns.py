@@ -242,12 +242,10 @@ class Columns:
 
     def _refuse_nearly_named(self, row: Row) -> None:
         """Raises ColumnsError where a row of no format would have one by other names, or by a question for all."""
-        values = {name: value for name, value in row.items() if value is not None and name not in self.ignored}
-        for name, value in [*values.items()]:
-            inner = parsed(value)
-            values |= {f"{name}.{key}": entry for key, entry in inner.items()} if isinstance(inner, dict) else {}
-        free = [name for name in values if name not in self.roles]
-        names = {plain_name(name.rpartition(".")[2]) for name in values}
+        paths = [name for name, value in row.items() if value is not None and name not in self.ignored]
+        paths += [f"{name}.{key}" for name in paths if isinstance(inner := parsed(row[name]), dict) for key in inner]
+        free = [path for path in paths if path not in self.roles]
+        names = {plain_name(path.rpartition(".")[2]) for path in paths}
         guesses = {name: role for name in free if (role := _meant(name, names))}
         texts = {name: "question" for name in free if plain_name(name) in (*ROLES["caption"], "instruction")}
         trials = [(guesses, ""), (guesses | texts, ""), (guesses, EXAMPLE_QUESTION)]
