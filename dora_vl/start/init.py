@@ -239,12 +239,9 @@ class UsableRow:
         if conversation.images:
             record["image"] = conversation.images[0] if len(conversation.images) == 1 else list(conversation.images)
         if conversation.videos:
-            videos: list[object] = []
-            for clip in conversation.videos:
-                times = {"start_seconds": clip.start_seconds, "end_seconds": clip.end_seconds}
-                set_times = {key: value for key, value in times.items() if value is not None}
-                videos.append({"path": clip.path, **set_times} if set_times else clip.path)
-            record["videos"] = videos
+            record["videos"] = [
+                {key: value for key, value in vars(clip).items() if value is not None} for clip in conversation.videos
+            ]
         if self.kind is not None:
             record["kind"] = self.kind
         turns: list[dict[str, object]] = []

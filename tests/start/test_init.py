@@ -251,7 +251,7 @@ def test_a_llava_takes_the_frames_of_videos(tmp_path: Path, base: Path, capsys: 
         (folder := tmp_path / "clips" / ("left", "right")[number % 2]).mkdir(parents=True, exist_ok=True)
         write_clip(folder / f"{number}.mp4", frames=3 + number)
     assert "videos: 6 in clips, MP4 6" in printed_by(capsys, "clips", "--model", base, "--ask", "Which way?")
-    assert rows_of(tmp_path / "runs/clips/train.jsonl")[0]["videos"] == ["left/0.mp4"]
+    assert rows_of(tmp_path / "runs/clips/train.jsonl")[0]["videos"] == [{"path": "left/0.mp4"}]
     assert not read_run_file(tmp_path / "runs/clips/run.yaml").data.cache_features  # it is for pictures
 
 
