@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from itertools import count, islice
 from pathlib import Path
 from typing import IO, cast
@@ -19,6 +18,7 @@ from typing import IO, cast
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from dora_vl import __version__
 from dora_vl.data.benchmarks.fields import UNKNOWN_ID, Raw, Split
 from dora_vl.data.benchmarks.table import SOURCES
 from dora_vl.data.example import JSON, Example, json_line, to_record
@@ -112,10 +112,7 @@ def prepare_split(split: Split, folder: Path, *, source: str, limit: int | None)
         "settings": settings,
         "seconds": round(time.monotonic() - started, 3),
     }
-    versions = {"python": platform.python_version(), "format": str(FORMAT)}
-    for package in ("dora-vl", "datasets", "pyarrow"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
+    versions = {"python": platform.python_version(), "format": str(FORMAT), "dora-vl": __version__}
     write_json(manifest, {"versions": versions, "splits": {**others, split.name: {"source": source, **entry}}})
     return Prepared(path=path, entry=entry, already_there=False)
 
