@@ -1,4 +1,4 @@
-"""A split is made once, in the publisher's order, whatever the number of workers; what stops it never looks whole."""
+"""A split is made once, in the publisher's order; what stops it never looks whole."""
 
 from __future__ import annotations
 
