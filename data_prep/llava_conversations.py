@@ -62,8 +62,6 @@ def main() -> None:
     parser.add_argument("--to", type=Path, required=True, metavar="FILE", help="LLaVA's JSON lines")
     parser.add_argument("--seed", type=int, default=0, help="of the order")
     options = parser.parse_args()
-    if not options.records.is_file():
-        raise UserError(f"{options.records}: no such file; `dora-vl prepare` writes records")
     conversations: list[dict[str, JSON]] = []
     dropped: list[BadSample] = []
     for example in iterate_examples(options.records):

@@ -242,8 +242,6 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
 
 def chosen_splits(arguments: argparse.Namespace) -> list[Split]:
     """Returns the splits that the source finds and the user wants."""
-    if not arguments.folder.exists():
-        raise UserError(f"{arguments.folder}: no such folder; --from takes the folder with the published files")
     source = SOURCES[arguments.source]
     options: dict[str, str] = {}
     for setting in arguments.set:
