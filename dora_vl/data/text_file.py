@@ -176,13 +176,7 @@ and end as if nothing were wrong (its strict form would refuse marks in the midd
 
 
 def table_rows(
-    path: Path,
-    kind: str,
-    *,
-    delimiter: str,
-    columns: Sequence[str] = (),
-    required: Sequence[str] = (),
-    encoding: str = UTF_8,
+    path: Path, kind: str, *, delimiter: str, columns: Sequence[str] = (), encoding: str = UTF_8
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Yields the rows of a CSV or TSV file by column, with the number of each one's last line; all values are text.
 
@@ -195,8 +189,6 @@ def table_rows(
         heads = list(columns) or next(reader)
         if heads == [_END]:
             return  # an empty file
-        if missing := [column for column in required if column not in heads]:
-            raise UserError(f"{path}: no column {missing[0]!r}; it has {shown_names(heads)}")
         if twice := [name for name in heads if heads.count(name) > 1]:
             raise UserError(f"{path}: two columns are called {shown_text(twice[0])!r}; fetch or write the file again")
         begins = reader.line_num + 1
