@@ -209,16 +209,14 @@ def interleaved(streams: Sequence[Iterator[Read]], weights: Sequence[float], dra
     yield from chain.from_iterable(left.values())
 
 
-def shuffled(
-    rows: Iterable[Read], size: int, draws: random.Random, *, most_bytes: int = BUFFER_BYTES
-) -> Iterator[Read]:
-    """Yields each row once, drawn from a buffer of `size` rows, of fewer where they hold more than `most_bytes`."""
+def shuffled(rows: Iterable[Read], size: int, draws: random.Random) -> Iterator[Read]:
+    """Yields each row once, drawn from a buffer of `size` rows, of fewer where they hold more than `BUFFER_BYTES`."""
     buffer: list[Read] = []
     buffer_size = 0
     for row in rows:
         buffer.append(row)
         buffer_size += characters_of(row)
-        while len(buffer) >= size or buffer_size > most_bytes:
+        while len(buffer) >= size or buffer_size > BUFFER_BYTES:
             index = draws.randrange(len(buffer))
             buffer[index], buffer[-1] = buffer[-1], buffer[index]
             taken = buffer.pop()
