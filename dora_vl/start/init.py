@@ -285,6 +285,7 @@ class Look:
     """Everything that was seen.
 
     Attributes:
+        check: what was read of the questions file.
         root: of the paths in `rows`.
         holds: whether the questions file holds the pictures itself; they are in `root` then.
         unnamed: how many pictures no row names.
@@ -293,12 +294,9 @@ class Look:
         doubts: likewise of rows that are not.
     """
 
-    questions: Path
+    check: FileCheck
     root: Path
     holds: bool
-    format: str
-    columns: Sequence[str]
-    read: int
     rows: Sequence[UsableRow]
     pictures: Pictures
     unnamed: int
@@ -330,8 +328,9 @@ class Look:
 
     def lines(self) -> Iterator[str]:
         """Yields what is told of it."""
-        yield f"{self.questions}: {self.format}, {self.read:,} rows, {len(self.rows):,} usable"
-        yield from self.columns
+        formats = " and ".join(self.check.formats)
+        yield f"{self.check.path}: {formats}, {self.check.rows:,} rows, {len(self.rows):,} usable"
+        yield from column_lines(self.check.uses)
         pictures = self.pictures
         if pictures.keys:
             formats = ", ".join(f"{name} {count:,}" for name, count in pictures.formats.most_common())
@@ -427,12 +426,9 @@ def look_at(folder: Path, records: DataFiles, *, media_to: Path, columns: Column
         pictures.add(name, path_inside(MediaFolder(root, follow_links=True), name))
     picture_count = 0 if holds_pictures else sum(1 for _ in picture_files(root))
     return Look(
-        questions=questions,
+        check=check,
         root=root,
         holds=holds_pictures,
-        format=" and ".join(check.formats),
-        columns=column_lines(check.uses),
-        read=check.rows,
         rows=rows,
         pictures=pictures,
         unnamed=max(0, picture_count - len(pictures.keys)),
