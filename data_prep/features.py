@@ -86,10 +86,8 @@ def missing(media: Sequence[Medium], to: Path) -> list[Medium]:
     for medium in media:
         stored = done.part(medium.name) if medium.name in done.rows else None
         if stored is not None and stored != medium.part:
-            raise UserError(
-                f"{to} holds features of {in_words(stored)} of {medium.path} as {medium.name!r}, and those of "
-                f"{in_words(medium.part)} are asked for; name another folder"
-            )
+            parts = f"{in_words(stored)}, not of {in_words(medium.part)}"
+            raise UserError(f"{to} holds features of {medium.name!r} of {parts}; name another folder")
     return [medium for medium in media if medium.name not in done.rows]
 
 

@@ -16,15 +16,12 @@ import argparse
 import random
 from pathlib import Path
 
-from dora_vl.data.example import JSON, Example, iterate_examples
+from dora_vl.data.example import JSON, Example, iterate_examples, right_choice
 from dora_vl.data.turns import SPEAKERS
 from dora_vl.errors import BadSample, UserError, exit_on_user_error
 from dora_vl.evaluation.benchmarks import BENCHMARKS
-from dora_vl.evaluation.scores.benchmark import Benchmark, correct_index, letters, prompt_turns
+from dora_vl.evaluation.scores.benchmark import Benchmark, letters, prompt_turns
 from dora_vl.files import write_json_lines
-
-NAMED = 5
-"""The summary names this many of the records that were left out."""
 
 
 def conversation_of(example: Example, benchmark: Benchmark) -> dict[str, JSON]:
@@ -48,9 +45,7 @@ def conversation_of(example: Example, benchmark: Benchmark) -> dict[str, JSON]:
 
 def right_letter(example: Example) -> str:
     """Returns the letter that the prompt puts before the right choice."""
-    if "correct" not in example.extra:
-        raise BadSample(example.id, "it does not say which of its choices is right (extra.correct)")
-    correct, alphabet = correct_index(example), letters(example)
+    correct, alphabet = right_choice(example), letters(example)
     if len(example.choices) > len(alphabet):
         raise BadSample(example.id, f"it has {len(example.choices)} choices; there are letters for {len(alphabet)}")
     return alphabet[correct]
@@ -65,8 +60,6 @@ def main() -> None:
     parser.add_argument("--to", type=Path, required=True, metavar="FILE", help="LLaVA's JSON lines")
     parser.add_argument("--seed", type=int, default=0, help="of the order")
     options = parser.parse_args()
-    if not options.records.is_file():
-        raise UserError(f"{options.records}: no such file; `dora-vl prepare` writes records")
     conversations: list[dict[str, JSON]] = []
     dropped: list[BadSample] = []
     for example in iterate_examples(options.records):
@@ -79,7 +72,7 @@ def main() -> None:
         raise UserError(f"{options.records}: none of its {len(dropped)} records can be trained on; {dropped[0]}")
     write_json_lines(options.to, conversations)
     print(f"{options.to}: {len(conversations):,} conversations, {len(dropped):,} records left out")
-    for problem in dropped[:NAMED]:
+    for problem in dropped[:5]:
         print(f"  left out: {problem}")
 
 

@@ -84,11 +84,9 @@ SHAPES = tuple(OUTLINES)
 
 @dataclass(frozen=True)
 class Mover:
-    """A shape: its look, its path, and its place in the order of appearance.
+    """A shape: its look, its direction, the quarter of the picture that it stays in, and when it appears.
 
-    Attributes:
-        quarter: quarter of the picture, row by row, that the shape stays in.
-        index: order of appearance; 0 is there from the beginning.
+    Quarters are counted row by row; the shape of `index` 0 is there from the beginning.
     """
 
     shape: str
@@ -128,12 +126,11 @@ def draw(shown: Sequence[Mover], frame: int, noise: Array) -> Array:
 
 
 def write_clip(path: Path, shown: Sequence[Mover], *, noise: int) -> None:
-    """Encodes one clip under a temporary name, then renames it; `noise` seeds the grain."""
+    """Encodes one clip; `noise` seeds the grain."""
     import av
 
     grain = np.random.default_rng(noise).normal(0.0, 6.0, (SIDE, SIDE))
-    scratch = path.with_name(f".{path.name}.partial")
-    with av.open(str(scratch), "w", format="mp4") as container:
+    with av.open(str(path), "w", format="mp4") as container:
         # One thread: the same bytes on every machine, and one clip a core anyway.
         stream = container.add_stream("libx264", rate=RATE, options={"preset": "veryfast", "crf": "20", "threads": "1"})
         stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "yuv420p"
@@ -143,7 +140,6 @@ def write_clip(path: Path, shown: Sequence[Mover], *, noise: int) -> None:
             frame.pts, frame.time_base = number, Fraction(1, RATE)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    scratch.replace(path)
 
 
 QUESTIONS, CAPTIONS = "moving_shapes", "moving_shapes_caption"
@@ -153,7 +149,7 @@ ASKED = {
     "color": ("what color is the {shape}?", "color", tuple(COLORS)),
     "shape": ("what shape is {color}?", "shape", SHAPES),
     "direction": ("which way does the {color} shape move?", "direction", tuple(DIRECTIONS)),
-    "spoken": ("what shape is the one they conversation about?", "shape", SHAPES),
+    "spoken": ("what shape is the one they talk about?", "shape", SHAPES),
 }
 """Maps each kind to its question, the shape's field that answers it, and all possible answers."""
 NUMBERS = ("one", "two", "three", "four")

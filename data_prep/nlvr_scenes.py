@@ -43,10 +43,8 @@ WALLS = {"edge": SIDES, "wall": SIDES, "side": SIDES, "base": ("bottom",), "bott
 OVER = ("over", "above", "on")
 ENDS = {"base": 0, "top": -1}
 FORMS = {"block": "all box towers towers stacked base", "": "all box both boxes boxes colours"}
-OTHERS = 20
-"""At most this many scenes are drawn in search of one where a sentence's truth differs."""
-SHARP = 4
-"""Shapes are drawn at this multiple of their size, then shrunk, for smooth edges."""
+OTHERS = 20  # scenes drawn at most in search of one where a sentence's truth differs
+SHARP = 4  # shapes are drawn at this multiple of their size, then shrunk, for smooth edges
 
 
 @dataclass(frozen=True)

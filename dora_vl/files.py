@@ -210,13 +210,12 @@ def json_or_nothing(path: Path) -> dict[str, Any]:
         return {}
 
 
-def file_sha256(path: Path, progress: Callable[[int], object] = lambda size: None) -> str:
+def file_sha256(path: Path) -> str:
     """Returns the file's SHA-256 in hexadecimal, read in pieces."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
-            progress(len(piece))
     return digest.hexdigest()
 
 

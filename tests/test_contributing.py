@@ -35,7 +35,7 @@ def test_the_source_reads_its_files(tmp_path: Path) -> None:
     (tmp_path / "birds_test.json").write_text(json.dumps([{"id": "1", "file": "a.jpg", "species": "wren"}]))
     names = run("dora_vl.data.benchmarks.images", "dora_vl/data/benchmarks/birds.py")
     (split,) = names["birds"](tmp_path, {}, tmp_path)
-    (row,) = split.rows(lambda _: None)
+    (row,) = split.rows()
     example = split.convert(row)
     assert (split.name, example.images, example.answers[0].text) == ("test", ("a.jpg",), "wren")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, product
 from typing import Any, Literal
@@ -16,8 +16,6 @@ from dora_vl.data.samples import ALIGNED, IGNORED_LABEL, Sample, Skipped
 
 PACKED_TOKENS = 8_192
 """Tokens that a packed row holds at most, about; a micro-batch of more becomes several rows."""
-
-
 BY_ROW = "cross_attention_mask"
 """A family with this input (mllama) looks its pictures up by row, so a row of words alone has pictures of zeros."""
 IN_ONE_ROW = {"pixel_values": "target_sizes", "pixel_values_videos": "target_sizes_videos"}
@@ -26,11 +24,6 @@ FIRST_TILE = "aspect_ratio_mask"
 """The first tile of a missing picture of mllama's counts as there, or attention divides by zero."""
 POINTING = {"image_token_pooling": "pixel_values", "video_token_pooling": "pixel_values_videos"}
 """Molmo 2 points to patches of a batch's pixels, -1 for none: a later sample's places begin further on."""
-
-
-def media_of(sample: Sample) -> object:
-    """Returns what rows of the same pictures or videos share, or of words alone those of one conversation."""
-    return sample.media or sample.id or None
 
 
 def with_answer(sample: Sample, ids: Tensor, *, weight: float = 1.0) -> Sample:
@@ -65,19 +58,17 @@ def answers_of(groups: Sequence[Sequence[Sample]]) -> dict[str, Any]:
     `pairs` are the numbers of a preferred and a rejected answer, `of_pictures` of a preferred one and the same under
     other pictures; `keys` name each answer by its sample's place in the data and its number there.
     """
-    pairs: list[tuple[int, int]] = []
-    of_pictures: list[tuple[int, int]] = []
+    numbers: dict[str, list[tuple[int, int]]] = {"pairs": [], "of_pictures": []}
     keys: list[tuple[int, int]] = []
     for rows in groups:
         first = len(keys)
         keys += [(row.index, number) for number, row in enumerate(rows)]
         for chosen, other in product(range(len(rows)), repeat=2):
             if rows[chosen].weight > 0 > rows[other].weight:
-                (of_pictures if rows[other].exchanged else pairs).append((first + chosen, first + other))
-    numbers = {"pairs": pairs, "of_pictures": of_pictures}
-    return {name: torch.tensor(each, dtype=torch.int64).view(-1, 2).T for name, each in numbers.items()} | {
-        "keys": keys
-    }
+                kind = "of_pictures" if rows[other].exchanged else "pairs"
+                numbers[kind].append((first + chosen, first + other))
+    tensors = {kind: torch.tensor(pairs, dtype=torch.int64).view(-1, 2).T for kind, pairs in numbers.items()}
+    return {**tensors, "keys": keys}
 
 
 @dataclass(frozen=True)
@@ -97,7 +88,6 @@ class Collator:
         pad_side: training pads on the right; decoding needs the left.
         packing: `plain`: a sample each. `packed`: several stand in a row, each by itself: the same loss, hardly any
             padding. `trees`: and those that share something, such as their pictures, share what they begin with.
-        shares: what samples of one tree have in common; None: the sample has nothing to share.
         compares: a batch says which answers belong together, and by their weights which are good.
         unmatched: each prompt also gets the answer to the next one, with weight 0, which `kto` measures by.
         keeps_samples: a batch holds the samples that it was made of, so that other answers can take their places.
@@ -108,7 +98,6 @@ class Collator:
     dummy_video: Sample | None = None
     pad_side: Literal["right", "left"] = "right"
     packing: Packing = "plain"
-    shares: Callable[[Sample], object] = media_of
     compares: bool = False
     unmatched: bool = False
     keeps_samples: bool = False
@@ -130,9 +119,10 @@ class Collator:
         if not shown:
             nothing = torch.tensor([self.pad_token_id])
             shown = [Sample(nothing, labels=torch.tensor([IGNORED_LABEL]))]
-        batch = self._joined(shown) if self.packing == "plain" else self._forest(shown)
-        tokens = sum(len(sample.input_ids) for sample in samples)
-        if self.packing != "plain":
+        if self.packing == "plain":
+            batch, tokens = self._joined(shown), sum(len(sample.input_ids) for sample in samples)
+        else:
+            batch = self._forest(shown)
             tokens = int((batch["layout"]["segment"] >= 0).sum())
         shrunk = [(sample.id, sample.lost_pixels) for sample in usable if sample.lost_pixels]
         if self.compares:
@@ -152,7 +142,7 @@ class Collator:
     def _forest(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Returns rows that hold several samples, and who sees whom in them."""
         index = {id(sample): number for number, sample in enumerate(samples)}
-        trees = grow(samples, budget=PACKED_TOKENS, shares=self.shares if self.packing == "trees" else None)
+        trees = grow(samples, budget=PACKED_TOKENS, shared=self.packing == "trees")
         lengths = [tokens_of(tree) for tree in trees]
         rows = [pack([trees[tree] for tree in row]) for row in spread(lengths, -(-sum(lengths) // PACKED_TOKENS))]
         of_tokens: dict[str, tuple[int, list[Tensor]]] = {
@@ -214,8 +204,10 @@ class Collator:
                     for indices, start in zip(values, starts, strict=False)
                 ]
                 joined[name] = stacked(moved, -1)
+            elif all(isinstance(value, Tensor) for value in values):
+                joined[name] = stacked(values, 0)
             else:
-                joined[name] = joined_values(values)
+                joined[name] = [entry for value in values for entry in value]
         if by_row and FIRST_TILE in joined:
             joined[FIRST_TILE][:, :, 0] = 1
         stored = [outputs for sample in samples for outputs in sample.stored]
@@ -230,13 +222,6 @@ class Collator:
 def _media(sample: Sample) -> frozenset[str]:
     """Returns names of a sample's inputs for pictures and videos."""
     return frozenset(sample.inputs).difference(ALIGNED)
-
-
-def joined_values(values: Sequence[Any]) -> Any:
-    """Returns tensors one after another along the first dimension; lists as one list."""
-    if all(isinstance(value, Tensor) for value in values):
-        return stacked(values, 0)
-    return [entry for value in values for entry in value]
 
 
 def stacked(tensors: Sequence[Tensor], value: int) -> Tensor:

@@ -18,7 +18,7 @@ from dora_vl.data.example import FIELDS, JSON, Example
 from dora_vl.data.picture_files import TRUNCATED, Trouble, decoding_trouble
 from dora_vl.data.pictures import VIDEO_ENDINGS, MediaFolder, path_inside
 from dora_vl.data.readers import id_of, read_fields, read_record
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Role
 from dora_vl.data.video import why_no_video
 from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, BadSample, UserError, aligned, positive, shown_names, shown_text
 from dora_vl.files import NoRegularFile, open_regular
@@ -90,10 +90,7 @@ def looks_whole(file: BinaryIO | BytesIO) -> bool | None:
 
 
 SHOWN_IDS = 5
-LEFT_OUT = "columns left out"
-"""Names the problem of rows that a run would refuse for a column."""
-
-
+LEFT_OUT = "columns left out"  # a run would refuse these rows for a column
 NO_PICTURE, EMPTY_QUESTION, CONTRADICTION = "no picture", "empty question", "another answer to the same question"
 DOUBTS = (NO_PICTURE, EMPTY_QUESTION, CONTRADICTION)
 """A run trains on samples with these problems, and warns."""
@@ -136,19 +133,18 @@ def doubts_of(record: Mapping[str, object], example: Example, form: str | None, 
 
 def asked_and_told(example: Example) -> tuple[str, str, str]:
     """Returns what a row asks, about which media, and what it answers, as texts to compare; a caption asks nothing."""
-    questions = [turn.text + turn.more for turn in example.turns if turn.role != "assistant"] or [
-        example.question,
-        *example.choices,
-    ]
+    questions = _said(example, "system", "user", "tool") or [example.question, *example.choices]
     words = "\n".join(questions).replace(IMAGE_PLACEHOLDER, "").strip()
     if example.rejected or example.is_good is not None:
         words = ""  # several answers to one question are what such rows are for
-    replies = [turn.text + turn.more for turn in example.turns if turn.role == "assistant"] or [
-        answer.text for answer in example.answers
-    ]
+    replies = _said(example, "assistant") or [answer.text for answer in example.answers]
     # The same about another part of a video, or another order of pictures, is another question.
     media = [*example.images, *map(str, example.videos), str(example.extra.get("order", ""))]
     return words, "\0".join(filter(None, media)), "\0".join(replies)
+
+
+def _said(example: Example, *roles: Role) -> list[str]:
+    return [turn.text + turn.more for turn in example.turns if turn.role in roles]
 
 
 class FileCheck:
@@ -192,9 +188,9 @@ class FileCheck:
         """What has been found, by kind."""
         return {name: finding for name, finding in self._findings.items() if name != NO_PICTURE or self._has_media}
 
-    def run(self, progress: Callable[[int], object]) -> FileCheck:
+    def run(self) -> FileCheck:
         """Reads the whole file."""
-        for record in find_files(self.path).rows(progress):
+        for record in tqdm(find_files(self.path).rows(), self.path.name, unit=" rows", disable=None, leave=False):
             self.check(self.read(record))
         return self
 
@@ -213,7 +209,7 @@ class FileCheck:
             if resolved.uses not in self.uses:
                 self.uses.append(resolved.uses)
             self._note_format("records" if is_record else form, sample_id, location)
-            example = read_record(record, sample_id) if is_record else read_fields(resolved, sample_id)
+            example = read_record({**record, "id": sample_id}) if is_record else read_fields(resolved, sample_id)
         except ColumnsError as error:
             return BadSample(sample_id, str(error), LEFT_OUT)
         except BadSample as error:
@@ -245,19 +241,16 @@ class FileCheck:
         if isinstance(row, BadSample):
             self._add(row.kind, sample_id, row.reason)
             return False
-        asked = [turn.text + turn.more for turn in row.turns if turn.role in ("user", "tool")]
-        questions = [row.question, *asked, *row.choices]
-        replies = [turn.text + turn.more for turn in row.turns if turn.role == "assistant"]
+        replies = _said(row, "assistant")
         answers = [answer.text for answer in row.answers]
         usable = all(answer.replace(IMAGE_PLACEHOLDER, "").strip() for answer in (*answers, *replies))
         if not usable:
             self._add(EMPTY_ANSWER, sample_id)
-        system = [turn.text + turn.more for turn in row.turns if turn.role == "system"]
-        subtitles = [subtitle.text for subtitle in row.subtitles]
-        self._check_length(sample_id, [*subtitles, *system, *questions, *replies, max(answers, key=len, default="")])
-        media = [(name, False) for name in (*row.images, *row.rejected_images)] + [
-            (clip.path, True) for clip in row.videos
-        ]
+        texts = [*(subtitle.text for subtitle in row.subtitles), row.question, *row.choices]
+        texts += [*_said(row, "system", "user", "tool"), *replies, max(answers, key=len, default="")]
+        self._check_length(sample_id, texts)
+        media = [(name, False) for name in (*row.images, *row.rejected_images)]
+        media += [(clip.path, True) for clip in row.videos]
         for name, is_video in media:
             check = self._videos if is_video else self._media
             trouble = None if check is None else check.trouble(name, row.image_bytes.get(name), is_video)
@@ -330,11 +323,7 @@ def columns_of(arguments: argparse.Namespace) -> Columns:
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
-    """Checks the files; yields the lines to print.
-
-    Raises:
-        SystemExit: with status 1, after the table, when something was found.
-    """
+    """Checks the files; yields the lines to print, and ends with status 1 where something was found."""
     files = data_files(arguments.paths)
     media, videos = (_media_check(arguments, option) for option in ("media", "videos"))
     columns = columns_of(arguments)
@@ -350,9 +339,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
             media=media,
             videos=videos,
         )
-        size = sum(part.stat().st_size for part in find_files(file).files)
-        with tqdm(total=size, unit="B", unit_scale=True, desc=file.name, disable=None, leave=False) as bar:
-            checks.append(check.run(bar.update))
+        checks.append(check.run())
         if left := [name for name, roles in roles_of_columns(check.uses).items() if not roles]:
             yield f"{shown_text(file.name, 120)}: left out {shown_names(left)}"
     findings = [(check.path, finding) for check in checks for finding in check.findings.values()]
@@ -416,8 +403,6 @@ def table(findings: Sequence[tuple[Path, Finding]]) -> list[str]:
 def _tokens(folder: Path) -> Callable[[str], int]:
     """Returns the tokenizer of a model's folder, through `tokenizers` alone."""
     path = folder / "tokenizer.json" if folder.is_dir() else folder
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; --tokenizer takes a folder with tokenizer.json")
     from tokenizers import Tokenizer
 
     try:

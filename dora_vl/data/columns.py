@@ -115,8 +115,7 @@ ASKED_OF = ("question/answer", "captions")
 class ColumnsError(UserError):
     """What could change what is learned would be left out; ends a run, whatever share of bad samples it accepts.
 
-    Attributes:
-        remedy: the settings that settle it, beside those that the run has; the message says them.
+    `remedy` has the settings that settle it, beside those that the run has.
     """
 
     def __init__(self, problem: str, remedy: Columns, otherwise: str = "") -> None:
@@ -155,14 +154,10 @@ class _Shape:
 
 @dataclass(frozen=True)
 class Columns:
-    """The contract of a file's columns.
+    """The contract of a file's columns: `data.columns`, `data.ignore`, and `data.ask`, which rows without question get.
 
-    A dotted name leads into a column: `meta.image` is the key `image` of the object in `meta`, or of those in its list.
-
-    Args:
-        roles: what `data.columns` says: a known name, such as `image` or `question`, for a column of another name.
-        ignored: what `data.ignore` names.
-        ask: what `data.ask` says, the question of rows that have none.
+    `roles` has a known name, such as `image` or `question`, for a column of another name. A dotted name leads into a
+    column: `meta.image` is the key `image` of the object in `meta`, or of those in its list.
     """
 
     roles: Mapping[str, str] = field(default_factory=dict)
@@ -173,11 +168,8 @@ class Columns:
     def __post_init__(self) -> None:
         for column, role in self.roles.items():
             if role not in ROLES and role not in KNOWN:
-                near = get_close_matches(role, KNOWN, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise UserError(
-                    f"data.columns: {shown(column)} cannot be {shown(role)}{hint}; there are {', '.join(ROLES)}"
-                )
+                (near,) = get_close_matches(role, KNOWN, n=1, cutoff=0.0)
+                raise UserError(f"data.columns: {shown(column)} cannot be {shown(role)}; did you mean {near}?")
 
     def resolve(self, row: Row, *, strict: bool = True) -> Resolved:
         """Returns the row's format, and what it holds of each role.
@@ -250,12 +242,10 @@ class Columns:
 
     def _refuse_nearly_named(self, row: Row) -> None:
         """Raises ColumnsError where a row of no format would have one by other names, or by a question for all."""
-        values = {name: value for name, value in row.items() if value is not None and name not in self.ignored}
-        for name, value in [*values.items()]:
-            inner = parsed(value)
-            values |= {f"{name}.{key}": entry for key, entry in inner.items()} if isinstance(inner, dict) else {}
-        free = [name for name in values if name not in self.roles]
-        names = {plain_name(name.rpartition(".")[2]) for name in values}
+        paths = [name for name, value in row.items() if value is not None and name not in self.ignored]
+        paths += [f"{name}.{key}" for name in paths if isinstance(inner := parsed(row[name]), dict) for key in inner]
+        free = [path for path in paths if path not in self.roles]
+        names = {plain_name(path.rpartition(".")[2]) for path in paths}
         guesses = {name: role for name in free if (role := _meant(name, names))}
         texts = {name: "question" for name in free if plain_name(name) in (*ROLES["caption"], "instruction")}
         trials = [(guesses, ""), (guesses | texts, ""), (guesses, EXAMPLE_QUESTION)]
@@ -440,7 +430,6 @@ def column_lines(uses: Iterable[Mapping[str, str]]) -> list[str]:
 
 
 USUAL = Columns()
-"""The default: nothing is named or ignored."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,6 @@ from dora_vl.data.names import ROLES, plain_name
 from dora_vl.data.pictures import PICTURE_ENDINGS, VIDEO_ENDINGS
 from dora_vl.data.text_file import (
     LONGEST_REASON,
-    Progress,
     encoding_of,
     json_of,
     opened,
@@ -38,13 +37,12 @@ from dora_vl.data.text_file import (
     text_of,
     whole_text,
 )
-from dora_vl.errors import UserError, one_line, shown, shown_names
+from dora_vl.errors import UserError, one_line, shown_names
 
 if TYPE_CHECKING:
     import datasets
 
-SAVED_STATE = "state.json"
-BESIDE_ARROW = ("dataset_info.json", SAVED_STATE, "dataset_dict.json")
+BESIDE_ARROW = ("dataset_info.json", "state.json", "dataset_dict.json")
 """`datasets` writes these beside the Arrow files of a folder; they hold no rows."""
 LEFTOVERS = ("cache-", "tmp")
 """`map` and `filter` of `datasets` leave Arrow files with these names; they are no shards."""
@@ -60,28 +58,20 @@ _ANY_WORD = re.compile(rf"(?:^|[-._ 0-9])({_WORD})(?=[-._ 0-9]|$)")
 _SHARD = re.compile(r"(\w+(?:\.\w+)*)-[0-9]{5}-of-[0-9]{5}")
 
 
-def of_the_set(folder: Path, files: Sequence[Path]) -> list[Path]:
-    """Returns a folder's files without the Arrow files that are no shards of the set beside them.
+def saved_shards(folder: Path) -> tuple[Path, ...]:
+    """Returns the Arrow files of a folder that `datasets` saved, as its `state.json` lists them."""
+    import datasets  # a second and a half, which rows of files need not pay
 
-    Beside a `state.json` of `datasets` the shards are those that it lists, in its order.
-    """
-    arrow = {path.name: path for path in files if path.suffix.lower() == ".arrow"}
-    state, entries = folder / SAVED_STATE, None
-    if arrow and state.is_file():
-        content = json_of(whole_text(state, "a saved set"), str(state))
-        entries = content.get("_data_files") if isinstance(content, Mapping) else None
-    if not isinstance(entries, list):  # no state, or another program's
-        return [path for path in files if path.name not in arrow or not path.name.startswith(LEFTOVERS)]
-    names = [entry.get("filename") if isinstance(entry, Mapping) else entry for entry in entries]
-    if not all(isinstance(name, str) for name in names):
-        raise UserError(f"{state}: its _data_files must name files, got {shown(entries)}; copy the folder again")
-    if gone := [name for name in names if name not in arrow]:
-        raise UserError(f"{state}: lists {shown(gone[0])}, which is no Arrow file beside it; copy the folder again")
-    return [path for path in files if path.name not in arrow] + [arrow[str(name)] for name in names]
+    with _reading(folder, "a saved set"):
+        saved: Any = datasets.load_from_disk(str(folder), keep_in_memory=False)
+    files = tuple(Path(file["filename"]) for file in saved.cache_files)
+    if strange := [file for file in files if file.resolve().parent != folder.resolve()]:
+        raise UserError(f"{folder}: its state.json names {strange[0]}, outside of it; copy the folder again")
+    return files
 
 
-def by_split(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
-    """Returns a folder's files by split, as names say it; all under "" where they say none, or one."""
+def refuse_several_splits(folder: Path, files: Sequence[Path]) -> None:
+    """Refuses a folder of files whose names say several splits."""
     names = {file: _split_of(file.name.lower()) for file in files}
     if any(names.values()):
         for file, name in names.items():  # beside files that say splits in words `testdev-00000-of-00001` counts too
@@ -90,15 +80,13 @@ def by_split(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
     splits: dict[str, list[Path]] = {}
     for file, name in names.items():
         splits.setdefault(name, []).append(file)
-    named = [name for name in splits if name]
-    if len(splits) > 1 and len(named) == 1:
-        return {"": list(files)}
-    if "" in splits and named:
+    if len([*filter(None, splits)]) > 1:
+        trained_on = next((of_split for name, of_split in splits.items() if meaning(name) == "train"), files)
+        counts = shown_names(f"{name or 'others'} ({len(of_split)})" for name, of_split in splits.items())
         raise UserError(
-            f"{folder}: names say splits ({shown_names(named)}), but not that of {splits[''][0].name}; "
-            "give one file, or a folder for each split"
+            f"{folder}: files of several splits, {counts}; name the file that is meant, such as {trained_on[0].name}, "
+            "in data.train also a list of files, or move each split to a folder of its own"
         )
-    return splits
 
 
 def _split_of(name: str) -> str:
@@ -144,16 +132,14 @@ def webdataset_rows(path: Path) -> Iterator[dict[str, object]]:
         _reading(path, "a tar archive"),
         tarfile.open(fileobj=file, mode="r|*") as archive,
     ):
-        for key, members in groupby(_members(archive, path), key=lambda member: member[0]):
+        for key, members in groupby(_members(archive), key=lambda member: member[0]):
             yield _archive_row(key, [member[1:] for member in members], path)
 
 
-def _members(archive: tarfile.TarFile, path: Path) -> Iterator[tuple[str, str, bytes]]:
+def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
     for member in archive:
         if not member.isfile():
             continue
-        if member.size > 1 << 30:
-            raise UserError(f"{path}: {one_line(member.name, 60)} has {member.size:,} bytes; a sample's file has less")
         content = archive.extractfile(member)
         member_path = PurePosixPath(member.name)
         name, _, ending = member_path.name.partition(".")
@@ -290,7 +276,7 @@ def delimited_rows(path: Path) -> Iterator[dict[str, object]]:
 
 def hub_set(name: str, *, streaming: bool) -> Any:
     """Returns a set's split, fetched, or a stream that decodes no picture: `OWNER/NAME[@REVISION][[:CONFIG]:SPLIT]`."""
-    import datasets  # a second and a half, which rows of files need not pay
+    import datasets
 
     pinned, *parts = name.split(":")
     repository, _, revision = pinned.partition("@")
@@ -344,7 +330,8 @@ def ending_of(path: Path) -> str:
 
 def is_data_file(path: Path) -> bool:
     """Tells whether a file's name is that of one that may hold rows."""
-    return ending_of(path) in ENDINGS and path.name not in (*BESIDE_ARROW, "manifest.json")
+    is_left = path.suffix.lower() == ".arrow" and path.name.startswith(LEFTOVERS)
+    return ending_of(path) in ENDINGS and path.name not in (*BESIDE_ARROW, "manifest.json") and not is_left
 
 
 @dataclass(frozen=True)
@@ -359,16 +346,10 @@ class DataFiles:
         """Whether it is a single file of JSON."""
         return type(self) is DataFiles and len(self.files) == 1 and ending_of(self.files[0]) not in READERS
 
-    def rows(self, progress: Progress | None = None) -> Iterator[dict[str, object]]:
+    def rows(self) -> Iterator[dict[str, object]]:
         """Yields the rows of all files in order."""
         for file in self.files:
-            reader = READERS.get(ending_of(file))
-            if reader is None:
-                yield from stream_records(file, progress=progress)
-                continue
-            yield from reader(file)
-            if progress is not None:
-                progress(file.stat().st_size)
+            yield from READERS.get(ending_of(file), stream_records)(file)
 
 
 @dataclass(frozen=True)
@@ -388,11 +369,9 @@ class PictureFolder(DataFiles):
         """Whether anything says what the pictures show."""
         return self.has_texts or any("label" in row for row in self.fields.values())
 
-    def rows(self, progress: Progress | None = None) -> Iterator[dict[str, object]]:
+    def rows(self) -> Iterator[dict[str, object]]:
         """Yields the row of each picture or video."""
         for file in self.files:
-            if progress is not None:
-                progress(file.stat().st_size)
             if file in self.fields:
                 text = file.with_suffix(".txt")
                 caption = {"txt": whole_text(text, "text").strip() if text.is_file() else ""} if self.has_texts else {}
@@ -429,8 +408,7 @@ def picture_folder(folder: Path) -> PictureFolder | None:
     return PictureFolder(str(folder), (*media, *texts), fields, has_texts)
 
 
-RUN_FILE = "run.yaml"
-"""`dora-vl init` writes it into the folder of a run."""
+RUN_FILE = "run.yaml"  # `dora-vl init` writes it into the folder of a run
 
 
 def files_below(folder: Path) -> Iterator[Path]:
@@ -453,11 +431,10 @@ def find_files(path: Path) -> DataFiles:
             raise UserError(f"{path}: a {path.suffix} file is not read; {remedy}")
         return DataFiles(str(path), (path,))
     if not path.is_dir():
-        raise UserError(
-            f"{path}: no such file; give a file of samples ({', '.join(ENDINGS)}), a folder of shards, or "
-            f"{HUB}OWNER/NAME"
-        )
-    files = of_the_set(path, [file for file in sorted(path.iterdir()) if is_data_file(file) and file.is_file()])
+        raise UserError(f"{path}: no such file of samples, or folder of them; a set of the hub is {HUB}OWNER/NAME")
+    if all((path / name).is_file() for name in BESIDE_ARROW[:2]):
+        return DataFiles(str(path), saved_shards(path))
+    files = [file for file in sorted(path.iterdir()) if is_data_file(file) and file.is_file()]
     kinds = sorted({ending_of(file) for file in files})
     if len(kinds) > 1:
         raise UserError(f"{path}: files of several kinds ({', '.join(kinds)}); give one file, or a folder of one kind")
@@ -470,12 +447,5 @@ def find_files(path: Path) -> DataFiles:
         below = sorted(each.name for each in path.iterdir() if each.is_dir())[:5]
         hint = f"; give one of its folders ({', '.join(below)})" if below else ""
         raise UserError(f"{path}: no file of samples in it ({', '.join(ENDINGS)}){hint}")
-    splits = by_split(path, files)
-    if len(splits) > 1:
-        trained_on = next((files for name, files in splits.items() if meaning(name) == "train"), files)
-        counts = shown_names(f"{name} ({len(files)})" for name, files in splits.items())
-        raise UserError(
-            f"{path}: files of several splits, {counts}; name the file that is meant, such as "
-            f"{trained_on[0].name}, in data.train also a list of files, or move each split to a folder of its own"
-        )
+    refuse_several_splits(path, files)
     return DataFiles(str(path), tuple(files))

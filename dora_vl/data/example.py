@@ -22,12 +22,11 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from dora_vl.data.text_file import json_lines, json_of, text_of
-from dora_vl.data.turns import Clip, Number, Turn
+from dora_vl.data.turns import Clip, Number, Turn, Unusable
 from dora_vl.errors import NO_ANSWER, BadSample, UserError, shown
 from dora_vl.files import whole_file
 
-JSON: TypeAlias = Any
-"""Null, booleans, numbers, text, lists and objects; checked when written."""
+JSON: TypeAlias = Any  # null, booleans, numbers, text, lists and objects; checked when written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,11 +122,7 @@ def to_record(example: Example) -> dict[str, JSON]:
 
 
 def from_record(record: Mapping[str, JSON]) -> Example:
-    """Returns the example of a JSON object that `to_record` made.
-
-    Raises:
-        BadSample: a field is unknown or holds something else than it should, or `extra["correct"]` is no choice.
-    """
+    """Returns the example of a JSON object that `to_record` made; raises `BadSample` where it is not one."""
     sample_id = record.get("id")
     if not isinstance(sample_id, str) or not sample_id:
         raise BadSample("(no id)", f"'id' must be text that is not empty, got {shown(sample_id)}")
@@ -145,7 +140,7 @@ def from_record(record: Mapping[str, JSON]) -> Example:
         location = " ".join(map(str, first["loc"]))
         raise BadSample(sample_id, f"{location!r}: {first['msg']}, got {shown(first['input'])}") from None
     if example.choices and "correct" in example.extra:
-        right_choice(example.extra["correct"], example.choices, sample_id)
+        right_choice(example)
     return example
 
 
@@ -190,11 +185,8 @@ def json_line(record: Mapping[str, JSON], where: str) -> str:
 class ExampleFile:
     """The examples of `records/<task>/<split>.jsonl`, or one for each of their answers, read one at a time by place.
 
-    A line that is no record is an item as well; asked for, it is a `BadSample` that names file and line. Worker
-    processes may have it.
-
-    Args:
-        each_answer: an example with several answers counts as several, as captions are trained on.
+    With `each_answer` an example with several answers counts as several, as captions are trained on. A line that is no
+    record is an item as well; asked for, it is a `BadSample` that names file and line. Worker processes may have it.
     """
 
     def __init__(self, paths: Path | Sequence[Path], *, each_answer: bool = False, limit: int | None = None) -> None:
@@ -290,16 +282,16 @@ def with_letters(choices: Iterable[str]) -> list[str]:
     return [f"{letter}. {text}" for letter, text in zip(ascii_uppercase, choices, strict=False)]
 
 
-def right_choice(correct: object, choices: Sequence[str], sample_id: str) -> int:
-    """Returns the index, from 0, that `extra["correct"]` holds."""
-    if isinstance(correct, bool) or not isinstance(correct, int):
-        raise BadSample(sample_id, f"extra.correct must be the right choice's index, from 0, got {shown(correct)}")
-    if not 0 <= correct < len(choices):
-        raise BadSample(sample_id, f"extra.correct is {shown(correct)}, and it has {len(choices)} choices")
+def right_choice(example: Example) -> int:
+    """Returns the index, from 0, that `extra["correct"]` holds. Raises BadSample: the example does not say it."""
+    correct, count = example.extra.get("correct"), len(example.choices)
+    if isinstance(correct, bool) or not isinstance(correct, int) or not 0 <= correct < count:
+        reason = f"extra.correct must be the index, from 0, of one of its {count} choices, got {shown(correct)}"
+        raise BadSample(example.id, reason)
     return correct
 
 
-def listed_choices(text: str, sample_id: str) -> tuple[str, ...]:
+def listed_choices(text: str) -> tuple[str, ...]:
     """Returns the choices of a column that holds a list as text, in JSON or as Python writes it."""
     value: object = None
     if text.lstrip().startswith("[") and len(text) <= LONGEST_LIST:
@@ -313,11 +305,11 @@ def listed_choices(text: str, sample_id: str) -> tuple[str, ...]:
                 warnings.simplefilter("ignore")  # of backslashes that Python keeps as they are
                 value = ast.literal_eval(text.strip())
     if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value) or len(value) == 1:
-        raise BadSample(sample_id, f"its choices must be a list of text, got the text {shown(text)}")
+        raise Unusable(f"its choices must be a list of text, got the text {shown(text)}")
     return tuple(value)
 
 
-def correct_choice(answer: object, choices: Sequence[str], sample_id: str, *, by_place: bool) -> int | None:
+def correct_choice(answer: object, choices: Sequence[str], *, by_place: bool) -> int | None:
     """Returns the index of the right choice; None where the publisher keeps it back.
 
     A column says it by its text, or where that is taken `by_place` by its number from 0 (AI2D also as text, "1") or its
@@ -328,22 +320,22 @@ def correct_choice(answer: object, choices: Sequence[str], sample_id: str, *, by
         return None
     if isinstance(answer, int) and not isinstance(answer, bool):
         if not 0 <= answer < len(choices):
-            raise BadSample(sample_id, f"its answer is {answer}, but there are {len(choices)} choices")
+            raise Unusable(f"its answer is {answer}, but there are {len(choices)} choices")
         return answer
     if not isinstance(answer, str):
-        raise BadSample(sample_id, f"its answer must be text or a whole number, got {shown(answer)}")
+        raise Unusable(f"its answer must be text or a whole number, got {shown(answer)}")
     word = answer.strip()
     by_text = [index for index, choice in enumerate(choices) if choice.strip() == word]
     if len(by_text) > 1:
-        raise BadSample(sample_id, f"its answer {shown(answer)} is the text of {len(by_text)} of its choices")
+        raise Unusable(f"its answer {shown(answer)} is the text of {len(by_text)} of its choices")
     letter = re.fullmatch(r"\(?([A-Za-z])\)?[.:]?", word)
     number = int(word) if re.fullmatch("[0-9]{1,4}", word) else len(choices)
     position = ascii_uppercase.index(letter[1].upper()) if letter else number
     indices = {*by_text, *([position] if position < len(choices) and by_place else [])}
     if not indices:
         ways = "letter, number from 0 or text" if by_place else "text"
-        raise BadSample(sample_id, f"its answer {shown(answer)} is no {ways} of its {len(choices)} choices")
+        raise Unusable(f"its answer {shown(answer)} is no {ways} of its {len(choices)} choices")
     if len(indices) > 1:
         reason = "is the text of one choice and the letter or number of another; write a letter before each choice"
-        raise BadSample(sample_id, f"its answer {shown(answer)} {reason}")
+        raise Unusable(f"its answer {shown(answer)} {reason}")
     return indices.pop()

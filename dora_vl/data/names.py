@@ -165,18 +165,18 @@ def _loss(path: str, value: object, unknown: bool, has_media: bool) -> tuple[str
     if holds_media(value):
         is_name = has_media and isinstance(value, str) and kind != MEDIUM and name.lower().endswith("name")
         return None if is_name else (path, MEDIUM)
-    if kind == MEDIUM and has_media:
-        kind = _note_of_media(name, value)
+    if kind == MEDIUM and has_media:  # named after pictures that stand in another column
+        kind = _kind_of_word(_NAME_WORDS.findall(name)[-1]) or MEDIUM
+        kind = NOTED if kind == MEDIUM and isinstance(value, int | float) else kind
     if isinstance(value, dict) and kind in ("", NOTED, MEDIUM):
         inner = (_loss(f"{path}.{key}", entry, unknown, has_media) for key, entry in value.items())
         losses = [loss for loss in inner if loss]
         several = next((loss for loss in losses if loss[1] == MEDIUM), (path, NESTED))
         return several if len(losses) > 1 else next(iter(losses), (path, MEDIUM) if kind == MEDIUM else None)
     if isinstance(value, list) and kind == NOTED:  # of words it may be what is answered
-        words = (
-            (path, NESTED) if any(isinstance(text, str) and _by_value(text, False) == TEXT for text in value) else None
-        )
-        return words or next(filter(None, (_loss(path, entry, unknown, has_media) for entry in value)), None)
+        if any(isinstance(text, str) and _by_value(text, False) == TEXT for text in value):
+            return path, NESTED
+        return next(filter(None, (_loss(path, entry, unknown, has_media) for entry in value)), None)
     if kind == NOTED:
         return (path, TEXT) if isinstance(value, str) and _says_more(value) else None
     if not kind or isinstance(value, bool) or (kind in (MEDIUM, ASKED) and isinstance(value, list)):
@@ -200,12 +200,6 @@ def _by_value(value: object, unknown: bool) -> str:
         is_noted = "://" in value or (not unknown and (is_code or not re.search(r"[^\W\d_]", value)))
         return "" if is_noted else TEXT
     return {int: LABEL, float: RATING}.get(type(value), "") if unknown else ""
-
-
-def _note_of_media(name: str, value: object) -> str:
-    """Returns what a column is that is named after pictures that stand in another."""
-    kind = _kind_of_word(_NAME_WORDS.findall(name)[-1]) or MEDIUM
-    return NOTED if kind == MEDIUM and isinstance(value, int | float) else kind
 
 
 def _kind_of_word(word: str) -> str:

@@ -121,13 +121,9 @@ class ModalityLengthSampler(SeededSampler):
 
 
 class ReplaySampler(SeededSampler):
-    """Takes all of the data's samples, and of the chats behind them so many, drawn afresh for each epoch.
+    """Takes all `own` samples of the data, and `drawn` of the chats behind them, others in each epoch.
 
-    Args:
-        lengths: of the data's samples, then of the chats.
-        own: the data's samples.
-        drawn: chats of an epoch; all come before one comes again.
-        order: makes the sampler that orders an epoch's samples by their lengths.
+    All chats come before one comes again. `order` makes the sampler that orders an epoch's samples by their lengths.
     """
 
     def __init__(
@@ -157,8 +153,6 @@ WINDOW = 1_024
 """Micro-batches are made equally long among so many samples; more would hardly help."""
 NEIGHBOURS = 8
 """So many micro-batches of almost one length follow each other, so that as many ranks need not wait."""
-
-
 TOGETHER = 4
 """A micro-batch holds at most so many samples of one picture or video: with more, a step would see few pictures."""
 
@@ -225,7 +219,6 @@ class TreeSampler(SeededSampler):
         count = sum(map(len, groups))
         room = [self._batch] * (count // self._batch) + ([count % self._batch] if count % self._batch else [])
         tokens, batches = [0] * len(room), [list[int]() for _ in room]
-
         left = sorted(groups, key=self._tokens)
         while left:
             group = left.pop()
@@ -244,19 +237,11 @@ class TreeSampler(SeededSampler):
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One task's share of a mixture.
-
-    Attributes:
-        batch_size: items of one optimizer step, over all ranks and micro-batches.
-    """
+    """One task of a mixture; an optimizer step takes `batch_size` of its items, over all ranks and micro-batches."""
 
     name: str
     items: int
     batch_size: int
-
-    def __post_init__(self) -> None:
-        if self.items < 1 or self.batch_size < 1:
-            raise ValueError(f"{self.name}: {self.items} items in batches of {self.batch_size}")
 
     @property
     def steps(self) -> int:
@@ -287,8 +272,6 @@ class MixturePlan:
     """
 
     def __init__(self, sources: Sequence[Source], *, parts: int, mixing: Mixing, seed: int) -> None:
-        if not sources or parts < 1:
-            raise ValueError(f"{len(sources)} tasks in {parts} parts")
         self.sources = tuple(sources)
         self.parts = parts
         self.seed = seed

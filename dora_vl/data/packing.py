@@ -43,17 +43,16 @@ def tokens_of(tree: Tree) -> int:
     return sum(map(len, tree))
 
 
-def grow(samples: Sequence[Sample], *, budget: int, shares: Callable[[Sample], object] | None = None) -> list[Tree]:
+def grow(samples: Sequence[Sample], *, budget: int, shared: bool = True) -> list[Tree]:
     """Returns the samples as few trees of at most `budget` tokens each; one sample alone may be longer.
 
-    Args:
-        shares: samples of the same value are put into one tree where they begin alike; None stands for a sample that
-            shares nothing. Without it each sample is a tree of its own.
+    Where they may be `shared`, samples of the same pictures or videos, or of words alone those of one conversation, are
+    put into one tree if they begin alike; else each sample is a tree of its own.
     """
     groups: dict[object, list[Sample]] = {}
     for number, sample in enumerate(samples):
-        value = None if shares is None else shares(sample)
-        groups.setdefault(("alone", number) if value is None else ("shared", value), []).append(sample)
+        key = (sample.media or sample.id) if shared else ""
+        groups.setdefault(key or number, []).append(sample)
     return [tree for group in groups.values() for tree in _trees(group, budget)]
 
 

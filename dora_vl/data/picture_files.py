@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
-from dora_vl.errors import DECODING_ERRORS, BadSample
+from dora_vl.errors import DECODING_ERRORS
 from dora_vl.files import NoRegularFile, open_regular
 from dora_vl.limited_process import ENDED, Budget, JobFailed, LimitedProcess, Part, one_process
 
@@ -35,17 +35,12 @@ PICTURE_SIDE = 8_192
 PICTURE_BYTES = 512 * MEBIBYTE
 PICTURE_SECONDS = 20.0
 """Decoding a picture may take so many CPU seconds: a JPEG of 171 KB can be made of thousands of scans."""
-PICTURE_MEMORY = 3_072 * MEBIBYTE
-"""The process that looks at a picture may take so many bytes for it."""
+PICTURE_MEMORY = 3_072 * MEBIBYTE  # of the process that looks at a picture
 
-FRAME_PIXELS = 36_000_000
-"""A video's frame may have so many pixels: 8K has 33 million."""
-VIDEO_FRAMES = 2_000_000
-"""A video may have so many frames: nine hours at 60 a second."""
-VIDEO_SECONDS = 60.0
-"""A video's decoder may take so many CPU seconds for a file, and three times as long on the clock."""
-VIDEO_MEMORY = 4_096 * MEBIBYTE
-"""A video's decoder may take so many bytes for a file, beyond what its libraries have."""
+FRAME_PIXELS = 36_000_000  # 8K has 33 million
+VIDEO_FRAMES = 2_000_000  # nine hours at 60 a second
+VIDEO_SECONDS = 60.0  # of the processor for a file, and three times as many on the clock
+VIDEO_MEMORY = 4_096 * MEBIBYTE  # of the decoder for a file, beyond what its libraries have
 
 
 _TURNS: Mapping[object, Image.Transpose] = {
@@ -159,13 +154,6 @@ def _as_shown(image: Image.Image) -> Image.Image:
     return image
 
 
-def bad_picture(error: BaseException, name: str, where: object) -> BadSample:
-    """Returns what `load_picture` raised, for a picture and a place as the message calls them."""
-    if isinstance(error, FileNotFoundError):
-        return BadSample(name, f"picture {name} is missing in {where}")
-    return BadSample(name, f"picture {name} in {where} {why_not_decoded(error)}")
-
-
 def why_not_decoded(error: BaseException) -> str:
     """Returns what stands behind "picture X in Y"."""
     if isinstance(error, NoPicture):
@@ -206,11 +194,7 @@ def read_picture(content: bytes, path: str | None, most_pixels: int, decode: boo
 
 def _facts(source: Path | BytesIO) -> dict[str, Any]:
     with opened_picture(source) as image:
-        turned = transparent = False
-        with suppress(*DECODING_ERRORS):  # damaged notes beside whole pixels
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-            transparent = image.has_transparency_data
-        return {"format": image.format, "size": image.size, "turned": turned, "transparent": transparent}
+        return {"format": image.format, "size": image.size}
 
 
 def parts_of(image: Image.Image, **facts: Any) -> Iterator[Part]:
@@ -226,9 +210,7 @@ def picture_of(first: Part, others: Iterator[Part], budget: Budget) -> Image.Ima
     width, height = map(int, first[0]["size"])
     budget.pixels -= width * height
     if budget.pixels < 0:
-        raise JobFailed(
-            TooManyPixels.__name__, f"has {width:,} x {height:,} pixels, more than are left of those allowed"
-        )
+        raise JobFailed(TooManyPixels.__name__, f"has {width:,} x {height:,} pixels, more than are left")
     image, top, strip = Image.new("RGB", (width, height)), 0, first[1]
     while True:
         rows = len(strip) // (3 * width)
@@ -251,14 +233,7 @@ def decoded(process: LimitedProcess, content: bytes, budget: Budget) -> Image.Im
 
 
 def picture_facts(source: Path | BytesIO, *, decode: bool) -> Mapping[str, Any]:
-    """Returns a picture's format, its size, and whether it is turned or transparent, by its header.
-
-    Args:
-        decode: all of it must be readable.
-
-    Raises:
-        JobFailed: it cannot be used.
-    """
+    """Returns a picture's format and size, by its header; to `decode`, all of it must be readable. Raises JobFailed."""
     content, path = (source.getvalue(), None) if isinstance(source, BytesIO) else (b"", str(source.absolute()))
     arguments = {"path": path, "most_pixels": PICTURE_PIXELS, "decode": decode, "send": False}
     budget = Budget(PICTURE_SECONDS, PICTURE_MEMORY)

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from PIL import Image
 
-from dora_vl.data.picture_files import NOT_DECODED, bad_picture, decoding_trouble, load_picture, picture_facts
+from dora_vl.data.picture_files import NOT_DECODED, decoding_trouble, load_picture, picture_facts, why_not_decoded
+from dora_vl.data.turns import Unusable
 from dora_vl.errors import ON_THE_WEB, BadSample, UserError, shown
 from dora_vl.limited_process import JobFailed
 
@@ -30,7 +31,6 @@ PICTURE_ENDINGS = (
     "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jpe", "jfif", "apng", "mpo",
     "jp2", "j2k", "jpc", "jpf", "jpx", "j2c", "avif", "avifs", "heic", "heif", "hif",
 )  # fmt: skip
-"""A file with one of these endings is a picture."""
 VIDEO_ENDINGS = (
     "mp4", "mkv", "webm", "avi", "mov", "m4v", "ts", "m2ts", "flv", "mpg", "mpeg", "vob", "wmv", "asf", "mxf",
 )  # fmt: skip
@@ -94,14 +94,16 @@ def open_image(root: Path | MediaFolder, relative: str, stored: HeldPictures | N
     `PICTURE_SIDE` pixels, which are shrunk to it.
     """
     folder = root if isinstance(root, MediaFolder) else MediaFolder(root)
-    if relative.startswith(STORED) and stored is not None and relative in stored:
+    if stored is not None and relative in stored:
         source, where = BytesIO(stored[relative]), "the data file"
     else:
         source, where = path_inside(folder, relative), folder
     try:
         return load_picture(source, as_published=folder.as_published)
+    except FileNotFoundError:
+        raise BadSample(relative, f"picture {relative} is missing in {where}") from None
     except NOT_DECODED as error:
-        raise bad_picture(error, relative, where) from None
+        raise BadSample(relative, f"picture {relative} in {where} {why_not_decoded(error)}") from None
 
 
 def path_inside(root: Path | MediaFolder, relative: str, *, kind: str = "picture") -> Path:
@@ -206,7 +208,7 @@ BARE_BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
 """PNG, JPEG, GIF and WebP begin so in base64."""
 
 
-def picture_name(value: object, key: str, sample_id: str, image_bytes: dict[str, bytes]) -> str:
+def picture_name(value: object, key: str, image_bytes: dict[str, bytes]) -> str:
     """Returns a picture's path, or a name made of its content, which goes into `image_bytes`.
 
     Args:
@@ -219,7 +221,7 @@ def picture_name(value: object, key: str, sample_id: str, image_bytes: dict[str,
         header, _, text = value.partition(",")
         content = _from_base64(text) if header.endswith(";base64") else None
         if content is None:
-            raise BadSample(sample_id, f"its data URL {shown(value)} cannot be read: it is not base64")
+            raise Unusable(f"its data URL {shown(value)} cannot be read: it is not base64")
         value = content
     elif isinstance(value, str) and value.startswith(BARE_BASE64):
         value = _from_base64(value) or value  # a path may begin alike
@@ -228,9 +230,9 @@ def picture_name(value: object, key: str, sample_id: str, image_bytes: dict[str,
         image_bytes[name] = bytes(value)
         return name
     if not isinstance(value, str) or not value:
-        raise BadSample(sample_id, f"{key!r} must be a path or a list of paths, got {shown(value)}")
+        raise Unusable(f"{key!r} must be a path or a list of paths, got {shown(value)}")
     if value.startswith(WEB):
-        raise BadSample(sample_id, f"{key!r} is on the web, {shown(value)}; fetch it and name the file", ON_THE_WEB)
+        raise Unusable(f"{key!r} is on the web, {shown(value)}; fetch it and name the file", ON_THE_WEB)
     return value.removeprefix(AS_URL).replace("\\", "/")
 
 

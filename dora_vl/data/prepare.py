@@ -1,4 +1,4 @@
-"""`dora-vl prepare`: a publisher's files to records, with progress and a manifest."""
+"""`dora-vl prepare`: a publisher's files to records, with a manifest."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import json
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from importlib.metadata import PackageNotFoundError, version
 from itertools import count, islice
 from pathlib import Path
 from typing import IO, cast
@@ -20,17 +18,16 @@ from typing import IO, cast
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from dora_vl.data.benchmarks.fields import UNKNOWN_ID, Converted, Progress, Raw, Split
+from dora_vl import __version__
+from dora_vl.data.benchmarks.fields import UNKNOWN_ID, Raw, Split
 from dora_vl.data.benchmarks.table import SOURCES
 from dora_vl.data.example import JSON, Example, json_line, to_record
 from dora_vl.errors import BadSample, UserError, positive, shown, shown_text
 from dora_vl.files import file_sha256, whole_file, write_json
 
-FORMAT = 2
-"""Raise it when records change their meaning: older files are then made again."""
-ROWS_TO_JUDGE, MOST_DROPPED = 1000, 100_000
-"""When none of so many rows can be used, the file is another one than the source expects; when so many cannot, the
-manifest, which names them all, would be no file that one can open."""
+FORMAT = 2  # raise it when records change their meaning: older files are then made again
+ROWS_TO_JUDGE = 1000
+"""When none of so many rows can be used, the file is another one than the source expects."""
 
 DESCRIPTION = """\
 Turns a publisher's files into records/<task>/<split>.jsonl, with records/<task>/manifest.json beside them: counts,
@@ -46,35 +43,6 @@ Sources (python -c "help('dora_vl.data.benchmarks.images')", llava, videos... sa
     + "".join(f"\n{'':19}--set {option}=...: {text}" for option, text in source.options.items())
     for name, source in SOURCES.items()
 )
-
-
-@dataclass(frozen=True)
-class ConvertedRow:
-    """What one raw row became, or the `problem` why nothing; a line has an id, its JSON, and whether it is answered."""
-
-    lines: tuple[tuple[str, bytes, bool], ...] = ()
-    id: str = ""
-    problem: str | None = None
-
-
-def converted(convert: Callable[[Raw], Converted], row: Raw) -> ConvertedRow:
-    """Converts a row; one that cannot be used keeps its reason."""
-    lines: list[tuple[str, bytes, bool]] = []
-    try:
-        result = convert(row)
-        for item in [cast(Example, result)] if isinstance(result, Example | Mapping) else result:
-            record = to_record(item) if isinstance(item, Example) else item
-            answered = bool(item.answers or item.turns) if isinstance(item, Example) else True
-            sample_id = str(record["id"])
-            try:
-                lines.append((sample_id, json_line(record, sample_id).encode(), answered))
-            except UserError as error:
-                raise BadSample(sample_id, str(error).removeprefix(f"{sample_id}: ")) from None
-    except BadSample as error:
-        return ConvertedRow(id=shown_text(error.sample_id, 80), problem=shown_text(error.reason, 200))
-    except RecursionError:
-        return ConvertedRow(id=UNKNOWN_ID, problem="its values are nested too deeply")
-    return ConvertedRow(tuple(lines))
 
 
 @dataclass(kw_only=True)
@@ -109,7 +77,7 @@ class Prepared:
     already_there: bool
 
 
-def prepare_split(split: Split, folder: Path, *, source: str, limit: int | None, progress: Progress) -> Prepared:
+def prepare_split(split: Split, folder: Path, *, source: str, limit: int | None) -> Prepared:
     """Makes `folder/<split>.jsonl`, unless it is there and was made of the same files with the same settings."""
     path, manifest = folder / f"{split.name}.jsonl", folder / "manifest.json"
     try:
@@ -118,26 +86,18 @@ def prepare_split(split: Split, folder: Path, *, source: str, limit: int | None,
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{manifest}: not a manifest of `dora-vl prepare`; move it away and run again") from None
     before = others.pop(split.name, {})
-    # A file whose size and time are known is not hashed again; names and hashes say whether the input is the same.
-    hashes = {(old["file"], old["bytes"], old["modified_ns"]): old["sha256"] for old in before.get("inputs", [])}
-    inputs: list[dict[str, JSON]] = []
     with reading(_names(split)):
-        for file in split.inputs:
-            stat = file.stat()
-            sha256 = hashes.get((file.name, stat.st_size, stat.st_mtime_ns)) or file_sha256(file, progress)
-            sizes = {"bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
-            inputs.append({"file": file.name, **sizes, "sha256": sha256})
-    content, content_before = (
-        [[entry["file"], entry["sha256"]] for entry in entries] for entries in (inputs, before.get("inputs", []))
-    )
+        inputs = [
+            {"file": file.name, "bytes": file.stat().st_size, "sha256": file_sha256(file)} for file in split.inputs
+        ]
     settings = {**split.settings, "limit": limit, "source": source, "format": FORMAT}
-    is_same = before.get("settings") == settings and content_before == content and path.is_file()
+    is_same = before.get("settings") == settings and before.get("inputs") == inputs and path.is_file()
     if is_same and path.stat().st_size == before["bytes"] and file_sha256(path) == before["sha256"]:
         return Prepared(path=path, entry=before, already_there=True)
     started = time.monotonic()
     with whole_file(path, binary=True) as file:
-        records = Records(path, file, find_repeated=split.ids_by_place)
-        _write_rows(split, records, limit=limit, progress=progress)
+        records = Records(split, path, file)
+        _write_rows(split, records, limit)
     counts = records.counts
     entry: dict[str, JSON] = {
         "file": path.name,
@@ -152,18 +112,15 @@ def prepare_split(split: Split, folder: Path, *, source: str, limit: int | None,
         "settings": settings,
         "seconds": round(time.monotonic() - started, 3),
     }
-    versions = {"python": platform.python_version(), "format": str(FORMAT)}
-    for package in ("dora-vl", "datasets", "pyarrow"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
+    versions = {"python": platform.python_version(), "format": str(FORMAT), "dora-vl": __version__}
     write_json(manifest, {"versions": versions, "splits": {**others, split.name: {"source": source, **entry}}})
     return Prepared(path=path, entry=entry, already_there=False)
 
 
-def _write_rows(split: Split, records: Records, *, limit: int | None, progress: Progress) -> None:
+def _write_rows(split: Split, records: Records, limit: int | None) -> None:
     counts, names = records.counts, _names(split)
-    for row in _read_rows(split, limit, progress):
-        records.add(converted(split.convert, row), number_repeated=split.repeated_ids == "number")
+    for row in _read_rows(split, limit):
+        records.add(row)
     if not counts.rows:
         raise UserError(f"{names}: holds no rows")
     if not counts.written:
@@ -173,9 +130,10 @@ def _write_rows(split: Split, records: Records, *, limit: int | None, progress: 
         raise UserError(f"{names}: is doubled, {doubled}; fetch the file again")
 
 
-def _read_rows(split: Split, limit: int | None, progress: Progress) -> Iterator[Raw]:
+def _read_rows(split: Split, limit: int | None) -> Iterator[Raw]:
+    name, total = f"{split.task}/{split.name}", split.published_rows if limit is None else limit
     with reading(_names(split)):
-        yield from islice(split.rows(progress), limit)
+        yield from tqdm(islice(split.rows(), limit), name, total, unit=" rows", disable=None, leave=False)
 
 
 @contextlib.contextmanager
@@ -192,54 +150,69 @@ def _names(split: Split) -> str:
 
 
 class Records:
-    """The records of a split: writes them as lines, and counts.
+    """The records of a split: converts rows, writes what they become as lines, and counts."""
 
-    Args:
-        find_repeated: counts records that are an earlier one under another id.
-    """
-
-    def __init__(self, path: Path, file: IO[bytes], *, find_repeated: bool) -> None:
+    def __init__(self, split: Split, path: Path, file: IO[bytes]) -> None:
+        self._split = split
         self._path = path
         self._file = file
         self._lines: dict[str, int] = {}  # of each id
-        self._contents: set[bytes] | None = set() if find_repeated else None
+        self._contents = set[bytes]()
         self.counts = Counts()
         self.digest = hashlib.sha256()
 
-    def add(self, row: ConvertedRow, *, number_repeated: bool) -> None:
-        """Writes what a row became."""
-        counts = self.counts
-        counts.rows += 1
-        if row.problem is not None:
-            counts.dropped_rows.append({"row": counts.rows, "id": row.id, "reason": row.problem})
-            dropped = len(counts.dropped_rows)
-            if dropped >= MOST_DROPPED:
-                raise UserError(f"{self._path}: {dropped:,} rows cannot be used; {counts.first_reason()}")
-            if not counts.written and dropped >= ROWS_TO_JUDGE:
-                none = f"none of the first {dropped:,} rows can be used"
-                raise UserError(f"{self._path}: {none}; {counts.first_reason()}")
-        for name, encoded, answered in row.lines:
-            if name in self._lines:
-                if not number_repeated:
-                    lines = f"lines {self._lines[name]} and {counts.written + 1}"
-                    raise UserError(
-                        f"{self._path}: id {shown(name)} would be in {lines}; the publisher's ids must be unique"
-                    )
-                name = next(new for number in count(2) if (new := f"{name}#{number}") not in self._lines)
-                counts.renamed_ids += 1
-                encoded = json_line({**json.loads(encoded), "id": name}, name).encode()
-            counts.written += 1
-            counts.without_answer += not answered
-            counts.repeated_records += self._stood_before(encoded)
-            self._lines[name] = counts.written
-            self._file.write(encoded)
-            self.digest.update(encoded)
+    def add(self, row: Raw) -> None:
+        """Writes what a row becomes; one that cannot be used keeps its reason in the counts."""
+        self.counts.rows += 1
+        try:
+            lines = self._converted(row)
+        except BadSample as error:
+            self._drop(shown_text(error.sample_id, 80), shown_text(error.reason, 200))
+        except RecursionError:
+            self._drop(UNKNOWN_ID, "its values are nested too deeply")
+        else:
+            for name, line, is_answered in lines:
+                self._write(name, line, is_answered=is_answered)
 
-    def _stood_before(self, encoded: bytes) -> bool:
+    def _converted(self, row: Raw) -> list[tuple[str, str, bool]]:
+        """Returns the records of a row: the id, the line of JSON, and whether it is answered, of each."""
+        lines: list[tuple[str, str, bool]] = []
+        result = self._split.convert(row)
+        for item in [cast(Example, result)] if isinstance(result, Example | Mapping) else result:
+            record = to_record(item) if isinstance(item, Example) else item
+            name, is_answered = str(record["id"]), not isinstance(item, Example) or bool(item.answers or item.turns)
+            try:
+                lines.append((name, json_line(record, name), is_answered))
+            except UserError as error:
+                raise BadSample(name, str(error).removeprefix(f"{name}: ")) from None
+        return lines
+
+    def _drop(self, name: str, reason: str) -> None:
+        counts = self.counts
+        counts.dropped_rows.append({"row": counts.rows, "id": name, "reason": reason})
+        if not counts.written and len(counts.dropped_rows) >= ROWS_TO_JUDGE:
+            none = f"none of the first {ROWS_TO_JUDGE:,} rows can be used"
+            raise UserError(f"{self._path}: {none}; {counts.first_reason()}")
+
+    def _write(self, name: str, line: str, *, is_answered: bool) -> None:
+        counts = self.counts
+        if name in self._lines:
+            if self._split.repeated_ids == "refuse":
+                lines = f"lines {self._lines[name]} and {counts.written + 1}"
+                raise UserError(f"{self._path}: id {shown(name)} in {lines}; the publisher's ids must be unique")
+            name = next(new for number in count(2) if (new := f"{name}#{number}") not in self._lines)
+            counts.renamed_ids += 1
+            line = json_line({**json.loads(line), "id": name}, name)
+        counts.written += 1
+        counts.without_answer += not is_answered
+        counts.repeated_records += self._split.ids_by_place and self._stood_before(line)
+        self._lines[name] = counts.written
+        self._file.write(line.encode())
+        self.digest.update(line.encode())
+
+    def _stood_before(self, line: str) -> bool:
         """Tells whether an earlier record says the same under another id, which stands first in a line."""
-        if self._contents is None:
-            return False
-        _, end = json.JSONDecoder().raw_decode(line := encoded.decode(), len('{"id":'))
+        _, end = json.JSONDecoder().raw_decode(line, len('{"id":'))
         digest = hashlib.blake2b(line[end:].encode(), digest_size=12).digest()
         before = digest in self._contents
         self._contents.add(digest)
@@ -248,7 +221,7 @@ class Records:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `dora-vl prepare`."""
-    parser.add_argument("source", metavar="SOURCE", help="one of the list above")
+    parser.add_argument("source", choices=SOURCES, metavar="SOURCE", help="one of the list above")
     parser.add_argument("--from", dest="folder", type=Path, required=True, metavar="FOLDER", help="the published files")
     parser.add_argument("--to", type=Path, default=Path("records"), metavar="FOLDER", help="default: records")
     parser.add_argument("--splits", metavar="A,B", help="only these, such as train,validation; default: all found")
@@ -261,24 +234,14 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     with reading(str(arguments.folder)):
         chosen = chosen_splits(arguments)
     for split in chosen:
-        folder, size = arguments.to / split.task, sum(path.stat().st_size for path in split.inputs)
-        # bytes of the inputs, once for their hash and once for their rows; no bar without a terminal
-        name = f"{split.task}/{split.name}"
-        bar = tqdm(total=2 * size or None, unit="B", unit_scale=True, desc=name, disable=None, leave=False)
-        with _alone_in(folder), bar:
-            prepared = prepare_split(split, folder, source=arguments.source, limit=arguments.limit, progress=bar.update)
+        folder = arguments.to / split.task
+        with _alone_in(folder):
+            prepared = prepare_split(split, folder, source=arguments.source, limit=arguments.limit)
         yield from summary(prepared)
 
 
 def chosen_splits(arguments: argparse.Namespace) -> list[Split]:
     """Returns the splits that the source finds and the user wants."""
-    if arguments.source not in SOURCES:
-        nearest = get_close_matches(arguments.source, SOURCES, n=1, cutoff=0.0)[0]
-        raise UserError(
-            f"no source {shown(arguments.source)}; did you mean {nearest!r}? dora-vl prepare --help lists all"
-        )
-    if not arguments.folder.exists():
-        raise UserError(f"{arguments.folder}: no such folder; --from takes the folder with the published files")
     source = SOURCES[arguments.source]
     options: dict[str, str] = {}
     for setting in arguments.set:

@@ -41,6 +41,7 @@ from dora_vl.data.turns import (
     Clip,
     Role,
     Turn,
+    Unusable,
     arrange,
 )
 from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, NO_SAMPLE, ON_THE_WEB, BadSample, UserError, shown, shown_names
@@ -101,52 +102,41 @@ class UnreadKey(Exception):
         self.message, self.path, self.what = message, path, what
 
 
-def read_conversation(messages: Sequence[object], row: Row, sample_id: str, *, strict: bool = True) -> Example:
+def read_conversation(messages: Sequence[object], row: Row) -> Example:
     """Returns the conversation of messages, each a `Turn` or an object of role and content, as it is trained on.
 
     What the row says as `system` stands before them; its `images` and `videos` take the places that the messages leave.
-
-    Raises:
-        UnreadKey: if that is `strict`.
     """
-    conversation = _Conversation(row, sample_id, strict)
+    sample_id, conversation = str(row["id"]), _Conversation(row)
     for number, message in enumerate(messages, 1):
         conversation.add(message, number)
     turns = conversation.turns
     if not is_nothing(row.get("system")):
-        system = Turn("system", _text(row["system"], "system", sample_id))
+        system = Turn("system", _text(row["system"], "system"))
         first = turns[0].text.strip() if turns and turns[0].role == "system" else None
         if first and first != system.text.strip():
-            reason = "its 'system' differs from the system turn that it has too; leave one of them out"
-            raise BadSample(sample_id, reason)
+            raise Unusable("its 'system' differs from the system turn that it has too; leave one of them out")
         turns = turns if first else [system, *(turns if first is None else turns[1:])]
     videos = tuple(conversation.clips + conversation.clips_left)
-    images, (first_turn, *others) = arrange(sample_id, conversation.all_images(), turns, videos)
-    beside = _template_arguments(row, first_turn.text, sample_id)
-    arranged = (replace(first_turn, more=_json(beside, sample_id)) if beside else first_turn, *others)
+    images, (first_turn, *others) = arrange(conversation.all_images(), turns, videos)
+    beside = _template_arguments(row, first_turn.text)
+    arranged = (replace(first_turn, more=_json(beside)) if beside else first_turn, *others)
     texts = (turn.text + turn.more for turn in arranged)
     try:
         "".join([sample_id, *images, *(clip.path for clip in videos), *texts]).encode()
     except UnicodeEncodeError:
-        raise BadSample(sample_id, "its text holds half of a surrogate pair, which is no character") from None
+        raise Unusable("its text holds half of a surrogate pair, which is no character") from None
     scored = row.get("scored")
     answers = (Answer(text=scored),) if isinstance(scored, str) and scored else ()
     return Example(sample_id, images, arranged, videos, answers=answers, image_bytes=conversation.image_bytes)
 
 
-def read_conversations(row: Row, sample_id: str) -> Example:
-    """Returns the conversation of a row in LLaVA's form, whatever else it holds."""
-    return read_conversation(_messages(row, sample_id, "conversations"), row, sample_id, strict=False)
-
-
 class _Conversation:
     """Reads one row's messages; its pictures and videos come out in the order of their places."""
 
-    def __init__(self, row: Row, sample_id: str, strict: bool) -> None:
-        self._id = sample_id
-        self._strict = strict
+    def __init__(self, row: Row) -> None:
         self.image_bytes: dict[str, bytes] = {}
-        for role, read in BESIDE.items() if strict else ():
+        for role, read in BESIDE.items():
             for value in _listed(row.get(role)):
                 if isinstance(value, Mapping) and not read.issuperset(value):
                     self._refuse_unread(value, value, read)
@@ -156,14 +146,14 @@ class _Conversation:
         self._tagged = 0
         self.turns: list[Turn] = []
         self.clips: list[Clip] = []
-        self.clips_left = [_read_clip(value, "videos", sample_id) for value in _listed(row.get("videos"))]
+        self.clips_left = [_read_clip(value, "videos") for value in _listed(row.get("videos"))]
 
     def all_images(self) -> list[str]:
         """Returns the pictures in and beside the messages."""
         images = [*self._images, *(self._beside[index] for index in self._left)]
         if self._tagged and len(images) > self._tagged:
             more = len(images) - self._tagged
-            raise BadSample(self._id, f"its text names pictures in <img>, and it has {more} more beside it")
+            raise Unusable(f"its text names pictures in <img>, and it has {more} more beside it")
         return images
 
     def add(self, message: object, number: int) -> None:
@@ -175,46 +165,46 @@ class _Conversation:
             self.turns.append(replace(message, text=self._words(message.text)))
             return
         if not isinstance(message, Mapping):
-            raise BadSample(self._id, f"turn {number} must be an object of role and text, got {shown(message)}")
+            raise Unusable(f"turn {number} must be an object of role and text, got {shown(message)}")
         who, what = ("from", "value") if message.get("role") is None and "from" in message else ("role", "content")
         role = ROLES.get(speaker) if isinstance(speaker := message.get(who), str) else None
         if role is None:
             roles = "'human', 'gpt' and 'system'" if who == "from" else "system, user and assistant"
-            raise BadSample(self._id, f"turn {number} has {who!r} {shown(speaker)}; only {roles} are known")
+            raise Unusable(f"turn {number} has {who!r} {shown(speaker)}; only {roles} are known")
         if len(message) == 2 and what in message and role != "tool" and speaker not in CALLING:  # what most of them are
             self.turns.append(Turn(role, self._content(message, what, number)))
             return
         read = TURN_KEYS[who] | OF_ROLE.get(role, frozenset())
-        if self._strict and not read.issuperset(message):
+        if not read.issuperset(message):
             self._refuse_unread(message, message, read, answers=role == "assistant")
         marks = {bool(mark) for key in TRAINED if not is_nothing(mark := message.get(key))}
         if len(marks) > 1:
-            raise BadSample(self._id, f"turn {number} is marked to be trained and not to be")
+            raise Unusable(f"turn {number} is marked to be trained and not to be")
         more = {key: message[key] for key in RESULT if role == "tool" and not is_nothing(message.get(key))}
         calls = message.get(what) if speaker in CALLING else message.get(CALLS) if role == "assistant" else None
         if not is_nothing(parsed(calls)):
-            more = {CALLS: [_call(call, self._id) for call in _in_list(calls)]}
+            more = {CALLS: [_call(call) for call in _in_list(calls)]}
         text = "" if speaker in CALLING else self._said(message, what, number, role)
         is_trained = role != "assistant" or False not in marks
         if speaker in CALLING and self.turns and self.turns[-1].role == "assistant":
             before = self.turns.pop()
             if before.is_trained != is_trained:
-                raise BadSample(self._id, f"turn {number} calls a tool, and the answer before it is trained otherwise")
+                raise Unusable(f"turn {number} calls a tool, and the answer before it is trained otherwise")
             text, more[CALLS] = before.text, [*before.fields.get(CALLS, ()), *more.get(CALLS, ())]
-        more_text = _json(more, self._id) if more else ""
+        more_text = _json(more) if more else ""
         self.turns.append(Turn(role, text, more=more_text, is_trained=is_trained))
 
     def _said(self, message: Mapping[str, object], what: str, number: int, role: Role) -> str:
         """Returns a turn's text: thoughts in front, and what is a tool's result without Hermes' tags."""
         content = message.get(what)
         if role == "tool" and isinstance(content, Mapping):
-            return self._words(_json(content, self._id))
+            return self._words(_json(content))
         if role == "tool" and isinstance(content, str) and (results := _RESULTS.fullmatch(content)):
             return self._words(results[1])
         if role != "assistant":
             return self._with_media(message, what, number)
         silent = is_nothing(content) and not is_nothing(parsed(message.get(CALLS)))
-        return _with_thoughts("" if silent else self._with_media(message, what, number), message, self._id)
+        return _with_thoughts("" if silent else self._with_media(message, what, number), message)
 
     def _with_media(self, message: Mapping[str, object], what: str, number: int) -> str:
         """Returns a turn's text with the places of its own pictures and videos."""
@@ -226,7 +216,7 @@ class _Conversation:
             [value for name in names for value in _listed(message.get(name))] for names in (OWN_PICTURES, OWN_VIDEOS)
         )
         own = [len(self._beside) + index for index in range(len(own_pictures))]
-        own_clips = [_read_clip(value, "videos", self._id) for value in own_videos]
+        own_clips = [_read_clip(value, "videos") for value in own_videos]
         self._beside += [self._picture(value, "images") for value in own_pictures]
         self._left[:0], self.clips_left[:0] = own, own_clips
         text = self._content(message, what, number)
@@ -240,7 +230,7 @@ class _Conversation:
             del self.clips_left[: len(own_clips)]
         if not {*own}.isdisjoint(self._left) or len(self.clips) < clips + len(own_clips):
             count = len(own) + len(own_clips)
-            raise BadSample(self._id, f"turn {number} has {count} pictures and videos, and fewer places in its text")
+            raise Unusable(f"turn {number} has {count} pictures and videos, and fewer places in its text")
         return text
 
     def _content(self, message: Mapping[str, object], what: str, number: int) -> str:
@@ -248,7 +238,7 @@ class _Conversation:
         if isinstance(content, str):
             return self._words(content)
         if not isinstance(content, Sequence) or isinstance(content, bytes) or not content:
-            raise BadSample(self._id, f"{what!r} of turn {number} is neither text nor parts: {shown(content)}")
+            raise Unusable(f"{what!r} of turn {number} is neither text nor parts: {shown(content)}")
         return "".join(self._part(part, message, f"{what}.", number) for part in content)
 
     def _refuse_unread(
@@ -283,18 +273,17 @@ class _Conversation:
         if kind is None:
             kind = next((key for key in ("text", "image", "image_url", "video") if not is_nothing(fields.get(key))), "")
         if not isinstance(kind, str) or kind not in PARTS:
-            raise BadSample(self._id, f"turn {number} has a part that is no text, picture or video: {shown(part)}")
-        if self._strict:
-            self._refuse_unread(message, fields, PARTS[kind], path)
+            raise Unusable(f"turn {number} has a part that is no text, picture or video: {shown(part)}")
+        self._refuse_unread(message, fields, PARTS[kind], path)
         if kind in VIDEO_PARTS:
             if all(fields.get(key) is None for key in VIDEO_PAYLOADS):
                 return self._words(VIDEO_PLACEHOLDER)
-            self.clips.append(_read_clip(fields, f"part of turn {number}", self._id))
+            self.clips.append(_read_clip(fields, f"part of turn {number}"))
             return VIDEO_PLACEHOLDER
         picture = self._payload(fields, message, path, number)
         if kind in TEXT_PARTS:
             if not isinstance(text, str):
-                raise BadSample(self._id, f"turn {number} has a part of text without text: {shown(part)}")
+                raise Unusable(f"turn {number} has a part of text without text: {shown(part)}")
             return picture + self._words(text)
         if not picture and (index := fields.get("index")) is not None:
             self._take(index, number)
@@ -304,7 +293,7 @@ class _Conversation:
     def _payload(self, fields: Mapping[str, object], message: object, path: str, number: int) -> str:
         """Returns the place of the picture that a part holds; nothing where it holds none."""
         payloads = {key: value for key in PAYLOADS if (value := fields.get(key)) is not None}
-        if self._strict and len(payloads) > 1 and payloads.keys() != {"bytes", "path"}:
+        if len(payloads) > 1 and payloads.keys() != {"bytes", "path"}:
             raise UnreadKey(message, f"{path}{[*payloads][1]}", MEDIUM)
         self._images += [self._picture(value, f"part of turn {number}") for value in [*payloads.values()][:1]]
         return IMAGE_PLACEHOLDER if payloads else ""
@@ -320,8 +309,8 @@ class _Conversation:
         del self.clips_left[:count]
         for tag in _TAGS.finditer(text):
             if tag[1] is None:
-                reason = "which nothing here fills; write what it stands for into the text"
-                raise BadSample(self._id, f"its text has {tag[0]}, {reason}")
+                remedy = "write what it stands for into the text"
+                raise Unusable(f"its text has {tag[0]}, which nothing here fills; {remedy}")
             self._images.append(self._picture(tag[1].strip(), "<img>"))
             self._tagged += 1
         return _TAGS.sub(IMAGE_PLACEHOLDER, text)
@@ -329,14 +318,13 @@ class _Conversation:
     def _take(self, index: object, number: int = 0) -> None:
         """A picture beside the messages by its index, from 0 (as TRL's)."""
         if not isinstance(index, int) or not 0 <= index < len(self._beside):
-            reason = f"the index {shown(index)} of {len(self._beside)} pictures"
-            raise BadSample(self._id, f"a part of turn {number} has {reason}")
+            raise Unusable(f"a part of turn {number} has the index {shown(index)} of {len(self._beside)} pictures")
         self._images.append(self._beside[index])
         if index in self._left:
             self._left.remove(index)
 
     def _picture(self, value: object, key: str) -> str:
-        return picture_name(value, key, self._id, self.image_bytes)
+        return picture_name(value, key, self.image_bytes)
 
 
 def _in_list(value: object) -> Sequence[Any]:
@@ -345,25 +333,25 @@ def _in_list(value: object) -> Sequence[Any]:
     return [parsed(entry) for entry in value] if isinstance(value, list) else [value]
 
 
-def _json(value: object, sample_id: str) -> str:
+def _json(value: object) -> str:
     try:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError):
-        raise BadSample(sample_id, f"{shown(value)} cannot be written as JSON") from None
+        raise Unusable(f"{shown(value)} cannot be written as JSON") from None
 
 
-def _with_thoughts(text: str, message: Row, sample_id: str) -> str:
+def _with_thoughts(text: str, message: Row) -> str:
     """Returns an answer's text with what the message holds as thoughts in front."""
-    thoughts = {_text(message[key], key, sample_id).strip() for key in THOUGHTS if not is_nothing(message.get(key))}
+    thoughts = {_text(message[key], key).strip() for key in THOUGHTS if not is_nothing(message.get(key))}
     if not thoughts:
         return text
     thought, *others = thoughts
     if others or END_THINK in thought or THINK in text:
-        raise BadSample(sample_id, f"an answer has thoughts twice: {shown_names(THOUGHTS)}, or {THINK} in its text")
+        raise Unusable(f"an answer has thoughts twice: {shown_names(THOUGHTS)}, or {THINK} in its text")
     return f"{THINK}\n{thought}\n{END_THINK}\n\n{text}"
 
 
-def _call(call: object, sample_id: str) -> dict[str, object]:
+def _call(call: object) -> dict[str, object]:
     """Returns a tool's call as transformers' templates take it, its arguments an object."""
     fields = call if isinstance(call, Mapping) else {}
     function = parsed(fields.get("function", fields))
@@ -373,13 +361,12 @@ def _call(call: object, sample_id: str) -> dict[str, object]:
     is_whole = isinstance(named.get("name"), str) and bool(named["name"]) and isinstance(arguments, dict)
     unread = {*named, *fields} - {"id", "type", "index", "function", "name", "arguments"}
     if not is_whole or unread or fields.get("type", "function") != "function":
-        reason = "a tool's call must hold the 'name' of a function and 'arguments', an object"
-        raise BadSample(sample_id, f"{reason}, got {shown(call)}")
+        raise Unusable(f"a tool's call must hold a function's 'name' and 'arguments', an object, got {shown(call)}")
     about = {"id": fields["id"]} if "id" in fields else {}
     return {"type": "function", **about, "function": {"name": named["name"], "arguments": arguments}}
 
 
-def _template_arguments(row: Row, first: str, sample_id: str) -> dict[str, object]:
+def _template_arguments(row: Row, first: str) -> dict[str, object]:
     """Returns the row's tools and its chat template's arguments, where it has some.
 
     Tools that the system turn says already, in `<tools>` (Hermes), are left to it.
@@ -393,13 +380,13 @@ def _template_arguments(row: Row, first: str, sample_id: str) -> dict[str, objec
         functions = [tool["function"] for tool in tools]
         names = [function.get("name") if isinstance(function, Mapping) else None for function in functions]
         if not all(isinstance(name, str) and name for name in names):
-            raise BadSample(sample_id, f"'tools' must be a list of functions with names, got {shown(row[TOOLS])}")
+            raise Unusable(f"'tools' must be a list of functions with names, got {shown(row[TOOLS])}")
         if "<tools>" not in first or not all(str(name) in first for name in names):
             beside[TOOLS] = tools
     if not is_nothing(row.get(KWARGS)):
         beside[KWARGS] = arguments = _without_nulls(parsed(row[KWARGS]))
         if not isinstance(arguments, dict):
-            raise BadSample(sample_id, f"{KWARGS!r} must be an object, got {shown(arguments)}")
+            raise Unusable(f"{KWARGS!r} must be an object, got {shown(arguments)}")
     return beside
 
 
@@ -410,7 +397,7 @@ def _listed(value: object) -> Sequence[object]:
     return value if isinstance(value, list | tuple) else (value,)
 
 
-def _read_clip(value: object, key: str, sample_id: str) -> Clip:
+def _read_clip(value: object, key: str) -> Clip:
     """Reads a path, or an object of path and times (`start_seconds`, `end_seconds` or `video_start`, `video_end`)."""
     times: list[float | None] = [None, None]
     if isinstance(value, Mapping):
@@ -421,24 +408,24 @@ def _read_clip(value: object, key: str, sample_id: str) -> Clip:
                 if isinstance(seconds, int | float) and not isinstance(seconds, bool) and math.isfinite(seconds):
                     times[index] = float(seconds)
             if name is not None and times[index] is None:
-                raise BadSample(sample_id, f"{name!r} of a video must be a number of seconds, got {shown(seconds)}")
+                raise Unusable(f"{name!r} of a video must be a number of seconds, got {shown(seconds)}")
         if value.get("bytes") is not None:
-            raise BadSample(sample_id, f"{key!r} holds a video's bytes; write it to a file and name that")
+            raise Unusable(f"{key!r} holds a video's bytes; write it to a file and name that")
         value = next((value[name] for name in VIDEO_PAYLOADS if value.get(name) is not None), None)
         value = value.get("url") if isinstance(value, Mapping) else value
     if not isinstance(value, str) or not value:
-        raise BadSample(sample_id, f"{key!r} must be a path or a list of paths, got {shown(value)}")
+        raise Unusable(f"{key!r} must be a path or a list of paths, got {shown(value)}")
     if value.startswith(("http://", "https://", "data:")):
-        raise BadSample(sample_id, f"{key!r} is no file, {shown(value)}; fetch it and name the file", ON_THE_WEB)
+        raise Unusable(f"{key!r} is no file, {shown(value)}; fetch it and name the file", ON_THE_WEB)
     path, (start, end) = value.removeprefix("file://").replace("\\", "/"), times
     return Clip(path=path, start_seconds=start, end_seconds=end)
 
 
-def _messages(row: Row, sample_id: str, key: str) -> Sequence[object]:
+def _messages(row: Row, key: str) -> Sequence[object]:
     """Returns a column that must be a list of turns, or of rounds, each an object of a question and its answer."""
     messages = row.get(key)
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
-        raise BadSample(sample_id, f"{key!r} must be a list of turns, got {shown(messages)}")
+        raise Unusable(f"{key!r} must be a list of turns, got {shown(messages)}")
     if key not in ("prompt", "completion") and (reply := row.get("completion")):
         messages = [*messages, reply if isinstance(reply, Mapping) else {"role": "assistant", "content": reply}]
     first = messages[0]
@@ -450,7 +437,7 @@ def _messages(row: Row, sample_id: str, key: str) -> Sequence[object]:
         asking, replying = ([key for key in keys if key in fields] for keys in (ASKING, REPLYING))
         if len(asking) != 1 or len(replying) != 1:
             known = "role and content, or the user's and the assistant's words"
-            raise BadSample(sample_id, f"entry {number} of {key!r} must hold {known}, got {shown(entry)}")
+            raise Unusable(f"entry {number} of {key!r} must hold {known}, got {shown(entry)}")
         more = {name: value for name, value in fields.items() if name not in (*asking, *replying)}
         question, answer = _round(fields[asking[0]], fields[replying[0]])
         turns += [{**more, **question}, answer]
@@ -461,36 +448,36 @@ def _round(question: object, answer: object) -> list[dict[str, object]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def _earlier_rounds(row: Row, sample_id: str) -> list[object]:
+def _earlier_rounds(row: Row) -> list[object]:
     """`history`, pairs of a question and its answer (ms-swift)."""
     history = row.get("history")
     messages: list[object] = []
     for pair in history if isinstance(history, list) else [] if is_nothing(history) else [history]:
         if not isinstance(pair, list) or len(pair) != 2:
-            raise BadSample(sample_id, f"'history' must hold pairs of a question and an answer, got {shown(pair)}")
+            raise Unusable(f"'history' must hold pairs of a question and an answer, got {shown(pair)}")
         messages += _round(*pair)
     return messages
 
 
-def _prompt_completion(row: Row, sample_id: str) -> list[object]:
+def _prompt_completion(row: Row) -> list[object]:
     """`prompt` and `completion`, each text or a list of messages (TRL)."""
-    messages = _earlier_rounds(row, sample_id)
+    messages = _earlier_rounds(row)
     for key, role in (("prompt", "user"), ("completion", "assistant")):
         is_text = isinstance(row[key], str)
-        messages += [{"role": role, "content": row[key]}] if is_text else _messages(row, sample_id, key)
+        messages += [{"role": role, "content": row[key]}] if is_text else _messages(row, key)
     return messages
 
 
-def _instructions(row: Row, sample_id: str) -> list[object]:
+def _instructions(row: Row) -> list[object]:
     """`instruction`, `input`, `output` (Alpaca, LLaMA-Factory)."""
-    instruction, added, output = (_text(row.get(name), name, sample_id) for name in ("instruction", "input", "output"))
+    instruction, added, output = (_text(row.get(name), name) for name in ("instruction", "input", "output"))
     if not output.strip():
-        raise BadSample(sample_id, "'output' is empty", EMPTY_ANSWER)
+        raise Unusable("'output' is empty", EMPTY_ANSWER)
     question = f"{instruction}\n{added}" if instruction and added else instruction or added
-    return [*_earlier_rounds(row, sample_id), Turn("user", question, len(added)), Turn("assistant", output)]
+    return [*_earlier_rounds(row), Turn("user", question, len(added)), Turn("assistant", output)]
 
 
-def _preferred(row: Row, sample_id: str) -> Sequence[object]:
+def _preferred(row: Row) -> Sequence[object]:
     """Returns the conversation that ends with the chosen, or the judged, answer, by the format that asks for it."""
     for asked, answered, messages in (
         ("messages", "completion", partial(_messages, key="messages")),
@@ -500,14 +487,14 @@ def _preferred(row: Row, sample_id: str) -> Sequence[object]:
         ("question", "answer", _question_answer),
     ):
         if asked in row:
-            return messages({**row, answered: row["chosen"]} if "chosen" in row else row, sample_id)
-    chosen, rejected = (_messages(row, sample_id, key) for key in ("chosen", "rejected"))
+            return messages({**row, answered: row["chosen"]} if "chosen" in row else row)
+    chosen, rejected = (_messages(row, key) for key in ("chosen", "rejected"))
     if [*chosen[:-1]] != [*rejected[:-1]]:
-        raise BadSample(sample_id, "its chosen and rejected conversations differ before their last answers")
+        raise Unusable("its chosen and rejected conversations differ before their last answers")
     return chosen
 
 
-def _rejected(value: object, sample_id: str) -> tuple[str, ...]:
+def _rejected(value: object) -> tuple[str, ...]:
     """Reads rejected answers: a text, a message, a conversation that ends with one, or a list of texts."""
     if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
         texts = [*value]
@@ -515,60 +502,58 @@ def _rejected(value: object, sample_id: str) -> tuple[str, ...]:
         message = value[-1] if isinstance(value, list) and value else value
         fields = message if isinstance(message, Mapping) else {}
         if not is_nothing(fields.get(CALLS)) or fields.get("from", fields.get("role")) in CALLING:
-            raise BadSample(sample_id, "its rejected answer calls a tool; preferences compare texts alone")
+            raise Unusable("its rejected answer calls a tool; preferences compare texts alone")
         text = fields.get("content", fields.get("value")) if fields else message
         if isinstance(text, list):  # parts
             text = "".join(str(part.get("text", "")) for part in text if isinstance(part, Mapping))
-        texts = [_with_thoughts(_text(text, "rejected", sample_id), fields, sample_id)]
+        texts = [_with_thoughts(_text(text, "rejected"), fields)]
     if not all(text.strip() for text in texts):
-        raise BadSample(sample_id, "its rejected answer is empty", EMPTY_ANSWER)
+        raise Unusable("its rejected answer is empty", EMPTY_ANSWER)
     return tuple(texts)
 
 
 def _compared(example: Example, row: Row) -> Example:
     """Adds the rejected answers and the pictures that they are about; without answers the chosen one is about these."""
     stored = dict(example.image_bytes)
-    names = [
-        picture_name(value, "rejected_images", example.id, stored) for value in _listed(row.get("rejected_images"))
-    ]
+    names = [picture_name(value, "rejected_images", stored) for value in _listed(row.get("rejected_images"))]
     others = () if names == [*example.images] else tuple(names)
     if others and len(others) != len(example.images):
-        raise BadSample(example.id, f"it has {len(example.images)} pictures and {len(others)} rejected_images")
+        raise Unusable(f"it has {len(example.images)} pictures and {len(others)} rejected_images")
     chosen = example.turns[-1].text
-    rejected = (chosen,) if is_nothing(row.get("rejected")) and others else _rejected(row.get("rejected"), example.id)
+    rejected = (chosen,) if is_nothing(row.get("rejected")) and others else _rejected(row.get("rejected"))
     if not others and chosen.strip() in {text.strip() for text in rejected}:
-        raise BadSample(example.id, "its rejected answer is the chosen one")
+        raise Unusable("its rejected answer is the chosen one")
     return replace(example, rejected=rejected, rejected_images=others, image_bytes=stored)
 
 
-def _question_answer(row: Row, sample_id: str) -> list[object]:
+def _question_answer(row: Row) -> list[object]:
     """Reads question and answer from columns of their own; of several answers the most frequent, the first of equals.
 
     A hint stands before the question, choices behind it (`_written_choices`).
     """
-    question, answer = _text(row["question"], "question", sample_id), _answer(row["answer"], sample_id)
+    question, answer = _text(row["question"], "question"), _answer(row["answer"])
     if not is_nothing(row.get("choices")) and answer.strip():
-        labels, choices = _choices(row["choices"], sample_id)
+        labels, choices = _choices(row["choices"])
         if choices:
-            question, answer = _written_choices(question, choices, answer, sample_id, labels)
-    hint = _text(row.get("hint"), "hint", sample_id).strip()
+            question, answer = _written_choices(question, choices, answer, labels)
+    hint = _text(row.get("hint"), "hint").strip()
     if not _says(question, [hint]):
         question = f"{hint}\n{question}"
-    return [*_earlier_rounds(row, sample_id), *_round(question, answer)]
+    return [*_earlier_rounds(row), *_round(question, answer)]
 
 
-def _record(row: Row, sample_id: str) -> Sequence[object]:
+def _record(row: Row) -> Sequence[object]:
     """Returns a record of `dora-vl prepare`: its turns, or its question with the answer of the largest weight."""
-    example = read_record(row, sample_id)
+    example = read_record(row)
     if example.turns or not example.choices:
         return turns_of(example)
     correct = example.extra.get("correct", example.answers[0].text if example.answers else None)
-    return _round(*_written_choices(example.question, example.choices, correct, sample_id))
+    return _round(*_written_choices(example.question, example.choices, correct))
 
 
-def read_record(row: Row, sample_id: str) -> Example:
-    """Returns a row as the record that it is."""
-    record = {**_without_nulls(row), "id": sample_id}
+def read_record(row: Row) -> Example:
+    """Returns a row as the record that it is, its `id` included."""
+    record = _without_nulls(row)
     if isinstance(record.get("videos"), Mapping):
         record["video"] = record.pop("videos")
     return from_record(record)
@@ -582,7 +567,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _written_choices(
-    question: str, choices: Sequence[str], answer: object, sample_id: str, labels: Sequence[str] = ()
+    question: str, choices: Sequence[str], answer: object, labels: Sequence[str] = ()
 ) -> tuple[str, str]:
     """Returns a question with its choices as LLaVA writes MMBench's, a line each, and the right one's letter.
 
@@ -593,7 +578,7 @@ def _written_choices(
         labels: what the file calls the choices, where it calls them something.
     """
     if any(not choice.strip() for choice in choices) or len(choices) > len(ascii_uppercase):
-        raise BadSample(sample_id, f"its {len(choices)} choices must be text, at most {len(ascii_uppercase)} of them")
+        raise Unusable(f"its {len(choices)} choices must be text, at most {len(ascii_uppercase)} of them")
     lettered = _LETTERED.fullmatch(str(answer).strip())
     if lettered and lettered[2].strip() in (choice.strip() for choice in choices):
         answer = lettered[2]
@@ -602,7 +587,7 @@ def _written_choices(
     if label in names and not in_order:
         index = names.index(label)
     else:
-        index = correct_choice(answer, choices, sample_id, by_place=in_order)
+        index = correct_choice(answer, choices, by_place=in_order)
     letter = "" if index is None else ascii_uppercase[index]
     lines = with_letters(choices)
     if _says(question, choices):
@@ -613,28 +598,27 @@ def _written_choices(
     return "\n".join([question, *lines, LETTER]), letter
 
 
-def _choices(value: object, sample_id: str) -> tuple[list[str], list[str]]:
+def _choices(value: object) -> tuple[list[str], list[str]]:
     """Returns the choices' own labels, if any, and their texts; empty choices are none."""
     labels: object = []
     if isinstance(value, str):
-        value = listed_choices(value, sample_id)
+        value = listed_choices(value)
     if isinstance(value, Mapping) and "text" in value:
         labels, value = value.get("label") or [], value["text"]
     elif isinstance(value, Mapping):
         texts_by_label = {name: text for name, text in value.items() if not is_nothing(text)}
         labels, value = [*texts_by_label], [*texts_by_label.values()]
     if not isinstance(value, list | tuple) or not isinstance(labels, list) or len(labels) not in (0, len(value)):
-        raise BadSample(sample_id, f"its choices must be a list of text, got {shown(value)}")
-    texts = [_text(text, "choices", sample_id) for text in value]
+        raise Unusable(f"its choices must be a list of text, got {shown(value)}")
+    texts = [_text(text, "choices") for text in value]
     lettered = [_LETTERED.fullmatch(text.strip()) for text in texts]
     letters = [match[1].casefold() for match in lettered if match]
     if not labels and len(texts) > 1 and letters == list(ascii_lowercase[: len(texts)]):
         labels, texts = letters, [match[2] for match in lettered if match]
-    return [_text(label, "choices", sample_id) for label in labels], texts
+    return [_text(label, "choices") for label in labels], texts
 
 
-_LETTERED = re.compile(r"\(?([A-Za-z])[.):]\)?\s+(.*)", re.DOTALL)
-"""It matches a choice with its letter, such as `A. cat`."""
+_LETTERED = re.compile(r"\(?([A-Za-z])[.):]\)?\s+(.*)", re.DOTALL)  # such as `A. cat`
 
 
 def _says(question: str, texts: Sequence[str]) -> bool:
@@ -642,11 +626,11 @@ def _says(question: str, texts: Sequence[str]) -> bool:
     return all(not text or re.search(rf"(?<!\w){re.escape(text.strip())}(?!\w)", question) for text in texts)
 
 
-def _answer(value: object, sample_id: str, name: str = "answer") -> str:
+def _answer(value: object, name: str = "answer") -> str:
     """Returns the most frequent of several answers, each text or an object; SQuAD's are a list in an object."""
     value = _in_object(value)
     listed = value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
-    texts = [_text(_in_object(entry), name, sample_id) for entry in listed]
+    texts = [_text(_in_object(entry), name) for entry in listed]
     counted = Counter(text for text in texts if text.strip())
     return counted.most_common(1)[0][0] if counted else ""
 
@@ -666,19 +650,19 @@ def _in_object(value: object) -> object:
     return value if text is None else text
 
 
-def _text(value: object, name: str, sample_id: str) -> str:
+def _text(value: object, name: str) -> str:
     """Returns text, or a number as text; nothing is empty text."""
     if value is None or isinstance(value, str):
         return value or ""
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value:  # NaN: a table's empty cell
-        raise BadSample(sample_id, f"{name!r} must hold text, got {shown(value)}")
+        raise Unusable(f"{name!r} must hold text, got {shown(value)}")
     try:
         return str(value)
     except ValueError:  # a whole number of thousands of digits
-        raise BadSample(sample_id, f"{name!r} holds {shown(value)}") from None
+        raise Unusable(f"{name!r} holds {shown(value)}") from None
 
 
-MESSAGES: Mapping[str, Callable[[Row, str], Sequence[object]]] = {
+MESSAGES: Mapping[str, Callable[[Row], Sequence[object]]] = {
     PREFERENCES: _preferred,
     JUDGED: _preferred,
     "conversations": partial(_messages, key="conversations"),
@@ -688,14 +672,13 @@ MESSAGES: Mapping[str, Callable[[Row, str], Sequence[object]]] = {
     "instructions": _instructions,
     "records": _record,
     "question/answer": _question_answer,
-    "captions": lambda row, sample_id: _round(row.get("question", ""), _answer(row["caption"], sample_id, "caption")),
+    "captions": lambda row: _round(row.get("question", ""), _answer(row["caption"], "caption")),
 }
-"""Each format has a function that makes messages of a row's fields."""
 CONVERSATIONAL = ("conversations", "messages", "prompt/completion")
 """In these formats an answer beside messages ends them (TRL's and ms-swift's `solution`)."""
 
 
-def id_of(row: Row, number: int = 0, columns: Columns = USUAL) -> str:
+def id_of(row: Row, number: int, columns: Columns) -> str:
     """Returns the row's own id, else its place in the file."""
     stated = columns.id_of(row)
     if stated is None:
@@ -703,14 +686,14 @@ def id_of(row: Row, number: int = 0, columns: Columns = USUAL) -> str:
     return stated if isinstance(stated, str) else shown(stated)
 
 
-def read_row(row: Row, *, number: int = 0, columns: Columns = USUAL) -> Example:
+def read_row(row: Row, *, columns: Columns = USUAL) -> Example:
     """Returns one row of any format as the conversation that is trained on.
 
     Raises:
         BadSample: its keys fit no format, or it does not hold what its format asks for.
         ColumnsError: it holds something that its format would leave out.
     """
-    return read_fields(columns.resolve(row), id_of(row, number, columns))
+    return read_fields(columns.resolve(row), id_of(row, 0, columns))
 
 
 def read_fields(resolved: Resolved, sample_id: str) -> Example:
@@ -728,17 +711,19 @@ def read_fields(resolved: Resolved, sample_id: str) -> Example:
             f"its keys {shown([*fields], 120)} fit no format ({alone}{formats}); data.columns says what a column is, "
             "such as {headline: question}, data.ask the question of all rows",
         )
+    fields = {**fields, "id": sample_id}
     try:
         if "answer" in fields and resolved.format.name in CONVERSATIONAL:
-            fields = {**fields, "completion": _answer(fields["answer"], sample_id)}
-        example = read_conversation(MESSAGES[resolved.format.name](fields, sample_id), fields, sample_id)
+            fields["completion"] = _answer(fields["answer"])
+        example = read_conversation(MESSAGES[resolved.format.name](fields), fields)
         last = example.turns[-1]
         if resolved.format.name in (PREFERENCES, JUDGED) and (last.more or not last.is_trained):
-            reason = "its last answer calls a tool or is not to be trained; preferences compare texts alone"
-            raise BadSample(sample_id, reason)
+            raise Unusable("its last answer calls a tool or is not to be trained; preferences compare texts alone")
         if resolved.format.name == PREFERENCES:
             return _compared(example, fields)
         return replace(example, is_good=bool(fields["judged"])) if resolved.format.name == JUDGED else example
+    except Unusable as error:
+        raise BadSample(sample_id, str(error), error.kind) from None
     except UnreadKey as unread:
         held = {role: value if isinstance(value, list) else [value] for role, value in fields.items()}
         by_role = (role for role, entries in held.items() if any(entry is unread.message for entry in entries))

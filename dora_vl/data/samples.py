@@ -127,9 +127,6 @@ class ConversationDataset(torch.utils.data.Dataset["Sample | Skipped"]):
         return Sample(**vars(encoded), index=index, id=example.id)
 
 
-LONGEST_ID = 120
-"""The log shows so many characters of an id."""
-
 _log = logging.getLogger(__name__)
 
 
@@ -178,14 +175,10 @@ class BadSampleLedger:
         for sample_id, reason in skipped:
             if sample_id not in self.reasons:
                 self.reasons[sample_id] = reason
-                _log.warning("skipped sample %s: %s", shown_text(sample_id, LONGEST_ID), one_line(reason))
+                _log.warning("skipped sample %s: %s", shown_text(sample_id, 120), one_line(reason))
 
     def judge(self, counts: BadSampleCounts | None = None) -> None:
-        """Ends the run if too many samples are bad; give all ranks' sum, so that all end at the same step.
-
-        Raises:
-            UserError: one of the two rules is broken.
-        """
+        """Ends the run if too many samples are bad; give all ranks' sum, so that all end at the same step."""
         seen, bad = counts or self.counts
         allowed = self._max_bad_share * self._total_samples * math.ceil(seen / self._read_in_a_pass)
         broken_share = min(10 * self._max_bad_share, (1 + self._max_bad_share) / 2)
@@ -206,12 +199,9 @@ def write_skipped(path: Path, reasons: Mapping[str, str], *, validation: Mapping
     write_json_lines(path, lines)
 
 
-MOST = 20_000
-"""So many rows, at even distances, are looked at before a run: a few seconds' worth."""
-FIRST = 8
-"""The labels of eight samples, and of eight with pictures, are read before the first step."""
-SHOWN, BEFORE = 120, 20
-"""A message shows 120 characters of a text, 20 of them before it differs from another."""
+MOST = 20_000  # rows, at even distances, that are looked at before a run: a few seconds' worth
+FIRST = 8  # samples, and as many with pictures, whose labels are read before the first step
+SHOWN, BEFORE = 120, 20  # characters of a text in a message, and those of them before it differs from another
 
 
 def look_ahead(
@@ -219,8 +209,7 @@ def look_ahead(
 ) -> None:
     """Refuses a set of which so many samples cannot be used that a run over it would end for that.
 
-    Args:
-        pictures: root of the pictures' paths; None where samples have none, or their files are not looked for.
+    `pictures` and `videos` are the roots of their paths; None where their files are not looked for.
     """
     bad: dict[str, str] = {}
     indices = np.linspace(0, len(table) - 1, min(len(table), MOST)).astype(np.int64)
@@ -252,11 +241,7 @@ def _why_missing(root: MediaFolder, name: str, kind: str) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Labelled:
-    """A sample's labels as training takes them, and what they must say.
-
-    Attributes:
-        cut: whether its end may have been cut.
-    """
+    """A sample's labels as training takes them, and what they must say; with `cut` its end may be missing."""
 
     id: str
     labels: Int[Tensor, " seq"]

@@ -33,11 +33,9 @@ from dora_vl.data.samples import ConversationDataset, Examples, Sample, Skipped
 from dora_vl.data.table import characters_of
 from dora_vl.errors import BadSample, UserError
 
-FIRST_ROWS = 64
-"""So many rows are read before training: they show the format, and how long rows are."""
+FIRST_ROWS = 64  # read before training: they show the format, and how long rows are
 UNKNOWN_ROWS = 1000
-BUFFER_BYTES = 1 << 28
-"""The rows of a shuffle buffer hold at most so many bytes together, pictures included."""
+BUFFER_BYTES = 1 << 28  # of all rows of a shuffle buffer together, pictures included
 
 Record = Mapping[str, object]
 Read = Example | BadSample
@@ -53,8 +51,7 @@ def _generator(*key: object) -> random.Random:
 class StreamSource:
     """One training file, read as it comes, with its weight.
 
-    Args:
-        seed: which rows a weight that is no whole number takes once more; they are the same in every epoch.
+    By the seed a weight that is no whole number takes some rows once more, the same ones in every epoch.
     """
 
     def __init__(self, file: TrainFile, *, limit: int | None, seed: int, columns: Columns = USUAL) -> None:
@@ -74,11 +71,7 @@ class StreamSource:
         return [1.0] * int(self.file.weight) + [self.fraction] * (self.fraction > 0)
 
     def rows(self, *, share: float = 1.0, order: random.Random | None = None) -> Iterator[Read]:
-        """Yields the rows of one pass, each as an example or why it cannot be one.
-
-        Args:
-            share: of the rows; about as many, chosen by (seed, file, place).
-        """
+        """Yields the rows of one pass, or about this share of them, chosen by (seed, file, place)."""
         # A share of a set of the hub is drawn by the places of its rows, which shuffled shards would change.
         mixed = order if self._limit is None and (share == 1 or self._hub is None) else None
         taken = 0
@@ -165,11 +158,7 @@ class StreamSource:
 
 
 class SampleStream:
-    """The rows of several files, epoch by epoch.
-
-    Args:
-        seed: of every order.
-    """
+    """The rows of several files, epoch by epoch."""
 
     def __init__(self, sources: Sequence[StreamSource], *, buffer: int, seed: int) -> None:
         self.sources = tuple(sources)
@@ -220,16 +209,14 @@ def interleaved(streams: Sequence[Iterator[Read]], weights: Sequence[float], dra
     yield from chain.from_iterable(left.values())
 
 
-def shuffled(
-    rows: Iterable[Read], size: int, draws: random.Random, *, most_bytes: int = BUFFER_BYTES
-) -> Iterator[Read]:
-    """Yields each row once, drawn from a buffer of `size` rows, of fewer where they hold more than `most_bytes`."""
+def shuffled(rows: Iterable[Read], size: int, draws: random.Random) -> Iterator[Read]:
+    """Yields each row once, drawn from a buffer of `size` rows, of fewer where they hold more than `BUFFER_BYTES`."""
     buffer: list[Read] = []
     buffer_size = 0
     for row in rows:
         buffer.append(row)
         buffer_size += characters_of(row)
-        while len(buffer) >= size or buffer_size > most_bytes:
+        while len(buffer) >= size or buffer_size > BUFFER_BYTES:
             index = draws.randrange(len(buffer))
             buffer[index], buffer[-1] = buffer[-1], buffer[index]
             taken = buffer.pop()
@@ -244,9 +231,6 @@ class StreamOrder(torch.utils.data.Sampler[Read]):
 
     Where the samples of an epoch are known, an epoch is one pass. Where they are not, one pass of `total` samples is
     the whole run, and the stream begins its next epoch by itself.
-
-    Args:
-        total: samples of the whole run; used where the stream does not know its own number.
     """
 
     def __init__(self, stream: SampleStream, *, total: int) -> None:
@@ -291,11 +275,7 @@ class StreamOrder(torch.utils.data.Sampler[Read]):
 
 
 class StreamedDataset(torch.utils.data.Dataset["Sample | Skipped"]):
-    """Makes a sample of each row that a `StreamOrder` gives.
-
-    Args:
-        make: the data set of some rows and of the pictures that they hold, as for rows of a table.
-    """
+    """Makes a sample of each row that a `StreamOrder` gives, by a data set of this row and of the pictures it holds."""
 
     def __init__(self, make: Callable[[Examples, HeldPictures], ConversationDataset], *, length: int) -> None:
         self._make = make

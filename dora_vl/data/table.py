@@ -35,9 +35,9 @@ from dora_vl.files import unfinished
 
 _log = logging.getLogger(__name__)
 
-TABLE_VERSION = 13
-"""Part of the cache's key: raise it when columns or their meaning change."""
+TABLE_VERSION = 13  # part of the cache's key: raise it when columns or their meaning change
 ROWS_A_BATCH = 4096
+SHARES = "data.validation_share (of init: --test-share)"
 DRAWS = 100
 """So many rows are drawn for other pictures; all of them have the same where nearly all of a file's rows do."""
 CHARACTERS_A_BATCH = 1 << 25  # Arrow's string offsets are 32 bits; a batch stays far below
@@ -72,7 +72,7 @@ _SCHEMA = pa.schema(
 _EXAMPLE_COLUMNS = ["id", "images", "videos", "turns", "rejected", "rejected_images", "is_good", "problem"]
 
 
-def load_table(path: Path, *, cache_folder: Path | None = None, columns: Columns = USUAL) -> datasets.Dataset:
+def load_table(path: Path, *, columns: Columns = USUAL) -> datasets.Dataset:
     """Returns a data file of any format and container as memory-mapped rows, converted once and kept in a cache.
 
     Columns: the fields of an `Example` as it was read, `problem` (why the row cannot be a sample, else null), `length`
@@ -80,14 +80,11 @@ def load_table(path: Path, *, cache_folder: Path | None = None, columns: Columns
     that the file holds, each in the first row that has it), `columns` (the role of each of the file's columns, as JSON,
     in the first row that has these), `doubts` (what is probably not meant, see `doubts_of`), `asked` and `told` (hashes
     of its questions with their media and of its answers; null where nothing is asked), `group` (what must not be
-    split). The cache is keyed by the files' paths, sizes and modification times, so a changed file is converted again;
-    a content hash would read a gigabyte at each start.
-
-    Args:
-        cache_folder: where converted files stay; default `dora_vl` in the cache folder of `datasets`.
+    split). The cache, `dora_vl` in that of `datasets`, is keyed by the files' paths, sizes and modification
+    times, so a changed file is converted again; a content hash would read a gigabyte at each start.
     """
     data = find_files(path)
-    folder = cache_folder or Path(datasets.config.HF_DATASETS_CACHE) / "dora_vl"
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "dora_vl"
     table = folder / f"{path.stem}-{_fingerprint(data.files, columns)}.arrow"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,9 +92,7 @@ def load_table(path: Path, *, cache_folder: Path | None = None, columns: Columns
             if not table.exists():
                 _convert(path, data, table, columns)
     except OSError as error:
-        raise UserError(
-            f"{folder}: cannot keep the converted {path.name} there ({error}); set HF_DATASETS_CACHE"
-        ) from error
+        raise UserError(f"{folder}: cannot keep the converted {path.name} ({error}); set HF_DATASETS_CACHE") from error
     return datasets.Dataset.from_file(str(table))
 
 
@@ -289,32 +284,22 @@ def _example(row: Mapping[str, Any]) -> Example | BadSample:
     return Example(row["id"], tuple(row["images"]), tuple(turns), tuple(videos), **about)
 
 
-def load_rows(
-    path: str, limit: int | None = None, *, cache_folder: Path | None = None, columns: Columns = USUAL
-) -> ExampleTable:
+def load_rows(path: str, limit: int | None = None, *, columns: Columns = USUAL) -> ExampleTable:
     """Returns the samples of one path, the first `limit` of them."""
-    table = load_table(Path(path), cache_folder=cache_folder, columns=columns)
+    table = load_table(Path(path), columns=columns)
     rows = table.remove_columns("held_pictures")
     return ExampleTable(rows if limit is None else rows.take(min(limit, len(rows))), StoredPictures([table]))
 
 
 def load_training_rows(
-    files: Sequence[TrainFile],
-    *,
-    limit: int | None = None,
-    share: float = 0.0,
-    seed: int = 0,
-    cache_folder: Path | None = None,
-    columns: Columns = USUAL,
+    files: Sequence[TrainFile], *, limit: int | None = None, share: float = 0.0, seed: int = 0, columns: Columns = USUAL
 ) -> tuple[ExampleTable, ExampleTable | None]:
     """Returns the training samples of all files, and those held out for validation (None with a share of 0).
 
-    Args:
-        share: of all samples, held out before weights repeat or drop any; see `held_out_places`.
-        seed: of the split, and of what a weight below 1 leaves out.
+    `held_out_places` draws the share of all samples, before weights repeat or drop any.
     """
     check_weights(files)
-    tables = [load_rows(file.path, limit, cache_folder=cache_folder, columns=columns) for file in files]
+    tables = [load_rows(file.path, limit, columns=columns) for file in files]
     rows = datasets.concatenate_datasets([table.rows for table in tables]) if len(tables) > 1 else tables[0].rows
     stored = StoredPictures.joined([table.stored for table in tables])
     held_out = np.zeros(0, np.int64)
@@ -377,7 +362,7 @@ def held_out_places(
     Which groups are held out is decided by a hash of (seed, group), so another order of the file changes nothing.
     """
     if not 0 < share < 1:
-        raise UserError(f"data.validation_share is {share}; it must be above 0 and below 1")
+        raise UserError(f"{SHARES} is {share}; it must be above 0 and below 1")
     parent: dict[str, str] = {}
 
     def group_of(name: str) -> str:
@@ -402,11 +387,8 @@ def held_out_places(
             chosen.add(group)
             left[class_of[group]] -= sizes[group]
     if not chosen or len(chosen) == len(sizes):
-        raise UserError(
-            f"data.validation_share {share} of {len(groups)} samples cannot be held out: samples of one picture stay "
-            f"together, and the smallest group has {min(sizes.values())}; set another share, or name a "
-            "data.validation file"
-        )
+        why = "samples of one picture stay together; give another share, or more pictures"
+        raise UserError(f"{SHARES} {share:g} of {len(groups)} samples cannot be held out: {why}")
     return np.array([index for index, group in enumerate(groups) if group in chosen], np.int64)
 
 
@@ -454,9 +436,7 @@ def doubtful(rows: datasets.Dataset) -> list[Finding]:
 def overlap(rows: datasets.Dataset, questions: Iterable[tuple[str, tuple[str, ...], str]]) -> list[tuple[str, str]]:
     """Returns the ids of a training sample and of the test's question that it holds, for each such sample.
 
-    Args:
-        rows: of `load_table`; any of a conversation's questions counts.
-        questions: id, pictures named as in `rows`, and text of each. Those without pictures are left out.
+    Questions are id, pictures named as in `rows`, and text; those without pictures are left out.
     """
 
     def words(text: str) -> str:

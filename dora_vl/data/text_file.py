@@ -34,17 +34,11 @@ LONGEST_REASON = 120
 CHUNK_BYTES = 1 << 20
 
 Value = TypeVar("Value")
-Progress = Callable[[int], object]
-"""Is called with the number of bytes whenever some more are read."""
 
 
 @contextlib.contextmanager
 def opened(path: Path, kind: str) -> Iterator[io.BufferedIOBase]:
-    """The file's bytes, those inside of one that gzip packed.
-
-    Args:
-        kind: what the file should be, such as "predictions; give JSON lines", for the message.
-    """
+    """The file's bytes, those inside of one that gzip packed; `kind` is what it should be, for the message."""
     try:
         if not path.is_file():
             raise UserError(f"{path}: no such file of {kind}")
@@ -59,11 +53,7 @@ class NotUtf8(UserError):
 
 
 def text_of(line: bytes, where: str) -> str:
-    """Returns a line's text; `where`, file and line, begins the message.
-
-    Raises:
-        NotUtf8: it is not UTF-8.
-    """
+    """Returns a line's text; `where`, file and line, begins the message of `NotUtf8`."""
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -116,11 +106,7 @@ def json_object(path: Path, kind: str) -> dict[str, object]:
 
 
 def whole_text(path: Path, kind: str) -> str:
-    """Returns a small file's text, line breaks as they are.
-
-    Raises:
-        UserError: no such file; `NotUtf8`, which is one, where it is not UTF-8.
-    """
+    """Returns a small file's text, line breaks as they are; raises `NotUtf8` where it is none."""
     with opened(path, kind) as file:
         return text_of(file.read().removeprefix(codecs.BOM_UTF8), f"{path}")
 
@@ -155,11 +141,11 @@ def _log_encoding(path: Path) -> None:
 
 def text_lines(path: Path, kind: str, encoding: str = UTF_8) -> Iterator[tuple[int, str]]:
     """Yields each line with its number, from 1, without its line break."""
-    return ((number, line.rstrip("\r\n")) for number, line in _lines(path, kind, lambda size: None, encoding))
+    return ((number, line.rstrip("\r\n")) for number, line in _lines(path, kind, encoding))
 
 
-def _lines(path: Path, kind: str, progress: Progress, encoding: str) -> Iterator[tuple[int, str]]:
-    """Yields each line as it is, with its number; of another encoding progress counts what it is in UTF-8."""
+def _lines(path: Path, kind: str, encoding: str = UTF_8) -> Iterator[tuple[int, str]]:
+    """Yields each line as it is, with its number."""
     try:
         with opened(path, kind) as file:
             lines = iter(lambda: file.readline(LONGEST_LINE_BYTES + 1), b"")
@@ -169,7 +155,6 @@ def _lines(path: Path, kind: str, progress: Progress, encoding: str) -> Iterator
                 where = f"{path}, line {number}"
                 if len(line) > LONGEST_LINE_BYTES:
                     raise UserError(f"{where}: longer than {LONGEST_LINE_BYTES:,} bytes; is it a text file?")
-                progress(len(line))
                 yield number, text_of(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, where)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not whole {encoding} ({error.reason}); write it as UTF-8") from None
@@ -191,29 +176,19 @@ and end as if nothing were wrong (its strict form would refuse marks in the midd
 
 
 def table_rows(
-    path: Path,
-    kind: str,
-    *,
-    delimiter: str,
-    columns: Sequence[str] = (),
-    required: Sequence[str] = (),
-    progress: Progress = lambda size: None,
-    encoding: str = UTF_8,
+    path: Path, kind: str, *, delimiter: str, columns: Sequence[str] = (), encoding: str = UTF_8
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Yields the rows of a CSV or TSV file by column, with the number of each one's last line; all values are text.
 
-    Args:
-        columns: their names where the file has no line for them.
+    `columns` has their names where the file has no line for them.
     """
     csv.field_size_limit(LONGEST_LINE_BYTES)
-    lines = (line.replace("\r\n", "\n") for _, line in _lines(path, kind, progress, encoding))
+    lines = (line.replace("\r\n", "\n") for _, line in _lines(path, kind, encoding))
     reader = csv.reader(chain(lines, [_END]), delimiter=delimiter)
     try:
         heads = list(columns) or next(reader)
         if heads == [_END]:
             return  # an empty file
-        if missing := [column for column in required if column not in heads]:
-            raise UserError(f"{path}: no column {missing[0]!r}; it has {shown_names(heads)}")
         if twice := [name for name in heads if heads.count(name) > 1]:
             raise UserError(f"{path}: two columns are called {shown_text(twice[0])!r}; fetch or write the file again")
         begins = reader.line_num + 1
@@ -223,18 +198,13 @@ def table_rows(
             if values[-1].endswith(_END):
                 break
             if len(values) != len(heads):
-                raise UserError(
-                    f"{path}, line {reader.line_num}: {len(values)} values for {len(heads)} columns; "
-                    "the file is cut or damaged, fetch or write it again"
-                )
+                counts = f"{len(values)} values for {len(heads)} columns"
+                raise UserError(f"{path}, line {reader.line_num}: {counts}; fetch or write the file again")
             yield reader.line_num, dict(zip(heads, values, strict=True))
             begins = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: not the table expected: {error}") from None
-    raise UserError(
-        f"{path}, line {begins}: a quotation mark in it is never closed; the file is cut or damaged, fetch or write it "
-        "again"
-    )
+    raise UserError(f"{path}, line {begins}: a quotation mark in it is never closed; fetch or write the file again")
 
 
 _ROWS_IN_AN_OBJECT = re.compile(rb'\{\s*"(data|rows|samples|examples)"\s*:\s*\[\s*\{')
@@ -244,13 +214,9 @@ DEEPEST = 10_000
 """More open brackets are refused: `ijson` keeps a path for each, which fills the memory."""
 
 
-def stream_records(path: Path, progress: Progress | None = None, key: str | None = None) -> Iterator[dict[str, object]]:
-    """Yields the objects of a JSON list, or of JSON lines, in order.
-
-    Args:
-        key: the file is one object, and the list is what it holds under this name.
-    """
-    for number, value in _stream(path, "records", progress, key):
+def stream_records(path: Path, key: str | None = None) -> Iterator[dict[str, object]]:
+    """Yields the objects of a JSON list, of JSON lines, or of the list that one object holds under `key`, in order."""
+    for number, value in _stream(path, "records", key):
         if not isinstance(value, dict):
             raise UserError(f"{path}, row {number}: a record must be an object, found {type(value).__name__}")
         yield value
@@ -266,19 +232,17 @@ def stream_values(path: Path, kind: str) -> Iterator[tuple[int, object]]:
         yield number, value
 
 
-def stream_members(path: Path, *, progress: Progress | None = None) -> Iterator[tuple[str, dict[str, object]]]:
+def stream_members(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
     """Yields the members, name and object, of a file that is one JSON object of objects; see `stream_records`."""
     with opened(path, "records") as file:
-        chunks = _Chunks(file, progress)
+        chunks = _Chunks(file)
         for name, value in _parsed(path, chunks, ijson.kvitems(chunks, "", use_float=True)):
             if not isinstance(value, dict):
                 raise UserError(f"{path}: {shown(name)} must hold an object, found {type(value).__name__}")
             yield name, value
 
 
-def _stream(
-    path: Path, kind: str, progress: Progress | None = None, key: str | None = None
-) -> Iterator[tuple[int, object]]:
+def _stream(path: Path, kind: str, key: str | None = None) -> Iterator[tuple[int, object]]:
     """Yields the numbered values of JSON lines, of a list, or of the list that an object holds."""
     with opened(path, kind) as file:
         beginning = file.read(CHUNK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
@@ -287,8 +251,7 @@ def _stream(
         rows = _ROWS_IN_AN_OBJECT.match(beginning) if key is None else None
         name = rows[1].decode() if rows else key
         if name is None and not beginning.startswith(b"[") and _is_json(beginning.partition(b"\n")[0]):
-            lines = _lines(path, kind, progress or (lambda size: None), UTF_8)
-            texts = ((f"{path}, line {number}", line) for number, line in lines if line.strip())
+            texts = ((f"{path}, line {number}", line) for number, line in _lines(path, kind) if line.strip())
             yield from enumerate((json_of(line, where, half_pairs=True) for where, line in texts), start=1)
             return
         file.seek(0)
@@ -296,7 +259,7 @@ def _stream(
             remedy = "write the rows that are meant as a list of their own"
             raise UserError(f"{path}: beside {name!r} stands {shown(beside[0])}; {remedy}")
         file.seek(0)
-        chunks, number = _Chunks(file, progress), 0
+        chunks, number = _Chunks(file), 0
         prefix = f"{name}.item" if name else "item" if beginning.startswith(b"[") else ""
         values = ijson.items(chunks, prefix, use_float=True, multiple_values=not prefix)
         for number, value in enumerate(_parsed(path, chunks, values), start=1):
@@ -327,9 +290,8 @@ def _lists_in(path: Path, file: io.BufferedIOBase) -> dict[str, str]:
 class _Chunks:
     """A file as `ijson` reads it, behind its byte order mark."""
 
-    def __init__(self, file: io.BufferedIOBase, progress: Progress | None = None) -> None:
+    def __init__(self, file: io.BufferedIOBase) -> None:
         self._file = file
-        self._progress = progress
         self.open_brackets = 0
         self._begun = b""
         if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
@@ -338,8 +300,6 @@ class _Chunks:
     def read(self, size: int = -1) -> bytes:
         """Returns the next bytes."""
         chunk = self._file.read(size)
-        if self._progress is not None:
-            self._progress(len(chunk))
         plain = self._without_texts(chunk)
         self.open_brackets += sum(map(plain.count, (b"[", b"{"))) - sum(map(plain.count, (b"]", b"}")))
         if self.open_brackets > DEEPEST:

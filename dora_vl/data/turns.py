@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AllowInfNan, Strict
 
-from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, BadSample
+from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, NO_SAMPLE
 
 IMAGE_PLACEHOLDER = "<image>"
 VIDEO_PLACEHOLDER = "<video>"
@@ -85,8 +85,16 @@ class Turn:
         return self.text[len(self.text) - self.input_characters :]
 
 
+class Unusable(Exception):
+    """Why a row cannot be a sample, of this kind; `readers.read_fields` knows its id and makes a `BadSample` of it."""
+
+    def __init__(self, reason: str, kind: str = NO_SAMPLE) -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
 def arrange(
-    sample_id: str, images: Sequence[str], turns: Sequence[Turn], videos: Sequence[Clip] = ()
+    images: Sequence[str], turns: Sequence[Turn], videos: Sequence[Clip] = ()
 ) -> tuple[tuple[str, ...], tuple[Turn, ...]]:
     """Returns the pictures in the order of their places, and the turns with a place for each picture and video.
 
@@ -101,33 +109,29 @@ def arrange(
     system = [turn for turn in turns[:1] if turn.role == "system"]
     conversation = [*turns[len(system) :]]
     conversation = conversation[1:] if conversation and conversation[0].role == "assistant" else conversation
-    _check_order(conversation, sample_id)
+    _check_order(conversation)
     system = [turn for turn in system if turn.text.strip()]
-    images, conversation = _by_number(images, conversation, sample_id)
-    pictures, clips = _places(IMAGE_PLACEHOLDER, system, conversation), _places(VIDEO_PLACEHOLDER, system, conversation)
-    if videos and not images and not clips and pictures == len(videos):
+    images, conversation = _by_number(images, conversation)
+
+    def places(placeholder: str) -> int:
+        return sum(turn.text.count(placeholder) for turn in (*system, *conversation))
+
+    if videos and not images and not places(VIDEO_PLACEHOLDER) and places(IMAGE_PLACEHOLDER) == len(videos):
         conversation = [
             replace(turn, text=turn.text.replace(IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER)) for turn in conversation
         ]
-        pictures, clips = (
-            _places(IMAGE_PLACEHOLDER, system, conversation),
-            _places(VIDEO_PLACEHOLDER, system, conversation),
-        )
+    pictures, clips = places(IMAGE_PLACEHOLDER), places(VIDEO_PLACEHOLDER)
     front = "" if pictures else f"{IMAGE_PLACEHOLDER}\n" * len(images)
     front += "" if clips else f"{VIDEO_PLACEHOLDER}\n" * len(videos)
-    conversation = (
-        [replace(conversation[0], text=front + conversation[0].text), *conversation[1:]] if front else conversation
-    )
+    conversation[0] = replace(conversation[0], text=front + conversation[0].text)
     media = [(IMAGE_PLACEHOLDER, pictures or len(images), len(images), "pictures")]
     media += [(VIDEO_PLACEHOLDER, clips or len(videos), len(videos), "videos")] if videos else []
     for placeholder, placed, count, kind in media:
-        reason = ""
+        trouble = f"placeholders differ from {kind}"
         if placed != count:
-            reason = f"its text has {placed} {placeholder} placeholders, but it names {count} {kind}"
-        elif any(placeholder in turn.text for turn in system):
-            reason = f"its system turn holds {placeholder}; {kind} belong to a question"
-        if reason:
-            raise BadSample(sample_id, reason, f"placeholders differ from {kind}")
+            raise Unusable(f"its text has {placed} {placeholder} placeholders, but it names {count} {kind}", trouble)
+        if any(placeholder in turn.text for turn in system):
+            raise Unusable(f"its system turn holds {placeholder}; {kind} belong to a question", trouble)
     if len(images) == 1 and not videos:
         conversation = [
             replace(turn, text=placeholder_first(turn.text), input_characters=0)
@@ -138,23 +142,19 @@ def arrange(
     return tuple(images), (*system, *conversation)
 
 
-def _places(placeholder: str, system: Sequence[Turn], conversation: Sequence[Turn]) -> int:
-    return sum(turn.text.count(placeholder) for turn in (*system, *conversation))
-
-
-def _check_order(conversation: Sequence[Turn], sample_id: str) -> None:
+def _check_order(conversation: Sequence[Turn]) -> None:
     if not conversation:
-        raise BadSample(sample_id, "it has no question: its only turn is from 'gpt' or 'system'")
+        raise Unusable("it has no question: its only turn is from 'gpt' or 'system'")
     if reason := out_of_order(conversation):
-        raise BadSample(sample_id, reason)
+        raise Unusable(reason)
     answers = [turn for turn in conversation if turn.role == "assistant"]
     for number, turn in enumerate(answers, 1):
         if not turn.more and not turn.text.replace(IMAGE_PLACEHOLDER, "").strip():
-            raise BadSample(sample_id, f"answer {number} of {len(answers)} is empty", EMPTY_ANSWER)
+            raise Unusable(f"answer {number} of {len(answers)} is empty", EMPTY_ANSWER)
     if conversation[-1].role != "assistant":
-        raise BadSample(sample_id, "its last question has no answer", NO_ANSWER)
+        raise Unusable("its last question has no answer", NO_ANSWER)
     if not any(turn.is_trained for turn in answers):
-        raise BadSample(sample_id, "none of its answers is to be trained on", NO_ANSWER)
+        raise Unusable("none of its answers is to be trained on", NO_ANSWER)
 
 
 def out_of_order(conversation: Sequence[Turn]) -> str | None:
@@ -174,7 +174,7 @@ _NUMBERED_PLACE = re.compile(r"<(\|?)image[ _]?(\d{1,3})\1>")
 """`<image1>`, `<image 1>`, `<image_1>` and `<|image_1|>` place the first picture in MMMU, MATH-V and for Phi."""
 
 
-def _by_number(images: Sequence[str], conversation: list[Turn], sample_id: str) -> tuple[Sequence[str], list[Turn]]:
+def _by_number(images: Sequence[str], conversation: list[Turn]) -> tuple[Sequence[str], list[Turn]]:
     """Numbered places as `<image>`, and the pictures in the order in which the text shows them."""
     texts = [turn.text for turn in conversation if "<" in turn.text]
     numbers = [int(number) for text in texts for _, number in _NUMBERED_PLACE.findall(text)]
@@ -182,7 +182,7 @@ def _by_number(images: Sequence[str], conversation: list[Turn], sample_id: str) 
         return images, conversation
     if {*numbers} != {*range(1, len(images) + 1)} or any(IMAGE_PLACEHOLDER in turn.text for turn in conversation):
         reason = f"its text has places of the pictures {sorted(set(numbers))}, and it names {len(images)} pictures"
-        raise BadSample(sample_id, reason, "placeholders differ from pictures")
+        raise Unusable(reason, "placeholders differ from pictures")
     conversation = [replace(turn, text=_NUMBERED_PLACE.sub(IMAGE_PLACEHOLDER, turn.text)) for turn in conversation]
     return [images[number - 1] for number in numbers], conversation
 

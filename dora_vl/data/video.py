@@ -18,21 +18,12 @@ from PIL import Image
 from dora_vl.data.example import Clip
 from dora_vl.data.picture_files import VIDEO_MEMORY, VIDEO_SECONDS, Trouble, parts_of, picture_of
 from dora_vl.data.pictures import MediaFolder, path_inside
-from dora_vl.data.video_backends import (
-    BACKENDS,
-    BackendMissing,
-    NotWhole,
-    OverLimit,
-    Unreadable,
-    open_video,
-    refuse_size,
-)
+from dora_vl.data.video_backends import BACKENDS, BackendMissing, NoVideo, Unreadable, refuse_size
 from dora_vl.errors import BadSample, UserError, install_command
 from dora_vl.files import open_regular
 from dora_vl.limited_process import Budget, JobFailed, LimitedProcess, Part, one_process
 
-VALUE_PERIOD_SECONDS = 1.5
-"""The VALUE benchmark's video features: ffmpeg's `fps=1/1.5`."""
+VALUE_PERIOD_SECONDS = 1.5  # of the VALUE benchmark's video features: ffmpeg's `fps=1/1.5`
 
 
 @dataclass(frozen=True)
@@ -63,40 +54,14 @@ class EverySeconds:
     def __post_init__(self) -> None:
         if not self.period > 0:
             raise UserError(f"the time between two frames must be more than 0 s, got {self.period}")
-        if self.least < 1 or (self.most is not None and self.most < self.least):
-            raise UserError(f"at least {self.least} and at most {self.most} frames cannot both hold")
 
 
-@dataclass(frozen=True)
-class AtSeconds:
-    """The frames shown at these moments, in seconds from the video's first frame."""
-
-    seconds: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if not self.seconds:
-            raise UserError("no moment is named, so there is no frame to read")
-
-
-FrameSampling: TypeAlias = Uniform | EverySeconds | AtSeconds
-SAMPLINGS: Mapping[str, type[FrameSampling]] = {kind.__name__: kind for kind in (Uniform, EverySeconds, AtSeconds)}
-
-
-class OutsideClip(ValueError):
-    """A named moment, or a part, that is not in the video; the message says which."""
+FrameSampling: TypeAlias = Uniform | EverySeconds
+SAMPLINGS: Mapping[str, type[FrameSampling]] = {kind.__name__: kind for kind in (Uniform, EverySeconds)}
 
 
 def moments(sampling: FrameSampling, *, start: float, end: float) -> list[float]:
-    """The moments to look at, in seconds, in order; all lie between `start` and `end`.
-
-    Raises:
-        OutsideClip: a named moment lies outside.
-    """
-    if isinstance(sampling, AtSeconds):
-        outside = [seconds for seconds in sampling.seconds if not start <= seconds <= end]
-        if outside:
-            raise OutsideClip(f"has nothing at {outside[0]:.2f} s; it can be read from {start:.2f} to {end:.2f} s")
-        return sorted(sampling.seconds)
+    """The moments to look at, in seconds, in order; all lie between `start` and `end`."""
     if isinstance(sampling, Uniform):
         return _middles(start, end, sampling.frames)
     count = round((end - start) / sampling.period)
@@ -115,7 +80,7 @@ def clip_span(start: float | None, end: float | None, *, duration: float) -> tup
     first, last = max(0.0, start or 0.0), duration if end is None else min(end, duration)
     if first >= last and not (start is None and end is None):
         stated = f"{first:.2f} to {'its end' if end is None else f'{end:.2f} s'}"
-        raise OutsideClip(f"lasts {duration:.2f} s; it has no part from {stated}")
+        raise NoVideo(f"lasts {duration:.2f} s; it has no part from {stated}")
     return first, last
 
 
@@ -124,11 +89,9 @@ Kept = TypeVar("Kept")
 
 @dataclass(frozen=True)
 class Frames(Generic[Kept]):
-    """Frames in the order they are shown.
+    """Frames in the order they are shown, and when each begins; `span` is the part of the file that was meant.
 
-    Attributes:
-        seconds: when each begins, from the file's first frame.
-        span: the part of the file that was meant, in seconds from its first frame.
+    Times are in seconds from the file's first frame.
     """
 
     pictures: tuple[Kept, ...]
@@ -155,10 +118,6 @@ def clip_path(root: Path | MediaFolder, clip: Clip) -> Path:
     raise BadSample(clip.path, f"video {clip.path} {reason}")
 
 
-class NoVideo(ValueError):
-    """What stands behind "video X": it cannot be read, has no such part, or is over a limit."""
-
-
 def read_video(
     content: bytes,
     path: str,
@@ -175,7 +134,7 @@ def read_video(
     reasons: dict[str, Exception] = {}
     for backend in backends:
         try:
-            with open_video(backend, path) as video:
+            with closing(BACKENDS[backend](path)) as video:
                 span = clip_span(start, end, duration=video.duration)
                 yield {"backend": backend, "duration": video.duration, "count": video.count, "span": span}, b""
                 if sampling is None:
@@ -188,11 +147,6 @@ def read_video(
             return
         except (BackendMissing, Unreadable) as error:
             reasons[backend] = error
-        except (OutsideClip, OverLimit) as error:
-            raise NoVideo(str(error)) from None
-        except NotWhole as error:
-            again = "copy it again, or remux a recording that ended so (ffmpeg -i FILE -c copy FILE.mp4)"
-            raise NoVideo(f"{error}; {again}") from None
     raise none_reads(reasons)
 
 
@@ -221,17 +175,11 @@ def none_reads(reasons: Mapping[str, Exception]) -> Exception:
 class VideoReader:
     """Reads videos in a process of its own, which is replaced when it hangs or dies. Use it from one thread.
 
-    It can be sent to data workers; each starts its own process, at its first file.
-
-    Args:
-        backends: which libraries to try, in this order.
-        limit_seconds: of the processor for one file; then the process is killed and the file given up.
+    It can be sent to data workers; each starts its own process, at its first file. The libraries are tried in order; a
+    file that takes `limit_seconds` of the processor is given up.
     """
 
     def __init__(self, *, backends: Sequence[str] = tuple(BACKENDS), limit_seconds: float = VIDEO_SECONDS) -> None:
-        unknown = [name for name in backends if name not in BACKENDS]
-        if unknown or not backends:
-            raise UserError(f"video backends {list(backends)}: there are {', '.join(BACKENDS)}")
         self._backends = tuple(backends)
         self._limit = limit_seconds
         self._process = LimitedProcess("read_video")

@@ -10,7 +10,7 @@ import re
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
@@ -24,12 +24,9 @@ from dora_vl.data.picture_files import FRAME_PIXELS, VIDEO_FRAMES
 FORMATS = "mov,matroska,avi,gif,flv,asf,mxf,mpeg,mpegts"
 """FFmpeg's names of what is read; it knows playlists too, which name more files and addresses."""
 MP4_BOXES, EBML = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"), b"\x1a\x45\xdf\xa3"
-SPARE_SECONDS = 0.5
-"""How much earlier than its header says a whole video may end."""
-SOURCE_LINE = re.compile(r"\[[\d:]+\] \S+: ")
-"""Where in its C++ decord gave up."""
-ROUNDING_SECONDS = 1e-4
-"""decord keeps times in single precision, and both must find the same frame."""
+SPARE_SECONDS = 0.5  # a whole video may end so much earlier than its header says
+SOURCE_LINE = re.compile(r"\[[\d:]+\] \S+: ")  # where in its C++ decord gave up
+ROUNDING_SECONDS = 1e-4  # decord keeps times in single precision, and both must find the same frame
 
 
 Frame: TypeAlias = tuple[float, UInt8[np.ndarray, "height width 3"]]
@@ -44,24 +41,20 @@ class Unreadable(Exception):
     """The library cannot read this file."""
 
 
-class NotWhole(Exception):
-    """The file is shorter than it says, whichever library reads it."""
-
-
-class OverLimit(Exception):
-    """The file asks for more than the limits of `pictures` allow, whichever library reads it."""
+class NoVideo(Exception):
+    """What stands behind "video X", whichever library reads it: it is cut, over a limit, or lacks the part."""
 
 
 def refuse_size(width: int, height: int) -> None:
-    """Raises `OverLimit` for frames that are too large."""
+    """Raises `NoVideo` for frames that are too large."""
     if width * height > FRAME_PIXELS:
-        raise OverLimit(f"has frames of {width:,} x {height:,} pixels; at most {FRAME_PIXELS:,} are read")
+        raise NoVideo(f"has frames of {width:,} x {height:,} pixels; at most {FRAME_PIXELS:,} are read")
 
 
 def refuse_many(count: int) -> None:
-    """Raises `OverLimit` for too many frames."""
+    """Raises `NoVideo` for too many frames."""
     if count > VIDEO_FRAMES:
-        raise OverLimit(f"has more than {VIDEO_FRAMES:,} frames, and no video of so many is read")
+        raise NoVideo(f"has more than {VIDEO_FRAMES:,} frames, and no video of so many is read")
 
 
 class OpenVideo(ABC):
@@ -166,13 +159,13 @@ class PyavVideo(OpenVideo):
             is_cut = not Path(self._path).read_bytes().rstrip(b"\0").endswith(b";")
         stated = (self._container.duration or 0) / self._av.time_base
         if is_cut or last - first < stated - SPARE_SECONDS:
-            raise NotWhole(f"is cut off or damaged: it has {last - first:.2f} s, and {stated:.2f} s by its header")
+            lengths = f"it has {last - first:.2f} s, and {stated:.2f} s by its header"
+            again = "copy it again, or remux a recording that ended so (ffmpeg -i FILE -c copy FILE.mp4)"
+            raise NoVideo(f"is cut off or damaged: {lengths}; {again}")
         shown.sort()
         self._keys.sort()
-        if (
-            self._container.format.name == "mpeg"
-        ):  # where it is entered elsewhere, several frames in one packet get wrong times
-            del self._keys[1:]
+        if self._container.format.name == "mpeg":
+            del self._keys[1:]  # entered elsewhere, several frames in one packet get wrong times
         self._pts = [pts for pts, _ in shown]
         self._tick = float(self._stream.time_base)
         self.begins = [(pts - self._pts[0]) * self._tick for pts in self._pts]
@@ -246,31 +239,15 @@ def _upright(pixels: UInt8[np.ndarray, "_ _ 3"], side_data: Any) -> UInt8[np.nda
 
 BACKENDS: dict[str, Callable[[str], OpenVideo]] = {"pyav": PyavVideo, "decord": DecordVideo}
 """In the order in which they are tried: those that seek to the right frame before the one that must not seek."""
-
 LIBRARIES = {"pyav": "av", "decord": "decord"}
-"""The module to import for each."""
 
 
 def import_backend(backend: str) -> Any:
-    """Imports a backend's library, which can take seconds, before anything is timed.
-
-    Raises:
-        BackendMissing: it cannot be imported.
-    """
+    """Imports a backend's library, which can take seconds, before anything is timed, or raises `BackendMissing`."""
     try:
         return import_module(LIBRARIES[backend])
     except (ImportError, OSError, RuntimeError) as error:  # as of a build that does not fit this machine
         raise BackendMissing(_one_line(error)) from None
-
-
-def open_video(backend: str, path: str) -> closing[OpenVideo]:
-    """The video, opened with one library.
-
-    Raises:
-        BackendMissing: the library cannot be imported.
-        Unreadable: it cannot read the file; here, or while frames are taken.
-    """
-    return closing(BACKENDS[backend](path))
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from typing import Any
 
 from dora_vl.data.columns import USUAL, Columns
 from dora_vl.data.containers import find_files
-from dora_vl.data.example import FIELDS, Example, iterate_examples
+from dora_vl.data.example import FIELDS, Example, iterate_examples, right_choice
 from dora_vl.errors import UserError, shown
 from dora_vl.evaluation.baselines import right_text
 from dora_vl.evaluation.questions import (
@@ -40,7 +40,6 @@ from dora_vl.evaluation.scores.benchmark import (
     Benchmark,
     Prompt,
     check_choices,
-    correct_index,
     has_answer,
     not_scored,
 )
@@ -225,7 +224,7 @@ def read_set(
             return right_ending(example)
         if not benchmark.chooses and not benchmark.labels_choices:
             return final_answer(right_text(example), answer_after)
-        index = correct_index(example)
+        index = right_choice(example)
         return f"a{index}" if benchmark.labels_choices else ascii_uppercase[index]
 
     def compared(example: Example, text: str) -> str:

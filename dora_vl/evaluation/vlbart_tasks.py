@@ -22,11 +22,10 @@ from dora_vl.backbones.pieces import Seq2SeqEncoder
 from dora_vl.backbones.templates import Prompt
 from dora_vl.backbones.vision_store import FeatureReader, check_features, feature_paths, features_of
 from dora_vl.data.batches import SAMPLES, WEIGHTS
-from dora_vl.data.example import Example
+from dora_vl.data.example import Example, right_choice
 from dora_vl.data.samples import IGNORED_LABEL, Skipped
 from dora_vl.errors import BadSample
 from dora_vl.evaluation.scores import caption, vqa
-from dora_vl.evaluation.scores.benchmark import correct_index
 from dora_vl.evaluation.scores.exact import how2qa_score, video_score
 from dora_vl.evaluation.scores.scored import Scored
 
@@ -361,12 +360,12 @@ def _choices(example: Example) -> str:
 
 def right_label(example: Example, answer: int | None, random: Random) -> Target:
     """Returns the right choice's label, such as `a2`."""
-    return Target(text=f"a{correct_index(example)}")
+    return Target(text=f"a{right_choice(example)}")
 
 
 def right_words(example: Example, answer: int | None, random: Random) -> Target:
     """Returns the right choice itself."""
-    return Target(text=example.choices[correct_index(example)])
+    return Target(text=example.choices[right_choice(example)])
 
 
 def closed(subtask: Subtask) -> Subtask:

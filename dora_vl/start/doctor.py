@@ -30,7 +30,6 @@ PROGRAMS = {
     "ninja": "DeepSpeed compiles its operators",
     "g++": "training.deepspeed zero3_offload",
 }
-"""Some settings need these programs."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,11 +42,9 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     yield f"dora-vl {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     yield "versions: " + ", ".join(f"{name} {_installed(name) or 'missing'}" for name in SHOWN_FIRST)
     yield from devices()
-    memory = ""
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        memory = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB of memory, "
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     free = shutil.disk_usage(Path.cwd()).free / 2**30
-    yield f"room: {memory}{free:.0f} GiB free on the disk of {Path.cwd()}"
+    yield f"room: {memory:.0f} GiB of memory, {free:.0f} GiB free on the disk of {Path.cwd()}"
     unwritable = [f"{path} ({reason})" for path in places() if (reason := why_not_writable(path))]
     yield f"writing: {'; '.join(f'{entry} cannot be written' for entry in unwritable) or 'here and in the caches'}"
     for extra, packages in extras.items():

@@ -185,10 +185,7 @@ def write_split(path: Path, records: Sequence[Record], questions: Sequence[Quest
 def convert(source: Path, to: Path, *, held_out: int = 25, seed: int = 0) -> Record:
     """Writes the three splits and the manifest into `to`; returns the manifest.
 
-    Args:
-        source: the package's data folder.
-        held_out: how many of the package's training pictures are for validation.
-        seed: fixes the choice of pictures and every order.
+    `held_out` of the package's training pictures are for validation; the seed fixes which, and every order.
     """
     questions, test = read_questions(source, "train"), read_questions(source, "test")
     seen = seen_in_pictures(questions)

@@ -55,30 +55,20 @@ lines, Parquet, Arrow, tar; or a .txt of its name beside each picture. With --as
 a table of pictures and labels. No picture is in both halves; folders named train, val and test stay what they are.
 """
 TRAIN, TEST, VALIDATION, MEDIA = "train.jsonl", "test.jsonl", "validation.jsonl", "media"
-
-
-LARGE = 1e9
-"""A base of so many parameters is not read on a CPU before a run asks for it."""
+LARGE = 1e9  # parameters of a base that is not read on a CPU before a run asks for it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `dora-vl init`."""
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="holds the pictures, and the questions")
-    parser.add_argument(
-        "--questions", type=Path, metavar="FILE", help="default: the one file in FOLDER that holds some"
-    )
+    add, bases = parser.add_argument, "the demo's (runs/demo/base, for videos tuned) where it is, or SmolVLM"
+    add("folder", type=Path, metavar="FOLDER", help="holds the pictures, and the questions")
+    add("--questions", type=Path, metavar="FILE", help="default: the one file in FOLDER that holds some")
     add_columns(parser)
-    parser.add_argument(
-        "--model",
-        metavar="BASE",
-        help="folder or hub id; default: the demo's (runs/demo/base, for videos tuned) where it is, or SmolVLM",
-    )
-    parser.add_argument(
-        "--to", type=Path, metavar="DIR", help="folder of the run; default: runs/ and the folder's name"
-    )
-    parser.add_argument("--test-share", type=float, metavar="X", help="held out; default 0.2, at most 1,000 rows")
-    parser.add_argument("--seed", type=int, default=0, help="which pictures are held out; default 0")
-    parser.add_argument("--overwrite", action="store_true", help="replace the three files of an earlier init")
+    add("--model", metavar="BASE", help=f"folder or hub id; default: {bases}")
+    add("--to", type=Path, metavar="DIR", help="folder of the run; default: runs/ and the folder's name")
+    add("--test-share", type=float, metavar="X", help="held out; default 0.2, at most 1,000 rows")
+    add("--seed", type=int, default=0, help="which pictures are held out; default 0")
+    add("--overwrite", action="store_true", help="replace the three files of an earlier init")
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
@@ -86,8 +76,6 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     folder: Path = arguments.folder
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the one that holds your pictures")
-    if arguments.questions is not None and not arguments.questions.exists():
-        raise UserError(f"--questions {arguments.questions}: no such file")
     to, replaces = _target(arguments)
     base, columns = base_of(arguments.model), columns_of(arguments)
     records = find_files(arguments.questions) if arguments.questions else find_questions(folder, columns)
@@ -164,10 +152,7 @@ def _target(arguments: argparse.Namespace) -> tuple[Path, bool]:
     clear_leftovers(to.parent, to.name)
     earlier = [name for name in (TRAIN, TEST, VALIDATION, RUN_FILE) if (to / name).exists()]
     if earlier and not arguments.overwrite:
-        raise UserError(
-            f"{to} holds an earlier {', '.join(earlier)}; --overwrite replaces what init wrote, --to DIR names another "
-            "folder"
-        )
+        raise UserError(f"{to} holds an earlier {', '.join(earlier)}: --overwrite it, or name another folder with --to")
     if not earlier and to.is_dir() and any(to.iterdir()):
         raise UserError(f"{to} holds other files; --to DIR names a folder of its own")
     if earlier:
@@ -254,12 +239,9 @@ class UsableRow:
         if conversation.images:
             record["image"] = conversation.images[0] if len(conversation.images) == 1 else list(conversation.images)
         if conversation.videos:
-            videos: list[object] = []
-            for clip in conversation.videos:
-                times = {"start_seconds": clip.start_seconds, "end_seconds": clip.end_seconds}
-                set_times = {key: value for key, value in times.items() if value is not None}
-                videos.append({"path": clip.path, **set_times} if set_times else clip.path)
-            record["videos"] = videos
+            record["videos"] = [
+                {key: value for key, value in vars(clip).items() if value is not None} for clip in conversation.videos
+            ]
         if self.kind is not None:
             record["kind"] = self.kind
         turns: list[dict[str, object]] = []
@@ -285,8 +267,6 @@ class Pictures:
     keys: dict[str, str] = field(default_factory=dict)
     formats: Counter[str] = field(default_factory=Counter)
     sizes: list[tuple[int, int]] = field(default_factory=list)
-    turned: int = 0
-    transparent: int = 0
 
     def add(self, name: str, path: Path) -> None:
         """Records format, size and content hash of one picture."""
@@ -298,8 +278,6 @@ class Pictures:
             return
         self.formats[facts["format"]] += 1
         self.sizes.append(tuple(facts["size"]))
-        self.turned += facts["turned"]
-        self.transparent += facts["transparent"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,19 +285,18 @@ class Look:
     """Everything that was seen.
 
     Attributes:
+        check: what was read of the questions file.
         root: of the paths in `rows`.
         holds: whether the questions file holds the pictures itself; they are in `root` then.
-        asked: whether `--ask` said the question.
+        unnamed: how many pictures no row names.
+        has_question: whether `--ask` said the question.
         trouble: what `check-data` says of rows that are left out, line by line.
         doubts: likewise of rows that are not.
     """
 
-    questions: Path
+    check: FileCheck
     root: Path
     holds: bool
-    format: str
-    columns: Sequence[str]
-    read: int
     rows: Sequence[UsableRow]
     pictures: Pictures
     unnamed: int
@@ -351,8 +328,9 @@ class Look:
 
     def lines(self) -> Iterator[str]:
         """Yields what is told of it."""
-        yield f"{self.questions}: {self.format}, {self.read:,} rows, {len(self.rows):,} usable"
-        yield from self.columns
+        formats = " and ".join(self.check.formats)
+        yield f"{self.check.path}: {formats}, {self.check.rows:,} rows, {len(self.rows):,} usable"
+        yield from column_lines(self.check.uses)
         pictures = self.pictures
         if pictures.keys:
             formats = ", ".join(f"{name} {count:,}" for name, count in pictures.formats.most_common())
@@ -364,9 +342,7 @@ class Look:
         if pictures.sizes:
             by_area = sorted(pictures.sizes, key=lambda size: size[0] * size[1])
             least, middle, most = (f"{w}x{h}" for w, h in (by_area[0], by_area[len(by_area) // 2], by_area[-1]))
-            turned = f"; turned upright by their EXIF notes {pictures.turned:,}" if pictures.turned else ""
-            white = f"; shown on white for their transparency {pictures.transparent:,}" if pictures.transparent else ""
-            yield f"sizes: {least} to {most} pixels, in the middle {middle}{turned}{white}"
+            yield f"sizes: {least} to {most} pixels, in the middle {middle}"
         questions, answers = (
             list(chain.from_iterable(row.texts(role) for row in self.rows)) for role in ("user", "assistant")
         )
@@ -418,12 +394,7 @@ SHOWN_CLASSES = 20
 
 
 def look_at(folder: Path, records: DataFiles, *, media_to: Path, columns: Columns = USUAL) -> Look:
-    """Reads the questions and looks at every picture that they name.
-
-    Args:
-        media_to: gets the pictures that the questions file holds itself.
-        columns: what the file's columns are.
-    """
+    """Reads the questions and looks at every picture that they name; those that their file holds go into `media_to`."""
     questions, has_splits = Path(records.name), isinstance(records, PictureFolder)
     first = map(FileCheck(questions, columns=columns).read, islice(records.rows(), MOST_NAMES))
     examples = [row for row in first if isinstance(row, Example)]
@@ -433,12 +404,10 @@ def look_at(folder: Path, records: DataFiles, *, media_to: Path, columns: Column
     media = MediaCheck(MediaFolder(root, follow_links=True), decode=True)
     check = FileCheck(questions, columns=columns, media=media)
     rows: list[UsableRow] = []
-    size = sum(file.stat().st_size for file in records.files)
-    with tqdm(total=size, unit="B", unit_scale=True, desc="reading", disable=None, leave=False) as bar:
-        for record in records.rows(bar.update):
-            row = _usable(check, record, media_to if holds_pictures else None, columns)
-            if row is not None:
-                rows.append(replace(row, split=str(record.get("split", "")) if has_splits else ""))
+    for record in tqdm(records.rows(), "reading", unit=" rows", disable=None, leave=False):
+        row = _usable(check, record, media_to if holds_pictures else None, columns)
+        if row is not None:
+            rows.append(replace(row, split=str(record.get("split", "")) if has_splits else ""))
     findings = {name: finding for name, finding in check.findings.items() if name != "duplicate id"}
     trouble, doubts = (
         table([(questions, finding) for name, finding in findings.items() if (name in DOUBTS) is doubtful])
@@ -457,12 +426,9 @@ def look_at(folder: Path, records: DataFiles, *, media_to: Path, columns: Column
         pictures.add(name, path_inside(MediaFolder(root, follow_links=True), name))
     picture_count = 0 if holds_pictures else sum(1 for _ in picture_files(root))
     return Look(
-        questions=questions,
+        check=check,
         root=root,
         holds=holds_pictures,
-        format=" and ".join(check.formats),
-        columns=column_lines(check.uses),
-        read=check.rows,
         rows=rows,
         pictures=pictures,
         unnamed=max(0, picture_count - len(pictures.keys)),
@@ -517,8 +483,8 @@ def split(look: Look, *, share: float, seed: int) -> dict[str, list[UsableRow]]:
     Rows of one picture, by its content, stay together, so that no picture is in both, not even as a copy. Of classes
     that are large enough each is in the test by its share.
     """
-    if not 0 < share < 1:
-        raise UserError(f"--test-share is {share}; it must be above 0 and below 1")
+    from dora_vl.data.table import held_out_places  # torch: not for --help
+
     by_folder = {name: [row for row in look.rows if row.split == name] for name in ("train", "test", "validation")}
     test = by_folder["test"] or by_folder.pop("validation")
     if by_folder["train"] and test:
@@ -531,16 +497,7 @@ def split(look: Look, *, share: float, seed: int) -> dict[str, list[UsableRow]]:
         counts = look.answers
         answers = [row.texts("assistant")[-1] for row in look.rows]
         classes = [answer if counts[answer] * share >= 1 else "" for answer in answers]
-    try:
-        from dora_vl.data.table import held_out_places  # torch: not for --help
-
-        test_indices = set(held_out_places(ids, media, share=share, seed=seed, classes=classes).tolist())
-    except UserError:
-        groups = len({key for keys in media for key in keys}) or len(ids)
-        raise UserError(
-            f"{look.questions}: {len(ids)} usable rows about {groups} {look.media} cannot be parted by --test-share "
-            f"{share:g}, since rows about the same stay together; give another share, or more {look.media}"
-        ) from None
+    test_indices = set(held_out_places(ids, media, share=share, seed=seed, classes=classes).tolist())
     return {
         TRAIN: [row for index, row in enumerate(look.rows) if index not in test_indices],
         TEST: [row for index, row in enumerate(look.rows) if index in test_indices],

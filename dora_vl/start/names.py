@@ -28,6 +28,7 @@ from dora_vl.start.easy_vqa import conversation
 ARTISTS, UNSEEN = ("noto", "fluent_emoji_flat", "openmoji"), "twemoji"
 """Asset folders of the artists that are learned from, and of the one that is not."""
 NAME, CATEGORY = "what is this?", "what kind of thing is it?"
+VARIANTS = 2
 SIDE, LARGEST = 160, 0.92
 """Pixels of a picture's side, and the largest share of it that a thing takes."""
 BACKGROUNDS = ("white", "#ebf0fa", "#faebe1", "#e1f5e1", "#f0f0c8", "#c8d7eb", "#e1e1e1", "#fff0f5")
@@ -120,15 +121,13 @@ def placed(thing: Image.Image, chance: random.Random | None) -> Image.Image:
     return picture.convert("RGB")
 
 
-def convert(source: Path, to: Path, *, variants: int = 2, seed: int = 0) -> None:
+def convert(source: Path, to: Path, *, seed: int = 0) -> None:
     """Makes the folder `to` of the artists' folders in `source`, unless it is there and made by the same settings.
 
-    Args:
-        variants: pictures of a thing by each artist that is learned from; the first is plain.
-        seed: fixes sizes, places, colours and every order.
+    Each artist that is learned from has `VARIANTS` of a thing, the first one plain. The seed fixes all else.
     """
     receipts = {name: json_or_nothing(source / name / "source.json").get("sha256") for name in (*ARTISTS, UNSEEN)}
-    settings = {"artists": receipts, "unseen": UNSEEN, "variants": variants, "seed": seed, "side": SIDE}
+    settings = {"artists": receipts, "unseen": UNSEEN, "variants": VARIANTS, "seed": seed, "side": SIDE}
     if json_or_nothing(to / "manifest.json") == settings:
         return
     chance, train, test = random.Random(seed), list[dict[str, Any]](), list[dict[str, Any]]()
@@ -136,7 +135,7 @@ def convert(source: Path, to: Path, *, variants: int = 2, seed: int = 0) -> None
         (folder / "pictures").mkdir()
         for artist in (*ARTISTS, UNSEEN):
             pictures = drawings(source / artist)
-            for (code, name, category), variant in itertools.product(things(), range(variants)):
+            for (code, name, category), variant in itertools.product(things(), range(VARIANTS)):
                 key, pairs = f"{artist}-{name.replace(' ', '_')}-{variant}", [(NAME, name), (CATEGORY, category)]
                 row = {"id": key, "image": f"pictures/{key}.png"}
                 if artist in ARTISTS:

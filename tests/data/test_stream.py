@@ -68,7 +68,7 @@ def test_an_epoch_is_every_row_once_and_each_has_its_own_order(tmp_path: Path) -
     assert ids(opened(source(path), buffer=1).rows(3)) == [f"q{number}" for number in range(50)]
 
 
-def test_a_buffer_reads_ahead_by_its_size_and_no_further() -> None:
+def test_a_buffer_reads_ahead_by_its_size_and_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
 
     def rows() -> Iterator[Read]:
@@ -79,7 +79,8 @@ def test_a_buffer_reads_ahead_by_its_size_and_no_further() -> None:
     stream = shuffled(rows(), 16, random.Random(0))
     assert int(ids(islice(stream, 1))[0]) < 16
     assert len(taken) == 16
-    few = shuffled(rows(), 16, random.Random(0), most_bytes=45)  # a row has 11 characters
+    monkeypatch.setattr("dora_vl.data.stream.BUFFER_BYTES", 45)  # a row has 11 characters
+    few = shuffled(rows(), 16, random.Random(0))
     assert sorted(map(int, ids(few))) == [*range(100)]
 
 

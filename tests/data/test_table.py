@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -46,14 +47,14 @@ def test_a_row_is_stored_as_the_example_that_it_is(tmp_path: Path) -> None:
         {"id": "no \ud83d", "answer": ""},
     ]
     path = write(tmp_path / "a.jsonl", rows)
-    table = load_rows(path, cache_folder=tmp_path / "cache")
+    table = load_rows(path)
     for number, stored in enumerate(table):
         row = {"question": "q", "answer": "a", **rows[number]}
         if isinstance(stored, Example):
-            assert stored == table[number] == read_row(row, number=number)
+            assert stored == table[number] == read_row(row)
             continue
         with pytest.raises(BadSample) as caught:
-            read_row(row, number=number)
+            read_row(row)
         assert stored.reason == caught.value.reason
     assert [isinstance(item, Example) for item in table] == [True] * 2 + [False] * 4
     assert list(table.ids()) == ["two", "clip", "empty", "row 4", r"half \ud83d", r"no \ud83d"]
@@ -74,23 +75,24 @@ def test_a_file_that_cannot_be_used_leaves_no_table(tmp_path: Path, content: str
     path = tmp_path / "broken.json"
     path.write_text(content)
     with pytest.raises(UserError):
-        load_table(path, cache_folder=tmp_path / "cache")
-    assert [left.suffix for left in (tmp_path / "cache").iterdir()] == [".lock"]
+        load_table(path)
+    assert [left.suffix for left in (tmp_path / "cache" / "dora_vl").iterdir()] == [".lock"]
     with pytest.raises(UserError):
         load_table(tmp_path / "none.json")
 
 
 def test_a_changed_file_is_converted_again_and_an_unchanged_one_is_not(tmp_path: Path) -> None:
-    path, cache = tmp_path / "a.json", tmp_path / "cache"
+    path, cache = tmp_path / "a.json", tmp_path / "cache" / "dora_vl"
     path.write_text(json.dumps([GOOD]))
-    assert len(load_table(path, cache_folder=cache)) == len(load_table(path, cache_folder=cache)) == 1
+    assert len(load_table(path)) == len(load_table(path)) == 1
     assert len(list(cache.glob("*.arrow"))) == 1
     path.write_text(json.dumps([GOOD, GOOD]))
-    assert len(load_table(path, cache_folder=cache)) == 2
+    assert len(load_table(path)) == 2
 
 
 def test_a_killed_conversion_is_not_taken_for_whole_and_ranks_convert_once(tmp_path: Path) -> None:
-    path, cache = tmp_path / "a.json", tmp_path / "cache"
+    path, cache = tmp_path / "a.json", tmp_path / "cache" / "dora_vl"
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(cache.parent)}
     path.write_text(json.dumps([GOOD] * 100))
     killed = textwrap.dedent(f"""
         import os, signal
@@ -101,18 +103,19 @@ def test_a_killed_conversion_is_not_taken_for_whole_and_ranks_convert_once(tmp_p
         def read_or_die(self, record, number):
             return os.kill(os.getpid(), signal.SIGKILL) if number == 55 else read(self, record, number)
         table.RowReader.read = read_or_die
-        table.load_table(Path({str(path)!r}), cache_folder=Path({str(cache)!r}))
+        table.load_table(Path({str(path)!r}))
     """)
-    assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == -9
+    assert subprocess.run([sys.executable, "-c", killed], env=environment, check=False).returncode == -9
     assert len(list(cache.glob(".*.unfinished-*"))) == 1
     rank = textwrap.dedent(f"""
         import logging
         from pathlib import Path
         from dora_vl.data.table import load_table
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        assert len(load_table(Path({str(path)!r}), cache_folder=Path({str(cache)!r}))) == 100
+        assert len(load_table(Path({str(path)!r}))) == 100
     """)
-    ranks = [subprocess.Popen([sys.executable, "-c", rank], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    command: Any = {"args": [sys.executable, "-c", rank], "env": environment, "text": True}
+    ranks = [subprocess.Popen(**command, stderr=subprocess.PIPE) for _ in range(2)]
     logged = "".join(process.communicate()[1] for process in ranks)
     assert [process.returncode for process in ranks] == [0, 0]
     assert logged.count("records converted") == 1
@@ -143,15 +146,15 @@ def test_weights_repeat_and_leave_out(tmp_path: Path) -> None:
         TrainFile(path=write(tmp_path / f"{name}.jsonl", [{"id": f"{name}{row}"} for row in range(8)]), weight=weight)
         for name, weight in names.items()
     ]
-    train, validation = load_training_rows(files, seed=1, cache_folder=tmp_path / "cache")
+    train, validation = load_training_rows(files, seed=1)
     assert validation is None
     counts = Counter(train.ids())
     assert list(train.ids()) == list(train.rows["id"])
     assert [counts[f"a{row}"] for row in range(8)] == [1] * 8
     assert sorted(counts[f"b{row}"] for row in range(8)) == [2] * 4 + [3] * 4
     assert sorted(counts[f"c{row}"] for row in range(8)) == [0] * 4 + [1] * 4
-    again, _ = load_training_rows(files, seed=1, cache_folder=tmp_path / "cache")
-    other, _ = load_training_rows(files, seed=2, cache_folder=tmp_path / "cache")
+    again, _ = load_training_rows(files, seed=1)
+    other, _ = load_training_rows(files, seed=2)
     assert list(train.ids()) == list(again.ids()) != list(other.ids())
     for weight in (0.0, -1.0, float("inf"), float("nan")):
         with pytest.raises(UserError):
@@ -165,7 +168,7 @@ def test_what_is_held_out_is_not_trained_whatever_the_weight(tmp_path: Path) -> 
     for name, weight in (("a", 1.0), ("b", 3.0)):
         rows: list[dict[str, object]] = [{"id": f"{name}{row}", "image": f"{row}.png"} for row in range(8)]
         files.append(TrainFile(path=write(tmp_path / f"{name}.jsonl", rows), weight=weight))
-    train, validation = load_training_rows(files, share=0.25, seed=0, cache_folder=tmp_path / "cache")
+    train, validation = load_training_rows(files, share=0.25, seed=0)
     assert validation is not None
     assert len(validation) == 4
     assert not set(train.pictures) & set(validation.pictures)
@@ -175,7 +178,7 @@ def test_what_is_held_out_is_not_trained_whatever_the_weight(tmp_path: Path) -> 
         {"id": f"a{row}", "video": {"path": f"{row % 4}.mp4", "start_seconds": row}} for row in range(12)
     ]
     filmed = [TrainFile(path=write(tmp_path / "v.jsonl", parts))]
-    train, validation = load_training_rows(filmed, share=0.25, seed=0, cache_folder=tmp_path / "cache")
+    train, validation = load_training_rows(filmed, share=0.25, seed=0)
     assert validation is not None
     paths = [{clip["path"] for clips in table.rows["videos"] for clip in clips} for table in (train, validation)]
     assert (len(train), len(validation), paths[0] & paths[1]) == (9, 3, set())
@@ -189,7 +192,7 @@ def test_the_same_question_about_the_same_picture_is_found(tmp_path: Path) -> No
         {"id": "other picture", "image": "b.png", "question": "Is it red?"},
         {"id": "no picture", "question": "Is it red?"},
     ]
-    table = load_rows(write(tmp_path / "a.jsonl", rows), cache_folder=tmp_path / "cache").rows
+    table = load_rows(write(tmp_path / "a.jsonl", rows)).rows
     examples = [
         example_of_row({"id": "t", "image": "a.png", "question": "<image>Is it red?", "answer": "no"}),
         example_of_row({"id": "u", "question": "Is it red?", "answer": "no"}),
@@ -205,7 +208,7 @@ def test_what_is_probably_not_meant_is_counted_and_named(tmp_path: Path) -> None
     rows += [f"{number}.png,What?,red" for number in range(2, 9)] + [f"{number}.png,," for number in range(9)]
     path = tmp_path / "q.csv"
     path.write_text("\n".join(["image,question,answer", *rows]))
-    table = load_rows(str(path), cache_folder=tmp_path / "cache").rows
+    table = load_rows(str(path)).rows
     findings = {finding.problem: (finding.count, [*finding.examples.values()]) for finding in doubtful(table)}
     assert findings == {
         NO_PICTURE: (1, [["row 4"]]),
@@ -215,7 +218,7 @@ def test_what_is_probably_not_meant_is_counted_and_named(tmp_path: Path) -> None
     (unusable,) = (line for line in described(TrainFile(path=str(path)), table) if "row 14" in line)
     assert "9 samples" in unusable
     assert unusable.count("row") == 5
-    check = FileCheck(path).run(lambda _: None).findings
+    check = FileCheck(path).run().findings
     assert [check[kind].count for kind in (NO_PICTURE, EMPTY_QUESTION, CONTRADICTION)] == [1, 2, 1]
 
 
@@ -230,8 +233,8 @@ def test_words_alone_captions_and_several_answers_are_meant(tmp_path: Path, capl
         "\n".join(map(json.dumps, conversations))
     )  # the first names no picture at all
     for path in sorted(tmp_path.glob("*.[cj]s*")):
-        assert not doubtful(load_rows(str(path), cache_folder=tmp_path / "cache").rows), path
-        assert not FileCheck(path).run(lambda _: None).findings, path
+        assert not doubtful(load_rows(str(path)).rows), path
+        assert not FileCheck(path).run().findings, path
     stream = StreamSource(TrainFile(path=str(tmp_path / "words.csv")), limit=None, seed=0)
     assert len(list(stream.rows())) == 2
     assert not caplog.records
@@ -269,7 +272,7 @@ def test_a_group_is_held_out_whole(tmp_path: Path, form: str) -> None:
             row |= {"answer": "yes", "image": f"{number}.png", **about}
         lines.append(json.dumps(row) + "\n")
     path.write_text("".join(lines))
-    train, held_out = load_training_rows([TrainFile(path=str(path))], share=0.3, cache_folder=tmp_path / "cache")
+    train, held_out = load_training_rows([TrainFile(path=str(path))], share=0.3)
     assert held_out is not None
     scenes = [{int(name) % 6 for name in part.rows["id"]} for part in (train, held_out)]
     assert scenes[0] & scenes[1] == set()

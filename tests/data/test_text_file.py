@@ -41,7 +41,6 @@ def test_a_byte_order_mark_and_blank_lines_are_no_content(tmp_path: Path) -> Non
         "id,answer\n1,a\n2\n",
         "id,answer\n1,yes, it is\n",
         "id,answer,id\n1,2,3\n",
-        "id,text\n1,2\n",
         'id,answer\n1,"a\n2,b\n',
         'id,answer\n1,"' + "a" * 120 + "\n" + "b" * 120 + '"\n',
     ],
@@ -50,7 +49,7 @@ def test_a_table_that_is_damaged_is_refused(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(text_file, "LONGEST_LINE_BYTES", 200)
     (tmp_path / "a.csv").write_text(content)
     with pytest.raises(UserError):
-        list(table_rows(tmp_path / "a.csv", "rows", delimiter=",", required=["answer"]))
+        list(table_rows(tmp_path / "a.csv", "rows", delimiter=","))
 
 
 def test_an_object_at_once_has_every_name_once(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,9 @@ import pytest
 
 from dora_vl import limited_process
 from dora_vl.data.example import Clip
-from dora_vl.data.video import AtSeconds, Uniform, VideoReader, why_no_video
-from dora_vl.data.video_backends import BackendMissing, Unreadable, import_backend, open_video
+from dora_vl.data.video import EverySeconds, FrameSampling, Uniform, VideoReader, clip_span, moments, why_no_video
+from dora_vl.data.video_backends import BACKENDS as LIBRARIES
+from dora_vl.data.video_backends import BackendMissing, NoVideo, OpenVideo, Unreadable, import_backend
 from dora_vl.errors import BadSample, UserError
 from tests.data.video_files import CODECS, OPEN_GOPS, STEADY, read_frames, turned, write_clip, write_video
 
@@ -20,7 +23,6 @@ pytest.importorskip("decord", reason="pip install '.[video]'")
 pytestmark = pytest.mark.timeout(240)
 
 BACKENDS = ("decord", "pyav")
-UNEVEN = [0.0, 0.04, 0.5, 0.52, 1.5, 3.0, 3.04, 5.0]
 
 
 def pixels(frames) -> np.ndarray:
@@ -41,8 +43,6 @@ def backend(request: pytest.FixtureRequest) -> str:
     ("seconds", "sampling", "expected"),
     [
         (STEADY, Uniform(4), (6, 18, 31, 43)),
-        (STEADY, AtSeconds((0.0, 1.0, 1.03, 2.0)), (0, 25, 49)),
-        (UNEVEN, AtSeconds((0.3, 0.51, 2.9, 3.1, 5.0)), (1, 2, 4, 6, 7)),
         (STEADY[:1], Uniform(8), (0,)),
         ([2 + begin for begin in STEADY], Uniform(2), (12, 37)),
     ],
@@ -57,6 +57,17 @@ def test_the_frames_shown_at_those_moments(tmp_path: Path, backend: str, seconds
     assert reds == pytest.approx([4 * index for index in expected], abs=6)
 
 
+def opened(backend: str, path: Path) -> closing[OpenVideo]:
+    return closing(LIBRARIES[backend](str(path)))
+
+
+def test_frames_that_begin_unevenly_are_found_by_their_times(tmp_path: Path, backend: str) -> None:
+    uneven = [0.0, 0.04, 0.5, 0.52, 1.5, 3.0, 3.04, 5.0]
+    with opened(backend, write_video(tmp_path / "a.mp4", uneven)) as video:
+        assert video.locate([0.3, 0.51, 0.515, 2.9, 3.1, 5.0]) == [1, 2, 4, 6, 7]
+        assert [seconds for seconds, _ in video.frames([1, 4])] == pytest.approx([0.04, 1.5], abs=1e-3)
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts"])
 def test_open_gops_give_the_frames_that_decoding_from_the_start_gives(
     tmp_path: Path, backend: str, suffix: str
@@ -67,11 +78,11 @@ def test_open_gops_give_the_frames_that_decoding_from_the_start_gives(
     assert len(whole) == len(STEADY)
     groups = [[index] for index in range(len(STEADY))] + [[6, 18, 31, 43], [7, 8, 9, 30], list(range(len(STEADY)))]
     if (backend, suffix) == ("decord", ".ts"):  # it loses the first frames of a stream: refused, not wrong
-        with pytest.raises(Unreadable), open_video(backend, str(path)):
-            pass
+        with pytest.raises(Unreadable):
+            opened(backend, path)
         return
     for indices in groups:
-        with open_video(backend, str(path)) as video:
+        with opened(backend, path) as video:
             for index, (seconds, frame) in zip(indices, video.frames(indices), strict=True):
                 assert seconds == pytest.approx(STEADY[index], abs=1e-3)
                 assert np.abs(frame.astype(int) - whole[index]).mean() < 1, f"{index} of {indices}"
@@ -79,9 +90,9 @@ def test_open_gops_give_the_frames_that_decoding_from_the_start_gives(
 
 def test_no_library_that_cannot_seek_is_asked_first(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", x264=OPEN_GOPS)
-    moments = AtSeconds(tuple(begin + 0.01 for begin in STEADY[5:10]))
-    assert read_frames(tmp_path, Clip(path="a.mp4"), moments).backend == "pyav"
-    chosen = read_frames(tmp_path, Clip(path="a.mp4"), moments, backends=("decord", "pyav"))
+    clip = Clip(path="a.mp4", start_seconds=STEADY[5], end_seconds=STEADY[10])
+    assert read_frames(tmp_path, clip, Uniform(5)).backend == "pyav"
+    chosen = read_frames(tmp_path, clip, Uniform(5), backends=("decord", "pyav"))
     assert (chosen.backend, chosen.indices) == ("decord", (5, 6, 7, 8, 9))
 
 
@@ -106,8 +117,8 @@ UPRIGHT = {
 @pytest.mark.parametrize("matrix", UPRIGHT)
 def test_a_turned_or_mirrored_video_is_shown_upright(tmp_path: Path, matrix: tuple[int, int, int, int]) -> None:
     turned(write_video(tmp_path / "flat.mp4"), tmp_path / "turned.mp4", matrix)
-    flat = read_frames(tmp_path, Clip(path="flat.mp4"), AtSeconds((0.4,)), backends=("pyav",))
-    upright = pixels(read_frames(tmp_path, Clip(path="turned.mp4"), AtSeconds((0.4,))))[0]
+    flat = read_frames(tmp_path, Clip(path="flat.mp4"), Uniform(1), backends=("pyav",))
+    upright = pixels(read_frames(tmp_path, Clip(path="turned.mp4"), Uniform(1)))[0]
     expected = UPRIGHT[matrix](pixels(flat)[0])
     assert upright.shape == expected.shape
     assert np.abs(upright - expected).mean() < 1
@@ -218,3 +229,38 @@ def test_whole_files_are_read_and_no_cut_one_is(tmp_path: Path, suffix: str) -> 
         assert why_no_video(cut) is not None
         with pytest.raises(BadSample):
             read_frames(tmp_path, Clip(path=cut.name), Uniform(4))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "span", "expected"),
+    [
+        (Uniform(4), (2.0, 10.0), [3.0, 5.0, 7.0, 9.0]),
+        (Uniform(1), (0.0, 7.0), [3.5]),
+        (EverySeconds(1.5), (1.0, 6.3), [1.75, 3.25, 4.75, 6.25]),
+        (EverySeconds(1.5), (0.0, 1.0), [0.25, 0.75]),
+        (EverySeconds(1.5, most=3), (0.0, 60.0), [10.0, 30.0, 50.0]),
+    ],
+)
+def test_the_moments_that_are_looked_at(
+    sampling: FrameSampling, span: tuple[float, float], expected: list[float]
+) -> None:
+    assert moments(sampling, start=span[0], end=span[1]) == pytest.approx(expected)
+
+
+def test_a_clip_is_cut_at_the_video_s_end_and_must_be_in_it() -> None:
+    assert clip_span(2.0, 99.0, duration=8.0) == (2.0, 8.0)
+    assert clip_span(None, None, duration=0.0) == (0.0, 0.0)  # a single frame of unknown length
+    for start, end in ((9.0, None), (3.0, 3.0), (5.0, 4.0)):
+        with pytest.raises(NoVideo):
+            clip_span(start, end, duration=8.0)
+
+
+@pytest.mark.parametrize(
+    ("frames", "rate", "taken"),
+    [(200, 25, [18, 56, 93, 131, 168]), (90, 30, [22, 67]), (61, 10, [7, 22, 37, 52]), (47, 24, [17])],
+)
+def test_equal_to_the_fps_filter_of_ffmpeg_within_a_frame(frames: int, rate: int, taken: list[int]) -> None:
+    """`taken` is what libavfilter's `fps=1/1.5` gave, each frame with its number as its pixels."""
+    begins = [number / rate for number in range(frames)]
+    shown = moments(EverySeconds(1.5, least=1), start=0.0, end=frames / rate)
+    assert [bisect_right(begins, moment) - 1 for moment in shown] == pytest.approx(taken, abs=1)

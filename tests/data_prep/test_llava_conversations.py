@@ -19,6 +19,11 @@ CASES = [json.loads(line) for line in Path(__file__).with_name("llava_conversati
 """Records, and the conversations that they become; nothing where they cannot be trained on."""
 
 
+@pytest.fixture(autouse=True)
+def a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_record_is_the_written_conversation_or_cannot_be_trained_on(tmp_path: Path, case: dict[str, Any]) -> None:
     benchmark = BENCHMARKS[case["benchmark"]]
@@ -31,7 +36,7 @@ def test_a_record_is_the_written_conversation_or_cannot_be_trained_on(tmp_path: 
     conversation = conversation_of(example, benchmark)
     assert conversation == case["conversation"]
     (tmp_path / "llava.jsonl").write_text(json.dumps(conversation) + "\n", encoding="utf-8")
-    rows = load_table(tmp_path / "llava.jsonl", cache_folder=tmp_path / "cache")
+    rows = load_table(tmp_path / "llava.jsonl")
     assert rows["problem"] == [None]
     assert [turn["text"] for turn in rows["turns"][0]] == [turn["value"] for turn in conversation["conversations"]]
     reply = conversation["conversations"][-1]["value"]
@@ -48,7 +53,7 @@ def test_the_command_writes_what_the_reader_reads(tmp_path: Path, monkeypatch: p
     ids = [json.loads(line)["id"] for line in first.splitlines()]
     assert sorted(ids, key=int) == [example.id for example in sound]
     assert ids != [example.id for example in sound], "publishers' order was kept"
-    rows = load_table(written, cache_folder=tmp_path / "cache")
+    rows = load_table(written)
     assert rows.num_rows == 20
     assert not any(rows["problem"])
     run(monkeypatch, records, written)

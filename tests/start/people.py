@@ -12,11 +12,11 @@ from PIL import Image
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (20, 40, 220), "white": (250, 250, 250)}
 
 
-def picture(number: int, kind: str = "PNG", **options: object) -> bytes:
+def picture(number: int, kind: str = "PNG") -> bytes:
     colour = np.array(list(COLOURS.values())[number % 4])
     noise = np.random.default_rng(number).integers(-20, 5, (12 + number % 3, 16, 3))
     stream = io.BytesIO()
-    Image.fromarray(np.clip(colour + noise, 0, 255).astype(np.uint8)).save(stream, kind, **options)
+    Image.fromarray(np.clip(colour + noise, 0, 255).astype(np.uint8)).save(stream, kind)
     return stream.getvalue()
 
 

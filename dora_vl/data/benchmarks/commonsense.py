@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from dora_vl.data.benchmarks.fields import Progress, Raw, Row, Split
+from dora_vl.data.benchmarks.fields import Raw, Row, Split
 from dora_vl.data.example import Answer, Example
 from dora_vl.data.text_file import stream_records, text_lines
 from dora_vl.errors import UserError, shown, shown_text
@@ -58,8 +58,8 @@ def commonsense(folder: Path, options: Mapping[str, str], records: Path) -> Iter
         raise UserError(f"{folder}: neither <set>/train.json, such as openbookqa/train.json, nor {MIX}.json is in it")
 
 
-def _numbered(path: Path, progress: Progress) -> Iterator[Raw]:
-    for number, row in enumerate(stream_records(path, progress), start=1):
+def _numbered(path: Path) -> Iterator[Raw]:
+    for number, row in enumerate(stream_records(path), start=1):
         yield {**row, "row": number}
 
 
@@ -164,12 +164,12 @@ def _set_of(path: Path) -> tuple[str | None, str]:
     return None, ""
 
 
-def _labelled(path: Path, labels: Path | None, progress: Progress) -> Iterator[Raw]:
+def _labelled(path: Path, labels: Path | None) -> Iterator[Raw]:
     if labels is None:
-        yield from _numbered(path, progress)
+        yield from _numbered(path)
         return
     lines = [line.strip() for _, line in text_lines(labels, "a label a line")]
-    rows = list(_numbered(path, progress))
+    rows = list(_numbered(path))
     if len(rows) != len(lines):
         raise UserError(f"{labels}: {len(lines):,} labels for the {len(rows):,} rows of {path}; fetch both again")
     yield from ({**row, "label": line} for row, line in zip(rows, lines, strict=True))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from dora_vl.data.example import JSON, Answer, Example
-from dora_vl.data.text_file import Progress, stream_members
+from dora_vl.data.text_file import stream_members
 from dora_vl.errors import BadSample, UserError, shown, shown_names
 
 Raw = Mapping[str, JSON]
@@ -52,7 +52,7 @@ class Split:
     task: str
     name: str
     inputs: tuple[Path, ...]
-    rows: Callable[[Progress], Iterator[Raw]]
+    rows: Callable[[], Iterator[Raw]]
     convert: Callable[[Raw], Converted]
     published_rows: int | None = None
     repeated_ids: Literal["refuse", "number"] = "refuse"
@@ -186,9 +186,9 @@ class Row:
             raise self.bad(f"{shown(column)} is {value}, but there are {len(choices)} choices")
         return value
 
-    def people(self, column: str) -> list[str]:
+    def people(self) -> list[str]:
         """Returns what each person answered, from a list of {"answer": text}; empty answers count for the metrics."""
-        return self.ten([entry.text("answer") for entry in self.rows(column)])
+        return self.ten([entry.text("answer") for entry in self.rows("answers")])
 
     def ten(self, answers: list[str]) -> list[str]:
         """Returns the answers, if they are as many as the metric needs and one holds text."""
@@ -232,10 +232,10 @@ def files_in(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     return {name: folder / name for name in names if (folder / name).is_file()}
 
 
-def member_rows(paths: Sequence[Path], id_column: str, progress: Progress) -> Iterator[Raw]:
+def member_rows(paths: Sequence[Path], id_column: str) -> Iterator[Raw]:
     """Yields the members of files that are one object of objects; their names stand in `id_column`."""
     for path in paths:
-        for name, row in stream_members(path, progress=progress):
+        for name, row in stream_members(path):
             yield {**row, id_column: name}
 
 
@@ -260,16 +260,7 @@ def by_id(file: Path, rows: Iterable[Raw], id_column: str, *columns: str) -> dic
         with refusing(where):
             name = Row(row).identifier(id_column)
         values = {column: row.get(column) for column in columns}
-        if not _same(rows_by_id.setdefault(name, values), values):
-            raise UserError(
-                f"{where}: {id_column} {shown(name)} stands in an earlier row with another {' or '.join(columns)}; "
-                "which is right? fetch the file again"
-            )
+        if rows_by_id.setdefault(name, values) != values:
+            other = f"stands in an earlier row with another {' or '.join(columns)}"
+            raise UserError(f"{where}: {id_column} {shown(name)} {other}; fetch the file again")
     return rows_by_id
-
-
-def _same(first: Raw, second: Raw) -> bool:
-    try:
-        return first == second
-    except RecursionError:  # nested as deeply as Python reads
-        return False

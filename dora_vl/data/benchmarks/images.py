@@ -11,7 +11,6 @@ from pathlib import Path
 
 from dora_vl.data.benchmarks.fields import (
     WANTED,
-    Progress,
     Raw,
     Row,
     Split,
@@ -25,7 +24,7 @@ from dora_vl.data.benchmarks.fields import (
 )
 from dora_vl.data.example import Answer, Example
 from dora_vl.data.text_file import json_object, stream_records
-from dora_vl.errors import UserError, shown, shown_text
+from dora_vl.errors import BadSample, UserError, shown, shown_text
 
 KARPATHY = "dataset_coco.json"
 """Karpathy's split of COCO's 2014 pictures is in `caption_datasets.zip` (cs.stanford.edu/people/karpathy)."""
@@ -48,19 +47,16 @@ def coco_caption(folder: Path, options: Mapping[str, str], records: Path) -> Ite
         yield Split("coco_caption", name, (file,), partial(_karpathy_rows, file, name), coco_caption_row, size)
 
 
-def _karpathy_rows(file: Path, split: str, progress: Progress) -> Iterator[Raw]:
+def _karpathy_rows(file: Path, split: str) -> Iterator[Raw]:
     """Yields the pictures of one of our splits; each split gets one of no known part, to drop it with its reason."""
-    for row in stream_records(file, progress, "images"):
+    for row in stream_records(file, "images"):
         if PARTS.get(str(row.get("split")), split) == split:
             yield row
 
 
 def coco_caption_row(raw: Raw) -> Example:
     """Returns one picture with its captions."""
-    row = Row(raw)
-    image_id = row.integer("cocoid")
-    row.id = str(image_id)
-    part = row.one_of("split", list(PARTS))
+    row = Row(raw, "cocoid")
     captions = [sentence.text("raw").strip() for sentence in row.rows("sentences")]
     if not any(captions):
         raise row.bad("it has no caption")
@@ -68,7 +64,7 @@ def coco_caption_row(raw: Raw) -> Example:
         id=row.id,
         images=(f"{row.filled('filepath')}/{row.filled('filename')}",),
         answers=tuple(Answer(text=caption) for caption in captions if caption),
-        extra={"image_id": image_id, "split": part},
+        extra={"image_id": row.integer("cocoid"), "split": row.one_of("split", [*PARTS])},
     )
 
 
@@ -199,28 +195,23 @@ def _words(sentence: str) -> str:
 
 
 def _shared_rows(
-    files: Mapping[str, tuple[Path, str]], name: str, shares: Mapping[str, float], seed: str, progress: Progress
+    files: Mapping[str, tuple[Path, str]], name: str, shares: Mapping[str, float], seed: str
 ) -> Iterator[Raw]:
     """Yields the rows of one share; one without a sentence is in each, to be named there as unusable."""
-    sentences, caught = set[str](), False
-    for row in _nlvr_rows(files, progress):
+    is_caught, row = False, None
+    for row in _nlvr_rows(files):
         sentence = row.get("sentence")
-        if isinstance(sentence, str):
-            sentences.add(_words(sentence))
         if not isinstance(sentence, str) or share_of(sentence, shares, seed) == name:
-            caught = True
+            is_caught = True
             yield row
-    if sentences and not caught:
-        where = ", ".join(str(path) for path, _ in files.values())
-        raise UserError(
-            f"--set shares: the share {name} ({shares[name]:g}) catches none of the {len(sentences)} sentences of "
-            f"{where}; make it larger, or take another --set seed=... than {seed}"
-        )
+    if row is not None and not is_caught:
+        remedy = f"make it larger, or take another --set seed=... than {seed}"
+        raise UserError(f"--set shares: the share {name} ({shares[name]:g}) catches no sentence; {remedy}")
 
 
-def _nlvr_rows(files: Mapping[str, tuple[Path, str]], progress: Progress) -> Iterator[Raw]:
+def _nlvr_rows(files: Mapping[str, tuple[Path, str]]) -> Iterator[Raw]:
     for part, (path, pictures) in files.items():
-        for row in stream_records(path, progress):
+        for row in stream_records(path):
             yield {**row, "part": part, "pictures": pictures}
 
 
@@ -236,8 +227,11 @@ def nlvr_row(raw: Raw, orders: int = ORDERS) -> list[Example]:
             question=sentence,
             answers=(Answer(text=label),),
             extra={
-                **{"identifier": row.id, "order": order, "part": part},
-                **{"unit": row.id.split("-")[0], "group": " ".join(sentence.lower().split())},
+                "identifier": row.id,
+                "order": order,
+                "part": part,
+                "unit": row.id.split("-")[0],
+                "group": _words(sentence),
             },
         )
         for order in range(orders)
@@ -321,12 +315,12 @@ def vqav2(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[S
             yield Split("vqav2", name, inputs, rows, convert, size)
 
 
-def _joined_rows(questions: Path, annotations: Path, progress: Progress) -> Iterator[Raw]:
+def _joined_rows(questions: Path, annotations: Path) -> Iterator[Raw]:
     """Yields each annotation with its question's text, then questions without one, to be dropped for that."""
-    rows = stream_records(questions, progress, "questions")
+    rows = stream_records(questions, "questions")
     question_rows = by_id(questions, rows, "question_id", "question", "image_id")
     answered: set[str] = set()
-    for where, row in numbered(annotations, stream_records(annotations, progress, "annotations")):
+    for where, row in numbered(annotations, stream_records(annotations, "annotations")):
         name = key(row, "question_id")
         if name and name not in question_rows:
             raise UserError(f"{where}: question_id {shown(name)} is not in {questions.name}; fetch both again")
@@ -338,15 +332,12 @@ def _joined_rows(questions: Path, annotations: Path, progress: Progress) -> Iter
 
 def vqav2_row(raw: Raw, *, pictures: str, answered: bool) -> Example:
     """Returns one question; `pictures` is the folder of its picture and part of the picture's name."""
-    row = Row(raw)
-    question_id = row.integer("question_id")
-    row.id = str(question_id)
+    row = Row(raw, "question_id")
     image_id = row.integer("image_id")
-    answers = row.people("answers") if answered else []
-    extra: dict[str, object] = {"question_id": question_id, "image_id": image_id}
+    answers = row.people() if answered else []
+    extra: dict[str, object] = {"question_id": row.integer("question_id"), "image_id": image_id}
     if answered:
-        extra |= {"human_answers": answers}
-        extra |= row.kept("question_type", "answer_type", "multiple_choice_answer")
+        extra |= {"human_answers": answers, **row.kept("question_type", "answer_type", "multiple_choice_answer")}
     return Example(
         id=row.id,
         images=(f"{pictures}/COCO_{pictures}_{image_id:012d}.jpg",),
@@ -384,11 +375,11 @@ def vqav2_karpathy(folder: Path, options: Mapping[str, str], records: Path) -> I
         yield Split("vqav2_karpathy", name, inputs, rows, convert, size, notes=notes)
 
 
-def _official_rows(folder: Path, split: str, progress: Progress) -> Iterator[Raw]:
+def _official_rows(folder: Path, split: str) -> Iterator[Raw]:
     """Yields the questions about the split's pictures; each split gets those of no part, to drop them."""
-    pictures = by_id(folder / KARPATHY, stream_records(folder / KARPATHY, progress, "images"), "cocoid", "split")
+    pictures = by_id(folder / KARPATHY, stream_records(folder / KARPATHY, "images"), "cocoid", "split")
     for part in KARPATHY_PARTS:
-        for row in _joined_rows(folder / QUESTIONS.format(part), folder / ANNOTATIONS.format(part), progress):
+        for row in _joined_rows(folder / QUESTIONS.format(part), folder / ANNOTATIONS.format(part)):
             picture = pictures.get(key(row, "image_id"), {})
             of_split = PARTS.get(str(picture.get("split")))
             if of_split in {split, None}:
@@ -397,16 +388,10 @@ def _official_rows(folder: Path, split: str, progress: Progress) -> Iterator[Raw
 
 def vqav2_karpathy_row(raw: Raw, *, allowed: frozenset[str] | None) -> Example:
     """Returns one question of the official files."""
-    row = Row(raw)
-    example = vqav2_row(raw, pictures=row.text("part"), answered=True)
-    row.id = example.id
-    if row.get("split") is None:
-        raise row.bad(f"its picture {example.images[0]} is in no part of {KARPATHY}")
-    return replace(example, answers=_allowed(example.answers, allowed, row))
-
-
-def _allowed(answers: tuple[Answer, ...], allowed: frozenset[str] | None, row: Row) -> tuple[Answer, ...]:
-    left = answers if allowed is None else tuple(answer for answer in answers if answer.text in allowed)
-    if not left:
-        raise row.bad(f"none of its answers is in {KNOWN_ANSWERS}")
-    return left
+    example = vqav2_row(raw, pictures=raw["part"], answered=True)
+    if raw["split"] is None:
+        raise BadSample(example.id, f"its picture {example.images[0]} is in no part of {KARPATHY}")
+    answers = tuple(answer for answer in example.answers if allowed is None or answer.text in allowed)
+    if not answers:
+        raise BadSample(example.id, f"none of its answers is in {KNOWN_ANSWERS}")
+    return replace(example, answers=answers)

@@ -11,7 +11,6 @@ from string import ascii_uppercase
 from dora_vl.data.benchmarks.fields import (
     UNKNOWN_ID,
     WANTED,
-    Progress,
     Raw,
     Row,
     Split,
@@ -24,12 +23,12 @@ from dora_vl.data.benchmarks.fields import (
     refusing,
     soft_answers,
 )
-from dora_vl.data.columns import USUAL
+from dora_vl.data.columns import USUAL, ColumnsError
 from dora_vl.data.example import JSON, MIDDLE_FRAME, Answer, Clip, Example
 from dora_vl.data.pictures import save_picture
-from dora_vl.data.readers import read_conversations
+from dora_vl.data.readers import read_fields
 from dora_vl.data.text_file import NotUtf8, json_object, stream_members, stream_records, table_rows, whole_text
-from dora_vl.errors import UserError, shown
+from dora_vl.errors import BadSample, UserError, shown
 
 
 def llava_json(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Split]:
@@ -92,7 +91,10 @@ def conversation_row(raw: Raw) -> dict[str, JSON]:
     """Returns the record itself, with all of its columns and its id as text, if it can be trained on."""
     row = Row(raw)
     sample_id = row.maybe(row.identifier, "id") or UNKNOWN_ID
-    read_conversations(USUAL.resolve(raw, strict=False).fields, sample_id)
+    try:
+        read_fields(USUAL.resolve(raw, strict=False), sample_id)
+    except ColumnsError as error:
+        raise BadSample(sample_id, str(error)) from None
     return {"id": sample_id, **{name: value for name, value in raw.items() if name != "id"}}
 
 
@@ -119,13 +121,13 @@ def llava_bench(folder: Path, options: Mapping[str, str], records: Path) -> Iter
     yield Split("llava_bench", "test", tuple(files.values()), rows, convert, 60, notes={"files": sorted(files)})
 
 
-def _llava_bench_rows(files: Mapping[str, Path], progress: Progress) -> Iterator[Raw]:
+def _llava_bench_rows(files: Mapping[str, Path]) -> Iterator[Raw]:
     joins = [
-        (name, join, column, by_id(files[file], stream_records(files[file], progress), join, column))
+        (name, join, column, by_id(files[file], stream_records(files[file]), join, column))
         for file, (name, join, column) in LLAVA_BENCH_FILES.items()
         if file in files
     ]
-    for row in stream_records(files["questions.jsonl"], progress):
+    for row in stream_records(files["questions.jsonl"]):
         yield {**row, **{name: rows.get(key(row, join), {}).get(column) for name, join, column, rows in joins}}
 
 
@@ -179,29 +181,26 @@ def mmbench(folder: Path, options: Mapping[str, str], records: Path) -> Iterator
         task, name, size = MMBENCH_FILES[file]
         if (task, name) not in taken:
             taken.add((task, name))
-            rows = partial(_mmbench_rows, path, name != "test")
+            rows = partial(_mmbench_rows, path)
             convert = partial(mmbench_row, task_folder=records / task, answered=name != "test")
             notes = {"pictures": "paths are relative to this folder"}
             yield Split(task, name, (path,), rows, convert, size, notes=notes)
 
 
-def _mmbench_rows(path: Path, answered: bool, progress: Progress) -> Iterator[Raw]:
+def _mmbench_rows(path: Path) -> Iterator[Raw]:
     """Yields the rows; for an `image` that names an earlier row, that row's picture."""
     references = path.name.startswith("MMBench_")  # VLMEvalKit's; the others need no memory of pictures
-    needed = ("index", "question", "A", "B", "image", *(["answer"] if answered else []))
     pictures: dict[str, str] = {}
-    for _, row in table_rows(path, WANTED, delimiter="\t", required=needed, progress=progress):
-        image = row["image"]
+    for _, row in table_rows(path, WANTED, delimiter="\t"):
+        image = row.get("image", "")
         if references and len(image) >= REFERENCE_CHARACTERS:
-            pictures[row["index"]] = image
+            pictures[row.get("index", "")] = image
         yield {**row, "image": image if len(image) >= REFERENCE_CHARACTERS else pictures.get(image, image)}
 
 
 def mmbench_row(raw: Raw, *, task_folder: Path, answered: bool) -> Example:
     """Returns one rotation of one question; writes its picture. Where `answered`, its answer must be there."""
-    row = Row(raw)
-    index = row.integer("index")
-    row.id = str(index)
+    row = Row(raw, "index")
     choices: list[str] = []
     for letter in "ABCDE":
         if (choice := _mmbench_cell(row, letter)) is None:
@@ -215,7 +214,7 @@ def mmbench_row(raw: Raw, *, task_folder: Path, answered: bool) -> Example:
         raise row.bad(f"its answer is {shown(answer)}, but its choices are A to {letters[-1]}")
     correct = letters.index(answer) if answer else None
     extra = {
-        "index": index,
+        "index": row.integer("index"),
         "correct": correct,
         **row.kept("category"),
         "l2_category": row.maybe(row.text, "l2-category"),
@@ -272,9 +271,8 @@ def mme(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Spl
     raise UserError(f"{folder}: none of the subtasks' folders ({subtasks}, ...) with .txt is in it")
 
 
-def _mme_rows(root: Path, texts: Sequence[Path], progress: Progress) -> Iterator[Raw]:
+def _mme_rows(root: Path, texts: Sequence[Path]) -> Iterator[Raw]:
     for path in texts:
-        progress(path.stat().st_size)
         apart = path.parent.name == MME_QUESTIONS
         folder = path.parent.parent / "images" if apart else path.parent
         pictures = [folder / f"{path.stem}{end}" for end in (".jpg", ".png", ".jpeg", ".JPG", ".PNG")]
@@ -369,7 +367,7 @@ def pope(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Sp
     for pictures, (task, picture_folder) in POPE_SETS.items():
         files = {part: paths[name] for part in POPE_CATEGORIES if (name := f"{pictures}_pope_{part}.json") in paths}
         if files:
-            counts = tuple(sum(1 for _ in stream_records(path, lambda _: None)) for path in files.values())
+            counts = tuple(sum(1 for _ in stream_records(path)) for path in files.values())
             version = POPE_VERSIONS.get(counts, f"unknown: {counts} rows")
             yield Split(
                 task,
@@ -382,9 +380,9 @@ def pope(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Sp
             )
 
 
-def _pope_rows(files: Mapping[str, Path], progress: Progress) -> Iterator[Raw]:
+def _pope_rows(files: Mapping[str, Path]) -> Iterator[Raw]:
     for category, path in files.items():
-        for row in stream_records(path, progress):
+        for row in stream_records(path):
             yield {**row, "category": category}
 
 
@@ -429,10 +427,10 @@ def scienceqa(folder: Path, options: Mapping[str, str], records: Path) -> Iterat
         yield Split("scienceqa", name, (problems, parts), rows, partial(scienceqa_row, part=part), size)
 
 
-def _scienceqa_rows(problems: Path, members: frozenset[str], progress: Progress) -> Iterator[Raw]:
+def _scienceqa_rows(problems: Path, members: frozenset[str]) -> Iterator[Raw]:
     """Yields the problems of one split, then those that it names but nobody has, to be dropped for that."""
     seen: set[str] = set()
-    for name, row in stream_members(problems, progress=progress):
+    for name, row in stream_members(problems):
         if name in members:
             seen.add(name)
             yield {**row, "pid": name}
@@ -471,11 +469,11 @@ def seed_bench(folder: Path, options: Mapping[str, str], records: Path) -> Itera
     yield Split("seed", "test", (file,), partial(_seed_bench_rows, file), seed_bench_row, 19_242)
 
 
-def _seed_bench_rows(file: Path, progress: Progress) -> Iterator[Raw]:
+def _seed_bench_rows(file: Path) -> Iterator[Raw]:
     with refusing(file):
         types = Row(json_object(file, WANTED)).mapping("question_type")
         names = {str(Row(types).integer(name)): name for name in types}
-    for row in stream_records(file, progress, "questions"):
+    for row in stream_records(file, "questions"):
         yield {**row, "question_type": names.get(key(row, "question_type_id"))}
 
 
@@ -529,21 +527,21 @@ def textvqa(folder: Path, options: Mapping[str, str], records: Path) -> Iterator
             yield Split("textvqa", name, (questions, *ocr.values()), rows, convert, size, notes={"ocr": sorted(ocr)})
 
 
-def _textvqa_rows(questions: Path, ocr: Mapping[str, Path], progress: Progress) -> Iterator[Raw]:
+def _textvqa_rows(questions: Path, ocr: Mapping[str, Path]) -> Iterator[Raw]:
     rosetta: dict[str, Raw] = {}
     references: dict[tuple[str, str], str] = {}
     for name, path in ocr.items():
         if name != TEXTVQA_LLAVA:
-            rosetta = by_id(path, stream_records(path, progress, "data"), "image_id", "ocr_tokens")
+            rosetta = by_id(path, stream_records(path, "data"), "image_id", "ocr_tokens")
             continue
-        for where, raw in numbered(path, stream_records(path, progress)):
+        for where, raw in numbered(path, stream_records(path)):
             with refusing(where):
                 row = Row(raw, "question_id")
                 question, *lines = row.text("text").split("\n")
             for line in lines:
                 if line.startswith(REFERENCE_OCR):
                     references[row.id, question.lower()] = line.removeprefix(REFERENCE_OCR).strip()
-    for row in stream_records(questions, progress, "data"):
+    for row in stream_records(questions, "data"):
         image = key(row, "image_id")
         reference = references.get((image, str(row.get("question")).lower()))
         yield {**row, "ocr_tokens": rosetta.get(image, {}).get("ocr_tokens"), "reference_ocr": reference}
@@ -551,12 +549,11 @@ def _textvqa_rows(questions: Path, ocr: Mapping[str, Path], progress: Progress) 
 
 def textvqa_row(raw: Raw, *, answered: bool) -> Example:
     """Returns one question; where `answered`, its answers must be there."""
-    row = Row(raw)
-    question_id = row.integer("question_id")
-    row.id = str(question_id)
+    row = Row(raw, "question_id")
     image = row.identifier("image_id")
     answers = row.ten(row.texts("answers")) if answered else []
-    extra = {"image_id": image, "question_id": question_id} | ({"human_answers": answers} if answers else {})
+    extra: dict[str, object] = {"image_id": image, "question_id": row.integer("question_id")}
+    extra |= {"human_answers": answers} if answers else {}
     return Example(
         id=row.id,
         images=(f"{'train_images' if answered else 'test_images'}/{image}.jpg",),
@@ -589,7 +586,7 @@ def vizwiz(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[
 def vizwiz_row(raw: Raw, *, pictures: str, answered: bool) -> Example:
     """Returns one question; `pictures` is the folder of its picture. Where `answered`, its answers must be there."""
     row = Row(raw, "image")
-    answers = row.people("answers") if answered else []
+    answers = row.people() if answered else []
     return Example(
         id=row.id,
         images=(f"{pictures}/{row.id}",),

@@ -12,12 +12,10 @@ from dora_vl.data.benchmarks.fields import Split
 
 @dataclass(frozen=True)
 class Source:
-    """One published source.
+    """One published source: `splits` yields a `Split` for each of its files in a folder.
 
-    Attributes:
-        splits: yields a `Split` for each published file in a folder, with the options and the folder of records; its
-            docstring says where the files are published, under what licence, and their quirks.
-        options: what `--set NAME=VALUE` may choose, each with its explanation.
+    It gets the folder, the options that `--set NAME=VALUE` chose and the folder of records; its docstring says where
+    the files are published, under what licence, and their quirks. `options` explains each option.
     """
 
     splits: Callable[[Path, Mapping[str, str], Path], Iterator[Split]]

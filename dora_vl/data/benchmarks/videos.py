@@ -8,19 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from dora_vl.data.benchmarks.fields import (
-    UNKNOWN_ID,
-    WANTED,
-    Progress,
-    Raw,
-    Row,
-    Split,
-    by_id,
-    files_in,
-    key,
-    present,
-    refusing,
-)
+from dora_vl.data.benchmarks.fields import UNKNOWN_ID, WANTED, Raw, Row, Split, by_id, files_in, key, present, refusing
 from dora_vl.data.example import JSON, Answer, Clip, Example, Subtitle
 from dora_vl.data.text_file import NotUtf8, json_object, opened, stream_records, table_rows, whole_text
 from dora_vl.errors import shown
@@ -42,29 +30,29 @@ class Subtitles:
         self.notes = {"subtitles": self.path.name if self.path else "none found"}
         self._known: dict[str, Raw] | None = None
 
-    def joined(self, annotations: Iterable[Raw], progress: Progress) -> Iterator[Raw]:
+    def joined(self, annotations: Iterable[Raw]) -> Iterator[Raw]:
         """Yields each row with its video's subtitles under `sub`; without subtitles the rows as they are."""
         for row in annotations:
-            yield row if self.path is None else {**row, "sub": self._of(self.path, key(row, "vid_name"), progress)}
+            yield row if self.path is None else {**row, "sub": self._of(self.path, key(row, "vid_name"))}
 
-    def _of(self, path: Path, video: str, progress: Progress) -> JSON:
+    def _of(self, path: Path, video: str) -> JSON:
         if path.is_dir():
             file = path / f"{video}.srt"
             return read_srt(file) if video and file.is_file() else []
         if self._known is None:
-            self._known = by_id(path, stream_records(path, progress), "vid_name", "sub")
+            self._known = by_id(path, stream_records(path), "vid_name", "sub")
         return self._known.get(video, {"sub": []})["sub"]
 
-    def rows(self, file: Path, solution: Mapping[str, int], progress: Progress) -> Iterator[Raw]:
+    def rows(self, file: Path, solution: Mapping[str, int]) -> Iterator[Raw]:
         """Returns the rows with their subtitles, and the right choice from `solution` where the row lacks it."""
-        rows = stream_records(file, progress)
+        rows = stream_records(file)
         if solution:
             rows = (
                 {"answer_idx": solution.get(key(row, "qid"))}
                 | {name: row[name] for name in row if row[name] is not None}
                 for row in rows
             )
-        return self.joined(rows, progress)
+        return self.joined(rows)
 
 
 def read_srt(path: Path) -> list[dict[str, object]]:
@@ -224,10 +212,10 @@ def how2qa(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[
             yield Split("how2qa", name, inputs, rows, convert, ids_by_place=True, notes=notes)
 
 
-def _how2qa_csv_rows(path: Path, subtitles: Subtitles, progress: Progress) -> Iterator[Raw]:
+def _how2qa_csv_rows(path: Path, subtitles: Subtitles) -> Iterator[Raw]:
     columns = ("vid_name", "ts", "wrong0", "wrong1", "wrong2", "question", "right")
-    rows = table_rows(path, WANTED, delimiter=",", columns=columns, progress=progress)
-    return subtitles.joined(({**row, "row": number} for number, (_, row) in enumerate(rows, start=1)), progress)
+    rows = table_rows(path, WANTED, delimiter=",", columns=columns)
+    return subtitles.joined(({**row, "row": number} for number, (_, row) in enumerate(rows, start=1)))
 
 
 def how2qa_csv_row(raw: Raw, *, split: str) -> Example:
@@ -286,22 +274,22 @@ def _clip_splits(
 
 def clip_row(raw: Raw, *, answered: bool) -> Example:
     """Returns one clip of TVC or YC2C with all of its descriptions; where `answered`, it must have one."""
-    row = Row(raw)
-    clip_id = row.integer("clip_id")
-    row.id = str(clip_id)
+    row = Row(raw, "clip_id")
     entries = row.maybe(row.rows, "descs") or []
     descriptions = [text for entry in entries if (text := entry.text("desc")).strip()]
     if answered and not descriptions:
         raise row.bad("it has no description")
     clip, extra = _clip(row)
+    extra = {"clip_id": row.integer("clip_id"), **extra, **row.kept("duration")}
     # whether each description was written from video, text or both, where the set says it
-    kinds = [kind for entry in entries if (kind := entry.maybe(entry.text, "type"))]
+    if kinds := [kind for entry in entries if (kind := entry.maybe(entry.text, "type"))]:
+        extra |= {"description_types": kinds}
     return Example(
         id=row.id,
         videos=(clip,),
         answers=tuple(Answer(text=description) for description in descriptions),
         subtitles=subtitles_of(row),
-        extra={"clip_id": clip_id, **extra, **row.kept("duration")} | ({"description_types": kinds} if kinds else {}),
+        extra=extra,
     )
 
 
@@ -334,10 +322,9 @@ def yc2c(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Sp
         yield Split("yc2c", name, (file,), partial(_youcook2_rows, file, subset), youcook2_row, notes=notes)
 
 
-def _youcook2_rows(path: Path, subset: str, progress: Progress) -> Iterator[Raw]:
+def _youcook2_rows(path: Path, subset: str) -> Iterator[Raw]:
     with refusing(f"{path}: not YouCook2's {{'database': {{video: ...}}}}"):
         videos = Row(json_object(path, WANTED)).mapping("database")
-        progress(path.stat().st_size)
     for video in videos:
         with refusing(f"{path}, video {shown(video)}"):
             entry = Row(Row(videos).mapping(video))

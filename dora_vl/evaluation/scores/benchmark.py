@@ -14,7 +14,7 @@ from itertools import permutations
 from pathlib import Path
 from string import ascii_uppercase
 
-from dora_vl.data.example import LETTER, Example, right_choice, with_letters
+from dora_vl.data.example import LETTER, Example, with_letters
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
 from dora_vl.errors import UserError, number_of, shown
 from dora_vl.evaluation.predictions import Prediction, Predictions
@@ -299,11 +299,6 @@ def right_answer(example: Example) -> str:
 def letters(example: Example) -> str:
     """Returns the letters of the example's choices: "ABCD" for four."""
     return ascii_uppercase[: len(example.choices)]
-
-
-def correct_index(example: Example) -> int:
-    """Returns which choice is right. Raises BadSample: the example does not say it."""
-    return right_choice(example.extra.get("correct"), example.choices, example.id)
 
 
 def check_choices(

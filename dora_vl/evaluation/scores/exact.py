@@ -10,17 +10,9 @@ from functools import partial
 from string import ascii_uppercase
 from typing import Literal
 
-from dora_vl.data.example import Example
+from dora_vl.data.example import Example, right_choice
 from dora_vl.evaluation.scores import caption, llava
-from dora_vl.evaluation.scores.benchmark import (
-    Benchmark,
-    Scorer,
-    about_video,
-    correct_index,
-    letters,
-    refuse_strangers,
-    right_answer,
-)
+from dora_vl.evaluation.scores.benchmark import Benchmark, Scorer, about_video, letters, refuse_strangers, right_answer
 from dora_vl.evaluation.scores.scored import ACCURACY, Answers, Formula, Mean, Ratio, Scored, score_points, share_of
 
 
@@ -68,7 +60,7 @@ def best_of(points: Callable[[str, str], float], headline: str) -> Scorer:
 def right_choice_points(example: Example, answer: str) -> float:
     """Returns 1 where the answer is the right choice's letter or text, or MMBench's rules take it for that."""
     choices = dict(zip(ascii_uppercase, example.choices, strict=False))
-    return float(_chosen(answer, choices) == ascii_uppercase[correct_index(example)])
+    return float(_chosen(answer, choices) == ascii_uppercase[right_choice(example)])
 
 
 def _chosen(answer: str, choices: Mapping[str, str]) -> str | None:
@@ -268,9 +260,9 @@ def video_score(examples: Sequence[Example], answers: Answers) -> Scored:
     return score_points(
         examples,
         answers,
-        lambda example, answer: float(label_of(example, answer) == f"a{correct_index(example)}"),
+        lambda example, answer: float(label_of(example, answer) == f"a{right_choice(example)}"),
         metrics={"accuracy": ACCURACY, "value_accuracy": Ratio("parsed right", "asked", decimals=2)},
-        more=lambda example: {"parsed right": float(_submitted(example, answers) == correct_index(example))},
+        more=lambda example: {"parsed right": float(_submitted(example, answers) == right_choice(example))},
     )
 
 

@@ -17,7 +17,7 @@ from string import ascii_uppercase
 from typing import Literal
 
 from dora_vl.data.benchmarks.llava import MME_COGNITION, MME_PERCEPTION, POPE_CATEGORIES, POPE_VERSIONS
-from dora_vl.data.example import Example
+from dora_vl.data.example import Example, right_choice
 from dora_vl.errors import UserError, number_of, shown
 from dora_vl.evaluation.predictions import Prediction
 from dora_vl.evaluation.scores.benchmark import (
@@ -31,7 +31,6 @@ from dora_vl.evaluation.scores.benchmark import (
     ByKey,
     ByOrder,
     Key,
-    correct_index,
     json_lines,
     letter,
     lettered,
@@ -225,7 +224,7 @@ def mmbench_score(examples: Sequence[Example], answers: Answers, *, matcher: Mat
 
     def is_right(example: Example) -> bool:
         choices, answer = dict(zip(ascii_uppercase, example.choices, strict=False)), answers.get(example.id)
-        return answer is not None and chosen(answer, choices, matcher) == ascii_uppercase[correct_index(example)]
+        return answer is not None and chosen(answer, choices, matcher) == ascii_uppercase[right_choice(example)]
 
     tally, kinds = Tally(), set[str]()
     for question, rotations in groups.items():
@@ -455,7 +454,7 @@ def scienceqa_score(examples: Sequence[Example], answers: Answers) -> Scored:
     return score_points(
         examples,
         answers,
-        lambda example, answer: float(parsed(answer) == letters(example)[correct_index(example)]),
+        lambda example, answer: float(parsed(answer) == letters(example)[right_choice(example)]),
         metrics={**image, "accuracy": ACCURACY},
         kinds=lambda example: ["image accuracy"] if example.images else [],
     )
@@ -478,10 +477,7 @@ def seed_score(examples: Sequence[Example], answers: Answers) -> Scored:
         return [f"accuracy/{example.extra.get('data_type', 'image')}", *([f"type/{kind}"] if kind else [])]
 
     return score_points(
-        examples,
-        answers,
-        lambda example, answer: float(answer == letters(example)[correct_index(example)]),
-        kinds=kinds,
+        examples, answers, lambda example, answer: float(answer == letters(example)[right_choice(example)]), kinds=kinds
     )
 
 

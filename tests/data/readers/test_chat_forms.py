@@ -42,7 +42,7 @@ def test_rows_of_each_form_are_the_conversation_that_they_are(tmp_path: Path, fo
     for kind in ("jsonl", "csv", "parquet"):
         path = tmp_path / f"{form}.{kind}"
         WRITERS[kind](path, [*rows])
-        table = load_rows(str(path), cache_folder=tmp_path / "cache")
+        table = load_rows(str(path))
         read = [example for example in table if isinstance(example, Example)]
         assert [[*map(turn_parts, example.turns)] for example in read] == expected
         tried = [UsableRow(conversation=example).record("a") for example in read]  # what `init` writes
@@ -136,7 +136,7 @@ def test_nulls_of_a_table_are_no_arguments_and_those_of_text_are(tmp_path: Path)
     ]
     row = {"messages": [user("q"), assistant("", tool_calls=calls)], "tools": [TOOL, {"name": "g"}]}
     WRITERS["parquet"](tmp_path / "a.parquet", [row])
-    example = load_rows(str(tmp_path / "a.parquet"), cache_folder=tmp_path)[0]
+    example = load_rows(str(tmp_path / "a.parquet"))[0]
     assert isinstance(example, Example)
     assert [call["function"]["arguments"] for call in example.turns[1].fields["tool_calls"]] == [{"a": 1}, {"c": 2}]
     assert example.turns[0].fields["tools"] == [TOOL, {"type": "function", "function": {"name": "g"}}]

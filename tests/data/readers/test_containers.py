@@ -49,9 +49,9 @@ TALK = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_each_container_gives_the_same_table_and_stream(tmp_path: Path, name: str) -> None:
-    expected = load_rows(str(write_llava(tmp_path, MADE)), cache_folder=tmp_path / "cache")
+    expected = load_rows(str(write_llava(tmp_path, MADE)))
     path = str(WRITERS[name](tmp_path, MADE))
-    table = load_rows(path, cache_folder=tmp_path / "cache")
+    table = load_rows(path)
     streamed = [
         row for row in StreamSource(TrainFile(path=path), limit=None, seed=0).rows() if isinstance(row, Example)
     ]
@@ -81,20 +81,12 @@ def test_a_folder_is_its_shards_in_order_and_a_changed_shard_is_read_again(tmp_p
     folder.mkdir()
     for number, part in enumerate((MADE[:3], MADE[3:])):
         write_parquet(folder, part).rename(folder / f"part-{number}.parquet")
-    assert load_table(folder, cache_folder=tmp_path / "cache")["id"][:] == [item.id for item in MADE]
+    assert load_table(folder)["id"][:] == [item.id for item in MADE]
     write_parquet(folder, MADE[:1]).rename(folder / "part-1.parquet")
-    assert load_table(folder, cache_folder=tmp_path / "cache")["id"][:] == ["n0", "n1", "n2", "n0"]
+    assert load_table(folder)["id"][:] == ["n0", "n1", "n2", "n0"]
     (folder / "more.jsonl").write_text("{}")
     with pytest.raises(UserError):
         find_files(folder)
-
-
-def test_an_archive_with_captions_and_several_pictures(tmp_path: Path) -> None:
-    members = {"x/1.0.png": b"one", "x/1.1.png": b"two", "x/1.txt": b"A cat.", "x/2.txt": b"\xff"}
-    rows = find_files(write_tar(tmp_path / "a.tar", members)).rows()
-    assert next(rows) == {"__key__": "x/1", "txt": "A cat.", "images": [b"one", b"two"]}
-    with pytest.raises(UserError):
-        next(rows)
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> Path:
@@ -113,7 +105,7 @@ QUESTION = {"question": "q", "answer": "a"}
 def test_an_archive_s_pictures_of_every_format_that_is_read(tmp_path: Path, ending: str) -> None:
     for fields in (QUESTION, {"image": f"a.{ending}", "conversations": TALK}):
         path = write_tar(tmp_path / "a.tar", {f"a.{ending}": b"pixels", "a.json": json.dumps(fields).encode()})
-        table = load_table(path, cache_folder=tmp_path / "cache")
+        table = load_table(path)
         (names,) = table["images"]
         assert [StoredPictures([table])[name] for name in names] == [b"pixels"]
         assert table["problem"][:] == [None]
@@ -127,10 +119,10 @@ def test_videos_of_an_archive_are_refused_unless_the_fields_name_their_files(tmp
             read_row(row)
     fields = json.dumps({**QUESTION, "video": "clips/a.mp4"}).encode()
     path = write_tar(tmp_path / "b.tar", {"a.mp4": b"x", "a.json": fields})
-    assert load_table(path, cache_folder=tmp_path / "cache")[0]["videos"][0]["path"] == "clips/a.mp4"
+    assert load_table(path)[0]["videos"][0]["path"] == "clips/a.mp4"
     path = write_tar(tmp_path / "c.tar", {"a.wav": b"x", "a.json": json.dumps(QUESTION).encode()})
     with pytest.raises(UserError):
-        load_table(path, cache_folder=tmp_path / "cache")
+        load_table(path)
 
 
 TABLE = "Image,Question ,answer\na.png,Wie groß?,größer; „so“\n"
@@ -155,7 +147,7 @@ TABLE = "Image,Question ,answer\na.png,Wie groß?,größer; „so“\n"
 )
 def test_files_that_people_have_are_read_as_they_are(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    (row,) = load_table(tmp_path / name, cache_folder=tmp_path / "cache")
+    (row,) = load_table(tmp_path / name)
     assert (row["images"], row["problem"], row["turns"][0]["text"]) == (["a.png"], None, "<image>\nWie groß?")
     ((question,), _) = read_questions(tmp_path / name)
     assert (question.images, question.question) == (("a.png",), "Wie groß?")
@@ -172,7 +164,7 @@ def test_files_that_people_have_are_read_as_they_are(tmp_path: Path, name: str, 
 def test_such_files_that_are_not_whole(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError):
-        load_table(tmp_path / name, cache_folder=tmp_path / "cache")
+        load_table(tmp_path / name)
 
 
 def test_a_stream_of_arrow_that_was_cut_between_two_batches_loses_no_row(tmp_path: Path) -> None:
@@ -213,7 +205,7 @@ def test_cut_and_damaged_files_are_rows_or_one_line(tmp_path: Path, ending: str,
     cut = data.draw(st.integers(0, len(content)) | st.just(len(content)))
     path = tmp_path / f"damaged{ending}"
     path.write_bytes(content[:cut])
-    for read in (lambda: [*find_files(path).rows()], lambda: [*load_table(path, cache_folder=tmp_path / "c")]):
+    for read in (lambda: [*find_files(path).rows()], lambda: [*load_table(path)]):
         with contextlib.suppress(UserError):
             read()
 
@@ -230,7 +222,7 @@ def test_a_set_of_the_hub_is_read_from_the_files_that_datasets_keeps(
         return datasets.load_from_disk(str(write_saved(tmp_path, MADE)))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    table = load_table(Path("hub:own/er@v1.2:art:validation"), cache_folder=tmp_path / "cache")
+    table = load_table(Path("hub:own/er@v1.2:art:validation"))
     assert table["id"][:] == [item.id for item in MADE]
     with pytest.raises(UserError):
         find_files(Path("hub:no/such"))
@@ -258,18 +250,14 @@ def test_what_map_keeps_in_a_saved_folder_is_no_shard(tmp_path: Path) -> None:
     datasets.load_from_disk(str(saved)).map(lambda row: {"answer": row["answer"].upper()})
     assert list(saved.glob("cache-*.arrow"))
     assert ids(saved) == IDS
-    (saved / "state.json").write_text('{"step": 3}')  # another program's
-    assert ids(saved) == IDS
     (saved / "state.json").unlink()
     assert ids(saved) == IDS
 
 
-@pytest.mark.parametrize(
-    "state", [None, b"{", b'{"_data_files": [1]}', b'{"_data_files": [{"filename": "../other.arrow"}]}']
-)
-def test_a_saved_folder_without_a_shard_or_whose_state_leads_elsewhere(tmp_path: Path, state: bytes | None) -> None:
+@pytest.mark.parametrize("state", [None, b"{", b'{"_data_files": [1]}'])
+def test_a_saved_folder_without_a_shard_or_with_another_state(tmp_path: Path, state: bytes | None) -> None:
     saved = write_saved(tmp_path, MADE)
-    (saved / "data-00001-of-00002.arrow").rename(tmp_path / "other.arrow")
+    (saved / "data-00001-of-00002.arrow").unlink()
     if state is not None:
         (saved / "state.json").write_bytes(state)
     with pytest.raises(UserError):
@@ -318,14 +306,14 @@ def answers(rows: object) -> list[tuple[str, str]]:
 def test_a_folder_a_class_is_read_alike_by_a_table_a_stream_and_a_test(tmp_path: Path) -> None:
     folder = pictures(tmp_path / "my", "a cat/1.png", "a cat/old/2.jpg", "dog/1.png", ".trash/dog/1.png")
     expected = [("a cat/1.png", "a cat"), ("a cat/old/2.jpg", "a cat"), ("dog/1.png", "dog")]
-    assert answers(load_rows(str(folder), cache_folder=tmp_path / "cache", columns=ASKED)) == expected
+    assert answers(load_rows(str(folder), columns=ASKED)) == expected
     stream = StreamSource(TrainFile(path=str(folder)), limit=None, seed=0, columns=ASKED)
     assert answers(stream.first_rows) == expected
     questions, _ = read_questions(folder, columns=ASKED)
     assert [(question.id, question.question, question.answers[0].text) for question in questions] == [
         (name, "What is it?", answer) for name, answer in expected
     ]
-    assert not FileCheck(folder, columns=ASKED).run(lambda _: None).findings
+    assert not FileCheck(folder, columns=ASKED).run().findings
 
 
 def test_a_picture_that_is_alone_is_not_taken_for_json(tmp_path: Path) -> None:
@@ -339,23 +327,20 @@ def test_a_changed_text_is_read_again(tmp_path: Path) -> None:
     folder = pictures(tmp_path / "my", "1.png", "2.png")
     for name in ("1", "2"):
         (folder / f"{name}.txt").write_text(f"picture {name}")
-    assert answers(load_rows(str(folder), cache_folder=tmp_path / "cache"))[1] == ("2.png", "picture 2")
+    assert answers(load_rows(str(folder)))[1] == ("2.png", "picture 2")
     (folder / "2.txt").write_text("another text")
-    assert answers(load_rows(str(folder), cache_folder=tmp_path / "cache"))[1] == ("2.png", "another text")
+    assert answers(load_rows(str(folder)))[1] == ("2.png", "another text")
 
 
 @pytest.mark.parametrize(
-    ("members", "order"),
-    [(("x.2.png", "x.10.png", "x.0.png"), (2, 0, 1)), (("x.1.png", "x.png"), (1, 0)), (("x.b.png", "x.a.png"), (0, 1))],
+    ("names", "order"),
+    [(("2.png", "10.png", "0.png"), (2, 0, 1)), (("1.png", "png"), (1, 0)), (("b.png", "a.png"), (0, 1))],
 )
-def test_numbered_pictures_of_an_archive_come_by_their_numbers(
-    tmp_path: Path, members: tuple[str, ...], order: tuple[int, ...]
+def test_pictures_of_an_archive_come_by_their_numbers_and_its_text_is_a_caption(
+    tmp_path: Path, names: tuple[str, ...], order: tuple[int, ...]
 ) -> None:
-    contents: list[bytes] = []
-    for number in range(len(members)):
-        stream = io.BytesIO()
-        Image.new("RGB", (4, 4), (number, 0, 0)).save(stream, "PNG")
-        contents.append(stream.getvalue())
-    path = write_tar(tmp_path / "a.tar", {**dict(zip(members, contents, strict=True)), "x.txt": b"a cat"})
-    (row,) = find_files(path).rows()
-    assert row["images"] == [contents[index] for index in order]
+    members = {f"a/x.{name}": name.encode() for name in names} | {"a/x.txt": b"A cat.", "a/y.txt": b"\xff"}
+    rows = find_files(write_tar(tmp_path / "a.tar", members)).rows()
+    assert next(rows) == {"__key__": "a/x", "txt": "A cat.", "images": [names[index].encode() for index in order]}
+    with pytest.raises(UserError):
+        next(rows)

@@ -94,18 +94,18 @@ def test_a_row_is_what_is_written_for_every_reader(tmp_path: Path, case: dict[st
     for kind in WRITERS if case["name"] in OF_TABLES else ("jsonl",):
         path = tmp_path / f"rows.{kind}"
         WRITERS[kind](path, [case["row"]])
-        check = FileCheck(path, columns=columns).run(lambda _: None)
+        check = FileCheck(path, columns=columns).run()
         assert bool(check.findings.keys() - {*DOUBTS}) == (refused is not None), check.findings
         stream = StreamSource(TrainFile(path=str(path)), limit=None, seed=0, columns=columns)
         if refused is None:
-            table = load_rows(str(path), cache_folder=tmp_path / "cache", columns=columns)
+            table = load_rows(str(path), columns=columns)
             (question,), _ = read_questions(path, columns=columns)
             assert parts(table[0]) == parts(stream.first_rows[0]) == expected
             *turns, answer = expected["turns"]
             assert ([turn_parts(turn) for turn in question.turns], question.answers[0].text) == (turns, answer[1])
             continue
         with pytest.raises(UserError):
-            load_rows(str(path), cache_folder=tmp_path / "cache", columns=columns)
+            load_rows(str(path), columns=columns)
         with pytest.raises(UserError):
             _ = stream.first_rows
 
@@ -117,14 +117,14 @@ def test_the_columns_are_told_before_the_first_step(tmp_path: Path) -> None:
     WRITERS["jsonl"](path, [*rows])
     lines = ["  photo: used as images", "  question: used as question", "  answer: used as answer"]
     lines += ["  source: left out", "  image_1: used as images", "  image_2: used as images"]
-    summary = described(TrainFile(path=str(path)), load_rows(str(path), cache_folder=tmp_path / "cache").rows)
+    summary = described(TrainFile(path=str(path)), load_rows(str(path)).rows)
     assert summary[1:-1] == lines
     assert [*map(int, re.findall(r"\d+", summary[-1]))] == [1, 1, 1, 2, 1]  # none in one, one in one, two in one
     assert StreamSource(TrainFile(path=str(path)), limit=None, seed=0).described()[1:] == lines
     plain = {"id": "a", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
     WRITERS["jsonl"](path, [plain, {**plain, "label": False}])
     with pytest.raises(UserError):
-        load_rows(str(path), cache_folder=tmp_path / "cache")
+        load_rows(str(path))
 
 
 def test_numbers_of_a_class_are_its_names(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_numbers_of_a_class_are_its_names(tmp_path: Path) -> None:
     dataset.to_parquet(tmp_path / "a.parquet")
     dataset.save_to_disk(str(tmp_path / "saved"))
     for name in ("a.parquet", "saved"):
-        rows = load_rows(str(tmp_path / name), cache_folder=tmp_path / "cache").rows
+        rows = load_rows(str(tmp_path / name)).rows
         assert [conversation[-1]["text"] for conversation in rows["turns"]] == ["dog", "cat"]
 
 
@@ -152,7 +152,7 @@ def test_a_folder_of_pictures_with_their_captions(tmp_path: Path, name: str) -> 
     WRITERS["csv" if name.endswith("csv") else "jsonl"](
         tmp_path / "set" / name, [{"file_name": "a.png", "text": "cat"}]
     )
-    rows = load_rows(str(tmp_path / "set"), cache_folder=tmp_path / "cache").rows
+    rows = load_rows(str(tmp_path / "set")).rows
     assert (rows["images"][:], rows["format"][:]) == ([["a.png"]], ["captions"])
     assert read_questions(tmp_path / "set")[0][0].answers[0].text == "cat"
 
@@ -240,10 +240,6 @@ ROOT = Path(__file__).parents[3]
 DOCUMENTED = Turn("user", "<image>\nWhat is it?"), Turn("assistant", "A cat.")
 
 
-def conversation(row: Mapping[str, object]) -> Example:
-    return read_row(row)
-
-
 def documented_rows(kind: str = "rows") -> list[str]:
     text = (ROOT / "docs/data.md").read_text(encoding="utf-8")
     return text.partition(f"<!-- {kind} -->\n```json\n")[2].partition("```")[0].splitlines()
@@ -251,7 +247,7 @@ def documented_rows(kind: str = "rows") -> list[str]:
 
 @pytest.mark.parametrize("line", [*documented_rows(), *documented_rows("video rows")])
 def test_each_row_of_the_documentation_is_the_same_sample(line: str) -> None:
-    sample, videos = conversation(json.loads(line)), line in documented_rows("video rows")
+    sample, videos = read_row(json.loads(line)), line in documented_rows("video rows")
     *system, question, answer = sample.turns
     assert system == ([Turn("system", "Be brief.")] if "system" in line else [])
     assert answer == DOCUMENTED[1]
@@ -289,13 +285,10 @@ SAID = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 LLAVA = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 
 
-ASKING = {"question": "Which is red?", "answer": "two"}
-
-
 def test_an_instruction_keeps_its_input_and_the_answer_that_is_scored(tmp_path: Path) -> None:
     scored = {"instruction": "Is it so?", "input": "", "output": "the correct answer is true", "answer": "true"}
     unscored = {"instruction": "Say it.", "input": " it\n\u00e9 ", "output": "it"}
-    first, second = conversation(scored).turns[0], conversation(unscored).turns[0]
+    first, second = read_row(scored).turns[0], read_row(unscored).turns[0]
     assert (first.text, first.input) == ("Is it so?", "")
     assert (second.instruction, second.input) == ("Say it.", " it\n\u00e9 ")
     assert second.text == "Say it.\n it\n\u00e9 "  # what every other prompt takes
@@ -314,7 +307,7 @@ def test_an_instruction_keeps_its_input_and_the_answer_that_is_scored(tmp_path: 
 
 def test_pictures_in_base64_and_paths_of_windows() -> None:
     png = b"\x89PNG\r\n\x1a\n and more"
-    sample = read_row({**ASKING, "images": [base64.b64encode(png).decode(), "a\\b.png", "/9j/a.png"]})
+    sample = read_row({**ASKED, "images": [base64.b64encode(png).decode(), "a\\b.png", "/9j/a.png"]})
     assert (sample.image_bytes[sample.images[0]], sample.images[1:]) == (png, ("a/b.png", "/9j/a.png"))
 
 
@@ -322,7 +315,7 @@ def test_pictures_in_base64_and_paths_of_windows() -> None:
     "value",
     [b"x", {"bytes": b"x", "path": None}, {"bytes": None, "path": "a"}, [None, b"x"], [{"bytes": b"x"}], "a.PNG"],
 )
-@pytest.mark.parametrize("row", [ASKING, {"messages": SAID}, {"conversations": LLAVA}, {"image": "a", "caption": "c"}])
+@pytest.mark.parametrize("row", [ASKED, {"messages": SAID}, {"conversations": LLAVA}, {"image": "a", "caption": "c"}])
 def test_bytes_in_a_column_that_nothing_reads_are_named(row: dict[str, object], value: object) -> None:
     with pytest.raises(UserError):
         RowReader("a").read({**row, "thumb": value}, 0)
@@ -357,7 +350,7 @@ def test_any_row_is_a_sample_or_a_bad_one(values: dict[str, object], formed: dic
     longest = 0
     for row in (values, {**formed, **values}, {**values, **formed}):
         try:
-            sample = conversation(row)
+            sample = read_row(row)
         except (BadSample, ColumnsError) as error:
             longest = len(str(error))
             continue
@@ -372,7 +365,7 @@ ANSWER = FREE_TEXT.filter(lambda text: text.strip() != "")
 
 def texts_of(*texts: str, **more: object) -> list[str]:
     turns = [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)]
-    return [turn.text for turn in conversation({"conversations": turns, **more}).turns]
+    return [turn.text for turn in read_row({"conversations": turns, **more}).turns]
 
 
 def published_normalisation(value: str) -> str:
