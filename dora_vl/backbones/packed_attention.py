@@ -154,6 +154,11 @@ class PackedAttention:
         self._is_next = False
         model.register_forward_pre_hook(self._begin)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Registers a copy for the copied model's config."""
+        vars(self).update(state)
+        _instances[id(self.config)] = self
+
     def _begin(self, *_: object) -> None:
         """Lets go of the last call's forest where this call has none, such as one of the model by itself."""
         if not self._is_next and self.forest is not None:

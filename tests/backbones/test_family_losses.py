@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -310,6 +311,16 @@ def test_rows_that_a_model_misreads_are_not_taken(folders: Folders, monkeypatch:
         assert (kind, bool(reason)) == ("plain", True)
     monkeypatch.setattr(backbone.packed_attention, "follow", lambda forest: None)
     assert check_packing(backbone, encoder, "packed")[0] == "plain"
+
+
+def test_a_copy_attends_along_packed_rows_as_well() -> None:
+    backbone, batch = (
+        DecoderBackbone(tiny_language().eval()),
+        inputs_of(Collator(0, packing="packed")(language_samples())),
+    )
+    with torch.no_grad():
+        first, second = (each(**batch).losses for each in (backbone, copy.deepcopy(backbone)))
+    assert torch.equal(first, second)
 
 
 def kernel_losses(kernel: str, device: str, kinds: Sequence[Packing]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
