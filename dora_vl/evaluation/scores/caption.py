@@ -269,7 +269,7 @@ def _references(examples: Sequence[Example]) -> dict[str, list[str]]:
 
 
 def _predictions(examples: Sequence[Example], answers: Answers) -> dict[str, str | None]:
-    """Returns the first answer of each clip's examples, which is scored and uploaded; None where there is none."""
+    """Returns the answer of each clip that is scored and uploaded: its examples' first; None where there is none."""
     predictions: dict[str, str | None] = {}
     for example in examples:
         if predictions.get(clip := clip_of(example)) is None:
