@@ -176,7 +176,7 @@ def _modes(options: argparse.Namespace, names: Collection[str]) -> dict[str, str
 
 
 def _from_file(path: Path, test: TestSet, options: argparse.Namespace) -> Tested:
-    """Scores a file's answers; those to records that cannot be read are left out, since their right answer is unknown."""
+    """Scores a file's answers; answers to records that cannot be read are left out."""
     request = options.benchmarks.strip(",")  # a file answers one benchmark
     examples = test.examples if options.limit is None else _read_set(options, request, None).examples
     rows = read_rows(path)
