@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True, help="folder of a LLaVA")
     parser.add_argument("--data", type=Path, required=True, help="its training data, LLaVA's JSON")
     parser.add_argument("--pictures", type=Path, required=True, help="root of the data's pictures")
-    parser.add_argument("--layers", type=int, help="so many of the decoder's first layers; all unless it is given")
+    parser.add_argument("--layers", type=int, help="number of the decoder's first layers (default: all)")
     parser.add_argument("--words", type=int, nargs="+", default=[0, 250], help="that are added to a question")
     parser.add_argument("--rounds", type=int, default=3, help="how often each contender takes a turn")
     parser.add_argument("--json", type=Path, help="also writes the figures there")

@@ -3,7 +3,7 @@
 python tasks/video_qa.py --adapter runs/demo-video/adapter --video clip.mp4 --question "which color comes first?" \\
     --choice red --choice blue
 
-The model sees `--frames` frames: as a video, or as so many pictures where it takes none, which is said. A VL-BART sees
+The model sees `--frames` frames: as a video, or as pictures where it takes none, which is said. A VL-BART sees
 the frames that it was trained to see, as features that are computed on the way. `--start` and `--end` name a part of
 the video, `--subtitle` says what is said in it. A model of TVQA, How2QA or TVC needs a part: it sees the whole video
 and reads in its text which part is meant.

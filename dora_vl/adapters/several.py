@@ -129,7 +129,7 @@ def rows_seen(model: nn.Module, run: Callable[[], object], *, rows: int, tokens:
     """Names the modules that always receive `[rows, tokens, ...]` or each row's last token.
 
     Args:
-        run: puts a batch of so many rows of so many tokens through the model; rows are several and unlike `tokens`.
+        run: puts a batch through the model; it has more than one row, and another number of tokens than of rows.
     """
     seen: dict[str, bool] = {}
     shapes = ((rows, tokens), (rows, 1))

@@ -334,7 +334,7 @@ class Encoder:
     def pictured(self, pictures: Sequence[Image.Image] = (), videos: Sequence[Video] = ()) -> Sample:
         """Makes a sample that shows these and has no label.
 
-        Raises: BadSample where the family does not take so many together.
+        Raises: BadSample where the family does not take that many together.
         """
         shown = f"{IMAGE_PLACEHOLDER}\n" * len(pictures) + f"{VIDEO_PLACEHOLDER}\n" * len(videos)
         sample = Sample(**vars(self.encode_prompt((Turn("user", f"{shown}."),), pictures, videos)), id="dummy")

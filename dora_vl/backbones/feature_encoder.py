@@ -85,7 +85,7 @@ class FeatureSettings:
             token says which way something moves.
         aspect: how a picture becomes a square.
         every_seconds: time between two frames of a video; VALUE's features have 1.5.
-        frames: takes so many frames of a video instead, evenly.
+        frames: the number of frames taken of a video instead, evenly.
     """
 
     tower: TowerSpec

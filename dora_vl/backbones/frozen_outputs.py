@@ -157,7 +157,7 @@ def _emptied(leaf: Any) -> Any:
 
 
 def _share(leaf: Any, axis: int, number: int, count: int) -> Any:
-    """Returns one of so many equal shares."""
+    """Returns one of several equal shares."""
     if not isinstance(leaf, Tensor | Hollow) or not leaf.shape or leaf.shape[axis] % count:
         return leaf
     if isinstance(leaf, Tensor):

@@ -102,9 +102,9 @@ class SmallLanguageModel:
     """More texts for the vocabulary, such as the words that the task writes around a question; otherwise they are
     spelled letter by letter."""
     vocabulary: int = 1000
-    """The tokenizer learns at most so many tokens; special ones are added to them."""
+    """The most tokens that the tokenizer learns; special ones are added to them."""
     width: int = 256
-    """Each token is so many numbers wide."""
+    """Width of the hidden states."""
     layers: int = 3
     """Layers of a Llama; of a BART's encoder, and of its decoder."""
     heads: int = 4
@@ -130,7 +130,7 @@ class VlBartSpec:
     feature_width: int = 2048
     """Numbers of a picture token: 2048 for CLIP's RN101 grid, 512 for video frames of CLIP's ViT-B/32."""
     pooled_side: int | None = 6
-    """Max-pools each picture's grid to so many rows and columns; null keeps its tokens (video)."""
+    """Rows and columns that each picture's grid is max-pooled to; null keeps its tokens (video)."""
     boxes: Boxes = "zeros"
     """A picture token's place: zeros as published for grids and videos; its cell's real box; or its box on a strip of
     a video's frames, which says when."""

@@ -112,7 +112,7 @@ def _next(left: Any) -> Any:
 
 
 def repeated(video: Video, frames: int) -> Video:
-    """Repeats frames of a shorter video evenly, up to so many."""
+    """Repeats frames of a shorter video evenly, up to `frames`."""
     have = len(video.pictures)
     if have >= frames:
         return video

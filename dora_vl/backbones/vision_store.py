@@ -419,7 +419,7 @@ def fixed_length(
 
 
 def pooled_frames(tokens: int, length: int, *, frames: int) -> int:
-    """Returns the frames left when so many tokens of so many frames have to become `length`; all of them at most."""
+    """Returns how many frames are left when the tokens of all frames have to become `length` in number."""
     per_frame = tokens // frames
     if tokens <= length:
         return frames

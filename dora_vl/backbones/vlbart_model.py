@@ -38,7 +38,7 @@ class VlBartConfig(BartConfig):
 
     Attributes:
         feature_width: numbers of one picture token.
-        pooled_side: each picture's square grid is max-pooled to so many rows and columns; None keeps its tokens.
+        pooled_side: rows and columns that each picture's square grid is max-pooled to; None keeps its tokens.
         visual_norm: layer norms of the feature and the position branch (`each`, the published runs), one after the
             sum (`sum`, VL-T5's pretrained files), or `none`.
         boxes: what stands for a token's place where none is given: `zeros` as in the published grid runs, or the

@@ -150,11 +150,11 @@ class ReplaySampler(SeededSampler):
 
 
 WINDOW = 1_024
-"""Micro-batches are made equally long among so many samples; more would hardly help."""
+"""The number of samples among which micro-batches are made equally long; more would hardly help."""
 NEIGHBOURS = 8
-"""So many micro-batches of almost one length follow each other, so that as many ranks need not wait."""
+"""This many micro-batches of almost one length follow each other, so that as many ranks need not wait."""
 TOGETHER = 4
-"""A micro-batch holds at most so many samples of one picture or video: with more, a step would see few pictures."""
+"""The most samples of one picture or video in a micro-batch: with more, a step would see few pictures."""
 
 
 class TreeSampler(SeededSampler):
@@ -204,7 +204,7 @@ class TreeSampler(SeededSampler):
                 yield from batch
 
     def _cut(self, window: list[list[int]], most: int) -> tuple[list[list[int]], list[list[int]]]:
-        """Returns the window with exactly so many samples, and what is left of its last group."""
+        """Returns the window with exactly `most` samples, and what is left of its last group."""
         over = sum(map(len, window)) - most
         kept, left = window[-1][: len(window[-1]) - over], window[-1][len(window[-1]) - over :]
         return [*window[:-1], kept], [left] if left else []
@@ -323,7 +323,7 @@ def _permutation(key: str, items: int) -> np.ndarray:
 
 
 HEADERS = 1_000
-"""The pictures of so many rows, at even distances, are measured: less than a second's worth."""
+"""The number of rows, evenly spread, whose pictures are measured: less than a second's work."""
 
 
 def longest_places(sizes: SamplingLengths, count: int, among: Bool[Tensor, " samples"] | None = None) -> list[int]:

@@ -123,7 +123,7 @@ def _same_media(first: Sample, second: Sample) -> bool:
 
 
 def spread(lengths: Sequence[int], rows: int) -> list[list[int]]:
-    """Deals trees to so many rows of equally many tokens: the longest first, to the shortest row."""
+    """Deals trees to `rows` of about equally many tokens: the longest first, to the shortest row."""
     filled = [(0, row) for row in range(rows)]
     trees: list[list[int]] = [[] for _ in range(rows)]
     for tree in sorted(range(len(lengths)), key=lambda tree: -lengths[tree]):

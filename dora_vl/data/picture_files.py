@@ -27,14 +27,14 @@ PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVI
 """Pillow's names of what is read; it knows formats that start other programs (EPS: Ghostscript), and rarer decoders.
 HEIC is read beside them where pillow-heif is installed."""
 PICTURE_PIXELS = 178_956_970
-"""A picture of more pixels is refused, as Pillow does. Decoding so many takes 0.6 to 2.2 GB, and seconds."""
+"""A picture of more pixels is refused, as Pillow does. Decoding this many takes 0.6 to 2.2 GB, and seconds."""
 PICTURE_ELONGATION = 500
-"""A side may be at most so many times the other: some models bring the shorter one to their own size."""
+"""A side may be at most this many times the other: some models bring the shorter one to their own size."""
 PICTURE_SIDE = 8_192
 """A picture with a longer side is shrunk to it when it is read, since many models pad to a square (pixels)."""
 PICTURE_BYTES = 512 * MEBIBYTE
 PICTURE_SECONDS = 20.0
-"""Decoding a picture may take so many CPU seconds: a JPEG of 171 KB can be made of thousands of scans."""
+"""CPU seconds that decoding a picture may take: a JPEG of 171 KB can be made of thousands of scans."""
 PICTURE_MEMORY = 3_072 * MEBIBYTE  # of the process that looks at a picture
 
 FRAME_PIXELS = 36_000_000  # 8K has 33 million
@@ -174,7 +174,7 @@ def read_picture(content: bytes, path: str | None, most_pixels: int, decode: boo
     Args:
         path: where the file is; None: `content` is the file.
         decode: whether all of it must be readable.
-        send: whether it is wanted, if it has at most so many pixels.
+        send: whether the picture is wanted, if it has at most `most_pixels`.
     """
     source = BytesIO(content) if path is None else Path(path)
     try:

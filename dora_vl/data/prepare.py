@@ -27,7 +27,7 @@ from dora_vl.files import file_sha256, whole_file, write_json
 
 FORMAT = 2  # raise it when records change their meaning: older files are then made again
 ROWS_TO_JUDGE = 1000
-"""When none of so many rows can be used, the file is another one than the source expects."""
+"""If none of this many first rows can be used, the file is not the one that the source expects."""
 
 DESCRIPTION = """\
 Turns a publisher's files into records/<task>/<split>.jsonl, with records/<task>/manifest.json beside them: counts,

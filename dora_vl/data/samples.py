@@ -207,7 +207,7 @@ SHOWN, BEFORE = 120, 20  # characters of a text in a message, and those of them 
 def look_ahead(
     table: ExampleTable, *, pictures: MediaFolder | None, videos: MediaFolder | None, max_bad_share: float, source: str
 ) -> None:
-    """Refuses a set of which so many samples cannot be used that a run over it would end for that.
+    """Refuses a set with so large a share of unusable samples that a run over it would end.
 
     `pictures` and `videos` are the roots of their paths; None where their files are not looked for.
     """

@@ -39,7 +39,7 @@ TABLE_VERSION = 13  # part of the cache's key: raise it when columns or their me
 ROWS_A_BATCH = 4096
 SHARES = "data.validation_share (of init: --test-share)"
 DRAWS = 100
-"""So many rows are drawn for other pictures; all of them have the same where nearly all of a file's rows do."""
+"""The number of rows drawn for another picture; all have the same one where nearly all rows of a file do."""
 CHARACTERS_A_BATCH = 1 << 25  # Arrow's string offsets are 32 bits; a batch stays far below
 
 _CLIP = pa.struct([("path", pa.string()), ("start_seconds", pa.float64()), ("end_seconds", pa.float64())])
@@ -271,7 +271,7 @@ def _column(rows: datasets.Dataset, name: str) -> pa.Array:
 
 
 def _counts(rows: datasets.Dataset, name: str) -> Counter[int]:
-    """Tells how many rows have so many `images` or `videos`."""
+    """Counts the rows by how many `images` or `videos` they have."""
     return Counter(_column(rows, name).value_lengths().to_pylist())
 
 

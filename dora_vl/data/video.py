@@ -43,7 +43,7 @@ class EverySeconds:
 
     Attributes:
         period: in seconds; 0.5 is two frames a second.
-        least: a clip too short for so many is cut into that many equal parts.
+        least: a clip too short for this many frames is cut into as many equal parts.
         most: so is a clip too long for that many; None takes all.
     """
 

@@ -37,7 +37,7 @@ from dora_vl.evaluation.questions import endings_of, outputs_of, turns_asked
 
 log = logging.getLogger(__name__)
 LEAST_REPEATED = 16
-"""The proof that a tower can run apart pays from so many questions about earlier pictures on."""
+"""From this many questions about earlier pictures on, the proof that a tower can run apart pays."""
 
 
 def model_inputs(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
@@ -201,7 +201,7 @@ class Assistant:
         return text
 
     def view(self, example: Example, *, frames: int) -> View:
-        """Shows so many frames of the example's own clip."""
+        """Shows `frames` frames of the example's own clip."""
         if example.video is None:
             raise ValueError(f"example {example.id} has no video")
         as_pictures = self.prompts.frames_are_pictures

@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--follow-links", action="store_true", help="read pictures that are links out of that folder")
     parser.add_argument("--to", type=Path, help="results (default: `evaluation` beside the adapter or predictions)")
     parser.add_argument("--mode", action="append", default=[], help="NAME=VERSION, such as vqav2=before_2021")
-    parser.add_argument("--limit", type=positive, help="only the first so many examples of each benchmark")
+    parser.add_argument("--limit", type=positive, help="only the first N examples of each benchmark")
     parser.add_argument("--batch-size", type=positive, default=32, help="questions at once (default: 32)")
     parser.add_argument("--max-new-tokens", type=positive, help="longest answer (default: the benchmark's own)")
     parser.add_argument("--frames", type=positive, help="frames of a video that are shown (default: benchmark's own)")

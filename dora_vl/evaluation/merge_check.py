@@ -40,7 +40,7 @@ from dora_vl.run.watched import evenly
 BATCH, FRAMES = 8, 8
 FAILED_STATUS = 1
 TEXTS, TOKENS = 3, 12
-"""Logits are compared for so many drawn texts of so many tokens."""
+"""The number of drawn texts whose logits are compared, and the tokens of each."""
 ROUNDING = {False: 1e-3, True: 1e-1}
 """The largest difference that rounding makes, as a share of the largest logit; True: for weights below float32.
 

@@ -215,7 +215,7 @@ def hashes(source: ModelSource) -> Mapping[str, str]:
 
 AnyBackbone = TypeVar("AnyBackbone", bound=Backbone[Any])
 LONGEST_ANSWERED = 1 << 20
-"""So many tokens a prompt and its answer may have where no recipe says how many: none is cut."""
+"""The most tokens of a prompt and its answer where no recipe says it: none is cut."""
 
 
 def open_model(source: ModelSource | ModelRequest) -> Opened:

@@ -71,7 +71,7 @@ class MediaReader:
 
 
 def media_reader(folder: Path | MediaFolder, *, frames: int, one_length: bool = False) -> MediaReader:
-    """Makes a reader of pictures and so many frames of each video below one folder."""
+    """Makes a reader of pictures, and of `frames` frames of each video, below one folder."""
     videos = VideoReading(folder=folder, sampling=Uniform(frames), frames=frames if one_length else None)
     return MediaReader(folder=folder, videos=videos)
 

@@ -68,7 +68,7 @@ class Subtask:
         chooses: every example has choices, and which of them is right is what is scored.
         is_video: a sample's pictures are the frames of one video, not inputs of their own.
         state_span: where the prompt states which part of the video it is about (and the features are of the whole),
-            `extra["ts"]` for a part from so many seconds to so many; None where it states none.
+            `extra["ts"]` for a part from one second to another; None where it states none.
     """
 
     name: str

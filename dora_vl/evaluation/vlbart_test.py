@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 Tested = tuple[Subtask, ExampleFile, FeatureReader]
 """A VL-BART's task, its test file, and the features of the pictures in that."""
 READ = 64
-"""Before training the features of at most so many examples are read, evenly over a file."""
+"""The most examples of a file, evenly spread, whose features are read before training."""
 NAMED = 3
 
 
@@ -98,7 +98,7 @@ def watch_subtasks(
     image_folder: str | None,
     source: str,
 ) -> Watch | None:
-    """Watches so many examples, of each task in turn; None where no file holds one that can be read."""
+    """Watches `count` examples, of each task in turn; None where no file holds one that can be read."""
     parts: list[tuple[Predictor, Sequence[Example], Decoding]] = []
     model = assistant_of(backbone, encoder, tested, while_training=True)
     for number, (subtask, file, _) in enumerate(tested):

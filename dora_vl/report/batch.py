@@ -39,7 +39,7 @@ STAND_IN = "no sample: it takes the batch through the vision part, as other rank
 
 @dataclass(frozen=True)
 class Piece:
-    """One token, or a stretch of places or padding of so many."""
+    """Shows one token, or a stretch of `count` places or padding tokens."""
 
     text: str
     kind: Kind

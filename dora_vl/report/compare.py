@@ -249,7 +249,7 @@ class Comparison:
 
 
 def stepped(rate: float, steps: int) -> float:
-    """Returns a rate so many half powers of ten away, in two digits."""
+    """Returns a rate `steps` half powers of ten away, in two digits."""
     return float(f"{rate * 10 ** (steps / 2):.2g}")
 
 

@@ -89,7 +89,7 @@ class Contenders:
         return Estimate(float(np.mean(self.by_seed(measure, name))), low, high)
 
     def difference(self, measure: Measure, name: str, other: str, *, contrasts: int = 1) -> Estimate:
-        """Returns a contender's mean less another's, over the same draws of units; one of so many contrasts."""
+        """Returns a contender's mean less another's, over the same draws of units; one of `contrasts`."""
         value = float(np.mean(self.by_seed(measure, name)) - np.mean(self.by_seed(measure, other)))
         own = self._interval(measure, name, other, tail=0.025)
         return Estimate(value, *own, self._interval(measure, name, other, tail=0.025 / contrasts))

@@ -136,7 +136,7 @@ def access_rules(options: argparse.Namespace) -> AccessRules:
 
 MOST_CONNECTIONS = 512
 MOST_OF_A_CLIENT = 128
-"""One address may have so many requests answered at a time; every open page holds one or two."""
+"""The most requests of one address that are answered at a time; every open page holds one or two."""
 HEAD_BYTES = 64 * 1024
 
 
@@ -183,7 +183,7 @@ class ByteBudget:
 
 
 class AccessMiddleware:
-    """Lets a request in and reads its JSON whole: so much, in so long, of so many at a time.
+    """Lets a request in and reads its JSON whole, within limits of bytes, seconds and requests at a time.
 
     Args:
         content_seconds: longest time that a request's content may take to arrive.
@@ -296,7 +296,7 @@ POLICY = (
 
 
 class Uploads:
-    """Files that visitors have sent and the page has not read yet: so many and so many bytes, and not for long.
+    """Holds files that visitors have sent until the page reads them, within limits of number, bytes and time.
 
     Args:
         folder: where Gradio keeps them, each in a folder of its own.

@@ -257,7 +257,7 @@ class Engine:
         Args:
             name: an adapter's, or the base's.
             turns: the conversation, its last turn a question; `<image>` and `<video>` where what is `seen` goes.
-            fill: the answer may be shorter than `sampling` says where the model has not so many positions left.
+            fill: the answer may be shorter than `sampling` says where the model has too few positions left.
             strength: how much of the adapter is applied, 0 nothing (the base, asked as the adapter was trained to be)
                 and 1 all; beyond 1 more of the same.
         """

@@ -30,9 +30,9 @@ from dora_vl.serving.requests import BadRequest, Message, TextPart, TooLarge, Vi
 from dora_vl.serving.scheduler import TooManyRequests
 
 DECODER_MEMORY = 576 * MEBIBYTE
-"""A request's process may take so many bytes; with its pixels here, four bytes each, a request stays below 1 GB."""
+"""Bytes that a request's process may take; with its pixels here, four bytes each, a request stays below 1 GB."""
 READING_AT_ONCE = 10
-"""So many requests have their pictures decoded at a time; as many processes are kept ready, 15 MB each."""
+"""The most requests whose pictures are decoded at a time; as many processes are kept ready, 15 MB each."""
 PATIENT_SECONDS = 5.0
 """A request's pictures may take longer only while no other request waits for its turn."""
 

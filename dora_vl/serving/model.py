@@ -90,7 +90,7 @@ class ServedModel:
     def rows(
         self, entries: Sequence[Entry], pictures: Sequence[int], strengths: Sequence[float] = ()
     ) -> AbstractContextManager[None]:
-        """Meanwhile the model's batch has a row for each of these, with so many pictures, at this strength (or 1)."""
+        """Inside, each row of the model's batch has its own adapter, number of pictures and strength (or 1)."""
         strengths = strengths or [1.0] * len(entries)
         shares = [entry.share(strength) for entry, strength in zip(entries, strengths, strict=True)]
         rows = list(zip(entries, shares, pictures, strict=True))

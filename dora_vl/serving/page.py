@@ -39,7 +39,7 @@ STRONGEST, STEP = 2.0, 0.05
 """The dial ends at 2; a request may ask for more."""
 LONGEST_ANSWER = 1024
 MOST_TALKS = 64
-"""So many talks are in memory, with their pictures; the one unused for longest goes."""
+"""The most talks in memory, with their pictures; the one unused for longest goes first."""
 Update = dict[Any, Any]
 """Maps parts of the page to new values; other parts keep theirs."""
 

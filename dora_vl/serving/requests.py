@@ -17,7 +17,7 @@ MOST_MESSAGES, MOST_PARTS, MOST_FIELDS = 512, 256, 64
 
 
 def _few(value: Any) -> Any:
-    """Returns an object of at most so many fields: one that is wrong costs memory, and a message, for each."""
+    """Refuses an object of too many fields: each wrong one costs memory and a message."""
     if isinstance(value, dict) and len(value) > MOST_FIELDS:
         raise ValueError(f"it has {len(value):,} fields, and {MOST_FIELDS} are allowed")
     return value
@@ -156,7 +156,7 @@ class BadRequest(UserError):
 
 
 MOST_VALUES = 1_000_000
-"""A request may have so many commas and opening brackets: each value has one before it, and takes a hundred bytes."""
+"""The most commas and opening brackets of a request: each value has one before it, and takes a hundred bytes."""
 LONGEST_PLACE, LONGEST_REASON = 80, 300
 _TAG = re.compile(r"(\.content\[\d+\])\.(?:text|image_url|video_url)")
 NOT_SERVED = "this server has its neutral value alone; vLLM with dora-vl's plugin has more"

@@ -46,7 +46,7 @@ class Base:
 
     Attributes:
         is_new: composed here: its projector has seen few pictures or none, and needs high rates.
-        parameters: about so many; 0: not known.
+        parameters: about how many; 0: not known.
         takes_words: it answers without a picture too.
     """
 

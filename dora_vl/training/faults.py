@@ -22,7 +22,7 @@ from dora_vl.run.launch import gathered
 logger = logging.getLogger(__name__)
 
 MOST_IN_A_ROW = 10
-"""So many steps left out in a row end a run that would continue after a single one."""
+"""This many steps left out in a row end a run that would continue after a single one."""
 NAMED_WEIGHTS, LONGEST_WEIGHT = 2, 90
 """A message names this many weights, each in at most this many characters."""
 

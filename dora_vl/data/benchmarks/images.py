@@ -135,7 +135,7 @@ def nlvr(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Sp
     Files, from github.com/lil-lab/nlvr (folder `nlvr`): `{train,dev,test}/{split}.json`, JSON lines of {sentence,
     label, identifier, directory, evals, structured_rep}; pictures
     `{split}/images/<directory>/<split>-<identifier>-<order>.png`, order 0 to 5. Licence: CC BY 4.0. Each row becomes
-    six examples, id "<identifier>-<order>", or so many as `orders` says. With `shares` the rows of all files are
+    six examples, id "<identifier>-<order>", or as many as `orders` says. With `shares` the rows of all files are
     divided anew, by sentence.
 
     Quirks: one sentence stands with up to four pictures ("1572-0" ... "1572-3"), and sentences repeat under other

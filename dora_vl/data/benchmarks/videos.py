@@ -112,7 +112,7 @@ def _clip(row: Row) -> tuple[Clip, dict[str, object]]:
 
 
 def question_row(raw: Raw, *, choices: int, answered: bool) -> Example:
-    """Returns one question of TVQA or How2QA with so many choices; where `answered`, its right choice must be there."""
+    """Returns one question of TVQA or How2QA with its choices; where `answered`, its right choice must be there."""
     row = Row(raw, "qid")
     texts = [row.filled(f"a{number}") for number in range(choices)]
     is_answered = answered or row.get("answer_idx") is not None

@@ -249,7 +249,7 @@ def score_points(
 
 
 Z = 1.959963984540054
-"""95 % of a normal distribution lies within so many standard deviations."""
+"""95 % of a normal distribution lies within this many standard deviations."""
 RESAMPLES = 2000
 COUNTS_AT_ONCE = 4_000_000  # 32 MB
 PERCENTILES = (2.5, 97.5)
@@ -257,7 +257,7 @@ LEAST_SHARE = 0.1  # percentiles of a smaller share of the draws would say nothi
 
 
 def wilson(share: float, units: int) -> Limits:
-    """Returns the 95 % interval of a share of so many units (Wilson 1927, no continuity correction)."""
+    """Returns the 95 % interval of a share of `units` (Wilson 1927, no continuity correction)."""
     scale = 1 + Z**2 / units
     middle = (share + Z**2 / (2 * units)) / scale
     half = Z * sqrt(share * (1 - share) / units + Z**2 / (4 * units**2)) / scale
@@ -342,9 +342,9 @@ def _interval(values: Numbers, formula: Formula, scores: Sequence[Scored]) -> Li
 def _limits_of(formula: Formula, scores: Sequence[Scored]) -> Limits | None:
     """Returns limits of a share, or of the difference of two shares that is the same in every unit.
 
-    None for other metrics; a mean or sum of shares has the mean or sum of theirs, which is wide rather than narrow. Of
-    a difference the units that were not seen may be otherwise: by Wilson's upper limit for none of so many, a share of
-    them, and each of these anything from -1 to 1.
+    None for other metrics; a mean or sum of shares has the mean or sum of theirs, which is wide rather than narrow. The
+    units of a difference that were not seen may differ: their share is Wilson's upper limit for none of the units seen,
+    and each of them may be anything from -1 to 1.
     """
     if isinstance(formula, Total):
         parts = [limits for part in formula.parts if (limits := _limits_of(part, scores)) is not None]
