@@ -130,7 +130,8 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         # Hooks inside the model's own forward leave what it does to logits (scales, soft caps) to the model.
         hooks = [head.register_forward_pre_hook(labelled_alone)]
         if self._head_is_last is None:
-            hooks.append(head.register_forward_hook(lambda *seen: scores.append(seen[2])))
+            # A copy: some models write into their logits in place (Chameleon, over the tokens of pictures).
+            hooks.append(head.register_forward_hook(lambda *seen: scores.append(seen[2].clone())))
         if self.training and torch.is_grad_enabled():
             hooks.append(self.model.get_input_embeddings().register_forward_hook(_asks_for_gradients))
         try:

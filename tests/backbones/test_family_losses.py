@@ -313,6 +313,26 @@ def test_rows_that_a_model_misreads_are_not_taken(folders: Folders, monkeypatch:
     assert check_packing(backbone, encoder, "packed")[0] == "plain"
 
 
+def test_logits_that_a_model_changes_in_place_are_the_loss_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(next_token, "SMALL_VOCABULARY", 0)  # losses in chunks, wherever the head is the last step
+    model = tiny_language().eval().requires_grad_(False)
+    forward = model.forward
+
+    def masked(*arguments: object, **named: object) -> object:
+        output = forward(*arguments, **named)
+        output.logits[..., 10:30] = -1e4
+        return output
+
+    monkeypatch.setattr(model, "forward", masked)
+    batch = inputs_of(Collator(0)(language_samples()))
+    kept = batch["labels"].where((batch["labels"] < 10) | (batch["labels"] >= 30), torch.tensor(IGNORED_LABEL))
+    expected = torch.nn.functional.cross_entropy(
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].flatten(0, 1),
+        kept[:, 1:].flatten(),
+    )
+    torch.testing.assert_close(DecoderBackbone(model)(**{**batch, "labels": kept}).losses.mean(), expected)
+
+
 def test_a_copy_attends_along_packed_rows_as_well() -> None:
     backbone, batch = (
         DecoderBackbone(tiny_language().eval()),

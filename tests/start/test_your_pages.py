@@ -80,7 +80,7 @@ def test_your_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output, checked, _, answered = run_page("your_videos.md", tmp_path, base, more)
     assert "clips/questions.csv: question/answer, 60 rows, 60 usable" in output
     assert "nothing found" in checked
-    assert "clips/001.mp4 (8 frames as separate pictures, " in answered
+    assert "clips/001.mp4 (8 frames, 0.1 to 1.8 s, " in answered
     assert "without adapter:" in answered
     own, *_ = read_predictions(tmp_path / "runs/clips/predictions.jsonl").values()
     assert len(own) == 4
