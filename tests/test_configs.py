@@ -206,6 +206,27 @@ def test_trains_the_published_number_of_parameters(name: str, expected: int) -> 
 
 
 @pytest.mark.parametrize(
+    ("targets", "part"),
+    [
+        (("*.q_proj",), "projector"),
+        (("*.q_proj", "projector"), "full"),
+        (("model.multi_modal_projector.linear_1",), "full"),
+    ],
+)
+def test_a_full_run_trains_the_projector_as_other_methods_do(targets: tuple[str, ...], part: str) -> None:
+    """As a part of its own, with its own rate, unless the targets hold some of it."""
+    config = read(named("llava/llava15:7b_dora"))
+    adapter = dataclasses.replace(config.adapter, method="full", targets=targets)
+    parts = trained_parts(adapted(dataclasses.replace(config, adapter=adapter), layers=2))
+    projector = {each.part for each in parts for name in each.parameters if "multi_modal_projector" in name}
+    assert projector == {part}
+    alone = dataclasses.replace(adapter, targets=("*.q_proj",), train_projector=False)
+    assert {each.part for each in trained_parts(adapted(dataclasses.replace(config, adapter=alone), layers=2))} == {
+        "full"
+    }
+
+
+@pytest.mark.parametrize(
     ("name", "percent"),
     [
         ("llama_7b_lora_r32", 0.83),

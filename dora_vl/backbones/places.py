@@ -55,6 +55,13 @@ def names_experts(model: PreTrainedModel, patterns: Iterable[str]) -> bool:
     return any(_hits(experts, pattern) and not _hits(layers, pattern) for pattern in patterns)
 
 
+def names_projector(model: PreTrainedModel, targets: Iterable[str]) -> bool:
+    """Tells whether some of a full run's targets hold weights of the projector."""
+    owners = _owners_in(model, "projector")
+    patterns = resolved_targets(model, targets, "adapter.targets", any_module=True)
+    return any(_hits(owners, pattern) for pattern in patterns)
+
+
 def _hits(names: Iterable[str], pattern: str) -> bool:
     return any(fnmatchcase(name, pattern) for name in names)
 

@@ -86,7 +86,7 @@ class AdapterConfig(AdapterSettings):
     own default, for most language; the paper's q, k, v, up and down for commonsense; queries and values for vlbart."""
     train_projector: bool = True
     """Trains the projector between vision and language (a VL-BART's visual embedding) whole, in float32, as the part
-    `projector`, unless `parts` or `also_train` has one of that name."""
+    `projector`, unless `parts` or `also_train` has one of that name. A full run's targets may hold it instead."""
     train_biases: bool = True
     """Trains all biases of BART as well, as the published LoRA and DoRA runs do."""
     train_norm_weights: bool = False

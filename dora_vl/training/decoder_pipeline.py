@@ -25,6 +25,7 @@ from dora_vl.backbones.model import (
     projector_patterns,
     skeleton_of,
 )
+from dora_vl.backbones.places import names_projector
 from dora_vl.backbones.tower_sources import compose_llava, has_new_projector, write_language_model
 from dora_vl.core import DoRAConfig
 from dora_vl.core.strength import checked_strength
@@ -213,8 +214,6 @@ class DecoderPipeline(Pipeline):
             raise SettingError(
                 "adapter.targets", " must name the modules whose weights train with adapter.method: full"
             )
-        if adapter.method == "full":
-            return core_config(adapter, model, targets=())
         targets, also_train = self._places(model)
         return core_config(adapter, model, targets=targets, also_train=also_train)
 
@@ -227,7 +226,8 @@ class DecoderPipeline(Pipeline):
         if not adapter.train_projector or {"projector"} & {*adapter.parts, *adapter.also_train}:
             return targets, {}
         if patterns := projector_patterns(model):
-            return targets, {"projector": patterns}
+            in_targets = adapter.method == "full" and names_projector(model, adapter.targets or ())
+            return targets, {} if in_targets else {"projector": patterns}
         if sees_pictures(base.base, base.revision):
             logger.warning(
                 "no projector is known in a %s, so none trains; adapter.train_projector: false says that it is meant",
