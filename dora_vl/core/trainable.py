@@ -119,7 +119,8 @@ def choose_trained(
         by_part[part] = matching(candidates, patterns, f"also_train.{part}")
     _refuse_untrainable(model, by_part)
     keep = _kept_names(all_tensors(model), also_keep)
-    _train_in_float32(model, [name for part in also_train for name in by_part[part]], gather)
+    if not full:  # a full run's masters are its optimizer's, for these weights as for all others
+        _train_in_float32(model, [name for part in also_train for name in by_part[part]], gather)
     parameters, parts = dict(model.named_parameters(remove_duplicate=False)), []
     for part, names in by_part.items():
         adapts = part in adapting

@@ -198,10 +198,9 @@ MASTERS = (
     "--model.dtype=bfloat16",
     "--training.bf16=true",
     "--adapter.method=full",
-    '--adapter.targets=["model.language_model*", "lm_head", "model.multi_modal_projector*"]',
-    "--optim.projector_learning_rate=null",
+    '--adapter.targets=["model.language_model*", "lm_head"]',
 )
-"""A bfloat16 model, whose masters are float32."""
+"""A bfloat16 model, whose masters are float32, the projector's too."""
 
 
 @pytest.mark.slow

@@ -55,8 +55,7 @@ def test_cached_features_workers_and_full_fine_tuning(run_file: Path) -> None:
         "--training.deepspeed=zero3",
         "--training.bf16=true",
         "--adapter.method=full",
-        '--adapter.targets=["model.language_model*", "model.multi_modal_projector*"]',
-        "--optim.projector_learning_rate=null",
+        '--adapter.targets=["model.language_model*"]',
         "--overwrite=true",
     )
 
