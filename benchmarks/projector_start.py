@@ -15,7 +15,10 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -128,6 +131,18 @@ def train(name: str, start: str, seed: int, epochs: str, to: Path) -> None:
     )
 
 
+def table(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Lays out each set's mean accuracy by start, with its seeds' lowest and highest."""
+    lines = ["| set | start | seeds | steps | right |", "| --- | --- | --- | --- | --- |"]
+    for name, tested in runs.items():
+        for start in dict.fromkeys(run.rpartition("_")[0] for run in tested):
+            seeds = [scores for run, scores in tested.items() if run.rpartition("_")[0] == start]
+            values = [scores["value"] for scores in seeds]
+            right = f"{mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+            lines.append(f"| {name} | `{start}` | {len(seeds)} | {seeds[0]['steps']} | {right} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Trains what is not there yet, and writes the numbers after each run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -141,14 +156,14 @@ def main() -> None:
         for name in options.sets.split(","):
             for start in options.starts.split(","):
                 train(name, start, int(seed), options.epochs, options.to)
-                runs: dict[str, dict[str, dict[str, object]]] = {}
+                runs: dict[str, dict[str, dict[str, Any]]] = {}
                 for path in filter(is_tested, sorted(options.to.glob("*/*_*"))):
                     metrics = json.loads((path / "metrics.json").read_text())
                     (entry,) = metrics["sets"].values()
                     scores = {"steps": metrics["train_steps"], "n": entry["n"], **entry["metrics"]["accuracy"]}
                     runs.setdefault(path.parent.name, {})[path.name] = scores
                 (options.to / "starts.json").write_text(json.dumps(runs, indent=1))
-                print({name: {run: of["value"] for run, of in each.items()} for name, each in runs.items()}, flush=True)
+                print(table(runs), flush=True)
 
 
 if __name__ == "__main__":

@@ -86,8 +86,9 @@ class TrainDoor:
         self.files = gr.File(show_label=False, file_count="multiple", height=124, elem_id="dv-drop")
         self.folder = gr.Textbox(label="or a folder on this machine", placeholder="my_pictures", elem_id="dv-folder",
                                  info="with such a table, or with a folder for each answer")  # fmt: skip
-        self.question = gr.Textbox(label="One question for all pictures", placeholder="what is it?", elem_id="dv-one",
-                                   info="where the table has none")  # fmt: skip
+        self.question = gr.Textbox(label="One question for all pictures", placeholder="such as: what is it?",
+                                   info="needed for a folder for each answer, or where the table has none",
+                                   elem_id="dv-one")  # fmt: skip
         self.base = gr.Dropdown([], label="Base", allow_custom_value=True, elem_id="dv-base",
                                 info="the model to adapt: a folder, or OWNER/NAME of the hub")  # fmt: skip
         self.look = gr.Button("Look at the data", variant="primary", elem_id="dv-look")
