@@ -144,7 +144,7 @@ class GridTower(PreTrainedModel):
         **_: Any,  # transformers passes output flags on; there is one output, so none of them matters
     ) -> BaseModelOutput:
         """Returns grid tokens [images, tokens, width], row by row, as the only hidden state."""
-        # Convolutions take half the time on pixels that lie channel by channel, whatever their weights' layout.
+        # On a processor convolutions take half the time where a pixel's channels lie side by side.
         grid = network_output(self.network, self.config, pixel_values.contiguous(memory_format=torch.channels_last))
         if self.config.layout == "NHWC":
             grid = grid.permute(0, 3, 1, 2)
