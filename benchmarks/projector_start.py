@@ -22,6 +22,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from benchmarks.report import table
 from dora_vl.run.folder import is_tested
 
 LEARNED, TESTED = 160, 200
@@ -131,16 +132,16 @@ def train(name: str, start: str, seed: int, epochs: str, to: Path) -> None:
     )
 
 
-def table(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+def summary(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """Lays out each set's mean accuracy by start, with its seeds' lowest and highest."""
-    lines = ["| set | start | seeds | steps | right |", "| --- | --- | --- | --- | --- |"]
+    lines: list[list[object]] = []
     for name, tested in runs.items():
         for start in dict.fromkeys(run.rpartition("_")[0] for run in tested):
             seeds = [scores for run, scores in tested.items() if run.rpartition("_")[0] == start]
             values = [scores["value"] for scores in seeds]
             right = f"{mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
-            lines.append(f"| {name} | `{start}` | {len(seeds)} | {seeds[0]['steps']} | {right} |")
-    return "\n".join(lines)
+            lines.append([name, f"`{start}`", len(seeds), seeds[0]["steps"], right])
+    return table(["set", "start", "seeds", "steps", "right"], lines)
 
 
 def main() -> None:
@@ -163,7 +164,7 @@ def main() -> None:
                     scores = {"steps": metrics["train_steps"], "n": entry["n"], **entry["metrics"]["accuracy"]}
                     runs.setdefault(path.parent.name, {})[path.name] = scores
                 (options.to / "starts.json").write_text(json.dumps(runs, indent=1))
-                print(table(runs), flush=True)
+                print(summary(runs), flush=True)
 
 
 if __name__ == "__main__":

@@ -85,8 +85,9 @@ class AdapterConfig(AdapterSettings):
     projector, experts (those that are one tensor), all-linear (experts too, without the output head); null: the model's
     own default, for most language; the paper's q, k, v, up and down for commonsense; queries and values for vlbart."""
     train_projector: bool = True
-    """Trains the projector between vision and language (a VL-BART's visual embedding) whole, in float32, as the part
-    `projector`, unless `parts` or `also_train` has one of that name. A full run's targets may hold it instead."""
+    """Trains the projector between vision and language (a VL-BART's visual embedding) whole, as the part `projector`,
+    unless `parts` or `also_train` has one of that name, or a full run's targets hold it. It trains in float32, or
+    with a full run's other weights in theirs."""
     train_biases: bool = True
     """Trains all biases of BART as well, as the published LoRA and DoRA runs do."""
     train_norm_weights: bool = False
