@@ -139,27 +139,7 @@ def language_case(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 def llava_case(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Serves a LLaVA's exported adapter on the exported base, which has the trained projector."""
     kind, served = AutoModelForImageTextToText, folder / "served"
-    tokenizer = byte_tokenizer()
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            image_size=28,
-            patch_size=14,
-            projection_dim=64,
-            initializer_range=0.3,
-        ),
-        text_config=llama_config(vocab_size=len(tokenizer)),
-        image_token_index=tokenizer.get_vocab()["<image>"],
-    )
-    base = write_model(kind, config, folder / "llava")
-    pixels = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    processor = LlavaProcessor(
-        pixels, tokenizer, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1
-    )
-    processor.save_pretrained(base)
+    base, processor = write_llava(folder / "llava")
     adapter = write_adapter(kind, base, folder / "llava adapter", seed=20, **LLAVA_ADAPTER)
     run([sys.executable, "-m", "dora_vl.cli", "export", "--for", "vllm", "--adapter", adapter, "--to", served])
     pictures = [folder / f"{number}.png" for number in range(len(COLOURS))]
@@ -214,6 +194,33 @@ def write_model(kind: Any, config: Any, folder: Path) -> Path:
             weight.normal_(std=0.5)
     model.save_pretrained(folder)
     return folder
+
+
+def write_llava(folder: Path) -> tuple[Path, LlavaProcessor]:
+    """Writes a random LLaVA with a CLIP tower and a tokenizer of bytes."""
+    tokenizer = byte_tokenizer()
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=28,
+            patch_size=14,
+            projection_dim=64,
+            initializer_range=0.3,
+        ),
+        text_config=llama_config(vocab_size=len(tokenizer)),
+        image_token_index=tokenizer.get_vocab()["<image>"],
+        image_seq_length=(28 // 14) ** 2,
+    )
+    base = write_model(AutoModelForImageTextToText, config, folder)
+    pixels = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    processor = LlavaProcessor(
+        pixels, tokenizer, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+    processor.save_pretrained(base)
+    return base, processor
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

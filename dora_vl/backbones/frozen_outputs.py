@@ -612,11 +612,16 @@ class PictureReader:
 
         Raises: BadSample.
         """
+        sizes, pictures = self.pictures(names)
+        return sizes, self.encoder.pictured(pictures)
+
+    def pictures(self, names: Sequence[str]) -> tuple[list[tuple[int, int]], list[Image.Image]]:
+        """Opens the pictures; returns their sizes, and the pictures shrunk to `most_pixels`."""
         pictures = [open_image(self.folder, name, self.stored) for name in names]
         sizes = [picture.size for picture in pictures]
         if self.most_pixels is not None:
             pictures, _, _ = within_pixels(pictures, (), self.most_pixels)
-        return sizes, self.encoder.pictured(pictures)
+        return sizes, pictures
 
 
 def _file_state(path: Path) -> tuple[int, int]:

@@ -259,6 +259,12 @@ class ImagePreparation:
         pixels = self._processor(images=picture, return_tensors="pt")["pixel_values"]
         return pixels[0]
 
+    def as_picture(self, pixels: Float[Tensor, "3 height width"]) -> Image.Image:
+        """Returns the picture that normalised pixels show; prepared again in any of the ways, it gives them again."""
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.preparation.mean, self.preparation.std))
+        shades = ((pixels * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        return Image.fromarray(shades.permute(1, 2, 0).numpy())
+
     def _padded_by_rows(self, picture: Image.Image) -> Image.Image:
         """Makes the padded square at its final size without the full square, which takes gigabytes for long pictures.
 

@@ -123,6 +123,7 @@ def log_to_stderr() -> None:
     """Logs how the run goes on the first rank, and only what is wrong on the others."""
     level = logging.INFO if launched_first() else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for every request, to the hub or to vLLM
 
 
 @contextlib.contextmanager

@@ -250,6 +250,9 @@ class ObjectiveConfig:
     """Answers that grpo, dr_grpo, dapo and rloo draw to each question."""
     max_new_tokens: int = 64
     """The most tokens that a drawn answer has."""
+    vllm: str | None = None
+    """Where a vLLM server with dora-vl's plugin draws the answers, such as http://localhost:8000, from the adapter that
+    it gets before each step; docs/preferences.md says how it is started. null: the model draws them itself."""
     kl: float = 0.0
     """Weight of the penalty for moving away from the untrained model (KL divergence); 0 saves its pass."""
 
@@ -404,7 +407,7 @@ _TEXT = _fields(
     data="validation validation_share validation_size validation_limit max_tokens packing group_by_modality_length "
     "streaming shuffle_buffer columns ignore ask replay",
     evaluation="max_new_tokens strength forgetting other_texts",
-    objective="loss beta margin rewards format group max_new_tokens kl",
+    objective="loss beta margin rewards format group max_new_tokens vllm kl",
 )
 _MEDIA = _fields(
     data="image_folder video_folder follow_links as_published video_frames video_fps cache_features feature_cache "

@@ -25,8 +25,10 @@ from dora_vl.backbones.model import (
     projector_patterns,
     skeleton_of,
 )
+from dora_vl.backbones.pieces import PieceProcessor
 from dora_vl.backbones.places import names_projector
 from dora_vl.backbones.tower_sources import compose_llava, has_new_projector, write_language_model
+from dora_vl.backbones.towers import ImagePreparation
 from dora_vl.core import DoRAConfig
 from dora_vl.core.strength import checked_strength
 from dora_vl.data.batches import Collator
@@ -78,8 +80,9 @@ from dora_vl.training.losses import LossModel, NextTokenLoss, PreferenceLoss, Re
 from dora_vl.training.parts import adapt, core_config
 from dora_vl.training.pipeline import Pipeline, TrainingData
 from dora_vl.training.replay import check_base_writes, check_replay, put_chats
-from dora_vl.training.rollouts import Rollouts, with_answers
+from dora_vl.training.rollouts import ModelAnswers, Rollouts, with_answers
 from dora_vl.training.run_samples import RowEncoder, RunSamples, stored_outputs
+from dora_vl.training.vllm_rollouts import VllmAnswers, VllmServer, start_command
 
 logger = logging.getLogger(__name__)
 
@@ -165,6 +168,14 @@ class DecoderPipeline(Pipeline):
                 " shards the weights, which answers are drawn with; take zero2",
             )
         self._rewards()
+        if objective.vllm is not None:
+            if self.samples(arguments).has_videos:
+                raise SettingError(
+                    "objective.vllm", " draws answers about pictures and texts, not videos; leave it out"
+                )
+            base = self.config.model.base
+            server = VllmServer(objective.vllm, start_command(base, self.config.adapter.rank))
+            on_first_rank(partial(server.check, base))
 
     @property
     def _sees_pictures(self) -> bool:
@@ -365,8 +376,34 @@ class DecoderPipeline(Pipeline):
         if objective.of_rewards is None:
             return None
         half = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+        drawn: dict[str, Any] = {
+            "max_new_tokens": objective.max_new_tokens,
+            "never": self.reading(backbone).placeholder_ids,
+        }
+        if objective.vllm is None:
+            assistant = Assistant(backbone, EncoderPrompts(self.encoder), while_training=True)
+            source = ModelAnswers(assistant=assistant, autocast=None if arguments.deepspeed else half, **drawn)
+        else:
+            model, reader, preparation = self.config.model, None, None
+            if self.encoder.sees_pictures:
+                reader = self._picture_reader(arguments)
+                if isinstance(self.encoder.processor, PieceProcessor):
+                    preparation = ImagePreparation.from_folder(
+                        model.base, aspect=model.image_aspect, revision=model.revision
+                    )
+            source = VllmAnswers(
+                server=self._vllm(),
+                backbone=backbone,
+                encoder=self.encoder,
+                example_of=samples.example_of,
+                reader=reader,
+                preparation=preparation,
+                base=model.base,
+                **drawn,
+            )
         return Rollouts(
-            assistant=Assistant(backbone, EncoderPrompts(self.encoder), while_training=True),
+            source=source,
+            device=arguments.device,
             collate=cast(Collator, data.collate),
             example_of=samples.example_of,
             loss=REWARD_LOSSES[objective.of_rewards],
@@ -377,9 +414,11 @@ class DecoderPipeline(Pipeline):
             seed=arguments.seed,
             run_folder=run_folder_of(self.config.training),
             keeps_all=objective.kl > 0,
-            never=self.reading(backbone).placeholder_ids,
-            autocast=None if arguments.deepspeed else half,
         )
+
+    def _vllm(self) -> VllmServer:
+        base, rank = self.config.model.base, self.config.adapter.rank
+        return VllmServer(str(self.config.objective.vllm), start_command(base, rank))
 
     def _rewards(self, examples: Callable[[], Iterable[Example]] = tuple) -> dict[str, Reward]:
         objective, after = self.config.objective, self.config.evaluation.answer_after

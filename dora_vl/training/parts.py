@@ -33,6 +33,7 @@ from dora_vl.run.settings import AdapterConfig, Decayed, OptimConfig
 from dora_vl.run.sharding import gather_to_read, gather_to_write, without_sharding
 from dora_vl.training.memory import Table, parameter_count, weight_count
 from dora_vl.training.pipeline import Pipeline
+from dora_vl.training.vllm_rollouts import refuse_unsent
 
 logger = logging.getLogger(__name__)
 
@@ -208,13 +209,15 @@ def refuse_unknown_parts(parts: Sequence[TrainedPart], rates: LearningRates) -> 
 
 def check_parts(pipeline: Pipeline, arguments: TrainingArguments) -> None:
     """Refuses patterns and rates of parts that the model does not have, on a model without weights."""
-    adapter, optim = pipeline.config.adapter, pipeline.config.optim
-    if not (adapter.targets or adapter.parts or adapter.also_train or adapter.also_keep or optim.rates):
+    adapter, optim, by_vllm = pipeline.config.adapter, pipeline.config.optim, pipeline.config.objective.vllm
+    if not (adapter.targets or adapter.parts or adapter.also_train or adapter.also_keep or optim.rates or by_vllm):
         return
     with without_sharding(arguments):
         backbone = pipeline.skeleton()
     apply_dora(backbone.model, replace(pipeline.dora_config(backbone), init="kaiming"))
     refuse_unknown_parts(trained_parts(backbone.model), rates_of(optim, arguments.learning_rate))
+    if by_vllm:
+        refuse_unsent(backbone.model)
 
 
 def with_decay(parts: Sequence[TrainedPart], decayed: Decayed) -> tuple[TrainedPart, ...]:

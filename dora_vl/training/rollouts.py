@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -64,24 +64,87 @@ def _answered(sample: Sample, group: Group) -> Sample:
     return replace(first, others=tuple(others))
 
 
+class AnswerSource(Protocol):
+    """Draws answers by the model that trains."""
+
+    def take_weights(self) -> None:
+        """Draws by the model's present weights from now on; every rank must call it before a step's answers."""
+        ...
+
+    def draw(self, samples: Sequence[Sample], group: int, seed: int) -> list[Group]:
+        """Draws `group` answers to each sample's question."""
+        ...
+
+
+def prompt_of(sample: Sample) -> Sample:
+    """Returns a sample up to where its answer begins."""
+    start = int((sample.labels != IGNORED_LABEL).int().argmax())
+    # All but the last token is what a prompt's answers begin with.
+    return replace(part_of(sample, stop=start), media_end=start - 1, others=())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelAnswers:
+    """Draws by the model itself. A prompt and its pictures are read once for all answers, where it can go on from them.
+
+    Attributes:
+        never: these tokens are not drawn, since they stand for pictures and videos.
+        autocast: the number type of the drawing passes; None leaves that of the weights.
+    """
+
+    assistant: Assistant
+    max_new_tokens: int
+    never: Collection[int]
+    autocast: torch.dtype | None
+
+    def take_weights(self) -> None:
+        """Does nothing: they are the model's own."""
+
+    def draw(self, samples: Sequence[Sample], group: int, seed: int) -> list[Group]:
+        """See `AnswerSource`."""
+        device, encoder, backbone = self.assistant.device, self.assistant.prompts.encoder, self.assistant.backbone
+        draws = Draws(torch.Generator(device).manual_seed(seed), self.never)
+        prompts = [prompt for sample in samples for prompt in [prompt_of(sample)] * group]
+        training = backbone.training
+        backbone.eval()
+        try:
+            with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
+                batch = self.assistant.begun(prompts)
+                new = self.assistant.new_ids(batch, max_new_tokens=self.max_new_tokens, options=draws.options)
+        finally:
+            backbone.train(training)
+        ends = torch.isin(new, torch.tensor(sorted(end_tokens(backbone.model))))
+        is_cut = ~ends.any(1)
+        lengths = torch.where(is_cut, new.shape[1], ends.int().argmax(1) + 1)
+        inside = torch.arange(new.shape[1]) < lengths[:, None]
+        log_probs = (torch.stack(draws.log_probs, 1).cpu() * inside).sum(1)
+        entropies = (torch.stack(draws.entropies, 1).cpu() * inside).sum(1) / lengths
+        columns = (lengths.tolist(), log_probs.tolist(), entropies.tolist(), is_cut.tolist())
+        answers = [
+            DrawnAnswer(
+                ids=ids[:length], text=encoder.decode(ids[:length]), log_prob=log_prob, entropy=entropy, is_cut=cut
+            )
+            for ids, length, log_prob, entropy, cut in zip(new, *columns, strict=True)
+        ]
+        return [answers[start : start + group] for start in range(0, len(answers), group)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rollouts:
     """Draws answers to a step's questions, and makes batches of them.
 
-    A prompt and its pictures are read once for all of its answers, where the model can continue what was read, and are
-    one tree with them in the update. What is drawn depends on seed, step, rank and micro-batch alone, so that a resumed
-    run draws the same.
+    A prompt and its answers are one tree in the update. The seed of what is drawn depends on the run's, step, rank and
+    micro-batch alone, so that a resumed run draws the same.
 
     Attributes:
         example_of: finds a training sample's example by its index.
         rewards: functions by name; `weights` says how much each counts.
         group: the number of answers drawn to each question.
         keeps_all: groups whose rewards are all alike are learned from too, by their divergence from the reference.
-        never: these tokens are not drawn, since they stand for pictures and videos.
-        autocast: the number type of the drawing passes; None leaves that of the weights.
     """
 
-    assistant: Assistant
+    source: AnswerSource
+    device: torch.device
     collate: Collator
     example_of: Callable[[int], Example | BadSample]
     loss: PolicyGradient
@@ -92,8 +155,6 @@ class Rollouts:
     seed: int
     run_folder: Path
     keeps_all: bool
-    never: Collection[int]
-    autocast: torch.dtype | None
 
     def answered(
         self, batches: Sequence[Mapping[str, Any]], *, step: int
@@ -103,6 +164,7 @@ class Rollouts:
         Every rank must call it. Returns the batches, what their losses are divided by, and the numbers that people
         watch.
         """
+        self.source.take_weights()
         samples: list[list[Sample]] = [batch["made_of"] for batch in batches]
         groups = [group for number, several in enumerate(samples) for group in self._drawn(several, step, number)]
         examples = [
@@ -146,44 +208,15 @@ class Rollouts:
         if len(points) > 1:
             numbers |= {f"rewards/{name}": value.mean() for name, value in points.items()}
         divisor = sum(gathered(self.loss.divisor(tokens)))
-        return learned, torch.tensor(max(1, divisor), device=self.assistant.device), numbers
+        return learned, torch.tensor(max(1, divisor), device=self.device), numbers
 
     def _drawn(self, samples: Sequence[Sample], step: int, number: int) -> list[Group]:
         """Draws the answers to the questions of one micro-batch."""
         if not samples:
             return []
         rank, ranks = rank_and_ranks()
-        device, encoder = self.assistant.device, self.assistant.prompts.encoder
         seed = sample_random(self.seed, step, number * ranks + rank).getrandbits(63)
-        draws = Draws(torch.Generator(device).manual_seed(seed), self.never)
-        prompts = []
-        for sample in samples:
-            start = int((sample.labels != IGNORED_LABEL).int().argmax())
-            # All but the last token is what a prompt's answers begin with.
-            prompts += [replace(part_of(sample, stop=start), media_end=start - 1, others=())] * self.group
-        backbone = self.assistant.backbone
-        training = backbone.training
-        backbone.eval()
-        try:
-            with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
-                batch = self.assistant.begun(prompts)
-                new = self.assistant.new_ids(batch, max_new_tokens=self.max_new_tokens, options=draws.options)
-        finally:
-            backbone.train(training)
-        ends = torch.isin(new, torch.tensor(sorted(end_tokens(backbone.model))))
-        is_cut = ~ends.any(1)
-        lengths = torch.where(is_cut, new.shape[1], ends.int().argmax(1) + 1)
-        inside = torch.arange(new.shape[1]) < lengths[:, None]
-        log_probs = (torch.stack(draws.log_probs, 1).cpu() * inside).sum(1)
-        entropies = (torch.stack(draws.entropies, 1).cpu() * inside).sum(1) / lengths
-        columns = (lengths.tolist(), log_probs.tolist(), entropies.tolist(), is_cut.tolist())
-        answers = [
-            DrawnAnswer(
-                ids=ids[:length], text=encoder.decode(ids[:length]), log_prob=log_prob, entropy=entropy, is_cut=cut
-            )
-            for ids, length, log_prob, entropy, cut in zip(new, *columns, strict=True)
-        ]
-        return [answers[start : start + self.group] for start in range(0, len(answers), self.group)]
+        return self.source.draw(samples, self.group, seed)
 
     def _write(self, step: int, examples: Sequence[Example], groups: Sequence[Group], rewards: Tensor) -> None:
         """Writes one question of the step with its answers and rewards, the first whose rewards differ."""

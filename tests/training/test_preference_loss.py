@@ -26,7 +26,7 @@ from dora_vl.heads.preferences import LOSSES, Scale
 from dora_vl.heads.rewards import REWARD_LOSSES
 from dora_vl.run.folder import DRAWN, read_log
 from dora_vl.training.losses import PreferenceLoss, Reference, RewardLoss
-from dora_vl.training.rollouts import Rollouts
+from dora_vl.training.rollouts import ModelAnswers, Rollouts
 from tests.backbones.image_text_conversations import BLUE, RED, inputs_of
 from tests.backbones.tiny_language import tiny_language
 
@@ -211,18 +211,23 @@ def rollouts_of(encoder: Encoder, backbone: DecoderBackbone, folder: Path, **set
         "rewards": {"vowels": lengths_and_vowels, "length": lambda example, answer: float(len(answer))},
         "weights": {"vowels": 1.0, "length": -0.5},
         "keeps_all": False,
-        "never": (),
         **settings,
     }
-    return Rollouts(
+    source = ModelAnswers(
         assistant=Assistant(backbone, EncoderPrompts(encoder), while_training=True),
+        max_new_tokens=LONGEST,
+        never=values.pop("never", ()),
+        autocast=None,
+    )
+    return Rollouts(
+        source=source,
+        device=torch.device("cpu"),
         collate=Collator(encoder.pad_token_id, packing=packing, keeps_samples=True),
         example_of=lambda index: EXAMPLES[index],
         group=GROUP,
         max_new_tokens=LONGEST,
         seed=7,
         run_folder=folder,
-        autocast=None,
         **values,
     )
 

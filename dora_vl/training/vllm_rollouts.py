@@ -1,0 +1,202 @@
+"""Answers drawn by a vLLM server, which gets the adapter before each step and serves it unmerged."""
+
+from __future__ import annotations
+
+import base64
+import io
+import tempfile
+import uuid
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import httpx2
+import torch
+from PIL import Image
+
+from dora_vl.adapters.exports import RANKS
+from dora_vl.adapters.folder import save_adapter
+from dora_vl.backbones.base import Backbone
+from dora_vl.backbones.encoder import Encoder
+from dora_vl.backbones.frozen_outputs import PictureReader
+from dora_vl.backbones.places import resolved_layers
+from dora_vl.backbones.towers import ImagePreparation
+from dora_vl.core import adapted_layers, trained_parts
+from dora_vl.data.example import Example
+from dora_vl.data.samples import Sample, sample_random
+from dora_vl.errors import SettingError, UserError, one_line, shown_names
+from dora_vl.run.launch import gathered, on_first_rank
+from dora_vl.training.rollouts import DrawnAnswer, Group, prompt_of
+
+SETTING = "objective.vllm"
+AS_WRITTEN = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+)
+"""A chat template that writes a prompt as it stands: the run's own template has been applied to it."""
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+REQUESTS = 64
+"""Questions that are with the server at the same time; it batches their answers itself."""
+SECONDS = 600.0
+"""A server that says nothing for so long is given up; answers come at their end, not word by word."""
+NEVER = -100.0
+"""The lowest bias that vLLM takes for a token that is not to be drawn."""
+
+
+def start_command(base: str, rank: int) -> str:
+    """Returns the command that starts a server for a run."""
+    largest = next((of for of in RANKS if of >= rank), RANKS[-1])
+    return (
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 python -m vllm.entrypoints.openai.api_server "
+        f"--model {base} --enable-lora --max-lora-rank {largest} --trust-request-chat-template"
+    )
+
+
+@dataclass(frozen=True)
+class VllmServer:
+    """Talks to a vLLM server.
+
+    Attributes:
+        start: the command that would have started it as it must be, for messages.
+    """
+
+    url: str
+    start: str
+    client: httpx2.Client = field(default_factory=partial(httpx2.Client, timeout=SECONDS), compare=False)
+
+    def check(self, base: str) -> None:
+        """Refuses a server that is not there, serves another base, or takes no adapters while it runs."""
+        models = self.ask("/v1/models").json()["data"]
+        roots = [str(model["root"]) for model in models if model.get("root") and not model.get("parent")]
+        if not any(root == base or Path(root).absolute() == Path(base).absolute() for root in roots):
+            raise SettingError(SETTING, f": {self.url} serves {shown_names(roots)}, and model.base is {base}")
+        if LOAD not in self.ask("/openapi.json").json()["paths"]:
+            raise SettingError(SETTING, f": {self.url} takes no adapters while it runs; start it with: {self.start}")
+
+    def ask(self, path: str, body: Mapping[str, Any] | None = None) -> httpx2.Response:
+        """Posts `body`, or gets what is at `path`."""
+        try:
+            response = self.client.request("GET" if body is None else "POST", self.url.rstrip("/") + path, json=body)
+        except httpx2.HTTPError as error:
+            raise SettingError(
+                SETTING, f": no vLLM answers at {self.url} ({one_line(str(error))}); start it with: {self.start}"
+            ) from error
+        if response.is_error:
+            reason = one_line(response.text, 300)
+            raise SettingError(
+                SETTING, f": {self.url}{path} says {response.status_code}: {reason}; it is started with: {self.start}"
+            )
+        return response
+
+
+def refuse_unsent(model: Any) -> None:
+    """Refuses a model of which more trains than vLLM's slots hold."""
+    language = set(resolved_layers(model, "language"))
+    others = {part.part for part in trained_parts(model) if not part.adapts}
+    others |= {name for name, _ in adapted_layers(model) if name not in language}
+    if others:
+        raise SettingError(
+            SETTING,
+            f": vLLM takes adapters of the language model's linear layers alone, but {shown_names(sorted(others))} "
+            "train too; set adapter.train_projector: false and adapter.targets: [language]",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VllmAnswers:
+    """Draws by a vLLM server, from the adapter alone. An `AnswerSource`.
+
+    A step's adapter gets a name of its own: vLLM keeps what it computed for a prompt by the adapter's name.
+
+    Attributes:
+        reader: opens pictures; None where the model sees words alone.
+        preparation: makes a LLaVA-1.5's pictures, whose way here is not the one that its folder tells vLLM.
+        names: holds the name of the adapter that the server has.
+    """
+
+    server: VllmServer
+    backbone: Backbone[Any]
+    encoder: Encoder
+    example_of: Callable[[int], Any]
+    reader: PictureReader | None
+    preparation: ImagePreparation | None
+    base: str
+    max_new_tokens: int
+    never: Collection[int]
+    names: list[str] = field(default_factory=list)
+
+    def take_weights(self) -> None:
+        """Sends the adapter as it is now."""
+        (name, *_) = gathered(f"step-{uuid.uuid4().hex}")
+
+        def send() -> None:
+            with tempfile.TemporaryDirectory(prefix="dora_vl-") as folder:
+                save_adapter(self.backbone.model, Path(folder) / name, base_model=self.base)
+                if self.names:
+                    self.server.ask(UNLOAD, {"lora_name": self.names[-1]})
+                self.server.ask(LOAD, {"lora_name": name, "lora_path": str(Path(folder) / name)})
+
+        on_first_rank(send)
+        self.names[:] = [name]
+
+    def draw(self, samples: Sequence[Sample], group: int, seed: int) -> list[Group]:
+        """See `AnswerSource`."""
+        with ThreadPoolExecutor(REQUESTS) as requests:
+            seeds = [sample_random(seed, 0, place).getrandbits(31) for place in range(len(samples))]
+            return [*requests.map(partial(self._group, group), samples, seeds)]
+
+    def _group(self, group: int, sample: Sample, seed: int) -> Group:
+        """Draws the answers to one question."""
+        example = cast(Example, self.example_of(sample.index))
+        *turns, _ = example.turns
+        text = self.encoder.prompts.render(turns, generation_prompt=True).text
+        bos = self.encoder.prompts.bos_token
+        _, pictures = self.reader.pictures(example.images) if self.reader else ([], [])
+        if self.preparation:
+            pictures = [self.preparation.as_picture(self.preparation.prepare(picture)) for picture in pictures]
+        content: list[dict[str, Any]] = [
+            {"type": "image_url", "image_url": {"url": as_png(picture)}} for picture in pictures
+        ]
+        body = {
+            "model": self.names[-1],
+            "messages": [{"role": "user", "content": [*content, {"type": "text", "text": text}]}],
+            "chat_template": AS_WRITTEN,
+            "add_special_tokens": not (bos and text.startswith(bos)),
+            "n": group,
+            "max_tokens": self.max_new_tokens,
+            "seed": seed,
+            "logprobs": True,
+            "return_token_ids": True,
+            "logit_bias": {str(token): NEVER for token in self.never},
+            # All that the base's folder may say otherwise.
+            **{"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0},
+        }
+        answer = self.server.ask("/v1/chat/completions", body).json()
+        prompt = prompt_of(sample).input_ids.tolist()
+        if answer["prompt_token_ids"] != prompt:
+            raise UserError(
+                f"{SETTING}: vLLM reads the prompt of sample {sample.id} as {len(answer['prompt_token_ids'])} tokens, "
+                f"this run as {len(prompt)} that are not the same; it draws no answers for such a model: leave it out"
+            )
+        return [self._drawn(choice) for choice in answer["choices"]]
+
+    def _drawn(self, choice: Mapping[str, Any]) -> DrawnAnswer:
+        ids = torch.tensor(choice["token_ids"])
+        log_probs = [float(token["logprob"]) for token in choice["logprobs"]["content"]]
+        return DrawnAnswer(
+            ids=ids,
+            text=self.encoder.decode(ids),
+            log_prob=sum(log_probs),
+            entropy=-sum(log_probs) / len(log_probs),  # its mean over many answers is the entropy
+            is_cut=choice["finish_reason"] == "length",
+        )
+
+
+def as_png(picture: Image.Image) -> str:
+    """Returns a picture, to the pixel, as the text that an OpenAI-compatible server takes."""
+    file = io.BytesIO()
+    picture.convert("RGB").save(file, format="png", compress_level=1)
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,0 +1,173 @@
+"""Runs whose answers a vLLM server draws from the adapter (slow: a real vLLM), and what is refused before they start.
+
+`VLLM_PYTHON` names the interpreter of vLLM's environment, where dora_vl is installed too (docs/export.md).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import httpx2
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.vllm_dora import ENVIRONMENT, LLAVA_ADAPTER, write_adapter, write_llava
+from dora_vl.backbones.towers import ImagePreparation, Preparation
+from dora_vl.data.pictures import open_image
+from dora_vl.run.folder import DRAWN, read_log
+from dora_vl.training.vllm_rollouts import LOAD, VllmAnswers, as_png
+from tests.serving.test_vllm import NO_VLLM, PYTHON
+from tests.training.launched import free_port
+from tests.training.tiny_run import logged, refused_key, trained, write_run, write_tiny_data, write_tiny_llava
+
+OBJECTIVE = {"loss": "dr_grpo", "group": 4, "max_new_tokens": 6}
+OWN = "def letters(example, answer):\n    return sum(letter.isalpha() for letter in answer) / 10\n"
+
+
+def run_file(folder: Path, base: Path, url: str, **changes: Any) -> Path:
+    (folder / "own.py").write_text(OWN)
+    objective = {**OBJECTIVE, "rewards": {f"{folder / 'own.py'}:letters": 1.0}, "vllm": url}
+    adapter = {"train_projector": False, **changes.pop("adapter", {})}
+    data = write_tiny_data(folder / "data", samples=16)
+    settings: dict[str, Any] = {"optim": {"projector_learning_rate": None}, **changes}
+    return write_run(folder / "run.yaml", base, data, objective=objective, adapter=adapter, **settings)
+
+
+# -- a real server -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a LLaVA as vLLM opens it."""
+    folder = tmp_path_factory.mktemp("vllm")
+    llava, _ = write_llava(folder / "llava")
+    from transformers import AutoModelForImageTextToText
+
+    adapter = write_adapter(AutoModelForImageTextToText, llava, folder / "adapter", seed=20, **LLAVA_ADAPTER)
+    command = ["export", "--for", "vllm", "--adapter", str(adapter), "--to", str(folder / "served")]
+    subprocess.run([sys.executable, "-m", "dora_vl.cli", *command], check=True)
+    return folder / "served" / "base"
+
+
+@contextmanager
+def served(base: Path, dtype: str, log: Path) -> Iterator[str]:
+    port = free_port()
+    command = [
+        *(str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(base), "--port", str(port)),
+        *("--dtype", dtype, "--enable-lora", "--max-lora-rank", "8", "--trust-request-chat-template"),
+        *("--enforce-eager", "--no-enable-chunked-prefill", "--max-model-len", "512"),
+    ]
+    environment = {**os.environ, **ENVIRONMENT, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    with log.open("w") as output:
+        server = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        url, end = f"http://127.0.0.1:{port}", time.monotonic() + 300
+        while True:
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
+            try:
+                httpx2.get(f"{url}/health").raise_for_status()
+                break
+            except httpx2.HTTPError:
+                time.sleep(1)
+        yield url
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(PYTHON is None, reason=NO_VLLM)
+def test_it_draws_by_the_adapter_of_each_step(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = {"max_steps": 4, "learning_rate": 3e-2, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    with served(base, "float32", tmp_path / "server.log") as url:
+        made = run_file(tmp_path, base, url, training=training)
+        folder = trained(made)
+        gaps = [line["log_probs/gap"] for line in logged(folder)]
+        assert max(gaps) < 1e-4, gaps
+        assert [len(line["answers"]) for line in read_log(folder / DRAWN)] == [4] * 4
+        assert all(0 < line["answers/tokens"] <= 6 for line in logged(folder))
+
+        send = VllmAnswers.take_weights
+        monkeypatch.setattr(VllmAnswers, "take_weights", lambda self: self.names or send(self))
+        stale = [line["log_probs/gap"] for line in logged(trained(made, name="stale"))]
+        assert stale[0] < 1e-4
+        assert stale[-1] > 0.05  # what a server that missed the steps would show
+
+        assert refused_key(made, "--adapter.train_projector=true", "--overwrite=true") == "objective.vllm"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(PYTHON is None, reason=NO_VLLM)
+def test_in_bfloat16_it_differs_as_the_model_itself_does(base: Path, tmp_path: Path) -> None:
+    training = {"max_steps": 3, "learning_rate": 1e-2, "warmup_steps": 0}
+    with served(base, "bfloat16", tmp_path / "server.log") as url:
+        made = run_file(tmp_path, base, url, training=training, model={"dtype": "bfloat16"})
+        by_server = [line["log_probs/gap"] for line in logged(trained(made, name="server"))]
+    by_itself = [line["log_probs/gap"] for line in logged(trained(made, "--objective.vllm=null", name="itself"))]
+    assert 0 < max(by_server) < 3 * max(by_itself)
+
+
+# -- without one ---------------------------------------------------------------------------------------------------
+
+
+class Answer(BaseHTTPRequestHandler):
+    """Says what a vLLM server says of itself."""
+
+    root, paths = "", {LOAD: {}}
+
+    def do_GET(self) -> None:
+        body = {"data": [{"id": "base", "root": self.root}]} if "models" in self.path else {"paths": self.paths}
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture
+def stated(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_a_server_that_does_not_fit_is_refused_before_training(
+    stated: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = write_tiny_llava(tmp_path / "base")
+    monkeypatch.setattr(Answer, "root", "another/base")
+    assert refused_key(run_file(tmp_path, tiny, stated)) == "objective.vllm"
+    monkeypatch.setattr(Answer, "root", str(tiny))
+    monkeypatch.setattr(Answer, "paths", {})
+    assert refused_key(run_file(tmp_path, tiny, stated)) == "objective.vllm"
+    assert refused_key(run_file(tmp_path, tiny, f"http://127.0.0.1:{free_port()}")) == "objective.vllm"
+
+
+@pytest.mark.parametrize("aspect", ["pad", "square", "squash"])
+def test_a_picture_that_is_sent_gives_the_pixels_that_train(aspect: Any, tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(1)
+    shades = torch.randint(0, 256, (40, 31, 3), generator=draw, dtype=torch.uint8)
+    Image.fromarray(shades.numpy()).save(tmp_path / "a.png")
+    picture = open_image(tmp_path, "a.png")
+    preparation = Preparation(image_size=24, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
+    ours, clip = (ImagePreparation(preparation, aspect=way) for way in (aspect, "square"))
+    pixels = ours.prepare(picture)
+    sent = ours.as_picture(pixels)
+    torch.testing.assert_close(clip.prepare(sent), pixels, atol=1e-6, rtol=0)
+    assert as_png(sent).startswith("data:image/png;base64,")
