@@ -1,10 +1,12 @@
 """Where a composed LLaVA's projector starts: the same rows and steps from a random, a scaled and a closed-form start.
 
-python -m benchmarks.projector_start --to runs/starts [--sets receipts,signs,easy_vqa] [--starts random,scaled,answers]
+python -m benchmarks.projector_start --to runs/starts [--sets receipts,signs,lights] [--times 2]
 
-Needs what `dora-vl quickstart` leaves. Receipts and signs are drawn here, 160 rows to learn from and 200 about other
-pictures to test with, and made a run by `dora-vl init`; easy-VQA is the demo's, 40 steps of it. `tuned` among the
-starts is the base that the demo trained. Finished runs are not repeated; starts.json has all of them.
+Needs what `dora-vl quickstart` leaves, for names also what `dora-vl quickstart --names` does. Receipts, signs and
+traffic lights are drawn here, 160 rows to learn from and 200 about other pictures to test with, and made a run by
+`dora-vl init`; easy-VQA is the demo's, 40 steps of it, and names those of the demo that names things, 120 steps.
+`--times` multiplies the steps. `tuned` among the starts is the base that the demo trained. Finished runs are not
+repeated; starts.json has all of them.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ from dora_vl.run.folder import is_tested
 
 LEARNED, TESTED = 160, 200
 DEMO = "llava/easyvqa_smollm2_dora"
+STEPS = {"easy_vqa": 40, "names": 120}
+"""The steps of a demo's data at `--times 1`; drawn sets take those that init writes."""
+DRAWN_STEPS = 100
 RED, BLUE, YELLOW, WHITE = (205, 40, 40), (40, 80, 200), (240, 200, 40), (245, 245, 245)
 SHOPS = {"Corner Bakery": RED, "Green Grocer": BLUE, "Book Nook": YELLOW, "Hardware Hub": WHITE}
 SIGNS = {"stop": (8, 22, RED, "STOP"), "no entry": (40, 0, RED, "-"), "parking": (4, 0, BLUE, "P")}
@@ -81,7 +86,29 @@ def sign(chance: random.Random) -> Drawn:
     return picture, "what does the sign say?", name
 
 
-SETS = {"receipts": receipt, "signs": sign}
+def light(chance: random.Random) -> Drawn:
+    """Draws a traffic light in a street; asks for its lamp, or what to do."""
+    lit = chance.randrange(3)
+    picture = Image.new("RGB", (200, 260), tuple(chance.randrange(110, 210) for _ in range(3)))
+    draw, x, y = ImageDraw.Draw(picture), chance.randrange(50, 150), chance.randrange(15, 60)
+    for _ in range(3):  # houses, whose colours are those of no lamp in particular
+        left, top = chance.randrange(-20, 180), chance.randrange(60, 160)
+        draw.rectangle((left, top, left + 60, 220), fill=tuple(chance.randrange(60, 200) for _ in range(3)))
+    draw.rectangle((0, 220, 200, 260), fill=(85, 85, 90))
+    draw.rectangle((x - 4, y, x + 4, 240), fill=(60, 60, 60))
+    draw.rounded_rectangle((x - 22, y, x + 22, y + 120), 8, fill=(25, 25, 25))
+    for place, colour in enumerate((RED, (250, 160, 20), (40, 190, 80))):
+        shade = colour if place == lit else tuple(part // 4 for part in colour)
+        draw.circle((x, y + 22 + 38 * place), 15, fill=shade)
+    questions = {
+        "which light is on?": ("red", "amber", "green")[lit],
+        "what should I do?": ("stop", "get ready to stop", "go")[lit],
+    }
+    question, answer = chance.choice(list(questions.items()))
+    return picture, question, answer
+
+
+SETS = {"receipts": receipt, "signs": sign, "lights": light}
 
 
 def verb(*words: str) -> None:
@@ -110,17 +137,25 @@ def run_file(name: str, base: str, to: Path) -> str:
     return str(folder / base / "run.yaml")
 
 
-def train(name: str, start: str, seed: int, epochs: str, to: Path) -> None:
+def train(name: str, start: str, seed: int, times: int, to: Path) -> None:
     """Trains and tests one run unless it is there."""
-    folder, base = to / f"{name}{epochs}" / f"{start}_{seed}", "tuned" if start == "tuned" else "base"
+    base = "tuned" if start == "tuned" else "base"
+    folder = to / (name if times == 1 else f"{name}_x{times}") / f"{start}_{seed}"
     if is_tested(folder):
         return
-    settings = [DEMO, "--training.max_steps=40", "--training.eval_strategy=no", "--evaluation.limit=400"]
+    steps = f"--training.max_steps={STEPS.get(name, DRAWN_STEPS) * times}"
     if name in SETS:
-        settings = [run_file(name, base, to), f"--data.feature_cache={to / name / base / 'features'}"]
-        settings += [f"--training.num_train_epochs={epochs}"] if epochs else []
+        settings = [
+            run_file(name, base, to),
+            f"--data.feature_cache={to / name / base / 'features'}",
+            "--data.replay=0",
+        ]
+        settings += [steps] if times > 1 else []
         settings += [f"--evaluation.{switch}=false" for switch in ("forgetting", "exchange_pictures")]
-        settings += ["--data.replay=0"]
+    elif name == "names":
+        settings = [DEMO, "--variant=names", steps, f"--data.feature_cache={to / 'names_features'}"]
+    else:
+        settings = [DEMO, steps, "--training.eval_strategy=no", "--evaluation.limit=400"]
     settings += [] if start == "tuned" else [f"--adapter.projector_start={start}"]
     verb(
         "train",
@@ -148,15 +183,15 @@ def main() -> None:
     """Trains what is not there yet, and writes the numbers after each run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", type=Path, default=Path("runs/starts"))
-    parser.add_argument("--sets", default="receipts,signs,easy_vqa")
+    parser.add_argument("--sets", default="receipts,signs,lights,easy_vqa,names")
     parser.add_argument("--starts", default="random,scaled,answers")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--epochs", default="", help="default: what init writes")
+    parser.add_argument("--times", type=int, default=1, help="multiplies the steps")
     options = parser.parse_args()
     for seed in options.seeds.split(","):
         for name in options.sets.split(","):
             for start in options.starts.split(","):
-                train(name, start, int(seed), options.epochs, options.to)
+                train(name, start, int(seed), options.times, options.to)
                 runs: dict[str, dict[str, dict[str, Any]]] = {}
                 for path in filter(is_tested, sorted(options.to.glob("*/*_*"))):
                     metrics = json.loads((path / "metrics.json").read_text())
