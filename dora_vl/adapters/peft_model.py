@@ -151,6 +151,7 @@ def reason_to_leave(layer: object) -> str | None:
 
 
 def _reason_in_adapter(layer: PeftLinear, active: str) -> str | None:
+    """Says why an adapter keeps PEFT's own forward pass; None where it need not."""
     variant = layer.lora_variant.get(active)
     if variant is not None and variant is not DoraLinearVariant and not isinstance(variant, DoraLinearVariant):
         return f"LoRA variant {variant} is not DoRA"

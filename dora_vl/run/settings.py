@@ -451,7 +451,7 @@ TYPES: Mapping[Task, Mapping[str, Any]] = {
         "data.train": FilesByTask,
     },
 }
-"""A task's types of fields that are something else in another task."""
+"""Maps a task to the types of those fields that have another type in another task."""
 
 
 def foreign_fields(task: Task) -> frozenset[str]:

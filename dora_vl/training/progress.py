@@ -191,7 +191,7 @@ class Progress:
         )
 
     def go_on_from(self, checkpoint: Path) -> None:
-        """Takes over what stands in a checkpoint."""
+        """Takes over the counts and the time of a checkpoint."""
         written = read_json(checkpoint / PROGRESS)
         self._earlier_seconds = float(written["seconds"])
         self._statistics.carry_over(written["skipped"], Counts(**written["counts"]))

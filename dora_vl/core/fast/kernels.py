@@ -21,7 +21,7 @@ OLDEST_CAPABILITY = (8, 0)
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 """Activations and weights of these run in Triton's kernels."""
 _left_out: list[None] = []
-"""As many as blocks of `without_kernels` are open."""
+"""Holds an entry for each block of `without_kernels` that is open."""
 _kernels: dict[tuple[torch.device, torch.dtype], ModuleType | None] = {}
 """Keeps what `triton_kernels` found."""
 

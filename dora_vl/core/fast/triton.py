@@ -61,7 +61,7 @@ class TiledKernel:
     """The kernel's arguments on which the timing hangs, besides dtypes and the card; `rows` counts by its bucket."""
     _chosen: dict[tuple[object, ...], Config] = field(default_factory=dict)
     _tuners: dict[object, Any] = field(default_factory=dict)
-    """One for each kind of card: triton's own cache knows shapes alone."""
+    """Holds a tuner for each kind of card, since triton's own cache knows shapes alone."""
 
     def config(self, named: Named, grid: Callable[..., Any], scratch: Callable[[], Named]) -> Config:
         """Chooses the tiles for these operands; times them on `scratch`, whose outputs nobody reads."""
@@ -353,7 +353,7 @@ def _launch_backward(named: Named) -> tuple[Tensor, Tensor | None, Tensor, Tenso
 
 
 RANK_BLOCK_BYTES = 128
-"""Bytes of a row of B or a column of A that are multiplied at a time: twice as many of float32 spill kilobytes."""
+"""This many bytes of a row of B or a column of A are multiplied at a time; twice as many would not fit in registers."""
 
 
 @triton.jit
@@ -447,7 +447,7 @@ RANK_BLOCK = 32
 ROWS = 64
 """Rows of a program that computes squared norms."""
 CAREFUL_ROWS = 16
-"""Rows of a program that looks for rows that cancel; with fewer, fewer others are computed dense beside one."""
+"""A program looks at this many rows; where one of them cancels, it computes all of them dense."""
 CAREFUL_COLUMNS = 64
 
 

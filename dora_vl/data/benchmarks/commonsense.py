@@ -297,4 +297,4 @@ FORMS = {
     "query": _foundry,
     "context_options": _foundry_blank,
 }
-"""The function reads rows that have the column."""
+"""Maps a column to the function that reads the rows which have it."""
