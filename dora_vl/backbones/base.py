@@ -37,6 +37,16 @@ class Features(NamedTuple):
     logits: Float[Tensor, "labelled vocab"] | None = None
 
 
+class Expected(NamedTuple):
+    """The scores that another model gives where some samples of a batch have labels; the loss is the divergence.
+
+    `scores` come sample by sample, each sample's in the order of its labels; `samples` ascend.
+    """
+
+    samples: Int[Tensor, " some"]
+    scores: Float[Tensor, "labelled vocab"]
+
+
 def attention_of(model: PreTrainedModel) -> Attention:
     """Returns the attention kernels that a model was opened with."""
     parts = {type(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}

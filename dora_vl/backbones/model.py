@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -23,7 +24,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoMod
 
 from dora_vl.adapters.adapter import local_folder
 from dora_vl.adapters.base_weights import BaseWeights
-from dora_vl.backbones.base import Attention, Backbone, Features, decoder_of, head_of
+from dora_vl.backbones.base import Attention, Backbone, Expected, Features, decoder_of, head_of
 from dora_vl.backbones.encoder import GREY, Encoder
 from dora_vl.backbones.families import (
     BYPASSED,
@@ -103,12 +104,14 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         layout: Mapping[str, Tensor] | None = None,
         stored: Sequence[Outputs] = (),
         keep_logits: bool = False,
+        expected: Expected | None = None,
         **inputs: Any,
     ) -> Features:
         """Computes hidden states and losses at the positions that predict a label.
 
         Args:
             labels: the token at each position, or -100; the shift by one happens here.
+            expected: what takes the place of some samples' labels.
             layout: what each token sees, and what predicts it, where rows hold several samples (`data.batches`).
             stored: stored outputs for the pictures of each sample that has some.
             keep_logits: returns logits; otherwise they are computed in chunks where `_head_is_last`.
@@ -120,10 +123,18 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         chunked = self._head_is_last is not False and not keep_logits and in_chunks(head)
         hidden, losses, scores = list[Tensor](), list[Tensor](), list[Tensor]()
 
+        def losses_at(values: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+            """Applies a loss to the labels, or to what is expected in their place."""
+            each = loss(values, targets)
+            if expected is None:
+                return each
+            places = _places_of(expected.samples, samples)
+            return each.index_copy(0, places, loss(values[places], expected.scores))
+
         def labelled_alone(_: nn.Module, seen: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             hidden.append(seen[0][rows, positions])
             if chunked:
-                losses.append(label_losses(hidden[0], targets, head.forward))
+                losses.append(losses_at(hidden[0], partial(label_losses, scores=head.forward)))
             return (hidden[0][: 1 if chunked and self._head_is_last else None].unsqueeze(0), *seen[1:])
 
         inputs = {**model_inputs(self.model, inputs), **self._attention(attention_mask, layout)}
@@ -143,7 +154,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         if scores and len(targets):
             self._head_is_last = scores[0].shape == logits.shape and bool((scores[0] == logits).all())
         logits = logits.squeeze(0)
-        each = losses[0] if chunked and self._head_is_last else losses_of(logits, targets)
+        each = losses[0] if chunked and self._head_is_last else losses_at(logits, losses_of)
         return Features(hidden[0], each, targets, samples, logits if keep_logits else None)
 
     @property
@@ -233,6 +244,12 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         if bool(attention_mask[:, 0].all()):
             return {"attention_mask": None}
         return {"attention_mask": attention_mask, "position_ids": (attention_mask.cumsum(1) - 1).clamp_min(0)}
+
+
+def _places_of(some: Int[Tensor, " some"], samples: Int[Tensor, " labelled"]) -> Int[Tensor, " chosen"]:
+    """Returns the places of the labels of some samples, sample by sample."""
+    places = torch.isin(samples, some).nonzero()[:, 0]
+    return places[samples[places].argsort(stable=True)]
 
 
 def _predicted(

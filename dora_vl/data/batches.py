@@ -91,6 +91,8 @@ class Collator:
         compares: a batch says which answers belong together, and by their weights which are good.
         unmatched: each prompt also gets the answer to the next one, with weight 0, which `kto` measures by.
         keeps_samples: a batch holds the samples that it was made of, so that other answers can take their places.
+        chats_from: samples of this index and above are also a batch of their own inside the batch, `chats`, whose
+            `samples` are their numbers; None where there are none.
     """
 
     pad_token_id: int
@@ -101,6 +103,7 @@ class Collator:
     compares: bool = False
     unmatched: bool = False
     keeps_samples: bool = False
+    chats_from: int | None = None
 
     def __call__(self, items: Sequence[Sample | Skipped | None]) -> dict[str, Any]:
         """Returns one batch and its bookkeeping; None is left out."""
@@ -112,18 +115,15 @@ class Collator:
                 [*rows, with_answer(rows[0], labels[number - 1], weight=0.0)] for number, rows in enumerate(groups)
             ]
         samples = [row for rows in groups for row in rows]
-        shown = list(samples)
-        for dummy in (self.dummy, self.dummy_video):
-            if dummy is not None and not any(_media(dummy) <= _media(sample) for sample in samples):
-                shown.append(dummy)
-        if not shown:
-            nothing = torch.tensor([self.pad_token_id])
-            shown = [Sample(nothing, labels=torch.tensor([IGNORED_LABEL]))]
+        batch = self._inputs(samples)
         if self.packing == "plain":
-            batch, tokens = self._joined(shown), sum(len(sample.input_ids) for sample in samples)
+            tokens = sum(len(sample.input_ids) for sample in samples)
         else:
-            batch = self._forest(shown)
             tokens = int((batch["layout"]["segment"] >= 0).sum())
+        if self.chats_from is not None:
+            numbers = [number for number, sample in enumerate(samples) if sample.index >= self.chats_from]
+            chats = self._inputs([samples[number] for number in numbers])
+            batch["chats"] = {"samples": torch.tensor(numbers, dtype=torch.long), "inputs": chats}
         shrunk = [(sample.id, sample.lost_pixels) for sample in usable if sample.lost_pixels]
         if self.compares:
             batch["weights"] = torch.tensor([sample.weight for sample in samples])
@@ -138,6 +138,17 @@ class Collator:
             **({"shrunk": shrunk} if shrunk else {}),
             **({"made_of": usable} if self.keeps_samples else {}),
         }
+
+    def _inputs(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Returns the model's inputs for samples, with the dummies that they need."""
+        shown = list(samples)
+        for dummy in (self.dummy, self.dummy_video):
+            if dummy is not None and not any(_media(dummy) <= _media(sample) for sample in samples):
+                shown.append(dummy)
+        if not shown:
+            nothing = torch.tensor([self.pad_token_id])
+            shown = [Sample(nothing, labels=torch.tensor([IGNORED_LABEL]))]
+        return self._joined(shown) if self.packing == "plain" else self._forest(shown)
 
     def _forest(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Returns rows that hold several samples, and who sees whom in them."""

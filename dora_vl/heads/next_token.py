@@ -1,4 +1,7 @@
-"""The loss of each labelled token, in chunks, so that scores of a large vocabulary never all stand in memory."""
+"""The loss of each labelled token, in chunks, so that scores of a large vocabulary never all stand in memory.
+
+A label is a token, or the scores that another model gives to all tokens.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ CHUNK = 256
 """Labels whose scores are in memory together: 0.3 GB for a vocabulary of 100,000 words."""
 SMALL_VOCABULARY = 4096
 """Below this size all scores fit in memory; the model's own are used, to the last bit."""
+Labels = Int[Tensor, " labels"] | Float[Tensor, "labels vocab"]
 Scores = Callable[[Float[Tensor, "labels width"]], Float[Tensor, "labels vocab"]]
 
 
@@ -23,10 +27,8 @@ def in_chunks(head: nn.Module) -> bool:
     return not is_small and not any(weight.requires_grad for weight in head.parameters())
 
 
-def label_losses(
-    hidden: Float[Tensor, "labels width"], targets: Int[Tensor, " labels"], scores: Scores
-) -> Float[Tensor, " labels"]:
-    """Cross-entropy of each label, in float32.
+def label_losses(hidden: Float[Tensor, "labels width"], targets: Labels, scores: Scores) -> Float[Tensor, " labels"]:
+    """`losses_of` each label, in float32.
 
     A label's loss depends on its own hidden state alone. So its gradient is computed beside it, chunk by chunk, and no
     chunk's scores wait for the backward pass; that is faster than scores of all labels at once.
@@ -38,9 +40,12 @@ def label_losses(
     return losses
 
 
-def losses_of(scores: Float[Tensor, "labels vocab"], targets: Int[Tensor, " labels"]) -> Float[Tensor, " labels"]:
-    """Cross-entropy of each label from scores that exist already, in float32."""
-    return functional.cross_entropy(scores.float(), targets, reduction="none")
+def losses_of(scores: Float[Tensor, "labels vocab"], targets: Labels) -> Float[Tensor, " labels"]:
+    """Cross-entropy of each token from scores that exist already, or the divergence KL(target, model), in float32."""
+    if targets.dim() == 1:
+        return functional.cross_entropy(scores.float(), targets, reduction="none")
+    expected = targets.float().log_softmax(-1)
+    return functional.kl_div(scores.float().log_softmax(-1), expected, reduction="none", log_target=True).sum(-1)
 
 
 class _LabelLosses(torch.autograd.Function):

@@ -274,6 +274,7 @@ class DecoderPipeline(Pipeline):
         replay = None
         if data.replay:
             replay = samples.replay(run_folder_of(self.config.training) / REPLAY, encoder)
+            collate = replace(collate, chats_from=replay.begins)
         made = samples.training_data(self._rows(arguments, outputs), collate, replay)
         if self.config.objective.of_rewards is None:
             return made
@@ -368,7 +369,9 @@ class DecoderPipeline(Pipeline):
                 reference=Reference(backbone.model) if objective.has_reference else None,
                 keeps=not self.config.data.streaming and not draws_in_training(backbone.model),
             )
-        return NextTokenLoss(backbone, step_tokens=self.config.optim.loss_normalisation == "step_tokens")
+        reference = Reference(backbone.model) if self.config.data.replay else None
+        by_tokens = self.config.optim.loss_normalisation == "step_tokens"
+        return NextTokenLoss(backbone, step_tokens=by_tokens, reference=reference)
 
     def rollouts(self, backbone: Backbone[Any], arguments: TrainingArguments, data: TrainingData) -> Rollouts | None:
         """Draws answers where the loss learns from rewards."""

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dora_vl.backbones.base import Backbone
+from dora_vl.backbones.base import Backbone, Expected
 from dora_vl.core import adapted_layers, trained_parts
 from dora_vl.heads.preferences import Answers, Scale, mean_over, measures, preference_loss
 from dora_vl.heads.rewards import divergence
@@ -112,7 +112,15 @@ class NextTokenLoss(LossModel):
     """Next-token loss of a backbone that gives `Features` for a batch.
 
     With `step_tokens` it is divided by all labelled tokens of the optimizer step, otherwise by this micro-batch's.
+
+    Args:
+        reference: chats that the base wrote are learned by how far the model is from it, in place of their tokens; None
+            where there are no chats.
     """
+
+    def __init__(self, backbone: Backbone[Any], *, step_tokens: bool, reference: Reference | None = None) -> None:
+        super().__init__(backbone, step_tokens=step_tokens)
+        self.reference = reference
 
     def forward(
         self,
@@ -120,17 +128,34 @@ class NextTokenLoss(LossModel):
         attention_mask: Int[Tensor, "batch seq"],
         labels: Int[Tensor, "batch seq"],
         num_items_in_batch: Tensor | int | None = None,
+        chats: Mapping[str, Any] | None = None,
         **inputs: Any,
     ) -> dict[str, Tensor]:
         """Returns `loss` to go backward from, and `labelled_tokens`, the number of labels it saw.
 
         `inputs` are what else the backbone takes and the batch brings, such as pictures.
         """
+        if self.training and chats is not None and self.reference is not None:
+            inputs |= self._expected(self.reference, chats)
         losses = self.backbone(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **inputs).losses
         # Without any label the loss is 0 and still belongs to the graph, so that ranks stay in step.
         count = torch.tensor(len(losses), device=losses.device)
         divisor = count.clamp_min(1) if num_items_in_batch is None else num_items_in_batch
         return {"loss": losses.sum() / divisor, "labelled_tokens": count}
+
+    def _expected(self, reference: Reference, chats: Mapping[str, Any]) -> dict[str, Expected]:
+        """Returns what the reference expects of a batch's chats; the ranks of a sharded model all compute it."""
+        numbers = chats["samples"]
+        if not len(numbers) and not reference.is_sharded:
+            return {}
+        with reference.in_place():
+            self.backbone.eval()  # without dropout
+            features = self.backbone(**chats["inputs"], keep_logits=True)
+            self.backbone.train()
+        if not len(numbers):
+            return {}
+        assert features.logits is not None
+        return {"expected": Expected(numbers, features.logits[features.rows.argsort(stable=True)])}
 
 
 class RewardLoss(NextTokenLoss):
@@ -143,8 +168,8 @@ class RewardLoss(NextTokenLoss):
     """
 
     def __init__(self, backbone: Backbone[Any], *, kl: float, reference: Reference | None) -> None:
-        super().__init__(backbone, step_tokens=True)
-        self.kl, self.reference = kl, reference
+        super().__init__(backbone, step_tokens=True, reference=reference)
+        self.kl = kl
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

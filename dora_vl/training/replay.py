@@ -216,11 +216,13 @@ class Replay:
 
     Attributes:
         drawn: how many of them an epoch takes.
+        begins: the index of the first among the run's samples, behind the data's own.
     """
 
     path: Path
     chats: ExampleTable
     drawn: int
+    begins: int
 
     @classmethod
     def of(cls, path: Path, train: ExampleTable, encoder: Encoder, share: float) -> Replay:
@@ -232,7 +234,7 @@ class Replay:
             "%s: an epoch draws %d of %d chats of the base, some %.0f %% of its labelled tokens",
             *(path, drawn, len(chats), 100 * share),
         )
-        return cls(path, chats, drawn)
+        return cls(path, chats, drawn, len(train))
 
     def media(self) -> dict[str, str]:
         """Returns what the file holds, as that of a picture."""

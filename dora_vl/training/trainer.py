@@ -370,7 +370,7 @@ def build_trainer(pipeline: Pipeline, arguments: TrainingArguments, backbone: Ba
         shard(backbone.model, arguments.device)
     trainer = AdapterTrainer(pipeline, arguments, backbone, data)
     activations = activations_of(backbone.model)
-    compares = config.objective.has_reference
+    compares = config.objective.has_reference or config.data.replay > 0
     plan = plan_of(backbone, trainer.rates, activations, arguments, tokens=data.batch_tokens, compares=compares)
     logger.info("what trains, and what it takes:\n%s", "\n".join(map(str, plan.values())))
     device = torch.cuda.get_device_name(arguments.device) if arguments.device.type == "cuda" else "cpu"

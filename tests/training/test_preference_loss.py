@@ -22,10 +22,11 @@ from dora_vl.data.samples import Sample
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample
 from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
+from dora_vl.heads import next_token
 from dora_vl.heads.preferences import LOSSES, Scale
 from dora_vl.heads.rewards import REWARD_LOSSES
 from dora_vl.run.folder import DRAWN, read_log
-from dora_vl.training.losses import PreferenceLoss, Reference, RewardLoss
+from dora_vl.training.losses import NextTokenLoss, PreferenceLoss, Reference, RewardLoss
 from dora_vl.training.rollouts import ModelAnswers, Rollouts
 from tests.backbones.image_text_conversations import BLUE, RED, inputs_of
 from tests.backbones.tiny_language import tiny_language
@@ -236,12 +237,16 @@ def collated(encoder: Encoder) -> dict[str, Any]:
     return Collator(encoder.pad_token_id, keeps_samples=True)(items(encoder))
 
 
-def alone(model: DecoderBackbone, sample: Sample) -> torch.Tensor:
-    """The log-probabilities of a sample's labels, by transformers' model and the sample alone."""
+def all_log_probs(model: DecoderBackbone, sample: Sample) -> torch.Tensor:
+    """The log-probabilities of all tokens at a sample's labels, by transformers' model and the sample alone."""
     inputs = {name: value for name, value in sample.inputs.items() if name != "attention_mask"}
     logits = model.model(input_ids=sample.input_ids[None], **inputs).logits[0, :-1].log_softmax(-1)
-    targets = sample.labels[1:]
-    return logits[targets >= 0].gather(1, targets[targets >= 0, None])[:, 0]
+    return logits[sample.labels[1:] >= 0]
+
+
+def alone(model: DecoderBackbone, sample: Sample) -> torch.Tensor:
+    """The log-probabilities of a sample's labels."""
+    return all_log_probs(model, sample).gather(1, sample.labels[sample.labels >= 0][:, None])[:, 0]
 
 
 @pytest.mark.parametrize(("name", "packing"), [*((name, "trees") for name in REWARD_LOSSES), ("grpo", "plain")])
@@ -405,3 +410,44 @@ def test_answers_that_are_too_long_are_refused_by_name(tiny_llava: Path) -> None
     with pytest.raises(BadSample) as error:
         items(encoder, [long])
     assert error.value.sample_id == "a"
+
+
+@pytest.mark.parametrize("packing", ["trees", "plain"])
+@pytest.mark.parametrize("smallest", [1, 4096])  # from which vocabulary on scores come in chunks
+def test_chats_are_learned_by_how_far_the_model_is_from_its_start(
+    packing: Any, smallest: int, encoder: Encoder, backbone: DecoderBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(next_token, "SMALL_VOCABULARY", smallest)
+    talks = (("Say the colour.", "It is red."), ("What is it?", "It is a", "Say.", "blue red red"), ("It?", "no"))
+    chats = [
+        Example(str(number), (), tuple(map(Turn, ("user", "assistant") * (len(talk) // 2), talk)))
+        for number, talk in enumerate(talks)
+    ]
+    samples = [Sample(**vars(encoder.encode(chat)), index=10 + number) for number, chat in enumerate(chats)]
+    own = [replace(item, others=()) for item in items(encoder)]
+    mixed = [samples[1], own[0], samples[0], own[2], own[1], samples[2]]
+    before, reference = copy.deepcopy(backbone), Reference(backbone.model)
+    disturb(backbone.model)
+    batch = Collator(encoder.pad_token_id, packing=packing, chats_from=10, dummy=encoder.dummy())(mixed)
+    trained = [weight for weight in backbone.model.parameters() if weight.requires_grad]
+    module = NextTokenLoss(backbone, step_tokens=False, reference=reference)
+    for _ in range(2):  # the first pass finds out how the model scores
+        output = module(**inputs_of(batch))
+    gradients = torch.autograd.grad(output["loss"], trained)
+
+    losses: list[torch.Tensor] = []
+    for row in mixed:
+        if row.index < 10:
+            losses.append(-alone(backbone, row))
+            continue
+        with torch.no_grad():
+            then = all_log_probs(before, row)
+        losses.append((then.exp() * (then - all_log_probs(backbone, row))).sum(1))
+    expected = torch.cat(losses).mean()
+    assert output["loss"].item() == pytest.approx(expected.item(), rel=1e-4)
+    assert output["labelled_tokens"].item() == sum(map(len, losses))
+    for gradient, right in zip(gradients, torch.autograd.grad(expected, trained), strict=True):
+        torch.testing.assert_close(gradient, right, rtol=2e-3, atol=2e-5)
+    module.eval()
+    tokens = torch.cat([-alone(backbone, row) for row in mixed])
+    assert module(**inputs_of(batch))["loss"].item() == pytest.approx(tokens.mean().item(), rel=1e-4)
