@@ -191,7 +191,8 @@ class DataConfig:
     the published video runs do."""
     replay: float = 0.0
     """Share of the labelled tokens that short chats make up which the base wrote itself (`dora-vl replay`), so that it
-    keeps what it knows; another draw of them in each epoch. 0: none."""
+    keeps what it knows; another draw of them in each epoch. What they train is how far the model is from the one that
+    training began with (KL divergence). 0: none."""
     closed_answers: Mapping[str, int | str] = field(default_factory=dict)
     """Answers a task from a list, by a head that trains with the adapter (part `answer_head`), instead of in words; of
     vqav2, gqa, short_answer. By task: N, its N most frequent training answers; or FILE: one answer a line, a JSON list,

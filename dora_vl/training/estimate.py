@@ -33,13 +33,13 @@ ATTENTION_FORWARD, ATTENTION_BACKWARD = 4, 10
 class Samples:
     """Describes a micro-batch: its rows, and the tokens and labelled tokens of each.
 
-    A row of compared answers holds all of a sample's; with a `reference`, that model's pass comes before each step.
+    A row of compared answers holds all of a sample's. The `reference`'s pass before each step sees this share of them.
     """
 
     rows: int
     tokens: int
     labelled: int
-    reference: bool = False
+    reference: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class PlannedRun:
                 recomputed=self.recomputes if recomputes is None else recomputes,
             ),
             accumulates=self.micro_batches > 1,
-            reference=self._trained_bytes * samples.reference,
+            reference=self._trained_bytes * (samples.reference > 0),
         )
 
     @property
@@ -152,7 +152,7 @@ class PlannedRun:
                 backward += (TRAINED_BACKWARD if weight.requires_grad else BACKWARD) * tokens * weight.numel()
         head = (FORWARD + BACKWARD) * labelled * text.hidden_size * text.vocab_size
         passes = 1 + self.recomputes + samples.reference
-        return self.micro_batches * (forward * passes + backward + head * (2 + samples.reference) // 2)
+        return int(self.micro_batches * (forward * passes + backward + head * (1 + samples.reference / 2)))
 
 
 def plan_run(pipeline: Pipeline, *, tokens: int | None = None, labelled: int | None = None) -> PlannedRun:
@@ -186,13 +186,13 @@ def compared(settings: Any, samples: Samples) -> Samples:
     """
     objective = settings.objective
     if objective.is_sft:
-        return samples
+        return replace(samples, reference=settings.data.replay)
     looks, unmatched = objective.exchange_pictures, "kto" in objective.weights
     answers = 2 + looks + unmatched
     prompt = samples.tokens - samples.labelled
     prompts = 1 + looks if settings.data.packing == "trees" else answers
     tokens, labelled = prompts * prompt + answers * samples.labelled, answers * samples.labelled
-    return replace(samples, tokens=tokens, labelled=labelled, reference=objective.has_reference)
+    return replace(samples, tokens=tokens, labelled=labelled, reference=float(objective.has_reference))
 
 
 @dataclass(frozen=True)
