@@ -19,7 +19,8 @@ from dora_vl.run.settings import ModelConfig
 from dora_vl.training import replay
 from dora_vl.training.replay import ChatWriter
 from tests.backbones.tiny_language import byte_tokenizer, write_tiny_language
-from tests.training.tiny_run import MakeRun, check_resume, decoder_run, refused_key, trained, write_chats
+from tests.training.launched import launch
+from tests.training.tiny_run import MakeRun, check_resume, decoder_run, losses_of, refused_key, trained, write_chats
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}"
@@ -167,6 +168,31 @@ def test_chats_are_a_share_of_the_labelled_tokens_and_others_in_each_epoch(with_
         tokens += [sum(labelled[index] for index in chats), sum(labelled.values())]
     assert len({*drawn}) > 1
     assert sum(tokens[::2]) / sum(tokens[1::2]) == pytest.approx(share, abs=0.06)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("sharding", ["--training.deepspeed=zero3", "--training.fsdp=true"])
+def test_sharded_ranks_learn_chats_as_one_rank_does(make_run: MakeRun, tmp_path: Path, sharding: str) -> None:
+    training = {"max_steps": 8, "per_device_train_batch_size": 2, "train_sampling_strategy": "sequential"}
+    settings = {"replay": 0.4, "group_by_modality_length": False}
+    optim = {"loss_normalisation": "step_tokens"}  # ranks and micro-batches hold unequally many labels
+    run_file = make_run(data=settings, training={**training, "learning_rate": 2e-2}, optim=optim)
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+        write_chats(folder / "replay.jsonl")
+    launch(
+        run_file,
+        f"--training.output_dir={folders[0]}",
+        "--training.gradient_accumulation_steps=2",
+        ranks=1,
+        launcher="",
+    )
+    launch(run_file, f"--training.output_dir={folders[1]}", sharding, ranks=2)
+    losses = losses_of(folders[0])
+    assert losses[0] - losses[-1] > 0.1
+    torch.testing.assert_close(losses_of(folders[1]), losses, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize(
