@@ -110,7 +110,7 @@ class SmallLanguageModel:
     heads: int = 4
     """Heads of each attention."""
     feedforward: int = 1024
-    """Numbers between the two linears of each MLP."""
+    """Width between the two linears of each MLP."""
     max_positions: int = 256
     """Tokens of the longest text."""
     init_std: float = 0.02
@@ -132,8 +132,8 @@ class VlBartSpec:
     pooled_side: int | None = 6
     """Rows and columns that each picture's grid is max-pooled to; null keeps its tokens (video)."""
     boxes: Boxes = "zeros"
-    """A picture token's place: zeros as published for grids and videos; its cell's real box; or its box on a strip of
-    a video's frames, which says when."""
+    """Box of each picture token. zeros: none, as published for grids and videos; grid: its cell's real box; strip: its
+    box on a strip of a video's frames, which says when."""
     frame_side: int = 1
     """Rows and columns of one frame's tokens, for boxes: strip."""
     max_images: int = 2

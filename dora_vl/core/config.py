@@ -20,14 +20,14 @@ RankScaling = Literal["linear", "sqrt"]
 Init = Literal["kaiming", "gaussian", "pissa"]
 LayerKind = Literal["linear", "embedding", "conv", "experts"]
 Quantisation = Literal["nf4", "int8"]
-"""`nf4`: 4-bit NormalFloat, its block scales quantised too (QLoRA); `int8`: LLM.int8."""
+"""`nf4` is 4-bit NormalFloat, its block scales quantised too (QLoRA); `int8` is LLM.int8."""
 
 Value = TypeVar("Value", int, float)
 
 MAIN_PART = "dora"
 """The layers of `targets` are called so among the parts that train."""
 RESERVED = frozenset((MAIN_PART, "full", "magnitude"))
-"""Names that no part of one's own may have: what trains is called `dora.A`, `vision.magnitude`, `full`."""
+"""No part that a user adds may have these names: what trains is called `dora.A`, `vision.magnitude`, `full`."""
 
 
 def is_of_type(value: Any, kind: Any) -> bool:
@@ -64,11 +64,11 @@ class AdaptedPart:
     """Layers that are adapted under a name of their own, with their own rank, alpha and learning rate."""
 
     targets: tuple[str, ...]
-    """Full-name globs of its modules, each of which must hit; what a part names, `targets` leaves to it."""
+    """Full-name globs of the part's modules; each must hit, and `targets` leaves these modules to the part."""
     rank: int | None = None
-    """Rows of A; null: the adapter's."""
+    """Rows of A; null takes the adapter's rank."""
     alpha: float | None = None
-    """Numerator of the scale; null: the adapter's."""
+    """Numerator of the scale; null takes the adapter's alpha."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -76,7 +76,7 @@ class AdaptedPart:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSettings:
-    """How a model is adapted; where is what `DoRAConfig` and a run's `adapter:` section add.
+    """Says how a model is adapted; `DoRAConfig` and a run's `adapter:` section add which layers.
 
     A field that is added here is in both, in `--help` and in the adapter folder.
     """
@@ -93,7 +93,7 @@ class AdapterSettings:
     dropout_mode: DropoutMode = "low_rank"
     """`low_rank`: dropout on B A x alone, one frozen product; `whole_change`: as PEFT and the reference, two."""
     detach_norm: bool = True
-    """No gradient through the norm (paper section 4.3, 12-24 % less memory); False is the full equation."""
+    """Takes no gradient through the norm (paper section 4.3, 12-24 % less memory); False is the full equation."""
     rank_scaling: RankScaling = "linear"
     """`linear`: s = alpha / rank; `sqrt`: s = alpha / sqrt(rank) (rsLoRA)."""
     kinds: tuple[LayerKind, ...] = ("linear",)
@@ -102,9 +102,9 @@ class AdapterSettings:
     magnitude_targets: tuple[str, ...] = ()
     """Full-name globs of further layers that get a magnitude alone, beside the full ones (paper table 6)."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    """Full-name glob -> rank, for layers that differ; the first glob that matches counts."""
+    """Maps full-name globs to ranks, for layers that differ; the first glob that matches counts."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    """Full-name glob -> alpha, for layers that differ; the first glob that matches counts."""
+    """Maps full-name globs to alphas, for layers that differ; the first glob that matches counts."""
     parts: Mapping[str, AdaptedPart] = field(default_factory=dict)
     """Further adapted parts by name, beside `targets`: {targets, rank, alpha} each."""
     init: Init = "kaiming"
@@ -115,7 +115,7 @@ class AdapterSettings:
     opaque_layers: tuple[str, ...] = ()
     """Class paths of further linear layers to adapt through their own forward pass, e.g. `package.module.Class`."""
     also_train: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Further parts whose whole weights train: name -> full-name globs of parameters, each hitting at least one."""
+    """Trains whole weights as further parts: maps a part's name to full-name globs of parameters; each must hit."""
     also_keep: tuple[str, ...] = ()
     """Full-name globs of frozen tensors that the result depends on, carried by the adapter folder as well; with rows
     at the end (`*.shared.weight[-200:]`) no others of the tensor are."""
@@ -151,7 +151,7 @@ class AdapterSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DoRAConfig(AdapterSettings):
-    """How and where a model is adapted; comparisons between methods differ in `method` alone."""
+    """Says how and where a model is adapted; comparisons between methods differ in `method` alone."""
 
     targets: tuple[str, ...]
     """Full-name globs of the modules to adapt, e.g. `*language_model*.q_proj`; each must hit at least one."""

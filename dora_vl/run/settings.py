@@ -27,9 +27,9 @@ from dora_vl.files import Kernel
 Decayed = Literal["matrices", "all_but_biases"]
 """Names what weight decay acts on."""
 OfPreferences = Literal["sft", "dpo", "ipo", "kto", "bco", "apo_zero", "orpo", "simpo", "cpo", "anchor"]
-"""The names of heads.preferences.LOSSES."""
+"""Lists the names of heads.preferences.LOSSES."""
 OfRewards = Literal["grpo", "dr_grpo", "dapo", "rloo"]
-"""The names of heads.rewards.REWARD_LOSSES, which learn from answers that the model draws itself."""
+"""Lists the names of heads.rewards.REWARD_LOSSES, which learn from answers that the model draws itself."""
 LossName = OfPreferences | OfRewards
 WITHOUT_REFERENCE = frozenset[LossName]({"sft", "orpo", "simpo", "cpo"})
 """These losses need no log-probabilities of the model as it was when training began."""
@@ -37,9 +37,9 @@ OF_SINGLE_ANSWERS = frozenset[LossName]({"sft", "kto", "bco", "apo_zero", "ancho
 """These losses need no pairs: each answer is good or bad by itself."""
 Task = Literal["llava", "image_text", "commonsense", "vlbart"]
 Files = str | tuple[str | TrainFile, ...]
-"""Type of `data.train`, except in a VL-BART's run."""
+"""This is the type of `data.train`, except in a VL-BART's run."""
 FilesByTask = Mapping[str, str | tuple[str, ...]]
-"""Type of `data.train` in a VL-BART's run."""
+"""This is the type of `data.train` in a VL-BART's run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +187,7 @@ class DataConfig:
     task_prompt: bool = True
     """Says which task it is in the text (`vqa: `); the published full fine-tuning runs do not."""
     subtitles_first: bool = True
-    """Takes what does not fit from the subtitles; false cuts the end of the text, question and choices with it, as
+    """Cuts the subtitles where an input is too long; false cuts the end of the text, question and choices with it, as
     the published video runs do."""
     replay: float = 0.0
     """Share of the labelled tokens that short chats make up which the base wrote itself (`dora-vl replay`), so that it
@@ -200,13 +200,13 @@ class DataConfig:
 
     @property
     def files(self) -> Files:
-        """`train` of a run on conversations."""
+        """Returns `train` of a run on conversations."""
         assert not isinstance(self.train, Mapping), "the reader of settings has checked it by the task"
         return self.train
 
     @property
     def files_by_task(self) -> FilesByTask:
-        """`train` of a VL-BART's run."""
+        """Returns `train` of a VL-BART's run."""
         assert isinstance(self.train, Mapping), "the reader of settings has checked it by the task"
         return self.train
 
@@ -259,7 +259,7 @@ class ObjectiveConfig:
 
     @property
     def weights(self) -> Mapping[LossName, float]:
-        """The weight of each loss."""
+        """Returns the weight of each loss."""
         return {self.loss: 1.0} if isinstance(self.loss, str) else self.loss
 
     @property
@@ -279,7 +279,7 @@ class ObjectiveConfig:
 
     @property
     def of_rewards(self) -> OfRewards | None:
-        """The loss that learns from rewards; None for all others."""
+        """Returns the loss that learns from rewards; None for all others."""
         return next((name for name in get_args(OfRewards) if name in self.weights), None)
 
 
@@ -325,13 +325,13 @@ class EvaluationConfig:
     image_folder: str | None = None
     """Root of the test's pictures; null: data.image_folder, and no contact sheet of a VL-BART's test."""
     answer_after: str | None = None
-    """In answers that reason first, such as "blue circle, so no", what stands before the answer that is scored."""
+    """Text before the answer that is scored, in answers that reason first: ", so " in "blue circle, so no"."""
     scoring: tuple[Literal["generation", "likelihood", "cloze"], ...] = ("generation",)
     """generation: the answer is looked for in generated text, as the published scripts do; likelihood: the most
     likely of the outputs that the question's last line (`Answer format: a/b/...`) admits; cloze: the likeliest ending,
     as lm-eval scores, of records that `dora-vl prepare cloze` made."""
     rule: Literal["nvlabs", "llm_adapters"] = "nvlabs"
-    """Which published script's part of the generated text is searched; they differ after a second `### Response:`."""
+    """Published script whose part of the generated text is searched; they differ after a second `### Response:`."""
     choice_by_likelihood: bool = True
     """Multiple choice takes the likeliest label; false generates one, as the published runs do."""
     batch_size: int = 32
@@ -428,7 +428,7 @@ FIELDS: Mapping[Task, frozenset[str]] = {
         evaluation="files features image_folder choice_by_likelihood exchange_pictures",
     ),
 }
-"""The fields that a task takes and some other task does not; those that stand nowhere here are every task's."""
+"""Maps a task to fields that it takes and some other task does not; fields that stand nowhere here are every task's."""
 DEFAULTS: Mapping[Task, Mapping[str, Any]] = {
     "llava": {},
     "image_text": {},
@@ -440,7 +440,7 @@ DEFAULTS: Mapping[Task, Mapping[str, Any]] = {
     },
     "vlbart": {"model.dtype": "float32", "evaluation.batch_size": 64},
 }
-"""A task's defaults where they differ from the dataclasses'."""
+"""Maps a task to its defaults where they differ from the dataclasses'."""
 _TEMPLATE = TemplateName | FormatName | None
 TYPES: Mapping[Task, Mapping[str, Any]] = {
     "llava": {"model.compose": ComposeSpec | None, "model.template": _TEMPLATE, "data.train": Files},
@@ -456,7 +456,7 @@ TYPES: Mapping[Task, Mapping[str, Any]] = {
 
 
 def foreign_fields(task: Task) -> frozenset[str]:
-    """The fields that only other tasks take."""
+    """Returns the fields that only other tasks take."""
     return frozenset[str]().union(*FIELDS.values()) - FIELDS[task]
 
 
