@@ -30,7 +30,7 @@ from dora_vl.run.folder import is_tested
 LEARNED, TESTED = 160, 200
 DEMO = "llava/easyvqa_smollm2_dora"
 STEPS = {"easy_vqa": 40, "names": 120}
-"""The steps of a demo's data at `--times 1`; drawn sets take those that init writes."""
+"""A demo's data takes this many steps at `--times 1`; drawn sets take the steps that init writes."""
 DRAWN_STEPS = 100
 RED, BLUE, YELLOW, WHITE = (205, 40, 40), (40, 80, 200), (240, 200, 40), (245, 245, 245)
 SHOPS = {"Corner Bakery": RED, "Green Grocer": BLUE, "Book Nook": YELLOW, "Hardware Hub": WHITE}

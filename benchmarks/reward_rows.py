@@ -18,7 +18,7 @@ from typing import Any
 from dora_vl.files import write_json_lines
 
 REASON_END = ", so "
-"""The demo's answers give a reason before it: "blue circle, so blue"."""
+"""The demo's answers give their reason before this text: "blue circle, so blue"."""
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 

@@ -58,7 +58,7 @@ ADAPTERS: Mapping[str, Mapping[str, Any]] = {
     },
     "lora": {"r": 8, "lora_alpha": 16, "target_modules": LAYERS.split("|")},
 }
-"""Whole packed groups and parts of them, other ranks and scales, rsLoRA, and a LoRA between."""
+"""They cover whole packed groups and parts of them, several ranks and scales, rsLoRA, and a LoRA among DoRAs."""
 LLAVA_ADAPTER: Mapping[str, Any] = {
     **ADAPTERS["dora"],
     "target_modules": rf".*language_model.*\.({LAYERS})",
@@ -85,7 +85,7 @@ ENGINE = {
     "max_cpu_loras": 8,
 }
 Answers = Mapping[str, Sequence[Mapping[str, Any]]]
-"""The tokens and log probabilities of each prompt's answer, by adapter."""
+"""Maps an adapter's name to its answer to each prompt: tokens and log probabilities."""
 
 
 @exit_on_user_error
@@ -242,7 +242,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 @torch.no_grad()
 def write_adapter(kind: Any, base: Path, folder: Path, *, seed: int, **config: Any) -> Path:
-    """PEFT's folder of an adapter whose B is not zero and whose magnitudes are not the norms."""
+    """Writes PEFT's folder of an adapter whose B is not zero and whose magnitudes are not the norms."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)

@@ -77,7 +77,7 @@ OUTLINES: dict[str, Outline] = {
     "triangle": _triangle,
     "cross": _cross,
 }
-"""Maps each shape to how many pixels a point lies outside it; inside is negative."""
+"""Maps each shape to a function that measures how many pixels a point lies outside it; inside is negative."""
 
 SHAPES = tuple(OUTLINES)
 

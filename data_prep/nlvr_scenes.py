@@ -67,7 +67,7 @@ class Item:
 Box = Sequence[Item]
 Scene = Sequence[Box]
 Phrase = tuple[str, Callable[[Box], int]]
-"""Words for what is counted, `{s}` marking a plural's ending, and the function that counts it in a box."""
+"""Pairs the words for what is counted, with `{s}` for a plural's ending, with the function that counts it in a box."""
 
 
 def tower(order: random.Random) -> Box:

@@ -27,7 +27,7 @@ LEFT_OUT: Mapping[str, tuple[str, ...]] = {
     # The tables before the first step say which device it is.
     "DeepSpeed": ("Setting accelerator to CPU", "Unable to find hostfile"),
 }
-"""Logger -> beginnings of its lines that are left out, since they ask nothing of a person."""
+"""Maps a logger to beginnings of its lines that are left out, since they ask nothing of a person."""
 
 
 @functools.cache
@@ -70,11 +70,11 @@ Inputs = ParamSpec("Inputs")
 Result = TypeVar("Result")
 
 LONGEST_MESSAGE = 490
-"""Characters of a message, which with "error: " before it stays below 500."""
+"""A message has at most this many characters, so that it stays below 500 with "error: " in front."""
 LONGEST_QUOTED = 60
 
 _UNPRINTABLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Controls, those that turn the direction of writing among them, and halves of surrogate pairs, which no terminal's or
+"""Matches controls, also those that turn the direction of writing, and half surrogate pairs, which no terminal's or
 file's encoding takes."""
 
 DECODING_ERRORS = (
@@ -94,7 +94,7 @@ DECODING_ERRORS = (
 
 
 def one_line(message: str, most: int = LONGEST_MESSAGE) -> str:
-    """The message without line breaks and control characters; of one that is too long the middle goes.
+    """Returns the message without line breaks and control characters; of one that is too long the middle goes.
 
     Its beginning names the file and its end the next step, so both stay.
     """
@@ -128,18 +128,18 @@ def shown_text(text: str, most: int = LONGEST_QUOTED) -> str:
 
 
 def shown_names(names: Iterable[object], named: int = 8, longest: int = 24) -> str:
-    """The first few names, such as those of the columns that a row has, and how many more there are."""
+    """Lists the first few names, such as those of a row's columns, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - named} more" if len(names) > named else ""
     return (", ".join(shown_text(str(name), longest) for name in names[:named]) or "nothing") + more
 
 
 NO_SAMPLE, EMPTY_ANSWER, NO_ANSWER, ON_THE_WEB = "not a sample", "empty answer", "no answer", "media on the web"
-"""Kinds of bad samples, beside those that name what they are about."""
+"""These are kinds of bad samples; all other kinds name what they are about."""
 
 
 def aligned(rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
-    """A table's lines: the cells of its first `left` columns begin below each other, those of the others end so."""
+    """Returns a table's lines, the cells of the first `left` columns aligned on the left, all others on the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     pads = [str.ljust if column < left else str.rjust for column in range(len(widths))]
     padded = ([pad(cell, width) for pad, cell, width in zip(pads, row, widths, strict=True)] for row in rows)
@@ -208,7 +208,7 @@ UNWRITABLE = {
     errno.EROFS: ("the file system can only be read", "mount it for writing"),
     errno.EFBIG: ("a file would be larger than is allowed", "raise the limit (ulimit -f)"),
 }
-"""Why a disk takes nothing more, and what to do: by the system's number."""
+"""Maps the system's error number to why a disk takes nothing more, and what to do."""
 _OF_THE_SYSTEM = {
     errno.ENAMETOOLONG: "no file can have a name so long",
     **{number: f"{cause}; {remedy} and start again" for number, (cause, remedy) in UNWRITABLE.items()},
@@ -261,7 +261,7 @@ _COMMUNICATION = ("gloo", "NCCL", "ProcessGroup", "Connection closed by peer", "
 
 
 def install_command(*packages: str) -> str:
-    """The command that installs packages, in the versions that our metadata declares. No index has our extras."""
+    """Returns the command that installs packages in the versions our metadata declares. No index has our extras."""
     try:
         declared = {
             re.split(r"[^\w.\-]", line, maxsplit=1)[0]: line.partition(";")[0] for line in requires("dora-vl") or ()
@@ -320,7 +320,7 @@ _ONE_OF = re.compile(
 
 
 def wrong_value(message: str) -> UserError:
-    """A complaint of the parser about a value, without Python's names of types."""
+    """Rewrites a parser's complaint about a value without Python's names of types."""
     line = " ".join(message.split())
     if (match := _WRONG_KIND.match(line)) and match[2] in _KINDS:
         return SettingError(match[1], f" is {shown_text(match[3])}; it must be {_KINDS[match[2]]}")

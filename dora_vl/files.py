@@ -26,7 +26,8 @@ from yaml import MappingNode, Node, ScalarNode, SequenceNode, YAMLError
 from dora_vl.errors import UserError, is_communication, is_out_of_memory, one_line, shown, shown_text
 
 METRICS, SETS, NOT_YET = "metrics.json", "sets", "not_yet_tested"
-"""A run or an evaluation writes its numbers to this file, those of its test sets under this key."""
+"""A run or an evaluation writes its numbers to this file, those of its test sets under the second key, and the sets
+that are still to be tested under the third."""
 KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -37,7 +38,7 @@ KINDS = {
 
 
 class NoRegularFile(OSError):
-    """What is at a path is something else; the message says what."""
+    """A path leads to something other than a regular file; the message says what."""
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -60,7 +61,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 UNFINISHED, PREVIOUS = "unfinished", "previous"
-"""Hidden names with these marks are of what is being written, and of the folder that a new one replaces."""
+"""The first mark in a hidden name says that it is being written, the second that a new folder replaces it."""
 
 
 @contextmanager
@@ -131,7 +132,7 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def _is_held(path: Path) -> bool:
-    """Tells whether a living process writes there; said too where a file system has no locks and nobody can tell."""
+    """Tells whether a living process writes there; True also on a file system without locks, where nobody can tell."""
     try:
         with _opened(path) as descriptor:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -157,7 +158,7 @@ def _sync(*paths: Path) -> None:
 
 @contextmanager
 def whole_file(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
-    """A file for text that gets its name only when all of it is on disk; nothing is left of one that failed.
+    """Opens a file for text that gets its name only when all of it is on disk; nothing is left of one that failed.
 
     Several processes may write one file at a time: each has a scratch file of its own, and the last one's stays.
     """
@@ -175,13 +176,13 @@ def whole_file(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """One JSON object, indented, as a whole file."""
+    """Writes one JSON object, indented, as a whole file."""
     with whole_file(path) as file:
         file.write(json.dumps(dict(content), indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def write_json_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """A JSON object a line, as a whole file."""
+    """Writes a JSON object a line, as a whole file."""
     with whole_file(path) as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
@@ -220,7 +221,7 @@ def file_sha256(path: Path) -> str:
 
 
 HASHED_BYTES = 1 << 16
-"""So much of a file's beginning and end, and its size, tell it from another picture or video."""
+"""This many bytes of a file's beginning and end, and its size, tell it from another picture or video."""
 
 
 def content_key(path: Path) -> str:
@@ -268,7 +269,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
 
 @contextmanager
 def opening(failed: str) -> Iterator[None]:
-    """Whatever transformers raises over a model's files becomes one line that begins with `failed`.
+    """Turns whatever transformers raises over a model's files into one line that begins with `failed`.
 
     Of files with a value of another type, nested endlessly or cut it raises nearly any kind, a bare Exception too
     (tokenizers); each was seen. Too little memory and another rank's end pass: who knows of them says what to do.
@@ -325,7 +326,7 @@ def check_attention(where: str | Path, config: object) -> None:
     transformers runs code from the hub by such a name, `owner/kernel`.
     """
     entries: list[tuple[str, Any]] = [("", config)]
-    for key, value in entries:  # which grows
+    for key, value in entries:  # the loop appends to it
         names_kernels = "attn_implementation" in key
         if isinstance(value, Mapping | list):
             inner = value.items() if isinstance(value, Mapping) else ((key, entry) for entry in value)
@@ -368,7 +369,7 @@ def check_whole(path: Path) -> None:
 
 
 MOST_VALUES = 100_000
-"""The most values that aliases may stand for: ten lines of them can mean more than memory holds."""
+"""Aliases may stand for at most this many values: ten lines of them can mean more than memory holds."""
 _OTHER_NUMBER = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
 
 
@@ -382,7 +383,7 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: Path) -> Any:
-    """Returns what a file says."""
+    """Returns a YAML file's content."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         sizes: dict[int, float] = {}

@@ -41,10 +41,10 @@ LARGEST_PART = 2**24
 SILENT_TIMES = 3
 """A job may be silent for this many times its CPU seconds: it may also hang without using the processor."""
 START_SECONDS = 60.0
-"""Seconds of silence allowed besides, while its libraries are imported on a busy machine."""
+"""A job may be silent for this many seconds more, while its libraries are imported on a busy machine."""
 LOOK_SECONDS = 0.1
 QUICK_SECONDS = 0.25
-"""CPU seconds after which a job yields to all others, where its process was started to do so (Linux)."""
+"""After this many CPU seconds a job yields to all others, where its process was started to do so (Linux)."""
 
 
 class JobFailed(ValueError):
@@ -191,7 +191,7 @@ class LimitedProcess:
 
 @cache
 def one_process() -> LimitedProcess:
-    """This program's own, for files that are looked at one after another; it ends with the program."""
+    """Returns this program's own process, for files that are looked at one after another; it ends with the program."""
     return LimitedProcess("read_picture")
 
 

@@ -41,7 +41,7 @@ from dora_vl.files import file_sha256, weight_files
 
 @dataclass(frozen=True, kw_only=True)
 class Factors:
-    """A, B and magnitude of one layer, flattened to two axes; A and B None is a magnitude alone.
+    """A, B and magnitude of one layer, flattened to two axes; A and B are None for a magnitude alone.
 
     A convolution's kernel is a linear layer's weight once its last axes are flattened; an embedding's table and
     transformers' `Conv1D` weight are linear weights transposed. So the equation in `core.functional` serves all.
@@ -116,10 +116,10 @@ class Factors:
 
 
 CLOSED_ANSWERS = "closed_answers"
-"""Key of the closed answer lists by task, in `recipe.json` and in a VL-BART's `config.json`."""
+"""`recipe.json` and a VL-BART's `config.json` hold the closed answer lists by task under this key."""
 
 IMAGE_ASPECT = "image_aspect"
-"""Key for how pictures become squares, in `recipe.json` and in the `config.json` of a LLaVA merged from a run."""
+"""`recipe.json`, and the `config.json` of a LLaVA merged from a run, say under this key how pictures become squares."""
 
 SHARED = (f"{SHARED_NAME}.random_A", f"{SHARED_NAME}.random_B")
 
@@ -129,11 +129,11 @@ class Adapter:
     """The content of one adapter folder."""
 
     tensors: dict[str, Tensor]
-    """Tensors of `adapter_model.safetensors` under PEFT's keys, in their own dtypes and shapes."""
+    """Holds the tensors of `adapter_model.safetensors` under PEFT's keys, in their own dtypes and shapes."""
     config: dict[str, Any]
-    """All fields of `adapter_config.json`."""
+    """Holds all fields of `adapter_config.json`."""
     recipe: dict[str, Any] = field(default_factory=dict)
-    """`recipe.json`; empty for an adapter that was not made here."""
+    """Holds `recipe.json`; empty for an adapter that was not made here."""
     source: str = "adapter"
     """Says in messages where the adapter came from."""
 

@@ -30,7 +30,7 @@ from dora_vl.errors import UserError
 from dora_vl.files import check_attention, read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-"""A base's weights; the index maps each tensor to one of several files."""
+"""A base's weights are in the first file, or in several files that the index maps each tensor to."""
 CONFIG_FILE = "config.json"
 
 
@@ -39,13 +39,13 @@ class StoredTensor:
     """A tensor in the folder's files."""
 
     key: str
-    """The tensor's name in the files."""
+    """Names the tensor in the files."""
     name: str
-    """The tensor's name in the model."""
+    """Names the tensor in the model."""
     file: str
     shape: tuple[int, ...]
     dtype: str
-    """dtype in safetensors' spelling, e.g. BF16."""
+    """Spells the dtype as safetensors does, e.g. BF16."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class ExpertPiece:
     """The position of a stored tensor inside experts that the model holds as one tensor."""
 
     layer: str
-    """Full name of the experts' weight, `...experts.gate_up_proj`."""
+    """Names the experts' weight in full: `...experts.gate_up_proj`."""
     expert: int | None
-    """Expert that the piece belongs to; None means all experts."""
+    """The piece belongs to the expert of this number; None means all experts."""
     part: int
     parts: int
     """The piece is the `part`-th of `parts` of the output rows (gate and up)."""
@@ -88,7 +88,7 @@ class BaseWeights:
                 "model folder in safetensors (load an older one and save_pretrained it once)"
             )
         self.transposed_layers: frozenset[str] = frozenset()
-        """Layers whose class stores its weight as [in, out] (transformers' `Conv1D`, embeddings)."""
+        """The classes of these layers store their weight as [in, out] (transformers' `Conv1D`, embeddings)."""
         self.expert_pieces: dict[str, ExpertPiece] = {}
         """Maps stored tensors to their position in experts that the model holds as one tensor."""
         self.hub_keys: dict[str, str] = {}

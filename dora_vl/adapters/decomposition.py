@@ -41,7 +41,7 @@ class Saved:
 
     folder: Path
     step: int | None = None
-    """Optimizer step; None for a folder that is no run."""
+    """The checkpoint was saved after this optimizer step; None for a folder that is no run."""
 
     @property
     def is_adapter(self) -> bool:
@@ -76,9 +76,9 @@ class TunedWeights:
     source: str
     base: BaseWeights
     method: str
-    """`dora`, `lora`, ... for an adapter, `model` for a folder of whole weights."""
+    """Names an adapter's method (`dora`, `lora`, ...); `model` stands for a folder of whole weights."""
     stored_layers: frozenset[str]
-    """Layers stored as a whole weight, not as factors."""
+    """These layers are stored as a whole weight, not as factors."""
     read: Callable[[str], Tensor]
     factors: Mapping[str, Factors] = field(default_factory=dict)
 
@@ -141,7 +141,7 @@ def matrices_of(weights: BaseWeights) -> list[str]:
 
 @dataclass(frozen=True)
 class Point:
-    """A layer at a checkpoint."""
+    """One layer at one checkpoint: how far it moved."""
 
     layer: str
     step: int | None
@@ -157,7 +157,7 @@ class Panel:
     method: str
     points: tuple[Point, ...]
     unchanged: int
-    """Matrices, over all checkpoints, that equal the base's bit by bit; they are frozen and give no points."""
+    """Counts matrices, over all checkpoints, that equal the base's bit by bit; they are frozen and give no points."""
 
     @property
     def line(self) -> Line | None:

@@ -36,7 +36,7 @@ class Exported:
     """Says what an export wrote."""
 
     layers: int
-    """The number of layers that stay an adapter."""
+    """Counts the layers that stay an adapter."""
     base: Path
     """The adapter is served on this folder: a new one, or the given one where nothing had to change in it."""
     folded: Merged | None

@@ -130,7 +130,7 @@ AS_JSON_HAS_IT = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 """Refuses text for numbers and numbers for flags; fields not named here are ignored where read."""
 Count = Annotated[int, Field(ge=1)]
 FolderOrId = Annotated[str, Field(pattern=r"^[^\x00]*$")]
-"""A path or hub id; operating systems refuse names with a NUL."""
+"""Takes a path or hub id without a NUL, which operating systems refuse in a name."""
 
 
 @with_config(AS_JSON_HAS_IT)

@@ -50,7 +50,7 @@ from dora_vl.files import whole_folder, write_json
 
 PICKLED_WEIGHTS_FILE = "adapter_model.bin"
 INNER = "adapter"
-"""Name of the adapter folder in a run and in each of its checkpoints."""
+"""The adapter folder has this name in a run and in each of its checkpoints."""
 
 
 def save_adapter(
@@ -124,7 +124,7 @@ def load_adapter(
     source = Path(folder)
     tensors, copies = by_own_name(str(source), read_weights(source))
     own, peft = read_recipe(source).get("adapter", {}), read_peft_config(source)
-    if not own:  # this package's values are those of all the tied
+    if not own:  # this package trains tied tensors as one
         refuse_untied_values(str(source), model, tensors)
     weights = dict(model.named_parameters(remove_duplicate=False))
     for name in copies.keys() & weights.keys():

@@ -84,7 +84,7 @@ def planned_factors(base: BaseWeights, adapter: Adapter, *, with_experts_and_hea
     base has not, is refused but by who takes them.
     """
     chosen = adapter.matrix_factors if with_experts_and_heads else adapter.factors
-    # An adapted layer changes for itself alone, and so does what PEFT trained whole; a run's own part for all.
+    # An adapted layer, or a weight that PEFT trained whole, changes under one name; a run's own part under all.
     changes = dict.fromkeys((f"{name}.weight" for name in chosen), "adapts")
     if not adapter.recipe.get("adapter"):
         changes |= dict.fromkeys(adapter.extras, "trained")
@@ -160,7 +160,7 @@ class Merged:
 
     layers: int
     replaced: int
-    """Other tensors taken from the adapter: projector, biases, norms, embeddings, heads of closed answer lists."""
+    """Counts other tensors from the adapter: projector, biases, norms, embeddings, heads of closed answer lists."""
     files: int
     bytes: int
 

@@ -61,7 +61,7 @@ class AcceleratedLinear(PeftLinear):
         if torch.compiler.is_compiling():
             core = _kept_layer(self)
         else:
-            # This core's own backward pass is closed to the transforms of torch.func, as the same question is there.
+            # The transforms of torch.func cannot see into this core's own backward pass (as in `layer.is_traced`).
             core = None if torch._C._are_functorch_transforms_active() else _core_layer(self, _active_adapter(self))
         return super().forward(x) if core is None else core(x)
 

@@ -25,7 +25,7 @@ from dora_vl.errors import UserError, install_command, one_line, shown
 
 TRIAL_WIDTH = 64
 MOST_OFF = 0.05
-"""Relative error allowed between a quantised layer and its dequantised weight. LLM.int8 rounds its input to 127 steps,
+"""A quantised layer may be off its dequantised weight by this relative error. LLM.int8 rounds its input to 127 steps,
 which costs about 0.01; a lost gradient, or one of another block's scales, is off by far more."""
 NEXT = "set model.quantisation to another kind, or null"
 

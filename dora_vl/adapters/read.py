@@ -41,7 +41,7 @@ ALIASES = (
 )
 """A VL-BART's token embedding is stored under any of these names."""
 ADDED_ROWS = f"{TOKENS}[-200:]"
-"""Frozen random rows of the token embedding that the result depends on: the picture tokens' orders."""
+"""These frozen random rows of the token embedding, the picture tokens' orders, change a VL-BART's output."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +52,13 @@ class Layout:
     lora_B: tuple[str, ...]
     magnitude: tuple[str, ...]
     scale: float | None = None
-    """s, whatever alpha its options name; None is alpha over the rank."""
+    """Fixes the scale s, whatever alpha the tool's options name; with None it is alpha over the rank."""
     extras: tuple[str, ...] = ("*",)
-    """Full-name globs of the other tensors that were trained."""
+    """These full-name globs match the other tensors that were trained."""
     whole_vlbart: bool = False
     """The file holds a VL-BART too; elsewhere a tensor that is neither adapter nor extra is refused."""
     renames: tuple[tuple[str, str], ...] = ()
-    """Prefixes of names: the tool's, and transformers'."""
+    """Pairs a prefix of the tool's names with transformers' own."""
 
 
 NVLABS = Layout(
@@ -81,7 +81,7 @@ NVLABS_VLBART = Layout(
     whole_vlbart=True,
 )
 LAYOUTS = {"nvlabs": NVLABS, "nvlabs-llava": replace(NVLABS, renames=LLAVA_RENAMES), "nvlabs-vlbart": NVLABS_VLBART}
-"""Layouts by the name that `dora-vl convert --from` takes, beside `peft`."""
+"""Maps each name that `dora-vl convert --from` takes, beside `peft`, to its layout."""
 FORMATS = ("peft", *LAYOUTS)
 TELLING_KEYS = (
     ("nvlabs-llava", ("model.mm_projector.0.weight",)),
@@ -89,7 +89,7 @@ TELLING_KEYS = (
     ("nvlabs-vlbart", ("weight_v",)),
     ("peft", ("lora_A.weight", "lora_embedding_A", "lora_magnitude_vector", "lora_magnitude_vector.weight")),
 )
-"""Key endings that only one format has, most specific first."""
+"""Pairs each format with key endings that tell it from the others; the most specific stand first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,13 +97,13 @@ class ReadOptions:
     """Adds what the files of some formats do not say."""
 
     format: str | None = None
-    """One of `FORMATS`; None recognises the format by the keys."""
+    """Chooses one of `FORMATS`; with None the keys tell the format."""
     base: Path | None = None
-    """The base model's folder, written down as what the adapter belongs to."""
+    """The result records this folder as the base that the adapter belongs to."""
     alpha: float | None = None
-    """Numerator of the scale, where no file states it."""
+    """Gives the scale's numerator where no file states it."""
     renames: tuple[tuple[str, str], ...] = ()
-    """Pairs of old and new prefixes of layer names."""
+    """Pairs old prefixes of layer names with new ones."""
 
 
 def read_any(source: Path, options: ReadOptions) -> Adapter:

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 OWN_TYPES = {"full": "DORA_VL_FULL", "magnitude": "DORA_VL_MAGNITUDE"}
 OWN_TYPE = "DORA_VL"
 MATCHING_SECONDS = 1.0
-"""Seconds allowed to match a pattern with a name: an expression may take years, and Python's `re` has no limit."""
+"""Matching a pattern with a name may take this many seconds: it could take years, and Python's `re` has no limit."""
 LOW_RANK_FIELDS = frozenset((
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "lora_dropout", "use_rslora", "init_lora_weights",
     "use_dora",
@@ -40,14 +40,14 @@ LOW_RANK_FIELDS = frozenset((
 """A folder of whole weights has none of these fields."""
 READ_TYPES = frozenset({"LORA", OWN_TYPE, *OWN_TYPES.values()})
 BY_NAME = frozenset(("magnitude_targets", "rank_pattern", "alpha_pattern", "parts", "also_train", "also_keep"))
-"""Settings that name layers or tensors; a folder stores what they resolved to."""
+"""These settings name layers or tensors; a folder stores what they resolved to."""
 OWN_FIELDS = tuple(setting.name for setting in fields(AdapterSettings) if setting.name not in BY_NAME)
-"""Settings that `recipe.json` holds unchanged."""
+"""`recipe.json` holds these settings unchanged."""
 REFUSED_FIELDS = (
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config",
     "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
 )  # fmt: skip
-"""PEFT fields that mean another forward pass when they are set."""
+"""These PEFT fields mean another forward pass when they are set."""
 KNOWN_FIELDS = frozenset((
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
     "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",

@@ -27,11 +27,11 @@ class Layers:
     """Names of modules by what the first axis of their inputs counts."""
 
     by_row: frozenset[str]
-    """Modules whose inputs are rows of tokens as the batch has them."""
+    """The inputs of these modules are rows of tokens as the batch has them."""
     decoder: frozenset[str]
-    """All modules of the language model; what is in no set belongs to the vision part."""
+    """These are all modules of the language model; what is in no set belongs to the vision part."""
     by_picture: frozenset[str] = frozenset()
-    """Modules whose inputs have one entry a picture, in the rows' order."""
+    """The inputs of these modules have one entry a picture, in the rows' order."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 Attention = str | Mapping[str, str] | None
-"""Attention kernels in transformers' form: one name, or one for each part by its config's name, with "" for the rest;
+"""Names attention kernels as transformers does: one name, or one a part by its config's name, with "" for the rest;
 None lets transformers choose."""
 
 

@@ -44,7 +44,7 @@ from dora_vl.files import NO_OWN_CODE, opening
 
 DUMMY_SIDE = 64
 GREY = (127, 96, 63)
-"""Colour of the dummy picture; families that drop pictures of zeros would take a black one for padding."""
+"""The dummy picture has this colour; families that drop pictures of zeros would take a black one for padding."""
 
 
 def stand_in(size: tuple[int, int]) -> Image.Image:
@@ -134,7 +134,7 @@ class Encoder:
         self.max_tokens = min(max_tokens, max_positions or max_tokens)
         self.sees_pictures = not isinstance(processor, PieceProcessor) or processor.pixels is not None
         self.own_positions: OwnPositions | None = None
-        """Set by `take_positions_of` for a family that counts along several axes."""
+        """`take_positions_of` sets it for a family that counts along several axes."""
 
     @property
     def pad_token_id(self) -> int:

@@ -23,7 +23,7 @@ from dora_vl.errors import UserError
 from dora_vl.files import BRINGS_CODE, NO_OWN_CODE, check_place, opening
 
 LLAVA = "llava"
-"""Text between its pictures is tokenised piece by piece, and pictures are prepared, as in LLaVA-1.5's own code."""
+"""This type's text is tokenised piece by piece between pictures, and pictures are prepared, as in LLaVA-1.5's code."""
 
 _ENCODER_DECODER = "its decoder reads what an encoder made of the pictures, and its labels do not shift"
 _NO_CHAT = "it answers no conversation"
@@ -90,10 +90,10 @@ PROJECTORS = (
     "mlp1",
     "visual_embedding",
 )
-"""Last parts of the names that transformers' families give the module between vision and language."""
+"""In transformers' families the name of the module between vision and language ends in one of these."""
 
 BYPASSED = (".altup.correction_coefs", ".indexer.wq_b", ".indexer.wk", ".indexer.weights_proj")
-"""Name endings of linear layers where an adapter would silently learn nothing: the model uses their weight without
+"""In linear layers whose names end so an adapter would silently learn nothing: the model uses their weight without
 calling them (Gemma 3n while it trains), or they choose which tokens are seen, which has no gradient (HY 4)."""
 
 CROSSING, SEES = "cross_attn", "full_text_row_masked_out_mask"

@@ -45,10 +45,10 @@ log = logging.getLogger(__name__)
 Outputs = Mapping[str, Sequence[Sequence[Any]]]
 """Maps each part to its calls' flattened outputs; `Hollow` replaces a tensor that nobody reads."""
 AT_ONCE = 16
-"""Samples that one pass of the vision parts takes: on a processor four times as many take 1.4 times as long each,
+"""One pass of the vision parts takes this many samples: on a CPU four times as many take 1.4 times as long each,
 since their activations are allocated anew every time."""
 SAME = 0.05
-"""Error allowed in stored outputs at the decoder, as a share of what pictures change there. Half precision rounds
+"""Stored outputs may be off by this share of what pictures change at the decoder. Half precision rounds
 otherwise in a batch; pictures in a wrong order or place are off by all of it."""
 
 
@@ -68,11 +68,11 @@ class Call(NamedTuple):
     """Describes what one call of a part returns."""
 
     spec: Any
-    """Tree structure that the flattened outputs came from."""
+    """Holds the tree structure that the flattened outputs came from."""
     read: frozenset[int]
-    """Indices of the outputs that the rest of the model reads."""
+    """The rest of the model reads the outputs at these indices."""
     axes: tuple[int, ...]
-    """Dimension along which each output grows with the pictures."""
+    """Lists the dimension along which each output grows with the pictures."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,9 @@ class FrozenParts:
     """The frozen parts of a model by name, and how their outputs are joined."""
 
     calls: Mapping[str, tuple[Call, ...]]
-    """Each part's calls; a part that is called once a picture has one entry."""
+    """Maps a part to its calls; a part that is called once a picture has one entry."""
     batched: Mapping[str, bool]
-    """True for a part that takes all pictures of a batch in one call."""
+    """Tells which parts take all pictures of a batch in one call."""
 
     @torch.no_grad()
     def outputs_of(self, model: Any, inputs: Mapping[str, Any]) -> Outputs:

@@ -47,7 +47,7 @@ class GrowingText:
         self._from = 0
         self._until = 0
         self._known = ""
-        """The text of the ids from `_from` to `_until`."""
+        """Holds the text of the ids from `_from` to `_until`."""
 
     def __call__(self, ids: Sequence[int]) -> str:
         """Returns the answer so far; `ids` begin with those of the call before."""
@@ -85,7 +85,7 @@ class NoNumbers(UserError):
 
 
 NO_TOKEN = -1
-"""Every id of a row without numbers."""
+"""A row whose scores were no numbers has this id everywhere."""
 
 
 def end_tokens(model: PreTrainedModel) -> frozenset[int]:
@@ -164,7 +164,7 @@ class Draws(LogitsProcessor):
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input_ids: Tensor, scores: Float[Tensor, "rows vocab"]
     ) -> Float[Tensor, "rows vocab"]:
-        """Zero for the drawn token of each row, minus infinity for all others."""
+        """Returns zero for the drawn token of each row, minus infinity for all others."""
         # On a GPU, to draw from what is no number breaks every later call; the step's own loss tells of it.
         log_probs = scores.float().nan_to_num(0.0).log_softmax(-1)
         chances = log_probs.exp()

@@ -24,7 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 MASKED = ("sdpa", "eager", "flex_attention")
-"""Attention kernels that take a mask function; flash attention's take none."""
+"""These attention kernels take a mask function; flash attention's take none."""
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
 """Takes batch row, head, query and key position; returns whether the query sees the key."""
 
@@ -64,7 +64,7 @@ class Alike(NamedTuple):
     queries: Int[Tensor, "segments queries"]
     keys: Int[Tensor, "segments keys"]
     sees: Bool[Tensor, "segments 1 queries keys"] | None
-    """The keys that each query sees; None where all lengths are equal and causal attention suffices."""
+    """Marks the keys that each query sees; None where all lengths are equal and causal attention suffices."""
     filled: Bool[Tensor, "segments queries"]
     """False marks padding."""
 
@@ -329,7 +329,7 @@ class OwnPositions:
 
 
 COUNTS = "compute_3d_position_ids"
-"""transformers' method that computes a model's positions along several axes."""
+"""transformers computes a model's positions along several axes by a method of this name."""
 
 
 def _counting(model: nn.Module) -> Any:

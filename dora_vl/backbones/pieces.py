@@ -19,7 +19,7 @@ from dora_vl.data.turns import IMAGE_PLACEHOLDER
 from dora_vl.errors import UserError
 
 STAND_IN = "stand-in"
-"""Key in the `info` of a picture whose outputs are stored: its size counts, its pixels are not read."""
+"""A picture whose outputs are stored has this key in its `info`: its size counts, its pixels are not read."""
 
 Move = tuple[Span, Span]
 

@@ -44,7 +44,7 @@ PROCESSOR_PROBE = (
     Turn("assistant", "It is a square."),
 )
 FORMS: tuple[frozenset[Role], ...] = (frozenset({"user", "assistant"}), frozenset(), frozenset({"user"}))
-"""Roles whose messages without pictures are lists of parts; tried in this order."""
+"""Messages of these roles are lists of parts even without pictures; the sets are tried in this order."""
 MEDIA = re.compile(f"({IMAGE_PLACEHOLDER}|{VIDEO_MARK})")
 
 
@@ -524,7 +524,7 @@ PROCESSOR_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 
 OWN_FORMAT: Mapping[str, FormatName] = MappingProxyType({"PaliGemmaProcessor": "paligemma"})
-"""Processors that take one format only, whatever the settings say of chat templates."""
+"""Maps processors to the only format that they take, whatever the settings say of chat templates."""
 
 
 def usual_template(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -23,10 +23,10 @@ from dora_vl.files import read_json, unfinished, write_json
 
 SHARD_GLOB = "shard-*.safetensors"
 SHARD_BYTES = 128 * 2**20
-"""A shard is written once it holds so much."""
+"""A shard is written once it holds this many bytes."""
 SETTINGS_FILE = "settings.json"
 HASH = "sha256"
-"""Setting that holds the weights' hash."""
+"""The settings hold the weights' hash under this name."""
 
 
 class Entry(NamedTuple):
@@ -45,7 +45,7 @@ class ShardStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.entries: dict[str, Entry] = {}
-        """Entries in the order of the shards' names, which does not depend on which process was first."""
+        """The entries follow the order of the shards' names, which does not depend on which process was first."""
         self._waiting: dict[str, tuple[Any, list[Tensor]]] = {}
         self._bytes = 0
         self._shards = set[Path]()

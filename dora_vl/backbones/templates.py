@@ -46,11 +46,11 @@ class Chat:
     answer_spans: tuple[Span, ...]
     controls: tuple[Span, ...] = ()
     others: tuple[Chat, ...] = ()
-    """Shorter texts for answers that the template writes otherwise once later turns follow; no answer is in two."""
+    """These are shorter texts, for answers that the template rewrites once later turns follow; no answer is in two."""
     answers: tuple[int, ...] = ()
-    """Indices of the answers whose spans these are, where `others` have some too."""
+    """The spans belong to the answers at these indices, where `others` have some too."""
     suffix: str | None = None
-    """Answer that the processor takes apart from the text; its span then follows the text."""
+    """The processor takes this answer apart from the text; its span then follows the text."""
     by_token_types: bool = False
     """True where the processor marks the answer's tokens itself, by `token_type_ids` of one."""
 
@@ -59,7 +59,7 @@ class Prompts:
     """Turns a conversation into text."""
 
     name: str = ""
-    """Value of `model.template` that chooses it."""
+    """`model.template` chooses the format by this name."""
     bos_token: str | None = None
     takes_system: bool = False
     """True where the format has a place for a system turn."""
@@ -136,7 +136,7 @@ class RoundTemplate(Prompts):
 
     name: str
     system: str = ""
-    """The text before the first round."""
+    """This text stands before the first round."""
     own_system: str = ""
     """Replaces `system` by a sample's system turn, `{}`; empty refuses such samples."""
     first_question: str = ""
@@ -145,11 +145,11 @@ class RoundTemplate(Prompts):
     """Replaces `first_question` after a sample's own system turn."""
     question: str
     answer_role: str
-    """The text that ends the generation prompt."""
+    """This text ends the generation prompt."""
     answer: str
-    """The supervised text: what generation has to produce."""
+    """This text is supervised: generation has to produce it."""
     between: str = ""
-    """The text behind every round but the last."""
+    """This text follows every round but the last."""
 
     @property
     def takes_system(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -295,7 +295,7 @@ class InstructionPrompt:
     test: tuple[str, str] = (PLAIN, PAIRED)
     indent: str = ""
     between = ""
-    """The text between the prompt and the output."""
+    """This text stands between the prompt and the output."""
 
     def before_output(self, instruction: str, context: str, *, test: bool) -> str:
         """Returns the text up to where the output begins; `context` is the record's `input`."""
@@ -323,7 +323,7 @@ PROMPTS: Mapping[str, InstructionPrompt] = {
     "alpaca": InstructionPrompt(),
     "cloze": ClozePrompt(),
 }
-"""Published prompts: `nvlabs` is the DoRA paper's; `alpaca` is Stanford's own, the same in training and test."""
+"""These prompts were published: `nvlabs` is the DoRA paper's; `alpaca` is Stanford's, the same in training and test."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,7 +365,7 @@ class Instruction(Prompts):
 
 
 SECONDS, MEMORY = 2, 1 << 30
-"""CPU seconds and bytes allowed for a trial rendering of a chat template; a usual one takes a fiftieth of the time."""
+"""A chat template's trial rendering may take these CPU seconds and bytes; a usual one takes a fiftieth of the time."""
 
 
 class _Generation(Extension):
@@ -392,7 +392,7 @@ def variables_of(template: str) -> frozenset[str]:
 _SIDE = {"type": "object", "properties": {"side": {"type": "string"}}, "required": ["side"]}
 TOOL = {"type": "function", "function": {"name": "measure_edge", "description": "Measures.", "parameters": _SIDE}}
 CALL = {"type": "function", "id": "call00001", "function": {"name": "measure_edge", "arguments": {"side": "left"}}}
-"""A tool and its call, by which templates are tried."""
+"""Templates are tried with this tool and its call."""
 
 
 def try_template(content: bytes, templates: list[str], tokens: Mapping[str, Any]) -> Iterator[Part]:

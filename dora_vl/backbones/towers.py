@@ -38,9 +38,9 @@ logger = logging.getLogger(__name__)
 Aspect = Literal["pad", "square", "squash"]
 Layout = Literal["NCHW", "NHWC", "NLC"]
 PADDED_SIDE = 4_096
-"""Largest square, in pixels along a side, that is padded as a whole, as published; larger ones are padded by rows."""
+"""A square of up to this side, in pixels, is padded as a whole, as published; a larger one is padded by rows."""
 ROWS = 256
-"""Rows padded at once."""
+"""This many rows are padded at once."""
 
 
 # transformers' generated __init__ takes more names than its signature says; a checker that reads it refuses them.
@@ -58,13 +58,13 @@ class GridTowerConfig(PreTrainedConfig):
     architecture: str = ""
     """Names the network as the library does, e.g. `tf_efficientnet_lite0` or `ViT-B-32`."""
     options: dict[str, Any] | None = None
-    """Further arguments of the library: timm's keyword arguments, open_clip's `vision_cfg`..., a config."""
+    """Holds further arguments of the library: timm's keyword arguments, open_clip's `vision_cfg`..., a config."""
     layer: int = -1
-    """Hidden state to take, counted from the end; -1 is the last one, after the network's final norm."""
+    """Numbers the hidden state to take, from the end; -1 is the last one, after the network's final norm."""
     grid_pool: int | None = None
     layout: Layout = "NCHW"
     prefix_tokens: int = 0
-    """Class and register tokens in front of the grid, which are dropped (`NLC` only)."""
+    """Counts the class and register tokens in front of the grid, which are dropped (`NLC` only)."""
     grid_side: int = 7
     hidden_size: int = 1280
     image_size: int = 224

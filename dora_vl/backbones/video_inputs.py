@@ -20,11 +20,11 @@ from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 from dora_vl.data.video import Frames
 
 Video: TypeAlias = Frames[Image.Image]
-"""RGB frames of one video, as `VideoReader.read` returns them."""
+"""Holds the RGB frames of one video, as `VideoReader.read` returns them."""
 
 CLOCK_RATE = 1000
 ONE_LENGTH = "pixel_values_videos"
-"""Input of families whose videos all have one length: `[videos, frames, channels, height, width]`."""
+"""Families whose videos all have one length take this input: `[videos, frames, channels, height, width]`."""
 
 
 def metadata(video: Video) -> VideoMetadata:

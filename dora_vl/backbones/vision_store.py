@@ -26,7 +26,7 @@ from dora_vl.data.example import Clip, Example
 from dora_vl.errors import BadSample, UserError
 
 Part = tuple[float, float | None]
-"""Start and end of a video's part in seconds; None is the video's end."""
+"""Gives the start and end of a video's part in seconds; None is the video's end."""
 WHOLE: Part = (0.0, None)
 Taken = TypeVar("Taken")
 DAMAGE = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error)
@@ -40,7 +40,7 @@ class Stored:
     tokens: int
     width: int
     frames: int
-    """Number of frames, all of equally many tokens; without a statement each token is a frame."""
+    """Counts the frames, which all have equally many tokens; where nothing states it, each token is a frame."""
 
 
 class FeatureStore:

@@ -46,8 +46,8 @@ DORA_TARGETS = (
     "model.decoder.layers.*.encoder_attn.q_proj",
     "model.decoder.layers.*.encoder_attn.v_proj",
 )
-"""Queries and values of every attention, 36 linears of bart-base. The paper's table 9 says queries and keys; its code
-adapts queries and values, and the published shares of parameters fit both."""
+"""These are queries and values of every attention, 36 linears of bart-base. The paper's table 9 says queries and keys;
+its code adapts queries and values, and the published shares of parameters fit both."""
 KEPT_ROWS = (ADDED_ROWS,)
 ANSWER_HEADS = ("answer_heads.*",)
 

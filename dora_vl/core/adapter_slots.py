@@ -25,16 +25,16 @@ from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.strength import GainByStrength, Share, layer_between
 
 ONE_PRODUCT = 2**15
-"""Up to this many numbers of A x, of all adapters that a layer holds, one masked product computes them: a decoded token
-costs its calls. Beyond, a prompt's tokens cost their arithmetic, and each adapter's rows are computed apart."""
+"""Up to this many numbers of A x, over all adapters of a layer, one masked product computes them, since the calls are
+what a decoded token costs. Above it, as for a prompt, arithmetic costs more, and adapters are computed one by one."""
 KEPT_GAINS, KEPT_LAYERS = 16, 4
-"""The most gains, and the most layers of an adapter's own, that a layer keeps for strengths other than 1."""
+"""A layer keeps at most this many gains, and layers of an adapter's own, for strengths other than 1."""
 Axis = Literal["rows", "pictures"]
 """The first axis of a layer's input counts rows of the batch, or the pictures of all rows."""
 Slot = str | Share | None
-"""A row has an adapter by its key, a share of one, or the base."""
+"""Says what a row has: an adapter by its key, a share of one, or the base."""
 Layout = tuple[tuple[str, int], ...]
-"""The adapters that a layer holds, in the order of its matrices, each with its rank."""
+"""Lists the adapters that a layer holds, in the order of its matrices, each with its rank."""
 Value = TypeVar("Value")
 
 
@@ -54,14 +54,14 @@ class Choice(NamedTuple):
     """Says which of a layer's adapters each row of a batch takes."""
 
     mask: Float[Tensor, "rows ranks"]
-    """The strength, mostly 1, at the ranks of the row's own adapter."""
+    """Holds the strength, mostly 1, at the ranks of the row's own adapter."""
     gain_index: Int[Tensor, " rows"]
-    """Numbers its gain among those of `shares`, from 1; 0 is the base's."""
+    """Numbers the row's gain among those of `shares`, from 1; 0 is the base's."""
     shares: tuple[Share, ...]
 
 
 def share_of(row: Slot) -> Share | None:
-    """Writes out what a row has; a share of nothing is the base."""
+    """Returns a row's slot as a share; None is the base, as is a share of strength 0."""
     share = Share(row) if isinstance(row, str) else row
     return None if share is None or share.strength == 0 else share
 
@@ -78,7 +78,7 @@ def runs_of(rows: Sequence[Slot]) -> tuple[Run, ...]:
 
 @dataclass
 class ActiveAdapters:
-    """Which adapter each row, and each picture, of the batch has that goes through the model now.
+    """Says which adapter each row and each picture has in the batch that goes through the model now.
 
     One for a model; all of its `SlotLayer`s read it. Outside `holding` every row is the base's.
     """
@@ -129,18 +129,18 @@ class SlotChange:
     """One adapter's change of one linear layer, ready for inference: what is computed once, when it is loaded."""
 
     lora_A: Float[Tensor, "rank in_"]
-    """A, without rows where only a magnitude was trained."""
+    """A has no rows where only a magnitude was trained."""
     scaled_B: Float[Tensor, "rank out"]
-    """(s B)^T, so that adapters can lie one after another in one matrix."""
+    """Holds (s B)^T, so that adapters can lie one after another in one matrix."""
     minus_one: Float[Tensor, " out"] | None
-    """The gain minus one; None for plain LoRA."""
+    """Holds the gain minus one; None for plain LoRA."""
     by_strength: GainByStrength | None = None
     """Makes the gain at another strength; None for plain LoRA."""
 
     @classmethod
     @torch.no_grad()
     def of(cls, layer: AdaptedLayer, dtype: torch.dtype) -> SlotChange:
-        """Takes over the change that an adapted linear layer makes, its norm from the layer's own product."""
+        """Takes over the change that an adapted linear layer makes; its norm comes from the layer's own product."""
         (rows, columns), like = layer.matrix_shape(), layer.weight
         a, b = layer.factors() or (like.new_zeros(0, columns), like.new_zeros(rows, 0))
         full = layer.gain()
@@ -261,7 +261,7 @@ class SlotLayer(nn.Module):
 
 
 def kept(values: dict[Share, Value], most: int, share: Share, compute: Callable[[], Value]) -> Value:
-    """Returns the value of a share, computed if it is not there; too many are all forgotten for a new one."""
+    """Returns a share's value, computed where it is missing; a full cache is emptied for a new value."""
     if share not in values:
         if len(values) >= most:
             values.clear()

@@ -26,20 +26,20 @@ from torch import Tensor
 
 Axis = Literal["output", "input"]
 FLAT = 1e-12
-"""Points whose spread is below this share of their size lie in one place: rounding, no slope."""
+"""Points that spread less than this share of their size count as one: a slope would come from rounding."""
 
 
 @dataclass(frozen=True)
 class WeightChange:
-    """How far one weight matrix moved, averaged over its vectors."""
+    """Says how far one weight matrix moved, averaged over its vectors."""
 
     magnitude: float
-    """dM, in the weight's own units."""
+    """This is dM, in the weight's own units."""
     direction: float
-    """dD: 0 where every vector points where it did, 1 for right angles."""
+    """This is dD: 0 where every vector points where it did, 1 for right angles."""
     vectors: int
     without_direction: int
-    """Vectors that are all zero before or after: they have a magnitude, no direction, and are left out of dD."""
+    """Counts vectors that are all zero before or after: they have no direction, and are left out of dD."""
 
 
 def change_of_blocks(
@@ -65,12 +65,12 @@ def change_of_blocks(
 
 @dataclass(frozen=True)
 class Line:
-    """The least-squares line through points, and how far it tells them."""
+    """The least-squares line through points, and how well it fits them."""
 
     slope: float
     intercept: float
     correlation: float
-    """Pearson's correlation of x and y."""
+    """This is Pearson's correlation of x and y."""
 
 
 def fit_line(x: Sequence[float], y: Sequence[float]) -> Line | None:

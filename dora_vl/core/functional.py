@@ -33,9 +33,9 @@ from dora_vl.core.fast.kernels import kernels_for
 CANCELLATION = 0.15
 """Where a row's squared norm falls below this share of its frozen weight's, the factored form lost too many digits."""
 NORM_RANGE = torch.bfloat16
-"""A norm's products need its range: A A^T leaves float16's where a row of A is longer than 255."""
+"""A norm's products need this dtype's range: A A^T leaves float16's where a row of A is longer than 255."""
 NORM_CHUNK_ROWS = 1024
-"""Rows of W turned to float32 at a time, so that a norm never needs a second copy of the weight."""
+"""This many rows of W become float32 at a time, so that a norm never needs a second copy of the weight."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -235,7 +235,7 @@ class Gain:
 
     @cached_property
     def minus_one(self) -> Float[Tensor, " out"]:
-        """g - 1 in the activations' dtype."""
+        """Returns g - 1 in the activations' dtype."""
         return (self.full - 1).to(self.dtype)
 
 
@@ -285,7 +285,7 @@ def gradients(
 
 
 NARROW = 64
-"""Ranks below it take B's gradient as [rank, out], twice as fast on CPU; from there on turning it costs more."""
+"""Below this rank B's gradient is computed as [rank, out], twice as fast on CPU; above, transposing it costs more."""
 
 
 def of_factors(

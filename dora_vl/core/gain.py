@@ -36,7 +36,7 @@ def watch_optimizers() -> None:
 
 
 SHARD_MARKS = frozenset({"ds_status", "_fsdp_flattened"})
-"""Attributes of parameters whose `.data` DeepSpeed ZeRO-3 and FSDP1 replace at every pass, without a new value."""
+"""DeepSpeed ZeRO-3 and FSDP1 replace `.data` of parameters with these attributes at every pass, values unchanged."""
 
 
 class AdapterParameter(nn.Parameter):

@@ -65,7 +65,7 @@ ADAPTABLE: Mapping[str, Adaptable] = {
     "torch.nn.modules.sparse.Embedding": Adaptable("embedding", DoRAEmbedding),
     **{path: Adaptable("embedding", DoRAEmbedding) for path in SCALED_EMBEDDINGS},
 }
-"""By class path, so that nothing of other packages is imported here."""
+"""Its keys are class paths, so that nothing of other packages is imported here."""
 
 
 def adaptable_names(model: nn.Module, config: DoRAConfig) -> list[str]:
@@ -97,9 +97,9 @@ def adaptable(module: nn.Module, config: DoRAConfig) -> Adaptable | None:
 
 
 SHARED_NAME = "dvora_shared"
-"""Name of the module that holds the random matrices, at the model's root."""
+"""The module that holds the random matrices has this name at the model's root."""
 START_OF_D = 0.1
-"""VeRA's starting value of d; b starts at 0."""
+"""VeRA starts d at this value, and b at 0."""
 
 
 class SharedRandom(nn.Module):

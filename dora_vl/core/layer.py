@@ -42,7 +42,7 @@ def take_from_weight(layer: AdaptedLayer, a: Tensor, b: Tensor) -> None:
 
 
 FROZEN = "||W||^2"
-"""Holds what is kept of the frozen weight alone."""
+"""Values that depend on the frozen weight alone are kept under this name."""
 Self = TypeVar("Self", bound="AdaptedLayer")
 Value = TypeVar("Value")
 
@@ -64,7 +64,7 @@ class AdaptedLayer(nn.Module):
         "lora_B": "lora_B.weight",
         "magnitude": "lora_magnitude_vector",
     }
-    """Name of each trained tensor here -> its name in the adapter file (PEFT's)."""
+    """Maps the name of each trained tensor here to its name in the adapter file (PEFT's)."""
     experts: int = 0
     """Counts the matrices of a mixture in the layer's weight; 0 means that it is one matrix."""
     weight_is_readable: ClassVar[bool] = True
@@ -138,7 +138,7 @@ class AdaptedLayer(nn.Module):
         return matrix
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of A and B as they are kept and saved (PEFT's)."""
+        """Returns the shapes of A and B as they are kept and saved (PEFT's)."""
         rows, columns = self.matrix_shape()
         return (rank, columns), (rows, rank)
 

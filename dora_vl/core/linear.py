@@ -64,7 +64,7 @@ class AdaptedStep(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - `once_differentiable` hides the names
         ctx: Any, *grad_outputs: Any
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of x, f, b, A, B and m."""
+        """Returns the gradients of x, f, b, A, B and m."""
         masked, weight, bias, lora_A, lora_B, hidden, product, positions = ctx.saved_tensors
         gain, needs = ctx.gain, ctx.needs_input_grad
         dy = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])

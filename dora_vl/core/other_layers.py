@@ -115,7 +115,7 @@ SCALED_EMBEDDINGS: Mapping[str, str] = {
     "transformers.models.bart.modeling_bart.BartScaledWordEmbedding": "embed_scale",
     "transformers.models.mbart.modeling_mbart.MBartScaledWordEmbedding": "embed_scale",
 }
-"""Class path of an embedding that multiplies its rows -> the attribute that holds the factor."""
+"""Maps the class path of an embedding that multiplies its rows to the attribute that holds the factor."""
 
 
 class DoRAEmbedding(AdaptedLayer, nn.Embedding):
@@ -180,11 +180,11 @@ class DoRAEmbedding(AdaptedLayer, nn.Embedding):
 # products go expert by expert, over those that got rows.
 
 STATED = frozenset(("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "num_experts"))
-"""Attributes by which transformers says how a layer's experts compute."""
+"""transformers says in these attributes how a layer's experts compute."""
 
 
 def expert_projections(module: nn.Module) -> tuple[str, ...]:
-    """Names of the 3-D weights that a module of experts multiplies by and that can be adapted; of others none."""
+    """Names the 3-D weights that a module of experts multiplies by and that can be adapted; none for other modules."""
     stated = vars(module)
     if not stated.keys() >= STATED:
         return ()

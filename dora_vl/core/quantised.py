@@ -23,7 +23,7 @@ from dora_vl.core.linear import LinearLayer
 from dora_vl.errors import UserError
 
 IDENTITY_ROWS = 256
-"""Columns of W read at a time."""
+"""This many columns of W are read at a time."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class QuantisedKind:
     dtype: Callable[[Any], torch.dtype]
     """Returns the dtype of W."""
     weight: Callable[[Any], Float[Tensor, "out in_"]] | None = None
-    """W as the class itself dequantises it; None: the layer can only be called."""
+    """Returns W as the class itself dequantises it; None where the layer can only be called."""
     settle: Callable[[str, Any], None] = lambda name, layer: None
-    """Keeps W, and the gradient through it, the same in training and in evaluation, of a layer with this full name."""
+    """Takes a layer with its full name; makes W and the gradient through it the same in training and in evaluation."""
     loose_tensors: Callable[[Any], Iterator[Tensor]] = lambda layer: iter(())
-    """Tensors that W is made of and that are neither parameters nor buffers."""
+    """Yields the tensors that W is made of and that are neither parameters nor buffers."""
 
 
 def _four_bit_state(layer: Any) -> Any:
@@ -94,9 +94,9 @@ QUANTISED_KINDS: Mapping[str, QuantisedKind] = {
     ),
 }
 TENSOR_SUBCLASS = QuantisedKind(lambda layer: layer.weight.dtype)
-"""An `nn.Linear` whose weight is a tensor subclass (torchao)."""
+"""Describes an `nn.Linear` whose weight is a tensor subclass (torchao)."""
 UNKNOWN_LINEAR = QuantisedKind(lambda layer: torch.float32)
-"""A class that the user named."""
+"""Describes a class that the user named."""
 
 
 def class_path(module: nn.Module) -> str:
@@ -250,11 +250,11 @@ class QuantisedLinear(LinearLayer):
     # -- not possible here -------------------------------------------------------------------------------------
 
     def merge(self, *, keep_base: bool = True) -> None:
-        """Refuses."""
+        """Refuses: a packed weight cannot hold merged values."""
         self.refuse_merging("this layer")
 
     def refuse_merging(self, name: str) -> None:
-        """Raises the `UserError` that names the layer."""
+        """Raises a `UserError` that names the layer."""
         what = f"a {type(self.base).__name__} cannot hold merged weights"
         raise UserError(f"{name}: {what}; load the base without quantisation and merge there")
 

@@ -1,4 +1,4 @@
-"""How much of an adapter is applied: the strength t, 0 the base, 1 the adapter, beyond 1 more of the same.
+"""How much of an adapter is applied: strength t, where 0 is the base, 1 the adapter, and beyond 1 more of the same.
 
     V_t = W + t s B A        m_t = (1 - t) ||W|| + t m        y = m_t / ||V_t|| (W x + t s B A x) + b
 
@@ -21,9 +21,9 @@ from dora_vl.core.layer import AdaptedLayer
 from dora_vl.errors import UserError, shown
 
 MOST_STRENGTH = 10.0
-"""Beyond it a model says nothing any more, and its numbers may leave those that there are."""
+"""A larger strength is refused: the model's answers would make no sense, and its numbers could overflow."""
 SECOND_FACTORS = ("lora_B", "lambda_b")
-"""Names what multiplies B A in each kind of layer, so that t times it is t times the change."""
+"""Each kind of layer has one of these factors in B A, so that t times the factor is t times the change."""
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -35,7 +35,7 @@ class Share(NamedTuple):
 
 
 def checked_strength(value: object) -> float:
-    """Returns the strength; refuses what is none."""
+    """Returns the strength; refuses a value that is not one."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MOST_STRENGTH:
         raise UserError(
             f"the strength is {shown(value)}; a number from 0 (the base) over 1 (the adapter) to {MOST_STRENGTH:g}"
@@ -48,11 +48,11 @@ class GainByStrength:
     """Makes a layer's gain at any strength; no weight is read for it again."""
 
     base_norms: Float[Tensor, " out"]
-    """||W_i|| of each output row."""
+    """Holds ||W_i|| of each output row."""
     norms: Float[Tensor, " out"]
-    """||V_i|| at strength 1."""
+    """Holds ||V_i|| at strength 1."""
     change_squared: Float[Tensor, " out"]
-    """||(s B A)_i||^2 of each output row."""
+    """Holds ||(s B A)_i||^2 of each output row."""
     magnitude: Float[Tensor, " out"]
 
     @classmethod

@@ -24,12 +24,12 @@ from dora_vl.core.layer import AdaptedLayer
 from dora_vl.errors import UserError
 
 Gather = Callable[[Iterable[Tensor]], AbstractContextManager[Any]]
-"""Gives tensors whole inside a `with` block, those that are in shards over ranks too (`dora_vl.run.sharding`)."""
+"""Makes tensors whole inside a `with` block, also those in shards over ranks (`dora_vl.run.sharding`)."""
 _ATTRIBUTE = "_dora_vl_trained"
 _ROWS = re.compile(r"(.+)\[(-?\d+)?:(-?\d+)?\]")
 FACTORS = {"A": "lora_A", "B": "lora_B", "d": "lambda_d", "b": "lambda_b", "magnitude": "magnitude"}
-"""Maps what a trained part is called behind the part's name, as in `dora.A`, to the layers' own name of its
-tensor; `d` and `b` are DVoRA's vectors."""
+"""Maps the end of a trained part's name, such as `A` of `dora.A`, to the layers' own name of the tensor; `d` and `b`
+are DVoRA's vectors."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class TrainedPart:
     """
 
     name: str
-    """`dora.A`, `vision.magnitude` of adapted layers; `projector` of whole weights."""
+    """Parts of adapted layers are called `dora.A`, `vision.magnitude`..., those of whole weights `projector`..."""
     parameters: dict[str, nn.Parameter]
     weight_decay: bool
     adapts: bool = False
-    """True for what adapted layers add, False for weights of the model's own."""
+    """True marks what adapted layers add, False weights of the model's own."""
 
     @property
     def part(self) -> str:
@@ -214,7 +214,7 @@ def trained_list(model: nn.Module) -> TrainedList:
 
 
 def all_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters, under each of their names, and buffers."""
+    """Lists parameters, under each of their names, and buffers."""
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
 
 
@@ -237,7 +237,7 @@ def _refuse_untrainable(model: nn.Module, by_part: Mapping[str, list[str]]) -> N
 
 
 _BEFORE = "_dora_vl_before_float32"
-"""Attribute of a module that `_train_in_float32` changed: its parameters' dtypes of before, and the hooks that cast."""
+"""A module that `_train_in_float32` changed holds here its parameters' dtypes of before, and the hooks that cast."""
 
 
 def _train_in_float32(model: nn.Module, names: Iterable[str], gather: Gather) -> None:

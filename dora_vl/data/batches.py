@@ -15,15 +15,15 @@ from dora_vl.data.packing import grow, pack, spread, tokens_of
 from dora_vl.data.samples import ALIGNED, IGNORED_LABEL, Sample, Skipped
 
 PACKED_TOKENS = 8_192
-"""Tokens that a packed row holds at most, about; a micro-batch of more becomes several rows."""
+"""A packed row holds about this many tokens at most; a larger micro-batch becomes several rows."""
 BY_ROW = "cross_attention_mask"
 """A family with this input (mllama) looks its pictures up by row, so a row of words alone has pictures of zeros."""
 IN_ONE_ROW = {"pixel_values": "target_sizes", "pixel_values_videos": "target_sizes_videos"}
-"""MiniCPM-V puts the patches of all pictures into one row, and has the input on the right."""
+"""A model with the input on the right (MiniCPM-V) takes the patches of all pictures, on the left, in one row."""
 FIRST_TILE = "aspect_ratio_mask"
-"""The first tile of a missing picture of mllama's counts as there, or attention divides by zero."""
+"""In this input of mllama's the first tile of a missing picture counts as there, or attention divides by zero."""
 POINTING = {"image_token_pooling": "pixel_values", "video_token_pooling": "pixel_values_videos"}
-"""Molmo 2 points to patches of a batch's pixels, -1 for none: a later sample's places begin further on."""
+"""Molmo 2's inputs on the left point to patches of a batch's pixels, -1 for none; a later sample's begin further on."""
 
 
 def with_answer(sample: Sample, ids: Tensor, *, weight: float = 1.0) -> Sample:
@@ -249,7 +249,7 @@ def stacked(tensors: Sequence[Tensor], value: int) -> Tensor:
 
 
 SAMPLES, WEIGHTS = "samples", "sample_weights"
-"""A batch names so how many usable samples it holds, and what each counts in a mean over them."""
+"""A batch holds under these names how many usable samples it has, and what each counts in a mean over them."""
 
 
 def over_step(batches: Sequence[Mapping[str, Any]], device: torch.device) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND", b"GIF8": b"
 
 
 class MediaCheck:
-    """Whether pictures and videos are there and whole; each file is looked at once, however many samples name it.
+    """Checks that pictures and videos are there and whole; looks at a file once, however many samples name it.
 
     Size, beginning and end of pictures are looked at in any case; `decode` finds damage inside too.
     """
@@ -185,7 +185,7 @@ class FileCheck:
 
     @property
     def findings(self) -> dict[str, Finding]:
-        """What has been found, by kind."""
+        """Maps each kind of problem to what was found of it."""
         return {name: finding for name, finding in self._findings.items() if name != NO_PICTURE or self._has_media}
 
     def run(self) -> FileCheck:
@@ -294,7 +294,7 @@ WORDS, TOKENS = 1_500, 2_048
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `dora-vl check-data`."""
+    """Adds the options of `dora-vl check-data`."""
     add = parser.add_argument
     add("paths", type=Path, nargs="+", metavar="PATH", help="data files, or folders of them")
     add("--media", type=Path, metavar="FOLDER", help="the root of pictures and videos; else not looked at")
@@ -307,7 +307,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_columns(parser: argparse.ArgumentParser) -> None:
-    """The options that say what columns are, as `data.columns`, `data.ignore` and `data.ask` do."""
+    """Adds the options that say what columns are, as `data.columns`, `data.ignore` and `data.ask` do."""
     parser.add_argument("--columns", metavar="COLUMN=ROLE,...", default="", help="such as photo_file=image")
     parser.add_argument("--ignore", metavar="COLUMN,...", default="", help="columns to be left out")
     parser.add_argument("--ask", metavar="QUESTION", default="", help="the question of every row that has none")

@@ -40,7 +40,7 @@ from dora_vl.errors import UserError, shown, shown_names, shown_text
 Row = Mapping[str, object]
 Mixing = Literal["proportional", "balanced"]
 Packing = Literal["trees", "packed", "plain"]
-"""How samples stand in a batch's rows; see `data.packing`."""
+"""Says how samples stand in a batch's rows; see `data.packing`."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,11 @@ FORMATS: tuple[RowFormat, ...] = (
 )
 """A row has the first of these formats that fits it."""
 ASKED_OF = ("question/answer", "captions")
-"""Rows of these formats may have no question; `data.ask` is asked then."""
+"""Rows of these formats may lack a question; then `data.ask` is their question."""
 
 
 class ColumnsError(UserError):
-    """What could change what is learned would be left out; ends a run, whatever share of bad samples it accepts.
+    """A column that may change what is learned would be left out; ends a run, whatever share of bad samples it accepts.
 
     `remedy` has the settings that settle it, beside those that the run has.
     """
@@ -216,7 +216,7 @@ class Columns:
         return (*(column for column, name in self.roles.items() if name in ROLES["id"]), *ROLES["id"])
 
     def as_settings(self) -> str:
-        """Returns what a run's YAML says for it."""
+        """Returns the contract as a run's YAML states it."""
         columns = ", ".join(f"{shown_text(name, 40)}: {role}" for name, role in self.roles.items())
         ignored = ", ".join(shown_text(name, 40) for name in self.ignored)
         keys = {f"columns: {{{columns}}}": columns, f"ignore: [{ignored}]": ignored, f"ask: {self.ask}": self.ask}
@@ -234,7 +234,7 @@ class Columns:
         )
 
     def _is_settled(self, name: str) -> bool:
-        """Tells whether `data.columns` says of another column that it is what this one may be."""
+        """Tells whether `data.columns` gives another column the role that this one may have."""
         roles = {role for role, names in ROLES.items() if not {role, *names}.isdisjoint(self.roles.values())}
         return (kind_of(name) == PREFERENCE and self._takes_one_answer) or any(
             plain_name(name) in ROLES[role] for role in roles
@@ -294,7 +294,7 @@ class Columns:
 
 
 def _meant(path: str, names: set[str]) -> str | None:
-    """Returns the role that a column of an unknown name probably has, none that another of the row's names has."""
+    """Returns the role that a column of unknown name probably has, unless another column's name says that role."""
     name = path.rpartition(".")[2]
     if name == "chosen":
         beside = {"prompt": "completion", "instruction": "output", "question": "answer"}
@@ -364,7 +364,7 @@ def _lifted(row: Row, path: str, *, keep: bool) -> Row:
 
 
 def _without(value: object, keys: Sequence[str]) -> tuple[object, object]:
-    """Returns a nested value without what stands under these keys, and that; of lists for each entry."""
+    """Returns a nested value without what stands under these keys, and what stood there; takes lists entry by entry."""
     value = parsed(value)
     if isinstance(value, list):
         pairs = [_without(entry, keys) for entry in value]
@@ -399,7 +399,7 @@ def _listed(text: str, role: str) -> object:
 
 
 def _held(row: Row, columns: Candidate) -> object:
-    """Returns what a column holds; what several do as one list, or by their labels, empty ones left out."""
+    """Returns a column's value; joins several columns in a list, or by their labels, without empty ones."""
     (first, label), *others = columns.items()
     if label:
         return {label: row[name] for name, label in columns.items()}

@@ -102,7 +102,7 @@ def _word(name: str) -> str:
 
 
 def meaning(name: str) -> str | None:
-    """`train`, `validation` or `test` for a split's name that means it: `val`, `test_seen`."""
+    """Returns `train`, `validation` or `test` for a split's name that means it: `val`, `test_seen`."""
     word = _word(name.lower())
     return next((split for split, words in WORDS.items() if word in words), None)
 
@@ -312,7 +312,7 @@ READERS: Mapping[str, Callable[[Path], Iterator[dict[str, object]]]] = {
     ".arrow": arrow_rows,
     ".tar": webdataset_rows,
 }
-"""Reads files by their ending; any other file is JSON."""
+"""Maps a file's ending to its reader; any other file is JSON."""
 NO_SAMPLES = {
     **dict.fromkeys((".xlsx", ".xls", ".ods", ".numbers"), "save the sheet as CSV"),
     **dict.fromkeys((".zip", ".gz", ".7z", ".rar", ".zst"), "unpack it first"),
@@ -323,13 +323,13 @@ ENDINGS = (*JSON_ENDINGS, *READERS)
 
 
 def ending_of(path: Path) -> str:
-    """Returns what a data file's name ends in; of `a.jsonl.gz` what it holds."""
+    """Returns a data file's ending; for `a.jsonl.gz` the one inside, `.jsonl`."""
     inner = Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else ""
     return inner if inner in (".csv", ".tsv", *JSON_ENDINGS) else path.suffix.lower()
 
 
 def is_data_file(path: Path) -> bool:
-    """Tells whether a file's name is that of one that may hold rows."""
+    """Tells by a file's name whether it may hold rows."""
     is_left = path.suffix.lower() == ".arrow" and path.name.startswith(LEFTOVERS)
     return ending_of(path) in ENDINGS and path.name not in (*BESIDE_ARROW, "manifest.json") and not is_left
 
@@ -343,7 +343,7 @@ class DataFiles:
 
     @property
     def is_json(self) -> bool:
-        """Whether it is a single file of JSON."""
+        """Tells whether it is a single file of JSON."""
         return type(self) is DataFiles and len(self.files) == 1 and ending_of(self.files[0]) not in READERS
 
     def rows(self) -> Iterator[dict[str, object]]:
@@ -366,7 +366,7 @@ class PictureFolder(DataFiles):
 
     @property
     def says_what(self) -> bool:
-        """Whether anything says what the pictures show."""
+        """Tells whether folders or text files say what the pictures show."""
         return self.has_texts or any("label" in row for row in self.fields.values())
 
     def rows(self) -> Iterator[dict[str, object]]:

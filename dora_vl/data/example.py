@@ -80,7 +80,7 @@ class Example:
 
     @property
     def video(self) -> Clip | None:
-        """The one that it is about; None where it has none, or several."""
+        """Returns the only video of the example; None where it has none, or several."""
         return self.videos[0] if len(self.videos) == 1 else None
 
 
@@ -228,7 +228,7 @@ class ExampleFile:
         return int(self._items[index, 2]) if self._each_answer else None
 
     def ids(self) -> Iterator[str]:
-        """Yields each item's id, in order; that of a line which is no record is nothing."""
+        """Yields each item's id, in order; "" for a line that is no record."""
         for index in range(len(self)):
             try:
                 yield str(_json_object(self._line(index)).get("id"))
@@ -274,7 +274,7 @@ def _json_object(line: bytes) -> Mapping[str, JSON]:
 LETTER = "Answer with the option's letter from the given choices directly."
 """LLaVA says this behind the choices of MMBench and SEED."""
 LONGEST_LIST = 100_000
-"""Characters read of a list written as text; Python's reader takes a hundred times that as memory."""
+"""A list written as text is read up to this many characters: Python's reader takes a hundred times as much memory."""
 
 
 def with_letters(choices: Iterable[str]) -> list[str]:

@@ -145,7 +145,7 @@ def losing(path: str, value: object, *, unknown: bool = False, has_media: bool =
         unknown: whether a name that is not one of bookkeeping is enough.
         has_media: whether the sample has pictures or videos, of which this may be a note.
     """
-    if "." not in path and kind_of(path) == NOTED:  # what most of them are
+    if "." not in path and kind_of(path) == NOTED:  # as most columns are
         if isinstance(value, int | float):
             return None
         if isinstance(value, str) and value[:1].isalnum() and not holds_media(value):
@@ -161,11 +161,11 @@ def _loss(path: str, value: object, unknown: bool, has_media: bool) -> tuple[str
     if is_nothing(value):
         return None
     name = path.rpartition(".")[2]
-    kind = "" if len(name) == 1 and name != path else kind_of(name)  # of letters only columns are choices
+    kind = "" if len(name) == 1 and name != path else kind_of(name)  # a single letter names a choice only as a column
     if holds_media(value):
         is_name = has_media and isinstance(value, str) and kind != MEDIUM and name.lower().endswith("name")
         return None if is_name else (path, MEDIUM)
-    if kind == MEDIUM and has_media:  # named after pictures that stand in another column
+    if kind == MEDIUM and has_media:  # named after pictures in another column
         kind = _kind_of_word(_NAME_WORDS.findall(name)[-1]) or MEDIUM
         kind = NOTED if kind == MEDIUM and isinstance(value, int | float) else kind
     if isinstance(value, dict) and kind in ("", NOTED, MEDIUM):
@@ -173,7 +173,7 @@ def _loss(path: str, value: object, unknown: bool, has_media: bool) -> tuple[str
         losses = [loss for loss in inner if loss]
         several = next((loss for loss in losses if loss[1] == MEDIUM), (path, NESTED))
         return several if len(losses) > 1 else next(iter(losses), (path, MEDIUM) if kind == MEDIUM else None)
-    if isinstance(value, list) and kind == NOTED:  # of words it may be what is answered
+    if isinstance(value, list) and kind == NOTED:  # a list of words may hold the answers
         if any(isinstance(text, str) and _by_value(text, False) == TEXT for text in value):
             return path, NESTED
         return next(filter(None, (_loss(path, entry, unknown, has_media) for entry in value)), None)
@@ -217,7 +217,7 @@ def kind_of(name: str) -> str:
         return CHOICES
     if not name.strip() or words[0] == "unnamed":  # pandas' column of row numbers
         return NOTED
-    if words[0] == "answer" and words[-1] in ("id", "key", "index", "idx", "number", "no"):  # of a choice
+    if words[0] == "answer" and words[-1] in ("id", "key", "index", "idx", "number", "no"):  # the right choice's
         return LABEL
     kind = next((kind for kind in (kinds[0], kinds[-1]) if kind not in ("", NOTED)), "")
     is_flag = words[0] in ("is", "has", "was", "should", "can")

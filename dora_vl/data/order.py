@@ -41,7 +41,7 @@ class SamplingLengths(NamedTuple):
 
 
 def sampling_lengths(rows: datasets.Dataset, *, tokens_per_image: int, tokens_per_video: int = 0) -> SamplingLengths:
-    """Lengths of `table.load_table`'s rows: words of the text plus the tokens of its pictures and videos.
+    """Returns the lengths of `table.load_table`'s rows: words of the text plus tokens of pictures and videos.
 
     Words stand for tokens, as in LLaVA: near enough to sort by, and known without a tokenizer.
     """
@@ -71,7 +71,7 @@ class SeededSampler(torch.utils.data.Sampler[int]):
         return self._samples
 
     def set_epoch(self, epoch: int) -> None:
-        """Every epoch has its own order; a resumed run sets the epoch and skips what it has seen."""
+        """Sets the epoch, each of which has its own order; a resumed run sets it and skips what it has seen."""
         self._epoch = epoch
 
 
@@ -150,11 +150,11 @@ class ReplaySampler(SeededSampler):
 
 
 WINDOW = 1_024
-"""The number of samples among which micro-batches are made equally long; more would hardly help."""
+"""Micro-batches are made equally long among this many samples; more would hardly help."""
 NEIGHBOURS = 8
 """This many micro-batches of almost one length follow each other, so that as many ranks need not wait."""
 TOGETHER = 4
-"""The most samples of one picture or video in a micro-batch: with more, a step would see few pictures."""
+"""A micro-batch has at most this many samples of one picture or video: with more, a step would see few pictures."""
 
 
 class TreeSampler(SeededSampler):
@@ -210,12 +210,12 @@ class TreeSampler(SeededSampler):
         return [*window[:-1], kept], [left] if left else []
 
     def _tokens(self, samples: list[int]) -> int:
-        """About how many of a row's tokens they take, with every picture and video once."""
+        """Estimates how many of a row's tokens they take, with every picture and video once."""
         shared = {self._media[sample]: self._shared[sample] for sample in samples}
         return sum(shared.values()) + sum(self._lengths[sample] - self._shared[sample] for sample in samples)
 
     def _dealt(self, groups: list[list[int]]) -> list[list[int]]:
-        """Micro-batches: the longest group goes to the shortest of those that have room for it."""
+        """Deals groups to micro-batches: the longest group goes to the shortest one that has room for it."""
         count = sum(map(len, groups))
         room = [self._batch] * (count // self._batch) + ([count % self._batch] if count % self._batch else [])
         tokens, batches = [0] * len(room), [list[int]() for _ in room]
@@ -245,7 +245,7 @@ class Source:
 
     @property
     def steps(self) -> int:
-        """Steps that see each item once; the last may be smaller."""
+        """Counts the steps that see each item once; the last may be smaller."""
         return -(-self.items // self.batch_size)
 
 
@@ -284,7 +284,7 @@ class MixturePlan:
 
     @property
     def items(self) -> int:
-        """Items that an epoch reads, those of a small task that come several times included."""
+        """Counts the items that an epoch reads, with those of a small task that come several times."""
         items = 0
         for source, steps in zip(self.sources, self._steps_of, strict=True):
             rounds, rest = divmod(steps, source.steps)
@@ -292,7 +292,7 @@ class MixturePlan:
         return items
 
     def part(self, number: int, *, epoch: int) -> Part:
-        """Micro-batch `number` of an epoch."""
+        """Returns a rank's part of an epoch's micro-batch `number`."""
         step, part = divmod(number, self.parts)
         task, turn = _steps(self.seed, epoch, self._steps_of)[step]
         source = self.sources[task]
@@ -323,7 +323,7 @@ def _permutation(key: str, items: int) -> np.ndarray:
 
 
 HEADERS = 1_000
-"""The number of rows, evenly spread, whose pictures are measured: less than a second's work."""
+"""The pictures of this many rows, evenly spread, are measured: less than a second's work."""
 
 
 def longest_places(sizes: SamplingLengths, count: int, among: Bool[Tensor, " samples"] | None = None) -> list[int]:
@@ -339,7 +339,7 @@ def places_of_largest_pictures(
     """Returns the indices of `count` rows whose pictures have the most pixels; nothing is decoded."""
 
     def pixels(name: str) -> int:
-        """Returns those that a picture's header tells of; none of one that cannot be read."""
+        """Returns the pixels that a picture's header states; 0 where it cannot be read."""
         try:
             source = io.BytesIO(stored[name]) if name in stored else path_inside(folder, name)
             with opened_picture(source) as picture:

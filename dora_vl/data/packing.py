@@ -35,7 +35,7 @@ class Segment:
 
 
 Tree = tuple[Segment, ...]
-"""Parents stand before their children, and the first segment alone has none."""
+"""Lists segments: parents stand before their children, and the first segment alone has none."""
 
 
 def tokens_of(tree: Tree) -> int:
@@ -76,7 +76,7 @@ def _branches(group: list[Sample]) -> Tree:
     segments: list[Segment] = []
 
     def add(members: list[int], start: int, parent: int | None) -> None:
-        """What the members, alike up to `start`, still have in common, and behind it a branch for each way on."""
+        """Adds what the members, alike up to `start`, still have in common, and behind it a branch for each way on."""
         if len(members) == 1:
             segments.append(Segment(group[members[0]], start, len(columns[members[0]]), parent))
             return

@@ -24,7 +24,7 @@ from dora_vl.limited_process import ENDED, Budget, JobFailed, LimitedProcess, Pa
 
 MEBIBYTE = 2**20
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF")
-"""Pillow's names of what is read; it knows formats that start other programs (EPS: Ghostscript), and rarer decoders.
+"""Only these of Pillow's formats are read: others start programs (EPS: Ghostscript) or have rarely used decoders.
 HEIC is read beside them where pillow-heif is installed."""
 PICTURE_PIXELS = 178_956_970
 """A picture of more pixels is refused, as Pillow does. Decoding this many takes 0.6 to 2.2 GB, and seconds."""
@@ -34,7 +34,7 @@ PICTURE_SIDE = 8_192
 """A picture with a longer side is shrunk to it when it is read, since many models pad to a square (pixels)."""
 PICTURE_BYTES = 512 * MEBIBYTE
 PICTURE_SECONDS = 20.0
-"""CPU seconds that decoding a picture may take: a JPEG of 171 KB can be made of thousands of scans."""
+"""Decoding a picture may take this many CPU seconds: a JPEG of 171 KB can be made of thousands of scans."""
 PICTURE_MEMORY = 3_072 * MEBIBYTE  # of the process that looks at a picture
 
 FRAME_PIXELS = 36_000_000  # 8K has 33 million
@@ -59,11 +59,11 @@ AS_PUBLISHED = "as stored"
 
 
 class NoPicture(ValueError):
-    """Not one of the formats, or over a limit: what stands behind "picture X in Y"."""
+    """A picture is in none of the formats or over a limit; the message follows "picture X in Y"."""
 
 
 class TooManyPixels(NoPicture):
-    """More than the request that shows it has left."""
+    """A picture has more pixels than the request that shows it has left."""
 
 
 NOT_DECODED = (*DECODING_ERRORS, RuntimeError, MemoryError, Image.DecompressionBombError)
@@ -85,7 +85,7 @@ class _Timed(BufferedReader):
 
 @contextmanager
 def opened_picture(source: Path | BytesIO) -> Iterator[Image.Image]:
-    """A picture whose header has been read and compared with the limits; nothing is decoded yet.
+    """Returns a picture whose header has been read and compared with the limits; nothing is decoded yet.
 
     Raises:
         FileNotFoundError: nothing is at the path.
@@ -155,7 +155,7 @@ def _as_shown(image: Image.Image) -> Image.Image:
 
 
 def why_not_decoded(error: BaseException) -> str:
-    """Returns what stands behind "picture X in Y"."""
+    """Says why a picture could not be decoded, as text that follows "picture X in Y"."""
     if isinstance(error, NoPicture):
         return str(error)
     if isinstance(error, NoRegularFile):
@@ -169,7 +169,7 @@ STRIP_BYTES = 4 * MEBIBYTE
 
 
 def read_picture(content: bytes, path: str | None, most_pixels: int, decode: bool, send: bool) -> Iterator[Part]:
-    """Yields a job of `limited_process`: sends what a picture's header says, and the picture.
+    """Runs as a job of `limited_process`: yields what a picture's header says, and the picture.
 
     Args:
         path: where the file is; None: `content` is the file.
@@ -222,7 +222,7 @@ def picture_of(first: Part, others: Iterator[Part], budget: Budget) -> Image.Ima
 
 
 def decoded(process: LimitedProcess, content: bytes, budget: Budget) -> Image.Image:
-    """Returns a picture that is decoded there. Raises JobFailed: it cannot be, or costs more than the budget."""
+    """Returns a picture decoded in that process. Raises JobFailed: it cannot be, or costs more than the budget."""
     arguments = {"path": None, "most_pixels": budget.pixels, "decode": True, "send": True}
     with closing(process.run("read_picture", arguments, content, budget=budget)) as parts:
         next(parts)
@@ -246,14 +246,14 @@ TRUNCATED, BROKEN = "truncated media", "broken media"
 
 @dataclass(frozen=True)
 class Trouble:
-    """Why a file cannot be used; `kind` is the same for all files with that trouble."""
+    """Says why a file cannot be used; `kind` is the same for all files with that trouble."""
 
     kind: str
     detail: str
 
     @classmethod
     def of(cls, error: JobFailed) -> Trouble:
-        """Tells why it could not be read in the process that can be ended."""
+        """Tells why a file could not be read in the process that can be ended."""
         reason = str(error)
         return cls(TRUNCATED if "truncated" in reason or "cut off" in reason else BROKEN, reason)
 

@@ -156,7 +156,7 @@ def _names_in(folder: Path) -> Mapping[str, Sequence[str]]:
 
 @cache
 def _log_spelling(root: Path) -> None:
-    """Once in a process."""
+    """Logs, once a folder, that its files' names differ from the data's in upper and lower case."""
     log.warning("%s: names of files that differ from the data's in upper and lower case alone are taken for them", root)
 
 

@@ -70,7 +70,7 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What became of a split; `entry` is what the manifest holds about it."""
+    """Says what became of a split; `entry` is what the manifest holds about it."""
 
     path: Path
     entry: Mapping[str, JSON]
@@ -138,7 +138,7 @@ def _read_rows(split: Split, limit: int | None) -> Iterator[Raw]:
 
 @contextlib.contextmanager
 def reading(where: str) -> Iterator[None]:
-    """A file that cannot be read is an error in one line, which names it, or `where` if the system does not."""
+    """Turns an error of reading a file into one line, which names the file, or `where` if the system does not."""
     try:
         yield
     except OSError as error:
@@ -156,7 +156,7 @@ class Records:
         self._split = split
         self._path = path
         self._file = file
-        self._lines: dict[str, int] = {}  # of each id
+        self._lines: dict[str, int] = {}  # the line that each id stands in
         self._contents = set[bytes]()
         self.counts = Counts()
         self.digest = hashlib.sha256()
@@ -220,7 +220,7 @@ class Records:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `dora-vl prepare`."""
+    """Adds the options of `dora-vl prepare`."""
     parser.add_argument("source", choices=SOURCES, metavar="SOURCE", help="one of the list above")
     parser.add_argument("--from", dest="folder", type=Path, required=True, metavar="FOLDER", help="the published files")
     parser.add_argument("--to", type=Path, default=Path("records"), metavar="FOLDER", help="default: records")

@@ -171,7 +171,7 @@ class _Conversation:
         if role is None:
             roles = "'human', 'gpt' and 'system'" if who == "from" else "system, user and assistant"
             raise Unusable(f"turn {number} has {who!r} {shown(speaker)}; only {roles} are known")
-        if len(message) == 2 and what in message and role != "tool" and speaker not in CALLING:  # what most of them are
+        if len(message) == 2 and what in message and role != "tool" and speaker not in CALLING:  # as most are
             self.turns.append(Turn(role, self._content(message, what, number)))
             return
         read = TURN_KEYS[who] | OF_ROLE.get(role, frozenset())
@@ -316,7 +316,7 @@ class _Conversation:
         return _TAGS.sub(IMAGE_PLACEHOLDER, text)
 
     def _take(self, index: object, number: int = 0) -> None:
-        """A picture beside the messages by its index, from 0 (as TRL's)."""
+        """Takes a picture beside the messages by its index, from 0 (as TRL's)."""
         if not isinstance(index, int) or not 0 <= index < len(self._beside):
             raise Unusable(f"a part of turn {number} has the index {shown(index)} of {len(self._beside)} pictures")
         self._images.append(self._beside[index])
@@ -449,7 +449,7 @@ def _round(question: object, answer: object) -> list[dict[str, object]]:
 
 
 def _earlier_rounds(row: Row) -> list[object]:
-    """`history`, pairs of a question and its answer (ms-swift)."""
+    """Reads `history`, pairs of a question and its answer (ms-swift)."""
     history = row.get("history")
     messages: list[object] = []
     for pair in history if isinstance(history, list) else [] if is_nothing(history) else [history]:
@@ -460,7 +460,7 @@ def _earlier_rounds(row: Row) -> list[object]:
 
 
 def _prompt_completion(row: Row) -> list[object]:
-    """`prompt` and `completion`, each text or a list of messages (TRL)."""
+    """Reads `prompt` and `completion`, each text or a list of messages (TRL)."""
     messages = _earlier_rounds(row)
     for key, role in (("prompt", "user"), ("completion", "assistant")):
         is_text = isinstance(row[key], str)
@@ -469,7 +469,7 @@ def _prompt_completion(row: Row) -> list[object]:
 
 
 def _instructions(row: Row) -> list[object]:
-    """`instruction`, `input`, `output` (Alpaca, LLaMA-Factory)."""
+    """Reads `instruction`, `input`, `output` (Alpaca, LLaMA-Factory)."""
     instruction, added, output = (_text(row.get(name), name) for name in ("instruction", "input", "output"))
     if not output.strip():
         raise Unusable("'output' is empty", EMPTY_ANSWER)
@@ -504,7 +504,7 @@ def _rejected(value: object) -> tuple[str, ...]:
         if not is_nothing(fields.get(CALLS)) or fields.get("from", fields.get("role")) in CALLING:
             raise Unusable("its rejected answer calls a tool; preferences compare texts alone")
         text = fields.get("content", fields.get("value")) if fields else message
-        if isinstance(text, list):  # parts
+        if isinstance(text, list):  # a list of parts
             text = "".join(str(part.get("text", "")) for part in text if isinstance(part, Mapping))
         texts = [_with_thoughts(_text(text, "rejected"), fields)]
     if not all(text.strip() for text in texts):
@@ -560,7 +560,7 @@ def read_record(row: Row) -> Example:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Tables fill up with null what a row has not."""
+    """Drops the nulls with which tables fill what a row lacks."""
     if isinstance(value, Mapping):
         return {name: _without_nulls(content) for name, content in value.items() if content is not None}
     return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value
@@ -583,7 +583,7 @@ def _written_choices(
     if lettered and lettered[2].strip() in (choice.strip() for choice in choices):
         answer = lettered[2]
     names, label = [label.casefold() for label in labels], str(answer).strip(" ().:").casefold()
-    in_order = names == list(ascii_lowercase[: len(names)])  # of none too
+    in_order = names == list(ascii_lowercase[: len(names)])  # also without names
     if label in names and not in_order:
         index = names.index(label)
     else:
@@ -622,7 +622,7 @@ _LETTERED = re.compile(r"\(?([A-Za-z])[.):]\)?\s+(.*)", re.DOTALL)  # such as `A
 
 
 def _says(question: str, texts: Sequence[str]) -> bool:
-    """Tells whether the question's words hold all of these, as whole words; nothing is said by any."""
+    """Tells whether the question holds all of these texts, as whole words; every question holds an empty text."""
     return all(not text or re.search(rf"(?<!\w){re.escape(text.strip())}(?!\w)", question) for text in texts)
 
 

@@ -81,7 +81,7 @@ class Sample(Encoded):
     id: str = ""
 
     def rows(self) -> list[Sample]:
-        """It and its `others`, a row each."""
+        """Returns the sample and its `others`, a row each."""
         return [self, *(Sample(**{**vars(other), "index": self.index, "id": self.id}) for other in self.others)]
 
 
@@ -131,14 +131,14 @@ _log = logging.getLogger(__name__)
 
 
 class BadSampleCounts(NamedTuple):
-    """Occurrences on one rank or, added field by field, on all: two numbers that an all-reduce can sum."""
+    """Counts on one rank or, added field by field, on all: two numbers that an all-reduce can sum."""
 
     seen: int = 0
     bad: int = 0
 
 
 class BadSampleLedger:
-    """The account of one rank; knows nothing of the others except through the counts given to `judge`.
+    """Keeps account of one rank's bad samples; knows of other ranks only by the counts given to `judge`.
 
     Two rules end a run. (1) More bad samples than `max_bad_share` of the whole set, for each pass begun over it: the
     verdict is then certain, wherever they stood. (2) At least ten bad samples that are more than ten times that
@@ -166,7 +166,7 @@ class BadSampleLedger:
         """Maps the id of each bad sample that this rank met to the reason."""
 
     def carry_over(self, reasons: Mapping[str, str]) -> None:
-        """Bad samples that the run named before it was resumed."""
+        """Takes over the bad samples that the run named before it was resumed."""
         self.reasons = {**reasons, **self.reasons}
 
     def record(self, *, samples: int, skipped: Sequence[tuple[str, str]]) -> None:
@@ -193,7 +193,7 @@ class BadSampleLedger:
 
 
 def write_skipped(path: Path, reasons: Mapping[str, str], *, validation: Mapping[str, str] | None = None) -> None:
-    """One JSON line with id and reason for each bad sample; whole or not at all. Validation's say so (`of`)."""
+    """Writes a JSON line of id and reason for each bad sample, whole or not at all; validation's say so (`of`)."""
     lines = [{"id": key, "reason": reason} for key, reason in reasons.items()]
     lines += [{"id": key, "reason": reason, "of": "validation"} for key, reason in (validation or {}).items()]
     write_json_lines(path, lines)
@@ -241,7 +241,7 @@ def _why_missing(root: MediaFolder, name: str, kind: str) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Labelled:
-    """A sample's labels as training takes them, and what they must say; with `cut` its end may be missing."""
+    """Holds a sample's labels as training takes them, and what they must say; with `cut` its end may be missing."""
 
     id: str
     labels: Int[Tensor, " seq"]
@@ -250,7 +250,7 @@ class Labelled:
     cut: bool = False
 
     def read(self, ids: list[int]) -> str:
-        """Tokens as text, special ones too."""
+        """Decodes tokens, special ones too."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 

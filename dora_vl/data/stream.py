@@ -67,7 +67,7 @@ class StreamSource:
 
     @property
     def passes(self) -> list[float]:
-        """The share of the rows in each pass of an epoch over the file: 2.5 is 1, 1 and 0.5."""
+        """Lists the share of the rows in each pass of an epoch over the file: 2.5 is 1, 1 and 0.5."""
         return [1.0] * int(self.file.weight) + [self.fraction] * (self.fraction > 0)
 
     def rows(self, *, share: float = 1.0, order: random.Random | None = None) -> Iterator[Read]:
@@ -109,7 +109,7 @@ class StreamSource:
 
     @cached_property
     def first_rows(self) -> list[Read]:
-        """Its first rows."""
+        """Reads the first rows; refuses a file of which none is usable."""
         rows = list(islice(self.rows(), FIRST_ROWS))
         problems = [row.reason for row in rows if isinstance(row, BadSample)]
         check_usable(self.file.path, len(rows), len(rows) - len(problems), next(iter(problems), None))
@@ -117,7 +117,7 @@ class StreamSource:
 
     @cached_property
     def count(self) -> int | None:
-        """Rows of a pass over all of it, where they are known without reading them."""
+        """Counts the rows of a pass over all of it, where that is known without reading them."""
         if self._hub is not None:
             return None  # what a set's card says may be of another day
         counts = list(map(count_rows, self._files.files))
@@ -133,7 +133,7 @@ class StreamSource:
 
     @cached_property
     def estimate(self) -> float:
-        """About how many rows it has, from the length of the first ones where it is not known."""
+        """Estimates its rows, from the length of the first ones where the number is not known."""
         if self.count is not None:
             return float(self.count)
         if self._hub is not None:
@@ -173,7 +173,7 @@ class SampleStream:
 
     @cached_property
     def has_videos(self) -> bool:
-        """Whether a first row of any file names a video; if none does, later ones that do cannot be used.
+        """Tells whether a first row of any file names a video; if none does, later ones that do cannot be used.
 
         Ranks that did not expect videos would wait for each other under ZeRO-3.
         """
@@ -227,7 +227,7 @@ def shuffled(rows: Iterable[Read], size: int, draws: random.Random) -> Iterator[
 
 
 class StreamOrder(torch.utils.data.Sampler[Read]):
-    """What a loader takes rows from instead of places.
+    """Gives a loader rows instead of places.
 
     Where the samples of an epoch are known, an epoch is one pass. Where they are not, one pass of `total` samples is
     the whole run, and the stream begins its next epoch by itself.
@@ -246,7 +246,7 @@ class StreamOrder(torch.utils.data.Sampler[Read]):
         return self._total if self._known is None else self._known
 
     def set_epoch(self, epoch: int) -> None:
-        """Every epoch has its own order."""
+        """Sets the epoch, each of which has its own order."""
         self._epoch = epoch
 
     def resume(self, *, taken: int, epoch_samples: int | None) -> None:

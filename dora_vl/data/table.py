@@ -105,7 +105,7 @@ def _fingerprint(files: Sequence[Path], columns: Columns) -> str:
 
 
 def _convert(path: Path, data: DataFiles, table: Path, columns: Columns) -> None:
-    """Writes it whole: what a killed process leaves is never taken for it."""
+    """Writes the table whole: what a killed process leaves is never taken for one."""
     before, started = _fingerprint(data.files, columns), time.perf_counter()
     with unfinished(table, Path.touch) as partial:
         with partial.open("wb") as file:
@@ -181,7 +181,7 @@ def _hash(text: str) -> int:
 
 
 def characters_of(row: Example | BadSample) -> int:
-    """Characters and bytes that a row holds."""
+    """Counts the characters and bytes that a row holds."""
     if isinstance(row, BadSample):
         return len(row.reason)
     texts = (row.id, *row.images, *(clip.path for clip in row.videos), *(turn.text + turn.more for turn in row.turns))
@@ -208,7 +208,7 @@ class ExampleTable:
 
     @cached_property
     def _samples(self) -> datasets.Dataset:
-        """Only what an example is made of: a quarter less time for each row than with all columns."""
+        """Reads only the columns that make an example: a quarter less time for each row than with all."""
         return self.rows.select_columns(_EXAMPLE_COLUMNS)
 
     def select(self, indices: Iterable[int]) -> ExampleTable:
@@ -221,17 +221,17 @@ class ExampleTable:
 
     @property
     def pictures(self) -> list[str]:
-        """Each picture's name once, in order."""
+        """Lists each picture's name once, in order."""
         return list(dict.fromkeys(path for paths in self.rows["images"] for path in paths))
 
     @property
     def has_pictures(self) -> bool:
-        """Whether any row has a picture."""
+        """Tells whether any row has a picture."""
         return any(_counts(self.rows, "images"))
 
     @property
     def has_videos(self) -> bool:
-        """Whether any row names a video."""
+        """Tells whether any row names a video."""
         return any(_counts(self.rows, "videos"))
 
     @property
@@ -255,7 +255,7 @@ class ExampleTable:
 
     @cached_property
     def _by_pictures(self) -> dict[int, np.ndarray]:
-        """The places of rows by how many pictures they have."""
+        """Groups the places of rows by how many pictures they have."""
         counts = _column(self.rows, "images").value_lengths().to_numpy()
         return {int(count): np.flatnonzero(counts == count) for count in np.unique(counts) if count}
 
@@ -445,7 +445,7 @@ def overlap(rows: datasets.Dataset, questions: Iterable[tuple[str, tuple[str, ..
     question_ids = {(images, words(text)): question for question, images, text in questions if images}
     pictures = pa.array(sorted({name for names, _ in question_ids for name in names}), pa.string())
     names = _column(rows, "images")
-    is_asked = pc.call_function("is_in", [names.flatten()], pc.SetLookupOptions(pictures))  # before they are objects
+    is_asked = pc.call_function("is_in", [names.flatten()], pc.SetLookupOptions(pictures))  # still in Arrow
     indices = np.repeat(np.arange(len(names)), np.array(names.value_lengths()))[np.array(is_asked, bool)]
     about = rows.select(np.unique(indices))
     pairs: list[tuple[str, str]] = []

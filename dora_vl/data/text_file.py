@@ -38,7 +38,7 @@ Value = TypeVar("Value")
 
 @contextlib.contextmanager
 def opened(path: Path, kind: str) -> Iterator[io.BufferedIOBase]:
-    """The file's bytes, those inside of one that gzip packed; `kind` is what it should be, for the message."""
+    """Opens the file's bytes, unpacked where gzip packed them; `kind` is what it should be, for the message."""
     try:
         if not path.is_file():
             raise UserError(f"{path}: no such file of {kind}")
@@ -49,7 +49,7 @@ def opened(path: Path, kind: str) -> Iterator[io.BufferedIOBase]:
 
 
 class NotUtf8(UserError):
-    """Bytes that are no text in UTF-8."""
+    """Bytes are no text in UTF-8."""
 
 
 def text_of(line: bytes, where: str) -> str:
@@ -135,7 +135,7 @@ def encoding_of(path: Path, kind: str) -> str:
 
 @lru_cache
 def _log_encoding(path: Path) -> None:
-    """Once for each file, however often it is read."""
+    """Logs a table's encoding, once for each file, however often it is read."""
     _log.warning("%s: not UTF-8, so it is read as Windows-1252", path)
 
 
@@ -288,7 +288,7 @@ def _lists_in(path: Path, file: io.BufferedIOBase) -> dict[str, str]:
 
 
 class _Chunks:
-    """A file as `ijson` reads it, behind its byte order mark."""
+    """Gives `ijson` a file's bytes behind its byte order mark."""
 
     def __init__(self, file: io.BufferedIOBase) -> None:
         self._file = file
@@ -310,7 +310,7 @@ class _Chunks:
         """Cuts the strings out of a chunk, which may begin or end inside one: their brackets open nothing."""
         content = self._begun + chunk
         closed = _TO_THE_LAST_TEXT.match(content)
-        assert closed is not None  # the pattern fits nothing as well
+        assert closed is not None  # the pattern also matches an empty text
         rest, quote, text = content[closed.end() :].partition(b'"')
         self._begun = quote + b"\\" * ((len(text) - len(text.rstrip(b"\\"))) % 2)
         return _TEXT.sub(b"", closed[0]) + rest

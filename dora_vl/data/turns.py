@@ -37,7 +37,7 @@ FOLLOWERS: Mapping[Role | None, tuple[Role, ...]] = {
 }
 """The roles whose turns may follow one of each role; none stands before the first turn."""
 TOOLS, KWARGS, CALLS = "tools", "chat_template_kwargs", "tool_calls"
-"""The first turn of a conversation has the first two among its `fields`, where its row has them; answers the third."""
+"""Where a row has them, its first turn holds the first two in its `fields`, and an answer the third."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,17 +71,17 @@ class Turn:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """What `more` holds."""
+        """Returns what `more` holds."""
         return json.loads(self.more) if self.more else {}
 
     @property
     def instruction(self) -> str:
-        """The text without its input."""
+        """Returns the text without its input."""
         return self.text[: -self.input_characters - 1] if self.input_characters else self.text
 
     @property
     def input(self) -> str:
-        """The input; empty where there is none."""
+        """Returns the input; empty where there is none."""
         return self.text[len(self.text) - self.input_characters :]
 
 
@@ -158,7 +158,7 @@ def _check_order(conversation: Sequence[Turn]) -> None:
 
 
 def out_of_order(conversation: Sequence[Turn]) -> str | None:
-    """Says which turn behind a system turn follows one that it must not follow; None where all are in order."""
+    """Says which turn is out of order in what follows a system turn; None where all are in order."""
     before: Role | None = None
     for turn in conversation:
         if turn.role == "system":
@@ -175,7 +175,7 @@ _NUMBERED_PLACE = re.compile(r"<(\|?)image[ _]?(\d{1,3})\1>")
 
 
 def _by_number(images: Sequence[str], conversation: list[Turn]) -> tuple[Sequence[str], list[Turn]]:
-    """Numbered places as `<image>`, and the pictures in the order in which the text shows them."""
+    """Turns numbered places into `<image>`, and orders the pictures as the text shows them."""
     texts = [turn.text for turn in conversation if "<" in turn.text]
     numbers = [int(number) for text in texts for _, number in _NUMBERED_PLACE.findall(text)]
     if not numbers:

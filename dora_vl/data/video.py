@@ -61,7 +61,7 @@ SAMPLINGS: Mapping[str, type[FrameSampling]] = {kind.__name__: kind for kind in 
 
 
 def moments(sampling: FrameSampling, *, start: float, end: float) -> list[float]:
-    """The moments to look at, in seconds, in order; all lie between `start` and `end`."""
+    """Returns the moments to look at, in seconds, in order; all lie between `start` and `end`."""
     if isinstance(sampling, Uniform):
         return _middles(start, end, sampling.frames)
     count = round((end - start) / sampling.period)
@@ -76,7 +76,7 @@ def _middles(start: float, end: float, parts: int) -> list[float]:
 
 
 def clip_span(start: float | None, end: float | None, *, duration: float) -> tuple[float, float]:
-    """The part of a video that a clip means: its own times, as far as the video goes."""
+    """Returns the part of a video that a clip means: its own times, as far as the video goes."""
     first, last = max(0.0, start or 0.0), duration if end is None else min(end, duration)
     if first >= last and not (start is None and end is None):
         stated = f"{first:.2f} to {'its end' if end is None else f'{end:.2f} s'}"
@@ -104,7 +104,7 @@ class Frames(Generic[Kept]):
 
 
 def clip_path(root: Path | MediaFolder, clip: Clip) -> Path:
-    """The clip's file, inside `root`, there, and not empty."""
+    """Returns the clip's file, which is inside `root`, there, and not empty."""
     path = path_inside(root, clip.path, kind="video")
     try:
         with open_regular(path) as file:
@@ -126,7 +126,7 @@ def read_video(
     sampling: tuple[str, Mapping[str, Any]] | None,
     backends: Sequence[str],
 ) -> Iterator[Part]:
-    """A job of `limited_process`: sends the wanted frames, by the first library that reads them all.
+    """Runs as a job of `limited_process`: sends the wanted frames, by the first library that reads them all.
 
     Where one gives up behind its first frames, the next one begins anew with the facts of the video. Without `sampling`
     these alone are sent: the file can be opened, and is whole.
@@ -151,7 +151,7 @@ def read_video(
 
 
 def why_no_video(path: Path) -> Trouble | None:
-    """What is wrong with a video file, of which no frame is decoded; None where nothing is."""
+    """Says what is wrong with a video file, without decoding a frame; None where nothing is."""
     wanted = {"path": str(path.absolute()), "start": None, "end": None, "sampling": None, "backends": tuple(BACKENDS)}
     try:
         list(one_process().run("read_video", wanted, budget=Budget(VIDEO_SECONDS, VIDEO_MEMORY)))
@@ -163,7 +163,7 @@ def why_no_video(path: Path) -> Trouble | None:
 
 
 def none_reads(reasons: Mapping[str, Exception]) -> Exception:
-    """What to raise when every library has given its reason: the file's fault, or that none is installed."""
+    """Makes the error for when every library has given its reason: the file's fault, or that none is installed."""
     listed = "; ".join(f"{backend}: {error}" for backend, error in reasons.items())
     if all(isinstance(error, BackendMissing) for error in reasons.values()):
         return BackendMissing(
@@ -186,7 +186,7 @@ class VideoReader:
         self._kept: tuple[object, Frames[Image.Image]] | None = None
 
     def read(self, root: Path | MediaFolder, clip: Clip, sampling: FrameSampling) -> Frames[Image.Image]:
-        """The frames as RGB pictures; see `read_prepared`. The last are kept: a row asks several questions."""
+        """Returns the frames as RGB pictures; see `read_prepared`. Keeps the last: questions share a video."""
         path = clip_path(root, clip)
         key = path, path.stat().st_mtime_ns, clip, sampling
         if self._kept is None or self._kept[0] != key:
@@ -196,7 +196,7 @@ class VideoReader:
     def read_prepared(
         self, root: Path | MediaFolder, clip: Clip, sampling: FrameSampling, prepare: Callable[[Image.Image], Kept]
     ) -> Frames[Kept]:
-        """The frames, each turned into something smaller as it comes, so that a long clip need not fit in memory."""
+        """Returns the frames, each made smaller as it comes, so that a long clip need not fit in memory."""
         budget = Budget(self._limit, VIDEO_MEMORY)
         try:
             return read_frames(
@@ -231,7 +231,7 @@ def read_frames(
     *,
     backends: Sequence[str] = tuple(BACKENDS),
 ) -> Frames[Kept]:
-    """The frames of a clip's file, decoded there. Raises JobFailed: they cannot be read, or cost too much."""
+    """Returns a clip's frames, decoded in that process. Raises JobFailed: they cannot be read, or cost too much."""
     wanted = {
         "path": str(path.absolute()),
         "start": clip.start_seconds,

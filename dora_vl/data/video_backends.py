@@ -22,7 +22,7 @@ from jaxtyping import UInt8
 from dora_vl.data.picture_files import FRAME_PIXELS, VIDEO_FRAMES
 
 FORMATS = "mov,matroska,avi,gif,flv,asf,mxf,mpeg,mpegts"
-"""FFmpeg's names of what is read; it knows playlists too, which name more files and addresses."""
+"""Only these of FFmpeg's formats are read: it knows playlists too, which name more files and addresses."""
 MP4_BOXES, EBML = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"), b"\x1a\x45\xdf\xa3"
 SPARE_SECONDS = 0.5  # a whole video may end so much earlier than its header says
 SOURCE_LINE = re.compile(r"\[[\d:]+\] \S+: ")  # where in its C++ decord gave up
@@ -30,7 +30,7 @@ ROUNDING_SECONDS = 1e-4  # decord keeps times in single precision, and both must
 
 
 Frame: TypeAlias = tuple[float, UInt8[np.ndarray, "height width 3"]]
-"""When it begins, in seconds from the first frame, and its RGB pixels."""
+"""Pairs the time at which a frame begins, in seconds from the first, with its RGB pixels."""
 
 
 class BackendMissing(Exception):
@@ -42,7 +42,7 @@ class Unreadable(Exception):
 
 
 class NoVideo(Exception):
-    """What stands behind "video X", whichever library reads it: it is cut, over a limit, or lacks the part."""
+    """A video is cut, over a limit, or lacks the part; the message follows "video X", whichever library reads it."""
 
 
 def refuse_size(width: int, height: int) -> None:
@@ -61,20 +61,20 @@ class OpenVideo(ABC):
     """One video that a library has opened; times are in seconds from the first frame."""
 
     duration: float
-    """When the last frame ends."""
+    """The last frame ends at this time."""
     count: int
-    """How many frames it has."""
+    """Counts the frames."""
     begins: Sequence[float]
-    """When each of them begins."""
+    """Lists the times at which the frames begin."""
 
     def locate(self, seconds: Sequence[float]) -> list[int]:
-        """The frames that are shown at these moments, by their place in the order of showing, without repeats."""
+        """Returns the frames shown at these moments, by their place in the order of showing, without repeats."""
         places = (bisect_right(self.begins, moment + ROUNDING_SECONDS) - 1 for moment in seconds)
         return list(dict.fromkeys(max(0, place) for place in places))
 
     @abstractmethod
     def frames(self, indices: Sequence[int]) -> Iterator[Frame]:
-        """These frames, for ascending indices without repeats."""
+        """Yields the frames at ascending indices without repeats."""
 
     @abstractmethod
     def close(self) -> None:
@@ -200,7 +200,7 @@ class PyavVideo(OpenVideo):
             position = pts
 
     def _decoded_from(self, key: int) -> Iterator[Any]:
-        """Frames from one at or before `key` on; from the very first where the container's seeking overshoots."""
+        """Yields frames from one at or before `key`, or from the first where the container's seeking overshoots."""
         with self._readable():
             self._container.seek(key, stream=self._stream)
             decoded = self._container.decode(self._stream)
@@ -224,7 +224,7 @@ class PyavVideo(OpenVideo):
 
 
 def _upright(pixels: UInt8[np.ndarray, "_ _ 3"], side_data: Any) -> UInt8[np.ndarray, "_ _ 3"]:
-    """A frame as its file says to show it: turned by quarters, as phones write, or mirrored.
+    """Returns a frame as its file says to show it: turned by quarters, as phones write, or mirrored.
 
     The matrix takes (x, y) to (a x + c y, b x + d y); a rotation alone, as PyAV gives it, says nothing of a mirror.
     """
@@ -238,7 +238,7 @@ def _upright(pixels: UInt8[np.ndarray, "_ _ 3"], side_data: Any) -> UInt8[np.nda
 
 
 BACKENDS: dict[str, Callable[[str], OpenVideo]] = {"pyav": PyavVideo, "decord": DecordVideo}
-"""In the order in which they are tried: those that seek to the right frame before the one that must not seek."""
+"""They are tried in this order: the one that seeks to the right frame before the one that must not seek."""
 LIBRARIES = {"pyav": "av", "decord": "decord"}
 
 
@@ -264,7 +264,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _end_of(begins: Sequence[float], *, stated: float) -> float:
-    """When the last frame ends; where the file does not state it, it is shown as long as the one before."""
+    """Returns when the last frame ends; where the file does not state it, it is shown as long as the one before."""
     if stated > begins[-1]:
         return stated
     return begins[-1] + (begins[-1] - begins[-2] if len(begins) > 1 else 0.0)

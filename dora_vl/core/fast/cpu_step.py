@@ -27,15 +27,15 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 SWITCH = "DORA_VL_CPU_STEP"
-"""Set to 0 in the environment before the first pass, nothing is compiled and `functional.py` runs everywhere."""
+"""Where the environment sets it to 0 before the first pass, nothing is compiled and `functional.py` runs everywhere."""
 SMALLEST = 2**16
-"""With fewer numbers in an output and in a weight nothing is compiled: a toy would wait for what it cannot gain."""
+"""Outputs and weights of fewer numbers run eagerly: a toy model would wait for the compiler and gain nothing."""
 DTYPES = frozenset({torch.float32, torch.bfloat16})
 SOURCE = Path(__file__).with_name("cpu_step.cpp")
 FINISHED = "finished-{}.so"
-"""The library's name with its content's hash, once it is whole: another process may be half through the one beside."""
+"""A whole library gets this name, with its content's hash: another process may still be writing the one beside it."""
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
-"""No fast-math: a NaN stays one. Without traps and errno, loops with a comparison or a root run in vector registers."""
+"""fast-math is off: a NaN stays one. Without traps and errno, loops with a comparison or a root are vectorised."""
 
 
 def runs(dtype: torch.dtype, numbers: int) -> bool:

@@ -15,15 +15,15 @@ from torch import Tensor
 from dora_vl.core.fast import cpu_step
 
 SWITCH = "DORA_VL_TRITON"
-"""Set to 0 in the environment before the first pass, the eager operations are used everywhere on CUDA."""
+"""Where the environment sets it to 0 before the first pass, CUDA uses the eager operations everywhere."""
 OLDEST_CAPABILITY = (8, 0)
 """The GPU needs this capability, the first with bfloat16 matrix products."""
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
-"""Activations and weights of these run in Triton's kernels."""
+"""Activations and weights of these dtypes run in Triton's kernels."""
 _left_out: list[None] = []
 """Holds an entry for each block of `without_kernels` that is open."""
 _kernels: dict[tuple[torch.device, torch.dtype], ModuleType | None] = {}
-"""Keeps what `triton_kernels` found."""
+"""Keeps the kernels that `triton_kernels` has found, by device and dtype; None where there are none."""
 
 
 def kernels_for(tensor: Tensor, numbers: int) -> ModuleType | None:

@@ -31,17 +31,17 @@ from dora_vl.core.functional import CANCELLATION, NORM_RANGE, Gain, scaled_produ
 from dora_vl.core.functional import of_factors as of_factors
 
 SWITCH = "DORA_VL_TRITON_TILES"
-"""Set to `fixed` in the environment, one configuration stands for all: sums in one order, and nothing is timed.
+"""Where the environment sets it to `fixed`, one configuration serves all: sums have one order, and nothing is timed.
 
 `torch.use_deterministic_algorithms(True)` does the same."""
 MOST_ROWS = 16384
 """Row counts from here on share one bucket."""
 SHARED_BYTES = 99 * 1024
-"""A block has so much on the smallest supported cards (capability 8.6 and 8.9), where torch does not say."""
+"""The smallest supported cards (capability 8.6 and 8.9) give a block this much; it counts where torch does not say."""
 ACCUMULATORS = 128
-"""Float32 numbers of accumulator a thread may hold, of its 255 registers."""
+"""A thread may hold this many float32 numbers of accumulator in its 255 registers."""
 LARGEST_EXACT_RANK = 64
-"""Float32 products of more ranks take three TF32 products, whose digits are float32's, in place of scalar ones."""
+"""Above this rank a float32 product becomes three TF32 products, which keep float32's digits; others are scalar."""
 
 
 Named = Mapping[str, Any]
@@ -58,7 +58,7 @@ class TiledKernel:
     fits: Callable[[Config, Named], bool]
     """Tells whether a configuration fits into shared memory and registers."""
     keys: Sequence[str]
-    """The kernel's arguments on which the timing hangs, besides dtypes and the card; `rows` counts by its bucket."""
+    """The timing depends on these arguments of the kernel, besides dtypes and the card; `rows` counts by its bucket."""
     _chosen: dict[tuple[object, ...], Config] = field(default_factory=dict)
     _tuners: dict[object, Any] = field(default_factory=dict)
     """Holds a tuner for each kind of card, since triton's own cache knows shapes alone."""
@@ -187,9 +187,10 @@ def _product_fits(config: Config, named: Named) -> bool:
 
 
 SUMMED_COLUMNS, SUMMED_HIDDEN = 64, 1024
-"""Sums that one program of the second kernel takes."""
+"""One program of the second kernel takes this many sums."""
 LARGEST_RANK = {2: 256, 4: 64}
-"""By bytes of a number; above it a program's share of dh and B leaves the chip, and dh is the vendor's product."""
+"""Maps a number's bytes to a rank: above it a program's share of dh and B leaves the chip, and the vendor's product
+computes dh."""
 
 
 @triton.jit
@@ -445,7 +446,7 @@ def output(
 
 RANK_BLOCK = 32
 ROWS = 64
-"""Rows of a program that computes squared norms."""
+"""A program that computes squared norms takes this many rows."""
 CAREFUL_ROWS = 16
 """A program looks at this many rows; where one of them cancels, it computes all of them dense."""
 CAREFUL_COLUMNS = 64

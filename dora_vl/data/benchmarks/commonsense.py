@@ -117,7 +117,7 @@ NAMES = {re.sub(r"\W|_", "", name).lower(): name for name in SIZES} | {
     "socialiqa": "social_i_qa",
 }
 SPLITS = {"train": "train", "dev": "validation", "val": "validation"}
-"""A file's name says its split by one of these words; any other is the test."""
+"""A file's name tells its split by one of these words; a name without any is the test."""
 BLANK = "_"
 _log = logging.getLogger(__name__)
 
@@ -215,7 +215,7 @@ def _hellaswag(row: Row, task: str) -> Read:
 
 
 def _clean(text: str) -> str:
-    """Without the marks of WikiHow's pages."""
+    """Removes the marks of WikiHow's pages."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 

@@ -20,13 +20,13 @@ from dora_vl.data.text_file import stream_members
 from dora_vl.errors import BadSample, UserError, shown, shown_names
 
 Raw = Mapping[str, JSON]
-"""A row as the publisher's file holds it."""
+"""Holds a row as the publisher's file has it."""
 Converted = Example | Iterable[Example] | Mapping[str, JSON]
 """A row becomes one example, several, or a record of LLaVA's JSON."""
 Value = TypeVar("Value")
 
 WANTED = "the publisher's"
-"""Errors of `text_file` call these files so."""
+"""Errors of `text_file` call these files by this text."""
 UNKNOWN_ID = "(no id)"
 LONGEST_ID = 500
 PEOPLE = 10
@@ -147,7 +147,7 @@ class Row:
         return result
 
     def span(self, column: str, value: JSON) -> tuple[float, float]:
-        """Start and end in seconds: two numbers, the second not before the first."""
+        """Returns start and end in seconds: two numbers, the second not before the first."""
         if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
             raise self.bad(f"{shown(column)} must hold start and end, got {shown(value)}")
         start, end = (self.number(column, part) for part in value)
@@ -241,7 +241,7 @@ def member_rows(paths: Sequence[Path], id_column: str) -> Iterator[Raw]:
 
 @contextmanager
 def refusing(where: str | Path) -> Iterator[None]:
-    """A value that cannot be used refuses the whole file: what it belongs to is not a row that could be dropped."""
+    """Refuses the whole file for a value that cannot be used: it belongs to no row that could be dropped."""
     try:
         yield
     except BadSample as error:

@@ -163,7 +163,7 @@ def nlvr(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Sp
 
 
 def read_shares(option: str) -> dict[str, float]:
-    """`train:0.8,test:0.2` as numbers that make 1."""
+    """Reads `train:0.8,test:0.2` as shares that add up to 1."""
     shares: dict[str, float] = {}
     for part in option.split(","):
         name, _, value = part.partition(":")

@@ -98,7 +98,7 @@ def subtitles_of(row: Row) -> tuple[Subtitle, ...]:
 
 
 def span(value: JSON, sample_id: str = UNKNOWN_ID) -> tuple[float, float] | tuple[None, None]:
-    """Start and end of "20.16-25.12" or of [20.16, 25.12]; None where there is none, or it is "nan-nan"."""
+    """Returns start and end of "20.16-25.12" or of [20.16, 25.12]; None where there is none, or it is "nan-nan"."""
     if value is None or (isinstance(value, str) and value.strip().lower() in {"", "nan", "nan-nan"}):
         return None, None
     return Row({}, sample_id=sample_id).span("ts", value.split("-") if isinstance(value, str) else value)
@@ -164,7 +164,7 @@ def tvqa(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Sp
 
 
 def read_solution(path: Path) -> dict[str, int]:
-    """VALUE's solution file as question id -> right choice."""
+    """Reads VALUE's solution file: maps a question's id to the right choice."""
     with refusing(f"{path}: not {{'solution': {{series: {{qid: index}}}}}}"):
         all_series = Row(json_object(path, WANTED)).mapping("solution")
         solutions = [Row(all_series).mapping(series) for series in all_series]
