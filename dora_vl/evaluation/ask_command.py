@@ -34,7 +34,7 @@ PICTURE_COMMAND = ":image "
 FILES: dict[str, Any] = {"type": Path, "nargs": "+", "action": "extend", "default": [], "metavar": "FILE"}
 OF_PICTURES = {"together": False, "conversation": False}
 OF_VIDEOS = {"start": None, "end": None, "frames": 8, "choice": [], "subtitle": []}
-"""Each kind's own options, which are refused with the other, and their defaults."""
+"""Maps the options that only pictures, or only videos, take to their defaults; they are refused with the other kind."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,18 +19,18 @@ from dora_vl.files import json_or_nothing
 
 MOST_EXCHANGED, SEED = 200, 0
 LEAST_ASKED = 5
-"""A question asked more seldom has no commonest answer of its own: it would be its own truth."""
+"""A question asked less often has no commonest answer of its own: that would often be the very answer it judges."""
 COMMONEST, EXCHANGED, UNTRAINED = "commonest_answer", "exchanged_pictures", "untrained_base"
 READABLE, WARNING, ADVICE = "readable", "warning", "advice"
 SAID_INSTEAD: Mapping[str, tuple[str, str]] = {
     EXCHANGED: ("with_their_own", "with pictures exchanged {}; of the same with their own"),
     UNTRAINED: ("with_the_adapter", "the base without the adapter {}; of the same with it"),
 }
-"""Other answers -> what `metrics.json` calls the model's own score, and the line to print."""
+"""Maps other answers to what `metrics.json` calls the model's own score, and to the line to print."""
 ASKED_AGAIN = tuple(SAID_INSTEAD)
-"""Ends of the names of sets that stand in `predictions.jsonl` for a comparison alone."""
+"""Sets whose names end so stand in `predictions.jsonl` for a comparison alone."""
 MUCH = 0.1
-"""Where so large a share of the questions is readable and not learned, settings to try are named."""
+"""Settings to try are named where this share of the questions is readable and not learned."""
 HOW = {
     COMMONEST: f"the test's own commonest right answer to each question that it asks {LEAST_ASKED} times or more, to "
     "all other questions together one; no model",
@@ -219,7 +219,7 @@ def drawn(examples: Sequence[Example]) -> list[Example]:
 
 
 def digest(examples: Sequence[Example]) -> str:
-    """Tells one exchanged sample from another."""
+    """Hashes an exchanged sample, to tell it from others."""
     pairs = [(example.id, example.images, [repr(clip) for clip in example.videos]) for example in examples]
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 

@@ -82,7 +82,7 @@ PROMPTS: Mapping[str, Prompt] = {
     "caption": prompts.caption_of_picture,
     "video": prompts.about_video,
 }
-"""The names that `prompt:` takes in a benchmark's YAML."""
+"""`prompt:` of a benchmark's YAML takes these names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ OWN: Mapping[str, tuple[type, Any]] = {
     "max_new_tokens": (int, SHORT_ANSWER_TOKENS),
     "frames": (int, FRAMES),
 }
-"""The settings that a benchmark's YAML takes, with their types and defaults."""
+"""A benchmark's YAML takes these settings; each has a type and a default."""
 
 
 def read_own(path: Path) -> NamedBenchmark:

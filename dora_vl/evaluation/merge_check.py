@@ -40,9 +40,9 @@ from dora_vl.run.watched import evenly
 BATCH, FRAMES = 8, 8
 FAILED_STATUS = 1
 TEXTS, TOKENS = 3, 12
-"""The number of drawn texts whose logits are compared, and the tokens of each."""
+"""The logits of this many drawn texts are compared, each of this many tokens."""
 ROUNDING = {False: 1e-3, True: 1e-1}
-"""The largest difference that rounding makes, as a share of the largest logit; True: for weights below float32.
+"""Rounding explains a difference up to this share of the largest logit; True is for weights below float32.
 
 Rounding to bfloat16 gave 0.012 to 0.056 after the demos, where the same merges in float32 gave 5e-6.
 """
@@ -50,7 +50,7 @@ Rounding to bfloat16 gave 0.012 to 0.056 after the demos, where the same merges 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """What is going to be asked; `task` is the VL-BART task that the questions belong to, "" where nothing says it."""
+    """Holds what will be asked; `task` is the VL-BART task that the questions belong to, "" where nothing says it."""
 
     questions: list[Example]
     file: Path
@@ -100,7 +100,7 @@ def planned_check(options: argparse.Namespace, adapter: Path) -> Check | None:
 
 
 def _read(file: Path) -> list[Example]:
-    """Questions of any format that training reads, or as LLaVA's evaluation takes them."""
+    """Reads questions of any format that training reads, or as LLaVA's evaluation takes them."""
     if file.is_file() and file.suffix in (".json", ".jsonl"):
         _, first = next(stream_values(file, "questions"), (0, None))
         if is_question(first):
@@ -282,7 +282,7 @@ def _incomparable(adapter: Adapter, base: Path) -> str:
 
 @torch.no_grad()
 def _drawn_logits(folder: Path, adapter: Path | None) -> tuple[Tensor, torch.dtype]:
-    """Logits in float32 for drawn tokens, none of them special, and the narrowest dtype that weights are stored in."""
+    """Returns float32 logits for drawn tokens, none special, and the narrowest dtype that weights are stored in."""
     register_towers()
     shell = skeleton(config_in(folder))
     with opening(f"{folder} cannot be opened"):

@@ -72,9 +72,9 @@ ENTRIES: Mapping[str, tuple[str, ...]] = {
     DECODER: ("base", "revision", "base_sha256", "template", "image_aspect", "dtype", "max_tokens"),
     VLBART: ("tasks", "base", "base_sha256", "dtype", "feature_tokens", "features", "settings"),
 }
-"""The entries that `recipe.json` must hold so that a model of each kind can be asked."""
+"""`recipe.json` must hold these entries, by kind of model, so that the model can be asked."""
 ENCODERS = frozenset({*MODEL_FOR_MASKED_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES})
-"""Model types that transformers lists as causal language models for their decoders alone."""
+"""transformers lists these model types as causal language models for their decoders alone."""
 OWN_TEMPLATE = "tokenizer"  # a language model's own chat template
 DTYPES = ("bfloat16", "float16", "float32")
 FLASH = "flash_attention_2"
@@ -153,7 +153,7 @@ def _check_recipe(request: ModelRequest, adapter: Path, recipe: Mapping[str, Any
 
 
 def _attention(recipe: Mapping[str, Any]) -> Any:
-    """As the adapter was trained with it; what only another machine has is left to transformers."""
+    """Returns the kernels that the adapter was trained with; leaves to transformers what only another machine has."""
     stated = recipe.get("attn_implementation")
     missing = FLASH in (stated.values() if isinstance(stated, dict) else [stated]) and not torch.cuda.is_available()
     return None if missing else stated
@@ -215,7 +215,7 @@ def hashes(source: ModelSource) -> Mapping[str, str]:
 
 AnyBackbone = TypeVar("AnyBackbone", bound=Backbone[Any])
 LONGEST_ANSWERED = 1 << 20
-"""The most tokens of a prompt and its answer where no recipe says it: none is cut."""
+"""Where no recipe states a limit, a prompt and its answer may have this many tokens: none is cut."""
 
 
 def open_model(source: ModelSource | ModelRequest) -> Opened:

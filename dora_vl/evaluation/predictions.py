@@ -67,7 +67,7 @@ class Predictions:
 
     @cached_property
     def answers(self) -> dict[str, str]:
-        """Each answer by its example's id."""
+        """Maps an example's id to its answer."""
         return {row.id: row.prediction for row in self.rows if not row.error}
 
 
@@ -110,15 +110,15 @@ def read_predictions(path: Path) -> dict[str, dict[str, Prediction]]:
 
 
 IDS = ("id", "question_id", "questionId", "qid", "image_id", "image", "index", "identifier", "clip_id")
-"""Keys that hold a row's id; the first that a row has is its own."""
+"""These keys hold a row's id; the first that a row has is its own."""
 MODEL_ANSWERS = (
     *("prediction", "pred", "predict", "pred_answer", "predicted_answer"),
     *("response", "output", "model_answer", "model_output"),
 )
-"""Keys that hold a model's answer: ours, SEED-Bench's and GQA's first, then Video-LLaVA's and other tools'. An `answer`
+"""These hold a model's answer: ours, SEED-Bench's and GQA's first, then Video-LLaVA's and other tools'. An `answer`
 beside one of them is the true one."""
 ANSWERS = ("answer", "text", "caption")
-"""Keys that hold the answer in rows with none of `MODEL_ANSWERS`: VQA's, LLaVA's, COCO's."""
+"""These keys hold the answer in rows with none of `MODEL_ANSWERS`: VQA's, LLaVA's, COCO's."""
 WANTED = "predictions; give JSON lines with an id and an answer each"
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 

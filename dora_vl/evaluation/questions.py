@@ -21,7 +21,7 @@ from dora_vl.evaluation.scores.benchmark import Prompt, prompt_turns
 
 ANSWER, OUTPUT = "answer", "output"
 KEPT = ("kind", "unit", "group")
-"""Columns of a row that a test keeps in `extra`."""
+"""A test keeps these columns of a row in `extra`."""
 
 
 def turns_asked(example: Example) -> tuple[Turn, ...]:

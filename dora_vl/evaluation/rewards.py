@@ -43,7 +43,7 @@ SCORES: Mapping[str, Callable[[str, str], float | bool]] = {
     "vqa": lambda answer, right: normalise(answer) == normalise(right),
     "box": overlap,
 }
-"""Compares an answer with the right one, as the tests' scorers do."""
+"""Maps a reward's name to what compares an answer with the right one, as the tests' scorers do."""
 CHOICE, FORMAT, CIDER = "choice", "format", "cider"
 
 

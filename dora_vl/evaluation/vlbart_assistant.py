@@ -39,7 +39,7 @@ CAPTION = 'for a caption (--question "")'
 
 @dataclass(frozen=True, kw_only=True)
 class VlBartAssistant:
-    """A VL-BART with what turns words and pictures into its inputs; an `Predictor`.
+    """A VL-BART with what turns words and pictures into its inputs; a `Predictor`.
 
     What it predicts is what the task's score takes: text, "true" or "false", or the label of a choice.
 
@@ -202,7 +202,7 @@ class VlBartAssistant:
             return [None if NO_TOKEN in row.tolist() else self.encoder.decode(row) for row in new.cpu()]
 
     def _labels(self, texts: Sequence[str]) -> Int[Tensor, "choices answer"]:
-        """Labels as rows of ids, -100 behind the shorter ones."""
+        """Returns labels as rows of ids, -100 behind the shorter ones."""
         labels = [self.encoder.labels(text, max_tokens=LONGEST_LABEL) for text in texts]
         return pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL)
 

@@ -35,7 +35,7 @@ NormaliseBy = Literal["samples", "tokens"]
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What the decoder is to say, and how much the sample counts; or the soft score of each right answer of a list."""
+    """Holds what the decoder is to say, and the sample's weight; or the soft score of each right answer of a list."""
 
     text: str
     weight: float = 1.0
@@ -141,7 +141,7 @@ def _check_kind(example: Example, subtask: Subtask) -> None:
 
 @dataclass(frozen=True)
 class ClosedBatch:
-    """Whose closed list of answers a batch is scored on, and the soft scores of each row's right answers."""
+    """Says whose closed list of answers a batch is scored on, and the soft scores of each row's right answers."""
 
     task: str
     soft_scores: Sequence[Mapping[str, float]]
@@ -157,7 +157,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Seq2SeqCollator:
-    """The one micro-batch of a loader's batch, as the loss takes it.
+    """Makes the one micro-batch of a loader's batch, as the loss takes it.
 
     `sample_weights` add up to the mean weight of its usable samples; who has read all micro-batches of all ranks turns
     them into shares of the whole step (`over_step`). A micro-batch without any usable sample becomes one row of padding
@@ -207,9 +207,9 @@ NO_REPEAT = 3  # bart-base's setting, which the published runs kept
 PUBLISHED_SEARCH = Search(beams=5, max_length=20, no_repeat_ngram=NO_REPEAT)
 
 score_vqa = partial(vqa.vqa_score, version="before_2021")
-"""As VL-T5's `evaluate_raw`, which the paper's numbers are made with: the script of before 2021."""
+"""Scores as VL-T5's `evaluate_raw`, which the paper's numbers are made with: the script of before 2021."""
 score_gqa = partial(vqa.gqa_score, conversion="vl_t5")
-"""As VL-T5's `evaluate`, which the paper's numbers are made with: the generated text as it is."""
+"""Scores as VL-T5's `evaluate`, which the paper's numbers are made with: the generated text as it is."""
 
 
 def all_subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
@@ -290,7 +290,7 @@ def one_answer(example: Example, answer: int | None, random: Random) -> Target:
 
 
 def truth(example: Example, answer: int | None, random: Random) -> Target:
-    """NLVR2's and NLVR's labels in lower case."""
+    """Returns NLVR2's and NLVR's labels in lower case."""
     if not example.answers:
         raise BadSample(example.id, "it has no label to train on")
     return Target(text=example.answers[0].text.lower())

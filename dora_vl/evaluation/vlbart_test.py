@@ -32,9 +32,9 @@ from dora_vl.run.watched import Watch, evenly
 log = logging.getLogger(__name__)
 
 Tested = tuple[Subtask, ExampleFile, FeatureReader]
-"""A VL-BART's task, its test file, and the features of the pictures in that."""
+"""Joins a VL-BART's task, its test file, and the features of the file's pictures."""
 READ = 64
-"""The most examples of a file, evenly spread, whose features are read before training."""
+"""The features of at most this many examples of a file, evenly spread, are read before training."""
 NAMED = 3
 
 

@@ -52,7 +52,7 @@ def answer_loss(
     targets: Float[Tensor, "batch answers"],
     weights: Float[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Binary cross-entropy against soft scores, summed over the answers.
+    """Computes binary cross-entropy against soft scores, summed over the answers.
 
     Args:
         weights: each sample's share of the loss; None takes the mean over the batch.

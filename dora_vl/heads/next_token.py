@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 CHUNK = 256
-"""Labels whose scores are in memory together: 0.3 GB for a vocabulary of 100,000 words."""
+"""The scores of this many labels are in memory together: 0.3 GB for a vocabulary of 100,000 words."""
 SMALL_VOCABULARY = 4096
 """Below this size all scores fit in memory; the model's own are used, to the last bit."""
 Labels = Int[Tensor, " labels"] | Float[Tensor, "labels vocab"]
@@ -28,7 +28,7 @@ def in_chunks(head: nn.Module) -> bool:
 
 
 def label_losses(hidden: Float[Tensor, "labels width"], targets: Labels, scores: Scores) -> Float[Tensor, " labels"]:
-    """`losses_of` each label, in float32.
+    """Computes `losses_of` each label, in float32.
 
     A label's loss depends on its own hidden state alone. So its gradient is computed beside it, chunk by chunk, and no
     chunk's scores wait for the backward pass; that is faster than scores of all labels at once.
@@ -41,7 +41,7 @@ def label_losses(hidden: Float[Tensor, "labels width"], targets: Labels, scores:
 
 
 def losses_of(scores: Float[Tensor, "labels vocab"], targets: Labels) -> Float[Tensor, " labels"]:
-    """Cross-entropy of each token from scores that exist already, or the divergence KL(target, model), in float32."""
+    """Computes each token's cross-entropy from existing scores, or the divergence KL(target, model), in float32."""
     if targets.dim() == 1:
         return functional.cross_entropy(scores.float(), targets, reduction="none")
     expected = targets.float().log_softmax(-1)

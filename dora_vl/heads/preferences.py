@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Pairs = Int[Tensor, "2 pairs"]
-"""The numbers of a preferred answer and of a rejected one, for each pair."""
+"""Holds a number of each pair's preferred answer, and one of its rejected answer."""
 
 
 class Answers(NamedTuple):

@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 SMALLEST_SPREAD = 1e-4
-"""Standard deviations get this added, so that rewards which are all alike divide by no zero."""
+"""This is added to standard deviations, so that equal rewards are not divided by zero."""
 Rewards = Float[Tensor, "prompts group"]
 
 

@@ -80,7 +80,7 @@ class TokenText:
             return f" {text}" if spelled.startswith("\u2581") and not text.startswith(" ") else text
 
         self.of = text_of
-        """A token's text, with the space before it."""
+        """Returns a token's text, with the space before it."""
 
     def pieces(self, ids: Sequence[int], trained: Sequence[bool], real: Sequence[bool]) -> tuple[Piece, ...]:
         """Returns a row's tokens; joins stretches of picture places and of padding."""

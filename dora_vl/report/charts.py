@@ -18,7 +18,7 @@ from dora_vl.report.run_record import RunRecord
 MOST_POINTS = 400
 """A line of more points is drawn by the means of equal stretches, which a screen shows no better."""
 COLOURS = ("#2f6fde", "#d9580b", "#1f9d6b", "#a23bb8", "#b8860b", "#0f8b9d", "#c2255c", "#6b7684")
-"""`--c0` to `--c7` of the page's style, which has others for a dark screen."""
+"""The page's style calls these `--c0` to `--c7`, and has others for a dark screen."""
 WIDTH, HEIGHT, DPI = 560, 260, 72
 LEFT, RIGHT, TOP, BOTTOM = 58, 546, 12, 216
 STYLES: Mapping[str, Mapping[str, Any]] = {
@@ -125,7 +125,7 @@ def _svg(figure: Any) -> str:
 
 
 def _drawable(line: Series) -> Series:
-    """Returns its finite points; of more than a screen shows, the means of equally long stretches."""
+    """Returns a series' finite points; of more than a screen shows, the means of equally long stretches."""
     finite = [index for index, pair in enumerate(zip(line.x, line.y, strict=True)) if all(map(math.isfinite, pair))]
     x, y = ([axis[index] for index in finite] for axis in (line.x, line.y))
     length = -(-len(finite) // MOST_POINTS)

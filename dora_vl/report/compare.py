@@ -199,12 +199,12 @@ class Comparison:
 
     @cached_property
     def untrained_run(self) -> CellRun:
-        """The model as it was: one step at a rate of 0."""
+        """Returns the run of the model as it was: one step at a rate of 0."""
         settings = ("--training.max_steps=1", "--training.learning_rate=0", "--training.eval_strategy=no")
         return self._run(self.to / UNTRAINED, settings, is_tested=True)
 
     def by_strength(self) -> dict[float, CellRun]:
-        """Tests of the first contender's first adapter at each strength, in folders that hold a copy of it."""
+        """Returns tests of the first contender's first adapter at each strength, in folders that hold a copy of it."""
         cells: dict[float, CellRun] = {}
         for strength in self.strengths:
             folder, trained = self.to / f"strength_{strength:g}", self.tested(self.contenders[0])[0]
@@ -424,7 +424,7 @@ def _chart(across: str, up: str) -> tuple[Any, Any]:
 
 
 def _points(axes: Any, across: Sequence[float], rows: Sequence[tuple[float, float, float]], **look: Any) -> None:
-    """Values with their lower and upper limits."""
+    """Returns values with their lower and upper limits."""
     scores, *limits = np.array(rows).T
     axes.errorbar(across, scores, yerr=np.abs(np.array(limits) - scores), marker="o", capsize=3, **look)
 

@@ -23,13 +23,13 @@ from dora_vl.evaluation.scores.scored import (
 LEAST_SEEDS = 3
 """Fewer seeds say too little of how seeds differ; an interval is then over units alone."""
 SHARED = 0.25
-"""So much of the units' chance is taken out of the seeds' variance, which holds all of it. It was chosen among 0, 1/4,
+"""This share of the units' chance is taken out of the seeds' variance, which holds all of it. Chosen among 0, 1/4,
 1/2, 3/4 and 1 by simulations with 3 and 5 seeds that differ by 0, 2 and 8 points: with it the intervals held the truth
 in 93.5 to 97 of 100 cases, with 1 in 91.7 to 97.8. tests/report/test_contrasts.py asks for 92.5 to 97.5."""
 QUADRATURE = np.polynomial.legendre.leggauss(64)
 
 SetScores = Mapping[str, Scored]
-"""The score of each test set by its name."""
+"""Maps a test set's name to its score."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ intervals beside what a model that does not look would score, what it forgot, an
 """
 HUB, CARD, CONTACT_SHEET = "hub", "README.md", "contact_sheet.png"
 TASKS = {"llava": "image-text-to-text", "image_text": "image-text-to-text", "commonsense": "text-generation"}
-"""A run's task -> the hub's name of it."""
+"""Maps a run's task to the hub's name of it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -133,12 +133,12 @@ class ScoreRow:
 
     @property
     def n(self) -> int:
-        """How many items it is over."""
+        """Counts the items that the metric is over."""
         return next(cell.n for cell in self.cells if cell is not None)
 
     @property
     def is_part(self) -> bool:
-        """True where it is of a part of the set."""
+        """Tells whether the metric is of a part of the set."""
         return "/" in self.metric
 
 

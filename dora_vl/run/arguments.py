@@ -37,7 +37,7 @@ OWNED = {
     "dataloader_num_workers": "data.workers says it",
     "neftune_noise_alpha": "the Trainer adds its noise to plain language models only; raise adapter.dropout",
 }
-"""Fields that a run must not set, since they would break it -> why."""
+"""Maps fields that a run must not set, since they would break it, to the reason."""
 STRATEGIES = ("eval_strategy", "save_strategy", "logging_strategy")
 AT_LEAST: Mapping[str, float] = {
     **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "num_train_epochs"), 0),
@@ -45,9 +45,9 @@ AT_LEAST: Mapping[str, float] = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 1),
     **dict.fromkeys(("gradient_accumulation_steps", "ddp_timeout"), 1),
 }
-"""The smallest value that makes sense; below it torch or the Trainer fails late, or trains towards a larger loss."""
+"""Maps a field to its smallest value that makes sense; below it torch or the Trainer fails late, or the loss grows."""
 OURS = {"logging_steps": 10, "logging_nan_inf_filter": False, "report_to": "none", "save_total_limit": 2}
-"""Defaults that differ from the library's: a log line that can be drawn, a loss that shows when it is no number."""
+"""These defaults differ from the library's: log lines can be drawn, and a loss that is no number shows."""
 
 SHORT_NAMES = ("zero0", "zero2", "zero3", "zero3_offload")  # of the shipped DeepSpeed configs
 FROM_SECTION = (
@@ -60,13 +60,13 @@ FROM_SECTION = (
 
 
 def training_fields() -> list[str]:
-    """Names of every field `training:` takes."""
+    """Returns the names of all fields that `training:` takes."""
     return [field.name for field in dataclasses.fields(TrainingArguments) if field.init and field.name not in OWNED]
 
 
 @functools.cache
 def training_parser() -> ArgumentParser:
-    """The parser of the section, made once: it reads the source of every field's class."""
+    """Makes the section's parser, once: it reads the source of every field's class."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(TrainingArguments, "training", instantiate=False, skip={"fsdp"})
     parser.add_argument("--training.fsdp", type=bool, default=False)
@@ -74,7 +74,7 @@ def training_parser() -> ArgumentParser:
 
 
 def check_training_section(section: Mapping[str, Any]) -> dict[str, Any]:
-    """The section with each value in its field's type."""
+    """Returns the section with each value in its field's type."""
     section = {_accepted_name(key): value for key, value in section.items()}
     # YAML reads an unquoted `no` as false.
     section = {key: "no" if key in STRATEGIES and value is False else value for key, value in section.items()}
@@ -212,18 +212,18 @@ def _check_precision(section: Mapping[str, Any], *, method: str, dtype: str) -> 
 
 
 def launch_of(arguments: TrainingArguments) -> Launch:
-    """The processes of the run that the arguments were made for."""
+    """Returns the processes of the run that the arguments were made for."""
     stage = None if arguments.deepspeed is None else zero_stage(deepspeed_config())
     return Launch(arguments.world_size, stage)
 
 
 def order_seed(arguments: TrainingArguments) -> int:
-    """The seed of the samples' order, one for all ranks."""
+    """Returns the seed of the samples' order, one for all ranks."""
     return arguments.seed if arguments.data_seed is None else arguments.data_seed
 
 
 def read_deepspeed(value: str | Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON of a short name (`zero2`), of a file (as given, or below a checkout), or of a mapping."""
+    """Returns the JSON of a short name (`zero2`), of a file (as given, or below a checkout), or of a mapping."""
     from_section = dict.fromkeys(FROM_SECTION, "auto")  # or DeepSpeed fails without a batch, and does not clip
     if isinstance(value, Mapping):
         return {**from_section, **value}
@@ -236,7 +236,7 @@ def read_deepspeed(value: str | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def zero_stage(config: Mapping[str, Any] | None) -> int:
-    """ZeRO stage of a DeepSpeed config; 0 without one."""
+    """Returns the ZeRO stage of a DeepSpeed config; 0 without one."""
     return int((config or {}).get("zero_optimization", {}).get("stage", 0))
 
 
@@ -268,7 +268,7 @@ def check_deepspeed(config: Mapping[str, Any], *, method: str) -> None:
 
 
 def _without_auto(value: Any) -> Any:
-    """Leaves out what transformers fills in itself."""
+    """Drops what transformers fills in itself."""
     if not isinstance(value, Mapping):
         return value
     return {name: _without_auto(inside) for name, inside in value.items() if inside != "auto"}

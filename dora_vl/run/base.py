@@ -28,7 +28,7 @@ from dora_vl.run.sharding import loading_in, without_sharding
 logger = logging.getLogger(__name__)
 
 DECODER, VLBART = "decoder", "vlbart"
-"""Names of the two kinds of backbone in `recipe.json`: decoders, and encoder-decoders over visual features."""
+"""`recipe.json` names the two kinds of backbone so: decoders, and encoder-decoders over visual features."""
 
 Backbone = TypeVar("Backbone")
 
@@ -61,7 +61,7 @@ def check_quantisation(model: ModelConfig) -> None:
 
 
 def load_base(load: Callable[..., Backbone], model: ModelConfig, **more: Any) -> Backbone:
-    """The base, by its backbone's loader, with its weights in `model.dtype`, sharded while loading under ZeRO-3."""
+    """Loads the base by its backbone's loader, with weights in `model.dtype`, sharded while loading under ZeRO-3."""
     if model.attn_implementation == "flash_attention_2" and not torch.cuda.is_available():
         raise SettingError("model.attn_implementation", ": flash_attention_2 needs CUDA; sdpa runs everywhere")
     check_quantisation(model)
@@ -142,7 +142,7 @@ class VideoReading:
     reader: VideoReader = field(default_factory=VideoReader, repr=False)
 
     def read(self, clips: Sequence[Clip]) -> list[Video]:
-        """The frames of each."""
+        """Returns the frames of each clip."""
         videos = [self.reader.read(self.folder, clip, self.sampling) for clip in clips]
         return videos if self.frames is None else [repeated(video, self.frames) for video in videos]
 
@@ -153,7 +153,7 @@ def image_folder(data: DataConfig, root: str | None = None) -> MediaFolder:
 
 
 def video_folder(data: DataConfig) -> MediaFolder:
-    """The root of the videos' paths."""
+    """Returns the root of the videos' paths."""
     return image_folder(data, data.video_folder)
 
 

@@ -54,14 +54,14 @@ RESULTS = (
 IF_STOPPED = "if_stopped"
 _OTHERWISE = "--overwrite true removes it, --training.output_dir names another folder"
 HOW_IT_STARTS = frozenset({"resume", "overwrite", "test_only"})
-"""Settings of one start, which say nothing of the run: `settings.json` as --config must not repeat an overwrite."""
+"""These settings are of one start, not of the run: `settings.json` as --config must not repeat an overwrite."""
 BESIDE_THE_RUN = frozenset({"watch", "try_largest_batch"})
-"""Settings that change nothing of what a run leaves."""
+"""These settings change nothing of what a run leaves."""
 TRAINING_NUMBERS = (
     *("train_seconds", "samples_per_second", "train_samples", "train_steps"),
     *("padding_share", "skipped_samples", "shrunk_samples", "steps_left_out"),
 )
-"""Keys of `metrics.json` about the training."""
+"""These keys of `metrics.json` are about the training."""
 
 
 def run_folder_of(training: Mapping[str, Any]) -> Path:
@@ -94,7 +94,7 @@ def _took_work(folder: Path) -> list[Path]:
 
 
 def checkpoint_of(config: RunConfig) -> Path | None:
-    """The checkpoint that a run resumes from; None: it starts anew."""
+    """Returns the checkpoint that a run resumes from; None where it starts anew."""
     folder = run_folder_of(config.training)
     checkpoints = complete_checkpoints(folder)
     if config.resume == LAST and not checkpoints:
@@ -137,7 +137,7 @@ def _is_trained(folder: Path) -> bool:
     """Returns True once a run has its adapter and the numbers of its training."""
     metrics, checkpoints = json_or_nothing(folder / METRICS), complete_checkpoints(folder)
     if checkpoints and step_of(checkpoints[-1]) > metrics.get("train_steps", 0):
-        return False  # they are of the run before the resume that was stopped there
+        return False  # the numbers are of an earlier end; a resume was stopped later
     return (folder / ADAPTER).is_dir() and bool(metrics)
 
 
@@ -147,7 +147,7 @@ def _is_finished(folder: Path, config: RunConfig) -> bool:
 
 
 def is_tested(folder: Path) -> bool:
-    """True once a run has the scores of every set of its test."""
+    """Returns True once a run has the scores of every set of its test."""
     metrics = json_or_nothing(folder / METRICS)
     return SETS in metrics and NOT_YET not in metrics
 
@@ -200,7 +200,7 @@ def add_metrics(path: Path, numbers: Mapping[str, Any]) -> None:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a loss log; a last line cut short by a crash is left out."""
+    """Reads the lines of a loss log; a last line cut short by a crash is left out."""
     lines: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
@@ -228,7 +228,7 @@ def one_writer(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = _locked(path)
         os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())  # for whom it keeps out
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())  # tells others who holds it
     except OSError as error:
         raise UserError(f"{folder} cannot be written to: {error.strerror or error}; name another folder") from error
     try:
@@ -237,7 +237,7 @@ def one_writer(folder: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
         os.close(descriptor)
         if is_new:
-            with contextlib.suppress(OSError):  # not empty: what it was made for is in it
+            with contextlib.suppress(OSError):  # not empty: it has the files that it was made for
                 folder.rmdir()
 
 
@@ -257,7 +257,7 @@ def writer_of(folder: Path) -> int | None:
 
 
 def _locked(path: Path) -> int:
-    """A descriptor of the file of this name, with its lock."""
+    """Opens the file of this name with its lock; returns the descriptor."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:

@@ -34,7 +34,7 @@ from dora_vl.run.settings import (
 ENDING = ".yaml"
 VARIANTS, VARIANT = "variants", "variant"
 NO_SETTINGS = ("config", "print_config", "local_rank", "help")
-"""Options of the parser that no file may hold: `config` would open another file."""
+"""No file may hold these options of the parser: `config` would open another file."""
 SECTION_CLASSES: Mapping[str, type[Any]] = {
     "model": ModelConfig,
     "adapter": AdapterConfig,
@@ -52,18 +52,18 @@ COUNTS = {
     "max_pixels_per_step": "; null leaves it to the model",
     "early_stopping": "; null trains to the end",
 }
-"""Settings that are at least 1 -> the end of their message. A limit of 0 would be an empty test that looks whole."""
+"""Maps settings of at least 1 to the end of their message. A limit of 0 would be an empty test that looks whole."""
 
 
 def read_run_file(path: str | Path, *overrides: str) -> RunConfig:
-    """Settings of a YAML file, with `--section.key=value` overrides."""
+    """Reads the settings of a YAML file, with `--section.key=value` overrides."""
     return read_run([f"--config={path}", *overrides])
 
 
 def read_run(
     arguments: Sequence[str], *, task: Task = "image_text", program: str = "run", description: str = ""
 ) -> RunConfig:
-    """A run's settings from command-line arguments, which win over the file's; `task` where neither names one."""
+    """Reads a run's settings from command-line arguments, which win over the file's; `task` where neither names one."""
     words, task = files_first(arguments, task)
     parser = run_parser(task, program, description)
     try:
@@ -89,7 +89,7 @@ def read_run(
 
 @functools.cache
 def run_parser(task: Task, program: str = "run", description: str = "", *, dropout: bool = True) -> ArgumentParser:
-    """The parser of a task's settings, made once; its help text comes from the fields that the task takes.
+    """Makes the parser of a task's settings, once; its help text comes from the fields that the task takes.
 
     Args:
         dropout: whether the adapter has its usual dropout where no setting says so, or none.
@@ -116,7 +116,7 @@ def run_parser(task: Task, program: str = "run", description: str = "", *, dropo
 
 
 def setting_names(task: Task, *, training: bool = True) -> list[str]:
-    """Every dotted name a task understands, transformers' own below `training` among them unless that is left out."""
+    """Lists every dotted name a task understands, with transformers' own below `training` unless that is left out."""
     # Only leaf settings: a name such as "model" also stands for a whole section.
     names = [action.dest for action in run_parser(task)._actions if action.dest not in NO_SETTINGS]
     leaves = [name for name in names if name not in SECTION_CLASSES and not name.endswith(".help")]
@@ -128,7 +128,7 @@ def setting_names(task: Task, *, training: bool = True) -> list[str]:
 
 
 def files_first(arguments: Sequence[str], task: Task) -> tuple[list[str], Task]:
-    """The arguments with the settings of each `--config` in front, as JSON; and the task that they name, or `task`.
+    """Puts the settings of each `--config` in front, as JSON; returns also the task that they name, or `task`.
 
     So an argument wins wherever it stands, and the parser itself opens no file.
     """
@@ -152,13 +152,13 @@ def files_first(arguments: Sequence[str], task: Task) -> tuple[list[str], Task]:
 
 
 def _as_json(settings: Mapping[str, Any]) -> str:
-    """JSON that YAML reads alike, as the parser does: an emoji as it is, not as the two halves of a pair."""
+    """Writes JSON that YAML, as the parser, reads alike: an emoji as it is, not as the two halves of a pair."""
     pair = re.compile(r"\\ud[89ab]\w\w\\ud[c-f]\w\w")
     return pair.sub(lambda halves: json.loads(f'"{halves[0]}"'), json.dumps(settings, default=str))
 
 
 def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> value; an empty mapping is a value."""
+    """Maps dotted names to values; an empty mapping is a value."""
     if not isinstance(value, Mapping) or not value:
         return {prefix: value} if prefix else {}
     named = {f"{prefix}.{key}" if prefix else str(key): item for key, item in value.items()}
@@ -169,7 +169,7 @@ def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def find_recipe(name: str) -> Path:
-    """The file that a path or a recipe's name (`llava/llava15`) stands for; a file that is there comes first."""
+    """Finds the file of a path or a recipe's name (`llava/llava15`); a file that is there comes first."""
     folder = shipped_folder()
     shipped = folder / f"{name.removesuffix(ENDING).removeprefix('configs/')}{ENDING}"
     path = next((path for path in (Path(name), shipped) if path.is_file()), None)
@@ -182,7 +182,7 @@ def find_recipe(name: str) -> Path:
 
 
 def settings_of_files(names: Sequence[str], variant: str | None) -> list[dict[str, Any]]:
-    """The settings of each `--config`, a path or a recipe's name, under a variant.
+    """Reads the settings of each `--config`, a path or a recipe's name, under a variant.
 
     None is each file's own choice, its key `variant`, or the file as it stands.
     """
@@ -194,12 +194,12 @@ def settings_of_files(names: Sequence[str], variant: str | None) -> list[dict[st
 
 
 def variants_of(path: Path) -> list[str]:
-    """Names of a file's variants."""
+    """Returns the names of a file's variants."""
     return list(_read(path).get(VARIANTS) or {})
 
 
 def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with changes over them: mappings are merged, all else is replaced."""
+    """Lays changes over settings: mappings are merged, all else is replaced."""
     result = {**settings, **changes}
     for key, value in changes.items():
         if isinstance(value, Mapping) and isinstance(settings.get(key), Mapping):
@@ -216,7 +216,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _resolved(path: Path, variant: str | None) -> dict[str, Any]:
-    """A file's settings under a variant: the one of this name, or else the file's own choice."""
+    """Returns a file's settings under a variant: the one of this name, or else the file's own choice."""
     content = _read(path)
     variants = content.get(VARIANTS, {})
     if not isinstance(variants, Mapping) or not all(isinstance(changes, Mapping) for changes in variants.values()):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Tells whether a rank holds a part of it alone."""
+    """Tells whether a rank holds only a part of the tensor."""
     return "ds_id" in vars(tensor) or isinstance(tensor, DTensor)  # DeepSpeed's mark, and FSDP2's type
 
 
@@ -48,18 +48,18 @@ gather_to_write = partial(_gathered, write=True)
 
 
 def as_shards(full: Tensor, like: DTensor) -> DTensor:
-    """The first rank's tensor in shards like another's; every rank must call it."""
+    """Spreads the first rank's tensor in shards like another's; every rank must call it."""
     return distribute_tensor(full.to(like.device, like.dtype), like.device_mesh, like.placements)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The layers that FSDP2 gathers one at a time."""
+    """Lists the layers that FSDP2 gathers one at a time."""
     names = getattr(model, "_no_split_modules", None) or ()
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
-    """FSDP2: shares each block's weights out among the ranks; they are whole while the block runs."""
+    """Shares each block's weights out among the ranks by FSDP2; they are whole while the block runs."""
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # logits, which nothing changes
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for block in reversed(blocks_of(model)):  # what is inside before what holds it

@@ -19,7 +19,7 @@ from dora_vl.run.folder import WATCHED, read_log
 QUESTIONS, ANSWERS = "questions.json", "answers.jsonl"
 SMALL_PX = 224
 EXACT_PX = 128
-"""Pictures up to this side are kept to the pixel, as PNG; larger ones are photographs, as JPEG."""
+"""Pictures up to this side are kept to the pixel, as PNG; larger ones are taken for photographs and become JPEG."""
 JPEG_QUALITY = 82
 SIDE, GAP_PX, PAPER = 2, 2, (255, 255, 255)
 Item = TypeVar("Item")

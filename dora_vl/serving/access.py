@@ -76,7 +76,7 @@ def error_response(error: Exception) -> JSONResponse:
 
 
 def error_content(error: Exception) -> dict[str, Any]:
-    """OpenAI's error object; what went wrong inside the program is in its log alone."""
+    """Returns OpenAI's error object; what went wrong inside the program is in its log alone."""
     _, kind, code = next(problem for kind, problem in PROBLEMS.items() if isinstance(error, kind))
     message = str(error) if isinstance(error, UserError) else "the server failed to answer this request"
     if isinstance(error, BadSample):
@@ -87,7 +87,7 @@ def error_content(error: Exception) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class AccessRules:
-    """Which requests are let in.
+    """Says which requests are let in.
 
     Attributes:
         hosts: the names and addresses, in lower case, that requests may be sent to.
@@ -136,7 +136,7 @@ def access_rules(options: argparse.Namespace) -> AccessRules:
 
 MOST_CONNECTIONS = 512
 MOST_OF_A_CLIENT = 128
-"""The most requests of one address that are answered at a time; every open page holds one or two."""
+"""At most this many requests of one address are answered at a time; every open page holds one or two."""
 HEAD_BYTES = 64 * 1024
 
 

@@ -25,7 +25,7 @@ Reason = Literal["stop", "length", "ended"]
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How one answer is chosen.
+    """Says how one answer is chosen.
 
     Attributes:
         temperature: 0 takes the likeliest token.
@@ -162,7 +162,7 @@ class SequenceSampling(LogitsProcessor):
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input_ids: Tensor, scores: Float[Tensor, "batch vocab"]
     ) -> Float[Tensor, "batch vocab"]:
-        """Zero for the token of each sequence, minus infinity for all others."""
+        """Returns zero for the token of each sequence, minus infinity for all others."""
         tokens = torch.tensor(next_tokens(scores, self._sequences), device=scores.device)
         return torch.full_like(scores, float("-inf")).scatter_(1, tokens[:, None], 0.0)
 
@@ -245,7 +245,7 @@ class KVCacheBatch:
 
     @property
     def columns(self) -> int:
-        """How many tokens the cache has room for."""
+        """Counts the tokens that the cache has room for."""
         return self.mask.shape[1] - 1
 
     def step(self, model: Any, tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:

@@ -44,7 +44,7 @@ cannot come, or with --train. docs/serving.md says more.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's options."""
+    """Adds the verb's options."""
     add_model_options(parser)
     add_address(parser, port=7860)
     parser.add_argument(

@@ -63,7 +63,7 @@ class RunningRequest:
 
     @property
     def share(self) -> tuple[str, float]:
-        """The key that a batch is sorted by, the base first: a layer then computes each adapter once."""
+        """Returns the key that a batch is sorted by, the base first: a layer then computes each adapter once."""
         return self.submitted.prepared.share or ("", 0.0)
 
 
@@ -123,7 +123,7 @@ class BatchDecoder:
             for new, new_cache, new_logits in joined:
                 cache.join(new_cache)
                 running, tokens = [*running, *new], [*tokens, *self._next(new, new_logits)]
-            if joined:  # whose first token may have been the last
+            if joined:  # their first token may have been their last
                 continue
             with self._holding(running):
                 logits = cache.step(model, torch.tensor(tokens, device=logits.device))
@@ -183,7 +183,7 @@ class BatchDecoder:
             assistant.new_ids(inputs, max_new_tokens=most, options={**options, "custom_generate": decode})
 
     def _holding(self, running: Running, pictures: Sequence[int] = ()) -> AbstractContextManager[None]:
-        """Meanwhile the model's batch is of these requests; without `pictures`, none shows any."""
+        """Gives the model's batch these requests inside the block; without `pictures`, none shows any."""
         prepared = [request.submitted.prepared for request in running]
         strengths = [item.strength for item in prepared]
         return self._model.rows([item.entry for item in prepared], pictures or [0] * len(prepared), strengths)
@@ -226,7 +226,7 @@ def _without_finished(
 log = logging.getLogger(__name__)
 NOTHING = Shown()
 CHARACTERS_OF_A_TOKEN = 32
-"""No text has more characters a token, but for few words among long runs of spaces."""
+"""No text has more characters a token, except for a few words among long runs of spaces."""
 
 
 class Engine:
@@ -294,7 +294,7 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """How many requests wait."""
+        """Counts the requests that wait."""
         return len(self._scheduler)
 
     def close(self) -> None:

@@ -30,9 +30,9 @@ from dora_vl.serving.requests import BadRequest, Message, TextPart, TooLarge, Vi
 from dora_vl.serving.scheduler import TooManyRequests
 
 DECODER_MEMORY = 576 * MEBIBYTE
-"""Bytes that a request's process may take; with its pixels here, four bytes each, a request stays below 1 GB."""
+"""A request's process may take this many bytes; with its pixels here, four bytes each, a request stays below 1 GB."""
 READING_AT_ONCE = 10
-"""The most requests whose pictures are decoded at a time; as many processes are kept ready, 15 MB each."""
+"""At most this many requests have their pictures decoded at a time; as many processes are kept ready, 15 MB each."""
 PATIENT_SECONDS = 5.0
 """A request's pictures may take longer only while no other request waits for its turn."""
 
@@ -55,7 +55,7 @@ class RequestMedia:
 
     @contextlib.contextmanager
     def reading(self, go_on: Callable[[], object] = lambda: None) -> Iterator[Reading]:
-        """One request's reading; its turn begins with its first picture and ends with this.
+        """Yields one request's reading; its turn begins with its first picture and ends with the block.
 
         `go_on` raises what ends the reading, such as that the client has gone.
         """
@@ -180,7 +180,7 @@ def _told(where: str) -> Iterator[None]:
 
 
 def words(text: str, where: str, *, shows_videos: bool) -> str:
-    """Returns a person's words, which may not hold what stands for a picture or a video. Raises BadRequest: they do."""
+    """Returns a person's words. Raises BadRequest: they hold what stands for a picture or a video."""
     for placeholder in (IMAGE_PLACEHOLDER, *([VIDEO_PLACEHOLDER] if shows_videos else [])):
         if placeholder in text:
             raise BadRequest(where, f"the text holds {placeholder}; pictures and videos are parts of their own")

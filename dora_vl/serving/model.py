@@ -25,7 +25,7 @@ from dora_vl.evaluation.open_model import ModelRequest, ModelSource, find_source
 from dora_vl.evaluation.predictor import Shown
 
 LLAVA_PROJECTOR = "model.multi_modal_projector"
-"""A LLaVA-1.5's projector gets one entry a picture, so each picture can have that of its own request's adapter."""
+"""This module of a LLaVA-1.5 gets one entry a picture, so each picture can have its own request's projector."""
 PROBE_ROWS, PROBE_TOKENS = 2, 2  # a prompt, and a token behind it
 
 
@@ -47,7 +47,7 @@ class Entry:
     alone: bool = False
 
     def share(self, strength: float) -> Share | None:
-        """Returns what a row has of it at this strength; None is the base."""
+        """Returns the share of the adapter that a row has at this strength; None is the base."""
         return None if self.name is None or strength == 0 else Share(self.name, strength)
 
 
@@ -72,7 +72,7 @@ class ServedModel:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What can be asked: the base first."""
+        """Names what can be asked, the base first."""
         return tuple(self._entries)
 
     def entry(self, name: str) -> Entry:
@@ -90,7 +90,7 @@ class ServedModel:
     def rows(
         self, entries: Sequence[Entry], pictures: Sequence[int], strengths: Sequence[float] = ()
     ) -> AbstractContextManager[None]:
-        """Inside, each row of the model's batch has its own adapter, number of pictures and strength (or 1)."""
+        """Gives each row of the batch, inside the block, its own adapter, number of pictures and strength (or 1)."""
         strengths = strengths or [1.0] * len(entries)
         shares = [entry.share(strength) for entry, strength in zip(entries, strengths, strict=True)]
         rows = list(zip(entries, shares, pictures, strict=True))
@@ -103,7 +103,7 @@ class ServedModel:
 
     @property
     def by_picture(self) -> bool:
-        """Whether each picture of a batch can have the projector of its own row's adapter."""
+        """Tells whether each picture of a batch can have the projector of its own row's adapter."""
         config: Any = self.backbone.model.config
         return config.model_type == LLAVA
 
@@ -119,7 +119,7 @@ class ServedModel:
 
 
 def _inside(model: nn.Module, part: nn.Module) -> frozenset[str]:
-    """Full names of a part's modules."""
+    """Lists the full names of a part's modules."""
     inside = set(part.modules())
     return frozenset(name for name, module in model.named_modules() if module in inside)
 

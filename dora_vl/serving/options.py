@@ -24,7 +24,7 @@ def host_name(address: str) -> str | None:
 
 
 def add_address(to: argparse.ArgumentParser, *, port: int) -> None:
-    """The adapters, where it listens, and to whom."""
+    """Adds the options of adapters, of the address, and of who may send requests."""
     to.add_argument("--adapter", action="append", default=[], metavar="[NAME=]DIR", help="may be given several times")
     to.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     to.add_argument(

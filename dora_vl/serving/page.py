@@ -32,20 +32,20 @@ from dora_vl.serving.side_by_side import Conversation, ModelChoice, OpenModels, 
 STYLE = Path(__file__).parent / "page_files" / "page.css"
 TAKE_QUESTION, SCRIPT = STYLE.with_name("take_question.js"), STYLE.with_name("page.js")
 KEY = "() => [sessionStorage.doraVlTalk ??= crypto.getRandomValues(new Uint32Array(4)).join('-')]"
-"""The key by which the server keeps a tab's talk while the tab loads the page again."""
+"""The server keeps a tab's talk under this key while the tab loads the page again."""
 FONT, MONOSPACE = ("system-ui", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"), ("ui-monospace", "monospace")
 """The visitor's own system has these fonts: none is fetched."""
 STRONGEST, STEP = 2.0, 0.05
 """The dial ends at 2; a request may ask for more."""
 LONGEST_ANSWER = 1024
 MOST_TALKS = 64
-"""The most talks in memory, with their pictures; the one unused for longest goes first."""
+"""Memory holds at most this many talks, with their pictures; the one unused for longest goes first."""
 Update = dict[Any, Any]
 """Maps parts of the page to new values; other parts keep theirs."""
 
 
 class QuietServer(uvicorn.Server):
-    """Cuts open pages off when it ends: they listen for ever, and that they are cut off is no error."""
+    """Cuts open pages off when it ends: they listen for ever, so cutting them off is no error."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Ends it, in silence."""
@@ -86,7 +86,7 @@ def build_page_app(page: Page, rules: AccessRules, *, upload_bytes: int) -> Fast
 
 
 class Column(NamedTuple):
-    """One of the two who answer: which model, what it was asked and said, how much of its adapter is applied."""
+    """One of the two that answer: which model, what it was asked and said, how much of its adapter is applied."""
 
     model: gr.Dropdown
     answers: gr.HTML
@@ -94,7 +94,7 @@ class Column(NamedTuple):
 
     @classmethod
     def laid_out(cls, side: str) -> Column:
-        """In the row that is open; `Page.opened` fills it."""
+        """Lays the column out in the row that is open; `Page.opened` fills it."""
         with gr.Column(min_width=230):
             return cls(
                 gr.Dropdown([], show_label=False, elem_id=f"dv-model-{side}"),
@@ -202,7 +202,7 @@ class Page:
     # -- what a person does ------------------------------------------------------------------------------------
 
     def come(self, key: str, request: gr.Request) -> Update:
-        """Returns what somebody finds who opens the page, or loads it again: their talk, and a box for questions."""
+        """Opens the page, or loads it again: returns the person's talk, and a box for questions."""
         person = str(request.session_hash)
         self._key_of[person] = key
         conversation = self._talks.get(key, Conversation()).ended()
@@ -213,7 +213,7 @@ class Page:
         return {**view, self.person: person, self.ask_button: gr.update(interactive=asks)}
 
     def ask_run(self, person: str, run: str) -> Iterator[Update]:
-        """Yields the door Ask with the adapter of a run beside its base."""
+        """Opens a run's adapter beside its base; yields the door Ask with both."""
         assert self.training is not None
         yield {self.training.state: state_view("", "Reading the base …")}
         try:
@@ -231,7 +231,7 @@ class Page:
         }
 
     def show_files(self, person: str, paths: list[str] | None) -> Any:
-        """Returns files were chosen: they are read at once and deleted, and a conversation about them begins."""
+        """Begins a conversation about chosen files, which are read at once and deleted."""
         files = [Path(path) for path in paths or []]
         if not files:
             return gr.skip()
@@ -246,12 +246,12 @@ class Page:
                 self.uploads.delete(file)
 
     def begin_anew(self, person: str, conversation: Conversation | None) -> Update:
-        """Returns the same pictures, and nothing said about them yet."""
+        """Begins a conversation anew: the same pictures, and nothing said about them yet."""
         return self._begun(Conversation(shown=conversation.shown if conversation else NOTHING), person)
 
     @no_type_check  # a wrapper that checks types hides from Gradio that this is a generator
     def ask(self, person: str, conversation: Conversation | None, *chosen: Any) -> Iterator[Update]:
-        """Yields a question was taken from its box; `question` has its number before it, and is answered once."""
+        """Answers a question from its box; `question` has its number before it, and is answered once."""
         *settings, question, answered = chosen
         if question == answered:
             yield gr.skip()
@@ -265,7 +265,7 @@ class Page:
         yield from self._answers(person, conversation, chosen, None)
 
     def leave(self, request: gr.Request) -> None:
-        """The page was closed: nobody waits for an answer any more."""
+        """Ends what is answered for a page that was closed: nobody waits for it any more."""
         self.models.stop(str(request.session_hash))
         self._key_of.pop(str(request.session_hash), None)
 

@@ -71,7 +71,7 @@ def _answer_view(answer: ColumnAnswer) -> str:
 
 
 def tally(answer: ColumnAnswer) -> str:
-    """Who answered, tokens and speed, in a line."""
+    """Says in a line who answered, with tokens and speed."""
     choice = answer.choice
     who = choice.name if choice.strength == 1 else f"{choice.name} at {choice.strength:g}"
     ended = ENDINGS.get(answer.reason or "", "")

@@ -25,7 +25,7 @@ from dora_vl.run.folder import ADAPTER, LOCK, LOSS_LOG, METRICS, SETTINGS, WATCH
 from dora_vl.run.watched import ANSWERS
 
 RUNS, DATA = Path("runs"), Path("data")
-"""Runs are below the one, dropped files below the other, in the folder that the page was started in."""
+"""Runs are below the first, dropped files below the second, in the folder that the page was started in."""
 RUN_FILE, OUTPUT = "run.yaml", "output.txt"
 PROGRAM = (sys.executable, "-m", "dora_vl.cli")
 

@@ -41,7 +41,7 @@ STATES = {
     "failed": "Ended before anything was saved. This is the last that it said:",
     "finished": "Trained and tested.",
 }
-"""What a person reads of a run's state."""
+"""Maps a run's state to what a person reads of it."""
 DAMAGED = (LookupError, TypeError, ValueError, AttributeError)
 """Reading a run's files may raise these where they are another version's, or somebody has changed them."""
 Update = dict[Any, Any]
@@ -58,7 +58,7 @@ class TrainDoor:
     def __init__(self, uploads: Uploads, make_room: Callable[[], object]) -> None:
         self.uploads, self.runs, self._make_room = uploads, Runs(), make_room
         self._made: set[Path] = set()
-        """Folders of dropped files, which more may be added to."""
+        """These folders hold dropped files, and more may be added to them."""
 
     def lay_out(self) -> None:
         """Lays the door out in the tab that is open, and connects its clicks, but for the one to the door Ask."""

@@ -24,7 +24,7 @@ def _few(value: Any) -> Any:
 
 
 class _Strict(BaseModel):
-    """Refuses what it does not know: nothing that a client asks for is dropped in silence."""
+    """Refuses unknown fields: nothing that a client asks for is dropped in silence."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     _few_fields = model_validator(mode="before")(_few)
@@ -38,7 +38,7 @@ class _Url(_Strict):
 
 
 Address = Annotated[_Url, BeforeValidator(lambda value: {"url": value} if isinstance(value, str) else value)]
-"""A picture's or video's content as a data: URL."""
+"""Holds a picture's or video's content as a data: URL."""
 
 
 class TextPart(_Strict):
@@ -85,13 +85,13 @@ class Message(_Strict):
 
 
 class StreamOptions(_Strict):
-    """What a stream says beside the answer."""
+    """Says what a stream holds beside the answer."""
 
     include_usage: bool = False
 
 
 class ResponseFormat(_Strict):
-    """The only form of an answer that there is."""
+    """Names the form of an answer, of which there is one."""
 
     type: Literal["text"]
 
@@ -139,7 +139,7 @@ class ChatRequest(_Strict):
 
     @property
     def longest(self) -> int | None:
-        """The longest answer that is asked for."""
+        """Returns the longest answer that is asked for."""
         return self.max_completion_tokens or self.max_tokens
 
 
@@ -156,7 +156,7 @@ class BadRequest(UserError):
 
 
 MOST_VALUES = 1_000_000
-"""The most commas and opening brackets of a request: each value has one before it, and takes a hundred bytes."""
+"""A request may hold this many commas and opening brackets: each value has one before it, and takes a hundred bytes."""
 LONGEST_PLACE, LONGEST_REASON = 80, 300
 _TAG = re.compile(r"(\.content\[\d+\])\.(?:text|image_url|video_url)")
 NOT_SERVED = "this server has its neutral value alone; vLLM with dora-vl's plugin has more"
@@ -187,7 +187,7 @@ REASONS = {
     "union_tag_not_found": "needs a type: text, image_url or video_url",
     "value_error": "{error}",
 }
-"""Pydantic's kinds of errors -> how they are told."""
+"""Maps Pydantic's kinds of errors to how they are told."""
 
 
 def parsed(content: bytes) -> ChatRequest:

@@ -20,11 +20,11 @@ from dora_vl.serving.options import Settings
 
 
 class TooManyRequests(UserError):
-    """As many requests wait as may."""
+    """No further request may wait: as many wait as are allowed."""
 
 
 class TooLate(UserError):
-    """The answer was not there in the time that a request has."""
+    """The answer was not ready in the time that a request has."""
 
     def __init__(self, message: str = "it took too long; ask for a shorter answer, or try again later") -> None:
         super().__init__(message)
@@ -36,7 +36,7 @@ class Stopped(UserError):
 
 @dataclass(frozen=True)
 class Piece:
-    """The next of an answer's text."""
+    """The next piece of an answer's text."""
 
     text: str
 
@@ -73,27 +73,27 @@ class PreparedRequest:
 
     @property
     def share(self) -> Share | None:
-        """The adapter and how much of it is applied; None is the base."""
+        """Returns the adapter and how much of it is applied; None is the base."""
         return self.entry.share(self.strength)
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of the prompt."""
+        """Counts the prompt's tokens."""
         return len(self.sample.input_ids)
 
     @property
     def tokens(self) -> int:
-        """Prompt and longest answer."""
+        """Counts the tokens of the prompt and the longest answer."""
         return self.prompt_tokens + self.sampling.max_new_tokens
 
     @property
     def media(self) -> frozenset[str]:
-        """Names of the inputs that hold its pictures and videos."""
+        """Names the inputs that hold its pictures and videos."""
         return frozenset(self.sample.inputs).difference(ALIGNED)
 
     @property
     def pictures(self) -> int:
-        """How many pictures it shows; at most 1 of a model whose inputs do not tell them apart."""
+        """Counts the pictures that it shows; at most 1 for a model whose inputs do not tell them apart."""
         pixels = self.sample.inputs.get("pixel_values")
         return len(pixels) if isinstance(pixels, Tensor) and pixels.dim() == 4 else int(bool(self.media))
 
@@ -105,18 +105,18 @@ class SubmittedRequest:
     prepared: PreparedRequest
     put: Callable[[Event], object]
     deadline: float
-    """Afterwards, by `time.monotonic`, its answer comes too late."""
+    """After this time, by `time.monotonic`, its answer comes too late."""
     over: bool = False
     pieces: int = 0
     cancelled: bool = False
 
     def cancel(self) -> None:
-        """Nobody waits for the answer any more; it ends at the next token."""
+        """Ends the answer at the next token, since nobody waits for it any more."""
         self.cancelled = True
 
     @property
     def unwanted(self) -> bool:
-        """Whether the answer comes too late, or for nobody."""
+        """Tells whether the answer comes too late, or for nobody."""
         return self.cancelled or time.monotonic() > self.deadline
 
     def tell(self, event: Event) -> None:

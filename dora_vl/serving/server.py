@@ -78,7 +78,7 @@ def _usage(finished: Finished) -> dict[str, int]:
 
 
 class WaitingClient:
-    """The client of a request whose content was read: whether it is still there, how much of its time is left."""
+    """Knows of a request's client, whose content was read, whether it is still there and how much time it has left."""
 
     def __init__(self, request: Request, seconds: float) -> None:
         self._request = request
@@ -94,7 +94,7 @@ class WaitingClient:
 
     @contextlib.asynccontextmanager
     async def watched(self, leave: Callable[[], object] = lambda: None) -> AsyncIterator[None]:
-        """Meanwhile `leave` is called where the client goes away, or where waiting for it is broken off."""
+        """Calls `leave` where, inside the block, the client goes away or waiting for it is broken off."""
 
         def gone() -> None:
             self._gone = True
@@ -134,7 +134,7 @@ class Server:
         self.media.close()
 
     async def chat(self, request: Request) -> Response:
-        """`POST /v1/chat/completions`."""
+        """Serves `POST /v1/chat/completions`."""
         client = WaitingClient(request, self.settings.answer_seconds)
         if self._held >= self._most_held:
             raise TooManyRequests(f"{self._held} requests are held already, and no more may; try again later")
@@ -147,19 +147,19 @@ class Server:
             self._held -= 1
 
     async def models(self, request: Request) -> Response:
-        """`GET /v1/models`: the base, and its adapters."""
+        """Serves `GET /v1/models`: the base, and its adapters."""
         base, *adapters = self.engine.model.names
         cards = [self._card(base), *({**self._card(name), "parent": base} for name in adapters)]
         return JSONResponse({"object": "list", "data": cards})
 
     async def model(self, request: Request) -> Response:
-        """`GET /v1/models/NAME`."""
+        """Serves `GET /v1/models/NAME`."""
         name = str(request.path_params["name"])
         self.engine.model.entry(name)
         return JSONResponse(self._card(name))
 
     async def health(self, request: Request) -> Response:
-        """`GET /health`: how much waits."""
+        """Serves `GET /health`: how much waits."""
         return JSONResponse({"status": "ok", "waiting": self.engine.waiting, "models": list(self.engine.model.names)})
 
     def _prepared(self, body: ChatRequest, go_on: Callable[[], object]) -> PreparedRequest:

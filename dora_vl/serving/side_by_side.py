@@ -32,7 +32,7 @@ from dora_vl.serving.scheduler import Event, Failed, Finished, Piece, Stopped, S
 PACE_SECONDS = 0.04
 """Pieces that come within this time are shown together."""
 HALT = Failed(Stopped("stopped"))
-"""Ends a stopped answer for its reader; the engine ends it at the next token."""
+"""This event ends a stopped answer for its reader; the engine ends it at the next token."""
 FAILED = "the model failed to answer; what went wrong is in the terminal of dora-vl demo"
 
 
@@ -64,11 +64,11 @@ class ColumnAnswer:
 
     @property
     def over(self) -> bool:
-        """Whether nothing more comes."""
+        """Tells whether nothing more comes."""
         return self.reason is not None or bool(self.trouble)
 
     def after(self, event: Event, seconds: float) -> ColumnAnswer:
-        """This answer once an event has come."""
+        """Returns this answer as it is once an event has come."""
         if isinstance(event, Piece):
             return replace(self, text=self.text + event.text, seconds=seconds)
         if isinstance(event, Finished):
@@ -88,7 +88,7 @@ class Exchange:
 
     @property
     def over(self) -> bool:
-        """Whether all columns have answered."""
+        """Tells whether all columns have answered."""
         return all(answer.over for answer in self.answers)
 
 
@@ -100,7 +100,7 @@ class Conversation:
     exchanges: tuple[Exchange, ...] = ()
 
     def ended(self) -> Conversation:
-        """Returns it as it stands once nobody answers any more."""
+        """Returns the conversation as it stands once nobody answers any more."""
         ended = [
             replace(
                 exchange,
@@ -235,14 +235,14 @@ class OpenModels:
 
     @property
     def side(self) -> SideBySide:
-        """The models side by side. Raises UserError where none is open."""
+        """Returns the models side by side. Raises UserError where none is open."""
         if self._side is None:
             raise UserError("no model is open: train one, or choose a run that was trained, and press Ask it")
         return self._side
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of what answers, the base first; none where nothing is open."""
+        """Names what answers, the base first; none where nothing is open."""
         return () if self._side is None else self._side.engine.model.names
 
     def open(self, adapters: Mapping[str, Path], base: str | None = None) -> None:

@@ -76,7 +76,7 @@ def declared(lines: list[str] | None) -> tuple[list[str], Mapping[str, list[str]
 
 
 def devices() -> Iterator[str]:
-    """GPUs with their memory, or the CPU's cores and threads."""
+    """Yields the GPUs with their memory, or the CPU's cores and threads."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else (os.cpu_count() or 1)
     try:
         import torch
@@ -96,7 +96,7 @@ def devices() -> Iterator[str]:
 
 
 def places() -> list[Path]:
-    """Folders that runs write to: the current one, temporary files, the hub's and `datasets`' caches."""
+    """Lists the folders that runs write to: the current one, temporary files, the hub's and `datasets`' caches."""
     cache = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
     tables = Path(os.environ.get("HF_DATASETS_CACHE") or cache / "datasets")
     return [Path.cwd(), Path(tempfile.gettempdir()), cache.expanduser(), tables.expanduser()]

@@ -29,7 +29,7 @@ from dora_vl.files import whole_file, write_json
 Record = dict[str, object]
 
 SO = ", so "
-"""Parts what an answer sees from the answer itself; the demo's run has it as `evaluation.answer_after`."""
+"""Separates what an answer sees from its result; the demo's run has it as `evaluation.answer_after`."""
 YES_NO = frozenset({"yes", "no"})
 NEGATIONS = frozenset({"no", "not"})
 
@@ -88,7 +88,7 @@ def balanced(questions: Sequence[Question], seed: int) -> list[Question]:
 
 
 def split_pictures(questions: Sequence[Question], *, held_out: int, seed: int) -> tuple[list[Question], list[Question]]:
-    """Questions of the pictures to train on, and of `held_out` pictures chosen at random: (train, validation)."""
+    """Splits questions into those of pictures to train on, and of `held_out` pictures drawn at random."""
     numbers = sorted({question.picture for question in questions})
     random.Random(f"{seed}/pictures").shuffle(numbers)
     chosen = set(numbers[:held_out])
@@ -97,14 +97,14 @@ def split_pictures(questions: Sequence[Question], *, held_out: int, seed: int) -
 
 
 def conversation(rounds: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
-    """Questions and their answers in LLaVA's form, behind the picture's placeholder."""
+    """Writes questions and answers in LLaVA's form, behind the picture's placeholder."""
     turns = [{"from": who, "value": text} for pair in rounds for who, text in zip(("human", "gpt"), pair, strict=True)]
     turns[0]["value"] = f"<image>\n{turns[0]['value']}"
     return turns
 
 
 def seen_in_pictures(questions: Iterable[Question]) -> dict[int, str]:
-    """Returns such as "blue circle", for each picture whose colour and shape were both asked for."""
+    """Maps each picture whose colour and shape were both asked for to a text such as "blue circle"."""
     facts_of: dict[int, dict[str, str]] = defaultdict(dict)
     for question in questions:
         facts_of[question.picture][kind_of(question)] = question.answer

@@ -59,7 +59,7 @@ LARGE = 1e9  # parameters of a base that is not read on a CPU before a run asks 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `dora-vl init`."""
+    """Adds the options of `dora-vl init`."""
     add, bases = parser.add_argument, "the demo's (runs/demo/base, for videos tuned) where it is, or SmolVLM"
     add("folder", type=Path, metavar="FOLDER", help="holds the pictures, and the questions")
     add("--questions", type=Path, metavar="FILE", help="default: the one file in FOLDER that holds some")
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         if look.has_videos and arguments.model is None and VIDEO_BASE.is_dir():
             base = base_of(str(VIDEO_BASE))
         share = arguments.test_share
-        if share is None:  # a fifth, of large sets as many as tell a score to 3 %
+        if share is None:  # a fifth; of large sets 1,000, which tell a score to 3 %
             share = min(0.2, 1_000 / max(1, len(look.rows)))
         halves = split(look, share=share, seed=arguments.seed)
         yield from look.held_out(halves, f"by seed {arguments.seed}")
@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
                 staging,
                 symlinks=True,
                 ignore=lambda at, _: own if Path(at) == to else (),
-                copy_function=os.link,  # a run's checkpoints and stored outputs are large
+                copy_function=os.link,  # no copies: a run's checkpoints and stored outputs are large
                 dirs_exist_ok=True,
             )
     size = f" ({base.parameters / 1e6:,.0f} million parameters)" if base.parameters else ""
@@ -223,7 +223,7 @@ class UsableRow:
 
     @property
     def media(self) -> tuple[str, ...]:
-        """Names of its pictures and videos."""
+        """Names the row's pictures and videos."""
         row = self.conversation
         return (*row.images, *row.rejected_images, *(clip.path for clip in row.videos))
 
@@ -233,7 +233,7 @@ class UsableRow:
         return [text.replace(IMAGE_PLACEHOLDER, "").replace(VIDEO_PLACEHOLDER, "").strip() for text in texts]
 
     def record(self, name: str) -> dict[str, object]:
-        """Itself as LLaVA's JSON, under this id."""
+        """Returns the row as LLaVA's JSON, under this id."""
         conversation = self.conversation
         record: dict[str, object] = {"id": name}
         if conversation.images:
@@ -262,7 +262,7 @@ class UsableRow:
 
 @dataclass(kw_only=True)
 class Pictures:
-    """What the pictures and videos are that usable rows name; `keys` tell by name a content, copies the same."""
+    """Knows the pictures and videos that usable rows name; `keys` maps names to contents, the same for copies."""
 
     keys: dict[str, str] = field(default_factory=dict)
     formats: Counter[str] = field(default_factory=Counter)
@@ -282,7 +282,7 @@ class Pictures:
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """Everything that was seen.
+    """Holds everything that was seen in the data.
 
     Attributes:
         check: what was read of the questions file.
@@ -306,19 +306,19 @@ class Look:
 
     @property
     def has_videos(self) -> bool:
-        """Whether any row shows one."""
+        """Tells whether any row shows a video."""
         return any(row.conversation.videos for row in self.rows)
 
     @property
     def media(self) -> str:
-        """What the rows are about, in a word: pictures, videos, or both."""
+        """Says in a word what the rows are about: pictures, videos, or both."""
         shows_pictures = any(row.conversation.images for row in self.rows)
         names = [name for name, shown in (("pictures", shows_pictures), ("videos", self.has_videos)) if shown]
         return " and ".join(names) or "pictures"
 
     @property
     def links_out(self) -> bool:
-        """Whether a file that the rows name is a link out of their folder."""
+        """Tells whether a file that the rows name is a link out of their folder."""
         try:
             for name in chain.from_iterable(row.media for row in self.rows):
                 path_inside(self.root, name)
@@ -327,7 +327,7 @@ class Look:
         return False
 
     def lines(self) -> Iterator[str]:
-        """Yields what is told of it."""
+        """Yields the lines that `dora-vl init` prints of the data."""
         formats = " and ".join(self.check.formats)
         yield f"{self.check.path}: {formats}, {self.check.rows:,} rows, {len(self.rows):,} usable"
         yield from column_lines(self.check.uses)
@@ -364,12 +364,12 @@ class Look:
 
     @property
     def answers(self) -> Counter[str]:
-        """Every answer, and how often it is given."""
+        """Counts every answer."""
         return Counter(chain.from_iterable(row.texts("assistant") for row in self.rows))
 
     @property
     def has_classes(self) -> bool:
-        """Whether one question is asked of all, and its answers come again."""
+        """Tells whether one question is asked of all, and its answers come again."""
         return self.has_question and 2 * len(self.answers) <= len(self.rows)
 
     def held_out(self, halves: Mapping[str, Sequence[UsableRow]], chosen: str) -> Iterator[str]:
@@ -464,13 +464,13 @@ def _usable(
 
 
 def _lengths(texts: Sequence[str]) -> str:
-    """Tells how many words they have."""
+    """Says how many words the texts have."""
     words = _spread(len(text.split()) for text in texts)
     return f"{words} word{'' if words == '1' else 's'}"
 
 
 def _spread(numbers: Iterable[int]) -> str:
-    """Returns such as `3 to 12 (in the middle 5)`."""
+    """Writes a range with its median, such as `3 to 12 (in the middle 5)`."""
     ordered = sorted(numbers)
     if ordered[0] == ordered[-1]:
         return f"{ordered[0]:,}"

@@ -26,11 +26,11 @@ from dora_vl.files import json_or_nothing, read_json, whole_folder, write_json
 from dora_vl.start.easy_vqa import conversation
 
 ARTISTS, UNSEEN = ("noto", "fluent_emoji_flat", "openmoji"), "twemoji"
-"""Asset folders of the artists that are learned from, and of the one that is not."""
+"""Runs learn from the first artists' asset folders, and not from the last one's."""
 NAME, CATEGORY = "what is this?", "what kind of thing is it?"
 VARIANTS = 2
 SIDE, LARGEST = 160, 0.92
-"""Pixels of a picture's side, and the largest share of it that a thing takes."""
+"""A picture's side has this many pixels, and a thing takes at most this share of it."""
 BACKGROUNDS = ("white", "#ebf0fa", "#faebe1", "#e1f5e1", "#f0f0c8", "#c8d7eb", "#e1e1e1", "#fff0f5")
 NOUNS = {
     "animal": "🐀rat 🐂ox 🐆leopard 🐏ram 🐐goat 🐑sheep 🐒monkey 🐗boar 🐘elephant 🐨koala 🐩poodle 🐪camel 🐭mouse "
@@ -78,7 +78,7 @@ NOUNS = {
     "🔋battery ⌨keyboard 📺television 📻radio 📷camera ☎telephone 📱mobile_phone 💾floppy_disk ✉envelope 📦box "
     "🌐globe",
 }
-"""Category -> its things, each the character that is drawn and its name, with _ for a space."""
+"""Maps a category to its things: each is the character that is drawn and its name, with _ for a space."""
 
 
 def things() -> Iterator[tuple[str, str, str]]:

@@ -41,7 +41,7 @@ TUNED = "tuned"  # the folder of the run that base and adapter are merged into
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's options; what else stands there is read as the run's settings."""
+    """Adds the verb's options; what else stands there is read as the run's settings."""
     parser.add_argument("--fetch-only", action="store_true", help="downloads and unpacks, and ends")
     parser.add_argument("--names", action="store_true", help="the demo that names things")
 
@@ -159,7 +159,7 @@ DEMOS = {
     False: ((), (*MODELS, EASY_VQA), "what color is the shape?"),
     True: (("--variant=names",), (*MODELS, *DRAWINGS), "what is this?"),
 }
-"""`--names` or not -> the recipe's variant, what it reads, and a question to what is trained."""
+"""Maps whether `--names` is given to the recipe's variant, the assets it reads, and a question to the trained model."""
 
 
 def download(asset: Asset, to: Path) -> Path:

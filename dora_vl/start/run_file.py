@@ -31,9 +31,9 @@ from dora_vl.data.pictures import MediaFolder, path_inside
 from dora_vl.errors import BadSample, UserError, one_line, shown, shown_names
 
 DEMO_BASE, HUB_BASE = Path("runs/demo/base"), "HuggingFaceTB/SmolVLM-500M-Instruct"
-"""What the demo began with knows more words than what it left, and its projector starts where a run's answers are."""
+"""The demo's own base comes before its tuned one: it knows more words, and a projector starts at a run's answers."""
 VIDEO_BASE = Path("runs/demo/tuned")
-"""Videos' outputs are not stored, so their projector must have learned before."""
+"""Videos take this base: their outputs are not stored, so the projector must have learned before."""
 STEP_SAMPLES = 16
 WORDLESS = "paligemma"  # its processor takes no words without a picture
 SEEN_SAMPLES, MOST_EPOCHS = 3_200, 10
@@ -42,7 +42,7 @@ SEEN_SAMPLES, MOST_EPOCHS = 3_200, 10
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """What a first run needs to know of its base.
+    """Holds what a first run needs to know of its base.
 
     Attributes:
         is_new: composed here: its projector has seen few pictures or none, and needs high rates.
@@ -60,7 +60,7 @@ class Base:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """What it needs to know of the data; paths as they are written into the file, the longest answer's size."""
+    """Holds what a first run needs to know of the data: paths as the file has them, the longest answer's size."""
 
     train: str
     test: str
@@ -73,7 +73,7 @@ class Data:
     validation: str | None = None
     follow_links: bool = False
     loss: str | None = None
-    """The loss of preferences; None where answers are learned word by word."""
+    """Names the loss of preferences; None where answers are learned word by word."""
 
 
 def base_of(model: str | None) -> Base:
@@ -122,7 +122,7 @@ def _parameters_in(folder: Path) -> float:
 
 
 def written(base: Base, data: Data, *, output_dir: str, on_gpu: bool, command: str) -> str:
-    """Returns the file's text."""
+    """Returns the run file's text."""
     epochs = max(1, min(MOST_EPOCHS, round(SEEN_SAMPLES / data.rows)))
     tokens = max(2 * data.answer_words, data.answer_characters // 3) + 8
     loader = FileSystemLoader(Path(__file__).parent, encoding="utf-8")
@@ -243,7 +243,7 @@ def picture_files(folder: Path) -> Iterator[Path]:
 
 
 def data_files(folder: Path) -> Iterator[Path]:
-    """Data files below a folder, a folder of Parquet, Arrow or tar shards as one."""
+    """Lists data files below a folder, a folder of Parquet, Arrow or tar shards as one."""
     seen: set[Path] = set()
     for path in files_below(folder):
         if not is_data_file(path):

@@ -221,7 +221,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.received: int | None = None
-        """The signal that all ranks stop for; None also where it came after the last step."""
+        """Holds the signal that all ranks stop for; None also where it came after the last step."""
         self._heard: int | None = None
         self._since = 0.0
         self._process = os.getpid()

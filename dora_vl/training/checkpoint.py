@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 VALUE = "value"
-"""Key of a trained tensor itself, beside the optimizer's own (`exp_avg`, `step`...)."""
+"""A trained tensor itself has this key, beside those of the optimizer (`exp_avg`, `step`...)."""
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of DeepSpeed's log lines
 
 
@@ -92,7 +92,7 @@ def loss_scale_of(engine: DeepSpeedEngine | None) -> Any:
 
 
 def _set_known(holder: Any, numbers: Mapping[str, Any]) -> None:
-    """Sets the numbers that the object has; that of another ZeRO stage has others."""
+    """Sets those numbers that the object has; another ZeRO stage's object has others."""
     for name, value in numbers.items():
         if holder is not None and name in vars(holder):
             setattr(holder, name, value)
@@ -185,7 +185,8 @@ class OptimizerLayout:
 
     def shape(self, name: str) -> torch.Size:
         """Returns the shape of the whole tensor."""
-        return vars(self.trained[name]).get("ds_shape", self.trained[name].shape)  # noted on a sharded one
+        # DeepSpeed notes a sharded tensor's whole shape.
+        return vars(self.trained[name]).get("ds_shape", self.trained[name].shape)
 
     def flat_of(self, name: str) -> Tensor:
         """Returns the tensor that holds a trained tensor, or this rank's piece of it."""
@@ -279,7 +280,7 @@ def layout_of(optimizer: Any, trained: Mapping[str, nn.Parameter], device: torch
 
 
 def _linked(groups: Sequence[Sequence[Any]]) -> dict[int, Piece]:
-    """ZeRO 1 and 2: a flat tensor a group; each parameter knows which of its elements this rank has (`_hp_mapping`)."""
+    """Reads ZeRO 1 and 2: a flat tensor a group; parameters know which elements this rank has (`_hp_mapping`)."""
     pieces = {}
     for number, group in enumerate(groups):
         for parameter in group:
@@ -291,7 +292,7 @@ def _linked(groups: Sequence[Sequence[Any]]) -> dict[int, Piece]:
 
 
 def _of_stage_3(optimizer: Any) -> dict[int, Piece]:
-    """ZeRO 3: each rank has an equal part of every parameter, padded at the end."""
+    """Reads ZeRO 3: each rank has an equal part of every parameter, padded at the end."""
     if optimizer.swap_optimizer or optimizer.params_in_nvme_and_cpu:
         raise SettingError("training.deepspeed", ": a checkpoint cannot hold what is offloaded to nvme; offload to cpu")
     pieces = {}
@@ -316,7 +317,7 @@ def whole_tensors(layout: OptimizerLayout) -> Iterator[tuple[str, Tensor]]:
 
 
 def optimizer_numbers(layout: OptimizerLayout) -> dict[str, Any]:
-    """The rest of the optimizer's state: its groups' settings, and what it keeps as plain numbers."""
+    """Returns the rest of the optimizer's state: its groups' settings, and what it keeps as plain numbers."""
     kept = {
         name: {key: value for key, value in layout.state_of(name).items() if not isinstance(value, Tensor)}
         for name in layout.pieces
@@ -363,13 +364,13 @@ def load_optimizer(layout: OptimizerLayout, files: StateFiles) -> None:
 
 
 def _restored(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A group's settings, with the values of the checkpoint in their own kinds."""
+    """Returns a group's settings, with the values of the checkpoint in their own kinds."""
     values = {key: value for key, value in saved.items() if key in group}
     return {**group, **{key: tuple(v) if isinstance(group[key], tuple) else v for key, v in values.items()}}
 
 
 def _states(layout: OptimizerLayout, files: StateFiles, kept: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """The optimizer's state of each tensor that it steps, by its number."""
+    """Maps the number of each tensor that the optimizer steps to its state."""
     states: dict[int, dict[str, Any]] = {}
     for entry in sorted(files.names()):
         key, _, name = entry.partition("/")

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STATE, STATE_NUMBERS = "state", "state.json"
-"""The folder of a checkpoint that holds what a resumed run needs beside the adapter, and its file of numbers."""
+"""This folder of a checkpoint holds what a resumed run needs beside the adapter, its numbers in this file."""
 MAY_CHANGE = tuple(
     f"{section}{name}"
     for section, names in {
@@ -40,14 +40,14 @@ MAY_CHANGE = tuple(
     }.items()
     for name in names.split()
 )
-"""Settings that do not change what the remaining steps compute, or that are compared elsewhere."""
+"""These settings do not change what the remaining steps compute, or are compared elsewhere."""
 MAY_GROW = ("training.max_steps", "training.num_train_epochs")
-"""Settings that people change to train longer; the schedule of the learning rate moves with them."""
+"""People change these settings to train longer; the schedule of the learning rate moves with them."""
 NEXT_STEP = "copy the checkpoint again, or resume from another one of the run"
 DEFAULTS = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "optim": "adamw_torch_fused"}
-"""transformers' values of fields that a run does not set."""
+"""transformers gives these values to fields that a run does not set."""
 BY_ELEMENT = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop")
-"""Optimizers with one state number per weight, so that the weights can be split anywhere (`training.optim`)."""
+"""These optimizers have one state number per weight, so that weights can be split anywhere (`training.optim`)."""
 FILE_BYTES = 1 << 30
 """A file of tensors is closed at this size, so that a writer never holds much more than that."""
 
@@ -221,7 +221,7 @@ class StateFiles:
                 self._file_of.update(dict.fromkeys(file.keys(), path))
 
     def names(self) -> frozenset[str]:
-        """The names of all tensors."""
+        """Returns the names of all tensors."""
         return frozenset(self._file_of)
 
     def tensor(self, name: str) -> Tensor:

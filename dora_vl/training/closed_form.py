@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MOST_SAMPLES = 2_000
-"""The most training samples that a map is fitted to, evenly spread over the data: seconds on one core."""
+"""A map is fitted to at most this many training samples, evenly spread over the data: seconds on one core."""
 CELLS = 16
-"""The number of a picture's cells that are kept, evenly spread."""
+"""This many of a picture's cells are kept, evenly spread."""
 HIDDEN_SPREAD = 0.25
-"""Spread of a hidden unit before GELU where two units carry one number; small, so that neither ever saturates."""
+"""A hidden unit spreads this far before GELU where two carry one number; small, so that neither ever saturates."""
 Form = Literal["scaled", "answers"]
 Round = tuple[tuple[str, ...], str, str]
 """Holds a sample's pictures, a question about them, and its answer."""

@@ -90,7 +90,7 @@ PAPER_TARGETS = tuple(
     f"model.layers.*.{name}"
     for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
 )
-"""The five of the paper's commonsense runs (table 8), in the names of LLaMA 1, 2, 3 and everything built like it."""
+"""They are the five of the paper's commonsense runs (table 8), as LLaMA 1, 2, 3 and their like name them."""
 
 
 class DecoderPipeline(Pipeline):
@@ -190,21 +190,21 @@ class DecoderPipeline(Pipeline):
         return None if (most := config.data.max_pixels_per_step) is None else most // lists
 
     def samples(self, arguments: TrainingArguments) -> RunSamples:
-        """The run's data, read at the first call."""
+        """Returns the run's data, read at the first call."""
         if self._samples is None:
             self._samples = RunSamples(self.config.data, arguments)
         return self._samples
 
     def labelled(self, arguments: TrainingArguments) -> Iterator[Labelled]:
-        """Yields the labels that its encoder makes."""
+        """Yields the labels that the run's encoder makes."""
         return self.samples(arguments).labelled(self._rows(arguments))
 
     def skeleton(self) -> DecoderBackbone:
-        """The model without its weights."""
+        """Builds the model without its weights."""
         return skeleton_of(self.config.model.base, revision=self.config.model.revision)
 
     def load(self) -> DecoderBackbone:
-        """The model; one of instructions will search its answers with `evaluation.beams`."""
+        """Loads the model; one of instructions will search its answers with `evaluation.beams`."""
         config = self.config
         search = {"num_beams": config.evaluation.beams} if config.task == "commonsense" else None
         return load_base(open_backbone, config.model, generation=search)
@@ -247,7 +247,7 @@ class DecoderPipeline(Pipeline):
         return targets, {}
 
     def data(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TrainingData:
-        """The training file's conversations, grouped by modality and length."""
+        """Returns the training file's conversations, grouped by modality and length."""
         data, encoder, samples = self.config.data, self.encoder, self.samples(arguments)
         packing = self._packing(backbone)
         # Rows that take a batch through the vision part as other ranks' batches may be taken: a picture's, a video's.
@@ -331,7 +331,7 @@ class DecoderPipeline(Pipeline):
         return None if trouble is not None else form or "answers"
 
     def _packing(self, backbone: Backbone[Any]) -> Packing:
-        """`data.packing`, as far as the model follows them."""
+        """Returns `data.packing`, as far as the model follows it."""
         kind, reason = check_packing(cast(DecoderBackbone, backbone), self.encoder, self.config.data.packing)
         if reason is not None:
             logger.warning("data.packing: %s instead of %s: %s", kind, self.config.data.packing, reason)
@@ -357,7 +357,7 @@ class DecoderPipeline(Pipeline):
         )
 
     def loss(self, backbone: Backbone[Any]) -> LossModel:
-        """Next-token loss, or one of preferences or rewards."""
+        """Makes the next-token loss, or one of preferences or rewards."""
         objective = self.config.objective
         if objective.of_rewards:
             return RewardLoss(backbone, kl=objective.kl, reference=Reference(backbone.model) if objective.kl else None)
@@ -428,7 +428,7 @@ class DecoderPipeline(Pipeline):
         return rewards_of(objective.rewards, answer_format=objective.format, answer_after=after, examples=examples)
 
     def watch(self, backbone: Backbone[Any], arguments: TrainingArguments) -> Watch | None:
-        """Questions of the validation samples, or else of the test."""
+        """Watches questions of the validation samples, or else of the test."""
         held_out, config = self.samples(arguments).held_out, self.config
         if held_out is not None:
             rows, source = (
@@ -450,7 +450,7 @@ class DecoderPipeline(Pipeline):
         return watch_questions([(assistant, questions, decoding)], media, source=str(source))
 
     def reading(self, backbone: Backbone[Any]) -> TokenText:
-        """Reads tokens by its encoder's tokenizer."""
+        """Reads tokens by the encoder's tokenizer."""
         config, tokenizer = backbone.model.config.to_dict(), self.encoder.tokenizer
         names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
         placeholder_ids = [config[name] for name in names if isinstance(config.get(name), int)]

@@ -24,9 +24,9 @@ from dora_vl.training.memory import Activations, Engine, Estimate, activations_o
 from dora_vl.training.pipeline import Pipeline
 
 FORWARD, BACKWARD, TRAINED_BACKWARD = 2, 2, 4
-"""FLOP for a token and a weight: forward, backward through a frozen weight, and through a trained one."""
+"""A token takes this many FLOP a weight: forward, backward through a frozen weight, and through a trained one."""
 ATTENTION_FORWARD, ATTENTION_BACKWARD = 4, 10
-"""FLOP for each query, key and hidden number: two products forward, five backward, which recompute the scores."""
+"""Attention takes this many FLOP a query, key and hidden number: two products forward, five backward (with scores)."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ TERA, GIGA, GIB = 1e12, 1e9, 2**30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's options; a run's own settings may stand between them."""
+    """Adds the verb's options; a run's own settings may stand between them."""
     amount, share = between(float, 1e-9, 1e9), between(float, 1e-9, 1)
     parser.add_argument("config", metavar="CONFIG", help="YAML file with the run's settings, or a recipe's name")
     parser.add_argument("--gpus", type=positive, metavar="N", help="GPUs in all; needed but with --here")

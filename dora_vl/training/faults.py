@@ -60,7 +60,7 @@ class StepFaults(TrainerCallback):
 
     @property
     def norm(self) -> float | None:
-        """The step's gradient norm, before any clipping, as far as it is known."""
+        """Returns the step's gradient norm, before any clipping, as far as it is known."""
         return None if self._norm is None else float(self._norm)
 
     def note_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -169,7 +169,7 @@ def check_trained_weights(parts: Sequence[TrainedPart], *, step: int, kept: str 
 
 
 def _not_finite(named: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
-    """Names of floating weights that hold NaN or infinity on any rank."""
+    """Names the floating weights that hold NaN or infinity on any rank."""
     # DeepSpeed's name for this rank's share of a parameter.
     here = [name for name, weight in named if not _is_finite(vars(weight).get("ds_tensor", weight).detach())]
     return sorted({name for names in gathered(here) for name in names})

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 ENGINE_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 Pool = Sequence[Any]
-"""Items that a loader can make one micro-batch of."""
+"""Holds items that a loader can make one micro-batch of."""
 
 WHAT_TO_LOWER = (
     "Lower training.per_device_train_batch_size, evaluation.batch_size or data.max_tokens, or set "
@@ -117,7 +117,7 @@ class LargestBatch(TrainerCallback):
 
 
 def largest(pools: Sequence[Pool], cost: Callable[[Pool], int], size: int) -> list[Any]:
-    """The most expensive micro-batch of `size` items, or of all of a smaller pool; nothing where no item is usable."""
+    """Returns the costliest micro-batch of `size` items, or a smaller pool; nothing where no item is usable."""
     usable = [[item for item in pool if _samples([item])] for pool in pools]
     return max((sorted(pool, key=lambda item: -cost([item]))[:size] for pool in usable), key=cost, default=[])
 

@@ -225,9 +225,9 @@ class PreferenceLoss(LossModel):
     ) -> None:
         super().__init__(backbone, step_tokens=False)
         self.objective, self.scale, self.reference = objective, scale, reference
-        self._keeps = keeps and "kto" not in objective  # whose answers to other prompts are others in every epoch
+        self._keeps = keeps and "kto" not in objective  # kto's answers to other prompts change every epoch
         self._kept: dict[bool, dict[tuple[int, int], float]] = {True: {}, False: {}}
-        """The reference's log-probability by sample and answer, of the training and of the validation data."""
+        """Holds the reference's log-probability by sample and answer, for the training and for the validation data."""
 
     def forward(
         self,
@@ -252,7 +252,7 @@ class PreferenceLoss(LossModel):
         return {"reference": [[*key, value] for key, value in self._kept[True].items()]}
 
     def keep(self, numbers: Mapping[str, Any]) -> None:
-        """Restores those of the run that is resumed."""
+        """Restores the log-probabilities of the run that is resumed."""
         self._kept[True].update({(sample, answer): value for sample, answer, value in numbers.get("reference", ())})
 
     def _of_reference(
@@ -262,7 +262,7 @@ class PreferenceLoss(LossModel):
         kept, device = self._kept[self.training], inputs["input_ids"].device
         values = [kept.get(key) for key in keys]
         lacks = not self._keeps or None in values
-        if self._keeps and reference.is_sharded:  # whose passes gather weights: no rank may leave one out alone
+        if self._keeps and reference.is_sharded:  # its passes gather weights: no rank may skip one alone
             together = torch.tensor(lacks, dtype=torch.int32, device=device)
             torch.distributed.all_reduce(together, torch.distributed.ReduceOp.MAX)
             lacks = bool(together)

@@ -38,7 +38,7 @@ from dora_vl.training.vllm_rollouts import refuse_unsent
 logger = logging.getLogger(__name__)
 
 FACTORS = LEAVES - {"magnitude"}
-"""Tensors whose effect depends on their layer's scale."""
+"""The effect of these tensors depends on their layer's scale."""
 
 
 def core_config(
@@ -49,7 +49,7 @@ def core_config(
     also_train: Mapping[str, tuple[str, ...]] | None = None,
     also_keep: tuple[str, ...] = (),
 ) -> DoRAConfig:
-    """The core's config of a run's adapter section; presets (`language`, `vision`...) are looked up in the model.
+    """Makes the core's config of a run's adapter section; presets (`language`, `vision`...) are looked up in the model.
 
     The backbone's `targets` apply where the section has none; its parts (`also_train`) and the frozen tensors that the
     folder carries (`also_keep`) are added to the section's, which wins where names are equal.

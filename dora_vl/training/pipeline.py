@@ -80,24 +80,24 @@ class Pipeline(ABC):
         self.config = config
 
     def arguments(self) -> TrainingArguments:
-        """Its settings as the Trainer takes them; this starts the process group, so it comes before the model."""
+        """Returns the settings as the Trainer takes them; starts the process group, so it comes before the model."""
         return training_arguments(self.config)
 
     @abstractmethod
     def prepare(self, arguments: TrainingArguments) -> None:
-        """Refuses settings it cannot use and makes what the run names and does not find; for one rank alone."""
+        """Refuses settings that it cannot use, and makes what the run names and does not find; for one rank alone."""
 
     @abstractmethod
     def labelled(self, arguments: TrainingArguments) -> Iterable[Labelled]:
-        """The first training samples' labels, and what they must say; for one rank alone, after `prepare`."""
+        """Yields the first samples' labels, and what they must say; for one rank alone, after `prepare`."""
 
     @abstractmethod
     def skeleton(self) -> Backbone[Any]:
-        """The model with nothing in its weights, on the meta device: what patterns are checked on before `load`."""
+        """Builds the model without weights, on the meta device: patterns are checked on it before `load`."""
 
     @abstractmethod
     def load(self) -> Backbone[Any]:
-        """The base, in `model.dtype`, sharded while loading under ZeRO-3."""
+        """Loads the base in `model.dtype`, sharded while loading under ZeRO-3."""
 
     @abstractmethod
     def write_replay(self, backbone: Backbone[Any], arguments: TrainingArguments) -> None:
@@ -112,15 +112,15 @@ class Pipeline(ABC):
 
     @abstractmethod
     def data(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TrainingData:
-        """Training and validation data; every rank must call it."""
+        """Returns training and validation data; every rank must call it."""
 
     @abstractmethod
     def loss(self, backbone: Backbone[Any]) -> LossModel:
-        """The module that DeepSpeed wraps: batch in, `loss` and `labelled_tokens` out."""
+        """Makes the module that DeepSpeed wraps: batch in, `loss` and `labelled_tokens` out."""
 
     @abstractmethod
     def watch(self, backbone: Backbone[Any], arguments: TrainingArguments) -> Watch | None:
-        """`watch` fixed questions, ready to be asked while it trains; None where the settings name nothing to ask.
+        """Returns `watch` fixed questions to ask while it trains; None where the settings name nothing to ask.
 
         Every rank must call it, once the data is there.
         """
@@ -148,7 +148,7 @@ class Pipeline(ABC):
         }
 
     def with_saved_adapter(self, base: AnyBackbone, strength: float = 1.0) -> AnyBackbone:
-        """A base that was loaded again with the saved adapter, on the GPU where there is one, ready to answer.
+        """Loads the base again with the saved adapter, on the GPU where there is one, ready to answer.
 
         So what is tested is what was saved, whole, whatever ZeRO stage it was trained under.
         """

@@ -51,7 +51,7 @@ class Counts:
 
     @property
     def padding_share(self) -> float:
-        """Share of all positions that held padding."""
+        """Returns the share of all positions that held padding."""
         return self.padding_tokens / max(1, self.tokens + self.padding_tokens)
 
 
@@ -64,11 +64,11 @@ class BatchStatistics:
 
     ledger: BadSampleLedger | None = None
     counts: Counts = field(default_factory=Counts)
-    """Counts of this rank since the start of the process."""
+    """Holds this rank's counts since the start of the process."""
     earlier: Counts = field(default_factory=Counts)
-    """Counts of all ranks in the run that is resumed."""
+    """Holds all ranks' counts in the run that is resumed."""
     waited: float = 0.0
-    """Seconds that steps of this rank waited for their batches."""
+    """Sums the seconds that steps of this rank waited for their batches."""
     _noted: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def carry_over(self, skipped: Mapping[str, str], counts: Counts | None = None) -> None:
@@ -78,7 +78,7 @@ class BatchStatistics:
             self.ledger.carry_over(skipped)
 
     def take(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch's tensors; its counts are added to `counts`."""
+        """Returns the batch's tensors, and adds its counts to `counts`."""
         padding, skipped = int(batch.get("padding_tokens", 0)), batch.get("skipped", ())
         samples = int(batch.get("samples", len(batch["input_ids"])))
         if self.ledger is not None:
@@ -116,7 +116,7 @@ class BatchStatistics:
             self.ledger.judge(BadSampleCounts(seen=counts.samples + counts.skipped, bad=counts.skipped))
 
     def over_ranks(self, device: torch.device) -> Counts:
-        """The sums over all ranks, with those before a resume; every rank must call it."""
+        """Returns the sums over all ranks, with those before a resume; every rank must call it."""
         if rank_and_ranks()[1] == 1:
             return self.earlier + self.counts
         sums = torch.tensor(astuple(self.counts), device=device)
@@ -124,7 +124,7 @@ class BatchStatistics:
         return self.earlier + Counts(*sums.tolist())
 
     def skipped_on_all_ranks(self) -> dict[str, str]:
-        """Reason of every skipped sample, by id; every rank must call it."""
+        """Returns by id the reason of every skipped sample; every rank must call it."""
         own_reasons = {} if self.ledger is None else dict(self.ledger.reasons)
         return {name: reason for reasons in gathered(own_reasons) for name, reason in reasons.items()}
 
@@ -232,7 +232,7 @@ class ValidationLoss:
         self._loss, self._samples, self._skipped = 0.0, 0, 0
 
     def take(self, batch: dict[str, Any]) -> tuple[dict[str, Any], int]:
-        """The batch's tensors, and how many of its samples are usable."""
+        """Returns the batch's tensors, and how many of its samples are usable."""
         before = self.statistics.counts
         inputs = self.statistics.take(batch)
         counts = self.statistics.counts - before
@@ -246,7 +246,7 @@ class ValidationLoss:
             self._samples += samples
 
     def finish(self, device: torch.device) -> dict[str, float | int]:
-        """The numbers of this evaluation over all ranks, and starts the next; every rank must call it."""
+        """Returns the numbers of this evaluation over all ranks, and starts the next; every rank must call it."""
         sums = torch.tensor([self._loss, self._samples, self._skipped], dtype=torch.float64)
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             sums = sums.to(device)
@@ -261,7 +261,7 @@ class ValidationLoss:
 
 @contextlib.contextmanager
 def random_state_kept(device: torch.device) -> Iterator[None]:
-    """Whatever is drawn inside, the generators of Python, numpy and torch go on as if it had not been."""
+    """Keeps the generators of Python, numpy and torch as they are, whatever is drawn inside the block."""
     python, arrays = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:

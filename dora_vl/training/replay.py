@@ -38,19 +38,19 @@ from dora_vl.run.settings import ModelConfig, RunConfig
 logger = logging.getLogger(__name__)
 
 VERSION = 1
-"""Part of a file's name: raise it when other chats would be written."""
+"""This is part of a file's name: raise it when other chats would be written."""
 CHATS, BATCH, MOST_BATCHES = 128, 64, 16
 QUESTION_TOKENS, ANSWER_TOKENS = 40, 72
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 0}
 COUNTED_ROWS = 1_000
-"""The number of rows, evenly spread over the data, that its share of labelled tokens is estimated from."""
+"""The data's share of labelled tokens is estimated from this many rows, evenly spread."""
 MARKS = (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, NOT_YET_A_CHARACTER)
 OPENINGS = (
     *("The", "In", "It", "When", "A", "There are", "One of the", "At first", "Many people", "She", "He", "They", "We"),
     *("After the", "Before the", "Most", "During the", "If you", "As a", "The first", "On the", "For", "This", "To"),
     *("Every", "Some", "The city of", "The history of", "Water", "Children", "In winter", "Because", "According to"),
 )
-"""Beginnings of plain text, for a base without a chat template."""
+"""A base without a chat template continues these beginnings of plain text."""
 
 
 def opening_of(encoder: Encoder) -> tuple[list[int], int | None]:

@@ -20,7 +20,7 @@ TAKES_SETTINGS = SETS_UP_LOGGING = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's option; a run's own settings may follow."""
+    """Adds the verb's option; a run's own settings may follow."""
     parser.add_argument("config", metavar="CONFIG", help="YAML file with the run's settings, or a recipe's name")
 
 
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     from dora_vl.training.train_command import pipeline_of
 
     log_to_stderr()
-    words = [f"--config={options.config}", "--data.replay=0.1", *options.settings]  # which a VL-BART refuses
+    words = [f"--config={options.config}", "--data.replay=0.1", *options.settings]  # a VL-BART refuses `data.replay`
     config = read_run(words, program="dora-vl replay")
     with tempfile.TemporaryDirectory() as folder:
         pipeline = cast(DecoderPipeline, pipeline_of(shown_settings(config, Path(folder))))

@@ -53,9 +53,9 @@ class DrawnAnswer:
 
 
 OF_A_BATCH = ("padding_tokens", "made_of")
-"""What a batch of drawn answers says of itself; all other bookkeeping is of the questions."""
+"""A batch of drawn answers says these of itself; all other bookkeeping is of the questions."""
 Group = list[DrawnAnswer]
-"""The answers to one question."""
+"""Holds the answers to one question."""
 
 
 def _answered(sample: Sample, group: Group) -> Sample:

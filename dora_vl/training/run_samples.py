@@ -67,9 +67,9 @@ from dora_vl.training.replay import Replay
 logger = logging.getLogger(__name__)
 
 HASHED_ROWS = 2_000
-"""The number of rows, evenly spread, whose turns and media are looked at: a second's work on a local disk."""
+"""The turns and media of this many rows, evenly spread, are looked at: a second's work on a local disk."""
 FIRST_ROWS = 1_000
-"""The number of first rows of which at least one picture must be in the folder, or it is the wrong folder."""
+"""At least one picture of this many first rows must be in the folder, or it is the wrong folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,14 +91,14 @@ class RowEncoder:
     compares: bool = False
     """True where a sample is the last answer with the rejected ones beside it, not the whole conversation."""
     exchange: int | None = None
-    """The seed that draws another picture for the chosen answer (`objective.exchange_pictures`); None draws none."""
+    """This seed draws another picture for the chosen answer (`objective.exchange_pictures`); None draws none."""
 
     def dataset(self, rows: Examples, stored: HeldPictures) -> ConversationDataset:
-        """The samples of some rows, and of the pictures that they hold themselves."""
+        """Makes the samples of some rows, and of the pictures that they hold themselves."""
         return ConversationDataset(rows, encode=partial(self.encode, stored=stored, rows=rows))
 
     def encode(self, row: Example, stored: HeldPictures, rows: Examples = ()) -> Encoded:
-        """A row's tensors, and beside them those of its answers about other pictures, drawn among `rows`."""
+        """Encodes a row, and beside it its answers about other pictures, drawn among `rows`."""
         encoded = [self._encode(part, stored) for part in self.parts(row, rows)]
         if self.exchange is not None and len(encoded) > 1 and not row.rejected_images:
             encoded[-1] = dataclasses.replace(encoded[-1], exchanged=True)
@@ -159,7 +159,7 @@ class RunSamples:
         self._stream: SampleStream | None = None
         self._name = train_name(data.files)
         self.held_out: ExampleTable | None = None
-        """Samples whose loss is measured while training."""
+        """The loss of these samples is measured while training."""
         if data.streaming:
             self._stream = open_stream(data, seed=self._seed)
             self._total = samples_of_a_run(self._stream, data, arguments)
@@ -346,7 +346,7 @@ class RunSamples:
         """Counts and names training samples that the test asks again; `config` says where its pictures are."""
         data, evaluation = config.data, config.evaluation
         if Path(evaluation.image_folder or data.image_folder).resolve() != Path(data.image_folder).resolve():
-            return  # one name there is another picture
+            return  # there a name means another picture
         if self._train is None:
             logger.warning(
                 "data.streaming does not look ahead: whether training samples are asked again in %s is not known; "
@@ -435,7 +435,8 @@ class RunSamples:
         answers = self._most_answers(rows, collate)
         prompts = 1 + (rows.exchange is not None) + collate.unmatched if collate.packing == "trees" else answers
         most = self._data.max_tokens * answers
-        return min(most, longest * prompts) if rows.folder is not None else most  # words would not count a prompt's
+        # Without media `longest` counts words, which miss a prompt's own tokens.
+        return min(most, longest * prompts) if rows.folder is not None else most
 
     def _most_answers(self, rows: RowEncoder, collate: Collator) -> int:
         """Returns how many answers of a sample a batch holds at most."""
@@ -491,7 +492,7 @@ def _pools(
 def _pool_of_first_rows(
     samples: StreamedDataset, sources: Sequence[StreamSource], count: int
 ) -> list[list[Sample | Skipped]]:
-    """The largest of a stream's first rows, twice as many as a micro-batch holds."""
+    """Returns the largest of a stream's first rows, twice as many as a micro-batch holds."""
     rows = [row for source in sources for row in source.first_rows]
     return [[samples[row] for row in sorted(rows, key=characters_of, reverse=True)[: 2 * count]]]
 
@@ -517,7 +518,7 @@ def read_samples(data: DataConfig, *, seed: int) -> tuple[ExampleTable, ExampleT
 
 
 def open_stream(data: DataConfig, *, seed: int) -> SampleStream:
-    """The training samples as a stream; the first rows of each file have been read."""
+    """Opens the training samples as a stream; the first rows of each file have been read."""
     if data.shuffle_buffer < 1:
         raise SettingError(
             "data.shuffle_buffer", f" is {data.shuffle_buffer}; at least 1 is needed, which shuffles nothing"

@@ -168,7 +168,7 @@ class Seq2SeqLoss(LossModel):
         closed: ClosedBatch | None = None,
         **text: Int[Tensor, "batch seq"],
     ) -> dict[str, Tensor]:
-        """`loss` and `labelled_tokens`.
+        """Returns `loss` and `labelled_tokens`.
 
         Args:
             sample_weights: each sample's weight over the number of usable samples of the step (`samples`).
@@ -209,7 +209,7 @@ class Seq2SeqLoss(LossModel):
 
 
 def with_run_settings(subtask: Subtask, config: RunConfig) -> Subtask:
-    """A task as the run answers it: by text, by choice or from its closed list, with the run's input length."""
+    """Returns a task as the run answers it: by text, by choice or from its closed list, with the run's input length."""
     answer_by = subtask.answer_by
     if answer_by == "choice" and not config.evaluation.choice_by_likelihood:
         answer_by = "text"
@@ -311,7 +311,7 @@ def make_lists(
 
 
 def lists_in(path: Path) -> dict[str, list[str]]:
-    """The answer lists by task of a `closed_answers.json`, `recipe.json` or `config.json`; none where it has none."""
+    """Reads the answer lists by task of a `closed_answers.json`, `recipe.json` or `config.json`, if it has any."""
     lists = json_object(path, SETTING).get(CLOSED_ANSWERS, {})
     if not isinstance(lists, dict) or not all(isinstance(answers, list) for answers in lists.values()):
         raise UserError(f"{path}: {CLOSED_ANSWERS} is no object of lists by task; copy the file again")
@@ -332,7 +332,7 @@ def account(path: Path) -> dict[str, dict[str, int]]:
 
 
 def _scores(file: ExampleFile) -> list[tuple[str, Mapping[str, float]]]:
-    """Id and soft scores of every sample that can be trained on."""
+    """Yields id and soft scores of every sample that can be trained on."""
     scores = []
     for index in range(len(file)):
         try:
@@ -344,7 +344,7 @@ def _scores(file: ExampleFile) -> list[tuple[str, Mapping[str, float]]]:
 
 
 def _most_frequent(scores: Sequence[tuple[str, Mapping[str, float]]], most: int) -> list[str]:
-    """The answers with the largest sums of soft scores; of equals the first seen."""
+    """Returns the answers with the largest sums of soft scores; of equals the first seen."""
     sums: defaultdict[str, float] = defaultdict(float)
     for _, of_sample in scores:
         for answer, score in of_sample.items():
@@ -353,7 +353,7 @@ def _most_frequent(scores: Sequence[tuple[str, Mapping[str, float]]], most: int)
 
 
 def _listed(path: Path, task: str) -> list[str]:
-    """The answers of a file: one a line; a JSON list; or the task's in a JSON object under `closed_answers`."""
+    """Reads a file's answers: one a line; a JSON list; or the task's in a JSON object under `closed_answers`."""
     text = whole_text(path, SETTING)
     if path.suffix != ".json":
         return [line.strip() for line in text.splitlines() if line.strip()]

@@ -30,11 +30,11 @@ CONFIG is a file or a recipe's name; behind it any setting of the run, --section
 """
 TAKES_SETTINGS = True
 ELSEWHERE = ("deepspeed", "bf16", "fp16", "report_to", "load_best_model_at_end", "eval_strategy", "optim")
-"""Fields of `training:` that change no batch and ask for devices, packages or weights."""
+"""These fields of `training:` change no batch and ask for devices, packages or weights."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's options; a run's own settings may stand between them."""
+    """Adds the verb's options; a run's own settings may stand between them."""
     parser.add_argument("what", choices=("batch",), help="what to show")
     parser.add_argument("config", metavar="CONFIG", help="YAML file with the run's settings, or a recipe's name")
 
@@ -76,7 +76,7 @@ class FirstBatch(NamedTuple):
 
 
 def first_batch(pipeline: Pipeline) -> BatchView:
-    """The batch that one process would see first."""
+    """Returns the batch that one process would see first."""
     from dora_vl.report.batch import batch_view
 
     first = read_first_batch(pipeline)

@@ -95,7 +95,7 @@ def train(words: Sequence[str], task: Task = "image_text", *, program: str, desc
 
 
 def pipeline_of(config: RunConfig) -> Pipeline:
-    """The pipeline of the run's task."""
+    """Returns the pipeline of the run's task."""
     if config.task == "vlbart":
         from dora_vl.training.vlbart_pipeline import VlBartPipeline
 

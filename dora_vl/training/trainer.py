@@ -160,7 +160,7 @@ class AdapterTrainer(OrderedTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | int | None]:
-        """The step's micro-batches, with their bookkeeping taken out and counted."""
+        """Returns the step's micro-batches, with their bookkeeping taken out and counted."""
         began = time.monotonic()
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.statistics.waited += time.monotonic() - began
@@ -277,7 +277,7 @@ class AdapterTrainer(OrderedTrainer):
         self.accelerator.wait_for_everyone()
 
     def _name_best(self, written: Path | None = None) -> None:
-        """Every rank records the best checkpoint by the name it gets, not by the one that is being `written`."""
+        """Records, on every rank, the best checkpoint by its final name, not by the one that is being `written`."""
         if step := self.state.best_global_step:
             best = self.run_folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
             folder = written if written is not None and written.name == best.name else best
@@ -326,7 +326,7 @@ class AdapterTrainer(OrderedTrainer):
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> tuple[nn.Module, Any]:
-        if resume_from_checkpoint is not None and self.is_deepspeed_enabled:  # without it, the Trainer has done it
+        if resume_from_checkpoint is not None and self.is_deepspeed_enabled:  # else the Trainer has done it
             self._load_from_checkpoint(resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         optimizer = cast(Any, self.optimizer).optimizer
@@ -339,12 +339,12 @@ class AdapterTrainer(OrderedTrainer):
             optimizer.check_grad_overflow = True
         if resume_from_checkpoint is not None:
             load_state(Path(resume_from_checkpoint), self._running)
-            # How often is logged, validated and saved came back with the checkpoint's TrainerState.
+            # The checkpoint's TrainerState has brought back its own intervals of logging, validation and saving.
             self.state.compute_steps(self.args, max_steps)
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        # Frozen tensors too, which the state does not hold.
+        # The folder has frozen tensors too, which the state does not hold.
         load_adapter(self._adapted, Path(resume_from_checkpoint) / ADAPTER, gather=gather_to_write)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -359,7 +359,7 @@ class AdapterTrainer(OrderedTrainer):
             load_values(self.optimizer_layout, StateFiles(best))
             for _, layer in adapted_layers(self._adapted):
                 layer.forget_norms()
-        else:  # of `save_only_model`
+        else:  # a checkpoint of `save_only_model`
             self._load_from_checkpoint(str(best))
 
 

@@ -66,7 +66,7 @@ from dora_vl.training.seq2seq_tasks import (
 
 ONE_AT_A_TIME = ("per_device_train_batch_size", "per_device_eval_batch_size")
 LISTS_FILE = "closed_answers.json"
-"""The run folder's file with the closed answer lists and the training samples that have no answer on them."""
+"""This file of the run folder has the closed answer lists, and the training samples that have no answer on them."""
 
 
 class VlBartPipeline(Pipeline):
@@ -112,11 +112,11 @@ class VlBartPipeline(Pipeline):
             yield Labelled(id=sample.id, labels=labels, answers=[answer], tokenizer=tokenizer, cut=cut)
 
     def skeleton(self) -> VlBartBackbone:
-        """The VL-BART without its weights."""
+        """Builds the VL-BART without its weights."""
         return self._with_heads(vlbart_skeleton(self.config.model.base))
 
     def load(self) -> VlBartBackbone:
-        """The VL-BART, with a head for each closed list of answers."""
+        """Loads the VL-BART, with a head for each closed list of answers."""
         return self._with_heads(self._base())
 
     def _base(self) -> VlBartBackbone:
@@ -130,14 +130,14 @@ class VlBartPipeline(Pipeline):
         return backbone
 
     def write_replay(self, backbone: Backbone[Any], arguments: TrainingArguments) -> None:
-        """Its tasks have no chats."""
+        """Writes nothing: its tasks have no chats."""
 
     def dora_config(self, backbone: Backbone[Any]) -> DoRAConfig:
-        """Queries and values, the visual embedding, and BART's biases and norms as the settings say."""
+        """Adapts queries and values; trains the visual embedding, and BART's biases and norms as the settings say."""
         return vlbart_dora_config(self.config.adapter, backbone.model, heads=bool(self.config.data.closed_answers))
 
     def data(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TrainingData:
-        """The mixture of all training files."""
+        """Returns the mixture of all training files."""
         data, evaluation = self.config.data, self.config.evaluation
         train, validation = self._mixture(arguments), None
         longest = max(self._subtasks[name].input_tokens or 64 for name in data.files_by_task) + data.feature_tokens
@@ -173,11 +173,11 @@ class VlBartPipeline(Pipeline):
         return MixtureDataset(plan, tasks, seed=arguments.seed)
 
     def loss(self, backbone: Backbone[Any]) -> Seq2SeqLoss:
-        """Cross-entropy, as each task normalises it."""
+        """Returns cross-entropy, as each task normalises it."""
         return Seq2SeqLoss(backbone)
 
     def watch(self, backbone: Backbone[Any], arguments: TrainingArguments) -> Watch | None:
-        """Examples of the validation files, or else of the test's, of each task in turn."""
+        """Watches examples of the validation files, or else of the test's, of each task in turn."""
         data, evaluation = self.config.data, self.config.evaluation
         files = data.validation_files or evaluation.files
         read = {name: ExampleFile(paths_of(path)) for name, path in files.items()}
@@ -191,7 +191,7 @@ class VlBartPipeline(Pipeline):
         )
 
     def reading(self, backbone: Backbone[Any]) -> TokenText:
-        """BART's tokens; pictures have no place among them."""
+        """Reads BART's tokens; pictures have no place among them."""
         return TokenText(self.encoder.tokenizer, frozenset())
 
     def recipe(self) -> dict[str, Any]:
@@ -240,7 +240,7 @@ class VlBartPipeline(Pipeline):
 
     @cached_property
     def encoder(self) -> Seq2SeqEncoder:
-        """Tokens of prompts and labels, once the base is there."""
+        """Encodes prompts and labels, once the base is there."""
         base = self.config.model.base
         return Seq2SeqEncoder(
             load_tokenizer(base),
@@ -283,7 +283,7 @@ class VlBartPipeline(Pipeline):
 
 
 def paths_of(files: str | Sequence[str]) -> tuple[Path, ...]:
-    """A task's records file or files."""
+    """Returns a task's records file or files."""
     return (Path(files),) if isinstance(files, str) else tuple(Path(file) for file in files)
 
 

@@ -36,14 +36,14 @@ AS_WRITTEN = (
     "{% for message in messages %}{% for part in message['content'] %}"
     "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
 )
-"""A chat template that writes a prompt as it stands: the run's own template has been applied to it."""
+"""This chat template writes a prompt as it stands: the run's own template has been applied to it."""
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 REQUESTS = 64
-"""Questions that are with the server at the same time; it batches their answers itself."""
+"""The server has this many questions at the same time; it batches their answers itself."""
 SECONDS = 600.0
-"""A server that says nothing for so long is given up; answers come at their end, not word by word."""
+"""A server that is silent for this long is given up; answers come when they are complete, not word by word."""
 NEVER = -100.0
-"""The lowest bias that vLLM takes for a token that is not to be drawn."""
+"""This bias, the lowest that vLLM takes, keeps a token from being drawn."""
 
 
 def start_command(base: str, rank: int) -> str:

@@ -93,7 +93,7 @@ def similarity(answer: str, true: str) -> float:
 
 
 def _edits(first: str, second: str) -> int:
-    """Levenshtein's distance, a row of its table at a time."""
+    """Computes Levenshtein's distance, a row of its table at a time."""
     row = list(range(len(second) + 1))
     for number, letter in enumerate(first, start=1):
         corner, row[0] = row[0], number
@@ -105,7 +105,7 @@ def _edits(first: str, second: str) -> int:
 
 
 def is_close(answer: str, true: str) -> bool:
-    """ChartQA's relaxed equality (Masry et al., 2022): numbers, "%" read as hundredths, may be off by 5 % of the true.
+    """Tests ChartQA's relaxed equality (Masry et al., 2022): numbers, "%" as hundredths, may be off by 5 % of the true.
 
     Others must be equal but for letter case; so must a number whose true value is zero.
     """
@@ -131,7 +131,7 @@ SCORINGS: Mapping[str, Scorer] = {
     "relaxed": best_of(is_close, "relaxed accuracy"),
     "caption": caption.score,
 }
-"""The names that `scoring:` takes in a benchmark's YAML."""
+"""`scoring:` of a benchmark's YAML takes these names."""
 
 
 # The eight commonsense sets of LLM-Adapters, by their own extraction of the answer from generated text.
@@ -154,7 +154,7 @@ PATTERNS: Mapping[str, re.Pattern[str]] = {
     "ARC-Challenge": _FIVE,
     "openbookqa": _FIVE,
 }
-"""The pattern of each task's answers, in the order of the paper's columns."""
+"""Maps a task to the pattern of its answers, in the order of the paper's columns."""
 
 
 def extracted(text: str, task: str, rule: Rule) -> str:

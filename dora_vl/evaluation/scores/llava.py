@@ -254,7 +254,7 @@ def question_of(example: Example) -> int:
 
 
 def letter_cn(example: Example) -> str:
-    """MMBench-CN's question."""
+    """Asks as MMBench-CN asks."""
     return f"{lettered(example)}\n{LETTER_CN}"
 
 
@@ -342,7 +342,7 @@ def picture_of(example: Example) -> tuple[str, str]:
 
 
 def mme_prompt(example: Example) -> str:
-    """LLaVA's wording: the own "Please answer yes or no." gives way to LLaVA's suffix."""
+    """Asks in LLaVA's wording: its suffix replaces MME's own "Please answer yes or no."."""
     return f"{example.question.replace(YES_OR_NO, '').strip()}\n{SHORT}"
 
 
@@ -461,7 +461,7 @@ def scienceqa_score(examples: Sequence[Example], answers: Answers) -> Scored:
 
 
 def scienceqa_prompt(example: Example) -> str:
-    """LLaVA's wording: the hint stands behind "Context: "."""
+    """Asks in LLaVA's wording: the hint stands behind "Context: "."""
     return f"{lettered(example, before_hint='Context: ')}\n{LETTER}"
 
 

@@ -21,16 +21,16 @@ from dora_vl.errors import UserError
 
 Numbers = NDArray[np.float64]
 Sums = Mapping[str, Numbers]
-"""The sum of each column over the drawn items, a number for each draw."""
+"""Maps a column to its sum over the drawn items, a number for each draw."""
 Formula = Callable[..., Numbers]
-"""A metric of each draw, from its sums (a column without entries is not in them) and those of the whole set.
+"""Computes a metric of each draw from its sums (a column without entries is not in them) and those of the whole set.
 A draw that lacks what the whole set has (such as every item of a rare kind) is NaN; without the latter it is 0."""
 Answers = Mapping[str, str]
-"""Answers by the examples' ids; an example without an entry has no answer."""
+"""Maps examples' ids to answers; an example without an entry has no answer."""
 Limits = tuple[float, float]
 PERCENT = 100.0
 SHARES = ("accuracy", "average")
-"""Headlines of answers that are right or wrong, whose values lie between 0 and 100."""
+"""These headlines are of answers that are right or wrong; their values lie between 0 and 100."""
 
 
 @dataclass(frozen=True)
@@ -358,7 +358,7 @@ def _limits_of(formula: Formula, scores: Sequence[Scored]) -> Limits | None:
     for scored in scores:
         top, bottom = formula.sides(dict(zip(scored.names, scored.columns.T, strict=True)))
         counted = bottom > 0
-        if not counted.any() or (top < 0).any() or (top > bottom).any():  # no share of its bottom
+        if not counted.any() or (top < 0).any() or (top > bottom).any():  # the top is no share of the bottom
             return None
         shares.append((float(top[counted].sum() / bottom[counted].sum()), int(counted.sum())))
     (value, units), *others = shares

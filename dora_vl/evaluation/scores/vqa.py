@@ -77,7 +77,7 @@ CONTRACTIONS = {
     for index, letter in enumerate(form)
     if letter == "'"
 } | {"somebody'd": "somebodyd"}
-"""The form of each spelling that lacks an apostrophe; the official table holds just these."""
+"""Maps a spelling that lacks an apostrophe to the right one; the official table holds just these."""
 
 
 def normalise(answer: str) -> str:
@@ -210,7 +210,7 @@ def _soft_points(example: Example, answer: str) -> float:
 
 
 def textvqa_prompt(example: Example) -> str:
-    """LLaVA's wording, with its line of OCR tokens where `extra["reference_ocr"]` holds them."""
+    """Asks in LLaVA's wording, with its line of OCR tokens where `extra["reference_ocr"]` holds them."""
     tokens = example.extra.get("reference_ocr")
     line = "" if tokens is None else f"Reference OCR token: {tokens}\n"
     return f"{example.question}\n{line}{SHORT}"
@@ -432,7 +432,7 @@ def nlvr2_score(
 
 
 def score_nlvr(examples: Sequence[Example], answers: Answers) -> Scored:
-    """NLVR's own grouping of sentences: the part before the "-" ("1572-0"); a picture order behind does not count."""
+    """Scores by NLVR's grouping of sentences: the part before the "-" ("1572-0"), whatever picture order follows."""
     return nlvr2_score(examples, answers, sentence_of=lambda identifier: identifier.split("-")[0])
 
 

@@ -27,9 +27,9 @@ else:
 
 
 PROBES = 4
-"""Rows that are put through the layer to see whether its product is what its weight says."""
+"""This many rows are put through the layer to see whether its product is what its weight says."""
 MOST_OFF = 0.02
-"""Share by which the two may differ: bfloat16 and 8-bit integers round an input by less, 8-bit floats by more."""
+"""The two may differ by this share: bfloat16 and 8-bit integers round an input by less, 8-bit floats by more."""
 
 
 class Slice(NamedTuple):
@@ -120,7 +120,7 @@ def frozen_layer(
 
 @torch.no_grad()
 def gains_minus_one(layer: FrozenLayer, slices: Sequence[Slice | None], sizes: Sequence[int]) -> Float[Tensor, " out"]:
-    """g - 1 of each of a layer's outputs, slice by slice, in float32: zero where one has no magnitude."""
+    """Computes g - 1 of each of a layer's outputs, slice by slice, in float32: zero where one has no magnitude."""
     result = torch.zeros(sum(sizes), device=layer.device)
     present = [part for part in slices if part is not None]
     if not present:
@@ -194,23 +194,23 @@ def take_magnitudes(tensors: MutableMapping[str, Tensor], *, use_dora: bool) -> 
 
 
 class DoRALayer(Wrapper):
-    """In front of one of vLLM's LoRA wrappers of a linear layer (vllm/lora/layers/base_linear.py)."""
+    """Stands in front of one of vLLM's LoRA wrappers of a linear layer (vllm/lora/layers/base_linear.py)."""
 
     dora_minus_one: Float[Tensor, "slots_and_base out"]
-    """g - 1 of what stands in each slot, behind a row of zeros for tokens of the base (slot -1)."""
+    """Holds g - 1 of what stands in each slot, behind a row of zeros for tokens of the base (slot -1)."""
     sum_of_ranks: Callable[[Tensor], Tensor] = staticmethod(alone)
     shards_inputs: bool = False
-    """Whether ranks hold columns of W, as of row-parallel layers; `sum_of_ranks` is for those."""
+    """Tells whether ranks hold columns of W, as in row-parallel layers; `sum_of_ranks` is for those."""
 
     def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
-        """vLLM's slots, and the gains beside them."""
+        """Creates vLLM's slots, and the gains beside them."""
         super().create_lora_weights(max_loras, lora_config, model_config)
         shape, dtype = (max_loras + 1, self.output_size), self.base_layer.params_dtype
         self.dora_minus_one = torch.zeros(shape, dtype=dtype, device=self.device)
-        self._recovered: FrozenLayer | None = None  # what took a pass over the identity; a weight is looked at anew
+        self._recovered: FrozenLayer | None = None  # kept: it took a pass over the identity
 
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """vLLM's W x + B A x + b, then each row's gains.
+        """Computes vLLM's W x + B A x + b, then applies each row's gains.
 
         vLLM gives `bias` where the output has it inside: not on later ranks of a row-parallel layer, nor where the
         model adds it itself.
@@ -226,12 +226,12 @@ class DoRALayer(Wrapper):
         return functional.adapted_output(flat, bias, None, minus_one).view(y.shape)
 
     def put_dora(self, slot: int, minus_one: Float[Tensor, " out"] | None) -> None:
-        """Writes a slot's row whole, so that nothing stays of the adapter before; None is one without magnitudes."""
+        """Writes a slot's row whole, so that nothing stays of the last adapter; None is one without magnitudes."""
         row = self.dora_minus_one[slot + 1]
         row.zero_() if minus_one is None else row.copy_(minus_one)
 
     def dora_gains(self, name: str, weights: Any) -> Float[Tensor, " out"]:
-        """g - 1 of this rank's outputs, from an adapter's weights as vLLM packs them, with their `magnitude`."""
+        """Computes g - 1 of this rank's outputs, from weights as vLLM packs them, with their `magnitude`."""
         sizes = tuple(self.output_slices) if self.n_slices > 1 else (self.output_size,)
         slices = self._slices(name, weights)
         for part, size in zip(slices, sizes, strict=True):
@@ -249,7 +249,7 @@ class DoRALayer(Wrapper):
         return gains_minus_one(frozen, slices, sizes)
 
     def _slices(self, name: str, weights: Any) -> list[Slice | None]:
-        """What an adapter changes in each slice, as far as this rank holds it; None for one that has no adapter."""
+        """Returns what an adapter changes in each slice, as far as this rank holds it; None for one without adapter."""
         a, b, m = (
             part if isinstance(part, list) else [part] for part in (weights.lora_a, weights.lora_b, weights.magnitude)
         )

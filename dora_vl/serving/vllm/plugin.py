@@ -76,21 +76,21 @@ def fix_base_rows() -> bool:
         shrink(inputs, lora_b_weights, output_tensor, lora_indices_tensor, scaling)
         output_tensor[lora_indices_tensor < 0] = 0  # B then adds nothing, whichever B it is
 
-    users = ("vllm.lora.ops.torch_ops", "vllm.lora.punica_wrapper.punica_cpu")  # have the function by name
+    users = ("vllm.lora.ops.torch_ops", "vllm.lora.punica_wrapper.punica_cpu")  # they have imported the function itself
     for module in (kernels, *map(import_module, users)):
         setattr(module, SHRINK, bgmv_shrink)
     return True
 
 
-# The plugin's functions in place of vLLM's. Each calls what was there, so that adapters without magnitudes go the way
-# they went. Files and lines are those of vLLM 0.32.0.
+# The plugin's functions in place of vLLM's. Each calls the function that it replaces, so that nothing changes for
+# adapters without magnitudes. Files and lines are those of vLLM 0.32.0.
 
 HELPER = "vllm.lora.peft_helper"
 WHOLE_MODULES = f"It holds whole trained modules beside A and B: {EXPORT}."
 
 
 def install() -> None:
-    """Puts all of them in; once a process."""
+    """Puts the plugin's functions in place of vLLM's; once a process."""
     accept_configs(import_module(HELPER).PEFTHelper)
     keep_magnitudes(import_module("vllm.lora.lora_model"))
     pack_magnitudes(import_module("vllm.lora.lora_weights").PackedLoRALayerWeights)
@@ -99,7 +99,7 @@ def install() -> None:
 
 
 def accept_configs(helper: Any) -> None:
-    """vllm/lora/peft_helper.py:53: `use_dora` is no reason to refuse; whole modules are told what to do about."""
+    """Accepts `use_dora`, and says what to do about whole modules (vllm/lora/peft_helper.py:53)."""
     refused = helper._validate_features
 
     def _validate_features(self: Any) -> list[str]:
@@ -113,7 +113,7 @@ def accept_configs(helper: Any) -> None:
 
 
 def keep_magnitudes(module: Any) -> None:
-    """vllm/lora/lora_model.py:120: magnitudes are taken out of the tensors and put beside their layer's A and B.
+    """Takes magnitudes out of the tensors and puts them beside their layer's A and B (vllm/lora/lora_model.py:120).
 
     The names of a file are looked at before (:259) with this module's `parse_fine_tuned_lora_name`.
     """
@@ -140,7 +140,7 @@ def keep_magnitudes(module: Any) -> None:
 
 
 def pack_magnitudes(packed: Any) -> None:
-    """vllm/lora/lora_weights.py:135: what stands for q, k and v in one keeps the magnitudes of its parts."""
+    """Makes weights that join q, k and v keep the magnitudes of these parts (vllm/lora/lora_weights.py:135)."""
     pack = packed.pack.__func__
 
     def pack_with_magnitudes(cls: Any, loras: Any) -> Any:
@@ -152,7 +152,7 @@ def pack_magnitudes(packed: Any) -> None:
 
 
 def give_gains_to_slots(manager: Any) -> None:
-    """vllm/lora/model_manager.py:838 and :346: gains when an adapter is taken in, and with A and B into its slot."""
+    """Computes gains for each new adapter, and writes them with A and B (vllm/lora/model_manager.py:838, :346)."""
     merge, activate = manager._create_merged_loras_inplace, manager.activate_adapter
 
     def _create_merged_loras_inplace(self: Any, lora_model: Any) -> None:
@@ -190,7 +190,7 @@ def is_elsewhere(model: torch.nn.Module, name: str) -> bool:
 
 
 def wrap_layers(module: Any, layers: Any) -> None:
-    """vllm/lora/utils.py:79: each wrapper of a linear layer with `DoRALayer` in front, under its own name."""
+    """Puts `DoRALayer` in front of each wrapper of a linear layer, under its own name (vllm/lora/utils.py:79)."""
     linear = import_module("vllm.lora.layers.base_linear").BaseLinearLayerWithLoRA
 
     def with_gains(wrapper: type) -> type:
@@ -214,7 +214,7 @@ def sum_over_ranks(part: Tensor) -> Tensor:
 # Magnitudes of packed weights, and gains in slots.
 
 Lookup = Callable[[str], Any]
-"""An adapter's weights of a layer, by vLLM's name of the layer; None where it has none."""
+"""Returns an adapter's weights of a layer, by vLLM's name of the layer; None where it has none."""
 
 
 def magnitudes_in(weights: Any) -> list[Tensor]:
@@ -225,7 +225,7 @@ def magnitudes_in(weights: Any) -> list[Tensor]:
 
 
 def magnitude_of_parts(parts: Iterable[Any]) -> list[Tensor | None] | None:
-    """What packed weights keep of their parts; a part that is not adapted, or has no magnitude, leaves a gap."""
+    """Returns the parts' magnitudes for packed weights; a part that is not adapted, or has none, leaves a gap."""
     magnitudes = [getattr(part, "magnitude", None) for part in parts]
     return magnitudes if any(magnitude is not None for magnitude in magnitudes) else None
 
