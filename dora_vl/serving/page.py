@@ -117,10 +117,10 @@ class Page:
 
     def __init__(self, models: OpenModels, uploads: Uploads, *, trains: bool = False) -> None:
         self.models, self.uploads = models, uploads
-        self.training = TrainDoor(uploads, models.close) if trains else None
-        self._talks: OrderedDict[str, Conversation] = OrderedDict()
         self._key_of: dict[str, str] = {}
-        """Maps people who have the page open, as Gradio knows them, to the keys of their talks."""
+        """Maps people who have the page open, as Gradio knows them, to the keys of their browsers' tabs."""
+        self.training = TrainDoor(uploads, models.close, self._key_of) if trains else None
+        self._talks: OrderedDict[str, Conversation] = OrderedDict()
         with gr.Blocks(title="dora-vl demo", analytics_enabled=False, fill_width=True) as self.blocks:
             self.doors = gr.Tabs(selected="ask" if models.names else "train", elem_id="dv-doors")
             with self.doors:
@@ -206,8 +206,8 @@ class Page:
         person = str(request.session_hash)
         self._key_of[person] = key
         conversation = self._talks.get(key, Conversation()).ended()
-        training = {} if self.training is None else self.training.opened()
-        asks = bool(self.models.names)
+        training = {} if self.training is None else self.training.opened(key)
+        asks = bool(self.models.names) or self.models.reading
         door = "train" if training and not asks else "ask"
         view = {**self._opened(), **self._begun(conversation, person), **training, self.doors: gr.update(selected=door)}
         return {**view, self.person: person, self.ask_button: gr.update(interactive=asks)}
@@ -317,7 +317,11 @@ class Page:
         try:
             if conversation is None or not person:
                 raise UserError("this chat is no longer here; load the page again")
-            side, base = self.models.side, self.models.names[0]  # the base has no strength
+            side, names = self.models.side, self.models.names
+            if not {*chosen[:2]} <= {*names}:
+                yield self._opened()
+                raise UserError(f"another run was opened: {' and '.join(names)} answer now; ask again")
+            base = names[0]  # it has no strength
             choices = [
                 ModelChoice(name=name, strength=1.0 if name == base else checked_strength(strength))
                 for name, strength in zip(chosen[:2], chosen[2:4], strict=True)

@@ -87,15 +87,16 @@ class Runs:
 
     def words_to_train(self, folder: Path) -> list[str]:
         """Returns the command that starts a run, or resumes it from its last checkpoint."""
-        resumes = bool(complete_checkpoints(folder))
-        return ["train", str(folder / (SETTINGS if resumes else RUN_FILE)), *(["--resume", "last"] if resumes else [])]
+        resumes = self.status(folder).state == "stopped"
+        file = RUN_FILE if not resumes and (folder / RUN_FILE).is_file() else SETTINGS
+        return ["train", str(folder / file), *(["--resume", "last"] if resumes else [])]
 
     def start(self, folder: Path) -> list[str]:
         """Starts a run, or resumes it, and returns the command. Raises UserError while another run goes on."""
-        words = self.words_to_train(folder)
         with self._lock:
             if (other := self.running()) is not None:
                 raise UserError(f"{other} is at work, and one run goes on at a time; wait for its end, or stop it")
+            words = self.words_to_train(folder)
             output = (folder / OUTPUT).open("ab" if "--resume" in words else "wb")
             process = subprocess.Popen(
                 [*PROGRAM, *words],

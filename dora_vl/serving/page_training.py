@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, no_type_check
@@ -32,6 +32,9 @@ from dora_vl.serving.page_runs import DATA, RUN_FILE, RUNS, Runs, command, free_
 FOLLOW_SECONDS = 2.0
 PREVIEWED = 6
 RANK, EPOCHS = 16, 10
+RANKS, MOST_EPOCHS = (4, 128), 40
+NOT_TRAINED = ("ready", "failed")
+"""A run in one of these states starts from its YAML, so rank and epochs may still be chosen."""
 STATES = {
     "ready": "Ready to train.",
     "starting": "Starting: the base is read, each picture is looked at.",
@@ -53,11 +56,12 @@ class TrainDoor:
     Args:
         uploads: what visitors have dropped; it is moved below `data/`.
         make_room: lets go of the model that answers, before a run takes the GPU.
+        key_of: maps people who have the page open to the keys of their browsers' tabs.
     """
 
-    def __init__(self, uploads: Uploads, make_room: Callable[[], object]) -> None:
-        self.uploads, self.runs, self._make_room = uploads, Runs(), make_room
-        self._made: set[Path] = set()
+    def __init__(self, uploads: Uploads, make_room: Callable[[], object], key_of: Mapping[str, str]) -> None:
+        self.uploads, self.runs, self._make_room, self._key_of = uploads, Runs(), make_room, key_of
+        self._made: dict[str, Path] = {}
         """These folders hold dropped files, and more may be added to them."""
 
     def lay_out(self) -> None:
@@ -77,7 +81,7 @@ class TrainDoor:
         for slider in (self.rank, self.epochs):
             chosen = [self.run, self.rank, self.epochs, self.commands]
             slider.release(self.choose, chosen, **queued, trigger_mode="always_last")
-        self.start.click(self.begin, [self.run, self.commands], **quick)
+        self.start.click(self.begin, [self.run, self.rank, self.epochs, self.commands], **quick)
         self.stop.click(self.halt, [self.run], **quick)
         gr.Timer(FOLLOW_SECONDS).tick(self.follow, [self.run, self.mark], **quick)
 
@@ -95,9 +99,9 @@ class TrainDoor:
         gr.Markdown("### 2 · Training")
         self.run = gr.Dropdown([], label="Run", elem_id="dv-run",
                                info="its folder; choose an earlier one to see, resume or ask it")  # fmt: skip
-        self.rank = gr.Slider(4, 128, RANK, step=4, label="Rank", elem_id="dv-rank",
+        self.rank = gr.Slider(*RANKS, RANK, step=4, label="Rank", elem_id="dv-rank",
                               info="16 does for most; more for long answers and much data")  # fmt: skip
-        self.epochs = gr.Slider(1, 40, EPOCHS, step=1, label="Epochs", elem_id="dv-epochs",
+        self.epochs = gr.Slider(1, MOST_EPOCHS, EPOCHS, step=1, label="Epochs", elem_id="dv-epochs",
                                 info="how often each row is seen; more for few rows")  # fmt: skip
         with gr.Row():
             self.start = gr.Button("Start", variant="primary", interactive=False, elem_id="dv-start")
@@ -120,30 +124,32 @@ class TrainDoor:
         with gr.Accordion(f"{RUN_FILE}, the settings", open=False):
             self.yaml = gr.Code(language="yaml", show_label=False, interactive=False, elem_id="dv-yaml")
 
-    def opened(self) -> Update:
-        """Returns what somebody sees who opens the page: the run that goes on, else the last one."""
+    def opened(self, key: str) -> Update:
+        """Returns what somebody sees who opens the page: what they dropped, the run that goes on, else the last one."""
         bases = sorted(str(path.parent) for path in RUNS.glob("*/*/config.json"))
         choices = [("the demo's, else a small SmolVLM", ""), *zip(bases, bases, strict=True)]
         folder = self.runs.running() or next(iter(self.runs.folders()), None)
         return {
             self.base: gr.update(choices=choices, value=""),
+            self.folder: str(self._made.get(key, "")),
             **({} if folder is None else self.show_run(str(folder))),
         }
 
     # -- what a person does ------------------------------------------------------------------------------------
 
-    def take_files(self, paths: list[str], folder: str) -> Update:
-        """Moves dropped files into a folder of their own, or to those that were dropped before."""
-        files = [Path(path) for path in paths]
+    def take_files(self, paths: list[str], folder: str, request: gr.Request) -> Update:
+        """Moves dropped files into a folder of their own, or to those that the same tab dropped before."""
+        files, key = [Path(path) for path in paths], self._key_of.get(str(request.session_hash), "")
         try:
             if not all(self.uploads.holds(path) for path in paths):
                 raise UserError("a file is here no longer; drop it again")
-            to = Path(folder) if Path(folder) in self._made else free_folder(DATA / "dropped")
+            to = Path(folder) if Path(folder) in self._made.values() else free_folder(DATA / "dropped")
             names = [file.name for file in files]
-            if taken := [name for name in names if names.count(name) > 1 or (to / name).exists()]:
-                raise UserError(f"two files are called {taken[0]}; rename one")
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise UserError(f"two files are called {twice[0]}; rename one")
             to.mkdir(parents=True, exist_ok=True)
-            self._made.add(to)
+            self._made[key] = to
+            replaced = [name for name in names if (to / name).exists()]
             for file in files:
                 shutil.move(file, to / file.name)
         except UserError as error:
@@ -152,6 +158,7 @@ class TrainDoor:
             for file in files:
                 self.uploads.delete(file)
         said = f"{sum(1 for _ in to.iterdir()):,} files are in {to}. Look at the data once all are there."
+        said += f" Replaced: {', '.join(replaced)}." if replaced else ""
         return {self.files: None, self.folder: str(to), self.state: state_view("", said)}
 
     @no_type_check  # a wrapper that checks types hides from Gradio that this is a generator
@@ -177,13 +184,10 @@ class TrainDoor:
 
     @no_type_check  # as above
     def choose(self, run: str | None, rank: int, epochs: int, commands: str) -> Iterator[Update]:
-        """Writes what was chosen into the YAML of a run that was not started yet, and counts anew what it takes."""
-        if not run or self.runs.status(folder := self.folder_of(run)).state != "ready":
+        """Writes what was chosen into the YAML of a run that has not trained yet, and counts anew what it takes."""
+        if not run or not self._write(folder := self.folder_of(run), rank, epochs):
             yield gr.skip()
             return
-        for key, value in {"rank": int(rank), "alpha": 2.0 * rank, "num_train_epochs": int(epochs)}.items():
-            text = (folder / RUN_FILE).read_text(encoding="utf-8")
-            (folder / RUN_FILE).write_text(_setting(key).sub(rf"\g<1>{value}", text, count=1), encoding="utf-8")
         try:
             yield from self._count(folder, commands)
         except UserError as error:
@@ -199,18 +203,19 @@ class TrainDoor:
         yield {self.estimate: printed_view(lines), self.commands: commands,
                self.state: state_view("ready", STATES["ready"], lines[-1])}  # fmt: skip
 
-    def begin(self, run: str | None, commands: str) -> Update:
-        """Starts or resumes a run."""
+    def begin(self, run: str | None, rank: int, epochs: int, commands: str) -> Update:
+        """Starts a run with the rank and epochs that are seen, or resumes it."""
         try:
             if not run:
                 raise UserError("look at the data first")
+            self._write(self.folder_of(run), rank, epochs)
             if torch.cuda.is_available() and self.runs.running() is None:
                 self._make_room()
             words = self.runs.start(self.folder_of(run))
         except UserError as error:
             return {self.state: state_view("failed", str(error))}
         shown = commands if command(words) in commands else f"{commands}\n{command(words)}"
-        return {**self.follow(run, ""), self.commands: shown}
+        return {**self.follow(run, ""), self.yaml: _read(self.folder_of(run) / RUN_FILE), self.commands: shown}
 
     def halt(self, run: str | None) -> Update:
         """Stops a run, which saves a checkpoint first."""
@@ -222,12 +227,14 @@ class TrainDoor:
         """Returns all that is seen of a run."""
         folder = self.folder_of(run)
         text = _read(folder / RUN_FILE)
-        values = {key: int(match[2]) for key in ("rank", "num_train_epochs") if (match := _setting(key).search(text))}
+        seen, slides = _rank_and_epochs(text), self.runs.status(folder).state in NOT_TRAINED
         return {
             **self.follow(run, ""),
             self.run: gr.update(choices=[str(path) for path in self.runs.folders()], value=run),
-            self.rank: values.get("rank", RANK),
-            self.epochs: values.get("num_train_epochs", EPOCHS),
+            **{
+                slider: gr.update(value=value, interactive=slides)
+                for slider, value in zip((self.rank, self.epochs), seen, strict=True)
+            },
             self.rows: rows_view(folder),
             self.yaml: text,
             self.commands: command(self.runs.words_to_train(folder)),
@@ -246,9 +253,10 @@ class TrainDoor:
             ),
             self.start: gr.update(
                 value="Resume" if status.state == "stopped" else "Start",
-                interactive=status.state in ("ready", "failed", "stopped"),
+                interactive=status.state in (*NOT_TRAINED, "stopped"),
             ),
             self.stop: gr.update(interactive=goes_on),
+            **dict.fromkeys([self.rank, self.epochs], gr.update(interactive=status.state in NOT_TRAINED)),
             self.ask: gr.update(visible=(folder / ADAPTER).is_dir() and not goes_on),
             self.curve: gr.update(visible=False),
             **dict.fromkeys([self.watched, self.test], ""),
@@ -264,6 +272,24 @@ class TrainDoor:
 
     # -- inside ------------------------------------------------------------------------------------------------
 
+    def _write(self, folder: Path, rank: int, epochs: int) -> bool:
+        """Writes rank and epochs into a run's YAML where they differ from what the page shows of it.
+
+        Returns:
+            Whether the run has not trained yet; the YAML of one that has is left alone.
+        """
+        if self.runs.status(folder).state not in NOT_TRAINED:
+            return False
+        text = _read(folder / RUN_FILE)
+        before = _rank_and_epochs(text)
+        chosen = {"rank": int(rank), "alpha": 2.0 * rank} if rank != before[0] else {}
+        chosen |= {"num_train_epochs": int(epochs)} if epochs != before[1] else {}
+        for key, value in chosen.items():
+            text = _setting(key).sub(rf"\g<1>{value}", text, count=1)
+        if chosen:
+            (folder / RUN_FILE).write_text(text, encoding="utf-8")
+        return True
+
     def folder_of(self, run: str) -> Path:
         """Returns a run's folder by its name."""
         if Path(run).parent != RUNS or Path(run).name == "..":
@@ -276,7 +302,16 @@ def _read(path: Path) -> str:
 
 
 def _setting(key: str) -> re.Pattern[str]:
-    return re.compile(rf"(?m)^( +{key}: +)([\d.]+)")
+    return re.compile(rf"(?m)^( +{key}: +)(\d+(?:\.\d*)?)")
+
+
+def _rank_and_epochs(text: str) -> tuple[int, int]:
+    """Returns rank and epochs as the sliders can show those of a run's YAML."""
+    values = []
+    for key, otherwise, (least, most) in (("rank", RANK, RANKS), ("num_train_epochs", EPOCHS, (1, MOST_EPOCHS))):
+        match = _setting(key).search(text)
+        values.append(min(max(round(float(match[2])), least), most) if match else otherwise)
+    return values[0], values[1]
 
 
 def rows_view(folder: Path) -> str:

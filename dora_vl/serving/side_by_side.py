@@ -231,11 +231,19 @@ class OpenModels:
         self.settings = settings
         self._read = read
         self._side: SideBySide | None = None
+        self._opened: tuple[str | None, Mapping[str, Path]] | None = None
         self._lock = threading.Lock()
+
+    @property
+    def reading(self) -> bool:
+        """Tells whether models are being read just now."""
+        return self._lock.locked()
 
     @property
     def side(self) -> SideBySide:
         """Returns the models side by side. Raises UserError where none is open."""
+        if self._side is None and self.reading:
+            raise UserError("another model is being read; ask again in a moment")
         if self._side is None:
             raise UserError("no model is open: train one, or choose a run that was trained, and press Ask it")
         return self._side
@@ -246,11 +254,16 @@ class OpenModels:
         return () if self._side is None else self._side.engine.model.names
 
     def open(self, adapters: Mapping[str, Path], base: str | None = None) -> None:
-        """Opens adapters over their base, in place of what was open."""
+        """Opens adapters over their base, in place of what was open, which is opened again where reading them fails."""
         with self._lock:
-            self.close()
-            model = self._read(base, adapters)
-            self._side = SideBySide(Engine(model, self.settings))
+            self.close()  # first: a GPU may not hold both
+            try:
+                self._side = SideBySide(Engine(self._read(base, adapters), self.settings))
+            except Exception:
+                if self._opened is not None:
+                    self._side = SideBySide(Engine(self._read(*self._opened), self.settings))
+                raise
+            self._opened = base, adapters
 
     def stop(self, person: str) -> None:
         """Ends what is being answered for a person."""

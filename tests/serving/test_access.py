@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
 from dora_vl.serving.options import KEY_VARIABLE, LOCAL, Settings, add_address
 from dora_vl.serving.server import Server, build_app
-from dora_vl.serving.side_by_side import OpenModels, SideBySide
+from dora_vl.serving.side_by_side import Conversation, OpenModels, SideBySide
 from tests.serving.tiny_served import running
 
 HERE = "http://localhost:7860"
@@ -339,6 +340,15 @@ def test_a_talk_that_is_gone_is_never_answered_without_its_pictures(app: Any, mo
     assert any(update.get(page.notice) for update in updates)
 
 
+def test_a_page_that_was_open_before_another_run_was_shows_who_answers_now(app: Any) -> None:
+    page = app.state.page
+    chosen = ("gone", page.models.names[0], 1.0, 1.0, 8, 0.0, True)
+    updates = list(page.ask("somebody", Conversation(), *chosen, "1 What is it?", ""))
+    (choices,) = [update[page.columns[0].model]["choices"] for update in updates if page.columns[0].model in update]
+    assert choices == list(page.models.names)
+    assert [update[page.question] for update in updates if page.question in update] == ["What is it?"]
+
+
 @pytest.mark.parametrize("run", ["/etc", "runs/../secret", "runs/..", "runs/a/b", "..", ""])
 def test_the_page_shows_the_folders_of_runs_alone(app: Any, run: str) -> None:
     with pytest.raises(UserError):
@@ -348,6 +358,6 @@ def test_the_page_shows_the_folders_of_runs_alone(app: Any, run: str) -> None:
 def test_what_was_not_uploaded_is_not_moved(app: Any, tmp_path: Path) -> None:
     page, mine = app.state.page, tmp_path / "mine.png"
     mine.write_bytes(b"mine")
-    update = page.training.take_files([str(mine)], "")
+    update = page.training.take_files([str(mine)], "", SimpleNamespace(session_hash=""))
     assert "drop it again" in update[page.training.state]
     assert mine.read_bytes() == b"mine"

@@ -1,4 +1,4 @@
-// Copies an answer. And a dial asks again when its number is confirmed by Enter and when keys have moved its slider: by itself
+// Copies an answer. And a slider takes effect when its number is confirmed by Enter and when keys have moved it: by itself
 // Gradio does so where the mouse lets go of it, or leaves it, alone.
 () => {
   document.addEventListener("click", (event) => {
@@ -8,14 +8,14 @@
     getSelection().empty();
   });
   const PAUSE = 300; // a key that is held moves the slider many times a second
-  const in_dial = (event) => event.target.closest?.("#dv-strength-left, #dv-strength-right");
+  const in_slider = (event) => event.target.closest?.("#dv-strength-left, #dv-strength-right, #dv-rank, #dv-epochs");
   const waiting = new Map();
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && event.target.type === "number" && in_dial(event)) event.target.blur();
+    if (event.key === "Enter" && event.target.type === "number" && in_slider(event)) event.target.blur();
   });
   document.addEventListener("change", (event) => {
     const slider = event.target;
-    if (slider.type !== "range" || !in_dial(event)) return;
+    if (slider.type !== "range" || !in_slider(event)) return;
     clearTimeout(waiting.get(slider));
     waiting.set(slider, setTimeout(() => slider.dispatchEvent(new PointerEvent("pointerup", {bubbles: true})), PAUSE));
   });

@@ -1,0 +1,127 @@
+"""What the clicks of the page's door Train write and keep, without a browser; `test_page.py` drives the whole of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import yaml
+
+from dora_vl.errors import UserError
+from dora_vl.serving.access import Uploads
+from dora_vl.serving.model import ServedModel
+from dora_vl.serving.options import Settings
+from dora_vl.serving.side_by_side import OpenModels
+
+gradio: Any = pytest.importorskip("gradio", reason="pip install '.[web]'")
+RUN = Path("runs/my")
+TABS = {"somebody": "a tab", "another": "another tab", "the same tab, loaded again": "a tab"}
+
+
+@pytest.fixture
+def door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    from dora_vl.serving.page_training import TrainDoor
+
+    monkeypatch.chdir(tmp_path)
+    door = TrainDoor(Uploads(tmp_path / "uploads", 10_000), lambda: None, TABS)
+    monkeypatch.setattr(door.runs, "start", door.runs.words_to_train)
+    with gradio.Blocks():
+        door.lay_out()
+    return door
+
+
+def write_run(epochs: float, rank: int = 16, alpha: float = 32.0) -> None:
+    RUN.mkdir(parents=True, exist_ok=True)
+    run = {"adapter": {"rank": rank, "alpha": alpha}, "training": {"num_train_epochs": epochs}}
+    (RUN / "run.yaml").write_text(yaml.safe_dump({"data": {"train": "train.jsonl"}, **run}))
+
+
+def written() -> tuple[float, ...]:
+    run = yaml.safe_load((RUN / "run.yaml").read_text())
+    return run["adapter"]["rank"], run["adapter"]["alpha"], run["training"]["num_train_epochs"]
+
+
+def drop(door: Any, person: str, files: Mapping[str, str], folder: str) -> dict[Any, Any]:
+    """Drops files as Gradio hands them over; returns what the page shows by its parts."""
+    paths = []
+    for name, text in files.items():
+        path = door.uploads.folder / name.replace(".", "-") / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        paths.append(str(path))
+    return door.take_files(paths, folder, cast(Any, SimpleNamespace(session_hash=person)))
+
+
+@pytest.mark.parametrize(("epochs", "shown"), [(0.5, 1), (3.0, 3), (400, 40)])
+def test_epochs_that_the_slider_lacks_are_shown_as_near_as_can_be_and_stay(
+    door: Any, epochs: float, shown: int
+) -> None:
+    write_run(epochs)
+    assert door.opened("")[door.epochs]["value"] == shown
+    door.begin(str(RUN), 16, shown, "")
+    assert written() == (16, 32.0, epochs)
+
+
+def test_a_run_starts_with_the_rank_and_epochs_that_are_seen(door: Any) -> None:
+    write_run(10, rank=12, alpha=12.0)
+    door.begin(str(RUN), 12, 5, "")
+    assert written() == (12, 12.0, 5)  # an alpha of one's own stays with its rank
+    door.begin(str(RUN), 8, 5, "")
+    assert written() == (8, 16.0, 5)
+
+
+def test_rank_and_epochs_may_be_chosen_until_a_run_has_trained(door: Any) -> None:
+    write_run(10)
+    (RUN / "output.txt").write_text("CUDA out of memory\n")
+    assert door.show_run(str(RUN))[door.rank]["interactive"]  # it has failed
+    door.begin(str(RUN), 4, 10, "")
+    assert written() == (4, 8.0, 10)
+    (RUN / "checkpoint-3").mkdir()
+    (RUN / "checkpoint-3" / "trainer_state.json").write_text("{}")
+    assert not door.show_run(str(RUN))[door.rank]["interactive"]  # it goes on from there
+    assert door.runs.words_to_train(RUN) == ["train", "runs/my/settings.json", "--resume", "last"]
+    door.begin(str(RUN), 64, 40, "")
+    assert written() == (4, 8.0, 10)
+
+
+def test_a_finished_run_shows_the_command_that_trained_it(door: Any) -> None:
+    write_run(10)
+    for name, text in {
+        "checkpoint-3/trainer_state.json": "{}",
+        "metrics.json": '{"sets": {}}',
+        "adapter/a": "",
+    }.items():
+        (RUN / name).parent.mkdir(exist_ok=True)
+        (RUN / name).write_text(text)
+    assert door.runs.words_to_train(RUN) == ["train", "runs/my/run.yaml"]
+
+
+def test_dropped_files_are_corrected_and_found_again_by_their_tab(door: Any) -> None:
+    folder = drop(door, "somebody", {"table.csv": "wrong", "a.png": "a"}, "")[door.folder]
+    update = drop(door, "somebody", {"table.csv": "right", "b.png": "b"}, folder)
+    assert "Replaced: table.csv" in update[door.state]
+    assert {path.name: path.read_text() for path in Path(folder).iterdir()} == {
+        "table.csv": "right", "a.png": "a", "b.png": "b",
+    }  # fmt: skip
+    assert door.opened("a tab")[door.folder] == folder
+    assert door.opened("another tab")[door.folder] == ""
+    assert drop(door, "another", {"a.png": "c"}, "")[door.folder] != folder
+
+
+def test_a_model_that_cannot_be_read_leaves_those_that_answer(model: ServedModel) -> None:
+    def read(base: str | None, adapters: Mapping[str, Path]) -> ServedModel:
+        if "broken" in adapters:
+            raise UserError("it has no weights")
+        return model
+
+    models = OpenModels(read, Settings())
+    models.open({"one": Path("one")})
+    engine = models.side.engine
+    with pytest.raises(UserError):
+        models.open({"broken": Path("broken")})
+    assert models.names == model.names
+    assert models.side.engine is not engine  # it was closed: a GPU may not hold both
+    models.close()
