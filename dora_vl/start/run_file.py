@@ -79,7 +79,7 @@ class Data:
 def base_of(model: str | None) -> Base:
     """Returns the base by a folder's config, or by a hub id's name: nothing is fetched.
 
-    Without a name it is what the demo trained where that is, else a small model of the hub.
+    Without a name it is the base that the demo composed where that is, else a small model of the hub.
     """
     name = model or (str(DEMO_BASE) if DEMO_BASE.is_dir() else HUB_BASE)
     folder = Path(name)
