@@ -73,8 +73,6 @@ def main() -> None:
         shoot_training(chromium, DEMO / "tuned", to)
     model = open_served(None, {"demo": DEMO / "adapter"}, base_name="the base")
     with tempfile.TemporaryDirectory() as folder, browser() as chromium:
-        broken = Path(folder) / "holiday.jpg"
-        broken.write_bytes(b"\xff\xd8\xff\xe0" + bytes(900))
         first, second, *_ = sorted((DEMO / "assets/easy_vqa/test/images").glob("*.png"))
         with page_of(model, Path(folder) / "uploads", Settings(max_new_tokens=24)) as (address, _):
             visitor = Visitor(chromium.new_context(viewport=SIZE, color_scheme="light"), address)
@@ -91,9 +89,6 @@ def main() -> None:
             visitor.ask("what color is the shape?")
             visitor.ask("describe the picture")
             shoot(visitor, to / "page_dial.png")
-            visitor.show(broken)
-            visitor.page.locator("#dv-notice .dv-notice").wait_for()
-            shoot(visitor, to / "page_broken_file.png")
 
 
 if __name__ == "__main__":
