@@ -293,7 +293,8 @@ def _by_segment(attend: Callable[..., Any]) -> Callable[..., Any]:
             with sdpa_kernel(SDPBackend.MATH) if short else contextlib.nullcontext():
                 attended = attend(module, *parts, group.sees, *args, **named)[0]
             rows = group.rows.expand_as(group.queries)[group.filled]
-            output = output.index_put((rows, group.queries[group.filled]), attended[group.filled])
+            attended = attended[group.filled].to(output.dtype)  # under autocast it is in half precision
+            output = output.index_put((rows, group.queries[group.filled]), attended)
         return output, None
 
     return run

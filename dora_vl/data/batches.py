@@ -52,6 +52,22 @@ def with_answer(sample: Sample, ids: Tensor, *, weight: float = 1.0) -> Sample:
     )
 
 
+def with_unmatched(groups: Sequence[Sequence[Sample]], number: int) -> list[Sample]:
+    """Adds to a group the answer to the nearest earlier prompt of the batch that is another, if there is one.
+
+    By such answers KTO measures how far the model is from the reference; its own answer would cancel its gain.
+    """
+
+    def prompt(sample: Sample) -> tuple[Sequence[Any], list[int]]:
+        return sample.media, sample.input_ids[: int((sample.labels != IGNORED_LABEL).int().argmax())].tolist()
+
+    first = groups[number][0]
+    for other, *_ in (groups[number - before] for before in range(1, len(groups))):
+        if prompt(other) != prompt(first):
+            return [*groups[number], with_answer(first, other.labels[other.labels != IGNORED_LABEL], weight=0.0)]
+    return list(groups[number])
+
+
 def answers_of(groups: Sequence[Sequence[Sample]]) -> dict[str, Any]:
     """Returns which answers of a batch are compared; each group holds those to one prompt.
 
@@ -110,10 +126,7 @@ class Collator:
         usable = [item for item in items if isinstance(item, Sample)]
         groups = [[*sample.rows()] for sample in usable]
         if self.unmatched:
-            labels = [rows[0].labels[rows[0].labels != IGNORED_LABEL] for rows in groups]
-            groups = [
-                [*rows, with_answer(rows[0], labels[number - 1], weight=0.0)] for number, rows in enumerate(groups)
-            ]
+            groups = [with_unmatched(groups, number) for number in range(len(groups))]
         samples = [row for rows in groups for row in rows]
         batch = self._inputs(samples)
         if self.packing == "plain":

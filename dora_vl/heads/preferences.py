@@ -155,7 +155,7 @@ def cpo(answers: Answers, scale: Scale) -> Float[Tensor, ""]:
 
 def orpo(answers: Answers, scale: Scale) -> Float[Tensor, ""]:
     """-beta log s(o(w) - o(l)) with o = log(q / (1 - q)) and log q = p / n, and what `sft` takes. arXiv 2403.07691."""
-    means = answers.means()
+    means = answers.means().clamp_max(-1e-6)  # at 0 the odds are infinite
     odds = means - torch.log1p(-means.exp())
     return sft(answers, scale) - scale.beta * answers.mean_of_pairs(F.logsigmoid(answers.margins(odds)))
 

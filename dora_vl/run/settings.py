@@ -35,6 +35,8 @@ WITHOUT_REFERENCE = frozenset[LossName]({"sft", "orpo", "simpo", "cpo"})
 """These losses need no log-probabilities of the model as it was when training began."""
 OF_SINGLE_ANSWERS = frozenset[LossName]({"sft", "kto", "bco", "apo_zero", "anchor"})
 """These losses need no pairs: each answer is good or bad by itself."""
+OF_ANY_ANSWERS = frozenset[LossName]({"sft", "kto", "anchor"})
+"""These losses learn a single answer also where other answers of its batch are pairs."""
 Task = Literal["llava", "image_text", "commonsense", "vlbart"]
 Files = str | tuple[str | TrainFile, ...]
 """This is the type of `data.train`, except in a VL-BART's run."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 if TYPE_CHECKING:
@@ -68,6 +68,13 @@ def shard(model: nn.Module, device: torch.device) -> None:
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     register_fsdp_forward_method(model, "generate")  # it runs the vision part before any forward
     vars(model)["_is_fsdp_managed_module"] = True  # so that transformers' generate keeps ranks in step
+
+
+def let_go_of_whole_weights(model: nn.Module) -> None:
+    """Makes FSDP2 gather weights anew from shards that were written to; it may still hold them whole from a pass."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @contextlib.contextmanager

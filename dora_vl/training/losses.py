@@ -19,7 +19,7 @@ from dora_vl.backbones.base import Backbone, Expected
 from dora_vl.core import adapted_layers, trained_parts
 from dora_vl.heads.preferences import Answers, Scale, mean_over, measures, preference_loss
 from dora_vl.heads.rewards import divergence
-from dora_vl.run.sharding import gather_to_write, is_sharded
+from dora_vl.run.sharding import gather_to_write, is_sharded, let_go_of_whole_weights
 
 
 class Reference:
@@ -30,7 +30,7 @@ class Reference:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._layers = [layer for _, layer in adapted_layers(model)]
+        self._model, self._layers = model, [layer for _, layer in adapted_layers(model)]
         self._trained = [weight for part in trained_parts(model) for weight in part.parameters.values()]
         self._start = self._exchange(None)
         self.is_sharded = any(map(is_sharded, model.parameters()))
@@ -56,6 +56,8 @@ class Reference:
                     whole.copy_(values[number])
         for layer in self._layers:
             layer.forget_norms()
+        let_go_of_whole_weights(self._model)
+        torch.clear_autocast_cache()  # it would go on with half-precision copies of the values before
         return before
 
 

@@ -6,6 +6,7 @@ the run asks (Magpie, arXiv 2406.08464). A plain language model continues plain 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -242,16 +243,21 @@ class Replay:
 
 
 def tokens_in_labels(table: ExampleTable, encoder: Encoder) -> float:
-    """Returns about how many tokens of a row are labelled, in the mean over rows at even distances."""
+    """Returns about how many tokens of a row are labelled, in the mean over rows at even distances.
+
+    Rows that cannot be rendered are left to training, which skips and names them.
+    """
     rows = [
         row for row in table.select(range(0, len(table), -(-len(table) // COUNTED_ROWS))) if isinstance(row, Example)
     ]
     counts: list[int] = []
     for row in rows:
         turns = [turn for turn in row.turns if turn.role == "assistant"]
-        texts = ["".join(each) for turn, each in zip(turns, encoder.answers(row), strict=True) if turn.is_trained]
-        counts += [len(encoder.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-    return max(1.0, sum(counts) / max(1, len(rows)))
+        with contextlib.suppress(ValueError):
+            texts = ["".join(each) for turn, each in zip(turns, encoder.answers(row), strict=True) if turn.is_trained]
+            tokens = sum(len(encoder.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+            counts.append(min(tokens, encoder.max_tokens))
+    return max(1.0, sum(counts) / max(1, len(counts)))
 
 
 def is_plain(text: str, repeated: float) -> bool:

@@ -244,6 +244,15 @@ def test_the_same_answer_under_other_pictures_is_a_term_of_its_own(name: str) ->
     assert found["rewards/rejected"].item() == pytest.approx(BETA * gain(LOG_PROBS, 2), rel=1e-12)
 
 
+def test_an_answer_that_is_certain_has_finite_odds() -> None:
+    log_probs = torch.tensor(LOG_PROBS).clone()
+    log_probs[0] = 0.0
+    log_probs.requires_grad_()
+    preference_loss(answers(log_probs), Scale(beta=BETA), {"orpo": 1.0}, of_pictures=NO_PAIRS).backward()
+    assert log_probs.grad is not None
+    assert log_probs.grad.isfinite().all()
+
+
 def test_measures_are_those_of_the_pairs() -> None:
     found = {
         name: value.item()

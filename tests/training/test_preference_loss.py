@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import socket
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch.distributed.tensor import DTensor
 
 from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.backbones.encoder import Encoder, open_encoder
@@ -26,6 +29,7 @@ from dora_vl.heads import next_token
 from dora_vl.heads.preferences import LOSSES, Scale
 from dora_vl.heads.rewards import REWARD_LOSSES
 from dora_vl.run.folder import DRAWN, read_log
+from dora_vl.run.sharding import gather_to_write, shard
 from dora_vl.training.losses import NextTokenLoss, PreferenceLoss, Reference, RewardLoss
 from dora_vl.training.rollouts import ModelAnswers, Rollouts
 from tests.backbones.image_text_conversations import BLUE, RED, inputs_of
@@ -170,6 +174,84 @@ def test_kto_measures_by_answers_to_other_prompts(packing: Any, encoder: Encoder
         for sign, text in ((1, row.turns[-1].text), *((-1, text) for text in row.rejected))
     ]
     assert value == pytest.approx(sum(values) / len(values), rel=1e-4)
+
+
+def test_kto_takes_no_answer_to_the_same_prompt(encoder: Encoder) -> None:
+    samples = items(encoder)
+    collate = Collator(encoder.pad_token_id, packing="plain", compares=True, unmatched=True)
+    assert collate(samples[:1])["weights"].tolist() == [1, -1]
+    good, bad, other = samples[0], replace(samples[0], index=1), samples[1]
+    batch = collate([other, good, bad])
+    unmatched = batch["labels"][(batch["weights"] == 0).nonzero().flatten()]
+    answers_of_rows = [row[row >= 0].tolist() for row in unmatched]
+    texts = [sample.labels[sample.labels >= 0].tolist() for sample in (good, other, other)]
+    assert answers_of_rows == texts
+
+
+def test_half_precision_of_an_engine_does_not_keep_the_reference_in_place(encoder: Encoder, tiny_llava: Path) -> None:
+    """Autocast stores half-precision copies of weights by tensor, and does not see what is written to them."""
+    backbone = open_backbone(str(tiny_llava))
+    apply_dora(backbone.model, DoRAConfig(targets=language_targets(backbone.model), method="full"))
+    reference = Reference(backbone.model)
+    disturb(backbone.model)
+    loss = PreferenceLoss(backbone, objective={"dpo": 1.0}, scale=SCALE, reference=reference)
+    batch = batch_of(encoder, items(encoder), "trees")
+    margin = loss(**batch)["rewards/margin"].item()
+    assert abs(margin) > 0.01
+    with torch.autocast("cpu", torch.bfloat16):
+        assert loss(**batch)["rewards/margin"].item() == pytest.approx(margin, abs=abs(margin) / 4)
+
+
+def gradients_of(loss: PreferenceLoss, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Goes backward from a batch twice; returns the second loss, margin and gradients, whole."""
+    for _ in range(2):
+        loss.zero_grad()
+        output = loss(**batch)
+        output["loss"].backward()
+    values = {"loss": output["loss"].detach(), "margin": output["rewards/margin"].detach()}
+    for part in trained_parts(loss.backbone.model):
+        for name, weight in part.parameters.items():
+            assert weight.grad is not None
+            gradient: Any = weight.grad
+            values[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+    return values
+
+
+def on_a_rank(rank: int, port: int, folder: Path) -> None:
+    """Compares the loss of sharded weights with that of whole ones; both ranks have the same batch."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    encoder, values = open_encoder(str(folder), max_tokens=512), list[dict[str, torch.Tensor]]()
+    for is_sharded in (False, True):
+        backbone = open_backbone(str(folder))
+        parts = {"projector": projector_patterns(backbone.model)}
+        torch.manual_seed(3)
+        apply_dora(
+            backbone.model,
+            DoRAConfig(targets=language_targets(backbone.model), rank=2, alpha=6.0, dropout=0.0, also_train=parts),
+        )
+        if is_sharded:
+            shard(backbone.model, torch.device("cpu"))
+        reference, generator = Reference(backbone.model), torch.Generator().manual_seed(1)
+        for part in trained_parts(backbone.model):
+            for weight in part.parameters.values():
+                with torch.no_grad(), gather_to_write([weight]) as (whole,):
+                    whole.add_(torch.randn(whole.shape, generator=generator) * 0.1)
+        loss = PreferenceLoss(backbone, objective={"dpo": 1.0}, scale=SCALE, reference=reference)
+        values.append(gradients_of(loss.train(), batch_of(encoder, items(encoder), "trees")))
+    assert abs(values[0]["margin"].item()) > 1e-3
+    torch.testing.assert_close(values[1], values[0], rtol=1e-3, atol=1e-6)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_the_reference_of_sharded_weights_on_two_ranks(tiny_llava: Path) -> None:
+    """FSDP2 may hold a projector whole from the pass before; the exchange must reach it all the same."""
+    with socket.socket() as waiting:
+        waiting.bind(("127.0.0.1", 0))
+        port = waiting.getsockname()[1]
+    torch.multiprocessing.start_processes(on_a_rank, args=(port, tiny_llava), nprocs=2, start_method="spawn")
 
 
 def test_what_the_reference_says_is_kept_for_later_epochs(encoder: Encoder, backbone: DecoderBackbone) -> None:

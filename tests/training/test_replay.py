@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +13,13 @@ import torch
 
 from dora_vl.backbones.encoder import open_encoder
 from dora_vl.data.example import Example
+from dora_vl.data.table import load_rows
 from dora_vl.errors import SettingError
 from dora_vl.evaluation.assistant import EncoderPrompts
 from dora_vl.run.folder import run_folder_of
 from dora_vl.run.settings import ModelConfig
 from dora_vl.training import replay
-from dora_vl.training.replay import ChatWriter
+from dora_vl.training.replay import ChatWriter, tokens_in_labels
 from tests.backbones.tiny_language import byte_tokenizer, write_tiny_language
 from tests.training.launched import launch
 from tests.training.tiny_run import MakeRun, check_resume, decoder_run, losses_of, refused_key, trained, write_chats
@@ -193,6 +195,25 @@ def test_sharded_ranks_learn_chats_as_one_rank_does(make_run: MakeRun, tmp_path:
     losses = losses_of(folders[0])
     assert losses[0] - losses[-1] > 0.1
     torch.testing.assert_close(losses_of(folders[1]), losses, atol=1e-3, rtol=0)
+
+
+def test_labelled_tokens_are_counted_as_they_are_trained(chatml_base: Path, tmp_path: Path) -> None:
+    """What is cut does not count, and a row that cannot be rendered is left to training."""
+    encoder = open_encoder(str(chatml_base), template="chatml", max_tokens=40)
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+
+    def tokens_of(*rows: tuple[str, list[Any]]) -> float:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+        turns = [[{"role": "user", "content": "Say."}, {"role": "assistant", "content": text}] for text, _ in rows]
+        path.write_text(
+            json.dumps([{"messages": each, "tools": used} for each, (_, used) in zip(turns, rows, strict=True)])
+        )
+        return tokens_in_labels(load_rows(str(path)), encoder)
+
+    short, long, unrendered = ("abcdefgh", []), ("long " * 100, []), ("abcdefgh", tools)
+    assert 8 < tokens_of(short) < 20
+    assert tokens_of(short, long) == (tokens_of(short) + 40) / 2
+    assert tokens_of(short, unrendered) == tokens_of(short)
 
 
 @pytest.mark.parametrize(
