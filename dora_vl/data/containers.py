@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import lzma
+import os
 import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -41,6 +44,8 @@ from dora_vl.errors import UserError, one_line, shown_names
 
 if TYPE_CHECKING:
     import datasets
+
+_log = logging.getLogger(__name__)
 
 BESIDE_ARROW = ("dataset_info.json", "state.json", "dataset_dict.json")
 """`datasets` writes these beside the Arrow files of a folder; they hold no rows."""
@@ -409,6 +414,7 @@ def picture_folder(folder: Path) -> PictureFolder | None:
 
 
 RUN_FILE = "run.yaml"  # `dora-vl init` writes it into the folder of a run
+LINKED = "a link that is not followed"
 
 
 def files_below(folder: Path) -> Iterator[Path]:
@@ -419,6 +425,37 @@ def files_below(folder: Path) -> Iterator[Path]:
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if path.is_file() and not hidden and runs.isdisjoint(path.parents):
             yield path
+
+
+def overlooked(folder: Path, media: Iterable[Path]) -> str:
+    """Says in a line which folders below one hold none of its pictures and videos, and why; empty where each does."""
+    direct = {path.parent for path in media}
+    read = {parent for path in direct for parent in (path, *path.parents)}
+    reasons: dict[Path, str] = {}
+    for at, names, _ in os.walk(folder):
+        below = [Path(at, name) for name in sorted(names) if not name.startswith(".")]
+        names.clear()
+        for path in below:
+            if path.is_symlink():
+                reasons[path] = LINKED
+            elif path not in read and (files := list(files_below(path))):
+                reasons[path] = f"{shown_names({file.suffix or file.name: None for file in files}, 4)} not read"
+            elif path not in read and not any(next(os.walk(path), ("", [], []))[1:]):
+                reasons[path] = "empty or locked"
+            elif not (path / RUN_FILE).exists():
+                names.append(path.name)
+    if not reasons:
+        return ""
+    lines = (f"{path.relative_to(folder)} ({reason})" for path, reason in sorted(reasons.items()))
+    remedy = "; data.follow_links follows links to files alone: copy a linked folder" * (LINKED in reasons.values())
+    return f"{folder}: no row of {shown_names(lines, longest=80)}{remedy}"
+
+
+@lru_cache
+def _log_overlooked(line: str) -> None:
+    """Logs what was overlooked once, however often the folder is read."""
+    if line:
+        _log.warning("%s", line)
 
 
 def find_files(path: Path) -> DataFiles:
@@ -442,6 +479,7 @@ def find_files(path: Path) -> DataFiles:
     if pictures is not None and pictures.says_what:
         if len(names := {str(row.get("split")) for row in pictures.fields.values()}) > 1:
             raise UserError(f"{path}: pictures of several splits, {shown_names(sorted(names))}; name the folder of one")
+        _log_overlooked(overlooked(path, pictures.fields))
         return pictures
     if not files:
         below = sorted(each.name for each in path.iterdir() if each.is_dir())[:5]

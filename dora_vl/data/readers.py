@@ -43,6 +43,7 @@ from dora_vl.data.turns import (
     Turn,
     Unusable,
     arrange,
+    refuse_places,
 )
 from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, NO_SAMPLE, ON_THE_WEB, BadSample, UserError, shown, shown_names
 
@@ -521,6 +522,7 @@ def _compared(example: Example, row: Row) -> Example:
         raise Unusable(f"it has {len(example.images)} pictures and {len(others)} rejected_images")
     chosen = example.turns[-1].text
     rejected = (chosen,) if is_nothing(row.get("rejected")) and others else _rejected(row.get("rejected"))
+    refuse_places(rejected, has_videos=bool(example.videos), kind="rejected answer")
     if not others and chosen.strip() in {text.strip() for text in rejected}:
         raise Unusable("its rejected answer is the chosen one")
     return replace(example, rejected=rejected, rejected_images=others, image_bytes=stored)

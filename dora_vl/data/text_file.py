@@ -170,6 +170,15 @@ def json_lines(path: Path, kind: str) -> Iterator[tuple[int, dict[str, object]]]
             yield number, value
 
 
+_STATED = re.compile(r'"?sep=([^\w\s"]|\t)"?\n?', re.IGNORECASE)
+
+
+def stated_delimiter(line: str) -> str | None:
+    """Returns the delimiter that a first line states for Excel, such as `sep=;`; None for any other line."""
+    stated = _STATED.fullmatch(line)
+    return stated[1] if stated else None
+
+
 _END = "\x1eend of the table\x1e"
 """Stands after the last line: inside an open quotation the table's reader would take the rest of the file for a cell
 and end as if nothing were wrong (its strict form would refuse marks in the middle of a cell too)."""
@@ -180,16 +189,24 @@ def table_rows(
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Yields the rows of a CSV or TSV file by column, with the number of each one's last line; all values are text.
 
-    `columns` has their names where the file has no line for them.
+    `columns` has their names where the file has no line for them. A first line such as `sep=;` is followed and skipped.
+    Empty columns without a name, as Excel writes them, are dropped; it also leaves such cells out at a row's end. The
+    first column may lack a name: pandas and R number the rows there.
     """
     csv.field_size_limit(LONGEST_LINE_BYTES)
     lines = (line.replace("\r\n", "\n") for _, line in _lines(path, kind, encoding))
-    reader = csv.reader(chain(lines, [_END]), delimiter=delimiter)
+    first = next(lines, "")
+    if not columns and (stated := stated_delimiter(first)) is not None:
+        delimiter, first = stated, ""  # a blank line instead, so that the numbers of lines stay
+    reader = csv.reader(chain([first], lines, [_END]), delimiter=delimiter)
     try:
-        heads = list(columns) or next(reader)
+        heads = list(columns) or next(filter(None, reader))
         if heads == [_END]:
             return  # an empty file
-        if twice := [name for name in heads if heads.count(name) > 1]:
+        named = [index for index, name in enumerate(heads) if index == 0 or name.strip()]
+        nameless = [index for index in range(len(heads)) if index not in named]
+        names = [heads[index] for index in named]
+        if twice := [name for name in names if names.count(name) > 1]:
             raise UserError(f"{path}: two columns are called {shown_text(twice[0])!r}; fetch or write the file again")
         begins = reader.line_num + 1
         for values in filter(None, reader):
@@ -197,10 +214,13 @@ def table_rows(
                 return
             if values[-1].endswith(_END):
                 break
-            if len(values) != len(heads):
+            if not named[-1] < len(values) <= len(heads):
                 counts = f"{len(values)} values for {len(heads)} columns"
                 raise UserError(f"{path}, line {reader.line_num}: {counts}; fetch or write the file again")
-            yield reader.line_num, dict(zip(heads, values, strict=True))
+            if cells := [values[index] for index in nameless if index < len(values) and values[index].strip()]:
+                remedy = "name its column in the first line, or empty it"
+                raise UserError(f"{path}, line {reader.line_num}: {shown(cells[0])} has no column name; {remedy}")
+            yield reader.line_num, dict(zip(names, (values[index] for index in named), strict=True))
             begins = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: not the table expected: {error}") from None

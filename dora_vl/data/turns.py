@@ -104,7 +104,8 @@ def arrange(
     it is, because moving them would lose which picture the text speaks of. Where no turn has a placeholder, the
     pictures come before the first question. The original folds repeated placeholders of one turn into one; here any
     other count than that of the pictures is an error. Videos have `<video>`, which stays where it is, or go before the
-    first question; where a sample has no picture, `<image>` may stand for them, as in LLaVA-Video's sets.
+    first question; where a sample has no picture, `<image>` may stand for them, as in LLaVA-Video's sets. An answer
+    holds neither: no base answers in pictures.
     """
     system = [turn for turn in turns[:1] if turn.role == "system"]
     conversation = [*turns[len(system) :]]
@@ -112,6 +113,7 @@ def arrange(
     _check_order(conversation)
     system = [turn for turn in system if turn.text.strip()]
     images, conversation = _by_number(images, conversation)
+    refuse_places([turn.text for turn in conversation if turn.role == "assistant"], has_videos=bool(videos))
 
     def places(placeholder: str) -> int:
         return sum(turn.text.count(placeholder) for turn in (*system, *conversation))
@@ -155,6 +157,16 @@ def _check_order(conversation: Sequence[Turn]) -> None:
         raise Unusable("its last question has no answer", NO_ANSWER)
     if not any(turn.is_trained for turn in answers):
         raise Unusable("none of its answers is to be trained on", NO_ANSWER)
+
+
+def refuse_places(answers: Sequence[str], *, has_videos: bool, kind: str = "answer") -> None:
+    """Refuses answers with the place of a picture or video: no base answers in those."""
+    placeholders = (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER) if has_videos else (IMAGE_PLACEHOLDER,)
+    for number, text in enumerate(answers, 1):
+        for placeholder in placeholders:
+            if placeholder in text:
+                reason = f"{kind} {number} of {len(answers)} holds {placeholder}, a place that only questions have"
+                raise Unusable(f"{reason}; write it otherwise, or leave the row out", "placeholder in an answer")
 
 
 def out_of_order(conversation: Sequence[Turn]) -> str | None:

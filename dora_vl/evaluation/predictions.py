@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dora_vl.data.text_file import json_lines, stream_values, table_rows, text_lines
+from dora_vl.data.text_file import json_lines, stated_delimiter, stream_values, table_rows, text_lines
 from dora_vl.errors import UserError, shown, shown_names
 
 log = logging.getLogger(__name__)
@@ -159,7 +159,10 @@ def _json_rows(path: Path) -> Iterator[Prediction]:
 
 
 def _table_rows(path: Path, delimiter: str) -> Iterator[Prediction]:
-    header = next((line for _, line in text_lines(path, WANTED)), "")
+    lines = (line for _, line in text_lines(path, WANTED))
+    header = next(lines, "")
+    if (stated := stated_delimiter(header)) is not None:
+        delimiter, header = stated, next(lines, "")
     names = {cell.strip('"') for cell in header.split(delimiter)}
     if names & set(IDS) and names & {*MODEL_ANSWERS, *ANSWERS}:
         for number, row in table_rows(path, WANTED, delimiter=delimiter):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from dora_vl.data.check import DOUBTS, FileCheck, MediaCheck, add_columns, columns_of, table
 from dora_vl.data.columns import USUAL, Columns, column_lines
-from dora_vl.data.containers import RUN_FILE, DataFiles, PictureFolder, find_files
+from dora_vl.data.containers import RUN_FILE, DataFiles, PictureFolder, find_files, overlooked
 from dora_vl.data.example import Example
 from dora_vl.data.picture_files import picture_facts
 from dora_vl.data.pictures import MediaFolder, path_inside, save_picture
@@ -79,8 +79,11 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     to, replaces = _target(arguments)
     base, columns = base_of(arguments.model), columns_of(arguments)
     records = find_files(arguments.questions) if arguments.questions else find_questions(folder, columns)
-    if isinstance(records, PictureFolder) and (others := [path.name for path in data_files(folder)]):
-        yield f"no questions in {shown_names(others)}: left out"
+    if isinstance(records, PictureFolder):
+        if others := [path.name for path in data_files(folder)]:
+            yield f"no questions in {shown_names(others)}: left out"
+        if missed := overlooked(Path(records.name), records.fields):
+            yield missed
     with whole_folder(to) as staging:
         look = look_at(folder, records, media_to=staging, columns=columns)
         yield from look.lines()

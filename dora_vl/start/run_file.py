@@ -20,11 +20,13 @@ from safetensors import SafetensorError, safe_open
 from dora_vl.data.columns import USUAL, Columns
 from dora_vl.data.containers import (
     BESIDE_ARROW,
+    NO_SAMPLES,
     DataFiles,
     ending_of,
     files_below,
     find_files,
     is_data_file,
+    overlooked,
     picture_folder,
 )
 from dora_vl.data.pictures import MediaFolder, path_inside
@@ -177,25 +179,30 @@ def find_questions(folder: Path, columns: Columns = USUAL) -> DataFiles:
         names = shown_names(path.relative_to(folder) for path in usable)
         raise UserError(f"{folder}: {len(usable)} files hold questions, {names}; name one with --questions FILE")
     pictures = picture_folder(folder)
+    unread = [problems.pop(path) for path in paths if ending_of(path) in NO_SAMPLES][:1]
+    missed = overlooked(folder, pictures.fields if pictures else ())
+    advice = "".join(f"{reason}; " for reason in (*unread, missed) if reason)
     asking = Columns(columns.roles, columns.ignored, ASK)
     answers = [path for path in paths if _why_no_questions(path, asking) is None]
     labelled = pictures if pictures is not None and pictures.says_what else None
     if not columns.ask and (answers or (labelled is not None and not labelled.has_texts)):
         what = answers[0] if answers else f"{folder}, a folder for each answer"
-        raise UserError(f'{what}: answers without a question; say it: dora-vl init {quote(str(folder))} --ask "{ASK}"')
+        command = f'dora-vl init {quote(str(folder))} --ask "{ASK}"'
+        raise UserError(f"{advice}{what}: answers without a question; say it: {command}")
     if labelled is not None:
         return labelled
     if problems:
         first, problem = next(iter(problems.items()))
         raise UserError(
-            f"{folder}: none of its {len(problems)} data files holds questions; {problem} (columns such as {EXAMPLE}, "
-            f"or a format of docs/data.md){'' if len(problems) == 1 else f'; that is the first, {first.name}'}"
+            f"{advice}{folder}: none of its {len(problems)} data files holds questions; {problem} (columns such as "
+            f"{EXAMPLE}, or a format of docs/data.md)"
+            f"{'' if len(problems) == 1 else f'; that is the first, {first.name}'}"
         )
     count = 0 if pictures is None else len(pictures.files)
     raise UserError(
-        f"{folder}: {count:,} pictures, and nothing says what they show: put each in a folder named by the answer, a "
-        f".txt of its name beside each, or write a questions.csv with the first line {EXAMPLE} and a line for each "
-        "question (--questions FILE names one elsewhere)"
+        f"{advice}{folder}: {count:,} pictures, and nothing says what they show: put each in a folder named by the "
+        f"answer, a .txt of its name beside each, or write a questions.csv with the first line {EXAMPLE} and a line "
+        "for each question (--questions FILE names one elsewhere)"
     )
 
 
@@ -243,10 +250,10 @@ def picture_files(folder: Path) -> Iterator[Path]:
 
 
 def data_files(folder: Path) -> Iterator[Path]:
-    """Lists data files below a folder, a folder of Parquet, Arrow or tar shards as one."""
+    """Lists data files below a folder, a folder of Parquet, Arrow or tar shards as one; also those of `NO_SAMPLES`."""
     seen: set[Path] = set()
     for path in files_below(folder):
-        if not is_data_file(path):
+        if not is_data_file(path) and ending_of(path) not in NO_SAMPLES:
             continue
         siblings = sum(other.suffix.lower() == path.suffix.lower() for other in path.parent.iterdir())
         is_shard = siblings > 1 or (path.parent / BESIDE_ARROW[0]).is_file()

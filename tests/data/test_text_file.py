@@ -36,11 +36,28 @@ def test_a_byte_order_mark_and_blank_lines_are_no_content(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    ("content", "begins"),
+    [
+        ("sep=;\r\nid;answer\r\n1;a\r\n2;b\r\n", 3),
+        ('"SEP=\t"\nid\tanswer\n1\ta\n2\tb\n', 3),
+        ("id,answer,,\n1,a\n2,b, ,\n", 2),
+        ("id,,answer\n1,,a\n2,,b\n", 2),
+    ],
+)
+def test_what_excel_writes_around_a_table_is_no_content(tmp_path: Path, content: str, begins: int) -> None:
+    (tmp_path / "a.csv").write_text(content, newline="")
+    expected = [(begins, {"id": "1", "answer": "a"}), (begins + 1, {"id": "2", "answer": "b"})]
+    assert list(table_rows(tmp_path / "a.csv", "rows", delimiter=",")) == expected
+
+
+@pytest.mark.parametrize(
     "content",
     [
         "id,answer\n1,a\n2\n",
         "id,answer\n1,yes, it is\n",
         "id,answer,id\n1,2,3\n",
+        "id,answer,\n1,2,\n3,4,5\n",
+        "id,answer,\n1\n",
         'id,answer\n1,"a\n2,b\n',
         'id,answer\n1,"' + "a" * 120 + "\n" + "b" * 120 + '"\n',
     ],

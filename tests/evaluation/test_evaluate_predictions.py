@@ -254,6 +254,7 @@ def test_what_the_model_said_goes_before_the_true_answer(tmp_path: Path, key: st
         ("p.jsonl", rows),
         ("p.csv", f"id,{true},{key}\na,cat,dog\nb,owl,owl\n"),
         ("only.csv", f"id,{key}\na,dog\nb,owl\n"),
+        ("stated.csv", f"sep=;\nid;{key};\na;dog;\nb;owl\n"),
     ):
         assert answers_in(tmp_path / name, content) == {"a": "dog", "b": "owl"}
 

@@ -392,6 +392,23 @@ def test_what_says_nothing_is_one_line_with_what_to_do(capsys: pytest.CaptureFix
         assert told(capsys, *words).count("\n") == 1
     classes(Path("my shapes"), {"circle": 3, "square": 3})
     assert "dora-vl init 'my shapes' --ask" in told(capsys, "my shapes")
+    for folder in ("my shapes", "alone"):
+        Path(folder, "questions.xlsx").write_bytes(b"PK")
+        assert told(capsys, folder).startswith(f"error: {folder}/questions.xlsx")
+    Path("alone/square").symlink_to(Path("my shapes/square").resolve())
+    assert "square" in told(capsys, "alone", *ASK)
+
+
+def test_what_is_beside_a_folder_a_class_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    classes(Path("my"), {"circle": 10, "square": 10})
+    classes(Path("my"), {"star": 2}, "ppm")
+    classes(Path("elsewhere"), {"heart": 2})
+    Path("my/heart").symlink_to(Path("elsewhere/heart").resolve())
+    Path("my/questions.xlsx").write_bytes(b"PK")
+    lines = lines_of(capsys, "my", *ASK)
+    assert any("questions.xlsx" in line for line in lines)
+    assert sum("star" in line and "heart" in line for line in lines) == 1
+    assert answers("runs/my/test.jsonl").keys() == {"circle", "square"}
 
 
 def test_what_is_probably_not_meant_is_named_and_kept(capsys: pytest.CaptureFixture[str]) -> None:

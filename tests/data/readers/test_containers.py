@@ -135,6 +135,8 @@ TABLE = "Image,Question ,answer\na.png,Wie groß?,größer; „so“\n"
         ("a.csv", TABLE.replace(",", ";").replace("; „", " „").encode()),
         ("a.csv", TABLE.replace(",", "\t").encode()),
         ("a.csv", TABLE.encode("utf-16")),
+        ("a.csv", b"sep=|\r\n" + TABLE.replace(",", "|").encode()),
+        ("a.csv", TABLE.replace("; ", " ").replace(",", ";").replace("\n", ";;\n").encode("utf-16")),
         ("a.csv", TABLE.encode("cp1252")),
         ("a.csv", TABLE.encode("utf-8-sig")),
         ("a.csv.gz", gzip.compress(TABLE.encode("utf-16"), mtime=0)),
@@ -314,6 +316,22 @@ def test_a_folder_a_class_is_read_alike_by_a_table_a_stream_and_a_test(tmp_path:
         (name, "What is it?", answer) for name, answer in expected
     ]
     assert not FileCheck(folder, columns=ASKED).run().findings
+
+
+def test_folders_that_give_no_row_are_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = pictures(tmp_path / "my", "cat/1.png", "dog/1.png", "dog/more/1.ppm", ".git/1.ppm", "runs/a/media/1.png")
+    (folder / "runs/a/run.yaml").touch()
+    assert len([*find_files(folder).rows()]) == 2
+    elsewhere = pictures(tmp_path / "elsewhere", "1.png")
+    for link in ("owl", "cat/old"):
+        (folder / link).symlink_to(elsewhere)
+    (folder / "empty").mkdir()
+    for _ in range(2):
+        assert len([*find_files(folder).rows()]) == 2
+    first, second = (record.getMessage() for record in caplog.records if record.name.endswith("containers"))
+    assert [name in first for name in ("dog/more", "owl")] == [True, False]
+    assert all(name in second for name in ("cat/old", "dog/more", ".ppm", "empty", "owl", "data.follow_links"))
+    assert not any(name in second for name in (".git", "runs"))
 
 
 def test_a_picture_that_is_alone_is_not_taken_for_json(tmp_path: Path) -> None:
