@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from io import BytesIO
 from itertools import chain, combinations
 from pathlib import Path
+from posixpath import normpath
 from typing import BinaryIO
 
 from tqdm import tqdm
@@ -139,7 +140,8 @@ def asked_and_told(example: Example) -> tuple[str, str, str]:
         words = ""  # several answers to one question are what such rows are for
     replies = _said(example, "assistant") or [answer.text for answer in example.answers]
     # The same about another part of a video, or another order of pictures, is another question.
-    media = [*example.images, *map(str, example.videos), str(example.extra.get("order", ""))]
+    clips = [replace(clip, path=normpath(clip.path)) for clip in example.videos]
+    media = [*map(normpath, example.images), *map(str, clips), str(example.extra.get("order", ""))]
     return words, "\0".join(filter(None, media)), "\0".join(replies)
 
 

@@ -629,12 +629,32 @@ def _says(question: str, texts: Sequence[str]) -> bool:
 
 
 def _answer(value: object, name: str = "answer") -> str:
-    """Returns the most frequent of several answers, each text or an object; SQuAD's are a list in an object."""
+    """Returns the most frequent of several answers, the first of equals."""
+    return next(iter(_answers(value, name)), "")
+
+
+def _answers(value: object, name: str = "answer") -> list[str]:
+    """Returns the distinct answers, the most frequent first; each is text or an object, SQuAD's a list in an object."""
     value = _in_object(value)
     listed = value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
     texts = [_text(_in_object(entry), name) for entry in listed]
-    counted = Counter(text for text in texts if text.strip())
-    return counted.most_common(1)[0][0] if counted else ""
+    return [text for text, _ in Counter(text for text in texts if text.strip()).most_common()]
+
+
+def several_answers(row: Row, columns: Columns) -> tuple[Answer, ...]:
+    """Returns the right answers of a row that can be read and has several, the trained one first; of others nothing."""
+    resolved = columns.resolve(row, strict=False)
+    fields, texts = resolved.fields, list[str]()
+    if resolved.format is None or fields.get("turns") or not is_nothing(fields.get("choices")):
+        return ()  # a conversation ends with one answer, and one choice is right
+    if resolved.format.name == "records":
+        heaviest_first = sorted(read_record({**fields, "id": "-"}).answers, key=lambda answer: -answer.weight)
+        texts = [text for text in dict.fromkeys(answer.text for answer in heaviest_first) if text.strip()]
+    elif role := next((role for role in ("answer", "caption") if role in fields), None):
+        texts = _answers(fields[role], role)
+    # A half of a surrogate pair, which no file can hold, is spelled out.
+    written = [text.encode("utf-8", "backslashreplace").decode() for text in texts]
+    return tuple(Answer(text=text) for text in written) if len(written) > 1 else ()
 
 
 ANSWER_KEYS = ("answer", "text", "start", "answer_start", "answer_id", "answer_confidence")

@@ -11,9 +11,11 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
+from posixpath import normpath
 from typing import Any, BinaryIO
 
 import datasets
@@ -26,16 +28,16 @@ from filelock import FileLock
 from dora_vl.data.check import CONTRADICTION, DOUBTS, NO_PICTURE, Finding, asked_and_told, doubts_of
 from dora_vl.data.columns import USUAL, Columns, TrainFile, column_lines
 from dora_vl.data.containers import DataFiles, find_files
-from dora_vl.data.example import Example, named_in
+from dora_vl.data.example import Answer, Example, named_in
 from dora_vl.data.pictures import StoredPictures
-from dora_vl.data.readers import RowReader, check_usable
+from dora_vl.data.readers import RowReader, check_usable, several_answers
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Clip, Turn
 from dora_vl.errors import BadSample, UserError
 from dora_vl.files import unfinished
 
 _log = logging.getLogger(__name__)
 
-TABLE_VERSION = 13  # part of the cache's key: raise it when columns or their meaning change
+TABLE_VERSION = 16  # part of the cache's key: raise it when columns or their meaning change
 ROWS_A_BATCH = 4096
 SHARES = "data.validation_share (of init: --test-share)"
 DRAWS = 100
@@ -58,6 +60,7 @@ _SCHEMA = pa.schema(
         ("rejected", pa.list_(pa.string())),
         ("rejected_images", pa.list_(pa.string())),
         ("is_good", pa.bool_()),
+        ("answers", pa.list_(pa.string())),
         ("problem", pa.string()),
         ("length", pa.int32()),
         ("format", pa.string()),
@@ -69,7 +72,9 @@ _SCHEMA = pa.schema(
         ("group", pa.string()),
     ]
 )
-_EXAMPLE_COLUMNS = ["id", "images", "videos", "turns", "rejected", "rejected_images", "is_good", "problem"]
+_EXAMPLE_COLUMNS = [
+    *("id", "images", "videos", "turns", "rejected", "rejected_images", "is_good", "answers", "problem")
+]
 
 
 def load_table(path: Path, *, columns: Columns = USUAL) -> datasets.Dataset:
@@ -147,6 +152,7 @@ def _batches(data: DataFiles, columns: Columns) -> Iterator[list[dict[str, Any]]
             row |= {"images": (), "videos": (), "turns": ()}
         else:
             words, media, answer = asked_and_told(example)
+            example = replace(example, answers=several_answers(record, columns))
             new = {name: content for name, content in example.image_bytes.items() if name not in pictures}
             pictures |= new.keys()
             row |= {
@@ -157,6 +163,7 @@ def _batches(data: DataFiles, columns: Columns) -> Iterator[list[dict[str, Any]]
                 "rejected": example.rejected,
                 "rejected_images": example.rejected_images,
                 "is_good": example.is_good,
+                "answers": [right.text for right in example.answers],
                 "length": sum(
                     len(text.split())
                     for text in (*(f"{turn.text} {turn.more}" for turn in example.turns), *example.rejected)
@@ -184,7 +191,8 @@ def characters_of(row: Example | BadSample) -> int:
     """Counts the characters and bytes that a row holds."""
     if isinstance(row, BadSample):
         return len(row.reason)
-    texts = (row.id, *row.images, *(clip.path for clip in row.videos), *(turn.text + turn.more for turn in row.turns))
+    texts = [row.id, *row.images, *(clip.path for clip in row.videos), *(turn.text + turn.more for turn in row.turns)]
+    texts += [answer.text for answer in row.answers]
     return sum(map(len, texts)) + sum(map(len, row.image_bytes.values()))
 
 
@@ -280,7 +288,7 @@ def _example(row: Mapping[str, Any]) -> Example | BadSample:
         return BadSample(row["id"], row["problem"])
     turns, videos = (Turn(**turn) for turn in row["turns"]), (Clip(**clip) for clip in row["videos"])
     about: dict[str, Any] = {name: tuple(row[name] or ()) for name in ("rejected", "rejected_images")}
-    about |= {"is_good": row["is_good"]}
+    about |= {"is_good": row["is_good"], "answers": tuple(Answer(text=text) for text in row["answers"] or ())}
     return Example(row["id"], tuple(row["images"]), tuple(turns), tuple(videos), **about)
 
 
@@ -306,7 +314,11 @@ def load_training_rows(
     if share:
         columns_that_bind = (rows["images"], rows["videos"], rows["group"])
         media = (
-            [*images, *(f"video/{clip['path']}" for clip in clips), *([] if group is None else [f"group/{group}"])]
+            [
+                *map(normpath, images),
+                *(f"video/{normpath(clip['path'])}" for clip in clips),
+                *([] if group is None else [f"group/{group}"]),
+            ]
             for images, clips, group in zip(*columns_that_bind, strict=True)
         )
         held_out = held_out_places(rows["id"], media, share=share, seed=seed)
@@ -387,7 +399,7 @@ def held_out_places(
             chosen.add(group)
             left[class_of[group]] -= sizes[group]
     if not chosen or len(chosen) == len(sizes):
-        why = "samples of one picture stay together; give another share, or more pictures"
+        why = "samples of one picture, or of one question without any, stay together; give another share, or more"
         raise UserError(f"{SHARES} {share:g} of {len(groups)} samples cannot be held out: {why}")
     return np.array([index for index, group in enumerate(groups) if group in chosen], np.int64)
 
@@ -436,20 +448,28 @@ def doubtful(rows: datasets.Dataset) -> list[Finding]:
 def overlap(rows: datasets.Dataset, questions: Iterable[tuple[str, tuple[str, ...], str]]) -> list[tuple[str, str]]:
     """Returns the ids of a training sample and of the test's question that it holds, for each such sample.
 
-    Questions are id, pictures named as in `rows`, and text; those without pictures are left out.
+    Questions are id, pictures below the folder of those in `rows`, and text: of words alone all that was asked so far.
     """
 
     def words(text: str) -> str:
         return " ".join(text.replace(IMAGE_PLACEHOLDER, " ").split())
 
-    question_ids = {(images, words(text)): question for question, images, text in questions if images}
-    pictures = pa.array(sorted({name for names, _ in question_ids for name in names}), pa.string())
+    question_ids = {(tuple(map(normpath, images)), words(text)): question for question, images, text in questions}
+    paths = {name for names, _ in question_ids for name in names}
     names = _column(rows, "images")
-    is_asked = pc.call_function("is_in", [names.flatten()], pc.SetLookupOptions(pictures))  # still in Arrow
-    indices = np.repeat(np.arange(len(names)), np.array(names.value_lengths()))[np.array(is_asked, bool)]
-    about = rows.select(np.unique(indices))
+    spellings = [name for name in names.flatten().unique().to_pylist() if normpath(name) in paths]
+    lookup = pc.SetLookupOptions(pa.array(spellings, pa.string()))
+    is_asked = pc.call_function("is_in", [names.flatten()], lookup)  # still in Arrow
+    counts = np.array(names.value_lengths())
+    indices = np.unique(np.repeat(np.arange(len(names)), counts)[np.array(is_asked, bool)])
+    if any(not images for images, _ in question_ids):
+        has_videos = np.array(_column(rows, "videos").value_lengths()) > 0
+        indices = np.union1d(indices, np.flatnonzero((counts == 0) & ~has_videos))
+    about = rows.select(indices)
     pairs: list[tuple[str, str]] = []
     for sample, images, turns in zip(about["id"], about["images"], about["turns"], strict=True):
-        keys = [(tuple(images), words(turn["text"])) for turn in turns if turn["role"] != "assistant"]
+        texts = [words(turn["text"]) for turn in turns if turn["role"] != "assistant"]
+        pictures = tuple(map(normpath, images))
+        keys = [(pictures, text) for text in (texts if pictures else accumulate(texts, "{} {}".format))]
         pairs += [(sample, question_ids[key]) for key in keys if key in question_ids][:1]
     return pairs

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from dora_vl.data.columns import USUAL, Columns, ColumnsError
 from dora_vl.data.containers import find_files
-from dora_vl.data.example import MIDDLE_FRAME, Answer, Example, named_in
-from dora_vl.data.readers import id_of, read_row
+from dora_vl.data.example import MIDDLE_FRAME, Answer, CountedFromOne, Example, named_in
+from dora_vl.data.readers import id_of, read_row, several_answers
 from dora_vl.data.text_file import stream_values
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample, UserError, shown, shown_text
@@ -35,6 +35,11 @@ def text_asked(example: Example) -> str:
     return (text.replace(VIDEO_PLACEHOLDER, "") if example.videos else text).strip()
 
 
+def all_asked(example: Example) -> str:
+    """Returns what was said to the model up to the last question."""
+    return "\n".join(turn.text for turn in turns_asked(example) if turn.role != "assistant")
+
+
 def kind_of(example: Example) -> str | None:
     """Returns the kind of question, by which accuracies are told apart."""
     kind = example.extra.get("kind")
@@ -42,11 +47,18 @@ def kind_of(example: Example) -> str | None:
 
 
 def last_round(conversation: Example) -> Example:
-    """Returns the last round of a conversation as an example; earlier rounds keep their true answers."""
+    """Returns the last round of a conversation as an example; earlier rounds keep their true answers.
+
+    Its right answers are the last one, first, and the others where the conversation names several; of one that is to be
+    avoided there are none.
+    """
     *turns, answer = conversation.turns
     if answer.more:
         raise BadSample(conversation.id, "its last answer calls a tool, and scores compare texts")
-    example = replace(conversation, turns=tuple(turns), answers=(Answer(text=answer.text),))
+    named = [right.text for right in conversation.answers]
+    texts = dict.fromkeys([answer.text, *named] if answer.text in named else [answer.text])
+    answers = () if conversation.is_good is False else tuple(Answer(text=text) for text in texts)
+    example = replace(conversation, turns=tuple(turns), answers=answers)
     return replace(example, question=text_asked(example))
 
 
@@ -57,7 +69,7 @@ def example_of_row(row: Mapping[str, object], columns: Columns = USUAL) -> Examp
         raise BadSample(example.id, "its file holds its pictures itself; write them to files, which a test reads")
     extra = {name: value for name in KEPT if (value := named_in(row, name)) is not None}
     extra |= {ANSWER: example.answers[0].text} if example.answers else {}
-    return replace(last_round(example), extra=extra)
+    return replace(last_round(replace(example, answers=several_answers(row, columns))), extra=extra)
 
 
 def as_asked(example: Example, prompt: Prompt) -> Example:
@@ -153,7 +165,7 @@ def read_questions(
             )
         try:
             examples.append(example_of_row({**record, "id": name}, columns))
-        except ColumnsError as error:
+        except (ColumnsError, CountedFromOne) as error:
             raise UserError(f"{path}, row {number + 1} ({name}): {error}") from None
         except BadSample as error:
             unreadable[name] = error.reason

@@ -64,8 +64,8 @@ def rewards_of(
 
     def compared(score: Callable[[str, str], float | bool]) -> Reward:
         def reward(example: Example, answer: str) -> float:
-            right = example.answers[0].text
-            return float(score(final_answer(answer, answer_after), final_answer(right, answer_after)))
+            text = final_answer(answer, answer_after)
+            return max(float(score(text, final_answer(right.text, answer_after))) for right in example.answers)
 
         return reward
 
@@ -102,7 +102,8 @@ def _cider(examples: Callable[[], Iterable[Example]]) -> Reward:
     def read() -> tuple[CiderOfAnswers, Mapping[Media, list[str]]]:
         captions: defaultdict[Media, list[str]] = defaultdict(list)
         for example in examples():
-            captions[media_of(example)] += [turn.text for turn in example.turns[-1:]]
+            texts = [turn.text for turn in example.turns[-1:]] + [right.text for right in example.answers]
+            captions[media_of(example)] += dict.fromkeys(texts)
         return CiderOfAnswers(list(captions.values())), captions
 
     def media_of(example: Example) -> Media:

@@ -39,10 +39,11 @@ from dora_vl.evaluation.questions import (
     text_asked,
     unread,
 )
+from dora_vl.evaluation.scores.benchmark import NO_ANSWER
 from dora_vl.evaluation.scores.exact import PATTERNS, cloze_score, commonsense_score, extracted, final_answer
 from dora_vl.evaluation.scores.exact import score as exact_match
 from dora_vl.evaluation.test_sets import ResultFolder, Tested, TestSet, refuse_unscored
-from dora_vl.files import file_sha256
+from dora_vl.files import METRICS, file_sha256
 from dora_vl.run.base import VideoReading, check_videos, image_folder, video_folder, video_sampling
 from dora_vl.run.folder import ADAPTER, LOSS_LOG, read_log, run_folder_of
 from dora_vl.run.settings import EvaluationConfig, RunConfig
@@ -76,6 +77,9 @@ def evaluate_and_draw(
         if tested.scored is not None:
             for name, value in tested.scored.metrics.items():
                 log.info("%s %-16s %.2f of %d", tested.test.name, name, value, tested.scored.items_of(name))
+        if bare := tested.test.not_scored:
+            message = "%s: %d of %d questions have no right answer and are in no score; %s names them"
+            log.info(message, tested.test.name, len(bare), len(tested.test.examples), run_folder / METRICS)
         for remark in tested.remarks:
             log.info("%s: %s", tested.test.name, remark)
 
@@ -101,6 +105,7 @@ def _set_of_file(
     """Makes the set of `evaluation.file`; `settings` say which model answers."""
     file, after = Path(str(evaluation.file)), evaluation.answer_after
     examples, unreadable = read_questions(file, evaluation.limit, columns)
+    bare = _without_truth(examples)
     depends_on = {**settings, "questions_sha256": file_sha256(file), "max_new_tokens": evaluation.max_new_tokens}
     if any(example.videos for example in examples):
         depends_on["frames"] = repr(media.videos.sampling)
@@ -108,9 +113,10 @@ def _set_of_file(
         name=file.stem,
         examples=[*examples, *unread(unreadable)],
         unreadable=unreadable,
+        not_scored=bare,
         decoding=Decoding(batch_size=evaluation.batch_size, max_new_tokens=evaluation.max_new_tokens),
         media=media,
-        score=partial(exact_match, answer_after=after),
+        score=partial(exact_match, answer_after=after) if len(bare) < len(examples) else None,
         truth=lambda example: final_answer(right_text(example), after),
         compared=lambda example, text: final_answer(text, after),
         settings=depends_on,
@@ -118,12 +124,18 @@ def _set_of_file(
     )
 
 
+def _without_truth(examples: Sequence[Example]) -> dict[str, str]:
+    """Says by id why examples are in no score: their answer is one to avoid."""
+    return {example.id: NO_ANSWER for example in examples if example.is_good is False}
+
+
 def ask_untrained(base: Assistant, config: RunConfig) -> Exchange:
     """Asks some of a run's test of its base, which has no adapter yet, for a score to compare with."""
     with VideoReader() as reader:
         media = media_of_run(config, base, of_test=True, reader=reader)
         part = _set_of_file(config.evaluation, media, config.data.contract, {"base": config.model.base})
-        return ask_again(base, part, UNTRAINED, drawn(part.asked), folder=run_folder_of(config.training))
+        scored = [example for example in part.asked if example.id not in part.not_scored]
+        return ask_again(base, part, UNTRAINED, drawn(scored), folder=run_folder_of(config.training))
 
 
 def run_test(
@@ -195,7 +207,7 @@ def read_sets(evaluation: EvaluationConfig) -> tuple[list[Example], dict[str, st
             output = right_text(example)
             answer = example.extra.get(SAID) or extracted(output, task, evaluation.rule)
             extra = {**example.extra, "task": task, "kind": task, OUTPUT: output}
-            answers = (Answer(text=str(answer)),)
+            answers = (Answer(text=str(answer)),) if example.answers else ()
             examples.append(replace(example, id=f"{task}/{example.id}", answers=answers, extra=extra))
     if not examples:
         raise UserError(f"{evaluation.tested}: no question can be asked; the first: {next(iter(unreadable.items()))}")
@@ -236,6 +248,7 @@ def evaluate_commonsense(
             score=cloze_score if scoring == "cloze" else partial(commonsense_score, rule=evaluation.rule),
             truth=right_ending if scoring == "cloze" else expected,
             compared=likeliest_ending if scoring == "cloze" else answer_of,
+            not_scored=_without_truth(examples),
             settings={**depends_on, "scoring": scoring},
             about={
                 "files": dict(evaluation.files),

@@ -24,7 +24,7 @@ from dora_vl.data.containers import RUN_FILE, DataFiles, PictureFolder, find_fil
 from dora_vl.data.example import Example
 from dora_vl.data.picture_files import picture_facts
 from dora_vl.data.pictures import MediaFolder, path_inside, save_picture
-from dora_vl.data.readers import read_row
+from dora_vl.data.readers import read_row, several_answers
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, KWARGS, SPEAKERS, TOOLS, VIDEO_PLACEHOLDER
 from dora_vl.errors import BadSample, UserError, shown_names, shown_text
 from dora_vl.files import clear_leftovers, content_key, file_sha256, whole_folder, write_json
@@ -260,6 +260,9 @@ class UsableRow:
             record["rejected_images"] = list(conversation.rejected_images)
         if conversation.is_good is not None:
             record["label"] = conversation.is_good
+        if conversation.answers:
+            turns.pop()
+            record["answer"] = [answer.text for answer in conversation.answers]
         return {**record, "conversations": turns}
 
 
@@ -357,6 +360,8 @@ class Look:
             f"answers: {_lengths(answers)}, {len(ordered):,} different, most often "
             f"{shown_text(most, 30)} ({times / len(answers):.0%})"
         )
+        if several := sum(1 for row in self.rows if row.conversation.answers):
+            yield f"several right answers: in {several:,} rows; the most frequent is trained on, the test counts each"
         if self.has_classes:
             names = (f"{name} {count:,}" for name, count in ordered)
             yield f"answers as they are named: {shown_names(names, SHOWN_CLASSES, 40)}"
@@ -386,6 +391,11 @@ class Look:
         chosen = "by their folders" if train.isdisjoint(test) else chosen
         for_loss = f"; to measure the loss on: {counts[VALIDATION]}" if VALIDATION in halves else ""
         yield f"held out {chosen}: {counts[TEST]} {self.media}; to train on: {counts[TRAIN]}{for_loss}"
+        all_bad, kept = (
+            sum(row.conversation.is_good is False for row in rows) for rows in (self.rows, chain(*halves.values()))
+        )
+        if all_bad > kept:
+            yield f"{all_bad - kept:,} bad answers to what is held out are left out: a test asks for good ones"
         if shared := len(media[TRAIN] & media[TEST]):
             yield f"the folders hold {shared:,} {self.media} to train on and to test with alike: the score will flatter"
         tested = {answer for row in halves[TEST] for answer in row.texts("assistant")}
@@ -450,6 +460,7 @@ def _usable(
         return None
     try:
         conversation = read_row({**record, "id": example.id}, columns=columns)
+        conversation = replace(conversation, answers=several_answers(record, columns))
         if media_to is not None:
             names = {
                 name: save_picture(data, media_to, conversation.id) for name, data in conversation.image_bytes.items()
@@ -483,8 +494,9 @@ def _spread(numbers: Iterable[int]) -> str:
 def split(look: Look, *, share: float, seed: int) -> dict[str, list[UsableRow]]:
     """Returns the rows to train on, to test with, and for validation where folders say so, in the file's order.
 
-    Rows of one picture, by its content, stay together, so that no picture is in both, not even as a copy. Of classes
-    that are large enough each is in the test by its share.
+    Rows of one picture, by its content, stay together, so that no picture is in both, not even as a copy; so do rows of
+    one question without any. Of classes that are large enough each is in the test by its share. Bad answers are in no
+    test, since they are not the truth.
     """
     from dora_vl.data.table import held_out_places  # torch: not for --help
 
@@ -492,9 +504,10 @@ def split(look: Look, *, share: float, seed: int) -> dict[str, list[UsableRow]]:
     test = by_folder["test"] or by_folder.pop("validation")
     if by_folder["train"] and test:
         validation = by_folder.get("validation")
-        return {TRAIN: by_folder["train"], TEST: test} | ({VALIDATION: validation} if validation else {})
+        return {TRAIN: by_folder["train"], TEST: _good(test)} | ({VALIDATION: validation} if validation else {})
     media = [[look.pictures.keys[name] for name in row.media] for row in look.rows]
-    ids = [f"{number}" for number in range(len(look.rows))]
+    questions = (" ".join("\n".join(row.texts("user")).casefold().split()) for row in look.rows)
+    ids = [question or f"{number}" for number, question in enumerate(questions)]
     classes = None
     if look.has_classes:
         counts = look.answers
@@ -503,5 +516,13 @@ def split(look: Look, *, share: float, seed: int) -> dict[str, list[UsableRow]]:
     test_indices = set(held_out_places(ids, media, share=share, seed=seed, classes=classes).tolist())
     return {
         TRAIN: [row for index, row in enumerate(look.rows) if index not in test_indices],
-        TEST: [row for index, row in enumerate(look.rows) if index in test_indices],
+        TEST: _good(row for index, row in enumerate(look.rows) if index in test_indices),
     }
+
+
+def _good(rows: Iterable[UsableRow]) -> list[UsableRow]:
+    """Returns the rows whose answers are not bad."""
+    good = [row for row in rows if row.conversation.is_good is not False]
+    if not good:
+        raise UserError("what is held out has bad answers alone; give another --test-share, or more good answers")
+    return good

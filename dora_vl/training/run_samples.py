@@ -50,7 +50,7 @@ from dora_vl.data.table import (
 )
 from dora_vl.data.turns import THINK, Turn
 from dora_vl.errors import BadSample, SettingError, UserError, one_line, shown
-from dora_vl.evaluation.questions import text_asked
+from dora_vl.evaluation.questions import all_asked, text_asked
 from dora_vl.files import content_key
 from dora_vl.heads.preferences import OF_PICTURES
 from dora_vl.run.arguments import order_seed
@@ -345,8 +345,11 @@ class RunSamples:
     def warn_of_overlap(self, examples: Sequence[Example], config: RunConfig) -> None:
         """Counts and names training samples that the test asks again; `config` says where its pictures are."""
         data, evaluation = config.data, config.evaluation
-        if Path(evaluation.image_folder or data.image_folder).resolve() != Path(data.image_folder).resolve():
-            return  # there a name means another picture
+        # In another folder a name means another picture.
+        is_same = Path(evaluation.image_folder or data.image_folder).resolve() == Path(data.image_folder).resolve()
+        comparable = [example for example in examples if (is_same if example.images else not example.videos)]
+        if not comparable:
+            return
         if self._train is None:
             logger.warning(
                 "data.streaming does not look ahead: whether training samples are asked again in %s is not known; "
@@ -354,7 +357,8 @@ class RunSamples:
                 evaluation.file,
             )
         elif pairs := overlap(
-            self._train.rows, ((example.id, example.images, text_asked(example)) for example in examples)
+            self._train.rows,
+            ((each.id, each.images, text_asked(each) if each.images else all_asked(each)) for each in comparable),
         ):
             named = "; ".join(f"{sample} is {question} there" for sample, question in pairs[:3])
             where = f"{len(pairs):,} training samples of {self._name} are asked again in {evaluation.file}"

@@ -117,7 +117,7 @@ def test_overlap_of_train_and_test_is_by_question_media_and_span(tmp_path: Path)
         images = (image,) if image else ()
         return Example(id=sample_id, question=question, images=images, videos=videos, answers=(Answer(text="yes"),))
 
-    train = [example("a", "Is it?", "1.png"), example("b", "Is it?", "2.png"), example("v", "What?", start=0.0)]
+    train = [example("a", "Is it?", "1.png"), example("b", "Is it?", "./2.png"), example("v", "What?", start=0.0)]
     test = [example("c", "Is it?", "2.png"), example("d", "Was it?", "2.png"), example("w", "What?", start=5.0)]
     write_examples(tmp_path / "train.jsonl", train)
     write_examples(tmp_path / "test.jsonl", test)

@@ -22,7 +22,7 @@ from dora_vl.data.readers import read_row
 from dora_vl.data.stream import StreamSource
 from dora_vl.data.table import described, doubtful, held_out_places, load_rows, load_table, load_training_rows, overlap
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.questions import example_of_row, read_questions
+from dora_vl.evaluation.questions import example_of_row, last_round, read_questions
 from dora_vl.evaluation.scores.exact import score
 
 GOOD = {
@@ -190,17 +190,42 @@ def test_the_same_question_about_the_same_picture_is_found(tmp_path: Path) -> No
         {"id": "same", "image": "a.png", "question": "Is  it\nred?"},
         {"id": "other question", "image": "a.png", "question": "Is it blue?"},
         {"id": "other picture", "image": "b.png", "question": "Is it red?"},
-        {"id": "no picture", "question": "Is it red?"},
+        {"id": "no picture", "question": "Is  it red?"},
+        {"id": "a video", "video": "a.mp4", "question": "Is it red?"},
+        {"id": "of another spelling", "image": "./a.png", "question": "Is it red?"},
+        {"id": "after another", "question": "Is it red?", "history": [["Is it blue?", "no"]]},
     ]
     table = load_rows(write(tmp_path / "a.jsonl", rows)).rows
     examples = [
-        example_of_row({"id": "t", "image": "a.png", "question": "<image>Is it red?", "answer": "no"}),
+        example_of_row({"id": "t", "image": "b/../a.png", "question": "<image>Is it red?", "answer": "no"}),
         example_of_row({"id": "u", "question": "Is it red?", "answer": "no"}),
     ]
     questions = [(question.id, question.images, question.question) for question in examples]
-    assert overlap(table, questions) == [("same", "t")]
-    assert overlap(table, questions[1:]) == []
-    assert overlap(table.select([3]), questions) == []
+    same = [("same", "t"), ("of another spelling", "t")]
+    assert overlap(table, questions) == [same[0], ("no picture", "u"), same[1]]
+    assert overlap(table, questions[:1]) == same
+    assert overlap(table, questions[1:]) == [("no picture", "u")]
+    assert overlap(table.select([4]), questions) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"question": "What?", "answers": ["red", "blue", "blue", "half \ud83d"]}, ["blue", "red", "half \\ud83d"]),
+        ({"question": "What?", "answers": [{"text": "red", "weight": 0.5}, {"text": "blue"}]}, ["blue", "red"]),
+        ({"image": "0.png", "captions": ["a dog", "two dogs"]}, ["a dog", "two dogs"]),
+        *(({"question": "What?", "answers": answers}, ["red"]) for answers in (["red", " ", "red"], "red")),
+        ({"instruction": "Say it.", "output": "it is red", "answer": "red"}, ["it is red"]),
+    ],
+)
+def test_the_right_answers_are_stored_the_trained_one_first(
+    row: dict[str, object], expected: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    (example,) = load_rows(str(tmp_path / "a.jsonl"))
+    assert isinstance(example, Example)
+    assert [answer.text for answer in last_round(example).answers] == expected
+    assert example.turns[-1].text == expected[0]
 
 
 def test_what_is_probably_not_meant_is_counted_and_named(tmp_path: Path) -> None:

@@ -105,6 +105,39 @@ def test_rows_that_train_takes_are_scored_as_they_are(name: str, tmp_path: Path)
     assert entries(tmp_path)["exact_match"]["metrics"]["accuracy"]["value"] == 50.0
 
 
+PICTURED: dict[str, Any] = {"image": "0.png", "prompt": "What?"}
+NAMES: list[dict[str, Any]] = [{"text": "red", "weight": 0.3}, {"text": "crimson"}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "answer", "expected"),
+    [
+        ([{**PICTURED, "answers": ["red", "crimson", "red"]}], "Crimson", (1, 100.0, [])),
+        ([{**PICTURED, "answers": ["red", "crimson", "red"]}], "blue", (1, 0.0, [])),
+        ([{"image": "0.png", "captions": ["a dog", "two dogs"]}], "two dogs", (1, 100.0, [])),
+        ([{"messages": [{"role": "user", "content": "What?"}], "answer": ["x", "y"]}], "y", (1, 100.0, [])),
+        ([{**PICTURED, "options": ["x", "y"], "answers": ["A", "B", "A"]}], "B", (1, 0.0, [])),
+        *(
+            ([{"id": "row 1", "question": "What?", "answers": NAMES}], name, (1, 100.0, []))
+            for name in ("red", "crimson")
+        ),
+        *(
+            ([{**PICTURED, "completion": text, "label": text == "red"} for text in ("red", "bad")], answer, expected)
+            for answer, expected in (("red", (1, 100.0, ["row 2"])), ("bad", (1, 0.0, ["row 2"])))
+        ),
+    ],
+)
+def test_any_right_answer_counts_and_a_bad_one_is_none(
+    rows: list[dict[str, Any]], answer: str, expected: tuple[int, float, list[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    answers = predictions_file(tmp_path / "p.jsonl", {f"row {number + 1}": answer for number in range(len(rows))})
+    words = ["--benchmarks", f"exact_match={tmp_path}/test.jsonl", "--predictions", answers, "--to", tmp_path / "to"]
+    main(["evaluate", *map(str, words)])
+    entry = entries(tmp_path / "to")["exact_match"]
+    assert (entry["n"], entry["metrics"]["accuracy"]["value"], [*entry.get("not_scored", ())]) == expected
+
+
 def test_a_split_without_answers_gives_a_submission_and_takes_the_numbers_of_the_split_before(tmp_path: Path) -> None:
     examples = [right(str(n), images=[f"{n}.jpg"]) for n in range(3)]
     evaluated("vqav2", [right("0", images=["0.jpg"], human_answers=["no"] * 10)], {"0": "no"}, tmp_path)

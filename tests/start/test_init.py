@@ -20,6 +20,7 @@ from dora_vl.cli import main
 from dora_vl.data.check import FileCheck, MediaCheck
 from dora_vl.data.readers import read_row
 from dora_vl.errors import UserError
+from dora_vl.evaluation.questions import read_questions
 from dora_vl.run.reading import read_run_file
 from dora_vl.start import init
 from dora_vl.start.run_file import Base, Data, base_of, written
@@ -274,13 +275,43 @@ def test_preferences_keep_every_answer_and_get_their_loss(
     config = read_run_file(tmp_path / "out/run.yaml")
     assert (config.objective.loss, config.adapter.dropout) == ("kto" if judged else "dpo", 0.0)
     assert not config.data.replay
-    written = [row for half in ("train", "test") for row in rows_of(tmp_path / "out" / f"{half}.jsonl")]
-    examples = [read_row(row) for row in written]
+    train, test = ([read_row(row) for row in rows_of(tmp_path / "out" / f"{half}.jsonl")] for half in ("train", "test"))
+    examples = [*train, *test]
+    held_out = {row.images[0] for row in test}
     assert [row.rejected_images for row in examples if row.rejected_images] == [(samples[5].picture,)] * (not judged)
-    expected = {(item.answer, (f"not {item.answer}",), None) for item in samples}
-    if judged:
-        expected = {(text, (), text == item.answer) for item in samples for text in (item.answer, f"not {item.answer}")}
-    assert {(row.turns[-1].text, row.rejected, row.is_good) for row in examples} == expected
+    expected = {(item.picture, item.answer, (f"not {item.answer}",), None) for item in samples}
+    if judged:  # a bad answer is no truth to test with
+        expected = {(item.picture, item.answer, (), True) for item in samples}
+        expected |= {
+            (item.picture, f"not {item.answer}", (), False) for item in samples if item.picture not in held_out
+        }
+    assert {(row.images[0], row.turns[-1].text, row.rejected, row.is_good) for row in examples} == expected
+    assert held_out.isdisjoint(row.images[0] for row in train)
+
+
+def test_every_right_answer_is_in_the_test(capsys: pytest.CaptureFixture[str]) -> None:
+    classes(Path("my"), {"circle": 10})
+    rows = [
+        {"image": f"circle/{number}.png", "question": "What?", "answers": ["o", "ring", "o"]} for number in range(10)
+    ]
+    Path("my/rows.json").write_text(json.dumps(rows))
+    lines_of(capsys, "my")
+    tested, _ = read_questions(Path("runs/my/test.jsonl"))
+    assert {(row.question, *(answer.text for answer in row.answers)) for row in tested} == {("What?", "o", "ring")}
+    assert [read_row(row).turns[-1].text for row in rows_of(Path("runs/my/train.jsonl"))] == ["o"] * 8
+
+
+def test_words_alone_stand_in_one_half_by_their_question(capsys: pytest.CaptureFixture[str]) -> None:
+    spelled = ["Capital of {}?", "capital  of {}?", "CAPITAL of {}? "]
+    rows = [[form.format(number), f"c{number}"] for number in range(20) for form in spelled]
+    write_table(Path("my/answers.csv"), rows, "question,answer")
+    lines_of(capsys, "my")
+    halves = [
+        {row["conversations"][1]["value"] for row in rows_of(Path(f"runs/my/{half}.jsonl"))}
+        for half in ("train", "test")
+    ]
+    assert halves[0].isdisjoint(halves[1])
+    assert [*map(len, halves)] == [16, 4]
 
 
 # Folders as people have them: what it says of each, which rows it writes, what it asks for.

@@ -24,6 +24,7 @@ from dora_vl.heads.preferences import Scale
 from dora_vl.run.base import VideoReading
 from dora_vl.run.folder import DRAWN, read_log
 from dora_vl.training.losses import PreferenceLoss, Reference
+from dora_vl.training.run import run
 from dora_vl.training.run_samples import RowEncoder
 from tests.backbones.image_text_conversations import inputs_of
 from tests.backbones.tiny_image_text import write_tiny
@@ -33,6 +34,7 @@ from tests.training.tiny_run import (
     MakeRun,
     assert_same_weights,
     check_resume,
+    decoder_run,
     json_of,
     logged,
     losses_of,
@@ -123,11 +125,19 @@ def test_answers_called_good_or_bad(tmp_path: Path, tiny_llava: Path) -> None:
     run_file = write_run(
         tmp_path / "run.yaml", tiny_llava, path, training=RATES, objective={"loss": "kto", "beta": 0.5}
     )
-    lines = logged(trained(run_file))
+    test = [f"--evaluation.file={path}", "--evaluation.limit=8", "--evaluation.forgetting=false"]
+    run(decoder_run(run_file, *test))
+    lines = logged(tmp_path / "run")
     assert lines[-1]["rewards/chosen"] > 0.05 > lines[-1]["rewards/rejected"]
+    entry = json_of(tmp_path / "run/metrics.json")["sets"][path.stem]
+    assert (entry["n"], sorted(entry["not_scored"])) == (4, [f"row {number}" for number in (2, 4, 6, 8)])
     new = f"--training.output_dir={tmp_path / 'new'}"
     assert refused_key(run_file, new, "--objective.loss=dpo") == "objective.loss"
     assert refused_key(run_file, new, "--objective.loss=sft") == "objective.loss"
+    alone = "training.per_device_train_batch_size"  # without answers to other prompts
+    assert refused_key(run_file, new, f"--{alone}=1") == alone
+    both = f"--data.train=[{path}, {write_pairs(tmp_path / 'pairs')}]"
+    assert refused_key(run_file, new, both, "--objective.loss=bco") == "objective.loss"
 
 
 def test_data_and_loss_must_fit(tmp_path: Path, tiny_llava: Path) -> None:

@@ -289,11 +289,16 @@ def not_scored(benchmark: Benchmark, examples: Sequence[Example], unreadable: Ma
     return reasons
 
 
-def right_answer(example: Example) -> str:
-    """Returns the first right answer's text."""
+def right_answers(example: Example) -> list[str]:
+    """Returns the right answers' texts."""
     if not example.answers:
         raise UserError(f"example {shown(example.id)} has no right answer; prepare the set again")
-    return example.answers[0].text
+    return [answer.text for answer in example.answers]
+
+
+def right_answer(example: Example) -> str:
+    """Returns the first right answer's text."""
+    return right_answers(example)[0]
 
 
 def letters(example: Example) -> str:

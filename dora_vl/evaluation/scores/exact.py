@@ -12,7 +12,15 @@ from typing import Literal
 
 from dora_vl.data.example import Example, right_choice
 from dora_vl.evaluation.scores import caption, llava
-from dora_vl.evaluation.scores.benchmark import Benchmark, Scorer, about_video, letters, refuse_strangers, right_answer
+from dora_vl.evaluation.scores.benchmark import (
+    Benchmark,
+    Scorer,
+    about_video,
+    letters,
+    refuse_strangers,
+    right_answer,
+    right_answers,
+)
 from dora_vl.evaluation.scores.scored import ACCURACY, Answers, Formula, Mean, Ratio, Scored, score_points, share_of
 
 
@@ -27,11 +35,14 @@ def final_answer(text: str, after: str | None) -> str:
 
 
 def score(examples: Sequence[Example], answers: Answers, *, answer_after: str | None = None) -> Scored:
-    """Scores accuracy in percent, over all and by `extra["kind"]`; `answer_after` as `final_answer` takes it."""
+    """Scores accuracy in percent, over all and by `extra["kind"]`; `answer_after` as `final_answer` takes it.
+
+    An answer is right that equals one of the right ones.
+    """
 
     def points(example: Example, answer: str) -> float:
-        truth = final_answer(right_answer(example), answer_after)
-        return float(normalised(final_answer(answer, answer_after)) == normalised(truth))
+        right = {normalised(final_answer(text, answer_after)) for text in right_answers(example)}
+        return float(normalised(final_answer(answer, answer_after)) in right)
 
     settings = {"answer_after": answer_after} if answer_after else {}
     return score_points(examples, answers, points, kinds=by_kind, settings=settings)

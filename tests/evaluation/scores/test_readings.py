@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -142,6 +143,13 @@ def points(name: str, right: str, answer: str, question: str = "What is it?", **
 )
 def test_points_of_an_answer(name: str, right: str, answer: str, expected: float) -> None:
     assert points(name, right, answer) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("answer", "expected"), [("crimson", 1.0), ("Red.", 1.0), ("blue", 0.0)])
+@pytest.mark.parametrize("name", ["exact", "anls", "vqa"])
+def test_the_nearest_of_several_right_answers_counts(name: str, answer: str, expected: float) -> None:
+    example = replace(example_of("crimson"), answers=(Answer(text="crimson"), Answer(text="red.")))
+    assert rewards_of([name], answer_format=None, answer_after=None)[name](example, answer) == expected
 
 
 def test_a_choice_is_one_of_those_that_the_question_names() -> None:
