@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from dora_vl.data.columns import ROLES, USUAL, Columns, ColumnsError, plain_name, roles_of_columns
 from dora_vl.data.containers import ENDINGS, find_files, is_data_file, picture_folder
-from dora_vl.data.example import FIELDS, JSON, Example
+from dora_vl.data.example import FIELDS, JSON, CountedFromOne, Example
 from dora_vl.data.picture_files import TRUNCATED, Trouble, decoding_trouble
 from dora_vl.data.pictures import VIDEO_ENDINGS, MediaFolder, path_inside
 from dora_vl.data.readers import id_of, read_fields, read_record
@@ -212,6 +212,9 @@ class FileCheck:
                 self.uses.append(resolved.uses)
             self._note_format("records" if is_record else form, sample_id, location)
             example = read_record({**record, "id": sample_id}) if is_record else read_fields(resolved, sample_id)
+        except CountedFromOne as error:
+            row = location if sample_id == location else f"{location} ({sample_id})"
+            raise UserError(f"{self.path}, {row}: {error}") from None
         except ColumnsError as error:
             return BadSample(sample_id, str(error), LEFT_OUT)
         except BadSample as error:

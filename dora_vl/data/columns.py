@@ -26,6 +26,8 @@ from dora_vl.data.names import (
     PREFERENCE,
     ROLES,
     TEXT,
+    Cell,
+    flag_of,
     holds_media,
     is_nothing,
     kind_of,
@@ -34,7 +36,7 @@ from dora_vl.data.names import (
     parsed,
     plain_name,
 )
-from dora_vl.data.turns import KWARGS, TOOLS
+from dora_vl.data.turns import CALLS, KWARGS, TOOLS
 from dora_vl.errors import UserError, shown, shown_names, shown_text
 
 Row = Mapping[str, object]
@@ -70,10 +72,6 @@ def _is_record(row: Row) -> bool:
     return row.get("turns") is not None or (isinstance(first, dict) and {"text"} <= first.keys() <= {"text", "weight"})
 
 
-def _is_judged(row: Row) -> bool:
-    return any(isinstance(value, bool) and plain_name(name) in ROLES["judged"] for name, value in row.items())
-
-
 def _ends_asking(row: Row) -> bool:
     """Tells whether a row has messages of which the last is a user's."""
     values = [value for column in row.values() if isinstance(value := parsed(column), list) and value]
@@ -90,10 +88,10 @@ FORMATS: tuple[RowFormat, ...] = (
     RowFormat(PREFERENCES, ("instruction", "chosen", "rejected"), ("input", "history")),
     RowFormat(PREFERENCES, ("question", "chosen", "rejected"), ("hint", "history")),
     RowFormat(PREFERENCES, ("chosen", "rejected")),
-    RowFormat(JUDGED, ("prompt", "completion", "judged"), ("history",), _is_judged),
-    RowFormat(JUDGED, ("messages", "judged"), (), _is_judged),
-    RowFormat(JUDGED, ("conversations", "judged"), (), _is_judged),
-    RowFormat(JUDGED, ("instruction", "output", "judged"), ("input", "history"), _is_judged),
+    RowFormat(JUDGED, ("prompt", "completion", "judged"), ("history",)),
+    RowFormat(JUDGED, ("messages", "judged")),
+    RowFormat(JUDGED, ("conversations", "judged")),
+    RowFormat(JUDGED, ("instruction", "output", "judged"), ("input", "history")),
     RowFormat("conversations", ("conversations", "answer"), (), _ends_asking),
     RowFormat("messages", ("messages", "answer"), (), _ends_asking),
     RowFormat("prompt/completion", ("prompt", "answer"), ("history",), _ends_asking),
@@ -144,12 +142,28 @@ class _Shape:
     names: Sequence[str]
     candidates: Sequence[tuple[str, Sequence[Candidate]]]
 
-    def fits(self, row: Row) -> bool:
-        """Tells whether a row of these columns has this format; a caption in JSON is a conversation."""
+    def fits(self, row: Row, roles: Mapping[str, str]) -> bool:
+        """Tells whether a row of these columns has this format; a caption in JSON is a conversation.
+
+        Args:
+            roles: what `data.columns` says.
+        """
+        if self.format.name == JUDGED:
+            return self._is_judged(row, roles)
         if self.format.name != "captions":
             return self.format.fits(row)
         captions = [row[name] for name in dict(self.candidates)["caption"][0]]
         return not any(isinstance(text, str) and isinstance(parsed(text), dict) for text in captions)
+
+    def _is_judged(self, row: Row, roles: Mapping[str, str]) -> bool:
+        filled = [name for names in dict(self.candidates)["judged"] for name in names if not is_nothing(row[name])]
+        if not filled:
+            return False
+        name = filled[0]
+        if "completion" in self.format.needs or "kto_tag" in (plain_name(name), roles.get(name)):
+            return True  # whatever it holds: what is no flag makes a bad sample, where the answer could be a bad one
+        # A label may also be the answer to the last question, or a class: 1 and 0 do not say which.
+        return not _ends_asking(row) and (name in roles or flag_of(row[name], numbers=False) is not None)
 
 
 @dataclass(frozen=True)
@@ -184,7 +198,7 @@ class Columns:
         names = tuple(name for name, value in row.items() if value is not None or name == "output")
         if names not in self._shapes:
             self._shapes[names] = list(self._shapes_of(names))
-        shape = next((shape for shape in self._shapes[names] if shape.fits(row)), None)
+        shape = next((shape for shape in self._shapes[names] if shape.fits(row, self.roles)), None)
         if shape is None:
             if strict:
                 self._refuse_nearly_named(row)
@@ -316,14 +330,14 @@ def _refuse_left_out(row: Row, left: Sequence[str], resolved: Resolved) -> None:
     used = {text.strip() for text in _texts_in(list(fields.values()))}  # what says the same may be left out
     losses = [loss for name, loss in lost.items() if not (isinstance(text := row[name], str) and text.strip() in used)]
     if losses:
-        remedy = _remedy(losses, resolved.uses, form.name)
+        remedy = _remedy(row, losses, resolved.uses, form.name)
         listed = ", ".join(f"{shown(path, 30)} ({what})" for path, what in losses[:4])
         others = Columns(ignored=tuple(path for path, _ in losses if path not in remedy.ignored))
         otherwise = f", or {others.as_settings()}" if others.ignored else ""
         raise ColumnsError(f"{form.name} would leave out {listed};", remedy, otherwise)
 
 
-def _remedy(losses: Iterable[tuple[str, str]], uses: Mapping[str, str], form: str) -> Columns:
+def _remedy(row: Row, losses: Iterable[tuple[str, str]], uses: Mapping[str, str], form: str) -> Columns:
     """Returns what would settle columns that are left out, as far as their names and the row's format tell."""
     roles: dict[str, str] = {}
     ignored: list[str] = []
@@ -337,6 +351,11 @@ def _remedy(losses: Iterable[tuple[str, str]], uses: Mapping[str, str], form: st
         elif caption and not roles and (what == LABEL or (what == TEXT and (kind_of(name) or nearest_role(name)))):
             roles = dict.fromkeys(caption, "answer" if name in ROLES["question"] else "question")
             roles |= {} if name in KNOWN else {path: "answer"}
+        elif name == "kto_tag" and form == "question/answer":
+            judged = {"question": "prompt", "answer": "completion"}
+            roles |= {column: judged[role] for column, role in uses.items() if role in judged}
+        elif name == "label" and form in _WITH_JUDGEMENT and flag_of(row.get(path)) is not None:
+            roles[path] = "kto_tag"
         elif form in ("conversations", "messages") and path == "chosen":
             roles[path] = "completion"
         elif form == "question/answer" and what == ASKED and "hint" not in (*uses.values(), *roles.values()):
@@ -377,18 +396,37 @@ def _without(value: object, keys: Sequence[str]) -> tuple[object, object]:
     return {**value, keys[0]: rest}, taken
 
 
+_WITH_JUDGEMENT = ("conversations", "messages", "instructions")
 EXAMPLE_QUESTION = "What is it?"
 _EXAMPLES = {MEDIUM: "image", CHOICES: "choices", LABEL: "answer", ASKED: "hint"}
-_LISTED = frozenset(("images", "videos", "conversations", "messages", "texts", "history", "prompt", "completion"))
+REPLIES = ("chosen", "rejected", "answer", "caption")
+"""A cell of these roles may list several texts."""
+_LISTED = frozenset(
+    ("images", "videos", "conversations", "messages", "texts", "history", "prompt", "completion", *REPLIES)
+)
 """These roles hold a list, which a cell of text may write as JSON, or as paths between `|`, `;` or `,`."""
 
 
 _BETWEEN = re.compile(r"\s*[|;,]\s*")
 
 
+def lists_replies(value: object, role: str, *, in_cell: bool) -> bool:
+    """Tells whether what a text writes is several replies, or messages; other JSON is a reply that a model learns."""
+    entries = value if isinstance(value, list) else [value]
+    if in_cell and isinstance(value, list) and all(isinstance(entry, str) for entry in entries):
+        return True
+    is_said = (isinstance(entry, dict) and any(keys <= entry.keys() for keys in _MESSAGE_KEYS) for entry in entries)
+    return role in ("chosen", "rejected") and bool(entries) and all(is_said)
+
+
+_MESSAGE_KEYS = ({"role", "content"}, {"role", CALLS}, {"from", "value"})
+
+
 def _listed(text: str, role: str) -> object:
     """Returns a list that is written as text; any other text as it is."""
     value = parsed(text)
+    if role in REPLIES:
+        return value if lists_replies(value, role, in_cell=isinstance(text, Cell)) else text
     if role in ("prompt", "completion"):
         is_conversation = isinstance(value, list) and value and isinstance(value[0], dict)
         return value if is_conversation else text

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dora_vl.data.names import ROLES, plain_name
+from dora_vl.data.names import ROLES, Cell, plain_name
 from dora_vl.data.pictures import PICTURE_ENDINGS, VIDEO_ENDINGS
 from dora_vl.data.text_file import (
     LONGEST_REASON,
@@ -275,7 +275,7 @@ def delimited_rows(path: Path) -> Iterator[dict[str, object]]:
             if opening and cell.lstrip().startswith(opening):
                 row[name] = json_of(cell, f"{path}, line {line}, column {name}")
             else:
-                row[name] = None if not cell and (opening or column == "id") else cell
+                row[name] = None if not cell and (opening or column == "id") else Cell(cell)
         yield row
 
 

@@ -291,6 +291,18 @@ def right_choice(example: Example) -> int:
     return correct
 
 
+def written_in_python(text: str) -> object:
+    """Returns the list or object that a text writes as Python does; None where it writes none."""
+    if text.lstrip()[:1] in ("[", "{") and len(text) <= LONGEST_LIST:
+        with (
+            warnings.catch_warnings(),
+            contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError),
+        ):
+            warnings.simplefilter("ignore")  # of backslashes that Python keeps as they are
+            return ast.literal_eval(text.strip())
+    return None
+
+
 def listed_choices(text: str) -> tuple[str, ...]:
     """Returns the choices of a column that holds a list as text, in JSON or as Python writes it."""
     value: object = None
@@ -298,15 +310,26 @@ def listed_choices(text: str) -> tuple[str, ...]:
         try:
             value = json_of(text, "choices")
         except UserError:
-            with (
-                warnings.catch_warnings(),
-                contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError),
-            ):
-                warnings.simplefilter("ignore")  # of backslashes that Python keeps as they are
-                value = ast.literal_eval(text.strip())
+            value = written_in_python(text)
     if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value) or len(value) == 1:
         raise Unusable(f"its choices must be a list of text, got the text {shown(text)}")
     return tuple(value)
+
+
+class CountedFromOne(UserError):
+    """An answer is the number of its choices, so that its file counts from 1 and other rows mean another choice too.
+
+    Attributes:
+        count: how many choices there are.
+    """
+
+    def __init__(self, count: int) -> None:
+        reason = f"its answer is {count} of {count} choices, and numbers count from 0; if the file counts from 1,"
+        super().__init__(f"{reason} write letters or the choices' texts instead of numbers")
+        self.count = count
+
+    def __reduce__(self) -> tuple[type[CountedFromOne], tuple[int]]:
+        return type(self), (self.count,)
 
 
 def correct_choice(answer: object, choices: Sequence[str], *, by_place: bool) -> int | None:
@@ -315,6 +338,9 @@ def correct_choice(answer: object, choices: Sequence[str], *, by_place: bool) ->
     A column says it by its text, or where that is taken `by_place` by its number from 0 (AI2D also as text, "1") or its
     letter (MMMU, "B", also "(B)" or "B."). What is the text of one choice and the letter or number of another, such as
     "2" among "1", "2" and "3", is refused.
+
+    Raises:
+        CountedFromOne: its number is that of the choices.
     """
     if answer is None or (isinstance(answer, str) and not answer.strip()):
         return None
@@ -329,9 +355,12 @@ def correct_choice(answer: object, choices: Sequence[str], *, by_place: bool) ->
     if len(by_text) > 1:
         raise Unusable(f"its answer {shown(answer)} is the text of {len(by_text)} of its choices")
     letter = re.fullmatch(r"\(?([A-Za-z])\)?[.:]?", word)
-    number = int(word) if re.fullmatch("[0-9]{1,4}", word) else len(choices)
+    number = int(word) if re.fullmatch("[0-9]{1,4}", word) else None
     position = ascii_uppercase.index(letter[1].upper()) if letter else number
-    indices = {*by_text, *([position] if position < len(choices) and by_place else [])}
+    is_place = position is not None and position < len(choices) and by_place
+    indices = {*by_text, *([position] if is_place else [])}
+    if not indices and by_place and number == len(choices):
+        raise CountedFromOne(len(choices))
     if not indices:
         ways = "letter, number from 0 or text" if by_place else "text"
         raise Unusable(f"its answer {shown(answer)} is no {ways} of its {len(choices)} choices")

@@ -38,7 +38,7 @@ ROLES: Mapping[str, tuple[str, ...]] = {
     "chosen": ("chosen", "chosen_response"),
     "rejected_images": ("rejected_images",),
     "rejected": ("rejected", "rejected_response", "rejected_messages"),
-    "judged": ("label", "kto_tag"),
+    "judged": ("kto_tag", "label"),
     "tools": ("tools",),
     "chat_template_kwargs": ("chat_template_kwargs",),
     "turns": ("turns",),
@@ -116,12 +116,29 @@ def is_nothing(value: object) -> bool:
     return value == b"" or value != value
 
 
+class Cell(str):
+    """A table's cell of text, which alone tells that a list may be written in it; other files have lists."""
+
+    __slots__ = ()
+
+
 def parsed(value: object) -> object:
     """Returns the list or object that a text writes as JSON; anything else as it is."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         with suppress(UserError):
             return json_of(value, "a cell")
     return value
+
+
+_FLAGS = {"true": True, "false": False, "1": 1, "0": 0, "1.0": 1, "0.0": 0}
+
+
+def flag_of(value: object, *, numbers: bool = True) -> bool | None:
+    """Returns a boolean, also where it is written as text or, with `numbers`, as 1 or 0; None for anything else."""
+    if isinstance(value, str):
+        value = _FLAGS.get(value.strip().lower())
+    is_flag = isinstance(value, bool) or (numbers and isinstance(value, int | float) and value in (0, 1))
+    return bool(value) if is_flag else None
 
 
 def holds_media(value: object) -> bool:
@@ -193,7 +210,7 @@ def _by_value(value: object, unknown: bool) -> str:
     """Returns what a value is whose name says nothing; "" for what is noted."""
     if isinstance(value, list | dict):
         return NESTED
-    if isinstance(value, bool) or (isinstance(value, int | float | str) and value in (0, 1, "0", "1", "0.0", "1.0")):
+    if flag_of(value) is not None:
         return FLAG
     if isinstance(value, str):
         is_code = value.isascii() and not any(map(str.isspace, value)) and any(map(str.isdigit, value))
@@ -217,7 +234,8 @@ def kind_of(name: str) -> str:
         return CHOICES
     if not name.strip() or words[0] == "unnamed":  # pandas' column of row numbers
         return NOTED
-    if words[0] == "answer" and words[-1] in ("id", "key", "index", "idx", "number", "no"):  # the right choice's
+    is_right_choice = words[0] == "answer" and words[-1] in ("id", "key", "index", "idx", "number", "no")
+    if is_right_choice or plain_name(name) == "kto_tag":
         return LABEL
     kind = next((kind for kind in (kinds[0], kinds[-1]) if kind not in ("", NOTED)), "")
     is_flag = words[0] in ("is", "has", "was", "should", "can")

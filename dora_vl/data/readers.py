@@ -16,18 +16,31 @@ from functools import partial
 from string import ascii_lowercase, ascii_uppercase
 from typing import Any
 
-from dora_vl.data.columns import FORMATS, JUDGED, PREFERENCES, USUAL, Columns, ColumnsError, Resolved, Row
+from dora_vl.data.columns import (
+    FORMATS,
+    JUDGED,
+    PREFERENCES,
+    REPLIES,
+    USUAL,
+    Columns,
+    ColumnsError,
+    Resolved,
+    Row,
+    lists_replies,
+)
 from dora_vl.data.example import (
     LETTER,
     Answer,
+    CountedFromOne,
     Example,
     correct_choice,
     from_record,
     listed_choices,
     turns_of,
     with_letters,
+    written_in_python,
 )
-from dora_vl.data.names import KNOWN, MEDIUM, UNREAD, is_nothing, losing, parsed, plain_name
+from dora_vl.data.names import KNOWN, MEDIUM, UNREAD, Cell, flag_of, is_nothing, losing, parsed, plain_name
 from dora_vl.data.names import ROLES as COLUMNS
 from dora_vl.data.pictures import picture_name
 from dora_vl.data.turns import (
@@ -488,11 +501,39 @@ def _preferred(row: Row) -> Sequence[object]:
         ("question", "answer", _question_answer),
     ):
         if asked in row:
-            return messages({**row, answered: row["chosen"]} if "chosen" in row else row)
+            conversation = messages({**row, answered: row["chosen"]} if "chosen" in row else row)
+            _refuse_other_turns(conversation, row)
+            return conversation
     chosen, rejected = (_messages(row, key) for key in ("chosen", "rejected"))
     if [*chosen[:-1]] != [*rejected[:-1]]:
-        raise Unusable("its chosen and rejected conversations differ before their last answers")
+        raise Unusable(OTHER_TURNS)
     return chosen
+
+
+OTHER_TURNS = "its chosen and rejected conversations differ before their last answers"
+
+
+def _refuse_other_turns(conversation: Sequence[object], row: Row) -> None:
+    """Refuses rejected messages whose turns before the last are not those before the chosen answer."""
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if not isinstance(rejected, list) or not any(isinstance(message, Mapping) for message in rejected):
+        return
+    earlier = [*map(_bare, rejected[:-1])]
+    before = [*map(_bare, conversation[:-1])]
+    if before[len(before) - len(earlier) :] != earlier or (isinstance(chosen, list) and len(chosen) > len(rejected)):
+        raise Unusable(OTHER_TURNS)
+
+
+def _bare(message: object) -> object:
+    """Returns what a message says, whatever its keys are called."""
+    if isinstance(message, Turn):
+        return {"role": message.role, "content": message.text}
+    if not isinstance(message, Mapping):
+        return message
+    names = {"from": "role", "value": "content"}
+    fields = {names.get(key, key): value for key, value in _without_nulls(message).items()}
+    speaker = fields.get("role")
+    return {**fields, "role": ROLES.get(speaker, speaker) if isinstance(speaker, str) else speaker}
 
 
 def _rejected(value: object) -> tuple[str, ...]:
@@ -672,10 +713,16 @@ def _in_object(value: object) -> object:
     return value if text is None else text
 
 
+ANSWERED = ("answer", "choices", "output", "rejected")
+"""A boolean of these is text."""
+
+
 def _text(value: object, name: str) -> str:
-    """Returns text, or a number as text; nothing is empty text."""
+    """Returns text, or a number as text, or what JSON writes for a boolean that answers; nothing is empty text."""
     if value is None or isinstance(value, str):
         return value or ""
+    if isinstance(value, bool) and name in ANSWERED:
+        return _json(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value:  # NaN: a table's empty cell
         raise Unusable(f"{name!r} must hold text, got {shown(value)}")
     try:
@@ -735,6 +782,7 @@ def read_fields(resolved: Resolved, sample_id: str) -> Example:
         )
     fields = {**fields, "id": sample_id}
     try:
+        _refuse_python_lists(fields)
         if "answer" in fields and resolved.format.name in CONVERSATIONAL:
             fields["completion"] = _answer(fields["answer"])
         example = read_conversation(MESSAGES[resolved.format.name](fields), fields)
@@ -743,7 +791,7 @@ def read_fields(resolved: Resolved, sample_id: str) -> Example:
             raise Unusable("its last answer calls a tool or is not to be trained; preferences compare texts alone")
         if resolved.format.name == PREFERENCES:
             return _compared(example, fields)
-        return replace(example, is_good=bool(fields["judged"])) if resolved.format.name == JUDGED else example
+        return replace(example, is_good=_judgement(resolved)) if resolved.format.name == JUDGED else example
     except Unusable as error:
         raise BadSample(sample_id, str(error), error.kind) from None
     except UnreadKey as unread:
@@ -755,6 +803,22 @@ def read_fields(resolved: Resolved, sample_id: str) -> Example:
         raise ColumnsError(f"{path!r} would be left out ({unread.what});", Columns(ignored=(path,))) from None
     except RecursionError:
         raise BadSample(sample_id, "its values are nested too deeply") from None
+
+
+def _refuse_python_lists(fields: Row) -> None:
+    for role in REPLIES:
+        text = fields.get(role)
+        if isinstance(text, Cell) and lists_replies(written_in_python(text), role, in_cell=True):
+            raise Unusable(f"{role!r} is a list as Python writes it, {shown(text)}; write it as JSON")
+
+
+def _judgement(resolved: Resolved) -> bool:
+    value = resolved.fields["judged"]
+    is_good = flag_of(value)
+    if is_good is None:
+        column = next(column for column, role in resolved.uses.items() if role == "judged")
+        raise Unusable(f"{shown(column)} says whether the answer is good: write true or false, got {shown(value)}")
+    return is_good
 
 
 class RowReader:
@@ -792,7 +856,7 @@ class RowReader:
                 raise UserError(f"{self._name}: rows of mixed formats, first of each {firsts}; write one file a format")
         try:
             return read_fields(resolved, sample_id)
-        except ColumnsError as error:
+        except (ColumnsError, CountedFromOne) as error:
             raise UserError(f"{self._name}, {row}: {error}") from None
         except BadSample as error:  # anew, since a traceback keeps all that was read alive
             # Halves of surrogate pairs, which no file can hold, are spelled out.

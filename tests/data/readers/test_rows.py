@@ -32,7 +32,7 @@ from hypothesis import strategies as st
 from dora_vl.data.check import DOUBTS, FileCheck
 from dora_vl.data.columns import FORMATS, USUAL, Columns, ColumnsError, TrainFile
 from dora_vl.data.containers import find_files
-from dora_vl.data.example import Example
+from dora_vl.data.example import CountedFromOne, Example
 from dora_vl.data.readers import RowReader, read_row
 from dora_vl.data.stream import StreamSource
 from dora_vl.data.table import described, load_rows
@@ -45,6 +45,8 @@ ROWS, SHAPES, FILES = (
     for name in ("rows", "shapes", "files")
 )
 ASKED = {"question": "Which?", "answer": "two"}
+SAID = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+LLAVA = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 
 
 def as_csv(path: Path, rows: list[Mapping[str, object]]) -> None:
@@ -219,6 +221,50 @@ def test_files_written_without_looking_at_the_reader(tmp_path: Path) -> None:
         assert found == {name: file[name] for name in ("is", "turns", "images") if name in file}, file["name"]
 
 
+@pytest.mark.parametrize(
+    ("cells", "reply", "rejected"),
+    [
+        ({"question": "q", "answer": '["red", "crimson", "crimson"]'}, "crimson", ()),
+        ({"image": "a.png", "caption": '["one dog", "two dogs"]'}, "one dog", ()),
+        ({"question": "q", "answer": "[1, 2]"}, "[1, 2]", ()),
+        ({"question": "q", "answer": '{"total": 5}'}, '{"total": 5}', ()),
+        ({"question": "q", "answer": "['red', 'crimson']"}, None, ()),
+        ({"prompt": "q", "chosen": "good", "rejected": '["bad", "worse"]'}, "good", ("bad", "worse")),
+        ({"conversations": [LLAVA[0]], "chosen": json.dumps(LLAVA[1]), "rejected": "bad"}, "a", ("bad",)),
+        ({"prompt": "q", "chosen": "[{'role': 'assistant', 'content': 'good'}]", "rejected": "bad"}, None, ()),
+    ],
+)
+def test_a_cell_lists_replies_as_json(
+    tmp_path: Path, cells: dict[str, object], reply: str | None, rejected: tuple[str, ...]
+) -> None:
+    as_csv(tmp_path / "a.csv", [cells])
+    (row,) = find_files(tmp_path / "a.csv").rows()
+    sample = RowReader("a.csv").read(row, 0)
+    assert isinstance(sample, Example) == (reply is not None)
+    assert not isinstance(sample, Example) or (sample.turns[-1].text, sample.rejected) == (reply, rejected)
+
+
+@pytest.mark.parametrize("choices", [{"options": ["w", "x"]}, {"A": "w", "B": "x"}])
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_answers_that_count_from_one_end_the_run(tmp_path: Path, choices: dict[str, object], kind: str) -> None:
+    path = tmp_path / f"a.{kind}"
+    WRITERS[kind](path, [{"question": "q", **choices, "answer": number} for number in (1, 2)])
+    with pytest.raises(CountedFromOne) as caught:
+        read_row({"question": "q", **choices, "answer": 2})
+    assert caught.value.count == 2
+    stream = StreamSource(TrainFile(path=str(path)), limit=None, seed=0)
+    for read in (
+        load_rows,
+        lambda _: stream.first_rows,
+        lambda _: FileCheck(path).run(),
+        lambda _: read_questions(path),
+    ):
+        with pytest.raises(UserError) as refused:
+            read(str(path))
+        assert not isinstance(refused.value, BadSample)
+        assert all(word in str(refused.value) for word in (str(path), "row 2"))
+
+
 MESSAGES = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "train": 0.5}]}
 
 
@@ -279,10 +325,6 @@ def test_pictures_in_parts_and_beside_them_keep_their_order() -> None:
     assert sample.turns[0].text == "<image>and<image>and <image>?"
     assert sample.images[0] == "first.png"
     assert [sample.image_bytes[name] for name in sample.images[1:]] == [b"pixels", b"third"]
-
-
-SAID = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-LLAVA = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 
 
 def test_an_instruction_keeps_its_input_and_the_answer_that_is_scored(tmp_path: Path) -> None:
@@ -351,7 +393,7 @@ def test_any_row_is_a_sample_or_a_bad_one(values: dict[str, object], formed: dic
     for row in (values, {**formed, **values}, {**values, **formed}):
         try:
             sample = read_row(row)
-        except (BadSample, ColumnsError) as error:
+        except (BadSample, ColumnsError, CountedFromOne) as error:
             longest = len(str(error))
             continue
         assert sample.turns[-1].text.strip()
