@@ -57,7 +57,7 @@ from dora_vl.run.arguments import order_seed
 from dora_vl.run.base import VideoReading, image_folder, video_folder
 from dora_vl.run.folder import run_folder_of
 from dora_vl.run.launch import rank_and_ranks, wait_for_everyone
-from dora_vl.run.settings import OF_SINGLE_ANSWERS, DataConfig, ObjectiveConfig, RunConfig
+from dora_vl.run.settings import OF_ANY_ANSWERS, OF_SINGLE_ANSWERS, DataConfig, ObjectiveConfig, RunConfig
 from dora_vl.run.sharding import gather_to_read
 from dora_vl.run.watched import evenly
 from dora_vl.training.closed_form import Round, rounds_of
@@ -249,6 +249,11 @@ class RunSamples:
             raise SettingError("objective.loss", f" is {objective.of_rewards}, and {self._name} has {what}: {reason}")
         if objective.of_rewards:
             return
+        if judged and compared and not OF_ANY_ANSWERS.issuperset(objective.weights):
+            names = ", ".join(name for name in objective.weights if name not in OF_ANY_ANSWERS)
+            reason = "which would leave the latter out; take kto, or a run for each"
+            what = "rejected answers beside chosen ones and answers that a flag calls good or bad"
+            raise SettingError("objective.loss", f": {self._name} has {what}, and {names} compares pairs, {reason}")
         paired = not OF_SINGLE_ANSWERS.issuperset(objective.weights)
         if not objective.is_sft and not compared and (paired or not judged):
             needs = "rejected answers beside the chosen ones" + ("" if paired else ", or a flag for each answer")
@@ -256,6 +261,9 @@ class RunSamples:
             raise SettingError(
                 "objective.loss", f": {names} needs {needs}, and {self._name} has none; see docs/data.md"
             )
+        if "kto" in objective.weights and self._arguments.per_device_train_batch_size == 1:
+            reason = " is 1, and kto compares an answer with those to other prompts beside it; set 2 or more"
+            raise SettingError("training.per_device_train_batch_size", reason)
         if objective.exchange_pictures:
             self._check_exchange(objective, compared=compared)
 
