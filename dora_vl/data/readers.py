@@ -682,13 +682,12 @@ def _answers(value: object, name: str = "answer") -> list[str]:
     return [text for text, _ in Counter(text for text in texts if text.strip()).most_common()]
 
 
-def several_answers(row: Row, columns: Columns) -> tuple[Answer, ...]:
-    """Returns the right answers of a row that can be read and has several, the trained one first; of others nothing."""
-    resolved = columns.resolve(row, strict=False)
-    fields, texts = resolved.fields, list[str]()
-    if resolved.format is None or fields.get("turns") or not is_nothing(fields.get("choices")):
+def _several_answers(format_name: str, fields: Row) -> tuple[Answer, ...]:
+    """Returns the right answers of a row that has several, the trained one first; of others nothing."""
+    texts: list[str] = []
+    if fields.get("turns") or not is_nothing(fields.get("choices")):
         return ()  # a conversation ends with one answer, and one choice is right
-    if resolved.format.name == "records":
+    if format_name == "records":
         heaviest_first = sorted(read_record({**fields, "id": "-"}).answers, key=lambda answer: -answer.weight)
         texts = [text for text in dict.fromkeys(answer.text for answer in heaviest_first) if text.strip()]
     elif role := next((role for role in ("answer", "caption") if role in fields), None):
@@ -791,7 +790,10 @@ def read_fields(resolved: Resolved, sample_id: str) -> Example:
             raise Unusable("its last answer calls a tool or is not to be trained; preferences compare texts alone")
         if resolved.format.name == PREFERENCES:
             return _compared(example, fields)
-        return replace(example, is_good=_judgement(resolved)) if resolved.format.name == JUDGED else example
+        if resolved.format.name == JUDGED:
+            return replace(example, is_good=_judgement(resolved))
+        answers = _several_answers(resolved.format.name, fields)
+        return replace(example, answers=answers) if answers else example
     except Unusable as error:
         raise BadSample(sample_id, str(error), error.kind) from None
     except UnreadKey as unread:

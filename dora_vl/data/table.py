@@ -11,7 +11,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -30,7 +30,7 @@ from dora_vl.data.columns import USUAL, Columns, TrainFile, column_lines
 from dora_vl.data.containers import DataFiles, find_files
 from dora_vl.data.example import Answer, Example, named_in
 from dora_vl.data.pictures import StoredPictures
-from dora_vl.data.readers import RowReader, check_usable, several_answers
+from dora_vl.data.readers import RowReader, check_usable
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Clip, Turn
 from dora_vl.errors import BadSample, UserError
 from dora_vl.files import unfinished
@@ -152,7 +152,6 @@ def _batches(data: DataFiles, columns: Columns) -> Iterator[list[dict[str, Any]]
             row |= {"images": (), "videos": (), "turns": ()}
         else:
             words, media, answer = asked_and_told(example)
-            example = replace(example, answers=several_answers(record, columns))
             new = {name: content for name, content in example.image_bytes.items() if name not in pictures}
             pictures |= new.keys()
             row |= {

@@ -12,7 +12,7 @@ from pathlib import Path
 from dora_vl.data.columns import USUAL, Columns, ColumnsError
 from dora_vl.data.containers import find_files
 from dora_vl.data.example import MIDDLE_FRAME, Answer, CountedFromOne, Example, named_in
-from dora_vl.data.readers import id_of, read_row, several_answers
+from dora_vl.data.readers import id_of, read_row
 from dora_vl.data.text_file import stream_values
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample, UserError, shown, shown_text
@@ -69,7 +69,7 @@ def example_of_row(row: Mapping[str, object], columns: Columns = USUAL) -> Examp
         raise BadSample(example.id, "its file holds its pictures itself; write them to files, which a test reads")
     extra = {name: value for name in KEPT if (value := named_in(row, name)) is not None}
     extra |= {ANSWER: example.answers[0].text} if example.answers else {}
-    return replace(last_round(replace(example, answers=several_answers(row, columns))), extra=extra)
+    return replace(last_round(example), extra=extra)
 
 
 def as_asked(example: Example, prompt: Prompt) -> Example:

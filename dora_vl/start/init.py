@@ -24,7 +24,7 @@ from dora_vl.data.containers import RUN_FILE, DataFiles, PictureFolder, find_fil
 from dora_vl.data.example import Example
 from dora_vl.data.picture_files import picture_facts
 from dora_vl.data.pictures import MediaFolder, path_inside, save_picture
-from dora_vl.data.readers import read_row, several_answers
+from dora_vl.data.readers import read_row
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, KWARGS, SPEAKERS, TOOLS, VIDEO_PLACEHOLDER
 from dora_vl.errors import BadSample, UserError, shown_names, shown_text
 from dora_vl.files import clear_leftovers, content_key, file_sha256, whole_folder, write_json
@@ -460,7 +460,6 @@ def _usable(
         return None
     try:
         conversation = read_row({**record, "id": example.id}, columns=columns)
-        conversation = replace(conversation, answers=several_answers(record, columns))
         if media_to is not None:
             names = {
                 name: save_picture(data, media_to, conversation.id) for name, data in conversation.image_bytes.items()
