@@ -215,7 +215,7 @@ def filled(model: PreTrainedModel, weights: dict[str, Tensor], language: Languag
 
 
 def _dequantised() -> dict[str, Any]:
-    """Returns the argument that makes transformers unpack a GGUF file; before `GgufConfig` unpacking was all it did."""
+    """Returns the argument that makes transformers unpack a GGUF file; versions without `GgufConfig` always do."""
     try:
         from transformers.utils.quantization_config import GgufConfig
     except ImportError:
