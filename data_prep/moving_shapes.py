@@ -160,7 +160,7 @@ SPLITS = ("pretrain", "adapt", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How many clips each split has, and the seed."""
+    """Says how many clips each split has, and the seed."""
 
     pretrain: int = 800
     adapt: int = 800

@@ -61,7 +61,7 @@ ENDED = "Ended"
 
 @dataclass
 class Budget:
-    """What the jobs for one request or file may cost together; each takes from it.
+    """Limits what the jobs for one request or file may cost together; each takes from it.
 
     Attributes:
         seconds: of the processor.

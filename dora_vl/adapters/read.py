@@ -46,7 +46,7 @@ ADDED_ROWS = f"{TOKENS}[-200:]"
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How one tool names a layer's tensors: endings after the layer's name, alternatives in order."""
+    """Says how one tool names a layer's tensors: endings after the layer's name, alternatives in order."""
 
     lora_A: tuple[str, ...]
     lora_B: tuple[str, ...]

@@ -30,7 +30,7 @@ HASH = "sha256"
 
 
 class Entry(NamedTuple):
-    """Where an entry's tensors are, and its facts as plain JSON values."""
+    """Says where an entry's tensors are, and holds its facts as plain JSON values."""
 
     shard: Path
     written: int

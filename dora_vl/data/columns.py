@@ -136,7 +136,7 @@ Candidate = Mapping[str, str]
 
 @dataclass(frozen=True)
 class _Shape:
-    """What the names of a row's columns decide: the columns that are kept, and of each role those that may hold it."""
+    """Holds what the names of a row's columns decide: the kept columns, and for each role those that may hold it."""
 
     format: RowFormat
     names: Sequence[str]

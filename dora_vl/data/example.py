@@ -39,7 +39,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Subtitle:
-    """What is said between two times of the video; None where the publisher gives no times."""
+    """Holds what is said between two times of the video; None where the publisher gives no times."""
 
     text: str
     start_seconds: Number | None = None

@@ -30,7 +30,7 @@ from dora_vl.errors import BadSample
 
 
 class SamplingLengths(NamedTuple):
-    """What the sampler knows of each sample."""
+    """Holds what the sampler knows of each sample."""
 
     lengths: Int[Tensor, " samples"]
     is_multimodal: Bool[Tensor, " samples"]
@@ -251,7 +251,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Part:
-    """What one rank does in one micro-batch; `indices` may be empty where a small last batch does not reach."""
+    """Says what one rank does in one micro-batch; `indices` may be empty where a small last batch does not reach."""
 
     source: int
     indices: tuple[int, ...]

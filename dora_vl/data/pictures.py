@@ -69,7 +69,7 @@ HeldPictures: TypeAlias = Mapping[str, bytes]
 
 @dataclass(frozen=True)
 class MediaFolder:
-    """Where the paths of pictures or videos start, and how the files there are read.
+    """Says where the paths of pictures or videos start, and how the files there are read.
 
     Attributes:
         follow_links: a file may be a link that leads out of it, as DVC and git-annex lay them (`data.follow_links`).

@@ -47,7 +47,7 @@ Sources (python -c "help('dora_vl.data.benchmarks.images')", llava, videos... sa
 
 @dataclass(kw_only=True)
 class Counts:
-    """How many rows were read and records written, and which rows were not used.
+    """Counts the rows that were read and the records written, and says which rows were not used.
 
     Attributes:
         renamed_ids: records whose id came before and got a number.

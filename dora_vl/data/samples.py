@@ -33,7 +33,7 @@ IGNORED_LABEL = -100
 
 
 class TrainedAnswer(NamedTuple):
-    """What labels say of one answer: its text, what opens it and is trained too, and what closes it."""
+    """Holds what labels say of one answer: its text, what opens it and is trained too, and what closes it."""
 
     opening: str
     text: str

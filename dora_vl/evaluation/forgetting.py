@@ -31,7 +31,7 @@ MOST_TOKENS = 512  # of a text; the rest of a longer one does not count
 
 @dataclass(frozen=True)
 class Abilities:
-    """What one model makes of the passages and questions; nats are the mean cross-entropy of a token.
+    """Holds what one model makes of the passages and questions; nats are the mean cross-entropy of a token.
 
     Attributes:
         answers: by question; None where the model takes no words without a picture.

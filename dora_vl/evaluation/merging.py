@@ -29,7 +29,7 @@ from dora_vl.files import unfinished
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is merged into what, all read."""
+    """Holds what is merged into what, all read."""
 
     adapter: Adapter
     base: Path

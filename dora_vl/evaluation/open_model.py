@@ -41,7 +41,7 @@ from dora_vl.run.settings import ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRequest:
-    """Which model is to be opened: an adapter on its base, or a model by itself.
+    """Says which model is to be opened: an adapter on its base, or a model by itself.
 
     Attributes:
         base: where the adapter's base is now; None looks where the adapter says.

@@ -44,7 +44,7 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """How an answer is decoded: greedy with one beam. `max_length` counts the start token."""
+    """Says how an answer is decoded: greedy with one beam. `max_length` counts the start token."""
 
     beams: int = 1
     max_length: int = 20
@@ -149,7 +149,7 @@ class ClosedBatch:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one rank does in one micro-batch."""
+    """Says what one rank does in one micro-batch."""
 
     subtask: Subtask
     items: list[Seq2SeqSample | Skipped]

@@ -17,7 +17,7 @@ Kind = Literal["trained", "context", "picture-place", "padding"]
 
 
 class Look(NamedTuple):
-    """How a kind is shown: by name, by colours that change with every token, or by signs around a stretch of it.
+    """Says how a kind is shown: by name, by colours that change with every token, or by signs around a stretch of it.
 
     A stretch of a `joined` kind is one piece with its length.
     """

@@ -42,7 +42,7 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """What a template draws; `data` is for the page's script: the drawing's limits, and the numbers of each series."""
+    """Holds what a template draws; `data` gives the page's script the drawing's limits, and each series' numbers."""
 
     title: str
     y_label: str

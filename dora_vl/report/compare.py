@@ -75,7 +75,7 @@ class CellRun:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """What `metrics.json` holds."""
+        """Reads what `metrics.json` holds."""
         return read_json(self.folder / METRICS)
 
     @property
@@ -108,7 +108,7 @@ class CellRun:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared, and where.
+    """Says what is compared, and where.
 
     Attributes:
         words: the recipe and the settings of all runs, as on a command line; `config` is what they say.
@@ -258,7 +258,7 @@ def stepped(rate: float, steps: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What one contender reached.
+    """Holds what one contender reached.
 
     Attributes:
         losses: validation loss by rate; None where the training diverged.
@@ -279,7 +279,7 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Contrast:
-    """How two contenders differ in a measure, paired over the test's units."""
+    """Says how two contenders differ in a measure, paired over the test's units."""
 
     measure: str
     name: str

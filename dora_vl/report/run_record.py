@@ -71,7 +71,7 @@ class RunRecord:
 
     @cached_property
     def benchmarks(self) -> Results:
-        """What `dora-vl evaluate` left in the folder `evaluation`."""
+        """Holds what `dora-vl evaluate` left in the folder `evaluation`."""
         folder = self.folder / "evaluation"
         return read_results(folder) if (folder / METRICS).is_file() else {}
 

@@ -35,7 +35,7 @@ class UnknownModel(UserError):
 
 @dataclass(frozen=True)
 class Entry:
-    """How an adapter (or the base) is asked, and what its rows need of a batch.
+    """Says how an adapter (or the base) is asked, and what its rows need of a batch.
 
     Attributes:
         name: of the adapter; None is the base.

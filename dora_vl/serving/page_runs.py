@@ -52,7 +52,7 @@ def free_folder(folder: Path, is_taken: Callable[[Path], bool] = Path.exists) ->
 
 
 class RunStatus(NamedTuple):
-    """How far a run is: its last line, as far as the page started it, and what changes whenever its files do."""
+    """Says how far a run is: its last line, as far as the page started it, and what changes whenever its files do."""
 
     state: Literal["ready", "starting", "training", "testing", "stopped", "failed", "finished"]
     line: str

@@ -227,13 +227,13 @@ class TrainDoor:
         """Returns all that is seen of a run."""
         folder = self.folder_of(run)
         text = _read(folder / RUN_FILE)
-        seen, slides = _rank_and_epochs(text), self.runs.status(folder).state in NOT_TRAINED
+        followed = self.follow(run, "")
         return {
-            **self.follow(run, ""),
+            **followed,
             self.run: gr.update(choices=[str(path) for path in self.runs.folders()], value=run),
             **{
-                slider: gr.update(value=value, interactive=slides)
-                for slider, value in zip((self.rank, self.epochs), seen, strict=True)
+                slider: {**followed[slider], "value": value}
+                for slider, value in zip((self.rank, self.epochs), _rank_and_epochs(text), strict=True)
             },
             self.rows: rows_view(folder),
             self.yaml: text,
@@ -273,10 +273,9 @@ class TrainDoor:
     # -- inside ------------------------------------------------------------------------------------------------
 
     def _write(self, folder: Path, rank: int, epochs: int) -> bool:
-        """Writes rank and epochs into a run's YAML where they differ from what the page shows of it.
+        """Writes rank and epochs into the YAML of a run that has not trained, and returns False for any other run.
 
-        Returns:
-            Whether the run has not trained yet; the YAML of one that has is left alone.
+        What the page shows of the YAML as it is stays as it is there.
         """
         if self.runs.status(folder).state not in NOT_TRAINED:
             return False

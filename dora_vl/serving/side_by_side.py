@@ -46,7 +46,7 @@ class ModelChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnAnswer:
-    """What a model has said to a question so far.
+    """Holds what a model has said to a question so far.
 
     Attributes:
         reason: why it is over; None while it goes on.
@@ -94,7 +94,7 @@ class Exchange:
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """What one person has asked about some pictures or a video; they stand in its first question."""
+    """Holds what one person has asked about some pictures or a video; they stand in its first question."""
 
     shown: Shown = NOTHING
     exchanges: tuple[Exchange, ...] = ()

@@ -79,7 +79,7 @@ class Mean(Total):
 
 @dataclass(frozen=True, kw_only=True)
 class ItemScore:
-    """What a scorer makes of one item.
+    """Holds what a scorer makes of one item.
 
     Attributes:
         unit: the picture, sentence or clip that a bootstrap draws with all that is asked about it.

@@ -33,7 +33,7 @@ MOST_OFF = 0.02
 
 
 class Slice(NamedTuple):
-    """What an adapter changes in one slice of a layer's outputs; its scale is in B."""
+    """Holds what an adapter changes in one slice of a layer's outputs; its scale is in B."""
 
     lora_A: Float[Tensor, "rank in_"]
     lora_B: Float[Tensor, "out rank"]
