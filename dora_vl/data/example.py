@@ -52,7 +52,7 @@ class Example:
 
     Attributes:
         images: paths relative to one root, or names in `image_bytes`.
-        turns: instead of question and answers, for conversations; all that is trained on (`readers.read_conversation`).
+        turns: those of a conversation, in place of question and answers (`conversation.read_conversation`).
         question: or a sentence to judge; empty for captions.
         answers: empty only where the publisher keeps them.
         rejected: answers that are worse than the last one of `turns`.
