@@ -61,8 +61,8 @@ def receipt(chance: random.Random) -> Drawn:
     if paid == "by card":
         draw.rounded_rectangle((left + 20, top + 205, left + 110, top + 265), 8, fill=(60, 60, 120))
     elif paid == "in cash":
-        for place in (left + 15, left + 60, left + 105):
-            draw.ellipse((place, top + 215, place + 38, top + 253), fill=(210, 170, 60))
+        for x in (left + 15, left + 60, left + 105):
+            draw.ellipse((x, top + 215, x + 38, top + 253), fill=(210, 170, 60))
     else:
         draw.rectangle((left + 15, top + 205, left + 165, top + 260), outline=(160, 20, 20), width=4)
         draw.text((left + 28, top + 218), "VOUCHER", "black", font=ImageFont.load_default(24))
@@ -97,9 +97,9 @@ def light(chance: random.Random) -> Drawn:
     draw.rectangle((0, 220, 200, 260), fill=(85, 85, 90))
     draw.rectangle((x - 4, y, x + 4, 240), fill=(60, 60, 60))
     draw.rounded_rectangle((x - 22, y, x + 22, y + 120), 8, fill=(25, 25, 25))
-    for place, colour in enumerate((RED, (250, 160, 20), (40, 190, 80))):
-        shade = colour if place == lit else tuple(part // 4 for part in colour)
-        draw.circle((x, y + 22 + 38 * place), 15, fill=shade)
+    for row, colour in enumerate((RED, (250, 160, 20), (40, 190, 80))):
+        shade = colour if row == lit else tuple(part // 4 for part in colour)
+        draw.circle((x, y + 22 + 38 * row), 15, fill=shade)
     questions = {
         "which light is on?": ("red", "amber", "green")[lit],
         "what should I do?": ("stop", "get ready to stop", "go")[lit],

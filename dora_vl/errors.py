@@ -59,8 +59,8 @@ def bind_threads() -> frozenset[int]:
     Left to the system, two threads that wait for each other can share a core while other programs have the rest.
     Returns all cores that this process may use; none where threads are not bound.
     """
-    stated = ("OMP_NUM_THREADS", *BINDING, "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "LOCAL_RANK")
-    if sys.platform != "linux" or "torch" in sys.modules or any(name in os.environ for name in stated):
+    variables = ("OMP_NUM_THREADS", *BINDING, "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "LOCAL_RANK")
+    if sys.platform != "linux" or "torch" in sys.modules or any(name in os.environ for name in variables):
         return frozenset()
     os.environ.update(BINDING)
     return frozenset(os.sched_getaffinity(0))

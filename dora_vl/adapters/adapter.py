@@ -177,8 +177,8 @@ class Adapter:
     @property
     def method(self) -> str:
         """Returns `dora`, `lora`, `magnitude`, `dvora` or `full`."""
-        stated = self.recipe.get("adapter", {}).get("method")
-        return str(stated or ("dora" if self.config.get("use_dora") else "lora"))
+        method = self.recipe.get("adapter", {}).get("method")
+        return str(method or ("dora" if self.config.get("use_dora") else "lora"))
 
     @cached_property
     def factors(self) -> dict[str, Factors]:
@@ -334,25 +334,25 @@ def versions() -> dict[str, str]:
 
 def base_of(adapter: Adapter) -> Path:
     """Returns the base's folder that an adapter states: a local folder, or a hub id's snapshot in the cache."""
-    stated = str(adapter.config.get("base_model_name_or_path") or "")
-    if not stated:
+    name = str(adapter.config.get("base_model_name_or_path") or "")
+    if not name:
         raise UserError(f"{adapter.source} does not say which base it was trained on; add --base FOLDER")
     try:
-        return local_folder(stated, adapter.config.get("revision"))
+        return local_folder(name, adapter.config.get("revision"))
     except OSError as error:
-        raise UserError(f"base {stated!r} of {adapter.source} is not on this machine; add --base FOLDER") from error
+        raise UserError(f"base {name!r} of {adapter.source} is not on this machine; add --base FOLDER") from error
 
 
 def refuse_other_base(recipe: Mapping[str, Any], base: str | Path, source: str, revision: str | None = None) -> None:
     """Raises a `UserError` where the recipe holds the base's content hash and this base's is another."""
-    if (stated := recipe.get("base_sha256")) is None:
+    if (expected := recipe.get("base_sha256")) is None:
         return
     try:
         digest = content_hash(local_folder(str(base), revision))
     except OSError:
         return  # a hub id that is not in the cache yet; loading it says what is wrong, or fetches that revision
-    if digest != stated:
+    if digest != expected:
         raise UserError(
-            f"{source} was trained on another base (content hash {stated[:12]}) than {base} ({digest[:12]}); give the "
-            "right --base, or --any-base if you know that its weights are the same"
+            f"{source} was trained on another base (content hash {expected[:12]}) than {base} ({digest[:12]}); give "
+            "the right --base, or --any-base if you know that its weights are the same"
         )

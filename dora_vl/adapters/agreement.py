@@ -123,14 +123,14 @@ def whole_change(config: DoRAConfig) -> DoRAConfig:
     )
 
 
-def fields_of_the_change(stated: DoRAConfig, own: DoRAConfig) -> list[str]:
+def fields_of_the_change(expected: DoRAConfig, own: DoRAConfig) -> list[str]:
     """Names the settings of a layer that say what its A and B mean."""
-    return [*(["init"] if "pissa" in (stated.init, own.init) else ()), "rank", "alpha", "rank_scaling"]
+    return [*(["init"] if "pissa" in (expected.init, own.init) else ()), "rank", "alpha", "rank_scaling"]
 
 
-def first_difference(stated: DoRAConfig, own: DoRAConfig, fields: Sequence[str]) -> tuple[str, object, object] | None:
+def first_difference(expected: DoRAConfig, own: DoRAConfig, fields: Sequence[str]) -> tuple[str, object, object] | None:
     """Returns the first field in which two layers' settings differ, with both values."""
-    pairs = ((field, getattr(stated, field), getattr(own, field)) for field in fields)
+    pairs = ((field, getattr(expected, field), getattr(own, field)) for field in fields)
     return next((pair for pair in pairs if pair[1] != pair[2]), None)
 
 
@@ -144,13 +144,13 @@ def refuse_other_settings(source: str, model: nn.Module, config: DoRAConfig, *, 
     if (config.method == "full") != (not layers):
         raise UserError(f"{source}: method is {config.method!r}, this model has {len(layers)} adapted layers{advice}")
     for name, layer in layers.items():
-        stated, own = config.for_layer(name, magnitude_alone=name in config.magnitude_targets), layer.adapter
+        expected, own = config.for_layer(name, magnitude_alone=name in config.magnitude_targets), layer.adapter
         fields = ["method"]
         if own.method in ("dora", "lora"):
-            fields += fields_of_the_change(stated, own)
-            if dropout_mode_is_stated and stated.dropout and own.dropout:
+            fields += fields_of_the_change(expected, own)
+            if dropout_mode_is_stated and expected.dropout and own.dropout:
                 fields.append("dropout_mode")
-        if (difference := first_difference(stated, own, fields)) is not None:
+        if (difference := first_difference(expected, own, fields)) is not None:
             field, theirs, ours = difference
             raise UserError(f"{source}: {name} has {field} {theirs!r} there, and {ours!r} in this model{advice}")
 

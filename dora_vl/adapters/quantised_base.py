@@ -212,11 +212,11 @@ class QuantisedWeights(BaseWeights):
 
 def as_trained(folder: Path, recipes: Mapping[str, Mapping[str, Any]]) -> BaseWeights:
     """Opens a base with the values that adapters were trained on: quantised and back if their recipes say so."""
-    stated = {name: (recipe.get("quantisation"), recipe.get("dtype")) for name, recipe in recipes.items()}
-    kinds = {(kind, dtype if kind else None) for kind, dtype in stated.values()}
+    values = {name: (recipe.get("quantisation"), recipe.get("dtype")) for name, recipe in recipes.items()}
+    kinds = {(kind, dtype if kind else None) for kind, dtype in values.values()}
     if len(kinds) > 1:
         raise UserError(
-            f"these adapters were trained on different values of the base: {shown(stated, 200)}; merge one at a time, "
+            f"these adapters were trained on different values of the base: {shown(values, 200)}; merge one at a time, "
             "or all into the stored values with --base-values stored"
         )
     kind, dtype = kinds.pop()

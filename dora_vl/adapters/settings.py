@@ -254,7 +254,7 @@ def read_config(
         alpha = float(by_peft_pattern(peft.get("alpha_pattern"), layer, peft.get("lora_alpha", 8)))
         if alpha != peft.get("lora_alpha"):
             alphas[layer] = alpha
-    stated = {
+    fields = {
         "method": method,
         "rank": int(peft.get("r", 1)),
         "alpha": float(peft.get("lora_alpha", 1.0)),
@@ -273,7 +273,7 @@ def read_config(
         parts=adapted,
         also_train=parts,
         also_keep=tuple(name for name in kept if not name.startswith(f"{SHARED_NAME}.")),
-        **stated,
+        **fields,
     )
 
 
@@ -293,7 +293,7 @@ def refuse_contradiction(source: str, peft: Mapping[str, Any], own: Mapping[str,
         if value is None or name not in peft:
             continue
         pattern = peft.get({"r": "rank_pattern", "lora_alpha": "alpha_pattern"}.get(name, "")) or {}
-        if not any(math.isclose(stated, value) for stated in (peft[name], *pattern.values())):
+        if not any(math.isclose(other, value) for other in (peft[name], *pattern.values())):
             raise UserError(
                 f"{source}: {name} is {shown(peft[name])} in adapter_config.json, and recipe.json means "
                 f"{shown(value)}; take the folder as it was written, or remove recipe.json to load it as PEFT would"

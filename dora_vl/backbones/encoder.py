@@ -94,10 +94,10 @@ def load_processor(base: str, *, aspect: Aspect = "pad", revision: str | None = 
     if model_type_of(base, revision) == LLAVA:
         config = config_of(base, revision)
         preparation = ImagePreparation.from_folder(base, aspect=aspect, revision=revision)
-        stated, taken = preparation.preparation.image_size, int(config.to_dict()["vision_config"]["image_size"])
-        if stated != taken:
+        size, taken = preparation.preparation.image_size, int(config.to_dict()["vision_config"]["image_size"])
+        if size != taken:
             raise UserError(
-                f"{base}: its processor makes pictures of {stated} x {stated} pixels, its tower takes {taken} x "
+                f"{base}: its processor makes pictures of {size} x {size} pixels, its tower takes {taken} x "
                 f"{taken}; put the processor's file there that belongs to the tower"
             )
         return PieceProcessor(

@@ -111,12 +111,12 @@ def model_type_of(base: str, revision: str | None = None) -> str:
     )
     with opening(f"model.base {base!r} {here}"):
         config: Any = PreTrainedConfig.get_config_dict(base, revision=revision or "main")[0]
-        stated = config.get("model_type")
-    if not isinstance(stated, str) or not stated:
+        model_type = config.get("model_type")
+    if not isinstance(model_type, str) or not model_type:
         raise UserError(f"model.base {base!r}: its config.json states no model_type; is it a model's folder?")
-    if config.get("auto_map") and stated not in CONFIG_MAPPING_NAMES:
-        raise UserError(f"model.base {base!r} is a {stated!r}: {BRINGS_CODE}")
-    return stated
+    if config.get("auto_map") and model_type not in CONFIG_MAPPING_NAMES:
+        raise UserError(f"model.base {base!r} is a {model_type!r}: {BRINGS_CODE}")
+    return model_type
 
 
 def config_of(base: str, revision: str | None = None) -> Any:

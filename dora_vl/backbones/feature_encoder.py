@@ -46,13 +46,13 @@ def load_pooled(spec: TowerSpec) -> tuple[nn.Module, Preparation]:
     if spec.library == "transformers":
         with opening(f"transformers could not load {spec.name!r}"):
             check_model_folder(spec.name)
-            stated = AutoConfig.from_pretrained(spec.name, **NO_OWN_CODE)
-            if "vision_config" not in stated.sub_configs:
+            config = AutoConfig.from_pretrained(spec.name, **NO_OWN_CODE)
+            if "vision_config" not in config.sub_configs:
                 raise UserError(f"{spec.name} is no two-tower model, so it has no picture embedding; keep its grid")
             own = spec.weights == PRETRAINED
-            model: Any = AutoModel.from_pretrained(spec.name, **NO_OWN_CODE) if own else AutoModel.from_config(stated)
+            model: Any = AutoModel.from_pretrained(spec.name, **NO_OWN_CODE) if own else AutoModel.from_config(config)
         load_from_file(model, spec)
-        return PictureEmbedding(model), transformers_preparation(spec, stated.vision_config)
+        return PictureEmbedding(model), transformers_preparation(spec, config.vision_config)
     network, config = {"timm": load_timm, "open_clip": load_open_clip}[spec.library](spec)
     return network, preparation_of(config)
 
@@ -196,15 +196,15 @@ def open_encoders(
     adapter: Path, recipe: Mapping[str, Any], *, device: torch.device, any_tower: bool = False
 ) -> dict[str, FeatureEncoder]:
     """Opens an encoder for each task of the recipe whose features say how they were made; equal settings share one."""
-    stated = {name: recipe["features"].get(name) for name in recipe["tasks"]}
-    if not any(stated.values()):
+    records = {name: recipe["features"].get(name) for name in recipe["tasks"]}
+    if not any(records.values()):
         raise UserError(
-            f"{adapter} does not say how the features of {', '.join(stated)} were computed (data_prep.features did "
+            f"{adapter} does not say how the features of {', '.join(records)} were computed (data_prep.features did "
             "not make them), so it cannot be asked about raw pictures"
         )
     opened: dict[str, FeatureEncoder] = {}
     encoders: dict[str, FeatureEncoder] = {}
-    for name, record in stated.items():
+    for name, record in records.items():
         if record is None:
             continue
         key = json.dumps(record, sort_keys=True)

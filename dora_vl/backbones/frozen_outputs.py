@@ -467,8 +467,8 @@ class OutputStore:
 
     def __init__(self, cache: Path, model: Any, parts: FrozenParts, settings: Mapping[str, Any]) -> None:
         read = {name: [sorted(call.read) for call in calls] for name, calls in parts.calls.items()}
-        stated = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
-        config = hashlib.sha256(json.dumps(stated, sort_keys=True, default=str).encode()).hexdigest()
+        fields = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
+        config = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
         decided = {**settings, "parts": read, "config": config, "transformers": transformers.__version__}
         name = store_key(nn.ModuleList([model.get_submodule(part) for part in parts.calls]), decided)
         self.folder = cache / name

@@ -207,8 +207,8 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
             stored: what frozen parts gave for the pictures of each prompt that has some.
             cache: keys and values of the prompts' beginnings, by `read`.
         """
-        watch, stated = ScoreWatch(self.model), cast(Any, self.model.generation_config)
-        padding, ends = stated.pad_token_id, stated.eos_token_id
+        watch, config = ScoreWatch(self.model), cast(Any, self.model.generation_config)
+        padding, ends = config.pad_token_id, config.eos_token_id
         if padding is None:  # any id fills answers that end early, and transformers warns at every call without one
             padding = ends[0] if isinstance(ends, list) else ends
         chosen = {"do_sample": False, "pad_token_id": padding, **watch.options, **self.generation, **(options or {})}

@@ -232,11 +232,11 @@ class ProcessorChat(Prompts):
         if generation_prompt:
             return self._chat(self._prompt(turns), (), ())
         texts: dict[str, dict[int, Span]] = {}
-        answers = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
-        for number, place in reversed([*enumerate(answers)]):
-            if not turns[place].is_trained:
+        answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
+        for number, index in reversed([*enumerate(answers)]):
+            if not turns[index].is_trained:
                 continue
-            text, start, end = self._with_answer(turns[: place + 1])
+            text, start, end = self._with_answer(turns[: index + 1])
             longer = next((longer for longer in texts if longer.startswith(text[:end])), text)
             texts[longer] = {number: (start, end), **texts.get(longer, {})}
         last, *others = (self._chat(text, [*spans.values()], [*spans]) for text, spans in texts.items())

@@ -82,16 +82,16 @@ class Prompts:
             )
         if reason := out_of_order(conversation):
             raise ValueError(reason)
-        answers = [place for place, turn in enumerate(conversation) if turn.role == "assistant"]
-        for number, place in enumerate(answers, 1):
-            if not conversation[place].text.strip() and not conversation[place].more:
+        answers = [index for index, turn in enumerate(conversation) if turn.role == "assistant"]
+        for number, index in enumerate(answers, 1):
+            if not conversation[index].text.strip() and not conversation[index].more:
                 raise ValueError(f"answer {number} is empty")
         if not conversation or (conversation[-1].role == "assistant") == generation_prompt:
             last = "a question" if generation_prompt else "an answer"
             raise ValueError(f"{len(conversation)} turns, but {last} must be last")
         if generation_prompt:
             return self._render(system, conversation, generation_prompt=True)
-        trained = tuple(number for number, place in enumerate(answers) if conversation[place].is_trained)
+        trained = tuple(number for number, index in enumerate(answers) if conversation[index].is_trained)
         if not trained:
             raise ValueError("none of its answers is to be trained on")
         chat = self._render(system, conversation[: answers[trained[-1]] + 1], generation_prompt=False)

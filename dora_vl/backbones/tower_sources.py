@@ -172,8 +172,8 @@ def load_transformers(spec: TowerSpec) -> tuple[nn.Module, GridTowerConfig]:
     """Loads a transformers vision model, out of a two-tower model where the folder holds one."""
     check_model_folder(spec.name)
     with opening(f"transformers could not load a vision model from {spec.name!r}"):
-        stated = AutoConfig.from_pretrained(spec.name, **NO_OWN_CODE)
-        vision: PreTrainedConfig = stated.vision_config if "vision_config" in stated.sub_configs else stated
+        config = AutoConfig.from_pretrained(spec.name, **NO_OWN_CODE)
+        vision: PreTrainedConfig = config.vision_config if "vision_config" in config.sub_configs else config
         network_class: Any = MODEL_MAPPING[type(vision)]
         if spec.weights == PRETRAINED:
             network, report = network_class.from_pretrained(spec.name, config=vision, output_loading_info=True)

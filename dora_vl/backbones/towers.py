@@ -246,8 +246,8 @@ class ImagePreparation:
     def from_folder(cls, folder_or_id: str, *, aspect: Aspect, revision: str | None = None) -> ImagePreparation:
         """Reads the size and colours that a LLaVA folder's preprocessor states."""
         with opening(f"{folder_or_id!r} states no picture preparation"):
-            stated = LlavaImageProcessorPil.from_pretrained(folder_or_id, revision=revision or "main").to_dict()
-            return cls(stated_preparation(stated, int(stated["crop_size"]["height"])), aspect=aspect)
+            config = LlavaImageProcessorPil.from_pretrained(folder_or_id, revision=revision or "main").to_dict()
+            return cls(stated_preparation(config, int(config["crop_size"]["height"])), aspect=aspect)
 
     def prepare(self, picture: Image.Image) -> Float[Tensor, "3 height width"]:
         """Returns normalised pixels of one RGB picture."""
@@ -285,5 +285,5 @@ class ImagePreparation:
 
     def fingerprint(self) -> str:
         """Hashes everything that changes the pixels."""
-        stated = {"aspect": self.aspect, "reading": READING, **dataclasses.asdict(self.preparation)}
-        return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
+        settings = {"aspect": self.aspect, "reading": READING, **dataclasses.asdict(self.preparation)}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

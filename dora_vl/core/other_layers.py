@@ -185,10 +185,10 @@ STATED = frozenset(("has_gate", "has_bias", "has_post_expert_norm", "is_transpos
 
 def expert_projections(module: nn.Module) -> tuple[str, ...]:
     """Names the 3-D weights that a module of experts multiplies by and that can be adapted; none for other modules."""
-    stated = vars(module)
-    if not stated.keys() >= STATED:
+    attributes = vars(module)
+    if not attributes.keys() >= STATED:
         return ()
-    names = ("gate_up_proj" if stated["has_gate"] else "up_proj", "down_proj")
+    names = ("gate_up_proj" if attributes["has_gate"] else "up_proj", "down_proj")
     return tuple(name for name in names if module._parameters.get(name) is not None)
 
 

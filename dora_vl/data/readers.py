@@ -114,15 +114,15 @@ def _instructions(row: Row) -> list[object]:
 
 def _preferred(row: Row) -> Sequence[object]:
     """Returns the conversation that ends with the chosen, or the judged, answer, by the format that asks for it."""
-    for asked, answered, messages in (
+    for prompt, reply, messages in (
         ("messages", "completion", partial(_messages, key="messages")),
         ("conversations", "completion", partial(_messages, key="conversations")),
         ("prompt", "completion", _prompt_completion),
         ("instruction", "output", _instructions),
         ("question", "answer", _question_answer),
     ):
-        if asked in row:
-            conversation = messages({**row, answered: row["chosen"]} if "chosen" in row else row)
+        if prompt in row:
+            conversation = messages({**row, reply: row["chosen"]} if "chosen" in row else row)
             _refuse_other_turns(conversation, row)
             return conversation
     chosen, rejected = (_messages(row, key) for key in ("chosen", "rejected"))
@@ -344,10 +344,10 @@ CONVERSATIONAL = ("conversations", "messages", "prompt/completion")
 
 def id_of(row: Row, number: int, columns: Columns) -> str:
     """Returns the row's own id, else its place in the file."""
-    stated = columns.id_of(row)
-    if stated is None:
+    sample_id = columns.id_of(row)
+    if sample_id is None:
         return f"row {number + 1}"
-    return stated if isinstance(stated, str) else shown(stated)
+    return sample_id if isinstance(sample_id, str) else shown(sample_id)
 
 
 def read_row(row: Row, *, columns: Columns = USUAL) -> Example:

@@ -175,8 +175,8 @@ _STATED = re.compile(r'"?sep=([^\w\s"]|\t)"?\n?', re.IGNORECASE)
 
 def stated_delimiter(line: str) -> str | None:
     """Returns the delimiter that a first line states for Excel, such as `sep=;`; None for any other line."""
-    stated = _STATED.fullmatch(line)
-    return stated[1] if stated else None
+    match = _STATED.fullmatch(line)
+    return match[1] if match else None
 
 
 _END = "\x1eend of the table\x1e"
@@ -196,8 +196,8 @@ def table_rows(
     csv.field_size_limit(LONGEST_LINE_BYTES)
     lines = (line.replace("\r\n", "\n") for _, line in _lines(path, kind, encoding))
     first = next(lines, "")
-    if not columns and (stated := stated_delimiter(first)) is not None:
-        delimiter, first = stated, ""  # a blank line instead, so that the numbers of lines stay
+    if not columns and (named := stated_delimiter(first)) is not None:
+        delimiter, first = named, ""  # a blank line instead, so that the numbers of lines stay
     reader = csv.reader(chain([first], lines, [_END]), delimiter=delimiter)
     try:
         heads = list(columns) or next(filter(None, reader))

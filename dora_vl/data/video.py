@@ -79,8 +79,8 @@ def clip_span(start: float | None, end: float | None, *, duration: float) -> tup
     """Returns the part of a video that a clip means: its own times, as far as the video goes."""
     first, last = max(0.0, start or 0.0), duration if end is None else min(end, duration)
     if first >= last and not (start is None and end is None):
-        stated = f"{first:.2f} to {'its end' if end is None else f'{end:.2f} s'}"
-        raise NoVideo(f"lasts {duration:.2f} s; it has no part from {stated}")
+        span = f"{first:.2f} to {'its end' if end is None else f'{end:.2f} s'}"
+        raise NoVideo(f"lasts {duration:.2f} s; it has no part from {span}")
     return first, last
 
 

@@ -69,8 +69,8 @@ class OpenVideo(ABC):
 
     def locate(self, seconds: Sequence[float]) -> list[int]:
         """Returns the frames shown at these moments, by their place in the order of showing, without repeats."""
-        places = (bisect_right(self.begins, moment + ROUNDING_SECONDS) - 1 for moment in seconds)
-        return list(dict.fromkeys(max(0, place) for place in places))
+        indices = (bisect_right(self.begins, moment + ROUNDING_SECONDS) - 1 for moment in seconds)
+        return list(dict.fromkeys(max(0, index) for index in indices))
 
     @abstractmethod
     def frames(self, indices: Sequence[int]) -> Iterator[Frame]:
@@ -102,7 +102,7 @@ class DecordVideo(OpenVideo):
             times = self._reader.get_frame_timestamp(list(range(len(self._reader))))
         self.begins = [float(begin) for begin in times[:, 0] - times[0, 0]]
         self.count = len(self.begins)
-        self.duration = _end_of(self.begins, stated=float(times[-1, 1] - times[0, 0]))
+        self.duration = _end_of(self.begins, end=float(times[-1, 1] - times[0, 0]))
 
     def _open(self) -> None:
         with _named(*self._errors):
@@ -157,9 +157,9 @@ class PyavVideo(OpenVideo):
             raise Unreadable("it holds no frame")
         if self._container.format.name == "gif":  # it states no length, and ends with a mark
             is_cut = not Path(self._path).read_bytes().rstrip(b"\0").endswith(b";")
-        stated = (self._container.duration or 0) / self._av.time_base
-        if is_cut or last - first < stated - SPARE_SECONDS:
-            lengths = f"it has {last - first:.2f} s, and {stated:.2f} s by its header"
+        length = (self._container.duration or 0) / self._av.time_base
+        if is_cut or last - first < length - SPARE_SECONDS:
+            lengths = f"it has {last - first:.2f} s, and {length:.2f} s by its header"
             again = "copy it again, or remux a recording that ended so (ffmpeg -i FILE -c copy FILE.mp4)"
             raise NoVideo(f"is cut off or damaged: {lengths}; {again}")
         shown.sort()
@@ -170,7 +170,7 @@ class PyavVideo(OpenVideo):
         self._tick = float(self._stream.time_base)
         self.begins = [(pts - self._pts[0]) * self._tick for pts in self._pts]
         self.count = len(self.begins)
-        self.duration = _end_of(self.begins, stated=self.begins[-1] + shown[-1][1] * self._tick)
+        self.duration = _end_of(self.begins, end=self.begins[-1] + shown[-1][1] * self._tick)
 
     def _open(self) -> None:
         allowed = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
@@ -263,8 +263,8 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {words if len(words) <= 160 else words[:157] + '...'}"
 
 
-def _end_of(begins: Sequence[float], *, stated: float) -> float:
+def _end_of(begins: Sequence[float], *, end: float) -> float:
     """Returns when the last frame ends; where the file does not state it, it is shown as long as the one before."""
-    if stated > begins[-1]:
-        return stated
+    if end > begins[-1]:
+        return end
     return begins[-1] + (begins[-1] - begins[-2] if len(begins) > 1 else 0.0)

@@ -221,11 +221,11 @@ class Assistant:
         for several in loader:
             samples = [item for item in several if isinstance(item, Sample)]
             skipped = [item for item in several if isinstance(item, Skipped)]
-            asked = [ordered[sample.index] for sample in samples]
+            batch_examples = [ordered[sample.index] for sample in samples]
             if once is not None:
                 samples = once.taken(samples)
             texts = self.answers(self.begun(samples), max_new_tokens=decoding.max_new_tokens) if samples else []
-            answered = [prediction(example, text) for example, text in zip(asked, texts, strict=True)]
+            answered = [prediction(example, text) for example, text in zip(batch_examples, texts, strict=True)]
             yield answered + [prediction(ordered[item.index], None, item.reason) for item in skipped]
 
     def begun(self, samples: Sequence[Sample]) -> Mapping[str, Any]:

@@ -202,14 +202,14 @@ def read_set(
 
     Without a `mode` its score is the benchmark's usual one; `answer_after` is of `exact_match`.
     """
-    name_of_set, _, stated = request.partition("=")
+    name_of_set, _, path = request.partition("=")
     listed = find_benchmark(name_of_set)
     name, benchmark = listed.name, listed.benchmark
     if mode is not None and (mode not in benchmark.modes or mode == ""):
         named = [version for version in benchmark.modes if version]
         raise UserError(f"--mode {name}={mode}: {name} has {', '.join(named) or 'one version only'}")
     mode = next(iter(benchmark.modes), "") if mode is None else mode
-    file = Path(stated) if stated else listed.file or _split_file(listed, records)
+    file = Path(path) if path else listed.file or _split_file(listed, records)
     examples, unreadable = _read_examples(file, columns, limit)
     if benchmark.chooses:
         suffix = LETTER_CN if benchmark.prompt is letter_cn else LETTER

@@ -64,9 +64,11 @@ def abilities(assistant: Assistant, texts: Path | None = None, base: Abilities |
     rows = [row for rows in assistant.predict(questions, media_reader(Path(), frames=1), decoding) for row in rows]
     answers = {row.id: row.prediction for row in rows if not row.error}
     of_base = answers if base is None else base.answers
-    said = [_said(assistant, example, text) for example in questions if (text := (of_base or {}).get(example.id))]
+    base_answers = [
+        _answer_sample(assistant, example, text) for example in questions if (text := (of_base or {}).get(example.id))
+    ]
     tokens = sum(len(sample.labels) - 1 for sample in samples)
-    return Abilities(nats, tokens, answers or None, nats_of(assistant, said) if said else None)
+    return Abilities(nats, tokens, answers or None, nats_of(assistant, base_answers) if base_answers else None)
 
 
 def nats_of(assistant: Assistant, samples: Sequence[Sample]) -> float:
@@ -76,15 +78,15 @@ def nats_of(assistant: Assistant, samples: Sequence[Sample]) -> float:
     return nats / sum(int((sample.labels != IGNORED_LABEL).sum()) for sample in samples)
 
 
-def _said(assistant: Assistant, example: Example, text: str) -> Sample:
+def _answer_sample(assistant: Assistant, example: Example, text: str) -> Sample:
     """Makes a sample of an answer without what closes it: `NEW_TOKENS` may have cut it."""
     turns, prompts = turns_asked(example), assistant.prompts
     sample = prompts.with_answer(turns, Shown(), text)
     closing = prompts.encoder.answers(Example(example.id, turns=(*turns, Turn("assistant", text))))[-1].closing
-    places = (sample.labels != IGNORED_LABEL).nonzero().flatten()
+    labelled = (sample.labels != IGNORED_LABEL).nonzero().flatten()
     behind = len(prompts.encoder.tokenizer(closing, add_special_tokens=False)["input_ids"])
-    if 0 < behind < len(places):
-        sample.labels[places[-behind:]] = IGNORED_LABEL
+    if 0 < behind < len(labelled):
+        sample.labels[labelled[-behind:]] = IGNORED_LABEL
     return sample
 
 

@@ -54,8 +54,8 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     add_reading_arguments(parser)
     group = parser.add_argument_group("checking the result")
     group.add_argument("--no-check", dest="check", action="store_const", const=0, help="merge: compares nothing")
-    asked = f"asks N questions (default {QUESTIONS})"
-    group.add_argument("--check", type=positive, nargs="?", const=QUESTIONS, metavar="N", help=asked)
+    text = f"asks N questions (default {QUESTIONS})"
+    group.add_argument("--check", type=positive, nargs="?", const=QUESTIONS, metavar="N", help=text)
     group.add_argument(
         "--questions", type=Path, metavar="FILE", help="in any format that training reads (default: the run's test)"
     )

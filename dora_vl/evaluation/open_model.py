@@ -104,8 +104,8 @@ def find_source(request: ModelRequest) -> ModelSource:
         recipe = read_recipe(adapter)
         if "base" not in recipe:  # PEFT's own two files, or a folder that was converted
             recipe = {}
-        stated, revision = (recipe["base"], recipe.get("revision")) if recipe else _base_of_peft(request, adapter)
-        base, revision = find_base(request.base or stated, adapter), None if request.base else revision
+        name, revision = (recipe["base"], recipe.get("revision")) if recipe else _base_of_peft(request, adapter)
+        base, revision = find_base(request.base or name, adapter), None if request.base else revision
     kind = kind_of_base(base, revision)
     if kind == VLBART and not recipe:
         raise UserError(f"{adapter or base} is a VL-BART; its tasks and features stand in a run's recipe.json alone")
@@ -136,10 +136,10 @@ def _base_of_peft(request: ModelRequest, adapter: Path) -> tuple[str, str | None
     """Reads the base and revision that a folder of PEFT's names."""
     config = files.read_peft_config(adapter)
     check_peft_fields(str(adapter), config)
-    stated = config.get("base_model_name_or_path")
-    if not request.base and not (isinstance(stated, str) and stated):
+    name = config.get("base_model_name_or_path")
+    if not request.base and not (isinstance(name, str) and name):
         raise UserError(f"{adapter / CONFIG_FILE} does not say which base it was trained on; add --base FOLDER")
-    return str(stated), config.get("revision")
+    return str(name), config.get("revision")
 
 
 def _check_recipe(request: ModelRequest, adapter: Path, recipe: Mapping[str, Any], kind: str, base: str) -> None:
@@ -154,9 +154,9 @@ def _check_recipe(request: ModelRequest, adapter: Path, recipe: Mapping[str, Any
 
 def _attention(recipe: Mapping[str, Any]) -> Any:
     """Returns the kernels that the adapter was trained with; leaves to transformers what only another machine has."""
-    stated = recipe.get("attn_implementation")
-    missing = FLASH in (stated.values() if isinstance(stated, dict) else [stated]) and not torch.cuda.is_available()
-    return None if missing else stated
+    kernels = recipe.get("attn_kernels")
+    missing = FLASH in (kernels.values() if isinstance(kernels, dict) else [kernels]) and not torch.cuda.is_available()
+    return None if missing else kernels
 
 
 def kind_of_base(base: str, revision: str | None = None) -> str:
@@ -179,8 +179,8 @@ def kind_of_base(base: str, revision: str | None = None) -> str:
 def _stated_dtype(base: str, revision: str | None) -> str:
     """Returns the number type that a model's config states; else float32."""
     config: Any = PreTrainedConfig.get_config_dict(base, revision=revision or "main")[0]
-    stated = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
-    return stated if stated in DTYPES else "float32"
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+    return dtype if dtype in DTYPES else "float32"
 
 
 def read_recipe(adapter: Path) -> Mapping[str, Any]:
@@ -207,8 +207,8 @@ def find_base(base: str, adapter: Path) -> str:
 def hashes(source: ModelSource) -> Mapping[str, str]:
     """Hashes what the answers of a model depend on: the base's content and the adapter."""
     request, recipe = source.request, source.recipe
-    stated = recipe.get("base_sha256") if not request.any_base else None
-    base = str(stated) if stated else content_hash(local_folder(source.base, source.revision))
+    digest = recipe.get("base_sha256") if not request.any_base else None
+    base = str(digest) if digest else content_hash(local_folder(source.base, source.revision))
     of_adapter = {} if request.adapter is None else {"adapter": file_sha256(request.adapter / WEIGHTS_FILE)}
     return {**of_adapter, "base": base}
 

@@ -268,7 +268,7 @@ def _exchanged(tested: Tested, model: Predictor, folder: Path) -> Exchange:
 
 def ask_again(model: Predictor, part: TestSet, why: str, sample: Sequence[Example], *, folder: Path) -> Exchange:
     """Asks some examples of a set for a comparison, whose answers stand as a set of their own."""
-    asked = [part.prompt(example) for example in sample]
+    prompts = [part.prompt(example) for example in sample]
     depends_on = {**part.settings, why: digest(sample)}
-    answers = ask(model, f"{part.name}/{why}", asked, part, folder=folder, settings=depends_on).answers
+    answers = ask(model, f"{part.name}/{why}", prompts, part, folder=folder, settings=depends_on).answers
     return Exchange(examples=sample, answers=answers)

@@ -161,8 +161,8 @@ def _json_rows(path: Path) -> Iterator[Prediction]:
 def _table_rows(path: Path, delimiter: str) -> Iterator[Prediction]:
     lines = (line for _, line in text_lines(path, WANTED))
     header = next(lines, "")
-    if (stated := stated_delimiter(header)) is not None:
-        delimiter, header = stated, next(lines, "")
+    if (named := stated_delimiter(header)) is not None:
+        delimiter, header = named, next(lines, "")
     names = {cell.strip('"') for cell in header.split(delimiter)}
     if names & set(IDS) and names & {*MODEL_ANSWERS, *ANSWERS}:
         for number, row in table_rows(path, WANTED, delimiter=delimiter):

@@ -212,10 +212,10 @@ def read_question_file(path: Path) -> list[Example]:
     if not examples:
         raise UserError(f"{path}: holds no questions")
     counts, seen = Counter(example.id for example in examples), Counter[str]()
-    for place, example in enumerate(examples):
+    for index, example in enumerate(examples):
         if counts[example.id] > 1:
             seen[example.id] += 1
-            examples[place] = replace(example, id=f"{example.id}#{seen[example.id]}")
+            examples[index] = replace(example, id=f"{example.id}#{seen[example.id]}")
     return examples
 
 

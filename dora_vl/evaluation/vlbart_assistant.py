@@ -62,8 +62,8 @@ class VlBartAssistant:
         if subtask.state_span is not None and video is not None and "ts" not in example.extra:
             if video.start_seconds is None or video.end_seconds is None:
                 raise _no_span(subtask)
-            stated = subtask.state_span(video.start_seconds, video.end_seconds)
-            example = replace(example, extra={**example.extra, "ts": stated})
+            span = subtask.state_span(video.start_seconds, video.end_seconds)
+            example = replace(example, extra={**example.extra, "ts": span})
         clip = clip_of_features(example)
         if clip is None or video is None:
             raise ValueError(f"example {example.id} has no video")

@@ -60,9 +60,9 @@ class RunRecord:
         result = self.settings.get(name)
         return result if isinstance(result, Mapping) else {}
 
-    def path(self, stated: object) -> Path:
+    def path(self, path: object) -> Path:
         """Finds a path of the settings."""
-        return path_in_run(stated, self.folder, self.settings)
+        return path_in_run(path, self.folder, self.settings)
 
     @property
     def last_step(self) -> int:

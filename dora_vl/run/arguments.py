@@ -244,9 +244,9 @@ def check_deepspeed(config: Mapping[str, Any], *, method: str) -> None:
     """Reads a config as DeepSpeed will, and refuses blocks that override the recipe."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    stated = {name: value for name, value in _without_auto(config).items() if name not in FROM_SECTION}
+    plain = {name: value for name, value in _without_auto(config).items() if name not in FROM_SECTION}
     try:
-        DeepSpeedConfig(stated | {"train_micro_batch_size_per_gpu": 1})
+        DeepSpeedConfig(plain | {"train_micro_batch_size_per_gpu": 1})
     except (ValueError, TypeError, AttributeError, AssertionError, KeyError) as error:
         for name in ("zero_optimization", "bf16", "fp16", "torch_autocast", "activation_checkpointing"):
             if not isinstance(config.get(name, {}), Mapping):

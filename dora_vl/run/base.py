@@ -90,8 +90,8 @@ def check_base(config: RunConfig) -> None:
 
 def check_window(base: str, encoder: Encoder, revision: str | None = None) -> None:
     """Refuses samples of which a long one would change the positions of all that share its batch (longrope)."""
-    stated: Any = getattr(config_of(base, revision).get_text_config(), "rope_parameters", None) or {}
-    for rope in (stated, *stated.values()):  # of each kind of layers where they differ
+    parameters: Any = getattr(config_of(base, revision).get_text_config(), "rope_parameters", None) or {}
+    for rope in (parameters, *parameters.values()):  # of each kind of layers where they differ
         is_long = isinstance(rope, Mapping) and rope.get("rope_type") == "longrope"
         if is_long and encoder.max_tokens > (window := rope["original_max_position_embeddings"]):
             why = f": above {window} tokens {base} turns the positions of a whole batch another way; set it to {window}"

@@ -71,12 +71,12 @@ def run_folder_of(training: Mapping[str, Any]) -> Path:
     return Path(training["output_dir"])
 
 
-def path_in_run(stated: object, folder: Path, settings: Mapping[str, Any]) -> Path:
+def path_in_run(path_in_settings: object, folder: Path, settings: Mapping[str, Any]) -> Path:
     """Finds a path of a run's settings: from the folder that the run was started in, else from here.
 
     That folder is known where `training.output_dir` is relative and the run's folder still ends with it.
     """
-    path, output = Path(str(stated)), Path(str((settings.get("training") or {}).get("output_dir", "")))
+    path, output = Path(str(path_in_settings)), Path(str((settings.get("training") or {}).get("output_dir", "")))
     resolved = folder.resolve()
     if path.is_absolute() or output.is_absolute() or resolved.parts[-len(output.parts) :] != output.parts:
         return path
@@ -295,8 +295,8 @@ def full_disk_reported(folder: Path, what: str, kept: Callable[[], str | None]) 
     except Exception as error:
         free = shutil.disk_usage(next(path for path in (folder, *folder.resolve().parents) if path.exists())).free
         # By the system's number or, from libraries with errors of their own, by its words.
-        stated = getattr(error, "errno", None)
-        reasons = [number for number in UNWRITABLE if number == stated or os.strerror(number) in str(error)]
+        code = getattr(error, "errno", None)
+        reasons = [number for number in UNWRITABLE if number == code or os.strerror(number) in str(error)]
         if not reasons and free >= TOO_LITTLE_BYTES:
             raise
         cause, remedy = UNWRITABLE[reasons[0] if reasons else errno.ENOSPC]

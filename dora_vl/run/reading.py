@@ -140,8 +140,8 @@ def files_first(arguments: Sequence[str], task: Task) -> tuple[list[str], Task]:
     for argument in others:
         refuse_other_number(argument.partition("=")[2] if argument.startswith("--") else argument)
     files = settings_of_files(options.config, options.variant)
-    stated = [options.task, *(file["task"] for file in reversed(files) if "task" in file), task]
-    named = next(name for name in stated if name is not None)
+    tasks = [options.task, *(file["task"] for file in reversed(files) if "task" in file), task]
+    named = next(name for name in tasks if name is not None)
     if named not in [*FIELDS]:  # a list or a mapping has no hash
         close = difflib.get_close_matches(str(named), FIELDS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""

@@ -164,7 +164,7 @@ class ByteBudget:
 
         `stored` bytes count beside those on their way.
         """
-        stated, arrived = headers.get("content-length", ""), 0
+        length, arrived = headers.get("content-length", ""), 0
 
         def count(size: int, expected: int = 0) -> None:
             nonlocal arrived
@@ -176,7 +176,7 @@ class ByteBudget:
                 raise TooManyRequests("too much is being sent by all clients together; try again later")
 
         try:
-            count(0, int(stated) if stated.isdecimal() else 0)
+            count(0, int(length) if length.isdecimal() else 0)
             yield count
         finally:
             self._arriving -= arrived

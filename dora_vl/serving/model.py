@@ -161,11 +161,11 @@ def source_on(served: ModelSource, folder: Path, *, template: str | None, any_ba
     """Returns an adapter over the base that is served; no weight is read."""
     request = ModelRequest(adapter=folder, base=served.base, any_base=True, template=_template_of(folder, template))
     source = find_source(request)
-    stated = str(source.recipe.get("base_sha256") or "")
-    sha256 = None if any_base or not stated else _sha256_of(served.base, served.revision)
-    if sha256 and sha256 != stated:
+    expected = str(source.recipe.get("base_sha256") or "")
+    sha256 = None if any_base or not expected else _sha256_of(served.base, served.revision)
+    if sha256 and sha256 != expected:
         raise UserError(
-            f"{folder} was trained on a base with sha256 {stated[:12]}…, the served one has {sha256[:12]}…; serve it "
+            f"{folder} was trained on a base with sha256 {expected[:12]}…, the served one has {sha256[:12]}…; serve it "
             "with its own base, or start with --any-base to try it"
         )
     if source.kind != served.kind:

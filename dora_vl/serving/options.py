@@ -107,12 +107,12 @@ def adapters_by_name(options: Sequence[str]) -> dict[str, Path]:
     """Returns the adapters' folders by name: as `NAME=DIR` states, else as their run is called."""
     adapters: dict[str, Path] = {}
     for text in options:
-        stated, sign, rest = text.partition("=")
-        is_named = bool(sign and stated and rest) and not Path(text).is_dir()
+        prefix, sign, rest = text.partition("=")
+        is_named = bool(sign and prefix and rest) and not Path(text).is_dir()
         folder = Path(rest if is_named else text)
         if not folder.is_dir():
             raise UserError(f"--adapter {shown(text)}: {folder} is not a folder; give the adapter folder of a run")
-        name = stated if is_named else run_name(folder)
+        name = prefix if is_named else run_name(folder)
         if name in adapters:
             raise UserError(f"two adapters are called {shown(name)}; write --adapter NAME={folder}")
         adapters[name] = folder

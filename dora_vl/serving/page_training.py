@@ -157,9 +157,9 @@ class TrainDoor:
         finally:
             for file in files:
                 self.uploads.delete(file)
-        said = f"{sum(1 for _ in to.iterdir()):,} files are in {to}. Look at the data once all are there."
-        said += f" Replaced: {', '.join(replaced)}." if replaced else ""
-        return {self.files: None, self.folder: str(to), self.state: state_view("", said)}
+        message = f"{sum(1 for _ in to.iterdir()):,} files are in {to}. Look at the data once all are there."
+        message += f" Replaced: {', '.join(replaced)}." if replaced else ""
+        return {self.files: None, self.folder: str(to), self.state: state_view("", message)}
 
     @no_type_check  # a wrapper that checks types hides from Gradio that this is a generator
     def look_at_data(self, folder: str, question: str, base: str) -> Iterator[Update]:
@@ -172,8 +172,8 @@ class TrainDoor:
             options = {"--ask": question.strip(), "--model": (base or "").strip(), "--to": str(to)}
             words = ["init", folder.strip(), *(word for pair in options.items() if pair[1] for word in pair)]
             words += ["--overwrite"] if to.exists() else []
-            said = "\n".join(printed(words)).partition("\nnext:")[0].strip()
-            yield {**self.show_run(str(to)), self.seen: printed_view([said]), self.commands: command(words),
+            output = "\n".join(printed(words)).partition("\nnext:")[0].strip()
+            yield {**self.show_run(str(to)), self.seen: printed_view([output]), self.commands: command(words),
                    self.state: state_view("", "Making the first batch …")}  # fmt: skip
             more = ["show", "batch", str(to / RUN_FILE)]
             yield {self.batch: printed_view(printed(more)), self.commands: f"{command(words)}\n{command(more)}"}

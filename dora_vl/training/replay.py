@@ -106,8 +106,8 @@ class ChatWriter:
             ids = [self._encoder.tokenizer(text)["input_ids"] for text in questions]
         else:
             texts = self._texts([self._opening] * BATCH, QUESTION_TOKENS, {*self._ends, self._closing})
-            asked = [text for text, ended in texts if ended and len(text.split()) > 2 and is_plain(text, 0.1)]
-            prompts = {text: ids for text in asked if (ids := self._prompt(text)) is not None}
+            questions = [text for text, ended in texts if ended and len(text.split()) > 2 and is_plain(text, 0.1)]
+            prompts = {text: ids for text in questions if (ids := self._prompt(text)) is not None}
             questions, ids = [*prompts], [*prompts.values()]
         texts = self._texts(ids, ANSWER_TOKENS, self._ends) if ids else []
         answers = [whole(self._encoder.prompts.answer_in(text), ended=ended) for text, ended in texts]
@@ -124,7 +124,7 @@ class ChatWriter:
         batch = self._assistant.prompts.collate(samples, "left")
         texts: list[tuple[str, bool]] = []
         for row in self._assistant.new_ids(batch, max_new_tokens=tokens, options=options).tolist():
-            end = next((place for place, token in enumerate(row) if token in ends or token < 0), None)
+            end = next((index for index, token in enumerate(row) if token in ends or token < 0), None)
             texts.append((decoded(self._encoder.tokenizer, row[:end]).strip(), end is not None))
         return texts
 
@@ -148,8 +148,8 @@ def write_chats(path: Path, assistant: Assistant, model: ModelConfig, count: int
     """Has a base write its chats into a file."""
     started, writer, rows = time.monotonic(), ChatWriter(assistant, model), []
     for chat in tqdm(writer.write(count), desc=f"{model.base} writes chats", total=count, disable=None):
-        asked, answered = (turn.text for turn in chat.turns)
-        turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": answered}]
+        question, answer = (turn.text for turn in chat.turns)
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
         rows.append({"id": chat.id, "conversations": turns})
     if len(rows) < count // 8:
         raise SettingError(

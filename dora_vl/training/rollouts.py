@@ -170,9 +170,9 @@ class Rollouts:
         examples = [
             last_round(cast(Example, self.example_of(sample.index))) for several in samples for sample in several
         ]
-        asked = list(zip(examples, groups, strict=True))
+        pairs = list(zip(examples, groups, strict=True))
         points = {
-            name: torch.tensor([[reward(example, answer.text) for answer in group] for example, group in asked])
+            name: torch.tensor([[reward(example, answer.text) for answer in group] for example, group in pairs])
             for name, reward in self.rewards.items()
         }
         points = {name: value.view(-1, self.group) for name, value in points.items()}
@@ -186,10 +186,10 @@ class Rollouts:
         weights = self.loss.advantages(rewards) * token_weights
         learned, start = [], 0
         for batch, several in zip(batches, samples, strict=True):
-            places = range(start, start + len(several))
-            kept = [place for place in places if self.keeps_all or bool(differ[place])]
-            made = self.collate([_answered(several[place - start], groups[place]) for place in kept])
-            log_probs = [answer.log_prob for place in kept for answer in groups[place]]
+            rows = range(start, start + len(several))
+            kept = [row for row in rows if self.keeps_all or bool(differ[row])]
+            made = self.collate([_answered(several[row - start], groups[row]) for row in kept])
+            log_probs = [answer.log_prob for row in kept for answer in groups[row]]
             made |= {"weights": weights[kept].flatten(), "token_weights": token_weights[kept].flatten()}
             made |= {"drawn_log_probs": torch.tensor(log_probs)}
             made |= {name: batch[name] for name in BOOKKEEPING if name in batch and name not in OF_A_BATCH}
@@ -220,9 +220,9 @@ class Rollouts:
 
     def _write(self, step: int, examples: Sequence[Example], groups: Sequence[Group], rewards: Tensor) -> None:
         """Writes one question of the step with its answers and rewards, the first whose rewards differ."""
-        place = int((rewards != rewards[:, :1]).any(1).int().argmax()) if examples else 0
-        if place < len(examples):
-            example, group, values = examples[place], groups[place], rewards[place].tolist()
+        row = int((rewards != rewards[:, :1]).any(1).int().argmax()) if examples else 0
+        if row < len(examples):
+            example, group, values = examples[row], groups[row], rewards[row].tolist()
             answers = [{"text": answer.text, "reward": value} for answer, value in zip(group, values, strict=True)]
             question = {"id": example.id, "question": example.question, "truth": example.answers[0].text}
             with (self.run_folder / DRAWN).open("a", encoding="utf-8") as file:

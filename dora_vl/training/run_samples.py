@@ -109,7 +109,7 @@ class RowEncoder:
         """Splits a row by the pictures that its answers are about."""
         if not self.compares or not row.rejected:
             return [row]
-        *asked, chosen = row.turns
+        *prompt, chosen = row.turns
         if row.rejected_images:
             texts, images = row.rejected, row.rejected_images
             row = dataclasses.replace(row, rejected=())
@@ -117,7 +117,7 @@ class RowEncoder:
             texts, images = (chosen.text,), rows.other_pictures(row, self.exchange)
         else:
             return [row]
-        turns = (*asked, Turn("assistant", texts[0]))
+        turns = (*prompt, Turn("assistant", texts[0]))
         other = dataclasses.replace(row, turns=turns, rejected=texts[1:], images=images, is_good=False)
         return [row, other] if images else [row]
 
@@ -328,10 +328,10 @@ class RunSamples:
                 answers, tokenizer = encoder.answers(example), encoder.tokenizer
                 parts = rows.parts(example, [] if self._train is None else self._train)
                 texts = [text for part in parts for text in (part.turns[-1].text, *part.rejected)]
-                for place, row in enumerate(sample.rows()):
+                for index, row in enumerate(sample.rows()):
                     labels, trained = row.labels, [answers[number] for number in row.answers]
                     if rows.compares:
-                        turns = (*example.turns[:-1], Turn("assistant", texts[place]))
+                        turns = (*example.turns[:-1], Turn("assistant", texts[index]))
                         trained = encoder.answers(dataclasses.replace(example, turns=turns))[-1:]
                     cut = len(labels) == encoder.max_tokens
                     yield Labelled(id=sample.id, labels=labels, answers=trained, tokenizer=tokenizer, cut=cut)

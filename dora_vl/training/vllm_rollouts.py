@@ -145,7 +145,7 @@ class VllmAnswers:
     def draw(self, samples: Sequence[Sample], group: int, seed: int) -> list[Group]:
         """See `AnswerSource`."""
         with ThreadPoolExecutor(REQUESTS) as requests:
-            seeds = [sample_random(seed, 0, place).getrandbits(31) for place in range(len(samples))]
+            seeds = [sample_random(seed, 0, index).getrandbits(31) for index in range(len(samples))]
             return [*requests.map(partial(self._group, group), samples, seeds)]
 
     def _group(self, group: int, sample: Sample, seed: int) -> Group:

@@ -216,13 +216,13 @@ class CiderOfAnswers:
         return float(np.mean([self._similarity(caption, reference) for reference in references]))
 
     def _similarity(self, caption: str, reference: str) -> float:
-        said, right = _all_ngrams(caption), _all_ngrams(reference)
-        cosines = [self._cosine(*both) for both in zip(said, right, strict=True)]
-        longer = said[1].total() - right[1].total()  # the official code counts pairs of words
+        caption_ngrams, right = _all_ngrams(caption), _all_ngrams(reference)
+        cosines = [self._cosine(*both) for both in zip(caption_ngrams, right, strict=True)]
+        longer = caption_ngrams[1].total() - right[1].total()  # the official code counts pairs of words
         return float(np.mean(cosines)) * math.exp(-(longer**2) / (2 * 6.0**2))
 
-    def _cosine(self, said: Counter[tuple[str, ...]], right: Counter[tuple[str, ...]]) -> float:
-        first, second = self._weighted(said), self._weighted(right)
+    def _cosine(self, caption_ngrams: Counter[tuple[str, ...]], right: Counter[tuple[str, ...]]) -> float:
+        first, second = self._weighted(caption_ngrams), self._weighted(right)
         lengths = math.sqrt(sum(value**2 for value in first.values()) * sum(value**2 for value in second.values()))
         shared = sum(min(first[words], second[words]) * second[words] for words in first.keys() & second.keys())
         return shared / lengths if lengths else 0.0
