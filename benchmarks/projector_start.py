@@ -6,26 +6,26 @@ Needs what `dora-vl quickstart` leaves, for names also what `dora-vl quickstart 
 traffic lights are drawn here, 160 rows to learn from and 200 about other pictures to test with, and made a run by
 `dora-vl init`; easy-VQA is the demo's, 40 steps of it, and names those of the demo that names things, 120 steps.
 `--times` multiplies the steps. `tuned` among the starts is the base that the demo trained. Finished runs are not
-repeated; starts.json has all of them.
+repeated. Intervals are over seeds, where there are three, and questions.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import json
 import random
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from statistics import mean
-from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.report import table
-from dora_vl.run.folder import is_tested
+from dora_vl.evaluation.results import read_results
+from dora_vl.evaluation.scores.scored import Scored
+from dora_vl.files import read_json
+from dora_vl.report.contrasts import Contenders, Estimate
+from dora_vl.run.folder import METRICS, is_tested
 
 LEARNED, TESTED = 160, 200
 DEMO = "llava/easyvqa_smollm2_dora"
@@ -167,20 +167,35 @@ def train(name: str, start: str, seed: int, times: int, to: Path) -> None:
     )
 
 
-def summary(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Lays out each set's mean accuracy by start, with its seeds' lowest and highest."""
+def scores_of(folder: Path) -> dict[str, Scored]:
+    """Reads what a finished run scored."""
+    return {name: result.scored for name, result in read_results(folder).items() if result.scored is not None}
+
+
+def summary(to: Path) -> str:
+    """Lays out each set's accuracy by start, the mean over seeds, and what it has beyond the random start."""
     lines: list[list[object]] = []
-    for name, tested in runs.items():
-        for start in dict.fromkeys(run.rpartition("_")[0] for run in tested):
-            seeds = [scores for run, scores in tested.items() if run.rpartition("_")[0] == start]
-            values = [scores["value"] for scores in seeds]
-            right = f"{mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
-            lines.append([name, f"`{start}`", len(seeds), seeds[0]["steps"], right])
-    return table(["set", "start", "seeds", "steps", "right"], lines)
+    for name in sorted({path.parent.name for path in to.glob("*/*_*") if is_tested(path)}):
+        folders = [path for path in sorted((to / name).glob("*_*")) if is_tested(path)]
+        starts = dict.fromkeys(path.name.rpartition("_")[0] for path in folders)
+        runs = {start: [path for path in folders if path.name.rpartition("_")[0] == start] for start in starts}
+        compared = Contenders({start: [scores_of(path) for path in paths] for start, paths in runs.items()})
+        for start, paths in runs.items():
+            right, beyond = compared.score(compared.measures[0], start), ""
+            if start != "random" and "random" in runs:
+                beyond = shown(compared.difference(compared.measures[0], start, "random"), "+.1f")
+            steps = read_json(paths[0] / METRICS)["train_steps"]
+            lines.append([name, f"`{start}`", len(paths), steps, shown(right, ".1f"), beyond])
+    return table(["set", "start", "seeds", "steps", "right", "beyond `random`"], lines)
+
+
+def shown(estimate: Estimate, form: str) -> str:
+    """Writes a value with its interval."""
+    return f"{estimate.value:{form}} ({estimate.low:.1f} to {estimate.high:.1f})"
 
 
 def main() -> None:
-    """Trains what is not there yet, and writes the numbers after each run."""
+    """Trains what is not there yet, and prints the table after each run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", type=Path, default=Path("runs/starts"))
     parser.add_argument("--sets", default="receipts,signs,lights,easy_vqa,names")
@@ -192,14 +207,7 @@ def main() -> None:
         for name in options.sets.split(","):
             for start in options.starts.split(","):
                 train(name, start, int(seed), options.times, options.to)
-                runs: dict[str, dict[str, dict[str, Any]]] = {}
-                for path in filter(is_tested, sorted(options.to.glob("*/*_*"))):
-                    metrics = json.loads((path / "metrics.json").read_text())
-                    (entry,) = metrics["sets"].values()
-                    scores = {"steps": metrics["train_steps"], "n": entry["n"], **entry["metrics"]["accuracy"]}
-                    runs.setdefault(path.parent.name, {})[path.name] = scores
-                (options.to / "starts.json").write_text(json.dumps(runs, indent=1))
-                print(summary(runs), flush=True)
+                print(summary(options.to), flush=True)
 
 
 if __name__ == "__main__":

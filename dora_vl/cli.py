@@ -43,7 +43,9 @@ COMMANDS = {
     "demo": Command("dora_vl.serving.demo_command", "a web page: adapters and their base answer side by side"),
     "doctor": Command("dora_vl.start.doctor", "what this machine has for a run, and what is missing"),
     "estimate": Command("dora_vl.training.estimate_command", "memory, traffic and time of a run, before it starts"),
-    "evaluate": Command("dora_vl.evaluation.commands", "official scores with intervals, of adapters and predictions"),
+    "evaluate": Command(
+        "dora_vl.evaluation.evaluate_command", "official scores with intervals, of adapters and predictions"
+    ),
     "export": Command(
         "dora_vl.evaluation.export_command", "a trained model as vLLM serves it; checks it", opens_bases=True
     ),
