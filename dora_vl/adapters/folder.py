@@ -251,5 +251,7 @@ def no_adapter(path: Path) -> UserError:
         return UserError(f"{path} is a run that has not ended; resume it, or take its last adapter, {adapters[-1]}")
     if (path / PICKLED_WEIGHTS_FILE).is_file():
         return pickled(path)
+    if (path / "config.json").is_file():
+        return UserError(f"{path} is a whole model, without an adapter; --model takes it")
     files = shown_names(sorted(file.name for file in path.iterdir()))
     return UserError(f"{path} has no {WEIGHTS_FILE}, but {files}; an adapter is {', '.join(FILES)}")

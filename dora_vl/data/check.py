@@ -175,6 +175,8 @@ class FileCheck:
         self.uses: list[Mapping[str, str]] = []
         self.formats: dict[str, str] = {}
         """Maps each format to its first row."""
+        self.remedy = ""
+        """Says which options settle the first row that a column made unusable."""
         self._columns = columns
         self._longest, self._tokens = longest, tokens
         self._answers_needed = answers_needed
@@ -216,7 +218,8 @@ class FileCheck:
             row = location if sample_id == location else f"{location} ({sample_id})"
             raise UserError(f"{self.path}, {row}: {error}") from None
         except ColumnsError as error:
-            return BadSample(sample_id, str(error), LEFT_OUT)
+            self.remedy = self.remedy or error.options
+            return BadSample(sample_id, error.problem.rstrip(";"), LEFT_OUT)
         except BadSample as error:
             return error
         except RecursionError:
@@ -347,6 +350,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         checks.append(check.run())
         if left := [name for name, roles in roles_of_columns(check.uses).items() if not roles]:
             yield f"{shown_text(file.name, 120)}: left out {shown_names(left)}"
+    columns.check_met(chain.from_iterable(check.uses for check in checks))
     findings = [(check.path, finding) for check in checks for finding in check.findings.values()]
     for first, second in combinations(checks, 2):  # samples that ask the same of the same media in both files
         shared = Finding(problem=f"also in {second.path.name}")
@@ -360,8 +364,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         yield f"{summary}: nothing found"
         return
     yield from table(findings)
-    if any(finding.problem == LEFT_OUT for _, finding in findings):
-        yield f"{LEFT_OUT}: --columns COLUMN=ROLE,... says what they are, --ignore COLUMN,... leaves them out"
+    yield from (f"{check.path.name}: {check.remedy}" for check in checks if check.remedy)
     yield f"{summary}: {sum(finding.count for _, finding in findings):,} problems"
     raise SystemExit(1)
 

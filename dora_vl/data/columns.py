@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
 from itertools import filterfalse
+from shlex import quote
 from typing import Literal
 
 from dora_vl.data.example import FIELDS
@@ -113,12 +114,21 @@ ASKED_OF = ("question/answer", "captions")
 class ColumnsError(UserError):
     """A column that may change what is learned would be left out; ends a run, whatever share of bad samples it accepts.
 
-    `remedy` has the settings that settle it, beside those that the run has.
+    `remedy` has the settings that settle it, beside those that the run has; `other` settles it as well.
     """
 
-    def __init__(self, problem: str, remedy: Columns, otherwise: str = "") -> None:
-        super().__init__(f"{problem} {remedy.as_settings()} settles it{otherwise}")
-        self.remedy = remedy
+    def __init__(self, problem: str, remedy: Columns, other: Columns | None = None) -> None:
+        super().__init__(f"{problem} {_settling(remedy.as_settings(), other and other.as_settings())}")
+        self.problem, self.remedy, self.other = problem, remedy, other
+
+    @property
+    def options(self) -> str:
+        """Returns what settles it as the options of `dora-vl init` and `check-data`."""
+        return _settling(self.remedy.as_options(), self.other and self.other.as_options())
+
+
+def _settling(remedy: str, other: str | None) -> str:
+    return f"{remedy} settles it" + (f", or {other}" if other else "")
 
 
 @dataclass(frozen=True)
@@ -184,6 +194,8 @@ class Columns:
             if role not in ROLES and role not in KNOWN:
                 (near,) = get_close_matches(role, KNOWN, n=1, cutoff=0.0)
                 raise UserError(f"data.columns: {shown(column)} cannot be {shown(role)}; did you mean {near}?")
+        if both := [column for column in self.roles if column in self.ignored]:
+            raise UserError(f"data.columns says what {shown(both[0])} is, and data.ignore leaves it out; do one alone")
 
     def resolve(self, row: Row, *, strict: bool = True) -> Resolved:
         """Returns the row's format, and what it holds of each role.
@@ -218,6 +230,7 @@ class Columns:
         uses = {name: roles.get(name, "") for name in shape.names}
         resolved = Resolved(shape.format, fields, uses)
         if strict and (left := [name for name, role in uses.items() if not role]):
+            self._refuse_second(row, left)
             _refuse_left_out(row, left if not self.roles else [*filterfalse(self._is_settled, left)], resolved)
         return resolved
 
@@ -235,6 +248,19 @@ class Columns:
         ignored = ", ".join(shown_text(name, 40) for name in self.ignored)
         keys = {f"columns: {{{columns}}}": columns, f"ignore: [{ignored}]": ignored, f"ask: {self.ask}": self.ask}
         return " and ".join(f"data.{text}" for text, value in keys.items() if value)
+
+    def as_options(self) -> str:
+        """Returns the contract as `dora-vl init` and `check-data` take it."""
+        columns = ",".join(f"{name}={role}" for name, role in self.roles.items())
+        options = {"--columns": columns, "--ignore": ",".join(self.ignored), "--ask": self.ask}
+        return " ".join(f"{option} {quote(value)}" for option, value in options.items() if value)
+
+    def check_met(self, uses: Iterable[Mapping[str, str]]) -> None:
+        """Refuses a column that no row has, by what was used of the rows that could be read."""
+        met = roles_of_columns(uses)
+        if met and (unmet := [name for name in self.roles if name not in met]):
+            there = f"there are {shown_names(met)}"
+            raise UserError(f"no row has a column {shown(unmet[0])}, which data.columns (--columns) names; {there}")
 
     @cached_property
     def _paths(self) -> tuple[str, ...]:
@@ -254,6 +280,16 @@ class Columns:
             plain_name(name) in ROLES[role] for role in roles
         )
 
+    def _refuse_second(self, row: Row, left: Sequence[str]) -> None:
+        """Raises ColumnsError where `data.columns` gives a role to two filled columns that are not taken as one."""
+        for name in left:
+            if name in self.roles and not is_nothing(row[name]):
+                role = self.roles[name]
+                first = next(other for other in self.roles if self.roles[other] == role)
+                problem = f"{shown(first)} and {shown(name)} are both {role}; write a row for each, or"
+                others = {column: kept for column, kept in self.roles.items() if column != name}
+                raise ColumnsError(problem, Columns(others, (*self.ignored, name), self.ask))
+
     def _refuse_nearly_named(self, row: Row) -> None:
         """Raises ColumnsError where a row of no format would have one by other names, or by a question for all."""
         paths = [name for name, value in row.items() if value is not None and name not in self.ignored]
@@ -261,6 +297,8 @@ class Columns:
         free = [path for path in paths if path not in self.roles]
         names = {plain_name(path.rpartition(".")[2]) for path in paths}
         guesses = {name: role for name in free if (role := _meant(name, names))}
+        if not {*ROLES["images"], *ROLES["videos"]} & {*names, *guesses.values(), *self.roles.values()}:
+            guesses |= {name: "image" for name in free if holds_media(row.get(name))}
         texts = {name: "question" for name in free if plain_name(name) in (*ROLES["caption"], "instruction")}
         trials = [(guesses, ""), (guesses | texts, ""), (guesses, EXAMPLE_QUESTION)]
         has_null = any(row[name] is None and plain_name(name) in ROLES["question"] for name in row)
@@ -333,8 +371,7 @@ def _refuse_left_out(row: Row, left: Sequence[str], resolved: Resolved) -> None:
         remedy = _remedy(row, losses, resolved.uses, form.name)
         listed = ", ".join(f"{shown(path, 30)} ({what})" for path, what in losses[:4])
         others = Columns(ignored=tuple(path for path, _ in losses if path not in remedy.ignored))
-        otherwise = f", or {others.as_settings()}" if others.ignored else ""
-        raise ColumnsError(f"{form.name} would leave out {listed};", remedy, otherwise)
+        raise ColumnsError(f"{form.name} would leave out {listed};", remedy, others if others.ignored else None)
 
 
 def _remedy(row: Row, losses: Iterable[tuple[str, str]], uses: Mapping[str, str], form: str) -> Columns:

@@ -422,7 +422,8 @@ def as_text(value: object, name: str) -> str:
     if isinstance(value, bool) and name in ANSWERED:
         return as_json(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value:  # NaN: a table's empty cell
-        raise Unusable(f"{name!r} must hold text, got {shown(value)}")
+        inner = f"; data.columns may name a key of it, COLUMN.{next(iter(value))}" if isinstance(value, dict) else ""
+        raise Unusable(f"{name!r} must hold text, got {shown(value)}{inner}")
     try:
         return str(value)
     except ValueError:  # a whole number of thousands of digits

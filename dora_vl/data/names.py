@@ -76,7 +76,7 @@ _WORDS: Mapping[str, str] = {
         NOTED: "id uid uuid guid key index idx indices no nr number count total length len size width height area "
         "ratio hash md sha checksum digest license licence copyright attribution source origin provenance "
         "dataset data corpus subset collection split fold partition shard row line page chapter date time "
-        "timestamp datetime year month day created updated at on by author creator owner annotator worker "
+        "timestamp datetime year month day created updated at on author creator owner annotator worker "
         "contributor uploader publisher photographer reviewer editor operator organization institution model "
         "generator teacher engine version revision commit release language lang locale country url uri link "
         "website site domain host type kind category categories subcategory topic subtopic subject field "
@@ -223,6 +223,13 @@ def _kind_of_word(word: str) -> str:
     return _WORDS.get(word.lower()) or _WORDS.get(word.lower().removesuffix("s"), "")
 
 
+_WORKED = (
+    *("annotated", "checked", "collected", "curated", "edited", "labeled", "labelled", "photographed", "provided"),
+    *("recorded", "reviewed", "submitted", "uploaded", "verified", "written"),
+)
+"""`reviewed_by` is a note, and `paid_by` may be an answer."""
+
+
 @lru_cache(maxsize=1 << 12)
 def kind_of(name: str) -> str:
     """Returns what a column is by its name alone; "" where it says nothing."""
@@ -241,6 +248,7 @@ def kind_of(name: str) -> str:
     is_flag = words[0] in ("is", "has", "was", "should", "can")
     is_noted = kinds[-1] == NOTED and kind in ("", TEXT) and not is_flag
     counts = ("n", "num", "nb", "number", "total", "created", "updated", "modified", "date", "time")
+    is_noted |= words[-1:] == ["by"] and words[0] in _WORKED
     if is_noted or words[0] in counts or plain_name(name) in (*ROLES["id"], "parallel_tool_calls"):
         return NOTED
     return kind or (TEXT if plain_name(name) in KNOWN and name != "extra" else "")

@@ -415,13 +415,18 @@ def described(file: TrainFile, rows: datasets.Dataset) -> list[str]:
         if problem is not None:
             unusable.setdefault(problem, Finding(problem=problem)).add(sample_id)
     lines = [f"{first}{trouble}{weight}", *(f"  unusable, {finding}" for finding in [*unusable.values()][:5])]
-    lines += column_lines(map(json.loads, filter(None, rows.unique("columns"))))
+    lines += column_lines(uses_of(rows))
     for name, kind in (("images", "pictures"), ("videos", "videos")):
         counts = _counts(rows, name)
         if name == "images" or any(counts):
             numbers = [f"{count or 'none'} in {counts[count]:,} rows" for count in sorted(counts)]
             lines.append(f"  {kind}: {', '.join(numbers)}")
     return lines
+
+
+def uses_of(rows: datasets.Dataset) -> list[Mapping[str, str]]:
+    """Returns the role of each column, of each kind of row that a file has."""
+    return [json.loads(text) for text in rows.unique("columns") if text]
 
 
 def doubtful(rows: datasets.Dataset) -> list[Finding]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from dora_vl.data.example import MIDDLE_FRAME, Clip, Example
 from dora_vl.evaluation.scores.benchmark import Group, Scorer
-from dora_vl.evaluation.scores.scored import Scored, intervals, paired_differences
+from dora_vl.evaluation.scores.scored import SHARES, Scored, intervals, paired_differences
 from dora_vl.files import json_or_nothing
 
 MOST_EXCHANGED, SEED = 200, 0
@@ -77,14 +77,14 @@ def compared(
     if probed := [example for example in examples if example.id in readable]:
         of_probe = score(probed, readable)
         baseline, text = _baseline(of_probe, metric)
-        kinds = by_question(probed, of_probe.shares, scored.shares)
+        kinds = by_question(examples, of_probe.shares, scored.shares)
         entry[READABLE] = {**baseline, "how": HOW[READABLE], "questions": kinds}
         lines.append(f"{metric} that a linear map of the base's pictures reads {text}")
         lines += [
-            f"{name}: readable {kind[READABLE]:g}, learned {kind['learned']:g} of {kind['n']}"
-            for name, kind in kinds.items()
+            f"{name}: {of_map(kind)}, learned {kind['learned']:g} of {kind['n']:g}" for name, kind in kinds.items()
         ]
-        if sum(max(0.0, kind[READABLE] - kind["learned"]) for kind in kinds.values()) >= MUCH * len(probed):
+        missed = [max(0.0, kind[READABLE] - kind["learned"]) for kind in kinds.values() if READABLE in kind]
+        if sum(missed) >= MUCH * len(probed):
             entry[ADVICE] = (
                 "the base's pictures tell more than was learned: try more epochs (training.num_train_epochs), another "
                 "rate (training.learning_rate, optim.projector_learning_rate), a higher adapter.rank"
@@ -130,7 +130,10 @@ def said_instead(
 def by_question(
     examples: Sequence[Example], readable: Mapping[str, float], learned: Mapping[str, float]
 ) -> dict[str, dict[str, float]]:
-    """Counts what is readable and what was learned of each question that is asked often, and of all others together."""
+    """Counts what is readable and what was learned of each question that is asked often, and of all others together.
+
+    A question of which a linear map reads no answer has no number of readable ones.
+    """
     times = Counter(example.question for example in examples)
     groups: defaultdict[str, list[str]] = defaultdict(list)
     for example in examples:
@@ -139,11 +142,16 @@ def by_question(
     return {
         name: {
             "n": len(ids),
-            READABLE: round(sum(readable.get(key, 0.0) for key in ids), 2),
+            **({READABLE: round(sum(readable.get(key, 0.0) for key in ids), 2)} if readable.keys() & ids else {}),
             "learned": round(sum(learned.get(key, 0.0) for key in ids), 2),
         }
         for name, ids in groups.items()
     }
+
+
+def of_map(kind: Mapping[str, float]) -> str:
+    """Tells how many answers a linear map reads; few of some questions' answers come twice, so that it reads none."""
+    return f"readable {kind[READABLE]:g}" if READABLE in kind else "readable not known (its answers hardly come twice)"
 
 
 def readable_answers(questions: object, questions_sha256: object) -> Mapping[str, str]:
@@ -158,7 +166,8 @@ def _baseline(scored: Scored, metric: str) -> tuple[dict[str, Any], str]:
     """Returns a baseline's value with its interval, and the same as text."""
     value, limits = scored.metrics[metric], intervals(scored).get(metric)
     text = "" if limits is None else f" (95 % interval {limits[0]:.2f} to {limits[1]:.2f})"
-    return {"value": value, "interval_95": limits, "n": scored.n}, f"{value:.2f} of {scored.n:,}{text}"
+    unit = " %" if metric in SHARES else ""
+    return {"value": value, "interval_95": limits, "n": scored.n}, f"{value:.2f}{unit} of {scored.n:,}{text}"
 
 
 def commonest_answers(examples: Sequence[Example], says: Callable[[Example], str]) -> dict[str, str]:

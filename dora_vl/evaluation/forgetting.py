@@ -108,7 +108,9 @@ def in_words(entry: Mapping[str, Any] | None) -> dict[str, str]:
     lines: dict[str, str] = {}
     if numbers := (entry or {}).get("perplexity"):
         before, after = numbers["base"], numbers["adapted"]
-        lines["perplexity of other text"] = f"{before:.1f} before, {after:.1f} after ({after / before:.2f} times)"
+        lines["perplexity of other text"] = (
+            f"{before:.1f} before, {after:.1f} after ({after / before:.2f} times; up to 1.3 is little)"
+        )
     if answers := (entry or {}).get("answers"):
         nats = answers["nats"]
         lines["answers to other questions"] = (

@@ -261,7 +261,8 @@ def check_logits(
     most = ROUNDING[dtype.itemsize < torch.float32.itemsize]
     drawn = {"passed": share <= most, "drawn_texts": TEXTS, "largest_logit_difference_share": share, "rounding": most}
     write_json(merged / CHECK_FILE, {**about, **drawn, "versions": versions()})
-    yield f"{merged}: logits for {TEXTS} drawn texts differ from base and adapter's by {share:.1e} of the largest"
+    apart = f"{share:.1e} of the largest, where {most:g} is rounding"
+    yield f"{merged}: logits for {TEXTS} drawn texts differ from base and adapter's by {apart}"
     if not share <= most:
         yield f"{merged}: that is more than rounding, so this is not the trained model: do not use it"
         raise SystemExit(FAILED_STATUS)

@@ -195,7 +195,7 @@ class TrainDoor:
 
     def _count(self, folder: Path, commands: str) -> Iterator[Update]:
         """Yields what training takes, by the YAML as it is now."""
-        words = ["estimate", str(folder / RUN_FILE), "--here"]
+        words = ["estimate", str(folder / RUN_FILE)]
         yield {self.yaml: _read(folder / RUN_FILE), self.state: state_view("", "Counting what training takes …")}
         lines = printed(words)
         if command(words) not in commands:

@@ -77,13 +77,14 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the one that holds your pictures")
     to, replaces = _target(arguments)
-    base, columns = base_of(arguments.model), columns_of(arguments)
+    columns = columns_of(arguments)
     records = find_files(arguments.questions) if arguments.questions else find_questions(folder, columns)
     if isinstance(records, PictureFolder):
         if others := [path.name for path in data_files(folder)]:
             yield f"no questions in {shown_names(others)}: left out"
         if missed := overlooked(Path(records.name), records.fields):
             yield missed
+    base = base_of(arguments.model)
     with whole_folder(to) as staging:
         look = look_at(folder, records, media_to=staging, columns=columns)
         yield from look.lines()
@@ -119,7 +120,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
 
 def _look_ahead(run_file: Path) -> Iterator[str]:
     """Tells what can be read of the base's pictures before anything is trained, and keeps it for the run's test."""
-    from dora_vl.evaluation.baselines import READABLE, by_question, commonest_answers, right_text
+    from dora_vl.evaluation.baselines import by_question, commonest_answers, of_map, right_text
     from dora_vl.evaluation.scores.exact import score
     from dora_vl.evaluation.test import check_test
     from dora_vl.run.folder import PROBE
@@ -133,15 +134,17 @@ def _look_ahead(run_file: Path) -> Iterator[str]:
     except UserError as error:
         yield f"what the base's pictures tell was not measured: {error}"
         return
-    examples = [example for example in check_test(config) if example.id in answers]
-    if not examples:
+    examples = [example for example in check_test(config) if example.images]
+    if not answers:
+        yield "what the base's pictures tell was not measured: hardly an answer comes twice"
         return
     digest = file_sha256(Path(str(config.evaluation.file)))
     write_json(run_file.with_name(PROBE), {"questions_sha256": digest, "answers": answers})
     yield "what a linear map reads of the test's pictures, as the base sees them before any training:"
     commonest = score(examples, commonest_answers(examples, right_text)).shares
-    for name, kind in by_question(examples, score(examples, answers).shares, commonest).items():
-        yield f"  {name} readable {kind[READABLE]:g} of {kind['n']}, its commonest answer {kind['learned']:g}"
+    probed = [example for example in examples if example.id in answers]
+    for name, kind in by_question(examples, score(probed, answers).shares, commonest).items():
+        yield f"  {name} {of_map(kind)} of {kind['n']}, its commonest answer {kind['learned']:g}"
 
 
 def _target(arguments: argparse.Namespace) -> tuple[Path, bool]:
@@ -421,6 +424,7 @@ def look_at(folder: Path, records: DataFiles, *, media_to: Path, columns: Column
         row = _usable(check, record, media_to if holds_pictures else None, columns)
         if row is not None:
             rows.append(replace(row, split=str(record.get("split", "")) if has_splits else ""))
+    columns.check_met(check.uses)
     findings = {name: finding for name, finding in check.findings.items() if name != "duplicate id"}
     trouble, doubts = (
         table([(questions, finding) for name, finding in findings.items() if (name in DOUBTS) is doubtful])
@@ -431,7 +435,7 @@ def look_at(folder: Path, records: DataFiles, *, media_to: Path, columns: Column
         detail, ids = next(iter(worst.examples.items()))
         raise UserError(
             f"{questions}: not one of its {check.rows:,} rows can be used; {worst.count:,} times {worst.problem}, for "
-            f"example {ids[0]}: {shown_text(detail, 120)}"
+            f"example {ids[0]}: {shown_text(detail, 120)}{f'; {check.remedy}' if check.remedy else ''}"
         )
     pictures = Pictures()
     names = list(dict.fromkeys(chain.from_iterable(row.media for row in rows)))
@@ -446,7 +450,7 @@ def look_at(folder: Path, records: DataFiles, *, media_to: Path, columns: Column
         pictures=pictures,
         unnamed=max(0, picture_count - len(pictures.keys)),
         has_question=bool(columns.ask),
-        trouble=trouble if len(trouble) > 1 else (),  # the first line is the heading
+        trouble=[*trouble, *filter(None, [check.remedy])] if len(trouble) > 1 else (),  # the first line is the heading
         doubts=doubts if len(doubts) > 1 else (),
     )
 

@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from dora_vl.data.columns import USUAL, Columns
+from dora_vl.data.columns import USUAL, Columns, ColumnsError
 from dora_vl.data.containers import (
     BESIDE_ARROW,
     NO_SAMPLES,
@@ -194,8 +194,8 @@ def find_questions(folder: Path, columns: Columns = USUAL) -> DataFiles:
     if problems:
         first, problem = next(iter(problems.items()))
         raise UserError(
-            f"{advice}{folder}: none of its {len(problems)} data files holds questions; {problem} (columns such as "
-            f"{EXAMPLE}, or a format of docs/data.md)"
+            f"{advice}{folder}: none of its {len(problems)} data files holds questions with answers; {problem} "
+            f"(needed: columns such as {EXAMPLE}; others are named by --columns COLUMN=ROLE,...)"
             f"{'' if len(problems) == 1 else f'; that is the first, {first.name}'}"
         )
     count = 0 if pictures is None else len(pictures.files)
@@ -214,9 +214,13 @@ def _why_no_questions(path: Path, columns: Columns) -> str | None:
         return str(error)
     if first is None:
         return f"{path.name} is empty"
-    if columns.resolve(first, strict=False).format is None:
-        return f"{path.name}: its columns are {shown_names(first)}"
-    return None
+    if columns.resolve(first, strict=False).format is not None:
+        return None
+    try:
+        columns.resolve(first)
+    except ColumnsError as error:
+        return f"{path.name}: {error.problem} {error.options}"
+    return f"{path.name}: its columns are {shown_names(first)}"
 
 
 def root_of_pictures(folder: Path, questions: Path, names: Sequence[str]) -> Path:

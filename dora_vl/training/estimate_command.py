@@ -24,7 +24,7 @@ the GPUs' peak and the links' speed. The model is made from its config alone, on
 
   dora-vl estimate llava/llava15 --variant 7b_dora --shape llava-1.5-7b --gpus 8
   dora-vl estimate my_run.yaml --gpus 64 --machines 8 --mfu 0.4 --training.deepspeed zero2
-  dora-vl estimate my_run.yaml --here        on this machine: its speed is measured, the first batch is counted
+  dora-vl estimate my_run.yaml               on this machine: its speed is measured, the first batch is counted
 
 What this command does not know is a setting of the run, --section.key value, as for the script itself. docs/starting.md
 says what is left out.
@@ -37,8 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's options; a run's own settings may stand between them."""
     amount, share = between(float, 1e-9, 1e9), between(float, 1e-9, 1)
     parser.add_argument("config", metavar="CONFIG", help="YAML file with the run's settings, or a recipe's name")
-    parser.add_argument("--gpus", type=positive, metavar="N", help="GPUs in all; needed but with --here")
-    parser.add_argument("--here", action="store_true", help="one device of this machine, and the run's own first batch")
+    parser.add_argument("--gpus", type=positive, metavar="N", help="GPUs in all (default: one device of this machine)")
     parser.add_argument("--machines", type=positive, metavar="M", help="that hold them (default: 8 GPUs in each)")
     parser.add_argument("--shape", metavar="NAME", help="a published model's sizes, in place of model.base")
     parser.add_argument("--tokens", type=positive, metavar="T", help="of a sample (default: data.max_tokens)")
@@ -55,8 +54,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     from dora_vl.run.reading import read_run  # jsonargparse: not for --help
     from dora_vl.training.train_command import pipeline_of
 
-    if not (gpus := 1 if arguments.here else arguments.gpus):
-        raise UserError("give --gpus N, or --here for this machine")
+    gpus = arguments.gpus or 1
     machines = arguments.machines or -(-gpus // 8)
     if gpus % machines:
         raise UserError(f"--gpus {gpus} cannot be spread evenly over {machines} machines; give --machines")
@@ -67,7 +65,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     from dora_vl.training.estimate import Cluster, plan_run, teraflops, with_shape
 
     epoch: int | None = None
-    if arguments.here:
+    if arguments.gpus is None:
         arguments.tokens, arguments.labelled, epoch = _first_batch(config)
         arguments.tflops, arguments.mfu = teraflops(), 1.0
     with tempfile.TemporaryDirectory() as folder:

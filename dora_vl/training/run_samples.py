@@ -47,6 +47,7 @@ from dora_vl.data.table import (
     load_rows,
     load_training_rows,
     overlap,
+    uses_of,
 )
 from dora_vl.data.turns import THINK, Turn
 from dora_vl.errors import BadSample, SettingError, UserError, one_line, shown
@@ -226,6 +227,8 @@ class RunSamples:
             files = train_files(data.files)
             tables = [(file, load_rows(file.path, data.limit, columns=data.contract).rows) for file in files]
             lines = [line for file, rows in tables for line in described(file, rows)]
+            if data.limit is None:
+                data.contract.check_met(uses for _, rows in tables for uses in uses_of(rows))
             for file, rows in tables:
                 for finding in doubtful(rows):
                     logger.warning("%s: %s", file.path, one_line(str(finding)))

@@ -145,7 +145,7 @@ def test_the_untrained_base_is_compared_on_the_questions_that_it_was_asked() -> 
     assert (part["n"], part["value"], part["with_the_adapter"]) == (30, pytest.approx(100 / 3), 100.0)
     assert part["difference"]["value"] == pytest.approx(200 / 3)
     assert part["difference"]["low"] > 40
-    assert "33.33 of 30" in line
+    assert "33.33 % of 30" in line
 
 
 def test_what_the_pictures_tell_stands_beside_what_was_learned(tmp_path: Path) -> None:
@@ -163,8 +163,11 @@ def test_what_the_pictures_tell_stands_beside_what_was_learned(tmp_path: Path) -
     assert entry["advice"] in lines
     assert "which colour?: readable 29, learned 10 of 30" in lines
     some = {name: read[name] for name in ("2", "3")}
-    learned, _ = compared(score(examples, read), examples, read, score, says=right_text, exchange=None, readable=some)
+    scored = score(examples, read)
+    learned, told = compared(scored, examples, read, score, says=right_text, exchange=None, readable=some)
     assert (learned["readable"]["n"], "advice" in learned) == (2, False)
+    assert learned["readable"]["questions"]["other questions"] == {"n": 3, "learned": 3}
+    assert any("other questions" in line and "not known" in line and "3 of 3" in line for line in told)
 
     write_json(tmp_path / PROBE, {"questions_sha256": "of the file", "answers": some})
     assert readable_answers(tmp_path / "test.jsonl", "of the file") == some

@@ -50,15 +50,34 @@ def printed_by(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     return capsys.readouterr().out
 
 
-def refused(*words: object) -> None:
+def run_of(*words: object) -> list[str]:
     parser = argparse.ArgumentParser()
     init.add_arguments(parser)
+    return list(init.run(parser.parse_args([str(word) for word in words])))
+
+
+def refused(*words: object) -> None:
     with pytest.raises(UserError):
-        list(init.run(parser.parse_args([str(word) for word in words])))
+        run_of(*words)
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_table_with_headings_of_its_own_is_refused_with_the_options_that_settle_it(
+    tmp_path: Path, base: Path, capsys: Any
+) -> None:
+    rows = write_folder(tmp_path / "my", count=24)
+    path = tmp_path / "my" / "answers.csv"
+    write_table(path, rows)
+    path.write_text(path.read_text().replace("image,question,answer", "Bilddatei,Frage,Antwort", 1))
+    options = ["--columns", "Frage=question,Antwort=answer,Bilddatei=image"]
+    with pytest.raises(UserError, match=" ".join(options)):
+        run_of("my", "--model", base)
+    refused("my", "--model", base, "--columns", f"{options[1]},Bild=image")
+    assert not (tmp_path / "runs").exists()
+    assert "Bilddatei: used as images" in printed_by(capsys, "my", "--model", base, *options)
 
 
 def test_a_table_and_photographs_below_become_the_files_of_a_run(tmp_path: Path, base: Path, capsys: Any) -> None:

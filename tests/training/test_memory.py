@@ -155,7 +155,7 @@ def test_on_this_machine_the_first_batch_is_counted_and_its_speed_measured(tmp_p
     )
     assert facts is not None
     rows, length, labelled = map(int, facts.groups())
-    main(["estimate", str(run_file), "--here", "--json", str(tmp_path / "found.json")])
+    main(["estimate", str(run_file), "--json", str(tmp_path / "found.json")])
     written, steps = json.loads((tmp_path / "found.json").read_text()), 3 * 3  # of 12 micro-batches, five in a step
     assert written["samples"]["tokens"] == math.ceil(rows * length / 4) < 256
     assert written["samples"]["labelled"] == math.ceil(labelled / 4)

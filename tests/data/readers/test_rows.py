@@ -268,6 +268,33 @@ def test_answers_that_count_from_one_end_the_run(tmp_path: Path, choices: dict[s
 MESSAGES = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "train": 0.5}]}
 
 
+QUESTIONS = {"Bilddatei": "a.png", "Frage": "which?", "Antwort": "red", "zweite": "how many?"}
+
+
+def test_what_is_said_of_columns_must_fit_the_rows() -> None:
+    with pytest.raises(UserError):
+        Columns({"Frage": "question"}, ("Frage",))
+    with pytest.raises(ColumnsError) as both:
+        read_row(QUESTIONS, columns=Columns({"Frage": "question", "zweite": "question", "Antwort": "answer"}))
+    assert both.value.remedy.ignored == ("zweite",)
+    with pytest.raises(ColumnsError) as unnamed:
+        read_row(QUESTIONS)
+    remedy = {"Frage": "question", "Antwort": "answer", "Bilddatei": "image"}
+    assert (unnamed.value.remedy.roles, unnamed.value.remedy.ignored) == (remedy, ("zweite",))
+    assert "--columns Frage=question,Antwort=answer,Bilddatei=image --ignore zweite" in unnamed.value.options
+    columns = Columns({"Bild": "image", **remedy}, ("zweite",))
+    with pytest.raises(UserError):
+        columns.check_met([columns.resolve(QUESTIONS).uses])
+    Columns(remedy, ("zweite",)).check_met([columns.resolve(QUESTIONS).uses])
+
+
+def test_a_part_of_an_object_is_named_whatever_its_key_ends_in() -> None:
+    row = {"image": "a.png", "receipt": {"total": "5", "paid_by": "card"}, "till": {"checked_by": "Ann"}}
+    with pytest.raises(ColumnsError) as caught:
+        read_row(row, columns=Columns({"receipt.total": "answer"}, ask="what is the total?"))
+    assert caught.value.remedy.ignored == ("receipt.paid_by",)
+
+
 def test_a_key_of_a_message_ends_the_run_by_file_row_and_setting() -> None:
     with pytest.raises(UserError) as caught:
         RowReader("conversations.jsonl").read(MESSAGES, 6)
