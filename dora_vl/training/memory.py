@@ -342,4 +342,4 @@ class Estimate:
             "at the fullest moment": self.total,
         }
         rows = tuple((name, f"{size / GIB:.2f}") for name, size in sizes.items() if size)
-        return Table((f"estimated: a rank of {self.engine}", "GiB"), rows)
+        return Table((f"estimated: one process of {self.engine}", "GiB"), rows)
