@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     yield from step_lines(planned, gpus, cluster)
     if epoch is not None:
         steps, seconds = _steps(planned.section, epoch), cluster.seconds(planned.traffic(gpus), planned.flop())[0]
-        took = f"about {math.ceil(steps * seconds / 60):,} min on this machine"
+        took = f"at least {math.ceil(steps * seconds / 60):,} min on this machine"
         yield f"{steps:,} steps: {took}; to read the pictures, replay and the test come on top"
     if arguments.json is not None:
         record = {**asdict(estimate), "traffic": asdict(planned.traffic(gpus)), "samples": asdict(samples)}
