@@ -80,9 +80,7 @@ def compared(
         kinds = by_question(examples, of_probe.shares, scored.shares)
         entry[READABLE] = {**baseline, "how": HOW[READABLE], "questions": kinds}
         lines.append(f"{metric} that a linear map of the base's pictures reads {text}")
-        lines += [
-            f"{name}: {of_map(kind)}, learned {kind['learned']:g} of {kind['n']:g}" for name, kind in kinds.items()
-        ]
+        lines += [f"{name}: {text}" for name, text in in_words(kinds).items()]
         missed = [max(0.0, kind[READABLE] - kind["learned"]) for kind in kinds.values() if READABLE in kind]
         if sum(missed) >= MUCH * len(probed):
             entry[ADVICE] = (
@@ -152,6 +150,11 @@ def by_question(
 def of_map(kind: Mapping[str, float]) -> str:
     """Tells how many answers a linear map reads; few of some questions' answers come twice, so that it reads none."""
     return f"readable {kind[READABLE]:g}" if READABLE in kind else "readable not known (its answers hardly come twice)"
+
+
+def in_words(questions: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
+    """Tells of each question, as `by_question` counts them, what can be read and what was learned."""
+    return {name: f"{of_map(kind)}, learned {kind['learned']:g} of {kind['n']:g}" for name, kind in questions.items()}
 
 
 def readable_answers(questions: object, questions_sha256: object) -> Mapping[str, str]:

@@ -39,7 +39,7 @@ SECTIONS = (
 def gather(runs: Sequence[RunRecord]) -> dict[str, Any]:
     """Reads, scores and draws all that the template shows."""
     from dora_vl.report.charts import curves
-    from dora_vl.report.run_record import blind, confusion, read_tests, score_rows
+    from dora_vl.report.run_record import blind, confusion, questions_of, read_tests, score_rows
     from dora_vl.report.views import InlinePictures, setting_tables, watched_tables
 
     notes: dict[str, list[str]] = {name: [] for name, _ in SECTIONS}
@@ -49,6 +49,7 @@ def gather(runs: Sequence[RunRecord]) -> dict[str, Any]:
         results, trouble = read_tests(run)
         tests.append(results)
         notes["scores"] += [*trouble, *blind(run.label, results, run.benchmarks)]
+        notes["scores"] += [f"{run.label}, {name}: {text}." for name, text in questions_of(results).items()]
     scores, incomparable = score_rows(tests)
     notes["scores"] += incomparable
     answered = [(run, result) for run, results in zip(runs, tests, strict=True) for result in results.values()]

@@ -15,7 +15,7 @@ from typing import Any
 
 from dora_vl.adapters.files import RECIPE_FILE
 from dora_vl.errors import UserError
-from dora_vl.evaluation.baselines import ADVICE, COMMONEST, EXCHANGED, READABLE, UNTRAINED, WARNING
+from dora_vl.evaluation.baselines import ADVICE, COMMONEST, EXCHANGED, READABLE, UNTRAINED, WARNING, in_words
 from dora_vl.evaluation.predictions import PREDICTIONS, Prediction
 from dora_vl.evaluation.results import AnswerScore, SetResult, read_results
 from dora_vl.evaluation.scores.exact import normalised
@@ -202,6 +202,12 @@ def blind(label: str, *several: Results) -> list[str]:
     entries = [(name, result.entry.get("baselines") or {}) for results in several for name, result in results.items()]
     notes = [(name, baselines.get(key)) for name, baselines in entries for key in (WARNING, ADVICE)]
     return [f"{label}, {name}: {note}." for name, note in notes if note]
+
+
+def questions_of(results: Results) -> dict[str, str]:
+    """Tells of each question of a run's tests what can be read of the base's pictures, and what was learned."""
+    probes = ((result.entry.get("baselines") or {}).get(READABLE) or {} for result in results.values())
+    return {name: text for probe in probes for name, text in in_words(probe.get("questions") or {}).items()}
 
 
 def confusion(title: str, result: SetResult) -> Confusion | None:

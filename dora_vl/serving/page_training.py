@@ -21,7 +21,7 @@ from gradio.blocks import Block  # pyright: ignore[reportMissingImports]
 from dora_vl.errors import UserError
 from dora_vl.evaluation.forgetting import in_words
 from dora_vl.evaluation.pictures import series, smoothed
-from dora_vl.report.run_record import RunRecord, blind, read_run, read_tests, score_rows
+from dora_vl.report.run_record import RunRecord, blind, questions_of, read_run, read_tests, score_rows
 from dora_vl.report.views import InlinePictures, watched_tables
 from dora_vl.run.folder import ADAPTER
 from dora_vl.run.watched import evenly
@@ -355,7 +355,7 @@ def test_view(record: RunRecord) -> str:
             rows.append((("", row.metric), [f"{cell.value:.1f}", interval, f"{cell.n:,}"]))
     if not rows:
         return ""
-    facts = in_words(record.metrics.get("forgetting"))
+    facts = {**questions_of(results), **in_words(record.metrics.get("forgetting"))}
     rows += [(("", name), [value, "", ""]) for name, value in facts.items()]
     head = ["", "value", "95 % interval", "questions"]
     return table_view("The test, beside its baselines", head, rows, blind(record.label, results))

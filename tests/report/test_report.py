@@ -101,11 +101,16 @@ def test_kinds_and_what_a_score_is_compared_with_stand_below_it(copied: Path, tm
     entry["metrics"]["kind/seldom"] = {"value": 50.0, "interval_95": None, "n": 8}
     part = entry["baselines"]["exchanged_pictures"]
     entry["baselines"]["warning"] = "the answers do not look"
+    kinds = {"which colour?": {"n": 9, "readable": 7, "learned": 5}, "how many?": {"n": 6, "learned": 1}}
+    probe = {"value": 70.0, "interval_95": None, "n": 9, "questions": kinds}
+    entry["baselines"]["readable"] = probe
     (copied / "metrics.json").write_text(json.dumps(metrics))
     words = " ".join(reported(copied, to=tmp_path / "page.html").words.split())
     low, high = part["interval_95"]
     assert f"with pictures exchanged {part['n']} {part['value']:.2f} {low:.2f} to {high:.2f}" in words
     assert "copied, train: the answers do not look." in words
+    assert "copied, which colour?: readable 7, learned 5 of 9." in words
+    assert all(part in words for part in ("copied, how many?: ", "learned 1 of 6."))
     assert "kind/seldom 8 50.00" in words
 
 
