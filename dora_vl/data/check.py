@@ -350,7 +350,8 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         checks.append(check.run())
         if left := [name for name, roles in roles_of_columns(check.uses).items() if not roles]:
             yield f"{shown_text(file.name, 120)}: left out {shown_names(left)}"
-    columns.check_met(chain.from_iterable(check.uses for check in checks))
+    if unmet := columns.unmet(chain.from_iterable(check.uses for check in checks)):
+        raise UserError(unmet)
     findings = [(check.path, finding) for check in checks for finding in check.findings.values()]
     for first, second in combinations(checks, 2):  # samples that ask the same of the same media in both files
         shared = Finding(problem=f"also in {second.path.name}")

@@ -255,12 +255,12 @@ class Columns:
         options = {"--columns": columns, "--ignore": ",".join(self.ignored), "--ask": self.ask}
         return " ".join(f"{option} {quote(value)}" for option, value in options.items() if value)
 
-    def check_met(self, uses: Iterable[Mapping[str, str]]) -> None:
-        """Refuses a column that no row has, by what was used of the rows that could be read."""
-        met = roles_of_columns(uses)
-        if met and (unmet := [name for name in self.roles if name not in met]):
-            there = f"there are {shown_names(met)}"
-            raise UserError(f"no row has a column {shown(unmet[0])}, which data.columns (--columns) names; {there}")
+    def unmet(self, uses: Iterable[Mapping[str, str]]) -> str:
+        """Names a column that no row has, by the columns of the rows that could be read; "" where there is none."""
+        there = roles_of_columns(uses)
+        name = next((name for name in self.roles if there and name not in there), None)
+        names = f"data.columns (--columns) names; there are {shown_names(there)}"
+        return "" if name is None else f"no row has a column {shown(name)}, which {names}"
 
     @cached_property
     def _paths(self) -> tuple[str, ...]:

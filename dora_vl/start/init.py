@@ -424,7 +424,8 @@ def look_at(folder: Path, records: DataFiles, *, media_to: Path, columns: Column
         row = _usable(check, record, media_to if holds_pictures else None, columns)
         if row is not None:
             rows.append(replace(row, split=str(record.get("split", "")) if has_splits else ""))
-    columns.check_met(check.uses)
+    if unmet := columns.unmet(check.uses):
+        raise UserError(f"{questions}: {unmet}")
     findings = {name: finding for name, finding in check.findings.items() if name != "duplicate id"}
     trouble, doubts = (
         table([(questions, finding) for name, finding in findings.items() if (name in DOUBTS) is doubtful])

@@ -227,8 +227,8 @@ class RunSamples:
             files = train_files(data.files)
             tables = [(file, load_rows(file.path, data.limit, columns=data.contract).rows) for file in files]
             lines = [line for file, rows in tables for line in described(file, rows)]
-            if data.limit is None:
-                data.contract.check_met(uses for _, rows in tables for uses in uses_of(rows))
+            if unmet := data.contract.unmet(uses for _, rows in tables for uses in uses_of(rows)):
+                logger.warning("%s: %s", self._name, unmet)  # the test's file may have it
             for file, rows in tables:
                 for finding in doubtful(rows):
                     logger.warning("%s: %s", file.path, one_line(str(finding)))

@@ -198,3 +198,14 @@ def test_videos_are_looked_for_in_their_own_folder(tmp_path: Path, media: Path) 
     assert {kind: kinds[kind] in line for kind, line in problems.items()} == dict.fromkeys(kinds, True)
     assert lines[-1] == "1 files, 5 samples, 6 media files: 4 problems"
     assert status == 1
+
+
+def test_a_column_that_is_left_out_is_settled_by_the_options_that_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "questions.csv"
+    path.write_text("image,question,answer,explanation\na.png,which?,red,It is red.\nb.png,which?,blue,It is blue.\n")
+    lines, status = check(str(path))
+    (settled,) = (line for line in lines if "--ignore" in line)
+    assert (settled, status) == ("questions.csv: --ignore explanation settles it", 1)
+    assert check(str(path), "--ignore", "explanation")[1] == 0
+    with pytest.raises(UserError):
+        check(str(path), "--ignore", "explanation", "--columns", "Bild=image")
