@@ -154,7 +154,7 @@ def _check_recipe(request: ModelRequest, adapter: Path, recipe: Mapping[str, Any
 
 def _attention(recipe: Mapping[str, Any]) -> Any:
     """Returns the kernels that the adapter was trained with; leaves to transformers what only another machine has."""
-    kernels = recipe.get("attn_kernels")
+    kernels = recipe.get("attn_implementation")
     missing = FLASH in (kernels.values() if isinstance(kernels, dict) else [kernels]) and not torch.cuda.is_available()
     return None if missing else kernels
 
