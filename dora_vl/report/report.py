@@ -203,7 +203,8 @@ changed in the weights is drawn by dora-vl analyze.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `dora-vl report`."""
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder, its training.output_dir")
-    parser.add_argument("--to", type=Path, metavar="FILE.html", help="default: report.html in the first run's folder")
+    where = "default: report.html in the run's folder, of several beside the first"
+    parser.add_argument("--to", type=Path, metavar="FILE.html", help=where)
     parser.add_argument("--label", action="append", metavar="TEXT", help="one for each RUN; default: its folder's name")
 
 
@@ -216,7 +217,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         raise UserError(f"{len(folders)} times RUN and {len(arguments.label)} times --label; give one for each")
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("one run is named twice; name each once")
-    to = arguments.to or folders[0] / "report.html"
+    to = arguments.to or (folders[0] if len(folders) == 1 else folders[0].parent) / "report.html"
     if to.suffix not in (".html", ".htm") or to.is_dir():
         raise UserError(f"--to {to}: give the name of an .html file")
     names = [folder.resolve().name for folder in folders]
