@@ -21,8 +21,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.report import table
-from dora_vl.evaluation.results import read_results
-from dora_vl.evaluation.scores.scored import Scored
+from dora_vl.evaluation.results import read_scores
 from dora_vl.files import read_json
 from dora_vl.report.contrasts import Contenders, Estimate
 from dora_vl.run.folder import METRICS, is_tested
@@ -97,9 +96,9 @@ def light(chance: random.Random) -> Drawn:
     draw.rectangle((0, 220, 200, 260), fill=(85, 85, 90))
     draw.rectangle((x - 4, y, x + 4, 240), fill=(60, 60, 60))
     draw.rounded_rectangle((x - 22, y, x + 22, y + 120), 8, fill=(25, 25, 25))
-    for row, colour in enumerate((RED, (250, 160, 20), (40, 190, 80))):
-        shade = colour if row == lit else tuple(part // 4 for part in colour)
-        draw.circle((x, y + 22 + 38 * row), 15, fill=shade)
+    for lamp, colour in enumerate((RED, (250, 160, 20), (40, 190, 80))):
+        shade = colour if lamp == lit else tuple(part // 4 for part in colour)
+        draw.circle((x, y + 22 + 38 * lamp), 15, fill=shade)
     questions = {
         "which light is on?": ("red", "amber", "green")[lit],
         "what should I do?": ("stop", "get ready to stop", "go")[lit],
@@ -167,11 +166,6 @@ def train(name: str, start: str, seed: int, times: int, to: Path) -> None:
     )
 
 
-def scores_of(folder: Path) -> dict[str, Scored]:
-    """Reads what a finished run scored."""
-    return {name: result.scored for name, result in read_results(folder).items() if result.scored is not None}
-
-
 def summary(to: Path) -> str:
     """Lays out each set's accuracy by start, the mean over seeds, and what it has beyond the random start."""
     lines: list[list[object]] = []
@@ -179,7 +173,7 @@ def summary(to: Path) -> str:
         folders = [path for path in sorted((to / name).glob("*_*")) if is_tested(path)]
         starts = dict.fromkeys(path.name.rpartition("_")[0] for path in folders)
         runs = {start: [path for path in folders if path.name.rpartition("_")[0] == start] for start in starts}
-        compared = Contenders({start: [scores_of(path) for path in paths] for start, paths in runs.items()})
+        compared = Contenders({start: [read_scores(path) for path in paths] for start, paths in runs.items()})
         for start, paths in runs.items():
             right, beyond = compared.score(compared.measures[0], start), ""
             if start != "random" and "random" in runs:

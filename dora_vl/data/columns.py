@@ -287,6 +287,7 @@ class Columns:
                 role = self.roles[name]
                 first = next(other for other in self.roles if self.roles[other] == role)
                 problem = f"{shown(first)} and {shown(name)} are both {role}; write a row for each, or"
+                # The whole contract, since a column that has a role cannot be ignored as well.
                 others = {column: kept for column, kept in self.roles.items() if column != name}
                 raise ColumnsError(problem, Columns(others, (*self.ignored, name), self.ask))
 

@@ -166,7 +166,7 @@ class _Conversation:
         calls = message.get(what) if speaker in CALLING else message.get(CALLS) if role == "assistant" else None
         if not is_nothing(parsed(calls)):
             more = {CALLS: [_call(call) for call in _in_list(calls)]}
-        text = "" if speaker in CALLING else self._said(message, what, number, role)
+        text = "" if speaker in CALLING else self._turn_text(message, what, number, role)
         is_trained = role != "assistant" or False not in marks
         if speaker in CALLING and self.turns and self.turns[-1].role == "assistant":
             before = self.turns.pop()
@@ -176,7 +176,7 @@ class _Conversation:
         more_text = as_json(more) if more else ""
         self.turns.append(Turn(role, text, more=more_text, is_trained=is_trained))
 
-    def _said(self, message: Mapping[str, object], what: str, number: int, role: Role) -> str:
+    def _turn_text(self, message: Mapping[str, object], what: str, number: int, role: Role) -> str:
         """Returns a turn's text: thoughts in front, and what is a tool's result without Hermes' tags."""
         content = message.get(what)
         if role == "tool" and isinstance(content, Mapping):

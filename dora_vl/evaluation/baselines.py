@@ -14,7 +14,7 @@ from typing import Any
 
 from dora_vl.data.example import MIDDLE_FRAME, Clip, Example
 from dora_vl.evaluation.scores.benchmark import Group, Scorer
-from dora_vl.evaluation.scores.scored import SHARES, Scored, intervals, paired_differences
+from dora_vl.evaluation.scores.scored import Scored, in_units, intervals, paired_differences
 from dora_vl.files import json_or_nothing
 
 MOST_EXCHANGED, SEED = 200, 0
@@ -169,8 +169,7 @@ def _baseline(scored: Scored, metric: str) -> tuple[dict[str, Any], str]:
     """Returns a baseline's value with its interval, and the same as text."""
     value, limits = scored.metrics[metric], intervals(scored).get(metric)
     text = "" if limits is None else f" (95 % interval {limits[0]:.2f} to {limits[1]:.2f})"
-    unit = " %" if metric in SHARES else ""
-    return {"value": value, "interval_95": limits, "n": scored.n}, f"{value:.2f}{unit} of {scored.n:,}{text}"
+    return {"value": value, "interval_95": limits, "n": scored.n}, f"{in_units(metric, value)} of {scored.n:,}{text}"
 
 
 def commonest_answers(examples: Sequence[Example], says: Callable[[Example], str]) -> dict[str, str]:

@@ -113,6 +113,11 @@ def read_results(folder: Path) -> dict[str, SetResult]:
         raise UserError(f"{folder}: {SCORES} or {METRICS} is damaged ({reason}); test again") from None
 
 
+def read_scores(folder: Path) -> dict[str, Scored]:
+    """Reads the score of each set of a test's folder that is scored here. Raises UserError as `read_results` does."""
+    return {name: result.scored for name, result in read_results(folder).items() if result.scored is not None}
+
+
 def results_of(
     entries: Mapping[str, Mapping[str, Any]],
     lines: Iterable[Mapping[str, Any]],

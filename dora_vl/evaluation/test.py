@@ -42,7 +42,7 @@ from dora_vl.evaluation.questions import (
 from dora_vl.evaluation.scores.benchmark import NO_ANSWER
 from dora_vl.evaluation.scores.exact import PATTERNS, cloze_score, commonsense_score, extracted, final_answer
 from dora_vl.evaluation.scores.exact import score as exact_match
-from dora_vl.evaluation.scores.scored import SHARES
+from dora_vl.evaluation.scores.scored import in_units
 from dora_vl.evaluation.test_sets import ResultFolder, Tested, TestSet, refuse_unscored
 from dora_vl.files import METRICS, file_sha256
 from dora_vl.run.base import VideoReading, check_videos, image_folder, video_folder, video_sampling
@@ -77,8 +77,9 @@ def evaluate_and_draw(
     def announce(tested: Tested) -> None:
         if tested.scored is not None:
             for name, value in tested.scored.metrics.items():
-                unit = " %" if name.partition("/")[0] in SHARES else ""
-                log.info("%s %-16s %.2f%s of %d", tested.test.name, name, value, unit, tested.scored.items_of(name))
+                log.info(
+                    "%s %-16s %s of %d", tested.test.name, name, in_units(name, value), tested.scored.items_of(name)
+                )
         if bare := tested.test.not_scored:
             message = "%s: %d of %d questions have no right answer and are in no score; %s names them"
             log.info(message, tested.test.name, len(bare), len(tested.test.examples), run_folder / METRICS)

@@ -21,7 +21,7 @@ import numpy as np
 
 from dora_vl.errors import Diverged, UserError, aligned, one_line
 from dora_vl.evaluation.pictures import new_figure, plain_axes, save_png
-from dora_vl.evaluation.results import read_results
+from dora_vl.evaluation.results import read_scores
 from dora_vl.evaluation.scores.scored import Scored
 from dora_vl.files import read_json, whole_file, whole_folder, write_json
 from dora_vl.report.contrasts import LEAST_SEEDS, Contenders, Estimate, Measure
@@ -83,8 +83,7 @@ class CellRun:
         """The score of each set of its test."""
         if (self.folder / FAILED).is_file():
             raise UserError(f"{self.folder}: {one_line((self.folder / FAILED).read_text(encoding='utf-8'))}")
-        results = read_results(self.folder)
-        return {name: result.scored for name, result in results.items() if result.scored is not None}
+        return read_scores(self.folder)
 
     def start(self, lock: IO[str]) -> None:
         """Runs it, or goes on with it, in a process of its own; what it says goes to a file beside its folder.

@@ -175,7 +175,8 @@ def find_recipe(name: str) -> Path:
     path = next((path for path in (Path(name), shipped) if path.is_file()), None)
     if path is None:
         names = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob(f"*{ENDING}"))
-        siblings = [str(path) for path in Path(name).parent.parent.glob(f"*/{Path(name).name}")]
+        beside = (other / Path(name).name for other in Path(name).parent.parent.glob("*"))
+        siblings = [str(path) for path in beside if path.is_file()]
         close = difflib.get_close_matches(name, [*siblings, *names], n=1)
         hint = f"did you mean {close[0]}?" if close else f"the recipes are {', '.join(names)}"
         raise SettingError("--config", f" {shown(name, 200)}: no such file or recipe; {hint}")

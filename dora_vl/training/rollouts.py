@@ -186,10 +186,10 @@ class Rollouts:
         weights = self.loss.advantages(rewards) * token_weights
         learned, start = [], 0
         for batch, several in zip(batches, samples, strict=True):
-            rows = range(start, start + len(several))
-            kept = [row for row in rows if self.keeps_all or bool(differ[row])]
-            made = self.collate([_answered(several[row - start], groups[row]) for row in kept])
-            log_probs = [answer.log_prob for row in kept for answer in groups[row]]
+            indices = range(start, start + len(several))
+            kept = [index for index in indices if self.keeps_all or bool(differ[index])]
+            made = self.collate([_answered(several[index - start], groups[index]) for index in kept])
+            log_probs = [answer.log_prob for index in kept for answer in groups[index]]
             made |= {"weights": weights[kept].flatten(), "token_weights": token_weights[kept].flatten()}
             made |= {"drawn_log_probs": torch.tensor(log_probs)}
             made |= {name: batch[name] for name in BOOKKEEPING if name in batch and name not in OF_A_BATCH}
@@ -220,9 +220,9 @@ class Rollouts:
 
     def _write(self, step: int, examples: Sequence[Example], groups: Sequence[Group], rewards: Tensor) -> None:
         """Writes one question of the step with its answers and rewards, the first whose rewards differ."""
-        row = int((rewards != rewards[:, :1]).any(1).int().argmax()) if examples else 0
-        if row < len(examples):
-            example, group, values = examples[row], groups[row], rewards[row].tolist()
+        index = int((rewards != rewards[:, :1]).any(1).int().argmax()) if examples else 0
+        if index < len(examples):
+            example, group, values = examples[index], groups[index], rewards[index].tolist()
             answers = [{"text": answer.text, "reward": value} for answer, value in zip(group, values, strict=True)]
             question = {"id": example.id, "question": example.question, "truth": example.answers[0].text}
             with (self.run_folder / DRAWN).open("a", encoding="utf-8") as file:

@@ -157,6 +157,11 @@ class Scored:
         return round(float(self.columns[:, self.names.index(bottom)].sum())) if bottom in self.names else 0
 
 
+def in_units(metric: str, value: float) -> str:
+    """Writes a metric's value, or that of a part of it ("accuracy/number"), with its unit."""
+    return f"{value:.2f} %" if metric.partition("/")[0] in SHARES else f"{value:.2f}"
+
+
 def common_headline(headlines: Sequence[str]) -> str | None:
     """Returns the headline of several sets that may be averaged; different metrics are never mixed.
 
