@@ -215,7 +215,7 @@ def train_with_trl(name: str, options: Options, folder: Path) -> float:
     from dora_vl.data.samples import BOOKKEEPING
     from dora_vl.data.table import load_training_rows
     from dora_vl.run.base import VideoReading, image_folder, video_folder, video_sampling
-    from dora_vl.run.reading import read_run
+    from dora_vl.run.settings_parser import read_run
     from dora_vl.training.decoder_pipeline import DecoderPipeline
     from dora_vl.training.run_samples import RowEncoder
 

@@ -32,7 +32,7 @@ from benchmarks.contenders import take_turns, train_step
 from benchmarks.dora_memory import LiveBytes
 from benchmarks.report import table, write_json
 from dora_vl.backbones.encoder import Encoder, open_encoder
-from dora_vl.backbones.frozen_outputs import hollowed, inputs_of, proven_parts
+from dora_vl.backbones.frozen_outputs import find_verified_parts, inputs_of, with_stored_outputs
 from dora_vl.backbones.model import DecoderBackbone, language_targets, open_backbone, projector_patterns
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.data.batches import Collator
@@ -152,10 +152,10 @@ def our_step(backbone: DecoderBackbone, samples: Sequence[Sample], *, packing: P
 
 def stored(backbone: DecoderBackbone, encoder: Encoder, samples: Sequence[Sample]) -> list[Sample]:
     """Puts the outputs of the frozen tower in place of the pixels, as `data.cache_features` does."""
-    parts = backbone.frozen_parts = backbone.frozen_parts or proven_parts(backbone.model, encoder)
+    parts = backbone.frozen_parts = backbone.frozen_parts or find_verified_parts(backbone.model, encoder)
 
     def without_pixels(part: Any) -> Any:
-        return hollowed(part, parts.outputs_of(backbone.model, inputs_of(backbone.model, part)))
+        return with_stored_outputs(part, parts.outputs_of(backbone.model, inputs_of(backbone.model, part)))
 
     each = (replace(sample, others=tuple(map(without_pixels, sample.others))) for sample in samples)
     return [without_pixels(sample) for sample in each]

@@ -37,23 +37,23 @@ SIGNS = {"stop": (8, 22, RED, "STOP"), "no entry": (40, 0, RED, "-"), "parking":
 SIGNS |= {"limit 30": (40, 0, WHITE, "30"), "limit 70": (40, 0, WHITE, "70"), "priority": (4, 45, YELLOW, "")}
 SIGNS |= {"give way": (3, 180, WHITE, ""), "bus lane": (40, 0, BLUE, "BUS")}
 """Corners, turn in degrees, colour and text."""
-Drawn = tuple[Image.Image, str, str]
+DrawnSample = tuple[Image.Image, str, str]
 
 
-def receipt(chance: random.Random) -> Drawn:
+def draw_receipt(rng: random.Random) -> DrawnSample:
     """Draws a till receipt on a desk; asks for its shop, its total, or how it was paid."""
-    shop, total = chance.choice(list(SHOPS)), chance.choice((5, 10, 20, 50))
-    paid = chance.choice(("in cash", "by card", "by voucher"))
-    picture = Image.new("RGB", (240, 320), tuple(chance.randrange(90, 150) for _ in range(3)))
+    shop, total = rng.choice(list(SHOPS)), rng.choice((5, 10, 20, 50))
+    paid = rng.choice(("in cash", "by card", "by voucher"))
+    picture = Image.new("RGB", (240, 320), tuple(rng.randrange(90, 150) for _ in range(3)))
     draw, left, top, paper = (
         ImageDraw.Draw(picture),
-        *(chance.randrange(*span) for span in ((10, 40), (5, 25), (225, 255))),
+        *(rng.randrange(*span) for span in ((10, 40), (5, 25), (225, 255))),
     )
     draw.rectangle((left, top, left + 180, top + 285), fill=(paper, paper, paper - 8))
     draw.rectangle((left, top, left + 180, top + 34), fill=SHOPS[shop])
     items = "\n".join(
-        f"{chance.choice(('bread', 'milk', 'tea', 'nails', 'novel'))}   {chance.randrange(100, 999) / 100:.2f}"
-        for _ in range(chance.randrange(4, 8))
+        f"{rng.choice(('bread', 'milk', 'tea', 'nails', 'novel'))}   {rng.randrange(100, 999) / 100:.2f}"
+        for _ in range(rng.randrange(4, 8))
     )
     for height, text, size in ((5, shop, 20), (42, items, 12), (165, f"TOTAL {total}.00", 26)):
         draw.text((left + 10, top + height), text, "black", font=ImageFont.load_default(size))
@@ -66,51 +66,51 @@ def receipt(chance: random.Random) -> Drawn:
         draw.rectangle((left + 15, top + 205, left + 165, top + 260), outline=(160, 20, 20), width=4)
         draw.text((left + 28, top + 218), "VOUCHER", "black", font=ImageFont.load_default(24))
     questions = {"which shop is it from?": shop, "what is the total?": f"{total} euros", "how was it paid?": paid}
-    question, answer = chance.choice(list(questions.items()))
+    question, answer = rng.choice(list(questions.items()))
     return picture, question, answer
 
 
-def sign(chance: random.Random) -> Drawn:
+def draw_sign(rng: random.Random) -> DrawnSample:
     """Draws a road sign before a landscape."""
-    name = chance.choice(list(SIGNS))
+    name = rng.choice(list(SIGNS))
     corners, turn, colour, text = SIGNS[name]
-    picture = Image.new("RGB", (200, 200), tuple(chance.randrange(130, 220) for _ in range(3)))
-    draw, size, x, y = ImageDraw.Draw(picture), *(chance.randrange(*span) for span in ((45, 70), (75, 125), (75, 105)))
-    draw.rectangle((0, chance.randrange(140, 175), 200, 200), fill=(80, chance.randrange(90, 140), 70))
+    picture = Image.new("RGB", (200, 200), tuple(rng.randrange(130, 220) for _ in range(3)))
+    draw, size, x, y = ImageDraw.Draw(picture), *(rng.randrange(*span) for span in ((45, 70), (75, 125), (75, 105)))
+    draw.rectangle((0, rng.randrange(140, 175), 200, 200), fill=(80, rng.randrange(90, 140), 70))
     draw.rectangle((x - 4, y, x + 4, 200), fill=(110, 110, 110))
     draw.regular_polygon((x, y, size), corners, rotation=turn, fill=RED if colour == WHITE else colour)
     draw.regular_polygon((x, y, 0.75 * size), corners, rotation=turn, fill=colour)
-    ink = "black" if colour == WHITE else "white"
-    draw.text((x, y), text, ink, font=ImageFont.load_default(size * 1.2 / max(2, len(text))), anchor="mm")
+    text_colour = "black" if colour == WHITE else "white"
+    draw.text((x, y), text, text_colour, font=ImageFont.load_default(size * 1.2 / max(2, len(text))), anchor="mm")
     return picture, "what does the sign say?", name
 
 
-def light(chance: random.Random) -> Drawn:
+def draw_light(rng: random.Random) -> DrawnSample:
     """Draws a traffic light in a street; asks for its lamp, or what to do."""
-    lit = chance.randrange(3)
-    picture = Image.new("RGB", (200, 260), tuple(chance.randrange(110, 210) for _ in range(3)))
-    draw, x, y = ImageDraw.Draw(picture), chance.randrange(50, 150), chance.randrange(15, 60)
+    lit_lamp = rng.randrange(3)
+    picture = Image.new("RGB", (200, 260), tuple(rng.randrange(110, 210) for _ in range(3)))
+    draw, x, y = ImageDraw.Draw(picture), rng.randrange(50, 150), rng.randrange(15, 60)
     for _ in range(3):  # houses, whose colours are those of no lamp in particular
-        left, top = chance.randrange(-20, 180), chance.randrange(60, 160)
-        draw.rectangle((left, top, left + 60, 220), fill=tuple(chance.randrange(60, 200) for _ in range(3)))
+        left, top = rng.randrange(-20, 180), rng.randrange(60, 160)
+        draw.rectangle((left, top, left + 60, 220), fill=tuple(rng.randrange(60, 200) for _ in range(3)))
     draw.rectangle((0, 220, 200, 260), fill=(85, 85, 90))
     draw.rectangle((x - 4, y, x + 4, 240), fill=(60, 60, 60))
     draw.rounded_rectangle((x - 22, y, x + 22, y + 120), 8, fill=(25, 25, 25))
     for lamp, colour in enumerate((RED, (250, 160, 20), (40, 190, 80))):
-        shade = colour if lamp == lit else tuple(part // 4 for part in colour)
+        shade = colour if lamp == lit_lamp else tuple(part // 4 for part in colour)
         draw.circle((x, y + 22 + 38 * lamp), 15, fill=shade)
     questions = {
-        "which light is on?": ("red", "amber", "green")[lit],
-        "what should I do?": ("stop", "get ready to stop", "go")[lit],
+        "which light is on?": ("red", "amber", "green")[lit_lamp],
+        "what should I do?": ("stop", "get ready to stop", "go")[lit_lamp],
     }
-    question, answer = chance.choice(list(questions.items()))
+    question, answer = rng.choice(list(questions.items()))
     return picture, question, answer
 
 
-SETS = {"receipts": receipt, "signs": sign, "lights": light}
+SETS = {"receipts": draw_receipt, "signs": draw_sign, "lights": draw_light}
 
 
-def verb(*words: str) -> None:
+def run_dora_vl(*words: str) -> None:
     """Runs `dora-vl`."""
     done = subprocess.run([sys.executable, "-m", "dora_vl.cli", *words], capture_output=True, text=True, check=False)
     print(done.stdout, file=sys.stderr)
@@ -132,7 +132,7 @@ def run_file(name: str, base: str, to: Path) -> str:
                 csv.writer(file).writerow([f"{number:03}.png", question, answer])
     if not (folder / base / "run.yaml").is_file():
         share = str(TESTED / (LEARNED + TESTED))
-        verb("init", str(folder), f"--model=runs/demo/{base}", f"--to={folder / base}", f"--test-share={share}")
+        run_dora_vl("init", str(folder), f"--model=runs/demo/{base}", f"--to={folder / base}", f"--test-share={share}")
     return str(folder / base / "run.yaml")
 
 
@@ -156,7 +156,7 @@ def train(name: str, start: str, seed: int, times: int, to: Path) -> None:
     else:
         settings = [DEMO, steps, "--training.eval_strategy=no", "--evaluation.limit=400"]
     settings += [] if start == "tuned" else [f"--adapter.projector_start={start}"]
-    verb(
+    run_dora_vl(
         "train",
         *settings,
         f"--training.output_dir={folder}",
@@ -177,13 +177,13 @@ def summary(to: Path) -> str:
         for start, paths in runs.items():
             right, beyond = compared.score(compared.measures[0], start), ""
             if start != "random" and "random" in runs:
-                beyond = shown(compared.difference(compared.measures[0], start, "random"), "+.1f")
+                beyond = format_estimate(compared.difference(compared.measures[0], start, "random"), "+.1f")
             steps = read_json(paths[0] / METRICS)["train_steps"]
-            lines.append([name, f"`{start}`", len(paths), steps, shown(right, ".1f"), beyond])
+            lines.append([name, f"`{start}`", len(paths), steps, format_estimate(right, ".1f"), beyond])
     return table(["set", "start", "seeds", "steps", "right", "beyond `random`"], lines)
 
 
-def shown(estimate: Estimate, form: str) -> str:
+def format_estimate(estimate: Estimate, form: str) -> str:
     """Writes a value with its interval."""
     return f"{estimate.value:{form}} ({estimate.low:.1f} to {estimate.high:.1f})"
 

@@ -37,12 +37,12 @@ from dora_vl.backbones.model import language_targets
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora
 from dora_vl.data.turns import Turn
 from dora_vl.errors import exit_on_user_error
-from dora_vl.evaluation.assistant import Assistant, model_inputs
-from dora_vl.evaluation.predictor import Shown
+from dora_vl.evaluation.assistant import Assistant, inputs_on_device
+from dora_vl.evaluation.predictor import PromptMedia
 from dora_vl.serving.access import http_config
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel, open_served
-from dora_vl.serving.options import Settings
+from dora_vl.serving.options import ServerSettings
 from dora_vl.serving.server import Server, build_app
 
 NAMES = ("a", "b", "c", "d")
@@ -128,8 +128,8 @@ def decode_figures(served: ServedModel, folder: Path, options: argparse.Namespac
 def decode_step(model: Any, served: ServedModel, rows: int, names: Sequence[str] = ()) -> Callable[[], None]:
     """Makes a step that decodes one token of each row behind a prompt whose keys and values are cached."""
     assistant: Assistant = served.assistant
-    sample = assistant.prompts.sample([Turn("user", QUESTION)], Shown())
-    inputs = model_inputs(assistant.prompts.collate([sample] * rows, "left"), assistant.device)
+    sample = assistant.prompts.sample([Turn("user", QUESTION)], PromptMedia())
+    inputs = inputs_on_device(assistant.prompts.collate([sample] * rows, "left"), assistant.device)
     keys = sorted([names[number % len(names)] for number in range(rows)], key=str) if names else []
 
     def batch() -> contextlib.AbstractContextManager[None]:
@@ -154,7 +154,7 @@ def load_figures(served: ServedModel, options: argparse.Namespace) -> dict[str, 
     """Measures the tokens a second of both loads, and their ratio."""
     served.backbone.model.generation_config.eos_token_id = None  # answers of equally many tokens
     loads = {"one adapter": ["a"], "four adapters and the base": ["base", *NAMES]}
-    settings = Settings(batch=options.requests, window_ms=200)
+    settings = ServerSettings(batch=options.requests, window_ms=200)
     rounds: list[dict[str, float]] = []
     with Engine(served, settings) as engine, running(build_app(Server(engine))) as address:
         client = OpenAI(base_url=f"{address}/v1", api_key="none", timeout=600)

@@ -30,7 +30,7 @@ from dora_vl.evaluation.results import SCORES, results_of, score_lines
 from dora_vl.files import SETS, read_json, write_json
 from dora_vl.report.compare import UNTRAINED
 from dora_vl.report.contrasts import Contenders, SetScores
-from dora_vl.run.reading import read_run
+from dora_vl.run.settings_parser import read_run
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.estimate import Cluster, plan_run, with_shape
 from dora_vl.training.memory import GIB

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dora_vl.data.example import Answer, Example, write_examples
-from dora_vl.errors import exit_on_user_error, positive
+from dora_vl.errors import exit_on_user_error, positive_int
 from dora_vl.files import write_json
 from dora_vl.start.easy_vqa import (
     YES_NO,
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--from", dest="source", type=Path, default=Path("runs/demo/assets/easy_vqa"))
     parser.add_argument("--to", type=Path, default=Path("runs/demo-vlbart/records"))
     parser.add_argument(
-        "--validation", type=positive, default=0, metavar="PICTURES", help="held out of the second half"
+        "--validation", type=positive_int, default=0, metavar="PICTURES", help="held out of the second half"
     )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)

@@ -31,16 +31,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_vl.backbones.feature_encoder import FeatureEncoder, FeatureSettings, Media, Medium, computed
+from dora_vl.backbones.feature_encoder import FeatureEncoder, FeatureSettings, MediaDataset, Medium, computed
 from dora_vl.backbones.shards import HASH
 from dora_vl.backbones.specs import TowerSpec
-from dora_vl.backbones.vision_store import FeatureWriter, OwnFeatures, clip_of_features, in_words
+from dora_vl.backbones.vision_store import FeatureWriter, OwnFeatures, clip_of_features, describe_part
 from dora_vl.data.example import Clip, iterate_examples
 from dora_vl.data.picture_files import VIDEO_SECONDS
 from dora_vl.data.pictures import PICTURE_ENDINGS, VIDEO_ENDINGS, MediaFolder
 from dora_vl.data.samples import BadSampleLedger, write_skipped
 from dora_vl.data.video import VideoReader
-from dora_vl.errors import BadSample, UserError, exit_on_user_error, one_line, shown_text
+from dora_vl.errors import BadSample, UserError, exit_on_user_error, one_line, short_text
 
 PICTURES, VIDEOS = ({f".{ending}" for ending in endings} for endings in (PICTURE_ENDINGS, VIDEO_ENDINGS))
 
@@ -86,7 +86,7 @@ def missing(media: Sequence[Medium], to: Path) -> list[Medium]:
     for medium in media:
         stored = done.part(medium.name) if medium.name in done.rows else None
         if stored is not None and stored != medium.part:
-            parts = f"{in_words(stored)}, not of {in_words(medium.part)}"
+            parts = f"{describe_part(stored)}, not of {describe_part(medium.part)}"
             raise UserError(f"{to} holds features of {medium.name!r} of {parts}; name another folder")
     return [medium for medium in media if medium.name not in done.rows]
 
@@ -108,7 +108,7 @@ def compute(
         VideoReader(limit_seconds=options.limit_seconds) as reader,
     ):
         todo = missing(media[part::parts], to)
-        files = Media(
+        files = MediaDataset(
             media=todo,
             root=MediaFolder(root, options.follow_links),
             preparation=encoder.preparation,
@@ -202,7 +202,7 @@ def main(arguments: list[str] | None = None) -> None:
     counts = ledger.counts
     print(f"{options.to}: features of {counts.seen - counts.bad:,} more files, {counts.bad:,} left out")
     for name, reason in list(ledger.reasons.items())[:5]:
-        print(f"  {shown_text(name, 120)}: {one_line(reason)}")
+        print(f"  {short_text(name, 120)}: {one_line(reason)}")
 
 
 if __name__ == "__main__":

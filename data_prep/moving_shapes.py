@@ -36,7 +36,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dora_vl.data.example import JSON, Answer, Clip, Example, Subtitle, iterate_examples, write_examples
-from dora_vl.errors import exit_on_user_error, positive
+from dora_vl.errors import exit_on_user_error, positive_int
 from dora_vl.files import json_or_nothing, write_json
 
 SIDE = 128
@@ -306,7 +306,7 @@ def main(arguments: list[str] | None = None) -> None:
     add, folder = parser.add_argument, Path("runs/demo-video/data")
     add("--to", type=Path, default=folder, help="folder that gets clips and records")
     for split in SPLITS:
-        add(f"--{split}", type=positive, default=getattr(usual, split), help=f"clips of the {split} split")
+        add(f"--{split}", type=positive_int, default=getattr(usual, split), help=f"clips of the {split} split")
     add("--seed", type=int, default=usual.seed, help="fixes every clip and every question")
     add("--workers", type=int, default=os.cpu_count(), help="processes that draw")
     options = vars(parser.parse_args(arguments))

@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw
 
 from dora_vl.data.example import Answer, Example, write_examples
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
-from dora_vl.errors import exit_on_user_error, positive
+from dora_vl.errors import exit_on_user_error, positive_int
 from dora_vl.evaluation.benchmarks import BENCHMARKS
 
 BOX, GAP, BOXES = 100, 50, 3
@@ -247,9 +247,9 @@ def main() -> None:
     """Draws the scenes and writes the records."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--scenes", type=positive, default=6000)
-    parser.add_argument("--questions", type=positive, default=8, help="about each scene")
-    parser.add_argument("--validation", type=positive, default=50, help="scenes held out")
+    parser.add_argument("--scenes", type=positive_int, default=6000)
+    parser.add_argument("--questions", type=positive_int, default=8, help="about each scene")
+    parser.add_argument("--validation", type=positive_int, default=50, help="scenes held out")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     (options.to / "pictures").mkdir(parents=True, exist_ok=True)

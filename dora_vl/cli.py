@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from dora_vl import __version__
-from dora_vl.errors import LONGEST_MESSAGE, UserError, exit_on_user_error, one_line, shown
+from dora_vl.errors import LONGEST_MESSAGE, UserError, exit_on_user_error, one_line, short_repr
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     verb, *rest = words
     if verb not in COMMANDS:
         nearest = get_close_matches(verb, COMMANDS, n=1, cutoff=0.0)[0]
-        raise UserError(f"no command {shown(verb)}; did you mean {nearest!r}? dora-vl --help lists all")
+        raise UserError(f"no command {short_repr(verb)}; did you mean {nearest!r}? dora-vl --help lists all")
     module = import_module(COMMANDS[verb].module)
     parser = _Parser(
         prog=f"dora-vl {verb}", description=module.DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -67,7 +67,7 @@ def bind_threads() -> frozenset[int]:
 
 
 Inputs = ParamSpec("Inputs")
-Result = TypeVar("Result")
+Returned = TypeVar("Returned")
 
 LONGEST_MESSAGE = 490
 """A message has at most this many characters, so that it stays below 500 with "error: " in front."""
@@ -93,52 +93,52 @@ DECODING_ERRORS = (
 """Pillow's decoders raise these, and `DecompressionBombError`, on bytes that are no picture or no longer one."""
 
 
-def one_line(message: str, most: int = LONGEST_MESSAGE) -> str:
+def one_line(message: str, max_length: int = LONGEST_MESSAGE) -> str:
     """Returns the message without line breaks and control characters; of one that is too long the middle goes.
 
     Its beginning names the file and its end the next step, so both stay.
     """
     parts = (part.strip() for part in message.splitlines())
     line = _UNPRINTABLE.sub("?", " ".join(part for part in parts if part).replace("\t", " "))
-    if len(line) <= most:
+    if len(line) <= max_length:
         return line
     cut = " [...] "
-    end = (most - len(cut)) // 3
-    return line[: most - len(cut) - end] + cut + line[-end:]
+    end = (max_length - len(cut)) // 3
+    return line[: max_length - len(cut) - end] + cut + line[-end:]
 
 
-def shown(value: object, most: int = LONGEST_QUOTED) -> str:
+def short_repr(value: object, max_length: int = LONGEST_QUOTED) -> str:
     """Returns a value of a file as a message quotes it: as Python writes it, cut to `most` characters."""
     writer = reprlib.Repr()
-    writer.maxlist = writer.maxdict = writer.maxstring = writer.maxother = most
+    writer.maxlist = writer.maxdict = writer.maxstring = writer.maxother = max_length
     try:
-        text = repr(value[: most + 1]) if isinstance(value, str | bytes) else writer.repr(value)
+        text = repr(value[: max_length + 1]) if isinstance(value, str | bytes) else writer.repr(value)
     except ValueError:  # a whole number of more digits than Python writes
         return f"a {type(value).__name__} too large to be shown"
-    return text if len(text) <= most else text[: most - 3] + "..."
+    return text if len(text) <= max_length else text[: max_length - 3] + "..."
 
 
-def shown_text(text: str, most: int = LONGEST_QUOTED) -> str:
+def short_text(text: str, max_length: int = LONGEST_QUOTED) -> str:
     """Returns text without quotes, cut to `most` characters; those that cannot be printed are spelled out."""
     visible = "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in text[: most + 1]
+        for character in text[: max_length + 1]
     )
-    return visible if len(visible) <= most else visible[: most - 3] + "..."
+    return visible if len(visible) <= max_length else visible[: max_length - 3] + "..."
 
 
-def shown_names(names: Iterable[object], named: int = 8, longest: int = 24) -> str:
+def short_names(names: Iterable[object], max_names: int = 8, max_length: int = 24) -> str:
     """Lists the first few names, such as those of a row's columns, and how many more there are."""
     names = list(names)
-    more = f" and {len(names) - named} more" if len(names) > named else ""
-    return (", ".join(shown_text(str(name), longest) for name in names[:named]) or "nothing") + more
+    more = f" and {len(names) - max_names} more" if len(names) > max_names else ""
+    return (", ".join(short_text(str(name), max_length) for name in names[:max_names]) or "nothing") + more
 
 
 NO_SAMPLE, EMPTY_ANSWER, NO_ANSWER, ON_THE_WEB = "not a sample", "empty answer", "no answer", "media on the web"
 """These are kinds of bad samples; all other kinds name what they are about."""
 
 
-def aligned(rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
+def align_columns(rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
     """Returns a table's lines, the cells of the first `left` columns aligned on the left, all others on the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     pads = [str.ljust if column < left else str.rjust for column in range(len(widths))]
@@ -215,7 +215,7 @@ _OF_THE_SYSTEM = {
 }
 
 
-def exit_on_user_error(main: Callable[Inputs, Result]) -> Callable[Inputs, Result]:
+def exit_on_user_error(main: Callable[Inputs, Returned]) -> Callable[Inputs, Returned]:
     """Wraps an entry point: a `UserError` becomes one line on stderr and its exit status, never a traceback.
 
     So does a path of more characters than a file's name may have, and a disk that takes no more, wherever it is met.
@@ -223,7 +223,7 @@ def exit_on_user_error(main: Callable[Inputs, Result]) -> Callable[Inputs, Resul
     """
 
     @functools.wraps(main)
-    def run(*arguments: Inputs.args, **options: Inputs.kwargs) -> Result:
+    def run(*arguments: Inputs.args, **options: Inputs.kwargs) -> Returned:
         leave_out_foreign_lines()
         wait_without_spinning()
         try:
@@ -289,12 +289,12 @@ def is_communication(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _COMMUNICATION)
 
 
-def number_of(text: str) -> int | None:
+def parse_digits(text: str) -> int | None:
     """Reads ASCII digits without a sign, as many as fit 64 bits; None for other text ("²" is a digit for Python)."""
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else None
 
 
-def between(kind: type[Any], low: float, high: float = sys.maxsize) -> Callable[[str], Any]:
+def number_between(kind: type[Any], low: float, high: float = sys.maxsize) -> Callable[[str], Any]:
     """Makes a type for argparse: a number in these limits."""
 
     def number(text: str) -> Any:
@@ -308,7 +308,7 @@ def between(kind: type[Any], low: float, high: float = sys.maxsize) -> Callable[
     return number
 
 
-positive = between(int, 1)
+positive_int = number_between(int, 1)
 _WRONG_KIND = re.compile(
     r"^\W*(?:Parser key )?\W*([\w.]+)\W*: Expected an? <class '(?:[\w.]+\.)?(\w+)'>\. Got value: (.*)$"
 )
@@ -323,12 +323,12 @@ def wrong_value(message: str) -> UserError:
     """Rewrites a parser's complaint about a value without Python's names of types."""
     line = " ".join(message.split())
     if (match := _WRONG_KIND.match(line)) and match[2] in _KINDS:
-        return SettingError(match[1], f" is {shown_text(match[3])}; it must be {_KINDS[match[2]]}")
+        return SettingError(match[1], f" is {short_text(match[3])}; it must be {_KINDS[match[2]]}")
     if match := _ONE_OF.match(line):
         literals = [word.strip("'") for group in re.findall(r"Literal\[([^\]]*)\]", line) for word in group.split(", ")]
         kinds = [
             _KINDS[word] for word in re.findall(r"<class '(\w+)'>", line.partition("Errors:")[0]) if word in _KINDS
         ]
         if choices := list(dict.fromkeys([*literals, *kinds])):
-            return SettingError(match[1], f" is {shown_text(match[3])}; it must be one of {', '.join(choices)}")
+            return SettingError(match[1], f" is {short_text(match[3])}; it must be one of {', '.join(choices)}")
     return UserError(line.replace('Parser key "', '"', 1))

@@ -23,7 +23,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from yaml import MappingNode, Node, ScalarNode, SequenceNode, YAMLError
 
-from dora_vl.errors import UserError, is_communication, is_out_of_memory, one_line, shown, shown_text
+from dora_vl.errors import UserError, is_communication, is_out_of_memory, one_line, short_repr, short_text
 
 METRICS, SETS, NOT_YET = "metrics.json", "sets", "not_yet_tested"
 """A run or an evaluation writes its numbers to this file, those of its test sets under the second key, and the sets
@@ -332,7 +332,7 @@ def check_attention(where: str | Path, config: object) -> None:
             inner = value.items() if isinstance(value, Mapping) else ((key, entry) for entry in value)
             entries += [(key if names_kernels else str(name), entry) for name, entry in inner]
         elif names_kernels and value not in (None, *KERNELS):
-            raise UserError(f"{where}: {key} is {shown(value)}; there are {', '.join(KERNELS)}")
+            raise UserError(f"{where}: {key} is {short_repr(value)}; there are {', '.join(KERNELS)}")
 
 
 def _shards(index: Path) -> tuple[Path, ...]:
@@ -429,7 +429,7 @@ def _check(node: Node | None, sizes: dict[int, float]) -> float:
                 line, name = key.start_mark.line + 1, key.value
                 if name in lines:
                     raise UserError(
-                        f"{shown_text(name)} stands twice, in lines {lines[name]} and {line}; write it once"
+                        f"{short_text(name)} stands twice, in lines {lines[name]} and {line}; write it once"
                     )
                 lines[name] = line
             size += _check(value, sizes)

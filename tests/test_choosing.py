@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dora_vl.run.reading import read_run
+from dora_vl.run.settings_parser import read_run
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.estimate import plan_run, with_shape
 from dora_vl.training.memory import GIB

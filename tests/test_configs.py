@@ -33,8 +33,8 @@ from dora_vl.backbones.tower_sources import load_tower
 from dora_vl.backbones.vlbart_model import VlBartConfig, VlBartForConditionalGeneration
 from dora_vl.core import trained_parts
 from dora_vl.run.arguments import check_deepspeed, read_deepspeed
-from dora_vl.run.reading import flattened, read_run, run_parser, variants_of
 from dora_vl.run.settings import ModelConfig, RunConfig, Task, settings_of
+from dora_vl.run.settings_parser import flattened, read_run, run_parser, variants_of
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.parts import adapt
 from dora_vl.training.vlbart_pipeline import vlbart_dora_config

@@ -31,8 +31,8 @@ from dora_vl import cli
 from dora_vl.data.benchmarks.table import SOURCES
 from dora_vl.errors import UserError
 from dora_vl.evaluation.benchmarks import find_benchmark
-from dora_vl.run.reading import read_run, setting_names
 from dora_vl.run.settings import FIELDS, Task
+from dora_vl.run.settings_parser import read_run, setting_names
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "configs/README.md")]

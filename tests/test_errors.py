@@ -25,12 +25,12 @@ from dora_vl.errors import (
     UserError,
     leave_out_foreign_lines,
     one_line,
-    shown,
-    shown_names,
-    shown_text,
+    short_names,
+    short_repr,
+    short_text,
 )
 from dora_vl.run import arguments
-from dora_vl.run.reading import read_run
+from dora_vl.run.settings_parser import read_run
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import run
 from tasks import image_qa
@@ -59,10 +59,10 @@ def test_quoted_values_texts_and_names_are_short_and_can_be_printed() -> None:
     inside: list[object] = []
     inside.append(inside)
     for value in ("x" * LONG, [0] * LONG, [10**5000], dict.fromkeys(range(LONG)), inside, [["x" * LONG]] * LONG):
-        assert len(shown(value)) <= 60
-    assert shown({"a": [1, {"b": None}], 2: "\ud83d"}) == "{'a': [1, {'b': None}], 2: '\\ud83d'}"
-    assert shown_text("two\nlines \ud83d\x00é") == r"two\nlines \ud83d\x00é"
-    assert shown_names(["a", 1, "y" * LONG]) == "a, 1, " + "y" * 21 + "..."
+        assert len(short_repr(value)) <= 60
+    assert short_repr({"a": [1, {"b": None}], 2: "\ud83d"}) == "{'a': [1, {'b': None}], 2: '\\ud83d'}"
+    assert short_text("two\nlines \ud83d\x00é") == r"two\nlines \ud83d\x00é"
+    assert short_names(["a", 1, "y" * LONG]) == "a, 1, " + "y" * 21 + "..."
 
 
 @pytest.mark.parametrize("option", ["--predictions", "--records", "--against"])

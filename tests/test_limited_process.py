@@ -15,7 +15,7 @@ import pytest
 from dora_vl import limited_process
 from dora_vl.backbones import templates
 from dora_vl.backbones.templates import check_ends
-from dora_vl.data.picture_files import TooManyPixels, decoded, load_picture
+from dora_vl.data.picture_files import TooManyPixels, decode_picture, load_picture
 from dora_vl.errors import UserError
 from dora_vl.limited_process import Budget, JobFailed, LimitedProcess
 from tests.data.hostile import jpeg_of_scans, saved
@@ -32,15 +32,15 @@ def test_pictures_come_back_as_they_are_decoded_here() -> None:
     content = saved("JPEG", (1_500, 1_100))  # in two strips
     with LimitedProcess("read_picture") as process:
         budget = Budget(seconds=20, memory=MEMORY, pixels=2_000_000)
-        picture = decoded(process, content, budget)
+        picture = decode_picture(process, content, budget)
         assert picture.tobytes() == load_picture(io.BytesIO(content)).tobytes()
         assert budget.pixels == 2_000_000 - 1_500 * 1_100
         assert 0 < budget.seconds < 20
         pid = of(process).pid
         with pytest.raises(JobFailed) as refused:
-            decoded(process, content, budget)
+            decode_picture(process, content, budget)
         assert (refused.value.kind, budget.pixels) == (TooManyPixels.__name__, 350_000)
-        assert decoded(process, saved("PNG"), budget).size == (16, 16)
+        assert decode_picture(process, saved("PNG"), budget).size == (16, 16)
         assert of(process).pid == pid
 
 
@@ -58,14 +58,14 @@ def test_a_job_is_ended_at_each_limit_and_the_next_is_done(limit: str) -> None:
 
     budget.go_on = go_on
     with LimitedProcess("read_picture") as process:
-        decoded(process, saved("PNG"), Budget(20, MEMORY))
+        decode_picture(process, saved("PNG"), Budget(20, MEMORY))
         ended = of(process)
         with pytest.raises(Gone if limit == "nobody waits" else JobFailed):
-            decoded(process, content, budget)
+            decode_picture(process, content, budget)
         assert time.monotonic() - began < 30
         if limit != "memory":
             assert ended.poll() is not None
-        assert decoded(process, saved("PNG"), Budget(20, MEMORY)).size == (16, 16)
+        assert decode_picture(process, saved("PNG"), Budget(20, MEMORY)).size == (16, 16)
 
 
 SENDS = """
@@ -100,7 +100,7 @@ def test_what_a_process_sends_is_not_run_and_cannot_fill_the_memory(
             LimitedProcess("read_picture") as process,
             pytest.raises((JobFailed, ValueError, AttributeError, TypeError)),
         ):
-            decoded(process, b"", Budget(0.3, MEMORY, pixels=1_000_000))
+            decode_picture(process, b"", Budget(0.3, MEMORY, pixels=1_000_000))
     assert not (tmp_path / "made").exists()
 
 
@@ -110,7 +110,7 @@ def test_no_file_of_the_current_folder_is_taken_for_a_library(tmp_path: Path, mo
     for name in ("PIL", "numpy", "resource"):
         (tmp_path / f"{name}.py").write_text("import os; os.mkdir('made'); raise ImportError")
     with LimitedProcess("read_picture") as process:
-        assert decoded(process, saved("PNG"), Budget(20, MEMORY)).size == (16, 16)
+        assert decode_picture(process, saved("PNG"), Budget(20, MEMORY)).size == (16, 16)
     assert not (tmp_path / "made").exists()
 
 

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.utils import cached_file
 
-from dora_vl.adapters.agreement import FILE_TO_LEAF, LEAVES, PEFT_PREFIX, by_own_name, split_key
+from dora_vl.adapters.compatibility import FILE_TO_LEAF, LEAVES, PEFT_PREFIX, by_own_name, split_key
 from dora_vl.adapters.files import (
     CONFIG_FILE,
     WEIGHTS_FILE,

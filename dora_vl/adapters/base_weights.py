@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dora_vl.adapters.agreement import own_name, tied_names
+from dora_vl.adapters.compatibility import own_name, tied_names
 from dora_vl.adapters.folder import read_weights
 from dora_vl.core.other_layers import expert_projections
 from dora_vl.core.quantised import loose_tensors
@@ -137,7 +137,7 @@ class BaseWeights:
         own, modules = dict(model.state_dict()), dict(model.named_modules())
         renamed = partial(rename_source_key, base_model_prefix=model.base_model_prefix, meta_state_dict=own)
         read_as = partial(renamed, weight_renamings=renamings, weight_converters=converters)
-        unjoined = partial(renamed, weight_renamings=renamings, weight_converters=[])
+        read_unmerged = partial(renamed, weight_renamings=renamings, weight_converters=[])
         read = {key: read_as(key) for key in shapes}
         experts = {
             f"{n}.{leaf}": vars(m)["is_transposed"] for n, m in modules.items() for leaf in expert_projections(m)
@@ -156,7 +156,7 @@ class BaseWeights:
                     in_out=experts[name] != is_reversed,
                 )
         self.transposed_layers = frozenset(n for n, m in modules.items() if isinstance(m, Conv1D | nn.Embedding))
-        self.hub_keys = hub_names(model, read, read_as, unjoined)
+        self.hub_keys = hub_names(model, read, read_as, read_unmerged)
         self._tied = tied_names(model)
         keys_of = Counter(name for name, _ in read.values())
         return {key: name if name in own and keys_of[name] == 1 else key for key, (name, _) in read.items()}
@@ -235,8 +235,10 @@ def hub_names(
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
     conversions = reversed(hub_conversions(model))
-    undone: Any = [change.reverse_transform() for change in conversions if isinstance(change, WeightRenaming)]
-    names = {key: rename_source_key(unjoined(key)[0], undone, [])[0] for key in read}
+    reversed_renamings: Any = [
+        change.reverse_transform() for change in conversions if isinstance(change, WeightRenaming)
+    ]
+    names = {key: rename_source_key(unjoined(key)[0], reversed_renamings, [])[0] for key in read}
     safe = {key: name if read_as(name) == read[key] else key for key, name in names.items()}
     return safe if len(set(safe.values())) == len(safe) else {key: key for key in safe}
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from dora_vl.errors import UserError
 
 if TYPE_CHECKING:
-    from dora_vl.adapters.read import ReadOptions
+    from dora_vl.adapters.foreign_formats import ReadOptions
 
 DESCRIPTION = """\
 Reads an adapter of another tool and writes an adapter folder (adapter_model.safetensors, adapter_config.json): what
@@ -47,7 +47,7 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
 
 def reading_options(arguments: argparse.Namespace) -> ReadOptions:
     """Makes the options into what `read_any` takes."""
-    from dora_vl.adapters.read import ReadOptions  # seconds, so not for --help
+    from dora_vl.adapters.foreign_formats import ReadOptions  # seconds, so not for --help
 
     pairs = [rename.partition("=") for rename in arguments.rename]
     if any(not old or not equals for old, equals, _ in pairs):
@@ -64,12 +64,12 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Converts an adapter and yields the lines to print."""
     from dora_vl.adapters.adapter import write_adapter
     from dora_vl.adapters.files import refuse_to_replace_adapter
-    from dora_vl.adapters.read import read_any
+    from dora_vl.adapters.foreign_formats import read_foreign_adapter
 
     source, target = arguments.source, arguments.to
     if target.resolve() in (source.resolve(), source.resolve().parent):
         raise UserError(f"--to {target} is where the adapter is read from; name another folder")
     refuse_to_replace_adapter(target)
-    adapter = read_any(source, reading_options(arguments))
+    adapter = read_foreign_adapter(source, reading_options(arguments))
     write_adapter(adapter, target)
     yield f"{target}: {len(adapter.layers)} layers, {len(adapter.extras)} other tensors"

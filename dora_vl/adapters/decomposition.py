@@ -24,9 +24,9 @@ from dora_vl.adapters.adapter import Factors, read_adapter, refuse_other_base
 from dora_vl.adapters.base_weights import WEIGHTS, BaseWeights, holds_weights
 from dora_vl.adapters.files import CONFIG_FILE, complete_checkpoints, step_of
 from dora_vl.adapters.folder import INNER
-from dora_vl.adapters.merge import planned_factors
+from dora_vl.adapters.merge import factors_for_base
 from dora_vl.core import functional
-from dora_vl.core.analysis import Axis, Line, WeightChange, change_of_blocks, fit_line
+from dora_vl.core.analysis import FittedLine, VectorAxis, WeightChange, change_of_blocks, fit_line
 from dora_vl.errors import UserError
 
 PAPER: Mapping[str, float] = {"full": -0.62, "model": -0.62, "lora": 0.83, "dora": -0.31}
@@ -109,7 +109,7 @@ def opened(saved: Saved, base: BaseWeights) -> Iterator[TunedWeights]:
     """Opens a tuned model beside its base."""
     if saved.is_adapter:
         adapter = read_adapter(saved.folder)
-        factors = planned_factors(base, adapter)
+        factors = factors_for_base(base, adapter)
         extras = {name.removesuffix(".weight") for name in adapter.extras if name.endswith(".weight")}
         stored_layers = frozenset(name for name in matrices_of(base) if name in extras)
         read: Callable[[str], Tensor] = lambda layer: adapter.extras[f"{layer}.weight"]  # noqa: E731
@@ -160,7 +160,7 @@ class Panel:
     """Counts matrices, over all checkpoints, that equal the base's bit by bit; they are frozen and give no points."""
 
     @property
-    def line(self) -> Line | None:
+    def line(self) -> FittedLine | None:
         """Fits dM over dD through all points."""
         return fit_line([p.change.direction for p in self.points], [p.change.magnitude for p in self.points])
 
@@ -179,9 +179,9 @@ class Panel:
         by_layer: dict[str, list[Point]] = {}
         for point in self.points:
             by_layer.setdefault(point.layer, []).append(point)
-        chance, drawn = Random(0), list[float]()
+        rng, drawn = Random(0), list[float]()
         for _ in range(DRAWS):
-            points = [point for name in chance.choices(list(by_layer), k=len(by_layer)) for point in by_layer[name]]
+            points = [point for name in rng.choices(list(by_layer), k=len(by_layer)) for point in by_layer[name]]
             line = replace(self, points=tuple(points)).line
             drawn += [] if line is None else [line.correlation]
         if len(by_layer) < LEAST_LAYERS or len(drawn) < DRAWS // 2:
@@ -226,7 +226,7 @@ def layers_to_compare(requests: Sequence[Request], base: BaseWeights, globs: Seq
 
 
 def measured(
-    request: Request, base: BaseWeights, layers: Sequence[str], *, axis: Axis, done: Callable[[], object]
+    request: Request, base: BaseWeights, layers: Sequence[str], *, axis: VectorAxis, done: Callable[[], object]
 ) -> Panel:
     """Measures one model, layer by layer and checkpoint by checkpoint; calls `done` after each."""
     points: list[Point] = []
@@ -249,7 +249,7 @@ def measured(
     return Panel(request.label, str(request.path), method, tuple(points), unchanged)
 
 
-def as_json(panels: Sequence[Panel], base: Path, axis: Axis) -> dict[str, Any]:
+def as_json(panels: Sequence[Panel], base: Path, axis: VectorAxis) -> dict[str, Any]:
     """Converts all panels to plain JSON values."""
     return {"base": str(base), "axis": axis, "panels": [_panel_json(panel) for panel in panels]}
 

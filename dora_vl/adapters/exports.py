@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from dora_vl.adapters.adapter import Adapter, Factors, content_hash, is_extra, write_adapter
-from dora_vl.adapters.agreement import split_key
 from dora_vl.adapters.base_weights import BaseWeights
+from dora_vl.adapters.compatibility import split_key
 from dora_vl.adapters.files import refuse_to_replace
-from dora_vl.adapters.merge import Merged, MergedWeights, merge_to_folder
+from dora_vl.adapters.merge import MergeCounts, MergedWeights, merge_to_folder
 from dora_vl.adapters.settings import own_recipe, peft_fields
 from dora_vl.errors import UserError
 from dora_vl.files import whole_folder
@@ -39,7 +39,7 @@ class Exported:
     """Counts the layers that stay an adapter."""
     base: Path
     """The adapter is served on this folder: a new one, or the given one where nothing had to change in it."""
-    folded: Merged | None
+    folded: MergeCounts | None
     """Counts what was folded into a new base; None where it is the given one."""
     max_lora_rank: int
     use_dora: bool

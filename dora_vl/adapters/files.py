@@ -24,7 +24,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from dora_vl.core.config import DropoutMode, Init, LayerKind, Method, RankScaling
-from dora_vl.errors import UserError, shown
+from dora_vl.errors import UserError, short_repr
 from dora_vl.files import UNFINISHED, check_whole, clear_leftovers, read_json
 
 SAFETENSORS_SUFFIX = ".safetensors"
@@ -126,14 +126,14 @@ def write_safetensors(
 
 WEIGHTS_FILE, CONFIG_FILE, RECIPE_FILE = FILES = "adapter_model.safetensors", "adapter_config.json", "recipe.json"
 
-AS_JSON_HAS_IT = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+STRICT_JSON = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 """Refuses text for numbers and numbers for flags; fields not named here are ignored where read."""
 Count = Annotated[int, Field(ge=1)]
 FolderOrId = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 """Takes a path or hub id without a NUL, which operating systems refuse in a name."""
 
 
-@with_config(AS_JSON_HAS_IT)
+@with_config(STRICT_JSON)
 class PeftFields(TypedDict, total=False):
     """Fields of PEFT's `adapter_config.json` that something here is computed from."""
 
@@ -152,7 +152,7 @@ class PeftFields(TypedDict, total=False):
     revision: FolderOrId | None
 
 
-@with_config(AS_JSON_HAS_IT)
+@with_config(STRICT_JSON)
 class OwnFields(TypedDict, total=False):
     """`adapter` in our `recipe.json`."""
 
@@ -176,7 +176,7 @@ class OwnFields(TypedDict, total=False):
     kept: list[str]
 
 
-@with_config(AS_JSON_HAS_IT)
+@with_config(STRICT_JSON)
 class RecipeFields(TypedDict, total=False):
     """Our `recipe.json`: how the model is asked again."""
 
@@ -215,7 +215,7 @@ def _checked(path: Path, validate: Callable[[object], object]) -> dict[str, Any]
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key, message = ".".join(map(str, first["loc"])), first["msg"]
-        raise UserError(f"{path}: {key} is {shown(first['input'])}; {message[:1].lower()}{message[1:]}") from None
+        raise UserError(f"{path}: {key} is {short_repr(first['input'])}; {message[:1].lower()}{message[1:]}") from None
     return content
 
 
@@ -275,7 +275,7 @@ def checkpoint_to_resume(resume: str | None, run_folder: Path) -> Path | None:
     return checkpoints[-1]
 
 
-def set_later_aside(run_folder: Path, checkpoint: Path) -> list[tuple[Path, Path]]:
+def rename_later_checkpoints(run_folder: Path, checkpoint: Path) -> list[tuple[Path, Path]]:
     """Renames the checkpoints that a run from `checkpoint` will not continue, so that they no longer count.
 
     These are the later steps; where `checkpoint` is in another folder, all. Returns old names with the new ones.

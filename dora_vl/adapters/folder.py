@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dora_vl.adapters.agreement import (
+from dora_vl.adapters.compatibility import (
     by_own_name,
     file_name,
     refuse_geometry_that_peft_ignored,
@@ -42,10 +42,10 @@ from dora_vl.adapters.files import (
 from dora_vl.adapters.settings import own_settings, peft_config, read_config
 from dora_vl.core.config import DoRAConfig
 from dora_vl.core.inject import apply_dora, refuse_unwritable
-from dora_vl.core.layer import AdaptedLayer, take_from_weight
+from dora_vl.core.layer import AdaptedLayer, subtract_start
 from dora_vl.core.quantised import loose_tensors
 from dora_vl.core.trainable import Gather, adapted_layers, is_adapted, kept_rows, kept_tensors, no_gather, trained_parts
-from dora_vl.errors import UserError, shown_names
+from dora_vl.errors import UserError, short_names
 from dora_vl.files import whole_folder, write_json
 
 PICKLED_WEIGHTS_FILE = "adapter_model.bin"
@@ -174,7 +174,7 @@ def _move_start(source: Path, name: str, layer: AdaptedLayer, tensors: Mapping[s
     start_A = tensors[f"{name}.lora_A"][rank:].to(device)
     start_B = -tensors[f"{name}.lora_B"][:, rank:].to(device)
     if "start_A" not in layer._buffers:
-        take_from_weight(layer, start_A, start_B)
+        subtract_start(layer, start_A, start_B)
     elif not (torch.equal(layer.get_buffer("start_A"), start_A) and torch.equal(layer.get_buffer("start_B"), start_B)):
         raise UserError(f"{source}: {name} started from other singular vectors; load it into a fresh base model")
 
@@ -253,5 +253,5 @@ def no_adapter(path: Path) -> UserError:
         return pickled(path)
     if (path / "config.json").is_file():
         return UserError(f"{path} is a whole model, without an adapter; --model takes it")
-    files = shown_names(sorted(file.name for file in path.iterdir()))
+    files = short_names(sorted(file.name for file in path.iterdir()))
     return UserError(f"{path} has no {WEIGHTS_FILE}, but {files}; an adapter is {', '.join(FILES)}")

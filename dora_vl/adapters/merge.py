@@ -16,11 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dora_vl.adapters.adapter import CLOSED_ANSWERS, IMAGE_ASPECT, Adapter, Factors
-from dora_vl.adapters.agreement import refuse_other_copy, untied
 from dora_vl.adapters.base_weights import INDEX, WEIGHTS, BaseWeights, StoredTensor
+from dora_vl.adapters.compatibility import refuse_other_copy, untied
 from dora_vl.adapters.files import DTYPES, byte_size, refuse_to_replace, write_safetensors
 from dora_vl.core.trainable import split_rows
-from dora_vl.errors import UserError, shown_names
+from dora_vl.errors import UserError, short_names
 from dora_vl.files import read_json, whole_folder, write_json
 
 SHARD_BYTES = 5_000_000_000
@@ -39,7 +39,7 @@ class MergedWeights:
     def __init__(self, base: BaseWeights, adapter: Adapter) -> None:
         self.base = base
         self.adapter = adapter
-        self.factors = planned_factors(base, adapter, with_experts_and_heads=True)
+        self.factors = factors_for_base(base, adapter, with_experts_and_heads=True)
         check_experts(base, adapter)
         self._rows = {split_rows(name)[0]: name for name in adapter.extras if split_rows(name)[0] != name}
         """Maps tensors of which only some rows are the adapter's to the rows' name."""
@@ -76,7 +76,9 @@ class MergedWeights:
         return self.factors[layer].merged(weight) if name.endswith(".weight") and layer in self.factors else weight
 
 
-def planned_factors(base: BaseWeights, adapter: Adapter, *, with_experts_and_heads: bool = False) -> dict[str, Factors]:
+def factors_for_base(
+    base: BaseWeights, adapter: Adapter, *, with_experts_and_heads: bool = False
+) -> dict[str, Factors]:
     """Returns the adapter's factors, turned the way that each layer's class stores its weight.
 
     Whatever merges, exports or measures begins here: each tensor of the base is changed by one thing, under
@@ -94,7 +96,7 @@ def planned_factors(base: BaseWeights, adapter: Adapter, *, with_experts_and_hea
     changed = Counter([f"{name}.weight" for name in chosen])
     changed.update([*adapter.experts, *(split_rows(name)[0] for name in adapter.extras)])
     if twice := [name for name, times in changed.items() if times > 1]:
-        raise UserError(f"{adapter.source} changes {shown_names(twice)} twice, by A and B and by a tensor of its own")
+        raise UserError(f"{adapter.source} changes {short_names(twice)} twice, by A and B and by a tensor of its own")
     factors = dict(chosen)
     for name in chosen:
         if (weight := base.tensors.get(f"{name}.weight")) is not None:
@@ -155,7 +157,7 @@ def check_experts(base: BaseWeights, adapter: Adapter) -> None:
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergeCounts:
     """Counts what a merge wrote."""
 
     layers: int
@@ -173,7 +175,7 @@ def merge_to_folder(
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     open_base: Callable[[Path], BaseWeights] = BaseWeights,
-) -> Merged:
+) -> MergeCounts:
     """Writes `base` with `adapter` folded in as a plain folder that transformers opens.
 
     Every product is computed in float32 and rounded once, to `dtype` or the base's own. Configuration, tokenizer
@@ -212,7 +214,7 @@ def merge_to_folder(
                 write_json(staging / INDEX, index)
             names = sorted(path.name for path in staging.iterdir())
             write_json(staging / MANIFEST, {"written_by": "dora-vl merge", "files": names})
-    return Merged(len(weights.factors) + len(adapter.experts), len(adapter.extras), len(shards), total)
+    return MergeCounts(len(weights.factors) + len(adapter.experts), len(adapter.extras), len(shards), total)
 
 
 def refuse_target(target: Path, base_folder: Path) -> None:

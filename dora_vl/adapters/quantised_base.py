@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from dora_vl.adapters.base_weights import BaseWeights, skeleton
 from dora_vl.core.config import Quantisation
 from dora_vl.core.quantised import class_path, dequantised, quantised_in, settle_quantised
-from dora_vl.errors import UserError, install_command, one_line, shown
+from dora_vl.errors import UserError, install_command, one_line, short_repr
 
 TRIAL_WIDTH = 64
 MOST_OFF = 0.05
@@ -167,7 +167,7 @@ def _language_skeleton(config: Mapping[str, Any], source: str) -> Any:
     model = skeleton(config)
     if model is None:
         raise UserError(
-            f"{source}: transformers has no class {shown(config.get('architectures'))} that it could quantise"
+            f"{source}: transformers has no class {short_repr(config.get('architectures'))} that it could quantise"
         )
     return model
 
@@ -216,14 +216,14 @@ def as_trained(folder: Path, recipes: Mapping[str, Mapping[str, Any]]) -> BaseWe
     kinds = {(kind, dtype if kind else None) for kind, dtype in values.values()}
     if len(kinds) > 1:
         raise UserError(
-            f"these adapters were trained on different values of the base: {shown(values, 200)}; merge one at a time, "
-            "or all into the stored values with --base-values stored"
+            f"these adapters were trained on different values of the base: {short_repr(values, 200)}; merge one at "
+            "a time, or all into the stored values with --base-values stored"
         )
     kind, dtype = kinds.pop()
     if kind is None:
         return BaseWeights(folder)
     if kind not in SCHEMES or dtype is None:
         raise UserError(
-            f"recipe.json says quantisation {shown(kind)} in {shown(dtype)}; known are {', '.join(SCHEMES)}"
+            f"recipe.json says quantisation {short_repr(kind)} in {short_repr(dtype)}; known are {', '.join(SCHEMES)}"
         )
     return QuantisedWeights(folder, kind, getattr(torch, dtype))

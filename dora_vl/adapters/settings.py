@@ -18,14 +18,14 @@ import regex
 import torch
 from torch import Tensor, nn
 
-from dora_vl.adapters.agreement import LEAVES, PEFT_PREFIX, layers_beyond_peft, tied_names
+from dora_vl.adapters.compatibility import LEAVES, PEFT_PREFIX, layers_beyond_peft, tied_names
 from dora_vl.core.config import MAIN_PART, AdaptedPart, AdapterSettings, DoRAConfig
 from dora_vl.core.inject import SHARED_NAME
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.linear import TransposedLinear
 from dora_vl.core.other_layers import ExpertsProjection
 from dora_vl.core.trainable import adapted_layers, kept_tensors, trained_parts
-from dora_vl.errors import UserError, shown
+from dora_vl.errors import UserError, short_repr
 
 log = logging.getLogger(__name__)
 
@@ -295,8 +295,9 @@ def refuse_contradiction(source: str, peft: Mapping[str, Any], own: Mapping[str,
         pattern = peft.get({"r": "rank_pattern", "lora_alpha": "alpha_pattern"}.get(name, "")) or {}
         if not any(math.isclose(other, value) for other in (peft[name], *pattern.values())):
             raise UserError(
-                f"{source}: {name} is {shown(peft[name])} in adapter_config.json, and recipe.json means "
-                f"{shown(value)}; take the folder as it was written, or remove recipe.json to load it as PEFT would"
+                f"{source}: {name} is {short_repr(peft[name])} in adapter_config.json, and recipe.json means "
+                f"{short_repr(value)}; take the folder as it was written, or remove recipe.json to load it as PEFT "
+                "would"
             )
 
 
@@ -335,9 +336,9 @@ def by_peft_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any
             if regex.match(rf"(.*\.)?({pattern})$", layer, timeout=MATCHING_SECONDS):
                 return value
         except (regex.error, TimeoutError) as error:
-            slow = f"takes over {MATCHING_SECONDS:g} s for {shown(layer)}"
+            slow = f"takes over {MATCHING_SECONDS:g} s for {short_repr(layer)}"
             reason = slow if isinstance(error, TimeoutError) else error
-            raise UserError(f"adapter_config.json: pattern {shown(pattern)}: {reason}") from None
+            raise UserError(f"adapter_config.json: pattern {short_repr(pattern)}: {reason}") from None
     return default
 
 

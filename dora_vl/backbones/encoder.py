@@ -47,7 +47,7 @@ GREY = (127, 96, 63)
 """The dummy picture has this colour; families that drop pictures of zeros would take a black one for padding."""
 
 
-def stand_in(size: tuple[int, int]) -> Image.Image:
+def placeholder_picture(size: tuple[int, int]) -> Image.Image:
     """Makes a picture in place of one whose outputs are stored."""
     picture = Image.new("RGB", size, GREY)
     picture.info[STAND_IN] = True
@@ -150,7 +150,7 @@ class Encoder:
         return len(self.dummy().input_ids)
 
     @functools.cached_property
-    def why_no_videos(self) -> str | None:
+    def no_videos_reason(self) -> str | None:
         """Says why videos go in as pictures; None where the family takes videos."""
         processor = vars(self.processor)
         if processor.get("video_processor") is None:
@@ -163,15 +163,15 @@ class Encoder:
     @functools.cached_property
     def videos_of_one_length(self) -> bool:
         """Tells whether all videos of a batch must have equally many frames."""
-        if self.why_no_videos:
+        if self.no_videos_reason:
             return False
         frames = self.dummy_video().inputs.get(ONE_LENGTH)
         return frames is not None and frames.dim() == 5
 
     @functools.cached_property
-    def one_kind_in_a_batch(self) -> bool:
+    def cannot_mix_media(self) -> bool:
         """Tells whether a batch may not mix pictures and videos: they share one token but not their inputs (GLM)."""
-        if self.why_no_videos:
+        if self.no_videos_reason:
             return False
         video = self.dummy_video()
         own = frozenset(self.dummy().inputs).difference(ALIGNED)
@@ -235,7 +235,7 @@ class Encoder:
 
         question = replace(question, more=conversation.turns[0].more)
 
-        def around(turn: Turn) -> TrainedAnswer:
+        def labelled_text(turn: Turn) -> TrainedAnswer:
             """Finds what labels hold around an answer, thoughts included, from a known one; of calls all of it."""
             if not turn.is_trained:
                 return TrainedAnswer("", turn.text, "")
@@ -253,7 +253,7 @@ class Encoder:
             before, _, behind = probe.rpartition(PROBE[1].text)
             return TrainedAnswer(before, answer, behind)
 
-        return [around(turn) for turn in conversation.turns if turn.role == "assistant"]
+        return [labelled_text(turn) for turn in conversation.turns if turn.role == "assistant"]
 
     def encode_prompt(
         self, turns: Sequence[Turn], pictures: Sequence[Image.Image] = (), videos: Sequence[Video] = ()
@@ -314,10 +314,10 @@ class Encoder:
 
     def dummy(self, side: int = DUMMY_SIDE) -> Sample:
         """Makes a sample of one small picture without labels; it takes a text-only batch through the vision part."""
-        return self.pictured([Image.new("RGB", (side, side), GREY)])
+        return self.media_sample([Image.new("RGB", (side, side), GREY)])
 
     @functools.cached_property
-    def pixels_count(self) -> bool:
+    def size_matters(self) -> bool:
         """Tells whether a larger picture becomes more tokens, or more pixels for the model."""
         if not self.sees_pictures:
             return False
@@ -329,9 +329,9 @@ class Encoder:
 
     def dummy_video(self, frames: int = 2) -> Sample:
         """Makes a sample of one small video without labels."""
-        return self.pictured(videos=[grey_video(GREY, DUMMY_SIDE, frames)])
+        return self.media_sample(videos=[grey_video(GREY, DUMMY_SIDE, frames)])
 
-    def pictured(self, pictures: Sequence[Image.Image] = (), videos: Sequence[Video] = ()) -> Sample:
+    def media_sample(self, pictures: Sequence[Image.Image] = (), videos: Sequence[Video] = ()) -> Sample:
         """Makes a sample that shows these and has no label.
 
         Raises: BadSample where the family does not take that many together.
@@ -362,7 +362,7 @@ class Encoder:
                 raise ValueError("its text holds a Unicode noncharacter (U+FDD0 to U+FDEF)")
             if any(token in turn.text for turn in turns if turn.role == "assistant" for token in placeholders):
                 raise ValueError("an answer holds a picture's or a video's place, and this model answers in words")
-            if videos and self.why_no_videos:
+            if videos and self.no_videos_reason:
                 turns, pictures = as_pictures(turns, pictures, videos)
                 videos = ()
             if not self.sees_pictures and (pictures or any(IMAGE_PLACEHOLDER in turn.text for turn in turns)):

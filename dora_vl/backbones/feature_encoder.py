@@ -70,7 +70,7 @@ class PictureEmbedding(nn.Module):
         return output if isinstance(output, Tensor) else output.pooler_output
 
 
-Kept = Literal["grid", "pooled"]
+FeatureKind = Literal["grid", "pooled"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class FeatureSettings:
     """
 
     tower: TowerSpec
-    kept: Kept = "grid"
+    kept: FeatureKind = "grid"
     merge: int = 1
     changes: bool = False
     aspect: Aspect = "squash"
@@ -144,7 +144,7 @@ class FeatureEncoder:
     def encode(self, pixels: Float[Tensor, "pictures 3 height width"]) -> Float[Tensor, "pictures tokens channels"]:
         """Encodes prepared pictures, without `changes`; `pooled` gives one token each."""
         features = self.network(pixels.to(self.device)).float()
-        return features.unsqueeze(1) if self.settings.kept == "pooled" else merged(features, self.settings.merge)
+        return features.unsqueeze(1) if self.settings.kept == "pooled" else merge_cells(features, self.settings.merge)
 
     def pictures(self, pictures: Sequence[Image]) -> Float[Tensor, "pictures tokens channels"]:
         """Encodes pictures, each by itself."""
@@ -162,7 +162,7 @@ class FeatureEncoder:
         return frames.flatten(0, 1)
 
 
-def merged(
+def merge_cells(
     grid: Float[Tensor, "pictures cells channels"], side: int
 ) -> Float[Tensor, "pictures blocks block_channels"]:
     """Merges blocks of `side` by `side` cells to one token each, row by row; InternVL calls it pixel unshuffling."""
@@ -237,7 +237,7 @@ class Medium:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Media(Dataset["Pixels | BadSample"]):
+class MediaDataset(Dataset["Pixels | BadSample"]):
     """Reads and prepares media; unreadable ones become errors.
 
     Attributes:
@@ -279,7 +279,7 @@ class Pixels:
 
 
 def computed(
-    media: Media, encode: Callable[[Tensor], Tensor], *, workers: int, progress: bool
+    media: MediaDataset, encode: Callable[[Tensor], Tensor], *, workers: int, progress: bool
 ) -> Iterator[FeatureRow | BadSample]:
     """Yields the media's rows in order, and errors for those that could not be read."""
     loader: Iterable[Any] = DataLoader(media, batch_size=None, num_workers=workers)

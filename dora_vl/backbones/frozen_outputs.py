@@ -44,10 +44,10 @@ log = logging.getLogger(__name__)
 
 Outputs = Mapping[str, Sequence[Sequence[Any]]]
 """Maps each part to its calls' flattened outputs; `Hollow` replaces a tensor that nobody reads."""
-AT_ONCE = 16
+SAMPLES_PER_PASS = 16
 """One pass of the vision parts takes this many samples: on a CPU four times as many take 1.4 times as long each,
 since their activations are allocated anew every time."""
-SAME = 0.05
+TOLERANCE = 0.05
 """Stored outputs may be off by this share of what pictures change at the decoder. Half precision rounds
 otherwise in a batch; pictures in a wrong order or place are off by all of it."""
 
@@ -57,7 +57,7 @@ class NotStorable(Exception):
 
 
 @dataclass(frozen=True)
-class Hollow:
+class ShapeOnly:
     """Replaces a tensor whose numbers nobody reads."""
 
     shape: tuple[int, ...]
@@ -91,7 +91,7 @@ class FrozenParts:
         for name, recorded in _recorded(model, self.calls, inputs).items():
             read = [self._call(name, number).read for number in range(len(recorded))]
             outputs[name] = [
-                [leaf if index in used else _emptied(leaf) for index, leaf in enumerate(leaves)]
+                [leaf if index in used else _shape_only(leaf) for index, leaf in enumerate(leaves)]
                 for used, (leaves, _) in zip(read, recorded, strict=True)
             ]
         return outputs
@@ -102,11 +102,11 @@ class FrozenParts:
         if len(samples) == 1:
             return [alone]
         each: list[Outputs] = []
-        for start in range(0, len(samples), AT_ONCE):
-            several = samples[start : start + AT_ONCE]
+        for start in range(0, len(samples), SAMPLES_PER_PASS):
+            several = samples[start : start + SAMPLES_PER_PASS]
             joined = self.outputs_of(model, model_inputs(model, Collator(pad_token_id)(several)))
             each += [self._part(joined, number, len(several)) for number in range(len(several))]
-            if not _alike(alone, each[0]):
+            if not _nearly_equal(alone, each[0]):
                 return [self.outputs_of(model, inputs_of(model, sample)) for sample in samples]
         return each
 
@@ -116,7 +116,7 @@ class FrozenParts:
         for name, calls in joined.items():
             if self.batched[name]:
                 part[name] = [
-                    [_share(leaf, axis, number, count) for leaf, axis in zip(leaves, call.axes, strict=True)]
+                    [_chunk(leaf, axis, number, count) for leaf, axis in zip(leaves, call.axes, strict=True)]
                     for leaves, call in zip(calls, self.calls[name], strict=True)
                 ]
             else:
@@ -158,25 +158,25 @@ class FrozenParts:
         return forward
 
 
-def _emptied(leaf: Any) -> Any:
+def _shape_only(leaf: Any) -> Any:
     """Returns a tensor's shape in its place."""
-    return Hollow(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf
+    return ShapeOnly(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf
 
 
-def _share(leaf: Any, axis: int, number: int, count: int) -> Any:
+def _chunk(leaf: Any, axis: int, number: int, count: int) -> Any:
     """Returns one of several equal shares."""
-    if not isinstance(leaf, Tensor | Hollow) or not leaf.shape or leaf.shape[axis] % count:
+    if not isinstance(leaf, Tensor | ShapeOnly) or not leaf.shape or leaf.shape[axis] % count:
         return leaf
     if isinstance(leaf, Tensor):
         return leaf.chunk(count, axis)[number].clone()
-    return Hollow((*leaf.shape[:axis], leaf.shape[axis] // count, *leaf.shape[axis + 1 :]), leaf.dtype)
+    return ShapeOnly((*leaf.shape[:axis], leaf.shape[axis] // count, *leaf.shape[axis + 1 :]), leaf.dtype)
 
 
-def _alike(outputs: Outputs, other: Outputs) -> bool:
+def _nearly_equal(outputs: Outputs, other: Outputs) -> bool:
     """Tells whether outputs are equal but for rounding."""
     (leaves, spec), (others, other_spec) = pytree.tree_flatten(outputs), pytree.tree_flatten(other)
     return spec == other_spec and all(
-        a.shape == b.shape and float((a.double() - b.double()).norm()) <= SAME * float(a.double().norm())
+        a.shape == b.shape and float((a.double() - b.double()).norm()) <= TOLERANCE * float(a.double().norm())
         if isinstance(a, Tensor) and isinstance(b, Tensor)
         else a == b
         for a, b in zip(leaves, others, strict=True)
@@ -186,12 +186,12 @@ def _alike(outputs: Outputs, other: Outputs) -> bool:
 def _joined(values: Sequence[Any], axis: int, device: torch.device) -> Any:
     """Concatenates samples' tensors, other dimensions padded; values that are no tensors are equal in all."""
     first = values[0]
-    if not isinstance(first, Tensor | Hollow) or (len(values) == 1 and isinstance(first, Tensor)):
+    if not isinstance(first, Tensor | ShapeOnly) or (len(values) == 1 and isinstance(first, Tensor)):
         return first
     shape = [max(sizes) for sizes in zip(*(value.shape for value in values), strict=True)]
     if shape:
         shape[axis] = sum(value.shape[axis] for value in values)
-    if isinstance(first, Hollow):
+    if isinstance(first, ShapeOnly):
         return torch.zeros((), dtype=first.dtype, device=device).expand(shape)
     joined, start = first.new_zeros(shape), 0
     for value in values:
@@ -235,7 +235,7 @@ def find_parts(model: Any, inputs: Mapping[str, Any], doubled: Mapping[str, Any]
 
 
 @torch.no_grad()
-def _prove(model: Any, parts: FrozenParts, samples: Sequence[Sample], pad_token_id: int) -> None:
+def _verify(model: Any, parts: FrozenParts, samples: Sequence[Sample], pad_token_id: int) -> None:
     """Compares the decoder's inputs from a batch with those from the stored outputs of its samples.
 
     Raises: NotStorable if they differ, or the pictures change nothing.
@@ -250,7 +250,7 @@ def _prove(model: Any, parts: FrozenParts, samples: Sequence[Sample], pad_token_
     hollow = [replace(sample, inputs=without_pixels(sample.inputs)) for sample in samples]
     batch = model_inputs(model, collate(hollow))
     others = pytree.tree_map(lambda leaf: 1 - leaf if _is_float(leaf) else leaf, outputs)
-    names, felt = ", ".join(parts.calls), False
+    names, pictures_matter = ", ".join(parts.calls), False
     with parts.replaying(model, outputs):
         stored = _decoder_inputs(model, batch)
     with parts.replaying(model, others):
@@ -262,31 +262,31 @@ def _prove(model: Any, parts: FrozenParts, samples: Sequence[Sample], pad_token_
             raise NotStorable(f"with stored outputs of {names} the decoder gets {[*replayed.shape]}, {[*live.shape]}")
         change = float((replayed.double() - other.double()).abs().max()) if live.numel() else 0.0
         off = float((replayed.double() - live.double()).abs().max()) if live.numel() else 0.0
-        if not off <= SAME * change:
+        if not off <= TOLERANCE * change:
             raise NotStorable(f"stored outputs of {names} are {off:.2g} off where they change {change:.2g}")
-        felt = felt or change > 0
-    if not felt:
+        pictures_matter = pictures_matter or change > 0
+    if not pictures_matter:
         raise NotStorable(f"nothing is read of {names}")
 
 
-def proven_parts(model: Any, encoder: Encoder) -> FrozenParts:
+def find_verified_parts(model: Any, encoder: Encoder) -> FrozenParts:
     """Finds frozen parts and proves them on batches of pictures of several sizes and of words.
 
     Raises: NotStorable.
     """
-    noise = random.Random(0)  # told apart wherever they stand, and never taken for padding
+    rng = random.Random(0)  # told apart wherever they stand, and never taken for padding
     pictures = [
-        Image.frombytes("RGB", size, noise.randbytes(3 * size[0] * size[1])) for size in ((40, 24), (18, 35), (64, 64))
+        Image.frombytes("RGB", size, rng.randbytes(3 * size[0] * size[1])) for size in ((40, 24), (18, 35), (64, 64))
     ]
-    sample, samples = encoder.pictured(pictures[:1]), [encoder.pictured(pictures[:1])]
+    sample, samples = encoder.media_sample(pictures[:1]), [encoder.media_sample(pictures[:1])]
     for shown in (pictures[1:], []):
         with contextlib.suppress(BadSample):  # some families take one picture alone, or no words without
-            samples.append(encoder.pictured(shown))
+            samples.append(encoder.media_sample(shown))
     pair = model_inputs(model, Collator(encoder.pad_token_id)([sample, sample]))
     try:
         parts = find_parts(model, inputs_of(model, sample), pair)
         for rows in ([sample, sample], samples):
-            _prove(model, parts, rows, encoder.pad_token_id)
+            _verify(model, parts, rows, encoder.pad_token_id)
     except (RuntimeError, ValueError, IndexError) as error:
         raise NotStorable(f"the model cannot run its frozen parts, or take what they gave: {error}") from error
     return parts
@@ -445,7 +445,7 @@ def without_pixels(inputs: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def hollowed(sample: Any, outputs: Outputs) -> Any:
+def with_stored_outputs(sample: Any, outputs: Outputs) -> Any:
     """Replaces the pixels of a `Sample` or `Encoded` by stored outputs."""
     return replace(sample, inputs=without_pixels(sample.inputs), stored=(outputs,))
 
@@ -491,7 +491,7 @@ class OutputStore:
         *,
         part: tuple[int, int] = (0, 1),
         workers: int = 0,
-        together: int = 1,
+        batch_size: int = 1,
     ) -> None:
         """Computes one process's part of what is missing; interrupted, it goes on from what is on the disk.
 
@@ -509,7 +509,7 @@ class OutputStore:
                 continue
             shapes = tuple((name, getattr(value, "shape", None)) for name, value in row[2].inputs.items())
             waiting.setdefault(shapes, []).append(row)
-            if len(waiting[shapes]) == together:
+            if len(waiting[shapes]) == batch_size:
                 self._compute(model, parts, reader, waiting.pop(shapes), len(missing))
         for rest in waiting.values():
             self._compute(model, parts, reader, rest, len(missing))
@@ -556,7 +556,7 @@ def _described(outputs: Outputs) -> tuple[Any, list[Tensor]]:
     tensors: list[Tensor] = []
 
     def described(leaf: Any) -> Any:
-        if isinstance(leaf, Hollow):
+        if isinstance(leaf, ShapeOnly):
             return {"shape": leaf.shape, "dtype": str(leaf.dtype).removeprefix("torch.")}
         if not isinstance(leaf, Tensor):
             return {"value": leaf}
@@ -574,7 +574,7 @@ def _rebuilt_outputs(described: Mapping[str, Any], tensors: Sequence[Tensor]) ->
         if "tensor" in leaf:
             return tensors[leaf["tensor"]]
         if "shape" in leaf:
-            return Hollow(tuple(leaf["shape"]), getattr(torch, leaf["dtype"]))
+            return ShapeOnly(tuple(leaf["shape"]), getattr(torch, leaf["dtype"]))
         return leaf["value"]
 
     return {name: [[leaf_of(leaf) for leaf in call] for call in calls] for name, calls in described.items()}
@@ -613,7 +613,7 @@ class PictureReader:
         Raises: BadSample.
         """
         sizes, pictures = self.pictures(names)
-        return sizes, self.encoder.pictured(pictures)
+        return sizes, self.encoder.media_sample(pictures)
 
     def pictures(self, names: Sequence[str]) -> tuple[list[tuple[int, int]], list[Image.Image]]:
         """Opens the pictures; returns their sizes, and the pictures shrunk to `most_pixels`."""

@@ -53,35 +53,35 @@ class GrowingText:
         """Returns the answer so far; `ids` begin with those of the call before."""
         window = self._decode(ids[self._from :])
         if not window.startswith(self._known):
-            return self._answer_in(self._anew(ids))
+            return self._answer_in(self._decode_all(ids))
         new = window[len(self._known) :]
         if not new or window.endswith(NOT_YET_A_CHARACTER):
             return self._answer_in(self._text + new)
         self._text += new
-        self._go_on(len(ids), ids)
+        self._advance(len(ids), ids)
         return self._answer_in(self._text)
 
-    def _anew(self, ids: Sequence[int]) -> str:
+    def _decode_all(self, ids: Sequence[int]) -> str:
         """Decodes everything, for tokenizers that take text back, such as a space before a full stop."""
         text = self._decode(ids)
         if not text.endswith(NOT_YET_A_CHARACTER):
             self._text = text
-            self._go_on(len(ids), ids)
+            self._advance(len(ids), ids)
         return text
 
-    def _go_on(self, until: int, ids: Sequence[int]) -> None:
+    def _advance(self, until: int, ids: Sequence[int]) -> None:
         self._from, self._until = self._until, until
         self._known = self._decode(ids[self._from : self._until])
 
 
-NO_NUMBERS = "the model's scores of the next word are no numbers; ask with a lower strength, or another adapter"
+NOT_FINITE_SCORES = "the model's scores of the next word are no numbers; ask with a lower strength, or another adapter"
 
 
-class NoNumbers(UserError):
+class NotFiniteScores(UserError):
     """Reports that the scores for a single question were no numbers."""
 
     def __init__(self) -> None:
-        super().__init__(NO_NUMBERS)
+        super().__init__(NOT_FINITE_SCORES)
 
 
 NO_TOKEN = -1
@@ -95,7 +95,7 @@ def end_tokens(model: PreTrainedModel) -> frozenset[int]:
     return frozenset([] if ends is None else ends if isinstance(ends, list) else [ends])
 
 
-def with_numbers(texts: Sequence[str], scores: Float[Tensor, "rows ..."]) -> list[str | None]:
+def without_broken(texts: Sequence[str], scores: Float[Tensor, "rows ..."]) -> list[str | None]:
     """Keeps the texts chosen by scores, a row each; None replaces a text where one of its scores is NaN."""
     broken = scores.isnan().flatten(1).any(1).tolist()
     return [None if is_broken else text for text, is_broken in zip(texts, broken, strict=True)]
@@ -111,14 +111,14 @@ class ScoreWatch:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.options: dict[str, Any] = {
-            "logits_processor": LogitsProcessorList([cast(Any, self._look)]),
-            "stopping_criteria": StoppingCriteriaList([cast(Any, self._end)]),
+            "logits_processor": LogitsProcessorList([cast(Any, self._note_broken)]),
+            "stopping_criteria": StoppingCriteriaList([cast(Any, self._stop_broken)]),
         }
         self._ends = sorted(end_tokens(model))
         self._over: Tensor | None = None
         self._broken: Tensor | None = None
 
-    def _look(self, input_ids: Tensor, scores: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
+    def _note_broken(self, input_ids: Tensor, scores: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
         """Notes rows without numbers; rows that are over are padded, and no longer count."""
         broken = ~scores.amax(-1).isfinite()
         if self._broken is None or self._over is None:
@@ -126,7 +126,7 @@ class ScoreWatch:
         self._broken = self._broken | (broken & ~self._over)
         return scores
 
-    def _end(self, input_ids: Int[Tensor, "rows seq"], scores: Any) -> Bool[Tensor, " rows"]:
+    def _stop_broken(self, input_ids: Int[Tensor, "rows seq"], scores: Any) -> Bool[Tensor, " rows"]:
         """Ends rows by their newest token; beam search ends none here, since its rows change places."""
         last = input_ids[:, -1]
         if self._broken is None or self._over is None or len(last) != len(self._broken):
@@ -134,7 +134,7 @@ class ScoreWatch:
         self._over = self._over | torch.isin(last, last.new_tensor(self._ends))
         return self._broken
 
-    def marked(self, new: Int[Tensor, "batch new"]) -> Int[Tensor, "batch new"]:
+    def mark_broken(self, new: Int[Tensor, "batch new"]) -> Int[Tensor, "batch new"]:
         """Fills rows without numbers in any of their beams with `NO_TOKEN`."""
         if self._broken is None:
             return new
@@ -142,16 +142,16 @@ class ScoreWatch:
         return new.masked_fill(broken.to(new.device), NO_TOKEN)
 
 
-class Draws(LogitsProcessor):
+class TokenDrawer(LogitsProcessor):
     """Draws each row's next token, any but those of `never`, and leaves it that one alone, which generate then takes.
 
     `options` are arguments for generate. `log_probs` and `entropies` of the rows, a tensor a token, mean nothing behind
     a row's end.
     """
 
-    def __init__(self, generator: torch.Generator, never: Collection[int]) -> None:
+    def __init__(self, generator: torch.Generator, excluded: Collection[int]) -> None:
         self._generator = generator
-        self._never = torch.tensor(sorted(never), dtype=torch.long, device=generator.device)
+        self._never = torch.tensor(sorted(excluded), dtype=torch.long, device=generator.device)
         self.log_probs: list[Float[Tensor, " rows"]] = []
         self.entropies: list[Float[Tensor, " rows"]] = []
         self.options: dict[str, Any] = {

@@ -44,7 +44,7 @@ from dora_vl.backbones.loading import quantised_loading
 from dora_vl.backbones.packed_attention import MASKED, Forest, PackedAttention
 from dora_vl.core import DoRAConfig
 from dora_vl.core.config import Quantisation
-from dora_vl.core.inject import adaptable
+from dora_vl.core.inject import find_adaptable
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.quantised import is_quantised
 from dora_vl.data.batches import Collator
@@ -128,7 +128,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
             each = loss(values, targets)
             if expected is None:
                 return each
-            places = _places_of(expected.samples, samples)
+            places = _label_indices(expected.samples, samples)
             return each.index_copy(0, places, loss(values[places], expected.scores))
 
         def labelled_alone(_: nn.Module, seen: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -227,7 +227,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
                 **({} if cache is None else {self._cache_name: cache}),
                 **chosen,
             )
-        return watch.marked(tokens[:, input_ids.shape[1] :])
+        return watch.mark_broken(tokens[:, input_ids.shape[1] :])
 
     def _replaying(self, stored: Sequence[Outputs]) -> contextlib.AbstractContextManager[None]:
         """Returns a context in which frozen parts return their stored outputs, where there are some."""
@@ -238,7 +238,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
     def _attention(self, attention_mask: Tensor, layout: Mapping[str, Tensor] | None) -> dict[str, Tensor | None]:
         """Follows the layout; returns the mask, and positions where the model would take others."""
         forest = None if layout is None else Forest(layout["segment"], layout["steps"], layout["sees"])
-        self.packed_attention.follow(forest)
+        self.packed_attention.set_forest(forest)
         if layout is not None or not self.causal:
             return {"attention_mask": attention_mask}
         if bool(attention_mask[:, 0].all()):
@@ -246,7 +246,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         return {"attention_mask": attention_mask, "position_ids": (attention_mask.cumsum(1) - 1).clamp_min(0)}
 
 
-def _places_of(some: Int[Tensor, " some"], samples: Int[Tensor, " labelled"]) -> Int[Tensor, " chosen"]:
+def _label_indices(some: Int[Tensor, " some"], samples: Int[Tensor, " labelled"]) -> Int[Tensor, " chosen"]:
     """Returns the places of the labels of some samples, sample by sample."""
     places = torch.isin(samples, some).nonzero()[:, 0]
     return places[samples[places].argsort(stable=True)]
@@ -317,7 +317,7 @@ def is_adaptable_linear(name: str, module: nn.Module) -> bool:
         return False
     if isinstance(module, AdaptedLayer) or is_quantised(module):
         return True
-    return isinstance(module, nn.Linear) and adaptable(module, DoRAConfig(targets=("*",))) is not None
+    return isinstance(module, nn.Linear) and find_adaptable(module, DoRAConfig(targets=("*",))) is not None
 
 
 def projector_patterns(model: PreTrainedModel) -> tuple[str, ...]:

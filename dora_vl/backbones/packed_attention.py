@@ -29,7 +29,7 @@ MaskFunction = Callable[[Any, Any, Any, Any], Any]
 """Takes batch row, head, query and key position; returns whether the query sees the key."""
 
 
-SHORT = 64
+MATH_KERNEL_KEYS = 64
 """Up to this many keys plain products take a CPU less time than its flash attention, mainly in the backward pass."""
 
 
@@ -57,7 +57,7 @@ class Paths(NamedTuple):
     writes: Bool[Tensor, "paths longest"]
 
 
-class Alike(NamedTuple):
+class SegmentGroup(NamedTuple):
     """Segments of similar lengths, padded at the end, that attend in one call."""
 
     rows: Int[Tensor, "segments 1"]
@@ -69,14 +69,14 @@ class Alike(NamedTuple):
     """False marks padding."""
 
 
-def alike(spans: Sequence[Sequence[Span]]) -> list[Alike]:
+def group_segments(spans: Sequence[Sequence[Span]]) -> list[SegmentGroup]:
     """Groups the segments of all rows by their lengths and those of their paths."""
     groups: dict[tuple[int, int], list[tuple[int, Span]]] = {}
     for row, of_row in enumerate(spans):
         for span in of_row:
             lengths = _rounded_up(span.stop - span.start), _rounded_up(len(span.path))
             groups.setdefault(lengths, []).append((row, span))
-    return [_together(members) for members in groups.values()]
+    return [_pad_group(members) for members in groups.values()]
 
 
 def _rounded_up(length: int) -> int:
@@ -85,7 +85,7 @@ def _rounded_up(length: int) -> int:
     return power * 3 // 4 if length <= power * 3 // 4 else power
 
 
-def _together(members: Sequence[tuple[int, Span]]) -> Alike:
+def _pad_group(members: Sequence[tuple[int, Span]]) -> SegmentGroup:
     device = members[0][1].path.device
     lengths = torch.tensor([span.stop - span.start for _, span in members], device=device)
     paths = [span.path for _, span in members]
@@ -97,7 +97,7 @@ def _together(members: Sequence[tuple[int, Span]]) -> Alike:
     sees = most <= (behind[:, None] + count)[..., None]  # also where nothing is: every query must see something
     is_even = bool(filled.all()) and not bool(behind.any())
     rows = torch.tensor([[row] for row, _ in members], device=device)
-    return Alike(rows, queries, keys, None if is_even else sees[:, None], filled)
+    return SegmentGroup(rows, queries, keys, None if is_even else sees[:, None], filled)
 
 
 def spans_of(forest: Forest) -> list[list[Span]]:
@@ -140,7 +140,7 @@ class PackedAttention:
         _install()
         self.config: Any = getattr(decoder, "config", None)
         self.forest: Forest | None = None
-        self.groups: list[Alike] = []
+        self.groups: list[SegmentGroup] = []
         self.paths: Paths | None = None
         self.blocks_are_whole = False
         """True once the forest is known to cut no block of the family's mask."""
@@ -148,30 +148,30 @@ class PackedAttention:
             layer for layer in decoder.modules() if any(isinstance(part, nn.Conv1d) for part in layer.children())
         ]
         for layer in self._states:
-            layer.register_forward_pre_hook(self._apart, with_kwargs=True)
-            layer.register_forward_hook(self._together)
+            layer.register_forward_pre_hook(self._split_paths, with_kwargs=True)
+            layer.register_forward_hook(self._merge_paths)
         _instances[id(self.config)] = self
         self._is_next = False
-        model.register_forward_pre_hook(self._begin)
+        model.register_forward_pre_hook(self._reset_forest)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Registers a copy for the copied model's config."""
         vars(self).update(state)
         _instances[id(self.config)] = self
 
-    def _begin(self, *_: object) -> None:
+    def _reset_forest(self, *_: object) -> None:
         """Lets go of the last call's forest where this call has none, such as one of the model by itself."""
         if not self._is_next and self.forest is not None:
-            self.follow(None)
+            self.set_forest(None)
         self._is_next = False
 
-    def follow(self, forest: Forest | None) -> None:
+    def set_forest(self, forest: Forest | None) -> None:
         """Sets the forest of the next forward; None attends as usual."""
         self.forest, self.blocks_are_whole, self._is_next = forest, False, True
-        self.groups = [] if forest is None else alike(spans_of(forest))
+        self.groups = [] if forest is None else group_segments(spans_of(forest))
         self.paths = paths_of(forest) if forest is not None and self._states else None
 
-    def _apart(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    def _split_paths(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Gives a layer with a running state each path as a row of its own."""
         if self.paths is None:
             return None
@@ -184,7 +184,7 @@ class PackedAttention:
             return (), {**named, "hidden_states": hidden}
         return (hidden, *(None if isinstance(value, Tensor) else value for value in rest)), named
 
-    def _together(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+    def _merge_paths(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
         """Scatters its output back to the rows; positions shared by several paths get the first one's."""
         if self.paths is None or self.forest is None:
             return None
@@ -289,7 +289,7 @@ def _by_segment(attend: Callable[..., Any]) -> Callable[..., Any]:
         for group in packed.groups:
             positions = group.queries, group.keys, group.keys
             parts = [state[group.rows, chosen].transpose(1, 2) for state, chosen in zip(states, positions, strict=True)]
-            short = query.device.type == "cpu" and group.keys.shape[1] <= SHORT
+            short = query.device.type == "cpu" and group.keys.shape[1] <= MATH_KERNEL_KEYS
             with sdpa_kernel(SDPBackend.MATH) if short else contextlib.nullcontext():
                 attended = attend(module, *parts, group.sees, *args, **named)[0]
             rows = group.rows.expand_as(group.queries)[group.filled]
@@ -309,12 +309,12 @@ class OwnPositions:
     """
 
     def __init__(self, model: nn.Module, *, axes: int) -> None:
-        self._model, self._axes = _counting(model), axes
+        self._model, self._axes = _position_model(model), axes
 
     @classmethod
     def by_sample(cls, model: nn.Module, ids: Int[Tensor, " seq"], inputs: Mapping[str, Any]) -> OwnPositions | None:
         """Measures a model's axes on a sample with a picture; None where it counts along one."""
-        if not hasattr(_counting(model), COUNTS):
+        if not hasattr(_position_model(model), POSITION_METHOD):
             return None
         positions = cls(model, axes=1).of(ids, inputs)
         return cls(model, axes=len(positions)) if len(positions) > 1 else None
@@ -323,15 +323,15 @@ class OwnPositions:
         """Returns the positions of a sample's tokens."""
         arguments = {**inputs, "input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
         arguments["inputs_embeds"] = torch.zeros(1, len(ids), 1)
-        count = getattr(self._model, COUNTS)
+        count = getattr(self._model, POSITION_METHOD)
         positions = count(**{name: arguments.get(name) for name in inspect.signature(count).parameters})
         self._model.rope_deltas = None  # what decoding would go on from
         return torch.arange(len(ids)).expand(self._axes, -1) if positions is None else positions[:, 0]
 
 
-COUNTS = "compute_3d_position_ids"
+POSITION_METHOD = "compute_3d_position_ids"
 """transformers computes a model's positions along several axes by a method of this name."""
 
 
-def _counting(model: nn.Module) -> Any:
+def _position_model(model: nn.Module) -> Any:
     return getattr(model, "model", model)

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dora_vl.backbones.templates import Chat, Prompt, Span
+from dora_vl.backbones.templates import CharSpan, Chat, Prompt
 from dora_vl.data.samples import TrainedAnswer
 from dora_vl.data.turns import IMAGE_PLACEHOLDER
 from dora_vl.errors import UserError
@@ -21,10 +21,12 @@ from dora_vl.errors import UserError
 STAND_IN = "stand-in"
 """A picture whose outputs are stored has this key in its `info`: its size counts, its pixels are not read."""
 
-Move = tuple[Span, Span]
+Move = tuple[CharSpan, CharSpan]
 
 
-def from_offsets(chat: Chat, offsets: Sequence[Span], moves: Sequence[Move], *, begin: str) -> tuple[list[bool], int]:
+def from_offsets(
+    chat: Chat, offsets: Sequence[CharSpan], moves: Sequence[Move], *, begin: str
+) -> tuple[list[bool], int]:
     """Marks tokens that belong to an answer or close it; also returns the position after the last picture or video.
 
     The processor tells each token's characters. A token that an answer begins or ends in is trained whole. Some
@@ -156,7 +158,7 @@ class PieceProcessor:
         *,
         text: Sequence[str],
         images: Sequence[Sequence[Image.Image]] | None = None,
-        controls: Sequence[Span] = (),
+        controls: Sequence[CharSpan] = (),
         **_: Any,
     ) -> dict[str, Any]:
         """Encodes one text and its pictures.
@@ -180,8 +182,8 @@ class PieceProcessor:
             raise ValueError(f"{len(pieces) - 1} places for {len(pictures)} pictures")
         self._words.encode_special_tokens = True  # not kept by pickling, and a data worker gets this object pickled
         ids: list[int] = []
-        offsets: list[Span] = []
-        replacements: list[dict[str, Span]] = []
+        offsets: list[CharSpan] = []
+        replacements: list[dict[str, CharSpan]] = []
         start = 0
         for number, piece in enumerate(pieces):
             if number:

@@ -24,10 +24,10 @@ from dora_vl.backbones.templates import (
     PROMPTS,
     TEMPLATES,
     VIDEO_MARK,
+    CharSpan,
     Chat,
     Instruction,
     Prompts,
-    Span,
     check_ends,
     shared_beginning,
     variables_of,
@@ -104,9 +104,9 @@ class ProcessorChat(Prompts):
         check_ends(self._template, processor.tokenizer.special_tokens_map, name)
         fixed = {"messages", TOOLS, "documents", "add_generation_prompt", *processor.tokenizer.special_tokens_map}
         self._variables = variables_of(self._template) - fixed
-        self._try(thinking, pictures=pictures)
+        self._probe_template(thinking, pictures=pictures)
 
-    def _try(self, thinking: bool | None, *, pictures: bool) -> None:
+    def _probe_template(self, thinking: bool | None, *, pictures: bool) -> None:
         """Finds how messages, thoughts and ends are written; refuses a template that cannot be trained on."""
         self._choose_parts()
         try:
@@ -117,7 +117,7 @@ class ProcessorChat(Prompts):
             raise UserError(f"{self._name}: {error}, so it cannot be trained on; change chat_template") from None
         if self._switch or self._opening:
             log.info("%s: asked with %s, answered without thoughts by %r", self._name, self._switch, self._opening)
-        if reason := self._why_not(PROCESSOR_PROBE):
+        if reason := self._render_error(PROCESSOR_PROBE):
             log.warning("%s: conversations of several questions are skipped: %s", self._name, reason)
         elif self.render(PROCESSOR_PROBE).others:
             log.info(
@@ -125,7 +125,7 @@ class ProcessorChat(Prompts):
             )
         if not pictures:
             return
-        if reason := self._why_not(PROBE):
+        if reason := self._render_error(PROBE):
             raise UserError(f"the chat template of {self._name} takes no pictures: {reason}")
         if self.render(PROBE).text == text:
             raise UserError(f"the chat template of {self._name} leaves pictures out; it is a language model's")
@@ -139,7 +139,7 @@ class ProcessorChat(Prompts):
             if len(texts) == 2:
                 self.thinking, self._switch = thinking, {name: bool(thinking)}
         for self._thoughts in ("fields", "part", ""):
-            if self._why_not((question, thought), messages_alone=True) is None:
+            if self._render_error((question, thought), messages_alone=True) is None:
                 break
 
     def _choose_calls(self) -> None:
@@ -160,7 +160,7 @@ class ProcessorChat(Prompts):
                 break
         result = Turn("tool", "It measures 7 units.", more=json.dumps({"name": name, "tool_call_id": CALL["id"]}))
         for self._in_parts in (parts, parts | {"tool"}, parts):
-            if self._why_not((question, call, result), messages_alone=True) is None:
+            if self._render_error((question, call, result), messages_alone=True) is None:
                 break
 
     def _find_ends(self, question: Turn, answer: Turn) -> str:
@@ -179,7 +179,7 @@ class ProcessorChat(Prompts):
         self._opening = self._special.sub("", self._before).strip()
         return text
 
-    def _why_not(self, turns: Sequence[Turn], *, messages_alone: bool = False) -> str | None:
+    def _render_error(self, turns: Sequence[Turn], *, messages_alone: bool = False) -> str | None:
         """Says why the template cannot render these turns, or not in the present form alone; None where it can."""
         try:
             if messages_alone:
@@ -200,7 +200,7 @@ class ProcessorChat(Prompts):
         reasons: list[str] = []
         for form in (FORMS[1], FORMS[0], FORMS[2]) if self._pieces else FORMS:
             self._in_parts = form
-            if (reason := self._why_not(PROCESSOR_PROBE[:2], messages_alone=True)) is None:
+            if (reason := self._render_error(PROCESSOR_PROBE[:2], messages_alone=True)) is None:
                 break
             reasons.append(reason)
         else:
@@ -213,7 +213,7 @@ class ProcessorChat(Prompts):
         system = Turn("system", "Look at its edges too.")
         for form in forms:
             self._in_parts = form
-            if self._why_not((system, PROCESSOR_PROBE[0]), messages_alone=True) is None:
+            if self._render_error((system, PROCESSOR_PROBE[0]), messages_alone=True) is None:
                 return
         self._in_parts = forms[0]
 
@@ -231,7 +231,7 @@ class ProcessorChat(Prompts):
             raise ValueError(f"the chat template of {self._name} writes no tool calls; take a base whose template does")
         if generation_prompt:
             return self._chat(self._prompt(turns), (), ())
-        texts: dict[str, dict[int, Span]] = {}
+        texts: dict[str, dict[int, CharSpan]] = {}
         answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
         for number, index in reversed([*enumerate(answers)]):
             if not turns[index].is_trained:
@@ -242,16 +242,16 @@ class ProcessorChat(Prompts):
         last, *others = (self._chat(text, [*spans.values()], [*spans]) for text, spans in texts.items())
         return replace(last, others=tuple(others))
 
-    def _chat(self, text: str, spans: Sequence[Span], answers: Sequence[int]) -> Chat:
+    def _chat(self, text: str, spans: Sequence[CharSpan], answers: Sequence[int]) -> Chat:
         if not self._pieces:
             return Chat(text, tuple(spans), answers=tuple(answers))
         controls = [match.span() for match in self._special.finditer(text)]
         breaks = [match.start() for match in re.finditer(BREAK, text)]
 
-        def moved(spans: Sequence[Span]) -> tuple[Span, ...]:
+        def without_breaks(spans: Sequence[CharSpan]) -> tuple[CharSpan, ...]:
             return tuple((start - bisect_left(breaks, start), end - bisect_left(breaks, end)) for start, end in spans)
 
-        return Chat(text.replace(BREAK, ""), moved(spans), moved(controls), answers=tuple(answers))
+        return Chat(text.replace(BREAK, ""), without_breaks(spans), without_breaks(controls), answers=tuple(answers))
 
     def thought_and_answer(self, text: str) -> tuple[str, str]:
         """Splits an answer as `Prompts` does; an empty thought counts where the template writes such by itself."""
@@ -311,7 +311,7 @@ class ProcessorChat(Prompts):
         ending, closing, behind = self._end_of(whole, turns[-1])
         answered = whole.removesuffix(ending)
         opened = prompt.rstrip().endswith(THINK)
-        before = None if opened else self._behind_calls(turns, answered)
+        before = None if opened else self._opening_after_calls(turns, answered)
         if before is not None or answered.startswith(prompt):
             written = answered[len(prompt if before is None else before) :]
         else:
@@ -339,7 +339,7 @@ class ProcessorChat(Prompts):
         text = prompt + written + closing
         return text + behind, len(prompt), len(text)
 
-    def _behind_calls(self, turns: Sequence[Turn], answered: str) -> str | None:
+    def _opening_after_calls(self, turns: Sequence[Turn], answered: str) -> str | None:
         """Returns what stands before an answer behind calls, where it can be told; the template may rewrite these.
 
         Once an answer follows, gpt-oss drops the calls' thoughts, and Gemma 4 begins a turn that no prompt has.
@@ -386,15 +386,15 @@ class ProcessorChat(Prompts):
 
         Raises: ValueError for whatever is wrong with it.
         """
-        beside = turns[0].fields
+        first_fields = turns[0].fields
         try:
             text = self._processor.apply_chat_template(
                 [self._message(turn) for turn in turns],
                 chat_template=self._template,
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
-                tools=beside.get(TOOLS) if tools else None,
-                **(switch or {**self._switch, **beside.get(KWARGS, {})}),
+                tools=first_fields.get(TOOLS) if tools else None,
+                **(switch or {**self._switch, **first_fields.get(KWARGS, {})}),
             )
         except MemoryError:
             raise

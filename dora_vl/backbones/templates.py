@@ -25,7 +25,7 @@ from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn, out_of_order
 from dora_vl.errors import UserError
 from dora_vl.limited_process import ENDED, Budget, JobFailed, LimitedProcess, Part
 
-Span = tuple[int, int]
+CharSpan = tuple[int, int]
 
 VIDEO_MARK = "\ufdd1"  # marks a video like BREAK, since `<video>` may be HTML in a text
 BREAK = "\ufdd0"  # a Unicode noncharacter: no text may hold it, so it can mark one that must not become a token
@@ -43,8 +43,8 @@ class Chat:
     """
 
     text: str
-    answer_spans: tuple[Span, ...]
-    controls: tuple[Span, ...] = ()
+    answer_spans: tuple[CharSpan, ...]
+    controls: tuple[CharSpan, ...] = ()
     others: tuple[Chat, ...] = ()
     """These are shorter texts, for answers that the template rewrites once later turns follow; no answer is in two."""
     answers: tuple[int, ...] = ()

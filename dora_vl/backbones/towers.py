@@ -30,7 +30,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from dora_vl.backbones.specs import VisionLibrary
 from dora_vl.data.picture_files import READING
-from dora_vl.errors import UserError, shown
+from dora_vl.errors import UserError, short_repr
 from dora_vl.files import opening
 
 logger = logging.getLogger(__name__)
@@ -236,7 +236,7 @@ class ImagePreparation:
 
     def __init__(self, preparation: Preparation, *, aspect: Aspect) -> None:
         if aspect not in get_args(Aspect):
-            raise UserError(f"image_aspect {shown(aspect)}: there are {', '.join(get_args(Aspect))}")
+            raise UserError(f"image_aspect {short_repr(aspect)}: there are {', '.join(get_args(Aspect))}")
         self.preparation = preparation
         self.aspect: Aspect = aspect
         self._processor = image_processor(preparation, aspect=aspect)

@@ -171,16 +171,16 @@ LEAST_PIXELS = 32 * 32
 
 
 def within_pixels(
-    pictures: Sequence[Image.Image], videos: Sequence[Video], most: int
+    pictures: Sequence[Image.Image], videos: Sequence[Video], limit: int
 ) -> tuple[list[Image.Image], list[Video], int]:
     """Shrinks a sample's pictures and videos where together they have more than `most` pixels.
 
     Returns: them, and how many pixels they lost; 0 where they fit.
     """
     before = _pixels(pictures, videos)
-    if before <= most:
+    if before <= limit:
         return list(pictures), list(videos), 0
-    factor = math.sqrt(most / before)
+    factor = math.sqrt(limit / before)
     smaller = [_shrunk(picture, factor) for picture in pictures]
     clips = [replace(video, pictures=tuple(_shrunk(frame, factor) for frame in video.pictures)) for video in videos]
     return smaller, clips, before - _pixels(smaller, clips)

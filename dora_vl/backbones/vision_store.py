@@ -358,8 +358,9 @@ def _frames(example: Example, reader: FeatureReader, tokens: Sequence[int]) -> l
         if part is not None and part != meant:  # they were found by their name alone
             raise BadSample(
                 example.id,
-                f"it is about {in_words(meant)} of {clip[1].path}, and its features are of {in_words(part)}; compute "
-                "them with python -m data_prep.features --records of a checkout, in a folder of their own",
+                f"it is about {describe_part(meant)} of {clip[1].path}, and its features are of "
+                f"{describe_part(part)}; compute them with python -m data_prep.features --records of a checkout, in "
+                "a folder of their own",
             )
     try:
         frames = []
@@ -377,7 +378,7 @@ def part_of(clip: Clip) -> Part:
     return clip.start_seconds or 0.0, clip.end_seconds
 
 
-def in_words(part: Part) -> str:
+def describe_part(part: Part) -> str:
     """Formats a part for messages."""
     start, end = part
     if end is None:

@@ -23,7 +23,7 @@ from transformers.models.bart.modeling_bart import BartForConditionalGeneration
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dora_vl.adapters.files import read_tensors
-from dora_vl.adapters.read import ADDED_ROWS, ALIASES, EMBEDDING
+from dora_vl.adapters.foreign_formats import ADDED_ROWS, ALIASES, EMBEDDING
 from dora_vl.backbones.base import Attention, Backbone, Features, max_positions
 from dora_vl.backbones.generation import ScoreWatch
 from dora_vl.backbones.loading import written_base
@@ -188,7 +188,7 @@ class VlBartBackbone(Backbone[VlBartForConditionalGeneration]):
             attention_mask=mask,
             **{**settings, **watch.options, **options},
         )
-        return watch.marked(new)
+        return watch.mark_broken(new)
 
     @torch.no_grad()
     def likelihoods(

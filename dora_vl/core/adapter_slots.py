@@ -22,56 +22,56 @@ from torch.nn import functional as F
 
 from dora_vl.core import functional
 from dora_vl.core.layer import AdaptedLayer
-from dora_vl.core.strength import GainByStrength, Share, layer_between
+from dora_vl.core.strength import AppliedAdapter, GainByStrength, layer_between
 
 ONE_PRODUCT = 2**15
 """Up to this many numbers of A x, over all adapters of a layer, one masked product computes them, since the calls are
 what a decoded token costs. Above it, as for a prompt, arithmetic costs more, and adapters are computed one by one."""
-KEPT_GAINS, KEPT_LAYERS = 16, 4
+MAX_CACHED_GAINS, MAX_CACHED_LAYERS = 16, 4
 """A layer keeps at most this many gains, and layers of an adapter's own, for strengths other than 1."""
 Axis = Literal["rows", "pictures"]
 """The first axis of a layer's input counts rows of the batch, or the pictures of all rows."""
-Slot = str | Share | None
+Slot = str | AppliedAdapter | None
 """Says what a row has: an adapter by its key, a share of one, or the base."""
-Layout = tuple[tuple[str, int], ...]
+SlotRanks = tuple[tuple[str, int], ...]
 """Lists the adapters that a layer holds, in the order of its matrices, each with its rank."""
 Value = TypeVar("Value")
 
 
-class Run(NamedTuple):
+class RowSpan(NamedTuple):
     """Rows one after another that have the same share of an adapter; None is the base."""
 
-    share: Share | None
+    adapter: AppliedAdapter | None
     rows: slice
 
     @property
     def key(self) -> str | None:
         """Names the adapter."""
-        return None if self.share is None else self.share.key
+        return None if self.adapter is None else self.adapter.key
 
 
-class Choice(NamedTuple):
+class RowChoice(NamedTuple):
     """Says which of a layer's adapters each row of a batch takes."""
 
     mask: Float[Tensor, "rows ranks"]
     """Holds the strength, mostly 1, at the ranks of the row's own adapter."""
     gain_index: Int[Tensor, " rows"]
     """Numbers the row's gain among those of `shares`, from 1; 0 is the base's."""
-    shares: tuple[Share, ...]
+    shares: tuple[AppliedAdapter, ...]
 
 
-def share_of(row: Slot) -> Share | None:
+def applied_adapter(row: Slot) -> AppliedAdapter | None:
     """Returns a row's slot as a share; None is the base, as is a share of strength 0."""
-    share = Share(row) if isinstance(row, str) else row
+    share = AppliedAdapter(row) if isinstance(row, str) else row
     return None if share is None or share.strength == 0 else share
 
 
-def runs_of(rows: Sequence[Slot]) -> tuple[Run, ...]:
+def row_spans(rows: Sequence[Slot]) -> tuple[RowSpan, ...]:
     """Lists the runs of rows with equal shares; they are fewest where rows are sorted."""
     runs, start = [], 0
-    for share, alike in groupby(map(share_of, rows)):
+    for share, alike in groupby(map(applied_adapter, rows)):
         stop = start + sum(1 for _ in alike)
-        runs.append(Run(share, slice(start, stop)))
+        runs.append(RowSpan(share, slice(start, stop)))
         start = stop
     return tuple(runs)
 
@@ -83,8 +83,8 @@ class ActiveAdapters:
     One for a model; all of its `SlotLayer`s read it. Outside `holding` every row is the base's.
     """
 
-    _runs: dict[Axis, tuple[Run, ...]] = field(default_factory=dict)
-    _choices: dict[tuple[object, ...], Choice] = field(default_factory=dict)
+    _runs: dict[Axis, tuple[RowSpan, ...]] = field(default_factory=dict)
+    _choices: dict[tuple[object, ...], RowChoice] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def holding(self, rows: Sequence[Slot], pictures: Sequence[Slot] = (None,)) -> Iterator[None]:
@@ -92,35 +92,35 @@ class ActiveAdapters:
 
         `pictures` says the same of pictures, in the rows' order; a single entry is that of all, however many there are.
         """
-        self._runs, self._choices = {"rows": runs_of(rows), "pictures": runs_of(pictures)}, {}
+        self._runs, self._choices = {"rows": row_spans(rows), "pictures": row_spans(pictures)}, {}
         try:
             yield
         finally:
             self._runs, self._choices = {}, {}
 
-    def runs(self, axis: Axis, length: int) -> tuple[Run, ...]:
+    def runs(self, axis: Axis, length: int) -> tuple[RowSpan, ...]:
         """Returns the runs of an input whose first axis has this length; refuses another than the batch's."""
-        runs = self._runs.get(axis, (Run(None, slice(0, length)),))
+        runs = self._runs.get(axis, (RowSpan(None, slice(0, length)),))
         if len(runs) == 1 and axis == "pictures":
-            return (Run(runs[0].share, slice(0, length)),)
+            return (RowSpan(runs[0].adapter, slice(0, length)),)
         if runs[-1].rows.stop != length:
             raise RuntimeError(f"a layer was given {length} of what the batch has {runs[-1].rows.stop} {axis} of")
         return runs
 
-    def choice(self, axis: Axis, layout: Layout, like: Tensor) -> Choice:
+    def choice(self, axis: Axis, layout: SlotRanks, like: Tensor) -> RowChoice:
         """Chooses what each row takes of a layer's adapters; layers that hold the same ones share the choice."""
         key = (axis, layout, like.dtype, like.device)
         if key not in self._choices:
             stops = dict(zip(dict(layout), accumulate(rank for _, rank in layout), strict=True))
             mask = like.new_zeros(len(like), sum(rank for _, rank in layout))
             gain_index = torch.zeros(len(like), dtype=torch.int64, device=like.device)
-            shares: dict[Share, int] = {}
+            shares: dict[AppliedAdapter, int] = {}
             for run in self._runs[axis]:
-                if run.share is not None and run.key in stops:
+                if run.adapter is not None and run.key in stops:
                     stop = stops[run.key]
-                    mask[run.rows, stop - dict(layout)[run.key] : stop] = run.share.strength
-                    gain_index[run.rows] = shares.setdefault(run.share, len(shares) + 1)
-            self._choices[key] = Choice(mask, gain_index, tuple(shares))
+                    mask[run.rows, stop - dict(layout)[run.key] : stop] = run.adapter.strength
+                    gain_index[run.rows] = shares.setdefault(run.adapter, len(shares) + 1)
+            self._choices[key] = RowChoice(mask, gain_index, tuple(shares))
         return self._choices[key]
 
 
@@ -199,9 +199,9 @@ class SlotLayer(nn.Module):
         self._layout = tuple(zip(changes, ranks, strict=True))
 
     def _forget_shares(self) -> None:
-        self._gains: dict[Share, Tensor | None] = {}
-        self._between: dict[Share, nn.Module] = {}
-        self._table: tuple[tuple[Share, ...], Tensor] | None = None
+        self._gains: dict[AppliedAdapter, Tensor | None] = {}
+        self._between: dict[AppliedAdapter, nn.Module] = {}
+        self._table: tuple[tuple[AppliedAdapter, ...], Tensor] | None = None
 
     @torch.no_grad()
     def forward(self, *inputs: Any, **named: Any) -> Any:
@@ -215,7 +215,9 @@ class SlotLayer(nn.Module):
             output = self._changed_in_one_product(output, inputs[0])
         else:
             for run in changed:
-                output[run.rows] = self._changed(output[run.rows], inputs[0][run.rows], cast(Share, run.share))
+                output[run.rows] = self._changed(
+                    output[run.rows], inputs[0][run.rows], cast(AppliedAdapter, run.adapter)
+                )
         for run in runs:
             if run.key in self._own:
                 output[run.rows] = self._own_layer(run)(inputs[0][run.rows], *inputs[1:], **named)
@@ -231,20 +233,20 @@ class SlotLayer(nn.Module):
         changed = functional.adapted_output(output, self.base.bias, low_rank, minus_one)
         return changed.to(output.dtype)  # a quantised layer's gains may be float32
 
-    def _changed(self, output: Tensor, x: Tensor, share: Share) -> Tensor:
+    def _changed(self, output: Tensor, x: Tensor, share: AppliedAdapter) -> Tensor:
         change, low_rank = self._changes[share.key], None
         if len(change.lora_A):
             hidden = share.strength * F.linear(x, change.lora_A.to(x.dtype))
             low_rank = (hidden @ change.scaled_B.to(x.dtype)).to(output.dtype)
         return functional.adapted_output(output, self.base.bias, low_rank, self._minus_one(share))
 
-    def _minus_one(self, share: Share) -> Tensor | None:
+    def _minus_one(self, share: AppliedAdapter) -> Tensor | None:
         change = self._changes[share.key]
         if share.strength == 1:
             return change.minus_one
-        return kept(self._gains, KEPT_GAINS, share, lambda: change.minus_one_at(share.strength))
+        return cached_value(self._gains, MAX_CACHED_GAINS, share, lambda: change.minus_one_at(share.strength))
 
-    def _gains_minus_one(self, shares: tuple[Share, ...]) -> Float[Tensor, "base_and_shares out"]:
+    def _gains_minus_one(self, shares: tuple[AppliedAdapter, ...]) -> Float[Tensor, "base_and_shares out"]:
         """Stacks the base's gain minus one, which is 0, and that of each share."""
         if self._table is None or self._table[0] != shares:
             zero = self._all_B.new_zeros(self._all_B.shape[1])
@@ -252,15 +254,19 @@ class SlotLayer(nn.Module):
             self._table = shares, torch.stack([zero, *(zero if gain is None else gain for gain in gains)])
         return self._table[1]
 
-    def _own_layer(self, run: Run) -> nn.Module:
-        share = cast(Share, run.share)
+    def _own_layer(self, run: RowSpan) -> nn.Module:
+        share = cast(AppliedAdapter, run.adapter)
         layer = self._own[share.key]
         if share.strength == 1:
             return layer
-        return kept(self._between, KEPT_LAYERS, share, lambda: layer_between(self.base, layer, share.strength))
+        return cached_value(
+            self._between, MAX_CACHED_LAYERS, share, lambda: layer_between(self.base, layer, share.strength)
+        )
 
 
-def kept(values: dict[Share, Value], most: int, share: Share, compute: Callable[[], Value]) -> Value:
+def cached_value(
+    values: dict[AppliedAdapter, Value], most: int, share: AppliedAdapter, compute: Callable[[], Value]
+) -> Value:
     """Returns a share's value, computed where it is missing; a full cache is emptied for a new value."""
     if share not in values:
         if len(values) >= most:

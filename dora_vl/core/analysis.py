@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Axis = Literal["output", "input"]
+VectorAxis = Literal["output", "input"]
 FLAT = 1e-12
 """Points that spread less than this share of their size count as one: a slope would come from rounding."""
 
@@ -43,7 +43,7 @@ class WeightChange:
 
 
 def change_of_blocks(
-    blocks: Iterable[tuple[Float[Tensor, "rows in_"], Float[Tensor, "rows in_"]]], *, axis: Axis
+    blocks: Iterable[tuple[Float[Tensor, "rows in_"], Float[Tensor, "rows in_"]]], *, axis: VectorAxis
 ) -> WeightChange:
     """Measures dM and dD of a weight that comes as (before, after) blocks of rows, never twice in memory."""
     sums = []
@@ -64,7 +64,7 @@ def change_of_blocks(
 
 
 @dataclass(frozen=True)
-class Line:
+class FittedLine:
     """The least-squares line through points, and how well it fits them."""
 
     slope: float
@@ -73,10 +73,10 @@ class Line:
     """This is Pearson's correlation of x and y."""
 
 
-def fit_line(x: Sequence[float], y: Sequence[float]) -> Line | None:
+def fit_line(x: Sequence[float], y: Sequence[float]) -> FittedLine | None:
     """Fits y = slope x + intercept; None for fewer than two points, or where x or y does not vary."""
     for values in (x, y):
         if len(values) < 2 or math.dist(values, [fmean(values)] * len(values)) <= FLAT * math.hypot(*values):
             return None
     line = linear_regression(x, y)
-    return Line(line.slope, line.intercept, correlation(x, y))
+    return FittedLine(line.slope, line.intercept, correlation(x, y))

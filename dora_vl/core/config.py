@@ -12,7 +12,7 @@ from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from dora_vl.errors import UserError, shown
+from dora_vl.errors import UserError, short_repr
 
 Method = Literal["dora", "lora", "full", "magnitude", "dvora"]
 DropoutMode = Literal["low_rank", "whole_change"]
@@ -56,7 +56,7 @@ def check_types(settings: Any) -> None:
             choices = next((get_args(part) for part in (kind, *get_args(kind)) if get_origin(part) is Literal), ())
             nearest = get_close_matches(str(value).lower(), choices, n=1, cutoff=0.0)
             expected = f"there are {choices} (nearest: {nearest[0]})" if nearest else f"it must be {setting.type}"
-            raise UserError(f"adapter: {setting.name} is {shown(value)}; {expected}")
+            raise UserError(f"adapter: {setting.name} is {short_repr(value)}; {expected}")
 
 
 @dataclass(frozen=True, kw_only=True)

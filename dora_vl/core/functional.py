@@ -86,7 +86,7 @@ def factored_norms_squared(
     return torch.add(weight_norms_squared, change, alpha=2 * scale)
 
 
-def root(squared: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
+def safe_sqrt(squared: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
     """Takes a square root that is 0, with gradient 0 instead of infinity, where rounding or a zero row leaves none."""
     positive = squared > 0
     return torch.where(positive, squared, 1.0).sqrt() * positive
@@ -97,7 +97,7 @@ def direction_norms(
 ) -> tuple[Float[Tensor, " out"], Int[Tensor, " cancelled"]]:
     """Returns n from n^2, and the rows where its terms cancel too far to be trusted."""
     cancelled = (norms_squared.detach() <= CANCELLATION * weight_norms_squared).nonzero().flatten()
-    return root(norms_squared) if cancelled.numel() else norms_squared.sqrt(), cancelled
+    return safe_sqrt(norms_squared) if cancelled.numel() else norms_squared.sqrt(), cancelled
 
 
 def dense_direction(
@@ -133,7 +133,7 @@ def norms(
     result, cancelled = direction_norms(weight_norms_squared, squared)
     if cancelled.numel():
         dense = dense_direction(weight[cancelled], lora_A, lora_B[cancelled], scale)
-        result = result.index_copy(0, cancelled, root(dense.square().sum(dim=1)))
+        result = result.index_copy(0, cancelled, safe_sqrt(dense.square().sum(dim=1)))
     return result
 
 
@@ -170,7 +170,7 @@ def merged_weight(
     """Computes W' = m V / ||V||, or V without a magnitude (LoRA), in float32; returns it in W's dtype."""
     direction = dense_direction(weight, lora_A, lora_B, scale)
     if magnitude is not None:
-        direction = gain(magnitude, root(row_norms_squared(direction))).unsqueeze(1) * direction
+        direction = gain(magnitude, safe_sqrt(row_norms_squared(direction))).unsqueeze(1) * direction
     return direction.to(weight.dtype)
 
 
@@ -199,7 +199,7 @@ def adapted_output(
 
 def adapted_linear(  # noqa: PLR0913 - the operands of the equation
     x: Float[Tensor, "*batch in_"],
-    product_of: Callable[[Tensor], Tensor],
+    frozen_layer: Callable[[Tensor], Tensor],
     bias: Float[Tensor, " out"] | None,
     factors: tuple[Float[Tensor, "rank in_"], Float[Tensor, "out rank"]] | None,
     minus_one: Float[Tensor, " out"] | None,
@@ -209,12 +209,12 @@ def adapted_linear(  # noqa: PLR0913 - the operands of the equation
     whole_change: bool = False,
 ) -> Float[Tensor, "*batch out"]:
     """Computes y of x, where `product_of` gives f; `masked` is x after dropout, for A alone or for the whole change."""
-    product, low_rank, frozen = product_of(x), None, None
+    product, low_rank, frozen = frozen_layer(x), None, None
     masked = x if masked is None else masked
     if factors is not None:
         low_rank = F.linear(scale * F.linear(masked, factors[0]), factors[1]).to(product.dtype)
     if whole_change:
-        frozen = product_of(masked) if bias is None else product_of(masked) - bias
+        frozen = frozen_layer(masked) if bias is None else frozen_layer(masked) - bias
     return adapted_output(product, bias, low_rank, minus_one, frozen)
 
 
@@ -241,7 +241,7 @@ class Gain:
 
 def gains(magnitude: Float[Tensor, " out"], norms: Float[Tensor, " out"], dtype: torch.dtype, numbers: int) -> Gain:
     """Computes the gain of a layer for activations of a dtype; `numbers` is the size of its weight."""
-    if norms.device.type == "cpu" and cpu_step.runs(norms.dtype, numbers):
+    if norms.device.type == "cpu" and cpu_step.is_usable(norms.dtype, numbers):
         return Gain(*cpu_step.gains(magnitude, norms), dtype)
     full = gain(magnitude, norms).to(accumulation_dtype(dtype))
     return Gain(full, torch.where(norms > 0, norms.reciprocal(), 0.0), dtype)
@@ -284,11 +284,11 @@ def gradients(
     return dz, scaled_product(dz, b, scale), dm, db
 
 
-NARROW = 64
+LOW_RANK_LIMIT = 64
 """Below this rank B's gradient is computed as [rank, out], twice as fast on CPU; above, transposing it costs more."""
 
 
-def of_factors(
+def factor_gradients(
     dy: Float[Tensor, "rows out"],
     x: Float[Tensor, "rows in_"],
     hidden: Float[Tensor, "rows rank"],
@@ -298,7 +298,7 @@ def of_factors(
     gain: Gain | None,
 ) -> tuple[Float[Tensor, "rank in_"], Float[Tensor, "out rank"], Float[Tensor, " out"] | None]:
     """Computes dA = dh^T x, dB = g dy^T h and dm = (B.dy^T h + the sums over rows of dy (f - b)) / n."""
-    on_hidden = (hidden.t() @ dy).t() if lora_B.shape[1] < NARROW else dy.t() @ hidden
+    on_hidden = (hidden.t() @ dy).t() if lora_B.shape[1] < LOW_RANK_LIMIT else dy.t() @ hidden
     # Contiguous: a gradient laid out unlike its parameter would be copied once more.
     dA, dB = (dh.t() @ x).to(lora_B.dtype), on_hidden.to(lora_B.dtype, memory_format=torch.contiguous_format)
     if gain is None or sums is None:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig, LayerKind
 from dora_vl.core.gain import AdapterParameter
-from dora_vl.core.layer import AdaptedLayer, take_from_weight
+from dora_vl.core.layer import AdaptedLayer, subtract_start
 from dora_vl.core.linear import DoRALinear, TransposedLinear
 from dora_vl.core.other_layers import (
     SCALED_EMBEDDINGS,
@@ -39,7 +39,7 @@ from dora_vl.core.trainable import (
     choose_trained,
     forget_trained,
     is_adapted,
-    matching,
+    match_names,
     no_gather,
     refuse_unmatched,
     train_in_own_dtype,
@@ -72,14 +72,14 @@ def adaptable_names(model: nn.Module, config: DoRAConfig) -> list[str]:
     """Lists all that can be adapted, in the model's order: layers, and experts' weights that are one tensor."""
     names: list[str] = []
     for name, module in model.named_modules():
-        if adaptable(module, config) is not None:
+        if find_adaptable(module, config) is not None:
             names.append(name)
         if "experts" in config.kinds:
             names += [f"{name}.{leaf}".lstrip(".") for leaf in expert_projections(module)]
     return names
 
 
-def adaptable(module: nn.Module, config: DoRAConfig) -> Adaptable | None:
+def find_adaptable(module: nn.Module, config: DoRAConfig) -> Adaptable | None:
     """Returns how a module is adapted; None if it is not, or not of `config.kinds`.
 
     By exact class: a subclass may use its weight without calling itself (torch's attention does), and an adapter
@@ -180,7 +180,7 @@ def apply_dora(model: nn.Module, config: DoRAConfig, *, gather: Gather = no_gath
 def _apply(model: nn.Module, config: DoRAConfig, gather: Gather) -> list[str]:
     also_keep, full_modules, pissa = config.also_keep, [], {}
     if config.method == "full":
-        names = full_modules = matching((name for name, _ in model.named_modules()), config.targets, "targets")
+        names = full_modules = match_names((name for name, _ in model.named_modules()), config.targets, "targets")
     else:
         layers = _plan(model, config)
         names = list(layers)
@@ -193,7 +193,7 @@ def _apply(model: nn.Module, config: DoRAConfig, gather: Gather) -> list[str]:
             model.add_module(SHARED_NAME, shared)
         for name, layer_config in layers.items():
             _adapt(model, name, layer_config, gather)
-        _leave_fused_encoders(model)
+        _disable_fused_encoders(model)
         adapted = dict(adapted_layers(model))
         pissa = {name: layer for name, layer in adapted.items() if layer.adapter.init == "pissa" and _has_values(layer)}
         for name, layer in pissa.items():
@@ -209,13 +209,13 @@ def _apply(model: nn.Module, config: DoRAConfig, gather: Gather) -> list[str]:
     )
     with torch.no_grad():  # last, because what is taken out of the weights is not put back
         for layer in pissa.values():
-            take_from_weight(layer, cast(Tensor, layer.lora_A), cast(Tensor, layer.lora_B))
+            subtract_start(layer, cast(Tensor, layer.lora_A), cast(Tensor, layer.lora_B))
             if layer.magnitude is not None:  # the norm of what is left and what was taken
-                layer.magnitude.copy_(layer.live_norms())
+                layer.magnitude.copy_(layer.norms_with_grad())
     return names
 
 
-def _leave_fused_encoders(model: nn.Module) -> None:
+def _disable_fused_encoders(model: nn.Module) -> None:
     """Makes torch's encoders call adapted layers; in eval their fused pass reads the weights alone."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder) and any(adapted_layers(module)):
@@ -238,7 +238,7 @@ def _start_from_weight(name: str, layer: AdaptedLayer) -> None:
 
 def matching_layers(model: nn.Module, patterns: tuple[str, ...], config: DoRAConfig, what: str) -> list[str]:
     """Lists the layers that the globs match, of the kinds that `config` admits."""
-    return matching(adaptable_names(model, config), patterns, f"{what} ({', '.join(config.kinds)} layers)")
+    return match_names(adaptable_names(model, config), patterns, f"{what} ({', '.join(config.kinds)} layers)")
 
 
 def refuse_unwritable(model: nn.Module, config: DoRAConfig) -> None:
@@ -251,7 +251,7 @@ def refuse_unwritable(model: nn.Module, config: DoRAConfig) -> None:
         raise UserError(f"init: pissa rewrites {experts[0]}, experts that are one tensor; use kaiming or gaussian")
     layers = {name: model.get_submodule(name) for name in names}
     for name, layer in layers.items():
-        row = adaptable(layer, config)
+        row = find_adaptable(layer, config)
         if row is not None and not row.weight_is_readable:
             raise UserError(
                 f"init: pissa rewrites {name}'s weight, and a {type(layer).__name__} has none that can be written; use "
@@ -278,8 +278,8 @@ def _plan(model: nn.Module, config: DoRAConfig) -> dict[str, DoRAConfig]:
         raise UserError(f"{both[0]} (and {len(both) - 1} more) is in targets and in magnitude_targets; name it once")
     if alone and config.method not in ("dora", "dvora"):
         raise UserError(f"magnitude_targets stand beside method dora or dvora, not {config.method}")
-    matching(full, config.rank_pattern, "rank_pattern (adapted layers)")
-    matching(full, config.alpha_pattern, "alpha_pattern (adapted layers)")
+    match_names(full, config.rank_pattern, "rank_pattern (adapted layers)")
+    match_names(full, config.alpha_pattern, "alpha_pattern (adapted layers)")
     names = [name for name in adaptable_names(model, config) if name in alone or name in full]
     return {name: config.for_layer(name, magnitude_alone=name in alone) for name in names}
 
@@ -321,9 +321,9 @@ def _put_plain_layers_back(model: nn.Module) -> None:
     train_in_own_dtype(model)  # while the layers that hold trained biases know of what dtype those were
     for module in list(model.modules()):
         if isinstance(module, AdaptedExperts):
-            put_in_place(model, module, module.plain())
+            replace_module(model, module, module.original_layer())
     for name, layer in list(adapted_layers(model)):
-        put_in_place(model, model.get_submodule(name), layer.plain())
+        replace_module(model, model.get_submodule(name), layer.original_layer())
     if SHARED_NAME in dict(model.named_children()):
         delattr(model, SHARED_NAME)
     forget_trained(model)
@@ -341,14 +341,14 @@ def _adapt(model: nn.Module, name: str, config: DoRAConfig, gather: Gather) -> N
         elif config.method == "dvora":
             adapted = DVoRALinear(cast(nn.Linear, base), config, cast(SharedRandom, model.get_submodule(SHARED_NAME)))
         else:
-            row = adaptable(base, config)
+            row = find_adaptable(base, config)
             assert row is not None
             try:
                 adapted = row.build(base, config)
             except UserError as error:
                 raise UserError(f"{name}: {error}") from error
         if adapted is not base:
-            put_in_place(model, base, adapted)
+            replace_module(model, base, adapted)
 
 
 def _experts_of(model: nn.Module, name: str) -> nn.Module | None:
@@ -369,7 +369,7 @@ def _refuse_shared_weights(model: nn.Module, layers: Mapping[str, nn.Module], re
             raise UserError(f"{name} shares its weight with {sharing}; {reason}")
 
 
-def put_in_place(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Replaces a module under every name it has."""
     owners = [(owner, leaf) for owner in model.modules() for leaf, child in owner._modules.items() if child is old]
     for owner, leaf in owners:

@@ -31,7 +31,7 @@ def principal_factors(
     return root.unsqueeze(1) * right[:rank], left[:, :rank] * root
 
 
-def take_from_weight(layer: AdaptedLayer, a: Tensor, b: Tensor) -> None:
+def subtract_start(layer: AdaptedLayer, a: Tensor, b: Tensor) -> None:
     """Subtracts s B A from the frozen weight and remembers A and B, which the adapter folder then needs as well."""
     residual = functional.dense_direction(
         layer.as_matrix(layer.weight), a.flatten(1), b.flatten(1), -layer.adapter.scale
@@ -111,7 +111,7 @@ class AdaptedLayer(nn.Module):
     def create_magnitude(self) -> None:
         """Creates m = ||V|| by the same arithmetic that will compute n, so that g is 1 to the last bit."""
         if self.adapter.method != "lora":
-            self.magnitude = AdapterParameter(functional.root(self.weight_norms_squared()).clone())
+            self.magnitude = AdapterParameter(functional.safe_sqrt(self.weight_norms_squared()).clone())
 
     @torch.no_grad()
     def start_from(self, matrix: Float[Tensor, "out in_"]) -> None:
@@ -162,7 +162,7 @@ class AdaptedLayer(nn.Module):
         """Returns W as it was before a merge; a quantised layer computes it at each call."""
         return self.as_matrix(self.weight if self._base_weight is None else self._base_weight)
 
-    def frozen_on_rows(self, rows: Float[Tensor, "*experts rows in_"]) -> Float[Tensor, "*experts out rows"]:
+    def frozen_product(self, rows: Float[Tensor, "*experts rows in_"]) -> Float[Tensor, "*experts out rows"]:
         """Computes W A^T of rows A, without the bias: all that the norm needs to know of W."""
         weight = self.frozen_matrix()
         return weight @ rows.to(weight.dtype).mT
@@ -189,7 +189,7 @@ class AdaptedLayer(nn.Module):
             *self._shards.values(),
         ]
 
-    def kept(self, name: str, compute: Callable[[], Value], *also: object) -> Value:
+    def cached(self, name: str, compute: Callable[[], Value], *also: object) -> Value:
         """Keeps a value without a gradient that depends on the layer's tensors, its settings and `also`.
 
         It is computed again after an optimizer step, an edit, and for other tensors, settings or `also`.
@@ -222,33 +222,33 @@ class AdaptedLayer(nn.Module):
 
     def norms(self) -> Float[Tensor, "*experts out"]:
         """Returns n without a gradient, computed once per optimizer step."""
-        return self.kept("norms", self.new_norms)
+        return self.cached("norms", self.compute_norms)
 
-    def new_norms(self) -> Float[Tensor, "*experts out"]:
+    def compute_norms(self) -> Float[Tensor, "*experts out"]:
         """Computes n without a gradient."""
         factors, squared = self.factors(), self.weight_norms_squared()
         if factors is None:
-            return functional.root(squared)
+            return functional.safe_sqrt(squared)
         with functional.without_autocast(self.weight.device):
             return functional.norms(self.frozen_matrix().detach(), squared, *factors, self.adapter.scale)
 
-    def live_norms(self) -> Float[Tensor, "*experts out"]:
+    def norms_with_grad(self) -> Float[Tensor, "*experts out"]:
         """Computes n with its gradient in A and B, the rows that cancel taken from the dense direction."""
         frozen, factors = self.weight_norms_squared(), self.factors()
         if factors is None:
-            return functional.root(frozen)
+            return functional.safe_sqrt(frozen)
         with functional.without_autocast(self.weight.device):
             squared = self.factored_norms_squared(frozen)
             norms, cancelled = functional.direction_norms(frozen.flatten(), squared.flatten())
             if cancelled.numel():
                 dense = self._dense_rows(cancelled, *factors)
-                norms = norms.index_copy(0, cancelled, functional.root(dense.square().sum(dim=1)))
+                norms = norms.index_copy(0, cancelled, functional.safe_sqrt(dense.square().sum(dim=1)))
         return norms.view_as(frozen)
 
     def factored_norms_squared(self, frozen: Float[Tensor, "*experts out"]) -> Float[Tensor, "*experts out"]:
         """Computes n^2 from ||W||^2 and the factors, with its gradient: exact but for rows that cancel."""
         a, b = cast("tuple[Tensor, Tensor]", self.factors())
-        return functional.factored_norms_squared(frozen, a, b, self.frozen_on_rows(a), self.adapter.scale)
+        return functional.factored_norms_squared(frozen, a, b, self.frozen_product(a), self.adapter.scale)
 
     def _dense_rows(self, index: Int[Tensor, " rows"], a: Tensor, b: Tensor) -> Float[Tensor, "rows in_"]:
         """Computes some rows of V, by their number over all experts."""
@@ -260,16 +260,16 @@ class AdaptedLayer(nn.Module):
             return None
         if is_traced():
             return functional.gain(self.magnitude, self._traced_norms())
-        return functional.gain(self.magnitude, self.norms() if self.adapter.detach_norm else self.live_norms())
+        return functional.gain(self.magnitude, self.norms() if self.adapter.detach_norm else self.norms_with_grad())
 
     def current_gain(self, dtype: torch.dtype) -> Gain:
         """Returns the gain without a gradient for activations of a dtype, computed once per optimizer step."""
 
         def compute() -> Gain:
             numbers = math.prod(self.matrix_shape())
-            return functional.gains(cast(Tensor, self.magnitude), self.new_norms(), dtype, numbers)
+            return functional.gains(cast(Tensor, self.magnitude), self.compute_norms(), dtype, numbers)
 
-        return self.kept("gain", compute, dtype)
+        return self.cached("gain", compute, dtype)
 
     def operands(self, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
         """Returns A and B, and g - 1, with their gradients, in the activations' dtype."""
@@ -284,7 +284,7 @@ class AdaptedLayer(nn.Module):
             a, b = cast("tuple[Tensor, Tensor]", self.factors())
             return a.to(dtype), b.to(dtype), None if self.magnitude is None else self.current_gain(dtype)
 
-        return compute() if self.training else self.kept("operands", compute, dtype)
+        return compute() if self.training else self.cached("operands", compute, dtype)
 
     def _traced_norms(self) -> Float[Tensor, "*experts out"]:
         """Computes n by plain operations and an opaque one, in every pass of a graph, so that it is never stale.
@@ -296,12 +296,12 @@ class AdaptedLayer(nn.Module):
         recompute = self.weight_is_readable or FROZEN not in self._kept
         squared = self.frozen_norms_squared() if recompute else self._kept[FROZEN][0]
         if factors is None:
-            return functional.root(squared)
+            return functional.safe_sqrt(squared)
         with functional.without_autocast(self.weight.device):
             if self.weight_is_readable and detached:
                 weight, (a, b) = self.as_matrix(self.weight).detach(), factors
                 return functional.norms_in_graph(weight, squared, a.detach(), b.detach(), self.adapter.scale)
-            live = functional.root(self.factored_norms_squared(squared))
+            live = functional.safe_sqrt(self.factored_norms_squared(squared))
             if not self.weight_is_readable:
                 return live.detach() if detached else live
             weight, (a, b) = self.as_matrix(self.weight).detach(), factors
@@ -351,7 +351,7 @@ class AdaptedLayer(nn.Module):
             layer = f"a {type(self).__name__} with a weight of {list(self.matrix_shape())}"
             raise RuntimeError(f"{layer} keeps it frozen: requires_grad_(False), or leave the layer out of targets")
 
-    def plain(self) -> nn.Module:
+    def original_layer(self) -> nn.Module:
         """Returns the layer that was here before, with the weights as they are now, merged or not."""
         (base,) = self._replaced
         base.weight, base.bias = self.weight, self.bias  # pyright: ignore[reportArgumentType]

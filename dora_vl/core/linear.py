@@ -77,7 +77,7 @@ class AdaptedStep(torch.autograd.Function):
             dz, dh, sums, db = kernels.gradients(dy, product, b, bias, gain, ctx.scale)
             if weight is None:  # f has b's gradient too, times g
                 db = -(gain.full - 1) * db
-        dA, dB, dm = kernels.of_factors(dy, masked, hidden, dh, lora_B, sums, gain)
+        dA, dB, dm = kernels.factor_gradients(dy, masked, hidden, dh, lora_B, sums, gain)
         dx = None
         if needs[0]:
             dx = dh @ lora_A.to(dy.dtype)

@@ -154,7 +154,7 @@ class DoRAEmbedding(AdaptedLayer, nn.Embedding):
         """Returns [vocabulary, dimension]."""
         return matrix.t()
 
-    def plain(self) -> nn.Module:
+    def original_layer(self) -> nn.Module:
         """Returns the embedding that was here before."""
         base = cast(nn.Embedding, self._replaced[0])
         base.weight = self.weight
@@ -235,11 +235,11 @@ class ExpertsProjection(AdaptedLayer):
         """Computes ||W_e,i||^2 of every row of every expert."""
         return torch.stack([functional.row_norms_squared(weight) for weight in self.frozen_matrix()])
 
-    def new_norms(self) -> Float[Tensor, "experts out"]:
+    def compute_norms(self) -> Float[Tensor, "experts out"]:
         """Computes n of each expert without a gradient."""
         factors, squared = self.factors(), self.weight_norms_squared()
         if factors is None:
-            return functional.root(squared)
+            return functional.safe_sqrt(squared)
         operands = zip(self.frozen_matrix().detach(), squared, *factors, strict=True)
         with functional.without_autocast(self.weight.device):
             return torch.stack([functional.norms(*of_one, self.adapter.scale) for of_one in operands])
@@ -342,7 +342,7 @@ class AdaptedExperts(nn.Module):
         del self._parameters[leaf]
         self.add_module(leaf, projection)
 
-    def plain(self) -> nn.Module:
+    def original_layer(self) -> nn.Module:
         """Returns the module of before, with the weights as they are now, merged or not."""
         (base,) = self._replaced
         for name, child in self._modules.items():

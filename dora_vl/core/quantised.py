@@ -209,16 +209,16 @@ class QuantisedLinear(LinearLayer):
 
     # -- the norm ----------------------------------------------------------------------------------------------
 
-    def new_norms(self) -> Float[Tensor, " out"]:
+    def compute_norms(self) -> Float[Tensor, " out"]:
         """Computes n without a gradient; for a layer that can only be called, by its product."""
-        return self.live_norms() if self.kind.weight is None else super().new_norms()
+        return self.norms_with_grad() if self.kind.weight is None else super().compute_norms()
 
-    def frozen_on_rows(self, rows: Float[Tensor, "rows in_"]) -> Float[Tensor, "out rows"]:
+    def frozen_product(self, rows: Float[Tensor, "rows in_"]) -> Float[Tensor, "out rows"]:
         """Computes W A^T of rows A, without the bias; W is dequantised anew for the backward pass."""
         if self.kind.weight is None:
             return self._without_bias(self.base(rows.to(self.compute_dtype()))).t()
         if is_traced():
-            return super().frozen_on_rows(rows)
+            return super().frozen_product(rows)
         return cast(Tensor, ProductOfPacked.apply(rows, self.frozen_matrix)).t()
 
     def frozen_matrix(self) -> Float[Tensor, "out in_"]:
@@ -258,6 +258,6 @@ class QuantisedLinear(LinearLayer):
         what = f"a {type(self.base).__name__} cannot hold merged weights"
         raise UserError(f"{name}: {what}; load the base without quantisation and merge there")
 
-    def plain(self) -> nn.Module:
+    def original_layer(self) -> nn.Module:
         """Returns the layer that was here before."""
         return self.base.train(self.training)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dora_vl.core import functional
 from dora_vl.core.layer import AdaptedLayer
-from dora_vl.errors import UserError, shown
+from dora_vl.errors import UserError, short_repr
 
 MOST_STRENGTH = 10.0
 """A larger strength is refused: the model's answers would make no sense, and its numbers could overflow."""
@@ -27,7 +27,7 @@ SECOND_FACTORS = ("lora_B", "lambda_b")
 Module = TypeVar("Module", bound=nn.Module)
 
 
-class Share(NamedTuple):
+class AppliedAdapter(NamedTuple):
     """An adapter and how much of it is applied."""
 
     key: str
@@ -38,7 +38,7 @@ def checked_strength(value: object) -> float:
     """Returns the strength; refuses a value that is not one."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MOST_STRENGTH:
         raise UserError(
-            f"the strength is {shown(value)}; a number from 0 (the base) over 1 (the adapter) to {MOST_STRENGTH:g}"
+            f"the strength is {short_repr(value)}; a number from 0 (the base) over 1 (the adapter) to {MOST_STRENGTH:g}"
         )
     return float(value)
 
@@ -67,7 +67,7 @@ class GainByStrength:
             dtype = functional.accumulation_dtype(factors[0].dtype)
             a, b = factors[0].to(dtype), factors[1].to(dtype)
             squared = torch.linalg.vecdot(b @ (a @ a.t()), b).clamp_min(0) * layer.adapter.scale**2
-        return cls(functional.root(layer.weight_norms_squared()), norms, squared, layer.magnitude.detach())
+        return cls(functional.safe_sqrt(layer.weight_norms_squared()), norms, squared, layer.magnitude.detach())
 
     def norms_at(self, strength: float) -> Float[Tensor, " out"]:
         """Computes ||V_t|| of each row from ||W||, n = ||V|| and ||s B A||^2; no product of W.
@@ -78,7 +78,7 @@ class GainByStrength:
         """
         base, adapted, change = (self.base_norms.double().square(), self.norms.double().square(), self.change_squared)
         squared = (1 - strength) * base + strength * adapted - strength * (1 - strength) * change.double()
-        return functional.root(squared).to(self.norms.dtype)
+        return functional.safe_sqrt(squared).to(self.norms.dtype)
 
     def at(self, strength: float) -> Float[Tensor, " out"]:
         """Computes g_t: 1 at strength 0, m / n at 1."""
@@ -116,7 +116,7 @@ def layer_between(base: nn.Module, changed: Module, strength: float) -> Module:
             if factor is not None:
                 adapted._parameters[leaf] = _frozen(factor * strength)
         if changed.magnitude is not None:
-            norms = functional.root(changed.weight_norms_squared())
+            norms = functional.safe_sqrt(changed.weight_norms_squared())
             adapted.magnitude = _frozen(magnitude_between(norms, changed.magnitude, strength))
         adapted.forget_norms()
     return between

@@ -77,7 +77,7 @@ def no_gather(tensors: Iterable[Tensor]) -> AbstractContextManager[Any]:
     return nullcontext(list(tensors))
 
 
-def matching(names: Iterable[str], patterns: Iterable[str], what: str) -> list[str]:
+def match_names(names: Iterable[str], patterns: Iterable[str], what: str) -> list[str]:
     """Lists the names that some full-name glob matches, in order."""
     names = list(names)
     hits: set[str] = set()
@@ -116,7 +116,7 @@ def choose_trained(
     adapter_tensors = {f"{layer}.{leaf}" for layer, _ in adapted_layers(model) for leaf in FACTORS.values()}
     candidates = [name for name, _ in model.named_parameters() if name not in adapter_tensors]
     for part, patterns in also_train.items():
-        by_part[part] = matching(candidates, patterns, f"also_train.{part}")
+        by_part[part] = match_names(candidates, patterns, f"also_train.{part}")
     _refuse_untrainable(model, by_part)
     keep = _kept_names(all_tensors(model), also_keep)
     if not full:  # a full run's masters are its optimizer's, for these weights as for all others
@@ -131,10 +131,10 @@ def choose_trained(
         vectors = tuple(name for name in names if name not in set(matrices))
         decays = (matrices, True), (vectors, False)
         parts += [_PartNames(part, tensors, decay, adapts) for tensors, decay in decays if tensors]
-    train_list(model, TrainedList(tuple(parts), keep))
+    set_trained(model, TrainedList(tuple(parts), keep))
 
 
-def train_list(model: nn.Module, trained: TrainedList) -> None:
+def set_trained(model: nn.Module, trained: TrainedList) -> None:
     """Makes what a list names train, and nothing else."""
     setattr(model, _ATTRIBUTE, trained)
     model.requires_grad_(False)
@@ -146,7 +146,7 @@ def train_list(model: nn.Module, trained: TrainedList) -> None:
 def refuse_unmatched(model: nn.Module, also_train: Mapping[str, tuple[str, ...]], also_keep: tuple[str, ...]) -> None:
     """Raises a `UserError` where a pattern would match nothing, while the model is still as it was."""
     for part, patterns in also_train.items():
-        matching((name for name, _ in model.named_parameters()), patterns, f"also_train.{part}")
+        match_names((name for name, _ in model.named_parameters()), patterns, f"also_train.{part}")
     _kept_names(all_tensors(model), also_keep)
 
 
@@ -185,7 +185,7 @@ def _kept_names(names: Iterable[str], patterns: Iterable[str]) -> tuple[str, ...
     for pattern in patterns:
         glob, rows = split_rows(pattern)
         ending = pattern.removeprefix(glob) if rows != slice(None) else ""
-        kept += [f"{name}{ending}" for name in matching(names, (glob,), "also_keep")]
+        kept += [f"{name}{ending}" for name in match_names(names, (glob,), "also_keep")]
     return tuple(dict.fromkeys(kept))
 
 
@@ -236,7 +236,7 @@ def _refuse_untrainable(model: nn.Module, by_part: Mapping[str, list[str]]) -> N
             owner[name] = part
 
 
-_BEFORE = "_dora_vl_before_float32"
+_ORIGINAL_DTYPES = "_dora_vl_before_float32"
 """A module that `_train_in_float32` changed holds here its parameters' dtypes of before, and the hooks that cast."""
 
 
@@ -255,15 +255,15 @@ def _train_in_float32(model: nn.Module, names: Iterable[str], gather: Gather) ->
         for module in model.modules():
             tensors = dict(module.named_parameters(recurse=False))
             if any(id(parameter) in trained for parameter in tensors.values()):
-                follow = not isinstance(module, AdaptedLayer) and next(module.children(), None) is None
-                leaves[module] = [leaf for leaf, parameter in tensors.items() if follow or id(parameter) in trained]
+                cast_all = not isinstance(module, AdaptedLayer) and next(module.children(), None) is None
+                leaves[module] = [leaf for leaf, parameter in tensors.items() if cast_all or id(parameter) in trained]
         tied = {id(module._parameters[leaf]) for module, tensors in leaves.items() for leaf in tensors}
         if tied <= trained:
             break
         trained |= tied
     halves = {module: next(module.parameters(recurse=False)).dtype for module in leaves}
     for module, half in halves.items():
-        dtypes, hooks = vars(module).setdefault(_BEFORE, ({}, []))
+        dtypes, hooks = vars(module).setdefault(_ORIGINAL_DTYPES, ({}, []))
         for leaf in leaves[module]:
             parameter = module.get_parameter(leaf)
             wide = accumulation_dtype(parameter.dtype)
@@ -273,8 +273,8 @@ def _train_in_float32(model: nn.Module, names: Iterable[str], gather: Gather) ->
         if isinstance(module, AdaptedLayer) or half == accumulation_dtype(half):
             continue
         if next(module.children(), None) is None:
-            hooks.append(module.register_forward_pre_hook(_enter, with_kwargs=True))
-        hooks.append(module.register_forward_hook(partial(_leave, dtype=half)))
+            hooks.append(module.register_forward_pre_hook(_cast_inputs, with_kwargs=True))
+        hooks.append(module.register_forward_hook(partial(_cast_output, dtype=half)))
 
 
 def train_in_own_dtype(model: nn.Module) -> None:
@@ -286,7 +286,7 @@ def train_in_own_dtype(model: nn.Module) -> None:
         tensors = dict(module.named_parameters(recurse=False))
         if any(parameter.numel() == 0 for parameter in tensors.values()):
             continue
-        dtypes, hooks = vars(module).pop(_BEFORE, ({}, []))
+        dtypes, hooks = vars(module).pop(_ORIGINAL_DTYPES, ({}, []))
         for leaf, half in dtypes.items():
             _replace(model, tensors[leaf], half, no_gather)
         for hook in hooks:
@@ -302,12 +302,14 @@ def _replace(model: nn.Module, old: nn.Parameter, dtype: torch.dtype, gather: Ga
                 module.register_parameter(leaf, new)
 
 
-def _enter(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _cast_inputs(
+    module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     widened = {name: _cast(value, torch.float32) for name, value in named.items()}
     return tuple(_cast(value, torch.float32) for value in inputs), widened
 
 
-def _leave(module: nn.Module, inputs: tuple[Any, ...], output: Any, *, dtype: torch.dtype) -> Any:
+def _cast_output(module: nn.Module, inputs: tuple[Any, ...], output: Any, *, dtype: torch.dtype) -> Any:
     return _cast(output, dtype)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dora_vl.data.columns import Packing
-from dora_vl.data.packing import grow, pack, spread, tokens_of
+from dora_vl.data.packing import assign_rows, build_trees, pack, tokens_of
 from dora_vl.data.samples import ALIGNED, IGNORED_LABEL, Sample, Skipped
 
 PACKED_TOKENS = 8_192
@@ -30,13 +30,13 @@ def with_answer(sample: Sample, ids: Tensor, *, weight: float = 1.0) -> Sample:
     """Replaces a sample's answer, which is all that it labels, by other ids."""
     start = int((sample.labels != IGNORED_LABEL).int().argmax())
 
-    def of_answer(value: Tensor) -> Tensor:
+    def repeat_answer_entries(value: Tensor) -> Tensor:
         """Gives an entry for each token all new ids the value of the first old one."""
         return torch.cat(
             [value[:, :start], value[:, start : start + 1].repeat(1, len(ids), *[1] * (value.dim() - 2))], 1
         )
 
-    inputs = {name: of_answer(value) if name in ALIGNED else value for name, value in sample.inputs.items()}
+    inputs = {name: repeat_answer_entries(value) if name in ALIGNED else value for name, value in sample.inputs.items()}
     positions = sample.positions
     if positions is not None:
         before = positions[:, :start]
@@ -52,7 +52,7 @@ def with_answer(sample: Sample, ids: Tensor, *, weight: float = 1.0) -> Sample:
     )
 
 
-def with_unmatched(groups: Sequence[Sequence[Sample]], number: int) -> list[Sample]:
+def with_mismatched_answer(groups: Sequence[Sequence[Sample]], number: int) -> list[Sample]:
     """Adds to a group the answer to the nearest earlier prompt of the batch that is another, if there is one.
 
     By such answers KTO measures how far the model is from the reference; its own answer would cancel its gain.
@@ -126,7 +126,7 @@ class Collator:
         usable = [item for item in items if isinstance(item, Sample)]
         groups = [[*sample.rows()] for sample in usable]
         if self.unmatched:
-            groups = [with_unmatched(groups, number) for number in range(len(groups))]
+            groups = [with_mismatched_answer(groups, number) for number in range(len(groups))]
         samples = [row for rows in groups for row in rows]
         batch = self._inputs(samples)
         if self.packing == "plain":
@@ -166,9 +166,9 @@ class Collator:
     def _forest(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Returns rows that hold several samples, and who sees whom in them."""
         index = {id(sample): number for number, sample in enumerate(samples)}
-        trees = grow(samples, budget=PACKED_TOKENS, shared=self.packing == "trees")
+        trees = build_trees(samples, budget=PACKED_TOKENS, shared=self.packing == "trees")
         lengths = [tokens_of(tree) for tree in trees]
-        rows = [pack([trees[tree] for tree in row]) for row in spread(lengths, -(-sum(lengths) // PACKED_TOKENS))]
+        rows = [pack([trees[tree] for tree in row]) for row in assign_rows(lengths, -(-sum(lengths) // PACKED_TOKENS))]
         of_tokens: dict[str, tuple[int, list[Tensor]]] = {
             "input_ids": (self.pad_token_id, [row.input_ids for row in rows]),
             "labels": (IGNORED_LABEL, [row.labels for row in rows]),
@@ -265,7 +265,7 @@ SAMPLES, WEIGHTS = "samples", "sample_weights"
 """A batch holds under these names how many usable samples it has, and what each counts in a mean over them."""
 
 
-def over_step(batches: Sequence[Mapping[str, Any]], device: torch.device) -> list[dict[str, Any]]:
+def weigh_over_step(batches: Sequence[Mapping[str, Any]], device: torch.device) -> list[dict[str, Any]]:
     """Returns a rank's micro-batches of one step with weights for a mean over the step's usable samples, of all ranks.
 
     How many those are is known only now that the data has been read: a mean over the samples that were asked for would

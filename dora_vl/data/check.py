@@ -20,8 +20,17 @@ from dora_vl.data.picture_files import TRUNCATED, Trouble, decoding_trouble
 from dora_vl.data.pictures import VIDEO_ENDINGS, MediaFolder, path_inside
 from dora_vl.data.readers import id_of, read_fields, read_record
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Role
-from dora_vl.data.video import why_no_video
-from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, BadSample, UserError, aligned, positive, shown_names, shown_text
+from dora_vl.data.video import no_video_reason
+from dora_vl.errors import (
+    EMPTY_ANSWER,
+    NO_ANSWER,
+    BadSample,
+    UserError,
+    align_columns,
+    positive_int,
+    short_names,
+    short_text,
+)
 from dora_vl.files import NoRegularFile, open_regular
 
 ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND", b"GIF8": b"\x3b"}
@@ -66,7 +75,7 @@ class MediaCheck:
             return Trouble("no file", str(error))
         except OSError as error:
             return Trouble("missing media", str(error.strerror))
-        return why_no_video(path)
+        return no_video_reason(path)
 
     def _picture(self, file: BinaryIO | BytesIO, source: Path | BytesIO) -> Trouble | None:
         """Judges a picture by its end; one that looks odd is decoded as training does."""
@@ -109,14 +118,14 @@ class Finding:
         """Counts one more sample."""
         self.count += 1
         if self.count <= SHOWN_IDS:
-            self.examples.setdefault(detail, []).append(shown_text(sample_id, 60))
+            self.examples.setdefault(detail, []).append(short_text(sample_id, 60))
 
     def __str__(self) -> str:
         ids = ", ".join(chain.from_iterable(self.examples.values()))
         return f"{self.problem}: {self.count:,} samples ({ids}{', ...' if self.count > SHOWN_IDS else ''})"
 
 
-def doubts_of(record: Mapping[str, object], example: Example, form: str | None, columns: Columns) -> list[str]:
+def find_doubts(record: Mapping[str, object], example: Example, form: str | None, columns: Columns) -> list[str]:
     """Returns what is probably not meant in a row that can be used: an empty cell for its picture, an empty question.
 
     An empty cell is one of `DOUBTS` only where other rows of the file have pictures.
@@ -132,20 +141,20 @@ def doubts_of(record: Mapping[str, object], example: Example, form: str | None, 
     return [*doubts, EMPTY_QUESTION] if form != "captions" and not all(words) else doubts
 
 
-def asked_and_told(example: Example) -> tuple[str, str, str]:
+def question_and_answer(example: Example) -> tuple[str, str, str]:
     """Returns what a row asks, about which media, and what it answers, as texts to compare; a caption asks nothing."""
-    questions = _said(example, "system", "user", "tool") or [example.question, *example.choices]
+    questions = _texts_of(example, "system", "user", "tool") or [example.question, *example.choices]
     words = "\n".join(questions).replace(IMAGE_PLACEHOLDER, "").strip()
     if example.rejected or example.is_good is not None:
         words = ""  # several answers to one question are what such rows are for
-    replies = _said(example, "assistant") or [answer.text for answer in example.answers]
+    replies = _texts_of(example, "assistant") or [answer.text for answer in example.answers]
     # The same about another part of a video, or another order of pictures, is another question.
     clips = [replace(clip, path=normpath(clip.path)) for clip in example.videos]
     media = [*map(normpath, example.images), *map(str, clips), str(example.extra.get("order", ""))]
     return words, "\0".join(filter(None, media)), "\0".join(replies)
 
 
-def _said(example: Example, *roles: Role) -> list[str]:
+def _texts_of(example: Example, *roles: Role) -> list[str]:
     return [turn.text + turn.more for turn in example.turns if turn.role in roles]
 
 
@@ -228,7 +237,7 @@ class FileCheck:
             return BadSample(sample_id, "it has no answer", NO_ANSWER)
         self._has_media |= bool(example.images or example.videos)
         if not is_record:
-            for doubt in doubts_of(record, example, form, self._columns):
+            for doubt in find_doubts(record, example, form, self._columns):
                 self._add(doubt, sample_id)
         return example
 
@@ -249,13 +258,13 @@ class FileCheck:
         if isinstance(row, BadSample):
             self._add(row.kind, sample_id, row.reason)
             return False
-        replies = _said(row, "assistant")
+        replies = _texts_of(row, "assistant")
         answers = [answer.text for answer in row.answers]
         usable = all(answer.replace(IMAGE_PLACEHOLDER, "").strip() for answer in (*answers, *replies))
         if not usable:
             self._add(EMPTY_ANSWER, sample_id)
         texts = [*(subtitle.text for subtitle in row.subtitles), row.question, *row.choices]
-        texts += [*_said(row, "system", "user", "tool"), *replies, max(answers, key=len, default="")]
+        texts += [*_texts_of(row, "system", "user", "tool"), *replies, max(answers, key=len, default="")]
         self._check_length(sample_id, texts)
         media = [(name, False) for name in (*row.images, *row.rejected_images)]
         media += [(clip.path, True) for clip in row.videos]
@@ -265,7 +274,7 @@ class FileCheck:
             if trouble is not None:
                 usable = False
                 self._add(trouble.kind, sample_id, f"{name}: {trouble.detail}")
-        words, shown_media, answer_text = asked_and_told(row)
+        words, shown_media, answer_text = question_and_answer(row)
         key = hash((words, shown_media))
         if words or shown_media:
             self.samples.setdefault(key, sample_id)
@@ -311,7 +320,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--decode", action="store_true", help="decode each picture whole too: slower, finds damage inside")
     add("--tokenizer", type=Path, metavar="FOLDER", help="a folder with tokenizer.json; else words count")
     add_columns(parser)
-    add("--longest", type=positive, metavar="N", help=f"default {TOKENS} tokens, or {WORDS} words")
+    add("--longest", type=positive_int, metavar="N", help=f"default {TOKENS} tokens, or {WORDS} words")
 
 
 def add_columns(parser: argparse.ArgumentParser) -> None:
@@ -325,7 +334,7 @@ def columns_of(arguments: argparse.Namespace) -> Columns:
     """Returns what the options say of the columns."""
     pairs = [part.rpartition("=") for part in filter(None, arguments.columns.split(","))]
     if any(not column for column, _, _ in pairs):
-        raise UserError(f"--columns {shown_text(arguments.columns, 100)}: must be COLUMN=ROLE,...")
+        raise UserError(f"--columns {short_text(arguments.columns, 100)}: must be COLUMN=ROLE,...")
     roles = {column: role for column, _, role in pairs}
     return Columns(roles, tuple(filter(None, arguments.ignore.split(","))), arguments.ask)
 
@@ -349,8 +358,8 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         )
         checks.append(check.run())
         if left := [name for name, roles in roles_of_columns(check.uses).items() if not roles]:
-            yield f"{shown_text(file.name, 120)}: left out {shown_names(left)}"
-    if unmet := columns.unmet(chain.from_iterable(check.uses for check in checks)):
+            yield f"{short_text(file.name, 120)}: left out {short_names(left)}"
+    if unmet := columns.missing_column(chain.from_iterable(check.uses for check in checks)):
         raise UserError(unmet)
     findings = [(check.path, finding) for check in checks for finding in check.findings.values()]
     for first, second in combinations(checks, 2):  # samples that ask the same of the same media in both files
@@ -399,14 +408,14 @@ def table(findings: Sequence[tuple[Path, Finding]]) -> list[str]:
     """Returns lines for each kind of problem in each file, the most frequent first, with the first ids."""
     rows: list[tuple[str, ...]] = [("file", "problem", "samples", "ids", "for example")]
     for path, finding in sorted(findings, key=lambda pair: (str(pair[0]), -pair[1].count)):
-        file = shown_text(str(Path(path.parent.name, path.name)), 120)  # its name alone in the current folder
-        cells = (file, shown_text(finding.problem, 120), f"{finding.count:,}")
+        file = short_text(str(Path(path.parent.name, path.name)), 120)  # its name alone in the current folder
+        cells = (file, short_text(finding.problem, 120), f"{finding.count:,}")
         for detail, ids in finding.examples.items():
-            rows.append((*cells, ", ".join(ids), shown_text(detail, 100)))
+            rows.append((*cells, ", ".join(ids), short_text(detail, 100)))
             cells = ("", "", "")
         if finding.count > SHOWN_IDS:
             rows.append((*cells, "...", ""))
-    return aligned(rows, left=len(rows[0]))
+    return align_columns(rows, left=len(rows[0]))
 
 
 def _tokens(folder: Path) -> Callable[[str], int]:

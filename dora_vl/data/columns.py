@@ -16,8 +16,7 @@ from itertools import filterfalse
 from shlex import quote
 from typing import Literal
 
-from dora_vl.data.example import FIELDS
-from dora_vl.data.names import (
+from dora_vl.data.column_names import (
     ASKED,
     CHOICES,
     JOINED,
@@ -30,15 +29,16 @@ from dora_vl.data.names import (
     Cell,
     flag_of,
     holds_media,
-    is_nothing,
-    kind_of,
-    losing,
+    is_empty,
+    kind_of_column,
+    lost_content,
     nearest_role,
     parsed,
     plain_name,
 )
+from dora_vl.data.example import FIELDS
 from dora_vl.data.turns import CALLS, KWARGS, TOOLS
-from dora_vl.errors import UserError, shown, shown_names, shown_text
+from dora_vl.errors import UserError, short_names, short_repr, short_text
 
 Row = Mapping[str, object]
 Mixing = Literal["proportional", "balanced"]
@@ -107,7 +107,7 @@ FORMATS: tuple[RowFormat, ...] = (
     RowFormat("captions", ("caption", "videos")),
 )
 """A row has the first of these formats that fits it."""
-ASKED_OF = ("question/answer", "captions")
+MAY_LACK_QUESTION = ("question/answer", "captions")
 """Rows of these formats may lack a question; then `data.ask` is their question."""
 
 
@@ -166,7 +166,7 @@ class _Shape:
         return not any(isinstance(text, str) and isinstance(parsed(text), dict) for text in captions)
 
     def _is_judged(self, row: Row, roles: Mapping[str, str]) -> bool:
-        filled = [name for names in dict(self.candidates)["judged"] for name in names if not is_nothing(row[name])]
+        filled = [name for names in dict(self.candidates)["judged"] for name in names if not is_empty(row[name])]
         if not filled:
             return False
         name = filled[0]
@@ -193,9 +193,13 @@ class Columns:
         for column, role in self.roles.items():
             if role not in ROLES and role not in KNOWN:
                 (near,) = get_close_matches(role, KNOWN, n=1, cutoff=0.0)
-                raise UserError(f"data.columns: {shown(column)} cannot be {shown(role)}; did you mean {near}?")
+                raise UserError(
+                    f"data.columns: {short_repr(column)} cannot be {short_repr(role)}; did you mean {near}?"
+                )
         if both := [column for column in self.roles if column in self.ignored]:
-            raise UserError(f"data.columns says what {shown(both[0])} is, and data.ignore leaves it out; do one alone")
+            raise UserError(
+                f"data.columns says what {short_repr(both[0])} is, and data.ignore leaves it out; do one alone"
+            )
 
     def resolve(self, row: Row, *, strict: bool = True) -> Resolved:
         """Returns the row's format, and what it holds of each role.
@@ -205,7 +209,7 @@ class Columns:
                 lacks what a column of nearly that name may be.
         """
         for path in self._paths:
-            row = _lifted(row, path, keep=path in self.roles)
+            row = _move_to_column(row, path, keep=path in self.roles)
         # A null output is an answer that is missing, not another format.
         names = tuple(name for name, value in row.items() if value is not None or name == "output")
         if names not in self._shapes:
@@ -220,18 +224,18 @@ class Columns:
         for role, alternatives in shape.candidates:
             columns = alternatives[0]
             if len(alternatives) > 1:
-                filled = (names for names in alternatives if any(not is_nothing(row[name]) for name in names))
+                filled = (names for names in alternatives if any(not is_empty(row[name]) for name in names))
                 columns = next(filled, columns)
-            value = _held(row, columns)
-            fields[role] = _listed(value, role) if isinstance(value, str) and role in _LISTED else value
+            value = _role_value(row, columns)
+            fields[role] = _parse_list(value, role) if isinstance(value, str) and role in _LISTED else value
             roles |= dict.fromkeys(columns, role)
-        if self.ask and shape.format.name in ASKED_OF and is_nothing(fields.get("question")):
+        if self.ask and shape.format.name in MAY_LACK_QUESTION and is_empty(fields.get("question")):
             fields["question"] = self.ask
         uses = {name: roles.get(name, "") for name in shape.names}
         resolved = Resolved(shape.format, fields, uses)
         if strict and (left := [name for name, role in uses.items() if not role]):
             self._refuse_second(row, left)
-            _refuse_left_out(row, left if not self.roles else [*filterfalse(self._is_settled, left)], resolved)
+            _refuse_left_out(row, left if not self.roles else [*filterfalse(self._role_is_taken, left)], resolved)
         return resolved
 
     def id_of(self, row: Row) -> object:
@@ -244,8 +248,8 @@ class Columns:
 
     def as_settings(self) -> str:
         """Returns the contract as a run's YAML states it."""
-        columns = ", ".join(f"{shown_text(name, 40)}: {role}" for name, role in self.roles.items())
-        ignored = ", ".join(shown_text(name, 40) for name in self.ignored)
+        columns = ", ".join(f"{short_text(name, 40)}: {role}" for name, role in self.roles.items())
+        ignored = ", ".join(short_text(name, 40) for name in self.ignored)
         keys = {f"columns: {{{columns}}}": columns, f"ignore: [{ignored}]": ignored, f"ask: {self.ask}": self.ask}
         return " and ".join(f"data.{text}" for text, value in keys.items() if value)
 
@@ -255,12 +259,12 @@ class Columns:
         options = {"--columns": columns, "--ignore": ",".join(self.ignored), "--ask": self.ask}
         return " ".join(f"{option} {quote(value)}" for option, value in options.items() if value)
 
-    def unmet(self, uses: Iterable[Mapping[str, str]]) -> str:
+    def missing_column(self, uses: Iterable[Mapping[str, str]]) -> str:
         """Names a column that no row has, by the columns of the rows that could be read; "" where there is none."""
         there = roles_of_columns(uses)
         name = next((name for name in self.roles if there and name not in there), None)
-        names = f"data.columns (--columns) names; there are {shown_names(there)}"
-        return "" if name is None else f"no row has a column {shown(name)}, which {names}"
+        names = f"data.columns (--columns) names; there are {short_names(there)}"
+        return "" if name is None else f"no row has a column {short_repr(name)}, which {names}"
 
     @cached_property
     def _paths(self) -> tuple[str, ...]:
@@ -270,23 +274,24 @@ class Columns:
     def _takes_one_answer(self) -> bool:
         """Tells whether `data.columns` gives an answer of a preference another role, so that it is the only one."""
         return any(
-            kind_of(name) == PREFERENCE and role not in ("chosen", "rejected") for name, role in self.roles.items()
+            kind_of_column(name) == PREFERENCE and role not in ("chosen", "rejected")
+            for name, role in self.roles.items()
         )
 
-    def _is_settled(self, name: str) -> bool:
+    def _role_is_taken(self, name: str) -> bool:
         """Tells whether `data.columns` gives another column the role that this one may have."""
         roles = {role for role, names in ROLES.items() if not {role, *names}.isdisjoint(self.roles.values())}
-        return (kind_of(name) == PREFERENCE and self._takes_one_answer) or any(
+        return (kind_of_column(name) == PREFERENCE and self._takes_one_answer) or any(
             plain_name(name) in ROLES[role] for role in roles
         )
 
     def _refuse_second(self, row: Row, left: Sequence[str]) -> None:
         """Raises ColumnsError where `data.columns` gives a role to two filled columns that are not taken as one."""
         for name in left:
-            if name in self.roles and not is_nothing(row[name]):
+            if name in self.roles and not is_empty(row[name]):
                 role = self.roles[name]
                 first = next(other for other in self.roles if self.roles[other] == role)
-                problem = f"{shown(first)} and {shown(name)} are both {role}; write a row for each, or"
+                problem = f"{short_repr(first)} and {short_repr(name)} are both {role}; write a row for each, or"
                 # The whole contract, since a column that has a role cannot be ignored as well.
                 others = {column: kept for column, kept in self.roles.items() if column != name}
                 raise ColumnsError(problem, Columns(others, (*self.ignored, name), self.ask))
@@ -297,7 +302,7 @@ class Columns:
         paths += [f"{name}.{key}" for name in paths if isinstance(inner := parsed(row[name]), dict) for key in inner]
         free = [path for path in paths if path not in self.roles]
         names = {plain_name(path.rpartition(".")[2]) for path in paths}
-        guesses = {name: role for name in free if (role := _meant(name, names))}
+        guesses = {name: role for name in free if (role := _guess_role(name, names))}
         if not {*ROLES["images"], *ROLES["videos"]} & {*names, *guesses.values(), *self.roles.values()}:
             guesses |= {name: "image" for name in free if holds_media(row.get(name))}
         texts = {name: "question" for name in free if plain_name(name) in (*ROLES["caption"], "instruction")}
@@ -308,7 +313,7 @@ class Columns:
             resolved = trial.resolve(row, strict=False)
             used = {name: role for name, role in roles.items() if resolved.uses.get(name)}
             if resolved.format is not None and (used or ask):
-                meant = f" fit no format; did you mean {shown_names(dict.fromkeys(used.values()))}?"
+                meant = f" fit no format; did you mean {short_names(dict.fromkeys(used.values()))}?"
                 lacks = meant if used else " have no question;"
                 remedy = Columns(used, (), ask)
                 settled = Columns({**self.roles, **used}, self.ignored, trial.ask)
@@ -316,7 +321,7 @@ class Columns:
                     settled.resolve(row, strict=settled.resolve(row, strict=False).format is not None)
                 except ColumnsError as error:
                     remedy = Columns({**used, **error.remedy.roles}, error.remedy.ignored, ask)
-                raise ColumnsError(f"its columns {shown([*row], 120)}{lacks}", remedy)
+                raise ColumnsError(f"its columns {short_repr([*row], 120)}{lacks}", remedy)
 
     def _shapes_of(self, names: Sequence[str]) -> Iterator[_Shape]:
         used_names = [name for name in names if name not in self.ignored]
@@ -346,7 +351,7 @@ class Columns:
         return alternatives
 
 
-def _meant(path: str, names: set[str]) -> str | None:
+def _guess_role(path: str, names: set[str]) -> str | None:
     """Returns the role that a column of unknown name probably has, unless another column's name says that role."""
     name = path.rpartition(".")[2]
     if name == "chosen":
@@ -354,23 +359,25 @@ def _meant(path: str, names: set[str]) -> str | None:
         return next((role for column, role in beside.items() if column in names), "messages")
     if plain_name(name) in KNOWN:
         return None if name == path or name == "rejected" else name
-    role = nearest_role(name) or _EXAMPLES.get(kind_of(name))
+    role = nearest_role(name) or _EXAMPLES.get(kind_of_column(name))
     is_held = role is not None and any(role in known and not names.isdisjoint(known) for known in ROLES.values())
     return None if is_held else role
 
 
 def _refuse_left_out(row: Row, left: Sequence[str], resolved: Resolved) -> None:
     fields, form = resolved.fields, resolved.format
-    has_media = not (is_nothing(fields.get("images")) and is_nothing(fields.get("videos")))
+    has_media = not (is_empty(fields.get("images")) and is_empty(fields.get("videos")))
     is_caption = form is not None and form.name == "captions"
-    lost = {name: loss for name in left if (loss := losing(name, row[name], unknown=is_caption, has_media=has_media))}
+    lost = {
+        name: loss for name in left if (loss := lost_content(name, row[name], unknown=is_caption, has_media=has_media))
+    }
     if not lost or form is None:
         return
     used = {text.strip() for text in _texts_in(list(fields.values()))}  # what says the same may be left out
     losses = [loss for name, loss in lost.items() if not (isinstance(text := row[name], str) and text.strip() in used)]
     if losses:
         remedy = _remedy(row, losses, resolved.uses, form.name)
-        listed = ", ".join(f"{shown(path, 30)} ({what})" for path, what in losses[:4])
+        listed = ", ".join(f"{short_repr(path, 30)} ({what})" for path, what in losses[:4])
         others = Columns(ignored=tuple(path for path, _ in losses if path not in remedy.ignored))
         raise ColumnsError(f"{form.name} would leave out {listed};", remedy, others if others.ignored else None)
 
@@ -386,7 +393,9 @@ def _remedy(row: Row, losses: Iterable[tuple[str, str]], uses: Mapping[str, str]
         of_role = {column: role for column, used_as in uses.items() if used_as == f"{role}s"}
         if what == MEDIUM and (not of_role or any(pattern.fullmatch(name) for pattern in JOINED["images"])):
             roles |= of_role | {path: role}
-        elif caption and not roles and (what == LABEL or (what == TEXT and (kind_of(name) or nearest_role(name)))):
+        elif (
+            caption and not roles and (what == LABEL or (what == TEXT and (kind_of_column(name) or nearest_role(name))))
+        ):
             roles = dict.fromkeys(caption, "answer" if name in ROLES["question"] else "question")
             roles |= {} if name in KNOWN else {path: "answer"}
         elif name == "kto_tag" and form == "question/answer":
@@ -411,7 +420,7 @@ def _texts_in(value: object) -> Iterator[str]:
         yield from _texts_in(inner)
 
 
-def _lifted(row: Row, path: str, *, keep: bool) -> Row:
+def _move_to_column(row: Row, path: str, *, keep: bool) -> Row:
     """Returns the row without what stands at a dotted path in a column; if kept, that is a column of its own."""
     column, *keys = path.split(".")
     if path in row or row.get(column) is None:
@@ -460,7 +469,7 @@ def lists_replies(value: object, role: str, *, in_cell: bool) -> bool:
 _MESSAGE_KEYS = ({"role", "content"}, {"role", CALLS}, {"from", "value"})
 
 
-def _listed(text: str, role: str) -> object:
+def _parse_list(text: str, role: str) -> object:
     """Returns a list that is written as text; any other text as it is."""
     value = parsed(text)
     if role in REPLIES:
@@ -474,7 +483,7 @@ def _listed(text: str, role: str) -> object:
     return value
 
 
-def _held(row: Row, columns: Candidate) -> object:
+def _role_value(row: Row, columns: Candidate) -> object:
     """Returns a column's value; joins several columns in a list, or by their labels, without empty ones."""
     (first, label), *others = columns.items()
     if label:
@@ -485,7 +494,7 @@ def _held(row: Row, columns: Candidate) -> object:
     for name in columns:
         value = row[name]
         values += value if isinstance(value, list) else [value]
-    return [value for value in values if not is_nothing(value)]
+    return [value for value in values if not is_empty(value)]
 
 
 def roles_of_columns(uses: Iterable[Mapping[str, str]]) -> dict[str, set[str]]:
@@ -500,7 +509,7 @@ def roles_of_columns(uses: Iterable[Mapping[str, str]]) -> dict[str, set[str]]:
 def column_lines(uses: Iterable[Mapping[str, str]]) -> list[str]:
     """Returns a line for each column: what it is used as, or that it is left out."""
     return [
-        f"  {shown_text(name, 40)}: " + (f"used as {' and '.join(sorted(roles))}" if roles else "left out")
+        f"  {short_text(name, 40)}: " + (f"used as {' and '.join(sorted(roles))}" if roles else "left out")
         for name, roles in roles_of_columns(uses).items()
     ]
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dora_vl.data.names import ROLES, Cell, plain_name
+from dora_vl.data.column_names import ROLES, Cell, plain_name
 from dora_vl.data.pictures import PICTURE_ENDINGS, VIDEO_ENDINGS
 from dora_vl.data.text_file import (
     LONGEST_REASON,
@@ -40,7 +40,7 @@ from dora_vl.data.text_file import (
     text_of,
     whole_text,
 )
-from dora_vl.errors import UserError, one_line, shown_names
+from dora_vl.errors import UserError, one_line, short_names
 
 if TYPE_CHECKING:
     import datasets
@@ -87,7 +87,7 @@ def refuse_several_splits(folder: Path, files: Sequence[Path]) -> None:
         splits.setdefault(name, []).append(file)
     if len([*filter(None, splits)]) > 1:
         trained_on = next((of_split for name, of_split in splits.items() if meaning(name) == "train"), files)
-        counts = shown_names(f"{name or 'others'} ({len(of_split)})" for name, of_split in splits.items())
+        counts = short_names(f"{name or 'others'} ({len(of_split)})" for name, of_split in splits.items())
         raise UserError(
             f"{folder}: files of several splits, {counts}; name the file that is meant, such as {trained_on[0].name}, "
             "in data.train also a list of files, or move each split to a folder of its own"
@@ -439,7 +439,7 @@ def overlooked(folder: Path, media: Iterable[Path]) -> str:
             if path.is_symlink():
                 reasons[path] = LINKED
             elif path not in read and (files := list(files_below(path))):
-                reasons[path] = f"{shown_names({file.suffix or file.name: None for file in files}, 4)} not read"
+                reasons[path] = f"{short_names({file.suffix or file.name: None for file in files}, 4)} not read"
             elif path not in read and not any(next(os.walk(path), ("", [], []))[1:]):
                 reasons[path] = "empty or locked"
             elif not (path / RUN_FILE).exists():
@@ -448,7 +448,7 @@ def overlooked(folder: Path, media: Iterable[Path]) -> str:
         return ""
     lines = (f"{path.relative_to(folder)} ({reason})" for path, reason in sorted(reasons.items()))
     remedy = "; data.follow_links follows links to files alone: copy a linked folder" * (LINKED in reasons.values())
-    return f"{folder}: no row of {shown_names(lines, longest=80)}{remedy}"
+    return f"{folder}: no row of {short_names(lines, max_length=80)}{remedy}"
 
 
 @lru_cache
@@ -478,7 +478,7 @@ def find_files(path: Path) -> DataFiles:
     pictures = None if files else picture_folder(path)
     if pictures is not None and pictures.says_what:
         if len(names := {str(row.get("split")) for row in pictures.fields.values()}) > 1:
-            raise UserError(f"{path}: pictures of several splits, {shown_names(sorted(names))}; name the folder of one")
+            raise UserError(f"{path}: pictures of several splits, {short_names(sorted(names))}; name the folder of one")
         _log_overlooked(overlooked(path, pictures.fields))
         return pictures
     if not files:

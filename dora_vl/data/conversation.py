@@ -10,9 +10,9 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+from dora_vl.data.column_names import MEDIUM, UNREAD, is_empty, lost_content, parsed
 from dora_vl.data.columns import Row
 from dora_vl.data.example import Answer, Example
-from dora_vl.data.names import MEDIUM, UNREAD, is_nothing, losing, parsed
 from dora_vl.data.pictures import picture_name
 from dora_vl.data.turns import (
     CALLS,
@@ -28,7 +28,7 @@ from dora_vl.data.turns import (
     Unusable,
     arrange,
 )
-from dora_vl.errors import ON_THE_WEB, shown, shown_names
+from dora_vl.errors import ON_THE_WEB, short_names, short_repr
 
 ROLES: Mapping[str, Role] = {
     "system": "system",
@@ -93,7 +93,7 @@ def read_conversation(messages: Sequence[object], row: Row) -> Example:
     for number, message in enumerate(messages, 1):
         conversation.add(message, number)
     turns = conversation.turns
-    if not is_nothing(row.get("system")):
+    if not is_empty(row.get("system")):
         system = Turn("system", as_text(row["system"], "system"))
         first = turns[0].text.strip() if turns and turns[0].role == "system" else None
         if first and first != system.text.strip():
@@ -147,24 +147,24 @@ class _Conversation:
             self.turns.append(replace(message, text=self._words(message.text)))
             return
         if not isinstance(message, Mapping):
-            raise Unusable(f"turn {number} must be an object of role and text, got {shown(message)}")
+            raise Unusable(f"turn {number} must be an object of role and text, got {short_repr(message)}")
         who, what = ("from", "value") if message.get("role") is None and "from" in message else ("role", "content")
         role = ROLES.get(speaker) if isinstance(speaker := message.get(who), str) else None
         if role is None:
             roles = "'human', 'gpt' and 'system'" if who == "from" else "system, user and assistant"
-            raise Unusable(f"turn {number} has {who!r} {shown(speaker)}; only {roles} are known")
+            raise Unusable(f"turn {number} has {who!r} {short_repr(speaker)}; only {roles} are known")
         if len(message) == 2 and what in message and role != "tool" and speaker not in CALLING:  # as most are
             self.turns.append(Turn(role, self._content(message, what, number)))
             return
         read = TURN_KEYS[who] | OF_ROLE.get(role, frozenset())
         if not read.issuperset(message):
             self._refuse_unread(message, message, read, answers=role == "assistant")
-        marks = {bool(mark) for key in TRAINED if not is_nothing(mark := message.get(key))}
+        marks = {bool(mark) for key in TRAINED if not is_empty(mark := message.get(key))}
         if len(marks) > 1:
             raise Unusable(f"turn {number} is marked to be trained and not to be")
-        more = {key: message[key] for key in RESULT if role == "tool" and not is_nothing(message.get(key))}
+        more = {key: message[key] for key in RESULT if role == "tool" and not is_empty(message.get(key))}
         calls = message.get(what) if speaker in CALLING else message.get(CALLS) if role == "assistant" else None
-        if not is_nothing(parsed(calls)):
+        if not is_empty(parsed(calls)):
             more = {CALLS: [_call(call) for call in _in_list(calls)]}
         text = "" if speaker in CALLING else self._turn_text(message, what, number, role)
         is_trained = role != "assistant" or False not in marks
@@ -185,7 +185,7 @@ class _Conversation:
             return self._words(results[1])
         if role != "assistant":
             return self._with_media(message, what, number)
-        silent = is_nothing(content) and not is_nothing(parsed(message.get(CALLS)))
+        silent = is_empty(content) and not is_empty(parsed(message.get(CALLS)))
         return with_thoughts("" if silent else self._with_media(message, what, number), message)
 
     def _with_media(self, message: Mapping[str, object], what: str, number: int) -> str:
@@ -220,7 +220,7 @@ class _Conversation:
         if isinstance(content, str):
             return self._words(content)
         if not isinstance(content, Sequence) or isinstance(content, bytes) or not content:
-            raise Unusable(f"{what!r} of turn {number} is neither text nor parts: {shown(content)}")
+            raise Unusable(f"{what!r} of turn {number} is neither text nor parts: {short_repr(content)}")
         return "".join(self._part(part, message, f"{what}.", number) for part in content)
 
     def _refuse_unread(
@@ -234,7 +234,7 @@ class _Conversation:
     ) -> None:
         """Refuses what a message, or a part of it, holds besides what is read, bookkeeping, and what says the usual."""
         for key, value in fields.items():
-            if key in read or is_nothing(value) or (key, value) == ("detail", "auto"):
+            if key in read or is_empty(value) or (key, value) == ("detail", "auto"):
                 if path and isinstance(value, dict):
                     self._refuse_unread(message, value, BESIDE["images"], f"{path}{key}.")
                 continue
@@ -243,7 +243,7 @@ class _Conversation:
                     continue
                 what = "an answer is trained wholly or not, by 1 or 0" if answers else "only answers are trained"
                 raise UnreadKey(message, f"{path}{key}", what)
-            loss = losing(key, value, unknown=True)
+            loss = lost_content(key, value, unknown=True)
             if loss is not None or path:
                 raise UnreadKey(message, f"{path}{loss[0] if loss else key}", loss[1] if loss else UNREAD)
 
@@ -253,9 +253,9 @@ class _Conversation:
         fields = part if isinstance(part, Mapping) else {}
         kind, text = fields.get("type"), fields.get("text")
         if kind is None:
-            kind = next((key for key in ("text", "image", "image_url", "video") if not is_nothing(fields.get(key))), "")
+            kind = next((key for key in ("text", "image", "image_url", "video") if not is_empty(fields.get(key))), "")
         if not isinstance(kind, str) or kind not in PARTS:
-            raise Unusable(f"turn {number} has a part that is no text, picture or video: {shown(part)}")
+            raise Unusable(f"turn {number} has a part that is no text, picture or video: {short_repr(part)}")
         self._refuse_unread(message, fields, PARTS[kind], path)
         if kind in VIDEO_PARTS:
             if all(fields.get(key) is None for key in VIDEO_PAYLOADS):
@@ -265,7 +265,7 @@ class _Conversation:
         picture = self._payload(fields, message, path, number)
         if kind in TEXT_PARTS:
             if not isinstance(text, str):
-                raise Unusable(f"turn {number} has a part of text without text: {shown(part)}")
+                raise Unusable(f"turn {number} has a part of text without text: {short_repr(part)}")
             return picture + self._words(text)
         if not picture and (index := fields.get("index")) is not None:
             self._take(index, number)
@@ -300,7 +300,7 @@ class _Conversation:
     def _take(self, index: object, number: int = 0) -> None:
         """Takes a picture beside the messages by its index, from 0 (as TRL's)."""
         if not isinstance(index, int) or not 0 <= index < len(self._beside):
-            raise Unusable(f"a part of turn {number} has the index {shown(index)} of {len(self._beside)} pictures")
+            raise Unusable(f"a part of turn {number} has the index {short_repr(index)} of {len(self._beside)} pictures")
         self._images.append(self._beside[index])
         if index in self._left:
             self._left.remove(index)
@@ -320,17 +320,17 @@ def as_json(value: object) -> str:
     try:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError):
-        raise Unusable(f"{shown(value)} cannot be written as JSON") from None
+        raise Unusable(f"{short_repr(value)} cannot be written as JSON") from None
 
 
 def with_thoughts(text: str, message: Row) -> str:
     """Returns an answer's text with what the message holds as thoughts in front."""
-    thoughts = {as_text(message[key], key).strip() for key in THOUGHTS if not is_nothing(message.get(key))}
+    thoughts = {as_text(message[key], key).strip() for key in THOUGHTS if not is_empty(message.get(key))}
     if not thoughts:
         return text
     thought, *others = thoughts
     if others or END_THINK in thought or THINK in text:
-        raise Unusable(f"an answer has thoughts twice: {shown_names(THOUGHTS)}, or {THINK} in its text")
+        raise Unusable(f"an answer has thoughts twice: {short_names(THOUGHTS)}, or {THINK} in its text")
     return f"{THINK}\n{thought}\n{END_THINK}\n\n{text}"
 
 
@@ -340,11 +340,13 @@ def _call(call: object) -> dict[str, object]:
     function = parsed(fields.get("function", fields))
     named = function if isinstance(function, Mapping) else {}
     arguments = named.get("arguments")
-    arguments = {} if is_nothing(arguments) else parsed(arguments)
+    arguments = {} if is_empty(arguments) else parsed(arguments)
     is_whole = isinstance(named.get("name"), str) and bool(named["name"]) and isinstance(arguments, dict)
     unread = {*named, *fields} - {"id", "type", "index", "function", "name", "arguments"}
     if not is_whole or unread or fields.get("type", "function") != "function":
-        raise Unusable(f"a tool's call must hold a function's 'name' and 'arguments', an object, got {shown(call)}")
+        raise Unusable(
+            f"a tool's call must hold a function's 'name' and 'arguments', an object, got {short_repr(call)}"
+        )
     about = {"id": fields["id"]} if "id" in fields else {}
     return {"type": "function", **about, "function": {"name": named["name"], "arguments": arguments}}
 
@@ -355,7 +357,7 @@ def _template_arguments(row: Row, first: str) -> dict[str, object]:
     Tools that the system turn says already, in `<tools>` (Hermes), are left to it.
     """
     beside: dict[str, object] = {}
-    if not is_nothing(parsed(row.get(TOOLS))):
+    if not is_empty(parsed(row.get(TOOLS))):
         tools = [
             tool if isinstance(tool, Mapping) and "function" in tool else {"type": "function", "function": tool}
             for tool in _in_list(row[TOOLS])
@@ -363,13 +365,13 @@ def _template_arguments(row: Row, first: str) -> dict[str, object]:
         functions = [tool["function"] for tool in tools]
         names = [function.get("name") if isinstance(function, Mapping) else None for function in functions]
         if not all(isinstance(name, str) and name for name in names):
-            raise Unusable(f"'tools' must be a list of functions with names, got {shown(row[TOOLS])}")
+            raise Unusable(f"'tools' must be a list of functions with names, got {short_repr(row[TOOLS])}")
         if "<tools>" not in first or not all(str(name) in first for name in names):
             beside[TOOLS] = tools
-    if not is_nothing(row.get(KWARGS)):
+    if not is_empty(row.get(KWARGS)):
         beside[KWARGS] = arguments = without_nulls(parsed(row[KWARGS]))
         if not isinstance(arguments, dict):
-            raise Unusable(f"{KWARGS!r} must be an object, got {shown(arguments)}")
+            raise Unusable(f"{KWARGS!r} must be an object, got {short_repr(arguments)}")
     return beside
 
 
@@ -391,15 +393,15 @@ def _read_clip(value: object, key: str) -> Clip:
                 if isinstance(seconds, int | float) and not isinstance(seconds, bool) and math.isfinite(seconds):
                     times[index] = float(seconds)
             if name is not None and times[index] is None:
-                raise Unusable(f"{name!r} of a video must be a number of seconds, got {shown(seconds)}")
+                raise Unusable(f"{name!r} of a video must be a number of seconds, got {short_repr(seconds)}")
         if value.get("bytes") is not None:
             raise Unusable(f"{key!r} holds a video's bytes; write it to a file and name that")
         value = next((value[name] for name in VIDEO_PAYLOADS if value.get(name) is not None), None)
         value = value.get("url") if isinstance(value, Mapping) else value
     if not isinstance(value, str) or not value:
-        raise Unusable(f"{key!r} must be a path or a list of paths, got {shown(value)}")
+        raise Unusable(f"{key!r} must be a path or a list of paths, got {short_repr(value)}")
     if value.startswith(("http://", "https://", "data:")):
-        raise Unusable(f"{key!r} is no file, {shown(value)}; fetch it and name the file", ON_THE_WEB)
+        raise Unusable(f"{key!r} is no file, {short_repr(value)}; fetch it and name the file", ON_THE_WEB)
     path, (start, end) = value.removeprefix("file://").replace("\\", "/"), times
     return Clip(path=path, start_seconds=start, end_seconds=end)
 
@@ -423,8 +425,8 @@ def as_text(value: object, name: str) -> str:
         return as_json(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value:  # NaN: a table's empty cell
         inner = f"; data.columns may name a key of it, COLUMN.{next(iter(value))}" if isinstance(value, dict) else ""
-        raise Unusable(f"{name!r} must hold text, got {shown(value)}{inner}")
+        raise Unusable(f"{name!r} must hold text, got {short_repr(value)}{inner}")
     try:
         return str(value)
     except ValueError:  # a whole number of thousands of digits
-        raise Unusable(f"{name!r} holds {shown(value)}") from None
+        raise Unusable(f"{name!r} holds {short_repr(value)}") from None

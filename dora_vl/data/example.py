@@ -23,7 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dora_vl.data.text_file import json_lines, json_of, text_of
 from dora_vl.data.turns import Clip, Number, Turn, Unusable
-from dora_vl.errors import NO_ANSWER, BadSample, UserError, shown
+from dora_vl.errors import NO_ANSWER, BadSample, UserError, short_repr
 from dora_vl.files import whole_file
 
 JSON: TypeAlias = Any  # null, booleans, numbers, text, lists and objects; checked when written
@@ -113,7 +113,7 @@ _EXAMPLE = TypeAdapter(Example)
 def to_record(example: Example) -> dict[str, JSON]:
     """Returns the example as a JSON object, without the fields it has not."""
     if example.image_bytes:
-        raise UserError(f"example {shown(example.id)} holds its pictures as bytes; write them to files first")
+        raise UserError(f"example {short_repr(example.id)} holds its pictures as bytes; write them to files first")
     unlike = {"extra", "image_bytes"}  # anything may be in `extra`, which `json_line` judges
     record = _EXAMPLE.dump_python(example, mode="json", exclude=unlike, exclude_defaults=True)
     if example.video is not None:
@@ -125,7 +125,7 @@ def from_record(record: Mapping[str, JSON]) -> Example:
     """Returns the example of a JSON object that `to_record` made; raises `BadSample` where it is not one."""
     sample_id = record.get("id")
     if not isinstance(sample_id, str) or not sample_id:
-        raise BadSample("(no id)", f"'id' must be text that is not empty, got {shown(sample_id)}")
+        raise BadSample("(no id)", f"'id' must be text that is not empty, got {short_repr(sample_id)}")
     if unknown := sorted(set(record) - FIELDS):
         raise BadSample(sample_id, f"unknown field {unknown[0]!r}; an example has {', '.join(sorted(FIELDS))}")
     if record.get("video") and record.get("videos"):
@@ -138,7 +138,7 @@ def from_record(record: Mapping[str, JSON]) -> Example:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         location = " ".join(map(str, first["loc"]))
-        raise BadSample(sample_id, f"{location!r}: {first['msg']}, got {shown(first['input'])}") from None
+        raise BadSample(sample_id, f"{location!r}: {first['msg']}, got {short_repr(first['input'])}") from None
     if example.choices and "correct" in example.extra:
         right_choice(example)
     return example
@@ -150,7 +150,7 @@ def write_examples(path: Path, examples: Iterable[Example]) -> int:
     with whole_file(path) as file:
         for number, example in enumerate(examples, start=1):
             _check_unique(lines, example.id, number, path)
-            file.write(json_line(to_record(example), f"{path}, line {number}, id {shown(example.id)}"))
+            file.write(json_line(to_record(example), f"{path}, line {number}, id {short_repr(example.id)}"))
     return len(lines)
 
 
@@ -169,7 +169,7 @@ def iterate_examples(path: Path) -> Iterator[Example]:
 def _check_unique(lines: dict[str, int], sample_id: str, number: int, path: Path) -> None:
     if (first := lines.setdefault(sample_id, number)) != number:
         why = "ids must be unique, so that each answer belongs to one record"
-        raise UserError(f"{path}: id {shown(sample_id)} in lines {first} and {number}; {why}")
+        raise UserError(f"{path}: id {short_repr(sample_id)} in lines {first} and {number}; {why}")
 
 
 def json_line(record: Mapping[str, JSON], where: str) -> str:
@@ -286,7 +286,7 @@ def right_choice(example: Example) -> int:
     """Returns the index, from 0, that `extra["correct"]` holds. Raises BadSample: the example does not say it."""
     correct, count = example.extra.get("correct"), len(example.choices)
     if isinstance(correct, bool) or not isinstance(correct, int) or not 0 <= correct < count:
-        reason = f"extra.correct must be the index, from 0, of one of its {count} choices, got {shown(correct)}"
+        reason = f"extra.correct must be the index, from 0, of one of its {count} choices, got {short_repr(correct)}"
         raise BadSample(example.id, reason)
     return correct
 
@@ -312,7 +312,7 @@ def listed_choices(text: str) -> tuple[str, ...]:
         except UserError:
             value = written_in_python(text)
     if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value) or len(value) == 1:
-        raise Unusable(f"its choices must be a list of text, got the text {shown(text)}")
+        raise Unusable(f"its choices must be a list of text, got the text {short_repr(text)}")
     return tuple(value)
 
 
@@ -349,11 +349,11 @@ def correct_choice(answer: object, choices: Sequence[str], *, by_place: bool) ->
             raise Unusable(f"its answer is {answer}, but there are {len(choices)} choices")
         return answer
     if not isinstance(answer, str):
-        raise Unusable(f"its answer must be text or a whole number, got {shown(answer)}")
+        raise Unusable(f"its answer must be text or a whole number, got {short_repr(answer)}")
     word = answer.strip()
     by_text = [index for index, choice in enumerate(choices) if choice.strip() == word]
     if len(by_text) > 1:
-        raise Unusable(f"its answer {shown(answer)} is the text of {len(by_text)} of its choices")
+        raise Unusable(f"its answer {short_repr(answer)} is the text of {len(by_text)} of its choices")
     letter = re.fullmatch(r"\(?([A-Za-z])\)?[.:]?", word)
     number = int(word) if re.fullmatch("[0-9]{1,4}", word) else None
     position = ascii_uppercase.index(letter[1].upper()) if letter else number
@@ -363,8 +363,8 @@ def correct_choice(answer: object, choices: Sequence[str], *, by_place: bool) ->
         raise CountedFromOne(len(choices))
     if not indices:
         ways = "letter, number from 0 or text" if by_place else "text"
-        raise Unusable(f"its answer {shown(answer)} is no {ways} of its {len(choices)} choices")
+        raise Unusable(f"its answer {short_repr(answer)} is no {ways} of its {len(choices)} choices")
     if len(indices) > 1:
         reason = "is the text of one choice and the letter or number of another; write a letter before each choice"
-        raise Unusable(f"its answer {shown(answer)} {reason}")
+        raise Unusable(f"its answer {short_repr(answer)} {reason}")
     return indices.pop()

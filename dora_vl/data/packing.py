@@ -43,7 +43,7 @@ def tokens_of(tree: Tree) -> int:
     return sum(map(len, tree))
 
 
-def grow(samples: Sequence[Sample], *, budget: int, shared: bool = True) -> list[Tree]:
+def build_trees(samples: Sequence[Sample], *, budget: int, shared: bool = True) -> list[Tree]:
     """Returns the samples as few trees of at most `budget` tokens each; one sample alone may be longer.
 
     Where they may be `shared`, samples of the same pictures or videos, or of words alone those of one conversation, are
@@ -122,7 +122,7 @@ def _same_media(first: Sample, second: Sample) -> bool:
     )
 
 
-def spread(lengths: Sequence[int], rows: int) -> list[list[int]]:
+def assign_rows(lengths: Sequence[int], rows: int) -> list[list[int]]:
     """Deals trees to `rows` of about equally many tokens: the longest first, to the shortest row."""
     filled = [(0, row) for row in range(rows)]
     trees: list[list[int]] = [[] for _ in range(rows)]

@@ -221,7 +221,7 @@ def picture_of(first: Part, others: Iterator[Part], budget: Budget) -> Image.Ima
         strip = next(others)[1]
 
 
-def decoded(process: LimitedProcess, content: bytes, budget: Budget) -> Image.Image:
+def decode_picture(process: LimitedProcess, content: bytes, budget: Budget) -> Image.Image:
     """Returns a picture decoded in that process. Raises JobFailed: it cannot be, or costs more than the budget."""
     arguments = {"path": None, "most_pixels": budget.pixels, "decode": True, "send": True}
     with closing(process.run("read_picture", arguments, content, budget=budget)) as parts:

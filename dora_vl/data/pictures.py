@@ -18,7 +18,7 @@ from PIL import Image
 
 from dora_vl.data.picture_files import NOT_DECODED, decoding_trouble, load_picture, picture_facts, why_not_decoded
 from dora_vl.data.turns import Unusable
-from dora_vl.errors import ON_THE_WEB, BadSample, UserError, shown
+from dora_vl.errors import ON_THE_WEB, BadSample, UserError, short_repr
 from dora_vl.limited_process import JobFailed
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def picture_name(value: object, key: str, image_bytes: dict[str, bytes]) -> str:
         header, _, text = value.partition(",")
         content = _from_base64(text) if header.endswith(";base64") else None
         if content is None:
-            raise Unusable(f"its data URL {shown(value)} cannot be read: it is not base64")
+            raise Unusable(f"its data URL {short_repr(value)} cannot be read: it is not base64")
         value = content
     elif isinstance(value, str) and value.startswith(BARE_BASE64):
         value = _from_base64(value) or value  # a path may begin alike
@@ -230,9 +230,9 @@ def picture_name(value: object, key: str, image_bytes: dict[str, bytes]) -> str:
         image_bytes[name] = bytes(value)
         return name
     if not isinstance(value, str) or not value:
-        raise Unusable(f"{key!r} must be a path or a list of paths, got {shown(value)}")
+        raise Unusable(f"{key!r} must be a path or a list of paths, got {short_repr(value)}")
     if value.startswith(WEB):
-        raise Unusable(f"{key!r} is on the web, {shown(value)}; fetch it and name the file", ON_THE_WEB)
+        raise Unusable(f"{key!r} is on the web, {short_repr(value)}; fetch it and name the file", ON_THE_WEB)
     return value.removeprefix(AS_URL).replace("\\", "/")
 
 

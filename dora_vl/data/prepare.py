@@ -22,7 +22,7 @@ from dora_vl import __version__
 from dora_vl.data.benchmarks.fields import UNKNOWN_ID, Raw, Split
 from dora_vl.data.benchmarks.table import SOURCES
 from dora_vl.data.example import JSON, Example, json_line, to_record
-from dora_vl.errors import BadSample, UserError, positive, shown, shown_text
+from dora_vl.errors import BadSample, UserError, positive_int, short_repr, short_text
 from dora_vl.files import file_sha256, whole_file, write_json
 
 FORMAT = 2  # raise it when records change their meaning: older files are then made again
@@ -46,7 +46,7 @@ Sources (python -c "help('dora_vl.data.benchmarks.images')", llava, videos... sa
 
 
 @dataclass(kw_only=True)
-class Counts:
+class ConversionCounts:
     """Counts the rows that were read and the records written, and says which rows were not used.
 
     Attributes:
@@ -146,7 +146,7 @@ def reading(where: str) -> Iterator[None]:
 
 
 def _names(split: Split) -> str:
-    return ", ".join(shown_text(str(path), 120) for path in split.inputs[:2]) or f"{split.task}/{split.name}"
+    return ", ".join(short_text(str(path), 120) for path in split.inputs[:2]) or f"{split.task}/{split.name}"
 
 
 class Records:
@@ -158,7 +158,7 @@ class Records:
         self._file = file
         self._lines: dict[str, int] = {}  # the line that each id stands in
         self._contents = set[bytes]()
-        self.counts = Counts()
+        self.counts = ConversionCounts()
         self.digest = hashlib.sha256()
 
     def add(self, row: Raw) -> None:
@@ -167,7 +167,7 @@ class Records:
         try:
             lines = self._converted(row)
         except BadSample as error:
-            self._drop(shown_text(error.sample_id, 80), shown_text(error.reason, 200))
+            self._drop(short_text(error.sample_id, 80), short_text(error.reason, 200))
         except RecursionError:
             self._drop(UNKNOWN_ID, "its values are nested too deeply")
         else:
@@ -199,7 +199,7 @@ class Records:
         if name in self._lines:
             if self._split.repeated_ids == "refuse":
                 lines = f"lines {self._lines[name]} and {counts.written + 1}"
-                raise UserError(f"{self._path}: id {shown(name)} in {lines}; the publisher's ids must be unique")
+                raise UserError(f"{self._path}: id {short_repr(name)} in {lines}; the publisher's ids must be unique")
             name = next(new for number in count(2) if (new := f"{name}#{number}") not in self._lines)
             counts.renamed_ids += 1
             line = json_line({**json.loads(line), "id": name}, name)
@@ -225,7 +225,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", dest="folder", type=Path, required=True, metavar="FOLDER", help="the published files")
     parser.add_argument("--to", type=Path, default=Path("records"), metavar="FOLDER", help="default: records")
     parser.add_argument("--splits", metavar="A,B", help="only these, such as train,validation; default: all found")
-    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of each split")
+    parser.add_argument("--limit", type=positive_int, metavar="N", help="only the first N rows of each split")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="an option of the source")
 
 
@@ -248,13 +248,13 @@ def chosen_splits(arguments: argparse.Namespace) -> list[Split]:
         name, equals, value = setting.partition("=")
         if not equals or name not in source.options:
             has = f"has the options {', '.join(source.options)}" if source.options else "has no options"
-            raise UserError(f"--set {shown_text(setting, 100)}: must be NAME=VALUE; {arguments.source} {has}")
+            raise UserError(f"--set {short_text(setting, 100)}: must be NAME=VALUE; {arguments.source} {has}")
         options[name] = value
     splits = list(source.splits(arguments.folder, options, arguments.to))
     names = [split.name for split in splits] if arguments.splits is None else arguments.splits.split(",")
     if unknown := set(names) - {split.name for split in splits}:
         known_names = ", ".join(sorted({split.name for split in splits}))
-        raise UserError(f"--splits {shown_text(min(unknown), 60)}: {arguments.folder} has files for {known_names}")
+        raise UserError(f"--splits {short_text(min(unknown), 60)}: {arguments.folder} has files for {known_names}")
     return [split for split in splits if split.name in names]
 
 

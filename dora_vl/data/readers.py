@@ -12,6 +12,8 @@ from dataclasses import replace
 from functools import partial
 from string import ascii_lowercase, ascii_uppercase
 
+from dora_vl.data.column_names import KNOWN, Cell, flag_of, is_empty, lost_content, plain_name
+from dora_vl.data.column_names import ROLES as COLUMNS
 from dora_vl.data.columns import (
     FORMATS,
     JUDGED,
@@ -46,11 +48,9 @@ from dora_vl.data.example import (
     with_letters,
     written_in_python,
 )
-from dora_vl.data.names import KNOWN, Cell, flag_of, is_nothing, losing, plain_name
-from dora_vl.data.names import ROLES as COLUMNS
 from dora_vl.data.pictures import picture_name
 from dora_vl.data.turns import CALLS, Turn, Unusable, refuse_places
-from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, NO_SAMPLE, BadSample, UserError, shown, shown_names
+from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, NO_SAMPLE, BadSample, UserError, short_names, short_repr
 
 ASKING, REPLYING = ("user", "human", "question"), ("assistant", "gpt", "answer")
 """A round may be one object with these keys (The Cauldron, ms-swift)."""
@@ -60,7 +60,7 @@ def _messages(row: Row, key: str) -> Sequence[object]:
     """Returns a column that must be a list of turns, or of rounds, each an object of a question and its answer."""
     messages = row.get(key)
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
-        raise Unusable(f"{key!r} must be a list of turns, got {shown(messages)}")
+        raise Unusable(f"{key!r} must be a list of turns, got {short_repr(messages)}")
     if key not in ("prompt", "completion") and (reply := row.get("completion")):
         messages = [*messages, reply if isinstance(reply, Mapping) else {"role": "assistant", "content": reply}]
     first = messages[0]
@@ -72,7 +72,7 @@ def _messages(row: Row, key: str) -> Sequence[object]:
         asking, replying = ([key for key in keys if key in fields] for keys in (ASKING, REPLYING))
         if len(asking) != 1 or len(replying) != 1:
             known = "role and content, or the user's and the assistant's words"
-            raise Unusable(f"entry {number} of {key!r} must hold {known}, got {shown(entry)}")
+            raise Unusable(f"entry {number} of {key!r} must hold {known}, got {short_repr(entry)}")
         more = {name: value for name, value in fields.items() if name not in (*asking, *replying)}
         question, answer = _round(fields[asking[0]], fields[replying[0]])
         turns += [{**more, **question}, answer]
@@ -87,9 +87,9 @@ def _earlier_rounds(row: Row) -> list[object]:
     """Reads `history`, pairs of a question and its answer (ms-swift)."""
     history = row.get("history")
     messages: list[object] = []
-    for pair in history if isinstance(history, list) else [] if is_nothing(history) else [history]:
+    for pair in history if isinstance(history, list) else [] if is_empty(history) else [history]:
         if not isinstance(pair, list) or len(pair) != 2:
-            raise Unusable(f"'history' must hold pairs of a question and an answer, got {shown(pair)}")
+            raise Unusable(f"'history' must hold pairs of a question and an answer, got {short_repr(pair)}")
         messages += _round(*pair)
     return messages
 
@@ -164,7 +164,7 @@ def _rejected(value: object) -> tuple[str, ...]:
     else:
         message = value[-1] if isinstance(value, list) and value else value
         fields = message if isinstance(message, Mapping) else {}
-        if not is_nothing(fields.get(CALLS)) or fields.get("from", fields.get("role")) in CALLING:
+        if not is_empty(fields.get(CALLS)) or fields.get("from", fields.get("role")) in CALLING:
             raise Unusable("its rejected answer calls a tool; preferences compare texts alone")
         text = fields.get("content", fields.get("value")) if fields else message
         if isinstance(text, list):  # a list of parts
@@ -183,7 +183,7 @@ def _compared(example: Example, row: Row) -> Example:
     if others and len(others) != len(example.images):
         raise Unusable(f"it has {len(example.images)} pictures and {len(others)} rejected_images")
     chosen = example.turns[-1].text
-    rejected = (chosen,) if is_nothing(row.get("rejected")) and others else _rejected(row.get("rejected"))
+    rejected = (chosen,) if is_empty(row.get("rejected")) and others else _rejected(row.get("rejected"))
     refuse_places(rejected, has_videos=bool(example.videos), kind="rejected answer")
     if not others and chosen.strip() in {text.strip() for text in rejected}:
         raise Unusable("its rejected answer is the chosen one")
@@ -196,7 +196,7 @@ def _question_answer(row: Row) -> list[object]:
     A hint stands before the question, choices behind it (`_written_choices`).
     """
     question, answer = as_text(row["question"], "question"), _answer(row["answer"])
-    if not is_nothing(row.get("choices")) and answer.strip():
+    if not is_empty(row.get("choices")) and answer.strip():
         labels, choices = _choices(row["choices"])
         if choices:
             question, answer = _written_choices(question, choices, answer, labels)
@@ -263,10 +263,10 @@ def _choices(value: object) -> tuple[list[str], list[str]]:
     if isinstance(value, Mapping) and "text" in value:
         labels, value = value.get("label") or [], value["text"]
     elif isinstance(value, Mapping):
-        texts_by_label = {name: text for name, text in value.items() if not is_nothing(text)}
+        texts_by_label = {name: text for name, text in value.items() if not is_empty(text)}
         labels, value = [*texts_by_label], [*texts_by_label.values()]
     if not isinstance(value, list | tuple) or not isinstance(labels, list) or len(labels) not in (0, len(value)):
-        raise Unusable(f"its choices must be a list of text, got {shown(value)}")
+        raise Unusable(f"its choices must be a list of text, got {short_repr(value)}")
     texts = [as_text(text, "choices") for text in value]
     lettered = [_LETTERED.fullmatch(text.strip()) for text in texts]
     letters = [match[1].casefold() for match in lettered if match]
@@ -299,7 +299,7 @@ def _answers(value: object, name: str = "answer") -> list[str]:
 def _several_answers(format_name: str, fields: Row) -> tuple[Answer, ...]:
     """Returns the right answers of a row that has several, the trained one first; of others nothing."""
     texts: list[str] = []
-    if fields.get("turns") or not is_nothing(fields.get("choices")):
+    if fields.get("turns") or not is_empty(fields.get("choices")):
         return ()  # a conversation ends with one answer, and one choice is right
     if format_name == "records":
         heaviest_first = sorted(read_record({**fields, "id": "-"}).answers, key=lambda answer: -answer.weight)
@@ -321,7 +321,7 @@ def _in_object(value: object) -> object:
         return value
     text = next((text for key in ANSWER_KEYS[:2] if (text := value.get(key)) is not None), None)
     for key, entry in value.items() if text is not None else ():
-        if key not in ANSWER_KEYS and (loss := losing(key, entry)):
+        if key not in ANSWER_KEYS and (loss := lost_content(key, entry)):
             raise UnreadKey(value, *loss)
     return value if text is None else text
 
@@ -347,7 +347,7 @@ def id_of(row: Row, number: int, columns: Columns) -> str:
     sample_id = columns.id_of(row)
     if sample_id is None:
         return f"row {number + 1}"
-    return sample_id if isinstance(sample_id, str) else shown(sample_id)
+    return sample_id if isinstance(sample_id, str) else short_repr(sample_id)
 
 
 def read_row(row: Row, *, columns: Columns = USUAL) -> Example:
@@ -367,13 +367,13 @@ def read_fields(resolved: Resolved, sample_id: str) -> Example:
         nulls = [name for name, value in fields.items() if value is None and plain_name(name) in KNOWN]
         if nulls:
             kind = NO_SAMPLE if plain_name(nulls[0]) in COLUMNS["question"] else NO_ANSWER
-            raise BadSample(sample_id, f"its {shown_names(nulls)} is null", kind)
+            raise BadSample(sample_id, f"its {short_names(nulls)} is null", kind)
         alone = "text alone is not trained on; " if {*map(plain_name, fields)} <= {*COLUMNS["caption"]} else ""
         formats = "; ".join(" and ".join(form.needs) for form in FORMATS if form.needs)
         raise BadSample(
             sample_id,
-            f"its keys {shown([*fields], 120)} fit no format ({alone}{formats}); data.columns says what a column is, "
-            "such as {headline: question}, data.ask the question of all rows",
+            f"its keys {short_repr([*fields], 120)} fit no format ({alone}{formats}); data.columns says what a "
+            "column is, such as {headline: question}, data.ask the question of all rows",
         )
     fields = {**fields, "id": sample_id}
     try:
@@ -407,7 +407,7 @@ def _refuse_python_lists(fields: Row) -> None:
     for role in REPLIES:
         text = fields.get(role)
         if isinstance(text, Cell) and lists_replies(written_in_python(text), role, in_cell=True):
-            raise Unusable(f"{role!r} is a list as Python writes it, {shown(text)}; write it as JSON")
+            raise Unusable(f"{role!r} is a list as Python writes it, {short_repr(text)}; write it as JSON")
 
 
 def _judgement(resolved: Resolved) -> bool:
@@ -415,7 +415,9 @@ def _judgement(resolved: Resolved) -> bool:
     is_good = flag_of(value)
     if is_good is None:
         column = next(column for column, role in resolved.uses.items() if role == "judged")
-        raise Unusable(f"{shown(column)} says whether the answer is good: write true or false, got {shown(value)}")
+        raise Unusable(
+            f"{short_repr(column)} says whether the answer is good: write true or false, got {short_repr(value)}"
+        )
     return is_good
 
 

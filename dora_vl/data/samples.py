@@ -21,7 +21,7 @@ from dora_vl.data.example import Example
 from dora_vl.data.pictures import MediaFolder, path_inside
 from dora_vl.data.table import ExampleTable
 from dora_vl.data.turns import Clip
-from dora_vl.errors import BadSample, UserError, one_line, shown_text
+from dora_vl.errors import BadSample, UserError, one_line, short_text
 from dora_vl.files import write_json_lines
 
 BOOKKEEPING = ("samples", "sample_ids", "padding_tokens", "skipped", "cut", "shrunk", "made_of")
@@ -175,7 +175,7 @@ class BadSampleLedger:
         for sample_id, reason in skipped:
             if sample_id not in self.reasons:
                 self.reasons[sample_id] = reason
-                _log.warning("skipped sample %s: %s", shown_text(sample_id, 120), one_line(reason))
+                _log.warning("skipped sample %s: %s", short_text(sample_id, 120), one_line(reason))
 
     def judge(self, counts: BadSampleCounts | None = None) -> None:
         """Ends the run if too many samples are bad; give all ranks' sum, so that all end at the same step."""
@@ -184,7 +184,7 @@ class BadSampleLedger:
         broken_share = min(10 * self._max_bad_share, (1 + self._max_bad_share) / 2)
         if bad <= allowed and (bad < 10 or bad <= broken_share * seen):
             return
-        example = next((f"; for example {shown_text(key)}: {reason}" for key, reason in self.reasons.items()), "")
+        example = next((f"; for example {short_text(key)}: {reason}" for key, reason in self.reasons.items()), "")
         raise UserError(
             f"{self._source}: {bad:,} of the {seen:,} samples read so far ({bad / seen:.2%}) cannot be used, and of all"
             f" {self._total_samples:,} at most {self._max_bad_share:.2%} may be bad{example}."
@@ -199,12 +199,15 @@ def write_skipped(path: Path, reasons: Mapping[str, str], *, validation: Mapping
     write_json_lines(path, lines)
 
 
-MOST = 20_000  # rows, at even distances, that are looked at before a run: a few seconds' worth
-FIRST = 8  # samples, and as many with pictures, whose labels are read before the first step
-SHOWN, BEFORE = 120, 20  # characters of a text in a message, and those of them before it differs from another
+LOOK_AHEAD_ROWS = 20_000  # rows, at even distances, that are looked at before a run: a few seconds' worth
+CHECKED_SAMPLES = 8  # samples, and as many with pictures, whose labels are read before the first step
+SHOWN_CHARACTERS, CONTEXT_CHARACTERS = (
+    120,
+    20,
+)  # characters of a text in a message, and those of them before it differs from another
 
 
-def look_ahead(
+def check_files_early(
     table: ExampleTable, *, pictures: MediaFolder | None, videos: MediaFolder | None, max_bad_share: float, source: str
 ) -> None:
     """Refuses a set with so large a share of unusable samples that a run over it would end.
@@ -212,7 +215,7 @@ def look_ahead(
     `pictures` and `videos` are the roots of their paths; None where their files are not looked for.
     """
     bad: dict[str, str] = {}
-    indices = np.linspace(0, len(table) - 1, min(len(table), MOST)).astype(np.int64)
+    indices = np.linspace(0, len(table) - 1, min(len(table), LOOK_AHEAD_ROWS)).astype(np.int64)
     for example in table if len(indices) == len(table) else table.select(indices):
         if isinstance(example, BadSample):
             bad[example.sample_id] = example.reason
@@ -220,7 +223,7 @@ def look_ahead(
         shown = (*example.images, *example.rejected_images)
         files = [(pictures, name, "picture") for name in shown if name not in table.stored]
         files += [(videos, clip.path, "video") for clip in example.videos]
-        problems = (_why_missing(root, name, kind) for root, name, kind in files if root is not None)
+        problems = (_missing_reason(root, name, kind) for root, name, kind in files if root is not None)
         if problem := next(filter(None, problems), None):
             bad[example.id] = problem
     ledger = BadSampleLedger(max_bad_share=max_bad_share, total_samples=len(table), source=source)
@@ -228,7 +231,7 @@ def look_ahead(
     ledger.judge(BadSampleCounts(seen=len(indices), bad=len(bad)))
 
 
-def _why_missing(root: MediaFolder, name: str, kind: str) -> str | None:
+def _missing_reason(root: MediaFolder, name: str, kind: str) -> str | None:
     try:
         if path_inside(root, name, kind=kind).exists():
             return None
@@ -262,36 +265,37 @@ def check_labels(samples: Iterable[Labelled]) -> None:
     for sample in samples:
         labels = sample.labels[sample.labels != IGNORED_LABEL]
         trained = sample.read(labels.tolist())
-        if _says(trained, sample):
+        if _labels_match(trained, sample):
             continue
         meant = "".join("".join(answer) for answer in sample.answers)
         alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(trained, meant, strict=False)))
-        start = max(0, alike - BEFORE) if max(len(trained), len(meant)) > SHOWN else 0
+        start = max(0, alike - CONTEXT_CHARACTERS) if max(len(trained), len(meant)) > SHOWN_CHARACTERS else 0
         raise UserError(
-            f"sample {shown_text(sample.id)}: its labels would train {shown_text(trained[start:], SHOWN)!r}, and its "
-            f"answers with what closes them are {shown_text(meant[start:], SHOWN)!r}; the base's tokenizer or chat "
-            "template does not fit: set another model.template, or take another base"
+            f"sample {short_text(sample.id)}: its labels would train "
+            f"{short_text(trained[start:], SHOWN_CHARACTERS)!r}, and its answers with what closes them are "
+            f"{short_text(meant[start:], SHOWN_CHARACTERS)!r}; the base's tokenizer or chat template does not fit: "
+            "set another model.template, or take another base"
         )
 
 
-def _says(trained: str, sample: Labelled) -> bool:
+def _labels_match(trained: str, sample: Labelled) -> bool:
     """Tells whether a text is the sample's answers, one after another, each closed; of a cut sample their beginning."""
-    rest, closing = _squashed(trained), ""
+    rest, closing = _without_whitespace(trained), ""
     for answer in sample.answers:
         # Each as it stands, and as the tokenizer gives it back, which may spell it otherwise or not know it.
         forms = [
-            _squashed(form)
+            _without_whitespace(form)
             for text in ("".join(answer), answer.text + answer.closing)
             for form in (text, sample.read(sample.tokenizer(text, add_special_tokens=False)["input_ids"]))
         ]
         closing = answer.closing
         form = next((form for form in forms if rest.startswith(form)), None)
         if form is None:
-            beginning = rest.removesuffix(_squashed(closing)).rstrip("\ufffd")  # of a character cut in two
+            beginning = rest.removesuffix(_without_whitespace(closing)).rstrip("\ufffd")  # of a character cut in two
             return sample.cut and any(form.startswith(beginning) for form in forms)
         rest = rest[len(form) :]
     return not rest and (sample.cut or not closing.isspace() or trained[-1:].isspace())
 
 
-def _squashed(text: str) -> str:
+def _without_whitespace(text: str) -> str:
     return "".join(text.split())

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from dora_vl.data.check import NO_PICTURE, doubts_of
+from dora_vl.data.check import NO_PICTURE, find_doubts
 from dora_vl.data.columns import USUAL, Columns, TrainFile, column_lines
 from dora_vl.data.containers import HUB, DataFiles, count_rows, find_files, hub_rows, hub_set
 from dora_vl.data.example import Example
@@ -37,8 +37,8 @@ FIRST_ROWS = 64  # read before training: they show the format, and how long rows
 UNKNOWN_ROWS = 1000
 BUFFER_BYTES = 1 << 28  # of all rows of a shuffle buffer together, pictures included
 
-Record = Mapping[str, object]
-Read = Example | BadSample
+RawRow = Mapping[str, object]
+ExampleOrBad = Example | BadSample
 
 logger = logging.getLogger(__name__)
 
@@ -70,16 +70,16 @@ class StreamSource:
         """Lists the share of the rows in each pass of an epoch over the file: 2.5 is 1, 1 and 0.5."""
         return [1.0] * int(self.file.weight) + [self.fraction] * (self.fraction > 0)
 
-    def rows(self, *, share: float = 1.0, order: random.Random | None = None) -> Iterator[Read]:
+    def rows(self, *, share: float = 1.0, order: random.Random | None = None) -> Iterator[ExampleOrBad]:
         """Yields the rows of one pass, or about this share of them, chosen by (seed, file, place)."""
         # A share of a set of the hub is drawn by the places of its rows, which shuffled shards would change.
         mixed = order if self._limit is None and (share == 1 or self._hub is None) else None
         taken = 0
         for shard, records in self._shards(mixed):
-            draws = _generator(self._seed, self.file.path, shard)
+            rng = _generator(self._seed, self.file.path, shard)
             for number, record in enumerate(islice(records, None if self._limit is None else self._limit - taken)):
                 taken += 1
-                if share < 1 and draws.random() >= share:
+                if share < 1 and rng.random() >= share:
                     continue
                 if shard not in ("", Path(self.file.path).name) and self._columns.id_of(record) is None:
                     record = {**record, "id": f"{shard}, row {number + 1}"}  # its place alone would name several
@@ -88,15 +88,15 @@ class StreamSource:
                     self._warn(record, row)
                 yield row
 
-    def _warn(self, record: Record, row: Example) -> None:
+    def _warn(self, record: RawRow, row: Example) -> None:
         """Names the first row of each kind that is probably not meant; a stream is not counted before it is read."""
         self._has_media |= bool(row.images or row.videos)
-        for doubt in doubts_of(record, row, self._reader.format, self._columns):
+        for doubt in find_doubts(record, row, self._reader.format, self._columns):
             if doubt not in self._doubts and (doubt != NO_PICTURE or self._has_media):
                 self._doubts.add(doubt)
                 logger.warning("%s: %s: %s and perhaps others, which check-data counts", self.file.path, doubt, row.id)
 
-    def _shards(self, order: random.Random | None) -> Iterator[tuple[str, Iterator[Record]]]:
+    def _shards(self, order: random.Random | None) -> Iterator[tuple[str, Iterator[RawRow]]]:
         if self._hub is not None:
             # A buffer of one: it is the order of its files alone that is shuffled here.
             stream = self._hub if order is None else self._hub.shuffle(seed=order.getrandbits(32), buffer_size=1)
@@ -108,7 +108,7 @@ class StreamSource:
         yield from ((file.name, replace(self._files, files=(file,)).rows()) for file in files)
 
     @cached_property
-    def first_rows(self) -> list[Read]:
+    def first_rows(self) -> list[ExampleOrBad]:
         """Reads the first rows; refuses a file of which none is usable."""
         rows = list(islice(self.rows(), FIRST_ROWS))
         problems = [row.reason for row in rows if isinstance(row, BadSample)]
@@ -180,7 +180,7 @@ class SampleStream:
         rows = chain.from_iterable(source.first_rows for source in self.sources)
         return any(row.videos for row in rows if isinstance(row, Example))
 
-    def rows(self, epoch: int) -> Iterator[Read]:
+    def rows(self, epoch: int) -> Iterator[ExampleOrBad]:
         """Yields an epoch's rows, an order that is a function of (seed, epoch) alone."""
         passes = [(source, share, number) for source in self.sources for number, share in enumerate(source.passes)]
         streams = [
@@ -196,7 +196,9 @@ class SampleStream:
         return (BadSample(row.id, reason) if isinstance(row, Example) and row.videos else row for row in rows)
 
 
-def interleaved(streams: Sequence[Iterator[Read]], weights: Sequence[float], draws: random.Random) -> Iterator[Read]:
+def interleaved(
+    streams: Sequence[Iterator[ExampleOrBad]], weights: Sequence[float], draws: random.Random
+) -> Iterator[ExampleOrBad]:
     """Yields all rows of all, each time of one that is drawn by its weight, and of the others when one has ended."""
     left = dict(enumerate(streams))
     while len(left) > 1:
@@ -209,9 +211,9 @@ def interleaved(streams: Sequence[Iterator[Read]], weights: Sequence[float], dra
     yield from chain.from_iterable(left.values())
 
 
-def shuffled(rows: Iterable[Read], size: int, draws: random.Random) -> Iterator[Read]:
+def shuffled(rows: Iterable[ExampleOrBad], size: int, draws: random.Random) -> Iterator[ExampleOrBad]:
     """Yields each row once, drawn from a buffer of `size` rows, of fewer where they hold more than `BUFFER_BYTES`."""
-    buffer: list[Read] = []
+    buffer: list[ExampleOrBad] = []
     buffer_size = 0
     for row in rows:
         buffer.append(row)
@@ -226,7 +228,7 @@ def shuffled(rows: Iterable[Read], size: int, draws: random.Random) -> Iterator[
     yield from buffer
 
 
-class StreamOrder(torch.utils.data.Sampler[Read]):
+class StreamOrder(torch.utils.data.Sampler[ExampleOrBad]):
     """Gives a loader rows instead of places.
 
     Where the samples of an epoch are known, an epoch is one pass. Where they are not, one pass of `total` samples is
@@ -256,13 +258,13 @@ class StreamOrder(torch.utils.data.Sampler[Read]):
             self._first_epoch = taken // epoch_samples
             self._passed = self._first_epoch * epoch_samples
 
-    def __iter__(self) -> Iterator[Read]:
+    def __iter__(self) -> Iterator[ExampleOrBad]:
         if self._known is not None:
             return self._stream.rows(self._epoch)
         passed = repeat(Example("passed over"), self._passed)
         return islice(chain(passed, self._endless()), self._total)
 
-    def _endless(self) -> Iterator[Read]:
+    def _endless(self) -> Iterator[ExampleOrBad]:
         for epoch in count(self._first_epoch):
             rows = 0
             for row in self._stream.rows(epoch):
@@ -284,5 +286,5 @@ class StreamedDataset(torch.utils.data.Dataset["Sample | Skipped"]):
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, row: Read) -> Sample | Skipped:
+    def __getitem__(self, row: ExampleOrBad) -> Sample | Skipped:
         return self._make([row], row.image_bytes if isinstance(row, Example) else {})[0]

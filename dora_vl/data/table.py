@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock
 
-from dora_vl.data.check import CONTRADICTION, DOUBTS, NO_PICTURE, Finding, asked_and_told, doubts_of
+from dora_vl.data.check import CONTRADICTION, DOUBTS, NO_PICTURE, Finding, find_doubts, question_and_answer
 from dora_vl.data.columns import USUAL, Columns, TrainFile, column_lines
 from dora_vl.data.containers import DataFiles, find_files
 from dora_vl.data.example import Answer, Example, named_in
@@ -151,7 +151,7 @@ def _batches(data: DataFiles, columns: Columns) -> Iterator[list[dict[str, Any]]
             row |= {"id": example.sample_id, "problem": example.reason, "length": 0}
             row |= {"images": (), "videos": (), "turns": ()}
         else:
-            words, media, answer = asked_and_told(example)
+            words, media, answer = question_and_answer(example)
             new = {name: content for name, content in example.image_bytes.items() if name not in pictures}
             pictures |= new.keys()
             row |= {
@@ -168,7 +168,7 @@ def _batches(data: DataFiles, columns: Columns) -> Iterator[list[dict[str, Any]]
                     for text in (*(f"{turn.text} {turn.more}" for turn in example.turns), *example.rejected)
                 ),
                 "held_pictures": [{"name": name, "content": content} for name, content in new.items()],
-                "doubts": doubts_of(record, example, reader.format, columns),
+                "doubts": find_doubts(record, example, reader.format, columns),
                 "asked": _hash(f"{words}\0{media}") if words else None,
                 "told": _hash(answer) if words else None,
                 "group": named_in(record, "group"),
@@ -253,9 +253,9 @@ class ExampleTable:
 
     def other_pictures(self, example: Example, seed: int) -> tuple[str, ...]:
         """Returns as many other pictures, those of another row, drawn by seed and id; none where no row has such."""
-        places, draws = self._by_pictures.get(len(example.images), ()), random.Random(f"{seed}/{example.id}")
+        places, rng = self._by_pictures.get(len(example.images), ()), random.Random(f"{seed}/{example.id}")
         for _ in range(DRAWS if len(places) else 0):
-            images = tuple(self.rows[int(draws.choice(places))]["images"])
+            images = tuple(self.rows[int(rng.choice(places))]["images"])
             if {*images} != {*example.images}:
                 return images
         return ()
@@ -311,16 +311,16 @@ def load_training_rows(
     stored = StoredPictures.joined([table.stored for table in tables])
     held_out = np.zeros(0, np.int64)
     if share:
-        columns_that_bind = (rows["images"], rows["videos"], rows["group"])
+        grouping_columns = (rows["images"], rows["videos"], rows["group"])
         media = (
             [
                 *map(normpath, images),
                 *(f"video/{normpath(clip['path'])}" for clip in clips),
                 *([] if group is None else [f"group/{group}"]),
             ]
-            for images, clips, group in zip(*columns_that_bind, strict=True)
+            for images, clips, group in zip(*grouping_columns, strict=True)
         )
-        held_out = held_out_places(rows["id"], media, share=share, seed=seed)
+        held_out = held_out_indices(rows["id"], media, share=share, seed=seed)
     trainable = np.setdiff1d(np.arange(len(rows)), held_out)
     edges = np.cumsum([0, *map(len, tables)])
     parts: list[np.ndarray] = []
@@ -339,7 +339,7 @@ def load_training_rows(
     return train, ExampleTable(rows.select(held_out), stored) if share else None
 
 
-def drawn_out(train: ExampleTable, size: int) -> tuple[ExampleTable, ExampleTable]:
+def split_validation(train: ExampleTable, size: int) -> tuple[ExampleTable, ExampleTable]:
     """Returns what is left of the samples, in a random order, and `size` of them for validation.
 
     As LLM-Adapters' and NVlabs' scripts part theirs: `train_test_split` with the seed 42.
@@ -359,7 +359,7 @@ def check_weights(files: Sequence[TrainFile]) -> None:
             raise UserError(f"data.train: {file.path} has the weight {file.weight}; it must be above 0")
 
 
-def held_out_places(
+def held_out_indices(
     ids: Iterable[str],
     images: Iterable[Sequence[str]],
     *,
@@ -429,7 +429,7 @@ def uses_of(rows: datasets.Dataset) -> list[Mapping[str, str]]:
     return [json.loads(text) for text in rows.unique("columns") if text]
 
 
-def doubtful(rows: datasets.Dataset) -> list[Finding]:
+def doubtful_samples(rows: datasets.Dataset) -> list[Finding]:
     """Returns what is probably not meant in the samples of a file, by kind: `DOUBTS`."""
     findings = {kind: Finding(problem=kind) for kind in DOUBTS}
     has_media = any(_counts(rows, "images")) or any(_counts(rows, "videos"))
@@ -449,7 +449,9 @@ def doubtful(rows: datasets.Dataset) -> list[Finding]:
     return [finding for finding in findings.values() if finding.count]
 
 
-def overlap(rows: datasets.Dataset, questions: Iterable[tuple[str, tuple[str, ...], str]]) -> list[tuple[str, str]]:
+def samples_in_test(
+    rows: datasets.Dataset, questions: Iterable[tuple[str, tuple[str, ...], str]]
+) -> list[tuple[str, str]]:
     """Returns the ids of a training sample and of the test's question that it holds, for each such sample.
 
     Questions are id, pictures below the folder of those in `rows`, and text: of words alone all that was asked so far.

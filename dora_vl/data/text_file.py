@@ -24,7 +24,7 @@ from typing import BinaryIO, TypeVar, cast
 
 import ijson
 
-from dora_vl.errors import UserError, one_line, shown, shown_names, shown_text
+from dora_vl.errors import UserError, one_line, short_names, short_repr, short_text
 
 _log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def json_object(path: Path, kind: str) -> dict[str, object]:
         names = [name for name, _ in members]
         if len({*names}) < len(names):
             twice = Counter(names).most_common(1)[0][0]
-            raise ValueError(f"the name {shown_text(twice)!r} stands twice in one object")
+            raise ValueError(f"the name {short_text(twice)!r} stands twice in one object")
         return dict(members)
 
     value = json_of(whole_text(path, kind), f"{path}", half_pairs=True, members=unique)
@@ -207,7 +207,7 @@ def table_rows(
         nameless = [index for index in range(len(heads)) if index not in named]
         names = [heads[index] for index in named]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise UserError(f"{path}: two columns are called {shown_text(twice[0])!r}; fetch or write the file again")
+            raise UserError(f"{path}: two columns are called {short_text(twice[0])!r}; fetch or write the file again")
         begins = reader.line_num + 1
         for values in filter(None, reader):
             if values == [_END]:
@@ -219,7 +219,7 @@ def table_rows(
                 raise UserError(f"{path}, line {reader.line_num}: {counts}; fetch or write the file again")
             if cells := [values[index] for index in nameless if index < len(values) and values[index].strip()]:
                 remedy = "name its column in the first line, or empty it"
-                raise UserError(f"{path}, line {reader.line_num}: {shown(cells[0])} has no column name; {remedy}")
+                raise UserError(f"{path}, line {reader.line_num}: {short_repr(cells[0])} has no column name; {remedy}")
             yield reader.line_num, dict(zip(names, (values[index] for index in named), strict=True))
             begins = reader.line_num + 1
     except csv.Error as error:
@@ -258,7 +258,7 @@ def stream_members(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
         chunks = _Chunks(file)
         for name, value in _parsed(path, chunks, ijson.kvitems(chunks, "", use_float=True)):
             if not isinstance(value, dict):
-                raise UserError(f"{path}: {shown(name)} must hold an object, found {type(value).__name__}")
+                raise UserError(f"{path}: {short_repr(name)} must hold an object, found {type(value).__name__}")
             yield name, value
 
 
@@ -277,7 +277,7 @@ def _stream(path: Path, kind: str, key: str | None = None) -> Iterator[tuple[int
         file.seek(0)
         if rows and (beside := [other for other in _lists_in(path, file) if other != name]):
             remedy = "write the rows that are meant as a list of their own"
-            raise UserError(f"{path}: beside {name!r} stands {shown(beside[0])}; {remedy}")
+            raise UserError(f"{path}: beside {name!r} stands {short_repr(beside[0])}; {remedy}")
         file.seek(0)
         chunks, number = _Chunks(file), 0
         prefix = f"{name}.item" if name else "item" if beginning.startswith(b"[") else ""
@@ -287,7 +287,7 @@ def _stream(path: Path, kind: str, key: str | None = None) -> Iterator[tuple[int
         if key is not None and not number:
             file.seek(0)
             if (lists := _lists_in(path, file)).get(key) != "start_array":
-                raise UserError(f"{path}: there is no list {key!r} in it, only {shown_names(lists)}")
+                raise UserError(f"{path}: there is no list {key!r} in it, only {short_names(lists)}")
 
 
 def _is_json(text: bytes) -> bool:

@@ -48,8 +48,8 @@ class EverySeconds:
     """
 
     period: float = VALUE_PERIOD_SECONDS
-    least: int = 2
-    most: int | None = None
+    min_frames: int = 2
+    max_frames: int | None = None
 
     def __post_init__(self) -> None:
         if not self.period > 0:
@@ -65,9 +65,9 @@ def moments(sampling: FrameSampling, *, start: float, end: float) -> list[float]
     if isinstance(sampling, Uniform):
         return _middles(start, end, sampling.frames)
     count = round((end - start) / sampling.period)
-    most = count if sampling.most is None else sampling.most
-    if not sampling.least <= count <= most:
-        return _middles(start, end, max(sampling.least, min(count, most)))
+    most = count if sampling.max_frames is None else sampling.max_frames
+    if not sampling.min_frames <= count <= most:
+        return _middles(start, end, max(sampling.min_frames, min(count, most)))
     return [start + (number + 0.5) * sampling.period for number in range(count)]
 
 
@@ -84,17 +84,17 @@ def clip_span(start: float | None, end: float | None, *, duration: float) -> tup
     return first, last
 
 
-Kept = TypeVar("Kept")
+Prepared = TypeVar("Prepared")
 
 
 @dataclass(frozen=True)
-class Frames(Generic[Kept]):
+class Frames(Generic[Prepared]):
     """Frames in the order they are shown, and when each begins; `span` is the part of the file that was meant.
 
     Times are in seconds from the file's first frame.
     """
 
-    pictures: tuple[Kept, ...]
+    pictures: tuple[Prepared, ...]
     indices: tuple[int, ...]
     seconds: tuple[float, ...]
     backend: str
@@ -150,7 +150,7 @@ def read_video(
     raise none_reads(reasons)
 
 
-def why_no_video(path: Path) -> Trouble | None:
+def no_video_reason(path: Path) -> Trouble | None:
     """Says what is wrong with a video file, without decoding a frame; None where nothing is."""
     wanted = {"path": str(path.absolute()), "start": None, "end": None, "sampling": None, "backends": tuple(BACKENDS)}
     try:
@@ -194,8 +194,8 @@ class VideoReader:
         return self._kept[1]
 
     def read_prepared(
-        self, root: Path | MediaFolder, clip: Clip, sampling: FrameSampling, prepare: Callable[[Image.Image], Kept]
-    ) -> Frames[Kept]:
+        self, root: Path | MediaFolder, clip: Clip, sampling: FrameSampling, prepare: Callable[[Image.Image], Prepared]
+    ) -> Frames[Prepared]:
         """Returns the frames, each made smaller as it comes, so that a long clip need not fit in memory."""
         budget = Budget(self._limit, VIDEO_MEMORY)
         try:
@@ -226,11 +226,11 @@ def read_frames(
     path: Path,
     clip: Clip,
     sampling: FrameSampling,
-    prepare: Callable[[Image.Image], Kept],
+    prepare: Callable[[Image.Image], Prepared],
     budget: Budget,
     *,
     backends: Sequence[str] = tuple(BACKENDS),
-) -> Frames[Kept]:
+) -> Frames[Prepared]:
     """Returns a clip's frames, decoded in that process. Raises JobFailed: they cannot be read, or cost too much."""
     wanted = {
         "path": str(path.absolute()),
@@ -240,7 +240,7 @@ def read_frames(
         "backends": backends,
     }
     facts: dict[str, Any] = {}
-    frames: list[tuple[Kept, int, float]] = []
+    frames: list[tuple[Prepared, int, float]] = []
     with closing(process.run("read_video", wanted, budget=budget)) as parts:
         for part in parts:
             message, _ = part

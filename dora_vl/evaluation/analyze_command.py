@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_vl.errors import UserError
-from dora_vl.evaluation.pictures import AS_IT_STANDS, INK, VALIDATION, new_figure, plain_axes, plain_text, save_png
+from dora_vl.evaluation.plots import INK, PLAIN_TEXT, VALIDATION, new_figure, plain_axes, plain_text, save_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,7 +67,7 @@ def _draw_panel(axes: Axes, panel: Panel, depth: Mapping[str, int]) -> None:
         heights = [line.intercept + line.slope * end for end in ends]
         axes.plot(ends, heights, color=VALIDATION, linewidth=2)
     title = plain_text(f"{panel.label}\n" + panel.numbers().replace(", ", ",\n"))
-    axes.set_title(title, color=INK, fontsize=11, linespacing=1.4, **AS_IT_STANDS)
+    axes.set_title(title, color=INK, fontsize=11, linespacing=1.4, **PLAIN_TEXT)
     if len(panel.steps) > 1:
         axes.legend(frameon=False, fontsize=8, labelcolor=INK, title="step", title_fontsize=8)
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_vl.data.pictures import MediaFolder, open_image
-from dora_vl.errors import BadSample, UserError, exit_on_user_error, positive
+from dora_vl.errors import BadSample, UserError, exit_on_user_error, positive_int
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dora_vl.data.turns import Turn
-    from dora_vl.evaluation.open_model import Opened
+    from dora_vl.evaluation.open_model import OpenedModel
     from dora_vl.evaluation.predictor import Predictor
 
 DESCRIPTION = """\
@@ -59,7 +59,7 @@ def add_options(to: argparse.ArgumentParser) -> None:
         metavar="T",
         help="how much of the adapter is applied: 0 the base, 1 the adapter, beyond it more of the same",
     )
-    to.add_argument("--max-new-tokens", type=positive, default=64, help="longest answer")
+    to.add_argument("--max-new-tokens", type=positive_int, default=64, help="longest answer")
     add_model_options(to)
 
 
@@ -125,7 +125,7 @@ def open_picture(path: Path) -> Image:
         raise UserError(error.reason) from error
 
 
-def opened_by(options: argparse.Namespace) -> Opened:
+def opened_by(options: argparse.Namespace) -> OpenedModel:
     """Opens the model that the options name, and its base where they ask for it."""
     from dora_vl.core.strength import checked_strength
     from dora_vl.evaluation.open_model import ModelRequest, open_model
@@ -147,7 +147,7 @@ _write = partial(print, end="", flush=True)
 """Prints the next piece of an answer, at once."""
 
 
-def print_answers(opened: Opened, answer: Callable[[str, Predictor], str]) -> dict[str, str]:
+def print_answers(opened: OpenedModel, answer: Callable[[str, Predictor], str]) -> dict[str, str]:
     """Prints the answer while `answer` makes it, and the one without the adapter under it; both, by speaker."""
     speakers: list[tuple[str, Predictor]] = [("with adapter", opened.adapted)]
     if opened.base is not None:
@@ -213,11 +213,11 @@ def ask_about_pictures(options: argparse.Namespace) -> None:
     answer_all(options.question, answer, f"a question, `{PICTURE_COMMAND}FILE` for another picture,")
 
 
-def ask_chat(opened: Opened, chat: PictureChat, question: str, *, max_new_tokens: int, remember: bool) -> None:
+def ask_chat(opened: OpenedModel, chat: PictureChat, question: str, *, max_new_tokens: int, remember: bool) -> None:
     """Prints the answers to a question; with `remember` each speaker's next question follows its answer to this one."""
     from dora_vl.data.example import Example
     from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
-    from dora_vl.evaluation.predictor import Shown
+    from dora_vl.evaluation.predictor import PromptMedia
 
     if IMAGE_PLACEHOLDER in question:
         raise UserError(f"the question holds {IMAGE_PLACEHOLDER}; the pictures' places are added by themselves")
@@ -229,7 +229,9 @@ def ask_chat(opened: Opened, chat: PictureChat, question: str, *, max_new_tokens
 
     def answer(speaker: str, predictor: Predictor) -> str:
         example = Example(id="question", question=question, turns=tuple(turns_of(speaker)))
-        return predictor.answer(example, Shown(pictures=chat.pictures), max_new_tokens=max_new_tokens, write=_write)
+        return predictor.answer(
+            example, PromptMedia(pictures=chat.pictures), max_new_tokens=max_new_tokens, write=_write
+        )
 
     for speaker, text in print_answers(opened, answer).items():
         if remember and text:
@@ -244,7 +246,7 @@ def ask_about_videos(options: argparse.Namespace) -> None:
             raise UserError(f"video {path} is missing")
     from dora_vl.data.example import Clip, Example, Subtitle
     from dora_vl.data.video import VideoReader
-    from dora_vl.evaluation.predictor import Shown
+    from dora_vl.evaluation.predictor import PromptMedia
     from dora_vl.evaluation.questions import as_asked
     from dora_vl.evaluation.scores.benchmark import about_video
 
@@ -263,7 +265,7 @@ def ask_about_videos(options: argparse.Namespace) -> None:
         what = "frames as separate pictures, since it takes no videos" if view.as_pictures else "frames"
         times = f"{len(frames.seconds)} {what}, {frames.seconds[0]:.1f} to {frames.seconds[-1]:.1f} s"
         print(f"{path} ({times}, {frames.backend})  {question}")
-        prompt, seen = as_asked(view.example, about_video), Shown(videos=(frames,))
+        prompt, seen = as_asked(view.example, about_video), PromptMedia(videos=(frames,))
         most = options.max_new_tokens
         print_answers(opened, lambda _, predictor: predictor.answer(prompt, seen, max_new_tokens=most, write=_write))
 

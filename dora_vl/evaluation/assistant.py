@@ -21,8 +21,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from dora_vl.backbones.base import Features, max_positions
 from dora_vl.backbones.encoder import Encoder
-from dora_vl.backbones.frozen_outputs import NotStorable, Outputs, hollowed, proven_parts
-from dora_vl.backbones.generation import NO_TOKEN, NOT_YET_A_CHARACTER, NoNumbers, growing_text
+from dora_vl.backbones.frozen_outputs import NotStorable, Outputs, find_verified_parts, with_stored_outputs
+from dora_vl.backbones.generation import NO_TOKEN, NOT_YET_A_CHARACTER, NotFiniteScores, growing_text
 from dora_vl.backbones.model import check_packing
 from dora_vl.data.batches import Collator
 from dora_vl.data.columns import Packing
@@ -32,7 +32,7 @@ from dora_vl.data.turns import Turn
 from dora_vl.data.video import Uniform
 from dora_vl.errors import BadSample
 from dora_vl.evaluation.predictions import Prediction
-from dora_vl.evaluation.predictor import Decoding, MediaReader, Shown, View, Write, prediction
+from dora_vl.evaluation.predictor import Decoding, MediaReader, PromptMedia, View, Write, prediction
 from dora_vl.evaluation.questions import endings_of, outputs_of, turns_asked
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ LEAST_REPEATED = 16
 """From this many questions about earlier pictures on, the proof that a tower can run apart pays."""
 
 
-def model_inputs(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
+def inputs_on_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
     """Returns the model's own inputs from a batch, on its device."""
     added = {"labels", *BOOKKEEPING}  # by a collator
     kept = {name: value for name, value in batch.items() if name not in added}
@@ -56,17 +56,17 @@ class EncoderPrompts:
     @property
     def frames_are_pictures(self) -> bool:
         """Tells whether videos are shown as pictures, since the model takes none."""
-        return self.encoder.why_no_videos is not None
+        return self.encoder.no_videos_reason is not None
 
-    def sample(self, turns: Sequence[Turn], seen: Shown) -> Sample:
+    def sample(self, turns: Sequence[Turn], seen: PromptMedia) -> Sample:
         """Encodes turns that end with a question, up to where the answer begins, without labels; never cut."""
         return Sample(**vars(self.encoder.encode_prompt(turns, seen.pictures, seen.videos)))
 
-    def with_answer(self, turns: Sequence[Turn], seen: Shown, answer: str) -> Sample:
+    def with_answer(self, turns: Sequence[Turn], seen: PromptMedia, answer: str) -> Sample:
         """Encodes a question with an answer, which is labelled with what closes it; never cut."""
         return Sample(**vars(self.encoder.encode_choice(turns, answer, seen.pictures, seen.videos)))
 
-    def continued(self, context: str, ending: str) -> Sample:
+    def encode_ending(self, context: str, ending: str) -> Sample:
         """Encodes a context and, behind a space, its ending, which alone is labelled; tokenised as lm-eval does."""
         before = context.rstrip()
         ids, shared = (self.encoder.tokenizer(text)["input_ids"] for text in (f"{context} {ending}", before))
@@ -151,7 +151,7 @@ def by_picture(examples: Sequence[Example]) -> list[Example]:
     return [example for group in groups.values() for example in group]
 
 
-class PicturesOnce:
+class PictureOutputCache:
     """Runs a model's frozen vision parts once for pictures that samples of one batch or the next show again.
 
     Raises:
@@ -160,10 +160,10 @@ class PicturesOnce:
 
     def __init__(self, backbone: Any, encoder: Encoder) -> None:
         self._backbone, self._pad_token_id = backbone, encoder.pad_token_id
-        backbone.frozen_parts = backbone.frozen_parts or proven_parts(backbone.model, encoder)
+        backbone.frozen_parts = backbone.frozen_parts or find_verified_parts(backbone.model, encoder)
         self._outputs: dict[tuple[str | Clip, ...], Outputs] = {}
 
-    def taken(self, samples: Sequence[Sample]) -> list[Sample]:
+    def replace_pixels(self, samples: Sequence[Sample]) -> list[Sample]:
         """Puts the parts' outputs in the place of each sample's pixels."""
         firsts = {sample.media: sample for sample in reversed(samples) if sample.media}
         new = {media: sample for media, sample in firsts.items() if media not in self._outputs}
@@ -172,7 +172,9 @@ class PicturesOnce:
             given = parts.outputs_of_each(model, [*new.values()], self._pad_token_id)
             self._outputs |= dict(zip(new, given, strict=True))
         self._outputs = {media: self._outputs[media] for media in firsts}  # the next batch goes on with the last
-        return [hollowed(sample, self._outputs[sample.media]) if sample.media else sample for sample in samples]
+        return [
+            with_stored_outputs(sample, self._outputs[sample.media]) if sample.media else sample for sample in samples
+        ]
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,9 @@ class Assistant:
     def __post_init__(self) -> None:
         self.prompts.encoder.take_positions_of(self.backbone.model)
 
-    def answer(self, example: Example, seen: Shown, *, max_new_tokens: int = 64, write: Write | None = None) -> str:
+    def answer(
+        self, example: Example, seen: PromptMedia, *, max_new_tokens: int = 64, write: Write | None = None
+    ) -> str:
         """See `Predictor`."""
         sample = self.prompts.sample(turns_asked(example), seen)
         check_room(len(sample.input_ids), max_new_tokens, self.positions, example.id)
@@ -197,7 +201,7 @@ class Assistant:
         batch = self.prompts.collate([sample], "left")
         (text,) = self.answers(batch, max_new_tokens=max_new_tokens, streamer=streamer)
         if text is None:
-            raise NoNumbers
+            raise NotFiniteScores
         return text
 
     def view(self, example: Example, *, frames: int) -> View:
@@ -212,33 +216,33 @@ class Assistant:
     ) -> Iterator[list[Prediction]]:
         """Answers examples of one picture together, so that it is read once."""
         ordered = by_picture(examples)
-        if decoding.by != "generation":
-            yield from self._likeliest(ordered, media, decoding)
+        if decoding.answer_method != "generation":
+            yield from self._predict_by_likelihood(ordered, media, decoding)
             return
         items = QuestionSamples(ordered, self.prompts, media, decoding.max_new_tokens, self.positions)
         loader = DataLoader(items, batch_size=decoding.batch_size, collate_fn=list, num_workers=decoding.workers)
-        once = self._pictures_once(ordered)
+        once = self._picture_cache(ordered)
         for several in loader:
             samples = [item for item in several if isinstance(item, Sample)]
             skipped = [item for item in several if isinstance(item, Skipped)]
             batch_examples = [ordered[sample.index] for sample in samples]
             if once is not None:
-                samples = once.taken(samples)
-            texts = self.answers(self.begun(samples), max_new_tokens=decoding.max_new_tokens) if samples else []
+                samples = once.replace_pixels(samples)
+            texts = self.answers(self.begin_batch(samples), max_new_tokens=decoding.max_new_tokens) if samples else []
             answered = [prediction(example, text) for example, text in zip(batch_examples, texts, strict=True)]
             yield answered + [prediction(ordered[item.index], None, item.reason) for item in skipped]
 
-    def begun(self, samples: Sequence[Sample]) -> Mapping[str, Any]:
+    def begin_batch(self, samples: Sequence[Sample]) -> Mapping[str, Any]:
         """Makes the batch of some prompts and reads their pictures, once for all prompts that begin alike."""
         beginnings = [(sample.media, *sample.input_ids[: sample.media_end].tolist()) for sample in samples]
         first = {beginning: sample for beginning, sample in zip(beginnings, samples, strict=True)}
         shared = all(sample.media_end for sample in samples) and len(first) < len(samples)
         if not shared or not self.backbone.continues_prompts:
             return self.prompts.collate(samples, "left")
-        begun = self.prompts.collate([part_of(sample, stop=sample.media_end) for sample in first.values()], "left")
-        rest = self.prompts.collate([part_of(sample, start=sample.media_end) for sample in samples], "left")
+        begun = self.prompts.collate([cut_prompt(sample, stop=sample.media_end) for sample in first.values()], "left")
+        rest = self.prompts.collate([cut_prompt(sample, start=sample.media_end) for sample in samples], "left")
         with self._no_grad():
-            cache = self.backbone.read(**model_inputs(begun, self.device))
+            cache = self.backbone.read(**inputs_on_device(begun, self.device))
         order = torch.tensor([[*first].index(beginning) for beginning in beginnings])
         cache.batch_select_indices(order.to(self.device))
         names = ("input_ids", "attention_mask")
@@ -247,28 +251,28 @@ class Assistant:
     def _no_grad(self) -> contextlib.AbstractContextManager[Any]:
         return torch.no_grad() if self.while_training else torch.inference_mode()
 
-    def _pictures_once(self, ordered: Sequence[Example]) -> PicturesOnce | None:
+    def _picture_cache(self, ordered: Sequence[Example]) -> PictureOutputCache | None:
         """Returns None where few pictures are asked about twice, or the family's vision parts cannot run apart."""
         shown = Counter(example.images for example in ordered if example.images)
         if self.while_training or shown.total() < LEAST_REPEATED + len(shown) or any(e.videos for e in ordered):
             return None
         try:
-            return PicturesOnce(self.backbone, self.prompts.encoder)
+            return PictureOutputCache(self.backbone, self.prompts.encoder)
         except NotStorable as error:
             log.info("pictures are read anew for each question: %s", error)
             return None
 
-    def _likeliest(
+    def _predict_by_likelihood(
         self, examples: Sequence[Example], media: MediaReader, decoding: Decoding
     ) -> Iterator[list[Prediction]]:
         """Picks the likeliest of each question's texts, closed as an answer is; the first of equals."""
-        once = self._pictures_once(examples)
+        once = self._picture_cache(examples)
         rows: list[Sample] = []
         batch: list[tuple[Example, list[str], int]] = []
 
         def chosen() -> list[Prediction]:
             size = decoding.batch_size
-            given = rows if once is None else once.taken(rows)
+            given = rows if once is None else once.replace_pixels(rows)
             parts = [self.log_likelihoods(given[start : start + size]) for start in range(0, len(given), size)]
             scores = iter(torch.cat(parts).tolist())
             answered: list[Prediction] = []
@@ -281,11 +285,11 @@ class Assistant:
 
         for example in examples:
             try:
-                if decoding.by == "cloze":
+                if decoding.answer_method == "cloze":
                     pairs, texts = endings_of(example), []
-                    samples = [self.prompts.continued(context, ending) for context, ending in pairs]
+                    samples = [self.prompts.encode_ending(context, ending) for context, ending in pairs]
                 else:
-                    texts = _letters(example) if decoding.by == "letters" else outputs_of(example)
+                    texts = _letters(example) if decoding.answer_method == "letters" else outputs_of(example)
                     seen = media.read(example)
                     samples = [self.prompts.with_answer(turns_asked(example), seen, text) for text in texts]
                 media_shown = (*example.images, *example.videos)
@@ -316,7 +320,7 @@ class Assistant:
         options: Mapping[str, Any] | None = None,
     ) -> Int[Tensor, "batch new"]:
         """Generates ids behind left-padded prompts, greedily unless `options` of generate say otherwise."""
-        inputs = model_inputs(batch, self.device)
+        inputs = inputs_on_device(batch, self.device)
         how = {"max_new_tokens": max_new_tokens, "streamer": streamer, "options": options}
         with self._no_grad():
             return self.backbone.generate(**inputs, **how).cpu()
@@ -338,7 +342,7 @@ class Assistant:
         """Computes hidden states and losses at the places that predict labelled tokens."""
         batch = self.prompts.collate(samples, "right", packing)
         labels = batch["labels"].to(self.device)
-        return self.backbone(**model_inputs(batch, self.device), labels=labels, keep_logits=keep_logits)
+        return self.backbone(**inputs_on_device(batch, self.device), labels=labels, keep_logits=keep_logits)
 
     @torch.inference_mode()
     def log_likelihoods(self, samples: Sequence[Sample]) -> Float[Tensor, " samples"]:
@@ -366,7 +370,7 @@ class Assistant:
         return next(module.parameters()).device
 
 
-def part_of(sample: Sample, *, start: int = 0, stop: int | None = None) -> Sample:
+def cut_prompt(sample: Sample, *, start: int = 0, stop: int | None = None) -> Sample:
     """Returns some of a prompt's tokens; only the first ones come with its pictures."""
     inputs = {name: value[:, start:stop] if name in ALIGNED else value for name, value in sample.inputs.items()}
     if start:

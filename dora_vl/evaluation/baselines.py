@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from dora_vl.data.example import MIDDLE_FRAME, Clip, Example
-from dora_vl.evaluation.scores.benchmark import Group, Scorer
+from dora_vl.evaluation.scores.benchmark import GroupKey, Scorer
 from dora_vl.evaluation.scores.scored import Scored, in_units, intervals, paired_differences
 from dora_vl.files import json_or_nothing
 
@@ -22,16 +22,16 @@ LEAST_ASKED = 5
 """A question asked less often has no commonest answer of its own: that would often be the very answer it judges."""
 COMMONEST, EXCHANGED, UNTRAINED = "commonest_answer", "exchanged_pictures", "untrained_base"
 READABLE, WARNING, ADVICE = "readable", "warning", "advice"
-SAID_INSTEAD: Mapping[str, tuple[str, str]] = {
+COMPARISONS: Mapping[str, tuple[str, str]] = {
     EXCHANGED: ("with_their_own", "with pictures exchanged {}; of the same with their own"),
     UNTRAINED: ("with_the_adapter", "the base without the adapter {}; of the same with it"),
 }
 """Maps other answers to what `metrics.json` calls the model's own score, and to the line to print."""
-ASKED_AGAIN = tuple(SAID_INSTEAD)
+ASKED_AGAIN = tuple(COMPARISONS)
 """Sets whose names end so stand in `predictions.jsonl` for a comparison alone."""
-MUCH = 0.1
+ADVICE_SHARE = 0.1
 """Settings to try are named where this share of the questions is readable and not learned."""
-HOW = {
+DESCRIPTIONS = {
     COMMONEST: f"the test's own commonest right answer to each question that it asks {LEAST_ASKED} times or more, to "
     "all other questions together one; no model",
     EXCHANGED: f"questions drawn by seed {SEED}, at most {MOST_EXCHANGED}, each with the pictures of another of them "
@@ -40,25 +40,25 @@ HOW = {
     READABLE: "a linear map from what the base's frozen vision part gives for a picture to the training answers, by "
     f"`dora-vl init`; one for each question that is asked {LEAST_ASKED} times or more, one for all others",
 }
-Media = tuple[tuple[str, ...], tuple[Clip, ...]]
+MediaKey = tuple[tuple[str, ...], tuple[Clip, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exchange:
+class ComparisonAnswers:
     """A sample of a test's examples, and by id what is said of them with the pictures of others, or by the base."""
 
     examples: Sequence[Example]
     answers: Mapping[str, str]
 
 
-def compared(
+def compare_with_baselines(
     scored: Scored,
     examples: Sequence[Example],
     answers: Mapping[str, str],
     score: Scorer,
     *,
     says: Callable[[Example], str],
-    exchange: Exchange | None,
+    exchange: ComparisonAnswers | None,
     readable: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[dict[str, Any], list[str]]:
     """Returns a score's baselines for `metrics.json`, and the lines to print, a warning last.
@@ -72,17 +72,17 @@ def compared(
     lines: list[str] = []
     if commonest := commonest_answers(examples, says):
         baseline, text = _baseline(score(examples, commonest), metric)
-        entry[COMMONEST] = {**baseline, "how": HOW[COMMONEST]}
+        entry[COMMONEST] = {**baseline, "how": DESCRIPTIONS[COMMONEST]}
         lines.append(f"{metric} of each question's commonest answer {text}")
     if probed := [example for example in examples if example.id in readable]:
         of_probe = score(probed, readable)
         baseline, text = _baseline(of_probe, metric)
         kinds = by_question(examples, of_probe.shares, scored.shares)
-        entry[READABLE] = {**baseline, "how": HOW[READABLE], "questions": kinds}
+        entry[READABLE] = {**baseline, "how": DESCRIPTIONS[READABLE], "questions": kinds}
         lines.append(f"{metric} that a linear map of the base's pictures reads {text}")
-        lines += [f"{name}: {text}" for name, text in in_words(kinds).items()]
+        lines += [f"{name}: {text}" for name, text in probe_lines(kinds).items()]
         missed = [max(0.0, kind[READABLE] - kind["learned"]) for kind in kinds.values() if READABLE in kind]
-        if sum(missed) >= MUCH * len(probed):
+        if sum(missed) >= ADVICE_SHARE * len(probed):
             entry[ADVICE] = (
                 "the base's pictures tell more than was learned: try more epochs (training.num_train_epochs), another "
                 "rate (training.learning_rate, optim.projector_learning_rate), a higher adapter.rank"
@@ -92,7 +92,7 @@ def compared(
         lines.append("no pictures were exchanged: no two of the questions show as many and different ones")
     if exchange is None or not exchange.examples:
         return entry, lines
-    entry[EXCHANGED], line = said_instead(EXCHANGED, exchange, examples, answers, score)
+    entry[EXCHANGED], line = compare_with(EXCHANGED, exchange, examples, answers, score)
     lines.append(line)
     apart = entry[EXCHANGED]["difference"]
     if apart is not None and apart["low"] <= 0 <= apart["high"]:  # the score stays where it was, as far as chance goes
@@ -106,8 +106,8 @@ def compared(
     return entry, lines
 
 
-def said_instead(
-    name: str, other: Exchange, examples: Sequence[Example], answers: Mapping[str, str], score: Scorer
+def compare_with(
+    name: str, other: ComparisonAnswers, examples: Sequence[Example], answers: Mapping[str, str], score: Scorer
 ) -> tuple[dict[str, Any], str]:
     """Compares other answers to some examples with a model's own to them, for `metrics.json` and as a line."""
     by_id = {example.id: example for example in examples}
@@ -119,9 +119,9 @@ def said_instead(
     metric = next(iter(own.metrics))
     apart = paired_differences(own, others).get(metric)
     baseline, text = _baseline(others, metric)
-    key, line = SAID_INSTEAD[name]
+    key, line = COMPARISONS[name]
     difference = None if apart is None else asdict(apart)
-    entry = {**baseline, key: own.metrics[metric], "difference": difference, "how": HOW[name]}
+    entry = {**baseline, key: own.metrics[metric], "difference": difference, "how": DESCRIPTIONS[name]}
     return entry, f"{line.format(text)} {own.metrics[metric]:.2f}"
 
 
@@ -147,14 +147,16 @@ def by_question(
     }
 
 
-def of_map(kind: Mapping[str, float]) -> str:
+def probe_summary(kind: Mapping[str, float]) -> str:
     """Tells how many answers a linear map reads; few of some questions' answers come twice, so that it reads none."""
     return f"readable {kind[READABLE]:g}" if READABLE in kind else "readable not known (its answers hardly come twice)"
 
 
-def in_words(questions: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
+def probe_lines(questions: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
     """Tells of each question, as `by_question` counts them, what can be read and what was learned."""
-    return {name: f"{of_map(kind)}, learned {kind['learned']:g} of {kind['n']:g}" for name, kind in questions.items()}
+    return {
+        name: f"{probe_summary(kind)}, learned {kind['learned']:g} of {kind['n']:g}" for name, kind in questions.items()
+    }
 
 
 def readable_answers(questions: object, questions_sha256: object) -> Mapping[str, str]:
@@ -193,7 +195,9 @@ def right_text(example: Example) -> str:
     return max(example.answers, key=lambda answer: answer.weight).text if example.answers else ""
 
 
-def exchanged(examples: Iterable[Example], answered: Container[str], *, together: Group | None = None) -> list[Example]:
+def exchange_pictures_of(
+    examples: Iterable[Example], answered: Container[str], *, together: GroupKey | None = None
+) -> list[Example]:
     """Returns a seeded sample of the answered examples, each with the pictures and videos of another, which go round.
 
     Examples of equal `together` are scored as one, and stay together.
@@ -208,10 +212,10 @@ def exchanged(examples: Iterable[Example], answered: Container[str], *, together
     sample: list[Example] = []
     for group in usable:
         sample += group if len(sample) + len(group) <= MOST_EXCHANGED else []
-    by_shape: defaultdict[tuple[int, int], dict[Media, Example]] = defaultdict(dict)
+    by_shape: defaultdict[tuple[int, int], dict[MediaKey, Example]] = defaultdict(dict)
     for example in sample:
         by_shape[len(example.images), len(example.videos)].setdefault(_media(example), example)
-    other: dict[Media, Example] = {}
+    other: dict[MediaKey, Example] = {}
     for alike in by_shape.values():
         following = [*alike.values()][1:] + [*alike.values()][:1]
         other |= dict(zip(alike, following, strict=True)) if len(alike) > 1 else {}
@@ -224,7 +228,7 @@ def exchanged(examples: Iterable[Example], answered: Container[str], *, together
     return exchanged_examples
 
 
-def drawn(examples: Sequence[Example]) -> list[Example]:
+def draw_sample(examples: Sequence[Example]) -> list[Example]:
     """Returns a seeded sample of the examples; all where there are few."""
     return Random(SEED).sample(examples, min(MOST_EXCHANGED, len(examples)))
 
@@ -235,5 +239,5 @@ def digest(examples: Sequence[Example]) -> str:
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
-def _media(example: Example) -> Media:
+def _media(example: Example) -> MediaKey:
     return example.images, example.videos

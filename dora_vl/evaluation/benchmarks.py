@@ -19,10 +19,10 @@ from typing import Any
 from dora_vl.data.columns import USUAL, Columns
 from dora_vl.data.containers import find_files
 from dora_vl.data.example import FIELDS, Example, iterate_examples, right_choice
-from dora_vl.errors import UserError, shown
+from dora_vl.errors import UserError, short_repr
 from dora_vl.evaluation.baselines import right_text
 from dora_vl.evaluation.questions import (
-    in_words,
+    choice_text,
     is_question,
     likeliest_ending,
     read_question_file,
@@ -38,13 +38,13 @@ from dora_vl.evaluation.scores.benchmark import (
     LETTER_CN,
     SHORT_ANSWER_TOKENS,
     Benchmark,
-    Prompt,
+    PromptFunction,
     check_choices,
     has_answer,
     not_scored,
 )
 from dora_vl.evaluation.scores.exact import CLOZE, PATTERNS, SCORINGS, final_answer
-from dora_vl.evaluation.scores.llava import letter_cn, parsed
+from dora_vl.evaluation.scores.llava import letter_cn, parse_letter
 from dora_vl.evaluation.test_sets import TestSet
 from dora_vl.files import file_sha256, read_yaml
 
@@ -74,7 +74,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
 }
 
 NAME = re.compile(r"[A-Za-z0-9][\w\-]*")
-PROMPTS: Mapping[str, Prompt] = {
+PROMPTS: Mapping[str, PromptFunction] = {
     "as_is": prompts.as_is,
     "short": prompts.short,
     "letter": prompts.letter,
@@ -103,8 +103,8 @@ def find_benchmark(request: str) -> NamedBenchmark:
     if name not in BENCHMARKS:
         nearest = get_close_matches(name, BENCHMARKS, n=1, cutoff=0.0)[0]
         raise UserError(
-            f"no benchmark {shown(name)}; did you mean {nearest!r}? There are {', '.join(BENCHMARKS)}; your own is a "
-            "FILE.yaml"
+            f"no benchmark {short_repr(name)}; did you mean {nearest!r}? There are {', '.join(BENCHMARKS)}; your "
+            "own is a FILE.yaml"
         )
     return NamedBenchmark(name=name, benchmark=BENCHMARKS[name], split=split)
 
@@ -124,24 +124,26 @@ def read_own(path: Path) -> NamedBenchmark:
     """Reads the benchmark of a YAML file."""
     content = read_yaml(path)
     if not isinstance(content, Mapping):
-        raise UserError(f"{path}: must hold settings such as `name: receipts`, found {shown(content)}")
+        raise UserError(f"{path}: must hold settings such as `name: receipts`, found {short_repr(content)}")
     for key, value in content.items():
         if key not in OWN:
-            raise UserError(f"{path}: unknown setting {shown(key)}; there are {', '.join(OWN)}")
+            raise UserError(f"{path}: unknown setting {short_repr(key)}; there are {', '.join(OWN)}")
         kind = OWN[key][0]
         if value is None and key in ("file", "prompt"):
             continue
         if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 1):
             needed = "a whole number from 1" if kind is int else "text"
-            raise UserError(f"{path}: {key} must be {needed}, it is {shown(value)}")
+            raise UserError(f"{path}: {key} must be {needed}, it is {short_repr(value)}")
         names = {"scoring": SCORINGS, "prompt": PROMPTS}.get(key)
         if names is not None and value not in names:
-            raise UserError(f"{path}: {key} is {shown(value)}; there are {', '.join(names)}")
+            raise UserError(f"{path}: {key} is {short_repr(value)}; there are {', '.join(names)}")
     if missing := [key for key in ("name", "scoring") if key not in content]:
         raise UserError(f"{path}: {missing[0]} is missing; a benchmark has at least name and scoring")
     settings = {key: content.get(key, default) for key, (_, default) in OWN.items()}
     if not NAME.fullmatch(settings["name"]) or settings["name"] in BENCHMARKS:
-        raise UserError(f"{path}: name {shown(settings['name'])} is taken, or not of letters, digits, _ and - alone")
+        raise UserError(
+            f"{path}: name {short_repr(settings['name'])} is taken, or not of letters, digits, _ and - alone"
+        )
     scoring = settings["scoring"]
     benchmark = Benchmark(
         modes={"": SCORINGS[scoring]},
@@ -170,7 +172,7 @@ def with_choices(example: Example, suffix: str) -> Example:
     extra = dict(example.extra)
     truth = example.answers[0].text.strip() if example.answers else ""
     same = [letter for letter, choice in zip(ascii_uppercase, choices, strict=False) if choice == truth]
-    letter = parsed(truth) or parsed(truth + ".") or (same[0] if len(same) == 1 else "none")
+    letter = parse_letter(truth) or parse_letter(truth + ".") or (same[0] if len(same) == 1 else "none")
     if letter in ascii_uppercase[: len(choices)]:
         extra["correct"] = ascii_uppercase.index(letter)
     if suffix not in text:
@@ -228,7 +230,9 @@ def read_set(
         return f"a{index}" if benchmark.labels_choices else ascii_uppercase[index]
 
     def compared(example: Example, text: str) -> str:
-        return likeliest_ending(example, text) if mode == CLOZE else in_words(example, final_answer(text, answer_after))
+        return (
+            likeliest_ending(example, text) if mode == CLOZE else choice_text(example, final_answer(text, answer_after))
+        )
 
     return TestSet(
         name=name,

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from dora_vl.data.check import add_columns, columns_of
 from dora_vl.data.pictures import MediaFolder
-from dora_vl.errors import UserError, aligned, positive, shown
+from dora_vl.errors import UserError, align_columns, positive_int, short_repr
 from dora_vl.evaluation.ask_command import add_model_options
 from dora_vl.evaluation.baselines import ASKED_AGAIN
 from dora_vl.evaluation.benchmarks import find_benchmark, read_set
 from dora_vl.evaluation.predictions import read_rows
 from dora_vl.evaluation.questions import as_asked, with_middle_frame
-from dora_vl.evaluation.scores.benchmark import join
+from dora_vl.evaluation.scores.benchmark import match_predictions
 from dora_vl.evaluation.scores.exact import CLOZE
 from dora_vl.evaluation.test_sets import (
     ResultFolder,
@@ -69,10 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--follow-links", action="store_true", help="read pictures that are links out of that folder")
     parser.add_argument("--to", type=Path, help="results (default: `evaluation` beside the adapter or predictions)")
     parser.add_argument("--mode", action="append", default=[], help="NAME=VERSION, such as vqav2=before_2021")
-    parser.add_argument("--limit", type=positive, help="only the first N examples of each benchmark")
-    parser.add_argument("--batch-size", type=positive, default=32, help="questions at once (default: 32)")
-    parser.add_argument("--max-new-tokens", type=positive, help="longest answer (default: the benchmark's own)")
-    parser.add_argument("--frames", type=positive, help="frames of a video that are shown (default: benchmark's own)")
+    parser.add_argument("--limit", type=positive_int, help="only the first N examples of each benchmark")
+    parser.add_argument("--batch-size", type=positive_int, default=32, help="questions at once (default: 32)")
+    parser.add_argument("--max-new-tokens", type=positive_int, help="longest answer (default: the benchmark's own)")
+    parser.add_argument(
+        "--frames", type=positive_int, help="frames of a video that are shown (default: benchmark's own)"
+    )
     parser.add_argument("--workers", type=int, default=0, help="processes that read pictures ahead (default: 0)")
     parser.add_argument("--answer-after", help="exact_match: scores what follows the last of this text in an answer")
     parser.add_argument(
@@ -100,37 +102,39 @@ def run(options: argparse.Namespace) -> Iterator[str]:
         if options.against is not None and options.against.is_dir():
             raise UserError("--predictions is compared with another predictions file; --against names a folder")
         to = options.to or options.predictions.parent / "evaluation"
-        refuse_anothers(to / METRICS)
+        refuse_foreign_metrics(to / METRICS)
         tested = with_baselines(_from_file(options.predictions, sets[0], options), None)
         against = None if options.against is None else _from_file(options.against, sets[0], options)
         sha256 = {"predictions": file_sha256(options.predictions)}
-        results = results_in(to, sets, str(options.predictions), sha256, options)
-        yield from finish([tested], None if against is None else [against], results, options)
+        results = open_results(to, sets, str(options.predictions), sha256, options)
+        yield from report_results([tested], None if against is None else [against], results, options)
         return
     from dora_vl.adapters.files import WEIGHTS_FILE
     from dora_vl.evaluation.predict import joined_launch
     from dora_vl.evaluation.predictor import check_pictures
-    from dora_vl.run.launch import cause_speaks_first, is_first_rank
+    from dora_vl.run.launch import first_rank_reports_first, is_first_rank
 
-    with cause_speaks_first(), joined_launch():  # all processes of a launch ask; the first scores
+    with first_rank_reports_first(), joined_launch():  # all processes of a launch ask; the first scores
         sets = sets or _sets(options)
         if options.to is None and options.adapter is None:
             raise UserError("say with --to where the results go; beside --model there is no run they belong to")
         to = options.to or options.adapter.parent / "evaluation"
-        refuse_anothers(to / METRICS)
+        refuse_foreign_metrics(to / METRICS)
         for test in sets:
             images = (path for example in test.examples for path in example.images)
             check_pictures(images, options.images, of=test.name, setting="--images")
-        tested, results = _asked(sets, options.adapter, options.model, options, to, exchange=not options.no_exchange)
+        tested, results = _evaluate_model(
+            sets, options.adapter, options.model, options, to, exchange=not options.no_exchange
+        )
         against, folder = None, options.against
         if folder is not None and not folder.is_dir():
             against = [_from_file(folder, sets[0], options)]
         elif folder is not None:
             is_adapter = (folder / WEIGHTS_FILE).is_file() and not (folder / "config.json").is_file()
             adapter, model = (folder, None) if is_adapter else (None, str(folder))
-            against, _ = _asked(sets, adapter, model, options, to / "against", exchange=False)
+            against, _ = _evaluate_model(sets, adapter, model, options, to / "against", exchange=False)
         if is_first_rank():
-            yield from finish(tested, against, results, options)
+            yield from report_results(tested, against, results, options)
 
 
 def _sets(options: argparse.Namespace) -> list[TestSet]:
@@ -139,7 +143,7 @@ def _sets(options: argparse.Namespace) -> list[TestSet]:
     named = {find_benchmark(request.partition("=")[0]).name: request for request in requests}
     modes = _modes(options, named)
     if not requests or len(named) < len(requests):
-        raise UserError(f"--benchmarks {shown(options.benchmarks)} must name at least one benchmark, each once")
+        raise UserError(f"--benchmarks {short_repr(options.benchmarks)} must name at least one benchmark, each once")
     if options.against is not None and not options.against.exists():
         raise UserError(f"--against {options.against}: no such adapter, model or predictions file")
     for name in ("predictions", "against"):
@@ -185,12 +189,12 @@ def _from_file(path: Path, test: TestSet, options: argparse.Namespace) -> Tested
         rows = own or [row for row in rows if not row.set.endswith(ASKED_AGAIN)]
         if len(several := {row.set for row in rows}) > 1:
             raise UserError(f"{path}: holds answers to {', '.join(sorted(several))}, and none to {test.name}")
-    joined = join(test.benchmark, examples, rows, path=path, questions=Path(str(test.about["file"])))
+    joined = match_predictions(test.benchmark, examples, rows, path=path, questions=Path(str(test.about["file"])))
     readable = {*joined.strangers, *({example.id for example in test.examples} - test.unreadable.keys())}
     return scored(test, replace(joined, rows=[row for row in joined.rows if row.id in readable]))
 
 
-def _asked(
+def _evaluate_model(
     sets: Sequence[TestSet],
     adapter: Path | None,
     model: str | None,
@@ -220,8 +224,8 @@ def _asked(
     sha256, recipe = hashes(source), source.recipe
     pictures = MediaFolder(options.images, options.follow_links, as_published=bool(recipe.get("as_published")))
     opened = open_model(source).adapted
-    prepared = [_put_to(opened, test, sha256, options, pictures) for test in sets]
-    results = results_in(to, sets, str(adapter or model), sha256, options)
+    prepared = [_prepare_set(opened, test, sha256, options, pictures) for test in sets]
+    results = open_results(to, sets, str(adapter or model), sha256, options)
     try:
         return evaluate(prepared, opened, results, exchange=exchange), results
     finally:
@@ -230,7 +234,7 @@ def _asked(
                 part.media.close()
 
 
-def _put_to(
+def _prepare_set(
     model: Predictor, test: TestSet, sha256: Mapping[str, str], options: argparse.Namespace, pictures: MediaFolder
 ) -> TestSet:
     """Returns a benchmark as a model is asked it: a VL-BART by the task of its training, others by the prompt."""
@@ -244,7 +248,7 @@ def _put_to(
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens or benchmark.max_new_tokens,
         workers=options.workers,
-        by="letters" if options.answer_by == "likelihood" else options.answer_by,
+        answer_method="letters" if options.answer_by == "likelihood" else options.answer_by,
         task="vqav2" if test.name == "vqav2_karpathy" else test.name,
         letters=not benchmark.labels_choices,
     )
@@ -278,13 +282,13 @@ def _put_to(
 # What the files of an earlier command hold stays while it is true.
 
 
-def refuse_anothers(path: Path) -> None:
+def refuse_foreign_metrics(path: Path) -> None:
     """Keeps a training run's own metrics file, which was not written here, from being replaced."""
     if (content := json_or_nothing(path)) and ANSWERS_OF not in content:
         raise UserError(f"{path} is not of `dora-vl evaluate`, a training run's perhaps; name another folder with --to")
 
 
-def results_in(
+def open_results(
     to: Path, sets: Sequence[TestSet], answers_of: str, sha256: Mapping[str, str], options: argparse.Namespace
 ) -> ResultFolder:
     """Returns the folder of results, with sets of earlier commands whose answers and questions are still the same."""
@@ -300,7 +304,7 @@ def results_in(
     return ResultFolder(folder=to, header=header, kept=kept, gone=sorted(gone))
 
 
-def finish(
+def report_results(
     tested: Sequence[Tested], against: Sequence[Tested] | None, results: ResultFolder, options: argparse.Namespace
 ) -> Iterator[str]:
     """Writes everything with the differences from other answers; yields what there is to say.
@@ -312,7 +316,7 @@ def finish(
         tested = [with_differences(ours, theirs, named) for ours, theirs in zip(tested, against, strict=True)]
     results.write(tested)
     for done in tested:
-        yield from _remarks(done, results.folder)
+        yield from _remark_lines(done, results.folder)
     entries = {done.test.name: done.entry() for done in tested if done.scored is not None}
     if entries:
         yield from table(entries, details=options.all_metrics)
@@ -342,14 +346,14 @@ def table(entries: Mapping[str, Mapping[str, Any]], *, details: bool = False) ->
                 row += [f"{apart['value']:+.2f}", f"{apart['low']:+.2f} to {apart['high']:+.2f}"]
             rows.append(row + [""] * (len(rows[0]) - len(row)))
             of_set = ["", "", ""]
-    return aligned(rows, left=2)
+    return align_columns(rows, left=2)
 
 
-def _remarks(done: Tested, folder: Path) -> Iterator[str]:
+def _remark_lines(done: Tested, folder: Path) -> Iterator[str]:
     """Yields what there is to say of a benchmark beside its scores."""
     test, answered = done.test, done.predictions
     if answered.strangers:
-        count, first = len(answered.strangers), shown(answered.strangers[0])
+        count, first = len(answered.strangers), short_repr(answered.strangers[0])
         yield f"{test.name}: {count} answers belong to none of its questions and are left out, first {first}"
     if done.submission is not None:
         yield f"{submission_file(done, folder)}: for {test.name}'s server or judge"
@@ -361,5 +365,5 @@ def _remarks(done: Tested, folder: Path) -> Iterator[str]:
         bare = list(test.not_scored)
         yield (
             f"{test.name}: {len(bare)} of {len(test.examples)} records hold no right answer and are in no "
-            f"score, first {shown(bare[0])}; metrics.json names all"
+            f"score, first {short_repr(bare[0])}; metrics.json names all"
         )

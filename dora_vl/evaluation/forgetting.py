@@ -21,7 +21,7 @@ from dora_vl.data.text_file import text_lines
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError, one_line
 from dora_vl.evaluation.assistant import Assistant
-from dora_vl.evaluation.predictor import Decoding, Shown, media_reader
+from dora_vl.evaluation.predictor import Decoding, PromptMedia, media_reader
 from dora_vl.evaluation.questions import turns_asked
 
 PASSAGES: Mapping[str, list[str]] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
@@ -44,7 +44,7 @@ class Abilities:
     answer_nats: float | None = None
 
 
-def abilities(assistant: Assistant, texts: Path | None = None, base: Abilities | None = None) -> Abilities:
+def measure_abilities(assistant: Assistant, texts: Path | None = None, base: Abilities | None = None) -> Abilities:
     """Measures a model; `texts` holds a passage a line, and `base` is what its base made of them, if it is another."""
     passages = PASSAGES["texts"]
     if texts is not None:
@@ -58,7 +58,7 @@ def abilities(assistant: Assistant, texts: Path | None = None, base: Abilities |
         labels = ids.clone()
         labels[:1] = IGNORED_LABEL
         samples.append(Sample(ids, labels, id=str(len(samples))))
-    nats = nats_of(assistant, samples)
+    nats = mean_nats(assistant, samples)
     questions = [Example(id=text, question=text) for text in PASSAGES["questions"]]
     decoding = Decoding(batch_size=BATCH, max_new_tokens=NEW_TOKENS)
     rows = [row for rows in assistant.predict(questions, media_reader(Path(), frames=1), decoding) for row in rows]
@@ -68,10 +68,10 @@ def abilities(assistant: Assistant, texts: Path | None = None, base: Abilities |
         _answer_sample(assistant, example, text) for example in questions if (text := (of_base or {}).get(example.id))
     ]
     tokens = sum(len(sample.labels) - 1 for sample in samples)
-    return Abilities(nats, tokens, answers or None, nats_of(assistant, base_answers) if base_answers else None)
+    return Abilities(nats, tokens, answers or None, mean_nats(assistant, base_answers) if base_answers else None)
 
 
-def nats_of(assistant: Assistant, samples: Sequence[Sample]) -> float:
+def mean_nats(assistant: Assistant, samples: Sequence[Sample]) -> float:
     """Returns the mean cross-entropy of the samples' labelled tokens."""
     groups = [samples[start : start + BATCH] for start in range(0, len(samples), BATCH)]
     nats = -sum(float(assistant.log_likelihoods(group).sum()) for group in groups)
@@ -81,7 +81,7 @@ def nats_of(assistant: Assistant, samples: Sequence[Sample]) -> float:
 def _answer_sample(assistant: Assistant, example: Example, text: str) -> Sample:
     """Makes a sample of an answer without what closes it: `NEW_TOKENS` may have cut it."""
     turns, prompts = turns_asked(example), assistant.prompts
-    sample = prompts.with_answer(turns, Shown(), text)
+    sample = prompts.with_answer(turns, PromptMedia(), text)
     closing = prompts.encoder.answers(Example(example.id, turns=(*turns, Turn("assistant", text))))[-1].closing
     labelled = (sample.labels != IGNORED_LABEL).nonzero().flatten()
     behind = len(prompts.encoder.tokenizer(closing, add_special_tokens=False)["input_ids"])
@@ -90,7 +90,7 @@ def _answer_sample(assistant: Assistant, example: Example, text: str) -> Sample:
     return sample
 
 
-def forgetting(before: Abilities, after: Abilities) -> dict[str, Any]:
+def compare_abilities(before: Abilities, after: Abilities) -> dict[str, Any]:
     """Returns what `metrics.json` holds: perplexity of both, and the share of answers that stayed word for word."""
     entry: dict[str, Any] = {
         "perplexity": {"base": math.exp(before.nats), "adapted": math.exp(after.nats), "tokens": before.tokens}
@@ -103,7 +103,7 @@ def forgetting(before: Abilities, after: Abilities) -> dict[str, Any]:
     return entry
 
 
-def in_words(entry: Mapping[str, Any] | None) -> dict[str, str]:
+def forgetting_lines(entry: Mapping[str, Any] | None) -> dict[str, str]:
     """Tells how much a run's model forgot, by what was measured; nothing where it was not."""
     lines: dict[str, str] = {}
     if numbers := (entry or {}).get("perplexity"):
@@ -120,9 +120,9 @@ def in_words(entry: Mapping[str, Any] | None) -> dict[str, str]:
     return lines
 
 
-def measured(assistant: Assistant, texts: Path | None, base: Abilities | None = None) -> Abilities | str:
+def try_measure(assistant: Assistant, texts: Path | None, base: Abilities | None = None) -> Abilities | str:
     """Measures a model, or says why it cannot be: some families take no words without a picture."""
     try:
-        return abilities(assistant, texts, base)
+        return measure_abilities(assistant, texts, base)
     except (BadSample, RuntimeError, ValueError, IndexError, TypeError) as error:
         return one_line(f"{type(error).__name__}: {error}", 200)

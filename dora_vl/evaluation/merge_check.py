@@ -27,15 +27,15 @@ from dora_vl.backbones import register_towers
 from dora_vl.backbones.families import sees_pictures
 from dora_vl.data.example import Example, iterate_examples
 from dora_vl.data.text_file import stream_values
-from dora_vl.errors import UserError, one_line, shown
-from dora_vl.evaluation.open_model import ModelRequest, ModelSource, find_source, open_model, read_recipe
+from dora_vl.errors import UserError, one_line, short_repr
+from dora_vl.evaluation.open_model import ModelRequest, ModelSource, adapter_recipe, find_source, open_model
 from dora_vl.evaluation.predict import predicted
 from dora_vl.evaluation.predictor import Decoding, MediaReader, check_pictures, media_reader
 from dora_vl.evaluation.questions import is_question, read_question_file, read_questions
 from dora_vl.files import opening, read_json, unfinished, write_json
 from dora_vl.run.base import VLBART
 from dora_vl.run.folder import SETTINGS
-from dora_vl.run.watched import evenly
+from dora_vl.run.watched_questions import evenly
 
 BATCH, FRAMES = 8, 8
 FAILED_STATUS = 1
@@ -80,7 +80,7 @@ def planned_check(options: argparse.Namespace, adapter: Path) -> Check | None:
         if not isinstance(name, str):
             raise UserError(f"{adapter} lies in no run with a test of its own; say with --questions FILE what to ask")
         file = Path(name)
-    is_vlbart = adapter.is_dir() and read_recipe(adapter).get("backbone") == VLBART
+    is_vlbart = adapter.is_dir() and adapter_recipe(adapter).get("backbone") == VLBART
     questions = [*iterate_examples(file)] if is_vlbart else _read(file)
     if not questions:
         raise UserError(f"{file}: holds no questions")
@@ -192,7 +192,7 @@ def _unmerged_answers(
     predictions = predicted(model, check.questions, media, decoding)
     if not predictions.rows:
         name, reason = next(iter(predictions.failed.items()))
-        raise UserError(f"not one of {len(check.questions)} questions can be asked; {shown(name)}: {reason}")
+        raise UserError(f"not one of {len(check.questions)} questions can be asked; {short_repr(name)}: {reason}")
     by_id = {question.id: question for question in check.questions}
     answers: list[dict[str, Any]] = []
     for number, row in enumerate(predictions.rows):
@@ -215,7 +215,7 @@ def _add_written_answers(
     questions = {question.id: question for question in check.questions}
     predictions = predicted(model, [questions[answer["id"]] for answer in answers], media, decoding)
     for failed, reason in predictions.failed.items():
-        raise UserError(f"the written model cannot be asked what the other answers; {shown(failed)}: {reason}")
+        raise UserError(f"the written model cannot be asked what the other answers; {short_repr(failed)}: {reason}")
     for number, answer in enumerate(answers):
         logits = model.logits(questions[answer["id"]], answer["unmerged"], media, decoding)
         expected = torch.load(scratch / f"{number}.pt", weights_only=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dora_vl.adapters.convert_command import add_reading_arguments
-from dora_vl.errors import between, positive
+from dora_vl.errors import number_between, positive_int
 
 RESULT_DTYPES = ("bfloat16", "float16", "float32")
 QUESTIONS = 20
@@ -55,7 +55,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("checking the result")
     group.add_argument("--no-check", dest="check", action="store_const", const=0, help="merge: compares nothing")
     text = f"asks N questions (default {QUESTIONS})"
-    group.add_argument("--check", type=positive, nargs="?", const=QUESTIONS, metavar="N", help=text)
+    group.add_argument("--check", type=positive_int, nargs="?", const=QUESTIONS, metavar="N", help=text)
     group.add_argument(
         "--questions", type=Path, metavar="FILE", help="in any format that training reads (default: the run's test)"
     )
@@ -68,10 +68,10 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
         choices=RESULT_DTYPES,
         help="that the models compute in (default: float32; the run's own where its base was quantised)",
     )
-    group.add_argument("--check-tokens", type=positive, default=32, metavar="N", help="longest answer")
+    group.add_argument("--check-tokens", type=positive_int, default=32, metavar="N", help="longest answer")
     group.add_argument(
         "--most-different",
-        type=between(float, 0, 1),
+        type=number_between(float, 0, 1),
         default=0.0,
         metavar="SHARE",
         help="of the questions whose answers may differ, 0 to 1 (default: 0)",

@@ -16,12 +16,12 @@ from dora_vl.adapters.base_weights import BaseWeights, config_in, skeleton
 from dora_vl.adapters.convert_command import reading_options
 from dora_vl.adapters.exports import ADAPTER, BASE, export_for_vllm, refuse_unserved_base
 from dora_vl.adapters.files import CONFIG_FILE, WEIGHTS_FILE, refuse_to_replace
+from dora_vl.adapters.foreign_formats import read_foreign_adapter
 from dora_vl.adapters.merge import merge_to_folder, refuse_target
 from dora_vl.adapters.quantised_base import as_trained
-from dora_vl.adapters.read import read_any
 from dora_vl.backbones import register_towers
 from dora_vl.backbones.base import head_of
-from dora_vl.backbones.places import resolved_layers
+from dora_vl.backbones.target_presets import resolved_layers
 from dora_vl.errors import UserError
 from dora_vl.evaluation.merge_check import as_model, check_answers, check_logits, planned_check, unmerged_source
 from dora_vl.files import unfinished
@@ -38,7 +38,7 @@ class Plan:
 
 def plan_merge(arguments: argparse.Namespace, refuse: Callable[[Path, Path], None] = refuse_target) -> Plan:
     """Reads the adapter, finds its base, and refuses a result that may not be written there."""
-    adapter = read_any(arguments.adapter, reading_options(arguments))
+    adapter = read_foreign_adapter(arguments.adapter, reading_options(arguments))
     base = arguments.base or base_of(adapter)
     refuse(arguments.to, base)
     if not arguments.any_base:

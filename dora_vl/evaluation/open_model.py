@@ -31,7 +31,7 @@ from dora_vl.backbones.model import open_backbone
 from dora_vl.backbones.prompts import FORMATS
 from dora_vl.backbones.templates import PROMPTS, TEMPLATES
 from dora_vl.core.strength import whole_model_between
-from dora_vl.errors import UserError, shown
+from dora_vl.errors import UserError, short_repr
 from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
 from dora_vl.evaluation.predictor import Predictor
 from dora_vl.files import HUB_ID, check_attention, file_sha256
@@ -60,7 +60,7 @@ class ModelRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opened:
+class OpenedModel:
     """The model with its adapter, if it has one, and without where that was asked for."""
 
     adapted: Predictor
@@ -101,7 +101,7 @@ def find_source(request: ModelRequest) -> ModelSource:
     if adapter is None:
         base = _plain_model(request, str(request.model))
     else:
-        recipe = read_recipe(adapter)
+        recipe = adapter_recipe(adapter)
         if "base" not in recipe:  # PEFT's own two files, or a folder that was converted
             recipe = {}
         name, revision = (recipe["base"], recipe.get("revision")) if recipe else _base_of_peft(request, adapter)
@@ -115,7 +115,7 @@ def find_source(request: ModelRequest) -> ModelSource:
         names = (*TEMPLATES, *FORMATS, *PROMPTS, OWN_TEMPLATE)
         if recipe or request.template not in names:
             why = f"{adapter} says how its model is asked; leave it out" if recipe else f"there are {', '.join(names)}"
-            raise UserError(f"--template {shown(request.template)}: {why}")
+            raise UserError(f"--template {short_repr(request.template)}: {why}")
     dtype = str(recipe["dtype"]) if recipe else _stated_dtype(base, revision)
     attention = _attention(recipe)
     return ModelSource(
@@ -183,7 +183,7 @@ def _stated_dtype(base: str, revision: str | None) -> str:
     return dtype if dtype in DTYPES else "float32"
 
 
-def read_recipe(adapter: Path) -> Mapping[str, Any]:
+def adapter_recipe(adapter: Path) -> Mapping[str, Any]:
     """Reads the adapter's recipe; empty where the folder has none, as PEFT's."""
     if not (adapter / WEIGHTS_FILE).is_file():
         raise no_adapter(adapter)
@@ -214,11 +214,11 @@ def hashes(source: ModelSource) -> Mapping[str, str]:
 
 
 AnyBackbone = TypeVar("AnyBackbone", bound=Backbone[Any])
-LONGEST_ANSWERED = 1 << 20
+DEFAULT_MAX_TOKENS = 1 << 20
 """Where no recipe states a limit, a prompt and its answer may have this many tokens: none is cut."""
 
 
-def open_model(source: ModelSource | ModelRequest) -> Opened:
+def open_model(source: ModelSource | ModelRequest) -> OpenedModel:
     """Opens the model, quietly, on the GPU where there is one."""
     if isinstance(source, ModelRequest):
         source = find_source(source)
@@ -229,7 +229,7 @@ def open_model(source: ModelSource | ModelRequest) -> Opened:
     prompts, request = prompts_of(source), source.request  # before the weights: it may refuse
     backbone = load_decoder(source)
     adapted, plain = with_adapter(backbone, request.adapter, with_base=request.with_base, strength=request.strength)
-    return Opened(adapted=Assistant(adapted, prompts), base=None if plain is None else Assistant(plain, prompts))
+    return OpenedModel(adapted=Assistant(adapted, prompts), base=None if plain is None else Assistant(plain, prompts))
 
 
 def prompts_of(source: ModelSource) -> EncoderPrompts:
@@ -241,7 +241,7 @@ def prompts_of(source: ModelSource) -> EncoderPrompts:
         model.base,
         template=source.recipe.get("template") or source.request.template,
         aspect=model.image_aspect,
-        max_tokens=int(source.recipe.get("max_tokens", LONGEST_ANSWERED)),
+        max_tokens=int(source.recipe.get("max_tokens", DEFAULT_MAX_TOKENS)),
         revision=model.revision,
         thinking=source.recipe.get("thinking"),
     )
@@ -289,7 +289,7 @@ def with_adapter(
     return adapted, plain if with_base else None
 
 
-def _open_vlbart(source: ModelSource) -> Opened:
+def _open_vlbart(source: ModelSource) -> OpenedModel:
     """Opens the VL-BART that an adapter folder's `recipe.json` describes."""
     from dora_vl.backbones.feature_encoder import open_encoders
     from dora_vl.backbones.loading import load_tokenizer
@@ -331,4 +331,4 @@ def _open_vlbart(source: ModelSource) -> Opened:
     )
     # Without the adapter a task is answered in words, unless the base brought a head of its own.
     without = None if plain is None else replace(first, backbone=plain, subtasks=subtasks(of_base))
-    return Opened(adapted=first, base=without)
+    return OpenedModel(adapted=first, base=without)

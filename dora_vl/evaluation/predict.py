@@ -18,10 +18,10 @@ from typing import IO
 import torch
 from tqdm import tqdm
 
-from dora_vl.backbones.generation import NO_NUMBERS
+from dora_vl.backbones.generation import NOT_FINITE_SCORES
 from dora_vl.data.example import Example
-from dora_vl.errors import UserError, one_line, shown_names, shown_text
-from dora_vl.evaluation.baselines import EXCHANGED, Exchange, digest, exchanged, readable_answers
+from dora_vl.errors import UserError, one_line, short_names, short_text
+from dora_vl.evaluation.baselines import EXCHANGED, ComparisonAnswers, digest, exchange_pictures_of, readable_answers
 from dora_vl.evaluation.predictions import (
     PREDICTIONS,
     Prediction,
@@ -34,7 +34,7 @@ from dora_vl.evaluation.predictor import Decoding, MediaReader, Predictor
 from dora_vl.evaluation.test_sets import ResultFolder, Tested, TestSet, scored, with_baselines
 from dora_vl.files import METRICS, json_or_nothing, whole_file, write_json
 from dora_vl.run.launch import (
-    gathered,
+    gather_from_ranks,
     is_first_rank,
     leave_process_group,
     on_first_rank,
@@ -153,10 +153,10 @@ def ask(
         assert decoding is not None
         failed, cut = _ask(model, todo[rank::ranks], media, decoding, partial(file.add, name))
         done = file.end(name, order)
-    parts = gathered((failed, cut, time.monotonic() - started))
+    parts = gather_from_ranks((failed, cut, time.monotonic() - started))
     if cut_texts := {key: tokens for _, of_rank, _ in parts for key, tokens in of_rank.items()}:
         first, tokens = next(iter(cut_texts.items()))
-        log.warning("%d texts were cut, such as that of %s by %d tokens", len(cut_texts), shown_text(first), tokens)
+        log.warning("%d texts were cut, such as that of %s by %d tokens", len(cut_texts), short_text(first), tokens)
     return Predictions(
         rows=[done[key] for key in order if key in done],
         failed={key: reason for of_rank, _, _ in parts for key, reason in of_rank.items()},
@@ -189,20 +189,20 @@ def _ask(
             for row in rows:
                 if not row.error:
                     in_a_row = 0
-                elif row.error == NO_NUMBERS:
+                elif row.error == NOT_FINITE_SCORES:
                     without_numbers.append(row.id)
                     in_a_row += 1
                 else:
                     failed[row.id] = row.error
                     if len(failed) <= WARNED_FAILURES:
-                        log.warning("question %s could not be asked: %s", shown_text(row.id), one_line(row.error))
+                        log.warning("question %s could not be asked: %s", short_text(row.id), one_line(row.error))
             keep([row for row in rows if not row.error])
             cut |= {row.id: row.cut_tokens for row in rows if row.cut_tokens}
             progress.update(len(rows))
             if in_a_row >= min(decoding.batch_size, len(examples)):
                 break
     if without_numbers:
-        raise UserError(f"question {shown_names(without_numbers)}: {NO_NUMBERS}")
+        raise UserError(f"question {short_names(without_numbers)}: {NOT_FINITE_SCORES}")
     return failed, cut
 
 
@@ -228,7 +228,7 @@ def evaluate(
     results: ResultFolder,
     *,
     exchange: bool,
-    untrained: Exchange | None = None,
+    untrained: ComparisonAnswers | None = None,
     announce: Callable[[Tested], object] = lambda tested: None,
 ) -> list[Tested]:
     """Asks and scores every set, and asks again about others' pictures; every process of a launch calls it.
@@ -257,18 +257,20 @@ def evaluate(
     return done
 
 
-def _exchanged(tested: Tested, model: Predictor, folder: Path) -> Exchange:
+def _exchanged(tested: Tested, model: Predictor, folder: Path) -> ComparisonAnswers:
     """Asks a sample of a set again, each example with the pictures of another."""
     part, answers = tested.test, tested.predictions.answers
-    sample = exchanged(part.scored_examples, answers, together=part.together)
+    sample = exchange_pictures_of(part.scored_examples, answers, together=part.together)
     if not sample:
-        return Exchange(examples=(), answers={})
+        return ComparisonAnswers(examples=(), answers={})
     return ask_again(model, part, EXCHANGED, sample, folder=folder)
 
 
-def ask_again(model: Predictor, part: TestSet, why: str, sample: Sequence[Example], *, folder: Path) -> Exchange:
+def ask_again(
+    model: Predictor, part: TestSet, why: str, sample: Sequence[Example], *, folder: Path
+) -> ComparisonAnswers:
     """Asks some examples of a set for a comparison, whose answers stand as a set of their own."""
     prompts = [part.prompt(example) for example in sample]
     depends_on = {**part.settings, why: digest(sample)}
     answers = ask(model, f"{part.name}/{why}", prompts, part, folder=folder, settings=depends_on).answers
-    return Exchange(examples=sample, answers=answers)
+    return ComparisonAnswers(examples=sample, answers=answers)

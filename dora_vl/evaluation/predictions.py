@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_vl.data.text_file import json_lines, stated_delimiter, stream_values, table_rows, text_lines
-from dora_vl.errors import UserError, shown, shown_names
+from dora_vl.errors import UserError, short_names, short_repr
 
 log = logging.getLogger(__name__)
 
@@ -149,8 +149,8 @@ def _json_rows(path: Path) -> Iterator[Prediction]:
         for name, answer in only.items():
             if not is_id(answer):
                 raise UserError(
-                    f"{path}: an object of answers by id must hold text or a choice's index, {shown(name)} has "
-                    f"{shown(answer)}"
+                    f"{path}: an object of answers by id must hold text or a choice's index, {short_repr(name)} has "
+                    f"{short_repr(answer)}"
                 )
             yield Prediction(id=name, ids={"id": name}, prediction=str(answer), is_number=not isinstance(answer, str))
         return
@@ -171,7 +171,9 @@ def _table_rows(path: Path, delimiter: str) -> Iterator[Prediction]:
     for number, line in text_lines(path, WANTED):  # as NLVR2's script reads them, quotes included
         name, *answers = line.strip().split(delimiter)
         if line.strip() and not answers:
-            raise UserError(f"{path}, line {number}: {shown(line)} is no identifier, {shown(delimiter)} and answer")
+            raise UserError(
+                f"{path}, line {number}: {short_repr(line)} is no identifier, {short_repr(delimiter)} and answer"
+            )
         if answers:
             yield Prediction(id=name, ids={"id": name}, prediction=answers[0])
 
@@ -185,8 +187,8 @@ def _row(record: object, where: str) -> Prediction:
     for other, value in others:
         if value != answer:
             raise UserError(
-                f"{where}: {first} is {shown(answer)} and {other} is {shown(value)}, and either may be the model's "
-                "answer; leave out or rename the one that is not"
+                f"{where}: {first} is {short_repr(answer)} and {other} is {short_repr(value)}, and either may be "
+                "the model's answer; leave out or rename the one that is not"
             )
     captions = record.get("descs")  # VALUE's, of which there is one for a clip
     if answer is None and isinstance(captions, list) and len(captions) == 1 and isinstance(captions[0], Mapping):
@@ -195,7 +197,7 @@ def _row(record: object, where: str) -> Prediction:
     id_key = next((key for key in IDS if key in record), "")
     if id_key not in ids or not isinstance(answer, str):
         keys = f"an id ({', '.join(IDS)}), and {' or '.join((*MODEL_ANSWERS, *ANSWERS))} as text"
-        raise UserError(f"{where}: needs {keys}; has {shown_names(record)}")
+        raise UserError(f"{where}: needs {keys}; has {short_names(record)}")
     prompt = next((value for key in ("prompt", "question") if isinstance(value := record.get(key), str)), "")
     of_set = str(record["set"]) if record.keys() == {*COLUMNS} else ""
     return Prediction(id=ids[id_key], set=of_set, ids=ids, prediction=answer, question=prompt)

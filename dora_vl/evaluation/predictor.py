@@ -11,23 +11,23 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from dora_vl.backbones.generation import NO_NUMBERS
+from dora_vl.backbones.generation import NOT_FINITE_SCORES
 from dora_vl.backbones.video_inputs import Video
 from dora_vl.data.example import Clip, Example
 from dora_vl.data.pictures import HeldPictures, MediaFolder, any_is_there, open_image
 from dora_vl.data.video import FrameSampling, Uniform
-from dora_vl.errors import BadSample, UserError, shown
+from dora_vl.errors import BadSample, UserError, short_repr
 from dora_vl.evaluation.predictions import Prediction
 from dora_vl.evaluation.questions import kind_of, text_asked
 from dora_vl.run.base import VideoReading
-from dora_vl.run.watched import SIDE, tiled
+from dora_vl.run.watched_questions import SIDE, tiled
 
 Write = Callable[[str], object]
-By = Literal["generation", "letters", "outputs", "cloze"]
+AnswerMethod = Literal["generation", "letters", "outputs", "cloze"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
+class PromptMedia:
     """Holds the pictures and videos of one prompt, RGB, in the order of its `<image>` and `<video>`."""
 
     pictures: tuple[Image.Image, ...] = ()
@@ -47,11 +47,11 @@ class MediaReader:
     videos: VideoReading
     stored: HeldPictures | None = None
 
-    def read(self, example: Example) -> Shown:
+    def read(self, example: Example) -> PromptMedia:
         """Reads all pictures and videos of an example."""
         videos = tuple(self.videos.read(example.videos))
         pictures = tuple(open_image(self.folder, path, self.stored) for path in example.images)
-        return Shown(pictures=pictures, videos=videos)
+        return PromptMedia(pictures=pictures, videos=videos)
 
     def frames(self, clip: Clip, sampling: FrameSampling) -> Video:
         """Reads the frames of a clip by another sampling than that of `videos`."""
@@ -83,8 +83,8 @@ def check_pictures(images: Iterable[str], folder: Path, *, of: str = "", setting
     names = list(dict.fromkeys(images))
     if names and not any_is_there(names, folder):
         raise UserError(
-            f"{f'{of}: ' if of else ''}not one of {len(names)} pictures is in {folder}, first {shown(names[0])}; set "
-            f"{setting} to the folder that their paths start from"
+            f"{f'{of}: ' if of else ''}not one of {len(names)} pictures is in {folder}, first "
+            f"{short_repr(names[0])}; set {setting} to the folder that their paths start from"
         )
 
 
@@ -103,7 +103,7 @@ class Decoding:
     batch_size: int = 32
     max_new_tokens: int = 64
     workers: int = 0
-    by: By = "generation"
+    answer_method: AnswerMethod = "generation"
     task: str = ""
     letters: bool = False
 
@@ -121,7 +121,9 @@ class View:
 class Predictor(Protocol):
     """A model that answers examples."""
 
-    def answer(self, example: Example, seen: Shown, *, max_new_tokens: int = 64, write: Write | None = None) -> str:
+    def answer(
+        self, example: Example, seen: PromptMedia, *, max_new_tokens: int = 64, write: Write | None = None
+    ) -> str:
         """Answers one question about these pictures or videos; `write` receives the text piece by piece."""
         ...
 
@@ -152,6 +154,6 @@ def prediction(example: Example, answer: str | None, error: str = "", *, cut_tok
         truth=example.answers[0].text if example.answers else "",
         prediction="" if answer is None else answer.strip(),
         kind=kind_of(example),
-        error=error or (NO_NUMBERS if answer is None else ""),
+        error=error or (NOT_FINITE_SCORES if answer is None else ""),
         cut_tokens=cut_tokens,
     )

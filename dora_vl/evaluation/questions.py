@@ -15,9 +15,9 @@ from dora_vl.data.example import MIDDLE_FRAME, Answer, CountedFromOne, Example, 
 from dora_vl.data.readers import id_of, read_row
 from dora_vl.data.text_file import stream_values
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
-from dora_vl.errors import BadSample, UserError, shown, shown_text
+from dora_vl.errors import BadSample, UserError, short_repr, short_text
 from dora_vl.evaluation.predictions import is_id
-from dora_vl.evaluation.scores.benchmark import Prompt, prompt_turns
+from dora_vl.evaluation.scores.benchmark import PromptFunction, prompt_turns
 
 ANSWER, OUTPUT = "answer", "output"
 KEPT = ("kind", "unit", "group")
@@ -72,7 +72,7 @@ def example_of_row(row: Mapping[str, object], columns: Columns = USUAL) -> Examp
     return replace(last_round(example), extra=extra)
 
 
-def as_asked(example: Example, prompt: Prompt) -> Example:
+def as_asked(example: Example, prompt: PromptFunction) -> Example:
     """Returns the example with the turns that a decoder is asked it by."""
     turns: Sequence[Turn] = prompt_turns(example, prompt)
     first = next((turn for turn in turns if turn.role == "user"), None)
@@ -97,7 +97,7 @@ def expected(example: Example) -> str:
     return example.answers[0].text if example.answers else ""
 
 
-def in_words(example: Example, text: str) -> str:
+def choice_text(example: Example, text: str) -> str:
     """Returns an answer as people read it: a choice's label as its words."""
     return {f"a{index}": words for index, words in enumerate(example.choices)}.get(text, text)
 
@@ -118,8 +118,8 @@ def outputs_of(example: Example) -> list[str]:
     choices = [choice.strip() for choice in line[1].split("/")]
     answer, output = expected(example), str(example.extra.get(OUTPUT, ""))
     if answer not in choices or not output.endswith(answer):
-        allowed = shown_text("/".join(choices))
-        raise BadSample(example.id, f"its answer {shown(answer)} is not one of {allowed}, or not its output's end")
+        allowed = short_text("/".join(choices))
+        raise BadSample(example.id, f"its answer {short_repr(answer)} is not one of {allowed}, or not its output's end")
     return [output.removesuffix(answer) + choice for choice in choices]
 
 
@@ -160,8 +160,8 @@ def read_questions(
         first = seen.setdefault(name, row)
         if len(seen) <= number:
             raise UserError(
-                f"{path}: two questions have the id {shown(name)}, in rows {first} and {row}; ids keep their answers "
-                "apart"
+                f"{path}: two questions have the id {short_repr(name)}, in rows {first} and {row}; ids keep their "
+                "answers apart"
             )
         try:
             examples.append(example_of_row({**record, "id": name}, columns))
@@ -173,7 +173,7 @@ def read_questions(
         raise UserError(f"{path}: holds no questions")
     if not examples:
         name, reason = next(iter(unreadable.items()))
-        raise UserError(f"{path}: not one question can be read; {shown(name)}: {reason}")
+        raise UserError(f"{path}: not one question can be read; {short_repr(name)}: {reason}")
     return examples, unreadable
 
 
@@ -194,10 +194,10 @@ def read_question_file(path: Path) -> list[Example]:
         name, words, image, category = (fields.get(key) for key in ("question_id", "text", "image", "category"))
         if not is_id(name) or name == "" or not isinstance(words, str) or not isinstance(image, str | None):
             needed = "question_id as text or a whole number, text and perhaps image as text"
-            raise UserError(f"{path}, row {number}: a question has {needed}; found {shown(record)}")
+            raise UserError(f"{path}, row {number}: a question has {needed}; found {short_repr(record)}")
         if (first := numbers.setdefault((str(name), words), number)) != number:
             raise UserError(
-                f"{path}: id {shown(name)} in rows {first} and {number} with one text; ids keep answers apart"
+                f"{path}: id {short_repr(name)} in rows {first} and {number} with one text; ids keep answers apart"
             )
         text = words.replace(IMAGE_PLACEHOLDER, "").strip()
         examples.append(

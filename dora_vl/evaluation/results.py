@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from dora_vl.data.example import JSON
 from dora_vl.data.text_file import json_lines
-from dora_vl.errors import UserError, shown
+from dora_vl.errors import UserError, short_repr
 from dora_vl.evaluation.predictions import PREDICTIONS, Prediction, read_predictions
 from dora_vl.evaluation.scores.caption import Bleu, Meteor
 from dora_vl.evaluation.scores.scored import Formula, ItemScore, Mean, Ratio, Scored, Total
@@ -109,7 +109,7 @@ def read_results(folder: Path) -> dict[str, SetResult]:
     try:
         return results_of(entries, score_lines(folder), predictions)
     except (KeyError, TypeError, AttributeError) as error:
-        reason = shown(f"{type(error).__name__}: {error}")
+        reason = short_repr(f"{type(error).__name__}: {error}")
         raise UserError(f"{folder}: {SCORES} or {METRICS} is damaged ({reason}); test again") from None
 
 

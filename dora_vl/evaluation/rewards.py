@@ -11,7 +11,7 @@ from functools import cache
 from math import isfinite
 
 from dora_vl.data.example import Clip, Example
-from dora_vl.errors import SettingError, UserError, shown
+from dora_vl.errors import SettingError, UserError, short_repr
 from dora_vl.evaluation.benchmarks import with_choices
 from dora_vl.evaluation.scores.benchmark import LETTER
 from dora_vl.evaluation.scores.caption import CiderOfAnswers
@@ -72,7 +72,9 @@ def rewards_of(
     def choice(example: Example, answer: str) -> float:
         chosen = example if example.choices else with_choices(example, LETTER)
         if "correct" not in chosen.extra:
-            raise UserError(f"the reward {CHOICE}: sample {shown(example.id)} has no choices, or names none as right")
+            raise UserError(
+                f"the reward {CHOICE}: sample {short_repr(example.id)} has no choices, or names none as right"
+            )
         return right_choice_points(chosen, final_answer(answer, answer_after))
 
     def reward_of(name: str) -> Reward:
@@ -91,7 +93,7 @@ def _format(pattern: str | None) -> Reward:
     try:
         fits = re.compile(pattern, re.DOTALL)
     except re.error as error:
-        raise SettingError("objective.format", f": {shown(pattern)} is no regular expression: {error}") from error
+        raise SettingError("objective.format", f": {short_repr(pattern)} is no regular expression: {error}") from error
     return lambda example, answer: float(fits.fullmatch(answer) is not None)
 
 
@@ -123,22 +125,28 @@ def _own(name: str) -> Reward:
     if not colon:
         there = ", ".join([*SCORES, CHOICE, FORMAT, CIDER])
         raise SettingError(
-            setting, f": there is no reward {shown(name)}; there are {there}, and FILE.py:FUNCTION of your own"
+            setting, f": there is no reward {short_repr(name)}; there are {there}, and FILE.py:FUNCTION of your own"
         )
     try:
         names = runpy.run_path(source) if source.endswith(".py") else vars(importlib.import_module(source))
         own: Reward = names[function]
     except Exception as error:
-        raise SettingError(setting, f": {shown(name)} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise SettingError(
+            setting, f": {short_repr(name)} cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
 
     def points(example: Example, answer: str) -> float:
         try:
             value = float(own(example, answer))
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"the reward {shown(name)} fails for sample {shown(example.id)}: {reason}") from error
+            raise UserError(
+                f"the reward {short_repr(name)} fails for sample {short_repr(example.id)}: {reason}"
+            ) from error
         if not isfinite(value):
-            raise UserError(f"the reward {shown(name)} of sample {shown(example.id)} is {value}, for {shown(answer)}")
+            raise UserError(
+                f"the reward {short_repr(name)} of sample {short_repr(example.id)} is {value}, for {short_repr(answer)}"
+            )
         return value
 
     return points

@@ -22,17 +22,17 @@ from dora_vl.data.example import Answer, Example, iterate_examples
 from dora_vl.data.video import VideoReader
 from dora_vl.errors import SettingError, UserError
 from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
-from dora_vl.evaluation.baselines import UNTRAINED, Exchange, drawn, right_text
-from dora_vl.evaluation.pictures import series, write_contact_sheet, write_loss_curve
+from dora_vl.evaluation.baselines import UNTRAINED, ComparisonAnswers, draw_sample, right_text
+from dora_vl.evaluation.plots import series, write_contact_sheet, write_loss_curve
 from dora_vl.evaluation.predict import ask_again, evaluate
 from dora_vl.evaluation.predictions import Prediction
-from dora_vl.evaluation.predictor import By, Decoding, MediaReader, Predictor, check_pictures, media_reader
+from dora_vl.evaluation.predictor import AnswerMethod, Decoding, MediaReader, Predictor, check_pictures, media_reader
 from dora_vl.evaluation.questions import ANSWER as SAID
 from dora_vl.evaluation.questions import (
     OUTPUT,
+    choice_text,
     endings_of,
     expected,
-    in_words,
     likeliest_ending,
     read_questions,
     right_ending,
@@ -48,13 +48,13 @@ from dora_vl.files import METRICS, file_sha256
 from dora_vl.run.base import VideoReading, check_videos, image_folder, video_folder, video_sampling
 from dora_vl.run.folder import ADAPTER, LOSS_LOG, read_log, run_folder_of
 from dora_vl.run.settings import EvaluationConfig, RunConfig
-from dora_vl.run.watched import Watch, WatchedQuestion
+from dora_vl.run.watched_questions import Watch, WatchedQuestion
 
 log = logging.getLogger(__name__)
 
 LOSS_CURVE, CONTACT_SHEET = "loss_curve.png", "contact_sheet.png"
 TITLE_CHARACTERS = 100
-WAYS: Mapping[str, By] = {"generation": "generation", "likelihood": "outputs", "cloze": "cloze"}
+ANSWER_METHODS: Mapping[str, AnswerMethod] = {"generation": "generation", "likelihood": "outputs", "cloze": "cloze"}
 SCORINGS: Mapping[str, str] = {
     "likelihood": "likelihood of the whole output, among those of `Answer format`, not divided by its length",
     "cloze": "likelihood of the endings behind their contexts; normalised: divided by their characters",
@@ -69,7 +69,7 @@ def evaluate_and_draw(
     *,
     header: Mapping[str, object],
     exchange: bool = False,
-    untrained: Exchange | None = None,
+    untrained: ComparisonAnswers | None = None,
     sheet: MediaReader | None = None,
 ) -> list[Tested]:
     """Tests a run by its sets, and draws its loss and, where `sheet` reads the pictures, some of its answers."""
@@ -132,17 +132,21 @@ def _without_truth(examples: Sequence[Example]) -> dict[str, str]:
     return {example.id: NO_ANSWER for example in examples if example.is_good is False}
 
 
-def ask_untrained(base: Assistant, config: RunConfig) -> Exchange:
+def ask_untrained(base: Assistant, config: RunConfig) -> ComparisonAnswers:
     """Asks some of a run's test of its base, which has no adapter yet, for a score to compare with."""
     with VideoReader() as reader:
         media = media_of_run(config, base, of_test=True, reader=reader)
-        part = _set_of_file(config.evaluation, media, config.data.contract, {"base": config.model.base})
+        part = _set_of_file(config.evaluation, media, config.data.column_settings, {"base": config.model.base})
         scored = [example for example in part.asked if example.id not in part.not_scored]
-        return ask_again(base, part, UNTRAINED, drawn(scored), folder=run_folder_of(config.training))
+        return ask_again(base, part, UNTRAINED, draw_sample(scored), folder=run_folder_of(config.training))
 
 
 def run_test(
-    assistant: Assistant, config: RunConfig, *, numbers: Mapping[str, object], untrained: Exchange | None = None
+    assistant: Assistant,
+    config: RunConfig,
+    *,
+    numbers: Mapping[str, object],
+    untrained: ComparisonAnswers | None = None,
 ) -> None:
     """Answers a run's test by the model with its saved adapter, and writes everything that shows how the run went.
 
@@ -153,7 +157,7 @@ def run_test(
     settings, exchange = adapter_settings(folder, evaluation.strength), evaluation.exchange_pictures
     with VideoReader() as reader:
         media = media_of_run(config, assistant, of_test=True, reader=reader)
-        sets = [_set_of_file(evaluation, media, config.data.contract, settings)]
+        sets = [_set_of_file(evaluation, media, config.data.column_settings, settings)]
         evaluate_and_draw(sets, assistant, folder, header=numbers, exchange=exchange, untrained=untrained, sheet=media)
 
 
@@ -172,7 +176,7 @@ def media_of_run(
 def check_test(config: RunConfig) -> list[Example]:
     """Reads the examples of `evaluation.file` before a run trains: a mistake shows now and not after hours."""
     test = config.evaluation
-    examples, _ = read_questions(Path(str(test.file)), test.limit, config.data.contract)
+    examples, _ = read_questions(Path(str(test.file)), test.limit, config.data.column_settings)
     images = (path for example in examples for path in example.images)
     root = image_folder(config.data, test.image_folder).root
     check_pictures(images, root, setting="evaluation.image_folder (or data.image_folder)")
@@ -245,7 +249,9 @@ def evaluate_commonsense(
             name=scoring,
             examples=examples,
             decoding=Decoding(
-                batch_size=evaluation.batch_size, max_new_tokens=evaluation.max_new_tokens, by=WAYS[scoring]
+                batch_size=evaluation.batch_size,
+                max_new_tokens=evaluation.max_new_tokens,
+                answer_method=ANSWER_METHODS[scoring],
             ),
             media=media_reader(Path(), frames=1),
             score=cloze_score if scoring == "cloze" else partial(commonsense_score, rule=evaluation.rule),
@@ -280,7 +286,7 @@ def draw(answered: Sequence[Tested], *, run_folder: Path, media: MediaReader | N
         by_id |= {f"{name}/{example.id}": example for example in tested.test.examples}
         for row in tested.predictions.rows:
             example = by_id[f"{name}/{row.id}"]
-            truth, answer = (in_words(example, text) for text in (expected(example), row.prediction))
+            truth, answer = (choice_text(example, text) for text in (expected(example), row.prediction))
             images = list(example.images) or [clip.path for clip in example.videos[:1]]
             rows.append(replace(row, id=f"{name}/{row.id}", images=images, truth=truth, prediction=answer))
         if tested.scored is not None and tested.is_accuracy:
@@ -330,7 +336,7 @@ def watch_questions(
         for model, several, decoding in parts:
             by_id = {example.id: example for example in several}
             for rows in model.predict(several, reader, decoding) if several else ():
-                answers |= {row.id: in_words(by_id[row.id], row.prediction) for row in rows if not row.error}
+                answers |= {row.id: choice_text(by_id[row.id], row.prediction) for row in rows if not row.error}
         return answers
 
     showing = {example.id: example for example in examples if example.images or example.videos}
@@ -339,7 +345,7 @@ def watch_questions(
         WatchedQuestion(
             id=example.id,
             question=text_asked(example) or "(describe it)",
-            truth=in_words(example, expected(example)),
+            truth=choice_text(example, expected(example)),
             why_no_picture=missing if media is None and example.id in showing else "",
         )
         for example in examples

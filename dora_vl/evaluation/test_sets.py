@@ -14,12 +14,12 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from dora_vl.data.example import JSON, Example
-from dora_vl.errors import UserError, one_line, shown
-from dora_vl.evaluation.baselines import UNTRAINED, Exchange, compared, said_instead
+from dora_vl.errors import UserError, one_line, short_repr
+from dora_vl.evaluation.baselines import UNTRAINED, ComparisonAnswers, compare_with, compare_with_baselines
 from dora_vl.evaluation.predictions import Predictions
-from dora_vl.evaluation.questions import expected, in_words, kind_of
+from dora_vl.evaluation.questions import choice_text, expected, kind_of
 from dora_vl.evaluation.results import AnswerScore, formula_record, score_lines, write_results
-from dora_vl.evaluation.scores.benchmark import Benchmark, Group, Scorer, Submission
+from dora_vl.evaluation.scores.benchmark import Benchmark, GroupKey, Scorer, Submission
 from dora_vl.evaluation.scores.scored import (
     RESAMPLES,
     SHARES,
@@ -68,11 +68,11 @@ class TestSet:
     media: MediaReader | None = None
     prompt: Callable[[Example], Example] = lambda example: example
     truth: Callable[[Example], str] = expected
-    compared: Callable[[Example, str], str] = in_words
+    compared: Callable[[Example, str], str] = choice_text
     unreadable: Mapping[str, str] = field(default_factory=dict)
     not_scored: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, object] = field(default_factory=dict)
-    together: Group | None = None
+    together: GroupKey | None = None
     item: Callable[[Example], str] = lambda example: example.id
     submission: Submission | None = None
     about: Mapping[str, JSON] = field(default_factory=dict)
@@ -178,7 +178,7 @@ def scored(test: TestSet, predictions: Predictions) -> Tested:
     """Scores answers and makes the server's file, or says why they cannot be scored."""
     tested = Tested(test=test, predictions=predictions)
     answers = {name: answer for name, answer in predictions.answers.items() if name not in test.not_scored}
-    if test.decoding is not None and test.decoding.by != "generation" and predictions.failed and not answers:
+    if test.decoding is not None and test.decoding.answer_method != "generation" and predictions.failed and not answers:
         name, reason = next(iter(predictions.failed.items()))
         return replace(tested, refused=UserError(f"{test.name}: no question has likelihoods; {name}: {reason}"))
     try:
@@ -189,7 +189,7 @@ def scored(test: TestSet, predictions: Predictions) -> Tested:
     except UNREADABLE as error:
         reason = (
             f"{test.about.get('file', test.name)}: a record holds something that the scorer of {test.name} cannot read "
-            f"({type(error).__name__}: {shown(str(error), 120)}); prepare the set again"
+            f"({type(error).__name__}: {short_repr(str(error), 120)}); prepare the set again"
         )
         return replace(tested, refused=UserError(reason))
     if result is not None and predictions.joined_by:
@@ -199,8 +199,8 @@ def scored(test: TestSet, predictions: Predictions) -> Tested:
 
 def with_baselines(
     tested: Tested,
-    exchange: Exchange | None,
-    untrained: Exchange | None = None,
+    exchange: ComparisonAnswers | None,
+    untrained: ComparisonAnswers | None = None,
     readable: Mapping[str, str] = MappingProxyType({}),
 ) -> Tested:
     """Adds the baselines that a score is compared with; `readable` are the probe's answers."""
@@ -208,11 +208,11 @@ def with_baselines(
     if result is None or test.score is None:
         return tested
     answers = tested.predictions.answers
-    baselines, remarks = compared(
+    baselines, remarks = compare_with_baselines(
         result, test.scored_examples, answers, test.score, says=test.truth, exchange=exchange, readable=readable
     )
     if untrained is not None:
-        baselines[UNTRAINED], line = said_instead(UNTRAINED, untrained, test.scored_examples, answers, test.score)
+        baselines[UNTRAINED], line = compare_with(UNTRAINED, untrained, test.scored_examples, answers, test.score)
         remarks = [line, *remarks]
     return replace(tested, baselines=baselines, remarks=remarks)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dora_vl.backbones.feature_encoder import FeatureEncoder
-from dora_vl.backbones.generation import NO_TOKEN, NoNumbers, says_true, with_numbers
+from dora_vl.backbones.generation import NO_TOKEN, NotFiniteScores, says_true, without_broken
 from dora_vl.backbones.pieces import Seq2SeqEncoder
 from dora_vl.backbones.vision_store import FeatureReader, clip_of_features, fixed_length
 from dora_vl.backbones.vlbart import VlBartBackbone
@@ -23,7 +23,7 @@ from dora_vl.data.pictures import open_image
 from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.predictions import Prediction
-from dora_vl.evaluation.predictor import Decoding, MediaReader, Shown, View, Write, prediction
+from dora_vl.evaluation.predictor import Decoding, MediaReader, PromptMedia, View, Write, prediction
 from dora_vl.evaluation.vlbart_tasks import MicroBatch, Seq2SeqCollator, Seq2SeqSample, Subtask, make_sample
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,9 @@ class VlBartAssistant:
             raise ValueError(f"example {example.id} has no video")
         return View(example=example, clip=clip[1], sampling=self._features_of(subtask).settings.sampling)
 
-    def answer(self, example: Example, seen: Shown, *, max_new_tokens: int = 64, write: Write | None = None) -> str:
+    def answer(
+        self, example: Example, seen: PromptMedia, *, max_new_tokens: int = 64, write: Write | None = None
+    ) -> str:
         """See `Predictor`: answers one question, a choice in its words; the task's search sets the length."""
         if len(example.turns) > 1:
             raise UserError("a VL-BART reads one question at a time; ask without --conversation")
@@ -81,7 +83,7 @@ class VlBartAssistant:
             )
         (text,) = self._texts(subtask, [example], [sample])
         if text is None:
-            raise NoNumbers
+            raise NotFiniteScores
         if subtask.answer_by in CHOOSING:
             text = example.choices[int(text.removeprefix("a"))]
         if write is not None:
@@ -174,7 +176,7 @@ class VlBartAssistant:
             if subtask.answer_by == "closed":
                 head = self.backbone.answer_head(subtask.name)
                 scores = head(self.backbone.first_hidden(ids, mask, features))
-                return with_numbers(head.chosen(scores), scores)
+                return without_broken(head.chosen(scores), scores)
             if subtask.answer_by == "choice":
                 labels = self._labels(
                     [f"a{index}" for index in range(max(len(example.choices) for example in examples))]
@@ -182,13 +184,13 @@ class VlBartAssistant:
                 scores = self.backbone.likelihoods(ids, mask, features, labels)
                 for row, example in enumerate(examples):
                     scores[row, len(example.choices) :] = float("-inf")
-                return with_numbers([f"a{index}" for index in scores.argmax(1).tolist()], scores)
+                return without_broken([f"a{index}" for index in scores.argmax(1).tolist()], scores)
             if subtask.answer_by == "words":  # each example has choices of its own
                 texts: list[str | None] = []
                 for row, example in enumerate(examples):
                     one_row, labels = slice(row, row + 1), self._labels(example.choices)
                     scores = self.backbone.likelihoods(ids[one_row], mask[one_row], features[one_row], labels)
-                    texts += with_numbers([f"a{int(scores.argmax(1))}"], scores)
+                    texts += without_broken([f"a{int(scores.argmax(1))}"], scores)
                 return texts
             search = subtask.search
             new = self.backbone.generate(
@@ -215,13 +217,13 @@ class VlBartAssistant:
         true_token, false_token = self.encoder.first_token(TRUE), self.encoder.first_token(FALSE)
         if true_token is None or false_token is None:
             scores = backbone.likelihoods(ids, mask, features, self._labels((TRUE, FALSE)))
-            return with_numbers([TRUE if index == 0 else FALSE for index in scores.argmax(1).tolist()], scores)
+            return without_broken([TRUE if index == 0 else FALSE for index in scores.argmax(1).tolist()], scores)
         encoded, joint = backbone.encode(ids, mask, features)
         config = backbone.config
         begun = torch.tensor([[config.decoder_start_token_id, config.bos_token_id]], device=ids.device)
         logits = backbone.logits(backbone.decode(begun.expand(len(ids), -1), encoded, joint)[:, 1])
         chosen = says_true(logits, true_token=true_token, false_token=false_token)
-        return with_numbers([TRUE if is_true else FALSE for is_true in chosen.tolist()], logits)
+        return without_broken([TRUE if is_true else FALSE for is_true in chosen.tolist()], logits)
 
     def subtask(self, example: Example, task: str = "") -> Subtask:
         """Returns the trained task of this name, or the first that such a question belongs to."""

@@ -16,7 +16,7 @@ from dora_vl.backbones.pieces import Seq2SeqEncoder
 from dora_vl.backbones.vision_store import FeatureReader
 from dora_vl.backbones.vlbart import VlBartBackbone
 from dora_vl.data.example import Example, ExampleFile
-from dora_vl.errors import BadSample, UserError, shown_names
+from dora_vl.errors import BadSample, UserError, short_names
 from dora_vl.evaluation.predictor import Decoding, Predictor, media_reader
 from dora_vl.evaluation.questions import has_truth
 from dora_vl.evaluation.scores.benchmark import check_choices
@@ -27,7 +27,7 @@ from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
 from dora_vl.evaluation.vlbart_tasks import Subtask, check_sample, make_sample
 from dora_vl.files import file_sha256
 from dora_vl.run.settings import EvaluationConfig
-from dora_vl.run.watched import Watch, evenly
+from dora_vl.run.watched_questions import Watch, evenly
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def open_test(subtask: Subtask, path: Path, *, limit: int | None) -> ExampleFile
     """Opens a task's test file and reads each example, so that a long run does not end at a bad one."""
     file = ExampleFile(path, limit=limit)
     if subtask.chooses:
-        check_choices(file, path, most=None)
+        check_choices(file, path, max_choices=None)
     else:
         deque(file, maxlen=0)
     return file
@@ -68,7 +68,7 @@ def check_tests(tested: Sequence[Tested], encoder: Seq2SeqEncoder, *, max_bad_sh
         names = ", ".join(path.name for path in file.paths)
         message = (
             f"{names:.60}: {len(bad):,} of {len(examples):,} examples cannot be asked, nor {len(unread)} of "
-            f"{len(sample)} whose features were read ({shown_names(reasons, NAMED)}); the first: "
+            f"{len(sample)} whose features were read ({short_names(reasons, NAMED)}); the first: "
             f"{next(iter(reasons.values())):.160}. Correct evaluation.files or {subtask.name}'s folder of features"
         )
         if not left:

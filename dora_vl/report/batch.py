@@ -16,7 +16,7 @@ from dora_vl.data.samples import IGNORED_LABEL
 Kind = Literal["trained", "context", "picture-place", "padding"]
 
 
-class Look(NamedTuple):
+class TokenStyle(NamedTuple):
     """Says how a kind is shown: by name, by colours that change with every token, or by signs around a stretch of it.
 
     A stretch of a `joined` kind is one piece with its length.
@@ -28,17 +28,17 @@ class Look(NamedTuple):
     joined: bool = False
 
 
-LOOKS: Mapping[Kind, Look] = {
-    "trained": Look("trained on", (22, 28), ("[", "]")),
-    "context": Look("read, not trained on", (236, 239), ("", "")),
-    "picture-place": Look("place of a picture", (18, 18), ("<", ">"), joined=True),
-    "padding": Look("padding", (94, 94), ("{", "}"), joined=True),
+LOOKS: Mapping[Kind, TokenStyle] = {
+    "trained": TokenStyle("trained on", (22, 28), ("[", "]")),
+    "context": TokenStyle("read, not trained on", (236, 239), ("", "")),
+    "picture-place": TokenStyle("place of a picture", (18, 18), ("<", ">"), joined=True),
+    "padding": TokenStyle("padding", (94, 94), ("{", "}"), joined=True),
 }
 STAND_IN = "no sample: it takes the batch through the vision part, as other ranks' batches are taken"
 
 
 @dataclass(frozen=True)
-class Piece:
+class TokenPiece:
     """Shows one token, or a stretch of `count` places or padding tokens."""
 
     text: str
@@ -51,7 +51,7 @@ class BatchRow:
     """One row: of a decoder one line of pieces, of an encoder-decoder the input and the answer."""
 
     title: str
-    lines: tuple[tuple[Piece, ...], ...]
+    lines: tuple[tuple[TokenPiece, ...], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,19 +82,19 @@ class TokenText:
         self.of = text_of
         """Returns a token's text, with the space before it."""
 
-    def pieces(self, ids: Sequence[int], trained: Sequence[bool], real: Sequence[bool]) -> tuple[Piece, ...]:
+    def pieces(self, ids: Sequence[int], trained: Sequence[bool], real: Sequence[bool]) -> tuple[TokenPiece, ...]:
         """Returns a row's tokens; joins stretches of picture places and of padding."""
-        pieces: list[Piece] = []
+        pieces: list[TokenPiece] = []
         for token, is_trained, is_real in zip(ids, trained, real, strict=True):
             if not is_real:
-                piece = Piece("padding", "padding")
+                piece = TokenPiece("padding", "padding")
             elif token in self.placeholder_ids:
-                piece = Piece(self.of(token), "picture-place")
+                piece = TokenPiece(self.of(token), "picture-place")
             else:
-                piece = Piece(self.of(token), "trained" if is_trained else "context")
+                piece = TokenPiece(self.of(token), "trained" if is_trained else "context")
             last = pieces[-1] if pieces else None
             if last is not None and LOOKS[piece.kind].joined and (last.text, last.kind) == (piece.text, piece.kind):
-                pieces[-1] = Piece(piece.text, piece.kind, last.count + 1)
+                pieces[-1] = TokenPiece(piece.text, piece.kind, last.count + 1)
             else:
                 pieces.append(piece)
         return tuple(pieces)
@@ -105,7 +105,7 @@ def batch_view(batch: Mapping[str, Any], names: Sequence[str], text: TokenText, 
 
     Where `shifted`, labels are of the input itself (a decoder); else they are an answer of their own.
     """
-    lines: tuple[tuple[Piece, ...], ...]
+    lines: tuple[tuple[TokenPiece, ...], ...]
     count = len(batch["input_ids"])
     of_rows = batch.get("sample_ids", names)
     if "layout" not in batch and len(of_rows) <= count:  # rows behind the samples' stand in for media
@@ -147,7 +147,7 @@ def _facts(batch: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def terminal_lines(view: BatchView, *, colours: bool) -> Iterator[str]:
     """Yields counts, the legend, and each row."""
     yield ", ".join(f"{name} {value}" for name, value in view.facts)
-    yield "  ".join(_marked([Piece(look.name, kind)], colours=colours) for kind, look in LOOKS.items())
+    yield "  ".join(_marked([TokenPiece(look.name, kind)], colours=colours) for kind, look in LOOKS.items())
     for row in view.rows:
         yield ""
         yield row.title
@@ -157,10 +157,10 @@ def terminal_lines(view: BatchView, *, colours: bool) -> Iterator[str]:
         yield f"skipped {name}: {reason}"
 
 
-def _marked(pieces: Sequence[Piece], *, colours: bool) -> str:
+def _marked(pieces: Sequence[TokenPiece], *, colours: bool) -> str:
     if colours:
         return "".join(
-            f"\x1b[48;5;{LOOKS[item.kind].colours[number % 2]}m\x1b[38;5;255m{shown(item)}\x1b[0m"
+            f"\x1b[48;5;{LOOKS[item.kind].colours[number % 2]}m\x1b[38;5;255m{visible_text(item)}\x1b[0m"
             for number, item in enumerate(pieces)
         )
     marked: list[str] = []
@@ -168,11 +168,11 @@ def _marked(pieces: Sequence[Piece], *, colours: bool) -> str:
         begin, end = LOOKS[piece.kind].signs
         begins = number == 0 or pieces[number - 1].kind != piece.kind
         ends = number == len(pieces) - 1 or pieces[number + 1].kind != piece.kind
-        marked.append(f"{begin if begins else ''}{shown(piece)}{end if ends else ''}")
+        marked.append(f"{begin if begins else ''}{visible_text(piece)}{end if ends else ''}")
     return "".join(marked)
 
 
-def shown(piece: Piece) -> str:
+def visible_text(piece: TokenPiece) -> str:
     """Returns a piece's text on one line; a joined one with its length."""
     text = piece.text.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍").replace("\x1b", "␛")
     return f"{text} × {piece.count}" if LOOKS[piece.kind].joined and piece.count > 1 else text

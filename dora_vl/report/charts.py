@@ -12,7 +12,7 @@ from typing import Any, Literal
 from matplotlib import rc_context
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 
-from dora_vl.evaluation.pictures import new_figure, plain_axes, series, smoothed
+from dora_vl.evaluation.plots import new_figure, plain_axes, series, smoothed
 from dora_vl.report.run_record import RunRecord
 
 MOST_POINTS = 400

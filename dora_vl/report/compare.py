@@ -19,8 +19,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from dora_vl.errors import Diverged, UserError, aligned, one_line
-from dora_vl.evaluation.pictures import new_figure, plain_axes, save_png
+from dora_vl.errors import Diverged, UserError, align_columns, one_line
+from dora_vl.evaluation.plots import new_figure, plain_axes, save_png
 from dora_vl.evaluation.results import read_scores
 from dora_vl.evaluation.scores.scored import Scored
 from dora_vl.files import read_json, whole_file, whole_folder, write_json
@@ -305,7 +305,7 @@ def pairs_of(contenders: Sequence[Contender], *, untrained: bool) -> list[tuple[
     return pairs + [(str(contender), UNTRAINED) for contender in contenders if untrained]
 
 
-def written(comparison: Comparison) -> Iterator[str]:
+def write_report(comparison: Comparison) -> Iterator[str]:
     """Computes everything from the runs' scores, writes the files, and yields the tables."""
     cells = {str(contender): comparison.tested(contender) for contender in comparison.contenders}
     if comparison.untrained:
@@ -388,7 +388,7 @@ def tables(measure: Measure, results: Sequence[Result], contrasts: Sequence[Cont
         spread = f"{np.std(by_seed, ddof=1):.2f}" if len(by_seed) > 1 else ""
         rate = "" if result.rate is None else f"{result.rate:g}"
         rows.append((result.name, rate, f"{score.value:.2f}", f"{score.low:.2f} to {score.high:.2f}", spread))
-    yield from aligned(rows, left=len(rows[0]))
+    yield from align_columns(rows, left=len(rows[0]))
     rows = [("", "less", "difference", "95 % interval", "")]
     for contrast in contrasts:
         if contrast.measure == measure.name:
@@ -398,7 +398,7 @@ def tables(measure: Measure, results: Sequence[Result], contrasts: Sequence[Cont
             rows.append((contrast.name, contrast.against, f"{apart.value:+.2f}", limits, mark))
     if len(rows) > 1:
         yield ""
-        yield from aligned(rows, left=len(rows[0]))
+        yield from align_columns(rows, left=len(rows[0]))
 
 
 def remarks(results: Sequence[Result], contrasts: Sequence[Contrast], seeds: int) -> Iterator[str]:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from dora_vl.errors import UserError, positive
+from dora_vl.errors import UserError, positive_int
 
 DESCRIPTION = """\
 Trains one recipe by several methods and ranks at equal budgets, and says how they differ. The learning rate of each
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", default="dora,lora", help=f"of {', '.join(METHODS)} (default: dora,lora)")
     parser.add_argument("--ranks", default="", help="with commas (default: the recipe's)")
     parser.add_argument("--rates", default="sweep", help="learning rates, or sweep: from the recipe's (default)")
-    parser.add_argument("--seeds", type=positive, default=3, help="runs at the chosen rate (default: 3)")
+    parser.add_argument("--seeds", type=positive_int, default=3, help="runs at the chosen rate (default: 3)")
     parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="of all runs and of the result")
     parser.add_argument("--strengths", default="", help="tests the first contender's adapter at these strengths too")
     parser.add_argument("--untrained", action="store_true", help="asks the model before training too")
@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Iterator[str]:
     """Runs what is missing, then yields the table."""
-    from dora_vl.report.compare import Comparison, Contender, stepped, written
-    from dora_vl.run.reading import read_run
+    from dora_vl.report.compare import Comparison, Contender, stepped, write_report
+    from dora_vl.run.settings_parser import read_run
 
     words = [f"--config={options.config}", *options.settings]
     config = read_run(words, program="dora-vl compare")
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
         words, config, options.to, contenders, rates, options.seeds, sweep, options.untrained, strengths
     )
     yield from comparison.run()
-    yield from written(comparison)
+    yield from write_report(comparison)
 
 
 def _numbers(text: str, kind: type[int] | type[float], option: str) -> list[float]:

@@ -44,14 +44,14 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError
     from huggingface_hub.utils import validate_repo_id
 
-    from dora_vl.report.run_record import read_run
+    from dora_vl.report.run_record import read_record
 
     repository = arguments.repository
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
         raise UserError(f"{repository}: {error}") from error
-    record = read_run(arguments.run, repository.rpartition("/")[2])
+    record = read_record(arguments.run, repository.rpartition("/")[2])
     folder = write_folder(record, repository, licence=arguments.license, pictures=not arguments.no_pictures)
     yield from (f"{path}  {path.stat().st_size:,} bytes" for path in sorted(folder.iterdir()))
     base = str(record.section("model").get("base"))
@@ -93,7 +93,7 @@ def model_card(run: RunRecord, repository: str, *, licence: str | None, sheet: b
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
     from jinja2 import Environment, StrictUndefined
 
-    from dora_vl.evaluation.forgetting import in_words
+    from dora_vl.evaluation.forgetting import forgetting_lines
     from dora_vl.report.run_record import blind, read_tests, score_rows
     from dora_vl.report.views import setting_tables
 
@@ -127,7 +127,7 @@ def model_card(run: RunRecord, repository: str, *, licence: str | None, sheet: b
         "sheet": CONTACT_SHEET if sheet else None,
         "rows": score_rows([results])[0],
         "warnings": [*missing, *blind(run.label, results)],
-        "forgotten": in_words(run.metrics.get("forgetting")),
+        "forgotten": forgetting_lines(run.metrics.get("forgetting")),
         "settings": {name: without_folder(row[0]) for name, row in setting_tables([run])["first"].items()},
         "versions": run.plan.get("versions") or run.recipe.get("versions") or {},
     }

@@ -91,7 +91,7 @@ def gather(runs: Sequence[RunRecord]) -> dict[str, Any]:
 def _drawn(folder: Path) -> list[dict[str, Any]]:
     """Returns some questions with the answers that were drawn to them, the rewards, and how often each came."""
     from dora_vl.run.folder import DRAWN, read_log
-    from dora_vl.run.watched import evenly
+    from dora_vl.run.watched_questions import evenly
 
     rows = evenly(read_log(folder / DRAWN), DRAWN_ROWS)
     counts = [Counter((answer["text"], answer["reward"]) for answer in row["answers"]) for row in rows]
@@ -124,8 +124,8 @@ def _answers(run: RunRecord, result: SetResult, pictures: InlinePictures) -> dic
 
 def _head(run: RunRecord, results: Results) -> dict[str, Any]:
     """Sums a run up in a few numbers."""
-    from dora_vl.evaluation.forgetting import in_words
-    from dora_vl.evaluation.pictures import series
+    from dora_vl.evaluation.forgetting import forgetting_lines
+    from dora_vl.evaluation.plots import series
 
     adapter, last = run.section("adapter"), run.log[-1]
     (_, losses), (_, checked) = (series(run.log, key) for key in ("loss", "eval_loss"))
@@ -146,7 +146,7 @@ def _head(run: RunRecord, results: Results) -> dict[str, Any]:
         if result.scored is not None:
             headline = result.entry["headline"]
             facts[f"{name}, {headline}"] = f"{result.scored.metrics[headline]:.2f} of {result.scored.n:,}"
-    facts |= in_words(run.metrics.get("forgetting"))
+    facts |= forgetting_lines(run.metrics.get("forgetting"))
     facts |= {"device": run.plan.get("device"), "ranks": run.plan.get("ranks")}
     return {"label": run.label, "folder": run.folder, "facts": _stated(facts), "again": _again(run)}
 
@@ -210,7 +210,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Reads, draws, writes; yields the lines to print."""
-    from dora_vl.report.run_record import read_run
+    from dora_vl.report.run_record import read_record
 
     folders = list(arguments.runs)
     if arguments.label is not None and len(arguments.label) != len(folders):
@@ -222,7 +222,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         raise UserError(f"--to {to}: give the name of an .html file")
     names = [folder.resolve().name for folder in folders]
     unique = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
-    runs = [read_run(folder, label) for folder, label in zip(folders, arguments.label or unique, strict=True)]
+    runs = [read_record(folder, label) for folder, label in zip(folders, arguments.label or unique, strict=True)]
     with whole_file(to) as file:
         file.write(page(gather(runs)))
     yield f"{to}: {to.stat().st_size / 1e6:.1f} MB"
@@ -232,7 +232,7 @@ def page(report: Mapping[str, Any]) -> str:
     """Returns the page, every text of it escaped; halves of surrogate pairs become the sign for the unknown."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    from dora_vl.evaluation.pictures import plain_text
+    from dora_vl.evaluation.plots import plain_text
 
     loader = FileSystemLoader(Path(__file__).parent / "templates", encoding="utf-8")
     options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}

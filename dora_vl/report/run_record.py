@@ -15,18 +15,18 @@ from typing import Any
 
 from dora_vl.adapters.files import RECIPE_FILE
 from dora_vl.errors import UserError
-from dora_vl.evaluation.baselines import ADVICE, COMMONEST, EXCHANGED, READABLE, UNTRAINED, WARNING, in_words
+from dora_vl.evaluation.baselines import ADVICE, COMMONEST, EXCHANGED, READABLE, UNTRAINED, WARNING, probe_lines
 from dora_vl.evaluation.predictions import PREDICTIONS, Prediction
 from dora_vl.evaluation.results import AnswerScore, SetResult, read_results
 from dora_vl.evaluation.scores.exact import normalised
 from dora_vl.evaluation.scores.scored import SHARES, Difference, paired_differences
 from dora_vl.files import json_or_nothing
 from dora_vl.run.folder import ADAPTER, LOSS_LOG, METRICS, PLAN, SETTINGS, SKIPPED, path_in_run, read_log
-from dora_vl.run.watched import Watched, read_watched
+from dora_vl.run.watched_questions import Watched, read_watched
 
-Line = Mapping[str, Any]
+LogLine = Mapping[str, Any]
 Results = Mapping[str, SetResult]
-Answer = tuple[Prediction, AnswerScore]
+AnswerRecord = tuple[Prediction, AnswerScore]
 BASELINES = {
     UNTRAINED: "the untrained base",
     COMMONEST: "each question's commonest answer",
@@ -47,15 +47,15 @@ class RunRecord:
 
     label: str
     folder: Path
-    settings: Line
-    log: tuple[Line, ...]
-    metrics: Line
-    plan: Line
-    recipe: Line
+    settings: LogLine
+    log: tuple[LogLine, ...]
+    metrics: LogLine
+    plan: LogLine
+    recipe: LogLine
     skipped: tuple[tuple[str, str, bool], ...]
     watched: Watched | None
 
-    def section(self, name: str) -> Line:
+    def section(self, name: str) -> LogLine:
         """Returns a section of the settings; empty where there is none."""
         result = self.settings.get(name)
         return result if isinstance(result, Mapping) else {}
@@ -76,7 +76,7 @@ class RunRecord:
         return read_results(folder) if (folder / METRICS).is_file() else {}
 
 
-def read_run(folder: Path, label: str) -> RunRecord:
+def read_record(folder: Path, label: str) -> RunRecord:
     """Reads a run's folder. Raises UserError: it is none, or training has not begun in it."""
     log = read_log(folder / LOSS_LOG)
     if not log:
@@ -113,7 +113,7 @@ def is_accuracy(result: SetResult) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
+class ScoreCell:
     """A run's value of a metric; its `difference` from the first run is `clear` where 0 is outside its interval."""
 
     value: float
@@ -129,7 +129,7 @@ class ScoreRow:
 
     test: str
     metric: str
-    cells: tuple[Cell | None, ...]
+    cells: tuple[ScoreCell | None, ...]
 
     @property
     def n(self) -> int:
@@ -159,10 +159,10 @@ class Confusion:
 
 def score_rows(by_run: Sequence[Results]) -> tuple[list[ScoreRow], list[str]]:
     """Returns a row for each metric of each set, paired with the first run's, and notes on those that are not."""
-    cells: list[dict[tuple[str, str], Cell]] = []
+    cells: list[dict[tuple[str, str], ScoreCell]] = []
     notes: dict[str, None] = {}
     for number, results in enumerate(by_run):
-        of_run: dict[tuple[str, str], Cell] = {}
+        of_run: dict[tuple[str, str], ScoreCell] = {}
         for name, result in results.items():
             first = by_run[0].get(name) if number else None
             differences: Mapping[str, Difference] = {}
@@ -185,10 +185,10 @@ def score_rows(by_run: Sequence[Results]) -> tuple[list[ScoreRow], list[str]]:
     return rows, [*notes]
 
 
-def _cell(entry: Mapping[str, Any], apart: Difference | None) -> Cell:
+def _cell(entry: Mapping[str, Any], apart: Difference | None) -> ScoreCell:
     limits = entry["interval_95"]
     difference = "" if apart is None else f"{apart.value:+.2f} ({apart.low:+.2f} to {apart.high:+.2f})"
-    return Cell(
+    return ScoreCell(
         value=float(entry["value"]),
         n=int(entry["n"]),
         interval=None if limits is None else (limits[0], limits[1]),
@@ -207,7 +207,7 @@ def blind(label: str, *several: Results) -> list[str]:
 def questions_of(results: Results) -> dict[str, str]:
     """Tells of each question of a run's tests what can be read of the base's pictures, and what was learned."""
     probes = ((result.entry.get("baselines") or {}).get(READABLE) or {} for result in results.values())
-    return {name: text for probe in probes for name, text in in_words(probe.get("questions") or {}).items()}
+    return {name: text for probe in probes for name, text in probe_lines(probe.get("questions") or {}).items()}
 
 
 def confusion(title: str, result: SetResult) -> Confusion | None:
@@ -227,7 +227,7 @@ def confusion(title: str, result: SetResult) -> Confusion | None:
     return Confusion(title=title, labels=labels, columns=columns, counts=rows)
 
 
-def low_and_high(result: SetResult) -> tuple[list[Answer], list[Answer]]:
+def low_and_high(result: SetResult) -> tuple[list[AnswerRecord], list[AnswerRecord]]:
     """Returns the answers with a score of their own from the lowest on and from the highest, of every kind in turn.
 
     Of an accuracy they are the wrong and the right ones, else the two halves.
@@ -239,8 +239,8 @@ def low_and_high(result: SetResult) -> tuple[list[Answer], list[Answer]]:
     return _in_turn(answers[:half]), _in_turn(answers[half:][::-1])
 
 
-def _in_turn(answers: Sequence[Answer]) -> list[Answer]:
-    by_kind: dict[str, list[Answer]] = {}
+def _in_turn(answers: Sequence[AnswerRecord]) -> list[AnswerRecord]:
+    by_kind: dict[str, list[AnswerRecord]] = {}
     for row, item in answers:
         by_kind.setdefault(item.kind, []).append((row, item))
     return [answer for several in zip_longest(*by_kind.values()) for answer in several if answer is not None]

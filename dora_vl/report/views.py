@@ -16,9 +16,9 @@ from dora_vl.data.video import Uniform, VideoReader
 from dora_vl.errors import BadSample
 from dora_vl.evaluation.scores.exact import final_answer, normalised
 from dora_vl.report.run_record import RunRecord
-from dora_vl.run.reading import flattened, run_parser
 from dora_vl.run.settings import FIELDS
-from dora_vl.run.watched import SIDE, Watched, WatchedQuestion, data_url, evenly, tiled
+from dora_vl.run.settings_parser import flattened, run_parser
+from dora_vl.run.watched_questions import SIDE, Watched, WatchedQuestion, data_url, evenly, tiled
 
 ABSENT = "–"
 

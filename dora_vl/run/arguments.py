@@ -26,7 +26,7 @@ from dora_vl.run.settings import RunConfig
 
 logger = logging.getLogger(__name__)
 
-OWNED = {
+REFUSED_FIELDS = {
     "remove_unused_columns": "batches are read whole",
     "label_smoothing_factor": "the loss is computed at labelled positions only",
     "use_liger_kernel": "the loss is computed at labelled positions only",
@@ -46,11 +46,11 @@ AT_LEAST: Mapping[str, float] = {
     **dict.fromkeys(("gradient_accumulation_steps", "ddp_timeout"), 1),
 }
 """Maps a field to its smallest value that makes sense; below it torch or the Trainer fails late, or the loss grows."""
-OURS = {"logging_steps": 10, "logging_nan_inf_filter": False, "report_to": "none", "save_total_limit": 2}
+TRAINER_DEFAULTS = {"logging_steps": 10, "logging_nan_inf_filter": False, "report_to": "none", "save_total_limit": 2}
 """These defaults differ from the library's: log lines can be drawn, and a loss that is no number shows."""
 
-SHORT_NAMES = ("zero0", "zero2", "zero3", "zero3_offload")  # of the shipped DeepSpeed configs
-FROM_SECTION = (
+SHIPPED_CONFIGS = ("zero0", "zero2", "zero3", "zero3_offload")  # of the shipped DeepSpeed configs
+SECTION_FIELDS = (
     "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps",
     "gradient_clipping",
@@ -61,7 +61,9 @@ FROM_SECTION = (
 
 def training_fields() -> list[str]:
     """Returns the names of all fields that `training:` takes."""
-    return [field.name for field in dataclasses.fields(TrainingArguments) if field.init and field.name not in OWNED]
+    return [
+        field.name for field in dataclasses.fields(TrainingArguments) if field.init and field.name not in REFUSED_FIELDS
+    ]
 
 
 @functools.cache
@@ -101,13 +103,15 @@ def check_training_section(section: Mapping[str, Any]) -> dict[str, Any]:
 def _accepted_name(key: str) -> str:
     fields = {field.name for field in dataclasses.fields(TrainingArguments)}
     name = f"training.{key}"
-    if key in OWNED:
-        raise SettingError(name, f" cannot be set: {OWNED[key]}")
+    if key in REFUSED_FIELDS:
+        raise SettingError(name, f" cannot be set: {REFUSED_FIELDS[key]}")
     if key in fields:
         return key
     if key == "activation_checkpointing":  # the name before transformers 5.22
         return "gradient_checkpointing"
-    close = [f"training.{name}" for name in difflib.get_close_matches(key, fields - OWNED.keys(), n=1, cutoff=0.6)]
+    close = [
+        f"training.{name}" for name in difflib.get_close_matches(key, fields - REFUSED_FIELDS.keys(), n=1, cutoff=0.6)
+    ]
     hint = f"did you mean {close[0]}?" if close else "see transformers.TrainingArguments"
     raise SettingError(name, f" is not a setting; {hint}", close)
 
@@ -131,7 +135,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
     _check_precision(section, method=method, dtype=config.model.dtype)
     validate = section.get("eval_strategy", "epoch" if data.held_out else "no")
     _check_validation(config, validate)
-    values = {**OURS, "eval_strategy": validate, "dataloader_pin_memory": on_cuda, "tf32": True, **section}
+    values = {**TRAINER_DEFAULTS, "eval_strategy": validate, "dataloader_pin_memory": on_cuda, "tf32": True, **section}
     if config.optim.early_stopping is not None:
         values = {**_best_of_validations(values), **values}
     if not on_cuda:
@@ -224,14 +228,16 @@ def order_seed(arguments: TrainingArguments) -> int:
 
 def read_deepspeed(value: str | Mapping[str, Any]) -> dict[str, Any]:
     """Returns the JSON of a short name (`zero2`), of a file (as given, or below a checkout), or of a mapping."""
-    from_section = dict.fromkeys(FROM_SECTION, "auto")  # or DeepSpeed fails without a batch, and does not clip
+    from_section = dict.fromkeys(SECTION_FIELDS, "auto")  # or DeepSpeed fails without a batch, and does not clip
     if isinstance(value, Mapping):
         return {**from_section, **value}
     shipped = shipped_folder()
-    paths = [shipped / "deepspeed" / f"{value}.json"] if value in SHORT_NAMES else [Path(value), shipped.parent / value]
+    paths = (
+        [shipped / "deepspeed" / f"{value}.json"] if value in SHIPPED_CONFIGS else [Path(value), shipped.parent / value]
+    )
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
-        raise SettingError("training.deepspeed", f": {value} is neither a file nor one of {', '.join(SHORT_NAMES)}")
+        raise SettingError("training.deepspeed", f": {value} is neither a file nor one of {', '.join(SHIPPED_CONFIGS)}")
     return {**from_section, **read_json(path)}
 
 
@@ -244,7 +250,7 @@ def check_deepspeed(config: Mapping[str, Any], *, method: str) -> None:
     """Reads a config as DeepSpeed will, and refuses blocks that override the recipe."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    plain = {name: value for name, value in _without_auto(config).items() if name not in FROM_SECTION}
+    plain = {name: value for name, value in _without_auto(config).items() if name not in SECTION_FIELDS}
     try:
         DeepSpeedConfig(plain | {"train_micro_batch_size_per_gpu": 1})
     except (ValueError, TypeError, AttributeError, AssertionError, KeyError) as error:

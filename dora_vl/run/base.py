@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 DECODER, VLBART = "decoder", "vlbart"
 """`recipe.json` names the two kinds of backbone so: decoders, and encoder-decoders over visual features."""
 
-Backbone = TypeVar("Backbone")
+Loaded = TypeVar("Loaded")
 
 
 def make_base(make: Callable[[Any, Path], None], spec: Any, base: str, arguments: TrainingArguments) -> None:
@@ -60,7 +60,7 @@ def check_quantisation(model: ModelConfig) -> None:
     check_runs_here(model.quantisation, getattr(torch, model.dtype))
 
 
-def load_base(load: Callable[..., Backbone], model: ModelConfig, **more: Any) -> Backbone:
+def load_base(load: Callable[..., Loaded], model: ModelConfig, **more: Any) -> Loaded:
     """Loads the base by its backbone's loader, with weights in `model.dtype`, sharded while loading under ZeRO-3."""
     if model.attn_implementation == "flash_attention_2" and not torch.cuda.is_available():
         raise SettingError("model.attn_implementation", ": flash_attention_2 needs CUDA; sdpa runs everywhere")
@@ -101,7 +101,7 @@ def check_window(base: str, encoder: Encoder, revision: str | None = None) -> No
 def check_pixels(base: str, encoder: Encoder, share: int | None) -> None:
     """Refuses a sample's share of `data.max_pixels_per_step` that changes nothing, or leaves too little to see."""
     key = "data.max_pixels_per_step"
-    if share is not None and not encoder.pixels_count:
+    if share is not None and not encoder.size_matters:
         raise SettingError(key, f": {base} makes the same of a small and of a large picture; leave it out")
     if share is not None and share < LEAST_PIXELS:
         raise SettingError(
@@ -111,11 +111,11 @@ def check_pixels(base: str, encoder: Encoder, share: int | None) -> None:
 
 def check_base_takes_videos(base: str, encoder: Encoder, data: DataConfig, *, pictures: bool) -> None:
     """Refuses videos that the base does not take in any way, and says in which it takes them."""
-    if encoder.why_no_videos:
-        logger.warning("frames of videos go into %s as pictures: %s", base, encoder.why_no_videos)
+    if encoder.no_videos_reason:
+        logger.warning("frames of videos go into %s as pictures: %s", base, encoder.no_videos_reason)
     elif encoder.videos_of_one_length and data.video_fps is not None:
         raise SettingError("data.video_fps", f": {base} takes videos of one length; set data.video_frames alone")
-    elif encoder.one_kind_in_a_batch and pictures:
+    elif encoder.cannot_mix_media and pictures:
         raise SettingError(
             "data.train", f" holds pictures and videos, which {base} cannot tell apart in a batch; train on one kind"
         )
@@ -166,7 +166,7 @@ def video_sampling(data: DataConfig) -> FrameSampling:
     if not 0 < data.video_fps < float("inf"):
         raise SettingError("data.video_fps", f" is {data.video_fps}; it must be above 0")
     least = min(2, data.video_frames)  # families that join frames in pairs take no less
-    return EverySeconds(period=1 / data.video_fps, least=least, most=data.video_frames)
+    return EverySeconds(period=1 / data.video_fps, min_frames=least, max_frames=data.video_frames)
 
 
 def check_videos(data: DataConfig) -> None:

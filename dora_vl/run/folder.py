@@ -21,7 +21,7 @@ from dora_vl.adapters.files import (
     checkpoint_to_resume,
     complete_checkpoints,
     refuse_to_replace_adapter,
-    set_later_aside,
+    rename_later_checkpoints,
     step_of,
 )
 from dora_vl.errors import UNWRITABLE, SettingError, UserError
@@ -52,10 +52,10 @@ RESULTS = (
     *(PROJECTOR_START, "loss_curve.png", "contact_sheet.png"),
 )
 IF_STOPPED = "if_stopped"
-_OTHERWISE = "--overwrite true removes it, --training.output_dir names another folder"
-HOW_IT_STARTS = frozenset({"resume", "overwrite", "test_only"})
+_OVERWRITE_HINT = "--overwrite true removes it, --training.output_dir names another folder"
+START_SETTINGS = frozenset({"resume", "overwrite", "test_only"})
 """These settings are of one start, not of the run: `settings.json` as --config must not repeat an overwrite."""
-BESIDE_THE_RUN = frozenset({"watch", "try_largest_batch"})
+UNRECORDED_SETTINGS = frozenset({"watch", "try_largest_batch"})
 """These settings change nothing of what a run leaves."""
 TRAINING_NUMBERS = (
     *("train_seconds", "samples_per_second", "train_samples", "train_steps"),
@@ -89,7 +89,7 @@ def results_in(folder: Path) -> list[Path]:
     return [folder / name for name in RESULTS if (folder / name).exists()] + complete_checkpoints(folder)
 
 
-def _took_work(folder: Path) -> list[Path]:
+def _saved_results(folder: Path) -> list[Path]:
     return [path for path in results_in(folder) if path.name not in RESULTS or path.name in SAVED]
 
 
@@ -98,27 +98,28 @@ def checkpoint_of(config: RunConfig) -> Path | None:
     folder = run_folder_of(config.training)
     checkpoints = complete_checkpoints(folder)
     if config.resume == LAST and not checkpoints:
-        results = _took_work(folder)
-        way_out = f"{results[0].name} is there: {_OTHERWISE}" if results else "start without resume"
+        results = _saved_results(folder)
+        way_out = f"{results[0].name} is there: {_OVERWRITE_HINT}" if results else "start without resume"
         raise SettingError("resume", f": no complete checkpoint in {folder}; {way_out}")
     if config.resume != IF_STOPPED:
         return checkpoint_to_resume(config.resume, folder)
     return checkpoints[-1] if checkpoints and not _is_finished(folder, config) else None
 
 
-def finished_already(config: RunConfig) -> bool:
+def is_finished_run(config: RunConfig) -> bool:
     """Returns True where `resume: if_stopped` finds a finished run; refuses one with other settings."""
     folder = run_folder_of(config.training)
     if config.resume != IF_STOPPED or config.overwrite or not _is_finished(folder, config):
         return False
     if changed := _changed_settings(folder, config):
         raise SettingError(
-            changed[0], f": {folder} holds a finished run with other settings (in {', '.join(changed)}); {_OTHERWISE}"
+            changed[0],
+            f": {folder} holds a finished run with other settings (in {', '.join(changed)}); {_OVERWRITE_HINT}",
         )
     return True
 
 
-def trained_already(config: RunConfig) -> bool:
+def is_trained_run(config: RunConfig) -> bool:
     """Returns True where `resume: if_stopped` finds a run with the same settings that is trained, tested or not."""
     folder = run_folder_of(config.training)
     if config.resume != IF_STOPPED or config.overwrite or not _is_trained(folder):
@@ -129,7 +130,7 @@ def trained_already(config: RunConfig) -> bool:
 def _changed_settings(folder: Path, config: RunConfig) -> list[str]:
     """Names the sections in which a run's settings differ from those in its folder."""
     then, now = json_or_nothing(folder / SETTINGS), settings_of(config)
-    names = sorted((now.keys() | then.keys()) - HOW_IT_STARTS - BESIDE_THE_RUN)
+    names = sorted((now.keys() | then.keys()) - START_SETTINGS - UNRECORDED_SETTINGS)
     return [name for name in names if now.get(name) != then.get(name)]
 
 
@@ -156,10 +157,10 @@ def check_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Refuses a folder that a run may not write to, before anything is written."""
     if resume and overwrite:
         raise SettingError("overwrite", " and resume exclude each other: one goes on, the other starts anew")
-    results = _took_work(folder)
+    results = _saved_results(folder)
     if results and not resume and not overwrite:
         resumes = "--resume last resumes it, " if complete_checkpoints(folder) else ""
-        raise UserError(f"{folder} holds an earlier run's {results[0].name}; {resumes}{_OTHERWISE}")
+        raise UserError(f"{folder} holds an earlier run's {results[0].name}; {resumes}{_OVERWRITE_HINT}")
     refuse_to_replace_adapter(folder / ADAPTER)  # not at the end, after hours of training
 
 
@@ -183,14 +184,14 @@ def prepare_run_folder(folder: Path, *, checkpoint: Path | None, overwrite: bool
     for name in (ADAPTER, METRICS):  # results of the steps still to come would look as if they were this run's
         if (folder / name).exists():
             logger.info("%s is of the run before this resume; it is replaced at the end", folder / name)
-    for was, now in set_later_aside(folder, checkpoint):
+    for was, now in rename_later_checkpoints(folder, checkpoint):
         logger.info("%s is no part of a run from %s; it is %s now", was, checkpoint, now.name)
 
 
 def write_settings(folder: Path, config: RunConfig) -> None:
     """Writes a run's settings, defaults and the variant included, as a file that --config takes."""
     settings = settings_of(config)
-    write_json(folder / SETTINGS, {name: settings[name] for name in sorted(settings.keys() - HOW_IT_STARTS)})
+    write_json(folder / SETTINGS, {name: settings[name] for name in sorted(settings.keys() - START_SETTINGS)})
 
 
 def add_metrics(path: Path, numbers: Mapping[str, Any]) -> None:
@@ -217,7 +218,7 @@ NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
 @contextlib.contextmanager
-def one_writer(folder: Path) -> Iterator[None]:
+def lock_run_folder(folder: Path) -> Iterator[None]:
     """Holds a lock in a folder, which is made if it is not there, and goes again if it stays empty.
 
     The lock is fcntl's, not a file that is there: the kernel lets it go with the process, forked data workers do not
@@ -241,7 +242,7 @@ def one_writer(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def writer_of(folder: Path) -> int | None:
+def locking_process(folder: Path) -> int | None:
     """Returns the process of this machine that writes to a folder by `one_writer`; None where there is none.
 
     A process that ended without warning leaves the file, whose number another may have by now: it began later.
@@ -250,10 +251,10 @@ def writer_of(folder: Path) -> int | None:
     try:
         _, number, _, host = path.read_text(encoding="utf-8").split()
         process = psutil.Process(int(number))
-        lives = process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= path.stat().st_mtime + 1
+        is_alive = process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= path.stat().st_mtime + 1
     except (OSError, ValueError, psutil.Error):
         return None
-    return process.pid if lives and host == socket.gethostname() else None
+    return process.pid if is_alive and host == socket.gethostname() else None
 
 
 def _locked(path: Path) -> int:

@@ -40,7 +40,7 @@ def threads_of_this_rank() -> int | None:
 
 
 @functools.cache
-def own_core() -> tuple[Set[int], Set[int]] | None:
+def bind_main_thread() -> tuple[Set[int], Set[int]] | None:
     """Starts torch's threads; where they are bound, returns the main thread's core and all that it may run on.
 
     It may run on all of them again, and so may other libraries' threads and processes: what a bound thread starts, such
@@ -114,20 +114,20 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(trim_threshold, -1) and mallopt(mmap_threshold, 2**31 - 1))
 
 
-def launched_first() -> bool:
+def is_first_launched() -> bool:
     """Returns True on the first rank or without a launcher, before there is a process group to ask."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def log_to_stderr() -> None:
     """Logs how the run goes on the first rank, and only what is wrong on the others."""
-    level = logging.INFO if launched_first() else logging.WARNING
+    level = logging.INFO if is_first_launched() else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for every request, to the hub or to vLLM
 
 
 @contextlib.contextmanager
-def cause_speaks_first() -> Iterator[None]:
+def first_rank_reports_first() -> Iterator[None]:
     """Lets the rank that knows most report first; the launcher ends the others as soon as that one has ended.
 
     A mistake that all ranks find is the first rank's to report. A rank whose communication broke waits for the one that
@@ -136,7 +136,7 @@ def cause_speaks_first() -> Iterator[None]:
     try:
         yield
     except UserError:
-        if not launched_first():
+        if not is_first_launched():
             time.sleep(FIRST_RANK_SECONDS)
         raise
     except Exception as error:
@@ -161,7 +161,7 @@ def rank_and_ranks() -> tuple[int, int]:
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
-def gathered(value: Item) -> list[Item]:
+def gather_from_ranks(value: Item) -> list[Item]:
     """Returns the values of all ranks in order; every rank must call it."""
     _, ranks = rank_and_ranks()
     everyone = [value] * ranks

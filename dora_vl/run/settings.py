@@ -1,6 +1,6 @@
 """The settings of one run: a frozen dataclass for each section of its YAML file, and what each task takes of them.
 
-Read by `dora_vl.run.reading`; the text under each field is what `--help` prints.
+Read by `dora_vl.run.settings_parser`; the text under each field is what `--help` prints.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from dora_vl.files import Kernel
 
 Decayed = Literal["matrices", "all_but_biases"]
 """Names what weight decay acts on."""
-OfPreferences = Literal["sft", "dpo", "ipo", "kto", "bco", "apo_zero", "orpo", "simpo", "cpo", "anchor"]
+PreferenceLossName = Literal["sft", "dpo", "ipo", "kto", "bco", "apo_zero", "orpo", "simpo", "cpo", "anchor"]
 """Lists the names of heads.preferences.LOSSES."""
-OfRewards = Literal["grpo", "dr_grpo", "dapo", "rloo"]
+RewardLossName = Literal["grpo", "dr_grpo", "dapo", "rloo"]
 """Lists the names of heads.rewards.REWARD_LOSSES, which learn from answers that the model draws itself."""
-LossName = OfPreferences | OfRewards
-WITHOUT_REFERENCE = frozenset[LossName]({"sft", "orpo", "simpo", "cpo"})
+LossName = PreferenceLossName | RewardLossName
+REFERENCE_FREE_LOSSES = frozenset[LossName]({"sft", "orpo", "simpo", "cpo"})
 """These losses need no log-probabilities of the model as it was when training began."""
-OF_SINGLE_ANSWERS = frozenset[LossName]({"sft", "kto", "bco", "apo_zero", "anchor"})
+SINGLE_ANSWER_LOSSES = frozenset[LossName]({"sft", "kto", "bco", "apo_zero", "anchor"})
 """These losses need no pairs: each answer is good or bad by itself."""
-OF_ANY_ANSWERS = frozenset[LossName]({"sft", "kto", "anchor"})
+MIXED_ANSWER_LOSSES = frozenset[LossName]({"sft", "kto", "anchor"})
 """These losses learn a single answer also where other answers of its batch are pairs."""
 Task = Literal["llava", "image_text", "commonsense", "vlbart"]
 Files = str | tuple[str | TrainFile, ...]
@@ -220,7 +220,7 @@ class DataConfig:
         return files or (f"{part:g} of {train_name(self.files)}" if part else None)
 
     @property
-    def contract(self) -> Columns:
+    def column_settings(self) -> Columns:
         """Returns what the files' columns are."""
         return Columns(self.columns, tuple(self.ignore), self.ask)
 
@@ -267,12 +267,12 @@ class ObjectiveConfig:
     @property
     def has_reference(self) -> bool:
         """Tells whether a loss compares with the model as it was when training began."""
-        return self.kl > 0 if self.of_rewards else not WITHOUT_REFERENCE.issuperset(self.weights)
+        return self.kl > 0 if self.reward_loss else not REFERENCE_FREE_LOSSES.issuperset(self.weights)
 
     @property
     def compares(self) -> bool:
         """Tells whether a loss compares the data's own answers."""
-        return not self.is_sft and self.of_rewards is None
+        return not self.is_sft and self.reward_loss is None
 
     @property
     def is_sft(self) -> bool:
@@ -280,9 +280,9 @@ class ObjectiveConfig:
         return self.loss == "sft"
 
     @property
-    def of_rewards(self) -> OfRewards | None:
+    def reward_loss(self) -> RewardLossName | None:
         """Returns the loss that learns from rewards; None for all others."""
-        return next((name for name in get_args(OfRewards) if name in self.weights), None)
+        return next((name for name in get_args(RewardLossName) if name in self.weights), None)
 
 
 @dataclass(frozen=True, kw_only=True)

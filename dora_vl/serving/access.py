@@ -30,7 +30,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dora_vl.errors import BadSample, UserError, shown
+from dora_vl.errors import BadSample, UserError, short_repr
 from dora_vl.serving.model import UnknownModel
 from dora_vl.serving.options import KEY_VARIABLE, LOCAL, host_name
 from dora_vl.serving.requests import BadRequest, TooLarge
@@ -104,11 +104,11 @@ class AccessRules:
         hosts = [host.lower() for host in headers.getlist("host")]
         if len(hosts) != 1 or host_name(hosts[0]) not in self.hosts:
             names = ", ".join(sorted(self.hosts))
-            raise Refused(f"this answers to {names}, not to {shown(', '.join(hosts))}; --allow-host adds a name")
+            raise Refused(f"this answers to {names}, not to {short_repr(', '.join(hosts))}; --allow-host adds a name")
         for origin in headers.getlist("origin"):
             host = origin.lower().partition("://")[2]
             if host != hosts[0] and host_name(host) not in self.origins:
-                raise Refused(f"pages of {shown(origin)} send nothing here; --allow-host adds a name")
+                raise Refused(f"pages of {short_repr(origin)} send nothing here; --allow-host adds a name")
         if self.key is None:
             return
         scheme, _, credentials = headers.get("authorization", "").partition(" ")
@@ -125,7 +125,7 @@ def access_rules(options: argparse.Namespace) -> AccessRules:
     names = {host: host_name(host.lower()) for host in options.allow_host}
     for host, name in names.items():
         if name is None:
-            raise UserError(f"--allow-host {shown(host)}: give a name or an address, such as gpu.example.org")
+            raise UserError(f"--allow-host {short_repr(host)}: give a name or an address, such as gpu.example.org")
     key = os.environ.get(KEY_VARIABLE) if options.api_key is None else options.api_key
     if key is not None and not (key.isascii() and key.isprintable() and key and " " not in key):
         raise UserError(f"--api-key or {KEY_VARIABLE}: a key is one or more ASCII characters without spaces")
@@ -235,7 +235,7 @@ class AccessMiddleware:
         # A browser lets any web page post other types to this machine unasked.
         declared = headers.get("content-type", "")
         if declared.partition(";")[0].strip().lower() != "application/json":
-            raise NotJson(f"the request's Content-Type must be application/json, not {shown(declared)}")
+            raise NotJson(f"the request's Content-Type must be application/json, not {short_repr(declared)}")
         with self._budget.arriving(headers) as count:
             try:
                 content = await Request(scope, limited(receive, self._content_seconds, count)).body()

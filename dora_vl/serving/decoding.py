@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
-from dora_vl.backbones.generation import NOT_YET_A_CHARACTER, NoNumbers
+from dora_vl.backbones.generation import NOT_YET_A_CHARACTER, NotFiniteScores
 
 LEAST_TEMPERATURE = 1e-3
 """Below it the likeliest token is taken: scores divided by less may overflow."""
@@ -147,7 +147,7 @@ def next_tokens(scores: Float[Tensor, "batch vocab"], sequences: Sequence[Sequen
     tokens = best.tolist()
     for index, (sequence, is_number) in enumerate(zip(sequences, most.isfinite().tolist(), strict=True)):
         if not is_number:  # on a GPU, to draw from these would break every later call too
-            sequence.fail(NoNumbers())
+            sequence.fail(NotFiniteScores())
         elif sequence.sampling.temperature >= LEAST_TEMPERATURE and sequence.reason is None:
             tokens[index] = sequence.draw(scores[index])
     return tokens

@@ -19,7 +19,7 @@ from dora_vl.serving.options import (
     ANSWERS,
     LOCAL,
     MEDIA,
-    Settings,
+    ServerSettings,
     adapters_by_name,
     add_address,
     add_options,
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
         from dora_vl.serving.model import open_served
         from dora_vl.serving.side_by_side import OpenModels
 
-        rules, settings = access_rules(options), Settings.of(options)
+        rules, settings = access_rules(options), ServerSettings.of(options)
         named = {"base_name": "the base", "template": options.template, "any_base": options.any_base}
         models = OpenModels(partial(open_served, **named), settings)
         at_end.callback(models.close)

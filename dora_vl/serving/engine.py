@@ -29,7 +29,7 @@ from dora_vl.data.samples import BOOKKEEPING
 from dora_vl.data.turns import Turn, placeholder_first
 from dora_vl.errors import BadSample, one_line
 from dora_vl.evaluation.assistant import check_room
-from dora_vl.evaluation.predictor import Shown
+from dora_vl.evaluation.predictor import PromptMedia
 from dora_vl.serving.decoding import (
     KVCacheBatch,
     Sampling,
@@ -40,17 +40,17 @@ from dora_vl.serving.decoding import (
     next_tokens,
 )
 from dora_vl.serving.model import ServedModel
-from dora_vl.serving.options import Settings
+from dora_vl.serving.options import ServerSettings
 from dora_vl.serving.scheduler import (
     ENDING,
     Event,
     Failed,
     Finished,
-    Piece,
     PreparedRequest,
     Scheduler,
     Stopped,
     SubmittedRequest,
+    TextPiece,
 )
 
 
@@ -147,7 +147,7 @@ class BatchDecoder:
         self,
         running: Running,
         inputs: Mapping[str, Any],
-        most: int,
+        max_new_tokens: int,
         take: Callable[[Any, KVCacheBatch, Float[Tensor, "batch vocab"]], None],
         *,
         joins: bool = False,
@@ -180,7 +180,7 @@ class BatchDecoder:
         options = generate_options([request.text for request in running], self.ends)
         pictures = [request.submitted.prepared.pictures for request in running]
         with self._holding(running, pictures):
-            assistant.new_ids(inputs, max_new_tokens=most, options={**options, "custom_generate": decode})
+            assistant.new_ids(inputs, max_new_tokens=max_new_tokens, options={**options, "custom_generate": decode})
 
     def _holding(self, running: Running, pictures: Sequence[int] = ()) -> AbstractContextManager[None]:
         """Gives the model's batch these requests inside the block; without `pictures`, none shows any."""
@@ -194,20 +194,20 @@ class BatchDecoder:
 
         def done(answer: SequenceText) -> None:
             if answer.error is not None:
-                request.tell(Failed(answer.error))
+                request.send(Failed(answer.error))
             elif answer.reason != "ended":
                 reason = answer.reason or "length"
-                request.tell(Finished(reason, answer.text, prepared.prompt_tokens, len(answer.ids)))
+                request.send(Finished(reason, answer.text, prepared.prompt_tokens, len(answer.ids)))
             elif self._ending():
-                request.tell(Failed(Stopped(ENDING)))
+                request.send(Failed(Stopped(ENDING)))
             else:
-                request.give_up()
+                request.fail()
 
         return SequenceText(
             prepared.sampling,
             prepared.entry.prompts.growing_text(),
-            write=lambda text: request.tell(Piece(text)),
-            over=lambda: request.unwanted or self._ending(),
+            write=lambda text: request.send(TextPiece(text)),
+            over=lambda: request.is_expired or self._ending(),
             done=done,
         )
 
@@ -224,7 +224,7 @@ def _without_finished(
 
 
 log = logging.getLogger(__name__)
-NOTHING = Shown()
+NOTHING = PromptMedia()
 CHARACTERS_OF_A_TOKEN = 32
 """No text has more characters a token, except for a few words among long runs of spaces."""
 
@@ -232,10 +232,10 @@ CHARACTERS_OF_A_TOKEN = 32
 class Engine:
     """Answers requests for a served model's adapters, many at once; `close` it, or use it in a `with`."""
 
-    def __init__(self, model: ServedModel, settings: Settings | None = None) -> None:
+    def __init__(self, model: ServedModel, settings: ServerSettings | None = None) -> None:
         self.model = model
-        self.settings = settings or Settings()
-        self._scheduler = Scheduler(self.settings, lambda: model.assistant.prompts.encoder.one_kind_in_a_batch)
+        self.settings = settings or ServerSettings()
+        self._scheduler = Scheduler(self.settings, lambda: model.assistant.prompts.encoder.cannot_mix_media)
         self._encoding = threading.Lock()
         """Lets one thread at a time use tokenizers and processors."""
         self._decoder = BatchDecoder(model, lambda: self._scheduler.closed)
@@ -247,7 +247,7 @@ class Engine:
         name: str,
         turns: Sequence[Turn],
         sampling: Sampling,
-        seen: Shown = NOTHING,
+        seen: PromptMedia = NOTHING,
         *,
         fill: bool = False,
         strength: float = 1.0,
@@ -327,12 +327,12 @@ class Engine:
         requests = [*batch, *joined]
         if len(requests) == 1:
             log.error("a request failed", exc_info=failed)
-            requests[0].tell(Failed(failed))
+            requests[0].send(Failed(failed))
             return
         log.warning("a batch of %d requests failed (%s); one by one", len(requests), one_line(str(failed), 200))
         for request in requests:
-            if request.pieces or request.over:  # what was said cannot be taken back
-                request.tell(Failed(failed))
+            if request.pieces or request.is_finished:  # what was said cannot be taken back
+                request.send(Failed(failed))
             else:
                 self._alone(request, lambda item: self._decoder.answer([item], lambda *_: ()))
 
@@ -343,7 +343,7 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - it is this request's alone
             log.warning("a request failed: %s", one_line(str(error), 200))
             _free_frames(error)
-            request.tell(Failed(error))
+            request.send(Failed(error))
             return None
 
     def _joiners(self, joined: list[SubmittedRequest], running: Running, columns: int) -> Sequence[ReadPrompts]:

@@ -19,13 +19,13 @@ from PIL import Image
 
 from dora_vl.backbones.video_inputs import Video, repeated
 from dora_vl.data.conversation import ROLES
-from dora_vl.data.picture_files import MEBIBYTE, TooManyPixels, decoded
+from dora_vl.data.picture_files import MEBIBYTE, TooManyPixels, decode_picture
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Turn
 from dora_vl.data.video import Uniform, read_frames
-from dora_vl.errors import shown
-from dora_vl.evaluation.predictor import Shown
+from dora_vl.errors import short_repr
+from dora_vl.evaluation.predictor import PromptMedia
 from dora_vl.limited_process import LOOK_SECONDS, Budget, JobFailed, LimitedProcess
-from dora_vl.serving.options import Settings
+from dora_vl.serving.options import ServerSettings
 from dora_vl.serving.requests import BadRequest, Message, TextPart, TooLarge, VideoPart
 from dora_vl.serving.scheduler import TooManyRequests
 
@@ -40,7 +40,7 @@ PATIENT_SECONDS = 5.0
 class RequestMedia:
     """Reads what requests show, from several threads; with `same_length` all videos get equally many frames."""
 
-    def __init__(self, settings: Settings, *, same_length: bool = False) -> None:
+    def __init__(self, settings: ServerSettings, *, same_length: bool = False) -> None:
         self.settings, self._same_length = settings, same_length
         self._ready: list[LimitedProcess] = []
         self._lock = threading.Lock()
@@ -102,12 +102,12 @@ class Reading:
     """One request's pictures and videos, which share its budget; `turn` waits for the process that reads them."""
 
     def __init__(
-        self, settings: Settings, budget: Budget, turn: Callable[[], LimitedProcess], same_length: bool
+        self, settings: ServerSettings, budget: Budget, turn: Callable[[], LimitedProcess], same_length: bool
     ) -> None:
         self.settings, self._budget, self._turn, self._same_length = settings, budget, turn, same_length
         self._process: LimitedProcess | None = None
 
-    def read(self, messages: Sequence[Message]) -> tuple[list[Turn], Shown]:
+    def read(self, messages: Sequence[Message]) -> tuple[list[Turn], PromptMedia]:
         """Returns a request's messages as turns, and what they show."""
         parts = [part for message in messages for part in message.content]
         video_count = sum(isinstance(part, VideoPart) for part in parts)
@@ -121,7 +121,7 @@ class Reading:
             for index, part in enumerate(message.content):
                 where = f"messages[{number}].content[{index}].{part.type}"
                 if isinstance(part, TextPart):
-                    text += words(part.text, where, shows_videos=video_count > 0)
+                    text += check_text(part.text, where, shows_videos=video_count > 0)
                     continue
                 self._budget.go_on()
                 if isinstance(part, VideoPart):
@@ -132,7 +132,7 @@ class Reading:
                     text += f"{IMAGE_PLACEHOLDER}\n"
             ends_with_words = isinstance(message.content[-1], TextPart)
             turns.append(Turn(ROLES[message.role], text if ends_with_words else text.removesuffix("\n")))
-        return turns, Shown(pictures=tuple(pictures), videos=tuple(videos))
+        return turns, PromptMedia(pictures=tuple(pictures), videos=tuple(videos))
 
     def refuse_many(self, pictures: int, videos: int, who: str) -> None:
         """Refuses more pictures or videos than may be shown."""
@@ -143,13 +143,13 @@ class Reading:
 
     def picture(self, content: bytes, where: str) -> Image.Image:
         """Returns a picture's file as RGB, upright."""
-        with _told(where):
-            return decoded(self._its_process(), content, self._budget)
+        with _naming_location(where):
+            return decode_picture(self._its_process(), content, self._budget)
 
     def video(self, content: bytes, where: str) -> Video:
         """Returns the frames of a video's file that a model sees."""
         sampling = Uniform(self.settings.frames)
-        with tempfile.TemporaryDirectory(prefix="dora-vl-") as folder, _told(where):
+        with tempfile.TemporaryDirectory(prefix="dora-vl-") as folder, _naming_location(where):
             path = Path(folder) / "video"
             path.write_bytes(content)
             video = read_frames(
@@ -164,12 +164,12 @@ class Reading:
 
     def _content(self, url: str, where: str) -> bytes:
         if url[:5].lower() != "data:":
-            raise BadRequest(where, f"{shown(url)}: addresses are not fetched; send what is there as a data: URL")
+            raise BadRequest(where, f"{short_repr(url)}: addresses are not fetched; send what is there as a data: URL")
         return _from_data_url(url, where, self.settings.media_bytes)
 
 
 @contextlib.contextmanager
-def _told(where: str) -> Iterator[None]:
+def _naming_location(where: str) -> Iterator[None]:
     """Says where in the request what could not be read stands."""
     try:
         yield
@@ -179,7 +179,7 @@ def _told(where: str) -> Iterator[None]:
         raise BadRequest(where, f"it {error}") from None
 
 
-def words(text: str, where: str, *, shows_videos: bool) -> str:
+def check_text(text: str, where: str, *, shows_videos: bool) -> str:
     """Returns a person's words. Raises BadRequest: they hold what stands for a picture or a video."""
     for placeholder in (IMAGE_PLACEHOLDER, *([VIDEO_PLACEHOLDER] if shows_videos else [])):
         if placeholder in text:
@@ -187,13 +187,13 @@ def words(text: str, where: str, *, shows_videos: bool) -> str:
     return text
 
 
-def _from_data_url(url: str, where: str, most: int) -> bytes:
+def _from_data_url(url: str, where: str, max_bytes: int) -> bytes:
     header, comma, content = url.partition(",")
     if not comma or not header.lower().endswith(";base64"):
-        raise BadRequest(where, f"the data: URL {shown(url)} is not base64")
-    if len(content) > most * 4 // 3 + 4:
-        raise TooLarge(f"{where}: more than the {most:,} bytes allowed")
+        raise BadRequest(where, f"the data: URL {short_repr(url)} is not base64")
+    if len(content) > max_bytes * 4 // 3 + 4:
+        raise TooLarge(f"{where}: more than the {max_bytes:,} bytes allowed")
     try:
         return base64.b64decode(content, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise BadRequest(where, f"the data: URL {shown(url)} cannot be read: {error}") from None
+        raise BadRequest(where, f"the data: URL {short_repr(url)} cannot be read: {error}") from None

@@ -14,15 +14,22 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from dora_vl.adapters.adapter import content_hash, local_folder
-from dora_vl.adapters.several import AdapterSlots, Layers, rows_seen
+from dora_vl.adapters.multi_adapter import AdapterSlots, Layers, rows_seen
 from dora_vl.backbones.base import Backbone, decoder_of
 from dora_vl.backbones.families import LLAVA
-from dora_vl.core.strength import Share
+from dora_vl.core.strength import AppliedAdapter
 from dora_vl.data.turns import Turn
-from dora_vl.errors import UserError, shown
+from dora_vl.errors import UserError, short_repr
 from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
-from dora_vl.evaluation.open_model import ModelRequest, ModelSource, find_source, load_decoder, prompts_of, read_recipe
-from dora_vl.evaluation.predictor import Shown
+from dora_vl.evaluation.open_model import (
+    ModelRequest,
+    ModelSource,
+    adapter_recipe,
+    find_source,
+    load_decoder,
+    prompts_of,
+)
+from dora_vl.evaluation.predictor import PromptMedia
 
 LLAVA_PROJECTOR = "model.multi_modal_projector"
 """This module of a LLaVA-1.5 gets one entry a picture, so each picture can have its own request's projector."""
@@ -34,7 +41,7 @@ class UnknownModel(UserError):
 
 
 @dataclass(frozen=True)
-class Entry:
+class ServedEntry:
     """Says how an adapter (or the base) is asked, and what its rows need of a batch.
 
     Attributes:
@@ -46,9 +53,9 @@ class Entry:
     prompts: EncoderPrompts
     alone: bool = False
 
-    def share(self, strength: float) -> Share | None:
+    def share(self, strength: float) -> AppliedAdapter | None:
         """Returns the share of the adapter that a row has at this strength; None is the base."""
-        return None if self.name is None or strength == 0 else Share(self.name, strength)
+        return None if self.name is None or strength == 0 else AppliedAdapter(self.name, strength)
 
 
 class ServedModel:
@@ -68,27 +75,27 @@ class ServedModel:
         self.backbone: Backbone[Any] = load_decoder(source).to(device).eval()
         self.assistant = Assistant(self.backbone, prompts)
         self.adapters = AdapterSlots(self.backbone.model, self._layers())
-        self._entries: dict[str, Entry] = {base_name: Entry(None, prompts)}
+        self._entries: dict[str, ServedEntry] = {base_name: ServedEntry(None, prompts)}
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names what can be asked, the base first."""
         return tuple(self._entries)
 
-    def entry(self, name: str) -> Entry:
+    def entry(self, name: str) -> ServedEntry:
         """Tells how a model of this name is asked. Raises UnknownModel: there is none."""
         if name not in self._entries:
-            raise UnknownModel(f"no model {shown(name)} is served; there are {', '.join(self._entries)}")
+            raise UnknownModel(f"no model {short_repr(name)} is served; there are {', '.join(self._entries)}")
         return self._entries[name]
 
     def add(self, name: str, folder: Path, source: ModelSource) -> None:
         """Reads an adapter and serves it, before any request."""
         read = self.adapters.read(folder)
         self.adapters.put(name, read)
-        self._entries[name] = Entry(name, prompts_of(source), read.alone)
+        self._entries[name] = ServedEntry(name, prompts_of(source), read.alone)
 
     def rows(
-        self, entries: Sequence[Entry], pictures: Sequence[int], strengths: Sequence[float] = ()
+        self, entries: Sequence[ServedEntry], pictures: Sequence[int], strengths: Sequence[float] = ()
     ) -> AbstractContextManager[None]:
         """Gives each row of the batch, inside the block, its own adapter, number of pictures and strength (or 1)."""
         strengths = strengths or [1.0] * len(entries)
@@ -96,7 +103,7 @@ class ServedModel:
         rows = list(zip(entries, shares, pictures, strict=True))
         alone = [share for entry, share, count in rows if count and entry.alone and share]
         if alone or not self.by_picture:
-            shown_by: list[Share | None] = [alone[0] if alone else None]
+            shown_by: list[AppliedAdapter | None] = [alone[0] if alone else None]
         else:
             shown_by = [share for _, share, count in rows for _ in range(count)] or [None]
         return self.adapters.batch.holding(shares, shown_by)
@@ -109,7 +116,7 @@ class ServedModel:
 
     def _layers(self) -> Layers:
         model = self.backbone.model
-        sample = self.assistant.prompts.sample([Turn("user", "a")], Shown())
+        sample = self.assistant.prompts.sample([Turn("user", "a")], PromptMedia())
         batch = self.assistant.prompts.collate([sample] * PROBE_ROWS, "left")
         options = {"min_new_tokens": PROBE_TOKENS, "num_beams": 1}
         run = partial(self.assistant.new_ids, batch, max_new_tokens=PROBE_TOKENS, options=options)
@@ -148,7 +155,7 @@ def open_served(
     base_name = base_name or Path(source.base).absolute().name
     if base_name in adapters:
         raise UserError(
-            f"the base is called {shown(base_name)} too; choose another name, or the base's with --base-name"
+            f"the base is called {short_repr(base_name)} too; choose another name, or the base's with --base-name"
         )
     sources = [source_on(source, folder, template=template, any_base=any_base) for folder in adapters.values()]
     served = ServedModel(source, base_name)
@@ -190,4 +197,4 @@ def _sha256_of(base: str, revision: str | None) -> str | None:
 
 def _template_of(adapter: Path, template: str | None) -> str | None:
     """Returns a prompt format for a folder that does not say its own."""
-    return None if "base" in read_recipe(adapter) else template
+    return None if "base" in adapter_recipe(adapter) else template

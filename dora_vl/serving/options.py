@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from dora_vl.errors import UserError, between, positive, shown
+from dora_vl.errors import UserError, number_between, positive_int, short_repr
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 MIB = 2**20
@@ -28,7 +28,7 @@ def add_address(to: argparse.ArgumentParser, *, port: int) -> None:
     to.add_argument("--adapter", action="append", default=[], metavar="[NAME=]DIR", help="may be given several times")
     to.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     to.add_argument(
-        "--port", type=between(int, 0, 2**16 - 1), default=port, help=f"0 takes a free one (default: {port})"
+        "--port", type=number_between(int, 0, 2**16 - 1), default=port, help=f"0 takes a free one (default: {port})"
     )
     to.add_argument(
         "--allow-host",
@@ -46,34 +46,34 @@ def option(group: str, default: Any, kind: Callable[[str], Any], text: str) -> A
 
 
 ANSWERS, REQUEST, MEDIA = "answers", "limits of a request", "limits of what is shown"
-positive_seconds = between(float, 1e-6)
+positive_seconds = number_between(float, 1e-6)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class ServerSettings:
     """Defaults of a request, sizes of a batch and limits of what a request may hold and show."""
 
-    max_new_tokens: int = option(ANSWERS, 256, positive, "longest answer where a request names none")
+    max_new_tokens: int = option(ANSWERS, 256, positive_int, "longest answer where a request names none")
     temperature: float = option(
-        ANSWERS, 0.0, between(float, 0, 2), "where a request names none; 0 takes the likeliest token"
+        ANSWERS, 0.0, number_between(float, 0, 2), "where a request names none; 0 takes the likeliest token"
     )
-    batch: int = option(ANSWERS, 16, positive, "most requests answered together")
-    batch_tokens: int = option(ANSWERS, 32768, positive, "most tokens of a batch, answers too")
+    batch: int = option(ANSWERS, 16, positive_int, "most requests answered together")
+    batch_tokens: int = option(ANSWERS, 32768, positive_int, "most tokens of a batch, answers too")
     window_ms: float = option(ANSWERS, 5.0, positive_seconds, "how long a batch waits for more requests")
-    waiting: int = option(ANSWERS, 64, positive, "most requests that wait; more are refused")
+    waiting: int = option(ANSWERS, 64, positive_int, "most requests that wait; more are refused")
     answer_seconds: float = option(ANSWERS, 300.0, positive_seconds, "from request to end of its answer")
-    max_prompt_tokens: int | None = option(ANSWERS, None, positive, "longest prompt, else as the model takes")
+    max_prompt_tokens: int | None = option(ANSWERS, None, positive_int, "longest prompt, else as the model takes")
     joining: bool = True
     """Requests join a batch that is being answered, where the model allows it."""
 
-    max_body_mib: float = option(REQUEST, 64, positive, "largest request")
+    max_body_mib: float = option(REQUEST, 64, positive_int, "largest request")
     body_seconds: float = option(REQUEST, 30.0, positive_seconds, "longest time to send one")
 
-    max_pictures: int = option(MEDIA, 8, between(int, 0), "most pictures of a request")
-    max_mpx: float = option(MEDIA, 80, positive, "most megapixels of a request's pictures and frames, together")
-    max_videos: int = option(MEDIA, 1, between(int, 0), "most videos of a request")
-    max_media_mib: float = option(MEDIA, 32, positive, "largest file of a picture or video")
-    frames: int = option(MEDIA, 8, positive, "frames of a video that the model sees")
+    max_pictures: int = option(MEDIA, 8, number_between(int, 0), "most pictures of a request")
+    max_mpx: float = option(MEDIA, 80, positive_int, "most megapixels of a request's pictures and frames, together")
+    max_videos: int = option(MEDIA, 1, number_between(int, 0), "most videos of a request")
+    max_media_mib: float = option(MEDIA, 32, positive_int, "largest file of a picture or video")
+    frames: int = option(MEDIA, 8, positive_int, "frames of a video that the model sees")
     media_seconds: float = option(MEDIA, 20.0, positive_seconds, "CPU seconds to decode what a request shows")
 
     @property
@@ -82,7 +82,7 @@ class Settings:
         return int(self.max_media_mib * MIB)
 
     @classmethod
-    def of(cls, options: argparse.Namespace) -> Settings:
+    def of(cls, options: argparse.Namespace) -> ServerSettings:
         """Returns the settings of a command line; what a command has no option for keeps its default."""
         names = {entry.name for entry in fields(cls)}
         return cls(**{name: value for name, value in vars(options).items() if name in names})
@@ -92,7 +92,7 @@ def add_options(parser: argparse.ArgumentParser, *groups: str) -> None:
     """Adds the options of some groups."""
     for group in groups:
         to = parser.add_argument_group(group)
-        for entry in fields(Settings):
+        for entry in fields(ServerSettings):
             if entry.metadata.get("group") == group:
                 shown_default = "" if entry.default is None else f" ({entry.default:g})"
                 to.add_argument(
@@ -111,10 +111,10 @@ def adapters_by_name(options: Sequence[str]) -> dict[str, Path]:
         is_named = bool(sign and prefix and rest) and not Path(text).is_dir()
         folder = Path(rest if is_named else text)
         if not folder.is_dir():
-            raise UserError(f"--adapter {shown(text)}: {folder} is not a folder; give the adapter folder of a run")
+            raise UserError(f"--adapter {short_repr(text)}: {folder} is not a folder; give the adapter folder of a run")
         name = prefix if is_named else run_name(folder)
         if name in adapters:
-            raise UserError(f"two adapters are called {shown(name)}; write --adapter NAME={folder}")
+            raise UserError(f"two adapters are called {short_repr(name)}; write --adapter NAME={folder}")
         adapters[name] = folder
     return adapters
 

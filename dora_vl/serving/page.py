@@ -26,7 +26,7 @@ from dora_vl.serving.access import AccessRules, ByteBudget, PageMiddleware, Uplo
 from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.engine import NOTHING
 from dora_vl.serving.page_parts import column_view, head_view, notice_view, shown_view, state_view
-from dora_vl.serving.page_training import TrainDoor
+from dora_vl.serving.page_training import TrainTab
 from dora_vl.serving.side_by_side import Conversation, ModelChoice, OpenModels, error_text
 
 STYLE = Path(__file__).parent / "page_files" / "page.css"
@@ -38,7 +38,7 @@ FONT, MONOSPACE = ("system-ui", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif
 STRONGEST, STEP = 2.0, 0.05
 """The dial ends at 2; a request may ask for more."""
 LONGEST_ANSWER = 1024
-MOST_TALKS = 64
+MAX_CONVERSATIONS = 64
 """Memory holds at most this many talks, with their pictures; the one unused for longest goes first."""
 Update = dict[Any, Any]
 """Maps parts of the page to new values; other parts keep theirs."""
@@ -59,7 +59,7 @@ def build_page_app(page: Page, rules: AccessRules, *, upload_bytes: int) -> Fast
     budget = ByteBudget(2**20, 64 * 2**20)  # of events, which hold no picture
     app.add_middleware(PageMiddleware, rules=rules, budget=budget, uploads=page.uploads)
     page.blocks.queue(max_size=page.models.settings.waiting, api_open=False)
-    page.blocks.state_session_capacity = MOST_TALKS
+    page.blocks.state_session_capacity = MAX_CONVERSATIONS
     page.blocks.has_launched = True  # else Gradio takes any file for an uploaded one; its mount leaves that out
     colours = gr.themes.Default(
         primary_hue="blue",
@@ -119,11 +119,11 @@ class Page:
         self.models, self.uploads = models, uploads
         self._key_of: dict[str, str] = {}
         """Maps people who have the page open, as Gradio knows them, to the keys of their browsers' tabs."""
-        self.training = TrainDoor(uploads, models.close, self._key_of) if trains else None
-        self._talks: OrderedDict[str, Conversation] = OrderedDict()
+        self.training = TrainTab(uploads, models.close, self._key_of) if trains else None
+        self._conversations: OrderedDict[str, Conversation] = OrderedDict()
         with gr.Blocks(title="dora-vl demo", analytics_enabled=False, fill_width=True) as self.blocks:
-            self.doors = gr.Tabs(selected="ask" if models.names else "train", elem_id="dv-doors")
-            with self.doors:
+            self.tabs = gr.Tabs(selected="ask" if models.names else "train", elem_id="dv-doors")
+            with self.tabs:
                 with gr.Tab("Ask", id="ask"):
                     self._lay_out()
                 if self.training is not None:
@@ -141,7 +141,9 @@ class Page:
                 self.files = gr.File(label="Pictures or a video", file_count="multiple", height=124,
                                      elem_id="dv-files")  # fmt: skip
                 self.seen = gr.HTML(shown_view(NOTHING), elem_id="dv-seen")
-                self.nothing = gr.Button("Remove the pictures", size="sm", variant="secondary", elem_id="dv-nothing")
+                self.remove_button = gr.Button(
+                    "Remove the pictures", size="sm", variant="secondary", elem_id="dv-nothing"
+                )
             with gr.Column(min_width=280, elem_id="dv-answers"):  # who answers, and what is asked and said
                 self.notice = gr.HTML(notice_view(""), elem_id="dv-notice")
                 with gr.Row(equal_height=False):
@@ -153,18 +155,18 @@ class Page:
                     small: Any = {"scale": 1, "min_width": 80}
                     self.ask_button = gr.Button("Ask", variant="primary", interactive=False, elem_id="dv-ask", **small)
                     self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="dv-stop", **small)
-                    self.anew = gr.Button("New chat", scale=1, min_width=100, elem_id="dv-anew")
+                    self.new_chat_button = gr.Button("New chat", scale=1, min_width=100, elem_id="dv-anew")
             with gr.Column(min_width=280, elem_id="dv-more"), gr.Accordion("Settings", open=False):
                 longest = max(LONGEST_ANSWER, settings.max_new_tokens)
                 self.tokens = gr.Slider(1, longest, settings.max_new_tokens, step=1,
                                         label="Longest answer, in tokens")  # fmt: skip
-                self.heat = gr.Slider(0, 2, settings.temperature, step=0.1, label="Temperature",
+                self.temperature_slider = gr.Slider(0, 2, settings.temperature, step=0.1, label="Temperature",
                                       info="0 takes the likeliest token each time")  # fmt: skip
                 self.remember = gr.Checkbox(True, label="Later questions see the earlier ones")
 
     def _connect(self) -> None:
         choices = [*(column.model for column in self.columns), *(column.strength for column in self.columns)]
-        chosen = [self.person, self.conversation, *choices, self.tokens, self.heat, self.remember]
+        chosen = [self.person, self.conversation, *choices, self.tokens, self.temperature_slider, self.remember]
         shown = [self.conversation, self.files, self.seen, self.notice, *(column.answers for column in self.columns)]
         changing = [*shown, self.question, self.answered, self.ask_button, self.stop]
         quick = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
@@ -175,8 +177,8 @@ class Page:
         answering = {**showing, "queue": True, "concurrency_id": "answers"}
         answering |= {"concurrency_limit": self.models.settings.batch}
         self.files.upload(self.show_files, [self.person, self.files], **showing)
-        self.nothing.click(partial(self._begun, Conversation()), [self.person], **showing)
-        self.anew.click(self.begin_anew, [self.person, self.conversation], **showing)
+        self.remove_button.click(partial(self._start_conversation, Conversation()), [self.person], **showing)
+        self.new_chat_button.click(self.new_chat, [self.person, self.conversation], **showing)
         taking = gr.on(
             [self.ask_button.click, self.question.submit],
             None,
@@ -188,28 +190,33 @@ class Page:
         taking.then(self.ask, [*chosen, self.asked, self.answered], **answering)
         gr.on([column.strength.release for column in self.columns], self.ask_again, chosen, **answering)
         for column in self.columns:
-            switched = column.model.input(self._dial_of, [column.model], [column.strength], **quick)
+            switched = column.model.input(self._strength_slider, [column.model], [column.strength], **quick)
             switched.then(self.ask_again, chosen, **answering)
         self.stop.click(self.models.stop, [self.person], **quick)
         doors = [self.head, *(part for column in self.columns for part in column)]
-        begun = [self.person, *shown, self.ask_button, *doors, self.doors]
+        begun = [self.person, *shown, self.ask_button, *doors, self.tabs]
         if (train := self.training) is not None:
             begun += train.parts
             train.ask.click(self.ask_run, [self.person, train.run], begun, **{**quick, "queue": True})
-        self.blocks.load(self.come, [self.key], begun, js=KEY, **quick)
-        self.blocks.unload(self.leave)
+        self.blocks.load(self.open_page, [self.key], begun, js=KEY, **quick)
+        self.blocks.unload(self.close_page)
 
     # -- what a person does ------------------------------------------------------------------------------------
 
-    def come(self, key: str, request: gr.Request) -> Update:
+    def open_page(self, key: str, request: gr.Request) -> Update:
         """Opens the page, or loads it again: returns the person's talk, and a box for questions."""
         person = str(request.session_hash)
         self._key_of[person] = key
-        conversation = self._talks.get(key, Conversation()).ended()
+        conversation = self._conversations.get(key, Conversation()).ended()
         training = {} if self.training is None else self.training.opened(key)
         asks = bool(self.models.names) or self.models.reading
         door = "train" if training and not asks else "ask"
-        view = {**self._opened(), **self._begun(conversation, person), **training, self.doors: gr.update(selected=door)}
+        view = {
+            **self._model_choices(),
+            **self._start_conversation(conversation, person),
+            **training,
+            self.tabs: gr.update(selected=door),
+        }
         return {**view, self.person: person, self.ask_button: gr.update(interactive=asks)}
 
     def ask_run(self, person: str, run: str) -> Iterator[Update]:
@@ -223,9 +230,9 @@ class Page:
             yield {self.training.state: state_view("failed", error_text(error))}
             return
         yield {
-            **self._opened(),
-            **self._begun(Conversation(), person),
-            self.doors: gr.update(selected="ask"),
+            **self._model_choices(),
+            **self._start_conversation(Conversation(), person),
+            self.tabs: gr.update(selected="ask"),
             self.ask_button: gr.update(interactive=True),
             **self.training.follow(run, ""),
         }
@@ -238,16 +245,19 @@ class Page:
         try:
             if not all(self.uploads.holds(str(file)) for file in files):
                 raise UserError("a file is here no longer; choose it again")
-            return {self.files: None, **self._begun(Conversation(shown=self.models.side.look(files)), person)}
+            return {
+                self.files: None,
+                **self._start_conversation(Conversation(shown=self.models.side.look(files)), person),
+            }
         except UserError as error:
             return {self.files: None, self.notice: notice_view(error_text(error))}
         finally:
             for file in files:
                 self.uploads.delete(file)
 
-    def begin_anew(self, person: str, conversation: Conversation | None) -> Update:
+    def new_chat(self, person: str, conversation: Conversation | None) -> Update:
         """Begins a conversation anew: the same pictures, and nothing said about them yet."""
-        return self._begun(Conversation(shown=conversation.shown if conversation else NOTHING), person)
+        return self._start_conversation(Conversation(shown=conversation.shown if conversation else NOTHING), person)
 
     @no_type_check  # a wrapper that checks types hides from Gradio that this is a generator
     def ask(self, person: str, conversation: Conversation | None, *chosen: Any) -> Iterator[Update]:
@@ -264,25 +274,28 @@ class Page:
         """Asks the last question once more, of the models chosen now; nothing where just these answered it."""
         yield from self._answers(person, conversation, chosen, None)
 
-    def leave(self, request: gr.Request) -> None:
+    def close_page(self, request: gr.Request) -> None:
         """Ends what is answered for a page that was closed: nobody waits for it any more."""
         self.models.stop(str(request.session_hash))
         self._key_of.pop(str(request.session_hash), None)
 
     # -- inside ------------------------------------------------------------------------------------------------
 
-    def _opened(self) -> Update:
+    def _model_choices(self) -> Update:
         """Returns the door's parts for the models that answer now: the first adapter beside the base."""
         names = self.models.names
         update: Update = {self.head: head_view(names, self.models.side.engine.model.source.base if names else "")}
         for column, name in zip(self.columns, names[1:2] + names[:1], strict=False):
-            update |= {column.model: gr.update(choices=list(names), value=name), column.strength: self._dial_of(name)}
+            update |= {
+                column.model: gr.update(choices=list(names), value=name),
+                column.strength: self._strength_slider(name),
+            }
         return update
 
-    def _dial_of(self, model: str) -> Any:
+    def _strength_slider(self, model: str) -> Any:
         return gr.update(visible=model != self.models.names[0], value=1.0)  # the base has no strength to choose
 
-    def _begun(self, conversation: Conversation, person: str) -> Update:
+    def _start_conversation(self, conversation: Conversation, person: str) -> Update:
         self.models.stop(person)
         self._keep(person, conversation)
         return {
@@ -297,10 +310,10 @@ class Page:
     def _keep(self, person: str, conversation: Conversation) -> None:
         """Keeps a talk for when its tab is loaded again."""
         if key := self._key_of.get(person):
-            self._talks[key] = conversation
-            self._talks.move_to_end(key)
-            while len(self._talks) > MOST_TALKS:
-                self._talks.popitem(last=False)
+            self._conversations[key] = conversation
+            self._conversations.move_to_end(key)
+            while len(self._conversations) > MAX_CONVERSATIONS:
+                self._conversations.popitem(last=False)
 
     def _answers(
         self, person: str, conversation: Conversation | None, chosen: Sequence[Any], question: str | None
@@ -319,7 +332,7 @@ class Page:
                 raise UserError("this chat is no longer here; load the page again")
             side, names = self.models.side, self.models.names
             if not {*chosen[:2]} <= {*names}:
-                yield self._opened()
+                yield self._model_choices()
                 raise UserError(f"another run was opened: {' and '.join(names)} answer now; ask again")
             base = names[0]  # it has no strength
             choices = [

@@ -10,8 +10,8 @@ from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
-from dora_vl.evaluation.predictor import Shown
-from dora_vl.run.watched import data_url
+from dora_vl.evaluation.predictor import PromptMedia
+from dora_vl.run.watched_questions import data_url
 from dora_vl.serving.side_by_side import ColumnAnswer, Conversation
 
 THUMB_PX = 320
@@ -19,7 +19,7 @@ ENDINGS = {"length": " · as long as allowed", "ended": " · stopped"}
 NO_WORDS = '<span class="dv-faint">(no words)</span>'
 
 
-def shown_view(shown: Shown, *, frames_are_pictures: bool = False) -> str:
+def shown_view(shown: PromptMedia, *, frames_are_pictures: bool = False) -> str:
     """Returns the pictures, and a video's frames with their times, as the model sees them."""
     figures = [_figure(picture, f"{picture.width} × {picture.height}") for picture in shown.pictures]
     parts = [f'<div class="dv-pictures">{"".join(figures)}</div>'] if figures else []
@@ -60,13 +60,13 @@ def notice_view(text: str) -> str:
 
 def _answer_view(answer: ColumnAnswer) -> str:
     words = escape(answer.text)
-    if not answer.over:
+    if not answer.is_finished:
         words += '<span class="dv-caret"></span>'
     elif not answer.text and not answer.trouble:
         words = '<span class="dv-faint">(the model ended its answer at once)</span>'
-    message = f'<div class="dv-said" data-over="{str(answer.over).lower()}">{words}</div>' if words else ""
+    message = f'<div class="dv-said" data-over="{str(answer.is_finished).lower()}">{words}</div>' if words else ""
     trouble = f'<div class="dv-trouble">{escape(answer.trouble)}</div>' if answer.trouble else ""
-    copy = '<button class="dv-copy" type="button">copy</button>' if answer.over and answer.text else ""
+    copy = '<button class="dv-copy" type="button">copy</button>' if answer.is_finished and answer.text else ""
     return message + trouble + f'<div class="dv-tally"><span>{escape(tally(answer))}</span>{copy}</div>'
 
 

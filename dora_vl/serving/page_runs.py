@@ -21,8 +21,18 @@ from typing import Literal, NamedTuple
 from dora_vl.adapters.files import complete_checkpoints
 from dora_vl.errors import UserError, one_line
 from dora_vl.files import json_or_nothing
-from dora_vl.run.folder import ADAPTER, LOCK, LOSS_LOG, METRICS, SETTINGS, WATCHED, is_tested, results_in, writer_of
-from dora_vl.run.watched import ANSWERS
+from dora_vl.run.folder import (
+    ADAPTER,
+    LOCK,
+    LOSS_LOG,
+    METRICS,
+    SETTINGS,
+    WATCHED,
+    is_tested,
+    locking_process,
+    results_in,
+)
+from dora_vl.run.watched_questions import ANSWERS
 
 RUNS, DATA = Path("runs"), Path("data")
 """Runs are below the first, dropped files below the second, in the folder that the page was started in."""
@@ -75,17 +85,19 @@ class Runs:
         """Returns the folder of the run that goes on, whoever started it."""
         if self._child is not None and self._child[1].poll() is None:
             return self._child[0]
-        return next((lock.parent for lock in RUNS.glob(f"*/{LOCK}") if writer_of(lock.parent)), None)
+        return next((lock.parent for lock in RUNS.glob(f"*/{LOCK}") if locking_process(lock.parent)), None)
 
     def new_folder(self, name: str) -> Path:
         """Returns the folder of a next run: of this name, or with a number behind it where that has been trained."""
         name = re.sub(r"[^\w.\-]+", "_", name).strip("._-") or "my"
         return free_folder(
             RUNS / name,
-            lambda path: path.exists() and bool(results_in(path) or writer_of(path) or not (path / RUN_FILE).is_file()),
+            lambda path: (
+                path.exists() and bool(results_in(path) or locking_process(path) or not (path / RUN_FILE).is_file())
+            ),
         )
 
-    def words_to_train(self, folder: Path) -> list[str]:
+    def train_arguments(self, folder: Path) -> list[str]:
         """Returns the command that starts a run, or resumes it from its last checkpoint."""
         resumes = self.status(folder).state == "stopped"
         file = RUN_FILE if not resumes and (folder / RUN_FILE).is_file() else SETTINGS
@@ -96,7 +108,7 @@ class Runs:
         with self._lock:
             if (other := self.running()) is not None:
                 raise UserError(f"{other} is at work, and one run goes on at a time; wait for its end, or stop it")
-            words = self.words_to_train(folder)
+            words = self.train_arguments(folder)
             output = (folder / OUTPUT).open("ab" if "--resume" in words else "wb")
             process = subprocess.Popen(
                 [*PROGRAM, *words],
@@ -112,7 +124,7 @@ class Runs:
     def stop(self, folder: Path) -> None:
         """Asks a run to save a checkpoint and end; one that has not begun to train ends at once."""
         own = self._child[1] if self._child is not None and self._child[0] == folder else None
-        if (process := own.pid if own is not None and own.poll() is None else writer_of(folder)) is not None:
+        if (process := own.pid if own is not None and own.poll() is None else locking_process(folder)) is not None:
             os.kill(process, signal.SIGTERM)
 
     def status(self, folder: Path) -> RunStatus:

@@ -19,12 +19,12 @@ import yaml
 from gradio.blocks import Block  # pyright: ignore[reportMissingImports]
 
 from dora_vl.errors import UserError
-from dora_vl.evaluation.forgetting import in_words
-from dora_vl.evaluation.pictures import series, smoothed
-from dora_vl.report.run_record import RunRecord, blind, questions_of, read_run, read_tests, score_rows
+from dora_vl.evaluation.forgetting import forgetting_lines
+from dora_vl.evaluation.plots import series, smoothed
+from dora_vl.report.run_record import RunRecord, blind, questions_of, read_record, read_tests, score_rows
 from dora_vl.report.views import InlinePictures, watched_tables
 from dora_vl.run.folder import ADAPTER
-from dora_vl.run.watched import evenly
+from dora_vl.run.watched_questions import evenly
 from dora_vl.serving.access import Uploads
 from dora_vl.serving.page_parts import printed_view, state_view, table_view
 from dora_vl.serving.page_runs import DATA, RUN_FILE, RUNS, Runs, command, free_folder, printed
@@ -50,7 +50,7 @@ DAMAGED = (LookupError, TypeError, ValueError, AttributeError)
 Update = dict[Any, Any]
 
 
-class TrainDoor:
+class TrainTab:
     """The door's parts, and what happens there.
 
     Args:
@@ -82,7 +82,7 @@ class TrainDoor:
             chosen = [self.run, self.rank, self.epochs, self.commands]
             slider.release(self.choose, chosen, **queued, trigger_mode="always_last")
         self.start.click(self.begin, [self.run, self.rank, self.epochs, self.commands], **quick)
-        self.stop.click(self.halt, [self.run], **quick)
+        self.stop.click(self.stop_run, [self.run], **quick)
         gr.Timer(FOLLOW_SECONDS).tick(self.follow, [self.run, self.mark], **quick)
 
     def _lay_out_choices(self) -> None:
@@ -175,9 +175,12 @@ class TrainDoor:
             output = "\n".join(printed(words)).partition("\nnext:")[0].strip()
             yield {**self.show_run(str(to)), self.seen: printed_view([output]), self.commands: command(words),
                    self.state: state_view("", "Making the first batch …")}  # fmt: skip
-            more = ["show", "batch", str(to / RUN_FILE)]
-            yield {self.batch: printed_view(printed(more)), self.commands: f"{command(words)}\n{command(more)}"}
-            yield from self._count(to, f"{command(words)}\n{command(more)}")
+            show_batch = ["show", "batch", str(to / RUN_FILE)]
+            yield {
+                self.batch: printed_view(printed(show_batch)),
+                self.commands: f"{command(words)}\n{command(show_batch)}",
+            }
+            yield from self._count(to, f"{command(words)}\n{command(show_batch)}")
         except UserError as error:
             yield {self.state: state_view("failed", str(error))}
         yield {self.look: gr.update(interactive=True)}
@@ -217,7 +220,7 @@ class TrainDoor:
         shown = commands if command(words) in commands else f"{commands}\n{command(words)}"
         return {**self.follow(run, ""), self.yaml: _read(self.folder_of(run) / RUN_FILE), self.commands: shown}
 
-    def halt(self, run: str | None) -> Update:
+    def stop_run(self, run: str | None) -> Update:
         """Stops a run, which saves a checkpoint first."""
         if run:
             self.runs.stop(self.folder_of(run))
@@ -237,7 +240,7 @@ class TrainDoor:
             },
             self.rows: rows_view(folder),
             self.yaml: text,
-            self.commands: command(self.runs.words_to_train(folder)),
+            self.commands: command(self.runs.train_arguments(folder)),
             **dict.fromkeys([self.seen, self.batch, self.estimate], ""),
         }
 
@@ -262,7 +265,7 @@ class TrainDoor:
             **dict.fromkeys([self.watched, self.test], ""),
         }
         try:
-            record = read_run(folder, folder.name)
+            record = read_record(folder, folder.name)
             views = {self.curve: _curve(record), self.watched: watched_view(record), self.test: test_view(record)}
         except UserError:  # nothing is logged yet
             return update
@@ -355,7 +358,7 @@ def test_view(record: RunRecord) -> str:
             rows.append((("", row.metric), [f"{cell.value:.1f}", interval, f"{cell.n:,}"]))
     if not rows:
         return ""
-    facts = {**questions_of(results), **in_words(record.metrics.get("forgetting"))}
+    facts = {**questions_of(results), **forgetting_lines(record.metrics.get("forgetting"))}
     rows += [(("", name), [value, "", ""]) for name, value in facts.items()]
     head = ["", "value", "95 % interval", "questions"]
     return table_view("The test, beside its baselines", head, rows, blind(record.label, results))

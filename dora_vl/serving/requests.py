@@ -16,7 +16,7 @@ LARGEST_SEED = 2**63 - 1
 MOST_MESSAGES, MOST_PARTS, MOST_FIELDS = 512, 256, 64
 
 
-def _few(value: Any) -> Any:
+def _limit_fields(value: Any) -> Any:
     """Refuses an object of too many fields: each wrong one costs memory and a message."""
     if isinstance(value, dict) and len(value) > MOST_FIELDS:
         raise ValueError(f"it has {len(value):,} fields, and {MOST_FIELDS} are allowed")
@@ -27,7 +27,7 @@ class _Strict(BaseModel):
     """Refuses unknown fields: nothing that a client asks for is dropped in silence."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    _few_fields = model_validator(mode="before")(_few)
+    _few_fields = model_validator(mode="before")(_limit_fields)
 
 
 class _Url(_Strict):
@@ -62,7 +62,7 @@ class VideoPart(_Strict):
     video_url: Address
 
 
-Part = Annotated[TextPart | PicturePart | VideoPart, Field(discriminator="type")]
+ContentPart = Annotated[TextPart | PicturePart | VideoPart, Field(discriminator="type")]
 
 
 class Message(_Strict):
@@ -70,7 +70,7 @@ class Message(_Strict):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
-        list[Part],
+        list[ContentPart],
         Field(min_length=1, max_length=MOST_PARTS, fail_fast=True),
         BeforeValidator(lambda value: [{"type": "text", "text": value}] if isinstance(value, str) else value),
     ]
@@ -129,7 +129,7 @@ class ChatRequest(_Strict):
     response_format: ResponseFormat | None = None
 
     user: str | None = None
-    metadata: Annotated[dict[str, str] | None, BeforeValidator(_few)] = None
+    metadata: Annotated[dict[str, str] | None, BeforeValidator(_limit_fields)] = None
     store: Literal[False] | None = None
     service_tier: str | None = None
     tool_choice: Literal["auto", "none"] | None = None
@@ -138,7 +138,7 @@ class ChatRequest(_Strict):
     safety_identifier: str | None = None
 
     @property
-    def longest(self) -> int | None:
+    def max_new_tokens(self) -> int | None:
         """Returns the longest answer that is asked for."""
         return self.max_completion_tokens or self.max_tokens
 
@@ -190,7 +190,7 @@ REASONS = {
 """Maps Pydantic's kinds of errors to how they are told."""
 
 
-def parsed(content: bytes) -> ChatRequest:
+def parse_request(content: bytes) -> ChatRequest:
     """Returns a request's JSON, checked."""
     if sum(map(content.count, (b",", b"[", b"{"))) > MOST_VALUES:
         raise TooLarge(f"the request holds more than {MOST_VALUES:,} commas and opening brackets; none needs as many")

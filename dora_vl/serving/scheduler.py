@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dora_vl.core.strength import Share
+from dora_vl.core.strength import AppliedAdapter
 from dora_vl.data.batches import ALIGNED
 from dora_vl.data.samples import Sample
 from dora_vl.errors import UserError
 from dora_vl.serving.decoding import Reason, Sampling
-from dora_vl.serving.model import Entry
-from dora_vl.serving.options import Settings
+from dora_vl.serving.model import ServedEntry
+from dora_vl.serving.options import ServerSettings
 
 
 class TooManyRequests(UserError):
@@ -35,7 +35,7 @@ class Stopped(UserError):
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextPiece:
     """The next piece of an answer's text."""
 
     text: str
@@ -58,7 +58,7 @@ class Failed:
     error: Exception
 
 
-Event = Piece | Finished | Failed
+Event = TextPiece | Finished | Failed
 """A request's events are pieces, then one of the other two."""
 
 
@@ -66,13 +66,13 @@ Event = Piece | Finished | Failed
 class PreparedRequest:
     """A request whose prompt stands; `strength` says how much of the adapter is applied."""
 
-    entry: Entry
+    entry: ServedEntry
     sample: Sample
     sampling: Sampling
     strength: float = 1.0
 
     @property
-    def share(self) -> Share | None:
+    def share(self) -> AppliedAdapter | None:
         """Returns the adapter and how much of it is applied; None is the base."""
         return self.entry.share(self.strength)
 
@@ -106,7 +106,7 @@ class SubmittedRequest:
     put: Callable[[Event], object]
     deadline: float
     """After this time, by `time.monotonic`, its answer comes too late."""
-    over: bool = False
+    is_finished: bool = False
     pieces: int = 0
     cancelled: bool = False
 
@@ -115,22 +115,22 @@ class SubmittedRequest:
         self.cancelled = True
 
     @property
-    def unwanted(self) -> bool:
+    def is_expired(self) -> bool:
         """Tells whether the answer comes too late, or for nobody."""
         return self.cancelled or time.monotonic() > self.deadline
 
-    def tell(self, event: Event) -> None:
+    def send(self, event: Event) -> None:
         """Hands an event on; none after the last."""
-        if self.over:
+        if self.is_finished:
             return
-        self.over = not isinstance(event, Piece)
-        self.pieces += not self.over
+        self.is_finished = not isinstance(event, TextPiece)
+        self.pieces += not self.is_finished
         self.put(event)
 
-    def give_up(self) -> None:
+    def fail(self) -> None:
         """Tells that there is no answer, or no more of it: it took too long, or nobody waits for it."""
         late = time.monotonic() > self.deadline
-        self.tell(Failed(TooLate() if late else Stopped("nobody waits for it any more")))
+        self.send(Failed(TooLate() if late else Stopped("nobody waits for it any more")))
 
 
 ENDING = "the server is ending"
@@ -143,7 +143,7 @@ class Scheduler:
         one_kind: whether the model cannot tell pictures from videos of one batch.
     """
 
-    def __init__(self, settings: Settings, one_kind: Callable[[], bool]) -> None:
+    def __init__(self, settings: ServerSettings, one_kind: Callable[[], bool]) -> None:
         self._settings = settings
         self._one_kind = one_kind
         self._waiting: deque[SubmittedRequest] = deque()
@@ -172,7 +172,7 @@ class Scheduler:
             left, self._waiting = list(self._waiting), deque()
             self._changed.notify()
         for request in left:
-            request.tell(Failed(Stopped(ENDING)))
+            request.send(Failed(Stopped(ENDING)))
 
     def next_batch(self) -> list[SubmittedRequest] | None:
         """Waits for a request, and a little for others; None when it is closed."""
@@ -205,9 +205,9 @@ class Scheduler:
     def _drop_unwanted(self) -> None:
         """Gives those up that nobody waits for."""
         for request in self._waiting:
-            if request.unwanted:
-                request.give_up()
-        self._waiting = deque(request for request in self._waiting if not request.over)
+            if request.is_expired:
+                request.fail()
+        self._waiting = deque(request for request in self._waiting if not request.is_finished)
 
     def _take(
         self, room: Callable[[Sequence[PreparedRequest]], bool] = lambda requests: True

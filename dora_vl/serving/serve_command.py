@@ -11,7 +11,7 @@ from dora_vl.serving.options import (
     ANSWERS,
     MEDIA,
     REQUEST,
-    Settings,
+    ServerSettings,
     adapters_by_name,
     add_address,
     add_options,
@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
 
     named = {"base_name": options.base_name, "template": options.template, "any_base": options.any_base}
     served = open_served(options.model, adapters, **named)
-    with listener, Engine(served, Settings.of(options)) as engine, Server(engine, rules=rules) as server:
+    with listener, Engine(served, ServerSettings.of(options)) as engine, Server(engine, rules=rules) as server:
         host, port = listener.getsockname()[:2]
         yield f"serving {', '.join(served.names)} at http://{host}:{port}/v1 (Ctrl-C ends)"
         config = http_config(build_app(server), lifespan="off", timeout_graceful_shutdown=5)

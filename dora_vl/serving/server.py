@@ -23,21 +23,21 @@ from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.media import RequestMedia
 from dora_vl.serving.options import MIB
-from dora_vl.serving.requests import ChatRequest, parsed
+from dora_vl.serving.requests import ChatRequest, parse_request
 from dora_vl.serving.scheduler import (
     Event,
     Failed,
     Finished,
-    Piece,
     PreparedRequest,
     Stopped,
     SubmittedRequest,
+    TextPiece,
     TooLate,
     TooManyRequests,
 )
 
 
-async def chunks(
+async def stream_chunks(
     request: ChatRequest, event: Event, submitted: SubmittedRequest, events: asyncio.Queue[Event]
 ) -> AsyncIterator[str]:
     """Yields an answer's first event and the others as OpenAI's chunks, server-sent; whoever closes this ends it."""
@@ -53,7 +53,7 @@ async def chunks(
 
     try:
         yield chunk({"role": "assistant", "content": ""})
-        while isinstance(event, Piece):
+        while isinstance(event, TextPiece):
             yield chunk({"content": event.text})
             event = await events.get()
         if isinstance(event, Failed):
@@ -93,23 +93,23 @@ class WaitingClient:
             raise TooLate()
 
     @contextlib.asynccontextmanager
-    async def watched(self, leave: Callable[[], object] = lambda: None) -> AsyncIterator[None]:
+    async def while_connected(self, leave: Callable[[], object] = lambda: None) -> AsyncIterator[None]:
         """Calls `leave` where, inside the block, the client goes away or waiting for it is broken off."""
 
-        def gone() -> None:
+        def disconnect() -> None:
             self._gone = True
             leave()
 
         async def wait() -> None:
             while (await self._request.receive())["type"] != "http.disconnect":
                 pass
-            gone()
+            disconnect()
 
         waiting = asyncio.create_task(wait())
         try:
             yield
         except BaseException:
-            gone()
+            disconnect()
             raise
         finally:
             waiting.cancel()
@@ -140,7 +140,7 @@ class Server:
             raise TooManyRequests(f"{self._held} requests are held already, and no more may; try again later")
         self._held += 1
         try:
-            body = await run_sync(partial(parsed, await request.body()))
+            body = await run_sync(partial(parse_request, await request.body()))
             self.engine.model.entry(body.model)  # before any picture is decoded
             return await self._answer(client, body)
         finally:
@@ -167,7 +167,7 @@ class Server:
         go_on()
         settings = self.settings
         sampling = Sampling(
-            max_new_tokens=body.longest or settings.max_new_tokens,
+            max_new_tokens=body.max_new_tokens or settings.max_new_tokens,
             temperature=settings.temperature if body.temperature is None else body.temperature,
             top_p=1.0 if body.top_p is None else body.top_p,
             stop=tuple(body.stop or ()),
@@ -181,7 +181,7 @@ class Server:
                 turns,
                 sampling,
                 seen,
-                fill=body.longest is None,
+                fill=body.max_new_tokens is None,
                 strength=1.0 if body.strength is None else body.strength,
             )
 
@@ -190,7 +190,7 @@ class Server:
 
         What goes wrong before the first piece of a stream has its own status, as in a whole answer.
         """
-        async with client.watched():
+        async with client.while_connected():
             prepared = await run_sync(partial(self._prepared, body, client.check), limiter=self._preparing)
         client.check()
         events: asyncio.Queue[Event] = asyncio.Queue()
@@ -201,9 +201,9 @@ class Server:
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         submitted = self.engine.submit(prepared, put, deadline=client.deadline)  # reading the request was of its time
-        async with client.watched(submitted.cancel):
+        async with client.while_connected(submitted.cancel):
             event = await events.get()
-            while isinstance(event, Piece) and not body.stream:
+            while isinstance(event, TextPiece) and not body.stream:
                 event = await events.get()
         if isinstance(event, Failed):
             raise event.error
@@ -211,7 +211,7 @@ class Server:
             message = {"role": "assistant", "content": event.text, "refusal": None}
             choice = {"index": 0, "message": message, "finish_reason": event.reason, "logprobs": None}
             return JSONResponse({**_head(body, "chat.completion"), "choices": [choice], "usage": _usage(event)})
-        return StreamingResponse(chunks(body, event, submitted, events), media_type="text/event-stream")
+        return StreamingResponse(stream_chunks(body, event, submitted, events), media_type="text/event-stream")
 
     def _card(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self.started, "owned_by": "dora-vl"}
@@ -235,12 +235,12 @@ def build_app(server: Server) -> FastAPI:
     async def refused(_: Request, error: Exception) -> Response:
         return error_response(error)
 
-    async def not_there(_: Request, error: Exception) -> Response:
+    async def not_found(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         content = {"message": str(error.detail), "type": "invalid_request_error", "param": None, "code": None}
         return JSONResponse({"error": content}, status_code=error.status_code, headers=error.headers)
 
     app.add_exception_handler(UserError, refused)
-    app.add_exception_handler(HTTPException, not_there)
+    app.add_exception_handler(HTTPException, not_found)
     app.add_exception_handler(Exception, refused)
     return app

@@ -20,14 +20,14 @@ import torch
 
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample, UserError, one_line
-from dora_vl.evaluation.predictor import Shown
+from dora_vl.evaluation.predictor import PromptMedia
 from dora_vl.serving.decoding import Reason, Sampling
 from dora_vl.serving.engine import NOTHING, Engine
-from dora_vl.serving.media import RequestMedia, words
+from dora_vl.serving.media import RequestMedia, check_text
 from dora_vl.serving.model import ServedModel
-from dora_vl.serving.options import Settings
+from dora_vl.serving.options import ServerSettings
 from dora_vl.serving.requests import TooLarge
-from dora_vl.serving.scheduler import Event, Failed, Finished, Piece, Stopped, SubmittedRequest
+from dora_vl.serving.scheduler import Event, Failed, Finished, Stopped, SubmittedRequest, TextPiece
 
 PACE_SECONDS = 0.04
 """Pieces that come within this time are shown together."""
@@ -63,13 +63,13 @@ class ColumnAnswer:
     new_tokens: int = 0
 
     @property
-    def over(self) -> bool:
+    def is_finished(self) -> bool:
         """Tells whether nothing more comes."""
         return self.reason is not None or bool(self.trouble)
 
-    def after(self, event: Event, seconds: float) -> ColumnAnswer:
+    def with_event(self, event: Event, seconds: float) -> ColumnAnswer:
         """Returns this answer as it is once an event has come."""
-        if isinstance(event, Piece):
+        if isinstance(event, TextPiece):
             return replace(self, text=self.text + event.text, seconds=seconds)
         if isinstance(event, Finished):
             counts = {"prompt_tokens": event.prompt_tokens, "new_tokens": event.new_tokens}
@@ -80,24 +80,24 @@ class ColumnAnswer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exchange:
+class QuestionRound:
     """A question and its answers, one a column."""
 
     question: str
     answers: tuple[ColumnAnswer, ...]
 
     @property
-    def over(self) -> bool:
+    def is_finished(self) -> bool:
         """Tells whether all columns have answered."""
-        return all(answer.over for answer in self.answers)
+        return all(answer.is_finished for answer in self.answers)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
     """Holds what one person has asked about some pictures or a video; they stand in its first question."""
 
-    shown: Shown = NOTHING
-    exchanges: tuple[Exchange, ...] = ()
+    shown: PromptMedia = NOTHING
+    exchanges: tuple[QuestionRound, ...] = ()
 
     def ended(self) -> Conversation:
         """Returns the conversation as it stands once nobody answers any more."""
@@ -105,7 +105,8 @@ class Conversation:
             replace(
                 exchange,
                 answers=tuple(
-                    answer if answer.over else answer.after(HALT, answer.seconds) for answer in exchange.answers
+                    answer if answer.is_finished else answer.with_event(HALT, answer.seconds)
+                    for answer in exchange.answers
                 ),
             )
             for exchange in self.exchanges
@@ -146,14 +147,14 @@ class SideBySide:
         """Ends the decoders; the engine is not closed."""
         self.media.close()
 
-    def look(self, files: Sequence[Path]) -> Shown:
+    def look(self, files: Sequence[Path]) -> PromptMedia:
         """Returns the pictures and videos in some files, as a model will see them."""
         # By their names; what a file really is shows when it is read.
         videos = [file for file in files if str(mimetypes.guess_type(file.name)[0]).startswith("video/")]
         pictures = [file for file in files if file not in videos]
         with self.media.reading() as reading:
             reading.refuse_many(len(pictures), len(videos), "you have chosen")
-            return Shown(
+            return PromptMedia(
                 pictures=tuple(reading.picture(self._content(file), file.name) for file in pictures),
                 videos=tuple(reading.video(self._content(file), file.name) for file in videos),
             )
@@ -170,7 +171,7 @@ class SideBySide:
             choices: one a column; as many as the conversation has had.
         """
         self.stop(person)
-        question = words(question.strip(), "the question", shows_videos=True)
+        question = check_text(question.strip(), "the question", shows_videos=True)
         if not question and not (conversation.shown.pictures or conversation.shown.videos):
             raise UserError("type a question, or show a picture or a video")
         prepared = [
@@ -184,19 +185,19 @@ class SideBySide:
             )
             for column, choice in enumerate(choices)
         ]
-        exchange = Exchange(question=question, answers=tuple(ColumnAnswer(choice=choice) for choice in choices))
+        exchange = QuestionRound(question=question, answers=tuple(ColumnAnswer(choice=choice) for choice in choices))
         running, start = _Running(), time.monotonic()
         try:
             for column, request in enumerate(prepared):
                 put = partial(lambda column, event: running.events.put((column, event)), column)
-                running.handed_in.append(self.engine.submit(request, put))
+                running.submitted.append(self.engine.submit(request, put))
             with self._lock:
                 self._running[person] = running
             while True:
                 yield replace(conversation, exchanges=(*conversation.exchanges, exchange))
-                if exchange.over:
+                if exchange.is_finished:
                     return
-                exchange = _after(exchange, running.events, start)
+                exchange = _next_exchange(exchange, running.events, start)
         finally:
             running.halt()
             with self._lock:
@@ -227,7 +228,7 @@ class OpenModels:
         read: reads a base with these adapters, by name; None is the first adapter's own base.
     """
 
-    def __init__(self, read: Callable[[str | None, Mapping[str, Path]], ServedModel], settings: Settings) -> None:
+    def __init__(self, read: Callable[[str | None, Mapping[str, Path]], ServedModel], settings: ServerSettings) -> None:
         self.settings = settings
         self._read = read
         self._side: SideBySide | None = None
@@ -288,29 +289,29 @@ Events = queue.SimpleQueue[tuple[int, Event]]
 class _Running:
     """A question that is being answered."""
 
-    handed_in: list[SubmittedRequest] = field(default_factory=list)
+    submitted: list[SubmittedRequest] = field(default_factory=list)
     events: Events = field(default_factory=queue.SimpleQueue)
     """Brings the events of all columns, each with its column's number."""
 
     def halt(self) -> None:
         """Ends all of it; whoever reads is told at once."""
-        for column, item in enumerate(self.handed_in):
+        for column, item in enumerate(self.submitted):
             item.cancel()
             self.events.put((column, HALT))
 
 
-def _after(exchange: Exchange, events: Events, start: float) -> Exchange:
+def _next_exchange(exchange: QuestionRound, events: Events, start: float) -> QuestionRound:
     """Returns the exchange once the next event has come, and those close behind it."""
     until = None
-    while not exchange.over:
+    while not exchange.is_finished:
         left = None if until is None else until - time.monotonic()
         try:
             column, event = events.get(timeout=left) if left is None or left > 0 else events.get_nowait()
         except queue.Empty:
             break
         answers = list(exchange.answers)
-        if not answers[column].over:
-            answers[column] = answers[column].after(event, time.monotonic() - start)
+        if not answers[column].is_finished:
+            answers[column] = answers[column].with_event(event, time.monotonic() - start)
         exchange = replace(exchange, answers=tuple(answers))
         until = time.monotonic() + PACE_SECONDS if until is None else until
     return exchange

@@ -26,19 +26,19 @@ from dora_vl.data.picture_files import picture_facts
 from dora_vl.data.pictures import MediaFolder, path_inside, save_picture
 from dora_vl.data.readers import read_row
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, KWARGS, SPEAKERS, TOOLS, VIDEO_PLACEHOLDER
-from dora_vl.errors import BadSample, UserError, shown_names, shown_text
+from dora_vl.errors import BadSample, UserError, short_names, short_text
 from dora_vl.files import clear_leftovers, content_key, file_sha256, whole_folder, write_json
 from dora_vl.limited_process import JobFailed
 from dora_vl.start.run_file import (
     MOST_NAMES,
     VIDEO_BASE,
     Data,
-    base_of,
+    choose_base,
     data_files,
     find_questions,
     picture_files,
     root_of_pictures,
-    written,
+    run_file_text,
 )
 
 DESCRIPTION = """\
@@ -81,25 +81,25 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     records = find_files(arguments.questions) if arguments.questions else find_questions(folder, columns)
     if isinstance(records, PictureFolder):
         if others := [path.name for path in data_files(folder)]:
-            yield f"no questions in {shown_names(others)}: left out"
+            yield f"no questions in {short_names(others)}: left out"
         if missed := overlooked(Path(records.name), records.fields):
             yield missed
-    base = base_of(arguments.model)
+    base = choose_base(arguments.model)
     with whole_folder(to) as staging:
-        look = look_at(folder, records, media_to=staging, columns=columns)
+        look = inspect_data(folder, records, media_to=staging, columns=columns)
         yield from look.lines()
         if look.has_videos and arguments.model is None and VIDEO_BASE.is_dir():
-            base = base_of(str(VIDEO_BASE))
+            base = choose_base(str(VIDEO_BASE))
         share = arguments.test_share
         if share is None:  # a fifth; of large sets 1,000, which tell a score to 3 %
             share = min(0.2, 1_000 / max(1, len(look.rows)))
-        halves = split(look, share=share, seed=arguments.seed)
-        yield from look.held_out(halves, f"by seed {arguments.seed}")
+        splits = split_data(look, share=share, seed=arguments.seed)
+        yield from look.held_out(splits, f"by seed {arguments.seed}")
         on_gpu = _on_gpu()
         command = f"{_program('deepspeed')} --module dora_vl.cli train" if on_gpu else f"{_program('dora-vl')} train"
         start = f"{command} {quote(str(to / RUN_FILE))}"
-        text = written(base, _data(look, halves, to), output_dir=str(to), on_gpu=on_gpu, command=start)
-        _write(staging, halves, text)
+        text = run_file_text(base, _data(look, splits, to), output_dir=str(to), on_gpu=on_gpu, command=start)
+        _write(staging, splits, text)
         if replaces:  # what a run has added since stays
             own = (TRAIN, TEST, VALIDATION, RUN_FILE, MEDIA, "probe.json")
             shutil.copytree(
@@ -111,20 +111,20 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
                 dirs_exist_ok=True,
             )
     size = f" ({base.parameters / 1e6:,.0f} million parameters)" if base.parameters else ""
-    yield f"{to}: {', '.join(halves)} and {RUN_FILE} written, base {base.name}{size}"
+    yield f"{to}: {', '.join(splits)} and {RUN_FILE} written, base {base.name}{size}"
     looks = base.is_llava and Path(base.name).is_dir() and look.pictures.keys and not look.has_videos
     if looks and (on_gpu or base.parameters < LARGE):
-        yield from _look_ahead(to / RUN_FILE)
+        yield from _probe_base(to / RUN_FILE)
     yield f"\nnext:  {start}"
 
 
-def _look_ahead(run_file: Path) -> Iterator[str]:
+def _probe_base(run_file: Path) -> Iterator[str]:
     """Tells what can be read of the base's pictures before anything is trained, and keeps it for the run's test."""
-    from dora_vl.evaluation.baselines import by_question, commonest_answers, of_map, right_text
+    from dora_vl.evaluation.baselines import by_question, commonest_answers, probe_summary, right_text
     from dora_vl.evaluation.scores.exact import score
     from dora_vl.evaluation.test import check_test
     from dora_vl.run.folder import PROBE
-    from dora_vl.run.reading import read_run_file
+    from dora_vl.run.settings_parser import read_run_file
     from dora_vl.training.decoder_pipeline import DecoderPipeline
 
     config = read_run_file(run_file)
@@ -144,7 +144,7 @@ def _look_ahead(run_file: Path) -> Iterator[str]:
     commonest = score(examples, commonest_answers(examples, right_text)).shares
     probed = [example for example in examples if example.id in answers]
     for name, kind in by_question(examples, score(probed, answers).shares, commonest).items():
-        yield f"  {name} {of_map(kind)} of {kind['n']}, its commonest answer {kind['learned']:g}"
+        yield f"  {name} {probe_summary(kind)} of {kind['n']}, its commonest answer {kind['learned']:g}"
 
 
 def _target(arguments: argparse.Namespace) -> tuple[Path, bool]:
@@ -162,14 +162,14 @@ def _target(arguments: argparse.Namespace) -> tuple[Path, bool]:
     if not earlier and to.is_dir() and any(to.iterdir()):
         raise UserError(f"{to} holds other files; --to DIR names a folder of its own")
     if earlier:
-        from dora_vl.run.folder import one_writer  # torch: not for --help
+        from dora_vl.run.folder import lock_run_folder  # torch: not for --help
 
-        with one_writer(to):  # refused while a run writes there
+        with lock_run_folder(to):  # refused while a run writes there
             pass
     return to, bool(earlier)
 
 
-def _data(look: Look, halves: Mapping[str, Sequence[UsableRow]], to: Path) -> Data:
+def _data(look: DataSummary, halves: Mapping[str, Sequence[UsableRow]], to: Path) -> Data:
     answers = [text for row in look.rows for text in row.texts("assistant")]
     words, compares = [len(text.split()) for text in answers], any(row.conversation.rejected for row in look.rows)
     is_judged = any(row.conversation.is_good is not None for row in look.rows)
@@ -190,7 +190,7 @@ def _data(look: Look, halves: Mapping[str, Sequence[UsableRow]], to: Path) -> Da
 
 def _write(staging: Path, halves: Mapping[str, Sequence[UsableRow]], text: str) -> None:
     """Writes all files and reads the settings as a run would."""
-    from dora_vl.run.reading import read_run_file
+    from dora_vl.run.settings_parser import read_run_file
 
     count = Counter[str]()
     for name, rows in halves.items():
@@ -290,7 +290,7 @@ class Pictures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
+class DataSummary:
     """Holds everything that was seen in the data.
 
     Attributes:
@@ -361,13 +361,13 @@ class Look:
         most, times = ordered[0]
         yield (
             f"answers: {_lengths(answers)}, {len(ordered):,} different, most often "
-            f"{shown_text(most, 30)} ({times / len(answers):.0%})"
+            f"{short_text(most, 30)} ({times / len(answers):.0%})"
         )
         if several := sum(1 for row in self.rows if row.conversation.answers):
             yield f"several right answers: in {several:,} rows; the most frequent is trained on, the test counts each"
         if self.has_classes:
             names = (f"{name} {count:,}" for name, count in ordered)
-            yield f"answers as they are named: {shown_names(names, SHOWN_CLASSES, 40)}"
+            yield f"answers as they are named: {short_names(names, SHOWN_CLASSES, 40)}"
         if self.trouble:
             yield from ("left out, as check-data tells:", *self.trouble)
         if self.doubts:
@@ -403,13 +403,13 @@ class Look:
             yield f"the folders hold {shared:,} {self.media} to train on and to test with alike: the score will flatter"
         tested = {answer for row in halves[TEST] for answer in row.texts("assistant")}
         if self.has_classes and (untested := [name for name in self.answers if name not in tested]):
-            yield f"too few to be in the test: {shown_names(untested, SHOWN_CLASSES, 40)}"
+            yield f"too few to be in the test: {short_names(untested, SHOWN_CLASSES, 40)}"
 
 
 SHOWN_CLASSES = 20
 
 
-def look_at(folder: Path, records: DataFiles, *, media_to: Path, columns: Columns = USUAL) -> Look:
+def inspect_data(folder: Path, records: DataFiles, *, media_to: Path, columns: Columns = USUAL) -> DataSummary:
     """Reads the questions and looks at every picture that they name; those that their file holds go into `media_to`."""
     questions, has_splits = Path(records.name), isinstance(records, PictureFolder)
     first = map(FileCheck(questions, columns=columns).read, islice(records.rows(), MOST_NAMES))
@@ -424,7 +424,7 @@ def look_at(folder: Path, records: DataFiles, *, media_to: Path, columns: Column
         row = _usable(check, record, media_to if holds_pictures else None, columns)
         if row is not None:
             rows.append(replace(row, split=str(record.get("split", "")) if has_splits else ""))
-    if unmet := columns.unmet(check.uses):
+    if unmet := columns.missing_column(check.uses):
         raise UserError(f"{questions}: {unmet}")
     findings = {name: finding for name, finding in check.findings.items() if name != "duplicate id"}
     trouble, doubts = (
@@ -436,14 +436,14 @@ def look_at(folder: Path, records: DataFiles, *, media_to: Path, columns: Column
         detail, ids = next(iter(worst.examples.items()))
         raise UserError(
             f"{questions}: not one of its {check.rows:,} rows can be used; {worst.count:,} times {worst.problem}, for "
-            f"example {ids[0]}: {shown_text(detail, 120)}{f'; {check.remedy}' if check.remedy else ''}"
+            f"example {ids[0]}: {short_text(detail, 120)}{f'; {check.remedy}' if check.remedy else ''}"
         )
     pictures = Pictures()
     names = list(dict.fromkeys(chain.from_iterable(row.media for row in rows)))
     for name in tqdm(names, "pictures", disable=None, leave=False):
         pictures.add(name, path_inside(MediaFolder(root, follow_links=True), name))
     picture_count = 0 if holds_pictures else sum(1 for _ in picture_files(root))
-    return Look(
+    return DataSummary(
         check=check,
         root=root,
         holds=holds_pictures,
@@ -495,14 +495,14 @@ def _spread(numbers: Iterable[int]) -> str:
     return f"{ordered[0]:,} to {ordered[-1]:,} (in the middle {median(ordered):g})"
 
 
-def split(look: Look, *, share: float, seed: int) -> dict[str, list[UsableRow]]:
+def split_data(look: DataSummary, *, share: float, seed: int) -> dict[str, list[UsableRow]]:
     """Returns the rows to train on, to test with, and for validation where folders say so, in the file's order.
 
     Rows of one picture, by its content, stay together, so that no picture is in both, not even as a copy; so do rows of
     one question without any. Of classes that are large enough each is in the test by its share. Bad answers are in no
     test, since they are not the truth.
     """
-    from dora_vl.data.table import held_out_places  # torch: not for --help
+    from dora_vl.data.table import held_out_indices  # torch: not for --help
 
     by_folder = {name: [row for row in look.rows if row.split == name] for name in ("train", "test", "validation")}
     test = by_folder["test"] or by_folder.pop("validation")
@@ -517,7 +517,7 @@ def split(look: Look, *, share: float, seed: int) -> dict[str, list[UsableRow]]:
         counts = look.answers
         answers = [row.texts("assistant")[-1] for row in look.rows]
         classes = [answer if counts[answer] * share >= 1 else "" for answer in answers]
-    test_indices = set(held_out_places(ids, media, share=share, seed=seed, classes=classes).tolist())
+    test_indices = set(held_out_indices(ids, media, share=share, seed=seed, classes=classes).tolist())
     return {
         TRAIN: [row for index, row in enumerate(look.rows) if index not in test_indices],
         TEST: _good(row for index, row in enumerate(look.rows) if index in test_indices),

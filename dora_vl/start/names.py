@@ -106,16 +106,16 @@ def drawings(source: Path) -> dict[str, Image.Image]:
     return pictures
 
 
-def placed(thing: Image.Image, chance: random.Random | None) -> Image.Image:
+def placed(thing: Image.Image, rng: random.Random | None) -> Image.Image:
     """Places a thing on white, filling the picture; with chance mirrored or not, of a size, somewhere on a colour."""
-    side = round(SIDE * (LARGEST if chance is None else chance.uniform(0.55, LARGEST)))
+    side = round(SIDE * (LARGEST if rng is None else rng.uniform(0.55, LARGEST)))
     thing = ImageOps.contain(thing, (side, side), Image.Resampling.BICUBIC)
     left, top = ((SIDE - length) // 2 for length in thing.size)
     colour = BACKGROUNDS[0]
-    if chance is not None:
-        thing = ImageOps.mirror(thing) if chance.random() < 0.5 else thing
-        left, top = (chance.randint(0, SIDE - length) for length in thing.size)
-        colour = chance.choice(BACKGROUNDS)
+    if rng is not None:
+        thing = ImageOps.mirror(thing) if rng.random() < 0.5 else thing
+        left, top = (rng.randint(0, SIDE - length) for length in thing.size)
+        colour = rng.choice(BACKGROUNDS)
     picture = Image.new("RGBA", (SIDE, SIDE), colour)
     picture.alpha_composite(thing, (left, top))
     return picture.convert("RGB")
@@ -130,7 +130,7 @@ def convert(source: Path, to: Path, *, seed: int = 0) -> None:
     settings = {"artists": receipts, "unseen": UNSEEN, "variants": VARIANTS, "seed": seed, "side": SIDE}
     if json_or_nothing(to / "manifest.json") == settings:
         return
-    chance, train, test = random.Random(seed), list[dict[str, Any]](), list[dict[str, Any]]()
+    rng, train, test = random.Random(seed), list[dict[str, Any]](), list[dict[str, Any]]()
     with whole_folder(to) as folder:
         (folder / "pictures").mkdir()
         for artist in (*ARTISTS, UNSEEN):
@@ -139,14 +139,14 @@ def convert(source: Path, to: Path, *, seed: int = 0) -> None:
                 key, pairs = f"{artist}-{name.replace(' ', '_')}-{variant}", [(NAME, name), (CATEGORY, category)]
                 row = {"id": key, "image": f"pictures/{key}.png"}
                 if artist in ARTISTS:
-                    train.append({**row, "conversations": conversation(chance.sample(pairs, 2))})
+                    train.append({**row, "conversations": conversation(rng.sample(pairs, 2))})
                 elif variant == 0:
                     for kind, pair in zip(("name", "category"), pairs, strict=True):
                         test.append({**row, "id": f"{key}-{kind}", "kind": kind, "conversations": conversation([pair])})
                 else:
                     continue
-                placed(pictures[code], chance if variant else None).save(folder / row["image"])
+                placed(pictures[code], rng if variant else None).save(folder / row["image"])
         for split, rows in (("train", train), ("test", test)):
-            chance.shuffle(rows)
+            rng.shuffle(rows)
             (folder / f"{split}.json").write_text(json.dumps(rows, indent=0), encoding="utf-8")
         write_json(folder / "manifest.json", settings)

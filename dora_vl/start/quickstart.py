@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Fetches, prepares, trains, tests and merges what is not there yet; yields the lines to print."""
     from dora_vl.run.folder import run_folder_of
-    from dora_vl.run.reading import read_run
+    from dora_vl.run.settings_parser import read_run
     from dora_vl.start import easy_vqa, names
     from dora_vl.training.train_command import train
 

@@ -30,7 +30,7 @@ from dora_vl.data.containers import (
     picture_folder,
 )
 from dora_vl.data.pictures import MediaFolder, path_inside
-from dora_vl.errors import BadSample, UserError, one_line, shown, shown_names
+from dora_vl.errors import BadSample, UserError, one_line, short_names, short_repr
 
 DEMO_BASE, HUB_BASE = Path("runs/demo/base"), "HuggingFaceTB/SmolVLM-500M-Instruct"
 """The demo's own base comes before its tuned one: it knows more words, and a projector starts at a run's answers."""
@@ -78,7 +78,7 @@ class Data:
     """Names the loss of preferences; None where answers are learned word by word."""
 
 
-def base_of(model: str | None) -> Base:
+def choose_base(model: str | None) -> Base:
     """Returns the base by a folder's config, or by a hub id's name: nothing is fetched.
 
     Without a name it is the base that the demo composed where that is, else a small model of the hub.
@@ -87,7 +87,7 @@ def base_of(model: str | None) -> Base:
     folder = Path(name)
     if not folder.is_dir():
         if not re.fullmatch(r"[\w.\-]+/[\w.\-]+", name) or name.startswith("."):
-            raise UserError(f"--model {shown(name)}: no such folder, and no hub id (OWNER/NAME)")
+            raise UserError(f"--model {short_repr(name)}: no such folder, and no hub id (OWNER/NAME)")
         sizes = re.findall(r"(?<![\w.])(\d+(?:\.\d+)?)(b|m)(?![a-z])", name.split("/")[-1].lower())
         parameters = max((float(number) * (1e9 if unit == "b" else 1e6) for number, unit in sizes), default=0.0)
         words = WORDLESS not in name.lower()
@@ -123,7 +123,7 @@ def _parameters_in(folder: Path) -> float:
     return float(total)
 
 
-def written(base: Base, data: Data, *, output_dir: str, on_gpu: bool, command: str) -> str:
+def run_file_text(base: Base, data: Data, *, output_dir: str, on_gpu: bool, command: str) -> str:
     """Returns the run file's text."""
     epochs = max(1, min(MOST_EPOCHS, round(SEEN_SAMPLES / data.rows)))
     tokens = max(2 * data.answer_words, data.answer_characters // 3) + 8
@@ -176,7 +176,7 @@ def find_questions(folder: Path, columns: Columns = USUAL) -> DataFiles:
     if len(usable) == 1:
         return find_files(usable[0])
     if usable:
-        names = shown_names(path.relative_to(folder) for path in usable)
+        names = short_names(path.relative_to(folder) for path in usable)
         raise UserError(f"{folder}: {len(usable)} files hold questions, {names}; name one with --questions FILE")
     pictures = picture_folder(folder)
     unread = [problems.pop(path) for path in paths if ending_of(path) in NO_SAMPLES][:1]
@@ -220,7 +220,7 @@ def _why_no_questions(path: Path, columns: Columns) -> str | None:
         columns.resolve(first)
     except ColumnsError as error:
         return f"{path.name}: {error.problem} {error.options}"
-    return f"{path.name}: its columns are {shown_names(first)}"
+    return f"{path.name}: its columns are {short_names(first)}"
 
 
 def root_of_pictures(folder: Path, questions: Path, names: Sequence[str]) -> Path:
@@ -236,7 +236,7 @@ def root_of_pictures(folder: Path, questions: Path, names: Sequence[str]) -> Pat
     hits = Counter({root: sum(_is_there(root, name) for name in some) for root in roots})
     best = max(roots, key=lambda root: (hits[root], -roots.index(root)))
     if not hits[best]:
-        raise UserError(f"{questions}: none of its pictures is below {folder}, such as {shown(some[0])}")
+        raise UserError(f"{questions}: none of its pictures is below {folder}, such as {short_repr(some[0])}")
     return best
 
 

@@ -23,10 +23,10 @@ from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from dora_vl.errors import UserError, shown_text
+from dora_vl.errors import UserError, short_text
 from dora_vl.files import write_json, write_json_lines
 from dora_vl.run.folder import DRAWN, LOSS_LOG, PLAN, WATCHED, read_log
-from dora_vl.run.watched import ANSWERS, Watch, begin
+from dora_vl.run.watched_questions import ANSWERS, Watch, begin
 from dora_vl.training.memory import memory_gib
 from dora_vl.training.progress import BatchStatistics, Counts, random_state_kept, validation_owed
 
@@ -377,4 +377,4 @@ class WatchQuestions(TrainerCallback):
         for question in self._watch.questions:
             if question.id in answers and not args.disable_tqdm:
                 texts = (question.question, answers[question.id], question.truth)
-                logger.info("step %d: %s -> %s (right: %s)", state.global_step, *(shown_text(text) for text in texts))
+                logger.info("step %d: %s -> %s (right: %s)", state.global_step, *(short_text(text) for text in texts))

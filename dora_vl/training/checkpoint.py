@@ -146,7 +146,7 @@ def seed_all(seed: int, step: int, rank: int) -> None:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorPiece:
     """The part of one trained tensor that this rank's optimizer holds; `count` 0: another rank holds all of it.
 
     Attributes:
@@ -179,7 +179,7 @@ class OptimizerLayout:
     optimizer: torch.optim.Optimizer
     flats: Sequence[Tensor]
     trained: Mapping[str, nn.Parameter]
-    pieces: Mapping[str, Piece]
+    pieces: Mapping[str, TensorPiece]
     device: torch.device
     stage3: Any = None
 
@@ -253,7 +253,7 @@ def layout_of(optimizer: Any, trained: Mapping[str, nn.Parameter], device: torch
     stage3, inner = None, optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
     if isinstance(optimizer, torch.optim.Optimizer):
         flats = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        pieces = {id(flat): Piece(number, 0, 0, flat.numel()) for number, flat in enumerate(flats)}
+        pieces = {id(flat): TensorPiece(number, 0, 0, flat.numel()) for number, flat in enumerate(flats)}
     elif isinstance(optimizer, DeepSpeedZeroOptimizer):
         flats, pieces = optimizer.single_partition_of_fp32_groups, _linked(optimizer.bit16_groups)
     elif isinstance(optimizer, BF16_Optimizer):  # ZeRO-1
@@ -262,7 +262,7 @@ def layout_of(optimizer: Any, trained: Mapping[str, nn.Parameter], device: torch
         stage3, flats, pieces = optimizer, optimizer.fp32_partitioned_groups_flat, _of_stage_3(optimizer)
     elif isinstance(optimizer, FP16_UnfusedOptimizer):  # ZeRO-0: each half has a float32 copy, the same on every rank
         flats, halves = (list(chain(*groups)) for groups in (optimizer.fp32_groups, optimizer.fp16_groups))
-        pieces = {id(half): Piece(number, 0, 0, half.numel()) for number, half in enumerate(halves)}
+        pieces = {id(half): TensorPiece(number, 0, 0, half.numel()) for number, half in enumerate(halves)}
     else:
         raise SettingError(
             "training.optim",
@@ -279,19 +279,19 @@ def layout_of(optimizer: Any, trained: Mapping[str, nn.Parameter], device: torch
     return OptimizerLayout(inner, flats, trained, named, device, stage3)
 
 
-def _linked(groups: Sequence[Sequence[Any]]) -> dict[int, Piece]:
+def _linked(groups: Sequence[Sequence[Any]]) -> dict[int, TensorPiece]:
     """Reads ZeRO 1 and 2: a flat tensor a group; parameters know which elements this rank has (`_hp_mapping`)."""
     pieces = {}
     for number, group in enumerate(groups):
         for parameter in group:
-            pieces[id(parameter)] = Piece(number, 0, 0, 0, parameter._dp_group)
+            pieces[id(parameter)] = TensorPiece(number, 0, 0, 0, parameter._dp_group)
             if (linked := parameter._hp_mapping) is not None:
                 flat, half = linked.hp_fragment_address, linked.lp_fragment_address
-                pieces[id(parameter)] = Piece(number, flat.start, half.start, flat.numel, parameter._dp_group)
+                pieces[id(parameter)] = TensorPiece(number, flat.start, half.start, flat.numel, parameter._dp_group)
     return pieces
 
 
-def _of_stage_3(optimizer: Any) -> dict[int, Piece]:
+def _of_stage_3(optimizer: Any) -> dict[int, TensorPiece]:
     """Reads ZeRO 3: each rank has an equal part of every parameter, padded at the end."""
     if optimizer.swap_optimizer or optimizer.params_in_nvme_and_cpu:
         raise SettingError("training.deepspeed", ": a checkpoint cannot hold what is offloaded to nvme; offload to cpu")
@@ -301,7 +301,7 @@ def _of_stage_3(optimizer: Any) -> dict[int, Piece]:
         ranks = parameter.ds_process_group
         first = torch.distributed.get_rank(ranks) * count
         count = max(0, min(count, parameter.ds_numel - first))
-        pieces[id(parameter)] = Piece(number, start, first if count else 0, count, ranks)
+        pieces[id(parameter)] = TensorPiece(number, start, first if count else 0, count, ranks)
     return pieces
 
 

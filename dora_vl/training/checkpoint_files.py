@@ -16,11 +16,11 @@ from torch import Tensor
 
 from dora_vl.adapters.adapter import file_hash, versions
 from dora_vl.adapters.files import RECIPE_FILE
-from dora_vl.errors import SettingError, UserError, shown
+from dora_vl.errors import SettingError, UserError, short_repr
 from dora_vl.files import read_json, write_json
 from dora_vl.run.folder import ADAPTER
 from dora_vl.run.launch import Launch
-from dora_vl.run.reading import flattened
+from dora_vl.run.settings_parser import flattened
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def check_manifest(checkpoint: Path, settings: Mapping[str, Any], launch: Launch
     _check_settings(checkpoint, then, settings)
 
 
-def check_base(checkpoint: Path, base: str, sha256: str | None) -> None:
+def check_same_base(checkpoint: Path, base: str, sha256: str | None) -> None:
     """Compares the base's content hash with that of the checkpoint's adapter, where both are known."""
     recipe = checkpoint / ADAPTER / RECIPE_FILE
     then = read_json(recipe).get("base_sha256") if recipe.is_file() else None
@@ -110,7 +110,7 @@ def _check_settings(checkpoint: Path, then: Mapping[str, Any], now: Mapping[str,
         was, is_now = before.get(name, "not set"), here.get(name, "not set")
         if was == is_now or any(fnmatch(name, pattern) for pattern in MAY_CHANGE):
             continue
-        change = f"{name} was {shown(was)}, is {shown(is_now)}"
+        change = f"{name} was {short_repr(was)}, is {short_repr(is_now)}"
         if name in MAY_GROW:
             logger.info("resume: %s", change)
         else:

@@ -20,7 +20,7 @@ from dora_vl.data.example import Example, turns_of
 from dora_vl.data.turns import IMAGE_PLACEHOLDER
 from dora_vl.errors import BadSample
 from dora_vl.evaluation.baselines import LEAST_ASKED
-from dora_vl.run.launch import gathered, on_first_rank
+from dora_vl.run.launch import gather_from_ranks, on_first_rank
 from dora_vl.run.sharding import gather_to_read, gather_to_write
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def start_projector(
 
     with gather_to_read([llava.get_input_embeddings().weight, *weights.values()]) as (table, *values):
         on_first_rank(compute)
-    started = gathered(started)[0]
+    started = gather_from_ranks(started)[0]
     with torch.no_grad(), gather_to_write(weights.values()) as whole:
         for name, weight in zip(weights, whole, strict=True):
             weight.copy_(started[name])

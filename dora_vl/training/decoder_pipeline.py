@@ -26,7 +26,7 @@ from dora_vl.backbones.model import (
     skeleton_of,
 )
 from dora_vl.backbones.pieces import PieceProcessor
-from dora_vl.backbones.places import names_projector
+from dora_vl.backbones.target_presets import names_projector
 from dora_vl.backbones.tower_sources import compose_llava, has_new_projector, write_language_model
 from dora_vl.backbones.towers import ImagePreparation
 from dora_vl.core import DoRAConfig
@@ -37,8 +37,8 @@ from dora_vl.data.example import Example
 from dora_vl.data.samples import Labelled, Sample, Skipped
 from dora_vl.errors import SettingError
 from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
-from dora_vl.evaluation.baselines import Exchange, right_text
-from dora_vl.evaluation.forgetting import Abilities, forgetting, in_words, measured
+from dora_vl.evaluation.baselines import ComparisonAnswers, right_text
+from dora_vl.evaluation.forgetting import Abilities, compare_abilities, forgetting_lines, try_measure
 from dora_vl.evaluation.predictor import Decoding
 from dora_vl.evaluation.questions import last_round, text_asked
 from dora_vl.evaluation.rewards import Reward, rewards_of
@@ -74,12 +74,12 @@ from dora_vl.run.base import (
 from dora_vl.run.folder import PROJECTOR_START, REPLAY, run_folder_of
 from dora_vl.run.launch import on_first_rank
 from dora_vl.run.settings import foreign_fields
-from dora_vl.run.watched import Watch, evenly
+from dora_vl.run.watched_questions import Watch, evenly
 from dora_vl.training.closed_form import MOST_SAMPLES, Form, probe, projector_inputs, start_projector
 from dora_vl.training.losses import LossModel, NextTokenLoss, PreferenceLoss, Reference, RewardLoss, draws_in_training
 from dora_vl.training.parts import adapt, core_config
 from dora_vl.training.pipeline import Pipeline, TrainingData
-from dora_vl.training.replay import check_base_writes, check_replay, put_chats
+from dora_vl.training.replay import check_base_writes, check_replay, copy_chats
 from dora_vl.training.rollouts import ModelAnswers, Rollouts, with_answers
 from dora_vl.training.run_samples import RowEncoder, RunSamples, stored_outputs
 from dora_vl.training.vllm_rollouts import VllmAnswers, VllmServer, start_command
@@ -126,7 +126,7 @@ class DecoderPipeline(Pipeline):
         samples = self.samples(arguments)
         samples.describe()
         samples.check_objective(config.objective)
-        if config.objective.of_rewards:
+        if config.objective.reward_loss:
             self._check_rewards(arguments)
         if config.evaluation.file is not None:
             samples.warn_of_overlap(check_test(config), config)
@@ -138,7 +138,7 @@ class DecoderPipeline(Pipeline):
         if has_videos:
             check_videos(config.data)
         folders = (image_folder(config.data), video_folder(config.data)) if self._sees_pictures else (None, None)
-        samples.look_ahead(*folders)
+        samples.check_files_early(*folders)
         make_base(compose_llava, config.model.compose, config.model.base, arguments)
         make_base(write_language_model, config.model.source, config.model.base, arguments)
         self._projector_start()
@@ -153,7 +153,7 @@ class DecoderPipeline(Pipeline):
         """Refuses what a run that draws its answers cannot do."""
         objective = self.config.objective
         if len(objective.weights) > 1:
-            raise SettingError("objective.loss", f": {objective.of_rewards} stands alone, in no sum with other losses")
+            raise SettingError("objective.loss", f": {objective.reward_loss} stands alone, in no sum with other losses")
         if objective.group < 2:
             raise SettingError(
                 "objective.group", f" is {objective.group}; answers are compared, so at least 2 are needed"
@@ -186,7 +186,9 @@ class DecoderPipeline(Pipeline):
     def _most_pixels(self, arguments: TrainingArguments) -> int | None:
         """Returns a sample's share of `data.max_pixels_per_step`; None: no limit."""
         config = self.config
-        lists = (1 + self.samples(arguments).shows_others(config.objective)) * arguments.per_device_train_batch_size
+        lists = (
+            1 + self.samples(arguments).has_other_pictures(config.objective)
+        ) * arguments.per_device_train_batch_size
         return None if (most := config.data.max_pixels_per_step) is None else most // lists
 
     def samples(self, arguments: TrainingArguments) -> RunSamples:
@@ -216,7 +218,7 @@ class DecoderPipeline(Pipeline):
     def write_replay(self, backbone: Backbone[Any], arguments: TrainingArguments) -> None:
         """Puts the chats of `data.replay` into the run's folder; a base that has none yet writes them."""
         if self.config.data.replay:
-            on_first_rank(partial(put_chats, self.config, self.assistant(backbone), arguments.device))
+            on_first_rank(partial(copy_chats, self.config, self.assistant(backbone), arguments.device))
 
     def dora_config(self, backbone: Backbone[Any]) -> DoRAConfig:
         """Adapts every linear of the decoder and trains the projector, unless the settings say otherwise."""
@@ -251,7 +253,7 @@ class DecoderPipeline(Pipeline):
         data, encoder, samples = self.config.data, self.encoder, self.samples(arguments)
         packing = self._packing(backbone)
         # Rows that take a batch through the vision part as other ranks' batches may be taken: a picture's, a video's.
-        videos = encoder.sees_pictures and samples.has_videos and encoder.why_no_videos is None
+        videos = encoder.sees_pictures and samples.has_videos and encoder.no_videos_reason is None
         pictures = encoder.sees_pictures and (samples.has_pictures or (samples.has_videos and not videos))
         dummy, outputs = encoder.dummy() if pictures else None, None
         if data.cache_features and samples.has_pictures:
@@ -269,14 +271,14 @@ class DecoderPipeline(Pipeline):
             packing=packing,
             compares=self.config.objective.compares,
             unmatched="kto" in self.config.objective.weights,
-            keeps_samples=self.config.objective.of_rewards is not None,
+            keeps_samples=self.config.objective.reward_loss is not None,
         )
         replay = None
         if data.replay:
             replay = samples.replay(run_folder_of(self.config.training) / REPLAY, encoder)
             collate = replace(collate, chats_from=replay.begins)
         made = samples.training_data(self._rows(arguments, outputs), collate, replay)
-        if self.config.objective.of_rewards is None:
+        if self.config.objective.reward_loss is None:
             return made
         group, longest = self.config.objective.group, self.config.objective.max_new_tokens
 
@@ -359,7 +361,7 @@ class DecoderPipeline(Pipeline):
     def loss(self, backbone: Backbone[Any]) -> LossModel:
         """Makes the next-token loss, or one of preferences or rewards."""
         objective = self.config.objective
-        if objective.of_rewards:
+        if objective.reward_loss:
             return RewardLoss(backbone, kl=objective.kl, reference=Reference(backbone.model) if objective.kl else None)
         if objective.compares:
             return PreferenceLoss(
@@ -376,7 +378,7 @@ class DecoderPipeline(Pipeline):
     def rollouts(self, backbone: Backbone[Any], arguments: TrainingArguments, data: TrainingData) -> Rollouts | None:
         """Draws answers where the loss learns from rewards."""
         objective, samples = self.config.objective, self.samples(arguments)
-        if objective.of_rewards is None:
+        if objective.reward_loss is None:
             return None
         half = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
         drawn: dict[str, Any] = {
@@ -409,7 +411,7 @@ class DecoderPipeline(Pipeline):
             device=arguments.device,
             collate=cast(Collator, data.collate),
             example_of=samples.example_of,
-            loss=REWARD_LOSSES[objective.of_rewards],
+            loss=REWARD_LOSSES[objective.reward_loss],
             rewards=self._rewards(samples.examples),
             weights=objective.rewards,
             group=objective.group,
@@ -483,10 +485,10 @@ class DecoderPipeline(Pipeline):
         else:
             folder = run_folder_of(self.config.training)
             evaluate_commonsense(assistant.backbone, self.encoder, evaluation, run_folder=folder, numbers=numbers)
-        for name, line in in_words(lost.get("forgetting")).items():
+        for name, line in forgetting_lines(lost.get("forgetting")).items():
             logger.info("%s: %s", name, line)
 
-    def _tested(self) -> tuple[Assistant, dict[str, Any], Exchange | None]:
+    def _tested(self) -> tuple[Assistant, dict[str, Any], ComparisonAnswers | None]:
         """Returns the model with its saved adapter, what it forgot, and the base's answers to the test."""
         base, evaluation = self.load(), self.config.evaluation
         strength = checked_strength(evaluation.strength)
@@ -494,11 +496,11 @@ class DecoderPipeline(Pipeline):
         assistant = self.assistant(base)
         untrained = ask_untrained(assistant, self.config) if evaluation.untrained and evaluation.file else None
         texts = None if evaluation.other_texts is None else Path(evaluation.other_texts)
-        before = measured(assistant, texts) if evaluation.forgetting else ""
+        before = try_measure(assistant, texts) if evaluation.forgetting else ""
         assistant = replace(assistant, backbone=self.with_saved_adapter(base, strength))
         if not evaluation.forgetting:
             return assistant, {}, untrained
-        after = measured(assistant, texts, before if isinstance(before, Abilities) else None)
+        after = try_measure(assistant, texts, before if isinstance(before, Abilities) else None)
         if isinstance(before, str) or isinstance(after, str):
             return assistant, {"forgetting": {"reason": before if isinstance(before, str) else after}}, untrained
-        return assistant, {"forgetting": forgetting(before, after)}, untrained
+        return assistant, {"forgetting": compare_abilities(before, after)}, untrained

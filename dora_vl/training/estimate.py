@@ -20,7 +20,15 @@ from dora_vl.backbones.families import LLAVA
 from dora_vl.core import apply_dora
 from dora_vl.errors import UserError
 from dora_vl.run.arguments import check_training_section, read_deepspeed
-from dora_vl.training.memory import Activations, Engine, Estimate, activations_of, bytes_of, engine_of, held_by
+from dora_vl.training.memory import (
+    Activations,
+    MemoryEstimate,
+    ShardingLayout,
+    activations_of,
+    bytes_of,
+    engine_of,
+    held_by,
+)
 from dora_vl.training.pipeline import Pipeline
 
 FORWARD, BACKWARD, TRAINED_BACKWARD = 2, 2, 4
@@ -56,7 +64,7 @@ class Traffic:
         return self.gradients + self.trained + self.weights
 
 
-def traffic_of(engine: Engine, *, trained: int, split: int, stay_whole: int, micro_batches: int) -> Traffic:
+def traffic_of(engine: ShardingLayout, *, trained: int, split: int, stay_whole: int, micro_batches: int) -> Traffic:
     """Counts ring collectives: an all-gather or a reduce-scatter of S bytes sends (N-1)/N S, an all-reduce twice that.
 
         DDP, ZeRO-0    2 (N-1)/N G                        the gradients of what trains, once
@@ -99,11 +107,11 @@ class PlannedRun:
         """Returns how many micro-batches a step has."""
         return int(self.section.get("gradient_accumulation_steps", 1))
 
-    def on(self, ranks: int, deepspeed: str | None = None, *, recomputes: bool | None = None) -> Estimate:
+    def on(self, ranks: int, deepspeed: str | None = None, *, recomputes: bool | None = None) -> MemoryEstimate:
         """Returns the estimate for a number of ranks, with the run's engine and checkpointing or others."""
         engine = self._engine(ranks, deepspeed)
         samples = self.samples
-        return Estimate(
+        return MemoryEstimate(
             engine,
             held_by(self.model, engine, half_precision=self.half_precision),
             self.activations.of(
@@ -119,7 +127,7 @@ class PlannedRun:
     def _trained_bytes(self) -> int:
         return bytes_of(parameter for parameter in self.model.parameters() if parameter.requires_grad)
 
-    def _engine(self, ranks: int, deepspeed: str | None = None) -> Engine:
+    def _engine(self, ranks: int, deepspeed: str | None = None) -> ShardingLayout:
         chosen = deepspeed or self.section.get("deepspeed")
         return engine_of(
             None if chosen is None else read_deepspeed(chosen),

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_vl.errors import UserError, between, positive
+from dora_vl.errors import UserError, number_between, positive_int
 from dora_vl.files import write_json
 
 if TYPE_CHECKING:
@@ -35,13 +35,15 @@ TERA, GIGA, GIB = 1e12, 1e9, 2**30
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's options; a run's own settings may stand between them."""
-    amount, share = between(float, 1e-9, 1e9), between(float, 1e-9, 1)
+    amount, share = number_between(float, 1e-9, 1e9), number_between(float, 1e-9, 1)
     parser.add_argument("config", metavar="CONFIG", help="YAML file with the run's settings, or a recipe's name")
-    parser.add_argument("--gpus", type=positive, metavar="N", help="GPUs in all (default: one device of this machine)")
-    parser.add_argument("--machines", type=positive, metavar="M", help="that hold them (default: 8 GPUs in each)")
+    parser.add_argument(
+        "--gpus", type=positive_int, metavar="N", help="GPUs in all (default: one device of this machine)"
+    )
+    parser.add_argument("--machines", type=positive_int, metavar="M", help="that hold them (default: 8 GPUs in each)")
     parser.add_argument("--shape", metavar="NAME", help="a published model's sizes, in place of model.base")
-    parser.add_argument("--tokens", type=positive, metavar="T", help="of a sample (default: data.max_tokens)")
-    parser.add_argument("--labelled", type=positive, metavar="T", help="of these (default: all but the picture's)")
+    parser.add_argument("--tokens", type=positive_int, metavar="T", help="of a sample (default: data.max_tokens)")
+    parser.add_argument("--labelled", type=positive_int, metavar="T", help="of these (default: all but the picture's)")
     parser.add_argument("--mfu", type=share, default=0.4, metavar="F", help="share of the peak (default: 0.4)")
     parser.add_argument("--tflops", type=amount, default=312.0, help="a GPU's peak (default: 312, an A100's)")
     parser.add_argument("--bandwidth", type=amount, default=230.0, metavar="GB/s", help="between GPUs (default: 230)")
@@ -51,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Makes the estimate; yields the lines to print."""
-    from dora_vl.run.reading import read_run  # jsonargparse: not for --help
+    from dora_vl.run.settings_parser import read_run  # jsonargparse: not for --help
     from dora_vl.training.train_command import pipeline_of
 
     gpus = arguments.gpus or 1

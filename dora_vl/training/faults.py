@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dora_vl.core import TrainedPart
-from dora_vl.errors import Diverged, UserError, shown_names
+from dora_vl.errors import Diverged, UserError, short_names
 from dora_vl.files import write_json_lines
 from dora_vl.run.folder import read_log
-from dora_vl.run.launch import gathered
+from dora_vl.run.launch import gather_from_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class StepFaults(TrainerCallback):
             torch.distributed.all_reduce(fault, torch.distributed.ReduceOp.MAX)
             of_loss, of_gradient = map(bool, fault.tolist())
         if of_loss or of_gradient:
-            ids = [sample_id for rank in gathered(broken) for micro_batch in rank for sample_id in micro_batch]
+            ids = [sample_id for rank in gather_from_ranks(broken) for micro_batch in rank for sample_id in micro_batch]
             what = "the loss is not a number" if of_loss else "the gradient is not a number, though the loss is"
             # A gradient that is a number was not dropped: an infinite loss may have one.
             done = "the step was left out" if of_gradient else "its gradient is one, and the step was taken"
@@ -116,7 +116,7 @@ class StepFaults(TrainerCallback):
     def _judge(self, what: str, done: str, ids: Sequence[str], state: TrainerState, control: TrainerControl) -> None:
         """Warns of a step that is not finite, and ends the run where `policy` says so."""
         self._left_out_in_a_row += 1
-        about = f" (samples {shown_names(ids)})" if ids else ""
+        about = f" (samples {short_names(ids)})" if ids else ""
         fault = f"step {state.global_step}: {what}{about}; {done}"
         logger.warning("%s", fault)
         skips = self._policy == "skip"
@@ -152,7 +152,7 @@ def check_base_weights(model: nn.Module, base: str) -> None:
     if broken := _not_finite(model.named_parameters()):
         raise UserError(
             f"{base}: {len(broken)} of its weights hold NaN or infinity: "
-            f"{shown_names(broken, NAMED_WEIGHTS, LONGEST_WEIGHT)}; every loss would be NaN. Fetch or compose the base "
+            f"{short_names(broken, NAMED_WEIGHTS, LONGEST_WEIGHT)}; every loss would be NaN. Fetch or compose the base "
             "again, or set model.dtype: bfloat16 where float16 is too narrow for it"
         )
 
@@ -163,7 +163,7 @@ def check_trained_weights(parts: Sequence[TrainedPart], *, step: int, kept: str 
         left = f"{kept} is the last whole checkpoint" if kept else "there is no checkpoint before it"
         raise Diverged(
             f"step {step}: {len(broken)} trained weights are NaN or infinite "
-            f"({shown_names(broken, NAMED_WEIGHTS, LONGEST_WEIGHT)}), so nothing is saved; {left}. Lower "
+            f"({short_names(broken, NAMED_WEIGHTS, LONGEST_WEIGHT)}), so nothing is saved; {left}. Lower "
             "training.learning_rate or the part's own in optim.rates, or set training.max_grad_norm"
         )
 
@@ -172,7 +172,7 @@ def _not_finite(named: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
     """Names the floating weights that hold NaN or infinity on any rank."""
     # DeepSpeed's name for this rank's share of a parameter.
     here = [name for name, weight in named if not _is_finite(vars(weight).get("ds_tensor", weight).detach())]
-    return sorted({name for names in gathered(here) for name in names})
+    return sorted({name for names in gather_from_ranks(here) for name in names})
 
 
 def _is_finite(weights: Tensor) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dora_vl.data.batches import over_step
+from dora_vl.data.batches import weigh_over_step
 from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Sample, Skipped
 from dora_vl.errors import UserError, is_out_of_memory, one_line
 from dora_vl.run.settings import RunConfig
@@ -80,7 +80,7 @@ class LargestBatch(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Tries the batch before any question is asked or step is taken."""
         with random_state_kept(args.device):
-            items = largest(self._data.pools(), self._cost, args.per_device_train_batch_size)
+            items = largest_batch(self._data.pools(), self._cost, args.per_device_train_batch_size)
             if not items:
                 return
             trouble, batch = self._trouble(items, args), self._data.collate(items)
@@ -103,7 +103,7 @@ class LargestBatch(TrainerCallback):
     def _trouble(self, items: list[Any], args: TrainingArguments) -> str | None:
         """Returns what did not fit, or None; the error itself is dropped, since it holds the step's tensors."""
         try:
-            take_and_undo(self._trainer, self._data.collate(items))
+            try_step(self._trainer, self._data.collate(items))
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -116,7 +116,7 @@ class LargestBatch(TrainerCallback):
         return trouble
 
 
-def largest(pools: Sequence[Pool], cost: Callable[[Pool], int], size: int) -> list[Any]:
+def largest_batch(pools: Sequence[Pool], cost: Callable[[Pool], int], size: int) -> list[Any]:
     """Returns the costliest micro-batch of `size` items, or a smaller pool; nothing where no item is usable."""
     usable = [[item for item in pool if _samples([item])] for pool in pools]
     return max((sorted(pool, key=lambda item: -cost([item]))[:size] for pool in usable), key=cost, default=[])
@@ -149,14 +149,14 @@ def cost_of(activations: Activations, *, recomputed: bool) -> Callable[[Pool], i
 # ---- one step, undone
 
 
-def take_and_undo(trainer: Any, batch: Mapping[str, Any]) -> None:
+def try_step(trainer: Any, batch: Mapping[str, Any]) -> None:
     """Takes a whole step over a batch that changes nothing; under DeepSpeed every rank must call it.
 
     With accumulation it takes two micro-batches, since the second finds the first one's gradients in memory.
     """
     parts, alone = min(2, trainer.args.gradient_accumulation_steps), not trainer.is_deepspeed_enabled
     optimizer: torch.optim.Optimizer = trainer.optimizer_layout.optimizer
-    with _nothing_learnt(trainer):
+    with _restored_afterwards(trainer):
         if alone and not optimizer.state:  # it comes with the first step, so only the second finds it in memory
             for parameter in trainer.optimizer_layout.flats:
                 parameter.grad = torch.zeros_like(parameter)
@@ -172,7 +172,7 @@ def take_and_undo(trainer: Any, batch: Mapping[str, Any]) -> None:
 def _forward_and_backward(trainer: Any, batch: Mapping[str, Any]) -> None:
     model = trainer.model_wrapped
     model.train()
-    (taken,) = over_step([batch], trainer.args.device)
+    (taken,) = weigh_over_step([batch], trainer.args.device)
     inputs = trainer._prepare_inputs({name: value for name, value in taken.items() if name not in BOOKKEEPING})
     labelled = (inputs["labels"] != IGNORED_LABEL).sum()
     unsynchronised = model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
@@ -182,18 +182,18 @@ def _forward_and_backward(trainer: Any, batch: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _nothing_learnt(trainer: Any) -> Iterator[None]:
+def _restored_afterwards(trainer: Any) -> Iterator[None]:
     """Sets the learning rate to zero inside; afterwards the optimizer and what it trains are as they were.
 
     The copies are in the machine's memory, so that the device has as much room as before.
     """
 
-    def on_host(value: Any) -> Any:
+    def to_cpu(value: Any) -> Any:
         return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
 
     optimizer: torch.optim.Optimizer = trainer.optimizer_layout.optimizer
-    trained = [(flat.data, on_host(flat.data)) for flat in trainer.optimizer_layout.flats]
-    states = {key: {name: on_host(value) for name, value in state.items()} for key, state in optimizer.state.items()}
+    trained = [(flat.data, to_cpu(flat.data)) for flat in trainer.optimizer_layout.flats]
+    states = {key: {name: to_cpu(value) for name, value in state.items()} for key, state in optimizer.state.items()}
     rates = [group["lr"] for group in optimizer.param_groups]
     engine = trainer.model_wrapped if trainer.is_deepspeed_enabled else None
     counters = [(vars(owner), _counters(owner)) for owner in (engine, loss_scale_of(engine)) if owner is not None]

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from dora_vl.backbones.base import head_of
 from dora_vl.core import adapted_layers
 from dora_vl.core.quantised import is_quantised
-from dora_vl.errors import aligned
+from dora_vl.errors import align_columns
 from dora_vl.heads.next_token import CHUNK, in_chunks
 from dora_vl.run.sharding import blocks_of
 
@@ -48,7 +48,7 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
     def __str__(self) -> str:
-        return "\n".join(aligned([self.header, *self.rows], left=1))
+        return "\n".join(align_columns([self.header, *self.rows], left=1))
 
 
 def parameter_count(parameter: nn.Parameter) -> int:
@@ -141,7 +141,7 @@ def activations_of(model: PreTrainedModel) -> Activations:
 
 
 @dataclass(frozen=True)
-class Engine:
+class ShardingLayout:
     """Says how a run's ranks share their work; sizes are numbers, not bytes.
 
     Attributes:
@@ -173,10 +173,12 @@ class Engine:
         return self.ranks if (self.stage or 0) >= first_stage else 1
 
 
-def engine_of(deepspeed: Mapping[str, Any] | None, *, ranks: int, hidden_width: int, fsdp: bool = False) -> Engine:
+def engine_of(
+    deepspeed: Mapping[str, Any] | None, *, ranks: int, hidden_width: int, fsdp: bool = False
+) -> ShardingLayout:
     """Reads the engine of a DeepSpeed config; `auto` sizes follow the hidden width, as transformers sets them."""
     if deepspeed is None:
-        return Engine(3 if fsdp else None, ranks, fsdp=fsdp)
+        return ShardingLayout(3 if fsdp else None, ranks, fsdp=fsdp)
     zero = deepspeed.get("zero_optimization", {})
     stage, square = int(zero.get("stage", 0)), hidden_width**2
 
@@ -187,7 +189,7 @@ def engine_of(deepspeed: Mapping[str, Any] | None, *, ranks: int, hidden_width: 
     def offloads(name: str) -> bool:
         return (zero.get(name) or {}).get("device", "none") != "none"
 
-    return Engine(
+    return ShardingLayout(
         stage,
         ranks,
         bucket=size("reduce_bucket_size", square, 500_000_000),
@@ -225,13 +227,13 @@ class Held:
     gathered: int
     on_host: int = 0
 
-    def between_steps(self, engine: Engine) -> int:
+    def between_steps(self, engine: ShardingLayout) -> int:
         """Returns the GPU's bytes before a step: DDP keeps its buckets, ZeRO-3 its bucket and the gradients' memory."""
         kept = self.buckets if engine.stage in (None, 3) else 0
         kept += self.gradients if engine.stage == 3 else 0
         return sum(self.weights.values()) + self.trained + self.optimizer + self.masters + kept - self.on_host
 
-    def at_most(self, engine: Engine, activations: int, *, accumulates: bool) -> int:
+    def at_most(self, engine: ShardingLayout, activations: int, *, accumulates: bool) -> int:
         """Returns the GPU's bytes at the fullest moment: in the passes, or while the optimizer steps.
 
         Gradients replace activations during the backward pass, but an earlier micro-batch's are there from the start.
@@ -246,7 +248,7 @@ class Held:
         return self.between_steps(engine) + max(passes, stepping)
 
 
-def held_by(model: nn.Module, engine: Engine, *, half_precision: bool = False) -> Held:
+def held_by(model: nn.Module, engine: ShardingLayout, *, half_precision: bool = False) -> Held:
     """Counts what a rank of this engine holds of a model whose trained parameters are decided.
 
     `half_precision` is full training in bfloat16 or float16, with float32 masters (DeepSpeed's own switch).
@@ -299,7 +301,7 @@ def held_by(model: nn.Module, engine: Engine, *, half_precision: bool = False) -
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MemoryEstimate:
     """Estimates the bytes of one rank.
 
     Attributes:
@@ -309,7 +311,7 @@ class Estimate:
         others: bytes that the process holds beside its tensors, on a CPU, where the log counts them too.
     """
 
-    engine: Engine
+    engine: ShardingLayout
     held: Held
     activations: int
     accumulates: bool = False

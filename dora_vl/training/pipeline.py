@@ -24,7 +24,7 @@ from dora_vl.report.batch import TokenText
 from dora_vl.run.arguments import training_arguments
 from dora_vl.run.folder import ADAPTER, run_folder_of
 from dora_vl.run.settings import RunConfig
-from dora_vl.run.watched import Watch
+from dora_vl.run.watched_questions import Watch
 from dora_vl.training.losses import LossModel
 from dora_vl.training.rollouts import Rollouts
 

@@ -21,10 +21,10 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, BadSampleCounts, BadSampleLedger
-from dora_vl.errors import SettingError, UserError, shown_names
+from dora_vl.errors import SettingError, UserError, short_names
 from dora_vl.files import read_json
 from dora_vl.run.folder import ADAPTER
-from dora_vl.run.launch import gathered, rank_and_ranks
+from dora_vl.run.launch import gather_from_ranks, rank_and_ranks
 from dora_vl.training.pipeline import TrainingData
 
 PROGRESS = "progress.json"
@@ -105,7 +105,7 @@ class BatchStatistics:
         values = [(name, torch.stack(kept).tolist()) for name, kept in self._noted.items()]
         self._noted = {}
         together: dict[str, list[float]] = {}
-        for of_rank in gathered(values):
+        for of_rank in gather_from_ranks(values):
             for name, numbers in of_rank:
                 together.setdefault(name, []).extend(number for number in numbers if number == number)
         return {name: sum(numbers) / len(numbers) for name, numbers in together.items() if numbers}
@@ -126,7 +126,7 @@ class BatchStatistics:
     def skipped_on_all_ranks(self) -> dict[str, str]:
         """Returns by id the reason of every skipped sample; every rank must call it."""
         own_reasons = {} if self.ledger is None else dict(self.ledger.reasons)
-        return {name: reason for reasons in gathered(own_reasons) for name, reason in reasons.items()}
+        return {name: reason for reasons in gather_from_ranks(own_reasons) for name, reason in reasons.items()}
 
 
 class Progress:
@@ -180,7 +180,7 @@ class Progress:
             differ = "are as many with other ids, or in other order"
         elif changed:
             differ = f"have other content in {len(changed):,} of {len(now['media']):,} files looked at, "
-            differ += shown_names(changed)
+            differ += short_names(changed)
         else:
             return
         raise SettingError(

@@ -54,7 +54,7 @@ OPENINGS = (
 """A base without a chat template continues these beginnings of plain text."""
 
 
-def opening_of(encoder: Encoder) -> tuple[list[int], int | None]:
+def user_turn_opening(encoder: Encoder) -> tuple[list[int], int | None]:
     """Returns the ids that open a user's turn and the special token that closes it: what two prompts share."""
     first, second = (encoder.encode_prompt([Turn("user", word)]).input_ids.tolist() for word in ("Apples", "zebra"))
     behind = first[len(first) - shared_beginning(first[::-1], second[::-1]) :]
@@ -83,7 +83,7 @@ class ChatWriter:
         with suppress(UserError):  # no chat template, or none that fits: plain openings
             # By the template that it was tuned with, its default system turn included.
             own = open_encoder(model.base, template="tokenizer", max_tokens=512, revision=model.revision)
-            self._opening, self._closing = opening_of(own)
+            self._opening, self._closing = user_turn_opening(own)
         self.tried = 0
 
     def write(self, count: int, seed: int = 0) -> Iterator[Example]:
@@ -106,11 +106,11 @@ class ChatWriter:
             ids = [self._encoder.tokenizer(text)["input_ids"] for text in questions]
         else:
             texts = self._texts([self._opening] * BATCH, QUESTION_TOKENS, {*self._ends, self._closing})
-            questions = [text for text, ended in texts if ended and len(text.split()) > 2 and is_plain(text, 0.1)]
+            questions = [text for text, ended in texts if ended and len(text.split()) > 2 and is_clean(text, 0.1)]
             prompts = {text: ids for text in questions if (ids := self._prompt(text)) is not None}
             questions, ids = [*prompts], [*prompts.values()]
         texts = self._texts(ids, ANSWER_TOKENS, self._ends) if ids else []
-        answers = [whole(self._encoder.prompts.answer_in(text), ended=ended) for text, ended in texts]
+        answers = [complete_sentences(self._encoder.prompts.answer_in(text), ended=ended) for text, ended in texts]
         return list(zip(questions, answers, strict=True))
 
     def _prompt(self, question: str) -> list[int] | None:
@@ -131,11 +131,11 @@ class ChatWriter:
     def _can_be_learned(self, example: Example) -> bool:
         answer = example.turns[-1].text
         with suppress(BadSample):
-            return bool(answer) and is_plain(answer, 0.2) and not self._encoder.encode(example).cut_tokens
+            return bool(answer) and is_clean(answer, 0.2) and not self._encoder.encode(example).cut_tokens
         return False
 
 
-def file_of_chats(config: RunConfig, encoder: Encoder) -> Path:
+def chats_path(config: RunConfig, encoder: Encoder) -> Path:
     """Returns where a base's chats are kept for all its runs, written or not."""
     model, prompts = config.model, encoder.prompts
     base = content_hash(local_folder(model.base, model.revision))
@@ -186,15 +186,15 @@ def check_base_writes(config: RunConfig, encoder: Encoder) -> None:
     except BadSample as error:
         raise SettingError("data.replay", f" is of words alone: {error.reason}; set it 0") from None
     copied = run_folder_of(config.training) / REPLAY
-    if is_deepspeed_zero3_enabled() and not (copied.is_file() or file_of_chats(config, encoder).is_file()):
+    if is_deepspeed_zero3_enabled() and not (copied.is_file() or chats_path(config, encoder).is_file()):
         raise SettingError(
             "data.replay", " needs chats that a whole base writes, and ZeRO-3 shards it: run `dora-vl replay` before"
         )
 
 
-def kept_chats(config: RunConfig, assistant: Assistant, device: torch.device) -> Path:
+def find_or_write_chats(config: RunConfig, assistant: Assistant, device: torch.device) -> Path:
     """Returns the file of a base's chats; one that has none yet writes them on a device."""
-    path, before = file_of_chats(config, assistant.prompts.encoder), assistant.device
+    path, before = chats_path(config, assistant.prompts.encoder), assistant.device
     if not path.is_file():
         assistant.backbone.to(device)
         write_chats(path, assistant, config.model)
@@ -202,11 +202,11 @@ def kept_chats(config: RunConfig, assistant: Assistant, device: torch.device) ->
     return path
 
 
-def put_chats(config: RunConfig, assistant: Assistant, device: torch.device) -> None:
+def copy_chats(config: RunConfig, assistant: Assistant, device: torch.device) -> None:
     """Puts a base's chats into a run's folder, unless a resumed run has them there; for one rank alone."""
     target = run_folder_of(config.training) / REPLAY
     if not target.is_file():
-        content = kept_chats(config, assistant, device).read_bytes()
+        content = find_or_write_chats(config, assistant, device).read_bytes()
         with whole_file(target, binary=True) as file:
             file.write(content)
 
@@ -260,12 +260,12 @@ def tokens_in_labels(table: ExampleTable, encoder: Encoder) -> float:
     return max(1.0, sum(counts) / max(1, len(counts)))
 
 
-def is_plain(text: str, repeated: float) -> bool:
+def is_clean(text: str, repeated: float) -> bool:
     """Tells whether a text repeats less than this share of itself, and holds no place of a picture."""
     return repeated_share(text) < repeated and not any(mark in text for mark in MARKS)
 
 
-def whole(text: str, *, ended: bool) -> str:
+def complete_sentences(text: str, *, ended: bool) -> str:
     """Returns a text that came to its end, and another up to the end of its last whole sentence."""
     sentences = re.match(r".*[.!?](?=\s)", text, re.DOTALL)
     return text if ended else sentences[0] if sentences else ""

@@ -29,9 +29,9 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     import torch
 
     from dora_vl.run.launch import log_to_stderr
-    from dora_vl.run.reading import read_run
+    from dora_vl.run.settings_parser import read_run
     from dora_vl.training.decoder_pipeline import DecoderPipeline
-    from dora_vl.training.replay import kept_chats
+    from dora_vl.training.replay import find_or_write_chats
     from dora_vl.training.show_command import shown_settings
     from dora_vl.training.train_command import pipeline_of
 
@@ -43,4 +43,4 @@ def run(options: argparse.Namespace) -> Iterator[str]:
         pipeline.prepare(pipeline.arguments())  # composes the base, and looks whether the data has thoughts
     pipeline.config = config
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    yield f"{kept_chats(config, pipeline.assistant(pipeline.load()), device)}: chats of {config.model.base}"
+    yield f"{find_or_write_chats(config, pipeline.assistant(pipeline.load()), device)}: chats of {config.model.base}"

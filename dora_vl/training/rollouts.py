@@ -12,19 +12,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dora_vl.backbones.generation import Draws, end_tokens
+from dora_vl.backbones.generation import TokenDrawer, end_tokens
 from dora_vl.data.batches import Collator, with_answer
 from dora_vl.data.example import Example
 from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Sample, Skipped, sample_random
 from dora_vl.errors import BadSample
-from dora_vl.evaluation.assistant import Assistant, part_of
+from dora_vl.evaluation.assistant import Assistant, cut_prompt
 from dora_vl.evaluation.questions import last_round
 from dora_vl.evaluation.rewards import Reward
 from dora_vl.heads.rewards import PolicyGradient
 from dora_vl.run.folder import DRAWN
-from dora_vl.run.launch import gathered, rank_and_ranks
+from dora_vl.run.launch import gather_from_ranks, rank_and_ranks
 
-Numbers = dict[str, Float[Tensor, ""]]
+LoggedNumbers = dict[str, Float[Tensor, ""]]
 
 
 def with_answers(item: Sample | Skipped, group: int, tokens: int) -> Sample | Skipped:
@@ -52,13 +52,13 @@ class DrawnAnswer:
     is_cut: bool
 
 
-OF_A_BATCH = ("padding_tokens", "made_of")
+DRAWN_BATCH_ENTRIES = ("padding_tokens", "made_of")
 """A batch of drawn answers says these of itself; all other bookkeeping is of the questions."""
 Group = list[DrawnAnswer]
 """Holds the answers to one question."""
 
 
-def _answered(sample: Sample, group: Group) -> Sample:
+def _with_drawn_answers(sample: Sample, group: Group) -> Sample:
     """Puts a group in the place of a sample's own answer."""
     first, *others = [with_answer(sample, answer.ids) for answer in group]
     return replace(first, others=tuple(others))
@@ -67,7 +67,7 @@ def _answered(sample: Sample, group: Group) -> Sample:
 class AnswerSource(Protocol):
     """Draws answers by the model that trains."""
 
-    def take_weights(self) -> None:
+    def update_weights(self) -> None:
         """Draws by the model's present weights from now on; every rank must call it before a step's answers."""
         ...
 
@@ -80,7 +80,7 @@ def prompt_of(sample: Sample) -> Sample:
     """Returns a sample up to where its answer begins."""
     start = int((sample.labels != IGNORED_LABEL).int().argmax())
     # All but the last token is what a prompt's answers begin with.
-    return replace(part_of(sample, stop=start), media_end=start - 1, others=())
+    return replace(cut_prompt(sample, stop=start), media_end=start - 1, others=())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,19 +97,19 @@ class ModelAnswers:
     never: Collection[int]
     autocast: torch.dtype | None
 
-    def take_weights(self) -> None:
+    def update_weights(self) -> None:
         """Does nothing: they are the model's own."""
 
     def draw(self, samples: Sequence[Sample], group: int, seed: int) -> list[Group]:
         """See `AnswerSource`."""
         device, encoder, backbone = self.assistant.device, self.assistant.prompts.encoder, self.assistant.backbone
-        draws = Draws(torch.Generator(device).manual_seed(seed), self.never)
+        draws = TokenDrawer(torch.Generator(device).manual_seed(seed), self.never)
         prompts = [prompt for sample in samples for prompt in [prompt_of(sample)] * group]
         training = backbone.training
         backbone.eval()
         try:
             with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
-                batch = self.assistant.begun(prompts)
+                batch = self.assistant.begin_batch(prompts)
                 new = self.assistant.new_ids(batch, max_new_tokens=self.max_new_tokens, options=draws.options)
         finally:
             backbone.train(training)
@@ -156,15 +156,15 @@ class Rollouts:
     run_folder: Path
     keeps_all: bool
 
-    def answered(
+    def draw_batches(
         self, batches: Sequence[Mapping[str, Any]], *, step: int
-    ) -> tuple[list[dict[str, Any]], Int[Tensor, ""], Numbers]:
+    ) -> tuple[list[dict[str, Any]], Int[Tensor, ""], LoggedNumbers]:
         """Puts drawn answers in the places of the data's own in the micro-batches of a step.
 
         Every rank must call it. Returns the batches, what their losses are divided by, and the numbers that people
         watch.
         """
-        self.source.take_weights()
+        self.source.update_weights()
         samples: list[list[Sample]] = [batch["made_of"] for batch in batches]
         groups = [group for number, several in enumerate(samples) for group in self._drawn(several, step, number)]
         examples = [
@@ -188,11 +188,11 @@ class Rollouts:
         for batch, several in zip(batches, samples, strict=True):
             indices = range(start, start + len(several))
             kept = [index for index in indices if self.keeps_all or bool(differ[index])]
-            made = self.collate([_answered(several[index - start], groups[index]) for index in kept])
+            made = self.collate([_with_drawn_answers(several[index - start], groups[index]) for index in kept])
             log_probs = [answer.log_prob for index in kept for answer in groups[index]]
             made |= {"weights": weights[kept].flatten(), "token_weights": token_weights[kept].flatten()}
             made |= {"drawn_log_probs": torch.tensor(log_probs)}
-            made |= {name: batch[name] for name in BOOKKEEPING if name in batch and name not in OF_A_BATCH}
+            made |= {name: batch[name] for name in BOOKKEEPING if name in batch and name not in DRAWN_BATCH_ENTRIES}
             learned.append(made)
             start += len(several)
 
@@ -207,7 +207,7 @@ class Rollouts:
         }
         if len(points) > 1:
             numbers |= {f"rewards/{name}": value.mean() for name, value in points.items()}
-        divisor = sum(gathered(self.loss.divisor(tokens)))
+        divisor = sum(gather_from_ranks(self.loss.divisor(tokens)))
         return learned, torch.tensor(max(1, divisor), device=self.device), numbers
 
     def _drawn(self, samples: Sequence[Sample], step: int, number: int) -> list[Group]:

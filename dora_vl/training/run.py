@@ -25,25 +25,25 @@ from dora_vl.run.folder import (
     add_metrics,
     check_run_folder,
     checkpoint_of,
-    one_writer,
+    lock_run_folder,
     prepare_run_folder,
     run_folder_of,
     write_settings,
 )
 from dora_vl.run.launch import (
+    bind_main_thread,
+    is_first_launched,
     is_first_rank,
     keep_freed_memory,
-    launched_first,
     leave_process_group,
     on_first_rank,
-    own_core,
     threads_of_this_rank,
     wait_for_everyone,
 )
 from dora_vl.run.settings import RunConfig, settings_of
 from dora_vl.run.sharding import load_whole_models_again
 from dora_vl.training.callbacks import OwnCore
-from dora_vl.training.checkpoint_files import check_base, check_manifest
+from dora_vl.training.checkpoint_files import check_manifest, check_same_base
 from dora_vl.training.faults import check_base_weights, steps_left_out
 from dora_vl.training.largest_batch import out_of_memory_reported, training_fits
 from dora_vl.training.parts import adapt, check_initial, check_parts
@@ -60,7 +60,7 @@ def run(pipeline: Pipeline) -> int | None:
     on a CPU aborts at interpreter exit while it is there.
     """
     config = pipeline.config
-    with one_writer(run_folder_of(config.training)) if launched_first() else nullcontext():
+    with lock_run_folder(run_folder_of(config.training)) if is_first_launched() else nullcontext():
         if config.test_only:
             test_again(pipeline)
             return None
@@ -81,7 +81,7 @@ def train(pipeline: Pipeline) -> tuple[int | None, dict[str, Any]]:
     Every rank of a launch calls it. Returns the signal that stopped the run, or None, and the numbers that training
     adds to `metrics.json`. Raises UserError for whatever in the settings or the data cannot be used.
     """
-    config, threads, core = pipeline.config, threads_of_this_rank(), own_core()
+    config, threads, core = pipeline.config, threads_of_this_rank(), bind_main_thread()
     arguments = pipeline.arguments()
     if threads is not None:
         torch.set_num_threads(threads)
@@ -98,7 +98,7 @@ def train(pipeline: Pipeline) -> tuple[int | None, dict[str, Any]]:
     if core is not None:
         trainer.add_callback(OwnCore(*core))
     if checkpoint is not None:  # base and samples, which are read by now, must be its own
-        on_first_rank(partial(_go_on, trainer, checkpoint, config))
+        on_first_rank(partial(_prepare_resume, trainer, checkpoint, config))
         trainer.progress.go_on_from(checkpoint)
     keep_freed_memory()
     torch.manual_seed(arguments.seed + arguments.process_index)  # ranks drop different elements
@@ -107,7 +107,7 @@ def train(pipeline: Pipeline) -> tuple[int | None, dict[str, Any]]:
     if trainer.faults.ended_by is not None:
         raise Diverged(trainer.faults.ended_by)
     stopped_by = trainer.stop.received
-    numbers = _written(trainer, stopped=stopped_by is not None)
+    numbers = _write_results(trainer, stopped=stopped_by is not None)
     wait_for_everyone()  # the ranks' store ends with the first of them
     return stopped_by, numbers
 
@@ -127,16 +127,16 @@ def _check_and_prepare(pipeline: Pipeline, arguments: TrainingArguments, checkpo
         write_settings(folder, config)
 
 
-def _go_on(trainer: AdapterTrainer, checkpoint: Path, config: RunConfig) -> None:
+def _prepare_resume(trainer: AdapterTrainer, checkpoint: Path, config: RunConfig) -> None:
     """Checks the checkpoint to resume from, and prepares the folder; for the first rank alone."""
     folder = run_folder_of(config.training)
-    check_base(checkpoint, config.model.base, trainer.recipe.get("base_sha256"))
+    check_same_base(checkpoint, config.model.base, trainer.recipe.get("base_sha256"))
     trainer.progress.check_samples(checkpoint)
     prepare_run_folder(folder, checkpoint=checkpoint, overwrite=False)
     write_settings(folder, config)
 
 
-def _written(trainer: AdapterTrainer, *, stopped: bool) -> dict[str, Any]:
+def _write_results(trainer: AdapterTrainer, *, stopped: bool) -> dict[str, Any]:
     """Writes the results of a finished run, and returns its numbers; a stopped run gets no results."""
     folder, counts = trainer.run_folder, trainer.statistics.over_ranks(trainer.args.device)
     skipped = trainer.statistics.skipped_on_all_ranks()
@@ -190,6 +190,6 @@ def test_again(pipeline: Pipeline) -> None:
         raise SettingError(
             "test_only", f": {weights} does not exist; train first, or name the run's training.output_dir"
         )
-    if launched_first():
+    if is_first_launched():
         numbers = read_json(metrics) if metrics.is_file() else {}
         _test(pipeline, {name: numbers[name] for name in TRAINING_NUMBERS if name in numbers})

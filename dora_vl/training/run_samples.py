@@ -17,40 +17,56 @@ import torch
 from transformers import TrainingArguments
 
 from dora_vl.backbones.base import decoder_of, head_of
-from dora_vl.backbones.encoder import Encoder, stand_in
-from dora_vl.backbones.frozen_outputs import NotStorable, OutputStore, PictureReader, hollowed, inputs_of, proven_parts
+from dora_vl.backbones.encoder import Encoder, placeholder_picture
+from dora_vl.backbones.frozen_outputs import (
+    NotStorable,
+    OutputStore,
+    PictureReader,
+    find_verified_parts,
+    inputs_of,
+    with_stored_outputs,
+)
 from dora_vl.backbones.model import DecoderBackbone
 from dora_vl.backbones.video_inputs import within_pixels
 from dora_vl.data.batches import Collator
 from dora_vl.data.columns import train_files, train_name
 from dora_vl.data.example import Example
-from dora_vl.data.order import (
+from dora_vl.data.pictures import HeldPictures, MediaFolder, StoredPictures, any_is_there, open_image, path_inside
+from dora_vl.data.samplers import (
     ModalityLengthSampler,
     ReplaySampler,
     SamplingLengths,
     SeededSampler,
     TreeSampler,
-    longest_places,
+    longest_indices,
     places_of_largest_pictures,
     sampling_lengths,
 )
-from dora_vl.data.pictures import HeldPictures, MediaFolder, StoredPictures, any_is_there, open_image, path_inside
-from dora_vl.data.samples import FIRST, ConversationDataset, Encoded, Examples, Labelled, Sample, Skipped, look_ahead
+from dora_vl.data.samples import (
+    CHECKED_SAMPLES,
+    ConversationDataset,
+    Encoded,
+    Examples,
+    Labelled,
+    Sample,
+    Skipped,
+    check_files_early,
+)
 from dora_vl.data.stream import SampleStream, StreamedDataset, StreamOrder, StreamSource
 from dora_vl.data.table import (
     ExampleTable,
     characters_of,
     check_weights,
     described,
-    doubtful,
-    drawn_out,
+    doubtful_samples,
     load_rows,
     load_training_rows,
-    overlap,
+    samples_in_test,
+    split_validation,
     uses_of,
 )
 from dora_vl.data.turns import THINK, Turn
-from dora_vl.errors import BadSample, SettingError, UserError, one_line, shown
+from dora_vl.errors import BadSample, SettingError, UserError, one_line, short_repr
 from dora_vl.evaluation.questions import all_asked, text_asked
 from dora_vl.files import content_key
 from dora_vl.heads.preferences import OF_PICTURES
@@ -58,9 +74,9 @@ from dora_vl.run.arguments import order_seed
 from dora_vl.run.base import VideoReading, image_folder, video_folder
 from dora_vl.run.folder import run_folder_of
 from dora_vl.run.launch import rank_and_ranks, wait_for_everyone
-from dora_vl.run.settings import OF_ANY_ANSWERS, OF_SINGLE_ANSWERS, DataConfig, ObjectiveConfig, RunConfig
+from dora_vl.run.settings import MIXED_ANSWER_LOSSES, SINGLE_ANSWER_LOSSES, DataConfig, ObjectiveConfig, RunConfig
 from dora_vl.run.sharding import gather_to_read
-from dora_vl.run.watched import evenly
+from dora_vl.run.watched_questions import evenly
 from dora_vl.training.closed_form import Round, rounds_of
 from dora_vl.training.pipeline import TrainingData
 from dora_vl.training.replay import Replay
@@ -132,7 +148,7 @@ class RowEncoder:
         if self.outputs is not None and row.images:
             reader = PictureReader(encoder=self.encoder, folder=self.folder, stored=stored)
             outputs = self.outputs.read(reader, row.images)
-            pictures = [stand_in(size) for size in outputs.sizes]
+            pictures = [placeholder_picture(size) for size in outputs.sizes]
         else:
             pictures = [open_image(self.folder, name, stored) for name in row.images]
         if self.most_pixels is not None:
@@ -144,7 +160,7 @@ class RowEncoder:
         if any(0 < len(part.media) < len(row.images) for part in rows):
             reason = "its rounds are rows of their own, with fewer pictures than are stored together"
             raise BadSample(row.id, f"{reason}; set data.cache_features: false")
-        first, *others = (hollowed(part, outputs.outputs) if part.media else part for part in rows)
+        first, *others = (with_stored_outputs(part, outputs.outputs) if part.media else part for part in rows)
         return dataclasses.replace(first, others=tuple(others))
 
     def _encoded(self, row: Example, *media: Any) -> Encoded:
@@ -165,7 +181,7 @@ class RunSamples:
             self._stream = open_stream(data, seed=self._seed)
             self._total = samples_of_a_run(self._stream, data, arguments)
             if data.validation is not None:  # never streamed
-                self.held_out = load_rows(data.validation, data.validation_limit, columns=data.contract)
+                self.held_out = load_rows(data.validation, data.validation_limit, columns=data.column_settings)
         else:
             self._train, self.held_out = read_samples(data, seed=self._seed)
         self._tables = [table for table in (self._train, self.held_out) if table is not None]
@@ -201,16 +217,16 @@ class RunSamples:
         sources = () if self._stream is None else self._stream.sources
         return [row for source in sources for row in source.first_rows if isinstance(row, Example)]
 
-    def shows_others(self, objective: ObjectiveConfig) -> bool:
+    def has_other_pictures(self, objective: ObjectiveConfig) -> bool:
         """Tells whether a sample's answers may be about two lists of pictures."""
         of_data = any(row.rejected_images for row in self._streamed)
         of_data = of_data or any(table.has_rejected_images for table in self._tables)
         return not objective.is_sft and (objective.exchange_pictures or of_data)
 
-    def rounds(self, most: int) -> list[Round]:
+    def rounds(self, limit: int) -> list[Round]:
         """Lists questions and answers about pictures of at most `most` training samples, evenly spread."""
         assert self._train is not None, "a stream stores no outputs"
-        examples = (self._train[index] for index in evenly(range(len(self._train)), most))
+        examples = (self._train[index] for index in evenly(range(len(self._train)), limit))
         return [*rounds_of(row for row in examples if isinstance(row, Example))]
 
     @property
@@ -225,12 +241,12 @@ class RunSamples:
             lines = [line for source in self._stream.sources for line in source.described()]
         else:
             files = train_files(data.files)
-            tables = [(file, load_rows(file.path, data.limit, columns=data.contract).rows) for file in files]
+            tables = [(file, load_rows(file.path, data.limit, columns=data.column_settings).rows) for file in files]
             lines = [line for file, rows in tables for line in described(file, rows)]
-            if unmet := data.contract.unmet(uses for _, rows in tables for uses in uses_of(rows)):
+            if unmet := data.column_settings.missing_column(uses for _, rows in tables for uses in uses_of(rows)):
                 logger.warning("%s: %s", self._name, unmet)  # the test's file may have it
             for file, rows in tables:
-                for finding in doubtful(rows):
+                for finding in doubtful_samples(rows):
                     logger.warning("%s: %s", file.path, one_line(str(finding)))
         for line in lines:
             logger.info(line)
@@ -247,17 +263,17 @@ class RunSamples:
             alone = "data.columns: {chosen: completion}" if compared else "a file without the bad ones"
             reason = f"{both} learns from both, {alone} from the good ones alone"
             raise SettingError("objective.loss", f" is sft, and {self._name} has {what}; {reason}")
-        if objective.of_rewards and (judged or compared):
+        if objective.reward_loss and (judged or compared):
             reason = "it draws its own answers; dpo and the like learn from the file's"
-            raise SettingError("objective.loss", f" is {objective.of_rewards}, and {self._name} has {what}: {reason}")
-        if objective.of_rewards:
+            raise SettingError("objective.loss", f" is {objective.reward_loss}, and {self._name} has {what}: {reason}")
+        if objective.reward_loss:
             return
-        if judged and compared and not OF_ANY_ANSWERS.issuperset(objective.weights):
-            names = ", ".join(name for name in objective.weights if name not in OF_ANY_ANSWERS)
+        if judged and compared and not MIXED_ANSWER_LOSSES.issuperset(objective.weights):
+            names = ", ".join(name for name in objective.weights if name not in MIXED_ANSWER_LOSSES)
             reason = "which would leave the latter out; take kto, or a run for each"
             what = "rejected answers beside chosen ones and answers that a flag calls good or bad"
             raise SettingError("objective.loss", f": {self._name} has {what}, and {names} compares pairs, {reason}")
-        paired = not OF_SINGLE_ANSWERS.issuperset(objective.weights)
+        paired = not SINGLE_ANSWER_LOSSES.issuperset(objective.weights)
         if not objective.is_sft and not compared and (paired or not judged):
             needs = "rejected answers beside the chosen ones" + ("" if paired else ", or a flag for each answer")
             names = ", ".join(objective.weights)
@@ -299,8 +315,8 @@ class RunSamples:
         judged = any(row.is_good is not None for row in rows) or any(table.is_judged for table in tables)
         return judged, any(row.rejected for row in rows) or any(table.most_rejected for table in tables)
 
-    def look_ahead(self, pictures: MediaFolder | None, videos: MediaFolder | None) -> None:
-        """Refuses training samples that would end the run later (see `data.look_ahead`); a stream is not looked at.
+    def check_files_early(self, pictures: MediaFolder | None, videos: MediaFolder | None) -> None:
+        """Refuses training samples that would end the run later (see `data.check_files_early`); a stream is not looked at.
 
         `pictures` and `videos` are the roots of their paths; None: the model sees words alone.
         """
@@ -313,10 +329,10 @@ class RunSamples:
         if pictures is not None and named and not any_is_there(named, pictures.root):
             raise SettingError(
                 "data.image_folder",
-                f": not one of the first {len(named):,} pictures is in {pictures}, such as {shown(named[0])}",
+                f": not one of the first {len(named):,} pictures is in {pictures}, such as {short_repr(named[0])}",
             )
         share = self._data.max_bad_share
-        look_ahead(self._train, pictures=pictures, videos=videos, max_bad_share=share, source=self._name)
+        check_files_early(self._train, pictures=pictures, videos=videos, max_bad_share=share, source=self._name)
 
     def labelled(self, rows: RowEncoder) -> Iterator[Labelled]:
         """Yields the labels of the first training samples, and of the first with pictures."""
@@ -367,7 +383,7 @@ class RunSamples:
                 "`dora-vl check-data` on both files tells it",
                 evaluation.file,
             )
-        elif pairs := overlap(
+        elif pairs := samples_in_test(
             self._train.rows,
             ((each.id, each.images, text_asked(each) if each.images else all_asked(each)) for each in comparable),
         ):
@@ -391,7 +407,7 @@ class RunSamples:
             streamed = StreamedDataset(make, length=len(order))
             return TrainingData(
                 train=streamed,
-                pools=partial(_pool_of_first_rows, streamed, self._stream.sources, micro_batch),
+                pools=partial(_largest_first_rows, streamed, self._stream.sources, micro_batch),
                 sampler=order,
                 stream=order,
                 set_epoch=(order.set_epoch,),
@@ -413,7 +429,7 @@ class RunSamples:
         if replay is not None:  # among pictures, so that every step may hold some
             lengths.is_multimodal[len(own) :] = lengths.is_multimodal[: len(own)].any()
         samples = make(train, train.stored)
-        sized = rows.folder if media and encoder.pixels_count else None  # a larger picture becomes more tokens
+        sized_pictures = rows.folder if media and encoder.size_matters else None  # a larger picture becomes more tokens
         grouped = data.group_by_modality_length
         trees = grouped and collate.packing == "trees" and bool(lengths.shared.any())
 
@@ -435,7 +451,15 @@ class RunSamples:
             sampler = ReplaySampler(lengths, own=len(own), drawn=replay.drawn, seed=self._seed, order=ordered)
         return TrainingData(
             train=samples,
-            pools=partial(_pools, samples, train, lengths, micro_batch, grouped=grouped and not trees, sized=sized),
+            pools=partial(
+                _largest_samples,
+                samples,
+                train,
+                lengths,
+                micro_batch,
+                grouped=grouped and not trees,
+                sized=sized_pictures,
+            ),
             sampler=sampler,
             set_epoch=() if sampler is None else (sampler.set_epoch,),
             samples=len(own) if sampler is None else len(sampler),
@@ -463,7 +487,7 @@ class RunSamples:
 def _first_places(images: Sequence[Sequence[str]]) -> list[int]:
     """Returns the places of the first samples, and of the first with pictures."""
     with_pictures = [index for index, names in enumerate(images) if names]
-    return list(dict.fromkeys([*range(min(FIRST, len(images))), *with_pictures[:FIRST]]))
+    return list(dict.fromkeys([*range(min(CHECKED_SAMPLES, len(images))), *with_pictures[:CHECKED_SAMPLES]]))
 
 
 def _media_keys(train: ExampleTable | None, data: DataConfig, replay: Replay | None) -> dict[str, str]:
@@ -484,7 +508,7 @@ def _media_keys(train: ExampleTable | None, data: DataConfig, replay: Replay | N
     return keys
 
 
-def _pools(
+def _largest_samples(
     samples: ConversationDataset,
     train: ExampleTable,
     lengths: SamplingLengths,
@@ -498,13 +522,13 @@ def _pools(
     Twice as many as a micro-batch holds, since words only stand for tokens.
     """
     kinds = (lengths.is_multimodal, ~lengths.is_multimodal) if grouped else (None,)
-    pools = [longest_places(lengths, 2 * count, among) for among in kinds]
+    pools = [longest_indices(lengths, 2 * count, among) for among in kinds]
     if sized is not None:
         pools[0] += places_of_largest_pictures(train.rows, train.stored, sized, count)
     return [[samples[index] for index in dict.fromkeys(pool)] for pool in pools]
 
 
-def _pool_of_first_rows(
+def _largest_first_rows(
     samples: StreamedDataset, sources: Sequence[StreamSource], count: int
 ) -> list[list[Sample | Skipped]]:
     """Returns the largest of a stream's first rows, twice as many as a micro-batch holds."""
@@ -520,12 +544,12 @@ def read_samples(data: DataConfig, *, seed: int) -> tuple[ExampleTable, ExampleT
     if data.validation_size and any(file.weight != 1 for file in files):
         raise SettingError("data.validation_size", " takes no weights of data.train; set data.validation_share")
     train, held_out = load_training_rows(
-        files, limit=data.limit, share=data.validation_share, seed=seed, columns=data.contract
+        files, limit=data.limit, share=data.validation_share, seed=seed, columns=data.column_settings
     )
     if data.validation_size:
-        train, held_out = drawn_out(train, data.validation_size)
+        train, held_out = split_validation(train, data.validation_size)
     if data.validation is not None:
-        held_out = load_rows(data.validation, data.validation_limit, columns=data.contract)
+        held_out = load_rows(data.validation, data.validation_limit, columns=data.column_settings)
     elif held_out is not None and data.validation_limit is not None:
         rows = held_out.rows.take(min(data.validation_limit, len(held_out.rows)))
         held_out = dataclasses.replace(held_out, rows=rows)
@@ -549,7 +573,7 @@ def open_stream(data: DataConfig, *, seed: int) -> SampleStream:
             raise SettingError(f"data.{name}", f" {reason}: data.streaming reads samples as they come")
     files = train_files(data.files)
     check_weights(files)
-    sources = [StreamSource(file, limit=data.limit, seed=seed, columns=data.contract) for file in files]
+    sources = [StreamSource(file, limit=data.limit, seed=seed, columns=data.column_settings) for file in files]
     for source in sources:
         _ = source.first_rows
     return SampleStream(sources, buffer=data.shuffle_buffer, seed=seed)
@@ -589,7 +613,7 @@ def stored_outputs(
         for tensor in (*used, *model.buffers()):
             tensor.data = tensor.data.to(device)
         try:
-            parts = proven_parts(model, reader.encoder)
+            parts = find_verified_parts(model, reader.encoder)
         except NotStorable as error:
             raise SettingError("data.cache_features", f": {config.model.base}: {error}; set it false") from error
         backbone.frozen_parts = parts
@@ -598,9 +622,11 @@ def stored_outputs(
         wait_for_everyone()  # each must see the same missing, before one adds some
         # On a CPU one by one: it gains little, and the bits would depend on what a stopped run had left.
         together = 16 if device.type == "cuda" else 1
-        store.fill(model, parts, reader, missing, part=rank_and_ranks(), workers=config.data.workers, together=together)
+        store.fill(
+            model, parts, reader, missing, part=rank_and_ranks(), workers=config.data.workers, batch_size=together
+        )
         dummy = reader.encoder.dummy()
-        dummy = hollowed(dummy, parts.outputs_of(model, inputs_of(model, dummy)))
+        dummy = with_stored_outputs(dummy, parts.outputs_of(model, inputs_of(model, dummy)))
     wait_for_everyone()
     store.refresh()
     return store, dummy

@@ -23,10 +23,10 @@ from dora_vl.backbones.shards import first_difference, read_settings
 from dora_vl.backbones.vision_store import FeatureReader
 from dora_vl.backbones.vlbart import VlBartBackbone
 from dora_vl.data.example import ExampleFile
-from dora_vl.data.order import MixturePlan
+from dora_vl.data.samplers import MixturePlan
 from dora_vl.data.samples import IGNORED_LABEL, Skipped, sample_random
 from dora_vl.data.text_file import json_object, json_of, whole_text
-from dora_vl.errors import BadSample, SettingError, UserError, shown_names
+from dora_vl.errors import BadSample, SettingError, UserError, short_names
 from dora_vl.evaluation.vlbart_tasks import (
     ClosedBatch,
     MicroBatch,
@@ -284,7 +284,7 @@ def make_lists(
         if len(answers) < 2:
             raise SettingError(key, f": {len(answers)} answers leave nothing to choose; at least 2 are needed")
         if len(set(answers)) < len(answers):
-            twice = shown_names(answer for answer in dict.fromkeys(answers) if answers.count(answer) > 1)
+            twice = short_names(answer for answer in dict.fromkeys(answers) if answers.count(answer) > 1)
             raise SettingError(key, f": the list names {twice} more than once; leave the others out")
         if isinstance(choice, int) and len(answers) < choice:
             logger.warning("%s: %d answers are asked for, the training samples have %d", key, choice, len(answers))
@@ -304,7 +304,7 @@ def make_lists(
         if left_out:
             logger.warning(
                 "%s: %d of %d training samples have none of the %d answers, and teach that none of them is right: %s",
-                *(key, len(left_out), len(scores), len(answers), shown_names(left_out)),
+                *(key, len(left_out), len(scores), len(answers), short_names(left_out)),
             )
         lists[task], outside[task] = answers, left_out
     write_json(path, {CLOSED_ANSWERS: lists, OUTSIDE: outside})
@@ -323,7 +323,7 @@ def account(path: Path) -> dict[str, dict[str, int]]:
     counts, outside = {}, read_json(path)[OUTSIDE]
     for task, answers in lists_in(path).items():
         counts[task] = {"answers": len(answers), "outside": len(outside[task])}
-        names = f" ({shown_names(outside[task])})" if outside[task] else ""
+        names = f" ({short_names(outside[task])})" if outside[task] else ""
         logger.info(
             "%s: %d closed answers; %d training samples have none of them%s; %s names all",
             *(task, len(answers), len(outside[task]), names, path),
@@ -343,13 +343,13 @@ def _scores(file: ExampleFile) -> list[tuple[str, Mapping[str, float]]]:
     return scores
 
 
-def _most_frequent(scores: Sequence[tuple[str, Mapping[str, float]]], most: int) -> list[str]:
+def _most_frequent(scores: Sequence[tuple[str, Mapping[str, float]]], limit: int) -> list[str]:
     """Returns the answers with the largest sums of soft scores; of equals the first seen."""
     sums: defaultdict[str, float] = defaultdict(float)
     for _, of_sample in scores:
         for answer, score in of_sample.items():
             sums[answer] += score
-    return sorted(sums, key=lambda answer: -sums[answer])[:most]
+    return sorted(sums, key=lambda answer: -sums[answer])[:limit]
 
 
 def _listed(path: Path, task: str) -> list[str]:

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Iterator[str]:
     """Makes the batch and shows it; yields the lines to print."""
     from dora_vl.report.batch import terminal_lines
-    from dora_vl.run.reading import read_run
+    from dora_vl.run.settings_parser import read_run
 
     config = read_run([f"--config={options.config}", *options.settings], program="dora-vl show batch")
     with tempfile.TemporaryDirectory() as folder:

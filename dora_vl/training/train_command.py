@@ -67,21 +67,21 @@ def train(words: Sequence[str], task: Task = "image_text", *, program: str, desc
     `task` is the task of settings that name none.
     """
     bind_threads()
-    from dora_vl.run.launch import cause_speaks_first, end_with_launcher, log_to_stderr, own_core
+    from dora_vl.run.launch import bind_main_thread, end_with_launcher, first_rank_reports_first, log_to_stderr
 
-    own_core()  # before other libraries bring an OpenMP of their own
-    from dora_vl.run.folder import finished_already, run_folder_of, trained_already
-    from dora_vl.run.reading import read_run
+    bind_main_thread()  # before other libraries bring an OpenMP of their own
+    from dora_vl.run.folder import is_finished_run, is_trained_run, run_folder_of
+    from dora_vl.run.settings_parser import read_run
 
     log_to_stderr()
     end_with_launcher()
     logger = logging.getLogger(__name__)
-    with cause_speaks_first():
+    with first_rank_reports_first():
         config = read_run(words, task=task, program=program, description=description)
-        if finished_already(config):
+        if is_finished_run(config):
             logger.info("%s: finished already; --overwrite true replaces it", run_folder_of(config.training))
             return
-        if trained_already(config):
+        if is_trained_run(config):
             logger.info("%s: trained already; its test is what is left", run_folder_of(config.training))
             config = dataclasses.replace(config, resume=None, test_only=True)
         pipeline = pipeline_of(config)

@@ -28,7 +28,7 @@ from dora_vl.adapters.files import STATE_FILE, WRITING, complete_checkpoints, dr
 from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.backbones.base import Backbone, attention_of
 from dora_vl.core import adapted_layers, trained_parts
-from dora_vl.data.batches import over_step
+from dora_vl.data.batches import weigh_over_step
 from dora_vl.data.samples import BadSampleLedger
 from dora_vl.files import replace_folder
 from dora_vl.run.arguments import launch_of, zero_stage
@@ -57,7 +57,7 @@ from dora_vl.training.checkpoint import (
 from dora_vl.training.checkpoint_files import STATE, StateFiles, write_manifest
 from dora_vl.training.faults import StepFaults, check_trained_weights
 from dora_vl.training.largest_batch import LargestBatch, cost_of
-from dora_vl.training.memory import Activations, Estimate, Table, activations_of, bytes_of, engine_of, held_by
+from dora_vl.training.memory import Activations, MemoryEstimate, Table, activations_of, bytes_of, engine_of, held_by
 from dora_vl.training.parts import (
     LearningRates,
     parameter_groups,
@@ -166,9 +166,9 @@ class AdapterTrainer(OrderedTrainer):
         self.statistics.waited += time.monotonic() - began
         self.faults.begin_step([tuple(dict.fromkeys(batch.get("sample_ids", ()))) for batch in batches])
         if self.rollouts is not None:
-            batches, items, numbers = self.rollouts.answered(batches, step=self.state.global_step)
+            batches, items, numbers = self.rollouts.draw_batches(batches, step=self.state.global_step)
             self.statistics.note(numbers)
-        return [self.statistics.take(batch) for batch in over_step(batches, device)], items
+        return [self.statistics.take(batch) for batch in weigh_over_step(batches, device)], items
 
     def compute_loss(
         self,
@@ -421,7 +421,7 @@ def plan_of(
     held, others = held_by(model, engine, half_precision=arguments.bf16 or arguments.fp16), 0
     if arguments.device.type == "cpu":  # the log's memory there is the process's, not that of tensors alone
         others = max(0, psutil.Process().memory_info().rss - sum(held.weights.values()) - held.trained)
-    estimate = Estimate(
+    estimate = MemoryEstimate(
         engine,
         held,
         activations.of(tokens=tokens, labelled=tokens, recomputed=bool(arguments.gradient_checkpointing)),

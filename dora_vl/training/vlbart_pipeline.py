@@ -35,8 +35,8 @@ from dora_vl.backbones.vlbart import (
 from dora_vl.backbones.vlbart_model import VlBartForConditionalGeneration
 from dora_vl.core import DoRAConfig
 from dora_vl.data.example import ExampleFile
-from dora_vl.data.order import MixturePlan, Source
-from dora_vl.data.samples import FIRST, Labelled
+from dora_vl.data.samplers import MixturePlan, MixtureTask
+from dora_vl.data.samples import CHECKED_SAMPLES, Labelled
 from dora_vl.errors import SettingError
 from dora_vl.evaluation.vlbart_tasks import Seq2SeqCollator, all_subtasks
 from dora_vl.evaluation.vlbart_test import Tested, check_tests, evaluate_subtasks, open_test, watch_subtasks
@@ -46,7 +46,7 @@ from dora_vl.run.base import VLBART, make_base
 from dora_vl.run.folder import ADAPTER, checkpoint_of, run_folder_of
 from dora_vl.run.settings import AdapterConfig, FilesByTask, RunConfig
 from dora_vl.run.sharding import loading_in
-from dora_vl.run.watched import Watch
+from dora_vl.run.watched_questions import Watch
 from dora_vl.training.parts import core_config
 from dora_vl.training.pipeline import Pipeline, TrainingData
 from dora_vl.training.seq2seq_tasks import (
@@ -106,7 +106,7 @@ class VlBartPipeline(Pipeline):
 
     def labelled(self, arguments: TrainingArguments) -> Iterator[Labelled]:
         """Yields the labels of each task's first samples; a sample that is answered from a closed list has none."""
-        for sample, target, subtask in self._mixture(arguments).first(FIRST):
+        for sample, target, subtask in self._mixture(arguments).first(CHECKED_SAMPLES):
             labels, answer, tokenizer = sample.labels, self.encoder.answer(target.text), self.encoder.tokenizer
             cut = len(labels) >= subtask.target_tokens
             yield Labelled(id=sample.id, labels=labels, answers=[answer], tokenizer=tokenizer, cut=cut)
@@ -162,7 +162,7 @@ class VlBartPipeline(Pipeline):
         data, parts = self.config.data, arguments.world_size * arguments.gradient_accumulation_steps
         tasks = self._sources(data.files_by_task, limit=data.limit)
         sources = [
-            Source(
+            MixtureTask(
                 name=task.subtask.name,
                 items=len(task.file),
                 batch_size=max(1, int(data.batch_size * task.subtask.batch_share)),

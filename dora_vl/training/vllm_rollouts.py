@@ -22,13 +22,13 @@ from dora_vl.adapters.folder import save_adapter
 from dora_vl.backbones.base import Backbone
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.frozen_outputs import PictureReader
-from dora_vl.backbones.places import resolved_layers
+from dora_vl.backbones.target_presets import resolved_layers
 from dora_vl.backbones.towers import ImagePreparation
 from dora_vl.core import adapted_layers, trained_parts
 from dora_vl.data.example import Example
 from dora_vl.data.samples import Sample, sample_random
-from dora_vl.errors import SettingError, UserError, one_line, shown_names
-from dora_vl.run.launch import gathered, on_first_rank
+from dora_vl.errors import SettingError, UserError, one_line, short_names
+from dora_vl.run.launch import gather_from_ranks, on_first_rank
 from dora_vl.training.rollouts import DrawnAnswer, Group, prompt_of
 
 SETTING = "objective.vllm"
@@ -72,7 +72,7 @@ class VllmServer:
         models = self.ask("/v1/models").json()["data"]
         roots = [str(model["root"]) for model in models if model.get("root") and not model.get("parent")]
         if not any(root == base or Path(root).absolute() == Path(base).absolute() for root in roots):
-            raise SettingError(SETTING, f": {self.url} serves {shown_names(roots)}, and model.base is {base}")
+            raise SettingError(SETTING, f": {self.url} serves {short_names(roots)}, and model.base is {base}")
         if LOAD not in self.ask("/openapi.json").json()["paths"]:
             raise SettingError(SETTING, f": {self.url} takes no adapters while it runs; start it with: {self.start}")
 
@@ -100,7 +100,7 @@ def refuse_unsent(model: Any) -> None:
     if others:
         raise SettingError(
             SETTING,
-            f": vLLM takes adapters of the language model's linear layers alone, but {shown_names(sorted(others))} "
+            f": vLLM takes adapters of the language model's linear layers alone, but {short_names(sorted(others))} "
             "train too; set adapter.train_projector: false and adapter.targets: [language]",
         )
 
@@ -128,9 +128,9 @@ class VllmAnswers:
     never: Collection[int]
     names: list[str] = field(default_factory=list)
 
-    def take_weights(self) -> None:
+    def update_weights(self) -> None:
         """Sends the adapter as it is now."""
-        (name, *_) = gathered(f"step-{uuid.uuid4().hex}")
+        (name, *_) = gather_from_ranks(f"step-{uuid.uuid4().hex}")
 
         def send() -> None:
             with tempfile.TemporaryDirectory(prefix="dora_vl-") as folder:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dora_vl.adapters.read import ReadOptions, read_any
+from dora_vl.adapters.foreign_formats import ReadOptions, read_foreign_adapter
 from dora_vl.errors import UserError
 from tests.adapters.foreign_files import RANK, factors
 
@@ -28,7 +28,7 @@ def test_llava_names_become_transformers(tmp_path):
         "base_model.model.model.mm_projector.2.bias": torch.randn(4),
     }
     torch.save(others, tmp_path / "non_lora_trainables.bin")
-    adapter = read_any(tmp_path, ReadOptions(format="nvlabs-llava", alpha=6.0))
+    adapter = read_foreign_adapter(tmp_path, ReadOptions(format="nvlabs-llava", alpha=6.0))
     assert list(adapter.layers) == ["model.language_model.layers.3.self_attn.q_proj"]
     assert set(adapter.extras) == {
         "model.multi_modal_projector.linear_1.weight",
@@ -36,7 +36,7 @@ def test_llava_names_become_transformers(tmp_path):
     }
     torch.testing.assert_close(adapter.factors["model.language_model.layers.3.self_attn.q_proj"].magnitude, m)
     # The keys alone tell LLaVA from plain NVlabs, since the projector is there.
-    assert read_any(tmp_path, ReadOptions(alpha=6.0)).layers.keys() == adapter.layers.keys()
+    assert read_foreign_adapter(tmp_path, ReadOptions(alpha=6.0)).layers.keys() == adapter.layers.keys()
 
 
 def test_a_whole_vlbart_gives_its_adapter_what_trained_and_the_added_rows(tmp_path):
@@ -48,8 +48,8 @@ def test_a_whole_vlbart_gives_its_adapter_what_trained_and_the_added_rows(tmp_pa
         torch.save({f"module.{name}": part for name, part in {**file, **tokens}.items()}, tmp_path / "LAST.pth")
         if not tokens:
             with pytest.raises(UserError):
-                read_any(tmp_path / "LAST.pth", ReadOptions())
-    adapter, added = read_any(tmp_path / "LAST.pth", ReadOptions()), "model.shared.weight[-200:]"
+                read_foreign_adapter(tmp_path / "LAST.pth", ReadOptions())
+    adapter, added = read_foreign_adapter(tmp_path / "LAST.pth", ReadOptions()), "model.shared.weight[-200:]"
     assert adapter.factors[layer].scale == 1.0
     assert set(adapter.extras) == {f"{layer}.bias", visual, added}
     assert torch.equal(adapter.extras[added], rows[-200:])
@@ -80,8 +80,8 @@ def test_what_would_be_read_wrongly_is_refused(tmp_path, name):
     a, b, m = factors(torch.randn(8, 6))
     file = {"q.lora_A.weight": a, "q.lora_B.weight": b, "q.weight_m_wdecomp.weight": m[:, None]}
     torch.save(file, tmp_path / "adapter_model.bin")
-    assert list(read_any(tmp_path, ReadOptions(alpha=6.0)).factors) == ["q"]
+    assert list(read_foreign_adapter(tmp_path, ReadOptions(alpha=6.0)).factors) == ["q"]
     change, alpha = REFUSED[name]
     torch.save(change(file), tmp_path / "adapter_model.bin")
     with pytest.raises(UserError):
-        read_any(tmp_path, ReadOptions(alpha=alpha))
+        read_foreign_adapter(tmp_path, ReadOptions(alpha=alpha))

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from dora_vl.adapters.folder import load_adapter, save_adapter
+from dora_vl.adapters.multi_adapter import AdapterSlots, Layers, rows_seen
 from dora_vl.adapters.quantised_base import SCHEMES
-from dora_vl.adapters.several import AdapterSlots, Layers, rows_seen
 from dora_vl.backbones.model import open_backbone
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora
 from dora_vl.core.adapter_slots import Slot, SlotLayer
-from dora_vl.core.strength import Share
+from dora_vl.core.strength import AppliedAdapter
 from dora_vl.errors import UserError
 from tests.adapters import foreign_files
 from tests.adapters.peft_folders import moved_peft
@@ -99,8 +99,8 @@ def mixed(folder: Path, strength: float) -> Any:
 
 @torch.no_grad()
 def test_every_kind_of_adapter_at_a_strength_of_its_own_in_one_batch(folders: dict[str, Path]) -> None:
-    rows = [Share(name, 0.3 + 0.1 * number) for number, name in enumerate(folders)]  # 1.3 of the last
-    outputs = logits(adapter_slots(tiny_llama(), folders), (None, *rows, Share("dora", 0.0)))
+    rows = [AppliedAdapter(name, 0.3 + 0.1 * number) for number, name in enumerate(folders)]  # 1.3 of the last
+    outputs = logits(adapter_slots(tiny_llama(), folders), (None, *rows, AppliedAdapter("dora", 0.0)))
     base = tiny_llama()(IDS).logits
     assert torch.equal(outputs[0], base[0])
     assert torch.equal(outputs[-1], base[len(rows) + 1])

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 from dora_vl.adapters.adapter import write_adapter
 from dora_vl.adapters.files import CONFIG_FILE
 from dora_vl.adapters.folder import load_adapter, save_adapter
-from dora_vl.adapters.read import ReadOptions, read_any
+from dora_vl.adapters.foreign_formats import ReadOptions, read_foreign_adapter
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.core.config import AdaptedPart
 from tests.adapters.foreign_files import DOWN, RANK, K, Q, dora, factors, saved, tiny_llama
@@ -53,7 +53,7 @@ def foreign(file_of: Callable[[dict[str, tuple[Tensor, Tensor, Tensor]], Path], 
         source = folder / "source"
         source.mkdir()
         file_of(layers, source)
-        adapter = read_any(source, ReadOptions(base=base, **options))
+        adapter = read_foreign_adapter(source, ReadOptions(base=base, **options))
         write_adapter(adapter, folder / "adapter")
         for name, (a, b, m) in layers.items():
             alone = adapter.factors[name].rank == 0
@@ -103,7 +103,7 @@ def own(*, tied: bool = False, **settings: Any) -> Callable[[Path], Tensor]:
 def by_peft(folder: Path) -> Tensor:
     wrapped = moved_peft(base_model(), target_modules=["q_proj", "lm_head"], bias="lora_only")
     wrapped.save_pretrained(folder / "source")
-    write_adapter(read_any(folder / "source", ReadOptions()), folder / "adapter")
+    write_adapter(read_foreign_adapter(folder / "source", ReadOptions()), folder / "adapter")
     return logits(wrapped)
 
 

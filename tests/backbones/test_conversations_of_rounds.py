@@ -23,7 +23,7 @@ from dora_vl.backbones.pieces import PieceProcessor
 from dora_vl.backbones.prompts import prompts_of
 from dora_vl.data.batches import Collator
 from dora_vl.data.example import Example
-from dora_vl.data.packing import grow
+from dora_vl.data.packing import build_trees
 from dora_vl.data.pictures import MediaFolder
 from dora_vl.data.samples import IGNORED_LABEL, Encoded, Labelled, Sample, check_labels
 from dora_vl.data.turns import Turn
@@ -271,7 +271,7 @@ def test_rounds_of_one_talk_share_what_they_begin_with_and_train_each_token_once
         assert trained[0] == trained[1] == sum(int((row.labels != IGNORED_LABEL).sum()) for row in sample.rows())
         whole = sum(len(row.input_ids) for row in sample.rows())
         assert int((trees["layout"]["segment"] >= 0).sum()) < whole
-        trees = grow(sample.rows(), budget=10**6)
+        trees = build_trees(sample.rows(), budget=10**6)
         assert {len(tree) > 1 for tree in trees} == ({True} if len(shown) < 2 else {True, False})
 
 

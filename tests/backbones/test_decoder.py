@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Llama4ForCausalLM,
 
 from dora_vl.backbones import frozen_outputs
 from dora_vl.backbones.base import decoder_of
-from dora_vl.backbones.frozen_outputs import find_parts, hollowed, model_inputs
+from dora_vl.backbones.frozen_outputs import find_parts, model_inputs, with_stored_outputs
 from dora_vl.backbones.model import DecoderBackbone, language_targets, open_backbone
 from dora_vl.backbones.specs import LanguageSource
 from dora_vl.backbones.tower_sources import write_language_model
@@ -61,7 +61,9 @@ def with_stored(samples: list[Sample], backbone: DecoderBackbone) -> list[Sample
     pair = model_inputs(model, Collator(0)([first, first]))
     parts = backbone.frozen_parts = find_parts(model, frozen_outputs.inputs_of(model, first), pair)
     return [
-        hollowed(sample, parts.outputs_of(model, frozen_outputs.inputs_of(model, sample))) if sample.inputs else sample
+        with_stored_outputs(sample, parts.outputs_of(model, frozen_outputs.inputs_of(model, sample)))
+        if sample.inputs
+        else sample
         for sample in samples
     ]
 

@@ -176,9 +176,9 @@ class TestVideos:
     def test_which_families_take_videos_of_one_length(self, folders: Folders, family: str) -> None:
         """Where the processor refuses several in one sample the shorter shows a frame twice."""
         encoder, expected = encoder_of(folders[family]), VIDEO_FAMILIES[family.removesuffix(VIDEO)]
-        assert encoder.why_no_videos is None
+        assert encoder.no_videos_reason is None
         assert encoder.videos_of_one_length == expected.one_length
-        assert encoder.one_kind_in_a_batch == expected.one_kind
+        assert encoder.cannot_mix_media == expected.one_kind
         turns = VIDEO_TALKS["two videos"][0]
         ours = sample_of(encoder, (turns, (), (LONG, SHORT))).input_ids[None]
         same = repeated(SHORT, 4) if expected.one_length or family == f"internvl{VIDEO}" else SHORT
@@ -210,7 +210,7 @@ class TestVideos:
     @pytest.mark.parametrize("family", ["idefics3", "qwen2_5_vl"])
     def test_they_go_in_as_pictures_where_the_family_or_its_template_has_none(self, folders, family) -> None:
         encoder = encoder_of(folders[family])
-        assert encoder.why_no_videos
+        assert encoder.no_videos_reason
         turns, pictures, videos = VIDEO_TALKS["picture and video"]
         sample = sample_of(encoder, (turns, pictures, videos))
         marks = "\n".join(["<image>"] * 4)

@@ -309,7 +309,7 @@ def test_rows_that_a_model_misreads_are_not_taken(folders: Folders, monkeypatch:
         patch.setattr(OwnPositions, "by_sample", lambda *_: None)
         kind, reason = check_packing(backbone, encoder, "trees")
         assert (kind, bool(reason)) == ("plain", True)
-    monkeypatch.setattr(backbone.packed_attention, "follow", lambda forest: None)
+    monkeypatch.setattr(backbone.packed_attention, "set_forest", lambda forest: None)
     assert check_packing(backbone, encoder, "packed")[0] == "plain"
 
 

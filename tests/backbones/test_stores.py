@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from dora_vl import DoRAConfig, apply_dora
 from dora_vl.backbones import frozen_outputs, shards
 from dora_vl.backbones.encoder import Encoder
-from dora_vl.backbones.frozen_outputs import FrozenParts, NotStorable, OutputStore, PictureReader, proven_parts
+from dora_vl.backbones.frozen_outputs import FrozenParts, NotStorable, OutputStore, PictureReader, find_verified_parts
 from dora_vl.backbones.model import open_backbone
 from dora_vl.backbones.vision_store import FeatureRow, FeatureWriter, open_features
 from dora_vl.data.batches import Collator
@@ -229,11 +229,11 @@ def test_loss_and_gradients_are_those_of_the_pictures(family: str, folders: Mapp
     encoder, backbone = encoder_of(folders[family]), adapted_backbone(folders[family]).eval()
     if FAMILIES[family].unstored:
         with pytest.raises(NotStorable):
-            proven_parts(backbone.model, encoder)
+            find_verified_parts(backbone.model, encoder)
         return
     write_pictures(tmp_path, {"red.png": RED, "deep/blue.png": BLUE})
     reader = PictureReader(encoder=encoder, folder=MediaFolder(tmp_path))
-    parts = proven_parts(backbone.model, encoder)
+    parts = find_verified_parts(backbone.model, encoder)
     backbone.frozen_parts = parts
     store = OutputStore(tmp_path / "cache", backbone.model, parts, reader.settings())
     missing = store.missing(reader, [("red.png",), ("red.png", "deep/blue.png")])
@@ -267,8 +267,8 @@ def test_pictures_of_one_size_go_through_together(family, folders, monkeypatch) 
     if FAMILIES[family].unstored:
         pytest.skip(FAMILIES[family].unstored)
     encoder, model = encoder_of(folders[family]), adapted_backbone(folders[family]).eval().model
-    parts = proven_parts(model, encoder)
-    samples = [encoder.pictured([Image.new("RGB", (40, 24), colour)]) for colour in ("red", "green", "blue")]
+    parts = find_verified_parts(model, encoder)
+    samples = [encoder.media_sample([Image.new("RGB", (40, 24), colour)]) for colour in ("red", "green", "blue")]
     expected = [parts.outputs_of(model, frozen_outputs.inputs_of(model, sample)) for sample in samples]
     passes: list[object] = []
     single = FrozenParts.outputs_of
@@ -330,7 +330,7 @@ def case(folders: Mapping[str, Path], tmp_path: Path) -> Case:
     backbone, encoder = adapted_backbone(folders["llava"]).eval(), encoder_of(folders["llava"])
     names = [(f"deep/{number}.bmp" if number % 2 else f"{number}.bmp",) for number in range(5)]
     colours(tmp_path / "pictures", names, 7)
-    parts = proven_parts(backbone.model, encoder)
+    parts = find_verified_parts(backbone.model, encoder)
     return Case(backbone.model, parts, encoder, tmp_path / "pictures", tmp_path / "cache", names)
 
 
@@ -446,4 +446,4 @@ def test_a_tower_that_trains_is_refused(folders: Mapping[str, Path], targets: st
     model = open_backbone(str(folders["llava"])).model
     apply_dora(model, DoRAConfig(targets=(targets,), rank=2))
     with pytest.raises(NotStorable):
-        proven_parts(model, encoder_of(folders["llava"]))
+        find_verified_parts(model, encoder_of(folders["llava"]))

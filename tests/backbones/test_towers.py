@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoModel, CLIPImageProcessorPil, CLIPModel, CLIPVisionModel
 
 from dora_vl.backbones import register_towers
-from dora_vl.backbones.feature_encoder import FeatureEncoder, FeatureSettings, merged
+from dora_vl.backbones.feature_encoder import FeatureEncoder, FeatureSettings, merge_cells
 from dora_vl.backbones.specs import TowerSpec
 from dora_vl.backbones.tower_sources import load_tower
 from dora_vl.backbones.towers import GridTower, ImagePreparation, Preparation
@@ -213,12 +213,12 @@ def test_a_timm_tower(kept, merge: int, shape: tuple[int, ...]) -> None:
 
 def test_blocks_of_cells_side_by_side() -> None:
     grid = torch.arange(2.0 * 16 * 3).view(2, 16, 3)
-    blocks = merged(grid, 2)
+    blocks = merge_cells(grid, 2)
     assert blocks.shape == (2, 4, 12)
     assert torch.equal(blocks[0, 1], torch.cat([grid[0, cell] for cell in (2, 3, 6, 7)]))
-    assert torch.equal(merged(grid, 1), grid)
+    assert torch.equal(merge_cells(grid, 1), grid)
     with pytest.raises(UserError):
-        merged(grid, 3)
+        merge_cells(grid, 3)
 
 
 def test_open_clips_projection_is_not_normalised() -> None:

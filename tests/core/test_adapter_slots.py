@@ -13,7 +13,7 @@ from dora_vl.core import DoRALinear, adapter_slots
 from dora_vl.core.adapter_slots import ActiveAdapters, SlotChange, SlotLayer
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.quantised import QuantisedLinear
-from dora_vl.core.strength import MOST_STRENGTH, Share, checked_strength, layer_between
+from dora_vl.core.strength import MOST_STRENGTH, AppliedAdapter, checked_strength, layer_between
 from dora_vl.errors import UserError
 from tests.core.dense_dora import at_strength, config, move_layer
 from tests.core.test_layers import Sealed
@@ -54,7 +54,7 @@ def test_rows_of_one_batch_have_adapters_at_strengths_of_their_own(kind, bias, o
     layers = {name: adapted(base, name, kind) for name in SETTINGS}
     for name, layer in layers.items():
         slot_layer.put(name, SlotChange.of(layer, torch.float32))
-    rows = [None, *(Share(name, strength) for name in SETTINGS for strength in STRENGTHS)]
+    rows = [None, *(AppliedAdapter(name, strength) for name in SETTINGS for strength in STRENGTHS)]
     x = torch.randn(len(rows), 3, 7)
     for _ in range(2):  # the second time from what was kept
         with batch.holding(rows):
@@ -76,7 +76,7 @@ def test_another_adapter_under_a_name_takes_its_place_and_an_unknown_one_changes
     layers = {name: adapted(linear, name) for name in SETTINGS}
     for name, layer in (("one", "dora5"), ("one", "dora2")):
         slot_layer.put(name, SlotChange.of(layers[layer], torch.float32))
-    with batch.holding((Share("one", 0.5), "other")):
+    with batch.holding((AppliedAdapter("one", 0.5), "other")):
         output = slot_layer(x)
     expected = at_strength(layers["dora2"], linear.weight, linear.bias, x[0], 0.5)
     torch.testing.assert_close(output[0], expected, rtol=1e-5, atol=1e-5)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dora_vl.data import batches
 from dora_vl.data.batches import Collator
-from dora_vl.data.packing import Packed, grow, pack, tokens_of
+from dora_vl.data.packing import Packed, build_trees, pack, tokens_of
 from dora_vl.data.samples import IGNORED_LABEL, Sample, Skipped
 
 
@@ -114,7 +114,7 @@ ALIKE = (
 
 
 def row_of(samples: Sequence[Sample]) -> Packed:
-    return pack(grow(samples, budget=1_000))
+    return pack(build_trees(samples, budget=1_000))
 
 
 def test_a_picture_and_what_is_said_of_it_stand_once() -> None:
@@ -135,16 +135,16 @@ def test_nothing_trained_is_shared() -> None:
 
 def test_pictures_prepared_otherwise_are_not_shared() -> None:
     other = replace(ALIKE[1], inputs={"pixel_values": PIXELS})
-    assert len(grow([ALIKE[0], other], budget=1_000)) == 2
+    assert len(build_trees([ALIKE[0], other], budget=1_000)) == 2
 
 
 def test_a_picture_behind_what_differs_is_not_shared() -> None:
     early, late = (replace(item, media_end=len(item.input_ids) - 4) for item in (ALIKE[0], ALIKE[2]))
-    assert len(grow([early, late], budget=1_000)) == 2
+    assert len(build_trees([early, late], budget=1_000)) == 2
 
 
 def test_trees_stay_below_the_budget() -> None:
     many = [lettered(f"Q: {number}? A: yes", trained="yes", picture="a", number=number) for number in range(40)]
-    trees = grow(many, budget=60)
+    trees = build_trees(many, budget=60)
     assert max(map(tokens_of, trees)) <= 60
     assert sum(sum(segment.stop == len(segment.sample.input_ids) for segment in tree) for tree in trees) == 40

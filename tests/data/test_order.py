@@ -15,20 +15,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 
-from dora_vl.data.order import (
+from dora_vl.data.samplers import (
     MixturePlan,
+    MixtureTask,
     ModalityLengthSampler,
     SamplingLengths,
-    Source,
     TreeSampler,
     sampling_lengths,
 )
 from dora_vl.data.table import load_table
 
 SOURCES = (
-    Source(name="vqav2", items=23, batch_size=6),
-    Source(name="gqa", items=31, batch_size=10),
-    Source(name="nlvr2", items=5, batch_size=2),
+    MixtureTask(name="vqav2", items=23, batch_size=6),
+    MixtureTask(name="gqa", items=31, batch_size=10),
+    MixtureTask(name="nlvr2", items=5, batch_size=2),
 )
 
 

@@ -19,15 +19,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dora_vl.backbones.feature_encoder import Media, Medium
+from dora_vl.backbones.feature_encoder import MediaDataset, Medium
 from dora_vl.backbones.towers import ImagePreparation, Preparation
 from dora_vl.data import picture_files
 from dora_vl.data.check import MediaCheck
 from dora_vl.data.example import Clip
-from dora_vl.data.order import places_of_largest_pictures
 from dora_vl.data.picture_files import decoding_trouble
 from dora_vl.data.pictures import MediaFolder, any_is_there, open_image, path_inside
-from dora_vl.data.samples import look_ahead
+from dora_vl.data.samplers import places_of_largest_pictures
+from dora_vl.data.samples import check_files_early
 from dora_vl.data.table import load_rows
 from dora_vl.data.video import Uniform, VideoReader
 from dora_vl.errors import BadSample, UserError
@@ -133,14 +133,16 @@ def test_whatever_reads_files_follows_links_by_one_option(tmp_path: Path) -> Non
 
     def start(folder: MediaFolder) -> bool:
         try:
-            look_ahead(rows, pictures=folder, videos=None, max_bad_share=0.0, source="train.json")
+            check_files_early(rows, pictures=folder, videos=None, max_bad_share=0.0, source="train.json")
         except UserError as error:
             return "data.follow_links" not in str(error)
         return True
 
     def features(folder: MediaFolder) -> bool:
         preparation = ImagePreparation(Preparation(image_size=8, mean=(0.5,) * 3, std=(0.5,) * 3), aspect="pad")
-        return not isinstance(Media(media=[Medium("a", "a.png")], root=folder, preparation=preparation)[0], BadSample)
+        return not isinstance(
+            MediaDataset(media=[Medium("a", "a.png")], root=folder, preparation=preparation)[0], BadSample
+        )
 
     def video(folder: MediaFolder) -> bool:
         try:

@@ -12,7 +12,7 @@ import pytest
 
 from dora_vl.data.columns import TrainFile
 from dora_vl.data.example import Example
-from dora_vl.data.stream import Read, SampleStream, StreamOrder, StreamSource, shuffled
+from dora_vl.data.stream import ExampleOrBad, SampleStream, StreamOrder, StreamSource, shuffled
 from dora_vl.data.turns import Clip, Turn
 from dora_vl.errors import BadSample, UserError
 from tests.training.own_data import WRITERS, items, lines
@@ -28,15 +28,15 @@ def opened(*sources: StreamSource, buffer: int = 4, seed: int = 5) -> SampleStre
     return SampleStream(sources, buffer=buffer, seed=seed)
 
 
-def ids(rows: Iterator[Read]) -> list[str]:
+def ids(rows: Iterator[ExampleOrBad]) -> list[str]:
     return [row.sample_id if isinstance(row, BadSample) else row.id for row in rows]
 
 
-def examples(rows: Iterable[Read]) -> list[Example]:
+def examples(rows: Iterable[ExampleOrBad]) -> list[Example]:
     return [row for row in rows if isinstance(row, Example)]
 
 
-def problems(rows: Iterable[Read]) -> dict[str, str]:
+def problems(rows: Iterable[ExampleOrBad]) -> dict[str, str]:
     return {row.sample_id: row.reason for row in rows if isinstance(row, BadSample)}
 
 
@@ -71,7 +71,7 @@ def test_an_epoch_is_every_row_once_and_each_has_its_own_order(tmp_path: Path) -
 def test_a_buffer_reads_ahead_by_its_size_and_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
 
-    def rows() -> Iterator[Read]:
+    def rows() -> Iterator[ExampleOrBad]:
         for number in range(100):
             taken.append(number)
             yield Example(str(number), turns=(Turn("user", "x" * 10),))

@@ -20,7 +20,15 @@ from dora_vl.data.columns import USUAL, TrainFile
 from dora_vl.data.example import Example
 from dora_vl.data.readers import read_row
 from dora_vl.data.stream import StreamSource
-from dora_vl.data.table import described, doubtful, held_out_places, load_rows, load_table, load_training_rows, overlap
+from dora_vl.data.table import (
+    described,
+    doubtful_samples,
+    held_out_indices,
+    load_rows,
+    load_table,
+    load_training_rows,
+    samples_in_test,
+)
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.questions import example_of_row, last_round, read_questions
 from dora_vl.evaluation.scores.exact import score
@@ -129,14 +137,14 @@ PICTURES = st.lists(st.lists(st.sampled_from("abcdefghijkl"), max_size=2), min_s
 def test_no_picture_is_on_both_sides(images: list[list[str]], share: float, seed: int) -> None:
     ids = [str(number) for number in range(len(images))]
     try:
-        held_out = held_out_places(ids, images, share=share, seed=seed)
+        held_out = held_out_indices(ids, images, share=share, seed=seed)
     except UserError:
         return
     inside = set(held_out.tolist())
     trained = {name for index, names in enumerate(images) if index not in inside for name in names}
     assert not trained & {name for index in inside for name in images[index]}
     assert 0 < len(inside) <= max(1, round(share * len(images)))
-    back = held_out_places(ids[::-1], images[::-1], share=share, seed=seed)
+    back = held_out_indices(ids[::-1], images[::-1], share=share, seed=seed)
     assert sorted(len(images) - 1 - back) == held_out.tolist()
 
 
@@ -202,10 +210,10 @@ def test_the_same_question_about_the_same_picture_is_found(tmp_path: Path) -> No
     ]
     questions = [(question.id, question.images, question.question) for question in examples]
     same = [("same", "t"), ("of another spelling", "t")]
-    assert overlap(table, questions) == [same[0], ("no picture", "u"), same[1]]
-    assert overlap(table, questions[:1]) == same
-    assert overlap(table, questions[1:]) == [("no picture", "u")]
-    assert overlap(table.select([4]), questions) == []
+    assert samples_in_test(table, questions) == [same[0], ("no picture", "u"), same[1]]
+    assert samples_in_test(table, questions[:1]) == same
+    assert samples_in_test(table, questions[1:]) == [("no picture", "u")]
+    assert samples_in_test(table.select([4]), questions) == []
 
 
 @pytest.mark.parametrize(
@@ -234,7 +242,7 @@ def test_what_is_probably_not_meant_is_counted_and_named(tmp_path: Path) -> None
     path = tmp_path / "q.csv"
     path.write_text("\n".join(["image,question,answer", *rows]))
     table = load_rows(str(path)).rows
-    findings = {finding.problem: (finding.count, [*finding.examples.values()]) for finding in doubtful(table)}
+    findings = {finding.problem: (finding.count, [*finding.examples.values()]) for finding in doubtful_samples(table)}
     assert findings == {
         NO_PICTURE: (1, [["row 4"]]),
         EMPTY_QUESTION: (2, [["row 5", "row 6"]]),
@@ -258,7 +266,7 @@ def test_words_alone_captions_and_several_answers_are_meant(tmp_path: Path, capl
         "\n".join(map(json.dumps, conversations))
     )  # the first names no picture at all
     for path in sorted(tmp_path.glob("*.[cj]s*")):
-        assert not doubtful(load_rows(str(path)).rows), path
+        assert not doubtful_samples(load_rows(str(path)).rows), path
         assert not FileCheck(path).run().findings, path
     stream = StreamSource(TrainFile(path=str(tmp_path / "words.csv")), limit=None, seed=0)
     assert len(list(stream.rows())) == 2
@@ -278,10 +286,10 @@ def test_each_class_has_its_share_and_small_sets_lose_none_to_the_test() -> None
     classes = [*("a" * 10), *("b" * 30), *("c" * 20)]
     ids = [f"{number}" for number in range(60)]
     media = [[f"{number // 2}.png"] for number in range(60)]  # two rows a picture stay together
-    held = held_out_places(ids, media, share=0.2, seed=3, classes=classes)
+    held = held_out_indices(ids, media, share=0.2, seed=3, classes=classes)
     assert Counter(classes[index] for index in held) == {"a": 2, "b": 6, "c": 4}
     assert len({media[index][0] for index in held}) == 6
-    assert sorted(held) != sorted(held_out_places(ids, media, share=0.2, seed=4, classes=classes))
+    assert sorted(held) != sorted(held_out_indices(ids, media, share=0.2, seed=4, classes=classes))
 
 
 @pytest.mark.parametrize("form", ["record", "columns"])

@@ -12,7 +12,7 @@ import pytest
 
 from dora_vl import limited_process
 from dora_vl.data.example import Clip
-from dora_vl.data.video import EverySeconds, FrameSampling, Uniform, VideoReader, clip_span, moments, why_no_video
+from dora_vl.data.video import EverySeconds, FrameSampling, Uniform, VideoReader, clip_span, moments, no_video_reason
 from dora_vl.data.video_backends import BACKENDS as LIBRARIES
 from dora_vl.data.video_backends import BackendMissing, NoVideo, OpenVideo, Unreadable, import_backend
 from dora_vl.errors import BadSample, UserError
@@ -222,11 +222,11 @@ CUT = (".mp4", ".mkv", ".webm", ".avi", ".gif")
 def test_whole_files_are_read_and_no_cut_one_is(tmp_path: Path, suffix: str) -> None:
     whole = write_clip(tmp_path / f"whole{suffix}", frames=60)
     assert len(read_frames(tmp_path, Clip(path=whole.name), Uniform(4)).pictures) == 4
-    assert why_no_video(whole) is None
+    assert no_video_reason(whole) is None
     content, cut = whole.read_bytes(), tmp_path / f"cut{suffix}"
     for length in (len(content) // 3, len(content) * 2 // 3) if suffix in CUT else ():
         cut.write_bytes(content[:length])
-        assert why_no_video(cut) is not None
+        assert no_video_reason(cut) is not None
         with pytest.raises(BadSample):
             read_frames(tmp_path, Clip(path=cut.name), Uniform(4))
 
@@ -238,7 +238,7 @@ def test_whole_files_are_read_and_no_cut_one_is(tmp_path: Path, suffix: str) -> 
         (Uniform(1), (0.0, 7.0), [3.5]),
         (EverySeconds(1.5), (1.0, 6.3), [1.75, 3.25, 4.75, 6.25]),
         (EverySeconds(1.5), (0.0, 1.0), [0.25, 0.75]),
-        (EverySeconds(1.5, most=3), (0.0, 60.0), [10.0, 30.0, 50.0]),
+        (EverySeconds(1.5, max_frames=3), (0.0, 60.0), [10.0, 30.0, 50.0]),
     ],
 )
 def test_the_moments_that_are_looked_at(
@@ -262,5 +262,5 @@ def test_a_clip_is_cut_at_the_video_s_end_and_must_be_in_it() -> None:
 def test_equal_to_the_fps_filter_of_ffmpeg_within_a_frame(frames: int, rate: int, taken: list[int]) -> None:
     """`taken` is what libavfilter's `fps=1/1.5` gave, each frame with its number as its pixels."""
     begins = [number / rate for number in range(frames)]
-    shown = moments(EverySeconds(1.5, least=1), start=0.0, end=frames / rate)
+    shown = moments(EverySeconds(1.5, min_frames=1), start=0.0, end=frames / rate)
     assert [bisect_right(begins, moment) - 1 for moment in shown] == pytest.approx(taken, abs=1)

@@ -14,17 +14,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dora_vl.backbones.encoder import open_encoder
-from dora_vl.backbones.generation import NoNumbers
+from dora_vl.backbones.generation import NotFiniteScores
 from dora_vl.backbones.model import DecoderBackbone, open_backbone
 from dora_vl.cli import main
 from dora_vl.data.example import Answer, Example, write_examples
 from dora_vl.data.samples import Sample
 from dora_vl.data.turns import Turn
 from dora_vl.evaluation import assistant as assistant_module
-from dora_vl.evaluation.assistant import Assistant, EncoderPrompts, model_inputs
+from dora_vl.evaluation.assistant import Assistant, EncoderPrompts, inputs_on_device
 from dora_vl.evaluation.open_model import ModelRequest, open_model
 from dora_vl.evaluation.predictions import read_predictions
-from dora_vl.evaluation.predictor import Decoding, Shown, media_reader
+from dora_vl.evaluation.predictor import Decoding, PromptMedia, media_reader
 from dora_vl.evaluation.scores.benchmark import LETTER
 from tests.backbones.tiny_image_text import write_tiny
 from tests.backbones.tiny_language import write_tiny_language
@@ -61,16 +61,16 @@ def is_language(folder: Path) -> bool:
     return json.loads((folder / "config.json").read_text())["model_type"] == "llama"
 
 
-def conversations(name: str) -> Iterator[tuple[list[Turn], Shown]]:
+def conversations(name: str) -> Iterator[tuple[list[Turn], PromptMedia]]:
     """Prompts of many lengths: no picture, one, two, of different sizes; a second question."""
-    yield [Turn("user", "What colour is it?")], Shown()
-    yield [Turn("user", "Say " * 9), Turn("assistant", "red"), Turn("user", "And the shape?")], Shown()
+    yield [Turn("user", "What colour is it?")], PromptMedia()
+    yield [Turn("user", "Say " * 9), Turn("assistant", "red"), Turn("user", "And the shape?")], PromptMedia()
     if name == "language":
         return
     red, wide = Image.new("RGB", (21, 15), "red"), Image.new("RGB", (60, 17), (20, 40, 220))
-    yield [Turn("user", "<image>\nSay the colour.")], Shown(pictures=(red,))
-    yield [Turn("user", "<image>\n<image>\nWhich is red? Say it.")], Shown(pictures=(wide, red))
-    yield [Turn("user", "<video>\nWhat moves?")], Shown(videos=(coloured_video(2),))
+    yield [Turn("user", "<image>\nSay the colour.")], PromptMedia(pictures=(red,))
+    yield [Turn("user", "<image>\n<image>\nWhich is red? Say it.")], PromptMedia(pictures=(wide, red))
+    yield [Turn("user", "<video>\nWhat moves?")], PromptMedia(videos=(coloured_video(2),))
 
 
 def new_ids(assistant: Assistant, *samples: Sample) -> list[list[int]]:
@@ -108,7 +108,7 @@ def test_a_row_without_numbers_has_no_answer_and_the_others_have_theirs(model: t
     predictions = assistant.answers(batch, max_new_tokens=NEW_TOKENS)
     assert predictions == [None if index == 1 else text for index, text in enumerate(expected)]
     turns, seen = list(conversations(name))[1]
-    with pytest.raises(NoNumbers):
+    with pytest.raises(NotFiniteScores):
         assistant.answer(Example(id="q", turns=tuple(turns)), seen, max_new_tokens=NEW_TOKENS, write=lambda text: None)
 
 
@@ -117,9 +117,9 @@ def test_a_family_with_videos_is_shown_videos(name: str, tmp_path: Path) -> None
     assistant = opened(spread(write_tiny_video(name, tmp_path / "model")))
     picture, clip = Image.new("RGB", (21, 15), "red"), coloured_video(4)
     conversations = [
-        ([Turn("user", "<video>\nWhat moves?")], Shown(videos=(clip,))),
-        ([Turn("user", "<image>\nIs it here: <video>\nSay it.")], Shown(pictures=(picture,), videos=(clip,))),
-        ([Turn("user", "What colour is it?")], Shown()),
+        ([Turn("user", "<video>\nWhat moves?")], PromptMedia(videos=(clip,))),
+        ([Turn("user", "<image>\nIs it here: <video>\nSay it.")], PromptMedia(pictures=(picture,), videos=(clip,))),
+        ([Turn("user", "What colour is it?")], PromptMedia()),
     ]
     samples = [assistant.prompts.sample(*conversation) for conversation in conversations]
     assert ["pixel_values_videos" in sample.inputs for sample in samples] == [True, True, False]
@@ -137,7 +137,7 @@ def test_a_likelihood_is_the_sum_over_the_answer_and_what_closes_it(model: tuple
     together = assistant.log_likelihoods(samples)
     prompt = len(assistant.prompts.sample(turns, seen).input_ids)
     for sample, likelihood in zip(samples, together, strict=True):
-        batch = model_inputs(assistant.prompts.collate([sample], "right"), "cpu")
+        batch = inputs_on_device(assistant.prompts.collate([sample], "right"), "cpu")
         del batch["attention_mask"]
         with torch.no_grad():
             logits = assistant.backbone.model(**batch).logits.log_softmax(-1)[0]
@@ -191,7 +191,7 @@ def test_a_model_without_an_adapter_is_evaluated(name: str, data: Path, tmp_path
     likeliest = evaluate(data, tmp_path / "letters", "--model", folder, "--answer-by", "likelihood")
     assert set(answers(tmp_path / "letters").values()) <= {"A", "B", "C"}
     assert likeliest["sets"]["colours"]["asked_with"]["answer_by"] == "likelihood"
-    assistant, shown = opened(folder), Shown(pictures=(Image.open(data / "0.png").convert("RGB"),))
+    assistant, shown = opened(folder), PromptMedia(pictures=(Image.open(data / "0.png").convert("RGB"),))
     turns = [Turn("user", f"<image>\nWhich colour?\nA. red\nB. green\nC. blue\n{LETTER}")]
     samples = [assistant.prompts.with_answer(turns, shown, letter) for letter in "ABC"]
     assert answers(tmp_path / "letters")["q0"] == "ABC"[int(assistant.log_likelihoods(samples).argmax())]
@@ -229,7 +229,7 @@ def test_a_folder_of_peft_opens(name: str, use_dora: bool, tmp_path: Path) -> No
     ours = open_model(ModelRequest(adapter=adapter, with_base=True, template=template))
     turns, seen = list(conversations(name))[-1]
     sample = ours.adapted.prompts.sample(turns, seen)
-    batch = model_inputs(ours.adapted.prompts.collate([sample], "left"), "cpu")
+    batch = inputs_on_device(ours.adapted.prompts.collate([sample], "left"), "cpu")
     plain = auto_class(base).from_pretrained(base)
     with torch.no_grad():
         logits, bare = (assistant.backbone.model(**batch).logits for assistant in (ours.adapted, ours.base))

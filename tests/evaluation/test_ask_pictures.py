@@ -15,17 +15,17 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from dora_vl.adapters.adapter import content_hash
+from dora_vl.adapters.foreign_formats import read_adapter
 from dora_vl.adapters.merge import merge_to_folder
-from dora_vl.adapters.read import read_adapter
 from dora_vl.backbones.encoder import open_encoder
 from dora_vl.data.example import Example
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation.ask_command import open_picture
-from dora_vl.evaluation.assistant import model_inputs
+from dora_vl.evaluation.assistant import inputs_on_device
 from dora_vl.evaluation.open_model import ModelRequest, find_source, open_model, prompts_of
-from dora_vl.evaluation.predictor import Shown
-from dora_vl.run.reading import read_run_file
+from dora_vl.evaluation.predictor import PromptMedia
+from dora_vl.run.settings_parser import read_run_file
 from dora_vl.serving.model import open_served
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import run
@@ -90,9 +90,9 @@ def test_the_base_beside_it_is_the_base(adapter: Path, pictures: list[str], caps
 @torch.no_grad()
 def test_strength_is_that_of_the_server(adapter: Path, pictures: list[str]) -> None:
     model = open_served(None, {"one": adapter})
-    turns, seen = [Turn("user", "<image>\nSay the colour.")], Shown(pictures=(open_picture(Path(pictures[0])),))
+    turns, seen = [Turn("user", "<image>\nSay the colour.")], PromptMedia(pictures=(open_picture(Path(pictures[0])),))
     batch = model.assistant.prompts.collate([model.entry("one").prompts.sample(turns, seen)], "left")
-    inputs = model_inputs(batch, "cpu")
+    inputs = inputs_on_device(batch, "cpu")
 
     labels, seen_logits = inputs["input_ids"].clamp_min(0), []
     for strength in (0.0, 0.4, 1.0, 1.7):
@@ -112,7 +112,7 @@ def test_strength_is_that_of_the_server(adapter: Path, pictures: list[str]) -> N
 def test_pictures_together_and_a_talk(adapter: Path, pictures: list[str], monkeypatch: Any, capsys: Any) -> None:
     seen: list[tuple[list[Turn], int]] = []
 
-    def answer(self: object, question: Example, shown: Shown, **_: object) -> str:
+    def answer(self: object, question: Example, shown: PromptMedia, **_: object) -> str:
         seen.append(([*question.turns], len(shown.pictures)))
         return "red"
 

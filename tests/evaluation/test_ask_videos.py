@@ -21,10 +21,10 @@ from dora_vl.data.video import VideoReader
 from dora_vl.errors import UserError
 from dora_vl.evaluation import ask_command, vlbart_tasks
 from dora_vl.evaluation import assistant as assistant_module
-from dora_vl.evaluation.open_model import ModelRequest, Opened, open_model
+from dora_vl.evaluation.open_model import ModelRequest, OpenedModel, open_model
 from dora_vl.evaluation.predictions import read_predictions
-from dora_vl.evaluation.predictor import Shown
-from dora_vl.run.reading import read_run, read_run_file
+from dora_vl.evaluation.predictor import PromptMedia
+from dora_vl.run.settings_parser import read_run, read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import run
 from dora_vl.training.train_command import pipeline_of
@@ -135,7 +135,7 @@ def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, root: Path) -> 
     without = replace(assistant, features={"video_caption": assistant.features["video_caption"]})
     for unable in (labels_alone, without):  # of a question without choices, and without features of its task
         with pytest.raises(UserError):
-            unable.answer(question, Shown(pictures=tuple(frames)))
+            unable.answer(question, PromptMedia(pictures=tuple(frames)))
 
 
 CHOICE = ["--question", "what moves?", "--choice", "a", "--choice", "b"]
@@ -160,7 +160,7 @@ def test_a_part_that_the_text_states_is_stated_and_the_whole_is_seen(
     assistant = replace(
         trained, subtasks=(vlbart_tasks.video_subtasks()[task],), features={task: trained.features["video_words"]}
     )
-    monkeypatch.setattr(ask_command, "opened_by", lambda options: Opened(adapted=assistant))
+    monkeypatch.setattr(ask_command, "opened_by", lambda options: OpenedModel(adapted=assistant))
     common = ["--adapter", str(vlbart), "--video", clip, *flags]
     video_qa.main([*common, "--start", "0.5", "--end", "2"])
     assert stated in texts[-1]

@@ -19,17 +19,17 @@ from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
 from dora_vl.evaluation.baselines import (
     MOST_EXCHANGED,
     UNTRAINED,
-    Exchange,
+    ComparisonAnswers,
     commonest_answers,
-    compared,
+    compare_with,
+    compare_with_baselines,
     digest,
-    drawn,
-    exchanged,
+    draw_sample,
+    exchange_pictures_of,
     readable_answers,
     right_text,
-    said_instead,
 )
-from dora_vl.evaluation.forgetting import PASSAGES, abilities, forgetting, in_words
+from dora_vl.evaluation.forgetting import PASSAGES, compare_abilities, forgetting_lines, measure_abilities
 from dora_vl.evaluation.scores.exact import score
 from dora_vl.files import write_json
 from dora_vl.run.folder import PROBE
@@ -52,9 +52,11 @@ def seen(example: Example) -> str:
 
 def told(examples: list[Example], says: Any) -> dict[str, Any]:
     answers = {example.id: says(example) for example in examples}
-    sample = exchanged(examples, answers)
-    exchange = Exchange(examples=sample, answers={example.id: says(example) for example in sample})
-    entry, lines = compared(score(examples, answers), examples, answers, score, says=right_text, exchange=exchange)
+    sample = exchange_pictures_of(examples, answers)
+    exchange = ComparisonAnswers(examples=sample, answers={example.id: says(example) for example in sample})
+    entry, lines = compare_with_baselines(
+        score(examples, answers), examples, answers, score, says=right_text, exchange=exchange
+    )
     assert lines[-1] == entry.get("warning", lines[-1])
     return entry
 
@@ -62,7 +64,7 @@ def told(examples: list[Example], says: Any) -> dict[str, Any]:
 def test_answers_that_see_their_pictures_fall_with_others() -> None:
     entry = told(rows(60), seen)
     assert entry["metric"] == "accuracy"
-    part, sample = entry["exchanged_pictures"], exchanged(rows(60), [example.id for example in rows(60)])
+    part, sample = entry["exchanged_pictures"], exchange_pictures_of(rows(60), [example.id for example in rows(60)])
     right = sum(seen(example) == right_text(example) for example in sample)
     assert (part["n"], part["value"], part["with_their_own"]) == (60, pytest.approx(100 * right / 60), 100.0)
     assert part["difference"]["value"] == pytest.approx(100 - 100 * right / 60)
@@ -103,7 +105,7 @@ def test_every_picture_gets_one_other_of_as_many() -> None:
     ]
     words, alone = Example(id="words", question="?"), Example(id="alone", images=("a.png", "b.png", "c.png"))
     everything = {example.id: example for example in (*singles, *pairs, *twice, *clips, words, alone)}
-    sample = {example.id: example for example in exchanged(everything.values(), everything)}
+    sample = {example.id: example for example in exchange_pictures_of(everything.values(), everything)}
     assert sample.keys() == everything.keys() - {"words", "alone"}
     for name, row in sample.items():
         own = everything[name]
@@ -113,21 +115,23 @@ def test_every_picture_gets_one_other_of_as_many() -> None:
     assert all(sample[f"again{n}"].images == sample[str(n)].images for n in range(3))
     for n in range(3):
         assert sample[f"c{n}"].extra[MIDDLE_FRAME] == f"{sample[f'c{n}'].videos[0].start_seconds}.png"
-    assert "p3" not in {item.id for item in exchanged(everything.values(), everything.keys() - {"p0", "p1", "p2"})}
+    assert "p3" not in {
+        item.id for item in exchange_pictures_of(everything.values(), everything.keys() - {"p0", "p1", "p2"})
+    }
 
 
 def test_the_sample_is_seeded_bounded_and_keeps_what_is_scored_together() -> None:
     examples = rows(3 * MOST_EXCHANGED)
-    take = partial(exchanged, examples, {row.id for row in examples}, together=lambda row: int(row.id) // 7)
+    take = partial(exchange_pictures_of, examples, {row.id for row in examples}, together=lambda row: int(row.id) // 7)
     sample = take()
     assert sample == take()
     assert MOST_EXCHANGED - 7 < len(sample) <= MOST_EXCHANGED
     kept = {int(row.id) // 7 for row in sample}
     assert len(sample) == sum(int(row.id) // 7 in kept for row in examples)
     assert digest(sample) != digest(sample[1:])
-    assert drawn(examples) == drawn(examples)
-    assert len({example.id for example in drawn(examples)}) == MOST_EXCHANGED
-    assert sorted(example.id for example in drawn(examples[:7])) == [str(number) for number in range(7)]
+    assert draw_sample(examples) == draw_sample(examples)
+    assert len({example.id for example in draw_sample(examples)}) == MOST_EXCHANGED
+    assert sorted(example.id for example in draw_sample(examples[:7])) == [str(number) for number in range(7)]
 
 
 def test_where_no_pictures_differ_nothing_is_exchanged_and_warned_of() -> None:
@@ -140,8 +144,8 @@ def test_the_untrained_base_is_compared_on_the_questions_that_it_was_asked() -> 
     examples = rows(60)
     asked = examples[:30]
     answers = {example.id: seen(example) if int(example.id) < 50 else "none" for example in examples}
-    untrained = Exchange(examples=asked, answers={example.id: "red" for example in asked})
-    part, line = said_instead(UNTRAINED, untrained, examples, answers, score)
+    untrained = ComparisonAnswers(examples=asked, answers={example.id: "red" for example in asked})
+    part, line = compare_with(UNTRAINED, untrained, examples, answers, score)
     assert (part["n"], part["value"], part["with_the_adapter"]) == (30, pytest.approx(100 / 3), 100.0)
     assert part["difference"]["value"] == pytest.approx(200 / 3)
     assert part["difference"]["low"] > 40
@@ -153,7 +157,9 @@ def test_what_the_pictures_tell_stands_beside_what_was_learned(tmp_path: Path) -
     read = {example.id: seen(example) for example in examples}
     read["1"] = "none"
     blue = {example.id: "blue" for example in examples}
-    entry, lines = compared(score(examples, blue), examples, blue, score, says=right_text, exchange=None, readable=read)
+    entry, lines = compare_with_baselines(
+        score(examples, blue), examples, blue, score, says=right_text, exchange=None, readable=read
+    )
     part = entry["readable"]
     assert (part["n"], part["value"]) == (33, pytest.approx(100 * 32 / 33))
     assert part["questions"] == {
@@ -164,7 +170,7 @@ def test_what_the_pictures_tell_stands_beside_what_was_learned(tmp_path: Path) -
     assert "which colour?: readable 29, learned 10 of 30" in lines
     some = {name: read[name] for name in ("2", "3")}
     scored = score(examples, read)
-    learned, told = compared(scored, examples, read, score, says=right_text, exchange=None, readable=some)
+    learned, told = compare_with_baselines(scored, examples, read, score, says=right_text, exchange=None, readable=some)
     assert (learned["readable"]["n"], "advice" in learned) == (2, False)
     assert learned["readable"]["questions"]["other questions"] == {"n": 3, "learned": 3}
     assert any("other questions" in line and "not known" in line and "3 of 3" in line for line in told)
@@ -181,10 +187,10 @@ def test_the_base_s_answers_are_measured_on_both_models_without_what_closes_them
     encoder = open_encoder(str(base), template="vicuna_v1", max_tokens=512)
     model = open_backbone(str(base), dtype=torch.float32).eval()
     assistant = Assistant(model, EncoderPrompts(encoder))
-    before = abilities(assistant)
+    before = measure_abilities(assistant)
     with torch.no_grad():
         model.model.model.layers[0].self_attn.q_proj.weight.add_(0.3)
-    after = abilities(assistant, base=before)
+    after = measure_abilities(assistant, base=before)
     nats, tokens = 0.0, 0
     for question, answer in before.answers.items():
         prompt = encoder.encode_prompt([Turn("user", question)]).input_ids.tolist()
@@ -196,11 +202,11 @@ def test_the_base_s_answers_are_measured_on_both_models_without_what_closes_them
     assert after.answer_nats == pytest.approx(nats / tokens, rel=1e-4)
     assert before.answer_nats < nats / tokens
 
-    entry = forgetting(before, after)
+    entry = compare_abilities(before, after)
     assert entry["answers"]["nats"] == {"base": before.answer_nats, "adapted": after.answer_nats}
     assert entry["answers"]["n"] == len(PASSAGES["questions"])
-    said = in_words(entry)
+    said = forgetting_lines(entry)
     assert f"{math.exp(after.nats) / math.exp(before.nats):.2f} times" in said["perplexity of other text"]
     assert f"{after.answer_nats:.2f} after" in said["answers to other questions"]
-    assert in_words({"reason": "it takes no words"}) == {}
-    assert in_words(None) == {}
+    assert forgetting_lines({"reason": "it takes no words"}) == {}
+    assert forgetting_lines(None) == {}

@@ -23,10 +23,10 @@ from dora_vl.evaluation.ask_command import open_picture
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.open_model import ModelRequest, open_model
 from dora_vl.evaluation.predictions import Prediction, read_predictions
-from dora_vl.evaluation.predictor import Shown
+from dora_vl.evaluation.predictor import PromptMedia
 from dora_vl.evaluation.results import score_lines
-from dora_vl.run.reading import read_run_file
 from dora_vl.run.settings import RunConfig
+from dora_vl.run.settings_parser import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import run
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
@@ -82,7 +82,7 @@ def trained(tested: Tested, tmp_path_factory: pytest.TempPathFactory) -> Path:
         row["kind"] = ("even", "odd")[number % 2]
         row["conversations"][0]["value"] += f" {chr(65 + number)} {number * 37}"
         if number % 2 == 0:
-            shown = Shown(pictures=(open_picture(folder / "data" / row["image"]),))
+            shown = PromptMedia(pictures=(open_picture(folder / "data" / row["image"]),))
             question = Example(id="q", turns=(Turn("user", row["conversations"][0]["value"]),))
             answer = model.answer(question, shown, max_new_tokens=ANSWER_TOKENS).strip()
             row["conversations"][1]["value"] = answer

@@ -18,7 +18,7 @@ from dora_vl.errors import UserError
 from dora_vl.evaluation.benchmarks import BENCHMARKS
 from dora_vl.evaluation.predictions import ANSWERS, MODEL_ANSWERS, Prediction, line_of, read_rows
 from dora_vl.evaluation.results import score_lines
-from dora_vl.evaluation.scores.benchmark import join
+from dora_vl.evaluation.scores.benchmark import match_predictions
 from tests.backbones.tiny_language import write_tiny_language
 
 ROOT = Path(__file__).parents[2]
@@ -316,7 +316,9 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path, file: str, content: str
 def test_answers_find_their_questions(row: dict[str, Any], tmp_path: Path) -> None:
     path, examples = tmp_path / row["file"], [from_record(record) for record in row["examples"]]
     answers_in(path, row["content"])
-    find = partial(join, BENCHMARKS[row["benchmark"]], examples, read_rows(path), path=path, questions=Path("records"))
+    find = partial(
+        match_predictions, BENCHMARKS[row["benchmark"]], examples, read_rows(path), path=path, questions=Path("records")
+    )
     if row["answers"] is None:
         with pytest.raises(UserError):
             find()

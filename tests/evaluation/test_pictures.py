@@ -15,7 +15,7 @@ from PIL import Image
 from dora_vl.data.example import Answer, Example
 from dora_vl.errors import BadSample
 from dora_vl.evaluation import test
-from dora_vl.evaluation.pictures import (
+from dora_vl.evaluation.plots import (
     COLUMNS,
     RIGHT,
     SHEET_CELLS,

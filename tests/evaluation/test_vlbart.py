@@ -30,7 +30,7 @@ from dora_vl.data.example import Answer, Clip, Example, ExampleFile, Subtitle, w
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation import vlbart_assistant, vlbart_tasks
 from dora_vl.evaluation.predictions import read_predictions
-from dora_vl.run.reading import read_run
+from dora_vl.run.settings_parser import read_run
 from dora_vl.training.run import run
 from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tests.training.tiny_vlbart_run import write_vlbart_data, write_vlbart_run

@@ -19,7 +19,7 @@ from dora_vl.heads.answer import AnswerHead, answer_loss
 from dora_vl.heads.next_token import label_losses, losses_of
 from dora_vl.heads.preferences import LOSSES, OF_PICTURES, Answers, Scale, measures, preference_loss
 from dora_vl.heads.rewards import REWARD_LOSSES, SMALLEST_SPREAD, divergence
-from dora_vl.run.settings import OF_SINGLE_ANSWERS, WITHOUT_REFERENCE
+from dora_vl.run.settings import REFERENCE_FREE_LOSSES, SINGLE_ANSWER_LOSSES
 from tests.backbones.image_text_conversations import inputs_of
 from tests.backbones.test_decoder import language_samples
 from tests.backbones.tiny_language import tiny_language
@@ -199,14 +199,14 @@ def test_loss_and_gradient_are_the_equations(name: str) -> None:
         assert gradient[number].item() == pytest.approx((up - down) / (2 * step), abs=1e-8)
 
 
-@pytest.mark.parametrize("name", sorted(WITHOUT_REFERENCE))
+@pytest.mark.parametrize("name", sorted(REFERENCE_FREE_LOSSES))
 def test_losses_without_a_reference_ask_for_none(name: str) -> None:
     given = answers(torch.tensor(LOG_PROBS))
     bare = given._replace(reference=None)
     torch.testing.assert_close(LOSSES[name](bare, Scale()), LOSSES[name](given, Scale()))
 
 
-@pytest.mark.parametrize("name", sorted(OF_SINGLE_ANSWERS))
+@pytest.mark.parametrize("name", sorted(SINGLE_ANSWER_LOSSES))
 def test_losses_of_single_answers_need_no_pair(name: str) -> None:
     given = answers(torch.tensor(LOG_PROBS))
     alone = given._replace(pairs=NO_PAIRS)

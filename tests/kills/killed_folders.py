@@ -79,7 +79,7 @@ def merge(material: Path, to: Path, number: int) -> None:
 
 def init(material: Path, to: Path, number: int) -> None:
     """With the test of one seed or another; what can be read is looked at once the folder is whole."""
-    start_init._look_ahead = lambda run_file: iter(())  # of this process
+    start_init._probe_base = lambda run_file: iter(())  # of this process
     words = ["--model", str(material / "llava"), "--to", str(to), "--seed", str(number), "--overwrite"]
     cli.main(["init", str(material / "pictures"), *words])
 

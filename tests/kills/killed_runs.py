@@ -28,9 +28,9 @@ import deepspeed  # noqa: F401
 from safetensors.numpy import load_file
 
 from dora_vl.files import PREVIOUS, UNFINISHED
-from dora_vl.run.folder import finished_already, read_log
+from dora_vl.run.folder import is_finished_run, read_log
 from dora_vl.run.launch import log_to_stderr
-from dora_vl.run.reading import read_run
+from dora_vl.run.settings_parser import read_run
 from dora_vl.training import replay
 from dora_vl.training.run import run
 from dora_vl.training.train_command import pipeline_of
@@ -158,7 +158,7 @@ def start(case: Case, settings: Path, notes: Path, *, kill: Kill | None = None, 
         log_to_stderr()
         options = ["--config", str(settings), *resume]
         config = read_run(options)
-        if not finished_already(config):  # as `dora-vl train` looks; the kill may have come in its last milliseconds
+        if not is_finished_run(config):  # as `dora-vl train` looks; the kill may have come in its last milliseconds
             run(pipeline_of(config))
 
     statuses = _statuses([fork(lambda rank=rank: work(rank)) for rank in range(case.ranks)])
@@ -297,7 +297,7 @@ class Killer:
     def __init__(self, folder: Path, *, changes: bool) -> None:
         self._folder, self._changes = folder, changes
         self._whole: dict[Case, Ended] = {}
-        replay.file_of_chats = lambda *_: folder / "material" / "chats.jsonl"  # which the base has written
+        replay.chats_path = lambda *_: folder / "material" / "chats.jsonl"  # which the base has written
         # In a process of its own, so that this one computes nothing.
         assert os.waitpid(fork(lambda: write_material(folder / "material")), 0)[1] == 0
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dora_vl.run.reading import read_run, read_run_file
+from dora_vl.run.settings_parser import read_run, read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import run
 from dora_vl.training.vlbart_pipeline import VlBartPipeline

@@ -21,8 +21,8 @@ from dora_vl.evaluation.scores.scored import ItemScore
 from dora_vl.report.charts import MOST_POINTS, Chart, Series, chart
 from dora_vl.report.report import SECTIONS
 from dora_vl.report.run_record import confusion, low_and_high
-from dora_vl.run.reading import read_run
 from dora_vl.run.settings import settings_of
+from dora_vl.run.settings_parser import read_run
 from tests.report.conftest import HOSTILE
 from tests.serving.browser import browser
 

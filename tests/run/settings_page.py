@@ -13,9 +13,9 @@ from docstring_parser import parse_from_object
 
 from dora_vl.backbones.specs import ComposeSpec, LanguageSource, SmallLanguageModel, VlBartSpec
 from dora_vl.core.config import AdaptedPart
-from dora_vl.run.arguments import OURS
-from dora_vl.run.reading import SECTION_CLASSES
+from dora_vl.run.arguments import TRAINER_DEFAULTS
 from dora_vl.run.settings import DEFAULTS, FIELDS, RunConfig, Task
+from dora_vl.run.settings_parser import SECTION_CLASSES
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
 HEAD = """\
@@ -98,7 +98,8 @@ def table(kind: type[Any], prefix: str = "", *, left_out: frozenset[str] = froze
 def page() -> str:
     """The whole page."""
     ours = ", ".join(
-        f"`{name}: {json.dumps(value) if not isinstance(value, str) else value}`" for name, value in OURS.items()
+        f"`{name}: {json.dumps(value) if not isinstance(value, str) else value}`"
+        for name, value in TRAINER_DEFAULTS.items()
     )
     lines = [HEAD.rstrip(), "", "## At the top level"]
     lines += table(RunConfig, left_out=frozenset({*SECTION_CLASSES, "training"}))

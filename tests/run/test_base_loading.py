@@ -100,7 +100,9 @@ def reading(folder: Path, **more: object) -> VideoReading:
 
 def test_settings_choose_the_frames(folder: Path) -> None:
     assert video_sampling(settings(folder)) == Uniform(8)
-    assert video_sampling(settings(folder, video_frames=12, video_fps=4.0)) == EverySeconds(0.25, least=2, most=12)
+    assert video_sampling(settings(folder, video_frames=12, video_fps=4.0)) == EverySeconds(
+        0.25, min_frames=2, max_frames=12
+    )
     assert reading(folder, video_frames=2).read([CLIP])[0].indices == (12, 37)
     assert len(reading(folder, video_frames=20, video_fps=4.0).read([CLIP])[0].indices) == 8
     assert len(reading(folder, video_frames=5, video_fps=4.0).read([CLIP])[0].indices) == 5

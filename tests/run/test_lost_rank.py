@@ -15,7 +15,7 @@ from torch.distributed import DistNetworkError
 
 from dora_vl.errors import LostRank, UserError
 from dora_vl.run import launch as run_launch
-from dora_vl.run.launch import cause_speaks_first, stand_alone_environment
+from dora_vl.run.launch import first_rank_reports_first, stand_alone_environment
 from tests.training.launched import launch
 from tests.training.tiny_run import MakeRun
 
@@ -65,7 +65,7 @@ def test_the_rank_that_knows_most_speaks_first(
     monkeypatch.setattr(run_launch.time, "sleep", waited.append)
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(kind) as raised, cause_speaks_first():
+    with pytest.raises(kind) as raised, first_rank_reports_first():
         raise error
     assert type(raised.value) is kind
     assert getattr(raised.value, "status", None) == {LostRank: 1, UserError: 2}.get(kind)

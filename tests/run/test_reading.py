@@ -21,10 +21,18 @@ from dora_vl.core import adapted_layers, apply_dora
 from dora_vl.core.config import AdaptedPart, AdapterSettings, DoRAConfig
 from dora_vl.errors import SettingError, UserError
 from dora_vl.files import shipped_folder
-from dora_vl.run.arguments import SHORT_NAMES, check_deepspeed, read_deepspeed, zero_stage
+from dora_vl.run.arguments import SHIPPED_CONFIGS, check_deepspeed, read_deepspeed, zero_stage
 from dora_vl.run.folder import SETTINGS, write_settings
-from dora_vl.run.reading import find_recipe, flattened, merged, read_run, read_run_file, setting_names, variants_of
 from dora_vl.run.settings import FIELDS, AdapterConfig, Task
+from dora_vl.run.settings_parser import (
+    find_recipe,
+    flattened,
+    merge_settings,
+    read_run,
+    read_run_file,
+    setting_names,
+    variants_of,
+)
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.parts import core_config
 from tests.run.settings_page import PAGE, page
@@ -202,7 +210,7 @@ def test_every_variant_writes_to_a_folder_of_its_own() -> None:
     folders = []
     for path in sorted((ROOT / "configs").rglob("*.yaml")):
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        variants = [merged(content, content["variants"][name]) for name in variants_of(path)] or [content]
+        variants = [merge_settings(content, content["variants"][name]) for name in variants_of(path)] or [content]
         folders += [variant["training"]["output_dir"] for variant in variants]
     assert len(folders) == len(set(folders)) >= 45
 
@@ -231,7 +239,7 @@ def test_what_is_unsafe_or_not_taken_is_refused(block: dict[str, Any], key: str)
 
 def test_what_is_safe_is_taken() -> None:
     shipped = sorted(path.stem for path in (shipped_folder() / "deepspeed").glob("*.json"))
-    assert shipped == sorted(SHORT_NAMES)
+    assert shipped == sorted(SHIPPED_CONFIGS)
     for name in shipped:
         check_deepspeed(read_deepspeed(name), method="dora")
     check_deepspeed({**read_deepspeed("zero2"), "bf16": {"enabled": True}}, method="full")  # with float32 masters

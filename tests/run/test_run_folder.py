@@ -22,16 +22,16 @@ from dora_vl.files import write_json
 from dora_vl.run.folder import (
     LOCK,
     checkpoint_of,
-    finished_already,
     full_disk_reported,
-    one_writer,
+    is_finished_run,
+    is_trained_run,
+    lock_run_folder,
     prepare_run_folder,
-    trained_already,
     write_settings,
 )
 from dora_vl.run.launch import Launch
-from dora_vl.run.reading import read_run_file
 from dora_vl.run.settings import RunConfig
+from dora_vl.run.settings_parser import read_run_file
 from dora_vl.training import train_command
 from dora_vl.training.checkpoint_files import MANIFEST, check_manifest, write_manifest
 from dora_vl.training.decoder_pipeline import DecoderPipeline
@@ -62,14 +62,14 @@ def test_a_run_is_finished_once_every_set_is_tested_and_trained_before(
     config = settings(folder := left(tmp_path / "run", "adapter/a"), "--evaluation.file=t.json", resume="if_stopped")
     write_settings(folder, config)
     write_json(folder / "metrics.json", {"train_steps": 6, "forgetting": {}, **tested})
-    assert (finished_already(config), trained_already(config)) == (finished, True)
+    assert (is_finished_run(config), is_trained_run(config)) == (finished, True)
     started: list[RunConfig] = []
     monkeypatch.setattr(train_command, "pipeline_of", lambda config: started.append(config) or sys.exit())
     words = (f"--training.output_dir={folder}", "--resume=if_stopped", "--evaluation.file=t.json")
     with nullcontext() if finished else pytest.raises(SystemExit):
         train_command.train([f"--config={tmp_path / 'settings.yaml'}", *words], program="train", description="")
     assert [(config.test_only, config.resume) for config in started] == ([] if finished else [(True, None)])
-    assert not trained_already(dataclasses.replace(config, task="commonsense"))  # other settings
+    assert not is_trained_run(dataclasses.replace(config, task="commonsense"))  # other settings
 
 
 def test_a_run_that_failed_before_its_first_save_blocks_nothing(tmp_path: Path) -> None:
@@ -131,10 +131,10 @@ def holder(folder: Path, *more: str) -> tuple[subprocess.Popen[str], int]:
 def test_a_second_writer_hears_who_the_first_is(tmp_path: Path) -> None:
     other, _ = holder(tmp_path / "run")
     for _ in range(2):
-        with pytest.raises(UserError, match=rf"process {other.pid} on \S+ writes"), one_writer(tmp_path / "run"):
+        with pytest.raises(UserError, match=rf"process {other.pid} on \S+ writes"), lock_run_folder(tmp_path / "run"):
             pytest.fail("two writers")
     other.communicate("")
-    with one_writer(tmp_path / "run"):
+    with lock_run_folder(tmp_path / "run"):
         assert (tmp_path / "run" / LOCK).exists()
 
 
@@ -144,7 +144,7 @@ def test_a_killed_writer_keeps_nobody_out_though_its_worker_lives(tmp_path: Path
     other.wait()
     os.kill(worker, 0)  # alive
     assert (tmp_path / "run" / LOCK).exists()
-    with one_writer(tmp_path / "run"):
+    with lock_run_folder(tmp_path / "run"):
         pass
     assert not (tmp_path / "run" / LOCK).exists()
     os.kill(worker, signal.SIGKILL)
@@ -157,15 +157,15 @@ def test_a_file_system_without_locks_is_said(
         raise OSError(errno.ENOSYS, "no locks")
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    with one_writer(tmp_path / "run"):
+    with lock_run_folder(tmp_path / "run"):
         assert str(tmp_path / "run") in caplog.text
 
 
 def test_a_folder_that_stays_empty_goes_again_and_one_with_files_stays(tmp_path: Path) -> None:
-    with one_writer(tmp_path / "new" / "run"):
+    with lock_run_folder(tmp_path / "new" / "run"):
         pass
     assert not (tmp_path / "new" / "run").exists()
-    with one_writer(tmp_path / "new" / "run"):
+    with lock_run_folder(tmp_path / "new" / "run"):
         (tmp_path / "new" / "run" / "log").touch()
     assert [path.name for path in (tmp_path / "new" / "run").iterdir()] == ["log"]
 

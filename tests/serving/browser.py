@@ -20,7 +20,7 @@ from dora_vl.serving.access import AccessRules, Uploads, http_config
 from dora_vl.serving.demo_command import keep_gradio_quiet
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
-from dora_vl.serving.options import Settings
+from dora_vl.serving.options import ServerSettings
 from dora_vl.serving.side_by_side import OpenModels
 
 REPOSITORY = Path(__file__).parents[2]
@@ -54,13 +54,13 @@ def browser() -> Iterator[Any]:
 
 @contextlib.contextmanager
 def page_of(
-    model: ServedModel, uploads: Path, settings: Settings | None = None, rules: AccessRules | None = None
+    model: ServedModel, uploads: Path, settings: ServerSettings | None = None, rules: AccessRules | None = None
 ) -> Iterator[tuple[str, Engine]]:
     """The page over a model, its door Ask alone; its address and its engine."""
     keep_gradio_quiet(uploads)
     from dora_vl.serving.page import Page, QuietServer, build_page_app
 
-    settings = settings or Settings()
+    settings = settings or ServerSettings()
     with (
         contextlib.closing(OpenModels(lambda base, adapters: model, settings)) as models,
         socket.create_server(("127.0.0.1", 0)) as listening,

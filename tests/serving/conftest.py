@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dora_vl.serving.model import ServedModel
-from dora_vl.serving.options import Settings
+from dora_vl.serving.options import ServerSettings
 from tests.backbones.tiny_video import write_tiny_video
 from tests.serving.browser import browser
 from tests.serving.tiny_served import running, served, spread, write_adapters
@@ -32,7 +32,7 @@ def model(base: Path, folders: dict[str, Path]) -> ServedModel:
 
 @pytest.fixture(scope="module")
 def address(model: ServedModel) -> Iterator[str]:
-    settings = Settings(batch=32, window_ms=200, max_body_mib=0.3, max_pictures=2, max_mpx=0.015, frames=4)
+    settings = ServerSettings(batch=32, window_ms=200, max_body_mib=0.3, max_pictures=2, max_mpx=0.015, frames=4)
     with running(model, settings) as address:
         yield address
 

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from dora_vl.serving.model import open_served
-from dora_vl.serving.options import Settings
+from dora_vl.serving.options import ServerSettings
 from tests.serving.browser import Trainer, Visitor, browser, demo, page_of
 
 DEMO = Path("runs/demo")
@@ -74,7 +74,7 @@ def main() -> None:
     model = open_served(None, {"demo": DEMO / "adapter"}, base_name="the base")
     with tempfile.TemporaryDirectory() as folder, browser() as chromium:
         first, second, *_ = sorted((DEMO / "assets/easy_vqa/test/images").glob("*.png"))
-        with page_of(model, Path(folder) / "uploads", Settings(max_new_tokens=24)) as (address, _):
+        with page_of(model, Path(folder) / "uploads", ServerSettings(max_new_tokens=24)) as (address, _):
             visitor = Visitor(chromium.new_context(viewport=SIZE, color_scheme="light"), address)
             visitor.page.set_default_timeout(60_000)
             visitor.show(first)

@@ -28,7 +28,7 @@ from dora_vl.serving.access import AccessRules, NoKey, Refused, Uploads, access_
 from dora_vl.serving.demo_command import keep_gradio_quiet
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
-from dora_vl.serving.options import KEY_VARIABLE, LOCAL, Settings, add_address
+from dora_vl.serving.options import KEY_VARIABLE, LOCAL, ServerSettings, add_address
 from dora_vl.serving.server import Server, build_app
 from dora_vl.serving.side_by_side import Conversation, OpenModels, SideBySide
 from tests.serving.tiny_served import running
@@ -137,7 +137,7 @@ def statuses(senders: list[socket.socket]) -> list[bytes]:
 
 
 def test_a_long_head_is_refused_and_a_slow_body_not_waited_for(model: ServedModel) -> None:
-    with running(model, Settings(body_seconds=0.5, max_body_mib=1)) as address:
+    with running(model, ServerSettings(body_seconds=0.5, max_body_mib=1)) as address:
         with connection(address) as long:
             long.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * access.HEAD_BYTES)
             assert long.recv(100).startswith(b"HTTP/1.1 400")
@@ -163,7 +163,7 @@ def test_more_connections_than_allowed_are_turned_away(model: ServedModel, monke
 
 def test_slow_senders_take_no_place_and_what_they_have_sent_is_counted(model: ServedModel) -> None:
     body = json.dumps({"model": "one", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2})
-    settings = Settings(waiting=1, batch=1, max_body_mib=1000 / 2**20)
+    settings = ServerSettings(waiting=1, batch=1, max_body_mib=1000 / 2**20)
     with running(model, settings) as address, contextlib.ExitStack() as senders:
         for _ in range(3):
             senders.enter_context(half_sent(address, 1))
@@ -205,7 +205,7 @@ def app(model: ServedModel, uploads: Path) -> Iterator[Any]:
     keep_gradio_quiet(uploads)
     from dora_vl.serving.page import Page, build_page_app
 
-    with contextlib.closing(OpenModels(lambda base, adapters: model, Settings())) as models:
+    with contextlib.closing(OpenModels(lambda base, adapters: model, ServerSettings())) as models:
         models.open({name: Path(name) for name in model.names[1:]})
         page = Page(models, Uploads(uploads, 10_000), trains=True)
         built = build_page_app(page, AccessRules(), upload_bytes=8_000)

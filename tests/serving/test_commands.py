@@ -22,7 +22,7 @@ from transformers import AutoModelForImageTextToText
 
 from dora_vl.errors import UserError
 from dora_vl.serving import demo_command, serve_command
-from dora_vl.serving.options import Settings, adapters_by_name, run_name
+from dora_vl.serving.options import ServerSettings, adapters_by_name, run_name
 from tests.backbones.tiny_image_text import write_tiny
 from tests.serving.tiny_served import with_recipe, write_adapter
 
@@ -66,7 +66,7 @@ def test_every_number_of_the_documentation_is_its_options_default() -> None:
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
     of_rows = [zip(row[1].split(", "), row[2].split(", "), strict=False) for row in rows if len(row) == 4]
     documented = {name: value for pairs in of_rows for name, value in pairs}
-    defaults = {f"`--{entry.name.replace('_', '-')}`": entry.default for entry in dataclasses.fields(Settings)}
+    defaults = {f"`--{entry.name.replace('_', '-')}`": entry.default for entry in dataclasses.fields(ServerSettings)}
     shared = documented.keys() & defaults.keys()
     assert len(shared) >= 10
     assert {name: float(documented[name]) for name in shared} == {name: defaults[name] for name in shared}

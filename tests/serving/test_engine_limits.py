@@ -16,8 +16,8 @@ from dora_vl.errors import BadSample
 from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
-from dora_vl.serving.options import Settings
-from dora_vl.serving.scheduler import Failed, Finished, Piece, Stopped, TooManyRequests
+from dora_vl.serving.options import ServerSettings
+from dora_vl.serving.scheduler import Failed, Finished, Stopped, TextPiece, TooManyRequests
 from tests.serving.tiny_served import last
 
 QUESTION = [Turn("user", "What colour is it?")]
@@ -44,7 +44,7 @@ class Gate:
 
 @pytest.fixture
 def engine(model: ServedModel) -> Iterator[Engine]:
-    with Engine(model, Settings(batch=4, waiting=3, answer_seconds=60.0)) as engine:
+    with Engine(model, ServerSettings(batch=4, waiting=3, answer_seconds=60.0)) as engine:
         yield engine
 
 
@@ -85,7 +85,7 @@ def test_what_a_failed_batch_held_is_gone_before_its_rows_are_tried_alone_and_to
     def still_there() -> int:
         return sum(reference() is not None for reference in references)
 
-    with Engine(model, Settings(batch=4, joining=joining)) as engine:
+    with Engine(model, ServerSettings(batch=4, joining=joining)) as engine:
 
         def out_of_memory(assistant: Any, batch: Any, **named: Any) -> Any:
             left.append(still_there())
@@ -112,10 +112,10 @@ def test_what_a_failed_batch_held_is_gone_before_its_rows_are_tried_alone_and_to
 
 
 def test_an_engine_that_ends_tells_everybody(model: ServedModel, monkeypatch: Any) -> None:
-    engine = Engine(model, Settings(batch=1))
+    engine = Engine(model, ServerSettings(batch=1))
     _, running = handed_in(engine, tokens=1500)
     _, waiting = handed_in(engine)
-    assert isinstance(running.get(timeout=60), Piece)
+    assert isinstance(running.get(timeout=60), TextPiece)
     engine.close()
     for failed in map(last, (running, waiting)):
         assert isinstance(failed, Failed)
@@ -125,7 +125,7 @@ def test_an_engine_that_ends_tells_everybody(model: ServedModel, monkeypatch: An
 
 
 def test_prompts_have_a_longest(model: ServedModel, monkeypatch: Any) -> None:
-    with Engine(model, Settings(max_prompt_tokens=20)) as engine:
+    with Engine(model, ServerSettings(max_prompt_tokens=20)) as engine:
         for turns, tokens in (([Turn("user", "Say it. " * 9)], 1), ([Turn("user", "a")], 2048)):
             with pytest.raises(BadSample) as refused:
                 engine.prepare("one", turns, Sampling(max_new_tokens=tokens))

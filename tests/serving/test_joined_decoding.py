@@ -15,28 +15,30 @@ import torch
 from dora_vl.core.adapter_slots import SlotLayer
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
-from dora_vl.evaluation.predictor import Shown
+from dora_vl.evaluation.predictor import PromptMedia
 from dora_vl.serving.decoding import KVCacheBatch, Sampling, SequenceSampling, SequenceText
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
-from dora_vl.serving.options import Settings
-from dora_vl.serving.scheduler import Event, Failed, Finished, Piece
+from dora_vl.serving.options import ServerSettings
+from dora_vl.serving.scheduler import Event, Failed, Finished, TextPiece
 from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
 from tests.serving.tiny_served import RED, WIDE, alone, answer_alone, last, served, spread, write_adapters
 from tests.training.tiny_run import write_tiny_llava
 
 TALKS = [
-    ([Turn("user", "<image>\nSay the colour.")], Shown(pictures=(RED,))),
-    ([Turn("user", "What colour is it?")], Shown()),
-    ([Turn("user", "<image>\n<image>\nSay it. Say it. Say it.")], Shown(pictures=(WIDE, RED))),
-    ([Turn("user", "Say " * 9), Turn("assistant", "red"), Turn("user", "And the shape?")], Shown()),
+    ([Turn("user", "<image>\nSay the colour.")], PromptMedia(pictures=(RED,))),
+    ([Turn("user", "What colour is it?")], PromptMedia()),
+    ([Turn("user", "<image>\n<image>\nSay it. Say it. Say it.")], PromptMedia(pictures=(WIDE, RED))),
+    ([Turn("user", "Say " * 9), Turn("assistant", "red"), Turn("user", "And the shape?")], PromptMedia()),
 ]
-WORDS = [([Turn("user", text)], Shown()) for text in ("Say " * 12, "a", "What colour is it?", "the correct answer")]
+WORDS = [
+    ([Turn("user", text)], PromptMedia()) for text in ("Say " * 12, "a", "What colour is it?", "the correct answer")
+]
 SELDOM = [pytest.param(family, marks=pytest.mark.slow) for family in ("internvl", "smolvlm")]
 LONG, SHORT = 40, 5
 PACE = 4
 """Steps of the model for each request handed in, until all are: a long answer is not over before others came."""
-Asked = tuple[str, list[Turn], Shown, int]
+Asked = tuple[str, list[Turn], PromptMedia, int]
 
 
 class Told:
@@ -52,7 +54,7 @@ class Told:
         self.order: list[int] = []
         self.texts: dict[int, str] = {}
 
-    def hand_in(self, name: str, turns: list[Turn], seen: Shown, tokens: int, **sampling: Any) -> int:
+    def hand_in(self, name: str, turns: list[Turn], seen: PromptMedia, tokens: int, **sampling: Any) -> int:
         number, self._handed_in = self._handed_in, self._handed_in + 1
         settings = Sampling(**{"max_new_tokens": tokens, **sampling})
         prepared = self._engine.prepare(name, turns, settings, seen)
@@ -86,7 +88,7 @@ class Told:
 
     def _next(self) -> tuple[int, bool]:
         number, event = self._event()
-        assert isinstance(event, Piece | Finished), event
+        assert isinstance(event, TextPiece | Finished), event
         if isinstance(event, Finished):
             self.order.append(number)
             assert event.text == self.texts.get(number, "")
@@ -110,7 +112,7 @@ def check(base: Path, targets: Sequence[str], conversations: Any, tmp_path: Path
     }
     adapters = write_adapters(base, tmp_path / "adapters", settings)
     names = ("two", "base", "one", "two")
-    with Engine(endless(base, adapters), Settings(batch=8, window_ms=0.0)) as engine:
+    with Engine(endless(base, adapters), ServerSettings(batch=8, window_ms=0.0)) as engine:
         batches = batches_of(engine, monkeypatch)
         client = Told(engine)
         requests: list[Asked] = [("one", *conversations[0], LONG)]
@@ -167,7 +169,7 @@ def test_a_model_that_looks_at_what_it_said_answers_batch_by_batch(language: Pat
     """A penalty for what was text before is transformers' own, over the whole row."""
     model = endless(language)
     model.backbone.model.generation_config.repetition_penalty = 1.3
-    with Engine(model, Settings(window_ms=0.0)) as engine:
+    with Engine(model, ServerSettings(window_ms=0.0)) as engine:
         batches = batches_of(engine, monkeypatch)
         client = Told(engine)
         client.piece_of(client.hand_in("base", *WORDS[0], LONG))
@@ -181,7 +183,7 @@ def test_a_model_that_looks_at_what_it_said_answers_batch_by_batch(language: Pat
 
 def test_a_row_that_samples_draws_the_same_whoever_is_beside_it(language: Path) -> None:
     drawn: Any = {"temperature": 1.5, "top_p": 0.9, "seed": 7}
-    with Engine(endless(language), Settings(window_ms=0.0)) as engine:
+    with Engine(endless(language), ServerSettings(window_ms=0.0)) as engine:
         single = Told(engine)
         single.hand_in("base", *WORDS[2], 12, **drawn)
         expected = single.all_over()[0]
@@ -204,7 +206,7 @@ def test_a_row_whose_scores_are_no_numbers_fails_alone(
     for layer in model.backbone.model.modules():
         if isinstance(layer, SlotLayer):
             layer._changes["huge"].scaled_B.fill_(float("nan"))
-    with Engine(model, Settings(window_ms=300)) as engine:
+    with Engine(model, ServerSettings(window_ms=300)) as engine:
 
         def ends(*names: str) -> list[Finished | Failed]:
             events: list[queue.SimpleQueue[Event]] = [queue.SimpleQueue() for _ in names]
@@ -232,7 +234,7 @@ def test_no_more_rows_and_tokens_than_a_batch_may_have(language: Path, monkeypat
         return logits
 
     monkeypatch.setattr(KVCacheBatch, "step", noted)
-    with Engine(endless(language), Settings(batch=3, batch_tokens=most, window_ms=0.0)) as engine:
+    with Engine(endless(language), ServerSettings(batch=3, batch_tokens=most, window_ms=0.0)) as engine:
         client = Told(engine)
         client.piece_of(client.hand_in("base", *WORDS[0], 60))
         for _ in range(4):

@@ -16,12 +16,12 @@ from PIL import Image
 from dora_vl.cli import main
 from dora_vl.data.turns import Clip, Turn
 from dora_vl.data.video import Uniform
-from dora_vl.evaluation.predictor import Shown
-from dora_vl.run.folder import LOSS_LOG, one_writer, writer_of
+from dora_vl.evaluation.predictor import PromptMedia
+from dora_vl.run.folder import LOSS_LOG, lock_run_folder, locking_process
 from dora_vl.serving.access import AccessRules
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
-from dora_vl.serving.options import Settings
+from dora_vl.serving.options import ServerSettings
 from dora_vl.serving.side_by_side import SideBySide
 from tests.data.video_files import read_frames, write_video
 from tests.serving.browser import QUESTION_BOX, Trainer, Visitor, demo, page_of
@@ -30,7 +30,7 @@ from tests.training.tiny_run import COLOURS, json_of, write_tiny_data, write_tin
 
 TOKENS, FRAMES = 8, 4
 QUESTION = "What colour is it?"
-SETTINGS = Settings(
+SETTINGS = ServerSettings(
     batch=16, window_ms=200, max_new_tokens=TOKENS, max_pictures=2, max_mpx=0.015, max_media_mib=0.1, frames=FRAMES
 )
 
@@ -76,7 +76,7 @@ def printable(text: str) -> str:
     return "".join(character for character in text if character.isascii() and character.isprintable()).strip()
 
 
-def expected(engine: Engine, name: str, turns: list[Turn], seen: Shown) -> str:
+def expected(engine: Engine, name: str, turns: list[Turn], seen: PromptMedia) -> str:
     return printable(answers(engine, [(name, turns, seen)], max_new_tokens=TOKENS)[0])
 
 
@@ -84,7 +84,7 @@ def first(question: str, media: str = "<image>\n") -> list[Turn]:
     return [Turn("user", f"{media}{question}")]
 
 
-def check(texts: Sequence[str], engine: Engine, question: str, seen: Shown, media: str = "<image>\n") -> None:
+def check(texts: Sequence[str], engine: Engine, question: str, seen: PromptMedia, media: str = "<image>\n") -> None:
     assert [printable(text) for text in texts] == [
         expected(engine, name, first(question, media), seen) for name in ("one", "base")
     ]
@@ -97,7 +97,7 @@ def nothing_left(uploads: Path) -> bool:
 def test_a_picture_two_answers_and_a_second_turn(red: Visitor, opened: tuple[str, Engine], uploads: Path) -> None:
     _, engine = opened
     assert red.captions() == ["21 × 15"]
-    seen, texts = Shown(pictures=(RED,)), red.ask(QUESTION)
+    seen, texts = PromptMedia(pictures=(RED,)), red.ask(QUESTION)
     check(texts, engine, QUESTION, seen)
     assert texts[0] != texts[1]
     assert "one · 8 tokens · " in red.tally("left")
@@ -117,13 +117,19 @@ def test_two_pictures_and_a_video_with_the_times_of_its_frames(
 ) -> None:
     visitor.show(pictures["wide"], pictures["red"])
     visitor.see(2)
-    check(visitor.ask("Which is red?"), opened[1], "Which is red?", Shown(pictures=(WIDE, RED)), "<image>\n<image>\n")
+    check(
+        visitor.ask("Which is red?"),
+        opened[1],
+        "Which is red?",
+        PromptMedia(pictures=(WIDE, RED)),
+        "<image>\n<image>\n",
+    )
     file = pictures["clip.mp4"]
     video = read_frames(file.parent, Clip(path=file.name), Uniform(FRAMES))
     visitor.show(file)
     visitor.see(FRAMES)
     assert visitor.captions() == [f"{seconds:.1f} s" for seconds in video.seconds]
-    check(visitor.ask("What moves?"), opened[1], "What moves?", Shown(videos=(video,)), "<video>\n")
+    check(visitor.ask("What moves?"), opened[1], "What moves?", PromptMedia(videos=(video,)), "<video>\n")
     assert nothing_left(uploads)
 
 
@@ -147,7 +153,7 @@ def test_a_talk_is_copied_and_stays_over_a_reload_in_its_own_tab(red: Visitor, o
 
 
 def test_the_dial_from_the_base_to_the_adapter(red: Visitor, opened: tuple[str, Engine]) -> None:
-    seen, texts = Shown(pictures=(RED,)), {}
+    seen, texts = PromptMedia(pictures=(RED,)), {}
     red.ask(QUESTION)
     for strength in (0, 0.5, 1, 1.6):
         red.turn_dial("left", strength)
@@ -209,7 +215,7 @@ def test_two_answers_in_one_batch_and_a_new_talk(
     visitor.page.click("#dv-ask")
     _, right = visitor.both(1)
     assert batches == [[("one", 0.5), None]]
-    assert printable(right) == expected(opened[1], "base", first(QUESTION), Shown(pictures=(WIDE,)))
+    assert printable(right) == expected(opened[1], "base", first(QUESTION), PromptMedia(pictures=(WIDE,)))
     visitor.page.click("#dv-anew")
     visitor.page.locator("#dv-conversation-left", has_text="will answer here").wait_for()
     visitor.see(1)
@@ -246,7 +252,7 @@ def test_a_question_waits_for_the_picture_that_was_chosen(
         slow.page.fill(QUESTION_BOX, question)
         slow.page.keyboard.press("Enter")
         slow.page.locator("#dv-conversation-left .dv-asked", has_text=question).wait_for()
-        check(slow.both(1), opened[1], question, Shown(pictures=(picture,)))
+        check(slow.both(1), opened[1], question, PromptMedia(pictures=(picture,)))
     context.close()
 
 
@@ -296,7 +302,7 @@ def place(tmp_path: Path) -> Iterator[Path]:
     write_tiny_llava(tmp_path / "runs" / "tiny" / "base")
     yield tmp_path
     for run in (tmp_path / "runs").iterdir():
-        if (process := writer_of(run)) is not None:
+        if (process := locking_process(run)) is not None:
             os.kill(process, signal.SIGKILL)
 
 
@@ -321,7 +327,7 @@ def start_one(one: Trainer, files: list[Path], run: Path) -> int:
     (run / "run.yaml").write_text((run / "run.yaml").read_text().replace("replay: 0.1", "replay: 0.0"))  # takes minutes
     one.page.click("#dv-start")
     until(lambda: (run / LOSS_LOG).is_file() and (run / LOSS_LOG).stat().st_size)
-    process = writer_of(run)
+    process = locking_process(run)
     assert process is not None
     os.kill(process, signal.SIGSTOP)
     return process
@@ -343,7 +349,7 @@ def test_from_dropped_pictures_to_an_answer_though_page_and_run_are_ended(chromi
         two.state("runs/dropped is at work")
         assert not (place / "runs" / "mine" / "output.txt").exists()
         page.kill()
-    assert writer_of(run) == trains
+    assert locking_process(run) == trains
     with demo(place) as (address, _):
         again = Trainer(chromium.new_context(), address)
         again.state("Training.")
@@ -376,11 +382,11 @@ def test_where_others_may_come_nobody_trains_unless_a_flag_says_so(options: list
 
 
 def test_a_writer_is_known_by_the_lock_and_lives(tmp_path: Path) -> None:
-    assert writer_of(tmp_path) is None
-    with one_writer(tmp_path):
-        assert writer_of(tmp_path) == os.getpid()
+    assert locking_process(tmp_path) is None
+    with lock_run_folder(tmp_path):
+        assert locking_process(tmp_path) == os.getpid()
         lock = tmp_path / ".writing.lock"
         os.utime(lock, (1, 1))  # of a process that was there before this one began, and had its number
-        assert writer_of(tmp_path) is None
+        assert locking_process(tmp_path) is None
     (tmp_path / ".writing.lock").write_text(f"process {os.getpid()} on elsewhere")
-    assert writer_of(tmp_path) is None
+    assert locking_process(tmp_path) is None

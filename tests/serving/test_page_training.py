@@ -13,7 +13,7 @@ import yaml
 from dora_vl.errors import UserError
 from dora_vl.serving.access import Uploads
 from dora_vl.serving.model import ServedModel
-from dora_vl.serving.options import Settings
+from dora_vl.serving.options import ServerSettings
 from dora_vl.serving.side_by_side import OpenModels
 
 gradio: Any = pytest.importorskip("gradio", reason="pip install '.[web]'")
@@ -23,11 +23,11 @@ TABS = {"somebody": "a tab", "another": "another tab", "the same tab, loaded aga
 
 @pytest.fixture
 def door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    from dora_vl.serving.page_training import TrainDoor
+    from dora_vl.serving.page_training import TrainTab
 
     monkeypatch.chdir(tmp_path)
-    door = TrainDoor(Uploads(tmp_path / "uploads", 10_000), lambda: None, TABS)
-    monkeypatch.setattr(door.runs, "start", door.runs.words_to_train)
+    door = TrainTab(Uploads(tmp_path / "uploads", 10_000), lambda: None, TABS)
+    monkeypatch.setattr(door.runs, "start", door.runs.train_arguments)
     with gradio.Blocks():
         door.lay_out()
     return door
@@ -82,7 +82,7 @@ def test_rank_and_epochs_may_be_chosen_until_a_run_has_trained(door: Any) -> Non
     (RUN / "checkpoint-3").mkdir()
     (RUN / "checkpoint-3" / "trainer_state.json").write_text("{}")
     assert not door.show_run(str(RUN))[door.rank]["interactive"]  # it goes on from there
-    assert door.runs.words_to_train(RUN) == ["train", "runs/my/settings.json", "--resume", "last"]
+    assert door.runs.train_arguments(RUN) == ["train", "runs/my/settings.json", "--resume", "last"]
     door.begin(str(RUN), 64, 40, "")
     assert written() == (4, 8.0, 10)
 
@@ -96,7 +96,7 @@ def test_a_finished_run_shows_the_command_that_trained_it(door: Any) -> None:
     }.items():
         (RUN / name).parent.mkdir(exist_ok=True)
         (RUN / name).write_text(text)
-    assert door.runs.words_to_train(RUN) == ["train", "runs/my/run.yaml"]
+    assert door.runs.train_arguments(RUN) == ["train", "runs/my/run.yaml"]
 
 
 def test_dropped_files_are_corrected_and_found_again_by_their_tab(door: Any) -> None:
@@ -117,7 +117,7 @@ def test_a_model_that_cannot_be_read_leaves_those_that_answer(model: ServedModel
             raise UserError("it has no weights")
         return model
 
-    models = OpenModels(read, Settings())
+    models = OpenModels(read, ServerSettings())
     models.open({"one": Path("one")})
     engine = models.side.engine
     with pytest.raises(UserError):

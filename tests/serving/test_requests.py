@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from dora_vl.serving import media
 from dora_vl.serving.media import RequestMedia
-from dora_vl.serving.options import Settings
+from dora_vl.serving.options import ServerSettings
 from dora_vl.serving.requests import (
     MOST_FIELDS,
     MOST_MESSAGES,
@@ -27,7 +27,7 @@ from dora_vl.serving.requests import (
     BadRequest,
     ChatRequest,
     TooLarge,
-    parsed,
+    parse_request,
 )
 from dora_vl.serving.scheduler import TooManyRequests
 from tests.data.hostile import jpeg_of_scans
@@ -47,7 +47,7 @@ def with_parts(*parts: Any) -> dict[str, Any]:
 
 
 def read(body: Any) -> ChatRequest:
-    return parsed(json.dumps(body).encode())
+    return parse_request(json.dumps(body).encode())
 
 
 def names(count: int) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def test_ten_megabytes_of_values_or_of_what_is_never_closed_are_refused_soon(wha
     tracemalloc.start()
     began = time.process_time()
     with pytest.raises((BadRequest, TooLarge)):
-        parsed(body)
+        parse_request(body)
     seconds, (_, peak) = time.process_time() - began, tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 4 * len(body)
@@ -151,7 +151,7 @@ def test_a_picture_that_takes_long_yields_and_goes_where_others_wait(monkeypatch
     monkeypatch.setattr(media, "PATIENT_SECONDS", 1.0)
     quick = io.BytesIO()
     RED.save(quick, "PNG")
-    with contextlib.closing(RequestMedia(Settings())) as requests, ThreadPoolExecutor(1) as threads:
+    with contextlib.closing(RequestMedia(ServerSettings())) as requests, ThreadPoolExecutor(1) as threads:
 
         def read(content: bytes) -> Any:
             with requests.reading() as reading:
@@ -170,7 +170,7 @@ def test_a_file_beyond_its_bytes_is_not_decoded() -> None:
     content = [picture_part(RED), {"type": "text", "text": "What is it?"}]
     body = ChatRequest.model_validate({"model": "one", "messages": [{"role": "user", "content": content}]})
     with (
-        contextlib.closing(RequestMedia(Settings(max_media_mib=50 / 2**20))) as requests,
+        contextlib.closing(RequestMedia(ServerSettings(max_media_mib=50 / 2**20))) as requests,
         requests.reading() as reading,
         pytest.raises(TooLarge),
     ):

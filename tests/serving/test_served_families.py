@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
-from dora_vl.evaluation.assistant import model_inputs
-from dora_vl.evaluation.predictor import Shown
+from dora_vl.evaluation.assistant import inputs_on_device
+from dora_vl.evaluation.predictor import PromptMedia
 from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel, UnknownModel, open_served
-from dora_vl.serving.options import Settings
+from dora_vl.serving.options import ServerSettings
 from tests.adapters.peft_folders import moved_peft
 from tests.backbones.tiny_image_text import write_tiny
 from tests.backbones.tiny_language import write_tiny_language
@@ -40,11 +40,13 @@ from tests.serving.tiny_served import (
 from tests.training.tiny_run import write_tiny_llava
 
 PICTURES = [
-    ([Turn("user", "What colour is it?")], Shown()),
-    ([Turn("user", "<image>\nSay the colour.")], Shown(pictures=(RED,))),
-    ([Turn("user", "<image>\n<image>\nSay it.")], Shown(pictures=(WIDE, RED))),
+    ([Turn("user", "What colour is it?")], PromptMedia()),
+    ([Turn("user", "<image>\nSay the colour.")], PromptMedia(pictures=(RED,))),
+    ([Turn("user", "<image>\n<image>\nSay it.")], PromptMedia(pictures=(WIDE, RED))),
 ]
-WORDS = [([Turn("user", text)], Shown()) for text in ("What colour is it?", "Say the colour.", "the correct answer")]
+WORDS = [
+    ([Turn("user", text)], PromptMedia()) for text in ("What colour is it?", "Say the colour.", "the correct answer")
+]
 
 
 def check(
@@ -53,7 +55,7 @@ def check(
     """Every question to every adapter and the base, all at once: each answer as alone; returns the batches."""
     names = ("base", *adapters)
     questions = [(name, turns, seen) for turns, seen in conversations for name in names]
-    with Engine(served(base, adapters, template=template), Settings(batch=64, window_ms=500)) as engine:
+    with Engine(served(base, adapters, template=template), ServerSettings(batch=64, window_ms=500)) as engine:
         batches = batches_of(engine, monkeypatch)
         predictions = answers(engine, questions)
     assistants = {name: alone(base, adapters.get(name), template=template) for name in names}
@@ -107,7 +109,7 @@ def test_pictures_and_videos_that_look_alike_are_batches_of_their_own(tmp_path: 
     base = spread(write_tiny_video("glm4v", tmp_path / "base"))
     settings = {"one": {"targets": ("*language_model*.q_proj",), "rank": 2, "alpha": 5.0}}
     adapters = write_adapters(base, tmp_path / "adapters", settings)
-    video = ([Turn("user", "<video>\nWhat moves?")], Shown(videos=(coloured_video(4),)))
+    video = ([Turn("user", "<video>\nWhat moves?")], PromptMedia(videos=(coloured_video(4),)))
     batches = check(base, adapters, [*PICTURES[:2], video], monkeypatch)
     assert [len(batch) for batch in batches] == [4, 2]  # words and pictures, then videos
 
@@ -120,7 +122,7 @@ def test_an_adapter_is_asked_as_its_recipe_says(llava: Path, tmp_path: Path, mon
         with_recipe(adapters[name], llava, image_aspect="pad", template=template)
     model = open_served(None, adapters)
     assert model.names == ("base", "one", "two")
-    with Engine(model, Settings(window_ms=500)) as engine:
+    with Engine(model, ServerSettings(window_ms=500)) as engine:
         batches = batches_of(engine, monkeypatch)
         turns, seen = PICTURES[1]
         predictions = answers(engine, [(name, turns, seen) for name in model.names])
@@ -165,7 +167,7 @@ def test_adapters_of_another_kind_or_base_are_refused(tmp_path: Path, base: Path
 
 def shares_answered(base: Path, adapters: Mapping[str, Path], shares: Any, monkeypatch: Any) -> list[list[Any]]:
     """A question with a picture to shares of adapters, all at once: each answer as alone; returns the batches."""
-    with Engine(served(base, adapters), Settings(batch=64, window_ms=500)) as engine:
+    with Engine(served(base, adapters), ServerSettings(batch=64, window_ms=500)) as engine:
         questions = [(name, *PICTURES[1]) for name, _ in shares]
         strengths = [strength for _, strength in shares]
         singly = zip(questions, strengths, strict=True)
@@ -196,7 +198,7 @@ def test_a_tower_at_several_strengths_are_batches_of_their_own(tmp_path: Path, m
 @torch.inference_mode()
 def test_base_rows_of_a_mixed_batch_have_the_bases_bits(base: Path, model: ServedModel) -> None:
     sample = model.assistant.prompts.sample(*PICTURES[1])
-    inputs = model_inputs(model.assistant.prompts.collate([sample] * 3, "left"), "cpu")
+    inputs = inputs_on_device(model.assistant.prompts.collate([sample] * 3, "left"), "cpu")
     plain = alone(base, None).backbone.model(**inputs).logits
     with model.rows([model.entry("base"), model.entry("one"), model.entry("four")], [1, 1, 1]):
         mixed = model.backbone.model(**inputs).logits

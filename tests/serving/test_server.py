@@ -21,13 +21,13 @@ import pytest
 from PIL import Image
 
 from dora_vl.data.turns import Clip, Turn
-from dora_vl.evaluation.predictor import Shown
+from dora_vl.evaluation.predictor import PromptMedia
 from dora_vl.serving import media
 from dora_vl.serving.decoding import SequenceText
 from dora_vl.serving.engine import NOTHING
 from dora_vl.serving.media import Reading
 from dora_vl.serving.model import ServedModel
-from dora_vl.serving.options import Settings
+from dora_vl.serving.options import ServerSettings
 from dora_vl.serving.server import Server
 from tests.serving.tiny_served import ADAPTERS, RED, WIDE, alone, answer_alone, data_url, picture_part, running
 
@@ -61,7 +61,7 @@ def text_of(client: Any, **request: Any) -> str:
     return client.chat.completions.create(**request).choices[0].message.content
 
 
-def expected(base: Path, folders: dict[str, Path], name: str, turns: list[Turn], seen: Shown = NOTHING) -> str:
+def expected(base: Path, folders: dict[str, Path], name: str, turns: list[Turn], seen: PromptMedia = NOTHING) -> str:
     return answer_alone(alone(base, folders.get(name)), turns, seen, tokens=TOKENS)
 
 
@@ -100,7 +100,7 @@ BRIEF, ASKED = "Be brief. Look at its edges.", "What colour is it?"
 def test_a_conversation(
     client: Any, base: Path, folders: dict[str, Path], messages: Any, turns: list[Turn], pictures: Any
 ) -> None:
-    answer = expected(base, folders, "two", turns, Shown(pictures=pictures))
+    answer = expected(base, folders, "two", turns, PromptMedia(pictures=pictures))
     assert text_of(client, model="two", messages=messages) == answer
 
 
@@ -123,7 +123,7 @@ def test_a_video(client: Any, base: Path, folders: dict[str, Path], tmp_path: Pa
     write_video(tmp_path / "clip.mp4", [number / 25 for number in range(50)])
     url = f"data:video/mp4;base64,{base64.b64encode((tmp_path / 'clip.mp4').read_bytes()).decode()}"
     video = read_frames(tmp_path, Clip(path="clip.mp4"), Uniform(4))
-    answer = expected(base, folders, "one", [Turn("user", "<video>\nWhat moves?")], Shown(videos=(video,)))
+    answer = expected(base, folders, "one", [Turn("user", "<video>\nWhat moves?")], PromptMedia(videos=(video,)))
     part = {"type": "video_url", "video_url": {"url": url}}
     assert text_of(client, messages=shows(part, text="What moves?")) == answer
 
@@ -143,7 +143,7 @@ def test_20_requests_in_flight_answer_as_each_adapter_alone(
     assistants = {name: alone(base, folders.get(name)) for name in NAMES}
     for (name, question, pictures), text in zip(requests, texts, strict=True):
         turns = [Turn("user", "<image>\n" * len(pictures) + question)]
-        assert text == answer_alone(assistants[name], turns, Shown(pictures=pictures), tokens=TOKENS)
+        assert text == answer_alone(assistants[name], turns, PromptMedia(pictures=pictures), tokens=TOKENS)
 
 
 def refusal(client: Any, **request: Any) -> tuple[int, str | None, str | None]:
@@ -210,7 +210,7 @@ def test_other_types_of_content_are_refused(address: str, declared: str | None) 
 
 
 def test_a_server_of_other_settings(model: ServedModel, endless: None) -> None:
-    settings = Settings(waiting=1, batch=1)
+    settings = ServerSettings(waiting=1, batch=1)
     with running(model, settings) as address:
         client = client_of(address)
         request = {"model": "one", "messages": words("a"), "max_tokens": 500}
@@ -244,7 +244,7 @@ def test_a_client_that_goes_away_ends_its_row(model: ServedModel, endless: None,
 
 
 def test_an_answer_that_takes_too_long(model: ServedModel, endless: None) -> None:
-    with running(model, Settings(answer_seconds=1.5)) as address:
+    with running(model, ServerSettings(answer_seconds=1.5)) as address:
         client = client_of(address)
         assert refusal(client, max_tokens=1900) == (504, "timeout", None)
         with pytest.raises(openai.APIError) as late:
@@ -276,7 +276,7 @@ def test_nothing_more_is_decoded_for_a_client_that_has_gone_or_waited_too_long(
     monkeypatch.setattr(Reading, "picture", slow)
     monkeypatch.setattr(Server, "_prepared", counted)
     shown = shows(*[picture_part(RED)] * 3)
-    with running(model, Settings(answer_seconds=0.5 if is_there else 300)) as address:
+    with running(model, ServerSettings(answer_seconds=0.5 if is_there else 300)) as address:
         if is_there:
             assert refusal(client_of(address), messages=shown) == (504, "timeout", None)
         else:

@@ -24,12 +24,12 @@ from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
 from dora_vl.data.turns import Turn
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.open_model import ModelRequest, open_model
-from dora_vl.evaluation.predictor import Shown
+from dora_vl.evaluation.predictor import PromptMedia
 from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.engine import NOTHING, Engine
 from dora_vl.serving.model import ServedModel, open_served
-from dora_vl.serving.options import Settings
-from dora_vl.serving.scheduler import Event, Failed, Finished, Piece, SubmittedRequest
+from dora_vl.serving.options import ServerSettings
+from dora_vl.serving.scheduler import Event, Failed, Finished, SubmittedRequest, TextPiece
 from dora_vl.serving.server import Server, build_app
 
 RED, WIDE = Image.new("RGB", (21, 15), "red"), Image.new("RGB", (60, 17), (20, 40, 220))
@@ -98,13 +98,16 @@ def alone(base: Path, adapter: Path | None, *, template: str | None = None) -> A
     return opened
 
 
-def answer_alone(assistant: Assistant, turns: Sequence[Turn], seen: Shown = NOTHING, *, tokens: int = 8) -> str:
+def answer_alone(assistant: Assistant, turns: Sequence[Turn], seen: PromptMedia = NOTHING, *, tokens: int = 8) -> str:
     batch = assistant.prompts.collate([assistant.prompts.sample(turns, seen)], "left")
     return assistant.answers(batch, max_new_tokens=tokens)[0]
 
 
 def answers(
-    engine: Engine, questions: Sequence[tuple[str, list[Turn], Shown]], strengths: Sequence[float] = (), **sampling: Any
+    engine: Engine,
+    questions: Sequence[tuple[str, list[Turn], PromptMedia]],
+    strengths: Sequence[float] = (),
+    **sampling: Any,
 ) -> list[str]:
     settings = Sampling(**{"max_new_tokens": 8, **sampling})
     prepared = [
@@ -122,7 +125,7 @@ def answers(
 def last(events: queue.SimpleQueue[Event]) -> Finished | Failed:
     """The last event of a request, whose text is that of all its pieces."""
     pieces = ""
-    while isinstance(event := events.get(timeout=120), Piece):
+    while isinstance(event := events.get(timeout=120), TextPiece):
         pieces += event.text
     assert isinstance(event, Failed) or event.text == pieces
     return event
@@ -151,7 +154,7 @@ def picture_part(picture: Image.Image) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def running(model: ServedModel, settings: Settings | None = None, **named: Any) -> Iterator[str]:
+def running(model: ServedModel, settings: ServerSettings | None = None, **named: Any) -> Iterator[str]:
     with (
         Engine(model, settings) as engine,
         Server(engine, **named) as answering,

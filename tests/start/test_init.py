@@ -21,9 +21,9 @@ from dora_vl.data.check import FileCheck, MediaCheck
 from dora_vl.data.readers import read_row
 from dora_vl.errors import UserError
 from dora_vl.evaluation.questions import read_questions
-from dora_vl.run.reading import read_run_file
+from dora_vl.run.settings_parser import read_run_file
 from dora_vl.start import init
-from dora_vl.start.run_file import Base, Data, base_of, written
+from dora_vl.start.run_file import Base, Data, choose_base, run_file_text
 from tests.backbones.tiny_image_text import write_tiny
 from tests.data.video_files import write_clip
 from tests.start.people import picture, write_folder, write_table
@@ -200,7 +200,7 @@ def data_of(name: str) -> Data:
 
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_an_odd_name_is_read_as_it_is_written(name: str) -> None:
-    text = written(Base(name=name), data_of(name), output_dir=name, on_gpu=False, command=f"run {name}")
+    text = run_file_text(Base(name=name), data_of(name), output_dir=name, on_gpu=False, command=f"run {name}")
     for read in (yaml.safe_load, get_loader("yaml")):
         printed = read(text)
         assert printed["model"]["base"] == printed["data"]["image_folder"] == name
@@ -211,15 +211,15 @@ def test_an_odd_name_is_read_as_it_is_written(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "share"), [("a/SmolVLM", 0.1), ("google/paligemma2-3b", None)])
 def test_a_base_that_takes_words_alone_keeps_what_it_knows(name: str, share: float | None) -> None:
-    text = written(base_of(name), data_of("my"), output_dir="my", on_gpu=False, command="run")
+    text = run_file_text(choose_base(name), data_of("my"), output_dir="my", on_gpu=False, command="run")
     assert yaml.safe_load(text)["data"].get("replay") == share
 
 
 def test_a_size_is_in_a_hub_id_s_name_and_in_a_folder_s_headers(base: Path) -> None:
     sizes = {"Qwen/Qwen2.5-VL-7B-Instruct": 7e9, "HuggingFaceTB/SmolVLM-256M-Instruct": 256e6, "a/InternVL3-hf": 0}
-    assert {name: base_of(name).parameters for name in sizes} == sizes
+    assert {name: choose_base(name).parameters for name in sizes} == sizes
     weights = LlavaForConditionalGeneration.from_pretrained(base).parameters()
-    assert base_of(str(base)).parameters == sum(weight.numel() for weight in weights)
+    assert choose_base(str(base)).parameters == sum(weight.numel() for weight in weights)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from dora_vl import cli
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.pieces import Seq2SeqEncoder
 from dora_vl.errors import SettingError
-from dora_vl.run.reading import read_run
 from dora_vl.run.settings import RunConfig
+from dora_vl.run.settings_parser import read_run
 from dora_vl.training import train_command
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.pipeline import Pipeline

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from dora_vl.training.checkpoint import (
     OptimizerLayout,
-    Piece,
+    TensorPiece,
     layout_of,
     load_optimizer,
     load_random_states,
@@ -63,7 +63,9 @@ def whole_places(tensors: Trained, *, steps: int) -> OptimizerLayout:
 def flat_places(tensors: Trained) -> OptimizerLayout:
     """As ZeRO lays tensors out: the first two in one flat tensor, in another order and padded; the third alone."""
     flats = [torch.nn.Parameter(torch.zeros(20)), torch.nn.Parameter(torch.zeros(4))]
-    pieces = dict(zip(tensors, (Piece(0, 6, 0, 12), Piece(0, 0, 0, 5), Piece(1, 0, 0, 4)), strict=True))
+    pieces = dict(
+        zip(tensors, (TensorPiece(0, 6, 0, 12), TensorPiece(0, 0, 0, 5), TensorPiece(1, 0, 0, 4)), strict=True)
+    )
     return OptimizerLayout(optimizer_of(flats, 2), flats, tensors, pieces, CPU)
 
 

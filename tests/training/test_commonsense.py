@@ -15,8 +15,8 @@ from dora_vl.core import apply_dora
 from dora_vl.errors import SettingError, UserError
 from dora_vl.evaluation.results import read_results
 from dora_vl.evaluation.test import read_sets
-from dora_vl.run.reading import read_run
 from dora_vl.run.settings import EvaluationConfig, RunConfig
+from dora_vl.run.settings_parser import read_run
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import run as run_or_test
 from dora_vl.training.run import train

@@ -23,7 +23,7 @@ from dora_vl.core import adapted_layers
 from dora_vl.core.other_layers import ExpertsProjection
 from dora_vl.data.turns import Turn
 from dora_vl.evaluation.predictions import read_predictions
-from dora_vl.evaluation.predictor import Shown
+from dora_vl.evaluation.predictor import PromptMedia
 from dora_vl.serving.engine import Engine
 from dora_vl.training.run import run
 from tasks import image_qa, llava_instruct
@@ -141,7 +141,10 @@ def test_where_sdpa_cannot_be_it_trains_answers_and_is_served_without_an_option(
     )
     adapter, picture = tmp_path / "run" / "adapter", tmp_path / "data" / "0-0.png"
     assert json_of(adapter / "recipe.json")["attn_implementation"] == attention
-    turns, shown = [Turn("user", "<image>\nSay the colour.")], Shown(pictures=(Image.open(picture).convert("RGB"),))
+    turns, shown = (
+        [Turn("user", "<image>\nSay the colour.")],
+        PromptMedia(pictures=(Image.open(picture).convert("RGB"),)),
+    )
     opened = [alone(base, adapter), alone(base, None)]
     assert [attention_of(assistant.backbone.model) for assistant in opened] == [attention, attention]
     expected = answer_alone(opened[0], turns, shown, tokens=8)

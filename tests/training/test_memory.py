@@ -24,12 +24,12 @@ from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.core.fast import cpu_step
 from dora_vl.errors import SettingError, UserError
 from dora_vl.run.folder import read_log
-from dora_vl.run.reading import read_run_file
+from dora_vl.run.settings_parser import read_run_file
 from dora_vl.training import estimate, largest_batch
 from dora_vl.training.estimate import SHAPES, PlannedRun, Samples, Traffic, plan_run, traffic_of
-from dora_vl.training.largest_batch import take_and_undo
+from dora_vl.training.largest_batch import try_step
 from dora_vl.training.losses import NextTokenLoss
-from dora_vl.training.memory import Engine, activations_of, engine_of, held_by
+from dora_vl.training.memory import ShardingLayout, activations_of, engine_of, held_by
 from dora_vl.training.run import train
 from tests.backbones.tiny_image_text import write_tiny
 from tests.training.launched import launch
@@ -193,7 +193,7 @@ def test_published_shapes_open_as_what_they_are(tmp_path: Path) -> None:
 
 def test_traffic_by_hand() -> None:
     def sent(stage: int | None, ranks: int = 4) -> Traffic:
-        return traffic_of(Engine(stage, ranks), trained=400, split=10_000, stay_whole=1_000, micro_batches=3)
+        return traffic_of(ShardingLayout(stage, ranks), trained=400, split=10_000, stay_whole=1_000, micro_batches=3)
 
     assert sent(None) == sent(0) == Traffic(600, 0, 0)  # 2 x 3/4 x 400, once a step
     assert sent(1) == Traffic(300, 300, 0)
@@ -252,9 +252,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def noted(trainer: Any, batch: Any) -> None:
         tried.append(batch)
-        take_and_undo(trainer, batch)
+        try_step(trainer, batch)
 
-    monkeypatch.setattr(largest_batch, "take_and_undo", noted)
+    monkeypatch.setattr(largest_batch, "try_step", noted)
     return tried
 
 

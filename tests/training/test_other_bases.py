@@ -21,8 +21,8 @@ from dora_vl.errors import UserError
 from dora_vl.evaluation.ask_command import open_picture
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.open_model import ModelRequest, find_source, open_model, prompts_of
-from dora_vl.evaluation.predictor import Shown
-from dora_vl.run.reading import read_run_file
+from dora_vl.evaluation.predictor import PromptMedia
+from dora_vl.run.settings_parser import read_run_file
 from tasks import llava_instruct
 from tests.backbones.test_chat_templates import CHAT
 from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
@@ -83,7 +83,7 @@ def test_three_steps_are_trained_saved_and_opened_again(videos: Path, monkeypatc
     answers: list[torch.Tensor] = []
     for assistant in (opened.adapted, opened.base):
         assert isinstance(assistant, Assistant)
-        sample = assistant.prompts.sample([Turn("user", "<video>\nSay the colour.")], Shown(videos=(video,)))
+        sample = assistant.prompts.sample([Turn("user", "<video>\nSay the colour.")], PromptMedia(videos=(video,)))
         with torch.no_grad():
             answers.append(assistant.backbone.model(input_ids=sample.input_ids[None], **sample.inputs).logits)
     assert (answers[0] - answers[1]).abs().max() > 1e-4
@@ -241,7 +241,7 @@ def adapter_of(root: Path, kind: str) -> Path:
 
 
 def logits_of(assistant: Assistant, picture: Path) -> torch.Tensor:
-    sample = assistant.prompts.sample(TURNS, Shown(pictures=(open_picture(picture),)))
+    sample = assistant.prompts.sample(TURNS, PromptMedia(pictures=(open_picture(picture),)))
     with torch.no_grad():
         return assistant.backbone.model(input_ids=sample.input_ids[None], **sample.inputs).logits
 

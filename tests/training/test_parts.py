@@ -20,8 +20,8 @@ from dora_vl.core import DoRAConfig, apply_dora, trained_parts
 from dora_vl.core.config import AdaptedPart
 from dora_vl.core.trainable import adapted_layers
 from dora_vl.errors import SettingError, UserError
-from dora_vl.run.reading import read_run_file
 from dora_vl.run.settings import Decayed, OptimConfig, RunConfig
+from dora_vl.run.settings_parser import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.parts import LearningRates, adapt, parameter_groups, rates_of, trained_table, with_decay
 from tests.backbones.tiny_vlbart import tiny

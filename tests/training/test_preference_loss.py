@@ -337,7 +337,7 @@ def test_loss_and_gradient_are_the_equation(name, packing, encoder, backbone, tm
     disturb(backbone.model)
     rollouts = rollouts_of(encoder, backbone, tmp_path, loss=REWARD_LOSSES[name], packing=packing, keeps_all=True)
     batches = [rollouts.collate(several) for several in (items(encoder)[:1], items(encoder)[1:])]
-    answered, divisor, numbers = rollouts.answered(batches, step=4)
+    answered, divisor, numbers = rollouts.draw_batches(batches, step=4)
     module = RewardLoss(backbone, kl=0.3, reference=reference)
     outputs, trained = [], [weight for weight in backbone.model.parameters() if weight.requires_grad]
     gradients = [torch.zeros_like(weight) for weight in trained]
@@ -380,7 +380,7 @@ def test_loss_and_gradient_are_the_equation(name, packing, encoder, backbone, tm
 
 def test_prompts_are_those_that_inference_asks(encoder: Encoder, backbone: DecoderBackbone, tmp_path: Path) -> None:
     rollouts = rollouts_of(encoder, backbone, tmp_path)
-    (batch,), _, _ = rollouts.answered([rollouts.collate(items(encoder))], step=0)
+    (batch,), _, _ = rollouts.draw_batches([rollouts.collate(items(encoder))], step=0)
     for item, example in zip(batch["made_of"], EXAMPLES, strict=True):
         prompt = encoder.encode_prompt(example.turns[:1], [PICTURES[name] for name in example.images])
         for row in item.rows():
@@ -390,12 +390,12 @@ def test_prompts_are_those_that_inference_asks(encoder: Encoder, backbone: Decod
 
 
 def test_no_picture_s_token_is_drawn(encoder: Encoder, backbone: DecoderBackbone, tmp_path: Path) -> None:
-    (batch,), _, _ = rollouts_of(encoder, backbone, tmp_path).answered([collated(encoder)], step=1)
+    (batch,), _, _ = rollouts_of(encoder, backbone, tmp_path).draw_batches([collated(encoder)], step=1)
     drawn = {
         token for item in batch["made_of"] for row in item.rows() for token in row.labels[row.labels >= 0].tolist()
     }
     rollouts = rollouts_of(encoder, backbone, tmp_path, never=drawn)
-    (batch,), _, _ = rollouts.answered([collated(encoder)], step=1)
+    (batch,), _, _ = rollouts.draw_batches([collated(encoder)], step=1)
     others = {token for item in batch["made_of"] for row in item.rows() for token in row.labels.tolist()} - {-100}
     assert others
     assert not others & drawn
@@ -405,10 +405,10 @@ def test_draws_depend_on_seed_and_step_alone(encoder: Encoder, backbone: Decoder
     rollouts = rollouts_of(encoder, backbone, tmp_path)
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    ids = [rollouts.answered([rollouts.collate(items(encoder))], step=step)[0][0]["input_ids"] for step in (2, 3)]
+    ids = [rollouts.draw_batches([rollouts.collate(items(encoder))], step=step)[0][0]["input_ids"] for step in (2, 3)]
     assert torch.equal(torch.get_rng_state(), state)  # dropout goes on as if nothing was drawn
     torch.manual_seed(9)
-    again = rollouts.answered([rollouts.collate(items(encoder))], step=2)[0][0]["input_ids"]
+    again = rollouts.draw_batches([rollouts.collate(items(encoder))], step=2)[0][0]["input_ids"]
     assert torch.equal(again, ids[0])
     assert ids[1].shape != again.shape or not torch.equal(ids[1], again)
     assert [line["step"] for line in read_log(tmp_path / DRAWN)] == [3, 4, 3]
@@ -421,7 +421,7 @@ def test_draws_follow_the_model_s_probabilities(encoder: Encoder, backbone: Deco
     rollouts = rollouts_of(encoder, backbone, tmp_path)
     counts, steps, numbers = torch.zeros(len(encoder.tokenizer)), 30, dict[str, torch.Tensor]()
     for step in range(steps):
-        (batch,), _, numbers = rollouts.answered([rollouts.collate([sample])], step=step)
+        (batch,), _, numbers = rollouts.draw_batches([rollouts.collate([sample])], step=step)
         for row in batch["made_of"][0].rows():
             counts[row.labels[row.labels >= 0][0]] += 1
     start = int((sample.labels >= 0).int().argmax())

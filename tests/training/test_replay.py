@@ -125,7 +125,7 @@ def with_chats(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     """Settings of runs with replay, whose base has chats instead of writing them."""
 
     chats = write_chats(tmp_path / "chats.jsonl")
-    monkeypatch.setattr(replay, "file_of_chats", lambda *_: chats)
+    monkeypatch.setattr(replay, "chats_path", lambda *_: chats)
     return make_run
 
 

@@ -17,8 +17,8 @@ import torch
 from dora_vl.adapters.folder import load_adapter
 from dora_vl.backbones.model import open_backbone
 from dora_vl.errors import UserError
-from dora_vl.run.folder import add_metrics, finished_already
-from dora_vl.run.reading import read_run_file
+from dora_vl.run.folder import add_metrics, is_finished_run
+from dora_vl.run.settings_parser import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.faults import StepFaults
 from tasks import llava_instruct
@@ -180,10 +180,10 @@ def test_if_stopped_resumes_what_was_stopped_and_refuses_other_settings(run_file
         trained(run_file, *settings, "--training.learning_rate=1e-4")
     assert logged_losses(trained(run_file, *settings)) == whole
     assert (folder / "checkpoint-3" / "mark").is_file()  # resumed from it, or it would be another one
-    assert finished_already(read_run_file(run_file, *settings))
+    assert is_finished_run(read_run_file(run_file, *settings))
     trained(run_file, *settings, *saving(1, 9), "--resume=last")
     add_metrics(folder / "metrics.json", {"train_steps": 6})  # as if it had been stopped before its end
-    assert not finished_already(read_run_file(run_file, *settings, "--training.max_steps=9"))
+    assert not is_finished_run(read_run_file(run_file, *settings, "--training.max_steps=9"))
 
 
 def test_a_finished_run_stays_as_it_is_to_the_byte(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from dora_vl.cli import main
-from dora_vl.report.batch import BatchRow, BatchView, Piece, terminal_lines
-from dora_vl.run.reading import read_run, read_run_file
+from dora_vl.report.batch import BatchRow, BatchView, TokenPiece, terminal_lines
+from dora_vl.run.settings_parser import read_run, read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.progress import BatchStatistics
 from dora_vl.training.run import train
@@ -117,7 +117,7 @@ def test_the_command_writes_nothing_and_prints_signs(run_file, tmp_path, capsys)
 def test_signs_colours_and_foreign_text() -> None:
     hostile = "<script>alert(1)</script>\x1b[31m\n"
     words = (("a", "context"), (" b", "trained"), (hostile, "trained"))
-    pieces = (*(Piece(text, kind) for text, kind in words), Piece("padding", "padding", 3))
+    pieces = (*(TokenPiece(text, kind) for text, kind in words), TokenPiece("padding", "padding", 3))
     view = BatchView(rows=(BatchRow(title="<b>row</b>", lines=(pieces,)),), facts=(("samples", "1"),))
     plain = list(terminal_lines(view, colours=False))
     assert plain[-1] == "  a[ b<script>alert(1)</script>␛[31m⏎]{padding × 3}"

@@ -26,7 +26,7 @@ from dora_vl.cli import main
 from dora_vl.core import TrainedPart
 from dora_vl.errors import SettingError, UserError
 from dora_vl.run.folder import read_log
-from dora_vl.run.reading import read_run_file
+from dora_vl.run.settings_parser import read_run_file
 from dora_vl.training.callbacks import StopOnSignal
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.faults import check_base_weights, check_trained_weights

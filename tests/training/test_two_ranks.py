@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dora_vl.evaluation.predictions import read_predictions
-from dora_vl.run.watched import read_watched
+from dora_vl.run.watched_questions import read_watched
 from tests.training.launched import launch
 from tests.training.tiny_run import (
     MakeRun,
@@ -157,7 +157,7 @@ PROGRAM = """
 import json, sys
 import torch
 from dora_vl.training import run as run_module
-from dora_vl.run.reading import read_run_file
+from dora_vl.run.settings_parser import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 
 seen = {}

@@ -100,8 +100,8 @@ def test_it_draws_by_the_adapter_of_each_step(base: Path, tmp_path: Path, monkey
         assert [len(line["answers"]) for line in read_log(folder / DRAWN)] == [4] * 4
         assert all(0 < line["answers/tokens"] <= 6 for line in logged(folder))
 
-        send = VllmAnswers.take_weights
-        monkeypatch.setattr(VllmAnswers, "take_weights", lambda self: self.names or send(self))
+        send = VllmAnswers.update_weights
+        monkeypatch.setattr(VllmAnswers, "update_weights", lambda self: self.names or send(self))
         stale = [line["log_probs/gap"] for line in logged(trained(made, name="stale"))]
         assert stale[0] < 1e-4
         assert stale[-1] > 0.05  # what a server that missed the steps would show

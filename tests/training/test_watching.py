@@ -18,10 +18,10 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from dora_vl.errors import UserError
 from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
 from dora_vl.evaluation.open_model import with_adapter
-from dora_vl.evaluation.predictor import Shown
+from dora_vl.evaluation.predictor import PromptMedia
 from dora_vl.evaluation.questions import read_questions
-from dora_vl.run.reading import read_run_file
-from dora_vl.run.watched import read_watched
+from dora_vl.run.settings_parser import read_run_file
+from dora_vl.run.watched_questions import read_watched
 from dora_vl.training.callbacks import RunProgress, read_log
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from tests.training.launched import launch
@@ -71,7 +71,10 @@ def test_the_last_answers_are_those_of_the_saved_adapter_and_no_loss_changes(run
     for entry in watched.questions:
         question = by_id[entry.id]
         picture = Image.open(Path(config.data.image_folder) / question.images[0]).convert("RGB")
-        assert assistant.answer(question, Shown(pictures=(picture,)), max_new_tokens=3) == watched.answers[6][entry.id]
+        assert (
+            assistant.answer(question, PromptMedia(pictures=(picture,)), max_new_tokens=3)
+            == watched.answers[6][entry.id]
+        )
         assert (entry.truth, entry.question) == (question.answers[0].text, question.question)
         with Image.open(folder / "watched" / entry.picture) as kept:
             assert kept.tobytes() == picture.tobytes()

@@ -23,7 +23,7 @@ from dora_vl.backbones.towers import Preparation, image_processor
 from dora_vl.cli import main
 from dora_vl.errors import SettingError, UserError
 from dora_vl.run.folder import read_log
-from dora_vl.run.reading import read_run_file
+from dora_vl.run.settings_parser import read_run_file
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.pipeline import Pipeline
 from dora_vl.training.run import run, train

@@ -109,7 +109,7 @@ def write_vlbart_run(path: Path, data: Path, tasks: tuple[str, ...], /, **change
 
 def vlbart_run(run_file: Path, *overrides: str) -> VlBartPipeline:
     """The run of these settings in this process."""
-    from dora_vl.run.reading import read_run
+    from dora_vl.run.settings_parser import read_run
     from dora_vl.training.vlbart_pipeline import VlBartPipeline
 
     config = read_run([f"--config={run_file}", "--training.use_cpu=true", *overrides])

@@ -6,7 +6,7 @@
 //                  short loops: products through torch cost more in their calls than in their arithmetic.
 //     gains        g = m / n, 1 where n is 0, and 1 / n
 //     gradients    dz = g dy, and the sums of dy (f - b) and dy over rows, in one pass; dh = s dz B
-//     of_factors   dA = dh^T x, dB = g dy^T h, dm = (B.dy^T h + sum of dy (f - b)) / n
+//     factor_gradients   dA = dh^T x, dB = g dy^T h, dm = (B.dy^T h + sum of dy (f - b)) / n
 //
 // Sums are float32. Built by cpu_step.py; held to functional.py by tests.
 
@@ -245,7 +245,7 @@ std::tuple<Tensor, Tensor> gains(const Tensor& magnitude, const Tensor& norms) {
 }
 
 // `sums` are those of dy (f - b); B's gradient is taken as [rank, out] where the rank is small, twice as fast.
-std::tuple<Tensor, Tensor, Tensor> of_factors(const Tensor& given_dy, const Tensor& x, const Tensor& hidden,
+std::tuple<Tensor, Tensor, Tensor> factor_gradients(const Tensor& given_dy, const Tensor& x, const Tensor& hidden,
                                               const Tensor& dh, const Tensor& lora_B, const Tensor& sums,
                                               const Tensor& full, const Tensor& per_norm) {
   const Tensor dy = given_dy.contiguous(), dA = at::mm(dh.t(), x), B = lora_B.detach().to(at::kFloat).contiguous();
@@ -280,6 +280,6 @@ TORCH_LIBRARY(dora_vl_cpu, m) {
   m.def("output", output);
   m.def("gains", gains);
   m.def("gradients", gradients);
-  m.def("of_factors", of_factors);
+  m.def("factor_gradients", factor_gradients);
   m.def("norms", norms);
 }

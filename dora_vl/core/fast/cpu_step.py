@@ -38,7 +38,7 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-m
 """fast-math is off: a NaN stays one. Without traps and errno, loops with a comparison or a root are vectorised."""
 
 
-def runs(dtype: torch.dtype, numbers: int) -> bool:
+def is_usable(dtype: torch.dtype, numbers: int) -> bool:
     """Tells whether a pass over an output or a weight of this size runs compiled."""
     return dtype in DTYPES and numbers >= SMALLEST and compiled_operations() is not None
 
@@ -57,12 +57,12 @@ def gradients(
     return torch.ops.dora_vl_cpu.gradients(dy, product, b, bias, gain.full, scale)
 
 
-def of_factors(
+def factor_gradients(
     dy: Tensor, x: Tensor, hidden: Tensor, dh: Tensor, lora_B: Tensor, sums: Tensor, gain: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes `functional.of_factors`, compiled."""
+    """Computes `functional.factor_gradients`, compiled."""
     operands = (dy, x, hidden, dh, lora_B, sums, gain.full, gain.per_norm)
-    dA, dB, dm = torch.ops.dora_vl_cpu.of_factors(*operands)
+    dA, dB, dm = torch.ops.dora_vl_cpu.factor_gradients(*operands)
     return dA.to(lora_B.dtype), dB.to(lora_B.dtype), dm
 
 

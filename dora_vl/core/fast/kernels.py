@@ -33,7 +33,7 @@ def kernels_for(tensor: Tensor, numbers: int) -> ModuleType | None:
     """
     if _left_out:
         return None
-    if tensor.device.type == "cpu" and cpu_step.runs(tensor.dtype, numbers):
+    if tensor.device.type == "cpu" and cpu_step.is_usable(tensor.dtype, numbers):
         return cpu_step
     return triton_kernels(tensor)
 

@@ -28,7 +28,7 @@ from triton import Config
 from triton.testing import do_bench
 
 from dora_vl.core.functional import CANCELLATION, NORM_RANGE, Gain, scaled_product
-from dora_vl.core.functional import of_factors as of_factors
+from dora_vl.core.functional import factor_gradients as factor_gradients
 
 SWITCH = "DORA_VL_TRITON_TILES"
 """Where the environment sets it to `fixed`, one configuration serves all: sums have one order, and nothing is timed.

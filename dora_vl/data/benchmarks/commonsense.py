@@ -11,7 +11,7 @@ from pathlib import Path
 from dora_vl.data.benchmarks.fields import Raw, Row, Split
 from dora_vl.data.example import Answer, Example
 from dora_vl.data.text_file import stream_records, text_lines
-from dora_vl.errors import UserError, shown, shown_text
+from dora_vl.errors import UserError, short_repr, short_text
 
 SIZES = {
     "boolq": (9_427, 3_270),
@@ -67,11 +67,13 @@ def commonsense_row(raw: Raw, *, task: str, split: str) -> Example:
     """Returns one question."""
     row = Row(raw)
     row.id = f"{task}-{split}-{row.integer('row')}"
-    instruction, answer, output = (row.filled(column) for column in ("instruction", "answer", "output"))
+    instruction, answer, output = (row.non_empty(column) for column in ("instruction", "answer", "output"))
     labels = labels_of(instruction)
     if labels and answer not in labels:
-        raise row.bad(f"its answer is {shown(answer)}, but its format allows {shown_text('/'.join(labels), 100)}")
-    added = row.maybe(row.text, "input")
+        raise row.error(
+            f"its answer is {short_repr(answer)}, but its format allows {short_text('/'.join(labels), 100)}"
+        )
+    added = row.optional(row.text, "input")
     extra: dict[str, object] = {"task": task, "output": output, "labels": list(labels)}
     extra |= {"correct": labels.index(answer)} if labels else {}
     return Example(
@@ -181,15 +183,15 @@ def cloze_row(raw: Raw, *, task: str, split: str) -> Example:
     row.id = f"{task}-{split}-{row.integer('row')}"
     read = next((read for column, read in FORMS.items() if column in raw), None)
     if read is None:
-        raise row.bad(f"none of the columns {', '.join(FORMS)}, by which a form is known; it has {', '.join(raw)}")
+        raise row.error(f"none of the columns {', '.join(FORMS)}, by which a form is known; it has {', '.join(raw)}")
     question, endings, correct = read(row, task)
     if not 0 <= correct < len(endings):
-        raise row.bad(f"its right answer is number {correct + 1} of {len(endings)}")
+        raise row.error(f"its right answer is number {correct + 1} of {len(endings)}")
     contexts = (_context(task, question),) * len(endings)
     if task == "winogrande":
         before, _, after = question.partition(BLANK)
         if not after.strip():
-            raise row.bad("its sentence has no blank (_) with words behind it")
+            raise row.error("its sentence has no blank (_) with words behind it")
         contexts, endings = tuple(before + option for option in endings), (after.strip(),) * len(endings)
     extra = {"task": task, "correct": correct, "contexts": list(contexts), "endings": list(endings)}
     answers = (Answer(text=endings[correct]),)
@@ -210,7 +212,7 @@ Read = tuple[str, tuple[str, ...], int]
 
 def _hellaswag(row: Row, task: str) -> Read:
     context = f"{row.text('ctx_a')} {row.text('ctx_b').capitalize()}"
-    question = _clean(f"{row.filled('activity_label')}: {context}")
+    question = _clean(f"{row.non_empty('activity_label')}: {context}")
     return question, tuple(map(_clean, row.texts("endings"))), row.integer("label")
 
 
@@ -221,20 +223,20 @@ def _clean(text: str) -> str:
 
 def _boolq(row: Row, task: str) -> Read:
     answer = row.value("label" if row.get("label") is not None else "answer", "true or false", bool, int)
-    return f"{row.filled('passage')}\nQuestion: {row.filled('question')}?", ("no", "yes"), int(answer)
+    return f"{row.non_empty('passage')}\nQuestion: {row.non_empty('question')}?", ("no", "yes"), int(answer)
 
 
 def _winogrande(row: Row, task: str) -> Read:
-    return row.filled("sentence"), (row.filled("option1"), row.filled("option2")), row.integer("answer") - 1
+    return row.non_empty("sentence"), (row.non_empty("option1"), row.non_empty("option2")), row.integer("answer") - 1
 
 
 def _piqa(row: Row, task: str) -> Read:
-    return row.filled("goal"), (row.filled("sol1"), row.filled("sol2")), row.integer("label")
+    return row.non_empty("goal"), (row.non_empty("sol1"), row.non_empty("sol2")), row.integer("label")
 
 
 def _social(row: Row, task: str) -> Read:
-    answers = tuple(row.filled(f"answer{letter}") for letter in "ABC")
-    return f"{row.filled('context')} {row.filled('question')}", answers, row.integer("label") - 1
+    answers = tuple(row.non_empty(f"answer{letter}") for letter in "ABC")
+    return f"{row.non_empty('context')} {row.non_empty('question')}", answers, row.integer("label") - 1
 
 
 def _lettered(row: Row, task: str) -> Read:
@@ -245,27 +247,29 @@ def _lettered(row: Row, task: str) -> Read:
         columns = Row(options, sample_id=row.id)
         letters, texts = columns.texts("label"), columns.texts("text")
     else:
-        letters, texts = ([option.filled(name) for option in inner.rows("choices")] for name in ("label", "text"))
-    question = next(inner.filled(name) for name in ("stem", "question_stem", "question") if inner.get(name) is not None)
+        letters, texts = ([option.non_empty(name) for option in inner.rows("choices")] for name in ("label", "text"))
+    question = next(
+        inner.non_empty(name) for name in ("stem", "question_stem", "question") if inner.get(name) is not None
+    )
     return question, tuple(texts), letters.index(row.one_of("answerKey", letters))
 
 
 def _instruction(row: Row, task: str) -> Read:
-    instruction = row.filled("instruction")
+    instruction = row.non_empty("instruction")
     labels = labels_of(instruction)
     options = options_of(instruction, labels)
     if not options:
-        raise row.bad("its instruction names no options")
+        raise row.error("its instruction names no options")
     question = re.sub(r"^Please[^:]*:\s*", "", instruction.partition(f"{labels[0].capitalize()}:")[0]).strip()
     return question, options, labels.index(row.one_of("answer", labels))
 
 
 def _foundry(row: Row, task: str) -> Read:
-    query, choices, gold = row.filled("query"), tuple(row.texts("choices")), row.integer("gold")
+    query, choices, gold = row.non_empty("query"), tuple(row.texts("choices")), row.integer("gold")
     if task == "social_i_qa":
         match = re.fullmatch(r"Context: (.*)\nQuestion: (.*)\nChoices:\n(.*)\nAnswer:", query, re.DOTALL)
         if match is None:
-            raise row.bad("its query is not Context, Question, Choices and Answer, a line each")
+            raise row.error("its query is not Context, Question, Choices and Answer, a line each")
         choices = tuple(re.sub(r"^[A-Z]\. ", "", line) for line in match[3].split("\n"))
         return f"{match[1]} {match[2]}", choices, gold
     if task == "boolq":
@@ -280,7 +284,7 @@ def _foundry_blank(row: Row, task: str) -> Read:
         same += 1
     same = contexts[0].rfind(" ", 0, same) + 1
     return (
-        f"{contexts[0][:same]}{BLANK} {row.filled('continuation')}",
+        f"{contexts[0][:same]}{BLANK} {row.non_empty('continuation')}",
         tuple(text[same:] for text in contexts),
         row.integer("gold"),
     )

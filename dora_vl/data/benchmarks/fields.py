@@ -17,7 +17,7 @@ from typing import Literal, TypeVar
 
 from dora_vl.data.example import JSON, Answer, Example
 from dora_vl.data.text_file import stream_members
-from dora_vl.errors import BadSample, UserError, shown, shown_names
+from dora_vl.errors import BadSample, UserError, short_names, short_repr
 
 Raw = Mapping[str, JSON]
 """Holds a row as the publisher's file has it."""
@@ -25,7 +25,7 @@ Converted = Example | Iterable[Example] | Mapping[str, JSON]
 """A row becomes one example, several, or a record of LLaVA's JSON."""
 Value = TypeVar("Value")
 
-WANTED = "the publisher's"
+FILE_OWNER = "the publisher's"
 """Errors of `text_file` call these files by this text."""
 UNKNOWN_ID = "(no id)"
 LONGEST_ID = 500
@@ -70,7 +70,7 @@ class Row:
         if id_column:
             self.id = self.identifier(id_column)
 
-    def bad(self, reason: str) -> BadSample:
+    def error(self, reason: str) -> BadSample:
         """Returns the error to raise for this row."""
         return BadSample(self.id, reason)
 
@@ -82,19 +82,19 @@ class Row:
         """Returns the value, which must be of one of these types; `kind` is what the message calls them."""
         value = self.raw.get(column)
         if value is None:
-            raise self.bad(f"no column {shown(column)}; the row has {shown_names(self.raw)}")
+            raise self.error(f"no column {short_repr(column)}; the row has {short_names(self.raw)}")
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             raise self._wrong(column, kind, value)
         return value
 
     def _wrong(self, column: str, kind: str, value: JSON) -> BadSample:
-        return self.bad(f"column {shown(column)} must hold {kind}, got {shown(value)}")
+        return self.error(f"column {short_repr(column)} must hold {kind}, got {short_repr(value)}")
 
-    def maybe(self, take: Callable[[str], Value], column: str) -> Value | None:
+    def optional(self, take: Callable[[str], Value], column: str) -> Value | None:
         """Returns what `take` gives for a column that is there; None where it is absent or null."""
         return None if self.get(column) is None else take(column)
 
-    def kept(self, *columns: str, take: Callable[[str], object] | None = None) -> dict[str, object]:
+    def extra_columns(self, *columns: str, take: Callable[[str], object] | None = None) -> dict[str, object]:
         """Returns the columns that are there, for `Example.extra`; text and numbers unless `take` says otherwise."""
         return {column: (take or self.scalar)(column) for column in columns if self.get(column) is not None}
 
@@ -102,16 +102,16 @@ class Row:
         """Returns text, possibly empty."""
         return self.value(column, "text", str)
 
-    def filled(self, column: str) -> str:
+    def non_empty(self, column: str) -> str:
         """Returns text that is more than white space."""
         if not (value := self.text(column)).strip():
-            raise self.bad(f"column {shown(column)} is empty")
+            raise self.error(f"column {short_repr(column)} is empty")
         return value
 
     def one_of(self, column: str, allowed: Sequence[str]) -> str:
         """Returns one of the few texts that are allowed."""
-        if (value := self.filled(column)) not in allowed:
-            raise self.bad(f"its {column} is {shown(value)}, which is not one of {', '.join(allowed)}")
+        if (value := self.non_empty(column)) not in allowed:
+            raise self.error(f"its {column} is {short_repr(value)}, which is not one of {', '.join(allowed)}")
         return value
 
     def identifier(self, column: str) -> str:
@@ -121,7 +121,7 @@ class Row:
         if not name:
             raise self._wrong(column, "an id", value)
         if len(name) > LONGEST_ID:
-            raise self.bad(f"column {shown(column)} holds an id of {len(name):,} characters: {shown(name)}")
+            raise self.error(f"column {short_repr(column)} holds an id of {len(name):,} characters: {short_repr(name)}")
         return name
 
     def integer(self, column: str) -> int:
@@ -133,7 +133,7 @@ class Row:
 
     def _whole(self, column: str, value: int) -> int:
         if not -(2**63) <= value < 2**63:
-            raise self.bad(f"column {shown(column)} holds a number of more than 64 bits")
+            raise self.error(f"column {short_repr(column)} holds a number of more than 64 bits")
         return value
 
     def number(self, column: str, value: JSON) -> float:
@@ -149,10 +149,10 @@ class Row:
     def span(self, column: str, value: JSON) -> tuple[float, float]:
         """Returns start and end in seconds: two numbers, the second not before the first."""
         if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
-            raise self.bad(f"{shown(column)} must hold start and end, got {shown(value)}")
+            raise self.error(f"{short_repr(column)} must hold start and end, got {short_repr(value)}")
         start, end = (self.number(column, part) for part in value)
         if end < start:
-            raise self.bad(f"its span {shown(value)} ends before it begins")
+            raise self.error(f"its span {short_repr(value)} ends before it begins")
         return start, end
 
     def scalar(self, column: str) -> str | int | float | bool:
@@ -183,19 +183,19 @@ class Row:
     def choice(self, column: str, choices: Sequence[object]) -> int:
         """Returns the number of the right choice, which must be one of them."""
         if not 0 <= (value := self.integer(column)) < len(choices):
-            raise self.bad(f"{shown(column)} is {value}, but there are {len(choices)} choices")
+            raise self.error(f"{short_repr(column)} is {value}, but there are {len(choices)} choices")
         return value
 
-    def people(self) -> list[str]:
+    def answers_of_people(self) -> list[str]:
         """Returns what each person answered, from a list of {"answer": text}; empty answers count for the metrics."""
-        return self.ten([entry.text("answer") for entry in self.rows("answers")])
+        return self.check_ten([entry.text("answer") for entry in self.rows("answers")])
 
-    def ten(self, answers: list[str]) -> list[str]:
+    def check_ten(self, answers: list[str]) -> list[str]:
         """Returns the answers, if they are as many as the metric needs and one holds text."""
         if len(answers) != PEOPLE:
-            raise self.bad(f"{len(answers)} people answered; the metric needs {PEOPLE}")
+            raise self.error(f"{len(answers)} people answered; the metric needs {PEOPLE}")
         if not any(answer.strip() for answer in answers):
-            raise self.bad(f"none of its {len(answers)} answers holds text")
+            raise self.error(f"none of its {len(answers)} answers holds text")
         return answers
 
 
@@ -208,7 +208,7 @@ def soft_answers(answers: Sequence[str]) -> tuple[Answer, ...]:
     return tuple(Answer(text=text, weight=min(1.0, round(0.3 * n, 1))) for text, n in counted.most_common())
 
 
-def key(raw: Raw, column: str) -> str:
+def join_key(raw: Raw, column: str) -> str:
     """Returns the id that a row is joined by; "" where it has none, which is for its conversion to say."""
     try:
         return Row(raw).identifier(column)
@@ -216,7 +216,7 @@ def key(raw: Raw, column: str) -> str:
         return ""
 
 
-def present(folder: Path, names: Iterable[str], *, inside: Sequence[str] = ()) -> dict[str, Path]:
+def existing_files(folder: Path, names: Iterable[str], *, inside: Sequence[str] = ()) -> dict[str, Path]:
     """Returns those of the files that `folder` has, or else the first folder `inside` it that has any."""
     names = list(names)
     for candidate in (*(folder / part for part in inside), folder):
@@ -240,7 +240,7 @@ def member_rows(paths: Sequence[Path], id_column: str) -> Iterator[Raw]:
 
 
 @contextmanager
-def refusing(where: str | Path) -> Iterator[None]:
+def refuse_file(where: str | Path) -> Iterator[None]:
     """Refuses the whole file for a value that cannot be used: it belongs to no row that could be dropped."""
     try:
         yield
@@ -257,10 +257,10 @@ def by_id(file: Path, rows: Iterable[Raw], id_column: str, *columns: str) -> dic
     """Returns columns of `file` by the rows' ids, to be joined to another file's rows; conversion checks the values."""
     rows_by_id: dict[str, Raw] = {}
     for where, row in numbered(file, rows):
-        with refusing(where):
+        with refuse_file(where):
             name = Row(row).identifier(id_column)
         values = {column: row.get(column) for column in columns}
         if rows_by_id.setdefault(name, values) != values:
             other = f"stands in an earlier row with another {' or '.join(columns)}"
-            raise UserError(f"{where}: {id_column} {shown(name)} {other}; fetch the file again")
+            raise UserError(f"{where}: {id_column} {short_repr(name)} {other}; fetch the file again")
     return rows_by_id

@@ -10,21 +10,21 @@ from functools import partial
 from pathlib import Path
 
 from dora_vl.data.benchmarks.fields import (
-    WANTED,
+    FILE_OWNER,
     Raw,
     Row,
     Split,
     by_id,
+    existing_files,
     files_in,
-    key,
+    join_key,
     member_rows,
     numbered,
-    present,
     soft_answers,
 )
 from dora_vl.data.example import Answer, Example
 from dora_vl.data.text_file import json_object, stream_records
-from dora_vl.errors import BadSample, UserError, shown, shown_text
+from dora_vl.errors import BadSample, UserError, short_repr, short_text
 
 KARPATHY = "dataset_coco.json"
 """Karpathy's split of COCO's 2014 pictures is in `caption_datasets.zip` (cs.stanford.edu/people/karpathy)."""
@@ -42,7 +42,7 @@ def coco_caption(folder: Path, options: Mapping[str, str], records: Path) -> Ite
     is inside stays; the metrics' tokenizer gets a space for a line break. VL-BART trains on one item a caption: expand
     `answers`, do not sample, to have its number of steps.
     """
-    file = present(folder, [KARPATHY])[KARPATHY]
+    file = existing_files(folder, [KARPATHY])[KARPATHY]
     for name, size in {"train": 113_287, "validation": 5_000, "test": 5_000}.items():
         yield Split("coco_caption", name, (file,), partial(_karpathy_rows, file, name), coco_caption_row, size)
 
@@ -59,10 +59,10 @@ def coco_caption_row(raw: Raw) -> Example:
     row = Row(raw, "cocoid")
     captions = [sentence.text("raw").strip() for sentence in row.rows("sentences")]
     if not any(captions):
-        raise row.bad("it has no caption")
+        raise row.error("it has no caption")
     return Example(
         id=row.id,
-        images=(f"{row.filled('filepath')}/{row.filled('filename')}",),
+        images=(f"{row.non_empty('filepath')}/{row.non_empty('filename')}",),
         answers=tuple(Answer(text=caption) for caption in captions if caption),
         extra={"image_id": row.integer("cocoid"), "split": row.one_of("split", [*PARTS])},
     )
@@ -91,7 +91,7 @@ def gqa(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Spl
     LLaVA-1.5 reports testdev_balanced, VL-BART trains on train + val and reports testdev. The official script needs
     `types`, `entailed`, `groups` and `isBalanced` for all of its figures, so they stay in `extra`.
     """
-    files = present(folder, [*GQA_FILES, *GQA_ALL_TRAIN])
+    files = existing_files(folder, [*GQA_FILES, *GQA_ALL_TRAIN])
     splits: list[tuple[str, int, tuple[Path, ...]]] = [
         (*GQA_FILES[file], (path,)) for file, path in files.items() if file in GQA_FILES
     ]
@@ -105,21 +105,21 @@ def gqa(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Spl
 def gqa_row(raw: Raw, *, answered: bool = True) -> Example:
     """Returns one question of the official files; where `answered`, its answer must be there."""
     row = Row(raw, "question_id")
-    answer = row.filled("answer") if answered else row.maybe(row.filled, "answer")
-    groups = Row(row.maybe(row.mapping, "groups") or {}, sample_id=row.id)
-    types, entailed = row.maybe(row.mapping, "types"), row.get("entailed")
+    answer = row.non_empty("answer") if answered else row.optional(row.non_empty, "answer")
+    groups = Row(row.optional(row.mapping, "groups") or {}, sample_id=row.id)
+    types, entailed = row.optional(row.mapping, "types"), row.get("entailed")
     extra = {
-        "types": None if types is None else Row(types, sample_id=row.id).kept(*types),
-        "is_balanced": row.maybe(row.scalar, "isBalanced"),
+        "types": None if types is None else Row(types, sample_id=row.id).extra_columns(*types),
+        "is_balanced": row.optional(row.scalar, "isBalanced"),
         # ids of questions: a list, or the names of an object
-        "entailed": list(entailed) if isinstance(entailed, Mapping) else row.maybe(row.texts, "entailed"),
-        "global_group": groups.maybe(groups.text, "global"),
-        "full_answer": row.maybe(row.text, "fullAnswer"),
+        "entailed": list(entailed) if isinstance(entailed, Mapping) else row.optional(row.texts, "entailed"),
+        "global_group": groups.optional(groups.text, "global"),
+        "full_answer": row.optional(row.text, "fullAnswer"),
     }
     return Example(
         id=row.id,
         images=(f"images/{row.identifier('imageId')}.jpg",),
-        question=row.filled("question"),
+        question=row.non_empty("question"),
         answers=(Answer(text=answer),) if answer else (),
         extra={name: value for name, value in extra.items() if value is not None},
     )
@@ -143,10 +143,10 @@ def nlvr(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Sp
     stay together, and a test set never holds a sentence that was trained on. `evals` are the votes of validators, not
     all of whom agree.
     """
-    paths = present(folder, [name for part in NLVR_FILES for name in (f"{part}/{part}.json", f"{part}.json")])
+    paths = existing_files(folder, [name for part in NLVR_FILES for name in (f"{part}/{part}.json", f"{part}.json")])
     files = {path.stem: (path, f"{path.stem}/images" if "/" in name else "images") for name, path in paths.items()}
     if (orders := options.get("orders", str(ORDERS))) not in [*"123456"]:
-        raise UserError(f"--set orders={shown_text(orders, 100)}: must be 1 to {ORDERS}")
+        raise UserError(f"--set orders={short_text(orders, 100)}: must be 1 to {ORDERS}")
     notes = {"records": f"{orders} a row, one for each order of the boxes"}
     split = partial(Split, "nlvr", convert=partial(nlvr_row, orders=int(orders)), notes=notes)
     if "shares" not in options:
@@ -172,9 +172,9 @@ def read_shares(option: str) -> dict[str, float]:
         except ValueError:
             shares[name] = math.nan
     if not all(name.isidentifier() and 0 < share <= 1 for name, share in shares.items()):
-        raise UserError(f"--set shares={shown_text(option, 100)}: must be like train:0.8,validation:0.1,test:0.1")
+        raise UserError(f"--set shares={short_text(option, 100)}: must be like train:0.8,validation:0.1,test:0.1")
     if not math.isclose(sum(shares.values()), 1.0, abs_tol=1e-6):
-        raise UserError(f"--set shares={shown_text(option, 100)}: the shares make {sum(shares.values()):g}, not 1")
+        raise UserError(f"--set shares={short_text(option, 100)}: the shares make {sum(shares.values()):g}, not 1")
     return shares
 
 
@@ -219,7 +219,7 @@ def nlvr_row(raw: Raw, orders: int = ORDERS) -> list[Example]:
     """Returns the examples of one row, one for each order of the boxes."""
     row = Row(raw, "identifier")
     label = row.one_of("label", ("true", "false"))
-    sentence, directory, part = row.filled("sentence"), row.identifier("directory"), row.text("part")
+    sentence, directory, part = row.non_empty("sentence"), row.identifier("directory"), row.text("part")
     return [
         Example(
             id=f"{row.id}-{order}",
@@ -257,7 +257,7 @@ def nlvr2(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[S
     Quirks: labels are "True" and "False" here and "true"/"false" in NLVR; consistency counts a sentence (the identifier
     without its last field) when all of its rows are right; the submission is "identifier,True".
     """
-    for file, path in present(folder, NLVR2_FILES, inside=["data"]).items():
+    for file, path in existing_files(folder, NLVR2_FILES, inside=["data"]).items():
         name, size = NLVR2_FILES[file]
         yield Split("nlvr2", name, (path,), partial(stream_records, path), nlvr2_row, size)
 
@@ -267,16 +267,16 @@ def nlvr2_row(raw: Raw) -> Example:
     row = Row(raw, "identifier")
     label = str(row.scalar("label"))
     if label not in {"True", "False"}:
-        raise row.bad(f"its label is {shown(row.get('label'))}, which is neither True nor False")
+        raise row.error(f"its label is {short_repr(row.get('label'))}, which is neither True nor False")
     part, pair = row.id.split("-", 1)[0], row.id.rsplit("-", 1)[0]
-    directory = row.maybe(row.identifier, "directory")
+    directory = row.optional(row.identifier, "directory")
     folder = "/".join(["images", part, *([directory] if directory else [])])
     return Example(
         id=row.id,
         images=(f"{folder}/{pair}-img0.png", f"{folder}/{pair}-img1.png"),
-        question=row.filled("sentence"),
+        question=row.non_empty("sentence"),
         answers=(Answer(text=label),),
-        extra=row.kept("synset", "writer", "uid"),
+        extra=row.extra_columns("synset", "writer", "uid"),
     )
 
 
@@ -301,7 +301,7 @@ def vqav2(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[S
     answers stay raw in `extra["human_answers"]`, as the official normaliser needs them; `answers` are the distinct ones
     with LXMERT's weights, for training.
     """
-    files = present(folder, [QUESTIONS.format(part) for part in VQAV2_PARTS])
+    files = existing_files(folder, [QUESTIONS.format(part) for part in VQAV2_PARTS])
     for part, (name, size) in VQAV2_PARTS.items():
         if questions := files.get(QUESTIONS.format(part)):
             test = part.startswith("test")
@@ -321,9 +321,9 @@ def _joined_rows(questions: Path, annotations: Path) -> Iterator[Raw]:
     question_rows = by_id(questions, rows, "question_id", "question", "image_id")
     answered: set[str] = set()
     for where, row in numbered(annotations, stream_records(annotations, "annotations")):
-        name = key(row, "question_id")
+        name = join_key(row, "question_id")
         if name and name not in question_rows:
-            raise UserError(f"{where}: question_id {shown(name)} is not in {questions.name}; fetch both again")
+            raise UserError(f"{where}: question_id {short_repr(name)} is not in {questions.name}; fetch both again")
         answered.add(name)
         yield {**row, "question": question_rows[name]["question"]} if name else row
     for name in [name for name in question_rows if name not in answered]:
@@ -334,14 +334,17 @@ def vqav2_row(raw: Raw, *, pictures: str, answered: bool) -> Example:
     """Returns one question; `pictures` is the folder of its picture and part of the picture's name."""
     row = Row(raw, "question_id")
     image_id = row.integer("image_id")
-    answers = row.people() if answered else []
+    answers = row.answers_of_people() if answered else []
     extra: dict[str, object] = {"question_id": row.integer("question_id"), "image_id": image_id}
     if answered:
-        extra |= {"human_answers": answers, **row.kept("question_type", "answer_type", "multiple_choice_answer")}
+        extra |= {
+            "human_answers": answers,
+            **row.extra_columns("question_type", "answer_type", "multiple_choice_answer"),
+        }
     return Example(
         id=row.id,
         images=(f"{pictures}/COCO_{pictures}_{image_id:012d}.jpg",),
-        question=row.filled("question"),
+        question=row.non_empty("question"),
         answers=soft_answers(answers),
         extra=extra,
     )
@@ -363,7 +366,7 @@ def vqav2_karpathy(folder: Path, options: Mapping[str, str], records: Path) -> I
     Quirks: VL-T5's questions are cut at 20 tokens later, not here.
     """
     answer_list = files_in(folder, [KNOWN_ANSWERS])
-    allowed = frozenset(json_object(answer_list[KNOWN_ANSWERS], WANTED)) if answer_list else None
+    allowed = frozenset(json_object(answer_list[KNOWN_ANSWERS], FILE_OWNER)) if answer_list else None
     names = [form.format(part) for form in (QUESTIONS, ANNOTATIONS) for part in KARPATHY_PARTS] + [KARPATHY]
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise UserError(f"{folder}: {missing[0]} is missing; it takes {', '.join(names)}")
@@ -380,7 +383,7 @@ def _official_rows(folder: Path, split: str) -> Iterator[Raw]:
     pictures = by_id(folder / KARPATHY, stream_records(folder / KARPATHY, "images"), "cocoid", "split")
     for part in KARPATHY_PARTS:
         for row in _joined_rows(folder / QUESTIONS.format(part), folder / ANNOTATIONS.format(part)):
-            picture = pictures.get(key(row, "image_id"), {})
+            picture = pictures.get(join_key(row, "image_id"), {})
             of_split = PARTS.get(str(picture.get("split")))
             if of_split in {split, None}:
                 yield {**row, "part": part, "split": of_split}

@@ -9,18 +9,18 @@ from pathlib import Path
 from string import ascii_uppercase
 
 from dora_vl.data.benchmarks.fields import (
+    FILE_OWNER,
     UNKNOWN_ID,
-    WANTED,
     Raw,
     Row,
     Split,
     by_id,
+    existing_files,
     files_in,
-    key,
+    join_key,
     member_rows,
     numbered,
-    present,
-    refusing,
+    refuse_file,
     soft_answers,
 )
 from dora_vl.data.columns import USUAL, ColumnsError
@@ -28,7 +28,7 @@ from dora_vl.data.example import JSON, MIDDLE_FRAME, Answer, Clip, Example
 from dora_vl.data.pictures import save_picture
 from dora_vl.data.readers import read_fields
 from dora_vl.data.text_file import NotUtf8, json_object, stream_members, stream_records, table_rows, whole_text
-from dora_vl.errors import BadSample, UserError, shown
+from dora_vl.errors import BadSample, UserError, short_repr
 
 
 def llava_json(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Split]:
@@ -65,7 +65,7 @@ def llava_mix665k(folder: Path, options: Mapping[str, str], records: Path) -> It
     but its publisher serves some as GIF or PNG: rename, do not convert. A few turns are empty or begin with "gpt": an
     empty answer is dropped and named, a leading answer stays and is skipped at reading, as in LLaVA.
     """
-    (file,) = present(folder, ["llava_v1_5_mix665k.json"]).values()
+    (file,) = existing_files(folder, ["llava_v1_5_mix665k.json"]).values()
     yield _conversations("llava_mix665k", "train", file, 665_298)
 
 
@@ -79,7 +79,7 @@ def llava_pretrain(folder: Path, options: Mapping[str, str], records: Path) -> I
     Quirks: the request varies ("Render a clear and concise summary of the photo.\\n<image>", with `<image>` before or
     after), but the `plain` template drops it. `blip_laion_cc_sbu_558k_meta.json` is not needed.
     """
-    (file,) = present(folder, ["blip_laion_cc_sbu_558k.json"]).values()
+    (file,) = existing_files(folder, ["blip_laion_cc_sbu_558k.json"]).values()
     yield _conversations("llava_pretrain", "train", file, 558_128)
 
 
@@ -90,7 +90,7 @@ def _conversations(task: str, name: str, file: Path, size: int | None = None) ->
 def conversation_row(raw: Raw) -> dict[str, JSON]:
     """Returns the record itself, with all of its columns and its id as text, if it can be trained on."""
     row = Row(raw)
-    sample_id = row.maybe(row.identifier, "id") or UNKNOWN_ID
+    sample_id = row.optional(row.identifier, "id") or UNKNOWN_ID
     try:
         read_fields(USUAL.resolve(raw, strict=False), sample_id)
     except ColumnsError as error:
@@ -115,7 +115,7 @@ def llava_bench(folder: Path, options: Mapping[str, str], records: Path) -> Iter
     Quirks: the judge's prompt needs the context and GPT-4's answer; both go into the record (`extra["context"]`,
     `answers`). LLaVA's table uses GPT-4-0314, which is no longer served, so figures of other judges are not comparable.
     """
-    files = present(folder, ["questions.jsonl"]) | files_in(folder, LLAVA_BENCH_FILES)
+    files = existing_files(folder, ["questions.jsonl"]) | files_in(folder, LLAVA_BENCH_FILES)
     needed = [name for file, (name, *_) in LLAVA_BENCH_FILES.items() if file in files]
     rows, convert = partial(_llava_bench_rows, files), partial(llava_bench_row, needed=needed)
     yield Split("llava_bench", "test", tuple(files.values()), rows, convert, 60, notes={"files": sorted(files)})
@@ -128,21 +128,21 @@ def _llava_bench_rows(files: Mapping[str, Path]) -> Iterator[Raw]:
         if file in files
     ]
     for row in stream_records(files["questions.jsonl"]):
-        yield {**row, **{name: rows.get(key(row, join), {}).get(column) for name, join, column, rows in joins}}
+        yield {**row, **{name: rows.get(join_key(row, join), {}).get(column) for name, join, column, rows in joins}}
 
 
 def llava_bench_row(raw: Raw, *, needed: Sequence[str]) -> Example:
     """Returns one question; `needed` are those of "context" and "reference" whose files are there."""
     row = Row(raw, "question_id")
     for column in needed:
-        row.filled(column)
-    reference = row.maybe(row.text, "reference")
+        row.non_empty(column)
+    reference = row.optional(row.text, "reference")
     return Example(
         id=row.id,
-        images=(f"images/{row.filled('image')}",),
-        question=row.filled("text"),
+        images=(f"images/{row.non_empty('image')}",),
+        question=row.non_empty("text"),
         answers=(Answer(text=reference),) if reference else (),
-        extra={"category": row.filled("category")} | row.kept("context"),
+        extra={"category": row.non_empty("category")} | row.extra_columns("context"),
     )
 
 
@@ -177,7 +177,7 @@ def mmbench(folder: Path, options: Mapping[str, str], records: Path) -> Iterator
     row whose answer is lost with them is dropped and named. Test files have no `answer`; the server takes an .xlsx.
     """
     taken: set[tuple[str, str]] = set()
-    for file, path in present(folder, MMBENCH_FILES).items():
+    for file, path in existing_files(folder, MMBENCH_FILES).items():
         task, name, size = MMBENCH_FILES[file]
         if (task, name) not in taken:
             taken.add((task, name))
@@ -191,7 +191,7 @@ def _mmbench_rows(path: Path) -> Iterator[Raw]:
     """Yields the rows; for an `image` that names an earlier row, that row's picture."""
     references = path.name.startswith("MMBench_")  # VLMEvalKit's; the others need no memory of pictures
     pictures: dict[str, str] = {}
-    for _, row in table_rows(path, WANTED, delimiter="\t"):
+    for _, row in table_rows(path, FILE_OWNER, delimiter="\t"):
         image = row.get("image", "")
         if references and len(image) >= REFERENCE_CHARACTERS:
             pictures[row.get("index", "")] = image
@@ -207,28 +207,28 @@ def mmbench_row(raw: Raw, *, task_folder: Path, answered: bool) -> Example:
             break
         choices.append(choice)
     if len(choices) < 2:
-        raise row.bad(f"it has {len(choices)} choices")
+        raise row.error(f"it has {len(choices)} choices")
     letters = ascii_uppercase[: len(choices)]
-    answer = (row.filled("answer") if answered else row.maybe(row.text, "answer") or "").strip()
+    answer = (row.non_empty("answer") if answered else row.optional(row.text, "answer") or "").strip()
     if len(answer) > 1 or answer not in letters:
-        raise row.bad(f"its answer is {shown(answer)}, but its choices are A to {letters[-1]}")
+        raise row.error(f"its answer is {short_repr(answer)}, but its choices are A to {letters[-1]}")
     correct = letters.index(answer) if answer else None
     extra = {
         "index": row.integer("index"),
         "correct": correct,
-        **row.kept("category"),
-        "l2_category": row.maybe(row.text, "l2-category"),
-        **row.kept("source"),
+        **row.extra_columns("category"),
+        "l2_category": row.optional(row.text, "l2-category"),
+        **row.extra_columns("source"),
         "hint": _mmbench_cell(row, "hint"),
     }
     try:
-        picture = base64.b64decode(row.filled("image"), validate=True)
+        picture = base64.b64decode(row.non_empty("image"), validate=True)
     except ValueError as error:  # also for characters beyond ASCII
-        raise row.bad(f"its picture is no base64: {error}") from None
+        raise row.error(f"its picture is no base64: {error}") from None
     return Example(
         id=row.id,
         images=(save_picture(picture, task_folder, row.id),),
-        question=row.filled("question"),
+        question=row.non_empty("question"),
         answers=() if correct is None else (Answer(text=choices[correct]),),
         choices=tuple(choices),
         extra={name: value for name, value in extra.items() if value is not None},
@@ -236,7 +236,7 @@ def mmbench_row(raw: Raw, *, task_folder: Path, answered: bool) -> Example:
 
 
 def _mmbench_cell(row: Row, column: str) -> str | None:
-    cell = row.maybe(row.text, column)
+    cell = row.optional(row.text, column)
     return None if cell is None or cell.lower() in {"", "nan", "none"} else cell
 
 
@@ -278,7 +278,7 @@ def _mme_rows(root: Path, texts: Sequence[Path]) -> Iterator[Raw]:
         pictures = [folder / f"{path.stem}{end}" for end in (".jpg", ".png", ".jpeg", ".JPG", ".PNG")]
         picture = next((picture for picture in pictures if picture.is_file()), None)
         try:
-            content = whole_text(path, WANTED)
+            content = whole_text(path, FILE_OWNER)
         except NotUtf8:
             content = None
         yield {
@@ -295,20 +295,20 @@ def mme_row(raw: Raw) -> list[Example]:
     category = row.text("category")
     row.id = f"{category}/{row.text('name')}"
     if row.get("image") is None:
-        raise row.bad("its picture is missing")
+        raise row.error("its picture is missing")
     if row.get("text") is None:
-        raise row.bad("its text is not UTF-8")
+        raise row.error("its text is not UTF-8")
     image, lines = row.text("image"), filter(str.strip, row.text("text").splitlines())
     pairs = [[part.strip() for part in line.rsplit("\t", 1)] for line in lines]
     if len(pairs) != 2 or any(len(pair) != 2 for pair in pairs):
-        raise row.bad(f"it must have two lines of question, tab, answer; it has {len(pairs)} lines")
+        raise row.error(f"it must have two lines of question, tab, answer; it has {len(pairs)} lines")
     examples: list[Example] = []
     for number, (question, answer) in enumerate(pairs, 1):
         row.id = f"{image}#{number}"
         if answer not in {"Yes", "No"}:
-            raise row.bad(f"question {number}'s answer is {shown(answer)}, which is neither Yes nor No")
+            raise row.error(f"question {number}'s answer is {short_repr(answer)}, which is neither Yes nor No")
         if not question:
-            raise row.bad(f"question {number} is empty")
+            raise row.error(f"question {number} is empty")
         extra, answers = {"category": category}, (Answer(text=answer),)
         examples.append(Example(id=row.id, images=(image,), question=question, answers=answers, extra=extra))
     return examples
@@ -323,7 +323,7 @@ def mmvet(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[S
     Quirks: an answer may hold several, all needed ("<AND>") or any ("<OR>"): it stays as it is, because the grader's
     prompt shows it so. The server takes {id: answer text}.
     """
-    files = tuple(present(folder, ["mm-vet.json"]).values())
+    files = tuple(existing_files(folder, ["mm-vet.json"]).values())
     yield Split("mmvet", "test", files, partial(member_rows, files, "id"), mmvet_row, 218)
 
 
@@ -332,10 +332,10 @@ def mmvet_row(raw: Raw) -> Example:
     row = Row(raw, "id")
     return Example(
         id=row.id,
-        images=(f"images/{row.filled('imagename')}",),
-        question=row.filled("question"),
-        answers=(Answer(text=row.filled("answer")),),
-        extra={"capability": row.texts("capability")} | row.kept("imagesource"),
+        images=(f"images/{row.non_empty('imagename')}",),
+        question=row.non_empty("question"),
+        answers=(Answer(text=row.non_empty("answer")),),
+        extra={"capability": row.texts("capability")} | row.extra_columns("imagesource"),
     )
 
 
@@ -363,7 +363,7 @@ def pope(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Sp
     "<category>-<question_id>" because the three files count from 1 each.
     """
     names = [f"{pictures}_pope_{category}.json" for pictures in POPE_SETS for category in POPE_CATEGORIES]
-    paths = present(folder, names, inside=["coco", "output/coco"])
+    paths = existing_files(folder, names, inside=["coco", "output/coco"])
     for pictures, (task, picture_folder) in POPE_SETS.items():
         files = {part: paths[name] for part in POPE_CATEGORIES if (name := f"{pictures}_pope_{part}.json") in paths}
         if files:
@@ -394,8 +394,8 @@ def pope_row(raw: Raw, *, pictures: str, label_version: str) -> Example:
     return Example(
         id=row.id,
         answers=(Answer(text=row.one_of("label", ("yes", "no"))),),
-        images=(f"{pictures}/{row.filled('image')}",),
-        question=row.filled("text"),
+        images=(f"{pictures}/{row.non_empty('image')}",),
+        question=row.non_empty("text"),
         extra={"category": category, "question_id": row.scalar("question_id"), "label_version": label_version},
     )
 
@@ -415,12 +415,12 @@ def scienceqa(folder: Path, options: Mapping[str, str], records: Path) -> Iterat
     paper, so both stay in `extra`.
     """
     names = ["problems.json", "pid_splits.json"]
-    paths = present(folder, names, inside=["data/scienceqa"])
+    paths = existing_files(folder, names, inside=["data/scienceqa"])
     if missing := [name for name in names if name not in paths]:
         raise UserError(f"{folder}: {missing[0]} is missing; fetch both {' and '.join(names)}")
     problems, parts = paths.values()
-    with refusing(f"{parts}: not the map of splits to ids expected"):
-        ids = Row(json_object(parts, WANTED))
+    with refuse_file(f"{parts}: not the map of splits to ids expected"):
+        ids = Row(json_object(parts, FILE_OWNER))
         members = {part: frozenset(ids.texts(part)) for part in SCIENCEQA_PARTS}
     for part, (name, size) in SCIENCEQA_PARTS.items():
         rows = partial(_scienceqa_rows, problems, members[part])
@@ -442,15 +442,15 @@ def scienceqa_row(raw: Raw, *, part: str) -> Example:
     row = Row(raw, "pid")
     choices = row.texts("choices")
     correct = row.choice("answer", choices)
-    image = row.maybe(row.text, "image")
+    image = row.optional(row.text, "image")
     return Example(
         id=row.id,
         images=(f"images/{part}/{row.id}/{image}",) if image else (),
-        question=row.filled("question"),
+        question=row.non_empty("question"),
         answers=(Answer(text=choices[correct]),),
         choices=tuple(choices),
         extra={"correct": correct, "split": part}
-        | {name: value for name, value in row.kept(*SCIENCEQA_KEPT).items() if value},
+        | {name: value for name, value in row.extra_columns(*SCIENCEQA_KEPT).items() if value},
     )
 
 
@@ -465,36 +465,36 @@ def seed_bench(folder: Path, options: Mapping[str, str], records: Path) -> Itera
     that path is `extra["middle_frame"]`. `segment` is in seconds and present for some videos only. Ids may be numbers
     or, in the first dimension's additions, text such as "v1".
     """
-    (file,) = present(folder, ["SEED-Bench.json"]).values()
+    (file,) = existing_files(folder, ["SEED-Bench.json"]).values()
     yield Split("seed", "test", (file,), partial(_seed_bench_rows, file), seed_bench_row, 19_242)
 
 
 def _seed_bench_rows(file: Path) -> Iterator[Raw]:
-    with refusing(file):
-        types = Row(json_object(file, WANTED)).mapping("question_type")
+    with refuse_file(file):
+        types = Row(json_object(file, FILE_OWNER)).mapping("question_type")
         names = {str(Row(types).integer(name)): name for name in types}
     for row in stream_records(file, "questions"):
-        yield {**row, "question_type": names.get(key(row, "question_type_id"))}
+        yield {**row, "question_type": names.get(join_key(row, "question_type_id"))}
 
 
 def seed_bench_row(raw: Raw) -> Example:
     """Returns one question."""
     row = Row(raw, "question_id")
-    choices = [row.filled(f"choice_{letter}") for letter in "abcd"]
+    choices = [row.non_empty(f"choice_{letter}") for letter in "abcd"]
     correct = "ABCD".index(row.one_of("answer", tuple("ABCD")))
     kind = row.one_of("data_type", ("image", "video"))
     data_id, type_id = row.identifier("data_id"), row.integer("question_type_id")
     extra: dict[str, object] = {"correct": correct, "data_type": kind, "question_type_id": type_id}
-    extra |= {"question_type": row.maybe(row.text, "question_type") or str(type_id)}
+    extra |= {"question_type": row.optional(row.text, "question_type") or str(type_id)}
     segment: tuple[float | None, float | None] = (None, None)
     if kind == "video":
         extra |= {MIDDLE_FRAME: f"SEED-Bench-video-image/{type_id}_{row.id}.png"}
-        segment = row.maybe(lambda column: row.span(column, row.get(column)), "segment") or segment
+        segment = row.optional(lambda column: row.span(column, row.get(column)), "segment") or segment
     return Example(
         id=row.id,
         images=(f"SEED-Bench-image/{data_id}",) if kind == "image" else (),
         videos=(Clip(path=data_id, start_seconds=segment[0], end_seconds=segment[1]),) if kind == "video" else (),
-        question=row.filled("question"),
+        question=row.non_empty("question"),
         answers=(Answer(text=choices[correct]),),
         choices=tuple(choices),
         extra=extra,
@@ -518,7 +518,7 @@ def textvqa(folder: Path, options: Mapping[str, str], records: Path) -> Iterator
     Quirks: `question_id` counts on through the three splits; LLaVA's file has the picture's id as `question_id`, which
     is not unique, so its rows are matched by picture and question in lower case, as LLaVA's own scorer does.
     """
-    files = present(folder, [f"TextVQA_0.5.1_{part}.json" for part in TEXTVQA_PARTS])
+    files = existing_files(folder, [f"TextVQA_0.5.1_{part}.json" for part in TEXTVQA_PARTS])
     for part, (name, size) in TEXTVQA_PARTS.items():
         if questions := files.get(f"TextVQA_0.5.1_{part}.json"):
             names = [f"TextVQA_Rosetta_OCR_v0.2_{part}.json", *([TEXTVQA_LLAVA] if part == "val" else [])]
@@ -535,14 +535,14 @@ def _textvqa_rows(questions: Path, ocr: Mapping[str, Path]) -> Iterator[Raw]:
             rosetta = by_id(path, stream_records(path, "data"), "image_id", "ocr_tokens")
             continue
         for where, raw in numbered(path, stream_records(path)):
-            with refusing(where):
+            with refuse_file(where):
                 row = Row(raw, "question_id")
                 question, *lines = row.text("text").split("\n")
             for line in lines:
                 if line.startswith(REFERENCE_OCR):
                     references[row.id, question.lower()] = line.removeprefix(REFERENCE_OCR).strip()
     for row in stream_records(questions, "data"):
-        image = key(row, "image_id")
+        image = join_key(row, "image_id")
         reference = references.get((image, str(row.get("question")).lower()))
         yield {**row, "ocr_tokens": rosetta.get(image, {}).get("ocr_tokens"), "reference_ocr": reference}
 
@@ -551,15 +551,17 @@ def textvqa_row(raw: Raw, *, answered: bool) -> Example:
     """Returns one question; where `answered`, its answers must be there."""
     row = Row(raw, "question_id")
     image = row.identifier("image_id")
-    answers = row.ten(row.texts("answers")) if answered else []
+    answers = row.check_ten(row.texts("answers")) if answered else []
     extra: dict[str, object] = {"image_id": image, "question_id": row.integer("question_id")}
     extra |= {"human_answers": answers} if answers else {}
     return Example(
         id=row.id,
         images=(f"{'train_images' if answered else 'test_images'}/{image}.jpg",),
-        question=row.filled("question"),
+        question=row.non_empty("question"),
         answers=soft_answers(answers),
-        extra=extra | row.kept("ocr_tokens", "image_classes", take=row.texts) | row.kept("reference_ocr"),
+        extra=extra
+        | row.extra_columns("ocr_tokens", "image_classes", take=row.texts)
+        | row.extra_columns("reference_ocr"),
     )
 
 
@@ -577,7 +579,7 @@ def vizwiz(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[
     the server takes [{image, answer}]. "unanswerable" is an answer, "unsuitable image" too. LLaVA-1.5 appends "When the
     provided information is insufficient, respond with 'Unanswerable'.": that belongs to its prompt, not to the record.
     """
-    for file, path in present(folder, VIZWIZ_FILES, inside=["Annotations"]).items():
+    for file, path in existing_files(folder, VIZWIZ_FILES, inside=["Annotations"]).items():
         name, size = VIZWIZ_FILES[file]
         convert = partial(vizwiz_row, pictures=path.stem, answered=name != "test")
         yield Split("vizwiz", name, (path,), partial(stream_records, path), convert, size)
@@ -586,11 +588,11 @@ def vizwiz(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[
 def vizwiz_row(raw: Raw, *, pictures: str, answered: bool) -> Example:
     """Returns one question; `pictures` is the folder of its picture. Where `answered`, its answers must be there."""
     row = Row(raw, "image")
-    answers = row.people() if answered else []
+    answers = row.answers_of_people() if answered else []
     return Example(
         id=row.id,
         images=(f"{pictures}/{row.id}",),
-        question=row.filled("question"),
+        question=row.non_empty("question"),
         answers=soft_answers(answers),
-        extra=({"human_answers": answers} if answers else {}) | row.kept("answer_type", "answerable"),
+        extra=({"human_answers": answers} if answers else {}) | row.extra_columns("answer_type", "answerable"),
     )

@@ -8,10 +8,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from dora_vl.data.benchmarks.fields import UNKNOWN_ID, WANTED, Raw, Row, Split, by_id, files_in, key, present, refusing
+from dora_vl.data.benchmarks.fields import (
+    FILE_OWNER,
+    UNKNOWN_ID,
+    Raw,
+    Row,
+    Split,
+    by_id,
+    existing_files,
+    files_in,
+    join_key,
+    refuse_file,
+)
 from dora_vl.data.example import JSON, Answer, Clip, Example, Subtitle
 from dora_vl.data.text_file import NotUtf8, json_object, opened, stream_records, table_rows, whole_text
-from dora_vl.errors import shown
+from dora_vl.errors import short_repr
 
 _TIMES = re.compile(r"\s*{0}\s*-->\s*{0}".format(r"([0-9]{1,3}):([0-9]{1,2}):([0-9]{1,2})[,.]([0-9]{1,9})"))
 
@@ -33,7 +44,7 @@ class Subtitles:
     def joined(self, annotations: Iterable[Raw]) -> Iterator[Raw]:
         """Yields each row with its video's subtitles under `sub`; without subtitles the rows as they are."""
         for row in annotations:
-            yield row if self.path is None else {**row, "sub": self._of(self.path, key(row, "vid_name"))}
+            yield row if self.path is None else {**row, "sub": self._of(self.path, join_key(row, "vid_name"))}
 
     def _of(self, path: Path, video: str) -> JSON:
         if path.is_dir():
@@ -48,7 +59,7 @@ class Subtitles:
         rows = stream_records(file)
         if solution:
             rows = (
-                {"answer_idx": solution.get(key(row, "qid"))}
+                {"answer_idx": solution.get(join_key(row, "qid"))}
                 | {name: row[name] for name in row if row[name] is not None}
                 for row in rows
             )
@@ -58,9 +69,9 @@ class Subtitles:
 def read_srt(path: Path) -> list[dict[str, object]]:
     """Returns the cues of an .srt file, as VALUE's JSON has them."""
     try:
-        content = whole_text(path, WANTED)
+        content = whole_text(path, FILE_OWNER)
     except NotUtf8:
-        with opened(path, WANTED) as file:
+        with opened(path, FILE_OWNER) as file:
             content = file.read().decode("latin-1")  # some of TVQA's are
     return list(parse_srt(content))
 
@@ -92,7 +103,7 @@ def subtitles_of(row: Row) -> tuple[Subtitle, ...]:
             entry.text("text").strip(),
             *(None if entry.get(name) is None else entry.number(name, entry.get(name)) for name in ("start", "end")),
         )
-        for entry in row.maybe(row.rows, "sub") or ()
+        for entry in row.optional(row.rows, "sub") or ()
         if entry.get("text") is not None
     )
 
@@ -114,18 +125,18 @@ def _clip(row: Row) -> tuple[Clip, dict[str, object]]:
 def question_row(raw: Raw, *, choices: int, answered: bool) -> Example:
     """Returns one question of TVQA or How2QA with its choices; where `answered`, its right choice must be there."""
     row = Row(raw, "qid")
-    texts = [row.filled(f"a{number}") for number in range(choices)]
+    texts = [row.non_empty(f"a{number}") for number in range(choices)]
     is_answered = answered or row.get("answer_idx") is not None
     correct = row.choice("answer_idx", texts) if is_answered else None
     clip, extra = _clip(row)
     return Example(
         id=row.id,
         videos=(clip,),
-        question=row.filled("q"),
+        question=row.non_empty("q"),
         answers=() if correct is None else (Answer(text=texts[correct]),),
         choices=tuple(texts),
         subtitles=subtitles_of(row),
-        extra=extra | row.kept("show_name") | ({} if correct is None else {"correct": correct}),
+        extra=extra | row.extra_columns("show_name") | ({} if correct is None else {"correct": correct}),
     )
 
 
@@ -153,7 +164,7 @@ def tvqa(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Sp
     index}}}) fills in the answers of a validation file that lacks them. Videos are called "<vid_name>.mp4" here.
     """
     subtitles = Subtitles(folder, TV_SUBTITLES)
-    for file, path in present(folder, TVQA_FILES).items():
+    for file, path in existing_files(folder, TVQA_FILES).items():
         name, size = TVQA_FILES[file]
         solved = files_in(folder, [TVQA_SOLUTION] if name == "validation" else [])
         solution = {qid: index for answers in solved.values() for qid, index in read_solution(answers).items()}
@@ -165,8 +176,8 @@ def tvqa(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Sp
 
 def read_solution(path: Path) -> dict[str, int]:
     """Reads VALUE's solution file: maps a question's id to the right choice."""
-    with refusing(f"{path}: not {{'solution': {{series: {{qid: index}}}}}}"):
-        all_series = Row(json_object(path, WANTED)).mapping("solution")
+    with refuse_file(f"{path}: not {{'solution': {{series: {{qid: index}}}}}}"):
+        all_series = Row(json_object(path, FILE_OWNER)).mapping("solution")
         solutions = [Row(all_series).mapping(series) for series in all_series]
         return {qid: Row(answers).integer(qid) for answers in solutions for qid in answers}
 
@@ -196,7 +207,7 @@ def how2qa(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[
     comes last, so the choices of those rows are put into an order drawn from the row's own text, and rows get ids by
     their number. Some spans of the CSV begin and end at the same second. Duplicate wrong answers occur.
     """
-    files = present(folder, [*HOW2QA_FILES, *HOW2QA_CSV])
+    files = existing_files(folder, [*HOW2QA_FILES, *HOW2QA_CSV])
     subtitles = Subtitles(folder, ("how2_subtitles.jsonl", "how2qa_subtitles.jsonl"))
     taken: set[str] = set()
     for file, path in files.items():
@@ -214,7 +225,7 @@ def how2qa(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[
 
 def _how2qa_csv_rows(path: Path, subtitles: Subtitles) -> Iterator[Raw]:
     columns = ("vid_name", "ts", "wrong0", "wrong1", "wrong2", "question", "right")
-    rows = table_rows(path, WANTED, delimiter=",", columns=columns)
+    rows = table_rows(path, FILE_OWNER, delimiter=",", columns=columns)
     return subtitles.joined(({**row, "row": number} for number, (_, row) in enumerate(rows, start=1)))
 
 
@@ -222,16 +233,16 @@ def how2qa_csv_row(raw: Raw, *, split: str) -> Example:
     """Returns one row of the authors' table."""
     row = Row(raw)
     row.id = f"{split}-{row.integer('row')}"
-    right = row.filled("right")
-    choices = [*(row.filled(f"wrong{number}") for number in range(3)), right]
+    right = row.non_empty("right")
+    choices = [*(row.non_empty(f"wrong{number}") for number in range(3)), right]
     order = list(range(4))
     random.Random("\0".join([row.text("vid_name"), row.text("question"), *choices])).shuffle(order)
-    start, end = span((row.maybe(row.text, "ts") or "").strip("[]").replace(":", "-"), row.id)
-    name = row.filled("vid_name")
+    start, end = span((row.optional(row.text, "ts") or "").strip("[]").replace(":", "-"), row.id)
+    name = row.non_empty("vid_name")
     return Example(
         id=row.id,
         videos=(Clip(path=f"{name}.mp4", start_seconds=start, end_seconds=end),),
-        question=row.filled("question"),
+        question=row.non_empty("question"),
         answers=(Answer(text=right),),
         choices=tuple(choices[index] for index in order),
         subtitles=subtitles_of(row),
@@ -259,7 +270,7 @@ def tvc(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Spl
     `ts` is a list here, text in TVQA; VL-BART's prompt shows it as Python does, "([16.48, 33.87])". VALUE's table gives
     15,253 test clips, copied from TVQA.
     """
-    yield from _clip_splits("tvc", present(folder, TVC_FILES), TVC_FILES, Subtitles(folder, TV_SUBTITLES))
+    yield from _clip_splits("tvc", existing_files(folder, TVC_FILES), TVC_FILES, Subtitles(folder, TV_SUBTITLES))
 
 
 def _clip_splits(
@@ -275,14 +286,14 @@ def _clip_splits(
 def clip_row(raw: Raw, *, answered: bool) -> Example:
     """Returns one clip of TVC or YC2C with all of its descriptions; where `answered`, it must have one."""
     row = Row(raw, "clip_id")
-    entries = row.maybe(row.rows, "descs") or []
+    entries = row.optional(row.rows, "descs") or []
     descriptions = [text for entry in entries if (text := entry.text("desc")).strip()]
     if answered and not descriptions:
-        raise row.bad("it has no description")
+        raise row.error("it has no description")
     clip, extra = _clip(row)
-    extra = {"clip_id": row.integer("clip_id"), **extra, **row.kept("duration")}
+    extra = {"clip_id": row.integer("clip_id"), **extra, **row.extra_columns("duration")}
     # whether each description was written from video, text or both, where the set says it
-    if kinds := [kind for entry in entries if (kind := entry.maybe(entry.text, "type"))]:
+    if kinds := [kind for entry in entries if (kind := entry.optional(entry.text, "type"))]:
         extra |= {"description_types": kinds}
     return Example(
         id=row.id,
@@ -313,7 +324,7 @@ def yc2c(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Sp
     YouCook2's file the record points into the whole video instead, and its id is that same name, because it has no
     `clip_id`. VALUE's table of sizes is a copy of VATEX's; those here are counted.
     """
-    files = present(folder, [*YC2C_FILES, YOUCOOK2])
+    files = existing_files(folder, [*YC2C_FILES, YOUCOOK2])
     if value := files_in(folder, YC2C_FILES):
         yield from _clip_splits("yc2c", value, YC2C_FILES, Subtitles(folder, ("yc2_subtitles.jsonl",)))
         return
@@ -323,12 +334,12 @@ def yc2c(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Sp
 
 
 def _youcook2_rows(path: Path, subset: str) -> Iterator[Raw]:
-    with refusing(f"{path}: not YouCook2's {{'database': {{video: ...}}}}"):
-        videos = Row(json_object(path, WANTED)).mapping("database")
+    with refuse_file(f"{path}: not YouCook2's {{'database': {{video: ...}}}}"):
+        videos = Row(json_object(path, FILE_OWNER)).mapping("database")
     for video in videos:
-        with refusing(f"{path}, video {shown(video)}"):
+        with refuse_file(f"{path}, video {short_repr(video)}"):
             entry = Row(Row(videos).mapping(video))
-            steps = entry.rows("annotations") if entry.filled("subset") == subset else ()
+            steps = entry.rows("annotations") if entry.non_empty("subset") == subset else ()
         for step in steps:
             yield {**step.raw, "video": video, "recipe_type": entry.get("recipe_type")}
 
@@ -336,12 +347,12 @@ def _youcook2_rows(path: Path, subset: str) -> Iterator[Raw]:
 def youcook2_row(raw: Raw) -> Example:
     """Returns one step of a recipe."""
     row = Row(raw)
-    video = row.filled("video")
+    video = row.non_empty("video")
     row.id = f"{video}_{row.integer('id')}"
     start, end = row.span("segment", row.get("segment"))
     return Example(
         id=row.id,
         videos=(Clip(path=f"{video}.mp4", start_seconds=start, end_seconds=end),),
-        answers=(Answer(text=" ".join(row.filled("sentence").split())),),
-        extra={"clip_id": row.id, "vid_name": row.id, "recipe_type": row.maybe(row.text, "recipe_type")},
+        answers=(Answer(text=" ".join(row.non_empty("sentence").split())),),
+        extra={"clip_id": row.id, "vid_name": row.id, "recipe_type": row.optional(row.text, "recipe_type")},
     )

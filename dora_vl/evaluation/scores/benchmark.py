@@ -16,9 +16,9 @@ from string import ascii_uppercase
 
 from dora_vl.data.example import LETTER, Example, with_letters
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
-from dora_vl.errors import UserError, number_of, shown
+from dora_vl.errors import UserError, parse_digits, short_repr
 from dora_vl.evaluation.predictions import Prediction, Predictions
-from dora_vl.evaluation.scores.scored import Answers, Scored
+from dora_vl.evaluation.scores.scored import AnswersById, Scored
 
 # The questions: LLaVA-1.5's own wording, to the letter, as far as benchmarks share it.
 #
@@ -30,7 +30,7 @@ LETTER_CN = "请直接回答选项字母。"
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 YES_OR_NO = "Please answer yes or no."
 
-Prompt = Callable[[Example], str]
+PromptFunction = Callable[[Example], str]
 
 
 def as_is(example: Example) -> str:
@@ -75,7 +75,7 @@ def _subtitles(example: Example) -> list[str]:
     return [f"Subtitles: {text}"] if text else []
 
 
-def prompt_turns(example: Example, prompt: Prompt) -> tuple[Turn, ...]:
+def prompt_turns(example: Example, prompt: PromptFunction) -> tuple[Turn, ...]:
     """Returns the prompt as turns up to and with the question, one placeholder for each picture first."""
     if example.turns:
         turns = example.turns[:-1] if example.turns[-1].role == "assistant" else example.turns
@@ -122,8 +122,8 @@ class ByKey:
         if unequal:
             key = unequal[0]
             raise UserError(
-                f"{len(unequal)} keys ({self.by}) fit several questions, first {shown(key)}: {counts[key]} answers "
-                f"for {len(named[key])} questions; give each answer its question's id"
+                f"{len(unequal)} keys ({self.by}) fit several questions, first {short_repr(key)}: {counts[key]} "
+                f"answers for {len(named[key])} questions; give each answer its question's id"
             )
         turn: Counter[Key] = Counter()
         ids: list[str | None] = []
@@ -169,7 +169,7 @@ def plain(question: str) -> str:
     return " ".join(question.lower().replace("imange", "image").split())
 
 
-def join(
+def match_predictions(
     benchmark: Benchmark, examples: Sequence[Example], rows: Sequence[Prediction], *, path: Path, questions: Path
 ) -> Predictions:
     """Returns the rows of another tool's file by their questions' ids, as the benchmark's files name these."""
@@ -187,8 +187,8 @@ def join(
             f"{path}: {unclear[0]}"
             if unclear
             else f"{path} ({len(rows)} answers) and {questions} ({len(examples)} questions) have no id in common, "
-            f"looked for by {'; '.join(counts)}; first ids {shown(rows[0].id, 40)} and {shown(examples[0].id, 40)}; "
-            "were they made from the same questions?"
+            f"looked for by {'; '.join(counts)}; first ids {short_repr(rows[0].id, 40)} and "
+            f"{short_repr(examples[0].id, 40)}; were they made from the same questions?"
         )
     by, *others = [way for way, count in counts.items() if count == most]
     if differing := [other for other in others if matches[other] != matches[by]]:
@@ -210,9 +210,9 @@ def join(
     )
 
 
-Scorer = Callable[[Sequence[Example], Answers], Scored]
-Submission = Callable[[Sequence[Example], Answers], tuple[str, str]]
-Group = Callable[[Example], Hashable]
+Scorer = Callable[[Sequence[Example], AnswersById], Scored]
+Submission = Callable[[Sequence[Example], AnswersById], tuple[str, str]]
+GroupKey = Callable[[Example], Hashable]
 
 SHORT_ANSWER_TOKENS, LONG_ANSWER_TOKENS = 128, 1024  # LLaVA-1.5's own
 FRAMES = 4  # 2,304 of LLaVA-1.5's 4,096 positions
@@ -239,7 +239,7 @@ class Benchmark:
     """
 
     modes: Mapping[str, Scorer]
-    prompt: Prompt = as_is
+    prompt: PromptFunction = as_is
     max_new_tokens: int = SHORT_ANSWER_TOKENS
     splits: tuple[str, ...] = ("test", "validation")
     submission: Submission | None = None
@@ -247,7 +247,7 @@ class Benchmark:
     joins: tuple[ByKey | ByOrder, ...] = ()
     labels_choices: bool = False
     chooses: bool = False
-    together: Group | None = None
+    together: GroupKey | None = None
     shares_answers: bool = False
     frames: int = FRAMES
 
@@ -292,7 +292,7 @@ def not_scored(benchmark: Benchmark, examples: Sequence[Example], unreadable: Ma
 def right_answers(example: Example) -> list[str]:
     """Returns the right answers' texts."""
     if not example.answers:
-        raise UserError(f"example {shown(example.id)} has no right answer; prepare the set again")
+        raise UserError(f"example {short_repr(example.id)} has no right answer; prepare the set again")
     return [answer.text for answer in example.answers]
 
 
@@ -307,7 +307,7 @@ def letters(example: Example) -> str:
 
 
 def check_choices(
-    examples: Iterable[Example], file: Path, *, most: int | None = len(ascii_uppercase), all_known: bool = True
+    examples: Iterable[Example], file: Path, *, max_choices: int | None = len(ascii_uppercase), all_known: bool = True
 ) -> None:
     """Sees, before a model is asked, that every question of a file can be answered and scored.
 
@@ -317,7 +317,9 @@ def check_choices(
     required = all_known and any(example.answers or "correct" in example.extra for example in examples)
     wrong = {
         "no choices": [example.id for example in examples if not example.choices],
-        f"more than {most} choices": [example.id for example in examples if len(example.choices) > (most or 10**9)],
+        f"more than {max_choices} choices": [
+            example.id for example in examples if len(example.choices) > (max_choices or 10**9)
+        ],
         "no extra.correct, the right choice's index": [
             example.id for example in examples if required and "correct" not in example.extra
         ],
@@ -325,15 +327,16 @@ def check_choices(
     for what, ids in wrong.items():
         if ids:
             raise UserError(
-                f"{file}: {len(ids)} of {len(examples)} questions have {what}, first {shown(ids[0])}; repair the file"
+                f"{file}: {len(ids)} of {len(examples)} questions have {what}, first {short_repr(ids[0])}; repair "
+                "the file"
             )
 
 
-def refuse_strangers(name: str, examples: Sequence[Example], answers: Answers, why: str) -> None:
+def refuse_strangers(name: str, examples: Sequence[Example], answers: AnswersById, why: str) -> None:
     """Refuses answers to questions that are not there."""
     if strangers := sorted(answers.keys() - {example.id for example in examples}):
         raise UserError(
-            f"{len(strangers)} {name} answers belong to no question here, first {shown(strangers[0])}; {why}"
+            f"{len(strangers)} {name} answers belong to no question here, first {short_repr(strangers[0])}; {why}"
         )
 
 
@@ -344,5 +347,5 @@ def json_lines(rows: Sequence[Mapping[str, object]]) -> str:
 
 def published_id(name: str) -> int | str:
     """Returns an id as servers take it: a number where it is one."""
-    number = number_of(name)
+    number = parse_digits(name)
     return name if number is None else number

@@ -27,14 +27,14 @@ from dora_vl.errors import UserError, install_command
 from dora_vl.evaluation.scores.benchmark import (
     Benchmark,
     ByKey,
-    Prompt,
+    PromptFunction,
     Submission,
     caption_of_picture,
     caption_of_video,
     json_lines,
     published_id,
 )
-from dora_vl.evaluation.scores.scored import PERCENT, Answers, Formula, Numbers, Ratio, Scored, Sums, Tally
+from dora_vl.evaluation.scores.scored import PERCENT, AnswersById, Formula, Numbers, Ratio, Scored, Sums, Tally
 
 Tokenizer = Literal["ptb", "fallback"]
 
@@ -145,7 +145,7 @@ class Meteor:
         return value if self.decimals is None else np.round(value, self.decimals)
 
 
-def score(examples: Sequence[Example], answers: Answers, *, style: Style = "coco") -> Scored:
+def score(examples: Sequence[Example], answers: AnswersById, *, style: Style = "coco") -> Scored:
     """Scores captions by every metric; a clip without a prediction counts as an empty caption.
 
     `value` replaces every character outside ASCII by a space and rounds to two decimals, as VALUE's server does; `coco`
@@ -183,7 +183,7 @@ def score(examples: Sequence[Example], answers: Answers, *, style: Style = "coco
     return tally.scored(formulas, settings={"style": style, "tokenizer": made_by[tokenizer]})
 
 
-def score_value(examples: Sequence[Example], answers: Answers) -> Scored:
+def score_value(examples: Sequence[Example], answers: AnswersById) -> Scored:
     """Scores TVC and YC2C as VALUE's server does."""
     return score(examples, answers, style="value")
 
@@ -268,7 +268,7 @@ def _references(examples: Sequence[Example]) -> dict[str, list[str]]:
     return references
 
 
-def _predictions(examples: Sequence[Example], answers: Answers) -> dict[str, str | None]:
+def _predictions(examples: Sequence[Example], answers: AnswersById) -> dict[str, str | None]:
     """Returns the answer of each clip that is scored and uploaded: its examples' first; None where there is none."""
     predictions: dict[str, str | None] = {}
     for example in examples:
@@ -309,7 +309,7 @@ def meteor_of(
     return score, each
 
 
-def coco_caption(examples: Sequence[Example], answers: Answers) -> tuple[str, str]:
+def coco_caption(examples: Sequence[Example], answers: AnswersById) -> tuple[str, str]:
     """Writes the file of COCO's server, a caption for each image."""
     predictions = _predictions(examples, answers)
     rows = [{"image_id": published_id(image), "caption": text or ""} for image, text in predictions.items()]
@@ -317,7 +317,7 @@ def coco_caption(examples: Sequence[Example], answers: Answers) -> tuple[str, st
 
 
 def value_captions(
-    examples: Sequence[Example], answers: Answers, *, file: str, video_name: str = "vid_name"
+    examples: Sequence[Example], answers: AnswersById, *, file: str, video_name: str = "vid_name"
 ) -> tuple[str, str]:
     """Writes VALUE's file, a caption a clip in the references' order; YC2C names its video otherwise."""
     rows: dict[str, dict[str, object]] = {}
@@ -334,7 +334,7 @@ tvc = partial(value_captions, file="tvc_test_predictions.jsonl")
 yc2c = partial(value_captions, file="yc2c_test_predictions.jsonl", video_name="video_id")
 
 
-def _benchmark(style: Style, prompt: Prompt, submission: Submission, splits: tuple[str, ...]) -> Benchmark:
+def _benchmark(style: Style, prompt: PromptFunction, submission: Submission, splits: tuple[str, ...]) -> Benchmark:
     other: Style = "coco" if style == "value" else "value"
     return Benchmark(
         modes={style: partial(score, style=style), other: partial(score, style=other)},

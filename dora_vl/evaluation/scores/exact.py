@@ -21,7 +21,7 @@ from dora_vl.evaluation.scores.benchmark import (
     right_answer,
     right_answers,
 )
-from dora_vl.evaluation.scores.scored import ACCURACY, Answers, Formula, Mean, Ratio, Scored, score_points, share_of
+from dora_vl.evaluation.scores.scored import ACCURACY, AnswersById, Formula, Mean, Ratio, Scored, score_points, share_of
 
 
 def normalised(answer: str) -> str:
@@ -34,7 +34,7 @@ def final_answer(text: str, after: str | None) -> str:
     return text.rpartition(after)[2] if after else text
 
 
-def score(examples: Sequence[Example], answers: Answers, *, answer_after: str | None = None) -> Scored:
+def score(examples: Sequence[Example], answers: AnswersById, *, answer_after: str | None = None) -> Scored:
     """Scores accuracy in percent, over all and by `extra["kind"]`; `answer_after` as `final_answer` takes it.
 
     An answer is right that equals one of the right ones.
@@ -187,7 +187,7 @@ def _tasks_of(examples: Sequence[Example]) -> dict[str, Formula]:
     return {"average": Mean(tuple(tasks.values())), **tasks}
 
 
-def commonsense_score(examples: Sequence[Example], answers: Answers, *, rule: Rule = "nvlabs") -> Scored:
+def commonsense_score(examples: Sequence[Example], answers: AnswersById, *, rule: Rule = "nvlabs") -> Scored:
     """Scores generated text without its prompt: the mean over the tasks, then each task's accuracy, in percent."""
     return score_points(
         examples,
@@ -204,7 +204,7 @@ BY_LENGTH = frozenset({"piqa", "hellaswag", "ARC-Easy", "ARC-Challenge", "openbo
 """lm-eval's task files define `acc_norm` for these, and for no other of the eight."""
 
 
-def cloze_score(examples: Sequence[Example], answers: Answers) -> Scored:
+def cloze_score(examples: Sequence[Example], answers: AnswersById) -> Scored:
     """Scores the likeliest endings: the mean over the tasks, then each one's accuracy (lm-eval's `acc`), in percent.
 
     `normalised` divides each log-likelihood by its ending's characters (`acc_norm`), for the sets that have it. An
@@ -266,7 +266,7 @@ def submitted_index(answer: str) -> int:
     return int(digit) if digit.isascii() and digit.isdigit() else 0
 
 
-def video_score(examples: Sequence[Example], answers: Answers) -> Scored:
+def video_score(examples: Sequence[Example], answers: AnswersById) -> Scored:
     """Scores both accuracies in percent; ignores extra answers (TVQA)."""
     return score_points(
         examples,
@@ -277,19 +277,19 @@ def video_score(examples: Sequence[Example], answers: Answers) -> Scored:
     )
 
 
-def how2qa_score(examples: Sequence[Example], answers: Answers) -> Scored:
+def how2qa_score(examples: Sequence[Example], answers: AnswersById) -> Scored:
     """Scores as `video_score` does, and refuses extra answers."""
     refuse_strangers("How2QA", examples, answers, "its server rejects them")
     return video_score(examples, answers)
 
 
-def _submitted(example: Example, answers: Answers) -> int:
+def _submitted(example: Example, answers: AnswersById) -> int:
     """Returns the choice that the server's file holds; -1 for a missing answer, as the server stops at none."""
     answer = answers.get(example.id)
     return -1 if answer is None else submitted_index(label_of(example, answer))
 
 
-def video_submission(examples: Sequence[Example], answers: Answers, *, file: str) -> tuple[str, str]:
+def video_submission(examples: Sequence[Example], answers: AnswersById, *, file: str) -> tuple[str, str]:
     """Writes VALUE's file of choice indices by question id."""
     return file, json.dumps({example.id: _submitted(example, answers) for example in examples})
 

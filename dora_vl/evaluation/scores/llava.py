@@ -18,7 +18,7 @@ from typing import Literal
 
 from dora_vl.data.benchmarks.llava import MME_COGNITION, MME_PERCEPTION, POPE_CATEGORIES, POPE_VERSIONS
 from dora_vl.data.example import Example, right_choice
-from dora_vl.errors import UserError, number_of, shown
+from dora_vl.errors import UserError, parse_digits, short_repr
 from dora_vl.evaluation.predictions import Prediction
 from dora_vl.evaluation.scores.benchmark import (
     LETTER,
@@ -43,7 +43,7 @@ from dora_vl.evaluation.scores.benchmark import (
 )
 from dora_vl.evaluation.scores.scored import (
     ACCURACY,
-    Answers,
+    AnswersById,
     Formula,
     Mean,
     Ratio,
@@ -59,7 +59,7 @@ from dora_vl.evaluation.scores.scored import (
 # (GPT-4's own, from a description of the picture in words).
 
 
-def judge_requests(examples: Sequence[Example], answers: Answers) -> list[dict[str, str]]:
+def judge_requests(examples: Sequence[Example], answers: AnswersById) -> list[dict[str, str]]:
     """Returns a request for each question: its id, category and the text to put to the judge.
 
     The instruction that ends the text in LLaVA (`prompt` in its rule.json) is left to the judge's system prompt.
@@ -113,10 +113,10 @@ LLAVA_BENCH = Benchmark(
 # MM-Vet. Judged by GPT-4 with a few-shot prompt, each answer from 0 to 1 in steps of 0.1.
 
 
-def judge_file(examples: Sequence[Example], answers: Answers) -> dict[str, str]:
+def judge_file(examples: Sequence[Example], answers: AnswersById) -> dict[str, str]:
     """Returns answers by the publisher's ids ("v1_7" for LLaVA's 7), as the online grader takes them."""
     return {
-        f"v1_{example.id}" if number_of(example.id) is not None else example.id: answers.get(example.id, "")
+        f"v1_{example.id}" if parse_digits(example.id) is not None else example.id: answers.get(example.id, "")
         for example in examples
     }
 
@@ -216,7 +216,7 @@ def _only(matches: Sequence[str]) -> str | None:
     return matches[0] if len(matches) == 1 else None
 
 
-def mmbench_score(examples: Sequence[Example], answers: Answers, *, matcher: Matcher = "2025") -> Scored:
+def mmbench_score(examples: Sequence[Example], answers: AnswersById, *, matcher: Matcher = "2025") -> Scored:
     """Scores circular accuracy, by `l2_category` and `category` too, and `vanilla`, over single rotations."""
     groups: defaultdict[int, list[Example]] = defaultdict(list)
     for example in examples:
@@ -249,7 +249,9 @@ def question_of(example: Example) -> int:
     """Returns what all rotations of one question share: their index modulo 1,000,000."""
     index = example.extra.get("index")
     if not isinstance(index, int):
-        raise UserError(f"MMBench example {shown(example.id)} has extra.index {shown(index)}; it needs the row's index")
+        raise UserError(
+            f"MMBench example {short_repr(example.id)} has extra.index {short_repr(index)}; it needs the row's index"
+        )
     return index % ROTATION
 
 
@@ -258,7 +260,7 @@ def letter_cn(example: Example) -> str:
     return f"{lettered(example)}\n{LETTER_CN}"
 
 
-def mmbench_submission(examples: Sequence[Example], answers: Answers) -> tuple[str, str]:
+def mmbench_submission(examples: Sequence[Example], answers: AnswersById) -> tuple[str, str]:
     """Writes tab-separated text; a spreadsheet program saves it as the .xlsx that the server takes."""
     widest = max(len(example.choices) for example in examples)
     stream = io.StringIO()
@@ -300,7 +302,7 @@ def yes_or_no(answer: str) -> Literal["yes", "no", "other"]:
     return "no" if "no" in beginning else "other"
 
 
-def mme_score(examples: Sequence[Example], answers: Answers) -> Scored:
+def mme_score(examples: Sequence[Example], answers: AnswersById) -> Scored:
     """Scores perception, cognition and every subtask, from 0 to 200; none is in percent.
 
     A subtask's is accuracy + accuracy+ (both questions of a picture right). The script pairs questions by their
@@ -382,7 +384,7 @@ def says_no(answer: str) -> bool:
     return any(word in words for word in ("No", "not", "no"))
 
 
-def pope_score(examples: Sequence[Example], answers: Answers) -> Scored:
+def pope_score(examples: Sequence[Example], answers: AnswersById) -> Scored:
     """Scores the categories' mean F1, LLaVA's number, its parts, and each category's, in percent.
 
     A missing answer counts as the wrong one of the two. Division by zero gives 0.
@@ -394,7 +396,7 @@ def pope_score(examples: Sequence[Example], answers: Answers) -> Scored:
         category, label = str(example.extra.get("category", "all")), right_answer(example)
         categories[category] += 1
         if label not in ("yes", "no"):
-            raise UserError(f"POPE example {example.id} has the label {shown(label)}; it must be yes or no")
+            raise UserError(f"POPE example {example.id} has the label {short_repr(label)}; it must be yes or no")
         truth, answer = label == "yes", answers.get(example.id)
         yes = (not truth) if answer is None else not says_no(answer)
         cell = {(True, True): "tp", (True, False): "fp", (False, False): "tn", (False, True): "fn"}[yes, truth]
@@ -433,7 +435,7 @@ OPTIONS = "ABCDE"
 SENTENCE = re.compile("The answer is ([A-Z]).")
 
 
-def parsed(answer: str) -> str | None:
+def parse_letter(answer: str) -> str | None:
     """Parses the letter of an answer as ScienceQA's script does; None where that fails. In this order:
 
     1. the whole answer is one of A to E;
@@ -448,13 +450,13 @@ def parsed(answer: str) -> str | None:
     return _only(SENTENCE.findall(answer))
 
 
-def scienceqa_score(examples: Sequence[Example], answers: Answers) -> Scored:
+def scienceqa_score(examples: Sequence[Example], answers: AnswersById) -> Scored:
     """Scores image accuracy, LLaVA's number, where any question has a picture, then accuracy, in percent."""
     image = {"image accuracy": share_of("image accuracy")} if any(example.images for example in examples) else {}
     return score_points(
         examples,
         answers,
-        lambda example, answer: float(parsed(answer) == letters(example)[right_choice(example)]),
+        lambda example, answer: float(parse_letter(answer) == letters(example)[right_choice(example)]),
         metrics={**image, "accuracy": ACCURACY},
         kinds=lambda example: ["image accuracy"] if example.images else [],
     )
@@ -465,7 +467,7 @@ def scienceqa_prompt(example: Example) -> str:
     return f"{lettered(example, before_hint='Context: ')}\n{LETTER}"
 
 
-def seed_score(examples: Sequence[Example], answers: Answers) -> Scored:
+def seed_score(examples: Sequence[Example], answers: AnswersById) -> Scored:
     """Scores the exact letter in percent: all, by `extra["data_type"]` and by `extra["question_type"]`.
 
     The published script stops when an answer is missing or a type has no right answer; here the former is wrong and the

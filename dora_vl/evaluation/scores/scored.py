@@ -25,7 +25,7 @@ Sums = Mapping[str, Numbers]
 Formula = Callable[..., Numbers]
 """Computes a metric of each draw from its sums (a column without entries is not in them) and those of the whole set.
 A draw that lacks what the whole set has (such as every item of a rare kind) is NaN; without the latter it is 0."""
-Answers = Mapping[str, str]
+AnswersById = Mapping[str, str]
 """Maps examples' ids to answers; an example without an entry has no answer."""
 Limits = tuple[float, float]
 PERCENT = 100.0
@@ -221,7 +221,7 @@ def share_of(kind: str) -> Ratio:
 
 def score_points(
     examples: Sequence[Example],
-    answers: Answers,
+    answers: AnswersById,
     points: Callable[[Example, str], float],
     *,
     metrics: Mapping[str, Formula] | None = None,

@@ -17,7 +17,7 @@ from typing import Literal
 
 from dora_vl.data.benchmarks.fields import PEOPLE
 from dora_vl.data.example import Example
-from dora_vl.errors import UserError, number_of, shown
+from dora_vl.errors import UserError, parse_digits, short_repr
 from dora_vl.evaluation.predictions import Prediction
 from dora_vl.evaluation.scores.benchmark import (
     REPEATED,
@@ -33,7 +33,16 @@ from dora_vl.evaluation.scores.benchmark import (
     short,
     true_or_false,
 )
-from dora_vl.evaluation.scores.scored import ACCURACY, Answers, Formula, Ratio, Scored, Tally, score_points, share_of
+from dora_vl.evaluation.scores.scored import (
+    ACCURACY,
+    AnswersById,
+    Formula,
+    Ratio,
+    Scored,
+    Tally,
+    score_points,
+    share_of,
+)
 
 # How the official VQA script (GT-Vision-Lab/VQA, vqaEval.py) rewrites an answer before it compares.
 #
@@ -112,7 +121,7 @@ def human_answers(example: Example) -> list[str]:
     answers = [answer.text for answer in example.answers] if people is None else [str(answer) for answer in people]
     if len(answers) != PEOPLE:
         raise UserError(
-            f"example {shown(example.id)} has {len(answers)} human answers, the metric needs {PEOPLE} "
+            f"example {short_repr(example.id)} has {len(answers)} human answers, the metric needs {PEOPLE} "
             "(extra.human_answers); prepare the set again from the publisher's annotations"
         )
     return answers
@@ -141,7 +150,7 @@ def normalise_evalai(answer: str) -> str:
 Version = Literal["after_2021", "before_2021"]
 
 
-def vqa_score(examples: Sequence[Example], answers: Answers, *, version: Version = "after_2021") -> Scored:
+def vqa_score(examples: Sequence[Example], answers: AnswersById, *, version: Version = "after_2021") -> Scored:
     """Scores all questions, and by `extra["answer_type"]` (yes/no, number, other) where there is one.
 
     Source: github.com/GT-Vision-Lab/VQA, PythonEvaluationTools. Its versions before and after a change of 2021 disagree
@@ -182,7 +191,7 @@ def accuracy(prediction: str, people: Sequence[str], version: Version) -> float:
     return leave_one_out(one_line(prediction), stripped)
 
 
-def vqa_submission(examples: Sequence[Example], answers: Answers) -> tuple[str, str]:
+def vqa_submission(examples: Sequence[Example], answers: AnswersById) -> tuple[str, str]:
     """Writes EvalAI's file: normalised answers for *all* questions of the split, "" where there is none."""
     rows = [
         {"question_id": published_id(example.id), "answer": normalise_evalai(answers.get(example.id, ""))}
@@ -235,7 +244,7 @@ TEXTVQA = Benchmark(
 )
 
 
-def vizwiz_score(examples: Sequence[Example], answers: Answers) -> Scored:
+def vizwiz_score(examples: Sequence[Example], answers: AnswersById) -> Scored:
     """Scores mean soft accuracy over EvalAI's normaliser, in percent, as LLaVA's upload is scored.
 
     A missing answer is scored as the empty one that the file holds. Questions that the publisher marks as unanswerable
@@ -258,7 +267,7 @@ def vizwiz_prompt(example: Example) -> str:
     return f"{example.question}\n{UNANSWERABLE}\n{SHORT}"
 
 
-def vizwiz_submission(examples: Sequence[Example], answers: Answers) -> tuple[str, str]:
+def vizwiz_submission(examples: Sequence[Example], answers: AnswersById) -> tuple[str, str]:
     """Writes EvalAI's file: normalised answers by picture."""
     pictures = {example.id: (example.images or (example.id,))[0].rsplit("/", 1)[-1] for example in examples}
     rows = [{"image": picture, "answer": normalise_evalai(answers.get(name, ""))} for name, picture in pictures.items()]
@@ -266,13 +275,13 @@ def vizwiz_submission(examples: Sequence[Example], answers: Answers) -> tuple[st
 
 
 def _number_row(row: Prediction) -> Key:
-    number = number_of(row.id)
+    number = parse_digits(row.id)
     return None if number is None else (number, question_in(row.question))
 
 
 def _number_example(example: Example) -> Key:
     match = re.search(r"_(\d+)$", PurePosixPath(example.images[0]).stem) if example.images else None
-    number = number_of(match.group(1)) if match else None
+    number = parse_digits(match.group(1)) if match else None
     return None if number is None else (number, plain(example.question))
 
 
@@ -302,7 +311,7 @@ def converted(answer: str) -> str:
     return answer.rstrip(".").lower()
 
 
-def gqa_score(examples: Sequence[Example], answers: Answers, *, conversion: Conversion = "llava") -> Scored:
+def gqa_score(examples: Sequence[Example], answers: AnswersById, *, conversion: Conversion = "llava") -> Scored:
     """Scores all, by open/binary, structural and semantic type; consistency and distribution where possible.
 
     As GQA's eval.py gives it, on answers that are converted as LLaVA does. `vl_t5` (so the paper's VL-BART numbers)
@@ -377,7 +386,7 @@ def _distribution(examples: Sequence[Example], predictions: Mapping[str, str]) -
 
 
 def gqa_submission(
-    examples: Sequence[Example], answers: Answers, *, conversion: Conversion = "llava"
+    examples: Sequence[Example], answers: AnswersById, *, conversion: Conversion = "llava"
 ) -> tuple[str, str]:
     """Writes the file of GQA's eval.py and server, answers as the mode converts them."""
     as_held = converted if conversion == "llava" else str
@@ -415,7 +424,7 @@ def as_read(answer: str) -> str:
 
 
 def nlvr2_score(
-    examples: Sequence[Example], answers: Answers, *, sentence_of: Callable[[str], str] = sentence_of_nlvr2
+    examples: Sequence[Example], answers: AnswersById, *, sentence_of: Callable[[str], str] = sentence_of_nlvr2
 ) -> Scored:
     """Scores accuracy (precision there) and consistency, all of a sentence's examples right, in percent."""
     read = {example.id: as_read(answers.get(example.id, "")).lower() for example in examples}
@@ -431,12 +440,12 @@ def nlvr2_score(
     return tally.scored({"accuracy": ACCURACY, "consistency": Ratio("consistent", "sentences")})
 
 
-def score_nlvr(examples: Sequence[Example], answers: Answers) -> Scored:
+def score_nlvr(examples: Sequence[Example], answers: AnswersById) -> Scored:
     """Scores by NLVR's grouping of sentences: the part before the "-" ("1572-0"), whatever picture order follows."""
     return nlvr2_score(examples, answers, sentence_of=lambda identifier: identifier.split("-")[0])
 
 
-def nlvr2_submission(examples: Sequence[Example], answers: Answers) -> tuple[str, str]:
+def nlvr2_submission(examples: Sequence[Example], answers: AnswersById) -> tuple[str, str]:
     """Writes the script's CSV; a missing answer stays empty, which is wrong there as it is here."""
     rows = [f"{example.id},{' '.join(answers.get(example.id, '').splitlines())}" for example in examples]
     return "nlvr2.csv", "\n".join(rows) + "\n"

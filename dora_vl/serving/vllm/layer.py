@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dora_vl.core import functional
 from dora_vl.core.quantised import columns_by_product
-from dora_vl.errors import shown_names
+from dora_vl.errors import short_names
 
 if TYPE_CHECKING:
     Wrapper = Any
@@ -135,7 +135,7 @@ def gains_minus_one(layer: FrozenLayer, slices: Sequence[Slice | None], sizes: S
         norms, cancelled = functional.direction_norms(layer.total(frozen), squared)
         if cancelled.numel():  # those rows from the dense direction
             dense = functional.dense_direction(layer.rows(rows[cancelled]), a, b[cancelled], 1.0)
-            norms[cancelled] = functional.root(layer.total(functional.row_norms_squared(dense)))
+            norms[cancelled] = functional.safe_sqrt(layer.total(functional.row_norms_squared(dense)))
         result[rows] = functional.gain(part.magnitude.to(norms), norms) - 1
     return result
 
@@ -176,11 +176,11 @@ def take_magnitudes(tensors: MutableMapping[str, Tensor], *, use_dora: bool) -> 
     factors = {name.removesuffix(end) for name in tensors for end in (LORA_A, LORA_B) if name.endswith(end)}
     unpaired = sorted(layer for layer in magnitudes if not {layer + LORA_A, layer + LORA_B} <= tensors.keys())
     if unpaired:
-        raise UnservableAdapter(f"{len(unpaired)} magnitudes without A and B: {shown_names(unpaired)}; {EXPORT}")
+        raise UnservableAdapter(f"{len(unpaired)} magnitudes without A and B: {short_names(unpaired)}; {EXPORT}")
     without = sorted(factors - magnitudes.keys())
     if without:
         raise UnservableAdapter(
-            f"{len(without)} layers without a magnitude: {shown_names(without)}; the file is not whole"
+            f"{len(without)} layers without a magnitude: {short_names(without)}; the file is not whole"
         )
     for layer, name in magnitudes.items():
         a, b, magnitude = tensors[layer + LORA_A], tensors[layer + LORA_B], tensors[name]

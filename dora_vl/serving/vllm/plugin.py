@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_vl.errors import shown_names
+from dora_vl.errors import short_names
 from dora_vl.serving.vllm.layer import EXPORT, LORA_B, DoRALayer, UnservableAdapter, as_factor, take_magnitudes
 
 log = logging.getLogger("vllm.dora_vl")  # below vLLM's own, whose handler and level it so has
@@ -259,7 +259,7 @@ def compute_gains(
     ]
     if lost:
         raise UnservableAdapter(
-            f"vLLM applies no magnitudes to {len(lost)} of the adapter's layers: {shown_names(sorted(lost))} "
+            f"vLLM applies no magnitudes to {len(lost)} of the adapter's layers: {short_names(sorted(lost))} "
             f"(experts, embeddings, output heads, and what it keeps in a class of its own); {EXPORT}"
         )
     for name, weights in served.items():

@@ -44,12 +44,12 @@ def calls(monkeypatch):
         real = getattr(cpu_step, name)
         monkeypatch.setattr(cpu_step, name, lambda *operands: counted.update([name]) or real(*operands))
 
-    for name in ("output", "gradients", "of_factors", "gains", "norms"):
+    for name in ("output", "gradients", "factor_gradients", "gains", "norms"):
         counting(name)
     return counted
 
 
-ONE_STEP = dict.fromkeys(("output", "gradients", "of_factors", "gains", "norms"), 2)
+ONE_STEP = dict.fromkeys(("output", "gradients", "factor_gradients", "gains", "norms"), 2)
 """A step of two layers is these passes."""
 
 

@@ -283,8 +283,8 @@ def test_what_is_said_of_columns_must_fit_the_rows() -> None:
     assert (unnamed.value.remedy.roles, unnamed.value.remedy.ignored) == (remedy, ("zweite",))
     assert "--columns Frage=question,Antwort=answer,Bilddatei=image --ignore zweite" in unnamed.value.options
     columns = Columns({"Bild": "image", **remedy}, ("zweite",))
-    assert "'Bild'" in columns.unmet([columns.resolve(QUESTIONS).uses])
-    assert not Columns(remedy, ("zweite",)).unmet([columns.resolve(QUESTIONS).uses])
+    assert "'Bild'" in columns.missing_column([columns.resolve(QUESTIONS).uses])
+    assert not Columns(remedy, ("zweite",)).missing_column([columns.resolve(QUESTIONS).uses])
 
 
 def test_a_part_of_an_object_is_named_whatever_its_key_ends_in() -> None:

@@ -76,7 +76,7 @@ LINES = (Subtitle("well"), Subtitle(""), Subtitle("no"))
         (prompts.caption_of_video, {"subtitles": LINES}, f"Subtitles: well no\n{CAPTION}"),
     ],
 )
-def test_wording(prompt: prompts.Prompt, fields: dict[str, object], text: str) -> None:
+def test_wording(prompt: prompts.PromptFunction, fields: dict[str, object], text: str) -> None:
     assert prompts.prompt_turns(Example(id="1", question="Which?", **fields), prompt) == (Turn("user", text),)  # pyright: ignore[reportArgumentType]
 
 
@@ -109,7 +109,7 @@ def test_a_file_whose_answers_the_publisher_keeps_is_no_mistake(tmp_path: Path) 
     kept = [Example(id=name, choices=("red", "blue")) for name in "ab"]
     check_choices(kept, tmp_path / "test.jsonl")
     letters = [Example(id="a", choices=("x",) * 27)]
-    check_choices(letters, tmp_path / "test.jsonl", most=None)
+    check_choices(letters, tmp_path / "test.jsonl", max_choices=None)
     with pytest.raises(UserError):  # there are not so many letters
         check_choices(letters, tmp_path / "test.jsonl")
 

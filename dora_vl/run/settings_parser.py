@@ -14,7 +14,7 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
-from dora_vl.errors import SettingError, UserError, shown, wrong_value
+from dora_vl.errors import SettingError, UserError, short_repr, wrong_value
 from dora_vl.files import read_yaml, refuse_other_number, shipped_folder
 from dora_vl.run.settings import (
     DEFAULTS,
@@ -44,7 +44,7 @@ SECTION_CLASSES: Mapping[str, type[Any]] = {
     "evaluation": EvaluationConfig,
 }
 FOR_ALL = ", or null for all of them"
-COUNTS = {
+AT_LEAST_ONE = {
     "limit": FOR_ALL,
     "validation_limit": FOR_ALL,
     "batch_size": "",
@@ -64,7 +64,7 @@ def read_run(
     arguments: Sequence[str], *, task: Task = "image_text", program: str = "run", description: str = ""
 ) -> RunConfig:
     """Reads a run's settings from command-line arguments, which win over the file's; `task` where neither names one."""
-    words, task = files_first(arguments, task)
+    words, task = files_as_arguments(arguments, task)
     parser = run_parser(task, program, description)
     try:
         parsed = parser.parse_args(words)
@@ -74,11 +74,11 @@ def read_run(
         parsed = parser.instantiate(parsed)
         config = RunConfig(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(RunConfig)})
     except (argparse.ArgumentError, ValueError, TypeError) as error:
-        raise explained(str(error), task) from error
+        raise explain_parser_error(str(error), task) from error
     if config.watch < 0:
         raise SettingError("watch", f" is {config.watch}; 0 asks nothing")
     for section in dataclasses.fields(config):
-        for name, hint in COUNTS.items():
+        for name, hint in AT_LEAST_ONE.items():
             count = getattr(getattr(config, section.name), name, None)
             if count is not None and count < 1:
                 raise SettingError(f"{section.name}.{name}", f" is {count}; at least 1 is needed{hint}")
@@ -127,7 +127,7 @@ def setting_names(task: Task, *, training: bool = True) -> list[str]:
     return leaves + [f"training.{name}" for name in training_fields()]
 
 
-def files_first(arguments: Sequence[str], task: Task) -> tuple[list[str], Task]:
+def files_as_arguments(arguments: Sequence[str], task: Task) -> tuple[list[str], Task]:
     """Puts the settings of each `--config` in front, as JSON; returns also the task that they name, or `task`.
 
     So an argument wins wherever it stands, and the parser itself opens no file.
@@ -145,7 +145,7 @@ def files_first(arguments: Sequence[str], task: Task) -> tuple[list[str], Task]:
     if named not in [*FIELDS]:  # a list or a mapping has no hash
         close = difflib.get_close_matches(str(named), FIELDS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise SettingError("task", f": no task {shown(named)}; there are {', '.join(FIELDS)}{hint}", close)
+        raise SettingError("task", f": no task {short_repr(named)}; there are {', '.join(FIELDS)}{hint}", close)
     settings = [_as_json({**file, "task": named}) for file in files]
     variant = [] if options.variant is None else [f"--variant={options.variant}"]
     return [*(f"--config={section}" for section in settings), *others, *variant], named
@@ -179,7 +179,7 @@ def find_recipe(name: str) -> Path:
         siblings = [str(path) for path in beside if path.is_file()]
         close = difflib.get_close_matches(name, [*siblings, *names], n=1)
         hint = f"did you mean {close[0]}?" if close else f"the recipes are {', '.join(names)}"
-        raise SettingError("--config", f" {shown(name, 200)}: no such file or recipe; {hint}")
+        raise SettingError("--config", f" {short_repr(name, 200)}: no such file or recipe; {hint}")
     return path
 
 
@@ -191,7 +191,7 @@ def settings_of_files(names: Sequence[str], variant: str | None) -> list[dict[st
     paths = [find_recipe(name) for name in names]
     if variant is not None and not any(map(variants_of, paths)):
         where = f"{', '.join(map(str, paths))}: no variants there" if paths else "no --config FILE is given"
-        raise SettingError("--variant", f" {shown(variant)}: {where}")
+        raise SettingError("--variant", f" {short_repr(variant)}: {where}")
     return [_resolved(path, variant) for path in paths]
 
 
@@ -200,12 +200,12 @@ def variants_of(path: Path) -> list[str]:
     return list(_read(path).get(VARIANTS) or {})
 
 
-def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def merge_settings(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Lays changes over settings: mappings are merged, all else is replaced."""
     result = {**settings, **changes}
     for key, value in changes.items():
         if isinstance(value, Mapping) and isinstance(settings.get(key), Mapping):
-            result[key] = merged(settings[key], value)
+            result[key] = merge_settings(settings[key], value)
     return result
 
 
@@ -228,9 +228,9 @@ def _resolved(path: Path, variant: str | None) -> dict[str, Any]:
     if VARIANTS in content and name is not None:
         if name not in variants:
             raise SettingError(
-                VARIANT, f": {path} has no variant {shown(name)}; there are {', '.join(map(str, variants))}"
+                VARIANT, f": {path} has no variant {short_repr(name)}; there are {', '.join(map(str, variants))}"
             )
-        settings = {**merged(settings, variants[name]), VARIANT: name}
+        settings = {**merge_settings(settings, variants[name]), VARIANT: name}
     for option in NO_SETTINGS:
         if option in settings:
             raise SettingError(option, f" in {path} is not a setting; it belongs on the command line")
@@ -246,7 +246,7 @@ _UNKNOWN = (
 )
 
 
-def explained(message: str, task: Task) -> UserError:
+def explain_parser_error(message: str, task: Task) -> UserError:
     """Makes one line of the parser's message; an unknown key is named with its tasks and the nearest settings."""
     line = " ".join(message.split())
     match = next((match for pattern in _UNKNOWN if (match := pattern.search(line))), None)

@@ -14,7 +14,7 @@ from torch import nn
 from dora_vl.adapters.base_weights import replaced_by, shared_tensors
 from dora_vl.adapters.folder import load_adapter
 from dora_vl.core.adapter_slots import ActiveAdapters, Axis, SlotChange, SlotLayer
-from dora_vl.core.inject import put_in_place
+from dora_vl.core.inject import replace_module
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.linear import ProductLayer
 from dora_vl.core.other_layers import AdaptedExperts
@@ -121,7 +121,7 @@ class AdapterSlots:
             return layer
         axis: Axis = "rows" if name in self._layers.by_row else "pictures"
         slot_layer = SlotLayer(layer, self.batch, axis)
-        put_in_place(self.model, layer, slot_layer)
+        replace_module(self.model, layer, slot_layer)
         return slot_layer
 
 

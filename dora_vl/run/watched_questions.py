@@ -108,14 +108,14 @@ def read_watched(run_folder: Path) -> Watched | None:
     return Watched(folder=folder, questions=questions, answers=answers)
 
 
-def small_picture(picture: Image.Image, most: int = SMALL_PX) -> Image.Image:
+def small_picture(picture: Image.Image, max_size: int = SMALL_PX) -> Image.Image:
     """Shrinks a picture until its longer side has at most this many pixels."""
-    return picture if max(picture.size) <= most else ImageOps.contain(picture, (most, most))
+    return picture if max(picture.size) <= max_size else ImageOps.contain(picture, (max_size, max_size))
 
 
-def data_url(picture: Image.Image, most: int = SMALL_PX) -> str:
+def data_url(picture: Image.Image, max_size: int = SMALL_PX) -> str:
     """Returns the picture, made small, as text inside a page: PNG to the pixel where it is tiny, else JPEG."""
-    small = small_picture(picture.convert("RGB"), most)
+    small = small_picture(picture.convert("RGB"), max_size)
     kind = "png" if max(small.size) <= EXACT_PX else "jpeg"
     file = io.BytesIO()
     small.save(file, format=kind, quality=JPEG_QUALITY, optimize=True)

@@ -22,7 +22,7 @@ from dora_vl.errors import UserError
 
 log = logging.getLogger(__name__)
 
-Place = Mapping[str, nn.Module]
+Modules = Mapping[str, nn.Module]
 NamesIn = Callable[[PreTrainedModel, str], list[str]]
 
 
@@ -52,17 +52,17 @@ def names_experts(model: PreTrainedModel, patterns: Iterable[str]) -> bool:
     """Tells whether some pattern hits only experts that are one tensor, and no layer."""
     layers = [name for name, module in model.named_modules() if _is_linear(module)]
     experts = [f"{name}.{leaf}" for name, module in _experts(model).items() for leaf in expert_projections(module)]
-    return any(_hits(experts, pattern) and not _hits(layers, pattern) for pattern in patterns)
+    return any(_matches_any(experts, pattern) and not _matches_any(layers, pattern) for pattern in patterns)
 
 
 def names_projector(model: PreTrainedModel, targets: Iterable[str]) -> bool:
     """Tells whether some of a full run's targets hold weights of the projector."""
     owners = _owners_in(model, "projector")
     patterns = resolved_targets(model, targets, "adapter.targets", any_module=True)
-    return any(_hits(owners, pattern) for pattern in patterns)
+    return any(_matches_any(owners, pattern) for pattern in patterns)
 
 
-def _hits(names: Iterable[str], pattern: str) -> bool:
+def _matches_any(names: Iterable[str], pattern: str) -> bool:
     return any(fnmatchcase(name, pattern) for name in names)
 
 
@@ -96,7 +96,7 @@ def _as_patterns(names: list[str], all_names: Iterable[str]) -> list[str]:
     others = set(all_names) - set(names)
     patterns: list[str] = []
     for pattern, matches in by_pattern.items():
-        patterns += matches if _hits(others, pattern) else [pattern]
+        patterns += matches if _matches_any(others, pattern) else [pattern]
     return patterns
 
 
@@ -104,7 +104,7 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_quantised(module)
 
 
-def _layers_in(modules: Place) -> list[str]:
+def _layers_in(modules: Modules) -> list[str]:
     """Lists linear layers, without those in which an adapter would be bypassed."""
     linears = {name: module for name, module in modules.items() if _is_linear(module)}
     names = [name for name, module in linears.items() if is_adaptable_linear(name, module)]

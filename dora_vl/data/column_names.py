@@ -99,7 +99,7 @@ def plain_name(name: str) -> str:
     return re.sub(r"[\s-]+", "_", name.strip().lower())
 
 
-def is_nothing(value: object) -> bool:
+def is_empty(value: object) -> bool:
     """Tells whether a column is empty: null, blank text, a list or object of nothing else, or pandas' NaN."""
     if value is None:
         return True
@@ -110,7 +110,7 @@ def is_nothing(value: object) -> bool:
         for entry in entries:  # it grows, since values may be nested deeper than functions
             if isinstance(entry, list | dict):
                 entries += entry.values() if isinstance(entry, dict) else entry
-            elif not is_nothing(entry):
+            elif not is_empty(entry):
                 return False
         return True
     return value == b"" or value != value
@@ -155,18 +155,18 @@ def holds_media(value: object) -> bool:
     return isinstance(value, bytes | bytearray) and bool(value)
 
 
-def losing(path: str, value: object, *, unknown: bool = False, has_media: bool = False) -> tuple[str, str] | None:
+def lost_content(path: str, value: object, *, unknown: bool = False, has_media: bool = False) -> tuple[str, str] | None:
     """Returns what may change what is learned, with its path, in a value that would be left out; None for bookkeeping.
 
     Args:
         unknown: whether a name that is not one of bookkeeping is enough.
         has_media: whether the sample has pictures or videos, of which this may be a note.
     """
-    if "." not in path and kind_of(path) == NOTED:  # as most columns are
+    if "." not in path and kind_of_column(path) == NOTED:  # as most columns are
         if isinstance(value, int | float):
             return None
         if isinstance(value, str) and value[:1].isalnum() and not holds_media(value):
-            return (path, TEXT) if _says_more(value) else None
+            return (path, TEXT) if _may_be_question_or_answer(value) else None
     try:
         return _loss(path, value, unknown, has_media)
     except RecursionError:
@@ -175,10 +175,12 @@ def losing(path: str, value: object, *, unknown: bool = False, has_media: bool =
 
 def _loss(path: str, value: object, unknown: bool, has_media: bool) -> tuple[str, str] | None:
     value = parsed(value)
-    if is_nothing(value):
+    if is_empty(value):
         return None
     name = path.rpartition(".")[2]
-    kind = "" if len(name) == 1 and name != path else kind_of(name)  # a single letter names a choice only as a column
+    kind = (
+        "" if len(name) == 1 and name != path else kind_of_column(name)
+    )  # a single letter names a choice only as a column
     if holds_media(value):
         is_name = has_media and isinstance(value, str) and kind != MEDIUM and name.lower().endswith("name")
         return None if is_name else (path, MEDIUM)
@@ -195,13 +197,13 @@ def _loss(path: str, value: object, unknown: bool, has_media: bool) -> tuple[str
             return path, NESTED
         return next(filter(None, (_loss(path, entry, unknown, has_media) for entry in value)), None)
     if kind == NOTED:
-        return (path, TEXT) if isinstance(value, str) and _says_more(value) else None
+        return (path, TEXT) if isinstance(value, str) and _may_be_question_or_answer(value) else None
     if not kind or isinstance(value, bool) or (kind in (MEDIUM, ASKED) and isinstance(value, list)):
         kind = _by_value(value, unknown)
     return (path, kind) if kind else None
 
 
-def _says_more(text: str) -> bool:
+def _may_be_question_or_answer(text: str) -> bool:
     """Tells whether a text under the name of a note may be something that is asked or answered."""
     return len(text) > 300 or text.endswith("?")
 
@@ -223,7 +225,7 @@ def _kind_of_word(word: str) -> str:
     return _WORDS.get(word.lower()) or _WORDS.get(word.lower().removesuffix("s"), "")
 
 
-_WORKED = (
+_NOTE_PARTICIPLES = (
     *("annotated", "checked", "collected", "curated", "edited", "labeled", "labelled", "photographed", "provided"),
     *("recorded", "reviewed", "submitted", "uploaded", "verified", "written"),
 )
@@ -231,7 +233,7 @@ _WORKED = (
 
 
 @lru_cache(maxsize=1 << 12)
-def kind_of(name: str) -> str:
+def kind_of_column(name: str) -> str:
     """Returns what a column is by its name alone; "" where it says nothing."""
     words = [word.lower() for word in _NAME_WORDS.findall(name)] or [""]
     kinds = [*map(_kind_of_word, words)]
@@ -248,21 +250,21 @@ def kind_of(name: str) -> str:
     is_flag = words[0] in ("is", "has", "was", "should", "can")
     is_noted = kinds[-1] == NOTED and kind in ("", TEXT) and not is_flag
     counts = ("n", "num", "nb", "number", "total", "created", "updated", "modified", "date", "time")
-    is_noted |= words[-1:] == ["by"] and words[0] in _WORKED
+    is_noted |= words[-1:] == ["by"] and words[0] in _NOTE_PARTICIPLES
     if is_noted or words[0] in counts or plain_name(name) in (*ROLES["id"], "parallel_tool_calls"):
         return NOTED
     return kind or (TEXT if plain_name(name) in KNOWN and name != "extra" else "")
 
 
-NEARLY: Mapping[str, tuple[str, ...]] = {
+LIKELY_NAMES: Mapping[str, tuple[str, ...]] = {
     "question": ("q", "frage", "pregunta", "pergunta", "domanda", "user", "human", "problem", "sentence"),
     "answer": ("a", "antwort", "respuesta", "resposta", "reponse", "risposta", "assistant", "gpt", "target", "reply"),
     "image": ("bild", "foto", "imagen", "immagine", "url", "file", "src", "path", "pixels", "media"),
     "caption": ("alt", "alt_text", "title"),
 }
 """These names may mean a role: they are proposed, not taken for it."""
-_MEANT = {name: name for name in sorted(KNOWN - {"solution"})} | {
-    name: role for role, names in NEARLY.items() for name in names
+_ROLE_OF_LIKELY_NAME = {name: name for name in sorted(KNOWN - {"solution"})} | {
+    name: role for role, names in LIKELY_NAMES.items() for name in names
 }
 
 
@@ -270,5 +272,9 @@ _MEANT = {name: name for name in sorted(KNOWN - {"solution"})} | {
 def nearest_role(name: str) -> str | None:
     """Returns what a column of an unknown name was probably meant to be."""
     name = plain_name(name)
-    close = get_close_matches(name, _MEANT, n=1, cutoff=0.8)
-    return _MEANT[close[0]] if close and (kind_of(name) != NOTED or name in _MEANT) else None
+    close = get_close_matches(name, _ROLE_OF_LIKELY_NAME, n=1, cutoff=0.8)
+    return (
+        _ROLE_OF_LIKELY_NAME[close[0]]
+        if close and (kind_of_column(name) != NOTED or name in _ROLE_OF_LIKELY_NAME)
+        else None
+    )

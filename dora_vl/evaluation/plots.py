@@ -30,7 +30,7 @@ QUESTION_CHARACTERS, ANSWER_CHARACTERS = 25, 24  # of one line under a picture
 SUBTITLE_CHARACTERS = 34
 SMALL_PX = 160
 RIGHT_SHARE = 0.5
-AS_IT_STANDS: Mapping[str, Any] = {"parse_math": False}
+PLAIN_TEXT: Mapping[str, Any] = {"parse_math": False}
 """Text that somebody else wrote is drawn as it is: two dollars in it are no formula."""
 
 
@@ -129,7 +129,7 @@ def write_contact_sheet(
     width, height = CELL_WIDTH * COLUMNS + MARGIN, CELL_HEIGHT * rows + TITLE_HEIGHT
     figure = new_figure(width, height)
     middle = 1 - 0.5 * TITLE_HEIGHT / height
-    figure.text(0.5, middle, plain_text(title), ha="center", va="center", color=INK, **TITLE_FONT, **AS_IT_STANDS)
+    figure.text(0.5, middle, plain_text(title), ha="center", va="center", color=INK, **TITLE_FONT, **PLAIN_TEXT)
     for number, prediction in enumerate(chosen):
         row, column = divmod(number, COLUMNS)
         left = (MARGIN + column * CELL_WIDTH) / width
@@ -148,7 +148,7 @@ def _draw_picture(
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_color(GRID)
-    style: dict[str, Any] = {"ha": "center", "fontsize": 6, "transform": axes.transAxes, **AS_IT_STANDS}
+    style: dict[str, Any] = {"ha": "center", "fontsize": 6, "transform": axes.transAxes, **PLAIN_TEXT}
     if prediction.images:
         try:
             picture = open_picture(prediction)
@@ -173,7 +173,7 @@ def _draw_answer(axes: Axes, prediction: Prediction, *, inches: float, right: bo
     line = _two_lines(f"✓ {answer}" if right else answer)
     if right is False:
         line = f"✗ {_ending(answer)}\ntrue: {_ending(prediction.truth)}"
-    style = {"ha": "center", "va": "top", "transform": axes.transAxes, "linespacing": 1.15, **AS_IT_STANDS}
+    style = {"ha": "center", "va": "top", "transform": axes.transAxes, "linespacing": 1.15, **PLAIN_TEXT}
     axes.text(0.5, -0.07 / inches, plain_text("\n".join(question)), fontsize=8.5, color=INK, **style)
     below = -(0.12 + 0.145 * len(question)) / inches
     axes.text(0.5, below, plain_text(line), fontsize=8.5, fontweight="bold", color=color, **style)

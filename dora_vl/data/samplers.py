@@ -179,12 +179,12 @@ class TreeSampler(SeededSampler):
         self._together = min(TOGETHER, batch_size)
 
     def __iter__(self) -> Iterator[int]:
-        chance = random.Random(f"{self._seed}/{self._epoch}/trees")
+        rng = random.Random(f"{self._seed}/{self._epoch}/trees")
         groups: list[list[int]] = []
         for group in self._groups:
-            drawn = chance.sample(group, len(group))
+            drawn = rng.sample(group, len(group))
             groups += [drawn[start : start + self._together] for start in range(0, len(drawn), self._together)]
-        chance.shuffle(groups)
+        rng.shuffle(groups)
         most = max(1, WINDOW // self._batch) * self._batch
         window: list[list[int]] = []
         for number, group in enumerate(groups, start=1):
@@ -194,18 +194,18 @@ class TreeSampler(SeededSampler):
                 continue
             last = number == len(groups)
             full, window = (window, []) if last else self._cut(window, most)
-            batches = self._dealt(full)
+            batches = self._fill_batches(full)
             # Neighbours go to the ranks of one micro-step; what fills no micro-batch comes last.
             complete = sorted((batch for batch in batches if len(batch) == self._batch), key=self._tokens)
             blocks = [complete[start : start + NEIGHBOURS] for start in range(0, len(complete), NEIGHBOURS)]
-            chance.shuffle(blocks)
+            rng.shuffle(blocks)
             rest = [batch for batch in batches if len(batch) < self._batch]
             for batch in (*(batch for block in blocks for batch in block), *rest):
                 yield from batch
 
-    def _cut(self, window: list[list[int]], most: int) -> tuple[list[list[int]], list[list[int]]]:
+    def _cut(self, window: list[list[int]], limit: int) -> tuple[list[list[int]], list[list[int]]]:
         """Returns the window with exactly `most` samples, and what is left of its last group."""
-        over = sum(map(len, window)) - most
+        over = sum(map(len, window)) - limit
         kept, left = window[-1][: len(window[-1]) - over], window[-1][len(window[-1]) - over :]
         return [*window[:-1], kept], [left] if left else []
 
@@ -214,7 +214,7 @@ class TreeSampler(SeededSampler):
         shared = {self._media[sample]: self._shared[sample] for sample in samples}
         return sum(shared.values()) + sum(self._lengths[sample] - self._shared[sample] for sample in samples)
 
-    def _dealt(self, groups: list[list[int]]) -> list[list[int]]:
+    def _fill_batches(self, groups: list[list[int]]) -> list[list[int]]:
         """Deals groups to micro-batches: the longest group goes to the shortest one that has room for it."""
         count = sum(map(len, groups))
         room = [self._batch] * (count // self._batch) + ([count % self._batch] if count % self._batch else [])
@@ -236,7 +236,7 @@ class TreeSampler(SeededSampler):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class MixtureTask:
     """One task of a mixture; an optimizer step takes `batch_size` of its items, over all ranks and micro-batches."""
 
     name: str
@@ -250,7 +250,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Part:
+class MicroBatchPart:
     """Says what one rank does in one micro-batch; `indices` may be empty where a small last batch does not reach."""
 
     source: int
@@ -271,7 +271,7 @@ class MixturePlan:
             every task, a small task's items several times.
     """
 
-    def __init__(self, sources: Sequence[Source], *, parts: int, mixing: Mixing, seed: int) -> None:
+    def __init__(self, sources: Sequence[MixtureTask], *, parts: int, mixing: Mixing, seed: int) -> None:
         self.sources = tuple(sources)
         self.parts = parts
         self.seed = seed
@@ -291,7 +291,7 @@ class MixturePlan:
             items += rounds * source.items + min(rest * source.batch_size, source.items)
         return items
 
-    def part(self, number: int, *, epoch: int) -> Part:
+    def part(self, number: int, *, epoch: int) -> MicroBatchPart:
         """Returns a rank's part of an epoch's micro-batch `number`."""
         step, part = divmod(number, self.parts)
         task, turn = _steps(self.seed, epoch, self._steps_of)[step]
@@ -300,7 +300,7 @@ class MixturePlan:
         order = _permutation(f"{self.seed}/{epoch}/{source.name}/{round_}", source.items)
         items = order[position * source.batch_size : (position + 1) * source.batch_size]
         first, last = (len(items) * edge // self.parts for edge in (part, part + 1))
-        return Part(task, tuple(items[first:last].tolist()))
+        return MicroBatchPart(task, tuple(items[first:last].tolist()))
 
 
 @lru_cache(maxsize=4)
@@ -326,7 +326,7 @@ HEADERS = 1_000
 """The pictures of this many rows, evenly spread, are measured: less than a second's work."""
 
 
-def longest_places(sizes: SamplingLengths, count: int, among: Bool[Tensor, " samples"] | None = None) -> list[int]:
+def longest_indices(sizes: SamplingLengths, count: int, among: Bool[Tensor, " samples"] | None = None) -> list[int]:
     """Returns the places of the `count` longest samples, or of those of one kind."""
     order = sizes.lengths.argsort(descending=True, stable=True)
     of_kind = order if among is None else order[among[order]]

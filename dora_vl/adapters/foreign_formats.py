@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dora_vl.adapters.adapter import Adapter, names_adapter, read_adapter
-from dora_vl.adapters.agreement import PEFT_PREFIX
+from dora_vl.adapters.compatibility import PEFT_PREFIX
 from dora_vl.adapters.files import (
     CONFIG_FILE,
     TRAINED_IN,
@@ -45,7 +45,7 @@ ADDED_ROWS = f"{TOKENS}[-200:]"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class KeyLayout:
     """Says how one tool names a layer's tensors: endings after the layer's name, alternatives in order."""
 
     lora_A: tuple[str, ...]
@@ -61,7 +61,7 @@ class Layout:
     """Pairs a prefix of the tool's names with transformers' own."""
 
 
-NVLABS = Layout(
+NVLABS = KeyLayout(
     lora_A=("lora_A.weight", "lora_A.default.weight"),
     lora_B=("lora_B.weight", "lora_B.default.weight"),
     magnitude=("weight_m_wdecomp.weight", "weight_m_wdecomp.default.weight"),
@@ -72,7 +72,7 @@ LLAVA_RENAMES = (
     ("model.mm_projector.2.", "model.multi_modal_projector.linear_2."),
 )
 """Maps prefixes of LLaVA's own class to those of transformers' `LlavaForConditionalGeneration`."""
-NVLABS_VLBART = Layout(
+NVLABS_VLBART = KeyLayout(
     lora_A=("lora_A",),
     lora_B=("lora_B",),
     magnitude=("weight_m",),
@@ -83,7 +83,7 @@ NVLABS_VLBART = Layout(
 LAYOUTS = {"nvlabs": NVLABS, "nvlabs-llava": replace(NVLABS, renames=LLAVA_RENAMES), "nvlabs-vlbart": NVLABS_VLBART}
 """Maps each name that `dora-vl convert --from` takes, beside `peft`, to its layout."""
 FORMATS = ("peft", *LAYOUTS)
-TELLING_KEYS = (
+FORMAT_KEYS = (
     ("nvlabs-llava", ("model.mm_projector.0.weight",)),
     ("nvlabs", NVLABS.magnitude),
     ("nvlabs-vlbart", ("weight_v",)),
@@ -106,7 +106,7 @@ class ReadOptions:
     """Pairs old prefixes of layer names with new ones."""
 
 
-def read_any(source: Path, options: ReadOptions) -> Adapter:
+def read_foreign_adapter(source: Path, options: ReadOptions) -> Adapter:
     """Reads an adapter of any known format."""
     name = options.format
     if name is not None and name not in FORMATS:
@@ -129,7 +129,7 @@ def read_any(source: Path, options: ReadOptions) -> Adapter:
 
 def known_format(tensors: Mapping[str, Tensor], source: str) -> str:
     """Recognises the format by the keys."""
-    for name, endings in TELLING_KEYS:
+    for name, endings in FORMAT_KEYS:
         if any(key == ending or key.endswith(f".{ending}") for key in tensors for ending in endings):
             return name
     raise UserError(f"{source}: keys such as {sorted(tensors)[:3]} are of no known format; name it with --from")
@@ -150,7 +150,7 @@ def _tensors(source: Path) -> dict[str, Tensor]:
 
 
 def to_adapter(
-    tensors: Mapping[str, Tensor], layout: Layout, *, config: Mapping[str, Any], options: ReadOptions, source: str
+    tensors: Mapping[str, Tensor], layout: KeyLayout, *, config: Mapping[str, Any], options: ReadOptions, source: str
 ) -> Adapter:
     """Converts one tool's tensors to an adapter under PEFT's keys; `config` is the tool's own configuration."""
     renames = (*layout.renames, *options.renames)
@@ -187,7 +187,7 @@ def to_adapter(
 
 
 def _split_layers(
-    tensors: Mapping[str, Tensor], layout: Layout, renames: tuple[tuple[str, str], ...], source: str
+    tensors: Mapping[str, Tensor], layout: KeyLayout, renames: tuple[tuple[str, str], ...], source: str
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Groups the tensors of each adapted layer by role (A, B, magnitude), and returns all the others."""
     kinds = {"A": layout.lora_A, "B": layout.lora_B, "magnitude": layout.magnitude}
@@ -234,7 +234,7 @@ def _own_tensors(layer: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
 
 
 def _trained_extras(
-    others: Mapping[str, Tensor], layout: Layout, renames: tuple[tuple[str, str], ...], source: str
+    others: Mapping[str, Tensor], layout: KeyLayout, renames: tuple[tuple[str, str], ...], source: str
 ) -> dict[str, Tensor]:
     aliases = ALIASES if layout.whole_vlbart else ()
     extras = {
