@@ -166,6 +166,18 @@ def test_scienceqas_conversations_have_choices(tmp_path: Path) -> None:
     assert entry["metrics"]["image accuracy"]["value"] == 100.0
 
 
+@pytest.mark.parametrize("truth", ["G", "(G)", "G.", "g:", "The answer is G.", "G. 6", "6"])
+def test_a_right_choice_may_be_any_letter_of_the_choices(truth: str, tmp_path: Path) -> None:
+    (tmp_path / "many.yaml").write_text("name: many\nscoring: choice\n")
+    choices = "\n".join(f"{letter}. {number}" for number, letter in enumerate("ABCDEFGHIJ"))
+    path = lines(tmp_path / "q.jsonl", [record("1", f"How many?\n{choices}", truth)])
+    test_set = read_set(f"{tmp_path / 'many.yaml'}={path}", tmp_path)
+    assert test_set.examples[0].extra["correct"] == 6
+    assert test_set.score is not None
+    for said in ("G", "(G)", "g.", "6"):
+        assert test_set.score(test_set.examples, {"1": said}).metrics["accuracy"] == 100.0
+
+
 TRUTH = "the correct answer is answer2"
 TEXT = "Is it?\n\nAnswer1: a Answer2: b\n\nAnswer format: answer1/answer2"
 

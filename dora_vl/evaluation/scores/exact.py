@@ -80,7 +80,7 @@ def _chosen(answer: str, choices: Mapping[str, str]) -> str | None:
     MMBench's rules look for a choice's text anywhere, so where one choice is in another ("1" in "10") they find two in
     the right answer and take neither. A letter as it was asked for goes before all texts, a small one after them.
     """
-    bare = answer.strip().removesuffix(".")
+    bare = lone_letter(answer)
     if bare in choices:
         return bare
     for same in (str.strip, normalised):  # "Co" and "CO" may both be choices
@@ -88,6 +88,15 @@ def _chosen(answer: str, choices: Mapping[str, str]) -> str | None:
         if len(equal) == 1:
             return equal[0]
     return bare.upper() if bare.upper() in choices else llava.chosen(answer, choices, "2025")
+
+
+def lone_letter(answer: str) -> str:
+    """Returns the letter that is all of an answer but for marks ("F", "(F)", "F.", "f:"); "" where there is more."""
+    match = _LONE_LETTER.fullmatch(answer.strip())
+    return match[1] if match else ""
+
+
+_LONE_LETTER = re.compile(r"\(?([A-Za-z])\)?[.:]?")
 
 
 def similarity(answer: str, true: str) -> float:
