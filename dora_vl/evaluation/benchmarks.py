@@ -256,7 +256,7 @@ def _all_with_choices(
 
     def with_own(example: Example) -> Example:
         if example.id in unreadable:
-            return replace(example, choices=("",), extra={"correct": 0})
+            return replace(example, choices=("",), extra={"correct": 0} if example.answers else {})
         return with_choices(example, suffix) if not example.choices and example.turns else example
 
     chosen = list(map(with_own, examples))

@@ -138,6 +138,22 @@ def test_any_right_answer_counts_and_a_bad_one_is_none(
     assert (entry["n"], entry["metrics"]["accuracy"]["value"], [*entry.get("not_scored", ())]) == expected
 
 
+@pytest.mark.parametrize("name", ["test.csv", "test.json", "outputs.json"])
+def test_rows_with_an_empty_or_null_answer_are_in_no_score(name: str, tmp_path: Path) -> None:
+    column, question = ("answer", "question") if name.startswith("test") else ("output", "instruction")
+    texts = ["red", "" if name == "test.csv" else None, "", "blue"]
+    rows = [{question: f"Q{n}?", column: text} for n, text in enumerate(texts)]
+    rows.append({question: "<image> Q?", column: "red"})  # it has no picture, so that it counts as wrong
+    table = "\n".join(",".join(map(str, row.values())) for row in rows)
+    (tmp_path / name).write_text(f"{question},{column}\n{table}\n" if name == "test.csv" else json.dumps(rows))
+    answers = predictions_file(tmp_path / "p.jsonl", {"row 1": "red", "row 3": "?", "row 4": "red"})
+    words = ["--benchmarks", f"exact_match={tmp_path / name}", "--predictions", answers, "--to", tmp_path / "to"]
+    main(["evaluate", *map(str, words)])
+    entry = entries(tmp_path / "to")["exact_match"]
+    assert (entry["n"], entry["metrics"]["accuracy"]["value"]) == (3, pytest.approx(100 / 3))
+    assert [*entry["not_scored"]] == ["row 2", "row 3"]
+
+
 def test_a_split_without_answers_gives_a_submission_and_takes_the_numbers_of_the_split_before(tmp_path: Path) -> None:
     examples = [right(str(n), images=[f"{n}.jpg"]) for n in range(3)]
     evaluated("vqav2", [right("0", images=["0.jpg"], human_answers=["no"] * 10)], {"0": "no"}, tmp_path)

@@ -269,11 +269,11 @@ def has_answer(example: Example) -> bool:
 
 
 def not_scored(benchmark: Benchmark, examples: Sequence[Example], unreadable: Mapping[str, str]) -> dict[str, str]:
-    """Says by id why examples are in no score; an unreadable record counts as wrong instead."""
+    """Says by id why examples are in no score; an unreadable record that has an answer counts as wrong instead."""
     bare = {
         example.id
         for example in examples
-        if example.id not in unreadable
+        if not (example.id in unreadable and example.answers)
         and not ("correct" in example.extra if benchmark.chooses else has_answer(example))
     }
     if benchmark.together is None or not bare or len(bare) == len(examples):
