@@ -33,6 +33,7 @@ from dora_vl.data.text_file import (
     LONGEST_REASON,
     encoding_of,
     json_of,
+    likeliest_delimiter,
     opened,
     stream_records,
     table_rows,
@@ -265,8 +266,7 @@ def delimited_rows(path: Path) -> Iterator[dict[str, object]]:
     """
     encoding = encoding_of(path, "samples")
     _, first = next(text_lines(path, "samples", encoding), (1, ""))
-    marks = "\t,;|" if ending_of(path) == ".tsv" else ",;\t|"
-    delimiter = max(marks, key=re.sub('"[^"]*"', "", first).count)
+    delimiter = likeliest_delimiter(first, ending_of(path))
     for line, cells in table_rows(path, "samples", delimiter=delimiter, encoding=encoding):
         row: dict[str, object] = {}
         for name, cell in cells.items():

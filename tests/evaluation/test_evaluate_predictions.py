@@ -303,6 +303,8 @@ def test_what_the_model_said_goes_before_the_true_answer(tmp_path: Path, key: st
         ("p.jsonl", rows),
         ("p.csv", f"id,{true},{key}\na,cat,dog\nb,owl,owl\n"),
         ("only.csv", f"id,{key}\na,dog\nb,owl\n"),
+        ("spelled.csv", f"ID, Question ,{true.upper()},{key.title()}\na,?,cat,dog\nb,?,owl,owl\n"),
+        ("semicolons.csv", f'"id";{true};{key}\na;cat, too;dog\nb;owl;owl\n'),
         ("stated.csv", f"sep=;\nid;{key};\na;dog;\nb;owl\n"),
     ):
         assert answers_in(tmp_path / name, content) == {"a": "dog", "b": "owl"}
@@ -317,7 +319,10 @@ def test_two_keys_that_may_be_the_answer(tmp_path: Path, first: str, other: str)
 
 WHOLE = '{"id": "a", "answer": "one"}\n'
 BROKEN = ('{"id": "b"}', '{"answer": "b"}', '{"id": "b", "answer": 3}', "[" * 100_000)
-OTHERS = (("r.csv", "dev-1-0-0\n"), ("r.xlsx", "PK\x03\x04rest"), ("r.json", '{"1": true}'))
+OTHERS = (
+    *(("r.csv", f"{head}\na,?,red\n") for head in ("id,question,my_prediction", "my_id,question,Prediction")),
+    *(("r.csv", "dev-1-0-0\n"), ("r.xlsx", "PK\x03\x04rest"), ("r.json", '{"1": true}')),
+)
 
 
 @pytest.mark.parametrize(("file", "content"), [*(("r.jsonl", f"{WHOLE}{line}\n") for line in BROKEN), *OTHERS])
