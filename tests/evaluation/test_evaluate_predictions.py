@@ -339,8 +339,9 @@ def test_answers_find_their_questions(row: dict[str, Any], tmp_path: Path) -> No
     answers_in(path, row["content"])
     find = partial(join, BENCHMARKS[row["benchmark"]], examples, read_rows(path), path=path, questions=Path("records"))
     if row["answers"] is None:
-        with pytest.raises(UserError):
+        with pytest.raises(UserError) as refused:
             find()
+        assert str(path) in str(refused.value) and row.get("names", "") in str(refused.value)
         return
     joined = find()
     assert joined.answers == row["answers"]

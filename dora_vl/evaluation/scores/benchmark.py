@@ -202,7 +202,11 @@ def join(
         if name is None:
             strangers[row.id] = row.prediction
         else:
-            answers[name] = f"a{row.prediction}" if row.is_number and benchmark.labels_choices else row.prediction
+            answer = f"a{row.prediction}" if row.is_number and benchmark.labels_choices else row.prediction
+            if not row.set and answers.setdefault(name, answer) != answer:  # of our own file the later stands
+                twice = f"{shown(answers[name])} and {shown(answer)}"
+                raise UserError(f"{path}: two answers to {shown(row.id)}, {twice}; leave the one that is meant")
+            answers[name] = answer
     return Predictions(
         rows=[Prediction(id=name, prediction=answer) for name, answer in (strangers | answers).items()],
         joined_by=by,
