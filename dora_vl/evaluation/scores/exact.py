@@ -78,16 +78,21 @@ def _chosen(answer: str, choices: Mapping[str, str]) -> str | None:
     """Returns the letter an answer gives, or None.
 
     MMBench's rules look for a choice's text anywhere, so where one choice is in another ("1" in "10") they find two in
-    the right answer and take neither. A letter as it was asked for goes before all texts, a small one after them.
+    the right answer and take neither, and they read the article of "A dog" as a letter. A letter as it was asked for
+    goes before all texts, a small one after them.
     """
     bare = lone_letter(answer)
     if bare in choices:
         return bare
-    for same in (str.strip, normalised):  # "Co" and "CO" may both be choices
+    for same in (str.strip, normalised, _without_article):  # "Co" and "CO" may both be choices
         equal = [letter for letter, text in choices.items() if same(text) == same(answer)]
         if len(equal) == 1:
             return equal[0]
     return bare.upper() if bare.upper() in choices else llava.chosen(answer, choices, "2025")
+
+
+def _without_article(answer: str) -> str:
+    return re.sub("^(?:an?|the) ", "", normalised(answer))
 
 
 def lone_letter(answer: str) -> str:
