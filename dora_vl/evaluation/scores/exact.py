@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from string import ascii_uppercase
 from typing import Literal
+from unicodedata import normalize
 
 from dora_vl.data.example import Example, right_choice
 from dora_vl.evaluation.scores import caption, llava
@@ -25,8 +26,15 @@ from dora_vl.evaluation.scores.scored import ACCURACY, Answers, Formula, Mean, R
 
 
 def normalised(answer: str) -> str:
-    """Lowers an answer's case, leaves single spaces, and takes full stops off its end (GQA's rule in LLaVA)."""
-    return " ".join(answer.lower().split()).rstrip(".").rstrip()
+    """Lowers an answer's case, leaves single spaces, and takes full stops off its end (GQA's rule in LLaVA).
+
+    An accent is the same as a part of its letter and as a character of its own (Unicode's NFC and NFD).
+    """
+    return _plain(answer).rstrip(".").rstrip()
+
+
+def _plain(text: str) -> str:
+    return " ".join(normalize("NFC", text).lower().split())
 
 
 def final_answer(text: str, after: str | None) -> str:
@@ -109,7 +117,7 @@ def similarity(answer: str, true: str) -> float:
 
     One minus the edit distance over the longer one's length, letter case and spaces aside; nothing up to one half.
     """
-    answer, true = (" ".join(text.lower().split()) for text in (answer, true))
+    answer, true = _plain(answer), _plain(true)
     longer = max(len(answer), len(true))
     if abs(len(answer) - len(true)) * 2 > longer:  # at least so many insertions
         return 0.0
