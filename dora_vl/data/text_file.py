@@ -269,12 +269,16 @@ def stream_members(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
 
 
 def _stream(path: Path, kind: str, key: str | None = None) -> Iterator[tuple[int, object]]:
-    """Yields the numbered values of JSON lines, of a list, or of the list that an object holds."""
+    """Yields the numbered values of JSON lines, of a list, or of the list that an object holds, or its rows by id."""
     with opened(path, kind) as file:
         beginning = file.read(CHUNK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
         if not beginning and key is None:
             return
         rows = _ROWS_IN_AN_OBJECT.match(beginning) if key is None else None
+        file.seek(0)
+        if key is None and not rows and beginning.startswith(b"{") and _is_of_objects(file):
+            yield from enumerate(({"id": name, **row} for name, row in stream_members(path)), start=1)
+            return
         name = rows[1].decode() if rows else key
         if name is None and not beginning.startswith(b"[") and _is_json(beginning.partition(b"\n")[0]):
             texts = ((f"{path}, line {number}", line) for number, line in _lines(path, kind) if line.strip())
@@ -294,6 +298,20 @@ def _stream(path: Path, kind: str, key: str | None = None) -> Iterator[tuple[int
             file.seek(0)
             if (lists := _lists_in(path, file)).get(key) != "start_array":
                 raise UserError(f"{path}: there is no list {key!r} in it, only {shown_names(lists)}")
+
+
+def _is_of_objects(file: io.BufferedIOBase) -> bool:
+    """Tells whether a file is one JSON object of several objects and nothing else: rows, each under its id."""
+    members, is_value = 0, False
+    try:
+        for prefix, event, _ in ijson.parse(_Chunks(file), use_float=True):
+            if is_value and event != "start_map":
+                return False
+            is_value = not prefix and event == "map_key"
+            members += is_value
+    except (ijson.JSONError, UnicodeDecodeError):  # also of JSON lines
+        return False
+    return members > 1
 
 
 def _is_json(text: bytes) -> bool:
