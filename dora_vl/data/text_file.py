@@ -191,20 +191,26 @@ and end as if nothing were wrong (its strict form would refuse marks in the midd
 
 
 def table_rows(
-    path: Path, kind: str, *, delimiter: str, columns: Sequence[str] = (), encoding: str = UTF_8
+    path: Path,
+    kind: str,
+    *,
+    delimiter: str,
+    columns: Sequence[str] = (),
+    encoding: str = UTF_8,
+    skip_spaces: bool = False,
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Yields the rows of a CSV or TSV file by column, with the number of each one's last line; all values are text.
 
     `columns` has their names where the file has no line for them. A first line such as `sep=;` is followed and skipped.
     Empty columns without a name, as Excel writes them, are dropped; it also leaves such cells out at a row's end. The
-    first column may lack a name: pandas and R number the rows there.
+    first column may lack a name: pandas and R number the rows there. With `skip_spaces` those behind a delimiter go.
     """
     csv.field_size_limit(LONGEST_LINE_BYTES)
     lines = (line.replace("\r\n", "\n") for _, line in _lines(path, kind, encoding))
     first = next(lines, "")
     if not columns and (named := stated_delimiter(first)) is not None:
         delimiter, first = named, ""  # a blank line instead, so that the numbers of lines stay
-    reader = csv.reader(chain([first], lines, [_END]), delimiter=delimiter)
+    reader = csv.reader(chain([first], lines, [_END]), delimiter=delimiter, skipinitialspace=skip_spaces)
     try:
         heads = list(columns) or next(filter(None, reader))
         if heads == [_END]:
