@@ -284,7 +284,7 @@ def answers_in(path: Path, content: object) -> dict[str, str]:
     return {row.id: row.prediction for row in read_rows(path)}
 
 
-def test_the_forms_of_rows_and_the_later_of_two_stands(tmp_path: Path) -> None:
+def test_the_forms_of_rows(tmp_path: Path) -> None:
     rows = [
         {"id": "a", "answer": "one"},
         {"id": "b", "images": [], "question": "?", "truth": "2", "prediction": "two", "kind": None},
@@ -341,7 +341,8 @@ def test_answers_find_their_questions(row: dict[str, Any], tmp_path: Path) -> No
     if row["answers"] is None:
         with pytest.raises(UserError) as refused:
             find()
-        assert str(path) in str(refused.value) and row.get("names", "") in str(refused.value)
+        assert str(path) in str(refused.value)
+        assert row.get("names", "") in str(refused.value)
         return
     joined = find()
     assert joined.answers == row["answers"]
