@@ -102,7 +102,8 @@ def looks_whole(file: BinaryIO | BytesIO) -> bool | None:
 SHOWN_IDS = 5
 LEFT_OUT = "columns left out"  # a run would refuse these rows for a column
 NO_PICTURE, EMPTY_QUESTION, CONTRADICTION = "no picture", "empty question", "another answer to the same question"
-DOUBTS = (NO_PICTURE, EMPTY_QUESTION, CONTRADICTION)
+EMPTY_AS_TEXT = 'an answer "nan" or "null"'
+DOUBTS = (NO_PICTURE, EMPTY_QUESTION, EMPTY_AS_TEXT, CONTRADICTION)
 """A run trains on samples with these problems, and warns."""
 
 
@@ -126,7 +127,7 @@ class Finding:
 
 
 def find_doubts(record: Mapping[str, object], example: Example, form: str | None, columns: Columns) -> list[str]:
-    """Returns what is probably not meant in a row that can be used: an empty cell for its picture, an empty question.
+    """Returns what is probably not meant in a row that can be used: an empty cell for its picture, question or answer.
 
     An empty cell is one of `DOUBTS` only where other rows of the file have pictures.
     """
@@ -138,7 +139,11 @@ def find_doubts(record: Mapping[str, object], example: Example, form: str | None
         doubts.append(NO_PICTURE)
     questions = [turn.text for turn in example.turns if turn.role == "user"]
     words = (text.replace(IMAGE_PLACEHOLDER, "").replace(VIDEO_PLACEHOLDER, "").strip() for text in questions)
-    return [*doubts, EMPTY_QUESTION] if form != "captions" and not all(words) else doubts
+    if form != "captions" and not all(words):
+        doubts.append(EMPTY_QUESTION)
+    if any(text.strip().lower() in ("nan", "null") for text in _texts_of(example, "assistant")):
+        doubts.append(EMPTY_AS_TEXT)  # as other programs write an empty cell, though it may be the answer
+    return doubts
 
 
 def question_and_answer(example: Example) -> tuple[str, str, str]:

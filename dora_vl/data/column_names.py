@@ -116,6 +116,11 @@ def is_empty(value: object) -> bool:
     return value == b"" or value != value
 
 
+def is_nan_text(value: object) -> bool:
+    """Tells whether a text is what pandas' `astype(str)` makes of an empty cell."""
+    return isinstance(value, str) and value.strip().lower() == "nan"
+
+
 class Cell(str):
     """A table's cell of text, which alone tells that a list may be written in it; other files have lists."""
 

@@ -30,6 +30,7 @@ from dora_vl.data.column_names import (
     flag_of,
     holds_media,
     is_empty,
+    is_nan_text,
     kind_of_column,
     lost_content,
     nearest_role,
@@ -226,7 +227,7 @@ class Columns:
             if len(alternatives) > 1:
                 filled = (names for names in alternatives if any(not is_empty(row[name]) for name in names))
                 columns = next(filled, columns)
-            value = _role_value(row, columns)
+            value = _role_value(_without_nan(row, columns) if role in _OFTEN_EMPTY else row, columns)
             fields[role] = _parse_list(value, role) if isinstance(value, str) and role in _LISTED else value
             roles |= dict.fromkeys(columns, role)
         if self.ask and shape.format.name in MAY_LACK_QUESTION and is_empty(fields.get("question")):
@@ -454,6 +455,8 @@ _LISTED = frozenset(
 """These roles hold a list, which a cell of text may write as JSON, or as paths between `|`, `;` or `,`."""
 
 
+_OFTEN_EMPTY = frozenset(("images", "videos", "hint", "choices"))
+"""A row may lack these, so that the text "nan" is an empty cell there; as an answer it is only doubted."""
 _BETWEEN = re.compile(r"\s*[|;,]\s*")
 
 
@@ -481,6 +484,12 @@ def _parse_list(text: str, role: str) -> object:
         paths = _BETWEEN.split(text)
         return paths if all(map(holds_media, paths)) else text
     return value
+
+
+def _without_nan(row: Row, columns: Candidate) -> Row:
+    """Returns the row with null for the text "nan" in these columns."""
+    empty = {name: None for name in columns if is_nan_text(row[name])}
+    return {**row, **empty} if empty else row
 
 
 def _role_value(row: Row, columns: Candidate) -> object:

@@ -9,6 +9,7 @@ before `-00000-of-00002`. But different words are never one split here: `dev` an
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import logging
@@ -24,6 +25,7 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -33,6 +35,7 @@ from dora_vl.data.text_file import (
     LONGEST_REASON,
     encoding_of,
     json_of,
+    likeliest_delimiter,
     opened,
     stream_records,
     table_rows,
@@ -143,10 +146,10 @@ def webdataset_rows(path: Path) -> Iterator[dict[str, object]]:
 
 def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
     for member in archive:
-        if not member.isfile():
+        member_path = PurePosixPath(member.name)
+        if not member.isfile() or member_path.name.startswith("._"):  # macOS keeps a file's attributes beside it
             continue
         content = archive.extractfile(member)
-        member_path = PurePosixPath(member.name)
         name, _, ending = member_path.name.partition(".")
         yield str(member_path.parent / name), ending.lower(), b"" if content is None else content.read()
 
@@ -159,14 +162,14 @@ def _archive_row(key: str, files: list[tuple[str, bytes]], path: Path) -> dict[s
         where = f"{path}, {one_line(key, 60)}.{one_line(ending, 20)}"
         kind = ending.rpartition(".")[2]
         if ending == "json":
-            fields = json_of(text_of(content, where), where)
+            fields = json_of(text_of(content.removeprefix(codecs.BOM_UTF8), where), where)
             row |= fields if isinstance(fields, dict) else {"json": fields}
         elif kind in PICTURE_ENDINGS:
             pictures.append((ending.rpartition(".")[0], content))
         elif kind in VIDEO_ENDINGS:
             videos.append({"bytes": content})
         else:
-            row[ending] = text_of(content, where) if ending == "txt" else content
+            row[ending] = text_of(content.removeprefix(codecs.BOM_UTF8), where) if ending == "txt" else content
     if pictures:  # they stand for what the text calls them by
         row = {name: value for name, value in row.items() if plain_name(name) not in ROLES["images"]}
         if all(name.isdecimal() for name, _ in pictures if name):  # x.0.png, x.1.png, in whatever order they stand
@@ -184,17 +187,21 @@ ClassNames = Mapping[str, Sequence[str]]
 def parquet_rows(path: Path) -> Iterator[dict[str, object]]:
     """Yields the rows of a Parquet file."""
     with _reading(path, "Parquet"), pq.ParquetFile(path) as file:
+        numbers = [field.name for field in file.schema_arrow if pa.types.is_floating(field.type)]
+        whole = _whole_columns(file.iter_batches(columns=numbers) if numbers else ())
         # One group after another: an iterator over all of them holds what it has read, 422 MiB of a file of 400.
         for group in range(file.num_row_groups):
             group_metadata = file.metadata.row_group(group)
             size = _rows_at_once(group_metadata.num_rows, group_metadata.total_byte_size)
-            yield from _rows(file.iter_batches(batch_size=size, row_groups=[group]))
+            yield from _rows(file.iter_batches(batch_size=size, row_groups=[group]), whole)
 
 
 def arrow_rows(path: Path) -> Iterator[dict[str, object]]:
     """Yields the rows of an Arrow file, a stream (as `datasets` writes it) or a file with a footer."""
     with _reading(path, "Arrow"), pa.memory_map(str(path)) as source:
-        yield from _rows(_arrow_batches(source))
+        whole = _whole_columns(_arrow_batches(source))
+        source.seek(0)
+        yield from _rows(_arrow_batches(source), whole)
 
 
 def count_rows(path: Path) -> int | None:
@@ -244,13 +251,34 @@ def _rows_at_once(rows: int, size: int) -> int:
     return max(1, min(64, (64 << 20) * rows // max(1, size)))
 
 
-def _rows(batches: Iterable[pa.RecordBatch]) -> Iterator[dict[str, object]]:
+def _whole_columns(batches: Iterable[pa.RecordBatch]) -> list[str]:
+    """Returns the columns of floats with empty cells and whole numbers alone: pandas keeps whole numbers so there."""
+    has_empty: dict[str, bool] = {}
+    others: set[str] = set()
+    for batch in batches:
+        for field, column in zip(batch.schema, batch.columns, strict=True):
+            if not pa.types.is_floating(field.type):
+                continue
+            column.validate(full=True)
+            held = column.drop_null().cast(pa.float64()).to_numpy()
+            numbers = held[~np.isnan(held)]
+            has_empty[field.name] = has_empty.get(field.name, False) or len(numbers) < len(column)
+            if not (np.isfinite(numbers) & (numbers == np.floor(numbers))).all():
+                others.add(field.name)
+    return [name for name, empty in has_empty.items() if empty and name not in others]
+
+
+def _rows(batches: Iterable[pa.RecordBatch], whole: Iterable[str]) -> Iterator[dict[str, object]]:
     for batch in batches:
         names = _class_names(batch.schema.metadata)
         batch.validate(full=True)  # offsets that lead out of a damaged file's memory would end the process
         step = _rows_at_once(len(batch), batch.nbytes)
         for start in range(0, len(batch), step):
-            yield from (_with_class_names(row, names) for row in batch.slice(start, step).to_pylist())
+            for row in batch.slice(start, step).to_pylist():
+                for name in whole:
+                    if row[name] is not None and row[name] == row[name]:
+                        row[name] = int(row[name])
+                yield _with_class_names(row, names)
 
 
 LISTS = frozenset({"messages", "conversations", "texts", "turns", "images", "image", "answers", "subtitles"})
@@ -265,9 +293,8 @@ def delimited_rows(path: Path) -> Iterator[dict[str, object]]:
     """
     encoding = encoding_of(path, "samples")
     _, first = next(text_lines(path, "samples", encoding), (1, ""))
-    marks = "\t,;|" if ending_of(path) == ".tsv" else ",;\t|"
-    delimiter = max(marks, key=re.sub('"[^"]*"', "", first).count)
-    for line, cells in table_rows(path, "samples", delimiter=delimiter, encoding=encoding):
+    delimiter = likeliest_delimiter(first, ending_of(path))
+    for line, cells in table_rows(path, "samples", delimiter=delimiter, encoding=encoding, skip_spaces=True):
         row: dict[str, object] = {}
         for name, cell in cells.items():
             column = plain_name(name)

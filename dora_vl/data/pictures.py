@@ -13,6 +13,7 @@ from functools import cache, lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
+from unicodedata import normalize
 
 from PIL import Image
 
@@ -109,7 +110,8 @@ def open_image(root: Path | MediaFolder, relative: str, stored: HeldPictures | N
 def path_inside(root: Path | MediaFolder, relative: str, *, kind: str = "picture") -> Path:
     """Returns where the file at `relative` is, if that is inside `root`; `kind` is what the messages call it.
 
-    Where nothing has exactly that name, it is the one file whose name differs in upper and lower case alone.
+    Where nothing has exactly that name, it is the one file whose name differs in upper and lower case alone, or in how
+    Unicode writes an accent.
     """
     folder = root if isinstance(root, MediaFolder) else MediaFolder(root)
     parts = Path(relative)
@@ -137,7 +139,7 @@ def path_inside(root: Path | MediaFolder, relative: str, *, kind: str = "picture
 def as_spelled(root: Path, relative: str) -> Path:
     """Returns the path below `root`, its file as the folder has it: `up.jpg` is `UP.JPG` where only that is there."""
     path = root / relative
-    names = () if os.path.lexists(path) else _names_in(path.parent).get(path.name.casefold(), ())
+    names = () if os.path.lexists(path) else _names_in(path.parent).get(_plain(path.name), ())
     if len(names) != 1:
         return path
     _log_spelling(root)
@@ -146,18 +148,23 @@ def as_spelled(root: Path, relative: str) -> Path:
 
 @lru_cache(maxsize=64)
 def _names_in(folder: Path) -> Mapping[str, Sequence[str]]:
-    """Returns a folder's names, by what they are in one case, as they were when it was first asked for."""
+    """Returns a folder's names, by what `_plain` makes of them, as they were when it was first asked for."""
     names: dict[str, list[str]] = {}
     with suppress(OSError, ValueError):
         for path in folder.iterdir():
-            names.setdefault(path.name.casefold(), []).append(path.name)
+            names.setdefault(_plain(path.name), []).append(path.name)
     return names
+
+
+def _plain(name: str) -> str:
+    """Returns a name in one case, its accents as parts of their letters: macOS writes them as characters."""
+    return normalize("NFC", name).casefold()
 
 
 @cache
 def _log_spelling(root: Path) -> None:
-    """Logs, once a folder, that its files' names differ from the data's in upper and lower case."""
-    log.warning("%s: names of files that differ from the data's in upper and lower case alone are taken for them", root)
+    """Logs, once a folder, that its files' names are spelled otherwise than in the data."""
+    log.warning("%s: names of files that differ from the data's in letter case or Unicode form alone are taken", root)
 
 
 def any_is_there(names: Iterable[str], root: Path) -> bool:

@@ -366,7 +366,8 @@ def read_fields(resolved: Resolved, sample_id: str) -> Example:
     if resolved.format is None:
         nulls = [name for name, value in fields.items() if value is None and plain_name(name) in KNOWN]
         if nulls:
-            kind = NO_SAMPLE if plain_name(nulls[0]) in COLUMNS["question"] else NO_ANSWER
+            answering = {name for role in ("answer", "output", "completion", "caption") for name in COLUMNS[role]}
+            kind = NO_SAMPLE if answering.isdisjoint(map(plain_name, nulls)) else NO_ANSWER
             raise BadSample(sample_id, f"its {short_names(nulls)} is null", kind)
         alone = "text alone is not trained on; " if {*map(plain_name, fields)} <= {*COLUMNS["caption"]} else ""
         formats = "; ".join(" and ".join(form.needs) for form in FORMATS if form.needs)

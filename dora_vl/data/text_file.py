@@ -179,26 +179,38 @@ def stated_delimiter(line: str) -> str | None:
     return match[1] if match else None
 
 
+def likeliest_delimiter(line: str, ending: str) -> str:
+    """Returns what parts a table's first line into most columns; of equals the usual one of the file's ending."""
+    marks = "\t,;|" if ending == ".tsv" else ",;\t|"
+    return max(marks, key=re.sub('"[^"]*"', "", line).count)
+
+
 _END = "\x1eend of the table\x1e"
 """Stands after the last line: inside an open quotation the table's reader would take the rest of the file for a cell
 and end as if nothing were wrong (its strict form would refuse marks in the middle of a cell too)."""
 
 
 def table_rows(
-    path: Path, kind: str, *, delimiter: str, columns: Sequence[str] = (), encoding: str = UTF_8
+    path: Path,
+    kind: str,
+    *,
+    delimiter: str,
+    columns: Sequence[str] = (),
+    encoding: str = UTF_8,
+    skip_spaces: bool = False,
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Yields the rows of a CSV or TSV file by column, with the number of each one's last line; all values are text.
 
     `columns` has their names where the file has no line for them. A first line such as `sep=;` is followed and skipped.
     Empty columns without a name, as Excel writes them, are dropped; it also leaves such cells out at a row's end. The
-    first column may lack a name: pandas and R number the rows there.
+    first column may lack a name: pandas and R number the rows there. With `skip_spaces` those behind a delimiter go.
     """
     csv.field_size_limit(LONGEST_LINE_BYTES)
     lines = (line.replace("\r\n", "\n") for _, line in _lines(path, kind, encoding))
     first = next(lines, "")
     if not columns and (named := stated_delimiter(first)) is not None:
         delimiter, first = named, ""  # a blank line instead, so that the numbers of lines stay
-    reader = csv.reader(chain([first], lines, [_END]), delimiter=delimiter)
+    reader = csv.reader(chain([first], lines, [_END]), delimiter=delimiter, skipinitialspace=skip_spaces)
     try:
         heads = list(columns) or next(filter(None, reader))
         if heads == [_END]:
@@ -263,12 +275,16 @@ def stream_members(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
 
 
 def _stream(path: Path, kind: str, key: str | None = None) -> Iterator[tuple[int, object]]:
-    """Yields the numbered values of JSON lines, of a list, or of the list that an object holds."""
+    """Yields the numbered values of JSON lines, of a list, or of the list that an object holds, or its rows by id."""
     with opened(path, kind) as file:
         beginning = file.read(CHUNK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
         if not beginning and key is None:
             return
         rows = _ROWS_IN_AN_OBJECT.match(beginning) if key is None else None
+        file.seek(0)
+        if key is None and not rows and beginning.startswith(b"{") and _is_of_objects(file):
+            yield from enumerate(({"id": name, **row} for name, row in stream_members(path)), start=1)
+            return
         name = rows[1].decode() if rows else key
         if name is None and not beginning.startswith(b"[") and _is_json(beginning.partition(b"\n")[0]):
             texts = ((f"{path}, line {number}", line) for number, line in _lines(path, kind) if line.strip())
@@ -288,6 +304,20 @@ def _stream(path: Path, kind: str, key: str | None = None) -> Iterator[tuple[int
             file.seek(0)
             if (lists := _lists_in(path, file)).get(key) != "start_array":
                 raise UserError(f"{path}: there is no list {key!r} in it, only {short_names(lists)}")
+
+
+def _is_of_objects(file: io.BufferedIOBase) -> bool:
+    """Tells whether a file is one JSON object of several objects and nothing else: rows, each under its id."""
+    members, is_value = 0, False
+    try:
+        for prefix, event, _ in ijson.parse(_Chunks(file), use_float=True):
+            if is_value and event != "start_map":
+                return False
+            is_value = not prefix and event == "map_key"
+            members += is_value
+    except (ijson.JSONError, UnicodeDecodeError):  # also of JSON lines
+        return False
+    return members > 1
 
 
 def _is_json(text: bytes) -> bool:

@@ -43,7 +43,7 @@ from dora_vl.evaluation.scores.benchmark import (
     has_answer,
     not_scored,
 )
-from dora_vl.evaluation.scores.exact import CLOZE, PATTERNS, SCORINGS, final_answer
+from dora_vl.evaluation.scores.exact import CLOZE, PATTERNS, SCORINGS, final_answer, lone_letter
 from dora_vl.evaluation.scores.llava import letter_cn, parse_letter
 from dora_vl.evaluation.test_sets import TestSet
 from dora_vl.files import file_sha256, read_yaml
@@ -171,9 +171,12 @@ def with_choices(example: Example, suffix: str) -> Example:
         return example
     extra = dict(example.extra)
     truth = example.answers[0].text.strip() if example.answers else ""
-    same = [letter for letter, choice in zip(ascii_uppercase, choices, strict=False) if choice == truth]
-    letter = parse_letter(truth) or parse_letter(truth + ".") or (same[0] if len(same) == 1 else "none")
-    if letter in ascii_uppercase[: len(choices)]:
+    lettered = list(zip(ascii_uppercase, choices, strict=False))
+    same = [letter for letter, choice in lettered if truth in (choice, f"{letter}. {choice}")]
+    letter = lone_letter(truth) or "none"
+    if letter not in dict(lettered):  # ScienceQA's own parser knows A to E; a small letter may be a choice's text
+        letter = parse_letter(truth) or parse_letter(truth + ".") or (same[0] if len(same) == 1 else letter.upper())
+    if letter in dict(lettered):
         extra["correct"] = ascii_uppercase.index(letter)
     if suffix not in text:
         turn = replace(turn, text=f"{text.rstrip()}\n{suffix}")
@@ -257,7 +260,7 @@ def _all_with_choices(
 
     def with_own(example: Example) -> Example:
         if example.id in unreadable:
-            return replace(example, choices=("",), extra={"correct": 0})
+            return replace(example, choices=("",), extra={"correct": 0} if example.answers else {})
         return with_choices(example, suffix) if not example.choices and example.turns else example
 
     chosen = list(map(with_own, examples))

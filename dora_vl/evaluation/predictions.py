@@ -11,7 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dora_vl.data.text_file import json_lines, stated_delimiter, stream_values, table_rows, text_lines
+from dora_vl.data.text_file import (
+    json_lines,
+    likeliest_delimiter,
+    stated_delimiter,
+    stream_values,
+    table_rows,
+    text_lines,
+)
 from dora_vl.errors import UserError, short_names, short_repr
 
 log = logging.getLogger(__name__)
@@ -120,7 +127,8 @@ beside one of them is the true one."""
 ANSWERS = ("answer", "text", "caption")
 """These keys hold the answer in rows with none of `MODEL_ANSWERS`: VQA's, LLaVA's, COCO's."""
 WANTED = "predictions; give JSON lines with an id and an answer each"
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
+TABLES = (".csv", ".tsv")
+_SPELLED = {name.lower(): name for name in (*IDS, *MODEL_ANSWERS, *ANSWERS)}
 
 
 def read_rows(path: Path) -> list[Prediction]:
@@ -134,8 +142,7 @@ def read_rows(path: Path) -> list[Prediction]:
     | `.csv` of an identifier and an answer, without a header | NLVR2 |
     | `.csv` or `.tsv` whose first row names the columns | MMBench (its .xlsx saved as .tsv) |
     """
-    delimiter = DELIMITERS.get(path.suffix.lower())
-    rows = list(_json_rows(path) if delimiter is None else _table_rows(path, delimiter))
+    rows = list(_table_rows(path) if path.suffix.lower() in TABLES else _json_rows(path))
     if not rows:
         raise UserError(f"{path}: holds no predictions")
     return rows
@@ -158,15 +165,18 @@ def _json_rows(path: Path) -> Iterator[Prediction]:
         yield from (_row(value, f"{path}, line {number}") for number, value in numbered)
 
 
-def _table_rows(path: Path, delimiter: str) -> Iterator[Prediction]:
+def _table_rows(path: Path) -> Iterator[Prediction]:
     lines = (line for _, line in text_lines(path, WANTED))
     header = next(lines, "")
-    if (named := stated_delimiter(header)) is not None:
-        delimiter, header = named, next(lines, "")
-    names = {cell.strip('"') for cell in header.split(delimiter)}
-    if names & set(IDS) and names & {*MODEL_ANSWERS, *ANSWERS}:
+    delimiter = stated_delimiter(header)
+    if delimiter is None:
+        delimiter = likeliest_delimiter(header, path.suffix.lower())
+    else:
+        header = next(lines, "")
+    if not _SPELLED.keys().isdisjoint(_plain(cell.strip().strip('"')) for cell in header.split(delimiter)):
         for number, row in table_rows(path, WANTED, delimiter=delimiter):
-            yield _row(row, f"{path}, line {number}")
+            named = {_SPELLED.get(_plain(name), _plain(name)): cell for name, cell in row.items()}
+            yield _row(named, f"{path}, line {number}")
         return
     for number, line in text_lines(path, WANTED):  # as NLVR2's script reads them, quotes included
         name, *answers = line.strip().split(delimiter)
@@ -176,6 +186,10 @@ def _table_rows(path: Path, delimiter: str) -> Iterator[Prediction]:
             )
         if answers:
             yield Prediction(id=name, ids={"id": name}, prediction=answers[0])
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower()
 
 
 def _row(record: object, where: str) -> Prediction:

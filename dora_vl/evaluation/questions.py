@@ -15,7 +15,7 @@ from dora_vl.data.example import MIDDLE_FRAME, Answer, CountedFromOne, Example, 
 from dora_vl.data.readers import id_of, read_row
 from dora_vl.data.text_file import stream_values
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
-from dora_vl.errors import BadSample, UserError, short_repr, short_text
+from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, BadSample, UserError, short_repr, short_text
 from dora_vl.evaluation.predictions import is_id
 from dora_vl.evaluation.scores.benchmark import PromptFunction, prompt_turns
 
@@ -144,6 +144,12 @@ def likeliest_ending(example: Example, text: str) -> str:
     return str(example.extra["endings"][scores.index(max(scores))]).strip() if scores else ""
 
 
+class Unanswered(str):
+    """Says why a row cannot be read that holds no right answer, so that it is in no score; others count as wrong."""
+
+    __slots__ = ()
+
+
 def read_questions(
     path: Path, limit: int | None = None, columns: Columns = USUAL
 ) -> tuple[list[Example], dict[str, str]]:
@@ -168,7 +174,8 @@ def read_questions(
         except (ColumnsError, CountedFromOne) as error:
             raise UserError(f"{path}, row {number + 1} ({name}): {error}") from None
         except BadSample as error:
-            unreadable[name] = error.reason
+            has_none = error.kind in (EMPTY_ANSWER, NO_ANSWER)
+            unreadable[name] = Unanswered(error.reason) if has_none else error.reason
     if not seen:
         raise UserError(f"{path}: holds no questions")
     if not examples:
@@ -220,5 +227,8 @@ def read_question_file(path: Path) -> list[Example]:
 
 
 def unread(reasons: Mapping[str, str]) -> list[Example]:
-    """Returns an example for each row that cannot be read, which counts as wrong."""
-    return [Example(id=name, answers=(Answer(text=""),)) for name in reasons]
+    """Returns an example for each row that cannot be read; with an answer, which no answer is, it counts as wrong."""
+    nothing = (Answer(text=""),)
+    return [
+        Example(id=name, answers=() if isinstance(reason, Unanswered) else nothing) for name, reason in reasons.items()
+    ]

@@ -33,6 +33,7 @@ from dora_vl.evaluation.questions import (
     choice_text,
     endings_of,
     expected,
+    has_truth,
     likeliest_ending,
     read_questions,
     right_ending,
@@ -108,13 +109,14 @@ def _set_of_file(
     """Makes the set of `evaluation.file`; `settings` say which model answers."""
     file, after = Path(str(evaluation.file)), evaluation.answer_after
     examples, unreadable = read_questions(file, evaluation.limit, columns)
+    examples += unread(unreadable)
     bare = _without_truth(examples)
     depends_on = {**settings, "questions_sha256": file_sha256(file), "max_new_tokens": evaluation.max_new_tokens}
     if any(example.videos for example in examples):
         depends_on["frames"] = repr(media.videos.sampling)
     return TestSet(
         name=file.stem,
-        examples=[*examples, *unread(unreadable)],
+        examples=examples,
         unreadable=unreadable,
         not_scored=bare,
         decoding=Decoding(batch_size=evaluation.batch_size, max_new_tokens=evaluation.max_new_tokens),
@@ -128,8 +130,8 @@ def _set_of_file(
 
 
 def _without_truth(examples: Sequence[Example]) -> dict[str, str]:
-    """Says by id why examples are in no score: their answer is one to avoid."""
-    return {example.id: NO_ANSWER for example in examples if example.is_good is False}
+    """Says by id why examples are in no score: they have no answer, or one to avoid."""
+    return {example.id: NO_ANSWER for example in examples if not has_truth([example])}
 
 
 def ask_untrained(base: Assistant, config: RunConfig) -> ComparisonAnswers:

@@ -49,8 +49,8 @@ class TestSet:
         prompt: gives an example the turns that it is asked by.
         truth: the right answer as the model would say it, "" where the file holds none; baselines are made of it.
         compared: the part of a text that is compared with the right one, for people to read.
-        unreadable: why a row of the file cannot be asked, by id; it counts as wrong.
-        not_scored: why an example is asked and is in no score, by id.
+        unreadable: why a row of the file cannot be asked, by id; it counts as wrong, unless it is in `not_scored`.
+        not_scored: why an example is in no score, by id.
         settings: what the answers depend on; an earlier run's answers with others are not taken.
         together: examples with equal values are exchanged as one.
         item: gives the id of what an example is scored as, such as the clip of several captions.

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -211,9 +212,13 @@ def questions_of(results: Results) -> dict[str, str]:
 
 
 def confusion(title: str, result: SetResult) -> Confusion | None:
-    """Counts the answers of a closed list; None where there are too many, or they are hardly repeated."""
+    """Counts the answers of a closed list; None where there are too many, or they are hardly repeated.
+
+    A right answer in other words, or another of several right ones, counts as the right answer that is named.
+    """
+    full = 1.0 if is_accuracy(result) else inf
     pairs = [
-        (normalised(item.truth), normalised(item.answer))
+        (normalised(item.truth), normalised(item.truth if item.score.share >= full else item.answer))
         for item in result.items.values()
         if item.truth and not item.score.failed
     ]

@@ -316,7 +316,7 @@ class RunSamples:
         return judged, any(row.rejected for row in rows) or any(table.most_rejected for table in tables)
 
     def check_files_early(self, pictures: MediaFolder | None, videos: MediaFolder | None) -> None:
-        """Refuses training samples that would end the run later (see `data.check_files_early`); a stream is not looked at.
+        """Refuses samples that would end the run later (see `data.samples.check_files_early`); a stream is not checked.
 
         `pictures` and `videos` are the roots of their paths; None: the model sees words alone.
         """

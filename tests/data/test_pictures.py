@@ -304,11 +304,13 @@ def test_a_name_in_other_letters_is_the_one_file_that_fits(tmp_path: Path, caplo
     (tmp_path / "Photos").mkdir()
     for name, colour in (("UP.JPG", 1), ("two.png", 2), ("TWO.png", 3), ("Two.PNG", 4), ("down.png", 5)):
         Image.new("RGB", (4, 4), (colour, 0, 0)).save(tmp_path / "Photos" / name, "PNG")
+    (tmp_path / "Photos" / "e\u0301.png").touch()  # as macOS writes it
     for _ in range(2):
         assert path_inside(tmp_path, "Photos/up.jpg") == tmp_path / "Photos" / "UP.JPG"
     assert open_image(tmp_path, "Photos/up.jpg").getpixel((0, 0)) == (1, 0, 0)
     assert path_inside(tmp_path, "Photos/two.png").name == "two.png"  # its own name before any other
     assert path_inside(tmp_path, "Photos/TWO.PNG").name == "TWO.PNG"  # three would fit: it is missing
+    assert path_inside(tmp_path, "Photos/\u00e9.png").name == "e\u0301.png"
     assert any_is_there(["Photos/DOWN.PNG"], tmp_path)
     assert [record.levelname for record in caplog.records] == ["WARNING"]  # once in a process
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_vl.data.check import CONTRADICTION, EMPTY_QUESTION, NO_PICTURE, FileCheck
+from dora_vl.data.check import CONTRADICTION, EMPTY_AS_TEXT, EMPTY_QUESTION, NO_PICTURE, FileCheck
 from dora_vl.data.columns import USUAL, TrainFile
 from dora_vl.data.example import Example
 from dora_vl.data.readers import read_row
@@ -238,21 +238,24 @@ def test_the_right_answers_are_stored_the_trained_one_first(
 
 def test_what_is_probably_not_meant_is_counted_and_named(tmp_path: Path) -> None:
     rows = ["0.png,What?,red", "0.png,What?,red", "0.png,What?,blue", ",What?,red", "1.png,,red", "1.png,,blue"]
-    rows += [f"{number}.png,What?,red" for number in range(2, 9)] + [f"{number}.png,," for number in range(9)]
+    rows += [*("nan,Which?,red", "2.png,Why?,NaN"), *(f"{number}.png,What?,red" for number in range(2, 9))] + [
+        f"{number}.png,," for number in range(9)
+    ]
     path = tmp_path / "q.csv"
     path.write_text("\n".join(["image,question,answer", *rows]))
     table = load_rows(str(path)).rows
     findings = {finding.problem: (finding.count, [*finding.examples.values()]) for finding in doubtful_samples(table)}
     assert findings == {
-        NO_PICTURE: (1, [["row 4"]]),
+        NO_PICTURE: (2, [["row 4", "row 7"]]),
         EMPTY_QUESTION: (2, [["row 5", "row 6"]]),
+        EMPTY_AS_TEXT: (1, [["row 8"]]),
         CONTRADICTION: (3, [["row 1", "row 2", "row 3"]]),
     }
-    (unusable,) = (line for line in described(TrainFile(path=str(path)), table) if "row 14" in line)
+    (unusable,) = (line for line in described(TrainFile(path=str(path)), table) if "row 17" in line)
     assert "9 samples" in unusable
     assert unusable.count("row") == 5
     check = FileCheck(path).run().findings
-    assert [check[kind].count for kind in (NO_PICTURE, EMPTY_QUESTION, CONTRADICTION)] == [1, 2, 1]
+    assert [check[kind].count for kind in (NO_PICTURE, EMPTY_QUESTION, EMPTY_AS_TEXT, CONTRADICTION)] == [2, 2, 1, 1]
 
 
 def test_words_alone_captions_and_several_answers_are_meant(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -103,6 +103,21 @@ def test_values_of_a_list_of_lines_and_of_texts_are_numbered(tmp_path: Path) -> 
     assert list(stream_values(path, "values")) == [(1, {"a": "\U0001f600"})]
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_object_of_objects_holds_rows_by_their_ids(tmp_path: Path, indent: int | None) -> None:
+    path = tmp_path / "a.json"
+    rows = {"img.0": {"question": "?", "answer": "red"}, "img1": {"id": "own", "answer": {"text": "blue"}}}
+    path.write_text(json.dumps(rows, indent=indent))
+    named = [{"id": "img.0", **rows["img.0"]}, rows["img1"]]
+    assert list(stream_records(path)) == named
+    assert list(stream_values(path, "rows")) == [*enumerate(named, start=1)]
+    for one in ({"meta": {"answer": "red"}}, {"image": {"path": "a.png"}, "caption": "red"}):  # a row itself
+        path.write_text(json.dumps(one, indent=indent))
+        assert list(stream_records(path)) == [one]
+    path.write_text("\n".join([json.dumps({"a": {}, "b": {}}, indent=indent)] * 2))  # two rows
+    assert list(stream_records(path)) == [{"a": {}, "b": {}}] * 2
+
+
 LINE = json.dumps({"id": "a", "text": "x"})
 
 

@@ -156,14 +156,26 @@ def test_scienceqas_conversations_have_choices(tmp_path: Path) -> None:
     assert [by_id[name].extra.get("correct") for name in "4567"] == [1, 0, 1, None]
     (turn,) = prompt_turns(by_id["4"], test_set.benchmark.prompt)
     assert turn.text == f"<image>\nContext: A. Look.\n{options}\n{LETTER}"
-    assert (test_set.not_scored.keys(), test_set.unreadable.keys()) == ({"7"}, {"8"})
+    assert (test_set.not_scored.keys(), test_set.unreadable.keys()) == ({"7", "8"}, {"8"})
     answers = {"4": "B", "5": "B", "6": "The answer is B.", "7": "A"}
     lines(tmp_path / "p.jsonl", [{"question_id": name, "text": text} for name, text in answers.items()])
     predictions = ["--predictions", str(tmp_path / "p.jsonl"), "--to", str(tmp_path)]
     main(["evaluate", "--benchmarks", f"scienceqa={path}", *predictions])
     entry = json.loads((tmp_path / "metrics.json").read_text())["sets"]["scienceqa"]
-    assert (entry["n"], entry["metrics"]["accuracy"]["value"]) == (4, 50.0)  # two of 4, 5, 6 and the unreadable 8
+    assert (entry["n"], entry["metrics"]["accuracy"]["value"]) == (3, pytest.approx(200 / 3))  # two of 4, 5, 6
     assert entry["metrics"]["image accuracy"]["value"] == 100.0
+
+
+@pytest.mark.parametrize("truth", ["G", "(G)", "G.", "g:", "The answer is G.", "G. 6", "6"])
+def test_a_right_choice_may_be_any_letter_of_the_choices(truth: str, tmp_path: Path) -> None:
+    (tmp_path / "many.yaml").write_text("name: many\nscoring: choice\n")
+    choices = "\n".join(f"{letter}. {number}" for number, letter in enumerate("ABCDEFGHIJ"))
+    path = lines(tmp_path / "q.jsonl", [record("1", f"How many?\n{choices}", truth)])
+    test_set = read_set(f"{tmp_path / 'many.yaml'}={path}", tmp_path)
+    assert test_set.examples[0].extra["correct"] == 6
+    assert test_set.score is not None
+    for said in ("G", "(G)", "g.", "6"):
+        assert test_set.score(test_set.examples, {"1": said}).metrics["accuracy"] == 100.0
 
 
 TRUTH = "the correct answer is answer2"

@@ -138,6 +138,22 @@ def test_any_right_answer_counts_and_a_bad_one_is_none(
     assert (entry["n"], entry["metrics"]["accuracy"]["value"], [*entry.get("not_scored", ())]) == expected
 
 
+@pytest.mark.parametrize("name", ["test.csv", "test.json", "outputs.json"])
+def test_rows_with_an_empty_or_null_answer_are_in_no_score(name: str, tmp_path: Path) -> None:
+    column, question = ("answer", "question") if name.startswith("test") else ("output", "instruction")
+    texts = ["red", "" if name == "test.csv" else None, "", "blue"]
+    rows = [{question: f"Q{n}?", column: text} for n, text in enumerate(texts)]
+    rows.append({question: "<image> Q?", column: "red"})  # it has no picture, so that it counts as wrong
+    table = "\n".join(",".join(map(str, row.values())) for row in rows)
+    (tmp_path / name).write_text(f"{question},{column}\n{table}\n" if name == "test.csv" else json.dumps(rows))
+    answers = predictions_file(tmp_path / "p.jsonl", {"row 1": "red", "row 3": "?", "row 4": "red"})
+    words = ["--benchmarks", f"exact_match={tmp_path / name}", "--predictions", answers, "--to", tmp_path / "to"]
+    main(["evaluate", *map(str, words)])
+    entry = entries(tmp_path / "to")["exact_match"]
+    assert (entry["n"], entry["metrics"]["accuracy"]["value"]) == (3, pytest.approx(100 / 3))
+    assert [*entry["not_scored"]] == ["row 2", "row 3"]
+
+
 def test_a_split_without_answers_gives_a_submission_and_takes_the_numbers_of_the_split_before(tmp_path: Path) -> None:
     examples = [right(str(n), images=[f"{n}.jpg"]) for n in range(3)]
     evaluated("vqav2", [right("0", images=["0.jpg"], human_answers=["no"] * 10)], {"0": "no"}, tmp_path)
@@ -268,7 +284,7 @@ def answers_in(path: Path, content: object) -> dict[str, str]:
     return {row.id: row.prediction for row in read_rows(path)}
 
 
-def test_the_forms_of_rows_and_the_later_of_two_stands(tmp_path: Path) -> None:
+def test_the_forms_of_rows(tmp_path: Path) -> None:
     rows = [
         {"id": "a", "answer": "one"},
         {"id": "b", "images": [], "question": "?", "truth": "2", "prediction": "two", "kind": None},
@@ -287,6 +303,8 @@ def test_what_the_model_said_goes_before_the_true_answer(tmp_path: Path, key: st
         ("p.jsonl", rows),
         ("p.csv", f"id,{true},{key}\na,cat,dog\nb,owl,owl\n"),
         ("only.csv", f"id,{key}\na,dog\nb,owl\n"),
+        ("spelled.csv", f"ID, Question ,{true.upper()},{key.title()}\na,?,cat,dog\nb,?,owl,owl\n"),
+        ("semicolons.csv", f'"id";{true};{key}\na;cat, too;dog\nb;owl;owl\n'),
         ("stated.csv", f"sep=;\nid;{key};\na;dog;\nb;owl\n"),
     ):
         assert answers_in(tmp_path / name, content) == {"a": "dog", "b": "owl"}
@@ -301,7 +319,10 @@ def test_two_keys_that_may_be_the_answer(tmp_path: Path, first: str, other: str)
 
 WHOLE = '{"id": "a", "answer": "one"}\n'
 BROKEN = ('{"id": "b"}', '{"answer": "b"}', '{"id": "b", "answer": 3}', "[" * 100_000)
-OTHERS = (("r.csv", "dev-1-0-0\n"), ("r.xlsx", "PK\x03\x04rest"), ("r.json", '{"1": true}'))
+OTHERS = (
+    *(("r.csv", f"{head}\na,?,red\n") for head in ("id,question,my_prediction", "my_id,question,Prediction")),
+    *(("r.csv", "dev-1-0-0\n"), ("r.xlsx", "PK\x03\x04rest"), ("r.json", '{"1": true}')),
+)
 
 
 @pytest.mark.parametrize(("file", "content"), [*(("r.jsonl", f"{WHOLE}{line}\n") for line in BROKEN), *OTHERS])
@@ -320,8 +341,10 @@ def test_answers_find_their_questions(row: dict[str, Any], tmp_path: Path) -> No
         match_predictions, BENCHMARKS[row["benchmark"]], examples, read_rows(path), path=path, questions=Path("records")
     )
     if row["answers"] is None:
-        with pytest.raises(UserError):
+        with pytest.raises(UserError) as refused:
             find()
+        assert str(path) in str(refused.value)
+        assert row.get("names", "") in str(refused.value)
         return
     joined = find()
     assert joined.answers == row["answers"]

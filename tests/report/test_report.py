@@ -312,6 +312,11 @@ def test_confusion_counts_by_hand() -> None:
     assert matrix.labels == ("yes", "no")
     assert matrix.columns == ("yes", "no", "other")
     assert matrix.counts == ((3, 1, 0), (0, 1, 1))
+    others = [item("yes", "yep", share=1.0), item("no", "nope", share=0.6)] * 2  # right in other words, in part
+    for headline, said_yes in (("accuracy", (0, 2, 0)), ("cider", (0, 0, 2))):
+        matrix = confusion("t", of_set({str(number): each for number, each in enumerate(others)}, headline))
+        assert matrix is not None
+        assert (matrix.columns, matrix.counts) == (("no", "yes", "other"), ((0, 0, 2), said_yes))
     assert confusion("t", of_set({str(number): item(f"answer {number}", "x") for number in range(6)})) is None
 
 

@@ -125,12 +125,14 @@ def test_answers_called_good_or_bad(tmp_path: Path, tiny_llava: Path) -> None:
     run_file = write_run(
         tmp_path / "run.yaml", tiny_llava, path, training=RATES, objective={"loss": "kto", "beta": 0.5}
     )
-    test = [f"--evaluation.file={path}", "--evaluation.limit=8", "--evaluation.forgetting=false"]
+    asked = path.with_name("asked.json")
+    asked.write_text(json.dumps([*rows[:8], {**rows[8], "completion": ""}]))
+    test = [f"--evaluation.file={asked}", "--evaluation.forgetting=false"]
     run(decoder_run(run_file, *test))
     lines = logged(tmp_path / "run")
     assert lines[-1]["rewards/chosen"] > 0.05 > lines[-1]["rewards/rejected"]
-    entry = json_of(tmp_path / "run/metrics.json")["sets"][path.stem]
-    assert (entry["n"], sorted(entry["not_scored"])) == (4, [f"row {number}" for number in (2, 4, 6, 8)])
+    entry = json_of(tmp_path / "run/metrics.json")["sets"]["asked"]
+    assert (entry["n"], sorted(entry["not_scored"])) == (4, [f"row {number}" for number in (2, 4, 6, 8, 9)])
     new = f"--training.output_dir={tmp_path / 'new'}"
     assert refused_key(run_file, new, "--objective.loss=dpo") == "objective.loss"
     assert refused_key(run_file, new, "--objective.loss=sft") == "objective.loss"

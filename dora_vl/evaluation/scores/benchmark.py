@@ -202,7 +202,11 @@ def match_predictions(
         if name is None:
             strangers[row.id] = row.prediction
         else:
-            answers[name] = f"a{row.prediction}" if row.is_number and benchmark.labels_choices else row.prediction
+            answer = f"a{row.prediction}" if row.is_number and benchmark.labels_choices else row.prediction
+            if not row.set and answers.setdefault(name, answer) != answer:  # of our own file the later stands
+                twice = f"{short_repr(answers[name])} and {short_repr(answer)}"
+                raise UserError(f"{path}: two answers to {short_repr(row.id)}, {twice}; leave the one that is meant")
+            answers[name] = answer
     return Predictions(
         rows=[Prediction(id=name, prediction=answer) for name, answer in (strangers | answers).items()],
         joined_by=by,
@@ -269,11 +273,11 @@ def has_answer(example: Example) -> bool:
 
 
 def not_scored(benchmark: Benchmark, examples: Sequence[Example], unreadable: Mapping[str, str]) -> dict[str, str]:
-    """Says by id why examples are in no score; an unreadable record counts as wrong instead."""
+    """Says by id why examples are in no score; an unreadable record that has an answer counts as wrong instead."""
     bare = {
         example.id
         for example in examples
-        if example.id not in unreadable
+        if not (example.id in unreadable and example.answers)
         and not ("correct" in example.extra if benchmark.chooses else has_answer(example))
     }
     if benchmark.together is None or not bare or len(bare) == len(examples):

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from string import ascii_uppercase
 from typing import Literal
+from unicodedata import normalize
 
 from dora_vl.data.example import Example, right_choice
 from dora_vl.evaluation.scores import caption, llava
@@ -25,8 +26,15 @@ from dora_vl.evaluation.scores.scored import ACCURACY, AnswersById, Formula, Mea
 
 
 def normalised(answer: str) -> str:
-    """Lowers an answer's case, leaves single spaces, and takes full stops off its end (GQA's rule in LLaVA)."""
-    return " ".join(answer.lower().split()).rstrip(".").rstrip()
+    """Lowers an answer's case, leaves single spaces, and takes full stops off its end (GQA's rule in LLaVA).
+
+    An accent is the same as a part of its letter and as a character of its own (Unicode's NFC and NFD).
+    """
+    return _plain(answer).rstrip(".").rstrip()
+
+
+def _plain(text: str) -> str:
+    return " ".join(normalize("NFC", text).lower().split())
 
 
 def final_answer(text: str, after: str | None) -> str:
@@ -78,16 +86,30 @@ def _chosen(answer: str, choices: Mapping[str, str]) -> str | None:
     """Returns the letter an answer gives, or None.
 
     MMBench's rules look for a choice's text anywhere, so where one choice is in another ("1" in "10") they find two in
-    the right answer and take neither. A letter as it was asked for goes before all texts, a small one after them.
+    the right answer and take neither, and they read the article of "A dog" as a letter. A letter as it was asked for
+    goes before all texts, a small one after them.
     """
-    bare = answer.strip().removesuffix(".")
+    bare = lone_letter(answer)
     if bare in choices:
         return bare
-    for same in (str.strip, normalised):  # "Co" and "CO" may both be choices
+    for same in (str.strip, normalised, _without_article):  # "Co" and "CO" may both be choices
         equal = [letter for letter, text in choices.items() if same(text) == same(answer)]
         if len(equal) == 1:
             return equal[0]
     return bare.upper() if bare.upper() in choices else llava.chosen(answer, choices, "2025")
+
+
+def _without_article(answer: str) -> str:
+    return re.sub("^(?:an?|the) ", "", normalised(answer))
+
+
+def lone_letter(answer: str) -> str:
+    """Returns the letter that is all of an answer but for marks ("F", "(F)", "F.", "f:"); "" where there is more."""
+    match = _LONE_LETTER.fullmatch(answer.strip())
+    return match[1] if match else ""
+
+
+_LONE_LETTER = re.compile(r"\(?([A-Za-z])\)?[.:]?")
 
 
 def similarity(answer: str, true: str) -> float:
@@ -95,7 +117,7 @@ def similarity(answer: str, true: str) -> float:
 
     One minus the edit distance over the longer one's length, letter case and spaces aside; nothing up to one half.
     """
-    answer, true = (" ".join(text.lower().split()) for text in (answer, true))
+    answer, true = _plain(answer), _plain(true)
     longer = max(len(answer), len(true))
     if abs(len(answer) - len(true)) * 2 > longer:  # at least so many insertions
         return 0.0

@@ -5,6 +5,7 @@ A folder of pictures is a file of rows too: by a table and by a stream, without 
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import gzip
 import io
@@ -101,6 +102,33 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
 QUESTION = {"question": "q", "answer": "a"}
 
 
+def test_what_other_programs_put_into_an_archive_is_no_content(tmp_path: Path) -> None:
+    fields = codecs.BOM_UTF8 + json.dumps(QUESTION).encode()
+    path = write_tar(tmp_path / "a.tar", {"b/._a.jpg": b"of macOS", "b/a.jpg": b"pixels", "b/a.json": fields})
+    assert list(find_files(path).rows()) == [{"__key__": "b/a", **QUESTION, "images": [b"pixels"]}]
+
+
+def test_whole_numbers_beside_an_empty_cell_are_whole(tmp_path: Path) -> None:
+    columns = {
+        "answer": pa.array([3.0, 1e17, None, float("nan")], pa.float64()),
+        "small": pa.array([3.0, None, 2.0, 1.0], pa.float32()),
+        "half": pa.array([3.0, None, 0.5, 1.0]),
+        "full": pa.array([3.0, 1.0, 2.0, 4.0]),
+        "none": pa.array([None] * 4, pa.float64()),
+    }
+    table = pa.table(columns)
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    for name in ("a.parquet", "a.arrow"):
+        rows = list(find_files(tmp_path / name).rows())
+        assert [str(row["answer"]) for row in rows] == ["3", "1" + "0" * 17, "None", "nan"]
+        assert [str(row["small"]) for row in rows] == ["3", "None", "2", "1"]
+        assert [str(row["half"]) for row in rows] == ["3.0", "None", "0.5", "1.0"]
+        assert [str(row["full"]) for row in rows] == ["3.0", "1.0", "2.0", "4.0"]
+        assert [row["none"] for row in rows] == [None] * 4
+
+
 @pytest.mark.parametrize("ending", ["jpg", "heic", "view.BMP"])
 def test_an_archive_s_pictures_of_every_format_that_is_read(tmp_path: Path, ending: str) -> None:
     for fields in (QUESTION, {"image": f"a.{ending}", "conversations": TALK}):
@@ -132,6 +160,7 @@ TABLE = "Image,Question ,answer\na.png,Wie groß?,größer; „so“\n"
     ("name", "content"),
     [
         ("a.csv", TABLE.replace(";", "").encode()),
+        ("a.csv", b'Image, Question, answer\na.png, "Wie gro\xc3\x9f?", a dog\n'),
         ("a.csv", TABLE.replace(",", ";").replace("; „", " „").encode()),
         ("a.csv", TABLE.replace(",", "\t").encode()),
         ("a.csv", TABLE.encode("utf-16")),

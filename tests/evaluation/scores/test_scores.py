@@ -105,6 +105,7 @@ def test_what_stands_before_the_answer_is_left_out() -> None:
         *(("unknown", ("no", "unknown"), 1), ("b", ("yes", "no"), 1)),
         *(("Cats and dogs.", ("cat", "cats and dogs"), 1), ("cat", ("cat", "cats and dogs"), 0)),
         *(("CO", ("Co", "CO"), 1), ("co", ("Co", "CO"), None), ("a", ("b", "a"), 1)),
+        *(("A dog", ("cat", "dog"), 1), ("dog.", ("the cat", "The dog"), 1), ("An owl", ("cat", "a owl"), 1)),
         ("A", ("B", "A"), 0),  # the prompt asks for a letter
     ],
 )
