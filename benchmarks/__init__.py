@@ -1,1 +1,1 @@
-"""Measurements a person can repeat; each prints a table and writes JSON."""
+"""Measurements that anyone can repeat; each prints a table and writes JSON."""

@@ -1,6 +1,6 @@
 """Adapted copies of one model that `dora_step.py` and `dora_memory.py` measure in turns.
 
-PEFT runs with `autocast_adapter_dtype=False`, its faster setting. B and the magnitudes stand away from their starting
+PEFT runs with `autocast_adapter_dtype=False`, its faster setting. B and the magnitudes are moved from their initial
 values, so that nobody is timed on a change that is zero.
 """
 

@@ -6,7 +6,7 @@ Model and step are those of `dora_step.py`. Two measurements of every contender,
 checkpointing and with both kinds of it, as `gradient_checkpointing_enable` switches them on:
 
 - alive: all that the forward pass made and that is still there when it ends, so what the backward pass needs.
-- peak: the most there is within forward, backward and AdamW beyond what stands between steps (weights, the
+- peak: the most there is within forward, backward and AdamW beyond what is there between steps (weights, the
   optimizer's state). Gradients are in it: this project trains in float32 over a half-precision model, PEFT, as it
   runs here, in half precision.
 

@@ -3,7 +3,7 @@
     python benchmarks/dora_step.py --rank 16 128 --dropout 0 0.05 --json benchmarks/results.jsonl
 
 The model is SmolLM2-135M's shapes with all seven projections adapted, unless `--model FOLDER` names another. A step
-is forward, backward and AdamW, logits at the labelled places alone. The allocator keeps a step's memory for the next,
+is forward, backward and AdamW, logits only at the labelled places. The allocator keeps a step's memory for the next,
 for all contenders, as training here does. Contenders take turns in one process; quoted are medians over rounds of the
 ratios inside one round.
 """
@@ -37,7 +37,7 @@ SMOLLM2_135M = LlamaConfig(
     num_key_value_heads=3,
     tie_word_embeddings=True,
 )
-"""Times and bytes depend on shapes alone, so random weights of these shapes do where no folder is given."""
+"""Times and bytes depend only on shapes, so random weights of these shapes do where no folder is given."""
 
 
 def main() -> None:
@@ -130,8 +130,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.05])
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--batch", type=int, default=8, help="rows")
-    parser.add_argument("--tokens", type=int, default=96, help="tokens a row")
-    parser.add_argument("--labels", type=int, default=6, help="labelled tokens a row")
+    parser.add_argument("--tokens", type=int, default=96, help="tokens per row")
+    parser.add_argument("--labels", type=int, default=6, help="labelled tokens per row")
     parser.add_argument("--json", default=None, help="file for the figures")
 
 

@@ -1,4 +1,4 @@
-"""Times a training run of this project against TRL's SFTTrainer with PEFT's DoRA and LoRA, samples a second.
+"""Times a training run of this project against TRL's SFTTrainer with PEFT's DoRA and LoRA, in samples per second.
 
     python -m benchmarks.peers --config llava/easyvqa_smollm2_dora --adapter.dropout 0.05 \
         --model.compose.grid_pool null --model.base runs/demo/base_49_tokens --json benchmarks/results.jsonl
@@ -11,7 +11,7 @@ a few steps at a time; quoted are medians of the ratios inside one round, and ea
 
 `ours` is the run as the settings say it, rows as trees, outputs of the frozen vision parts stored before the clock
 runs; `ours_unstored` runs those parts in each step. TRL gets this project's tokens and pixels, so that all train the
-same; its own way to batch them is a row a sample, padded. TRL is installed into a folder of its own, beside the
+same; its own way to batch them is one padded row per sample. TRL is installed into a folder of its own, beside the
 packages that are here, and sets PEFT up as it does. Any further `--section.key value` changes the run for all.
 """
 
@@ -138,7 +138,7 @@ def turn(name: str, options: Options, folder: Path) -> dict[str, float]:
 
 
 def run_contender(name: str, options: Options, folder: Path) -> dict[str, float]:
-    """Trains one contender and returns its samples a second and peak memory."""
+    """Trains one contender and returns its samples per second and peak memory."""
     if name in OURS:
         sys.argv = ["llava_instruct.py", *options.settings(folder), "--data.cache_features", OURS[name]]
         runpy.run_path("tasks/llava_instruct.py", run_name="__main__")
@@ -153,11 +153,11 @@ def run_contender(name: str, options: Options, folder: Path) -> dict[str, float]
 
 
 def write_samples(folder: Path, count: int) -> None:
-    """Writes questions about coloured shapes, one to five a picture, long and short, in LLaVA's format."""
-    chance = random.Random(11)
+    """Writes questions about coloured shapes, one to five per picture, long and short, in LLaVA's format."""
+    rng = random.Random(11)
     samples: list[dict[str, Any]] = []
     while len(samples) < count:
-        shape, colour, ground = chance.choice(SHAPES), *chance.sample(COLOURS, 2)
+        shape, colour, ground = rng.choice(SHAPES), *rng.sample(COLOURS, 2)
         picture = Image.new("RGB", (320, 240), ground)
         draw, corners = ImageDraw.Draw(picture), ((100, 60), (220, 60), (220, 180), (100, 180))
         if shape == "circle":
@@ -166,17 +166,17 @@ def write_samples(folder: Path, count: int) -> None:
             draw.polygon(corners if shape == "square" else corners[1:], fill=colour)
         name = f"{len(samples)}.png"
         picture.save(folder / name)
-        for number in range(min(chance.randint(1, 5), count - len(samples))):
-            words = int(chance.lognormvariate(2.7, 0.9)) + 1
-            answer = " ".join(chance.choices([shape, colour, ground, "and", "is", "on"], k=words))
-            question = " ".join(chance.choices(["which", "shape", "colour", "is", "there"], k=chance.randint(4, 24)))
+        for number in range(min(rng.randint(1, 5), count - len(samples))):
+            words = int(rng.lognormvariate(2.7, 0.9)) + 1
+            answer = " ".join(rng.choices([shape, colour, ground, "and", "is", "on"], k=words))
+            question = " ".join(rng.choices(["which", "shape", "colour", "is", "there"], k=rng.randint(4, 24)))
             turns = [{"from": "human", "value": f"<image>\n{question}?"}, {"from": "gpt", "value": f"{answer}."}]
             samples.append({"id": f"{name}/{number}", "image": name, "conversations": turns})
     (folder / "train.json").write_text(json.dumps(samples), encoding="utf-8")
 
 
 def write_smolvlm(folder: Path, tokenizer_folder: str) -> Path:
-    """Writes a random SmolVLM-256M with one tile of 64 tokens a picture and a tokenizer that is here."""
+    """Writes a random SmolVLM-256M with one tile of 64 tokens per picture and a tokenizer that is here."""
     import transformers  # it takes seconds
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)

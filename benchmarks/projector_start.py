@@ -1,10 +1,10 @@
-"""Where a composed LLaVA's projector starts: the same rows and steps from a random, a scaled and a closed-form start.
+"""Compares starts of a composed LLaVA's projector, random, scaled and closed-form, over the same rows and steps.
 
 python -m benchmarks.projector_start --to runs/starts [--sets receipts,signs,lights] [--times 2]
 
 Needs what `dora-vl quickstart` leaves, for names also what `dora-vl quickstart --names` does. Receipts, signs and
-traffic lights are drawn here, 160 rows to learn from and 200 about other pictures to test with, and made a run by
-`dora-vl init`; easy-VQA is the demo's, 40 steps of it, and names those of the demo that names things, 120 steps.
+traffic lights are drawn here, 160 rows for training and 200 about other pictures for the test, and `dora-vl init` makes
+the run; easy-VQA is the demo's, with 40 steps, and names are those of the demo that names things, with 120 steps.
 `--times` multiplies the steps. `tuned` among the starts is the base that the demo trained. Finished runs are not
 repeated. Intervals are over seeds, where there are three, and questions.
 """
@@ -41,14 +41,14 @@ DrawnSample = tuple[Image.Image, str, str]
 
 
 def draw_receipt(rng: random.Random) -> DrawnSample:
-    """Draws a till receipt on a desk; asks for its shop, its total, or how it was paid."""
+    """Draws a till receipt on a desk, and a question about its shop, its total, or how it was paid."""
     shop, total = rng.choice(list(SHOPS)), rng.choice((5, 10, 20, 50))
     paid = rng.choice(("in cash", "by card", "by voucher"))
     picture = Image.new("RGB", (240, 320), tuple(rng.randrange(90, 150) for _ in range(3)))
-    draw, left, top, paper = (
-        ImageDraw.Draw(picture),
-        *(rng.randrange(*span) for span in ((10, 40), (5, 25), (225, 255))),
-    )
+    draw = ImageDraw.Draw(picture)
+    left = rng.randrange(10, 40)
+    top = rng.randrange(5, 25)
+    paper = rng.randrange(225, 255)
     draw.rectangle((left, top, left + 180, top + 285), fill=(paper, paper, paper - 8))
     draw.rectangle((left, top, left + 180, top + 34), fill=SHOPS[shop])
     items = "\n".join(
@@ -75,7 +75,9 @@ def draw_sign(rng: random.Random) -> DrawnSample:
     name = rng.choice(list(SIGNS))
     corners, turn, colour, text = SIGNS[name]
     picture = Image.new("RGB", (200, 200), tuple(rng.randrange(130, 220) for _ in range(3)))
-    draw, size, x, y = ImageDraw.Draw(picture), *(rng.randrange(*span) for span in ((45, 70), (75, 125), (75, 105)))
+    draw = ImageDraw.Draw(picture)
+    size = rng.randrange(45, 70)
+    x, y = rng.randrange(75, 125), rng.randrange(75, 105)
     draw.rectangle((0, rng.randrange(140, 175), 200, 200), fill=(80, rng.randrange(90, 140), 70))
     draw.rectangle((x - 4, y, x + 4, 200), fill=(110, 110, 110))
     draw.regular_polygon((x, y, size), corners, rotation=turn, fill=RED if colour == WHITE else colour)
@@ -86,11 +88,11 @@ def draw_sign(rng: random.Random) -> DrawnSample:
 
 
 def draw_light(rng: random.Random) -> DrawnSample:
-    """Draws a traffic light in a street; asks for its lamp, or what to do."""
+    """Draws a traffic light in a street, and a question about its lamp, or what to do."""
     lit_lamp = rng.randrange(3)
     picture = Image.new("RGB", (200, 260), tuple(rng.randrange(110, 210) for _ in range(3)))
     draw, x, y = ImageDraw.Draw(picture), rng.randrange(50, 150), rng.randrange(15, 60)
-    for _ in range(3):  # houses, whose colours are those of no lamp in particular
+    for _ in range(3):  # houses, whose colours are random
         left, top = rng.randrange(-20, 180), rng.randrange(60, 160)
         draw.rectangle((left, top, left + 60, 220), fill=tuple(rng.randrange(60, 200) for _ in range(3)))
     draw.rectangle((0, 220, 200, 260), fill=(85, 85, 90))
@@ -112,22 +114,22 @@ SETS = {"receipts": draw_receipt, "signs": draw_sign, "lights": draw_light}
 
 def run_dora_vl(*words: str) -> None:
     """Runs `dora-vl`."""
-    done = subprocess.run([sys.executable, "-m", "dora_vl.cli", *words], capture_output=True, text=True, check=False)
-    print(done.stdout, file=sys.stderr)
-    if done.returncode:
-        raise SystemExit(f"dora-vl {' '.join(words)}\n{done.stderr[-2000:]}")
+    result = subprocess.run([sys.executable, "-m", "dora_vl.cli", *words], capture_output=True, text=True, check=False)
+    print(result.stdout, file=sys.stderr)
+    if result.returncode:
+        raise SystemExit(f"dora-vl {' '.join(words)}\n{result.stderr[-2000:]}")
 
 
 def run_file(name: str, base: str, to: Path) -> str:
     """Returns the run of a set on a base, drawn and written if it is not there."""
     folder = to / name
     if not (folder / "questions.csv").is_file():
-        chance = random.Random(name)
+        rng = random.Random(name)
         (folder / "pictures").mkdir(parents=True, exist_ok=True)
         with (folder / "questions.csv").open("w", newline="") as file:
             csv.writer(file).writerow(["image", "question", "answer"])
             for number in range(LEARNED + TESTED):
-                picture, question, answer = SETS[name](chance)
+                picture, question, answer = SETS[name](rng)
                 picture.save(folder / "pictures" / f"{number:03}.png")
                 csv.writer(file).writerow([f"{number:03}.png", question, answer])
     if not (folder / base / "run.yaml").is_file():
@@ -167,7 +169,7 @@ def train(name: str, start: str, seed: int, times: int, to: Path) -> None:
 
 
 def summary(to: Path) -> str:
-    """Lays out each set's accuracy by start, the mean over seeds, and what it has beyond the random start."""
+    """Lays out each set's accuracy by start, the mean over seeds, and its gain over the random start."""
     lines: list[list[object]] = []
     for name in sorted({path.parent.name for path in to.glob("*/*_*") if is_tested(path)}):
         folders = [path for path in sorted((to / name).glob("*_*")) if is_tested(path)]
@@ -175,12 +177,12 @@ def summary(to: Path) -> str:
         runs = {start: [path for path in folders if path.name.rpartition("_")[0] == start] for start in starts}
         compared = Contenders({start: [read_scores(path) for path in paths] for start, paths in runs.items()})
         for start, paths in runs.items():
-            right, beyond = compared.score(compared.measures[0], start), ""
+            accuracy, gain = compared.score(compared.measures[0], start), ""
             if start != "random" and "random" in runs:
-                beyond = format_estimate(compared.difference(compared.measures[0], start, "random"), "+.1f")
+                gain = format_estimate(compared.difference(compared.measures[0], start, "random"), "+.1f")
             steps = read_json(paths[0] / METRICS)["train_steps"]
-            lines.append([name, f"`{start}`", len(paths), steps, format_estimate(right, ".1f"), beyond])
-    return table(["set", "start", "seeds", "steps", "right", "beyond `random`"], lines)
+            lines.append([name, f"`{start}`", len(paths), steps, format_estimate(accuracy, ".1f"), gain])
+    return table(["set", "start", "seeds", "steps", "accuracy", "gain over `random`"], lines)
 
 
 def format_estimate(estimate: Estimate, form: str) -> str:
@@ -191,11 +193,12 @@ def format_estimate(estimate: Estimate, form: str) -> str:
 def main() -> None:
     """Trains what is not there yet, and prints the table after each run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--to", type=Path, default=Path("runs/starts"))
-    parser.add_argument("--sets", default="receipts,signs,lights,easy_vqa,names")
-    parser.add_argument("--starts", default="random,scaled,answers")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--times", type=int, default=1, help="multiplies the steps")
+    add = parser.add_argument
+    add("--to", type=Path, default=Path("runs/starts"), help="folder of the runs; default: runs/starts")
+    add("--sets", default="receipts,signs,lights,easy_vqa,names", help="sets to train on, by comma; default: all five")
+    add("--starts", default="random,scaled,answers", help="starts to compare, by comma, perhaps with tuned")
+    add("--seeds", default="0,1,2", help="seeds, by comma; default: 0,1,2")
+    add("--times", type=int, default=1, help="multiplies the steps")
     options = parser.parse_args()
     for seed in options.seeds.split(","):
         for name in options.sets.split(","):

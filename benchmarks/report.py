@@ -1,4 +1,4 @@
-"""Shared by all benchmarks: a record of the machine, tables for people, JSON for machines."""
+"""Shared by all benchmarks: a record of the machine, tables to read, JSON for machines."""
 
 from __future__ import annotations
 

@@ -3,11 +3,11 @@
     python -m benchmarks.serve --model runs/demo/base --json benchmarks/results.jsonl
 
 Four DoRA adapters of random factors, their magnitudes moved, over all projections of the language model, are served
-beside the base. A decode step is one token of each row behind a short prompt: of the base alone, of one adapter as
+beside the base. A decode step is one token of each row after a short prompt: of the base only, of one adapter as
 `load_adapter` puts it in, of one adapter through the server's layers, and of rows of four adapters and the base.
 Contenders take turns; quoted are medians over rounds of ratios within a round. The load is requests in flight over
 HTTP, of equally many tokens, spread over the four adapters and the base, against the same requests for one adapter;
-both take turns too. The target is 0.8 of one adapter's tokens a second.
+both take turns too. The target is 0.8 of one adapter's tokens per second.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def main() -> None:
 
 @torch.no_grad()
 def write_adapters(base: ServedModel, to: Path, options: argparse.Namespace) -> dict[str, Path]:
-    """Writes folders of four adapters that differ in their numbers alone."""
+    """Writes folders of four adapters that differ only in their numbers."""
     folders = {}
     for seed, name in enumerate(NAMES):
         model = structure_of(base.backbone.model)
@@ -103,13 +103,13 @@ def structure_of(model: Any) -> Any:
 def decode_figures(served: ServedModel, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Times decode steps; returns milliseconds and ratios by the number of rows."""
     frozen = open_served(options.model, {}, base_name="base", template=options.template).backbone.model
-    alone = structure_of(frozen)
-    load_adapter(alone, folder)
+    adapted = structure_of(frozen)
+    load_adapter(adapted, folder)
     figures, mixed = {}, "four and the base"
     for count in options.rows:
         steps = {
             "frozen": decode_step(frozen, served, count),
-            "one, by itself": decode_step(alone.eval(), served, count),
+            "one, by itself": decode_step(adapted.eval(), served, count),
             "one, served": decode_step(served.backbone.model, served, count, ["a"]),
             mixed: decode_step(served.backbone.model, served, count, ["base", *NAMES]),
         }
@@ -126,7 +126,7 @@ def decode_figures(served: ServedModel, folder: Path, options: argparse.Namespac
 
 
 def decode_step(model: Any, served: ServedModel, rows: int, names: Sequence[str] = ()) -> Callable[[], None]:
-    """Makes a step that decodes one token of each row behind a prompt whose keys and values are cached."""
+    """Makes a step that decodes one token of each row after a prompt whose keys and values are cached."""
     assistant: Assistant = served.assistant
     sample = assistant.prompts.sample([Turn("user", QUESTION)], PromptMedia())
     inputs = inputs_on_device(assistant.prompts.collate([sample] * rows, "left"), assistant.device)
@@ -151,7 +151,7 @@ def decode_step(model: Any, served: ServedModel, rows: int, names: Sequence[str]
 
 
 def load_figures(served: ServedModel, options: argparse.Namespace) -> dict[str, Any]:
-    """Measures the tokens a second of both loads, and their ratio."""
+    """Measures the tokens per second of both loads, and their ratio."""
     served.backbone.model.generation_config.eos_token_id = None  # answers of equally many tokens
     loads = {"one adapter": ["a"], "four adapters and the base": ["base", *NAMES]}
     settings = ServerSettings(batch=options.requests, window_ms=200)
@@ -165,13 +165,13 @@ def load_figures(served: ServedModel, options: argparse.Namespace) -> dict[str, 
     single, mixed = loads
     share = round(median([each[mixed] / each[single] for each in rounds]), 4)
     print(f"\n{options.requests} requests in flight, {options.tokens} tokens each")
-    print(table(("load", "tokens a second"), [*speeds.items()]))
+    print(table(("load", "tokens per second"), [*speeds.items()]))
     print(f"mixed: {share:.3f} of one adapter's")
     return {"tokens_a_second": speeds, "mixed_of_one": share}
 
 
 def under_load(client: OpenAI, names: Sequence[str], options: argparse.Namespace) -> float:
-    """Measures the tokens a second of all requests at once."""
+    """Measures the tokens per second of all requests at once."""
 
     def ask(number: int) -> int:
         completion = client.chat.completions.create(

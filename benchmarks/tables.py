@@ -4,7 +4,7 @@
     python -m benchmarks.tables                                               # writes both pages' tables
 
 A comparison is kept as its `compare.json` and `scores.jsonl.xz`, the lines of every tested run's `scores.jsonl`. Its
-table stands between the marks `<!-- results: NAME -->` and `<!-- end -->`. Values and intervals are computed again from
+table is between the marks `<!-- results: NAME -->` and `<!-- end -->`. Values and intervals are computed again from
 the kept scores; a `compare.json` that says something else ends the command. The table `cluster` of docs/starting.md is
 made of estimates of `dora-vl estimate`; no weight is read.
 """
@@ -49,10 +49,10 @@ SETTINGS = (
     "--training.per_device_train_batch_size=4",
     "--training.gradient_checkpointing=true",
 )
-"""Each row is a run with DoRA on all linears of the language model and 4 samples of 2,048 tokens on each GPU a step."""
+"""Each row is a run with DoRA on all linears of the language model and 4 samples of 2,048 tokens per GPU and step."""
 FLOP_PER_SECOND, UTILISATION, BANDWIDTH, NETWORK = 312e12, 0.4, 230e9, 100e9
-"""The figures are an A100's in bfloat16, its NVLink's, and those of four 200 Gbit/s links a machine."""
-HEADS = ("model", "GPUs", "GiB a GPU, zero2", "zero3", "s a step, zero2", "zero3")
+"""The figures are an A100's in bfloat16, its NVLink's, and those of four 200 Gbit/s links per machine."""
+HEADS = ("model", "GPUs", "GiB per GPU, zero2", "zero3", "s per step, zero2", "zero3")
 
 
 def keep(comparison: Path, to: Path) -> None:
@@ -152,7 +152,7 @@ def _limits(estimate: Row, sign: str = "") -> str:
 
 
 def cluster_rows() -> Iterator[tuple[str, ...]]:
-    """Estimates GiB a GPU and seconds a step, for each model and number of GPUs under both stages."""
+    """Estimates GiB per GPU and seconds per step, for each model and number of GPUs under both stages."""
     for name, shape in MODELS.items():
         runs = []
         with tempfile.TemporaryDirectory() as folder:

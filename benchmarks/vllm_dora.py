@@ -5,8 +5,8 @@
 `language`: a batch mixes requests for the base, two DoRA adapters and a LoRA of a language model with biases, with a
 slot for each adapter and with one for all. `llava`: a LLaVA with a projector that was trained too, as
 `dora-vl export --for vllm` writes it, asked about pictures. Every token must be PEFT's; how many answers would differ
-without the magnitudes, and without the adapter, stands beside it. vLLM lives in an environment of its own, with dora_vl
-for its plugin (docs/export.md); this module runs there too, with `--answer JOB`.
+without the magnitudes, and without the adapter, is printed beside it. vLLM has an environment of its own, with dora_vl
+as its plugin (docs/export.md); this module runs there too, with `--answer JOB`.
 """
 
 from __future__ import annotations
@@ -315,7 +315,7 @@ def by_vllm(
 
 
 def run(command: Sequence[str | Path]) -> None:
-    """Runs a program of this checkout. Raises UserError where it fails; what it said stands above."""
+    """Runs a program of this checkout. Raises UserError if it fails; its output is above."""
     try:
         completed = subprocess.run(
             command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, check=False

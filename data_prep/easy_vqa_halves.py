@@ -36,7 +36,7 @@ from dora_vl.start.easy_vqa import (
 
 
 def examples(questions: Sequence[Question], *, split: str, seed: int) -> list[Example]:
-    """Yields one example a question, in an order shuffled by the seed."""
+    """Yields one example per question, in an order shuffled by the seed."""
     samples = [
         Example(
             id=f"easyvqa-{split}-{question.index:05d}",

@@ -146,7 +146,7 @@ def which_part(text: str) -> tuple[int, int]:
     """Parses `3/8` as the fourth of eight parts."""
     number, _, parts = text.partition("/")
     if not (number.isdecimal() and parts.isdecimal() and int(number) < int(parts)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no part; 0/4 is the first of four")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a part; 0/4 is the first of four")
     return int(number), int(parts)
 
 
@@ -183,7 +183,7 @@ def parser() -> argparse.ArgumentParser:
 
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
-    """Finds the files, computes what is missing and says what was left out."""
+    """Finds the files, computes what is missing and reports what was left out."""
     options = parser().parse_args(arguments)
     media = media_in_records(options.records) if options.records else media_under(options.root)
     gpu = int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count())

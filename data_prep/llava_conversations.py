@@ -1,4 +1,4 @@
-"""Records to LLaVA's training JSON: each is asked as `dora-vl evaluate` asks it, and its first answer is the reply.
+"""Converts records to LLaVA's training JSON: asked as by `dora-vl evaluate`, with the first answer as the reply.
 
 A benchmark whose prompt asks for an option's letter (ScienceQA, MMBench, SEED) gets the right choice's letter.
 
@@ -29,7 +29,7 @@ def conversation_of(example: Example, benchmark: Benchmark) -> dict[str, JSON]:
     if example.videos:
         raise BadSample(example.id, "it is about a video; LLaVA's training JSON holds pictures")
     turns = [{"from": SPEAKERS[turn.role], "value": turn.text} for turn in prompt_turns(example, benchmark.prompt)]
-    if benchmark.chooses and not example.turns:  # a whole conversation is asked and answered as it stands
+    if benchmark.chooses and not example.turns:  # a whole conversation is asked and answered as it is
         reply = right_letter(example)
     else:  # the last turn of a conversation, or the first answer to a question
         texts = [turn.text for turn in example.turns[-1:] if turn.role == "assistant"]
@@ -53,7 +53,7 @@ def right_letter(example: Example) -> str:
 
 @exit_on_user_error
 def main() -> None:
-    """Reads the options, writes the file and says what was left out."""
+    """Reads the options, writes the file and reports what was left out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=Path, required=True, metavar="FILE", help="what `dora-vl prepare` wrote")
     parser.add_argument("--benchmark", choices=sorted(BENCHMARKS), required=True, help="whose wording is used")

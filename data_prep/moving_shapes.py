@@ -178,12 +178,12 @@ class ShapeQuestion:
     about: Mover | None = None
 
 
-def movers(order: random.Random) -> list[Mover]:
+def movers(rng: random.Random) -> list[Mover]:
     """Draws one to four shapes in order of appearance; form, colour and quarter of the picture are never repeated."""
-    count = order.randint(1, 4)
-    parts = [order.sample(tuple(values), count) for values in (SHAPES, COLORS, range(4))]
+    count = rng.randint(1, 4)
+    parts = [rng.sample(tuple(values), count) for values in (SHAPES, COLORS, range(4))]
     return [
-        Mover(shape, color, order.choice(tuple(DIRECTIONS)), quarter=quarter, index=index, of=count)
+        Mover(shape, color, rng.choice(tuple(DIRECTIONS)), quarter=quarter, index=index, of=count)
         for index, (shape, color, quarter) in enumerate(zip(*parts, strict=True))
     ]
 
@@ -205,50 +205,50 @@ def questions_of(kind: str, shown: Sequence[Mover]) -> list[ShapeQuestion]:
     return [ShapeQuestion(text.format(**vars(mover)), vars(mover)[attribute], possible, mover) for mover in shown]
 
 
-def four_choices(answer: str, possible: Sequence[str], shown: Sequence[Mover], order: random.Random) -> tuple[str, ...]:
+def four_choices(answer: str, possible: Sequence[str], shown: Sequence[Mover], rng: random.Random) -> tuple[str, ...]:
     """Returns the answer among three others. Those that the clip shows come first, so that guessing does not help."""
     seen = {value for mover in shown for value in (mover.shape, mover.color, mover.direction)}
     others = [value for value in possible if value != answer]
-    order.shuffle(others)
+    rng.shuffle(others)
     others.sort(key=lambda value: value not in seen)
     choices = [answer, *others[:3]]
-    order.shuffle(choices)
+    rng.shuffle(choices)
     return tuple(choices)
 
 
-def subtitle_of(subtitled: Mover, order: random.Random) -> Subtitle:
+def subtitle_of(subtitled: Mover, rng: random.Random) -> Subtitle:
     """Returns a subtitle that names a shape by its colour at some time of the clip."""
-    start = round(order.uniform(0.0, FRAMES / RATE - 1.0), 2)
-    return Subtitle(f"{order.choice(SPEAKERS)}: look at the {subtitled.color} one.", start, round(start + 1.0, 2))
+    start = round(rng.uniform(0.0, FRAMES / RATE - 1.0), 2)
+    return Subtitle(f"{rng.choice(SPEAKERS)}: look at the {subtitled.color} one.", start, round(start + 1.0, 2))
 
 
 def examples_of(split: str, number: int, seed: int) -> tuple[list[Mover], list[Example]]:
-    """Returns what one clip shows and is asked; the result depends on seed and number alone.
+    """Returns what one clip shows and is asked; the result depends only on seed and number.
 
     Training asks about every shape, a test one question of each kind.
     """
-    order = random.Random(f"{seed}/{split}/{number}")
-    shown = movers(order)
+    rng = random.Random(f"{seed}/{split}/{number}")
+    shown = movers(rng)
     name = f"{split}-{number:05d}"
     clip = Clip(path=f"clips/{name}.mp4")
     captioned = Example(
         id=f"{name}-{CAPTION}",
         videos=(clip,),
-        subtitles=(subtitle_of(order.choice(shown), order),),
+        subtitles=(subtitle_of(rng.choice(shown), rng),),
         answers=(Answer(text=caption(shown)),),
         extra={"kind": CAPTION, "clip_id": name},
     )
     examples = [captioned]
     for kind in ("color", "shape") if split == "pretrain" else KINDS:
         pool = questions_of(kind, shown)
-        for index, question in enumerate(order.sample(pool, min(1, len(pool))) if split == "test" else pool):
-            choices = four_choices(question.answer, question.possible, shown, order)
-            talked_about = question.about if kind == "spoken" and question.about is not None else order.choice(shown)
+        for index, question in enumerate(rng.sample(pool, min(1, len(pool))) if split == "test" else pool):
+            choices = four_choices(question.answer, question.possible, shown, rng)
+            talked_about = question.about if kind == "spoken" and question.about is not None else rng.choice(shown)
             examples.append(
                 Example(
                     id=f"{name}-{kind}-{index}",
                     videos=(clip,),
-                    subtitles=(subtitle_of(talked_about, order),),
+                    subtitles=(subtitle_of(talked_about, rng),),
                     question=question.question,
                     answers=(Answer(text=question.answer),),
                     choices=choices,
@@ -274,7 +274,7 @@ def write_records(to: Path, settings: Settings) -> dict[str, JSON]:
         count, kinds = getattr(settings, split), Counter[str]()
         for task in (QUESTIONS, CAPTIONS):
             path = to / "records" / task / f"{split}.jsonl"
-            # Questions about one clip stand together; a training run shuffles them.
+            # Questions about one clip follow each other; a training run shuffles them.
             examples = chain.from_iterable(examples_of(split, number, settings.seed)[1] for number in range(count))
             write_examples(path, (example for example in examples if bool(example.choices) == (task == QUESTIONS)))
             kinds.update(str(example.extra["kind"]) for example in iterate_examples(path))

@@ -48,7 +48,7 @@ SHARP = 4  # shapes are drawn at this multiple of their size, then shrunk, for s
 
 
 @dataclass(frozen=True)
-class Item:
+class SceneShape:
     """A shape by its upper left corner and its side, in pixels of its box."""
 
     shape: str
@@ -64,32 +64,32 @@ class Item:
         return any(near[side] for side in WALLS[wall])
 
 
-Box = Sequence[Item]
+Box = Sequence[SceneShape]
 Scene = Sequence[Box]
 Phrase = tuple[str, Callable[[Box], int]]
 """Pairs the words for what is counted, with `{s}` for a plural's ending, with the function that counts it in a box."""
 
 
-def tower(order: random.Random) -> Box:
+def tower(rng: random.Random) -> Box:
     """Draws one to four blocks, the lowest first."""
-    return [Item("square", order.choice([*COLOURS]), 40, 80 - 21 * level, 20) for level in range(order.randint(1, 4))]
+    return [SceneShape("square", rng.choice([*COLOURS]), 40, 80 - 21 * level, 20) for level in range(rng.randint(1, 4))]
 
 
-def scattered(order: random.Random) -> Box:
+def scattered(rng: random.Random) -> Box:
     """Draws one to seven shapes that do not overlap, a third of them at a wall."""
-    items: list[Item] = []
-    count = order.randint(1, 7)
+    items: list[SceneShape] = []
+    count = rng.randint(1, 7)
     while len(items) < count:
-        size = order.choice((10, 20, 30))
-        x, y = order.randint(1, BOX - size - 1), order.randint(1, BOX - size - 1)
-        if order.random() < 1 / 3:
-            x, y = order.choice(((0, y), (BOX - size, y), (x, 0), (x, BOX - size)))
+        size = rng.choice((10, 20, 30))
+        x, y = rng.randint(1, BOX - size - 1), rng.randint(1, BOX - size - 1)
+        if rng.random() < 1 / 3:
+            x, y = rng.choice(((0, y), (BOX - size, y), (x, 0), (x, BOX - size)))
         if all(
             abs(2 * x + size - 2 * item.x - item.size) > size + item.size
             or abs(2 * y + size - 2 * item.y - item.size) > size + item.size
             for item in items
         ):
-            items.append(Item(order.choice(SHAPES), order.choice([*COLOURS]), x, y, size))
+            items.append(SceneShape(rng.choice(SHAPES), rng.choice([*COLOURS]), x, y, size))
     return items
 
 
@@ -110,23 +110,23 @@ def draw(scene: Scene) -> Image.Image:
     return picture.resize((picture.width // SHARP, picture.height // SHARP), Image.Resampling.BOX)
 
 
-def quantity(order: random.Random) -> tuple[str, str, Callable[[int], bool]]:
+def quantity(rng: random.Random) -> tuple[str, str, Callable[[int], bool]]:
     """Draws a quantity: "at least two", its plural's ending, and the numbers that it holds for."""
-    number = order.choices((0, 1, 2, 3, 4, 5), (1, 4, 4, 3, 1, 1))[0]
-    word = order.choice((NUMBERS[number], str(number))) if number else "no"
-    if number == 1 and order.random() < 0.5:
+    number = rng.choices((0, 1, 2, 3, 4, 5), (1, 4, 4, 3, 1, 1))[0]
+    word = rng.choice((NUMBERS[number], str(number))) if number else "no"
+    if number == 1 and rng.random() < 0.5:
         return "a", "", lambda count: count >= 1
-    kind = order.choice(("", "exactly ", "only ", "at least ")) if number else ""
+    kind = rng.choice(("", "exactly ", "only ", "at least ")) if number else ""
     holds = (lambda count: count >= number) if kind == "at least " else (lambda count: count == number)
     return kind + word, "" if number == 1 else "s", holds
 
 
-def things(order: random.Random, noun: str) -> Phrase:
+def things(rng: random.Random, noun: str) -> Phrase:
     """Draws a phrase like "yellow square" or "square touching the wall", of some or any colour and shape."""
-    colour = order.choice(("", *COLOURS, *COLOURS))
-    shape = noun or order.choice(("item", "object", *SHAPES, *SHAPES))
-    touching, near = order.choice((("touching the", True), ("closely touching the", True), ("not touching any", False)))
-    wall = order.choice([*WALLS] if near else ("edge", "wall", "side")) if not noun and order.random() < 0.4 else ""
+    colour = rng.choice(("", *COLOURS, *COLOURS))
+    shape = noun or rng.choice(("item", "object", *SHAPES, *SHAPES))
+    touching, near = rng.choice((("touching the", True), ("closely touching the", True), ("not touching any", False)))
+    wall = rng.choice([*WALLS] if near else ("edge", "wall", "side")) if not noun and rng.random() < 0.4 else ""
     words = " ".join(filter(None, (colour, shape + "{s}", f"{touching} {wall}" if wall else "")))
 
     def count(box: Box) -> int:
@@ -140,20 +140,20 @@ def things(order: random.Random, noun: str) -> Phrase:
     return words, count
 
 
-def stacked(order: random.Random) -> Phrase:
+def stacked(rng: random.Random) -> Phrase:
     """Draws a phrase like "blue block on a black block" or "blue block as the base of a tower"."""
-    colour, other = order.choice([*COLOURS]), order.choice([*COLOURS])
-    if order.random() < 0.5:
-        end, level = order.choice([*ENDS.items()])
+    colour, other = rng.choice([*COLOURS]), rng.choice([*COLOURS])
+    if rng.random() < 0.5:
+        end, level = rng.choice([*ENDS.items()])
         return f"{colour} block{{s}} as the {end} of a tower", lambda box: box[level].colour == colour
-    words = f"{colour} block{{s}} {order.choice(OVER)} a {other} block"
+    words = f"{colour} block{{s}} {rng.choice(OVER)} a {other} block"
     return words, lambda box: [*pairwise(item.colour for item in box)].count((other, colour))
 
 
-def towers(order: random.Random) -> Phrase:
+def towers(rng: random.Random) -> Phrase:
     """Draws a phrase like "tower with a black block at the top"; a box has one tower, so it counts 0 or 1 in each."""
-    colour, other = order.choice([*COLOURS]), order.choice([*COLOURS])
-    some, plural, holds = quantity(order)
+    colour, other = rng.choice([*COLOURS]), rng.choice([*COLOURS])
+    some, plural, holds = quantity(rng)
     forms: dict[str, Callable[[Box], bool]] = {
         f"{some} block{plural}": lambda box: holds(len(box)),
         f"{some} {colour} block{plural}": lambda box: holds(sum(item.colour == colour for item in box)),
@@ -168,47 +168,47 @@ def towers(order: random.Random) -> Phrase:
         ),
         "blocks of the same color": lambda box: len({item.colour for item in box}) == 1,
     }
-    words, is_so = order.choice([*forms.items()])
-    first = f"tower{{s}} {order.choice(('with', 'having'))} {words.format(over=order.choice(OVER))}"
+    words, is_so = rng.choice([*forms.items()])
+    first = f"tower{{s}} {rng.choice(('with', 'having'))} {words.format(over=rng.choice(OVER))}"
     return first, lambda box: int(is_so(box))
 
 
-def claim(order: random.Random, noun: str) -> tuple[str, Callable[[Scene], bool]]:
+def claim(rng: random.Random, noun: str) -> tuple[str, Callable[[Scene], bool]]:
     """Draws a sentence and the test of its truth; `noun` is "block" for towers."""
-    some, plural, holds = quantity(order)
-    form = order.choice(FORMS[noun].split())
-    words, count = {"towers": towers, "stacked": stacked}.get(form, lambda order: things(order, noun))(order)
+    some, plural, holds = quantity(rng)
+    form = rng.choice(FORMS[noun].split())
+    words, count = {"towers": towers, "stacked": stacked}.get(form, lambda rng: things(rng, noun))(rng)
     first = f"{some} {words.format(s=plural)}"
     if form in ("all", "towers", "stacked"):
         return f"There {'are' if plural else 'is'} {first}", lambda scene: holds(sum(map(count, scene)))
     if form == "box":
         return f"There is a box with {first}", lambda scene: any(holds(count(box)) for box in scene)
     if form == "both":
-        more, ending, also = quantity(order)
-        words, other = things(order, noun)
+        more, ending, also = quantity(rng)
+        words, other = things(rng, noun)
         text = f"There is a box with {first} and {more} {words.format(s=ending)}"
         return text, lambda scene: any(holds(count(box)) and also(other(box)) for box in scene)
     if form == "base":
-        colour, (end, level) = order.choice([*COLOURS]), order.choice([*ENDS.items()])
+        colour, (end, level) = rng.choice([*COLOURS]), rng.choice([*ENDS.items()])
         text = f"There is a {colour} block as the {end} of a tower with {some} block{plural}"
         return text, lambda scene: any(holds(len(box)) and box[level].colour == colour for box in scene)
     if form == "colours":
-        pair = set(order.sample([*COLOURS], order.randint(1, 2)))
-        text = f"There is a box with only {' and '.join(sorted(pair))} {order.choice(('items', 'objects'))}"
+        pair = set(rng.sample([*COLOURS], rng.randint(1, 2)))
+        text = f"There is a box with only {' and '.join(sorted(pair))} {rng.choice(('items', 'objects'))}"
         return text, lambda scene: any({item.colour for item in box} == pair for box in scene)
     subjects = {"Each box contains": 3, "One box contains": 1, "One of the grey squares has": 1, "Two boxes contain": 2}
-    subject, boxes = order.choice([*subjects.items()])
+    subject, boxes = rng.choice([*subjects.items()])
     return f"{subject} {first}", lambda scene: sum(holds(count(box)) for box in scene) == boxes
 
 
 def examples_of(number: int, count: int, seed: int) -> tuple[Scene, list[Example], list[Example]]:
-    """Draws a scene, sentences and questions; the result depends on seed and number alone.
+    """Draws a scene, sentences and questions; the result depends only on seed and number.
 
-    A sentence is taken if it is true of just one of this scene and another drawn for it, so words alone tell nothing.
+    A sentence is taken if it is true of just one of this scene and another drawn for it, so the words tell nothing.
     """
-    order = random.Random(f"{seed}/{number}")
-    noun = order.choice(("block", "block", ""))
-    scene, *others = ([(tower if noun else scattered)(order) for _ in range(BOXES)] for _ in range(1 + OTHERS))
+    rng = random.Random(f"{seed}/{number}")
+    noun = rng.choice(("block", "block", ""))
+    scene, *others = ([(tower if noun else scattered)(rng) for _ in range(BOXES)] for _ in range(1 + OTHERS))
 
     def example(name: object, question: str, answer: str) -> Example:
         pictures = (f"pictures/{number:05d}.png",)
@@ -216,18 +216,18 @@ def examples_of(number: int, count: int, seed: int) -> tuple[Scene, list[Example
 
     sentences: list[Example] = []
     while len(sentences) < count:
-        text, is_true = claim(order, noun)
-        if is_true(scene) != is_true(order.choice(others)):
-            text = order.choice((text, f"{text}.", text[0].lower() + text[1:]))
+        text, is_true = claim(rng, noun)
+        if is_true(scene) != is_true(rng.choice(others)):
+            text = rng.choice((text, f"{text}.", text[0].lower() + text[1:]))
             sentences.append(example(len(sentences), text, str(is_true(scene)).lower()))
     questions: list[Example] = []
     for side, box in zip(("left", "middle", "right"), scene, strict=True):
         blocks, shapes = [item.colour for item in box], sorted(f"{item.colour} {item.shape}" for item in box)
         questions.append(example(side, f"What is in the {side} box?", ", ".join(blocks if noun else shapes)))
     while len(questions) < BOXES + count // 2:
-        words, count_in = towers(order) if noun and order.random() < 0.7 else things(order, noun)
+        words, count_in = towers(rng) if noun and rng.random() < 0.7 else things(rng, noun)
         counts = [count_in(box) for box in scene]
-        if any(counts) or order.random() < 1 / 4:
+        if any(counts) or rng.random() < 1 / 4:
             text = f"How many {words.format(s='s')} are in each box?"
             questions.append(example(f"count-{len(questions)}", text, ", ".join(NUMBERS[number] for number in counts)))
     return scene, sentences, questions

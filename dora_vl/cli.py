@@ -1,4 +1,4 @@
-"""`dora-vl VERB ...`: the command line over the library."""
+"""`dora-vl COMMAND ...`: the command line over the library."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from dora_vl.errors import LONGEST_MESSAGE, UserError, exit_on_user_error, one_l
 
 @dataclass(frozen=True)
 class Command:
-    """Describes a verb of `dora-vl`.
+    """Describes a command of `dora-vl`.
 
-    Its module is imported when the verb is used. It holds `DESCRIPTION` (what --help says),
+    Its module is imported when the command is used. It holds `DESCRIPTION` (what --help says),
     `add_arguments(parser)` and `run(arguments)`, which yields the lines to print as they are ready; `TAKES_SETTINGS`
     where a run's own settings may follow, which `run` finds as `arguments.settings`; `SETS_UP_LOGGING` where it does.
 
     Attributes:
-        opens_bases: the verb reads a base's weights by transformers' classes, which composed towers must be known to.
+        opens_bases: the command reads a base's weights by transformers' classes, which must know composed towers.
     """
 
     module: str
@@ -69,7 +69,7 @@ COMMANDS = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with an option in one line that stays short, whatever the option's value is."""
+    """Reports a wrong option in one short line, however long its value is."""
 
     def error(self, message: str) -> NoReturn:
         """Prints the usage and the message, and ends with status 2."""
@@ -78,26 +78,26 @@ class _Parser(argparse.ArgumentParser):
 
 @exit_on_user_error
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one verb; a problem in the input is one line on stderr and exit status 2."""
+    """Runs one command; a problem in the input is one line on stderr and exit status 2."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0].startswith("--local_rank"):  # the deepspeed launcher's; LOCAL_RANK says the same
         words = words[1:]
     if not words or words[0] in {"-h", "--help"}:
         width = max(map(len, COMMANDS))
-        lines = [f"  {verb:{width}}  {command.summary}" for verb, command in COMMANDS.items()]
-        print("usage: dora-vl VERB ...", "", *lines, "", sep="\n")
-        print("dora-vl VERB --help explains one verb, with examples.")
+        lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
+        print("usage: dora-vl COMMAND ...", "", *lines, "", sep="\n")
+        print("dora-vl COMMAND --help explains one command, with examples.")
         return
     if words[0] == "--version":
         print(__version__)
         return
-    verb, *rest = words
-    if verb not in COMMANDS:
-        nearest = get_close_matches(verb, COMMANDS, n=1, cutoff=0.0)[0]
-        raise UserError(f"no command {short_repr(verb)}; did you mean {nearest!r}? dora-vl --help lists all")
-    module = import_module(COMMANDS[verb].module)
+    name, *rest = words
+    if name not in COMMANDS:
+        nearest = get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
+        raise UserError(f"no command {short_repr(name)}; did you mean {nearest!r}? dora-vl --help lists all")
+    module = import_module(COMMANDS[name].module)
     parser = _Parser(
-        prog=f"dora-vl {verb}", description=module.DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"dora-vl {name}", description=module.DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.add_arguments(parser)
     if not getattr(module, "SETS_UP_LOGGING", False):
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options, options.settings = parser.parse_known_args(rest)
     else:
         options = parser.parse_args(rest)
-    if COMMANDS[verb].opens_bases:
+    if COMMANDS[name].opens_bases:
         from dora_vl.backbones import register_towers
 
         register_towers()

@@ -1,6 +1,6 @@
-"""The errors a person can act on, what they quote, and how a program begins and ends. No library of ours below.
+"""Errors that a user can act on, how messages quote values, and how an entry point starts and exits.
 
-Also the errors of Pillow, torch and the disk that mean such a thing.
+Imports nothing else of this package. Also recognises the errors of Pillow, torch and the disk that belong to these.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LEFT_OUT: Mapping[str, tuple[str, ...]] = {
     # The tables before the first step say which device it is.
     "DeepSpeed": ("Setting accelerator to CPU", "Unable to find hostfile"),
 }
-"""Maps a logger to beginnings of its lines that are left out, since they ask nothing of a person."""
+"""Maps a logger to the beginnings of those of its lines that are left out, since the user need not act on them."""
 
 
 @functools.cache
@@ -44,9 +44,9 @@ BINDING = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
 
 
 def wait_without_spinning() -> None:
-    """Bounds how long threads of GNU's or Intel's OpenMP spin for work on cores that others need; before torch loads.
+    """Limits how long threads of GNU's or Intel's OpenMP spin while others need the cores; call it before torch loads.
 
-    What the user set stays.
+    What the user has set is kept.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.update({**SPINS, **os.environ})
@@ -54,7 +54,9 @@ def wait_without_spinning() -> None:
 
 @functools.cache
 def bind_threads() -> frozenset[int]:
-    """Has OpenMP give each of its threads a core of its own, where nothing says otherwise; before torch loads.
+    """Makes OpenMP pin each thread to a core of its own unless the environment says otherwise.
+
+    Call it before torch loads.
 
     Left to the system, two threads that wait for each other can share a core while other programs have the rest.
     Returns all cores that this process may use; none where threads are not bound.
@@ -90,11 +92,11 @@ DECODING_ERRORS = (
     AttributeError,
     struct.error,
 )
-"""Pillow's decoders raise these, and `DecompressionBombError`, on bytes that are no picture or no longer one."""
+"""Pillow's decoders raise these, and `DecompressionBombError`, on bytes that are not a picture, or only part of one."""
 
 
 def one_line(message: str, max_length: int = LONGEST_MESSAGE) -> str:
-    """Returns the message without line breaks and control characters; of one that is too long the middle goes.
+    """Returns the message without line breaks and control characters; cuts the middle of one that is too long.
 
     Its beginning names the file and its end the next step, so both stay.
     """
@@ -108,7 +110,7 @@ def one_line(message: str, max_length: int = LONGEST_MESSAGE) -> str:
 
 
 def short_repr(value: object, max_length: int = LONGEST_QUOTED) -> str:
-    """Returns a value of a file as a message quotes it: as Python writes it, cut to `most` characters."""
+    """Returns a value of a file as a message quotes it: as Python writes it, cut to `max_length` characters."""
     writer = reprlib.Repr()
     writer.maxlist = writer.maxdict = writer.maxstring = writer.maxother = max_length
     try:
@@ -119,7 +121,7 @@ def short_repr(value: object, max_length: int = LONGEST_QUOTED) -> str:
 
 
 def short_text(text: str, max_length: int = LONGEST_QUOTED) -> str:
-    """Returns text without quotes, cut to `most` characters; those that cannot be printed are spelled out."""
+    """Returns text without quotes, cut to `max_length` characters; unprintable ones are escaped."""
     visible = "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in text[: max_length + 1]
@@ -159,7 +161,7 @@ class UserError(Exception):
 
 
 class Diverged(UserError):
-    """The training cannot go on with these settings: its loss, gradients or weights are no numbers any more."""
+    """Training cannot go on with these settings: the loss, the gradients or the weights are no longer finite."""
 
     status = 3
 
@@ -169,7 +171,7 @@ class SettingError(UserError):
 
     Attributes:
         key: its name, such as `data.train`; the message begins with it.
-        nearest: what was probably meant, where `key` is none.
+        nearest: the settings that were probably meant, if `key` is not one.
     """
 
     def __init__(self, key: str, problem: str = "", nearest: Sequence[str] = ()) -> None:
@@ -178,7 +180,7 @@ class SettingError(UserError):
 
 
 class LostRank(UserError):
-    """Another rank of the launch ended or did not come; what that rank said is the cause."""
+    """Another rank ended or never joined; its own message names the cause."""
 
     status = 1
 
@@ -198,7 +200,7 @@ class BadSample(UserError):
         self.kind = kind
 
     def __reduce__(self) -> tuple[type[BadSample], tuple[str, str, str]]:
-        # Exceptions unpickle from their message alone; data workers send this one across processes.
+        # Exceptions unpickle from their message only; data workers send this one across processes.
         return type(self), (self.sample_id, self.reason, self.kind)
 
 
@@ -210,7 +212,7 @@ UNWRITABLE = {
 }
 """Maps the system's error number to why a disk takes nothing more, and what to do."""
 _OF_THE_SYSTEM = {
-    errno.ENAMETOOLONG: "no file can have a name so long",
+    errno.ENAMETOOLONG: "the file name is too long",
     **{number: f"{cause}; {remedy} and start again" for number, (cause, remedy) in UNWRITABLE.items()},
 }
 
@@ -251,13 +253,13 @@ def exit_on_user_error(main: Callable[Inputs, Returned]) -> Callable[Inputs, Ret
     return run
 
 
-# torch's RuntimeErrors that are not the fault of what was being done. It is imported where they are asked about alone:
-# it would take a second of every command's start.
+# RuntimeErrors of torch that the failed operation did not cause. torch is imported inside the functions that need it;
+# at module level it would add a second to every command.
 
 _MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 """The CPU allocator, cuBLAS, cuDNN and CUDA raise plain RuntimeErrors that hold one of these."""
 _COMMUNICATION = ("gloo", "NCCL", "ProcessGroup", "Connection closed by peer", "Connection reset by peer")
-"""gloo and in part NCCL raise plain RuntimeErrors with one of these words where another rank is gone."""
+"""gloo and in part NCCL raise plain RuntimeErrors with one of these words when another rank is gone."""
 
 
 def install_command(*packages: str) -> str:
@@ -300,8 +302,8 @@ def number_between(kind: type[Any], low: float, high: float = sys.maxsize) -> Ca
     def number(text: str) -> Any:
         value = kind(text)
         if not low <= value <= high:
-            most = f" and at most {high:g}" if high < sys.maxsize else ""
-            raise argparse.ArgumentTypeError(f"{text} must be at least {low:g}{most}")
+            limit = f" and at most {high:g}" if high < sys.maxsize else ""
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low:g}{limit}")
         return value
 
     number.__name__ = kind.__name__

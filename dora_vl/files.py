@@ -1,4 +1,4 @@
-"""Files that a person names: opened only if they are regular ones; a model's weights that are whole; YAML, and JSON."""
+"""Files that a user names: opened only if regular; whether a model's weights are whole; YAML and JSON."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def open_regular(path: Path) -> BinaryIO:
 
     Raises:
         FileNotFoundError: nothing is there.
-        NoRegularFile: something is, and it is no file.
+        NoRegularFile: something else than a file is there.
         OSError: it cannot be opened.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
@@ -90,7 +90,7 @@ def unfinished(path: Path, make: Callable[[Path], object] = Path.mkdir) -> Itera
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """Yields an empty folder that takes the place of `target`, whatever is there, when the block ends well."""
+    """Yields an empty folder that replaces `target`, whatever that is, when the block ends without an error."""
     with unfinished(target) as staging:
         yield staging
         replace_folder(staging, target)
@@ -109,7 +109,7 @@ def replace_folder(staging: Path, target: Path) -> None:
 
 
 def clear_leftovers(folder: Path, name: str | None = None) -> None:
-    """Removes what killed processes left in a folder, of this name or any; a folder that stood aside comes back."""
+    """Removes what killed processes left in a folder, of this name or any; a folder that was set aside comes back."""
     pattern = "*" if name is None else glob.escape(name)
     for left in folder.glob(f".{pattern}.{PREVIOUS}-*"):
         hidden, _, process = left.name.rpartition(f".{PREVIOUS}-")
@@ -182,7 +182,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_json_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Writes a JSON object a line, as a whole file."""
+    """Writes a JSON object per line, as a whole file."""
     with whole_file(path) as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
@@ -225,7 +225,7 @@ HASHED_BYTES = 1 << 16
 
 
 def content_key(path: Path) -> str:
-    """Returns a hash that tells a picture or a video from others, without reading all of a large one.
+    """Returns a hash that distinguishes pictures and videos, without reading all of a large one.
 
     Raises:
         OSError: as `open_regular`.
@@ -239,7 +239,7 @@ def content_key(path: Path) -> str:
 
 
 PREFERRED = ("model.safetensors", "pytorch_model.bin")
-"""A folder's weights stand in one file of these names, or in shards that `NAME.index.json` lists."""
+"""A folder's weights are in one file of these names, or in shards that `NAME.index.json` lists."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 HUB_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
 NO_OWN_CODE = {"trust_remote_code": False}
@@ -285,7 +285,7 @@ def opening(failed: str) -> Iterator[None]:
 
 
 def why_not_read(error: Exception) -> str:
-    """Returns what transformers' error says, on one line; in our words where it wants to run a model's own code."""
+    """Returns transformers' error on one line; in our words if it is about running a model's own code."""
     if "trust_remote_code" in str(error):
         return BRINGS_CODE
     speaks = isinstance(error, (OSError, ValueError, ImportError))
@@ -293,7 +293,7 @@ def why_not_read(error: Exception) -> str:
 
 
 def check_place(folder_or_id: str | Path) -> None:
-    """Refuses what is no folder here and cannot be a hub id."""
+    """Refuses what is not a folder here and cannot be a hub id."""
     name = str(folder_or_id)
     if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name)):
         raise UserError(
@@ -303,7 +303,7 @@ def check_place(folder_or_id: str | Path) -> None:
 
 
 def check_model_folder(folder_or_id: str | Path, revision: str | None = None) -> None:
-    """Refuses what is no folder and no hub id, a folder one of whose weights files was cut, and strange attention.
+    """Refuses what is neither a folder nor a hub id, a folder with a truncated weights file, and unknown attention.
 
     A hub id's weights are left to its own cache.
     """
@@ -340,7 +340,7 @@ def _shards(index: Path) -> tuple[Path, ...]:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         shards = tuple(index.parent / name for name in names)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{index} is no list of shards ({error}); copy or fetch it again") from None
+        raise UserError(f"{index} is not a list of shards ({error}); copy or fetch it again") from None
     if outside := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
         raise UserError(f"{index} names {outside[0]!r}, which is outside its folder; no such file is read")
     if lost := [path.name for path in shards if not path.is_file()]:
@@ -351,14 +351,14 @@ def _shards(index: Path) -> tuple[Path, ...]:
 
 
 def check_whole(path: Path) -> None:
-    """Refuses a file that was cut, as a copy or a download leaves it when it stops; anything else passes."""
+    """Refuses a truncated file, such as an interrupted copy or download leaves; anything else passes."""
     size = path.stat().st_size
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="numpy"):
                 return
         except (SafetensorError, OSError) as error:
-            problem = f"its {size:,} bytes are no whole safetensors file ({error})"
+            problem = f"its {size:,} bytes are not a whole safetensors file ({error})"
             raise UserError(f"{path}: {problem}; copy or fetch it again") from None
     if size == 0:
         raise UserError(f"{path} is empty (0 bytes); copy or fetch it again")
@@ -369,7 +369,7 @@ def check_whole(path: Path) -> None:
 
 
 MOST_VALUES = 100_000
-"""Aliases may stand for at most this many values: ten lines of them can mean more than memory holds."""
+"""Aliases may expand to at most this many values: ten lines of them can mean more than memory holds."""
 _OTHER_NUMBER = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
 
 
@@ -388,19 +388,19 @@ def read_yaml(path: Path) -> Any:
         text = path.read_text(encoding="utf-8-sig")
         sizes: dict[int, float] = {}
         if _check(yaml.compose(text, Loader=_Loader), sizes) > max(MOST_VALUES, len(sizes)):
-            raise UserError(f"its aliases (*NAME) stand for more than {MOST_VALUES:,} values, or for themselves")
+            raise UserError(f"its aliases (*NAME) expand to more than {MOST_VALUES:,} values, or to themselves")
         return yaml.load(text, Loader=_Loader)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except YAMLError as error:
         reason = one_line(str(error).replace(' in "<unicode string>"', ""), 200)
-        raise UserError(f"{path}: no YAML: {reason}; indent with spaces alone") from None
+        raise UserError(f"{path}: not valid YAML: {reason}; indent with spaces only") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:  # no UTF-8, or a day that no month has
-        raise UserError(f"{path}: no YAML: {one_line(str(error), 200)}") from None
+    except ValueError as error:  # not UTF-8, or a day that no month has
+        raise UserError(f"{path}: not valid YAML: {one_line(str(error), 200)}") from None
     except RecursionError:
-        raise UserError(f"{path}: no YAML that can be read: it is nested too deeply") from None
+        raise UserError(f"{path}: not readable YAML: it is nested too deeply") from None
 
 
 def refuse_other_number(text: str) -> None:
@@ -410,9 +410,9 @@ def refuse_other_number(text: str) -> None:
 
 
 def _check(node: Node | None, sizes: dict[int, float]) -> float:
-    """Tells how many values a node holds, those of aliases as often as they stand; `sizes` holds it by the node's id.
+    """Counts the values in a node, those of an alias at each use; `sizes` holds the counts by the node's id.
 
-    Refuses such numbers, and doubled keys, of which YAML keeps the last: the first would go without a word.
+    Refuses such numbers, and doubled keys, of which YAML keeps the last: the first would be dropped silently.
     """
     if node is None or id(node) in sizes:  # an alias
         return sizes.get(id(node), 0.0)
@@ -429,7 +429,7 @@ def _check(node: Node | None, sizes: dict[int, float]) -> float:
                 line, name = key.start_mark.line + 1, key.value
                 if name in lines:
                     raise UserError(
-                        f"{short_text(name)} stands twice, in lines {lines[name]} and {line}; write it once"
+                        f"{short_text(name)} occurs twice, in lines {lines[name]} and {line}; write it once"
                     )
                 lines[name] = line
             size += _check(value, sizes)

@@ -1,9 +1,9 @@
-"""A process that can be ended: pictures and videos from elsewhere are decoded in it, and chat templates tried.
+"""A worker process with limits of time and memory, for decoding untrusted media and trying chat templates.
 
 A file of 171 KB can hold a decoder for minutes, and nothing interrupts a C library from inside. So a job has limits of
 CPU seconds, memory and silence, and is killed at any of them, or once nobody waits for its answer; the next job starts
-another process. It has the rights of whoever started it, so it is no sandbox. What it sends is JSON and pixels: nothing
-of it is unpickled.
+another process. It has the rights of the user who started it, so it is not a sandbox. What it sends is JSON and pixels:
+nothing of it is unpickled.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ JOBS: Mapping[str, str] = {
     "read_video": "dora_vl.data.video",
     "try_template": "dora_vl.backbones.templates",
 }
-"""Maps functions that may run there to their modules. Each yields parts; the parent gets what it raises."""
+"""Maps functions that may run there to their modules. Each yields parts; its errors reach the parent."""
 Part: TypeAlias = tuple[dict[str, Any], bytes]
 """Pairs JSON with the bytes that belong to it."""
 
@@ -162,7 +162,7 @@ class LimitedProcess:
         return 0.0
 
     def _last_words(self, budget: Budget) -> str:
-        """Tells why the process died, as far as its exit status tells."""
+        """Says why the process died, as far as its exit status shows."""
         status = None
         with contextlib.suppress(subprocess.TimeoutExpired):
             status = self._process and self._process.wait(timeout=5)

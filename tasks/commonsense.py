@@ -1,9 +1,9 @@
-"""Trains a plain language model on instructions with DoRA, LoRA, magnitudes alone, or its full weights.
+"""Trains a plain language model on instructions with DoRA, LoRA, only magnitudes, or its full weights.
 
 deepspeed tasks/commonsense.py --config configs/commonsense/<run>.yaml [--variant NAME] [--section.key value ...]
 
-The paper's commonsense reasoning runs are in configs/commonsense; data of one's own is one question and its output a
-sample, in any format of docs/data.md. It also runs under torchrun and plain python. Writes `adapter/`, `log.jsonl`,
+The paper's commonsense reasoning runs are in configs/commonsense; your own data has one question and its output
+per sample, in any format of docs/data.md. It also runs under torchrun and plain python. Writes `adapter/`, `log.jsonl`,
 `metrics.json` and checkpoints to training.output_dir; `--resume last` resumes from the last checkpoint.
 """
 

@@ -1,5 +1,5 @@
-"""Trains a LLaVA, or any vision-language model of transformers, on visual instructions with DoRA, LoRA, magnitudes
-alone, or its full weights.
+"""Trains a LLaVA, or any vision-language model of transformers, on visual instructions with DoRA, LoRA, only
+magnitudes, or its full weights.
 
 deepspeed tasks/llava_instruct.py --config configs/llava/<run>.yaml [--variant NAME] [--section.key value ...]
 

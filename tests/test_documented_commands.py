@@ -146,7 +146,7 @@ def quietly(work: Callable[[], Any]) -> Any:
 
 
 def check_dora_vl(words: Sequence[str], is_whole: bool) -> None:
-    """`dora-vl VERB ...`: the verb, its options, and the names that some of them take from a table."""
+    """`dora-vl COMMAND ...`: the command, its options, and the names that some of them take from a table."""
     if words[0] in ("--help", "--version"):
         return
     parsed = parse(lambda: cli.main(list(words)), words, is_whole)

@@ -1,4 +1,4 @@
-"""An adapter away from any model: PEFT's two files, read, checked and written without changing a bit.
+"""An adapter without a model: PEFT's two files, read, checked and written without changing a bit.
 
 Our own adapter folder is a PEFT folder with a `recipe.json`, so one reader and one writer serve both.
 """
@@ -41,7 +41,7 @@ from dora_vl.files import file_sha256, weight_files
 
 @dataclass(frozen=True, kw_only=True)
 class Factors:
-    """A, B and magnitude of one layer, flattened to two axes; A and B are None for a magnitude alone.
+    """A, B and magnitude of one layer, flattened to two axes; A and B are None if it has only a magnitude.
 
     A convolution's kernel is a linear layer's weight once its last axes are flattened; an embedding's table and
     transformers' `Conv1D` weight are linear weights transposed. So the equation in `core.functional` serves all.
@@ -55,11 +55,11 @@ class Factors:
     transposed: bool = False
     """The layer stores its weight as [in, out], as embeddings and transformers' `Conv1D` do."""
     shared_A: bool = False
-    """A is DVoRA's, as wide as the widest layer; `on_weight` cuts it."""
+    """A is DVoRA's, as wide as the widest layer; `on_weight` crops it."""
 
     @property
     def rank(self) -> int:
-        """Returns the number of A's rows; 0 for a magnitude alone."""
+        """Returns the number of A's rows; 0 if there is only a magnitude."""
         return 0 if self.lora_A is None else len(self.lora_A)
 
     @property
@@ -119,7 +119,7 @@ CLOSED_ANSWERS = "closed_answers"
 """`recipe.json` and a VL-BART's `config.json` hold the closed answer lists by task under this key."""
 
 IMAGE_ASPECT = "image_aspect"
-"""`recipe.json`, and the `config.json` of a LLaVA merged from a run, say under this key how pictures become squares."""
+"""`recipe.json`, and the `config.json` of a LLaVA merged from a run, say under this key how pictures become square."""
 
 SHARED = (f"{SHARED_NAME}.random_A", f"{SHARED_NAME}.random_B")
 
@@ -159,7 +159,7 @@ class Adapter:
 
     @cached_property
     def extras(self) -> dict[str, Tensor]:
-        """Returns every other tensor (projector, trained biases, kept rows) under the model's own name."""
+        """Returns every other tensor (projector, trained biases, kept rows) by its name in the model."""
         own = self._by_name[0]
         return {name: own[name] for name in own if name.rpartition(".")[2] not in LEAVES and name not in SHARED}
 
@@ -275,7 +275,7 @@ def read_adapter(folder: str | PathLike[str]) -> Adapter:
 
 
 def names_adapter(path: Path) -> bool:
-    """Tells whether a path is a folder, or a weights file that stands for its PEFT folder."""
+    """Tells whether a path is a folder, or the weights file of a PEFT folder."""
     return path.is_dir() or path.name in {WEIGHTS_FILE, PICKLED_WEIGHTS_FILE}
 
 
@@ -344,7 +344,7 @@ def base_of(adapter: Adapter) -> Path:
 
 
 def refuse_other_base(recipe: Mapping[str, Any], base: str | Path, source: str, revision: str | None = None) -> None:
-    """Raises a `UserError` where the recipe holds the base's content hash and this base's is another."""
+    """Raises a `UserError` if the recipe holds the base's content hash and this base's is another."""
     if (expected := recipe.get("base_sha256")) is None:
         return
     try:

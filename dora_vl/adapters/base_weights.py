@@ -69,7 +69,7 @@ def holds_weights(folder: Path) -> bool:
 
 
 def config_in(folder: Path) -> dict[str, Any]:
-    """Reads a model folder's configuration; empty where it has none."""
+    """Reads a model folder's configuration; empty if it has none."""
     return read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
 
 
@@ -113,7 +113,7 @@ class BaseWeights:
             files = sorted(set(read_json(index).get("weight_map", {}).values()))
         for file in files:
             handle = self._open(file)
-            for key in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+            for key in handle.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
                 part = handle.get_slice(key)
                 yield key, file, tuple(part.get_shape()), part.get_dtype()
 
@@ -136,9 +136,9 @@ class BaseWeights:
         converters = [t for t in transforms if isinstance(t, WeightConverter)]
         own, modules = dict(model.state_dict()), dict(model.named_modules())
         renamed = partial(rename_source_key, base_model_prefix=model.base_model_prefix, meta_state_dict=own)
-        read_as = partial(renamed, weight_renamings=renamings, weight_converters=converters)
+        read_key = partial(renamed, weight_renamings=renamings, weight_converters=converters)
         read_unmerged = partial(renamed, weight_renamings=renamings, weight_converters=[])
-        read = {key: read_as(key) for key in shapes}
+        read = {key: read_key(key) for key in shapes}
         experts = {
             f"{n}.{leaf}": vars(m)["is_transposed"] for n, m in modules.items() for leaf in expert_projections(m)
         }
@@ -156,7 +156,7 @@ class BaseWeights:
                     in_out=experts[name] != is_reversed,
                 )
         self.transposed_layers = frozenset(n for n, m in modules.items() if isinstance(m, Conv1D | nn.Embedding))
-        self.hub_keys = hub_names(model, read, read_as, read_unmerged)
+        self.hub_keys = hub_names(model, read, read_key, read_unmerged)
         self._tied = tied_names(model)
         keys_of = Counter(name for name, _ in read.values())
         return {key: name if name in own and keys_of[name] == 1 else key for key, (name, _) in read.items()}
@@ -193,9 +193,9 @@ class BaseWeights:
 def hub_conversions(model: Any) -> list[Any]:
     """Returns transformers' conversions from a checkpoint's names to this model's that a save has to undo.
 
-    A prefix taken from the whole model marks text models that somebody cut out of a larger one; a prefix put in marks
-    places where somebody left it out. Neither says that published files have it. A part's own prefix is its class's
-    former layout.
+    transformers removes a prefix from whole models for text models cut out of a larger one, and adds one for files that
+    lack it. Neither shows what published files use, so both are left out. A prefix scoped to one part is that class's
+    former layout and is kept.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange
@@ -220,17 +220,18 @@ def save_under_hub_names(model: Any) -> None:
 def hub_names(
     model: Any,
     read: Mapping[str, tuple[str, str | None]],
-    read_as: Callable[[str], tuple[str, str | None]],
-    unjoined: Callable[[str], tuple[str, str | None]],
+    read_key: Callable[[str], tuple[str, str | None]],
+    read_unmerged: Callable[[str], tuple[str, str | None]],
 ) -> dict[str, str]:
     """Maps each key of a model's files to the key of published folders.
 
-    A tensor that transformers joins or splits stays the pieces that it is. A key whose new name would not be read back
+    A tensor that transformers joins or splits keeps its pieces. A key whose new name would not be read back
     as the same tensor stays; all stay where two would get one name.
 
     Args:
-        read_as: transformers' reading of a key: the model's name, and the pattern of pieces that are joined into it.
-        read: that reading of each key.
+        read: what `read_key` returns for each key.
+        read_key: maps a key as transformers does: to the model's name, and the pattern of pieces joined into it.
+        read_unmerged: the same without joining pieces.
     """
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
@@ -238,24 +239,24 @@ def hub_names(
     reversed_renamings: Any = [
         change.reverse_transform() for change in conversions if isinstance(change, WeightRenaming)
     ]
-    names = {key: rename_source_key(unjoined(key)[0], reversed_renamings, [])[0] for key in read}
-    safe = {key: name if read_as(name) == read[key] else key for key, name in names.items()}
+    names = {key: rename_source_key(read_unmerged(key)[0], reversed_renamings, [])[0] for key in read}
+    safe = {key: name if read_key(name) == read[key] else key for key, name in names.items()}
     return safe if len(set(safe.values())) == len(safe) else {key: key for key in safe}
 
 
 def skeleton(config: Mapping[str, Any]) -> Any:
-    """Builds the folder's model on the meta device; None where transformers has no such class."""
+    """Builds the folder's model on the meta device; None if transformers has no such class."""
     import transformers
 
     check_attention("config.json", config)
     architecture = (config.get("architectures") or [None])[0]
     if architecture is None or architecture not in dir(transformers):
         return None
-    kind = getattr(transformers, architecture)
-    settings = kind.config_class.from_dict(json.loads(json.dumps(dict(config))))
+    model_class = getattr(transformers, architecture)
+    settings = model_class.config_class.from_dict(json.loads(json.dumps(dict(config))))
     settings.quantization_config = None
     with torch.device("meta"):
-        return kind(settings)
+        return model_class(settings)
 
 
 def replaced_by(adapter: Path) -> frozenset[str]:

@@ -70,7 +70,7 @@ def refuse_other_copy(source: str, name: str, copy: Tensor, weight: Tensor) -> N
     narrow = min(copy.dtype, weight.dtype, key=lambda dtype: dtype.itemsize)
     if copy.shape != weight.shape or not torch.equal(copy.to(narrow), weight.detach().to(copy.device, narrow)):
         raise UserError(
-            f"{source} stands on another {name} ({list(copy.shape)}) than the base's ({list(weight.shape)}), of which "
+            f"{source} has another {name} ({list(copy.shape)}) than the base ({list(weight.shape)}), of which "
             "PEFT saved a copy beside A and B; give the base that it was trained on, tokens added and weights trained"
         )
 
@@ -92,7 +92,7 @@ def untied(source: str, name: str, others: Iterable[str], change: str) -> UserEr
 
 
 def refuse_untied_values(source: str, model: nn.Module, names: Iterable[str]) -> None:
-    """Raises a `UserError` where PEFT trained one of several tied tensors, which it holds apart from the others."""
+    """Raises a `UserError` if PEFT trained one of several tied tensors, which it holds apart from the others."""
     tied = {name: group - {name} for group in tied_names(model) for name in group}
     for name in names:
         if name in tied:
@@ -135,7 +135,7 @@ def first_difference(expected: DoRAConfig, own: DoRAConfig, fields: Sequence[str
 
 
 def refuse_other_settings(source: str, model: nn.Module, config: DoRAConfig, *, dropout_mode_is_stated: bool) -> None:
-    """Raises a `UserError` where a folder's tensors would mean something else with a model's own settings.
+    """Raises a `UserError` if a folder's tensors would mean something else with a model's own settings.
 
     The probability of dropout is the model's own; where both drop, they must drop from the same path.
     """
@@ -144,7 +144,7 @@ def refuse_other_settings(source: str, model: nn.Module, config: DoRAConfig, *, 
     if (config.method == "full") != (not layers):
         raise UserError(f"{source}: method is {config.method!r}, this model has {len(layers)} adapted layers{advice}")
     for name, layer in layers.items():
-        expected, own = config.for_layer(name, magnitude_alone=name in config.magnitude_targets), layer.adapter
+        expected, own = config.for_layer(name, magnitude_only=name in config.magnitude_targets), layer.adapter
         fields = ["method"]
         if own.method in ("dora", "lora"):
             fields += fields_of_the_change(expected, own)
@@ -164,7 +164,7 @@ def layers_beyond_peft(layers: Mapping[str, AdaptedLayer]) -> dict[str, str]:
 def refuse_geometry_that_peft_ignored(
     source: str, model: nn.Module, peft: Mapping[str, Any], own: Mapping[str, Any]
 ) -> None:
-    """Raises a `UserError` where PEFT trained A and B of a layer under another geometry than its weight's.
+    """Raises a `UserError` if PEFT trained A and B of a layer under another geometry than its weight's.
 
     `peft` is the folder's `adapter_config.json`. With `own` settings beside it the folder is this package's, whose A
     and B go through the layer's own geometry, whatever version wrote it.

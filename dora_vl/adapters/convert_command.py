@@ -46,7 +46,7 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def reading_options(arguments: argparse.Namespace) -> ReadOptions:
-    """Makes the options into what `read_any` takes."""
+    """Turns the options into those of `read_foreign_adapter`."""
     from dora_vl.adapters.foreign_formats import ReadOptions  # seconds, so not for --help
 
     pairs = [rename.partition("=") for rename in arguments.rename]

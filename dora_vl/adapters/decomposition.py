@@ -41,7 +41,7 @@ class Saved:
 
     folder: Path
     step: int | None = None
-    """The checkpoint was saved after this optimizer step; None for a folder that is no run."""
+    """The checkpoint was saved after this optimizer step; None for a folder that is not a run."""
 
     @property
     def is_adapter(self) -> bool:
@@ -50,7 +50,7 @@ class Saved:
 
 
 def saved_in(path: Path) -> tuple[Saved, ...]:
-    """Lists every complete checkpoint of a run, oldest first; for other folders the folder alone."""
+    """Lists every complete checkpoint of a run, oldest first; for other folders only the folder."""
     checkpoints = complete_checkpoints(path)
     if checkpoints:
         return tuple(Saved(_weights_folder(checkpoint), step_of(checkpoint)) for checkpoint in checkpoints)
@@ -65,18 +65,18 @@ def _weights_folder(folder: Path) -> Path:
         return folder
     files = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
     raise UserError(
-        f"{folder} is no model ({WEIGHTS}), adapter ({CONFIG_FILE}) or run with complete checkpoints: {files}"
+        f"{folder} is not a model ({WEIGHTS}), adapter ({CONFIG_FILE}) or run with complete checkpoints: {files}"
     )
 
 
 @dataclass(frozen=True)
 class TunedWeights:
-    """A tuned model beside its base, layer by layer."""
+    """A tuned model and its base, layer by layer."""
 
     source: str
     base: BaseWeights
     method: str
-    """Names an adapter's method (`dora`, `lora`, ...); `model` stands for a folder of whole weights."""
+    """Names an adapter's method (`dora`, `lora`, ...); `model` means a folder of whole weights."""
     stored_layers: frozenset[str]
     """These layers are stored as a whole weight, not as factors."""
     read: Callable[[str], Tensor]
@@ -106,7 +106,7 @@ class TunedWeights:
 
 @contextmanager
 def opened(saved: Saved, base: BaseWeights) -> Iterator[TunedWeights]:
-    """Opens a tuned model beside its base."""
+    """Opens a tuned model and its base."""
     if saved.is_adapter:
         adapter = read_adapter(saved.folder)
         factors = factors_for_base(base, adapter)
@@ -207,7 +207,7 @@ class Request:
 def layers_to_compare(requests: Sequence[Request], base: BaseWeights, globs: Sequence[str]) -> list[str]:
     """Lists the layers that all panels share, in the model's order, so that panels can be compared.
 
-    Without globs these are the layers that any adapter adapts, or every matrix where there is no adapter.
+    Without globs these are the layers that any adapter adapts, or every matrix if there is no adapter.
     """
     adapted: set[str] = set()
     matrices: set[str] = set()

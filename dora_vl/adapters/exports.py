@@ -40,7 +40,7 @@ class Exported:
     base: Path
     """The adapter is served on this folder: a new one, or the given one where nothing had to change in it."""
     folded: MergeCounts | None
-    """Counts what was folded into a new base; None where it is the given one."""
+    """Counts what was folded into a new base; None if it is the given one."""
     max_lora_rank: int
     use_dora: bool
 
@@ -80,7 +80,7 @@ def export_for_vllm(
 
 
 def refuse_unserved_base(config: Mapping[str, Any], folder: Path) -> None:
-    """Raises a `UserError` where vLLM has no class for a base's tower, by the base's configuration."""
+    """Raises a `UserError` if vLLM has no class for a base's tower, by the base's configuration."""
     tower = config.get("vision_config")
     if isinstance(tower, Mapping) and tower.get("model_type") == "dora_grid_tower":  # of timm or open_clip, or pooled
         raise UserError(
@@ -103,7 +103,7 @@ def refuse_unserved(adapter: Adapter, base: BaseWeights, language: Collection[st
             "is experts in one tensor": name in adapter.experts,
             "is an embedding": name in adapter.embeddings,
             "is a convolution": "lora_A" in layer and layer["lora_A"].ndim > 2,
-            "has a magnitude alone": "lora_A" not in layer,
+            "has only a magnitude": "lora_A" not in layer,
             "is a Conv1D": name in base.transposed_layers,
         }
         if (reason := next((reason for reason, holds in reasons.items() if holds), None)) is not None:
@@ -129,7 +129,7 @@ def split(adapter: Adapter, language: Collection[str]) -> tuple[Adapter, Adapter
 def _of_one_scale(adapter: Adapter, served: Mapping[str, Factors]) -> Adapter:
     """Makes an adapter of the served layers in which alpha / r is each layer's scale.
 
-    vLLM reads `r` and `lora_alpha` alone, PEFT the patterns too: where a layer's scale is another, B takes it up.
+    vLLM only reads `r` and `lora_alpha`, PEFT the patterns too: B absorbs a layer's scale that differs.
     """
     scale = Counter(factors.scale for factors in served.values()).most_common(1)[0][0]
     ranks = {name: factors.rank for name, factors in served.items()}

@@ -33,12 +33,12 @@ TRAINED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads all tensors of a file to the CPU, by key; a pickle is read with `weights_only=True` alone."""
+    """Reads all tensors of a file to the CPU, by key; a pickle is only read with `weights_only=True`."""
     if not path.is_file():
         files = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else "no such folder"
         raise UserError(f"{path} does not exist ({files}); give the folder or file that holds the adapter")
     if path.suffix not in (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES):
-        raise UserError(f"{path} is no weight file; these are read: {SAFETENSORS_SUFFIX}, {', '.join(PICKLE_SUFFIXES)}")
+        raise UserError(f"{path} is not a weights file; {SAFETENSORS_SUFFIX}, {', '.join(PICKLE_SUFFIXES)} are read")
     check_whole(path)
     try:
         if path.suffix == SAFETENSORS_SUFFIX:
@@ -54,7 +54,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
     others = [key for key, value in content.items() if not isinstance(value, Tensor)]
     if others:
-        raise UserError(f"{path}: {others[:3]} are no tensors; save the state dictionary alone")
+        raise UserError(f"{path}: {others[:3]} are not tensors; save only the state dictionary")
     return {str(key): tensor.detach() for key, tensor in content.items()}
 
 
@@ -220,12 +220,12 @@ def _checked(path: Path, validate: Callable[[object], object]) -> dict[str, Any]
 
 
 def refuse_to_replace(target: Path, written: Collection[str]) -> None:
-    """Refuses a target that exists, unless it is a folder of nothing but files named in `written`."""
+    """Refuses a target that exists, unless it is a folder that only holds files named in `written`."""
     clear_leftovers(target.parent, target.name)
     if not lexists(target):
         return
     if not target.is_dir():
-        raise UserError(f"{target} is there already and is no folder; name another one, or move it away")
+        raise UserError(f"{target} is there already and is not a folder; name another one, or move it away")
     clear_leftovers(target)  # of a check that was being written
     foreign = sorted(path.name for path in target.iterdir() if path.name not in written or path.is_dir())
     if foreign:
@@ -240,7 +240,7 @@ WRITING = f".checkpoints.{UNFINISHED}-now"
 """A checkpoint is written into this folder of the run and then renamed."""
 STATE_FILE = "trainer_state.json"
 LAST = "last"
-"""Stands in `resume` for the newest whole checkpoint."""
+"""This value of `resume` means the newest whole checkpoint."""
 
 
 def step_of(checkpoint: Path) -> int:
@@ -278,7 +278,7 @@ def checkpoint_to_resume(resume: str | None, run_folder: Path) -> Path | None:
 def rename_later_checkpoints(run_folder: Path, checkpoint: Path) -> list[tuple[Path, Path]]:
     """Renames the checkpoints that a run from `checkpoint` will not continue, so that they no longer count.
 
-    These are the later steps; where `checkpoint` is in another folder, all. Returns old names with the new ones.
+    These are the later steps; if `checkpoint` is in another folder, all are. Returns old names with the new ones.
     """
     checkpoints = complete_checkpoints(run_folder)
     since = next((step_of(path) for path in checkpoints if path.samefile(checkpoint)), -1)
@@ -293,15 +293,15 @@ def rename_later_checkpoints(run_folder: Path, checkpoint: Path) -> list[tuple[P
 
 
 def drop_old_checkpoints(run_folder: Path, *, keep: int | None, also_keep: Iterable[Path] = ()) -> None:
-    """Removes all but the `keep` newest checkpoints (None keeps all), and those named."""
+    """Removes all checkpoints but the `keep` newest (None keeps all) and `also_keep`."""
     if keep is None or keep <= 0:
         return
-    spared = {path.resolve() for path in also_keep}
+    kept = {path.resolve() for path in also_keep}
     for old in complete_checkpoints(run_folder)[:-keep]:
-        if old.resolve() not in spared:
-            going = old.with_name(f".{old.name}.{UNFINISHED}-removed")  # a half of it shall not count as a checkpoint
-            old.rename(going)
-            shutil.rmtree(going)
+        if old.resolve() not in kept:
+            removed = old.with_name(f".{old.name}.{UNFINISHED}-removed")  # half of it must not count as a checkpoint
+            old.rename(removed)
+            shutil.rmtree(removed)
 
 
 def refuse_to_replace_adapter(target: Path) -> None:

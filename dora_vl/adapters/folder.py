@@ -136,7 +136,7 @@ def load_adapter(
         refuse_geometry_that_peft_ignored(str(source), model, peft, own)
     else:
         config = config if change_base else whole_change(config)
-        twin = _structure_of(model)  # tried first, so that a folder that does not fit leaves the model alone
+        twin = _structure_of(model)  # tried first, so that a folder that does not fit leaves the model unchanged
         _adapt(twin, config, no_gather)
         _check_fit(source, twin, tensors)
         refuse_geometry_that_peft_ignored(str(source), twin, peft, own)
@@ -169,7 +169,7 @@ def _adapt(model: nn.Module, config: DoRAConfig, gather: Gather) -> None:
 
 
 def _move_start(source: Path, name: str, layer: AdaptedLayer, tensors: Mapping[str, Tensor]) -> None:
-    """Subtracts a PiSSA layer's start, which the file holds behind A and B, from the frozen weight."""
+    """Subtracts a PiSSA layer's start, which the file holds after A and B, from the frozen weight."""
     rank, device = layer.adapter.rank, layer.weight.device
     start_A = tensors[f"{name}.lora_A"][rank:].to(device)
     start_B = -tensors[f"{name}.lora_B"][:, rank:].to(device)
@@ -198,7 +198,7 @@ def pickled(folder: Path) -> UserError:
 
 
 def _structure_of(model: nn.Module) -> nn.Module:
-    """Copies the model's structure to the meta device, at hardly any memory."""
+    """Copies the model's structure to the meta device, which takes hardly any memory."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter.data, device="meta"), parameter.requires_grad)
@@ -239,7 +239,7 @@ def _expected(model: nn.Module) -> dict[str, Tensor]:
 
 
 def no_adapter(path: Path) -> UserError:
-    """Makes the error for a path without an adapter: what is there, and the next step."""
+    """Makes the error for a path without an adapter: it says what is there, and what to do."""
     if not path.exists():
         return UserError(f"{path} holds no adapter: no such file or folder; give a run's adapter folder")
     if path.is_file():

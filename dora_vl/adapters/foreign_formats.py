@@ -56,7 +56,7 @@ class KeyLayout:
     extras: tuple[str, ...] = ("*",)
     """These full-name globs match the other tensors that were trained."""
     whole_vlbart: bool = False
-    """The file holds a VL-BART too; elsewhere a tensor that is neither adapter nor extra is refused."""
+    """The file also holds a VL-BART; otherwise a tensor that is neither adapter nor extra is refused."""
     renames: tuple[tuple[str, str], ...] = ()
     """Pairs a prefix of the tool's names with transformers' own."""
 
@@ -89,7 +89,7 @@ FORMAT_KEYS = (
     ("nvlabs-vlbart", ("weight_v",)),
     ("peft", ("lora_A.weight", "lora_embedding_A", "lora_magnitude_vector", "lora_magnitude_vector.weight")),
 )
-"""Pairs each format with key endings that tell it from the others; the most specific stand first."""
+"""Pairs each format with key endings that tell it from the others; the most specific come first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ def read_foreign_adapter(source: Path, options: ReadOptions) -> Adapter:
         name = name or known_format(tensors, str(source))
     if name == "peft" or is_own:
         if options.alpha is not None or options.renames:
-            raise UserError(f"{source} is of PEFT's format, which is read as it stands: leave --alpha and --rename out")
+            raise UserError(f"{source} is of PEFT's format, which is read as it is: leave --alpha and --rename out")
         return read_adapter(source)
     assert name is not None
     return to_adapter(tensors, LAYOUTS[name], config=config, options=options, source=str(source))
@@ -181,8 +181,8 @@ def to_adapter(
         use_dora=bool(ranks) and any("magnitude" in layer for layer in layers.values()),
     )
     kept = [ADDED_ROWS] if ADDED_ROWS in extras else []
-    alone = layers.keys() - ranks.keys()
-    recipe = own_recipe(fields, extras, kept, alone) if extras or alone else {}
+    magnitude_only = layers.keys() - ranks.keys()
+    recipe = own_recipe(fields, extras, kept, magnitude_only) if extras or magnitude_only else {}
     return Adapter(converted, fields, recipe, source)
 
 
@@ -205,14 +205,15 @@ def _split_layers(
             layers.setdefault(_renamed(name.removesuffix(ending), renames), {})[endings[ending]] = tensor
     if not layers:
         raise UserError(f"{source}: no key ends in {', '.join(layout.lora_A)}; is it another format (--from)?")
-    half = sorted(name for name, layer in layers.items() if ("A" in layer) != ("B" in layer))
-    if half:
-        raise UserError(f"{source}: {len(half)} layers have one of A and B without the other, first {half[0]}")
-    bare = sorted(name for name, layer in layers.items() if "magnitude" not in layer)
-    if bare and len(bare) < len(layers):
+    unpaired = sorted(name for name, layer in layers.items() if ("A" in layer) != ("B" in layer))
+    if unpaired:
+        raise UserError(f"{source}: {len(unpaired)} layers have one of A and B without the other, first {unpaired[0]}")
+    without_magnitude = sorted(name for name, layer in layers.items() if "magnitude" not in layer)
+    if without_magnitude and len(without_magnitude) < len(layers):
         raise UserError(
-            f"{source}: {len(bare)} of {len(layers)} layers have no magnitude, first {bare[0]}; LLaVA's own script "
-            "puts them into non_lora_trainables.bin, give the folder that holds both files"
+            f"{source}: {len(without_magnitude)} of {len(layers)} layers have no magnitude, first "
+            f"{without_magnitude[0]}; LLaVA's own script puts them into non_lora_trainables.bin, give the "
+            "folder that holds both files"
         )
     return layers, others
 
@@ -245,7 +246,7 @@ def _trained_extras(
     strangers = sorted(others.keys() - extras.keys())
     if strangers and not layout.whole_vlbart:
         raise UserError(
-            f"{source}: {len(strangers)} tensors are no LoRA or DoRA factor, first {strangers[:3]}; this converter "
+            f"{source}: {len(strangers)} tensors are not LoRA or DoRA factors, first {strangers[:3]}; this converter "
             "would lose them (LoHa, LoKr, Tucker factors and trained norms are not read)"
         )
     trained = {_renamed(name, renames): tensor for name, tensor in extras.items()}

@@ -27,7 +27,7 @@ SHARD_BYTES = 5_000_000_000
 """One output file is at most this large; transformers has the same default."""
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"})
 MANIFEST = "dora_vl_merge.json"
-"""Names what a merge wrote, so that a later one knows that it may replace the folder."""
+"""This file lists what a merge wrote, so that a later one may replace the folder."""
 CHECK_FILE = "check.json"
 """A check writes its result beside the weights under this name."""
 NOT_COPIED = frozenset({"pytorch_model.bin.index.json", MANIFEST, CHECK_FILE, INDEX})
@@ -47,9 +47,9 @@ class MergedWeights:
     @cached_property
     def stored(self) -> list[StoredTensor]:
         """Lists everything to read: the base's tensors in its files' order, and heads that the base lacks."""
-        words = {dtype: word for word, dtype in DTYPES.items()}
+        dtype_names = {dtype: name for name, dtype in DTYPES.items()}
         heads = {name: self.adapter.extras[name] for name in sorted(self.adapter.answer_heads - set(self.base.tensors))}
-        added = [StoredTensor(name, name, "", tuple(head.shape), words[head.dtype]) for name, head in heads.items()]
+        added = [StoredTensor(name, name, "", tuple(t.shape), dtype_names[t.dtype]) for name, t in heads.items()]
         return [*self.base.tensors.values(), *added]
 
     def read(self, stored: StoredTensor) -> Tensor:
@@ -79,11 +79,11 @@ class MergedWeights:
 def factors_for_base(
     base: BaseWeights, adapter: Adapter, *, with_experts_and_heads: bool = False
 ) -> dict[str, Factors]:
-    """Returns the adapter's factors, turned the way that each layer's class stores its weight.
+    """Returns the adapter's factors, transposed for layers whose class stores the weight as [in, out].
 
-    Whatever merges, exports or measures begins here: each tensor of the base is changed by one thing, under
-    the one name that it has. An adapter of experts that are one tensor, or with heads of closed answer lists that the
-    base has not, is refused but by who takes them.
+    Every merge, export and measurement starts here: each tensor of the base is changed once, under the only name it
+    has. Unless `with_experts_and_heads`, refuses an adapter of experts stored as one tensor, or one with answer heads
+    that the base lacks.
     """
     chosen = adapter.matrix_factors if with_experts_and_heads else adapter.factors
     # An adapted layer, or a weight that PEFT trained whole, changes under one name; a run's own part under all.
@@ -113,7 +113,7 @@ def _check_fit(base: BaseWeights, adapter: Adapter, factors: Mapping[str, Factor
     if missing and adapter.answer_heads.issuperset(missing):
         raise UserError(
             f"{adapter.source} answers {', '.join(adapter.recipe[CLOSED_ANSWERS])} from a closed list, whose head this "
-            "cannot take along; dora-vl merge --adapter alone, with weight 1, writes it into the merged folder"
+            "cannot take along; dora-vl merge with only this --adapter, weight 1, writes it into the merged folder"
         )
     if missing:
         raise UserError(
@@ -135,7 +135,7 @@ def _check_fit(base: BaseWeights, adapter: Adapter, factors: Mapping[str, Factor
 
 
 def check_experts(base: BaseWeights, adapter: Adapter) -> None:
-    """Raises a `UserError` unless every row of the adapted experts has its place in the base."""
+    """Raises a `UserError` unless the base has every row of the adapted experts."""
     shapes = {stored.key: stored.shape for stored in base.tensors.values()}
     rows_in_base = dict.fromkeys(adapter.experts, 0)
     for key, piece in base.expert_pieces.items():
@@ -179,8 +179,8 @@ def merge_to_folder(
     """Writes `base` with `adapter` folded in as a plain folder that transformers opens.
 
     Every product is computed in float32 and rounded once, to `dtype` or the base's own. Configuration, tokenizer
-    and processor files are copied; heads of closed answer lists that the base has not are added. The configuration
-    says their lists, and how pictures become squares. Tensors have the names of published folders, whatever the
+    and processor files are copied; heads of closed answer lists that the base lacks are added. The configuration
+    states their lists, and how pictures become squares. Tensors have the names of published folders, whatever the
     base's files call them (`hub_names`). The folder appears under its name when it is whole.
 
     Args:
@@ -192,7 +192,7 @@ def merge_to_folder(
     with open_base(base_folder) as base:
         weights = MergedWeights(base, adapter)
         stored = {DTYPES[tensor.dtype] for tensor in base.tensors.values() if tensor.dtype in DTYPES}
-        if dtype is None and {each for each in stored if each.is_floating_point} == {torch.float32}:
+        if dtype is None and {kind for kind in stored if kind.is_floating_point} == {torch.float32}:
             dtype = getattr(torch, adapter.recipe.get("dtype", "float32"))
         with whole_folder(target) as staging:
             _copy_other_files(base_folder, staging, dtype, adapter.recipe)
@@ -218,7 +218,7 @@ def merge_to_folder(
 
 
 def refuse_target(target: Path, base_folder: Path) -> None:
-    """Raises a `UserError` where something is there already that is no earlier merge's result, or that is the base."""
+    """Raises a `UserError` unless the target is absent or an earlier merge's result; the base itself is refused too."""
     if target.resolve() == base_folder.resolve():
         raise UserError(f"{target} is the base itself; name another folder for the result")
     manifest = target / MANIFEST

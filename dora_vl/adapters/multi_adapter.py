@@ -29,9 +29,9 @@ class Layers:
     by_row: frozenset[str]
     """The inputs of these modules are rows of tokens as the batch has them."""
     decoder: frozenset[str]
-    """These are all modules of the language model; what is in no set belongs to the vision part."""
+    """All modules of the language model; a module in none of the sets belongs to the vision part."""
     by_picture: frozenset[str] = frozenset()
-    """The inputs of these modules have one entry a picture, in the rows' order."""
+    """The inputs of these modules have one entry per picture, in the rows' order."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class AdapterSlots:
                 yield name, module
 
     def _own_parameter(self, name: str, module: nn.Module) -> str | None:
-        """Returns the first tensor of a module that the base lacks; None where there is none."""
+        """Returns the first tensor of a module that the base lacks; None if there is none."""
         if isinstance(module, AdaptedLayer | AdaptedExperts):
             return next((leaf for leaf, _ in module.named_parameters()), "weight")
         plain = self._plain.get_submodule(name)
@@ -101,11 +101,11 @@ class AdapterSlots:
 
     def _refuse(self, source: Path, name: str, module: nn.Module, parameter: str) -> None:
         by_row, vision = name in self._layers.by_row, name not in self._layers.decoder
-        alone = isinstance(module, AdaptedLayer) or not any(True for _ in module.children())
+        is_single = isinstance(module, AdaptedLayer) or not any(True for _ in module.children())
         if isinstance(module, AdaptedExperts):
             reason = "experts see tokens that a router sent them, from any row"
-        elif by_row and not alone:
-            reason = "it belongs to a module with others inside, which cannot run on some rows alone"
+        elif by_row and not is_single:
+            reason = "it belongs to a module with others inside, which cannot run on only some rows"
         elif by_row or vision:
             return
         else:

@@ -2,11 +2,11 @@
 
 PEFT's DoRA builds the whole B A at every forward pass, and takes a second frozen product while dropout is on. Here
 each of its linear layers gets this core's arithmetic: the norm once per optimizer step from the factors, one frozen
-product, and a backward pass that keeps x, A x and W x alone. The parameters are PEFT's objects, so the optimizer, the
+product, and a backward pass that only keeps x, A x and W x. The parameters are PEFT's objects, so the optimizer, the
 state dictionary, `save_pretrained`, `merge_and_unload` and `set_adapter` go on as before.
 
 One thing differs, in training with dropout only: PEFT drops elements of the input of the *whole change*
-((g - 1) W x too), which is what costs the second product; `dropout_mode="low_rank"` drops them from B A x alone.
+((g - 1) W x too), which is what costs the second product; `dropout_mode="low_rank"` drops them only from B A x.
 Both are the same in expectation, and the same without dropout and in eval; `"whole_change"` is PEFT's.
 """
 
@@ -44,7 +44,7 @@ class Acceleration:
 
 @dataclass
 class _CoreState:
-    """This core's layers over PEFT's parameters; no module, so that PEFT's layer has no new child."""
+    """This core's layers over PEFT's parameters; not a module, so that PEFT's layer gets no new child."""
 
     dropout_mode: DropoutMode
     cores: dict[str, tuple[DoRALinear, _Operands]] = field(default_factory=dict)
@@ -129,9 +129,9 @@ def restore_peft(model: nn.Module) -> int:
 
 
 def reason_to_leave(layer: object) -> str | None:
-    """Says why PEFT's own forward pass must run on this layer now; None where this core computes the same."""
+    """Says why PEFT's own forward pass must run on this layer now; None if this core computes the same."""
     if type(layer) not in {PeftLinear, AcceleratedLinear}:
-        return f"{type(layer).__module__.rpartition('.')[2]}.{type(layer).__name__} is no plain linear LoRA layer"
+        return f"{type(layer).__module__.rpartition('.')[2]}.{type(layer).__name__} is not a plain linear LoRA layer"
     assert isinstance(layer, PeftLinear)
     base = layer.get_base_layer()
     if type(base) is not nn.Linear:
@@ -151,7 +151,7 @@ def reason_to_leave(layer: object) -> str | None:
 
 
 def _reason_in_adapter(layer: PeftLinear, active: str) -> str | None:
-    """Says why an adapter keeps PEFT's own forward pass; None where it need not."""
+    """Says why an adapter keeps PEFT's own forward pass; None if it need not."""
     variant = layer.lora_variant.get(active)
     if variant is not None and variant is not DoraLinearVariant and not isinstance(variant, DoraLinearVariant):
         return f"LoRA variant {variant} is not DoRA"
@@ -164,7 +164,7 @@ def _reason_in_adapter(layer: PeftLinear, active: str) -> str | None:
     operands = _operands(layer, active)
     tensors = (operands.lora_A, operands.lora_B, operands.magnitude)
     if not all(tensor is None or type(tensor) in (nn.Parameter, AdapterParameter) for tensor in tensors):
-        return "its adapter's tensors are no parameters, as in torch.func.functional_call"
+        return "its adapter's tensors are not parameters, as in torch.func.functional_call"
     return None
 
 
@@ -237,7 +237,7 @@ def _core_layer(layer: PeftLinear, adapter: str) -> DoRALinear:
 
 
 def _kept_layer(layer: PeftLinear) -> DoRALinear | None:
-    """Returns the layer over the active adapter; None where it must be built first, which no graph can hold."""
+    """Returns the layer over the active adapter; None if it must be built first, which no graph can hold."""
     adapter = _active_adapter(layer)
     if adapter not in _state(layer).cores:
         return None

@@ -1,6 +1,6 @@
 """An adapter folder's two JSON files: PEFT's fields and our own, written and read back.
 
-Where PEFT would compute something else from the same tensors (magnitudes alone, DVoRA, extras that are not whole
+Where PEFT would compute something else from the same tensors (magnitudes only, DVoRA, extras that are not whole
 modules, dilated convolutions), `peft_type` is one that PEFT does not know, so that it refuses instead.
 """
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 OWN_TYPES = {"full": "DORA_VL_FULL", "magnitude": "DORA_VL_MAGNITUDE"}
 OWN_TYPE = "DORA_VL"
 MATCHING_SECONDS = 1.0
-"""Matching a pattern with a name may take this many seconds: it could take years, and Python's `re` has no limit."""
+"""Matching a pattern with a name may take this many seconds: it could take years, and `re` has no timeout."""
 LOW_RANK_FIELDS = frozenset((
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "lora_dropout", "use_rslora", "init_lora_weights",
     "use_dora",
@@ -57,12 +57,14 @@ KNOWN_FIELDS = frozenset((
 ))  # fmt: skip
 
 
+def _most_common(values: Iterable[Any], *, default: Any) -> Any:
+    counts = Counter(values).most_common(1)  # of equally common values the first
+    return counts[0][0] if counts else default
+
+
 def peft_fields(ranks: Mapping[str, int], alphas: Mapping[str, float], **fields: Any) -> dict[str, Any]:
     """Returns the stable subset of PEFT 0.21's `adapter_config.json`; its rank and alpha are the most common ones."""
-    rank, alpha = (
-        max(Counter(values).items(), key=lambda item: item[1], default=(1,))[0]
-        for values in (ranks.values(), alphas.values())
-    )
+    rank, alpha = _most_common(ranks.values(), default=1), _most_common(alphas.values(), default=1)
     return {
         "peft_type": "LORA",
         "r": rank,
@@ -155,13 +157,13 @@ def own_settings(model: nn.Module) -> dict[str, Any]:
     if experts := [name for name, layer in layers.items() if isinstance(layer, ExpertsProjection)]:
         common["experts"] = experts
     first = _main_layer(layers).adapter
-    alone = [name for name, layer in layers.items() if layer.adapter.method == "magnitude"]
-    low_rank = {name: layer.adapter for name, layer in layers.items() if name not in alone}
+    magnitude_only = [name for name, layer in layers.items() if layer.adapter.method == "magnitude"]
+    low_rank = {name: layer.adapter for name, layer in layers.items() if name not in magnitude_only}
     return {
         **{field: getattr(first, field) for field in OWN_FIELDS},
         "rank_pattern": {name: layer.rank for name, layer in low_rank.items() if layer.rank != first.rank},
         "alpha_pattern": {name: layer.alpha for name, layer in low_rank.items() if layer.alpha != first.alpha},
-        "magnitude_targets": alone if first.method != "magnitude" else [],
+        "magnitude_targets": magnitude_only if first.method != "magnitude" else [],
         **common,
     }
 
@@ -175,7 +177,7 @@ def _main_layer(layers: Mapping[str, AdaptedLayer]) -> AdaptedLayer:
 def whole_modules(model: nn.Module, parameters: set[str]) -> list[str]:
     """Lists the topmost modules whose parameters are all named; PEFT calls them `modules_to_save`.
 
-    PEFT calls the modules that it saves, so a list is none of them; its members are.
+    PEFT calls the modules it saves, so a module list is left out in favour of its members.
     """
     chosen: list[str] = []
     for name, module in model.named_modules():
@@ -188,7 +190,7 @@ def whole_modules(model: nn.Module, parameters: set[str]) -> list[str]:
 
 
 def type_of(names: Iterable[str], config: Mapping[str, Any]) -> str:
-    """Chooses `peft_type`: LORA where PEFT takes every tensor into account, else one that it refuses."""
+    """Chooses `peft_type`: LORA where PEFT takes every tensor into account, otherwise one that it refuses."""
     factors = {"lora_A", "lora_B", *(["magnitude"] if config.get("use_dora") else [])}
     modules = tuple(f".{module}." for module in config.get("modules_to_save") or ())
     biases = config.get("bias", "none") != "none"
@@ -221,6 +223,27 @@ def _renamed_by_peft(model: nn.Module, layers: Collection[str]) -> bool:
     return read.keys() != tensors.keys() or set(config.target_modules or ()) != set(layers)
 
 
+def _patterns_from_tensors(
+    source: str, peft: Mapping[str, Any], named: Mapping[str, Tensor]
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Returns the ranks and alphas of layers that differ from PEFT's `r` and `lora_alpha`."""
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for name, tensor in named.items():
+        layer, _, leaf = name.rpartition(".")
+        if leaf != "lora_A":
+            continue
+        rank = rank_of(peft, layer)
+        if rank != tensor.shape[0]:
+            raise UserError(f"{source}: {layer} has rank {rank} in the configuration, and {tensor.shape[0]} in {name}")
+        if rank != peft.get("r"):
+            ranks[layer] = rank
+        alpha = float(by_peft_pattern(peft.get("alpha_pattern"), layer, peft.get("lora_alpha", 8)))
+        if alpha != peft.get("lora_alpha"):
+            alphas[layer] = alpha
+    return ranks, alphas
+
+
 def read_config(
     source: str, peft: Mapping[str, Any], own: Mapping[str, Any], named: Mapping[str, Tensor]
 ) -> DoRAConfig:
@@ -235,25 +258,16 @@ def read_config(
         parts["extra"] = extras
     full = tuple(parts.pop("full", ()))
     method = own.get("method") or ("dora" if peft.get("use_dora") else "lora")
-    alone = tuple(own.get("magnitude_targets", ()))
+    magnitude_only = tuple(own.get("magnitude_targets", ()))
     adapted = {part: AdaptedPart(targets=tuple(names)) for part, names in own.get("adapted_parts", {}).items()}
     in_parts = {name for part in adapted.values() for name in part.targets}
-    targets = {name.rpartition(".")[0] for name in full} if method == "full" else owners - set(alone) - in_parts
+    elsewhere = in_parts.union(magnitude_only)
+    targets = {name.rpartition(".")[0] for name in full} if method == "full" else owners - elsewhere
     if not targets and not adapted:
         raise UserError(f"{source} holds no adapter tensor (lora_A, lora_B, lora_magnitude_vector)")
     ranks, alphas = dict(own.get("rank_pattern", {})), dict(own.get("alpha_pattern", {}))
-    for name, tensor in named.items():
-        layer, _, leaf = name.rpartition(".")
-        if own or leaf != "lora_A":
-            continue
-        rank = rank_of(peft, layer)
-        if rank != tensor.shape[0]:
-            raise UserError(f"{source}: {layer} has rank {rank} in the configuration, and {tensor.shape[0]} in {name}")
-        if rank != peft.get("r"):
-            ranks[layer] = rank
-        alpha = float(by_peft_pattern(peft.get("alpha_pattern"), layer, peft.get("lora_alpha", 8)))
-        if alpha != peft.get("lora_alpha"):
-            alphas[layer] = alpha
+    if not own:
+        ranks, alphas = _patterns_from_tensors(source, peft, named)
     fields = {
         "method": method,
         "rank": int(peft.get("r", 1)),
@@ -267,7 +281,7 @@ def read_config(
     }
     return DoRAConfig(
         targets=tuple(sorted(targets)),
-        magnitude_targets=alone,
+        magnitude_targets=magnitude_only,
         rank_pattern=ranks,
         alpha_pattern=alphas,
         parts=adapted,
@@ -309,10 +323,10 @@ def check_peft_fields(source: str, peft: Mapping[str, Any]) -> None:
     # A start that PEFT took out of the base's weights: over the original base the tensors mean something else. Our own
     # PiSSA folders hold the change of the original weight and say `true`, as PEFT's conversion does.
     start = peft.get("init_lora_weights")
-    # These leave the base alone; pissa, olora, corda, lora_ga and loftq do not.
+    # These leave the base unchanged; pissa, olora, corda, lora_ga and loftq do not.
     if start not in (None, True, False, "gaussian", "eva", "orthogonal", "mica"):
         remedy = "merge it in PEFT (merge_and_unload), whose conversion would lose a part of this one"
-        # PEFT's conversion writes A and B alone, and LoftQ's quantised base is no sum with its start.
+        # PEFT's conversion only writes A and B, and LoftQ's quantised base plus its start is not the original base.
         if start != "loftq" and not peft.get("use_dora") and not peft.get("modules_to_save"):
             remedy = "in PEFT: save_pretrained(folder, path_initial_model_for_weight_conversion=folder_before_training)"
         raise UserError(f"{source}: init_lora_weights is {start!r}, which starts from the base's weights; {remedy}")
@@ -354,11 +368,13 @@ def scale_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
 
 
 def own_recipe(
-    config: Mapping[str, Any], extras: Iterable[str] = (), kept: Iterable[str] = (), alone: Iterable[str] = ()
+    config: Mapping[str, Any], extras: Iterable[str] = (), kept: Iterable[str] = (), magnitude_only: Iterable[str] = ()
 ) -> dict[str, Any]:
     """Returns `recipe.json` for an adapter that holds more than A and B."""
-    kept, alone = sorted(kept), sorted(alone)
-    method = "magnitude" if not config["target_modules"] else "dora" if config["use_dora"] else "lora"
+    kept, magnitude_only = sorted(kept), sorted(magnitude_only)
+    method = "magnitude"
+    if config["target_modules"]:
+        method = "dora" if config["use_dora"] else "lora"
     own = {
         "method": method,
         "rank": config["r"],
@@ -367,6 +383,6 @@ def own_recipe(
         "alpha_pattern": config["alpha_pattern"],
         "parts": {"extra": sorted(set(extras) - set(kept))},
         "kept": kept,
-        "magnitude_targets": alone if method != "magnitude" else [],
+        "magnitude_targets": magnitude_only if method != "magnitude" else [],
     }
     return {"adapter": own}

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 Attention = str | Mapping[str, str] | None
-"""Names attention kernels as transformers does: one name, or one a part by its config's name, with "" for the rest;
+"""Names attention kernels as transformers does: one name, or one per part by its config's name, with "" for the rest;
 None lets transformers choose."""
 
 
@@ -24,8 +24,8 @@ class Backbone(nn.Module, Generic[Model]):
 class Features(NamedTuple):
     """The positions of a batch that predict a label, one after another, and what they predict.
 
-    `targets` are the token ids that stand one position later; `rows` says which row of the batch each comes from, so
-    that a head can normalise per sample. Without labels there is one position a row, its last, and `targets` is -100
+    `targets` are the token ids one position later; `rows` says which row of the batch each comes from, so
+    that a head can normalise per sample. Without labels there is one position per row, its last, and `targets` is -100
     there. `losses` are the labels' cross-entropy; `logits` are kept where they are asked for. A tuple, because
     DeepSpeed's ZeRO-3 hooks look for tensors in tuples and not in other classes.
     """
@@ -66,13 +66,13 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 
 
 def head_of(model: PreTrainedModel) -> Any:
-    """Returns the output head, also from a causal language model inside the model; None where there is none."""
+    """Returns the output head, also from a causal language model inside the model; None if there is none."""
     head, decoder = model.get_output_embeddings(), model.get_decoder()
     return decoder.get_output_embeddings() if head is None and isinstance(decoder, PreTrainedModel) else head
 
 
 def max_positions(config: Any) -> int | None:
-    """Returns the tokens, picture tokens included, that a model of this config takes; None where it states no number.
+    """Returns the tokens, picture tokens included, that a model of this config takes; None if it states no number.
 
     Learnt positions end in an index error there; rotary ones go on, far beyond what was trained.
     """

@@ -118,12 +118,12 @@ class Encoder:
     """Makes processor inputs and labels of turns, pictures and videos; it holds no model and can be pickled.
 
     The template's text and the pictures go to the processor together, so pictures become as many tokens as the family
-    makes of their size. So do videos' frames, with their times; families without videos (`why_no_videos`) get
-    the frames as pictures. What comes back is unchanged, except that a long text loses its end.
+    makes of their size. So do videos' frames, with their times; families without videos (`no_videos_reason`)
+    get the frames as pictures. The processor's outputs are unchanged, except that a long text is truncated at its end.
 
     Args:
         max_tokens: a longer sample loses text at its end; pictures are never cut.
-        max_positions: the model's positions; None where it states no number.
+        max_positions: the model's positions; None if it states no number.
     """
 
     def __init__(self, processor: Any, prompts: Prompts, *, max_tokens: int, max_positions: int | None = None) -> None:
@@ -144,14 +144,14 @@ class Encoder:
 
     @functools.cached_property
     def tokens_per_image(self) -> int:
-        """Counts the tokens of the dummy picture and the words beside it; 0 where the model sees no pictures."""
+        """Counts the tokens of the dummy picture and the words beside it; 0 if the model sees no pictures."""
         if isinstance(self.processor, PieceProcessor):
             return self.processor.tokens_per_image
         return len(self.dummy().input_ids)
 
     @functools.cached_property
     def no_videos_reason(self) -> str | None:
-        """Says why videos go in as pictures; None where the family takes videos."""
+        """Says why videos go in as pictures; None if the family takes videos."""
         processor = vars(self.processor)
         if processor.get("video_processor") is None:
             return f"{type(self.processor).__name__} has no video processor"
@@ -219,7 +219,7 @@ class Encoder:
         return replace(rows[0], cut_tokens=cut, others=tuple(rows[1:]))
 
     def _row(self, row: Encoded, conversation: Example) -> Encoded:
-        """Cuts a text to `max_tokens`, and tells what it shows."""
+        """Cuts a text to `max_tokens`, and records which pictures and videos it shows."""
         ids, labels = row.input_ids[: self.max_tokens], row.labels[: self.max_tokens]
         inputs = {name: value[:, : len(ids)] if name in ALIGNED else value for name, value in row.inputs.items()}
         images, videos = _media_up_to(row.answers[-1], conversation.turns)
@@ -228,7 +228,7 @@ class Encoder:
         return replace(row, input_ids=ids, labels=labels, inputs=inputs, positions=positions, media=media)
 
     def answers(self, conversation: Example) -> list[TrainedAnswer]:
-        """Lists what the labels of a conversation must say."""
+        """Lists what the labels of a conversation must decode to."""
         question = PROBE[0] if self.sees_pictures else replace(PROBE[0], text=PROBE[0].text.removeprefix("<image>\n"))
         if isinstance(self.prompts, Instruction):  # its labels may hold the question too
             question = conversation.turns[0]
@@ -236,7 +236,7 @@ class Encoder:
         question = replace(question, more=conversation.turns[0].more)
 
         def labelled_text(turn: Turn) -> TrainedAnswer:
-            """Finds what labels hold around an answer, thoughts included, from a known one; of calls all of it."""
+            """Finds what labels hold around an answer, by rendering a known one in its place; of calls all of it."""
             if not turn.is_trained:
                 return TrainedAnswer("", turn.text, "")
             _, answer = self.prompts.thought_and_answer(turn.text)
@@ -250,8 +250,8 @@ class Encoder:
                 probe = begin + chat.text[start:end]
             if turn.more:
                 return TrainedAnswer("", probe, "")
-            before, _, behind = probe.rpartition(PROBE[1].text)
-            return TrainedAnswer(before, answer, behind)
+            before, _, after = probe.rpartition(PROBE[1].text)
+            return TrainedAnswer(before, answer, after)
 
         return [labelled_text(turn) for turn in conversation.turns if turn.role == "assistant"]
 
@@ -267,7 +267,7 @@ class Encoder:
     ) -> Encoded:
         """Encodes turns and an answer to them; only the answer and what closes it are labelled. Never cut.
 
-        Raises: BadSample where the model has no positions for all of it.
+        Raises: BadSample if the model has no positions for all of it.
         """
         answered = (*turns, Turn("assistant", choice))
         encoded, *_ = self._processed(answered, pictures, videos, "question", prompts=self.prompts.in_test())
@@ -277,7 +277,7 @@ class Encoder:
             raise BadSample("question", reason)
         labels = encoded.labels.clone()
         trained = labels != IGNORED_LABEL
-        others = (~trained[: int(trained.nonzero()[-1]) + 1]).nonzero()  # what stands before the last answer
+        others = (~trained[: int(trained.nonzero()[-1]) + 1]).nonzero()  # what comes before the last answer
         labels[: int(others[-1]) + 1 if len(others) else 0] = IGNORED_LABEL
         return replace(encoded, labels=labels, positions=self._positions(encoded.input_ids, encoded.inputs), answers=())
 
@@ -286,7 +286,7 @@ class Encoder:
     ) -> Encoded:
         """Encodes a conversation's last answer, and as its `others` the rejected ones. Never cut.
 
-        Raises: BadSample where an answer is longer than `max_tokens` allows, or the model has no positions for it.
+        Raises: BadSample if an answer is longer than `max_tokens` allows, or the model has no positions for it.
         """
         *turns, last = conversation.turns
         media, encoded = (*conversation.images, *conversation.videos), []
@@ -309,7 +309,7 @@ class Encoder:
             self.own_positions = OwnPositions.by_sample(model, dummy.input_ids, dummy.inputs)
 
     def _positions(self, ids: Int[Tensor, " seq"], inputs: Mapping[str, Any]) -> Int[Tensor, "axes seq"] | None:
-        """Returns the family's own positions; None where it counts along one axis."""
+        """Returns the family's own positions; None if it counts along one axis."""
         return None if self.own_positions is None else self.own_positions.of(ids, inputs)
 
     def dummy(self, side: int = DUMMY_SIDE) -> Sample:
@@ -334,7 +334,7 @@ class Encoder:
     def media_sample(self, pictures: Sequence[Image.Image] = (), videos: Sequence[Video] = ()) -> Sample:
         """Makes a sample that shows these and has no label.
 
-        Raises: BadSample where the family does not take that many together.
+        Raises: BadSample if the family does not take that many together.
         """
         shown = f"{IMAGE_PLACEHOLDER}\n" * len(pictures) + f"{VIDEO_PLACEHOLDER}\n" * len(videos)
         sample = Sample(**vars(self.encode_prompt((Turn("user", f"{shown}."),), pictures, videos)), id="dummy")
@@ -357,7 +357,7 @@ class Encoder:
         """Processes each text of a conversation, that of its last answer first."""
         placeholders = ((IMAGE_PLACEHOLDER,) if pictures else ()) + ((VIDEO_PLACEHOLDER,) if videos else ())
         try:
-            # Unicode's noncharacters stand for marks here (`BREAK`, `VIDEO_MARK`, stand-ins).
+            # Unicode's noncharacters serve as marks here (`BREAK`, `VIDEO_MARK`, stand-ins).
             if any(0xFDD0 <= ord(character) <= 0xFDEF for turn in turns for character in turn.text + turn.more):
                 raise ValueError("its text holds a Unicode noncharacter (U+FDD0 to U+FDEF)")
             if any(token in turn.text for turn in turns if turn.role == "assistant" for token in placeholders):
@@ -381,16 +381,7 @@ class Encoder:
 
     def _process(self, chat: Chat, pictures: Sequence[Image.Image], videos: Sequence[Video], sample: str) -> Encoded:
         """Encodes a text as the processor does, all its answers labelled."""
-        options: dict[str, Any] = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
-        if self.prompts.bos_token is not None and chat.text.startswith(self.prompts.bos_token):
-            options["add_special_tokens"] = False  # apply_chat_template does the same
-        if "mm_token_type_ids" in self.processor.model_input_names:
-            options["return_mm_token_type_ids"] = True  # Cosmos 3 Edge's needs them, and its processor waits for this
-        options |= PROCESSOR_OPTIONS.get(type(self.processor).__name__, {})
-        if chat.suffix is not None:
-            options["suffix"] = [chat.suffix]
-        if chat.controls:
-            options["controls"] = chat.controls
+        options = self._processor_options(chat)
         images = [list(pictures)] if pictures else None
         try:
             options |= video_arguments(videos) if videos else {}
@@ -420,15 +411,28 @@ class Encoder:
         answers = chat.answers or tuple(range(len(chat.answer_spans)))
         return Encoded(ids[0], labels, inputs=outputs, media_end=media_end, answers=answers)
 
+    def _processor_options(self, chat: Chat) -> dict[str, Any]:
+        options: dict[str, Any] = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
+        if self.prompts.bos_token is not None and chat.text.startswith(self.prompts.bos_token):
+            options["add_special_tokens"] = False  # apply_chat_template does the same
+        if "mm_token_type_ids" in self.processor.model_input_names:
+            options["return_mm_token_type_ids"] = True  # Cosmos 3 Edge's needs them, and its processor waits for this
+        options |= PROCESSOR_OPTIONS.get(type(self.processor).__name__, {})
+        if chat.suffix is not None:
+            options["suffix"] = [chat.suffix]
+        if chat.controls:
+            options["controls"] = chat.controls
+        return options
+
     def _by_prefixes(
         self, chat: Chat, ids: list[int], pictures: Sequence[Image.Image], videos: Sequence[Video], sample: str
     ) -> tuple[list[bool], int]:
         """Finds trained tokens where the processor reports no offsets: an answer is what the text gains by it.
 
-        It costs the processor two further calls an answer, pictures included.
+        It costs the processor two further calls per answer, pictures included.
         """
         if videos:
-            raise BadSample(sample, f"{type(self.processor).__name__} does not say where its videos stand")
+            raise BadSample(sample, f"{type(self.processor).__name__} does not say where its videos are")
         trained, token = [False] * len(ids), self.processor.image_token
         if not chat.answer_spans:  # a prompt, or one of the beginnings
             return trained, 0

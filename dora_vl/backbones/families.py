@@ -1,4 +1,4 @@
-"""Lists what the training path must know of model types: who is refused, and what a family does not tell itself.
+"""Lists what training must know of model types: which are refused, and what a family's config does not tell.
 
 Everything else is asked of transformers: the model of its config, the pictures and the text of its processor.
 """
@@ -64,7 +64,7 @@ NOT_TRAINED: Mapping[str, str] = MappingProxyType(
         ),
     }
 )
-"""Maps each model type of transformers that this path does not fit to the reason."""
+"""Maps each model type of transformers that cannot be trained here to the reason."""
 
 TURNED_UNDER_ZERO3: Mapping[str, Mapping[str, tuple[str, str, str]]] = MappingProxyType(
     {"qwen3_vl_moe": {".mlp.experts.down_proj": ("num_experts", "hidden_size", "moe_intermediate_size")}}
@@ -107,7 +107,7 @@ def model_type_of(base: str, revision: str | None = None) -> str:
     here = (
         "cannot be opened"
         if Path(base).is_dir()
-        else f"is no folder in {Path.cwd()}, and cannot be fetched as a hub id"
+        else f"is not a folder in {Path.cwd()}, and cannot be fetched as a hub id"
     )
     with opening(f"model.base {base!r} {here}"):
         config: Any = PreTrainedConfig.get_config_dict(base, revision=revision or "main")[0]
@@ -132,7 +132,7 @@ def config_of(base: str, revision: str | None = None) -> Any:
 
 
 def sees_pictures(base: str, revision: str | None = None) -> bool:
-    """Tells whether a folder or hub id is a vision-language model's; a language model takes words alone."""
+    """Tells whether a folder or hub id is a vision-language model's; a language model takes text only."""
     return not is_language_model(model_type_of(base, revision))
 
 

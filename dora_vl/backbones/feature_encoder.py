@@ -48,7 +48,7 @@ def load_pooled(spec: TowerSpec) -> tuple[nn.Module, Preparation]:
             check_model_folder(spec.name)
             config = AutoConfig.from_pretrained(spec.name, **NO_OWN_CODE)
             if "vision_config" not in config.sub_configs:
-                raise UserError(f"{spec.name} is no two-tower model, so it has no picture embedding; keep its grid")
+                raise UserError(f"{spec.name} is not a two-tower model, so it has no picture embedding; keep its grid")
             own = spec.weights == PRETRAINED
             model: Any = AutoModel.from_pretrained(spec.name, **NO_OWN_CODE) if own else AutoModel.from_config(config)
         load_from_file(model, spec)
@@ -177,7 +177,7 @@ def merge_cells(
 
 
 class GridNetwork(nn.Module):
-    """A tower of any class whose output is its grid alone."""
+    """A tower of any class whose only output is its grid."""
 
     def __init__(self, model: nn.Module, *, layer: int, prefix: int) -> None:
         super().__init__()

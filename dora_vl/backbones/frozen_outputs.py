@@ -1,10 +1,10 @@
 """Stores what frozen vision parts output for a sample's pictures and replays it: same loss, no tower run.
 
-Nothing here knows a family. A frozen part is an outermost module outside the decoder, without trained weights, that is
-called with something made of pixels. Its outputs, whatever they are (a tensor, a tuple, a ModelOutput), are flattened;
-those that a gradient comes back to are kept, of the others the shape. A pass of one picture and a pass of two show
-along which dimension an output grows; every pass ends at the decoder. Outputs belong to all pictures of a sample
-together: some processors cut a lone picture into tiles and two into none.
+No code here is specific to a family. A frozen part is an outermost module outside the decoder, without trained
+weights, that is called with something made of pixels. Its outputs, whatever they are (a tensor, a tuple, a
+ModelOutput), are flattened; those that get a gradient are stored, of the others the shape. A pass of one picture and a
+pass of two show along which dimension an output grows; every pass ends at the decoder. Outputs are stored for all
+pictures of a sample together, because some processors tile a single picture but not two.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from dora_vl.errors import BadSample, UserError
 log = logging.getLogger(__name__)
 
 Outputs = Mapping[str, Sequence[Sequence[Any]]]
-"""Maps each part to its calls' flattened outputs; `Hollow` replaces a tensor that nobody reads."""
+"""Maps each part to its calls' flattened outputs; `ShapeOnly` replaces a tensor that nobody reads."""
 SAMPLES_PER_PASS = 16
 """One pass of the vision parts takes this many samples: on a CPU four times as many take 1.4 times as long each,
 since their activations are allocated anew every time."""
 TOLERANCE = 0.05
 """Stored outputs may be off by this share of what pictures change at the decoder. Half precision rounds
-otherwise in a batch; pictures in a wrong order or place are off by all of it."""
+differently in a batch; pictures in a wrong order or place are off by all of it."""
 
 
 class NotStorable(Exception):
@@ -80,7 +80,7 @@ class FrozenParts:
     """The frozen parts of a model by name, and how their outputs are joined."""
 
     calls: Mapping[str, tuple[Call, ...]]
-    """Maps a part to its calls; a part that is called once a picture has one entry."""
+    """Maps a part to its calls; a part that is called once per picture has one entry."""
     batched: Mapping[str, bool]
     """Tells which parts take all pictures of a batch in one call."""
 
@@ -97,16 +97,16 @@ class FrozenParts:
         return outputs
 
     def outputs_of_each(self, model: Any, samples: Sequence[Sample], pad_token_id: int) -> list[Outputs]:
-        """Computes what is stored for each sample, `AT_ONCE` in a pass where their pictures have the same shapes."""
-        alone = self.outputs_of(model, inputs_of(model, samples[0]))
+        """Computes what is stored for each sample, `SAMPLES_PER_PASS` at a time; pictures have equal shapes."""
+        single = self.outputs_of(model, inputs_of(model, samples[0]))
         if len(samples) == 1:
-            return [alone]
+            return [single]
         each: list[Outputs] = []
         for start in range(0, len(samples), SAMPLES_PER_PASS):
             several = samples[start : start + SAMPLES_PER_PASS]
             joined = self.outputs_of(model, model_inputs(model, Collator(pad_token_id)(several)))
             each += [self._part(joined, number, len(several)) for number in range(len(several))]
-            if not _nearly_equal(alone, each[0]):
+            if not _nearly_equal(single, each[0]):
                 return [self.outputs_of(model, inputs_of(model, sample)) for sample in samples]
         return each
 
@@ -159,7 +159,7 @@ class FrozenParts:
 
 
 def _shape_only(leaf: Any) -> Any:
-    """Returns a tensor's shape in its place."""
+    """Returns a tensor's shape to store in its place."""
     return ShapeOnly(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf
 
 
@@ -173,7 +173,7 @@ def _chunk(leaf: Any, axis: int, number: int, count: int) -> Any:
 
 
 def _nearly_equal(outputs: Outputs, other: Outputs) -> bool:
-    """Tells whether outputs are equal but for rounding."""
+    """Tells whether outputs are equal up to rounding."""
     (leaves, spec), (others, other_spec) = pytree.tree_flatten(outputs), pytree.tree_flatten(other)
     return spec == other_spec and all(
         a.shape == b.shape and float((a.double() - b.double()).norm()) <= TOLERANCE * float(a.double().norm())
@@ -184,7 +184,7 @@ def _nearly_equal(outputs: Outputs, other: Outputs) -> bool:
 
 
 def _joined(values: Sequence[Any], axis: int, device: torch.device) -> Any:
-    """Concatenates samples' tensors, other dimensions padded; values that are no tensors are equal in all."""
+    """Concatenates samples' tensors, other dimensions padded; values that are not tensors are equal in all."""
     first = values[0]
     if not isinstance(first, Tensor | ShapeOnly) or (len(values) == 1 and isinstance(first, Tensor)):
         return first
@@ -210,11 +210,11 @@ def find_parts(model: Any, inputs: Mapping[str, Any], doubled: Mapping[str, Any]
     """
     names = _frozen_modules(model, inputs)
     with torch.no_grad():
-        alone = _recorded(model, names, inputs)
-        pair = alone if doubled is None else _recorded(model, names, doubled)
+        single = _recorded(model, names, inputs)
+        pair = single if doubled is None else _recorded(model, names, doubled)
     batched: dict[str, bool] = {}
     for name in names:
-        counts = len(alone[name]), len(pair[name])
+        counts = len(single[name]), len(pair[name])
         if counts[0] == 0 or counts[1] not in (counts[0], 2 * counts[0]):
             raise NotStorable(f"{name} is called {counts[0]} times for a picture and {counts[1]} times for two")
         batched[name] = counts[0] == counts[1]
@@ -222,8 +222,8 @@ def find_parts(model: Any, inputs: Mapping[str, Any], doubled: Mapping[str, Any]
     calls: dict[str, tuple[Call, ...]] = {}
     for name in names:
         described = []
-        for number in range(len(alone[name]) if batched[name] else 1):
-            (leaves, spec), others = alone[name][number], pair[name][number][0]
+        for number in range(len(single[name]) if batched[name] else 1):
+            (leaves, spec), others = single[name][number], pair[name][number][0]
             used = frozenset(read.get((name, number), ()))
             grows = batched[name] and doubled is not None
             axes = _axes(name, leaves, others, used) if grows else (0,) * len(leaves)
@@ -247,8 +247,8 @@ def _verify(model: Any, parts: FrozenParts, samples: Sequence[Sample], pad_token
         for sample in samples
         if any(map(_is_float, sample.inputs.values()))
     ]
-    hollow = [replace(sample, inputs=without_pixels(sample.inputs)) for sample in samples]
-    batch = model_inputs(model, collate(hollow))
+    blank = [replace(sample, inputs=without_pixels(sample.inputs)) for sample in samples]
+    batch = model_inputs(model, collate(blank))
     others = pytree.tree_map(lambda leaf: 1 - leaf if _is_float(leaf) else leaf, outputs)
     names, pictures_matter = ", ".join(parts.calls), False
     with parts.replaying(model, outputs):
@@ -270,17 +270,17 @@ def _verify(model: Any, parts: FrozenParts, samples: Sequence[Sample], pad_token
 
 
 def find_verified_parts(model: Any, encoder: Encoder) -> FrozenParts:
-    """Finds frozen parts and proves them on batches of pictures of several sizes and of words.
+    """Finds frozen parts and verifies them on batches of pictures of several sizes and of text.
 
     Raises: NotStorable.
     """
-    rng = random.Random(0)  # told apart wherever they stand, and never taken for padding
+    rng = random.Random(0)  # all different wherever they are, and never taken for padding
     pictures = [
         Image.frombytes("RGB", size, rng.randbytes(3 * size[0] * size[1])) for size in ((40, 24), (18, 35), (64, 64))
     ]
     sample, samples = encoder.media_sample(pictures[:1]), [encoder.media_sample(pictures[:1])]
     for shown in (pictures[1:], []):
-        with contextlib.suppress(BadSample):  # some families take one picture alone, or no words without
+        with contextlib.suppress(BadSample):  # some families take only one picture, or no words without
             samples.append(encoder.media_sample(shown))
     pair = model_inputs(model, Collator(encoder.pad_token_id)([sample, sample]))
     try:
@@ -288,7 +288,7 @@ def find_verified_parts(model: Any, encoder: Encoder) -> FrozenParts:
         for rows in ([sample, sample], samples):
             _verify(model, parts, rows, encoder.pad_token_id)
     except (RuntimeError, ValueError, IndexError) as error:
-        raise NotStorable(f"the model cannot run its frozen parts, or take what they gave: {error}") from error
+        raise NotStorable(f"the model cannot run the frozen parts, or feed their outputs back: {error}") from error
     return parts
 
 
@@ -308,14 +308,14 @@ def model_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _axes(name: str, alone: Sequence[Any], pair: Sequence[Any], read: frozenset[int]) -> tuple[int, ...]:
-    axes = [0] * len(alone)
-    for index, (single, double) in enumerate(zip(alone, pair, strict=True)):
-        if not isinstance(single, Tensor) or not isinstance(double, Tensor):
+def _axes(name: str, single: Sequence[Any], pair: Sequence[Any], read: frozenset[int]) -> tuple[int, ...]:
+    axes = [0] * len(single)
+    for index, (one, two) in enumerate(zip(single, pair, strict=True)):
+        if not isinstance(one, Tensor) or not isinstance(two, Tensor):
             continue
-        grown = [axis for axis in range(single.dim()) if single.shape[axis] != double.shape[axis]]
-        if index in read and (single.dim() != double.dim() or len(grown) != 1):
-            raise NotStorable(f"{name} gives {[*single.shape]} for a picture, {[*double.shape]} for two")
+        grown = [axis for axis in range(one.dim()) if one.shape[axis] != two.shape[axis]]
+        if index in read and (one.dim() != two.dim() or len(grown) != 1):
+            raise NotStorable(f"{name} gives {[*one.shape]} for a picture, {[*two.shape]} for two")
         axes[index] = grown[0] if len(grown) == 1 else 0
     return tuple(axes)
 
@@ -358,7 +358,7 @@ def _recorded(model: Any, names: Sequence[str] | Mapping[str, Any], inputs: Mapp
 
 
 def _read_leaves(model: Any, batched: Mapping[str, bool], inputs: Mapping[str, Any]) -> dict[tuple[str, int], set[int]]:
-    """Finds the outputs that the rest of the model reads: those that a gradient comes back to.
+    """Finds the outputs that the rest of the model reads: those that get a gradient.
 
     Every part's outputs are detached from what made them, so a part that only feeds another part is read by nobody.
     """
@@ -366,7 +366,8 @@ def _read_leaves(model: Any, batched: Mapping[str, bool], inputs: Mapping[str, A
     counts = dict.fromkeys(batched, 0)
 
     def cut_off(name: str, _: nn.Module, __: Any, output: Any) -> Any:
-        number, counts[name] = counts[name] if batched[name] else 0, counts[name] + 1
+        number = counts[name] if batched[name] else 0
+        counts[name] += 1
         leaves, spec = pytree.tree_flatten(output)
         for index, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor) and leaf.is_floating_point():
@@ -391,45 +392,46 @@ def _read_leaves(model: Any, batched: Mapping[str, bool], inputs: Mapping[str, A
 
 def _frozen_modules(model: Any, inputs: Mapping[str, Any]) -> tuple[str, ...]:
     """Lists outermost frozen modules that are called, before the decoder, with something made of pixels."""
-    decoder = set(decoder_of(model).modules())
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    ids = {id(weight) for weight in trained}
-
-    def called(batch: Mapping[str, Any]) -> dict[nn.Module, None]:
-        """Lists frozen modules that are called with something that requires a gradient."""
-        modules = dict[nn.Module, None]()
-
-        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-            leaves = pytree.tree_leaves((args, kwargs))
-            if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
-                modules[module] = None
-
-        hooks = [
-            module.register_forward_pre_hook(note, with_kwargs=True)
-            for module in model.modules()
-            if (weights := list(module.parameters()))
-            and not any(id(weight) in ids for weight in weights)
-            and decoder.isdisjoint(module.modules())
-        ]
-        with torch.enable_grad():
-            _decoder_inputs(model, batch, hooks)
-        return modules
-
+    trained_ids = frozenset(id(weight) for weight in trained)
     names = {module: name for name, module in model.named_modules()}
-    if late := [names[module] for module in called(inputs)]:
-        raise NotStorable(f"{late[0]} gets what weights that train give")
+    if late := [names[module] for module in _called_with_gradients(model, inputs, trained_ids)]:
+        raise NotStorable(f"{late[0]} takes the output of trainable weights")
     try:
         for weight in trained:
             weight.requires_grad_(False)
-        seen = called({k: v.detach().clone().requires_grad_() * 1 if _is_float(v) else v for k, v in inputs.items()})
+        batch = {k: v.detach().clone().requires_grad_() * 1 if _is_float(v) else v for k, v in inputs.items()}
+        called = _called_with_gradients(model, batch, trained_ids)
     finally:
         for weight in trained:
             weight.requires_grad_(True)
-    inside = {child for module in seen for child in module.modules() if child is not module}
-    outermost = tuple(names[module] for module in seen if module not in inside)
+    inside = {child for module in called for child in module.modules() if child is not module}
+    outermost = tuple(names[module] for module in called if module not in inside)
     if not outermost:
         raise NotStorable("no frozen module takes pixels")
     return outermost
+
+
+def _called_with_gradients(model: Any, batch: Mapping[str, Any], trained_ids: frozenset[int]) -> dict[nn.Module, None]:
+    """Lists frozen modules outside the decoder that are called with something that requires a gradient."""
+    decoder = set(decoder_of(model).modules())
+    modules = dict[nn.Module, None]()
+
+    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        leaves = pytree.tree_leaves((args, kwargs))
+        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
+            modules[module] = None
+
+    hooks = [
+        module.register_forward_pre_hook(note, with_kwargs=True)
+        for module in model.modules()
+        if (weights := list(module.parameters()))
+        and not any(id(weight) in trained_ids for weight in weights)
+        and decoder.isdisjoint(module.modules())
+    ]
+    with torch.enable_grad():
+        _decoder_inputs(model, batch, hooks)
+    return modules
 
 
 def _is_float(value: Any) -> bool:
@@ -495,8 +497,8 @@ class OutputStore:
     ) -> None:
         """Computes one process's part of what is missing; interrupted, it goes on from what is on the disk.
 
-        Up to `together` samples whose pictures have the same shapes go through the parts at once. Pictures that cannot
-        be read are left out, and tried again by every later run: a file may be mended.
+        Up to `batch_size` samples whose pictures have the same shapes go through the parts at once. Pictures that
+        cannot be read are left out, and tried again by every later run: a file may be mended.
         """
         todo = missing[part[0] :: part[1]]
         if not todo:
@@ -533,7 +535,7 @@ class OutputStore:
             self._shards.add(key, [sizes, described], tensors)
 
     def refresh(self) -> None:
-        """Sees what other processes have written since."""
+        """Reads what other processes have written since."""
         self._shards.refresh()
 
     def read(self, reader: PictureReader, names: Sequence[str]) -> StoredRow:
@@ -544,7 +546,7 @@ class OutputStore:
         key = reader.key(names)
         if key not in self._shards.entries:
             reader.read(names)  # says what is wrong with them
-            raise BadSample(names[0], f"picture {names[0]} was changed, or mended, after the run began; start again")
+            raise BadSample(names[0], f"picture {names[0]} changed after the run began; start again")
         sizes, described = self._shards.entries[key].facts
         return StoredRow(
             [(width, height) for width, height in sizes], _rebuilt_outputs(described, self._shards.tensors(key))
@@ -582,7 +584,7 @@ def _rebuilt_outputs(described: Mapping[str, Any], tensors: Sequence[Tensor]) ->
 
 @dataclass(frozen=True, kw_only=True)
 class PictureReader:
-    """Opens a sample's pictures and encodes them; worker processes may have it.
+    """Opens a sample's pictures and encodes them; it can be sent to worker processes.
 
     Attributes:
         stored: pictures inside the data file.
@@ -625,7 +627,7 @@ class PictureReader:
 
 
 def _file_state(path: Path) -> tuple[int, int]:
-    """Returns a file's size in bytes and time of change in nanoseconds; -1 where there is none."""
+    """Returns a file's size in bytes and time of change in nanoseconds; -1 if there is none."""
     try:
         state = path.stat()
     except (OSError, ValueError):

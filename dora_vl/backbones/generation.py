@@ -1,4 +1,4 @@
-"""Helps transformers generate: text that grows with its tokens, and rows whose scores are no numbers."""
+"""Helps transformers generate: text that grows with its tokens, and rows whose scores are not finite."""
 
 from __future__ import annotations
 
@@ -74,18 +74,18 @@ class GrowingText:
         self._known = self._decode(ids[self._from : self._until])
 
 
-NOT_FINITE_SCORES = "the model's scores of the next word are no numbers; ask with a lower strength, or another adapter"
+NOT_FINITE_SCORES = "the model's scores for the next token are not finite; use a lower strength, or another adapter"
 
 
 class NotFiniteScores(UserError):
-    """Reports that the scores for a single question were no numbers."""
+    """Reports that the scores for a single question were not finite."""
 
     def __init__(self) -> None:
         super().__init__(NOT_FINITE_SCORES)
 
 
 NO_TOKEN = -1
-"""A row whose scores were no numbers has this id everywhere."""
+"""A row whose scores were not finite has this id everywhere."""
 
 
 def end_tokens(model: PreTrainedModel) -> frozenset[int]:
@@ -96,13 +96,13 @@ def end_tokens(model: PreTrainedModel) -> frozenset[int]:
 
 
 def without_broken(texts: Sequence[str], scores: Float[Tensor, "rows ..."]) -> list[str | None]:
-    """Keeps the texts chosen by scores, a row each; None replaces a text where one of its scores is NaN."""
+    """Keeps the texts chosen by scores, one row each; None replaces a text if one of its scores is NaN."""
     broken = scores.isnan().flatten(1).any(1).tolist()
     return [None if is_broken else text for text, is_broken in zip(texts, broken, strict=True)]
 
 
 class ScoreWatch:
-    """Ends rows whose scores are no numbers, and marks them; the others go on.
+    """Stops rows whose scores are not finite, and marks them; the other rows go on.
 
     A row's largest score is NaN where any is. Nothing is read back from the device before the end. Callers that pass
     generate a logits processor or stopping criterion of their own must look at the scores themselves. `options` are
@@ -119,7 +119,7 @@ class ScoreWatch:
         self._broken: Tensor | None = None
 
     def _note_broken(self, input_ids: Tensor, scores: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
-        """Notes rows without numbers; rows that are over are padded, and no longer count."""
+        """Notes rows whose scores are not finite; rows that have ended are padded, and no longer count."""
         broken = ~scores.amax(-1).isfinite()
         if self._broken is None or self._over is None:
             self._broken, self._over = broken, torch.zeros_like(broken)
@@ -127,7 +127,7 @@ class ScoreWatch:
         return scores
 
     def _stop_broken(self, input_ids: Int[Tensor, "rows seq"], scores: Any) -> Bool[Tensor, " rows"]:
-        """Ends rows by their newest token; beam search ends none here, since its rows change places."""
+        """Stops broken rows, and notes those that end; does nothing in beam search, whose rows change places."""
         last = input_ids[:, -1]
         if self._broken is None or self._over is None or len(last) != len(self._broken):
             return torch.zeros_like(last, dtype=torch.bool)
@@ -135,7 +135,7 @@ class ScoreWatch:
         return self._broken
 
     def mark_broken(self, new: Int[Tensor, "batch new"]) -> Int[Tensor, "batch new"]:
-        """Fills rows without numbers in any of their beams with `NO_TOKEN`."""
+        """Fills a row with `NO_TOKEN` if any of its beams had scores that are not finite."""
         if self._broken is None:
             return new
         broken = self._broken.view(len(new), -1).any(1, keepdim=True)
@@ -143,15 +143,15 @@ class ScoreWatch:
 
 
 class TokenDrawer(LogitsProcessor):
-    """Draws each row's next token, any but those of `never`, and leaves it that one alone, which generate then takes.
+    """Draws each row's next token, never one of `excluded`, and masks all others, so that generate must take it.
 
-    `options` are arguments for generate. `log_probs` and `entropies` of the rows, a tensor a token, mean nothing behind
-    a row's end.
+    `options` are arguments for generate. `log_probs` and `entropies` of the rows, one tensor per token, mean nothing
+    after a row's end.
     """
 
     def __init__(self, generator: torch.Generator, excluded: Collection[int]) -> None:
         self._generator = generator
-        self._never = torch.tensor(sorted(excluded), dtype=torch.long, device=generator.device)
+        self._excluded = torch.tensor(sorted(excluded), dtype=torch.long, device=generator.device)
         self.log_probs: list[Float[Tensor, " rows"]] = []
         self.entropies: list[Float[Tensor, " rows"]] = []
         self.options: dict[str, Any] = {
@@ -165,17 +165,17 @@ class TokenDrawer(LogitsProcessor):
         self, input_ids: Tensor, scores: Float[Tensor, "rows vocab"]
     ) -> Float[Tensor, "rows vocab"]:
         """Returns zero for the drawn token of each row, minus infinity for all others."""
-        # On a GPU, to draw from what is no number breaks every later call; the step's own loss tells of it.
+        # On a GPU, to draw from NaN breaks every later call; the step's own loss tells of it.
         log_probs = scores.float().nan_to_num(0.0).log_softmax(-1)
         chances = log_probs.exp()
-        tokens = torch.multinomial(chances.index_fill(1, self._never, 0.0), 1, generator=self._generator)
+        tokens = torch.multinomial(chances.index_fill(1, self._excluded, 0.0), 1, generator=self._generator)
         self.log_probs.append(log_probs.gather(1, tokens)[:, 0])
         self.entropies.append(-(chances * log_probs).sum(-1))
         return torch.full_like(scores, float("-inf")).scatter_(1, tokens, 0.0)
 
 
 class WithoutPrompt(BaseStreamer):
-    """Passes a streamer the generated tokens alone: generate's first call brings the prompt."""
+    """Passes a streamer only the generated tokens: generate's first call brings the prompt."""
 
     def __init__(self, streamer: BaseStreamer) -> None:
         self._streamer = streamer

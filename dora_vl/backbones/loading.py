@@ -53,8 +53,8 @@ def is_sentencepiece(file: Path) -> bool:
         if is_tiktoken_available():
             return False
         raise UserError(
-            f"{file} ({file.stat().st_size} bytes) is no SentencePiece model; fetch it again (one that git-lfs has not "
-            "pulled yet has about 130 bytes), or pip install tiktoken if it is tiktoken's"
+            f"{file} ({file.stat().st_size} bytes) is not a SentencePiece model; fetch it again (one that git-lfs has "
+            "not pulled yet has about 130 bytes), or pip install tiktoken if it is tiktoken's"
         ) from error
     return True
 
@@ -148,7 +148,7 @@ def load_tokenizer(
 
 
 def _without_tokenizer(folder: str) -> str:
-    """Says that a folder has no tokenizer's file; says nothing for other folders and hub ids."""
+    """Returns the message that a folder has no tokenizer's file; empty for other folders and hub ids."""
     if not Path(folder).is_dir() or any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
         return ""
     return f"none of {', '.join(TOKENIZER_FILES)} is there; copy the tokenizer's files from where the model comes from"
@@ -166,7 +166,7 @@ def with_image_token(language: LanguageModel) -> LanguageModel:
     if size > language.config.vocab_size:
         rows = math.ceil(size / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         for name in weights.keys() & {"model.embed_tokens.weight", "lm_head.weight"}:
-            # Each new row is the mean of the old ones: no new token stands out before it is trained.
+            # Each new row is the mean of the old ones: no new token is conspicuous before it is trained.
             old = weights[name]
             mean = old.float().mean(0, keepdim=True).to(old.dtype)
             weights[name] = torch.cat([old, mean.expand(rows - len(old), -1)])
@@ -224,7 +224,7 @@ def _dequantised() -> dict[str, Any]:
 
 
 def add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Returns the id of `<image>`, which becomes a special token of this tokenizer if it is none yet."""
+    """Returns the id of `<image>`, which becomes a special token of this tokenizer if it is not one yet."""
     tokenizer.add_tokens([AddedToken(IMAGE_PLACEHOLDER, normalized=False, special=True)], special_tokens=True)
     token_id: Any = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
     return int(token_id)
@@ -288,7 +288,7 @@ SETTINGS_FILE = "made_from.json"
 
 @contextlib.contextmanager
 def written_base(folder: Path, spec: Any) -> Iterator[Path]:
-    """Yields a folder that gets its name, and a dataclass of settings in it, once the block ends well."""
+    """Yields a folder that gets its name, with a file that identifies `spec`, once the block ends."""
     if folder.exists():
         raise UserError(f"{folder} exists already; remove it or write to another place")
     with whole_folder(folder) as unfinished:

@@ -131,7 +131,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
             places = _label_indices(expected.samples, samples)
             return each.index_copy(0, places, loss(values[places], expected.scores))
 
-        def labelled_alone(_: nn.Module, seen: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        def only_labelled(_: nn.Module, seen: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             hidden.append(seen[0][rows, positions])
             if chunked:
                 losses.append(losses_at(hidden[0], partial(label_losses, scores=head.forward)))
@@ -139,7 +139,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
 
         inputs = {**model_inputs(self.model, inputs), **self._attention(attention_mask, layout)}
         # Hooks inside the model's own forward leave what it does to logits (scales, soft caps) to the model.
-        hooks = [head.register_forward_pre_hook(labelled_alone)]
+        hooks = [head.register_forward_pre_hook(only_labelled)]
         if self._head_is_last is None:
             # A copy: some models write into their logits in place (Chameleon, over the tokens of pictures).
             hooks.append(head.register_forward_hook(lambda *seen: scores.append(seen[2].clone())))
@@ -200,10 +200,10 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
     ) -> Int[Tensor, "batch new"]:
         """Generates token ids for left-padded prompts, greedily unless `options` (of transformers' generate) differ.
 
-        Rows whose scores are no numbers hold `NO_TOKEN`.
+        Rows whose scores are not finite hold `NO_TOKEN`.
 
         Args:
-            streamer: receives the new tokens alone.
+            streamer: only receives the new tokens.
             stored: what frozen parts gave for the pictures of each prompt that has some.
             cache: keys and values of the prompts' beginnings, by `read`.
         """
@@ -247,9 +247,9 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
 
 
 def _label_indices(some: Int[Tensor, " some"], samples: Int[Tensor, " labelled"]) -> Int[Tensor, " chosen"]:
-    """Returns the places of the labels of some samples, sample by sample."""
-    places = torch.isin(samples, some).nonzero()[:, 0]
-    return places[samples[places].argsort(stable=True)]
+    """Returns the indices of the labels of some samples, sample by sample."""
+    indices = torch.isin(samples, some).nonzero()[:, 0]
+    return indices[samples[indices].argsort(stable=True)]
 
 
 def _predicted(
@@ -368,7 +368,7 @@ def open_backbone(
 
 
 def skeleton_of(base: str, *, revision: str | None = None) -> DecoderBackbone:
-    """Builds a backbone from its config alone, on the meta device."""
+    """Builds a backbone from only its config, on the meta device."""
     check_model_folder(base, revision)
     config = config_of(base, revision)
     with opening(f"model.base {base!r} cannot be opened as its config.json says"), torch.device("meta"):
@@ -450,7 +450,7 @@ def check_packing(backbone: DecoderBackbone, encoder: Encoder, requested: Packin
 
 
 def _samples(encoder: Encoder) -> list[Sample]:
-    """Makes three samples about one picture, or of words alone."""
+    """Makes three samples about one picture, or of text only."""
     pictures = [Image.new("RGB", (64, 48), GREY)] if encoder.sees_pictures else []
     placeholder = f"{IMAGE_PLACEHOLDER}\n" if pictures else ""
     samples = []
@@ -476,8 +476,8 @@ def _last_bits(backbone: DecoderBackbone) -> Iterator[None]:
     generator = torch.Generator().manual_seed(0)
 
     def off(_: nn.Module, __: Any, vectors: Tensor) -> Tensor:
-        chance = torch.rand(vectors.shape, generator=generator).to(vectors.device)
-        return (vectors.double() * (1 + torch.finfo(vectors.dtype).eps * (2 * chance - 1))).to(vectors.dtype)
+        uniform = torch.rand(vectors.shape, generator=generator).to(vectors.device)
+        return (vectors.double() * (1 + torch.finfo(vectors.dtype).eps * (2 * uniform - 1))).to(vectors.dtype)
 
     hook = backbone.model.get_input_embeddings().register_forward_hook(off)
     try:

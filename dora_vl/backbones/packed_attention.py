@@ -64,7 +64,7 @@ class SegmentGroup(NamedTuple):
     queries: Int[Tensor, "segments queries"]
     keys: Int[Tensor, "segments keys"]
     sees: Bool[Tensor, "segments 1 queries keys"] | None
-    """Marks the keys that each query sees; None where all lengths are equal and causal attention suffices."""
+    """Marks the keys that each query sees; None if all lengths are equal and causal attention suffices."""
     filled: Bool[Tensor, "segments queries"]
     """False marks padding."""
 
@@ -90,12 +90,12 @@ def _pad_group(members: Sequence[tuple[int, Span]]) -> SegmentGroup:
     lengths = torch.tensor([span.stop - span.start for _, span in members], device=device)
     paths = [span.path for _, span in members]
     keys = nn.utils.rnn.pad_sequence(paths, batch_first=True)
-    behind = torch.tensor([len(path) for path in paths], device=device) - lengths
-    count, most = torch.arange(int(lengths.max()), device=device), torch.arange(keys.shape[1], device=device)
+    shared = torch.tensor([len(path) for path in paths], device=device) - lengths
+    count, key_index = torch.arange(int(lengths.max()), device=device), torch.arange(keys.shape[1], device=device)
     filled = count < lengths[:, None]
-    queries = keys.gather(1, (behind[:, None] + count).clamp_max(keys.shape[1] - 1))
-    sees = most <= (behind[:, None] + count)[..., None]  # also where nothing is: every query must see something
-    is_even = bool(filled.all()) and not bool(behind.any())
+    queries = keys.gather(1, (shared[:, None] + count).clamp_max(keys.shape[1] - 1))
+    sees = key_index <= (shared[:, None] + count)[..., None]  # also where nothing is: every query must see something
+    is_even = bool(filled.all()) and not bool(shared.any())
     rows = torch.tensor([[row] for row, _ in members], device=device)
     return SegmentGroup(rows, queries, keys, None if is_even else sees[:, None], filled)
 
@@ -130,7 +130,7 @@ def paths_of(forest: Forest) -> Paths:
 
 
 class PackedAttention:
-    """Makes a decoder attend along a forest in its model's next forward.
+    """Makes a decoder attend along a forest in its model's next forward pass.
 
     A recomputed forward (gradient checkpointing) comes later than the forward itself and must see the same forest, so
     the forest stays until the model is called again. Layers of the decoder with a running state are hooked.
@@ -160,29 +160,29 @@ class PackedAttention:
         _instances[id(self.config)] = self
 
     def _reset_forest(self, *_: object) -> None:
-        """Lets go of the last call's forest where this call has none, such as one of the model by itself."""
+        """Drops the previous call's forest if this call set none, for example when the model is called directly."""
         if not self._is_next and self.forest is not None:
             self.set_forest(None)
         self._is_next = False
 
     def set_forest(self, forest: Forest | None) -> None:
-        """Sets the forest of the next forward; None attends as usual."""
+        """Sets the forest of the next forward pass; None attends as usual."""
         self.forest, self.blocks_are_whole, self._is_next = forest, False, True
         self.groups = [] if forest is None else group_segments(spans_of(forest))
         self.paths = paths_of(forest) if forest is not None and self._states else None
 
-    def _split_paths(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """Gives a layer with a running state each path as a row of its own."""
+    def _split_paths(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Passes each path as a row of its own to a layer with a running state."""
         if self.paths is None:
             return None
         # Paths have none of these, which belong to whole rows.
         of_rows = ("attention_mask", "position_ids", "cache_params", "past_key_values", "cache")
-        named = {name: None if name in of_rows else value for name, value in named.items()}
-        hidden, *rest = args or (named["hidden_states"],)
+        kwargs = {name: None if name in of_rows else value for name, value in kwargs.items()}
+        hidden, *rest = args or (kwargs["hidden_states"],)
         hidden = hidden[self.paths.rows[:, None], self.paths.positions]
         if not args:
-            return (), {**named, "hidden_states": hidden}
-        return (hidden, *(None if isinstance(value, Tensor) else value for value in rest)), named
+            return (), {**kwargs, "hidden_states": hidden}
+        return (hidden, *(None if isinstance(value, Tensor) else value for value in rest)), kwargs
 
     def _merge_paths(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
         """Scatters its output back to the rows; positions shared by several paths get the first one's."""
@@ -201,7 +201,7 @@ _instances: WeakValueDictionary[int, PackedAttention] = WeakValueDictionary()
 
 @cache
 def _install() -> None:
-    """Wraps transformers' masks and attention, once a process."""
+    """Wraps transformers' masks and attention, once per process."""
     for kind in MASKED:
         ALL_MASK_ATTENTION_FUNCTIONS.register(kind, _along_paths(ALL_MASK_ATTENTION_FUNCTIONS[kind]))
     ALL_ATTENTION_FUNCTIONS.register("sdpa", _by_segment(ALL_ATTENTION_FUNCTIONS["sdpa"]))
@@ -220,11 +220,12 @@ def _along_paths(build: Callable[..., Any]) -> Callable[..., Any]:
         forest = Forest(*(tensor.to(device) for tensor in packed.forest))
         chunked = size is not None and getattr(config, "attention_chunk_size", None) == size
         options |= {name: False for name in options if name.startswith("allow_is_")}
-        options["attention_mask"] = None  # padding is no segment
+        options["attention_mask"] = None  # padding belongs to no segment
         if not packed.blocks_are_whole:
             blocks = sdpa_mask(*args, mask_function=_into_branches(forest, mask_function), **options)
             if blocks is not None and bool(blocks.any()):
-                raise ValueError("tokens that see each other stand in a shared segment and in a branch behind it")
+                crossing = "crosses from a shared segment into a branch"
+                raise ValueError(f"a block of tokens that attend to each other {crossing}")
             packed.blocks_are_whole = True
         along = _visible(forest, mask_function, size, chunked=chunked)
         return build(*args, mask_function=along, config=config, **options)
@@ -233,7 +234,7 @@ def _along_paths(build: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _on_path(forest: Forest, b: Any, q: Any, kv: Any) -> Any:
-    """Tells whether `kv` stands in the segment of `q` or above it."""
+    """Tells whether `kv` is in the segment of `q` or above it."""
     of_q, of_kv = forest.segment[b, q], forest.segment[b, kv]
     return forest.sees[b, of_q, of_kv] & (of_q >= 0) & (of_kv >= 0)
 
@@ -262,7 +263,7 @@ def _visible(forest: Forest, family: MaskFunction, size: int | None, *, chunked:
 
 
 def _into_branches(forest: Forest, family: MaskFunction) -> MaskFunction:
-    """Tells what the family would let a token see in the branches behind its segment."""
+    """Tells what the family would let a token see in the branches after its segment."""
     segment = forest.segment
 
     def seen(b: Any, h: Any, q: Any, kv: Any) -> Any:
@@ -313,7 +314,7 @@ class OwnPositions:
 
     @classmethod
     def by_sample(cls, model: nn.Module, ids: Int[Tensor, " seq"], inputs: Mapping[str, Any]) -> OwnPositions | None:
-        """Measures a model's axes on a sample with a picture; None where it counts along one."""
+        """Measures a model's axes on a sample with a picture; None if it counts along one."""
         if not hasattr(_position_model(model), POSITION_METHOD):
             return None
         positions = cls(model, axes=1).of(ids, inputs)

@@ -33,7 +33,7 @@ def from_offsets(
     processors (Molmo 2's, Emu 3's) put the begin token in front of the text and count from there.
 
     Args:
-        offsets: each token's characters, in the text in which pictures and videos stand as their tokens.
+        offsets: each token's characters, in the text in which pictures and videos are written as their tokens.
         moves: each picture's and video's characters in the chat's text, and in that one.
     """
     gained = sum((new[1] - new[0]) - (old[1] - old[0]) for old, new in moves)
@@ -69,7 +69,7 @@ def _stand_ins(tokens: Sequence[str]) -> dict[str, str]:
 
 
 class PieceProcessor:
-    """Takes what a processor takes, for a LLaVA-1.5 or a language model; its methods have a processor's names.
+    """Does a processor's work for a LLaVA-1.5 or a language model, by methods of the same names.
 
     As in LLaVA, the text between pictures is tokenised piece by piece, with one begin token in front, so a piece after
     a picture begins like a text of its own (a SentencePiece tokenizer puts its space mark there).
@@ -136,7 +136,7 @@ class PieceProcessor:
 
     @property
     def begin_text(self) -> str:
-        """Returns the begin token's text; empty where the tokenizer puts none in front."""
+        """Returns the begin token's text; empty if the tokenizer puts none in front."""
         return str(self.tokenizer.decode(self._start_ids))
 
     @property
@@ -173,7 +173,7 @@ class PieceProcessor:
             token = written[start:end]
             if token not in self._stand_ins:
                 raise UserError(
-                    f"the template writes {token!r}, which is no special token of this tokenizer; choose a "
+                    f"the template writes {token!r}, which is not a special token of this tokenizer; choose a "
                     "model.template that fits the language model (tokenizer is its own)"
                 )
             written = written[:start] + self._stand_ins[token] + written[end:]
@@ -194,7 +194,7 @@ class PieceProcessor:
                 start = span[1]
             encoding = self._words.encode(piece, add_special_tokens=False)
             ids += [self._real_ids.get(token, token) for token in encoding.ids]
-            # A token of no characters (a space mark put before a piece) counts where it stands.
+            # A token of no characters (a space mark put before a piece) counts where it is.
             offsets += [(start + a, start + max(b, a + 1)) for a, b in encoding.offsets]
             start += len(piece)
         if ids[: len(self._start_ids)] != self._start_ids:
@@ -211,7 +211,7 @@ class PieceProcessor:
 
 
 class Seq2SeqEncoder:
-    """Encodes texts in BART's form, `<s> text </s>`. Worker processes may have it.
+    """Encodes texts in BART's form, `<s> text </s>`. It can be sent to worker processes.
 
     Args:
         tokenizer: the base's, with the picture tokens in its vocabulary.
@@ -247,7 +247,7 @@ class Seq2SeqEncoder:
         return self._closed(self._ids(text), self._longest(max_tokens))[0]
 
     def answer(self, text: str) -> TrainedAnswer:
-        """Returns what the labels of a text must say."""
+        """Returns what the labels of a text must decode to."""
         return TrainedAnswer(str(self.tokenizer.bos_token), text, str(self.tokenizer.eos_token))
 
     def decode(self, ids: Int[Tensor, " answer"]) -> str:

@@ -56,17 +56,18 @@ _SWITCH = re.compile(r"(?<![.\w'\"])(?:enable_thinking|thinking)\b")
 class ProcessorChat(Prompts):
     """Renders turns by the chat template of a processor, or of a language model's tokenizer.
 
-    An answer is trained as it is asked for: from the generation prompt on, what the template writes of it as the last
-    turn, through what closes it. Where a later turn changes that (drops its thoughts, or an end of text), it is trained
-    in a text of its own that ends with it (`Chat.others`). Thoughts are what an answer has in `<think>` at its
-    beginning; where the template drops them, though the prompt may open them (DeepSeek-R1's), they are trained as they
-    stand. Where the template closes no answer, the tokenizer's end token does, or a model would not stop.
+    An answer is trained exactly as it will be generated: everything after the generation prompt, as the template writes
+    it for a last turn, up to the token that closes it. If a later turn changes how the template writes that answer
+    (drops its thoughts or its end token), the answer is trained in a text of its own that ends with it (`Chat.others`).
+    Thoughts are what an answer has in `<think>` at its beginning; if the template drops them, even where the prompt
+    opens them (DeepSeek-R1's), they are trained as they are. If the template closes no answer, the tokenizer's end
+    token does, or a model would not stop.
 
     The template is tried once, with questions, thoughts and a picture, so that one that cannot be trained on is refused
     before anything is loaded: one that leaves out text, or knows no pictures. A system turn goes to the template's own
-    place for one; where there is none, the sample is refused.
+    place for one; if there is none, the sample is refused.
 
-    A `PieceProcessor` knows where the template's special tokens stand, so the same characters in a person's words are
+    A `PieceProcessor` knows where the template's special tokens are, so the same characters in a person's words are
     text: a mark (`BREAK`) splits each until the template has been applied. Other processors' samples with one are
     refused. To a language model's template a picture is `<image>` in the text.
 
@@ -76,7 +77,7 @@ class ProcessorChat(Prompts):
     Args:
         name: the model's name, for messages.
         pictures: True where the model sees pictures; a template that leaves them out is refused.
-        thinking: value for a template's switch for thoughts; None leaves it alone.
+        thinking: value for a template's switch for thoughts; None leaves it as it is.
     """
 
     name = "tokenizer"
@@ -180,7 +181,7 @@ class ProcessorChat(Prompts):
         return text
 
     def _render_error(self, turns: Sequence[Turn], *, messages_alone: bool = False) -> str | None:
-        """Says why the template cannot render these turns, or not in the present form alone; None where it can."""
+        """Says why the template cannot render these turns, or with `messages_alone` their messages; None if it can."""
         try:
             if messages_alone:
                 self._check_nothing_lost(turns, self._apply(turns, generation_prompt=False))
@@ -193,9 +194,9 @@ class ProcessorChat(Prompts):
     def _choose_parts(self) -> None:
         """Finds the roles whose messages without pictures must be lists of parts; the others' are strings.
 
-        System turns are tried after a conversation: some templates (GLM-4.1V's) write it as it stands. They are tried
-        before a question alone: some (Pixtral's) have no place for it once an answer follows. A template that takes
-        none in either form refuses the samples that have one.
+        System turns are tried last: some templates (GLM-4.1V's) write a list of their parts as it is. They are tried
+        with a question and no answer, since some (Pixtral's) have no place for them once an answer follows. A template
+        that takes none in either form refuses the samples that have one.
         """
         reasons: list[str] = []
         for form in (FORMS[1], FORMS[0], FORMS[2]) if self._pieces else FORMS:
@@ -254,7 +255,7 @@ class ProcessorChat(Prompts):
         return Chat(text.replace(BREAK, ""), without_breaks(spans), without_breaks(controls), answers=tuple(answers))
 
     def thought_and_answer(self, text: str) -> tuple[str, str]:
-        """Splits an answer as `Prompts` does; an empty thought counts where the template writes such by itself."""
+        """Splits an answer as `Prompts` does; an empty thought counts if the template itself writes such."""
         match, knows_them = _THOUGHT.fullmatch(text), self.thinking is not None or END_THINK in self._opening
         return (match[1].strip(), match[2]) if match and (match[1].strip() or knows_them) else ("", text)
 
@@ -300,15 +301,16 @@ class ProcessorChat(Prompts):
         return text
 
     def _with_answer(self, turns: Sequence[Turn]) -> tuple[str, int, int]:
-        """Returns a text that ends with the last answer as it is asked for, and the answer's span."""
+        """Returns a text that ends with the last answer as it will be generated, and the answer's span."""
         prompt, whole = self._prompt(turns[:-1]), self._apply(turns, generation_prompt=False)
         thought, answer = self.thought_and_answer(turns[-1].text)
         switches = {**self._switch, **turns[0].fields.get(KWARGS, {})}
         thinking = next((switches[name] for name in self._switch), None)
         if thought and thinking is False:
-            raise ValueError("it has thoughts, and the samples that were looked at have none; put one of it first")
+            reason = "it has thoughts, but none of the inspected samples has"
+            raise ValueError(f"{reason}; put a sample with thoughts among the first")
         functions = [call["function"] for call in turns[-1].fields.get(CALLS, ())]
-        ending, closing, behind = self._end_of(whole, turns[-1])
+        ending, closing, rest_of_text = self._end_of(whole, turns[-1])
         answered = whole.removesuffix(ending)
         opened = prompt.rstrip().endswith(THINK)
         before = None if opened else self._opening_after_calls(turns, answered)
@@ -318,10 +320,11 @@ class ProcessorChat(Prompts):
             before = prompt.rstrip().removesuffix(THINK) if opened else prompt.removesuffix(self._added)
             is_known = opened or not self._added.strip() or thinking is False
             if before == prompt or not answered.startswith(before) or not is_known:
-                raise ValueError("the chat template opens an answer otherwise when asked for it than when given it")
+                where = "in a generation prompt and in a conversation"
+                raise ValueError(f"the chat template opens an answer differently {where}")
             written = answered[len(before) :].lstrip().removeprefix(THINK if opened else "").lstrip()
         is_lost = thought not in written or (opened and END_THINK not in written)
-        if thought and functions and not is_lost:  # it may stand in the call alone
+        if thought and functions and not is_lost:  # it may be only in the call
             without = self._apply([*turns[:-1], replace(turns[-1], text=answer)], generation_prompt=False)
             is_lost = without == whole
         if is_lost:
@@ -329,6 +332,11 @@ class ProcessorChat(Prompts):
             written = ("" if opened else f"{THINK}\n") + f"{thought}\n{END_THINK}\n\n{rest}"
         if answer.strip() not in written or thought not in written:
             raise ValueError(f"the chat template leaves out or changes the text of turn {len(turns) - 1}")
+        self._check_calls(written, functions)
+        text = prompt + written + closing
+        return text + rest_of_text, len(prompt), len(text)
+
+    def _check_calls(self, written: str, functions: Sequence[Mapping[str, Any]]) -> None:
         for name in (names := [function["name"] for function in functions]):
             is_whole = all(
                 has_words(written, leaf) for function in functions for leaf in leaves_of(function["arguments"])
@@ -336,11 +344,9 @@ class ProcessorChat(Prompts):
             if not is_whole or written.count(name) < names.count(name):
                 reason = f"the chat template of {self._name} leaves out or changes the call of {name!r}"
                 raise ValueError(f"{reason}; take a base whose template writes such calls")
-        text = prompt + written + closing
-        return text + behind, len(prompt), len(text)
 
     def _opening_after_calls(self, turns: Sequence[Turn], answered: str) -> str | None:
-        """Returns what stands before an answer behind calls, where it can be told; the template may rewrite these.
+        """Returns what precedes an answer after calls, if it can be found; the template may rewrite the calls.
 
         Once an answer follows, gpt-oss drops the calls' thoughts, and Gemma 4 begins a turn that no prompt has.
         """
@@ -354,7 +360,7 @@ class ProcessorChat(Prompts):
         return opening if before.endswith(self._before) and answered.startswith(opening) else None
 
     def _end_of(self, answered: str, turn: Turn) -> tuple[str, str, str]:
-        """Returns what ends a text behind its last answer, what of that is trained, and what is not.
+        """Returns what follows a text's last answer, what of that is trained, and what is not.
 
         Calls may have a closing token of their own (gpt-oss).
         """
@@ -362,13 +368,13 @@ class ProcessorChat(Prompts):
             return self._ending, self._closing, self._rest
         last = [*self._special.finditer(answered)][-1:] if CALLS in turn.fields else []
         if not last or answered[last[0].end() :].strip():
-            raise ValueError("the chat template closes this answer otherwise than others")
+            raise ValueError("the chat template closes this answer differently from others")
         return answered[last[0].start() :], last[0][0], answered[last[0].end() :]
 
     def _check_nothing_lost(self, turns: Sequence[Turn], rendered: str) -> None:
         contents = [self._message(turn)["content"] for turn in turns]
         if any(str(content) in rendered for content in contents if not isinstance(content, str)):
-            raise ValueError("the chat template writes a message's list of parts as it stands")
+            raise ValueError("the chat template writes a message's list of parts as it is")
         texts = [self.thought_and_answer(turn.text) if turn.role == "assistant" else ("", turn.text) for turn in turns]
         pieces = [[piece.strip() for text in pair for piece in self._media.split(text)[::2]] for pair in texts]
         if turns and turns[0].role == "system" and (text := turns[0].text.strip()):
@@ -406,11 +412,12 @@ class ProcessorChat(Prompts):
 
 
 def leaves_of(value: Any) -> Iterator[Any]:
-    """Yields the names, texts, numbers and other ends of a value of JSON, at every depth."""
+    """Yields the keys, strings, numbers and other leaves of a JSON value, at every depth."""
     if not isinstance(value, dict | list):
         yield value
         return
-    for inner in (*value, *value.values()) if isinstance(value, dict) else value:
+    inner_values = (*value, *value.values()) if isinstance(value, dict) else value
+    for inner in inner_values:
         yield from leaves_of(inner)
 
 
@@ -459,11 +466,11 @@ class QuestionAnswer(Prompts):
         options = PROCESSOR_OPTIONS.get(type(processor).__name__)
         if options is None:
             return
-        # Before 5.23 transformers puts the separator behind a Chameleon's text whatever is asked: it would be trained.
-        alone = [int(token) for token in processor(text=["."], **options)["input_ids"][0]]
-        if alone != processor.tokenizer(".")["input_ids"]:
+        # Before 5.23 transformers puts the separator after a Chameleon's text whatever is asked: it would be trained.
+        encoded = [int(token) for token in processor(text=["."], **options)["input_ids"][0]]
+        if encoded != processor.tokenizer(".")["input_ids"]:
             raise UserError(
-                f"model.template: the processor of {name} puts a separator behind every text; "
+                f"model.template: the processor of {name} puts a separator after every text; "
                 "take transformers 5.23 or later"
             )
 
@@ -486,7 +493,7 @@ class PaliGemma(Prompts):
     """Makes PaliGemma's two parts: pictures and question, seen in both directions, and the answer, seen from its left.
 
     The processor gets the answer apart, as `suffix`, and tells the parts from one another by token_type_ids. So a
-    conversation has one question, and its pictures stand before it (google-research/big_vision, paligemma).
+    conversation has one question, and its pictures come before it (google-research/big_vision, paligemma).
     """
 
     name = "paligemma"
@@ -506,7 +513,7 @@ class PaliGemma(Prompts):
         pictures = question.count(IMAGE_PLACEHOLDER)
         before = question.rpartition(IMAGE_PLACEHOLDER)[0].replace(IMAGE_PLACEHOLDER, "")
         if before.strip():
-            raise ValueError("a picture stands behind words, and a PaliGemma takes pictures before the question alone")
+            raise ValueError("a picture comes after words, and a PaliGemma takes pictures only before the question")
         if not pictures:
             raise ValueError("it has no picture, and a PaliGemma's processor takes no words without one")
         text = self._picture * pictures + words
@@ -519,7 +526,7 @@ FORMATS: Mapping[str, type[QuestionAnswer] | type[PaliGemma]] = MappingProxyType
     {"question_answer": QuestionAnswer, "paligemma": PaliGemma}
 )
 PROCESSOR_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {"ChameleonProcessor": {"return_for_text_completion": True}}  # or it puts a separator behind every text
+    {"ChameleonProcessor": {"return_for_text_completion": True}}  # or it puts a separator after every text
 )
 
 

@@ -1,4 +1,4 @@
-"""A store on disk: entries by key, each of tensors and facts, in files that appear whole.
+"""A store on disk: entries by key, each of tensors and facts, in files written whole or not at all.
 
 A folder holds what was made with one set of settings, which its `settings.json` names; others are refused. What was
 interrupted is resumed, several processes may fill one folder, and tensors are read memory-mapped.
@@ -40,7 +40,7 @@ class Entry(NamedTuple):
 
 
 class ShardStore:
-    """Reads and writes a folder's entries; of two with one key the later counts. Worker processes may have it."""
+    """Reads and writes a folder's entries; of two with one key the later counts. It can be sent to worker processes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -133,11 +133,11 @@ def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
-    """Reads a folder's settings; None where it has none."""
+    """Reads a folder's settings; None if it has none."""
     path = folder / SETTINGS_FILE
     return read_json(path) if path.is_file() else None
 
 
 def first_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:
-    """Returns the first name, alphabetically, whose values differ; None where all are equal."""
+    """Returns the first name, alphabetically, whose values differ; None if all are equal."""
     return min((name for name in {*first, *second} if first.get(name) != second.get(name)), default=None)

@@ -30,7 +30,7 @@ class TowerSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ComposeSpec:
-    """The parts of a composed LLaVA; LLaVA-1.5's projector, `mlp2x_gelu`, stands between them."""
+    """The parts of a composed LLaVA; LLaVA-1.5's projector, `mlp2x_gelu`, is between them."""
 
     vision_library: VisionLibrary
     """Library that the vision tower comes from."""

@@ -1,6 +1,6 @@
 """Presets that name parts of a model in `targets`: `language`, `vision`, `projector`, `experts`, `all-linear`.
 
-Each stands for full-name patterns, found in the model itself, wherever a run's settings take such patterns.
+Each is replaced by full-name patterns found in the model, in every setting that takes such patterns.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ NamesIn = Callable[[PreTrainedModel, str], list[str]]
 
 
 def resolved_targets(
-    model: PreTrainedModel, patterns: Iterable[str], where: str, *, any_module: bool = False
+    model: PreTrainedModel, patterns: Iterable[str], setting: str, *, any_module: bool = False
 ) -> tuple[str, ...]:
-    """Replaces each preset among patterns of layers to adapt by the patterns that it stands for.
+    """Replaces each preset among patterns of layers to adapt by full-name patterns.
 
     Args:
-        where: the setting, for messages.
-        any_module: takes any module with weights, not only layers that can be adapted alone.
+        setting: its name, for messages.
+        any_module: takes any module with weights, not only layers that can be adapted.
     """
-    return _resolved(model, patterns, where, _owners_in if any_module else _targets_in)
+    return _resolved(model, patterns, setting, _owners_in if any_module else _targets_in)
 
 
-def resolved_weights(model: PreTrainedModel, patterns: Iterable[str], where: str) -> tuple[str, ...]:
+def resolved_weights(model: PreTrainedModel, patterns: Iterable[str], setting: str) -> tuple[str, ...]:
     """Replaces each preset among patterns of parameters to train whole."""
-    return _resolved(model, patterns, where, _parameters_in)
+    return _resolved(model, patterns, setting, _parameters_in)
 
 
 def resolved_layers(model: PreTrainedModel, preset: str) -> frozenset[str]:
@@ -66,14 +66,14 @@ def _matches_any(names: Iterable[str], pattern: str) -> bool:
     return any(fnmatchcase(name, pattern) for name in names)
 
 
-def _resolved(model: PreTrainedModel, patterns: Iterable[str], where: str, names_in: NamesIn) -> tuple[str, ...]:
+def _resolved(model: PreTrainedModel, patterns: Iterable[str], setting: str, names_in: NamesIn) -> tuple[str, ...]:
     resolved: list[str] = []
     for pattern in patterns:
         if pattern in PRESETS:
             names = names_in(model, pattern)
             if not names:
                 raise UserError(
-                    f"{where}: {pattern} is no place in a {type(model).__name__}; name its layers by patterns"
+                    f"{setting}: a {type(model).__name__} has no part {pattern!r}; name its layers by patterns"
                 )
             resolved += _as_patterns(names, [name for name, _ in (*model.named_modules(), *model.named_parameters())])
         elif any(sign in pattern for sign in "*?[.") or pattern in dict(model.named_modules()):
@@ -81,8 +81,8 @@ def _resolved(model: PreTrainedModel, patterns: Iterable[str], where: str, names
         else:
             close = get_close_matches(pattern, PRESETS, n=1, cutoff=0.0)[0]
             raise UserError(
-                f"{where}: {pattern!r} is neither a module nor one of {', '.join(PRESETS)}; did you mean {close}, or a "
-                f"pattern such as '*.{pattern}'?"
+                f"{setting}: {pattern!r} is neither a module nor one of {', '.join(PRESETS)}; did you mean {close}, or "
+                f"a pattern such as '*.{pattern}'?"
             )
     return tuple(dict.fromkeys(resolved))
 

@@ -66,13 +66,13 @@ class Prompts:
     takes_tools: bool = False
     """True where the format writes more than turns say: tools, their calls and results."""
     thinking: bool | None = None
-    """True or False where the format asks for thoughts or for none; None where it leaves that to the model."""
+    """True or False where the format asks for thoughts or for none; None if it leaves that to the model."""
 
     def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Chat:
         """Renders turns as text up to the last answer that is trained; `generation_prompt` opens the next answer.
 
         Raises: ValueError if they do not alternate from the user, after one system turn where there is a place for it,
-            end otherwise than asked, an answer holds nothing, or the format has no place for them.
+            end differently than asked, an answer holds nothing, or the format has no place for them.
         """
         self._refuse_tools(turns)
         system, conversation = (turns[0], turns[1:]) if turns and turns[0].role == "system" else (None, turns)
@@ -136,7 +136,7 @@ class RoundTemplate(Prompts):
 
     name: str
     system: str = ""
-    """This text stands before the first round."""
+    """This text precedes the first round."""
     own_system: str = ""
     """Replaces `system` by a sample's system turn, `{}`; empty refuses such samples."""
     first_question: str = ""
@@ -277,8 +277,8 @@ TEMPLATES: Mapping[str, RoundTemplate | PlainTemplate] = {row.name: row for row 
 # Instructions as text: the published prompts, to the last space. Sources: AGI-Edgerunners/LLM-Adapters, `finetune.py`
 # and `commonsense_evaluate.py`; NVlabs/DoRA, the same in `commonsense_reasoning/`. Their training prompt is indented by
 # 16 spaces, its blank lines hold 16 spaces too, and its first line ends in white space (in LLM-Adapters in a linter's
-# comment); the test prompt ends its first line otherwise and has empty blank lines. Both are kept as they are: a model
-# trained with the one is asked with the other.
+# comment); the test prompt ends its first line differently and has empty blank lines. Both are kept as they are: a
+# model trained with the one is asked with the other.
 
 PLAIN = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 PAIRED = (
@@ -295,7 +295,7 @@ class InstructionPrompt:
     test: tuple[str, str] = (PLAIN, PAIRED)
     indent: str = ""
     between = ""
-    """This text stands between the prompt and the output."""
+    """This text is between the prompt and the output."""
 
     def before_output(self, instruction: str, context: str, *, test: bool) -> str:
         """Returns the text up to where the output begins; `context` is the record's `input`."""
@@ -306,7 +306,7 @@ class InstructionPrompt:
 
 
 class ClozePrompt(InstructionPrompt):
-    """Writes the instruction alone and a space before the output, as lm-eval does."""
+    """Writes only the instruction and a space before the output, as lm-eval does."""
 
     between = " "
 
@@ -331,7 +331,7 @@ class Instruction(Prompts):
     """Renders a prompt of `PROMPTS`: one question, its output, and the tokenizer's end token.
 
     Args:
-        train_on: `all` labels prompt and output, as the published runs do; `answer` the output and its end alone.
+        train_on: `all` labels prompt and output, as the published runs do; `answer` only the output and its end.
         test: uses the test's wording in any case.
     """
 
@@ -369,7 +369,7 @@ SECONDS, MEMORY = 2, 1 << 30
 
 
 class _Generation(Extension):
-    """Accepts `{% generation %}`, by which templates mark answers; it changes nothing of the text."""
+    """Accepts `{% generation %}`, by which templates mark answers; it leaves the text unchanged."""
 
     tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
 

@@ -63,7 +63,7 @@ from dora_vl.files import NO_OWN_CODE, check_model_folder, json_or_nothing, open
 log = logging.getLogger(__name__)
 
 NEW_PROJECTOR = "new_projector.json"
-"""Tells in a composed base what its projector was when it was drawn."""
+"""This file of a composed base records its projector as it was drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +205,7 @@ def load_from_file(network: nn.Module, spec: TowerSpec) -> None:
         network.load_state_dict(dict(state), strict=True)
     except RuntimeError as error:  # it names what is missing, unexpected or has another shape
         raise UserError(
-            f"{one_line(f'{source} does not fit: {error}', 400)}; where the tensors stand in the same order under "
+            f"{one_line(f'{source} does not fit: {error}', 400)}; where the tensors are in the same order under "
             "other names, set vision_weights_in_order"
         ) from error
 
@@ -244,7 +244,7 @@ def draft_config(
 def measure(network: nn.Module, config: GridTowerConfig) -> None:
     """Runs one empty picture and writes layout, grid side, prefix tokens and width into the config.
 
-    A sequence's grid is the largest square in it; what is left over (class and register tokens) stands in front.
+    A sequence's grid is the largest square in it; what is left over (class and register tokens) comes first.
     """
     blank = torch.zeros(1, 3, config.image_size, config.image_size)
     try:
@@ -287,7 +287,7 @@ def compose_llava(spec: ComposeSpec, folder: Path | str) -> None:
         processor(tower, language).save_pretrained(unfinished)
         write_json(unfinished / NEW_PROJECTOR, {"sha256": _projector_digest(unfinished)})
     named = spec.language_model or "a small Llama"
-    log.info("composed %s: %s + %s, %d tokens a picture", folder, spec.vision_name, named, tower.tokens)
+    log.info("composed %s: %s + %s, %d tokens per picture", folder, spec.vision_name, named, tower.tokens)
 
 
 def has_new_projector(folder: Path) -> bool:
@@ -301,7 +301,7 @@ def _projector_digest(folder: Path) -> str:
     numbers: dict[str, bytes] = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+            for key in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
                 _, projector, leaf = key.rpartition("multi_modal_projector.")
                 if projector:
                     numbers[leaf] = file.get_tensor(key).float().numpy().tobytes()
@@ -334,7 +334,7 @@ def join(tower: LoadedTower, language: LanguageModel, *, seed: int) -> LlavaForC
         model = LlavaForConditionalGeneration(config)
     weights = {f"model.vision_tower.{name}": value for name, value in tower.model.state_dict().items()}
     projector = model.model.multi_modal_projector
-    with torch.random.fork_rng(devices=[]):  # torch's own initial weights of two linears, from this seed alone
+    with torch.random.fork_rng(devices=[]):  # torch's own initial weights of two linears, from only this seed
         torch.manual_seed(seed)
         for name, layer in (("linear_1", projector.linear_1), ("linear_2", projector.linear_2)):
             linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
@@ -353,7 +353,7 @@ def processor(tower: LoadedTower, language: LanguageModel) -> LlavaProcessor:
     side = tower.preparation.image_size // tower.patch_size
     if side**2 != tower.tokens:
         log.warning(
-            "transformers' processor will count %d tokens a picture instead of %d, because no whole number of pixels "
+            "transformers' processor will count %d tokens per picture instead of %d, because no whole number of pixels "
             "makes this grid; dora_vl is not affected, other tools need a grid_pool that divides the picture",
             side**2,
             tower.tokens,
@@ -392,7 +392,7 @@ def measured(folder: Path) -> tuple[Float[Tensor, " channels"], Float[Tensor, " 
 
 @torch.no_grad()
 def standardise(linear: nn.Linear, mean: Float[Tensor, " channels"], spread: Float[Tensor, " channels"]) -> None:
-    """Changes a layer so that it does with raw numbers what it did with standardised ones."""
+    """Changes a layer so that it does with raw values what it did with standardised ones."""
     linear.weight.div_(spread)
     linear.bias.sub_(linear.weight @ mean)
 

@@ -255,12 +255,12 @@ class ImagePreparation:
             picture = self._padded_by_rows(picture)
         if self.aspect == "square" and not self._warned and max(picture.size) > 2 * min(picture.size):
             self._warned = True
-            logger.warning("square keeps the middle alone of a picture of %d x %d; squash keeps all", *picture.size)
+            logger.warning("square keeps only the middle of a picture of %d x %d; squash keeps all", *picture.size)
         pixels = self._processor(images=picture, return_tensors="pt")["pixel_values"]
         return pixels[0]
 
     def as_picture(self, pixels: Float[Tensor, "3 height width"]) -> Image.Image:
-        """Returns the picture that normalised pixels show; prepared again in any of the ways, it gives them again."""
+        """Returns the picture that normalised pixels show; preparing it again, in any way, gives the same pixels."""
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.preparation.mean, self.preparation.std))
         shades = ((pixels * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
         return Image.fromarray(shades.permute(1, 2, 0).numpy())
@@ -269,7 +269,7 @@ class ImagePreparation:
         """Makes the padded square at its final size without the full square, which takes gigabytes for long pictures.
 
         Pillow resizes rows first, each by itself, and rounds them to 8 bits before the columns; so does this, and
-        rows that are padding alone keep their colour.
+        rows that are only padding keep their colour.
         """
         side, colour = self.preparation.image_size, tuple(int(value * 255) for value in self.preparation.mean)
         resample = Resampling[self.preparation.interpolation.upper()]

@@ -1,4 +1,4 @@
-"""Converts a video's frames to a processor's inputs: a video with frame times, or one picture a frame."""
+"""Converts a video's frames to a processor's inputs: a video with frame times, or one picture per frame."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ONE_LENGTH = "pixel_values_videos"
 
 
 def metadata(video: Video) -> VideoMetadata:
-    """Returns what transformers' processors need of a video whose frames are already chosen.
+    """Returns what transformers' processors need to know of a video whose frames are already chosen.
 
     They take frame index / rate for a frame's time, and frames / all frames * rate for how densely they were taken. So
     the indices are the file's and the rate its mean rate; where frames do not come at a steady rate, both are of a
@@ -76,7 +76,7 @@ def has_place_for_video(render: Callable[[Sequence[Turn]], Chat], token: str) ->
 
 
 def marked(turns: Sequence[Turn]) -> list[Turn]:
-    """Replaces each `<video>` in the turns by the mark that is no text."""
+    """Replaces each `<video>` in the turns by a mark that no text contains."""
     return [replace(turn, text=turn.text.replace(VIDEO_PLACEHOLDER, VIDEO_MARK)) for turn in turns]
 
 
@@ -126,7 +126,7 @@ def repeated(video: Video, frames: int) -> Video:
 
 
 def grey_video(colour: tuple[int, int, int], side: int, frames: int = 2) -> Video:
-    """Makes a still video of one colour, a frame a second."""
+    """Makes a still video of one colour, one frame per second."""
     return Frames(
         pictures=(Image.new("RGB", (side, side), colour),) * frames,
         indices=tuple(range(frames)),
@@ -149,7 +149,7 @@ def displaced_inputs(
         processor: its own picture and video processors make the inputs.
         outputs: what it returned for the whole sample.
 
-    Returns: the inputs by that name, `[1, tiles and frames, ...]`; empty where none was displaced.
+    Returns: the inputs by that name, `[1, tiles and frames, ...]`; empty if none was displaced.
     """
     names = set(processor.image_processor.model_input_names) & set(processor.video_processor.model_input_names)
     kinds = [replacement["type"] for replacement in (outputs.get("text_replacement_offsets") or [[]])[0]]
@@ -173,9 +173,9 @@ LEAST_PIXELS = 32 * 32
 def within_pixels(
     pictures: Sequence[Image.Image], videos: Sequence[Video], limit: int
 ) -> tuple[list[Image.Image], list[Video], int]:
-    """Shrinks a sample's pictures and videos where together they have more than `most` pixels.
+    """Shrinks a sample's pictures and videos where together they have more than `limit` pixels.
 
-    Returns: them, and how many pixels they lost; 0 where they fit.
+    Returns: them, and how many pixels they lost; 0 if they fit.
     """
     before = _pixels(pictures, videos)
     if before <= limit:

@@ -44,7 +44,7 @@ class Stored:
 
 
 class FeatureStore:
-    """Reads stored features by the name of their picture or video; worker processes may have it.
+    """Reads stored features by the name of their picture or video; it can be sent to worker processes.
 
     `rows` maps each name to where its features are, in the format's own terms.
     """
@@ -54,15 +54,15 @@ class FeatureStore:
         self.rows = rows
 
     def stored(self, name: str) -> Stored:
-        """Returns the size of features without reading them; raises `BadSample` where there are none, as `read`."""
+        """Returns the size of features without reading them; raises `BadSample` if there are none, as `read`."""
         return self._taken(name, self._stored)
 
     def read(self, name: str) -> Float[Tensor, "tokens width"]:
-        """Reads features in the dtype they are stored in; raises `BadSample` where they are missing or damaged."""
+        """Reads features in the dtype they are stored in; raises `BadSample` if they are missing or damaged."""
         return self._taken(name, self._read)
 
     def part(self, name: str) -> Part | None:
-        """Returns the part of the video that the features cover; None where nothing says it."""
+        """Returns the part of the video that the features cover; None if it is not recorded."""
         del name
         return None
 
@@ -140,7 +140,7 @@ class FeatureRow:
 
 
 class FeatureWriter:
-    """Writes features in float16, a shard whenever there are enough; leaving the `with` block writes the rest."""
+    """Writes features in float16, one shard at a time; leaving the `with` block writes the rest."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -234,7 +234,7 @@ def _table_size(path: Path, schema: Any) -> Stored:
 
 
 def _fixed_sizes(kind: Any) -> list[int]:
-    """Returns the sizes of nested fixed-size lists, from the outside in; empty where one has no fixed size."""
+    """Returns the sizes of nested fixed-size lists, from the outside in; empty if one has no fixed size."""
     import pyarrow as pa
 
     sizes = []
@@ -247,7 +247,7 @@ def _fixed_sizes(kind: Any) -> list[int]:
 
 
 class FileFeatures(FeatureStore):
-    """Reads one file a picture or video: VL-Adapter's tree of HDF5 (needs h5py), VALUE's folder of `.npz`."""
+    """Reads one file per picture or video: VL-Adapter's tree of HDF5 (needs h5py), VALUE's folder of `.npz`."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, {path.stem: path for suffix in _READERS for path in folder.glob(f"*{suffix}")})
@@ -261,7 +261,7 @@ class FileFeatures(FeatureStore):
         return torch.from_numpy(self._looked_into(name, values=True)).flatten(0, -2)
 
     def _looked_into(self, name: str, *, values: bool) -> Any:
-        """Reads a file's numbers, or their shape alone."""
+        """Reads a file's numbers, or only their shape."""
         path = self.rows[name]
         shape, dtype, numbers = _READERS[path.suffix](path, values)
         if len(shape) < 2 or not np.issubdtype(dtype, np.floating):
@@ -293,7 +293,7 @@ _READERS = {".h5": _hdf5, ".npz": _npz}
 
 @dataclass(frozen=True)
 class FeatureReader:
-    """Reads features by an example's path, whose folder and suffix do not count."""
+    """Reads features by an example's path, ignoring its folder and suffix."""
 
     source: FeatureStore
     tokens: int
@@ -315,8 +315,8 @@ class FeatureReader:
 
     def _refuse_other_width(self, path: str, width: int) -> None:
         if width != self.width:
-            reason = f"its features in {self.source.folder} have {width} numbers a token; the model takes {self.width}"
-            raise BadSample(path, reason)
+            reason = f"its features in {self.source.folder} have {width} numbers per token"
+            raise BadSample(path, f"{reason}; the model takes {self.width}")
 
 
 def features_of(example: Example, reader: FeatureReader) -> Float[Tensor, "images tokens channels"]:
@@ -330,7 +330,7 @@ def features_of(example: Example, reader: FeatureReader) -> Float[Tensor, "image
 
 
 def check_features(example: Example, reader: FeatureReader) -> None:
-    """Refuses what `features_of` would, as far as it can be known without reading features."""
+    """Refuses what `features_of` would refuse, as far as that is known without reading features."""
     _frames(example, reader, [reader.stored(path).tokens for path in feature_paths(example)])
 
 
@@ -344,7 +344,7 @@ def feature_paths(example: Example) -> tuple[str, ...]:
 
 
 def _frames(example: Example, reader: FeatureReader, tokens: Sequence[int]) -> list[int]:
-    """Returns the frames behind each path's features, as far as their length depends on it.
+    """Returns the number of frames that each path's features come from, as far as their length depends on it.
 
     Raises: BadSample for another number of a picture's tokens, and for features of another part of a video than the
         example means.
@@ -355,7 +355,7 @@ def _frames(example: Example, reader: FeatureReader, tokens: Sequence[int]) -> l
         raise BadSample(example.id, f"its pictures have {counts} tokens; data.feature_tokens is {reader.tokens}")
     if clip is not None and not example.images:
         part, meant = reader.source.part(Path(clip[0]).stem), part_of(clip[1])
-        if part is not None and part != meant:  # they were found by their name alone
+        if part is not None and part != meant:  # they were found only by their name
             raise BadSample(
                 example.id,
                 f"it is about {describe_part(meant)} of {clip[1].path}, and its features are of "
@@ -426,7 +426,7 @@ def pooled_frames(tokens: int, length: int, *, frames: int) -> int:
         return frames
     if length % per_frame:
         raise UserError(
-            f"{frames} frames of {per_frame} tokens have to become {length} tokens (data.feature_tokens), which is no "
-            f"multiple of {per_frame}"
+            f"{frames} frames of {per_frame} tokens have to become {length} tokens (data.feature_tokens), which is not "
+            f"a multiple of {per_frame}"
         )
     return length // per_frame

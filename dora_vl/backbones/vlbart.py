@@ -95,7 +95,7 @@ class VlBartBackbone(Backbone[VlBartForConditionalGeneration]):
         encoded: Float[Tensor, "batch total width"],
         mask: Int[Tensor, "batch total"],
     ) -> Float[Tensor, "batch answer width"]:
-        """Returns the decoder's hidden states; padding behind an answer needs no mask, since attention is causal."""
+        """Returns the decoder's hidden states; padding after an answer needs no mask, since attention is causal."""
         return self.model.model.decoder(
             input_ids=decoder_input_ids, encoder_hidden_states=encoded, encoder_attention_mask=mask, use_cache=False
         ).last_hidden_state
@@ -167,7 +167,7 @@ class VlBartBackbone(Backbone[VlBartForConditionalGeneration]):
 
         What bart-base's own file would silently add (four beams, no repeated trigram, forced first and last tokens) is
         off unless `options` of transformers' generate ask for it; beam search ends with the end token, as in the
-        original. Rows whose scores are no numbers hold `NO_TOKEN`.
+        original. Rows whose scores are not finite hold `NO_TOKEN`.
         """
         encoded, mask = self.encode(input_ids, attention_mask, features)
         model: Any = self.model
@@ -297,7 +297,7 @@ def as_original(tensors: Mapping[str, Tensor], *, source: str) -> OriginalState:
         own[f"{name.removesuffix(RAW_WEIGHT)}.weight" if name.endswith(RAW_WEIGHT) else name] = tensor
     if f"{EMBEDDING}.feat_embedding.0.weight" not in own:
         raise UserError(
-            f"{source} holds no {EMBEDDING}.feat_embedding.0.weight; it is no VL-BART of VL-T5 or VL-Adapter"
+            f"{source} holds no {EMBEDDING}.feat_embedding.0.weight; it is not a VL-BART of VL-T5 or VL-Adapter"
         )
     norm: VisualNorm = "sum" if f"{EMBEDDING}.layer_norm.weight" in own else "none"
     if f"{EMBEDDING}.feat_embedding.1.weight" in own:

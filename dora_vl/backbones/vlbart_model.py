@@ -1,6 +1,6 @@
 """VL-BART as a transformers model: BART whose encoder reads picture tokens after the text.
 
-Only what differs from transformers' BART stands here; its layers, decoder, generation and files are the library's.
+Only what differs from transformers' BART is here; its layers, decoder, generation and files are the library's.
 State-dict names are those of VL-T5 and VL-Adapter, so that their files load as they are.
 """
 
@@ -41,7 +41,7 @@ class VlBartConfig(BartConfig):
         pooled_side: rows and columns that each picture's square grid is max-pooled to; None keeps its tokens.
         visual_norm: layer norms of the feature and the position branch (`each`, the published runs), one after the
             sum (`sum`, VL-T5's pretrained files), or `none`.
-        boxes: what stands for a token's place where none is given: `zeros` as in the published grid runs, or the
+        boxes: what a token's box is where none is given: `zeros` as in the published grid runs, or the
             `grid` cell's real box, or its box on a film `strip`, a video's frames side by side from left to right, so
             that it says when.
         frame_side: rows and columns of one frame's tokens on a strip.
@@ -77,7 +77,7 @@ class VlBartConfig(BartConfig):
 class VisualEmbedding(nn.Module):
     """Embeds picture tokens: the sum of feature, box, picture number and token number.
 
-    A row of BART's own token embedding, counted from its end (`<vis_extra_id_i>`), stands for the token number: with
+    A row of BART's own token embedding, counted from its end (`<vis_extra_id_i>`), represents the token number: with
     the token embedding frozen, these are frozen random vectors.
     """
 
@@ -118,7 +118,7 @@ def pool_grid(features: Float[Tensor, "rows tokens channels"], side: int) -> Flo
     before = math.isqrt(features.shape[1])
     if before**2 != features.shape[1]:
         raise UserError(
-            f"{features.shape[1]} picture tokens are no square grid, so they cannot be pooled to {side}x{side}; "
+            f"{features.shape[1]} picture tokens are not a square grid, so they cannot be pooled to {side}x{side}; "
             "set the model's pooled_side to null"
         )
     grid = features.transpose(1, 2).unflatten(2, (before, before))
@@ -140,7 +140,7 @@ def strip_boxes(tokens: int, side: int) -> Float[Tensor, "tokens 4"]:
     """Returns boxes (x1, x2, y1, y2) of a video's tokens on a strip of frames, each of `side` rows and columns."""
     frames, rest = divmod(tokens, side**2)
     if rest:
-        raise UserError(f"{tokens} picture tokens are no whole number of frames of {side}x{side}; set frame_side")
+        raise UserError(f"{tokens} picture tokens are not a whole number of frames of {side}x{side}; set frame_side")
     within = grid_boxes(side, None).repeat(frames, 1)
     when = torch.arange(frames).repeat_interleave(side**2).unsqueeze(-1)
     return torch.cat([(within[:, :2] + when) / frames, within[:, 2:]], dim=-1)
@@ -206,7 +206,7 @@ class VlBartEncoder(BartEncoder):
             return strip_boxes(tokens if side is None else side**2, self.settings.frame_side)
         before = math.isqrt(tokens)
         if before**2 != tokens:
-            raise UserError(f"{tokens} picture tokens are no square grid, so they have no grid boxes; set boxes: zeros")
+            raise UserError(f"{tokens} picture tokens are not a square grid, so they have no boxes; set boxes: zeros")
         return grid_boxes(before, side)
 
 

@@ -25,15 +25,16 @@ Quantisation = Literal["nf4", "int8"]
 Value = TypeVar("Value", int, float)
 
 MAIN_PART = "dora"
-"""The layers of `targets` are called so among the parts that train."""
+"""The part that the layers of `targets` belong to has this name."""
 RESERVED = frozenset((MAIN_PART, "full", "magnitude"))
-"""No part that a user adds may have these names: what trains is called `dora.A`, `vision.magnitude`, `full`."""
+"""A part that a user adds may not have these names: what trains is called `dora.A`, `vision.magnitude`, `full`."""
 
 
 def is_of_type(value: Any, kind: Any) -> bool:
-    """Tells whether a value is of its annotation's type; numpy's numbers are numbers, true and false are none.
+    """Tells whether a value has its annotation's type. numpy's numbers count as numbers, booleans do not.
 
-    A text is a sequence too, but no tuple: `targets="*.q_proj"` would be eight globs of one letter, one of them `*`.
+    A string is refused where a tuple is expected: `targets="*.q_proj"` would otherwise be eight one-letter globs, one
+    of them `*`.
     """
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Literal:
@@ -48,7 +49,7 @@ def is_of_type(value: Any, kind: Any) -> bool:
 
 
 def check_types(settings: Any) -> None:
-    """Raises a `UserError` where a setting is not of its type, or none of its choices."""
+    """Raises a `UserError` where a setting has the wrong type, or is not one of its choices."""
     kinds = get_type_hints(type(settings))
     for setting in fields(settings):
         value, kind = getattr(settings, setting.name), kinds[setting.name]
@@ -82,7 +83,7 @@ class AdapterSettings:
     """
 
     method: Method = "dora"
-    """`dora`: A, B and magnitude; `lora`: A and B; `magnitude`: magnitude alone; `full`: the targets' own weights;
+    """`dora`: A, B and magnitude; `lora`: A and B; `magnitude`: magnitude only; `full`: the targets' own weights;
     `dvora`: frozen random A and B shared by all layers, with trained vectors (VeRA) and magnitudes."""
     rank: int = 16
     """Rows of A (columns of B); the change of a weight has at most this rank before normalisation."""
@@ -91,7 +92,7 @@ class AdapterSettings:
     dropout: float = 0.05
     """Probability of dropping an element of the input of the path named by `dropout_mode`, in training."""
     dropout_mode: DropoutMode = "low_rank"
-    """`low_rank`: dropout on B A x alone, one frozen product; `whole_change`: as PEFT and the reference, two."""
+    """`low_rank`: dropout only on B A x, one frozen product; `whole_change`: as PEFT and the reference, two."""
     detach_norm: bool = True
     """Takes no gradient through the norm (paper section 4.3, 12-24 % less memory); False is the full equation."""
     rank_scaling: RankScaling = "linear"
@@ -100,7 +101,7 @@ class AdapterSettings:
     """The globs of `targets` may hit these kinds; embeddings, convolutions and experts that are one tensor (by its
     name, `*.experts.down_proj`) must be named here."""
     magnitude_targets: tuple[str, ...] = ()
-    """Full-name globs of further layers that get a magnitude alone, beside the full ones (paper table 6)."""
+    """Full-name globs of further layers that get only a magnitude, beside the full ones (paper table 6)."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """Maps full-name globs to ranks, for layers that differ; the first glob that matches counts."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -128,13 +129,14 @@ class AdapterSettings:
         no_targets = [name for name, part in self.parts.items() if not part.targets]
         low_rank = [name for name, part in self.parts.items() if part.rank is not None and part.rank < 1]
         low_alpha = [name for name, part in self.parts.items() if part.alpha is not None and not part.alpha > 0]
+        names_rule = f"{', '.join(sorted(RESERVED))} are reserved, and a name must not be empty or contain a dot"
         problems = (
             (self.rank < 1, f"rank is {self.rank}; it must be 1 or more"),
             (not math.isfinite(self.alpha) or self.alpha <= 0, f"alpha is {self.alpha}; it must be above 0"),
             (not 0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1"),
             (any(rank < 1 for rank in self.rank_pattern.values()), "rank_pattern holds a rank below 1"),
             (any(alpha <= 0 for alpha in self.alpha_pattern.values()), "alpha_pattern holds an alpha of 0 or less"),
-            (reserved, f"a part may not be called {reserved[:1]}: {', '.join(sorted(RESERVED))} and dots are taken"),
+            (reserved, f"a part may not be called {reserved[:1]}: {names_rule}"),
             (in_both, f"{in_both[:1]} is in parts (adapted) and in also_train (whole); choose one"),
             (no_targets, f"parts.{no_targets[:1]} has no targets"),
             (low_rank, f"parts.{low_rank[:1]} has a rank below 1"),
@@ -151,7 +153,7 @@ class AdapterSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DoRAConfig(AdapterSettings):
-    """Says how and where a model is adapted; comparisons between methods differ in `method` alone."""
+    """Says how and where a model is adapted; comparisons between methods differ only in `method`."""
 
     targets: tuple[str, ...]
     """Full-name globs of the modules to adapt, e.g. `*language_model*.q_proj`; each must hit at least one."""
@@ -166,12 +168,12 @@ class DoRAConfig(AdapterSettings):
         patterns = ((part, glob) for part, settings in self.parts.items() for glob in settings.targets)
         return next((part for part, glob in patterns if fnmatchcase(name, glob)), MAIN_PART)
 
-    def for_layer(self, name: str, *, magnitude_alone: bool = False) -> DoRAConfig:
+    def for_layer(self, name: str, *, magnitude_only: bool = False) -> DoRAConfig:
         """Resolves the settings of one layer, its patterns and its part; a pattern wins over a part."""
         part = self.parts.get(self.part_of(name))
         rank = first_match(self.rank_pattern, name, (part and part.rank) or self.rank)
         alpha = first_match(self.alpha_pattern, name, (part and part.alpha) or self.alpha)
-        method: Method = "magnitude" if magnitude_alone else self.method
+        method: Method = "magnitude" if magnitude_only else self.method
         if (rank, alpha, method) == (self.rank, self.alpha, self.method):
             return self
         return replace(self, rank=rank, alpha=alpha, method=method, rank_pattern={})

@@ -44,7 +44,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Returns the dtype that autocast wants; None where it is off, or unknown to the device (meta)."""
+    """Returns the dtype that autocast wants; None if it is off, or unknown to the device (meta)."""
     is_on = device.type != "meta" and torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if is_on else None
 
@@ -120,7 +120,7 @@ def norms(
     lora_B: Float[Tensor, "out rank"],
     scale: float,
 ) -> Float[Tensor, " out"]:
-    """Computes n of each row without a gradient, the rows that cancel taken dense.
+    """Computes n of each row without a gradient, dense for rows that cancel.
 
     Asking for them is free on CPU. On CUDA it would stop the host in every layer and rule CUDA graphs out, so the
     kernels decide there for themselves; only where there are none (float64, no Triton) is it asked for.
@@ -204,17 +204,17 @@ def adapted_linear(  # noqa: PLR0913 - the operands of the equation
     factors: tuple[Float[Tensor, "rank in_"], Float[Tensor, "out rank"]] | None,
     minus_one: Float[Tensor, " out"] | None,
     scale: float,
-    masked: Float[Tensor, "*batch in_"] | None = None,
+    dropped: Float[Tensor, "*batch in_"] | None = None,
     *,
     whole_change: bool = False,
 ) -> Float[Tensor, "*batch out"]:
-    """Computes y of x, where `product_of` gives f; `masked` is x after dropout, for A alone or for the whole change."""
+    """Computes y of x, where `frozen_layer` gives f; `dropped` is x after dropout, for A only or the whole change."""
     product, low_rank, frozen = frozen_layer(x), None, None
-    masked = x if masked is None else masked
+    dropped = x if dropped is None else dropped
     if factors is not None:
-        low_rank = F.linear(scale * F.linear(masked, factors[0]), factors[1]).to(product.dtype)
+        low_rank = F.linear(scale * F.linear(dropped, factors[0]), factors[1]).to(product.dtype)
     if whole_change:
-        frozen = frozen_layer(masked) if bias is None else frozen_layer(masked) - bias
+        frozen = frozen_layer(dropped) if bias is None else frozen_layer(dropped) - bias
     return adapted_output(product, bias, low_rank, minus_one, frozen)
 
 
@@ -239,9 +239,9 @@ class Gain:
         return (self.full - 1).to(self.dtype)
 
 
-def gains(magnitude: Float[Tensor, " out"], norms: Float[Tensor, " out"], dtype: torch.dtype, numbers: int) -> Gain:
-    """Computes the gain of a layer for activations of a dtype; `numbers` is the size of its weight."""
-    if norms.device.type == "cpu" and cpu_step.is_usable(norms.dtype, numbers):
+def gains(magnitude: Float[Tensor, " out"], norms: Float[Tensor, " out"], dtype: torch.dtype, weight_size: int) -> Gain:
+    """Computes the gain of a layer for activations of a dtype; `weight_size` is the size of its weight."""
+    if norms.device.type == "cpu" and cpu_step.is_usable(norms.dtype, weight_size):
         return Gain(*cpu_step.gains(magnitude, norms), dtype)
     full = gain(magnitude, norms).to(accumulation_dtype(dtype))
     return Gain(full, torch.where(norms > 0, norms.reciprocal(), 0.0), dtype)

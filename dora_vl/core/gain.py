@@ -1,7 +1,7 @@
-"""Tells whether a value that a layer kept, such as its gain, is still true of its tensors.
+"""Tells whether a value that a layer has cached, such as its gain, is still valid for its tensors.
 
-A gain is computed once an optimizer step and read at every pass. It is untrue after an optimizer step, an edit of any
-kind, or with other tensors in place of its own. Two sources tell, since neither sees all. A parameter's `_version` and
+A gain is computed once per optimizer step and read in every pass. It becomes invalid after an optimizer step, after any
+edit, and when a tensor is replaced. Two signals are needed, since neither sees everything. A parameter's `_version` and
 `data_ptr` stay the same under DeepSpeed ZeRO 0-3 when the engine updates it (measured); torch's optimizer post-hook
 fires at every step of every optimizer, DeepSpeed's included (checked under ZeRO 1, 2, 3), and needs no Trainer.
 Everything else is an edit, which torch counts in the tensor's version, or another tensor. Torch does not count what
@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 class OptimizerSteps:
-    """Optimizer steps of this process, counted once `watch_optimizers` was called."""
+    """Optimizer steps of this process, counted from the call of `watch_optimizers` on."""
 
     count = 0
 
@@ -62,7 +62,7 @@ class AdapterParameter(nn.Parameter):
 
 
 def edits_of(tensor: Tensor) -> tuple[int, int]:
-    """Returns what an edit moves: the count of edits in place, a shard's too, and what `p.data = ...` changes.
+    """Returns what an edit changes: the count of in-place edits, a shard's too, and what `p.data = ...` replaces.
 
     Tensors made under `inference_mode` count none.
     """
@@ -78,7 +78,7 @@ def edits_of(tensor: Tensor) -> tuple[int, int]:
 
 
 class Snapshot:
-    """Some tensors as they are now, and whatever else a value was computed from.
+    """The state of the tensors, and whatever else, that a value was computed from.
 
     The tensors are held weakly and compared as objects: an address or an `id` may come again, and another tensor may
     have the same version.

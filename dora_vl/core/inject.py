@@ -1,4 +1,4 @@
-"""Adapters go in from outside: `apply_dora` finds layers by full-name globs and puts adapted ones in their place."""
+"""Replaces a model's layers with adapted ones: `apply_dora` finds them by glob patterns of their full names."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ ADAPTABLE: Mapping[str, Adaptable] = {
     "torch.nn.modules.sparse.Embedding": Adaptable("embedding", DoRAEmbedding),
     **{path: Adaptable("embedding", DoRAEmbedding) for path in SCALED_EMBEDDINGS},
 }
-"""Its keys are class paths, so that nothing of other packages is imported here."""
+"""Keys are class paths, so that nothing of other packages is imported here."""
 
 
 def adaptable_names(model: nn.Module, config: DoRAConfig) -> list[str]:
@@ -82,24 +82,24 @@ def adaptable_names(model: nn.Module, config: DoRAConfig) -> list[str]:
 def find_adaptable(module: nn.Module, config: DoRAConfig) -> Adaptable | None:
     """Returns how a module is adapted; None if it is not, or not of `config.kinds`.
 
-    By exact class: a subclass may use its weight without calling itself (torch's attention does), and an adapter
-    there would be passed over in silence.
+    Classes match exactly. A subclass may use its weight without calling the layer (torch's attention does), and an
+    adapter there would silently have no effect.
     """
     path = class_path(module)
-    row, kind = ADAPTABLE.get(path), QUANTISED_KINDS.get(path)
+    entry, kind = ADAPTABLE.get(path), QUANTISED_KINDS.get(path)
     if kind is None and path in config.opaque_layers:
         kind = UNKNOWN_LINEAR
-    if kind is None and row and isinstance(module, nn.Linear) and is_traceable_wrapper_subclass(module.weight.data):
+    if kind is None and entry and isinstance(module, nn.Linear) and is_traceable_wrapper_subclass(module.weight.data):
         kind = TENSOR_SUBCLASS
     if kind is not None:
-        row = Adaptable("linear", partial(QuantisedLinear, kind=kind), weight_is_readable=False)
-    return row if row is not None and row.kind in config.kinds else None
+        entry = Adaptable("linear", partial(QuantisedLinear, kind=kind), weight_is_readable=False)
+    return entry if entry is not None and entry.kind in config.kinds else None
 
 
 SHARED_NAME = "dvora_shared"
 """The module that holds the random matrices has this name at the model's root."""
 START_OF_D = 0.1
-"""VeRA starts d at this value, and b at 0."""
+"""DVoRA's d starts at this value, and b at 0, as in VeRA."""
 
 
 class SharedRandom(nn.Module):
@@ -188,7 +188,7 @@ def _apply(model: nn.Module, config: DoRAConfig, gather: Gather) -> list[str]:
         if config.method == "dvora":
             linears = [_experts_of(model, name) or model.get_submodule(name) for name in names]
             if other := next((layer for layer in linears if type(layer) is not nn.Linear), None):
-                raise UserError(f"method: dvora adapts nn.Linear alone, and targets hit a {type(other).__name__}")
+                raise UserError(f"method: dvora adapts only nn.Linear, and targets hit a {type(other).__name__}")
             shared = SharedRandom(cast("list[nn.Linear]", linears), config)
             model.add_module(SHARED_NAME, shared)
         for name, layer_config in layers.items():
@@ -216,7 +216,7 @@ def _apply(model: nn.Module, config: DoRAConfig, gather: Gather) -> list[str]:
 
 
 def _disable_fused_encoders(model: nn.Module) -> None:
-    """Makes torch's encoders call adapted layers; in eval their fused pass reads the weights alone."""
+    """Makes torch's encoders call adapted layers; in eval their fused pass only reads the weights."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder) and any(adapted_layers(module)):
             vars(module).update(activation_relu_or_gelu=0, use_nested_tensor=False)  # a layer's, and an encoder's
@@ -242,7 +242,7 @@ def matching_layers(model: nn.Module, patterns: tuple[str, ...], config: DoRACon
 
 
 def refuse_unwritable(model: nn.Module, config: DoRAConfig) -> None:
-    """Raises a `UserError` where `init="pissa"` would write to a weight that is quantised, sharded or shared."""
+    """Raises a `UserError` if `init="pissa"` would write to a weight that is quantised, sharded or shared."""
     if config.init != "pissa" or config.method not in ("dora", "lora"):
         return
     patterns = (*config.targets, *(glob for part in config.parts.values() for glob in part.targets))
@@ -251,8 +251,8 @@ def refuse_unwritable(model: nn.Module, config: DoRAConfig) -> None:
         raise UserError(f"init: pissa rewrites {experts[0]}, experts that are one tensor; use kaiming or gaussian")
     layers = {name: model.get_submodule(name) for name in names}
     for name, layer in layers.items():
-        row = find_adaptable(layer, config)
-        if row is not None and not row.weight_is_readable:
+        entry = find_adaptable(layer, config)
+        if entry is not None and not entry.weight_is_readable:
             raise UserError(
                 f"init: pissa rewrites {name}'s weight, and a {type(layer).__name__} has none that can be written; use "
                 "kaiming or gaussian"
@@ -273,15 +273,15 @@ def _plan(model: nn.Module, config: DoRAConfig) -> dict[str, DoRAConfig]:
         full.update(names)
     if main and all(config.part_of(name) in config.parts for name in main):
         raise UserError(f"targets: all {len(main)} layers that they match are in parts; leave targets empty: []")
-    alone = set(matching_layers(model, config.magnitude_targets, config, "magnitude_targets"))
-    if both := sorted(full & alone):
+    magnitude_only = set(matching_layers(model, config.magnitude_targets, config, "magnitude_targets"))
+    if both := sorted(full & magnitude_only):
         raise UserError(f"{both[0]} (and {len(both) - 1} more) is in targets and in magnitude_targets; name it once")
-    if alone and config.method not in ("dora", "dvora"):
-        raise UserError(f"magnitude_targets stand beside method dora or dvora, not {config.method}")
+    if magnitude_only and config.method not in ("dora", "dvora"):
+        raise UserError(f"magnitude_targets need method dora or dvora, not {config.method}")
     match_names(full, config.rank_pattern, "rank_pattern (adapted layers)")
     match_names(full, config.alpha_pattern, "alpha_pattern (adapted layers)")
-    names = [name for name in adaptable_names(model, config) if name in alone or name in full]
-    return {name: config.for_layer(name, magnitude_alone=name in alone) for name in names}
+    names = [name for name in adaptable_names(model, config) if name in magnitude_only or name in full]
+    return {name: config.for_layer(name, magnitude_only=name in magnitude_only) for name in names}
 
 
 def merge_dora(model: nn.Module, *, keep_base: bool = True) -> None:
@@ -305,7 +305,7 @@ def unmerge_dora(model: nn.Module) -> None:
 
 
 def strip_adapters(model: nn.Module) -> None:
-    """Puts the layers of before back, with the weights as they are (merged or not), ready to be saved.
+    """Puts the original layers back, with the weights as they are (merged or not), ready to be saved.
 
     What trains in float32 over a half-precision base gets its module's dtype back, rounded as a merge rounds.
     """
@@ -318,7 +318,7 @@ def strip_adapters(model: nn.Module) -> None:
 
 
 def _put_plain_layers_back(model: nn.Module) -> None:
-    train_in_own_dtype(model)  # while the layers that hold trained biases know of what dtype those were
+    train_in_own_dtype(model)  # while the layers that hold trained biases still know their original dtypes
     for module in list(model.modules()):
         if isinstance(module, AdaptedExperts):
             replace_module(model, module, module.original_layer())
@@ -341,10 +341,10 @@ def _adapt(model: nn.Module, name: str, config: DoRAConfig, gather: Gather) -> N
         elif config.method == "dvora":
             adapted = DVoRALinear(cast(nn.Linear, base), config, cast(SharedRandom, model.get_submodule(SHARED_NAME)))
         else:
-            row = find_adaptable(base, config)
-            assert row is not None
+            entry = find_adaptable(base, config)
+            assert entry is not None
             try:
-                adapted = row.build(base, config)
+                adapted = entry.build(base, config)
             except UserError as error:
                 raise UserError(f"{name}: {error}") from error
         if adapted is not base:

@@ -1,4 +1,4 @@
-"""Holds what adapted layers share: A, B and magnitude, when the norm is computed, and how it merges."""
+"""The base class of adapted layers: A, B and magnitude, when the norm is computed, and how the adapter merges."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dora_vl.core.gain import AdapterParameter, OptimizerSteps, Snapshot, watch_
 
 
 def is_traced() -> bool:
-    """Tells whether a graph is recorded or a transform of `torch.func` runs, for which nothing kept may be used."""
+    """Tells whether a graph is recorded or a transform of `torch.func` runs, for which nothing cached may be used."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
@@ -42,13 +42,13 @@ def subtract_start(layer: AdaptedLayer, a: Tensor, b: Tensor) -> None:
 
 
 FROZEN = "||W||^2"
-"""Values that depend on the frozen weight alone are kept under this name."""
+"""The norms that depend only on the frozen weight are cached under this name."""
 Self = TypeVar("Self", bound="AdaptedLayer")
 Value = TypeVar("Value")
 
 
 class AdaptedLayer(nn.Module):
-    """A frozen layer with DoRA, LoRA or a magnitude alone (`config.method`), in the layer's own place.
+    """A frozen layer with DoRA, LoRA or only a magnitude (`config.method`), in the layer's own place.
 
     A kind of layer (linear, convolution, embedding, opaque) says how its weight reads as a matrix [out, in] and how
     its own forward pass goes. `weight` and `bias` keep their names and are the same parameters, so a base checkpoint
@@ -71,11 +71,11 @@ class AdaptedLayer(nn.Module):
     """True where `weight` holds the values that multiply the input; False where they are quantised."""
 
     def start_adapter(self, base: nn.Module, config: DoRAConfig) -> None:
-        """Sets the adapter up; the layer's own weight and sizes must stand already."""
+        """Sets up the adapter; the layer's weight and sizes must already be set."""
         watch_optimizers()
         self.adapter = config
         self._shards: dict[str, Tensor] = {}
-        # In a tuple, so that torch does not see it: the layer that was here before, for `plain`.
+        # In a tuple, so that torch does not see it: the layer that was here before, for `original_layer`.
         self._replaced = (base,)
         self.merged = False
         self.training = base.training
@@ -98,14 +98,18 @@ class AdaptedLayer(nn.Module):
             dtype, device = functional.accumulation_dtype(self.compute_dtype()), self.weight.device
             self.lora_A = AdapterParameter(torch.empty(shape_A, dtype=dtype, device=device))
             self.lora_B = AdapterParameter(torch.zeros(shape_B, dtype=dtype, device=device))
-            for a in (self.lora_A if self.experts else [self.lora_A]) if device.type != "meta" else ():
-                if self.adapter.init == "kaiming":
-                    nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-                elif self.adapter.init == "gaussian":
-                    nn.init.normal_(a, std=1 / self.adapter.rank)
-                else:
-                    nn.init.zeros_(a)
+            if device.type != "meta":
+                self._init_factor_a(self.lora_A)
         self.create_magnitude()
+
+    def _init_factor_a(self, lora_A: Tensor) -> None:
+        for matrix in lora_A if self.experts else [lora_A]:
+            if self.adapter.init == "kaiming":
+                nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+            elif self.adapter.init == "gaussian":
+                nn.init.normal_(matrix, std=1 / self.adapter.rank)
+            else:
+                nn.init.zeros_(matrix)
 
     @torch.no_grad()
     def create_magnitude(self) -> None:
@@ -138,7 +142,7 @@ class AdaptedLayer(nn.Module):
         return matrix
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Returns the shapes of A and B as they are kept and saved (PEFT's)."""
+        """Returns the shapes of A and B as they are stored and saved (PEFT's)."""
         rows, columns = self.matrix_shape()
         return (rank, columns), (rows, rank)
 
@@ -155,7 +159,7 @@ class AdaptedLayer(nn.Module):
         return self.weight.dtype
 
     def factors(self) -> tuple[Float[Tensor, "*experts rank in_"], Float[Tensor, "*experts out rank"]] | None:
-        """Returns A and B as matrices, with their gradients; None for a magnitude alone."""
+        """Returns A and B as matrices, with their gradients; None if there is only a magnitude."""
         return None if self.lora_A is None or self.lora_B is None else (self.lora_A, self.lora_B)
 
     def frozen_matrix(self) -> Float[Tensor, "*experts out in_"]:
@@ -175,12 +179,13 @@ class AdaptedLayer(nn.Module):
         """Lists the tensors that W is made of."""
         return [self.weight if self._base_weight is None else self._base_weight, self._shards.get("weight")]
 
-    # -- what is kept between passes -------------------------------------------------------------------------
+    # -- what is cached between passes -----------------------------------------------------------------------
 
     def tensors(self) -> list[Tensor | None]:
         """Lists weight, bias and what trains, with the shards they were gathered from.
 
-        A parametrization takes a parameter's place by a property, whose tensor is new at each look: never fresh.
+        torch's parametrizations replace a parameter by a property that returns a new tensor at each access, so nothing
+        cached is ever valid for such a layer.
         """
         parameters = self._parameters
         names = ("weight", "bias", *self.FILE_LEAVES)
@@ -189,17 +194,17 @@ class AdaptedLayer(nn.Module):
             *self._shards.values(),
         ]
 
-    def cached(self, name: str, compute: Callable[[], Value], *also: object) -> Value:
-        """Keeps a value without a gradient that depends on the layer's tensors, its settings and `also`.
+    def cached(self, name: str, compute: Callable[[], Value], *depends_on: object) -> Value:
+        """Caches a value without a gradient that depends on the layer's tensors, its settings and `depends_on`.
 
-        It is computed again after an optimizer step, an edit, and for other tensors, settings or `also`.
+        It is computed again after an optimizer step or an edit, and for other tensors, settings or `depends_on`.
         """
-        tensors, also = self.tensors(), (OptimizerSteps.count, self.adapter, *also)
+        tensors, depends_on = self.tensors(), (OptimizerSteps.count, self.adapter, *depends_on)
         value, snapshot = self._kept.get(name, (None, None))
-        if snapshot is None or not snapshot.holds(tensors, *also):
+        if snapshot is None or not snapshot.holds(tensors, *depends_on):
             with torch.no_grad():
                 value = compute()
-            self._kept[name] = value, Snapshot(tensors, *also)
+            self._kept[name] = value, Snapshot(tensors, *depends_on)
         return cast(Value, value)
 
     def weight_norms_squared(self) -> Float[Tensor, "*experts out"]:
@@ -210,10 +215,11 @@ class AdaptedLayer(nn.Module):
         return self._kept[FROZEN][0]
 
     def forget_norms(self, *, frozen: bool = False) -> None:
-        """Drops what was computed from A, B and the magnitude; for changes that torch does not count.
+        """Drops what was computed from A, B and the magnitude, after a change that torch does not count.
 
-        Call it where something else than an optimizer or an edit in place changed them (`.data`, a kernel). It is
-        cheap enough for every step, because ||W_i||^2 stays: say `frozen` where W itself was changed in such a way.
+        Call it when something other than an optimizer or an in-place edit changed them, such as a kernel that writes
+        by address. ||W_i||^2 is kept, so it is cheap enough for every step; pass `frozen=True` if W itself was changed
+        that way.
         """
         stay = () if frozen else (FROZEN,)
         self._kept = {name: value for name, value in self._kept.items() if name in stay}
@@ -233,7 +239,7 @@ class AdaptedLayer(nn.Module):
             return functional.norms(self.frozen_matrix().detach(), squared, *factors, self.adapter.scale)
 
     def norms_with_grad(self) -> Float[Tensor, "*experts out"]:
-        """Computes n with its gradient in A and B, the rows that cancel taken from the dense direction."""
+        """Computes n with its gradient in A and B; rows that cancel are computed from the dense V."""
         frozen, factors = self.weight_norms_squared(), self.factors()
         if factors is None:
             return functional.safe_sqrt(frozen)
@@ -246,12 +252,12 @@ class AdaptedLayer(nn.Module):
         return norms.view_as(frozen)
 
     def factored_norms_squared(self, frozen: Float[Tensor, "*experts out"]) -> Float[Tensor, "*experts out"]:
-        """Computes n^2 from ||W||^2 and the factors, with its gradient: exact but for rows that cancel."""
+        """Computes n^2 from ||W||^2 and the factors, with its gradient; exact except for rows that cancel."""
         a, b = cast("tuple[Tensor, Tensor]", self.factors())
         return functional.factored_norms_squared(frozen, a, b, self.frozen_product(a), self.adapter.scale)
 
     def _dense_rows(self, index: Int[Tensor, " rows"], a: Tensor, b: Tensor) -> Float[Tensor, "rows in_"]:
-        """Computes some rows of V, by their number over all experts."""
+        """Computes the rows of V at these indices, counted over all experts."""
         return functional.dense_direction(self.frozen_matrix()[index], a, b[index], self.adapter.scale)
 
     def gain(self) -> Float[Tensor, "*experts out"] | None:
@@ -339,7 +345,7 @@ class AdaptedLayer(nn.Module):
         self.forget_norms()
 
     def refuse_what_would_not_train(self) -> None:
-        """Raises a `RuntimeError` where a merged adapter or the frozen weight should train and would not."""
+        """Raises a `RuntimeError` if a merged adapter or the frozen weight should train and would not."""
         if not torch.is_grad_enabled():
             return
         if self.merged and self.training:
@@ -357,10 +363,10 @@ class AdaptedLayer(nn.Module):
         base.weight, base.bias = self.weight, self.bias  # pyright: ignore[reportArgumentType]
         return base.train(self.training)
 
-    # -- what makes cached norms untrue ----------------------------------------------------------------------
+    # -- what invalidates cached values ----------------------------------------------------------------------
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Remembers a shard whose place the whole tensor takes.
+        """Remembers a shard that is replaced by the whole tensor.
 
         FSDP2 puts the gathered tensor, the same object at each pass, in the place of its shard (a `DTensor`) and back.
         An edit between two passes is an edit of the shard, so the shard's version tells of it.
@@ -385,12 +391,12 @@ class AdaptedLayer(nn.Module):
         super()._apply(fn, recurse)
         return self
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any, **named: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any, **kwargs: Any) -> None:
         self.forget_norms(frozen=True)  # before, because torch swaps no tensor that something refers to weakly
-        super()._load_from_state_dict(state_dict, prefix, *rest, **named)
+        super()._load_from_state_dict(state_dict, prefix, *rest, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves out of a copy or a pickle what was kept, which is not true of other tensors."""
+        """Leaves cached values out of a copy or a pickle, since they are not valid for other tensors."""
         return {**vars(self), "_kept": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

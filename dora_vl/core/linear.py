@@ -108,11 +108,11 @@ class LinearLayer(AdaptedLayer):
     def adapted(
         self,
         input: Float[Tensor, "*batch in_"],
-        product_of: Callable[[Tensor], Float[Tensor, "*batch out"]],
+        frozen_layer: Callable[[Tensor], Float[Tensor, "*batch out"]],
         bias: Float[Tensor, " out"] | None,
         weight: Float[Tensor, "out in_"] | None = None,
     ) -> Float[Tensor, "*batch out"]:
-        """Computes y of the input; `product_of` gives W x + b, and `weight` is W where it can be multiplied by."""
+        """Computes y of the input; `frozen_layer` gives W x + b, and `weight` is W where it can be multiplied by."""
         adapter, factors, magnitude = self.adapter, self.factors(), self.magnitude
         x = input if weight is None else input.to(weight.dtype)
         with_graph, scale, masked = torch.is_grad_enabled(), adapter.scale, None
@@ -122,11 +122,11 @@ class LinearLayer(AdaptedLayer):
         whole_change = bool(probability) and adapter.dropout_mode == "whole_change" and magnitude is not None
         if whole_change or is_traced():
             masked = F.dropout(x, probability) if probability else None
-            operands = (x, product_of, bias, *self.operands(x.dtype), scale, masked)
+            operands = (x, frozen_layer, bias, *self.operands(x.dtype), scale, masked)
             return functional.adapted_linear(*operands, whole_change=whole_change)
         dropped = SHARED_DROPOUT.draw(input, probability, id(self)) if probability else None
         if factors is not None and with_graph and (magnitude is None or adapter.detach_norm):
-            product = product_of(x) if weight is None else None
+            product = frozen_layer(x) if weight is None else None
             x = x if product is None else x.to(product.dtype)
             gain = None if magnitude is None else self.current_gain(x.dtype)
             operands = (x, product, weight, bias, *factors, magnitude, gain, scale, dropped)
@@ -134,8 +134,8 @@ class LinearLayer(AdaptedLayer):
         if dropped is not None:
             masked, scale = dropped.apply(x), scale / (1 - probability)
         if factors is None or with_graph:
-            return functional.adapted_linear(x, product_of, bias, *self.operands(x.dtype), scale, masked)
-        product = product_of(x)
+            return functional.adapted_linear(x, frozen_layer, bias, *self.operands(x.dtype), scale, masked)
+        product = frozen_layer(x)
         a, b, gain = self.operands_without_graph(product.dtype)
         rows = (x if masked is None else masked).to(product.dtype).reshape(-1, x.shape[-1])
         flat = product.reshape(-1, product.shape[-1])
@@ -148,7 +148,7 @@ class ProductLayer(LinearLayer):
     """A layer that multiplies by one dense weight: the hot path of training and decoding."""
 
     def forward(self, input: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
-        """Computes y = g (W x + s B A x) + b; W x + b alone while merged."""
+        """Computes y = g (W x + s B A x) + b; only W x + b while merged."""
         self.refuse_what_would_not_train()
         weight, bias = self.as_matrix(self.weight), self.bias
         if dtype := functional.autocast_dtype(input.device):

@@ -44,7 +44,7 @@ class ConvLayer(AdaptedLayer):
         return self.out_channels, self.in_channels * math.prod(self.kernel_size)
 
     def as_matrix(self, weight: Tensor) -> Float[Tensor, "out in_"]:
-        """Returns one filter a row."""
+        """Returns one filter per row."""
         return weight.flatten(1)
 
     def from_matrix(self, matrix: Float[Tensor, "out in_"]) -> Tensor:
@@ -52,7 +52,7 @@ class ConvLayer(AdaptedLayer):
         return matrix.view_as(self.weight)
 
     def factors(self) -> tuple[Float[Tensor, "rank in_"], Float[Tensor, "out rank"]] | None:
-        """Returns A and B, one filter a row."""
+        """Returns A and B, one filter per row."""
         return None if self.lora_A is None or self.lora_B is None else (self.lora_A.flatten(1), self.lora_B.flatten(1))
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -66,7 +66,7 @@ class ConvLayer(AdaptedLayer):
     def setting_beyond_peft(self) -> str | None:
         """Names a dilation, or a padding mode other than zeros, where it matters: PEFT 0.21 builds its A without both.
 
-        PEFT's A has this layer's kernel, stride and padding alone. A dilation changes nothing along an axis of width
+        PEFT's A has only this layer's kernel, stride and padding. A dilation changes nothing along an axis of width
         1, and a padding mode nothing where nothing is padded.
         """
         settings = vars(self)
@@ -121,7 +121,7 @@ SCALED_EMBEDDINGS: Mapping[str, str] = {
 class DoRAEmbedding(AdaptedLayer, nn.Embedding):
     """An adapted `nn.Embedding`; the magnitude has one number for each of the embedding's dimensions, as in PEFT.
 
-    There is no dropout here: its input are token ids.
+    There is no dropout here, because the input is token ids.
     """
 
     FILE_LEAVES: ClassVar[Mapping[str, str]] = {
@@ -155,7 +155,7 @@ class DoRAEmbedding(AdaptedLayer, nn.Embedding):
         return matrix.t()
 
     def original_layer(self) -> nn.Module:
-        """Returns the embedding that was here before."""
+        """Returns the original embedding."""
         base = cast(nn.Embedding, self._replaced[0])
         base.weight = self.weight
         return base.train(self.training)
@@ -228,7 +228,7 @@ class ExpertsProjection(AdaptedLayer):
         return self.experts, self.out_features
 
     def setting_beyond_peft(self) -> str | None:
-        """Says that PEFT adapts no magnitudes here, and lays out A and B otherwise."""
+        """Says that PEFT adapts no magnitudes here, and lays out A and B differently."""
         return "experts that are one tensor"
 
     def frozen_norms_squared(self) -> Float[Tensor, "experts out"]:
@@ -245,7 +245,7 @@ class ExpertsProjection(AdaptedLayer):
             return torch.stack([functional.norms(*of_one, self.adapter.scale) for of_one in operands])
 
     def _dense_rows(self, index: Int[Tensor, " rows"], a: Tensor, b: Tensor) -> Float[Tensor, "rows in_"]:
-        """Computes the rows an expert at a time."""
+        """Computes the rows of each expert in turn."""
         weight, owners, dense = self.frozen_matrix(), index // self.out_features, []
         for expert in owners.unique_consecutive().tolist():
             rows = index[owners == expert] - expert * self.out_features
@@ -287,9 +287,9 @@ class ExpertsProjection(AdaptedLayer):
                 continue
             weight, own_bias = weights[expert].to(x.dtype), biases[expert]
             own_bias = None if own_bias is None else own_bias.to(x.dtype)
-            product_of = partial(F.linear, weight=weight, bias=own_bias)
+            frozen_layer = partial(F.linear, weight=weight, bias=own_bias)
             masked = F.dropout(x, probability) if probability else None
-            operands = (x, product_of, own_bias, pairs[expert], gains[expert], scale, masked)
+            operands = (x, frozen_layer, own_bias, pairs[expert], gains[expert], scale, masked)
             outputs.append(functional.adapted_linear(*operands, whole_change=whole_change))
         return torch.cat(outputs)
 
@@ -310,10 +310,10 @@ def products(
 
 
 class AdaptedExperts(nn.Module):
-    """A layer's experts with an adapter around one or both of their products, in the place of the module of before.
+    """A layer's experts with an adapter around one or both of their products, in place of the original module.
 
     What is not adapted keeps its name. An adapted weight becomes the child of that name, so its own name gets
-    `.weight` behind it.
+    `.weight` after it.
     """
 
     num_experts: int
@@ -343,7 +343,7 @@ class AdaptedExperts(nn.Module):
         self.add_module(leaf, projection)
 
     def original_layer(self) -> nn.Module:
-        """Returns the module of before, with the weights as they are now, merged or not."""
+        """Returns the original module, with the weights as they are now, merged or not."""
         (base,) = self._replaced
         for name, child in self._modules.items():
             if isinstance(child, ExpertsProjection):
@@ -361,7 +361,7 @@ class AdaptedExperts(nn.Module):
         """Computes the weighted sum of the outputs of each token's experts."""
         return self._weighted_sum(hidden_states, top_k_index, top_k_weights)  # pyright: ignore[reportCallIssue]
 
-    # How many rows each expert gets is no shape that a graph can hold. `torch.compiler.disable` is the same, but
+    # A graph cannot hold the number of rows that each expert gets. `torch.compiler.disable` is the same, but
     # imports the compiler with this file, a second for every program.
     @torch._disable_dynamo
     def _weighted_sum(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class QuantisedKind:
     dtype: Callable[[Any], torch.dtype]
     """Returns the dtype of W."""
     weight: Callable[[Any], Float[Tensor, "out in_"]] | None = None
-    """Returns W as the class itself dequantises it; None where the layer can only be called."""
+    """Returns W as the class itself dequantises it; None if the layer can only be called."""
     settle: Callable[[str, Any], None] = lambda name, layer: None
     """Takes a layer with its full name; makes W and the gradient through it the same in training and in evaluation."""
     loose_tensors: Callable[[Any], Iterator[Tensor]] = lambda layer: iter(())
@@ -60,7 +60,7 @@ def _keep_packing(name: str, layer: Any) -> None:
 
     On a CPU with AVX512-BF16 it does so for speed, in place: no gradient passes such a weight, its scales are rounded
     to bfloat16 for good, so that training, asking and merging would each see other values, and it ends where the
-    outputs are no multiple of 32.
+    outputs are not a multiple of 32.
     """
     if getattr(_four_bit_state(layer), "packing_format_for_cpu", False):
         raise UserError(
@@ -117,7 +117,7 @@ def quantised_in(model: nn.Module) -> Iterator[tuple[str, Any, QuantisedKind]]:
 
 
 def settle_quantised(model: nn.Module) -> None:
-    """Keeps the quantised layers' weights, adapted or not, and the gradients through them, what they are."""
+    """Makes all quantised layers, adapted or not, keep W and the gradient through it the same in training and eval."""
     for name, layer, kind in quantised_in(model):
         kind.settle(name, layer)
 
@@ -152,7 +152,7 @@ class ProductOfPacked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Float[Tensor, "rows in_"], weight: Callable[[], Tensor]) -> Float[Tensor, "rows out"]:
-        """Multiplies by the dense W, which `weight` makes."""
+        """Multiplies by the dense W that `weight` computes."""
         ctx.weight, ctx.dtype, dense = weight, rows.dtype, weight()
         return rows.to(dense.dtype) @ dense.t()
 
@@ -259,5 +259,5 @@ class QuantisedLinear(LinearLayer):
         raise UserError(f"{name}: {what}; load the base without quantisation and merge there")
 
     def original_layer(self) -> nn.Module:
-        """Returns the layer that was here before."""
+        """Returns the original layer."""
         return self.base.train(self.training)

@@ -3,7 +3,7 @@
     V_t = W + t s B A        m_t = (1 - t) ||W|| + t m        y = m_t / ||V_t|| (W x + t s B A x) + b
 
 What an adapter changed as a whole (a norm, a projector, a bias) lies on the line between the base's values and its
-own. The equation itself is in `functional.py`. For inference alone.
+own. The equation itself is in `functional.py`. For inference only.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ class AppliedAdapter(NamedTuple):
 
 
 def checked_strength(value: object) -> float:
-    """Returns the strength; refuses a value that is not one."""
+    """Returns the strength as a float; refuses any other value."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MOST_STRENGTH:
         raise UserError(
-            f"the strength is {short_repr(value)}; a number from 0 (the base) over 1 (the adapter) to {MOST_STRENGTH:g}"
+            f"the strength is {short_repr(value)}; it must be a number from 0 (the base) to {MOST_STRENGTH:g} (1 is "
+            "the adapter as trained)"
         )
     return float(value)
 
@@ -88,7 +89,7 @@ class GainByStrength:
 def magnitude_between(
     base_norms: Float[Tensor, " out"], magnitude: Float[Tensor, " out"], strength: float
 ) -> Float[Tensor, " out"]:
-    """Computes m_t = (1 - t) ||W|| + t m; beyond t = 1 a magnitude above 0 ends at 0, so that no row turns round."""
+    """Computes m_t = (1 - t) ||W|| + t m; beyond t = 1 a magnitude above 0 ends at 0, so that no row changes sign."""
     moved = torch.lerp(base_norms, magnitude.to(base_norms.dtype), strength)
     return torch.where(magnitude > 0, moved.clamp_min(0), moved) if strength > 1 else moved
 

@@ -66,14 +66,14 @@ class _PartNames(NamedTuple):
 
 
 class TrainedList(NamedTuple):
-    """Lists by name what trains and what is kept: decided once for a model."""
+    """Lists by name what trains and what is kept, decided once per model."""
 
     parts: tuple[_PartNames, ...]
     also_keep: tuple[str, ...]
 
 
 def no_gather(tensors: Iterable[Tensor]) -> AbstractContextManager[Any]:
-    """Gathers nothing: a model's parameters are whole already."""
+    """Gathers nothing, because the parameters are whole already."""
     return nullcontext(list(tensors))
 
 
@@ -144,7 +144,7 @@ def set_trained(model: nn.Module, trained: TrainedList) -> None:
 
 
 def refuse_unmatched(model: nn.Module, also_train: Mapping[str, tuple[str, ...]], also_keep: tuple[str, ...]) -> None:
-    """Raises a `UserError` where a pattern would match nothing, while the model is still as it was."""
+    """Raises a `UserError` if a pattern would match nothing, before the model is changed."""
     for part, patterns in also_train.items():
         match_names((name for name, _ in model.named_parameters()), patterns, f"also_train.{part}")
     _kept_names(all_tensors(model), also_keep)
@@ -166,7 +166,7 @@ def kept_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def split_rows(name: str) -> tuple[str, slice]:
-    """Splits off which rows of a kept tensor its name means: `shared.weight[-200:]`, or all."""
+    """Splits a kept tensor's name into the tensor's name and its rows: `shared.weight[-200:]`, or all."""
     match = _ROWS.fullmatch(name)
     if match is None:
         return name, slice(None)
@@ -174,7 +174,7 @@ def split_rows(name: str) -> tuple[str, slice]:
 
 
 def kept_rows(name: str, tensor: Tensor) -> Tensor:
-    """Returns the rows of a whole (gathered) tensor that its name in the list means, as a view."""
+    """Returns, as a view, the rows of a whole (gathered) tensor that its listed name selects."""
     rows = split_rows(name)[1]
     return tensor if rows == slice(None) else tensor[rows]
 
@@ -190,12 +190,12 @@ def _kept_names(names: Iterable[str], patterns: Iterable[str]) -> tuple[str, ...
 
 
 def is_adapted(model: nn.Module) -> bool:
-    """Tells whether `apply_dora` or `load_adapter` has been here."""
+    """Tells whether `apply_dora` or `load_adapter` has adapted the model."""
     return _ATTRIBUTE in vars(model)
 
 
 def forget_trained(model: nn.Module) -> None:
-    """Makes the model count as not adapted; for whoever has put its own layers back."""
+    """Makes the model count as not adapted, once its own layers are back."""
     vars(model).pop(_ATTRIBUTE, None)
 
 
@@ -237,15 +237,15 @@ def _refuse_untrainable(model: nn.Module, by_part: Mapping[str, list[str]]) -> N
 
 
 _ORIGINAL_DTYPES = "_dora_vl_before_float32"
-"""A module that `_train_in_float32` changed holds here its parameters' dtypes of before, and the hooks that cast."""
+"""A module that `_train_in_float32` changed holds here its parameters' original dtypes, and the hooks that cast."""
 
 
 def _train_in_float32(model: nn.Module, names: Iterable[str], gather: Gather) -> None:
-    """Makes the named parameters float32; their modules compute in float32 and return the dtype of before.
+    """Makes the named parameters float32; their modules compute in float32 and return their original dtype.
 
     A module computes in one dtype, so its frozen parameters follow, and so does whatever else holds a parameter tied
     to a trained one; an adapted layer casts a trained bias itself, and only that bias changes. A module with modules
-    inside casts at its output alone: what is inside has its own doors. Parameters are replaced, not converted: a
+    inside casts only its output: what is inside casts for itself. Parameters are replaced, not converted: a
     sharded one cannot change its dtype.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -261,8 +261,8 @@ def _train_in_float32(model: nn.Module, names: Iterable[str], gather: Gather) ->
         if tied <= trained:
             break
         trained |= tied
-    halves = {module: next(module.parameters(recurse=False)).dtype for module in leaves}
-    for module, half in halves.items():
+    module_dtypes = {module: next(module.parameters(recurse=False)).dtype for module in leaves}
+    for module, dtype in module_dtypes.items():
         dtypes, hooks = vars(module).setdefault(_ORIGINAL_DTYPES, ({}, []))
         for leaf in leaves[module]:
             parameter = module.get_parameter(leaf)
@@ -270,15 +270,15 @@ def _train_in_float32(model: nn.Module, names: Iterable[str], gather: Gather) ->
             if parameter.dtype != wide:
                 dtypes[leaf] = parameter.dtype
                 _replace(model, parameter, wide, gather)
-        if isinstance(module, AdaptedLayer) or half == accumulation_dtype(half):
+        if isinstance(module, AdaptedLayer) or dtype == accumulation_dtype(dtype):
             continue
         if next(module.children(), None) is None:
             hooks.append(module.register_forward_pre_hook(_cast_inputs, with_kwargs=True))
-        hooks.append(module.register_forward_hook(partial(_cast_output, dtype=half)))
+        hooks.append(module.register_forward_hook(partial(_cast_output, dtype=dtype)))
 
 
 def train_in_own_dtype(model: nn.Module) -> None:
-    """Undoes `_train_in_float32`: its parameters are rounded to the dtypes of before, and nothing casts any more.
+    """Undoes `_train_in_float32`: its parameters are rounded to their original dtypes, and nothing casts any more.
 
     Shards of ZeRO-3 have no values here to round; modules that hold some stay as they are.
     """
@@ -287,8 +287,8 @@ def train_in_own_dtype(model: nn.Module) -> None:
         if any(parameter.numel() == 0 for parameter in tensors.values()):
             continue
         dtypes, hooks = vars(module).pop(_ORIGINAL_DTYPES, ({}, []))
-        for leaf, half in dtypes.items():
-            _replace(model, tensors[leaf], half, no_gather)
+        for leaf, dtype in dtypes.items():
+            _replace(model, tensors[leaf], dtype, no_gather)
         for hook in hooks:
             hook.remove()
 
@@ -303,9 +303,9 @@ def _replace(model: nn.Module, old: nn.Parameter, dtype: torch.dtype, gather: Ga
 
 
 def _cast_inputs(
-    module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+    module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    widened = {name: _cast(value, torch.float32) for name, value in named.items()}
+    widened = {name: _cast(value, torch.float32) for name, value in kwargs.items()}
     return tuple(_cast(value, torch.float32) for value in inputs), widened
 
 

@@ -1,4 +1,4 @@
-"""Samples as one batch: a row each, or several in a row as trees; every loss counted."""
+"""Collates samples into a batch: one row per sample, or several per row as trees; counts everything cut or skipped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dora_vl.data.samples import ALIGNED, IGNORED_LABEL, Sample, Skipped
 PACKED_TOKENS = 8_192
 """A packed row holds about this many tokens at most; a larger micro-batch becomes several rows."""
 BY_ROW = "cross_attention_mask"
-"""A family with this input (mllama) looks its pictures up by row, so a row of words alone has pictures of zeros."""
+"""A family with this input (mllama) looks its pictures up by row, so a text-only row has pictures of zeros."""
 IN_ONE_ROW = {"pixel_values": "target_sizes", "pixel_values_videos": "target_sizes_videos"}
 """A model with the input on the right (MiniCPM-V) takes the patches of all pictures, on the left, in one row."""
 FIRST_TILE = "aspect_ratio_mask"
@@ -53,7 +53,7 @@ def with_answer(sample: Sample, ids: Tensor, *, weight: float = 1.0) -> Sample:
 
 
 def with_mismatched_answer(groups: Sequence[Sequence[Sample]], number: int) -> list[Sample]:
-    """Adds to a group the answer to the nearest earlier prompt of the batch that is another, if there is one.
+    """Adds to a group the answer to the nearest earlier prompt of the batch that differs, if there is one.
 
     By such answers KTO measures how far the model is from the reference; its own answer would cancel its gain.
     """
@@ -89,7 +89,7 @@ def answers_of(groups: Sequence[Sequence[Sample]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Collator:
-    """Joins samples' inputs by name: tokens are padded, pictures stand one after another.
+    """Joins samples' inputs by name: tokens are padded, pictures are concatenated.
 
     Tensors are joined along their first dimension and filled with zeros where other dimensions differ (tiles of a
     picture, pictures of a row), which is what processors do in a batch of their own. A batch without pictures gets a
@@ -102,7 +102,7 @@ class Collator:
         dummy: a row with a picture and without labels; None where no rank ever sees a picture, and in decoding.
         dummy_video: likewise with a video.
         pad_side: training pads on the right; decoding needs the left.
-        packing: `plain`: a sample each. `packed`: several stand in a row, each by itself: the same loss, hardly any
+        packing: `plain`: a sample each. `packed`: several share a row, each by itself: the same loss, hardly any
             padding. `trees`: and those that share something, such as their pictures, share what they begin with.
         compares: a batch says which answers belong together, and by their weights which are good.
         unmatched: each prompt also gets the answer to the next one, with weight 0, which `kto` measures by.
@@ -203,7 +203,7 @@ class Collator:
         joined["attention_mask"] = self._tokens(masks, 0)
         for name in dict.fromkeys(name for sample in samples for name in sample.inputs if name in ALIGNED[1:]):
             like = next(sample.inputs[name] for sample in samples if name in sample.inputs)
-            # Zeros where a sample has none (words alone beside pictures).
+            # Zeros where a sample has none (text only beside pictures).
             values = [
                 sample.inputs.get(name, like.new_zeros(1, len(sample.input_ids), *like.shape[2:])) for sample in samples
             ]
@@ -211,7 +211,7 @@ class Collator:
         return joined | self._joined_media(samples)
 
     def _joined_media(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Returns what the samples have beside their tokens, one behind another."""
+        """Returns what the samples have beside their tokens, concatenated."""
         joined: dict[str, Any] = {}
         by_row = any(BY_ROW in sample.inputs for sample in samples)
         for name in dict.fromkeys(name for sample in samples for name in sample.inputs if name not in ALIGNED):

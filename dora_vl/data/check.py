@@ -1,4 +1,4 @@
-"""`dora-vl check-data`: what would make samples unusable, before a run finds it: one table with counts and ids."""
+"""`dora-vl check-data`: finds what would make samples unusable before a run does; prints counts and ids in a table."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND", b"GIF8": b"
 
 
 class MediaCheck:
-    """Checks that pictures and videos are there and whole; looks at a file once, however many samples name it.
+    """Checks that pictures and videos exist and are whole; each file once, however many samples name it.
 
     Size, beginning and end of pictures are looked at in any case; `decode` finds damage inside too.
     """
@@ -78,7 +78,7 @@ class MediaCheck:
         return no_video_reason(path)
 
     def _picture(self, file: BinaryIO | BytesIO, source: Path | BytesIO) -> Trouble | None:
-        """Judges a picture by its end; one that looks odd is decoded as training does."""
+        """Judges a picture by its end; decodes a suspicious one as training does."""
         is_whole = looks_whole(file)
         trouble = None if is_whole and not self._decode else decoding_trouble(source)
         return replace(trouble, kind=TRUNCATED) if trouble and is_whole is False else trouble
@@ -109,7 +109,7 @@ DOUBTS = (NO_PICTURE, EMPTY_QUESTION, EMPTY_AS_TEXT, CONTRADICTION)
 
 @dataclass(kw_only=True)
 class Finding:
-    """One kind of problem of one file: how many samples have it, and the first of their ids, by the detail."""
+    """One kind of problem in one file: how many samples have it, and the first of their ids, grouped by detail."""
 
     problem: str
     count: int = 0
@@ -127,7 +127,7 @@ class Finding:
 
 
 def find_doubts(record: Mapping[str, object], example: Example, form: str | None, columns: Columns) -> list[str]:
-    """Returns what is probably not meant in a row that can be used: an empty cell for its picture, question or answer.
+    """Returns what is probably a mistake in a usable row: an empty cell for its picture, question or answer.
 
     An empty cell is one of `DOUBTS` only where other rows of the file have pictures.
     """
@@ -147,7 +147,7 @@ def find_doubts(record: Mapping[str, object], example: Example, form: str | None
 
 
 def question_and_answer(example: Example) -> tuple[str, str, str]:
-    """Returns what a row asks, about which media, and what it answers, as texts to compare; a caption asks nothing."""
+    """Returns a row's question, media and answer as texts to compare; a caption has no question."""
     questions = _texts_of(example, "system", "user", "tool") or [example.question, *example.choices]
     words = "\n".join(questions).replace(IMAGE_PLACEHOLDER, "").strip()
     if example.rejected or example.is_good is not None:
@@ -255,7 +255,7 @@ class FileCheck:
             self._add("mixed formats", sample_id, f"the first of each: {firsts}")
 
     def check(self, row: Example | BadSample) -> bool:
-        """Checks one row; returns whether it can be used, however long it is and whatever else has its id."""
+        """Checks one row; returns whether it can be used, apart from its length and duplicate ids."""
         sample_id = row.sample_id if isinstance(row, BadSample) else row.id
         if sample_id in self._ids:
             self._add("duplicate id", sample_id)
@@ -305,8 +305,8 @@ DESCRIPTION = """\
 Checks data files of every format that training reads, and records of `dora-vl prepare`. Finds duplicate ids, empty
 and missing answers, empty questions, rows without a picture among others, different answers to the same question,
 placeholders that differ from the pictures, samples that are too long, missing, empty, truncated and broken media, rows
-of mixed formats, and samples that stand in two of the files. Prints one table, up to five ids of a kind; exit status 1
-when something was found.
+of mixed formats, and samples that occur in two of the files. Prints one table with up to five ids per problem; exits
+with status 1 if anything was found.
 
   dora-vl check-data records/nlvr/train.jsonl records/nlvr/test.jsonl --media downloads/nlvr
   dora-vl check-data train.json --media pictures --decode --tokenizer vicuna-7b-v1.5 --longest 2048
@@ -319,24 +319,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `dora-vl check-data`."""
     add = parser.add_argument
     add("paths", type=Path, nargs="+", metavar="PATH", help="data files, or folders of them")
-    add("--media", type=Path, metavar="FOLDER", help="the root of pictures and videos; else not looked at")
+    add("--media", type=Path, metavar="FOLDER", help="the root of pictures and videos; not checked if left out")
     add("--videos", type=Path, metavar="FOLDER", help="the root of videos, where it is another")
     add("--follow-links", action="store_true", help="files may be links out of those folders")
     add("--decode", action="store_true", help="decode each picture whole too: slower, finds damage inside")
-    add("--tokenizer", type=Path, metavar="FOLDER", help="a folder with tokenizer.json; else words count")
+    add("--tokenizer", type=Path, metavar="FOLDER", help="a folder with tokenizer.json; without it words are counted")
     add_columns(parser)
     add("--longest", type=positive_int, metavar="N", help=f"default {TOKENS} tokens, or {WORDS} words")
 
 
 def add_columns(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that say what columns are, as `data.columns`, `data.ignore` and `data.ask` do."""
+    """Adds the options for column roles, the counterparts of `data.columns`, `data.ignore` and `data.ask`."""
     parser.add_argument("--columns", metavar="COLUMN=ROLE,...", default="", help="such as photo_file=image")
     parser.add_argument("--ignore", metavar="COLUMN,...", default="", help="columns to be left out")
     parser.add_argument("--ask", metavar="QUESTION", default="", help="the question of every row that has none")
 
 
 def columns_of(arguments: argparse.Namespace) -> Columns:
-    """Returns what the options say of the columns."""
+    """Returns the column settings that the options give."""
     pairs = [part.rpartition("=") for part in filter(None, arguments.columns.split(","))]
     if any(not column for column, _, _ in pairs):
         raise UserError(f"--columns {short_text(arguments.columns, 100)}: must be COLUMN=ROLE,...")
@@ -345,7 +345,7 @@ def columns_of(arguments: argparse.Namespace) -> Columns:
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
-    """Checks the files; yields the lines to print, and ends with status 1 where something was found."""
+    """Checks the files; yields the lines to print, and ends with status 1 if anything was found."""
     files = data_files(arguments.paths)
     media, videos = (_media_check(arguments, option) for option in ("media", "videos"))
     columns = columns_of(arguments)
@@ -413,7 +413,7 @@ def table(findings: Sequence[tuple[Path, Finding]]) -> list[str]:
     """Returns lines for each kind of problem in each file, the most frequent first, with the first ids."""
     rows: list[tuple[str, ...]] = [("file", "problem", "samples", "ids", "for example")]
     for path, finding in sorted(findings, key=lambda pair: (str(pair[0]), -pair[1].count)):
-        file = short_text(str(Path(path.parent.name, path.name)), 120)  # its name alone in the current folder
+        file = short_text(str(Path(path.parent.name, path.name)), 120)  # only its name in the current folder
         cells = (file, short_text(finding.problem, 120), f"{finding.count:,}")
         for detail, ids in finding.examples.items():
             rows.append((*cells, ", ".join(ids), short_text(detail, 100)))
@@ -424,7 +424,7 @@ def table(findings: Sequence[tuple[Path, Finding]]) -> list[str]:
 
 
 def _tokens(folder: Path) -> Callable[[str], int]:
-    """Returns the tokenizer of a model's folder, through `tokenizers` alone."""
+    """Returns a function that counts tokens by the tokenizer of a model's folder; needs only `tokenizers`."""
     path = folder / "tokenizer.json" if folder.is_dir() else folder
     from tokenizers import Tokenizer
 

@@ -1,4 +1,4 @@
-"""What columns and keys are called: names of roles, names of bookkeeping, and what any other may be by its value."""
+"""Column names: those of each role, those of bookkeeping, and what any other column may hold, judged by its value."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ _LONGEST_ENDING = max(map(len, _MEDIA_FILE))
 
 
 def plain_name(name: str) -> str:
-    """Returns a column's name as the table of roles has it: no case, no spaces around it."""
+    """Returns a column's name as the table of roles spells it: in lower case, without spaces around it."""
     if name in KNOWN:
         return name
     return re.sub(r"[\s-]+", "_", name.strip().lower())
@@ -122,13 +122,13 @@ def is_nan_text(value: object) -> bool:
 
 
 class Cell(str):
-    """A table's cell of text, which alone tells that a list may be written in it; other files have lists."""
+    """Text from a table's cell, the only text in which a list may be written; other files hold lists as such."""
 
     __slots__ = ()
 
 
 def parsed(value: object) -> object:
-    """Returns the list or object that a text writes as JSON; anything else as it is."""
+    """Parses a text that is a JSON list or object; returns anything else unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         with suppress(UserError):
             return json_of(value, "a cell")
@@ -139,7 +139,7 @@ _FLAGS = {"true": True, "false": False, "1": 1, "0": 0, "1.0": 1, "0.0": 0}
 
 
 def flag_of(value: object, *, numbers: bool = True) -> bool | None:
-    """Returns a boolean, also where it is written as text or, with `numbers`, as 1 or 0; None for anything else."""
+    """Returns a boolean, which may be written as text or, with `numbers`, as 1 or 0; None for anything else."""
     if isinstance(value, str):
         value = _FLAGS.get(value.strip().lower())
     is_flag = isinstance(value, bool) or (numbers and isinstance(value, int | float) and value in (0, 1))
@@ -209,12 +209,12 @@ def _loss(path: str, value: object, unknown: bool, has_media: bool) -> tuple[str
 
 
 def _may_be_question_or_answer(text: str) -> bool:
-    """Tells whether a text under the name of a note may be something that is asked or answered."""
+    """Tells whether a text in a bookkeeping column may be a question or an answer."""
     return len(text) > 300 or text.endswith("?")
 
 
 def _by_value(value: object, unknown: bool) -> str:
-    """Returns what a value is whose name says nothing; "" for what is noted."""
+    """Returns what a value is if its name says nothing; "" for bookkeeping."""
     if isinstance(value, list | dict):
         return NESTED
     if flag_of(value) is not None:
@@ -239,7 +239,7 @@ _NOTE_PARTICIPLES = (
 
 @lru_cache(maxsize=1 << 12)
 def kind_of_column(name: str) -> str:
-    """Returns what a column is by its name alone; "" where it says nothing."""
+    """Returns what a column is, judged only by its name; "" if the name says nothing."""
     words = [word.lower() for word in _NAME_WORDS.findall(name)] or [""]
     kinds = [*map(_kind_of_word, words)]
     if MEDIUM in kinds:

@@ -1,8 +1,8 @@
-"""Training files, and what each column of a row is: one table of roles with people's names, and one resolver.
+"""Resolves which role (image, question, answer, ...) each column of a training row has.
 
-Of each role the first column that holds something is used. Every other column is left out, which is said before the
-first step. It ends the run where it could change what is learned: its name or its value decides, at every depth, and
-the error says the setting that settles it.
+Each role takes the first of its columns that is not empty. All other columns are left out, and logged before the first
+step. If leaving one out could change what is learned, judged by its name and its value at any depth, the run ends with
+an error that names the setting that fixes it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from dora_vl.errors import UserError, short_names, short_repr, short_text
 Row = Mapping[str, object]
 Mixing = Literal["proportional", "balanced"]
 Packing = Literal["trees", "packed", "plain"]
-"""Says how samples stand in a batch's rows; see `data.packing`."""
+"""Says how samples are laid out in a batch's rows; see `data.packing`."""
 
 
 @dataclass(frozen=True)
@@ -113,23 +113,23 @@ MAY_LACK_QUESTION = ("question/answer", "captions")
 
 
 class ColumnsError(UserError):
-    """A column that may change what is learned would be left out; ends a run, whatever share of bad samples it accepts.
+    """A column that may change what is learned would be left out. Ends the run, whatever `data.max_bad_share` allows.
 
-    `remedy` has the settings that settle it, beside those that the run has; `other` settles it as well.
+    `remedy` has the settings that fix it, beside those that the run has; `other` fixes it as well.
     """
 
     def __init__(self, problem: str, remedy: Columns, other: Columns | None = None) -> None:
-        super().__init__(f"{problem} {_settling(remedy.as_settings(), other and other.as_settings())}")
+        super().__init__(f"{problem} {_fix('set', remedy.as_settings(), other and other.as_settings())}")
         self.problem, self.remedy, self.other = problem, remedy, other
 
     @property
     def options(self) -> str:
-        """Returns what settles it as the options of `dora-vl init` and `check-data`."""
-        return _settling(self.remedy.as_options(), self.other and self.other.as_options())
+        """Returns the fix as options of `dora-vl init` and `check-data`."""
+        return _fix("pass", self.remedy.as_options(), self.other and self.other.as_options())
 
 
-def _settling(remedy: str, other: str | None) -> str:
-    return f"{remedy} settles it" + (f", or {other}" if other else "")
+def _fix(verb: str, remedy: str, other: str | None) -> str:
+    return f"{verb} {remedy}" + (f", or {other}" if other else "")
 
 
 @dataclass(frozen=True)
@@ -172,14 +172,14 @@ class _Shape:
             return False
         name = filled[0]
         if "completion" in self.format.needs or "kto_tag" in (plain_name(name), roles.get(name)):
-            return True  # whatever it holds: what is no flag makes a bad sample, where the answer could be a bad one
+            return True  # whatever it holds: what is not a flag makes a bad sample, where the answer could be a bad one
         # A label may also be the answer to the last question, or a class: 1 and 0 do not say which.
         return not _ends_asking(row) and (name in roles or flag_of(row[name], numbers=False) is not None)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The contract of a file's columns: `data.columns`, `data.ignore`, and `data.ask`, which rows without question get.
+    """The settings of a file's columns: `data.columns`, `data.ignore`, and `data.ask`, which rows without question get.
 
     `roles` has a known name, such as `image` or `question`, for a column of another name. A dotted name leads into a
     column: `meta.image` is the key `image` of the object in `meta`, or of those in its list.
@@ -199,7 +199,7 @@ class Columns:
                 )
         if both := [column for column in self.roles if column in self.ignored]:
             raise UserError(
-                f"data.columns says what {short_repr(both[0])} is, and data.ignore leaves it out; do one alone"
+                f"data.columns says what {short_repr(both[0])} is, and data.ignore leaves it out; do only one"
             )
 
     def resolve(self, row: Row, *, strict: bool = True) -> Resolved:
@@ -240,7 +240,7 @@ class Columns:
         return resolved
 
     def id_of(self, row: Row) -> object:
-        """Returns what the row itself says as its id; None where it says nothing."""
+        """Returns the row's own id; None if it has none."""
         return next((row[name] for name in self._ids if row.get(name) is not None), None)
 
     @cached_property
@@ -248,14 +248,14 @@ class Columns:
         return (*(column for column, name in self.roles.items() if name in ROLES["id"]), *ROLES["id"])
 
     def as_settings(self) -> str:
-        """Returns the contract as a run's YAML states it."""
+        """Returns the settings as a run's YAML states them."""
         columns = ", ".join(f"{short_text(name, 40)}: {role}" for name, role in self.roles.items())
         ignored = ", ".join(short_text(name, 40) for name in self.ignored)
         keys = {f"columns: {{{columns}}}": columns, f"ignore: [{ignored}]": ignored, f"ask: {self.ask}": self.ask}
         return " and ".join(f"data.{text}" for text, value in keys.items() if value)
 
     def as_options(self) -> str:
-        """Returns the contract as `dora-vl init` and `check-data` take it."""
+        """Returns the settings as options of `dora-vl init` and `check-data`."""
         columns = ",".join(f"{name}={role}" for name, role in self.roles.items())
         options = {"--columns": columns, "--ignore": ",".join(self.ignored), "--ask": self.ask}
         return " ".join(f"{option} {quote(value)}" for option, value in options.items() if value)
@@ -293,7 +293,7 @@ class Columns:
                 role = self.roles[name]
                 first = next(other for other in self.roles if self.roles[other] == role)
                 problem = f"{short_repr(first)} and {short_repr(name)} are both {role}; write a row for each, or"
-                # The whole contract, since a column that has a role cannot be ignored as well.
+                # All column settings, since a column that has a role cannot be ignored as well.
                 others = {column: kept for column, kept in self.roles.items() if column != name}
                 raise ColumnsError(problem, Columns(others, (*self.ignored, name), self.ask))
 
@@ -384,7 +384,7 @@ def _refuse_left_out(row: Row, left: Sequence[str], resolved: Resolved) -> None:
 
 
 def _remedy(row: Row, losses: Iterable[tuple[str, str]], uses: Mapping[str, str], form: str) -> Columns:
-    """Returns what would settle columns that are left out, as far as their names and the row's format tell."""
+    """Returns the settings that take in the columns left out, as far as their names and the row's format tell."""
     roles: dict[str, str] = {}
     ignored: list[str] = []
     caption = [column for column, role in uses.items() if role == "caption"]
@@ -392,20 +392,26 @@ def _remedy(row: Row, losses: Iterable[tuple[str, str]], uses: Mapping[str, str]
         name = plain_name(path.rpartition(".")[2])
         role = "video" if "video" in name else "image"
         of_role = {column: role for column, used_as in uses.items() if used_as == f"{role}s"}
+        # A picture or video: the first of its kind, or one of several numbered columns.
         if what == MEDIUM and (not of_role or any(pattern.fullmatch(name) for pattern in JOINED["images"])):
             roles |= of_role | {path: role}
+        # A label or text beside a caption: the caption is the question or the answer.
         elif (
             caption and not roles and (what == LABEL or (what == TEXT and (kind_of_column(name) or nearest_role(name))))
         ):
             roles = dict.fromkeys(caption, "answer" if name in ROLES["question"] else "question")
             roles |= {} if name in KNOWN else {path: "answer"}
+        # A judgement by its own name: prompt and completion are judged.
         elif name == "kto_tag" and form == "question/answer":
             judged = {"question": "prompt", "answer": "completion"}
             roles |= {column: judged[role] for column, role in uses.items() if role in judged}
+        # A flag named `label` beside a format that can be judged.
         elif name == "label" and form in _WITH_JUDGEMENT and flag_of(row.get(path)) is not None:
             roles[path] = "kto_tag"
+        # The chosen answer to a conversation.
         elif form in ("conversations", "messages") and path == "chosen":
             roles[path] = "completion"
+        # More text that is asked: a hint.
         elif form == "question/answer" and what == ASKED and "hint" not in (*uses.values(), *roles.values()):
             roles[path] = "hint"
         elif not (what == PREFERENCE and "completion" in roles.values()):
@@ -417,12 +423,17 @@ def _texts_in(value: object) -> Iterator[str]:
     """Yields all texts of a value, at every depth."""
     if isinstance(value, str):
         yield value
-    for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+    entries: Iterable[object] = ()
+    if isinstance(value, Mapping):
+        entries = value.values()
+    elif isinstance(value, list):
+        entries = value
+    for inner in entries:
         yield from _texts_in(inner)
 
 
 def _move_to_column(row: Row, path: str, *, keep: bool) -> Row:
-    """Returns the row without what stands at a dotted path in a column; if kept, that is a column of its own."""
+    """Returns the row without the value at a dotted path in a column; if kept, that is a column of its own."""
     column, *keys = path.split(".")
     if path in row or row.get(column) is None:
         return row
@@ -431,7 +442,7 @@ def _move_to_column(row: Row, path: str, *, keep: bool) -> Row:
 
 
 def _without(value: object, keys: Sequence[str]) -> tuple[object, object]:
-    """Returns a nested value without what stands under these keys, and what stood there; takes lists entry by entry."""
+    """Returns a nested value without these keys, and the values they had; takes lists entry by entry."""
     value = parsed(value)
     if isinstance(value, list):
         pairs = [_without(entry, keys) for entry in value]
@@ -507,7 +518,7 @@ def _role_value(row: Row, columns: Candidate) -> object:
 
 
 def roles_of_columns(uses: Iterable[Mapping[str, str]]) -> dict[str, set[str]]:
-    """Returns what each column is used as in some of these rows; nothing where all leave it out."""
+    """Returns what each column is used as in any of these rows; nothing for one that all leave out."""
     roles: dict[str, set[str]] = {}
     for row in uses:
         for name, role in row.items():

@@ -1,9 +1,9 @@
-"""Rows of a data file or folder, one after another, whatever holds them; nothing but the current rows is in memory.
+"""Yields the rows of a data file or folder in any format; only the current rows are in memory.
 
 JSON and JSON lines (the first character decides), CSV, TSV, Parquet, Arrow (files, and folders that `datasets` saved),
 WebDataset archives, folders of pictures, and sets of the hub (see `hub_set`).
 
-The name of a file says its split as `datasets` reads it: by words such as `train` or `val` in it, and by what stands
+The name of a file says its split as `datasets` reads it: by words such as `train` or `val` in it, and by what comes
 before `-00000-of-00002`. But different words are never one split here: `dev` and `validation` of MMMU are not.
 """
 
@@ -53,7 +53,7 @@ _log = logging.getLogger(__name__)
 BESIDE_ARROW = ("dataset_info.json", "state.json", "dataset_dict.json")
 """`datasets` writes these beside the Arrow files of a folder; they hold no rows."""
 LEFTOVERS = ("cache-", "tmp")
-"""`map` and `filter` of `datasets` leave Arrow files with these names; they are no shards."""
+"""`map` and `filter` of `datasets` leave Arrow files with these names; they are not shards."""
 
 WORDS: Mapping[str, tuple[str, ...]] = {
     "train": ("train", "training"),
@@ -98,7 +98,7 @@ def refuse_several_splits(folder: Path, files: Sequence[Path]) -> None:
 
 
 def _split_of(name: str) -> str:
-    """Returns what a file's name says; "" where it says nothing."""
+    """Returns the split that a file's name says; "" if it says none."""
     shard = _SHARD.match(name)
     return shard[1] if shard and _ANY_WORD.match(name) else _word(name)  # `test_seen` and `test_unseen` are two
 
@@ -131,7 +131,7 @@ def webdataset_rows(path: Path) -> Iterator[dict[str, object]]:
 
     Pictures that have numbers (`x.0.png`, `x.1.png`) come in the order of these, others in the archive's.
 
-    The files of a sample have one name up to its first dot, which is `__key__`, and stand one after another. Its videos
+    The files of a sample have one name up to its first dot, which is `__key__`, and follow each other. Its videos
     are bytes too, which is told where the row is read, unless the fields name a video's file. Other files are fields by
     their ending, as bytes.
     """
@@ -170,9 +170,9 @@ def _archive_row(key: str, files: list[tuple[str, bytes]], path: Path) -> dict[s
             videos.append({"bytes": content})
         else:
             row[ending] = text_of(content.removeprefix(codecs.BOM_UTF8), where) if ending == "txt" else content
-    if pictures:  # they stand for what the text calls them by
+    if pictures:  # they replace the names that the text has for them
         row = {name: value for name, value in row.items() if plain_name(name) not in ROLES["images"]}
-        if all(name.isdecimal() for name, _ in pictures if name):  # x.0.png, x.1.png, in whatever order they stand
+        if all(name.isdecimal() for name, _ in pictures if name):  # x.0.png, x.1.png, in whatever order they come
             pictures.sort(key=lambda picture: int(picture[0] or -1))
         row["images"] = [content for _, content in pictures]
     if videos and not any(row.get(name) for name in ROLES["videos"]):
@@ -205,7 +205,7 @@ def arrow_rows(path: Path) -> Iterator[dict[str, object]]:
 
 
 def count_rows(path: Path) -> int | None:
-    """Tells how many rows a Parquet or Arrow file has, without reading them; None for any other file."""
+    """Returns the number of rows of a Parquet or Arrow file, without reading them; None for any other file."""
     kind = path.suffix.lower()
     with _reading(path, kind.removeprefix(".").capitalize()):
         if kind == ".parquet":
@@ -229,7 +229,7 @@ def _arrow_batches(source: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
 
 
 def _class_names(metadata: Mapping[bytes, bytes] | None) -> ClassNames:
-    """Returns what the numbers of `datasets`' ClassLabel columns stand for, as it writes them beside a schema."""
+    """Returns the class names of `datasets`' ClassLabel columns, as it writes them beside a schema."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         named = {name: kind for name, kind in features.items() if kind.get("_type") == "ClassLabel"}
@@ -252,7 +252,7 @@ def _rows_at_once(rows: int, size: int) -> int:
 
 
 def _whole_columns(batches: Iterable[pa.RecordBatch]) -> list[str]:
-    """Returns the columns of floats with empty cells and whole numbers alone: pandas keeps whole numbers so there."""
+    """Returns the float columns of whole numbers and empty cells: pandas stores integers so if some are missing."""
     has_empty: dict[str, bool] = {}
     others: set[str] = set()
     for batch in batches:
@@ -368,7 +368,7 @@ def is_data_file(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class DataFiles:
-    """The files that one entry of `data.train` stands for."""
+    """The files that one entry of `data.train` names."""
 
     name: str
     files: tuple[Path, ...]
@@ -474,7 +474,7 @@ def overlooked(folder: Path, media: Iterable[Path]) -> str:
     if not reasons:
         return ""
     lines = (f"{path.relative_to(folder)} ({reason})" for path, reason in sorted(reasons.items()))
-    remedy = "; data.follow_links follows links to files alone: copy a linked folder" * (LINKED in reasons.values())
+    remedy = "; data.follow_links follows only links to files: copy a linked folder" * (LINKED in reasons.values())
     return f"{folder}: no row of {short_names(lines, max_length=80)}{remedy}"
 
 

@@ -1,4 +1,4 @@
-"""The messages of a conversation to an `Example`: turns, thoughts, calls of tools, places of pictures and videos."""
+"""Turns a conversation's messages into an `Example`: turns, thoughts, tool calls, places of pictures and videos."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ BESIDE = {"images": frozenset(("type", "bytes", "path", "url")), "videos": PARTS
 OWN_PICTURES, OWN_VIDEOS = ("images", "image"), ("videos", "video")
 OWN_MEDIA = frozenset((*OWN_PICTURES, *OWN_VIDEOS))
 TURN_KEYS = {who: OWN_MEDIA | {who, what} for who, what in (("role", "content"), ("from", "value"))}
-"""A turn whose role stands under this key may hold these keys."""
+"""Maps the key of a turn's role to the keys that such a turn may hold."""
 TRAINED = ("train", "train_on_turn", "loss", "weight")
 """These keys mark whether a turn is trained. Only an answer can be, wholly or not at all; other marks are refused."""
 _RESULTS = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
 """Hermes' tools answer in tags, which templates write by themselves."""
 _TAGS = re.compile(r"<(?:img>(.*?)</img>|bbox>|ref-object>|audio>(?!.*</audio>))", re.DOTALL)
-"""Qwen names a picture in its text; ms-swift marks places for what stands in other columns."""
+"""Qwen names a picture in its text; ms-swift marks places for what is in other columns."""
 
 
 class UnreadKey(Exception):
@@ -87,7 +87,7 @@ class UnreadKey(Exception):
 def read_conversation(messages: Sequence[object], row: Row) -> Example:
     """Returns the conversation of messages, each a `Turn` or an object of role and content, as it is trained on.
 
-    What the row says as `system` stands before them; its `images` and `videos` take the places that the messages leave.
+    What the row says as `system` comes before them; its `images` and `videos` take the places that the messages leave.
     """
     sample_id, conversation = str(row["id"]), _Conversation(row)
     for number, message in enumerate(messages, 1):
@@ -107,7 +107,7 @@ def read_conversation(messages: Sequence[object], row: Row) -> Example:
     try:
         "".join([sample_id, *images, *(clip.path for clip in videos), *texts]).encode()
     except UnicodeEncodeError:
-        raise Unusable("its text holds half of a surrogate pair, which is no character") from None
+        raise Unusable("its text holds half of a surrogate pair, which is not a character") from None
     scored = row.get("scored")
     answers = (Answer(text=scored),) if isinstance(scored, str) and scored else ()
     return Example(sample_id, images, arranged, videos, answers=answers, image_bytes=conversation.image_bytes)
@@ -171,7 +171,9 @@ class _Conversation:
         if speaker in CALLING and self.turns and self.turns[-1].role == "assistant":
             before = self.turns.pop()
             if before.is_trained != is_trained:
-                raise Unusable(f"turn {number} calls a tool, and the answer before it is trained otherwise")
+                raise Unusable(
+                    f"turn {number} calls a tool, and the answer before it is marked differently for training"
+                )
             text, more[CALLS] = before.text, [*before.fields.get(CALLS, ()), *more.get(CALLS, ())]
         more_text = as_json(more) if more else ""
         self.turns.append(Turn(role, text, more=more_text, is_trained=is_trained))
@@ -192,7 +194,7 @@ class _Conversation:
         """Returns a turn's text with the places of its own pictures and videos."""
         if OWN_MEDIA.isdisjoint(message):
             return self._content(message, what, number)
-        # What is the turn's own is taken before what stands beside the conversation; without a place it comes first.
+        # What is the turn's own is taken before what is beside the conversation; without a place it comes first.
         pictures, clips = len(self._images), len(self.clips)
         own_pictures, own_videos = (
             [value for name in names for value in listed(message.get(name))] for names in (OWN_PICTURES, OWN_VIDEOS)
@@ -232,7 +234,7 @@ class _Conversation:
         *,
         answers: bool = False,
     ) -> None:
-        """Refuses what a message, or a part of it, holds besides what is read, bookkeeping, and what says the usual."""
+        """Refuses what a message, or a part of it, holds besides known keys, bookkeeping, and default values."""
         for key, value in fields.items():
             if key in read or is_empty(value) or (key, value) == ("detail", "auto"):
                 if path and isinstance(value, dict):
@@ -255,7 +257,7 @@ class _Conversation:
         if kind is None:
             kind = next((key for key in ("text", "image", "image_url", "video") if not is_empty(fields.get(key))), "")
         if not isinstance(kind, str) or kind not in PARTS:
-            raise Unusable(f"turn {number} has a part that is no text, picture or video: {short_repr(part)}")
+            raise Unusable(f"turn {number} has a part that is not text, a picture or a video: {short_repr(part)}")
         self._refuse_unread(message, fields, PARTS[kind], path)
         if kind in VIDEO_PARTS:
             if all(fields.get(key) is None for key in VIDEO_PAYLOADS):
@@ -291,7 +293,7 @@ class _Conversation:
         del self.clips_left[:count]
         for tag in _TAGS.finditer(text):
             if tag[1] is None:
-                remedy = "write what it stands for into the text"
+                remedy = "write what it means into the text"
                 raise Unusable(f"its text has {tag[0]}, which nothing here fills; {remedy}")
             self._images.append(self._picture(tag[1].strip(), "<img>"))
             self._tagged += 1
@@ -310,7 +312,7 @@ class _Conversation:
 
 
 def _in_list(value: object) -> Sequence[Any]:
-    """Returns what a column or a message holds as a list, or as JSON of one, or of one entry, without nulls."""
+    """Returns the list in a column or message, also one written as JSON or a single entry, without nulls."""
     value = without_nulls(parsed(value))
     return [parsed(entry) for entry in value] if isinstance(value, list) else [value]
 
@@ -335,7 +337,7 @@ def with_thoughts(text: str, message: Row) -> str:
 
 
 def _call(call: object) -> dict[str, object]:
-    """Returns a tool's call as transformers' templates take it, its arguments an object."""
+    """Returns a tool call as transformers' templates expect it, with its arguments as an object."""
     fields = call if isinstance(call, Mapping) else {}
     function = parsed(fields.get("function", fields))
     named = function if isinstance(function, Mapping) else {}
@@ -376,7 +378,7 @@ def _template_arguments(row: Row, first: str) -> dict[str, object]:
 
 
 def listed(value: object) -> Sequence[object]:
-    """Returns what a column of media holds, one that is no list as a list of one; NaN is a table's empty cell."""
+    """Returns what a column of media holds, one that is not a list as a list of one; NaN is a table's empty cell."""
     if value is None or value in ("", b"", []) or value != value:
         return ()
     return value if isinstance(value, list | tuple) else (value,)
@@ -401,7 +403,7 @@ def _read_clip(value: object, key: str) -> Clip:
     if not isinstance(value, str) or not value:
         raise Unusable(f"{key!r} must be a path or a list of paths, got {short_repr(value)}")
     if value.startswith(("http://", "https://", "data:")):
-        raise Unusable(f"{key!r} is no file, {short_repr(value)}; fetch it and name the file", ON_THE_WEB)
+        raise Unusable(f"{key!r} is not a file, {short_repr(value)}; fetch it and name the file", ON_THE_WEB)
     path, (start, end) = value.removeprefix("file://").replace("\\", "/"), times
     return Clip(path=path, start_seconds=start, end_seconds=end)
 

@@ -1,4 +1,4 @@
-"""The record between data preparation, training and scores: one published item, and a file of them, one a line.
+"""The record shared by data preparation, training and scores: one published item, and files with one per line.
 
 Files are `records/<task>/<split>.jsonl`; a field that an item has not is not written.
 """
@@ -48,7 +48,7 @@ class Subtitle:
 
 @dataclass(frozen=True)
 class Example:
-    """One item of a published set, or a sample that a person's file holds.
+    """One item of a published set, or one sample of a user's file.
 
     Attributes:
         images: paths relative to one root, or names in `image_bytes`.
@@ -95,7 +95,7 @@ def turns_of(example: Example) -> tuple[Turn, ...]:
 
 
 def named_in(row: Mapping[str, JSON], name: str) -> str | None:
-    """Returns what a row says of its `kind`, `unit` or `group`, in a column of its own or in a record's `extra`."""
+    """Returns a row's `kind`, `unit` or `group`, from a column of its own or from a record's `extra`."""
     extra = row.get("extra")
     value = row.get(name, extra.get(name) if isinstance(extra, Mapping) else None)
     return None if value is None else str(value)
@@ -111,7 +111,7 @@ _EXAMPLE = TypeAdapter(Example)
 
 
 def to_record(example: Example) -> dict[str, JSON]:
-    """Returns the example as a JSON object, without the fields it has not."""
+    """Returns the example as a JSON object, without empty fields."""
     if example.image_bytes:
         raise UserError(f"example {short_repr(example.id)} holds its pictures as bytes; write them to files first")
     unlike = {"extra", "image_bytes"}  # anything may be in `extra`, which `json_line` judges
@@ -145,7 +145,7 @@ def from_record(record: Mapping[str, JSON]) -> Example:
 
 
 def write_examples(path: Path, examples: Iterable[Example]) -> int:
-    """Writes one example a line and returns how many; `path` appears only when all are in it."""
+    """Writes one example per line and returns how many; `path` appears only when all are in it."""
     lines: dict[str, int] = {}
     with whole_file(path) as file:
         for number, example in enumerate(examples, start=1):
@@ -228,7 +228,7 @@ class ExampleFile:
         return int(self._items[index, 2]) if self._each_answer else None
 
     def ids(self) -> Iterator[str]:
-        """Yields each item's id, in order; "" for a line that is no record."""
+        """Yields each item's id, in order; "" for a line that is not a record."""
         for index in range(len(self)):
             try:
                 yield str(_json_object(self._line(index)).get("id"))
@@ -272,7 +272,7 @@ def _json_object(line: bytes) -> Mapping[str, JSON]:
 
 
 LETTER = "Answer with the option's letter from the given choices directly."
-"""LLaVA says this behind the choices of MMBench and SEED."""
+"""LLaVA says this after the choices of MMBench and SEED."""
 LONGEST_LIST = 100_000
 """A list written as text is read up to this many characters: Python's reader takes a hundred times as much memory."""
 

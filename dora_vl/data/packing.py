@@ -1,10 +1,10 @@
-"""A batch's rows as forests: what samples have in common stands once, and samples stand beside each other.
+"""Packs samples into rows as forests of segments: what samples share is stored once, and the others lie side by side.
 
 A row is made of trees of segments. A token sees its own segment up to itself and all segments above it, and its
-position is that of its own path. A sample is the path from a root to a leaf: alone it is a tree of one segment, several
-stand in a row side by side (packing), questions about the same pictures are branches behind them, and the choices of a
-question are branches behind it. `grow` finds what samples share, `spread` fills rows, and `pack` makes a row's
-tensors, which say who sees whom; `backbones.packed_attention` has a model follow them.
+position is that of its own path. A sample is the path from a root to a leaf: by itself it is a tree of one segment;
+several lie side by side in a row (packing), questions about the same pictures are branches after them, and the choices
+of a question are branches after it. `build_trees` finds what samples share, `assign_rows` fills rows, and `pack` makes
+a row's tensors, which say which tokens attend to which; `backbones.packed_attention` has a model follow them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dora_vl.data.samples import ALIGNED, IGNORED_LABEL, Sample
 
 @dataclass(frozen=True)
 class Segment:
-    """The tokens `start` to `stop` of a sample, behind those of its tree's segment number `parent`, None for a root."""
+    """The tokens `start` to `stop` of a sample, after those of its tree's segment number `parent`, None for a root."""
 
     sample: Sample
     start: int
@@ -35,7 +35,7 @@ class Segment:
 
 
 Tree = tuple[Segment, ...]
-"""Lists segments: parents stand before their children, and the first segment alone has none."""
+"""Lists segments: parents come before their children, and only the first segment has none."""
 
 
 def tokens_of(tree: Tree) -> int:
@@ -44,9 +44,9 @@ def tokens_of(tree: Tree) -> int:
 
 
 def build_trees(samples: Sequence[Sample], *, budget: int, shared: bool = True) -> list[Tree]:
-    """Returns the samples as few trees of at most `budget` tokens each; one sample alone may be longer.
+    """Returns the samples as few trees of at most `budget` tokens each; a single sample may be longer.
 
-    Where they may be `shared`, samples of the same pictures or videos, or of words alone those of one conversation, are
+    Where they may be `shared`, samples of the same pictures or videos, or text-only ones of one conversation, are
     put into one tree if they begin alike; else each sample is a tree of its own.
     """
     groups: dict[object, list[Sample]] = {}
@@ -57,7 +57,7 @@ def build_trees(samples: Sequence[Sample], *, budget: int, shared: bool = True) 
 
 
 def _trees(group: list[Sample], budget: int) -> list[Tree]:
-    """Returns one tree where all pictures stand in what the samples share, and it is short enough; else several."""
+    """Returns one tree if all pictures are in what the samples share, and it is short enough; else several."""
     if len(group) == 1:
         return [(Segment(group[0], 0, len(group[0].input_ids)),)]
     tree = _branches(group) if all(_same_media(group[0], sample) for sample in group[1:]) else ()
@@ -76,7 +76,7 @@ def _branches(group: list[Sample]) -> Tree:
     segments: list[Segment] = []
 
     def add(members: list[int], start: int, parent: int | None) -> None:
-        """Adds what the members, alike up to `start`, still have in common, and behind it a branch for each way on."""
+        """Adds what the members, alike up to `start`, still have in common, and after it a branch for each way on."""
         if len(members) == 1:
             segments.append(Segment(group[members[0]], start, len(columns[members[0]]), parent))
             return
@@ -91,8 +91,8 @@ def _branches(group: list[Sample]) -> Tree:
             parent = len(segments) - 1
         branches: dict[object, list[int]] = {}
         for member in members:
-            alone = trained[member] <= stop
-            branches.setdefault(member if alone else tuple(columns[member][stop].tolist()), []).append(member)
+            is_trained = trained[member] <= stop
+            branches.setdefault(member if is_trained else tuple(columns[member][stop].tolist()), []).append(member)
         for branch in branches.values():
             add(branch, stop, parent)
 
@@ -145,7 +145,7 @@ class Packed:
         sources: the place whose hidden state predicts each token, that before it on its path; -1 at a root's first.
         sees: whether the tokens of a segment see those of another, itself and all above it.
         samples: whose tokens each segment holds; of several, which share it, the first.
-        roots: the samples whose pictures and videos stand in the row, in order.
+        roots: the samples whose pictures and videos are in the row, in order.
     """
 
     input_ids: Int[Tensor, " seq"]
@@ -201,6 +201,6 @@ def pack(trees: Sequence[Tree]) -> Packed:
 
 
 def _of_tokens(sample: Sample, name: str) -> Tensor:
-    """Returns what a processor says of each token by this name; zeros where it says nothing of words alone."""
+    """Returns what a processor says of each token by this name; zeros where it says nothing of text-only samples."""
     value = sample.inputs.get(name)
     return torch.zeros_like(sample.input_ids) if value is None else value[0]

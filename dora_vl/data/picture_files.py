@@ -1,4 +1,4 @@
-"""Picture files: which are read, within which limits, and how they become pixels.
+"""Picture files: the formats that are read, their limits, and how they are decoded.
 
 Training decodes in its own workers (`load_picture`). What comes from elsewhere is decoded or looked at in a process
 that can be ended (`limited_process`), by `decoded` and `picture_facts`. The limits are those of docs/data.md.
@@ -109,7 +109,7 @@ def opened_picture(source: Path | BytesIO) -> Iterator[Image.Image]:
             heic = start[4:8] == b"ftyp" and "HEIF" not in formats
             hint = "; a HEIC needs its decoder (pip install pillow-heif)" if heic else ""
             begins = f"it begins with {start[:12]!r}" if start else "it has 0 bytes"
-            raise NoPicture(f"is no whole picture of {', '.join(formats)}: {begins}{hint}") from None
+            raise NoPicture(f"is not a whole picture of {', '.join(formats)}: {begins}{hint}") from None
         with image:
             width, height = image.size
             if width * height > PICTURE_PIXELS:
@@ -124,7 +124,7 @@ def opened_picture(source: Path | BytesIO) -> Iterator[Image.Image]:
 def load_picture(source: Path | BytesIO, *, as_published: bool = False) -> Image.Image:
     """Returns a picture decoded whole, RGB, as `open_image` says; raises as `opened_picture`."""
     with opened_picture(source) as image:
-        # Behind the header the end mark never stands among what is compressed. Pillow misses it in some files only.
+        # After the header, compressed data never holds the end mark. Pillow misses its absence in some files.
         if image.format in {"JPEG", "JPEG2000"} and b"\xff\xd9" not in vars(image)["fp"].read():
             raise OSError("it is cut off: its end mark is missing")
         image.load()

@@ -1,4 +1,4 @@
-"""Pictures of a sample: as a row names or holds them, below their folder or in the data file."""
+"""Opens a sample's pictures, which a row names below a folder or holds itself."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def open_image(root: Path | MediaFolder, relative: str, stored: HeldPictures | N
 def path_inside(root: Path | MediaFolder, relative: str, *, kind: str = "picture") -> Path:
     """Returns where the file at `relative` is, if that is inside `root`; `kind` is what the messages call it.
 
-    Where nothing has exactly that name, it is the one file whose name differs in upper and lower case alone, or in how
+    Where nothing has exactly that name, it is the one file whose name differs only in upper and lower case, or in how
     Unicode writes an accent.
     """
     folder = root if isinstance(root, MediaFolder) else MediaFolder(root)
@@ -163,8 +163,8 @@ def _plain(name: str) -> str:
 
 @cache
 def _log_spelling(root: Path) -> None:
-    """Logs, once a folder, that its files' names are spelled otherwise than in the data."""
-    log.warning("%s: names of files that differ from the data's in letter case or Unicode form alone are taken", root)
+    """Logs, once a folder, that its files' names are spelled differently than in the data."""
+    log.warning("%s: files whose names differ from the data's only in letter case or Unicode form are used", root)
 
 
 def any_is_there(names: Iterable[str], root: Path) -> bool:
@@ -210,7 +210,7 @@ class StoredPictures(HeldPictures):
 
 
 WEB, IN_PLACE, AS_URL = ("http://", "https://"), "data:", "file://"
-"""A picture's text that begins so is no path."""
+"""A picture's text that begins so is not a path."""
 BARE_BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
 """PNG, JPEG, GIF and WebP begin so in base64."""
 

@@ -1,4 +1,4 @@
-"""`dora-vl prepare`: a publisher's files to records, with a manifest."""
+"""`dora-vl prepare`: converts a publisher's files to records, with a manifest."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class ConversionCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """Says what became of a split; `entry` is what the manifest holds about it."""
+    """The outcome of preparing a split; `entry` is its entry in the manifest."""
 
     path: Path
     entry: Mapping[str, JSON]
@@ -78,7 +78,7 @@ class Prepared:
 
 
 def prepare_split(split: Split, folder: Path, *, source: str, limit: int | None) -> Prepared:
-    """Makes `folder/<split>.jsonl`, unless it is there and was made of the same files with the same settings."""
+    """Makes `folder/<split>.jsonl`, unless it exists and was made from the same files with the same settings."""
     path, manifest = folder / f"{split.name}.jsonl", folder / "manifest.json"
     try:
         splits = json.loads(manifest.read_text(encoding="utf-8"))["splits"] if manifest.is_file() else {}
@@ -150,13 +150,13 @@ def _names(split: Split) -> str:
 
 
 class Records:
-    """The records of a split: converts rows, writes what they become as lines, and counts."""
+    """The records of a split: converts rows, writes the records as lines, and counts."""
 
     def __init__(self, split: Split, path: Path, file: IO[bytes]) -> None:
         self._split = split
         self._path = path
         self._file = file
-        self._lines: dict[str, int] = {}  # the line that each id stands in
+        self._lines: dict[str, int] = {}  # the line that each id is in
         self._contents = set[bytes]()
         self.counts = ConversionCounts()
         self.digest = hashlib.sha256()
@@ -211,7 +211,7 @@ class Records:
         self.digest.update(line.encode())
 
     def _stood_before(self, line: str) -> bool:
-        """Tells whether an earlier record says the same under another id, which stands first in a line."""
+        """Tells whether an earlier record says the same under another id, which comes first in a line."""
         _, end = json.JSONDecoder().raw_decode(line, len('{"id":'))
         digest = hashlib.blake2b(line[end:].encode(), digest_size=12).digest()
         before = digest in self._contents
@@ -259,7 +259,7 @@ def chosen_splits(arguments: argparse.Namespace) -> list[Split]:
 
 
 def summary(prepared: Prepared) -> Iterator[str]:
-    """Yields what to say of a split: its counts, and the reasons of what is missing."""
+    """Yields a split's summary lines: its counts, and why rows are missing."""
     entry = prepared.entry
     state = "already there" if prepared.already_there else "written"
     yield f"{prepared.path}: {entry['written']:,} records of {entry['rows']:,} rows, {state}"

@@ -1,4 +1,4 @@
-"""A row of any format to an `Example`, and the one reader of a file's rows that tells what cannot be a sample.
+"""Reads rows of any format as an `Example`, and a file's rows one by one, with the reason if one cannot be a sample.
 
 Each format gives messages of a role and its content; `conversation.read_conversation` makes an `Example` of them.
 """
@@ -146,7 +146,7 @@ def _refuse_other_turns(conversation: Sequence[object], row: Row) -> None:
 
 
 def _bare(message: object) -> object:
-    """Returns what a message says, whatever its keys are called."""
+    """Returns a message's text, whatever its keys are called."""
     if isinstance(message, Turn):
         return {"role": message.role, "content": message.text}
     if not isinstance(message, Mapping):
@@ -165,7 +165,7 @@ def _rejected(value: object) -> tuple[str, ...]:
         message = value[-1] if isinstance(value, list) and value else value
         fields = message if isinstance(message, Mapping) else {}
         if not is_empty(fields.get(CALLS)) or fields.get("from", fields.get("role")) in CALLING:
-            raise Unusable("its rejected answer calls a tool; preferences compare texts alone")
+            raise Unusable("its rejected answer calls a tool; preferences compare only texts")
         text = fields.get("content", fields.get("value")) if fields else message
         if isinstance(text, list):  # a list of parts
             text = "".join(str(part.get("text", "")) for part in text if isinstance(part, Mapping))
@@ -193,7 +193,7 @@ def _compared(example: Example, row: Row) -> Example:
 def _question_answer(row: Row) -> list[object]:
     """Reads question and answer from columns of their own; of several answers the most frequent, the first of equals.
 
-    A hint stands before the question, choices behind it (`_written_choices`).
+    A hint comes before the question, choices come after it (`_written_choices`).
     """
     question, answer = as_text(row["question"], "question"), _answer(row["answer"])
     if not is_empty(row.get("choices")) and answer.strip():
@@ -316,7 +316,7 @@ ANSWER_KEYS = ("answer", "text", "start", "answer_start", "answer_id", "answer_c
 
 
 def _in_object(value: object) -> object:
-    """Returns what an object says as its answer or text; anything else is that itself."""
+    """Returns the answer or text in an object; anything else unchanged."""
     if not isinstance(value, Mapping):
         return value
     text = next((text for key in ANSWER_KEYS[:2] if (text := value.get(key)) is not None), None)
@@ -384,7 +384,7 @@ def read_fields(resolved: Resolved, sample_id: str) -> Example:
         example = read_conversation(MESSAGES[resolved.format.name](fields), fields)
         last = example.turns[-1]
         if resolved.format.name in (PREFERENCES, JUDGED) and (last.more or not last.is_trained):
-            raise Unusable("its last answer calls a tool or is not to be trained; preferences compare texts alone")
+            raise Unusable("its last answer calls a tool or is not to be trained; preferences compare only texts")
         if resolved.format.name == PREFERENCES:
             return _compared(example, fields)
         if resolved.format.name == JUDGED:
@@ -468,7 +468,7 @@ class RowReader:
 
 
 def check_usable(name: str, rows: int, usable: int, first_problem: str | None) -> None:
-    """Refuses a file of whose `rows`, as far as they were read, none can be a sample."""
+    """Refuses a file if none of the `rows` read so far can be a sample."""
     if not rows:
         raise UserError(f"{name}: holds no records")
     if not usable:

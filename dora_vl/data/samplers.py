@@ -30,7 +30,7 @@ from dora_vl.errors import BadSample
 
 
 class SamplingLengths(NamedTuple):
-    """Holds what the sampler knows of each sample."""
+    """Holds what the samplers know of each sample."""
 
     lengths: Int[Tensor, " samples"]
     is_multimodal: Bool[Tensor, " samples"]
@@ -43,7 +43,7 @@ class SamplingLengths(NamedTuple):
 def sampling_lengths(rows: datasets.Dataset, *, tokens_per_image: int, tokens_per_video: int = 0) -> SamplingLengths:
     """Returns the lengths of `table.load_table`'s rows: words of the text plus tokens of pictures and videos.
 
-    Words stand for tokens, as in LLaVA: near enough to sort by, and known without a tokenizer.
+    Words are counted instead of tokens, as in LLaVA: near enough to sort by, and known without a tokenizer.
     """
     columns = rows.select_columns(["length", "images", "videos"]).with_format("arrow")[:]
     pictures, videos = (
@@ -62,7 +62,7 @@ def sampling_lengths(rows: datasets.Dataset, *, tokens_per_image: int, tokens_pe
 
 
 class SeededSampler(torch.utils.data.Sampler[int]):
-    """The indices of one epoch's samples, whose order is a function of (seed, epoch) alone."""
+    """The indices of one epoch's samples, whose order depends only on (seed, epoch)."""
 
     def __init__(self, samples: int, seed: int) -> None:
         self._samples, self._seed, self._epoch = samples, seed, 0
@@ -121,9 +121,10 @@ class ModalityLengthSampler(SeededSampler):
 
 
 class ReplaySampler(SeededSampler):
-    """Takes all `own` samples of the data, and `drawn` of the chats behind them, others in each epoch.
+    """Takes all `own` samples and `drawn` of the chats that follow them; each epoch draws anew.
 
-    All chats come before one comes again. `order` makes the sampler that orders an epoch's samples by their lengths.
+    Within an epoch no chat repeats before all were drawn. `order` makes the sampler that orders an epoch's samples by
+    their lengths.
     """
 
     def __init__(
@@ -185,15 +186,15 @@ class TreeSampler(SeededSampler):
             drawn = rng.sample(group, len(group))
             groups += [drawn[start : start + self._together] for start in range(0, len(drawn), self._together)]
         rng.shuffle(groups)
-        most = max(1, WINDOW // self._batch) * self._batch
+        limit = max(1, WINDOW // self._batch) * self._batch
         window: list[list[int]] = []
         for number, group in enumerate(groups, start=1):
             window.append(group)
             samples = sum(map(len, window))
-            if samples < most and number < len(groups):
+            if samples < limit and number < len(groups):
                 continue
             last = number == len(groups)
-            full, window = (window, []) if last else self._cut(window, most)
+            full, window = (window, []) if last else self._cut(window, limit)
             batches = self._fill_batches(full)
             # Neighbours go to the ranks of one micro-step; what fills no micro-batch comes last.
             complete = sorted((batch for batch in batches if len(batch) == self._batch), key=self._tokens)
@@ -204,7 +205,7 @@ class TreeSampler(SeededSampler):
                 yield from batch
 
     def _cut(self, window: list[list[int]], limit: int) -> tuple[list[list[int]], list[list[int]]]:
-        """Returns the window with exactly `most` samples, and what is left of its last group."""
+        """Returns the window with exactly `limit` samples, and what is left of its last group."""
         over = sum(map(len, window)) - limit
         kept, left = window[-1][: len(window[-1]) - over], window[-1][len(window[-1]) - over :]
         return [*window[:-1], kept], [left] if left else []
@@ -262,12 +263,12 @@ class MixturePlan:
 
     A step is about one task, whose batch is as large as the task asks for; its samples are dealt out to the ranks and
     to the micro-batches that are accumulated, so a run with more ranks does the same steps. Micro-batch k belongs to
-    step k // parts; accelerate gives it to rank k % ranks. The order is a function of (seed, epoch) alone. VL-Adapter's
-    `roundrobin` is `proportional` here: each task's samples once an epoch, the tasks' steps shuffled.
+    step k // parts; accelerate gives it to rank k % ranks. The order depends only on (seed, epoch). VL-Adapter's
+    `roundrobin` is `proportional` here: each task's samples once per epoch, the tasks' steps shuffled.
 
     Args:
         parts: micro-batches of one step over all ranks (ranks times accumulation).
-        mixing: `proportional`: each task's items once an epoch; `balanced`: as many steps in all, the same number for
+        mixing: `proportional`: each task's items once per epoch; `balanced`: as many steps in all, the same number for
             every task, a small task's items several times.
     """
 
@@ -284,7 +285,7 @@ class MixturePlan:
 
     @property
     def items(self) -> int:
-        """Counts the items that an epoch reads, with those of a small task that come several times."""
+        """Counts the items that an epoch reads, each as often as it comes."""
         items = 0
         for source, steps in zip(self.sources, self._steps_of, strict=True):
             rounds, rest = divmod(steps, source.steps)
@@ -327,7 +328,7 @@ HEADERS = 1_000
 
 
 def longest_indices(sizes: SamplingLengths, count: int, among: Bool[Tensor, " samples"] | None = None) -> list[int]:
-    """Returns the places of the `count` longest samples, or of those of one kind."""
+    """Returns the indices of the `count` longest samples, of all or of those in `among`."""
     order = sizes.lengths.argsort(descending=True, stable=True)
     of_kind = order if among is None else order[among[order]]
     return of_kind[:count].tolist()

@@ -1,4 +1,4 @@
-"""Examples as samples that a backbone can batch; what cannot be used is named, and too much of it ends a run."""
+"""Turns examples into samples that a backbone can batch; names unusable ones, and ends a run with too many."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Encoded:
     `cut_tokens` counts what the length limit removed at the end, `lost_pixels` what the pixel budget took of its
     pictures; `inputs` are a processor's further tensors, by its own names, each with this example as its only row (or
     its pictures as rows), and `stored` what frozen vision parts gave for its pictures (`backbones.frozen_outputs`).
-    `media_end` is the first place behind the tokens of all its pictures and videos, and `positions` are those of a
+    `media_end` is the first position after the tokens of all its pictures and videos, and `positions` are those of a
     family that counts along several axes. `media` says which pictures and videos it shows, `answers` the numbers of
     those that it trains; `others` train the rest, each a row of the same conversation as it was when it was asked, or
     are other answers to the same question. `weight` says how much its labels count; an answer below 0 is rejected, and
@@ -138,13 +138,12 @@ class BadSampleCounts(NamedTuple):
 
 
 class BadSampleLedger:
-    """Keeps account of one rank's bad samples; knows of other ranks only by the counts given to `judge`.
+    """Counts one rank's bad samples; knows of other ranks only by the counts given to `judge`.
 
-    Two rules end a run. (1) More bad samples than `max_bad_share` of the whole set, for each pass begun over it: the
-    verdict is then certain, wherever they stood. (2) At least ten bad samples that are more than ten times that
-    share of what was seen (or, for a large share, more than halfway from it to all): the set is clearly
-    broken, a wrong picture folder for example, and the end of the pass need not be waited for. One bad sample of
-    a big set ends nothing; with a share of 0 the first one does.
+    Two rules end a run. (1) The bad samples seen exceed `max_bad_share` of the whole set, for each pass begun: the
+    outcome is then certain. (2) At least ten samples are bad, and they exceed ten times that share of the samples seen
+    so far (for a large share: more than halfway from it to 1): the set is clearly broken, for example by a wrong
+    picture folder. One bad sample of a big set ends nothing; with a share of 0 the first one does.
 
     Args:
         read_in_a_pass: samples that all ranks together read before the next pass begins, where they repeat some to
@@ -170,7 +169,7 @@ class BadSampleLedger:
         self.reasons = {**reasons, **self.reasons}
 
     def record(self, *, samples: int, skipped: Sequence[tuple[str, str]]) -> None:
-        """Takes note of one batch: how many samples were usable, and (id, reason) of the others."""
+        """Records one batch: how many samples were usable, and (id, reason) of the others."""
         self.counts = BadSampleCounts(self.counts.seen + samples + len(skipped), self.counts.bad + len(skipped))
         for sample_id, reason in skipped:
             if sample_id not in self.reasons:
@@ -201,10 +200,8 @@ def write_skipped(path: Path, reasons: Mapping[str, str], *, validation: Mapping
 
 LOOK_AHEAD_ROWS = 20_000  # rows, at even distances, that are looked at before a run: a few seconds' worth
 CHECKED_SAMPLES = 8  # samples, and as many with pictures, whose labels are read before the first step
-SHOWN_CHARACTERS, CONTEXT_CHARACTERS = (
-    120,
-    20,
-)  # characters of a text in a message, and those of them before it differs from another
+SHOWN_CHARACTERS = 120  # of a text in a message
+CONTEXT_CHARACTERS = 20  # of these, those before it differs from another
 
 
 def check_files_early(
@@ -258,7 +255,7 @@ class Labelled:
 
 
 def check_labels(samples: Iterable[Labelled]) -> None:
-    """Refuses a run whose labels are not the answers and what closes them.
+    """Refuses a run whose labels are not the answers with their end tokens.
 
     They are read back as text. White space is not compared: tokenizers put some before a text and take some off it.
     """
@@ -271,8 +268,8 @@ def check_labels(samples: Iterable[Labelled]) -> None:
         alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(trained, meant, strict=False)))
         start = max(0, alike - CONTEXT_CHARACTERS) if max(len(trained), len(meant)) > SHOWN_CHARACTERS else 0
         raise UserError(
-            f"sample {short_text(sample.id)}: its labels would train "
-            f"{short_text(trained[start:], SHOWN_CHARACTERS)!r}, and its answers with what closes them are "
+            f"sample {short_text(sample.id)}: its labels read back as "
+            f"{short_text(trained[start:], SHOWN_CHARACTERS)!r}, but its answers with their end tokens are "
             f"{short_text(meant[start:], SHOWN_CHARACTERS)!r}; the base's tokenizer or chat template does not fit: "
             "set another model.template, or take another base"
         )
@@ -282,7 +279,7 @@ def _labels_match(trained: str, sample: Labelled) -> bool:
     """Tells whether a text is the sample's answers, one after another, each closed; of a cut sample their beginning."""
     rest, closing = _without_whitespace(trained), ""
     for answer in sample.answers:
-        # Each as it stands, and as the tokenizer gives it back, which may spell it otherwise or not know it.
+        # Each as it is, and as the tokenizer gives it back, which may spell it differently or not know it.
         forms = [
             _without_whitespace(form)
             for text in ("".join(answer), answer.text + answer.closing)

@@ -1,11 +1,11 @@
-"""Samples in the order in which they come: files interleaved, a shuffle buffer, epochs; the same on every rank.
+"""Streams samples without reading a whole file first: interleaved files, a shuffle buffer, the same on every rank.
 
-A stream is the order of a loader whose items are examples instead of their places. The loader's own process reads them
+A stream is the order of a loader whose items are examples instead of indices. The loader's own process reads them
 and hands each to a worker, which makes the sample of it. So the number of workers changes nothing, ranks take their
 micro-batches as from any other order, and a resumed run passes over what it has seen without decoding a picture.
 
 `datasets` has a shuffle buffer and interleaving of its own, but divides shards among a loader's workers, so that their
-number would change the order, and does not restore a buffer; its streams are taken for sets of the hub alone.
+number would change the order, and does not restore a buffer; its streams are used for sets of the hub only.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ logger = logging.getLogger(__name__)
 
 
 def _generator(*key: object) -> random.Random:
-    """Returns a generator that is a function of the key alone."""
+    """Returns a random generator that depends only on the key."""
     return random.Random("/".join(map(str, key)).encode("utf-8", "surrogateescape"))
 
 
 class StreamSource:
     """One training file, read as it comes, with its weight.
 
-    By the seed a weight that is no whole number takes some rows once more, the same ones in every epoch.
+    With a fractional weight some rows, chosen by the seed, are read once more, the same ones in every epoch.
     """
 
     def __init__(self, file: TrainFile, *, limit: int | None, seed: int, columns: Columns = USUAL) -> None:
@@ -70,19 +70,19 @@ class StreamSource:
         """Lists the share of the rows in each pass of an epoch over the file: 2.5 is 1, 1 and 0.5."""
         return [1.0] * int(self.file.weight) + [self.fraction] * (self.fraction > 0)
 
-    def rows(self, *, share: float = 1.0, order: random.Random | None = None) -> Iterator[ExampleOrBad]:
+    def rows(self, *, share: float = 1.0, rng: random.Random | None = None) -> Iterator[ExampleOrBad]:
         """Yields the rows of one pass, or about this share of them, chosen by (seed, file, place)."""
-        # A share of a set of the hub is drawn by the places of its rows, which shuffled shards would change.
-        mixed = order if self._limit is None and (share == 1 or self._hub is None) else None
+        # A share of a set of the hub is drawn by the numbers of its rows, which shuffled shards would change.
+        shard_rng = rng if self._limit is None and (share == 1 or self._hub is None) else None
         taken = 0
-        for shard, records in self._shards(mixed):
-            rng = _generator(self._seed, self.file.path, shard)
+        for shard, records in self._shards(shard_rng):
+            row_rng = _generator(self._seed, self.file.path, shard)
             for number, record in enumerate(islice(records, None if self._limit is None else self._limit - taken)):
                 taken += 1
-                if share < 1 and rng.random() >= share:
+                if share < 1 and row_rng.random() >= share:
                     continue
                 if shard not in ("", Path(self.file.path).name) and self._columns.id_of(record) is None:
-                    record = {**record, "id": f"{shard}, row {number + 1}"}  # its place alone would name several
+                    record = {**record, "id": f"{shard}, row {number + 1}"}  # its number by itself would name several
                 row = self._reader.read(record, number)
                 if isinstance(row, Example):
                     self._warn(record, row)
@@ -96,15 +96,15 @@ class StreamSource:
                 self._doubts.add(doubt)
                 logger.warning("%s: %s: %s and perhaps others, which check-data counts", self.file.path, doubt, row.id)
 
-    def _shards(self, order: random.Random | None) -> Iterator[tuple[str, Iterator[RawRow]]]:
+    def _shards(self, rng: random.Random | None) -> Iterator[tuple[str, Iterator[RawRow]]]:
         if self._hub is not None:
-            # A buffer of one: it is the order of its files alone that is shuffled here.
-            stream = self._hub if order is None else self._hub.shuffle(seed=order.getrandbits(32), buffer_size=1)
+            # A buffer of one: only the order of its files is shuffled here.
+            stream = self._hub if rng is None else self._hub.shuffle(seed=rng.getrandbits(32), buffer_size=1)
             yield "", hub_rows(self.file.path.removeprefix(HUB), stream)
             return
         files = list(self._files.files)
-        if order is not None:
-            order.shuffle(files)
+        if rng is not None:
+            rng.shuffle(files)
         yield from ((file.name, replace(self._files, files=(file,)).rows()) for file in files)
 
     @cached_property
@@ -149,7 +149,7 @@ class StreamSource:
         return max(1.0, rows if self._limit is None else min(rows, float(self._limit)))
 
     def described(self) -> list[str]:
-        """Describes it in lines: name, format, rows where they are known, weight, and the columns of its first rows."""
+        """Describes the file in lines: name, format, rows if they are known, weight, and its first rows' columns."""
         _ = self.first_rows
         rows = "" if self.count is None else f", {self.count:,} rows"
         weight = "" if self.file.weight == 1 else f", weight {self.file.weight:g}"
@@ -181,10 +181,10 @@ class SampleStream:
         return any(row.videos for row in rows if isinstance(row, Example))
 
     def rows(self, epoch: int) -> Iterator[ExampleOrBad]:
-        """Yields an epoch's rows, an order that is a function of (seed, epoch) alone."""
+        """Yields an epoch's rows, in an order that depends only on (seed, epoch)."""
         passes = [(source, share, number) for source in self.sources for number, share in enumerate(source.passes)]
         streams = [
-            source.rows(share=share, order=_generator(self._seed, epoch, source.file.path, number))
+            source.rows(share=share, rng=_generator(self._seed, epoch, source.file.path, number))
             for source, share, number in passes
         ]
         weights = [source.estimate * share for source, share, _ in passes]
@@ -197,12 +197,12 @@ class SampleStream:
 
 
 def interleaved(
-    streams: Sequence[Iterator[ExampleOrBad]], weights: Sequence[float], draws: random.Random
+    streams: Sequence[Iterator[ExampleOrBad]], weights: Sequence[float], rng: random.Random
 ) -> Iterator[ExampleOrBad]:
-    """Yields all rows of all, each time of one that is drawn by its weight, and of the others when one has ended."""
+    """Yields all rows of all streams, each from a stream drawn by its weight among those that have not ended."""
     left = dict(enumerate(streams))
     while len(left) > 1:
-        (drawn,) = draws.choices([*left], [weights[number] for number in left])
+        (drawn,) = rng.choices([*left], [weights[number] for number in left])
         row = next(left[drawn], None)
         if row is None:
             del left[drawn]
@@ -211,7 +211,7 @@ def interleaved(
     yield from chain.from_iterable(left.values())
 
 
-def shuffled(rows: Iterable[ExampleOrBad], size: int, draws: random.Random) -> Iterator[ExampleOrBad]:
+def shuffled(rows: Iterable[ExampleOrBad], size: int, rng: random.Random) -> Iterator[ExampleOrBad]:
     """Yields each row once, drawn from a buffer of `size` rows, of fewer where they hold more than `BUFFER_BYTES`."""
     buffer: list[ExampleOrBad] = []
     buffer_size = 0
@@ -219,17 +219,17 @@ def shuffled(rows: Iterable[ExampleOrBad], size: int, draws: random.Random) -> I
         buffer.append(row)
         buffer_size += characters_of(row)
         while len(buffer) >= size or buffer_size > BUFFER_BYTES:
-            index = draws.randrange(len(buffer))
+            index = rng.randrange(len(buffer))
             buffer[index], buffer[-1] = buffer[-1], buffer[index]
             taken = buffer.pop()
             buffer_size -= characters_of(taken)
             yield taken
-    draws.shuffle(buffer)
+    rng.shuffle(buffer)
     yield from buffer
 
 
 class StreamOrder(torch.utils.data.Sampler[ExampleOrBad]):
-    """Gives a loader rows instead of places.
+    """Gives a loader rows instead of indices.
 
     Where the samples of an epoch are known, an epoch is one pass. Where they are not, one pass of `total` samples is
     the whole run, and the stream begins its next epoch by itself.
@@ -277,7 +277,7 @@ class StreamOrder(torch.utils.data.Sampler[ExampleOrBad]):
 
 
 class StreamedDataset(torch.utils.data.Dataset["Sample | Skipped"]):
-    """Makes a sample of each row that a `StreamOrder` gives, by a data set of this row and of the pictures it holds."""
+    """Makes a sample of each row that a `StreamOrder` yields, through a one-row data set with the row's pictures."""
 
     def __init__(self, make: Callable[[Examples, HeldPictures], ConversationDataset], *, length: int) -> None:
         self._make = make

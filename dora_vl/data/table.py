@@ -110,7 +110,7 @@ def _fingerprint(files: Sequence[Path], columns: Columns) -> str:
 
 
 def _convert(path: Path, data: DataFiles, table: Path, columns: Columns) -> None:
-    """Writes the table whole: what a killed process leaves is never taken for one."""
+    """Writes the table atomically: what a killed process leaves is never taken for one."""
     before, started = _fingerprint(data.files, columns), time.perf_counter()
     with unfinished(table, Path.touch) as partial:
         with partial.open("wb") as file:
@@ -139,7 +139,7 @@ def _write(path: Path, file: BinaryIO, batches: Iterable[list[dict[str, Any]]]) 
 
 
 def _batches(data: DataFiles, columns: Columns) -> Iterator[list[dict[str, Any]]]:
-    """Yields rows in batches of bounded size; a picture and the columns' roles stand in the first row alone."""
+    """Yields rows in batches of bounded size; pictures and column roles are only in the first row that has them."""
     reader, pictures, kinds = RowReader(data.name, columns), set[str](), 0
     batch, size = [], 0
     for number, record in enumerate(data.rows()):
@@ -253,16 +253,16 @@ class ExampleTable:
 
     def other_pictures(self, example: Example, seed: int) -> tuple[str, ...]:
         """Returns as many other pictures, those of another row, drawn by seed and id; none where no row has such."""
-        places, rng = self._by_pictures.get(len(example.images), ()), random.Random(f"{seed}/{example.id}")
-        for _ in range(DRAWS if len(places) else 0):
-            images = tuple(self.rows[int(rng.choice(places))]["images"])
+        indices, rng = self._by_pictures.get(len(example.images), ()), random.Random(f"{seed}/{example.id}")
+        for _ in range(DRAWS if len(indices) else 0):
+            images = tuple(self.rows[int(rng.choice(indices))]["images"])
             if {*images} != {*example.images}:
                 return images
         return ()
 
     @cached_property
     def _by_pictures(self) -> dict[int, np.ndarray]:
-        """Groups the places of rows by how many pictures they have."""
+        """Groups the indices of rows by how many pictures they have."""
         counts = _column(self.rows, "images").value_lengths().to_numpy()
         return {int(count): np.flatnonzero(counts == count) for count in np.unique(counts) if count}
 
@@ -303,7 +303,7 @@ def load_training_rows(
 ) -> tuple[ExampleTable, ExampleTable | None]:
     """Returns the training samples of all files, and those held out for validation (None with a share of 0).
 
-    `held_out_places` draws the share of all samples, before weights repeat or drop any.
+    `held_out_indices` draws the share of all samples, before weights repeat or drop any.
     """
     check_weights(files)
     tables = [load_rows(file.path, limit, columns=columns) for file in files]
@@ -311,16 +311,7 @@ def load_training_rows(
     stored = StoredPictures.joined([table.stored for table in tables])
     held_out = np.zeros(0, np.int64)
     if share:
-        grouping_columns = (rows["images"], rows["videos"], rows["group"])
-        media = (
-            [
-                *map(normpath, images),
-                *(f"video/{normpath(clip['path'])}" for clip in clips),
-                *([] if group is None else [f"group/{group}"]),
-            ]
-            for images, clips, group in zip(*grouping_columns, strict=True)
-        )
-        held_out = held_out_indices(rows["id"], media, share=share, seed=seed)
+        held_out = held_out_indices(rows["id"], _grouping_keys(rows), share=share, seed=seed)
     trainable = np.setdiff1d(np.arange(len(rows)), held_out)
     edges = np.cumsum([0, *map(len, tables)])
     parts: list[np.ndarray] = []
@@ -339,10 +330,17 @@ def load_training_rows(
     return train, ExampleTable(rows.select(held_out), stored) if share else None
 
 
+def _grouping_keys(rows: datasets.Dataset) -> Iterator[list[str]]:
+    """Yields each row's pictures, videos and group: rows that have one in common are held out together."""
+    for images, clips, group in zip(rows["images"], rows["videos"], rows["group"], strict=True):
+        videos = (f"video/{normpath(clip['path'])}" for clip in clips)
+        yield [*map(normpath, images), *videos, *([] if group is None else [f"group/{group}"])]
+
+
 def split_validation(train: ExampleTable, size: int) -> tuple[ExampleTable, ExampleTable]:
     """Returns what is left of the samples, in a random order, and `size` of them for validation.
 
-    As LLM-Adapters' and NVlabs' scripts part theirs: `train_test_split` with the seed 42.
+    As LLM-Adapters' and NVlabs' scripts split theirs: `train_test_split` with the seed 42.
     """
     if size >= len(train):
         raise UserError(f"data.validation_size {size} leaves none of {len(train)} samples")
@@ -377,7 +375,7 @@ def held_out_indices(
     parent: dict[str, str] = {}
 
     def group_of(name: str) -> str:
-        """Returns the least of all names that stand with this one, directly or through others."""
+        """Returns the least of all names that are grouped with this one, directly or through others."""
         while parent.setdefault(name, name) != name:
             parent[name] = name = parent[parent[name]]
         return name
@@ -430,7 +428,7 @@ def uses_of(rows: datasets.Dataset) -> list[Mapping[str, str]]:
 
 
 def doubtful_samples(rows: datasets.Dataset) -> list[Finding]:
-    """Returns what is probably not meant in the samples of a file, by kind: `DOUBTS`."""
+    """Returns what is probably a mistake in the samples of a file, by kind: `DOUBTS`."""
     findings = {kind: Finding(problem=kind) for kind in DOUBTS}
     has_media = any(_counts(rows, "images")) or any(_counts(rows, "videos"))
     marked = rows.select(np.flatnonzero(_column(rows, "doubts").value_lengths().fill_null(0).to_numpy()))
@@ -439,12 +437,12 @@ def doubtful_samples(rows: datasets.Dataset) -> list[Finding]:
             if doubt != NO_PICTURE or has_media:
                 findings[doubt].add(sample_id)
     questions = _column(rows, "asked")
-    places = np.flatnonzero(questions.is_valid().to_numpy(zero_copy_only=False))
+    indices = np.flatnonzero(questions.is_valid().to_numpy(zero_copy_only=False))
     keys, answers = questions.drop_null().to_numpy(), _column(rows, "told").drop_null().to_numpy()
     order = np.lexsort((answers, keys))
     keys, answers = keys[order], answers[order]
     contradicted = keys[1:][(keys[1:] == keys[:-1]) & (answers[1:] != answers[:-1])]
-    for sample_id in rows.select(np.sort(places[order][np.isin(keys, contradicted)]))["id"]:
+    for sample_id in rows.select(np.sort(indices[order][np.isin(keys, contradicted)]))["id"]:
         findings[CONTRADICTION].add(sample_id)
     return [finding for finding in findings.values() if finding.count]
 
@@ -454,7 +452,7 @@ def samples_in_test(
 ) -> list[tuple[str, str]]:
     """Returns the ids of a training sample and of the test's question that it holds, for each such sample.
 
-    Questions are id, pictures below the folder of those in `rows`, and text: of words alone all that was asked so far.
+    Questions are id, pictures below the folder of those in `rows`, and text; without pictures, all text asked so far.
     """
 
     def words(text: str) -> str:

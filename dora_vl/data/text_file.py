@@ -1,4 +1,4 @@
-"""Text files that a person gives: lines, tables and JSON, in bounded memory and with no other error than `UserError`.
+"""Reads a user's text files, lines, tables and JSON, in bounded memory; raises no other error than `UserError`.
 
 UTF-8, a byte order mark at the beginning or none. Publishers' files, records, predictions
 and questions are all read through here.
@@ -29,7 +29,7 @@ from dora_vl.errors import UserError, one_line, short_names, short_repr, short_t
 _log = logging.getLogger(__name__)
 
 LONGEST_LINE_BYTES = 1 << 26
-"""A line that still goes on after 64 MiB is no line of text; MMBench keeps pictures in its tables."""
+"""A line that still goes on after 64 MiB is not text; MMBench keeps pictures in its tables."""
 LONGEST_REASON = 120
 CHUNK_BYTES = 1 << 20
 
@@ -38,7 +38,7 @@ Value = TypeVar("Value")
 
 @contextlib.contextmanager
 def opened(path: Path, kind: str) -> Iterator[io.BufferedIOBase]:
-    """Opens the file's bytes, unpacked where gzip packed them; `kind` is what it should be, for the message."""
+    """Opens the file's bytes, unpacked if gzipped; `kind` is what it should be, for the message."""
     try:
         if not path.is_file():
             raise UserError(f"{path}: no such file of {kind}")
@@ -49,7 +49,7 @@ def opened(path: Path, kind: str) -> Iterator[io.BufferedIOBase]:
 
 
 class NotUtf8(UserError):
-    """Bytes are no text in UTF-8."""
+    """Bytes are not text in UTF-8."""
 
 
 def text_of(line: bytes, where: str) -> str:
@@ -84,7 +84,7 @@ def refuse_half_pairs(value: object, where: str) -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise UserError(f"{where}: its text holds half of a surrogate pair, which is no character") from None
+        raise UserError(f"{where}: its text holds half of a surrogate pair, which is not a character") from None
     except RecursionError:
         raise UserError(f"{where}: not whole JSON (its values are nested too deeply)") from None
 
@@ -96,7 +96,7 @@ def json_object(path: Path, kind: str) -> dict[str, object]:
         names = [name for name, _ in members]
         if len({*names}) < len(names):
             twice = Counter(names).most_common(1)[0][0]
-            raise ValueError(f"the name {short_text(twice)!r} stands twice in one object")
+            raise ValueError(f"the name {short_text(twice)!r} occurs twice in one object")
         return dict(members)
 
     value = json_of(whole_text(path, kind), f"{path}", half_pairs=True, members=unique)
@@ -180,13 +180,13 @@ def stated_delimiter(line: str) -> str | None:
 
 
 def likeliest_delimiter(line: str, ending: str) -> str:
-    """Returns what parts a table's first line into most columns; of equals the usual one of the file's ending."""
+    """Returns the delimiter that splits a table's first line into most columns; of equals the ending's usual one."""
     marks = "\t,;|" if ending == ".tsv" else ",;\t|"
     return max(marks, key=re.sub('"[^"]*"', "", line).count)
 
 
 _END = "\x1eend of the table\x1e"
-"""Stands after the last line: inside an open quotation the table's reader would take the rest of the file for a cell
+"""Comes after the last line: inside an open quotation the table's reader would take the rest of the file for a cell
 and end as if nothing were wrong (its strict form would refuse marks in the middle of a cell too)."""
 
 
@@ -203,7 +203,7 @@ def table_rows(
 
     `columns` has their names where the file has no line for them. A first line such as `sep=;` is followed and skipped.
     Empty columns without a name, as Excel writes them, are dropped; it also leaves such cells out at a row's end. The
-    first column may lack a name: pandas and R number the rows there. With `skip_spaces` those behind a delimiter go.
+    first column may lack a name: pandas and R number the rows there. `skip_spaces` drops those after a delimiter.
     """
     csv.field_size_limit(LONGEST_LINE_BYTES)
     lines = (line.replace("\r\n", "\n") for _, line in _lines(path, kind, encoding))
@@ -293,7 +293,7 @@ def _stream(path: Path, kind: str, key: str | None = None) -> Iterator[tuple[int
         file.seek(0)
         if rows and (beside := [other for other in _lists_in(path, file) if other != name]):
             remedy = "write the rows that are meant as a list of their own"
-            raise UserError(f"{path}: beside {name!r} stands {short_repr(beside[0])}; {remedy}")
+            raise UserError(f"{path}: beside {name!r} there is {short_repr(beside[0])}; {remedy}")
         file.seek(0)
         chunks, number = _Chunks(file), 0
         prefix = f"{name}.item" if name else "item" if beginning.startswith(b"[") else ""
@@ -338,7 +338,7 @@ def _lists_in(path: Path, file: io.BufferedIOBase) -> dict[str, str]:
 
 
 class _Chunks:
-    """Gives `ijson` a file's bytes behind its byte order mark."""
+    """Gives `ijson` a file's bytes after its byte order mark."""
 
     def __init__(self, file: io.BufferedIOBase) -> None:
         self._file = file
@@ -367,7 +367,7 @@ class _Chunks:
 
 
 def _parsed(path: Path, chunks: _Chunks, values: Iterable[Value]) -> Iterator[Value]:
-    """Yields what `ijson` parses; an error says how many values came before it, and what stands there."""
+    """Yields what `ijson` parses; an error says how many values came before it, and what is there."""
     parsed = 0
     try:
         for value in values:

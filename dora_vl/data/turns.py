@@ -1,4 +1,4 @@
-"""Who says what, and where pictures and videos go: turns, and the rules of a conversation that can train.
+"""The turns of a conversation, the places of its pictures and videos, and the rules that make it trainable.
 
 Turns hold no special token except `<image>` and, where a sample has videos, `<video>`: templates and tokens belong to
 the backbone. Without videos `<video>` is text, such as HTML's.
@@ -35,7 +35,7 @@ FOLLOWERS: Mapping[Role | None, tuple[Role, ...]] = {
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
 }
-"""The roles whose turns may follow one of each role; none stands before the first turn."""
+"""Maps a role to those whose turns may follow one of it; None is before the first turn."""
 TOOLS, KWARGS, CALLS = "tools", "chat_template_kwargs", "tool_calls"
 """Where a row has them, its first turn holds the first two in its `fields`, and an answer the third."""
 
@@ -54,9 +54,9 @@ class Turn:
     """One utterance; `text` holds `<image>` at each place where a picture goes, `<video>` where a video does.
 
     Its last `input_characters` are an instruction's input, which a line break parts from the instruction. Prompts that
-    were published for instructions have a place for each; all others take the text as it stands. `more` is JSON of
+    were published for instructions have a place for each; all others take the text as it is. `more` is JSON of
     what else a chat template gets: `tool_calls` of an answer, `name` and `tool_call_id` of a tool's result, and in the
-    first turn the conversation's `tools` and `chat_template_kwargs`. An answer that is not trained stands in prompts.
+    first turn the conversation's `tools` and `chat_template_kwargs`. An answer that is not trained is in prompts only.
     """
 
     role: Role
@@ -98,13 +98,13 @@ def arrange(
 ) -> tuple[tuple[str, ...], tuple[Turn, ...]]:
     """Returns the pictures in the order of their places, and the turns with a place for each picture and video.
 
-    Turns alternate, begin with the user and end with an answer; tools may stand for the user, and a system turn before
-    all. A first turn from the assistant is dropped, as the original does. With one picture its placeholder moves to the
-    front of its turn, followed by a newline (the published normalisation); with several every placeholder stays where
-    it is, because moving them would lose which picture the text speaks of. Where no turn has a placeholder, the
+    Turns alternate, begin with the user and end with an answer; a tool may replace the user, and a system turn may
+    come first. A first turn from the assistant is dropped, as in the original. With one picture its placeholder moves
+    to the front of its turn, followed by a newline (the published normalisation); with several every placeholder stays
+    where it is, because moving them would lose which picture the text speaks of. Where no turn has a placeholder, the
     pictures come before the first question. The original folds repeated placeholders of one turn into one; here any
     other count than that of the pictures is an error. Videos have `<video>`, which stays where it is, or go before the
-    first question; where a sample has no picture, `<image>` may stand for them, as in LLaVA-Video's sets. An answer
+    first question; where a sample has no picture, `<image>` may replace it, as in LLaVA-Video's sets. An answer
     holds neither: no base answers in pictures.
     """
     system = [turn for turn in turns[:1] if turn.role == "system"]
@@ -160,13 +160,13 @@ def _check_order(conversation: Sequence[Turn]) -> None:
 
 
 def refuse_places(answers: Sequence[str], *, has_videos: bool, kind: str = "answer") -> None:
-    """Refuses answers with the place of a picture or video: no base answers in those."""
+    """Refuses answers that hold a placeholder of a picture or video: no base answers in those."""
     placeholders = (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER) if has_videos else (IMAGE_PLACEHOLDER,)
     for number, text in enumerate(answers, 1):
         for placeholder in placeholders:
             if placeholder in text:
                 reason = f"{kind} {number} of {len(answers)} holds {placeholder}, a place that only questions have"
-                raise Unusable(f"{reason}; write it otherwise, or leave the row out", "placeholder in an answer")
+                raise Unusable(f"{reason}; rephrase it, or leave the row out", "placeholder in an answer")
 
 
 def out_of_order(conversation: Sequence[Turn]) -> str | None:
@@ -174,10 +174,11 @@ def out_of_order(conversation: Sequence[Turn]) -> str | None:
     before: Role | None = None
     for turn in conversation:
         if turn.role == "system":
-            return "a system turn stands among the others; it must be the first, and one"
+            return "a system turn comes after others; there may be only one, and it must be the first"
         if turn.role not in FOLLOWERS[before]:
-            where = f"behind one of the {before}" if before else "first"
-            return f"a turn of the {turn.role} stands {where}; human, or a tool, and gpt must alternate, human first"
+            where = f"after one of role {before}" if before else "first"
+            rule = "turns must alternate between human (or tool) and gpt, starting with human"
+            return f"{rule}; a turn of role {turn.role} comes {where}"
         before = turn.role
     return None
 

@@ -1,7 +1,7 @@
-"""Frames of a video file as pictures, whatever the file does to its decoder.
+"""Reads a video file's frames as pictures, whatever the file does to its decoder.
 
-`VideoReader` has a process of its own decode it, because decoders hang, crash and leak on files from the wild: a file
-that takes too long or takes the decoder with it is one `BadSample`, and the next file is read by a fresh process.
+`VideoReader` has a process of its own decode it, because decoders hang, crash and leak on untrusted files: one that
+takes too long or crashes the decoder becomes a `BadSample`, and the next file is read by a fresh process.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ def read_video(
 ) -> Iterator[Part]:
     """Runs as a job of `limited_process`: sends the wanted frames, by the first library that reads them all.
 
-    Where one gives up behind its first frames, the next one begins anew with the facts of the video. Without `sampling`
-    these alone are sent: the file can be opened, and is whole.
+    Where one gives up after its first frames, the next one begins anew with the facts of the video. Without `sampling`
+    only these are sent: the file can be opened, and is whole.
     """
     reasons: dict[str, Exception] = {}
     for backend in backends:
@@ -151,7 +151,7 @@ def read_video(
 
 
 def no_video_reason(path: Path) -> Trouble | None:
-    """Says what is wrong with a video file, without decoding a frame; None where nothing is."""
+    """Says what is wrong with a video file, without decoding a frame; None if nothing is."""
     wanted = {"path": str(path.absolute()), "start": None, "end": None, "sampling": None, "backends": tuple(BACKENDS)}
     try:
         list(one_process().run("read_video", wanted, budget=Budget(VIDEO_SECONDS, VIDEO_MEMORY)))
@@ -163,7 +163,7 @@ def no_video_reason(path: Path) -> Trouble | None:
 
 
 def none_reads(reasons: Mapping[str, Exception]) -> Exception:
-    """Makes the error for when every library has given its reason: the file's fault, or that none is installed."""
+    """Makes the error when no library could read a file: the file's fault, or that none is installed."""
     listed = "; ".join(f"{backend}: {error}" for backend, error in reasons.items())
     if all(isinstance(error, BackendMissing) for error in reasons.values()):
         return BackendMissing(

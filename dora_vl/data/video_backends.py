@@ -1,4 +1,4 @@
-"""Two libraries that decode videos, PyAV and decord2, behind one small protocol.
+"""One small protocol over two libraries that decode videos, PyAV and decord2.
 
 Neither is imported before it is used, and each can be missing or broken; then the next one is tried.
 """
@@ -95,7 +95,7 @@ class DecordVideo(OpenVideo):
         with Path(path).open("rb") as file:
             beginning = file.read(8)
         if beginning[4:] not in MP4_BOXES and not beginning.startswith(EBML):
-            raise Unreadable("it is no MP4, MOV, Matroska or WebM, in which alone decord finds the first frame")
+            raise Unreadable("it is not MP4, MOV, Matroska or WebM; only in these does decord find the first frame")
         self._open()
         refuse_many(len(self._reader))
         with _named(*self._errors):
@@ -136,7 +136,7 @@ class PyavVideo(OpenVideo):
         self._av = import_backend("pyav")
         self._path = path
         self._open()
-        shown: list[tuple[int, int]] = []  # times and durations alone: the packets are the whole file
+        shown: list[tuple[int, int]] = []  # only times and durations: the packets are the whole file
         self._keys: list[int] = []
         first, last, is_cut = math.inf, -math.inf, False
         with self._readable():
@@ -226,7 +226,7 @@ class PyavVideo(OpenVideo):
 def _upright(pixels: UInt8[np.ndarray, "_ _ 3"], side_data: Any) -> UInt8[np.ndarray, "_ _ 3"]:
     """Returns a frame as its file says to show it: turned by quarters, as phones write, or mirrored.
 
-    The matrix takes (x, y) to (a x + c y, b x + d y); a rotation alone, as PyAV gives it, says nothing of a mirror.
+    The matrix takes (x, y) to (a x + c y, b x + d y); a rotation by itself, as PyAV gives it, says nothing of a mirror.
     """
     matrix = side_data.get("DISPLAYMATRIX")
     if matrix is None:

@@ -183,7 +183,7 @@ def answer_all(questions: Sequence[str], answer: Callable[[str], object], what: 
 
 @dataclass(frozen=True, kw_only=True)
 class PictureChat:
-    """A conversation about some pictures, which stand in its first turn; each speaker has `turns` of its own."""
+    """A conversation about some pictures, which come in its first turn; each speaker has `turns` of its own."""
 
     names: tuple[str, ...]
     pictures: tuple[Image, ...]
@@ -191,7 +191,7 @@ class PictureChat:
 
 
 def read_chats(paths: Sequence[Path], *, together: bool) -> list[PictureChat]:
-    """Begins a conversation about each picture, or about all of them; without pictures one of words alone."""
+    """Begins a conversation about each picture, or about all of them; without pictures a text-only one."""
     groups = [paths] if together or not paths else [[path] for path in paths]
     return [PictureChat(names=tuple(map(str, group)), pictures=tuple(map(open_picture, group))) for group in groups]
 
@@ -265,9 +265,9 @@ def ask_about_videos(options: argparse.Namespace) -> None:
         what = "frames as separate pictures, since it takes no videos" if view.as_pictures else "frames"
         times = f"{len(frames.seconds)} {what}, {frames.seconds[0]:.1f} to {frames.seconds[-1]:.1f} s"
         print(f"{path} ({times}, {frames.backend})  {question}")
-        prompt, seen = as_asked(view.example, about_video), PromptMedia(videos=(frames,))
+        prompt, shown = as_asked(view.example, about_video), PromptMedia(videos=(frames,))
         most = options.max_new_tokens
-        print_answers(opened, lambda _, predictor: predictor.answer(prompt, seen, max_new_tokens=most, write=_write))
+        print_answers(opened, lambda _, predictor: predictor.answer(prompt, shown, max_new_tokens=most, write=_write))
 
     def answer(question: str) -> None:
         for path in paths:

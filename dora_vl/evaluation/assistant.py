@@ -1,4 +1,4 @@
-"""A decoder that is asked: an example's prompt, and the model's answers, choices or log-likelihoods."""
+"""Asks a decoder: an example's prompt, and the model's answers, choices or log-likelihoods."""
 
 from __future__ import annotations
 
@@ -58,16 +58,16 @@ class EncoderPrompts:
         """Tells whether videos are shown as pictures, since the model takes none."""
         return self.encoder.no_videos_reason is not None
 
-    def sample(self, turns: Sequence[Turn], seen: PromptMedia) -> Sample:
+    def sample(self, turns: Sequence[Turn], media: PromptMedia) -> Sample:
         """Encodes turns that end with a question, up to where the answer begins, without labels; never cut."""
-        return Sample(**vars(self.encoder.encode_prompt(turns, seen.pictures, seen.videos)))
+        return Sample(**vars(self.encoder.encode_prompt(turns, media.pictures, media.videos)))
 
-    def with_answer(self, turns: Sequence[Turn], seen: PromptMedia, answer: str) -> Sample:
+    def with_answer(self, turns: Sequence[Turn], media: PromptMedia, answer: str) -> Sample:
         """Encodes a question with an answer, which is labelled with what closes it; never cut."""
-        return Sample(**vars(self.encoder.encode_choice(turns, answer, seen.pictures, seen.videos)))
+        return Sample(**vars(self.encoder.encode_choice(turns, answer, media.pictures, media.videos)))
 
     def encode_ending(self, context: str, ending: str) -> Sample:
-        """Encodes a context and, behind a space, its ending, which alone is labelled; tokenised as lm-eval does."""
+        """Encodes a context and, after a space, its ending, which alone is labelled; tokenised as lm-eval does."""
         before = context.rstrip()
         ids, shared = (self.encoder.tokenizer(text)["input_ids"] for text in (f"{context} {ending}", before))
         labels = [*[IGNORED_LABEL] * len(shared), *ids[len(shared) :]]
@@ -107,7 +107,7 @@ class TextStreamer(BaseStreamer):
 
 
 def check_room(prompt_tokens: int, max_new_tokens: int, positions: int | None, sample_id: str) -> None:
-    """Refuses a prompt that leaves the longest answer no room among `positions`; None means there is no end."""
+    """Refuses a prompt that leaves no room for the longest answer among `positions`; None means no limit."""
     if positions is not None and prompt_tokens + max_new_tokens > positions:
         raise BadSample(
             sample_id,
@@ -140,7 +140,7 @@ class QuestionSamples(Dataset["Sample | Skipped"]):
 
 
 def by_picture(examples: Sequence[Example]) -> list[Example]:
-    """Orders examples by their pictures, the longest prompts first, so that too little memory shows at once."""
+    """Orders examples by their pictures, the longest prompts first, so that a lack of memory shows at once."""
 
     def length(example: Example) -> tuple[int, int, int]:
         return len(example.videos), len(example.images), sum(len(turn.text) for turn in turns_asked(example))
@@ -152,7 +152,7 @@ def by_picture(examples: Sequence[Example]) -> list[Example]:
 
 
 class PictureOutputCache:
-    """Runs a model's frozen vision parts once for pictures that samples of one batch or the next show again.
+    """Runs a model's frozen vision parts only once for pictures that recur in a batch or in the next one.
 
     Raises:
         NotStorable: the family's parts do not give the same when what they gave is handed in again.
@@ -192,10 +192,10 @@ class Assistant:
         self.prompts.encoder.take_positions_of(self.backbone.model)
 
     def answer(
-        self, example: Example, seen: PromptMedia, *, max_new_tokens: int = 64, write: Write | None = None
+        self, example: Example, media: PromptMedia, *, max_new_tokens: int = 64, write: Write | None = None
     ) -> str:
         """See `Predictor`."""
-        sample = self.prompts.sample(turns_asked(example), seen)
+        sample = self.prompts.sample(turns_asked(example), media)
         check_room(len(sample.input_ids), max_new_tokens, self.positions, example.id)
         streamer = None if write is None else TextStreamer(self.prompts.growing_text(), write)
         batch = self.prompts.collate([sample], "left")
@@ -233,7 +233,7 @@ class Assistant:
             yield answered + [prediction(ordered[item.index], None, item.reason) for item in skipped]
 
     def begin_batch(self, samples: Sequence[Sample]) -> Mapping[str, Any]:
-        """Makes the batch of some prompts and reads their pictures, once for all prompts that begin alike."""
+        """Makes the batch of some prompts and reads their pictures, once for prompts with the same beginning."""
         beginnings = [(sample.media, *sample.input_ids[: sample.media_end].tolist()) for sample in samples]
         first = {beginning: sample for beginning, sample in zip(beginnings, samples, strict=True)}
         shared = all(sample.media_end for sample in samples) and len(first) < len(samples)
@@ -252,7 +252,7 @@ class Assistant:
         return torch.no_grad() if self.while_training else torch.inference_mode()
 
     def _picture_cache(self, ordered: Sequence[Example]) -> PictureOutputCache | None:
-        """Returns None where few pictures are asked about twice, or the family's vision parts cannot run apart."""
+        """Returns None if few pictures recur, or the family's vision parts cannot run separately."""
         shown = Counter(example.images for example in ordered if example.images)
         if self.while_training or shown.total() < LEAST_REPEATED + len(shown) or any(e.videos for e in ordered):
             return None
@@ -270,7 +270,7 @@ class Assistant:
         rows: list[Sample] = []
         batch: list[tuple[Example, list[str], int]] = []
 
-        def chosen() -> list[Prediction]:
+        def score_batch() -> list[Prediction]:
             size = decoding.batch_size
             given = rows if once is None else once.replace_pixels(rows)
             parts = [self.log_likelihoods(given[start : start + size]) for start in range(0, len(given), size)]
@@ -290,8 +290,8 @@ class Assistant:
                     samples = [self.prompts.encode_ending(context, ending) for context, ending in pairs]
                 else:
                     texts = _letters(example) if decoding.answer_method == "letters" else outputs_of(example)
-                    seen = media.read(example)
-                    samples = [self.prompts.with_answer(turns_asked(example), seen, text) for text in texts]
+                    prompt_media = media.read(example)
+                    samples = [self.prompts.with_answer(turns_asked(example), prompt_media, text) for text in texts]
                 media_shown = (*example.images, *example.videos)
                 samples = [replace(sample, id=example.id, media=media_shown) for sample in samples]
                 check_room(max(len(sample.input_ids) for sample in samples), 0, self.positions, example.id)
@@ -299,12 +299,12 @@ class Assistant:
                 yield [prediction(example, None, error.reason)]
                 continue
             if rows and len(rows) + len(samples) > decoding.batch_size:
-                yield chosen()
+                yield score_batch()
                 rows, batch = [], []
             rows += samples
             batch.append((example, texts, len(samples)))
         if batch:
-            yield chosen()
+            yield score_batch()
 
     @property
     def positions(self) -> int | None:
@@ -319,16 +319,16 @@ class Assistant:
         streamer: BaseStreamer | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> Int[Tensor, "batch new"]:
-        """Generates ids behind left-padded prompts, greedily unless `options` of generate say otherwise."""
+        """Generates ids after left-padded prompts, greedily unless `options` of generate say otherwise."""
         inputs = inputs_on_device(batch, self.device)
-        how = {"max_new_tokens": max_new_tokens, "streamer": streamer, "options": options}
+        arguments = {"max_new_tokens": max_new_tokens, "streamer": streamer, "options": options}
         with self._no_grad():
-            return self.backbone.generate(**inputs, **how).cpu()
+            return self.backbone.generate(**inputs, **arguments).cpu()
 
     def answers(
         self, batch: Mapping[str, Any], *, max_new_tokens: int, streamer: BaseStreamer | None = None
     ) -> list[str | None]:
-        """Generates each prompt's answer; None where the scores were no numbers."""
+        """Generates each prompt's answer; None where the scores were not finite."""
         ids = self.new_ids(batch, max_new_tokens=max_new_tokens, streamer=streamer)
         return [None if NO_TOKEN in row.tolist() else self.prompts.encoder.decode(row) for row in ids]
 
@@ -339,7 +339,7 @@ class Assistant:
 
     @torch.inference_mode()
     def labelled(self, samples: Sequence[Sample], packing: Packing = "plain", *, keep_logits: bool = False) -> Features:
-        """Computes hidden states and losses at the places that predict labelled tokens."""
+        """Computes hidden states and losses at the positions that predict labelled tokens."""
         batch = self.prompts.collate(samples, "right", packing)
         labels = batch["labels"].to(self.device)
         return self.backbone(**inputs_on_device(batch, self.device), labels=labels, keep_logits=keep_logits)

@@ -28,16 +28,16 @@ COMPARISONS: Mapping[str, tuple[str, str]] = {
 }
 """Maps other answers to what `metrics.json` calls the model's own score, and to the line to print."""
 ASKED_AGAIN = tuple(COMPARISONS)
-"""Sets whose names end so stand in `predictions.jsonl` for a comparison alone."""
+"""Sets whose names end with these are in `predictions.jsonl` only for a comparison."""
 ADVICE_SHARE = 0.1
-"""Settings to try are named where this share of the questions is readable and not learned."""
+"""Settings to try are named if this share of the questions is readable but not learned."""
 DESCRIPTIONS = {
     COMMONEST: f"the test's own commonest right answer to each question that it asks {LEAST_ASKED} times or more, to "
     "all other questions together one; no model",
     EXCHANGED: f"questions drawn by seed {SEED}, at most {MOST_EXCHANGED}, each with the pictures of another of them "
     "that shows as many and not the same",
     UNTRAINED: f"questions drawn by seed {SEED}, at most {MOST_EXCHANGED}, asked of the base without the adapter",
-    READABLE: "a linear map from what the base's frozen vision part gives for a picture to the training answers, by "
+    READABLE: "a linear probe from what the base's frozen vision part gives for a picture to the training answers, by "
     f"`dora-vl init`; one for each question that is asked {LEAST_ASKED} times or more, one for all others",
 }
 MediaKey = tuple[tuple[str, ...], tuple[Clip, ...]]
@@ -45,7 +45,7 @@ MediaKey = tuple[tuple[str, ...], tuple[Clip, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonAnswers:
-    """A sample of a test's examples, and by id what is said of them with the pictures of others, or by the base."""
+    """A sample of a test's examples, and by id the answers with exchanged pictures, or those of the base."""
 
     examples: Sequence[Example]
     answers: Mapping[str, str]
@@ -57,20 +57,20 @@ def compare_with_baselines(
     answers: Mapping[str, str],
     score: Scorer,
     *,
-    says: Callable[[Example], str],
+    right_answer_of: Callable[[Example], str],
     exchange: ComparisonAnswers | None,
     readable: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[dict[str, Any], list[str]]:
     """Returns a score's baselines for `metrics.json`, and the lines to print, a warning last.
 
     Args:
-        says: the right answer as a model says it; "" where the file holds none.
-        readable: the answers that a linear map of the base's pictures gives, by id; see `readable_answers`.
+        right_answer_of: the right answer as a model says it; "" where the file holds none.
+        readable: the answers that a linear probe reads from the base's pictures, by id; see `readable_answers`.
     """
     metric = next(iter(scored.metrics))
     entry: dict[str, Any] = {"metric": metric}
     lines: list[str] = []
-    if commonest := commonest_answers(examples, says):
+    if commonest := commonest_answers(examples, right_answer_of):
         baseline, text = _baseline(score(examples, commonest), metric)
         entry[COMMONEST] = {**baseline, "how": DESCRIPTIONS[COMMONEST]}
         lines.append(f"{metric} of each question's commonest answer {text}")
@@ -79,28 +79,29 @@ def compare_with_baselines(
         baseline, text = _baseline(of_probe, metric)
         kinds = by_question(examples, of_probe.shares, scored.shares)
         entry[READABLE] = {**baseline, "how": DESCRIPTIONS[READABLE], "questions": kinds}
-        lines.append(f"{metric} that a linear map of the base's pictures reads {text}")
+        lines.append(f"{metric} that a linear probe reads from the base's pictures {text}")
         lines += [f"{name}: {text}" for name, text in probe_lines(kinds).items()]
         missed = [max(0.0, kind[READABLE] - kind["learned"]) for kind in kinds.values() if READABLE in kind]
         if sum(missed) >= ADVICE_SHARE * len(probed):
             entry[ADVICE] = (
-                "the base's pictures tell more than was learned: try more epochs (training.num_train_epochs), another "
-                "rate (training.learning_rate, optim.projector_learning_rate), a higher adapter.rank"
+                "the base's picture features hold more than was learned: try more epochs (training.num_train_epochs), "
+                "another rate (training.learning_rate, optim.projector_learning_rate), a higher adapter.rank"
             )
             lines.append(entry[ADVICE])
     if exchange is not None and not exchange.examples and any(any(_media(example)) for example in examples):
-        lines.append("no pictures were exchanged: no two of the questions show as many and different ones")
+        lines.append("no pictures were exchanged: no two questions show the same number of different pictures")
     if exchange is None or not exchange.examples:
         return entry, lines
     entry[EXCHANGED], line = compare_with(EXCHANGED, exchange, examples, answers, score)
     lines.append(line)
-    apart = entry[EXCHANGED]["difference"]
-    if apart is not None and apart["low"] <= 0 <= apart["high"]:  # the score stays where it was, as far as chance goes
+    difference = entry[EXCHANGED]["difference"]
+    if difference is not None and difference["low"] <= 0 <= difference["high"]:  # it may well be chance
         entry[WARNING] = (
-            f"the answers do not depend on the pictures, as far as {entry[EXCHANGED]['n']} questions tell: {metric} "
-            f"with their own less that with others' is {apart['value']:+.2f} (95 % interval {apart['low']:+.2f} to "
-            f"{apart['high']:+.2f}). Where they cannot be answered unseen, try a base whose projector has learned (or "
-            "adapter.train_projector: true), more pictures, more epochs"
+            f"the answers do not seem to depend on the pictures: over {entry[EXCHANGED]['n']} questions, {metric} with "
+            f"their own pictures minus {metric} with exchanged ones is {difference['value']:+.2f} (95 % interval "
+            f"{difference['low']:+.2f} to {difference['high']:+.2f}). If the questions cannot be answered without "
+            "looking, try a base whose projector is trained (or adapter.train_projector: true), more pictures, or more "
+            "epochs"
         )
         lines.append(entry[WARNING])
     return entry, lines
@@ -109,7 +110,7 @@ def compare_with_baselines(
 def compare_with(
     name: str, other: ComparisonAnswers, examples: Sequence[Example], answers: Mapping[str, str], score: Scorer
 ) -> tuple[dict[str, Any], str]:
-    """Compares other answers to some examples with a model's own to them, for `metrics.json` and as a line."""
+    """Compares other answers to some examples with the model's own, for `metrics.json` and as a line."""
     by_id = {example.id: example for example in examples}
     sample = [by_id[example.id] for example in other.examples]
     own, others = (
@@ -117,11 +118,11 @@ def compare_with(
         for texts in (answers, other.answers)
     )
     metric = next(iter(own.metrics))
-    apart = paired_differences(own, others).get(metric)
+    difference = paired_differences(own, others).get(metric)
     baseline, text = _baseline(others, metric)
     key, line = COMPARISONS[name]
-    difference = None if apart is None else asdict(apart)
-    entry = {**baseline, key: own.metrics[metric], "difference": difference, "how": DESCRIPTIONS[name]}
+    found = None if difference is None else asdict(difference)
+    entry = {**baseline, key: own.metrics[metric], "difference": found, "how": DESCRIPTIONS[name]}
     return entry, f"{line.format(text)} {own.metrics[metric]:.2f}"
 
 
@@ -130,7 +131,7 @@ def by_question(
 ) -> dict[str, dict[str, float]]:
     """Counts what is readable and what was learned of each question that is asked often, and of all others together.
 
-    A question of which a linear map reads no answer has no number of readable ones.
+    A question for which a linear probe reads no answer has no number of readable ones.
     """
     times = Counter(example.question for example in examples)
     groups: defaultdict[str, list[str]] = defaultdict(list)
@@ -148,8 +149,8 @@ def by_question(
 
 
 def probe_summary(kind: Mapping[str, float]) -> str:
-    """Tells how many answers a linear map reads; few of some questions' answers come twice, so that it reads none."""
-    return f"readable {kind[READABLE]:g}" if READABLE in kind else "readable not known (its answers hardly come twice)"
+    """Tells how many answers a linear probe reads; it reads none for questions whose answers rarely repeat."""
+    return f"readable {kind[READABLE]:g}" if READABLE in kind else "readable unknown (its answers rarely repeat)"
 
 
 def probe_lines(questions: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
@@ -160,7 +161,7 @@ def probe_lines(questions: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
 
 
 def readable_answers(questions: object, questions_sha256: object) -> Mapping[str, str]:
-    """Reads the probe's answers beside a test's file of questions; none where the file is another by now."""
+    """Reads the probe's answers beside a test's file of questions; none if that file has changed since."""
     from dora_vl.run.folder import PROBE  # it imports torch: not for --help
 
     probe = json_or_nothing(Path(str(questions)).with_name(PROBE)) if questions else {}
@@ -174,31 +175,33 @@ def _baseline(scored: Scored, metric: str) -> tuple[dict[str, Any], str]:
     return {"value": value, "interval_95": limits, "n": scored.n}, f"{in_units(metric, value)} of {scored.n:,}{text}"
 
 
-def commonest_answers(examples: Sequence[Example], says: Callable[[Example], str]) -> dict[str, str]:
+def commonest_answers(examples: Sequence[Example], right_answer_of: Callable[[Example], str]) -> dict[str, str]:
     """Returns the commonest right answer to each example's question, of equally common ones the first in the file.
 
     Questions that fewer than `LEAST_ASKED` examples ask share one, in each task with as many endings.
     """
-    answerable = [example for example in examples if (example.question or "task" in example.extra) and says(example)]
+    answerable = [
+        example for example in examples if (example.question or "task" in example.extra) and right_answer_of(example)
+    ]
     times = Counter(example.question for example in answerable)
     groups: defaultdict[Hashable, list[Example]] = defaultdict(list)
     for example in answerable:
         rare = example.extra.get("task"), len(example.extra.get("endings", ()))
         often = example.question and times[example.question] >= LEAST_ASKED
         groups[example.question if often else rare].append(example)
-    commonest = {name: Counter(map(says, group)).most_common(1)[0][0] for name, group in groups.items()}
+    commonest = {name: Counter(map(right_answer_of, group)).most_common(1)[0][0] for name, group in groups.items()}
     return {example.id: commonest[name] for name, group in groups.items() for example in group}
 
 
 def right_text(example: Example) -> str:
-    """Returns the right answer that most people gave; "" where the file holds none."""
+    """Returns the right answer that most people gave; "" if the file holds none."""
     return max(example.answers, key=lambda answer: answer.weight).text if example.answers else ""
 
 
 def exchange_pictures_of(
     examples: Iterable[Example], answered: Container[str], *, together: GroupKey | None = None
 ) -> list[Example]:
-    """Returns a seeded sample of the answered examples, each with the pictures and videos of another, which go round.
+    """Returns a seeded sample of the answered examples, each with the pictures and videos of the next one.
 
     Examples of equal `together` are scored as one, and stay together.
     """
@@ -229,12 +232,12 @@ def exchange_pictures_of(
 
 
 def draw_sample(examples: Sequence[Example]) -> list[Example]:
-    """Returns a seeded sample of the examples; all where there are few."""
+    """Returns a seeded sample of the examples; all of them if there are few."""
     return Random(SEED).sample(examples, min(MOST_EXCHANGED, len(examples)))
 
 
 def digest(examples: Sequence[Example]) -> str:
-    """Hashes an exchanged sample, to tell it from others."""
+    """Hashes an exchanged sample, to recognise it."""
     pairs = [(example.id, example.images, [repr(clip) for clip in example.videos]) for example in examples]
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 

@@ -1,6 +1,6 @@
 """Benchmarks by name: the table, and one's own as a YAML file of a few lines.
 
-What a benchmark is stands in its scorer's file. A file of one's own holds `name` and `scoring`, and may say `file`
+What a benchmark is, its scorer's file says. A file of one's own holds `name` and `scoring`, and may say `file`
 (records, looked for from where the YAML is), `prompt`, `max_new_tokens` and `frames`.
 """
 
@@ -142,7 +142,7 @@ def read_own(path: Path) -> NamedBenchmark:
     settings = {key: content.get(key, default) for key, (_, default) in OWN.items()}
     if not NAME.fullmatch(settings["name"]) or settings["name"] in BENCHMARKS:
         raise UserError(
-            f"{path}: name {short_repr(settings['name'])} is taken, or not of letters, digits, _ and - alone"
+            f"{path}: name {short_repr(settings['name'])} is taken, or has more than letters, digits, _ and -"
         )
     scoring = settings["scoring"]
     benchmark = Benchmark(

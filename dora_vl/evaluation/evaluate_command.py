@@ -57,7 +57,7 @@ in it while they are true.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's options."""
+    """Adds the command's options."""
     parser.add_argument("--benchmarks", required=True, help="NAME, NAME:SPLIT, NAME=FILE or FILE.yaml, commas between")
     answers = parser.add_mutually_exclusive_group(required=True)
     answers.add_argument("--adapter", type=Path, help="adapter folder of a run, or of PEFT")
@@ -117,7 +117,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     with first_rank_reports_first(), joined_launch():  # all processes of a launch ask; the first scores
         sets = sets or _sets(options)
         if options.to is None and options.adapter is None:
-            raise UserError("say with --to where the results go; beside --model there is no run they belong to")
+            raise UserError("--model needs --to, the folder for the results")
         to = options.to or options.adapter.parent / "evaluation"
         refuse_foreign_metrics(to / METRICS)
         for test in sets:
@@ -138,7 +138,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
 
 
 def _sets(options: argparse.Namespace) -> list[TestSet]:
-    """Reads the benchmarks, once the options go together."""
+    """Reads the benchmarks, after checking that the options go together."""
     requests = [request for request in options.benchmarks.split(",") if request]
     named = {find_benchmark(request.partition("=")[0]).name: request for request in requests}
     modes = _modes(options, named)
@@ -205,7 +205,7 @@ def _evaluate_model(
 ) -> tuple[list[Tested], ResultFolder]:
     """Asks a model every benchmark and scores it; with `exchange` also about others' pictures."""
     from dora_vl.backbones.families import sees_pictures
-    from dora_vl.evaluation.open_model import ModelRequest, find_source, hashes, open_model
+    from dora_vl.evaluation.open_model import ModelRequest, find_source, model_hashes, open_model
     from dora_vl.evaluation.predict import evaluate
     from dora_vl.run.base import VLBART
 
@@ -221,7 +221,7 @@ def _evaluate_model(
         )
     if options.answer_by != "generation" and source.kind == VLBART:
         raise UserError(f"{adapter}: a VL-BART answers each task as it was trained; leave --answer-by out")
-    sha256, recipe = hashes(source), source.recipe
+    sha256, recipe = model_hashes(source), source.recipe
     pictures = MediaFolder(options.images, options.follow_links, as_published=bool(recipe.get("as_published")))
     opened = open_model(source).adapted
     prepared = [_prepare_set(opened, test, sha256, options, pictures) for test in sets]
@@ -237,7 +237,7 @@ def _evaluate_model(
 def _prepare_set(
     model: Predictor, test: TestSet, sha256: Mapping[str, str], options: argparse.Namespace, pictures: MediaFolder
 ) -> TestSet:
-    """Returns a benchmark as a model is asked it: a VL-BART by the task of its training, others by the prompt."""
+    """Prepares a benchmark for a model: a VL-BART is asked by the task of its training, others by the prompt."""
     from dora_vl.evaluation.assistant import Assistant
     from dora_vl.evaluation.predictor import Decoding, media_reader
 
@@ -283,9 +283,11 @@ def _prepare_set(
 
 
 def refuse_foreign_metrics(path: Path) -> None:
-    """Keeps a training run's own metrics file, which was not written here, from being replaced."""
+    """Refuses to replace a metrics file that was not written here, such as a training run's own."""
     if (content := json_or_nothing(path)) and ANSWERS_OF not in content:
-        raise UserError(f"{path} is not of `dora-vl evaluate`, a training run's perhaps; name another folder with --to")
+        raise UserError(
+            f"{path} was not written by `dora-vl evaluate`, perhaps by a training run; name another folder with --to"
+        )
 
 
 def open_results(
@@ -307,7 +309,7 @@ def open_results(
 def report_results(
     tested: Sequence[Tested], against: Sequence[Tested] | None, results: ResultFolder, options: argparse.Namespace
 ) -> Iterator[str]:
-    """Writes everything with the differences from other answers; yields what there is to say.
+    """Writes everything with the differences from other answers; yields the lines to print.
 
     A benchmark that cannot be scored is refused at the end, when what the others have is written.
     """
@@ -324,7 +326,7 @@ def report_results(
         path, kept = results.folder / METRICS, [name for name in results.kept if name not in entries]
         if results.gone:
             named = ", ".join(results.gone)
-            yield f"{path}: no longer holds {named}: they are of other answers, questions or another --limit"
+            yield f"{path}: {named} removed, because the answers, the questions or --limit changed"
         yield f"{path}: all numbers" + (f", those of {', '.join(kept)} from before" if kept else "")
     refuse_unscored(tested)
 
@@ -350,7 +352,7 @@ def table(entries: Mapping[str, Mapping[str, Any]], *, details: bool = False) ->
 
 
 def _remark_lines(done: Tested, folder: Path) -> Iterator[str]:
-    """Yields what there is to say of a benchmark beside its scores."""
+    """Yields remarks on a benchmark beside its scores."""
     test, answered = done.test, done.predictions
     if answered.strangers:
         count, first = len(answered.strangers), short_repr(answered.strangers[0])
@@ -360,7 +362,8 @@ def _remark_lines(done: Tested, folder: Path) -> Iterator[str]:
     if done.refused is not None:
         return
     if done.scored is None:
-        yield f"{test.name}: {test.about['file']} holds no answers, or a judge scores it; no score here"
+        file = test.about["file"]
+        yield f"{test.name}: {file} holds no right answers, or a judge scores it; no score is computed here"
     elif test.not_scored:
         bare = list(test.not_scored)
         yield (

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
-    """Exports, and checks where that is asked for; yields the lines to print."""
+    """Exports, and checks if asked; yields the lines to print."""
     from dora_vl.evaluation.merging import export_and_check  # with torch, which takes seconds
 
     yield from export_and_check(arguments)

@@ -27,14 +27,16 @@ from dora_vl.evaluation.questions import turns_asked
 PASSAGES: Mapping[str, list[str]] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 NEW_TOKENS, BATCH = 24, 8
 MOST_TOKENS = 512  # of a text; the rest of a longer one does not count
+MUCH_FORGOTTEN = 1.5
+"""Much is forgotten where the base's own answers take this many times the base's nats."""
 
 
 @dataclass(frozen=True)
 class Abilities:
-    """Holds what one model makes of the passages and questions; nats are the mean cross-entropy of a token.
+    """One model's results on the passages and questions; `nats` is the mean cross-entropy per token.
 
     Attributes:
-        answers: by question; None where the model takes no words without a picture.
+        answers: by question; None if the model takes no text without a picture.
         answer_nats: of the base's answers.
     """
 
@@ -45,7 +47,7 @@ class Abilities:
 
 
 def measure_abilities(assistant: Assistant, texts: Path | None = None, base: Abilities | None = None) -> Abilities:
-    """Measures a model; `texts` holds a passage a line, and `base` is what its base made of them, if it is another."""
+    """Measures a model; `texts` holds one passage per line; `base` has its base's results, if it is not the base."""
     passages = PASSAGES["texts"]
     if texts is not None:
         passages = [line.strip() for _, line in text_lines(texts, "a passage a line") if line.strip()]
@@ -84,9 +86,9 @@ def _answer_sample(assistant: Assistant, example: Example, text: str) -> Sample:
     sample = prompts.with_answer(turns, PromptMedia(), text)
     closing = prompts.encoder.answers(Example(example.id, turns=(*turns, Turn("assistant", text))))[-1].closing
     labelled = (sample.labels != IGNORED_LABEL).nonzero().flatten()
-    behind = len(prompts.encoder.tokenizer(closing, add_special_tokens=False)["input_ids"])
-    if 0 < behind < len(labelled):
-        sample.labels[labelled[-behind:]] = IGNORED_LABEL
+    length = len(prompts.encoder.tokenizer(closing, add_special_tokens=False)["input_ids"])
+    if 0 < length < len(labelled):
+        sample.labels[labelled[-length:]] = IGNORED_LABEL
     return sample
 
 
@@ -104,24 +106,26 @@ def compare_abilities(before: Abilities, after: Abilities) -> dict[str, Any]:
 
 
 def forgetting_lines(entry: Mapping[str, Any] | None) -> dict[str, str]:
-    """Tells how much a run's model forgot, by what was measured; nothing where it was not."""
+    """Tells how much a run's model forgot; nothing if that was not measured."""
     lines: dict[str, str] = {}
     if numbers := (entry or {}).get("perplexity"):
         before, after = numbers["base"], numbers["adapted"]
         lines["perplexity of other text"] = (
-            f"{before:.1f} before, {after:.1f} after ({after / before:.2f} times; up to 1.3 is little)"
+            f"{before:.1f} before, {after:.1f} after ({after / before:.2f} times; up to 1.3 is small)"
         )
     if answers := (entry or {}).get("answers"):
         nats = answers["nats"]
         lines["answers to other questions"] = (
-            f"{answers['kept']} of {answers['n']} word for word as before; the old ones take {nats['base']:.2f} nats a "
-            f"token before, {nats['adapted']:.2f} after"
+            f"{answers['kept']} of {answers['n']} unchanged word for word; negative log-likelihood of the old answers "
+            f"{nats['base']:.2f} nats per token before, {nats['adapted']:.2f} after"
         )
+        if nats["adapted"] > MUCH_FORGOTTEN * nats["base"]:
+            lines["answers to other questions"] += "; it forgets: train fewer epochs, or raise data.replay"
     return lines
 
 
 def try_measure(assistant: Assistant, texts: Path | None, base: Abilities | None = None) -> Abilities | str:
-    """Measures a model, or says why it cannot be: some families take no words without a picture."""
+    """Measures a model, or says why that is not possible: some families take no text without a picture."""
     try:
         return measure_abilities(assistant, texts, base)
     except (BadSample, RuntimeError, ValueError, IndexError, TypeError) as error:

@@ -1,7 +1,7 @@
-"""`--check`: whether weights that a command has written say what the model says that they came from.
+"""`--check`: whether written weights give the same answers as the model that they were made from.
 
 Without questions the logits for a few drawn texts are compared. With questions each model answers greedily by itself;
-then both are shown the unmerged one's answers, token by token, so that their logits stand over the same text.
+then both are shown the unmerged one's answers, token by token, so that their logits are over the same text.
 `check.json` holds what was found.
 """
 
@@ -50,7 +50,7 @@ Rounding to bfloat16 gave 0.012 to 0.056 after the demos, where the same merges 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """Holds what will be asked; `task` is the VL-BART task that the questions belong to, "" where nothing says it."""
+    """Holds the questions; `task` is the VL-BART task that the questions belong to, "" where nothing says it."""
 
     questions: list[Example]
     file: Path
@@ -130,7 +130,7 @@ def as_model(source: ModelSource, folder: Path) -> ModelSource:
     """Returns a model's folder, asked just as the adapter that it was made from."""
     recipe = {name: value for name, value in source.recipe.items() if name != "quantisation"}
     request = ModelRequest(model=str(folder), template=source.request.template)
-    if source.kind == VLBART:  # its tasks and towers stand in the adapter's folder alone
+    if source.kind == VLBART:  # its tasks and towers are only stated in the adapter's folder
         request = replace(source.request, model=str(folder))
     return replace(source, base=str(folder), revision=None, recipe=recipe, request=request)
 
@@ -210,7 +210,7 @@ def _add_written_answers(
     decoding: Decoding,
     scratch: Path,
 ) -> None:
-    """Adds to each answer what the written model says to the question, and how its logits over the answer differ."""
+    """Adds to each answer the written model's own answer, and how its logits over the first one differ."""
     model = open_model(find()).adapted
     questions = {question.id: question for question in check.questions}
     predictions = predicted(model, [questions[answer["id"]] for answer in answers], media, decoding)
@@ -299,12 +299,12 @@ def _drawn_logits(folder: Path, adapter: Path | None) -> tuple[Tensor, torch.dty
     try:
         logits = model(input_ids=ids, **both).logits
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise UserError(f"a {type(model).__name__} takes no text alone ({one_line(str(error))})") from error
+        raise UserError(f"a {type(model).__name__} takes no text without pictures ({one_line(str(error))})") from error
     return logits, min(dtypes, key=lambda dtype: dtype.itemsize)
 
 
 def _special(config: Mapping[str, Any]) -> set[object]:
-    """Returns ids of tokens that stand for something else than text."""
+    """Returns ids of tokens that do not represent text."""
     ids: set[object] = set()
     for name, value in config.items():
         if isinstance(value, dict) and name.endswith("_config"):

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of every command that writes what an adapter and its base are together, and can check it."""
+    """Adds the options of every command that combines an adapter with its base, and can check the result."""
     parser.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="folder of a run")
     parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="folder to write")
     parser.add_argument("--base", type=Path, metavar="FOLDER", help="default: what the adapter says it was trained on")
@@ -79,7 +79,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
-    """Merges, and checks where that is asked for; yields the lines to print."""
+    """Merges, and checks if asked; yields the lines to print."""
     from dora_vl.evaluation.merging import merge_and_check  # with torch, which takes seconds
 
     yield from merge_and_check(arguments)

@@ -1,4 +1,4 @@
-"""What `dora-vl merge` and `dora-vl export` do: an adapter into its base, or into what another server takes."""
+"""What `dora-vl merge` and `dora-vl export` do: merge an adapter into its base, or convert it for another server."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def about(plan: Plan, arguments: argparse.Namespace) -> Mapping[str, object]:
 
 @contextmanager
 def adapter_folder(plan: Plan, arguments: argparse.Namespace) -> Iterator[Path]:
-    """Yields the adapter's folder; a foreign adapter is written for the time being."""
+    """Yields the adapter's folder; a foreign adapter is written to a temporary one."""
     if all((arguments.adapter / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):
         yield arguments.adapter
         return
@@ -101,7 +101,7 @@ def adapter_folder(plan: Plan, arguments: argparse.Namespace) -> Iterator[Path]:
 
 
 def export_and_check(arguments: argparse.Namespace) -> Iterator[str]:
-    """Exports as another server takes it, and checks where that is asked for; yields the lines to print."""
+    """Exports in the form that another server takes, and checks if asked; yields the lines to print."""
     check = planned_check(arguments, arguments.adapter)
     plan = plan_merge(arguments, _refuse_unserved)
     if check is None:

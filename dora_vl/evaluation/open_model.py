@@ -1,4 +1,4 @@
-"""Opens a model of any kind, ready to be asked; what a kind needs is imported for it alone."""
+"""Opens a model of any kind, ready to be asked; what a kind needs is only imported for that kind."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class ModelRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedModel:
-    """The model with its adapter, if it has one, and without where that was asked for."""
+    """The model with its adapter, if it has one, and without it if that was asked for."""
 
     adapted: Predictor
     base: Predictor | None = None
@@ -74,7 +74,7 @@ ENTRIES: Mapping[str, tuple[str, ...]] = {
 }
 """`recipe.json` must hold these entries, by kind of model, so that the model can be asked."""
 ENCODERS = frozenset({*MODEL_FOR_MASKED_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES})
-"""transformers lists these model types as causal language models for their decoders alone."""
+"""transformers lists these model types as causal language models, but only for their decoders."""
 OWN_TEMPLATE = "tokenizer"  # a language model's own chat template
 DTYPES = ("bfloat16", "float16", "float32")
 FLASH = "flash_attention_2"
@@ -82,7 +82,7 @@ FLASH = "flash_attention_2"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """A model that can be opened; without a recipe where no training run of ours wrote the adapter."""
+    """A model that can be opened; without a recipe if no training run of ours wrote the adapter."""
 
     kind: str
     base: str
@@ -97,18 +97,24 @@ def find_source(request: ModelRequest) -> ModelSource:
     """Finds the model to open: reads and checks its folders before any weight is loaded."""
     adapter, recipe, revision = request.adapter, {}, None
     if (adapter is None) == (request.model is None):
-        raise UserError("give --adapter DIR, or --model FOLDER for a model without an adapter, one of the two")
+        raise UserError("give either --adapter DIR, or --model FOLDER for a model without an adapter")
     if adapter is None:
         base = _plain_model(request, str(request.model))
     else:
         recipe = adapter_recipe(adapter)
-        if "base" not in recipe:  # PEFT's own two files, or a folder that was converted
+        if "base" in recipe:
+            name, revision = recipe["base"], recipe.get("revision")
+        else:  # PEFT's own two files, or a folder that was converted
             recipe = {}
-        name, revision = (recipe["base"], recipe.get("revision")) if recipe else _base_of_peft(request, adapter)
-        base, revision = find_base(request.base or name, adapter), None if request.base else revision
+            name, revision = _base_of_peft(request, adapter)
+        if request.base:
+            name, revision = request.base, None
+        base = find_base(name, adapter)
     kind = kind_of_base(base, revision)
     if kind == VLBART and not recipe:
-        raise UserError(f"{adapter or base} is a VL-BART; its tasks and features stand in a run's recipe.json alone")
+        raise UserError(
+            f"{adapter or base} is a VL-BART; its tasks and features are only stated in a run's recipe.json"
+        )
     if adapter is not None and recipe:
         _check_recipe(request, adapter, recipe, kind, base)
     if request.template is not None:
@@ -160,7 +166,7 @@ def _attention(recipe: Mapping[str, Any]) -> Any:
 
 
 def kind_of_base(base: str, revision: str | None = None) -> str:
-    """Tells by its config which kind of backbone a model is."""
+    """Tells from its config which kind of backbone a model is."""
     model_type = model_type_of(base, revision)
     if model_type == VLBART:
         return VLBART
@@ -169,7 +175,9 @@ def kind_of_base(base: str, revision: str | None = None) -> str:
     if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in (*NOT_TRAINED, *ENCODERS):
         return DECODER
     reasons = {**dict.fromkeys(ENCODERS, "it has an encoder, which reads a text as a whole"), **NOT_TRAINED}
-    reason = reasons.get(model_type, "transformers knows it as no image-text-to-text and no causal language model")
+    reason = reasons.get(
+        model_type, "transformers lists it neither as an image-text-to-text nor as a causal language model"
+    )
     raise UserError(
         f"{base} is a {model_type!r}, which cannot be asked here: {reason}; take a model that answers chats, such as "
         "qwen2_5_vl, smolvlm, internvl, gemma3, llava or llama"
@@ -184,7 +192,7 @@ def _stated_dtype(base: str, revision: str | None) -> str:
 
 
 def adapter_recipe(adapter: Path) -> Mapping[str, Any]:
-    """Reads the adapter's recipe; empty where the folder has none, as PEFT's."""
+    """Reads the adapter's recipe; empty if the folder has none, as PEFT's."""
     if not (adapter / WEIGHTS_FILE).is_file():
         raise no_adapter(adapter)
     return files.read_recipe(adapter)
@@ -204,7 +212,7 @@ def find_base(base: str, adapter: Path) -> str:
     )
 
 
-def hashes(source: ModelSource) -> Mapping[str, str]:
+def model_hashes(source: ModelSource) -> Mapping[str, str]:
     """Hashes what the answers of a model depend on: the base's content and the adapter."""
     request, recipe = source.request, source.recipe
     digest = recipe.get("base_sha256") if not request.any_base else None

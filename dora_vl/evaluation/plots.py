@@ -31,7 +31,7 @@ SUBTITLE_CHARACTERS = 34
 SMALL_PX = 160
 RIGHT_SHARE = 0.5
 PLAIN_TEXT: Mapping[str, Any] = {"parse_math": False}
-"""Text that somebody else wrote is drawn as it is: two dollars in it are no formula."""
+"""Text that somebody else wrote is drawn as it is: two dollars in it are not a formula."""
 
 
 def series(entries: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
@@ -186,7 +186,7 @@ def _two_lines(answer: str) -> str:
 
 
 def _ending(answer: str) -> str:
-    """Returns an answer's last words, as many as stand behind a label in one line."""
+    """Returns an answer's last words, as many as fit after a label in one line."""
     room = ANSWER_CHARACTERS - len("true: ")
     if len(answer) <= room:
         return answer

@@ -76,7 +76,7 @@ class PredictionsFile(AbstractContextManager["PredictionsFile"]):
         if made_with.get(name) == settings and self._path.is_file() and not has_parts:
             return
         if made_with.get(name) != settings and everything.pop(name, None) is not None:
-            log.info("%s: answers to %s were made with other settings; it is asked anew", self._path, name)
+            log.info("%s: answers to %s were made with other settings; they are asked again", self._path, name)
         self._write(everything)  # before the settings change, so that the two never disagree
         write_json(self._folder / MADE_WITH, {**made_with, name: settings})
 
@@ -125,7 +125,7 @@ def ask(
     model: Predictor,
     name: str,
     examples: Sequence[Example],
-    part: TestSet,
+    test_set: TestSet,
     *,
     folder: Path,
     settings: Mapping[str, object],
@@ -133,11 +133,11 @@ def ask(
     """Answers every example that the folder has no prediction for; every process of a launch gets all answers.
 
     What could not be asked gets no line in the file, so that the next run asks it again; so are answers that were made
-    with other `settings`. `part` says how it is asked.
+    with other `settings`. `test_set` says how it is asked.
 
     Raises:
-        UserError: the model's scores were no numbers for some questions; the others are answered first, unless
-            `batch_size` in a row cannot be.
+        UserError: the model's scores were not finite for some questions; the others are answered first, unless
+            `batch_size` questions in a row fail.
     """
     started = time.monotonic()
     order = [example.id for example in examples]
@@ -148,7 +148,7 @@ def ask(
         if before:
             log.info("%d of %d questions were answered by an earlier run", before, len(examples))
         rank, ranks = rank_and_ranks()
-        media, decoding = part.media, part.decoding
+        media, decoding = test_set.media, test_set.decoding
         assert media is not None
         assert decoding is not None
         failed, cut = _ask(model, todo[rank::ranks], media, decoding, partial(file.add, name))
@@ -167,7 +167,7 @@ def ask(
 
 
 def predicted(model: Predictor, examples: Sequence[Example], media: MediaReader, decoding: Decoding) -> Predictions:
-    """Answers examples in this process alone, in their order, without a file."""
+    """Answers examples in this process only, in their order, without a file."""
     rows: dict[str, Prediction] = {}
     failed, _ = _ask(model, examples, media, decoding, lambda several: rows.update({row.id: row for row in several}))
     return Predictions(rows=[rows[example.id] for example in examples if example.id in rows], failed=failed)
@@ -215,7 +215,7 @@ def joined_launch() -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        torch.distributed.init_process_group("gloo", timeout=LONGEST_SHARE)  # text alone is exchanged
+        torch.distributed.init_process_group("gloo", timeout=LONGEST_SHARE)  # only text is exchanged
     try:
         yield
     finally:
@@ -238,39 +238,39 @@ def evaluate(
     base says, of a test of one set.
     """
     done: list[Tested] = []
-    for part in sets:
+    for test_set in sets:
         folder = results.folder
-        predictions = ask(model, part.name, part.asked, part, folder=folder, settings=part.settings)
-        tested = scored(part, predictions) if is_first_rank() else Tested(test=part, predictions=predictions)
-        others = _exchanged(tested, model, folder) if exchange and part.score is not None else None
+        predictions = ask(model, test_set.name, test_set.asked, test_set, folder=folder, settings=test_set.settings)
+        tested = scored(test_set, predictions) if is_first_rank() else Tested(test=test_set, predictions=predictions)
+        others = _exchanged(tested, model, folder) if exchange and test_set.score is not None else None
         done.append(tested)
         if not is_first_rank() or tested.refused is not None:
             continue
-        readable = readable_answers(part.about.get("file"), part.settings.get("questions_sha256"))
+        readable = readable_answers(test_set.about.get("file"), test_set.settings.get("questions_sha256"))
         done[-1] = with_baselines(tested, others, untrained, readable)
         announce(done[-1])
         empty = sum(not answer.strip() for answer in predictions.answers.values())
-        if (failed := len(part.examples) - len(predictions.rows)) or empty:
+        if (failed := len(test_set.examples) - len(predictions.rows)) or empty:
             message = "%s: %d questions could not be asked and %d answers are empty, all of them wrong; %s names them"
-            log.warning(message, part.name, failed, empty, folder / METRICS)
+            log.warning(message, test_set.name, failed, empty, folder / METRICS)
         results.write(done, not_yet=[later.name for later in sets[len(done) :]])
     return done
 
 
 def _exchanged(tested: Tested, model: Predictor, folder: Path) -> ComparisonAnswers:
     """Asks a sample of a set again, each example with the pictures of another."""
-    part, answers = tested.test, tested.predictions.answers
-    sample = exchange_pictures_of(part.scored_examples, answers, together=part.together)
+    test_set, answers = tested.test, tested.predictions.answers
+    sample = exchange_pictures_of(test_set.scored_examples, answers, together=test_set.together)
     if not sample:
         return ComparisonAnswers(examples=(), answers={})
-    return ask_again(model, part, EXCHANGED, sample, folder=folder)
+    return ask_again(model, test_set, EXCHANGED, sample, folder=folder)
 
 
 def ask_again(
-    model: Predictor, part: TestSet, why: str, sample: Sequence[Example], *, folder: Path
+    model: Predictor, test_set: TestSet, why: str, sample: Sequence[Example], *, folder: Path
 ) -> ComparisonAnswers:
-    """Asks some examples of a set for a comparison, whose answers stand as a set of their own."""
-    prompts = [part.prompt(example) for example in sample]
-    depends_on = {**part.settings, why: digest(sample)}
-    answers = ask(model, f"{part.name}/{why}", prompts, part, folder=folder, settings=depends_on).answers
+    """Asks some examples of a set for a comparison, whose answers are kept as a set of their own."""
+    prompts = [test_set.prompt(example) for example in sample]
+    depends_on = {**test_set.settings, why: digest(sample)}
+    answers = ask(model, f"{test_set.name}/{why}", prompts, test_set, folder=folder, settings=depends_on).answers
     return ComparisonAnswers(examples=sample, answers=answers)

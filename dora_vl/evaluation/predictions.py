@@ -99,13 +99,13 @@ def cut_broken_tail(path: Path) -> None:
 
 
 def read_predictions(path: Path) -> dict[str, dict[str, Prediction]]:
-    """Reads the predictions of a file by set and id, in its order; of two with one id the later stands."""
+    """Reads the predictions of a file by set and id, in its order; of two with one id the later counts."""
     predictions: dict[str, dict[str, Prediction]] = {}
     try:
         for number, record in json_lines(path, "predictions"):
             name, answer = record.get("id"), record.get("prediction")
             if not isinstance(name, str) or not isinstance(answer, str) or record.keys() - {*COLUMNS}:
-                raise UserError(f"{path}, line {number}: not a prediction (text as id and prediction, {COLUMNS} alone)")
+                raise UserError(f"{path}, line {number}: not a prediction (text as id and prediction, only {COLUMNS})")
             row = Prediction(**record)  # pyright: ignore[reportArgumentType] - our own file
             predictions.setdefault(row.set, {})[name] = row
     except UserError as error:
@@ -182,7 +182,7 @@ def _table_rows(path: Path) -> Iterator[Prediction]:
         name, *answers = line.strip().split(delimiter)
         if line.strip() and not answers:
             raise UserError(
-                f"{path}, line {number}: {short_repr(line)} is no identifier, {short_repr(delimiter)} and answer"
+                f"{path}, line {number}: {short_repr(line)} is not an identifier, {short_repr(delimiter)} and answer"
             )
         if answers:
             yield Prediction(id=name, ids={"id": name}, prediction=answers[0])

@@ -122,7 +122,7 @@ class Predictor(Protocol):
     """A model that answers examples."""
 
     def answer(
-        self, example: Example, seen: PromptMedia, *, max_new_tokens: int = 64, write: Write | None = None
+        self, example: Example, media: PromptMedia, *, max_new_tokens: int = 64, write: Write | None = None
     ) -> str:
         """Answers one question about these pictures or videos; `write` receives the text piece by piece."""
         ...
@@ -136,7 +136,7 @@ class Predictor(Protocol):
     def logits(
         self, example: Example, answer: str, media: MediaReader, decoding: Decoding
     ) -> Float[Tensor, "tokens vocab"]:
-        """Returns the logits that predict an answer's tokens; none where the answer cannot stand there."""
+        """Returns the logits that predict an answer's tokens; none where the answer cannot come there."""
         ...
 
     def view(self, example: Example, *, frames: int) -> View:

@@ -110,7 +110,7 @@ def has_truth(examples: Sequence[Example]) -> bool:
 def outputs_of(example: Example) -> list[str]:
     """Returns the outputs that the question's last line, `Answer format: a/b/...`, admits.
 
-    What stands before the answer in the true output (`extra["output"]`) stands before each: "the correct answer is ".
+    What precedes the answer in the true output (`extra["output"]`) precedes each: "the correct answer is ".
     """
     line = re.search(r"Answer format:\s*(\S.*?)\s*$", turns_asked(example)[-1].instruction)
     if line is None:

@@ -93,7 +93,9 @@ def _format(pattern: str | None) -> Reward:
     try:
         fits = re.compile(pattern, re.DOTALL)
     except re.error as error:
-        raise SettingError("objective.format", f": {short_repr(pattern)} is no regular expression: {error}") from error
+        raise SettingError(
+            "objective.format", f": {short_repr(pattern)} is not a regular expression: {error}"
+        ) from error
     return lambda example, answer: float(fits.fullmatch(answer) is not None)
 
 

@@ -58,7 +58,7 @@ TITLE_CHARACTERS = 100
 ANSWER_METHODS: Mapping[str, AnswerMethod] = {"generation": "generation", "likelihood": "outputs", "cloze": "cloze"}
 SCORINGS: Mapping[str, str] = {
     "likelihood": "likelihood of the whole output, among those of `Answer format`, not divided by its length",
-    "cloze": "likelihood of the endings behind their contexts; normalised: divided by their characters",
+    "cloze": "likelihood of the endings after their contexts; normalised: divided by their characters",
 }
 """`metrics.json` describes by these texts how sets were scored other than by generation."""
 
@@ -199,7 +199,7 @@ def read_sets(evaluation: EvaluationConfig) -> tuple[list[Example], dict[str, st
         raise UserError(f"evaluation.files: no commonsense set {unknown[0]!r}; there are {', '.join(PATTERNS)}")
     if "cloze" in evaluation.scoring and len(evaluation.scoring) > 1:
         raise SettingError(
-            "evaluation.scoring", ": cloze is of records of its own; ask it alone (--evaluation.scoring [cloze])"
+            "evaluation.scoring", ": cloze is of records of its own; ask only it (--evaluation.scoring [cloze])"
         )
     examples: list[Example] = []
     unreadable: dict[str, str] = {}

@@ -209,7 +209,13 @@ def with_baselines(
         return tested
     answers = tested.predictions.answers
     baselines, remarks = compare_with_baselines(
-        result, test.scored_examples, answers, test.score, says=test.truth, exchange=exchange, readable=readable
+        result,
+        test.scored_examples,
+        answers,
+        test.score,
+        right_answer_of=test.truth,
+        exchange=exchange,
+        readable=readable,
     )
     if untrained is not None:
         baselines[UNTRAINED], line = compare_with(UNTRAINED, untrained, test.scored_examples, answers, test.score)

@@ -70,13 +70,13 @@ class VlBartAssistant:
         return View(example=example, clip=clip[1], sampling=self._features_of(subtask).settings.sampling)
 
     def answer(
-        self, example: Example, seen: PromptMedia, *, max_new_tokens: int = 64, write: Write | None = None
+        self, example: Example, media: PromptMedia, *, max_new_tokens: int = 64, write: Write | None = None
     ) -> str:
         """See `Predictor`: answers one question, a choice in its words; the task's search sets the length."""
         if len(example.turns) > 1:
             raise UserError("a VL-BART reads one question at a time; ask without --conversation")
         subtask = self.subtask(example)
-        sample = self.sample(example, subtask, seen.frames or seen.pictures)
+        sample = self.sample(example, subtask, media.frames or media.pictures)
         if sample.cut_tokens:
             log.warning(
                 "the text is %d tokens too long for this model; the answer is about what was left", sample.cut_tokens
@@ -168,7 +168,7 @@ class VlBartAssistant:
     def _texts(
         self, subtask: Subtask, examples: Sequence[Example], samples: Sequence[Seq2SeqSample]
     ) -> list[str | None]:
-        """Answers one batch, in the task's way; None where the model's scores are no numbers."""
+        """Answers one batch, in the task's way; None where the model's scores are not finite."""
         with torch.no_grad() if self.while_training else torch.inference_mode():
             ids, mask, features = self._inputs(subtask, samples)
             if subtask.answer_by == "pair":
@@ -204,12 +204,12 @@ class VlBartAssistant:
             return [None if NO_TOKEN in row.tolist() else self.encoder.decode(row) for row in new.cpu()]
 
     def _labels(self, texts: Sequence[str]) -> Int[Tensor, "choices answer"]:
-        """Returns labels as rows of ids, -100 behind the shorter ones."""
+        """Returns labels as rows of ids, -100 after the shorter ones."""
         labels = [self.encoder.labels(text, max_tokens=LONGEST_LABEL) for text in texts]
         return pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL)
 
     def _pairs(self, ids: Tensor, mask: Tensor, features: Tensor) -> list[str | None]:
-        """Compares the logits of "true" and "false" behind the start and `<s>`.
+        """Compares the logits of "true" and "false" after the start and `<s>`.
 
         Where a small vocabulary spells one of them in pieces, the likelier of the two whole labels.
         """
@@ -256,7 +256,7 @@ def _no_span(subtask: Subtask) -> UserError:
 
 
 def _ways_to_ask(subtask: Subtask) -> tuple[str, ...]:
-    """Returns the forms in which a person may ask this task."""
+    """Returns the forms in which a user may ask this task."""
     if not subtask.reads_question:
         return (CAPTION,)
     return {"choice": (WITH_CHOICES,), "words": (WITH_CHOICES, FREE)}.get(subtask.answer_by, (FREE,))

@@ -308,7 +308,7 @@ def video_subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
 
     def task(name: str, text: Callable[[Example], str], target: Any, score: Any, **more: Any) -> Subtask:
         def prompt(example: Example) -> Prompt:
-            # A space stands before what is said, also where nothing is, as published.
+            # A space comes before what is said, even if nothing is, as published.
             subtitles = " " + " ".join(subtitle.text.strip() for subtitle in example.subtitles)
             ending = f" {name}: " if task_prompt else " "
             return Prompt(subtitles_before="[Subs]", subtitles=subtitles, text=text(example) + ending)

@@ -1,4 +1,4 @@
-"""The loss of each labelled token, in chunks, so that scores of a large vocabulary never all stand in memory.
+"""The loss of each labelled token, in chunks, so that scores of a large vocabulary are never all in memory.
 
 A label is a token, or the scores that another model gives to all tokens.
 """
@@ -30,7 +30,7 @@ def in_chunks(head: nn.Module) -> bool:
 def label_losses(hidden: Float[Tensor, "labels width"], targets: Labels, scores: Scores) -> Float[Tensor, " labels"]:
     """Computes `losses_of` each label, in float32.
 
-    A label's loss depends on its own hidden state alone. So its gradient is computed beside it, chunk by chunk, and no
+    A label's loss depends only on its own hidden state. So its gradient is computed with it, chunk by chunk, and no
     chunk's scores wait for the backward pass; that is faster than scores of all labels at once.
 
     Args:

@@ -64,7 +64,7 @@ class BatchView:
 
 
 class TokenText:
-    """The text of single tokens; `placeholder_ids` are those that stand for a piece of a picture or a video."""
+    """The text of single tokens; `placeholder_ids` are placeholders of a piece of a picture or a video."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, placeholder_ids: frozenset[int]) -> None:
         self.placeholder_ids = placeholder_ids
@@ -108,7 +108,7 @@ def batch_view(batch: Mapping[str, Any], names: Sequence[str], text: TokenText, 
     lines: tuple[tuple[TokenPiece, ...], ...]
     count = len(batch["input_ids"])
     of_rows = batch.get("sample_ids", names)
-    if "layout" not in batch and len(of_rows) <= count:  # rows behind the samples' stand in for media
+    if "layout" not in batch and len(of_rows) <= count:  # rows after the samples' stand in for media
         titles = [*of_rows, *[STAND_IN] * (count - len(of_rows))]
     else:
         titles = [f"row {number + 1} of {count}, {len(names)} samples in all" for number in range(count)]

@@ -138,8 +138,8 @@ def _drawable(line: Series) -> Series:
 RATE = "learning_rate"
 NUMBERS = (
     ("grad_norm", "gradient norm", "norm"),
-    ("samples_per_second", "throughput", "samples a second"),
-    ("tokens_per_second", "throughput", "tokens a second"),
+    ("samples_per_second", "throughput", "samples per second"),
+    ("tokens_per_second", "throughput", "tokens per second"),
     ("padding_share", "padding", "share of positions"),
     ("memory_gib", "memory", "GiB of the fullest rank: on a GPU its tensors, on a CPU the whole process"),
 )

@@ -98,7 +98,7 @@ class CellRun:
             return
         lines = Path(output.name).read_text(encoding="utf-8").strip().splitlines()
         reason = one_line(lines[-1] if lines else f"it ended with status {done.returncode}")
-        if done.returncode != Diverged.status:  # a passing reason, such as a full disk, is no result
+        if done.returncode != Diverged.status:  # a passing reason, such as a full disk, is not a result
             raise UserError(f"{self.folder} did not end: {reason}; the same comparison, started again, resumes it")
         with whole_file(self.folder / FAILED) as file:
             file.write(reason)
@@ -409,7 +409,7 @@ def remarks(results: Sequence[Result], contrasts: Sequence[Contrast], seeds: int
             "out by chance; * leaves it out with all of them taken together (Bonferroni)"
         )
     if seeds < LEAST_SEEDS:
-        yield f"with {seeds} seeds the intervals are over the test's items alone; {LEAST_SEEDS} say how seeds differ"
+        yield f"with {seeds} seeds the intervals are over the test's items only; {LEAST_SEEDS} say how seeds differ"
     edges = [row.name for row in results if len(row.losses) > 1 and row.rate in (min(row.losses), max(row.losses))]
     if edges:
         yield f"the best rate is the smallest or the largest of all tried for {', '.join(edges)}: try others (--rates)"

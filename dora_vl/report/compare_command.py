@@ -18,7 +18,7 @@ more beyond them while the last one is best (seven at most). Only then the test 
 
 A score is the test's own metric; several sets are averaged where they have the same one. Differences of methods, of
 neighbouring ranks and to the untrained model are paired over the test's items; 95 % intervals are over items and, from
-three seeds on, seeds together, and a star marks a difference that stands with all of the table's taken together.
+three seeds on, seeds together, and a star marks a difference that holds with all of the table's taken together.
 
 The recipe needs data.validation (or data.validation_share) and a test. A recipe's `alpha / rank` is kept for every
 rank. Started again, also by several processes or on several machines at a time, it resumes: each run is a folder of its
@@ -30,7 +30,7 @@ METHODS = ("dora", "lora", "magnitude", "dvora", "full")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's options; a run's own settings may stand between them, for all runs."""
+    """Adds the command's options; a run's own settings may come between them, for all runs."""
     parser.add_argument("config", metavar="CONFIG", help="YAML file with the run's settings, or a recipe's name")
     parser.add_argument("--methods", default="dora,lora", help=f"of {', '.join(METHODS)} (default: dora,lora)")
     parser.add_argument("--ranks", default="", help="with commas (default: the recipe's)")

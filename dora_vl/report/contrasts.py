@@ -21,7 +21,7 @@ from dora_vl.evaluation.scores.scored import (
 )
 
 LEAST_SEEDS = 3
-"""Fewer seeds say too little of how seeds differ; an interval is then over units alone."""
+"""Fewer seeds say too little of how seeds differ; an interval is then over units only."""
 SHARED = 0.25
 """This share of the units' chance is taken out of the seeds' variance, which holds all of it. Chosen among 0, 1/4,
 1/2, 3/4 and 1 by simulations with 3 and 5 seeds that differ by 0, 2 and 8 points: with it the intervals held the truth
@@ -146,7 +146,7 @@ class SeedPart:
 
 
 def seed_part(values: Sequence[float], each: float, together: float) -> SeedPart:
-    """Returns what seeds add to the variance of a mean over runs of these values; 0 where they are too few to tell.
+    """Returns what seeds add to the variance of a mean over runs of these values; 0 if they are too few to tell.
 
     Units make the variance `each` of a single run's value, and `together` that of the mean.
     """

@@ -138,10 +138,10 @@ def model_card(run: RunRecord, repository: str, *, licence: str | None, sheet: b
 
 
 def without_folder(value: str) -> str:
-    """Returns a setting's text for others to read: of a path on this machine the name alone."""
+    """Returns a setting's text for others to read: of a path on this machine only the name."""
     return Path(value).name if Path(value).is_absolute() else value
 
 
 def cell(text: str) -> str:
-    """Returns foreign text as it stands in one cell of a table: on one line, without HTML."""
+    """Returns foreign text as it is written in one cell of a table: on one line, without HTML."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

@@ -1,4 +1,4 @@
-"""A run as one HTML file, gathered part by part; a part without data has a sentence in its place.
+"""A run as one HTML file, gathered part by part; a part without data is replaced by a sentence.
 
 Templates escape every text; style and script are inside, and nothing in the page asks any host.
 """
@@ -138,7 +138,7 @@ def _head(run: RunRecord, results: Results) -> dict[str, Any]:
         "epochs": None if "epoch" not in last else f"{float(last['epoch']):.3g}",
         "samples": None if samples is None else f"{samples:,}",
         "training took": None if seconds is None else f"{seconds / 60:.1f} min",
-        "samples a second": None if speed is None else f"{speed:g}",
+        "samples per second": None if speed is None else f"{speed:g}",
         "last loss": f"{losses[-1]:.4f}" if losses else None,
         "best validation loss": f"{min(checked):.4f}" if checked else None,
     }

@@ -32,7 +32,7 @@ BASELINES = {
     UNTRAINED: "the untrained base",
     COMMONEST: "each question's commonest answer",
     EXCHANGED: "with pictures exchanged",
-    READABLE: "what a linear map of the base's pictures reads",
+    READABLE: "what a linear probe reads from the base's pictures",
 }
 MOST_LABELS = 24
 OTHER = "other"
@@ -78,10 +78,12 @@ class RunRecord:
 
 
 def read_record(folder: Path, label: str) -> RunRecord:
-    """Reads a run's folder. Raises UserError: it is none, or training has not begun in it."""
+    """Reads a run's folder. Raises UserError: it is not one, or training has not begun in it."""
     log = read_log(folder / LOSS_LOG)
     if not log:
-        raise UserError(f"{folder} has no line in its {LOSS_LOG}: it is no run's folder, or its training has not begun")
+        raise UserError(
+            f"{folder} has no line in its {LOSS_LOG}: it is not a run's folder, or its training has not begun"
+        )
     return RunRecord(
         label=label,
         folder=folder,
@@ -109,7 +111,7 @@ def read_tests(run: RunRecord) -> tuple[Results, list[str]]:
 
 
 def is_accuracy(result: SetResult) -> bool:
-    """Returns True where an answer is right or wrong."""
+    """Returns True if the metric counts answers as right or wrong."""
     return result.entry.get("headline") in SHARES
 
 
@@ -199,7 +201,7 @@ def _cell(entry: Mapping[str, Any], apart: Difference | None) -> ScoreCell:
 
 
 def blind(label: str, *several: Results) -> list[str]:
-    """Warns of each set of a run whose answers do not depend on its pictures, or tell less than these."""
+    """Warns of each set whose answers do not depend on its pictures, or use less than the pictures hold."""
     entries = [(name, result.entry.get("baselines") or {}) for results in several for name, result in results.items()]
     notes = [(name, baselines.get(key)) for name, baselines in entries for key in (WARNING, ADVICE)]
     return [f"{label}, {name}: {note}." for name, note in notes if note]

@@ -99,7 +99,7 @@ TOO_MANY = "left out, so that the page stays small"
 
 
 class InlinePictures:
-    """Small pictures as data URLs, each once and up to a budget of bytes; to be closed."""
+    """Small pictures as data URLs, each once and up to a budget of bytes; close it after use."""
 
     def __init__(self) -> None:
         self._left = 3_400_000

@@ -1,4 +1,4 @@
-"""`training:` of a run becomes `transformers.TrainingArguments`; what would not work is refused first."""
+"""Makes `transformers.TrainingArguments` of a run's `training:`, after refusing what would not work."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ AT_LEAST: Mapping[str, float] = {
 }
 """Maps a field to its smallest value that makes sense; below it torch or the Trainer fails late, or the loss grows."""
 TRAINER_DEFAULTS = {"logging_steps": 10, "logging_nan_inf_filter": False, "report_to": "none", "save_total_limit": 2}
-"""These defaults differ from the library's: log lines can be drawn, and a loss that is no number shows."""
+"""These defaults differ from the library's: log lines can be plotted, and a loss that is not finite shows."""
 
 SHIPPED_CONFIGS = ("zero0", "zero2", "zero3", "zero3_offload")  # of the shipped DeepSpeed configs
 SECTION_FIELDS = (
@@ -95,7 +95,7 @@ def check_training_section(section: Mapping[str, Any]) -> dict[str, Any]:
         )
     if (metric := values.get("metric_for_best_model")) not in (None, "loss", "eval_loss"):
         raise SettingError(
-            "training.metric_for_best_model", f" is {metric}, but validation measures the loss alone; write loss"
+            "training.metric_for_best_model", f" is {metric}, but validation measures only the loss; write loss"
         )
     return values
 
@@ -117,7 +117,7 @@ def _accepted_name(key: str) -> str:
 
 
 def _check_trackers(names: Iterable[str]) -> None:
-    """Refuses a tracker that is unknown or not installed, which a Trainer tells once the weights are read."""
+    """Refuses a tracker that is unknown or not installed, which a Trainer reports only once the weights are read."""
     never_listed = ("azure_ml", "flyte")
     if missing := set(names) - {*get_available_reporting_integrations(), *never_listed}:
         raise SettingError("training.report_to", f": {min(missing)} is unknown or not installed; leave it out")
@@ -139,7 +139,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
     if config.optim.early_stopping is not None:
         values = {**_best_of_validations(values), **values}
     if not on_cuda:
-        del values["tf32"]  # CUDA's alone: a GPU recipe also runs, slowly, on a CPU
+        del values["tf32"]  # only CUDA's: a GPU recipe also runs, slowly, on a CPU
     if values.get("deepspeed") is not None:
         values["deepspeed"] = read_deepspeed(values["deepspeed"])
         check_deepspeed(values["deepspeed"], method=method)
@@ -256,7 +256,7 @@ def check_deepspeed(config: Mapping[str, Any], *, method: str) -> None:
     except (ValueError, TypeError, AttributeError, AssertionError, KeyError) as error:
         for name in ("zero_optimization", "bf16", "fp16", "torch_autocast", "activation_checkpointing"):
             if not isinstance(config.get(name, {}), Mapping):
-                raise SettingError(f"training.deepspeed.{name}", " is no object") from error
+                raise SettingError(f"training.deepspeed.{name}", " is not an object") from error
         raise SettingError("training.deepspeed", f": {one_line(str(error), 200)}") from error
     refused = {
         "optimizer": "remove it; with it one learning rate is used for every part (projector and magnitudes too)",

@@ -1,4 +1,4 @@
-"""The base that a run adapts, made, checked and loaded as its settings say; and how pictures and videos are read."""
+"""Makes, checks and loads the base that a run adapts, as its settings say; and how pictures and videos are read."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Loaded = TypeVar("Loaded")
 def make_base(make: Callable[[Any, Path], None], spec: Any, base: str, arguments: TrainingArguments) -> None:
     """Writes the base that `spec`, a run's `model.compose` or `model.source`, describes, where it is not there yet.
 
-    For one rank alone; `make` writes a folder by such settings.
+    On one rank only; `make` writes a folder by such settings.
     """
     if spec is None:
         return
@@ -78,14 +78,16 @@ def load_base(load: Callable[..., Loaded], model: ModelConfig, **more: Any) -> L
 
 
 def check_base(config: RunConfig) -> None:
-    """Refuses a base that cannot be trained, and settings that it does not follow; its config alone is read."""
+    """Refuses a base that cannot be trained, and settings that it does not follow; only its config is read."""
     model = config.model
     model_type = model_type_of(model.base, model.revision)
     check_trained(model.base, model_type)
     if config.data.cache_features and not sees_pictures(model.base, model.revision):
         raise SettingError("data.cache_features", f": {model.base} sees no pictures; set it false")
     if config.task == "llava" and model_type != LLAVA:
-        raise SettingError("task", f" is llava, and {model.base} is no LLaVA-1.5 but a {model_type}; write image_text")
+        raise SettingError(
+            "task", f" is llava, and {model.base} is not a LLaVA-1.5 but a {model_type}; write image_text"
+        )
 
 
 def check_window(base: str, encoder: Encoder, revision: str | None = None) -> None:
@@ -114,7 +116,7 @@ def check_base_takes_videos(base: str, encoder: Encoder, data: DataConfig, *, pi
     if encoder.no_videos_reason:
         logger.warning("frames of videos go into %s as pictures: %s", base, encoder.no_videos_reason)
     elif encoder.videos_of_one_length and data.video_fps is not None:
-        raise SettingError("data.video_fps", f": {base} takes videos of one length; set data.video_frames alone")
+        raise SettingError("data.video_fps", f": {base} takes videos of one length; set only data.video_frames")
     elif encoder.cannot_mix_media and pictures:
         raise SettingError(
             "data.train", f" holds pictures and videos, which {base} cannot tell apart in a batch; train on one kind"

@@ -1,4 +1,4 @@
-"""The folder a run writes to: whether it may start there, and what an earlier run left."""
+"""The folder a run writes to: whether a run may start there, and the results of earlier ones."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ PROJECTOR_START = "projector_start.safetensors"
 SETTINGS = "settings.json"
 PLAN = "plan.json"
 PROBE = "probe.json"
-"""Holds what a linear map of the base's pictures answers to the test's questions, by `dora-vl init`."""
+"""Holds the answers of a linear probe of the base's picture features to the test questions, by `dora-vl init`."""
 WATCHED = "watched"
 PREDICTED = ("predictions.jsonl", "scores.jsonl")
 SAVED = (ADAPTER, METRICS, *PREDICTED)
@@ -72,7 +72,7 @@ def run_folder_of(training: Mapping[str, Any]) -> Path:
 
 
 def path_in_run(path_in_settings: object, folder: Path, settings: Mapping[str, Any]) -> Path:
-    """Finds a path of a run's settings: from the folder that the run was started in, else from here.
+    """Resolves a path of a run's settings against the folder that the run was started in, else against this one.
 
     That folder is known where `training.output_dir` is relative and the run's folder still ends with it.
     """
@@ -165,11 +165,11 @@ def check_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def prepare_run_folder(folder: Path, *, checkpoint: Path | None, overwrite: bool) -> None:
-    """Makes the folder; half-written checkpoints of a crash go, results of an earlier run only on request.
+    """Creates the folder; removes half-written checkpoints of a crash, and an earlier run's results if `overwrite`.
 
-    The log of a run that failed before its first save is no result, and goes. Checkpoints that are no part of a run
-    which resumes from `checkpoint` stay under another name: counted, they would have its own removed as the oldest, and
-    be the last to resume from.
+    The log of a run that failed before its first save is removed too. Checkpoints that a run resumed from `checkpoint`
+    does not continue are renamed: otherwise they would push out its own checkpoints as the oldest, and `--resume last`
+    would pick them.
     """
     check_run_folder(folder, resume=checkpoint is not None, overwrite=overwrite)
     folder.mkdir(parents=True, exist_ok=True)
@@ -185,7 +185,7 @@ def prepare_run_folder(folder: Path, *, checkpoint: Path | None, overwrite: bool
         if (folder / name).exists():
             logger.info("%s is of the run before this resume; it is replaced at the end", folder / name)
     for was, now in rename_later_checkpoints(folder, checkpoint):
-        logger.info("%s is no part of a run from %s; it is %s now", was, checkpoint, now.name)
+        logger.info("%s does not belong to the run resumed from %s; renamed to %s", was, checkpoint, now.name)
 
 
 def write_settings(folder: Path, config: RunConfig) -> None:
@@ -207,7 +207,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         try:
             lines.append(json.loads(line))
         except ValueError:
-            logger.warning("%s: line %d is not whole; left out", path, len(lines) + 1)
+            logger.warning("%s: line %d is incomplete; left out", path, len(lines) + 1)
             break
     return lines
 
@@ -219,7 +219,7 @@ NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 @contextlib.contextmanager
 def lock_run_folder(folder: Path) -> Iterator[None]:
-    """Holds a lock in a folder, which is made if it is not there, and goes again if it stays empty.
+    """Holds a lock in the folder, which is created if missing and removed again if it stays empty.
 
     The lock is fcntl's, not a file that is there: the kernel lets it go with the process, forked data workers do not
     inherit it, and network file systems keep it on the server.
@@ -243,9 +243,10 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
 
 
 def locking_process(folder: Path) -> int | None:
-    """Returns the process of this machine that writes to a folder by `one_writer`; None where there is none.
+    """Returns the id of the process on this machine that holds the folder's lock; None if there is none.
 
-    A process that ended without warning leaves the file, whose number another may have by now: it began later.
+    A killed process leaves its lock file. Its id may belong to another process by now, which is recognised by its later
+    start.
     """
     path = folder / LOCK
     try:
@@ -258,7 +259,7 @@ def locking_process(folder: Path) -> int | None:
 
 
 def _locked(path: Path) -> int:
-    """Opens the file of this name with its lock; returns the descriptor."""
+    """Opens the lock file and takes its lock; returns the descriptor."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -284,7 +285,7 @@ TOO_LITTLE_BYTES = 1 << 20
 
 @contextlib.contextmanager
 def full_disk_reported(folder: Path, what: str, kept: Callable[[], str | None]) -> Iterator[None]:
-    """Turns what a writing library raises into one `UserError` where a disk is full, read-only, or limits a file.
+    """Turns a library's write errors into one `UserError` if the disk is full or read-only, or a file size limited.
 
     torch.save raises a RuntimeError without the word, safetensors an error of its own class with it. `what` is being
     written to the folder; `kept` names the last whole checkpoint.

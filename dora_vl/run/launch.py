@@ -44,7 +44,7 @@ def bind_main_thread() -> tuple[Set[int], Set[int]] | None:
     """Starts torch's threads; where they are bound, returns the main thread's core and all that it may run on.
 
     It may run on all of them again, and so may other libraries' threads and processes: what a bound thread starts, such
-    as data workers, has its core alone.
+    as data workers, has only its core.
     """
     every = bind_threads()
     if not every:
@@ -68,8 +68,8 @@ def stand_alone_environment() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update({**alone, **{name: os.environ[name] for name in alone if name in os.environ}})
+    single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update({**single, **{name: os.environ[name] for name in single if name in os.environ}})
     os.environ["MASTER_PORT"] = str(port)
 
 
@@ -82,7 +82,8 @@ def start_cpu_communication(*, limit: int = 1800) -> None:
     """Starts DeepSpeed's process group on a CPU, before accelerate starts one that DeepSpeed does not see.
 
     `limit` is how many seconds a collective may take. DeepSpeed's shared-memory collectives are left out: they need a
-    C++ compiler and half a minute, gloo does the same here, and an accelerator without them is DeepSpeed's one way.
+    C++ compiler and half a minute, gloo does the same here, and DeepSpeed only leaves them out for an accelerator that
+    lacks them.
     """
     if torch.cuda.is_available():
         return
@@ -90,11 +91,11 @@ def start_cpu_communication(*, limit: int = 1800) -> None:
     from deepspeed.accelerator import set_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
-    class GlooAlone(CPU_Accelerator):
+    class GlooOnly(CPU_Accelerator):
         def create_op_builder(self, op_name: str) -> Any:
             return None if op_name == "ShareMemCommBuilder" else super().create_op_builder(op_name)
 
-    set_accelerator(GlooAlone())
+    set_accelerator(GlooOnly())
     timeout = timedelta(seconds=limit)
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False, timeout=timeout)
 
@@ -102,8 +103,8 @@ def start_cpu_communication(*, limit: int = 1800) -> None:
 def keep_freed_memory() -> bool:
     """Keeps the memory that one step frees for the next, on a CPU with the GNU C library; returns False elsewhere.
 
-    Left alone, the allocator hands a step's activations back to the system and the next step faults every page in
-    again: 8 % of a DoRA step of a 135M-parameter language model on two cores. For the training loop alone.
+    By default, the allocator hands a step's activations back to the system and the next step faults every page in
+    again: 8 % of a DoRA step of a 135M-parameter language model on two cores. For the training loop only.
     """
     if torch.cuda.is_available() or sys.platform != "linux":
         return False
@@ -120,7 +121,7 @@ def is_first_launched() -> bool:
 
 
 def log_to_stderr() -> None:
-    """Logs how the run goes on the first rank, and only what is wrong on the others."""
+    """Logs progress on the first rank, and only warnings on the others."""
     level = logging.INFO if is_first_launched() else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for every request, to the hub or to vLLM
@@ -128,7 +129,7 @@ def log_to_stderr() -> None:
 
 @contextlib.contextmanager
 def first_rank_reports_first() -> Iterator[None]:
-    """Lets the rank that knows most report first; the launcher ends the others as soon as that one has ended.
+    """Lets the rank with the most specific error report first; the launcher stops the others as soon as that rank ends.
 
     A mistake that all ranks find is the first rank's to report. A rank whose communication broke waits for the one that
     broke it, and says what it knows where no launcher has ended it meanwhile.
@@ -144,8 +145,8 @@ def first_rank_reports_first() -> Iterator[None]:
             raise
         time.sleep(2 * FIRST_RANK_SECONDS)
         raise LostRank(
-            f"rank {os.environ.get('RANK', '0')}: another rank ended, or did not come within training.ddp_timeout "
-            f"({one_line(str(error), 200)}); start again, a run with --resume last"
+            f"rank {os.environ.get('RANK', '0')}: another rank ended, or did not join within training.ddp_timeout "
+            f"({one_line(str(error), 200)}); start again, a training run with --resume last"
         ) from None
 
 
@@ -164,20 +165,20 @@ def rank_and_ranks() -> tuple[int, int]:
 def gather_from_ranks(value: Item) -> list[Item]:
     """Returns the values of all ranks in order; every rank must call it."""
     _, ranks = rank_and_ranks()
-    everyone = [value] * ranks
+    values = [value] * ranks
     if ranks > 1:
-        torch.distributed.all_gather_object(everyone, value)
-    return everyone
+        torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def wait_for_everyone() -> None:
-    """Goes on when every rank is here."""
+    """Waits until every rank is here."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
 
 
 def on_first_rank(action: Callable[[], None]) -> None:
-    """Does something on the first rank while the others wait; its mistake, if it finds one, is raised on all."""
+    """Runs an action on the first rank while the others wait; an error it raises is raised on all."""
     rank, ranks = rank_and_ranks()
     error: UserError | None = None
     if rank == 0:

@@ -46,7 +46,7 @@ FilesByTask = Mapping[str, str | tuple[str, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Says which model is adapted, and how text and pictures are put to it."""
+    """The model that is adapted, and how it is given text and pictures."""
 
     base: str
     """Folder or Hugging Face id of the model. With `compose` or `source`, the folder that the model is written to."""
@@ -61,7 +61,7 @@ class ModelConfig:
     """Number type of the frozen weights. What trains is float32 anyway (unless adapter.method is full)."""
     quantisation: Quantisation | None = None
     """Holds the linear layers of the language model quantised while the adapter trains (QDoRA): `nf4` (4 bits, as
-    QLoRA) or `int8`, by bitsandbytes. What else the model has stays whole."""
+    QLoRA) or `int8`, by bitsandbytes. The rest of the model is not quantised."""
     attn_implementation: Kernel | Mapping[str, Kernel] | None = None
     """Attention kernel, or one for each part by its config's name ({"": eager, vision_config: sdpa}); flash_attention_2
     needs CUDA and the flash-attn package; null: transformers' choice for each part, sdpa where it can be. The adapter's
@@ -70,9 +70,9 @@ class ModelConfig:
     """A LLaVA's prompt format by its name; `plain` is image then caption (stage 1); `tokenizer` is the language model's
     own; null: the first of vicuna_v1, chatml and tokenizer whose special tokens its tokenizer has. Other models have
     their processor's chat template, or where it has none `question_answer` or `paligemma`. commonsense: `nvlabs` and
-    `llm_adapters` are the published runs' to the last space (they differ in the first line of the training prompt),
-    `alpaca` is Stanford's own, the same in training and test; `cloze` puts nothing around an instruction: question, a
-    space, output (rows of `dora-vl prepare cloze`)."""
+    `llm_adapters` reproduce the published runs' prompts to the last space (they differ in the first line of the
+    training prompt), `alpaca` is Stanford's own, the same in training and test; `cloze` puts nothing around an
+    instruction: question, a space, output (rows of `dora-vl prepare cloze`)."""
     image_aspect: Literal["pad", "square", "squash"] = "pad"
     """How a picture becomes a square: `pad` fills it up (LLaVA-1.5), `square` keeps its middle, `squash` resizes both
     sides."""
@@ -80,7 +80,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig(AdapterSettings):
-    """Says what trains, and how."""
+    """What is trained, and how."""
 
     targets: tuple[str, ...] | None = None
     """Full-name patterns of the adapted modules, each must hit, or presets: language (the decoder's linears), vision,
@@ -120,7 +120,7 @@ class DataConfig:
     validation_files: Mapping[str, str] = field(default_factory=dict)
     """Records file of each task whose loss is measured while training."""
     train_on: TrainOn = "all"
-    """all: prompt and output are trained on, as in the published runs; answer: the output alone."""
+    """all: prompt and output are trained on, as in the published runs; answer: only the output."""
     max_tokens: int = 2048
     """Longest sequence, image tokens included; the tail of the text beyond it is cut and reported."""
     max_bad_share: float = 0.001
@@ -129,9 +129,10 @@ class DataConfig:
     workers: int = 4
     """Processes that read and prepare samples on each rank; 0 does it in the training process."""
     packing: Packing = "trees"
-    """How a micro-batch's samples stand in its rows. trees: one behind another, those of the same pictures as branches
-    behind them, so that nothing is padded and no picture runs twice; packed: each by itself; plain: a row each, padded.
-    The loss is the same. A base that does not fit rows of several samples takes plain ones, and the log says why."""
+    """How a micro-batch's samples are laid out in its rows. trees: one after another, with samples of the same pictures
+    as branches after them, so that nothing is padded and each picture is encoded once; packed: side by side; plain: one
+    padded row each. The loss is the same. A base that does not fit rows of several samples takes plain ones, and the
+    log says why."""
     group_by_modality_length: bool = True
     """Batches hold what fits together: samples of like length, and either all with pictures or all without; with
     `packing: trees` up to four samples of each picture, and equally many tokens in every batch."""
@@ -146,9 +147,9 @@ class DataConfig:
     A role (image, video, question, answer, choices, hint, system, ...) or a name that docs/data.md lists for one."""
     ignore: tuple[str, ...] = ()
     """Columns, and keys inside them (messages.weight, meta.image), that are left out although they could change what is
-    learned, which ends a run otherwise."""
+    learned, which would end the run."""
     ask: str = ""
-    """The question of every row that has none, such as a picture with its class or its caption: What is it?"""
+    """Question for every row without one, such as pictures with a class or a caption; for example: What is it?"""
     limit: int | None = None
     """Trains on the first N samples only (of several files or tasks, the first N of each)."""
     validation_limit: int | None = None
@@ -183,7 +184,7 @@ class DataConfig:
     """Samples of an optimizer step, over all ranks and accumulated micro-batches; a task may take a multiple of it
     (GQA 100/60, NLVR2 20/60, captions 50/60)."""
     mixing: Mixing = "proportional"
-    """proportional: each task's samples once an epoch; balanced: the same number of steps for every task."""
+    """proportional: each task's samples once per epoch; balanced: the same number of steps for every task."""
     input_tokens: int | None = None
     """Longest text of an input; null: each task's published length."""
     task_prompt: bool = True
@@ -192,13 +193,13 @@ class DataConfig:
     """Cuts the subtitles where an input is too long; false cuts the end of the text, question and choices with it, as
     the published video runs do."""
     replay: float = 0.0
-    """Share of the labelled tokens that short chats make up which the base wrote itself (`dora-vl replay`), so that it
-    keeps what it knows; another draw of them in each epoch. What they train is how far the model is from the one that
-    training began with (KL divergence). 0: none."""
+    """Share of the labelled tokens that come from short chats written by the base itself (`dora-vl replay`), so that it
+    keeps what it knows; each epoch draws anew. Their loss is the KL divergence from the model that training began with.
+    0: none."""
     closed_answers: Mapping[str, int | str] = field(default_factory=dict)
     """Answers a task from a list, by a head that trains with the adapter (part `answer_head`), instead of in words; of
-    vqav2, gqa, short_answer. By task: N, its N most frequent training answers; or FILE: one answer a line, a JSON list,
-    or the recipe.json of an adapter that has one."""
+    vqav2, gqa, short_answer. By task: N, its N most frequent training answers; or FILE: one answer per line, a JSON
+    list, or the recipe.json of an adapter that has one."""
 
     @property
     def files(self) -> Files:
@@ -227,7 +228,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """What is learned: answers word by word, that one is better than another, or what rewards the model's own get."""
+    """What is learned: the answers, a preference between answers, or rewards for the model's own answers."""
 
     loss: LossName | Mapping[LossName, float] = "sft"
     """sft learns answers word by word. Rejected answers beside chosen ones take dpo, ipo, kto, bco, apo_zero; or
@@ -238,7 +239,7 @@ class ObjectiveConfig:
     beta: float = 0.1
     """How close the model stays to the one that training began with; ipo takes some 0.01, simpo 2 to 10."""
     margin: float = 0.5
-    """simpo: how much better the chosen answer is to be."""
+    """simpo: the margin by which the chosen answer must be better."""
     exchange_pictures: bool = False
     """Takes the chosen answer about another picture of the data for a further rejected answer, so that the model looks;
     with the losses {dpo: 1, anchor: 1} that is mDPO. cpo and orpo do not take it."""
@@ -291,7 +292,7 @@ class OptimConfig:
 
     rates: Mapping[str, float] = field(default_factory=dict)
     """Peak learning rate by part: a name of adapter.parts or adapter.also_train, dora (adapter.targets), projector;
-    magnitude, A, B: those of every part; vision.magnitude: that of one. The more exact name counts."""
+    magnitude, A, B: those of every part; vision.magnitude: that of one. The most specific name wins."""
     projector_learning_rate: float | None = None
     """Peak learning rate of the projector; null: training.learning_rate."""
     magnitude_learning_rate: float | None = None
@@ -350,9 +351,9 @@ class EvaluationConfig:
     """Also measures what the model lost: perplexity of plain text, and answers to questions about other things, of the
     base and with the adapter."""
     other_texts: str | None = None
-    """File of passages for `forgetting`, one a line; null: a few of this project's."""
+    """File of passages for `forgetting`, one per line; null: a few of this project's."""
     exchange_pictures: bool = True
-    """Asks at most 200 questions (of each file) again about other pictures: a score that stays as it was does not come
+    """Asks at most 200 questions (of each file) again about other pictures: a score that does not drop does not come
     from the pictures."""
 
     untrained: bool = True
@@ -366,14 +367,14 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Holds a run: what its YAML file says."""
+    """A run, as its YAML file describes it."""
 
     task: Task = "image_text"
     """Says what is trained, which decides the settings. llava: a LLaVA-1.5, also composed here; image_text: any
     model for pictures, videos and text; commonsense: a language model on instructions; vlbart: a VL-BART."""
     variant: str | None = None
     """Named variant of the --config file, one of its `variants`, laid over the rest of it; --section.key value wins
-    over both. null: the file's own choice, or the file as it stands."""
+    over both. null: the file's own choice, or the file as it is."""
     model: ModelConfig
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig
@@ -387,7 +388,7 @@ class RunConfig:
     """`last` resumes from the run folder's last complete checkpoint; `if_stopped` does where a run was stopped before
     its end, starts one where there is none, and leaves a finished one as it is; or a checkpoint folder."""
     overwrite: bool = False
-    """Removes what an earlier run left in training.output_dir; otherwise that is refused."""
+    """Removes what an earlier run left in training.output_dir; without it such a folder is refused."""
     test_only: bool = False
     """Trains nothing: tests the adapter in training.output_dir again, or resumes a test that was stopped."""
     watch: int = 4
@@ -430,7 +431,7 @@ FIELDS: Mapping[Task, frozenset[str]] = {
         evaluation="files features image_folder choice_by_likelihood exchange_pictures",
     ),
 }
-"""Maps a task to fields that it takes and some other task does not; fields that stand nowhere here are every task's."""
+"""Maps a task to fields that it takes and some other task does not; fields not listed here are every task's."""
 DEFAULTS: Mapping[Task, Mapping[str, Any]] = {
     "llava": {},
     "image_text": {},

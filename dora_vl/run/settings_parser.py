@@ -117,7 +117,7 @@ def run_parser(task: Task, program: str = "run", description: str = "", *, dropo
 
 def setting_names(task: Task, *, training: bool = True) -> list[str]:
     """Lists every dotted name a task understands, with transformers' own below `training` unless that is left out."""
-    # Only leaf settings: a name such as "model" also stands for a whole section.
+    # Only leaf settings: a name such as "model" also means a whole section.
     names = [action.dest for action in run_parser(task)._actions if action.dest not in NO_SETTINGS]
     leaves = [name for name in names if name not in SECTION_CLASSES and not name.endswith(".help")]
     if not training:
@@ -130,7 +130,7 @@ def setting_names(task: Task, *, training: bool = True) -> list[str]:
 def files_as_arguments(arguments: Sequence[str], task: Task) -> tuple[list[str], Task]:
     """Puts the settings of each `--config` in front, as JSON; returns also the task that they name, or `task`.
 
-    So an argument wins wherever it stands, and the parser itself opens no file.
+    So an argument wins wherever it is, and the parser itself opens no file.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", action="append", default=[])
@@ -152,9 +152,9 @@ def files_as_arguments(arguments: Sequence[str], task: Task) -> tuple[list[str],
 
 
 def _as_json(settings: Mapping[str, Any]) -> str:
-    """Writes JSON that YAML, as the parser, reads alike: an emoji as it is, not as the two halves of a pair."""
+    """Writes JSON that YAML, as the parser, reads alike: an emoji as it is, not as a surrogate pair."""
     pair = re.compile(r"\\ud[89ab]\w\w\\ud[c-f]\w\w")
-    return pair.sub(lambda halves: json.loads(f'"{halves[0]}"'), json.dumps(settings, default=str))
+    return pair.sub(lambda match: json.loads(f'"{match[0]}"'), json.dumps(settings, default=str))
 
 
 def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -169,7 +169,7 @@ def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def find_recipe(name: str) -> Path:
-    """Finds the file of a path or a recipe's name (`llava/llava15`); a file that is there comes first."""
+    """Finds the file of a path or a recipe's name (`llava/llava15`); an existing file wins."""
     folder = shipped_folder()
     shipped = folder / f"{name.removesuffix(ENDING).removeprefix('configs/')}{ENDING}"
     path = next((path for path in (Path(name), shipped) if path.is_file()), None)
@@ -186,7 +186,7 @@ def find_recipe(name: str) -> Path:
 def settings_of_files(names: Sequence[str], variant: str | None) -> list[dict[str, Any]]:
     """Reads the settings of each `--config`, a path or a recipe's name, under a variant.
 
-    None is each file's own choice, its key `variant`, or the file as it stands.
+    None is each file's own choice, its key `variant`, or the file as it is.
     """
     paths = [find_recipe(name) for name in names]
     if variant is not None and not any(map(variants_of, paths)):
@@ -247,7 +247,7 @@ _UNKNOWN = (
 
 
 def explain_parser_error(message: str, task: Task) -> UserError:
-    """Makes one line of the parser's message; an unknown key is named with its tasks and the nearest settings."""
+    """Turns the parser's message into one line; names an unknown key's tasks and the nearest settings."""
     line = " ".join(message.split())
     match = next((match for pattern in _UNKNOWN if (match := pattern.search(line))), None)
     if match is None:

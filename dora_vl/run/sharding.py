@@ -59,7 +59,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
-    """Shares each block's weights out among the ranks by FSDP2; they are whole while the block runs."""
+    """Shards each block's weights over the ranks by FSDP2; they are whole while the block runs."""
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # logits, which nothing changes
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for block in reversed(blocks_of(model)):  # what is inside before what holds it
@@ -71,7 +71,7 @@ def shard(model: nn.Module, device: torch.device) -> None:
 
 
 def let_go_of_whole_weights(model: nn.Module) -> None:
-    """Makes FSDP2 gather weights anew from shards that were written to; it may still hold them whole from a pass."""
+    """Makes FSDP2 gather weights again from shards that were written to; it may still hold old ones from a pass."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -102,7 +102,7 @@ def loading_in(dtype: torch.dtype) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_sharding(arguments: TrainingArguments) -> Iterator[None]:
-    """Builds models whole, on this rank alone, though the run uses ZeRO-3 (whose sharding needs all ranks)."""
+    """Builds models whole, on this rank only, though the run uses ZeRO-3 (whose sharding needs all ranks)."""
     from transformers.integrations import deepspeed as integration  # not for --help
 
     holder = vars(arguments).get("hf_deepspeed_config")  # set by transformers where DeepSpeed is used

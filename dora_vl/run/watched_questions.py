@@ -38,12 +38,12 @@ class WatchedQuestion:
 
 @dataclass(frozen=True, kw_only=True)
 class Watch:
-    """Holds the questions that a pipeline has answered while it trains.
+    """Holds the questions that a pipeline answers while it trains.
 
     Attributes:
         questions: in the order in which they are shown.
         pictures: by question's id, what opens its picture; raises BadSample where it cannot be read.
-        ask: the answers by id with the weights of now; every rank must call it. What cannot be asked is left out.
+        ask: answers by id with the current weights, without what cannot be asked; every rank must call it.
         source: where the questions are from, for messages.
     """
 
@@ -67,7 +67,7 @@ class Watched:
 
 
 def evenly(items: Sequence[Item], count: int) -> list[Item]:
-    """Returns `count` items at even distances from the first on; all where there are fewer."""
+    """Returns `count` evenly spaced items from the first on; all if there are fewer."""
     count = min(count, len(items))
     return [items[number * len(items) // count] for number in range(count)]
 
@@ -123,7 +123,7 @@ def data_url(picture: Image.Image, max_size: int = SMALL_PX) -> str:
 
 
 def tiled(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Joins up to four pictures, two by two, each in the size of the first; one alone stays as it is."""
+    """Joins up to four pictures, two by two, each in the size of the first; a single one stays as it is."""
     first, *others = pictures[: SIDE**2]
     if not others:
         return first

@@ -63,7 +63,7 @@ PROBLEMS: Mapping[type[Exception], tuple[int, str, str | None]] = {
 }
 """Maps errors to the HTTP status, and OpenAI's type and code; the first class that fits counts."""
 HEADERS: Mapping[int, Mapping[str, str]] = {
-    401: {"WWW-Authenticate": 'Basic realm="dora-vl"'},  # a browser asks for the key where this scheme stands alone
+    401: {"WWW-Authenticate": 'Basic realm="dora-vl"'},  # a browser asks for the key if this is the only scheme
     429: {"Retry-After": "1"},
     503: {"Retry-After": "1"},
 }
@@ -76,7 +76,7 @@ def error_response(error: Exception) -> JSONResponse:
 
 
 def error_content(error: Exception) -> dict[str, Any]:
-    """Returns OpenAI's error object; what went wrong inside the program is in its log alone."""
+    """Returns OpenAI's error object; what went wrong inside the program is only in its log."""
     _, kind, code = next(problem for kind, problem in PROBLEMS.items() if isinstance(error, kind))
     message = str(error) if isinstance(error, UserError) else "the server failed to answer this request"
     if isinstance(error, BadSample):
@@ -100,7 +100,7 @@ class AccessRules:
     key: str | None = None
 
     def check(self, headers: Headers) -> None:
-        """Raises Refused or NoKey where a request may not come in."""
+        """Raises Refused or NoKey if a request may not come in."""
         hosts = [host.lower() for host in headers.getlist("host")]
         if len(hosts) != 1 or host_name(hosts[0]) not in self.hosts:
             names = ", ".join(sorted(self.hosts))
@@ -113,7 +113,7 @@ class AccessRules:
             return
         scheme, _, credentials = headers.get("authorization", "").partition(" ")
         key = credentials.strip().encode() if scheme.lower() == "bearer" else b""
-        if scheme.lower() == "basic":  # the password that a browser has asked its person for
+        if scheme.lower() == "basic":  # the password that a browser has asked its user for
             with contextlib.suppress(binascii.Error):
                 key = base64.b64decode(credentials, validate=True).partition(b":")[2]
         if not secrets.compare_digest(key, self.key.encode()):
@@ -121,7 +121,7 @@ class AccessRules:
 
 
 def access_rules(options: argparse.Namespace) -> AccessRules:
-    """Returns the rules that the command line states. Raises UserError where a name or the key is none."""
+    """Returns the rules that the command line states. Raises UserError if a name or the key is invalid."""
     names = {host: host_name(host.lower()) for host in options.allow_host}
     for host, name in names.items():
         if name is None:
@@ -384,12 +384,12 @@ class PageMiddleware(AccessMiddleware):
         try:
             values = [json.loads(content)]
         except (ValueError, RecursionError):
-            raise Refused("the request is no JSON") from None
+            raise Refused("the request is not JSON") from None
         while values:
             value = values.pop()
             if isinstance(value, dict):
                 if "path" in value and not (isinstance(value["path"], str) and self._uploads.holds(value["path"])):
-                    raise Refused("the request names a file that was not uploaded, or is here no longer")
+                    raise Refused("the request names a file that was not uploaded, or is gone")
                 values += value.values()
             elif isinstance(value, list):
                 values += value

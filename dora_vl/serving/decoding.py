@@ -63,7 +63,7 @@ class SequenceText:
     _generator: torch.Generator | None = None
 
     def take(self, token: int, ends: Collection[int]) -> None:
-        """Takes the next token, and writes what it adds to the text; an error ends this sequence alone."""
+        """Takes the next token, and writes what it adds to the text; an error ends only this sequence."""
         if self.reason is not None:
             return
         try:
@@ -72,7 +72,7 @@ class SequenceText:
             self.fail(error)
 
     def fail(self, error: Exception) -> None:
-        """Ends this sequence alone, unless it is over."""
+        """Ends only this sequence, unless it is over."""
         if self.reason is None:
             self.error, self.reason = error, "ended"
             self.done(self)
@@ -139,7 +139,7 @@ class SequenceStops(StoppingCriteria):
 
 
 def next_tokens(scores: Float[Tensor, "batch vocab"], sequences: Sequence[SequenceText]) -> list[int]:
-    """Returns each sequence's next token, likeliest or drawn; ends one whose scores are no numbers (any token).
+    """Returns each sequence's next token, likeliest or drawn; ends one whose scores are not finite (any token).
 
     The largest score is NaN where any is, so that looking at it costs no more than choosing.
     """
@@ -154,7 +154,7 @@ def next_tokens(scores: Float[Tensor, "batch vocab"], sequences: Sequence[Sequen
 
 
 class SequenceSampling(LogitsProcessor):
-    """Leaves each sequence its next token alone, so that generate takes it as the likeliest of all."""
+    """Leaves each sequence only its next token, so that generate takes it as the likeliest of all."""
 
     def __init__(self, sequences: Sequence[SequenceText]) -> None:
         self._sequences = sequences
@@ -187,7 +187,7 @@ def may_join(arguments: Mapping[str, Any], media: Collection[str]) -> bool:
     """Tells whether sequences may join those of a generate call, by what it hands to its decoding method.
 
     They may where all that the model remembers of them is in a plain cache of keys and values, and where it is told
-    each token's position. Inputs named in `media`, pictures and videos, are read with the prompt alone.
+    each token's position. Inputs named in `media`, pictures and videos, are read with the prompt only.
     """
     caches = list(_caches(arguments).values())
     if not caches or not isinstance(arguments.get(POSITIONS), Tensor):
@@ -273,7 +273,7 @@ class KVCacheBatch:
             self.others[key] = self.others[key][index]
 
     def join(self, new: KVCacheBatch) -> None:
-        """Takes further sequences in, behind its own; `new` is used up."""
+        """Takes further sequences in, after its own; `new` is used up."""
         columns = max(self.columns, new.columns)
         self.mask = torch.cat([F.pad(part.mask, (columns - part.columns, 0)) for part in (self, new)])
         self.positions = torch.cat([self.positions, new.positions], dim=-2)

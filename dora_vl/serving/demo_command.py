@@ -27,16 +27,16 @@ from dora_vl.serving.options import (
 )
 
 DESCRIPTION = """\
-Opens a page in the browser with two doors. Train: drop pictures and a table, see what training will see, start, follow,
+Opens a page in the browser with two tabs. Train: drop pictures and a table, see what training will see, start, follow,
 stop and resume it, read its test. Ask: an adapter and its base answer the same question about a picture or a video
-side by side, with a dial for how much of the adapter is applied.
+side by side, with a slider for the adapter's strength.
 
   dora-vl demo
   dora-vl demo --adapter runs/demo/adapter
   dora-vl demo --adapter runs/a/adapter --adapter second=runs/b/adapter --port 8080
 
 An adapter is the folder of a run, or of PEFT, and is called as its run unless NAME= says otherwise. All adapters are
-over one base, which is loaded once; nothing is merged. The page listens on this machine alone unless --host says
+over one base, which is loaded once; nothing is merged. The page listens on this machine only unless --host says
 otherwise, answers to the names of --allow-host besides, asks for a key where --api-key gives one, and asks no other
 host for anything. Who may train may read folders of this machine and fill its disk: Train is there only where others
 cannot come, or with --train. docs/serving.md says more.
@@ -44,7 +44,7 @@ cannot come, or with --train. docs/serving.md says more.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's options."""
+    """Adds the command's options."""
     add_model_options(parser)
     add_address(parser, port=7860)
     parser.add_argument(

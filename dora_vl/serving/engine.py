@@ -1,4 +1,4 @@
-"""Requests for several adapters answered together: batches of what waits, one after another, in a thread of its own.
+"""Answers requests for several adapters together: batches of waiting requests, one after another, in one thread.
 
 Whoever asks prepares a request in its own thread (prompt, pictures, checks), hands it in and receives its answer piece
 by piece. A batch is formed of what waits when the one before is over, plus a few milliseconds; what comes later joins
@@ -62,9 +62,9 @@ class RunningRequest:
     text: SequenceText
 
     @property
-    def share(self) -> tuple[str, float]:
+    def applied(self) -> tuple[str, float]:
         """Returns the key that a batch is sorted by, the base first: a layer then computes each adapter once."""
-        return self.submitted.prepared.share or ("", 0.0)
+        return self.submitted.prepared.applied or ("", 0.0)
 
 
 Running = Sequence[RunningRequest]
@@ -79,7 +79,7 @@ def can_join(logits_processor: Any, generation_config: Any) -> bool:
 
 
 class BatchDecoder:
-    """Decodes requests together, each with its adapter, until `ending()`, and tells each what becomes of it."""
+    """Decodes requests together, each with its adapter, until `ending()`, and sends each its events."""
 
     def __init__(self, model: ServedModel, ending: Callable[[], bool]) -> None:
         self._model = model
@@ -139,7 +139,7 @@ class BatchDecoder:
     def begin(self, batch: Sequence[SubmittedRequest]) -> tuple[list[RunningRequest], Mapping[str, Any]]:
         """Returns the requests in a batch's order, the base first and then adapter by adapter, and their inputs."""
         running = [RunningRequest(request, self._text(request)) for request in batch]
-        running.sort(key=lambda request: request.share)
+        running.sort(key=lambda request: request.applied)
         samples = [request.submitted.prepared.sample for request in running]
         return running, self._model.assistant.prompts.collate(samples, "left")
 
@@ -215,9 +215,9 @@ class BatchDecoder:
 def _without_finished(
     running: list[RunningRequest], tokens: list[int], cache: KVCacheBatch
 ) -> tuple[list[RunningRequest], list[int]]:
-    """Returns the requests that go on, adapter by adapter, and their tokens; the cache keeps those alone."""
+    """Returns the requests that go on, adapter by adapter, and their tokens; the cache keeps only those."""
     on = [index for index, request in enumerate(running) if request.text.reason is None]
-    on.sort(key=lambda index: running[index].share)
+    on.sort(key=lambda index: running[index].applied)
     if on and on != [*range(len(running))]:
         cache.keep(on)
     return [running[index] for index in on], [tokens[index] for index in on]
@@ -247,7 +247,7 @@ class Engine:
         name: str,
         turns: Sequence[Turn],
         sampling: Sampling,
-        seen: PromptMedia = NOTHING,
+        media: PromptMedia = NOTHING,
         *,
         fill: bool = False,
         strength: float = 1.0,
@@ -256,13 +256,13 @@ class Engine:
 
         Args:
             name: an adapter's, or the base's.
-            turns: the conversation, its last turn a question; `<image>` and `<video>` where what is `seen` goes.
+            turns: the conversation, its last turn a question; `<image>` and `<video>` where the `media` go.
             fill: the answer may be shorter than `sampling` says where the model has too few positions left.
             strength: how much of the adapter is applied, 0 nothing (the base, asked as the adapter was trained to be)
                 and 1 all; beyond 1 more of the same.
         """
         entry, strength = self.model.entry(name), checked_strength(strength)
-        if len(seen.pictures) == 1 and not seen.videos:  # as in training
+        if len(media.pictures) == 1 and not media.videos:  # as in training
             turns = [replace(turn, text=placeholder_first(turn.text), input_characters=0) for turn in turns]
         positions, most = max_positions(self.model.backbone.config), self.settings.max_prompt_tokens
         allowed = min((limit for limit in (positions, most) if limit is not None), default=None)
@@ -271,7 +271,7 @@ class Engine:
             reason = f"its {characters:,} characters are more than a prompt of {allowed:,} tokens can hold; shorten it"
             raise BadSample("request", reason)
         with self._encoding:
-            sample = entry.prompts.sample(turns, seen)
+            sample = entry.prompts.sample(turns, media)
         tokens = len(sample.input_ids)
         if most is not None and tokens > most:
             raise BadSample("request", f"its prompt takes {tokens} tokens, and {most} are allowed here; shorten it")
@@ -298,7 +298,7 @@ class Engine:
         return len(self._scheduler)
 
     def close(self) -> None:
-        """Ends the thread after the next token; requests at hand are told."""
+        """Ends the thread after the next token; open requests are told."""
         self._scheduler.close()
         self._thread.join()
 
@@ -337,10 +337,10 @@ class Engine:
                 self._alone(request, lambda item: self._decoder.answer([item], lambda *_: ()))
 
     def _alone(self, request: SubmittedRequest, put: Callable[[SubmittedRequest], Any]) -> Any:
-        """Returns the result of putting one request to the model; where that fails it is told, and nobody else."""
+        """Returns the result of putting one request to the model; if that fails, only this request is told."""
         try:
             return put(request)
-        except Exception as error:  # noqa: BLE001 - it is this request's alone
+        except Exception as error:  # noqa: BLE001 - it is this request's only
             log.warning("a request failed: %s", one_line(str(error), 200))
             _free_frames(error)
             request.send(Failed(error))

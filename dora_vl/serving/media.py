@@ -1,4 +1,4 @@
-"""What a request shows: its pictures and videos, decoded in processes that can be ended, within one budget a request.
+"""What a request shows: its pictures and videos, decoded in processes that can be ended, within one budget per request.
 
 Requests have a process each, so that the system shares the processor between them, and one whose file takes long yields
 to all others. What it holds in memory, and for how long while others wait for their turn, is limited too.
@@ -170,7 +170,7 @@ class Reading:
 
 @contextlib.contextmanager
 def _naming_location(where: str) -> Iterator[None]:
-    """Says where in the request what could not be read stands."""
+    """Names the place in the request of what could not be read."""
     try:
         yield
     except JobFailed as error:
@@ -180,7 +180,7 @@ def _naming_location(where: str) -> Iterator[None]:
 
 
 def check_text(text: str, where: str, *, shows_videos: bool) -> str:
-    """Returns a person's words. Raises BadRequest: they hold what stands for a picture or a video."""
+    """Returns a user's text. Raises BadRequest: it holds a placeholder of a picture or a video."""
     for placeholder in (IMAGE_PLACEHOLDER, *([VIDEO_PLACEHOLDER] if shows_videos else [])):
         if placeholder in text:
             raise BadRequest(where, f"the text holds {placeholder}; pictures and videos are parts of their own")

@@ -33,7 +33,7 @@ from dora_vl.evaluation.predictor import PromptMedia
 
 LLAVA_PROJECTOR = "model.multi_modal_projector"
 """This module of a LLaVA-1.5 gets one entry a picture, so each picture can have its own request's projector."""
-PROBE_ROWS, PROBE_TOKENS = 2, 2  # a prompt, and a token behind it
+PROBE_ROWS, PROBE_TOKENS = 2, 2  # a prompt, and a token after it
 
 
 class UnknownModel(UserError):
@@ -53,8 +53,8 @@ class ServedEntry:
     prompts: EncoderPrompts
     alone: bool = False
 
-    def share(self, strength: float) -> AppliedAdapter | None:
-        """Returns the share of the adapter that a row has at this strength; None is the base."""
+    def applied(self, strength: float) -> AppliedAdapter | None:
+        """Returns the adapter as a row has it at this strength; None is the base."""
         return None if self.name is None or strength == 0 else AppliedAdapter(self.name, strength)
 
 
@@ -99,14 +99,14 @@ class ServedModel:
     ) -> AbstractContextManager[None]:
         """Gives each row of the batch, inside the block, its own adapter, number of pictures and strength (or 1)."""
         strengths = strengths or [1.0] * len(entries)
-        shares = [entry.share(strength) for entry, strength in zip(entries, strengths, strict=True)]
-        rows = list(zip(entries, shares, pictures, strict=True))
-        alone = [share for entry, share, count in rows if count and entry.alone and share]
+        applied = [entry.applied(strength) for entry, strength in zip(entries, strengths, strict=True)]
+        rows = list(zip(entries, applied, pictures, strict=True))
+        alone = [adapter for entry, adapter, count in rows if count and entry.alone and adapter]
         if alone or not self.by_picture:
             shown_by: list[AppliedAdapter | None] = [alone[0] if alone else None]
         else:
-            shown_by = [share for _, share, count in rows for _ in range(count)] or [None]
-        return self.adapters.batch.holding(shares, shown_by)
+            shown_by = [adapter for _, adapter, count in rows for _ in range(count)] or [None]
+        return self.adapters.batch.holding(applied, shown_by)
 
     @property
     def by_picture(self) -> bool:

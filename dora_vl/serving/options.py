@@ -1,4 +1,4 @@
-"""The options of both commands: adapters, address and one table of numbers. Their help is there before torch."""
+"""The options of both commands: adapters, address and one table of numbers. Their help does not import torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KEY_VARIABLE = "DORA_VL_API_KEY"
 
 
 def host_name(address: str) -> str | None:
-    """Returns the host of `host[:port]`; None where it is none."""
+    """Returns the host of `host[:port]`; None if it is not one."""
     match = re.fullmatch(r"(?:\[(?P<v6>[0-9a-f:.]+)\]|(?P<name>[^\[\]:/?#@\\\s]+))(?::\d*)?", address)
     return match and (match["v6"] or match["name"].removesuffix("."))
 

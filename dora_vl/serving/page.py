@@ -1,7 +1,7 @@
-"""The page: its door Ask, and what happens there: pictures are shown, questions asked, a dial turned.
+"""The demo page and its Ask tab: show pictures, ask questions, set the adapter's strength.
 
 `side_by_side.py` has what a conversation is, `page_parts.py` how it looks, `access.py` what may come to the page,
-`page_training.py` the door Train.
+`page_training.py` the Train tab.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from dora_vl.serving.side_by_side import Conversation, ModelChoice, OpenModels, 
 STYLE = Path(__file__).parent / "page_files" / "page.css"
 TAKE_QUESTION, SCRIPT = STYLE.with_name("take_question.js"), STYLE.with_name("page.js")
 KEY = "() => [sessionStorage.doraVlTalk ??= crypto.getRandomValues(new Uint32Array(4)).join('-')]"
-"""The server keeps a tab's talk under this key while the tab loads the page again."""
+"""The server keeps a browser tab's conversation under this key while the tab reloads the page."""
 FONT, MONOSPACE = ("system-ui", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"), ("ui-monospace", "monospace")
 """The visitor's own system has these fonts: none is fetched."""
 STRONGEST, STEP = 2.0, 0.05
-"""The dial ends at 2; a request may ask for more."""
+"""The strength slider ends at 2; a request may ask for more."""
 LONGEST_ANSWER = 1024
 MAX_CONVERSATIONS = 64
-"""Memory holds at most this many talks, with their pictures; the one unused for longest goes first."""
+"""Memory holds at most this many conversations, with their pictures; the least recently used goes first."""
 Update = dict[Any, Any]
 """Maps parts of the page to new values; other parts keep theirs."""
 
 
 class QuietServer(uvicorn.Server):
-    """Cuts open pages off when it ends: they listen for ever, so cutting them off is no error."""
+    """Closes open pages quietly on shutdown: their event streams never end by themselves."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Ends it, in silence."""
+        """Shuts the server down without logging errors."""
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         await super().shutdown(sockets)
 
@@ -86,7 +86,7 @@ def build_page_app(page: Page, rules: AccessRules, *, upload_bytes: int) -> Fast
 
 
 class Column(NamedTuple):
-    """One of the two that answer: which model, what it was asked and said, how much of its adapter is applied."""
+    """One of the page's two columns: its model, its conversation, and the strength of its adapter."""
 
     model: gr.Dropdown
     answers: gr.HTML
@@ -94,7 +94,7 @@ class Column(NamedTuple):
 
     @classmethod
     def laid_out(cls, side: str) -> Column:
-        """Lays the column out in the row that is open; `Page.opened` fills it."""
+        """Lays the column out in the row being built; `Page.open_page` fills it."""
         with gr.Column(min_width=230):
             return cls(
                 gr.Dropdown([], show_label=False, elem_id=f"dv-model-{side}"),
@@ -112,7 +112,7 @@ class Page:
     Args:
         models: what answers, once something was opened.
         uploads: what visitors have sent; no other file is ever read or deleted.
-        trains: whether the door Train is there.
+        trains: whether the Train tab is there.
     """
 
     def __init__(self, models: OpenModels, uploads: Uploads, *, trains: bool = False) -> None:
@@ -172,7 +172,7 @@ class Page:
         quick = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
         # always_last: what comes while the page is still about the event before is begun after it, not dropped.
         showing = {**quick, "outputs": changing, "trigger_mode": "always_last"}
-        # Answers alone go through the queue: its stream is closed after each event, and what an event that begins in
+        # Only answers go through the queue: its stream is closed after each event, and what an event that begins in
         # the next 100 ms sends is lost, such as the answer to a question that waited for its picture.
         answering = {**showing, "queue": True, "concurrency_id": "answers"}
         answering |= {"concurrency_limit": self.models.settings.batch}
@@ -193,34 +193,34 @@ class Page:
             switched = column.model.input(self._strength_slider, [column.model], [column.strength], **quick)
             switched.then(self.ask_again, chosen, **answering)
         self.stop.click(self.models.stop, [self.person], **quick)
-        doors = [self.head, *(part for column in self.columns for part in column)]
-        begun = [self.person, *shown, self.ask_button, *doors, self.tabs]
+        tabs = [self.head, *(part for column in self.columns for part in column)]
+        begun = [self.person, *shown, self.ask_button, *tabs, self.tabs]
         if (train := self.training) is not None:
             begun += train.parts
             train.ask.click(self.ask_run, [self.person, train.run], begun, **{**quick, "queue": True})
         self.blocks.load(self.open_page, [self.key], begun, js=KEY, **quick)
         self.blocks.unload(self.close_page)
 
-    # -- what a person does ------------------------------------------------------------------------------------
+    # -- what a user does --------------------------------------------------------------------------------------
 
     def open_page(self, key: str, request: gr.Request) -> Update:
-        """Opens the page, or loads it again: returns the person's talk, and a box for questions."""
+        """Opens or reloads the page: returns the session's conversation, and a box for questions."""
         person = str(request.session_hash)
         self._key_of[person] = key
         conversation = self._conversations.get(key, Conversation()).ended()
         training = {} if self.training is None else self.training.opened(key)
         asks = bool(self.models.names) or self.models.reading
-        door = "train" if training and not asks else "ask"
+        tab = "train" if training and not asks else "ask"
         view = {
             **self._model_choices(),
             **self._start_conversation(conversation, person),
             **training,
-            self.tabs: gr.update(selected=door),
+            self.tabs: gr.update(selected=tab),
         }
         return {**view, self.person: person, self.ask_button: gr.update(interactive=asks)}
 
     def ask_run(self, person: str, run: str) -> Iterator[Update]:
-        """Opens a run's adapter beside its base; yields the door Ask with both."""
+        """Opens a run's adapter beside its base; yields the Ask tab with both."""
         assert self.training is not None
         yield {self.training.state: state_view("", "Reading the base …")}
         try:
@@ -244,7 +244,7 @@ class Page:
             return gr.skip()
         try:
             if not all(self.uploads.holds(str(file)) for file in files):
-                raise UserError("a file is here no longer; choose it again")
+                raise UserError("an uploaded file is gone; choose it again")
             return {
                 self.files: None,
                 **self._start_conversation(Conversation(shown=self.models.side.look(files)), person),
@@ -256,7 +256,7 @@ class Page:
                 self.uploads.delete(file)
 
     def new_chat(self, person: str, conversation: Conversation | None) -> Update:
-        """Begins a conversation anew: the same pictures, and nothing said about them yet."""
+        """Begins a new conversation about the same pictures."""
         return self._start_conversation(Conversation(shown=conversation.shown if conversation else NOTHING), person)
 
     @no_type_check  # a wrapper that checks types hides from Gradio that this is a generator
@@ -271,18 +271,18 @@ class Page:
 
     @no_type_check  # as above
     def ask_again(self, person: str, conversation: Conversation | None, *chosen: Any) -> Iterator[Update]:
-        """Asks the last question once more, of the models chosen now; nothing where just these answered it."""
+        """Asks the models chosen now the last question again, unless just these answered it."""
         yield from self._answers(person, conversation, chosen, None)
 
     def close_page(self, request: gr.Request) -> None:
-        """Ends what is answered for a page that was closed: nobody waits for it any more."""
+        """Stops the answers for a page that was closed."""
         self.models.stop(str(request.session_hash))
         self._key_of.pop(str(request.session_hash), None)
 
     # -- inside ------------------------------------------------------------------------------------------------
 
     def _model_choices(self) -> Update:
-        """Returns the door's parts for the models that answer now: the first adapter beside the base."""
+        """Returns the Ask tab's parts for the models that answer now: the first adapter beside the base."""
         names = self.models.names
         update: Update = {self.head: head_view(names, self.models.side.engine.model.source.base if names else "")}
         for column, name in zip(self.columns, names[1:2] + names[:1], strict=False):
@@ -308,7 +308,7 @@ class Page:
         }
 
     def _keep(self, person: str, conversation: Conversation) -> None:
-        """Keeps a talk for when its tab is loaded again."""
+        """Keeps a conversation for when its browser tab is reloaded."""
         if key := self._key_of.get(person):
             self._conversations[key] = conversation
             self._conversations.move_to_end(key)

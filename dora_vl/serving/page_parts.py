@@ -54,7 +54,7 @@ def column_view(conversation: Conversation, column: int, *, named: str) -> str:
 
 
 def notice_view(text: str) -> str:
-    """Returns what went wrong; nothing where nothing did."""
+    """Returns what went wrong, if anything did."""
     return f'<div class="dv-notice" role="alert">{escape(text)}</div>' if text else ""
 
 
@@ -90,7 +90,7 @@ def _figure(picture: Image.Image, caption: str) -> str:
 
 
 def state_view(state: str, text: str, more: str = "") -> str:
-    """Returns where a run stands, and what it said last."""
+    """Returns how far a run is, and what it said last."""
     return f'<div class="dv-run" data-state="{state}"><b>{escape(text)}</b><p>{escape(more)}</p></div>'
 
 

@@ -1,6 +1,6 @@
-"""Runs as the page starts, finds, stops and reads them, and the commands that its clicks stand for.
+"""Runs as the page starts, finds, stops and reads them, and the commands that its clicks run.
 
-A run is a process of its own that outlives the page, and is known by its folder alone: its files say how far it is, and
+A run is a process of its own that outlives the page, and is known only by its folder: its files say how far it is, and
 its lock there whether it goes on. So the page may be closed, or end, and come back.
 """
 
@@ -37,16 +37,18 @@ from dora_vl.run.watched_questions import ANSWERS
 RUNS, DATA = Path("runs"), Path("data")
 """Runs are below the first, dropped files below the second, in the folder that the page was started in."""
 RUN_FILE, OUTPUT = "run.yaml", "output.txt"
+SHOWN_LINES = {"training": r"step [\d,]+ of", "testing": r"\S", "failed": r"\S"}
+"""The page shows a run's last line of output that fits, by its state; in other states its output says nothing more."""
 PROGRAM = (sys.executable, "-m", "dora_vl.cli")
 
 
 def command(words: Sequence[str]) -> str:
-    """Returns a command as a person types it."""
+    """Returns a command as a user types it."""
     return shlex.join(["dora-vl", *words])
 
 
 def printed(words: Sequence[str]) -> list[str]:
-    """Returns the lines that a command prints. Raises UserError with the command's own words where it fails."""
+    """Returns the lines that a command prints. Raises UserError with the command's own message if it fails."""
     environment = {**os.environ, "FORCE_COLOR": "1"}
     done = subprocess.run([*PROGRAM, *words], capture_output=True, text=True, errors="replace", env=environment)
     if done.returncode:
@@ -56,7 +58,7 @@ def printed(words: Sequence[str]) -> list[str]:
 
 
 def free_folder(folder: Path, is_taken: Callable[[Path], bool] = Path.exists) -> Path:
-    """Returns the folder, or the first with a number behind its name, that is not taken."""
+    """Returns the folder, or the first with a number after its name, that is not taken."""
     others = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
     return next(path for path in itertools.chain([folder], others) if not is_taken(path))
 
@@ -70,7 +72,7 @@ class RunStatus(NamedTuple):
 
 
 class Runs:
-    """The runs below `runs/`, of which one goes on at a time."""
+    """The runs below `runs/`, of which at most one is active."""
 
     def __init__(self) -> None:
         self._child: tuple[Path, subprocess.Popen[bytes]] | None = None
@@ -88,7 +90,7 @@ class Runs:
         return next((lock.parent for lock in RUNS.glob(f"*/{LOCK}") if locking_process(lock.parent)), None)
 
     def new_folder(self, name: str) -> Path:
-        """Returns the folder of a next run: of this name, or with a number behind it where that has been trained."""
+        """Returns the folder of a next run: of this name, or with a number after it if that has been trained."""
         name = re.sub(r"[^\w.\-]+", "_", name).strip("._-") or "my"
         return free_folder(
             RUNS / name,
@@ -140,12 +142,13 @@ class Runs:
             state = "finished" if whole else "stopped"
         else:
             state = "failed" if sizes[0] else "ready"
-        return RunStatus(state, _last_line(files[0]) if sizes[0] else "", f"{folder} {state} {sizes}")
+        line = _last_line(files[0], SHOWN_LINES[state]) if sizes[0] and state in SHOWN_LINES else ""
+        return RunStatus(state, line, f"{folder} {state} {sizes}")
 
 
-def _last_line(path: Path) -> str:
-    """Returns the last line of what a run has said; a bar that was drawn over itself counts as one."""
+def _last_line(path: Path, pattern: str) -> str:
+    """Returns the last line of a run's output that fits; a bar that was drawn over itself counts as a line."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 4096))
         lines = file.read().decode(errors="replace").replace("\r", "\n").split("\n")
-    return one_line(next((line for line in reversed(lines) if line.strip()), ""))
+    return one_line(next((line for line in reversed(lines) if re.search(pattern, line)), ""))

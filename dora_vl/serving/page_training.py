@@ -1,4 +1,4 @@
-"""The page's door Train: from dropped pictures to a tested adapter. Each click is a command, which is shown beside it.
+"""The page's Train tab: from dropped pictures to a tested adapter. Each click runs a command, which the page shows.
 
 `page_runs.py` starts those commands and reads what they leave; nothing of a run is kept here.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -41,17 +42,18 @@ STATES = {
     "training": "Training.",
     "testing": "Trained; answering the test.",
     "stopped": "Stopped. Resume goes on from the last checkpoint.",
-    "failed": "Ended before anything was saved. This is the last that it said:",
-    "finished": "Trained and tested.",
+    "failed": "Failed before anything was saved. Its last line:",
+    "finished": "Trained and tested. To train with other settings, look at the data again.",
 }
-"""Maps a run's state to what a person reads of it."""
+"""Maps a run's state to what the page says about it."""
+NO_BASE = "There is no model to adapt here yet: type `dora-vl quickstart` in this folder first, or choose a base."
 DAMAGED = (LookupError, TypeError, ValueError, AttributeError)
-"""Reading a run's files may raise these where they are another version's, or somebody has changed them."""
+"""Reading a run's files may raise these if another version wrote them, or somebody has changed them."""
 Update = dict[Any, Any]
 
 
 class TrainTab:
-    """The door's parts, and what happens there.
+    """The Train tab's parts, and what happens there.
 
     Args:
         uploads: what visitors have dropped; it is moved below `data/`.
@@ -65,7 +67,7 @@ class TrainTab:
         """These folders hold dropped files, and more may be added to them."""
 
     def lay_out(self) -> None:
-        """Lays the door out in the tab that is open, and connects its clicks, but for the one to the door Ask."""
+        """Lays the tab out where Gradio is building, and connects its clicks, except the one to the Ask tab."""
         self.mark = gr.State("")
         with gr.Row(equal_height=False, elem_id="dv-train"):
             with gr.Column(scale=4, min_width=300):
@@ -76,7 +78,8 @@ class TrainTab:
         quick = {"outputs": self.parts, "show_progress": "hidden", "queue": False, "api_visibility": "private"}
         queued = {**quick, "queue": True, "concurrency_limit": 4}
         self.files.upload(self.take_files, [self.files, self.folder], **quick)
-        self.look.click(self.look_at_data, [self.folder, self.question, self.base], **queued)
+        self.other_data.click(self.forget_data, [], **quick)
+        self.look.click(self.look_at_data, [self.folder, self.question, self.columns, self.base], **queued)
         self.run.input(self.show_run, [self.run], **quick)
         for slider in (self.rank, self.epochs):
             chosen = [self.run, self.rank, self.epochs, self.commands]
@@ -88,19 +91,25 @@ class TrainTab:
     def _lay_out_choices(self) -> None:
         gr.Markdown("### 1 · Your pictures and questions\nPictures, and a table: image, question, answer.")
         self.files = gr.File(show_label=False, file_count="multiple", height=124, elem_id="dv-drop")
+        self.data_state = gr.HTML(padding=False, elem_id="dv-data-state")
         self.folder = gr.Textbox(label="or a folder on this machine", placeholder="my_pictures", elem_id="dv-folder",
                                  info="with such a table, or with a folder for each answer")  # fmt: skip
         self.question = gr.Textbox(label="One question for all pictures", placeholder="such as: what is it?",
                                    info="needed for a folder for each answer, or where the table has none",
                                    elem_id="dv-one")  # fmt: skip
+        self.columns = gr.Textbox(label="Your table's headings", placeholder="Foto=image, Frage=question, Remark",
+                                  info="only where they are not understood; a heading without a role is left out",
+                                  elem_id="dv-columns")  # fmt: skip
         self.base = gr.Dropdown([], label="Base", allow_custom_value=True, elem_id="dv-base",
                                 info="the model to adapt: a folder, or OWNER/NAME of the hub")  # fmt: skip
-        self.look = gr.Button("Look at the data", variant="primary", elem_id="dv-look")
+        with gr.Row():
+            self.look = gr.Button("Look at the data", variant="primary", elem_id="dv-look")
+            self.other_data = gr.Button("Other data", elem_id="dv-other-data")
         gr.Markdown("### 2 · Training")
         self.run = gr.Dropdown([], label="Run", elem_id="dv-run",
                                info="its folder; choose an earlier one to see, resume or ask it")  # fmt: skip
         self.rank = gr.Slider(*RANKS, RANK, step=4, label="Rank", elem_id="dv-rank",
-                              info="16 does for most; more for long answers and much data")  # fmt: skip
+                              info="16 is enough for most; more for long answers or much data")  # fmt: skip
         self.epochs = gr.Slider(1, MOST_EPOCHS, EPOCHS, step=1, label="Epochs", elem_id="dv-epochs",
                                 info="how often each row is seen; more for few rows")  # fmt: skip
         with gr.Row():
@@ -115,7 +124,7 @@ class TrainTab:
         self.curve = gr.LinePlot(x="step", y="loss", color="of", title="Loss", color_title=" ", height=240,
                                  visible=False, elem_id="dv-curve")  # fmt: skip
         self.watched, self.rows, self.seen = (html(elem_id=f"dv-{name}") for name in ("watched", "rows", "seen-data"))
-        self.commands = gr.Code(language="shell", label="Commands that the clicks stand for", lines=1,
+        self.commands = gr.Code(language="shell", label="Commands that the clicks run", lines=1,
                                 interactive=False, elem_id="dv-commands")  # fmt: skip
         with gr.Accordion("The first batch, as the model sees it", open=False):
             self.batch = html(elem_id="dv-batch")
@@ -125,24 +134,25 @@ class TrainTab:
             self.yaml = gr.Code(language="yaml", show_label=False, interactive=False, elem_id="dv-yaml")
 
     def opened(self, key: str) -> Update:
-        """Returns what somebody sees who opens the page: what they dropped, the run that goes on, else the last one."""
+        """Returns what a newly opened page shows: the files dropped before, and the current or last run."""
         bases = sorted(str(path.parent) for path in RUNS.glob("*/*/config.json"))
         choices = [("the demo's, else a small SmolVLM", ""), *zip(bases, bases, strict=True)]
         folder = self.runs.running() or next(iter(self.runs.folders()), None)
         return {
             self.base: gr.update(choices=choices, value=""),
-            self.folder: str(self._made.get(key, "")),
+            **({self.folder: str(self._made[key])} if key in self._made else {}),
+            **({} if bases or folder is not None else {self.data_state: state_view("", NO_BASE)}),
             **({} if folder is None else self.show_run(str(folder))),
         }
 
-    # -- what a person does ------------------------------------------------------------------------------------
+    # -- what a user does --------------------------------------------------------------------------------------
 
     def take_files(self, paths: list[str], folder: str, request: gr.Request) -> Update:
         """Moves dropped files into a folder of their own, or to those that the same tab dropped before."""
         files, key = [Path(path) for path in paths], self._key_of.get(str(request.session_hash), "")
         try:
             if not all(self.uploads.holds(path) for path in paths):
-                raise UserError("a file is here no longer; drop it again")
+                raise UserError("an uploaded file is gone; drop it again")
             to = Path(folder) if Path(folder) in self._made.values() else free_folder(DATA / "dropped")
             names = [file.name for file in files]
             if twice := [name for name in names if names.count(name) > 1]:
@@ -153,41 +163,50 @@ class TrainTab:
             for file in files:
                 shutil.move(file, to / file.name)
         except UserError as error:
-            return {self.files: None, self.state: state_view("failed", str(error))}
+            return {self.files: None, self.data_state: state_view("failed", str(error))}
         finally:
             for file in files:
                 self.uploads.delete(file)
         message = f"{sum(1 for _ in to.iterdir()):,} files are in {to}. Look at the data once all are there."
         message += f" Replaced: {', '.join(replaced)}." if replaced else ""
-        return {self.files: None, self.folder: str(to), self.state: state_view("", message)}
+        return {self.files: None, self.folder: str(to), self.data_state: state_view("", message)}
+
+    def forget_data(self, request: gr.Request) -> Update:
+        """Starts over with other data; dropped files stay in their folder."""
+        self._made.pop(self._key_of.get(str(request.session_hash), ""), None)
+        return {self.folder: "", self.columns: "", self.data_state: ""}
 
     @no_type_check  # a wrapper that checks types hides from Gradio that this is a generator
-    def look_at_data(self, folder: str, question: str, base: str) -> Iterator[Update]:
+    def look_at_data(self, folder: str, question: str, columns: str, base: str) -> Iterator[Update]:
         """Yields what init says of the data, the first rows, the first batch, and what training takes."""
-        yield {self.look: gr.update(interactive=False), self.state: state_view("", "Looking at each picture …")}
+        yield {self.look: gr.update(interactive=False), self.data_state: state_view("", "Looking at each picture …"),
+               self.start: gr.update(interactive=False), self.run: None,
+               **dict.fromkeys([self.rows, self.seen, self.batch, self.estimate, self.yaml], "")}  # fmt: skip
         try:
             if not folder.strip():
                 raise UserError("drop pictures and a table, or name a folder")
             to = self.runs.new_folder(Path(folder.strip()).resolve().name)
-            options = {"--ask": question.strip(), "--model": (base or "").strip(), "--to": str(to)}
-            words = ["init", folder.strip(), *(word for pair in options.items() if pair[1] for word in pair)]
-            words += ["--overwrite"] if to.exists() else []
-            output = "\n".join(printed(words)).partition("\nnext:")[0].strip()
-            yield {**self.show_run(str(to)), self.seen: printed_view([output]), self.commands: command(words),
+            options = {"--ask": question.strip(), **column_options(columns)}
+            options |= {"--model": (base or "").strip(), "--to": str(to)}
+            arguments = ["init", folder.strip(), *(word for pair in options.items() if pair[1] for word in pair)]
+            arguments += ["--overwrite"] if to.exists() else []
+            output = "\n".join(printed(arguments)).partition("\nnext:")[0].strip()
+            yield {**self.show_run(str(to)), self.seen: printed_view([output]), self.commands: command(arguments),
+                   self.data_state: left_out_view(output),
                    self.state: state_view("", "Making the first batch …")}  # fmt: skip
             show_batch = ["show", "batch", str(to / RUN_FILE)]
             yield {
                 self.batch: printed_view(printed(show_batch)),
-                self.commands: f"{command(words)}\n{command(show_batch)}",
+                self.commands: f"{command(arguments)}\n{command(show_batch)}",
             }
-            yield from self._count(to, f"{command(words)}\n{command(show_batch)}")
+            yield from self._count(to, f"{command(arguments)}\n{command(show_batch)}")
         except UserError as error:
-            yield {self.state: state_view("failed", str(error))}
+            yield {self.data_state: state_view("failed", str(error))}
         yield {self.look: gr.update(interactive=True)}
 
     @no_type_check  # as above
     def choose(self, run: str | None, rank: int, epochs: int, commands: str) -> Iterator[Update]:
-        """Writes what was chosen into the YAML of a run that has not trained yet, and counts anew what it takes."""
+        """Writes what was chosen into the YAML of a run that has not trained yet, and estimates again what it takes."""
         if not run or not self._write(folder := self.folder_of(run), rank, epochs):
             yield gr.skip()
             return
@@ -198,11 +217,11 @@ class TrainTab:
 
     def _count(self, folder: Path, commands: str) -> Iterator[Update]:
         """Yields what training takes, by the YAML as it is now."""
-        words = ["estimate", str(folder / RUN_FILE)]
+        arguments = ["estimate", str(folder / RUN_FILE)]
         yield {self.yaml: _read(folder / RUN_FILE), self.state: state_view("", "Counting what training takes …")}
-        lines = printed(words)
-        if command(words) not in commands:
-            commands = f"{commands}\n{command(words)}".strip()
+        lines = printed(arguments)
+        if command(arguments) not in commands:
+            commands = f"{commands}\n{command(arguments)}".strip()
         yield {self.estimate: printed_view(lines), self.commands: commands,
                self.state: state_view("ready", STATES["ready"], lines[-1])}  # fmt: skip
 
@@ -214,10 +233,10 @@ class TrainTab:
             self._write(self.folder_of(run), rank, epochs)
             if torch.cuda.is_available() and self.runs.running() is None:
                 self._make_room()
-            words = self.runs.start(self.folder_of(run))
+            arguments = self.runs.start(self.folder_of(run))
         except UserError as error:
             return {self.state: state_view("failed", str(error))}
-        shown = commands if command(words) in commands else f"{commands}\n{command(words)}"
+        shown = commands if command(arguments) in commands else f"{commands}\n{command(arguments)}"
         return {**self.follow(run, ""), self.yaml: _read(self.folder_of(run) / RUN_FILE), self.commands: shown}
 
     def stop_run(self, run: str | None) -> Update:
@@ -245,15 +264,13 @@ class TrainTab:
         }
 
     def follow(self, run: str | None, mark: str) -> Any:
-        """Returns how far a run is, where that has changed."""
+        """Returns how far a run is, if that has changed."""
         if not run or (status := self.runs.status(folder := self.folder_of(run))).mark == mark:
             return gr.skip()
         goes_on = status.state in ("starting", "training", "testing")
         update = {
             self.mark: status.mark,
-            self.state: state_view(
-                status.state, STATES[status.state], "" if status.state == "finished" else status.line
-            ),
+            self.state: state_view(status.state, STATES[status.state], status.line),
             self.start: gr.update(
                 value="Resume" if status.state == "stopped" else "Start",
                 interactive=status.state in (*NOT_TRAINED, "stopped"),
@@ -295,8 +312,26 @@ class TrainTab:
     def folder_of(self, run: str) -> Path:
         """Returns a run's folder by its name."""
         if Path(run).parent != RUNS or Path(run).name == "..":
-            raise UserError(f"{run} is no run's folder")
+            raise UserError(f"{run} is not a run's folder")
         return Path(run)
+
+
+def column_options(text: str) -> dict[str, str]:
+    """Returns init's options for headings as a user writes them: `Foto=image, Remark`, or pasted with the options."""
+    words = shlex.split(text) if "--" in text else [text]
+    names = [name.strip() for word in words if not word.startswith("--") for name in word.split(",")]
+    with_role = [name for name in names if "=" in name]
+    return {"--columns": ",".join(with_role), "--ignore": ",".join(name for name in names if "=" not in name)}
+
+
+def left_out_view(output: str) -> str:
+    """Warns where init could not use some of the rows; empty if it could use all."""
+    match = re.search(r"([\d,]+) rows, ([\d,]+) usable", output)
+    if match is None or match[1] == match[2]:
+        return ""
+    return state_view(
+        "failed", f"Only {match[2]} of {match[1]} rows can be used; what init says of the data names why."
+    )
 
 
 def _read(path: Path) -> str:

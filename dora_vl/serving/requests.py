@@ -42,7 +42,7 @@ Address = Annotated[_Url, BeforeValidator(lambda value: {"url": value} if isinst
 
 
 class TextPart(_Strict):
-    """Words."""
+    """Text."""
 
     type: Literal["text"]
     text: str
@@ -66,7 +66,7 @@ ContentPart = Annotated[TextPart | PicturePart | VideoPart, Field(discriminator=
 
 
 class Message(_Strict):
-    """One turn, words alone as one part; clients send answers back as they got them, `refusal` null."""
+    """One turn; a text is one part. Clients send answers back as they got them, `refusal` null."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
@@ -80,7 +80,7 @@ class Message(_Strict):
     @model_validator(mode="after")
     def _media_are_the_users(self) -> Message:
         if self.role != "user" and not all(isinstance(part, TextPart) for part in self.content):
-            raise ValueError(f"a message of the {self.role} holds words alone; pictures belong to the user's")
+            raise ValueError(f"a message of the {self.role} may only hold text; pictures belong to the user's")
         return self
 
 
@@ -106,7 +106,7 @@ Stops = Annotated[
 class ChatRequest(_Strict):
     """A request.
 
-    Fields that would change the answer in a way that is not served may hold their neutral value alone; those from
+    Fields that would change the answer in a way that is not served may only hold their neutral value; those from
     `user` on are sent along by clients and change no answer. `strength` is ours: how much of the adapter is applied.
     """
 
@@ -156,15 +156,15 @@ class BadRequest(UserError):
 
 
 MOST_VALUES = 1_000_000
-"""A request may hold this many commas and opening brackets: each value has one before it, and takes a hundred bytes."""
+"""A request may hold this many commas and opening brackets: each value follows one, and takes about 100 bytes."""
 LONGEST_PLACE, LONGEST_REASON = 80, 300
 _TAG = re.compile(r"(\.content\[\d+\])\.(?:text|image_url|video_url)")
-NOT_SERVED = "this server has its neutral value alone; vLLM with dora-vl's plugin has more"
+NOT_SERVED = "this server only accepts the neutral value; vLLM with dora-vl's plugin supports more"
 NEUTRAL = ("n", "logprobs", "frequency_penalty", "presence_penalty", "response_format", "store", "tool_choice")
 REASONS = {
     "bool_type": "must be true or false",
     "dict_type": "must be an object",
-    "extra_forbidden": "is no field of this server; vLLM with dora-vl's plugin has OpenAI's others",
+    "extra_forbidden": "is not supported here; vLLM with dora-vl's plugin supports OpenAI's other fields",
     "finite_number": "must be a finite number",
     "float_type": "must be a number",
     "greater_than": "must be greater than {gt}",
@@ -187,7 +187,7 @@ REASONS = {
     "union_tag_not_found": "needs a type: text, image_url or video_url",
     "value_error": "{error}",
 }
-"""Maps Pydantic's kinds of errors to how they are told."""
+"""Maps Pydantic's kinds of errors to our messages."""
 
 
 def parse_request(content: bytes) -> ChatRequest:

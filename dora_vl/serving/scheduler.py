@@ -1,4 +1,4 @@
-"""A request from its prompt to its last event, and which of those that wait make the next batch."""
+"""A request from its prompt to its last event, and which waiting requests form the next batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dora_vl.serving.options import ServerSettings
 
 
 class TooManyRequests(UserError):
-    """No further request may wait: as many wait as are allowed."""
+    """The queue is full."""
 
 
 class TooLate(UserError):
@@ -64,7 +64,7 @@ Event = TextPiece | Finished | Failed
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """A request whose prompt stands; `strength` says how much of the adapter is applied."""
+    """A request with its prompt encoded; `strength` says how much of the adapter is applied."""
 
     entry: ServedEntry
     sample: Sample
@@ -72,9 +72,9 @@ class PreparedRequest:
     strength: float = 1.0
 
     @property
-    def share(self) -> AppliedAdapter | None:
+    def applied(self) -> AppliedAdapter | None:
         """Returns the adapter and how much of it is applied; None is the base."""
-        return self.entry.share(self.strength)
+        return self.entry.applied(self.strength)
 
     @property
     def prompt_tokens(self) -> int:
@@ -100,7 +100,7 @@ class PreparedRequest:
 
 @dataclass
 class SubmittedRequest:
-    """A request that was handed in; `put` receives its events."""
+    """A submitted request; `put` receives its events."""
 
     prepared: PreparedRequest
     put: Callable[[Event], object]
@@ -120,7 +120,7 @@ class SubmittedRequest:
         return self.cancelled or time.monotonic() > self.deadline
 
     def send(self, event: Event) -> None:
-        """Hands an event on; none after the last."""
+        """Passes an event on; none after the last."""
         if self.is_finished:
             return
         self.is_finished = not isinstance(event, TextPiece)
@@ -128,7 +128,7 @@ class SubmittedRequest:
         self.put(event)
 
     def fail(self) -> None:
-        """Tells that there is no answer, or no more of it: it took too long, or nobody waits for it."""
+        """Reports that the answer ends here: it took too long, or nobody waits for it."""
         late = time.monotonic() > self.deadline
         self.send(Failed(TooLate() if late else Stopped("nobody waits for it any more")))
 
@@ -154,19 +154,19 @@ class Scheduler:
         return len(self._waiting)
 
     def add(self, request: SubmittedRequest) -> None:
-        """Takes a request in."""
+        """Adds a request to the queue."""
         with self._changed:
             if self.closed:
                 raise Stopped(ENDING)
             if len(self._waiting) >= self._settings.waiting:
                 self._drop_unwanted()
             if len(self._waiting) >= self._settings.waiting:
-                raise TooManyRequests(f"{len(self._waiting)} requests wait already, and no more may; try again later")
+                raise TooManyRequests(f"{len(self._waiting)} requests are waiting, the most allowed; try again later")
             self._waiting.append(request)
             self._changed.notify()
 
     def close(self) -> None:
-        """Takes no request any more, and tells those that wait."""
+        """Refuses further requests, and tells those that wait."""
         with self._changed:
             self.closed = True
             left, self._waiting = list(self._waiting), deque()
@@ -175,7 +175,7 @@ class Scheduler:
             request.send(Failed(Stopped(ENDING)))
 
     def next_batch(self) -> list[SubmittedRequest] | None:
-        """Waits for a request, and a little for others; None when it is closed."""
+        """Waits for a request, and briefly for others; None once the scheduler is closed."""
         with self._changed:
             while not (self._waiting or self.closed):
                 self._changed.wait()
@@ -185,7 +185,7 @@ class Scheduler:
             return None if self.closed else self._take()
 
     def next_joiners(self, running: int, columns: int, left: int) -> list[SubmittedRequest]:
-        """Returns those that may come to a running batch; none where the first that waits may not.
+        """Returns the requests that may join a running batch; none if the first in the queue may not.
 
         Args:
             running: how many requests the batch has.
@@ -203,7 +203,7 @@ class Scheduler:
             return self._take(room) if self._waiting and not self.closed else []
 
     def _drop_unwanted(self) -> None:
-        """Gives those up that nobody waits for."""
+        """Drops requests that nobody waits for."""
         for request in self._waiting:
             if request.is_expired:
                 request.fail()
@@ -212,7 +212,7 @@ class Scheduler:
     def _take(
         self, room: Callable[[Sequence[PreparedRequest]], bool] = lambda requests: True
     ) -> list[SubmittedRequest]:
-        """Takes the first that waits, and those after it that fit beside it; none where it has no room."""
+        """Takes the first waiting request, and later ones that fit beside it; none if there is no room for it."""
         self._drop_unwanted()
         batch: list[SubmittedRequest] = []
         left: deque[SubmittedRequest] = deque()
@@ -226,12 +226,12 @@ class Scheduler:
         return batch
 
     def _fit(self, requests: Sequence[PreparedRequest]) -> bool:
-        """Tells whether these can be one batch."""
+        """Tells whether these requests can form one batch."""
         if len(requests) == 1:
             return True
         if len(requests) * max(request.tokens for request in requests) > self._settings.batch_tokens:
             return False
         showing = [request for request in requests if request.media]
-        vision_adapters = {request.share if request.entry.alone else None for request in showing}
+        vision_adapters = {request.applied if request.entry.alone else None for request in showing}
         kinds = {request.media for request in showing}
         return len(vision_adapters) <= 1 and not (len(kinds) > 1 and self._one_kind())

@@ -34,14 +34,14 @@ Then, with the openai package:
       {"type": "text", "text": "What color is the shape?"}]}])
 
 An adapter is the folder of a run, or of PEFT; the base is where the first one says, unless --model names it. Questions
-to the base are written in the first adapter's prompt format. The server listens on this machine alone unless --host
+to the base are written in the first adapter's prompt format. The server listens on this machine only unless --host
 says otherwise, answers to the names of --allow-host besides, and asks for a key where --api-key gives one.
 docs/serving.md says what cannot be served.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's options."""
+    """Adds the command's options."""
     parser.add_argument("--model", help="the base: a folder or hub id (default: the first adapter's)")
     parser.add_argument("--base-name", help="what clients call the base (default: its folder's name)")
     parser.add_argument("--any-base", action="store_true", help="accepts another base than an adapter was trained on")

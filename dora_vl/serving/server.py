@@ -78,7 +78,7 @@ def _usage(finished: Finished) -> dict[str, int]:
 
 
 class WaitingClient:
-    """Knows of a request's client, whose content was read, whether it is still there and how much time it has left."""
+    """Tracks whether a request's client is still connected, and how much time its answer has left."""
 
     def __init__(self, request: Request, seconds: float) -> None:
         self._request = request
@@ -86,7 +86,7 @@ class WaitingClient:
         self._gone = False
 
     def check(self) -> None:
-        """Raises Stopped or TooLate where nobody waits any more; from any thread."""
+        """Raises Stopped or TooLate if nobody waits any more; may be called from any thread."""
         if self._gone:
             raise Stopped("the client has gone away")
         if time.monotonic() > self.deadline:
@@ -94,7 +94,7 @@ class WaitingClient:
 
     @contextlib.asynccontextmanager
     async def while_connected(self, leave: Callable[[], object] = lambda: None) -> AsyncIterator[None]:
-        """Calls `leave` where, inside the block, the client goes away or waiting for it is broken off."""
+        """Calls `leave` if the client disconnects, or the wait is cancelled, inside the block."""
 
         def disconnect() -> None:
             self._gone = True
@@ -137,7 +137,7 @@ class Server:
         """Serves `POST /v1/chat/completions`."""
         client = WaitingClient(request, self.settings.answer_seconds)
         if self._held >= self._most_held:
-            raise TooManyRequests(f"{self._held} requests are held already, and no more may; try again later")
+            raise TooManyRequests(f"{self._held} requests are in progress, the most allowed; try again later")
         self._held += 1
         try:
             body = await run_sync(partial(parse_request, await request.body()))
@@ -159,7 +159,7 @@ class Server:
         return JSONResponse(self._card(name))
 
     async def health(self, request: Request) -> Response:
-        """Serves `GET /health`: how much waits."""
+        """Serves `GET /health`: how many requests wait."""
         return JSONResponse({"status": "ok", "waiting": self.engine.waiting, "models": list(self.engine.model.names)})
 
     def _prepared(self, body: ChatRequest, go_on: Callable[[], object]) -> PreparedRequest:

@@ -1,7 +1,7 @@
 """One question put to several models side by side, turn after turn, for several people at once.
 
-Everything goes through the engine: the models of one question are rows of one batch, and so are other people's. Nothing
-here knows how it is shown.
+Everything goes through the engine: the models of one question are rows of one batch, and so are other people's. This
+module knows nothing of the page.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class ColumnAnswer:
 
     Attributes:
         reason: why it is over; None while it goes on.
-        trouble: why there is no more of it, in a sentence; "" where all is well.
+        trouble: why there is no more of it, in a sentence; "" if all is well.
         prompt_tokens, new_tokens: known at its end.
     """
 
@@ -68,7 +68,7 @@ class ColumnAnswer:
         return self.reason is not None or bool(self.trouble)
 
     def with_event(self, event: Event, seconds: float) -> ColumnAnswer:
-        """Returns this answer as it is once an event has come."""
+        """Returns this answer with an event added."""
         if isinstance(event, TextPiece):
             return replace(self, text=self.text + event.text, seconds=seconds)
         if isinstance(event, Finished):
@@ -81,7 +81,7 @@ class ColumnAnswer:
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionRound:
-    """A question and its answers, one a column."""
+    """A question and its answers, one per column."""
 
     question: str
     answers: tuple[ColumnAnswer, ...]
@@ -94,13 +94,13 @@ class QuestionRound:
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """Holds what one person has asked about some pictures or a video; they stand in its first question."""
+    """Holds what one user has asked about some pictures or a video, which come in the first question."""
 
     shown: PromptMedia = NOTHING
     exchanges: tuple[QuestionRound, ...] = ()
 
     def ended(self) -> Conversation:
-        """Returns the conversation as it stands once nobody answers any more."""
+        """Returns the conversation with every unfinished answer ended."""
         ended = [
             replace(
                 exchange,
@@ -126,14 +126,14 @@ class Conversation:
 
 
 def error_text(error: Exception) -> str:
-    """Returns the words about an error for whoever asked; what went wrong inside the program is for its log."""
+    """Returns an error's message for the user; what went wrong inside the program is for its log."""
     if isinstance(error, BadSample):
         return error.reason
     return one_line(str(error)) if isinstance(error, UserError) else FAILED
 
 
 class SideBySide:
-    """Puts people's questions to an engine."""
+    """Puts users' questions to an engine."""
 
     def __init__(self, engine: Engine) -> None:
         prompts = engine.model.assistant.prompts
@@ -162,13 +162,13 @@ class SideBySide:
     def ask(
         self, person: str, conversation: Conversation, question: str, choices: Sequence[ModelChoice], sampling: Sampling
     ) -> Iterator[Conversation]:
-        """Yields the conversation with one more question again and again while the answers grow.
+        """Yields the conversation with the new question, again each time the answers grow.
 
         Whoever stops reading ends the answers, and so does `stop`.
 
         Args:
             person: who asks; a person's earlier questions that are still being answered are ended.
-            choices: one a column; as many as the conversation has had.
+            choices: one per column; as many as the conversation has had.
         """
         self.stop(person)
         question = check_text(question.strip(), "the question", shows_videos=True)
@@ -222,7 +222,7 @@ class SideBySide:
 
 
 class OpenModels:
-    """The models that answer, which may be exchanged while people have the page open; none at first.
+    """The models that answer, which may be replaced while the page is open; none at first.
 
     Args:
         read: reads a base with these adapters, by name; None is the first adapter's own base.
@@ -242,7 +242,7 @@ class OpenModels:
 
     @property
     def side(self) -> SideBySide:
-        """Returns the models side by side. Raises UserError where none is open."""
+        """Returns the models side by side. Raises UserError if none is open."""
         if self._side is None and self.reading:
             raise UserError("another model is being read; ask again in a moment")
         if self._side is None:
@@ -294,14 +294,14 @@ class _Running:
     """Brings the events of all columns, each with its column's number."""
 
     def halt(self) -> None:
-        """Ends all of it; whoever reads is told at once."""
+        """Ends all answers, and tells the reader at once."""
         for column, item in enumerate(self.submitted):
             item.cancel()
             self.events.put((column, HALT))
 
 
 def _next_exchange(exchange: QuestionRound, events: Events, start: float) -> QuestionRound:
-    """Returns the exchange once the next event has come, and those close behind it."""
+    """Returns the exchange once the next event has come, and those soon after it."""
     until = None
     while not exchange.is_finished:
         left = None if until is None else until - time.monotonic()

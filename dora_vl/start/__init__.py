@@ -1,1 +1,1 @@
-"""The first steps: a person's folder or another tool's settings become a run, and what this machine has for it."""
+"""The first steps: makes a run from a user's folder, fetches the demo, and checks this machine."""

@@ -1,4 +1,4 @@
-"""`dora-vl doctor`: what this machine has for a run: versions, devices, room, extras and how to install them."""
+"""`dora-vl doctor`: what this machine has for a run: versions, devices, disk space, extras and how to install them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
-    """Yields the lines to print; ends with status 1 where a needed package is missing or nothing can be written."""
+    """Yields the lines to print; ends with status 1 if a needed package is missing or a folder cannot be written to."""
     needed, extras = declared(requires("dora-vl") if _installed("dora-vl") else [])
     yield f"dora-vl {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     yield "versions: " + ", ".join(f"{name} {_installed(name) or 'missing'}" for name in SHOWN_FIRST)
@@ -103,7 +103,7 @@ def places() -> list[Path]:
 
 
 def why_not_writable(path: Path) -> str:
-    """Tells why no file can be made below a folder, by trying it in the nearest that is there; "" where one can."""
+    """Says why no file can be made below a folder, by trying in the nearest existing one; "" if it works."""
     nearest = next((folder for folder in (path, *path.parents) if folder.is_dir()), path)
     try:
         with tempfile.TemporaryFile(dir=nearest):

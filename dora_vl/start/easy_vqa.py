@@ -2,7 +2,7 @@
 
 `convert` writes
 
-- `train.json`: questions of the training pictures, balanced, one a sample, in a shuffled order, so that the first n are
+- `train.json`: questions of the training pictures, balanced, one per sample, in shuffled order, so that the first n are
   a fair sample. An answer says what it sees first, "blue circle, so no": colour and shape are put together from the
   answers to a picture's own questions, and questions about pictures where one of the two was never asked are left out
   and counted;
@@ -58,7 +58,7 @@ def picture_path(split: str, number: int) -> str:
 
 
 def kind_of(question: Question) -> str:
-    """Returns what is asked for: "color", "shape", "yes/no", or "yes/no negated" ("is no blue shape present?").
+    """Returns the kind of question: "color", "shape", "yes/no", or "yes/no negated" ("is no blue shape present?").
 
     Read from the question, not from the answer, which may say more than the package's own.
     """
@@ -97,14 +97,14 @@ def split_pictures(questions: Sequence[Question], *, held_out: int, seed: int) -
 
 
 def conversation(rounds: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
-    """Writes questions and answers in LLaVA's form, behind the picture's placeholder."""
+    """Writes questions and answers in LLaVA's form, after the picture's placeholder."""
     turns = [{"from": who, "value": text} for pair in rounds for who, text in zip(("human", "gpt"), pair, strict=True)]
     turns[0]["value"] = f"<image>\n{turns[0]['value']}"
     return turns
 
 
 def seen_in_pictures(questions: Iterable[Question]) -> dict[int, str]:
-    """Maps each picture whose colour and shape were both asked for to a text such as "blue circle"."""
+    """Maps each picture whose colour and shape are both known from questions to a text such as "blue circle"."""
     facts_of: dict[int, dict[str, str]] = defaultdict(dict)
     for question in questions:
         facts_of[question.picture][kind_of(question)] = question.answer
@@ -134,7 +134,7 @@ def reasoned(questions: Iterable[Question], seen: Mapping[int, str]) -> list[Que
 
 
 def training_records(questions: Sequence[Question], seed: int) -> list[Record]:
-    """Returns one question a record, in one shuffled list."""
+    """Returns one question per record, in one shuffled list."""
     by_picture: dict[int, list[Question]] = defaultdict(list)
     for question in questions:
         by_picture[question.picture].append(question)
@@ -154,7 +154,7 @@ def training_records(questions: Sequence[Question], seed: int) -> list[Record]:
 
 
 def single_records(questions: Iterable[Question], *, name: str, split: str, seed: int) -> list[Record]:
-    """Returns one question a record, with its kind, in an order shuffled by the seed."""
+    """Returns one question per record, with its kind, in an order shuffled by the seed."""
     records: list[Record] = [
         {
             "id": f"easyvqa-{name}-{question.index:05d}",
@@ -169,7 +169,7 @@ def single_records(questions: Iterable[Question], *, name: str, split: str, seed
 
 
 def write_split(path: Path, records: Sequence[Record], questions: Sequence[Question]) -> Record:
-    """Writes one split, a record a line inside one JSON list; returns its entry in the manifest."""
+    """Writes one split, a record per line inside one JSON list; returns its entry in the manifest."""
     text = "[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n"
     with whole_file(path) as file:
         file.write(text)

@@ -1,4 +1,4 @@
-"""`dora-vl init`: a folder of pictures and questions becomes training and test files and the YAML of a first run."""
+"""`dora-vl init`: makes training and test files and a first run's YAML from a folder of pictures and questions."""
 
 from __future__ import annotations
 
@@ -42,17 +42,18 @@ from dora_vl.start.run_file import (
 )
 
 DESCRIPTION = """\
-Looks at a folder of pictures and questions, says what it saw, holds a test out, and writes the YAML of a first run:
-train.jsonl, test.jsonl and run.yaml in runs/NAME. Rows that cannot be used are told and left out. The pictures and the
-questions are not touched; pictures that the questions file holds itself are written as files.
+Inspects a folder of pictures and questions, says what it found, sets a test set aside, and writes the YAML of a first
+run: train.jsonl, test.jsonl and run.yaml in runs/NAME. Unusable rows are listed and left out. Your files are not
+changed; pictures embedded in the questions file are written as files.
 
   dora-vl init my_pictures
   dora-vl init my_pictures --ask "what is it?"
   dora-vl init my_pictures --questions answers.parquet --model Qwen/Qwen2.5-VL-3B-Instruct --to runs/first
 
 Questions are any file that training reads (docs/data.md): CSV with the columns image, question, answer, JSON, JSON
-lines, Parquet, Arrow, tar; or a .txt of its name beside each picture. With --ask a folder for each answer will do, or
-a table of pictures and labels. No picture is in both halves; folders named train, val and test stay what they are.
+lines, Parquet, Arrow, tar; or a .txt of its name beside each picture. With --ask a folder per answer is enough, or a
+table of pictures and labels. No picture is in both training and test; folders named train, val and test keep their
+role.
 """
 TRAIN, TEST, VALIDATION, MEDIA = "train.jsonl", "test.jsonl", "validation.jsonl", "media"
 LARGE = 1e9  # parameters of a base that is not read on a CPU before a run asks for it
@@ -62,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `dora-vl init`."""
     add, bases = parser.add_argument, "the demo's (runs/demo/base, for videos tuned) where it is, or SmolVLM"
     add("folder", type=Path, metavar="FOLDER", help="holds the pictures, and the questions")
-    add("--questions", type=Path, metavar="FILE", help="default: the one file in FOLDER that holds some")
+    add("--questions", type=Path, metavar="FILE", help="default: the one file in FOLDER with questions")
     add_columns(parser)
     add("--model", metavar="BASE", help=f"folder or hub id; default: {bases}")
     add("--to", type=Path, metavar="DIR", help="folder of the run; default: runs/ and the folder's name")
@@ -72,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
-    """Looks, splits and writes; yields the lines to print."""
+    """Inspects the data, splits it and writes the files; yields the lines to print."""
     folder: Path = arguments.folder
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the one that holds your pictures")
@@ -86,40 +87,50 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
             yield missed
     base = choose_base(arguments.model)
     with whole_folder(to) as staging:
-        look = inspect_data(folder, records, media_to=staging, columns=columns)
-        yield from look.lines()
-        if look.has_videos and arguments.model is None and VIDEO_BASE.is_dir():
+        summary = inspect_data(folder, records, media_to=staging, columns=columns)
+        yield from summary.lines()
+        if summary.has_videos and arguments.model is None and VIDEO_BASE.is_dir():
             base = choose_base(str(VIDEO_BASE))
         share = arguments.test_share
         if share is None:  # a fifth; of large sets 1,000, which tell a score to 3 %
-            share = min(0.2, 1_000 / max(1, len(look.rows)))
-        splits = split_data(look, share=share, seed=arguments.seed)
-        yield from look.held_out(splits, f"by seed {arguments.seed}")
+            share = min(0.2, 1_000 / max(1, len(summary.rows)))
+        splits = split_data(summary, share=share, seed=arguments.seed)
+        yield from summary.held_out(splits, f"by seed {arguments.seed}")
         on_gpu = _on_gpu()
-        command = f"{_program('deepspeed')} --module dora_vl.cli train" if on_gpu else f"{_program('dora-vl')} train"
-        start = f"{command} {quote(str(to / RUN_FILE))}"
-        text = run_file_text(base, _data(look, splits, to), output_dir=str(to), on_gpu=on_gpu, command=start)
+        start = _start_command(to / RUN_FILE, on_gpu=on_gpu)
+        text = run_file_text(base, _data(summary, splits, to), output_dir=str(to), on_gpu=on_gpu, command=start)
         _write(staging, splits, text)
-        if replaces:  # what a run has added since stays
-            own = (TRAIN, TEST, VALIDATION, RUN_FILE, MEDIA, "probe.json")
-            shutil.copytree(
-                to,
-                staging,
-                symlinks=True,
-                ignore=lambda at, _: own if Path(at) == to else (),
-                copy_function=os.link,  # no copies: a run's checkpoints and stored outputs are large
-                dirs_exist_ok=True,
-            )
+        if replaces:
+            _keep_other_files(to, staging)
     size = f" ({base.parameters / 1e6:,.0f} million parameters)" if base.parameters else ""
     yield f"{to}: {', '.join(splits)} and {RUN_FILE} written, base {base.name}{size}"
-    looks = base.is_llava and Path(base.name).is_dir() and look.pictures.keys and not look.has_videos
-    if looks and (on_gpu or base.parameters < LARGE):
+    can_probe = base.is_llava and Path(base.name).is_dir() and summary.pictures.keys and not summary.has_videos
+    if can_probe and (on_gpu or base.parameters < LARGE):
         yield from _probe_base(to / RUN_FILE)
     yield f"\nnext:  {start}"
 
 
+def _keep_other_files(to: Path, staging: Path) -> None:
+    """Links into `staging` what runs have added to the folder `to` since an earlier init."""
+    own = (TRAIN, TEST, VALIDATION, RUN_FILE, MEDIA, "probe.json")
+    shutil.copytree(
+        to,
+        staging,
+        symlinks=True,
+        ignore=lambda at, _: own if Path(at) == to else (),
+        copy_function=os.link,  # no copies: a run's checkpoints and stored outputs are large
+        dirs_exist_ok=True,
+    )
+
+
+def _start_command(run_file: Path, *, on_gpu: bool) -> str:
+    """Returns the shell command that starts the run."""
+    command = f"{_program('deepspeed')} --module dora_vl.cli train" if on_gpu else f"{_program('dora-vl')} train"
+    return f"{command} {quote(str(run_file))}"
+
+
 def _probe_base(run_file: Path) -> Iterator[str]:
-    """Tells what can be read of the base's pictures before anything is trained, and keeps it for the run's test."""
+    """Reports what a linear probe reads from the base's picture features, and keeps its answers for the run's test."""
     from dora_vl.evaluation.baselines import by_question, commonest_answers, probe_summary, right_text
     from dora_vl.evaluation.scores.exact import score
     from dora_vl.evaluation.test import check_test
@@ -128,19 +139,19 @@ def _probe_base(run_file: Path) -> Iterator[str]:
     from dora_vl.training.decoder_pipeline import DecoderPipeline
 
     config = read_run_file(run_file)
-    alone = {name: value for name, value in config.training.items() if name != "deepspeed"}
+    on_one_rank = {name: value for name, value in config.training.items() if name != "deepspeed"}
     try:
-        answers = DecoderPipeline(replace(config, training=alone)).readable()
+        answers = DecoderPipeline(replace(config, training=on_one_rank)).readable()
     except UserError as error:
-        yield f"what the base's pictures tell was not measured: {error}"
+        yield f"no linear probe was fitted: {error}"
         return
     examples = [example for example in check_test(config) if example.images]
     if not answers:
-        yield "what the base's pictures tell was not measured: hardly an answer comes twice"
+        yield "no linear probe was fitted: too few answers repeat"
         return
     digest = file_sha256(Path(str(config.evaluation.file)))
     write_json(run_file.with_name(PROBE), {"questions_sha256": digest, "answers": answers})
-    yield "what a linear map reads of the test's pictures, as the base sees them before any training:"
+    yield "what a linear probe reads from the base's features of the test pictures, before any training:"
     commonest = score(examples, commonest_answers(examples, right_text)).shares
     probed = [example for example in examples if example.id in answers]
     for name, kind in by_question(examples, score(probed, answers).shares, commonest).items():
@@ -169,31 +180,31 @@ def _target(arguments: argparse.Namespace) -> tuple[Path, bool]:
     return to, bool(earlier)
 
 
-def _data(look: DataSummary, halves: Mapping[str, Sequence[UsableRow]], to: Path) -> Data:
-    answers = [text for row in look.rows for text in row.texts("assistant")]
-    words, compares = [len(text.split()) for text in answers], any(row.conversation.rejected for row in look.rows)
-    is_judged = any(row.conversation.is_good is not None for row in look.rows)
+def _data(summary: DataSummary, splits: Mapping[str, Sequence[UsableRow]], to: Path) -> Data:
+    answers = [text for row in summary.rows for text in row.texts("assistant")]
+    words, compares = [len(text.split()) for text in answers], any(row.conversation.rejected for row in summary.rows)
+    is_judged = any(row.conversation.is_good is not None for row in summary.rows)
     return Data(
         train=str(to / TRAIN),
         test=str(to / TEST),
-        validation=str(to / VALIDATION) if VALIDATION in halves else None,
-        root=str(to if look.holds else look.root),
-        rows=len(halves[TRAIN]),
+        validation=str(to / VALIDATION) if VALIDATION in splits else None,
+        root=str(to if summary.file_holds_pictures else summary.root),
+        rows=len(splits[TRAIN]),
         answer_words=max(words),
         answer_characters=max(map(len, answers)),
         usual_answer_words=float(median(words)),
-        has_videos=look.has_videos,
-        follow_links=look.links_out,
+        has_videos=summary.has_videos,
+        follow_links=summary.links_out,
         loss="dpo" if compares else "kto" if is_judged else None,
     )
 
 
-def _write(staging: Path, halves: Mapping[str, Sequence[UsableRow]], text: str) -> None:
-    """Writes all files and reads the settings as a run would."""
+def _write(staging: Path, splits: Mapping[str, Sequence[UsableRow]], text: str) -> None:
+    """Writes all files, and reads the settings back as a run would."""
     from dora_vl.run.settings_parser import read_run_file
 
     count = Counter[str]()
-    for name, rows in halves.items():
+    for name, rows in splits.items():
         with (staging / name).open("w", encoding="utf-8") as file:
             for row in rows:
                 key = row.conversation.id
@@ -211,7 +222,7 @@ def _on_gpu() -> bool:
 
 
 def _program(name: str) -> str:
-    """Returns a program of this environment, as a shell finds it: it may be in no PATH."""
+    """Returns how a shell finds a program of this environment, which may not be in PATH."""
     own, in_path = Path(sys.executable).with_name(name), shutil.which(name)
     if own.exists() and not (in_path and own.samefile(in_path)):
         return quote(str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own))
@@ -221,7 +232,7 @@ def _program(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class UsableRow:
-    """One usable sample; `split` is what its picture's folder says."""
+    """One usable sample; `split` is the one that its picture's folder names."""
 
     conversation: Example
     kind: str | None = None
@@ -234,7 +245,7 @@ class UsableRow:
         return (*row.images, *row.rejected_images, *(clip.path for clip in row.videos))
 
     def texts(self, role: str) -> list[str]:
-        """Returns what the user, or the assistant, says, without placeholders."""
+        """Returns the turns of the user, or of the assistant, without placeholders."""
         texts = [turn.text for turn in self.conversation.turns if turn.role == role]
         return [text.replace(IMAGE_PLACEHOLDER, "").replace(VIDEO_PLACEHOLDER, "").strip() for text in texts]
 
@@ -271,7 +282,7 @@ class UsableRow:
 
 @dataclass(kw_only=True)
 class Pictures:
-    """Knows the pictures and videos that usable rows name; `keys` maps names to contents, the same for copies."""
+    """The pictures and videos that usable rows name; `keys` maps names to content hashes, the same for copies."""
 
     keys: dict[str, str] = field(default_factory=dict)
     formats: Counter[str] = field(default_factory=Counter)
@@ -282,7 +293,7 @@ class Pictures:
         self.keys[name] = content_key(path)
         try:
             facts = picture_facts(path, decode=False)
-        except JobFailed:  # a video, or no picture that can be read
+        except JobFailed:  # a video, or a picture that cannot be read
             self.formats[path.suffix.lstrip(".").upper() or "other"] += 1
             return
         self.formats[facts["format"]] += 1
@@ -291,21 +302,21 @@ class Pictures:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSummary:
-    """Holds everything that was seen in the data.
+    """Holds everything that was found in the data.
 
     Attributes:
-        check: what was read of the questions file.
+        check: the check of the questions file.
         root: of the paths in `rows`.
-        holds: whether the questions file holds the pictures itself; they are in `root` then.
+        file_holds_pictures: whether the questions file holds the pictures itself; they are in `root` then.
         unnamed: how many pictures no row names.
-        has_question: whether `--ask` said the question.
+        has_question: whether `--ask` gave the question.
         trouble: what `check-data` says of rows that are left out, line by line.
-        doubts: likewise of rows that are not.
+        doubts: likewise of rows that are kept.
     """
 
     check: FileCheck
     root: Path
-    holds: bool
+    file_holds_pictures: bool
     rows: Sequence[UsableRow]
     pictures: Pictures
     unnamed: int
@@ -320,7 +331,7 @@ class DataSummary:
 
     @property
     def media(self) -> str:
-        """Says in a word what the rows are about: pictures, videos, or both."""
+        """Names what the rows are about: pictures, videos, or both."""
         shows_pictures = any(row.conversation.images for row in self.rows)
         names = [name for name, shown in (("pictures", shows_pictures), ("videos", self.has_videos)) if shown]
         return " and ".join(names) or "pictures"
@@ -344,24 +355,24 @@ class DataSummary:
         if pictures.keys:
             formats = ", ".join(f"{name} {count:,}" for name, count in pictures.formats.most_common())
             more = f"; {self.unnamed:,} more that no row names" if self.unnamed else ""
-            where = "the file itself" if self.holds else self.root
+            where = "the file itself" if self.file_holds_pictures else self.root
             yield f"{self.media}: {len(pictures.keys):,} in {where}, {formats}{more}"
         else:
-            yield "pictures: none, the rows are words alone"
+            yield "pictures: none, the rows are text only"
         if pictures.sizes:
             by_area = sorted(pictures.sizes, key=lambda size: size[0] * size[1])
-            least, middle, most = (f"{w}x{h}" for w, h in (by_area[0], by_area[len(by_area) // 2], by_area[-1]))
-            yield f"sizes: {least} to {most} pixels, in the middle {middle}"
+            smallest, middle, largest = (f"{w}x{h}" for w, h in (by_area[0], by_area[len(by_area) // 2], by_area[-1]))
+            yield f"sizes: {smallest} to {largest} pixels, median {middle}"
         questions, answers = (
             list(chain.from_iterable(row.texts(role) for row in self.rows)) for role in ("user", "assistant")
         )
         rounds = [len(row.texts("assistant")) for row in self.rows]
-        yield f"questions: {_spread(rounds)} a row, {_lengths(questions)}"
+        yield f"questions: {_spread(rounds)} per row, {_lengths(questions)}"
         ordered = self.answers.most_common()
-        most, times = ordered[0]
+        commonest, times = ordered[0]
         yield (
             f"answers: {_lengths(answers)}, {len(ordered):,} different, most often "
-            f"{short_text(most, 30)} ({times / len(answers):.0%})"
+            f"{short_text(commonest, 30)} ({times / len(answers):.0%})"
         )
         if several := sum(1 for row in self.rows if row.conversation.answers):
             yield f"several right answers: in {several:,} rows; the most frequent is trained on, the test counts each"
@@ -369,9 +380,9 @@ class DataSummary:
             names = (f"{name} {count:,}" for name, count in ordered)
             yield f"answers as they are named: {short_names(names, SHOWN_CLASSES, 40)}"
         if self.trouble:
-            yield from ("left out, as check-data tells:", *self.trouble)
+            yield from ("left out, as check-data reports them:", *self.trouble)
         if self.doubts:
-            yield from ("trained on as they are, though probably not meant:", *self.doubts)
+            yield from ("trained on as they are, though probably mistakes:", *self.doubts)
 
     @property
     def answers(self) -> Counter[str]:
@@ -380,28 +391,28 @@ class DataSummary:
 
     @property
     def has_classes(self) -> bool:
-        """Tells whether one question is asked of all, and its answers come again."""
+        """Tells whether all rows have the one question of `--ask`, and its answers repeat."""
         return self.has_question and 2 * len(self.answers) <= len(self.rows)
 
-    def held_out(self, halves: Mapping[str, Sequence[UsableRow]], chosen: str) -> Iterator[str]:
-        """Yields what is told of how the rows are parted."""
-        media = {name: {self.pictures.keys[key] for row in rows for key in row.media} for name, rows in halves.items()}
+    def held_out(self, splits: Mapping[str, Sequence[UsableRow]], chosen: str) -> Iterator[str]:
+        """Yields the lines on how the rows are split."""
+        media = {name: {self.pictures.keys[key] for row in rows for key in row.media} for name, rows in splits.items()}
         counts = {
             name: f"{len(rows):,} rows about {len({key for row in rows for key in row.media}):,}"
-            for name, rows in halves.items()
+            for name, rows in splits.items()
         }
-        train, test = ({row.split for row in halves[name]} for name in (TRAIN, TEST))
+        train, test = ({row.split for row in splits[name]} for name in (TRAIN, TEST))
         chosen = "by their folders" if train.isdisjoint(test) else chosen
-        for_loss = f"; to measure the loss on: {counts[VALIDATION]}" if VALIDATION in halves else ""
+        for_loss = f"; to measure the loss on: {counts[VALIDATION]}" if VALIDATION in splits else ""
         yield f"held out {chosen}: {counts[TEST]} {self.media}; to train on: {counts[TRAIN]}{for_loss}"
         all_bad, kept = (
-            sum(row.conversation.is_good is False for row in rows) for rows in (self.rows, chain(*halves.values()))
+            sum(row.conversation.is_good is False for row in rows) for rows in (self.rows, chain(*splits.values()))
         )
         if all_bad > kept:
-            yield f"{all_bad - kept:,} bad answers to what is held out are left out: a test asks for good ones"
+            yield f"{all_bad - kept:,} held-out rows with bad answers are left out: a test needs right answers"
         if shared := len(media[TRAIN] & media[TEST]):
-            yield f"the folders hold {shared:,} {self.media} to train on and to test with alike: the score will flatter"
-        tested = {answer for row in halves[TEST] for answer in row.texts("assistant")}
+            yield f"{shared:,} {self.media} are in both the training and the test folder: the score will be too high"
+        tested = {answer for row in splits[TEST] for answer in row.texts("assistant")}
         if self.has_classes and (untested := [name for name in self.answers if name not in tested]):
             yield f"too few to be in the test: {short_names(untested, SHOWN_CLASSES, 40)}"
 
@@ -410,7 +421,7 @@ SHOWN_CLASSES = 20
 
 
 def inspect_data(folder: Path, records: DataFiles, *, media_to: Path, columns: Columns = USUAL) -> DataSummary:
-    """Reads the questions and looks at every picture that they name; those that their file holds go into `media_to`."""
+    """Reads the questions and checks every picture that they name; those that their file holds go into `media_to`."""
     questions, has_splits = Path(records.name), isinstance(records, PictureFolder)
     first = map(FileCheck(questions, columns=columns).read, islice(records.rows(), MOST_NAMES))
     examples = [row for row in first if isinstance(row, Example)]
@@ -432,12 +443,7 @@ def inspect_data(folder: Path, records: DataFiles, *, media_to: Path, columns: C
         for doubtful in (False, True)
     )
     if not rows:
-        worst = max(check.findings.values(), key=lambda finding: finding.count)
-        detail, ids = next(iter(worst.examples.items()))
-        raise UserError(
-            f"{questions}: not one of its {check.rows:,} rows can be used; {worst.count:,} times {worst.problem}, for "
-            f"example {ids[0]}: {short_text(detail, 120)}{f'; {check.remedy}' if check.remedy else ''}"
-        )
+        raise _none_usable(questions, check)
     pictures = Pictures()
     names = list(dict.fromkeys(chain.from_iterable(row.media for row in rows)))
     for name in tqdm(names, "pictures", disable=None, leave=False):
@@ -446,7 +452,7 @@ def inspect_data(folder: Path, records: DataFiles, *, media_to: Path, columns: C
     return DataSummary(
         check=check,
         root=root,
-        holds=holds_pictures,
+        file_holds_pictures=holds_pictures,
         rows=rows,
         pictures=pictures,
         unnamed=max(0, picture_count - len(pictures.keys)),
@@ -456,10 +462,20 @@ def inspect_data(folder: Path, records: DataFiles, *, media_to: Path, columns: C
     )
 
 
+def _none_usable(questions: Path, check: FileCheck) -> UserError:
+    """Makes the error for a file without a usable row, which names the most frequent problem."""
+    worst = max(check.findings.values(), key=lambda finding: finding.count)
+    detail, ids = next(iter(worst.examples.items()))
+    return UserError(
+        f"{questions}: not one of its {check.rows:,} rows can be used; {worst.count:,} times {worst.problem}, for "
+        f"example {ids[0]}: {short_text(detail, 120)}{f'; {check.remedy}' if check.remedy else ''}"
+    )
+
+
 def _usable(
     check: FileCheck, record: Mapping[str, object], media_to: Path | None, columns: Columns
 ) -> UsableRow | None:
-    """Returns the row, or nothing where it cannot be used, which `check` then has noted."""
+    """Returns the row; None if it cannot be used, which `check` has then noted."""
     example = check.read(record)
     if not check.check(example) or isinstance(example, BadSample):
         return None
@@ -488,39 +504,39 @@ def _lengths(texts: Sequence[str]) -> str:
 
 
 def _spread(numbers: Iterable[int]) -> str:
-    """Writes a range with its median, such as `3 to 12 (in the middle 5)`."""
+    """Writes a range with its median, such as `3 to 12 (median 5)`."""
     ordered = sorted(numbers)
     if ordered[0] == ordered[-1]:
         return f"{ordered[0]:,}"
-    return f"{ordered[0]:,} to {ordered[-1]:,} (in the middle {median(ordered):g})"
+    return f"{ordered[0]:,} to {ordered[-1]:,} (median {median(ordered):g})"
 
 
-def split_data(look: DataSummary, *, share: float, seed: int) -> dict[str, list[UsableRow]]:
-    """Returns the rows to train on, to test with, and for validation where folders say so, in the file's order.
+def split_data(summary: DataSummary, *, share: float, seed: int) -> dict[str, list[UsableRow]]:
+    """Splits the rows into training, test and, if folders name one, validation, in the file's order.
 
     Rows of one picture, by its content, stay together, so that no picture is in both, not even as a copy; so do rows of
-    one question without any. Of classes that are large enough each is in the test by its share. Bad answers are in no
-    test, since they are not the truth.
+    one question without a picture. Each large enough class is in the test by its share. Bad answers are in no test,
+    since they are not right.
     """
     from dora_vl.data.table import held_out_indices  # torch: not for --help
 
-    by_folder = {name: [row for row in look.rows if row.split == name] for name in ("train", "test", "validation")}
+    by_folder = {name: [row for row in summary.rows if row.split == name] for name in ("train", "test", "validation")}
     test = by_folder["test"] or by_folder.pop("validation")
     if by_folder["train"] and test:
         validation = by_folder.get("validation")
         return {TRAIN: by_folder["train"], TEST: _good(test)} | ({VALIDATION: validation} if validation else {})
-    media = [[look.pictures.keys[name] for name in row.media] for row in look.rows]
-    questions = (" ".join("\n".join(row.texts("user")).casefold().split()) for row in look.rows)
+    media = [[summary.pictures.keys[name] for name in row.media] for row in summary.rows]
+    questions = (" ".join("\n".join(row.texts("user")).casefold().split()) for row in summary.rows)
     ids = [question or f"{number}" for number, question in enumerate(questions)]
     classes = None
-    if look.has_classes:
-        counts = look.answers
-        answers = [row.texts("assistant")[-1] for row in look.rows]
+    if summary.has_classes:
+        counts = summary.answers
+        answers = [row.texts("assistant")[-1] for row in summary.rows]
         classes = [answer if counts[answer] * share >= 1 else "" for answer in answers]
     test_indices = set(held_out_indices(ids, media, share=share, seed=seed, classes=classes).tolist())
     return {
-        TRAIN: [row for index, row in enumerate(look.rows) if index not in test_indices],
-        TEST: _good(row for index, row in enumerate(look.rows) if index in test_indices),
+        TRAIN: [row for index, row in enumerate(summary.rows) if index not in test_indices],
+        TEST: _good(row for index, row in enumerate(summary.rows) if index in test_indices),
     }
 
 
@@ -528,5 +544,5 @@ def _good(rows: Iterable[UsableRow]) -> list[UsableRow]:
     """Returns the rows whose answers are not bad."""
     good = [row for row in rows if row.conversation.is_good is not False]
     if not good:
-        raise UserError("what is held out has bad answers alone; give another --test-share, or more good answers")
+        raise UserError("every held-out row has a bad answer; give another --test-share, or more good answers")
     return good

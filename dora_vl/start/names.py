@@ -3,7 +3,7 @@
 `convert` writes pictures, and as LLaVA's JSON
 
 - `train.json`: pictures of three artists, each with two questions, what it is and of which kind, in either order;
-- `test.json`: both questions about each of the fourth artist's, one a sample, whose `kind` is `name` or `category`;
+- `test.json`: both questions about each of the fourth artist's, one per sample, whose `kind` is `name` or `category`;
 - `manifest.json`: the settings that it was made by.
 
 The artists' sets are Iconify's: `icons.json` has an SVG of each, `chars.json` which character it draws.
@@ -107,7 +107,7 @@ def drawings(source: Path) -> dict[str, Image.Image]:
 
 
 def placed(thing: Image.Image, rng: random.Random | None) -> Image.Image:
-    """Places a thing on white, filling the picture; with chance mirrored or not, of a size, somewhere on a colour."""
+    """Places a thing on white, filling the picture; with `rng` perhaps mirrored, of a random size, place and colour."""
     side = round(SIDE * (LARGEST if rng is None else rng.uniform(0.55, LARGEST)))
     thing = ImageOps.contain(thing, (side, side), Image.Resampling.BICUBIC)
     left, top = ((SIDE - length) // 2 for length in thing.size)
@@ -122,7 +122,7 @@ def placed(thing: Image.Image, rng: random.Random | None) -> Image.Image:
 
 
 def convert(source: Path, to: Path, *, seed: int = 0) -> None:
-    """Makes the folder `to` of the artists' folders in `source`, unless it is there and made by the same settings.
+    """Makes the folder `to` from the artists' folders in `source`, unless it exists with the same settings.
 
     Each artist that is learned from has `VARIANTS` of a thing, the first one plain. The seed fixes all else.
     """

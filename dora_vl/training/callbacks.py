@@ -1,4 +1,4 @@
-"""What happens beside the steps: the loss log, epochs, watched questions, stopping on a signal."""
+"""Trainer callbacks: the loss log, epochs, watched questions, and stopping on a signal."""
 
 from __future__ import annotations
 

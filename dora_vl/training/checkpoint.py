@@ -86,13 +86,13 @@ def load_state(checkpoint: Path, running: RunningState) -> None:
 
 
 def loss_scale_of(engine: DeepSpeedEngine | None) -> Any:
-    """Returns the object that holds DeepSpeed's loss scale, under one of two names; None where nothing is scaled."""
+    """Returns the object that holds DeepSpeed's loss scale, under one of two names; None if nothing is scaled."""
     attributes = {} if engine is None else vars(engine.optimizer)
     return attributes.get("loss_scaler", attributes.get("loss_scale_config"))
 
 
 def _set_known(holder: Any, numbers: Mapping[str, Any]) -> None:
-    """Sets those numbers that the object has; another ZeRO stage's object has others."""
+    """Sets only the numbers that the object has, since those of ZeRO stages differ."""
     for name, value in numbers.items():
         if holder is not None and name in vars(holder):
             setattr(holder, name, value)
@@ -114,7 +114,7 @@ def save_random_states(checkpoint: Path, rank: int, device: torch.device, kept: 
 
 
 def load_random_states(checkpoint: Path, rank: int, device: torch.device, *, seed: int, step: int) -> Mapping[str, Any]:
-    """Restores this rank's states, or seeds new ones where the checkpoint was written by fewer ranks.
+    """Restores this rank's states, or seeds new ones if fewer ranks wrote the checkpoint.
 
     Returns what the rank had `kept`.
     """
@@ -173,7 +173,7 @@ class OptimizerLayout:
         optimizer: torch's, the innermost, which steps the `flats`.
         trained: what trains by name, in the same order on all ranks, which exchange tensors on `device`; `pieces` has
             the same names.
-        stage3: DeepSpeed's optimizer of ZeRO-3, which lends `optimizer` its tensors for a step alone.
+        stage3: DeepSpeed's optimizer of ZeRO-3, which lends `optimizer` its tensors for one step only.
     """
 
     optimizer: torch.optim.Optimizer
@@ -280,7 +280,7 @@ def layout_of(optimizer: Any, trained: Mapping[str, nn.Parameter], device: torch
 
 
 def _linked(groups: Sequence[Sequence[Any]]) -> dict[int, TensorPiece]:
-    """Reads ZeRO 1 and 2: a flat tensor a group; parameters know which elements this rank has (`_hp_mapping`)."""
+    """Reads ZeRO 1 and 2: one flat tensor per group; parameters know which elements this rank has (`_hp_mapping`)."""
     pieces = {}
     for number, group in enumerate(groups):
         for parameter in group:

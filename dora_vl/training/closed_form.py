@@ -1,4 +1,4 @@
-"""What a linear map reads of a frozen tower's stored outputs: where a projector starts, and what training can learn."""
+"""Ridge regression from a frozen tower's stored outputs: where a projector starts, and what a linear probe can read."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MOST_SAMPLES = 2_000
-"""A map is fitted to at most this many training samples, evenly spread over the data: seconds on one core."""
+"""A regression is fitted to at most this many training samples, evenly spread over the data: seconds on one core."""
 CELLS = 16
 """This many of a picture's cells are kept, evenly spread."""
 HIDDEN_SPREAD = 0.25
-"""A hidden unit spreads this far before GELU where two carry one number; small, so that neither ever saturates."""
+"""A hidden unit spreads this far before GELU if two carry one number; small, so that neither ever saturates."""
 Form = Literal["scaled", "answers"]
 Round = tuple[tuple[str, ...], str, str]
 """Holds a sample's pictures, a question about them, and its answer."""
@@ -42,7 +42,7 @@ Seen = Mapping[tuple[str, ...], Float[Tensor, "cells width"]]
 
 
 def rounds_of(examples: Iterable[Example]) -> Iterator[Round]:
-    """Yields questions about pictures with the answers that are learned."""
+    """Yields questions about pictures with the answers that are trained on."""
     for example in examples:
         question = ""
         for turn in turns_of(example) if example.images and example.is_good is not False else ():
@@ -55,7 +55,7 @@ def rounds_of(examples: Iterable[Example]) -> Iterator[Round]:
 def projector_inputs(
     config: Any, store: OutputStore, reader: PictureReader, pictures: Iterable[tuple[str, ...]]
 ) -> Seen:
-    """Reads what a LLaVA's tower gave for samples' pictures; those that cannot be read are left out."""
+    """Reads the stored outputs of a LLaVA's tower for samples' pictures; leaves out unreadable ones."""
     skipped = int(config.vision_feature_select_strategy == "default")  # the class token in front
     seen: dict[tuple[str, ...], Tensor] = {}
     for names in dict.fromkeys(pictures):
@@ -106,7 +106,7 @@ class Ridge:
         return cls(mean, spread, weights, offset, best[0])
 
     def __call__(self, inputs: Float[Tensor, "rows inputs"]) -> Float[Tensor, "rows targets"]:
-        """Computes the map."""
+        """Predicts the targets."""
         return (inputs - self.mean) / self.spread @ self.weights + self.offset
 
 
@@ -181,7 +181,7 @@ def projector_start(
         first[: 2 * rank], first_bias[: 2 * rank] = pair, -pair @ ridge.mean
         second = F.pad(torch.cat([directions * spread, -directions * spread], 1), (0, len(first) - 2 * rank))
     read = f"{max(0.0, 1 - ridge.unexplained):.0%} of what answers say of {len(by_pictures):,} samples' pictures"
-    logger.info("adapter.projector_start: %s; a linear map reads %s", form, read)
+    logger.info("adapter.projector_start: %s; a linear probe reads %s", form, read)
     return {
         **{"linear_1.weight": first, "linear_1.bias": first_bias},
         **{"linear_2.weight": second, "linear_2.bias": second_bias},
@@ -194,9 +194,9 @@ def _size(vectors: Float[Tensor, "rows width"]) -> float:
 
 
 def probe(train: Sequence[Round], test: Sequence[Round], seen: Seen) -> list[str | None]:
-    """Returns the answer that a linear map reads of each test question's pictures; None where there is no map.
+    """Returns the answer that a linear probe reads from each test question's pictures; None without a probe.
 
-    A question asked `LEAST_ASKED` times gets its own map; the others share one, which does not see the question.
+    A question asked `LEAST_ASKED` times gets its own probe; the others share one, which does not see the question.
     Answers that occur too rarely cannot be read.
     """
     times = Counter(question for _, question, _ in train)

@@ -276,7 +276,7 @@ class DecoderPipeline(Pipeline):
         replay = None
         if data.replay:
             replay = samples.replay(run_folder_of(self.config.training) / REPLAY, encoder)
-            collate = replace(collate, chats_from=replay.begins)
+            collate = replace(collate, chats_from=replay.first_index)
         made = samples.training_data(self._rows(arguments, outputs), collate, replay)
         if self.config.objective.reward_loss is None:
             return made
@@ -496,6 +496,8 @@ class DecoderPipeline(Pipeline):
         assistant = self.assistant(base)
         untrained = ask_untrained(assistant, self.config) if evaluation.untrained and evaluation.file else None
         texts = None if evaluation.other_texts is None else Path(evaluation.other_texts)
+        if evaluation.forgetting:
+            logger.info("measuring what the model has forgotten")
         before = try_measure(assistant, texts) if evaluation.forgetting else ""
         assistant = replace(assistant, backbone=self.with_saved_adapter(base, strength))
         if not evaluation.forgetting:

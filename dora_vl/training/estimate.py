@@ -1,6 +1,6 @@
 """Computes memory, traffic and time of a run on any number of ranks, from its settings.
 
-The model is made from its config alone, on torch's meta device, so a 32B takes seconds and no memory.
+The model is made from only its config, on torch's meta device, so a 32B takes seconds and no memory.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def plan_run(pipeline: Pipeline, *, tokens: int | None = None, labelled: int | N
     tokens = int(settings.data.max_tokens if tokens is None else tokens)
     pictures = model.config.image_seq_length if model.config.model_type == LLAVA else 0
     if tokens < pictures + 2:
-        raise UserError(f"{tokens} tokens a sample: a picture of this model alone takes {pictures}; raise --tokens")
+        raise UserError(f"{tokens} tokens per sample: a single picture of this model takes {pictures}; raise --tokens")
     words = tokens - pictures - 1
     rows = int(section.get("per_device_train_batch_size", 8))
     samples = compared(settings, Samples(rows, tokens, words if labelled is None else min(labelled, words)))
@@ -210,7 +210,7 @@ class Cluster:
     Attributes:
         flop_per_second: peak of one GPU in the weights' number type; `utilisation`: the share that a step's products
             reach, recomputed ones counted.
-        bandwidth: bytes a second that a GPU sends to the others of its machine; `network`: a machine to the next.
+        bandwidth: bytes per second that a GPU sends to the others of its machine; `network`: a machine to the next.
     """
 
     machines: int

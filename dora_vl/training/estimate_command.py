@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Says what a run will take of each GPU: bytes by part, bytes that an optimizer step sends, and its time from a share of
-the GPUs' peak and the links' speed. The model is made from its config alone, on torch's meta device: no weight is read.
+the GPUs' peak and the links' speed. The model is made from only its config, on torch's meta device: no weight is read.
 
   dora-vl estimate llava/llava15 --variant 7b_dora --shape llava-1.5-7b --gpus 8
   dora-vl estimate my_run.yaml --gpus 64 --machines 8 --mfu 0.4 --training.deepspeed zero2
@@ -34,7 +34,7 @@ TERA, GIGA, GIB = 1e12, 1e9, 2**30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's options; a run's own settings may stand between them."""
+    """Adds the command's options; a run's own settings may come between them."""
     amount, share = number_between(float, 1e-9, 1e9), number_between(float, 1e-9, 1)
     parser.add_argument("config", metavar="CONFIG", help="YAML file with the run's settings, or a recipe's name")
     parser.add_argument(

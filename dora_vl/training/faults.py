@@ -28,12 +28,12 @@ NAMED_WEIGHTS, LONGEST_WEIGHT = 2, 90
 
 
 class StepFaults(TrainerCallback):
-    """Watches every step's losses and gradient norm on all ranks, and writes faults to `file`, a line each.
+    """Watches every step's losses and gradient norm on all ranks, and writes faults to `file`, one per line.
 
     The weights survive a step that is not finite: its gradients are dropped before the optimizer sees them
     (`drop_gradients`, registered with a torch optimizer) or by DeepSpeed's own overflow check (ZeRO 1 to 3). Losses are
-    read once a step, after all of its work was queued. `policy` is `optim.not_finite`; `scaled`: gradients overflow
-    while float16 searches for a loss scale, so losses alone are judged.
+    read once per step, after all of its work was queued. `policy` is `optim.not_finite`; `scaled`: gradients overflow
+    while float16 searches for a loss scale, so only losses are judged.
     """
 
     def __init__(self, file: Path, policy: Literal["stop", "skip"], *, scaled: bool = False) -> None:

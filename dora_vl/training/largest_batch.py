@@ -1,4 +1,4 @@
-"""The largest micro-batch that the data can give, tried before the first step and undone: what does not fit ends there.
+"""Tries the largest micro-batch that the data can give before the first step, so that a lack of memory shows at once.
 
 A run out of memory fails at its longest sample, which may come after hours. Here a step is taken over that sample
 first: with the optimizer's state allocated, zero gradients and a learning rate of zero. Afterwards weights, optimizer
@@ -40,7 +40,7 @@ WHAT_TO_LOWER = (
 
 @contextlib.contextmanager
 def out_of_memory_reported(where: Callable[[], str]) -> Iterator[None]:
-    """Turns every error of too little memory into one `UserError` that says where it happened."""
+    """Turns any out-of-memory error into a `UserError` that says where it happened."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -51,7 +51,7 @@ def out_of_memory_reported(where: Callable[[], str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def training_fits(trainer: Any, config: RunConfig) -> Iterator[None]:
-    """Reports too little memory in a run's steps and validations, and a data worker that was killed."""
+    """Reports out-of-memory errors in steps and validations, and killed data workers."""
 
     def where() -> str:
         return f"step {trainer.state.global_step + 1}" if trainer.model.training else "the validation"
@@ -117,7 +117,7 @@ class LargestBatch(TrainerCallback):
 
 
 def largest_batch(pools: Sequence[Pool], cost: Callable[[Pool], int], size: int) -> list[Any]:
-    """Returns the costliest micro-batch of `size` items, or a smaller pool; nothing where no item is usable."""
+    """Returns the costliest micro-batch of `size` items, or a smaller pool; nothing if no item is usable."""
     usable = [[item for item in pool if _samples([item])] for pool in pools]
     return max((sorted(pool, key=lambda item: -cost([item]))[:size] for pool in usable), key=cost, default=[])
 
@@ -129,7 +129,7 @@ def _samples(items: Pool) -> list[Any]:
 
 
 def cost_of(activations: Activations, *, recomputed: bool) -> Callable[[Pool], int]:
-    """Returns a function for a micro-batch's bytes by its padded tokens and its labels."""
+    """Returns a function that estimates a micro-batch's bytes from its padded tokens and its labels."""
 
     def tokens_of(sample: Any) -> int:
         features = getattr(sample, "features", None)  # of a VL-BART, pictures x tokens
@@ -150,7 +150,7 @@ def cost_of(activations: Activations, *, recomputed: bool) -> Callable[[Pool], i
 
 
 def try_step(trainer: Any, batch: Mapping[str, Any]) -> None:
-    """Takes a whole step over a batch that changes nothing; under DeepSpeed every rank must call it.
+    """Takes a whole step over a batch and undoes it; under DeepSpeed every rank must call it.
 
     With accumulation it takes two micro-batches, since the second finds the first one's gradients in memory.
     """

@@ -47,7 +47,7 @@ class Reference:
 
     @torch.no_grad()
     def _exchange(self, values: Sequence[Tensor] | None) -> list[Tensor]:
-        """Writes values where some are given; returns those that stood there. One tensor at a time is whole."""
+        """Writes values where some are given; returns the earlier ones. One tensor at a time is whole."""
         before: list[Tensor] = []
         for number, weight in enumerate(self._trained):
             with gather_to_write([weight]) as (whole,):
@@ -106,7 +106,7 @@ class LossModel(nn.Module):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **layers: Any
     ) -> None:
-        """Does the same under the name that transformers before 5.22 calls."""
+        """Does the same under the name that transformers called before 5.22."""
         self.backbone.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **layers)
 
 
@@ -146,7 +146,7 @@ class NextTokenLoss(LossModel):
         return {"loss": losses.sum() / divisor, "labelled_tokens": count}
 
     def _expected(self, reference: Reference, chats: Mapping[str, Any]) -> dict[str, Expected]:
-        """Returns what the reference expects of a batch's chats; the ranks of a sharded model all compute it."""
+        """Returns the reference's predictions for a batch's chats; the ranks of a sharded model all compute it."""
         numbers = chats["samples"]
         if not len(numbers) and not reference.is_sharded:
             return {}
@@ -250,7 +250,7 @@ class PreferenceLoss(LossModel):
         return {"loss": loss, "labelled_tokens": tokens.sum().long(), **watched}
 
     def kept(self) -> Mapping[str, Any]:
-        """Returns the reference's log-probabilities, which other batches would round otherwise."""
+        """Returns the reference's log-probabilities, which other batches would round differently."""
         return {"reference": [[*key, value] for key, value in self._kept[True].items()]}
 
     def keep(self, numbers: Mapping[str, Any]) -> None:

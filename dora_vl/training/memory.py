@@ -1,4 +1,4 @@
-"""Computes the memory of one rank: what it holds between steps, and what a step keeps beside it.
+"""Computes the memory of one rank: what it holds between steps, and what a step adds.
 
 One estimate serves the table before a run, `dora-vl estimate` and the choice of the largest micro-batch. It leaves out
 what CUDA, NCCL and the allocator's blocks take (1 to 2 GiB of a GPU), the vision part's activations, and experts beyond
@@ -103,7 +103,7 @@ class Activations:
     chunk: int | None
 
     def of(self, *, tokens: int, labelled: int, recomputed: bool) -> int:
-        """Returns the bytes that `tokens` take; with recomputation a vector a layer, and one layer whole."""
+        """Returns the bytes that `tokens` take; with recomputation one vector per layer, and one layer whole."""
         stored = self.layers * self.layer + self.adapted
         kept = self.layers * self.vector + self.layer + self.adapted // self.layers if recomputed else stored
         together = labelled if self.chunk is None else min(labelled, self.chunk)
@@ -328,7 +328,7 @@ class MemoryEstimate:
         )
 
     def table(self) -> Table:
-        """Lists GiB by part; what takes nothing has no row."""
+        """Lists GiB by part; parts that take nothing have no row."""
         held = self.held
         sizes = {f"frozen weights, {name}": size for name, size in held.weights.items()} | {
             "trained weights": held.trained,

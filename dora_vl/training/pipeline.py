@@ -1,6 +1,6 @@
 """A pipeline gives a training run its model, what is adapted in it, its data, its loss and its test.
 
-Training calls these methods in the order in which they stand here, and knows nothing else of backbones or tasks.
+Training calls these methods in the order in which they are defined here, and knows nothing else of backbones or tasks.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Pipeline(ABC):
     kind: str
     """Names its backbone in `recipe.json`."""
     labels_shift = True
-    """True where the loss predicts the label at t from what stands before t, unlike an encoder-decoder's."""
+    """True where the loss predicts the label at t from what comes before t, unlike an encoder-decoder's."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -85,11 +85,11 @@ class Pipeline(ABC):
 
     @abstractmethod
     def prepare(self, arguments: TrainingArguments) -> None:
-        """Refuses settings that it cannot use, and makes what the run names and does not find; for one rank alone."""
+        """Refuses settings that it cannot use, and makes what the run names and does not find; on one rank only."""
 
     @abstractmethod
     def labelled(self, arguments: TrainingArguments) -> Iterable[Labelled]:
-        """Yields the first samples' labels, and what they must say; for one rank alone, after `prepare`."""
+        """Yields the first samples' labels, and what they must say; on one rank only, after `prepare`."""
 
     @abstractmethod
     def skeleton(self) -> Backbone[Any]:
@@ -116,17 +116,17 @@ class Pipeline(ABC):
 
     @abstractmethod
     def loss(self, backbone: Backbone[Any]) -> LossModel:
-        """Makes the module that DeepSpeed wraps: batch in, `loss` and `labelled_tokens` out."""
+        """Makes the module that DeepSpeed wraps: it maps a batch to `loss` and `labelled_tokens`."""
 
     @abstractmethod
     def watch(self, backbone: Backbone[Any], arguments: TrainingArguments) -> Watch | None:
-        """Returns `watch` fixed questions to ask while it trains; None where the settings name nothing to ask.
+        """Returns `watch` fixed questions to ask while it trains; None if the settings name nothing to ask.
 
         Every rank must call it, once the data is there.
         """
 
     def rollouts(self, backbone: Backbone[Any], arguments: TrainingArguments, data: TrainingData) -> Rollouts | None:
-        """Returns what draws the answers that are learned from; None where the data's own are."""
+        """Returns what draws the answers that are learned from; None if the data has them."""
         return None
 
     @abstractmethod
@@ -156,4 +156,4 @@ class Pipeline(ABC):
 
     @abstractmethod
     def test(self, numbers: Mapping[str, Any]) -> None:
-        """Tests the saved adapter in this process alone and completes `metrics.json`, `numbers` included."""
+        """Tests the saved adapter in this process only and completes `metrics.json`, `numbers` included."""

@@ -72,7 +72,7 @@ class BatchStatistics:
     _noted: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def carry_over(self, skipped: Mapping[str, str], counts: Counts | None = None) -> None:
-        """Goes on from the sums over all ranks of the run that is resumed."""
+        """Continues from the resumed run's sums over all ranks."""
         self.earlier = counts or Counts()
         if self.ledger is not None:
             self.ledger.carry_over(skipped)
@@ -111,7 +111,7 @@ class BatchStatistics:
         return {name: sum(numbers) / len(numbers) for name, numbers in together.items() if numbers}
 
     def judge(self, counts: Counts) -> None:
-        """Ends the run where too many samples were unusable; `counts` are of all ranks, so that all end together."""
+        """Ends the run if too many samples were unusable; `counts` are of all ranks, so that all end together."""
         if self.ledger is not None:
             self.ledger.judge(BadSampleCounts(seen=counts.samples + counts.skipped, bad=counts.skipped))
 
@@ -167,7 +167,7 @@ class Progress:
         return {"samples": samples, "ids_sha256": digest.hexdigest(), "media": dict(self._data.media())}
 
     def check_samples(self, checkpoint: Path) -> None:
-        """Compares the training samples with those of a checkpoint, where both are known; for one rank alone."""
+        """Compares the training samples with those of a checkpoint, if both are known; on one rank only."""
         written, now = read_json(checkpoint / PROGRESS), self._samples
         if (then := written[SAMPLES]) is None or now is None:
             return
@@ -293,6 +293,6 @@ def check_validation(samples: Any, collate: Callable[[list[Any]], Mapping[str, A
 
 
 def nothing_usable(source: str, example: tuple[str, str] | None) -> str:
-    """Words the error of data without any usable sample."""
+    """Returns the error message for data without any usable sample."""
     because = "" if example is None else f"; for example {example[0]}: {example[1]}"
     return f"{source}: not one sample can be used{because}. Repair the data, or correct the folder that is named for it"

@@ -57,20 +57,20 @@ OPENINGS = (
 def user_turn_opening(encoder: Encoder) -> tuple[list[int], int | None]:
     """Returns the ids that open a user's turn and the special token that closes it: what two prompts share."""
     first, second = (encoder.encode_prompt([Turn("user", word)]).input_ids.tolist() for word in ("Apples", "zebra"))
-    behind = first[len(first) - shared_beginning(first[::-1], second[::-1]) :]
+    after = first[len(first) - shared_beginning(first[::-1], second[::-1]) :]
     special = encoder.tokenizer.added_tokens_decoder
-    return first[: shared_beginning(first, second)], next((token for token in behind if token in special), None)
+    return first[: shared_beginning(first, second)], next((token for token in after if token in special), None)
 
 
 def repeated_share(text: str) -> float:
-    """Returns the share of a text's pieces of four words that stood in it before."""
+    """Returns the share of a text's four-word sequences that occur earlier in it."""
     words = text.split()
     pieces = [tuple(words[start : start + 4]) for start in range(len(words) - 3)]
     return 1 - len(set(pieces)) / len(pieces) if pieces else 0.0
 
 
 class ChatWriter:
-    """A base that writes chats; what is empty, repeated or not to be encoded is left out.
+    """Has the base write chats; leaves out those that are empty, repetitive or cannot be encoded.
 
     Args:
         model: says where the base's own chat template is.
@@ -87,17 +87,22 @@ class ChatWriter:
         self.tried = 0
 
     def write(self, count: int, seed: int = 0) -> Iterator[Example]:
-        """Yields `count` chats, or fewer where a base writes hardly any that can be used."""
+        """Yields `count` chats, or fewer if the base writes hardly any that can be used."""
         device, seen = self._assistant.device, set[str]()
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            while len(seen) < count and self.tried < MOST_BATCHES * BATCH and (seen or self.tried < 4 * BATCH):
+            while not self._is_done(len(seen), count):
                 for question, answer in self._batch():
                     example = Example(f"replay-{len(seen)}", turns=(Turn("user", question), Turn("assistant", answer)))
                     if len(seen) < count and question + answer not in seen and self._can_be_learned(example):
                         seen.add(question + answer)
                         yield example
                 self.tried += BATCH
+
+    def _is_done(self, usable: int, count: int) -> bool:
+        """Tells whether there are enough chats, or the base writes too few that can be used."""
+        limit = MOST_BATCHES * BATCH if usable else 4 * BATCH
+        return usable >= count or self.tried >= limit
 
     def _batch(self) -> list[tuple[str, str]]:
         """Returns questions with answers; of a base that closes no question, plain openings with what follows."""
@@ -118,7 +123,7 @@ class ChatWriter:
             return self._encoder.encode_prompt([Turn("user", question)]).input_ids.tolist()
 
     def _texts(self, prompts: Sequence[list[int]], tokens: int, ends: Collection[int]) -> list[tuple[str, bool]]:
-        """Returns what the base writes behind each prompt, and whether it came to its end."""
+        """Returns what the base writes after each prompt, and whether it came to its end."""
         samples = [Sample(ids := torch.tensor(prompt), torch.full_like(ids, IGNORED_LABEL)) for prompt in prompts]
         options = {**SAMPLED, **({"eos_token_id": sorted(ends)} if ends else {})}
         batch = self._assistant.prompts.collate(samples, "left")
@@ -162,7 +167,7 @@ def write_chats(path: Path, assistant: Assistant, model: ModelConfig, count: int
 
 
 def check_replay(config: RunConfig) -> None:
-    """Refuses a share of chats where it makes no sense."""
+    """Refuses a share of chats that the run cannot use."""
     share, reason = config.data.replay, None
     if not 0 <= share < 1:
         reason = f" is {share}; it must be at least 0 and below 1"
@@ -180,11 +185,11 @@ def check_replay(config: RunConfig) -> None:
 
 
 def check_base_writes(config: RunConfig, encoder: Encoder) -> None:
-    """Refuses a base that takes no words without a picture, and one that is sharded and has written nothing yet."""
+    """Refuses a base that takes no text without a picture, and one that is sharded and has written nothing yet."""
     try:
         encoder.encode_prompt([Turn("user", "Hello.")])
     except BadSample as error:
-        raise SettingError("data.replay", f" is of words alone: {error.reason}; set it 0") from None
+        raise SettingError("data.replay", f" trains on text only: {error.reason}; set it 0") from None
     copied = run_folder_of(config.training) / REPLAY
     if is_deepspeed_zero3_enabled() and not (copied.is_file() or chats_path(config, encoder).is_file()):
         raise SettingError(
@@ -198,12 +203,12 @@ def find_or_write_chats(config: RunConfig, assistant: Assistant, device: torch.d
     if not path.is_file():
         assistant.backbone.to(device)
         write_chats(path, assistant, config.model)
-        assistant.backbone.to(before)  # where the other ranks' are, or an adapter would begin otherwise
+        assistant.backbone.to(before)  # where the other ranks' are, or an adapter would begin differently
     return path
 
 
 def copy_chats(config: RunConfig, assistant: Assistant, device: torch.device) -> None:
-    """Puts a base's chats into a run's folder, unless a resumed run has them there; for one rank alone."""
+    """Puts a base's chats into a run's folder, unless a resumed run has them there; on one rank only."""
     target = run_folder_of(config.training) / REPLAY
     if not target.is_file():
         content = find_or_write_chats(config, assistant, device).read_bytes()
@@ -217,13 +222,13 @@ class Replay:
 
     Attributes:
         drawn: how many of them an epoch takes.
-        begins: the index of the first among the run's samples, behind the data's own.
+        first_index: the index of the first among the run's samples, after the data's own.
     """
 
     path: Path
     chats: ExampleTable
     drawn: int
-    begins: int
+    first_index: int
 
     @classmethod
     def of(cls, path: Path, train: ExampleTable, encoder: Encoder, share: float) -> Replay:
@@ -238,7 +243,7 @@ class Replay:
         return cls(path, chats, drawn, len(train))
 
     def media(self) -> dict[str, str]:
-        """Returns what the file holds, as that of a picture."""
+        """Returns the file's hash, as for a picture."""
         return {self.path.name: file_sha256(self.path)}
 
 
@@ -261,11 +266,13 @@ def tokens_in_labels(table: ExampleTable, encoder: Encoder) -> float:
 
 
 def is_clean(text: str, repeated: float) -> bool:
-    """Tells whether a text repeats less than this share of itself, and holds no place of a picture."""
+    """Tells whether a text repeats less than this share of itself, and holds no placeholder of a picture."""
     return repeated_share(text) < repeated and not any(mark in text for mark in MARKS)
 
 
 def complete_sentences(text: str, *, ended: bool) -> str:
-    """Returns a text that came to its end, and another up to the end of its last whole sentence."""
+    """Returns a text that came to its end whole, any other up to the end of its last whole sentence."""
     sentences = re.match(r".*[.!?](?=\s)", text, re.DOTALL)
-    return text if ended else sentences[0] if sentences else ""
+    if ended:
+        return text
+    return sentences[0] if sentences else ""

@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import cast
 
 DESCRIPTION = """\
-Has the base of a run write the short chats of data.replay, which a run does at its start otherwise. They are written
+Has the base of a run write the short chats of data.replay, which a run otherwise does at its start. They are written
 once for each base and kept. Minutes on two CPU cores.
 
   dora-vl replay my.yaml
 
-CONFIG is a file or a recipe's name; behind it any setting of the run, --section.key value.
+CONFIG is a file or a recipe's name; after it any setting of the run, --section.key value.
 """
 TAKES_SETTINGS = SETS_UP_LOGGING = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's option; a run's own settings may follow."""
+    """Adds the command's option; a run's own settings may follow."""
     parser.add_argument("config", metavar="CONFIG", help="YAML file with the run's settings, or a recipe's name")
 
 

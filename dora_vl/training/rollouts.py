@@ -1,4 +1,4 @@
-"""Answers that a model draws while it trains, and their rewards, as batches to learn from."""
+"""Draws a model's own answers while it trains, rewards them, and makes batches to learn from."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ class DrawnAnswer:
 
 
 DRAWN_BATCH_ENTRIES = ("padding_tokens", "made_of")
-"""A batch of drawn answers says these of itself; all other bookkeeping is of the questions."""
+"""A batch of drawn answers has its own values of these; all other bookkeeping is that of the questions."""
 Group = list[DrawnAnswer]
 """Holds the answers to one question."""
 
 
 def _with_drawn_answers(sample: Sample, group: Group) -> Sample:
-    """Puts a group in the place of a sample's own answer."""
+    """Replaces a sample's own answer by a group of drawn ones."""
     first, *others = [with_answer(sample, answer.ids) for answer in group]
     return replace(first, others=tuple(others))
 
@@ -88,7 +88,7 @@ class ModelAnswers:
     """Draws by the model itself. A prompt and its pictures are read once for all answers, where it can go on from them.
 
     Attributes:
-        never: these tokens are not drawn, since they stand for pictures and videos.
+        never: these tokens are not drawn: they are placeholders of pictures and videos.
         autocast: the number type of the drawing passes; None leaves that of the weights.
     """
 
@@ -134,7 +134,7 @@ class Rollouts:
     """Draws answers to a step's questions, and makes batches of them.
 
     A prompt and its answers are one tree in the update. The seed of what is drawn depends on the run's, step, rank and
-    micro-batch alone, so that a resumed run draws the same.
+    micro-batch only, so that a resumed run draws the same.
 
     Attributes:
         example_of: finds a training sample's example by its index.
@@ -159,16 +159,20 @@ class Rollouts:
     def draw_batches(
         self, batches: Sequence[Mapping[str, Any]], *, step: int
     ) -> tuple[list[dict[str, Any]], Int[Tensor, ""], LoggedNumbers]:
-        """Puts drawn answers in the places of the data's own in the micro-batches of a step.
+        """Replaces the data's answers in the micro-batches of a step by drawn ones.
 
         Every rank must call it. Returns the batches, what their losses are divided by, and the numbers that people
         watch.
         """
         self.source.update_weights()
         samples: list[list[Sample]] = [batch["made_of"] for batch in batches]
-        groups = [group for number, several in enumerate(samples) for group in self._drawn(several, step, number)]
+        groups = [
+            group for number, batch_samples in enumerate(samples) for group in self._drawn(batch_samples, step, number)
+        ]
         examples = [
-            last_round(cast(Example, self.example_of(sample.index))) for several in samples for sample in several
+            last_round(cast(Example, self.example_of(sample.index)))
+            for batch_samples in samples
+            for sample in batch_samples
         ]
         pairs = list(zip(examples, groups, strict=True))
         points = {
@@ -185,16 +189,16 @@ class Rollouts:
         token_weights = self.loss.weights(tokens, self.max_new_tokens)
         weights = self.loss.advantages(rewards) * token_weights
         learned, start = [], 0
-        for batch, several in zip(batches, samples, strict=True):
-            indices = range(start, start + len(several))
+        for source, batch_samples in zip(batches, samples, strict=True):
+            indices = range(start, start + len(batch_samples))
             kept = [index for index in indices if self.keeps_all or bool(differ[index])]
-            made = self.collate([_with_drawn_answers(several[index - start], groups[index]) for index in kept])
+            batch = self.collate([_with_drawn_answers(batch_samples[index - start], groups[index]) for index in kept])
             log_probs = [answer.log_prob for index in kept for answer in groups[index]]
-            made |= {"weights": weights[kept].flatten(), "token_weights": token_weights[kept].flatten()}
-            made |= {"drawn_log_probs": torch.tensor(log_probs)}
-            made |= {name: batch[name] for name in BOOKKEEPING if name in batch and name not in DRAWN_BATCH_ENTRIES}
-            learned.append(made)
-            start += len(several)
+            batch |= {"weights": weights[kept].flatten(), "token_weights": token_weights[kept].flatten()}
+            batch |= {"drawn_log_probs": torch.tensor(log_probs)}
+            batch |= {name: source[name] for name in BOOKKEEPING if name in source and name not in DRAWN_BATCH_ENTRIES}
+            learned.append(batch)
+            start += len(batch_samples)
 
         answers = [answer for group in groups for answer in group]
         numbers = {

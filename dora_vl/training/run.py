@@ -1,4 +1,4 @@
-"""Runs a training from its settings to a tested adapter, to be read from top to bottom."""
+"""Runs a training, from its settings to a tested adapter."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ logger = logging.getLogger(__name__)
 
 
 def run(pipeline: Pipeline) -> int | None:
-    """Trains, then tests where the settings name a test; returns the signal that stopped the run, or None.
+    """Trains, then tests if the settings name a test; returns the signal that stopped the run, or None.
 
-    With `test_only` it tests what an earlier run left, and nothing else. The process group is gone afterwards: ZeRO-3
-    on a CPU aborts at interpreter exit while it is there.
+    With `test_only` it tests what an earlier run left, and nothing else. It destroys the process group: ZeRO-3 on a CPU
+    aborts at interpreter exit while one exists.
     """
     config = pipeline.config
     with lock_run_folder(run_folder_of(config.training)) if is_first_launched() else nullcontext():
@@ -113,7 +113,7 @@ def train(pipeline: Pipeline) -> tuple[int | None, dict[str, Any]]:
 
 
 def _check_and_prepare(pipeline: Pipeline, arguments: TrainingArguments, checkpoint: Path | None) -> None:
-    """Checks what can be wrong before weights are loaded, and makes a new run's folder; for the first rank alone."""
+    """Checks what can be wrong before weights are loaded, and makes a new run's folder; on the first rank only."""
     config, folder = pipeline.config, run_folder_of(pipeline.config.training)
     check_run_folder(folder, resume=checkpoint is not None, overwrite=config.overwrite)
     if checkpoint is not None:
@@ -122,13 +122,14 @@ def _check_and_prepare(pipeline: Pipeline, arguments: TrainingArguments, checkpo
     pipeline.prepare(arguments)
     check_labels(pipeline.labelled(arguments))
     check_parts(pipeline, arguments)
-    if checkpoint is None:  # not for a run that cannot begin; a resume that is refused later leaves all as it was
+    # Only now, so that a run that cannot begin leaves no folder; a resume that is refused changes nothing.
+    if checkpoint is None:
         prepare_run_folder(folder, checkpoint=None, overwrite=config.overwrite)
         write_settings(folder, config)
 
 
 def _prepare_resume(trainer: AdapterTrainer, checkpoint: Path, config: RunConfig) -> None:
-    """Checks the checkpoint to resume from, and prepares the folder; for the first rank alone."""
+    """Checks the checkpoint to resume from, and prepares the folder; on the first rank only."""
     folder = run_folder_of(config.training)
     check_same_base(checkpoint, config.model.base, trainer.recipe.get("base_sha256"))
     trainer.progress.check_samples(checkpoint)
@@ -179,7 +180,7 @@ def _test(pipeline: Pipeline, numbers: dict[str, Any]) -> None:
 
 
 def test_again(pipeline: Pipeline) -> None:
-    """Tests the adapter in the run folder; what `metrics.json` says of its training stays."""
+    """Tests the adapter in the run folder; keeps what `metrics.json` says of its training."""
     config, folder = pipeline.config, run_folder_of(pipeline.config.training)
     weights, metrics = folder / ADAPTER / WEIGHTS_FILE, folder / METRICS
     if config.resume is not None or config.overwrite:

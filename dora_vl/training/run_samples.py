@@ -293,9 +293,7 @@ class RunSamples:
             trouble = f"needs a loss that compares pictures, {', '.join(sorted(looking))}; set objective.loss"
         elif self._train is None:
             trouble = "draws among all pictures, and data.streaming reads samples as they come; set one of them false"
-        elif not compared or {*Counter(len(names) for names in {*map(tuple, self._train.rows["images"])}).values()} == {
-            1
-        }:
+        elif not compared or _none_to_exchange(self._train.rows["images"]):
             trouble = f"needs pairs and several pictures, and {self._name} has none; set it false"
         if trouble is not None:
             raise SettingError("objective.exchange_pictures", f" {trouble}")
@@ -363,10 +361,10 @@ class RunSamples:
         """Yields the first samples, and the first with pictures."""
         if self._train is not None:
             samples = encoder.dataset(self._train, self._train.stored)
-            for index in _first_places(self._train.rows[:FIRST_ROWS]["images"]):
+            for index in _first_indices(self._train.rows[:FIRST_ROWS]["images"]):
                 yield self._train[index], samples[index]
         rows = self._streamed
-        for index in _first_places([row.images for row in rows]):
+        for index in _first_indices([row.images for row in rows]):
             yield rows[index], encoder.dataset([rows[index]], rows[index].image_bytes)[0]
 
     def warn_of_overlap(self, examples: Sequence[Example], config: RunConfig) -> None:
@@ -484,8 +482,14 @@ class RunSamples:
         return 1 + rejected + (rows.exchange is not None) + collate.unmatched if rows.compares else 1
 
 
-def _first_places(images: Sequence[Sequence[str]]) -> list[int]:
-    """Returns the places of the first samples, and of the first with pictures."""
+def _none_to_exchange(images: Iterable[Sequence[str]]) -> bool:
+    """Tells whether no two samples show the same number of different pictures."""
+    counts = Counter(len(names) for names in {*map(tuple, images)})
+    return set(counts.values()) == {1}
+
+
+def _first_indices(images: Sequence[Sequence[str]]) -> list[int]:
+    """Returns the indices of the first samples, and of the first with pictures."""
     with_pictures = [index for index, names in enumerate(images) if names]
     return list(dict.fromkeys([*range(min(CHECKED_SAMPLES, len(images))), *with_pictures[:CHECKED_SAMPLES]]))
 

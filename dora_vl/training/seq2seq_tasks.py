@@ -58,13 +58,13 @@ class TaskSource:
     reader: FeatureReader
     encoder: Seq2SeqEncoder
 
-    def item(self, index: int, drawn: Random, answer: int | None) -> Seq2SeqSample | Skipped:
+    def item(self, index: int, rng: Random, answer: int | None) -> Seq2SeqSample | Skipped:
         """Makes an item's sample, or says why it has none; its label is the answer number `answer`, or a drawn one."""
         name = f"{self.subtask.name}:{index}"
         try:
             example = self.file[index]
             name = example.id
-            target = self.subtask.target(example, answer, drawn)
+            target = self.subtask.target(example, answer, rng)
             return make_sample(example, self.subtask, encoder=self.encoder, reader=self.reader, target=target)
         except BadSample as error:
             return Skipped(index, name, error.reason)
@@ -98,8 +98,8 @@ class MixtureDataset(Dataset[MicroBatch]):
                 sample = self._item(number, index, epoch)
                 if isinstance(sample, Seq2SeqSample) and sample.soft_scores is None:
                     task = self.sources[number]
-                    drawn = sample_random(self._seed, epoch, index)
-                    target = task.subtask.target(task.file[index], task.file.answer_of(index), drawn)
+                    rng = sample_random(self._seed, epoch, index)
+                    target = task.subtask.target(task.file[index], task.file.answer_of(index), rng)
                     yield sample, target, task.subtask
 
     def longest(self) -> list[MicroBatch]:
@@ -196,7 +196,7 @@ class Seq2SeqLoss(LossModel):
         return {"loss": self._with_idle_heads(loss, output.hidden, closed), "labelled_tokens": count}
 
     def _with_idle_heads(
-        self, loss: Float[Tensor, ""], hidden: Float[Tensor, "places width"], closed: ClosedBatch | None
+        self, loss: Float[Tensor, ""], hidden: Float[Tensor, "positions width"], closed: ClosedBatch | None
     ) -> Float[Tensor, ""]:
         """Adds zero times every other head to the loss: under ZeRO-3 all that trains must have a gradient."""
         for task, head in self.backbone.model.answer_heads.items():
@@ -260,7 +260,7 @@ def check_closed(
     for task in lists:
         if task not in able:
             choices = f"{', '.join(able)} can have" if able else "none of these tasks has"
-            raise SettingError(SETTING, f": {task} is no question answered in words; {choices} a closed list")
+            raise SettingError(SETTING, f": {task} is not a question answered in words; {choices} a closed list")
         if task not in trained:
             raise SettingError(SETTING, f" names {task}, which data.train does not; its head would not train")
 
@@ -314,7 +314,7 @@ def lists_in(path: Path) -> dict[str, list[str]]:
     """Reads the answer lists by task of a `closed_answers.json`, `recipe.json` or `config.json`, if it has any."""
     lists = json_object(path, SETTING).get(CLOSED_ANSWERS, {})
     if not isinstance(lists, dict) or not all(isinstance(answers, list) for answers in lists.values()):
-        raise UserError(f"{path}: {CLOSED_ANSWERS} is no object of lists by task; copy the file again")
+        raise UserError(f"{path}: {CLOSED_ANSWERS} is not an object of lists by task; copy the file again")
     return {str(task): [str(answer) for answer in answers] for task, answers in lists.items()}
 
 
@@ -353,7 +353,7 @@ def _most_frequent(scores: Sequence[tuple[str, Mapping[str, float]]], limit: int
 
 
 def _listed(path: Path, task: str) -> list[str]:
-    """Reads a file's answers: one a line; a JSON list; or the task's in a JSON object under `closed_answers`."""
+    """Reads a file's answers: one per line; a JSON list; or the task's in a JSON object under `closed_answers`."""
     text = whole_text(path, SETTING)
     if path.suffix != ".json":
         return [line.strip() for line in text.splitlines() if line.strip()]

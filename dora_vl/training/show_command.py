@@ -26,7 +26,7 @@ picture, or padding. The base's weights are not read (a base that a recipe compo
 
   dora-vl show batch llava/llava15 --variant 7b_dora --data.train my.json --data.image_folder pictures
 
-CONFIG is a file or a recipe's name; behind it any setting of the run, --section.key value.
+CONFIG is a file or a recipe's name; after it any setting of the run, --section.key value.
 """
 TAKES_SETTINGS = True
 ELSEWHERE = ("deepspeed", "bf16", "fp16", "report_to", "load_best_model_at_end", "eval_strategy", "optim")
@@ -34,7 +34,7 @@ ELSEWHERE = ("deepspeed", "bf16", "fp16", "report_to", "load_best_model_at_end",
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's options; a run's own settings may stand between them."""
+    """Adds the command's options; a run's own settings may come between them."""
     parser.add_argument("what", choices=("batch",), help="what to show")
     parser.add_argument("config", metavar="CONFIG", help="YAML file with the run's settings, or a recipe's name")
 

@@ -24,11 +24,11 @@ Trains as CONFIG says, then tests where its evaluation section names a file. Its
 settings there are:
 
   llava         a LLaVA-1.5, also one that is composed here of a vision tower and a language model
-  image_text    any other model of transformers for pictures, videos and text, or for text alone (the default)
+  image_text    any other model of transformers for pictures, videos and text, or for text only (the default)
   commonsense   a language model on instructions, each a question and its output
   vlbart        a VL-BART on picture or video features
 
-Behind CONFIG any setting may follow, --section.key value.
+After CONFIG any setting may follow, --section.key value.
 
   dora-vl train runs/my/run.yaml
   dora-vl train llava/llava15 --variant 7b_dora --data.train my.json --data.image_folder pictures
@@ -43,7 +43,7 @@ SETS_UP_LOGGING = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's options; what follows CONFIG is read as the run's settings."""
+    """Adds the command's options; what follows CONFIG is read as the run's settings."""
     parser.add_argument("config", metavar="CONFIG", help="YAML file with the run's settings, or a recipe's name")
     parser.add_argument("settings", nargs=argparse.REMAINDER, metavar="...", help="--variant NAME, --section.key value")
 

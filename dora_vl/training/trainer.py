@@ -155,7 +155,7 @@ class AdapterTrainer(OrderedTrainer):
             return
         super()._run_epoch(*options, **named)
 
-    # ---- what a step sees
+    # ---- batches and loss
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -321,7 +321,7 @@ class AdapterTrainer(OrderedTrainer):
         engine = cast("DeepSpeedEngine", self.model_wrapped) if self.is_deepspeed_enabled else None
         return RunningState(self.optimizer_layout, self.lr_scheduler, self.accelerator.scaler, engine)
 
-    # ---- going on
+    # ---- resuming
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
@@ -391,7 +391,9 @@ def build_trainer(pipeline: Pipeline, arguments: TrainingArguments, backbone: Ba
         trainer.add_callback(progress)
     # Last: the validation that it may begin with is shown, asked and logged by those before.
     trainer.add_callback(Epochs(data.set_epoch, trainer.validate_at_once))
-    if arguments.device.type == "cuda" if config.try_largest_batch is None else config.try_largest_batch:
+    on_gpu = arguments.device.type == "cuda"
+    try_largest = on_gpu if config.try_largest_batch is None else config.try_largest_batch
+    if try_largest:
         cost = cost_of(activations, recomputed=bool(arguments.gradient_checkpointing))
         # Before a clock runs or a question is asked.
         callbacks.insert(0, LargestBatch(trainer, data=data, cost=cost))
@@ -409,7 +411,7 @@ def plan_of(
 ) -> dict[str, Table]:
     """Makes the tables of what trains, what does not, and the memory that a micro-batch of `tokens` takes.
 
-    `compares` says that the run also holds what it began with.
+    `compares`: the run also holds the trained values it began with.
     """
     model = backbone.model
     engine = engine_of(

@@ -36,7 +36,7 @@ AS_WRITTEN = (
     "{% for message in messages %}{% for part in message['content'] %}"
     "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
 )
-"""This chat template writes a prompt as it stands: the run's own template has been applied to it."""
+"""This chat template writes a prompt as it is: the run's own template has been applied to it."""
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 REQUESTS = 64
 """The server has this many questions at the same time; it batches their answers itself."""
@@ -93,26 +93,26 @@ class VllmServer:
 
 
 def refuse_unsent(model: Any) -> None:
-    """Refuses a model of which more trains than vLLM's slots hold."""
+    """Refuses a model that trains more than vLLM's slots can hold."""
     language = set(resolved_layers(model, "language"))
     others = {part.part for part in trained_parts(model) if not part.adapts}
     others |= {name for name, _ in adapted_layers(model) if name not in language}
     if others:
         raise SettingError(
             SETTING,
-            f": vLLM takes adapters of the language model's linear layers alone, but {short_names(sorted(others))} "
+            f": vLLM only takes adapters of the language model's linear layers, but {short_names(sorted(others))} "
             "train too; set adapter.train_projector: false and adapter.targets: [language]",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class VllmAnswers:
-    """Draws by a vLLM server, from the adapter alone. An `AnswerSource`.
+    """Draws by a vLLM server, which gets only the adapter. An `AnswerSource`.
 
     A step's adapter gets a name of its own: vLLM keeps what it computed for a prompt by the adapter's name.
 
     Attributes:
-        reader: opens pictures; None where the model sees words alone.
+        reader: opens pictures; None if the model sees text only.
         preparation: makes a LLaVA-1.5's pictures, whose way here is not the one that its folder tells vLLM.
         names: holds the name of the adapter that the server has.
     """
@@ -171,7 +171,7 @@ class VllmAnswers:
             "logprobs": True,
             "return_token_ids": True,
             "logit_bias": {str(token): NEVER for token in self.never},
-            # All that the base's folder may say otherwise.
+            # All that the base's folder may say differently.
             **{"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0},
         }
         answer = self.server.ask("/v1/chat/completions", body).json()

@@ -59,7 +59,7 @@ def test_the_way_that_the_refusal_names_works(tmp_path):
 
 @pytest.mark.parametrize("init", ["kaiming", "pissa"])
 def test_our_folders_are_read_whatever_stands_first(tmp_path, init):
-    """The model's first layer has a magnitude alone; the folder's method is that of the others."""
+    """The model's first layer has only a magnitude; the folder's method is that of the others."""
     model = tiny_llama()
     settings = {"targets": ("*.down_proj",), "magnitude_targets": ("*.q_proj",), "rank": 2, "init": init}
     names = apply_dora(model, DoRAConfig(**settings))

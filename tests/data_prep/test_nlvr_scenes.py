@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 from data_prep import nlvr_scenes
-from data_prep.nlvr_scenes import BOX, COLOURS, GAP, Item, claim, draw, examples_of
+from data_prep.nlvr_scenes import BOX, COLOURS, GAP, SceneShape, claim, draw, examples_of
 from dora_vl.data.example import iterate_examples
 
 
-def block(colour: str, level: int) -> Item:
-    return Item("square", colour, 40, 80 - 21 * level, 20)
+def block(colour: str, level: int) -> SceneShape:
+    return SceneShape("square", colour, 40, 80 - 21 * level, 20)
 
 
 TOWERS = (
@@ -25,9 +25,9 @@ TOWERS = (
     [block("yellow", 0), block("blue", 1)],
 )
 SHAPES = (
-    [Item("circle", "black", 0, 40, 30), Item("circle", "blue", 50, 10, 10)],
-    [Item("triangle", "yellow", 30, 70, 30)],
-    [Item("square", "blue", 20, 20, 20), Item("circle", "black", 70, 60, 20)],
+    [SceneShape("circle", "black", 0, 40, 30), SceneShape("circle", "blue", 50, 10, 10)],
+    [SceneShape("triangle", "yellow", 30, 70, 30)],
+    [SceneShape("square", "blue", 20, 20, 20), SceneShape("circle", "black", 70, 60, 20)],
 )
 TRUE = {
     "There are exactly two towers with a yellow block at the base",
@@ -54,7 +54,7 @@ FALSE = {
 }
 
 
-def said_of(scene: tuple[list[Item], ...], noun: str, draws: int) -> dict[str, bool]:
+def said_of(scene: tuple[list[SceneShape], ...], noun: str, draws: int) -> dict[str, bool]:
     order = random.Random(5)
     return {text: is_true(scene) for text, is_true in (claim(order, noun) for _ in range(draws))}
 

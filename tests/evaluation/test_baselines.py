@@ -55,7 +55,7 @@ def told(examples: list[Example], says: Any) -> dict[str, Any]:
     sample = exchange_pictures_of(examples, answers)
     exchange = ComparisonAnswers(examples=sample, answers={example.id: says(example) for example in sample})
     entry, lines = compare_with_baselines(
-        score(examples, answers), examples, answers, score, says=right_text, exchange=exchange
+        score(examples, answers), examples, answers, score, right_answer_of=right_text, exchange=exchange
     )
     assert lines[-1] == entry.get("warning", lines[-1])
     return entry
@@ -158,7 +158,7 @@ def test_what_the_pictures_tell_stands_beside_what_was_learned(tmp_path: Path) -
     read["1"] = "none"
     blue = {example.id: "blue" for example in examples}
     entry, lines = compare_with_baselines(
-        score(examples, blue), examples, blue, score, says=right_text, exchange=None, readable=read
+        score(examples, blue), examples, blue, score, right_answer_of=right_text, exchange=None, readable=read
     )
     part = entry["readable"]
     assert (part["n"], part["value"]) == (33, pytest.approx(100 * 32 / 33))
@@ -170,10 +170,12 @@ def test_what_the_pictures_tell_stands_beside_what_was_learned(tmp_path: Path) -
     assert "which colour?: readable 29, learned 10 of 30" in lines
     some = {name: read[name] for name in ("2", "3")}
     scored = score(examples, read)
-    learned, told = compare_with_baselines(scored, examples, read, score, says=right_text, exchange=None, readable=some)
+    learned, told = compare_with_baselines(
+        scored, examples, read, score, right_answer_of=right_text, exchange=None, readable=some
+    )
     assert (learned["readable"]["n"], "advice" in learned) == (2, False)
     assert learned["readable"]["questions"]["other questions"] == {"n": 3, "learned": 3}
-    assert any("other questions" in line and "not known" in line and "3 of 3" in line for line in told)
+    assert any("other questions" in line and "unknown" in line and "3 of 3" in line for line in told)
 
     write_json(tmp_path / PROBE, {"questions_sha256": "of the file", "answers": some})
     assert readable_answers(tmp_path / "test.jsonl", "of the file") == some

@@ -146,8 +146,9 @@ def test_the_card_says_what_the_run_scored(copied: Path, capsys: pytest.CaptureF
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in card.text.splitlines() if "|" in line]
     assert ["train", "accuracy", f"{accuracy['value']:.2f}", f"{low:.2f} to {high:.2f}", str(accuracy["n"])] in rows
     assert any(row[1] == "with pictures exchanged" for row in rows if len(row) == 5)
-    assert ["perplexity of other text", "22.0 before, 30.5 after (1.39 times; up to 1.3 is little)"] in rows
-    kept = "3 of 16 word for word as before; the old ones take 1.25 nats a token before, 2.50 after"
+    assert ["perplexity of other text", "22.0 before, 30.5 after (1.39 times; up to 1.3 is small)"] in rows
+    kept = "3 of 16 unchanged word for word; negative log-likelihood of the old answers "
+    kept += "1.25 nats per token before, 2.50 after; it forgets: train fewer epochs, or raise data.replay"
     assert ["answers to other questions", kept] in rows
     assert "the answers do not look" in card.text
     settings = {row[0]: row[1] for row in rows if len(row) == 2}

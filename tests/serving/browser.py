@@ -146,14 +146,14 @@ class Visitor:
 
 
 class Trainer(Visitor):
-    """Somebody at the door Train, each of whose clicks may start programs."""
+    """Somebody at the tab Train, each of whose clicks may start programs."""
 
     def __init__(self, context: Any, address: str) -> None:
         super().__init__(context, address, ready="#dv-look")
         self.page.set_default_timeout(5 * MILLISECONDS)
 
     def state(self, text: str) -> None:
-        self.page.locator("#dv-state", has_text=text).wait_for()
+        self.page.locator("#dv-state, #dv-data-state").filter(has_text=text).wait_for()
 
     def look(self, base: str) -> None:
         self.page.fill("#dv-base input", base)

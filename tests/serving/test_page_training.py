@@ -102,13 +102,37 @@ def test_a_finished_run_shows_the_command_that_trained_it(door: Any) -> None:
 def test_dropped_files_are_corrected_and_found_again_by_their_tab(door: Any) -> None:
     folder = drop(door, "somebody", {"table.csv": "wrong", "a.png": "a"}, "")[door.folder]
     update = drop(door, "somebody", {"table.csv": "right", "b.png": "b"}, folder)
-    assert "Replaced: table.csv" in update[door.state]
+    assert "Replaced: table.csv" in update[door.data_state]
     assert {path.name: path.read_text() for path in Path(folder).iterdir()} == {
         "table.csv": "right", "a.png": "a", "b.png": "b",
     }  # fmt: skip
     assert door.opened("a tab")[door.folder] == folder
-    assert door.opened("another tab")[door.folder] == ""
+    assert door.folder not in door.opened("another tab")
     assert drop(door, "another", {"a.png": "c"}, "")[door.folder] != folder
+
+
+def test_headings_become_options_of_init() -> None:
+    from dora_vl.serving.page_training import column_options
+
+    expected = {"--columns": "Foto=image,Richtige Antwort=answer", "--ignore": "Bemerkung"}
+    assert column_options("Foto=image, Richtige Antwort=answer, Bemerkung") == expected
+    assert column_options("--columns 'Foto=image,Richtige Antwort=answer' --ignore Bemerkung") == expected
+    assert column_options("") == {"--columns": "", "--ignore": ""}
+
+
+def test_rows_that_cannot_be_used_are_told_of_as_a_fault() -> None:
+    from dora_vl.serving.page_training import left_out_view
+
+    assert "54 of 160" in left_out_view("my/questions.csv: question/answer, 160 rows, 54 usable\n")
+    assert left_out_view("my/questions.csv: question/answer, 160 rows, 160 usable\n") == ""
+
+
+def test_a_run_shows_its_steps_and_no_other_line(door: Any) -> None:
+    write_run(10)
+    (RUN / "output.txt").write_text("step 3 of 60  loss 0.5\nat the fullest moment 2.68 GiB\n")
+    (RUN / "log.jsonl").write_text("{}\n")
+    door.runs.running = lambda: RUN
+    assert door.runs.status(RUN).line == "step 3 of 60  loss 0.5"
 
 
 def test_a_model_that_cannot_be_read_leaves_those_that_answer(model: ServedModel) -> None:

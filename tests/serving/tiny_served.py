@@ -136,7 +136,7 @@ def batches_of(engine: Engine, monkeypatch: Any) -> list[list[tuple[str, float] 
     begin = engine._decoder.begin
 
     def noted(batch: Sequence[SubmittedRequest]) -> Any:
-        batches.append([request.prepared.share for request in batch])
+        batches.append([request.prepared.applied for request in batch])
         return begin(batch)
 
     monkeypatch.setattr(engine._decoder, "begin", noted)

@@ -391,7 +391,7 @@ def test_folders_named_as_splits_stay_what_they_are(capsys: pytest.CaptureFixtur
     Path("my/test/circle/0.png").write_bytes(Path("my/train/circle/1.png").read_bytes())
     lines = lines_of(capsys, "my", *ASK)
     assert any(line.startswith("held out by their folders: 6 rows about 6 pictures; to train on: 12") for line in lines)
-    assert any("both" in line or "alike" in line for line in lines)  # a test picture is one of those to train on
+    assert any("both the training and the test folder" in line for line in lines)
     assert [len(rows_of(Path(f"runs/my/{name}.jsonl"))) for name in ("train", "test", "validation")] == [12, 6, 4]
     assert "validation: runs/my/validation.jsonl" in Path("runs/my/run.yaml").read_text(encoding="utf-8")
 
@@ -469,7 +469,7 @@ def test_what_is_probably_not_meant_is_named_and_kept(capsys: pytest.CaptureFixt
     write_table(Path("my/answers.csv"), rows)
     lines = lines_of(capsys, "my")
     doubts = [
-        line for line in lines[lines.index("trained on as they are, though probably not meant:") :] if "row " in line
+        line for line in lines[lines.index("trained on as they are, though probably mistakes:") :] if "row " in line
     ]
     for kind, row in (("empty question", "row 17"), ("no picture", "row 16"), ("another answer", "row 15")):
         assert sum(kind in line and row in line for line in doubts) == 1, kind

@@ -1,4 +1,4 @@
-// What stands between the matrix products of an adapted linear layer on a CPU, as operations of torch; letters as in
+// What comes between the matrix products of an adapted linear layer on a CPU, as operations of torch; letters as in
 // functional.py, which has the same by the same names.
 //
 //     norms        n^2 = ||W||^2 + 2 s B.(W A^T + s/2 B A A^T), rows that cancel from the dense direction

@@ -27,7 +27,7 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 SWITCH = "DORA_VL_CPU_STEP"
-"""Where the environment sets it to 0 before the first pass, nothing is compiled and `functional.py` runs everywhere."""
+"""If the environment sets it to 0 before the first pass, nothing is compiled and `functional.py` runs everywhere."""
 SMALLEST = 2**16
 """Outputs and weights of fewer numbers run eagerly: a toy model would wait for the compiler and gain nothing."""
 DTYPES = frozenset({torch.float32, torch.bfloat16})
@@ -78,7 +78,7 @@ def norms(weight: Tensor, weight_norms_squared: Tensor, lora_A: Tensor, lora_B: 
 
 @cache
 def compiled_operations() -> Any | None:
-    """Returns the namespace `torch.ops.dora_vl_cpu`, compiled if it never was; None where it cannot be, logged once."""
+    """Returns the namespace `torch.ops.dora_vl_cpu`, compiled at the first call; None if that fails (logged once)."""
     if os.environ.get(SWITCH) == "0":
         return None
     if shutil.which(os.environ.get("CXX", "c++")) is None or importlib.util.find_spec("ninja") is None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from dora_vl.core.fast import cpu_step
 
 SWITCH = "DORA_VL_TRITON"
-"""Where the environment sets it to 0 before the first pass, CUDA uses the eager operations everywhere."""
+"""If the environment sets it to 0 before the first pass, CUDA uses the eager operations everywhere."""
 OLDEST_CAPABILITY = (8, 0)
 """The GPU needs this capability, the first with bfloat16 matrix products."""
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -23,11 +23,11 @@ DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _left_out: list[None] = []
 """Holds an entry for each block of `without_kernels` that is open."""
 _kernels: dict[tuple[torch.device, torch.dtype], ModuleType | None] = {}
-"""Keeps the kernels that `triton_kernels` has found, by device and dtype; None where there are none."""
+"""Keeps the kernels that `triton_kernels` has found, by device and dtype; None if there are none."""
 
 
 def kernels_for(tensor: Tensor, numbers: int) -> ModuleType | None:
-    """Returns the module whose `output`, `gradients` and norms take tensors like this one; None where there is none.
+    """Returns the module whose `output`, `gradients` and norms take tensors like this one; None if there is none.
 
     `numbers` of an output or a weight say whether C++ is worth compiling.
     """
@@ -57,7 +57,7 @@ def triton_kernels(tensor: Tensor) -> ModuleType | None:
 
 @contextmanager
 def without_kernels() -> Iterator[None]:
-    """Runs eager operations inside the block, for comparisons; a backward pass belongs into its forward's block."""
+    """Runs eager operations inside the block, for comparisons; a backward pass must be in its forward pass's block."""
     _left_out.append(None)
     try:
         yield

@@ -2,12 +2,12 @@
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
 """The passes around the frozen product and the norms as Triton kernels for CUDA; letters as in functional.py.
 
-Each equals what torch's operations do, with one rounding to the activations' dtype at the end instead of one an
-operation. The large products (W x, dz W, h^T dz) are the vendor's. On CPU the kernels run under Triton's interpreter
-alone (TRITON_INTERPRET=1), whose dot product does not know bfloat16: `WIDE_DOT` widens there. The first call for a
-bucket of shapes times the tiles of a small space once, into scratch memory and never into a caller's buffer; later
-calls are plain launches of the winner. Buckets are powers of two of rows: batches of variable length are timed some
-ten times at most in a run.
+Each equals what torch's operations do, with one rounding to the activations' dtype at the end instead of one per
+operation. The large products (W x, dz W, h^T dz) are the vendor's. On CPU the kernels only run under Triton's
+interpreter (TRITON_INTERPRET=1), whose dot product does not know bfloat16: `WIDE_DOT` widens there. The first call
+for a bucket of shapes times the tiles of a small space once, into scratch memory and never into a caller's buffer;
+later calls are plain launches of the winner. Buckets are powers of two of rows: batches of variable length are timed
+some ten times at most in a run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dora_vl.core.functional import CANCELLATION, NORM_RANGE, Gain, scaled_produ
 from dora_vl.core.functional import factor_gradients as factor_gradients
 
 SWITCH = "DORA_VL_TRITON_TILES"
-"""Where the environment sets it to `fixed`, one configuration serves all: sums have one order, and nothing is timed.
+"""If the environment sets it to `fixed`, one configuration serves all: sums have one order, and nothing is timed.
 
 `torch.use_deterministic_algorithms(True)` does the same."""
 MOST_ROWS = 16384
@@ -54,14 +54,14 @@ class TiledKernel:
 
     kernel: Any
     space: Sequence[Config]
-    """These are timed; the first that fits is the fixed choice, so the most moderate stands first."""
+    """These are timed; the first that fits is the fixed choice, so the most moderate comes first."""
     fits: Callable[[Config, Named], bool]
     """Tells whether a configuration fits into shared memory and registers."""
     keys: Sequence[str]
     """The timing depends on these arguments of the kernel, besides dtypes and the card; `rows` counts by its bucket."""
     _chosen: dict[tuple[object, ...], Config] = field(default_factory=dict)
     _tuners: dict[object, Any] = field(default_factory=dict)
-    """Holds a tuner for each kind of card, since triton's own cache knows shapes alone."""
+    """Holds a tuner for each kind of card, since triton's own cache only knows shapes."""
 
     def config(self, named: Named, grid: Callable[..., Any], scratch: Callable[[], Named]) -> Config:
         """Chooses the tiles for these operands; times them on `scratch`, whose outputs nobody reads."""
@@ -109,7 +109,7 @@ def _may_time(device: torch.device) -> bool:
 
 
 def tiles(*shapes: tuple[int, int, int, int]) -> list[Config]:
-    """Makes a space of rows and columns of a tile, warps and pipeline stages; those of few rows stand last."""
+    """Makes a space of rows and columns of a tile, warps and pipeline stages; those of few rows come last."""
     return [
         Config({"BLOCK_ROWS": rows, "BLOCK_OUT": out}, num_warps=warps, num_stages=stages)
         for rows, out, warps, stages in shapes
@@ -117,7 +117,7 @@ def tiles(*shapes: tuple[int, int, int, int]) -> list[Config]:
 
 
 def padded(size: int) -> int:
-    """Rounds up to a power of two, 16 at least: the least that the tensor cores take."""
+    """Rounds up to a power of two, at least 16, the smallest that tensor cores take."""
     return max(16, triton.next_power_of_2(size))
 
 
@@ -150,7 +150,7 @@ def _card(device: torch.device) -> str:
 
 
 def cast_factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Casts A or B to the activations' dtype, once a call: every block of rows reads it."""
+    """Casts A or B to the activations' dtype, once per call: every block of rows reads it."""
     return factor.detach().to(dtype).contiguous()
 
 
@@ -171,7 +171,7 @@ def dot_precision(dtype: torch.dtype, rank: int) -> str:
 
 
 def _product_fits(config: Config, named: Named) -> bool:
-    """Tells whether a tile fits of a kernel that multiplies its rows by a factor, `BLOCK_RANK` at a time."""
+    """Tells whether a tile fits in a kernel that multiplies its rows by a factor, `BLOCK_RANK` at a time."""
     rows, out = config.kwargs["BLOCK_ROWS"], config.kwargs["BLOCK_OUT"]
     operands = (rows + out) * named["BLOCK_RANK"] * named["factor"].element_size()
     return fits_on_chip(config, named["rows"], operands, rows * out, named["factor"].device)
@@ -439,8 +439,8 @@ def output(
 #
 #     n^2 = ||W||^2 + 2 s B.(W A^T + s/2 B A A^T)        a row at a time, in float32
 #
-# Which rows cancel is known on the device alone. A compiled graph can neither ask for it nor hold a result of that
-# size, so a second kernel looks at all rows, sixteen a program: a program without a row that cancels copies what it
+# Which rows cancel is known only on the device. A compiled graph can neither ask for it nor hold a result of that
+# size, so a second kernel looks at all rows, sixteen per program: a program without a row that cancels copies what it
 # found and ends, one with such a row reads its rows of W and takes their norms dense.
 
 
@@ -527,7 +527,7 @@ def norms(
     lora_B: Float[Tensor, "out rank"],
     scale: float,
 ) -> Float[Tensor, " out"]:
-    """Computes n of each row, those that cancel dense, without a shape or a branch that depends on values.
+    """Computes n of each row, dense for rows that cancel, without a shape or branch that depends on values.
 
     Without a row that cancels the second launch reads two vectors. With one it reads the sixteen rows of W in its
     program: one row in sixteen, spread evenly, is as dear as all of W. A and B are taken in the weight's dtype for the

@@ -1,1 +1,1 @@
-"""Published data sets as records: one function a source."""
+"""Published data sets as records: one function per source."""

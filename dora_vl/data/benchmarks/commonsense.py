@@ -33,7 +33,7 @@ def commonsense(folder: Path, options: Mapping[str, str], records: Path) -> Iter
     `ft-training_set/commonsense_170k.json` (170,420 rows): lists of {instruction, input, output, answer}. Licence:
     Apache-2.0 for the repository, each set its own.
 
-    A record's `question` is the instruction as it stands; its answer is what is scored ("answer4"), `extra["output"]`
+    A record's `question` is the instruction as it is; its answer is what is scored ("answer4"), `extra["output"]`
     the training target ("the correct answer is answer4"), `choices` the options' texts with `extra["labels"]`.
 
     Quirks: `input` is always empty; winogrande has no line break before "Answer format:"; ARC has questions of three
@@ -191,7 +191,7 @@ def cloze_row(raw: Raw, *, task: str, split: str) -> Example:
     if task == "winogrande":
         before, _, after = question.partition(BLANK)
         if not after.strip():
-            raise row.error("its sentence has no blank (_) with words behind it")
+            raise row.error("its sentence has no blank (_) with words after it")
         contexts, endings = tuple(before + option for option in endings), (after.strip(),) * len(endings)
     extra = {"task": task, "correct": correct, "contexts": list(contexts), "endings": list(endings)}
     answers = (Answer(text=endings[correct]),)
@@ -201,7 +201,7 @@ def cloze_row(raw: Raw, *, task: str, split: str) -> Example:
 def _context(task: str, question: str) -> str:
     if task == "social_i_qa":
         return f"Q: {question}\nA:"
-    before = "" if task in ("boolq", "hellaswag", "openbookqa") else "Question: "  # BoolQ's stands behind its passage
+    before = "" if task in ("boolq", "hellaswag", "openbookqa") else "Question: "  # BoolQ's comes after its passage
     return before + question + ("" if task in ("hellaswag", "openbookqa") else "\nAnswer:")
 
 

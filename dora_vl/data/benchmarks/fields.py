@@ -1,6 +1,6 @@
-"""Published rows read column by column, files joined by an id, and what a source says of a split.
+"""Reads published rows column by column, joins files by an id, and describes the splits of a source.
 
-Sources look into rows through `Row` alone: a value that is missing or of another kind makes a named `BadSample`, never
+Sources read rows only through `Row`: a value that is missing or of another kind makes a named `BadSample`, never
 a traceback, and never passes on to a scorer.
 """
 
@@ -44,7 +44,7 @@ class Split:
         convert: raises `BadSample` for a row that cannot be used.
         published_rows: how many rows the publisher states; another number is reported, not refused.
         repeated_ids: what to do with an id that came before: refuse the file, or number it ("x#2").
-        ids_by_place: ids say where a row stands, so repeated rows have two ids: they are counted.
+        ids_by_place: ids say where a row is, so repeated rows have two ids: they are counted.
         settings: what the user chose; another choice makes the file anew.
         notes: what else the manifest should say.
     """
@@ -62,7 +62,7 @@ class Split:
 
 
 class Row:
-    """A published row; of `id_column` comes the id that messages name."""
+    """A published row; messages name it by the id in `id_column`."""
 
     def __init__(self, raw: Raw, id_column: str = "", *, sample_id: str = UNKNOWN_ID) -> None:
         self.raw = raw
@@ -91,11 +91,11 @@ class Row:
         return self.error(f"column {short_repr(column)} must hold {kind}, got {short_repr(value)}")
 
     def optional(self, take: Callable[[str], Value], column: str) -> Value | None:
-        """Returns what `take` gives for a column that is there; None where it is absent or null."""
+        """Returns what `take` reads from a column; None if it is absent or null."""
         return None if self.get(column) is None else take(column)
 
     def extra_columns(self, *columns: str, take: Callable[[str], object] | None = None) -> dict[str, object]:
-        """Returns the columns that are there, for `Example.extra`; text and numbers unless `take` says otherwise."""
+        """Returns the row's columns among these, for `Example.extra`; `take` reads them, by default `scalar`."""
         return {column: (take or self.scalar)(column) for column in columns if self.get(column) is not None}
 
     def text(self, column: str) -> str:
@@ -209,7 +209,7 @@ def soft_answers(answers: Sequence[str]) -> tuple[Answer, ...]:
 
 
 def join_key(raw: Raw, column: str) -> str:
-    """Returns the id that a row is joined by; "" where it has none, which is for its conversion to say."""
+    """Returns the id that a row is joined by; "" if it has none, which its conversion then reports."""
     try:
         return Row(raw).identifier(column)
     except BadSample:
@@ -228,12 +228,12 @@ def existing_files(folder: Path, names: Iterable[str], *, inside: Sequence[str] 
 
 
 def files_in(folder: Path, names: Iterable[str]) -> dict[str, Path]:
-    """Returns those of the files that are there."""
+    """Returns the files that exist, by name."""
     return {name: folder / name for name in names if (folder / name).is_file()}
 
 
 def member_rows(paths: Sequence[Path], id_column: str) -> Iterator[Raw]:
-    """Yields the members of files that are one object of objects; their names stand in `id_column`."""
+    """Yields the members of files that are one object of objects; their names go into `id_column`."""
     for path in paths:
         for name, row in stream_members(path):
             yield {**row, id_column: name}
@@ -249,7 +249,7 @@ def refuse_file(where: str | Path) -> Iterator[None]:
 
 
 def numbered(file: Path, rows: Iterable[Raw]) -> Iterator[tuple[str, Raw]]:
-    """Returns each row with how messages call it, "<file>, row <number>"."""
+    """Pairs each row with its name in messages, "<file>, row <number>"."""
     return ((f"{file}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
@@ -261,6 +261,6 @@ def by_id(file: Path, rows: Iterable[Raw], id_column: str, *columns: str) -> dic
             name = Row(row).identifier(id_column)
         values = {column: row.get(column) for column in columns}
         if rows_by_id.setdefault(name, values) != values:
-            other = f"stands in an earlier row with another {' or '.join(columns)}"
+            other = f"is in an earlier row with another {' or '.join(columns)}"
             raise UserError(f"{where}: {id_column} {short_repr(name)} {other}; fetch the file again")
     return rows_by_id

@@ -33,7 +33,7 @@ PARTS = {"train": "train", "restval": "train", "val": "validation", "test": "tes
 
 
 def coco_caption(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Split]:
-    """COCO captions in Karpathy's split: one example a picture, its five (sometimes six or seven) captions as answers.
+    """COCO captions in Karpathy's split: one example per picture, its five (or six or seven) captions as answers.
 
     File: `dataset_coco.json` (about 150 MB). Licence: captions CC BY 4.0, pictures under Flickr's terms. Pictures:
     COCO's, as `train2014/COCO_train2014_...jpg` and `val2014/...`; restval, val and test are all of val2014.
@@ -138,7 +138,7 @@ def nlvr(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Sp
     six examples, id "<identifier>-<order>", or as many as `orders` says. With `shares` the rows of all files are
     divided anew, by sentence.
 
-    Quirks: one sentence stands with up to four pictures ("1572-0" ... "1572-3"), and sentences repeat under other
+    Quirks: one sentence comes with up to four pictures ("1572-0" ... "1572-3"), and sentences repeat under other
     numbers. So `shares` divides by the sentence's words: the six orders, the four pictures and the repeated sentences
     stay together, and a test set never holds a sentence that was trained on. `evals` are the votes of validators, not
     all of whom agree.
@@ -179,7 +179,7 @@ def read_shares(option: str) -> dict[str, float]:
 
 
 def share_of(sentence: str, shares: Mapping[str, float], seed: str) -> str:
-    """Returns the share that a sentence falls to, by its words alone: the same wherever it stands again."""
+    """Returns the share that a sentence falls to, decided only by its words: the same wherever it occurs again."""
     digest = hashlib.sha256(f"{seed}\0{_words(sentence)}".encode()).digest()
     fraction = int.from_bytes(digest[:8], "big") / 2**64
     *others, last = shares
@@ -293,7 +293,7 @@ def vqav2(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[S
     """VQA v2 (Goyal et al., 2017): open questions about COCO pictures, ten answers each, the official splits.
 
     Files, from visualqa.org/download.html: `v2_OpenEnded_mscoco_{train2014,val2014}_questions.json` with
-    `v2_mscoco_{train2014,val2014}_annotations.json`, and the questions alone of `test2015` and `test-dev2015`. Licence:
+    `v2_mscoco_{train2014,val2014}_annotations.json`, and only the questions of `test2015` and `test-dev2015`. Licence:
     CC BY 4.0, pictures under Flickr's terms. Pictures: COCO's, as `train2014/COCO_train2014_000000000009.jpg`.
 
     Quirks: questions and annotations are joined by `question_id`; `answer_confidence` is in every annotation but no

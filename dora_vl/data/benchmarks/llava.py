@@ -34,7 +34,7 @@ from dora_vl.errors import BadSample, UserError, short_repr
 def llava_json(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Split]:
     """Any file in LLaVA's form (JSON list or JSON lines), checked row by row and written as JSON lines with unique ids.
 
-    A record holds `id`, `image` (a path or a list of paths, relative to one picture folder; absent for text alone) and
+    A record holds `id`, `image` (a path or a list of paths, relative to one picture folder; absent for text only) and
     `conversations`, a list of {"from": "human" | "gpt", "value": text} with `<image>` where a picture goes. `dora_vl`
     trains on such a file as it is; preparing it once finds the unusable rows beforehand. `--from` takes the file, or a
     folder of `*.json` and `*.jsonl`; each file becomes `llava/<its name>.jsonl`. Licence: the file's own.
@@ -60,7 +60,7 @@ def llava_mix665k(folder: Path, options: Mapping[str, str], records: Path) -> It
     publishers, go into one folder: `coco/train2017`, `gqa/images`, `ocr_vqa/images`, `textvqa/train_images`,
     `vg/VG_100K`, `vg/VG_100K_2`.
 
-    Quirks: ids repeat (one picture stands in several of the mixed sets) and some are numbers; some 40 thousand
+    Quirks: ids repeat (one picture is in several of the mixed sets) and some are numbers; some 40 thousand
     conversations of ShareGPT have no picture and an extra key `model`; OCR-VQA's pictures are named .jpg throughout,
     but its publisher serves some as GIF or PNG: rename, do not convert. A few turns are empty or begin with "gpt": an
     empty answer is dropped and named, a leading answer stays and is skipped at reading, as in LLaVA.
@@ -224,7 +224,7 @@ def mmbench_row(raw: Raw, *, task_folder: Path, answered: bool) -> Example:
     try:
         picture = base64.b64decode(row.non_empty("image"), validate=True)
     except ValueError as error:  # also for characters beyond ASCII
-        raise row.error(f"its picture is no base64: {error}") from None
+        raise row.error(f"its picture is not base64: {error}") from None
     return Example(
         id=row.id,
         images=(save_picture(picture, task_folder, row.id),),
@@ -575,7 +575,7 @@ def vizwiz(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[
     the pictures in `train.zip`, `val.zip`, `test.zip`. Licence: CC BY 4.0. Pictures: `train/VizWiz_train_00000000.jpg`
     and so on.
 
-    Quirks: there is no question id; the picture's name is one, for each picture has one question. Test has no answers;
+    Quirks: there is no question id; the picture's name is used, for each picture has one question. Test has no answers;
     the server takes [{image, answer}]. "unanswerable" is an answer, "unsuitable image" too. LLaVA-1.5 appends "When the
     provided information is insufficient, respond with 'Unanswerable'.": that belongs to its prompt, not to the record.
     """

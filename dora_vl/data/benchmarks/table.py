@@ -35,7 +35,7 @@ SOURCES: dict[str, Source] = {
     "scienceqa": Source(llava.scienceqa, "ScienceQA, with and without pictures"),
     "pope": Source(llava.pope, "POPE: is there such an object? either label version"),
     "mmbench": Source(llava.mmbench, "MMBench and MMBench-CN, all rotations"),
-    "mme": Source(llava.mme, "MME, two yes/no questions a picture"),
+    "mme": Source(llava.mme, "MME, two yes/no questions per picture"),
     "seed": Source(llava.seed_bench, "SEED-Bench, pictures and videos"),
     "llava-bench": Source(llava.llava_bench, "LLaVA-Bench in the wild, for a judge"),
     "mmvet": Source(llava.mmvet, "MM-Vet, for a judge"),

@@ -28,7 +28,7 @@ _TIMES = re.compile(r"\s*{0}\s*-->\s*{0}".format(r"([0-9]{1,3}):([0-9]{1,2}):([0
 
 
 class Subtitles:
-    """Subtitles by video name, in the forms in which they are still to be had; the first of `names` that is there.
+    """Subtitles by video name, in the forms that are still available; from the first of `names` that exists.
 
     VALUE's JSON lines: {vid_name, sub: [{text, start, end}]} with seconds (also TVR's and TVC's
     `tvqa_preprocessed_subtitles.jsonl`), read at once; or a folder of `<vid_name>.srt`, as in TVQA's

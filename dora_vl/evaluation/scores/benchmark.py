@@ -1,6 +1,6 @@
 """What a benchmark is: its question, its official score, its server's file, and how its files name its questions.
 
-Each benchmark's own stands in a scorer's file, and one row of `evaluation.benchmarks` makes it known.
+Each benchmark's own is in a scorer's file, and one row of `evaluation.benchmarks` makes it known.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PromptFunction = Callable[[Example], str]
 
 
 def as_is(example: Example) -> str:
-    """Returns the question alone."""
+    """Returns only the question."""
     return example.question
 
 
@@ -91,8 +91,8 @@ def lettered(example: Example, before_hint: str = "") -> str:
 
 # Which question a row of a predictions file answers, beside by the id.
 #
-# LLaVA's question files name TextVQA's, MME's, VizWiz' and POPE's questions otherwise than the publishers' annotations
-# do. A row's prompt tells questions about one picture apart. Source of the names: LLaVA c121f04,
+# LLaVA's question files name TextVQA's, MME's, VizWiz' and POPE's questions differently from the publishers'
+# annotations. A row's prompt tells questions about one picture apart. Source of the names: LLaVA c121f04,
 # `llava/eval/eval_textvqa.py`, `eval_pope.py`, `scripts/convert_*.py`, and MME's `convert_answer_to_mme.py`.
 
 Key = Hashable | None
@@ -156,7 +156,7 @@ class ByOrder:
 
 
 def question_in(prompt: str) -> str:
-    """Returns a prompt's question alone, in lower case with single spaces: suffixes, OCR tokens and placeholders go."""
+    """Returns only a prompt's question, in lower case with single spaces: suffixes, OCR tokens and placeholders go."""
     for suffix in _SUFFIXES:  # first, since they end the line of tokens
         prompt = prompt.replace(suffix, " ")
     return plain(_OCR.sub(" ", prompt.replace(IMAGE_PLACEHOLDER, " ")))
@@ -203,7 +203,7 @@ def match_predictions(
             strangers[row.id] = row.prediction
         else:
             answer = f"a{row.prediction}" if row.is_number and benchmark.labels_choices else row.prediction
-            if not row.set and answers.setdefault(name, answer) != answer:  # of our own file the later stands
+            if not row.set and answers.setdefault(name, answer) != answer:  # of our own file the later counts
                 twice = f"{short_repr(answers[name])} and {short_repr(answer)}"
                 raise UserError(f"{path}: two answers to {short_repr(row.id)}, {twice}; leave the one that is meant")
             answers[name] = answer
@@ -227,14 +227,14 @@ class Benchmark:
     """One benchmark.
 
     Attributes:
-        modes: version -> scorer, the usual one first, "" where there is one alone; empty where an external judge
+        modes: version -> scorer, the usual one first, "" if there is only one; empty where an external judge
             scores.
         splits: names of the split to look for in `records/<task>/`, the first that is there.
         submission: the server's file, its name and text; a test split's answers are the publisher's, so it scores.
             Read back by the official rule it gives the score of `modes`.
         submissions: version -> its file, where it is another than `submission`.
         joins: how rows of the official files name their questions, beside the id.
-        labels_choices: answers are "a" and the choice's index, and official files hold the index alone.
+        labels_choices: answers are "a" and the choice's index, and official files hold only the index.
         chooses: every question has choices, and `extra["correct"]` is what is scored.
         together: examples with equal values are scored as one (rotations of a question, items of a sentence), so that
             one without its right answer leaves out all.

@@ -202,7 +202,7 @@ def clip_of(example: Example) -> str:
 class CiderOfAnswers:
     """CIDEr-D (arXiv 1411.5726) of single captions, from 0 to 1, a tenth of the official code's number for a caption.
 
-    Every caption of each picture says in how many pictures an n-gram stands.
+    Every caption of each picture says in how many pictures an n-gram occurs.
     """
 
     def __init__(self, references: Sequence[Sequence[str]]) -> None:
@@ -319,7 +319,7 @@ def coco_caption(examples: Sequence[Example], answers: AnswersById) -> tuple[str
 def value_captions(
     examples: Sequence[Example], answers: AnswersById, *, file: str, video_name: str = "vid_name"
 ) -> tuple[str, str]:
-    """Writes VALUE's file, a caption a clip in the references' order; YC2C names its video otherwise."""
+    """Writes VALUE's file, a caption a clip in the references' order; YC2C names its video differently."""
     rows: dict[str, dict[str, object]] = {}
     predictions = _predictions(examples, answers)
     for example in examples:

@@ -463,7 +463,7 @@ def scienceqa_score(examples: Sequence[Example], answers: AnswersById) -> Scored
 
 
 def scienceqa_prompt(example: Example) -> str:
-    """Asks in LLaVA's wording: the hint stands behind "Context: "."""
+    """Asks in LLaVA's wording: the hint comes after "Context: "."""
     return f"{lettered(example, before_hint='Context: ')}\n{LETTER}"
 
 

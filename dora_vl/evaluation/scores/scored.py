@@ -116,7 +116,7 @@ class Scored:
 
     @property
     def headline(self) -> str:
-        """The name of the metric that stands for the set."""
+        """The name of the metric that represents the set."""
         return next(iter(self.metrics))
 
     @property
@@ -232,7 +232,7 @@ def score_points(
     """Scores the mean of each example's points, from 0 to 1, over all and over each kind, in percent.
 
     Args:
-        metrics: the first metrics; accuracy alone without them.
+        metrics: the first metrics; only accuracy without them.
         kinds: the metrics' names of the kinds that an example belongs to, such as "answer type/number".
         more: further columns of an example, for `metrics`.
     """
@@ -297,7 +297,7 @@ def paired_differences(ours: Scored, theirs: Scored) -> dict[str, Difference]:
     if ours.items.keys() != theirs.items.keys():
         alone = sorted(ours.items.keys() ^ theirs.items.keys())
         raise UserError(
-            f"a paired difference needs the same items: {ours.n} against {theirs.n}, first in one alone: {alone[:3]}"
+            f"a paired difference needs the same items: {ours.n} against {theirs.n}, first in only one: {alone[:3]}"
         )
     same = {name: replace(theirs.items[name], unit=item.unit) for name, item in ours.items.items()}
     first, second = drawn([ours, replace(theirs, items=same)])
@@ -333,7 +333,7 @@ def _interval(values: Numbers, formula: Formula, scores: Sequence[Scored]) -> Li
     """Returns percentiles of the draws that are a number; None where too few are.
 
     Percentiles of equal draws, as where every answer is right, would call that certain. There a share has Wilson's
-    limits: forty of forty right may be 91 % of all such questions. Equal units differ by rounding alone.
+    limits: forty of forty right may be 91 % of all such questions. Equal units differ only by rounding.
     """
     numbers = values[~np.isnan(values)]
     if len(numbers) < max(1, LEAST_SHARE * len(values)):
@@ -363,7 +363,7 @@ def _limits_of(formula: Formula, scores: Sequence[Scored]) -> Limits | None:
     for scored in scores:
         top, bottom = formula.sides(dict(zip(scored.names, scored.columns.T, strict=True)))
         counted = bottom > 0
-        if not counted.any() or (top < 0).any() or (top > bottom).any():  # the top is no share of the bottom
+        if not counted.any() or (top < 0).any() or (top > bottom).any():  # the top is not a share of the bottom
             return None
         shares.append((float(top[counted].sum() / bottom[counted].sum()), int(counted.sum())))
     (value, units), *others = shares

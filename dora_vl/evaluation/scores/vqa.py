@@ -415,7 +415,7 @@ def sentence_of_nlvr2(identifier: str) -> str:
 
 
 def as_read(answer: str) -> str:
-    """Reads an answer as the script does behind an identifier in a line.
+    """Reads an answer as the script does after an identifier in a line.
 
     It strips a line of its CSV, parts it at commas and takes the second field; letter case aside that must be the label
     exactly. So " True", "true." and "True ,x" are wrong, "True " and "True,x" right.

@@ -7,6 +7,13 @@
     event.target.textContent = document.execCommand("copy") ? "copied" : "not copied"; // navigator.clipboard wants https
     getSelection().empty();
   });
+  document.addEventListener("drop", (event) => { // Gradio would read a folder as a file, and lose its connection
+    const entries = [...(event.dataTransfer?.items ?? [])].map((item) => item.webkitGetAsEntry?.());
+    if (!entries.some((entry) => entry?.isDirectory)) return;
+    event.preventDefault();
+    event.stopPropagation();
+    alert("A folder cannot be dropped. Drop the files in it, or type the folder's path below.");
+  }, true);
   const PAUSE = 300; // a key that is held moves the slider many times a second
   const in_slider = (event) => event.target.closest?.("#dv-strength-left, #dv-strength-right, #dv-rank, #dv-epochs");
   const waiting = new Map();

@@ -185,7 +185,9 @@ def take_magnitudes(tensors: MutableMapping[str, Tensor], *, use_dora: bool) -> 
     for layer, name in magnitudes.items():
         a, b, magnitude = tensors[layer + LORA_A], tensors[layer + LORA_B], tensors[name]
         if a.dim() != 2 or b.dim() != 2 or len(a) != b.shape[1]:
-            raise UnservableAdapter(f"{layer}: A {tuple(a.shape)} and B {tuple(b.shape)} are no linear layer's factors")
+            raise UnservableAdapter(
+                f"{layer}: A {tuple(a.shape)} and B {tuple(b.shape)} are not a linear layer's factors"
+            )
         if magnitude.numel() != len(b):
             raise UnservableAdapter(f"{layer}: {magnitude.numel()} magnitudes for {len(b)} outputs")
         if not bool(torch.isfinite(magnitude).all()):
@@ -194,10 +196,10 @@ def take_magnitudes(tensors: MutableMapping[str, Tensor], *, use_dora: bool) -> 
 
 
 class DoRALayer(Wrapper):
-    """Stands in front of one of vLLM's LoRA wrappers of a linear layer (vllm/lora/layers/base_linear.py)."""
+    """Comes before one of vLLM's LoRA wrappers of a linear layer (vllm/lora/layers/base_linear.py)."""
 
     dora_minus_one: Float[Tensor, "slots_and_base out"]
-    """Holds g - 1 of what stands in each slot, behind a row of zeros for tokens of the base (slot -1)."""
+    """Holds g - 1 of what is in each slot, after a row of zeros for tokens of the base (slot -1)."""
     sum_of_ranks: Callable[[Tensor], Tensor] = staticmethod(alone)
     shards_inputs: bool = False
     """Tells whether ranks hold columns of W, as in row-parallel layers; `sum_of_ranks` is for those."""

@@ -90,7 +90,7 @@ WHOLE_MODULES = f"It holds whole trained modules beside A and B: {EXPORT}."
 
 
 def install() -> None:
-    """Puts the plugin's functions in place of vLLM's; once a process."""
+    """Puts the plugin's functions in place of vLLM's; once per process."""
     accept_configs(import_module(HELPER).PEFTHelper)
     keep_magnitudes(import_module("vllm.lora.lora_model"))
     pack_magnitudes(import_module("vllm.lora.lora_weights").PackedLoRALayerWeights)
@@ -179,7 +179,7 @@ def give_gains_to_slots(manager: Any) -> None:
 
 
 def is_elsewhere(model: torch.nn.Module, name: str) -> bool:
-    """Tells whether a layer is on another rank of a pipeline: what it would stand in is not here."""
+    """Tells whether a layer is on another rank of a pipeline: the layer it would be in is not here."""
     from vllm.distributed import get_pp_group  # pyright: ignore[reportMissingImports]
 
     try:
