@@ -432,7 +432,10 @@ class RunSamples:
 
         sampler = ordered(lengths) if grouped else None
         if replay is not None:
-            sampler = ReplaySampler(lengths, own=len(own), drawn=replay.drawn, seed=self._seed, order=ordered)
+            cut = micro_batch if trees else 0
+            sampler = ReplaySampler(
+                lengths, own=len(own), drawn=replay.drawn, seed=self._seed, order=ordered, micro_batch=cut
+            )
         return TrainingData(
             train=samples,
             pools=partial(_pools, samples, train, lengths, micro_batch, grouped=grouped and not trees, sized=sized),

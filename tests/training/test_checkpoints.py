@@ -152,14 +152,19 @@ OFTEN = {"save_strategy": "steps", "save_steps": SAVED, "save_total_limit": 9, "
 class Shape:
     ranks: int
     stage: str | None
+    micro_batch: int = 2
 
     @property
-    def cut(self) -> str:
-        """How a step of four samples is cut into micro-batches of two."""
-        return f"--training.gradient_accumulation_steps={2 // self.ranks}"
+    def cut(self) -> tuple[str, str]:
+        """How a step of four samples is cut into micro-batches."""
+        accumulation = STEP_SAMPLES // self.micro_batch // self.ranks
+        return (
+            f"--training.per_device_train_batch_size={self.micro_batch}",
+            f"--training.gradient_accumulation_steps={accumulation}",
+        )
 
     def __str__(self) -> str:
-        return f"{self.ranks}-{self.stage or 'none'}"
+        return f"{self.ranks}-{self.stage or 'none'}-{self.micro_batch}"
 
 
 ONE, TWO = Shape(1, None), Shape(2, None)
@@ -176,7 +181,7 @@ def run_file(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def trained(run_file: Path, folder: Path, shape: Shape, *overrides: str) -> None:
-    recorded(run_file, folder, shape.cut, *overrides, ranks=shape.ranks, stage=shape.stage)
+    recorded(run_file, folder, *shape.cut, *overrides, ranks=shape.ranks, stage=shape.stage)
 
 
 def state(folder: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
@@ -260,6 +265,7 @@ def test_the_best_checkpoint_is_what_ends_in_the_adapter_folder(run_file: Path, 
         pytest.param(ONE, TWO_ZERO_3, marks=pytest.mark.slow),
         pytest.param(ONE, TWO_ZERO_0, marks=pytest.mark.slow),
         pytest.param(TWO_ZERO_3, TWO, marks=pytest.mark.slow),
+        pytest.param(Shape(1, None, 4), TWO, marks=pytest.mark.slow),
     ],
     ids=str,
 )
