@@ -125,6 +125,7 @@ class DecoderPipeline(Pipeline):
         check_replay(config)
         samples = self.samples(arguments)
         samples.describe()
+        samples.check_count()
         samples.check_objective(config.objective)
         if config.objective.of_rewards:
             self._check_rewards(arguments)
