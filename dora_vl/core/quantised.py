@@ -190,7 +190,10 @@ class QuantisedLinear(LinearLayer):
     def forward(self, input: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
         """Computes y = g (base(x) - b + s B A x) + b."""
         self.refuse_what_would_not_train()
-        return self.adapted(input, self.base, self.bias)
+        bias = self.bias
+        if bias is not None and self.kind.weight is not None:  # a trained one is float32, the product as the input
+            bias = bias.to(input.dtype)
+        return self.adapted(input, self.base, bias)
 
     def frozen_tensors(self) -> list[Tensor | None]:
         """Lists all of the layer's tensors but its bias, which may train; which of them hold W is not known.

@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dora_vl.core.config import MAIN_PART
 from dora_vl.core.functional import accumulation_dtype
 from dora_vl.core.layer import AdaptedLayer
+from dora_vl.core.quantised import QuantisedLinear, is_quantised
 from dora_vl.errors import UserError
 
 Gather = Callable[[Iterable[Tensor]], AbstractContextManager[Any]]
@@ -110,18 +112,18 @@ def choose_trained(
                 by_part.setdefault(f"{part_of(layer)}.{factor}", []).append(f"{layer}.{leaf}")
     adapting = frozenset(by_part)
     full = set(full_modules)
-    by_part["full"] = [name for name, _ in model.named_parameters() if name.rpartition(".")[0] in full]
+    by_part["full"] = [name for name in own_parameters(model) if name.rpartition(".")[0] in full]
     if full and not by_part["full"]:
         raise UserError(f"targets match {sorted(full)[:3]}, which hold no parameters; name modules with weights")
     adapter_tensors = {f"{layer}.{leaf}" for layer, _ in adapted_layers(model) for leaf in FACTORS.values()}
-    candidates = [name for name, _ in model.named_parameters() if name not in adapter_tensors]
+    candidates = [name for name in own_parameters(model) if name not in adapter_tensors]
     for part, patterns in also_train.items():
         by_part[part] = match_names(candidates, patterns, f"also_train.{part}")
     _refuse_untrainable(model, by_part)
     keep = _kept_names(all_tensors(model), also_keep)
     if not full:  # a full run's masters are its optimizer's, for these weights as for all others
         _train_in_float32(model, [name for part in also_train for name in by_part[part]], gather)
-    parameters, parts = dict(model.named_parameters(remove_duplicate=False)), []
+    parameters, parts = own_parameters(model, remove_duplicate=False), []
     for part, names in by_part.items():
         adapts = part in adapting
         with gather([parameters[name] for name in names]):
@@ -152,7 +154,7 @@ def refuse_unmatched(model: nn.Module, also_train: Mapping[str, tuple[str, ...]]
 
 def trained_parts(model: nn.Module) -> tuple[TrainedPart, ...]:
     """Lists what trains, as `apply_dora` or `load_adapter` decided it for this model."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = own_parameters(model, remove_duplicate=False)
     return tuple(
         TrainedPart(part.name, {name: parameters[name] for name in part.parameters}, part.weight_decay, part.adapts)
         for part in trained_list(model).parts
@@ -213,6 +215,16 @@ def trained_list(model: nn.Module) -> TrainedList:
     return vars(model)[_ATTRIBUTE]
 
 
+def own_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
+    """Lists parameters by the names that they have without adapters: a layer that stays whole is a child of its own."""
+    inside = {f"{name}.base": name for name, layer in adapted_layers(model) if isinstance(layer, QuantisedLinear)}
+    parameters: dict[str, nn.Parameter] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=remove_duplicate):
+        owner, dot, leaf = name.rpartition(".")
+        parameters[f"{inside.get(owner, owner)}{dot}{leaf}"] = parameter
+    return parameters
+
+
 def all_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Lists parameters, under each of their names, and buffers."""
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
@@ -222,7 +234,7 @@ def _refuse_untrainable(model: nn.Module, by_part: Mapping[str, list[str]]) -> N
     """Refuses what would train twice, or not at all: an adapted layer's frozen weight, and quantised integers."""
     owner: dict[str, str] = {}
     frozen = {id(layer.weight): name for name, layer in adapted_layers(model)}
-    parameters = dict(model.named_parameters())
+    parameters = own_parameters(model)
     for part, names in by_part.items():
         for name in names:
             if name in owner:
@@ -240,22 +252,27 @@ _ORIGINAL_DTYPES = "_dora_vl_before_float32"
 """A module that `_train_in_float32` changed holds here its parameters' original dtypes, and the hooks that cast."""
 
 
+_BIAS = "_dora_vl_bias"
+"""A quantised layer holds its trained bias here while it computes."""
+
+
 def _train_in_float32(model: nn.Module, names: Iterable[str], gather: Gather) -> None:
     """Makes the named parameters float32; their modules compute in float32 and return their original dtype.
 
     A module computes in one dtype, so its frozen parameters follow, and so does whatever else holds a parameter tied
-    to a trained one; an adapted layer casts a trained bias itself, and only that bias changes. A module with modules
-    inside casts only its output: what is inside casts for itself. Parameters are replaced, not converted: a
-    sharded one cannot change its dtype.
+    to a trained one; an adapted layer casts a trained bias itself, and only that bias changes. The weight of a
+    quantised layer is codes, so its bias is added after it. A module with modules inside casts only its output: what is
+    inside casts for itself. Parameters are replaced, not converted: a sharded one cannot change its dtype.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = own_parameters(model, remove_duplicate=False)
     trained = {id(parameters[name]) for name in names}
     leaves: dict[nn.Module, list[str]] = {}
     while True:
         for module in model.modules():
             tensors = dict(module.named_parameters(recurse=False))
             if any(id(parameter) in trained for parameter in tensors.values()):
-                cast_all = not isinstance(module, AdaptedLayer) and next(module.children(), None) is None
+                has_own_dtypes = isinstance(module, AdaptedLayer) or is_quantised(module)
+                cast_all = not has_own_dtypes and next(module.children(), None) is None
                 leaves[module] = [leaf for leaf, parameter in tensors.items() if cast_all or id(parameter) in trained]
         tied = {id(module._parameters[leaf]) for module, tensors in leaves.items() for leaf in tensors}
         if tied <= trained:
@@ -270,11 +287,19 @@ def _train_in_float32(model: nn.Module, names: Iterable[str], gather: Gather) ->
             if parameter.dtype != wide:
                 dtypes[leaf] = parameter.dtype
                 _replace(model, parameter, wide, gather)
-        if isinstance(module, AdaptedLayer) or dtype == accumulation_dtype(dtype):
-            continue
-        if next(module.children(), None) is None:
-            hooks.append(module.register_forward_pre_hook(_cast_inputs, with_kwargs=True))
-        hooks.append(module.register_forward_hook(partial(_cast_output, dtype=dtype)))
+        hooks += _casting_hooks(module, dtype)
+
+
+def _casting_hooks(module: nn.Module, dtype: torch.dtype) -> list[RemovableHandle]:
+    """Makes a module that computes in float32 take and return its original dtype; returns the hooks."""
+    if is_quantised(module):
+        taken_off = module.register_forward_pre_hook(_take_bias_off)
+        return [taken_off, module.register_forward_hook(_add_bias, always_call=True)]
+    if isinstance(module, AdaptedLayer) or dtype == accumulation_dtype(dtype):
+        return []
+    has_modules = next(module.children(), None) is not None
+    hooks = [] if has_modules else [module.register_forward_pre_hook(_cast_inputs, with_kwargs=True)]
+    return [*hooks, module.register_forward_hook(partial(_cast_output, dtype=dtype))]
 
 
 def train_in_own_dtype(model: nn.Module) -> None:
@@ -311,6 +336,18 @@ def _cast_inputs(
 
 def _cast_output(module: nn.Module, inputs: tuple[Any, ...], output: Any, *, dtype: torch.dtype) -> Any:
     return _cast(output, dtype)
+
+
+def _take_bias_off(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Hides a trained bias while a quantised layer computes: bitsandbytes would round it to the input's dtype."""
+    vars(module)[_BIAS] = module._parameters["bias"]
+    module._parameters["bias"] = None
+
+
+def _add_bias(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    """Puts the bias back, also after an error, and adds it in its own dtype."""
+    bias = module._parameters["bias"] = vars(module).pop(_BIAS)
+    return (output.to(bias.dtype) + bias).to(output.dtype) if isinstance(output, Tensor) else output
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

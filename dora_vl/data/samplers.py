@@ -64,6 +64,10 @@ def sampling_lengths(rows: datasets.Dataset, *, tokens_per_image: int, tokens_pe
 class SeededSampler(torch.utils.data.Sampler[int]):
     """The indices of one epoch's samples, whose order depends only on (seed, epoch)."""
 
+    micro_batch: int = 0
+    """Samples of the micro-batches that the order is made for; 0 where it does not depend on them. A resumed run keeps
+    the number that it was begun with, or the rest of an epoch would hold samples that were seen, and lack others."""
+
     def __init__(self, samples: int, seed: int) -> None:
         self._samples, self._seed, self._epoch = samples, seed, 0
 
@@ -124,7 +128,7 @@ class ReplaySampler(SeededSampler):
     """Takes all `own` samples and `drawn` of the chats that follow them; each epoch draws anew.
 
     Within an epoch no chat repeats before all were drawn. `order` makes the sampler that orders an epoch's samples by
-    their lengths.
+    their lengths; it gets this sampler's `micro_batch`.
     """
 
     def __init__(
@@ -135,8 +139,10 @@ class ReplaySampler(SeededSampler):
         drawn: int,
         seed: int,
         order: Callable[[SamplingLengths], SeededSampler],
+        micro_batch: int = 0,
     ) -> None:
         super().__init__(own + drawn, seed)
+        self.micro_batch = micro_batch
         self._lengths, self._own, self._drawn, self._order = lengths, own, drawn, order
 
     def __iter__(self) -> Iterator[int]:
@@ -146,6 +152,7 @@ class ReplaySampler(SeededSampler):
         drawn = self._own + np.concatenate(orders)[: self._drawn]
         chosen = torch.from_numpy(np.concatenate([np.arange(self._own), drawn]))
         sampler = self._order(SamplingLengths(*(values[chosen] for values in self._lengths)))
+        sampler.micro_batch = self.micro_batch
         sampler.set_epoch(self._epoch)
         return (int(chosen[index]) for index in sampler)
 
@@ -170,23 +177,23 @@ class TreeSampler(SeededSampler):
         self._lengths = lengths.lengths.tolist()
         self._shared = lengths.shared.tolist()
         self._media = lengths.media.tolist()
-        self._batch = batch_size
+        self.micro_batch = batch_size
         groups: dict[int, list[int]] = {}
         for sample, (media, shared) in enumerate(zip(self._media, self._shared, strict=True)):
             # Where a picture takes few tokens, more pictures in a step teach more than sharing saves.
             is_worth_it = 2 * shared > self._lengths[sample]
             groups.setdefault(media if is_worth_it else -1 - sample, []).append(sample)
         self._groups = list(groups.values())
-        self._together = min(TOGETHER, batch_size)
 
     def __iter__(self) -> Iterator[int]:
         rng = random.Random(f"{self._seed}/{self._epoch}/trees")
         groups: list[list[int]] = []
+        together = min(TOGETHER, self.micro_batch)
         for group in self._groups:
             drawn = rng.sample(group, len(group))
-            groups += [drawn[start : start + self._together] for start in range(0, len(drawn), self._together)]
+            groups += [drawn[start : start + together] for start in range(0, len(drawn), together)]
         rng.shuffle(groups)
-        limit = max(1, WINDOW // self._batch) * self._batch
+        limit = max(1, WINDOW // self.micro_batch) * self.micro_batch
         window: list[list[int]] = []
         for number, group in enumerate(groups, start=1):
             window.append(group)
@@ -197,10 +204,10 @@ class TreeSampler(SeededSampler):
             full, window = (window, []) if last else self._cut(window, limit)
             batches = self._fill_batches(full)
             # Neighbours go to the ranks of one micro-step; what fills no micro-batch comes last.
-            complete = sorted((batch for batch in batches if len(batch) == self._batch), key=self._tokens)
+            complete = sorted((batch for batch in batches if len(batch) == self.micro_batch), key=self._tokens)
             blocks = [complete[start : start + NEIGHBOURS] for start in range(0, len(complete), NEIGHBOURS)]
             rng.shuffle(blocks)
-            rest = [batch for batch in batches if len(batch) < self._batch]
+            rest = [batch for batch in batches if len(batch) < self.micro_batch]
             for batch in (*(batch for block in blocks for batch in block), *rest):
                 yield from batch
 
@@ -218,7 +225,8 @@ class TreeSampler(SeededSampler):
     def _fill_batches(self, groups: list[list[int]]) -> list[list[int]]:
         """Deals groups to micro-batches: the longest group goes to the shortest one that has room for it."""
         count = sum(map(len, groups))
-        room = [self._batch] * (count // self._batch) + ([count % self._batch] if count % self._batch else [])
+        full, rest = divmod(count, self.micro_batch)
+        room = [self.micro_batch] * full + ([rest] if rest else [])
         tokens, batches = [0] * len(room), [list[int]() for _ in room]
         left = sorted(groups, key=self._tokens)
         while left:

@@ -70,12 +70,7 @@ def rewards_of(
         return reward
 
     def choice(example: Example, answer: str) -> float:
-        chosen = example if example.choices else with_choices(example, LETTER)
-        if "correct" not in chosen.extra:
-            raise UserError(
-                f"the reward {CHOICE}: sample {short_repr(example.id)} has no choices, or names none as right"
-            )
-        return right_choice_points(chosen, final_answer(answer, answer_after))
+        return right_choice_points(with_right_choice(example), final_answer(answer, answer_after))
 
     def reward_of(name: str) -> Reward:
         if name in SCORES:
@@ -84,6 +79,14 @@ def rewards_of(
         return own.get(name, lambda: _own(name))()
 
     return {name: reward_of(name) for name in names}
+
+
+def with_right_choice(example: Example) -> Example:
+    """Returns an example with its choices and the right one, which the reward `choice` needs of every sample."""
+    chosen = example if example.choices else with_choices(example, LETTER)
+    if "correct" not in chosen.extra:
+        raise UserError(f"the reward {CHOICE}: sample {short_repr(example.id)} has no choices, or names none as right")
+    return chosen
 
 
 def _format(pattern: str | None) -> Reward:

@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_config
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-from dora_vl.errors import SettingError, UserError, one_line, wrong_value
+from dora_vl.errors import SettingError, UserError, one_line, shown, wrong_value
 from dora_vl.files import read_json, shipped_folder
 from dora_vl.run.folder import run_folder_of
 from dora_vl.run.launch import Launch, several_ranks, stand_alone_environment, start_cpu_communication
@@ -130,6 +130,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
     """
     section, on_cuda = check_training_section(config.training), torch.cuda.is_available()
     data, method = config.data, config.adapter.method
+    _check_sequential(section, config)
     if section.pop("fsdp", None):
         _check_fsdp(section, config.task)
     _check_precision(section, method=method, dtype=config.model.dtype)
@@ -161,6 +162,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
     except ValueError as error:
         raise UserError(f"training: {' '.join(str(error).split())}") from error
     _check_trackers(list(arguments.report_to or ()))
+    _check_optim_args(arguments)
     engine: Any = vars(arguments).get("hf_deepspeed_config")
     if engine is not None and engine.mismatches:  # transformers itself says so after the model was loaded
         raise SettingError(
@@ -172,6 +174,33 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
             "this one process trains on one GPU of %d; start it with `deepspeed` to use all", torch.cuda.device_count()
         )
     return arguments
+
+
+def _check_sequential(section: Mapping[str, Any], config: RunConfig) -> None:
+    """Refuses the files' own order where the data's order would take its place unsaid."""
+    data = config.data
+    reasons = (
+        (config.task == "vlbart", "data.mixing orders the tasks' steps; leave it out"),
+        (data.streaming, "data.streaming has its own order; leave it out and set data.shuffle_buffer: 1"),
+        (data.replay > 0, "data.replay mixes chats in; leave it out"),
+        (data.group_by_modality_length, "samples are grouped; set data.group_by_modality_length: false"),
+    )
+    reason = next((reason for holds, reason in reasons if holds), None)
+    if section.get("train_sampling_strategy") == "sequential" and reason is not None:
+        raise SettingError("training.train_sampling_strategy", f" is sequential, and {reason}")
+
+
+def _check_optim_args(arguments: TrainingArguments) -> None:
+    """Refuses options of the optimizer that cannot be read; the Trainer reads them once the weights are there."""
+    if not arguments.optim_args:
+        return
+    from transformers import Trainer  # seconds, which most runs need not wait here
+
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+    except (ValueError, TypeError, AttributeError) as error:
+        reason = one_line(f"{shown(arguments.optim_args)} cannot be read ({error})", 200)
+        raise SettingError("training.optim_args", f": {reason}; write it as momentum=0.9,nesterov=true") from error
 
 
 def _check_validation(config: RunConfig, strategy: str) -> None:

@@ -112,7 +112,7 @@ class LossLog(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Writes one line; every rank takes part in the sums."""
         logs: dict[str, Any] = more["logs"]
-        if "train_runtime" in logs:  # the end: what came after the last logged loss counts as well
+        if "train_loss" in logs:  # the end: what came after the last logged loss counts as well
             self._statistics.judge(self._statistics.over_ranks(args.device))
             return
         if "loss" in logs:

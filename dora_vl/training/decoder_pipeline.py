@@ -41,7 +41,7 @@ from dora_vl.evaluation.baselines import ComparisonAnswers, right_text
 from dora_vl.evaluation.forgetting import Abilities, compare_abilities, forgetting_lines, try_measure
 from dora_vl.evaluation.predictor import Decoding
 from dora_vl.evaluation.questions import last_round, text_asked
-from dora_vl.evaluation.rewards import Reward, rewards_of
+from dora_vl.evaluation.rewards import CHOICE, Reward, rewards_of, with_right_choice
 from dora_vl.evaluation.test import (
     MOST_NEW_TOKENS,
     ask_untrained,
@@ -125,6 +125,7 @@ class DecoderPipeline(Pipeline):
         check_replay(config)
         samples = self.samples(arguments)
         samples.describe()
+        samples.check_count()
         samples.check_objective(config.objective)
         if config.objective.reward_loss:
             self._check_rewards(arguments)
@@ -168,6 +169,9 @@ class DecoderPipeline(Pipeline):
                 " shards the weights, which answers are drawn with; take zero2",
             )
         self._rewards()
+        if CHOICE in objective.rewards:
+            for example in self.samples(arguments).examples():
+                with_right_choice(last_round(example))
         if objective.vllm is not None:
             if self.samples(arguments).has_videos:
                 raise SettingError(

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from dora_vl.data.order import SeededSampler
 from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, BadSampleCounts, BadSampleLedger
 from dora_vl.errors import SettingError, UserError, short_names
 from dora_vl.files import read_json
@@ -145,6 +146,7 @@ class Progress:
     ) -> None:
         self._statistics, self._validation, self._data = statistics, validation, data
         self._stream = data.stream if skips_seen else None
+        self._order = data.sampler if isinstance(data.sampler, SeededSampler) else None
         self._earlier_seconds, self._started = 0.0, time.monotonic()
 
     @property
@@ -191,12 +193,14 @@ class Progress:
         )
 
     def go_on_from(self, checkpoint: Path) -> None:
-        """Takes over the counts and the time of a checkpoint."""
+        """Takes over the counts, the time and the order of a checkpoint."""
         written = read_json(checkpoint / PROGRESS)
         self._earlier_seconds = float(written["seconds"])
         self._statistics.carry_over(written["skipped"], Counts(**written["counts"]))
         if self._validation is not None:
             self._validation.carry_over(written["validation_skipped"])
+        if self._order is not None and written.get("order_micro_batch"):
+            self._order.micro_batch = written["order_micro_batch"]
         if self._stream is not None:
             counts = self._statistics.earlier
             self._stream.resume(taken=counts.samples + counts.skipped, epoch_samples=written["epoch_samples"])
@@ -210,6 +214,7 @@ class Progress:
             "skipped": self._statistics.skipped_on_all_ranks(),
             "validation_skipped": held_out,
             "epoch_samples": None if self._stream is None else self._stream.epoch_samples,
+            "order_micro_batch": 0 if self._order is None else self._order.micro_batch,
         }
         if writes:
             content[SAMPLES] = self._samples

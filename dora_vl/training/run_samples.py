@@ -286,6 +286,14 @@ class RunSamples:
         if objective.exchange_pictures:
             self._check_exchange(objective, compared=compared)
 
+    def check_count(self) -> None:
+        """Refuses `training.dataloader_drop_last` where it leaves all samples out; a stream may not know its number."""
+        samples = self._stream.samples if self._stream is not None else len(self._train or ())
+        together = self._arguments.per_device_train_batch_size * self._arguments.world_size
+        if self._arguments.dataloader_drop_last and samples is not None and samples < together:
+            reason = f"a micro-batch on each rank takes {together:,}, and {self._name} has {samples:,} samples"
+            raise SettingError("training.dataloader_drop_last", f" would leave all of them out: {reason}; set it false")
+
     def _check_exchange(self, objective: ObjectiveConfig, *, compared: bool) -> None:
         """Refuses to exchange pictures where no answer would be compared with itself under another one."""
         looking, trouble = OF_PICTURES | {"kto"}, None
@@ -446,7 +454,10 @@ class RunSamples:
 
         sampler = ordered(lengths) if grouped else None
         if replay is not None:
-            sampler = ReplaySampler(lengths, own=len(own), drawn=replay.drawn, seed=self._seed, order=ordered)
+            cut = micro_batch if trees else 0
+            sampler = ReplaySampler(
+                lengths, own=len(own), drawn=replay.drawn, seed=self._seed, order=ordered, micro_batch=cut
+            )
         return TrainingData(
             train=samples,
             pools=partial(

@@ -79,6 +79,40 @@ def test_it_trains_as_the_dense_layer(quantiser):
         torch.testing.assert_close(getattr(layer, name).grad, leaf.grad, rtol=1e-4, atol=1e-3, msg=name)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_biases_of_quantised_layers_train_in_float32(kind, tmp_path):
+    """Of an adapted layer and of one beside it; bitsandbytes would round them to bfloat16 in every pass."""
+    bnb = pytest.importorskip("bitsandbytes", reason=HOW)
+
+    def made() -> nn.Sequential:
+        torch.manual_seed(0)
+        if kind == "nf4":
+            several = [bnb.nn.Linear4bit(64, 64, compute_dtype=torch.bfloat16, quant_type="nf4") for _ in range(2)]
+        else:
+            several = [bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False) for _ in range(2)]
+        return nn.Sequential(*several).to(torch.bfloat16).to("cpu")
+
+    model, x = made(), torch.randn(5, 64, dtype=torch.bfloat16)
+    before = model(x)
+    apply_dora(model, DoRAConfig(targets=("0",), rank=4, dropout=0.0, also_train={"biases": ("*bias",)}))
+    biases = {name: tensor for name, tensor in model.named_parameters() if name.endswith("bias")}
+    assert [tensor.dtype for tensor in biases.values()] == [torch.float32] * 2
+    torch.testing.assert_close(model(x), before, rtol=2e-2, atol=2e-2)
+    optimizer = torch.optim.SGD(biases.values(), lr=1e-4)
+    model(x).float().square().sum().backward()
+    expected = {name: tensor.detach() - 1e-4 * tensor.grad for name, tensor in biases.items()}
+    optimizer.step()
+    after = model(x)
+    for name, tensor in biases.items():
+        assert tensor.grad.norm() > 0
+        torch.testing.assert_close(tensor, expected[name])
+        assert not torch.equal(tensor, tensor.bfloat16().float())
+    save_adapter(model, tmp_path / "a")
+    again = made()
+    load_adapter(again, tmp_path / "a")
+    assert torch.equal(again(x), after)
+
+
 def test_a_mix_is_refused_before_anything_is_merged():
     plain = nn.Linear(300, 7)
     model: Any = nn.ModuleDict({"plain": plain, "sealed": sealed()})

@@ -180,3 +180,7 @@ def test_trees_stand_in_micro_batches_of_equal_length_and_each_sample_once() -> 
     assert list(trees) != order
     trees.set_epoch(0)
     assert list(trees) == order
+    cut_anew = TreeSampler(lengths, batch_size=4, seed=5)  # as by a run that is resumed with smaller micro-batches
+    assert list(cut_anew) != order
+    cut_anew.micro_batch = 16
+    assert list(cut_anew) == order

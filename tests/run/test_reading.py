@@ -86,6 +86,9 @@ def test_a_number_is_a_number_a_yaml_no_is_no_and_an_alias_is_read(tmp_path: Pat
     assert config.evaluation.answer_after == "1:30"
 
 
+RATES = ("projector_learning_rate", "magnitude_learning_rate", "b_learning_rate_ratio")
+
+
 @pytest.mark.parametrize(
     ("words", "key", "nearest"),
     [
@@ -95,6 +98,16 @@ def test_a_number_is_a_number_a_yaml_no_is_no_and_an_alias_is_read(tmp_path: Pat
         ("--training.learning_rate nan", "training.learning_rate", None),
         *(("--xyzzy 1", "xyzzy", None), ("--watch -1", "watch", None), ("--variant smal", "variant", None)),
         *(("--adapter.rank four", "adapter.rank", None), ("--config nope.yaml", "--config", None)),
+        ("--objective.loss={}", "objective.loss", None),
+        ('--objective.loss={"dpo":1,"sft":-1}', "objective.loss.sft", None),
+        ("--objective.loss=dpo --objective.beta=0", "objective.beta", None),
+        ("--objective.kl=-1", "objective.kl", None),
+        ("--objective.loss=grpo --objective.rewards={}", "objective.rewards", None),
+        ('--objective.loss=grpo --objective.rewards={"exact":0}', "objective.rewards", None),
+        ('--objective.rewards={"exact":.inf}', "objective.rewards.exact", None),
+        *((f"--optim.{rate}=-1", f"optim.{rate}", None) for rate in RATES),
+        ("--optim.projector_learning_rate=.nan", "optim.projector_learning_rate", None),
+        ('--optim.rates={"dora":-0.1}', "optim.rates.dora", None),
     ],
 )
 def test_a_wrong_key_or_value_is_named_with_nearest(run_file: Path, words: str, key: str, nearest: str | None) -> None:
@@ -259,6 +272,9 @@ def test_a_config_is_found_by_name_path_and_below_the_repository(tmp_path: Path)
         read_deepspeed(str(own))
 
 
+OPTIM_ARGS = ("momentum", "momentum=0.9=1", "momentum=much")
+
+
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [
@@ -266,6 +282,8 @@ def test_a_config_is_found_by_name_path_and_below_the_repository(tmp_path: Path)
         (["--adapter.method=full", "--model.dtype=bfloat16"], "adapter.method"),
         (["--adapter.method=full", "--model.dtype=bfloat16", "--training.bf16=true"], "training.bf16"),
         (["--training.eval_strategy=steps"], "training.eval_strategy"),
+        (["--training.train_sampling_strategy=sequential"], "training.train_sampling_strategy"),
+        *((["--training.optim=sgd", f"--training.optim_args={text}"], "training.optim_args") for text in OPTIM_ARGS),
         (["--training.deepspeed={folder}/batch"], "training.deepspeed"),
         (["--training.deepspeed={folder}/steps"], "training.deepspeed"),
     ],

@@ -157,6 +157,15 @@ def test_a_base_that_cannot_be_trained_ends_a_run(tmp_path: Path, model_type: st
     assert not (tmp_path / "run").exists()
 
 
+def test_samples_that_fill_no_micro_batch_are_not_dropped_unsaid(tmp_path: Path, caplog) -> None:
+    """And the weights' number type that loses small gradients is warned of."""
+    drops = ("--training.dataloader_drop_last=true", "--training.per_device_train_batch_size=25")
+    error = refused(llava(tmp_path, "--model.dtype=float16", *drops))
+    assert isinstance(error, SettingError)
+    assert error.key == "training.dataloader_drop_last"
+    assert "take bfloat16" in caplog.text
+
+
 def test_a_base_of_another_task_is_refused(tmp_path: Path) -> None:
     error = refused(instruct(tmp_path, lambda base: write_tiny("qwen2_5_vl", base), "--task=llava"))
     assert (type(error), vars(error)["key"]) == (SettingError, "task")

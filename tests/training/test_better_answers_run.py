@@ -38,6 +38,7 @@ from tests.training.tiny_run import (
     json_of,
     logged,
     losses_of,
+    refused,
     refused_key,
     trained,
     write_pairs,
@@ -371,6 +372,13 @@ def test_two_ranks_draw_and_learn_as_one(make: MakeRun, tmp_path: Path) -> None:
 )
 def test_what_cannot_be_rewarded_is_refused(make: MakeRun, settings: tuple[str, ...], key: str) -> None:
     assert refused_key(make(), *settings) == key
+
+
+def test_a_row_without_choices_is_told_before_weights_are_read(make: MakeRun, tmp_path: Path) -> None:
+    rows = [{"id": f"q{number}", "question": "Which?", "choices": ["red", "blue"], "answer": "red"} for number in "12"]
+    (tmp_path / "rows.json").write_text(json.dumps([*rows, {"id": "free", "question": "Which?", "answer": "red"}]))
+    settings = f"--data.train={tmp_path / 'rows.json'}", "--objective.rewards={choice: 1}"
+    assert "free" in str(refused(decoder_run(make(), *settings)))
 
 
 def test_pairs_are_not_rewarded(make: MakeRun, tmp_path: Path) -> None:

@@ -154,14 +154,19 @@ OFTEN = {"save_strategy": "steps", "save_steps": SAVED, "save_total_limit": 9, "
 class Shape:
     ranks: int
     stage: str | None
+    micro_batch: int = 2
 
     @property
-    def cut(self) -> str:
-        """How a step of four samples is cut into micro-batches of two."""
-        return f"--training.gradient_accumulation_steps={2 // self.ranks}"
+    def cut(self) -> tuple[str, str]:
+        """How a step of four samples is cut into micro-batches."""
+        accumulation = STEP_SAMPLES // self.micro_batch // self.ranks
+        return (
+            f"--training.per_device_train_batch_size={self.micro_batch}",
+            f"--training.gradient_accumulation_steps={accumulation}",
+        )
 
     def __str__(self) -> str:
-        return f"{self.ranks}-{self.stage or 'none'}"
+        return f"{self.ranks}-{self.stage or 'none'}-{self.micro_batch}"
 
 
 ONE, TWO = Shape(1, None), Shape(2, None)
@@ -178,7 +183,7 @@ def run_file(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def trained(run_file: Path, folder: Path, shape: Shape, *overrides: str) -> None:
-    recorded(run_file, folder, shape.cut, *overrides, ranks=shape.ranks, stage=shape.stage)
+    recorded(run_file, folder, *shape.cut, *overrides, ranks=shape.ranks, stage=shape.stage)
 
 
 def state(folder: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
@@ -277,3 +282,12 @@ def test_another_shape_goes_on_sample_for_sample(run_file: Path, tmp_path: Path,
     ours, theirs = state(again), state(whole)
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name].double(), tensor.double(), atol=2e-3, rtol=0, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_ranks_go_on_with_the_order_of_one_ranks_larger_micro_batches(run_file: Path, tmp_path: Path) -> None:
+    whole, again = whole_run(run_file, Shape(1, None, 4)), tmp_path / "again"
+    trained(run_file, again, TWO, f"--resume={whole / f'checkpoint-{SAVED}'}")
+    later = {step: samples for step, samples in samples_by_step(whole).items() if step > SAVED}
+    assert samples_by_step(again) == later

@@ -107,6 +107,28 @@ def test_going_on_gives_the_losses_of_the_whole_run(run_file: Path, adapter: tup
     assert_same_weights(again, whole)
 
 
+@pytest.mark.parametrize("replay", [0.0, pytest.param(0.2, marks=pytest.mark.slow)])
+def test_going_on_with_other_micro_batches_takes_the_samples_of_the_whole_run(run_file, monkeypatch, replay) -> None:
+    taken: list[list[str]] = []
+    begin_step = StepFaults.begin_step
+
+    def noted(self: StepFaults, ids: list[tuple[str, ...]]) -> None:
+        taken.append(sorted(name for of_batch in ids for name in of_batch))
+        begin_step(self, ids)
+
+    monkeypatch.setattr(StepFaults, "begin_step", noted)
+    halves = ("--training.per_device_train_batch_size=2", "--training.gradient_accumulation_steps=2")
+    settings = (f"--data.replay={replay}", "--training.save_total_limit=9", "--watch=0", *saving(2, 16))
+    folder = trained(run_file, *settings, name="whole")  # an epoch has twelve steps
+    whole = taken.copy()
+    taken.clear()
+    trained(run_file, *settings, *halves, f"--resume={folder / 'checkpoint-4'}", name="whole")
+    assert taken == whole[4:]
+    taken.clear()
+    trained(run_file, *settings, *halves, f"--resume={folder / 'checkpoint-8'}", name="whole")  # which it wrote itself
+    assert taken == whole[8:]
+
+
 def test_a_resume_on_other_data_or_another_base_is_refused_and_changes_nothing(tmp_path, tiny_llava) -> None:
     """What is under a path is known once it was read, which is after the settings were compared."""
     records = write_tiny_data(tmp_path / "data", samples=12)

@@ -121,7 +121,8 @@ def test_a_picture_that_cannot_be_read_leaves_its_question_out(run_file: Path, t
 
 
 def test_rates_by_part_and_memory_are_in_the_log(run_file: Path) -> None:
-    lines = read_log(trained(run_file, "--optim.b_learning_rate_ratio=4", name="run") / "log.jsonl")
+    counted = "--training.include_num_input_tokens_seen=all"  # with which every line tells the time, as the last does
+    lines = read_log(trained(run_file, "--optim.b_learning_rate_ratio=4", counted, name="run") / "log.jsonl")
     line = next(line for line in lines if line["step"] == 3)
     assert line["learning_rate/dora.A"] == line["learning_rate"] > 0
     assert line["learning_rate/dora.B"] == pytest.approx(4 * line["learning_rate/dora.A"])
