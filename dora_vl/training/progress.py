@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from dora_vl.data.order import SeededSampler
+from dora_vl.data.samplers import SeededSampler
 from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, BadSampleCounts, BadSampleLedger
 from dora_vl.errors import SettingError, UserError, short_names
 from dora_vl.files import read_json
