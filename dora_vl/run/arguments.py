@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_config
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-from dora_vl.errors import SettingError, UserError, one_line, shown, wrong_value
+from dora_vl.errors import SettingError, UserError, one_line, short_repr, wrong_value
 from dora_vl.files import read_json, shipped_folder
 from dora_vl.run.folder import run_folder_of
 from dora_vl.run.launch import Launch, several_ranks, stand_alone_environment, start_cpu_communication
@@ -199,7 +199,7 @@ def _check_optim_args(arguments: TrainingArguments) -> None:
     try:
         Trainer.get_optimizer_cls_and_kwargs(arguments)
     except (ValueError, TypeError, AttributeError) as error:
-        reason = one_line(f"{shown(arguments.optim_args)} cannot be read ({error})", 200)
+        reason = one_line(f"{short_repr(arguments.optim_args)} cannot be read ({error})", 200)
         raise SettingError("training.optim_args", f": {reason}; write it as momentum=0.9,nesterov=true") from error
 
 

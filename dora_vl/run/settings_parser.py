@@ -96,11 +96,11 @@ def _check_objective(objective: ObjectiveConfig) -> None:
         raise SettingError("objective.loss", " is empty; name at least one")
     for name, weight in _named("objective.loss", objective.weights).items():
         _check_number(name, weight, above_zero=True)
-    if objective.of_rewards is None and {*objective.weights} != {"sft"}:
+    if objective.reward_loss is None and {*objective.weights} != {"sft"}:
         _check_number("objective.beta", objective.beta, above_zero=True)
     _check_number("objective.kl", objective.kl)
     # Below 0 is a penalty, and 0 only shows in the log.
-    if objective.of_rewards and not any(objective.rewards.values()):
+    if objective.reward_loss and not any(objective.rewards.values()):
         raise SettingError("objective.rewards", " gives no reward a weight; name at least one")
     for name, weight in _named("objective.rewards", objective.rewards).items():
         _check_number(name, abs(weight))
