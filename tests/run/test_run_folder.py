@@ -111,8 +111,8 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_has_one_way_out(tmp_p
 
 
 HOLD = (
-    "import os, sys, pathlib; from dora_vl.run.folder import one_writer\n"
-    "with one_writer(pathlib.Path(sys.argv[1])):\n"
+    "import os, sys, pathlib; from dora_vl.run.folder import lock_run_folder\n"
+    "with lock_run_folder(pathlib.Path(sys.argv[1])):\n"
     "    worker = os.fork() if len(sys.argv) > 2 else 1\n"
     "    if worker: print('holds', worker, flush=True)\n"
     "    sys.stdin.read()"

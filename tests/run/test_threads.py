@@ -63,8 +63,8 @@ import os, threading
 from dora_vl.errors import bind_threads
 every = os.sched_getaffinity(0)
 bind_threads()
-from dora_vl.run.launch import own_core
-core, main = own_core(), threading.get_native_id()
+from dora_vl.run.launch import bind_main_thread
+core, main = bind_main_thread(), threading.get_native_id()
 if core is None:
     print("unbound")
 else:

@@ -359,5 +359,5 @@ def test_what_was_not_uploaded_is_not_moved(app: Any, tmp_path: Path) -> None:
     page, mine = app.state.page, tmp_path / "mine.png"
     mine.write_bytes(b"mine")
     update = page.training.take_files([str(mine)], "", SimpleNamespace(session_hash=""))
-    assert "drop it again" in update[page.training.state]
+    assert "drop it again" in update[page.training.data_state]
     assert mine.read_bytes() == b"mine"
