@@ -84,7 +84,7 @@ def test_a_vlbart_has_language_and_a_projector_and_no_vision() -> None:
     assert language == [name for name in names if name not in projector and name != "lm_head"]
     weights = resolved_weights(model, ("projector",), "t")
     assert not any("obj_order" in name or name.startswith("model.shared") for name in weights)
-    with pytest.raises(UserError, match="t: .*'vision'"):
+    with pytest.raises(UserError, match=r"t: .*'vision'"):
         resolved_targets(model, ("vision",), "t")
 
 

@@ -1,5 +1,5 @@
-// Copies an answer. And a slider takes effect when its number is confirmed by Enter and when keys have moved it: by itself
-// Gradio does so where the mouse lets go of it, or leaves it, alone.
+// Copies an answer, refuses dropped folders, and makes a slider take effect when its number is confirmed by Enter or when
+// keys have moved it: Gradio itself does so only where the mouse lets go of it, or leaves it.
 () => {
   document.addEventListener("click", (event) => {
     if (!event.target.matches?.(".dv-copy")) return;
