@@ -216,7 +216,7 @@ def trained_list(model: nn.Module) -> TrainedList:
 
 
 def own_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
-    """Lists parameters by the names that they have without adapters: a layer that stays whole is a child of its own."""
+    """Lists parameters by their names before adaptation; an adapted quantised layer holds the original as a child."""
     inside = {f"{name}.base": name for name, layer in adapted_layers(model) if isinstance(layer, QuantisedLinear)}
     parameters: dict[str, nn.Parameter] = {}
     for name, parameter in model.named_parameters(remove_duplicate=remove_duplicate):
