@@ -34,7 +34,7 @@ def failed(*words: object) -> None:
 
 
 def test_help_teaches_and_imports_nothing_heavy():
-    """Of the verbs and of the scripts in tasks/."""
+    """Covers the commands of `dora-vl` and the scripts in tasks/."""
     code = f"""
 import importlib, sys
 from dora_vl.cli import main

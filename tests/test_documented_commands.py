@@ -43,7 +43,7 @@ FOREIGN = ("git", "vllm", "llama-mtmd-cli", "curl", "tensorboard", "trackio", "d
 FOREIGN_MODULES = ("lmms_eval",)
 """Programs of others, of whose options nothing is known here."""
 OTHER_PACKAGES = {"tensorboard", "trackio", "wandb"}
-"""Of others, which we never import ourselves."""
+"""These modules are of other projects and never imported here."""
 USERS_FILE = re.compile(r"(?!configs/)[\w./\-]+\.yaml|[A-Z]+")
 """A recipe that the reader has: a file, and none of the shipped ones; or a word in capitals that stands for one."""
 FENCE = re.compile(r"^( *)```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^\1```", re.MULTILINE | re.DOTALL)

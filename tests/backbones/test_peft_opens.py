@@ -26,7 +26,7 @@ methods = pytest.mark.parametrize("method", ["dora", "lora"])
 
 @torch.no_grad()
 def opens(open_base: Callable[[], Any], batch: Mapping[str, Any], folder: Path, method: Any) -> bool:
-    """Whether PEFT opens a moved adapter of all that trains by default; its logits are then the same."""
+    """Returns True if PEFT opens a moved adapter of all that trains by default; its logits are then the same."""
     model, base = open_base(), open_base()
     adapt(model, method=method)
     save_adapter(model, folder)

@@ -37,15 +37,15 @@ class Family:
     unadapted: str = ""
     """What holds weights of the decoder and is no linear layer."""
     projector: bool = True
-    """Whether something stands between vision and language, and trains."""
+    """True if a module between vision and language trains."""
     slow: bool = False
-    """Whether its tests take more than ten seconds."""
+    """True if its tests take more than ten seconds."""
     merges: bool = True
-    """Whether an adapter can be merged: not where transformers splits the files' tensors when it loads them."""
+    """True if an adapter can be merged: not where transformers splits the files' tensors when it loads them."""
     video: bool = False
-    """Whether the processor takes videos as such; else their frames go in as pictures."""
+    """True if the processor takes videos as such; else their frames go in as pictures."""
     peft: bool = True
-    """Whether PEFT opens an adapter of it; else it refuses the folder."""
+    """True if PEFT opens an adapter of it; else it refuses the folder."""
     unstored: str = ""
     """Why the outputs of its frozen vision parts cannot be stored; empty where they can."""
     plain_rows: str = ""

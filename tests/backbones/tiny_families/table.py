@@ -13,7 +13,7 @@ FAMILIES: Mapping[str, Family] = {
     name: Family(**{**row, "idle": tuple(row.get("idle", ()))}) for name, row in TABLE["families"].items()
 }
 QUICK = ("qwen3_vl", "qwen3_5_moe", "internvl", "gemma3", "paligemma", "mllama")
-"""Of each kind of picture, mask and prompt one."""
+"""These families have one of each kind of picture, mask and prompt."""
 
 
 def param(family: str, *, is_slow: bool = False) -> object:
