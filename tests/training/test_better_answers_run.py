@@ -320,6 +320,7 @@ def test_a_run_raises_its_reward_and_says_so(make: MakeRun) -> None:
     assert len({answer["reward"] for answer in drawn[0]["answers"]}) > 1
 
 
+@pytest.mark.slow
 def test_all_weights_learn_in_half_precision(make: MakeRun, tmp_path: Path) -> None:
     """DeepSpeed's engine casts the batch's float32 numbers too."""
     adapter = {"method": "full", "initial": None, "targets": ["*.q_proj"]}
