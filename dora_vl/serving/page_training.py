@@ -112,7 +112,7 @@ class TrainTab:
                               info="16 is enough for most; more for long answers or much data")  # fmt: skip
         self.epochs = gr.Slider(1, MOST_EPOCHS, EPOCHS, step=1, label="Epochs", elem_id="dv-epochs",
                                 info="how often each row is seen; more for few rows")  # fmt: skip
-        with gr.Row():
+        with gr.Row(elem_id="dv-go"):  # in sight on a low screen too
             self.start = gr.Button("Start", variant="primary", interactive=False, elem_id="dv-start")
             self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="dv-halt")
 
