@@ -404,60 +404,29 @@ class RunSamples:
 
     def training_data(self, rows: RowEncoder, collate: Collator, replay: Replay | None = None) -> TrainingData:
         """Returns what the Trainer takes: samples that `rows` makes, and batches of them."""
-        data, encoder, make = self._data, rows.encoder, rows.dataset
-        micro_batch = self._arguments.per_device_train_batch_size
-        held_out = None if self.held_out is None else make(self.held_out, self.held_out.stored)
-        shared: dict[str, Any] = {"validation": held_out, "collate": collate, "source": self._name}
         if self._stream is not None:
-            order = StreamOrder(self._stream, total=self._total)
-            streamed = StreamedDataset(make, length=len(order))
-            return TrainingData(
-                train=streamed,
-                pools=partial(_largest_first_rows, streamed, self._stream.sources, micro_batch),
-                sampler=order,
-                stream=order,
-                set_epoch=(order.set_epoch,),
-                samples=len(order),
-                batch_tokens=micro_batch * data.max_tokens * self._most_answers(rows, collate),
-                **shared,
-            )
+            return self._streamed_data(self._stream, rows, collate)
         assert self._train is not None
         train = own = self._train
         if replay is not None:
             train = ExampleTable(datasets.concatenate_datasets([own.rows, replay.chats.rows]), own.stored)
-        media = rows.folder is not None  # else words alone
+        encoder, media = rows.encoder, rows.folder is not None  # else words alone
         shows_videos = self.has_videos and encoder.sees_pictures
         lengths = sampling_lengths(
             train.rows,
             tokens_per_image=encoder.tokens_per_image if media else 0,
-            tokens_per_video=len(encoder.dummy_video(data.video_frames).input_ids) if media and shows_videos else 0,
+            tokens_per_video=len(encoder.dummy_video(self._data.video_frames).input_ids)
+            if media and shows_videos
+            else 0,
         )
         if replay is not None:  # among pictures, so that every step may hold some
             lengths.is_multimodal[len(own) :] = lengths.is_multimodal[: len(own)].any()
-        samples = make(train, train.stored)
+        samples = rows.dataset(train, train.stored)
         sized_pictures = rows.folder if media and encoder.size_matters else None  # a larger picture becomes more tokens
-        grouped = data.group_by_modality_length
+        grouped = self._data.group_by_modality_length
         trees = grouped and collate.packing == "trees" and bool(lengths.shared.any())
-
-        def ordered(lengths: SamplingLengths) -> SeededSampler:
-            """Orders samples in trees, else by LLaVA's grouping by modality and length for the global batch."""
-            if trees:
-                return TreeSampler(lengths, batch_size=micro_batch, seed=self._seed)
-            return ModalityLengthSampler(
-                lengths.lengths if grouped else torch.zeros_like(lengths.lengths),
-                lengths.is_multimodal if grouped else torch.zeros_like(lengths.is_multimodal),
-                batch_size=micro_batch,
-                world_size=self._arguments.world_size,
-                accumulation=self._arguments.gradient_accumulation_steps,
-                seed=self._seed,
-            )
-
-        sampler = ordered(lengths) if grouped else None
-        if replay is not None:
-            cut = micro_batch if trees else 0
-            sampler = ReplaySampler(
-                lengths, own=len(own), drawn=replay.drawn, seed=self._seed, order=ordered, micro_batch=cut
-            )
+        sampler = self._sampler(lengths, trees=trees, replay=replay)
+        micro_batch = self._arguments.per_device_train_batch_size
         return TrainingData(
             train=samples,
             pools=partial(
@@ -473,10 +442,58 @@ class RunSamples:
             set_epoch=() if sampler is None else (sampler.set_epoch,),
             samples=len(own) if sampler is None else len(sampler),
             ids=own.ids,
-            media=partial(_media_keys, own if media else None, data, replay),
+            media=partial(_media_keys, own if media else None, self._data, replay),
             batch_tokens=micro_batch * self._sample_tokens(rows, collate, int(lengths.lengths.max())),
-            **shared,
+            **self._shared_data(rows, collate),
         )
+
+    def _streamed_data(self, stream: SampleStream, rows: RowEncoder, collate: Collator) -> TrainingData:
+        micro_batch = self._arguments.per_device_train_batch_size
+        order = StreamOrder(stream, total=self._total)
+        samples = StreamedDataset(rows.dataset, length=len(order))
+        return TrainingData(
+            train=samples,
+            pools=partial(_largest_first_rows, samples, stream.sources, micro_batch),
+            sampler=order,
+            stream=order,
+            set_epoch=(order.set_epoch,),
+            samples=len(order),
+            batch_tokens=micro_batch * self._data.max_tokens * self._most_answers(rows, collate),
+            **self._shared_data(rows, collate),
+        )
+
+    def _shared_data(self, rows: RowEncoder, collate: Collator) -> dict[str, Any]:
+        """Returns what the Trainer takes of a stream and of rows on disk alike."""
+        held_out = None if self.held_out is None else rows.dataset(self.held_out, self.held_out.stored)
+        return {"validation": held_out, "collate": collate, "source": self._name}
+
+    def _sampler(self, lengths: SamplingLengths, *, trees: bool, replay: Replay | None) -> SeededSampler | None:
+        """Makes the sampler that orders an epoch; None leaves the order to the Trainer."""
+        grouped, micro_batch = self._data.group_by_modality_length, self._arguments.per_device_train_batch_size
+
+        def ordered(lengths: SamplingLengths) -> SeededSampler:
+            """Orders samples in trees, else by LLaVA's grouping by modality and length for the global batch."""
+            if trees:
+                return TreeSampler(lengths, batch_size=micro_batch, seed=self._seed)
+            return ModalityLengthSampler(
+                lengths.lengths if grouped else torch.zeros_like(lengths.lengths),
+                lengths.is_multimodal if grouped else torch.zeros_like(lengths.is_multimodal),
+                batch_size=micro_batch,
+                world_size=self._arguments.world_size,
+                accumulation=self._arguments.gradient_accumulation_steps,
+                seed=self._seed,
+            )
+
+        if replay is not None:
+            return ReplaySampler(
+                lengths,
+                own=replay.first_index,
+                drawn=replay.drawn,
+                seed=self._seed,
+                order=ordered,
+                micro_batch=micro_batch if trees else 0,
+            )
+        return ordered(lengths) if grouped else None
 
     def _sample_tokens(self, rows: RowEncoder, collate: Collator, longest: int) -> int:
         """Returns the tokens of the longest sample, all its answers counted; `longest` holds each of them once."""
