@@ -193,9 +193,9 @@ class DataConfig:
     """Cuts the subtitles where an input is too long; false cuts the end of the text, question and choices with it, as
     the published video runs do."""
     replay: float = 0.0
-    """Share of the labelled tokens that come from short chats written by the base itself (`dora-vl replay`), so that it
-    keeps what it knows; each epoch draws anew. Their loss is the KL divergence from the model that training began with.
-    0: none."""
+    """Share of the samples, or of the labelled tokens where that is more, that are short chats written by the base
+    itself (`dora-vl replay`), so that it keeps what it knows; each epoch draws anew. Their loss is the KL divergence
+    from the model that training began with. 0: none."""
     closed_answers: Mapping[str, int | str] = field(default_factory=dict)
     """Answers a task from a list, by a head that trains with the adapter (part `answer_head`), instead of in words; of
     vqav2, gqa, short_answer. By task: N, its N most frequent training answers; or FILE: one answer per line, a JSON

@@ -232,13 +232,15 @@ class Replay:
 
     @classmethod
     def of(cls, path: Path, train: ExampleTable, encoder: Encoder, share: float) -> Replay:
-        """Draws as many chats as make this share of all labelled tokens."""
+        """Draws as many chats as make this share of the samples, or of all labelled tokens where that is more."""
         chats = load_rows(str(path))
         own, written = (tokens_in_labels(table, encoder) for table in (train, chats))
-        drawn = max(1, round(share / (1 - share) * own * len(train) / written))
+        # Answers of a word or two would draw a chat an epoch by tokens alone.
+        drawn = max(1, round(share / (1 - share) * len(train) * max(1.0, own / written)))
+        tokens = drawn * written / (drawn * written + len(train) * own)
         logger.info(
-            "%s: an epoch draws %d of %d chats of the base, some %.0f %% of its labelled tokens",
-            *(path, drawn, len(chats), 100 * share),
+            "%s: an epoch draws %d times of %d chats of the base, some %.0f %% of its labelled tokens",
+            *(path, drawn, len(chats), 100 * tokens),
         )
         return cls(path, chats, drawn, len(train))
 

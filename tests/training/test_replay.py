@@ -144,8 +144,16 @@ def test_a_run_resumes_with_the_chats_that_it_had(with_chats: MakeRun, tmp_path:
 
 @pytest.mark.parametrize("packing", ["trees", "plain"])
 @pytest.mark.parametrize("grouped", [True, False])
-def test_chats_are_a_share_of_the_labelled_tokens_and_others_in_each_epoch(with_chats, packing, grouped) -> None:
-    share = 0.2
+@pytest.mark.parametrize("answer", ["Neither of the two is blue, so far as I can see.", "."])
+def test_chats_are_a_share_of_samples_or_tokens_and_others_in_each_epoch(
+    with_chats: MakeRun, tmp_path: Path, packing: str, grouped: bool, answer: str
+) -> None:
+    """The chats' answers are longer than those of the data, or shorter."""
+    share, written = 0.2, 40
+    turns = [[f"Say {number}.", answer] for number in range(written)]
+    rows = [[{"from": "human", "value": prompt}, {"from": "gpt", "value": text}] for prompt, text in turns]
+    lines = [json.dumps({"id": f"replay-{number}", "conversations": row}) for number, row in enumerate(rows)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines))
     settings = {"replay": share, "packing": packing, "group_by_modality_length": grouped}
     pipeline = decoder_run(with_chats(training={"use_cpu": True}, data=settings))
     arguments = pipeline.arguments()
@@ -164,12 +172,16 @@ def test_chats_are_a_share_of_the_labelled_tokens_and_others_in_each_epoch(with_
         assert len(order) == data.samples
         assert sorted(index for index in order if index < own) == list(range(own))
         chats = [index for index in order if index >= own]
-        assert max(map(chats.count, chats)) == 1  # of seven, fewer are drawn
-        drawn.append(frozenset(chats))
+        counts = [chats.count(chat) for chat in range(own, own + written)]
+        assert max(counts) - min(counts) <= 1  # none again before all were drawn
+        drawn.append(tuple(chats))
         labelled = {index: int((data.train[index].labels != -100).sum()) for index in order}
-        tokens += [sum(labelled[index] for index in chats), sum(labelled.values())]
+        tokens += [sum(labelled[index] for index in chats), sum(labelled[index] for index in order)]
     assert len({*drawn}) > 1
-    assert sum(tokens[::2]) / sum(tokens[1::2]) == pytest.approx(share, abs=0.06)
+    of_samples, of_tokens = len(chats) / len(order), sum(tokens[::2]) / sum(tokens[1::2])
+    decides, other = (of_samples, of_tokens) if len(answer) > 1 else (of_tokens, of_samples)
+    assert decides == pytest.approx(share, abs=0.02)
+    assert other > share + 0.04
 
 
 @pytest.mark.slow
