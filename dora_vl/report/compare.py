@@ -36,6 +36,12 @@ WAIT_SECONDS = 10.0
 MOST_RATES = 7  # that a sweep tries
 COLOURS = ("#2f6fde", "#d9580b", "#1f9d6b", "#a23bb8", "#b8860b", "#6b7280")
 UNTRAINED = "untrained"
+NOTHING_LEARNED = (
+    *("--training.max_steps=1", "--training.learning_rate=0"),
+    # Parts with rates of their own too: the first step of a warm-up is at 0.
+    *("--training.lr_scheduler_type=constant_with_warmup", "--training.warmup_steps=1"),
+    *("--training.eval_strategy=no", "--training.load_best_model_at_end=false", "--optim.early_stopping=null"),
+)
 
 
 @dataclass(frozen=True)
@@ -198,9 +204,8 @@ class Comparison:
 
     @cached_property
     def untrained_run(self) -> CellRun:
-        """Returns the run of the model as it was: one step at a rate of 0."""
-        settings = ("--training.max_steps=1", "--training.learning_rate=0", "--training.eval_strategy=no")
-        return self._run(self.to / UNTRAINED, settings, is_tested=True)
+        """Returns the run of the model as it was: one step at a rate of 0, without a validation and what needs one."""
+        return self._run(self.to / UNTRAINED, NOTHING_LEARNED, is_tested=True)
 
     def by_strength(self) -> dict[float, CellRun]:
         """Returns tests of the first contender's first adapter at each strength, in folders that hold a copy of it."""
@@ -243,7 +248,8 @@ class Comparison:
         resumed = () if again else ("--resume=if_stopped",)
         config, *own = self.words
         words = (config.removeprefix("--config="), *own, *settings, *no_test, *resumed)
-        best = bool(self.config.training.get("load_best_model_at_end"))
+        stops_early = self.config.optim.early_stopping is not None
+        best = bool(self.config.training.get("load_best_model_at_end", stops_early))
         return CellRun(folder, (*words, f"--training.output_dir={folder}"), is_tested, takes_best=best)
 
 

@@ -9,6 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch.nn import Parameter
+from torch.optim import SGD
+from transformers import get_scheduler
 
 from dora_vl.cli import main
 from dora_vl.data.example import Example
@@ -17,6 +21,8 @@ from dora_vl.evaluation.predictions import Predictions
 from dora_vl.evaluation.scores.scored import ACCURACY, Tally
 from dora_vl.evaluation.test_sets import ResultFolder, Tested, TestSet
 from dora_vl.report import compare
+from dora_vl.run.arguments import training_arguments
+from dora_vl.run.settings_parser import read_run
 from tests.backbones.tiny_language import write_tiny_language
 from tests.training.tiny_run import json_of
 
@@ -119,6 +125,21 @@ def test_a_stopped_comparison_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
     second = Trainings(monkeypatch)
     compared(tmp_path)
     assert len(first.started[:2]) + len(second.started) == 14 + 9
+
+
+@pytest.mark.parametrize(
+    "own", [["--training.load_best_model_at_end=true"], ["--optim.early_stopping=2", "--optim.rates", '{"dora": 0.1}']]
+)
+def test_the_untrained_model_takes_no_step_whatever_the_recipe_says(tmp_path: Path, own: list[str]) -> None:
+    words = [f"--config={recipe(tmp_path)}", "--training.eval_strategy=epoch", "--training.save_strategy=epoch", *own]
+    cells = compare.Comparison(words, read_run(words), tmp_path / "out", [compare.Contender("dora", 4)], [0.01], 1)
+    assert cells.sweep(cells.contenders[0])[0.01].takes_best
+    config, *settings = cells.untrained_run.words
+    arguments = training_arguments(read_run([f"--config={config}", *settings]))
+    assert (arguments.max_steps, arguments.get_warmup_steps(1)) == (1, 1)
+    parts = [{"params": [Parameter(torch.zeros(1))], "lr": rate} for rate in (0.0, 0.1)]
+    scheduler = get_scheduler(arguments.lr_scheduler_type, SGD(parts), num_warmup_steps=1, num_training_steps=1)
+    assert scheduler.get_last_lr() == [0, 0]
 
 
 @pytest.mark.parametrize("best", [False, True])
