@@ -295,16 +295,17 @@ class Contrast:
 def pairs_of(contenders: Sequence[Contender], *, untrained: bool) -> list[tuple[str, str]]:
     """Pairs the contenders that are set against each other.
 
-    Methods of one rank against the first of them; one without rank against the first method's greatest rank; each rank
-    of a method against the one before; and each against the untrained model.
+    Methods of one rank against the first of them; one without rank against the greatest rank of the first method that
+    has any, else against the first; each rank of a method against the one before; each against the untrained model.
     """
     pairs: list[tuple[str, str]] = []
+    first = next((contender for contender in contenders if contender.rank is not None), contenders[0])
+    greatest = max((other for other in contenders if other.method == first.method), key=lambda other: other.rank or 0)
     for contender in contenders:
         same_rank = [other for other in contenders if other.rank == contender.rank]
-        if contender.rank is None:
-            same_rank = [other for other in contenders if other.method == contenders[0].method][-1:]
-        if same_rank[0] != contender:
-            pairs.append((str(contender), str(same_rank[0])))
+        against = greatest if contender.rank is None else same_rank[0]
+        if against != contender:
+            pairs.append((str(contender), str(against)))
     for method in dict.fromkeys(contender.method for contender in contenders):
         ranks = [contender for contender in contenders if contender.method == method]
         pairs += [(str(higher), str(lower)) for lower, higher in pairwise(ranks)]

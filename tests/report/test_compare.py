@@ -142,6 +142,14 @@ def test_the_untrained_model_takes_no_step_whatever_the_recipe_says(tmp_path: Pa
     assert scheduler.get_last_lr() == [0, 0]
 
 
+@pytest.mark.parametrize("names", ["full,dora 4,dora 16", "dora 16,dora 4,full", "magnitude,full"])
+def test_a_method_without_rank_is_set_against_the_greatest_rank_whatever_the_order(names: str) -> None:
+    several = [name.partition(" ") for name in names.split(",")]
+    contenders = [compare.Contender(method, int(rank) if rank else None) for method, _, rank in several]
+    against = dict(compare.pairs_of(contenders, untrained=False))
+    assert against["full"] == ("dora r16" if "dora" in names else "magnitude")
+
+
 @pytest.mark.parametrize("best", [False, True])
 def test_the_loss_is_that_of_the_checkpoint_that_is_tested(tmp_path: Path, best: bool) -> None:
     cell = compare.CellRun(tmp_path, (), is_tested=False, takes_best=best)
