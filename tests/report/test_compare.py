@@ -166,7 +166,8 @@ def test_a_recipes_own_strategy_stays(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    ("words", "data"), [(("--methods", "dora,lera"), {}), (("--ranks", "0"), {}), ((), {"validation_size": 0})]
+    ("words", "data"),
+    [(("--methods", "dora,lera"), {}), (("--ranks", "0"), {}), (("--rates", ","), {}), ((), {"validation_size": 0})],
 )
 def test_what_cannot_be_compared_is_refused_before_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], data: dict[str, Any]
