@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import binascii
 import contextlib
 import json
 import os
@@ -114,7 +113,7 @@ class AccessRules:
         scheme, _, credentials = headers.get("authorization", "").partition(" ")
         key = credentials.strip().encode() if scheme.lower() == "bearer" else b""
         if scheme.lower() == "basic":  # the password that a browser has asked its user for
-            with contextlib.suppress(binascii.Error):
+            with contextlib.suppress(ValueError):  # no base64, or not even ASCII
                 key = base64.b64decode(credentials, validate=True).partition(b":")[2]
         if not secrets.compare_digest(key, self.key.encode()):
             raise NoKey("this needs the key that it was started with (Authorization: Bearer KEY, or as a password)")

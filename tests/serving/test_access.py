@@ -87,7 +87,10 @@ def test_options_name_hosts_and_the_key(monkeypatch: pytest.MonkeyPatch) -> None
         ("bearer open-sesame", True),
         (f"Basic {base64.b64encode(b'anybody:open-sesame').decode()}", True),  # as a browser asks its person
         (f"Basic {base64.b64encode(b'open-sesame:').decode()}", False),
-        *((wrong, False) for wrong in (None, "Bearer ", "Bearer open-sesame2", "Basic open-sesame", "open-sesame")),
+        *(
+            (wrong, False)
+            for wrong in (None, "Bearer ", "Bearer open-sesame2", "Basic open-sesame", "Basic é", "open-sesame")
+        ),
     ],
 )
 def test_a_key(authorization: str | None, admitted: bool) -> None:
