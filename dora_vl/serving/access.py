@@ -31,7 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dora_vl.errors import BadSample, UserError, short_repr
 from dora_vl.serving.model import UnknownModel
-from dora_vl.serving.options import KEY_VARIABLE, LOCAL, host_name
+from dora_vl.serving.options import EVERY_ADDRESS, KEY_VARIABLE, LOCAL, host_name
 from dora_vl.serving.requests import BadRequest, TooLarge
 from dora_vl.serving.scheduler import Stopped, TooLate, TooManyRequests
 
@@ -129,7 +129,7 @@ def access_rules(options: argparse.Namespace) -> AccessRules:
     if key is not None and not (key.isascii() and key.isprintable() and key and " " not in key):
         raise UserError(f"--api-key or {KEY_VARIABLE}: a key is one or more ASCII characters without spaces")
     allowed = frozenset(name for name in names.values() if name)
-    listening_on = frozenset({options.host.lower()}) - {"", "0.0.0.0", "::"}  # every address
+    listening_on = frozenset({options.host.lower()}).difference(EVERY_ADDRESS)
     return AccessRules(hosts=allowed | listening_on | {*LOCAL}, origins=allowed, key=key)
 
 
