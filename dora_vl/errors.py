@@ -213,6 +213,8 @@ UNWRITABLE = {
 """Maps the system's error number to why a disk takes nothing more, and what to do."""
 _OF_THE_SYSTEM = {
     errno.ENAMETOOLONG: "the file name is too long",
+    errno.EACCES: "you have no permission; change it, or name another path",
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a file is where a folder is needed; name another path"),
     **{number: f"{cause}; {remedy} and start again" for number, (cause, remedy) in UNWRITABLE.items()},
 }
 
@@ -220,7 +222,8 @@ _OF_THE_SYSTEM = {
 def exit_on_user_error(main: Callable[Inputs, Returned]) -> Callable[Inputs, Returned]:
     """Wraps an entry point: a `UserError` becomes one line on stderr and its exit status, never a traceback.
 
-    So does a path of more characters than a file's name may have, and a disk that takes no more, wherever it is met.
+    So does a path of more characters than a file's name may have, one that leads through a file or lacks permission,
+    and a disk that takes no more, wherever it is met.
     A reader of the output that leaves early (`| head`) ends the program quietly, as it ends others.
     """
 

@@ -6,15 +6,19 @@ weight.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from dora_vl.cli import main
 from dora_vl.errors import (
@@ -23,6 +27,7 @@ from dora_vl.errors import (
     BadSample,
     SettingError,
     UserError,
+    exit_on_user_error,
     leave_out_foreign_lines,
     one_line,
     short_names,
@@ -74,6 +79,21 @@ def test_a_path_of_any_length_is_a_persons_error(option: str, tmp_path: Path) ->
         with pytest.raises(SystemExit) as status:
             main(["evaluate", *(word for pair in options.items() for word in pair)])
         assert status.value.code == 2
+
+
+@pytest.mark.parametrize("below", ["file/run", "file/in/run"])
+def test_a_path_that_leads_through_a_file_is_a_persons_error(below: str, tmp_path: Path, capsys: Any) -> None:
+    """Also one without permission, which root always has."""
+    for colour in ("red", "blue"):
+        (tmp_path / "pictures" / colour).mkdir(parents=True)
+        Image.new("RGB", (8, 8), colour).save(tmp_path / "pictures" / colour / "1.png")
+    (tmp_path / "file").touch()
+    words = ["init", str(tmp_path / "pictures"), "--ask", "What?", "--to", str(tmp_path / below)]
+    denied = PermissionError(errno.EACCES, "Permission denied", f"{tmp_path}/file")
+    for called in (lambda: main(words), exit_on_user_error(Mock(side_effect=denied))):
+        with pytest.raises(SystemExit, match="2"):
+            called()
+        assert f"error: {tmp_path}/file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", LEFT_OUT)

@@ -27,10 +27,10 @@ from dora_vl.core.other_layers import expert_projections
 from dora_vl.core.quantised import loose_tensors
 from dora_vl.core.trainable import split_rows
 from dora_vl.errors import UserError
-from dora_vl.files import check_attention, read_json
+from dora_vl.files import check_attention, read_json, weight_files
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-"""A base's weights are in the first file, or in several files that the index maps each tensor to."""
+"""A base's weights are in the first file where it is there, else in files that the index maps each tensor to."""
 CONFIG_FILE = "config.json"
 
 
@@ -107,11 +107,9 @@ class BaseWeights:
         self._stack.close()
 
     def _stored(self) -> Iterator[tuple[str, str, tuple[int, ...], str]]:
-        """Yields key, file, shape and dtype of every tensor."""
-        index, files = self.folder / INDEX, [WEIGHTS]
-        if index.is_file():
-            files = sorted(set(read_json(index).get("weight_map", {}).values()))
-        for file in files:
+        """Yields key, file, shape and dtype of every tensor, from the files that transformers loads."""
+        for path in weight_files(self.folder):
+            file = str(path.relative_to(self.folder))
             handle = self._open(file)
             for key in handle.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
                 part = handle.get_slice(key)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dora_vl.data.check import add_columns, columns_of
 from dora_vl.data.pictures import MediaFolder
-from dora_vl.errors import UserError, align_columns, positive_int, short_repr
+from dora_vl.errors import UserError, align_columns, number_between, positive_int, short_repr
 from dora_vl.evaluation.ask_command import add_model_options
 from dora_vl.evaluation.baselines import ASKED_AGAIN
 from dora_vl.evaluation.benchmarks import find_benchmark, read_set
@@ -75,7 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--frames", type=positive_int, help="frames of a video that are shown (default: benchmark's own)"
     )
-    parser.add_argument("--workers", type=int, default=0, help="processes that read pictures ahead (default: 0)")
+    help_text = "processes that read pictures ahead (default: 0)"
+    parser.add_argument("--workers", type=number_between(int, 0), default=0, help=help_text)
     parser.add_argument("--answer-after", help="exact_match: scores what follows the last of this text in an answer")
     parser.add_argument(
         "--answer-by",

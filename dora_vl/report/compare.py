@@ -36,6 +36,12 @@ WAIT_SECONDS = 10.0
 MOST_RATES = 7  # that a sweep tries
 COLOURS = ("#2f6fde", "#d9580b", "#1f9d6b", "#a23bb8", "#b8860b", "#6b7280")
 UNTRAINED = "untrained"
+NOTHING_LEARNED = (
+    *("--training.max_steps=1", "--training.learning_rate=0"),
+    # Parts with rates of their own too: the first step of a warm-up is at 0.
+    *("--training.lr_scheduler_type=constant_with_warmup", "--training.warmup_steps=1"),
+    *("--training.eval_strategy=no", "--training.load_best_model_at_end=false", "--optim.early_stopping=null"),
+)
 
 
 @dataclass(frozen=True)
@@ -198,9 +204,8 @@ class Comparison:
 
     @cached_property
     def untrained_run(self) -> CellRun:
-        """Returns the run of the model as it was: one step at a rate of 0."""
-        settings = ("--training.max_steps=1", "--training.learning_rate=0", "--training.eval_strategy=no")
-        return self._run(self.to / UNTRAINED, settings, is_tested=True)
+        """Returns the run of the model as it was: one step at a rate of 0, without a validation and what needs one."""
+        return self._run(self.to / UNTRAINED, NOTHING_LEARNED, is_tested=True)
 
     def by_strength(self) -> dict[float, CellRun]:
         """Returns tests of the first contender's first adapter at each strength, in folders that hold a copy of it."""
@@ -243,7 +248,8 @@ class Comparison:
         resumed = () if again else ("--resume=if_stopped",)
         config, *own = self.words
         words = (config.removeprefix("--config="), *own, *settings, *no_test, *resumed)
-        best = bool(self.config.training.get("load_best_model_at_end"))
+        stops_early = self.config.optim.early_stopping is not None
+        best = bool(self.config.training.get("load_best_model_at_end", stops_early))
         return CellRun(folder, (*words, f"--training.output_dir={folder}"), is_tested, takes_best=best)
 
 
@@ -289,16 +295,17 @@ class Contrast:
 def pairs_of(contenders: Sequence[Contender], *, untrained: bool) -> list[tuple[str, str]]:
     """Pairs the contenders that are set against each other.
 
-    Methods of one rank against the first of them; one without rank against the first method's greatest rank; each rank
-    of a method against the one before; and each against the untrained model.
+    Methods of one rank against the first of them; one without rank against the greatest rank of the first method that
+    has any, else against the first; each rank of a method against the one before; each against the untrained model.
     """
     pairs: list[tuple[str, str]] = []
+    first = next((contender for contender in contenders if contender.rank is not None), contenders[0])
+    greatest = max((other for other in contenders if other.method == first.method), key=lambda other: other.rank or 0)
     for contender in contenders:
         same_rank = [other for other in contenders if other.rank == contender.rank]
-        if contender.rank is None:
-            same_rank = [other for other in contenders if other.method == contenders[0].method][-1:]
-        if same_rank[0] != contender:
-            pairs.append((str(contender), str(same_rank[0])))
+        against = greatest if contender.rank is None else same_rank[0]
+        if against != contender:
+            pairs.append((str(contender), str(against)))
     for method in dict.fromkeys(contender.method for contender in contenders):
         ranks = [contender for contender in contenders if contender.method == method]
         pairs += [(str(higher), str(lower)) for lower, higher in pairwise(ranks)]

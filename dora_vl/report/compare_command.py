@@ -57,6 +57,8 @@ def run(options: argparse.Namespace) -> Iterator[str]:
         raise UserError("--rates sweep goes around training.learning_rate, which the recipe does not set; name rates")
     sweep = options.rates == "sweep"
     rates = [stepped(rate, steps) for steps in (-1, 0, 1)] if sweep else _numbers(options.rates, float, "--rates")
+    if not rates:
+        raise UserError("--rates is empty; write learning rates with commas between, or sweep")
     contenders = [
         Contender(method, rank)
         for method in methods

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,8 +139,8 @@ def model_card(run: RunRecord, repository: str, *, licence: str | None, sheet: b
 
 
 def without_folder(value: str) -> str:
-    """Returns a setting's text for others to read: of a path on this machine only the name."""
-    return Path(value).name if Path(value).is_absolute() else value
+    """Returns a setting's text for others to read: of a path on this machine, also in a list, only the name."""
+    return Path(value).name if Path(value).is_absolute() else re.sub(r'"/(?:[^"]*/)?', '"', value)
 
 
 def cell(text: str) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import binascii
 import contextlib
 import json
 import os
@@ -32,7 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dora_vl.errors import BadSample, UserError, short_repr
 from dora_vl.serving.model import UnknownModel
-from dora_vl.serving.options import KEY_VARIABLE, LOCAL, host_name
+from dora_vl.serving.options import EVERY_ADDRESS, KEY_VARIABLE, LOCAL, host_name
 from dora_vl.serving.requests import BadRequest, TooLarge
 from dora_vl.serving.scheduler import Stopped, TooLate, TooManyRequests
 
@@ -114,7 +113,7 @@ class AccessRules:
         scheme, _, credentials = headers.get("authorization", "").partition(" ")
         key = credentials.strip().encode() if scheme.lower() == "bearer" else b""
         if scheme.lower() == "basic":  # the password that a browser has asked its user for
-            with contextlib.suppress(binascii.Error):
+            with contextlib.suppress(ValueError):  # no base64, or not even ASCII
                 key = base64.b64decode(credentials, validate=True).partition(b":")[2]
         if not secrets.compare_digest(key, self.key.encode()):
             raise NoKey("this needs the key that it was started with (Authorization: Bearer KEY, or as a password)")
@@ -130,7 +129,7 @@ def access_rules(options: argparse.Namespace) -> AccessRules:
     if key is not None and not (key.isascii() and key.isprintable() and key and " " not in key):
         raise UserError(f"--api-key or {KEY_VARIABLE}: a key is one or more ASCII characters without spaces")
     allowed = frozenset(name for name in names.values() if name)
-    listening_on = frozenset({options.host.lower()}) - {"", "0.0.0.0", "::"}  # every address
+    listening_on = frozenset({options.host.lower()}).difference(EVERY_ADDRESS)
     return AccessRules(hosts=allowed | listening_on | {*LOCAL}, origins=allowed, key=key)
 
 

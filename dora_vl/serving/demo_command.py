@@ -23,6 +23,7 @@ from dora_vl.serving.options import (
     adapters_by_name,
     add_address,
     add_options,
+    address_of,
     listening,
 )
 
@@ -88,8 +89,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
 
         most = settings.media_bytes * 4  # so that the page itself can say that a file is too large
         app = build_page_app(Page(models, Uploads(Path(folder), most * 8), trains=trains), rules, upload_bytes=most)
-        host, port = listener.getsockname()[:2]
-        yield f"{', '.join(models.names) or 'train'} at http://{host}:{port} (Ctrl-C ends)"
+        yield f"{', '.join(models.names) or 'train'} at {address_of(options.host, listener)} (Ctrl-C ends)"
         QuietServer(http_config(app, lifespan="on", timeout_graceful_shutdown=1)).run(sockets=[listener])
 
 

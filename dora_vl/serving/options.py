@@ -13,6 +13,7 @@ from typing import Any
 from dora_vl.errors import UserError, number_between, positive_int, short_repr
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
+EVERY_ADDRESS = ("", "0.0.0.0", "::")
 MIB = 2**20
 KEY_VARIABLE = "DORA_VL_API_KEY"
 
@@ -126,6 +127,12 @@ def run_name(folder: Path) -> str:
     if re.fullmatch(r"checkpoint-\d+", parts[-1]) and len(parts) > 1:
         return f"{parts[-2]}-{parts[-1].removeprefix('checkpoint-')}"
     return parts[-1]
+
+
+def address_of(host: str, listener: socket.socket) -> str:
+    """Returns an address that requests from this machine are let in by."""
+    name = LOCAL[0] if host in EVERY_ADDRESS else host
+    return f"http://{f'[{name}]' if ':' in name else name}:{listener.getsockname()[1]}"
 
 
 def listening(host: str, port: int) -> socket.socket:

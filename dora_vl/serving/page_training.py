@@ -19,7 +19,7 @@ import torch
 import yaml
 from gradio.blocks import Block  # pyright: ignore[reportMissingImports]
 
-from dora_vl.errors import UserError
+from dora_vl.errors import UserError, short_repr
 from dora_vl.evaluation.forgetting import forgetting_lines
 from dora_vl.evaluation.plots import series, smoothed
 from dora_vl.report.run_record import RunRecord, blind, questions_of, read_record, read_tests, score_rows
@@ -318,7 +318,10 @@ class TrainTab:
 
 def column_options(text: str) -> dict[str, str]:
     """Returns init's options for headings as a user writes them: `Foto=image, Remark`, or pasted with the options."""
-    words = shlex.split(text) if "--" in text else [text]
+    try:
+        words = shlex.split(text) if "--" in text else [text]
+    except ValueError as error:  # a quotation mark without its second
+        raise UserError(f"your table's headings {short_repr(text)}: {error}; write Foto=image, Remark") from error
     names = [name.strip() for word in words if not word.startswith("--") for name in word.split(",")]
     with_role = [name for name in names if "=" in name]
     return {"--columns": ",".join(with_role), "--ignore": ",".join(name for name in names if "=" not in name)}

@@ -15,6 +15,7 @@ from dora_vl.serving.options import (
     adapters_by_name,
     add_address,
     add_options,
+    address_of,
     listening,
 )
 
@@ -70,8 +71,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     named = {"base_name": options.base_name, "template": options.template, "any_base": options.any_base}
     served = open_served(options.model, adapters, **named)
     with listener, Engine(served, ServerSettings.of(options)) as engine, Server(engine, rules=rules) as server:
-        host, port = listener.getsockname()[:2]
-        yield f"serving {', '.join(served.names)} at http://{host}:{port}/v1 (Ctrl-C ends)"
+        yield f"serving {', '.join(served.names)} at {address_of(options.host, listener)}/v1 (Ctrl-C ends)"
         config = http_config(build_app(server), lifespan="off", timeout_graceful_shutdown=5)
         with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listener])

@@ -21,6 +21,7 @@ from dora_vl.data.columns import USUAL, Columns, ColumnsError
 from dora_vl.data.containers import (
     BESIDE_ARROW,
     NO_SAMPLES,
+    WORDS,
     DataFiles,
     ending_of,
     files_below,
@@ -190,6 +191,12 @@ def find_questions(folder: Path, columns: Columns = USUAL) -> DataFiles:
         command = f'dora-vl init {quote(str(folder))} --ask "{ASK}"'
         raise UserError(f"{advice}{what}: answers without a question; say it: {command}")
     if labelled is not None:
+        labels = {str(fields.get("label", "")) for fields in labelled.fields.values()}
+        if sum(any(label.lower() in words for label in labels) for words in WORDS.values()) > 1:
+            raise UserError(
+                f"{folder}: the folders {short_names(sorted(labels))} would be the answers, though some are named as "
+                "splits; give the folder that holds the splits, with nothing else in it"
+            )
         return labelled
     if problems:
         first, problem = next(iter(problems.items()))

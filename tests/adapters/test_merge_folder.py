@@ -5,6 +5,8 @@ Experts too, whose files hold each by itself and whose models hold them as one t
 
 from __future__ import annotations
 
+import json
+import re
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -108,6 +110,25 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path, llava):
         with pytest.raises(UserError):
             merge_to_folder(adapter, wrong, tmp_path / "merged")
         assert not (tmp_path / "merged").exists()
+
+
+def test_the_files_are_read_that_transformers_loads(tmp_path, llava):
+    """A folder saved in shards, then whole, keeps the index of the shards; an index may name files anywhere."""
+    base, adapter = llava
+    index = base / "model.safetensors.index.json"
+    save_file({"x": torch.zeros(1)}, base / "old.safetensors")
+    index.write_text(json.dumps({"weight_map": {"x": "old.safetensors"}}))
+    merge_to_folder(adapter, base, tmp_path / "merged")
+    index.unlink()
+    merge_to_folder(adapter, base, tmp_path / "alone")
+    merged, alone = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "alone"))
+    assert merged.keys() == alone.keys()
+    assert all(torch.equal(tensor, alone[key]) for key, tensor in merged.items())
+    (base / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    for weight_map in (dict.fromkeys(alone, "../elsewhere.safetensors"), [], {"x": 3}):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(UserError, match=re.escape(str(index))):
+            BaseWeights(base)
 
 
 def test_only_an_earlier_merge_is_replaced(tmp_path, llava):

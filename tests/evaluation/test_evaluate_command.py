@@ -228,6 +228,12 @@ def test_against_itself_nothing_differs(trained: Path, alone: Path, tmp_path: Pa
     assert (tmp_path / "again/against/predictions.jsonl").is_file()
 
 
+def test_fewer_processes_than_none_are_refused_before_a_model_is_read(capsys: Any) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", "--benchmarks", "pope", "--model", "gone", "--to", "gone", "--workers", "-1"])
+    assert "--workers" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_records_are_found_by_name_and_asked_with_llavas_words(trained: Path, tmp_path: Path, capsys: Any) -> None:
     records = ["--max-new-tokens", 2, "--records", trained / "records", "--benchmarks", "pope"]
     evaluate(capsys, *options_of(trained, tmp_path, *records, "--limit", 7))

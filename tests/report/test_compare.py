@@ -9,6 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch.nn import Parameter
+from torch.optim import SGD
+from transformers import get_scheduler
 
 from dora_vl.cli import main
 from dora_vl.data.example import Example
@@ -17,6 +21,8 @@ from dora_vl.evaluation.predictions import Predictions
 from dora_vl.evaluation.scores.scored import ACCURACY, Tally
 from dora_vl.evaluation.test_sets import ResultFolder, Tested, TestSet
 from dora_vl.report import compare
+from dora_vl.run.arguments import training_arguments
+from dora_vl.run.settings_parser import read_run
 from tests.backbones.tiny_language import write_tiny_language
 from tests.training.tiny_run import json_of
 
@@ -121,6 +127,29 @@ def test_a_stopped_comparison_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
     assert len(first.started[:2]) + len(second.started) == 14 + 9
 
 
+@pytest.mark.parametrize(
+    "own", [["--training.load_best_model_at_end=true"], ["--optim.early_stopping=2", "--optim.rates", '{"dora": 0.1}']]
+)
+def test_the_untrained_model_takes_no_step_whatever_the_recipe_says(tmp_path: Path, own: list[str]) -> None:
+    words = [f"--config={recipe(tmp_path)}", "--training.eval_strategy=epoch", "--training.save_strategy=epoch", *own]
+    cells = compare.Comparison(words, read_run(words), tmp_path / "out", [compare.Contender("dora", 4)], [0.01], 1)
+    assert cells.sweep(cells.contenders[0])[0.01].takes_best
+    config, *settings = cells.untrained_run.words
+    arguments = training_arguments(read_run([f"--config={config}", *settings]))
+    assert (arguments.max_steps, arguments.get_warmup_steps(1)) == (1, 1)
+    parts = [{"params": [Parameter(torch.zeros(1))], "lr": rate} for rate in (0.0, 0.1)]
+    scheduler = get_scheduler(arguments.lr_scheduler_type, SGD(parts), num_warmup_steps=1, num_training_steps=1)
+    assert scheduler.get_last_lr() == [0, 0]
+
+
+@pytest.mark.parametrize("names", ["full,dora 4,dora 16", "dora 16,dora 4,full", "magnitude,full"])
+def test_a_method_without_rank_is_set_against_the_greatest_rank_whatever_the_order(names: str) -> None:
+    several = [name.partition(" ") for name in names.split(",")]
+    contenders = [compare.Contender(method, int(rank) if rank else None) for method, _, rank in several]
+    against = dict(compare.pairs_of(contenders, untrained=False))
+    assert against["full"] == ("dora r16" if "dora" in names else "magnitude")
+
+
 @pytest.mark.parametrize("best", [False, True])
 def test_the_loss_is_that_of_the_checkpoint_that_is_tested(tmp_path: Path, best: bool) -> None:
     cell = compare.CellRun(tmp_path, (), is_tested=False, takes_best=best)
@@ -137,7 +166,8 @@ def test_a_recipes_own_strategy_stays(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    ("words", "data"), [(("--methods", "dora,lera"), {}), (("--ranks", "0"), {}), ((), {"validation_size": 0})]
+    ("words", "data"),
+    [(("--methods", "dora,lera"), {}), (("--ranks", "0"), {}), (("--rates", ","), {}), ((), {"validation_size": 0})],
 )
 def test_what_cannot_be_compared_is_refused_before_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], data: dict[str, Any]

@@ -16,6 +16,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from dora_vl.cli import main
+from dora_vl.report.push_command import without_folder
 from tests.report.conftest import HOSTILE
 
 REPOSITORY = "someone/shapes"
@@ -154,6 +155,10 @@ def test_the_card_says_what_the_run_scored(copied: Path, capsys: pytest.CaptureF
     settings = {row[0]: row[1] for row in rows if len(row) == 2}
     assert settings["`training.learning_rate`"] == "`0.005`"
     assert settings["`data.train`"] == "`train.json`"
+    assert (
+        without_folder('["/home/a/b.json", {"path": "/c.json"}, "d/e.json"]')
+        == '["b.json", {"path": "c.json"}, "d/e.json"]'
+    )
     assert str(Path(json.loads((copied / "settings.json").read_text())["model"]["base"]).parent) not in str(card)
 
 

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from starlette.datastructures import Headers
@@ -28,7 +29,7 @@ from dora_vl.serving.access import AccessRules, NoKey, Refused, Uploads, access_
 from dora_vl.serving.demo_command import keep_gradio_quiet
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel
-from dora_vl.serving.options import KEY_VARIABLE, LOCAL, ServerSettings, add_address
+from dora_vl.serving.options import KEY_VARIABLE, LOCAL, ServerSettings, add_address, address_of, listening
 from dora_vl.serving.server import Server, build_app
 from dora_vl.serving.side_by_side import Conversation, OpenModels, SideBySide
 from tests.serving.tiny_served import running
@@ -80,6 +81,17 @@ def test_options_name_hosts_and_the_key(monkeypatch: pytest.MonkeyPatch) -> None
             rules(*wrong)
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1", "localhost"])
+def test_the_address_that_is_printed_is_let_in(host: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_address(parser, port=0)
+    rules = access_rules(parser.parse_args(["--host", host]))
+    with listening(LOCAL[1], 0) as listener:  # not every machine has IPv6
+        url = urlsplit(address_of(host, listener))
+        assert url.port == listener.getsockname()[1]
+    rules.check(Headers({"host": url.netloc}))
+
+
 @pytest.mark.parametrize(
     ("authorization", "admitted"),
     [
@@ -87,7 +99,10 @@ def test_options_name_hosts_and_the_key(monkeypatch: pytest.MonkeyPatch) -> None
         ("bearer open-sesame", True),
         (f"Basic {base64.b64encode(b'anybody:open-sesame').decode()}", True),  # as a browser asks its person
         (f"Basic {base64.b64encode(b'open-sesame:').decode()}", False),
-        *((wrong, False) for wrong in (None, "Bearer ", "Bearer open-sesame2", "Basic open-sesame", "open-sesame")),
+        *(
+            (wrong, False)
+            for wrong in (None, "Bearer ", "Bearer open-sesame2", "Basic open-sesame", "Basic é", "open-sesame")
+        ),
     ],
 )
 def test_a_key(authorization: str | None, admitted: bool) -> None:

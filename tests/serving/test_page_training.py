@@ -118,6 +118,8 @@ def test_headings_become_options_of_init() -> None:
     assert column_options("Foto=image, Richtige Antwort=answer, Bemerkung") == expected
     assert column_options("--columns 'Foto=image,Richtige Antwort=answer' --ignore Bemerkung") == expected
     assert column_options("") == {"--columns": "", "--ignore": ""}
+    with pytest.raises(UserError, match="quotation"):
+        column_options("--columns Image de l'objet=image")
 
 
 def test_rows_that_cannot_be_used_are_told_of_as_a_fault() -> None:

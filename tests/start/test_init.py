@@ -396,6 +396,14 @@ def test_folders_named_as_splits_stay_what_they_are(capsys: pytest.CaptureFixtur
     assert "validation: runs/my/validation.jsonl" in Path("runs/my/run.yaml").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("folders", [("train", "test", "more"), ("pictures/train", "pictures/val")])
+def test_a_split_is_not_an_answer(folders: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in folders:
+        classes(Path("my") / folder, {"circle": 2, "square": 2})
+    error = told(capsys, "my", *ASK)
+    assert all(Path(folder).name in error for folder in folders)
+
+
 METADATA = [("metadata.csv", "file_name"), ("metadata.jsonl", "file_name")]
 TABLES: dict[str, Callable[[Path, list[dict[str, str]]], object]] = {
     ".csv": lambda path, rows: write_table(path, [list(row.values()) for row in rows], ",".join(rows[0])),
