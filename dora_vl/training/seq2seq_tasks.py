@@ -349,7 +349,7 @@ def _most_frequent(scores: Sequence[tuple[str, Mapping[str, float]]], limit: int
     for _, of_sample in scores:
         for answer, score in of_sample.items():
             sums[answer] += score
-    return sorted(sums, key=lambda answer: -sums[answer])[:limit]
+    return sorted(sums, key=lambda answer: -sums[answer])[: max(0, limit)]
 
 
 def _listed(path: Path, task: str) -> list[str]:
