@@ -114,6 +114,18 @@ def test_an_answer_is_drawn_as_often_as_its_score_says_and_weighs_so() -> None:
     assert error.value.sample_id == "2"
 
 
+def test_an_empty_answer_and_a_strange_label_train_nothing() -> None:
+    tasks, empty = vlbart_tasks.all_subtasks(), Answer(text=" ")
+    mixed = Example(id="1", images=("a.png",), answers=(empty, Answer(text="red")))
+    assert {tasks["vqav2"].target(mixed, None, Random(number)).text for number in range(20)} == {"red"}
+    assert vlbart_tasks.soft_scores(mixed) == {"red": 1.0}
+    assert tasks["nlvr2"].target(Example(id="1", answers=(Answer(text="True"),)), None, Random(0)).text == "true"
+    for name, text in (("gqa", " "), ("coco_caption", ""), ("tvc", " "), ("nlvr", "yes"), ("nlvr2", "")):
+        with pytest.raises(BadSample) as error:
+            tasks[name].target(Example(id="2", answers=(Answer(text=text),)), None, Random(0))
+        assert error.value.sample_id == "2"
+
+
 def test_frames_are_filled_up_with_zeros_or_each_place_is_pooled_over_time_to_the_largest() -> None:
     short = torch.arange(6.0).view(3, 2)
     assert torch.equal(fixed_length(short, 5, frames=3), torch.cat([short, torch.zeros(2, 2)]))
