@@ -118,7 +118,8 @@ def make_sample(
     if target is None:
         return Seq2SeqSample(example.id, ids, torch.full((1,), IGNORED_LABEL), features, 1.0, cut)
     if target.soft_scores is None:
-        labels = encoder.labels(target.text, max_tokens=subtask.target_tokens)
+        labels, cut_of_label = encoder.labels(target.text, max_tokens=subtask.target_tokens)
+        cut += cut_of_label
     else:
         labels = torch.zeros(1, dtype=torch.long)  # one place is scored, which counts as one label
     return Seq2SeqSample(example.id, ids, labels, features, target.weight, cut, target.soft_scores)
