@@ -76,7 +76,7 @@ def _unique(media: Iterable[Medium]) -> list[Medium]:
         before = by_name.setdefault(medium.name, medium)
         if before != medium:
             paths = f"{before.clip or before.path} and {medium.clip or medium.path}"
-            raise UserError(f"{paths} would have one name, {medium.name!r}; compute their features in two folders")
+            raise UserError(f"{paths} would have one name, {medium.name!r}; rename one of them")
     return list(by_name.values())
 
 

@@ -217,6 +217,19 @@ def test_what_the_test_lacks_is_told_before_training(data: Path, spoil: Callable
     assert not (data.parent / "run" / "log.jsonl").exists()
 
 
+@pytest.mark.parametrize("renamed", ["gqa", "tvqa"])
+def test_pictures_and_videos_of_one_name_are_told_before_training(data: Path, renamed: str) -> None:
+    """Features are found by a file's name alone, so `b/p1.png` would have been shown as `images/p1.png`."""
+    path = data / "records" / f"{renamed}.jsonl"
+    text = path.read_text().replace("images/p2.png", "b/p1.png").replace('"p2.mp4"', '"b/p1.mp4"')
+    path.write_text(text)
+    with pytest.raises(UserError):
+        run(vlbart(data, (renamed,)))
+    with pytest.raises(UserError):
+        run(vlbart(data, (), trained=renamed))
+    assert not (data.parent / "run" / "log.jsonl").exists()
+
+
 def test_a_missing_caption_scorer_is_told_before_training(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("pycocoevalcap", "pycocoevalcap.cider", "pycocoevalcap.cider.cider"):
         monkeypatch.setitem(sys.modules, name, None)
