@@ -40,7 +40,7 @@ from dora_vl.data.picture_files import VIDEO_SECONDS
 from dora_vl.data.pictures import PICTURE_ENDINGS, VIDEO_ENDINGS, MediaFolder
 from dora_vl.data.samples import BadSampleLedger, write_skipped
 from dora_vl.data.video import VideoReader
-from dora_vl.errors import BadSample, UserError, exit_on_user_error, one_line, short_text
+from dora_vl.errors import BadSample, UserError, exit_on_user_error, number_between, one_line, positive_int, short_text
 
 PICTURES, VIDEOS = ({f".{ending}" for ending in endings} for endings in (PICTURE_ENDINGS, VIDEO_ENDINGS))
 
@@ -76,7 +76,7 @@ def _unique(media: Iterable[Medium]) -> list[Medium]:
         before = by_name.setdefault(medium.name, medium)
         if before != medium:
             paths = f"{before.clip or before.path} and {medium.clip or medium.path}"
-            raise UserError(f"{paths} would have one name, {medium.name!r}; compute their features in two folders")
+            raise UserError(f"{paths} would have one name, {medium.name!r}; rename one of them")
     return list(by_name.values())
 
 
@@ -163,16 +163,16 @@ def parser() -> argparse.ArgumentParser:
     add("--weights", default="pretrained", help="pretrained, random, an open_clip tag, or a file")
     add("--weights-in-order", action="store_true", help="match a weights file by position instead of by name")
     add("--layer", type=int, help="hidden state, counted from the end")
-    add("--grid-pool", type=int, help="rows and columns that the grid is averaged to")
-    add("--image-size", type=int, help="pixels along a side")
+    add("--grid-pool", type=positive_int, help="rows and columns that the grid is averaged to")
+    add("--image-size", type=positive_int, help="pixels along a side")
     add("--kept", choices=("grid", "pooled"), default="grid", help="what is kept of a picture or frame")
-    add("--merge", type=int, default=1, help="side of the blocks of cells that become one token each")
+    add("--merge", type=positive_int, default=1, help="side of the blocks of cells that become one token each")
     add("--changes", action="store_true", help="each token also holds its change since the frame before")
     add("--aspect", choices=("squash", "square", "pad"), default="squash", help="how a picture becomes a square")
     add("--every-seconds", type=float, help="time between a video's frames; 1.5 if nothing is said")
-    add("--frames", type=int, help="number of frames of a video, evenly spread")
-    add("--batch-size", type=int, default=64, help="pictures or frames a forward pass at most")
-    add("--workers", type=int, default=1, help="processes that read files")
+    add("--frames", type=positive_int, help="number of frames of a video, evenly spread")
+    add("--batch-size", type=positive_int, default=64, help="pictures or frames a forward pass at most")
+    add("--workers", type=number_between(int, 0), default=1, help="processes that read files")
     add("--limit-seconds", type=float, default=VIDEO_SECONDS, help="longest time for one video")
     add("--max-bad-share", type=float, default=0.05, help="more unreadable files than this share end the run")
     environment = f"{os.environ.get('RANK', '0')}/{os.environ.get('WORLD_SIZE', '1')}"

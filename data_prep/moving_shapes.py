@@ -308,7 +308,7 @@ def main(arguments: list[str] | None = None) -> None:
     for split in SPLITS:
         add(f"--{split}", type=positive_int, default=getattr(usual, split), help=f"clips of the {split} split")
     add("--seed", type=int, default=usual.seed, help="fixes every clip and every question")
-    add("--workers", type=int, default=os.cpu_count(), help="processes that draw")
+    add("--workers", type=positive_int, default=os.cpu_count(), help="processes that draw")
     options = vars(parser.parse_args(arguments))
     to, workers = options.pop("to"), options.pop("workers")
     print(json.dumps(make(to, Settings(**options), workers=workers)["splits"], indent=1))

@@ -3,32 +3,48 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import re
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
+import yaml
 
 from dora_vl.core import DoRAConfig
 from dora_vl.data.example import Answer, Example
-from dora_vl.evaluation.scores.scored import intervals
+from dora_vl.evaluation.scores.scored import AnswersById, intervals
+from tests.backbones.tiny_families.family import Family
+from tests.backbones.tiny_families.table import FAMILIES
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
 PARTS = re.findall(r"^\+\+\+ (\S+)\n(.*?)(?=^\+\+\+ |^```$)", TEXT, re.MULTILINE | re.DOTALL)
 
 
+ROW = "        counting_task(prompt_named),\n"
+"""The line that makes VL-BART's task known, inside a function."""
+
+
+def added(path: str) -> str:
+    """The lines that a diff adds to a file."""
+    (body,) = [body for part, body in PARTS if part == path]
+    return "".join(f"{line[1:]}\n" for line in body.splitlines() if line.startswith("+"))
+
+
 def run(module: str, path: str) -> dict[str, Any]:
     """The lines that a diff adds to a file, run with the names that a module of that kind has."""
     names = dict(vars(importlib.import_module(module)))
-    (body,) = [body for part, body in PARTS if part == path]
-    lines = [
-        line[1:] for line in body.splitlines() if line.startswith("+") and not line.startswith("+        counting_task")
-    ]
-    exec(compile("from __future__ import annotations\n" + "\n".join(lines), path, "exec"), names)
+    exec(compile("from __future__ import annotations\n" + added(path).replace(ROW, ""), path, "exec"), names)
     return names
+
+
+def test_the_family_is_a_row_of_the_table() -> None:
+    path, head = "tests/backbones/tiny_families/families.yaml", "\nfamilies:\n"
+    text = (Path(__file__).parents[1] / path).read_text(encoding="utf-8")
+    rows = yaml.safe_load(text.replace(head, head + added(path)))["families"]
+    assert (Family(**rows["bridge_vl"]).picture, len(rows)) == ("<img>", len(FAMILIES) + 1)
 
 
 def test_the_source_reads_its_files(tmp_path: Path) -> None:
@@ -44,6 +60,7 @@ def test_the_benchmark_scores_with_an_interval() -> None:
     names = run("dora_vl.evaluation.scores.exact", "dora_vl/evaluation/scores/birds.py")
     examples = [Example(id=str(n), answers=(Answer(text="wren"),)) for n in range(10)]
     answers = {str(n): "It is a Wren." if n < 7 else "a crow" for n in range(9)}
+    assert get_type_hints(names["score"], names)["answers"] == AnswersById
     scored = names["score"](examples, answers)
     assert scored.metrics == {"accuracy": pytest.approx(70.0)}
     assert scored.failed == ("9",)
@@ -53,9 +70,15 @@ def test_the_benchmark_scores_with_an_interval() -> None:
 
 
 def test_the_task_is_one() -> None:
-    names = run("dora_vl.evaluation.vlbart_tasks", "dora_vl/evaluation/vlbart_tasks.py")
-    task = names["counting_task"](lambda name: partial(names["image_question_prompt"], prefix=f"{name}: "))
-    assert (task.name, task.target_tokens) == ("counting", 4)
+    path = "dora_vl/evaluation/vlbart_tasks.py"
+    names = run("dora_vl.evaluation.vlbart_tasks", path)
+    assert get_type_hints(names["counting_task"], names)["return"] is names["Subtask"]
+    assert added(path).endswith(ROW)
+    before = "        vqav2,\n"
+    exec(inspect.getsource(names["image_subtasks"]).replace(before, before + ROW), names)
+    task = names["image_subtasks"]()["counting"]
+    question = Example(id="1", question="How many?")
+    assert (task.prompt(question).text, task.target_tokens) == ("count: How many?", 4)
 
 
 def test_the_adapter_method_is_a_dora_with_an_inner_scale() -> None:

@@ -270,6 +270,15 @@ def test_the_program_takes_it(command: Command) -> None:
     check(command)
 
 
+def test_the_published_vlbart_recipe_reads_the_features_that_its_commands_make() -> None:
+    commands = [words for page, words, _ in COMMANDS if page == "recipes.md"]
+    made = {words[words.index("--to") + 1] for words in commands if "data_prep.features" in words}
+    made.add("features/nlvr")  # named in a remark
+    (words,) = [words for words in commands if "vlbart/image" in words and words[0] == "deepspeed"]
+    config = read_run(["--config", *words[words.index("vlbart/image") :]], task="vlbart")
+    assert {*config.data.features.values(), *config.evaluation.features.values()} == made
+
+
 @pytest.mark.parametrize(
     "line",
     [

@@ -242,9 +242,9 @@ class Seq2SeqEncoder:
         ids, cut = self._closed([*before, *subtitles[:room], *rest], max_tokens)
         return ids, cut + max(0, len(subtitles) - room)
 
-    def labels(self, text: str, *, max_tokens: int) -> Int[Tensor, " answer"]:
-        """Returns ids with their ends; a longer text loses its end, never the end token."""
-        return self._closed(self._ids(text), self._longest(max_tokens))[0]
+    def labels(self, text: str, *, max_tokens: int) -> tuple[Int[Tensor, " answer"], int]:
+        """Returns ids with their ends, and how many tokens were cut; never the end token."""
+        return self._closed(self._ids(text), self._longest(max_tokens))
 
     def answer(self, text: str) -> TrainedAnswer:
         """Returns what the labels of a text must decode to."""

@@ -209,7 +209,7 @@ class ParquetFeatures(FeatureStore):
             with _parquet_file(path) as opened:
                 column = opened.read_row_group(number, columns=["features"])["features"].combine_chunks()
             for _ in _fixed_sizes(column.type):
-                column = column.flatten()
+                column = column.values  # also of empty rows, which `flatten` leaves out
             self._groups[key] = column.to_numpy(zero_copy_only=False)
             while len(self._groups) > 1 and sum(group.nbytes for group in self._groups.values()) > CACHE_BYTES:
                 self._groups.popitem(last=False)

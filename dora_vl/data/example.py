@@ -235,6 +235,20 @@ class ExampleFile:
             except BadSample:
                 yield ""
 
+    def media_paths(self) -> Iterator[tuple[Path, str]]:
+        """Yields each picture and video that a line names, with its file; no video that has a name of its own."""
+        for index in range(len(self)):
+            file, _, answer = self._items[index].tolist()
+            record: Mapping[str, JSON] = {}
+            if not answer:  # the line of a later answer was read with its first
+                with contextlib.suppress(BadSample):
+                    record = _json_object(self._line(index))
+            images, video, extra = (record.get(name) for name in ("images", "video", "extra"))
+            names = [*images] if isinstance(images, list) else []
+            if isinstance(video, dict) and "vid_name" not in (extra if isinstance(extra, dict) else {}):
+                names.append(video.get("path"))
+            yield from ((self.paths[file], name) for name in names if isinstance(name, str))
+
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
 

@@ -43,8 +43,8 @@ class EverySeconds:
 
     Attributes:
         period: in seconds; 0.5 is two frames a second.
-        least: a clip too short for this many frames is cut into as many equal parts.
-        most: so is a clip too long for that many; None takes all.
+        min_frames: a clip too short for this many frames is cut into as many equal parts.
+        max_frames: so is a clip too long for that many; None takes all.
     """
 
     period: float = VALUE_PERIOD_SECONDS

@@ -125,7 +125,7 @@ class VlBartAssistant:
             hidden = self.backbone.first_hidden(ids, mask, features)
             return self.backbone.answer_head(subtask.name)(hidden).float().cpu()
         text = example.choices[int(answer.removeprefix("a"))] if subtask.answer_by == "words" else answer
-        labels = self.encoder.labels(text, max_tokens=LONGEST_LABEL)[None].to(ids.device)
+        labels = self.encoder.labels(text, max_tokens=LONGEST_LABEL)[0][None].to(ids.device)
         return self.backbone(ids, mask, labels, features, keep_logits=True).logits.float().cpu()
 
     def _read(self, example: Example, media: MediaReader, task: str) -> tuple[Example, Subtask, Seq2SeqSample]:
@@ -205,7 +205,7 @@ class VlBartAssistant:
 
     def _labels(self, texts: Sequence[str]) -> Int[Tensor, "choices answer"]:
         """Returns labels as rows of ids, -100 after the shorter ones."""
-        labels = [self.encoder.labels(text, max_tokens=LONGEST_LABEL) for text in texts]
+        labels = [self.encoder.labels(text, max_tokens=LONGEST_LABEL)[0] for text in texts]
         return pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL)
 
     def _pairs(self, ids: Tensor, mask: Tensor, features: Tensor) -> list[str | None]:

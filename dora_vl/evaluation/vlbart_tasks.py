@@ -24,7 +24,7 @@ from dora_vl.backbones.vision_store import FeatureReader, check_features, featur
 from dora_vl.data.batches import SAMPLES, WEIGHTS
 from dora_vl.data.example import Example, right_choice
 from dora_vl.data.samples import IGNORED_LABEL, Skipped
-from dora_vl.errors import BadSample
+from dora_vl.errors import BadSample, short_repr
 from dora_vl.evaluation.scores import caption, vqa
 from dora_vl.evaluation.scores.exact import how2qa_score, video_score
 from dora_vl.evaluation.scores.scored import Scored
@@ -118,7 +118,8 @@ def make_sample(
     if target is None:
         return Seq2SeqSample(example.id, ids, torch.full((1,), IGNORED_LABEL), features, 1.0, cut)
     if target.soft_scores is None:
-        labels = encoder.labels(target.text, max_tokens=subtask.target_tokens)
+        labels, cut_of_label = encoder.labels(target.text, max_tokens=subtask.target_tokens)
+        cut += cut_of_label
     else:
         labels = torch.zeros(1, dtype=torch.long)  # one place is scored, which counts as one label
     return Seq2SeqSample(example.id, ids, labels, features, target.weight, cut, target.soft_scores)
@@ -277,7 +278,7 @@ def image_question_prompt(example: Example, *, prefix: str) -> Prompt:
 
 def weighted_answer(example: Example, answer: int | None, random: Random) -> Target:
     """Draws one of VQAv2's answers by their soft scores; the loss is multiplied by its score."""
-    answers = [answer for answer in example.answers if answer.weight > 0]
+    answers = [answer for answer in example.answers if answer.weight > 0 and answer.text.strip()]
     if not answers:
         raise BadSample(example.id, "it has no answer to train on")
     (drawn,) = random.choices(answers, weights=[answer.weight for answer in answers])
@@ -293,14 +294,16 @@ def truth(example: Example, answer: int | None, random: Random) -> Target:
     """Returns NLVR2's and NLVR's labels in lower case."""
     if not example.answers:
         raise BadSample(example.id, "it has no label to train on")
-    return Target(text=example.answers[0].text.lower())
+    if (label := example.answers[0].text.lower()) not in ("true", "false"):
+        raise BadSample(example.id, f"its label is {short_repr(label)}, and this task answers true or false")
+    return Target(text=label)
 
 
 def own_caption(example: Example, answer: int | None, random: Random) -> Target:
     """Returns the caption, or description of a clip, that the item is about."""
-    if not example.answers:
+    if not example.answers or not (text := example.answers[answer or 0].text).strip():
         raise BadSample(example.id, "it has no caption to train on")
-    return Target(text=example.answers[answer or 0].text)
+    return Target(text=text)
 
 
 def video_subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
@@ -381,7 +384,7 @@ def soft_scores(example: Example) -> dict[str, float]:
     """Returns each right answer's score, at most 1. Raises BadSample: none has a score above 0."""
     scores: dict[str, float] = {}
     for answer in example.answers:
-        if answer.weight > 0:
+        if answer.weight > 0 and answer.text.strip():
             scores[answer.text] = max(scores.get(answer.text, 0.0), min(answer.weight, 1.0))
     if not scores:
         raise BadSample(example.id, "it has no answer to train on")

@@ -249,6 +249,18 @@ def check_same_features(trained: Mapping[str, str], tested: Mapping[str, str]) -
         )
 
 
+def check_media_names(file: ExampleFile) -> None:
+    """Refuses two pictures or videos of one records file with one name: their stored features would be the same."""
+    first: dict[tuple[Path, str], str] = {}
+    for records, path in file.media_paths():
+        before = first.setdefault((records, Path(path).stem), path)
+        if before != path:
+            raise UserError(
+                f"{records}: {before} and {path} have one name, by which stored features are found; rename one of "
+                "them, there too, and compute the features again"
+            )
+
+
 # Closed answer lists: made before training, written to the run's folder, compared with a head's.
 
 
@@ -349,7 +361,7 @@ def _most_frequent(scores: Sequence[tuple[str, Mapping[str, float]]], limit: int
     for _, of_sample in scores:
         for answer, score in of_sample.items():
             sums[answer] += score
-    return sorted(sums, key=lambda answer: -sums[answer])[:limit]
+    return sorted(sums, key=lambda answer: -sums[answer])[: max(0, limit)]
 
 
 def _listed(path: Path, task: str) -> list[str]:

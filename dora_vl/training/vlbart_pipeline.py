@@ -57,6 +57,7 @@ from dora_vl.training.seq2seq_tasks import (
     ValidationBatches,
     account,
     check_closed,
+    check_media_names,
     check_names,
     check_same_features,
     lists_in,
@@ -92,6 +93,8 @@ class VlBartPipeline(Pipeline):
     def prepare(self, arguments: TrainingArguments) -> None:
         """Reads the test's files, composes the base where it is not there yet, and tries what the test will need."""
         config, tests = self.config, self._test_files()
+        for file in (*self._files(config.data.files_by_task, limit=config.data.limit).values(), *tests.values()):
+            check_media_names(file)
         make_base(compose_vlbart, config.model.compose, config.model.base, arguments)
         if tests:
             tested = self._with_features(tests, self._test_features)

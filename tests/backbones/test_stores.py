@@ -23,7 +23,7 @@ from dora_vl.backbones import frozen_outputs, shards
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.frozen_outputs import FrozenParts, NotStorable, OutputStore, PictureReader, find_verified_parts
 from dora_vl.backbones.model import open_backbone
-from dora_vl.backbones.vision_store import FeatureRow, FeatureWriter, open_features
+from dora_vl.backbones.vision_store import FeatureReader, FeatureRow, FeatureWriter, open_features
 from dora_vl.data.batches import Collator
 from dora_vl.data.example import Example
 from dora_vl.data.pictures import MediaFolder, StoredPictures
@@ -168,6 +168,18 @@ def test_every_form_is_read_as_it_was_written(tmp_path: Path, form: str) -> None
     for missing in ("absent", "../a"):
         with pytest.raises(BadSample):
             store.stored(missing)
+
+
+def test_a_row_without_features_leaves_the_others_their_own(tmp_path: Path) -> None:
+    flat = pa.list_(pa.list_(pa.float16(), WIDTH), TOKENS)
+    cells = [None if name == "b" else list(values.numpy()) for name, values in VALUES.items()]
+    parquet.write_table(pa.table({"id": [*VALUES], "features": pa.array(cells, flat)}), tmp_path / "0.parquet")
+    reader = FeatureReader(open_features(tmp_path), TOKENS, WIDTH)
+    for name in ("a", "c", "d"):
+        assert torch.equal(reader.read(name), VALUES[name].float())
+    with pytest.raises(BadSample) as error:
+        reader.read("b")
+    assert error.value.sample_id == "b"
 
 
 def cut(path: Path) -> None:

@@ -280,7 +280,7 @@ def test_an_answers_word_is_the_token_that_it_is_in_a_question() -> None:
     encoder = Seq2SeqEncoder(small_tokenizer(iter(TEXTS * 3), vocabulary=320, leading_space=True))
     ids = encoder.tokenizer(TEXTS[0], add_special_tokens=False).input_ids
     assert encoder.first_token("circle") in ids
-    assert encoder.decode(encoder.labels("circle", max_tokens=9)) == "circle"
+    assert encoder.decode(encoder.labels("circle", max_tokens=9)[0]) == "circle"
 
 
 WORDS = "hello there how are you [Subs] [Q] is it red?"
@@ -304,7 +304,7 @@ def test_the_longest_text_of_a_vlbart_is_what_its_encoder_reads(encoder, max_tok
     if subtitles:  # they go first, the question stays
         assert str(encoder.tokenizer.decode(ids.tolist())).endswith("[Q] is it red?</s>")
     backbone, features = VlBartBackbone(tiny()), torch.randn(1, 1, 4, 8)
-    labels = encoder.labels("hello " * 100, max_tokens=500)
+    labels, _ = encoder.labels("hello " * 100, max_tokens=500)
     assert len(labels) == POSITIONS
     scores = backbone.likelihoods(ids[None], torch.ones_like(ids)[None], features, labels[None])
     assert scores.isfinite().all()

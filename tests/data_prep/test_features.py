@@ -75,6 +75,14 @@ def test_a_folder_of_pictures_and_videos(root: Path, tmp_path: Path, weights: st
     refused(root, tmp_path / "other", weights, "--max-bad-share", "0.1")
 
 
+@pytest.mark.parametrize("option", ["--batch-size", "--merge", "--grid-pool", "--image-size", "--frames", "--workers"])
+def test_a_number_out_of_its_limits_is_refused_before_anything_is_read(root: Path, tmp_path: Path, option: str) -> None:
+    refused(root, tmp_path / "features", "random", option, "-1")
+    if option != "--workers":
+        refused(root, tmp_path / "features", "random", option, "0")
+    assert not (tmp_path / "features").exists()
+
+
 @pytest.mark.parametrize(
     "how",
     [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), pytest.param(None, marks=pytest.mark.slow)],

@@ -96,7 +96,7 @@ def test_a_descriptions_leading_space_is_in_its_first_token(encoder: Seq2SeqEnco
     file, task = ExampleFile(tmp_path / "tvc.jsonl", each_answer=True), vlbart_tasks.video_subtasks()["tvc"]
     targets = [task.target(file[index], file.answer_of(index), Random(0)).text for index in range(len(file))]
     assert targets == [" hello is it", "hello"]
-    first = encoder.tokenizer.convert_ids_to_tokens(encoder.labels(targets[0], max_tokens=20).tolist())[1]
+    first = encoder.tokenizer.convert_ids_to_tokens(encoder.labels(targets[0], max_tokens=20)[0].tolist())[1]
     assert first == "\u0120hello"
 
 
@@ -112,6 +112,29 @@ def test_an_answer_is_drawn_as_often_as_its_score_says_and_weighs_so() -> None:
     with pytest.raises(BadSample) as error:
         images["vqav2"].target(Example(id="2", images=("a.png",)), None, Random(0))
     assert error.value.sample_id == "2"
+
+
+def test_an_empty_answer_and_a_strange_label_train_nothing() -> None:
+    tasks, empty = vlbart_tasks.all_subtasks(), Answer(text=" ")
+    mixed = Example(id="1", images=("a.png",), answers=(empty, Answer(text="red")))
+    assert {tasks["vqav2"].target(mixed, None, Random(number)).text for number in range(20)} == {"red"}
+    assert vlbart_tasks.soft_scores(mixed) == {"red": 1.0}
+    assert tasks["nlvr2"].target(Example(id="1", answers=(Answer(text="True"),)), None, Random(0)).text == "true"
+    for name, text in (("gqa", " "), ("coco_caption", ""), ("tvc", " "), ("nlvr", "yes"), ("nlvr2", "")):
+        with pytest.raises(BadSample) as error:
+            tasks[name].target(Example(id="2", answers=(Answer(text=text),)), None, Random(0))
+        assert error.value.sample_id == "2"
+
+
+def test_what_a_long_answer_loses_is_counted(encoder: Seq2SeqEncoder, tmp_path: Path) -> None:
+    with FeatureWriter(tmp_path, {}) as writer:
+        writer.add(FeatureRow("a", torch.zeros(2, 3)))
+    reader, tasks = FeatureReader(open_features(tmp_path), 2, 3), vlbart_tasks.all_subtasks()
+    example = Example(id="1", images=("a.png",), question="is it red?")
+    for words, cut in ((3, 0), (30, 13)):  # the first word is two tokens, and two of 20 are the ends
+        target = vlbart_tasks.Target(text=" ".join(["hello"] * words))
+        sample = vlbart_tasks.make_sample(example, tasks["short_answer"], encoder=encoder, reader=reader, target=target)
+        assert sample.cut_tokens == cut
 
 
 def test_frames_are_filled_up_with_zeros_or_each_place_is_pooled_over_time_to_the_largest() -> None:
@@ -191,6 +214,19 @@ def test_what_the_test_lacks_is_told_before_training(data: Path, spoil: Callable
     spoil(data)
     with pytest.raises(UserError):
         run(vlbart(data, (tested,)))
+    assert not (data.parent / "run" / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize("renamed", ["gqa", "tvqa"])
+def test_pictures_and_videos_of_one_name_are_told_before_training(data: Path, renamed: str) -> None:
+    """Features are found by a file's name alone, so `b/p1.png` would have been shown as `images/p1.png`."""
+    path = data / "records" / f"{renamed}.jsonl"
+    text = path.read_text().replace("images/p2.png", "b/p1.png").replace('"p2.mp4"', '"b/p1.mp4"')
+    path.write_text(text)
+    with pytest.raises(UserError):
+        run(vlbart(data, (renamed,)))
+    with pytest.raises(UserError):
+        run(vlbart(data, (), trained=renamed))
     assert not (data.parent / "run" / "log.jsonl").exists()
 
 

@@ -233,7 +233,13 @@ def test_an_adapter_to_start_from_must_mean_the_same_answers(run_file: Path, tra
 
 @pytest.mark.parametrize(
     ("setting", "key"),
-    [({"nlvr2": 2}, ""), ({"gqa": 1}, ".gqa"), ({"gqa": "twice.txt"}, ".gqa"), ({"gqa": "missing.txt"}, None)],
+    [
+        ({"nlvr2": 2}, ""),
+        ({"gqa": 1}, ".gqa"),
+        ({"gqa": -2}, ".gqa"),
+        ({"gqa": "twice.txt"}, ".gqa"),
+        ({"gqa": "missing.txt"}, None),
+    ],
 )
 def test_what_cannot_be_closed_is_refused(run_file, tmp_path, setting, key) -> None:
     (tmp_path / "twice.txt").write_text("red\nblue\nred")

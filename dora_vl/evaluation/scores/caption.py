@@ -260,7 +260,9 @@ def _ngrams(words: Sequence[str], order: int) -> Counter[tuple[str, ...]]:
 def _references(examples: Sequence[Example]) -> dict[str, list[str]]:
     references: dict[str, list[str]] = {}
     for example in examples:
-        references.setdefault(clip_of(example), []).extend(answer.text for answer in example.answers)
+        # An empty reference would make an empty caption right.
+        texts = [answer.text for answer in example.answers if answer.text.strip()]
+        references.setdefault(clip_of(example), []).extend(texts)
     if without := [clip for clip, captions in references.items() if not captions]:
         raise UserError(
             f"{len(without)} clips have no reference caption, first {without[0]}; they cannot be scored here"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,15 @@ def test_a_clip_without_a_caption_counts_as_empty_and_without_a_reference_is_ref
     assert scored.shares["101"] == 0.0
     with pytest.raises(UserError):
         caption.score([*examples, Example(id="7")], answers)
+
+
+@pytest.mark.usefixtures("no_java")
+def test_an_empty_reference_makes_no_empty_caption_right() -> None:
+    examples, answers = ten()
+    with_empty = [replace(example, answers=(*example.answers, Answer(text=" "))) for example in examples]
+    assert caption.score(with_empty, answers).metrics == caption.score(examples, answers).metrics
+    with pytest.raises(UserError):
+        caption.score([*examples, Example(id="7", answers=(Answer(text=""),))], answers)
 
 
 @pytest.mark.usefixtures("no_java")
