@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         epoch = math.ceil(epoch / (1 - config.data.replay))  # at least: long answers draw more chats
         steps, seconds = _steps(planned.section, epoch), cluster.seconds(planned.traffic(gpus), planned.flop())[0]
         took = f"at least {math.ceil(steps * seconds / 60):,} min on this machine"
-        yield f"{steps:,} steps: {took}; to read the pictures, to write the chats of data.replay and the test come on top"
+        yield f"{steps:,} steps: {took}; reading pictures, writing chats and the test come on top"
     if arguments.json is not None:
         record = {**asdict(estimate), "traffic": asdict(planned.traffic(gpus)), "samples": asdict(samples)}
         write_json(arguments.json, {**record, "total": estimate.total, "flop": planned.flop()})
