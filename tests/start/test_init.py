@@ -209,7 +209,7 @@ def test_an_odd_name_is_read_as_it_is_written(name: str) -> None:
         assert printed["evaluation"]["file"] == f"{name}/test.jsonl"
 
 
-@pytest.mark.parametrize(("name", "share"), [("a/SmolVLM", 0.1), ("google/paligemma2-3b", None)])
+@pytest.mark.parametrize(("name", "share"), [("a/SmolVLM", 0.05), ("google/paligemma2-3b", None)])
 def test_a_base_that_takes_words_alone_keeps_what_it_knows(name: str, share: float | None) -> None:
     text = run_file_text(choose_base(name), data_of("my"), output_dir="my", on_gpu=False, command="run")
     assert yaml.safe_load(text)["data"].get("replay") == share
