@@ -324,7 +324,9 @@ def start_one(one: Trainer, files: list[Path], run: Path) -> int:
     settings = yaml.safe_load((run / "run.yaml").read_text())
     assert (settings["adapter"]["rank"], settings["adapter"]["alpha"]) == (8, 16.0)
     one.state("min on this machine")
-    (run / "run.yaml").write_text((run / "run.yaml").read_text().replace("replay: 0.05", "replay: 0.0"))  # takes minutes
+    (run / "run.yaml").write_text(
+        (run / "run.yaml").read_text().replace("replay: 0.05", "replay: 0.0")
+    )  # takes minutes
     one.page.click("#dv-start")
     until(lambda: (run / LOSS_LOG).is_file() and (run / LOSS_LOG).stat().st_size)
     process = locking_process(run)
