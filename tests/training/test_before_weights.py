@@ -117,7 +117,7 @@ def without_last_label(encode: Callable[..., Any]) -> Callable[..., Any]:
     def changed(*args: Any, **named: Any) -> Any:
         encoded = encode(*args, **named)
         if not hasattr(encoded, "labels"):
-            return encoded[:-1]
+            return encoded[0][:-1], encoded[1]  # a VL-BART's labels, and how many tokens were cut
         labels = encoded.labels.clone()
         labels[(labels != -100).nonzero()[-1]] = -100
         return replace(encoded, labels=labels)
