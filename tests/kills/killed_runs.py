@@ -41,8 +41,8 @@ from tests.training.tiny_vlbart_run import write_vlbart_data, write_vlbart_run
 
 KINDS = ("llava", "vlbart", "streamed", "pairs", "rewards", "replay")
 ENGINES, RANKS = ("none", "zero2", "zero3"), (1, 2)
-REPLAY = 0.5
-"""Of an epoch's labelled tokens; four of its samples are chats."""
+REPLAY = 0.25
+"""The share of an epoch's samples that are chats: four of them."""
 STEP_SAMPLES, STEPS, SAMPLES = 4, 8, 16
 """SAMPLES are an epoch's, so that a run is two epochs."""
 SECONDS = 240.0
