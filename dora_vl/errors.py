@@ -223,8 +223,8 @@ def exit_on_user_error(main: Callable[Inputs, Returned]) -> Callable[Inputs, Ret
     """Wraps an entry point: a `UserError` becomes one line on stderr and its exit status, never a traceback.
 
     So does a path of more characters than a file's name may have, one that leads through a file or lacks permission,
-    and a disk that takes no more, wherever it is met.
-    A reader of the output that leaves early (`| head`) ends the program quietly, as it ends others.
+    and a disk that takes no more, wherever it is met. A reader of the output that leaves early (`| head`) ends the
+    program quietly, as it ends others.
     """
 
     @functools.wraps(main)

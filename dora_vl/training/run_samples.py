@@ -411,13 +411,11 @@ class RunSamples:
         if replay is not None:
             train = ExampleTable(datasets.concatenate_datasets([own.rows, replay.chats.rows]), own.stored)
         encoder, media = rows.encoder, rows.folder is not None  # else words alone
-        shows_videos = self.has_videos and encoder.sees_pictures
+        shows_videos = media and self.has_videos and encoder.sees_pictures
         lengths = sampling_lengths(
             train.rows,
             tokens_per_image=encoder.tokens_per_image if media else 0,
-            tokens_per_video=len(encoder.dummy_video(self._data.video_frames).input_ids)
-            if media and shows_videos
-            else 0,
+            tokens_per_video=len(encoder.dummy_video(self._data.video_frames).input_ids) if shows_videos else 0,
         )
         if replay is not None:  # among pictures, so that every step may hold some
             lengths.is_multimodal[len(own) :] = lengths.is_multimodal[: len(own)].any()

@@ -93,7 +93,8 @@ class VlBartPipeline(Pipeline):
     def prepare(self, arguments: TrainingArguments) -> None:
         """Reads the test's files, composes the base where it is not there yet, and tries what the test will need."""
         config, tests = self.config, self._test_files()
-        for file in (*self._files(config.data.files_by_task, limit=config.data.limit).values(), *tests.values()):
+        files = self._files(config.data.files_by_task, limit=config.data.limit)
+        for file in (*files.values(), *tests.values()):
             check_media_names(file)
         make_base(compose_vlbart, config.model.compose, config.model.base, arguments)
         if tests:
@@ -104,8 +105,7 @@ class VlBartPipeline(Pipeline):
             folders = {"adapter.initial": config.adapter.initial, "resume": checkpoint and checkpoint / ADAPTER}
             recipes = {key: Path(folder) / RECIPE_FILE for key, folder in folders.items() if folder}
             heads = {key: recipe for key, recipe in recipes.items() if recipe.is_file()}
-            files = self._files({task: config.data.files_by_task[task] for task in lists}, limit=config.data.limit)
-            make_lists(self._lists_file, lists, files, same_as=heads)
+            make_lists(self._lists_file, lists, {task: files[task] for task in lists}, same_as=heads)
 
     def labelled(self, arguments: TrainingArguments) -> Iterator[Labelled]:
         """Yields the labels of each task's first samples; a sample that is answered from a closed list has none."""
