@@ -38,6 +38,7 @@ from dora_vl.data.column_names import (
     plain_name,
 )
 from dora_vl.data.example import FIELDS
+from dora_vl.data.pictures import VIDEO_ENDINGS
 from dora_vl.data.turns import CALLS, KWARGS, TOOLS
 from dora_vl.errors import UserError, short_names, short_repr, short_text
 
@@ -188,7 +189,7 @@ class Columns:
     roles: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     ask: str = ""
-    _shapes: dict[tuple[str, ...], list[_Shape]] = field(default_factory=dict, repr=False, compare=False)
+    _shapes: dict[tuple[str, ...], list[_Shape]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for column, role in self.roles.items():
@@ -305,7 +306,7 @@ class Columns:
         names = {plain_name(path.rpartition(".")[2]) for path in paths}
         guesses = {name: role for name in free if (role := _guess_role(name, names))}
         if not {*ROLES["images"], *ROLES["videos"]} & {*names, *guesses.values(), *self.roles.values()}:
-            guesses |= {name: "image" for name in free if holds_media(row.get(name))}
+            guesses |= {name: _media_role(name, row[name]) for name in free if holds_media(row.get(name))}
         texts = {name: "question" for name in free if plain_name(name) in (*ROLES["caption"], "instruction")}
         trials = [(guesses, ""), (guesses | texts, ""), (guesses, EXAMPLE_QUESTION)]
         has_null = any(row[name] is None and plain_name(name) in ROLES["question"] for name in row)
@@ -390,7 +391,7 @@ def _remedy(row: Row, losses: Iterable[tuple[str, str]], uses: Mapping[str, str]
     caption = [column for column, role in uses.items() if role == "caption"]
     for path, what in losses:
         name = plain_name(path.rpartition(".")[2])
-        role = "video" if "video" in name else "image"
+        role = _media_role(name, row.get(path))
         of_role = {column: role for column, used_as in uses.items() if used_as == f"{role}s"}
         # A picture or video: the first of its kind, or one of several numbered columns.
         if what == MEDIUM and (not of_role or any(pattern.fullmatch(name) for pattern in JOINED["images"])):
@@ -417,6 +418,12 @@ def _remedy(row: Row, losses: Iterable[tuple[str, str]], uses: Mapping[str, str]
         elif not (what == PREFERENCE and "completion" in roles.values()):
             ignored.append(path)
     return Columns(roles, tuple(ignored))
+
+
+def _media_role(name: str, value: object) -> str:
+    """Returns whether a column of media holds videos or images, by its name and the ending of its file."""
+    is_video = isinstance(value, str) and value.lower().endswith(tuple(f".{ending}" for ending in VIDEO_ENDINGS))
+    return "video" if is_video or "video" in name else "image"
 
 
 def _texts_in(value: object) -> Iterator[str]:

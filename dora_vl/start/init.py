@@ -19,7 +19,8 @@ from statistics import median
 from tqdm import tqdm
 
 from dora_vl.data.check import DOUBTS, FileCheck, MediaCheck, add_columns, columns_of, table
-from dora_vl.data.columns import USUAL, Columns, column_lines
+from dora_vl.data.column_names import holds_media
+from dora_vl.data.columns import USUAL, Columns, ColumnsError, column_lines
 from dora_vl.data.containers import RUN_FILE, DataFiles, PictureFolder, find_files, overlooked
 from dora_vl.data.example import Example
 from dora_vl.data.picture_files import picture_facts
@@ -423,6 +424,7 @@ SHOWN_CLASSES = 20
 def inspect_data(folder: Path, records: DataFiles, *, media_to: Path, columns: Columns = USUAL) -> DataSummary:
     """Reads the questions and checks every picture that they name; those that their file holds go into `media_to`."""
     questions, has_splits = Path(records.name), isinstance(records, PictureFolder)
+    columns = _take_media(columns, next(iter(records.rows()), {}))
     first = map(FileCheck(questions, columns=columns).read, islice(records.rows(), MOST_NAMES))
     examples = [row for row in first if isinstance(row, Example)]
     holds_pictures = any(example.image_bytes for example in examples)
@@ -460,6 +462,20 @@ def inspect_data(folder: Path, records: DataFiles, *, media_to: Path, columns: C
         trouble=[*trouble, *filter(None, [check.remedy])] if len(trouble) > 1 else (),  # the first line is the heading
         doubts=doubts if len(doubts) > 1 else (),
     )
+
+
+def _take_media(columns: Columns, record: Mapping[str, object]) -> Columns:
+    """Returns the columns, with a role for one of an unknown name if it holds the first row's only picture or video."""
+    try:
+        columns.resolve(record)
+    except ColumnsError as error:
+        remedy = error.remedy
+        is_only_medium = len(remedy.roles) == 1 and holds_media(record.get(*remedy.roles))
+        if is_only_medium and not (remedy.ignored or remedy.ask):
+            return replace(columns, roles={**columns.roles, **remedy.roles})
+    except (UserError, RecursionError):
+        pass  # reading the row says what is wrong with it
+    return columns
 
 
 def _none_usable(questions: Path, check: FileCheck) -> UserError:

@@ -80,6 +80,16 @@ def test_a_table_with_headings_of_its_own_is_refused_with_the_options_that_settl
     assert "Bilddatei: used as images" in printed_by(capsys, "my", "--model", base, *options)
 
 
+def test_the_only_column_of_pictures_is_taken_whatever_its_name(tmp_path: Path, base: Path, capsys: Any) -> None:
+    rows = write_folder(tmp_path / "my", count=24)
+    path = write_table(tmp_path / "my" / "answers.csv", rows, "file,question,answer")
+    printed = printed_by(capsys, "my", "--model", base)
+    assert "24 rows, 24 usable\n  file: used as images\n" in printed
+    assert all((tmp_path / "my" / "photos" / row["image"]).is_file() for row in rows_of(Path("runs/my/train.jsonl")))
+    write_table(path, [[*row, rows[0][0]] for row in rows], "file,question,answer,second")
+    refused("my", "--model", base, "--overwrite")
+
+
 def test_a_table_and_photographs_below_become_the_files_of_a_run(tmp_path: Path, base: Path, capsys: Any) -> None:
     rows = write_folder(tmp_path / "my", count=24)
     photos = tmp_path / "my" / "photos"

@@ -287,6 +287,14 @@ def test_what_is_said_of_columns_must_fit_the_rows() -> None:
     assert not Columns(remedy, ("zweite",)).missing_column([columns.resolve(QUESTIONS).uses])
 
 
+@pytest.mark.parametrize("rest", [{"question": "which?", "answer": "red"}, {"Frage": "which?", "Antwort": "red"}])
+@pytest.mark.parametrize(("name", "role"), [("a.png", "image"), ("a.MP4", "video")])
+def test_a_column_of_media_is_proposed_as_what_its_files_are(rest: dict[str, str], name: str, role: str) -> None:
+    with pytest.raises(ColumnsError) as caught:
+        read_row({"xyz": name, **rest})
+    assert caught.value.remedy.roles["xyz"] == role
+
+
 def test_a_part_of_an_object_is_named_whatever_its_key_ends_in() -> None:
     row = {"image": "a.png", "receipt": {"total": "5", "paid_by": "card"}, "till": {"checked_by": "Ann"}}
     with pytest.raises(ColumnsError) as caught:
