@@ -33,7 +33,7 @@ def failed(*words: object) -> None:
     assert status.value.code == 2
 
 
-def test_help_teaches_and_imports_nothing_heavy():
+def test_help_and_a_misspelt_setting_import_nothing_heavy():
     """Covers the commands of `dora-vl` and the scripts in tasks/."""
     code = f"""
 import importlib, sys
@@ -45,6 +45,11 @@ for verb in {sorted(COMMANDS)} + ["image_qa", "video_qa"]:
     except SystemExit:
         pass
     assert not sys.modules.keys() & {{"torch", "transformers", "datasets", "deepspeed", "gradio"}}, verb
+try:
+    main(["train", "--adapter.rnk=1"])
+except SystemExit as status:
+    assert status.code == 2
+assert "transformers" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     for verb in COMMANDS:

@@ -296,9 +296,13 @@ def explain_parser_error(message: str, task: Task) -> UserError:
         return SettingError("data.train", f" is not what task {task} takes. {text}")
     group = match.groupdict().get("group")
     unknown = f"{group}.{match['key']}" if group else match["key"]
-    names, field = setting_names(task), ".".join(unknown.split(".")[:2])
+    field = ".".join(unknown.split(".")[:2])
     owners = [name for name, fields in FIELDS.items() if field in fields]
-    close = difflib.get_close_matches(field, names, n=1, cutoff=0.9 if owners else 0.6)
+    close = difflib.get_close_matches(field, setting_names(task, training=False), n=1, cutoff=0.9)
+    if not close:  # transformers' settings as well, whose import takes seconds
+        names, key = setting_names(task), field.rpartition(".")[2]
+        of_other_section = [name for name in names if name.rpartition(".")[2] == key]
+        close = of_other_section[:1] or difflib.get_close_matches(field, names, n=1, cutoff=0.9 if owners else 0.6)
     owner = f", but of {' and '.join(owners)}" if owners else ""
     hint = f"; did you mean {close[0]}?" if close else "; --help lists the settings"
     return SettingError(unknown, f" is not a setting of task {task}{owner}{hint}", nearest=close)

@@ -93,6 +93,7 @@ RATES = ("projector_learning_rate", "magnitude_learning_rate", "b_learning_rate_
     ("words", "key", "nearest"),
     [
         ("--adapter.rnk 1", "adapter.rnk", "adapter.rank"),
+        ("--data.max_steps 4", "data.max_steps", "training.max_steps"),
         ("--training.warmup_ratio 0.03", "training.warmup_ratio", "training.warmup_steps"),
         ("--training.train_sampling_strategy group_by_length", "training.train_sampling_strategy", None),
         ("--training.learning_rate nan", "training.learning_rate", None),
