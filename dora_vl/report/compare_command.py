@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
 
     words = [f"--config={options.config}", *options.settings]
     config = read_run(words, program="dora-vl compare")
-    methods = [method.strip() for method in options.methods.split(",")]
+    methods = [*dict.fromkeys(method.strip() for method in options.methods.split(","))]
     if strange := [method for method in methods if method not in METHODS]:
         raise UserError(f"--methods {strange[0]}: there are {', '.join(METHODS)}")
     ranks = [int(rank) for rank in _numbers(options.ranks, int, "--ranks")] or [config.adapter.rank]
@@ -79,4 +79,4 @@ def _numbers(text: str, kind: type[int] | type[float], option: str) -> list[floa
         numbers = [0]
     if any(number <= 0 for number in numbers):
         raise UserError(f"{option} {text}: write numbers above 0 with commas between")
-    return numbers
+    return [*dict.fromkeys(numbers)]

@@ -78,7 +78,7 @@ class Trainings:
 
 
 def compared(folder: Path, *more: str) -> None:
-    words = ["--methods", "dora,lora", "--ranks", "4,8", "--seeds", "2", "--untrained", "--to", str(folder / "out")]
+    words = ["--methods", "dora,lora", "--ranks", "4,8,4", "--seeds", "2", "--untrained", "--to", str(folder / "out")]
     main(["compare", str(recipe(folder)), *words, *more])
 
 
