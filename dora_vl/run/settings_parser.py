@@ -284,6 +284,23 @@ _UNKNOWN = (
 )
 
 
+OTHER_TOOLS: Mapping[str, str] = {
+    **dict.fromkeys(("base_model", "model_name_or_path"), "model.base"),
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantization_bit", "bits"), "model.quantisation"),
+    **dict.fromkeys(("r", "lora_r", "lora_rank"), "adapter.rank"),
+    **dict.fromkeys(("target_modules", "lora_target", "lora_target_modules"), "adapter.targets"),
+    **{"lora_alpha": "adapter.alpha", "lora_dropout": "adapter.dropout", "use_dora": "adapter.method"},
+    **dict.fromkeys(("dataset", "dataset_name", "data_path"), "data.train"),
+    **dict.fromkeys(
+        ("cutoff_len", "max_length", "max_seq_length", "model_max_length", "sequence_len"), "data.max_tokens"
+    ),
+    **dict.fromkeys(("epochs", "num_epochs"), "training.num_train_epochs"),
+    **dict.fromkeys(("batch_size", "micro_batch_size"), "training.per_device_train_batch_size"),
+    **{"lr": "training.learning_rate", "mm_projector_lr": "optim.projector_learning_rate"},
+}
+"""Maps names that other tools use to the settings here, as docs/other_tools.md does at length."""
+
+
 def explain_parser_error(message: str, task: Task) -> UserError:
     """Turns the parser's message into one line; names an unknown key's tasks and the nearest settings."""
     line = " ".join(message.split())
@@ -298,9 +315,13 @@ def explain_parser_error(message: str, task: Task) -> UserError:
     unknown = f"{group}.{match['key']}" if group else match["key"]
     field = ".".join(unknown.split(".")[:2])
     owners = [name for name, fields in FIELDS.items() if field in fields]
-    close = difflib.get_close_matches(field, setting_names(task, training=False), n=1, cutoff=0.9)
+    key = field.rpartition(".")[2]
+    own, same = setting_names(task, training=False), OTHER_TOOLS.get(key, "")
+    close = difflib.get_close_matches(field, own, n=1, cutoff=0.9)
+    if not close and (same in own or same.startswith("training.")):
+        close = [same]
     if not close:  # transformers' settings as well, whose import takes seconds
-        names, key = setting_names(task), field.rpartition(".")[2]
+        names = setting_names(task)
         of_other_section = [name for name in names if name.rpartition(".")[2] == key]
         close = of_other_section[:1] or difflib.get_close_matches(field, names, n=1, cutoff=0.9 if owners else 0.6)
     owner = f", but of {' and '.join(owners)}" if owners else ""

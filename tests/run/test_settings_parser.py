@@ -25,6 +25,7 @@ from dora_vl.run.arguments import SHIPPED_CONFIGS, check_deepspeed, read_deepspe
 from dora_vl.run.folder import SETTINGS, write_settings
 from dora_vl.run.settings import FIELDS, AdapterConfig, Task
 from dora_vl.run.settings_parser import (
+    OTHER_TOOLS,
     find_recipe,
     flattened,
     merge_settings,
@@ -93,6 +94,7 @@ RATES = ("projector_learning_rate", "magnitude_learning_rate", "b_learning_rate_
     ("words", "key", "nearest"),
     [
         ("--adapter.rnk 1", "adapter.rnk", "adapter.rank"),
+        *(("--epochs 3", "epochs", "training.num_train_epochs"), ("--adapter.r 8", "adapter.r", "adapter.rank")),
         ("--data.max_steps 4", "data.max_steps", "training.max_steps"),
         ("--training.warmup_ratio 0.03", "training.warmup_ratio", "training.warmup_steps"),
         ("--training.train_sampling_strategy group_by_length", "training.train_sampling_strategy", None),
@@ -116,6 +118,13 @@ def test_a_wrong_key_or_value_is_named_with_nearest(run_file: Path, words: str, 
         read_run([f"--config={run_file}", *words.split()])
     assert error.value.key == key
     assert error.value.nearest[:1] == (() if nearest is None else (nearest,))
+
+
+def test_names_of_other_tools_lead_to_settings_of_that_meaning() -> None:
+    assert {*OTHER_TOOLS.values()} <= {*setting_names("llava")}
+    table = (Path(__file__).parents[2] / "docs" / "other_tools.md").read_text(encoding="utf-8")
+    for name in ("cutoff_len", "lora_target", "micro_batch_size", "load_in_4bit"):
+        assert any(f"`{OTHER_TOOLS[name]}`" in row and f"`{name}`" in row for row in table.splitlines()), name
 
 
 MINIMAL: Mapping[Task, tuple[str, ...]] = {
