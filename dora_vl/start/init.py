@@ -470,8 +470,8 @@ def _take_media(columns: Columns, record: Mapping[str, object]) -> Columns:
         columns.resolve(record)
     except ColumnsError as error:
         remedy = error.remedy
-        is_only_medium = len(remedy.roles) == 1 and holds_media(record.get(*remedy.roles))
-        if is_only_medium and not (remedy.ignored or remedy.ask):
+        is_medium = [*remedy.roles.values()] in (["image"], ["video"]) and holds_media(record.get(*remedy.roles))
+        if is_medium and not (remedy.ignored or remedy.ask):
             return replace(columns, roles={**columns.roles, **remedy.roles})
     except (UserError, RecursionError):
         pass  # reading the row says what is wrong with it
