@@ -152,11 +152,11 @@ def train(name: str, start: str, seed: int, times: int, to: Path) -> None:
             "--data.replay=0",
         ]
         settings += [steps] if times > 1 else []
-        settings += [f"--evaluation.{switch}=false" for switch in ("forgetting", "exchange_pictures")]
     elif name == "names":
         settings = [DEMO, "--variant=names", steps, f"--data.feature_cache={to / 'names_features'}"]
     else:
         settings = [DEMO, steps, "--training.eval_strategy=no", "--evaluation.limit=400"]
+    settings += [f"--evaluation.{switch}=false" for switch in ("forgetting", "exchange_pictures")]
     settings += [] if start == "tuned" else [f"--adapter.projector_start={start}"]
     run_dora_vl(
         "train",
