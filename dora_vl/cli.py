@@ -19,7 +19,7 @@ from dora_vl.errors import LONGEST_MESSAGE, UserError, exit_on_user_error, one_l
 class Command:
     """Describes a command of `dora-vl`.
 
-    Its module is imported when the command is used. It holds `DESCRIPTION` (what --help says),
+    The module is imported when the command is used. It holds `DESCRIPTION` (what --help says),
     `add_arguments(parser)` and `run(arguments)`, which yields the lines to print as they are ready; `TAKES_SETTINGS`
     where a run's own settings may follow, which `run` finds as `arguments.settings`; `SETS_UP_LOGGING` where it does.
 

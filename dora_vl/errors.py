@@ -98,7 +98,7 @@ DECODING_ERRORS = (
 def one_line(message: str, max_length: int = LONGEST_MESSAGE) -> str:
     """Returns the message without line breaks and control characters; cuts the middle of one that is too long.
 
-    Its beginning names the file and its end the next step, so both stay.
+    The beginning names the file and the end the next step, so both stay.
     """
     parts = (part.strip() for part in message.splitlines())
     line = _UNPRINTABLE.sub("?", " ".join(part for part in parts if part).replace("\t", " "))

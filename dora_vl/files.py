@@ -271,8 +271,9 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
 def opening(failed: str) -> Iterator[None]:
     """Turns whatever transformers raises over a model's files into one line that begins with `failed`.
 
-    Of files with a value of another type, nested endlessly or cut it raises nearly any kind, a bare Exception too
-    (tokenizers); each was seen. Too little memory and another rank's end pass: who knows of them says what to do.
+    A file with a value of another type, one nested endlessly and one cut short raise nearly any kind of error, even a
+    bare Exception (tokenizers); each was seen. Too little memory and another rank's end pass through, to the caller who
+    can say what to do.
     """
     try:
         yield

@@ -90,14 +90,14 @@ PROJECTORS = (
     "mlp1",
     "visual_embedding",
 )
-"""In transformers' families the name of the module between vision and language ends in one of these."""
+"""The module between vision and language has a name that ends in one of these in transformers' families."""
 
 BYPASSED = (".altup.correction_coefs", ".indexer.wq_b", ".indexer.wk", ".indexer.weights_proj")
-"""In linear layers whose names end so an adapter would silently learn nothing: the model uses their weight without
-calling them (Gemma 3n while it trains), or they choose which tokens are seen, which has no gradient (HY 4)."""
+"""An adapter in a linear layer whose name ends so would silently learn nothing: the model uses the weight without
+calling the layer (Gemma 3n while it trains), or the layer chooses which tokens are seen, without a gradient (HY 4)."""
 
 CROSSING, SEES = "cross_attn", "full_text_row_masked_out_mask"
-"""In layers through which words look at pictures (mllama), these name the attention module and the input that says
+"""These name the attention module of a layer through which words look at pictures (mllama), and the input that says
 which words see any."""
 
 

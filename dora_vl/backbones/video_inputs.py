@@ -143,7 +143,7 @@ def displaced_inputs(
 ) -> dict[str, Tensor]:
     """Returns the picture inputs that videos displaced, where the processor uses one name for both (SmolVLM).
 
-    Its model reads them by the order of their tokens, so they are made one by one and joined in the order of the text.
+    The model reads them by the order of their tokens, so they are made one by one and joined in the order of the text.
 
     Args:
         processor: its own picture and video processors make the inputs.

@@ -21,7 +21,7 @@ BY_ROW = "cross_attention_mask"
 IN_ONE_ROW = {"pixel_values": "target_sizes", "pixel_values_videos": "target_sizes_videos"}
 """A model with the input on the right (MiniCPM-V) takes the patches of all pictures, on the left, in one row."""
 FIRST_TILE = "aspect_ratio_mask"
-"""In this input of mllama's the first tile of a missing picture counts as there, or attention divides by zero."""
+"""This input of mllama's says that the first tile of a missing picture is there, or attention divides by zero."""
 POINTING = {"image_token_pooling": "pixel_values", "video_token_pooling": "pixel_values_videos"}
 """Molmo 2's inputs on the left point to patches of a batch's pixels, -1 for none; a later sample's begin further on."""
 

@@ -288,8 +288,8 @@ LISTS = frozenset({"messages", "conversations", "texts", "turns", "images", "ima
 def delimited_rows(path: Path) -> Iterator[dict[str, object]]:
     """Yields the rows of a table; an empty cell is null where its column may hold JSON or an id.
 
-    Its delimiter is the one that parts the first line into most columns, its encoding what a byte order mark says, else
-    UTF-8, else Windows-1252, which a line in the log says.
+    The delimiter is the one that parts the first line into most columns. The encoding is what a byte order mark says,
+    else UTF-8, else Windows-1252, which the log mentions.
     """
     encoding = encoding_of(path, "samples")
     _, first = next(text_lines(path, "samples", encoding), (1, ""))

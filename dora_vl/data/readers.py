@@ -339,7 +339,7 @@ MESSAGES: Mapping[str, Callable[[Row], Sequence[object]]] = {
     "captions": lambda row: _round(row.get("question", ""), _answer(row["caption"], "caption")),
 }
 CONVERSATIONAL = ("conversations", "messages", "prompt/completion")
-"""In these formats an answer beside messages ends them (TRL's and ms-swift's `solution`)."""
+"""An answer beside the messages of these formats ends them (TRL's and ms-swift's `solution`)."""
 
 
 def id_of(row: Row, number: int, columns: Columns) -> str:

@@ -37,7 +37,7 @@ FOLLOWERS: Mapping[Role | None, tuple[Role, ...]] = {
 }
 """Maps a role to those whose turns may follow one of it; None is before the first turn."""
 TOOLS, KWARGS, CALLS = "tools", "chat_template_kwargs", "tool_calls"
-"""Where a row has them, its first turn holds the first two in its `fields`, and an answer the third."""
+"""A row's first turn keeps the first two of these keys in its `more`, and an answer keeps the third."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +53,11 @@ class Clip:
 class Turn:
     """One utterance; `text` holds `<image>` at each place where a picture goes, `<video>` where a video does.
 
-    Its last `input_characters` are an instruction's input, which a line break parts from the instruction. Prompts that
-    were published for instructions have a place for each; all others take the text as it is. `more` is JSON of
-    what else a chat template gets: `tool_calls` of an answer, `name` and `tool_call_id` of a tool's result, and in the
-    first turn the conversation's `tools` and `chat_template_kwargs`. An answer that is not trained is in prompts only.
+    The last `input_characters` of the text are an instruction's input, which a line break parts from the instruction.
+    Prompts that were published for instructions have a place for each; all others take the text as it is. `more` is
+    JSON of what else a chat template gets: `tool_calls` of an answer, `name` and `tool_call_id` of a tool's result, and
+    in the first turn the conversation's `tools` and `chat_template_kwargs`. An answer that is not trained is in prompts
+    only.
     """
 
     role: Role

@@ -223,7 +223,7 @@ def model_hashes(source: ModelSource) -> Mapping[str, str]:
 
 AnyBackbone = TypeVar("AnyBackbone", bound=Backbone[Any])
 DEFAULT_MAX_TOKENS = 1 << 20
-"""Where no recipe states a limit, a prompt and its answer may have this many tokens: none is cut."""
+"""A prompt and its answer may have this many tokens where no recipe states a limit: none is cut."""
 
 
 def open_model(source: ModelSource | ModelRequest) -> OpenedModel:

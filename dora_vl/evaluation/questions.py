@@ -49,8 +49,8 @@ def kind_of(example: Example) -> str | None:
 def last_round(conversation: Example) -> Example:
     """Returns the last round of a conversation as an example; earlier rounds keep their true answers.
 
-    Its right answers are the last one, first, and the others where the conversation names several; of one that is to be
-    avoided there are none.
+    The right answers are the conversation's last answer, then the others that it names. An answer that is to be avoided
+    leaves none.
     """
     *turns, answer = conversation.turns
     if answer.more:

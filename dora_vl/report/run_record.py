@@ -237,7 +237,7 @@ def confusion(title: str, result: SetResult) -> Confusion | None:
 def low_and_high(result: SetResult) -> tuple[list[AnswerRecord], list[AnswerRecord]]:
     """Returns the answers with a score of their own from the lowest on and from the highest, of every kind in turn.
 
-    Of an accuracy they are the wrong and the right ones, else the two halves.
+    For an accuracy they are the wrong and the right answers, for other scores the two halves.
     """
     answers = [(result.predictions[name], item) for name, item in result.items.items() if name in result.predictions]
     answers.sort(key=lambda answer: answer[1].score.share)

@@ -285,7 +285,7 @@ class Engine:
     ) -> SubmittedRequest:
         """Hands a request in; `put` receives its events in the engine's thread, and must not wait.
 
-        Its answer comes too late after `deadline`, by `time.monotonic`; without one its time begins now.
+        An answer after `deadline`, by `time.monotonic`, is too late; None allows `answer_seconds` from now.
         """
         deadline = time.monotonic() + self.settings.answer_seconds if deadline is None else deadline
         request = SubmittedRequest(prepared, put, deadline)

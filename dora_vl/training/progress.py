@@ -133,7 +133,8 @@ class BatchStatistics:
 class Progress:
     """Counts, skipped samples and seconds of a run, those before a resume included, and an account of its samples.
 
-    Of a stream also the length of its epochs, where the Trainer skips what a resumed run has seen of it (`skips_seen`).
+    For a stream it also counts the length of the epochs, where the Trainer skips what a resumed run has seen
+    (`skips_seen`).
     """
 
     def __init__(
