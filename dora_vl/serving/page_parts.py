@@ -16,6 +16,8 @@ from dora_vl.serving.side_by_side import ColumnAnswer, Conversation
 
 THUMB_PX = 320
 ENDINGS = {"length": " · as long as allowed", "ended": " · stopped"}
+LONG_CELL = 40
+"""A table's cell of more characters is wide, so that it does not stand as a column of single words."""
 NO_WORDS = '<span class="dv-faint">(no words)</span>'
 
 
@@ -108,6 +110,7 @@ def table_view(
     text = "".join(f"<th>{escape(name)}</th>" for name in head)
     for (url, why), cells in rows:
         picture = f'<img alt="" src="{url}">' if url else escape(why)
-        text += f"<tr><td>{picture}</td>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
+        texts = (f"<td{' class=dv-long' if len(cell) > LONG_CELL else ''}>{escape(cell)}</td>" for cell in cells)
+        text += f"<tr><td>{picture}</td>{''.join(texts)}</tr>"
     below = "".join(f'<p class="dv-trouble">{escape(warning)}</p>' for warning in warnings)
     return f'<div class="dv-wide"><table><caption>{escape(title)}</caption>{text}</table></div>{below}'
