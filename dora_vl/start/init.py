@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from shlex import quote
 from statistics import median
 
@@ -308,6 +308,7 @@ class DataSummary:
     Attributes:
         check: the check of the questions file.
         root: of the paths in `rows`.
+        file_names: the files of the names in the questions file, where their folders are left out.
         file_holds_pictures: whether the questions file holds the pictures itself; they are in `root` then.
         unnamed: how many pictures no row names.
         has_question: whether `--ask` gave the question.
@@ -317,6 +318,7 @@ class DataSummary:
 
     check: FileCheck
     root: Path
+    file_names: Mapping[str, str] | None
     file_holds_pictures: bool
     rows: Sequence[UsableRow]
     pictures: Pictures
@@ -358,6 +360,9 @@ class DataSummary:
             more = f"; {self.unnamed:,} more that no row names" if self.unnamed else ""
             where = "the file itself" if self.file_holds_pictures else self.root
             yield f"{self.media}: {len(pictures.keys):,} in {where}, {formats}{more}"
+            if self.file_names:
+                name, file = next(iter(self.file_names.items()))
+                yield f"the rows name them in folders that are not there: for {name} {file} is read"
         else:
             yield "pictures: none, the rows are text only"
         if pictures.sizes:
@@ -429,12 +434,13 @@ def inspect_data(folder: Path, records: DataFiles, *, media_to: Path, columns: C
     examples = [row for row in first if isinstance(row, Example)]
     holds_pictures = any(example.image_bytes for example in examples)
     names = [name for row in examples for name in UsableRow(conversation=row).media if name not in row.image_bytes]
-    root = media_to if holds_pictures else root_of_pictures(folder, questions, names)
+    root, is_flat = (media_to, False) if holds_pictures else root_of_pictures(folder, questions, names)
+    file_names = FileNames(questions) if is_flat else None
     media = MediaCheck(MediaFolder(root, follow_links=True), decode=True)
     check = FileCheck(questions, columns=columns, media=media)
     rows: list[UsableRow] = []
     for record in tqdm(records.rows(), "reading", unit=" rows", disable=None, leave=False):
-        row = _usable(check, record, media_to if holds_pictures else None, columns)
+        row = _usable(check, record, media_to if holds_pictures else None, columns, file_names)
         if row is not None:
             rows.append(replace(row, split=str(record.get("split", "")) if has_splits else ""))
     if unmet := columns.missing_column(check.uses):
@@ -456,6 +462,7 @@ def inspect_data(folder: Path, records: DataFiles, *, media_to: Path, columns: C
         root=root,
         file_holds_pictures=holds_pictures,
         rows=rows,
+        file_names=file_names,
         pictures=pictures,
         unnamed=max(0, picture_count - len(pictures.keys)),
         has_question=bool(columns.ask),
@@ -489,28 +496,57 @@ def _none_usable(questions: Path, check: FileCheck) -> UserError:
 
 
 def _usable(
-    check: FileCheck, record: Mapping[str, object], media_to: Path | None, columns: Columns
+    check: FileCheck, record: Mapping[str, object], media_to: Path | None, columns: Columns, files: FileNames | None
 ) -> UsableRow | None:
     """Returns the row; None if it cannot be used, which `check` has then noted."""
     example = check.read(record)
+    if files is not None and isinstance(example, Example):
+        example = _with_media(example, files)
     if not check.check(example) or isinstance(example, BadSample):
         return None
     try:
         conversation = read_row({**record, "id": example.id}, columns=columns)
-        if media_to is not None:
-            names = {
+        if files is not None:
+            conversation = _with_media(conversation, files)
+        elif media_to is not None:
+            saved = {
                 name: save_picture(data, media_to, conversation.id) for name, data in conversation.image_bytes.items()
             }
-            images, others = (
-                tuple(names.get(name, name) for name in each)
-                for each in (conversation.images, conversation.rejected_images)
-            )
-            conversation = replace(conversation, images=images, rejected_images=others)
+            names = {name: saved.get(name, name) for name in UsableRow(conversation=conversation).media}
+            conversation = _with_media(conversation, names)
     except BadSample as error:
         check.check(error)
         return None
     kind = record.get("kind")
     return UsableRow(conversation=conversation, kind=kind if isinstance(kind, str) and kind else None)
+
+
+class FileNames(dict[str, str]):
+    """Maps a picture's or a video's name to its last part, the file's; two names may not end alike.
+
+    Args:
+        questions: the file that the names are from.
+    """
+
+    def __init__(self, questions: Path) -> None:
+        super().__init__()
+        self._questions, self._names = questions, dict[str, str]()
+
+    def __missing__(self, name: str) -> str:
+        file = PurePosixPath(name).name
+        if (other := self._names.setdefault(file, name)) != name:
+            raise UserError(
+                f"{self._questions} names {other} and {name}, whose folders are not there; put the files into folders "
+                "as it names them"
+            )
+        return self.setdefault(name, file)
+
+
+def _with_media(example: Example, files: Mapping[str, str]) -> Example:
+    """Returns the example with other names for its pictures and videos."""
+    images, others = (tuple(files[name] for name in names) for names in (example.images, example.rejected_images))
+    videos = tuple(replace(clip, path=files[clip.path]) for clip in example.videos)
+    return replace(example, images=images, rejected_images=others, videos=videos)
 
 
 def _lengths(texts: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from shlex import quote
 
 import yaml
@@ -230,11 +230,15 @@ def _why_no_questions(path: Path, columns: Columns) -> str | None:
     return f"{path.name}: its columns are {short_names(first)}"
 
 
-def root_of_pictures(folder: Path, questions: Path, names: Sequence[str]) -> Path:
-    """Returns the folder from which most of the first names lead to files; of equals the nearest to `folder`."""
+def root_of_pictures(folder: Path, questions: Path, names: Sequence[str]) -> tuple[Path, bool]:
+    """Returns the folder from which most of the first names lead to files; of equals the nearest to `folder`.
+
+    Also tells whether the names' own folders must be left out for that, as where a browser uploaded the files: then all
+    of the first names lead to files there.
+    """
     some = list(dict.fromkeys(names))[:MOST_NAMES]
     if not some:
-        return folder
+        return folder, False
     beside = questions if questions.is_dir() else questions.parent
     below = {path.parent for path in islice(picture_files(folder), 50 * MOST_FILES)}
     ordered = sorted(below, key=lambda path: len(path.parts))
@@ -242,9 +246,12 @@ def root_of_pictures(folder: Path, questions: Path, names: Sequence[str]) -> Pat
     roots = list(dict.fromkeys([folder, beside, *ordered, *above]))[:MOST_FILES]
     hits = Counter({root: sum(_is_there(root, name) for name in some) for root in roots})
     best = max(roots, key=lambda root: (hits[root], -roots.index(root)))
-    if not hits[best]:
-        raise UserError(f"{questions}: none of its pictures is below {folder}, such as {short_repr(some[0])}")
-    return best
+    if hits[best]:
+        return best, False
+    for root in roots:
+        if all(_is_there(root, PurePosixPath(name).name) for name in some):
+            return root, True
+    raise UserError(f"{questions}: none of its pictures is below {folder}, such as {short_repr(some[0])}")
 
 
 def _is_there(root: Path, name: str) -> bool:

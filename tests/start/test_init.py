@@ -90,6 +90,27 @@ def test_the_only_column_of_pictures_is_taken_whatever_its_name(tmp_path: Path, 
     refused("my", "--model", base, "--overwrite")
 
 
+@pytest.mark.parametrize("folder", ["scans/", "/home/ada/scans/", "C:\\Ada\\scans\\"])
+def test_names_in_folders_that_are_not_there_lead_to_the_files(
+    folder: str, tmp_path: Path, base: Path, capsys: Any
+) -> None:
+    rows = write_folder(tmp_path / "my", count=24)
+    named = [[folder + row[0], *row[1:]] for row in rows]
+    path = write_table(tmp_path / "my" / "answers.csv", named)
+    printed = printed_by(capsys, "my", "--model", base)
+    assert "24 rows, 24 usable\n" in printed
+    name = named[0][0].replace("\\", "/")
+    assert f"for {name} {rows[0][0]} is read" in printed
+    train = rows_of(Path("runs/my/train.jsonl"))
+    truth = {name: (question, answer) for name, question, answer in rows}
+    for row in train:
+        question, answer = truth[row["image"]]
+        assert [question, answer] == [turn["value"].removeprefix("<image>\n") for turn in row["conversations"]]
+    for other in (f"{folder}none.png", f"other{named[0][0]}"):  # one is nowhere, one is perhaps another picture
+        write_table(path, [*named[:3], [other, *rows[0][1:]]])
+        refused("my", "--model", base, "--overwrite")
+
+
 def test_a_table_and_photographs_below_become_the_files_of_a_run(tmp_path: Path, base: Path, capsys: Any) -> None:
     rows = write_folder(tmp_path / "my", count=24)
     photos = tmp_path / "my" / "photos"
