@@ -435,7 +435,7 @@ def inspect_data(folder: Path, records: DataFiles, *, media_to: Path, columns: C
     holds_pictures = any(example.image_bytes for example in examples)
     names = [name for row in examples for name in UsableRow(conversation=row).media if name not in row.image_bytes]
     root, is_flat = (media_to, False) if holds_pictures else root_of_pictures(folder, questions, names)
-    file_names = FileNames(questions) if is_flat else None
+    file_names = FileNames() if is_flat else None
     media = MediaCheck(MediaFolder(root, follow_links=True), decode=True)
     check = FileCheck(questions, columns=columns, media=media)
     rows: list[UsableRow] = []
@@ -443,6 +443,8 @@ def inspect_data(folder: Path, records: DataFiles, *, media_to: Path, columns: C
         row = _usable(check, record, media_to if holds_pictures else None, columns, file_names)
         if row is not None:
             rows.append(replace(row, split=str(record.get("split", "")) if has_splits else ""))
+    if file_names is not None:
+        file_names.refuse_same(questions)
     if unmet := columns.missing_column(check.uses):
         raise UserError(f"{questions}: {unmet}")
     findings = {name: finding for name, finding in check.findings.items() if name != "duplicate id"}
@@ -522,24 +524,20 @@ def _usable(
 
 
 class FileNames(dict[str, str]):
-    """Maps a picture's or a video's name to its last part, the file's; two names may not end alike.
-
-    Args:
-        questions: the file that the names are from.
-    """
-
-    def __init__(self, questions: Path) -> None:
-        super().__init__()
-        self._questions, self._names = questions, dict[str, str]()
+    """Maps the names of pictures and videos to those of their files, which is what follows the last folder."""
 
     def __missing__(self, name: str) -> str:
-        file = PurePosixPath(name).name
-        if (other := self._names.setdefault(file, name)) != name:
-            raise UserError(
-                f"{self._questions} names {other} and {name}, whose folders are not there; put the files into folders "
-                "as it names them"
-            )
-        return self.setdefault(name, file)
+        return self.setdefault(name, PurePosixPath(name).name)
+
+    def refuse_same(self, questions: Path) -> None:
+        """Refuses two names of one file: they may have been two pictures."""
+        names = {file: name for name, file in self.items()}
+        for name, file in self.items():
+            if names[file] != name:
+                raise UserError(
+                    f"{questions} names {name} and {names[file]}, whose folders are not there; put the files into "
+                    "folders as it names them"
+                )
 
 
 def _with_media(example: Example, files: Mapping[str, str]) -> Example:
