@@ -86,8 +86,8 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     cluster = Cluster(machines, arguments.tflops * TERA, arguments.mfu, bandwidth, network)
     yield from step_lines(planned, gpus, cluster)
     if epoch is not None:
-        epoch = math.ceil(epoch / (1 - config.data.replay))  # at least: long answers draw more chats
-        steps, seconds = _steps(planned.section, epoch), cluster.seconds(planned.traffic(gpus), planned.flop())[0]
+        steps = _steps(planned.section, epoch, replay=config.data.replay)
+        seconds = cluster.seconds(planned.traffic(gpus), planned.flop())[0]
         took = f"at least {math.ceil(steps * seconds / 60):,} min on this machine"
         yield f"{steps:,} steps: {took}; reading pictures, writing chats and the test come on top"
     if arguments.json is not None:
@@ -96,8 +96,8 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         yield f"{arguments.json}"
 
 
-def _first_batch(config: RunConfig) -> tuple[int, int, int | None]:
-    """Returns a sample's tokens and labelled tokens in the first micro-batch, and the micro-batches of an epoch."""
+def _first_batch(config: RunConfig) -> tuple[int, int, int]:
+    """Returns a sample's tokens and labelled tokens in the first micro-batch, and the samples of an epoch."""
     from dora_vl.data.samples import IGNORED_LABEL
     from dora_vl.training.show_command import read_first_batch, shown_settings
     from dora_vl.training.train_command import pipeline_of
@@ -107,13 +107,18 @@ def _first_batch(config: RunConfig) -> tuple[int, int, int | None]:
     samples = max(1, len(first.names))
     tokens = first.batch["input_ids"].numel() - int(first.batch.get("padding_tokens", 0))
     labelled = int((first.batch["labels"] != IGNORED_LABEL).sum())
-    return math.ceil(tokens / samples), math.ceil(labelled / samples), first.micro_batches
+    return math.ceil(tokens / samples), math.ceil(labelled / samples), first.epoch_samples
 
 
-def _steps(section: Mapping[str, Any], micro_batches: int) -> int:
-    """Returns a run's optimizer steps, as the Trainer counts them."""
+def _steps(section: Mapping[str, Any], samples: int, *, replay: float) -> int:
+    """Returns at least how many optimizer steps a run makes of an epoch's samples and of the base's chats beside them.
+
+    Answers of many tokens draw more chats.
+    """
     if (most := section.get("max_steps", -1)) > 0:
         return int(most)
+    samples += round(samples * replay / (1 - replay))
+    micro_batches = math.ceil(samples / section.get("per_device_train_batch_size", 8))
     each = math.ceil(micro_batches / section.get("gradient_accumulation_steps", 1))
     return math.ceil(each * section.get("num_train_epochs", 3))
 

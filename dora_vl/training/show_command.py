@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import os
 import sys
@@ -64,14 +63,14 @@ def shown_settings(config: RunConfig, folder: Path) -> RunConfig:
 
 
 class FirstBatch(NamedTuple):
-    """The micro-batch that one process would see first, its samples' ids, and how many micro-batches an epoch has.
+    """The micro-batch that one process would see first, its samples' ids, and how many samples an epoch has.
 
-    `micro_batches` is None where it is not known beforehand, as for a stream. `backbone` has no weights.
+    `backbone` has no weights.
     """
 
     batch: dict[str, Any]
     names: list[str]
-    micro_batches: int | None
+    epoch_samples: int
     backbone: Backbone[Any]
 
 
@@ -105,11 +104,8 @@ def read_first_batch(pipeline: Pipeline) -> FirstBatch:
     trainer = OrderedTrainer(dataclasses.replace(data, collate=collate_and_keep), model=nn.Linear(1, 1), args=arguments)
     for set_epoch in data.set_epoch:
         set_epoch(0)
-    loader = trainer.get_train_dataloader()
-    next(iter(loader))
+    next(iter(trainer.get_train_dataloader()))
     items, batch = batches[0]  # a loader reads a batch ahead
     samples = getattr(items[0], "items", items)  # a mixture's item is a whole micro-batch
     names = [sample.id for sample in samples if not isinstance(sample, Skipped)]
-    with contextlib.suppress(TypeError):
-        return FirstBatch(batch, names, len(loader), backbone)
-    return FirstBatch(batch, names, None, backbone)
+    return FirstBatch(batch, names, data.samples, backbone)

@@ -147,8 +147,9 @@ def test_on_this_machine_the_first_batch_is_counted_and_its_speed_measured(tmp_p
     assert 1e-4 < estimate.teraflops(256) < 1e4
     monkeypatch.setattr(estimate, "teraflops", lambda: 1e-6)
     base, records = write_tiny_llava(tmp_path / "base"), write_tiny_data(tmp_path / "data")
-    training: dict[str, object] = {"max_steps": -1, "num_train_epochs": 3, "gradient_accumulation_steps": 5}
-    run_file = write_run(tmp_path / "run.yaml", base, records, training=training)
+    training: dict[str, object] = {"max_steps": -1, "num_train_epochs": 3, "gradient_accumulation_steps": 2}
+    data: dict[str, object] = {"validation_share": 0.05, "replay": 0.05}
+    run_file = write_run(tmp_path / "run.yaml", base, records, data=data, training=training)
     main(["show", "batch", str(run_file)])
     facts = re.search(
         r"samples 4, positions (\d+) rows of (\d+), padding 0 .*trained on (\d+) tokens", _printed(capsys)
@@ -156,7 +157,8 @@ def test_on_this_machine_the_first_batch_is_counted_and_its_speed_measured(tmp_p
     assert facts is not None
     rows, length, labelled = map(int, facts.groups())
     main(["estimate", str(run_file), "--json", str(tmp_path / "found.json")])
-    written, steps = json.loads((tmp_path / "found.json").read_text()), 3 * 3  # of 12 micro-batches, five in a step
+    written = json.loads((tmp_path / "found.json").read_text())
+    steps = 3 * 6  # 46 samples and 2 chats are 12 micro-batches, two in a step
     assert written["samples"]["tokens"] == math.ceil(rows * length / 4) < 256
     assert written["samples"]["labelled"] == math.ceil(labelled / 4)
     minutes = math.ceil(steps * written["flop"] / 1e6 / 60)
