@@ -6,10 +6,10 @@ import argparse
 import logging
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dora_vl.errors import UserError, number_between, positive_int
 from dora_vl.files import write_json
@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     cluster = Cluster(machines, arguments.tflops * TERA, arguments.mfu, bandwidth, network)
     yield from step_lines(planned, gpus, cluster)
     if epoch is not None:
-        steps = _steps(planned.section, epoch, replay=config.data.replay)
+        steps = _steps(planned, epoch, replay=config.data.replay)
         seconds = cluster.seconds(planned.traffic(gpus), planned.flop())[0]
         took = f"at least {math.ceil(steps * seconds / 60):,} min on this machine"
         yield f"{steps:,} steps: {took}; reading pictures, writing chats and the test come on top"
@@ -110,17 +110,17 @@ def _first_batch(config: RunConfig) -> tuple[int, int, int]:
     return math.ceil(tokens / samples), math.ceil(labelled / samples), first.epoch_samples
 
 
-def _steps(section: Mapping[str, Any], samples: int, *, replay: float) -> int:
+def _steps(planned: PlannedRun, samples: int, *, replay: float) -> int:
     """Returns at least how many optimizer steps a run makes of an epoch's samples and of the base's chats beside them.
 
     Answers of many tokens draw more chats.
     """
-    if (most := section.get("max_steps", -1)) > 0:
+    from dora_vl.training.replay import chats_in_epoch
+
+    if (most := planned.section.get("max_steps", -1)) > 0:
         return int(most)
-    samples += round(samples * replay / (1 - replay))
-    micro_batches = math.ceil(samples / section.get("per_device_train_batch_size", 8))
-    each = math.ceil(micro_batches / section.get("gradient_accumulation_steps", 1))
-    return math.ceil(each * section.get("num_train_epochs", 3))
+    micro_batches = math.ceil((samples + chats_in_epoch(replay, samples)) / planned.samples.rows)
+    return math.ceil(math.ceil(micro_batches / planned.micro_batches) * planned.section.get("num_train_epochs", 3))
 
 
 def gib(size: int) -> str:

@@ -236,7 +236,7 @@ class Replay:
         chats = load_rows(str(path))
         own, written = (tokens_in_labels(table, encoder) for table in (train, chats))
         # Answers of a word or two would draw a chat an epoch by tokens alone.
-        drawn = max(1, round(share / (1 - share) * len(train) * max(1.0, own / written)))
+        drawn = chats_in_epoch(share, len(train) * max(1.0, own / written))
         tokens = drawn * written / (drawn * written + len(train) * own)
         logger.info(
             "%s: an epoch draws %d times of %d chats of the base, some %.0f %% of its labelled tokens",
@@ -247,6 +247,11 @@ class Replay:
     def media(self) -> dict[str, str]:
         """Returns the file's hash, as for a picture."""
         return {self.path.name: file_sha256(self.path)}
+
+
+def chats_in_epoch(share: float, samples: float) -> int:
+    """Returns how many chats are this share of an epoch that holds these samples too; one at least of any share."""
+    return max(1, round(share / (1 - share) * samples)) if share else 0
 
 
 def tokens_in_labels(table: ExampleTable, encoder: Encoder) -> float:
