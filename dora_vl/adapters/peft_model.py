@@ -25,11 +25,12 @@ from torch import Tensor, nn
 
 from dora_vl.core import DoRAConfig, DoRALinear
 from dora_vl.core.config import DropoutMode
-from dora_vl.core.gain import AdapterParameter
+from dora_vl.core.gain import CountedParameter, count_edits
 
 log = logging.getLogger(__name__)
 
 _STATE = "_dora_vl_core"
+PARAMETERS = (nn.Parameter, CountedParameter)
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,6 @@ def accelerate_peft(model: nn.Module, *, dropout_mode: DropoutMode = "low_rank")
         for adapter in layer.lora_A:
             if _reason_in_adapter(layer, adapter) is None:
                 _core_layer(layer, adapter)
-                _count_edits(layer, adapter, AdapterParameter)
         done.append(name)
     if not done and not left:
         raise ValueError("the model has no PEFT LoRA layer; call get_peft_model(model, LoraConfig(...)) first")
@@ -121,8 +121,7 @@ def restore_peft(model: nn.Module) -> int:
     """Undoes `accelerate_peft`; returns how many layers are PEFT's own again."""
     layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, AcceleratedLinear)]
     for layer in layers:
-        for adapter in layer.lora_A:
-            _count_edits(layer, adapter, nn.Parameter)
+        count_edits(layer.parameters(), counted=False)
         del vars(layer)[_STATE]
         layer.__class__ = PeftLinear
     return len(layers)
@@ -143,7 +142,7 @@ def reason_to_leave(layer: object) -> str | None:
         return f"{len(active)} adapters are active on it; one is needed"
     if base.weight.requires_grad:
         return "its base weight trains"
-    if base.weight.numel() == 0 or type(base.weight) is not nn.Parameter or base.weight.device.type == "meta":
+    if base.weight.numel() == 0 or type(base.weight) not in PARAMETERS or base.weight.device.type == "meta":
         return "its base weight is sharded or offloaded"
     if "forward" in base.__dict__ or base._forward_hooks or base._forward_pre_hooks:
         return "its base layer has hooks of its own"
@@ -163,7 +162,7 @@ def _reason_in_adapter(layer: PeftLinear, active: str) -> str | None:
         return f"its scale is {layer.scaling[active]}"
     operands = _operands(layer, active)
     tensors = (operands.lora_A, operands.lora_B, operands.magnitude)
-    if not all(tensor is None or type(tensor) in (nn.Parameter, AdapterParameter) for tensor in tensors):
+    if not all(tensor is None or type(tensor) in PARAMETERS for tensor in tensors):
         return "its adapter's tensors are not parameters, as in torch.func.functional_call"
     return None
 
@@ -204,19 +203,6 @@ def _operands(layer: PeftLinear, adapter: str) -> _Operands:
 
 def _state(layer: PeftLinear) -> _CoreState:
     return layer.__dict__[_STATE]  # torch.compile of torch 2.8 cannot trace `vars`
-
-
-def _count_edits(layer: PeftLinear, adapter: str, kind: type[nn.Parameter]) -> None:
-    """Gives PEFT's own parameters the class whose `.data` counts edits, or takes it from them.
-
-    They stay the objects that an optimizer holds. Of an adapter that is added later, edits through `.data` in eval are
-    seen after the next `accelerate_peft`.
-    """
-    operands = _operands(layer, adapter)
-    tensors: tuple[Any, ...] = (operands.lora_A, operands.lora_B, operands.magnitude)
-    for tensor in tensors:
-        if type(tensor) in (nn.Parameter, AdapterParameter):
-            tensor.__class__ = kind
 
 
 def _active_adapter(layer: PeftLinear) -> str:
@@ -261,4 +247,5 @@ def _over(operands: _Operands, dropout_mode: DropoutMode) -> DoRALinear:
     for leaf in ("weight", "bias", "lora_A", "lora_B", "magnitude"):
         setattr(core, leaf, getattr(operands, leaf))
     core.forget_norms(frozen=True)
+    count_edits(core.tensors())
     return core

@@ -5,7 +5,7 @@ edit, and when a tensor is replaced. Two signals are needed, since neither sees 
 `data_ptr` stay the same under DeepSpeed ZeRO 0-3 when the engine updates it (measured); torch's optimizer post-hook
 fires at every step of every optimizer, DeepSpeed's included (checked under ZeRO 1, 2, 3), and needs no Trainer.
 Everything else is an edit, which torch counts in the tensor's version, or another tensor. Torch does not count what
-goes through `.data`: `AdapterParameter` does.
+goes through a parameter's `.data`: `CountedParameter` does, which every parameter becomes that a value is cached from.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ SHARD_MARKS = frozenset({"ds_status", "_fsdp_flattened"})
 """DeepSpeed ZeRO-3 and FSDP1 replace `.data` of parameters with these attributes at every pass, values unchanged."""
 
 
-class AdapterParameter(nn.Parameter):
-    """A parameter of an adapter, from its creation on; what is written through its `.data` counts as an edit.
+class CountedParameter(nn.Parameter):
+    """A parameter whose edits through `.data` count; a plain one becomes it, and stays the object that others hold.
 
-    A momentum teacher is kept by `p.data.mul_().add_()`, averaged weights are swapped in by `p.data.copy_`,
-    hand-written optimizers step by `p.data.add_`, and `vector_to_parameters` assigns `p.data`. No torch counter moves
-    for any of them.
+    A momentum teacher is kept by `p.data.mul_().add_()`, averaged weights are swapped in by `p.data.copy_`, weights are
+    synchronised and loaded by it, hand-written optimizers step by `p.data.add_`, and `vector_to_parameters` assigns
+    `p.data`. No torch counter moves for any of them.
     """
 
     data_replaced = 0
@@ -61,6 +61,14 @@ class AdapterParameter(nn.Parameter):
         self.data_replaced += 1
 
 
+def count_edits(tensors: Iterable[Tensor | None], *, counted: bool = True) -> None:
+    """Counts edits through `.data` of the plain parameters among some tensors from now on, or no longer."""
+    before, after = (nn.Parameter, CountedParameter) if counted else (CountedParameter, nn.Parameter)
+    for tensor in tensors:
+        if type(tensor) is before:
+            tensor.__class__ = after
+
+
 def edits_of(tensor: Tensor) -> tuple[int, int]:
     """Returns what an edit changes: the count of in-place edits, a shard's too, and what `p.data = ...` replaces.
 
@@ -71,10 +79,8 @@ def edits_of(tensor: Tensor) -> tuple[int, int]:
     local = getattr(tensor, "_local_tensor", None)  # what `dcp.load` and `to_local()` write to under a `DTensor`
     if local is not None:
         return tensor._version + local._version, 0
-    if type(tensor) is AdapterParameter and SHARD_MARKS.isdisjoint(vars(tensor)):
-        return tensor._version, tensor.data_replaced
-    is_plain = type(tensor) is nn.Parameter and SHARD_MARKS.isdisjoint(vars(tensor))
-    return tensor._version, tensor.data_ptr() if is_plain else 0
+    is_whole = type(tensor) is CountedParameter and SHARD_MARKS.isdisjoint(vars(tensor))
+    return tensor._version, tensor.data_replaced if is_whole else 0
 
 
 class Snapshot:
@@ -88,6 +94,7 @@ class Snapshot:
 
     def __init__(self, tensors: Iterable[Tensor | None], *also: object) -> None:
         present = [tensor for tensor in tensors if tensor is not None]
+        count_edits(present)
         self._tensors = [weakref.ref(tensor) for tensor in present]
         self._edits = [edits_of(tensor) for tensor in present]
         self._also = also

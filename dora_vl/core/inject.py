@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig, LayerKind
-from dora_vl.core.gain import AdapterParameter
+from dora_vl.core.gain import count_edits
 from dora_vl.core.layer import AdaptedLayer, subtract_start
 from dora_vl.core.linear import DoRALinear, TransposedLinear
 from dora_vl.core.other_layers import (
@@ -144,8 +144,8 @@ class DVoRALinear(DoRALinear):
     def create_parameters(self) -> None:
         """Creates d = 0.1, b = 0 and the magnitude: nothing changes yet."""
         dtype, device = functional.accumulation_dtype(self.weight.dtype), self.weight.device
-        self.lambda_d = AdapterParameter(torch.full((self.adapter.rank,), START_OF_D, dtype=dtype, device=device))
-        self.lambda_b = AdapterParameter(torch.zeros(self.out_features, dtype=dtype, device=device))
+        self.lambda_d = nn.Parameter(torch.full((self.adapter.rank,), START_OF_D, dtype=dtype, device=device))
+        self.lambda_b = nn.Parameter(torch.zeros(self.out_features, dtype=dtype, device=device))
         self.create_magnitude()
 
     def factors(self) -> tuple[Float[Tensor, "rank in_"], Float[Tensor, "out rank"]]:
@@ -323,6 +323,7 @@ def _put_plain_layers_back(model: nn.Module) -> None:
         if isinstance(module, AdaptedExperts):
             replace_module(model, module, module.original_layer())
     for name, layer in list(adapted_layers(model)):
+        count_edits(layer.tensors(), counted=False)
         replace_module(model, model.get_submodule(name), layer.original_layer())
     if SHARED_NAME in dict(model.named_children()):
         delattr(model, SHARED_NAME)

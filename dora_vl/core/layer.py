@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig
 from dora_vl.core.functional import Gain
-from dora_vl.core.gain import AdapterParameter, OptimizerSteps, Snapshot, watch_optimizers
+from dora_vl.core.gain import OptimizerSteps, Snapshot, count_edits, watch_optimizers
 
 
 def is_traced() -> bool:
@@ -86,6 +86,7 @@ class AdaptedLayer(nn.Module):
         self.lora_B: nn.Parameter | None = None
         self.magnitude: nn.Parameter | None = None
         self.create_parameters()
+        count_edits(self.tensors())
 
     @torch.no_grad()
     def create_parameters(self) -> None:
@@ -96,8 +97,8 @@ class AdaptedLayer(nn.Module):
         if self.adapter.method != "magnitude":
             shape_A, shape_B = self.factor_shapes(self.adapter.rank)
             dtype, device = functional.accumulation_dtype(self.compute_dtype()), self.weight.device
-            self.lora_A = AdapterParameter(torch.empty(shape_A, dtype=dtype, device=device))
-            self.lora_B = AdapterParameter(torch.zeros(shape_B, dtype=dtype, device=device))
+            self.lora_A = nn.Parameter(torch.empty(shape_A, dtype=dtype, device=device))
+            self.lora_B = nn.Parameter(torch.zeros(shape_B, dtype=dtype, device=device))
             if device.type != "meta":
                 self._init_factor_a(self.lora_A)
         self.create_magnitude()
@@ -115,7 +116,7 @@ class AdaptedLayer(nn.Module):
     def create_magnitude(self) -> None:
         """Creates m = ||V|| by the same arithmetic that will compute n, so that g is 1 to the last bit."""
         if self.adapter.method != "lora":
-            self.magnitude = AdapterParameter(functional.safe_sqrt(self.weight_norms_squared()).clone())
+            self.magnitude = nn.Parameter(functional.safe_sqrt(self.weight_norms_squared()).clone())
 
     @torch.no_grad()
     def start_from(self, matrix: Float[Tensor, "out in_"]) -> None:
@@ -403,10 +404,6 @@ class AdaptedLayer(nn.Module):
         # A pickled layer may wake in a process where no layer was built, so that nothing counts steps yet.
         super().__setstate__(state)
         watch_optimizers()
-        for leaf in self.FILE_LEAVES:  # torch unpickles every parameter as a plain one
-            parameter: Any = self._parameters.get(leaf)
-            if type(parameter) is nn.Parameter:
-                parameter.__class__ = AdapterParameter
 
     def extra_repr(self) -> str:
         """Returns what `print(model)` shows."""

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from dora_vl.core import apply_dora, functional
-from dora_vl.core.gain import AdapterParameter
+from dora_vl.core.gain import CountedParameter
 from tests.core.dense_dora import assert_fresh, config, dense_dora, moved_layer
 
 
@@ -43,13 +43,26 @@ def test_after_loading_a_state(assign, swap):
     assert_fresh(layer)
 
 
-@pytest.mark.parametrize("leaf", ["lora_A", "lora_B", "magnitude"])
+@pytest.mark.parametrize("leaf", ["weight", "lora_A", "lora_B", "magnitude"])
 @pytest.mark.parametrize("training", [True, False])
-def test_writes_through_data_are_seen(leaf, training):
+@pytest.mark.parametrize("history", ["new", "merged", "loaded", "pickled"])
+def test_writes_through_data_are_seen(leaf, training, history):
     layer = moved_layer(config()).train(training)
+    if history == "merged":
+        layer.merge()
+        layer.unmerge()
+    elif history == "loaded":
+        layer.load_state_dict(copy.deepcopy(layer.state_dict()), assign=True)
+        layer.weight.requires_grad_(False)
+    elif history == "pickled":
+        layer = copy.deepcopy(layer)
     assert_fresh(layer)
     parameter = getattr(layer, leaf)
     parameter.data.mul_(1.3)
+    assert_fresh(layer)
+    parameter.data.copy_(torch.randn_like(parameter).abs())
+    assert_fresh(layer)
+    parameter.data[:] = 2 * parameter.data
     assert_fresh(layer)
     torch._foreach_add_([parameter.data], 0.05)
     assert_fresh(layer)
@@ -62,12 +75,13 @@ def test_writes_through_data_are_seen(leaf, training):
 
 
 def test_after_edits_of_the_frozen_weight_of_the_dtype_and_of_the_scale():
-    """What is written through a frozen weight's `.data` is not counted; the docs say so."""
     layer = moved_layer(config()).eval()
     for edit in (
         lambda: layer.weight.detach().mul_(1.3),
         lambda: setattr(layer.weight, "data", layer.weight.data * 1.4),
-        lambda: layer.weight.data.mul_(1.2) is layer.forget_norms(frozen=True),
+        lambda: layer.weight.data.mul_(1.2),
+        lambda: setattr(layer, "weight", nn.Parameter(1.3 * layer.weight.data, requires_grad=False)),
+        lambda: layer.weight.data.mul_(1.2),
         lambda: layer.float().double(),
         lambda: setattr(layer, "adapter", config(alpha=3.0)),
     ):
@@ -95,7 +109,7 @@ def test_an_adapters_parameters_are_parameters_everywhere_else(tmp_path):
     layer = moved_layer(config())
     assert_fresh(layer)
     parameter = layer.lora_B
-    assert type(parameter) is AdapterParameter
+    assert type(parameter) is CountedParameter
     parameter.data = parameter.data.clone()
     torch.save({"one": parameter, "state": layer.state_dict()}, tmp_path / "file.pt")
     loaded = torch.load(tmp_path / "file.pt", weights_only=True)
