@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 LAUNCH = ("RANK", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+os.environ.setdefault("USE_HUB_KERNELS", "0")  # reference models; what dora_vl opens: backbones/test_kernels.py
 AT_START = {name: os.environ.get(name) for name in LAUNCH}
 
 

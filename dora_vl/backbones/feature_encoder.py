@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.auto.modeling_auto import AutoModel
 
+from dora_vl.backbones.loading import load_pretrained
 from dora_vl.backbones.shards import HASH, store_key
 from dora_vl.backbones.specs import PRETRAINED, TowerSpec
 from dora_vl.backbones.tower_sources import (
@@ -50,7 +51,7 @@ def load_pooled(spec: TowerSpec) -> tuple[nn.Module, Preparation]:
             if "vision_config" not in config.sub_configs:
                 raise UserError(f"{spec.name} is not a two-tower model, so it has no picture embedding; keep its grid")
             own = spec.weights == PRETRAINED
-            model: Any = AutoModel.from_pretrained(spec.name, **NO_OWN_CODE) if own else AutoModel.from_config(config)
+            model: Any = load_pretrained(AutoModel, spec.name) if own else AutoModel.from_config(config)
         load_from_file(model, spec)
         return PictureEmbedding(model), transformers_preparation(spec, config.vision_config)
     network, config = {"timm": load_timm, "open_clip": load_open_clip}[spec.library](spec)

@@ -159,6 +159,19 @@ def _file(folder: str, name: str, revision: str | None) -> Path | None:
     return None if path is None else Path(path)
 
 
+def load_pretrained(model_class: Any, folder: str | Path, *, hint: str = "the folder is broken", **options: Any) -> Any:
+    """Loads a model of transformers in eval mode, its modules as its class has them; every model is opened here.
+
+    `use_kernels=False`: transformers 5.25 otherwise puts kernels from the hub, made for inference, in their place.
+    """
+    model, report = model_class.from_pretrained(
+        folder, output_loading_info=True, use_kernels=False, **NO_OWN_CODE, **options
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"{folder}: {len(missing)} weights are missing, first {missing[:3]}; {hint}")
+    return model
+
+
 def with_image_token(language: LanguageModel) -> LanguageModel:
     """Adds `<image>` to a language model's vocabulary, for a LLaVA."""
     add_image_token(language.tokenizer)
@@ -188,7 +201,7 @@ def read_language_model(
     else:  # float32: what dequantising computes in; the caller's dtype follows below, rounded once
         options = {"gguf_file": gguf_file, "dtype": torch.float32, **_dequantised()}
     with opening(f"no causal language model could be read from {folder!r}"):
-        model = AutoModelForCausalLM.from_pretrained(folder, **options, **NO_OWN_CODE)
+        model = load_pretrained(AutoModelForCausalLM, folder, **options)
     # A GGUF model's config says it is quantised, though its weights no longer are.
     config = type(model.config).from_dict(
         {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}

@@ -40,7 +40,7 @@ from dora_vl.backbones.families import (
 )
 from dora_vl.backbones.frozen_outputs import FrozenParts, Outputs, model_inputs
 from dora_vl.backbones.generation import ScoreWatch, WithoutPrompt
-from dora_vl.backbones.loading import quantised_loading
+from dora_vl.backbones.loading import load_pretrained, quantised_loading
 from dora_vl.backbones.packed_attention import MASKED, Forest, PackedAttention
 from dora_vl.core import DoRAConfig
 from dora_vl.core.config import Quantisation
@@ -351,18 +351,14 @@ def open_backbone(
         refuse_turned_experts(base, revision=revision)
     with opening(f"model.base {base!r} cannot be opened"):
         quantised = quantised_loading(base, quantisation, dtype=dtype, revision=revision)
-        loaded: Any = _auto_class(base, revision).from_pretrained(
+        model = load_pretrained(
+            _auto_class(base, revision),
             base,
             dtype=dtype,
             attn_implementation=attn_implementation,
             revision=revision or "main",
-            output_loading_info=True,
-            **NO_OWN_CODE,
             **quantised.options,
         )
-    model, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(f"{base}: {len(missing)} weights are missing, first {missing[:3]}; the folder is broken")
     quantised.finish(model)
     return DecoderBackbone(model, generation=generation)
 

@@ -39,6 +39,7 @@ from dora_vl.backbones.loading import (
     LanguageModel,
     add_image_token,
     filled,
+    load_pretrained,
     read_language_model,
     with_image_token,
     written_base,
@@ -176,11 +177,9 @@ def load_transformers(spec: TowerSpec) -> tuple[nn.Module, GridTowerConfig]:
         vision: PreTrainedConfig = config.vision_config if "vision_config" in config.sub_configs else config
         network_class: Any = MODEL_MAPPING[type(vision)]
         if spec.weights == PRETRAINED:
-            network, report = network_class.from_pretrained(spec.name, config=vision, output_loading_info=True)
+            network = load_pretrained(network_class, spec.name, config=vision)
         else:
-            network, report = network_class(vision), {"missing_keys": []}
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(f"{spec.name}: {len(missing)} vision weights are missing, first {missing[:3]}")
+            network = network_class(vision)
     load_from_file(network, spec)
     vision.name_or_path = network.config.name_or_path = ""  # a path of this machine, which no folder should carry
     options = {**vision.to_diff_dict(), "model_type": vision.model_type}

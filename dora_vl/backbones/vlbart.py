@@ -26,7 +26,7 @@ from dora_vl.adapters.files import read_tensors
 from dora_vl.adapters.foreign_formats import ADDED_ROWS, ALIASES, EMBEDDING
 from dora_vl.backbones.base import Attention, Backbone, Features, max_positions
 from dora_vl.backbones.generation import ScoreWatch
-from dora_vl.backbones.loading import written_base
+from dora_vl.backbones.loading import load_pretrained, written_base
 from dora_vl.backbones.specs import VlBartSpec
 from dora_vl.backbones.tower_sources import measured, small_tokenizer, standardise, texts_of
 from dora_vl.backbones.vlbart_model import VisualNorm, VlBartConfig, VlBartForConditionalGeneration, joint_mask
@@ -234,12 +234,13 @@ def load_vlbart(
     """Opens a VL-BART folder (`compose_vlbart` writes them), every weight in `dtype`, in eval mode."""
     check_model_folder(folder)
     with _opening(folder):
-        loaded: Any = VlBartForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+        model = load_pretrained(
+            VlBartForConditionalGeneration,
+            folder,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            hint="is it a plain BART?",
         )
-    model, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(f"{folder}: {len(missing)} weights are missing, first {missing[:3]}; is it a plain BART?")
     return VlBartBackbone(model)
 
 
@@ -383,7 +384,7 @@ def _language(spec: VlBartSpec) -> tuple[PreTrainedTokenizerBase, dict[str, Any]
     check_model_folder(spec.bart)
     with opening(f"model.compose.bart {spec.bart!r} cannot be opened as a BART"):
         loaded: Any = AutoTokenizer.from_pretrained(spec.bart, **NO_OWN_CODE)
-        bart = BartForConditionalGeneration.from_pretrained(spec.bart, dtype=torch.float32)
+        bart = load_pretrained(BartForConditionalGeneration, spec.bart, dtype=torch.float32)
     # A VL-BART sets these fields itself.
     own = {"model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "dropout", "vocab_size"}
     own |= {"attention_dropout", "activation_dropout"}

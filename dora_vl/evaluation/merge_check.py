@@ -25,6 +25,7 @@ from dora_vl.adapters.folder import load_adapter
 from dora_vl.adapters.merge import CHECK_FILE
 from dora_vl.backbones import register_towers
 from dora_vl.backbones.families import sees_pictures
+from dora_vl.backbones.loading import load_pretrained
 from dora_vl.data.example import Example, iterate_examples
 from dora_vl.data.text_file import stream_values
 from dora_vl.errors import UserError, one_line, short_repr
@@ -287,7 +288,7 @@ def _drawn_logits(folder: Path, adapter: Path | None) -> tuple[Tensor, torch.dty
     register_towers()
     shell = skeleton(config_in(folder))
     with opening(f"{folder} cannot be opened"):
-        model = type(shell).from_pretrained(folder, dtype=torch.float32).eval()
+        model = load_pretrained(type(shell), folder, dtype=torch.float32)
     if adapter is not None:
         load_adapter(model, adapter)
     words, special = model.config.get_text_config().vocab_size, _special(model.config.to_dict())
