@@ -76,25 +76,108 @@ def test_two_ranks_compute_the_gains_of_their_parts(fully_sharded: str) -> None:
 # -- which vLLM is changed ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("version", "tried", "changed"),
-    [("0.32.0+cpu", "", 1), ("0.33.0", "", 1), ("0.32.1", "", 0), ("0.99.0", "", 0), ("0.99.0", "1", 1)],
-)
-def test_a_tested_version_is_changed_once_and_another_left_with_a_warning(
-    version: str, tried: str, changed: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    installed: list[str] = []
-    module = ModuleType("vllm")
-    vars(module)["__version__"] = version
-    monkeypatch.setitem(sys.modules, "vllm", module)
-    monkeypatch.setattr(plugin, "install", lambda: installed.append(version))
-    monkeypatch.setattr(plugin, "fix_base_rows", lambda: False)
-    monkeypatch.setenv(plugin.UNTESTED, tried)
+WRITTEN = """
+class PEFTHelper:
+    @classmethod
+    def from_dict(cls, config_dict: dict): raise ValueError
+    def _validate_features(self): ...
+def parse_fine_tuned_lora_name(name, weights_mapper=None): ...
+class LoRAModel:
+    @staticmethod
+    def _should_skip_module(module_name, skip_prefixes): ...
+    @classmethod
+    def from_lora_tensors(cls, lora_model_id, tensors, peft_helper, device="cuda", dtype=None, model_vocab_size=None,
+                          weights_mapper=None, skip_prefixes=None): ...
+class PackedLoRALayerWeights:
+    @classmethod
+    def pack(cls, loras): ...
+class LoRAModelManager:
+    def activate_adapter(self, lora_id): ...
+    def _create_merged_loras_inplace(self, lora_model): ...
+    def _get_lora_layer_weights(self, lora_model, module_name): ...
+class BaseLinearLayerWithLoRA:
+    def create_lora_weights(self, max_loras, lora_config, model_config=None): ...
+    def apply(self, x, bias=None): ...
+class RowParallelLinearWithLoRA(BaseLinearLayerWithLoRA): ...
+_all_lora_classes = (RowParallelLinearWithLoRA, int)
+def bgmv_shrink(inputs, lora_b_weights, output_tensor, lora_indices_tensor, scaling=1.0): ...
+"""
+"""What the plugin changes, with the arguments that it has in vLLM 0.32.0, 0.33.0 and 0.34.0 (vllm/lora)."""
+
+
+def put_vllm(version: str, source: str, patch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
+    """A vllm whose modules each hold all of `source`."""
+    names = ("peft_helper", "lora_model", "lora_weights", "model_manager", "utils", "layers", "layers.base_linear")
+    modules = {f"vllm.lora.{name}": ModuleType(name) for name in (*names, "ops.torch_ops.lora_ops")}
+    for module in modules.values():
+        exec(compile(source, "vllm", "exec"), vars(module))
+    modules["vllm"] = ModuleType("vllm")
+    vars(modules["vllm"])["__version__"] = version
+    shared = vars(modules["vllm.lora.layers.base_linear"])
+    vars(modules["vllm.lora.utils"])["_all_lora_classes"] = shared.get("_all_lora_classes", ())
+    vars(modules["vllm.lora.layers"])["RowParallelLinearWithLoRA"] = shared["RowParallelLinearWithLoRA"]
+    for name in ("vllm.lora", "vllm.lora.ops", "vllm.lora.ops.torch_ops"):
+        modules[name] = ModuleType(name)
+    for name, module in modules.items():
+        patch.setitem(sys.modules, name, module)
+    patch.setattr(plugin, "fix_base_rows", lambda: False)
     plugin.register.cache_clear()
+    return modules
+
+
+@pytest.mark.parametrize(("version", "warnings"), [("0.32.0+cpu", 0), ("0.33.0", 0), ("0.34.0", 1), ("0.99.0", 1)])
+def test_a_version_is_changed_once_and_one_that_was_never_run_with_a_warning(
+    version: str, warnings: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    modules = put_vllm(version, WRITTEN, monkeypatch)
     plugin.register()
+    row_parallel, other = modules["vllm.lora.utils"]._all_lora_classes
     plugin.register()
-    assert len(installed) == changed
-    assert [record.levelname for record in caplog.records] == ["WARNING"] * (1 - changed)
+    assert modules["vllm.lora.utils"]._all_lora_classes == (row_parallel, other)
+    assert (issubclass(row_parallel, plugin.DoRALayer), other) == (True, int)
+    assert row_parallel.shards_inputs
+    assert [record.levelname for record in caplog.records if record.name == "vllm.dora_vl"] == ["WARNING"] * warnings
+
+
+@pytest.mark.parametrize("version", ["0.33.0", "0.34.0"])
+@pytest.mark.parametrize(
+    ("there", "instead", "point"),
+    [
+        (
+            "def _create_merged_loras_inplace",
+            "def _merge",
+            "model_manager:LoRAModelManager._create_merged_loras_inplace",
+        ),
+        (
+            "def activate_adapter(self, lora_id)",
+            "def activate_adapter(self, slot)",
+            "LoRAModelManager.activate_adapter",
+        ),
+        ("_all_lora_classes = ", "_all = ", "utils:_all_lora_classes"),
+        ("peft_helper, device", "helper, device", "lora_model:LoRAModel.from_lora_tensors"),
+        ("class PackedLoRALayerWeights", "class Packed", "lora_weights:PackedLoRALayerWeights.pack"),
+    ],
+)
+def test_one_without_a_patch_point_is_left_alone_and_the_point_named(
+    version: str,
+    there: str,
+    instead: str,
+    point: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    source = WRITTEN.replace(there, instead)
+    assert source != WRITTEN
+    modules = put_vllm(version, source, monkeypatch)
+    if point == "utils:_all_lora_classes":
+        del vars(modules["vllm.lora.utils"])["_all_lora_classes"]
+    before = [{**vars(module)} for module in modules.values()]
+    plugin.register()
+    assert before == [vars(module) for module in modules.values()]
+    (record,) = [record for record in caplog.records if record.name == "vllm.dora_vl"]
+    assert record.levelname == "WARNING"
+    assert point in record.getMessage()
+    assert len(plugin.missing_points()) == 1
 
 
 def test_vllm_finds_it_by_its_entry_point() -> None:

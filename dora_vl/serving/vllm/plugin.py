@@ -1,4 +1,4 @@
-"""The entry point that vLLM calls in each of its processes: changes a vLLM whose version was tested, and no other.
+"""The entry point that vLLM calls in each of its processes: changes a vLLM that has every function it replaces.
 
 An adapter's way into vLLM's slots: `magnitude` beside A and B in a layer's weights, then the layer's gains. Written
 against the classes of vllm/lora without importing them. `VLLM_PLUGINS` chooses plugins by name; its own is `dora_vl`.
@@ -7,8 +7,8 @@ against the classes of vllm/lora without importing them. `VLLM_PLUGINS` chooses 
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from importlib import import_module
@@ -23,7 +23,29 @@ from dora_vl.serving.vllm.layer import EXPORT, LORA_B, DoRALayer, UnservableAdap
 log = logging.getLogger("vllm.dora_vl")  # below vLLM's own, whose handler and level it so has
 TESTED = ("0.32.0", "0.33.0")
 """The versions that the plugin was run with; 0.33.0's Python code was run over the CPU kernels of 0.32.0."""
-UNTESTED = "DORA_VL_UNTESTED_VLLM"
+PATCH_POINTS = {
+    "peft_helper:PEFTHelper.from_dict": ("config_dict",),
+    "peft_helper:PEFTHelper._validate_features": ("self",),
+    "lora_model:parse_fine_tuned_lora_name": ("name", "weights_mapper"),
+    "lora_model:LoRAModel.from_lora_tensors": ("lora_model_id", "tensors", "peft_helper", "weights_mapper"),
+    "lora_model:LoRAModel._should_skip_module": ("module_name", "skip_prefixes"),
+    "lora_weights:PackedLoRALayerWeights.pack": ("loras",),
+    "model_manager:LoRAModelManager._create_merged_loras_inplace": ("self", "lora_model"),
+    "model_manager:LoRAModelManager._get_lora_layer_weights": ("self", "lora_model", "module_name"),
+    "model_manager:LoRAModelManager.activate_adapter": ("self", "lora_id"),
+    "ops.torch_ops.lora_ops:bgmv_shrink": (
+        "inputs",
+        "lora_b_weights",
+        "output_tensor",
+        "lora_indices_tensor",
+        "scaling",
+    ),
+    "utils:_all_lora_classes": (),
+    "layers:RowParallelLinearWithLoRA": (),
+    "layers.base_linear:BaseLinearLayerWithLoRA.create_lora_weights": ("self", "max_loras", "lora_config"),
+    "layers.base_linear:BaseLinearLayerWithLoRA.apply": ("self", "x", "bias"),
+}
+"""Maps what is replaced or called in vllm.lora to the arguments that it must take."""
 
 
 @cache
@@ -38,19 +60,39 @@ def register() -> None:
             return
     except (ImportError, AttributeError, TypeError, ValueError):
         pass
-    if version.split("+")[0] not in TESTED and os.environ.get(UNTESTED) != "1":
+    if missing := missing_points():
         log.warning(
-            "dora_vl: DoRA adapters are not served: vLLM %s was never tried (%s were; %s=1 tries it)",
-            version,
-            ", ".join(TESTED),
-            UNTESTED,
+            "dora_vl: DoRA adapters are not served: vLLM %s has not, or with other arguments, %s", version, missing
         )
         return
+    if version.split("+")[0] not in TESTED:
+        log.warning(
+            "dora_vl: vLLM %s was never run with DoRA adapters (%s were); it has all that this needs, so it is tried; "
+            "compare some answers with those of `dora-vl ask`",
+            version,
+            ", ".join(TESTED),
+        )
     install()
     if fix_base_rows():
         log.info(
             "dora_vl: %s.%s of vLLM %s gives rows of the base the last slot's adapter; mended", KERNELS, SHRINK, version
         )
+
+
+def missing_points() -> list[str]:
+    """Returns those of `PATCH_POINTS` that this vLLM has not, or that do not take these arguments."""
+    return [point for point, arguments in PATCH_POINTS.items() if not _takes(point, arguments)]
+
+
+def _takes(point: str, arguments: tuple[str, ...]) -> bool:
+    module, _, path = point.partition(":")
+    try:
+        value: Any = import_module(f"vllm.lora.{module}")
+        for name in path.split("."):
+            value = getattr(value, name)
+    except (ImportError, AttributeError):
+        return False
+    return not arguments or set(arguments) <= inspect.signature(value).parameters.keys()
 
 
 KERNELS = "vllm.lora.ops.torch_ops.lora_ops"
