@@ -1,97 +1,77 @@
-"""The diffs of CONTRIBUTING.md are code that runs: their added lines, put where they say, do what they say."""
+"""Makes each change of CONTRIBUTING.md in a copy of the code, from the page alone, and checks what it brings."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_type_hints
 
 import pytest
-import torch
-import yaml
 
-from dora_vl.core import DoRAConfig
-from dora_vl.data.example import Answer, Example
-from dora_vl.evaluation.scores.scored import AnswersById, intervals
-from tests.backbones.tiny_families.family import Family
-from tests.backbones.tiny_families.table import FAMILIES
-
-TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
-PARTS = re.findall(r"^\+\+\+ (\S+)\n(.*?)(?=^\+\+\+ |^```$)", TEXT, re.MULTILINE | re.DOTALL)
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+THERE = ("dora_vl/backbones/families.py", "tests/backbones/tiny_families/families.yaml")
+"""The page's diffs of these files show what the code has already."""
 
 
-ROW = "        counting_task(prompt_named),\n"
-"""The line that makes VL-BART's task known, inside a function."""
+def diffs() -> Iterator[tuple[str, str]]:
+    """Path and lines of each file that the page changes."""
+    for block in re.findall(r"^```diff\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL):
+        for change in block.removeprefix("+++ ").split("\n+++ "):
+            path, _, lines = change.partition("\n")
+            yield path, lines
 
 
-def added(path: str) -> str:
-    """The lines that a diff adds to a file."""
-    (body,) = [body for part, body in PARTS if part == path]
-    return "".join(f"{line[1:]}\n" for line in body.splitlines() if line.startswith("+"))
+def changed(text: str, lines: str, *, back: bool = False) -> str:
+    """A file's text with a diff's hunks made in it, or taken back."""
+    old, new = (" +", " -") if back else (" -", " +")
+    for hunk in lines.split("@@\n"):
+        before, after = (
+            "".join(f"{line[1:]}\n" for line in hunk.splitlines() if line[:1] in kinds) for kinds in (old, new)
+        )
+        assert text.count(before) == 1 or not text, f"these lines do not stand in the file once:\n{before}"
+        text = text.replace(before, after) if text else after
+    return text
 
 
-def run(module: str, path: str) -> dict[str, Any]:
-    """The lines that a diff adds to a file, run with the names that a module of that kind has."""
-    names = dict(vars(importlib.import_module(module)))
-    exec(compile("from __future__ import annotations\n" + added(path).replace(ROW, ""), path, "exec"), names)
-    return names
+def checked(tree: Path, checks: str) -> None:
+    """Runs a file of checks on the copy."""
+    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib", checks)
+    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    ended = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
-def test_the_family_is_a_row_of_the_table() -> None:
-    path, head = "tests/backbones/tiny_families/families.yaml", "\nfamilies:\n"
-    text = (Path(__file__).parents[1] / path).read_text(encoding="utf-8")
-    rows = yaml.safe_load(text.replace(head, head + added(path)))["families"]
-    assert (Family(**rows["bridge_vl"]).picture, len(rows)) == ("<img>", len(FAMILIES) + 1)
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the code and its tests."""
+    copy = tmp_path_factory.mktemp("tree")
+    for folder in ("dora_vl", "tests"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
 
 
-def test_the_source_reads_its_files(tmp_path: Path) -> None:
-    (tmp_path / "birds_test.json").write_text(json.dumps([{"id": "1", "file": "a.jpg", "species": "wren"}]))
-    names = run("dora_vl.data.benchmarks.images", "dora_vl/data/benchmarks/birds.py")
-    (split,) = names["birds"](tmp_path, {}, tmp_path)
-    (row,) = split.rows()
-    example = split.convert(row)
-    assert (split.name, example.images, example.answers[0].text) == ("test", ("a.jpg",), "wren")
+def test_what_the_page_adds_works_as_printed(tree: Path) -> None:
+    additions = [(path, lines) for path, lines in diffs() if path not in THERE]
+    assert len(additions) >= 9
+    for path, lines in additions:
+        file = tree / path
+        file.write_text(changed(file.read_text() if file.exists() else "", lines), encoding="utf-8")
+    checked(tree, "tests/contributing_checks.py")
 
 
-def test_the_benchmark_scores_with_an_interval() -> None:
-    names = run("dora_vl.evaluation.scores.exact", "dora_vl/evaluation/scores/birds.py")
-    examples = [Example(id=str(n), answers=(Answer(text="wren"),)) for n in range(10)]
-    answers = {str(n): "It is a Wren." if n < 7 else "a crow" for n in range(9)}
-    assert get_type_hints(names["score"], names)["answers"] == AnswersById
-    scored = names["score"](examples, answers)
-    assert scored.metrics == {"accuracy": pytest.approx(70.0)}
-    assert scored.failed == ("9",)
-    low, high = intervals(scored)["accuracy"]
-    assert low < 70 < high
-    assert names["BENCHMARK"].modes
-
-
-def test_the_task_is_one() -> None:
-    path = "dora_vl/evaluation/vlbart_tasks.py"
-    names = run("dora_vl.evaluation.vlbart_tasks", path)
-    assert get_type_hints(names["counting_task"], names)["return"] is names["Subtask"]
-    assert added(path).endswith(ROW)
-    before = "        vqav2,\n"
-    exec(inspect.getsource(names["image_subtasks"]).replace(before, before + ROW), names)
-    task = names["image_subtasks"]()["counting"]
-    question = Example(id="1", question="How many?")
-    assert (task.prompt(question).text, task.target_tokens) == ("count: How many?", 4)
-
-
-def test_the_adapter_method_is_a_dora_with_an_inner_scale() -> None:
-    names = run("dora_vl.core.inject", "dora_vl/core/scaled.py")
-    torch.manual_seed(0)
-    base = torch.nn.Linear(5, 4)
-    plain, bias = base.weight.detach().clone(), base.bias.detach().clone()
-    layer = names["ScaledLinear"](base, DoRAConfig(targets=("*",), rank=2, alpha=6.0, dropout=0.0))
-    with torch.no_grad():
-        for tensor in (layer.lora_A, layer.lora_B, layer.inner_scale, layer.magnitude):
-            tensor.add_(torch.randn_like(tensor) * 0.3)
-    change = layer.lora_B @ torch.diag(layer.inner_scale) @ layer.lora_A
-    whole = plain + 3.0 * change
-    expected = layer.magnitude.unsqueeze(1) * whole / whole.norm(dim=1, keepdim=True)
-    x = torch.randn(3, 5)
-    torch.testing.assert_close(layer(x), x @ expected.T + bias, rtol=1e-4, atol=1e-5)
+def test_the_family_s_lines_stand_in_the_code_and_are_needed(tree: Path) -> None:
+    shown = dict(diffs())
+    texts = {path: (ROOT / path).read_text(encoding="utf-8") for path in THERE}
+    without = {path: changed(text, shown[path], back=True) for path, text in texts.items()}
+    assert {path: changed(text, shown[path]) for path, text in without.items()} == texts
+    (tree / THERE[0]).write_text(without[THERE[0]], encoding="utf-8")
+    with pytest.raises(AssertionError, match="assert False == True"):
+        checked(
+            tree,
+            "tests/backbones/test_family_losses.py::test_every_linear_of_the_decoder_is_adapted_and_no_other[smolvlm]",
+        )
