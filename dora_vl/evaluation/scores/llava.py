@@ -1,6 +1,6 @@
 """The benchmarks of LLaVA's own scripts (commit c121f04): their questions, scores and files, quirks included.
 
-Two of them, LLaVA-Bench and MM-Vet, an external judge scores: no judge is called here, but what it says is scored.
+An external judge scores two of them, LLaVA-Bench and MM-Vet: only the file for it is written here.
 """
 
 from __future__ import annotations
@@ -75,34 +75,6 @@ def judge_requests(examples: Sequence[Example], answers: AnswersById) -> list[di
     return requests
 
 
-def scores_of(review: str) -> tuple[float, float]:
-    """Reads the reference's and the model's score in a review's first line."""
-    first, *_ = review.strip().split("\n", maxsplit=1)
-    try:
-        reference, model = map(float, first.replace(",", " ").split())
-    except ValueError:
-        raise UserError(f"a review must begin with two numbers, found {first[:60]!r}") from None
-    return reference, model
-
-
-def score_reviews(examples: Sequence[Example], reviews: Mapping[str, str]) -> Scored:
-    """Scores 100 times model over reference, over all and by category; adds both means (from 1 to 10)."""
-    tally, categories = Tally(), set[str]()
-    for example in examples:
-        if example.id not in reviews:
-            raise UserError(f"LLaVA-Bench question {example.id} has no review; ask the judge again")
-        reference, model = scores_of(reviews[example.id])
-        category = str(example.extra.get("category", "all"))
-        categories.add(category)
-        columns = {"reference": reference, "model": model, "asked": 1.0}
-        columns |= {f"reference {category}": reference, f"model {category}": model}
-        tally.add(example.id, model / reference if reference else 0.0, columns, unit=unit_of(example))
-    formulas: dict[str, Formula] = {"relative score": Ratio("model", "reference")}
-    formulas |= {f"category/{kind}": Ratio(f"model {kind}", f"reference {kind}") for kind in sorted(categories)}
-    formulas |= {f"mean/{name}": Ratio(name, "asked", scale=1.0) for name in ("model", "reference")}
-    return tally.scored(formulas, settings={"judge": "external"})
-
-
 LLAVA_BENCH = Benchmark(
     modes={},
     max_new_tokens=LONG_ANSWER_TOKENS,
@@ -119,21 +91,6 @@ def judge_file(examples: Sequence[Example], answers: AnswersById) -> dict[str, s
         f"v1_{example.id}" if parse_digits(example.id) is not None else example.id: answers.get(example.id, "")
         for example in examples
     }
-
-
-def score_grades(examples: Sequence[Example], grades: Mapping[str, float]) -> Scored:
-    """Scores the total and each of a question's capabilities, 0 to 100; a missing grade is 0."""
-    for name, grade in grades.items():
-        if not 0 <= grade <= 1:
-            raise UserError(f"MM-Vet grade of {name} is {grade}; grades go from 0 to 1")
-    return score_points(
-        examples,
-        dict.fromkeys(grades, ""),
-        lambda example, _: grades[example.id],
-        metrics={"total": ACCURACY},
-        kinds=lambda example: [f"capability/{kind}" for kind in example.extra.get("capability", ())],
-        settings={"judge": "external"},
-    )
 
 
 MMVET = Benchmark(

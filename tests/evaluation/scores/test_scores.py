@@ -77,19 +77,6 @@ def test_what_cannot_be_scored_is_refused(
         score(examples, answers)
 
 
-def test_judged_benchmarks_take_grades_and_reviews() -> None:
-    capable = [example(f"v1_{n}", capability=["rec"] if n < 5 else ["rec", "ocr"]) for n in range(10)]
-    scored = llava.score_grades(capable, {f"v1_{n}": n / 10 for n in range(9)})
-    assert scored.metrics == pytest.approx({"total": 36.0, "capability/ocr": 52.0, "capability/rec": 36.0})
-    assert scored.failed == ("v1_9",)
-    bench = [example(n, "ref", category=kind) for n, kind in enumerate(["conv"] * 4 + ["detail"] * 3 + ["complex"] * 3)]
-    reviews = {str(n): f"{8 if n < 4 else 10} {n}\nbecause, 3 things" for n in range(10)}
-    metrics = llava.score_reviews(bench, reviews).metrics
-    expected = {"relative score": 100 * 45 / 92, "category/conv": 100 * 6 / 32, "mean/model": 4.5}
-    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
-    assert llava.scores_of("8.5, 7\nText") == (8.5, 7.0)
-
-
 def test_what_stands_before_the_answer_is_left_out() -> None:
     reasoned = [example(0, "blue circle, so no"), example(1, "no")]
     answers = {"0": "red square, so no", "1": "it is blue, so yes"}
