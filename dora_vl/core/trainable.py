@@ -261,8 +261,9 @@ def _train_in_float32(model: nn.Module, names: Iterable[str], gather: Gather) ->
 
     A module computes in one dtype, so its frozen parameters follow, and so does whatever else holds a parameter tied
     to a trained one; an adapted layer casts a trained bias itself, and only that bias changes. The weight of a
-    quantised layer is codes, so its bias is added after it. A module with modules inside casts only its output: what is
-    inside casts for itself. Parameters are replaced, not converted: a sharded one cannot change its dtype.
+    quantised layer is codes, so its bias is added after it. A module that trains whole casts at its own doors, and what
+    is inside computes in float32 with it; where parts stay frozen, the module casts only its output, and what is inside
+    casts for itself. Parameters are replaced, not converted: a sharded one cannot change its dtype.
     """
     parameters = own_parameters(model, remove_duplicate=False)
     trained = {id(parameters[name]) for name in names}
@@ -278,6 +279,8 @@ def _train_in_float32(model: nn.Module, names: Iterable[str], gather: Gather) ->
         if tied <= trained:
             break
         trained |= tied
+    whole = {module for module in leaves if all(id(parameter) in trained for parameter in module.parameters())}
+    inside = {inner for module in whole for inner in module.modules() if inner is not module}
     module_dtypes = {module: next(module.parameters(recurse=False)).dtype for module in leaves}
     for module, dtype in module_dtypes.items():
         dtypes, hooks = vars(module).setdefault(_ORIGINAL_DTYPES, ({}, []))
@@ -287,18 +290,18 @@ def _train_in_float32(model: nn.Module, names: Iterable[str], gather: Gather) ->
             if parameter.dtype != wide:
                 dtypes[leaf] = parameter.dtype
                 _replace(model, parameter, wide, gather)
-        hooks += _casting_hooks(module, dtype)
+        if module not in inside:
+            hooks += _casting_hooks(module, dtype, inputs=module in whole)
 
 
-def _casting_hooks(module: nn.Module, dtype: torch.dtype) -> list[RemovableHandle]:
+def _casting_hooks(module: nn.Module, dtype: torch.dtype, *, inputs: bool) -> list[RemovableHandle]:
     """Makes a module that computes in float32 take and return its original dtype; returns the hooks."""
     if is_quantised(module):
         taken_off = module.register_forward_pre_hook(_take_bias_off)
         return [taken_off, module.register_forward_hook(_add_bias, always_call=True)]
     if isinstance(module, AdaptedLayer) or dtype == accumulation_dtype(dtype):
         return []
-    has_modules = next(module.children(), None) is not None
-    hooks = [] if has_modules else [module.register_forward_pre_hook(_cast_inputs, with_kwargs=True)]
+    hooks = [module.register_forward_pre_hook(_cast_inputs, with_kwargs=True)] if inputs else []
     return [*hooks, module.register_forward_hook(partial(_cast_output, dtype=dtype))]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -165,6 +166,30 @@ def test_half_precision_extras_train_in_float32_answer_in_half_and_go_back():
     hooks = [(m._forward_hooks, m._forward_pre_hooks, m._forward_pre_hooks_with_kwargs) for m in model.modules()]
     assert not any(any(of_module) for of_module in hooks)
     assert torch.equal(model(x), expected)
+
+
+class Projecting(nn.Module):
+    """As Gemma 3's projector: a norm inside, and a product with a matrix of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.matrix = nn.LayerNorm(6), nn.Parameter(torch.randn(6, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.norm(x) @ self.matrix).type_as(x)
+
+
+def test_a_module_with_modules_and_weights_of_its_own_trains_over_a_half_precision_base():
+    model, x = nn.ModuleDict({"projector": Projecting(), "q": nn.Linear(5, 5)}).bfloat16(), torch.randn(2, 6).bfloat16()
+    wide = copy.deepcopy(model).float()
+    apply_dora(model, config(targets=("q",), also_train={"projector": ("projector.*",)}))
+    output = model["projector"](x)
+    assert output.dtype == torch.bfloat16
+    assert torch.equal(output, wide["projector"](x.float()).bfloat16())  # rounded once, at the door
+    output.float().sum().backward()
+    assert model["projector"].matrix.grad.dtype == model["projector"].norm.weight.grad.dtype == torch.float32
+    strip_adapters(model)
+    assert model["projector"](x).dtype == model["projector"].matrix.dtype == torch.bfloat16
 
 
 def test_a_trained_bias_over_a_half_precision_base_is_merged_beside():
