@@ -37,11 +37,19 @@ def tiny_tokenizer(names: Mapping[str, str]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def write_tiny(model_type: str, folder: Path, *, template: str | None = None, width: int = TEXT["hidden_size"]) -> Path:
+def write_tiny(
+    model_type: str,
+    folder: Path,
+    *,
+    template: str | None = None,
+    width: int = TEXT["hidden_size"],
+    dtype: torch.dtype = torch.float32,
+) -> Path:
     """Model and processor of one family; the same weights at every call.
 
     Args:
         width: of the language model's hidden states.
+        dtype: of the stored weights.
     """
     family = FAMILIES[model_type]
     if why := why_not_here(family.since):
@@ -62,7 +70,7 @@ def write_tiny(model_type: str, folder: Path, *, template: str | None = None, wi
             if name.endswith(("_gate", "correct_output_scale")):  # begin with zeros, which nothing passes
                 parameter.fill_(0.5)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     processor = family.processor(tokenizer)
     if family.format is None:
         processor.chat_template = (template or CHATML).replace("PICTURE", family.picture)

@@ -35,6 +35,7 @@ from tests.serving.tiny_served import alone, answer_alone, answers, served
 from tests.training.launched import ROOT, launch
 from tests.training.tiny_run import (
     assert_same_weights,
+    check_resume,
     decoder_run,
     json_of,
     logged_losses,
@@ -129,6 +130,28 @@ def test_a_family_trains_resumes_opens_merges_and_answers(tmp_path, monkeypatch,
     capsys.readouterr()
     image_qa.main(["--adapter", str(adapter), *options])
     assert "Say the colour." in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [param(name) for name in FAMILIES])
+def test_a_family_trains_resumes_answers_and_merges_in_bfloat16(tmp_path, family) -> None:
+    """In the default number type, over weights that are stored in it; a merge checks itself."""
+    base, row = write_tiny(family, tmp_path / "base", dtype=torch.bfloat16), FAMILIES[family]
+    data = write_tiny_data(tmp_path / "data", samples=8)
+    changes: dict[str, dict[str, Any]] = {
+        "training": {**TRAINING, "max_steps": 2, "save_steps": 1},
+        "model": {"dtype": "bfloat16", **({"template": row.format} if row.format else {})},
+        "optim": {"projector_learning_rate": 1e-3 if row.projector else None},
+        "evaluation": {"file": str(data), "max_new_tokens": 3, "batch_size": 2, "forgetting": False},
+        "data": {"max_tokens": 1024},
+    }
+    _, stopped = check_resume(write_run(tmp_path / "run.yaml", base, data, **changes), step=1)
+    run(decoder_run(tmp_path / "run.yaml", f"--training.output_dir={stopped}", "--test_only=true"))
+    assert len(read_predictions(stopped / "predictions.jsonl")[data.stem]) == 8
+    if row.merges:
+        merged(stopped / "adapter", tmp_path / "merged")
+        check = tmp_path / "merged" / "check.json"
+        assert not check.exists() or json_of(check)["passed"]
 
 
 def test_where_sdpa_cannot_be_it_trains_answers_and_is_served_without_an_option(tmp_path, monkeypatch, capsys) -> None:
