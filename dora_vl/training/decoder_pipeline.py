@@ -39,6 +39,7 @@ from dora_vl.errors import SettingError
 from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
 from dora_vl.evaluation.baselines import ComparisonAnswers, right_text
 from dora_vl.evaluation.forgetting import Abilities, compare_abilities, forgetting_lines, try_measure
+from dora_vl.evaluation.open_model import adapter_recipe
 from dora_vl.evaluation.predictor import Decoding
 from dora_vl.evaluation.questions import last_round, text_asked
 from dora_vl.evaluation.rewards import CHOICE, Reward, rewards_of, with_right_choice
@@ -71,7 +72,7 @@ from dora_vl.run.base import (
     video_folder,
     video_sampling,
 )
-from dora_vl.run.folder import PROJECTOR_START, REPLAY, run_folder_of
+from dora_vl.run.folder import ADAPTER, PROJECTOR_START, REPLAY, run_folder_of
 from dora_vl.run.launch import on_first_rank
 from dora_vl.run.settings import foreign_fields
 from dora_vl.run.watched_questions import Watch, evenly
@@ -101,8 +102,11 @@ class DecoderPipeline(Pipeline):
 
     @cached_property
     def encoder(self) -> Encoder:
-        """Makes samples and prompts, once the base is there."""
+        """Makes samples and prompts, once the base is there; a test alone asks as the adapter was trained."""
         model, data = self.config.model, self.config.data
+        thinking = None if self._samples is None else self._samples.has_thoughts
+        if self.config.test_only:
+            thinking = adapter_recipe(run_folder_of(self.config.training) / ADAPTER).get("thinking")
         return open_encoder(
             model.base,
             template=model.template,
@@ -110,7 +114,7 @@ class DecoderPipeline(Pipeline):
             aspect=model.image_aspect,
             max_tokens=data.max_tokens,
             revision=model.revision,
-            thinking=None if self._samples is None else self._samples.has_thoughts,
+            thinking=thinking,
         )
 
     def prepare(self, arguments: TrainingArguments) -> None:

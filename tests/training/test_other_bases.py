@@ -176,7 +176,8 @@ def test_they_train_and_resume_with_the_same_loss_in_any_rows(tmp_path: Path, fa
     recipe = json_of(folder / "adapter" / "recipe.json")
     assert recipe["thinking"] is (None if sees else thoughts)
     prompts = prompts_of(find_source(ModelRequest(adapter=folder / "adapter"))).encoder.prompts
-    assert prompts.thinking is recipe["thinking"]
+    tested = decoder_run(run_file, f"--training.output_dir={folder}", "--test_only=true").encoder.prompts
+    assert prompts.thinking is tested.thinking is recipe["thinking"]
 
 
 def test_tools_thoughts_and_marks_train_in_any_rows_and_their_preferences_too(tmp_path: Path) -> None:
