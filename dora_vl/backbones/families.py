@@ -101,6 +101,10 @@ CROSSING, SEES = "cross_attn", "full_text_row_masked_out_mask"
 which words see any."""
 
 
+MOST: Mapping[str, int] = MappingProxyType({"num_hidden_layers": 10_000, "hidden_size": 1 << 20, "vocab_size": 1 << 26})
+"""A config with more is refused; no model is that large, and to build one takes hours or all memory."""
+
+
 def model_type_of(base: str, revision: str | None = None) -> str:
     """Reads the `model_type` of a folder or hub id; nothing but its config is read."""
     check_place(base)
@@ -114,6 +118,10 @@ def model_type_of(base: str, revision: str | None = None) -> str:
         model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise UserError(f"model.base {base!r}: its config.json states no model_type; is it a model's folder?")
+    parts = (config, *(value for value in config.values() if isinstance(value, dict)))
+    for name, size in ((name, part.get(name)) for part in parts for name in MOST):
+        if isinstance(size, int | float) and size > MOST[name]:
+            raise UserError(f"model.base {base!r}: {name} in its config.json is {size:,}, above {MOST[name]:,}")
     if config.get("auto_map") and model_type not in CONFIG_MAPPING_NAMES:
         raise UserError(f"model.base {base!r} is a {model_type!r}: {BRINGS_CODE}")
     return model_type
@@ -122,6 +130,7 @@ def model_type_of(base: str, revision: str | None = None) -> str:
 def config_of(base: str, revision: str | None = None) -> Any:
     """Reads the config of a folder or hub id."""
     register_towers()
+    model_type_of(base, revision)  # refuses before anything is built
     with opening(f"model.base {base!r} cannot be opened as its config.json says"):
         config = AutoConfig.from_pretrained(base, revision=revision or "main", **NO_OWN_CODE)
     if config.model_type == LLAVA:

@@ -104,7 +104,7 @@ class ProcessorChat(Prompts):
         self._added = self._before = self._opening = self._ending = self._closing = self._rest = ""
         check_ends(self._template, processor.tokenizer.special_tokens_map, name)
         fixed = {"messages", TOOLS, "documents", "add_generation_prompt", *processor.tokenizer.special_tokens_map}
-        self._variables = variables_of(self._template) - fixed
+        self._variables = variables_of(self._template, name) - fixed
         self._probe_template(thinking, pictures=pictures)
 
     def _probe_template(self, thinking: bool | None, *, pictures: bool) -> None:

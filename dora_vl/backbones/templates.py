@@ -15,7 +15,7 @@ from functools import cache
 from itertools import product
 from typing import Any
 
-from jinja2 import meta
+from jinja2 import TemplateSyntaxError, meta
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -384,9 +384,15 @@ def _environment() -> ImmutableSandboxedEnvironment:
     return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
 
 
-def variables_of(template: str) -> frozenset[str]:
-    """Returns the names that a chat template takes from outside."""
-    return frozenset(meta.find_undeclared_variables(_environment().parse(template)))
+def variables_of(template: str, name: str) -> frozenset[str]:
+    """Returns the names that the chat template of a model takes from outside."""
+    try:
+        return frozenset(meta.find_undeclared_variables(_environment().parse(template)))
+    except TemplateSyntaxError as error:
+        raise UserError(
+            f"the chat template of {name} cannot be read, line {error.lineno}: {error.message}; repair its "
+            "chat_template.jinja (or tokenizer_config.json), or take another base"
+        ) from error
 
 
 _SIDE = {"type": "object", "properties": {"side": {"type": "string"}}, "required": ["side"]}

@@ -85,6 +85,7 @@ class TestLanguageModels:
         [
             "{{ 9 ** (9 ** 9) }}",
             "{{ 1 / 0 }}",
+            "{% for m in messages %}{{ m.content }",
             "{% for m in messages %}{{ m.content | reverse }}<|im_end|>{% endfor %}",
             "{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",
             None,

@@ -294,6 +294,23 @@ def test_what_is_no_json_object_is_one_line(whole: Path, tmp_path: Path, file: s
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("key", "size"), [("num_hidden_layers", 10**7), ("hidden_size", 10**9), ("vocab_size", 1e12)])
+def test_a_size_that_no_model_has_is_refused_before_anything_is_built(
+    whole, tmp_path, caplog, capfd, key, size
+) -> None:
+    base = shutil.copytree(whole, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config["text_config"][key] = size
+    (base / "config.json").write_text(json.dumps(config))
+    for opens in (model_type_of, skeleton_of, open_backbone):
+        with pytest.raises(UserError) as error:
+            opens(str(base))
+        assert key in str(error.value)
+        assert "\n" not in str(error.value)
+    assert not caplog.records
+    assert "REPORT" not in "".join(capfd.readouterr())
+
+
 PAGE_OF = "5.24"
 
 
