@@ -7,7 +7,8 @@ state dictionary, `save_pretrained`, `merge_and_unload` and `set_adapter` go on 
 
 One thing differs, in training with dropout only: PEFT drops elements of the input of the *whole change*
 ((g - 1) W x too), which is what costs the second product; `dropout_mode="low_rank"` drops them only from B A x.
-Both are the same in expectation, and the same without dropout and in eval; `"whole_change"` is PEFT's.
+Both are the same in expectation, and the same without dropout and in eval; `"whole_change"` is PEFT's for DoRA layers.
+A LoRA layer's dropout is the same in distribution in either mode; one seed draws another mask here than in PEFT.
 """
 
 from __future__ import annotations

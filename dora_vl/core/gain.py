@@ -66,7 +66,7 @@ def count_edits(tensors: Iterable[Tensor | None], *, counted: bool = True) -> No
     before, after = (nn.Parameter, CountedParameter) if counted else (CountedParameter, nn.Parameter)
     for tensor in tensors:
         if type(tensor) is before:
-            tensor.__class__ = after
+            tensor.__class__ = after  # pyright: ignore[reportAttributeAccessIssue] - one is a kind of the other
 
 
 def edits_of(tensor: Tensor) -> tuple[int, int]:
@@ -79,8 +79,9 @@ def edits_of(tensor: Tensor) -> tuple[int, int]:
     local = getattr(tensor, "_local_tensor", None)  # what `dcp.load` and `to_local()` write to under a `DTensor`
     if local is not None:
         return tensor._version + local._version, 0
-    is_whole = type(tensor) is CountedParameter and SHARD_MARKS.isdisjoint(vars(tensor))
-    return tensor._version, tensor.data_replaced if is_whole else 0
+    if isinstance(tensor, CountedParameter) and SHARD_MARKS.isdisjoint(vars(tensor)):
+        return tensor._version, tensor.data_replaced
+    return tensor._version, 0
 
 
 class Snapshot:

@@ -193,6 +193,7 @@ def _apply(model: nn.Module, config: DoRAConfig, gather: Gather) -> list[str]:
             model.add_module(SHARED_NAME, shared)
         for name, layer_config in layers.items():
             _adapt(model, name, layer_config, gather)
+            cast(AdaptedLayer, model.get_submodule(name)).name = name
         _disable_fused_encoders(model)
         adapted = dict(adapted_layers(model))
         pissa = {name: layer for name, layer in adapted.items() if layer.adapter.init == "pissa" and _has_values(layer)}

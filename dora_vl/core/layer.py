@@ -59,6 +59,8 @@ class AdaptedLayer(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
+    name = "an adapted layer"
+    """The layer's full name in the model that `apply_dora` adapted."""
     FILE_LEAVES: ClassVar[Mapping[str, str]] = {
         "lora_A": "lora_A.weight",
         "lora_B": "lora_B.weight",
@@ -150,6 +152,12 @@ class AdaptedLayer(nn.Module):
     def magnitude_file_shape(self) -> tuple[int, ...]:
         """Returns the magnitude's shape in the adapter file (PEFT's); it is [out] in memory."""
         return (self.matrix_shape()[0],)
+
+    def drops_whole_change(self) -> bool:
+        """Tells whether training takes a second product of W, since dropout is on the input of (g - 1) W x as well."""
+        adapter = self.adapter
+        has_both = self.magnitude is not None and adapter.method != "magnitude"
+        return has_both and adapter.dropout > 0 and adapter.dropout_mode == "whole_change"
 
     def setting_beyond_peft(self) -> str | None:
         """Names a setting of the layer that PEFT's low-rank path leaves out, which would change its result."""
@@ -355,8 +363,9 @@ class AdaptedLayer(nn.Module):
             return
         # FSDP1 puts views of all its parameters here, which require a gradient as one.
         if any(isinstance(tensor, nn.Parameter) and tensor.requires_grad for tensor in self.frozen_tensors()):
-            layer = f"a {type(self).__name__} with a weight of {list(self.matrix_shape())}"
-            raise RuntimeError(f"{layer} keeps it frozen: requires_grad_(False), or leave the layer out of targets")
+            raise RuntimeError(
+                f"{self.name}: its adapted weight stays frozen: requires_grad_(False), or take it out of targets"
+            )
 
     def original_layer(self) -> nn.Module:
         """Returns the layer that was here before, with the weights as they are now, merged or not."""

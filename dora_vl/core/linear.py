@@ -83,7 +83,8 @@ class AdaptedStep(torch.autograd.Function):
             dx = dh @ lora_A.to(dy.dtype)
             if positions is not None:
                 dx.view(-1).index_fill_(0, positions, 0)
-            dx = (dx if weight is None else dx.addmm_(dz, weight)).view(ctx.shape)
+            # Not `addmm_`, which torch's FlopCounterMode does not count.
+            dx = (dx if weight is None else torch.addmm(dx, dz, weight, out=dx)).view(ctx.shape)
         df = dz.view(*ctx.shape[:-1], -1) if weight is None and needs[1] else None
         db = db.to(bias.dtype) if bias is not None and db is not None and needs[3] else None
         return dx, df, None, db, dA, dB, dm, None, None, None
@@ -114,12 +115,14 @@ class LinearLayer(AdaptedLayer):
     ) -> Float[Tensor, "*batch out"]:
         """Computes y of the input; `frozen_layer` gives W x + b, and `weight` is W where it can be multiplied by."""
         adapter, factors, magnitude = self.adapter, self.factors(), self.magnitude
+        if weight is not None and input.dtype == torch.float64 != weight.dtype:
+            frozen_layer(input)  # raises torch's own error
         x = input if weight is None else input.to(weight.dtype)
         with_graph, scale, masked = torch.is_grad_enabled(), adapter.scale, None
         # Dropout before the question of a graph: reentrant checkpointing runs its first pass in training mode
         # without one, and must draw there what the recomputation draws again.
         probability = adapter.dropout if self.training and factors is not None else 0.0
-        whole_change = bool(probability) and adapter.dropout_mode == "whole_change" and magnitude is not None
+        whole_change = bool(probability) and self.drops_whole_change()
         if whole_change or is_traced():
             masked = F.dropout(x, probability) if probability else None
             operands = (x, frozen_layer, bias, *self.operands(x.dtype), scale, masked)

@@ -280,7 +280,7 @@ class ExpertsProjection(AdaptedLayer):
         biases, gains = (none if tensor is None else tensor.unbind() for tensor in (bias, minus_one))
         pairs = none if factors is None else list(zip(factors[0].unbind(), factors[1].unbind(), strict=True))
         probability = self.adapter.dropout if self.training and factors is not None else 0.0
-        whole_change = bool(probability) and self.adapter.dropout_mode == "whole_change" and minus_one is not None
+        whole_change = bool(probability) and self.drops_whole_change()
         outputs: list[Tensor] = []
         for expert, x in enumerate(rows.split(list(counts))):
             if not len(x):

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dora_vl.backbones.families import LLAVA
-from dora_vl.core import apply_dora
+from dora_vl.core import adapted_layers, apply_dora
 from dora_vl.errors import UserError
 from dora_vl.run.arguments import check_training_section, read_deepspeed
 from dora_vl.training.memory import (
@@ -154,10 +154,12 @@ class PlannedRun:
         attention = tokens * samples.tokens * text.hidden_size * text.num_hidden_layers
         forward, backward = ATTENTION_FORWARD * attention, ATTENTION_BACKWARD * attention
         embeddings = self.model.get_input_embeddings().weight
+        twice = {id(layer.weight) for _, layer in adapted_layers(self.model) if layer.drops_whole_change()}
         for weight in self.model.get_decoder().parameters():
             if weight.dim() > 1 and weight is not embeddings:
-                forward += FORWARD * tokens * weight.numel()
-                backward += (TRAINED_BACKWARD if weight.requires_grad else BACKWARD) * tokens * weight.numel()
+                products = tokens * weight.numel() * (2 if id(weight) in twice else 1)
+                forward += FORWARD * products
+                backward += (TRAINED_BACKWARD if weight.requires_grad else BACKWARD) * products
         head = (FORWARD + BACKWARD) * labelled * text.hidden_size * text.vocab_size
         passes = 1 + self.recomputes + samples.reference
         return int(self.micro_batches * (forward * passes + backward + head * (1 + samples.reference / 2)))
@@ -240,6 +242,12 @@ SHAPES: Mapping[str, dict[str, Any]] = json.loads(Path(__file__).with_name("shap
 """Maps a published model's name to its `config.json`, for a run whose base is not here."""
 
 
+def check_shape(shape: str | None) -> None:
+    """Raises a `UserError` for a name that is in no table, before any data is read."""
+    if shape is not None and shape not in SHAPES:
+        raise UserError(f"--shape {shape} is not known; there are {', '.join(SHAPES)}")
+
+
 def with_shape(config: Any, shape: str | None, folder: Path) -> Any:
     """Points the settings at a folder with a published model's config; without a shape they stay as they are."""
     if shape is None:
@@ -247,8 +255,6 @@ def with_shape(config: Any, shape: str | None, folder: Path) -> Any:
             named = " or ".join(SHAPES)
             raise UserError(f"model.base {config.model.base} is not composed yet; name its sizes by --shape: {named}")
         return config
-    if shape not in SHAPES:
-        raise UserError(f"--shape {shape} is not known; there are {', '.join(SHAPES)}")
     (folder / "config.json").write_text(json.dumps(SHAPES[shape]), encoding="utf-8")
     changed: dict[str, Any] = {"base": str(folder), "revision": None, "compose": None, "source": None}
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **changed))

@@ -60,12 +60,12 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     machines = arguments.machines or -(-gpus // 8)
     if gpus % machines:
         raise UserError(f"--gpus {gpus} cannot be spread evenly over {machines} machines; give --machines")
-    words = [f"--config={arguments.config}", *arguments.settings]
-    config = read_run(words, program="dora-vl estimate")
+    config = read_run([f"--config={arguments.config}", *arguments.settings], program="dora-vl estimate")
     if config.task == "vlbart":
         raise UserError("estimate is for decoders; a VL-BART fits any GPU")
-    from dora_vl.training.estimate import Cluster, plan_run, teraflops, with_shape
+    from dora_vl.training.estimate import Cluster, check_shape, plan_run, teraflops, with_shape
 
+    check_shape(arguments.shape)
     epoch: int | None = None
     if arguments.gpus is None:
         arguments.tokens, arguments.labelled, epoch = _first_batch(config)

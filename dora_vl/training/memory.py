@@ -91,7 +91,8 @@ class Activations:
 
     Attributes:
         layer: bytes of a token in one layer; `vector`: of its hidden state.
-        adapted: bytes of a token in all adapted layers together: x A^T, and W x where a magnitude scales it.
+        adapted: bytes of a token in all adapted layers together: x A^T, W x where a magnitude scales it, and the
+            dropped inputs of `whole_change`.
         scores: bytes of the vocabulary's scores at a labelled position; `chunk`: positions that have them together.
     """
 
@@ -126,10 +127,14 @@ def activations_of(model: PreTrainedModel) -> Activations:
     heads = number(("num_attention_heads",), 1)
     keys = width * number(("num_key_value_heads",), heads) // heads
     inner = number(("intermediate_size", "encoder_ffn_dim", "d_ff", "ffn_dim"), 4 * width)
-    adapted = 0
-    for _, layer in adapted_layers(model):
+    adapted, replaced = 0, set[tuple[str, int]]()
+    for name, layer in adapted_layers(model):
         adapted += FLOAT32_BYTES * layer.adapter.rank
         adapted += 0 if layer.magnitude is None else size * layer.magnitude.numel()
+        if layer.drops_whole_change():  # its input after dropout, and the mask; not what it shares with its siblings
+            inputs = layer.matrix_shape()[1]
+            adapted += size * (2 * inputs if (name.rpartition(".")[0], inputs) in replaced else inputs)
+            replaced.add((name.rpartition(".")[0], inputs))
     return Activations(
         layers=text.num_hidden_layers + (text.decoder_layers if text.is_encoder_decoder else 0),
         layer=4 * FLOAT32_BYTES * width + size * (4 * width + 2 * keys + 4 * inner),

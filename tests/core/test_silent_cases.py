@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from dora_vl.core import DoRALinear, adapted_layers, apply_dora, strip_adapters
+from dora_vl.core.fast import cpu_step
 from dora_vl.errors import UserError
 from tests.core.dense_dora import config, move_layer, moved_layer, reference_of, unchanged
 from tests.core.test_experts import adapted as adapted_experts
@@ -58,7 +60,7 @@ def test_an_unfrozen_weight_is_refused_where_it_would_get_no_gradient(kind) -> N
     before = model(x)
     layer = model.inner["layer"]
     layer.weight.requires_grad_(True)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match=r"inner\.layer"):
         model(x)
     with torch.no_grad():
         torch.testing.assert_close(model(x), before)
@@ -114,6 +116,27 @@ def test_an_input_edited_in_place_is_refused_or_changes_no_gradient(changes, is_
             gradients(edited=True)
     else:
         torch.testing.assert_close(gradients(edited=True), expected)
+
+
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_float64_into_a_float32_layer_is_refused_as_torch_does(method) -> None:
+    layer = moved_layer(config(method=method), dtype=torch.float32)
+    with pytest.raises(RuntimeError):
+        layer(torch.randn(3, 6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("compiled", "rank"), [(True, 16), (False, 16), (True, 128)])
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_torchs_counter_sees_all_products_of_a_step(monkeypatch, compiled, rank, method) -> None:
+    if not compiled:
+        monkeypatch.setattr(cpu_step, "SMALLEST", 2**60)
+    layer = DoRALinear(nn.Linear(256, 512), config(method=method, rank=rank))
+    x = torch.randn(512, 256, requires_grad=True)
+    layer(x).sum().backward()  # the norm is kept
+    with FlopCounterMode(display=False) as counter:
+        layer(x).sum().backward()
+    low_rank = 3 * (256 + 512) * rank  # forward, of the input, of A and B
+    assert counter.get_total_flops() == 2 * 512 * (2 * 256 * 512 + low_rank)
 
 
 @pytest.mark.parametrize("training", [True, False])

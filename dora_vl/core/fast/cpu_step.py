@@ -86,10 +86,32 @@ def compiled_operations() -> Any | None:
         return None
     try:
         _compile()
+        _register_flop()
     except (RuntimeError, OSError, ImportError) as failure:  # what the builder raises, and the loader
         log.warning("the compiled DoRA step could not be built, Python runs, a few per cent slower: %.300s", failure)
         return None
     return torch.ops.dora_vl_cpu
+
+
+def _register_flop() -> None:
+    """Tells torch's FlopCounterMode the products inside the compiled operations; it sees shapes in place of tensors."""
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    operations: Any = torch.ops.dora_vl_cpu
+    if operations.output in flop_registry:
+        return
+
+    @register_flop_formula(operations.output)
+    def output_flop(product: Any, x: Any, a: Any, *_: Any, **__: Any) -> int:
+        return 2 * x[0] * a[0] * (a[1] + product[1])
+
+    @register_flop_formula(operations.gradients)
+    def gradients_flop(dy: Any, product: Any, b: Any, *_: Any, **__: Any) -> int:
+        return 2 * dy[0] * b[0] * b[1]
+
+    @register_flop_formula(operations.factor_gradients)
+    def factor_gradients_flop(dy: Any, x: Any, hidden: Any, *_: Any, **__: Any) -> int:
+        return 2 * dy[0] * hidden[1] * (x[1] + dy[1])
 
 
 def _compile() -> None:
