@@ -18,8 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,18 +27,11 @@ from torch.nn import functional as F
 
 from dora_vl.core.fast import cpu_step
 from dora_vl.core.fast.kernels import kernels_for
+from dora_vl.core.step import CANCELLATION, NORM_RANGE, Gain, accumulation_dtype, scaled_product
+from dora_vl.core.step import factor_gradients as factor_gradients
 
-CANCELLATION = 0.15
-"""Where a row's squared norm falls below this share of its frozen weight's, the factored form lost too many digits."""
-NORM_RANGE = torch.bfloat16
-"""A norm's products need this dtype's range: A A^T leaves float16's where a row of A is longer than 255."""
 NORM_CHUNK_ROWS = 1024
 """This many rows of W become float32 at a time, so that a norm never needs a second copy of the weight."""
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype of norms and gains: float32, or float64 for float64 weights."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -221,24 +212,6 @@ def adapted_linear(  # noqa: PLR0913 - the operands of the equation
 # -- the two passes of an eager step, for `linear.AdaptedStep`; `fast` has the same two as kernels ---------------------
 
 
-@dataclass(frozen=True)
-class Gain:
-    """The gain of one layer without a gradient for activations of `dtype`, true until its factors or magnitude change.
-
-    Attributes:
-        per_norm: 1 / n, the derivative of g by m; 0 for a row without a direction.
-    """
-
-    full: Float[Tensor, " out"]
-    per_norm: Float[Tensor, " out"]
-    dtype: torch.dtype
-
-    @cached_property
-    def minus_one(self) -> Float[Tensor, " out"]:
-        """Returns g - 1 in the activations' dtype."""
-        return (self.full - 1).to(self.dtype)
-
-
 def gains(magnitude: Float[Tensor, " out"], norms: Float[Tensor, " out"], dtype: torch.dtype, weight_size: int) -> Gain:
     """Computes the gain of a layer for activations of a dtype; `weight_size` is the size of its weight."""
     if norms.device.type == "cpu" and cpu_step.is_usable(norms.dtype, weight_size):
@@ -282,33 +255,3 @@ def gradients(
         dm = (dy * (product if bias is None else product - bias)).sum(dim=0, dtype=dtype)
         db = dy.sum(dim=0, dtype=dtype)
     return dz, scaled_product(dz, b, scale), dm, db
-
-
-LOW_RANK_LIMIT = 64
-"""Below this rank B's gradient is computed as [rank, out], twice as fast on CPU; above, transposing it costs more."""
-
-
-def factor_gradients(
-    dy: Float[Tensor, "rows out"],
-    x: Float[Tensor, "rows in_"],
-    hidden: Float[Tensor, "rows rank"],
-    dh: Float[Tensor, "rows rank"],
-    lora_B: Float[Tensor, "out rank"],
-    sums: Float[Tensor, " out"] | None,
-    gain: Gain | None,
-) -> tuple[Float[Tensor, "rank in_"], Float[Tensor, "out rank"], Float[Tensor, " out"] | None]:
-    """Computes dA = dh^T x, dB = g dy^T h and dm = (B.dy^T h + the sums over rows of dy (f - b)) / n."""
-    on_hidden = (hidden.t() @ dy).t() if lora_B.shape[1] < LOW_RANK_LIMIT else dy.t() @ hidden
-    # Contiguous: a gradient laid out unlike its parameter would be copied once more.
-    dA, dB = (dh.t() @ x).to(lora_B.dtype), on_hidden.to(lora_B.dtype, memory_format=torch.contiguous_format)
-    if gain is None or sums is None:
-        return dA, dB, None
-    dm = (sums + torch.linalg.vecdot(lora_B, dB)) * gain.per_norm
-    return dA, dB.mul_(gain.full.unsqueeze(1)), dm
-
-
-def scaled_product(
-    rows: Float[Tensor, "rows inner"], matrix: Float[Tensor, "inner columns"], scale: float
-) -> Float[Tensor, "rows columns"]:
-    """Computes `scale * rows @ matrix`, scaled inside the product, where it costs no pass over memory."""
-    return torch.addmm(rows.new_empty(()), rows, matrix, beta=0, alpha=scale)

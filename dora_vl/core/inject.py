@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any, ClassVar, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dora_vl.core import functional
@@ -239,7 +241,15 @@ def _start_from_weight(name: str, layer: AdaptedLayer) -> None:
 
 def matching_layers(model: nn.Module, patterns: tuple[str, ...], config: DoRAConfig, what: str) -> list[str]:
     """Lists the layers that the globs match, of the kinds that `config` admits."""
-    return match_names(adaptable_names(model, config), patterns, f"{what} ({', '.join(config.kinds)} layers)")
+    names = adaptable_names(model, config)
+    for name, module in model.named_modules() if "conv" in config.kinds else ():
+        hits = {pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)}
+        if isinstance(module, _ConvNd) and name not in names and any(not fnmatch.filter(names, hit) for hit in hits):
+            raise UserError(
+                f"{what}: {name} is a {type(module).__name__}, and of convolutions only nn.Conv1d and nn.Conv2d "
+                "have one filter per output channel and PEFT's file format; take it out"
+            )
+    return match_names(names, patterns, f"{what} ({', '.join(config.kinds)} layers)")
 
 
 def refuse_unwritable(model: nn.Module, config: DoRAConfig) -> None:

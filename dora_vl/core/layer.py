@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig
-from dora_vl.core.functional import Gain
 from dora_vl.core.gain import OptimizerSteps, Snapshot, count_edits, watch_optimizers
+from dora_vl.core.step import Gain
 
 
 def is_traced() -> bool:

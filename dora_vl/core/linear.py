@@ -17,8 +17,8 @@ from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig
 from dora_vl.core.fast.dropout import SHARED_DROPOUT, Dropped
 from dora_vl.core.fast.kernels import kernels_for
-from dora_vl.core.functional import Gain
 from dora_vl.core.layer import AdaptedLayer, is_traced
+from dora_vl.core.step import Gain
 
 
 class AdaptedStep(torch.autograd.Function):

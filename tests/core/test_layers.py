@@ -20,7 +20,7 @@ from dora_vl.core.linear import TransposedLinear
 from dora_vl.core.other_layers import DoRAConv1d, DoRAConv2d, DoRAEmbedding
 from dora_vl.core.quantised import QuantisedLinear
 from dora_vl.errors import UserError
-from tests.core.dense_dora import move_layer
+from tests.core.dense_dora import move_layer, unchanged
 
 
 class Sealed(nn.Module):
@@ -226,6 +226,15 @@ def test_dropout_is_unbiased_and_off_in_eval(kind, mode):
 def test_embeddings_and_convolutions_are_hit_only_on_request():
     model = nn.ModuleDict({"table": nn.Embedding(5, 4), "conv": nn.Conv1d(3, 4, 2), "q": nn.Linear(4, 4)})
     assert apply_dora(model, DoRAConfig(targets=("*",), rank=2)) == ["q"]
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Conv3d(3, 6, 2), nn.ConvTranspose2d(3, 6, 2), nn.ConvTranspose1d(3, 6, 2)], ids=str
+)
+def test_convolutions_of_other_kinds_are_named_with_their_class(layer):
+    model = nn.ModuleDict({"layer": layer, "other": nn.Conv2d(3, 6, 3)})
+    with unchanged(model), pytest.raises(UserError, match=f"layer is a {type(layer).__name__}"):
+        apply_dora(model, config(targets=("layer",), kinds=("conv",)))
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(3, 6, 3, groups=3), nn.Embedding(5, 4, max_norm=1.0)], ids=str)

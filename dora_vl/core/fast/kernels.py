@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -51,7 +50,9 @@ def triton_kernels(tensor: Tensor) -> ModuleType | None:
         is_old = on_gpu and torch.cuda.get_device_capability(tensor.device) < OLDEST_CAPABILITY
         installed = importlib.util.find_spec("triton") is not None
         if may_run and not is_old and tensor.dtype in DTYPES and os.environ.get(SWITCH) != "0" and installed:
-            _kernels[key] = importlib.import_module("dora_vl.core.fast.triton")
+            from dora_vl.core.fast import triton  # it needs Triton, and starts it
+
+            _kernels[key] = triton
     return _kernels[key]
 
 

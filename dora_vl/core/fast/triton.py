@@ -27,8 +27,8 @@ from torch import Tensor
 from triton import Config
 from triton.testing import do_bench
 
-from dora_vl.core.functional import CANCELLATION, NORM_RANGE, Gain, scaled_product
-from dora_vl.core.functional import factor_gradients as factor_gradients
+from dora_vl.core.step import CANCELLATION, NORM_RANGE, Gain, scaled_product
+from dora_vl.core.step import factor_gradients as factor_gradients
 
 SWITCH = "DORA_VL_TRITON_TILES"
 """If the environment sets it to `fixed`, one configuration serves all: sums have one order, and nothing is timed.

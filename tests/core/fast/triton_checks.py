@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dora_vl.core import apply_dora, functional
 from dora_vl.core.fast.dropout import SHARED_DROPOUT, Dropped
 from dora_vl.core.fast.kernels import triton_kernels
-from dora_vl.core.functional import CANCELLATION, Gain
 from dora_vl.core.layer import AdaptedLayer
+from dora_vl.core.step import CANCELLATION, Gain
 from tests.core.dense_dora import config, move_layer
 from tests.core.test_layers import PATH, Sealed
 
