@@ -299,7 +299,7 @@ def parse_digits(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else None
 
 
-def number_between(kind: type[Any], low: float, high: float = sys.maxsize) -> Callable[[str], Any]:
+def number_between(kind: type[Any], low: int | float, high: int | float = sys.maxsize) -> Callable[[str], Any]:
     """Makes a type for argparse: a number in these limits."""
 
     def number(text: str) -> Any:

@@ -1,4 +1,4 @@
-"""Files that a user names: opened only if regular; whether a model's weights are whole; YAML and JSON."""
+"""Files that a user names: opened only if regular; whether a model's weights are whole; JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import fcntl
 import glob
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -19,11 +18,9 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, Literal, get_args
 from uuid import uuid4
 
-import yaml
 from safetensors import SafetensorError, safe_open
-from yaml import MappingNode, Node, ScalarNode, SequenceNode, YAMLError
 
-from dora_vl.errors import UserError, is_communication, is_out_of_memory, one_line, short_repr, short_text
+from dora_vl.errors import UserError, is_communication, is_out_of_memory, one_line, short_repr
 
 METRICS, SETS, NOT_YET = "metrics.json", "sets", "not_yet_tested"
 """A run or an evaluation writes its numbers to this file, those of its test sets under the second key, and the sets
@@ -367,75 +364,6 @@ def check_whole(path: Path) -> None:
         start = file.read(len(ZIP_START))
     if start == ZIP_START and not zipfile.is_zipfile(path):
         raise UserError(f"{path} is cut short: its {size:,} bytes lack the table at its end; copy or fetch it again")
-
-
-MOST_VALUES = 100_000
-"""Aliases may expand to at most this many values: ten lines of them can mean more than memory holds."""
-_OTHER_NUMBER = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
-
-
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc] - the C one where it was built
-    """YAML in which `1e-4` is a number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def read_yaml(path: Path) -> Any:
-    """Returns a YAML file's content."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        sizes: dict[int, float] = {}
-        if _check(yaml.compose(text, Loader=_Loader), sizes) > max(MOST_VALUES, len(sizes)):
-            raise UserError(f"its aliases (*NAME) expand to more than {MOST_VALUES:,} values, or to themselves")
-        return yaml.load(text, Loader=_Loader)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except YAMLError as error:
-        reason = one_line(str(error).replace(' in "<unicode string>"', ""), 200)
-        raise UserError(f"{path}: not valid YAML: {reason}; indent with spaces only") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:  # not UTF-8, or a day that no month has
-        raise UserError(f"{path}: not valid YAML: {one_line(str(error), 200)}") from None
-    except RecursionError:
-        raise UserError(f"{path}: not readable YAML: it is nested too deeply") from None
-
-
-def refuse_other_number(text: str) -> None:
-    """Refuses text that YAML 1.1 takes for another number than a person: `1:30` is 90 there, `010` is 8."""
-    if _OTHER_NUMBER.fullmatch(text):
-        raise UserError(f"{text} is {yaml.safe_load(text)} in YAML; write the number that is meant")
-
-
-def _check(node: Node | None, sizes: dict[int, float]) -> float:
-    """Counts the values in a node, those of an alias at each use; `sizes` holds the counts by the node's id.
-
-    Refuses such numbers, and doubled keys, of which YAML keeps the last: the first would be dropped silently.
-    """
-    if node is None or id(node) in sizes:  # an alias
-        return sizes.get(id(node), 0.0)
-    sizes[id(node)] = math.inf  # while it is looked through: what holds itself has no end
-    size = 1.0
-    if isinstance(node, ScalarNode) and not node.style:  # not in quotes
-        refuse_other_number(node.value)
-    elif isinstance(node, SequenceNode):
-        size += sum(_check(inside, sizes) for inside in node.value)
-    elif isinstance(node, MappingNode):
-        lines: dict[str, int] = {}
-        for key, value in node.value:
-            if isinstance(key, ScalarNode):
-                line, name = key.start_mark.line + 1, key.value
-                if name in lines:
-                    raise UserError(
-                        f"{short_text(name)} occurs twice, in lines {lines[name]} and {line}; write it once"
-                    )
-                lines[name] = line
-            size += _check(value, sizes)
-    sizes[id(node)] = size
-    return size
 
 
 def shipped_folder() -> Path:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "dora_vl"
 LAYERS = (
-    ("errors",),
-    ("files",),
+    ("errors", "shapes"),
+    ("files", "yaml_files"),
     ("limited_process",),
     ("core",),
     ("data",),
@@ -62,16 +62,38 @@ def test_no_import_points_up():
     assert not up
 
 
-def test_the_core_imports_torch_safetensors_jaxtyping_and_the_standard_library():
+def test_the_core_imports_torch_safetensors_and_the_standard_library():
     """Triton in its own file, where it is there."""
     for path in (PACKAGE / "core").rglob("*.py"):
-        allowed = {"torch", "safetensors", "jaxtyping", *sys.stdlib_module_names}
+        allowed = {"torch", "safetensors", *sys.stdlib_module_names}
         allowed |= {"triton"} if path.name == "triton.py" else set()
         for name in imports_of(path):
-            assert name.startswith(("dora_vl.core", "dora_vl.errors")) or name.split(".")[0] in allowed, (path, name)
+            assert (
+                name.startswith(("dora_vl.core", "dora_vl.errors", "dora_vl.shapes")) or name.split(".")[0] in allowed
+            ), (path, name)
 
 
 def test_the_core_loads_where_everything_else_is_missing():
     others = ("transformers", "peft", "deepspeed", "accelerate", "datasets", "timm", "bitsandbytes", "triton")
     code = f"import sys; sys.modules.update(dict.fromkeys({others})); import dora_vl.core"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+
+
+def test_the_public_names_import_only_what_they_need():
+    """jaxtyping, pydantic, yaml, regex and the rest of what runs need stay out, where others' trainers use the core."""
+    ours = {"adapters", "core", "errors", "files", "shapes"}
+    own_needs = {"torch", "numpy", "safetensors", "peft"}
+    code = f"""
+import sys
+import peft
+others = set(sys.modules)
+from dora_vl import accelerate_peft, apply_dora, load_adapter, merge_dora, save_adapter
+new = set(sys.modules) - others
+assert {{name.split(".")[1] for name in new if name.startswith("dora_vl.")}} == {ours}, new
+roots = {{name.partition(".")[0] for name in new}} - sys.stdlib_module_names - {{"dora_vl"}}
+assert roots <= {own_needs}, roots
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+    bare = "import sys; before = set(sys.modules); import dora_vl; print(*{n for n in set(sys.modules) - before})"
+    done = subprocess.run([sys.executable, "-c", bare], check=True, cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert {name.partition(".")[0] for name in done.stdout.split()} <= {*sys.stdlib_module_names, "dora_vl"}

@@ -12,8 +12,10 @@ import re
 import shutil
 import subprocess
 import sys
+import venv
 import zipfile
 from email.parser import Parser
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -98,3 +100,27 @@ def test_the_scripts_of_a_checkout_take_the_installed_package(installed: Path, t
     words = [sys.executable, str(copy), "--help"]
     printed = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
     assert "usage: " in printed
+
+
+LIGHT = {
+    "with PEFT of today": "peft>=0.21",
+    "with the PEFT that LLaMA-Factory pins": "peft==0.18.1",
+    "oldest": "peft==0.16.0",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("peft", LIGHT.values(), ids=LIGHT)
+def test_the_core_runs_in_an_environment_of_another_trainer(wheel: Path, tmp_path: Path, peft: str) -> None:
+    """`pip install --no-deps` beside torch, safetensors, transformers 4.57 and PEFT alone."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    install = [python, "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
+    needs = [f"torch=={version('torch')}", "safetensors", "transformers==4.57.*", peft]
+    if subprocess.run([*install, *needs], check=False).returncode:
+        pytest.skip(f"no index that has {needs}")
+    subprocess.run([*install, "--no-deps", str(wheel)], check=True)
+    script = shutil.copy(ROOT / "tests" / "beside_other_trainers.py", tmp_path)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    subprocess.run([python, script, str(tmp_path)], cwd=tmp_path, env=environment, check=True)

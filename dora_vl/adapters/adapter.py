@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from transformers.utils import cached_file
 
@@ -37,6 +36,7 @@ from dora_vl.core import functional
 from dora_vl.core.inject import SHARED_NAME
 from dora_vl.errors import UserError
 from dora_vl.files import file_sha256, weight_files
+from dora_vl.shapes import Float
 
 
 @dataclass(frozen=True, kw_only=True)

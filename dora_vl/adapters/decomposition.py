@@ -17,7 +17,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from jaxtyping import Float
 from torch import Tensor
 
 from dora_vl.adapters.adapter import Factors, read_adapter, refuse_other_base
@@ -28,6 +27,7 @@ from dora_vl.adapters.merge import factors_for_base
 from dora_vl.core import functional
 from dora_vl.core.analysis import FittedLine, VectorAxis, WeightChange, change_of_blocks, fit_line
 from dora_vl.errors import UserError
+from dora_vl.shapes import Float
 
 PAPER: Mapping[str, float] = {"full": -0.62, "model": -0.62, "lora": 0.83, "dora": -0.31}
 """Maps a method to the correlation of dM and dD over VL-BART's query weights (figure 2); the sign is the claim."""

@@ -14,16 +14,14 @@ import struct
 from collections.abc import Callable, Collection, Iterable, Mapping
 from os.path import lexists
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, TypedDict, get_type_hints
 
 import torch
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from typing_extensions import TypedDict
 
-from dora_vl.core.config import DropoutMode, Init, LayerKind, Method, RankScaling
+from dora_vl.core.config import DropoutMode, Init, LayerKind, Method, RankScaling, is_of_type
 from dora_vl.errors import UserError, short_repr
 from dora_vl.files import UNFINISHED, check_whole, clear_leftovers, read_json
 
@@ -126,38 +124,33 @@ def write_safetensors(
 
 WEIGHTS_FILE, CONFIG_FILE, RECIPE_FILE = FILES = "adapter_model.safetensors", "adapter_config.json", "recipe.json"
 
-STRICT_JSON = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-"""Refuses text for numbers and numbers for flags; fields not named here are ignored where read."""
-Count = Annotated[int, Field(ge=1)]
-FolderOrId = Annotated[str, Field(pattern=r"^[^\x00]*$")]
-"""Takes a path or hub id without a NUL, which operating systems refuse in a name."""
+COUNTS = frozenset(("r", "rank", "rank_pattern", "max_tokens"))
+"""Numbers in these fields of the two JSON files are at least 1."""
 
 
-@with_config(STRICT_JSON)
 class PeftFields(TypedDict, total=False):
     """Fields of PEFT's `adapter_config.json` that something here is computed from."""
 
     peft_type: str
-    r: Count
+    r: int
     lora_alpha: float
     lora_dropout: float
-    rank_pattern: dict[str, Count] | None
+    rank_pattern: dict[str, int] | None
     alpha_pattern: dict[str, float] | None
     use_dora: bool
     use_rslora: bool
     fan_in_fan_out: bool
     modules_to_save: list[str] | None
     target_modules: str | list[str] | None
-    base_model_name_or_path: FolderOrId | None
-    revision: FolderOrId | None
+    base_model_name_or_path: str | None
+    revision: str | None
 
 
-@with_config(STRICT_JSON)
 class OwnFields(TypedDict, total=False):
     """`adapter` in our `recipe.json`."""
 
     method: Method
-    rank: Count
+    rank: int
     alpha: float
     dropout: float
     dropout_mode: DropoutMode
@@ -167,7 +160,7 @@ class OwnFields(TypedDict, total=False):
     init: Init
     random_seed: int
     opaque_layers: list[str]
-    rank_pattern: dict[str, Count]
+    rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
     magnitude_targets: list[str]
     parts: dict[str, list[str]]
@@ -176,47 +169,59 @@ class OwnFields(TypedDict, total=False):
     kept: list[str]
 
 
-@with_config(STRICT_JSON)
 class RecipeFields(TypedDict, total=False):
     """Our `recipe.json`: how the model is asked again."""
 
     task: str
-    base: FolderOrId
-    revision: FolderOrId | None
+    base: str
+    revision: str | None
     base_sha256: str | None
     dtype: Literal["float32", "bfloat16", "float16"]
     quantisation: str | None
-    max_tokens: Count
+    max_tokens: int
     template: str | None
     thinking: bool | None
     image_aspect: str | None
     as_published: bool
-    adapter: OwnFields
+    adapter: dict
 
 
 def read_peft_config(folder: Path) -> dict[str, Any]:
     """Reads PEFT's fields of an adapter folder."""
-    return _checked(folder / CONFIG_FILE, _PEFT.validate_python)
+    content = read_json(folder / CONFIG_FILE)
+    _check_fields(folder / CONFIG_FILE, content, PeftFields)
+    return content
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:
     """Reads our `recipe.json`; empty for a folder that was not made here."""
     path = folder / RECIPE_FILE
-    return _checked(path, _RECIPE.validate_python) if path.is_file() else {}
-
-
-_PEFT, _RECIPE = TypeAdapter(PeftFields), TypeAdapter(RecipeFields)
-
-
-def _checked(path: Path, validate: Callable[[object], object]) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
     content = read_json(path)
-    try:
-        validate(content)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key, message = ".".join(map(str, first["loc"])), first["msg"]
-        raise UserError(f"{path}: {key} is {short_repr(first['input'])}; {message[:1].lower()}{message[1:]}") from None
+    _check_fields(path, content, RecipeFields)
+    _check_fields(path, content.get("adapter", {}), OwnFields)
     return content
+
+
+def _check_fields(path: Path, content: Mapping[str, Any], fields: type) -> None:
+    """Refuses a field of another type, a count below 1, and what no number or path is: NaN, infinity, a NUL."""
+    for name, kind in get_type_hints(fields).items():
+        if name not in content:
+            continue
+        value = content[name]
+        values = value.values() if isinstance(value, dict) else (value,)
+        if not is_of_type(value, kind):
+            problem = f"it must be {fields.__annotations__[name].__forward_arg__}"
+        elif any(isinstance(number, float) and not math.isfinite(number) for number in values):
+            problem = "it must be finite"
+        elif name in COUNTS and any(number is not None and number < 1 for number in values):
+            problem = "it must be 1 or more"
+        elif isinstance(value, str) and "\0" in value:
+            problem = "it holds a NUL character, which no path or name has"
+        else:
+            continue
+        raise UserError(f"{path}: {name} is {short_repr(value)}; {problem}")
 
 
 def refuse_to_replace(target: Path, written: Collection[str]) -> None:

@@ -18,15 +18,21 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import peft
 import torch
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from dora_vl.core import DoRAConfig, DoRALinear
 from dora_vl.core.config import DropoutMode
 from dora_vl.core.gain import CountedParameter, count_edits
+from dora_vl.errors import UserError
+
+try:
+    from peft.tuners.lora.variants import DoraLinearVariant
+except ImportError:
+    raise UserError(f"PEFT {peft.__version__} has no LoRA variants; accelerate_peft needs 0.16 or newer") from None
 
 log = logging.getLogger(__name__)
 

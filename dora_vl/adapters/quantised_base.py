@@ -14,7 +14,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,6 +21,7 @@ from dora_vl.adapters.base_weights import BaseWeights, skeleton
 from dora_vl.core.config import Quantisation
 from dora_vl.core.quantised import class_path, dequantised, quantised_in, settle_quantised
 from dora_vl.errors import UserError, install_command, one_line, short_repr
+from dora_vl.shapes import Float
 
 TRIAL_WIDTH = 64
 MOST_OFF = 0.05

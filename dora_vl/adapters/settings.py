@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
+from importlib.util import find_spec
 from typing import Any
 
-import regex
 import torch
 from torch import Tensor, nn
 
@@ -208,7 +208,8 @@ def _renamed_by_peft(model: nn.Module, layers: Collection[str]) -> bool:
     """Tells whether PEFT takes the layers' names, or their targets, for those of older models, and then misses them."""
     from transformers import PreTrainedModel
 
-    if not isinstance(model, PreTrainedModel):
+    renaming = ("transformers.conversion_mapping", "peft.utils.transformers_weight_conversion")
+    if not isinstance(model, PreTrainedModel) or not all(map(find_spec, renaming)):  # before these, nothing is renamed
         return False
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import (
@@ -345,7 +346,11 @@ def check_peft_fields(source: str, peft: Mapping[str, Any]) -> None:
 
 def by_peft_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
     """Looks up a layer in PEFT's `rank_pattern` or `alpha_pattern`: regular expressions that match the name's end."""
-    for pattern, value in (patterns or {}).items():
+    if not patterns:
+        return default
+    import regex  # which most adapters need not
+
+    for pattern, value in patterns.items():
         try:
             if regex.match(rf"(.*\.)?({pattern})$", layer, timeout=MATCHING_SECONDS):
                 return value

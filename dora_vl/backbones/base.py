@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from dora_vl.shapes import Float, Int
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 Attention = str | Mapping[str, str] | None

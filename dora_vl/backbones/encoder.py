@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from PIL import Image
 from torch import Tensor, nn
 from transformers.models.auto.processing_auto import AutoProcessor
@@ -41,6 +40,7 @@ from dora_vl.data.samples import IGNORED_LABEL, Encoded, Sample, TrainedAnswer
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample, UserError, one_line
 from dora_vl.files import NO_OWN_CODE, opening
+from dora_vl.shapes import Int
 
 DUMMY_SIDE = 64
 GREY = (127, 96, 63)

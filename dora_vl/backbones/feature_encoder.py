@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from PIL.Image import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -36,6 +35,7 @@ from dora_vl.data.pictures import MediaFolder, open_image
 from dora_vl.data.video import EverySeconds, FrameSampling, Uniform, VideoReader
 from dora_vl.errors import BadSample, UserError
 from dora_vl.files import NO_OWN_CODE, check_model_folder, opening
+from dora_vl.shapes import Float
 
 
 def load_pooled(spec: TowerSpec) -> tuple[nn.Module, Preparation]:

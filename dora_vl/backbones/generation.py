@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
@@ -16,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dora_vl.errors import UserError
+from dora_vl.shapes import Bool, Float, Int
 
 NOT_YET_A_CHARACTER = "\ufffd"
 """Decoders return this for the first bytes of a character whose last bytes are still to come."""

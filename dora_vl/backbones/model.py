@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
-from jaxtyping import Int
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
@@ -55,6 +54,7 @@ from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample, UserError, one_line
 from dora_vl.files import NO_OWN_CODE, check_model_folder, opening
 from dora_vl.heads.next_token import in_chunks, label_losses, losses_of
+from dora_vl.shapes import Int
 
 
 class DecoderBackbone(Backbone[PreTrainedModel]):

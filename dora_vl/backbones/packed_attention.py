@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from dora_vl.shapes import Bool, Int
 
 MASKED = ("sdpa", "eager", "flex_attention")
 """These attention kernels take a mask function; flash attention's take none."""

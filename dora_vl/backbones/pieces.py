@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
@@ -17,6 +16,7 @@ from dora_vl.backbones.templates import CharSpan, Chat, Prompt
 from dora_vl.data.samples import TrainedAnswer
 from dora_vl.data.turns import IMAGE_PLACEHOLDER
 from dora_vl.errors import UserError
+from dora_vl.shapes import Int
 
 STAND_IN = "stand-in"
 """A picture whose outputs are stored has this key in its `info`: its size counts, its pixels are not read."""

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from safetensors import safe_open
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
 from torch import Tensor, nn
@@ -60,6 +59,7 @@ from dora_vl.data.containers import find_files
 from dora_vl.data.turns import IMAGE_PLACEHOLDER
 from dora_vl.errors import BadSample, SettingError, UserError, one_line
 from dora_vl.files import NO_OWN_CODE, check_model_folder, json_or_nothing, opening, write_json
+from dora_vl.shapes import Float
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,6 @@ from typing import Any, Literal, get_args, no_type_check
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from PIL import Image
 from PIL.Image import Resampling, new
 from torch import Tensor, nn
@@ -32,6 +31,7 @@ from dora_vl.backbones.specs import VisionLibrary
 from dora_vl.data.picture_files import READING
 from dora_vl.errors import UserError, short_repr
 from dora_vl.files import opening
+from dora_vl.shapes import Float
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
-from jaxtyping import UInt8
 from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
@@ -18,6 +17,7 @@ from dora_vl.backbones.templates import VIDEO_MARK, Chat
 from dora_vl.data.batches import stacked
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 from dora_vl.data.video import Frames
+from dora_vl.shapes import UInt8
 
 Video: TypeAlias = Frames[Image.Image]
 """Holds the RGB frames of one video, as `VideoReader.read` returns them."""

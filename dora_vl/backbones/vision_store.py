@@ -17,13 +17,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
 from dora_vl.backbones.shards import SHARD_GLOB, ShardStore, keep_settings
 from dora_vl.data.example import Clip, Example
 from dora_vl.errors import BadSample, UserError
+from dora_vl.shapes import Float
 
 Part = tuple[float, float | None]
 """Gives the start and end of a video's part in seconds; None is the video's end."""

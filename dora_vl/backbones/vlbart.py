@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutput
@@ -35,6 +34,7 @@ from dora_vl.errors import UserError, one_line
 from dora_vl.files import NO_OWN_CODE, check_model_folder, opening
 from dora_vl.heads.answer import AnswerHead
 from dora_vl.heads.next_token import in_chunks, label_losses, losses_of
+from dora_vl.shapes import Float, Int
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.masking_utils import create_bidirectional_mask
@@ -29,6 +28,7 @@ from transformers.models.bart.modeling_bart import (
 from dora_vl.backbones.specs import Boxes
 from dora_vl.errors import UserError
 from dora_vl.heads.answer import AnswerHead
+from dora_vl.shapes import Float, Int
 
 VisualNorm = Literal["each", "sum", "none"]
 

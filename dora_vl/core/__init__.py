@@ -1,4 +1,4 @@
-"""DoRA itself, in plain torch: needs torch and the standard library (and jaxtyping, for shapes)."""
+"""DoRA itself, in plain torch: needs torch and the standard library."""
 
 from dora_vl.core.config import DoRAConfig as DoRAConfig
 from dora_vl.core.inject import apply_dora as apply_dora

@@ -16,13 +16,13 @@ from itertools import accumulate, groupby
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dora_vl.core import functional
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.strength import AppliedAdapter, GainByStrength, layer_between
+from dora_vl.shapes import Float, Int
 
 ONE_PRODUCT = 2**15
 """Up to this many numbers of A x, over all adapters of a layer, one masked product computes them, since the calls are

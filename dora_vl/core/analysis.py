@@ -21,8 +21,9 @@ from statistics import correlation, fmean, linear_regression
 from typing import Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
+
+from dora_vl.shapes import Float
 
 VectorAxis = Literal["output", "input"]
 FLAT = 1e-12

@@ -41,9 +41,9 @@ def is_of_type(value: Any, kind: Any) -> bool:
         return isinstance(value, str) and value in inner
     if origin in (UnionType, Union):
         return any(is_of_type(value, option) for option in inner)
-    if origin is tuple:
+    if origin in (tuple, list):
         return isinstance(value, tuple | list) and all(is_of_type(item, inner[0]) for item in value)
-    if origin is abc.Mapping:
+    if origin in (abc.Mapping, dict):
         return isinstance(value, Mapping) and all(is_of_type(item, inner[1]) for item in value.values())
     return isinstance(value, {int: Integral, float: Real}.get(kind, kind)) and isinstance(value, bool) == (kind is bool)
 

@@ -21,7 +21,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,6 +28,7 @@ from dora_vl.core.fast import cpu_step
 from dora_vl.core.fast.kernels import kernels_for
 from dora_vl.core.step import CANCELLATION, NORM_RANGE, Gain, accumulation_dtype, scaled_product
 from dora_vl.core.step import factor_gradients as factor_gradients
+from dora_vl.shapes import Float, Int
 
 NORM_CHUNK_ROWS = 1024
 """This many rows of W become float32 at a time, so that a norm never needs a second copy of the weight."""

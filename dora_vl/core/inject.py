@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -47,6 +46,7 @@ from dora_vl.core.trainable import (
     train_in_own_dtype,
 )
 from dora_vl.errors import UserError
+from dora_vl.shapes import Float
 
 
 @dataclass(frozen=True)

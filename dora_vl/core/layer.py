@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -15,6 +14,7 @@ from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig
 from dora_vl.core.gain import OptimizerSteps, Snapshot, count_edits, watch_optimizers
 from dora_vl.core.step import Gain
+from dora_vl.shapes import Float, Int
 
 
 def is_traced() -> bool:

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -19,6 +18,7 @@ from dora_vl.core.fast.dropout import SHARED_DROPOUT, Dropped
 from dora_vl.core.fast.kernels import kernels_for
 from dora_vl.core.layer import AdaptedLayer, is_traced
 from dora_vl.core.step import Gain
+from dora_vl.shapes import Float
 
 
 class AdaptedStep(torch.autograd.Function):

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,6 +19,7 @@ from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.errors import UserError
+from dora_vl.shapes import Float, Int
 
 
 class ConvLayer(AdaptedLayer):

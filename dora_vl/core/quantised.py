@@ -13,7 +13,6 @@ from importlib import import_module
 from typing import Any, ClassVar, cast
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from dora_vl.core import functional
@@ -21,6 +20,7 @@ from dora_vl.core.config import DoRAConfig
 from dora_vl.core.layer import is_traced
 from dora_vl.core.linear import LinearLayer
 from dora_vl.errors import UserError
+from dora_vl.shapes import Float
 
 IDENTITY_ROWS = 256
 """This many columns of W are read at a time."""

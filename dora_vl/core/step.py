@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
+
+from dora_vl.shapes import Float
 
 CANCELLATION = 0.15
 """Where a row's squared norm falls below this share of its frozen weight's, the factored form lost too many digits."""

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar, cast
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from dora_vl.core import functional
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.errors import UserError, short_repr
+from dora_vl.shapes import Float
 
 MOST_STRENGTH = 10.0
 """A larger strength is refused: the model's answers would make no sense, and its numbers could overflow."""

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dora_vl.data.samples import ALIGNED, IGNORED_LABEL, Sample
+from dora_vl.shapes import Bool, Int
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dora_vl.data.columns import Mixing
 from dora_vl.data.picture_files import NOT_DECODED, opened_picture
 from dora_vl.data.pictures import HeldPictures, MediaFolder, path_inside
 from dora_vl.errors import BadSample
+from dora_vl.shapes import Bool, Int
 
 
 class SamplingLengths(NamedTuple):

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Int
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -23,6 +22,7 @@ from dora_vl.data.table import ExampleTable
 from dora_vl.data.turns import Clip
 from dora_vl.errors import BadSample, UserError, one_line, short_text
 from dora_vl.files import write_json_lines
+from dora_vl.shapes import Int
 
 BOOKKEEPING = ("samples", "sample_ids", "padding_tokens", "skipped", "cut", "shrunk", "made_of")
 """A batch holds counts, messages and its samples under these names; all else goes to the model."""

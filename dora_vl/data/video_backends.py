@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from jaxtyping import UInt8
 
 from dora_vl.data.picture_files import FRAME_PIXELS, VIDEO_FRAMES
+from dora_vl.shapes import UInt8
 
 FORMATS = "mov,matroska,avi,gif,flv,asf,mxf,mpeg,mpegts"
 """Only these of FFmpeg's formats are read: it knows playlists too, which name more files and addresses."""

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 from accelerate.utils import send_to_device
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers.generation.streamers import BaseStreamer
@@ -34,6 +33,7 @@ from dora_vl.errors import BadSample
 from dora_vl.evaluation.predictions import Prediction
 from dora_vl.evaluation.predictor import Decoding, MediaReader, PromptMedia, View, Write, prediction
 from dora_vl.evaluation.questions import endings_of, outputs_of, turns_asked
+from dora_vl.shapes import Float, Int
 
 log = logging.getLogger(__name__)
 LEAST_REPEATED = 16

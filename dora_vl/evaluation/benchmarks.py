@@ -46,7 +46,8 @@ from dora_vl.evaluation.scores.benchmark import (
 from dora_vl.evaluation.scores.exact import CLOZE, PATTERNS, SCORINGS, final_answer, lone_letter
 from dora_vl.evaluation.scores.llava import letter_cn, parse_letter
 from dora_vl.evaluation.test_sets import TestSet
-from dora_vl.files import file_sha256, read_yaml
+from dora_vl.files import file_sha256
+from dora_vl.yaml_files import read_yaml
 
 BENCHMARKS: Mapping[str, Benchmark] = {
     "exact_match": exact.BENCHMARK,

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from dora_vl.evaluation.predictions import Prediction
 from dora_vl.evaluation.questions import kind_of, text_asked
 from dora_vl.run.base import VideoReading
 from dora_vl.run.watched_questions import SIDE, tiled
+from dora_vl.shapes import Float
 
 Write = Callable[[str], object]
 AnswerMethod = Literal["generation", "letters", "outputs", "cloze"]

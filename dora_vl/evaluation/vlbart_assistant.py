@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from string import ascii_uppercase
 
 import torch
-from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -25,6 +24,7 @@ from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.predictions import Prediction
 from dora_vl.evaluation.predictor import Decoding, MediaReader, PromptMedia, View, Write, prediction
 from dora_vl.evaluation.vlbart_tasks import MicroBatch, Seq2SeqCollator, Seq2SeqSample, Subtask, make_sample
+from dora_vl.shapes import Float, Int
 
 log = logging.getLogger(__name__)
 

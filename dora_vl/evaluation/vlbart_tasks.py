@@ -15,7 +15,6 @@ from random import Random
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from dora_vl.backbones.pieces import Seq2SeqEncoder
@@ -28,6 +27,7 @@ from dora_vl.errors import BadSample, short_repr
 from dora_vl.evaluation.scores import caption, vqa
 from dora_vl.evaluation.scores.exact import how2qa_score, video_score
 from dora_vl.evaluation.scores.scored import Scored
+from dora_vl.shapes import Float, Int
 
 AnswerBy = Literal["text", "pair", "choice", "words", "closed"]
 NormaliseBy = Literal["samples", "tokens"]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
+
+from dora_vl.shapes import Float, Int
 
 
 class AnswerHead(nn.Module):

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
+
+from dora_vl.shapes import Float, Int
 
 CHUNK = 256
 """The scores of this many labels are in memory together: 0.3 GB for a vocabulary of 100,000 words."""

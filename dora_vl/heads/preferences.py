@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
+
+from dora_vl.shapes import Bool, Float, Int
 
 Pairs = Int[Tensor, "2 pairs"]
 """Holds a number of each pair's preferred answer, and one of its rejected answer."""

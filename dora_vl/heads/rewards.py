@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
+
+from dora_vl.shapes import Float, Int
 
 SMALLEST_SPREAD = 1e-4
 """This is added to standard deviations, so that equal rewards are not divided by zero."""

@@ -16,7 +16,7 @@ from typing import Any
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from dora_vl.errors import SettingError, UserError, short_repr, wrong_value
-from dora_vl.files import read_yaml, refuse_other_number, shipped_folder
+from dora_vl.files import shipped_folder
 from dora_vl.run.settings import (
     DEFAULTS,
     FIELDS,
@@ -31,6 +31,7 @@ from dora_vl.run.settings import (
     Task,
     foreign_fields,
 )
+from dora_vl.yaml_files import read_yaml, refuse_other_number
 
 ENDING = ".yaml"
 VARIANTS, VARIANT = "variants", "variant"

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -15,6 +14,7 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from dora_vl.backbones.generation import NOT_YET_A_CHARACTER, NotFiniteScores
+from dora_vl.shapes import Bool, Float, Int
 
 LEAST_TEMPERATURE = 1e-3
 """Below it the likeliest token is taken: scores divided by less may overflow."""

@@ -18,7 +18,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from dora_vl.backbones.base import max_positions
@@ -52,6 +51,7 @@ from dora_vl.serving.scheduler import (
     SubmittedRequest,
     TextPiece,
 )
+from dora_vl.shapes import Float
 
 
 @dataclass

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from dora_vl.errors import BadSample
 from dora_vl.evaluation.baselines import LEAST_ASKED
 from dora_vl.run.launch import gather_from_ranks, on_first_rank
 from dora_vl.run.sharding import gather_to_read, gather_to_write
+from dora_vl.shapes import Float
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dora_vl.backbones.base import Backbone, Expected
@@ -20,6 +19,7 @@ from dora_vl.core import adapted_layers, trained_parts
 from dora_vl.heads.preferences import Answers, Scale, mean_over, measures, preference_loss
 from dora_vl.heads.rewards import divergence
 from dora_vl.run.sharding import gather_to_write, is_sharded, let_go_of_whole_weights
+from dora_vl.shapes import Float, Int
 
 
 class Reference:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from dora_vl.backbones.generation import TokenDrawer, end_tokens
@@ -23,6 +22,7 @@ from dora_vl.evaluation.rewards import Reward
 from dora_vl.heads.rewards import PolicyGradient
 from dora_vl.run.folder import DRAWN
 from dora_vl.run.launch import gather_from_ranks, rank_and_ranks
+from dora_vl.shapes import Float, Int
 
 LoggedNumbers = dict[str, Float[Tensor, ""]]
 

@@ -12,7 +12,6 @@ from random import Random
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -42,6 +41,7 @@ from dora_vl.evaluation.vlbart_tasks import (
 from dora_vl.files import read_json, write_json
 from dora_vl.heads.answer import answer_loss
 from dora_vl.run.settings import RunConfig
+from dora_vl.shapes import Float, Int
 from dora_vl.training.losses import LossModel
 
 logger = logging.getLogger(__name__)

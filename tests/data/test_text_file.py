@@ -20,7 +20,7 @@ from dora_vl.data.text_file import (
     text_lines,
 )
 from dora_vl.errors import UserError
-from dora_vl.files import read_yaml
+from dora_vl.yaml_files import read_yaml
 
 BOM = b"\xef\xbb\xbf"
 

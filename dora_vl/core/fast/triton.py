@@ -22,13 +22,13 @@ from typing import Any, no_type_check
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float
 from torch import Tensor
 from triton import Config
 from triton.testing import do_bench
 
 from dora_vl.core.step import CANCELLATION, NORM_RANGE, Gain, scaled_product
 from dora_vl.core.step import factor_gradients as factor_gradients
+from dora_vl.shapes import Float
 
 SWITCH = "DORA_VL_TRITON_TILES"
 """If the environment sets it to `fixed`, one configuration serves all: sums have one order, and nothing is timed.

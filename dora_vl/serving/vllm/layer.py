@@ -13,12 +13,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from dora_vl.core import functional
 from dora_vl.core.quantised import columns_by_product
 from dora_vl.errors import short_names
+from dora_vl.shapes import Float, Int
 
 if TYPE_CHECKING:
     Wrapper = Any
