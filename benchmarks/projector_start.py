@@ -187,7 +187,7 @@ def summary(to: Path) -> str:
 
 def format_estimate(estimate: Estimate, form: str) -> str:
     """Writes a value with its interval."""
-    return f"{estimate.value:{form}} ({estimate.low:.1f} to {estimate.high:.1f})"
+    return f"{estimate.value:{form}}" + (f" ({limits})" if (limits := estimate.interval()) else "")
 
 
 def main() -> None:

@@ -98,8 +98,10 @@ def computed(folder: Path) -> dict[str, Any]:
 def _refuse_others(folder: Path, computed_again: Mapping[str, Row], kept: Mapping[str, Row]) -> None:
     """Sees that values and limits are equal to a thousandth of a point."""
     for name, row in kept.items():
-        if any(abs(computed_again[name][part] - row[part]) > 1e-3 for part in ("value", "low", "high")):
-            raise UserError(f"{folder}: {name} is kept as {row}, computed again as {computed_again[name]}")
+        limits = ("value",) if row["low"] is None else ("value", "low", "high")
+        again = computed_again[name]
+        if any(again[part] is None or abs(again[part] - row[part]) > 1e-3 for part in limits):
+            raise UserError(f"{folder}: {name} is kept as {row}, computed again as {again}")
 
 
 def rows_of(record: Row) -> tuple[list[str], list[tuple[str, ...]]]:
@@ -148,7 +150,8 @@ def _parts(metrics: Row) -> Iterator[tuple[str, float]]:
 
 def _limits(estimate: Row, sign: str = "") -> str:
     """Formats a value with its interval."""
-    return f"{estimate['value']:{sign}.1f} ({estimate['low']:.1f} to {estimate['high']:.1f})"
+    limits = "" if estimate["low"] is None else f" ({estimate['low']:.1f} to {estimate['high']:.1f})"
+    return f"{estimate['value']:{sign}.1f}{limits}"
 
 
 def cluster_rows() -> Iterator[tuple[str, ...]]:

@@ -24,7 +24,7 @@ from dora_vl.evaluation.plots import new_figure, plain_axes, save_png
 from dora_vl.evaluation.results import read_scores
 from dora_vl.evaluation.scores.scored import Scored
 from dora_vl.files import read_json, whole_file, whole_folder, write_json
-from dora_vl.report.contrasts import LEAST_SEEDS, Contenders, Estimate, Measure
+from dora_vl.report.contrasts import LEAST_SEEDS, UNTRAINED, Contenders, Estimate, Measure
 from dora_vl.run.folder import ADAPTER, LOSS_LOG, METRICS, SETTINGS, is_tested, read_log
 from dora_vl.run.settings import foreign_fields, settings_of
 
@@ -35,7 +35,6 @@ FAILED = "failed.txt"
 WAIT_SECONDS = 10.0
 MOST_RATES = 7  # that a sweep tries
 COLOURS = ("#2f6fde", "#d9580b", "#1f9d6b", "#a23bb8", "#b8860b", "#6b7280")
-UNTRAINED = "untrained"
 NOTHING_LEARNED = (
     *("--training.max_steps=1", "--training.learning_rate=0"),
     # Parts with rates of their own too: the first step of a warm-up is at 0.
@@ -380,7 +379,7 @@ def _by_strength(comparison: Comparison, measure: Measure) -> list[dict[str, Any
     rows = []
     for strength, cell in comparison.by_strength().items():
         lost = cell.metrics.get("forgetting", {}).get("perplexity", {})
-        score = Contenders({"": [cell.scores]}).score(measure, "")
+        score = Contenders({"": [cell.scores]}).score(measure, "", over_seeds=False)
         rows.append({"strength": strength, **asdict(score), **lost})
     return rows
 
@@ -394,15 +393,15 @@ def tables(measure: Measure, results: Sequence[Result], contrasts: Sequence[Cont
         score, by_seed = result.scores[measure.name], result.by_seed[measure.name]
         spread = f"{np.std(by_seed, ddof=1):.2f}" if len(by_seed) > 1 else ""
         rate = "" if result.rate is None else f"{result.rate:g}"
-        rows.append((result.name, rate, f"{score.value:.2f}", f"{score.low:.2f} to {score.high:.2f}", spread))
+        rows.append((result.name, rate, f"{score.value:.2f}", score.interval(".2f"), spread))
     yield from align_columns(rows, left=len(rows[0]))
     rows = [("", "less", "difference", "95 % interval", "")]
     for contrast in contrasts:
         if contrast.measure == measure.name:
             apart = contrast.difference
-            low, high = apart.simultaneous or (apart.low, apart.high)
-            limits, mark = f"{apart.low:+.2f} to {apart.high:+.2f}", "*" if low > 0 or high < 0 else ""
-            rows.append((contrast.name, contrast.against, f"{apart.value:+.2f}", limits, mark))
+            low, high = apart.simultaneous or (0.0, 0.0)
+            mark = "*" if low > 0 or high < 0 else ""
+            rows.append((contrast.name, contrast.against, f"{apart.value:+.2f}", apart.interval("+.2f"), mark))
     if len(rows) > 1:
         yield ""
         yield from align_columns(rows, left=len(rows[0]))
@@ -416,7 +415,7 @@ def remarks(results: Sequence[Result], contrasts: Sequence[Contrast], seeds: int
             "out by chance; * leaves it out with all of them taken together (Bonferroni)"
         )
     if seeds < LEAST_SEEDS:
-        yield f"with {seeds} seeds the intervals are over the test's items only; {LEAST_SEEDS} say how seeds differ"
+        yield f"no intervals: {seeds} seeds do not tell how seeds differ; {LEAST_SEEDS} do (--seeds {LEAST_SEEDS})"
     edges = [row.name for row in results if len(row.losses) > 1 and row.rate in (min(row.losses), max(row.losses))]
     if edges:
         yield f"the best rate is the smallest or the largest of all tried for {', '.join(edges)}: try others (--rates)"
@@ -435,6 +434,12 @@ def _points(axes: Any, across: Sequence[float], rows: Sequence[tuple[float, floa
     axes.errorbar(across, scores, yerr=np.abs(np.array(limits) - scores), marker="o", capsize=3, **look)
 
 
+def _limits(estimate: Estimate) -> tuple[float, float, float]:
+    """Returns value and limits, which are the value itself where there are none."""
+    value = estimate.value
+    return value, value if estimate.low is None else estimate.low, value if estimate.high is None else estimate.high
+
+
 def draw_scores(results: Sequence[Result], measure: Measure, to: Path) -> None:
     """Draws score against rank, a line for each method with its intervals; without a rank it is level."""
     figure, axes = _chart("rank", f"{measure.name}: {measure.metric}, 95 % interval")
@@ -451,8 +456,7 @@ def draw_scores(results: Sequence[Result], measure: Measure, to: Path) -> None:
             continue
         ranks = [(row.rank or 0) * 1.04 ** (number - 1) for row in rows]  # intervals beside each other
         estimates = [row.scores[measure.name] for row in rows]
-        limits = [(estimate.value, estimate.low, estimate.high) for estimate in estimates]
-        _points(axes, ranks, limits, color=colour, label=method)
+        _points(axes, ranks, [_limits(estimate) for estimate in estimates], color=colour, label=method)
     axes.legend(frameon=False)
     save_png(figure, to)
 

@@ -17,8 +17,8 @@ more beyond them while the last one is best (seven at most). Only then the test 
   dora-vl compare runs/my/run.yaml --methods dora,lora --ranks 8 --rates 1e-4,3e-4,1e-3 --seeds 5 --to runs/compared
 
 A score is the test's own metric; several sets are averaged where they have the same one. Differences of methods, of
-neighbouring ranks and to the untrained model are paired over the test's items; 95 % intervals are over items and, from
-three seeds on, seeds together, and a star marks a difference that holds with all of the table's taken together.
+neighbouring ranks and to the untrained model are paired over the test's items; 95 % intervals are over items and seeds
+together, from three seeds on, and a star marks a difference that holds with all of the table's taken together.
 
 The recipe needs data.validation (or data.validation_share) and a test. A recipe's `alpha / rank` is kept for every
 rank. Started again, also by several processes or on several machines at a time, it resumes: each run is a folder of its

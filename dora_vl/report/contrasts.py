@@ -5,28 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 
 import numpy as np
 
 from dora_vl.errors import UserError
 from dora_vl.evaluation.scores.scored import (
     SHARES,
+    TAIL,
     Numbers,
     Scored,
     common_headline,
     drawn,
     intervals,
     paired_differences,
+    quantile,
 )
 
 LEAST_SEEDS = 3
-"""Fewer seeds say too little of how seeds differ; an interval is then over units only."""
+"""Fewer do not tell how seeds differ: with one or two, limits over items alone held the truth half of the time."""
+UNTRAINED = "untrained"
+"""This contender has no seeds: its one run stands for all."""
 SHARED = 0.25
 """This share of the units' chance is taken out of the seeds' variance, which holds all of it. Chosen among 0, 1/4,
 1/2, 3/4 and 1 by simulations with 3 and 5 seeds that differ by 0, 2 and 8 points: with it the intervals held the truth
 in 93.5 to 97 of 100 cases, with 1 in 91.7 to 97.8. tests/report/test_contrasts.py asks for 92.5 to 97.5."""
-QUADRATURE = np.polynomial.legendre.leggauss(64)
 
 SetScores = Mapping[str, Scored]
 """Maps a test set's name to its score."""
@@ -34,12 +36,19 @@ SetScores = Mapping[str, Scored]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its interval; `simultaneous` holds for all contrasts of a table at once."""
+    """A value and its interval; `simultaneous` holds for all contrasts of a table at once.
+
+    Without limits where too few seeds were trained to tell how seeds differ.
+    """
 
     value: float
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
     simultaneous: tuple[float, float] | None = None
+
+    def interval(self, form: str = ".1f") -> str:
+        """Writes both limits; nothing where there are none."""
+        return "" if self.low is None else f"{self.low:{form}} to {self.high:{form}}"
 
 
 @dataclass(frozen=True)
@@ -83,16 +92,23 @@ class Contenders:
             for results in self.runs[name]
         ]
 
-    def score(self, measure: Measure, name: str) -> Estimate:
-        """Returns a contender's mean over seeds."""
-        low, high = self._interval(measure, name, None, tail=0.025)
-        return Estimate(float(np.mean(self.by_seed(measure, name))), low, high)
+    def score(self, measure: Measure, name: str, *, over_seeds: bool = True) -> Estimate:
+        """Returns a contender's mean over seeds; its interval is over the test's items alone if not over seeds too."""
+        value = float(np.mean(self.by_seed(measure, name)))
+        if over_seeds and not self._tells_seeds(name):
+            return Estimate(value)
+        return Estimate(value, *self._interval(measure, name, None, tail=TAIL))
 
     def difference(self, measure: Measure, name: str, other: str, *, contrasts: int = 1) -> Estimate:
         """Returns a contender's mean less another's, over the same draws of units; one of `contrasts`."""
         value = float(np.mean(self.by_seed(measure, name)) - np.mean(self.by_seed(measure, other)))
-        own = self._interval(measure, name, other, tail=0.025)
-        return Estimate(value, *own, self._interval(measure, name, other, tail=0.025 / contrasts))
+        if not (self._tells_seeds(name) and self._tells_seeds(other)):
+            return Estimate(value)
+        own = self._interval(measure, name, other, tail=TAIL)
+        return Estimate(value, *own, self._interval(measure, name, other, tail=TAIL / contrasts))
+
+    def _tells_seeds(self, name: str) -> bool:
+        return name == UNTRAINED or len(self.runs[name]) >= LEAST_SEEDS
 
     def _interval(self, measure: Measure, name: str, other: str | None, *, tail: float) -> tuple[float, float]:
         """Returns limits that leave `tail` out on either side."""
@@ -103,11 +119,13 @@ class Contenders:
         if other is not None:
             middle -= float(np.mean(self.by_seed(measure, other)))
             apart = apart - self._mean_draws(measure, other)
-        half = half_width(parts, float(np.nanvar(apart)), tail)
+        units = min(len(self.runs[name][0][of_set].units) for of_set in measure.sets)
+        half = half_width(parts, float(np.nanvar(apart)), tail, units)
         if half < 1e-6:
             return self._of_equal_units(measure, name, other)
         low, high = middle - half, middle + half
-        return (max(low, 0.0), min(high, 100.0)) if measure.metric in SHARES and other is None else (low, high)
+        least = 0.0 if other is None else -100.0
+        return (max(low, least), min(high, 100.0)) if measure.metric in SHARES else (low, high)
 
     def _mean_draws(self, measure: Measure, name: str) -> Numbers:
         """Returns the contender's mean over seeds in each draw of units."""
@@ -156,15 +174,16 @@ def seed_part(values: Sequence[float], each: float, together: float) -> SeedPart
     return SeedPart(float(np.var(values, ddof=1)) / runs, max(0.0, each - together) / (runs - 1), runs)
 
 
-def half_width(parts: Sequence[SeedPart], units: float, tail: float) -> float:
-    """Returns half of an interval that leaves `tail` out on either side; `units` is the variance that units make.
+def half_width(parts: Sequence[SeedPart], of_units: float, tail: float, units: int) -> float:
+    """Returns half of an interval that leaves `tail` out on either side; `of_units` is the variance that units make.
 
-    The seeds' part of the variance has few degrees of freedom, so it is taken with Student's t, the units' part, from
-    the bootstrap, with the normal distribution.
+    Both parts of the variance are taken with Student's t: the seeds' has few degrees of freedom, the bootstrap's one
+    less than there are units, and is too small by as much.
     """
     seeds = [max(0.0, part.variance - SHARED * part.shared) for part in parts]
-    rest = max(0.0, units - (1 - SHARED) * sum(part.shared for part in parts))
-    squared = quantile(tail, math.inf) ** 2 * rest
+    rest = max(0.0, of_units - (1 - SHARED) * sum(part.shared for part in parts))
+    freedom = max(1, units - 1)
+    squared = quantile(tail, freedom) ** 2 * rest * (freedom + 1) / freedom
     if (total := sum(seeds)) > 0:
         weights = [seed**2 / (part.runs - 1) for seed, part in zip(seeds, parts, strict=True) if seed > 0]
         squared += quantile(tail, total**2 / sum(weights)) ** 2 * total
@@ -177,24 +196,3 @@ def _aligned(of_set: str, results: SetScores, reference: Scored, name: str) -> S
         raise UserError(f"{name} was not asked the same items of {of_set} as the others; test all of them again")
     items = {item: replace(results[of_set].items[item], unit=score.unit) for item, score in reference.items.items()}
     return replace(results[of_set], items=items)
-
-
-@cache
-def quantile(tail: float, freedom: float) -> float:
-    """Returns what Student's t exceeds with this probability; the normal's for infinite freedom."""
-    low, high = 0.0, 1e4
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _above(middle, freedom) > tail else (low, middle)
-    return (low + high) / 2
-
-
-def _above(value: float, freedom: float) -> float:
-    """Integrates Student's density above a value from 0, at t = sqrt(freedom) tan(angle)."""
-    if math.isinf(freedom):
-        return math.erfc(value / math.sqrt(2)) / 2
-    angle = math.atan(value / math.sqrt(freedom))
-    places, weights = QUADRATURE
-    density = np.cos((places + 1) / 2 * angle) ** (freedom - 1)
-    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
-    return 0.5 - float(np.sum(weights * density)) * scale * angle / 2

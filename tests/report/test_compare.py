@@ -78,7 +78,7 @@ class Trainings:
 
 
 def compared(folder: Path, *more: str) -> None:
-    words = ["--methods", "dora,lora", "--ranks", "4,8,4", "--seeds", "2", "--untrained", "--to", str(folder / "out")]
+    words = ["--methods", "dora,lora", "--ranks", "4,8,4", "--seeds", "3", "--untrained", "--to", str(folder / "out")]
     main(["compare", str(recipe(folder)), *words, *more])
 
 
@@ -89,7 +89,7 @@ def test_each_contender_is_tested_at_the_rate_of_its_lowest_loss(tmp_path: Path,
     sweep = [words for words in trainings.started if words not in tested]
     assert len(sweep) == 2 * (3 + 4)  # of LoRA the smallest was the best at first
     assert {words["training.seed"] for words in sweep} == {"5"}
-    assert len(tested) == 1 + 2 * 2 * 2  # the untrained model, and each contender with two seeds
+    assert len(tested) == 1 + 2 * 2 * 3  # the untrained model, and each contender with three seeds
     rates = {(words.get("adapter.method"), words["training.learning_rate"]) for words in tested}
     assert rates == {("dora", "0.01"), ("lora", "0.0032"), (None, "0")}
     assert {(words["adapter.rank"], words["adapter.alpha"]) for words in sweep} == {("4", "12"), ("8", "24")}
@@ -124,7 +124,7 @@ def test_a_stopped_comparison_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
     assert not list((tmp_path / "out").rglob("failed.txt"))
     second = Trainings(monkeypatch)
     compared(tmp_path)
-    assert len(first.started[:2]) + len(second.started) == 14 + 9
+    assert len(first.started[:2]) + len(second.started) == 14 + 13
 
 
 @pytest.mark.parametrize(

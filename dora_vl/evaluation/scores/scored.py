@@ -7,10 +7,11 @@ applies the same formula.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from math import sqrt
+from functools import cache, cached_property
+from statistics import NormalDist
 from typing import Any, ClassVar
 
 import numpy as np
@@ -253,20 +254,56 @@ def score_points(
     return tally.scored(formulas, settings=settings)
 
 
-Z = 1.959963984540054
-"""95 % of a normal distribution lies within this many standard deviations."""
 RESAMPLES = 2000
 COUNTS_AT_ONCE = 4_000_000  # 32 MB
-PERCENTILES = (2.5, 97.5)
+TAIL = 0.025
+"""A 95 % interval leaves this share out on either side."""
 LEAST_SHARE = 0.1  # percentiles of a smaller share of the draws would say nothing
 
 
-def wilson(share: float, units: int) -> Limits:
-    """Returns the 95 % interval of a share of `units` (Wilson 1927, no continuity correction)."""
-    scale = 1 + Z**2 / units
-    middle = (share + Z**2 / (2 * units)) / scale
-    half = Z * sqrt(share * (1 - share) / units + Z**2 / (4 * units**2)) / scale
-    return (0.0 if share <= 0 else middle - half), (1.0 if share >= 1 else middle + half)
+def share_limits(share: float, units: float) -> Limits:
+    """Returns the 95 % interval of a share of `units`, which need not be whole (Clopper and Pearson 1934)."""
+    right, wrong = share * units, (1 - share) * units
+    low = 0.0 if share <= 0 else _solved(lambda value: beta_share(right, wrong + 1, value), TAIL)
+    high = 1.0 if share >= 1 else _solved(lambda value: beta_share(right + 1, wrong, value), 1 - TAIL)
+    return low, high
+
+
+@cache
+def quantile(tail: float, freedom: float) -> float:
+    """Returns what Student's t exceeds with this probability; the normal's for infinite freedom."""
+    if math.isinf(freedom):
+        return NormalDist().inv_cdf(1 - tail)
+    share = _solved(lambda value: beta_share(freedom / 2, 0.5, value), 2 * tail)  # share = freedom / (freedom + t^2)
+    return math.sqrt(freedom / share - freedom)
+
+
+def _solved(rising: Callable[[float], float], value: float) -> float:
+    """Returns where a function that rises from 0 to 1 over 0 to 1 has a value."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rising(middle) < value else (low, middle)
+    return (low + high) / 2
+
+
+def beta_share(a: float, b: float, x: float) -> float:
+    """Returns the share of a beta distribution below x, by its continued fraction (DLMF 8.17.22)."""
+    if not 0 < x < 1:
+        return float(x >= 1)
+    if x > (a + 1) / (a + b + 2):  # where the fraction converges slowly
+        return 1 - beta_share(b, a, 1 - x)
+    fraction, above, below = 1.0, 1.0, 0.0
+    for n in range(1, 1000):
+        m, odd = divmod(n, 2)
+        top = -(a + m) * (a + b + m) if odd else m * (b - m)
+        term = top * x / ((a + n - 1) * (a + n))
+        above, below = 1 + term / above, 1 / (1 + term * below)
+        fraction *= above * below
+        if abs(above * below - 1) < 1e-12:
+            break
+    logarithm = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    return math.exp(logarithm) / (a * fraction)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,13 +316,13 @@ class Difference:
 
 
 def intervals(scored: Scored) -> dict[str, Limits]:
-    """Bootstraps the 95 % percentile interval of every metric that is a formula.
+    """Bootstraps the 95 % interval of every metric that is a formula.
 
     Units (pictures, sentences, clips) are drawn with replacement, each with all of its questions. What a metric
     takes from the whole set, such as CIDEr's document frequencies, stays that of the whole set.
 
-    A draw without any item of a kind says nothing about that kind and is left out of its percentiles. A metric that
-    fewer than a tenth of the draws have (the mean over several kinds of one item each) gets no interval.
+    A draw without any item of a kind says nothing about that kind and is left out. A metric that fewer than a tenth of
+    the draws have (the mean over several kinds of one item each) gets no interval.
     """
     (own,) = drawn([scored])
     limits_of = {name: _interval(values, scored.formulas[name], [scored]) for name, values in own.items()}
@@ -330,47 +367,58 @@ def drawn(several: Sequence[Scored]) -> list[dict[str, Numbers]]:
 
 
 def _interval(values: Numbers, formula: Formula, scores: Sequence[Scored]) -> Limits | None:
-    """Returns percentiles of the draws that are a number; None where too few are.
+    """Returns the 95 % interval of draws of a metric, or of a difference; None where too few draws are a number.
 
-    Percentiles of equal draws, as where every answer is right, would call that certain. There a share has Wilson's
-    limits: forty of forty right may be 91 % of all such questions. Equal units differ only by rounding.
+    Plain percentiles are too narrow for few units and for shares near 0 or 1 (test_coverage.py simulates it):
+
+    - A share has exact limits for as many independent answers as would vary as the draws do (Korn and Graubard 1998).
+      Where the units are all alike they count as one answer each: forty of forty right may be 91 % of all questions.
+    - Of anything else the percentiles lie further out, by Student's t and n / (n - 1) (Hesterberg 2015, "expanded
+      percentiles"). They never leave what is possible.
     """
     numbers = values[~np.isnan(values)]
     if len(numbers) < max(1, LEAST_SHARE * len(values)):
         return None
-    low, high = (float(limit) for limit in np.percentile(numbers, PERCENTILES))
-    if high - low > 1e-9 * max(1.0, abs(high)):
-        return low, high
-    return _limits_of(formula, scores) or (low, high)
-
-
-def _limits_of(formula: Formula, scores: Sequence[Scored]) -> Limits | None:
-    """Returns limits of a share, or of the difference of two shares that is the same in every unit.
-
-    None for other metrics; a mean or sum of shares has the mean or sum of theirs, which is wide rather than narrow. The
-    units of a difference that were not seen may differ: their share is Wilson's upper limit for none of the units seen,
-    and each of them may be anything from -1 to 1.
-    """
-    if isinstance(formula, Total):
-        parts = [limits for part in formula.parts if (limits := _limits_of(part, scores)) is not None]
-        if len(parts) < len(formula.parts) or not parts:
-            return None
-        low, high = formula.join(parts, axis=0)
+    spread, largest = float(numbers.std()), max(1.0, float(np.abs(numbers).max()))
+    equal, top = spread < 1e-9 * largest, _largest(formula, scores)
+    if top is None or (len(scores) > 1 and not equal):
+        units = max(2, _units(formula, scores[0]))
+        tail = NormalDist().cdf(-quantile(TAIL, units - 1) * math.sqrt(units / (units - 1)))
+        low, high = np.percentile(numbers, (100 * tail, 100 * (1 - tail)))
         return float(low), float(high)
+    units = _units(formula, scores[0])
+    if len(scores) > 1:  # the units are alike; those not seen may differ, each by anything from -1 to 1
+        value, other = float(numbers.mean()) / top, share_limits(0.0, units)[1]
+        return top * (value - other * (value + 1)), top * (value + other * (1 - value))
+    totals = _sums(scores[0].names, scores[0].columns, np.ones((1, len(scores[0].columns))))
+    share = float(formula(totals)[0]) / top
+    variance = (spread / top) ** 2 * units / max(1, units - 1)
+    low, high = share_limits(share, units if equal else share * (1 - share) / variance)
+    return top * low, top * high
+
+
+def _units(formula: Formula, scored: Scored) -> int:
+    """Counts the units that a metric is about; of a sum or mean, those of the part with fewest."""
+    if isinstance(formula, Total):
+        return min((_units(part, scored) for part in formula.parts), default=0)
+    if not isinstance(formula, Ratio):
+        return len(scored.columns)
+    return int((formula.sides(_by_unit(scored))[1] > 0).sum())
+
+
+def _largest(formula: Formula, scores: Sequence[Scored]) -> float | None:
+    """Returns what a share, or a mean or sum of shares, is at most; None for other metrics."""
+    if isinstance(formula, Total):
+        parts = [_largest(part, scores) for part in formula.parts]
+        return None if not parts or None in parts else float(formula.join(parts, axis=0))
     if not isinstance(formula, Ratio):
         return None
-    shares: list[tuple[float, int]] = []
     for scored in scores:
-        top, bottom = formula.sides(dict(zip(scored.names, scored.columns.T, strict=True)))
-        counted = bottom > 0
-        if not counted.any() or (top < 0).any() or (top > bottom).any():  # the top is not a share of the bottom
+        top, bottom = formula.sides(_by_unit(scored))
+        if not (bottom > 0).any() or (top < 0).any() or (top > bottom).any():  # the top is not a share of the bottom
             return None
-        shares.append((float(top[counted].sum() / bottom[counted].sum()), int(counted.sum())))
-    (value, units), *others = shares
-    if not others:
-        low, high = wilson(value, units)
-    else:
-        value -= others[0][0]
-        other = wilson(0.0, units)[1]
-        low, high = value - other * (value + 1), value + other * (1 - value)
-    return formula.scale * low, formula.scale * high
+    return formula.scale
+
+
+def _by_unit(scored: Scored) -> Sums:
+    return dict(zip(scored.names, scored.columns.T, strict=True))

@@ -1,4 +1,4 @@
-"""Intervals: as wide as theory says, the same at every run, by whole units, paired, and Wilson's where all agree."""
+"""Intervals: as wide as theory says, the same at every run, by whole units, paired, and exact where all agree."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ from dora_vl.data.example import Answer, Example
 from dora_vl.errors import UserError
 from dora_vl.evaluation.scores import exact, vqa
 from dora_vl.evaluation.scores import scored as bootstrap
-from dora_vl.evaluation.scores.scored import Mean, Ratio, Scored, Tally, Total, intervals, paired_differences, wilson
+from dora_vl.evaluation.scores.scored import (
+    Mean,
+    Ratio,
+    Scored,
+    Tally,
+    Total,
+    intervals,
+    paired_differences,
+    share_limits,
+)
 
 
 def questions(hits: list[int], per_unit: int = 1) -> Scored:
@@ -66,7 +75,7 @@ def of_kinds(kinds: list[str], right: set[int]) -> Scored:
 def test_draws_without_a_rare_kind_are_left_out_of_its_interval_and_of_its_difference() -> None:
     kinds = ["usual"] * 39 + ["rare"]
     ours, theirs = of_kinds(kinds, {*range(20), 39}), of_kinds(kinds, set(range(20)))
-    one_unit = 100 / (1 + 1.96**2)  # Wilson of one of one; other draws say nothing of it
+    one_unit = 100 * 0.025  # exact of one of one; other draws say nothing of it
     assert intervals(ours)["kind/rare"] == (pytest.approx(one_unit, abs=0.01), 100.0)
     assert intervals(theirs)["kind/rare"] == (0.0, pytest.approx(100 - one_unit, abs=0.01))
     difference = paired_differences(ours, theirs)["kind/rare"]
@@ -105,21 +114,22 @@ def agreeing(hits: list[int], per_unit: int = 1) -> Scored:
 
 @pytest.mark.parametrize(
     ("right", "of", "low", "high"),
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+    [(81, 263, 0.2527, 0.3676), (15, 148, 0.0578, 0.1617), (0, 20, 0.0, 0.1684), (1, 29, 0.0009, 0.1776)],
 )
-def test_the_limits_are_those_of_newcombe_s_table(right: int, of: int, low: float, high: float) -> None:
-    """Newcombe, Two-sided confidence intervals for the single proportion (1998), table I, method 3."""
-    assert wilson(right / of, of) == pytest.approx((low, high), abs=5e-5)
+def test_the_limits_of_a_share_are_those_of_newcombe_s_table(right: int, of: int, low: float, high: float) -> None:
+    """Newcombe, Two-sided confidence intervals for the single proportion (1998), table I, method 5."""
+    assert share_limits(right / of, of) == pytest.approx((low, high), abs=5e-5)
 
 
-def test_where_all_agree_a_share_has_wilson_s_limits() -> None:
+def test_where_all_agree_a_share_has_exact_limits() -> None:
     limits = intervals(agreeing([1] * 40))
-    low = pytest.approx(91.24, abs=5e-3)
+    low = pytest.approx(91.19, abs=5e-3)
     assert limits["accuracy"] == (low, 100.0)
     assert limits["mean"] == pytest.approx(limits["accuracy"])
     assert limits["sum"] == pytest.approx((2 * limits["accuracy"][0], 200.0))
     assert limits["odd"][0] < 100 * 40 / 30 < limits["odd"][1]  # more than is below it is no share: drawn
-    assert intervals(agreeing([0] * 40))["accuracy"] == (0.0, pytest.approx(100 - 91.24, abs=5e-3))
+    assert intervals(agreeing([0] * 40))["accuracy"] == (0.0, pytest.approx(100 - 91.19, abs=5e-3))
     together = intervals(agreeing([1] * 40, per_unit=10))["accuracy"]  # questions of one picture count as one
-    assert together[0] == pytest.approx(100 * wilson(1.0, 4)[0])
-    assert intervals(agreeing([1] * 39 + [0]))["accuracy"] == (92.5, 100.0)  # one wrong answer: left to the draws
+    assert together[0] == pytest.approx(100 * share_limits(1.0, 4)[0])
+    low, high = intervals(agreeing([1] * 39 + [0]))["accuracy"]
+    assert (low, high) == (pytest.approx(100 * share_limits(39 / 40, 40)[0], abs=0.3), pytest.approx(99.94, abs=0.02))
