@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from difflib import get_close_matches
 from functools import lru_cache
+from typing import Any
 
 from dora_vl.data.pictures import PICTURE_ENDINGS, VIDEO_ENDINGS
 from dora_vl.data.text_file import json_of
@@ -114,6 +115,13 @@ def is_empty(value: object) -> bool:
                 return False
         return True
     return value == b"" or value != value
+
+
+def without_nulls(value: Any) -> Any:
+    """Drops the nulls with which Arrow fills what an object lacks, where others of its column have it."""
+    if isinstance(value, Mapping) and value.keys() != {"bytes", "path"}:
+        return {name: without_nulls(content) for name, content in value.items() if content is not None}
+    return [without_nulls(entry) for entry in value] if isinstance(value, list) else value
 
 
 def is_nan_text(value: object) -> bool:

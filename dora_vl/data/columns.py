@@ -140,6 +140,8 @@ class Resolved:
     format: RowFormat | None
     fields: Row
     uses: Mapping[str, str] = field(default_factory=dict)
+    called: Mapping[str, str] = field(default_factory=dict)
+    """Maps a role to the name of its column, as `data.columns` has it or in plain spelling."""
 
 
 Candidate = Mapping[str, str]
@@ -234,7 +236,8 @@ class Columns:
         if self.ask and shape.format.name in MAY_LACK_QUESTION and is_empty(fields.get("question")):
             fields["question"] = self.ask
         uses = {name: roles.get(name, "") for name in shape.names}
-        resolved = Resolved(shape.format, fields, uses)
+        called = {role: self.roles.get(name, plain_name(name)) for name, role in reversed(roles.items())}
+        resolved = Resolved(shape.format, fields, uses, called)
         if strict and (left := [name for name, role in uses.items() if not role]):
             self._refuse_second(row, left)
             _refuse_left_out(row, left if not self.roles else [*filterfalse(self._role_is_taken, left)], resolved)

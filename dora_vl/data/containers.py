@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dora_vl.data.column_names import ROLES, Cell, plain_name
+from dora_vl.data.column_names import ROLES, Cell, plain_name, without_nulls
 from dora_vl.data.pictures import PICTURE_ENDINGS, VIDEO_ENDINGS
 from dora_vl.data.text_file import (
     LONGEST_REASON,
@@ -238,12 +238,12 @@ def _class_names(metadata: Mapping[bytes, bytes] | None) -> ClassNames:
         return {}
 
 
-def _with_class_names(row: dict[str, object], names: ClassNames) -> dict[str, object]:
-    """Returns the row with a class's name for its number."""
+def _as_written(row: dict[str, object], names: ClassNames) -> dict[str, object]:
+    """Returns the row with a class's name for its number, and without the nulls that fill its objects."""
     for column, words in names.items():
         if isinstance(number := row.get(column), int):
             row[column] = words[number] if 0 <= number < len(words) else None  # -1: no label, as `datasets` has it
-    return row
+    return {column: without_nulls(value) if isinstance(value, list | dict) else value for column, value in row.items()}
 
 
 def _rows_at_once(rows: int, size: int) -> int:
@@ -278,7 +278,7 @@ def _rows(batches: Iterable[pa.RecordBatch], whole: Iterable[str]) -> Iterator[d
                 for name in whole:
                     if row[name] is not None and row[name] == row[name]:
                         row[name] = int(row[name])
-                yield _with_class_names(row, names)
+                yield _as_written(row, names)
 
 
 LISTS = frozenset({"messages", "conversations", "texts", "turns", "images", "image", "answers", "subtitles"})
@@ -325,7 +325,7 @@ def hub_rows(name: str, stream: datasets.IterableDataset) -> Iterator[dict[str, 
     features = (stream.features or {}).items()
     names = {column: kind.names for column, kind in features if isinstance(kind, datasets.ClassLabel)}
     with _reading_hub(name):
-        yield from (_with_class_names(row, names) for row in stream)
+        yield from (_as_written(row, names) for row in stream)
 
 
 @contextlib.contextmanager

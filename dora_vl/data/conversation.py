@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from decimal import Decimal
 from typing import Any
 
 from dora_vl.data.column_names import MEDIUM, UNREAD, is_empty, lost_content, parsed
@@ -55,7 +56,15 @@ PICTURE_PARTS = ("image", "image_url", "input_image")
 PAYLOADS = ("image", "image_url", "url", "path", "bytes", "data")
 VIDEO_PARTS = ("video", "video_url", "input_video")
 VIDEO_PAYLOADS = ("path", "video", "url", "video_url")
-CLIP_TIMES = (("start_seconds", "video_start"), ("end_seconds", "video_end"))
+CLIP_TIMES = (("start_seconds", "video_start", "start_time"), ("end_seconds", "video_end", "end_time"))
+MOMENTS = frozenset(
+    ("start", "end", "begin", "finish", "start_time", "end_time", "start_frame", "end_frame", "frame", "frames")
+) | {"timestamp", "timestamps", "time", "ts", "offset"}
+"""These may say which part of a video is meant, in seconds or frames."""
+OF_VIDEO = "a part of the video; an object of path, start_seconds and end_seconds says which"
+SEEN_AS = ("fps", "nframes", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels", "detail")
+SEEN_AS += ("resized_height", "resized_width")
+OF_SIZE = "how large or how often it is seen, which is a setting of the run, the same for all samples"
 PARTS: Mapping[object, frozenset[str]] = {
     **dict.fromkeys(TEXT_PARTS, frozenset(("type", "text", "image", "image_url", "url", "path"))),
     **dict.fromkeys(PICTURE_PARTS, frozenset(("type", "index", *PAYLOADS))),
@@ -72,7 +81,9 @@ TRAINED = ("train", "train_on_turn", "loss", "weight")
 """These keys mark whether a turn is trained. Only an answer can be, wholly or not at all; other marks are refused."""
 _RESULTS = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
 """Hermes' tools answer in tags, which templates write by themselves."""
-_TAGS = re.compile(r"<(?:img>(.*?)</img>|bbox>|ref-object>|audio>(?!.*</audio>))", re.DOTALL)
+_TAGS = re.compile(
+    r"<(?:img>(.*?)</img>|image>(?=[^<]*</image>)([^<]*)</image>|bbox>|ref-object>|audio>(?!.*</audio>))", re.DOTALL
+)
 """Qwen names a picture in its text; ms-swift marks places for what is in other columns."""
 
 
@@ -148,6 +159,7 @@ class _Conversation:
             return
         if not isinstance(message, Mapping):
             raise Unusable(f"turn {number} must be an object of role and text, got {short_repr(message)}")
+        message = _usual_message(message)
         who, what = ("from", "value") if message.get("role") is None and "from" in message else ("role", "content")
         role = ROLES.get(speaker) if isinstance(speaker := message.get(who), str) else None
         if role is None:
@@ -245,6 +257,10 @@ class _Conversation:
                     continue
                 what = "an answer is trained wholly or not, by 1 or 0" if answers else "only answers are trained"
                 raise UnreadKey(message, f"{path}{key}", what)
+            if key in SEEN_AS and read is not BESIDE["images"]:
+                raise UnreadKey(message, f"{path}{key}", OF_SIZE)
+            if key in MOMENTS and read in (BESIDE["videos"], PARTS["video"]):
+                raise UnreadKey(message, f"{path}{key}", OF_VIDEO)
             loss = lost_content(key, value, unknown=True)
             if loss is not None or path:
                 raise UnreadKey(message, f"{path}{loss[0] if loss else key}", loss[1] if loss else UNREAD)
@@ -252,7 +268,7 @@ class _Conversation:
     def _part(self, part: object, message: object, path: str, number: int) -> str:
         if isinstance(part, str):
             return self._words(part)
-        fields = part if isinstance(part, Mapping) else {}
+        fields = _usual_part(part) if isinstance(part, Mapping) else {}
         kind, text = fields.get("type"), fields.get("text")
         if kind is None:
             kind = next((key for key in ("text", "image", "image_url", "video") if not is_empty(fields.get(key))), "")
@@ -286,16 +302,18 @@ class _Conversation:
         """Returns the text, `<image>` for pictures that it names in tags; those beside take its places in order."""
         if "<" not in text:
             return text
-        for index in self._left[: text.count(IMAGE_PLACEHOLDER)]:
+        plain = _TAGS.sub("", text)
+        for index in self._left[: plain.count(IMAGE_PLACEHOLDER)]:
             self._take(index)
         count = text.count(VIDEO_PLACEHOLDER)
         self.clips += self.clips_left[:count]
         del self.clips_left[:count]
         for tag in _TAGS.finditer(text):
-            if tag[1] is None:
+            name = tag[1] if tag[2] is None else tag[2]
+            if name is None:
                 remedy = "write what it means into the text"
                 raise Unusable(f"its text has {tag[0]}, which nothing here fills; {remedy}")
-            self._images.append(self._picture(tag[1].strip(), "<img>"))
+            self._images.append(self._picture(name.strip(), tag[0][:5]))
             self._tagged += 1
         return _TAGS.sub(IMAGE_PLACEHOLDER, text)
 
@@ -311,10 +329,34 @@ class _Conversation:
         return picture_name(value, key, self.image_bytes)
 
 
+def _usual_message(message: Mapping[str, object]) -> Mapping[str, object]:
+    """Returns a message with its text as `content`, which Gemini's calls `parts`."""
+    if "parts" not in message or "content" in message:
+        return message
+    return {"content" if key == "parts" else key: value for key, value in message.items()}
+
+
+def _usual_part(part: Mapping[str, object]) -> Mapping[str, object]:
+    """Returns a part as it is, or Anthropic's and Gemini's of a picture with a path or data that is read here."""
+    key = next((key for key in ("source", "inline_data", "inlineData", "file_data", "fileData") if key in part), None)
+    held = None if key is None else part[key]
+    if key is None or not isinstance(held, Mapping):
+        return part
+    names = ("data", "url", "file_uri", "fileUri")
+    values = {name: value for name in names if not is_empty(value := held.get(name))}
+    kinds = [value for name in ("media_type", "mime_type", "mimeType") if (value := held.get(name))]
+    is_read = held.keys() <= {"type", *names, "media_type", "mime_type", "mimeType"} and len(values) == 1
+    if not is_read or not all(str(kind).startswith("image/") for kind in kinds):
+        return part
+    ((name, value),) = values.items()
+    value = f"data:image;base64,{value}" if name == "data" else value
+    return {**{other: entry for other, entry in part.items() if other != key}, "type": "image", "image": value}
+
+
 def _in_list(value: object) -> Sequence[Any]:
-    """Returns the list in a column or message, also one written as JSON or a single entry, without nulls."""
-    value = without_nulls(parsed(value))
-    return [parsed(entry) for entry in value] if isinstance(value, list) else [value]
+    """Returns the list in a column or message, also one written as JSON or a single entry, without null entries."""
+    value: Any = parsed(value)
+    return [parsed(entry) for entry in value if entry is not None] if isinstance(value, list) else [value]
 
 
 def as_json(value: object) -> str:
@@ -343,6 +385,7 @@ def _call(call: object) -> dict[str, object]:
     named = function if isinstance(function, Mapping) else {}
     arguments = named.get("arguments")
     arguments = {} if is_empty(arguments) else parsed(arguments)
+    fields, named = ({key: value for key, value in of.items() if value is not None} for of in (fields, named))
     is_whole = isinstance(named.get("name"), str) and bool(named["name"]) and isinstance(arguments, dict)
     unread = {*named, *fields} - {"id", "type", "index", "function", "name", "arguments"}
     if not is_whole or unread or fields.get("type", "function") != "function":
@@ -371,7 +414,7 @@ def _template_arguments(row: Row, first: str) -> dict[str, object]:
         if "<tools>" not in first or not all(str(name) in first for name in names):
             beside[TOOLS] = tools
     if not is_empty(row.get(KWARGS)):
-        beside[KWARGS] = arguments = without_nulls(parsed(row[KWARGS]))
+        beside[KWARGS] = arguments = parsed(row[KWARGS])
         if not isinstance(arguments, dict):
             raise Unusable(f"{KWARGS!r} must be an object, got {short_repr(arguments)}")
     return beside
@@ -408,13 +451,6 @@ def _read_clip(value: object, key: str) -> Clip:
     return Clip(path=path, start_seconds=start, end_seconds=end)
 
 
-def without_nulls(value: Any) -> Any:
-    """Drops the nulls with which tables fill what a row lacks."""
-    if isinstance(value, Mapping):
-        return {name: without_nulls(content) for name, content in value.items() if content is not None}
-    return [without_nulls(entry) for entry in value] if isinstance(value, list) else value
-
-
 ANSWERED = ("answer", "choices", "output", "rejected")
 """A boolean of these is text."""
 
@@ -425,7 +461,9 @@ def as_text(value: object, name: str) -> str:
         return value or ""
     if isinstance(value, bool) and name in ANSWERED:
         return as_json(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:  # NaN: a table's empty cell
+    if (
+        isinstance(value, bool) or not isinstance(value, int | float | Decimal) or value != value
+    ):  # NaN: a table's empty cell
         inner = f"; data.columns may name a key of it, COLUMN.{next(iter(value))}" if isinstance(value, dict) else ""
         raise Unusable(f"{name!r} must hold text, got {short_repr(value)}{inner}")
     try:

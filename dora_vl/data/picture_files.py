@@ -118,6 +118,10 @@ def opened_picture(source: Path | BytesIO) -> Iterator[Image.Image]:
                 raise NoPicture(
                     f"has {width:,} x {height:,} pixels; a side may be {PICTURE_ELONGATION} times the other"
                 )
+            pages = getattr(image, "n_frames", 1) if image.format in ("TIFF", "GIF") else 1
+            if pages > 1:
+                way = "name it under videos" if image.format == "GIF" else "write each page as a picture of its own"
+                raise NoPicture(f"has {pages} pages or frames, of which one would be seen; {way}")
             yield image
 
 

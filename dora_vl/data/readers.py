@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from string import ascii_lowercase, ascii_uppercase
 
-from dora_vl.data.column_names import KNOWN, Cell, flag_of, is_empty, lost_content, plain_name
+from dora_vl.data.column_names import KNOWN, Cell, flag_of, is_empty, lost_content, plain_name, without_nulls
 from dora_vl.data.column_names import ROLES as COLUMNS
 from dora_vl.data.columns import (
     FORMATS,
@@ -28,13 +28,14 @@ from dora_vl.data.columns import (
 )
 from dora_vl.data.conversation import (
     CALLING,
+    MOMENTS,
+    OF_VIDEO,
     ROLES,
     UnreadKey,
     as_text,
     listed,
     read_conversation,
     with_thoughts,
-    without_nulls,
 )
 from dora_vl.data.example import (
     LETTER,
@@ -198,6 +199,9 @@ def _question_answer(row: Row) -> list[object]:
     question, answer = as_text(row["question"], "question"), _answer(row["answer"])
     if not is_empty(row.get("choices")) and answer.strip():
         labels, choices = _choices(row["choices"])
+        if choices and len(several := _answers(row["answer"])) > 1:
+            listed = short_names(several)
+            raise Unusable(f"its answer names several choices, {listed}; write question and answer as texts instead")
         if choices:
             question, answer = _written_choices(question, choices, answer, labels)
     hint = as_text(row.get("hint"), "hint").strip()
@@ -377,6 +381,8 @@ def read_fields(resolved: Resolved, sample_id: str) -> Example:
             "column is, such as {headline: question}, data.ask the question of all rows",
         )
     fields = {**fields, "id": sample_id}
+    _refuse_parts_of_one_answer(resolved)
+    _refuse_moments(resolved)
     try:
         _refuse_python_lists(fields)
         if "answer" in fields and resolved.format.name in CONVERSATIONAL:
@@ -404,6 +410,32 @@ def read_fields(resolved: Resolved, sample_id: str) -> Example:
         raise BadSample(sample_id, "its values are nested too deeply") from None
 
 
+SEVERAL = ("answers", "caption", "captions", "description")
+"""A column called so may list several right answers; of other columns only a list of votes, or of objects, is one."""
+
+
+def _refuse_parts_of_one_answer(resolved: Resolved) -> None:
+    """Refuses a list that may be one answer, such as a page's lines: its first entry alone would be trained."""
+    for role in ("answer", "caption"):
+        value = resolved.fields.get(role)
+        name = resolved.called.get(role, role)
+        if name in SEVERAL or not isinstance(value, list) or not is_empty(resolved.fields.get("choices")):
+            continue
+        texts = [text for text in value if not is_empty(text) and not isinstance(text, Mapping)]
+        if len(texts) > 1 and len({str(text) for text in texts}) == len(texts):
+            column = next((column for column, used_as in resolved.uses.items() if used_as == role), role)
+            problem = f"{short_repr(column)} lists {len(texts)} texts; if they are one answer, write it as one text; if"
+            raise ColumnsError(f"{problem} each is a right answer by itself,", Columns({column: f"{role}s"}))
+
+
+def _refuse_moments(resolved: Resolved) -> None:
+    if is_empty(resolved.fields.get("videos")):
+        return
+    lost = [name for name, role in resolved.uses.items() if not role and plain_name(name) in MOMENTS]
+    if lost:
+        raise ColumnsError(f"{short_names(lost)} would be left out ({OF_VIDEO});", Columns(ignored=tuple(lost)))
+
+
 def _refuse_python_lists(fields: Row) -> None:
     for role in REPLIES:
         text = fields.get(role)
@@ -414,6 +446,8 @@ def _refuse_python_lists(fields: Row) -> None:
 def _judgement(resolved: Resolved) -> bool:
     value = resolved.fields["judged"]
     is_good = flag_of(value)
+    if is_good is None and not isinstance(value, bool):
+        is_good = {"desirable": True, "undesirable": False, "-1": False, "-1.0": False}.get(str(value).strip().lower())
     if is_good is None:
         column = next(column for column, role in resolved.uses.items() if role == "judged")
         raise Unusable(

@@ -114,6 +114,7 @@ def arrange(
     _check_order(conversation)
     system = [turn for turn in system if turn.text.strip()]
     images, conversation = _by_number(images, conversation)
+    conversation = _spelled_alike(len(images), conversation)
     refuse_places([turn.text for turn in conversation if turn.role == "assistant"], has_videos=bool(videos))
 
     def places(placeholder: str) -> int:
@@ -199,6 +200,41 @@ def _by_number(images: Sequence[str], conversation: list[Turn]) -> tuple[Sequenc
         raise Unusable(reason, "placeholders differ from pictures")
     conversation = [replace(turn, text=_NUMBERED_PLACE.sub(IMAGE_PLACEHOLDER, turn.text)) for turn in conversation]
     return [images[number - 1] for number in numbers], conversation
+
+
+_OTHER_PLACE = re.compile(
+    r"\[IMG\]|\[image\]|<Image>|<image\s+/?>|<image/>|<ImageHere>|<\|image(?:_pad)?\|>|<start_of_image>|<image_placeholder>"
+    r"|<__media__>|<IMG_CONTEXT>|<image_soft_token>|\{image\}|<img\b[^<>]*>|!\[[^\]\n]*\]\([^()\s]*\)"
+)
+"""Other tools write the place of a picture so."""
+_OF_MARKUP = ("<img", "![", "{")
+"""What begins so may also be what the text is about, so that it is a place only at the start or end of a turn."""
+
+
+def _spelled_alike(count: int, conversation: list[Turn]) -> list[Turn]:
+    """Returns the turns with `<image>` for what other tools write, where questions about pictures have none."""
+    asked = [turn.text for turn in conversation if turn.role == "user"]
+    if not count or any(IMAGE_PLACEHOLDER in text for text in asked):
+        return conversation
+    spellings = [match[0] for text in asked for match in _OTHER_PLACE.finditer(text)]
+    if not spellings:
+        return conversation
+    at_edges = [match[0] for text in asked for match in _OTHER_PLACE.finditer(text) if _is_at_edge(match)]
+    names_file = any(spelling.startswith("![") or " " in spelling.strip("<> /") for spelling in spellings)
+    is_sure = not any(spelling.startswith(_OF_MARKUP) for spelling in spellings) or at_edges == spellings
+    if len({*spellings}) > 1 or len(spellings) != count or names_file or not is_sure:
+        reason = f"its text has {spellings[0][:40]!r}, which may be the place of one of its {count} pictures"
+        raise Unusable(f"{reason}; write {IMAGE_PLACEHOLDER} where each goes", "placeholders differ from pictures")
+    return [
+        replace(turn, text=_OTHER_PLACE.sub(IMAGE_PLACEHOLDER, turn.text), input_characters=0)
+        if turn.role == "user" and _OTHER_PLACE.search(turn.text)
+        else turn
+        for turn in conversation
+    ]
+
+
+def _is_at_edge(match: re.Match[str]) -> bool:
+    return not match.string[: match.start()].strip() or not match.string[match.end() :].strip()
 
 
 def placeholder_first(text: str) -> str:

@@ -348,3 +348,13 @@ def test_no_regular_file_or_a_format_that_starts_programs_or_names_files(
     put(tmp_path / "hostile")
     for follow_links in (False, True):
         refused(reader, MediaFolder(tmp_path, follow_links), "hostile")
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "GIF"])
+def test_a_file_of_several_pages_is_refused(tmp_path: Path, kind: str) -> None:
+    first, *others = [Image.new("RGB", (4, 4), colour) for colour in ("red", "green", "blue")]
+    first.save(tmp_path / "a", format=kind, save_all=True, append_images=others)
+    first.save(tmp_path / "b", format=kind)
+    with pytest.raises(BadSample):
+        open_image(tmp_path, "a")
+    assert open_image(tmp_path, "b").size == (4, 4)

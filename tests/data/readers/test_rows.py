@@ -19,6 +19,7 @@ import csv
 import json
 import re
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dora_vl.data.check import DOUBTS, FileCheck
+from dora_vl.data.check import DOUBTS, GREETING, FileCheck
 from dora_vl.data.columns import FORMATS, USUAL, Columns, ColumnsError, TrainFile
 from dora_vl.data.containers import find_files
 from dora_vl.data.example import CountedFromOne, Example
 from dora_vl.data.readers import RowReader, read_row
 from dora_vl.data.stream import StreamSource
-from dora_vl.data.table import described, load_rows
+from dora_vl.data.table import described, doubtful_samples, load_rows
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.questions import read_questions
@@ -460,3 +461,27 @@ def test_one_picture_is_normalised_as_published(rounds: list[tuple[str, str]], t
     at = 2 * data.draw(st.integers(0, len(rounds) - 1))  # answers hold no picture
     texts[at] = f"{texts[at]}<image>{tail}"
     assert texts_of(*texts, image="a.png") == [published_normalisation(text) for text in texts]
+
+
+def test_a_decimal_is_its_text_and_a_time_of_an_object_a_part_of_its_video() -> None:
+    assert read_row({"question": "q", "answer": Decimal("4.50")}).turns[-1].text == "4.50"
+    (clip,) = read_row({**ASKED, "video": {"path": "a.mp4", "start_time": 1.5, "end_time": 4}}).videos
+    assert (clip.start_seconds, clip.end_seconds) == (1.5, 4)
+
+
+def test_nulls_of_arguments_are_kept_and_those_that_fill_arrows_objects_are_not(tmp_path: Path) -> None:
+    calls = [[{"function": {"name": "f", "arguments": arguments}}] for arguments in ({"a": 1, "b": None}, {"c": 2})]
+    rows = [{"messages": [SAID[0], {"role": "assistant", "content": "", "tool_calls": call}]} for call in calls]
+    for kind, expected in (("jsonl", [{"a": 1, "b": None}, {"c": 2}]), ("parquet", [{"a": 1}, {"c": 2}])):
+        path = tmp_path / f"rows.{kind}"
+        WRITERS[kind](path, [*rows])
+        samples = [read_row(row) for row in find_files(path).rows()]
+        assert [s.turns[-1].fields["tool_calls"][0]["function"]["arguments"] for s in samples] == expected
+
+
+def test_an_opening_of_the_assistant_is_named(tmp_path: Path) -> None:
+    greeted = {"messages": [{"role": "assistant", "content": "Hello!"}, *SAID]}
+    WRITERS["jsonl"](tmp_path / "a.jsonl", [greeted, {"messages": SAID}])
+    assert FileCheck(tmp_path / "a.jsonl").run().findings[GREETING].count == 1
+    (finding,) = doubtful_samples(load_rows(str(tmp_path / "a.jsonl")).rows)
+    assert (finding.problem, finding.count) == (GREETING, 1)
