@@ -108,6 +108,7 @@ EMPTY_AS_TEXT = 'an answer "nan" or "null"'
 GREETING = "an opening turn of the assistant, which is left out"
 DOUBTS = (NO_PICTURE, EMPTY_QUESTION, EMPTY_AS_TEXT, GREETING, CONTRADICTION)
 """A run trains on samples with these problems, and warns."""
+SEVERAL_ANSWERS = "several right answers: in {:,} rows; the most frequent is trained on, the test counts each"
 
 
 @dataclass(kw_only=True)
@@ -200,6 +201,7 @@ class FileCheck:
     ) -> None:
         self.path = path
         self.rows = 0
+        self.with_several_answers = 0
         self.samples: dict[int, str] = {}  # hash of what is asked, with its media -> id
         self.uses: list[Mapping[str, str]] = []
         self.formats: dict[str, str] = {}
@@ -278,6 +280,7 @@ class FileCheck:
         if isinstance(row, BadSample):
             self._add(row.kind, sample_id, row.reason)
             return False
+        self.with_several_answers += len(row.answers) > 1
         replies = _texts_of(row, "assistant")
         answers = [answer.text for answer in row.answers]
         usable = all(answer.replace(IMAGE_PLACEHOLDER, "").strip() for answer in (*answers, *replies))
@@ -379,6 +382,8 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         checks.append(check.run())
         if left := [name for name, roles in roles_of_columns(check.uses).items() if not roles]:
             yield f"{short_text(file.name, 120)}: left out {short_names(left)}"
+        if check.with_several_answers:
+            yield f"{short_text(file.name, 120)}: {SEVERAL_ANSWERS.format(check.with_several_answers)}"
     if unmet := columns.missing_column(chain.from_iterable(check.uses for check in checks)):
         raise UserError(unmet)
     findings = [(check.path, finding) for check in checks for finding in check.findings.values()]

@@ -329,7 +329,7 @@ class _Conversation:
         return picture_name(value, key, self.image_bytes)
 
 
-def _usual_message(message: Mapping[str, object]) -> Mapping[str, object]:
+def _usual_message(message: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns a message with its text as `content`, which Gemini's calls `parts`."""
     if "parts" not in message or "content" in message:
         return message
@@ -355,8 +355,8 @@ def _usual_part(part: Mapping[str, object]) -> Mapping[str, object]:
 
 def _in_list(value: object) -> Sequence[Any]:
     """Returns the list in a column or message, also one written as JSON or a single entry, without null entries."""
-    value: Any = parsed(value)
-    return [parsed(entry) for entry in value if entry is not None] if isinstance(value, list) else [value]
+    entries = parsed(value)
+    return [parsed(entry) for entry in entries if entry is not None] if isinstance(entries, list) else [entries]
 
 
 def as_json(value: object) -> str:

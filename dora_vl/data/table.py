@@ -25,7 +25,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock
 
-from dora_vl.data.check import CONTRADICTION, DOUBTS, NO_PICTURE, Finding, find_doubts, question_and_answer
+from dora_vl.data.check import (
+    CONTRADICTION,
+    DOUBTS,
+    NO_PICTURE,
+    SEVERAL_ANSWERS,
+    Finding,
+    find_doubts,
+    question_and_answer,
+)
 from dora_vl.data.columns import USUAL, Columns, TrainFile, column_lines
 from dora_vl.data.containers import DataFiles, find_files
 from dora_vl.data.example import Answer, Example, named_in
@@ -414,6 +422,8 @@ def described(file: TrainFile, rows: datasets.Dataset) -> list[str]:
             unusable.setdefault(problem, Finding(problem=problem)).add(sample_id)
     lines = [f"{first}{trouble}{weight}", *(f"  unusable, {finding}" for finding in [*unusable.values()][:5])]
     lines += column_lines(uses_of(rows))
+    if several := sum(count for answers, count in _counts(rows, "answers").items() if answers):
+        lines.append(f"  {SEVERAL_ANSWERS.format(several)}")
     for name, kind in (("images", "pictures"), ("videos", "videos")):
         counts = _counts(rows, name)
         if name == "images" or any(counts):

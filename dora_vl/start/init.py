@@ -18,7 +18,7 @@ from statistics import median
 
 from tqdm import tqdm
 
-from dora_vl.data.check import DOUBTS, FileCheck, MediaCheck, add_columns, columns_of, table
+from dora_vl.data.check import DOUBTS, SEVERAL_ANSWERS, FileCheck, MediaCheck, add_columns, columns_of, table
 from dora_vl.data.column_names import holds_media
 from dora_vl.data.columns import USUAL, Columns, ColumnsError, column_lines
 from dora_vl.data.containers import RUN_FILE, DataFiles, PictureFolder, find_files, overlooked
@@ -381,7 +381,7 @@ class DataSummary:
             f"{short_text(commonest, 30)} ({times / len(answers):.0%})"
         )
         if several := sum(1 for row in self.rows if row.conversation.answers):
-            yield f"several right answers: in {several:,} rows; the most frequent is trained on, the test counts each"
+            yield SEVERAL_ANSWERS.format(several)
         if self.has_classes:
             names = (f"{name} {count:,}" for name, count in ordered)
             yield f"answers as they are named: {short_names(names, SHOWN_CLASSES, 40)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -15,7 +16,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_vl.data.check import CONTRADICTION, EMPTY_AS_TEXT, EMPTY_QUESTION, NO_PICTURE, FileCheck
+from dora_vl.data.check import (
+    CONTRADICTION,
+    EMPTY_AS_TEXT,
+    EMPTY_QUESTION,
+    NO_PICTURE,
+    SEVERAL_ANSWERS,
+    FileCheck,
+    add_arguments,
+    run,
+)
 from dora_vl.data.columns import USUAL, TrainFile
 from dora_vl.data.example import Example
 from dora_vl.data.readers import read_row
@@ -271,6 +281,12 @@ def test_words_alone_captions_and_several_answers_are_meant(tmp_path: Path, capl
     for path in sorted(tmp_path.glob("*.[cj]s*")):
         assert not doubtful_samples(load_rows(str(path)).rows), path
         assert not FileCheck(path).run().findings, path
+    path = tmp_path / "votes.jsonl"
+    said = SEVERAL_ANSWERS.format(2)
+    assert f"  {said}" in described(TrainFile(path=str(path)), load_rows(str(path)).rows)
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert f"votes.jsonl: {said}" in [*run(parser.parse_args([str(path)]))]
     stream = StreamSource(TrainFile(path=str(tmp_path / "words.csv")), limit=None, seed=0)
     assert len(list(stream.rows())) == 2
     assert not caplog.records
