@@ -199,9 +199,9 @@ def _question_answer(row: Row) -> list[object]:
     question, answer = as_text(row["question"], "question"), _answer(row["answer"])
     if not is_empty(row.get("choices")) and answer.strip():
         labels, choices = _choices(row["choices"])
-        if choices and len(several := _answers(row["answer"])) > 1:
-            listed = short_names(several)
-            raise Unusable(f"its answer names several choices, {listed}; write question and answer as texts instead")
+        if choices and (several := _distinct_texts(row["answer"])):
+            named = short_names(several)
+            raise Unusable(f"its answer names several choices, {named}; write question and answer as texts instead")
         if choices:
             question, answer = _written_choices(question, choices, answer, labels)
     hint = as_text(row.get("hint"), "hint").strip()
@@ -419,13 +419,19 @@ def _refuse_parts_of_one_answer(resolved: Resolved) -> None:
     for role in ("answer", "caption"):
         value = resolved.fields.get(role)
         name = resolved.called.get(role, role)
-        if name in SEVERAL or not isinstance(value, list) or not is_empty(resolved.fields.get("choices")):
+        if name in SEVERAL or not is_empty(resolved.fields.get("choices")):
             continue
-        texts = [text for text in value if not is_empty(text) and not isinstance(text, Mapping)]
-        if len(texts) > 1 and len({str(text) for text in texts}) == len(texts):
+        if texts := _distinct_texts(value):
             column = next((column for column, used_as in resolved.uses.items() if used_as == role), role)
             problem = f"{short_repr(column)} lists {len(texts)} texts; if they are one answer, write it as one text; if"
             raise ColumnsError(f"{problem} each is a right answer by itself,", Columns({column: f"{role}s"}))
+
+
+def _distinct_texts(value: object) -> list[str]:
+    """Returns the texts of a list of several that all differ; votes, of which some repeat, are none."""
+    entries = value if isinstance(value, list) else []
+    texts = [str(text) for text in entries if not is_empty(text) and not isinstance(text, Mapping)]
+    return texts if len(texts) > 1 and len({*texts}) == len(texts) else []
 
 
 def _refuse_moments(resolved: Resolved) -> None:

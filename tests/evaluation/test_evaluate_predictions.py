@@ -115,7 +115,7 @@ NAMES: list[dict[str, Any]] = [{"text": "red", "weight": 0.3}, {"text": "crimson
         ([{**PICTURED, "answers": ["red", "crimson", "red"]}], "Crimson", (1, 100.0, [])),
         ([{**PICTURED, "answers": ["red", "crimson", "red"]}], "blue", (1, 0.0, [])),
         ([{"image": "0.png", "captions": ["a dog", "two dogs"]}], "two dogs", (1, 100.0, [])),
-        ([{"messages": [{"role": "user", "content": "What?"}], "answer": ["x", "y"]}], "y", (1, 100.0, [])),
+        ([{"messages": [{"role": "user", "content": "What?"}], "answers": ["x", "y"]}], "y", (1, 100.0, [])),
         ([{**PICTURED, "options": ["x", "y"], "answers": ["A", "B", "A"]}], "B", (1, 0.0, [])),
         *(
             ([{"id": "row 1", "question": "What?", "answers": NAMES}], name, (1, 100.0, []))
