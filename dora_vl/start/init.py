@@ -277,7 +277,7 @@ class UsableRow:
             record["label"] = conversation.is_good
         if conversation.answers:
             turns.pop()
-            record["answer"] = [answer.text for answer in conversation.answers]
+            record["answers"] = [answer.text for answer in conversation.answers]
         return {**record, "conversations": turns}
 
 
