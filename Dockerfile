@@ -24,7 +24,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=wheel /wheels /wheels
 # hadolint ignore=DL3013
-RUN pip install --no-cache-dir "$(echo /wheels/*.whl)[video,serve,web]"
+RUN pip install --no-cache-dir "$(echo /wheels/*.whl)[deepspeed,sentencepiece,serve,video,web]"
 ENV HOME=/tmp/home DS_ACCELERATOR=cpu
 WORKDIR /work
 USER 1000:1000
@@ -43,7 +43,7 @@ RUN apt-get update \
 ENV PATH=/opt/dora-vl/bin:$PATH HOME=/tmp/home
 COPY --from=wheel /wheels /wheels
 # hadolint ignore=DL3013
-RUN pip install --no-cache-dir "$(echo /wheels/*.whl)[video,serve,web,quantised]"
+RUN pip install --no-cache-dir "$(echo /wheels/*.whl)[deepspeed,quantised,sentencepiece,serve,video,web]"
 WORKDIR /work
 USER 1000:1000
 ENTRYPOINT ["dora-vl"]

@@ -13,12 +13,11 @@ import os
 import re
 import reprlib
 import select
-import shlex
 import signal
 import struct
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, requires
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 LEFT_OUT: Mapping[str, tuple[str, ...]] = {
@@ -179,6 +178,29 @@ class SettingError(UserError):
         self.key, self.nearest = key, tuple(nearest)
 
 
+class MissingExtra(UserError):
+    """A package that only some runs need is not installed.
+
+    pip takes an extra from the metadata of the dora-vl that is installed; no index need have it.
+
+    Attributes:
+        extra: of this package, which brings what is missing.
+    """
+
+    def __init__(self, problem: str, extra: str) -> None:
+        super().__init__(f"{problem}: pip install 'dora-vl[{extra}]'")
+        self.extra = extra
+
+
+@contextmanager
+def needs_extra(extra: str, purpose: str) -> Iterator[None]:
+    """Raises a `MissingExtra` for an import in the block that fails for want of a package."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtra(f"{purpose} needs {error.name}", extra) from error
+
+
 class LostRank(UserError):
     """Another rank ended or never joined; its own message names the cause."""
 
@@ -263,17 +285,6 @@ _MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC
 """The CPU allocator, cuBLAS, cuDNN and CUDA raise plain RuntimeErrors that hold one of these."""
 _COMMUNICATION = ("gloo", "NCCL", "ProcessGroup", "Connection closed by peer", "Connection reset by peer")
 """gloo and in part NCCL raise plain RuntimeErrors with one of these words when another rank is gone."""
-
-
-def install_command(*packages: str) -> str:
-    """Returns the command that installs packages in the versions our metadata declares. No index has our extras."""
-    try:
-        declared = {
-            re.split(r"[^\w.\-]", line, maxsplit=1)[0]: line.partition(";")[0] for line in requires("dora-vl") or ()
-        }
-    except PackageNotFoundError:  # a checkout that is not installed
-        declared = {}
-    return f"pip install {shlex.join(declared.get(package, package).strip() for package in packages)}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -32,6 +32,8 @@ RECIPE_IN_LITTLE = (
     "--training.tf32 false --training.per_device_train_batch_size 4 --training.gradient_accumulation_steps 1 "
     "--training.max_steps 1 --training.output_dir run --adapter.initial null"
 )
+EXTRAS = "deepspeed,sentencepiece"
+"""What the published recipe needs beside, as docs/recipes.md says."""
 ADAPTER = "adapter/adapter_model.safetensors"
 IMPORT = re.compile(r"^[+-]\s*(?:from (\w+)[\w.]* import|import (\w+)|.*\b(?:import_module|find_spec)\(\"(\w+))")
 
@@ -89,7 +91,7 @@ def say(line: str) -> None:
 
 
 def installed(to: Path) -> Path:
-    """A new environment with the wheel and what it declares; prints their sizes."""
+    """A new environment with the wheel and what it declares, no extra; prints their sizes."""
     environment, folder = to / "venv", to / "wheel"
     subprocess.run([sys.executable, "-m", "venv", environment], check=True)
     pip: Sequence[str | Path] = [environment / "bin" / "python", "-m", "pip", "--quiet", "--disable-pip-version-check"]
@@ -134,6 +136,8 @@ def main() -> None:
     person.has(f"runs/demo/{ADAPTER}", "runs/demo/tuned/model.safetensors")
     own_pictures(person)
     published = Person(environment, to / "published")
+    (wheel,) = (to / "wheel").glob("*.whl")
+    published.types("python", "-m", "pip", "install", "--quiet", "--no-compile", f"{wheel}[{EXTRAS}]")
     published.types("python", ROOT / "tests" / "training" / "published_recipe.py", ".", PYTHONPATH=str(ROOT))
     published.types("dora-vl", "train", *RECIPE_IN_LITTLE.split())
     published.has(f"run/{ADAPTER}")

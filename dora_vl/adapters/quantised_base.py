@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from dora_vl.adapters.base_weights import BaseWeights, skeleton
 from dora_vl.core.config import Quantisation
 from dora_vl.core.quantised import class_path, dequantised, quantised_in, settle_quantised
-from dora_vl.errors import UserError, install_command, one_line, short_repr
+from dora_vl.errors import MissingExtra, UserError, one_line, short_repr
 from dora_vl.shapes import Float
 
 TRIAL_WIDTH = 64
@@ -81,9 +81,7 @@ def check_runs_here(kind: Quantisation, dtype: torch.dtype) -> None:
     """Tries one small layer, forward and backward."""
     scheme = SCHEMES[kind]
     if find_spec(scheme.package) is None:
-        raise UserError(
-            f"model.quantisation: {kind} needs the package {scheme.package}: {install_command(scheme.package)}"
-        )
+        raise MissingExtra(f"model.quantisation: {kind} needs {scheme.package}", "quantised")
     try:
         layer = scheme.layer(nn.Linear(TRIAL_WIDTH, TRIAL_WIDTH, bias=False), dtype, here())
         settle_quantised(layer)

@@ -34,7 +34,7 @@ from dora_vl.adapters.quantised_base import SCHEMES, kept_whole, quantised_layer
 from dora_vl.core.config import Quantisation
 from dora_vl.core.quantised import quantised_in, settle_quantised
 from dora_vl.data.turns import IMAGE_PLACEHOLDER
-from dora_vl.errors import UserError
+from dora_vl.errors import UserError, needs_extra
 from dora_vl.files import BRINGS_CODE, NO_OWN_CODE, check_model_folder, opening, whole_folder, why_not_read, write_json
 
 SPACE_MARK = "▁"
@@ -45,7 +45,8 @@ def is_sentencepiece(file: Path) -> bool:
 
     transformers tries both in silence, and says at the end that tiktoken is missing, whatever was wrong.
     """
-    from sentencepiece import SentencePieceProcessor
+    with needs_extra("sentencepiece", f"to be read, {file}"):
+        from sentencepiece import SentencePieceProcessor
 
     try:
         SentencePieceProcessor().LoadFromSerializedProto(file.read_bytes())

@@ -57,7 +57,7 @@ from dora_vl.backbones.vision_store import open_features
 from dora_vl.data.check import FileCheck
 from dora_vl.data.containers import find_files
 from dora_vl.data.turns import IMAGE_PLACEHOLDER
-from dora_vl.errors import BadSample, SettingError, UserError, one_line
+from dora_vl.errors import BadSample, SettingError, UserError, needs_extra, one_line
 from dora_vl.files import NO_OWN_CODE, check_model_folder, json_or_nothing, opening, write_json
 from dora_vl.shapes import Float
 
@@ -139,8 +139,9 @@ def load_timm(spec: TowerSpec) -> tuple[nn.Module, GridTowerConfig]:
 
 def load_open_clip(spec: TowerSpec) -> tuple[nn.Module, GridTowerConfig]:
     """Loads an open_clip model's vision tower."""
-    import open_clip
-    from open_clip.transformer import QuickGELU
+    with needs_extra("towers", "a tower of open_clip"):
+        import open_clip
+        from open_clip.transformer import QuickGELU
 
     config = open_clip.get_model_config(spec.name)
     if config is None:

@@ -29,7 +29,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from dora_vl.backbones.specs import VisionLibrary
 from dora_vl.data.picture_files import READING
-from dora_vl.errors import UserError, short_repr
+from dora_vl.errors import UserError, needs_extra, short_repr
 from dora_vl.files import opening
 from dora_vl.shapes import Float
 
@@ -91,7 +91,8 @@ def build_network(config: GridTowerConfig) -> nn.Module:
 
         return timm.create_model(config.architecture, pretrained=False, num_classes=0, **options)
     if config.library == "open_clip":
-        from open_clip.model import CLIP, CLIPTextCfg
+        with needs_extra("towers", "a tower of open_clip"):
+            from open_clip.model import CLIP, CLIPTextCfg
 
         # Public functions build both towers or none, so the text tower is as small as it can be, and thrown away.
         smallest_text = CLIPTextCfg(context_length=1, vocab_size=2, width=8, heads=1, layers=1)

@@ -15,7 +15,6 @@ from itertools import count, islice
 from pathlib import Path
 from typing import IO, cast
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from dora_vl import __version__
@@ -23,7 +22,7 @@ from dora_vl.data.benchmarks.fields import UNKNOWN_ID, Raw, Split
 from dora_vl.data.benchmarks.table import SOURCES
 from dora_vl.data.example import JSON, Example, json_line, to_record
 from dora_vl.errors import BadSample, UserError, positive_int, short_repr, short_text
-from dora_vl.files import file_sha256, whole_file, write_json
+from dora_vl.files import file_sha256, locked, whole_file, write_json
 
 FORMAT = 2  # raise it when records change their meaning: older files are then made again
 ROWS_TO_JUDGE = 1000
@@ -280,12 +279,12 @@ def summary(prepared: Prepared) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".prepare.lock", timeout=0).acquire()
-    except Timeout:
-        raise UserError(f"{folder}: another `dora-vl prepare` writes there; wait for it") from None
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror or error}); choose another --to") from error
-    with lock:
+    with contextlib.ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(folder / ".prepare.lock", wait=False))
+        except BlockingIOError:
+            raise UserError(f"{folder}: another `dora-vl prepare` writes there; wait for it") from None
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written ({error.strerror or error}); choose another --to") from error
         yield

@@ -23,7 +23,6 @@ import datasets.config
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from filelock import FileLock
 
 from dora_vl.data.check import (
     CONTRADICTION,
@@ -41,7 +40,7 @@ from dora_vl.data.pictures import StoredPictures
 from dora_vl.data.readers import RowReader, check_usable
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Clip, Turn
 from dora_vl.errors import BadSample, UserError
-from dora_vl.files import unfinished
+from dora_vl.files import locked, unfinished
 
 _log = logging.getLogger(__name__)
 
@@ -101,7 +100,7 @@ def load_table(path: Path, *, columns: Columns = USUAL) -> datasets.Dataset:
     table = folder / f"{path.stem}-{_fingerprint(data.files, columns)}.arrow"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{table}.lock"):  # the ranks of a machine: one converts, the others wait for it
+        with locked(table.with_suffix(".arrow.lock")):  # the ranks of a machine: one converts, the others wait for it
             if not table.exists():
                 _convert(path, data, table, columns)
     except OSError as error:

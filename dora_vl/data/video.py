@@ -19,7 +19,7 @@ from dora_vl.data.example import Clip
 from dora_vl.data.picture_files import VIDEO_MEMORY, VIDEO_SECONDS, Trouble, parts_of, picture_of
 from dora_vl.data.pictures import MediaFolder, path_inside
 from dora_vl.data.video_backends import BACKENDS, BackendMissing, NoVideo, Unreadable, refuse_size
-from dora_vl.errors import BadSample, UserError, install_command
+from dora_vl.errors import BadSample, MissingExtra, UserError
 from dora_vl.files import open_regular
 from dora_vl.limited_process import Budget, JobFailed, LimitedProcess, Part, one_process
 
@@ -166,9 +166,7 @@ def none_reads(reasons: Mapping[str, Exception]) -> Exception:
     """Makes the error when no library could read a file: the file's fault, or that none is installed."""
     listed = "; ".join(f"{backend}: {error}" for backend, error in reasons.items())
     if all(isinstance(error, BackendMissing) for error in reasons.values()):
-        return BackendMissing(
-            f"no library that decodes videos can be used: {listed}. Install one: {install_command('av', 'decord2')}"
-        )
+        return BackendMissing(str(MissingExtra(f"no library that decodes videos can be used ({listed})", "video")))
     return NoVideo(f"cannot be read: {listed}")
 
 

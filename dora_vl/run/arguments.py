@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_config
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-from dora_vl.errors import SettingError, UserError, one_line, short_repr, wrong_value
+from dora_vl.errors import SettingError, UserError, needs_extra, one_line, short_repr, wrong_value
 from dora_vl.files import read_json, shipped_folder
 from dora_vl.run.folder import run_folder_of
 from dora_vl.run.launch import Launch, several_ranks, stand_alone_environment, start_cpu_communication
@@ -277,7 +277,8 @@ def zero_stage(config: Mapping[str, Any] | None) -> int:
 
 def check_deepspeed(config: Mapping[str, Any], *, method: str) -> None:
     """Reads a config as DeepSpeed will, and refuses blocks that override the recipe."""
-    from deepspeed.runtime.config import DeepSpeedConfig
+    with needs_extra("deepspeed", "training.deepspeed"):
+        from deepspeed.runtime.config import DeepSpeedConfig
 
     plain = {name: value for name, value in _without_auto(config).items() if name not in SECTION_FIELDS}
     try:

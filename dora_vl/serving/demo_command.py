@@ -13,7 +13,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from dora_vl.errors import UserError, install_command
+from dora_vl.errors import MissingExtra, UserError
 from dora_vl.evaluation.ask_command import add_model_options
 from dora_vl.serving.options import (
     ANSWERS,
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     adapters = adapters_by_name(options.adapter)
     missing = [name for name in ("gradio", "uvicorn") if find_spec(name) is None]
     if missing:
-        raise UserError(f"the page needs {' and '.join(missing)}: {install_command(*missing)}")
+        raise MissingExtra(f"the page needs {' and '.join(missing)}", "web")
     with (
         contextlib.suppress(KeyboardInterrupt),
         contextlib.ExitStack() as at_end,

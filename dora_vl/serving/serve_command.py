@@ -6,7 +6,7 @@ import argparse
 import contextlib
 from collections.abc import Iterator
 
-from dora_vl.errors import UserError, install_command
+from dora_vl.errors import UserError, needs_extra
 from dora_vl.serving.options import (
     ANSWERS,
     MEDIA,
@@ -56,13 +56,11 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     adapters = adapters_by_name(options.adapter)
     if options.model is None and not adapters:
         raise UserError("give --adapter DIR, or --model BASE, or both")
-    try:
+    with needs_extra("serve", "the server"):
         import uvicorn
 
         from dora_vl.serving.access import access_rules, http_config
         from dora_vl.serving.server import Server, build_app
-    except ImportError as error:
-        raise UserError(f"serving needs {error.name}: {install_command('fastapi', 'uvicorn')}") from error
     rules = access_rules(options)
     listener = listening(options.host, options.port)
     from dora_vl.serving.engine import Engine

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from dora_vl import __version__
-from dora_vl.errors import install_command
+from dora_vl.errors import MissingExtra
 
 DESCRIPTION = """\
 Says which versions are installed, on which devices a run would train, how much memory and disk there is, where files
@@ -49,14 +49,14 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     yield f"writing: {'; '.join(f'{entry} cannot be written' for entry in unwritable) or 'here and in the caches'}"
     for extra, packages in extras.items():
         missing = [name for name in packages if not _installed(name)]
-        how = f"missing {', '.join(missing)}: {install_command(*missing)}" if missing else "installed"
+        how = MissingExtra(f"missing {', '.join(missing)}", extra) if missing else "installed"
         yield f"extra {extra}: {how}"
     for name, why in PROGRAMS.items():
         is_there = shutil.which(name) is not None or Path(sys.executable).with_name(name).is_file()
         yield f"program {name}: {'there' if is_there else f'missing ({why})'}"
     missing = [name for name in needed if not _installed(name)]
     if missing:
-        yield f"missing, and needed by every run: {', '.join(missing)}; {install_command(*missing)}"
+        yield f"missing, and needed by every run: {', '.join(missing)}; pip install dora-vl"
     if missing or unwritable:
         raise SystemExit(1)
 

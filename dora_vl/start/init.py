@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from shlex import quote
@@ -98,8 +99,9 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         splits = split_data(summary, share=share, seed=arguments.seed)
         yield from summary.held_out(splits, f"by seed {arguments.seed}")
         on_gpu = _on_gpu()
-        start = _start_command(to / RUN_FILE, on_gpu=on_gpu)
-        text = run_file_text(base, _data(summary, splits, to), output_dir=str(to), on_gpu=on_gpu, command=start)
+        shards = on_gpu and find_spec("deepspeed") is not None
+        start = _start_command(to / RUN_FILE, shards=shards)
+        text = run_file_text(base, _data(summary, splits, to), output_dir=str(to), shards=shards, command=start)
         _write(staging, splits, text)
         if replaces:
             _keep_other_files(to, staging)
@@ -124,9 +126,9 @@ def _keep_other_files(to: Path, staging: Path) -> None:
     )
 
 
-def _start_command(run_file: Path, *, on_gpu: bool) -> str:
-    """Returns the shell command that starts the run."""
-    command = f"{_program('deepspeed')} --module dora_vl.cli train" if on_gpu else f"{_program('dora-vl')} train"
+def _start_command(run_file: Path, *, shards: bool) -> str:
+    """Returns the shell command that starts the run, by DeepSpeed's launcher where `shards`."""
+    command = f"{_program('deepspeed')} --module dora_vl.cli train" if shards else f"{_program('dora-vl')} train"
     return f"{command} {quote(str(run_file))}"
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from dora_vl.errors import UserError, install_command
+from dora_vl.errors import needs_extra
 from dora_vl.files import json_or_nothing, read_json, whole_folder, write_json
 from dora_vl.start.easy_vqa import conversation
 
@@ -90,10 +90,8 @@ def things() -> Iterator[tuple[str, str, str]]:
 
 def drawings(source: Path) -> dict[str, Image.Image]:
     """Draws an artist's things, each cut to what is drawn: code point -> picture with transparency."""
-    try:
+    with needs_extra("names", "drawing SVG"):
         from resvg_py import svg_to_bytes
-    except ModuleNotFoundError as error:
-        raise UserError(f"drawing SVG needs resvg-py: {install_command('resvg-py')}") from error
     icons, characters = read_json(source / "icons.json"), read_json(source / "chars.json")
     pictures: dict[str, Image.Image] = {}
     for code, *_ in things():

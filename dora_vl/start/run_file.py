@@ -124,7 +124,7 @@ def _parameters_in(folder: Path) -> float:
     return float(total)
 
 
-def run_file_text(base: Base, data: Data, *, output_dir: str, on_gpu: bool, command: str) -> str:
+def run_file_text(base: Base, data: Data, *, output_dir: str, shards: bool, command: str) -> str:
     """Returns the run file's text."""
     epochs = max(1, min(MOST_EPOCHS, round(SEEN_SAMPLES / data.rows)))
     tokens = max(2 * data.answer_words, data.answer_characters // 3) + 8
@@ -136,7 +136,7 @@ def run_file_text(base: Base, data: Data, *, output_dir: str, on_gpu: bool, comm
         base=base,
         data=data,
         output_dir=output_dir,
-        on_gpu=on_gpu,
+        shards=shards,
         command=one_line(command, sys.maxsize),
         epochs=epochs,
         steps=max(1, epochs * data.rows // STEP_SAMPLES),

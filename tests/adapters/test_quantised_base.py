@@ -24,7 +24,7 @@ from dora_vl.adapters.quantised_base import (
 )
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora
 from dora_vl.core.quantised import dequantised
-from dora_vl.errors import UserError
+from dora_vl.errors import MissingExtra, UserError
 from dora_vl.training.parts import adapt
 from tests.backbones.tiny_image_text import write_tiny
 from tests.backbones.tiny_language import write_tiny_language
@@ -100,8 +100,9 @@ def test_a_missing_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     needs("nf4")
     check_runs_here("nf4", torch.float32)
     monkeypatch.setattr(quantised_base, "find_spec", lambda name: None)
-    with pytest.raises(UserError):
+    with pytest.raises(MissingExtra) as refused:
         check_runs_here("nf4", torch.float32)
+    assert refused.value.extra == "quantised"
 
 
 def test_a_device_that_cannot_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

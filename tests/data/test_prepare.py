@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
 
 from dora_vl.cli import main
 from dora_vl.data import prepare as prepare_module
 from dora_vl.data.benchmarks.fields import Raw, Split
 from dora_vl.data.example import Answer, Example, iterate_examples
 from dora_vl.errors import BadSample, UserError
+from dora_vl.files import locked
 from tests.data.published import FIXTURES, manifest, prepared
 
 
@@ -160,5 +160,5 @@ def test_a_file_of_other_rows_is_refused_long_before_its_end(tmp_path: Path) -> 
 def test_two_commands_do_not_write_one_folder(tmp_path: Path) -> None:
     folder = tmp_path / "records" / "llava"
     folder.mkdir(parents=True)
-    with FileLock(folder / ".prepare.lock"), pytest.raises(UserError):
+    with locked(folder / ".prepare.lock"), pytest.raises(UserError):
         prepare(published(tmp_path / "a.json", 2), tmp_path / "records")

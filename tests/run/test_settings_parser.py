@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from dora_vl import trained_parts
 from dora_vl.adapters.settings import BY_NAME, OWN_FIELDS
 from dora_vl.core import adapted_layers, apply_dora
 from dora_vl.core.config import AdaptedPart, AdapterSettings, DoRAConfig
-from dora_vl.errors import SettingError, UserError
+from dora_vl.errors import MissingExtra, SettingError, UserError
 from dora_vl.files import shipped_folder
 from dora_vl.run.arguments import SHIPPED_CONFIGS, check_deepspeed, read_deepspeed, zero_stage
 from dora_vl.run.folder import SETTINGS, write_settings
@@ -452,3 +453,10 @@ def test_parts_that_hit_nothing_or_each_other_are_refused(parts: dict[str, tuple
         apply_dora(model, DoRAConfig(targets=("*.q_proj",), parts=adapted))
     assert [name for name, _ in model.named_parameters()] == before
     apply_dora(model, DoRAConfig(targets=(), parts={"keys": AdaptedPart(targets=("*.k_proj",))}))  # parts alone
+
+
+def test_without_deepspeed_the_error_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed.runtime.config", None)
+    with pytest.raises(MissingExtra) as refused:
+        check_deepspeed(read_deepspeed("zero2"), method="dora")
+    assert refused.value.extra == "deepspeed"

@@ -74,9 +74,9 @@ def test_every_number_of_the_documentation_is_its_options_default() -> None:
 
 def test_without_its_packages_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    assert "pip install 'fastapi" in refused(serve_command, "--model", tmp_path)
+    assert "dora-vl[serve]" in refused(serve_command, "--model", tmp_path)
     monkeypatch.setattr(demo_command, "find_spec", lambda name: None)
-    assert "pip install 'gradio" in refused(demo_command, "--adapter", tmp_path)
+    assert "dora-vl[web]" in refused(demo_command, "--adapter", tmp_path)
 
 
 def test_adapters_are_called_as_their_runs(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from dora_vl import errors
 from dora_vl.cli import main
 from dora_vl.start import doctor
 from dora_vl.start.doctor import why_not_writable
@@ -33,8 +32,7 @@ def printed(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], int]:
 
 
 def test_a_machine_that_has_all_and_one_that_misses_something(monkeypatch: Any, capsys: Any) -> None:
-    for module in (doctor, errors):
-        monkeypatch.setattr(module, "requires", lambda name: LINES)
+    monkeypatch.setattr(doctor, "requires", lambda name: LINES)
     monkeypatch.setattr(doctor, "_installed", lambda name: "1.2.3")
     monkeypatch.setattr(doctor, "places", lambda: [Path.cwd()])
     lines, status = printed(capsys)
@@ -44,8 +42,8 @@ def test_a_machine_that_has_all_and_one_that_misses_something(monkeypatch: Any, 
     monkeypatch.setattr(doctor, "_installed", lambda name: "" if name in {"h5py", "torch"} else "1.2.3")
     lines, status = printed(capsys)
     assert status == 1
-    assert "extra video: missing h5py: pip install 'h5py>=3.10'" in lines
-    assert lines[-1] == "missing, and needed by every run: torch; pip install 'torch>=2.6'"
+    assert "extra video: missing h5py: pip install 'dora-vl[video]'" in lines
+    assert lines[-1] == "missing, and needed by every run: torch; pip install dora-vl"
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

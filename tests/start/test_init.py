@@ -231,7 +231,7 @@ def data_of(name: str) -> Data:
 
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_an_odd_name_is_read_as_it_is_written(name: str) -> None:
-    text = run_file_text(Base(name=name), data_of(name), output_dir=name, on_gpu=False, command=f"run {name}")
+    text = run_file_text(Base(name=name), data_of(name), output_dir=name, shards=False, command=f"run {name}")
     for read in (yaml.safe_load, get_loader("yaml")):
         printed = read(text)
         assert printed["model"]["base"] == printed["data"]["image_folder"] == name
@@ -242,7 +242,7 @@ def test_an_odd_name_is_read_as_it_is_written(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "share"), [("a/SmolVLM", 0.05), ("google/paligemma2-3b", None)])
 def test_a_base_that_takes_words_alone_keeps_what_it_knows(name: str, share: float | None) -> None:
-    text = run_file_text(choose_base(name), data_of("my"), output_dir="my", on_gpu=False, command="run")
+    text = run_file_text(choose_base(name), data_of("my"), output_dir="my", shards=False, command="run")
     assert yaml.safe_load(text)["data"].get("replay") == share
 
 

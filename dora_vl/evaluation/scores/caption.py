@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dora_vl.data.example import Example
-from dora_vl.errors import UserError, install_command
+from dora_vl.errors import UserError, needs_extra
 from dora_vl.evaluation.scores.benchmark import (
     Benchmark,
     ByKey,
@@ -281,11 +281,9 @@ def _predictions(examples: Sequence[Example], answers: AnswersById) -> dict[str,
 
 def _scorers() -> tuple[Any, Any]:
     """Returns CIDEr and ROUGE-L of pycocoevalcap."""
-    try:
+    with needs_extra("caption", "a caption's score"):
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.rouge.rouge import Rouge
-    except ModuleNotFoundError as error:
-        raise UserError(f"caption metrics need pycocoevalcap: {install_command('pycocoevalcap')}") from error
     return Cider(), Rouge()
 
 
