@@ -245,29 +245,13 @@ class OptimizerLayout:
 
 def layout_of(optimizer: Any, trained: Mapping[str, nn.Parameter], device: torch.device) -> OptimizerLayout:
     """Finds the trained tensors in torch's optimizer or in one of DeepSpeed's."""
-    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-
-    stage3, inner = None, optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
+    inner, stage3 = optimizer, None
     if isinstance(optimizer, torch.optim.Optimizer):
         flats = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         pieces = {id(flat): TensorPiece(number, 0, 0, flat.numel()) for number, flat in enumerate(flats)}
-    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
-        flats, pieces = optimizer.single_partition_of_fp32_groups, _linked(optimizer.bit16_groups)
-    elif isinstance(optimizer, BF16_Optimizer):  # ZeRO-1
-        flats, pieces = optimizer.fp32_groups_flat_partition, _linked(optimizer.bf16_groups)
-    elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        stage3, flats, pieces = optimizer, optimizer.fp32_partitioned_groups_flat, _of_stage_3(optimizer)
-    elif isinstance(optimizer, FP16_UnfusedOptimizer):  # ZeRO-0: each half has a float32 copy, the same on every rank
-        flats, halves = (list(chain(*groups)) for groups in (optimizer.fp32_groups, optimizer.fp16_groups))
-        pieces = {id(half): TensorPiece(number, 0, 0, half.numel()) for number, half in enumerate(halves)}
     else:
-        raise SettingError(
-            "training.optim",
-            f": a checkpoint cannot hold the state of DeepSpeed's {type(optimizer).__name__}; set adamw_torch",
-        )
+        flats, pieces, stage3 = _in_deepspeed(optimizer)
+        inner = optimizer.optimizer
     named = {name: pieces[id(parameter)] for name, parameter in trained.items()}
     partitioned = any(piece.group is not None for piece in named.values())
     if partitioned and type(inner).__module__.startswith("bitsandbytes"):
@@ -277,6 +261,28 @@ def layout_of(optimizer: Any, trained: Mapping[str, nn.Parameter], device: torch
             "adamw_torch, or leave training.deepspeed out",
         )
     return OptimizerLayout(inner, flats, trained, named, device, stage3)
+
+
+def _in_deepspeed(optimizer: Any) -> tuple[list[Tensor], dict[int, TensorPiece], Any]:
+    """Returns the tensors that one of DeepSpeed's optimizers steps, each parameter's piece, and ZeRO-3's optimizer."""
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    if isinstance(optimizer, DeepSpeedZeroOptimizer):
+        return optimizer.single_partition_of_fp32_groups, _linked(optimizer.bit16_groups), None
+    if isinstance(optimizer, BF16_Optimizer):  # ZeRO-1
+        return optimizer.fp32_groups_flat_partition, _linked(optimizer.bf16_groups), None
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        return optimizer.fp32_partitioned_groups_flat, _of_stage_3(optimizer), optimizer
+    if isinstance(optimizer, FP16_UnfusedOptimizer):  # ZeRO-0: each half has a float32 copy, the same on every rank
+        flats, halves = (list(chain(*groups)) for groups in (optimizer.fp32_groups, optimizer.fp16_groups))
+        return flats, {id(half): TensorPiece(number, 0, 0, half.numel()) for number, half in enumerate(halves)}, None
+    raise SettingError(
+        "training.optim",
+        f": a checkpoint cannot hold the state of DeepSpeed's {type(optimizer).__name__}; set adamw_torch",
+    )
 
 
 def _linked(groups: Sequence[Sequence[Any]]) -> dict[int, TensorPiece]:
@@ -379,9 +385,9 @@ def _states(layout: OptimizerLayout, files: StateFiles, kept: Mapping[str, Any])
     for name, numbers in kept.items():
         state = states.setdefault(layout.pieces[name].flat, {})
         state |= {key: _agreed(state.get(key), value, key) for key, value in numbers.items()}
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    if isinstance(layout.optimizer, DeepSpeedCPUAdam):  # it keeps its steps as an integer, where torch has a tensor
+    if (
+        type(layout.optimizer).__name__ == "DeepSpeedCPUAdam"
+    ):  # it keeps its steps as an integer, where torch has a tensor
         return {number: {**state, "step": int(state["step"])} for number, state in states.items() if "step" in state}
     return states
 
