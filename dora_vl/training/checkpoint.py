@@ -385,9 +385,8 @@ def _states(layout: OptimizerLayout, files: StateFiles, kept: Mapping[str, Any])
     for name, numbers in kept.items():
         state = states.setdefault(layout.pieces[name].flat, {})
         state |= {key: _agreed(state.get(key), value, key) for key, value in numbers.items()}
-    if (
-        type(layout.optimizer).__name__ == "DeepSpeedCPUAdam"
-    ):  # it keeps its steps as an integer, where torch has a tensor
+    # DeepSpeed's keeps its steps as an integer, where torch has a tensor; by its name, since it need not be installed.
+    if any(kind.__name__ == "DeepSpeedCPUAdam" for kind in type(layout.optimizer).__mro__):
         return {number: {**state, "step": int(state["step"])} for number, state in states.items() if "step" in state}
     return states
 
