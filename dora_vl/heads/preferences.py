@@ -204,10 +204,27 @@ def preference_loss(
     return loss
 
 
-def measures(answers: Answers, beta: float, *, of_pictures: Pairs) -> dict[str, Float[Tensor, ""]]:
-    """Returns what people watch: rewards, margin, accuracy and log-probabilities; accuracy counts pairs."""
-    values = answers.log_probs if answers.reference is None else answers.gains()
-    rewards, log_probs = beta * values.detach(), answers.log_probs.detach()
+VALUES: Mapping[str, Callable[[Answers], Float[Tensor, " answers"]]] = {
+    **dict.fromkeys(("dpo", "kto", "bco", "apo_zero", "anchor"), Answers.gains),
+    "ipo": lambda answers: answers.gains() / answers.tokens,
+    "cpo": lambda answers: answers.log_probs,
+    **dict.fromkeys(("simpo", "orpo", "sft"), Answers.means),
+}
+"""Maps a loss to what it compares of two answers; beta times it is logged as an answer's reward, as TRL does.
+
+orpo compares odds, which grow with the mean.
+"""
+
+
+def measures(
+    answers: Answers, beta: float, objective: Mapping[str, float], *, of_pictures: Pairs
+) -> dict[str, Float[Tensor, ""]]:
+    """Returns what people watch: rewards, margin, accuracy and log-probabilities; accuracy counts pairs.
+
+    Rewards are those of the loss with the largest weight, of the first such one; `sft` counts last.
+    """
+    name = max(objective, key=lambda name: (name != "sft", objective[name]))
+    rewards, log_probs = beta * VALUES[name](answers).detach(), answers.log_probs.detach()
     margins = answers.margins(rewards)
     numbers = {"rewards/margin": margins.mean(), "rewards/accuracy": (margins > 0).float().mean()}
     if of_pictures.shape[1]:

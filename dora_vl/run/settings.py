@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -276,6 +276,14 @@ class ObjectiveConfig:
         return not self.is_sft and self.reward_loss is None
 
     @property
+    def without_effect(self) -> tuple[str, str] | None:
+        """Returns the first setting that is not at its default and does nothing here, and what it goes with."""
+        for name, (is_used, owner) in GOES_WITH.items():
+            if not is_used(self) and getattr(self, name) != getattr(ObjectiveConfig(), name):
+                return name, owner
+        return None
+
+    @property
     def is_sft(self) -> bool:
         """Tells whether answers are only learned word by word."""
         return self.loss == "sft"
@@ -284,6 +292,21 @@ class ObjectiveConfig:
     def reward_loss(self) -> RewardLossName | None:
         """Returns the loss that learns from rewards; None for all others."""
         return next((name for name in get_args(RewardLossName) if name in self.weights), None)
+
+
+def _losses(*names: LossName) -> tuple[Callable[[ObjectiveConfig], bool], str]:
+    return (lambda objective: not objective.weights.keys().isdisjoint(names)), f"objective.loss {', '.join(names)}"
+
+
+_REWARDS = _losses(*get_args(RewardLossName))
+GOES_WITH: Mapping[str, tuple[Callable[[ObjectiveConfig], bool], str]] = {
+    "beta": _losses(*(name for name in get_args(PreferenceLossName) if name != "sft")),
+    "margin": _losses("simpo"),
+    "exchange_pictures": _losses("dpo", "ipo", "kto", "bco", "apo_zero", "simpo"),
+    **dict.fromkeys(("rewards", "group", "max_new_tokens", "vllm", "kl"), _REWARDS),
+    "format": (lambda objective: bool(objective.reward_loss and "format" in objective.rewards), "the reward format"),
+}
+"""Maps settings of the objective to where they have an effect, and to the words for it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,6 +105,14 @@ def _check_objective(objective: ObjectiveConfig) -> None:
         raise SettingError("objective.rewards", " gives no reward a weight; name at least one")
     for name, weight in _named("objective.rewards", objective.rewards).items():
         _check_number(name, abs(weight))
+    if (loss := objective.reward_loss) and objective.weights != {loss: 1}:
+        raise SettingError("objective.loss", f": {loss} stands alone, in no sum and with no weight; write loss: {loss}")
+    if objective.group < 2:
+        raise SettingError("objective.group", f" is {objective.group}; answers are compared, so at least 2 are needed")
+    if unused := objective.without_effect:
+        name, owner = unused
+        losses = ", ".join(objective.weights)
+        raise SettingError(f"objective.{name}", f" goes with {owner}, and has no effect on {losses}; leave it out")
 
 
 def _check_rates(optim: OptimConfig) -> None:

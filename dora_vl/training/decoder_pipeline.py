@@ -157,12 +157,6 @@ class DecoderPipeline(Pipeline):
     def _check_rewards(self, arguments: TrainingArguments) -> None:
         """Refuses what a run that draws its answers cannot do."""
         objective = self.config.objective
-        if len(objective.weights) > 1:
-            raise SettingError("objective.loss", f": {objective.reward_loss} stands alone, in no sum with other losses")
-        if objective.group < 2:
-            raise SettingError(
-                "objective.group", f" is {objective.group}; answers are compared, so at least 2 are needed"
-            )
         if self.config.data.streaming:
             raise SettingError(
                 "data.streaming", " is not for rewards, which look a question's right answer up; set it false"

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from dora_vl.backbones.base import Backbone, Expected
 from dora_vl.core import adapted_layers, trained_parts
-from dora_vl.heads.preferences import Answers, Scale, mean_over, measures, preference_loss
+from dora_vl.heads.preferences import Answers, Scale, measures, preference_loss
 from dora_vl.heads.rewards import divergence
 from dora_vl.run.sharding import gather_to_write, is_sharded, let_go_of_whole_weights
-from dora_vl.shapes import Float, Int
+from dora_vl.shapes import Bool, Float, Int
 
 
 class Reference:
@@ -207,6 +207,14 @@ class RewardLoss(NextTokenLoss):
         return {"loss": each.sum() / divisor, "labelled_tokens": count, **noted}
 
 
+def mean_over_ranks(values: Float[Tensor, " answers"], kept: Bool[Tensor, " answers"]) -> Float[Tensor, ""]:
+    """Computes the mean over some answers of all ranks' micro-batches, 0 where there is none; every rank calls it."""
+    sums = torch.stack([torch.where(kept, values, 0).sum().float(), kept.sum().float()])
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(sums)
+    return sums[0] / sums[1].clamp_min(1)
+
+
 class PreferenceLoss(LossModel):
     """Computes a weighted sum of `heads.preferences.LOSSES`.
 
@@ -244,9 +252,9 @@ class PreferenceLoss(LossModel):
         compared = Answers(log_probs, of_reference, tokens, weights, answers["pairs"])
         scale, of_pictures = self.scale, answers["of_pictures"]
         if "kto" in self.objective:
-            scale = replace(scale, kl=mean_over(compared.gains(), weights == 0).clamp_min(0).detach())
+            scale = replace(scale, kl=mean_over_ranks(compared.gains().detach(), weights == 0).clamp_min(0))
         loss = preference_loss(compared, scale, self.objective, of_pictures=of_pictures)
-        watched = measures(compared, self.scale.beta, of_pictures=of_pictures)
+        watched = measures(compared, self.scale.beta, self.objective, of_pictures=of_pictures)
         return {"loss": loss, "labelled_tokens": tokens.sum().long(), **watched}
 
     def kept(self) -> Mapping[str, Any]:

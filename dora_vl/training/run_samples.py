@@ -69,7 +69,6 @@ from dora_vl.data.turns import THINK, Turn
 from dora_vl.errors import BadSample, SettingError, UserError, one_line, short_repr
 from dora_vl.evaluation.questions import all_asked, text_asked
 from dora_vl.files import content_key
-from dora_vl.heads.preferences import OF_PICTURES
 from dora_vl.run.arguments import order_seed
 from dora_vl.run.base import VideoReading, image_folder, video_folder
 from dora_vl.run.folder import run_folder_of
@@ -284,7 +283,7 @@ class RunSamples:
             reason = " is 1, and kto compares an answer with those to other prompts beside it; set 2 or more"
             raise SettingError("training.per_device_train_batch_size", reason)
         if objective.exchange_pictures:
-            self._check_exchange(objective, compared=compared)
+            self._check_exchange(compared=compared)
 
     def check_count(self) -> None:
         """Refuses `training.dataloader_drop_last` where it leaves all samples out; a stream may not know its number."""
@@ -294,12 +293,10 @@ class RunSamples:
             reason = f"a micro-batch on each rank takes {together:,}, and {self._name} has {samples:,} samples"
             raise SettingError("training.dataloader_drop_last", f" would leave all of them out: {reason}; set it false")
 
-    def _check_exchange(self, objective: ObjectiveConfig, *, compared: bool) -> None:
+    def _check_exchange(self, *, compared: bool) -> None:
         """Refuses to exchange pictures where no answer would be compared with itself under another one."""
-        looking, trouble = OF_PICTURES | {"kto"}, None
-        if looking.isdisjoint(objective.weights):
-            trouble = f"needs a loss that compares pictures, {', '.join(sorted(looking))}; set objective.loss"
-        elif self._train is None:
+        trouble = None
+        if self._train is None:
             trouble = "draws among all pictures, and data.streaming reads samples as they come; set one of them false"
         elif not compared or _none_to_exchange(self._train.rows["images"]):
             trouble = f"needs pairs and several pictures, and {self._name} has none; set it false"

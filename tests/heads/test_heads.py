@@ -238,7 +238,7 @@ def test_the_same_answer_under_other_pictures_is_a_term_of_its_own(name: str) ->
     else:
         expected = written_out(name, LOG_PROBS)
     assert value == pytest.approx(0.5 * expected, rel=1e-12)
-    found = measures(given, BETA, of_pictures=of_pictures)
+    found = measures(given, BETA, {"dpo": 1.0}, of_pictures=of_pictures)
     looks = (margin(LOG_PROBS, 0, 1) + margin(LOG_PROBS, 3, 5)) / 2
     assert found["rewards/picture_margin"].item() == pytest.approx(looks, rel=1e-12)
     assert found["rewards/rejected"].item() == pytest.approx(BETA * gain(LOG_PROBS, 2), rel=1e-12)
@@ -253,16 +253,35 @@ def test_an_answer_that_is_certain_has_finite_odds() -> None:
     assert log_probs.grad.isfinite().all()
 
 
-def test_measures_are_those_of_the_pairs() -> None:
-    found = {
-        name: value.item()
-        for name, value in measures(answers(torch.tensor(LOG_PROBS)), BETA, of_pictures=NO_PAIRS).items()
-    }
-    margins = [margin(LOG_PROBS, w, o) for w, o in PAIRS]
+PAIR = torch.tensor([[0], [1]])
+MEASURED: dict[str, Callable[[int], float]] = {
+    **dict.fromkeys(("dpo", "kto", "bco", "apo_zero", "anchor"), lambda y: gain(LOG_PROBS, y)),
+    "ipo": lambda y: gain(LOG_PROBS, y) / TOKENS[y],
+    **dict.fromkeys(("simpo", "orpo", "sft"), lambda y: LOG_PROBS[y] / TOKENS[y]),
+    "cpo": lambda y: LOG_PROBS[y],
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("more", [{}, {"sft": 3.0}])
+def test_measures_are_what_the_loss_compares(name: str, more: dict[str, float]) -> None:
+    given = answers(torch.tensor(LOG_PROBS, dtype=torch.float64))
+    given = given._replace(reference=None) if name in REFERENCE_FREE_LOSSES else given
+    objective = {**more, name: 1.0}
+    found = {key: value.item() for key, value in measures(given, BETA, objective, of_pictures=NO_PAIRS).items()}
+    margins = [BETA * (MEASURED[name](w) - MEASURED[name](o)) for w, o in PAIRS]
     assert found["rewards/margin"] == pytest.approx(sum(margins) / 3, rel=1e-5)
     assert found["rewards/accuracy"] == pytest.approx(sum(value > 0 for value in margins) / 3)
-    assert 0 < found["rewards/accuracy"] < 1
+    chosen = [BETA * MEASURED[name](number) for number, good in enumerate(PREFERRED) if good]
+    assert found["rewards/chosen"] == pytest.approx(sum(chosen) / 3, rel=1e-5)
     assert found["log_probs/rejected"] == pytest.approx((-4.7 - 2.2 - 5.5) / 3, rel=1e-5)
+
+
+def test_a_longer_answer_that_simpo_prefers_has_a_margin_above_0() -> None:
+    """The sums say -4, the means +5."""
+    given = Answers(torch.tensor([-10.0, -6.0]), None, torch.tensor([10.0, 1.0]), torch.tensor([1.0, -1.0]), PAIR)
+    found = measures(given, 1.0, {"simpo": 1.0}, of_pictures=NO_PAIRS)
+    assert (found["rewards/margin"].item(), found["rewards/accuracy"].item()) == (5.0, 1.0)
 
 
 REWARDS = ((1.0, 0.0, 0.25, 1.0), (0.5, 0.5, 0.5, 0.5))

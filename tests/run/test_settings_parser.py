@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import pytest
 import torch
@@ -22,9 +22,19 @@ from dora_vl.core import adapted_layers, apply_dora
 from dora_vl.core.config import AdaptedPart, AdapterSettings, DoRAConfig
 from dora_vl.errors import MissingExtra, SettingError, UserError
 from dora_vl.files import shipped_folder
+from dora_vl.heads.preferences import LOSSES, OF_PICTURES
+from dora_vl.heads.rewards import REWARD_LOSSES
 from dora_vl.run.arguments import SHIPPED_CONFIGS, check_deepspeed, read_deepspeed, zero_stage
 from dora_vl.run.folder import SETTINGS, write_settings
-from dora_vl.run.settings import FIELDS, AdapterConfig, Task
+from dora_vl.run.settings import (
+    FIELDS,
+    GOES_WITH,
+    AdapterConfig,
+    ObjectiveConfig,
+    PreferenceLossName,
+    RewardLossName,
+    Task,
+)
 from dora_vl.run.settings_parser import (
     OTHER_TOOLS,
     find_recipe,
@@ -108,7 +118,17 @@ RATES = ("projector_learning_rate", "magnitude_learning_rate", "b_learning_rate_
         ("--objective.kl=-1", "objective.kl", None),
         ("--objective.loss=grpo --objective.rewards={}", "objective.rewards", None),
         ('--objective.loss=grpo --objective.rewards={"exact":0}', "objective.rewards", None),
-        ('--objective.rewards={"exact":.inf}', "objective.rewards.exact", None),
+        ('--objective.loss=grpo --objective.rewards={"exact":.inf}', "objective.rewards.exact", None),
+        *((f"--objective.loss={loss}", "objective.loss", None) for loss in ('{"grpo":2}', '{"grpo":1,"sft":1}')),
+        ("--objective.loss=grpo --objective.group=1", "objective.group", None),
+        ("--objective.loss=dpo --objective.group=4", "objective.group", None),
+        ("--objective.loss=dpo --objective.kl=0.1", "objective.kl", None),
+        ("--objective.loss=dpo --objective.margin=1", "objective.margin", None),
+        ("--objective.loss=orpo --objective.exchange_pictures=true", "objective.exchange_pictures", None),
+        ("--objective.loss=grpo --objective.beta=0.2", "objective.beta", None),
+        ("--objective.loss=grpo --objective.format=.*", "objective.format", None),
+        ("--objective.beta=0.2", "objective.beta", None),
+        ("--objective.vllm=http://localhost:1", "objective.vllm", None),
         *((f"--optim.{rate}=-1", f"optim.{rate}", None) for rate in RATES),
         ("--optim.projector_learning_rate=.nan", "optim.projector_learning_rate", None),
         ('--optim.rates={"dora":-0.1}', "optim.rates.dora", None),
@@ -119,6 +139,23 @@ def test_a_wrong_key_or_value_is_named_with_nearest(run_file: Path, words: str, 
         read_run([f"--config={run_file}", *words.split()])
     assert error.value.key == key
     assert error.value.nearest[:1] == (() if nearest is None else (nearest,))
+
+
+def test_a_setting_at_its_default_or_with_its_loss_is_taken(run_file: Path) -> None:
+    for words in (
+        '--objective.loss={"sft":1,"simpo":0.5} --objective.margin=1 --objective.beta=2',
+        '--objective.loss=grpo --objective.group=4 --objective.rewards={"format":1} --objective.format=.*',
+        "--objective.loss=dpo --objective.group=8 --objective.margin=0.5",
+    ):
+        read_run([f"--config={run_file}", *words.split()])
+
+
+def test_the_settings_name_the_losses_that_there_are() -> None:
+    assert {*get_args(PreferenceLossName)} == LOSSES.keys()
+    assert {*get_args(RewardLossName)} == REWARD_LOSSES.keys()
+    for name in LOSSES:
+        takes = GOES_WITH["exchange_pictures"][0](ObjectiveConfig(loss=cast(Any, name)))
+        assert takes == (name in OF_PICTURES | {"kto"})
 
 
 def test_names_of_other_tools_lead_to_settings_of_that_meaning() -> None:

@@ -30,7 +30,7 @@ from dora_vl.heads.preferences import LOSSES, Scale
 from dora_vl.heads.rewards import REWARD_LOSSES
 from dora_vl.run.folder import DRAWN, read_log
 from dora_vl.run.sharding import gather_to_write, shard
-from dora_vl.training.losses import NextTokenLoss, PreferenceLoss, Reference, RewardLoss
+from dora_vl.training.losses import NextTokenLoss, PreferenceLoss, Reference, RewardLoss, mean_over_ranks
 from dora_vl.training.rollouts import ModelAnswers, Rollouts
 from tests.backbones.image_text_conversations import BLUE, RED, inputs_of
 from tests.backbones.tiny_language import tiny_language
@@ -241,6 +241,8 @@ def on_a_rank(rank: int, port: int, folder: Path) -> None:
         loss = PreferenceLoss(backbone, objective={"dpo": 1.0}, scale=SCALE, reference=reference)
         values.append(gradients_of(loss.train(), batch_of(encoder, items(encoder), "trees")))
     assert abs(values[0]["margin"].item()) > 1e-3
+    z = mean_over_ranks(torch.tensor([[1.0, 9.0, 2.0], [6.0, 9.0, 9.0]][rank]), torch.tensor([True, False, not rank]))
+    assert z.item() == 3.0  # of both ranks' three answers, not 1.5 and 6
     torch.testing.assert_close(values[1], values[0], rtol=1e-3, atol=1e-6)
     torch.distributed.destroy_process_group()
 
