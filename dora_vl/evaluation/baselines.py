@@ -31,6 +31,12 @@ ASKED_AGAIN = tuple(COMPARISONS)
 """Sets whose names end with these are in `predictions.jsonl` only for a comparison."""
 ADVICE_SHARE = 0.1
 """Settings to try are named if this share of the questions is readable but not learned."""
+CHANGED_SHARE = 0.1
+"""Answers depend on the pictures if at least this share changes with them."""
+RISEN = 1.1
+"""A validation loss that ends at more than this multiple of its lowest has risen."""
+CHOSEN, UNLIKELY = "log_probs/chosen", -2.0
+"""This field of a log line is the log-probability of chosen answers; below this they are said once in seven times."""
 DESCRIPTIONS = {
     COMMONEST: f"the test's own commonest right answer to each question that it asks {LEAST_ASKED} times or more, to "
     "all other questions together one; no model",
@@ -81,30 +87,63 @@ def compare_with_baselines(
         entry[READABLE] = {**baseline, "how": DESCRIPTIONS[READABLE], "questions": kinds}
         lines.append(f"{metric} that a linear probe reads from the base's pictures {text}")
         lines += [f"{name}: {text}" for name, text in probe_lines(kinds).items()]
-        missed = [max(0.0, kind[READABLE] - kind["learned"]) for kind in kinds.values() if READABLE in kind]
-        if sum(missed) >= ADVICE_SHARE * len(probed):
-            entry[ADVICE] = (
-                "the base's picture features hold more than was learned: try more epochs (training.num_train_epochs), "
-                "another rate (training.learning_rate, optim.projector_learning_rate), a higher adapter.rank"
-            )
-            lines.append(entry[ADVICE])
     if exchange is not None and not exchange.examples and any(any(_media(example)) for example in examples):
         lines.append("no pictures were exchanged: no two questions show the same number of different pictures")
     if exchange is None or not exchange.examples:
         return entry, lines
-    entry[EXCHANGED], line = compare_with(EXCHANGED, exchange, examples, answers, score)
-    lines.append(line)
-    difference = entry[EXCHANGED]["difference"]
-    if difference is not None and difference["low"] <= 0 <= difference["high"]:  # it may well be chance
+    part, line = compare_with(EXCHANGED, exchange, examples, answers, score)
+    changed = sum(answers.get(name, "").strip() != text.strip() for name, text in exchange.answers.items())
+    entry[EXCHANGED] = {**part, "changed": changed}
+    lines.append(f"{line}; {changed:,} of these {part['n']:,} answers change")
+    difference = part["difference"]
+    # It may well be chance. Where no answer is right, the difference says nothing.
+    if difference is not None and difference["low"] <= 0 <= difference["high"] and part["with_their_own"] > 0:
+        few = changed < CHANGED_SHARE * part["n"]
+        beginning = (
+            "do not seem to depend on the pictures" if few else "change with the pictures, but not for the better"
+        )
         entry[WARNING] = (
-            f"the answers do not seem to depend on the pictures: over {entry[EXCHANGED]['n']} questions, {metric} with "
-            f"their own pictures minus {metric} with exchanged ones is {difference['value']:+.2f} (95 % interval "
+            f"the answers {beginning}: over {part['n']} questions, of which {changed} get another answer, {metric} "
+            f"with their own pictures minus {metric} with exchanged ones is {difference['value']:+.2f} (95 % interval "
             f"{difference['low']:+.2f} to {difference['high']:+.2f}). If the questions cannot be answered without "
-            "looking, try a base whose projector is trained (or adapter.train_projector: true), more pictures, or more "
-            "epochs"
+            "looking, try a base whose projector is trained (or adapter.train_projector: true) or more pictures"
         )
         lines.append(entry[WARNING])
     return entry, lines
+
+
+def advice(entry: Mapping[str, Any], log: Sequence[Mapping[str, Any]], *, score: float) -> str | None:
+    """Names settings to try after a training that left much to be learned; None after others.
+
+    Args:
+        entry: the baselines that `score` was compared with.
+        log: the lines of the training's `log.jsonl`.
+    """
+    losses, chosen = (
+        [(line["step"], line[key]) for line in log if isinstance(line.get(key), float)] for key in ("eval_loss", CHOSEN)
+    )
+    kinds = entry[READABLE]["questions"].values() if READABLE in entry else ()
+    missed = sum(max(0.0, kind[READABLE] - kind["learned"]) for kind in kinds if READABLE in kind)
+    is_missed = missed > 0 and missed >= ADVICE_SHARE * entry[READABLE]["n"]
+    if chosen and chosen[-1][1] < UNLIKELY and (is_missed or score < entry.get(COMMONEST, {"value": 0.0})["value"]):
+        return (
+            f"the chosen answers are unlikely at the end of training (log-probability {chosen[-1][1]:.1f} each): the "
+            "model must learn to say them, not only to prefer them. Add sft to objective.loss, such as {dpo: 1, sft: 1}"
+        )
+    if not is_missed:
+        return None
+    beginning, rates = "the base's picture features hold more than was learned", "optim.projector_learning_rate"
+    step, lowest = min(losses, key=lambda measured: measured[1], default=(0, 0.0))
+    if losses and losses[-1][1] > RISEN * lowest:
+        return (
+            f"{beginning}, and the validation loss was lowest at step {step} ({lowest:.3g}; at the end "
+            f"{losses[-1][1]:.3g}): keep that step's checkpoint (training.load_best_model_at_end: true) or stop there "
+            f"(optim.early_stopping: 2), and try a lower training.learning_rate or {rates}"
+        )
+    return (
+        f"{beginning}: try more epochs (training.num_train_epochs), another rate (training.learning_rate, {rates}), a "
+        "higher adapter.rank"
+    )
 
 
 def compare_with(

@@ -33,6 +33,7 @@ from dora_vl.evaluation.predictions import (
 from dora_vl.evaluation.predictor import Decoding, MediaReader, Predictor
 from dora_vl.evaluation.test_sets import ResultFolder, Tested, TestSet, scored, with_baselines
 from dora_vl.files import METRICS, json_or_nothing, whole_file, write_json
+from dora_vl.run.folder import LOSS_LOG, read_log
 from dora_vl.run.launch import (
     gather_from_ranks,
     is_first_rank,
@@ -247,7 +248,7 @@ def evaluate(
         if not is_first_rank() or tested.refused is not None:
             continue
         readable = readable_answers(test_set.about.get("file"), test_set.settings.get("questions_sha256"))
-        done[-1] = with_baselines(tested, others, untrained, readable)
+        done[-1] = with_baselines(tested, others, untrained, readable, log=read_log(folder / LOSS_LOG))
         announce(done[-1])
         empty = sum(not answer.strip() for answer in predictions.answers.values())
         if (failed := len(test_set.examples) - len(predictions.rows)) or empty:

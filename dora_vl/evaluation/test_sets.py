@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from dora_vl.data.example import JSON, Example
 from dora_vl.errors import UserError, one_line, short_repr
-from dora_vl.evaluation.baselines import UNTRAINED, ComparisonAnswers, compare_with, compare_with_baselines
+from dora_vl.evaluation.baselines import (
+    ADVICE,
+    UNTRAINED,
+    ComparisonAnswers,
+    advice,
+    compare_with,
+    compare_with_baselines,
+)
 from dora_vl.evaluation.predictions import Predictions
 from dora_vl.evaluation.questions import choice_text, expected, kind_of
 from dora_vl.evaluation.results import AnswerScore, formula_record, score_lines, write_results
@@ -202,8 +209,9 @@ def with_baselines(
     exchange: ComparisonAnswers | None,
     untrained: ComparisonAnswers | None = None,
     readable: Mapping[str, str] = MappingProxyType({}),
+    log: Sequence[Mapping[str, Any]] = (),
 ) -> Tested:
-    """Adds the baselines that a score is compared with; `readable` are the probe's answers."""
+    """Adds the baselines that a score is compared with, and what the training's log advises."""
     test, result = tested.test, tested.scored
     if result is None or test.score is None:
         return tested
@@ -217,6 +225,8 @@ def with_baselines(
         exchange=exchange,
         readable=readable,
     )
+    if text := advice(baselines, log, score=result.metrics[baselines["metric"]]):
+        baselines[ADVICE], remarks = text, [*remarks, text]
     if untrained is not None:
         baselines[UNTRAINED], line = compare_with(UNTRAINED, untrained, test.scored_examples, answers, test.score)
         remarks = [line, *remarks]
