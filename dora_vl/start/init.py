@@ -9,8 +9,9 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
@@ -58,6 +59,8 @@ table of pictures and labels. No picture is in both training and test; folders n
 role.
 """
 TRAIN, TEST, VALIDATION, MEDIA = "train.jsonl", "test.jsonl", "validation.jsonl", "media"
+MOST_ASKED, ANSWERED = 24, 0.8
+"""A base that answers this share of so many test questions has only to choose better among its answers."""
 LARGE = 1e9  # parameters of a base that is not read on a CPU before a run asks for it
 
 
@@ -101,15 +104,17 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         on_gpu = _on_gpu()
         shards = on_gpu and find_spec("deepspeed") is not None
         start = _start_command(to / RUN_FILE, shards=shards)
-        text = run_file_text(base, _data(summary, splits, to), output_dir=str(to), shards=shards, command=start)
-        _write(staging, splits, text)
+        data = _data(summary, splits, to)
+        write_text = partial(run_file_text, base, output_dir=str(to), shards=shards, command=start)
+        _write(staging, splits, write_text(data))
         if replaces:
             _keep_other_files(to, staging)
     size = f" ({base.parameters / 1e6:,.0f} million parameters)" if base.parameters else ""
     yield f"{to}: {', '.join(splits)} and {RUN_FILE} written, base {base.name}{size}"
-    can_probe = base.is_llava and Path(base.name).is_dir() and summary.pictures.keys and not summary.has_videos
-    if can_probe and (on_gpu or base.parameters < LARGE):
-        yield from _probe_base(to / RUN_FILE)
+    if Path(base.name).is_dir() and not summary.has_videos and (on_gpu or base.parameters < LARGE):
+        yield from _ask_base(to / RUN_FILE, data, write_text)
+        if base.is_llava and summary.pictures.keys:
+            yield from _probe_base(to / RUN_FILE)
     yield f"\nnext:  {start}"
 
 
@@ -130,6 +135,33 @@ def _start_command(run_file: Path, *, shards: bool) -> str:
     """Returns the shell command that starts the run, by DeepSpeed's launcher where `shards`."""
     command = f"{_program('deepspeed')} --module dora_vl.cli train" if shards else f"{_program('dora-vl')} train"
     return f"{command} {quote(str(run_file))}"
+
+
+def _ask_base(run_file: Path, data: Data, write_text: Callable[[Data], str]) -> Iterator[str]:
+    """Asks the base some questions before a run on preferences; if it answers most, the run file needs no `sft`."""
+    if data.loss is None:
+        return
+    from dora_vl.evaluation.open_model import ModelRequest, open_model
+    from dora_vl.evaluation.predictor import Decoding, media_reader
+    from dora_vl.evaluation.scores.exact import score
+    from dora_vl.evaluation.test import check_test
+    from dora_vl.run.base import image_folder
+    from dora_vl.run.settings_parser import read_run_file
+
+    config = read_run_file(run_file)
+    examples = check_test(config)[:MOST_ASKED]
+    decoding = Decoding(batch_size=MOST_ASKED, max_new_tokens=config.evaluation.max_new_tokens)
+    try:
+        model = open_model(ModelRequest(model=config.model.base, template=config.model.template)).adapted
+        batches = model.predict(examples, media_reader(image_folder(config.data), frames=1), decoding)
+        answers = {answer.id: answer.prediction for batch in batches for answer in batch}
+    except UserError as error:
+        yield f"the base was not asked: {error}"
+        return
+    right = sum(score(examples, answers).shares.values())
+    yield f"the base answers {right:g} of {len(examples)} test questions before any training"
+    if right >= ANSWERED * len(examples):
+        run_file.write_text(write_text(replace(data, base_answers=True)), encoding="utf-8")
 
 
 def _probe_base(run_file: Path) -> Iterator[str]:

@@ -39,6 +39,8 @@ VIDEO_BASE = Path("runs/demo/tuned")
 """Videos take this base: their outputs are not stored, so the projector must have learned before."""
 STEP_SAMPLES = 16
 WORDLESS = "paligemma"  # its processor takes no words without a picture
+LEAST_ROWS = 100
+"""Of fewer training rows none is held out for validation."""
 SEEN_SAMPLES, MOST_EPOCHS = 3_200, 10
 """A small set is seen several times, until about 3,200 samples were."""
 
@@ -77,6 +79,13 @@ class Data:
     follow_links: bool = False
     loss: str | None = None
     """Names the loss of preferences; None where answers are learned word by word."""
+    base_answers: bool = False
+    """The base gives most right answers already, so that preferences alone can choose among its answers."""
+
+    @property
+    def is_validated(self) -> bool:
+        """Tells whether the loss is measured while training; a twentieth of few rows is too few for that."""
+        return self.validation is not None or self.rows >= LEAST_ROWS
 
 
 def choose_base(model: str | None) -> Base:
@@ -127,6 +136,7 @@ def _parameters_in(folder: Path) -> float:
 def run_file_text(base: Base, data: Data, *, output_dir: str, shards: bool, command: str) -> str:
     """Returns the run file's text."""
     epochs = max(1, min(MOST_EPOCHS, round(SEEN_SAMPLES / data.rows)))
+    is_gentle = data.loss is not None and (data.base_answers or not base.is_new)
     tokens = max(2 * data.answer_words, data.answer_characters // 3) + 8
     loader = FileSystemLoader(Path(__file__).parent, encoding="utf-8")
     environment = Environment(
@@ -138,6 +148,7 @@ def run_file_text(base: Base, data: Data, *, output_dir: str, shards: bool, comm
         output_dir=output_dir,
         shards=shards,
         command=one_line(command, sys.maxsize),
+        rate="5.0e-5" if is_gentle else "2.0e-4" if data.loss or not base.is_new else "1.0e-3",
         epochs=epochs,
         steps=max(1, epochs * data.rows // STEP_SAMPLES),
         step_samples=STEP_SAMPLES,

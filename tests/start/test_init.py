@@ -6,7 +6,8 @@ import argparse
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,12 @@ from transformers import LlavaForConditionalGeneration
 
 from dora_vl.cli import main
 from dora_vl.data.check import FileCheck, MediaCheck
+from dora_vl.data.example import Example
 from dora_vl.data.readers import read_row
 from dora_vl.errors import UserError
+from dora_vl.evaluation.assistant import Assistant
+from dora_vl.evaluation.predictions import Prediction
+from dora_vl.evaluation.predictor import prediction
 from dora_vl.evaluation.questions import read_questions
 from dora_vl.run.settings_parser import read_run_file
 from dora_vl.start import init
@@ -246,6 +251,50 @@ def test_a_base_that_takes_words_alone_keeps_what_it_knows(name: str, share: flo
     assert yaml.safe_load(text)["data"].get("replay") == share
 
 
+@pytest.mark.parametrize(
+    ("is_new", "base_answers", "loss", "rates"),
+    [
+        (True, False, {"dpo": 1, "sft": 1}, (2e-4, 2e-4)),
+        (True, True, "dpo", (5e-5, 5e-5)),
+        (False, False, {"dpo": 1, "sft": 1}, (5e-5, 2e-5)),
+        (False, True, "dpo", (5e-5, 2e-5)),
+    ],
+)
+def test_preferences_alone_are_for_a_base_that_answers(
+    is_new: bool, base_answers: bool, loss: object, rates: tuple[float, float]
+) -> None:
+    base = Base(name="b", is_llava=True, is_new=is_new)
+    data = replace(data_of("my"), loss="dpo", base_answers=base_answers)
+    settings = yaml.safe_load(run_file_text(base, data, output_dir="my", shards=False, command="run"))
+    assert settings["objective"]["loss"] == loss
+    assert (settings["training"]["learning_rate"], settings["optim"]["projector_learning_rate"]) == rates
+
+
+def test_a_base_that_answers_gets_preferences_alone(
+    tmp_path: Path, base: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def right(_: object, examples: Sequence[Example], *__: object) -> Iterator[list[Prediction]]:
+        yield [prediction(example, example.answers[0].text) for example in examples]
+
+    monkeypatch.setattr(Assistant, "predict", right)
+    folder, samples = tmp_path / "my", items(16)
+    folder.mkdir()
+    write_pictures(folder, samples)
+    rows = [{"image": item.picture, "prompt": "?", "chosen": item.answer, "rejected": "no"} for item in samples]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    printed_by(capsys, "my", "--model", base, "--to", "out")
+    assert read_run_file(tmp_path / "out/run.yaml").objective.loss == "dpo"
+
+
+def test_the_adapter_is_that_of_the_lowest_validation_loss_where_it_is_measured() -> None:
+    for rows in (99, 100):
+        data = replace(data_of("my"), rows=rows)
+        text = run_file_text(Base(name="b"), data, output_dir="my", shards=False, command="run")
+        settings = yaml.safe_load(text)
+        assert ("validation_share" in settings["data"]) == (rows == 100)
+        assert settings["training"].get("load_best_model_at_end", False) == (rows == 100)
+
+
 def test_a_size_is_in_a_hub_id_s_name_and_in_a_folder_s_headers(base: Path) -> None:
     sizes = {"Qwen/Qwen2.5-VL-7B-Instruct": 7e9, "HuggingFaceTB/SmolVLM-256M-Instruct": 256e6, "a/InternVL3-hf": 0}
     assert {name: choose_base(name).parameters for name in sizes} == sizes
@@ -321,9 +370,9 @@ def test_preferences_keep_every_answer_and_get_their_loss(
         pairs = zip(asked, answers, strict=True)
         rows = [{**both, "completion": pair[kind], "label": kind == "chosen"} for both, pair in pairs for kind in pair]
     (folder / "rows.json").write_text(json.dumps(rows))
-    printed_by(capsys, "my", "--model", base, "--to", "out")
-    config = read_run_file(tmp_path / "out/run.yaml")
-    assert (config.objective.loss, config.adapter.dropout) == ("kto" if judged else "dpo", 0.0)
+    assert "the base answers 0 of " in printed_by(capsys, "my", "--model", base, "--to", "out")
+    config, name = read_run_file(tmp_path / "out/run.yaml"), "kto" if judged else "dpo"
+    assert (config.objective.loss, config.adapter.dropout) == ({name: 1, "sft": 1}, 0.0)
     assert not config.data.replay
     train, test = ([read_row(row) for row in rows_of(tmp_path / "out" / f"{half}.jsonl")] for half in ("train", "test"))
     examples = [*train, *test]
