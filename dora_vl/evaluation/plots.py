@@ -41,35 +41,56 @@ def series(entries: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float],
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Returns the exponential moving average of the logarithms, without the start's pull.
+    """Returns the exponential moving average without the start's pull: of the logarithms, where no value is below 0.
 
     A loss of 0 counts as the smallest one above it.
     """
+    is_geometric = min(values, default=0.0) >= 0
     least = min((value for value in values if value > 0), default=1.0)
     weight, average, result = 0.8, 0.0, []
     for count, value in enumerate(values, start=1):
-        average = weight * average + (1 - weight) * math.log(max(value, least))
-        result.append(math.exp(average / (1 - weight**count)))
+        average = weight * average + (1 - weight) * (math.log(max(value, least)) if is_geometric else value)
+        mean = average / (1 - weight**count)
+        result.append(math.exp(mean) if is_geometric else mean)
     return result
 
 
-def write_loss_curve(entries: Sequence[Mapping[str, Any]], to: Path) -> None:
-    """Draws training loss (each logged step faint, its geometric average on top), validation loss and learning rate."""
+def loss_unit(objective: Mapping[str, Any]) -> str:
+    """Names what a run's loss is, by the settings of its objective: nats of words, or a sum of other losses."""
+    loss = objective.get("loss", "sft")
+    if loss == "sft":
+        return "nats per answer token"
+    weights = {loss: 1} if isinstance(loss, str) else loss
+    return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items())
+
+
+def write_loss_curve(entries: Sequence[Mapping[str, Any]], to: Path, *, unit: str) -> None:
+    """Draws training loss (each logged step faint, its average on top), validation loss and learning rate.
+
+    Below them, where answers are compared, their margin and accuracy.
+    """
     steps, losses = series(entries, "loss")
-    figure = new_figure(8.0, 4.5)
+    below = [key for key in ("rewards/margin", "rewards/accuracy") if series(entries, key)[0]]
+    figure = new_figure(8.0, 4.5 + 1.5 * len(below))
     figure.set_layout_engine("constrained")
-    axes = figure.add_subplot()
+    heights = [3, *(1 for _ in below)]
+    axes, *lower = figure.subplots(len(heights), squeeze=False, sharex=True, height_ratios=heights)[:, 0]
     axes.plot(steps, losses, color=TRAIN, alpha=0.25, linewidth=1)
     axes.plot(steps, smoothed(losses), color=TRAIN, linewidth=2, label="training loss")
     validation = series(entries, "eval_loss")
     if validation[0]:
         axes.plot(*validation, color=VALIDATION, marker="o", markersize=5, linewidth=2, label="validation loss")
-    axes.set_yscale("log")
-    plain_axes(axes, "step", "loss (nats per answer token)")
+    axes.set_yscale("log" if min(losses + validation[1]) > 0 else "linear")
+    plain_axes(axes, "" if below else "step", f"loss ({unit})")
     rates = series(entries, "learning_rate")
     if rates[0]:
         _draw_rates(axes, *rates)
     axes.legend(frameon=False, loc="upper right", labelcolor=INK)
+    for key, panel in zip(below, lower, strict=True):
+        panel.plot(*series(entries, key), color=TRAIN, linewidth=2)
+        plain_axes(panel, "step" if key == below[-1] else "", key.removeprefix("rewards/"))
+        if key == "rewards/accuracy":
+            panel.set_ylim(-0.05, 1.05)
     save_png(figure, to)
 
 

@@ -23,7 +23,7 @@ from dora_vl.data.video import VideoReader
 from dora_vl.errors import SettingError, UserError
 from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
 from dora_vl.evaluation.baselines import UNTRAINED, ComparisonAnswers, draw_sample, right_text
-from dora_vl.evaluation.plots import series, write_contact_sheet, write_loss_curve
+from dora_vl.evaluation.plots import loss_unit, series, write_contact_sheet, write_loss_curve
 from dora_vl.evaluation.predict import ask_again, evaluate
 from dora_vl.evaluation.predictions import Prediction
 from dora_vl.evaluation.predictor import AnswerMethod, Decoding, MediaReader, Predictor, check_pictures, media_reader
@@ -45,9 +45,9 @@ from dora_vl.evaluation.scores.exact import PATTERNS, cloze_score, commonsense_s
 from dora_vl.evaluation.scores.exact import score as exact_match
 from dora_vl.evaluation.scores.scored import in_units
 from dora_vl.evaluation.test_sets import ResultFolder, Tested, TestSet, refuse_unscored
-from dora_vl.files import METRICS, file_sha256
+from dora_vl.files import METRICS, file_sha256, json_or_nothing
 from dora_vl.run.base import VideoReading, check_videos, image_folder, video_folder, video_sampling
-from dora_vl.run.folder import ADAPTER, LOSS_LOG, read_log, run_folder_of
+from dora_vl.run.folder import ADAPTER, LOSS_LOG, SETTINGS, read_log, run_folder_of
 from dora_vl.run.settings import EvaluationConfig, RunConfig
 from dora_vl.run.watched_questions import Watch, WatchedQuestion
 
@@ -279,7 +279,8 @@ def draw(answered: Sequence[Tested], *, run_folder: Path, media: MediaReader | N
     """Writes the loss curve, and where `media` shows the pictures the contact sheet."""
     entries = read_log(run_folder / LOSS_LOG)
     if series(entries, "loss")[0]:
-        write_loss_curve(entries, run_folder / LOSS_CURVE)
+        objective = json_or_nothing(run_folder / SETTINGS).get("objective") or {}
+        write_loss_curve(entries, run_folder / LOSS_CURVE, unit=loss_unit(objective))
     rows: list[Prediction] = []
     shares: dict[str, float] = {}
     by_id: dict[str, Example] = {}

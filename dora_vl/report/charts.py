@@ -12,7 +12,7 @@ from typing import Any, Literal
 from matplotlib import rc_context
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 
-from dora_vl.evaluation.plots import new_figure, plain_axes, series, smoothed
+from dora_vl.evaluation.plots import loss_unit, new_figure, plain_axes, series, smoothed
 from dora_vl.report.run_record import RunRecord
 
 MOST_POINTS = 400
@@ -144,14 +144,21 @@ NUMBERS = (
     ("memory_gib", "memory", "GiB of the fullest rank: on a GPU its tensors, on a CPU the whole process"),
 )
 """Each row names a field of a log line, its chart and the unit."""
-OBJECTIVE = (("rewards", "rewards", ""), ("log_probs", "log-probabilities", "nats"), ("answers", "drawn answers", ""))
-"""Each row names what begins the fields of a loss of preferences or rewards, their chart and the unit."""
+OBJECTIVE = (
+    ("rewards/accuracy$", "accuracy of pairs", "share with a margin above 0"),
+    ("rewards/(picture_)?margin$", "margin", "chosen answer's reward less the other's"),
+    ("rewards/(?!accuracy$|margin$|picture_margin$)", "rewards", ""),
+    ("log_probs/", "log-probabilities", "nats"),
+    ("answers/", "drawn answers", ""),
+)
+"""Each row has a pattern of fields of a loss of preferences or rewards, their chart and the unit."""
 
 
 def curves(runs: Sequence[RunRecord]) -> tuple[list[Chart], list[str]]:
     """Draws all charts that a run has numbers for, and says which are missing."""
     notes: list[str] = []
-    loss = chart("loss", _losses(runs), y_label="nats per answer token", log=True)
+    units = dict.fromkeys(loss_unit(run.section("objective")) for run in runs)
+    loss = chart("loss", _losses(runs), y_label=", ".join(units), log=True)
     if loss is None:
         notes.append("No line of the log holds a loss.")
     for run in runs:
@@ -168,10 +175,10 @@ def curves(runs: Sequence[RunRecord]) -> tuple[list[Chart], list[str]]:
         charts.append(chart(title, lines, y_label=unit, zero=key != "grad_norm", log=key == "grad_norm"))
         if charts[-1] is None:
             notes.append(f"No chart of {title} ({unit}): no line of the log holds {key}.")
-    for prefix, title, unit in OBJECTIVE:
-        fields = dict.fromkeys(key for run in runs for line in run.log for key in line if key.startswith(f"{prefix}/"))
+    for pattern, title, unit in OBJECTIVE:
+        fields = dict.fromkeys(key for run in runs for line in run.log for key in line if re.match(pattern, key))
         lines = [
-            Series(name=f"{before}{key.removeprefix(f'{prefix}/')}", x=steps, y=smoothed(values), colour=number)
+            Series(name=f"{before}{key.partition('/')[2]}", x=steps, y=smoothed(values), colour=number)
             for number, (run, key) in enumerate((run, key) for run in runs for key in fields)
             for before in ["" if len(runs) == 1 else f"{run.label}: "]
             for steps, values in [series(run.log, key)]

@@ -23,7 +23,9 @@ from dora_vl.evaluation.plots import (
     VALIDATION,
     WRONG,
     chosen_for_sheet,
+    loss_unit,
     series,
+    smoothed,
     write_contact_sheet,
     write_loss_curve,
 )
@@ -45,12 +47,42 @@ def colors_in(path: Path) -> set[str]:
 
 def test_the_loss_curve_shows_training_and_validation(tmp_path: Path) -> None:
     entries = [{"step": step, "loss": 3.0 / step, "learning_rate": 1e-3} for step in range(1, 30)]
-    write_loss_curve([*entries, {"step": 10, "eval_loss": 1.0}, {"step": 20, "eval_loss": 0.5}], tmp_path / "a.png")
+    write_loss_curve(
+        [*entries, {"step": 10, "eval_loss": 1.0}, {"step": 20, "eval_loss": 0.5}], tmp_path / "a.png", unit="dpo"
+    )
     assert {TRAIN, VALIDATION} <= colors_in(tmp_path / "a.png")
-    write_loss_curve(entries, tmp_path / "b.png")
+    write_loss_curve(entries, tmp_path / "b.png", unit="dpo")
     assert VALIDATION not in colors_in(tmp_path / "b.png")
     assert series([{"step": 1, "loss": "nan"}, {"step": 2}], "loss") == ([], [])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "unit"),
+    [
+        ({}, "nats per answer token"),
+        ({"loss": "sft"}, "nats per answer token"),
+        ({"loss": "dpo"}, "dpo"),
+        ({"loss": {"dpo": 1.0, "sft": 0.2}}, "dpo + 0.2 sft"),
+    ],
+)
+def test_a_loss_is_named_as_what_it_is(objective: dict[str, Any], unit: str) -> None:
+    assert loss_unit(objective) == unit
+
+
+def test_margin_and_accuracy_have_axes_of_their_own(tmp_path: Path) -> None:
+    entries = [{"step": n, "loss": 0.5 - 0.1 * n, "rewards/margin": n - 5.0, "rewards/accuracy": 0.5} for n in range(9)]
+    with mock.patch("dora_vl.evaluation.plots.save_png") as saved:
+        write_loss_curve(entries, tmp_path / "a.png", unit="dpo")
+    figure = saved.call_args[0][0]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["loss (dpo)", "margin", "accuracy"]
+    assert figure.axes[0].get_yscale() == "linear"  # a loss may be below 0
+
+
+def test_values_below_0_are_averaged_as_they_are() -> None:
+    assert smoothed([-16.0, -16.0, -16.0]) == pytest.approx([-16.0] * 3)
+    assert smoothed([-1.0, 1.0]) == pytest.approx([-1.0, (-0.16 + 0.2) / 0.36])
+    assert smoothed([4.0, 1.0]) == pytest.approx([4.0, 4.0 ** (0.16 / 0.36)])
 
 
 def test_the_sheet_is_a_fair_sample_with_a_row_of_mistakes() -> None:

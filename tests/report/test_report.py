@@ -207,10 +207,12 @@ def test_no_host_is_asked_and_foreign_text_is_text(copied: Path, tmp_path: Path)
 
 
 def test_rewards_and_drawn_answers_are_shown(copied: Path, tmp_path: Path) -> None:
+    more = {"rewards/mean": 0.25, "log_probs/kl": 0.01, "rewards/margin": -1.0, "rewards/accuracy": 0.02}
     lines = enumerate(rows_of(copied / "log.jsonl"))
-    write_rows(
-        copied / "log.jsonl", [{**line, "rewards/mean": 0.25 * n, "log_probs/kl": 0.01 * n} for n, line in lines]
-    )
+    logged = [{**line, **{key: value * n for key, value in more.items()}} for n, line in lines]
+    write_rows(copied / "log.jsonl", logged)
+    settings = json.loads((copied / "settings.json").read_text())
+    (copied / "settings.json").write_text(json.dumps({**settings, "objective": {"loss": {"dpo": 1, "sft": 0.2}}}))
     answers = [{"text": text, "reward": reward} for text, reward in ((HOSTILE, 0.0), ("teal", 0.75), (HOSTILE, 0.0))]
     drawn = {"step": 4, "id": "q", "question": "Which hue?", "truth": "teal", "answers": answers}
     (copied / "drawn.jsonl").write_text(json.dumps(drawn) + "\n")
@@ -218,6 +220,9 @@ def test_rewards_and_drawn_answers_are_shown(copied: Path, tmp_path: Path) -> No
     words = " ".join(page.words.split())
     for shown in ("Which hue?", "teal 0.75", f"{' '.join(HOSTILE.split())} 0, 2 times", "log-probabilities nats", "kl"):
         assert shown in words
+    for chart_and_unit in ("margin chosen answer's", "accuracy of pairs share with", "loss dpo + 0.2 sft"):
+        assert chart_and_unit in words
+    assert "nats per answer token" not in words
 
 
 def test_what_is_missing_says_so(copied: Path, tmp_path: Path) -> None:

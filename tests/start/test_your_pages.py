@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
+from dora_vl.cli import main
 from dora_vl.evaluation.predictions import read_predictions
 from tests.backbones.tiny_video import write_tiny_video
+from tests.start.drawn_signs import write_signs
 from tests.training.tiny_run import write_tiny_llava
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +70,24 @@ def test_on_what_the_demo_trained_the_answers_are_right_and_of_the_pictures(tmp_
     assert entry["baselines"]["commonest_answer"]["value"] < 85
     assert entry["baselines"]["exchanged_pictures"]["difference"]["low"] > 0
     assert "warning" not in entry["baselines"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.skipif(not DEMO_BASE.is_dir(), reason="runs/demo/base is not there; make demo leaves it")
+@pytest.mark.parametrize("as_pairs", [True, False])
+def test_preferences_as_init_writes_them_teach_a_base_that_answers_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, as_pairs: bool
+) -> None:
+    """`dpo` alone ends at 0 %, as does the base."""
+    monkeypatch.chdir(tmp_path)
+    write_signs(tmp_path / "signs", as_pairs=as_pairs)
+    main(["init", "signs", "--model", str(DEMO_BASE)])
+    steps = ("--training.max_steps=40", "--training.per_device_train_batch_size=8", "--watch=0")
+    main(["train", "runs/signs/run.yaml", *steps, "--evaluation.forgetting=false"])
+    (entry,) = json.loads((tmp_path / "runs/signs/metrics.json").read_text())["sets"].values()
+    assert entry["metrics"]["accuracy"]["value"] >= 70
+    assert entry["baselines"]["untrained_base"]["value"] == 0
 
 
 @pytest.mark.slow
