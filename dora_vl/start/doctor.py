@@ -27,7 +27,7 @@ SHOWN_FIRST = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "
 
 PROGRAMS = {
     "java": "caption scores take the official tokenizer",
-    "ninja": "DeepSpeed compiles its operators",
+    "ninja": "the operations of a step on a CPU are compiled",
     "g++": "training.deepspeed zero3_offload",
 }
 
