@@ -41,7 +41,7 @@ from dora_vl.errors import SettingError
 from dora_vl.evaluation.vlbart_tasks import Seq2SeqCollator, all_subtasks
 from dora_vl.evaluation.vlbart_test import Tested, check_tests, evaluate_subtasks, open_test, watch_subtasks
 from dora_vl.report.batch import TokenText
-from dora_vl.run.arguments import order_seed
+from dora_vl.run.arguments import order_seed, training_arguments
 from dora_vl.run.base import VLBART, make_base
 from dora_vl.run.folder import ADAPTER, checkpoint_of, run_folder_of
 from dora_vl.run.settings import AdapterConfig, FilesByTask, RunConfig
@@ -84,11 +84,14 @@ class VlBartPipeline(Pipeline):
         for field in ONE_AT_A_TIME:
             if config.training.get(field, 1) != 1:
                 raise SettingError(f"training.{field}", " is not used here: set data.batch_size, samples of a step")
-        # A loader's item is a whole micro-batch here.
-        training = {**config.training, **dict.fromkeys(ONE_AT_A_TIME, 1)}
-        super().__init__(dataclasses.replace(config, training=training))
+        super().__init__(config)
         self._subtasks = {task: with_run_settings(subtask, config) for task, subtask in subtasks.items()}
         self._lists_file = run_folder_of(self.config.training) / LISTS_FILE
+
+    def arguments(self) -> TrainingArguments:
+        """Says both batch sizes as 1: a loader's item is a whole micro-batch here."""
+        training = {**self.config.training, **dict.fromkeys(ONE_AT_A_TIME, 1)}
+        return training_arguments(dataclasses.replace(self.config, training=training))
 
     def prepare(self, arguments: TrainingArguments) -> None:
         """Reads the test's files, composes the base where it is not there yet, and tries what the test will need."""

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from dora_vl.data.example import iterate_examples, write_examples
 from dora_vl.errors import SettingError
 from dora_vl.evaluation.predictions import read_predictions
-from dora_vl.run.folder import read_log
+from dora_vl.run.folder import is_finished_run, read_log
+from dora_vl.run.settings_parser import read_run
 from dora_vl.training.run import run
 from dora_vl.training.seq2seq_tasks import check_same_features
 from tests.training.launched import launch
@@ -63,6 +64,8 @@ def test_all_tasks_train_in_one_run_and_are_scored(tmp_path: Path) -> None:
     recipe = json.loads((folder / "adapter" / "recipe.json").read_text())
     assert recipe["backbone"] == "vlbart"
     assert sorted(recipe["tasks"]) == sorted(tasks)
+    again = read_run([f"--config={file}", "--resume=if_stopped"])
+    assert is_finished_run(again)  # `settings.json` has what the person has set, not what the run derives
 
 
 @pytest.mark.parametrize(
