@@ -26,14 +26,17 @@ MEBIBYTE = 2**20
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF")
 """Only these of Pillow's formats are read: others start programs (EPS: Ghostscript) or have rarely used decoders.
 HEIC is read beside them where pillow-heif is installed."""
-PICTURE_PIXELS = 178_956_970
-"""A picture of more pixels is refused, as Pillow does. Decoding this many takes 0.6 to 2.2 GB, and seconds."""
+PICTURE_PIXELS = 2**27
+"""A picture of more pixels is refused: decoding this many takes 1 GB where it is plain."""
+PLAIN_FORMATS, PLAIN_MODES = ("PNG", "JPEG", "MPO", "BMP", "TIFF"), ("1", "L", "P", "RGB")
+OTHER_PIXELS = 50_000_000
+"""The most pixels of other formats and modes, for which decoders and transparency take 12 to 17 bytes each."""
 PICTURE_ELONGATION = 500
 """A side may be at most this many times the other: some models bring the shorter one to their own size."""
 PICTURE_SIDE = 8_192
 """A picture with a longer side is shrunk to it when it is read, since many models pad to a square (pixels)."""
 PICTURE_BYTES = 512 * MEBIBYTE
-PICTURE_SECONDS = 20.0
+PICTURE_SECONDS = 10.0
 """Decoding a picture may take this many CPU seconds: a JPEG of 171 KB can be made of thousands of scans."""
 PICTURE_MEMORY = 3_072 * MEBIBYTE  # of the process that looks at a picture
 
@@ -112,8 +115,10 @@ def opened_picture(source: Path | BytesIO) -> Iterator[Image.Image]:
             raise NoPicture(f"is not a whole picture of {', '.join(formats)}: {begins}{hint}") from None
         with image:
             width, height = image.size
-            if width * height > PICTURE_PIXELS:
-                raise NoPicture(f"has {width:,} x {height:,} pixels; at most {PICTURE_PIXELS:,} are read")
+            is_plain = image.format in PLAIN_FORMATS and image.mode in PLAIN_MODES and "transparency" not in image.info
+            most = PICTURE_PIXELS if is_plain else OTHER_PIXELS
+            if width * height > most:
+                raise NoPicture(f"has {width:,} x {height:,} pixels; at most {most:,} are read of its format and mode")
             if max(image.size) > PICTURE_ELONGATION * min(image.size):
                 raise NoPicture(
                     f"has {width:,} x {height:,} pixels; a side may be {PICTURE_ELONGATION} times the other"

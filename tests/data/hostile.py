@@ -6,6 +6,7 @@ import io
 import os
 import stat
 import struct
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -75,3 +76,36 @@ SPECIAL: dict[str, Callable[[Path], object]] = {
     "a link to a pipe": lambda path: (os.mkfifo(path.with_name("p")), path.symlink_to("p")),
     **{f"a link to {target}": lambda path, target=target: path.symlink_to(target) for target in DEVICES},
 }
+
+
+def jpeg2000_of(side: int) -> bytes:
+    """Some 250 bytes whose head says so many pixels: its decoder makes them all."""
+    data = bytearray(saved("JPEG2000"))
+    box, code = data.index(b"ihdr") + 4, data.index(b"\xff\x51") + 6
+    for start in (box, code, code + 16):  # the box's sides, the code stream's, its tile's
+        data[start : start + 8] = struct.pack(">II", side, side)
+    return bytes(data)
+
+
+def webp_of(side: int) -> bytes:
+    """A lossless WebP whose head says so many pixels."""
+    data = bytearray(saved("WEBP", lossless=True))
+    start = data.index(b"VP8L") + 9
+    bits = int.from_bytes(data[start : start + 4], "little") >> 28 << 28 | (side - 1) << 14 | (side - 1)
+    data[start : start + 4] = bits.to_bytes(4, "little")
+    return bytes(data)
+
+
+def png_of(side: int) -> bytes:
+    """A PNG with transparency whose head says so many pixels."""
+    stream = io.BytesIO()
+    Image.new("RGBA", (16, 16)).save(stream, "PNG")
+    head = b"IHDR" + struct.pack(">II", side, side) + stream.getvalue()[24:29]
+    return stream.getvalue()[:12] + head + struct.pack(">I", zlib.crc32(head)) + stream.getvalue()[33:]
+
+
+def gif_with_comments(size: int) -> bytes:
+    """A GIF of 16 x 16 pixels with a comment of so many bytes, which Pillow joins block by block."""
+    data = saved("GIF")
+    start = data.index(b"\x2c", 13)
+    return data[:start] + b"\x21\xfe" + (b"\xff" + b"c" * 255) * (size // 255) + b"\0" + data[start:]

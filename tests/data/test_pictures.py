@@ -31,7 +31,7 @@ from dora_vl.data.samples import check_files_early
 from dora_vl.data.table import load_rows
 from dora_vl.data.video import Uniform, VideoReader
 from dora_vl.errors import BadSample, UserError
-from tests.data.hostile import NAMES, SPECIAL, VIDEOS, jpeg_of_scans
+from tests.data.hostile import NAMES, SPECIAL, VIDEOS, gif_with_comments, jpeg2000_of, jpeg_of_scans, png_of, webp_of
 from tests.data.hostile import PICTURES as HOSTILE
 from tests.data.video_files import read_frames, write_clip
 
@@ -190,15 +190,26 @@ def test_a_file_of_too_many_bytes_is_not_read(tmp_path: Path, monkeypatch: pytes
         open_image(tmp_path, "a.png")
 
 
+@pytest.mark.parametrize("make", [jpeg2000_of, webp_of, png_of])
+def test_a_picture_is_bounded_by_its_head_before_it_is_decoded(tmp_path: Path, make: Callable[[int], bytes]) -> None:
+    """In the process that trains: these decoders take 12 to 16 bytes a pixel, 3 GB here."""
+    (tmp_path / "a").write_bytes(make(13_000))
+    began = time.thread_time()
+    with pytest.raises(BadSample, match="13,000 x 13,000"):
+        open_image(tmp_path, "a")
+    assert time.thread_time() - began < 1
+
+
+@pytest.mark.parametrize("content", [lambda: jpeg_of_scans(4_000, 20_000), lambda: gif_with_comments(30_000_000)])
 def test_a_picture_that_takes_its_decoder_too_long_is_not_decoded_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: Callable[[], bytes]
 ) -> None:
     """In the process that trains too: a JPEG of thousands of scans, each of which goes through all of it."""
-    (tmp_path / "a.jpg").write_bytes(jpeg_of_scans(4_000, 20_000))
     monkeypatch.setattr(picture_files, "PICTURE_SECONDS", 0.3)
+    (tmp_path / "a").write_bytes(content())
     began = time.thread_time()
     with pytest.raises(BadSample):
-        open_image(tmp_path, "a.jpg")
+        open_image(tmp_path, "a")
     assert time.thread_time() - began < 5
 
 
