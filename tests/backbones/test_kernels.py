@@ -18,7 +18,7 @@ from dora_vl.backbones.model import open_backbone
 from dora_vl.backbones.specs import TowerSpec, VlBartSpec
 from dora_vl.backbones.tower_sources import load_transformers
 from dora_vl.backbones.vlbart import _language, load_vlbart
-from dora_vl.evaluation.merge_check import _drawn_logits
+from dora_vl.evaluation.merge_check import _opened
 from tests.backbones.conftest import small_clip
 from tests.backbones.test_towers import save_clip
 from tests.backbones.tiny_language import byte_tokenizer, write_tiny_language
@@ -78,7 +78,7 @@ OPENED: dict[str, Callable[[Folders], Any]] = {
     "a picture encoder": lambda folders: load_pooled(tower(folders)),
     "a VL-BART": lambda folders: load_vlbart(folders.vlbart),
     "a BART": lambda folders: _language(VlBartSpec(bart=str(folders.bart))),
-    "a merge to check": lambda folders: _drawn_logits(folders.language, None),
+    "a merge to check": lambda folders: _opened(folders.language),
 }
 
 
