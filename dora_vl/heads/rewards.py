@@ -12,6 +12,7 @@ nothing is clipped, and every loss here is
 
     - sum over answers i and their tokens t of  w_i a_i p_t
 
+An answer without a reward (NaN) is left out of its group's mean and spread, and its advantage is 0.
 The weights w_i say how tokens and answers are averaged. They are all that tells the losses apart, with the advantage.
 """
 
@@ -33,17 +34,23 @@ Rewards = Float[Tensor, "prompts group"]
 
 def standardised(rewards: Rewards) -> Rewards:
     """(r_i - mean) / standard deviation, over the group. GRPO, arXiv 2402.03300, section 4.1.2."""
-    return centred(rewards) / (rewards.std(dim=1, keepdim=True) + SMALLEST_SPREAD)
+    return centred(rewards) / (spread(rewards)[:, None] + SMALLEST_SPREAD)
 
 
 def centred(rewards: Rewards) -> Rewards:
     """r_i - mean. Dr. GRPO, arXiv 2503.20783: dividing by the spread favours prompts answered nearly always alike."""
-    return rewards - rewards.mean(dim=1, keepdim=True)
+    return (rewards - rewards.nanmean(dim=1, keepdim=True)).nan_to_num(0.0)
 
 
 def against_others(rewards: Rewards) -> Rewards:
     """r_i - mean of the others. RLOO, arXiv 2402.14740, equation 8."""
-    return centred(rewards) * (rewards.shape[1] / (rewards.shape[1] - 1))
+    rewarded = (~rewards.isnan()).sum(1, keepdim=True)
+    return centred(rewards) * (rewarded / (rewarded - 1).clamp(min=1))
+
+
+def spread(rewards: Rewards) -> Float[Tensor, " prompts"]:
+    """Returns the standard deviation in each group; 0 where fewer than two answers have a reward."""
+    return (centred(rewards).square().sum(1) / ((~rewards.isnan()).sum(1) - 1).clamp(min=1)).sqrt()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,7 +59,7 @@ UNRECORDED_SETTINGS = frozenset({"watch", "try_largest_batch"})
 """These settings change nothing of what a run leaves."""
 TRAINING_NUMBERS = (
     *("train_seconds", "samples_per_second", "train_samples", "train_steps"),
-    *("padding_share", "skipped_samples", "shrunk_samples", "steps_left_out"),
+    *("padding_share", "skipped_samples", "shrunk_samples", "steps_left_out", "steps_alike"),
 )
 """These keys of `metrics.json` are about the training."""
 

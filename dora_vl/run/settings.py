@@ -247,7 +247,13 @@ class ObjectiveConfig:
     """grpo, dr_grpo, dapo and rloo weigh the rewards so. exact, anls, relaxed and vqa compare with the data's
     answer, choice looks for its letter or text, box takes the overlap of boxes, cider compares with all captions of the
     picture, format with a pattern; FILE.py:FUNCTION or MODULE:FUNCTION is your own, called with a
-    dora_vl.data.example.Example and an answer. evaluation.answer_after counts here too."""
+    dora_vl.data.example.Example and an answer, or once a step with two lists if its first parameter is `examples`.
+    evaluation.answer_after counts here too."""
+    reward_threads: int = 1
+    """Answers that a function of your own rewards at once, if it waits, such as for a judge; `async def` needs none."""
+    reward_errors: Literal["stop", "skip"] = "stop"
+    """An exception in a function of your own names its line and the sample. stop: the run then keeps the step before
+    and ends; skip: the function does not apply to that answer, as if it had returned None."""
     format: str | None = None
     """Regular expression that fits all of an answer, for the reward `format`, such as <think>.*</think>.*"""
     group: int = 8
@@ -257,6 +263,8 @@ class ObjectiveConfig:
     vllm: str | None = None
     """Where a vLLM server with dora-vl's plugin draws the answers, such as http://localhost:8000, from the adapter that
     it gets before each step; docs/preferences.md says how it is started. null: the model draws them itself."""
+    vllm_timeout: float = 600.0
+    """Seconds that a vLLM server may be silent; answers come when they are complete, not word by word."""
     kl: float = 0.0
     """Weight of the penalty for moving away from the untrained model (KL divergence); 0 saves its pass."""
 
@@ -264,6 +272,11 @@ class ObjectiveConfig:
     def weights(self) -> Mapping[LossName, float]:
         """Returns the weight of each loss."""
         return {self.loss: 1.0} if isinstance(self.loss, str) else self.loss
+
+    @property
+    def has_own_reward(self) -> bool:
+        """Tells whether a reward is a function of the user's."""
+        return any(":" in name for name in self.rewards)
 
     @property
     def has_reference(self) -> bool:
@@ -434,7 +447,7 @@ _TEXT = _fields(
     data="validation validation_share validation_size validation_limit max_tokens packing group_by_modality_length "
     "streaming shuffle_buffer columns ignore ask replay",
     evaluation="max_new_tokens strength forgetting other_texts",
-    objective="loss beta margin rewards format group max_new_tokens vllm kl",
+    objective="loss beta margin rewards reward_threads reward_errors format group max_new_tokens vllm vllm_timeout kl",
 )
 _MEDIA = _fields(
     data="image_folder video_folder follow_links as_published video_frames video_fps cache_features feature_cache "

@@ -32,7 +32,7 @@ from dora_vl.backbones.towers import ImagePreparation
 from dora_vl.core import DoRAConfig
 from dora_vl.core.strength import checked_strength
 from dora_vl.data.batches import Collator
-from dora_vl.data.columns import Packing
+from dora_vl.data.columns import Packing, train_name
 from dora_vl.data.example import Example
 from dora_vl.data.samples import Labelled, Sample, Skipped
 from dora_vl.errors import SettingError
@@ -42,7 +42,7 @@ from dora_vl.evaluation.forgetting import Abilities, compare_abilities, forgetti
 from dora_vl.evaluation.open_model import adapter_recipe
 from dora_vl.evaluation.predictor import Decoding
 from dora_vl.evaluation.questions import last_round, text_asked
-from dora_vl.evaluation.rewards import CHOICE, Reward, rewards_of, with_right_choice
+from dora_vl.evaluation.rewards import Reward, check_truths, rewards_of
 from dora_vl.evaluation.test import (
     MOST_NEW_TOKENS,
     ask_untrained,
@@ -167,9 +167,9 @@ class DecoderPipeline(Pipeline):
                 " shards the weights, which answers are drawn with; take zero2",
             )
         self._rewards()
-        if CHOICE in objective.rewards:
-            for example in self.samples(arguments).examples():
-                with_right_choice(last_round(example))
+        examples = map(last_round, self.samples(arguments).examples())
+        after = self.config.evaluation.answer_after
+        check_truths(objective.rewards, examples, train_name(self.config.data.files), answer_after=after)
         if objective.vllm is not None:
             if self.samples(arguments).has_videos:
                 raise SettingError(
@@ -429,7 +429,14 @@ class DecoderPipeline(Pipeline):
 
     def _rewards(self, examples: Callable[[], Iterable[Example]] = tuple) -> dict[str, Reward]:
         objective, after = self.config.objective, self.config.evaluation.answer_after
-        return rewards_of(objective.rewards, answer_format=objective.format, answer_after=after, examples=examples)
+        return rewards_of(
+            objective.rewards,
+            answer_format=objective.format,
+            answer_after=after,
+            examples=examples,
+            threads=objective.reward_threads,
+            skips_errors=objective.reward_errors == "skip",
+        )
 
     def watch(self, backbone: Backbone[Any], arguments: TrainingArguments) -> Watch | None:
         """Watches questions of the validation samples, or else of the test."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -15,15 +17,23 @@ from dora_vl.backbones.generation import TokenDrawer, end_tokens
 from dora_vl.data.batches import Collator, with_answer
 from dora_vl.data.example import Example
 from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Sample, Skipped, sample_random
-from dora_vl.errors import BadSample
+from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.assistant import Assistant, cut_prompt
 from dora_vl.evaluation.questions import last_round
 from dora_vl.evaluation.rewards import Reward
-from dora_vl.heads.rewards import PolicyGradient
-from dora_vl.run.folder import DRAWN
+from dora_vl.heads.rewards import PolicyGradient, spread
+from dora_vl.run.folder import DRAWN, read_log
 from dora_vl.run.launch import gather_from_ranks, rank_and_ranks
 from dora_vl.shapes import Float, Int
 
+logger = logging.getLogger(__name__)
+
+MOST_ALIKE = 20
+"""A run warns after this many steps in a row in which no group's rewards differed."""
+ALIKE_ADVICE = (
+    "Look at drawn.jsonl: if no answer is right, train on the answers first (objective.loss: sft) or take a reward "
+    "that also pays parts; if all are, take harder questions"
+)
 LoggedNumbers = dict[str, Float[Tensor, ""]]
 
 
@@ -129,7 +139,7 @@ class ModelAnswers:
         return [answers[start : start + group] for start in range(0, len(answers), group)]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Rollouts:
     """Draws answers to a step's questions, and makes batches of them.
 
@@ -155,35 +165,40 @@ class Rollouts:
     seed: int
     run_folder: Path
     keeps_all: bool
+    alike_in_a_row: int = 0
+    """Counts the last steps in which no group's rewards differed, since the process began."""
 
     def draw_batches(
         self, batches: Sequence[Mapping[str, Any]], *, step: int
     ) -> tuple[list[dict[str, Any]], Int[Tensor, ""], LoggedNumbers]:
         """Replaces the data's answers in the micro-batches of a step by drawn ones.
 
-        Every rank must call it. Returns the batches, what their losses are divided by, and the numbers that people
-        watch.
+        Every rank must call it; an error of one is raised on all. Returns the batches, what their losses are divided
+        by, and the numbers that people watch.
         """
         self.source.update_weights()
         samples: list[list[Sample]] = [batch["made_of"] for batch in batches]
-        groups = [
-            group for number, batch_samples in enumerate(samples) for group in self._drawn(batch_samples, step, number)
-        ]
         examples = [
             last_round(cast(Example, self.example_of(sample.index)))
             for batch_samples in samples
             for sample in batch_samples
         ]
-        pairs = list(zip(examples, groups, strict=True))
-        points = {
-            name: torch.tensor([[reward(example, answer.text) for answer in group] for example, group in pairs])
-            for name, reward in self.rewards.items()
-        }
-        points = {name: value.view(-1, self.group) for name, value in points.items()}
-        rewards = torch.stack([self.weights[name] * value for name, value in points.items()]).sum(0)
-        differ = (rewards != rewards[:, :1]).any(1)
+        groups, points, error = list[Group](), dict[str, Tensor](), None
+        try:
+            groups = [group for number, items in enumerate(samples) for group in self._drawn(items, step, number)]
+            points = self._points(examples, groups)
+        except UserError as mistake:
+            error = mistake
+        if errors := [message for message in gather_from_ranks(error and str(error)) if message is not None]:
+            raise error or UserError(errors[0])  # on every rank
+        applies = torch.stack([value.isfinite() for name, value in points.items() if self.weights[name]]).any(0)
+        rewards = torch.stack([self.weights[name] * value for name, value in points.items()]).nansum(0)
+        rewards = rewards.where(applies, torch.nan)
+        differ = spread(rewards) > 0
+        any_differ = any(gather_from_ranks(bool(differ.any())))
+        self.alike_in_a_row = 0 if any_differ else self.alike_in_a_row + 1
         if rank_and_ranks()[0] == 0:
-            self._write(step, examples, groups, rewards)
+            self._write(step, examples, groups, rewards, differ, any_differ)
 
         tokens = torch.tensor([[len(answer.ids) for answer in group] for group in groups]).view(-1, self.group)
         token_weights = self.loss.weights(tokens, self.max_new_tokens)
@@ -202,15 +217,15 @@ class Rollouts:
 
         answers = [answer for group in groups for answer in group]
         numbers = {
-            "rewards/mean": rewards.mean(),
-            "rewards/spread": rewards.std(dim=1).mean(),
+            "rewards/mean": rewards.nanmean(),
+            "rewards/spread": spread(rewards).mean(),
             "rewards/alike": (~differ).float().mean(),
             "answers/tokens": tokens.float().mean(),
             "answers/cut": torch.tensor([float(answer.is_cut) for answer in answers]).mean(),
             "answers/entropy": torch.tensor([answer.entropy for answer in answers]).mean(),
         }
         if len(points) > 1:
-            numbers |= {f"rewards/{name}": value.mean() for name, value in points.items()}
+            numbers |= {f"rewards/{name}": value.nanmean() for name, value in points.items()}
         divisor = sum(gather_from_ranks(self.loss.divisor(tokens)))
         return learned, torch.tensor(max(1, divisor), device=self.device), numbers
 
@@ -222,12 +237,47 @@ class Rollouts:
         seed = sample_random(self.seed, step, number * ranks + rank).getrandbits(63)
         return self.source.draw(samples, self.group, seed)
 
-    def _write(self, step: int, examples: Sequence[Example], groups: Sequence[Group], rewards: Tensor) -> None:
+    def _points(
+        self, examples: Sequence[Example], groups: Sequence[Group]
+    ) -> dict[str, Float[Tensor, "prompts group"]]:
+        """Gives all answers of the step their rewards, by name; NaN where one does not apply."""
+        asked = [example for example, group in zip(examples, groups, strict=True) for _ in group]
+        texts = [answer.text for group in groups for answer in group]
+        return {name: torch.tensor(reward(asked, texts)).view(-1, self.group) for name, reward in self.rewards.items()}
+
+    def _write(
+        self,
+        step: int,
+        examples: Sequence[Example],
+        groups: Sequence[Group],
+        rewards: Tensor,
+        differ: Tensor,
+        any_differ: bool,
+    ) -> None:
         """Writes one question of the step with its answers and rewards, the first whose rewards differ."""
-        index = int((rewards != rewards[:, :1]).any(1).int().argmax()) if examples else 0
+        if self.alike_in_a_row == MOST_ALIKE:
+            logger.warning(
+                "step %s: %s steps in which all answers to a question had the same reward, so nothing is learned. %s",
+                *(step + 1, MOST_ALIKE, ALIKE_ADVICE),
+            )
+        index = int(differ.int().argmax()) if examples else 0
         if index < len(examples):
-            example, group, values = examples[index], groups[index], rewards[index].tolist()
+            example, group = examples[index], groups[index]
+            values = [None if value != value else value for value in rewards[index].tolist()]
             answers = [{"text": answer.text, "reward": value} for answer, value in zip(group, values, strict=True)]
             question = {"id": example.id, "question": example.question, "truth": example.answers[0].text}
+            line = {"step": step + 1, "differ": any_differ, **question, "answers": answers}
             with (self.run_folder / DRAWN).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step + 1, **question, "answers": answers}, ensure_ascii=False) + "\n")
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def steps_alike(run_folder: Path, steps: int) -> int:
+    """Counts the steps in which no group's rewards differed; warns of `MOST_ALIKE` in a row, or all."""
+    lines = read_log(run_folder / DRAWN)
+    alike = [len([*run]) for differ, run in groupby(line["differ"] for line in lines) if not differ]
+    if max(alike, default=0) >= min(MOST_ALIKE, max(1, steps)):
+        logger.warning(
+            "in %s of %s steps all answers to a question had the same reward, so nothing was learned from them. %s",
+            *(sum(alike), steps, ALIKE_ADVICE),
+        )
+    return sum(alike)

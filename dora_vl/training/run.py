@@ -48,6 +48,7 @@ from dora_vl.training.faults import check_base_weights, steps_left_out
 from dora_vl.training.largest_batch import out_of_memory_reported, training_fits
 from dora_vl.training.parts import adapt, check_initial, check_parts
 from dora_vl.training.pipeline import Pipeline
+from dora_vl.training.rollouts import steps_alike
 from dora_vl.training.trainer import AdapterTrainer, build_trainer
 
 logger = logging.getLogger(__name__)
@@ -169,6 +170,8 @@ def _write_results(trainer: AdapterTrainer, *, stopped: bool) -> dict[str, Any]:
         }
         if left_out := steps_left_out(folder / FAULTS):
             numbers["steps_left_out"] = left_out
+        if trainer.rollouts is not None and (alike := steps_alike(folder, step)):
+            numbers["steps_alike"] = alike
     if numbers.get("shrunk_samples"):
         logger.info(
             "%s samples (%s of all) had their pictures shrunk to fit data.max_pixels_per_step",

@@ -30,6 +30,7 @@ from dora_vl.backbones.base import Backbone, attention_of
 from dora_vl.core import adapted_layers, trained_parts
 from dora_vl.data.batches import weigh_over_step
 from dora_vl.data.samples import BadSampleLedger
+from dora_vl.errors import UserError
 from dora_vl.files import replace_folder
 from dora_vl.run.arguments import launch_of, zero_stage
 from dora_vl.run.folder import ADAPTER, FAULTS, full_disk_reported, run_folder_of, settings_of
@@ -166,7 +167,10 @@ class AdapterTrainer(OrderedTrainer):
         self.statistics.waited += time.monotonic() - began
         self.faults.begin_step([tuple(dict.fromkeys(batch.get("sample_ids", ()))) for batch in batches])
         if self.rollouts is not None:
-            batches, items, numbers = self.rollouts.draw_batches(batches, step=self.state.global_step)
+            try:
+                batches, items, numbers = self.rollouts.draw_batches(batches, step=self.state.global_step)
+            except UserError as error:
+                raise self._after_keeping(error) from error
             self.statistics.note(numbers)
         return [self.statistics.take(batch) for batch in weigh_over_step(batches, device)], items
 
@@ -189,6 +193,13 @@ class AdapterTrainer(OrderedTrainer):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self.faults.note_norm(norm)
         return self.faults.norm if norm is None else norm
+
+    def _after_keeping(self, error: UserError) -> UserError:
+        """Writes a checkpoint of the steps before a failed one, and returns its error with that said."""
+        if not (step := self.state.global_step):
+            return error
+        self._save_checkpoint(cast(nn.Module, self.model_wrapped), None)
+        return UserError(f"{error}; checkpoint-{step} holds the {step} steps before: --resume last goes on from there")
 
     # ---- validation
 

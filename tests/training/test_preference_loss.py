@@ -293,7 +293,10 @@ def rollouts_of(encoder: Encoder, backbone: DecoderBackbone, folder: Path, **set
     packing = settings.pop("packing", "trees")
     values: dict[str, Any] = {
         "loss": REWARD_LOSSES["grpo"],
-        "rewards": {"vowels": lengths_and_vowels, "length": lambda example, answer: float(len(answer))},
+        "rewards": {
+            "vowels": lambda examples, answers: [*map(lengths_and_vowels, examples, answers)],
+            "length": lambda examples, answers: [float(len(answer)) for answer in answers],
+        },
         "weights": {"vowels": 1.0, "length": -0.5},
         "keeps_all": False,
         **settings,

@@ -7,12 +7,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from math import isfinite, prod
 from string import ascii_uppercase
 from typing import Literal
 from unicodedata import normalize
 
 from dora_vl.data.example import Example, right_choice
-from dora_vl.evaluation.scores import caption, llava
+from dora_vl.evaluation.scores import caption
 from dora_vl.evaluation.scores.benchmark import (
     Benchmark,
     Scorer,
@@ -23,6 +24,9 @@ from dora_vl.evaluation.scores.benchmark import (
     right_answers,
 )
 from dora_vl.evaluation.scores.scored import ACCURACY, AnswersById, Formula, Mean, Ratio, Scored, score_points, share_of
+from dora_vl.evaluation.scores.vqa import normalise
+
+Comparison = Callable[[str, str], float | bool]
 
 
 def normalised(answer: str) -> str:
@@ -30,7 +34,7 @@ def normalised(answer: str) -> str:
 
     An accent is the same as a part of its letter and as a character of its own (Unicode's NFC and NFD).
     """
-    return _plain(answer).rstrip(".").rstrip()
+    return _plain(answer).rstrip(".").rstrip() or _plain(answer)
 
 
 def _plain(text: str) -> str:
@@ -64,20 +68,28 @@ def by_kind(example: Example) -> list[str]:
 BENCHMARK = Benchmark(modes={"": score})
 
 
-# A benchmark of one's own: the best over an example's right answers, in percent.
+# A benchmark of one's own: the best over an example's right answers, in percent. Rewards compare by the same rules.
 
 
-def best_of(points: Callable[[str, str], float], headline: str) -> Scorer:
-    """Makes a scorer of the best of an answer's points, from 0 to 1, against each right answer."""
+def best_points(points: Comparison, example: Example, answer: str, *, answer_after: str | None = None) -> float:
+    """Returns the best of an answer's points, from 0 to 1, against each right answer.
 
-    def best(example: Example, answer: str) -> float:
-        return max((float(points(answer, right.text)) for right in example.answers), default=0.0)
+    An answer without a word earns nothing unless it is the right one.
+    """
+    text = final_answer(answer, answer_after)
+    rights = [final_answer(right.text, answer_after) for right in example.answers]
+    return max(
+        (float(points(text, right)) for right in rights if bool(text.strip()) == bool(right.strip())), default=0.0
+    )
 
-    return partial(score_points, points=best, metrics={headline: ACCURACY}, kinds=by_kind)
+
+def best_of(points: Comparison, headline: str) -> Scorer:
+    """Makes a scorer of `best_points`."""
+    return partial(score_points, points=partial(best_points, points), metrics={headline: ACCURACY}, kinds=by_kind)
 
 
 def right_choice_points(example: Example, answer: str) -> float:
-    """Returns 1 where the answer is the right choice's letter or text, or MMBench's rules take it for that."""
+    """Returns 1 where the answer gives the right choice's letter or text, and no other's."""
     choices = dict(zip(ascii_uppercase, example.choices, strict=False))
     return float(_chosen(answer, choices) == ascii_uppercase[right_choice(example)])
 
@@ -85,9 +97,9 @@ def right_choice_points(example: Example, answer: str) -> float:
 def _chosen(answer: str, choices: Mapping[str, str]) -> str | None:
     """Returns the letter an answer gives, or None.
 
-    MMBench's rules look for a choice's text anywhere, so where one choice is in another ("1" in "10") they find two in
-    the right answer and take neither, and they read the article of "A dog" as a letter. A letter as it was asked for
-    goes before all texts, a small one after them.
+    A letter as it was asked for goes before all texts, a small one after them. An answer that is neither counts for
+    the only choice that it names: by its letter ("B. ...", "the answer is B") or by its text as whole words, unless a
+    negation stands before these in their clause ("not red").
     """
     bare = lone_letter(answer)
     if bare in choices:
@@ -96,7 +108,49 @@ def _chosen(answer: str, choices: Mapping[str, str]) -> str | None:
         equal = [letter for letter, text in choices.items() if same(text) == same(answer)]
         if len(equal) == 1:
             return equal[0]
-    return bare.upper() if bare.upper() in choices else llava.chosen(answer, choices, "2025")
+    if bare.upper() in choices:
+        return bare.upper()
+    named = _letters_named(answer) & {*choices} | _texts_named(normalised(answer), choices)
+    return named.pop() if len(named) == 1 else None
+
+
+_LEADING_LETTER = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])[.:)])(?=\s|$)")
+_LETTER_ALONE = re.compile(r"(?<![\w'’])(?:[B-HJ-Z](?![\w'’])|[AI](?=[.:)]))")
+_LETTER_GIVEN = re.compile(
+    r"\b(?i:answer|option|choice|letter|choose|pick|select|is|['’]s)[\s:]+(?:option\s+)?\(?([A-Z])\)?(?=[\s.!]*$|[.:;,)])"
+)
+_NEGATION = re.compile(r"\b(?:not|no|never|neither|nor|none|without|cannot|isnt|hardly)\b|n['’]t\b|[不没沒非無无]")
+_CLAUSE_END = re.compile(r"[.,;:!?\n。,；]")
+_UNSPACED = r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]"  # Thai, Lao, Japanese and Chinese put no spaces between words
+
+
+def _negated(before: str) -> bool:
+    return _NEGATION.search(_CLAUSE_END.split(before)[-1].lower()) is not None
+
+
+def _letters_named(answer: str) -> set[str]:
+    """Finds the letters of "B. because ...", with all others that stand alone beside it, and of "The answer is B"."""
+    named = {match[1] for match in _LETTER_GIVEN.finditer(answer) if not _negated(answer[: match.start()])}
+    return named | ({*_LETTER_ALONE.findall(answer)} if _LEADING_LETTER.match(answer) else set())
+
+
+def _texts_named(answer: str, choices: Mapping[str, str]) -> set[str]:
+    """Finds the choices whose texts are words of the answer, the longest first: "red dog" is no "dog"."""
+    letters: dict[str, set[str]] = {}
+    for letter, text in choices.items():
+        if len(text := _without_article(text)) > 1 or re.match(rf"\d|{_UNSPACED}", text):  # no "a" that is an article
+            letters.setdefault(text, set()).add(letter)
+    named = set[str]()
+    for match in re.finditer("|".join(map(_as_words, sorted(letters, key=len, reverse=True))) or "(?!)", answer):
+        named |= set() if _negated(answer[: match.start()]) else letters[match[0]]
+    return named
+
+
+def _as_words(text: str) -> str:
+    """Returns the pattern of a text that is no part of another word or number ("1" in "1.5", "no" in "no idea")."""
+    before = "" if re.match(_UNSPACED, text) else r"(?<![\w.\-−])(?<!\d[,:/])"
+    after = "" if re.match(_UNSPACED, text[-1]) else r"(?!\w|['’\-]\w|[.,:/]\d|\s?%)"
+    return before + re.escape(text) + after + (r"(?!\s+\w)" if text == "no" else "")
 
 
 def _without_article(answer: str) -> str:
@@ -118,10 +172,12 @@ def similarity(answer: str, true: str) -> float:
     One minus the edit distance over the longer one's length, letter case and spaces aside; nothing up to one half.
     """
     answer, true = _plain(answer), _plain(true)
+    if answer == true:
+        return 1.0
     longer = max(len(answer), len(true))
     if abs(len(answer) - len(true)) * 2 > longer:  # at least so many insertions
         return 0.0
-    share = 1.0 - _edits(answer, true) / longer if longer else 1.0
+    share = 1.0 - _edits(answer, true) / longer
     return share if share > 0.5 else 0.0
 
 
@@ -140,9 +196,11 @@ def _edits(first: str, second: str) -> int:
 def is_close(answer: str, true: str) -> bool:
     """Tests ChartQA's relaxed equality (Masry et al., 2022): numbers, "%" as hundredths, may be off by 5 % of the true.
 
-    Others must be equal but for letter case; so must a number whose true value is zero.
+    Others must be equal but for letter case; so must a number whose true value is zero. An infinite one is not met.
     """
     number, true_number = _number(answer), _number(true)
+    if not all(isfinite(value or 0.0) for value in (number, true_number)):
+        return False
     if number is None or not true_number:
         return answer.strip().lower() == true.strip().lower()
     # 105 is within, whatever float division makes of it
@@ -150,18 +208,48 @@ def is_close(answer: str, true: str) -> bool:
 
 
 def _number(text: str) -> float | None:
-    text = text.strip()
+    text = text.strip().replace("_", "?")  # Python alone reads 1_0 as 10
     try:
         return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         return None
 
 
+def same_words(answer: str, true: str) -> bool:
+    """Tests equality by VQA's normaliser; a true answer of which it leaves nothing ("A", "the", "?") is not met."""
+    return normalise(answer) == normalise(true) != ""
+
+
+_NUMBER = re.compile(r"(?:(?<![\w.])[-+])?(?<![\w.])(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?")
+
+
+def box_of(text: str) -> tuple[float, ...]:
+    """Returns left, top, right and bottom, the last four numbers of a text; nothing where they are no box."""
+    box = tuple(map(float, _NUMBER.findall(text.replace("−", "-"))[-4:]))
+    return box if len(box) == 4 and box[0] < box[2] and box[1] < box[3] and all(map(isfinite, box)) else ()
+
+
+def overlap(answer: str, true: str) -> float:
+    """Computes the intersection of two boxes over their union."""
+    if not (box := box_of(answer)) or not (true_box := box_of(true)):
+        return 0.0
+    shared = prod(max(0.0, min(box[end], true_box[end]) - max(box[end - 2], true_box[end - 2])) for end in (2, 3))
+    union = sum((right - left) * (bottom - top) for left, top, right, bottom in (box, true_box)) - shared
+    return shared / union if isfinite(union) else 0.0
+
+
+COMPARISONS: Mapping[str, Comparison] = {
+    "exact": lambda answer, true: normalised(answer) == normalised(true),
+    "anls": similarity,
+    "relaxed": is_close,
+    "vqa": same_words,
+    "box": overlap,
+}
+"""Maps a name to what compares an answer with a right one; a right answer equal to itself earns its points, or none."""
+HEADLINES = {"exact": "accuracy", "relaxed": "relaxed accuracy", "vqa": "accuracy", "box": "mean overlap"}
 SCORINGS: Mapping[str, Scorer] = {
-    "exact": best_of(lambda answer, true: normalised(answer) == normalised(true), "accuracy"),
+    **{name: best_of(points, HEADLINES.get(name, name)) for name, points in COMPARISONS.items()},
     "choice": partial(score_points, points=right_choice_points, kinds=by_kind),
-    "anls": best_of(similarity, "anls"),
-    "relaxed": best_of(is_close, "relaxed accuracy"),
     "caption": caption.score,
 }
 """`scoring:` of a benchmark's YAML takes these names."""

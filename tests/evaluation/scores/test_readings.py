@@ -12,13 +12,14 @@ from random import Random
 from typing import Any
 
 import pytest
+import yaml
 
 from dora_vl.data.example import Answer, Example, Subtitle
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, SettingError, UserError
 from dora_vl.evaluation import vlbart_tasks
 from dora_vl.evaluation.benchmarks import read_set
-from dora_vl.evaluation.rewards import rewards_of
+from dora_vl.evaluation.rewards import check_truths, rewards_of
 from dora_vl.evaluation.scores import benchmark as prompts
 from dora_vl.evaluation.scores import exact, llava, vqa
 from dora_vl.evaluation.scores.benchmark import check_choices
@@ -126,7 +127,7 @@ def example_of(answer: str, question: str = "What is it?") -> Example:
 
 def points(name: str, right: str, answer: str, question: str = "What is it?", **how: str | None) -> float:
     options = {"answer_format": None, "answer_after": None, **how}
-    return rewards_of([name], **options)[name](example_of(right, question), answer)
+    return rewards_of([name], **options)[name]([example_of(right, question)], [answer])[0]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,39 @@ def test_points_of_an_answer(name: str, right: str, answer: str, expected: float
 @pytest.mark.parametrize("name", ["exact", "anls", "vqa"])
 def test_the_nearest_of_several_right_answers_counts(name: str, answer: str, expected: float) -> None:
     example = replace(example_of("crimson"), answers=(Answer(text="crimson"), Answer(text="red.")))
-    assert rewards_of([name], answer_format=None, answer_after=None)[name](example, answer) == expected
+    assert rewards_of([name], answer_format=None, answer_after=None)[name]([example], [answer]) == [expected]
+
+
+HOSTILE: list[dict[str, Any]] = yaml.safe_load(
+    Path(__file__).with_name("hostile_answers.yaml").read_text(encoding="utf-8")
+)
+
+
+@pytest.mark.parametrize("row", HOSTILE, ids=lambda row: f"{row['scoring']}-{row['truth']}")
+def test_a_reward_and_a_scoring_pay_what_is_right_and_nothing_else(row: dict[str, Any]) -> None:
+    name, choices = row["scoring"], row.get("choices", [])
+    extra = {"correct": choices.index(row["truth"])} if choices else {}
+    example = replace(example_of(row["truth"]), choices=tuple(choices), extra=extra)
+    reward = rewards_of([name], answer_format=None, answer_after=None)[name]
+    for expected, answers in ((1.0, row.get("pays", [])), (0.0, row["earns_nothing"])):
+        for answer in answers:
+            scored = exact.SCORINGS[name]([example], {"q": answer}).items["q"].share
+            assert (answer, *reward([example], [answer]), scored) == (answer, expected, expected)
+
+
+def test_there_are_two_hundred_hostile_answers() -> None:
+    assert sum(len(row["earns_nothing"]) for row in HOSTILE) >= 200
+
+
+@pytest.mark.parametrize(
+    ("name", "truth"), [("box", "[1, 2, 3]"), ("box", "[5, 5, 1, 1]"), ("relaxed", "inf"), ("vqa", "The")]
+)
+def test_a_truth_that_cannot_be_earned_is_named(name: str, truth: str) -> None:
+    fine = replace(example_of("[1, 2, 3, 4]" if name == "box" else "7"), id="fine")
+    check_truths([name], [fine], "t.json", answer_after=None)
+    with pytest.raises(UserError) as error:
+        check_truths([name], [fine, example_of(truth)], "t.json", answer_after=None)
+    assert all(word in str(error.value) for word in ("t.json", "'q'", name))
 
 
 def test_a_choice_is_one_of_those_that_the_question_names() -> None:
@@ -187,10 +220,10 @@ def test_a_caption_by_cider_of_coco() -> None:
     for image, captions in CAPTIONS.items():
         official += (words(drawn[image]), [words(caption) for caption in captions])
     expected = official.compute_score()[1] / 10
-    by_picture = {row.images[0]: reward(row, drawn[row.images[0]]) for row in rows}
+    by_picture = {row.images[0]: reward([row], [drawn[row.images[0]]])[0] for row in rows}
     assert [*by_picture.values()] == pytest.approx(expected.tolist())
     assert by_picture["c.png"] == pytest.approx(1.0)
-    assert reward(rows[0], "") == 0.0
+    assert reward(rows[:1], [""]) == [0.0]
 
 
 def words(caption: str) -> str:
