@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from itertools import chain
 from math import isfinite, nan
+from pathlib import PurePath
 from typing import Any
 
 from dora_vl.data.example import Clip, Example
@@ -197,8 +198,8 @@ class OwnReward:
             others = f" or {len(examples) - 1} others" if len(examples) > 1 else ""
             reason = f"for sample {short_repr(examples[0].id)}{others}: {_told(error)}"
             if not self.skips_errors:
-                raise UserError(f"the reward {short_repr(self.name)} fails {reason}") from error
-            logger.warning("the reward %s does not apply %s", short_repr(self.name), reason)
+                raise UserError(f"the reward {PurePath(self.name).name} fails {reason}") from error
+            logger.warning("the reward %s does not apply %s", PurePath(self.name).name, reason)
 
 
 def _loaded(name: str) -> Callable[..., Any]:

@@ -45,7 +45,7 @@ def centred(rewards: Rewards) -> Rewards:
 def against_others(rewards: Rewards) -> Rewards:
     """r_i - mean of the others. RLOO, arXiv 2402.14740, equation 8."""
     rewarded = (~rewards.isnan()).sum(1, keepdim=True)
-    return centred(rewards) * (rewarded / (rewarded - 1).clamp(min=1))
+    return centred(rewards) * rewarded / (rewarded - 1).clamp(min=1)
 
 
 def spread(rewards: Rewards) -> Float[Tensor, " prompts"]:

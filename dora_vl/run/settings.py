@@ -318,6 +318,14 @@ GOES_WITH: Mapping[str, tuple[Callable[[ObjectiveConfig], bool], str]] = {
     "exchange_pictures": _losses("dpo", "ipo", "kto", "bco", "apo_zero", "simpo"),
     **dict.fromkeys(("rewards", "group", "max_new_tokens", "vllm", "kl"), _REWARDS),
     "format": (lambda objective: bool(objective.reward_loss and "format" in objective.rewards), "the reward format"),
+    **dict.fromkeys(
+        ("reward_threads", "reward_errors"),
+        (
+            lambda objective: bool(objective.reward_loss and objective.has_own_reward),
+            "a function of your own in objective.rewards",
+        ),
+    ),
+    "vllm_timeout": (lambda objective: bool(objective.reward_loss and objective.vllm), "objective.vllm"),
 }
 """Maps settings of the objective to where they have an effect, and to the words for it."""
 

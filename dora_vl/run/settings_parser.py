@@ -9,7 +9,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +57,6 @@ AT_LEAST_ONE = {
 }
 """Maps settings of at least 1 to the end of their message. A limit of 0 would be an empty test that looks whole."""
 
-NEEDED: Mapping[str, tuple[str, Callable[[ObjectiveConfig], bool]]] = {
-    "format": ("the reward `format` in objective.rewards", lambda objective: "format" in objective.rewards),
-    **dict.fromkeys(
-        ("reward_threads", "reward_errors"),
-        ("a function of your own in objective.rewards", lambda objective: objective.has_own_reward),
-    ),
-    "vllm_timeout": ("objective.vllm", lambda objective: objective.vllm is not None),
-}
-"""Maps a setting of `objective` to what it needs, without which another value than the usual one is refused."""
-
 
 def read_run_file(path: str | Path, *overrides: str) -> RunConfig:
     """Reads the settings of a YAML file, with `--section.key=value` overrides."""
@@ -112,9 +102,6 @@ def _check_objective(objective: ObjectiveConfig) -> None:
         _check_number("objective.beta", objective.beta, above_zero=True)
     _check_number("objective.kl", objective.kl)
     _check_number("objective.vllm_timeout", objective.vllm_timeout, above_zero=True)
-    for name, (needed, is_there) in NEEDED.items():
-        if getattr(objective, name) != getattr(ObjectiveConfig(), name) and not is_there(objective):
-            raise SettingError(f"objective.{name}", f" has no effect without {needed}; leave it out, or set that too")
     # Below 0 is a penalty, and 0 only shows in the log.
     if objective.reward_loss and not any(objective.rewards.values()):
         raise SettingError("objective.rewards", " gives no reward a weight; name at least one")

@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
+import httpx2
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_config
@@ -175,9 +176,7 @@ class DecoderPipeline(Pipeline):
                 raise SettingError(
                     "objective.vllm", " draws answers about pictures and texts, not videos; leave it out"
                 )
-            base = self.config.model.base
-            server = VllmServer(objective.vllm, start_command(base, self.config.adapter.rank))
-            on_first_rank(partial(server.check, base))
+            on_first_rank(partial(self._vllm().check, self.config.model.base))
 
     @property
     def _sees_pictures(self) -> bool:
@@ -424,8 +423,8 @@ class DecoderPipeline(Pipeline):
         )
 
     def _vllm(self) -> VllmServer:
-        base, rank = self.config.model.base, self.config.adapter.rank
-        return VllmServer(str(self.config.objective.vllm), start_command(base, rank))
+        objective, start = self.config.objective, start_command(self.config.model.base, self.config.adapter.rank)
+        return VllmServer(str(objective.vllm), start, httpx2.Client(timeout=objective.vllm_timeout))
 
     def _rewards(self, examples: Callable[[], Iterable[Example]] = tuple) -> dict[str, Reward]:
         objective, after = self.config.objective, self.config.evaluation.answer_after

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,11 +38,12 @@ AS_WRITTEN = (
     "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
 )
 """This chat template writes a prompt as it is: the run's own template has been applied to it."""
+COMPLETIONS = "/v1/chat/completions"
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 REQUESTS = 64
 """The server has this many questions at the same time; it batches their answers itself."""
-SECONDS = 600.0
-"""A server that is silent for this long is given up; answers come when they are complete, not word by word."""
+WAITS = (2.0, 8.0)
+"""Seconds before another attempt at what may pass: a lost connection, or an error of the server's own."""
 NEVER = -100.0
 """This bias, the lowest that vLLM takes, keeps a token from being drawn."""
 
@@ -61,35 +63,57 @@ class VllmServer:
 
     Attributes:
         start: the command that would have started it as it must be, for messages.
+        client: gives up a server that is silent for its timeout.
     """
 
     url: str
     start: str
-    client: httpx2.Client = field(default_factory=partial(httpx2.Client, timeout=SECONDS), compare=False)
+    client: httpx2.Client = field(compare=False)
 
     def check(self, base: str) -> None:
         """Refuses a server that is not there, serves another base, or takes no adapters while it runs."""
-        models = self.ask("/v1/models").json()["data"]
+        models = self.read("/v1/models", "data")["data"]
         roots = [str(model["root"]) for model in models if model.get("root") and not model.get("parent")]
         if not any(root == base or Path(root).absolute() == Path(base).absolute() for root in roots):
             raise SettingError(SETTING, f": {self.url} serves {short_names(roots)}, and model.base is {base}")
-        if LOAD not in self.ask("/openapi.json").json()["paths"]:
+        if LOAD not in self.read("/openapi.json", "paths")["paths"]:
             raise SettingError(SETTING, f": {self.url} takes no adapters while it runs; start it with: {self.start}")
 
     def ask(self, path: str, body: Mapping[str, Any] | None = None) -> httpx2.Response:
-        """Posts `body`, or gets what is at `path`."""
+        """Posts `body`, or gets what is at `path`; tries again what may pass."""
+        problem = ""
+        for wait in (*WAITS, None):
+            try:
+                response = self.client.request(
+                    "GET" if body is None else "POST", self.url.rstrip("/") + path, json=body
+                )
+            except httpx2.HTTPError as error:
+                problem = f"no vLLM answers at {self.url} ({one_line(str(error)) or type(error).__name__})"
+                may_pass = not isinstance(error, httpx2.TimeoutException)
+            else:
+                if not response.is_error:
+                    return response
+                problem = f"{self.url}{path} says {response.status_code}: {one_line(response.text, 300)}"
+                may_pass = response.status_code >= 500 or response.status_code == 429
+            if wait is None or not may_pass:
+                break
+            time.sleep(wait)
+        raise SettingError(SETTING, f": {problem}; it is started with: {self.start}")
+
+    def read(self, path: str, *keys: str, body: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+        """Returns the JSON of an answer that has these keys."""
+        response = self.ask(path, body)
         try:
-            response = self.client.request("GET" if body is None else "POST", self.url.rstrip("/") + path, json=body)
-        except httpx2.HTTPError as error:
-            raise SettingError(
-                SETTING, f": no vLLM answers at {self.url} ({one_line(str(error))}); start it with: {self.start}"
-            ) from error
-        if response.is_error:
-            reason = one_line(response.text, 300)
-            raise SettingError(
-                SETTING, f": {self.url}{path} says {response.status_code}: {reason}; it is started with: {self.start}"
-            )
-        return response
+            answer = response.json()
+        except ValueError:
+            answer = None
+        if not isinstance(answer, Mapping) or not all(answer.get(key) for key in keys):
+            raise self.no_answer(path, f"what is there is no vLLM's: {one_line(response.text, 200)}")
+        return answer
+
+    def no_answer(self, path: str, problem: str) -> SettingError:
+        """Makes the error for an answer that cannot be used."""
+        return SettingError(SETTING, f": {self.url}{path}: {problem}; is a proxy between, or another server?")
 
 
 def refuse_unsent(model: Any) -> None:
@@ -174,14 +198,19 @@ class VllmAnswers:
             # All that the base's folder may say differently.
             **{"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0},
         }
-        answer = self.server.ask("/v1/chat/completions", body).json()
+        answer = self.server.read(COMPLETIONS, "prompt_token_ids", "choices", body=body)
         prompt = prompt_of(sample).input_ids.tolist()
         if answer["prompt_token_ids"] != prompt:
             raise UserError(
                 f"{SETTING}: vLLM reads the prompt of sample {sample.id} as {len(answer['prompt_token_ids'])} tokens, "
                 f"this run as {len(prompt)} that are not the same; it draws no answers for such a model: leave it out"
             )
-        return [self._drawn(choice) for choice in answer["choices"]]
+        choices = [choice for choice in answer["choices"] if choice.get("token_ids") and choice.get("logprobs")]
+        if len(choices) != group:
+            raise self.server.no_answer(
+                COMPLETIONS, f"sample {sample.id} has {len(choices)} answers with tokens, {group} were asked for"
+            )
+        return [self._drawn(choice) for choice in choices]
 
     def _drawn(self, choice: Mapping[str, Any]) -> DrawnAnswer:
         ids = torch.tensor(choice["token_ids"])

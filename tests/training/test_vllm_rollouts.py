@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar, cast
 
 import httpx2
 import pytest
@@ -25,8 +26,10 @@ from PIL import Image
 from benchmarks.vllm_dora import ENVIRONMENT, LLAVA_ADAPTER, write_adapter, write_llava
 from dora_vl.backbones.towers import ImagePreparation, Preparation
 from dora_vl.data.pictures import open_image
+from dora_vl.errors import SettingError
 from dora_vl.run.folder import DRAWN, read_log
-from dora_vl.training.vllm_rollouts import LOAD, VllmAnswers, as_png
+from dora_vl.training import vllm_rollouts
+from dora_vl.training.vllm_rollouts import LOAD, VllmAnswers, VllmServer, as_png
 from tests.serving.test_vllm import NO_VLLM, PYTHON
 from tests.training.launched import free_port
 from tests.training.tiny_run import logged, refused_key, trained, write_run, write_tiny_data, write_tiny_llava
@@ -157,6 +160,83 @@ def test_a_server_that_does_not_fit_is_refused_before_training(
     monkeypatch.setattr(Answer, "paths", {})
     assert refused_key(run_file(tmp_path, tiny, stated)) == "objective.vllm"
     assert refused_key(run_file(tmp_path, tiny, f"http://127.0.0.1:{free_port()}")) == "objective.vllm"
+
+
+class Unwell(BaseHTTPRequestHandler):
+    """Gives the answers of a list, one for each request: a status and a body."""
+
+    answers: ClassVar[list[tuple[int, str]]] = []
+
+    def do_GET(self) -> None:
+        status, body = self.answers.pop(0)
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Says nothing."""
+
+
+@pytest.mark.parametrize(
+    ("answers", "tried", "is_read"),
+    [
+        ([(500, "busy"), (503, "busy"), (200, '{"data": [1]}')], 3, True),
+        ([(500, "busy")] * 4, 3, False),
+        ([(429, "wait"), (200, '{"data": [1]}')], 2, True),
+        ([(404, "what?"), (200, '{"data": [1]}')], 1, False),
+        ([(200, "<html>Sign in</html>")], 1, False),
+        ([(200, "[]")], 1, False),
+        ([(200, '{"data": []}')], 1, False),
+    ],
+)
+def test_what_may_pass_is_tried_again_and_what_is_no_answer_is_named(
+    answers: list[tuple[int, str]], tried: int, is_read: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(vllm_rollouts.time, "sleep", waits.append)
+    monkeypatch.setattr(Unwell, "answers", [*answers])
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Unwell)
+    Thread(target=server.serve_forever, daemon=True).start()
+    vllm = VllmServer(f"http://127.0.0.1:{server.server_port}", "start", httpx2.Client(timeout=5))
+    if is_read:
+        assert vllm.read("/v1/models", "data") == {"data": [1]}
+    else:
+        with pytest.raises(SettingError) as error:
+            vllm.read("/v1/models", "data")
+        assert error.value.key == "objective.vllm"
+    assert len(answers) - len(Unwell.answers) == tried
+    assert waits == sorted(waits)
+    assert len(waits) == tried - 1
+    server.shutdown()
+
+
+def completion(*tokens: list[int]) -> dict[str, Any]:
+    choices = [
+        {"token_ids": ids, "logprobs": {"content": [{"logprob": -0.5} for _ in ids]}, "finish_reason": "stop"}
+        for ids in tokens
+    ]
+    return {"prompt_token_ids": [5, 6], "choices": choices}
+
+
+@pytest.mark.parametrize("tokens", [[[1]], [[1], []], [[1], [2], [3]]])
+def test_answers_that_lack_or_are_empty_are_named(tokens: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    client = httpx2.Client(transport=httpx2.MockTransport(lambda _: httpx2.Response(200, json=completion(*tokens))))
+    prompts = SimpleNamespace(render=lambda *_, **__: SimpleNamespace(text="What?"), bos_token=None)
+    answers = VllmAnswers(
+        server=VllmServer("http://one", "start", client),
+        backbone=cast(Any, None),
+        encoder=cast(Any, SimpleNamespace(prompts=prompts)),
+        example_of=lambda _: SimpleNamespace(turns=["a", "b"], images=()),
+        reader=None,
+        preparation=None,
+        base="base",
+        max_new_tokens=4,
+        never=(),
+        names=["step"],
+    )
+    monkeypatch.setattr(vllm_rollouts, "prompt_of", lambda _: SimpleNamespace(input_ids=torch.tensor([5, 6])))
+    with pytest.raises(SettingError, match="row 7"):
+        answers.draw([cast(Any, SimpleNamespace(index=0, id="row 7"))], 2, 0)
 
 
 @pytest.mark.parametrize("aspect", ["pad", "square", "squash"])
