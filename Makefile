@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-names demo-vlbart demo-video test test-all fresh-install lower-bounds lint docs clean
+.PHONY: demo demo-names demo-vlbart demo-video test test-all fresh-install lower-bounds newest lint docs clean
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -97,10 +97,22 @@ $(LOWER)/.installed: pyproject.toml
 		--constraint $(LOWER)/constraints.txt --editable '.[video,dev]'
 	touch $@
 
+# The newest release of every dependency, resolved anew each time, in an environment of its own; what others hold back is
+# listed. uv's own variables choose where from: UV_TORCH_BACKEND=cpu for a small torch, UV_CONSTRAINT=FILE, UV_OVERRIDE=FILE.
+NEWEST := runs/newest
+
+newest:
+	rm -rf $(NEWEST)/venv
+	$(PYTHON) -m venv $(NEWEST)/venv
+	$(NEWEST)/venv/bin/python -m pip install --quiet uv
+	$(NEWEST)/venv/bin/uv pip install --quiet --compile-bytecode --python $(NEWEST)/venv/bin/python --editable '.[video,dev]'
+	$(NEWEST)/venv/bin/uv pip list --outdated --python $(NEWEST)/venv/bin/python
+	OMP_NUM_THREADS=1 $(NEWEST)/venv/bin/python -m pytest -m "not slow and not gpu" -q $(TESTS)
+
 # Slow tests too, and every annotated shape and type checked at each call, which costs the fast ones a quarter.
 test-all: $(INSTALLED) lint
 	$(BIN)/python -m pytest -q --jaxtyping-packages=dora_vl,beartype.beartype
 
 # The demos' and tests' output and the tools' caches alone: other folders in runs/ are somebody's training.
 clean:
-	rm -rf $(DEMO) $(NAMES) $(VLDEMO) $(VIDEO) $(FRESH) $(LOWER) build dist .cache .pytest_cache .ruff_cache
+	rm -rf $(DEMO) $(NAMES) $(VLDEMO) $(VIDEO) $(FRESH) $(LOWER) $(NEWEST) build dist .cache .pytest_cache .ruff_cache

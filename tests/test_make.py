@@ -13,7 +13,7 @@ from tests.lower_bounds import lower_bounds
 
 ROOT = Path(__file__).parents[1]
 MADE = (
-    *("runs/demo", "runs/demo-vlbart", "runs/demo-video", "runs/fresh-install", "runs/lower-bounds"),
+    *("runs/demo", "runs/demo-vlbart", "runs/demo-video", "runs/fresh-install", "runs/lower-bounds", "runs/newest"),
     *("build", "dist", ".cache", ".pytest_cache", ".ruff_cache"),
 )
 KEPT = ("runs/my/adapter", "runs/demo-of-mine", "records/pope", "configs")
