@@ -114,6 +114,10 @@ def load_processor(base: str, *, aspect: Aspect = "pad", revision: str | None = 
     return processor
 
 
+LONGEST_TOKEN = 256
+"""Characters of a token at most: the longest that vocabularies have are 128 spaces."""
+
+
 class Encoder:
     """Makes processor inputs and labels of turns, pictures and videos; it holds no model and can be pickled.
 
@@ -201,6 +205,10 @@ class Encoder:
 
         Raises: BadSample if the turns do not fit the template, a picture would be cut, or no answer is left.
         """
+        characters = max(len(turn.text) for turn in conversation.turns)
+        if characters > self.max_tokens * LONGEST_TOKEN:  # tokenizers take gigabytes, or end the process
+            more = f"more than {self.max_tokens} tokens can hold; shorten it, or raise data.max_tokens"
+            raise BadSample(conversation.id, f"one of its texts has {characters:,} characters, {more}")
         rounds = self._processed(conversation.turns, pictures, videos, conversation.id)
         end, longest = max(row.media_end for row in rounds), max(len(row.input_ids) for row in rounds)
         if end > self.max_tokens:

@@ -22,7 +22,8 @@ ROLES: Mapping[str, tuple[str, ...]] = {
     "videos": ("videos", "video"),
     "system": ("system", "system_prompt"),
     "question": ("question", "query", "prompt"),
-    "answer": ("answer", "answers", "response", "label", "output", "solution"),
+    "answer": ("answer", "answers", "response", "label", "output", "solution", "multiple_choice_answer"),
+    "most_frequent": ("multiple_choice_answer",),
     "choices": ("choices", "options"),
     "hint": ("hint", "context", "input"),
     "caption": ("caption", "captions", "text", "txt", "description"),
@@ -69,9 +70,10 @@ _WORDS: Mapping[str, str] = {
         LABEL: "label class gold correct gt target hateful sentiment emotion verdict truth valid foil toxic toxicity "
         "stance entailment",
         PREFERENCE: "chosen rejected preference",
-        RATING: "rating score reward rank vote weight quality upvote downvote helpfulness",
+        RATING: "rating score reward rank vote weight quality upvote downvote helpfulness star margin",
         ASKED: "hint context passage history system ocr lecture",
-        UNREAD: "audio bbox boxes bboxes objects tool function reasoning thinking thought kwargs",
+        UNREAD: "audio bbox boxes bboxes objects tool function reasoning thinking thought kwargs "
+        "rotation rotate orientation crop flip mirror mask",
         TEXT: "question query prompt instruction answer response completion reply solution caption text description "
         "rationale explanation",
         NOTED: "id uid uuid guid key index idx indices no nr number count total length len size width height area "
@@ -83,7 +85,7 @@ _WORDS: Mapping[str, str] = {
         "website site domain host type kind category categories subcategory topic subtopic subject field "
         "subfield genre task skill level grade difficulty tag keyword format encoding mime extension token word "
         "char character turn round group unit duration second camera device temperature seed cost latency batch epoch "
-        "step iteration session project name username nickname view like star metadata meta info",
+        "step iteration session project name username nickname view like metadata meta info",
     }.items()
     for word in words.split()
 }
@@ -144,6 +146,7 @@ def parsed(value: object) -> object:
 
 
 _FLAGS = {"true": True, "false": False, "1": 1, "0": 0, "1.0": 1, "0.0": 0}
+_FLAG_WORDS = ("is", "has", "was", "should", "can")
 
 
 def flag_of(value: object, *, numbers: bool = True) -> bool | None:
@@ -179,7 +182,7 @@ def lost_content(path: str, value: object, *, unknown: bool = False, has_media: 
         if isinstance(value, int | float):
             return None
         if isinstance(value, str) and value[:1].isalnum() and not holds_media(value):
-            return (path, TEXT) if _may_be_question_or_answer(value) else None
+            return (path, TEXT) if _may_be_question_or_answer(path, value) else None
     try:
         return _loss(path, value, unknown, has_media)
     except RecursionError:
@@ -210,22 +213,35 @@ def _loss(path: str, value: object, unknown: bool, has_media: bool) -> tuple[str
             return path, NESTED
         return next(filter(None, (_loss(path, entry, unknown, has_media) for entry in value)), None)
     if kind == NOTED:
-        return (path, TEXT) if isinstance(value, str) and _may_be_question_or_answer(value) else None
+        return (path, TEXT) if isinstance(value, str) and _may_be_question_or_answer(name, value) else None
+    if kind == UNREAD and isinstance(value, int | float) and not value:  # turned by 0 degrees, no mask
+        return None
     if not kind or isinstance(value, bool) or (kind in (MEDIUM, ASKED) and isinstance(value, list)):
         kind = _by_value(value, unknown)
     return (path, kind) if kind else None
 
 
-def _may_be_question_or_answer(text: str) -> bool:
-    """Tells whether a text in a bookkeeping column may be a question or an answer."""
-    return len(text) > 300 or text.endswith("?")
+_DIRECTING = frozenset(("task", "type", "kind", "format", "genre", "mode", "style", "skill"))
+"""A note of these names may say what is to be done, which a sentence does and a name of one does not."""
+
+
+def _may_be_question_or_answer(name: str, text: str) -> bool:
+    """Tells whether a text in a bookkeeping column may belong to a question or an answer.
+
+    So may a sentence in a column of `_DIRECTING`, and a unit without a number, such as kg; `scene 3` names a group.
+    """
+    words = name.lower().split("_")
+    if words[-1] in ("unit", "units"):
+        return not any(map(str.isdigit, text))
+    is_sentence = text.endswith((".", "!", ":")) or text.count(" ") > 2
+    return len(text) > 300 or text.endswith("?") or (is_sentence and not _DIRECTING.isdisjoint((words[0], words[-1])))
 
 
 def _by_value(value: object, unknown: bool) -> str:
     """Returns what a value is if its name says nothing; "" for bookkeeping."""
     if isinstance(value, list | dict):
         return NESTED
-    if flag_of(value) is not None:
+    if flag_of(value, numbers=False) is not None:
         return FLAG
     if isinstance(value, str):
         is_code = value.isascii() and not any(map(str.isspace, value)) and any(map(str.isdigit, value))
@@ -260,18 +276,31 @@ def kind_of_column(name: str) -> str:
     if is_right_choice or plain_name(name) == "kto_tag":
         return LABEL
     kind = next((kind for kind in (kinds[0], kinds[-1]) if kind not in ("", NOTED)), "")
-    is_flag = words[0] in ("is", "has", "was", "should", "can")
+    is_flag = len(words) > 1 and words[0] in _FLAG_WORDS
     is_noted = kinds[-1] == NOTED and kind in ("", TEXT) and not is_flag
     counts = ("n", "num", "nb", "number", "total", "created", "updated", "modified", "date", "time")
     is_noted |= words[-1:] == ["by"] and words[0] in _NOTE_PARTICIPLES
     if is_noted or words[0] in counts or plain_name(name) in (*ROLES["id"], "parallel_tool_calls"):
         return NOTED
-    return kind or (TEXT if plain_name(name) in KNOWN and name != "extra" else "")
+    usual = FLAG if is_flag else TEXT if plain_name(name) in KNOWN and name != "extra" else ""
+    return kind or usual
 
 
 LIKELY_NAMES: Mapping[str, tuple[str, ...]] = {
-    "question": ("q", "frage", "pregunta", "pergunta", "domanda", "user", "human", "problem", "sentence"),
-    "answer": ("a", "antwort", "respuesta", "resposta", "reponse", "risposta", "assistant", "gpt", "target", "reply"),
+    "question": ("q", "frage", "pregunta", "pergunta", "domanda", "user", "human", "problem", "sentence", "prefix"),
+    "answer": (
+        "a",
+        "antwort",
+        "respuesta",
+        "resposta",
+        "reponse",
+        "risposta",
+        "assistant",
+        "gpt",
+        "target",
+        "reply",
+        "suffix",
+    ),
     "image": ("bild", "foto", "imagen", "immagine", "url", "file", "src", "path", "pixels", "media"),
     "caption": ("alt", "alt_text", "title"),
 }

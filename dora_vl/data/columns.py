@@ -103,7 +103,7 @@ FORMATS: tuple[RowFormat, ...] = (
     RowFormat("texts", ("texts",)),
     RowFormat("prompt/completion", ("prompt", "completion"), ("history",)),
     RowFormat("records", (), ("question", "turns", "answers", "choices", "subtitles", "extra"), _is_record),
-    RowFormat("question/answer", ("question", "answer"), ("choices", "hint", "history")),
+    RowFormat("question/answer", ("question", "answer"), ("choices", "hint", "history", "most_frequent")),
     RowFormat("instructions", ("instruction", "output"), ("input", "history", "scored")),
     RowFormat("captions", ("caption", "images")),
     RowFormat("captions", ("caption", "videos")),

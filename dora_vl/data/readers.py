@@ -196,7 +196,7 @@ def _question_answer(row: Row) -> list[object]:
 
     A hint comes before the question, choices come after it (`_written_choices`).
     """
-    question, answer = as_text(row["question"], "question"), _answer(row["answer"])
+    question, answer = as_text(row["question"], "question"), _answer_of(row)
     if not is_empty(row.get("choices")) and answer.strip():
         labels, choices = _choices(row["choices"])
         if choices and (several := _distinct_texts(row["answer"])):
@@ -287,6 +287,11 @@ def _says(question: str, texts: Sequence[str]) -> bool:
     return all(not text or re.search(rf"(?<!\w){re.escape(text.strip())}(?!\w)", question) for text in texts)
 
 
+def _answer_of(row: Row) -> str:
+    """Returns the answer that the row calls the most frequent (VQAv2, which decides between equals), else that."""
+    return as_text(row.get("most_frequent"), "most_frequent").strip() or _answer(row["answer"])
+
+
 def _answer(value: object, name: str = "answer") -> str:
     """Returns the most frequent of several answers, the first of equals."""
     return next(iter(_answers(value, name)), "")
@@ -310,6 +315,8 @@ def _several_answers(format_name: str, fields: Row) -> tuple[Answer, ...]:
         texts = [text for text in dict.fromkeys(answer.text for answer in heaviest_first) if text.strip()]
     elif role := next((role for role in ("answer", "caption") if role in fields), None):
         texts = _answers(fields[role], role)
+        if role == "answer" and len(texts) > 1:
+            texts = [*dict.fromkeys([_answer_of(fields), *texts])]
     # A half of a surrogate pair, which no file can hold, is spelled out.
     written = [text.encode("utf-8", "backslashreplace").decode() for text in texts]
     return tuple(Answer(text=text) for text in written) if len(written) > 1 else ()

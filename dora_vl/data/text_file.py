@@ -216,10 +216,11 @@ def table_rows(
         if heads == [_END]:
             return  # an empty file
         named = [index for index, name in enumerate(heads) if index == 0 or name.strip()]
-        nameless = [index for index in range(len(heads)) if index not in named]
+        nameless = [index for index, name in enumerate(heads) if index and not name.strip()]
         names = [heads[index] for index in named]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise UserError(f"{path}: two columns are called {short_text(twice[0])!r}; fetch or write the file again")
+        if len({*names}) < len(names):
+            twice = Counter(names).most_common(1)[0][0]
+            raise UserError(f"{path}: two columns are called {short_text(twice)!r}; fetch or write the file again")
         begins = reader.line_num + 1
         for values in filter(None, reader):
             if values == [_END]:
@@ -235,7 +236,9 @@ def table_rows(
             yield reader.line_num, dict(zip(names, (values[index] for index in named), strict=True))
             begins = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: not the table expected: {error}") from None
+        lone = "a carriage return inside a line; save the file with line feeds at the ends of its lines"
+        reason = lone if "new-line character" in str(error) else error
+        raise UserError(f"{path}, line {reader.line_num}: not the table expected: {reason}") from None
     raise UserError(f"{path}, line {begins}: a quotation mark in it is never closed; fetch or write the file again")
 
 

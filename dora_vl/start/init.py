@@ -15,6 +15,7 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
+from posixpath import normpath
 from shlex import quote
 from statistics import median
 
@@ -473,8 +474,9 @@ def inspect_data(folder: Path, records: DataFiles, *, media_to: Path, columns: C
     media = MediaCheck(MediaFolder(root, follow_links=True), decode=True)
     check = FileCheck(questions, columns=columns, media=media)
     rows: list[UsableRow] = []
+    named = set[str]()
     for record in tqdm(records.rows(), "reading", unit=" rows", disable=None, leave=False):
-        row = _usable(check, record, media_to if holds_pictures else None, columns, file_names)
+        row = _usable(check, record, media_to if holds_pictures else None, columns, file_names, named)
         if row is not None:
             rows.append(replace(row, split=str(record.get("split", "")) if has_splits else ""))
     if file_names is not None:
@@ -492,7 +494,9 @@ def inspect_data(folder: Path, records: DataFiles, *, media_to: Path, columns: C
     names = list(dict.fromkeys(chain.from_iterable(row.media for row in rows)))
     for name in tqdm(names, "pictures", disable=None, leave=False):
         pictures.add(name, path_inside(MediaFolder(root, follow_links=True), name))
-    picture_count = 0 if holds_pictures else sum(1 for _ in picture_files(root))
+    files = (
+        set[str]() if holds_pictures else {path.relative_to(root).as_posix().casefold() for path in picture_files(root)}
+    )
     return DataSummary(
         check=check,
         root=root,
@@ -500,7 +504,7 @@ def inspect_data(folder: Path, records: DataFiles, *, media_to: Path, columns: C
         rows=rows,
         file_names=file_names,
         pictures=pictures,
-        unnamed=max(0, picture_count - len(pictures.keys)),
+        unnamed=len(files.difference(normpath(name).casefold() for name in named)),
         has_question=bool(columns.ask),
         trouble=[*trouble, *filter(None, [check.remedy])] if len(trouble) > 1 else (),  # the first line is the heading
         doubts=doubts if len(doubts) > 1 else (),
@@ -532,12 +536,18 @@ def _none_usable(questions: Path, check: FileCheck) -> UserError:
 
 
 def _usable(
-    check: FileCheck, record: Mapping[str, object], media_to: Path | None, columns: Columns, files: FileNames | None
+    check: FileCheck,
+    record: Mapping[str, object],
+    media_to: Path | None,
+    columns: Columns,
+    files: FileNames | None,
+    named: set[str],
 ) -> UsableRow | None:
-    """Returns the row; None if it cannot be used, which `check` has then noted."""
+    """Returns the row, and adds its media to `named`; None if it cannot be used, which `check` has then noted."""
     example = check.read(record)
     if files is not None and isinstance(example, Example):
         example = _with_media(example, files)
+    named.update(UsableRow(conversation=example).media if isinstance(example, Example) else ())
     if not check.check(example) or isinstance(example, BadSample):
         return None
     try:

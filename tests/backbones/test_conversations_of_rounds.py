@@ -288,6 +288,19 @@ def test_what_the_length_limit_takes_of_later_rounds_is_counted() -> None:
         Encoder(whole.processor, whole.prompts, max_tokens=8).encode(example)
 
 
+def test_a_text_that_no_sample_can_hold_is_never_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = encoder_with("qwen3", True)
+    short = Encoder(whole.processor, whole.prompts, max_tokens=64)
+    monkeypatch.setattr(Encoder, "_processed", lambda *_: pytest.fail("it was tokenised"))
+    for turns in (
+        (Turn("user", "x" * 2**24), Turn("assistant", "a")),
+        (Turn("user", "q"), Turn("assistant", "a " * 2**23)),
+    ):
+        with pytest.raises(BadSample) as caught:
+            short.encode(Example("long", (), turns))
+        assert caught.value.sample_id == "long"
+
+
 def test_stored_outputs_serve_every_round_that_shows_all_pictures(tmp_path: Path) -> None:
     class Store:
         """Stands for stored outputs of any pictures."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,7 @@ def test_what_excel_writes_around_a_table_is_no_content(tmp_path: Path, content:
         "id,answer,\n1,2,\n3,4,5\n",
         "id,answer,\n1\n",
         'id,answer\n1,"a\n2,b\n',
+        "id,answer\n1,a\rb\n",
         'id,answer\n1,"' + "a" * 120 + "\n" + "b" * 120 + '"\n',
     ],
 )
@@ -194,3 +196,20 @@ def test_brackets_in_texts_open_nothing_and_open_ones_have_a_limit(tmp_path: Pat
     (tmp_path / "deep.json").write_text('[{"a": ' + "[" * (DEEPEST + 1))
     with pytest.raises(UserError):
         list(stream_records(tmp_path / "deep.json"))
+
+
+def test_a_table_of_200_000_columns_is_read_in_a_second(tmp_path: Path) -> None:
+    names = [f"c{number}" for number in range(200_000)]
+    (tmp_path / "a.csv").write_text(f"{','.join(names)}\n{'1,' * 199_999}1\n")
+    before = time.process_time()
+    ((_, row),) = table_rows(tmp_path / "a.csv", "rows", delimiter=",")
+    assert len(row) == 200_000
+    assert time.process_time() - before < 5
+
+
+def test_a_carriage_return_inside_a_line_is_named_in_our_words(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"id,answer\n1,a\rb\n")
+    with pytest.raises(UserError) as caught:
+        list(table_rows(tmp_path / "a.csv", "rows", delimiter=","))
+    assert "line 2" in str(caught.value)
+    assert "universal" not in str(caught.value)

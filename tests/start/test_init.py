@@ -129,7 +129,7 @@ def test_a_table_and_photographs_below_become_the_files_of_a_run(tmp_path: Path,
 
     printed = printed_by(capsys, "my", "--model", base)
     assert "my/answers.csv: question/answer, 30 rows, 27 usable\n  image: used as images\n" in printed
-    assert "pictures: 27 in my/photos, PNG 26, JPEG 1; 2 more that no row names" in printed
+    assert "pictures: 27 in my/photos, PNG 26, JPEG 1; 1 more that no row names" in printed
     for kind, name in (("truncated media", "cut.png"), ("missing media", "none.png"), ("empty answer", "row 30")):
         assert any(kind in line and name in line for line in printed.splitlines()), kind
     assert re.fullmatch(r"next:  \S*dora-vl train runs/my/run\.yaml", printed.splitlines()[-1])
