@@ -214,8 +214,6 @@ def _loss(path: str, value: object, unknown: bool, has_media: bool) -> tuple[str
         return next(filter(None, (_loss(path, entry, unknown, has_media) for entry in value)), None)
     if kind == NOTED:
         return (path, TEXT) if isinstance(value, str) and _may_be_question_or_answer(name, value) else None
-    if kind == UNREAD and isinstance(value, int | float) and not value:  # turned by 0 degrees, no mask
-        return None
     if not kind or isinstance(value, bool) or (kind in (MEDIUM, ASKED) and isinstance(value, list)):
         kind = _by_value(value, unknown)
     return (path, kind) if kind else None
