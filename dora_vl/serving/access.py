@@ -1,6 +1,6 @@
 """Who may send requests to the server and the page, how large and how slowly, and which files the page may read.
 
-uvicorn limits connections and the head of a request, Starlette nothing of what is needed here: the middleware counts
+uvicorn limits connections and the bytes of a head, Starlette nothing of what is needed here: the middleware counts
 bytes and time as they come. Any web page that somebody visits may send requests to this machine: from its own origin
 or, where its name is made to lead here (DNS rebinding), as if it were this one. So `Host` must be a name that this
 program was told it has, and `Origin`, which browsers add by themselves, the same host.
@@ -23,11 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import h11
 import uvicorn
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dora_vl.errors import BadSample, UserError, short_repr
 from dora_vl.serving.model import UnknownModel
@@ -137,12 +139,37 @@ MOST_CONNECTIONS = 512
 MOST_OF_A_CLIENT = 128
 """At most this many requests of one address are answered at a time; every open page holds one or two."""
 HEAD_BYTES = 64 * 1024
+HEAD_SECONDS = 10.0
+
+
+class TimedHeads(H11Protocol):
+    """Closes a connection whose next head has not come whole in time, for which uvicorn would wait for ever."""
+
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] - as uvicorn's
+        """Waits for the first head."""
+        super().connection_made(transport)
+        self._time_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Waits for the rest of a head, or no more."""
+        super().data_received(data)
+        self._time_head()
+
+    def _time_head(self) -> None:
+        is_whole = self.conn.their_state is not h11.IDLE
+        if self._head_timer is not None and is_whole:
+            self._head_timer.cancel()
+            self._head_timer = None
+        elif self._head_timer is None and not is_whole:
+            self._head_timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
 
 
 def http_config(app: ASGIApp, **settings: Any) -> uvicorn.Config:
     """Tells how uvicorn serves an application: its own limits, no websockets, and few words in its log."""
     limits: dict[str, Any] = {"limit_concurrency": MOST_CONNECTIONS, "h11_max_incomplete_event_size": HEAD_BYTES}
-    return uvicorn.Config(app, http="h11", ws="none", **limits, **{"log_level": "warning", **settings})
+    return uvicorn.Config(app, http=TimedHeads, ws="none", **limits, **{"log_level": "warning", **settings})
 
 
 class ByteBudget:
@@ -305,6 +332,7 @@ class Uploads:
     def __init__(self, folder: Path, most_bytes: int) -> None:
         self.folder = folder.resolve()
         self._budget = ByteBudget(most_bytes, most_bytes)
+        self._coming = 0
 
     def holds(self, path: str) -> bool:
         """Tells whether a path is a file that was uploaded."""
@@ -319,12 +347,21 @@ class Uploads:
         if self.holds(str(file)):
             self._remove(file)
 
-    def arriving(self, headers: Headers) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+    @contextlib.contextmanager
+    def arriving(self, headers: Headers) -> Iterator[Callable[[int], None]]:
         """Gives what counts an upload's bytes as they come; old uploads that nobody has read are deleted first."""
         sizes = self.delete_old()
         if len(sizes) >= MOST_UPLOADS:
             raise TooManyRequests("too many uploads wait to be read; try again in a few minutes")
-        return self._budget.arriving(headers, stored=sum(sizes))
+        self._coming += 1
+        try:
+            with self._budget.arriving(headers, stored=sum(sizes)) as count:
+                yield count
+        finally:
+            self._coming -= 1
+            if not self._coming:  # Gradio has moved whole ones into folders of their own: the rest was broken off
+                for file in [path for path in self.folder.iterdir() if path.is_file()]:
+                    self._remove(file)
 
     def delete_old(self) -> list[int]:
         """Deletes what is older than any upload that may still be on its way; the sizes of what is left."""

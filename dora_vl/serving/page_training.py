@@ -185,10 +185,13 @@ class TrainTab:
         try:
             if not folder.strip():
                 raise UserError("drop pictures and a table, or name a folder")
-            to = self.runs.new_folder(Path(folder.strip()).resolve().name)
+            if "\0" in "".join((folder, question, columns, base or "")):
+                raise UserError("a field holds a NUL character, which no name has; type it anew")
+            data = folder.strip() if not folder.strip().startswith("-") else f"./{folder.strip()}"
+            to = self.runs.new_folder(Path(data).resolve().name)
             options = {"--ask": question.strip(), **column_options(columns)}
             options |= {"--model": (base or "").strip(), "--to": str(to)}
-            arguments = ["init", folder.strip(), *(word for pair in options.items() if pair[1] for word in pair)]
+            arguments = ["init", data, *(f"{name}={value}" for name, value in options.items() if value)]
             arguments += ["--overwrite"] if to.exists() else []
             output = "\n".join(printed(arguments)).partition("\nnext:")[0].strip()
             yield {**self.show_run(str(to)), self.seen: printed_view([output]), self.commands: command(arguments),

@@ -176,6 +176,24 @@ def test_more_connections_than_allowed_are_turned_away(model: ServedModel, monke
                 idle.enter_context(connection(address))
 
 
+def test_half_sent_heads_make_room_after_a_time(model: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of a connection, and the next after an answer."""
+    monkeypatch.setattr(access, "MOST_CONNECTIONS", 4)
+    monkeypatch.setattr(access, "HEAD_SECONDS", 0.5)
+    whole = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with running(model) as address, contextlib.ExitStack() as senders:
+        slow = [senders.enter_context(connection(address)) for _ in range(3)]
+        slow[0].sendall(whole)
+        assert slow[0].recv(4096)[:12][-3:] == b"200"
+        for sender in slow:
+            sender.sendall(whole[:20])
+        for expected in (b"503", b"200"):
+            with connection(address) as client:
+                client.sendall(whole)
+                assert client.recv(12)[-3:] == expected
+            time.sleep(1)
+
+
 def test_slow_senders_take_no_place_and_what_they_have_sent_is_counted(model: ServedModel) -> None:
     body = json.dumps({"model": "one", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2})
     settings = ServerSettings(waiting=1, batch=1, max_body_mib=1000 / 2**20)
@@ -341,7 +359,8 @@ def test_an_upload_is_counted_as_it_comes(app: Any, uploads: Path) -> None:
         status, left = asyncio.run(sent(chunks, *headers))
         assert status in answers  # Gradio answers 500 to what is broken off
         assert (left > 10) == (chunks == 20)
-        for file in stored(uploads):  # what was written of it
+        assert len(stored(uploads)) == (status == 200)  # what was written of one that was broken off is gone
+        for file in stored(uploads):
             file.unlink()
 
 
@@ -376,3 +395,22 @@ def test_what_was_not_uploaded_is_not_moved(app: Any, tmp_path: Path) -> None:
     update = page.training.take_files([str(mine)], "", SimpleNamespace(session_hash=""))
     assert "drop it again" in update[page.training.data_state]
     assert mine.read_bytes() == b"mine"
+
+
+def test_a_field_with_a_nul_is_refused_on_the_page(app: Any) -> None:
+    train = app.state.page.training
+    updates = list(train.look_at_data("pictures\0", "", "", "base"))
+    assert "NUL" in next(update[train.data_state] for update in updates[1:])
+    assert updates[-1][train.look]["interactive"]
+
+
+def test_names_that_begin_with_a_dash_reach_init_as_names(app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def printed(words: list[str]) -> list[str]:
+        commands.append(words)
+        raise UserError("enough")
+
+    monkeypatch.setattr("dora_vl.serving.page_training.printed", printed)
+    list(app.state.page.training.look_at_data("--overwrite", "-what?", "", "-base"))
+    assert commands == [["init", "./--overwrite", "--ask=-what?", "--model=-base", "--to=runs/overwrite"]]
