@@ -26,6 +26,8 @@ Value = TypeVar("Value", int, float)
 
 MAIN_PART = "dora"
 """The part that the layers of `targets` belong to has this name."""
+MOST_ALPHA = 1e12
+"""Norms hold the square of the scale in float32, which ends at 3e38."""
 RESERVED = frozenset((MAIN_PART, "full", "magnitude"))
 """A part that a user adds may not have these names: what trains is called `dora.A`, `vision.magnitude`, `full`."""
 
@@ -128,19 +130,19 @@ class AdapterSettings:
         in_both = sorted(set(self.parts) & set(self.also_train))
         no_targets = [name for name, part in self.parts.items() if not part.targets]
         low_rank = [name for name, part in self.parts.items() if part.rank is not None and part.rank < 1]
-        low_alpha = [name for name, part in self.parts.items() if part.alpha is not None and not part.alpha > 0]
+        alphas = {"alpha": self.alpha} | {f"alpha_pattern.{name}": alpha for name, alpha in self.alpha_pattern.items()}
+        alphas |= {f"parts.{name}.alpha": part.alpha for name, part in self.parts.items() if part.alpha is not None}
+        bad_alphas = [f"{name} is {alpha}" for name, alpha in alphas.items() if not 0 < alpha <= MOST_ALPHA]
         names_rule = f"{', '.join(sorted(RESERVED))} are reserved, and a name must not be empty or contain a dot"
         problems = (
             (self.rank < 1, f"rank is {self.rank}; it must be 1 or more"),
-            (not math.isfinite(self.alpha) or self.alpha <= 0, f"alpha is {self.alpha}; it must be above 0"),
+            (bad_alphas, f"{', '.join(bad_alphas[:1])}; it must be above 0 and at most {MOST_ALPHA:g}"),
             (not 0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1"),
             (any(rank < 1 for rank in self.rank_pattern.values()), "rank_pattern holds a rank below 1"),
-            (any(alpha <= 0 for alpha in self.alpha_pattern.values()), "alpha_pattern holds an alpha of 0 or less"),
             (reserved, f"a part may not be called {reserved[:1]}: {names_rule}"),
             (in_both, f"{in_both[:1]} is in parts (adapted) and in also_train (whole); choose one"),
             (no_targets, f"parts.{no_targets[:1]} has no targets"),
             (low_rank, f"parts.{low_rank[:1]} has a rank below 1"),
-            (low_alpha, f"parts.{low_alpha[:1]} has an alpha of 0 or less"),
             (self.method == "full" and self.parts, "method: full adapts nothing: name parts in also_train"),
             (
                 self.method == "dvora" and (self.init != "kaiming" or len(set(ranks)) > 1),

@@ -95,6 +95,8 @@ def test_contradictions_are_refused_and_change_nothing(changes, init):
         {"targets": ()},
         {"rank": 0},
         {"alpha": float("nan")},
+        {"alpha": 1e308},
+        {"alpha_pattern": {"*q_proj": 1e308}},
         {"dropout": 1.0},
         {"method": "dvora", "init": "pissa"},
         {"method": "LoRA"},
