@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import stat
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,6 +17,8 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Literal, get_args
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 from uuid import uuid4
 
 from safetensors import SafetensorError, safe_open
@@ -246,6 +249,7 @@ def content_key(path: Path) -> str:
 PREFERRED = ("model.safetensors", "pytorch_model.bin")
 """A folder's weights are in one file of these names, or in shards that `NAME.index.json` lists."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
+HUB_SECONDS = 3.0
 HUB_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
 NO_OWN_CODE = {"trust_remote_code": False}
 """Each `from_pretrained` of transformers' Auto classes takes it, and then never asks whether to run a model's code."""
@@ -299,13 +303,23 @@ def why_not_read(error: Exception) -> str:
 
 
 def check_place(folder_or_id: str | Path) -> None:
-    """Refuses what is not a folder here and cannot be a hub id."""
+    """Refuses what is not a folder here and cannot be a hub id, or is in no cache where the hub cannot be reached."""
     name = str(folder_or_id)
-    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name)):
-        raise UserError(
-            f"model.base {name!r}: no such folder in {Path.cwd()}; name a model's folder from there, or a hub id "
-            "(OWNER/NAME)"
-        )
+    if Path(name).is_dir():
+        return
+    missing = f"model.base {name!r}: no such folder in {Path.cwd()}"
+    if name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name):
+        raise UserError(f"{missing}; name a model's folder from there, or a hub id (OWNER/NAME)")
+    from huggingface_hub import constants
+
+    is_cached = (Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}").is_dir()
+    if is_cached or constants.HF_HUB_OFFLINE or getproxies():
+        return
+    hub = urlsplit(constants.ENDPOINT)
+    try:  # the hub's client would try for 40 s
+        socket.create_connection((hub.hostname or "", hub.port or 443), timeout=HUB_SECONDS).close()
+    except OSError as error:
+        raise UserError(f"{missing}, and as a hub id it cannot be fetched: {hub.hostname}: {error}") from None
 
 
 def check_model_folder(folder_or_id: str | Path, revision: str | None = None) -> None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig
 
+from dora_vl import files
 from dora_vl.backbones.encoder import Encoder, load_processor
 from dora_vl.backbones.families import NOT_TRAINED, check_trained, model_type_of
 from dora_vl.backbones.loading import load_tokenizer
@@ -273,6 +276,16 @@ def test_the_type_is_read_from_the_config_alone(tmp_path: Path) -> None:
     for base in (str(tmp_path), str(tmp_path / "nowhere"), "runs/nowhere/base"):
         with pytest.raises(UserError, match=re.escape(repr(base))):
             model_type_of(base)
+
+
+def test_a_name_that_is_nowhere_costs_no_wait_where_the_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(files, "getproxies", dict)
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"'runs/base'.*127\.0\.0\.1"):
+        model_type_of("runs/base")
+    assert time.monotonic() - began < 5
 
 
 @pytest.fixture(scope="module")
