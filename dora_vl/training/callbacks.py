@@ -373,7 +373,8 @@ class WatchQuestions(TrainerCallback):
         if not state.is_world_process_zero:
             return
         with (self._folder / WATCHED / ANSWERS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, "answers": dict(answers)}) + "\n")
+            line = {"step": state.global_step, "answers": dict(answers)}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
         for question in self._watch.questions:
             if question.id in answers and not args.disable_tqdm:
                 texts = (question.question, answers[question.id], question.truth)

@@ -7,10 +7,12 @@ import json
 import logging
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyte
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -22,7 +24,7 @@ from dora_vl.evaluation.predictor import PromptMedia
 from dora_vl.evaluation.questions import read_questions
 from dora_vl.run.settings_parser import read_run_file
 from dora_vl.run.watched_questions import read_watched
-from dora_vl.training.callbacks import RunProgress, read_log
+from dora_vl.training.callbacks import RunProgress, WatchQuestions, read_log
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from tests.training.launched import launch
 from tests.training.tiny_run import (
@@ -79,6 +81,18 @@ def test_the_last_answers_are_those_of_the_saved_adapter_and_no_loss_changes(run
         with Image.open(folder / "watched" / entry.picture) as kept:
             assert kept.tobytes() == picture.tobytes()
     assert watched.answers[0] != watched.answers[6]
+
+
+def test_an_answer_is_written_alike_by_a_run_and_by_its_resume(tmp_path: Path) -> None:
+    watch: Any = SimpleNamespace(ask=lambda: {"a": "grün"}, questions=(), pictures={}, source="test.json")
+    arguments, state = TrainingArguments(output_dir=str(tmp_path), use_cpu=True), TrainerState()
+    model = torch.nn.Linear(1, 1)
+    WatchQuestions(watch, tmp_path).on_train_begin(arguments, state, TrainerControl(), model=model)
+    written = (file := tmp_path / "watched" / "answers.jsonl").read_text(encoding="utf-8")
+    state.global_step = 1
+    WatchQuestions(watch, tmp_path).on_train_begin(arguments, state, TrainerControl(), model=model)
+    assert file.read_text(encoding="utf-8") == written
+    assert "grün" in written
 
 
 @pytest.mark.slow
