@@ -280,10 +280,7 @@ def names_adapter(path: Path) -> bool:
 
 
 def write_adapter(adapter: Adapter, folder: str | PathLike[str]) -> None:
-    """Writes the folder whole or not at all, tensors and fields unchanged.
-
-    The exception: where PEFT would leave out some of the tensors, `peft_type` becomes one that it refuses.
-    """
+    """Writes the folder whole or not at all; where PEFT would leave tensors out, `peft_type` becomes one it refuses."""
     kind = adapter.config.get("peft_type", "LORA")
     if kind == "LORA":
         kind = type_of(by_own_name(adapter.source, adapter.tensors)[0], adapter.config)

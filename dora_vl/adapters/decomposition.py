@@ -205,10 +205,7 @@ class Request:
 
 
 def layers_to_compare(requests: Sequence[Request], base: BaseWeights, globs: Sequence[str]) -> list[str]:
-    """Lists the layers that all panels share, in the model's order, so that panels can be compared.
-
-    Without globs these are the layers that any adapter adapts, or every matrix if there is no adapter.
-    """
+    """Lists the layers that all panels share, in the model's order: those of `globs`, else all adapted ones or all."""
     adapted: set[str] = set()
     matrices: set[str] = set()
     for request in requests:

@@ -138,10 +138,7 @@ class QuantisedLayers:
 
 
 def quantised_layers(config: Mapping[str, Any], kind: str, source: str) -> QuantisedLayers:
-    """Selects the layers to quantise: the linears of the language model's layers, nothing else.
-
-    The vision tower, the projector and the output head stay as they are.
-    """
+    """Selects the layers to quantise: the language model's linears, not those of vision, projector or output head."""
     if config.get("quantization_config"):
         raise UserError(f"{source} is stored quantised; leave model.quantisation null, or take the weights before it")
     model = _language_skeleton(config, source)

@@ -175,10 +175,7 @@ def _main_layer(layers: Mapping[str, AdaptedLayer]) -> AdaptedLayer:
 
 
 def whole_modules(model: nn.Module, parameters: set[str]) -> list[str]:
-    """Lists the topmost modules whose parameters are all named; PEFT calls them `modules_to_save`.
-
-    PEFT calls the modules it saves, so a module list is left out in favour of its members.
-    """
+    """Lists the topmost modules whose parameters are all named, PEFT's `modules_to_save`; of a list, its members."""
     chosen: list[str] = []
     for name, module in model.named_modules():
         inside = {f"{name}.{leaf}" for leaf, _ in module.named_parameters()}

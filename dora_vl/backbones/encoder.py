@@ -196,14 +196,10 @@ class Encoder:
     def encode(
         self, conversation: Example, pictures: Sequence[Image.Image] = (), videos: Sequence[Video] = ()
     ) -> Encoded:
-        """Encodes a whole conversation; labels are -100 except on answers and what closes them.
+        """Encodes a whole conversation, whose `<image>` and `<video>` stand for the pictures and videos in their order.
 
-        Args:
-            conversation: its text has `<image>` and `<video>` in the order of the next two.
-            pictures: one for each `<image>`.
-            videos: the frames for each `<video>`.
-
-        Raises: BadSample if the turns do not fit the template, a picture would be cut, or no answer is left.
+        Labels are -100 except on answers and what closes them. Raises BadSample: the turns do not fit the template, a
+        picture would be cut, or no answer is left.
         """
         characters = max(len(turn.text) for turn in conversation.turns)
         if characters > self.max_tokens * LONGEST_TOKEN:  # tokenizers take gigabytes, or end the process
@@ -273,10 +269,7 @@ class Encoder:
     def encode_choice(
         self, turns: Sequence[Turn], choice: str, pictures: Sequence[Image.Image] = (), videos: Sequence[Video] = ()
     ) -> Encoded:
-        """Encodes turns and an answer to them; only the answer and what closes it are labelled. Never cut.
-
-        Raises: BadSample if the model has no positions for all of it.
-        """
+        """Encodes turns and an answer, of which only the answer has labels. Raises BadSample: it would be cut."""
         answered = (*turns, Turn("assistant", choice))
         encoded, *_ = self._processed(answered, pictures, videos, "question", prompts=self.prompts.in_test())
         length, positions = len(encoded.input_ids), self.max_positions
@@ -292,10 +285,7 @@ class Encoder:
     def encode_answers(
         self, conversation: Example, pictures: Sequence[Image.Image] = (), videos: Sequence[Video] = ()
     ) -> Encoded:
-        """Encodes a conversation's last answer, and as its `others` the rejected ones. Never cut.
-
-        Raises: BadSample if an answer is longer than `max_tokens` allows, or the model has no positions for it.
-        """
+        """Encodes a conversation's last answer and, as `others`, the rejected ones. Raises BadSample: one would be cut."""
         *turns, last = conversation.turns
         media, encoded = (*conversation.images, *conversation.videos), []
         first = -1.0 if conversation.is_good is False else 1.0
@@ -340,10 +330,7 @@ class Encoder:
         return self.media_sample(videos=[grey_video(GREY, DUMMY_SIDE, frames)])
 
     def media_sample(self, pictures: Sequence[Image.Image] = (), videos: Sequence[Video] = ()) -> Sample:
-        """Makes a sample that shows these and has no label.
-
-        Raises: BadSample if the family does not take that many together.
-        """
+        """Makes a sample that shows these, without a label. Raises BadSample: the family cannot take them together."""
         shown = f"{IMAGE_PLACEHOLDER}\n" * len(pictures) + f"{VIDEO_PLACEHOLDER}\n" * len(videos)
         sample = Sample(**vars(self.encode_prompt((Turn("user", f"{shown}."),), pictures, videos)), id="dummy")
         return replace(sample, positions=self._positions(sample.input_ids, sample.inputs))
@@ -435,10 +422,7 @@ class Encoder:
     def _by_prefixes(
         self, chat: Chat, ids: list[int], pictures: Sequence[Image.Image], videos: Sequence[Video], sample: str
     ) -> tuple[list[bool], int]:
-        """Finds trained tokens where the processor reports no offsets: an answer is what the text gains by it.
-
-        It costs the processor two further calls per answer, pictures included.
-        """
+        """Finds trained tokens without offsets: an answer is what the text gains by it (two processor calls each)."""
         if videos:
             raise BadSample(sample, f"{type(self.processor).__name__} does not say where its videos are")
         trained, token = [False] * len(ids), self.processor.image_token

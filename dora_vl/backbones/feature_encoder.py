@@ -239,12 +239,7 @@ class Medium:
 
 @dataclass(frozen=True, kw_only=True)
 class MediaDataset(Dataset["Pixels | BadSample"]):
-    """Reads and prepares media; unreadable ones become errors.
-
-    Attributes:
-        root: the folder of their paths.
-        sampling: chooses a clip's frames; `reader` decodes them.
-    """
+    """Reads and prepares media below `root`, of a clip the frames that `sampling` takes; bad ones become errors."""
 
     media: Sequence[Medium]
     root: MediaFolder

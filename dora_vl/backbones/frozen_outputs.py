@@ -270,10 +270,7 @@ def _verify(model: Any, parts: FrozenParts, samples: Sequence[Sample], pad_token
 
 
 def find_verified_parts(model: Any, encoder: Encoder) -> FrozenParts:
-    """Finds frozen parts and verifies them on batches of pictures of several sizes and of text.
-
-    Raises: NotStorable.
-    """
+    """Finds frozen parts, and verifies them on pictures of several sizes and on text. Raises NotStorable."""
     rng = random.Random(0)  # all different wherever they are, and never taken for padding
     pictures = [
         Image.frombytes("RGB", size, rng.randbytes(3 * size[0] * size[1])) for size in ((40, 24), (18, 35), (64, 64))
@@ -539,10 +536,7 @@ class OutputStore:
         self._shards.refresh()
 
     def read(self, reader: PictureReader, names: Sequence[str]) -> StoredRow:
-        """Reads what is stored for a sample's pictures.
-
-        Raises: BadSample if nothing is, since they cannot be read or have changed.
-        """
+        """Reads what is stored for a sample's pictures. Raises BadSample: nothing; they are unreadable or changed."""
         key = reader.key(names)
         if key not in self._shards.entries:
             reader.read(names)  # says what is wrong with them
@@ -610,10 +604,7 @@ class PictureReader:
         }
 
     def read(self, names: Sequence[str]) -> tuple[list[tuple[int, int]], Sample]:
-        """Reads the pictures; returns their sizes, and a sample that shows them as training does.
-
-        Raises: BadSample.
-        """
+        """Reads the pictures; returns their sizes, and a sample that shows them as in training. Raises BadSample."""
         sizes, pictures = self.pictures(names)
         return sizes, self.encoder.media_sample(pictures)
 

@@ -159,10 +159,7 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
 
     @property
     def continues_prompts(self) -> bool:
-        """Tells whether several prompts may continue one beginning that was read once.
-
-        They may where plain attention over positions along one axis is all that the model does.
-        """
+        """Tells whether prompts may continue one that was read once: with plain attention, positions along one axis."""
         return self.causal and all(type(layer) is DynamicLayer for layer in DynamicCache(config=self.config).layers)
 
     @torch.no_grad()

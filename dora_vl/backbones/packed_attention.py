@@ -303,12 +303,7 @@ def _by_segment(attend: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class OwnPositions:
-    """Positions of a family that counts along several axes (M-RoPE), by its own rule.
-
-    Args:
-        model: may be a skeleton without weights.
-        axes: number of axes; text has the same position on all.
-    """
+    """Positions of a family that counts along several axes (M-RoPE), by its own model's rule; it needs no weights."""
 
     def __init__(self, model: nn.Module, *, axes: int) -> None:
         self._model, self._axes = _position_model(model), axes

@@ -161,10 +161,7 @@ class PieceProcessor:
         controls: Sequence[CharSpan] = (),
         **_: Any,
     ) -> dict[str, Any]:
-        """Encodes one text and its pictures.
-
-        Args:
-            controls: spans of the format's special tokens; elsewhere they are text.
+        """Encodes one text and its pictures; `controls` are spans of the format's special tokens, elsewhere text.
 
         Raises: ValueError if the text has places for more or fewer pictures.
         """

@@ -144,10 +144,7 @@ class ProcessorChat(Prompts):
                 break
 
     def _choose_calls(self) -> None:
-        """Finds whether the template writes calls, takes their arguments as objects or JSON, and results as parts.
-
-        Some write an object as Python does, or quote JSON again.
-        """
+        """Finds whether the template writes calls, takes their arguments as objects or JSON, and results as parts."""
         if CALLS not in self._template:
             return
         question, answer = PROCESSOR_PROBE[:2]
@@ -388,10 +385,7 @@ class ProcessorChat(Prompts):
                 raise ValueError(f"the chat template leaves out or changes the text of turn {number}")
 
     def _apply(self, turns: Sequence[Turn], *, generation_prompt: bool, tools: bool = True, **switch: bool) -> str:
-        """Applies the template.
-
-        Raises: ValueError for whatever is wrong with it.
-        """
+        """Applies the template. Raises ValueError for whatever is wrong with it."""
         first_fields = turns[0].fields
         try:
             text = self._processor.apply_chat_template(

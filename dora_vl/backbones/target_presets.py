@@ -29,12 +29,7 @@ NamesIn = Callable[[PreTrainedModel, str], list[str]]
 def resolved_targets(
     model: PreTrainedModel, patterns: Iterable[str], setting: str, *, any_module: bool = False
 ) -> tuple[str, ...]:
-    """Replaces each preset among patterns of layers to adapt by full-name patterns.
-
-    Args:
-        setting: its name, for messages.
-        any_module: takes any module with weights, not only layers that can be adapted.
-    """
+    """Replaces each preset among patterns, of layers to adapt or of `any_module`, by full-name patterns."""
     return _resolved(model, patterns, setting, _owners_in if any_module else _targets_in)
 
 

@@ -190,10 +190,7 @@ def load_transformers(spec: TowerSpec) -> tuple[nn.Module, GridTowerConfig]:
 
 
 def load_from_file(network: nn.Module, spec: TowerSpec) -> None:
-    """Fills the network from the file that `weights` names, if it names one.
-
-    Every tensor fits by its name, or with `weights_in_order` by its position, exactly once.
-    """
+    """Fills the network from the file that `weights` names, if any: each tensor once, by name or `weights_in_order`."""
     if spec.weights in {PRETRAINED, RANDOM}:
         return
     source, state, target = spec.weights, read_tensors(Path(spec.weights)), network.state_dict()

@@ -173,10 +173,7 @@ LEAST_PIXELS = 32 * 32
 def within_pixels(
     pictures: Sequence[Image.Image], videos: Sequence[Video], limit: int
 ) -> tuple[list[Image.Image], list[Video], int]:
-    """Shrinks a sample's pictures and videos where together they have more than `limit` pixels.
-
-    Returns: them, and how many pixels they lost; 0 if they fit.
-    """
+    """Shrinks a sample's pictures and videos to `limit` pixels in all; returns them and how many pixels they lost."""
     before = _pixels(pictures, videos)
     if before <= limit:
         return list(pictures), list(videos), 0

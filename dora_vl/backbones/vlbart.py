@@ -247,10 +247,7 @@ def load_vlbart(
 def set_answer_heads(
     model: VlBartForConditionalGeneration, lists: Mapping[str, Sequence[str]], *, seed: int = 0
 ) -> None:
-    """Gives the model a head for each of these answer lists by task, and no other; heads it has stay.
-
-    New ones are drawn from `seed`, so that every rank has the same.
-    """
+    """Gives the model a head for each of these answer lists by task, and no other; new ones are drawn from `seed`."""
     config, heads = model.settings, model.answer_heads
     if unused := sorted(set(config.closed_answers) - set(lists)):
         log.info("%s: answered in words here; the closed list that the base has for it is not used", ", ".join(unused))

@@ -92,10 +92,7 @@ class AdaptedLayer(nn.Module):
 
     @torch.no_grad()
     def create_parameters(self) -> None:
-        """Creates A and B with B A = 0 as `adapter.init` says, and the magnitude: nothing changes yet.
-
-        With `pissa` A is zero until `start_from`.
-        """
+        """Creates A and B with B A = 0 as `adapter.init` says (`pissa`: A is 0 until `start_from`), and magnitudes."""
         if self.adapter.method != "magnitude":
             shape_A, shape_B = self.factor_shapes(self.adapter.rank)
             dtype, device = functional.accumulation_dtype(self.compute_dtype()), self.weight.device

@@ -119,10 +119,7 @@ SCALED_EMBEDDINGS: Mapping[str, str] = {
 
 
 class DoRAEmbedding(AdaptedLayer, nn.Embedding):
-    """An adapted `nn.Embedding`; the magnitude has one number for each of the embedding's dimensions, as in PEFT.
-
-    There is no dropout here, because the input is token ids.
-    """
+    """An adapted `nn.Embedding`: a magnitude for each of its dimensions, as in PEFT; ids as input have no dropout."""
 
     FILE_LEAVES: ClassVar[Mapping[str, str]] = {
         "lora_A": "lora_embedding_A",

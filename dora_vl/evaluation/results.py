@@ -96,11 +96,7 @@ def score_lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_results(folder: Path) -> dict[str, SetResult]:
-    """Reads every set of a test's folder, by name.
-
-    Raises:
-        UserError: the files do not belong together or were not written here.
-    """
+    """Reads every set of a test's folder, by name. Raises UserError: the files do not belong together."""
     entries = json_or_nothing(folder / METRICS).get(SETS)
     if not isinstance(entries, Mapping):
         raise UserError(f"{folder} holds no result of a test ({METRICS} without {SETS!r})")

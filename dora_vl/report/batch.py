@@ -17,10 +17,7 @@ Kind = Literal["trained", "context", "picture-place", "padding"]
 
 
 class TokenStyle(NamedTuple):
-    """Says how a kind is shown: by name, by colours that change with every token, or by signs around a stretch of it.
-
-    A stretch of a `joined` kind is one piece with its length.
-    """
+    """Says how a kind of token is shown; a stretch of a `joined` kind is one piece with its length."""
 
     name: str
     colours: tuple[int, int]

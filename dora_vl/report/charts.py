@@ -60,10 +60,7 @@ def chart(
     zero: bool = False,
     always_legend: bool = False,
 ) -> Chart | None:
-    """Draws all series that have a point; None where none has.
-
-    With `log` y is drawn by its logarithm, where all are above 0; with `zero` it begins at 0.
-    """
+    """Draws all series that have a point, if any; `log` is for y that is above 0, and with `zero` y begins at 0."""
     drawn = [line for line in map(_drawable, lines) if line.x]
     if not drawn:
         return None

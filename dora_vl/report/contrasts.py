@@ -36,10 +36,7 @@ SetScores = Mapping[str, Scored]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its interval; `simultaneous` holds for all contrasts of a table at once.
-
-    Without limits where too few seeds were trained to tell how seeds differ.
-    """
+    """A value, and its interval if seeds are enough; `simultaneous` holds for all contrasts of a table at once."""
 
     value: float
     low: float | None = None

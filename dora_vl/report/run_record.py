@@ -1,7 +1,4 @@
-"""A run as reports read it: its folder, as far as the run has come, and its tests as tables, answers and confusion.
-
-Nothing is scored here.
-"""
+"""A run as reports read it: its folder, as far as it has come, and its tests as tables, answers and confusion."""
 
 from __future__ import annotations
 

@@ -89,10 +89,7 @@ class BatchDecoder:
     def answer(
         self, batch: Sequence[SubmittedRequest], joiners: Callable[[Running, int], Sequence[ReadPrompts]]
     ) -> None:
-        """Answers a batch, and the requests that join it.
-
-        `joiners` is asked at every token, with the requests that run and how many tokens their cache holds.
-        """
+        """Answers a batch; `joiners` is asked at every token, with what runs and how many tokens its cache holds."""
         running, inputs = self.begin(batch)
         most = max(request.text.sampling.max_new_tokens for request in running)
         self._run(running, inputs, most, partial(self._decode, running, joiners))
@@ -347,10 +344,7 @@ class Engine:
             return None
 
     def _joiners(self, joined: list[SubmittedRequest], running: Running, columns: int) -> Sequence[ReadPrompts]:
-        """Returns the requests that join a running batch, their prompts read, and adds them to `joined`.
-
-        One that cannot be read is told so.
-        """
+        """Returns the requests that join a running batch, their prompts read, and adds them to `joined`."""
         if not self.settings.joining:
             return ()
         left = max(request.text.sampling.max_new_tokens - len(request.text.ids) for request in running)
@@ -369,10 +363,7 @@ class Engine:
 
 
 def _free_frames(error: BaseException | None) -> None:
-    """Frees what the calls that failed held, such as a batch's keys and values, which an error keeps as long as it is.
-
-    Where memory was short, whoever tries again needs it.
-    """
+    """Frees what failed calls held, such as a batch's keys and values: whoever tries again may need the memory."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__

@@ -186,10 +186,7 @@ class Server:
             )
 
     async def _answer(self, client: WaitingClient, body: ChatRequest) -> Response:
-        """Returns the answer, as long as the client waits for it.
-
-        What goes wrong before the first piece of a stream has its own status, as in a whole answer.
-        """
+        """Returns the answer while the client waits; an error before a stream's first piece has its own status."""
         async with client.while_connected():
             prepared = await run_sync(partial(self._prepared, body, client.check), limiter=self._preparing)
         client.check()

@@ -58,10 +58,7 @@ def picture_path(split: str, number: int) -> str:
 
 
 def kind_of(question: Question) -> str:
-    """Returns the kind of question: "color", "shape", "yes/no", or "yes/no negated" ("is no blue shape present?").
-
-    Read from the question, not from the answer, which may say more than the package's own.
-    """
+    """Returns "color", "shape", "yes/no" or "yes/no negated" ("is no blue shape present?"), by the question's words."""
     words = question.text.rstrip("?").split()
     if words[:1] == ["what"]:
         return "color" if "color" in words else "shape"

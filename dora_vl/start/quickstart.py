@@ -215,10 +215,7 @@ def unpack(asset: Asset, package: Path, to: Path) -> None:
 
 
 def fetch(asset: Asset, to: Path) -> bool:
-    """Makes `to/<asset.folder>` complete; returns False when it was so already.
-
-    The folder appears under its name only when every file is in it.
-    """
+    """Makes `to/<asset.folder>` complete, under its name only once it is; returns False when it was so already."""
     folder = to / asset.folder
     if json_or_nothing(folder / RECEIPT).get("sha256") == asset.sha256:
         return False

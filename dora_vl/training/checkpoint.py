@@ -114,10 +114,7 @@ def save_random_states(checkpoint: Path, rank: int, device: torch.device, kept: 
 
 
 def load_random_states(checkpoint: Path, rank: int, device: torch.device, *, seed: int, step: int) -> Mapping[str, Any]:
-    """Restores this rank's states, or seeds new ones if fewer ranks wrote the checkpoint.
-
-    Returns what the rank had `kept`.
-    """
+    """Restores this rank's states, or seeds new ones if fewer ranks wrote them; returns what the rank had `kept`."""
     files = StateFiles(checkpoint)
     if rank >= files.numbers["ranks"]:
         logger.warning("resume: rank %d was not there; its random states are drawn from seed %d", rank, seed)

@@ -111,10 +111,7 @@ def _first_batch(config: RunConfig) -> tuple[int, int, int]:
 
 
 def _steps(planned: PlannedRun, samples: int, *, replay: float) -> int:
-    """Returns at least how many optimizer steps a run makes of an epoch's samples and of the base's chats beside them.
-
-    Answers of many tokens draw more chats.
-    """
+    """Returns at least how many optimizer steps an epoch's samples, and the base's chats beside them, take."""
     from dora_vl.training.replay import chats_in_epoch
 
     if (most := planned.section.get("max_steps", -1)) > 0:

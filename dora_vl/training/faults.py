@@ -145,10 +145,7 @@ def steps_left_out(file: Path) -> int:
 
 
 def check_base_weights(model: nn.Module, base: str) -> None:
-    """Reads every weight of a loaded base once; every rank must call it (under ZeRO-3 each reads its own shards).
-
-    Buffers are not checked, since some are masks of minus infinity.
-    """
+    """Reads every weight of a loaded base once, not its buffers, which may be masks; every rank must call it."""
     if broken := _not_finite(model.named_parameters()):
         raise UserError(
             f"{base}: {len(broken)} of its weights hold NaN or infinity: "

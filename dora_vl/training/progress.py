@@ -58,10 +58,7 @@ class Counts:
 
 @dataclass
 class BatchStatistics:
-    """Takes the bookkeeping out of batches, so that what is left are the model's inputs.
-
-    The ledger, if there is one, hears of every skipped sample by id and reason.
-    """
+    """Takes the bookkeeping out of batches, which leaves the model's inputs; the ledger hears of skipped samples."""
 
     ledger: BadSampleLedger | None = None
     counts: Counts = field(default_factory=Counts)
@@ -157,10 +154,7 @@ class Progress:
 
     @cached_property
     def _samples(self) -> dict[str, Any] | None:
-        """Counts the training samples, hashes their ids in order, and notes what the files of some of them hold.
-
-        None where they are not known beforehand, as of a stream.
-        """
+        """Counts the training samples, hashes their ids in order, and notes what some files hold; None for a stream."""
         if self._data.ids is None:
             return None
         digest, samples = hashlib.sha256(), 0

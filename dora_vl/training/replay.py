@@ -70,11 +70,7 @@ def repeated_share(text: str) -> float:
 
 
 class ChatWriter:
-    """Has the base write chats; leaves out those that are empty, repetitive or cannot be encoded.
-
-    Args:
-        model: says where the base's own chat template is.
-    """
+    """Has the base write chats by its template; leaves out those that are empty, repetitive or not encodable."""
 
     def __init__(self, assistant: Assistant, model: ModelConfig) -> None:
         self._assistant, self._encoder = assistant, assistant.prompts.encoder
@@ -218,12 +214,7 @@ def copy_chats(config: RunConfig, assistant: Assistant, device: torch.device) ->
 
 @dataclass(frozen=True)
 class Replay:
-    """The chats of a run.
-
-    Attributes:
-        drawn: how many of them an epoch takes.
-        first_index: the index of the first among the run's samples, after the data's own.
-    """
+    """The chats of a run, of which an epoch takes `drawn`; they are numbered from `first_index`, after the data."""
 
     path: Path
     chats: ExampleTable
@@ -255,10 +246,7 @@ def chats_in_epoch(share: float, samples: float) -> int:
 
 
 def tokens_in_labels(table: ExampleTable, encoder: Encoder) -> float:
-    """Returns about how many tokens of a row are labelled, in the mean over rows at even distances.
-
-    Rows that cannot be rendered are left to training, which skips and names them.
-    """
+    """Returns about how many tokens of a row are labelled, by rows at even distances that can be rendered."""
     rows = [
         row for row in table.select(range(0, len(table), -(-len(table) // COUNTED_ROWS))) if isinstance(row, Example)
     ]

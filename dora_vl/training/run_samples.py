@@ -90,13 +90,9 @@ FIRST_ROWS = 1_000
 
 @dataclass(frozen=True, kw_only=True)
 class RowEncoder:
-    """Makes samples of a run's rows, their pictures and videos read; worker processes may have it.
+    """Makes samples of a run's rows with pictures and videos (None: the model sees words alone), also in workers.
 
-    Attributes:
-        folder: root of the pictures' paths; None: the model sees words alone.
-        videos: reads the videos; None: the model sees words alone.
-        most_pixels: the most pixels of a sample; larger pictures are shrunk.
-        outputs: stored outputs of the pictures' frozen vision parts.
+    A sample's pictures are shrunk to `most_pixels`; `outputs` are stored outputs of frozen vision parts.
     """
 
     encoder: Encoder

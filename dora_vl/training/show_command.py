@@ -63,10 +63,7 @@ def shown_settings(config: RunConfig, folder: Path) -> RunConfig:
 
 
 class FirstBatch(NamedTuple):
-    """The micro-batch that one process would see first, its samples' ids, and how many samples an epoch has.
-
-    `backbone` has no weights.
-    """
+    """The micro-batch that a process sees first, its samples' ids, an epoch's samples, a backbone without weights."""
 
     batch: dict[str, Any]
     names: list[str]

@@ -62,10 +62,7 @@ def train_script(task: Task, description: str | None) -> None:
 
 
 def train(words: Sequence[str], task: Task = "image_text", *, program: str, description: str) -> None:
-    """Reads the settings, trains, tests; a run that a signal stopped ends the process with the signal's status.
-
-    `task` is the task of settings that name none.
-    """
+    """Reads the settings, whose default task is `task`, trains, tests; a signal's status ends a stopped run."""
     bind_threads()
     from dora_vl.run.launch import bind_main_thread, end_with_launcher, first_rank_reports_first, log_to_stderr
 

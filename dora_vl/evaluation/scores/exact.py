@@ -47,10 +47,7 @@ def final_answer(text: str, after: str | None) -> str:
 
 
 def score(examples: Sequence[Example], answers: AnswersById, *, answer_after: str | None = None) -> Scored:
-    """Scores accuracy in percent, over all and by `extra["kind"]`; `answer_after` as `final_answer` takes it.
-
-    An answer is right that equals one of the right ones.
-    """
+    """Scores accuracy in percent, over all and by `extra["kind"]`: an answer is right that equals a right one."""
 
     def points(example: Example, answer: str) -> float:
         right = {normalised(final_answer(text, answer_after)) for text in right_answers(example)}
@@ -72,10 +69,7 @@ BENCHMARK = Benchmark(modes={"": score})
 
 
 def best_points(points: Comparison, example: Example, answer: str, *, answer_after: str | None = None) -> float:
-    """Returns the best of an answer's points, from 0 to 1, against each right answer.
-
-    An answer without a word earns nothing unless it is the right one.
-    """
+    """Returns the best of an answer's points against each right answer; one without a word must be the right one."""
     text = final_answer(answer, answer_after)
     rights = [final_answer(right.text, answer_after) for right in example.answers]
     return max(
