@@ -6,13 +6,13 @@ import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median as median
 from typing import Any
 
 from dora_vl.files import write_json_lines
 from dora_vl.run.folder import read_log
+from dora_vl.start.doctor import installed_version
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "deepspeed")
 
@@ -25,16 +25,8 @@ def machine() -> dict[str, Any]:
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        **{package: installed_version(package) for package in PACKAGES},
+        **{package: installed_version(package) or None for package in PACKAGES},
     }
-
-
-def installed_version(package: str) -> str | None:
-    """Returns a package's version; None where it is not installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -285,7 +285,7 @@ class Encoder:
     def encode_answers(
         self, conversation: Example, pictures: Sequence[Image.Image] = (), videos: Sequence[Video] = ()
     ) -> Encoded:
-        """Encodes a conversation's last answer and, as `others`, the rejected ones. Raises BadSample: one would be cut."""
+        """Encodes a conversation's last answer, and the rejected ones as `others`, never cut. Raises BadSample."""
         *turns, last = conversation.turns
         media, encoded = (*conversation.images, *conversation.videos), []
         first = -1.0 if conversation.is_good is False else 1.0

@@ -222,7 +222,8 @@ def image_subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
     """Returns every task on pictures; without `task_prompt` the text does not say which one it is."""
 
     def prompt_named(name: str) -> Callable[[Example], Prompt]:
-        return partial(image_question_prompt, prefix=f"{name}: " if task_prompt else "")
+        prefix = f"{name}: " if task_prompt else ""
+        return lambda example: Prompt(text=prefix + example.question)
 
     vqav2 = Subtask(
         name="vqav2",
@@ -269,11 +270,6 @@ def image_subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
         coco_caption,
     )
     return {task.name: task for task in tasks}
-
-
-def image_question_prompt(example: Example, *, prefix: str) -> Prompt:
-    """Returns the task's name and the question or sentence."""
-    return Prompt(text=prefix + example.question)
 
 
 def weighted_answer(example: Example, answer: int | None, random: Random) -> Target:

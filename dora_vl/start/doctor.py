@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Yields the lines to print; ends with status 1 if a needed package is missing or a folder cannot be written to."""
-    needed, extras = declared(requires("dora-vl") if _installed("dora-vl") else [])
+    needed, extras = declared(requires("dora-vl") if installed_version("dora-vl") else [])
     yield f"dora-vl {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
-    yield "versions: " + ", ".join(f"{name} {_installed(name) or 'missing'}" for name in SHOWN_FIRST)
+    yield "versions: " + ", ".join(f"{name} {installed_version(name) or 'missing'}" for name in SHOWN_FIRST)
     yield from devices()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     free = shutil.disk_usage(Path.cwd()).free / 2**30
@@ -48,13 +48,13 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     unwritable = [f"{path} ({reason})" for path in places() if (reason := why_not_writable(path))]
     yield f"writing: {'; '.join(f'{entry} cannot be written' for entry in unwritable) or 'here and in the caches'}"
     for extra, packages in extras.items():
-        missing = [name for name in packages if not _installed(name)]
+        missing = [name for name in packages if not installed_version(name)]
         how = MissingExtra(f"missing {', '.join(missing)}", extra) if missing else "installed"
         yield f"extra {extra}: {how}"
     for name, why in PROGRAMS.items():
         is_there = shutil.which(name) is not None or Path(sys.executable).with_name(name).is_file()
         yield f"program {name}: {'there' if is_there else f'missing ({why})'}"
-    missing = [name for name in needed if not _installed(name)]
+    missing = [name for name in needed if not installed_version(name)]
     if missing:
         yield f"missing, and needed by every run: {', '.join(missing)}; pip install dora-vl"
     if missing or unwritable:
@@ -112,7 +112,7 @@ def why_not_writable(path: Path) -> str:
         return str(error.strerror or error)
 
 
-def _installed(name: str) -> str:
+def installed_version(name: str) -> str:
     """Returns the version of an installed package; empty where it is not."""
     try:
         return version(name)

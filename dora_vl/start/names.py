@@ -31,60 +31,15 @@ NAME, CATEGORY = "what is this?", "what kind of thing is it?"
 VARIANTS = 2
 SIDE, LARGEST = 160, 0.92
 """A picture's side has this many pixels, and a thing takes at most this share of it."""
-BACKGROUNDS = ("white", "#ebf0fa", "#faebe1", "#e1f5e1", "#f0f0c8", "#c8d7eb", "#e1e1e1", "#fff0f5")
-NOUNS = {
-    "animal": "🐀rat 🐂ox 🐆leopard 🐏ram 🐐goat 🐑sheep 🐒monkey 🐗boar 🐘elephant 🐨koala 🐩poodle 🐪camel 🐭mouse "
-    "🐮cow 🐯tiger 🐰rabbit 🐱cat 🐴horse 🐶dog 🐷pig 🐹hamster 🐺wolf 🐻bear 🐼panda 🐿squirrel 🦁lion 🦄unicorn "
-    "🦇bat 🦊fox 🦌deer 🦍gorilla 🦏rhinoceros 🦒giraffe 🦓zebra 🦔hedgehog 🦘kangaroo 🦙llama 🦛hippopotamus "
-    "🦝raccoon 🦡badger 🦣mammoth 🦥sloth 🦦otter 🦧orangutan 🦨skunk 🦫beaver 🦬bison 🫎moose 🫏donkey 🐉dragon "
-    "🐊crocodile 🐍snake 🐢turtle 🦎lizard 🦖dinosaur 🐸frog",
-    "bird": "🐓rooster 🐔chicken 🐤chick 🐦bird 🐧penguin 🕊dove 🦃turkey 🦅eagle 🦆duck 🦉owl 🦚peacock 🦜parrot "
-    "🦢swan 🦤dodo 🦩flamingo 🪿goose",
-    "insect": "🐌snail 🐛caterpillar 🐜ant 🐝bee 🐞ladybug 🕷spider 🦂scorpion 🦋butterfly 🦗cricket 🦟mosquito 🪰fly "
-    "🪱worm 🪲beetle 🪳cockroach",
-    "sea animal": "🐙octopus 🐚shell 🐟fish 🐡blowfish 🐬dolphin 🐳whale 🦀crab 🦈shark 🦐shrimp 🦑squid 🦞lobster "
-    "🦪oyster 🦭seal 🪸coral 🪼jellyfish",
-    "plant": "🌱seedling 🌲pine_tree 🌳tree 🌴palm_tree 🌵cactus 🍀clover 🍁maple_leaf 🍄mushroom 🪴potted_plant "
-    "🌷tulip 🌸cherry_blossom 🌹rose 🌺hibiscus 🌻sunflower 💐bouquet 🪷lotus 🪻hyacinth",
-    "fruit": "🍅tomato 🍇grapes 🍈melon 🍉watermelon 🍊orange 🍋lemon 🍌banana 🍍pineapple 🍎apple 🍐pear 🍑peach "
-    "🍒cherries 🍓strawberry 🥝kiwi 🥥coconut 🥭mango 🫐blueberries 🫒olive",
-    "vegetable": "🌰chestnut 🌶chili_pepper 🌽corn 🍆eggplant 🥑avocado 🥒cucumber 🥔potato 🥕carrot 🥜peanuts "
-    "🥦broccoli 🧄garlic 🧅onion 🫑bell_pepper 🫚ginger 🫛peas",
-    "food": "🌭hot_dog 🌮taco 🌯burrito 🍔hamburger 🍕pizza 🍗chicken_leg 🍞bread 🍟fries 🍳fried_egg 🍿popcorn "
-    "🥐croissant 🥓bacon 🥖baguette 🥗salad 🥚egg 🥞pancakes 🥨pretzel 🥩steak 🥪sandwich 🥯bagel 🧀cheese 🧇waffle "
-    "🧈butter 🍚rice 🍛curry 🍜ramen 🍝spaghetti 🍣sushi 🥟dumpling 🥠fortune_cookie 🍦ice_cream 🍩doughnut 🍪cookie "
-    "🍫chocolate 🍬candy 🍭lollipop 🍯honey 🍰slice_of_cake 🎂birthday_cake 🥧pie 🧁cupcake",
-    "drink": "🍷wine 🍸cocktail 🍹tropical_drink 🍺beer 🍼baby_bottle 🍾champagne 🥛milk 🥤soda 🧋bubble_tea "
-    "🫖teapot ☕coffee",
-    "vehicle": "🏎racing_car 🚂steam_train 🚊tram 🚌bus 🚑ambulance 🚒fire_engine 🚓police_car 🚕taxi 🚗car 🚚truck "
-    "🚜tractor 🚲bicycle 🛵scooter 🏍motorcycle 🛹skateboard 🚀rocket 🚁helicopter ✈airplane 🛸flying_saucer 🚢ship "
-    "🚤speedboat 🛶canoe ⛵sailboat 🛰satellite 🛻pickup_truck",
-    "building": "🏠house 🏭factory 🏥hospital 🏫school 🏦bank 🏯japanese_castle 🏰castle ⛪church 🕌mosque 🛖hut "
-    "🏟stadium ⛺tent 🗼tower 🎡ferris_wheel 🎪circus_tent ⛲fountain",
-    "clothing": "🎩top_hat 👑crown 👒hat 👓glasses 👔tie 👕t-shirt 👖jeans 👗dress 👘kimono 👙bikini 👛purse "
-    "👜handbag 👞shoe 👟sneaker 👠high_heel 👡sandal 👢boot 💄lipstick 💍ring 💎diamond 🥽goggles 🧣scarf 🧤gloves "
-    "🧥coat 🧦socks 🩳shorts 🧢cap 🎒backpack 🎓graduation_cap",
-    "tool": "🏹bow 💣bomb 🔧wrench 🔨hammer 🔩bolt 🗡dagger 🛡shield 🧰toolbox 🧲magnet 🪃boomerang 🪓axe 🪚saw "
-    "🪛screwdriver 🪜ladder 🪝hook ⚖scales ⚙gear ✂scissors 📎paperclip 📌pushpin 🔑key 🔒lock 🔬microscope "
-    "🔭telescope 💉syringe 💊pill 🩺stethoscope",
-    "instrument": "🎷saxophone 🎸guitar 🎺trumpet 🎻violin 🥁drum 🪇maracas 🪈flute 🪕banjo 🪗accordion 🎤microphone "
-    "🎹piano 🔔bell",
-    "sport": "🎳bowling 🎾tennis 🎿ski 🏀basketball 🏈american_football 🏐volleyball 🛷sled 🥊boxing_glove "
-    "⚽football ⚾baseball ⛳golf ⛸ice_skate 🎯dart 🎲die 🪁kite 🪀yo-yo 🧸teddy_bear 🧩puzzle 🎈balloon 🏆trophy",
-    "household thing": "🚪door 🚽toilet 🚿shower 🛁bathtub 🛏bed 🪑chair 🪞mirror 🪟window 🪣bucket 🧹broom 🧺basket "
-    "🧼soap 🪥toothbrush 🕯candle 💡light_bulb ☂umbrella ⏰alarm_clock ⌚watch ⌛hourglass 🪒razor 🪠plunger 🧽sponge "
-    "🎁gift 🍴fork_and_knife 🥄spoon",
-    "office thing": "📖book 📰newspaper 💼briefcase 📆calendar 📋clipboard 📏ruler 📝note 🖍crayon 💻laptop 🖨printer "
-    "🔋battery ⌨keyboard 📺television 📻radio 📷camera ☎telephone 📱mobile_phone 💾floppy_disk ✉envelope 📦box "
-    "🌐globe",
-}
+NOUNS = Path(__file__).with_name("names.json")
 """Maps a category to its things: each is the character that is drawn and its name, with _ for a space."""
+BACKGROUNDS = ("white", "#ebf0fa", "#faebe1", "#e1f5e1", "#f0f0c8", "#c8d7eb", "#e1e1e1", "#fff0f5")
 
 
 def things() -> Iterator[tuple[str, str, str]]:
     """Yields each thing's code point as Iconify writes it, its name and its category."""
-    for category, text in NOUNS.items():
-        for thing in text.split():
+    for category, named in read_json(NOUNS).items():
+        for thing in named:
             yield f"{ord(thing[0]):x}", thing[1:].replace("_", " "), category
 
 

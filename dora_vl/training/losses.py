@@ -133,7 +133,7 @@ class NextTokenLoss(LossModel):
         chats: Mapping[str, Any] | None = None,
         **inputs: Any,
     ) -> dict[str, Tensor]:
-        """Returns `loss` to go backward from, and `labelled_tokens`; `inputs` are the rest of a batch, like pictures."""
+        """Returns `loss` to go backward from, and `labelled_tokens`; `inputs` are the rest of the batch (pictures)."""
         if self.training and chats is not None and self.reference is not None:
             inputs |= self._expected(self.reference, chats)
         losses = self.backbone(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **inputs).losses

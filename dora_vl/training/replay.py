@@ -87,18 +87,13 @@ class ChatWriter:
         device, seen = self._assistant.device, set[str]()
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            while not self._is_done(len(seen), count):
+            while len(seen) < count and self.tried < (MOST_BATCHES if seen else 4) * BATCH:
                 for question, answer in self._batch():
                     example = Example(f"replay-{len(seen)}", turns=(Turn("user", question), Turn("assistant", answer)))
                     if len(seen) < count and question + answer not in seen and self._can_be_learned(example):
                         seen.add(question + answer)
                         yield example
                 self.tried += BATCH
-
-    def _is_done(self, usable: int, count: int) -> bool:
-        """Tells whether there are enough chats, or the base writes too few that can be used."""
-        limit = MOST_BATCHES * BATCH if usable else 4 * BATCH
-        return usable >= count or self.tried >= limit
 
     def _batch(self) -> list[tuple[str, str]]:
         """Returns questions with answers; of a base that closes no question, plain openings with what follows."""

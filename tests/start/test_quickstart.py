@@ -105,13 +105,16 @@ def test_a_wrong_setting_ends_it_before_anything_is_fetched(steps: list[str]) ->
 
 COLOURS = dict(zip((*ARTISTS, UNSEEN), ("#ff0000", "#00ff00", "#0000ff", "#ff00ff"), strict=True))
 THINGS = list(things())
-FEW = 2 * len(NOUNS)
+FEW_NOUNS = {category: named[:2] for category, named in json.loads(NOUNS.read_text(encoding="utf-8")).items()}
+FEW = 2 * len(FEW_NOUNS)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_things() -> Iterator[None]:
+def few_things(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    file = tmp_path_factory.mktemp("names") / "names.json"
+    file.write_text(json.dumps(FEW_NOUNS), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(names, "NOUNS", {category: " ".join(text.split()[:2]) for category, text in NOUNS.items()})
+        patched.setattr(names, "NOUNS", file)
         yield
 
 

@@ -189,13 +189,8 @@ class Tally:
         if not self._items:
             raise ValueError("nothing to score")
         scored = Scored(metrics={}, items=self._items, formulas=dict(formulas), settings=dict(settings or {}))
-        return replace(scored, metrics=values_of(scored))
-
-
-def values_of(scored: Scored) -> dict[str, float]:
-    """Computes every metric that is a formula from the items' columns."""
-    totals = _sums(scored.names, scored.columns, np.ones((1, len(scored.columns))))
-    return {name: float(formula(totals)[0]) for name, formula in scored.formulas.items()}
+        totals = _sums(scored.names, scored.columns, np.ones((1, len(scored.columns))))
+        return replace(scored, metrics={name: float(formula(totals)[0]) for name, formula in formulas.items()})
 
 
 def _sums(names: Sequence[str], columns: Numbers, counts: Numbers) -> Sums:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -187,7 +187,8 @@ def pack_magnitudes(packed: Any) -> None:
 
     def pack_with_magnitudes(cls: Any, loras: Any) -> Any:
         weights = pack(cls, loras)
-        weights.magnitude = magnitude_of_parts(loras)
+        parts = [getattr(part, "magnitude", None) for part in loras]  # one that is not adapted, or has none, is a gap
+        weights.magnitude = parts if any(part is not None for part in parts) else None
         return weights
 
     packed.pack = classmethod(pack_with_magnitudes)
@@ -264,12 +265,6 @@ def magnitudes_in(weights: Any) -> list[Tensor]:
     magnitudes = getattr(weights, "magnitude", None)
     parts = magnitudes if isinstance(magnitudes, list) else [magnitudes]
     return [part for part in parts if part is not None]
-
-
-def magnitude_of_parts(parts: Iterable[Any]) -> list[Tensor | None] | None:
-    """Returns the parts' magnitudes for packed weights; a part that is not adapted, or has none, leaves a gap."""
-    magnitudes = [getattr(part, "magnitude", None) for part in parts]
-    return magnitudes if any(magnitude is not None for magnitude in magnitudes) else None
 
 
 def magnitudes_of(adapter: Any) -> dict[str, list[Tensor]]:
