@@ -23,8 +23,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,20 +127,6 @@ def compute(
     return ledger
 
 
-@contextmanager
-def ended_in_order() -> Iterator[None]:
-    """Lets SIGTERM, which launchers and queues send, unwind the process like Ctrl-C; it still exits with 128 + 15."""
-
-    def end(number: int, _: object) -> None:
-        sys.exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def which_part(text: str) -> tuple[int, int]:
     """Parses `3/8` as the fourth of eight parts."""
     number, _, parts = text.partition("/")
@@ -197,8 +182,12 @@ def main(arguments: list[str] | None = None) -> None:
         **{name: getattr(options, name) for name in of_features},
     )
     encoder = FeatureEncoder(settings, device=device)
-    with ended_in_order():
+    # SIGTERM, which launchers and queues send, unwinds the process like Ctrl-C; it still exits with 128 + 15.
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
         ledger = compute(media, encoder, options.to, root=options.root, options=options)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     counts = ledger.counts
     print(f"{options.to}: features of {counts.seen - counts.bad:,} more files, {counts.bad:,} left out")
     for name, reason in list(ledger.reasons.items())[:5]:

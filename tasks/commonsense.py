@@ -3,11 +3,8 @@
 deepspeed tasks/commonsense.py --config configs/commonsense/<run>.yaml [--variant NAME] [--section.key value ...]
 
 The paper's commonsense reasoning runs are in configs/commonsense; your own data has one question and its output
-per sample, in any format of docs/data.md. It also runs under torchrun and plain python. Writes `adapter/`, `log.jsonl`,
-`metrics.json` and checkpoints to training.output_dir; `--resume last` resumes from the last checkpoint.
+per sample, in any format of docs/data.md.
 """
-
-from __future__ import annotations
 
 from functools import partial
 

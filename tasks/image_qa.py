@@ -9,8 +9,6 @@ questions until an empty line. The adapter is any run's, or PEFT's; --model asks
 reads of a picture is computed on the way.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 from dora_vl.evaluation.ask_command import add_picture_options, ask_about_pictures, ask_script

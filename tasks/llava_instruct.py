@@ -2,12 +2,7 @@
 magnitudes, or its full weights.
 
 deepspeed tasks/llava_instruct.py --config configs/llava/<run>.yaml [--variant NAME] [--section.key value ...]
-
-It also runs under torchrun and plain python. Writes `adapter/`, `log.jsonl`, `metrics.json` and checkpoints to
-training.output_dir; `--resume last` resumes from the last checkpoint.
 """
-
-from __future__ import annotations
 
 from functools import partial
 

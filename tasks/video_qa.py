@@ -10,8 +10,6 @@ and reads in its text which part is meant.
 Without --question it asks for questions until an empty line.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 from dora_vl.evaluation.ask_command import add_video_options, ask_about_videos, ask_script

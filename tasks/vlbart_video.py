@@ -2,11 +2,8 @@
 
 deepspeed tasks/vlbart_video.py --config configs/vlbart/video.yaml --variant dora [--section.key value ...]
 
-It also runs under torchrun and plain python. Which tasks are trained is what `data.train` names. Writes `adapter/`,
-`log.jsonl`, `metrics.json`, `predictions.jsonl` and checkpoints to training.output_dir; `--resume last` resumes.
+Which tasks are trained is what `data.train` names.
 """
-
-from __future__ import annotations
 
 from functools import partial
 

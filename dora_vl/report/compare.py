@@ -428,16 +428,11 @@ def _chart(across: str, up: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _points(axes: Any, across: Sequence[float], rows: Sequence[tuple[float, float, float]], **look: Any) -> None:
-    """Returns values with their lower and upper limits."""
-    scores, *limits = np.array(rows).T
-    axes.errorbar(across, scores, yerr=np.abs(np.array(limits) - scores), marker="o", capsize=3, **look)
-
-
-def _limits(estimate: Estimate) -> tuple[float, float, float]:
-    """Returns value and limits, which are the value itself where there are none."""
-    value = estimate.value
-    return value, value if estimate.low is None else estimate.low, value if estimate.high is None else estimate.high
+def _points(axes: Any, across: Sequence[float], estimates: Sequence[Mapping[str, Any]], **look: Any) -> None:
+    """Draws values with their limits, where they have some."""
+    scores, *limits = np.array([[row["value"], row["low"], row["high"]] for row in estimates], dtype=float).T
+    limits = np.where(np.isnan(limits), scores, limits)
+    axes.errorbar(across, scores, yerr=np.abs(limits - scores), marker="o", capsize=3, **look)
 
 
 def draw_scores(results: Sequence[Result], measure: Measure, to: Path) -> None:
@@ -455,8 +450,7 @@ def draw_scores(results: Sequence[Result], measure: Measure, to: Path) -> None:
             axes.axhline(rows[0].scores[measure.name].value, color=colour, linestyle="--", label=method)
             continue
         ranks = [(row.rank or 0) * 1.04 ** (number - 1) for row in rows]  # intervals beside each other
-        estimates = [row.scores[measure.name] for row in rows]
-        _points(axes, ranks, [_limits(estimate) for estimate in estimates], color=colour, label=method)
+        _points(axes, ranks, [vars(row.scores[measure.name]) for row in rows], color=colour, label=method)
     axes.legend(frameon=False)
     save_png(figure, to)
 
@@ -465,7 +459,7 @@ def draw_strengths(rows: Sequence[Mapping[str, Any]], measure: Measure, to: Path
     """Draws score and perplexity of other text against the adapter's strength."""
     figure, axes = _chart("strength of the adapter", f"{measure.name}: {measure.metric}, 95 % interval")
     strengths = [row["strength"] for row in rows]
-    _points(axes, strengths, [(row["value"], row["low"], row["high"]) for row in rows], color=COLOURS[0], label="score")
+    _points(axes, strengths, rows, color=COLOURS[0], label="score")
     other, perplexities = axes.twinx(), [row.get("adapted", math.nan) for row in rows]
     other.plot(strengths, perplexities, color=COLOURS[1], marker="s", label="perplexity")
     other.set_ylabel("perplexity of other text")

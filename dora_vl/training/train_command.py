@@ -40,6 +40,10 @@ Writes adapter/, log.jsonl, metrics.json and checkpoints to training.output_dir;
 checkpoint.
 """
 SETS_UP_LOGGING = True
+SCRIPT = """\
+It also runs under torchrun and plain python. Writes `adapter/`, `log.jsonl`, `metrics.json`, of a test
+`predictions.jsonl`, and checkpoints to training.output_dir; `--resume last` resumes from the last checkpoint.
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +62,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
 @exit_on_user_error
 def train_script(task: Task, description: str | None) -> None:
     """Runs a script of tasks/, whose settings name this task or none."""
-    train(sys.argv[1:], task, program=f"{task}.py", description=description or "")
+    train(sys.argv[1:], task, program=f"{task}.py", description=f"{description}\n{SCRIPT}")
 
 
 def train(words: Sequence[str], task: Task = "image_text", *, program: str, description: str) -> None:
