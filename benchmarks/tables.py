@@ -1,12 +1,12 @@
-"""Writes the tables of docs/comparisons.md from finished comparisons, and keeps what they can be computed again from.
+"""Writes the tables with figures of the pages, from what the repository keeps.
 
     python -m benchmarks.tables --keep runs/halves/compared --name easy_vqa   # into benchmarks/results/easy_vqa
-    python -m benchmarks.tables                                               # writes both pages' tables
+    python -m benchmarks.tables                                               # writes all pages' tables
 
-A comparison is kept as its `compare.json` and `scores.jsonl.xz`, the lines of every tested run's `scores.jsonl`. Its
-table is between the marks `<!-- results: NAME -->` and `<!-- end -->`. Values and intervals are computed again from
-the kept scores; a `compare.json` that says something else ends the command. The table `cluster` of docs/starting.md is
-made of estimates of `dora-vl estimate`; no weight is read.
+A table is between the marks `<!-- results: NAME -->` and `<!-- end -->`; NAME is a kept comparison or one of `TABLES`.
+A comparison is kept as its `compare.json` and `scores.jsonl.xz`, the lines of every tested run's `scores.jsonl`. Values
+and intervals are computed again from the kept scores; a `compare.json` that says something else ends the command.
+Other tables are made from a line of `benchmarks/results.jsonl`, or of estimates of `dora-vl estimate`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import lzma
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -30,17 +30,19 @@ from dora_vl.evaluation.results import SCORES, results_of, score_lines
 from dora_vl.files import SETS, read_json, write_json
 from dora_vl.report.compare import UNTRAINED
 from dora_vl.report.contrasts import Contenders, SetScores
+from dora_vl.run.folder import read_log
 from dora_vl.run.settings_parser import read_run
 from dora_vl.training.decoder_pipeline import DecoderPipeline
-from dora_vl.training.estimate import Cluster, plan_run, with_shape
+from dora_vl.training.estimate import Cluster, PlannedRun, plan_run, with_shape
 from dora_vl.training.memory import GIB
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE, CLUSTER_PAGE = ROOT / "docs" / "comparisons.md", ROOT / "docs" / "starting.md"
-KEPT = ROOT / "benchmarks" / "results"
+DOCS = ROOT / "docs"
+KEPT, MEASURED = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "results.jsonl"
 TABLE = re.compile(r"(<!-- results: ([\w-]+) -->\n)(.*?)(?=<!-- end -->)", re.DOTALL)
 Row = Mapping[str, Any]
-CLUSTER = "cluster"
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+"""Holds heads and rows."""
 MODELS = {"LLaVA-1.5 7B": "llava-1.5-7b", "LLaVA-1.5 13B": "llava-1.5-13b", "Qwen2.5-VL 32B": "qwen2.5-vl-32b"}
 SETTINGS = (
     "--adapter.rank=64",
@@ -52,7 +54,6 @@ SETTINGS = (
 """Each row is a run with DoRA on all linears of the language model and 4 samples of 2,048 tokens per GPU and step."""
 FLOP_PER_SECOND, UTILISATION, BANDWIDTH, NETWORK = 312e12, 0.4, 230e9, 100e9
 """The figures are an A100's in bfloat16, its NVLink's, and those of four 200 Gbit/s links per machine."""
-HEADS = ("model", "GPUs", "GiB per GPU, zero2", "zero3", "s per step, zero2", "zero3")
 
 
 def keep(comparison: Path, to: Path) -> None:
@@ -104,7 +105,7 @@ def _refuse_others(folder: Path, computed_again: Mapping[str, Row], kept: Mappin
             raise UserError(f"{folder}: {name} is kept as {row}, computed again as {again}")
 
 
-def rows_of(record: Row) -> tuple[list[str], list[tuple[str, ...]]]:
+def rows_of(record: Row) -> Table:
     """Returns the heads and rows of a comparison's table, by its first measure; parts are sets, or tasks of a mean."""
     measure, results = record["measures"][0], record["results"]
     differences = {
@@ -154,33 +155,146 @@ def _limits(estimate: Row, sign: str = "") -> str:
     return f"{estimate['value']:{sign}.1f}{limits}"
 
 
-def cluster_rows() -> Iterator[tuple[str, ...]]:
+def measured(name: str) -> Row:
+    """Returns a benchmark's line of `results.jsonl`."""
+    return next(line for line in read_log(MEASURED) if line["name"] == name)
+
+
+def dora_step() -> Table:
+    """Ratios of a step here to other contenders', by rank and dropout."""
+    settings = sorted(measured("dora_step")["settings"], key=lambda row: (row["rank"], -row["dropout"]))
+    heads = [f"rank {row['rank']}" + (f", dropout {row['dropout']}" if row["dropout"] else "") for row in settings]
+    ratios = {
+        "a step, frozen model = 1": "train_vs_frozen",
+        "a step, PEFT's LoRA = 1": "train_vs_peft_lora",
+        "a step, PEFT's DoRA = 1": "train_vs_peft_dora",
+        "a step of PEFT's DoRA after `accelerate_peft(model)`, before = 1": "accelerated_vs_peft_dora",
+        "a decoded token, unmerged, PEFT's LoRA = 1": "decode_vs_peft_lora",
+        "a decoded token, unmerged, PEFT's DoRA = 1": "decode_vs_peft_dora",
+        "a decoded token, merged, the base = 1": "merged_decode_vs_frozen",
+    }
+    rows = [[label, *(f"{row[key]:.2f}" if key in row else "" for row in settings)] for label, key in ratios.items()]
+    return ["DoRA here", *heads], rows
+
+
+def peers() -> Table:
+    """Samples per second and GiB of whole runs, here and by TRL with PEFT."""
+    runs = [measured(name)["rounds"][0] for name in ("peers", "peers_smolvlm")]
+    heads = ["", "demo's LLaVA, samples per second", "GiB", "SmolVLM-256M's shape, samples per second", "GiB"]
+    contenders = {
+        "TRL, PEFT DoRA": "trl_dora",
+        "TRL, PEFT LoRA": "trl_lora",
+        "here, outputs of the tower stored": "ours",
+        "here, the tower in each step": "ours_unstored",
+    }
+    forms = {"samples_per_second": ".2f", "gib": ".1f"}
+    return heads, [
+        [label, *(f"{run[key][figure]:{form}}" for run in runs for figure, form in forms.items())]
+        for label, key in contenders.items()
+    ]
+
+
+def preference_step() -> Table:
+    """How many times as fast as TRL's a DPO step is, and the MiB of both."""
+    rows = []
+    for name in ("preference_step", "preference_step_long"):
+        settings = measured(name)["settings"]
+        first, later = ([f"{row['times_as_fast'][key]:.1f}" for row in settings] for key in ("trees", "kept"))
+        mib = [(f"{row['mib']['trees']:,.0f}", f"{row['mib']['trl']:,.0f}") for row in settings]
+        prompt = f"a prompt of {settings[0]['prompt_tokens']} tokens"
+        rows.append([prompt, *(f"{times} ({a} MiB; TRL {b})" for times, (a, b) in zip(first, mib, strict=True))])
+        rows.append(["the same in a later epoch, the reference known", *later])
+    pairs = [str(row["pairs"]) for row in measured("preference_step")["settings"]]
+    return ["pairs of answers per picture", *pairs], rows
+
+
+def serve() -> Table:
+    """A decoded token of a mixed batch, compared with one adapter's, by rows."""
+    steps = measured("serve")["decode_step"]
+    times = [f"{row['mixed_vs_by_itself']:.2f}" for row in steps.values()]
+    return ["rows of the batch", *steps], [["a token of four adapters and the base, one adapter = 1", *times]]
+
+
+def choosing() -> Table:
+    """Scores of four methods in three comparisons."""
+    methods = {
+        "DoRA, rank 16": "dora r16",
+        "LoRA, rank 16": "lora r16",
+        "magnitude only": "magnitude",
+        "all weights": "full",
+    }
+    rows = []
+    for name, label in {
+        "easy_vqa": "[easy-VQA](comparisons.md#easy-vqa-answers-without-their-reasons)",
+        "commonsense": "[commonsense](comparisons.md#commonsense-questions-seen-and-unseen)",
+        "nlvr": "[NLVR](comparisons.md#nlvr-peoples-sentences)",
+    }.items():
+        record = read_json(KEPT / name / "compare.json")
+        scores = {row["name"]: row["scores"][record["measures"][0]["name"]]["value"] for row in record["results"]}
+        rows.append([label, *(f"{scores[method]:.1f}" for method in methods.values())])
+    return ["score on", *methods], rows
+
+
+def planned(shape: str, *words: str) -> PlannedRun:
+    """Plans a run on a base of this shape; no weight is read."""
+    with tempfile.TemporaryDirectory() as folder:
+        return plan_run(DecoderPipeline(with_shape(read_run(words), shape, Path(folder))))
+
+
+def cluster() -> Table:
     """Estimates GiB per GPU and seconds per step, for each model and number of GPUs under both stages."""
+    rows = []
     for name, shape in MODELS.items():
-        runs = []
-        with tempfile.TemporaryDirectory() as folder:
-            for stage in ("zero2", "zero3"):
-                config = read_run([f"--model.base={shape}", f"--training.deepspeed={stage}", *SETTINGS])
-                runs.append(plan_run(DecoderPipeline(with_shape(config, shape, Path(folder)))))
+        stages = [f"--training.deepspeed={stage}" for stage in ("zero2", "zero3")]
+        runs = [planned(shape, f"--model.base={shape}", stage, *SETTINGS) for stage in stages]
         for gpus in (1, 8, 64):
-            estimates = [run.on(gpus) for run in runs]
-            cluster = Cluster(-(-gpus // 8), FLOP_PER_SECOND, UTILISATION, BANDWIDTH, NETWORK)
-            traffic = [run.traffic(gpus) for run in runs]
-            seconds = [sum(cluster.seconds(sent, run.flop())) for sent, run in zip(traffic, runs, strict=True)]
-            yield (
-                name,
-                f"{gpus}",
-                *(f"{estimate.total / GIB:.1f}" for estimate in estimates),
-                *(f"{each:.2f}" for each in seconds),
+            on_cluster = Cluster(-(-gpus // 8), FLOP_PER_SECOND, UTILISATION, BANDWIDTH, NETWORK)
+            gib = [f"{run.on(gpus).total / GIB:.1f}" for run in runs]
+            rows.append(
+                [
+                    name,
+                    str(gpus),
+                    *gib,
+                    *(f"{sum(on_cluster.seconds(run.traffic(gpus), run.flop())):.2f}" for run in runs),
+                ]
             )
+    return ["model", "GPUs", "GiB per GPU, zero2", "zero3", "s per step, zero2", "zero3"], rows
+
+
+def memory() -> Table:
+    """Estimates GiB per GPU of Qwen2.5-VL's recipe with bases of four shapes."""
+    zero3 = "--training.deepspeed=zero3"
+    columns = {
+        "DoRA, rank 8, 1 GPU": (1, "--variant=7b_dora"),
+        "without checkpointing": (1, "--variant=7b_dora", "--training.gradient_checkpointing=false"),
+        "DoRA, 8 GPUs, `zero3`": (8, "--variant=7b_dora", zero3),
+        "all weights, 8 GPUs, `zero3`": (8, "--variant=7b_full", zero3),
+    }
+    shapes = ("llava-1.5-7b", "qwen2.5-vl-7b", "llava-1.5-13b", "qwen2.5-vl-32b")
+    recipe = ("--config=image_text/qwen2_5_vl", "--data.train=my.json", "--data.max_tokens=2048")
+    return ["shape", *columns], [
+        [shape, *(f"{planned(shape, *recipe, *words).on(gpus).total / GIB:.1f}" for gpus, *words in columns.values())]
+        for shape in shapes
+    ]
+
+
+ESTIMATED: Mapping[str, Callable[[], Table]] = {"cluster": cluster, "memory": memory}
+TABLES: Mapping[str, Callable[[], Table]] = {
+    "dora_step": dora_step,
+    "peers": peers,
+    "preference_step": preference_step,
+    "serve": serve,
+    "choosing": choosing,
+    **ESTIMATED,
+}
 
 
 def with_tables(text: str, kept: Path = KEPT) -> str:
-    """Returns a page's text with the table of every comparison that it has marks of, and of clusters."""
+    """Returns a page's text with every table that it has marks of."""
 
     def written(match: re.Match[str]) -> str:
-        heads, rows = (HEADS, [*cluster_rows()]) if match[2] == CLUSTER else rows_of(computed(kept / match[2]))
-        return f"{match[1]}{table(heads, rows)}\n"
+        made = TABLES[match[2]]() if match[2] in TABLES else rows_of(computed(kept / match[2]))
+        return f"{match[1]}{table(*made)}\n"
 
     return TABLE.sub(written, text)
 
@@ -197,7 +311,7 @@ def main() -> None:
     if options.keep is not None:
         keep(options.keep, KEPT / options.name)
     else:
-        for page in (PAGE, CLUSTER_PAGE):
+        for page in sorted(DOCS.glob("*.md")):
             page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 

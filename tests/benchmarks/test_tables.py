@@ -1,15 +1,31 @@
-"""The tables of docs/comparisons.md: those of a kept comparison, computed again from its scores."""
+"""The figures of the pages: each table is made from what the repository keeps, or a test reads it."""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.tables import KEPT, PAGE, TABLE, keep, with_tables
+from benchmarks.tables import DOCS, ESTIMATED, KEPT, ROOT, TABLE, TABLES, keep, with_tables
 from dora_vl.errors import UserError
+from dora_vl.files import read_json
 from tests.report.test_compare import Trainings, compared
+
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+CHECKED = {
+    "choosing.md": "benchmarks/test_tables.py",
+    "models.md": "backbones/model_table.py",
+    "recipes.md": "benchmarks/test_tables.py",
+    "serving.md": "serving/test_commands.py",
+    "settings.md": "run/settings_page.py",
+}
+"""Pages whose other tables with figures are read or written by a file of tests."""
+FIGURE = re.compile(r"[+-]?[\d.,]+(e-?\d+)?( \(.*\)| %|( /|,| and) .*|)")
+DECIMAL = re.compile(r"(?<![\w.])\d+\.\d+(?![\w.])")
 
 
 def test_a_kept_comparison_gives_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,8 +49,110 @@ def test_a_kept_comparison_gives_its_table(tmp_path: Path, monkeypatch: pytest.M
         with_tables(page, tmp_path / "kept")
 
 
-def test_the_page_holds_the_tables_of_what_is_kept() -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    assert with_tables(text) == text
-    assert {match[2] for match in TABLE.finditer(text)} == {path.name for path in KEPT.glob("*")}
+def marked() -> list[Any]:
+    parameters = []
+    for page in PAGES:
+        for match in TABLE.finditer(page.read_text(encoding="utf-8")):
+            slow = [pytest.mark.slow] if match[2] in ESTIMATED else []
+            parameters.append(pytest.param(f"{match[0]}<!-- end -->", id=match[2], marks=slow))
+    return parameters
+
+
+@pytest.mark.parametrize("made", marked())
+def test_a_marked_table_is_what_is_kept(made: str) -> None:
+    assert with_tables(made) == made
+
+
+def test_what_is_kept_has_its_table() -> None:
+    names = {match[2] for page in PAGES for match in TABLE.finditer(page.read_text(encoding="utf-8"))}
+    assert names == TABLES.keys() | {path.parent.name for path in KEPT.glob("*/compare.json")}
     assert sum(path.stat().st_size for path in KEPT.rglob("*") if path.is_file()) < 3_000_000
+
+
+def tables_of(text: str) -> Iterator[list[list[str]]]:
+    """The rows of each table of a page, without its head."""
+    for lines in re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE):
+        yield [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines.splitlines()[2:]]
+
+
+def has_figures(rows: list[list[str]]) -> bool:
+    """Tells a table of which one column, or one row, is mostly figures, not all of them whole numbers."""
+    lines = [*zip(*rows, strict=True), *(row[1:] for row in rows if len(row) > 2)]
+    figures = [[cell for cell in line if FIGURE.fullmatch(cell)] for line in lines]
+    return any(
+        2 * len(found) > len(line) and re.search(r"\d\.\d|\de-\d", " ".join(found))
+        for found, line in zip(figures, lines, strict=True)
+    )
+
+
+def test_figures_are_told_from_words() -> None:
+    assert has_figures([["dora", "57.3 (54.5 to 60.1)"], ["lora", "58.0"]])
+    assert has_figures([["a step", "1.02", "1.10", ""], ["why", "words", "a", "b"], ["more", "", "", ""]])
+    assert has_figures([["DoRA", "2e-4"], ["a base", "1e-2 and 3e-3"], ["more", ""]])
+    assert has_figures([["`dora`", "65.8 / 54.7"]])
+    assert not has_figures([["`zero2`", "gradients"], ["`conv`", "2 GPUs or more"], ["`a`", "b"]])
+    assert not has_figures([["`nf4`", "4 bits"], ["rows", "1"], ["`gqa`", "100/60"], ["seconds", "30"]])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_table_with_figures_has_its_source(page: Path) -> None:
+    unmarked = TABLE.sub("", page.read_text(encoding="utf-8"))
+    figures = [rows for rows in tables_of(unmarked) if has_figures(rows)]
+    if page.name in CHECKED:
+        assert page.name in (ROOT / "tests" / CHECKED[page.name]).read_text(encoding="utf-8")
+    else:
+        assert not figures, "put the table between marks (benchmarks/tables.py), or remove it"
+
+
+def test_expected_scores_are_those_of_the_recipe_files() -> None:
+    text = (DOCS / "recipes.md").read_text(encoding="utf-8")
+    ours = (DOCS / "comparisons.md").read_text(encoding="utf-8")
+    demo = read_json(KEPT / "demo" / "metrics.json")["sets"]["test"]["metrics"]["accuracy"]
+    scored = [row for rows in tables_of(text) for row in rows if DECIMAL.search(row[-1])]
+    assert len(scored) > 15
+    for file, variants, *_, expected in scored:
+        if "make demo`" in expected:
+            assert expected == f"`make demo`: {demo['value']:.1f} % of {demo['n']:,} test questions"
+            continue
+        recipe = (ROOT / "configs" / file.strip("`")).read_text(encoding="utf-8")
+        for figure in DECIMAL.findall(expected):
+            assert figure in (ours if "comparisons" in expected else recipe), (variants, figure)
+
+
+def test_rates_are_those_of_recipes_and_comparisons() -> None:
+    known = [row["rate"] for path in KEPT.glob("*/compare.json") for row in read_json(path)["results"]]
+    for path in (ROOT / "configs" / "llava").glob("*.yaml"):
+        known += re.findall(r"learning_rate: ([\d.e-]+)", path.read_text(encoding="utf-8"))
+    section = (DOCS / "choosing.md").read_text(encoding="utf-8").split("## Learning rate")[1].split("\n## ")[0]
+    ((*rows,),) = tables_of(section)
+    for row in rows:
+        for rate in row[1].split(" and "):
+            assert any(float(rate) == pytest.approx(float(other or 0), rel=0.07) for other in known), row
+
+
+OTHERS = {"0.83", "0.62", "0.31"}
+"""The paper's correlations."""
+
+
+@pytest.mark.parametrize("page", ["choosing.md", "comparisons.md"])
+def test_sentences_have_the_figures_of_the_tables(page: str) -> None:
+    tables = "".join(f"{match[0]}" for match in TABLE.finditer((DOCS / "comparisons.md").read_text(encoding="utf-8")))
+    known = {*DECIMAL.findall(tables), *OTHERS}
+    for path in KEPT.glob("*/compare.json"):
+        for row in read_json(path).get("by_strength") or ():
+            known |= {f"{value:.1f}" for value in row.values() if isinstance(value, float)}
+    prose = re.sub(
+        r"(?s)```.*?```|`[^`]*`|arXiv \d+\.\d+", "", TABLE.sub("", (DOCS / page).read_text(encoding="utf-8"))
+    )
+    lines = [line for line in prose.splitlines() if not line.startswith("|")]
+    assert {figure for line in lines for figure in DECIMAL.findall(line)} <= known
+
+
+def test_the_readmes_price_is_the_measured_one() -> None:
+    rows = {row[0]: row[1:] for rows in tables_of((DOCS / "measurements.md").read_text()) for row in rows}
+    with_dropout, without = (sorted(map(float, rows["a step, PEFT's LoRA = 1"][first::2])) for first in (0, 1))
+    said = re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8"))
+    low, high = (round(100 * (ratio - 1)) for ratio in without)
+    assert f"without, {low} to {high} % more than PEFT's LoRA" in said
+    low, high = (round(100 * (1 - ratio)) for ratio in reversed(with_dropout))
+    assert f"With dropout, a step takes {low} to {high} % less time than PEFT's LoRA" in said
