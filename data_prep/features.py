@@ -24,6 +24,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def compute(
 
     # Closed also when it is interrupted: what is computed need not be computed again.
     with (
-        FeatureWriter(to, {**encoder.settings.to_record(), HASH: encoder.fingerprint()}) as writer,
+        FeatureWriter(to, {**asdict(encoder.settings), HASH: encoder.fingerprint()}) as writer,
         VideoReader(limit_seconds=options.limit_seconds) as reader,
     ):
         todo = missing(media[part::parts], to)

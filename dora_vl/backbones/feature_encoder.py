@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,13 +106,9 @@ class FeatureSettings:
             return Uniform(self.frames)
         return EverySeconds() if self.every_seconds is None else EverySeconds(self.every_seconds)
 
-    def to_record(self) -> dict[str, Any]:
-        """Returns plain JSON values."""
-        return asdict(self)
-
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> FeatureSettings:
-        """Reads what `to_record` returned."""
+        """Reads what `asdict` returned, from JSON."""
         try:
             tower = dict(record["tower"])
             for name in ("image_mean", "image_std"):

@@ -151,20 +151,16 @@ class FeatureWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.flush()
+        self._shards.flush()
 
     def add(self, row: FeatureRow) -> None:
-        """Takes one row; it is on disk when its shard is full, or at `flush`."""
+        """Takes one row; it is on disk when its shard is full, or at the end."""
         tokens = row.features.detach().flatten(0, -2).to("cpu", torch.float16)
         if not bool(torch.isfinite(tokens).all()):
             largest = float(row.features.detach().abs().max())
             raise UserError(f"features of {row.name} do not fit into float16: the largest is {largest:.4g}")
         facts = {name: value for name, value in vars(row).items() if name not in ("name", "features")}
         self._shards.add(row.name, {**facts, "tokens": len(tokens), "width": tokens.shape[1]}, [tokens])
-
-    def flush(self) -> None:
-        """Writes what was added."""
-        self._shards.flush()
 
 
 CACHE_BYTES = 256 * 2**20

@@ -150,10 +150,9 @@ def test_frames_are_filled_up_with_zeros_or_each_place_is_pooled_over_time_to_th
 
 
 def test_features_of_another_part_of_the_video_are_not_taken(tmp_path: Path) -> None:
-    writer = FeatureWriter(tmp_path, {})
-    for name, part in (("whole", (0.0, None)), ("some", (1.5, 4.0))):
-        writer.add(FeatureRow(name, torch.randn(2, 3), "pyav", (0, 9), (0.0, 0.9), part))
-    writer.flush()
+    with FeatureWriter(tmp_path, {}) as writer:
+        for name, part in (("whole", (0.0, None)), ("some", (1.5, 4.0))):
+            writer.add(FeatureRow(name, torch.randn(2, 3), "pyav", (0, 9), (0.0, 0.9), part))
     reader = FeatureReader(open_features(tmp_path), 2, 3)
     part = {"start_seconds": 1.5, "end_seconds": 4.0}
     for clip in (Clip(path="whole.mp4"), Clip(path="whole.mp4", start_seconds=0.0), Clip(path="some.mp4", **part)):

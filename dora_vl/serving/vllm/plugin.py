@@ -199,7 +199,7 @@ def give_gains_to_slots(manager: Any) -> None:
     merge, activate = manager._create_merged_loras_inplace, manager.activate_adapter
 
     def _create_merged_loras_inplace(self: Any, lora_model: Any) -> None:
-        before = magnitudes_of(lora_model)
+        before = {name: parts for name, weights in lora_model.loras.items() if (parts := magnitudes_in(weights))}
         merge(self, lora_model)
         compute_gains(
             self.modules,
@@ -214,7 +214,9 @@ def give_gains_to_slots(manager: Any) -> None:
         if fresh:
             adapter = self._registered_adapters[lora_id]
             slot = self.lora_index_to_id.index(lora_id)
-            write_gains(self.modules, slot, lambda name: self._get_lora_layer_weights(adapter, name))
+            for name, module in self.modules.items():
+                if isinstance(module, DoRALayer):  # of every layer, so that none keeps those of the adapter before
+                    module.put_dora(slot, getattr(self._get_lora_layer_weights(adapter, name), "dora_minus_one", None))
         return fresh
 
     manager._create_merged_loras_inplace = _create_merged_loras_inplace
@@ -267,11 +269,6 @@ def magnitudes_in(weights: Any) -> list[Tensor]:
     return [part for part in parts if part is not None]
 
 
-def magnitudes_of(adapter: Any) -> dict[str, list[Tensor]]:
-    """Returns the magnitudes of each of an adapter's layers, by vLLM's name of the layer."""
-    return {name: magnitudes for name, weights in adapter.loras.items() if (magnitudes := magnitudes_in(weights))}
-
-
 def compute_gains(
     modules: Mapping[str, Any],
     before: Mapping[str, list[Tensor]],
@@ -284,7 +281,7 @@ def compute_gains(
 
     Args:
         modules: the wrapped layers, by vLLM's names.
-        before: `magnitudes_of` of the adapter before its weights were packed.
+        before: the magnitudes of each layer, by vLLM's name of it, before the adapter's weights were packed.
         lookup: the adapter's weights as packed.
         elsewhere: whether a layer is on another rank of a pipeline.
     """
@@ -308,10 +305,3 @@ def compute_gains(
             )
     for name, weights in served.items():
         weights.dora_minus_one = layers[name].dora_gains(name, weights).cpu()
-
-
-def write_gains(modules: Mapping[str, Any], slot: int, lookup: Lookup) -> None:
-    """Writes an adapter's gains into a slot of every layer, so that none keeps those of the adapter before."""
-    for name, module in modules.items():
-        if isinstance(module, DoRALayer):
-            module.put_dora(slot, getattr(lookup(name), "dora_minus_one", None))
