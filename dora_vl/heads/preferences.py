@@ -210,10 +210,7 @@ VALUES: Mapping[str, Callable[[Answers], Float[Tensor, " answers"]]] = {
     "cpo": lambda answers: answers.log_probs,
     **dict.fromkeys(("simpo", "orpo", "sft"), Answers.means),
 }
-"""Maps a loss to what it compares of two answers; beta times it is logged as an answer's reward, as TRL does.
-
-orpo compares odds, which grow with the mean.
-"""
+"""Maps a loss to what it compares of two answers, which is logged times beta; orpo's odds grow with the mean."""
 
 
 def measures(
