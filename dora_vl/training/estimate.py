@@ -41,13 +41,18 @@ ATTENTION_FORWARD, ATTENTION_BACKWARD = 4, 10
 class Samples:
     """Describes a micro-batch: its rows, and the tokens and labelled tokens of each.
 
-    A row of compared answers holds all of a sample's. The `reference`'s pass before each step sees this share of them.
+    A row of compared or drawn answers holds all of a sample's.
+
+    Attributes:
+        reference: the share of them that the reference's pass before each step sees.
+        drawn: the model draws the answers itself, which passes each token forward once more.
     """
 
     rows: int
     tokens: int
     labelled: int
     reference: float = 0.0
+    drawn: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ def traffic_of(engine: ShardingLayout, *, trained: int, split: int, stay_whole: 
 class PlannedRun:
     """A run's model on the meta device and its micro-batch, which are the same on any number of ranks.
 
-    `section` is the settings' `training`.
+    `section` is the settings' `training`; `others` are the bytes that a process on a CPU holds beside its tensors.
     """
 
     model: PreTrainedModel
@@ -96,6 +101,7 @@ class PlannedRun:
     half_precision: bool
     samples: Samples
     activations: Activations
+    others: int = 0
 
     @property
     def recomputes(self) -> bool:
@@ -121,6 +127,7 @@ class PlannedRun:
             ),
             accumulates=self.micro_batches > 1,
             reference=self._trained_bytes * (samples.reference > 0),
+            others=self.others,
         )
 
     @property
@@ -148,7 +155,7 @@ class PlannedRun:
         )
 
     def flop(self) -> int:
-        """Returns a rank's FLOP for a step in the text layers and the head, recomputation included."""
+        """Returns a rank's FLOP for a step in the text layers and the head; passes without gradients are included."""
         samples, text = self.samples, self.model.config.get_text_config()
         tokens, labelled = samples.rows * samples.tokens, samples.rows * samples.labelled
         attention = tokens * samples.tokens * text.hidden_size * text.num_hidden_layers
@@ -161,15 +168,18 @@ class PlannedRun:
                 forward += FORWARD * products
                 backward += (TRAINED_BACKWARD if weight.requires_grad else BACKWARD) * products
         head = (FORWARD + BACKWARD) * labelled * text.hidden_size * text.vocab_size
-        passes = 1 + self.recomputes + samples.reference
-        return int(self.micro_batches * (forward * passes + backward + head * (1 + samples.reference / 2)))
+        ahead = samples.reference + samples.drawn
+        passes = 1 + self.recomputes + ahead
+        return int(self.micro_batches * (forward * passes + backward + head * (1 + ahead / 2)))
 
 
-def plan_run(pipeline: Pipeline, *, tokens: int | None = None, labelled: int | None = None) -> PlannedRun:
+def plan_run(
+    pipeline: Pipeline, *, tokens: int | None = None, labelled: int | None = None, counted: bool = False
+) -> PlannedRun:
     """Builds a run's model without weights, and describes its micro-batch.
 
     `tokens` counts those of a sample, pictures included (None: `data.max_tokens`), and `labelled` those of them that
-    have a label (None: all that are not a picture's).
+    have a label (None: all that are not a picture's); with all answers that the data compares if they are `counted`.
     """
     section = check_training_section(pipeline.config.training)
     settings: Any = pipeline.config
@@ -184,25 +194,33 @@ def plan_run(pipeline: Pipeline, *, tokens: int | None = None, labelled: int | N
         raise UserError(f"{tokens} tokens per sample: a single picture of this model takes {pictures}; raise --tokens")
     words = tokens - pictures - 1
     rows = int(section.get("per_device_train_batch_size", 8))
-    samples = compared(settings, Samples(rows, tokens, words if labelled is None else min(labelled, words)))
+    if labelled is None and settings.objective.reward_loss:
+        labelled = settings.objective.max_new_tokens
+    samples = Samples(rows, tokens, words if labelled is None else min(labelled, words))
+    samples = with_answers(settings, samples, counted=counted)
     half = settings.adapter.method == "full" and bool(section.get("bf16") or section.get("fp16"))
     return PlannedRun(model, section, half, samples, activations_of(model))
 
 
-def compared(settings: Any, samples: Samples) -> Samples:
-    """Returns samples with all answers that are compared: a chosen and a rejected one, the others that the loss adds.
+def with_answers(settings: Any, samples: Samples, *, counted: bool = False) -> Samples:
+    """Returns samples with all answers that are learned from, not only the data's own.
 
-    Trees hold a prompt once for its answers, and once more for another picture.
+    Compared are a chosen and a rejected one, and the others that the loss adds, unless they are `counted` already;
+    drawn ones are as long as they may be. Trees hold a prompt once for its answers, and once more for another picture.
     """
-    objective = settings.objective
+    objective, prompt, answer = settings.objective, samples.tokens - samples.labelled, samples.labelled
     if objective.is_sft:
         return replace(samples, reference=settings.data.replay)
-    looks, unmatched = objective.exchange_pictures, "kto" in objective.weights
-    answers = 2 + looks + unmatched
-    prompt = samples.tokens - samples.labelled
+    reference, looks = float(objective.has_reference), objective.exchange_pictures
+    if objective.reward_loss:
+        answers, answer = objective.group, objective.max_new_tokens
+    elif counted:
+        return replace(samples, reference=reference)
+    else:
+        answers = 2 + looks + ("kto" in objective.weights)
     prompts = 1 + looks if settings.data.packing == "trees" else answers
-    tokens, labelled = prompts * prompt + answers * samples.labelled, answers * samples.labelled
-    return replace(samples, tokens=tokens, labelled=labelled, reference=float(objective.has_reference))
+    tokens, drawn = prompts * prompt + answers * answer, bool(objective.reward_loss) and objective.vllm is None
+    return Samples(samples.rows, tokens, answers * answer, reference, drawn)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,7 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Makes the estimate; yields the lines to print."""
     from dora_vl.run.settings_parser import read_run  # jsonargparse: not for --help
-    from dora_vl.training.train_command import pipeline_of
 
     gpus = arguments.gpus or 1
     machines = arguments.machines or -(-gpus // 8)
@@ -63,17 +62,12 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     config = read_run([f"--config={arguments.config}", *arguments.settings], program="dora-vl estimate")
     if config.task == "vlbart":
         raise UserError("estimate is for decoders; a VL-BART fits any GPU")
-    from dora_vl.training.estimate import Cluster, check_shape, plan_run, teraflops, with_shape
+    from dora_vl.training.estimate import Cluster, check_shape, teraflops
 
     check_shape(arguments.shape)
-    epoch: int | None = None
     if arguments.gpus is None:
-        arguments.tokens, arguments.labelled, epoch = _first_batch(config)
         arguments.tflops, arguments.mfu = teraflops(), 1.0
-    with tempfile.TemporaryDirectory() as folder:
-        config = with_shape(config, arguments.shape, Path(folder))
-        logging.getLogger("transformers").setLevel(logging.ERROR)
-        planned = plan_run(pipeline_of(config), tokens=arguments.tokens, labelled=arguments.labelled)
+    planned, epoch = _planned(config, arguments)
     estimate, samples = planned.on(gpus), planned.samples
     yield str(estimate.table())
     yield f"a micro-batch: {samples.rows} samples of {samples.tokens} tokens, {samples.labelled} of them labelled"
@@ -96,7 +90,27 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         yield f"{arguments.json}"
 
 
-def _first_batch(config: RunConfig) -> tuple[int, int, int]:
+def _planned(config: RunConfig, arguments: argparse.Namespace) -> tuple[PlannedRun, int | None]:
+    """Plans the run; for this machine by its first batch, and with the samples of an epoch."""
+    import torch
+
+    from dora_vl.training.estimate import plan_run, with_shape
+    from dora_vl.training.memory import process_bytes
+    from dora_vl.training.train_command import pipeline_of
+
+    tokens, labelled, epoch = arguments.tokens, arguments.labelled, None
+    if arguments.gpus is None:
+        tokens, labelled, epoch = first_batch_tokens(config)
+    with tempfile.TemporaryDirectory() as folder:
+        config = with_shape(config, arguments.shape, Path(folder))
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        planned = plan_run(pipeline_of(config), tokens=tokens, labelled=labelled, counted=epoch is not None)
+    if epoch is not None and not torch.cuda.is_available():  # as a run's log counts there
+        planned = replace(planned, others=process_bytes())
+    return planned, epoch
+
+
+def first_batch_tokens(config: RunConfig) -> tuple[int, int, int]:
     """Returns a sample's tokens and labelled tokens in the first micro-batch, and the samples of an epoch."""
     from dora_vl.data.samples import IGNORED_LABEL
     from dora_vl.training.show_command import read_first_batch, shown_settings
@@ -105,7 +119,7 @@ def _first_batch(config: RunConfig) -> tuple[int, int, int]:
     with tempfile.TemporaryDirectory() as folder:
         first = read_first_batch(pipeline_of(shown_settings(config, Path(folder))))
     samples = max(1, len(first.names))
-    tokens = first.batch["input_ids"].numel() - int(first.batch.get("padding_tokens", 0))
+    tokens = first.batch["input_ids"].numel()  # padding is computed too
     labelled = int((first.batch["labels"] != IGNORED_LABEL).sum())
     return math.ceil(tokens / samples), math.ceil(labelled / samples), first.epoch_samples
 

@@ -68,6 +68,11 @@ def weight_count(model: nn.Module) -> int:
     return sum(unpacked.get(id(parameter), parameter_count(parameter)) for parameter in model.parameters())
 
 
+def process_bytes() -> int:
+    """Returns the bytes that this process holds in the machine's memory."""
+    return psutil.Process().memory_info().rss
+
+
 def memory_gib(device: torch.device) -> float:
     """Returns the GiB of the rank that holds most; every rank must call it.
 
@@ -77,7 +82,7 @@ def memory_gib(device: torch.device) -> float:
         used = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        used = psutil.Process().memory_info().rss
+        used = process_bytes()
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         most = torch.tensor(used, device=device)
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)

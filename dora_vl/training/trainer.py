@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import psutil
 import torch
 from rich.console import Console
 from torch import Tensor, nn
@@ -58,7 +57,16 @@ from dora_vl.training.checkpoint import (
 from dora_vl.training.checkpoint_files import STATE, StateFiles, write_manifest
 from dora_vl.training.faults import StepFaults, check_trained_weights
 from dora_vl.training.largest_batch import LargestBatch, cost_of
-from dora_vl.training.memory import Activations, MemoryEstimate, Table, activations_of, bytes_of, engine_of, held_by
+from dora_vl.training.memory import (
+    Activations,
+    MemoryEstimate,
+    Table,
+    activations_of,
+    bytes_of,
+    engine_of,
+    held_by,
+    process_bytes,
+)
 from dora_vl.training.parts import (
     LearningRates,
     parameter_groups,
@@ -433,7 +441,7 @@ def plan_of(
     )
     held, others = held_by(model, engine, half_precision=arguments.bf16 or arguments.fp16), 0
     if arguments.device.type == "cpu":  # the log's memory there is the process's, not that of tensors alone
-        others = max(0, psutil.Process().memory_info().rss - sum(held.weights.values()) - held.trained)
+        others = max(0, process_bytes() - sum(held.weights.values()) - held.trained)
     estimate = MemoryEstimate(
         engine,
         held,

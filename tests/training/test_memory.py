@@ -159,19 +159,20 @@ def test_on_this_machine_the_first_batch_is_counted_and_its_speed_measured(tmp_p
     training: dict[str, object] = {"max_steps": -1, "num_train_epochs": 3, "gradient_accumulation_steps": 2}
     data: dict[str, object] = {"validation_share": 0.05, "replay": 0.05}
     run_file = write_run(tmp_path / "run.yaml", base, records, data=data, training=training)
-    main(["show", "batch", str(run_file)])
-    facts = re.search(
-        r"samples 4, positions (\d+) rows of (\d+), padding 0 .*trained on (\d+) tokens", _printed(capsys)
-    )
-    assert facts is not None
-    rows, length, labelled = map(int, facts.groups())
-    main(["estimate", str(run_file), "--json", str(tmp_path / "found.json")])
-    written = json.loads((tmp_path / "found.json").read_text())
-    steps = 3 * 6  # 46 samples and 2 chats are 12 micro-batches, two in a step
-    assert written["samples"]["tokens"] == math.ceil(rows * length / 4) < 256
-    assert written["samples"]["labelled"] == math.ceil(labelled / 4)
-    minutes = math.ceil(steps * written["flop"] / 1e6 / 60)
-    assert f"{steps} steps: at least {minutes:,} min on this machine" in _printed(capsys)
+    pairs = (f"--data.train={write_pairs(tmp_path / 'pairs')}", "--objective.loss=dpo", "--data.replay=0")
+    for more in ((), pairs):  # both answers are in the batch
+        main(["show", "batch", str(run_file), *more])
+        facts = re.search(r"samples 4, positions (\d+) rows of (\d+), .*trained on (\d+) tokens", _printed(capsys))
+        assert facts is not None
+        rows, length, labelled = map(int, facts.groups())
+        main(["estimate", str(run_file), "--json", str(tmp_path / "found.json"), *more])
+        written = json.loads((tmp_path / "found.json").read_text())
+        assert written["samples"]["tokens"] == math.ceil(rows * length / 4) < 256
+        assert written["samples"]["labelled"] == math.ceil(labelled / 4)
+        assert written["others"] > 2**26  # libraries and data, as a run's log counts them on a CPU
+        steps = 3 * (3 if more else 6)  # 46 samples and 2 chats are 12 micro-batches, two in a step
+        minutes = math.ceil(steps * written["flop"] / 1e6 / 60)
+        assert f"{steps} steps: at least {minutes:,} min on this machine" in _printed(capsys)
 
 
 def _printed(capsys: pytest.CaptureFixture[str]) -> str:
@@ -219,6 +220,7 @@ def test_all_answers_of_a_sample_are_counted(tmp_path: Path) -> None:
     run_file = write_run(tmp_path / "run.yaml", base, pairs)
     plain = "--data.packing=plain"
     looks = "--objective.exchange_pictures=true"
+    drawn = ("--objective.group=3", "--objective.max_new_tokens=7")
     expected = {
         ("sft",): Samples(4, 60, 10),
         ("dpo",): Samples(4, 50 + 20, 20, reference=True),
@@ -226,15 +228,18 @@ def test_all_answers_of_a_sample_are_counted(tmp_path: Path) -> None:
         ("kto",): Samples(4, 50 + 30, 30, reference=True),
         ("dpo", plain): Samples(4, 2 * 60, 20, reference=True),
         ("dpo", looks): Samples(4, 2 * 50 + 30, 30, reference=True),
+        ("grpo", *drawn): Samples(4, 50 + 21, 21, drawn=True),
+        ("grpo", *drawn, plain, "--objective.kl=0.1"): Samples(4, 3 * 50 + 21, 21, reference=True, drawn=True),
+        ("grpo", *drawn, "--objective.vllm=http://localhost:1"): Samples(4, 50 + 21, 21),
     }
     for (loss, *more), samples in expected.items():
         planned = plan_run(decoder_run(run_file, f"--objective.loss={loss}", *more), tokens=60, labelled=10)
         assert planned.samples == samples
         trained = sum(4 * weight.numel() for weight in planned.model.parameters() if weight.requires_grad)
         assert planned.on(1).reference == trained * samples.reference
-        alone = replace(planned, samples=replace(samples, reference=False))
-        assert planned.on(1).activations == alone.on(1).activations  # its pass holds none
-        assert (planned.flop() > 1.2 * alone.flop()) == samples.reference
+        alone = replace(planned, samples=replace(samples, reference=False, drawn=False))
+        assert planned.on(1).activations == alone.on(1).activations  # these passes hold none
+        assert (planned.flop() > 1.2 * alone.flop()) == (samples.reference or samples.drawn)
     rows = json.loads(pairs.read_text())
     rows[3]["rejected"] = " ".join(["wrong"] * 30)
     pairs.write_text(json.dumps(rows))
