@@ -3,8 +3,8 @@
     python -m benchmarks.estimates --base runs/demo/base --data runs/demo/data/train.json \\
         --pictures runs/demo/assets/easy_vqa --json benchmarks/results.jsonl
 
-Each run of `RUNS` trains three steps as its settings say, with stored outputs of the vision part, which the estimate
-leaves out. The second step's bytes are followed, those of its activations and those at the fullest moment (weights and
+Each run of `RUNS` trains three steps as its settings say, on the first decoder layers of the base, with stored outputs
+of the vision part, which the estimate leaves out. The second step's bytes are followed, those of its activations and those at the fullest moment (weights and
 optimizer included); the third one's products are counted by torch. The estimate counts the run's first batch, as the
 command does on this machine.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import TrainerCallback
 
 from benchmarks.dora_memory import LiveBytes
@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True, help="folder of a LLaVA")
     parser.add_argument("--data", type=Path, required=True, help="its training data, LLaVA's JSON")
     parser.add_argument("--pictures", type=Path, required=True, help="root of the data's pictures")
+    parser.add_argument("--layers", type=int, default=8, help="of the decoder that stay")
     parser.add_argument("--runs", nargs="+", choices=tuple(RUNS), default=tuple(RUNS), metavar="NAME")
     parser.add_argument("--json", type=Path, help="also writes the figures there")
     options = parser.parse_args()
@@ -68,13 +69,14 @@ def main() -> None:
     logging.disable(logging.WARNING)
     figures = list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as scratch:
+        write_base(options.base, Path(scratch) / "base", options.layers)
         write_data(options, Path(scratch))
         for name in options.runs:
             figures.append({"run": name, **compared(settings_of(options, Path(scratch), RUNS[name]))})
             print(table(HEADS, [row_of(figures[-1])]), flush=True)
     print(table(HEADS, [row_of(row) for row in figures]))
     if options.json is not None:
-        write_json(options.json, {"rows": ROWS, "runs": figures})
+        write_json(options.json, {"layers": options.layers, "rows": ROWS, "runs": figures})
 
 
 def row_of(figures: Mapping[str, Any]) -> list[str]:
@@ -84,6 +86,18 @@ def row_of(figures: Mapping[str, Any]) -> list[str]:
         counted, estimated = figures[name]["counted"] / unit, figures[name]["estimated"] / unit
         cells += [f"{counted:.2f}" if name == "flop" else f"{counted:,.0f}", f"{estimated / counted:.2f}"]
     return cells
+
+
+def write_base(base: Path, folder: Path, layers: int) -> None:
+    """Links a base's files, with a config of fewer layers; the others' weights are not read."""
+    folder.mkdir()
+    for file in base.iterdir():
+        if file.name != "config.json":
+            (folder / file.name).symlink_to(file.resolve())
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config["text_config"]["num_hidden_layers"] = layers
+    config["text_config"].pop("layer_types", None)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def write_data(options: argparse.Namespace, folder: Path) -> None:
@@ -105,7 +119,7 @@ def settings_of(options: argparse.Namespace, folder: Path, more: tuple[str, ...]
     """Returns a run's settings, those of the demo but for the data, three steps, and what it differs in."""
     compares = any(loss in word for word in more for loss in ("=dpo", "=simpo"))
     settings = {
-        "model.base": options.base,
+        "model.base": folder / "base",
         "model.compose": "null",
         "data.train": folder / f"{'pairs' if compares else 'samples'}.json",
         "data.image_folder": options.pictures,
@@ -133,10 +147,12 @@ class Watched(TrainerCallback):
     def __init__(self) -> None:
         self.live = LiveBytes()
         operations: Any = torch.ops.aten
+        attention = operations._scaled_dot_product_flash_attention_for_cpu  # torch leaves it out
+        attention_backward = operations._scaled_dot_product_flash_attention_for_cpu_backward
         formulas: dict[Any, Any] = {
-            operations._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-            operations._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
-        }  # torch leaves these out
+            attention: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+            attention_backward: lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4]),
+        }
         self.products = FlopCounterMode(display=False, custom_mapping=formulas)
         self.before = 0
 
