@@ -4,9 +4,9 @@
         --pictures runs/demo/assets/easy_vqa --json benchmarks/results.jsonl
 
 Each run of `RUNS` trains three steps as its settings say, on the first decoder layers of the base, with stored outputs
-of the vision part, which the estimate leaves out. The second step's bytes are followed, those of its activations and those at the fullest moment (weights and
-optimizer included); the third one's products are counted by torch. The estimate counts the run's first batch, as the
-command does on this machine.
+of the vision part, which the estimate leaves out. The second step's bytes are followed, those of its activations and
+those at the fullest moment (weights and optimizer included); the third one's products are counted by torch. The
+estimate counts the run's first batch, as the command does on this machine.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ RUNS: Mapping[str, tuple[str, ...]] = {
     "DoRA, dropout of the whole change": ("--adapter.dropout=0.05", "--adapter.dropout_mode=whole_change"),
     "DoRA, recomputed": CHECKPOINTED,
     "DoRA, a row for each sample": ("--data.packing=plain",),
-    "all weights": ("--adapter.method=full",),
+    "weights of all layers": ("--adapter.method=full", '--adapter.targets=["model.language_model.layers*"]'),
     "DPO": ("--objective.loss=dpo",),
     "DPO, recomputed": ("--objective.loss=dpo", *CHECKPOINTED),
     "DPO, a row for each answer": ("--objective.loss=dpo", "--data.packing=plain"),
@@ -52,7 +52,7 @@ RUNS: Mapping[str, tuple[str, ...]] = {
     "GRPO": ("--objective.loss=grpo", "--objective.kl=0.05", *DRAWN),
     "GRPO, recomputed": ("--objective.loss=grpo", "--objective.kl=0.05", *DRAWN, *CHECKPOINTED),
 }
-HEADS = ("run", "TFLOP", "x counted", "activations, MiB", "x followed", "fullest, MiB", "x followed")
+HEADS = ("run", "TFLOP", "estimated", "step, MiB", "estimated", "fullest, MiB", "estimated")
 
 
 def main() -> None:

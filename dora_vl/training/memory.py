@@ -109,11 +109,13 @@ class Activations:
     chunk: int | None
 
     def of(self, *, tokens: int, labelled: int, recomputed: bool) -> int:
-        """Returns the bytes that `tokens` take; with recomputation one vector per layer, and one layer whole."""
-        stored = self.layers * self.layer + self.adapted
-        kept = self.layers * self.vector + self.layer + self.adapted // self.layers if recomputed else stored
+        """Returns the bytes that `tokens` take; recomputed: a vector per layer, then scores or a layer whole."""
         together = labelled if self.chunk is None else min(labelled, self.chunk)
-        return tokens * kept + labelled * self.vector + together * self.scores
+        scores, vectors = together * self.scores, labelled * self.vector
+        if not recomputed:
+            return tokens * (self.layers * self.layer + self.adapted) + vectors + scores
+        a_layer = tokens * (self.layer + self.adapted // self.layers)
+        return tokens * self.layers * self.vector + vectors + max(a_layer, scores)
 
 
 def activations_of(model: PreTrainedModel) -> Activations:
