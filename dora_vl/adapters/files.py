@@ -281,10 +281,7 @@ def checkpoint_to_resume(resume: str | None, run_folder: Path) -> Path | None:
 
 
 def rename_later_checkpoints(run_folder: Path, checkpoint: Path) -> list[tuple[Path, Path]]:
-    """Renames the checkpoints that a run from `checkpoint` will not continue, so that they no longer count.
-
-    These are the later steps; if `checkpoint` is in another folder, all are. Returns old names with the new ones.
-    """
+    """Renames a run's checkpoints after `checkpoint` (all of them if it is elsewhere), so that they no longer count."""
     checkpoints = complete_checkpoints(run_folder)
     since = next((step_of(path) for path in checkpoints if path.samefile(checkpoint)), -1)
     renamed = []

@@ -73,9 +73,6 @@ def head_of(model: PreTrainedModel) -> Any:
 
 
 def max_positions(config: Any) -> int | None:
-    """Returns the tokens, picture tokens included, that a model of this config takes; None if it states no number.
-
-    Learnt positions end in an index error there; rotary ones go on, far beyond what was trained.
-    """
+    """Returns the tokens, picture tokens included, that a model of this config takes; None if it states no number."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) else None

@@ -236,10 +236,7 @@ def find_parts(model: Any, inputs: Mapping[str, Any], doubled: Mapping[str, Any]
 
 @torch.no_grad()
 def _verify(model: Any, parts: FrozenParts, samples: Sequence[Sample], pad_token_id: int) -> None:
-    """Compares the decoder's inputs from a batch with those from the stored outputs of its samples.
-
-    Raises: NotStorable if they differ, or the pictures change nothing.
-    """
+    """Compares a decoder's inputs with those from stored outputs. Raises NotStorable: they differ, or never change."""
     collate = Collator(pad_token_id)
     plain = _decoder_inputs(model, model_inputs(model, collate(samples)))
     outputs = [

@@ -338,10 +338,7 @@ def open_backbone(
     quantisation: Quantisation | None = None,
     generation: Mapping[str, Any] | None = None,
 ) -> DecoderBackbone:
-    """Opens a model's folder or hub id, every weight in `dtype`, in eval mode.
-
-    With `quantisation` the linear layers of its language model are quantised.
-    """
+    """Opens a folder or hub id in eval mode, weights in `dtype`; `quantisation` is of the language model's linears."""
     check_model_folder(base, revision)
     config_of(base, revision)
     if is_deepspeed_zero3_enabled():

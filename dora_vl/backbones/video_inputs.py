@@ -83,10 +83,7 @@ def marked(turns: Sequence[Turn]) -> list[Turn]:
 def as_pictures(
     turns: Sequence[Turn], pictures: Sequence[Any], videos: Sequence[Video]
 ) -> tuple[list[Turn], list[Any]]:
-    """Replaces each video by `<image>` for each of its frames; returns the turns and all pictures in order.
-
-    Raises: ValueError if the places are not as many as pictures and videos.
-    """
+    """Replaces each video by `<image>` a frame; returns turns and pictures. Raises ValueError: places do not match."""
     left, frames = iter(pictures), iter(videos)
     shown: list[Image.Image] = []
     written: list[Turn] = []

@@ -167,10 +167,7 @@ CACHE_BYTES = 256 * 2**20
 
 
 class ParquetFeatures(FeatureStore):
-    """Reads VL-Adapter's re-hosted shards: Parquet with columns `id` and `features`, nested lists of fixed sizes.
-
-    The row groups read last stay in memory, up to `CACHE_BYTES`.
-    """
+    """Reads VL-Adapter's re-hosted shards: Parquet with columns `id` and `features`, nested lists of fixed sizes."""
 
     def __init__(self, folder: Path) -> None:
         self._groups: OrderedDict[tuple[Path, int], np.ndarray] = OrderedDict()

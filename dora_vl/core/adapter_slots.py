@@ -78,10 +78,7 @@ def row_spans(rows: Sequence[Slot]) -> tuple[RowSpan, ...]:
 
 @dataclass
 class ActiveAdapters:
-    """Says which adapter each row and each picture has in the batch that goes through the model now.
-
-    One for a model; all of its `SlotLayer`s read it. Outside `holding` every row is the base's.
-    """
+    """Says which adapter each row and each picture of the current batch has, for all of a model's `SlotLayer`s."""
 
     _spans: dict[Axis, tuple[RowSpan, ...]] = field(default_factory=dict)
     _choices: dict[tuple[object, ...], RowChoice] = field(default_factory=dict)

@@ -201,10 +201,7 @@ class AdaptedLayer(nn.Module):
         ]
 
     def cached(self, name: str, compute: Callable[[], Value], *depends_on: object) -> Value:
-        """Caches a value without a gradient that depends on the layer's tensors, its settings and `depends_on`.
-
-        It is computed again after an optimizer step or an edit, and for other tensors, settings or `depends_on`.
-        """
+        """Caches a value without a gradient until the layer's tensors, settings, `depends_on` or the step change."""
         tensors, depends_on = self.tensors(), (OptimizerSteps.count, self.adapter, *depends_on)
         value, snapshot = self._kept.get(name, (None, None))
         if snapshot is None or not snapshot.holds(tensors, *depends_on):

@@ -310,10 +310,7 @@ def open_results(
 def report_results(
     tested: Sequence[Tested], against: Sequence[Tested] | None, results: ResultFolder, options: argparse.Namespace
 ) -> Iterator[str]:
-    """Writes everything with the differences from other answers; yields the lines to print.
-
-    A benchmark that cannot be scored is refused at the end, when what the others have is written.
-    """
+    """Writes all results with their differences, yields the lines to print, and last refuses what cannot be scored."""
     if against is not None:
         named = str(options.against)
         tested = [with_differences(ours, theirs, named) for ours, theirs in zip(tested, against, strict=True)]

@@ -65,10 +65,7 @@ def loss_unit(objective: Mapping[str, Any]) -> str:
 
 
 def write_loss_curve(entries: Sequence[Mapping[str, Any]], to: Path, *, unit: str) -> None:
-    """Draws training loss (each logged step faint, its average on top), validation loss and learning rate.
-
-    Below them, where answers are compared, their margin and accuracy.
-    """
+    """Draws losses and learning rate; below them, where answers are compared, their margin and accuracy."""
     steps, losses = series(entries, "loss")
     below = [key for key in ("rewards/margin", "rewards/accuracy") if series(entries, key)[0]]
     figure = new_figure(8.0, 4.5 + 1.5 * len(below))

@@ -55,10 +55,7 @@ class RequestMedia:
 
     @contextlib.contextmanager
     def reading(self, go_on: Callable[[], object] = lambda: None) -> Iterator[Reading]:
-        """Yields one request's reading; its turn begins with its first picture and ends with the block.
-
-        `go_on` raises what ends the reading, such as that the client has gone.
-        """
+        """Yields one request's reading, whose turn ends with the block; `go_on` may raise what ends it earlier."""
         with contextlib.ExitStack() as turn:
             budget = Budget(self.settings.media_seconds, DECODER_MEMORY, int(self.settings.max_mpx * 1_000_000), go_on)
             yield Reading(self.settings, budget, lambda: turn.enter_context(self._turn(budget)), self._same_length)

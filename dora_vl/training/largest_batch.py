@@ -183,10 +183,7 @@ def _forward_and_backward(trainer: Any, batch: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _restored_afterwards(trainer: Any) -> Iterator[None]:
-    """Sets the learning rate to zero inside; afterwards the optimizer and what it trains are as they were.
-
-    The copies are in the machine's memory, so that the device has as much room as before.
-    """
+    """Sets the learning rate to zero inside; restores optimizer and weights afterwards, from copies on the host."""
 
     def to_cpu(value: Any) -> Any:
         return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value

@@ -101,10 +101,7 @@ class Pipeline(ABC):
 
     @abstractmethod
     def write_replay(self, backbone: Backbone[Any], arguments: TrainingArguments) -> None:
-        """Puts the chats of `data.replay` into the run's folder; the base that has none yet writes them.
-
-        Every rank must call it, before anything is adapted.
-        """
+        """Puts the chats of `data.replay`, which the base writes, into the run's folder; every rank must call it."""
 
     @abstractmethod
     def dora_config(self, backbone: Backbone[Any]) -> DoRAConfig:
@@ -120,10 +117,7 @@ class Pipeline(ABC):
 
     @abstractmethod
     def watch(self, backbone: Backbone[Any], arguments: TrainingArguments) -> Watch | None:
-        """Returns `watch` fixed questions to ask while it trains; None if the settings name nothing to ask.
-
-        Every rank must call it, once the data is there.
-        """
+        """Returns `watch` fixed questions to ask while it trains, if there are any; every rank must call it."""
 
     def rollouts(self, backbone: Backbone[Any], arguments: TrainingArguments, data: TrainingData) -> Rollouts | None:
         """Returns what draws the answers that are learned from; None if the data has them."""

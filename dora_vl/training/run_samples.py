@@ -540,10 +540,7 @@ def _largest_samples(
     grouped: bool,
     sized: MediaFolder | None,
 ) -> list[list[Sample | Skipped]]:
-    """Returns the largest samples, with and without pictures apart where no micro-batch mixes them.
-
-    Twice as many as a micro-batch holds, since words only stand for tokens.
-    """
+    """Returns the largest samples, twice a micro-batch; with and without pictures apart if no batch mixes them."""
     kinds = (lengths.is_multimodal, ~lengths.is_multimodal) if grouped else (None,)
     pools = [longest_indices(lengths, 2 * count, among) for among in kinds]
     if sized is not None:

@@ -71,10 +71,7 @@ class TaskSource:
 
 
 class MixtureDataset(Dataset[MicroBatch]):
-    """An epoch's micro-batches in the plan's order, for a data loader with batches of one.
-
-    An item's random choices are a function of (seed, epoch, task, item).
-    """
+    """An epoch's micro-batches in the plan's order; random choices are a function of (seed, epoch, task, item)."""
 
     def __init__(self, plan: MixturePlan, sources: Sequence[TaskSource], *, seed: int) -> None:
         self.plan = plan
@@ -128,10 +125,7 @@ class MixtureDataset(Dataset[MicroBatch]):
 
 
 class ValidationBatches(Dataset[MicroBatch]):
-    """Batches each task's samples in the file's order, with the first answer of each; a batch holds one task.
-
-    Empty batches follow until all ranks have equally many.
-    """
+    """Batches each task's samples in the file's order, with first answers, then empty ones until ranks are even."""
 
     def __init__(self, sources: Sequence[TaskSource], *, batch_size: int, ranks: int) -> None:
         self._parts = [

@@ -428,10 +428,7 @@ def plan_of(
     tokens: int,
     compares: bool = False,
 ) -> dict[str, Table]:
-    """Makes the tables of what trains, what does not, and the memory that a micro-batch of `tokens` takes.
-
-    `compares`: the run also holds the trained values it began with.
-    """
+    """Makes the tables of what trains and of a micro-batch's memory; `compares`: the first values are held as well."""
     model = backbone.model
     engine = engine_of(
         deepspeed_config() if arguments.deepspeed is not None else None,

@@ -26,10 +26,7 @@ _kernels: dict[tuple[torch.device, torch.dtype], ModuleType | None] = {}
 
 
 def kernels_for(tensor: Tensor, numbers: int) -> ModuleType | None:
-    """Returns the module whose `output`, `gradients` and norms take tensors like this one; None if there is none.
-
-    `numbers` of an output or a weight say whether C++ is worth compiling.
-    """
+    """Returns the module whose `output`, `gradients` and norms take tensors of this kind and size, if there is one."""
     if _left_out:
         return None
     if tensor.device.type == "cpu" and cpu_step.is_usable(tensor.dtype, numbers):
