@@ -128,8 +128,7 @@ class AdapterSlots:
 def rows_seen(model: nn.Module, run: Callable[[], object], *, rows: int, tokens: int) -> frozenset[str]:
     """Names the modules that always receive `[rows, tokens, ...]` or each row's last token.
 
-    Args:
-        run: puts a batch through the model; it has more than one row, and another number of tokens than of rows.
+    `run` puts a batch through the model, of several rows and of another number of tokens than of rows.
     """
     seen: dict[str, bool] = {}
     shapes = ((rows, tokens), (rows, 1))

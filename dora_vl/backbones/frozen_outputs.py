@@ -456,9 +456,7 @@ class StoredRow(NamedTuple):
 class OutputStore:
     """Stores outputs by `PictureReader.key`; several processes may fill it, workers read it.
 
-    Args:
-        cache: the folder of stores; this one is named after the parts' weights and `settings`.
-        settings: what else decides the outputs (`PictureReader.settings`).
+    Its folder in `cache` is named after the parts' weights and `settings`, what else decides the outputs.
     """
 
     def __init__(self, cache: Path, model: Any, parts: FrozenParts, settings: Mapping[str, Any]) -> None:

@@ -121,14 +121,9 @@ class OwnFeatures(FeatureStore):
 
 @dataclass(frozen=True)
 class FeatureRow:
-    """Features of one picture or video and what they were made from.
+    """Features of one picture or video, and what they were made from: the library, and the frames' places and seconds.
 
-    Attributes:
-        features: any shape; the last axis is the width.
-        backend: the library that decoded it.
-        indices: frames by their place in the video; empty for a picture.
-        seconds: when each frame begins.
-        part: part of the video; a picture is whole.
+    `features` may have any shape, the last axis being the width; a picture has no frames, and its `part` is the whole.
     """
 
     name: str

@@ -25,8 +25,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 class Gain:
     """The gain of one layer without a gradient for activations of `dtype`, true until its factors or magnitude change.
 
-    Attributes:
-        per_norm: 1 / n, the derivative of g by m; 0 for a row without a direction.
+    `per_norm` is 1 / n, the derivative of g by m; 0 for a row without a direction.
     """
 
     full: Float[Tensor, " out"]

@@ -154,8 +154,7 @@ def by_picture(examples: Sequence[Example]) -> list[Example]:
 class PictureOutputCache:
     """Runs a model's frozen vision parts only once for pictures that recur in a batch or in the next one.
 
-    Raises:
-        NotStorable: the family's parts do not give the same when what they gave is handed in again.
+    Raises NotStorable: the parts do not give the same when what they gave is handed in again.
     """
 
     def __init__(self, backbone: Any, encoder: Encoder) -> None:

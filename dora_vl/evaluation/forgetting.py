@@ -35,9 +35,7 @@ MUCH_FORGOTTEN = 1.5
 class Abilities:
     """One model's results on the passages and questions; `nats` is the mean cross-entropy per token.
 
-    Attributes:
-        answers: by question; None if the model takes no text without a picture.
-        answer_nats: of the base's answers.
+    `answers` are None if the model takes no text without a picture; `answer_nats` is of the base's answers.
     """
 
     nats: float

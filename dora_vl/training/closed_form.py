@@ -73,8 +73,7 @@ def projector_inputs(
 class Ridge:
     """A linear map of standardised numbers, `(x - mean) / spread @ weights + offset`.
 
-    Attributes:
-        unexplained: the share of the targets' variance that remains in leave-one-out predictions.
+    `unexplained` is the share of the targets' variance that remains in leave-one-out predictions.
     """
 
     mean: Float[Tensor, " inputs"]

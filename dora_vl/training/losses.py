@@ -160,10 +160,8 @@ class NextTokenLoss(LossModel):
 class RewardLoss(NextTokenLoss):
     """Raises the log-probability of drawn answers by their advantage; see `heads.rewards`.
 
-    Batches of validation hold the data's own answers, and get their next-token loss.
-
-    Args:
-        kl: the weight of the divergence from `reference`, the model as it was when training began.
+    Batches of validation hold the data's own answers, and get their next-token loss. `kl` is the weight of the
+    divergence from `reference`, the model as it was when training began.
     """
 
     def __init__(self, backbone: Backbone[Any], *, kl: float, reference: Reference | None) -> None:
@@ -213,12 +211,9 @@ def mean_over_ranks(values: Float[Tensor, " answers"], kept: Bool[Tensor, " answ
 
 
 class PreferenceLoss(LossModel):
-    """Computes a weighted sum of `heads.preferences.LOSSES`.
+    """Computes a sum of `heads.preferences.LOSSES`, which `objective` weighs by name.
 
-    Args:
-        objective: the weight of each loss, by its name.
-        reference: the model as it was when training began; None where no loss needs it.
-        keeps: what the reference says of a sample is computed once, and kept for later epochs.
+    What `reference`, the model as it was when training began, says of a sample is kept for later epochs with `keeps`.
     """
 
     def __init__(
