@@ -20,6 +20,8 @@ ROLES: Mapping[str, tuple[str, ...]] = {
         *("image_url", "photo", *PICTURE_ENDINGS),
     ),
     "videos": ("videos", "video"),
+    "start_seconds": ("start_seconds", "video_start"),
+    "end_seconds": ("end_seconds", "video_end"),
     "system": ("system", "system_prompt"),
     "question": ("question", "query", "prompt"),
     "answer": ("answer", "answers", "response", "label", "output", "solution", "multiple_choice_answer"),
@@ -40,7 +42,7 @@ ROLES: Mapping[str, tuple[str, ...]] = {
     "chosen": ("chosen", "chosen_response"),
     "rejected_images": ("rejected_images",),
     "rejected": ("rejected", "rejected_response", "rejected_messages"),
-    "judged": ("kto_tag", "label"),
+    "judged": ("kto_tag", "label", "desirable"),
     "tools": ("tools",),
     "chat_template_kwargs": ("chat_template_kwargs",),
     "turns": ("turns",),
@@ -182,7 +184,7 @@ def lost_content(path: str, value: object, *, unknown: bool = False, has_media: 
         if isinstance(value, int | float):
             return None
         if isinstance(value, str) and value[:1].isalnum() and not holds_media(value):
-            return (path, TEXT) if _may_be_question_or_answer(path, value) else None
+            return (path, kind) if (kind := _kind_of_note(path, value)) else None
     try:
         return _loss(path, value, unknown, has_media)
     except RecursionError:
@@ -213,8 +215,8 @@ def _loss(path: str, value: object, unknown: bool, has_media: bool) -> tuple[str
             return path, NESTED
         return next(filter(None, (_loss(path, entry, unknown, has_media) for entry in value)), None)
     if kind == NOTED:
-        return (path, TEXT) if isinstance(value, str) and _may_be_question_or_answer(name, value) else None
-    if not kind or isinstance(value, bool) or (kind in (MEDIUM, ASKED) and isinstance(value, list)):
+        kind = _kind_of_note(name, value) if isinstance(value, str) else ""
+    elif not kind or isinstance(value, bool) or (kind in (MEDIUM, ASKED) and isinstance(value, list)):
         kind = _by_value(value, unknown)
     return (path, kind) if kind else None
 
@@ -223,16 +225,33 @@ _DIRECTING = frozenset(("task", "type", "kind", "format", "genre", "mode", "styl
 """A note of these names may say what is to be done, which a sentence does and a name of one does not."""
 
 
-def _may_be_question_or_answer(name: str, text: str) -> bool:
-    """Tells whether a text in a bookkeeping column may belong to a question or an answer.
+def _kind_of_note(name: str, text: str) -> str:
+    """Returns what a text in a bookkeeping column may be of a question or an answer; "" for a mere note.
 
-    So may a sentence in a column of `_DIRECTING`, and a unit without a number, such as kg; `scene 3` names a group.
+    A unit without a number, such as kg, belongs to an answer; `scene 3` names a group.
     """
     words = name.lower().split("_")
     if words[-1] in ("unit", "units"):
-        return not any(map(str.isdigit, text))
-    is_sentence = text.endswith((".", "!", ":")) or text.count(" ") > 2
-    return len(text) > 300 or text.endswith("?") or (is_sentence and not _DIRECTING.isdisjoint((words[0], words[-1])))
+        return "" if any(map(str.isdigit, text)) else TEXT
+    if not _DIRECTING.isdisjoint((words[0], words[-1])) and (text.endswith((".", "!", ":")) or text.count(" ") > 2):
+        return ASKED
+    return TEXT if len(text) > 300 or text.endswith("?") else ""
+
+
+_BEGIN, _END = frozenset(("start", "begin", "onset", "from")), frozenset(("end", "finish", "stop", "to"))
+_OF_TIME = frozenset(("s", "sec", "secs", "second", "seconds", "time", "t", "video", "clip", "segment"))
+_PARTS = frozenset(
+    ("times", "timestamp", "timestamps", "ts", "offset", "span", "interval", "moment", "frame", "frames")
+)
+
+
+def moment_of(name: str) -> str | None:
+    """Returns which part of a video a column may say: `start_seconds`, `end_seconds`, "" for another; None for none."""
+    words = {word.lower() for word in _NAME_WORDS.findall(name)}
+    rest = words - _OF_TIME
+    if len(rest) == 1 and rest <= _BEGIN | _END:
+        return "start_seconds" if rest <= _BEGIN else "end_seconds"
+    return "" if words and words <= _PARTS | _BEGIN | _END | _OF_TIME else None
 
 
 def _by_value(value: object, unknown: bool) -> str:
@@ -285,22 +304,15 @@ def kind_of_column(name: str) -> str:
 
 
 LIKELY_NAMES: Mapping[str, tuple[str, ...]] = {
-    "question": ("q", "frage", "pregunta", "pergunta", "domanda", "user", "human", "problem", "sentence", "prefix"),
-    "answer": (
-        "a",
-        "antwort",
-        "respuesta",
-        "resposta",
-        "reponse",
-        "risposta",
-        "assistant",
-        "gpt",
-        "target",
-        "reply",
-        "suffix",
-    ),
-    "image": ("bild", "foto", "imagen", "immagine", "url", "file", "src", "path", "pixels", "media"),
-    "caption": ("alt", "alt_text", "title"),
+    role: tuple(names.split())
+    for role, names in {
+        "question": "q frage pregunta pergunta domanda user human problem sentence prefix",
+        "answer": "a antwort respuesta resposta reponse risposta assistant gpt target reply suffix choice",
+        "image": "bild foto imagen immagine url file src path pixels media",
+        "caption": "alt alt_text title",
+        "chosen": "preferred_output preferred_response accepted_response",
+        "rejected": "non_preferred_output non_preferred_response dispreferred_response",
+    }.items()
 }
 """These names may mean a role: they are proposed, not taken for it."""
 _ROLE_OF_LIKELY_NAME = {name: name for name in sorted(KNOWN - {"solution"})} | {

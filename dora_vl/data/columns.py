@@ -33,6 +33,7 @@ from dora_vl.data.column_names import (
     is_nan_text,
     kind_of_column,
     lost_content,
+    moment_of,
     nearest_role,
     parsed,
     plain_name,
@@ -64,7 +65,7 @@ class RowFormat:
     fits: Callable[[Row], bool] = lambda row: True
 
 
-EVERYWHERE = ("id", "images", "videos", "system", TOOLS, KWARGS)
+EVERYWHERE = ("id", "images", "videos", "start_seconds", "end_seconds", "system", TOOLS, KWARGS)
 
 
 def _is_record(row: Row) -> bool:
@@ -85,6 +86,7 @@ def _ends_asking(row: Row) -> bool:
 PREFERENCES, JUDGED = "preferences", "judged answers"
 FORMATS: tuple[RowFormat, ...] = (
     RowFormat(PREFERENCES, ("conversations", "chosen", "rejected"), ("rejected_images",)),
+    RowFormat(PREFERENCES, ("messages", "chosen", "rejected"), ("rejected_images",), _ends_asking),
     RowFormat(PREFERENCES, ("messages", "rejected"), ("rejected_images",)),
     RowFormat(PREFERENCES, ("messages", "rejected_images")),
     RowFormat(PREFERENCES, ("prompt", "chosen", "rejected"), ("history", "rejected_images")),
@@ -120,7 +122,7 @@ class ColumnsError(UserError):
     """
 
     def __init__(self, problem: str, remedy: Columns, other: Columns | None = None) -> None:
-        super().__init__(f"{problem} {_fix('set', remedy.as_settings(), other and other.as_settings())}")
+        super().__init__(f"{problem} {_fix('set', remedy.as_settings(), other and other.as_settings())}".rstrip())
         self.problem, self.remedy, self.other = problem, remedy, other
 
     @property
@@ -130,7 +132,7 @@ class ColumnsError(UserError):
 
 
 def _fix(verb: str, remedy: str, other: str | None) -> str:
-    return f"{verb} {remedy}" + (f", or {other}" if other else "")
+    return ", or ".join(filter(None, (remedy and f"{verb} {remedy}", other)))
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ class _Shape:
         if self.format.name != "captions":
             return self.format.fits(row)
         captions = [row[name] for name in dict(self.candidates)["caption"][0]]
-        return not any(isinstance(text, str) and isinstance(parsed(text), dict) for text in captions)
+        return not any(isinstance(parsed(text), dict) for text in captions)
 
     def _is_judged(self, row: Row, roles: Mapping[str, str]) -> bool:
         filled = [name for names in dict(self.candidates)["judged"] for name in names if not is_empty(row[name])]
@@ -240,6 +242,8 @@ class Columns:
         resolved = Resolved(shape.format, fields, uses, called)
         if strict and (left := [name for name, role in uses.items() if not role]):
             self._refuse_second(row, left)
+            if not is_empty(fields.get("videos")):
+                _refuse_moments(row, left)
             _refuse_left_out(row, left if not self.roles else [*filterfalse(self._role_is_taken, left)], resolved)
         return resolved
 
@@ -253,8 +257,8 @@ class Columns:
 
     def as_settings(self) -> str:
         """Returns the settings as a run's YAML states them."""
-        columns = ", ".join(f"{short_text(name, 40)}: {role}" for name, role in self.roles.items())
-        ignored = ", ".join(short_text(name, 40) for name in self.ignored)
+        columns = ", ".join(f"{short_text(name, 80)}: {role}" for name, role in self.roles.items())
+        ignored = ", ".join(short_text(name, 80) for name in self.ignored)
         keys = {f"columns: {{{columns}}}": columns, f"ignore: [{ignored}]": ignored, f"ask: {self.ask}": self.ask}
         return " and ".join(f"data.{text}" for text, value in keys.items() if value)
 
@@ -310,22 +314,25 @@ class Columns:
         guesses = {name: role for name in free if (role := _guess_role(name, names))}
         if not {*ROLES["images"], *ROLES["videos"]} & {*names, *guesses.values(), *self.roles.values()}:
             guesses |= {name: _media_role(name, row[name]) for name in free if holds_media(row.get(name))}
+        _refuse_several_answers(guesses)
+        unlike = _numbered_otherwise(guesses)
+        guesses = {name: role for name, role in guesses.items() if name not in unlike}
         texts = {name: "question" for name in free if plain_name(name) in (*ROLES["caption"], "instruction")}
         trials = [(guesses, ""), (guesses | texts, ""), (guesses, EXAMPLE_QUESTION)]
         has_null = any(row[name] is None and plain_name(name) in ROLES["question"] for name in row)
         for roles, ask in trials[:2] if has_null else trials:
-            trial = Columns({**self.roles, **roles}, self.ignored, self.ask or ask)
+            trial = Columns({**self.roles, **roles}, (*self.ignored, *unlike), self.ask or ask)
             resolved = trial.resolve(row, strict=False)
             used = {name: role for name, role in roles.items() if resolved.uses.get(name)}
             if resolved.format is not None and (used or ask):
                 meant = f" fit no format; did you mean {short_names(dict.fromkeys(used.values()))}?"
                 lacks = meant if used else " have no question;"
-                remedy = Columns(used, (), ask)
-                settled = Columns({**self.roles, **used}, self.ignored, trial.ask)
+                remedy = Columns(used, unlike, ask)
+                settled = Columns({**self.roles, **used}, trial.ignored, trial.ask)
                 try:
                     settled.resolve(row, strict=settled.resolve(row, strict=False).format is not None)
                 except ColumnsError as error:
-                    remedy = Columns({**used, **error.remedy.roles}, error.remedy.ignored, ask)
+                    remedy = Columns({**used, **error.remedy.roles}, (*unlike, *error.remedy.ignored), ask)
                 raise ColumnsError(f"its columns {short_repr([*row], 120)}{lacks}", remedy)
 
     def _shapes_of(self, names: Sequence[str]) -> Iterator[_Shape]:
@@ -356,17 +363,64 @@ class Columns:
         return alternatives
 
 
+_NUMBER = re.compile(r"(?:\d+|(?<=_)[a-h])$")
+
+
+def _refuse_several_answers(guesses: Mapping[str, str]) -> None:
+    """Refuses answers in columns that are called alike but for a letter or number: no setting says which is right."""
+    names = [name for name, role in guesses.items() if role in ROLES["answer"] and _NUMBER.search(plain_name(name))]
+    if len(names) > 1:
+        remedy = "write the better one as chosen and the other as rejected, or a row for each that is right"
+        raise ColumnsError(f"{short_names(names)} are several answers to one question; {remedy}", Columns())
+
+
+def _numbered_otherwise(guesses: Mapping[str, str]) -> tuple[str, ...]:
+    """Returns the captions, and the pictures, of other numbers than the first caption's (Winoground)."""
+    numbers = {name: match[0] for name in guesses if (match := _NUMBER.search(plain_name(name)))}
+    captions = [name for name in numbers if guesses[name] == "caption"]
+    if len(captions) < 2:
+        return ()
+    return tuple(
+        name
+        for name, number in numbers.items()
+        if guesses[name] in ("caption", "image") and number != numbers[captions[0]]
+    )
+
+
 def _guess_role(path: str, names: set[str]) -> str | None:
     """Returns the role that a column of unknown name probably has, unless another column's name says that role."""
     name = path.rpartition(".")[2]
-    if name == "chosen":
+    if name == "chosen" and "rejected" not in names:
         beside = {"prompt": "completion", "instruction": "output", "question": "answer"}
         return next((role for column, role in beside.items() if column in names), "messages")
     if plain_name(name) in KNOWN:
-        return None if name == path or name == "rejected" else name
+        return None if name == path or (name == "rejected" and "chosen" not in names) else name
     role = nearest_role(name) or _EXAMPLES.get(kind_of_column(name))
     is_held = role is not None and any(role in known and not names.isdisjoint(known) for known in ROLES.values())
     return None if is_held else role
+
+
+OF_VIDEO = "a part of the video"
+
+
+def _refuse_moments(row: Row, left: Iterable[str]) -> None:
+    """Raises ColumnsError for columns that may say which part of a video is meant."""
+    moments = {name: role for name in left if (role := moment_of(name)) is not None and not is_empty(row[name])}
+    if moments:
+        roles = {role: name for name, role in reversed(moments.items()) if role and _is_number(row[name])}
+        ignored = tuple(name for name in moments if name not in roles.values())
+        remedy = Columns({name: role for role, name in reversed(roles.items())}, ignored)
+        form = "" if roles else "; an object of path, start_seconds and end_seconds says which"
+        problem = f"{short_names(moments)} would be left out ({OF_VIDEO}{form});"
+        raise ColumnsError(problem, remedy, Columns(ignored=tuple(moments)) if roles else None)
+
+
+def _is_number(value: object) -> bool:
+    try:
+        float(str(value))
+    except ValueError:
+        return False
+    return True
 
 
 def _refuse_left_out(row: Row, left: Sequence[str], resolved: Resolved) -> None:
@@ -399,9 +453,12 @@ def _remedy(row: Row, losses: Iterable[tuple[str, str]], uses: Mapping[str, str]
         # A picture or video: the first of its kind, or one of several numbered columns.
         if what == MEDIUM and (not of_role or any(pattern.fullmatch(name) for pattern in JOINED["images"])):
             roles |= of_role | {path: role}
-        # A label or text beside a caption: the caption is the question or the answer.
+        # A label, question or answer by its name beside a caption, which is the other of the two.
         elif (
-            caption and not roles and (what == LABEL or (what == TEXT and (kind_of_column(name) or nearest_role(name))))
+            caption
+            and not roles
+            and what in (LABEL, TEXT)
+            and (kind_of_column(name) == LABEL or nearest_role(name) in (*ROLES["question"], *ROLES["answer"]))
         ):
             roles = dict.fromkeys(caption, "answer" if name in ROLES["question"] else "question")
             roles |= {} if name in KNOWN else {path: "answer"}

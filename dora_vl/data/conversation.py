@@ -11,8 +11,8 @@ from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
-from dora_vl.data.column_names import MEDIUM, UNREAD, is_empty, lost_content, parsed
-from dora_vl.data.columns import Row
+from dora_vl.data.column_names import MEDIUM, UNREAD, is_empty, lost_content, moment_of, parsed
+from dora_vl.data.columns import OF_VIDEO, Row
 from dora_vl.data.example import Answer, Example
 from dora_vl.data.pictures import picture_name
 from dora_vl.data.turns import (
@@ -57,11 +57,6 @@ PAYLOADS = ("image", "image_url", "url", "path", "bytes", "data")
 VIDEO_PARTS = ("video", "video_url", "input_video")
 VIDEO_PAYLOADS = ("path", "video", "url", "video_url")
 CLIP_TIMES = (("start_seconds", "video_start", "start_time"), ("end_seconds", "video_end", "end_time"))
-MOMENTS = frozenset(
-    ("start", "end", "begin", "finish", "start_time", "end_time", "start_frame", "end_frame", "frame", "frames")
-) | {"timestamp", "timestamps", "time", "ts", "offset"}
-"""These may say which part of a video is meant, in seconds or frames."""
-OF_VIDEO = "a part of the video; an object of path, start_seconds and end_seconds says which"
 SEEN_AS = ("fps", "nframes", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels", "detail")
 SEEN_AS += ("resized_height", "resized_width")
 OF_SIZE = "how large or how often it is seen, which is a setting of the run, the same for all samples"
@@ -75,6 +70,8 @@ BESIDE = {"images": frozenset(("type", "bytes", "path", "url")), "videos": PARTS
 """An object of a picture or video beside the conversation may hold these keys."""
 OWN_PICTURES, OWN_VIDEOS = ("images", "image"), ("videos", "video")
 OWN_MEDIA = frozenset((*OWN_PICTURES, *OWN_VIDEOS))
+KINDS_OF_TURN = ("message", "text", "chat", *ROLES)
+"""A turn may be of one of these as its `type`; any other may say that it is masked."""
 TURN_KEYS = {who: OWN_MEDIA | {who, what} for who, what in (("role", "content"), ("from", "value"))}
 """Maps the key of a turn's role to the keys that such a turn may hold."""
 TRAINED = ("train", "train_on_turn", "loss", "weight")
@@ -139,7 +136,7 @@ class _Conversation:
         self._tagged = 0
         self.turns: list[Turn] = []
         self.clips: list[Clip] = []
-        self.clips_left = [_read_clip(value, "videos") for value in listed(row.get("videos"))]
+        self.clips_left = [_read_clip(value, "videos") for value in _parts_of_videos(row)]
 
     def all_images(self) -> list[str]:
         """Returns the pictures in and beside the messages."""
@@ -257,10 +254,12 @@ class _Conversation:
                     continue
                 what = "an answer is trained wholly or not, by 1 or 0" if answers else "only answers are trained"
                 raise UnreadKey(message, f"{path}{key}", what)
-            if key in SEEN_AS and read is not BESIDE["images"]:
+            if key in SEEN_AS:
                 raise UnreadKey(message, f"{path}{key}", OF_SIZE)
-            if key in MOMENTS and read in (BESIDE["videos"], PARTS["video"]):
-                raise UnreadKey(message, f"{path}{key}", OF_VIDEO)
+            if read in (BESIDE["videos"], PARTS["video"]) and moment_of(key) is not None:
+                raise UnreadKey(message, f"{path}{key}", f"{OF_VIDEO}; start_seconds and end_seconds say which")
+            if (key, path) == ("type", "") and value not in KINDS_OF_TURN:
+                raise UnreadKey(message, key, UNREAD)
             loss = lost_content(key, value, unknown=True)
             if loss is not None or path:
                 raise UnreadKey(message, f"{path}{loss[0] if loss else key}", loss[1] if loss else UNREAD)
@@ -425,6 +424,21 @@ def listed(value: object) -> Sequence[object]:
     if value is None or value in ("", b"", []) or value != value:
         return ()
     return value if isinstance(value, list | tuple) else (value,)
+
+
+def _parts_of_videos(row: Row) -> Sequence[object]:
+    """Returns what a row has as videos, with the times of its columns."""
+    videos = listed(row.get("videos"))
+    times = {name: value for name in ("start_seconds", "end_seconds") if not is_empty(value := row.get(name))}
+    if not times:
+        return videos
+    if len(videos) != 1:
+        raise Unusable(f"{short_names(times)} are of one video, and it has {len(videos)}")
+    for name, value in times.items():
+        with suppress(ValueError):
+            times[name] = float(value) if isinstance(value, str) else value
+    (video,) = videos
+    return [{**(video if isinstance(video, Mapping) else {"path": video}), **times}]
 
 
 def _read_clip(value: object, key: str) -> Clip:

@@ -15,7 +15,6 @@ from string import ascii_lowercase, ascii_uppercase
 from dora_vl.data.column_names import KNOWN, Cell, flag_of, is_empty, lost_content, plain_name, without_nulls
 from dora_vl.data.column_names import ROLES as COLUMNS
 from dora_vl.data.columns import (
-    FORMATS,
     JUDGED,
     PREFERENCES,
     REPLIES,
@@ -26,17 +25,7 @@ from dora_vl.data.columns import (
     Row,
     lists_replies,
 )
-from dora_vl.data.conversation import (
-    CALLING,
-    MOMENTS,
-    OF_VIDEO,
-    ROLES,
-    UnreadKey,
-    as_text,
-    listed,
-    read_conversation,
-    with_thoughts,
-)
+from dora_vl.data.conversation import CALLING, ROLES, UnreadKey, as_text, listed, read_conversation, with_thoughts
 from dora_vl.data.example import (
     LETTER,
     Answer,
@@ -63,7 +52,11 @@ def _messages(row: Row, key: str) -> Sequence[object]:
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
         raise Unusable(f"{key!r} must be a list of turns, got {short_repr(messages)}")
     if key not in ("prompt", "completion") and (reply := row.get("completion")):
-        messages = [*messages, reply if isinstance(reply, Mapping) else {"role": "assistant", "content": reply}]
+        is_said = isinstance(reply, list) and all(isinstance(entry, Mapping) and "role" in entry for entry in reply)
+        replies = (
+            reply if is_said else [reply if isinstance(reply, Mapping) else {"role": "assistant", "content": reply}]
+        )
+        messages = [*messages, *replies]
     first = messages[0]
     if not isinstance(first, dict) or "role" in first or "from" in first:
         return messages
@@ -380,16 +373,9 @@ def read_fields(resolved: Resolved, sample_id: str) -> Example:
             answering = {name for role in ("answer", "output", "completion", "caption") for name in COLUMNS[role]}
             kind = NO_SAMPLE if answering.isdisjoint(map(plain_name, nulls)) else NO_ANSWER
             raise BadSample(sample_id, f"its {short_names(nulls)} is null", kind)
-        alone = "text alone is not trained on; " if {*map(plain_name, fields)} <= {*COLUMNS["caption"]} else ""
-        formats = "; ".join(" and ".join(form.needs) for form in FORMATS if form.needs)
-        raise BadSample(
-            sample_id,
-            f"its keys {short_repr([*fields], 120)} fit no format ({alone}{formats}); data.columns says what a "
-            "column is, such as {headline: question}, data.ask the question of all rows",
-        )
+        raise BadSample(sample_id, _no_format(fields))
     fields = {**fields, "id": sample_id}
     _refuse_parts_of_one_answer(resolved)
-    _refuse_moments(resolved)
     try:
         _refuse_python_lists(fields)
         if "answer" in fields and resolved.format.name in CONVERSATIONAL:
@@ -417,6 +403,22 @@ def read_fields(resolved: Resolved, sample_id: str) -> Example:
         raise BadSample(sample_id, "its values are nested too deeply") from None
 
 
+def _no_format(fields: Row) -> str:
+    """Says what a row of no format lacks, and how to name it."""
+    if fields.keys() >= {"data", "annotations"}:
+        return "it is Label Studio's JSON; export it as JSON-MIN or CSV"
+    names = {*map(plain_name, fields)}
+    if names <= {*COLUMNS["caption"]}:
+        return "it is text alone, which is not trained on; a picture, a question or an answer goes with it"
+    held = {role for role in ("images", "question", "answer") if not names.isdisjoint(COLUMNS[role])}
+    lacks = [role for role in ("question", "answer") if role not in held]
+    known = f"has {short_names(sorted(held))}, and no {' and no '.join(lacks)}" if held else "has no known column"
+    free = [name for name in fields if plain_name(name) not in KNOWN]
+    named = ", ".join(f"{name}: {role}" for name, role in zip(free or ["headline"], lacks, strict=False))
+    remedy = f"data.columns says which column that is, such as {{{named}}}, data.ask the question of all rows"
+    return f"of its columns {short_repr([*fields], 120)} none makes a question and its answer: it {known}; {remedy}"
+
+
 SEVERAL = ("answers", "caption", "captions", "description")
 """A column called so may list several right answers; of other columns only a list of votes, or of objects, is one."""
 
@@ -439,14 +441,6 @@ def _distinct_texts(value: object) -> list[str]:
     entries = value if isinstance(value, list) else []
     texts = [str(text) for text in entries if not is_empty(text) and not isinstance(text, Mapping)]
     return texts if len(texts) > 1 and len({*texts}) == len(texts) else []
-
-
-def _refuse_moments(resolved: Resolved) -> None:
-    if is_empty(resolved.fields.get("videos")):
-        return
-    lost = [name for name, role in resolved.uses.items() if not role and plain_name(name) in MOMENTS]
-    if lost:
-        raise ColumnsError(f"{short_names(lost)} would be left out ({OF_VIDEO});", Columns(ignored=tuple(lost)))
 
 
 def _refuse_python_lists(fields: Row) -> None:

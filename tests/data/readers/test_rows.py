@@ -176,7 +176,11 @@ def outcome(row: dict[str, Any], columns: Columns = USUAL) -> dict[str, Any]:
         return {"bad": "columns"}
     except BadSample as error:
         return {"bad": error.kind}
-    videos = {"videos": [clip.path for clip in example.videos]} if example.videos else {}
+    parts = [
+        [*vars(clip).values()] if {clip.start_seconds, clip.end_seconds} != {None} else clip.path
+        for clip in example.videos
+    ]
+    videos = {"videos": parts} if parts else {}
     about = {name: [*vars(example)[name]] for name in ("rejected", "rejected_images")}
     rejected = {name: values for name, values in about.items() if values}
     judged = {} if example.is_good is None else {"is_good": example.is_good}
