@@ -52,11 +52,9 @@ def _messages(row: Row, key: str) -> Sequence[object]:
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
         raise Unusable(f"{key!r} must be a list of turns, got {short_repr(messages)}")
     if key not in ("prompt", "completion") and (reply := row.get("completion")):
-        is_said = isinstance(reply, list) and all(isinstance(entry, Mapping) and "role" in entry for entry in reply)
-        replies = (
-            reply if is_said else [reply if isinstance(reply, Mapping) else {"role": "assistant", "content": reply}]
-        )
-        messages = [*messages, *replies]
+        replies = reply if isinstance(reply, list) and {*map(type, reply)} == {dict} else [reply]
+        said = ({"role": "assistant", "content": entry} for entry in replies)
+        messages = [*messages, *(replies if isinstance(replies[0], Mapping) else said)]
     first = messages[0]
     if not isinstance(first, dict) or "role" in first or "from" in first:
         return messages
