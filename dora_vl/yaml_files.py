@@ -12,8 +12,9 @@ from yaml import MappingNode, Node, ScalarNode, SequenceNode, YAMLError
 
 from dora_vl.errors import UserError, one_line, short_text
 
-MOST_VALUES = 100_000
-"""Aliases may expand to at most this many values: ten lines of them can mean more than memory holds."""
+MOST_VALUES = 10_000
+"""A file holds at most this many values, those of an alias at each use: ten lines of them can mean more than memory
+holds, and settings are compared one with all."""
 _OTHER_NUMBER = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
 
 
@@ -31,8 +32,8 @@ def read_yaml(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8-sig")
         sizes: dict[int, float] = {}
-        if _check(yaml.compose(text, Loader=_Loader), sizes) > max(MOST_VALUES, len(sizes)):
-            raise UserError(f"its aliases (*NAME) expand to more than {MOST_VALUES:,} values, or to themselves")
+        if _check(yaml.compose(text, Loader=_Loader), sizes) > MOST_VALUES:
+            raise UserError(f"it holds more than {MOST_VALUES:,} values, or aliases (*NAME) that expand to as many")
         return yaml.load(text, Loader=_Loader)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None

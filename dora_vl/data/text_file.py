@@ -30,6 +30,8 @@ _log = logging.getLogger(__name__)
 
 LONGEST_LINE_BYTES = 1 << 26
 """A line that still goes on after 64 MiB is not text; MMBench keeps pictures in its tables."""
+MOST_COLUMNS = 1 << 14
+"""A spreadsheet has at most so many; each one's name is compared with all that a column may be called."""
 LONGEST_REASON = 120
 CHUNK_BYTES = 1 << 20
 
@@ -218,9 +220,7 @@ def table_rows(
         named = [index for index, name in enumerate(heads) if index == 0 or name.strip()]
         nameless = [index for index, name in enumerate(heads) if index and not name.strip()]
         names = [heads[index] for index in named]
-        if len({*names}) < len(names):
-            twice = Counter(names).most_common(1)[0][0]
-            raise UserError(f"{path}: two columns are called {short_text(twice)!r}; fetch or write the file again")
+        _check_names(path, names)
         begins = reader.line_num + 1
         for values in filter(None, reader):
             if values == [_END]:
@@ -245,6 +245,16 @@ def table_rows(
 _ROWS_IN_AN_OBJECT = re.compile(rb'\{\s*"(data|rows|samples|examples)"\s*:\s*\[\s*\{')
 _TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _TO_THE_LAST_TEXT = re.compile(rb'(?:[^"]*"[^"\\]*(?:\\.[^"\\]*)*")*', re.DOTALL)
+
+
+def _check_names(path: Path, names: Sequence[str]) -> None:
+    if len(names) > MOST_COLUMNS:
+        raise UserError(f"{path}: {len(names):,} columns, of which at most {MOST_COLUMNS:,} are read; write fewer")
+    (name, times), *_ = Counter(names).most_common(1)
+    if times > 1:
+        raise UserError(f"{path}: two columns are called {short_text(name)!r}; fetch or write the file again")
+
+
 DEEPEST = 10_000
 """More open brackets are refused: `ijson` keeps a path for each, which fills the memory."""
 

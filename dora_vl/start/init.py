@@ -200,6 +200,8 @@ def _target(arguments: argparse.Namespace) -> tuple[Path, bool]:
     to: Path = arguments.to or Path("runs") / name
     if to.exists() and not to.is_dir():
         raise UserError(f"--to {to} is a file; name a folder")
+    if str(to).startswith("-"):
+        raise UserError(f"--to {to}: commands would take this name for an option; name another folder")
     if Path.cwd().is_relative_to(to.resolve()):
         raise UserError(f"--to {to} is the folder you are in; name one of its own")
     clear_leftovers(to.parent, to.name)

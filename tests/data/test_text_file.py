@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -62,10 +61,12 @@ def test_what_excel_writes_around_a_table_is_no_content(tmp_path: Path, content:
         'id,answer\n1,"a\n2,b\n',
         "id,answer\n1,a\rb\n",
         'id,answer\n1,"' + "a" * 120 + "\n" + "b" * 120 + '"\n',
+        "a,b,c,d\n1,2,3,4\n",
     ],
 )
 def test_a_table_that_is_damaged_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
     monkeypatch.setattr(text_file, "LONGEST_LINE_BYTES", 200)
+    monkeypatch.setattr(text_file, "MOST_COLUMNS", 3)
     (tmp_path / "a.csv").write_text(content)
     with pytest.raises(UserError):
         list(table_rows(tmp_path / "a.csv", "rows", delimiter=","))
@@ -179,8 +180,11 @@ def test_what_an_object_holds_under_a_name_and_its_members(tmp_path: Path) -> No
 LAUGHS = "a0: &a0 [x, y]\n" + "".join(f"a{n}: &a{n} [{', '.join(9 * [f'*a{n - 1}'])}]\n" for n in range(1, 30))
 
 
-@pytest.mark.parametrize("text", [LAUGHS, "a: &a [*a]", "a: &a {b: *a}"])
-def test_yaml_whose_aliases_have_no_end_is_refused_at_once(tmp_path: Path, text: str) -> None:
+KEYS = "".join(f"key{number}: 1\n" for number in range(20_000))
+
+
+@pytest.mark.parametrize("text", [LAUGHS, "a: &a [*a]", "a: &a {b: *a}", KEYS])
+def test_yaml_of_too_many_values_is_refused_at_once(tmp_path: Path, text: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(UserError):
@@ -196,15 +200,6 @@ def test_brackets_in_texts_open_nothing_and_open_ones_have_a_limit(tmp_path: Pat
     (tmp_path / "deep.json").write_text('[{"a": ' + "[" * (DEEPEST + 1))
     with pytest.raises(UserError):
         list(stream_records(tmp_path / "deep.json"))
-
-
-def test_a_table_of_200_000_columns_is_read_in_a_second(tmp_path: Path) -> None:
-    names = [f"c{number}" for number in range(200_000)]
-    (tmp_path / "a.csv").write_text(f"{','.join(names)}\n{'1,' * 199_999}1\n")
-    before = time.process_time()
-    ((_, row),) = table_rows(tmp_path / "a.csv", "rows", delimiter=",")
-    assert len(row) == 200_000
-    assert time.process_time() - before < 5
 
 
 def test_a_carriage_return_inside_a_line_is_named_in_our_words(tmp_path: Path) -> None:

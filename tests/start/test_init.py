@@ -312,6 +312,7 @@ def test_a_size_is_in_a_hub_id_s_name_and_in_a_folder_s_headers(base: Path) -> N
         ({"b.csv": "image,question,answer\na.png,Q?,red\n"}, ["my"]),  # one row cannot be parted
         ({}, ["sound", "--model", "./none"]),
         ({}, ["sound", "--test-share", "2"]),
+        ({}, ["sound", "--to=-run"]),
     ],
 )
 def test_what_cannot_be_is_refused_and_leaves_nothing(
