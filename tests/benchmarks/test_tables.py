@@ -156,3 +156,12 @@ def test_the_readmes_price_is_the_measured_one() -> None:
     assert f"without, {low} to {high} % more than PEFT's LoRA" in said
     low, high = (round(100 * (1 - ratio)) for ratio in reversed(with_dropout))
     assert f"With dropout, a step takes {low} to {high} % less time than PEFT's LoRA" in said
+
+
+def test_what_the_demo_forgets_is_the_kept_run() -> None:
+    lost = read_json(KEPT / "demo" / "metrics.json")["forgetting"]
+    times = lost["perplexity"]["adapted"] / lost["perplexity"]["base"]
+    before, after = (lost["answers"]["nats"][name] for name in ("base", "adapted"))
+    text = (DOCS / "training.md").read_text(encoding="utf-8")
+    assert f"is {times:.2f} times the base's" in text
+    assert f"cost {after:.2f} nats per token ({before:.2f} before)" in text
