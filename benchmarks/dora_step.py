@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaF
 
 from benchmarks.contenders import CLOCKS, DEVICE, contender, take_turns, train_step
 from benchmarks.report import write_json
+from dora_vl.backbones.loading import load_pretrained
 from dora_vl.run.launch import keep_freed_memory
 
 TRAINED = ("frozen", "peft_lora", "peft_dora", "peft_dora_accelerated", "ours")
@@ -144,7 +145,7 @@ def base_model(options: argparse.Namespace) -> Any:
     """Returns a causal language model from a folder, or SmolLM2-135M's shapes with random weights."""
     torch.manual_seed(0)
     folder = options.model
-    model: Any = LlamaForCausalLM(SMOLLM2_135M) if folder is None else AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = LlamaForCausalLM(SMOLLM2_135M) if folder is None else load_pretrained(AutoModelForCausalLM, folder)
     return model.to(DEVICE, getattr(torch, options.dtype))
 
 

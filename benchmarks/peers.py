@@ -210,6 +210,7 @@ def train_with_trl(name: str, options: Options, folder: Path) -> float:
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports]
 
+    from dora_vl.backbones.loading import load_pretrained
     from dora_vl.data.batches import Collator
     from dora_vl.data.columns import train_files
     from dora_vl.data.samples import BOOKKEEPING
@@ -231,7 +232,7 @@ def train_with_trl(name: str, options: Options, folder: Path) -> float:
         inputs = {key: value for key, value in joined.items() if key not in BOOKKEEPING}
         return {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
 
-    model = AutoModelForImageTextToText.from_pretrained(config.model.base, dtype=dtype)
+    model = load_pretrained(AutoModelForImageTextToText, config.model.base, dtype=dtype)
     projectors = [name for name, _ in model.base_model.named_children() if name in PROJECTORS]
     trainer = SFTTrainer(
         model=model,

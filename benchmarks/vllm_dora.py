@@ -245,8 +245,10 @@ def write_adapter(kind: Any, base: Path, folder: Path, *, seed: int, **config: A
     """Writes PEFT's folder of an adapter whose B is not zero and whose magnitudes are not the norms."""
     from peft import LoraConfig, get_peft_model
 
+    from dora_vl.backbones.loading import load_pretrained
+
     torch.manual_seed(seed)
-    model: nn.Module = get_peft_model(kind.from_pretrained(base, dtype=torch.float32), LoraConfig(**config))
+    model: nn.Module = get_peft_model(load_pretrained(kind, base, dtype=torch.float32), LoraConfig(**config))
     for name, weight in model.named_parameters():
         if "lora_B" in name or "modules_to_save" in name:
             weight.add_(torch.randn_like(weight) * 0.12)
@@ -262,6 +264,8 @@ def by_peft(
     """Returns greedy answers of the base and of PEFT's unmerged adapters, of DoRA also "without magnitudes"."""
     from peft import PeftModel
 
+    from dora_vl.backbones.loading import load_pretrained
+
     models: dict[str, Path | None] = {"base": None, **adapters}
     for name, path in adapters.items():
         config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
@@ -271,7 +275,7 @@ def by_peft(
             models[f"{name} without magnitudes"] = plain
     answers = {}
     for name, path in models.items():
-        model: Any = kind.from_pretrained(base, dtype=torch.float32)
+        model: Any = load_pretrained(kind, base, dtype=torch.float32)
         model = model if path is None else PeftModel.from_pretrained(model, str(path))
         answers[name] = [greedy(model.eval(), prompt, tokens) for prompt in inputs]
     return answers

@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora.conversion import convert_to_lora
 from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
 
@@ -389,3 +390,17 @@ def test_bfloat16_is_as_near_to_the_truth_as_pefts(float32_adapters):
     assert float(ours.norm()) < (1.5 if float32_adapters else 1.0) * float(theirs.norm())
     assert float(ours.norm()) < 3.5e-3 * float(expected.norm())
     assert abs(float((ours * expected).sum())) < 2e-4 * float(expected.square().sum())  # no gain or loss of scale
+
+
+@pytest.mark.parametrize("rank", [3, 8, 16])
+def test_pefts_conversion_to_lora_loses_the_magnitudes(rank: int) -> None:
+    """What docs/export.md warns of, for as long as PEFT does so; a merge keeps them."""
+    wrapped = moved_peft(tiny_llama()).eval()
+    expected = logits(wrapped)
+    config, factors = convert_to_lora(wrapped, rank=rank)
+    converted = get_peft_model(tiny_llama(), config).eval()
+    assert not set_peft_model_state_dict(converted, factors).unexpected_keys
+    without = moved_peft(tiny_llama(), use_dora=False).eval()
+    torch.testing.assert_close(logits(converted), logits(without), rtol=1e-5, atol=1e-5)
+    assert (logits(converted) - expected).abs().max() > 0.03
+    torch.testing.assert_close(logits(wrapped.merge_and_unload()), expected, rtol=1e-5, atol=1e-5)
