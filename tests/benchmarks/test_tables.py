@@ -113,6 +113,8 @@ def test_expected_scores_are_those_of_the_recipe_files() -> None:
     for file, variants, *_, expected in scored:
         if "make demo`" in expected:
             assert expected == f"`make demo`: {demo['value']:.1f} % of {demo['n']:,} test questions"
+            asked = f"asks {demo['n']:,} test questions. About {demo['value']:.1f} % of the answers are right"
+            assert asked in (DOCS / "ten_minutes.md").read_text(encoding="utf-8")
             continue
         recipe = (ROOT / "configs" / file.strip("`")).read_text(encoding="utf-8")
         for figure in DECIMAL.findall(expected):
