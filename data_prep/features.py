@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -40,7 +39,16 @@ from dora_vl.data.picture_files import VIDEO_SECONDS
 from dora_vl.data.pictures import PICTURE_ENDINGS, VIDEO_ENDINGS, MediaFolder
 from dora_vl.data.samples import BadSampleLedger, write_skipped
 from dora_vl.data.video import VideoReader
-from dora_vl.errors import BadSample, UserError, exit_on_user_error, number_between, one_line, positive_int, short_text
+from dora_vl.errors import (
+    BadSample,
+    UserError,
+    ended_by_signals,
+    exit_on_user_error,
+    number_between,
+    one_line,
+    positive_int,
+    short_text,
+)
 
 PICTURES, VIDEOS = ({f".{ending}" for ending in endings} for endings in (PICTURE_ENDINGS, VIDEO_ENDINGS))
 
@@ -183,12 +191,8 @@ def main(arguments: list[str] | None = None) -> None:
         **{name: getattr(options, name) for name in of_features},
     )
     encoder = FeatureEncoder(settings, device=device)
-    # SIGTERM, which launchers and queues send, unwinds the process like Ctrl-C; it still exits with 128 + 15.
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
+    with ended_by_signals(signal.SIGTERM):  # of launchers and queues
         ledger = compute(media, encoder, options.to, root=options.root, options=options)
-    finally:
-        signal.signal(signal.SIGTERM, before)
     counts = ledger.counts
     print(f"{options.to}: features of {counts.seen - counts.bad:,} more files, {counts.bad:,} left out")
     for name, reason in list(ledger.reasons.items())[:5]:

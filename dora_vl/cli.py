@@ -20,8 +20,9 @@ class Command:
     """Describes a command of `dora-vl`.
 
     The module is imported when the command is used. It holds `DESCRIPTION` (what --help says),
-    `add_arguments(parser)` and `run(arguments)`, which yields the lines to print as they are ready; `TAKES_SETTINGS`
-    where a run's own settings may follow, which `run` finds as `arguments.settings`; `SETS_UP_LOGGING` where it does.
+    `add_arguments(parser)` and `run(arguments)`, which yields the lines to print as they are ready and finds what was
+    typed as `arguments.words`; `TAKES_SETTINGS` where a run's own settings may follow, which `run` finds as
+    `arguments.settings`; `SETS_UP_LOGGING` where it does.
 
     Attributes:
         opens_bases: the command reads a base's weights by transformers' classes, which must know composed towers.
@@ -110,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from dora_vl.backbones import register_towers
 
         register_towers()
+    options.words = rest
     for line in module.run(options):
         print(line, flush=True)
 

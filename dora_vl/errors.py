@@ -16,6 +16,7 @@ import select
 import signal
 import struct
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
@@ -241,21 +242,58 @@ _OF_THE_SYSTEM = {
 }
 
 
+@contextmanager
+def ended_by_signals(*numbers: signal.Signals) -> Iterator[None]:
+    """Ends the block with one line and status 130 on Ctrl-C, 143 on SIGTERM, once what it opened is closed.
+
+    Libraries make errors of their own of an interruption: any error after a signal counts as its work. Forked children
+    end at once.
+    """
+    received: list[int] = []
+    process = os.getpid()
+
+    def note(number: int, _: object) -> None:
+        if os.getpid() != process:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        received.append(number)
+        raise KeyboardInterrupt
+
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    in_main = threading.current_thread() is threading.main_thread()  # no other thread may set handlers
+    before = {number: signal.signal(number, note) for number in heard} if in_main else {}
+    try:
+        yield
+    except BaseException as error:
+        if not received and not isinstance(error, KeyboardInterrupt):
+            raise
+        number = signal.Signals([*received, signal.SIGINT][0])
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"stopped by {'Ctrl-C' if number == signal.SIGINT else number.name}\n")
+        sys.exit(128 + number)  # as shells count it
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def exit_on_user_error(main: Callable[Inputs, Returned]) -> Callable[Inputs, Returned]:
     """Wraps an entry point: a `UserError` becomes one line on stderr and its exit status, never a traceback.
 
     So does a path of more characters than a file's name may have, one that leads through a file or lacks permission,
-    and a disk that takes no more, wherever it is met. A reader of the output that leaves early (`| head`) ends the
-    program quietly, as it ends others.
+    and a disk that takes no more, wherever it is met; so do Ctrl-C and SIGTERM at any moment. A reader of the output
+    that leaves early (`| head`) ends the program quietly, as it ends others.
     """
 
     @functools.wraps(main)
     def run(*arguments: Inputs.args, **options: Inputs.kwargs) -> Returned:
         leave_out_foreign_lines()
         wait_without_spinning()
+        in_launch = "LOCAL_RANK" in os.environ  # SIGTERM ends a rank at once, which may hang in a collective
+        signals = [signal.SIGINT] if in_launch else [signal.SIGINT, signal.SIGTERM]
         try:
             try:
-                return main(*arguments, **options)
+                with ended_by_signals(*signals):
+                    return main(*arguments, **options)
             finally:
                 sys.stdout.flush()  # at the exit nobody could catch what this raises
         except BrokenPipeError:

@@ -198,7 +198,8 @@ def one_process() -> LimitedProcess:
 # -- what runs there. No file of the current folder, which may have come from elsewhere, is taken for a library.
 
 CHILD = (
-    "import sys; sys.path[:] = [path for path in sys.path if path]; "
+    "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "  # the parent's to hear, and to end this
+    "sys.path[:] = [path for path in sys.path if path]; "
     "from dora_vl.limited_process import serve; serve(int(sys.argv[1]), sys.argv[2])"
 )
 STATM = Path("/proc/self/statm")

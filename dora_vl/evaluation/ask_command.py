@@ -170,7 +170,7 @@ def answer_all(questions: Sequence[str], answer: Callable[[str], object], what: 
     while True:
         try:
             line = input("question> ").strip()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             print()
             return
         if not line:

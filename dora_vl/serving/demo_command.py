@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import signal
-import sys
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -66,14 +64,10 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     if missing:
         raise MissingExtra(f"the page needs {' and '.join(missing)}", "web")
     with (
-        contextlib.suppress(KeyboardInterrupt),
         contextlib.ExitStack() as at_end,
         listening(options.host, options.port) as listener,
         tempfile.TemporaryDirectory(prefix="dora-vl-page-") as folder,
     ):
-        # SIGTERM ends the program as an exit does, so that the uploads' folder goes then too.
-        before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-        at_end.callback(signal.signal, signal.SIGTERM, before)
         keep_gradio_quiet(Path(folder))
         from dora_vl.serving.access import Uploads, access_rules, http_config
         from dora_vl.serving.model import open_served

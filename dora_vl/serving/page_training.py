@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shlex
@@ -19,6 +20,7 @@ import torch
 import yaml
 from gradio.blocks import Block  # pyright: ignore[reportMissingImports]
 
+from dora_vl.data.check import add_columns
 from dora_vl.errors import UserError, short_repr
 from dora_vl.evaluation.forgetting import forgetting_lines
 from dora_vl.evaluation.plots import series, smoothed
@@ -46,6 +48,7 @@ STATES = {
     "finished": "Trained and tested. To train with other settings, look at the data again.",
 }
 """Maps a run's state to what the page says about it."""
+LOOK_FIRST = "Look at the data. Runs of before are under Run, also one that goes on."
 NO_BASE = "There is no model to adapt here yet: type `dora-vl quickstart` in this folder first, or choose a base."
 DAMAGED = (LookupError, TypeError, ValueError, AttributeError)
 """Reading a run's files may raise these if another version wrote them, or somebody has changed them."""
@@ -65,6 +68,8 @@ class TrainTab:
         self.uploads, self.runs, self._make_room, self._key_of = uploads, Runs(), make_room, key_of
         self._made: dict[str, Path] = {}
         """These folders hold dropped files, and more may be added to them."""
+        self._unseen: set[Path] = set()
+        """Something was dropped into these after the last look at them."""
 
     def lay_out(self) -> None:
         """Lays the tab out where Gradio is building, and connects its clicks, except the one to the Ask tab."""
@@ -74,12 +79,15 @@ class TrainTab:
                 self._lay_out_choices()
             with gr.Column(scale=7, min_width=320):
                 self._lay_out_views()
+        self._of_data = [self.rows, self.seen, self.batch, self.estimate, self.yaml]
         self.parts = [part for part in vars(self).values() if isinstance(part, Block)]
         quick = {"outputs": self.parts, "show_progress": "hidden", "queue": False, "api_visibility": "private"}
         queued = {**quick, "queue": True, "concurrency_limit": 4}
         self.files.upload(self.take_files, [self.files, self.folder], **quick)
         self.other_data.click(self.forget_data, [], **quick)
-        self.look.click(self.look_at_data, [self.folder, self.question, self.columns, self.base], **queued)
+        seen = [self.folder, self.question, self.columns, self.base]
+        self.look.click(self.look_at_data, seen, **queued)
+        gr.on([part.input for part in seen], self.not_looked_at, [], **quick)
         self.run.input(self.show_run, [self.run], **quick)
         for slider in (self.rank, self.epochs):
             chosen = [self.run, self.rank, self.epochs, self.commands]
@@ -137,13 +145,17 @@ class TrainTab:
         """Returns what a newly opened page shows: the files dropped before, and the current or last run."""
         bases = sorted(str(path.parent) for path in RUNS.glob("*/*/config.json"))
         choices = [("the demo's, else a small SmolVLM", ""), *zip(bases, bases, strict=True)]
-        folder = self.runs.running() or next(iter(self.runs.folders()), None)
-        return {
-            self.base: gr.update(choices=choices, value=""),
-            **({self.folder: str(self._made[key])} if key in self._made else {}),
-            **({} if bases or folder is not None else {self.data_state: state_view("", NO_BASE)}),
-            **({} if folder is None else self.show_run(str(folder))),
-        }
+        folders, made = self.runs.folders(), self._made.get(key)
+        folder = self.runs.running() or next(iter(folders), None)
+        shown: Update = {} if made is None else {self.folder: str(made)}
+        if made in self._unseen:
+            runs = gr.update(choices=[str(path) for path in folders], value=None)
+            shown |= {**self.not_looked_at(), self.run: runs}
+        elif folder is not None:
+            shown |= self.show_run(str(folder))
+        elif not bases:
+            shown |= {self.data_state: state_view("", NO_BASE)}
+        return {**shown, self.base: gr.update(choices=choices, value=shown.get(self.base, ""))}
 
     # -- what a user does --------------------------------------------------------------------------------------
 
@@ -159,6 +171,7 @@ class TrainTab:
                 raise UserError(f"two files are called {twice[0]}; rename one")
             to.mkdir(parents=True, exist_ok=True)
             self._made[key] = to
+            self._unseen.add(to)
             replaced = [name for name in names if (to / name).exists()]
             for file in files:
                 shutil.move(file, to / file.name)
@@ -169,24 +182,34 @@ class TrainTab:
                 self.uploads.delete(file)
         message = f"{sum(1 for _ in to.iterdir()):,} files are in {to}. Look at the data once all are there."
         message += f" Replaced: {', '.join(replaced)}." if replaced else ""
-        return {self.files: None, self.folder: str(to), self.data_state: state_view("", message)}
+        shown = {self.files: None, self.folder: str(to), self.data_state: state_view("", message)}
+        return {**self.not_looked_at(), **shown}
+
+    def not_looked_at(self) -> Update:
+        """Returns a page without a run: what Start would train is not what is on the left."""
+        return {
+            **dict.fromkeys([self.start, self.stop], gr.update(interactive=False)),
+            **{self.run: None, self.mark: "", self.state: state_view("", LOOK_FIRST), self.commands: ""},
+            **{self.ask: gr.update(visible=False), self.curve: gr.update(visible=False)},
+            **dict.fromkeys([*self._of_data, self.watched, self.test], ""),
+        }
 
     def forget_data(self, request: gr.Request) -> Update:
         """Starts over with other data; dropped files stay in their folder."""
         self._made.pop(self._key_of.get(str(request.session_hash), ""), None)
-        return {self.folder: "", self.columns: "", self.data_state: ""}
+        return {**self.not_looked_at(), self.folder: "", self.columns: "", self.data_state: ""}
 
     @no_type_check  # a wrapper that checks types hides from Gradio that this is a generator
     def look_at_data(self, folder: str, question: str, columns: str, base: str) -> Iterator[Update]:
         """Yields what init says of the data, the first rows, the first batch, and what training takes."""
-        yield {self.look: gr.update(interactive=False), self.data_state: state_view("", "Looking at each picture …"),
-               self.start: gr.update(interactive=False), self.run: None,
-               **dict.fromkeys([self.rows, self.seen, self.batch, self.estimate, self.yaml], "")}  # fmt: skip
+        yield {**self.not_looked_at(), self.look: gr.update(interactive=False),
+               self.data_state: state_view("", "Looking at each picture …"), self.state: ""}  # fmt: skip
         try:
             if not folder.strip():
                 raise UserError("drop pictures and a table, or name a folder")
             if "\0" in "".join((folder, question, columns, base or "")):
                 raise UserError("a field holds a NUL character, which no name has; type it anew")
+            self._unseen.discard(Path(folder.strip()))
             data = folder.strip() if not folder.strip().startswith("-") else f"./{folder.strip()}"
             to = self.runs.new_folder(Path(data).resolve().name)
             options = {"--ask": question.strip(), **column_options(columns)}
@@ -263,7 +286,8 @@ class TrainTab:
             self.rows: rows_view(folder),
             self.yaml: text,
             self.commands: command(self.runs.train_arguments(folder)),
-            **dict.fromkeys([self.seen, self.batch, self.estimate], ""),
+            **dict.fromkeys([self.data_state, self.seen, self.batch, self.estimate], ""),
+            **dict(zip((self.folder, self.question, self.columns, self.base), looked_at(text), strict=True)),
         }
 
     def follow(self, run: str | None, mark: str) -> Any:
@@ -330,6 +354,22 @@ def column_options(text: str) -> dict[str, str]:
     return {"--columns": ",".join(with_role), "--ignore": ",".join(name for name in names if "=" not in name)}
 
 
+def looked_at(text: str) -> tuple[str, str, str, str]:
+    """Returns folder, question, headings and base that init was given for a YAML; empty where another wrote it."""
+    match = re.search(r"(?m)^#   .*? init (.+)", text)
+    parser = argparse.ArgumentParser(exit_on_error=False, add_help=False)
+    parser.add_argument("folder")
+    add_columns(parser)
+    for option in ("--model", "--to", "--questions", "--test-share", "--seed"):
+        parser.add_argument(option, default="")
+    try:
+        given, _ = parser.parse_known_args(shlex.split(match[1] if match else "''"))
+    except (argparse.ArgumentError, ValueError, SystemExit):  # somebody has changed the line
+        return "", "", "", ""
+    headings = ", ".join(filter(None, [*given.columns.split(","), *given.ignore.split(",")]))
+    return given.folder, given.ask, headings, given.model
+
+
 def left_out_view(output: str) -> str:
     """Warns where init could not use some of the rows; empty if it could use all."""
     match = re.search(r"([\d,]+) rows, ([\d,]+) usable", output)
@@ -366,10 +406,12 @@ def rows_view(folder: Path) -> str:
         return printed_view([f"its rows cannot be shown: {error!r}"])
     if not rows or root is None:
         return ""
+    roots = (Path(root), folder.resolve().parents[1] / root)  # `runs` may be a link from where the page was started
+    root = next((path for path in roots if path.is_dir()), roots[0])
     pictures, shown = InlinePictures(), []
     for row in evenly(rows, PREVIEWED):
         images = row.get("image", [])
-        picture = pictures.shown(Path(root), [images] if isinstance(images, str) else images, None)
+        picture = pictures.shown(root, [images] if isinstance(images, str) else images, None)
         texts = [re.sub("<(image|video)>\n?", "", turn["value"]) for turn in row["conversations"][:2]]
         shown.append((picture, texts))
     return table_view(f"{len(shown)} of {len(rows):,} rows to train on", ["", "question", "answer"], shown)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 from collections.abc import Iterator
 
 from dora_vl.errors import UserError, needs_extra
@@ -71,5 +70,4 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     with listener, Engine(served, ServerSettings.of(options)) as engine, Server(engine, rules=rules) as server:
         yield f"serving {', '.join(served.names)} at {address_of(options.host, listener)}/v1 (Ctrl-C ends)"
         config = http_config(build_app(server), lifespan="off", timeout_graceful_shutdown=5)
-        with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[listener])
+        uvicorn.Server(config).run(sockets=[listener])

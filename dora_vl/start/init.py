@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from posixpath import normpath
-from shlex import quote
+from shlex import join, quote
 from statistics import median
 
 from tqdm import tqdm
@@ -106,7 +106,9 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         shards = on_gpu and find_spec("deepspeed") is not None
         start = _start_command(to / RUN_FILE, shards=shards)
         data = _data(summary, splits, to)
-        write_text = partial(run_file_text, base, output_dir=str(to), shards=shards, command=start)
+        words = [word for word in arguments.words if word != "--overwrite"]
+        commands = [f"{_program('dora-vl')} {join(['init', *words])}", start]
+        write_text = partial(run_file_text, base, output_dir=str(to), shards=shards, commands=commands)
         _write(staging, splits, write_text(data))
         if replaces:
             _keep_other_files(to, staging)

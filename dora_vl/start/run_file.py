@@ -133,8 +133,8 @@ def _parameters_in(folder: Path) -> float:
     return float(total)
 
 
-def run_file_text(base: Base, data: Data, *, output_dir: str, shards: bool, command: str) -> str:
-    """Returns the run file's text."""
+def run_file_text(base: Base, data: Data, *, output_dir: str, shards: bool, commands: Sequence[str]) -> str:
+    """Returns the run file's text, with the commands that write it and start its run at the head."""
     epochs = max(1, min(MOST_EPOCHS, round(SEEN_SAMPLES / data.rows)))
     is_gentle = data.loss is not None and (data.base_answers or not base.is_new)
     tokens = max(2 * data.answer_words, data.answer_characters // 3) + 8
@@ -147,7 +147,7 @@ def run_file_text(base: Base, data: Data, *, output_dir: str, shards: bool, comm
         data=data,
         output_dir=output_dir,
         shards=shards,
-        command=one_line(command, sys.maxsize),
+        commands=[one_line(command, sys.maxsize) for command in commands],
         rate="5.0e-5" if is_gentle else "2.0e-4" if data.loss or not base.is_new else "1.0e-3",
         epochs=epochs,
         steps=max(1, epochs * data.rows // STEP_SAMPLES),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 import yaml
+from PIL import Image
 
 from dora_vl.errors import UserError
 from dora_vl.serving.access import Uploads
@@ -109,6 +112,90 @@ def test_dropped_files_are_corrected_and_found_again_by_their_tab(door: Any) -> 
     assert door.opened("a tab")[door.folder] == folder
     assert door.folder not in door.opened("another tab")
     assert drop(door, "another", {"a.png": "c"}, "")[door.folder] != folder
+
+
+def is_off(door: Any, update: dict[Any, Any]) -> bool:
+    """Start is off, no run stands under Run, and nothing of one is seen."""
+    assert update[door.rows] == update[door.yaml] == update[door.commands] == ""
+    return not update[door.start]["interactive"] and door.run in update and door.begin(None, 16, 10, "").keys() == {
+        door.state
+    }  # fmt: skip
+
+
+@pytest.fixture
+def looked(door: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Looks at a folder as the page does, by an init that writes its run's YAML alone."""
+    from dora_vl.serving import page_training
+
+    def printed(words: list[str]) -> list[str]:
+        if words[0] == "init":
+            to = Path(next(word for word in words if word.startswith("--to=")).removeprefix("--to="))
+            to.mkdir(parents=True, exist_ok=True)
+            (to / "run.yaml").write_text(f"#   dora-vl {shlex.join(words)}\ndata: {{train: {to}/train.jsonl}}\n")
+        return ["2 min"]
+
+    monkeypatch.setattr(page_training, "printed", printed)
+
+    def look(*fields: str) -> dict[Any, Any]:
+        page: dict[Any, Any] = {}
+        for update in door.look_at_data(*fields):
+            page |= update
+        return page
+
+    return look
+
+
+def test_what_start_trains_is_what_was_dropped_last(door: Any, looked: Any) -> None:
+    first = drop(door, "somebody", {"table.csv": "one"}, "")
+    assert is_off(door, first)
+    page = looked(first[door.folder], "what is it?", "Foto=image, Remark", "a/base")
+    assert page[door.run]["value"] == "runs/dropped"
+    assert page[door.start]["interactive"]
+    assert is_off(door, door.forget_data(cast(Any, SimpleNamespace(session_hash="somebody"))))
+    second = drop(door, "somebody", {"table.csv": "two"}, "")
+    assert second[door.folder] == "data/dropped-2"
+    assert is_off(door, second)
+    again = door.opened("a tab")  # loaded again before the second look
+    assert again[door.folder] == "data/dropped-2"
+    assert again[door.run]["value"] is None
+    assert is_off(door, again)
+    page = looked(second[door.folder], "", "", "")
+    assert page[door.run]["value"] == "runs/dropped-2"
+    assert door.opened("a tab")[door.run]["value"] == "runs/dropped-2"
+    assert is_off(door, drop(door, "somebody", {"table.csv": "corrected"}, second[door.folder]))
+    assert is_off(door, door.not_looked_at())  # as when a field is changed by hand
+
+
+def test_a_run_fills_the_fields_that_it_came_from(door: Any, looked: Any) -> None:
+    looked("signs", "what's it?", "Foto=image, Remark", "a/base")
+    fields = (door.folder, door.question, door.columns, door.base)
+    page = door.opened("of a later session")
+    assert [page[field]["value"] if field is door.base else page[field] for field in fields] == [
+        "signs", "what's it?", "Foto=image, Remark", "a/base",
+    ]  # fmt: skip
+    for text in ("data: {}\n", "#   dora-vl init 'signs\n", "#   dora-vl init --ask\n"):
+        (Path("runs/signs") / "run.yaml").write_text(text)
+        assert door.show_run("runs/signs")[door.folder] == ""
+
+
+def test_the_rows_of_linked_runs_show_their_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dora_vl.serving.page_training import rows_view
+
+    (tmp_path / "first" / "runs" / "my").mkdir(parents=True)
+    (tmp_path / "first" / "signs" / "img").mkdir(parents=True)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "first" / "signs" / "img" / "a.png")
+    row = {
+        "id": "a",
+        "image": "a.png",
+        "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+    }
+    (tmp_path / "first" / "runs" / "my" / "train.jsonl").write_text(json.dumps(row))
+    (tmp_path / "first" / "runs" / "my" / "run.yaml").write_text("data: {image_folder: signs/img}")
+    (tmp_path / "later").mkdir()
+    (tmp_path / "later" / "runs").symlink_to(tmp_path / "first" / "runs")
+    for folder in ("first", "later"):
+        monkeypatch.chdir(tmp_path / folder)
+        assert "<img" in rows_view(RUN)
 
 
 def test_headings_become_options_of_init() -> None:

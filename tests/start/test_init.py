@@ -56,9 +56,9 @@ def printed_by(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 
 
 def run_of(*words: object) -> list[str]:
-    parser = argparse.ArgumentParser()
+    parser, arguments = argparse.ArgumentParser(), [str(word) for word in words]
     init.add_arguments(parser)
-    return list(init.run(parser.parse_args([str(word) for word in words])))
+    return list(init.run(parser.parse_args(arguments, argparse.Namespace(words=arguments))))
 
 
 def refused(*words: object) -> None:
@@ -236,7 +236,7 @@ def data_of(name: str) -> Data:
 
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_an_odd_name_is_read_as_it_is_written(name: str) -> None:
-    text = run_file_text(Base(name=name), data_of(name), output_dir=name, shards=False, command=f"run {name}")
+    text = run_file_text(Base(name=name), data_of(name), output_dir=name, shards=False, commands=[f"run {name}"])
     for read in (yaml.safe_load, get_loader("yaml")):
         printed = read(text)
         assert printed["model"]["base"] == printed["data"]["image_folder"] == name
@@ -247,7 +247,7 @@ def test_an_odd_name_is_read_as_it_is_written(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "share"), [("a/SmolVLM", 0.05), ("google/paligemma2-3b", None)])
 def test_a_base_that_takes_words_alone_keeps_what_it_knows(name: str, share: float | None) -> None:
-    text = run_file_text(choose_base(name), data_of("my"), output_dir="my", shards=False, command="run")
+    text = run_file_text(choose_base(name), data_of("my"), output_dir="my", shards=False, commands=["run"])
     assert yaml.safe_load(text)["data"].get("replay") == share
 
 
@@ -265,7 +265,7 @@ def test_preferences_alone_are_for_a_base_that_answers(
 ) -> None:
     base = Base(name="b", is_llava=True, is_new=is_new)
     data = replace(data_of("my"), loss="dpo", base_answers=base_answers)
-    settings = yaml.safe_load(run_file_text(base, data, output_dir="my", shards=False, command="run"))
+    settings = yaml.safe_load(run_file_text(base, data, output_dir="my", shards=False, commands=["run"]))
     assert settings["objective"]["loss"] == loss
     assert (settings["training"]["learning_rate"], settings["optim"]["projector_learning_rate"]) == rates
 
@@ -289,7 +289,7 @@ def test_a_base_that_answers_gets_preferences_alone(
 def test_the_adapter_is_that_of_the_lowest_validation_loss_where_it_is_measured() -> None:
     for rows in (99, 100):
         data = replace(data_of("my"), rows=rows)
-        text = run_file_text(Base(name="b"), data, output_dir="my", shards=False, command="run")
+        text = run_file_text(Base(name="b"), data, output_dir="my", shards=False, commands=["run"])
         settings = yaml.safe_load(text)
         assert ("validation_share" in settings["data"]) == (rows == 100)
         assert settings["training"].get("load_best_model_at_end", False) == (rows == 100)
