@@ -111,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from dora_vl.backbones import register_towers
 
         register_towers()
+    import_module("numpy")  # torch would import it where a Ctrl-C is lost
     options.words = rest
     for line in module.run(options):
         print(line, flush=True)

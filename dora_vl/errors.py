@@ -292,8 +292,7 @@ def exit_on_user_error(main: Callable[Inputs, Returned]) -> Callable[Inputs, Ret
         signals = [signal.SIGINT] if in_launch else [signal.SIGINT, signal.SIGTERM]
         try:
             try:
-                with ended_by_signals(*signals):
-                    return main(*arguments, **options)
+                return ended_by_signals(*signals)(main)(*arguments, **options)
             finally:
                 sys.stdout.flush()  # at the exit nobody could catch what this raises
         except BrokenPipeError:
