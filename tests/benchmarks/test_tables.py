@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.tables import DOCS, ESTIMATED, KEPT, ROOT, TABLE, TABLES, keep, with_tables
+from benchmarks.tables import DOCS, ESTIMATED, KEPT, ROOT, TABLE, TABLES, keep, measured, with_tables
 from dora_vl.errors import UserError
 from dora_vl.files import read_json
 from tests.report.test_compare import Trainings, compared
@@ -167,3 +167,13 @@ def test_what_the_demo_forgets_is_the_kept_run() -> None:
     text = (DOCS / "training.md").read_text(encoding="utf-8")
     assert f"is {times:.2f} times the base's" in text
     assert f"cost {after:.2f} nats per token ({before:.2f} before)" in text
+
+
+def test_counts_of_kills_and_tokens_are_those_measured() -> None:
+    kills, vllm = measured("kills"), measured("vllm_dora")
+    text = re.sub(r"\s+", " ", (DOCS / "measurements.md").read_text(encoding="utf-8"))
+    assert kills["same"] == kills["of"] == kills["killed"]
+    assert f"All {kills['of']} ({kills['in_a_save_or_removal']} of them killed while saving or removing)" in text
+    answers = [answer for case in vllm["language"].values() if case["gains"] for answer in case["answers"].values()]
+    assert {(number, answer["of"]) for answer in answers for number in answer["same_tokens"]} == {(24, 24)}
+    assert "24 of 24" in (DOCS / "export.md").read_text(encoding="utf-8")
