@@ -124,7 +124,7 @@ def log_to_stderr() -> None:
     """Logs progress on the first rank, and only warnings on the others."""
     level = logging.INFO if is_first_launched() else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for every request, to the hub or to vLLM
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for every request, to the hub
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
-import httpx2
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_config
@@ -424,7 +423,7 @@ class DecoderPipeline(Pipeline):
 
     def _vllm(self) -> VllmServer:
         objective, start = self.config.objective, start_command(self.config.model.base, self.config.adapter.rank)
-        return VllmServer(str(objective.vllm), start, httpx2.Client(timeout=objective.vllm_timeout))
+        return VllmServer(str(objective.vllm), start, objective.vllm_timeout)
 
     def _rewards(self, examples: Callable[[], Iterable[Example]] = tuple) -> dict[str, Reward]:
         objective, after = self.config.objective, self.config.evaluation.answer_after

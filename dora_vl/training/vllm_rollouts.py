@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import tempfile
 import time
 import uuid
@@ -11,10 +12,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, cast
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
-import httpx2
 import torch
 from PIL import Image
 
@@ -63,12 +66,12 @@ class VllmServer:
 
     Attributes:
         start: the command that would have started it as it must be, for messages.
-        client: gives up a server that is silent for its timeout.
+        timeout: a server that is silent for so many seconds is given up.
     """
 
     url: str
     start: str
-    client: httpx2.Client = field(compare=False)
+    timeout: float
 
     def check(self, base: str) -> None:
         """Refuses a server that is not there, serves another base, or takes no adapters while it runs."""
@@ -79,22 +82,20 @@ class VllmServer:
         if LOAD not in self.read("/openapi.json", "paths")["paths"]:
             raise SettingError(SETTING, f": {self.url} takes no adapters while it runs; start it with: {self.start}")
 
-    def ask(self, path: str, body: Mapping[str, Any] | None = None) -> httpx2.Response:
-        """Posts `body`, or gets what is at `path`; tries again what may pass."""
+    def ask(self, path: str, body: Mapping[str, Any] | None = None) -> str:
+        """Posts `body`, or gets what is at `path`; returns the answer's text. Tries again what may pass."""
         problem = ""
         for wait in (*WAITS, None):
             try:
-                response = self.client.request(
-                    "GET" if body is None else "POST", self.url.rstrip("/") + path, json=body
-                )
-            except httpx2.HTTPError as error:
+                status, text = sent(self.url.rstrip("/") + path, body, self.timeout)
+            except (OSError, HTTPException, ValueError) as error:
                 problem = f"no vLLM answers at {self.url} ({one_line(str(error)) or type(error).__name__})"
-                may_pass = not isinstance(error, httpx2.TimeoutException)
+                may_pass = not isinstance(getattr(error, "reason", error), (TimeoutError, ValueError))
             else:
-                if not response.is_error:
-                    return response
-                problem = f"{self.url}{path} says {response.status_code}: {one_line(response.text, 300)}"
-                may_pass = response.status_code >= 500 or response.status_code == 429
+                if status < 400:
+                    return text
+                problem = f"{self.url}{path} says {status}: {one_line(text, 300)}"
+                may_pass = status >= 500 or status == 429
             if wait is None or not may_pass:
                 break
             time.sleep(wait)
@@ -102,18 +103,32 @@ class VllmServer:
 
     def read(self, path: str, *keys: str, body: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
         """Returns the JSON of an answer that has these keys."""
-        response = self.ask(path, body)
+        text = self.ask(path, body)
         try:
-            answer = response.json()
+            answer = json.loads(text)
         except ValueError:
             answer = None
         if not isinstance(answer, Mapping) or not all(answer.get(key) for key in keys):
-            raise self.no_answer(path, f"what is there is no vLLM's: {one_line(response.text, 200)}")
+            raise self.no_answer(path, f"what is there is no vLLM's: {one_line(text, 200)}")
         return answer
 
     def no_answer(self, path: str, problem: str) -> SettingError:
         """Makes the error for an answer that cannot be used."""
         return SettingError(SETTING, f": {self.url}{path}: {problem}; is a proxy between, or another server?")
+
+
+def sent(url: str, body: Mapping[str, Any] | None, timeout: float) -> tuple[int, str]:
+    """Returns the status and the text of a server's answer, an error's too.
+
+    Raises OSError (TimeoutError among them), HTTPException, or ValueError for what is no URL.
+    """
+    data = None if body is None else json.dumps(body).encode()
+    try:
+        answer: Any = urlopen(Request(url, data, {"Content-Type": "application/json"}), timeout=timeout)
+    except HTTPError as error:
+        answer = error
+    with answer:
+        return answer.status, answer.read().decode(errors="replace")
 
 
 def refuse_unsent(model: Any) -> None:

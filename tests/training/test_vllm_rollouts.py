@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -17,8 +18,8 @@ from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any, ClassVar, cast
+from urllib.request import urlopen
 
-import httpx2
 import pytest
 import torch
 from PIL import Image
@@ -80,9 +81,9 @@ def served(base: Path, dtype: str, log: Path) -> Iterator[str]:
             assert server.poll() is None, log.read_text()
             assert time.monotonic() < end, log.read_text()
             try:
-                httpx2.get(f"{url}/health").raise_for_status()
+                urlopen(f"{url}/health").close()
                 break
-            except httpx2.HTTPError:
+            except OSError:
                 time.sleep(1)
         yield url
     finally:
@@ -197,7 +198,7 @@ def test_what_may_pass_is_tried_again_and_what_is_no_answer_is_named(
     monkeypatch.setattr(Unwell, "answers", [*answers])
     server = ThreadingHTTPServer(("127.0.0.1", 0), Unwell)
     Thread(target=server.serve_forever, daemon=True).start()
-    vllm = VllmServer(f"http://127.0.0.1:{server.server_port}", "start", httpx2.Client(timeout=5))
+    vllm = VllmServer(f"http://127.0.0.1:{server.server_port}", "start", timeout=5)
     if is_read:
         assert vllm.read("/v1/models", "data") == {"data": [1]}
     else:
@@ -210,6 +211,16 @@ def test_what_may_pass_is_tried_again_and_what_is_no_answer_is_named(
     server.shutdown()
 
 
+def test_a_silent_server_is_given_up_and_what_is_no_url_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(vllm_rollouts.time, "sleep", waits.append)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for url in (f"http://127.0.0.1:{silent.getsockname()[1]}", "here"):
+            with pytest.raises(SettingError):
+                VllmServer(url, "start", timeout=0.2).ask("/v1/models")
+    assert waits == []
+
+
 def completion(*tokens: list[int]) -> dict[str, Any]:
     choices = [
         {"token_ids": ids, "logprobs": {"content": [{"logprob": -0.5} for _ in ids]}, "finish_reason": "stop"}
@@ -220,10 +231,10 @@ def completion(*tokens: list[int]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("tokens", [[[1]], [[1], []], [[1], [2], [3]]])
 def test_answers_that_lack_or_are_empty_are_named(tokens: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    client = httpx2.Client(transport=httpx2.MockTransport(lambda _: httpx2.Response(200, json=completion(*tokens))))
+    monkeypatch.setattr(vllm_rollouts, "sent", lambda *_: (200, json.dumps(completion(*tokens))))
     prompts = SimpleNamespace(render=lambda *_, **__: SimpleNamespace(text="What?"), bos_token=None)
     answers = VllmAnswers(
-        server=VllmServer("http://one", "start", client),
+        server=VllmServer("http://one", "start", timeout=5),
         backbone=cast(Any, None),
         encoder=cast(Any, SimpleNamespace(prompts=prompts)),
         example_of=lambda _: SimpleNamespace(turns=["a", "b"], images=()),
