@@ -1,7 +1,7 @@
-"""Kills merge, init and compare at any moment: what they write is whole or absent, and the next start leaves nothing.
+"""Kills every verb that writes at any moment: each file is whole or absent, and the next start leaves nothing else.
 
 Each is forked from this process and killed at, or a little after, a file operation. The trainings of a comparison are
-written here; its files are its own.
+written here; its files are its own. `stored` fills a store of frozen outputs or features.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -19,6 +20,7 @@ from random import Random
 from types import SimpleNamespace
 from typing import Any
 
+import matplotlib
 import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM
@@ -26,6 +28,7 @@ from transformers import AutoModelForCausalLM
 from dora_vl import cli
 from dora_vl.adapters.folder import save_adapter
 from dora_vl.adapters.merge import CHECK_FILE
+from dora_vl.backbones import shards
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.data.example import Example
 from dora_vl.evaluation.predictions import Predictions
@@ -33,15 +36,20 @@ from dora_vl.evaluation.scores.scored import ACCURACY, Tally
 from dora_vl.evaluation.test_sets import ResultFolder, Tested, TestSet
 from dora_vl.files import clear_leftovers
 from dora_vl.report import compare
+from dora_vl.report.push_command import HUB
+from dora_vl.run.settings_parser import read_run_file
 from dora_vl.start import init as start_init
+from dora_vl.training.run import run
+from dora_vl.training.train_command import pipeline_of
 from tests.backbones.tiny_language import write_tiny_language
 from tests.core.dense_dora import move_trained
 from tests.kills.killed_runs import LATER, LEFTOVERS, Kill, fork, watch_operations
-from tests.training.tiny_run import write_tiny_llava
+from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 
 STRENGTHS = (0.5, 1.0)
 ADAPTER_BYTES = 3_000_000
 ITEMS = 8
+OF_TIME = re.compile(rb'"(seconds|answers_from_earlier_run)": [\d.]+')
 Files = dict[str, bytes]
 
 
@@ -70,6 +78,9 @@ def write_material(folder: Path) -> None:
         "evaluation": {"files": {"openbookqa": str(folder / "test.json")}},
     }
     (folder / "run.yaml").write_text(json.dumps(settings))
+    records = write_tiny_data(folder / "conversation", samples=12)
+    steps = {"max_steps": 2, "warmup_steps": 0, "report_to": "none", "output_dir": str(folder / "run")}
+    run(pipeline_of(read_run_file(write_run(folder / "trained.yaml", folder / "llava", records, training=steps))))
 
 
 def merge(material: Path, to: Path, number: int) -> None:
@@ -109,17 +120,51 @@ def trained(command: list[str], **_: Any) -> SimpleNamespace:
     return SimpleNamespace(returncode=0)
 
 
-VERBS = {"merge": merge, "init": init, "compare": compared}
+def evaluated(material: Path, to: Path, _: int) -> None:
+    """A run's adapter on its own questions, also about exchanged pictures."""
+    data, words = material / "conversation", ["--to", str(to), "--batch-size", "4", "--max-new-tokens", "3"]
+    words += ["--adapter", str(material / "run" / "adapter"), "--images", str(data)]
+    cli.main(["evaluate", "--benchmarks", f"exact_match={data / 'train.json'}", *words])
+
+
+def report(material: Path, to: Path, number: int) -> None:
+    """Of a run, under one label or another; matplotlib draws the ids of a picture's parts without a salt."""
+    matplotlib.rcParams["svg.hashsalt"] = "kills"
+    cli.main(["report", str(material / "run"), "--to", str(to / "report.html"), "--label", f"run {number}"])
+
+
+def pushed(_: Path, to: Path, number: int) -> None:
+    """The folder that would be uploaded: a commit to the hub is whole or none."""
+    cli.main(["push", str(to.parent), "own/name", "--dry-run", "--license", ("mit", "apache-2.0")[number]])
+
+
+def stored(_: Path, to: Path, __: int) -> None:
+    """A shard for each entry, those that are not there yet."""
+    shards.SHARD_BYTES, shards.time = 1, SimpleNamespace(time_ns=lambda: 0)  # type: ignore[assignment]
+    to.mkdir(exist_ok=True)
+    shards.keep_settings(to, {"tower": "tiny"})
+    store = shards.ShardStore(to)
+    for number in range(ITEMS):
+        if str(number) not in store.entries:
+            store.add(str(number), {}, [torch.full((1000,), float(number))])
+
+
+VERBS = {
+    **{"merge": merge, "init": init, "compare": compared, "evaluate": evaluated, "report": report},
+    **{"push": pushed, "stored": stored},
+}
+GROW = ("compare", "evaluate", "stored")
+"""These go on with what is there."""
 
 
 def content(folder: Path) -> Files:
-    """Every file of a folder, empty where there is none.
+    """Every file of a folder, empty where there is none, without what tells how long an evaluation took.
 
     Locks and logs of comparisons are no result, and a merge's check is written once the merged folder is whole.
     """
     files = (path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".lock", ".log"))
     paths = (path for path in files if path.name != CHECK_FILE)
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+    return {str(path.relative_to(folder)): OF_TIME.sub(b"", path.read_bytes()) for path in paths}
 
 
 def wrong(verb: str, to: Path, old: Files, new: Files) -> str:
@@ -128,8 +173,12 @@ def wrong(verb: str, to: Path, old: Files, new: Files) -> str:
         adapters = [path for path in to.rglob("adapter") if path.parent.name.startswith("strength_")]
         whole = {name.partition("/adapter/")[2]: data for name, data in new.items() if "/adapter/" in name}
         return "".join(f"half of {path} " for path in adapters if content(path) != whole)
+    if verb in GROW:  # file by file; answers line by line, which the end shows
+        files = {name: data for name, data in content(to).items() if not name.startswith((".", "predictions."))}
+        return "".join(f"half of {name} " for name in files if files[name] != new.get(name))
     clear_leftovers(to.parent, to.name)
-    clear_leftovers(to, CHECK_FILE)  # as the next check does
+    for name in (CHECK_FILE, "report.html"):
+        clear_leftovers(to, name)  # as the next start does
     if content(to) == new or content(to) == old:
         return ""
     return f"neither whole: {sorted(content(to))}"
@@ -159,9 +208,9 @@ def at_a_folder(work: Callable[[], None], folder: Path, record: Path, kill: Kill
 def kills(verb: str, count: int, folder: Path, seed: int) -> list[str]:
     """So many kills of a verb; a line for each that went wrong."""
     material, scratch, record = folder / "material", folder / verb, folder / f"{verb}-operations"
-    to, start, wholes = scratch / "result", VERBS[verb], []
+    to, start, wholes = scratch / (HUB if verb == "push" else "result"), VERBS[verb], []
     for number in (0, 1):
-        scratch.mkdir()
+        shutil.copytree(material / "run", scratch)
         assert at_a_folder(lambda number=number: start(material, to, number), scratch, record, None) == 0
         wholes.append(content(to))
         operations = len(record.read_text().splitlines())
@@ -171,8 +220,8 @@ def kills(verb: str, count: int, folder: Path, seed: int) -> list[str]:
     for number in range(count):
         draws = Random(f"{seed}/{verb}/{number}")
         shutil.rmtree(scratch)
-        scratch.mkdir()
-        replaces = verb != "compare" and number % 4 > 0
+        shutil.copytree(material / "run", scratch)
+        replaces = verb not in GROW and number % 4 > 0
         if replaces:
             assert at_a_folder(lambda: start(material, to, 0), scratch, record, None) == 0
         status = 0
@@ -194,16 +243,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=20, help="of each verb")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", default=list(VERBS), choices=VERBS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         assert os.waitpid(fork(lambda: write_material(folder / "material")), 0)[1] == 0
-        failures = [line for verb in VERBS for line in kills(verb, options.count, folder, options.seed)]
-    print(
-        *failures,
-        f"{len(VERBS) * options.count - len(failures)} of {len(VERBS) * options.count} whole or absent",
-        sep="\n",
-    )
+        failures = [line for verb in options.only for line in kills(verb, options.count, folder, options.seed)]
+    count = len(options.only) * options.count
+    print(*failures, f"{count - len(failures)} of {count} whole or absent", sep="\n")
     sys.exit(bool(failures))
 
 

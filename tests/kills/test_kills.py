@@ -1,4 +1,4 @@
-"""Killed at any moment, a run resumes to the same bits, and merge, init and compare leave whole folders or none.
+"""Killed at any moment, a run resumes to the same bits, and whatever else writes leaves whole files or none.
 
 On other ranks or another engine a run resumes to rounding. KILLS=100 python -m pytest -m slow tests/kills
 """
