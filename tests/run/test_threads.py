@@ -51,6 +51,27 @@ print(os.environ.get("GOMP_SPINCOUNT"), os.environ.get("KMP_BLOCKTIME"), "torch"
     assert printed(code, **stated) == [*expected, "False"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="nothing is bound")
+def test_runs_at_once_bind_their_main_threads_to_different_cores_or_none() -> None:
+    code = """
+import os, subprocess, sys
+from dora_vl.errors import bind_threads
+bind_threads()
+print(os.environ.get("OMP_PLACES", "none").partition("},")[0])
+if (more := int(sys.argv[1])):
+    del os.environ["OMP_PROC_BIND"], os.environ["OMP_PLACES"]
+    sys.stdout.flush()
+    subprocess.run([sys.executable, "-c", sys.argv[2], str(more - 1), sys.argv[2]], check=True)
+"""
+    cores = len(os.sched_getaffinity(0))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "LOCAL_"))}
+    command = [sys.executable, "-c", code, str(cores), code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    *bound, last = done.stdout.split()
+    assert len({*bound}) == len(bound) == cores
+    assert last == "none"
+
+
 @pytest.mark.skipif(sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="one core has no other")
 @pytest.mark.parametrize("stated", [{}, {"OMP_NUM_THREADS": "2"}])
 def test_each_thread_has_a_core_of_its_own_while_a_step_computes(
