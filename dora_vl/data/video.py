@@ -157,7 +157,7 @@ def no_video_reason(path: Path) -> Trouble | None:
         list(one_process().run("read_video", wanted, budget=Budget(VIDEO_SECONDS, VIDEO_MEMORY)))
     except JobFailed as error:
         if error.kind == BackendMissing.__name__:
-            raise UserError(str(error)) from None
+            raise UserError(f"{path}: {error}, or leave this file out") from None
         return Trouble.of(error)
     return None
 

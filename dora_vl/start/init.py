@@ -419,6 +419,9 @@ class DataSummary:
             f"answers: {_lengths(answers)}, {len(ordered):,} different, most often "
             f"{short_text(commonest, 30)} ({times / len(answers):.0%})"
         )
+        if len(ordered) == 1 or len(self.rows) < FEW_ROWS:
+            why = "every answer is the same" if len(ordered) == 1 else f"{len(self.rows)} rows are very few"
+            yield f"{why}: a run will learn to repeat what it has seen, whatever a picture shows"
         if several := sum(1 for row in self.rows if row.conversation.answers):
             yield SEVERAL_ANSWERS.format(several)
         if self.has_classes:
@@ -462,7 +465,7 @@ class DataSummary:
             yield f"too few to be in the test: {short_names(untested, SHOWN_CLASSES, 40)}"
 
 
-SHOWN_CLASSES = 20
+SHOWN_CLASSES, FEW_ROWS = 20, 10
 
 
 def inspect_data(folder: Path, records: DataFiles, *, media_to: Path, columns: Columns = USUAL) -> DataSummary:

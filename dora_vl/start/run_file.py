@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from shlex import quote
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -199,8 +198,7 @@ def find_questions(folder: Path, columns: Columns = USUAL) -> DataFiles:
     labelled = pictures if pictures is not None and pictures.says_what else None
     if not columns.ask and (answers or (labelled is not None and not labelled.has_texts)):
         what = answers[0] if answers else f"{folder}, a folder for each answer"
-        command = f'dora-vl init {quote(str(folder))} --ask "{ASK}"'
-        raise UserError(f"{advice}{what}: answers without a question; say it: {command}")
+        raise UserError(f'{advice}{what}: answers without a question; say it by --ask "{ASK}"')
     if labelled is not None:
         labels = {str(fields.get("label", "")) for fields in labelled.fields.values()}
         if sum(any(label.lower() in words for label in labels) for words in WORDS.values()) > 1:
@@ -216,7 +214,13 @@ def find_questions(folder: Path, columns: Columns = USUAL) -> DataFiles:
             f"(needed: columns such as {EXAMPLE}; others are named by --columns COLUMN=ROLE,...)"
             f"{'' if len(problems) == 1 else f'; that is the first, {first.name}'}"
         )
-    count = 0 if pictures is None else len(pictures.files)
+    count, places = (0, set()) if pictures is None else (len(pictures.files), {path.parent for path in pictures.fields})
+    if count > 1 and len(places) == 1 and folder not in places:
+        (only,) = places
+        raise UserError(
+            f"{advice}{only}: all {count:,} pictures are in this folder; if its name is the answer, add a folder for "
+            "each other answer: from one answer alone nothing can be learned"
+        )
     raise UserError(
         f"{advice}{folder}: {count:,} pictures, and nothing says what they show: put each in a folder named by the "
         f"answer, a .txt of its name beside each, or write a questions.csv with the first line {EXAMPLE} and a line "

@@ -39,7 +39,7 @@ SHOWN = {
     "rewards/mean": "reward {:.2f}",
     "rewards/accuracy": "{:.0%} of pairs right",
     "samples_per_second": "{:,.1f} samples/s",
-    "memory_gib": "{:.2f} GiB",
+    "memory_gib": "{:.2f} GiB measured",
 }
 """Maps each number of the log that the bar and the plain line show to its format."""
 

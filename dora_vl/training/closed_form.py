@@ -179,8 +179,11 @@ def projector_start(
         pair = torch.cat([rows, -rows])  # GELU(x) - GELU(-x) = x: two hidden units carry a number as it is
         first[: 2 * rank], first_bias[: 2 * rank] = pair, -pair @ ridge.mean
         second = F.pad(torch.cat([directions * spread, -directions * spread], 1), (0, len(first) - 2 * rank))
-    read = f"{max(0.0, 1 - ridge.unexplained):.0%} of what answers say of {len(by_pictures):,} samples' pictures"
-    logger.info("adapter.projector_start: %s; a linear probe reads %s", form, read)
+    explained = f"{max(0.0, 1 - ridge.unexplained):.0%} of the variance of the answers' word vectors"
+    logger.info(
+        "adapter.projector_start: %s; %s follows from %s pictures (no share of right answers, which init counts)",
+        *(form, explained, f"{len(by_pictures):,}"),
+    )
     return {
         **{"linear_1.weight": first, "linear_1.bias": first_bias},
         **{"linear_2.weight": second, "linear_2.bias": second_bias},

@@ -225,8 +225,9 @@ class Replay:
         drawn = chats_in_epoch(share, len(train) * max(1.0, own / written))
         tokens = drawn * written / (drawn * written + len(train) * own)
         logger.info(
-            "%s: an epoch draws %d times of %d chats of the base, some %.0f %% of its labelled tokens",
-            *(path, drawn, len(chats), 100 * tokens),
+            "%s: an epoch draws %d times of %d chats of the base, %.0f %% of its samples and some %.0f %% of the "
+            "tokens that are learned",
+            *(path, drawn, len(chats), 100 * drawn / (drawn + len(train)), 100 * tokens),
         )
         return cls(path, chats, drawn, len(train))
 

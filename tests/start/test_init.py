@@ -21,11 +21,14 @@ from dora_vl.cli import main
 from dora_vl.data.check import FileCheck, MediaCheck
 from dora_vl.data.example import Example
 from dora_vl.data.readers import read_row
+from dora_vl.data.video import no_video_reason
+from dora_vl.data.video_backends import BackendMissing
 from dora_vl.errors import UserError
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.predictions import Prediction
 from dora_vl.evaluation.predictor import prediction
 from dora_vl.evaluation.questions import read_questions
+from dora_vl.limited_process import JobFailed
 from dora_vl.run.settings_parser import read_run_file
 from dora_vl.start import init
 from dora_vl.start.run_file import Base, Data, choose_base, run_file_text
@@ -502,7 +505,7 @@ def test_a_table_of_pictures_and_labels_is_asked(name: str, column: str, capsys:
         for number in range(10)
     ]
     TABLES[Path(name).suffix](Path("my", name), rows)
-    assert 'dora-vl init my --ask "what is it?"' in told(capsys, "my")
+    assert '--ask "what is it?"' in told(capsys, "my")
     lines = lines_of(capsys, "my", *ASK)
     assert lines[0] == f"my/{name}: question/answer, 20 rows, 20 usable"
     assert "pictures: 20 in my, JPEG 20" in lines
@@ -530,12 +533,33 @@ def test_what_says_nothing_is_one_line_with_what_to_do(capsys: pytest.CaptureFix
     for words in (("alone",), ("alone", *ASK)):
         assert told(capsys, *words).count("\n") == 1
     classes(Path("my shapes"), {"circle": 3, "square": 3})
-    assert "dora-vl init 'my shapes' --ask" in told(capsys, "my shapes")
+    assert '--ask "what is it?"' in told(capsys, "my shapes")
     for folder in ("my shapes", "alone"):
         Path(folder, "questions.xlsx").write_bytes(b"PK")
         assert told(capsys, folder).startswith(f"error: {folder}/questions.xlsx")
     Path("alone/square").symlink_to(Path("my shapes/square").resolve())
     assert "square" in told(capsys, "alone", *ASK)
+
+
+def test_a_set_that_teaches_nothing_is_said_to(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """One folder a class, one answer, two rows; a stray video in a class, which nothing here can decode."""
+    classes(Path("my"), {"dog": 12})
+    assert "my/dog" in told(capsys, "my", *ASK)
+    for name, rows in {"alike": 12, "two": 2}.items():
+        table = [[f"dog/{number}.png", "Is it?", "yes" if name == "alike" else str(number)] for number in range(rows)]
+        write_table(Path("my") / f"{name}.csv", table)
+        lines = lines_of(capsys, "my", "--questions", f"my/{name}.csv", "--to", f"runs/{name}")
+        assert any({"alike": "every answer is the same", "two": "2 rows"}[name] in line for line in lines)
+    classes(Path("animals"), {"dog": 6, "cat": 6})
+    Path("animals/cat/clip.mp4").write_bytes(b"no video")
+
+    def missing(*_: object, **__: object) -> Iterator[object]:
+        raise JobFailed(BackendMissing.__name__, "nothing decodes videos")
+        yield
+
+    monkeypatch.setattr("dora_vl.limited_process.LimitedProcess.run", missing)
+    with pytest.raises(UserError, match=r"animals/cat/clip\.mp4"):
+        no_video_reason(Path("animals/cat/clip.mp4"))
 
 
 def test_what_is_beside_a_folder_a_class_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -129,6 +129,13 @@ def test_activations_and_products_are_those_of_a_real_step(monkeypatch, adapter,
     assert whole - (vectors - ids.numel() * expected.layer) == pytest.approx(kept[False] - kept[True], rel=bound)
 
 
+def test_a_misspelt_shape_is_named_before_the_data(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["estimate", "llava/llava15", "--variant", "7b_dora", "--shape", "llava-1.5-7"])
+    assert ended.value.code == 2
+    assert "--shape llava-1.5-7 " in capsys.readouterr().err  # not that the recipe's data is missing
+
+
 LLAVA = ("estimate", "llava/llava15", "--variant", "7b_dora", "--shape", "llava-1.5-7b")
 
 
