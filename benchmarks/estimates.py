@@ -44,7 +44,6 @@ RUNS: Mapping[str, tuple[str, ...]] = {
     "DoRA, dropout of the whole change": ("--adapter.dropout=0.05", "--adapter.dropout_mode=whole_change"),
     "DoRA, recomputed": CHECKPOINTED,
     "DoRA, a row for each sample": ("--data.packing=plain",),
-    "weights of all layers": ("--adapter.method=full", '--adapter.targets=["model.language_model.layers*"]'),
     "DPO": ("--objective.loss=dpo",),
     "DPO, recomputed": ("--objective.loss=dpo", *CHECKPOINTED),
     "DPO, a row for each answer": ("--objective.loss=dpo", "--data.packing=plain"),

@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.estimates import HEADS, row_of
 from benchmarks.report import table
 from dora_vl.errors import UserError, exit_on_user_error
 from dora_vl.evaluation.baselines import COMMONEST
@@ -160,10 +161,17 @@ def measured(name: str) -> Row:
     return next(line for line in read_log(MEASURED) if line["name"] == name)
 
 
+def by_rank(name: str) -> tuple[Sequence[Row], list[str]]:
+    """Returns a benchmark's settings by rank and dropout, and their heads."""
+    settings = sorted(measured(name)["settings"], key=lambda row: (row["rank"], -row["dropout"]))
+    return settings, [
+        f"rank {row['rank']}" + (f", dropout {row['dropout']}" if row["dropout"] else "") for row in settings
+    ]
+
+
 def dora_step() -> Table:
     """Ratios of a step here to other contenders', by rank and dropout."""
-    settings = sorted(measured("dora_step")["settings"], key=lambda row: (row["rank"], -row["dropout"]))
-    heads = [f"rank {row['rank']}" + (f", dropout {row['dropout']}" if row["dropout"] else "") for row in settings]
+    settings, heads = by_rank("dora_step")
     ratios = {
         "a step, frozen model = 1": "train_vs_frozen",
         "a step, PEFT's LoRA = 1": "train_vs_peft_lora",
@@ -175,6 +183,29 @@ def dora_step() -> Table:
     }
     rows = [[label, *(f"{row[key]:.2f}" if key in row else "" for row in settings)] for label, key in ratios.items()]
     return ["DoRA here", *heads], rows
+
+
+def dora_memory() -> Table:
+    """Bytes of a step of each contender to those of PEFT's LoRA, by rank and dropout."""
+    settings, heads = by_rank("dora_memory")
+    names = {"frozen": "frozen model", "peft_dora": "PEFT's DoRA", "ours": "DoRA here"}
+    ways = {
+        ("stored", "alive"): "kept for the backward pass",
+        ("non_reentrant", "alive"): "the same with gradient checkpointing",
+        ("non_reentrant", "peak"): "at the fullest moment with it",
+    }
+    rows = []
+    for (way, part), label in ways.items():
+        sizes = [{name: each["steps"][way][part] for name, each in row["bytes"].items()} for row in settings]
+        rows += [
+            [f"{label}, {names[name]}", *(f"{row[name] / row['peft_lora']:.2f}" for row in sizes)] for name in names
+        ]
+    return ["PEFT's LoRA = 1", *heads], rows
+
+
+def estimates() -> Table:
+    """What steps took, and what `dora-vl estimate` said before, as a share of that."""
+    return HEADS, [row_of(run) for run in measured("estimates")["runs"]]
 
 
 def peers() -> Table:
@@ -281,6 +312,8 @@ def memory() -> Table:
 ESTIMATED: Mapping[str, Callable[[], Table]] = {"cluster": cluster, "memory": memory}
 TABLES: Mapping[str, Callable[[], Table]] = {
     "dora_step": dora_step,
+    "dora_memory": dora_memory,
+    "estimates": estimates,
     "peers": peers,
     "preference_step": preference_step,
     "serve": serve,

@@ -95,7 +95,8 @@ class Activations:
     """Describes the bytes that text layers and loss keep of a micro-batch between forward and backward.
 
     Attributes:
-        layer: bytes of a token in one layer; `vector`: of its hidden state.
+        layer: bytes of a token in one layer; `vector`: of its hidden state; `backward`: of the gradients that are there
+            together with all of a layer, those of the MLP's gate and of what it multiplies.
         adapted: bytes of a token in all adapted layers together: x A^T, W x where a magnitude scales it, and the
             dropped inputs of `whole_change`.
         scores: bytes of the vocabulary's scores at a labelled position; `chunk`: positions that have them together.
@@ -104,6 +105,7 @@ class Activations:
     layers: int
     layer: int
     vector: int
+    backward: int
     adapted: int
     scores: int
     chunk: int | None
@@ -114,7 +116,7 @@ class Activations:
         scores, vectors = together * self.scores, labelled * self.vector
         if not recomputed:
             return tokens * (self.layers * self.layer + self.adapted) + vectors + scores
-        a_layer = tokens * (self.layer + self.adapted // self.layers)
+        a_layer = tokens * (self.layer + self.backward + self.adapted // self.layers)
         return tokens * self.layers * self.vector + vectors + max(a_layer, scores)
 
 
@@ -146,6 +148,7 @@ def activations_of(model: PreTrainedModel) -> Activations:
         layers=text.num_hidden_layers + (text.decoder_layers if text.is_encoder_decoder else 0),
         layer=4 * FLOAT32_BYTES * width + size * (4 * width + 2 * keys + 4 * inner),
         vector=size * width,
+        backward=size * 2 * inner,
         adapted=adapted,
         scores=12 * int(text.vocab_size),  # in float32, its gradient, and both as the model makes them
         chunk=CHUNK if (head := head_of(model)) is not None and in_chunks(head) else None,

@@ -69,6 +69,15 @@ def test_what_is_kept_has_its_table() -> None:
     assert sum(path.stat().st_size for path in KEPT.rglob("*") if path.is_file()) < 3_000_000
 
 
+def test_estimates_are_within_15_per_cent() -> None:
+    runs = measured("estimates")["runs"]
+    assert len(runs) >= 8
+    for run in runs:
+        for name in ("flop", "activations", "fullest"):
+            counted, estimated = run[name]["counted"], run[name]["estimated"]
+            assert estimated == pytest.approx(counted, rel=0.15), (run["run"], name)
+
+
 def tables_of(text: str) -> Iterator[list[list[str]]]:
     """The rows of each table of a page, without its head."""
     for lines in re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE):

@@ -126,7 +126,9 @@ def test_activations_and_products_are_those_of_a_real_step(monkeypatch, adapter,
         assert planned.flop() == pytest.approx(flop, rel=0.05)
     whole, vectors = (expected.of(tokens=ids.numel(), labelled=0, recomputed=each) for each in (False, True))
     assert whole == pytest.approx(kept[False], rel=bound)
-    assert whole - (vectors - ids.numel() * expected.layer) == pytest.approx(kept[False] - kept[True], rel=bound)
+    assert whole - (vectors - ids.numel() * (expected.layer + expected.backward)) == pytest.approx(
+        kept[False] - kept[True], rel=bound
+    )
 
 
 def test_a_misspelt_shape_is_named_before_the_data(capsys: pytest.CaptureFixture[str]) -> None:
