@@ -41,7 +41,7 @@ from dora_vl.data.example import Example
 from dora_vl.data.pictures import MediaFolder, open_image
 from dora_vl.data.samples import BOOKKEEPING, Sample
 from dora_vl.data.turns import Turn
-from dora_vl.heads.preferences import Scale
+from dora_vl.heads.preferences import Hyperparameters
 from dora_vl.training.losses import PreferenceLoss, Reference
 
 RANK, BETA, PICTURES, PAIRS = 16, 0.1, 2, (1, 2, 4)
@@ -146,7 +146,9 @@ def our_step(backbone: DecoderBackbone, samples: Sequence[Sample], *, packing: P
     batch: Any = Collator(0, packing=packing, compares=True)(samples)
     batch = {name: value for name, value in batch.items() if name not in BOOKKEEPING}
     reference = Reference(backbone.model)
-    loss = PreferenceLoss(backbone, objective={"dpo": 1.0}, scale=Scale(beta=BETA), reference=reference, **how)
+    loss = PreferenceLoss(
+        backbone, losses={"dpo": 1.0}, hyperparameters=Hyperparameters(beta=BETA), reference=reference, **how
+    )
     return train_step(backbone.model, lambda _: loss(**batch)["loss"])
 
 

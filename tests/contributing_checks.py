@@ -14,6 +14,7 @@ from dora_vl.data.example import Answer, Example
 from dora_vl.evaluation.benchmarks import BENCHMARKS
 from dora_vl.evaluation.scores.scored import intervals
 from dora_vl.evaluation.vlbart_tasks import image_subtasks
+from tests.training.tiny_run import logged, trained, write_pairs, write_run, write_tiny_llava
 
 
 def test_the_source_reads_its_files(tmp_path: Path) -> None:
@@ -37,6 +38,20 @@ def test_the_benchmark_scores_with_an_interval() -> None:
 def test_the_task_asks_how_many() -> None:
     task = image_subtasks()["counting"]
     assert (task.prompt(Example(id="1", question="How many?")).text, task.target_tokens) == ("count: How many?", 4)
+
+
+def test_the_loss_trains_pairs(tmp_path: Path) -> None:
+    """Before the first step nothing has been gained over the reference: each pair costs max(0, 1 - 0)."""
+    base = write_tiny_llava(tmp_path / "base")
+    training = {"max_steps": 2, "warmup_steps": 0, "per_device_train_batch_size": 6, "learning_rate": 2e-2}
+    objective = {"loss": "hinge", "beta": 0.5}
+    run_file = write_run(
+        tmp_path / "run.yaml", base, write_pairs(tmp_path / "data"), training=training, objective=objective
+    )
+    first, second = logged(trained(run_file))
+    assert first["loss"] == pytest.approx(1.0, abs=1e-3)
+    assert second["loss"] < first["loss"]
+    assert second["rewards/margin"] > 0
 
 
 def test_the_adapter_method_is_a_dora_with_an_inner_scale(tmp_path: Path) -> None:

@@ -9,12 +9,11 @@ Letters, for one prompt x with a preferred answer w and a rejected answer l:
     m       g(w) - g(l), the margin
     s       the logistic function
 
-Every loss is a mean over pairs, or over answers where nothing is paired. `preference_loss` adds them up.
+Every loss is a mean over pairs, or over answers where nothing is paired. `heads.objectives` adds them up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -46,6 +45,10 @@ class Answers(NamedTuple):
         assert self.reference is not None
         return self.log_probs - self.reference
 
+    def mean_gains(self) -> Float[Tensor, " answers"]:
+        """Computes (p - r) / n of each answer."""
+        return self.gains() / self.tokens
+
     def means(self) -> Float[Tensor, " answers"]:
         """Computes p / n of each answer."""
         return self.log_probs / self.tokens
@@ -75,7 +78,7 @@ def mean_over(values: Float[Tensor, " answers"], kept: Bool[Tensor, " answers"])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scale:
+class Hyperparameters:
     """Holds the numbers of a loss's equation.
 
     Attributes:
@@ -89,36 +92,33 @@ class Scale:
     kl: Tensor | float = 0.0
 
 
-Loss = Callable[[Answers, Scale], Float[Tensor, ""]]
-
-
-def dpo(answers: Answers, scale: Scale) -> Float[Tensor, ""]:
+def dpo(answers: Answers, hyper: Hyperparameters) -> Float[Tensor, ""]:
     """-log s(m). Direct preference optimisation, arXiv 2305.18290, equation 7."""
-    return answers.mean_of_pairs(-F.logsigmoid(scale.beta * answers.margins(answers.gains())))
+    return answers.mean_of_pairs(-F.logsigmoid(hyper.beta * answers.margins(answers.gains())))
 
 
-def ipo(answers: Answers, scale: Scale) -> Float[Tensor, ""]:
+def ipo(answers: Answers, hyper: Hyperparameters) -> Float[Tensor, ""]:
     """(h - 1 / (2 beta))^2 with h = (p - r)(w) / n(w) - (p - r)(l) / n(l). arXiv 2310.12036, equation 17.
 
     The mean over tokens is not in the paper; its authors say that the equation is meant so.
     """
-    differences = answers.margins(answers.gains() / answers.tokens)
-    return answers.mean_of_pairs((differences - 1 / (2 * scale.beta)).square())
+    differences = answers.margins(answers.mean_gains())
+    return answers.mean_of_pairs((differences - 1 / (2 * hyper.beta)).square())
 
 
-def kto(answers: Answers, scale: Scale) -> Float[Tensor, ""]:
+def kto(answers: Answers, hyper: Hyperparameters) -> Float[Tensor, ""]:
     """1 - s(g - z) of a preferred answer, 1 - s(z - g) of a rejected one. arXiv 2402.01306, equation 8."""
-    value = answers.signed(scale.beta * (answers.gains() - scale.kl))
+    value = answers.signed(hyper.beta * (answers.gains() - hyper.kl))
     return mean_over(1 - torch.sigmoid(value), answers.weights != 0)
 
 
-def bco(answers: Answers, scale: Scale) -> Float[Tensor, ""]:
+def bco(answers: Answers, hyper: Hyperparameters) -> Float[Tensor, ""]:
     """-log s(g - delta) of a preferred answer, -log s(delta - g) of a rejected one. arXiv 2404.04656, equation 10.
 
     delta is 0 for pairs, whose rewards balance each other, as TRL has it; else the mean reward, here of the batch,
     halfway between the preferred answers' and the rejected ones'.
     """
-    rewards = scale.beta * answers.gains()
+    rewards = hyper.beta * answers.gains()
     if not answers.pairs.shape[1]:
         kinds = [answers.weights > 0, answers.weights < 0]
         means = [mean_over(rewards.detach(), kind) for kind in kinds]
@@ -126,109 +126,36 @@ def bco(answers: Answers, scale: Scale) -> Float[Tensor, ""]:
     return answers.of_each(-F.logsigmoid(answers.signed(rewards)))
 
 
-def apo_zero(answers: Answers, scale: Scale) -> Float[Tensor, ""]:
+def apo_zero(answers: Answers, hyper: Hyperparameters) -> Float[Tensor, ""]:
     """1 - s(g) of a preferred answer, s(g) of a rejected one: raises the one, lowers the other. arXiv 2408.06266."""
-    return answers.of_each(torch.sigmoid(-answers.signed(scale.beta * answers.gains())))
+    return answers.of_each(torch.sigmoid(-answers.signed(hyper.beta * answers.gains())))
 
 
-def simpo(answers: Answers, scale: Scale) -> Float[Tensor, ""]:
+def simpo(answers: Answers, hyper: Hyperparameters) -> Float[Tensor, ""]:
     """-log s(beta (p(w) / n(w) - p(l) / n(l)) - gamma). arXiv 2405.14734, equation 6."""
-    return answers.mean_of_pairs(-F.logsigmoid(scale.beta * answers.margins(answers.means()) - scale.margin))
+    return answers.mean_of_pairs(-F.logsigmoid(hyper.beta * answers.margins(answers.means()) - hyper.margin))
 
 
-def anchor(answers: Answers, scale: Scale) -> Float[Tensor, ""]:
+def anchor(answers: Answers, hyper: Hyperparameters) -> Float[Tensor, ""]:
     """-log s(g(w)): keeps the preferred answers' rewards above 0. arXiv 2406.11839, L_AncPO, with delta 0."""
-    return mean_over(-F.logsigmoid(scale.beta * answers.gains()), answers.weights > 0)
+    return mean_over(-F.logsigmoid(hyper.beta * answers.gains()), answers.weights > 0)
 
 
-def sft(answers: Answers, scale: Scale) -> Float[Tensor, ""]:
+def sft(answers: Answers, hyper: Hyperparameters) -> Float[Tensor, ""]:
     """-p / n over all preferred answers: the mean over their tokens, as supervised tuning takes it."""
     preferred = answers.weights > 0
     tokens = torch.where(preferred, answers.tokens, 0).sum().clamp_min(1)
     return -torch.where(preferred, answers.log_probs, 0).sum() / tokens
 
 
-def cpo(answers: Answers, scale: Scale) -> Float[Tensor, ""]:
+def cpo(answers: Answers, hyper: Hyperparameters) -> Float[Tensor, ""]:
     """-log s(beta (p(w) - p(l))), and what `sft` takes. arXiv 2401.08417, equation 5."""
-    of_pairs = -F.logsigmoid(scale.beta * answers.margins(answers.log_probs))
-    return sft(answers, scale) + answers.mean_of_pairs(of_pairs)
+    of_pairs = -F.logsigmoid(hyper.beta * answers.margins(answers.log_probs))
+    return sft(answers, hyper) + answers.mean_of_pairs(of_pairs)
 
 
-def orpo(answers: Answers, scale: Scale) -> Float[Tensor, ""]:
+def orpo(answers: Answers, hyper: Hyperparameters) -> Float[Tensor, ""]:
     """-beta log s(o(w) - o(l)) with o = log(q / (1 - q)) and log q = p / n, and what `sft` takes. arXiv 2403.07691."""
     means = answers.means().clamp_max(-1e-6)  # at 0 the odds are infinite
     odds = means - torch.log1p(-means.exp())
-    return sft(answers, scale) - scale.beta * answers.mean_of_pairs(F.logsigmoid(answers.margins(odds)))
-
-
-LOSSES: Mapping[str, Loss] = {
-    "sft": sft,
-    "dpo": dpo,
-    "ipo": ipo,
-    "kto": kto,
-    "bco": bco,
-    "apo_zero": apo_zero,
-    "orpo": orpo,
-    "simpo": simpo,
-    "cpo": cpo,
-    "anchor": anchor,
-}
-
-
-OF_PICTURES = frozenset({"dpo", "ipo", "bco", "apo_zero", "simpo"})
-"""These losses compare an answer with itself under other pictures; they hold nothing else, such as what `sft` takes."""
-
-
-def preference_loss(
-    answers: Answers, scale: Scale, objective: Mapping[str, float], *, of_pictures: Pairs
-) -> Float[Tensor, ""]:
-    """Computes the weighted sum of losses, and once more of those that compare pictures, as mDPO does.
-
-    With w under its own picture v and under another one u, and each L a mean over its own pairs:
-
-        L(w with v, l with v) + L(w with v, w with u)        mDPO, arXiv 2406.11839: L_DPO + L_CoPO
-
-    `anchor` is the third term of mDPO. kto has no pairs: w with u is a further rejected answer.
-
-    Args:
-        objective: the weight of each loss, by its name.
-        of_pictures: pairs of a preferred answer and the same under other pictures; `answers.pairs` has none of them.
-    """
-    # Without any pair the loss is 0 and still belongs to the graph, so that ranks stay in step.
-    loss = 0 * answers.log_probs.sum()
-    looking = answers._replace(pairs=of_pictures)
-    for name, weight in objective.items():
-        loss = loss + weight * LOSSES[name](answers, scale)
-        if name in OF_PICTURES and of_pictures.shape[1]:
-            loss = loss + weight * LOSSES[name](looking, scale)
-    return loss
-
-
-VALUES: Mapping[str, Callable[[Answers], Float[Tensor, " answers"]]] = {
-    **dict.fromkeys(("dpo", "kto", "bco", "apo_zero", "anchor"), Answers.gains),
-    "ipo": lambda answers: answers.gains() / answers.tokens,
-    "cpo": lambda answers: answers.log_probs,
-    **dict.fromkeys(("simpo", "orpo", "sft"), Answers.means),
-}
-"""Maps a loss to what it compares of two answers, which is logged times beta; orpo's odds grow with the mean."""
-
-
-def measures(
-    answers: Answers, beta: float, objective: Mapping[str, float], *, of_pictures: Pairs
-) -> dict[str, Float[Tensor, ""]]:
-    """Returns what people watch: rewards, margin, accuracy and log-probabilities; accuracy counts pairs.
-
-    Rewards are those of the loss with the largest weight, of the first such one; `sft` counts last.
-    """
-    name = max(objective, key=lambda name: (name != "sft", objective[name]))
-    rewards, log_probs = beta * VALUES[name](answers).detach(), answers.log_probs.detach()
-    margins = answers.margins(rewards)
-    numbers = {"rewards/margin": margins.mean(), "rewards/accuracy": (margins > 0).float().mean()}
-    if of_pictures.shape[1]:
-        numbers["rewards/picture_margin"] = answers._replace(pairs=of_pictures).margins(rewards).mean()
-    under_other = torch.zeros_like(rewards, dtype=torch.bool).index_fill(0, of_pictures[1], True)
-    kinds = {"chosen": answers.weights > 0, "rejected": (answers.weights < 0) & ~under_other}
-    for name, kind in kinds.items():
-        for what, each in (("rewards", rewards), ("log_probs", log_probs)):  # of none it is NaN, which no log shows
-            numbers[f"{what}/{name}"] = torch.where(kind, each, 0).sum() / kind.sum()
-    return numbers
+    return sft(answers, hyper) - hyper.beta * answers.mean_of_pairs(F.logsigmoid(answers.margins(odds)))

@@ -18,7 +18,7 @@ The weights w_i say how tokens and answers are averaged. They are all that tells
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,14 +71,6 @@ class PolicyGradient:
     def divisor(self, tokens: Int[Tensor, "prompts group"]) -> int:
         """Returns N, or the number of all tokens."""
         return int(tokens.sum()) if self.average == "tokens" else tokens.numel()
-
-
-REWARD_LOSSES: Mapping[str, PolicyGradient] = {
-    "grpo": PolicyGradient(advantages=standardised, average="means"),
-    "dr_grpo": PolicyGradient(advantages=centred, average="longest"),
-    "dapo": PolicyGradient(advantages=standardised, average="tokens"),  # arXiv 2503.14476
-    "rloo": PolicyGradient(advantages=against_others, average="sums"),
-}
 
 
 def divergence(now: Float[Tensor, " tokens"], reference: Float[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:

@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from dora_vl.backbones.specs import (
     ComposeSpec,
@@ -23,20 +23,14 @@ from dora_vl.backbones.specs import (
 from dora_vl.core.config import AdapterSettings, Quantisation
 from dora_vl.data.columns import Columns, Mixing, Packing, TrainFile, train_name
 from dora_vl.files import Kernel
+from dora_vl.heads.objectives import OBJECTIVES, Kind, Objective
 
 Decayed = Literal["matrices", "all_but_biases"]
 """Names what weight decay acts on."""
-PreferenceLossName = Literal["sft", "dpo", "ipo", "kto", "bco", "apo_zero", "orpo", "simpo", "cpo", "anchor"]
-"""Lists the names of heads.preferences.LOSSES."""
-RewardLossName = Literal["grpo", "dr_grpo", "dapo", "rloo"]
-"""Lists the names of heads.rewards.REWARD_LOSSES, which learn from answers that the model draws itself."""
-LossName = PreferenceLossName | RewardLossName
-REFERENCE_FREE_LOSSES = frozenset[LossName]({"sft", "orpo", "simpo", "cpo"})
-"""These losses need no log-probabilities of the model as it was when training began."""
-SINGLE_ANSWER_LOSSES = frozenset[LossName]({"sft", "kto", "bco", "apo_zero", "anchor"})
-"""These losses need no pairs: each answer is good or bad by itself."""
-MIXED_ANSWER_LOSSES = frozenset[LossName]({"sft", "kto", "anchor"})
-"""These losses learn a single answer also where other answers of its batch are pairs."""
+if TYPE_CHECKING:
+    LossName = str
+else:
+    LossName = Literal[tuple(OBJECTIVES)]
 Task = Literal["llava", "image_text", "commonsense", "vlbart"]
 Files = str | tuple[str | TrainFile, ...]
 """This is the type of `data.train`, except in a VL-BART's run."""
@@ -274,6 +268,16 @@ class ObjectiveConfig:
         return {self.loss: 1.0} if isinstance(self.loss, str) else self.loss
 
     @property
+    def losses(self) -> tuple[Objective, ...]:
+        """Returns what is known of each loss."""
+        return tuple(OBJECTIVES[name] for name in self.weights)
+
+    @property
+    def kind(self) -> Kind:
+        """Returns what the run learns from; a sum that holds sft compares answers."""
+        return OBJECTIVES[self.loss].kind if isinstance(self.loss, str) else "preference"
+
+    @property
     def has_own_reward(self) -> bool:
         """Tells whether a reward is a function of the user's."""
         return any(":" in name for name in self.rewards)
@@ -281,12 +285,7 @@ class ObjectiveConfig:
     @property
     def has_reference(self) -> bool:
         """Tells whether a loss compares with the model as it was when training began."""
-        return self.kl > 0 if self.reward_loss else not REFERENCE_FREE_LOSSES.issuperset(self.weights)
-
-    @property
-    def compares(self) -> bool:
-        """Tells whether a loss compares the data's own answers."""
-        return not self.is_sft and self.reward_loss is None
+        return self.kl > 0 if self.kind == "reward" else any(loss.needs_reference for loss in self.losses)
 
     @property
     def without_effect(self) -> tuple[str, str] | None:
@@ -296,36 +295,29 @@ class ObjectiveConfig:
                 return name, owner
         return None
 
-    @property
-    def is_sft(self) -> bool:
-        """Tells whether answers are only learned word by word."""
-        return self.loss == "sft"
 
-    @property
-    def reward_loss(self) -> RewardLossName | None:
-        """Returns the loss that learns from rewards; None for all others."""
-        return next((name for name in get_args(RewardLossName) if name in self.weights), None)
+def _losses(has_effect: Callable[[Objective], bool]) -> tuple[Callable[[ObjectiveConfig], bool], str]:
+    names = ", ".join(name for name, loss in OBJECTIVES.items() if has_effect(loss))
+    return (lambda objective: any(map(has_effect, objective.losses))), f"objective.loss {names}"
 
 
-def _losses(*names: LossName) -> tuple[Callable[[ObjectiveConfig], bool], str]:
-    return (lambda objective: not objective.weights.keys().isdisjoint(names)), f"objective.loss {', '.join(names)}"
-
-
-_REWARDS = _losses(*get_args(RewardLossName))
 GOES_WITH: Mapping[str, tuple[Callable[[ObjectiveConfig], bool], str]] = {
-    "beta": _losses(*(name for name in get_args(PreferenceLossName) if name != "sft")),
-    "margin": _losses("simpo"),
-    "exchange_pictures": _losses("dpo", "ipo", "kto", "bco", "apo_zero", "simpo"),
-    **dict.fromkeys(("rewards", "group", "max_new_tokens", "vllm", "kl"), _REWARDS),
-    "format": (lambda objective: bool(objective.reward_loss and "format" in objective.rewards), "the reward format"),
+    "beta": _losses(lambda loss: "beta" in loss.settings),
+    "margin": _losses(lambda loss: "margin" in loss.settings),
+    "exchange_pictures": _losses(lambda loss: loss.exchanged != "nothing"),
+    **dict.fromkeys(("rewards", "group", "max_new_tokens", "vllm", "kl"), _losses(lambda loss: loss.kind == "reward")),
+    "format": (
+        lambda objective: bool(objective.kind == "reward" and "format" in objective.rewards),
+        "the reward format",
+    ),
     **dict.fromkeys(
         ("reward_threads", "reward_errors"),
         (
-            lambda objective: bool(objective.reward_loss and objective.has_own_reward),
+            lambda objective: bool(objective.kind == "reward" and objective.has_own_reward),
             "a function of your own in objective.rewards",
         ),
     ),
-    "vllm_timeout": (lambda objective: bool(objective.reward_loss and objective.vllm), "objective.vllm"),
+    "vllm_timeout": (lambda objective: bool(objective.kind == "reward" and objective.vllm), "objective.vllm"),
 }
 """Maps settings of the objective to where they have an effect, and to the words for it."""
 

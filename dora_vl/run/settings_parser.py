@@ -98,17 +98,19 @@ def _check_objective(objective: ObjectiveConfig) -> None:
         raise SettingError("objective.loss", " is empty; name at least one")
     for name, weight in _named("objective.loss", objective.weights).items():
         _check_number(name, weight, above_zero=True)
-    if objective.reward_loss is None and {*objective.weights} != {"sft"}:
+    if any("beta" in loss.settings for loss in objective.losses):
         _check_number("objective.beta", objective.beta, above_zero=True)
     _check_number("objective.kl", objective.kl)
     _check_number("objective.vllm_timeout", objective.vllm_timeout, above_zero=True)
     # Below 0 is a penalty, and 0 only shows in the log.
-    if objective.reward_loss and not any(objective.rewards.values()):
+    if objective.kind == "reward" and not any(objective.rewards.values()):
         raise SettingError("objective.rewards", " gives no reward a weight; name at least one")
     for name, weight in _named("objective.rewards", objective.rewards).items():
         _check_number(name, abs(weight))
-    if (loss := objective.reward_loss) and objective.weights != {loss: 1}:
-        raise SettingError("objective.loss", f": {loss} stands alone, in no sum and with no weight; write loss: {loss}")
+    for loss in objective.losses:
+        if loss.kind == "reward" and objective.kind != "reward":
+            reason = f": {loss.name} stands alone, in no sum and with no weight; write loss: {loss.name}"
+            raise SettingError("objective.loss", reason)
     if objective.group < 2:
         raise SettingError("objective.group", f" is {objective.group}; answers are compared, so at least 2 are needed")
     if unused := objective.without_effect:

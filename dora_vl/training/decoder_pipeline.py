@@ -53,8 +53,7 @@ from dora_vl.evaluation.test import (
     run_test,
     watch_questions,
 )
-from dora_vl.heads.preferences import Scale
-from dora_vl.heads.rewards import REWARD_LOSSES
+from dora_vl.heads.preferences import Hyperparameters
 from dora_vl.report.batch import TokenText
 from dora_vl.run.arguments import order_seed, zero_stage
 from dora_vl.run.base import (
@@ -131,7 +130,7 @@ class DecoderPipeline(Pipeline):
         samples.describe()
         samples.check_count()
         samples.check_objective(config.objective)
-        if config.objective.reward_loss:
+        if config.objective.kind == "reward":
             self._check_rewards(arguments)
         if config.evaluation.file is not None:
             samples.warn_of_overlap(check_test(config), config)
@@ -264,23 +263,24 @@ class DecoderPipeline(Pipeline):
                 rounds, file = samples.rounds(MOST_SAMPLES), run_folder_of(self.config.training) / PROJECTOR_START
                 seen = projector_inputs(decoder.config, outputs, reader, [names for names, _, _ in rounds])
                 start_projector(decoder.model.base_model, encoder.tokenizer, rounds, seen, form, file)
+        objective = self.config.objective
         collate = Collator(
             encoder.pad_token_id,
             dummy=dummy,
             dummy_video=encoder.dummy_video() if videos else None,
             packing=packing,
-            compares=self.config.objective.compares,
-            unmatched="kto" in self.config.objective.weights,
-            keeps_samples=self.config.objective.reward_loss is not None,
+            compares=objective.kind == "preference",
+            unmatched=any(loss.needs_unmatched for loss in objective.losses),
+            keeps_samples=objective.kind == "reward",
         )
         replay = None
         if data.replay:
             replay = samples.replay(run_folder_of(self.config.training) / REPLAY, encoder)
             collate = replace(collate, chats_from=replay.first_index)
         made = samples.training_data(self._rows(arguments, outputs), collate, replay)
-        if self.config.objective.reward_loss is None:
+        if objective.kind != "reward":
             return made
-        group, longest = self.config.objective.group, self.config.objective.max_new_tokens
+        group, longest = objective.group, objective.max_new_tokens
 
         def pools() -> list[list[Sample | Skipped]]:
             """Gives the largest samples as many and as long answers as may be drawn."""
@@ -342,7 +342,7 @@ class DecoderPipeline(Pipeline):
     def _rows(self, arguments: TrainingArguments, outputs: OutputStore | None = None) -> RowEncoder:
         data = self.config.data
         objective = self.config.objective
-        compares = not objective.is_sft
+        compares = objective.kind != "supervised"
         if not self.encoder.sees_pictures:
             return RowEncoder(encoder=self.encoder, compares=compares)
         same = self.samples(arguments).has_videos and self.encoder.videos_of_one_length
@@ -361,13 +361,13 @@ class DecoderPipeline(Pipeline):
     def loss(self, backbone: Backbone[Any]) -> LossModel:
         """Makes the next-token loss, or one of preferences or rewards."""
         objective = self.config.objective
-        if objective.reward_loss:
+        if objective.kind == "reward":
             return RewardLoss(backbone, kl=objective.kl, reference=Reference(backbone.model) if objective.kl else None)
-        if objective.compares:
+        if objective.kind == "preference":
             return PreferenceLoss(
                 backbone,
-                objective=objective.weights,
-                scale=Scale(beta=objective.beta, margin=objective.margin),
+                losses=objective.weights,
+                hyperparameters=Hyperparameters(beta=objective.beta, margin=objective.margin),
                 reference=Reference(backbone.model) if objective.has_reference else None,
                 keeps=not self.config.data.streaming and not draws_in_training(backbone.model),
             )
@@ -378,7 +378,8 @@ class DecoderPipeline(Pipeline):
     def rollouts(self, backbone: Backbone[Any], arguments: TrainingArguments, data: TrainingData) -> Rollouts | None:
         """Draws answers where the loss learns from rewards."""
         objective, samples = self.config.objective, self.samples(arguments)
-        if objective.reward_loss is None:
+        policy = objective.losses[0].policy
+        if policy is None:
             return None
         half = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
         drawn: dict[str, Any] = {
@@ -411,7 +412,7 @@ class DecoderPipeline(Pipeline):
             device=arguments.device,
             collate=cast(Collator, data.collate),
             example_of=samples.example_of,
-            loss=REWARD_LOSSES[objective.reward_loss],
+            loss=policy,
             rewards=self._rewards(samples.examples),
             weights=objective.rewards,
             group=objective.group,

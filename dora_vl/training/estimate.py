@@ -194,7 +194,7 @@ def plan_run(
         raise UserError(f"{tokens} tokens per sample: a single picture of this model takes {pictures}; raise --tokens")
     words = tokens - pictures - 1
     rows = int(section.get("per_device_train_batch_size", 8))
-    if labelled is None and settings.objective.reward_loss:
+    if labelled is None and settings.objective.kind == "reward":
         labelled = settings.objective.max_new_tokens
     samples = Samples(rows, tokens, words if labelled is None else min(labelled, words))
     samples = with_answers(settings, samples, counted=counted)
@@ -209,17 +209,17 @@ def with_answers(settings: Any, samples: Samples, *, counted: bool = False) -> S
     drawn ones are as long as they may be. Trees hold a prompt once for its answers, and once more for another picture.
     """
     objective, prompt, answer = settings.objective, samples.tokens - samples.labelled, samples.labelled
-    if objective.is_sft:
+    if objective.kind == "supervised":
         return replace(samples, reference=settings.data.replay)
     reference, looks = float(objective.has_reference), objective.exchange_pictures
-    if objective.reward_loss:
+    if objective.kind == "reward":
         answers, answer = objective.group, objective.max_new_tokens
     elif counted:
         return replace(samples, reference=reference)
     else:
-        answers = 2 + looks + ("kto" in objective.weights)
+        answers = 2 + looks + any(loss.needs_unmatched for loss in objective.losses)
     prompts = 1 + looks if settings.data.packing == "trees" else answers
-    tokens, drawn = prompts * prompt + answers * answer, bool(objective.reward_loss) and objective.vllm is None
+    tokens, drawn = prompts * prompt + answers * answer, objective.kind == "reward" and objective.vllm is None
     return Samples(samples.rows, tokens, answers * answer, reference, drawn)
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from dora_vl.backbones.base import Backbone, Expected
 from dora_vl.core import adapted_layers, trained_parts
-from dora_vl.heads.preferences import Answers, Scale, measures, preference_loss
+from dora_vl.heads.objectives import OBJECTIVES, preference_loss, preference_metrics
+from dora_vl.heads.preferences import Answers, Hyperparameters
 from dora_vl.heads.rewards import divergence
 from dora_vl.run.sharding import gather_to_write, is_sharded, let_go_of_whole_weights
 from dora_vl.shapes import Bool, Float, Int
@@ -211,7 +212,7 @@ def mean_over_ranks(values: Float[Tensor, " answers"], kept: Bool[Tensor, " answ
 
 
 class PreferenceLoss(LossModel):
-    """Computes a sum of `heads.preferences.LOSSES`, which `objective` weighs by name.
+    """Computes a sum of preference losses, which `losses` weighs by name.
 
     What `reference`, the model as it was when training began, says of a sample is kept for later epochs with `keeps`.
     """
@@ -220,14 +221,15 @@ class PreferenceLoss(LossModel):
         self,
         backbone: Backbone[Any],
         *,
-        objective: Mapping[Any, float],
-        scale: Scale,
+        losses: Mapping[str, float],
+        hyperparameters: Hyperparameters,
         reference: Reference | None,
         keeps: bool = False,
     ) -> None:
         super().__init__(backbone, step_tokens=False)
-        self.objective, self.scale, self.reference = objective, scale, reference
-        self._keeps = keeps and "kto" not in objective  # kto's answers to other prompts change every epoch
+        self.losses, self.hyperparameters, self.reference = losses, hyperparameters, reference
+        self._needs_unmatched = any(OBJECTIVES[name].needs_unmatched for name in losses)
+        self._keeps = keeps and not self._needs_unmatched  # answers to other prompts change every epoch
         self._kept: dict[bool, dict[tuple[int, int], float]] = {True: {}, False: {}}
         """Holds the reference's log-probability by sample and answer, for the training and for the validation data."""
 
@@ -242,12 +244,12 @@ class PreferenceLoss(LossModel):
         of_reference = None if self.reference is None else self._of_reference(self.reference, answers["keys"], inputs)
         log_probs, tokens = self._log_probs(len(weights), inputs)
         compared = Answers(log_probs, of_reference, tokens, weights, answers["pairs"])
-        scale, of_pictures = self.scale, answers["of_pictures"]
-        if "kto" in self.objective:
-            scale = replace(scale, kl=mean_over_ranks(compared.gains().detach(), weights == 0).clamp_min(0))
-        loss = preference_loss(compared, scale, self.objective, of_pictures=of_pictures)
-        watched = measures(compared, self.scale.beta, self.objective, of_pictures=of_pictures)
-        return {"loss": loss, "labelled_tokens": tokens.sum().long(), **watched}
+        hyper, exchanged = self.hyperparameters, answers["of_pictures"]
+        if self._needs_unmatched:
+            hyper = replace(hyper, kl=mean_over_ranks(compared.gains().detach(), weights == 0).clamp_min(0))
+        loss = preference_loss(compared, hyper, self.losses, exchanged=exchanged)
+        metrics = preference_metrics(compared, hyper.beta, self.losses, exchanged=exchanged)
+        return {"loss": loss, "labelled_tokens": tokens.sum().long(), **metrics}
 
     def kept(self) -> Mapping[str, Any]:
         """Returns the reference's log-probabilities, which other batches would round differently."""

@@ -166,7 +166,7 @@ def check_replay(config: RunConfig) -> None:
         reason = (
             " is a share of samples that are counted, and data.streaming counts none; set one of them to 0 or false"
         )
-    elif share and not config.objective.is_sft:
+    elif share and config.objective.kind != "supervised":
         names = ", ".join(config.objective.weights)
         reason = f" is for supervised tuning: {names} compares answers, and chats have one; set it 0"
     elif share and config.model.template == "plain":

@@ -69,11 +69,12 @@ from dora_vl.data.turns import THINK, Turn
 from dora_vl.errors import BadSample, SettingError, UserError, one_line, short_repr
 from dora_vl.evaluation.questions import all_asked, text_asked
 from dora_vl.files import content_key
+from dora_vl.heads.objectives import FLAGS
 from dora_vl.run.arguments import order_seed
 from dora_vl.run.base import VideoReading, image_folder, video_folder
 from dora_vl.run.folder import run_folder_of
 from dora_vl.run.launch import rank_and_ranks, wait_for_everyone
-from dora_vl.run.settings import MIXED_ANSWER_LOSSES, SINGLE_ANSWER_LOSSES, DataConfig, ObjectiveConfig, RunConfig
+from dora_vl.run.settings import DataConfig, ObjectiveConfig, RunConfig
 from dora_vl.run.sharding import gather_to_read
 from dora_vl.run.watched_questions import evenly
 from dora_vl.training.closed_form import Round, rounds_of
@@ -216,7 +217,7 @@ class RunSamples:
         """Tells whether a sample's answers may be about two lists of pictures."""
         of_data = any(row.rejected_images for row in self._streamed)
         of_data = of_data or any(table.has_rejected_images for table in self._tables)
-        return not objective.is_sft and (objective.exchange_pictures or of_data)
+        return objective.kind != "supervised" and (objective.exchange_pictures or of_data)
 
     def rounds(self, limit: int) -> list[Round]:
         """Lists questions and answers about pictures of at most `most` training samples, evenly spread."""
@@ -253,30 +254,33 @@ class RunSamples:
         """Refuses a loss that the samples do not serve."""
         judged, compared = self._judgements()
         what = "rejected answers" if compared else "answers that a flag calls good or bad"
-        if objective.is_sft and (judged or compared):
+        if objective.kind == "supervised" and (judged or compared):
             both = "dpo" if compared else "kto"
             alone = "data.columns: {chosen: completion}" if compared else "a file without the bad ones"
             reason = f"{both} learns from both, {alone} from the good ones alone"
             raise SettingError("objective.loss", f" is sft, and {self._name} has {what}; {reason}")
-        if objective.reward_loss and (judged or compared):
+        if objective.kind == "reward" and (judged or compared):
             reason = "it draws its own answers; dpo and the like learn from the file's"
-            raise SettingError("objective.loss", f" is {objective.reward_loss}, and {self._name} has {what}: {reason}")
-        if objective.reward_loss:
+            raise SettingError("objective.loss", f" is {objective.loss}, and {self._name} has {what}: {reason}")
+        if objective.kind != "preference":
             return
-        if judged and compared and not MIXED_ANSWER_LOSSES.issuperset(objective.weights):
-            names = ", ".join(name for name in objective.weights if name not in MIXED_ANSWER_LOSSES)
+        if judged and compared and not all(loss.mixes for loss in objective.losses):
+            names = ", ".join(loss.name for loss in objective.losses if not loss.mixes)
             reason = "which would leave the latter out; take kto, or a run for each"
             what = "rejected answers beside chosen ones and answers that a flag calls good or bad"
             raise SettingError("objective.loss", f": {self._name} has {what}, and {names} compares pairs, {reason}")
-        paired = not SINGLE_ANSWER_LOSSES.issuperset(objective.weights)
-        if not objective.is_sft and not compared and (paired or not judged):
+        paired = not all(FLAGS in loss.takes for loss in objective.losses)
+        if not compared and (paired or not judged):
             needs = "rejected answers beside the chosen ones" + ("" if paired else ", or a flag for each answer")
             names = ", ".join(objective.weights)
             raise SettingError(
                 "objective.loss", f": {names} needs {needs}, and {self._name} has none; see docs/data.md"
             )
-        if "kto" in objective.weights and self._arguments.per_device_train_batch_size == 1:
-            reason = " is 1, and kto compares an answer with those to other prompts beside it; set 2 or more"
+        unmatched = [loss.name for loss in objective.losses if loss.needs_unmatched]
+        if unmatched and self._arguments.per_device_train_batch_size == 1:
+            reason = (
+                f" is 1, and {unmatched[0]} compares an answer with those to other prompts beside it; set 2 or more"
+            )
             raise SettingError("training.per_device_train_batch_size", reason)
         if objective.exchange_pictures:
             self._check_exchange(compared=compared)

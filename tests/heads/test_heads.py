@@ -17,9 +17,9 @@ from dora_vl.data.batches import Collator
 from dora_vl.heads import next_token
 from dora_vl.heads.answer import AnswerHead, answer_loss
 from dora_vl.heads.next_token import label_losses, losses_of
-from dora_vl.heads.preferences import LOSSES, OF_PICTURES, Answers, Scale, measures, preference_loss
-from dora_vl.heads.rewards import REWARD_LOSSES, SMALLEST_SPREAD, divergence
-from dora_vl.run.settings import REFERENCE_FREE_LOSSES, SINGLE_ANSWER_LOSSES
+from dora_vl.heads.objectives import FLAGS, OBJECTIVES, preference_loss, preference_metrics
+from dora_vl.heads.preferences import Answers, Hyperparameters
+from dora_vl.heads.rewards import SMALLEST_SPREAD, divergence
 from tests.backbones.image_text_conversations import inputs_of
 from tests.backbones.test_decoder import language_samples
 from tests.backbones.tiny_language import tiny_language
@@ -148,6 +148,10 @@ def margin(p: tuple[float, ...], w: int, o: int) -> float:
     return BETA * (gain(p, w) - gain(p, o))
 
 
+LOSSES = {name: row.loss for name, row in OBJECTIVES.items() if row.loss is not None}
+POLICIES = {name: row.policy for name, row in OBJECTIVES.items() if row.policy is not None}
+
+
 def likelihood(p: tuple[float, ...]) -> float:
     """What supervised tuning takes of the preferred answers."""
     return -(p[0] + p[3] + p[4]) / (3 + 7 + 1)
@@ -187,7 +191,7 @@ def written_out(name: str, p: tuple[float, ...]) -> float:
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_and_gradient_are_the_equations(name: str) -> None:
     log_probs = torch.tensor(LOG_PROBS, dtype=torch.float64, requires_grad=True)
-    loss = LOSSES[name](answers(log_probs), Scale(beta=BETA, margin=MARGIN, kl=LEVEL))
+    loss = LOSSES[name](answers(log_probs), Hyperparameters(beta=BETA, margin=MARGIN, kl=LEVEL))
     assert loss.item() == pytest.approx(written_out(name, LOG_PROBS), rel=1e-12)
     (gradient,) = torch.autograd.grad(loss, log_probs)
     step = 1e-6
@@ -199,18 +203,18 @@ def test_loss_and_gradient_are_the_equations(name: str) -> None:
         assert gradient[number].item() == pytest.approx((up - down) / (2 * step), abs=1e-8)
 
 
-@pytest.mark.parametrize("name", sorted(REFERENCE_FREE_LOSSES))
+@pytest.mark.parametrize("name", [name for name in LOSSES if not OBJECTIVES[name].needs_reference])
 def test_losses_without_a_reference_ask_for_none(name: str) -> None:
     given = answers(torch.tensor(LOG_PROBS))
     bare = given._replace(reference=None)
-    torch.testing.assert_close(LOSSES[name](bare, Scale()), LOSSES[name](given, Scale()))
+    torch.testing.assert_close(LOSSES[name](bare, Hyperparameters()), LOSSES[name](given, Hyperparameters()))
 
 
-@pytest.mark.parametrize("name", sorted(SINGLE_ANSWER_LOSSES))
+@pytest.mark.parametrize("name", [name for name in LOSSES if FLAGS in OBJECTIVES[name].takes])
 def test_losses_of_single_answers_need_no_pair(name: str) -> None:
     given = answers(torch.tensor(LOG_PROBS))
     alone = given._replace(pairs=NO_PAIRS)
-    value, with_pairs = (LOSSES[name](each, Scale(beta=BETA)) for each in (alone, given))
+    value, with_pairs = (LOSSES[name](each, Hyperparameters(beta=BETA)) for each in (alone, given))
     if name in ("sft", "kto", "anchor"):
         assert value == with_pairs
     if name == "bco":
@@ -226,19 +230,19 @@ def test_losses_of_single_answers_need_no_pair(name: str) -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_same_answer_under_other_pictures_is_a_term_of_its_own(name: str) -> None:
     """Answers 1 and 5 are 0 and 3 under other pictures: the mean over these pairs is added to that over the rest."""
-    own, of_pictures = torch.tensor([(0, 2)]).T, torch.tensor([(0, 1), (3, 5)]).T
+    own, exchanged = torch.tensor([(0, 2)]).T, torch.tensor([(0, 1), (3, 5)]).T
     given = answers(torch.tensor(LOG_PROBS, dtype=torch.float64))._replace(pairs=own)
-    scale = Scale(beta=BETA, margin=MARGIN, kl=LEVEL)
-    value = preference_loss(given, scale, {name: 0.5}, of_pictures=of_pictures).item()
+    scale = Hyperparameters(beta=BETA, margin=MARGIN, kl=LEVEL)
+    value = preference_loss(given, scale, {name: 0.5}, exchanged=exchanged).item()
     if name in PAIRED:
         expected = PAIRED[name](LOG_PROBS, 0, 2)
-        if name in OF_PICTURES:
+        if OBJECTIVES[name].exchanged == "pair":
             expected += (PAIRED[name](LOG_PROBS, 0, 1) + PAIRED[name](LOG_PROBS, 3, 5)) / 2
-        assert (name in OF_PICTURES) == (name not in ("cpo", "orpo"))
+        assert (OBJECTIVES[name].exchanged == "pair") == (name not in ("cpo", "orpo"))
     else:
         expected = written_out(name, LOG_PROBS)
     assert value == pytest.approx(0.5 * expected, rel=1e-12)
-    found = measures(given, BETA, {"dpo": 1.0}, of_pictures=of_pictures)
+    found = preference_metrics(given, BETA, {"dpo": 1.0}, exchanged=exchanged)
     looks = (margin(LOG_PROBS, 0, 1) + margin(LOG_PROBS, 3, 5)) / 2
     assert found["rewards/picture_margin"].item() == pytest.approx(looks, rel=1e-12)
     assert found["rewards/rejected"].item() == pytest.approx(BETA * gain(LOG_PROBS, 2), rel=1e-12)
@@ -248,7 +252,7 @@ def test_an_answer_that_is_certain_has_finite_odds() -> None:
     log_probs = torch.tensor(LOG_PROBS).clone()
     log_probs[0] = 0.0
     log_probs.requires_grad_()
-    preference_loss(answers(log_probs), Scale(beta=BETA), {"orpo": 1.0}, of_pictures=NO_PAIRS).backward()
+    preference_loss(answers(log_probs), Hyperparameters(beta=BETA), {"orpo": 1.0}, exchanged=NO_PAIRS).backward()
     assert log_probs.grad is not None
     assert log_probs.grad.isfinite().all()
 
@@ -266,9 +270,9 @@ MEASURED: dict[str, Callable[[int], float]] = {
 @pytest.mark.parametrize("more", [{}, {"sft": 3.0}])
 def test_measures_are_what_the_loss_compares(name: str, more: dict[str, float]) -> None:
     given = answers(torch.tensor(LOG_PROBS, dtype=torch.float64))
-    given = given._replace(reference=None) if name in REFERENCE_FREE_LOSSES else given
+    given = given._replace(reference=None) if not OBJECTIVES[name].needs_reference else given
     objective = {**more, name: 1.0}
-    found = {key: value.item() for key, value in measures(given, BETA, objective, of_pictures=NO_PAIRS).items()}
+    found = {key: value.item() for key, value in preference_metrics(given, BETA, objective, exchanged=NO_PAIRS).items()}
     margins = [BETA * (MEASURED[name](w) - MEASURED[name](o)) for w, o in PAIRS]
     assert found["rewards/margin"] == pytest.approx(sum(margins) / 3, rel=1e-5)
     assert found["rewards/accuracy"] == pytest.approx(sum(value > 0 for value in margins) / 3)
@@ -280,7 +284,7 @@ def test_measures_are_what_the_loss_compares(name: str, more: dict[str, float]) 
 def test_a_longer_answer_that_simpo_prefers_has_a_margin_above_0() -> None:
     """The sums say -4, the means +5."""
     given = Answers(torch.tensor([-10.0, -6.0]), None, torch.tensor([10.0, 1.0]), torch.tensor([1.0, -1.0]), PAIR)
-    found = measures(given, 1.0, {"simpo": 1.0}, of_pictures=NO_PAIRS)
+    found = preference_metrics(given, 1.0, {"simpo": 1.0}, exchanged=NO_PAIRS)
     assert (found["rewards/margin"].item(), found["rewards/accuracy"].item()) == (5.0, 1.0)
 
 
@@ -306,18 +310,18 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize("name", REWARD_LOSSES)
+@pytest.mark.parametrize("name", POLICIES)
 def test_advantages_are_the_papers(name: str) -> None:
-    values = REWARD_LOSSES[name].advantages(torch.tensor(REWARDS, dtype=torch.float64))
+    values = POLICIES[name].advantages(torch.tensor(REWARDS, dtype=torch.float64))
     expected = [[advantage(name, group, number) for number in range(4)] for group in REWARDS]
     torch.testing.assert_close(values, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
     assert not values[1].any()  # a group without spread teaches nothing
 
 
-@pytest.mark.parametrize("name", REWARD_LOSSES)
+@pytest.mark.parametrize("name", POLICIES)
 def test_weights_and_divisor_are_the_papers(name: str) -> None:
-    loss, tokens = REWARD_LOSSES[name], torch.tensor(LENGTHS)
-    weights = loss.weights(tokens, LONGEST).double() / loss.divisor(tokens)
+    policy, tokens = POLICIES[name], torch.tensor(LENGTHS)
+    weights = policy.weights(tokens, LONGEST).double() / policy.divisor(tokens)
     expected = torch.tensor([WEIGHTS[name](count) for count in LENGTHS], dtype=torch.float64)
     torch.testing.assert_close(weights, expected, rtol=1e-7, atol=0)
 

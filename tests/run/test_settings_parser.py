@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -22,19 +22,10 @@ from dora_vl.core import adapted_layers, apply_dora
 from dora_vl.core.config import AdaptedPart, AdapterSettings, DoRAConfig
 from dora_vl.errors import MissingExtra, SettingError, UserError
 from dora_vl.files import shipped_folder
-from dora_vl.heads.preferences import LOSSES, OF_PICTURES
-from dora_vl.heads.rewards import REWARD_LOSSES
+from dora_vl.heads.objectives import FLAGS, OBJECTIVES, PAIRS
 from dora_vl.run.arguments import SHIPPED_CONFIGS, check_deepspeed, read_deepspeed, zero_stage
 from dora_vl.run.folder import SETTINGS, write_settings
-from dora_vl.run.settings import (
-    FIELDS,
-    GOES_WITH,
-    AdapterConfig,
-    ObjectiveConfig,
-    PreferenceLossName,
-    RewardLossName,
-    Task,
-)
+from dora_vl.run.settings import FIELDS, AdapterConfig, ObjectiveConfig, Task
 from dora_vl.run.settings_parser import (
     OTHER_TOOLS,
     find_recipe,
@@ -150,12 +141,21 @@ def test_a_setting_at_its_default_or_with_its_loss_is_taken(run_file: Path) -> N
         read_run([f"--config={run_file}", *words.split()])
 
 
-def test_the_settings_name_the_losses_that_there_are() -> None:
-    assert {*get_args(PreferenceLossName)} == LOSSES.keys()
-    assert {*get_args(RewardLossName)} == REWARD_LOSSES.keys()
-    for name in LOSSES:
-        takes = GOES_WITH["exchange_pictures"][0](ObjectiveConfig(loss=cast(Any, name)))
-        assert takes == (name in OF_PICTURES | {"kto"})
+def test_settings_and_pages_name_the_losses_that_there_are() -> None:
+    """The description of `objective.loss` names each loss; the table "Which loss" says what each takes and needs."""
+    (described,) = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `loss`")]
+    for name in OBJECTIVES:
+        assert ObjectiveConfig(loss=name).kind == OBJECTIVES[name].kind
+        assert re.search(rf"\b{name}\b", described.split("|")[-2]), name
+    table = (Path(__file__).parents[2] / "docs" / "preferences.md").read_text(encoding="utf-8")
+    in_table = set()
+    for names, takes, reference in re.findall(r"^\| ((?:`\w+`(?:, )?)+)[^|]*\| ([^|]*) \| (yes|no) \|", table, re.M):
+        for name in re.findall(r"`(\w+)`", names):
+            row = OBJECTIVES[name]
+            assert (PAIRS in row.takes, FLAGS in row.takes) == ("pairs" in takes, "flags" in takes), name
+            assert row.needs_reference == (reference == "yes"), name
+            in_table.add(name)
+    assert in_table == {name for name, row in OBJECTIVES.items() if row.kind == "preference"}
 
 
 def test_names_of_other_tools_lead_to_settings_of_that_meaning() -> None:

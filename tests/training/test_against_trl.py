@@ -21,7 +21,8 @@ from dora_vl.backbones.encoder import open_encoder
 from dora_vl.backbones.model import language_targets, open_backbone, projector_patterns
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.data.batches import Collator
-from dora_vl.heads.preferences import LOSSES, Answers, Scale
+from dora_vl.heads.objectives import OBJECTIVES
+from dora_vl.heads.preferences import Answers, Hyperparameters
 from dora_vl.training.losses import PreferenceLoss, Reference
 from tests.backbones.image_text_conversations import inputs_of
 from tests.training.test_preference_loss import EXAMPLES, PICTURES, disturb, items
@@ -80,7 +81,7 @@ def theirs(name: str, log_probs: torch.Tensor, reference: torch.Tensor, others: 
     return cpo.CPOTrainer.cpo_loss(held, values[:3], values[3:])[0].mean() + (of_tokens if name == "cpo" else 0)
 
 
-@pytest.mark.parametrize("name", sorted(set(LOSSES) - {"anchor"}))
+@pytest.mark.parametrize("name", sorted(name for name, row in OBJECTIVES.items() if row.loss and name != "anchor"))
 def test_loss_and_gradient_are_trls(name: str) -> None:
     generator = torch.Generator().manual_seed(2)
     tokens = -torch.rand(6, 7, generator=generator) * 3 * MASK[:, 1:]
@@ -89,7 +90,9 @@ def test_loss_and_gradient_are_trls(name: str) -> None:
     others = reference + 0.4
     weights = torch.tensor([1.0] * 3 + [-1.0] * 3)
     answers = Answers(log_probs.sum(1), reference, torch.tensor(LENGTHS).float(), weights, PAIRS)
-    ours = LOSSES[name](answers, Scale(beta=BETA, margin=MARGIN, kl=0.4))
+    loss = OBJECTIVES[name].loss
+    assert loss is not None
+    ours = loss(answers, Hyperparameters(beta=BETA, margin=MARGIN, kl=0.4))
     expected = theirs(name, log_probs, reference, others)
     torch.testing.assert_close(ours, expected, rtol=2e-5, atol=2e-5)
     gradients = [torch.autograd.grad(value, log_probs, retain_graph=True)[0] for value in (ours, expected)]
@@ -141,7 +144,9 @@ def test_a_model_with_pictures_has_the_loss_that_trls_trainer_computes(name: str
         weight.requires_grad_(key in trained)
     expected = held.compute_loss(model, batch)
     expected.backward()
-    ours = PreferenceLoss(backbone.train(), objective={name: 1.0}, scale=Scale(beta=BETA), reference=reference)
+    ours = PreferenceLoss(
+        backbone.train(), losses={name: 1.0}, hyperparameters=Hyperparameters(beta=BETA), reference=reference
+    )
     for packing in ("trees", "plain"):
         ours.zero_grad()
         loss = ours(**inputs_of(Collator(encoder.pad_token_id, packing=packing, compares=True)(samples)))["loss"]

@@ -20,7 +20,7 @@ from dora_vl.data.pictures import MediaFolder
 from dora_vl.data.samples import ConversationDataset, Sample
 from dora_vl.data.table import load_rows
 from dora_vl.data.video import Uniform
-from dora_vl.heads.preferences import Scale
+from dora_vl.heads.preferences import Hyperparameters
 from dora_vl.run.base import VideoReading
 from dora_vl.run.folder import DRAWN, read_log
 from dora_vl.training.losses import PreferenceLoss, Reference
@@ -252,7 +252,9 @@ def test_trees_and_plain_rows_are_the_same_under_two_pictures(family: str, tmp_p
     disturb(backbone.model)
     dataset = samples(base, path, encoder=encoder)
     items = [sample_of(dataset, index) for index in range(4)]
-    loss = PreferenceLoss(backbone.train(), objective=MDPO["loss"], scale=Scale(beta=0.5), reference=reference)
+    loss = PreferenceLoss(
+        backbone.train(), losses=MDPO["loss"], hyperparameters=Hyperparameters(beta=0.5), reference=reference
+    )
     outputs = [
         loss(**inputs_of(Collator(encoder.pad_token_id, packing=packing, compares=True)(items)))
         for packing in ("trees", "plain")

@@ -26,8 +26,8 @@ from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample
 from dora_vl.evaluation.assistant import Assistant, EncoderPrompts
 from dora_vl.heads import next_token
-from dora_vl.heads.preferences import LOSSES, Scale
-from dora_vl.heads.rewards import REWARD_LOSSES
+from dora_vl.heads.objectives import OBJECTIVES
+from dora_vl.heads.preferences import Hyperparameters
 from dora_vl.run.folder import DRAWN, read_log
 from dora_vl.run.sharding import gather_to_write, shard
 from dora_vl.training.losses import NextTokenLoss, PreferenceLoss, Reference, RewardLoss, mean_over_ranks
@@ -46,7 +46,7 @@ EXAMPLES = (
         "c", ("blue",), (Turn("user", "<image>\nSay it."), Turn("assistant", "blue")), rejected=("It is a red one.",)
     ),
 )
-SCALE = Scale(beta=0.3)
+HYPER = Hyperparameters(beta=0.3)
 PICTURES: dict[str, Image.Image] = {"red": RED, "blue": BLUE}
 
 
@@ -92,11 +92,11 @@ def batch_of(encoder: Encoder, samples: Sequence[Sample], packing: Any) -> dict[
     return inputs_of(Collator(encoder.pad_token_id, packing=packing, compares=True)(samples))
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
+@pytest.mark.parametrize("name", sorted(name for name, row in OBJECTIVES.items() if row.loss))
 def test_trees_and_plain_rows_are_the_same(name: str, encoder: Encoder, backbone: DecoderBackbone) -> None:
     reference = Reference(backbone.model)
     disturb(backbone.model)
-    loss = PreferenceLoss(backbone, objective={name: 1.0}, scale=SCALE, reference=reference)
+    loss = PreferenceLoss(backbone, losses={name: 1.0}, hyperparameters=HYPER, reference=reference)
     samples = items(encoder)
     trees, plain = (result(loss, [batch_of(encoder, samples, packing)]) for packing in ("trees", "plain"))
     assert trees[0] == pytest.approx(plain[0], rel=1e-4)
@@ -130,7 +130,9 @@ def test_loss_is_that_of_two_models_and_single_rows(encoder: Encoder, backbone: 
     each = [-0.8 * log_sigmoid(w - o) - 0.2 * (log_sigmoid(w) + log_sigmoid(-o)) for w, o in pairs]
     expected = sum(each) / len(each) - learned / tokens
     margins = [w - o for w, o in pairs]
-    loss = PreferenceLoss(backbone, objective={"dpo": 0.8, "bco": 0.2, "sft": 1.0}, scale=SCALE, reference=reference)
+    loss = PreferenceLoss(
+        backbone, losses={"dpo": 0.8, "bco": 0.2, "sft": 1.0}, hyperparameters=HYPER, reference=reference
+    )
     output = loss(**batch_of(encoder, samples, "trees"))
     assert output["loss"].item() == pytest.approx(expected, rel=1e-4)
     assert output["rewards/margin"].item() == pytest.approx(sum(margins) / len(margins), rel=1e-3)
@@ -155,7 +157,7 @@ def test_kto_measures_by_answers_to_other_prompts(packing: Any, encoder: Encoder
     samples = items(encoder)
     batch = inputs_of(Collator(encoder.pad_token_id, packing=packing, compares=True, unmatched=True)(samples))
     assert batch["weights"].tolist() == [1, -1, 0, 1, -1, -1, 0, 1, -1, 0]
-    loss = PreferenceLoss(backbone, objective={"kto": 1.0}, scale=SCALE, reference=reference)
+    loss = PreferenceLoss(backbone, losses={"kto": 1.0}, hyperparameters=HYPER, reference=reference)
     value = loss(**batch)["loss"].item()
 
     def gain(prompt: Example, text: str) -> float:
@@ -194,7 +196,7 @@ def test_half_precision_of_an_engine_does_not_keep_the_reference_in_place(encode
     apply_dora(backbone.model, DoRAConfig(targets=language_targets(backbone.model), method="full"))
     reference = Reference(backbone.model)
     disturb(backbone.model)
-    loss = PreferenceLoss(backbone, objective={"dpo": 1.0}, scale=SCALE, reference=reference)
+    loss = PreferenceLoss(backbone, losses={"dpo": 1.0}, hyperparameters=HYPER, reference=reference)
     batch = batch_of(encoder, items(encoder), "trees")
     margin = loss(**batch)["rewards/margin"].item()
     assert abs(margin) > 0.01
@@ -238,7 +240,7 @@ def on_a_rank(rank: int, port: int, folder: Path) -> None:
             for weight in part.parameters.values():
                 with torch.no_grad(), gather_to_write([weight]) as (whole,):
                     whole.add_(torch.randn(whole.shape, generator=generator) * 0.1)
-        loss = PreferenceLoss(backbone, objective={"dpo": 1.0}, scale=SCALE, reference=reference)
+        loss = PreferenceLoss(backbone, losses={"dpo": 1.0}, hyperparameters=HYPER, reference=reference)
         values.append(gradients_of(loss.train(), batch_of(encoder, items(encoder), "trees")))
     assert abs(values[0]["margin"].item()) > 1e-3
     z = mean_over_ranks(torch.tensor([[1.0, 9.0, 2.0], [6.0, 9.0, 9.0]][rank]), torch.tensor([True, False, not rank]))
@@ -265,7 +267,7 @@ def test_what_the_reference_says_is_kept_for_later_epochs(encoder: Encoder, back
         reference = Reference(backbone.model)
         in_place, calls = reference.in_place, []
         reference.in_place = lambda calls=calls, in_place=in_place: calls.append(1) or in_place()
-        loss = PreferenceLoss(backbone, objective={"dpo": 1.0}, scale=SCALE, reference=reference, keeps=keeps)
+        loss = PreferenceLoss(backbone, losses={"dpo": 1.0}, hyperparameters=HYPER, reference=reference, keeps=keeps)
         optimizer = torch.optim.SGD([weight for weight in backbone.parameters() if weight.requires_grad], lr=0.5)
         losses[keeps] = []
         for batch in (inputs_of(collate(rows)) for epoch in epochs for rows in epoch):
@@ -292,7 +294,7 @@ def lengths_and_vowels(example: Example, answer: str) -> float:
 def rollouts_of(encoder: Encoder, backbone: DecoderBackbone, folder: Path, **settings: Any) -> Rollouts:
     packing = settings.pop("packing", "trees")
     values: dict[str, Any] = {
-        "loss": REWARD_LOSSES["grpo"],
+        "loss": OBJECTIVES["grpo"].policy,
         "rewards": {
             "vowels": lambda examples, answers: [*map(lengths_and_vowels, examples, answers)],
             "length": lambda examples, answers: [float(len(answer)) for answer in answers],
@@ -336,11 +338,13 @@ def alone(model: DecoderBackbone, sample: Sample) -> torch.Tensor:
     return all_log_probs(model, sample).gather(1, sample.labels[sample.labels >= 0][:, None])[:, 0]
 
 
-@pytest.mark.parametrize(("name", "packing"), [*((name, "trees") for name in REWARD_LOSSES), ("grpo", "plain")])
+@pytest.mark.parametrize(
+    ("name", "packing"), [*((name, "trees") for name, row in OBJECTIVES.items() if row.policy), ("grpo", "plain")]
+)
 def test_loss_and_gradient_are_the_equation(name, packing, encoder, backbone, tmp_path) -> None:
     reference, before = Reference(backbone.model), copy.deepcopy(backbone)
     disturb(backbone.model)
-    rollouts = rollouts_of(encoder, backbone, tmp_path, loss=REWARD_LOSSES[name], packing=packing, keeps_all=True)
+    rollouts = rollouts_of(encoder, backbone, tmp_path, loss=OBJECTIVES[name].policy, packing=packing, keeps_all=True)
     batches = [rollouts.collate(several) for several in (items(encoder)[:1], items(encoder)[1:])]
     answered, divisor, numbers = rollouts.draw_batches(batches, step=4)
     module = RewardLoss(backbone, kl=0.3, reference=reference)
