@@ -113,13 +113,14 @@ def of_checkout(root: Path, names: list[str], work: Path) -> dict[str, dict[str,
 def main() -> None:
     if sys.argv[1] == "--run":
         sys.path[:] = [path for path in sys.path if path != str(Path(__file__).parent)]
-        print(json.dumps(digests(RUNS[sys.argv[2]](Path(sys.argv[3])))))
+        sys.stdout.write(json.dumps(digests(RUNS[sys.argv[2]](Path(sys.argv[3])))) + "\n")
         return
     other, names = Path(sys.argv[1]).resolve(), sys.argv[2:] or list(RUNS)
     with tempfile.TemporaryDirectory() as work:
         here, there = (of_checkout(root, names, Path(work)) for root in (HERE, other))
     for name in names:
-        print(name, "same" if here[name] == there[name] else "DIFFERENT", here[name], there[name], sep="\t")
+        verdict = "same" if here[name] == there[name] else "DIFFERENT"
+        sys.stdout.write(f"{name}\t{verdict}\t{here[name]}\t{there[name]}\n")
     sys.exit(here != there)
 
 
