@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, no_type_check
@@ -22,18 +23,20 @@ from gradio.blocks import Block  # pyright: ignore[reportMissingImports]
 
 from dora_vl.data.check import add_columns
 from dora_vl.errors import UserError, short_repr
-from dora_vl.evaluation.forgetting import forgetting_lines
+from dora_vl.evaluation.baselines import READABLE
+from dora_vl.evaluation.forgetting import MUCH_FORGOTTEN
 from dora_vl.evaluation.plots import series, smoothed
-from dora_vl.report.run_record import RunRecord, blind, questions_of, read_record, read_tests, score_rows
+from dora_vl.report.run_record import Results, RunRecord, blind, read_record, read_tests, score_rows
 from dora_vl.report.views import InlinePictures, watched_tables
 from dora_vl.run.folder import ADAPTER
+from dora_vl.run.settings import RunConfig
 from dora_vl.run.watched_questions import evenly
 from dora_vl.serving.access import Uploads
 from dora_vl.serving.page_parts import printed_view, state_view, table_view
 from dora_vl.serving.page_runs import DATA, RUN_FILE, RUNS, Runs, command, free_folder, printed
 
 FOLLOW_SECONDS = 2.0
-PREVIEWED = 6
+PREVIEWED, WATCHED_STEPS = 6, 4
 RANK, EPOCHS = 16, 10
 RANKS, MOST_EPOCHS = (4, 128), 40
 NOT_TRAINED = ("ready", "failed")
@@ -120,7 +123,7 @@ class TrainTab:
                               info="16 is enough for most; more for long answers or much data")  # fmt: skip
         self.epochs = gr.Slider(1, MOST_EPOCHS, EPOCHS, step=1, label="Epochs", elem_id="dv-epochs",
                                 info="how often each row is seen; more for few rows")  # fmt: skip
-        with gr.Row(elem_id="dv-go"):  # in sight on a low screen too
+        with gr.Row():
             self.start = gr.Button("Start", variant="primary", interactive=False, elem_id="dv-start")
             self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="dv-halt")
 
@@ -423,10 +426,13 @@ def watched_view(record: RunRecord) -> str:
     if not tables:
         return ""
     rows = []
+    steps, at = tables[0]["steps"], evenly(range(len(tables[0]["steps"]) - 1), WATCHED_STEPS - 1)
+    at = [*at, len(steps) - 1]
     for row in tables[0]["rows"]:
-        answers = [f"✓\N{NO-BREAK SPACE}{text}" if right else text or "–" for text, right in row["answers"]]
+        shown = [row["answers"][number] for number in at]
+        answers = [f"✓\N{NO-BREAK SPACE}{text}" if right else text or "–" for text, right in shown]
         rows.append((row["picture"], [row["question"], row["truth"], *answers]))
-    head = ["", "question", "right answer", *(f"step {step:,}" for step in tables[0]["steps"])]
+    head = ["", "question", "right answer", *(f"step {steps[number]:,}" for number in at)]
     return table_view("Asked while it trains", head, rows)
 
 
@@ -441,10 +447,32 @@ def test_view(record: RunRecord) -> str:
             rows.append((("", row.metric), [f"{cell.value:.1f}", interval, f"{cell.n:,}"]))
     if not rows:
         return ""
-    facts = {**questions_of(results), **forgetting_lines(record.metrics.get("forgetting"))}
-    rows += [(("", name), [value, "", ""]) for name, value in facts.items()]
+    rows += [(("", name), [value, "", ""]) for name, value in learned_and_kept(results, record).items()]
     head = ["", "value", "95 % interval", "questions"]
-    return table_view("The test, beside its baselines", head, rows, blind(record.label, results))
+    warnings = [without_settings(note) for note in blind(record.label, results)]
+    return table_view("The test, beside its baselines", head, rows, warnings)
+
+
+def learned_and_kept(results: Results, record: RunRecord) -> dict[str, str]:
+    """Tells by question how many answers are right, and of other questions how many are answered as before."""
+    facts: dict[str, str] = {}
+    for result in results.values():
+        probe = (result.entry.get("baselines") or {}).get(READABLE) or {}
+        for name, kind in (probe.get("questions") or {}).items():
+            told = f"; {kind[READABLE]:g} can be told from the pictures" if READABLE in kind else ""
+            facts[name] = f"{kind['learned']:g} of {kind['n']:g} right{told}"
+    if answers := (record.metrics.get("forgetting") or {}).get("answers"):
+        facts["other questions"] = f"{answers['kept']} of {answers['n']} are answered as before training"
+        if answers["nats"]["adapted"] > MUCH_FORGOTTEN * answers["nats"]["base"]:
+            facts["other questions"] += "; much is forgotten: train fewer epochs"
+    return facts
+
+
+def without_settings(advice: str) -> str:
+    """Returns advice for somebody who sees no YAML: names of settings are words, or left out where words say it."""
+    key = rf"\b(?:{'|'.join(field.name for field in fields(RunConfig))})\.(\w+)"
+    advice = re.sub(rf" \([^()]*{key}[^()]*\)", "", advice)
+    return re.sub(key, lambda match: match[1].replace("_", " "), advice)
 
 
 def _curve(record: RunRecord) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 from PIL import Image
 
 from dora_vl.errors import UserError
+from dora_vl.evaluation.baselines import advice
 from dora_vl.serving.access import Uploads
 from dora_vl.serving.model import ServedModel
 from dora_vl.serving.options import ServerSettings
@@ -196,6 +198,43 @@ def test_the_rows_of_linked_runs_show_their_pictures(tmp_path: Path, monkeypatch
     for folder in ("first", "later"):
         monkeypatch.chdir(tmp_path / folder)
         assert "<img" in rows_view(RUN)
+
+
+def test_what_a_test_says_names_no_setting(tmp_path: Path) -> None:
+    from dora_vl.serving.page_training import learned_and_kept, without_settings
+
+    probe = {"n": 13, "questions": {"how many?": {"n": 13, "readable": 12, "learned": 9}}}
+    rising = [{"step": 5, "eval_loss": 0.1}, {"step": 9, "eval_loss": 0.4}]
+    unlikely = [{"step": 9, "log_probs/chosen": -80.0}]
+    for log in ([], rising, unlikely):
+        text = advice({"readable": probe}, log, score=0.7)
+        assert text is not None
+        assert not re.search(r"[a-z]+\.[a-z]", without_settings(text)), text
+    assert without_settings("a higher adapter.rank (or data.replay: 0.1), at 0.21") == "a higher rank, at 0.21"
+    results = {"test": SimpleNamespace(entry={"baselines": {"readable": probe}})}
+    forgetting = {"answers": {"kept": 2, "n": 16, "nats": {"base": 0.3, "adapted": 3.0}}}
+    facts = learned_and_kept(cast(Any, results), cast(Any, SimpleNamespace(metrics={"forgetting": forgetting})))
+    assert facts["how many?"] == "9 of 13 right; 12 can be told from the pictures"
+    assert "2 of 16" in facts["other questions"]
+    assert "fewer epochs" in facts["other questions"]
+
+
+@pytest.mark.parametrize(("steps", "shown"), [(1, [1]), (3, [1, 2, 3]), (8, [1, 3, 5, 8])])
+def test_the_table_of_watched_questions_has_few_columns(steps: int, shown: list[int], monkeypatch: Any) -> None:
+    """So that it fits beside the fields of a screen of 1,280 pixels."""
+    from dora_vl.serving import page_training
+
+    row = {
+        "question": "q",
+        "truth": "a",
+        "picture": ("", ""),
+        "answers": [(f"a{at}", False) for at in range(1, steps + 1)],
+    }
+    table = {"rows": [row], "steps": list(range(1, steps + 1))}
+    monkeypatch.setattr(page_training, "watched_tables", lambda *_: ([table], []))
+    view = page_training.watched_view(cast(Any, None))
+    assert [int(number) for number in re.findall(r"<th>step (\d+)</th>", view)] == shown
+    assert [int(number) for number in re.findall(r">a(\d+)</td>", view)] == shown
 
 
 def test_headings_become_options_of_init() -> None:
