@@ -109,7 +109,8 @@ def main() -> None:
     for rank, dropout in product(options.rank, options.dropout):
         measured = {name: memory_of(contender(name, base, rank=rank, dropout=dropout), tokens) for name in TRAINED}
         print(f"\nrank {rank}, dropout {dropout}, {options.dtype}, MiB\n{shown(measured)}")
-        rows.append({"rank": rank, "dropout": dropout, **figures(measured)})
+        sizes = {name: asdict(memory) for name, memory in measured.items()}
+        rows.append({"rank": rank, "dropout": dropout, "bytes": sizes})
     if options.json is not None:
         settings = {name: value for name, value in vars(options).items() if name != "json"}
         write_json(options.json, {"options": settings, "settings": rows})
@@ -147,19 +148,6 @@ def cuda_peak(forward: Callable[[], Tensor], optimizer: torch.optim.Optimizer | 
     finish(forward(), optimizer)
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated()
-
-
-def figures(measured: dict[str, Memory]) -> dict[str, Any]:
-    """Builds one row of the JSON; its ratio is that of the worse kind of checkpointing."""
-    checkpointed = [way for way, reentrant in CHECKPOINTING.items() if reentrant is not None]
-    compared = (("peft_lora", ["stored"]), ("peft_dora", ["stored"]), ("peft_lora", checkpointed))
-    ratios = {}
-    for name, part in (("saved", "alive"), ("peak", "peak")):
-        for other, ways in compared:
-            sizes = ([getattr(measured[who].steps[way], part) for way in ways] for who in ("ours", other))
-            ratio = max(round(own / reference, 4) for own, reference in zip(*sizes, strict=True))
-            ratios[f"{name}_bytes_vs_{other}{'_checkpointed' if ways is checkpointed else ''}"] = ratio
-    return {**ratios, "bytes": {name: asdict(memory) for name, memory in measured.items()}}
 
 
 def shown(measured: dict[str, Memory]) -> str:
