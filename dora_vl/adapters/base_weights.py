@@ -251,7 +251,12 @@ def skeleton(config: Mapping[str, Any]) -> Any:
     if architecture is None or architecture not in dir(transformers):
         return None
     model_class = getattr(transformers, architecture)
-    settings = model_class.config_class.from_dict(json.loads(json.dumps(dict(config))))
+    # transformers writes infinity, as in a Nemotron H's time steps, as an object
+    plain = json.loads(
+        json.dumps(dict(config)),
+        object_hook=lambda value: float(value["__float__"]) if value.keys() == {"__float__"} else value,
+    )
+    settings = model_class.config_class.from_dict(plain)
     settings.quantization_config = None
     with torch.device("meta"):
         return model_class(settings)

@@ -5,6 +5,7 @@ Everything else is asked of transformers: the model of its config, the pictures 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -27,6 +28,8 @@ LLAVA = "llava"
 
 _ENCODER_DECODER = "its decoder reads what an encoder made of the pictures, and its labels do not shift"
 _NO_CHAT = "it answers no conversation"
+_MOVES = "it gives movements, no text"
+_OWN_PROMPT = "it turns a picture into text by a prompt of its own, and answers no conversation"
 
 _ENCODERS = (
     *("bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "blenderbot", "blenderbot-small", "camembert"),
@@ -42,16 +45,22 @@ NOT_TRAINED: Mapping[str, str] = MappingProxyType(
         "diffusion_gemma": "it fills in masked blocks, and has no next-token loss",
         "evolla": "it reads proteins, no pictures",
         "florence2": _ENCODER_DECODER,
+        "fuyu": _NO_CHAT,
         "git": _NO_CHAT,
+        "got_ocr2": _OWN_PROMPT,
         "idefics": _NO_CHAT,
         "instructblip": _NO_CHAT,
         "instructblipvideo": _NO_CHAT,
         "kosmos-2": _NO_CHAT,
         "kosmos-2.5": _NO_CHAT,
         "llama4": "its forward in transformers 5.24 ends in an error (no image_outputs)",
-        "pi0": "it gives movements, no text",
+        "mistral4": "it sees no pictures, and transformers knows it as no language model of its own",
+        "pi0": _MOVES,
+        "pi05": _MOVES,
         "pix2struct": _ENCODER_DECODER,
+        "pp_chart2table": _OWN_PROMPT,
         "pp_formulanet": _ENCODER_DECODER,
+        "shieldgemma2": "it judges pictures by rules, with yes or no",
         "t5gemma2": _ENCODER_DECODER,
         "udop": _ENCODER_DECODER,
         "vision-encoder-decoder": _ENCODER_DECODER,
@@ -92,9 +101,9 @@ PROJECTORS = (
 )
 """The module between vision and language has a name that ends in one of these in transformers' families."""
 
-BYPASSED = (".altup.correction_coefs", ".indexer.wq_b", ".indexer.wk", ".indexer.weights_proj")
-"""An adapter in a linear layer whose name ends so would silently learn nothing: the model uses the weight without
-calling the layer (Gemma 3n while it trains), or the layer chooses which tokens are seen, without a gradient (HY 4)."""
+BYPASSED = re.compile(r"\.altup\.correction_coefs$|\.indexer\.")
+"""An adapter in a linear layer of such a name would silently learn nothing: the model uses the weight without calling
+the layer (Gemma 3n while it trains), or the layer chooses which tokens are seen, without a gradient (HY 4)."""
 
 CROSSING, SEES = "cross_attn", "full_text_row_masked_out_mask"
 """These name the attention module of a layer through which words look at pictures (mllama), and the input that says

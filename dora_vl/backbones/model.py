@@ -310,7 +310,7 @@ def is_adaptable_linear(name: str, module: nn.Module) -> bool:
     It does not in classes that use their weight without being called (Llama 4's router, the output of torch's
     attention), nor where a family's model does so.
     """
-    if name.endswith(BYPASSED):
+    if BYPASSED.search(name):
         return False
     if isinstance(module, AdaptedLayer) or is_quantised(module):
         return True

@@ -520,7 +520,10 @@ FORMATS: Mapping[str, type[QuestionAnswer] | type[PaliGemma]] = MappingProxyType
     {"question_answer": QuestionAnswer, "paligemma": PaliGemma}
 )
 PROCESSOR_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {"ChameleonProcessor": {"return_for_text_completion": True}}  # or it puts a separator after every text
+    {
+        "ChameleonProcessor": {"return_for_text_completion": True},  # or it puts a separator after every text
+        "MiniMaxM3VLProcessor": {"return_mm_token_type_ids": False},  # it lists them; its model refuses them
+    }
 )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dora_vl.adapters.adapter import Adapter, versions
@@ -27,7 +27,7 @@ from dora_vl.adapters.merge import CHECK_FILE
 from dora_vl.backbones import register_towers
 from dora_vl.backbones.families import sees_pictures
 from dora_vl.backbones.loading import load_pretrained
-from dora_vl.core import merge_dora
+from dora_vl.core import merge_dora, strip_adapters
 from dora_vl.data.example import Example, iterate_examples
 from dora_vl.data.text_file import stream_values
 from dora_vl.errors import UserError, one_line, short_repr
@@ -261,11 +261,17 @@ def check_logits(
             expected = _drawn_logits(_opened(base, folder))
             logits = _drawn_logits(_opened(merged))
             share = _apart(logits, expected)
-            if share > most and narrow:  # rounding may turn a router's choice, so the merge is judged in float32
-                model = _opened(base, folder)
-                merge_dora(model)
-                if _apart(_drawn_logits(model), expected) <= ROUNDING[False]:
-                    share = _apart(logits, _drawn_logits(model.to(dtype).float()))
+            if share > most and narrow:  # rounding may turn a router's choice, so the weights themselves are judged
+                with unfinished(merged) as scratch:
+                    torch.save(_opened(merged).state_dict(), scratch / "written.pt")
+                    model = _opened(base, folder)
+                    merge_dora(model)
+                    strip_adapters(model)
+                    rounded = _is_rounded(scratch / "written.pt", model, dtype)
+                if rounded:
+                    turned = f"rounding turns what routers choose ({share:.1e} of the largest logit)"
+                    yield f"{merged}: {turned}; all weights are the trained model's, so float32 decides"
+                    share, most = _apart(_drawn_logits(model), expected), ROUNDING[False]
     except UserError as error:
         yield f"{beside}: {error}"
         return
@@ -324,6 +330,17 @@ def _drawn_logits(model: PreTrainedModel) -> Tensor:
 def _apart(logits: Tensor, expected: Tensor) -> float:
     """Returns the largest difference as a share of the largest logit."""
     return float((logits - expected).abs().max() / expected.abs().max())
+
+
+def _is_rounded(written: Path, merged: nn.Module, dtype: torch.dtype) -> bool:
+    """Tells whether each written weight is that of a model merged in float32, rounded to the dtype."""
+    tensors = torch.load(written, mmap=True, weights_only=True)
+    step = 0.505 * torch.finfo(dtype).eps  # half a unit in the last place, and what float32 itself rounds
+    return all(
+        torch.allclose(tensors[name], weight, rtol=step, atol=step**2 * float(weight.abs().max()))
+        for name, weight in merged.state_dict().items()
+        if weight.is_floating_point() and weight.numel()
+    )
 
 
 def _special(config: Mapping[str, Any]) -> set[object]:

@@ -31,7 +31,7 @@ frozen vision parts can be stored (`data.cache_features`) in {stored}.
 """
 PEFT = """
 PEFT opens their adapters with the same logits (within 1e-4), except {refused}: PEFT would take its layers for an older
-model's, as it would those of {untried}. Such folders say `DORA_VL`, which PEFT refuses.
+model's. Such folders say `DORA_VL`, which PEFT refuses.
 """
 LANGUAGE = """
 ## Language models
@@ -62,8 +62,6 @@ Refused in one line before any weight is loaded, as are language models that do 
 | why | `model_type` |
 | --- | --- |
 """
-LOST_BY_PEFT = ("inkling2", "inkling2_loop", "unlimited_ocr")
-"""Types that have no tiny model here, and that PEFT takes for older ones."""
 FORMATS = """
 ## Models without a chat template
 
@@ -105,7 +103,7 @@ def page() -> str:
     refused_by_peft = [name for name in sorted(FAMILIES) if not FAMILIES[name].peft]
     return (
         f"{head}{chr(10).join(lines)}\n"
-        f"{PEFT.format(refused=', '.join(refused_by_peft), untried=', '.join(LOST_BY_PEFT))}"
+        f"{PEFT.format(refused=', '.join(refused_by_peft))}"
         f"{LANGUAGE.format(tested=', '.join(LANGUAGE_MODELS))}"
         f"{ROUNDS}{REFUSED}{chr(10).join(refused())}\n"
         f"{FORMATS}"

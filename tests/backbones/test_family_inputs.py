@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from dora_vl import files
 from dora_vl.backbones.encoder import Encoder, load_processor
@@ -252,6 +253,11 @@ UNSTEADY = replace(LONG, seconds=(0.2, 1.0, 61.4, 65.0), duration=70.0, span=(0.
 def test_what_cannot_be_trained_is_named(model_type: str) -> None:
     with pytest.raises(UserError, match=f"'{model_type}'"):
         check_trained("folder", model_type)
+
+
+def test_each_type_that_transformers_knows_is_tried_here_or_refused() -> None:
+    unknown = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() - FAMILIES.keys() - NOT_TRAINED.keys()
+    assert not unknown, "these types of transformers need a tiny model in families.yaml, or a reason in NOT_TRAINED"
 
 
 @pytest.mark.parametrize("loads", [model_type_of, load_processor, load_tokenizer, skeleton_of, open_backbone])

@@ -10,14 +10,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM
 
-from dora_vl import DoRAConfig, apply_dora, save_adapter
+from dora_vl import save_adapter
 from dora_vl.adapters.files import CONFIG_FILE
-from dora_vl.adapters.settings import peft_config
-from dora_vl.backbones.model import language_targets, open_backbone
+from dora_vl.backbones.model import open_backbone
 from tests.backbones.image_text_conversations import TALKS, adapt, batch_of, encoder_of, talks_of
-from tests.backbones.model_table import LOST_BY_PEFT
 from tests.backbones.tiny_families.table import FAMILIES, LANGUAGE_MODELS_IN_TURN, families_in_turn
 from tests.backbones.tiny_image_text import write_tiny_language
 
@@ -60,11 +58,3 @@ def test_a_language_model_opens(tmp_path: Path, family: str, method: str) -> Non
         return AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
 
     assert opens(open_base, batch, tmp_path / "adapter", method)
-
-
-@pytest.mark.parametrize("model_type", LOST_BY_PEFT)
-def test_a_type_that_peft_takes_for_an_older_one_is_not_called_its_own(model_type: str) -> None:
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(model_type))
-    apply_dora(model, DoRAConfig(targets=language_targets(model)))
-    assert peft_config(model, "")["peft_type"] == "DORA_VL"

@@ -11,10 +11,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from dora_vl import DoRAConfig, apply_dora, save_adapter
+from dora_vl.adapters.folder import load_adapter
 from dora_vl.cli import main
 from dora_vl.evaluation import merging as merging_module
 from tests.adapters.test_hub_names import adapter_on
+from tests.backbones.tiny_families.family import TEXT
 from tests.evaluation.test_ask_any_model import peft_adapter, spread, write_model
 from tests.evaluation.test_ask_videos import root, vlbart
 from tests.training.test_closed_answers import COLOURS, gqa_folder
@@ -166,3 +170,54 @@ def test_for_vllm(projected: Path, folders: Path, tmp_path: Path, capsys: Any) -
     assert f"vllm serve {target / 'base'} --enable-lora --max-lora-rank 8 --lora-modules served=" in printed
     assert (result["different_answers"], result["largest_logit_difference"] < 1e-2) == (0, True)
     assert sorted(path.name for path in target.iterdir()) == ["adapter", "base", "check.json"]
+
+
+@pytest.fixture(scope="module")
+def routed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture of so many experts in bfloat16 that rounding a merged layer sends some tokens to others."""
+    folder, sizes = tmp_path_factory.mktemp("routed"), {"num_hidden_layers": 4, "head_dim": 8, "vocab_size": 200}
+    experts = {"num_experts": 256, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "norm_topk_prob": True}
+    torch.manual_seed(8)
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **{**TEXT, **sizes, **experts}))
+    for name, weight in model.named_parameters():
+        if "experts" in name or "o_proj" in name or "v_proj" in name:
+            weight.data.mul_(20)
+    model.to(torch.bfloat16).save_pretrained(folder / "base")
+    model = model.float()
+    apply_dora(model, DoRAConfig(targets=("*_proj",), rank=2, alpha=5.0))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(0, 0.3)
+    save_adapter(model, folder / "adapter", base_model=str(folder / "base"))
+    return folder
+
+
+@torch.no_grad()
+def test_a_merge_whose_rounding_turns_routers_is_right(routed: Path, tmp_path: Path, capsys: Any) -> None:
+    result = checked("merge", "--adapter", routed / "adapter", "--to", tmp_path / "merged")
+    assert result["passed"]
+    assert result["rounding"] == 1e-3
+    opened: list[Any] = [
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for folder in (routed / "base", tmp_path / "merged")
+    ]
+    load_adapter(opened[0], routed / "adapter")
+    ids = torch.randint(50, 200, (3, 12), generator=torch.Generator().manual_seed(0))
+    trained, written = (model.eval()(ids).logits for model in opened)
+    assert (written - trained).abs().max() > 0.1 * trained.abs().max()  # more than rounding without routers gives
+
+
+@pytest.mark.parametrize("layer", ["q_proj", "o_proj"])
+def test_a_wrong_merge_of_routed_experts_is_refused(routed: Path, tmp_path: Path, monkeypatch: Any, layer: str) -> None:
+    """One of its layers stays without its adapter."""
+    merge, name = merging_module.merge, f"model.layers.2.self_attn.{layer}.weight"
+
+    def forgetful(plan: Any, arguments: Any) -> Iterator[str]:
+        yield from merge(plan, arguments)
+        file = arguments.to / "model.safetensors"
+        before = load_file(routed / "base" / "model.safetensors")[name]
+        save_file({**load_file(file), name: before}, file, metadata={"format": "pt"})
+
+    monkeypatch.setattr(merging_module, "merge", forgetful)
+    assert exit_status("merge", "--adapter", routed / "adapter", "--to", tmp_path / "merged") == 1
+    assert not check_of(tmp_path / "merged")["passed"]
