@@ -26,11 +26,6 @@ from dora_vl.files import BRINGS_CODE, NO_OWN_CODE, check_place, opening
 LLAVA = "llava"
 """This type's text is tokenised piece by piece between pictures, and pictures are prepared, as in LLaVA-1.5's code."""
 
-_ENCODER_DECODER = "its decoder reads what an encoder made of the pictures, and its labels do not shift"
-_NO_CHAT = "it answers no conversation"
-_MOVES = "it gives movements, no text"
-_OWN_PROMPT = "it turns a picture into text by a prompt of its own, and answers no conversation"
-
 _ENCODERS = (
     *("bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "blenderbot", "blenderbot-small", "camembert"),
     *("data2vec-text", "electra", "ernie", "marian", "mbart", "megatron-bert", "mvp", "pegasus", "plbart"),
@@ -38,32 +33,26 @@ _ENCODERS = (
     *("xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod"),
 )
 
+_NO_CHAT = ("blip", "blip-2", "fuyu", "git", "idefics", "instructblip", "instructblipvideo", "kosmos-2", "kosmos-2.5")
+
+_OF_AN_ENCODER = ("florence2", "pix2struct", "pp_formulanet", "t5gemma2", "udop", "vision-encoder-decoder")
+
 NOT_TRAINED: Mapping[str, str] = MappingProxyType(
     {
-        "blip": _NO_CHAT,
-        "blip-2": _NO_CHAT,
+        **dict.fromkeys(_NO_CHAT, "it answers no conversation"),
+        **dict.fromkeys(
+            _OF_AN_ENCODER, "its decoder reads what an encoder made of the pictures, and its labels do not shift"
+        ),
+        **dict.fromkeys(
+            ("got_ocr2", "pp_chart2table"),
+            "it turns a picture into text by a prompt of its own, and answers no conversation",
+        ),
+        **dict.fromkeys(("pi0", "pi05"), "it gives movements, no text"),
         "diffusion_gemma": "it fills in masked blocks, and has no next-token loss",
         "evolla": "it reads proteins, no pictures",
-        "florence2": _ENCODER_DECODER,
-        "fuyu": _NO_CHAT,
-        "git": _NO_CHAT,
-        "got_ocr2": _OWN_PROMPT,
-        "idefics": _NO_CHAT,
-        "instructblip": _NO_CHAT,
-        "instructblipvideo": _NO_CHAT,
-        "kosmos-2": _NO_CHAT,
-        "kosmos-2.5": _NO_CHAT,
         "llama4": "its forward in transformers 5.24 ends in an error (no image_outputs)",
         "mistral4": "it sees no pictures, and transformers knows it as no language model of its own",
-        "pi0": _MOVES,
-        "pi05": _MOVES,
-        "pix2struct": _ENCODER_DECODER,
-        "pp_chart2table": _OWN_PROMPT,
-        "pp_formulanet": _ENCODER_DECODER,
         "shieldgemma2": "it judges pictures by rules, with yes or no",
-        "t5gemma2": _ENCODER_DECODER,
-        "udop": _ENCODER_DECODER,
-        "vision-encoder-decoder": _ENCODER_DECODER,
         **dict.fromkeys(
             _ENCODERS, "it reads in both directions, or predicts something else than the next token of a text"
         ),
@@ -82,22 +71,9 @@ TURNED_UNDER_ZERO3: Mapping[str, Mapping[str, tuple[str, str, str]]] = MappingPr
 transposes such weights if they are stored in another shape; under ZeRO-3 it sees no shapes and always transposes."""
 
 PROJECTORS = (
-    "multi_modal_projector",
-    "connector",
-    "merger",
-    "patch_merger",
-    "deepstack_merger_list",
-    "mm_projector",
-    "projector",
-    "layerwise_projectors",
-    "spatial_projectors",
-    "visual_embeddings_table",
-    "resampler_model",
-    "embed_vision",
-    "vision_projection",
-    "aligner",
-    "mlp1",
-    "visual_embedding",
+    *("multi_modal_projector", "connector", "merger", "patch_merger", "deepstack_merger_list", "mm_projector"),
+    *("projector", "layerwise_projectors", "spatial_projectors", "visual_embeddings_table", "resampler_model"),
+    *("embed_vision", "vision_projection", "aligner", "mlp1", "visual_embedding"),
 )
 """The module between vision and language has a name that ends in one of these in transformers' families."""
 
