@@ -71,9 +71,22 @@ TURNED_UNDER_ZERO3: Mapping[str, Mapping[str, tuple[str, str, str]]] = MappingPr
 transposes such weights if they are stored in another shape; under ZeRO-3 it sees no shapes and always transposes."""
 
 PROJECTORS = (
-    *("multi_modal_projector", "connector", "merger", "patch_merger", "deepstack_merger_list", "mm_projector"),
-    *("projector", "layerwise_projectors", "spatial_projectors", "visual_embeddings_table", "resampler_model"),
-    *("embed_vision", "vision_projection", "aligner", "mlp1", "visual_embedding"),
+    "multi_modal_projector",
+    "connector",
+    "merger",
+    "patch_merger",
+    "deepstack_merger_list",
+    "mm_projector",
+    "projector",
+    "layerwise_projectors",
+    "spatial_projectors",
+    "visual_embeddings_table",
+    "resampler_model",
+    "embed_vision",
+    "vision_projection",
+    "aligner",
+    "mlp1",
+    "visual_embedding",
 )
 """The module between vision and language has a name that ends in one of these in transformers' families."""
 
