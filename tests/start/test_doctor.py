@@ -33,13 +33,13 @@ def printed(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], int]:
 
 def test_a_machine_that_has_all_and_one_that_misses_something(monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr(doctor, "requires", lambda name: LINES)
-    monkeypatch.setattr(doctor, "_installed", lambda name: "1.2.3")
+    monkeypatch.setattr(doctor, "installed_version", lambda name: "1.2.3")
     monkeypatch.setattr(doctor, "places", lambda: [Path.cwd()])
     lines, status = printed(capsys)
     assert status == 0
     assert "extra video: installed" in lines
     assert any(line.startswith("devices: ") and "CPU cores" in line for line in lines)
-    monkeypatch.setattr(doctor, "_installed", lambda name: "" if name in {"h5py", "torch"} else "1.2.3")
+    monkeypatch.setattr(doctor, "installed_version", lambda name: "" if name in {"h5py", "torch"} else "1.2.3")
     lines, status = printed(capsys)
     assert status == 1
     assert "extra video: missing h5py: pip install 'dora-vl[video]'" in lines
