@@ -153,6 +153,7 @@ def test_a_version_is_changed_once_and_one_that_was_never_run_with_a_warning(
             "def activate_adapter(self, slot)",
             "LoRAModelManager.activate_adapter",
         ),
+        ("def pack(cls, loras)", "def pack(cls, loras, device)", "PackedLoRALayerWeights.pack"),
         ("_all_lora_classes = ", "_all = ", "utils:_all_lora_classes"),
         ("peft_helper, device", "helper, device", "lora_model:LoRAModel.from_lora_tensors"),
         ("class PackedLoRALayerWeights", "class Packed", "lora_weights:PackedLoRALayerWeights.pack"),

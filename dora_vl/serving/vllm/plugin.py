@@ -24,28 +24,22 @@ log = logging.getLogger("vllm.dora_vl")  # below vLLM's own, whose handler and l
 TESTED = ("0.32.0", "0.33.0")
 """The versions that the plugin was run with; 0.33.0's Python code was run over the CPU kernels of 0.32.0."""
 PATCH_POINTS = {
-    "peft_helper:PEFTHelper.from_dict": ("config_dict",),
-    "peft_helper:PEFTHelper._validate_features": ("self",),
-    "lora_model:parse_fine_tuned_lora_name": ("name", "weights_mapper"),
-    "lora_model:LoRAModel.from_lora_tensors": ("lora_model_id", "tensors", "peft_helper", "weights_mapper"),
-    "lora_model:LoRAModel._should_skip_module": ("module_name", "skip_prefixes"),
-    "lora_weights:PackedLoRALayerWeights.pack": ("loras",),
-    "model_manager:LoRAModelManager._create_merged_loras_inplace": ("self", "lora_model"),
-    "model_manager:LoRAModelManager._get_lora_layer_weights": ("self", "lora_model", "module_name"),
-    "model_manager:LoRAModelManager.activate_adapter": ("self", "lora_id"),
-    "ops.torch_ops.lora_ops:bgmv_shrink": (
-        "inputs",
-        "lora_b_weights",
-        "output_tensor",
-        "lora_indices_tensor",
-        "scaling",
-    ),
-    "utils:_all_lora_classes": (),
-    "layers:RowParallelLinearWithLoRA": (),
-    "layers.base_linear:BaseLinearLayerWithLoRA.create_lora_weights": ("self", "max_loras", "lora_config"),
-    "layers.base_linear:BaseLinearLayerWithLoRA.apply": ("self", "x", "bias"),
+    "peft_helper:PEFTHelper.from_dict": "config_dict",
+    "peft_helper:PEFTHelper._validate_features": "self",
+    "lora_model:parse_fine_tuned_lora_name": "name weights_mapper",
+    "lora_model:LoRAModel.from_lora_tensors": "lora_model_id tensors peft_helper weights_mapper *",
+    "lora_model:LoRAModel._should_skip_module": "module_name skip_prefixes",
+    "lora_weights:PackedLoRALayerWeights.pack": "loras",
+    "model_manager:LoRAModelManager._create_merged_loras_inplace": "self lora_model",
+    "model_manager:LoRAModelManager._get_lora_layer_weights": "self lora_model module_name",
+    "model_manager:LoRAModelManager.activate_adapter": "self lora_id",
+    "ops.torch_ops.lora_ops:bgmv_shrink": "inputs lora_b_weights output_tensor lora_indices_tensor scaling",
+    "utils:_all_lora_classes": "",
+    "layers:RowParallelLinearWithLoRA": "",
+    "layers.base_linear:BaseLinearLayerWithLoRA.create_lora_weights": "self max_loras lora_config model_config",
+    "layers.base_linear:BaseLinearLayerWithLoRA.apply": "self x bias",
 }
-"""Maps what is replaced or called in vllm.lora to the arguments that it must take."""
+"""Maps what is replaced or called in vllm.lora to the arguments that it must take; after a star it may take others."""
 
 
 @cache
@@ -84,7 +78,7 @@ def missing_points() -> list[str]:
     return [point for point, arguments in PATCH_POINTS.items() if not _takes(point, arguments)]
 
 
-def _takes(point: str, arguments: tuple[str, ...]) -> bool:
+def _takes(point: str, arguments: str) -> bool:
     module, _, path = point.partition(":")
     try:
         value: Any = import_module(f"vllm.lora.{module}")
@@ -92,7 +86,10 @@ def _takes(point: str, arguments: tuple[str, ...]) -> bool:
             value = getattr(value, name)
     except (ImportError, AttributeError):
         return False
-    return not arguments or set(arguments) <= inspect.signature(value).parameters.keys()
+    if not arguments:
+        return True
+    needed, taken = {*arguments.split()}, {*inspect.signature(value).parameters}
+    return needed - {"*"} <= taken if "*" in needed else needed == taken
 
 
 KERNELS = "vllm.lora.ops.torch_ops.lora_ops"
