@@ -21,7 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LITTLE = (
-    "--training.max_steps 2 --training.save_steps 2 --training.eval_strategy no --evaluation.limit 4 --data.replay 0"
+    "--training.max_steps 2 --training.save_steps 2 --training.eval_strategy no"
+    " --training.load_best_model_at_end false --evaluation.limit 4 --data.replay 0"
 )
 BASE_IN_LITTLE = (
     f"{LITTLE} --evaluation.file null --data.validation null --data.validation_limit null --data.cache_features false"
