@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from io import BytesIO
@@ -15,7 +16,15 @@ from tqdm import tqdm
 
 from dora_vl.data.column_names import parsed
 from dora_vl.data.columns import ROLES, USUAL, Columns, ColumnsError, plain_name, roles_of_columns
-from dora_vl.data.containers import ENDINGS, find_files, is_data_file, picture_folder
+from dora_vl.data.containers import (
+    ENDINGS,
+    counted_splits,
+    find_files,
+    is_data_file,
+    picture_folder,
+    split_of,
+    split_used,
+)
 from dora_vl.data.conversation import ROLES as SPEAKERS
 from dora_vl.data.example import FIELDS, JSON, CountedFromOne, Example
 from dora_vl.data.picture_files import TRUNCATED, Trouble, decoding_trouble
@@ -202,6 +211,7 @@ class FileCheck:
         self.path = path
         self.rows = 0
         self.with_several_answers = 0
+        self.splits = Counter[str | None]()
         self.samples: dict[int, str] = {}  # hash of what is asked, with its media -> id
         self.uses: list[Mapping[str, str]] = []
         self.formats: dict[str, str] = {}
@@ -232,6 +242,7 @@ class FileCheck:
     def read(self, record: Mapping[str, JSON]) -> Example | BadSample:
         """Returns the next row: a conversation, or a record; or why it cannot be one."""
         self.rows += 1
+        self.splits[split_of(record)] += 1
         location = f"row {self.rows}"
         sample_id = id_of(record, self.rows - 1, self._columns)
         try:
@@ -382,6 +393,8 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         checks.append(check.run())
         if left := [name for name, roles in roles_of_columns(check.uses).items() if not roles]:
             yield f"{short_text(file.name, 120)}: left out {short_names(left)}"
+        if split_used(check.splits, "train", "test"):
+            yield f"{short_text(file.name, 120)}: its rows name splits: {counted_splits(check.splits)}"
         if check.with_several_answers:
             yield f"{short_text(file.name, 120)}: {SEVERAL_ANSWERS.format(check.with_several_answers)}"
     if unmet := columns.missing_column(chain.from_iterable(check.uses for check in checks)):

@@ -115,6 +115,26 @@ def meaning(name: str) -> str | None:
     return next((split for split, words in WORDS.items() if word in words), None)
 
 
+SPLIT_COLUMNS = ("split", "data_split", "dataset_split", "set_name", "partition")
+
+
+def split_of(record: Mapping[str, object]) -> str | None:
+    """Returns `train`, `validation` or `test` where a row's own column says it in one of `WORDS`."""
+    texts = (str(value).strip().lower() for name, value in record.items() if plain_name(name) in SPLIT_COLUMNS)
+    return next((split for text in texts for split, words in WORDS.items() if text in words), None)
+
+
+def split_used(splits: Mapping[str | None, int], *wanted: str) -> str | None:
+    """Returns the first of the wanted splits that rows of several name; None where all rows are used."""
+    named = [split for split in splits if split is not None]
+    return next((split for split in wanted if split in named), None) if len(named) > 1 else None
+
+
+def counted_splits(splits: Mapping[str | None, int]) -> str:
+    """Says how many rows are of each split."""
+    return ", ".join(f"{name or 'without a word'} {count:,}" for name, count in splits.items())
+
+
 @contextlib.contextmanager
 def _reading(path: Path, kind: str) -> Iterator[None]:
     """Turns what libraries raise on files that are cut, damaged, or of another kind into one line."""

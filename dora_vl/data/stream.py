@@ -25,7 +25,7 @@ import torch
 
 from dora_vl.data.check import NO_PICTURE, find_doubts
 from dora_vl.data.columns import USUAL, Columns, TrainFile, column_lines
-from dora_vl.data.containers import HUB, DataFiles, count_rows, find_files, hub_rows, hub_set
+from dora_vl.data.containers import HUB, DataFiles, count_rows, find_files, hub_rows, hub_set, split_of
 from dora_vl.data.example import Example
 from dora_vl.data.pictures import HeldPictures
 from dora_vl.data.readers import RowReader, check_usable
@@ -64,6 +64,7 @@ class StreamSource:
         self._files = DataFiles(file.path, ()) if self._hub is not None else find_files(Path(file.path))
         self.fraction = math.fmod(file.weight, 1)
         self._has_media, self._doubts = False, set[str]()
+        self._splits = set[str | None]()
 
     @property
     def passes(self) -> list[float]:
@@ -79,6 +80,7 @@ class StreamSource:
             row_rng = _generator(self._seed, self.file.path, shard)
             for number, record in enumerate(islice(records, None if self._limit is None else self._limit - taken)):
                 taken += 1
+                self._refuse_several_splits(record)
                 if share < 1 and row_rng.random() >= share:
                     continue
                 if shard not in ("", Path(self.file.path).name) and self._columns.id_of(record) is None:
@@ -87,6 +89,14 @@ class StreamSource:
                 if isinstance(row, Example):
                     self._warn(record, row)
                 yield row
+
+    def _refuse_several_splits(self, record: RawRow) -> None:
+        self._splits.update({split_of(record)} - {None})
+        if len(self._splits) > 1:
+            names = " and ".join(sorted(map(str, self._splits)))
+            raise UserError(
+                f"{self.file.path}: its rows are of {names}, and a stream takes all; write one file a split"
+            )
 
     def _warn(self, record: RawRow, row: Example) -> None:
         """Names the first row of each kind that is probably not meant; a stream is not counted before it is read."""

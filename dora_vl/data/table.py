@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
 from posixpath import normpath
@@ -34,7 +34,7 @@ from dora_vl.data.check import (
     question_and_answer,
 )
 from dora_vl.data.columns import USUAL, Columns, TrainFile, column_lines
-from dora_vl.data.containers import DataFiles, find_files
+from dora_vl.data.containers import DataFiles, counted_splits, find_files, split_of, split_used
 from dora_vl.data.example import Answer, Example, named_in
 from dora_vl.data.pictures import StoredPictures
 from dora_vl.data.readers import RowReader, check_usable
@@ -44,7 +44,7 @@ from dora_vl.files import locked, unfinished
 
 _log = logging.getLogger(__name__)
 
-TABLE_VERSION = 17  # part of the cache's key: raise it when columns or their meaning change
+TABLE_VERSION = 18  # part of the cache's key: raise it when columns or their meaning change
 ROWS_A_BATCH = 4096
 SHARES = "data.validation_share (of init: --test-share)"
 DRAWS = 100
@@ -77,6 +77,7 @@ _SCHEMA = pa.schema(
         ("asked", pa.uint64()),
         ("told", pa.uint64()),
         ("group", pa.string()),
+        ("split", pa.string()),
     ]
 )
 _EXAMPLE_COLUMNS = [
@@ -151,7 +152,7 @@ def _batches(data: DataFiles, columns: Columns) -> Iterator[list[dict[str, Any]]
     batch, size = [], 0
     for number, record in enumerate(data.rows()):
         example = reader.read(record, number)
-        row: dict[str, Any] = {"format": reader.format}
+        row: dict[str, Any] = {"format": reader.format, "split": split_of(record)}
         if len(reader.uses) > kinds:
             kinds, row["columns"] = len(reader.uses), json.dumps(reader.uses[-1])
         if isinstance(example, BadSample):
@@ -298,11 +299,31 @@ def _example(row: Mapping[str, Any]) -> Example | BadSample:
     return Example(row["id"], tuple(row["images"]), tuple(turns), tuple(videos), **about)
 
 
-def load_rows(path: str, limit: int | None = None, *, columns: Columns = USUAL) -> ExampleTable:
-    """Returns the samples of one path, the first `limit` of them."""
+VALIDATED = ("validation", "test")
+"""The loss is measured on rows of the first of these splits that a file's rows name."""
+
+
+def load_rows(
+    path: str, limit: int | None = None, *, columns: Columns = USUAL, splits: Sequence[str] = ("train",)
+) -> ExampleTable:
+    """Returns the samples of one path, the first `limit` of them; of a file of several splits those of the first here.
+
+    Rows that name no split are trained on.
+    """
     table = load_table(Path(path), columns=columns)
     rows = table.remove_columns("held_pictures")
+    counts = Counter(rows["split"])
+    if (split := split_used(counts, *splits)) is not None:
+        _log_split(f"{path}: its rows name splits ({counted_splits(counts)}); those of {split} are used")
+        kept = (split, None) if split == "train" else (split,)
+        rows = rows.select([index for index, name in enumerate(rows["split"]) if name in kept])
     return ExampleTable(rows if limit is None else rows.take(min(limit, len(rows))), StoredPictures([table]))
+
+
+@lru_cache
+def _log_split(line: str) -> None:
+    """Logs which rows are used once, however often the file is opened."""
+    _log.info("%s", line)
 
 
 def load_training_rows(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 from dora_vl.data.columns import USUAL, Columns, ColumnsError
-from dora_vl.data.containers import find_files
+from dora_vl.data.containers import DataFiles, find_files, split_of, split_used
 from dora_vl.data.example import MIDDLE_FRAME, Answer, CountedFromOne, Example, named_in
 from dora_vl.data.readers import id_of, read_row
 from dora_vl.data.text_file import stream_values
@@ -150,19 +150,33 @@ class Unanswered(str):
     __slots__ = ()
 
 
+def _of_test(files: DataFiles) -> Iterator[tuple[int, object]]:
+    """Yields the rows with their numbers; of a file whose rows name several splits those of the test."""
+
+    def numbered() -> Iterator[tuple[int, object]]:
+        return stream_values(files.files[0], "questions") if files.is_json else enumerate(files.rows(), 1)
+
+    _, first = next(numbered(), (0, None))
+    if not isinstance(first, Mapping) or split_of(first) is None:
+        return numbered()
+    splits = Counter(split_of(record) for _, record in numbered() if isinstance(record, Mapping))
+    if (split := split_used(splits, "test", "validation")) is None:
+        return numbered()
+    return ((row, record) for row, record in numbered() if isinstance(record, Mapping) and split_of(record) == split)
+
+
 def read_questions(
     path: Path, limit: int | None = None, columns: Columns = USUAL
 ) -> tuple[list[Example], dict[str, str]]:
     """Reads `limit` questions of a file of any format of training; says by id why others cannot be read."""
-    files = find_files(path)
-    numbered = stream_values(files.files[0], "questions") if files.is_json else enumerate(files.rows(), 1)
+    numbered = _of_test(find_files(path))
     examples: list[Example] = []
     unreadable: dict[str, str] = {}
     seen: dict[str, int] = {}
     for number, (row, record) in enumerate(islice(numbered, limit)):
         if not isinstance(record, Mapping):
             raise UserError(f"{path}, row {row}: a record must be an object, found {type(record).__name__}")
-        name = id_of(record, number, columns)
+        name = id_of(record, row - 1, columns)
         first = seen.setdefault(name, row)
         if len(seen) <= number:
             raise UserError(
@@ -172,7 +186,7 @@ def read_questions(
         try:
             examples.append(example_of_row({**record, "id": name}, columns))
         except (ColumnsError, CountedFromOne) as error:
-            raise UserError(f"{path}, row {number + 1} ({name}): {error}") from None
+            raise UserError(f"{path}, row {row} ({name}): {error}") from None
         except BadSample as error:
             has_none = error.kind in (EMPTY_ANSWER, NO_ANSWER)
             unreadable[name] = Unanswered(error.reason) if has_none else error.reason

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from dora_vl.data.check import DOUBTS, SEVERAL_ANSWERS, FileCheck, MediaCheck, add_columns, columns_of, table
 from dora_vl.data.column_names import holds_media
 from dora_vl.data.columns import USUAL, Columns, ColumnsError, column_lines
-from dora_vl.data.containers import RUN_FILE, DataFiles, PictureFolder, find_files, overlooked
+from dora_vl.data.containers import RUN_FILE, DataFiles, PictureFolder, find_files, overlooked, split_of
 from dora_vl.data.example import Example
 from dora_vl.data.picture_files import picture_facts
 from dora_vl.data.pictures import MediaFolder, path_inside, save_picture
@@ -272,7 +272,7 @@ def _program(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class UsableRow:
-    """One usable sample; `split` is the one that its picture's folder names."""
+    """One usable sample; `split` is the one that its picture's folder or its own column names."""
 
     conversation: Example
     kind: str | None = None
@@ -450,7 +450,7 @@ class DataSummary:
             for name, rows in splits.items()
         }
         train, test = ({row.split for row in splits[name]} for name in (TRAIN, TEST))
-        chosen = "by their folders" if train.isdisjoint(test) else chosen
+        chosen = "by their own split" if train.isdisjoint(test) else chosen
         for_loss = f"; to measure the loss on: {counts[VALIDATION]}" if VALIDATION in splits else ""
         yield f"held out {chosen}: {counts[TEST]} {self.media}; to train on: {counts[TRAIN]}{for_loss}"
         all_bad, kept = (
@@ -459,7 +459,7 @@ class DataSummary:
         if all_bad > kept:
             yield f"{all_bad - kept:,} held-out rows with bad answers are left out: a test needs right answers"
         if shared := len(media[TRAIN] & media[TEST]):
-            yield f"{shared:,} {self.media} are in both the training and the test folder: the score will be too high"
+            yield f"{shared:,} {self.media} are in both the training and the test split: the score will be too high"
         tested = {answer for row in splits[TEST] for answer in row.texts("assistant")}
         if self.has_classes and (untested := [name for name in self.answers if name not in tested]):
             yield f"too few to be in the test: {short_names(untested, SHOWN_CLASSES, 40)}"
@@ -485,7 +485,7 @@ def inspect_data(folder: Path, records: DataFiles, *, media_to: Path, columns: C
     for record in tqdm(records.rows(), "reading", unit=" rows", disable=None, leave=False):
         row = _usable(check, record, media_to if holds_pictures else None, columns, file_names, named)
         if row is not None:
-            rows.append(replace(row, split=str(record.get("split", "")) if has_splits else ""))
+            rows.append(replace(row, split=str(record.get("split", "")) if has_splits else split_of(record) or ""))
     if file_names is not None:
         file_names.refuse_same(questions)
     if unmet := columns.missing_column(check.uses):
@@ -613,7 +613,7 @@ def _spread(numbers: Iterable[int]) -> str:
 
 
 def split_data(summary: DataSummary, *, share: float, seed: int) -> dict[str, list[UsableRow]]:
-    """Splits the rows into training, test and, if folders name one, validation, in the file's order.
+    """Splits the rows into training, test and, if folders or a column name one, validation, in the file's order.
 
     Rows of one picture, by its content, stay together, so that no picture is in both, not even as a copy; so do rows of
     one question without a picture. Each large enough class is in the test by its share. Bad answers are in no test,
@@ -621,11 +621,12 @@ def split_data(summary: DataSummary, *, share: float, seed: int) -> dict[str, li
     """
     from dora_vl.data.table import held_out_indices  # torch: not for --help
 
-    by_folder = {name: [row for row in summary.rows if row.split == name] for name in ("train", "test", "validation")}
-    test = by_folder["test"] or by_folder.pop("validation")
-    if by_folder["train"] and test:
-        validation = by_folder.get("validation")
-        return {TRAIN: by_folder["train"], TEST: _good(test)} | ({VALIDATION: validation} if validation else {})
+    named = {name: [row for row in summary.rows if row.split == name] for name in ("train", "test", "validation")}
+    test = named["test"] or named.pop("validation")
+    if named["train"] and test:
+        train = [row for row in summary.rows if row.split in ("train", "")]
+        validation = named.get("validation")
+        return {TRAIN: train, TEST: _good(test)} | ({VALIDATION: validation} if validation else {})
     media = [[summary.pictures.keys[name] for name in row.media] for row in summary.rows]
     questions = (" ".join("\n".join(row.texts("user")).casefold().split()) for row in summary.rows)
     ids = [question or f"{number}" for number, question in enumerate(questions)]

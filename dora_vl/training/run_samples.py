@@ -54,6 +54,7 @@ from dora_vl.data.samples import (
 )
 from dora_vl.data.stream import SampleStream, StreamedDataset, StreamOrder, StreamSource
 from dora_vl.data.table import (
+    VALIDATED,
     ExampleTable,
     characters_of,
     check_weights,
@@ -177,7 +178,9 @@ class RunSamples:
             self._stream = open_stream(data, seed=self._seed)
             self._total = samples_of_a_run(self._stream, data, arguments)
             if data.validation is not None:  # never streamed
-                self.held_out = load_rows(data.validation, data.validation_limit, columns=data.column_settings)
+                self.held_out = load_rows(
+                    data.validation, data.validation_limit, columns=data.column_settings, splits=VALIDATED
+                )
         else:
             self._train, self.held_out = read_samples(data, seed=self._seed)
         self._tables = [table for table in (self._train, self.held_out) if table is not None]
@@ -573,7 +576,7 @@ def read_samples(data: DataConfig, *, seed: int) -> tuple[ExampleTable, ExampleT
     if data.validation_size:
         train, held_out = split_validation(train, data.validation_size)
     if data.validation is not None:
-        held_out = load_rows(data.validation, data.validation_limit, columns=data.column_settings)
+        held_out = load_rows(data.validation, data.validation_limit, columns=data.column_settings, splits=VALIDATED)
     elif held_out is not None and data.validation_limit is not None:
         rows = held_out.rows.take(min(data.validation_limit, len(held_out.rows)))
         held_out = dataclasses.replace(held_out, rows=rows)

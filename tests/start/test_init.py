@@ -468,14 +468,29 @@ def test_a_folder_a_class_is_its_answers_and_each_is_in_the_test(capsys: pytest.
     assert row["conversations"][0]["value"] == "<image>\nwhat is it?"
 
 
+def test_a_column_that_names_splits_is_followed_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+    classes(Path("my"), {"circle": 8})
+    pictures = [path.relative_to("my").as_posix() for path in sorted(Path("my").rglob("*.png"))]
+    splits = ["train", "train", "train", "val", "val", "test", "", "test"]
+    rows = zip(pictures, splits, strict=True)
+    lines = [f"{name},what is {number}?,a{number},{split}" for number, (name, split) in enumerate(rows)]
+    Path("my/rows.csv").write_text("\n".join(["image,question,answer,split", *lines]) + "\n")
+    printed = lines_of(capsys, "my")
+    assert any(line.startswith("held out by their own split: 2 rows about 2") for line in printed)
+    counts = {name: [*answers(f"runs/my/{name}.jsonl")] for name in ("train", "validation", "test")}
+    assert counts == {"train": ["a0", "a1", "a2", "a6"], "validation": ["a3", "a4"], "test": ["a5", "a7"]}
+
+
 def test_folders_named_as_splits_stay_what_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     for split, size in {"train": 6, "val": 2, "test": 3}.items():
         classes(Path("my") / split, {"circle": size, "square": size})
     (Path("my/val/circle/0.png")).write_bytes(Path("my/train/circle/0.png").read_bytes())
     Path("my/test/circle/0.png").write_bytes(Path("my/train/circle/1.png").read_bytes())
     lines = lines_of(capsys, "my", *ASK)
-    assert any(line.startswith("held out by their folders: 6 rows about 6 pictures; to train on: 12") for line in lines)
-    assert any("both the training and the test folder" in line for line in lines)
+    assert any(
+        line.startswith("held out by their own split: 6 rows about 6 pictures; to train on: 12") for line in lines
+    )
+    assert any("both the training and the test split" in line for line in lines)
     assert [len(rows_of(Path(f"runs/my/{name}.jsonl"))) for name in ("train", "test", "validation")] == [12, 6, 4]
     assert "validation: runs/my/validation.jsonl" in Path("runs/my/run.yaml").read_text(encoding="utf-8")
 

@@ -36,7 +36,7 @@ from dora_vl.data.containers import find_files
 from dora_vl.data.example import CountedFromOne, Example
 from dora_vl.data.readers import RowReader, read_row
 from dora_vl.data.stream import StreamSource
-from dora_vl.data.table import described, doubtful_samples, load_rows
+from dora_vl.data.table import VALIDATED, described, doubtful_samples, load_rows
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.questions import read_questions
@@ -489,3 +489,20 @@ def test_an_opening_of_the_assistant_is_named(tmp_path: Path) -> None:
     assert FileCheck(tmp_path / "a.jsonl").run().findings[GREETING].count == 1
     (finding,) = doubtful_samples(load_rows(str(tmp_path / "a.jsonl")).rows)
     assert (finding.problem, finding.count) == (GREETING, 1)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_rows_of_several_splits_are_used_as_their_column_says(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"rows.{kind}"
+    splits = {"a": "train", "b": "Val", "c": "test", "d": "train", "e": "other"}
+    rows: list[Mapping[str, object]]
+    rows = [{"id": name, "question": f"q {name}", "answer": "x", "data_split": split} for name, split in splits.items()]
+    WRITERS[kind](path, [*rows])
+    used = {wanted: [*load_rows(str(path), splits=wanted).ids()] for wanted in (("train",), VALIDATED, ("test",))}
+    assert used == {("train",): ["a", "d", "e"], VALIDATED: ["b"], ("test",): ["c"]}
+    assert [question.id for question in read_questions(path)[0]] == ["c"]
+    assert FileCheck(path).run().splits == {"train": 2, "validation": 1, "test": 1, None: 1}
+    with pytest.raises(UserError):
+        _ = StreamSource(TrainFile(path=str(path)), limit=None, seed=0).first_rows
+    WRITERS[kind](path, [row for row in rows if row["data_split"] != "train"][:1])  # one split alone is all of it
+    assert [*load_rows(str(path)).ids()] == [question.id for question in read_questions(path)[0]] == ["b"]
