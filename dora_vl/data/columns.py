@@ -308,7 +308,8 @@ class Columns:
     def _refuse_nearly_named(self, row: Row) -> None:
         """Raises ColumnsError where a row of no format would have one by other names, or by a question for all."""
         paths = [name for name, value in row.items() if value is not None and name not in self.ignored]
-        paths += [f"{name}.{key}" for name in paths if isinstance(inner := parsed(row[name]), dict) for key in inner]
+        objects = {name: inner for name in paths if isinstance(inner := parsed(row[name]), dict)}
+        paths += [f"{name}.{key}" for name, inner in objects.items() if not holds_media(inner) for key in inner]
         free = [path for path in paths if path not in self.roles]
         names = {plain_name(path.rpartition(".")[2]) for path in paths}
         guesses = {name: role for name in free if (role := _guess_role(name, names))}
@@ -450,6 +451,10 @@ def _remedy(row: Row, losses: Iterable[tuple[str, str]], uses: Mapping[str, str]
         name = plain_name(path.rpartition(".")[2])
         role = _media_role(name, row.get(path))
         of_role = {column: role for column, used_as in uses.items() if used_as == f"{role}s"}
+        # A picture itself, where the column used has only its name.
+        if what == MEDIUM and isinstance(row.get(path), dict) and all(isinstance(row[name], str) for name in of_role):
+            roles[path] = role
+            continue
         # A picture or video: the first of its kind, or one of several numbered columns.
         if what == MEDIUM and (not of_role or any(pattern.fullmatch(name) for pattern in JOINED["images"])):
             roles |= of_role | {path: role}

@@ -243,6 +243,10 @@ def table_rows(
 
 
 _ROWS_IN_AN_OBJECT = re.compile(rb'\{\s*"(data|rows|samples|examples)"\s*:\s*\[\s*\{')
+_PUBLISHED = re.compile(
+    rb'\{\s*"(?:info|licenses?|annotations|questions|data_type|task_type|images"\s*:\s*\[\s*\{[^{}\[\]]*"file_name)"'
+)
+"""A file of COCO's or VQAv2's form may begin so; its keys decide."""
 _TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _TO_THE_LAST_TEXT = re.compile(rb'(?:[^"]*"[^"\\]*(?:\\.[^"\\]*)*")*', re.DOTALL)
 
@@ -295,6 +299,10 @@ def _stream(path: Path, kind: str, key: str | None = None) -> Iterator[tuple[int
             return
         rows = _ROWS_IN_AN_OBJECT.match(beginning) if key is None else None
         file.seek(0)
+        if key is None and _PUBLISHED.match(beginning) and _holds_captions(path, file):
+            yield from enumerate(_coco_captions(path), start=1)
+            return
+        file.seek(0)
         if key is None and not rows and beginning.startswith(b"{") and _is_of_objects(file):
             yield from enumerate(({"id": name, **row} for name, row in stream_members(path)), start=1)
             return
@@ -317,6 +325,30 @@ def _stream(path: Path, kind: str, key: str | None = None) -> Iterator[tuple[int
             file.seek(0)
             if (lists := _lists_in(path, file)).get(key) != "start_array":
                 raise UserError(f"{path}: there is no list {key!r} in it, only {short_names(lists)}")
+
+
+def _holds_captions(path: Path, file: io.BufferedIOBase) -> bool:
+    """Tells whether a file is one object with COCO's lists; refuses VQAv2's, which are two files."""
+    try:
+        lists = _lists_in(path, file)
+    except UserError:  # lines of JSON
+        return False
+    if lists.keys() >= {"images", "annotations"}:
+        return True
+    if "info" in lists and not lists.keys().isdisjoint(("questions", "annotations")):
+        remedy = f"`dora-vl prepare vqav2 --from {path.parent} --to records` joins them"
+        raise UserError(f"{path}: VQAv2 has its questions and its answers in two files; {remedy}")
+    return False
+
+
+def _coco_captions(path: Path) -> Iterator[dict[str, object]]:
+    names = {image.get("id"): image.get("file_name") for image in stream_records(path, "images")}
+    for annotation in stream_records(path, "annotations"):
+        if "caption" not in annotation:
+            remedy = "write rows of image, question and answer about what it marks"
+            raise UserError(f"{path}: an annotation of COCO without a caption, {short_repr(annotation)}; {remedy}")
+        image = names.get(annotation.get("image_id"))
+        yield {"id": annotation.get("id"), "image": image, "caption": annotation["caption"]}
 
 
 def _is_of_objects(file: io.BufferedIOBase) -> bool:
