@@ -150,9 +150,9 @@ def coco(folder: Path, entries: list[dict[str, Any]]) -> Path:
 
 
 def run(module: Any, *words: object) -> list[str]:
-    parser = argparse.ArgumentParser()
+    parser, arguments = argparse.ArgumentParser(), [str(word) for word in words]
     module.add_arguments(parser)
-    return list(module.run(parser.parse_args([str(word) for word in words])))
+    return list(module.run(parser.parse_args(arguments, argparse.Namespace(words=arguments))))
 
 
 @pytest.mark.parametrize("name", [*SETS, "COCO captions"])
