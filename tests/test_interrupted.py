@@ -57,7 +57,11 @@ def started(folder: Path, *words: object) -> subprocess.Popen[str]:
                 (signal.SIGINT, "dora_vl.training.trainer", "train run.yaml"),
                 (signal.SIGINT, "dora_vl.evaluation.test", "init data --model base"),
                 (signal.SIGTERM, "dora_vl.training.pipeline", "estimate run.yaml"),
-                (signal.SIGINT, "dora_vl.evaluation.open_model", "ask --model base --image data/red-0.png --question q"),
+                (
+                    signal.SIGINT,
+                    "dora_vl.evaluation.open_model",
+                    "ask --model base --image data/red-0.png --question q",
+                ),
             )
         ),
     ],
