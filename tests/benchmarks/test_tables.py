@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.tables import DOCS, ESTIMATED, KEPT, ROOT, TABLE, TABLES, keep, measured, with_tables
 from dora_vl.errors import UserError
 from dora_vl.files import read_json
+from tests.benchmarks.tables import DOCS, ESTIMATED, KEPT, ROOT, TABLE, TABLES, keep, measured, with_tables
 from tests.report.test_compare import Trainings, compared
 
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
@@ -110,7 +110,7 @@ def test_every_table_with_figures_has_its_source(page: Path) -> None:
     if page.name in CHECKED:
         assert page.name in (ROOT / "tests" / CHECKED[page.name]).read_text(encoding="utf-8")
     else:
-        assert not figures, "put the table between marks (benchmarks/tables.py), or remove it"
+        assert not figures, "put the table between marks (tests/benchmarks/tables.py), or remove it"
 
 
 def test_expected_scores_are_those_of_the_recipe_files() -> None:

@@ -1,6 +1,6 @@
 """Compares what `dora-vl estimate` says of a step with what the step takes: FLOP, activations, and the fullest moment.
 
-    python -m benchmarks.estimates --base runs/demo/base --data runs/demo/data/train.json \\
+    python -m tests.benchmarks.estimates --base runs/demo/base --data runs/demo/data/train.json \\
         --pictures runs/demo/assets/easy_vqa --json benchmarks/results.jsonl
 
 Each run of `RUNS` trains three steps as its settings say, on the first decoder layers of the base, with stored outputs

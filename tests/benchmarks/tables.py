@@ -1,7 +1,7 @@
 """Writes the tables with figures of the pages, from what the repository keeps.
 
-    python -m benchmarks.tables --keep runs/halves/compared --name easy_vqa   # into benchmarks/results/easy_vqa
-    python -m benchmarks.tables                                               # writes all pages' tables
+    python -m tests.benchmarks.tables --keep runs/halves/compared --name easy_vqa   # into benchmarks/results/easy_vqa
+    python -m tests.benchmarks.tables                                               # writes all pages' tables
 
 A table is between the marks `<!-- results: NAME -->` and `<!-- end -->`; NAME is a kept comparison or one of `TABLES`.
 A comparison is kept as its `compare.json` and `scores.jsonl.xz`, the lines of every tested run's `scores.jsonl`. Values
@@ -23,7 +23,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.estimates import HEADS, row_of
 from benchmarks.report import table
 from dora_vl.errors import UserError, exit_on_user_error
 from dora_vl.evaluation.baselines import COMMONEST
@@ -36,8 +35,9 @@ from dora_vl.run.settings_parser import read_run
 from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.estimate import Cluster, PlannedRun, plan_run, with_shape
 from dora_vl.training.memory import GIB
+from tests.benchmarks.estimates import HEADS, row_of
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 KEPT, MEASURED = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "results.jsonl"
 TABLE = re.compile(r"(<!-- results: ([\w-]+) -->\n)(.*?)(?=<!-- end -->)", re.DOTALL)
