@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from typing import NoReturn
@@ -14,59 +13,35 @@ from typing import NoReturn
 from dora_vl import __version__
 from dora_vl.errors import LONGEST_MESSAGE, UserError, exit_on_user_error, one_line, short_repr
 
-
-@dataclass(frozen=True)
-class Command:
-    """Describes a command of `dora-vl`.
-
-    The module is imported when the command is used. It holds `DESCRIPTION` (what --help says),
-    `add_arguments(parser)` and `run(arguments)`, which yields the lines to print as they are ready and finds what was
-    typed as `arguments.words`; `TAKES_SETTINGS` where a run's own settings may follow, which `run` finds as
-    `arguments.settings`; `SETS_UP_LOGGING` where it does.
-
-    Attributes:
-        opens_bases: the command reads a base's weights by transformers' classes, which must know composed towers.
-    """
-
-    module: str
-    summary: str
-    opens_bases: bool = False
-
-
-COMMANDS = {
-    "analyze": Command(
-        "dora_vl.evaluation.analyze_command", "what training changed: magnitudes and directions", opens_bases=True
-    ),
-    "ask": Command("dora_vl.evaluation.ask_command", "a model's answers about pictures or videos of your own"),
-    "check-data": Command("dora_vl.data.check", "what is wrong with data files, before a run finds it"),
-    "compare": Command("dora_vl.report.compare_command", "methods and ranks of one recipe, each at its best rate"),
-    "convert": Command("dora_vl.adapters.convert_command", "adapters of other tools"),
-    "demo": Command("dora_vl.serving.demo_command", "a web page: adapters and their base answer side by side"),
-    "doctor": Command("dora_vl.start.doctor", "what this machine has for a run, and what is missing"),
-    "estimate": Command("dora_vl.training.estimate_command", "memory, traffic and time of a run, before it starts"),
-    "evaluate": Command(
-        "dora_vl.evaluation.evaluate_command", "official scores with intervals, of adapters and predictions"
-    ),
-    "export": Command(
-        "dora_vl.evaluation.export_command", "a trained model as vLLM serves it; checks it", opens_bases=True
-    ),
-    "init": Command("dora_vl.start.init", "your pictures and questions to the files of a first run"),
-    "merge": Command(
-        "dora_vl.evaluation.merge_command", "base + adapter as a plain model folder; checks it", opens_bases=True
-    ),
-    "prepare": Command("dora_vl.data.prepare", "a publisher's files to records"),
-    "push": Command("dora_vl.report.push_command", "a run's adapter to the hub, with a model card of what it scores"),
-    "quickstart": Command("dora_vl.start.quickstart", "the demo: a small model fetched, trained, tested and merged"),
-    "replay": Command(
-        "dora_vl.training.replay_command", "short chats that a base writes, so that a run keeps what it knows"
-    ),
-    "report": Command("dora_vl.report.report", "a run, or several side by side, as one page"),
-    "serve": Command(
-        "dora_vl.serving.serve_command", "a base and adapters, unmerged in one batch, for OpenAI's clients"
-    ),
-    "show": Command("dora_vl.training.show_command", "the first batch of a run, its tokens by label"),
-    "train": Command("dora_vl.training.train_command", "a run, from its settings to a tested adapter"),
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    "analyze": ("dora_vl.evaluation.analyze_command", "what training changed: magnitudes and directions"),
+    "ask": ("dora_vl.evaluation.ask_command", "a model's answers about pictures or videos of your own"),
+    "check-data": ("dora_vl.data.check", "what is wrong with data files, before a run finds it"),
+    "compare": ("dora_vl.report.compare_command", "methods and ranks of one recipe, each at its best rate"),
+    "convert": ("dora_vl.adapters.convert_command", "adapters of other tools"),
+    "demo": ("dora_vl.serving.demo_command", "a web page: adapters and their base answer side by side"),
+    "doctor": ("dora_vl.start.doctor", "what this machine has for a run, and what is missing"),
+    "estimate": ("dora_vl.training.estimate_command", "memory, traffic and time of a run, before it starts"),
+    "evaluate": ("dora_vl.evaluation.evaluate_command", "official scores with intervals, of adapters and predictions"),
+    "export": ("dora_vl.evaluation.export_command", "a trained model as vLLM serves it; checks it"),
+    "init": ("dora_vl.start.init", "your pictures and questions to the files of a first run"),
+    "merge": ("dora_vl.evaluation.merge_command", "base + adapter as a plain model folder; checks it"),
+    "prepare": ("dora_vl.data.prepare", "a publisher's files to records"),
+    "push": ("dora_vl.report.push_command", "a run's adapter to the hub, with a model card of what it scores"),
+    "quickstart": ("dora_vl.start.quickstart", "the demo: a small model fetched, trained, tested and merged"),
+    "replay": ("dora_vl.training.replay_command", "short chats that a base writes, so that a run keeps what it knows"),
+    "report": ("dora_vl.report.report", "a run, or several side by side, as one page"),
+    "serve": ("dora_vl.serving.serve_command", "a base and adapters, unmerged in one batch, for OpenAI's clients"),
+    "show": ("dora_vl.training.show_command", "the first batch of a run, its tokens by label"),
+    "train": ("dora_vl.training.train_command", "a run, from its settings to a tested adapter"),
 }
+"""Maps each command to its module, which is imported when it is used, and to what `dora-vl --help` says of it.
+
+A module holds `DESCRIPTION` (what its own --help says), `add_arguments(parser)` and `run(arguments)`, which yields the
+lines to print as they are ready and finds what was typed as `arguments.words`. It may set `TAKES_SETTINGS` (a run's own
+settings may follow, which `run` finds as `arguments.settings`), `SETS_UP_LOGGING`, and `OPENS_BASES` (it reads a base's
+weights by transformers' classes, which must know composed towers).
+"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -85,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         words = words[1:]
     if not words or words[0] in {"-h", "--help"}:
         width = max(map(len, COMMANDS))
-        lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
+        lines = [f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
         print("usage: dora-vl COMMAND ...", "", *lines, "", sep="\n")
         print("dora-vl COMMAND --help explains one command, with examples.")
         return
@@ -96,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name not in COMMANDS:
         nearest = get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
         raise UserError(f"no command {short_repr(name)}; did you mean {nearest!r}? dora-vl --help lists all")
-    module = import_module(COMMANDS[name].module)
+    module = import_module(COMMANDS[name][0])
     parser = _Parser(
         prog=f"dora-vl {name}", description=module.DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -107,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options, options.settings = parser.parse_known_args(rest)
     else:
         options = parser.parse_args(rest)
-    if COMMANDS[name].opens_bases:
+    if getattr(module, "OPENS_BASES", False):
         from dora_vl.backbones import register_towers
 
         register_towers()

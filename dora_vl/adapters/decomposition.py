@@ -248,27 +248,27 @@ def measured(
 
 def as_json(panels: Sequence[Panel], base: Path, axis: VectorAxis) -> dict[str, Any]:
     """Converts all panels to plain JSON values."""
-    return {"base": str(base), "axis": axis, "panels": [_panel_json(panel) for panel in panels]}
-
-
-def _panel_json(panel: Panel) -> dict[str, Any]:
-    return {
-        "label": panel.label,
-        "source": panel.source,
-        "method": panel.method,
-        "regression": None if panel.line is None else asdict(panel.line),
-        "correlation_interval_95": panel.interval,
-        "correlation_in_the_paper": PAPER.get(panel.method),
-        "unchanged_matrices": panel.unchanged,
-        "points": [
-            {
-                "layer": point.layer,
-                "step": point.step,
-                "magnitude_change": point.change.magnitude,
-                "direction_change": point.change.direction,
-                "vectors": point.change.vectors,
-                "vectors_without_direction": point.change.without_direction,
-            }
-            for point in panel.points
-        ],
-    }
+    rows = [
+        {
+            "label": panel.label,
+            "source": panel.source,
+            "method": panel.method,
+            "regression": None if panel.line is None else asdict(panel.line),
+            "correlation_interval_95": panel.interval,
+            "correlation_in_the_paper": PAPER.get(panel.method),
+            "unchanged_matrices": panel.unchanged,
+            "points": [
+                {
+                    "layer": point.layer,
+                    "step": point.step,
+                    "magnitude_change": point.change.magnitude,
+                    "direction_change": point.change.direction,
+                    "vectors": point.change.vectors,
+                    "vectors_without_direction": point.change.without_direction,
+                }
+                for point in panel.points
+            ],
+        }
+        for panel in panels
+    ]
+    return {"base": str(base), "axis": axis, "panels": rows}

@@ -197,8 +197,9 @@ def _apply(model: nn.Module, config: DoRAConfig, gather: Gather) -> list[str]:
             _adapt(model, name, layer_config, gather)
             cast(AdaptedLayer, model.get_submodule(name)).name = name
         _disable_fused_encoders(model)
-        adapted = dict(adapted_layers(model))
-        pissa = {name: layer for name, layer in adapted.items() if layer.adapter.init == "pissa" and _has_values(layer)}
+        for name, layer in adapted_layers(model):
+            if layer.adapter.init == "pissa" and layer.lora_A is not None and layer.lora_A.device.type != "meta":
+                pissa[name] = layer
         for name, layer in pissa.items():
             _start_from_weight(name, layer)
         also_keep = (*also_keep, *(name for name, _ in model.named_buffers() if name.startswith(f"{SHARED_NAME}.")))
@@ -223,10 +224,6 @@ def _disable_fused_encoders(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder) and any(adapted_layers(module)):
             vars(module).update(activation_relu_or_gelu=0, use_nested_tensor=False)  # a layer's, and an encoder's
-
-
-def _has_values(layer: AdaptedLayer) -> bool:
-    return layer.lora_A is not None and layer.lora_A.device.type != "meta"
 
 
 def _start_from_weight(name: str, layer: AdaptedLayer) -> None:

@@ -138,8 +138,8 @@ class AdaptedLayer(nn.Module):
         return weight
 
     def from_matrix(self, matrix: Float[Tensor, "out in_"]) -> Tensor:
-        """Undoes `as_matrix`."""
-        return matrix
+        """Undoes `as_matrix`, which is its own inverse where it transposes or does nothing."""
+        return self.as_matrix(matrix)
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Returns the shapes of A and B as they are stored and saved (PEFT's)."""

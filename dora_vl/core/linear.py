@@ -184,7 +184,3 @@ class TransposedLinear(ProductLayer):
     def as_matrix(self, weight: Tensor) -> Float[Tensor, "out in_"]:
         """Returns [out, in]."""
         return weight.t()
-
-    def from_matrix(self, matrix: Float[Tensor, "out in_"]) -> Tensor:
-        """Returns [in, out]."""
-        return matrix.t()

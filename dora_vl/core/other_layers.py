@@ -147,10 +147,6 @@ class DoRAEmbedding(AdaptedLayer, nn.Embedding):
         """Returns [dimension, vocabulary]."""
         return weight.t()
 
-    def from_matrix(self, matrix: Float[Tensor, "out in_"]) -> Tensor:
-        """Returns [vocabulary, dimension]."""
-        return matrix.t()
-
     def original_layer(self) -> nn.Module:
         """Returns the original embedding."""
         base = cast(nn.Embedding, self._replaced[0])
@@ -211,10 +207,6 @@ class ExpertsProjection(AdaptedLayer):
     def as_matrix(self, weight: Tensor) -> Float[Tensor, "*experts out in_"]:
         """Returns [out, in], of one expert or of all."""
         return weight.transpose(-2, -1) if self.transposed else weight
-
-    def from_matrix(self, matrix: Float[Tensor, "*experts out in_"]) -> Tensor:
-        """Undoes `as_matrix`."""
-        return self.as_matrix(matrix)
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Returns [experts, rank, in] and [experts, out, rank]."""

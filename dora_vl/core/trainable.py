@@ -133,13 +133,7 @@ def choose_trained(
         vectors = tuple(name for name in names if name not in set(matrices))
         decays = (matrices, True), (vectors, False)
         parts += [_PartNames(part, tensors, decay, adapts) for tensors, decay in decays if tensors]
-    set_trained(model, TrainedList(tuple(parts), keep))
-
-
-def set_trained(model: nn.Module, trained: TrainedList) -> None:
-    """Makes what a list names train, and nothing else."""
-    setattr(model, _ATTRIBUTE, trained)
-    model.requires_grad_(False)
+    setattr(model, _ATTRIBUTE, TrainedList(tuple(parts), keep))
     for part in trained_parts(model):
         for parameter in part.parameters.values():
             parameter.requires_grad_(True)

@@ -83,6 +83,7 @@ weights of VL-BART had a slope below 0 with full fine-tuning and with DoRA, abov
 A TUNED is a model folder in safetensors, an adapter folder (PEFT's or ours, any method), or a run: each of its
 checkpoints is one point a layer. Weights are read one tensor at a time. Writes NAME.png and NAME.json.
 """
+OPENS_BASES = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,6 +17,7 @@ was adapted in the vision tower, are folded into served/base; served/adapter hol
 
 {CHECK_HELP}
 """
+OPENS_BASES = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

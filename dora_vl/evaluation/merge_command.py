@@ -30,6 +30,7 @@ rounding; --no-check compares nothing.
   dora-vl merge --adapter runs/llava/adapter --to llava-merged --check 50
   dora-vl merge --adapter adapter --to merged --check --questions test.jsonl --images pictures --most-different 0.02
 """
+OPENS_BASES = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

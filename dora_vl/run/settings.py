@@ -278,11 +278,6 @@ class ObjectiveConfig:
         return OBJECTIVES[self.loss].kind if isinstance(self.loss, str) else "preference"
 
     @property
-    def has_own_reward(self) -> bool:
-        """Tells whether a reward is a function of the user's."""
-        return any(":" in name for name in self.rewards)
-
-    @property
     def has_reference(self) -> bool:
         """Tells whether a loss compares with the model as it was when training began."""
         return self.kl > 0 if self.kind == "reward" else any(loss.needs_reference for loss in self.losses)
@@ -301,21 +296,18 @@ def _losses(has_effect: Callable[[Objective], bool]) -> tuple[Callable[[Objectiv
     return (lambda objective: any(map(has_effect, objective.losses))), f"objective.loss {names}"
 
 
+def _has_own_reward(objective: ObjectiveConfig) -> bool:
+    return objective.kind == "reward" and any(":" in name for name in objective.rewards)
+
+
 GOES_WITH: Mapping[str, tuple[Callable[[ObjectiveConfig], bool], str]] = {
     "beta": _losses(lambda loss: "beta" in loss.settings),
     "margin": _losses(lambda loss: "margin" in loss.settings),
     "exchange_pictures": _losses(lambda loss: loss.exchanged != "nothing"),
     **dict.fromkeys(("rewards", "group", "max_new_tokens", "vllm", "kl"), _losses(lambda loss: loss.kind == "reward")),
-    "format": (
-        lambda objective: bool(objective.kind == "reward" and "format" in objective.rewards),
-        "the reward format",
-    ),
+    "format": (lambda objective: objective.kind == "reward" and "format" in objective.rewards, "the reward format"),
     **dict.fromkeys(
-        ("reward_threads", "reward_errors"),
-        (
-            lambda objective: bool(objective.kind == "reward" and objective.has_own_reward),
-            "a function of your own in objective.rewards",
-        ),
+        ("reward_threads", "reward_errors"), (_has_own_reward, "a function of your own in objective.rewards")
     ),
     "vllm_timeout": (lambda objective: bool(objective.kind == "reward" and objective.vllm), "objective.vllm"),
 }

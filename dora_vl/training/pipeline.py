@@ -99,8 +99,7 @@ class Pipeline(ABC):
     def load(self) -> Backbone[Any]:
         """Loads the base in `model.dtype`, sharded while loading under ZeRO-3."""
 
-    @abstractmethod
-    def write_replay(self, backbone: Backbone[Any], arguments: TrainingArguments) -> None:
+    def write_replay(self, backbone: Backbone[Any], arguments: TrainingArguments) -> None:  # noqa: B027
         """Puts the chats of `data.replay`, which the base writes, into the run's folder; every rank must call it."""
 
     @abstractmethod

@@ -119,7 +119,9 @@ def _check_and_prepare(pipeline: Pipeline, arguments: TrainingArguments, checkpo
     check_run_folder(folder, resume=checkpoint is not None, overwrite=config.overwrite)
     if checkpoint is not None:
         check_manifest(checkpoint, settings_of(config), launch_of(arguments))
-    _warn_of_float16(config)
+    if config.model.dtype == "float16" and config.adapter.method != "full":  # else the Trainer scales the loss
+        reason = "the loss is not scaled, so small gradients become 0, most in steps of many tokens; take bfloat16"
+        logger.warning("model.dtype is float16: %s", reason)
     check_initial(config.adapter.initial)
     pipeline.prepare(arguments)
     check_labels(pipeline.labelled(arguments))
@@ -128,13 +130,6 @@ def _check_and_prepare(pipeline: Pipeline, arguments: TrainingArguments, checkpo
     if checkpoint is None:
         prepare_run_folder(folder, checkpoint=None, overwrite=config.overwrite)
         write_settings(folder, config)
-
-
-def _warn_of_float16(config: RunConfig) -> None:
-    """Says that small gradients are lost; where all weights train, the Trainer scales the loss."""
-    if config.model.dtype == "float16" and config.adapter.method != "full":
-        reason = "the loss is not scaled, so small gradients become 0, most in steps of many tokens; take bfloat16"
-        logger.warning("model.dtype is float16: %s", reason)
 
 
 def _prepare_resume(trainer: AdapterTrainer, checkpoint: Path, config: RunConfig) -> None:

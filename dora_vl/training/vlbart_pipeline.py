@@ -135,9 +135,6 @@ class VlBartPipeline(Pipeline):
         set_answer_heads(backbone.model, lists, seed=int(self.config.training.get("seed", 42)))
         return backbone
 
-    def write_replay(self, backbone: Backbone[Any], arguments: TrainingArguments) -> None:
-        """Writes nothing: its tasks have no chats."""
-
     def dora_config(self, backbone: Backbone[Any]) -> DoRAConfig:
         """Adapts queries and values; trains the visual embedding, and BART's biases and norms as the settings say."""
         return vlbart_dora_config(self.config.adapter, backbone.model, heads=bool(self.config.data.closed_answers))

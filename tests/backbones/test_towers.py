@@ -166,7 +166,7 @@ from dora_vl import cli
 towers = {'architecture': 'resnet18', 'hidden_size': 512}
 for words in json.loads(sys.argv[1]):
     CONFIG_MAPPING._extra_content.pop('dora_grid_tower', None)
-    module = import_module(cli.COMMANDS[words[0]].module)
+    module = import_module(cli.COMMANDS[words[0]][0])
     module.run = lambda options: [type(AutoConfig.for_model('dora_grid_tower', **towers)).__name__]
     cli.main(words)
 """
