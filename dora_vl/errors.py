@@ -14,13 +14,11 @@ import re
 import reprlib
 import select
 import signal
-import socket
 import struct
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 LEFT_OUT: Mapping[str, tuple[str, ...]] = {
@@ -42,7 +40,6 @@ def leave_out_foreign_lines() -> None:
 
 
 SPINS = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
-BINDING = ("OMP_PROC_BIND", "OMP_PLACES")
 
 
 def wait_without_spinning() -> None:
@@ -52,35 +49,6 @@ def wait_without_spinning() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.update({**SPINS, **os.environ})
-
-
-@functools.cache
-def bind_threads() -> frozenset[int]:
-    """Makes OpenMP pin each thread to a core of its own unless the environment says otherwise.
-
-    Call it before torch loads.
-
-    Left to the system, two threads that wait for each other can share a core while other programs have the rest. The
-    main thread gets the first core that no other run's has. Returns all cores that this process may use; none where
-    threads are not bound.
-    """
-    variables = ("OMP_NUM_THREADS", *BINDING, "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "LOCAL_RANK")
-    if sys.platform != "linux" or "torch" in sys.modules or any(name in os.environ for name in variables):
-        return frozenset()
-    threads_of: dict[str, list[str]] = {}
-    for number in sorted(os.sched_getaffinity(0)):
-        siblings = Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
-        core = siblings.read_text(encoding="ascii") if siblings.exists() else str(number)
-        threads_of.setdefault(core, []).append(str(number))
-    places = [f"{{{','.join(threads)}}}" for threads in threads_of.values()]
-    name = socket.socket(socket.AF_UNIX)
-    for first, core in enumerate(places):
-        with suppress(OSError):  # another run has it
-            name.bind(f"\0dora_vl/main thread on {core}")
-            name.detach()  # until this process ends
-            os.environ.update(OMP_PROC_BIND="true", OMP_PLACES=",".join([*places[first:], *places[:first]]))
-            return frozenset(os.sched_getaffinity(0))
-    return frozenset()
 
 
 Inputs = ParamSpec("Inputs")

@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from dora_vl.errors import BINDING, LostRank, UserError, bind_threads, is_communication, one_line
+from dora_vl.errors import LostRank, UserError, is_communication, one_line
 
 FIRST_RANK_SECONDS = 15.0  # on a busy machine the first has taken more than five
 Item = TypeVar("Item")
@@ -37,24 +37,6 @@ def threads_of_this_rank() -> int | None:
         return None
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else (os.cpu_count() or 1)
     return max(1, cores // int(ranks))
-
-
-@functools.cache
-def bind_main_thread() -> tuple[Set[int], Set[int]] | None:
-    """Starts torch's threads; where they are bound, returns the main thread's core and all that it may run on.
-
-    It may run on all of them again, and so may other libraries' threads and processes: what a bound thread starts, such
-    as data workers, has only its core.
-    """
-    every = bind_threads()
-    if not every:
-        return None
-    torch.ones(2**20).add_(1)  # large enough for several threads
-    own = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, every)
-    for name in BINDING:
-        del os.environ[name]
-    return None if own == every or torch.cuda.is_available() else (own, every)
 
 
 def stand_alone_environment() -> None:

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -303,26 +303,6 @@ class StepLimit(TrainerCallback):
             faulthandler.dump_traceback_later(args.ddp_timeout, exit=True, file=2)  # whatever stands in sys.stderr
 
     on_substep_end = on_step_end = on_prediction_step = on_save = on_evaluate = on_step_begin
-
-
-class OwnCore(TrainerCallback):
-    """Keeps the main thread on its own core while a step computes, as OpenMP keeps its other threads on theirs.
-
-    Args:
-        own: the core's numbers.
-        every: the cores that it and its children may use between steps.
-    """
-
-    def __init__(self, own: Set[int], every: Set[int]) -> None:
-        self._own, self._every = own, every
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Binds the thread."""
-        os.sched_setaffinity(0, self._own)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Frees it."""
-        os.sched_setaffinity(0, self._every)
 
 
 # Watched questions: asked while it trains, their answers kept.

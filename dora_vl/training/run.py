@@ -31,7 +31,6 @@ from dora_vl.run.folder import (
     write_settings,
 )
 from dora_vl.run.launch import (
-    bind_main_thread,
     is_first_launched,
     is_first_rank,
     keep_freed_memory,
@@ -42,7 +41,6 @@ from dora_vl.run.launch import (
 )
 from dora_vl.run.settings import RunConfig, settings_of
 from dora_vl.run.sharding import load_whole_models_again
-from dora_vl.training.callbacks import OwnCore
 from dora_vl.training.checkpoint_files import check_manifest, check_same_base
 from dora_vl.training.faults import check_base_weights, steps_left_out
 from dora_vl.training.largest_batch import out_of_memory_reported, training_fits
@@ -82,7 +80,7 @@ def train(pipeline: Pipeline) -> tuple[int | None, dict[str, Any]]:
     Every rank of a launch calls it. Returns the signal that stopped the run, or None, and the numbers that training
     adds to `metrics.json`. Raises UserError for whatever in the settings or the data cannot be used.
     """
-    config, threads, core = pipeline.config, threads_of_this_rank(), bind_main_thread()
+    config, threads = pipeline.config, threads_of_this_rank()
     arguments = pipeline.arguments()
     if threads is not None:
         torch.set_num_threads(threads)
@@ -96,8 +94,6 @@ def train(pipeline: Pipeline) -> tuple[int | None, dict[str, Any]]:
         torch.manual_seed(arguments.seed)  # A's initial values, the same on every rank
         adapt(backbone.model, pipeline.dora_config(backbone), initial=config.adapter.initial)
         trainer = build_trainer(pipeline, arguments, backbone)
-    if core is not None:
-        trainer.add_callback(OwnCore(*core))
     if checkpoint is not None:  # base and samples, which are read by now, must be its own
         on_first_rank(partial(_prepare_resume, trainer, checkpoint, config))
         trainer.progress.go_on_from(checkpoint)

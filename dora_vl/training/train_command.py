@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from dora_vl.errors import bind_threads, exit_on_user_error
+from dora_vl.errors import exit_on_user_error
 
 if TYPE_CHECKING:
     from dora_vl.run.settings import RunConfig, Task
@@ -67,11 +67,8 @@ def train_script(task: Task, description: str | None) -> None:
 
 def train(words: Sequence[str], task: Task = "image_text", *, program: str, description: str) -> None:
     """Reads the settings, whose default task is `task`, trains, tests; a signal's status ends a stopped run."""
-    bind_threads()
-    from dora_vl.run.launch import bind_main_thread, end_with_launcher, first_rank_reports_first, log_to_stderr
-
-    bind_main_thread()  # before other libraries bring an OpenMP of their own
     from dora_vl.run.folder import is_finished_run, is_trained_run, run_folder_of
+    from dora_vl.run.launch import end_with_launcher, first_rank_reports_first, log_to_stderr
     from dora_vl.run.settings_parser import read_run
 
     log_to_stderr()
