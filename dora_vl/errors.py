@@ -78,6 +78,12 @@ DECODING_ERRORS = (
 """Pillow's decoders raise these, and `DecompressionBombError`, on bytes that are not a picture, or only part of one."""
 
 
+@functools.cache
+def log_once(log: logging.Logger, level: int, message: str) -> None:
+    """Logs a message once, however often what it tells of is read."""
+    log.log(level, "%s", message)
+
+
 def one_line(message: str, max_length: int = LONGEST_MESSAGE) -> str:
     """Returns the message without line breaks and control characters; cuts the middle of one that is too long.
 

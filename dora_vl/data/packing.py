@@ -194,13 +194,11 @@ def pack(trees: Sequence[Tree]) -> Packed:
         steps=torch.cat(steps),
         sources=before,
         sees=sees,
-        inputs={name: joined(lambda sample, name=name: _of_tokens(sample, name)) for name in names},
+        inputs={
+            # zeros where a processor says nothing of text-only samples
+            name: joined(lambda sample, name=name: sample.inputs.get(name, torch.zeros_like(sample.input_ids)[None])[0])
+            for name in names
+        },
         samples=tuple(segment.sample for segment in segments),
         roots=tuple(segment.sample for segment in segments if segment.parent is None),
     )
-
-
-def _of_tokens(sample: Sample, name: str) -> Tensor:
-    """Returns what a processor says of each token by this name; zeros where it says nothing of text-only samples."""
-    value = sample.inputs.get(name)
-    return torch.zeros_like(sample.input_ids) if value is None else value[0]

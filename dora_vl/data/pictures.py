@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -19,7 +19,7 @@ from PIL import Image
 
 from dora_vl.data.picture_files import NOT_DECODED, decoding_trouble, load_picture, picture_facts, why_not_decoded
 from dora_vl.data.turns import Unusable
-from dora_vl.errors import ON_THE_WEB, BadSample, UserError, short_repr
+from dora_vl.errors import ON_THE_WEB, BadSample, UserError, log_once, short_repr
 from dora_vl.limited_process import JobFailed
 
 if TYPE_CHECKING:
@@ -142,7 +142,8 @@ def as_spelled(root: Path, relative: str) -> Path:
     names = () if os.path.lexists(path) else _names_in(path.parent).get(_plain(path.name), ())
     if len(names) != 1:
         return path
-    _log_spelling(root)
+    reason = "files whose names differ from the data's only in letter case or Unicode form are used"
+    log_once(log, logging.WARNING, f"{root}: {reason}")
     return path.with_name(names[0])
 
 
@@ -159,12 +160,6 @@ def _names_in(folder: Path) -> Mapping[str, Sequence[str]]:
 def _plain(name: str) -> str:
     """Returns a name in one case, its accents as parts of their letters: macOS writes them as characters."""
     return normalize("NFC", name).casefold()
-
-
-@cache
-def _log_spelling(root: Path) -> None:
-    """Logs, once a folder, that its files' names are spelled differently than in the data."""
-    log.warning("%s: files whose names differ from the data's only in letter case or Unicode form are used", root)
 
 
 def any_is_there(names: Iterable[str], root: Path) -> bool:

@@ -201,7 +201,8 @@ class TreeSampler(SeededSampler):
             if samples < limit and number < len(groups):
                 continue
             last = number == len(groups)
-            full, window = (window, []) if last else self._cut(window, limit)
+            kept = len(window[-1]) - (0 if last else samples - limit)  # exactly `limit` samples before the last group
+            full, window = [*window[:-1], window[-1][:kept]], list(filter(None, [window[-1][kept:]]))
             batches = self._fill_batches(full)
             # Neighbours go to the ranks of one micro-step; what fills no micro-batch comes last.
             complete = sorted((batch for batch in batches if len(batch) == self.micro_batch), key=self._tokens)
@@ -210,12 +211,6 @@ class TreeSampler(SeededSampler):
             rest = [batch for batch in batches if len(batch) < self.micro_batch]
             for batch in (*(batch for block in blocks for batch in block), *rest):
                 yield from batch
-
-    def _cut(self, window: list[list[int]], limit: int) -> tuple[list[list[int]], list[list[int]]]:
-        """Returns the window with exactly `limit` samples, and what is left of its last group."""
-        over = sum(map(len, window)) - limit
-        kept, left = window[-1][: len(window[-1]) - over], window[-1][len(window[-1]) - over :]
-        return [*window[:-1], kept], [left] if left else []
 
     def _tokens(self, samples: list[int]) -> int:
         """Estimates how many of a row's tokens they take, with every picture and video once."""

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from posixpath import normpath
@@ -39,7 +39,7 @@ from dora_vl.data.example import Answer, Example, named_in
 from dora_vl.data.pictures import StoredPictures
 from dora_vl.data.readers import RowReader, check_usable
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Clip, Turn
-from dora_vl.errors import BadSample, UserError
+from dora_vl.errors import BadSample, UserError, log_once
 from dora_vl.files import locked, unfinished
 
 _log = logging.getLogger(__name__)
@@ -239,25 +239,14 @@ class ExampleTable:
         """Lists each picture's name once, in order."""
         return list(dict.fromkeys(path for paths in self.rows["images"] for path in paths))
 
-    @property
-    def has_pictures(self) -> bool:
-        """Tells whether any row has a picture."""
-        return any(_counts(self.rows, "images"))
-
-    @property
-    def has_videos(self) -> bool:
-        """Tells whether any row names a video."""
-        return any(_counts(self.rows, "videos"))
+    def has_any(self, column: str) -> bool:
+        """Tells whether any row's list of `images`, `videos` or `rejected_images` has an entry."""
+        return any(_counts(self.rows, column))
 
     @property
     def most_rejected(self) -> int:
         """Returns how many rejected answers a row has at most beside the chosen one."""
         return max((count or 0 for count in _counts(self.rows, "rejected")), default=0)
-
-    @property
-    def has_rejected_images(self) -> bool:
-        """Tells whether any row has rejected answers about other pictures."""
-        return any(_counts(self.rows, "rejected_images"))
 
     def other_pictures(self, example: Example, seed: int) -> tuple[str, ...]:
         """Returns as many other pictures, those of another row, drawn by seed and id; none where no row has such."""
@@ -314,16 +303,12 @@ def load_rows(
     rows = table.remove_columns("held_pictures")
     counts = Counter(rows["split"])
     if (split := split_used(counts, *splits)) is not None:
-        _log_split(f"{path}: its rows name splits ({counted_splits(counts)}); those of {split} are used")
+        log_once(
+            _log, logging.INFO, f"{path}: its rows name splits ({counted_splits(counts)}); those of {split} are used"
+        )
         kept = (split, None) if split == "train" else (split,)
         rows = rows.select([index for index, name in enumerate(rows["split"]) if name in kept])
     return ExampleTable(rows if limit is None else rows.take(min(limit, len(rows))), StoredPictures([table]))
-
-
-@lru_cache
-def _log_split(line: str) -> None:
-    """Logs which rows are used once, however often the file is opened."""
-    _log.info("%s", line)
 
 
 def load_training_rows(

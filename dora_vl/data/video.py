@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -170,7 +170,7 @@ def none_reads(reasons: Mapping[str, Exception]) -> Exception:
     return NoVideo(f"cannot be read: {listed}")
 
 
-class VideoReader:
+class VideoReader(AbstractContextManager["VideoReader"]):
     """Reads videos in a process of its own, which is replaced when it hangs or dies. Use it from one thread.
 
     It can be sent to data workers; each starts its own process, at its first file. The libraries are tried in order; a
@@ -208,9 +208,6 @@ class VideoReader:
     def close(self) -> None:
         """Ends the process; the next file starts another."""
         self._process.close()
-
-    def __enter__(self) -> VideoReader:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

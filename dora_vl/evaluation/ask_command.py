@@ -269,10 +269,6 @@ def ask_about_videos(options: argparse.Namespace) -> None:
         most = options.max_new_tokens
         print_answers(opened, lambda _, predictor: predictor.answer(prompt, shown, max_new_tokens=most, write=_write))
 
-    def answer(question: str) -> None:
-        for path in paths:
-            ask_clip(path, question)
-
     with VideoReader() as reader:
         read = cache(reader.read)  # each clip is read once for both models
-        answer_all(options.question, answer, "a question,")
+        answer_all(options.question, lambda question: [ask_clip(path, question) for path in paths], "a question,")

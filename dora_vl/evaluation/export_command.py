@@ -30,6 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Exports, and checks if asked; yields the lines to print."""
-    from dora_vl.evaluation.merging import export_and_check  # with torch, which takes seconds
+    from dora_vl.evaluation.merging import write_and_check  # with torch, which takes seconds
 
-    yield from export_and_check(arguments)
+    yield from write_and_check(arguments, for_vllm=True)

@@ -81,6 +81,6 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Merges, and checks if asked; yields the lines to print."""
-    from dora_vl.evaluation.merging import merge_and_check  # with torch, which takes seconds
+    from dora_vl.evaluation.merging import write_and_check  # with torch, which takes seconds
 
-    yield from merge_and_check(arguments)
+    yield from write_and_check(arguments)

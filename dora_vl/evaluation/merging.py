@@ -24,6 +24,7 @@ from dora_vl.backbones.base import head_of
 from dora_vl.backbones.target_presets import resolved_layers
 from dora_vl.errors import UserError
 from dora_vl.evaluation.merge_check import as_model, check_answers, check_logits, planned_check, unmerged_source
+from dora_vl.evaluation.open_model import ModelSource
 from dora_vl.files import unfinished
 
 
@@ -36,7 +37,7 @@ class Plan:
     open_base: Callable[[Path], BaseWeights]
 
 
-def plan_merge(arguments: argparse.Namespace, refuse: Callable[[Path, Path], None] = refuse_target) -> Plan:
+def plan_merge(arguments: argparse.Namespace, refuse: Callable[[Path, Path], None]) -> Plan:
     """Reads the adapter, finds its base, and refuses a result that may not be written there."""
     adapter = read_foreign_adapter(arguments.adapter, reading_options(arguments))
     base = arguments.base or base_of(adapter)
@@ -61,21 +62,27 @@ def merge(plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:
         yield f"{arguments.to}: it has the closed answer lists of {tasks} with their heads"
 
 
-def merge_and_check(arguments: argparse.Namespace) -> Iterator[str]:
-    """Merges, and checks unless that is switched off; yields the lines to print."""
-    check = planned_check(arguments, arguments.adapter)
-    plan = plan_merge(arguments)
-    unmerged, target = partial(adapter_folder, plan, arguments), arguments.to
+def write_and_check(arguments: argparse.Namespace, *, for_vllm: bool = False) -> Iterator[str]:
+    """Merges, or exports for vLLM, and checks unless that is switched off; yields the lines to print."""
+    check, target = planned_check(arguments, arguments.adapter), arguments.to
+    plan = plan_merge(arguments, _refuse_unserved if for_vllm else refuse_target)
+    write, unmerged = _write_for_vllm if for_vllm else merge, partial(adapter_folder, plan, arguments)
     if check is None:
-        yield from merge(plan, arguments)
-        if arguments.check is None:
+        yield from write(plan, arguments)
+        if arguments.check is None and not for_vllm:
             yield from check_logits(plan.adapter, plan.base, unmerged, target, about(plan, arguments))
         return
     with unmerged() as folder:
         source = unmerged_source(check, folder, plan.base, arguments.template)
-        yield from merge(plan, arguments)
-        merged = as_model(source, target)
-        yield from check_answers(check, source, lambda: merged, target, about(plan, arguments))
+
+        def written() -> ModelSource:
+            if not for_vllm:
+                return as_model(source, target)
+            base = target / BASE if (target / BASE).is_dir() else plan.base
+            return unmerged_source(check, target / ADAPTER, base, arguments.template)
+
+        yield from write(plan, arguments)
+        yield from check_answers(check, source, written, target, about(plan, arguments))
 
 
 def about(plan: Plan, arguments: argparse.Namespace) -> Mapping[str, object]:
@@ -98,22 +105,6 @@ def adapter_folder(plan: Plan, arguments: argparse.Namespace) -> Iterator[Path]:
         folder = scratch / "adapter"
         write_adapter(plan.adapter, folder)
         yield folder
-
-
-def export_and_check(arguments: argparse.Namespace) -> Iterator[str]:
-    """Exports in the form that another server takes, and checks if asked; yields the lines to print."""
-    check = planned_check(arguments, arguments.adapter)
-    plan = plan_merge(arguments, _refuse_unserved)
-    if check is None:
-        yield from _write_for_vllm(plan, arguments)
-        return
-    target: Path = arguments.to
-    with adapter_folder(plan, arguments) as folder:
-        source = unmerged_source(check, folder, plan.base, arguments.template)
-        yield from _write_for_vllm(plan, arguments)
-        base = target / BASE if (target / BASE).is_dir() else plan.base
-        exported = partial(unmerged_source, check, target / ADAPTER, base, arguments.template)
-        yield from check_answers(check, source, exported, target, about(plan, arguments))
 
 
 def _refuse_unserved(target: Path, base: Path) -> None:

@@ -188,19 +188,15 @@ def _draw_answer(axes: Axes, prediction: Prediction, *, inches: float, right: bo
     axes.spines[:].set_linewidth(2.5 if right is False else 1.2)
     question = textwrap.wrap(prediction.question, QUESTION_CHARACTERS, max_lines=2, placeholder=" …")
     answer = prediction.prediction.strip() or "(empty)"
-    line = _two_lines(f"✓ {answer}" if right else answer)
+    lines = textwrap.wrap(f"✓ {answer}" if right else answer, ANSWER_CHARACTERS)
+    # the last one too, where an answer that reasons gives its result
+    line = "\n".join(lines if len(lines) <= 2 else [f"{lines[0]} …", lines[-1]])
     if right is False:
         line = f"✗ {_ending(answer)}\ntrue: {_ending(prediction.truth)}"
     style = {"ha": "center", "va": "top", "transform": axes.transAxes, "linespacing": 1.15, **PLAIN_TEXT}
     axes.text(0.5, -0.07 / inches, plain_text("\n".join(question)), fontsize=8.5, color=INK, **style)
     below = -(0.12 + 0.145 * len(question)) / inches
     axes.text(0.5, below, plain_text(line), fontsize=8.5, fontweight="bold", color=color, **style)
-
-
-def _two_lines(answer: str) -> str:
-    """Returns an answer's first and last line, where an answer that reasons gives its result."""
-    lines = textwrap.wrap(answer, ANSWER_CHARACTERS)
-    return "\n".join(lines if len(lines) <= 2 else [f"{lines[0]} …", lines[-1]])
 
 
 def _ending(answer: str) -> str:

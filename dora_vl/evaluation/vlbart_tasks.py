@@ -332,7 +332,7 @@ def video_subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
         task(
             "video_words",
             lambda example: f" [Q] {example.question.strip()}",
-            right_words,
+            lambda example, answer, random: Target(text=example.choices[right_choice(example)]),
             video_score,
             answer_by="words",
             chooses=True,
@@ -360,11 +360,6 @@ def _choices(example: Example) -> str:
 def right_label(example: Example, answer: int | None, random: Random) -> Target:
     """Returns the right choice's label, such as `a2`."""
     return Target(text=f"a{right_choice(example)}")
-
-
-def right_words(example: Example, answer: int | None, random: Random) -> Target:
-    """Returns the right choice itself."""
-    return Target(text=example.choices[right_choice(example)])
 
 
 def closed(subtask: Subtask) -> Subtask:

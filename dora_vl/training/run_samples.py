@@ -188,12 +188,12 @@ class RunSamples:
     @property
     def has_pictures(self) -> bool:
         """Returns True where a training sample has a picture, and for every stream, which may hold one."""
-        return self._train is None or self._train.has_pictures
+        return self._train is None or self._train.has_any("images")
 
     @property
     def has_videos(self) -> bool:
         """Returns True where a sample names a video; a stream's first rows tell (`SampleStream.has_videos`)."""
-        in_tables = any(table.has_videos for table in self._tables)
+        in_tables = any(table.has_any("videos") for table in self._tables)
         return in_tables or (self._stream is not None and self._stream.has_videos)
 
     @property
@@ -219,7 +219,7 @@ class RunSamples:
     def has_other_pictures(self, objective: ObjectiveConfig) -> bool:
         """Tells whether a sample's answers may be about two lists of pictures."""
         of_data = any(row.rejected_images for row in self._streamed)
-        of_data = of_data or any(table.has_rejected_images for table in self._tables)
+        of_data = of_data or any(table.has_any("rejected_images") for table in self._tables)
         return objective.kind != "supervised" and (objective.exchange_pictures or of_data)
 
     def rounds(self, limit: int) -> list[Round]:

@@ -200,7 +200,7 @@ def test_what_is_held_out_is_not_trained_whatever_the_weight(tmp_path: Path) -> 
     assert validation is not None
     paths = [{clip["path"] for clips in table.rows["videos"] for clip in clips} for table in (train, validation)]
     assert (len(train), len(validation), paths[0] & paths[1]) == (9, 3, set())
-    assert [(table.has_videos, table.has_pictures) for table in (train, validation)] == [(True, False)] * 2
+    assert [(table.has_any("videos"), table.has_any("images")) for table in (train, validation)] == [(True, False)] * 2
 
 
 def test_the_same_question_about_the_same_picture_is_found(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -226,17 +226,9 @@ def _boolq(row: Row, task: str) -> Read:
     return f"{row.non_empty('passage')}\nQuestion: {row.non_empty('question')}?", ("no", "yes"), int(answer)
 
 
-def _winogrande(row: Row, task: str) -> Read:
-    return row.non_empty("sentence"), (row.non_empty("option1"), row.non_empty("option2")), row.integer("answer") - 1
-
-
-def _piqa(row: Row, task: str) -> Read:
-    return row.non_empty("goal"), (row.non_empty("sol1"), row.non_empty("sol2")), row.integer("label")
-
-
-def _social(row: Row, task: str) -> Read:
-    answers = tuple(row.non_empty(f"answer{letter}") for letter in "ABC")
-    return f"{row.non_empty('context')} {row.non_empty('question')}", answers, row.integer("label") - 1
+def _columns(row: Row, task: str, *, asked: Sequence[str], endings: Sequence[str], right: str, first: int) -> Read:
+    question = " ".join(map(row.non_empty, asked))
+    return question, tuple(map(row.non_empty, endings)), row.integer(right) - first
 
 
 def _lettered(row: Row, task: str) -> Read:
@@ -293,9 +285,11 @@ def _foundry_blank(row: Row, task: str) -> Read:
 FORMS = {
     "ctx_a": _hellaswag,
     "passage": _boolq,
-    "sentence": _winogrande,
-    "goal": _piqa,
-    "answerA": _social,
+    "sentence": partial(_columns, asked=["sentence"], endings=["option1", "option2"], right="answer", first=1),
+    "goal": partial(_columns, asked=["goal"], endings=["sol1", "sol2"], right="label", first=0),
+    "answerA": partial(
+        _columns, asked=["context", "question"], endings=["answerA", "answerB", "answerC"], right="label", first=1
+    ),
     "answerKey": _lettered,
     "instruction": _instruction,
     "query": _foundry,

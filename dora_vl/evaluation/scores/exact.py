@@ -209,11 +209,6 @@ def _number(text: str) -> float | None:
         return None
 
 
-def same_words(answer: str, true: str) -> bool:
-    """Tests equality by VQA's normaliser; a true answer of which it leaves nothing ("A", "the", "?") is not met."""
-    return normalise(answer) == normalise(true) != ""
-
-
 _NUMBER = re.compile(r"(?:(?<![\w.])[-+])?(?<![\w.])(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?")
 
 
@@ -236,7 +231,8 @@ COMPARISONS: Mapping[str, Comparison] = {
     "exact": lambda answer, true: normalised(answer) == normalised(true),
     "anls": similarity,
     "relaxed": is_close,
-    "vqa": same_words,
+    # a true answer of which the normaliser leaves nothing ("A", "the", "?") is not met
+    "vqa": lambda answer, true: normalise(answer) == normalise(true) != "",
     "box": overlap,
 }
 """Maps a name to what compares an answer with a right one; a right answer equal to itself earns its points, or none."""
@@ -364,12 +360,6 @@ def label_of(example: Example, answer: str) -> str:
     return f"a{choices.index(letter)}" if len(letter) == 1 and letter in choices else answer
 
 
-def submitted_index(answer: str) -> int:
-    """Returns the choice that a submission holds for an answer: its second character, or 0 where that is no digit."""
-    digit = answer[1:2]
-    return int(digit) if digit.isascii() and digit.isdigit() else 0
-
-
 def video_score(examples: Sequence[Example], answers: AnswersById) -> Scored:
     """Scores both accuracies in percent; ignores extra answers (TVQA)."""
     return score_points(
@@ -388,9 +378,14 @@ def how2qa_score(examples: Sequence[Example], answers: AnswersById) -> Scored:
 
 
 def _submitted(example: Example, answers: AnswersById) -> int:
-    """Returns the choice that the server's file holds; -1 for a missing answer, as the server stops at none."""
-    answer = answers.get(example.id)
-    return -1 if answer is None else submitted_index(label_of(example, answer))
+    """Returns the choice that the server's file holds: an answer's second character, or 0 where that is no digit.
+
+    A missing answer is -1, as the server stops at none.
+    """
+    if (answer := answers.get(example.id)) is None:
+        return -1
+    digit = label_of(example, answer)[1:2]
+    return int(digit) if digit.isascii() and digit.isdigit() else 0
 
 
 def video_submission(examples: Sequence[Example], answers: AnswersById, *, file: str) -> tuple[str, str]:

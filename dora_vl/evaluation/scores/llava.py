@@ -85,21 +85,17 @@ LLAVA_BENCH = Benchmark(
 # MM-Vet. Judged by GPT-4 with a few-shot prompt, each answer from 0 to 1 in steps of 0.1.
 
 
-def judge_file(examples: Sequence[Example], answers: AnswersById) -> dict[str, str]:
-    """Returns answers by the publisher's ids ("v1_7" for LLaVA's 7), as the online grader takes them."""
-    return {
-        f"v1_{example.id}" if parse_digits(example.id) is not None else example.id: answers.get(example.id, "")
-        for example in examples
-    }
+def mmvet_submission(examples: Sequence[Example], answers: AnswersById) -> tuple[str, str]:
+    """Writes answers by the publisher's ids ("v1_7" for LLaVA's 7), as the online grader takes them."""
+    names = [example.id for example in examples]
+    content = {f"v1_{name}" if parse_digits(name) is not None else name: answers.get(name, "") for name in names}
+    return "mmvet.json", json.dumps(content, ensure_ascii=False, indent=1)
 
 
 MMVET = Benchmark(
     modes={},
     max_new_tokens=LONG_ANSWER_TOKENS,
-    submission=lambda examples, answers: (
-        "mmvet.json",
-        json.dumps(judge_file(examples, answers), ensure_ascii=False, indent=1),
-    ),
+    submission=mmvet_submission,
     joins=(ByKey("number, v1_N", lambda row: f"v1_{row.id}", lambda example: example.id),),
 )
 
