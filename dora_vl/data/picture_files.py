@@ -120,9 +120,8 @@ def opened_picture(source: Path | BytesIO) -> Iterator[Image.Image]:
             if width * height > most:
                 raise NoPicture(f"has {width:,} x {height:,} pixels; at most {most:,} are read of its format and mode")
             if max(image.size) > PICTURE_ELONGATION * min(image.size):
-                raise NoPicture(
-                    f"has {width:,} x {height:,} pixels; a side may be {PICTURE_ELONGATION} times the other"
-                )
+                message = f"has {width:,} x {height:,} pixels; a side may be {PICTURE_ELONGATION} times the other"
+                raise NoPicture(message)
             pages = getattr(image, "n_frames", 1) if image.format in ("TIFF", "GIF") else 1
             if pages > 1:
                 way = "name it under videos" if image.format == "GIF" else "write each page as a picture of its own"

@@ -231,7 +231,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Prepares each split; yields the lines to print."""
     with reading(str(arguments.folder)):
-        chosen = chosen_splits(arguments)
+        chosen = _chosen_splits(arguments)
     for split in chosen:
         folder = arguments.to / split.task
         with _alone_in(folder):
@@ -239,8 +239,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         yield from summary(prepared)
 
 
-def chosen_splits(arguments: argparse.Namespace) -> list[Split]:
-    """Returns the splits that the source finds and the user wants."""
+def _chosen_splits(arguments: argparse.Namespace) -> list[Split]:
     source = SOURCES[arguments.source]
     options: dict[str, str] = {}
     for setting in arguments.set:

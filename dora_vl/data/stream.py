@@ -94,9 +94,8 @@ class StreamSource:
         self._splits.update({split_of(record)} - {None})
         if len(self._splits) > 1:
             names = " and ".join(sorted(map(str, self._splits)))
-            raise UserError(
-                f"{self.file.path}: its rows are of {names}, and a stream takes all; write one file a split"
-            )
+            message = f"{self.file.path}: its rows are of {names}, and a stream takes all; write one file a split"
+            raise UserError(message)
 
     def _warn(self, record: RawRow, row: Example) -> None:
         """Names the first row of each kind that is probably not meant; a stream is not counted before it is read."""

@@ -81,7 +81,7 @@ class OpenVideo(ABC):
         """Gives its memory and file back."""
 
 
-class DecordVideo(OpenVideo):
+class _DecordVideo(OpenVideo):
     """decord2, the maintained build of decord, read from the first frame on.
 
     It never seeks: decord takes a key frame's place in the file for its place in the order of showing, so that in
@@ -110,7 +110,6 @@ class DecordVideo(OpenVideo):
         self._position = 0  # of the frame that comes next
 
     def frames(self, indices: Sequence[int]) -> Iterator[Frame]:
-        """See `OpenVideo`."""
         for index in indices:
             if index < self._position:
                 self._open()
@@ -125,13 +124,10 @@ class DecordVideo(OpenVideo):
         return frame
 
     def close(self) -> None:
-        """See `OpenVideo`."""
         del self._reader
 
 
-class PyavVideo(OpenVideo):
-    """PyAV, with FFmpeg in its wheel."""
-
+class _PyavVideo(OpenVideo):
     def __init__(self, path: str) -> None:
         self._av = import_backend("pyav")
         self._path = path
@@ -188,7 +184,6 @@ class PyavVideo(OpenVideo):
             yield
 
     def frames(self, indices: Sequence[int]) -> Iterator[Frame]:
-        """See `OpenVideo`."""
         decoded: Iterator[Any] = iter(())
         position = None
         for index in indices:
@@ -219,7 +214,6 @@ class PyavVideo(OpenVideo):
         raise Unreadable(f"its frame at {(pts - self._pts[0]) * self._tick:.2f} s cannot be decoded")
 
     def close(self) -> None:
-        """See `OpenVideo`."""
         self._container.close()
 
 
@@ -237,7 +231,7 @@ def _upright(pixels: UInt8[np.ndarray, "_ _ 3"], side_data: Any) -> UInt8[np.nda
     return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
-BACKENDS: dict[str, Callable[[str], OpenVideo]] = {"pyav": PyavVideo, "decord": DecordVideo}
+BACKENDS: dict[str, Callable[[str], OpenVideo]] = {"pyav": _PyavVideo, "decord": _DecordVideo}
 """They are tried in this order: the one that seeks to the right frame before the one that must not seek."""
 LIBRARIES = {"pyav": "av", "decord": "decord"}
 

@@ -88,17 +88,14 @@ OPENS_BASES = True
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `dora-vl analyze`."""
-    parser.add_argument("base", type=Path, metavar="BASE", help="the model folder that training started from")
-    parser.add_argument("tuned", type=Path, nargs="+", metavar="TUNED", help="what came of it; one panel each")
-    parser.add_argument("--label", action="append", metavar="TEXT", help="one for each TUNED; default: its path")
-    parser.add_argument(
-        "--layers", action="append", default=[], metavar="GLOB", help="full names; default: what the adapters adapt"
-    )
-    parser.add_argument(
-        "--axis", choices=("output", "input"), default="output", help="one vector for each output (default) or input"
-    )
-    parser.add_argument("--to", type=Path, default=Path("decomposition"), metavar="NAME", help="of the files")
-    parser.add_argument("--any-base", action="store_true", help="accept a base whose content hash differs")
+    add = parser.add_argument
+    add("base", type=Path, metavar="BASE", help="the model folder that training started from")
+    add("tuned", type=Path, nargs="+", metavar="TUNED", help="what came of it; one panel each")
+    add("--label", action="append", metavar="TEXT", help="one for each TUNED; default: its path")
+    add("--layers", action="append", default=[], metavar="GLOB", help="full names; default: what the adapters adapt")
+    add("--axis", choices=("output", "input"), default="output", help="one vector for each output (default) or input")
+    add("--to", type=Path, default=Path("decomposition"), metavar="NAME", help="of the files")
+    add("--any-base", action="store_true", help="accept a base whose content hash differs")
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:

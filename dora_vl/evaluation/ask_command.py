@@ -46,20 +46,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_options(to: argparse.ArgumentParser) -> None:
     """Adds the options that every asking script has."""
-    to.add_argument("--adapter", type=Path, help="adapter folder of a run, or of PEFT")
-    to.add_argument("--model", help="folder or hub id of a model that is asked without an adapter")
-    to.add_argument(
-        "--question", action="append", default=[], help='may be given several times; "" asks a VL-BART for a caption'
-    )
-    to.add_argument("--compare-base", action="store_true", help="also shows the answer without the adapter")
-    to.add_argument(
+    add = to.add_argument
+    add("--adapter", type=Path, help="adapter folder of a run, or of PEFT")
+    add("--model", help="folder or hub id of a model that is asked without an adapter")
+    add("--question", action="append", default=[], help='may be given several times; "" asks a VL-BART for a caption')
+    add("--compare-base", action="store_true", help="also shows the answer without the adapter")
+    add(
         "--strength",
         type=float,
         default=1.0,
         metavar="T",
         help="how much of the adapter is applied: 0 the base, 1 the adapter, beyond it more of the same",
     )
-    to.add_argument("--max-new-tokens", type=positive_int, default=64, help="longest answer")
+    add("--max-new-tokens", type=positive_int, default=64, help="longest answer")
     add_model_options(to)
 
 
@@ -81,14 +80,13 @@ def add_picture_options(parser: argparse.ArgumentParser) -> None:
 
 def add_video_options(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
     """Adds the options that are about videos."""
-    parser.add_argument("--video", required=required, help="video files", **FILES)
-    parser.add_argument("--start", type=float, help="seconds into the video where to begin")
-    parser.add_argument("--end", type=float, help="seconds into the video where to stop")
-    parser.add_argument(
-        "--frames", type=int, default=OF_VIDEOS["frames"], help="frames that a model of pictures sees of a video"
-    )
-    parser.add_argument("--choice", action="append", default=[], help="a possible answer; may be given several times")
-    parser.add_argument("--subtitle", action="append", default=[], help="what is said; may be given several times")
+    add = parser.add_argument
+    add("--video", required=required, help="video files", **FILES)
+    add("--start", type=float, help="seconds into the video where to begin")
+    add("--end", type=float, help="seconds into the video where to stop")
+    add("--frames", type=int, default=OF_VIDEOS["frames"], help="frames that a model of pictures sees of a video")
+    add("--choice", action="append", default=[], help="a possible answer; may be given several times")
+    add("--subtitle", action="append", default=[], help="what is said; may be given several times")
 
 
 def run(options: argparse.Namespace) -> Iterator[str]:

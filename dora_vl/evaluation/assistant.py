@@ -84,7 +84,7 @@ class EncoderPrompts:
         return growing_text(self.encoder.tokenizer, self.encoder.prompts.answer_in)
 
 
-class TextStreamer(BaseStreamer):
+class _TextStreamer(BaseStreamer):
     """Passes on an answer's text as its tokens come, never half a character."""
 
     def __init__(self, decode: Callable[[list[int]], str], write: Callable[[str], object]) -> None:
@@ -102,7 +102,6 @@ class TextStreamer(BaseStreamer):
             self._written = text
 
     def end(self) -> None:
-        """Passes on the rest."""
         self.put(torch.tensor([], dtype=torch.long), is_last=True)
 
 
@@ -196,7 +195,7 @@ class Assistant:
         """See `Predictor`."""
         sample = self.prompts.sample(turns_asked(example), media)
         check_room(len(sample.input_ids), max_new_tokens, self.positions, example.id)
-        streamer = None if write is None else TextStreamer(self.prompts.growing_text(), write)
+        streamer = None if write is None else _TextStreamer(self.prompts.growing_text(), write)
         batch = self.prompts.collate([sample], "left")
         (text,) = self.answers(batch, max_new_tokens=max_new_tokens, streamer=streamer)
         if text is None:

@@ -142,9 +142,8 @@ def read_own(path: Path) -> NamedBenchmark:
         raise UserError(f"{path}: {missing[0]} is missing; a benchmark has at least name and scoring")
     settings = {key: content.get(key, default) for key, (_, default) in OWN.items()}
     if not NAME.fullmatch(settings["name"]) or settings["name"] in BENCHMARKS:
-        raise UserError(
-            f"{path}: name {short_repr(settings['name'])} is taken, or has more than letters, digits, _ and -"
-        )
+        message = f"{path}: name {short_repr(settings['name'])} is taken, or has more than letters, digits, _ and -"
+        raise UserError(message)
     scoring = settings["scoring"]
     benchmark = Benchmark(
         modes={"": SCORINGS[scoring]},

@@ -58,41 +58,39 @@ in it while they are true.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
-    parser.add_argument("--benchmarks", required=True, help="NAME, NAME:SPLIT, NAME=FILE or FILE.yaml, commas between")
+    add = parser.add_argument
+    add("--benchmarks", required=True, help="NAME, NAME:SPLIT, NAME=FILE or FILE.yaml, commas between")
     answers = parser.add_mutually_exclusive_group(required=True)
     answers.add_argument("--adapter", type=Path, help="adapter folder of a run, or of PEFT")
     answers.add_argument("--model", help="folder or hub id of a model that is asked without an adapter")
     answers.add_argument("--predictions", type=Path, help="scores this file instead of asking a model (one benchmark)")
-    parser.add_argument("--against", type=Path, help="another adapter, model or predictions file: paired difference")
-    parser.add_argument("--records", type=Path, default=Path("records"), help="folder of records (default: records)")
-    parser.add_argument("--images", type=Path, default=Path(), help="root of the pictures (default: here)")
-    parser.add_argument("--follow-links", action="store_true", help="read pictures that are links out of that folder")
-    parser.add_argument("--to", type=Path, help="results (default: `evaluation` beside the adapter or predictions)")
-    parser.add_argument("--mode", action="append", default=[], help="NAME=VERSION, such as vqav2=before_2021")
-    parser.add_argument("--limit", type=positive_int, help="only the first N examples of each benchmark")
-    parser.add_argument("--batch-size", type=positive_int, default=32, help="questions at once (default: 32)")
-    parser.add_argument("--max-new-tokens", type=positive_int, help="longest answer (default: the benchmark's own)")
-    parser.add_argument(
-        "--frames", type=positive_int, help="frames of a video that are shown (default: benchmark's own)"
-    )
-    help_text = "processes that read pictures ahead (default: 0)"
-    parser.add_argument("--workers", type=number_between(int, 0), default=0, help=help_text)
-    parser.add_argument("--answer-after", help="exact_match: scores what follows the last of this text in an answer")
-    parser.add_argument(
+    add("--against", type=Path, help="another adapter, model or predictions file: paired difference")
+    add("--records", type=Path, default=Path("records"), help="folder of records (default: records)")
+    add("--images", type=Path, default=Path(), help="root of the pictures (default: here)")
+    add("--follow-links", action="store_true", help="read pictures that are links out of that folder")
+    add("--to", type=Path, help="results (default: `evaluation` beside the adapter or predictions)")
+    add("--mode", action="append", default=[], help="NAME=VERSION, such as vqav2=before_2021")
+    add("--limit", type=positive_int, help="only the first N examples of each benchmark")
+    add("--batch-size", type=positive_int, default=32, help="questions at once (default: 32)")
+    add("--max-new-tokens", type=positive_int, help="longest answer (default: the benchmark's own)")
+    add("--frames", type=positive_int, help="frames of a video that are shown (default: benchmark's own)")
+    add("--workers", type=number_between(int, 0), default=0, help="processes that read pictures ahead (default: 0)")
+    add("--answer-after", help="exact_match: scores what follows the last of this text in an answer")
+    add(
         "--answer-by",
         choices=("generation", "likelihood", CLOZE),
         default="generation",
         help="likelihood: of choices the likeliest letter; cloze: the likeliest ending, as lm-eval scores commonsense "
         "sets (default: generation)",
     )
-    parser.add_argument(
+    add(
         "--no-exchange",
         action="store_true",
         help="leaves out asking at most 200 questions again about others' pictures, which shows whether they count",
     )
     add_columns(parser)
     add_model_options(parser)
-    parser.add_argument("--all-metrics", action="store_true", help="the table shows parts of sets too")
+    add("--all-metrics", action="store_true", help="the table shows parts of sets too")
 
 
 def run(options: argparse.Namespace) -> Iterator[str]:
@@ -154,9 +152,8 @@ def _sets(options: argparse.Namespace) -> list[TestSet]:
     sets = [_read_set(options, request, options.limit, modes.get(name)) for name, request in named.items()]
     without = [test.name for test in sets if not test.benchmark.chooses]
     if options.answer_by == "likelihood" and without:
-        raise UserError(
-            f"--answer-by likelihood compares the letters of choices, and {without[0]} has none; leave it out"
-        )
+        message = f"--answer-by likelihood compares the letters of choices, and {without[0]} has none; leave it out"
+        raise UserError(message)
     return sets
 
 

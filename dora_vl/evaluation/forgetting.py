@@ -58,7 +58,7 @@ def measure_abilities(assistant: Assistant, texts: Path | None = None, base: Abi
         labels = ids.clone()
         labels[:1] = IGNORED_LABEL
         samples.append(Sample(ids, labels, id=str(len(samples))))
-    nats = mean_nats(assistant, samples)
+    nats = _mean_nats(assistant, samples)
     questions = [Example(id=text, question=text) for text in PASSAGES["questions"]]
     decoding = Decoding(batch_size=BATCH, max_new_tokens=NEW_TOKENS)
     rows = [row for rows in assistant.predict(questions, media_reader(Path(), frames=1), decoding) for row in rows]
@@ -68,11 +68,10 @@ def measure_abilities(assistant: Assistant, texts: Path | None = None, base: Abi
         _answer_sample(assistant, example, text) for example in questions if (text := (of_base or {}).get(example.id))
     ]
     tokens = sum(len(sample.labels) - 1 for sample in samples)
-    return Abilities(nats, tokens, answers or None, mean_nats(assistant, base_answers) if base_answers else None)
+    return Abilities(nats, tokens, answers or None, _mean_nats(assistant, base_answers) if base_answers else None)
 
 
-def mean_nats(assistant: Assistant, samples: Sequence[Sample]) -> float:
-    """Returns the mean cross-entropy of the samples' labelled tokens."""
+def _mean_nats(assistant: Assistant, samples: Sequence[Sample]) -> float:
     groups = [samples[start : start + BATCH] for start in range(0, len(samples), BATCH)]
     nats = -sum(float(assistant.log_likelihoods(group).sum()) for group in groups)
     return nats / sum(int((sample.labels != IGNORED_LABEL).sum()) for sample in samples)

@@ -53,24 +53,20 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, metavar="FOLDER", help="default: what the adapter says it was trained on")
     parser.add_argument("--any-base", action="store_true", help="accept a base whose content hash differs")
     add_reading_arguments(parser)
-    group = parser.add_argument_group("checking the result")
-    group.add_argument("--no-check", dest="check", action="store_const", const=0, help="merge: compares nothing")
-    text = f"asks N questions (default {QUESTIONS})"
-    group.add_argument("--check", type=positive_int, nargs="?", const=QUESTIONS, metavar="N", help=text)
-    group.add_argument(
-        "--questions", type=Path, metavar="FILE", help="in any format that training reads (default: the run's test)"
-    )
-    group.add_argument(
-        "--images", type=Path, metavar="DIR", help="root of their pictures (default: the run's, or here)"
-    )
-    group.add_argument("--template", help="prompt format of a LLaVA-1.5 or a language model without recipe.json")
-    group.add_argument(
+    add = parser.add_argument_group("checking the result").add_argument
+    add("--no-check", dest="check", action="store_const", const=0, help="merge: compares nothing")
+    help_text = f"asks N questions (default {QUESTIONS})"
+    add("--check", type=positive_int, nargs="?", const=QUESTIONS, metavar="N", help=help_text)
+    add("--questions", type=Path, metavar="FILE", help="in any format that training reads (default: the run's test)")
+    add("--images", type=Path, metavar="DIR", help="root of their pictures (default: the run's, or here)")
+    add("--template", help="prompt format of a LLaVA-1.5 or a language model without recipe.json")
+    add(
         "--check-dtype",
         choices=RESULT_DTYPES,
         help="that the models compute in (default: float32; the run's own where its base was quantised)",
     )
-    group.add_argument("--check-tokens", type=positive_int, default=32, metavar="N", help="longest answer")
-    group.add_argument(
+    add("--check-tokens", type=positive_int, default=32, metavar="N", help="longest answer")
+    add(
         "--most-different",
         type=number_between(float, 0, 1),
         default=0.0,

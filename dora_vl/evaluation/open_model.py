@@ -112,9 +112,8 @@ def find_source(request: ModelRequest) -> ModelSource:
         base = find_base(name, adapter)
     kind = kind_of_base(base, revision)
     if kind == VLBART and not recipe:
-        raise UserError(
-            f"{adapter or base} is a VL-BART; its tasks and features are only stated in a run's recipe.json"
-        )
+        message = f"{adapter or base} is a VL-BART; its tasks and features are only stated in a run's recipe.json"
+        raise UserError(message)
     if adapter is not None and recipe:
         _check_recipe(request, adapter, recipe, kind, base)
     if request.template is not None:
@@ -207,9 +206,8 @@ def find_base(base: str, adapter: Path) -> str:
     if HUB_ID.fullmatch(base):
         return base
     looked = " and ".join(dict.fromkeys(str(folder.resolve()) for folder in folders))
-    raise UserError(
-        f"{adapter} was trained on {base}, which is not at {looked}; say where it is now with --base FOLDER"
-    )
+    message = f"{adapter} was trained on {base}, which is not at {looked}; say where it is now with --base FOLDER"
+    raise UserError(message)
 
 
 def model_hashes(source: ModelSource) -> Mapping[str, str]:

@@ -36,12 +36,11 @@ def formula_record(formula: Formula) -> JSON:
     return {"is": type(formula).__name__, **values}
 
 
-def formula_of(record: Mapping[str, Any]) -> Formula:
-    """Returns the formula of `formula_record`."""
+def _formula_of(record: Mapping[str, Any]) -> Formula:
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
     kind = FORMULAS[str(values.pop("is"))]
     if "parts" in values:
-        values["parts"] = tuple(map(formula_of, values["parts"]))
+        values["parts"] = tuple(map(_formula_of, values["parts"]))
     return kind(**values)
 
 
@@ -139,7 +138,7 @@ def results_of(
 
 def _scored(entry: Mapping[str, Any], items: Mapping[str, AnswerScore]) -> Scored:
     """Returns a set's score as the scorer gave it."""
-    formulas = {name: formula_of(record) for name, record in entry["formulas"].items() if record is not None}
+    formulas = {name: _formula_of(record) for name, record in entry["formulas"].items() if record is not None}
     return Scored(
         metrics={name: metric["value"] for name, metric in entry["metrics"].items()},
         items={name: item.score for name, item in items.items()},

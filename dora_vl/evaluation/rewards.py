@@ -108,9 +108,8 @@ def _format(pattern: str | None) -> Points:
     try:
         fits = re.compile(pattern, re.DOTALL)
     except re.error as error:
-        raise SettingError(
-            "objective.format", f": {short_repr(pattern)} is not a regular expression: {error}"
-        ) from error
+        reason = f": {short_repr(pattern)} is not a regular expression: {error}"
+        raise SettingError("objective.format", reason) from error
     return lambda example, answer: float(fits.fullmatch(answer) is not None)
 
 
@@ -208,9 +207,8 @@ def _loaded(name: str) -> Callable[..., Any]:
     source, colon, function = name.rpartition(":")
     if not colon:
         there = ", ".join([*COMPARISONS, CHOICE, FORMAT, CIDER])
-        raise SettingError(
-            setting, f": there is no reward {short_repr(name)}; there are {there}, and FILE.py:FUNCTION of your own"
-        )
+        reason = f": there is no reward {short_repr(name)}; there are {there}, and FILE.py:FUNCTION of your own"
+        raise SettingError(setting, reason)
     try:
         names = runpy.run_path(source) if source.endswith(".py") else vars(importlib.import_module(source))
         return names[function]

@@ -198,9 +198,8 @@ def read_sets(evaluation: EvaluationConfig) -> tuple[list[Example], dict[str, st
     if unknown := sorted(set(evaluation.files) - set(PATTERNS)):
         raise UserError(f"evaluation.files: no commonsense set {unknown[0]!r}; there are {', '.join(PATTERNS)}")
     if "cloze" in evaluation.scoring and len(evaluation.scoring) > 1:
-        raise SettingError(
-            "evaluation.scoring", ": cloze is of records of its own; ask only it (--evaluation.scoring [cloze])"
-        )
+        reason = ": cloze is of records of its own; ask only it (--evaluation.scoring [cloze])"
+        raise SettingError("evaluation.scoring", reason)
     examples: list[Example] = []
     unreadable: dict[str, str] = {}
     for task, file in evaluation.files.items():

@@ -51,7 +51,7 @@ def commonsense(folder: Path, options: Mapping[str, str], records: Path) -> Iter
         if path is not None:
             any_file, sample = True, path.stem.endswith("_sample")
             notes = {"sample": True} if sample else {}
-            rows, convert = partial(_numbered, path), partial(commonsense_row, task=task, split=name)
+            rows, convert = partial(_numbered, path), partial(_commonsense_row, task=task, split=name)
             published = None if sample else size
             yield Split(task, name, (path,), rows, convert, published, ids_by_place=True, notes=notes)
     if not any_file:
@@ -63,16 +63,14 @@ def _numbered(path: Path) -> Iterator[Raw]:
         yield {**row, "row": number}
 
 
-def commonsense_row(raw: Raw, *, task: str, split: str) -> Example:
-    """Returns one question."""
+def _commonsense_row(raw: Raw, *, task: str, split: str) -> Example:
     row = Row(raw)
     row.id = f"{task}-{split}-{row.integer('row')}"
     instruction, answer, output = (row.non_empty(column) for column in ("instruction", "answer", "output"))
     labels = labels_of(instruction)
     if labels and answer not in labels:
-        raise row.error(
-            f"its answer is {short_repr(answer)}, but its format allows {short_text('/'.join(labels), 100)}"
-        )
+        message = f"its answer is {short_repr(answer)}, but its format allows {short_text('/'.join(labels), 100)}"
+        raise row.error(message)
     added = row.optional(row.text, "input")
     extra: dict[str, object] = {"task": task, "output": output, "labels": list(labels)}
     extra |= {"correct": labels.index(answer)} if labels else {}

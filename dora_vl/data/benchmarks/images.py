@@ -98,12 +98,11 @@ def gqa(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Spl
     if parts := tuple(path for file, path in files.items() if file in GQA_ALL_TRAIN):
         splits.append(("train_all", 14_305_356, parts))
     for name, size, paths in splits:
-        rows, convert = partial(member_rows, paths, "question_id"), partial(gqa_row, answered=name != "test")
+        rows, convert = partial(member_rows, paths, "question_id"), partial(_gqa_row, answered=name != "test")
         yield Split("gqa", name, paths, rows, convert, size)
 
 
-def gqa_row(raw: Raw, *, answered: bool = True) -> Example:
-    """Returns one question of the official files; where `answered`, its answer must be there."""
+def _gqa_row(raw: Raw, *, answered: bool = True) -> Example:
     row = Row(raw, "question_id")
     answer = row.non_empty("answer") if answered else row.optional(row.non_empty, "answer")
     groups = Row(row.optional(row.mapping, "groups") or {}, sample_id=row.id)
@@ -148,7 +147,7 @@ def nlvr(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Sp
     if (orders := options.get("orders", str(ORDERS))) not in [*"123456"]:
         raise UserError(f"--set orders={short_text(orders, 100)}: must be 1 to {ORDERS}")
     notes = {"records": f"{orders} a row, one for each order of the boxes"}
-    split = partial(Split, "nlvr", convert=partial(nlvr_row, orders=int(orders)), notes=notes)
+    split = partial(Split, "nlvr", convert=partial(_nlvr_row, orders=int(orders)), notes=notes)
     if "shares" not in options:
         for part, (path, pictures) in files.items():
             name, size = NLVR_FILES[part]
@@ -215,8 +214,7 @@ def _nlvr_rows(files: Mapping[str, tuple[Path, str]]) -> Iterator[Raw]:
             yield {**row, "part": part, "pictures": pictures}
 
 
-def nlvr_row(raw: Raw, orders: int = ORDERS) -> list[Example]:
-    """Returns the examples of one row, one for each order of the boxes."""
+def _nlvr_row(raw: Raw, orders: int = ORDERS) -> list[Example]:
     row = Row(raw, "identifier")
     label = row.one_of("label", ("true", "false"))
     sentence, directory, part = row.non_empty("sentence"), row.identifier("directory"), row.text("part")
@@ -259,11 +257,10 @@ def nlvr2(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[S
     """
     for file, path in existing_files(folder, NLVR2_FILES, inside=["data"]).items():
         name, size = NLVR2_FILES[file]
-        yield Split("nlvr2", name, (path,), partial(stream_records, path), nlvr2_row, size)
+        yield Split("nlvr2", name, (path,), partial(stream_records, path), _nlvr2_row, size)
 
 
-def nlvr2_row(raw: Raw) -> Example:
-    """Returns one sentence and its two photographs."""
+def _nlvr2_row(raw: Raw) -> Example:
     row = Row(raw, "identifier")
     label = str(row.scalar("label"))
     if label not in {"True", "False"}:
@@ -373,7 +370,7 @@ def vqav2_karpathy(folder: Path, options: Mapping[str, str], records: Path) -> I
     inputs = (*(folder / name for name in names), *answer_list.values())
     notes = {"form": f"official files and {KARPATHY}", "answers_allowed": len(allowed or ())}
     for name, size in KARPATHY_SIZES.items():
-        convert = partial(vqav2_karpathy_row, allowed=allowed if name == "train" else None)
+        convert = partial(_vqav2_karpathy_row, allowed=allowed if name == "train" else None)
         rows = partial(_official_rows, folder, name)
         yield Split("vqav2_karpathy", name, inputs, rows, convert, size, notes=notes)
 
@@ -389,8 +386,7 @@ def _official_rows(folder: Path, split: str) -> Iterator[Raw]:
                 yield {**row, "part": part, "split": of_split}
 
 
-def vqav2_karpathy_row(raw: Raw, *, allowed: frozenset[str] | None) -> Example:
-    """Returns one question of the official files."""
+def _vqav2_karpathy_row(raw: Raw, *, allowed: frozenset[str] | None) -> Example:
     example = vqav2_row(raw, pictures=raw["part"], answered=True)
     if raw["split"] is None:
         raise BadSample(example.id, f"its picture {example.images[0]} is in no part of {KARPATHY}")

@@ -265,7 +265,7 @@ def mme(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Spl
             texts += sorted((apart if apart.is_dir() else root / category).glob("*.txt"))
         if texts:
             notes = {"rows": "one a picture, each of two questions", "pictures": f"paths are relative to {root.name}"}
-            yield Split("mme", "test", tuple(texts), partial(_mme_rows, root, texts), mme_row, 1_187, notes=notes)
+            yield Split("mme", "test", tuple(texts), partial(_mme_rows, root, texts), _mme_row, 1_187, notes=notes)
             return
     subtasks = ", ".join(MME_PERCEPTION[:3])
     raise UserError(f"{folder}: none of the subtasks' folders ({subtasks}, ...) with .txt is in it")
@@ -289,8 +289,7 @@ def _mme_rows(root: Path, texts: Sequence[Path]) -> Iterator[Raw]:
         }
 
 
-def mme_row(raw: Raw) -> list[Example]:
-    """Returns the two questions of one picture."""
+def _mme_row(raw: Raw) -> list[Example]:
     row = Row(raw)
     category = row.text("category")
     row.id = f"{category}/{row.text('name')}"
@@ -324,11 +323,10 @@ def mmvet(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[S
     prompt shows it so. The server takes {id: answer text}.
     """
     files = tuple(existing_files(folder, ["mm-vet.json"]).values())
-    yield Split("mmvet", "test", files, partial(member_rows, files, "id"), mmvet_row, 218)
+    yield Split("mmvet", "test", files, partial(member_rows, files, "id"), _mmvet_row, 218)
 
 
-def mmvet_row(raw: Raw) -> Example:
-    """Returns one question."""
+def _mmvet_row(raw: Raw) -> Example:
     row = Row(raw, "id")
     return Example(
         id=row.id,
@@ -374,7 +372,7 @@ def pope(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Sp
                 "test",
                 tuple(files.values()),
                 partial(_pope_rows, files),
-                partial(pope_row, pictures=picture_folder, label_version=version),
+                partial(_pope_row, pictures=picture_folder, label_version=version),
                 sum(counts) if counts in POPE_VERSIONS else 9_000,
                 notes={"label_version": version, "rows": dict(zip(files, counts, strict=True))},
             )
@@ -386,8 +384,7 @@ def _pope_rows(files: Mapping[str, Path]) -> Iterator[Raw]:
             yield {**row, "category": category}
 
 
-def pope_row(raw: Raw, *, pictures: str, label_version: str) -> Example:
-    """Returns one question; `pictures` is the folder of its picture."""
+def _pope_row(raw: Raw, *, pictures: str, label_version: str) -> Example:
     row = Row(raw)
     category = row.text("category")
     row.id = f"{category}-{row.identifier('question_id')}"
@@ -424,7 +421,7 @@ def scienceqa(folder: Path, options: Mapping[str, str], records: Path) -> Iterat
         members = {part: frozenset(ids.texts(part)) for part in SCIENCEQA_PARTS}
     for part, (name, size) in SCIENCEQA_PARTS.items():
         rows = partial(_scienceqa_rows, problems, members[part])
-        yield Split("scienceqa", name, (problems, parts), rows, partial(scienceqa_row, part=part), size)
+        yield Split("scienceqa", name, (problems, parts), rows, partial(_scienceqa_row, part=part), size)
 
 
 def _scienceqa_rows(problems: Path, members: frozenset[str]) -> Iterator[Raw]:
@@ -437,8 +434,7 @@ def _scienceqa_rows(problems: Path, members: frozenset[str]) -> Iterator[Raw]:
     yield from ({"pid": name} for name in sorted(members - seen))
 
 
-def scienceqa_row(raw: Raw, *, part: str) -> Example:
-    """Returns one question; `part` is the folder of its picture."""
+def _scienceqa_row(raw: Raw, *, part: str) -> Example:
     row = Row(raw, "pid")
     choices = row.texts("choices")
     correct = row.choice("answer", choices)
@@ -466,7 +462,7 @@ def seed_bench(folder: Path, options: Mapping[str, str], records: Path) -> Itera
     or, in the first dimension's additions, text such as "v1".
     """
     (file,) = existing_files(folder, ["SEED-Bench.json"]).values()
-    yield Split("seed", "test", (file,), partial(_seed_bench_rows, file), seed_bench_row, 19_242)
+    yield Split("seed", "test", (file,), partial(_seed_bench_rows, file), _seed_bench_row, 19_242)
 
 
 def _seed_bench_rows(file: Path) -> Iterator[Raw]:
@@ -477,8 +473,7 @@ def _seed_bench_rows(file: Path) -> Iterator[Raw]:
         yield {**row, "question_type": names.get(join_key(row, "question_type_id"))}
 
 
-def seed_bench_row(raw: Raw) -> Example:
-    """Returns one question."""
+def _seed_bench_row(raw: Raw) -> Example:
     row = Row(raw, "question_id")
     choices = [row.non_empty(f"choice_{letter}") for letter in "abcd"]
     correct = "ABCD".index(row.one_of("answer", tuple("ABCD")))
@@ -523,7 +518,7 @@ def textvqa(folder: Path, options: Mapping[str, str], records: Path) -> Iterator
         if questions := files.get(f"TextVQA_0.5.1_{part}.json"):
             names = [f"TextVQA_Rosetta_OCR_v0.2_{part}.json", *([TEXTVQA_LLAVA] if part == "val" else [])]
             ocr = files_in(folder, names)
-            rows, convert = partial(_textvqa_rows, questions, ocr), partial(textvqa_row, answered=part != "test")
+            rows, convert = partial(_textvqa_rows, questions, ocr), partial(_textvqa_row, answered=part != "test")
             yield Split("textvqa", name, (questions, *ocr.values()), rows, convert, size, notes={"ocr": sorted(ocr)})
 
 
@@ -547,8 +542,7 @@ def _textvqa_rows(questions: Path, ocr: Mapping[str, Path]) -> Iterator[Raw]:
         yield {**row, "ocr_tokens": rosetta.get(image, {}).get("ocr_tokens"), "reference_ocr": reference}
 
 
-def textvqa_row(raw: Raw, *, answered: bool) -> Example:
-    """Returns one question; where `answered`, its answers must be there."""
+def _textvqa_row(raw: Raw, *, answered: bool) -> Example:
     row = Row(raw, "question_id")
     image = row.identifier("image_id")
     answers = row.check_ten(row.texts("answers")) if answered else []
@@ -581,12 +575,11 @@ def vizwiz(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[
     """
     for file, path in existing_files(folder, VIZWIZ_FILES, inside=["Annotations"]).items():
         name, size = VIZWIZ_FILES[file]
-        convert = partial(vizwiz_row, pictures=path.stem, answered=name != "test")
+        convert = partial(_vizwiz_row, pictures=path.stem, answered=name != "test")
         yield Split("vizwiz", name, (path,), partial(stream_records, path), convert, size)
 
 
-def vizwiz_row(raw: Raw, *, pictures: str, answered: bool) -> Example:
-    """Returns one question; `pictures` is the folder of its picture. Where `answered`, its answers must be there."""
+def _vizwiz_row(raw: Raw, *, pictures: str, answered: bool) -> Example:
     row = Row(raw, "image")
     answers = row.answers_of_people() if answered else []
     return Example(

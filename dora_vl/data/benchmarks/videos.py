@@ -218,7 +218,7 @@ def how2qa(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[
             convert = partial(question_row, choices=4, answered=not name.startswith("test"))
             yield Split("how2qa", name, inputs, partial(subtitles.rows, path, {}), convert, size, notes=notes)
         elif (name := HOW2QA_CSV[file]) not in taken:
-            rows, convert = partial(_how2qa_csv_rows, path, subtitles), partial(how2qa_csv_row, split=name)
+            rows, convert = partial(_how2qa_csv_rows, path, subtitles), partial(_how2qa_csv_row, split=name)
             notes = {**notes, "form": "the authors' CSV"}
             yield Split("how2qa", name, inputs, rows, convert, ids_by_place=True, notes=notes)
 
@@ -229,8 +229,7 @@ def _how2qa_csv_rows(path: Path, subtitles: Subtitles) -> Iterator[Raw]:
     return subtitles.joined(({**row, "row": number} for number, (_, row) in enumerate(rows, start=1)))
 
 
-def how2qa_csv_row(raw: Raw, *, split: str) -> Example:
-    """Returns one row of the authors' table."""
+def _how2qa_csv_row(raw: Raw, *, split: str) -> Example:
     row = Row(raw)
     row.id = f"{split}-{row.integer('row')}"
     right = row.non_empty("right")
@@ -330,7 +329,7 @@ def yc2c(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Sp
         return
     file, notes = files[YOUCOOK2], {"form": "YouCook2's annotations"}
     for subset, name in (("training", "train"), ("validation", "validation")):
-        yield Split("yc2c", name, (file,), partial(_youcook2_rows, file, subset), youcook2_row, notes=notes)
+        yield Split("yc2c", name, (file,), partial(_youcook2_rows, file, subset), _youcook2_row, notes=notes)
 
 
 def _youcook2_rows(path: Path, subset: str) -> Iterator[Raw]:
@@ -344,8 +343,7 @@ def _youcook2_rows(path: Path, subset: str) -> Iterator[Raw]:
             yield {**step.raw, "video": video, "recipe_type": entry.get("recipe_type")}
 
 
-def youcook2_row(raw: Raw) -> Example:
-    """Returns one step of a recipe."""
+def _youcook2_row(raw: Raw) -> Example:
     row = Row(raw)
     video = row.non_empty("video")
     row.id = f"{video}_{row.integer('id')}"

@@ -339,9 +339,8 @@ def check_choices(
 def refuse_strangers(name: str, examples: Sequence[Example], answers: AnswersById, why: str) -> None:
     """Refuses answers to questions that are not there."""
     if strangers := sorted(answers.keys() - {example.id for example in examples}):
-        raise UserError(
-            f"{len(strangers)} {name} answers belong to no question here, first {short_repr(strangers[0])}; {why}"
-        )
+        message = f"{len(strangers)} {name} answers belong to no question here, first {short_repr(strangers[0])}; {why}"
+        raise UserError(message)
 
 
 def json_lines(rows: Sequence[Mapping[str, object]]) -> str:

@@ -264,9 +264,8 @@ def _references(examples: Sequence[Example]) -> dict[str, list[str]]:
         texts = [answer.text for answer in example.answers if answer.text.strip()]
         references.setdefault(clip_of(example), []).extend(texts)
     if without := [clip for clip, captions in references.items() if not captions]:
-        raise UserError(
-            f"{len(without)} clips have no reference caption, first {without[0]}; they cannot be scored here"
-        )
+        message = f"{len(without)} clips have no reference caption, first {without[0]}; they cannot be scored here"
+        raise UserError(message)
     return references
 
 

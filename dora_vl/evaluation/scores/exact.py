@@ -275,14 +275,13 @@ def extracted(text: str, task: str, rule: Rule) -> str:
     return match.group() if match else ""
 
 
-def task_of(example: Example) -> str:
-    """Returns the name of an example's set."""
+def _task_of(example: Example) -> str:
     return str(example.extra.get("task", ""))
 
 
 def _tasks_of(examples: Sequence[Example]) -> dict[str, Formula]:
     """Returns the mean over the tasks that are there, then each task's accuracy."""
-    present = set(map(task_of, examples))
+    present = set(map(_task_of, examples))
     tasks = {task: share_of(task) for task in PATTERNS if task in present}
     return {"average": Mean(tuple(tasks.values())), **tasks}
 
@@ -292,9 +291,9 @@ def commonsense_score(examples: Sequence[Example], answers: AnswersById, *, rule
     return score_points(
         examples,
         answers,
-        lambda example, answer: float(extracted(answer, task_of(example), rule) == right_answer(example)),
+        lambda example, answer: float(extracted(answer, _task_of(example), rule) == right_answer(example)),
         metrics=_tasks_of(examples),
-        kinds=lambda example: [task_of(example)],
+        kinds=lambda example: [_task_of(example)],
         settings={"extraction": rule},
     )
 
@@ -316,7 +315,7 @@ def cloze_score(examples: Sequence[Example], answers: AnswersById) -> Scored:
         return scores.index(max(scores)) == example.extra["correct"]
 
     def normalised_points(example: Example) -> dict[str, float]:
-        endings, answer, task = example.extra["endings"], answers.get(example.id), task_of(example)
+        endings, answer, task = example.extra["endings"], answers.get(example.id), _task_of(example)
         if task not in BY_LENGTH:
             return {}
         right = answer is not None and chosen(example, answer, [float(len(ending)) for ending in endings])
@@ -333,7 +332,7 @@ def cloze_score(examples: Sequence[Example], answers: AnswersById) -> Scored:
         answers,
         lambda example, answer: float(chosen(example, answer, [1.0] * len(example.extra["endings"]))),
         metrics={**tasks, **by_length},
-        kinds=lambda example: [task_of(example)],
+        kinds=lambda example: [_task_of(example)],
         more=normalised_points,
     )
 
