@@ -80,8 +80,9 @@ DECODING_ERRORS = (
 
 @functools.cache
 def log_once(log: logging.Logger, level: int, message: str) -> None:
-    """Logs a message once, however often what it tells of is read."""
-    log.log(level, "%s", message)
+    """Logs a message, unless it is empty, once, however often what it tells of is read."""
+    if message:
+        log.log(level, "%s", message)
 
 
 def one_line(message: str, max_length: int = LONGEST_MESSAGE) -> str:

@@ -193,7 +193,6 @@ class Collator:
         return batch | self._joined_media([root for row in rows for root in row.roots])
 
     def _joined(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Returns a row for each sample."""
         joined: dict[str, Any] = {
             "input_ids": self._tokens([sample.input_ids[None] for sample in samples], self.pad_token_id),
             "labels": self._tokens([sample.labels[None] for sample in samples], IGNORED_LABEL),

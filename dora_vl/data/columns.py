@@ -199,13 +199,11 @@ class Columns:
         for column, role in self.roles.items():
             if role not in ROLES and role not in KNOWN:
                 (near,) = get_close_matches(role, KNOWN, n=1, cutoff=0.0)
-                raise UserError(
-                    f"data.columns: {short_repr(column)} cannot be {short_repr(role)}; did you mean {near}?"
-                )
+                message = f"data.columns: {short_repr(column)} cannot be {short_repr(role)}; did you mean {near}?"
+                raise UserError(message)
         if both := [column for column in self.roles if column in self.ignored]:
-            raise UserError(
-                f"data.columns says what {short_repr(both[0])} is, and data.ignore leaves it out; do only one"
-            )
+            message = f"data.columns says what {short_repr(both[0])} is, and data.ignore leaves it out; do only one"
+            raise UserError(message)
 
     def resolve(self, row: Row, *, strict: bool = True) -> Resolved:
         """Returns the row's format, and what it holds of each role.
@@ -486,13 +484,11 @@ def _remedy(row: Row, losses: Iterable[tuple[str, str]], uses: Mapping[str, str]
 
 
 def _media_role(name: str, value: object) -> str:
-    """Returns whether a column of media holds videos or images, by its name and the ending of its file."""
     is_video = isinstance(value, str) and value.lower().endswith(tuple(f".{ending}" for ending in VIDEO_ENDINGS))
     return "video" if is_video or "video" in name else "image"
 
 
 def _texts_in(value: object) -> Iterator[str]:
-    """Yields all texts of a value, at every depth."""
     if isinstance(value, str):
         yield value
     entries: Iterable[object] = ()

@@ -20,7 +20,6 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -43,7 +42,7 @@ from dora_vl.data.text_file import (
     text_of,
     whole_text,
 )
-from dora_vl.errors import UserError, one_line, short_names
+from dora_vl.errors import UserError, log_once, one_line, short_names
 
 if TYPE_CHECKING:
     import datasets
@@ -98,7 +97,6 @@ def refuse_several_splits(folder: Path, files: Sequence[Path]) -> None:
 
 
 def _split_of(name: str) -> str:
-    """Returns the split that a file's name says; "" if it says none."""
     shard = _SHARD.match(name)
     return shard[1] if shard and _ANY_WORD.match(name) else _word(name)  # `test_seen` and `test_unseen` are two
 
@@ -204,8 +202,7 @@ END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 ClassNames = Mapping[str, Sequence[str]]
 
 
-def parquet_rows(path: Path) -> Iterator[dict[str, object]]:
-    """Yields the rows of a Parquet file."""
+def _parquet_rows(path: Path) -> Iterator[dict[str, object]]:
     with _reading(path, "Parquet"), pq.ParquetFile(path) as file:
         numbers = [field.name for field in file.schema_arrow if pa.types.is_floating(field.type)]
         whole = _whole_columns(file.iter_batches(columns=numbers) if numbers else ())
@@ -360,7 +357,7 @@ HUB = "hub:"
 READERS: Mapping[str, Callable[[Path], Iterator[dict[str, object]]]] = {
     ".csv": delimited_rows,
     ".tsv": delimited_rows,
-    ".parquet": parquet_rows,
+    ".parquet": _parquet_rows,
     ".arrow": arrow_rows,
     ".tar": webdataset_rows,
 }
@@ -498,13 +495,6 @@ def overlooked(folder: Path, media: Iterable[Path]) -> str:
     return f"{folder}: no row of {short_names(lines, max_length=80)}{remedy}"
 
 
-@lru_cache
-def _log_overlooked(line: str) -> None:
-    """Logs what was overlooked once, however often the folder is read."""
-    if line:
-        _log.warning("%s", line)
-
-
 def find_files(path: Path) -> DataFiles:
     """Returns a path's files: itself, a folder's shards of one kind and split, its pictures, or a set of the hub."""
     if str(path).startswith(HUB):
@@ -526,7 +516,7 @@ def find_files(path: Path) -> DataFiles:
     if pictures is not None and pictures.says_what:
         if len(names := {str(row.get("split")) for row in pictures.fields.values()}) > 1:
             raise UserError(f"{path}: pictures of several splits, {short_names(sorted(names))}; name the folder of one")
-        _log_overlooked(overlooked(path, pictures.fields))
+        log_once(_log, logging.WARNING, overlooked(path, pictures.fields))
         return pictures
     if not files:
         below = sorted(each.name for each in path.iterdir() if each.is_dir())[:5]

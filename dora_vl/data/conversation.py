@@ -180,9 +180,8 @@ class _Conversation:
         if speaker in CALLING and self.turns and self.turns[-1].role == "assistant":
             before = self.turns.pop()
             if before.is_trained != is_trained:
-                raise Unusable(
-                    f"turn {number} calls a tool, and the answer before it is marked differently for training"
-                )
+                message = f"turn {number} calls a tool, and the answer before it is marked differently for training"
+                raise Unusable(message)
             text, more[CALLS] = before.text, [*before.fields.get(CALLS, ()), *more.get(CALLS, ())]
         more_text = as_json(more) if more else ""
         self.turns.append(Turn(role, text, more=more_text, is_trained=is_trained))
@@ -388,9 +387,8 @@ def _call(call: object) -> dict[str, object]:
     is_whole = isinstance(named.get("name"), str) and bool(named["name"]) and isinstance(arguments, dict)
     unread = {*named, *fields} - {"id", "type", "index", "function", "name", "arguments"}
     if not is_whole or unread or fields.get("type", "function") != "function":
-        raise Unusable(
-            f"a tool's call must hold a function's 'name' and 'arguments', an object, got {short_repr(call)}"
-        )
+        message = f"a tool's call must hold a function's 'name' and 'arguments', an object, got {short_repr(call)}"
+        raise Unusable(message)
     about = {"id": fields["id"]} if "id" in fields else {}
     return {"type": "function", **about, "function": {"name": named["name"], "arguments": arguments}}
 

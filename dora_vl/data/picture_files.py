@@ -186,8 +186,8 @@ def read_picture(content: bytes, path: str | None, most_pixels: int, decode: boo
     """
     source = BytesIO(content) if path is None else Path(path)
     try:
-        facts = _facts(source)
-        width, height = facts["size"]
+        with opened_picture(source) as image:
+            facts, (width, height) = {"format": image.format, "size": image.size}, image.size
         if width * height > most_pixels:
             raise TooManyPixels(f"has {width:,} x {height:,} pixels; {most_pixels:,} are left of those allowed")
         picture = load_picture(source) if decode or send else None
@@ -198,11 +198,6 @@ def read_picture(content: bytes, path: str | None, most_pixels: int, decode: boo
     yield facts, b""
     if send and picture is not None:
         yield from parts_of(picture)
-
-
-def _facts(source: Path | BytesIO) -> dict[str, Any]:
-    with opened_picture(source) as image:
-        return {"format": image.format, "size": image.size}
 
 
 def parts_of(image: Image.Image, **facts: Any) -> Iterator[Part]:

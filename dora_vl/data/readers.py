@@ -455,9 +455,8 @@ def _judgement(resolved: Resolved) -> bool:
         is_good = {"desirable": True, "undesirable": False, "-1": False, "-1.0": False}.get(str(value).strip().lower())
     if is_good is None:
         column = next(column for column, role in resolved.uses.items() if role == "judged")
-        raise Unusable(
-            f"{short_repr(column)} says whether the answer is good: write true or false, got {short_repr(value)}"
-        )
+        message = f"{short_repr(column)} says whether the answer is good: write true or false, got {short_repr(value)}"
+        raise Unusable(message)
     return is_good
 
 

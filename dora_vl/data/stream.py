@@ -15,7 +15,7 @@ import logging
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, count, islice, repeat
 from pathlib import Path
@@ -44,7 +44,6 @@ logger = logging.getLogger(__name__)
 
 
 def _generator(*key: object) -> random.Random:
-    """Returns a random generator that depends only on the key."""
     return random.Random("/".join(map(str, key)).encode("utf-8", "surrogateescape"))
 
 
@@ -285,15 +284,15 @@ class StreamOrder(torch.utils.data.Sampler[ExampleOrBad]):
             logger.info("epoch %d has been read: %s samples", epoch + 1, f"{rows:,}")
 
 
+@dataclass(frozen=True)
 class StreamedDataset(torch.utils.data.Dataset["Sample | Skipped"]):
     """Makes a sample of each row that a `StreamOrder` yields, through a one-row data set with the row's pictures."""
 
-    def __init__(self, make: Callable[[Examples, HeldPictures], ConversationDataset], *, length: int) -> None:
-        self._make = make
-        self._length = length
+    make: Callable[[Examples, HeldPictures], ConversationDataset]
+    length: int
 
     def __len__(self) -> int:
-        return self._length
+        return self.length
 
     def __getitem__(self, row: ExampleOrBad) -> Sample | Skipped:
-        return self._make([row], row.image_bytes if isinstance(row, Example) else {})[0]
+        return self.make([row], row.image_bytes if isinstance(row, Example) else {})[0]

@@ -17,14 +17,13 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, TypeVar, cast
 
 import ijson
 
-from dora_vl.errors import UserError, one_line, short_names, short_repr, short_text
+from dora_vl.errors import UserError, log_once, one_line, short_names, short_repr, short_text
 
 _log = logging.getLogger(__name__)
 
@@ -130,15 +129,9 @@ def encoding_of(path: Path, kind: str) -> str:
                 part = file.read(CHUNK_BYTES)
             decoder.decode(b"", final=True)
         except UnicodeDecodeError:
-            _log_encoding(path)
+            log_once(_log, logging.WARNING, f"{path}: not UTF-8, so it is read as Windows-1252")
             return WITHOUT_A_MARK
     return UTF_8
-
-
-@lru_cache
-def _log_encoding(path: Path) -> None:
-    """Logs a table's encoding, once for each file, however often it is read."""
-    _log.warning("%s: not UTF-8, so it is read as Windows-1252", path)
 
 
 def text_lines(path: Path, kind: str, encoding: str = UTF_8) -> Iterator[tuple[int, str]]:

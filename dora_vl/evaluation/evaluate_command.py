@@ -158,7 +158,6 @@ def _sets(options: argparse.Namespace) -> list[TestSet]:
 
 
 def _read_set(options: argparse.Namespace, request: str, limit: int | None, mode: str | None = None) -> TestSet:
-    """Reads a benchmark, as `--benchmarks` asks for it."""
     columns, after = columns_of(options), options.answer_after
     return read_set(request, options.records, mode=mode, limit=limit, columns=columns, answer_after=after)
 

@@ -298,7 +298,6 @@ def _incomparable(adapter: Adapter, base: Path) -> str:
 
 
 def _narrowest(folder: Path) -> torch.dtype:
-    """Returns the narrowest dtype that weights are stored in."""
     with BaseWeights(folder) as stored:
         dtypes = {DTYPES[tensor.dtype] for tensor in stored.tensors.values() if DTYPES[tensor.dtype].is_floating_point}
     return min(dtypes, key=lambda dtype: dtype.itemsize)
@@ -316,7 +315,6 @@ def _opened(folder: Path, adapter: Path | None = None) -> Any:
 
 @torch.no_grad()
 def _drawn_logits(model: PreTrainedModel) -> Tensor:
-    """Returns the logits for drawn tokens, none special."""
     words, special = model.config.get_text_config().vocab_size, _special(model.config.to_dict())
     plain = torch.tensor([word for word in range(words // 4, words) if word not in special])
     ids = plain[torch.randint(len(plain), (TEXTS, TOKENS), generator=torch.Generator().manual_seed(0))]

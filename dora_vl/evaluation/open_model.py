@@ -296,7 +296,6 @@ def with_adapter(
 
 
 def _open_vlbart(source: ModelSource) -> OpenedModel:
-    """Opens the VL-BART that an adapter folder's `recipe.json` describes."""
     from dora_vl.backbones.feature_encoder import open_encoders
     from dora_vl.backbones.loading import load_tokenizer
     from dora_vl.backbones.pieces import Seq2SeqEncoder

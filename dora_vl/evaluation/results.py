@@ -18,7 +18,7 @@ from dora_vl.errors import UserError, short_repr
 from dora_vl.evaluation.predictions import PREDICTIONS, Prediction, read_predictions
 from dora_vl.evaluation.scores.caption import Bleu, Meteor
 from dora_vl.evaluation.scores.scored import Formula, ItemScore, Mean, Ratio, Scored, Total
-from dora_vl.files import METRICS, SETS, json_or_nothing, write_json, write_json_lines
+from dora_vl.files import METRICS, SETS, json_or_nothing
 
 SCORES = "scores.jsonl"
 FORMULAS: Mapping[str, type[Any]] = {kind.__name__: kind for kind in (Ratio, Total, Mean, Bleu, Meteor)}
@@ -80,14 +80,6 @@ class SetResult:
     predictions: Mapping[str, Prediction] = field(default_factory=dict)
 
 
-def write_results(
-    folder: Path, header: Mapping[str, JSON], entries: Mapping[str, JSON], lines: Iterable[Mapping[str, JSON]]
-) -> None:
-    """Writes `scores.jsonl`, then `metrics.json`, which names what the former holds."""
-    write_json_lines(folder / SCORES, lines)
-    write_json(folder / METRICS, {**header, SETS: dict(entries)})
-
-
 def score_lines(folder: Path) -> list[dict[str, Any]]:
     """Reads the lines of a folder's `scores.jsonl`; none where it has no such file."""
     path = folder / SCORES
@@ -137,7 +129,6 @@ def results_of(
 
 
 def _scored(entry: Mapping[str, Any], items: Mapping[str, AnswerScore]) -> Scored:
-    """Returns a set's score as the scorer gave it."""
     formulas = {name: _formula_of(record) for name, record in entry["formulas"].items() if record is not None}
     return Scored(
         metrics={name: metric["value"] for name, metric in entry["metrics"].items()},

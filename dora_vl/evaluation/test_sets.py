@@ -25,7 +25,7 @@ from dora_vl.evaluation.baselines import (
 )
 from dora_vl.evaluation.predictions import Predictions
 from dora_vl.evaluation.questions import choice_text, expected, kind_of
-from dora_vl.evaluation.results import AnswerScore, formula_record, score_lines, write_results
+from dora_vl.evaluation.results import SCORES, AnswerScore, formula_record, score_lines
 from dora_vl.evaluation.scores.benchmark import Benchmark, GroupKey, Scorer, Submission
 from dora_vl.evaluation.scores.scored import (
     RESAMPLES,
@@ -36,7 +36,7 @@ from dora_vl.evaluation.scores.scored import (
     intervals,
     paired_differences,
 )
-from dora_vl.files import NOT_YET, whole_file
+from dora_vl.files import METRICS, NOT_YET, SETS, whole_file, write_json, write_json_lines
 
 if TYPE_CHECKING:
     from dora_vl.evaluation.predictor import Decoding, MediaReader
@@ -264,7 +264,8 @@ class ResultFolder:
         entries = {**self.kept, **new}
         average = average_of(entries)
         header = {**self.header, **({"average": average} if average else {}), **({NOT_YET: not_yet} if not_yet else {})}
-        write_results(self.folder, header, entries, chain(kept, *(tested.lines() for tested in several)))
+        write_json_lines(self.folder / SCORES, chain(kept, *(tested.lines() for tested in several)))
+        write_json(self.folder / METRICS, {**header, SETS: entries})  # last, since it names what the other holds
         for tested in several:
             if tested.submission is not None:
                 with whole_file(submission_file(tested, self.folder)) as stream:

@@ -160,7 +160,6 @@ class VlBartAssistant:
         return Seq2SeqSample(example.id, ids, torch.full((1,), IGNORED_LABEL), features, 1.0, cut)
 
     def _inputs(self, subtask: Subtask, samples: Sequence[Seq2SeqSample]) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns ids, mask and features of a batch."""
         batch = Seq2SeqCollator(self.encoder.pad_token_id, (0, 0))([MicroBatch(subtask, [*samples])])
         device = next(self.backbone.parameters()).device
         return batch["input_ids"].to(device), batch["attention_mask"].to(device), batch["features"].to(device)

@@ -132,7 +132,6 @@ def check_sample(example: Example, subtask: Subtask, reader: FeatureReader) -> N
 
 
 def _check_kind(example: Example, subtask: Subtask) -> None:
-    """Refuses an example of another kind than the task asks about."""
     if subtask.chooses and not example.choices:
         raise BadSample(example.id, f"it has no choices; {subtask.name} asks which one is right")
     inputs = len(feature_paths(example))

@@ -279,7 +279,6 @@ def _predictions(examples: Sequence[Example], answers: AnswersById) -> dict[str,
 
 
 def _scorers() -> tuple[Any, Any]:
-    """Returns CIDEr and ROUGE-L of pycocoevalcap."""
     with needs_extra("caption", "a caption's score"):
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.rouge.rouge import Rouge

@@ -359,6 +359,12 @@ def label_of(example: Example, answer: str) -> str:
     return f"a{choices.index(letter)}" if len(letter) == 1 and letter in choices else answer
 
 
+def submitted_index(answer: str) -> int:
+    """Returns the choice that a submission holds for an answer: its second character, or 0 where that is no digit."""
+    digit = answer[1:2]
+    return int(digit) if digit.isascii() and digit.isdigit() else 0
+
+
 def video_score(examples: Sequence[Example], answers: AnswersById) -> Scored:
     """Scores both accuracies in percent; ignores extra answers (TVQA)."""
     return score_points(
@@ -377,14 +383,9 @@ def how2qa_score(examples: Sequence[Example], answers: AnswersById) -> Scored:
 
 
 def _submitted(example: Example, answers: AnswersById) -> int:
-    """Returns the choice that the server's file holds: an answer's second character, or 0 where that is no digit.
-
-    A missing answer is -1, as the server stops at none.
-    """
-    if (answer := answers.get(example.id)) is None:
-        return -1
-    digit = label_of(example, answer)[1:2]
-    return int(digit) if digit.isascii() and digit.isdigit() else 0
+    """Returns the choice that the server's file holds; -1 for a missing answer, as the server stops at none."""
+    answer = answers.get(example.id)
+    return -1 if answer is None else submitted_index(label_of(example, answer))
 
 
 def video_submission(examples: Sequence[Example], answers: AnswersById, *, file: str) -> tuple[str, str]:
