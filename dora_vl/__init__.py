@@ -23,21 +23,15 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+_CORE = ("DoRAConfig", "apply_dora", "merge_dora", "strip_adapters", "trained_parts", "unmerge_dora")
 _HOMES = {
-    "DoRAConfig": "dora_vl.core",
+    **dict.fromkeys(_CORE, "dora_vl.core"),
+    **dict.fromkeys(("load_adapter", "save_adapter"), "dora_vl.adapters.folder"),
+    **dict.fromkeys(("accelerate_peft", "restore_peft"), "dora_vl.adapters.peft_model"),
     "UserError": "dora_vl.errors",
-    "accelerate_peft": "dora_vl.adapters.peft_model",
-    "apply_dora": "dora_vl.core",
-    "load_adapter": "dora_vl.adapters.folder",
-    "merge_dora": "dora_vl.core",
-    "restore_peft": "dora_vl.adapters.peft_model",
-    "save_adapter": "dora_vl.adapters.folder",
-    "strip_adapters": "dora_vl.core",
-    "trained_parts": "dora_vl.core",
-    "unmerge_dora": "dora_vl.core",
 }
 
-__all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -48,6 +48,11 @@ class Saved:
         """Tells whether the folder holds an adapter, not a model."""
         return (self.folder / CONFIG_FILE).is_file()
 
+    def check_base(self, base: BaseWeights) -> None:
+        """Refuses an adapter that records another content hash of its base."""
+        if self.is_adapter:
+            refuse_other_base(read_adapter(self.folder).recipe, base.folder, str(self.folder))
+
 
 def saved_in(path: Path) -> tuple[Saved, ...]:
     """Lists every complete checkpoint of a run, oldest first; for other folders only the folder."""
@@ -122,12 +127,6 @@ def opened(saved: Saved, base: BaseWeights) -> Iterator[TunedWeights]:
                 f"{saved.folder} has no matrix of {base.folder}, but {sorted(model.tensors)[:2]}; wrong base?"
             )
         yield TunedWeights(str(saved.folder), base, "model", stored_layers, model.weight_of)
-
-
-def refuse_saved_on_another_base(saved: Saved, base: BaseWeights) -> None:
-    """Refuses an adapter that records another content hash of its base."""
-    if saved.is_adapter:
-        refuse_other_base(read_adapter(saved.folder).recipe, base.folder, str(saved.folder))
 
 
 def matrices_of(weights: BaseWeights) -> list[str]:

@@ -14,14 +14,14 @@ import struct
 from collections.abc import Callable, Collection, Iterable, Mapping
 from os.path import lexists
 from pathlib import Path
-from typing import Any, Literal, TypedDict, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dora_vl.core.config import DropoutMode, Init, LayerKind, Method, RankScaling, is_of_type
+from dora_vl.core.config import AdapterSettings, is_of_type
 from dora_vl.errors import UserError, short_repr
 from dora_vl.files import UNFINISHED, check_whole, clear_leftovers, read_json
 
@@ -128,68 +128,40 @@ COUNTS = frozenset(("r", "rank", "rank_pattern", "max_tokens"))
 """Numbers in these fields of the two JSON files are at least 1."""
 
 
-class PeftFields(TypedDict, total=False):
-    """Fields of PEFT's `adapter_config.json` that something here is computed from."""
-
-    peft_type: str
-    r: int
-    lora_alpha: float
-    lora_dropout: float
-    rank_pattern: dict[str, int] | None
-    alpha_pattern: dict[str, float] | None
-    use_dora: bool
-    use_rslora: bool
-    fan_in_fan_out: bool
-    modules_to_save: list[str] | None
-    target_modules: str | list[str] | None
-    base_model_name_or_path: str | None
-    revision: str | None
-
-
-class OwnFields(TypedDict, total=False):
-    """`adapter` in our `recipe.json`."""
-
-    method: Method
-    rank: int
-    alpha: float
-    dropout: float
-    dropout_mode: DropoutMode
-    detach_norm: bool
-    rank_scaling: RankScaling
-    kinds: list[LayerKind]
-    init: Init
-    random_seed: int
-    opaque_layers: list[str]
-    rank_pattern: dict[str, int]
-    alpha_pattern: dict[str, float]
-    magnitude_targets: list[str]
-    parts: dict[str, list[str]]
-    adapted_parts: dict[str, list[str]]
-    experts: list[str]
-    kept: list[str]
-
-
-class RecipeFields(TypedDict, total=False):
-    """Our `recipe.json`: how the model is asked again."""
-
-    task: str
-    base: str
-    revision: str | None
-    base_sha256: str | None
-    dtype: Literal["float32", "bfloat16", "float16"]
-    quantisation: str | None
-    max_tokens: int
-    template: str | None
-    thinking: bool | None
-    image_aspect: str | None
-    as_published: bool
-    adapter: dict
+PEFT_KINDS: Mapping[str, Any] = {
+    "peft_type": str,
+    "r": int,
+    "rank_pattern": dict[str, int] | None,
+    "alpha_pattern": dict[str, float] | None,
+    "modules_to_save": list[str] | None,
+    "target_modules": str | list[str] | None,
+    **dict.fromkeys(("lora_alpha", "lora_dropout"), float),
+    **dict.fromkeys(("use_dora", "use_rslora", "fan_in_fan_out"), bool),
+    **dict.fromkeys(("base_model_name_or_path", "revision"), str | None),
+}
+"""Maps fields of PEFT's `adapter_config.json` that something here is computed from to their types."""
+ADAPTER_KINDS: Mapping[str, Any] = {
+    **get_type_hints(AdapterSettings),
+    **dict.fromkeys(("parts", "adapted_parts"), dict[str, list[str]]),
+    **dict.fromkeys(("experts", "kept"), list[str]),
+}
+"""Maps fields of `adapter` in our `recipe.json` to their types."""
+RECIPE_KINDS: Mapping[str, Any] = {
+    "dtype": Literal["float32", "bfloat16", "float16"],
+    "max_tokens": int,
+    "thinking": bool | None,
+    "as_published": bool,
+    "adapter": dict,
+    **dict.fromkeys(("task", "base"), str),
+    **dict.fromkeys(("revision", "base_sha256", "quantisation", "template", "image_aspect"), str | None),
+}
+"""Maps fields of our `recipe.json`, by which the model is asked again, to their types."""
 
 
 def read_peft_config(folder: Path) -> dict[str, Any]:
     """Reads PEFT's fields of an adapter folder."""
     content = read_json(folder / CONFIG_FILE)
-    _check_fields(folder / CONFIG_FILE, content, PeftFields)
+    _check_fields(folder / CONFIG_FILE, content, PEFT_KINDS)
     return content
 
 
@@ -199,20 +171,20 @@ def read_recipe(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     content = read_json(path)
-    _check_fields(path, content, RecipeFields)
-    _check_fields(path, content.get("adapter", {}), OwnFields)
+    _check_fields(path, content, RECIPE_KINDS)
+    _check_fields(path, content.get("adapter", {}), ADAPTER_KINDS)
     return content
 
 
-def _check_fields(path: Path, content: Mapping[str, Any], fields: type) -> None:
+def _check_fields(path: Path, content: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
     """Refuses a field of another type, a count below 1, and what no number or path is: NaN, infinity, a NUL."""
-    for name, kind in get_type_hints(fields).items():
+    for name, kind in kinds.items():
         if name not in content:
             continue
         value = content[name]
         values = value.values() if isinstance(value, dict) else (value,)
         if not is_of_type(value, kind):
-            problem = f"it must be {fields.__annotations__[name].__forward_arg__}"
+            problem = f"it must be {kind.__name__ if isinstance(kind, type) else kind}"
         elif any(isinstance(number, float) and not math.isfinite(number) for number in values):
             problem = "it must be finite"
         elif name in COUNTS and any(number is not None and number < 1 for number in values):

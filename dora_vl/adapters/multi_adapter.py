@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -133,15 +134,12 @@ def rows_seen(model: nn.Module, run: Callable[[], object], *, rows: int, tokens:
     seen: dict[str, bool] = {}
     shapes = ((rows, tokens), (rows, 1))
 
-    def look(name: str) -> Callable[[nn.Module, tuple[object, ...]], None]:
-        def hook(_: nn.Module, inputs: tuple[object, ...]) -> None:
-            first = inputs[0] if inputs else None
-            fits = isinstance(first, torch.Tensor) and tuple(first.shape[:2]) in shapes
-            seen[name] = seen.get(name, True) and fits
+    def look(name: str, _: nn.Module, inputs: tuple[object, ...]) -> None:
+        first = inputs[0] if inputs else None
+        fits = isinstance(first, torch.Tensor) and tuple(first.shape[:2]) in shapes
+        seen[name] = seen.get(name, True) and fits
 
-        return hook
-
-    hooks = [module.register_forward_pre_hook(look(name)) for name, module in model.named_modules()]
+    hooks = [module.register_forward_pre_hook(partial(look, name)) for name, module in model.named_modules()]
     try:
         run()
     finally:

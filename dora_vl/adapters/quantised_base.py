@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -63,13 +62,11 @@ def _int8(linear: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Mod
     return layer
 
 
-SCHEMES: Mapping[str, Scheme] = MappingProxyType(
-    {
-        # On a CPU bitsandbytes 0.50 gives weights back with other blocks' scales where a row ends inside a block of 64.
-        "nf4": Scheme("bitsandbytes", _nf4, width=64),
-        "int8": Scheme("bitsandbytes", _int8),
-    }
-)
+SCHEMES: Mapping[str, Scheme] = {
+    # On a CPU bitsandbytes 0.50 gives weights back with other blocks' scales where a row ends inside a block of 64.
+    "nf4": Scheme("bitsandbytes", _nf4, width=64),
+    "int8": Scheme("bitsandbytes", _int8),
+}
 
 
 def here() -> torch.device:

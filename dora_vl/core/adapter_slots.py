@@ -60,16 +60,11 @@ class RowChoice(NamedTuple):
     applied_adapters: tuple[AppliedAdapter, ...]
 
 
-def applied_adapter(row: Slot) -> AppliedAdapter | None:
-    """Returns the adapter and strength of a row's slot; None is the base, also for strength 0."""
-    applied = AppliedAdapter(row) if isinstance(row, str) else row
-    return None if applied is None or applied.strength == 0 else applied
-
-
 def row_spans(rows: Sequence[Slot]) -> tuple[RowSpan, ...]:
-    """Groups consecutive rows with equal adapter and strength; sorted rows make the fewest groups."""
+    """Groups consecutive rows with equal adapter and strength, 0 as the base; sorted rows make the fewest groups."""
     spans, start = [], 0
-    for applied, group in groupby(map(applied_adapter, rows)):
+    slots = (AppliedAdapter(row) if isinstance(row, str) else row for row in rows)
+    for applied, group in groupby(None if slot is None or slot.strength == 0 else slot for slot in slots):
         stop = start + sum(1 for _ in group)
         spans.append(RowSpan(applied, slice(start, stop)))
         start = stop

@@ -103,14 +103,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     from tqdm import tqdm
 
     from dora_vl.adapters.base_weights import BaseWeights  # seconds, so not for --help
-    from dora_vl.adapters.decomposition import (
-        Request,
-        as_json,
-        layers_to_compare,
-        measured,
-        refuse_saved_on_another_base,
-        saved_in,
-    )
+    from dora_vl.adapters.decomposition import Request, as_json, layers_to_compare, measured, saved_in
     from dora_vl.files import write_json
 
     paths, labels = arguments.tuned, arguments.label
@@ -123,7 +116,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     with BaseWeights(arguments.base) as base:
         if not arguments.any_base:
             for request in requests:
-                refuse_saved_on_another_base(request.saved[-1], base)
+                request.saved[-1].check_base(base)
         layers = layers_to_compare(requests, base, arguments.layers)
         yield f"{len(layers)} layers, {layers[0]} to {layers[-1]}"
         total = len(layers) * sum(len(request.saved) for request in requests)

@@ -57,13 +57,6 @@ class Measure:
     sets: tuple[str, ...]
 
 
-def measures_of(results: SetScores) -> list[Measure]:
-    """Returns the mean over sets, where they may be averaged, then each set."""
-    alone = [Measure(name, scored.headline, (name,)) for name, scored in results.items()]
-    headline = common_headline([measure.metric for measure in alone])
-    return alone if headline is None else [Measure("average", headline, tuple(results)), *alone]
-
-
 class Contenders:
     """The tested runs of several contenders, each set's units drawn again for all of them alike.
 
@@ -74,7 +67,9 @@ class Contenders:
     def __init__(self, runs: Mapping[str, Sequence[SetScores]]) -> None:
         self.runs = runs
         first = next(iter(runs.values()))[0]
-        self.measures = measures_of(first)
+        alone = [Measure(name, scored.headline, (name,)) for name, scored in first.items()]
+        headline = common_headline([measure.metric for measure in alone])  # None where sets may not be averaged
+        self.measures = alone if headline is None else [Measure("average", headline, tuple(first)), *alone]
         everything = [(name, number) for name, several in runs.items() for number in range(len(several))]
         self._draws: dict[tuple[str, str, int], Numbers] = {}
         for of_set, reference in first.items():

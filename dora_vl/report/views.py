@@ -31,17 +31,12 @@ def setting_tables(runs: Sequence[RunRecord]) -> dict[str, Any]:
     if len(runs) > 1:
         title, first = "What differs", [name for name in names if len(set(rows[name])) > 1]
     else:
-        title, defaults = "What is not the default", _defaults(runs[0])
+        title, task = "What is not the default", runs[0].settings.get("task")
+        parsed = run_parser(task).get_defaults().as_dict() if task in FIELDS else {}
+        defaults = flattened(json.loads(json.dumps(parsed, default=str)))
         first = [name for name in names if name not in defaults or defaults[name] != flat[0][name]]
     others = {name: rows[name] for name in names if name not in first}
     return {"first_title": title, "first": {name: rows[name] for name in first}, "others": others}
-
-
-def _defaults(run: RunRecord) -> dict[str, Any]:
-    """Returns the defaults of the run's task; none where its settings name no task."""
-    task: Any = run.settings.get("task")
-    parsed = run_parser(task).get_defaults().as_dict() if task in FIELDS else {}
-    return flattened(json.loads(json.dumps(parsed, default=str)))
 
 
 def _text(value: Any) -> str:

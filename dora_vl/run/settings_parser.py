@@ -86,7 +86,9 @@ def read_run(
             if count is not None and count < 1:
                 raise SettingError(f"{section.name}.{name}", f" is {count}; at least 1 is needed{hint}")
     _check_objective(config.objective)
-    _check_rates(config.optim)
+    rates = ("projector_learning_rate", "magnitude_learning_rate", "b_learning_rate_ratio")
+    _check_numbers("optim", {name: getattr(config.optim, name) for name in rates})
+    _check_numbers("optim.rates", config.optim.rates)
     from dora_vl.run.arguments import check_training_section  # transformers: not for --help
 
     return dataclasses.replace(config, training=check_training_section(config.training))
@@ -96,17 +98,15 @@ def _check_objective(objective: ObjectiveConfig) -> None:
     """Refuses weights, and numbers of a loss, with which nothing or the opposite would be learned."""
     if not objective.weights:
         raise SettingError("objective.loss", " is empty; name at least one")
-    for name, weight in _named("objective.loss", objective.weights).items():
-        _check_number(name, weight, above_zero=True)
+    _check_numbers("objective.loss", objective.weights, above_zero=True)
     if any("beta" in loss.settings for loss in objective.losses):
-        _check_number("objective.beta", objective.beta, above_zero=True)
-    _check_number("objective.kl", objective.kl)
-    _check_number("objective.vllm_timeout", objective.vllm_timeout, above_zero=True)
+        _check_numbers("objective", {"beta": objective.beta}, above_zero=True)
+    _check_numbers("objective", {"kl": objective.kl})
+    _check_numbers("objective", {"vllm_timeout": objective.vllm_timeout}, above_zero=True)
     # Below 0 is a penalty, and 0 only shows in the log.
     if objective.kind == "reward" and not any(objective.rewards.values()):
         raise SettingError("objective.rewards", " gives no reward a weight; name at least one")
-    for name, weight in _named("objective.rewards", objective.rewards).items():
-        _check_number(name, abs(weight))
+    _check_numbers("objective.rewards", {name: abs(weight) for name, weight in objective.rewards.items()})
     for loss in objective.losses:
         if loss.kind == "reward" and objective.kind != "reward":
             reason = f": {loss.name} stands alone, in no sum and with no weight; write loss: {loss.name}"
@@ -119,23 +119,12 @@ def _check_objective(objective: ObjectiveConfig) -> None:
         raise SettingError(f"objective.{name}", f" goes with {owner}, and has no effect on {losses}; leave it out")
 
 
-def _check_rates(optim: OptimConfig) -> None:
-    """Refuses learning rates that climb the loss."""
-    for name in ("projector_learning_rate", "magnitude_learning_rate", "b_learning_rate_ratio"):
-        _check_number(f"optim.{name}", getattr(optim, name))
-    for name, rate in _named("optim.rates", optim.rates).items():
-        _check_number(name, rate)
-
-
-def _named(section: str, numbers: Mapping[Any, float]) -> dict[str, float]:
-    return {f"{section}.{name}": number for name, number in numbers.items()}
-
-
-def _check_number(name: str, number: float | None, *, above_zero: bool = False) -> None:
-    """Refuses a number that is below 0 or not finite, and 0 itself where the setting would then do nothing."""
-    if number is not None and not (0 < number < math.inf or (number == 0 and not above_zero)):
-        needed = "above 0" if above_zero else "of at least 0"
-        raise SettingError(name, f" is {number:g}; it must be a number {needed}")
+def _check_numbers(section: str, numbers: Mapping[Any, float | None], *, above_zero: bool = False) -> None:
+    """Refuses numbers that are below 0 or not finite, and 0 itself where the setting would then do nothing."""
+    needed = "above 0" if above_zero else "of at least 0"
+    for name, number in numbers.items():
+        if number is not None and not (0 < number < math.inf or (number == 0 and not above_zero)):
+            raise SettingError(f"{section}.{name}", f" is {number:g}; it must be a number {needed}")
 
 
 @functools.cache

@@ -336,11 +336,8 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         """Returns the bytes at the fullest moment."""
-        return (
-            self.others
-            + self.reference
-            + self.held.at_most(self.engine, self.activations, accumulates=self.accumulates)
-        )
+        held = self.held.at_most(self.engine, self.activations, accumulates=self.accumulates)
+        return held + self.others + self.reference
 
     def table(self) -> Table:
         """Lists GiB by part; parts that take nothing have no row."""

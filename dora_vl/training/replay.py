@@ -6,7 +6,6 @@ the run asks (Magpie, arXiv 2406.08464). A plain language model continues plain 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -60,13 +59,6 @@ def user_turn_opening(encoder: Encoder) -> tuple[list[int], int | None]:
     after = first[len(first) - shared_beginning(first[::-1], second[::-1]) :]
     special = encoder.tokenizer.added_tokens_decoder
     return first[: shared_beginning(first, second)], next((token for token in after if token in special), None)
-
-
-def repeated_share(text: str) -> float:
-    """Returns the share of a text's four-word sequences that occur earlier in it."""
-    words = text.split()
-    pieces = [tuple(words[start : start + 4]) for start in range(len(words) - 3)]
-    return 1 - len(set(pieces)) / len(pieces) if pieces else 0.0
 
 
 class ChatWriter:
@@ -249,7 +241,7 @@ def tokens_in_labels(table: ExampleTable, encoder: Encoder) -> float:
     counts: list[int] = []
     for row in rows:
         turns = [turn for turn in row.turns if turn.role == "assistant"]
-        with contextlib.suppress(ValueError):
+        with suppress(ValueError):
             texts = ["".join(each) for turn, each in zip(turns, encoder.answers(row), strict=True) if turn.is_trained]
             tokens = sum(len(encoder.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
             counts.append(min(tokens, encoder.max_tokens))
@@ -257,8 +249,11 @@ def tokens_in_labels(table: ExampleTable, encoder: Encoder) -> float:
 
 
 def is_clean(text: str, repeated: float) -> bool:
-    """Tells whether a text repeats less than this share of itself, and holds no placeholder of a picture."""
-    return repeated_share(text) < repeated and not any(mark in text for mark in MARKS)
+    """Tells whether less than this share of a text's runs of four words come again, and it holds no placeholder."""
+    words = text.split()
+    runs = [tuple(words[start : start + 4]) for start in range(len(words) - 3)]
+    again = 1 - len(set(runs)) / len(runs) if runs else 0.0
+    return again < repeated and not any(mark in text for mark in MARKS)
 
 
 def complete_sentences(text: str, *, ended: bool) -> str:

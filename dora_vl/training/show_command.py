@@ -46,9 +46,8 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     config = read_run([f"--config={options.config}", *options.settings], program="dora-vl show batch")
     with tempfile.TemporaryDirectory() as folder:
         view = first_batch(pipeline_of(shown_settings(config, Path(folder))))
-        on_a_screen = (
-            sys.stdout.isatty() or "FORCE_COLOR" in os.environ
-        )  # https://force-color.org, https://no-color.org
+        # https://force-color.org, https://no-color.org
+        on_a_screen = sys.stdout.isatty() or "FORCE_COLOR" in os.environ
         yield from terminal_lines(view, colours=on_a_screen and "NO_COLOR" not in os.environ)
 
 
