@@ -159,9 +159,7 @@ class Diverged(UserError):
 class SettingError(UserError):
     """A setting, or an option of a command, that cannot be used.
 
-    Attributes:
-        key: its name, such as `data.train`; the message begins with it.
-        nearest: the settings that were probably meant, if `key` is not one.
+    The message begins with its `key`, such as `data.train`; where that is none, `nearest` were probably meant.
     """
 
     def __init__(self, key: str, problem: str = "", nearest: Sequence[str] = ()) -> None:
@@ -172,10 +170,7 @@ class SettingError(UserError):
 class MissingExtra(UserError):
     """A package that only some runs need is not installed.
 
-    pip takes an extra from the metadata of the dora-vl that is installed; no index need have it.
-
-    Attributes:
-        extra: of this package, which brings what is missing.
+    pip takes the `extra` from the metadata of the dora-vl that is installed; no index need have it.
     """
 
     def __init__(self, problem: str, extra: str) -> None:
@@ -199,11 +194,9 @@ class LostRank(UserError):
 
 
 class BadSample(UserError):
-    """A sample cannot be used; it is counted and skipped, up to `data.max_bad_share`.
+    """A sample cannot be used, for a `reason`; it is counted and skipped, up to `data.max_bad_share`.
 
-    Attributes:
-        reason: what is wrong with this one.
-        kind: the same text for all samples with that trouble, for tables.
+    For tables, `kind` is the same text for all samples with that trouble.
     """
 
     def __init__(self, sample_id: str, reason: str, kind: str = NO_SAMPLE) -> None:

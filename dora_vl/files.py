@@ -42,13 +42,7 @@ class NoRegularFile(OSError):
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Returns the file's bytes; never waits for another program to open the other end.
-
-    Raises:
-        FileNotFoundError: nothing is there.
-        NoRegularFile: something else than a file is there.
-        OSError: it cannot be opened.
-    """
+    """Returns the file's bytes, or raises an `OSError`; never waits for another program to open the other end."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     try:
         mode = os.fstat(descriptor).st_mode
@@ -157,7 +151,6 @@ def _remove(path: Path) -> None:
 
 
 def _sync(*paths: Path) -> None:
-    """Waits until files and folders are on the disk."""
     for path in paths:
         # Some file systems do not sync folders.
         with _opened(path) as descriptor, suppress(OSError) if path.is_dir() else nullcontext():
@@ -233,11 +226,7 @@ HASHED_BYTES = 1 << 16
 
 
 def content_key(path: Path) -> str:
-    """Returns a hash that distinguishes pictures and videos, without reading all of a large one.
-
-    Raises:
-        OSError: as `open_regular`.
-    """
+    """Returns a hash that distinguishes pictures and videos, without reading all of a large one (`open_regular`)."""
     with open_regular(path) as file:
         size = file.seek(0, 2)
         file.seek(0)

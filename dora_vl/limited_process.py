@@ -79,9 +79,8 @@ class Budget:
 class LimitedProcess:
     """One process for one job after another, from one thread; it is started at the first, and again after a failure.
 
-    Args:
-        job: the one it is started for, whose libraries it imports at its start.
-        yields: long jobs yield to other processes; the process is then not `reusable`.
+    It imports the libraries of `job` at its start. Where it `yields`, long jobs give way to other processes, and it is
+    not `reusable` afterwards.
     """
 
     def __init__(self, job: str, *, yields: bool = False) -> None:
@@ -94,11 +93,7 @@ class LimitedProcess:
     def run(
         self, job: str, arguments: Mapping[str, Any], content: bytes = b"", *, budget: Budget
     ) -> Generator[Part, None, None]:
-        """Yields the parts that a job sends, as they come; whoever stops reading ends the process.
-
-        Raises:
-            Failed: the job raised an error, or was ended at a limit.
-        """
+        """Yields the parts that a job sends; whoever stops reading ends the process. A failure is a `JobFailed`."""
         is_over = False
         try:
             connection = self.start()

@@ -118,9 +118,8 @@ class BaseWeights:
     def _model_names(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
         """Maps the files' keys to the model's own names, and records what the files store in another layout.
 
-        The model is built from its configuration without memory. A folder whose class transformers does not have
-        keeps the files' names, and so do tensors that transformers joins into one when it loads them (a matrix for
-        each expert): under the joined name only the last would be left.
+        A folder whose class transformers does not have keeps the files' names, and so do tensors that transformers
+        joins into one (a matrix for each expert): under the joined name only the last would be left.
         """
         model = skeleton(self.config)
         if model is None:
@@ -224,12 +223,8 @@ def hub_names(
     """Maps each key of a model's files to the key of published folders.
 
     A tensor that transformers joins or splits keeps its pieces. A key whose new name would not be read back
-    as the same tensor stays; all stay where two would get one name.
-
-    Args:
-        read: what `read_key` returns for each key.
-        read_key: maps a key as transformers does: to the model's name, and the pattern of pieces joined into it.
-        read_unmerged: the same without joining pieces.
+    as the same tensor stays; all stay where two would get one name. `read_key` maps a key as transformers does, to the
+    model's name and the pattern of pieces joined into it (`read` has these), `read_unmerged` without joining pieces.
     """
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 

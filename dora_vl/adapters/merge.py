@@ -178,15 +178,11 @@ def merge_to_folder(
 ) -> MergeCounts:
     """Writes `base` with `adapter` folded in as a plain folder that transformers opens.
 
-    Every product is computed in float32 and rounded once, to `dtype` or the base's own. Configuration, tokenizer
-    and processor files are copied; heads of closed answer lists that the base lacks are added. The configuration
-    states their lists, and how pictures become squares. Tensors have the names of published folders, whatever the
-    base's files call them (`hub_names`). The folder appears under its name when it is whole.
-
-    Args:
-        dtype: of the result; None keeps each tensor's own, or takes the recipe's where a base of float32 was trained
-            in another: the model then answers as it was trained.
-        open_base: gives the values to merge into, where they are not the stored ones.
+    Every product is computed in float32 and rounded once, to `dtype`: None is each tensor's own, or the recipe's where
+    a base of float32 was trained in another, so that the model answers as it was trained. Configuration, tokenizer and
+    processor files are copied; heads of closed answer lists that the base lacks are added. The configuration states
+    their lists, and how pictures become squares. Tensors have the names of published folders (`hub_names`). `open_base`
+    gives the values to merge into, where they are not the stored ones.
     """
     refuse_target(target, base_folder)
     with open_base(base_folder) as base:

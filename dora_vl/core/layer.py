@@ -220,9 +220,8 @@ class AdaptedLayer(nn.Module):
     def forget_norms(self, *, frozen: bool = False) -> None:
         """Drops what was computed from A, B and the magnitude, after a change that torch does not count.
 
-        Call it when something other than an optimizer or an in-place edit changed them, such as a kernel that writes
-        by address. ||W_i||^2 is kept, so it is cheap enough for every step; pass `frozen=True` if W itself was changed
-        that way.
+        Call it when a kernel that writes by address changed them. ||W_i||^2 is kept, so it is cheap enough for every
+        step; pass `frozen=True` if W itself was changed that way.
         """
         stay = () if frozen else (FROZEN,)
         self._kept = {name: value for name, value in self._kept.items() if name in stay}

@@ -234,7 +234,6 @@ class ExpertsProjection(AdaptedLayer):
             return torch.stack([functional.norms(*of_one, self.adapter.scale) for of_one in operands])
 
     def _dense_rows(self, index: Int[Tensor, " rows"], a: Tensor, b: Tensor) -> Float[Tensor, "rows in_"]:
-        """Computes the rows of each expert in turn."""
         weight, owners, dense = self.frozen_matrix(), index // self.out_features, []
         for expert in owners.unique_consecutive().tolist():
             rows = index[owners == expert] - expert * self.out_features

@@ -429,7 +429,6 @@ def _chart(across: str, up: str) -> tuple[Any, Any]:
 
 
 def _points(axes: Any, across: Sequence[float], estimates: Sequence[Mapping[str, Any]], **look: Any) -> None:
-    """Draws values with their limits, where they have some."""
     scores, *limits = np.array([[row["value"], row["low"], row["high"]] for row in estimates], dtype=float).T
     limits = np.where(np.isnan(limits), scores, limits)
     axes.errorbar(across, scores, yerr=np.abs(limits - scores), marker="o", capsize=3, **look)

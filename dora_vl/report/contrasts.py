@@ -58,11 +58,7 @@ class Measure:
 
 
 class Contenders:
-    """The tested runs of several contenders, each set's units drawn again for all of them alike.
-
-    Raises:
-        UserError: two runs were not asked the same items.
-    """
+    """The tested runs of several contenders, each set's units drawn again for all of them alike."""
 
     def __init__(self, runs: Mapping[str, Sequence[SetScores]]) -> None:
         self.runs = runs

@@ -123,7 +123,6 @@ def _answers(run: RunRecord, result: SetResult, pictures: InlinePictures) -> dic
 
 
 def _head(run: RunRecord, results: Results) -> dict[str, Any]:
-    """Sums a run up in a few numbers."""
     from dora_vl.evaluation.forgetting import forgetting_lines
     from dora_vl.evaluation.plots import series
 

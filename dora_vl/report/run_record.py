@@ -37,11 +37,7 @@ OTHER = "other"
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """One run; files that are not there yet are empty.
-
-    Attributes:
-        skipped: (id, reason) of unusable samples, and whether they are of the validation data.
-    """
+    """One run; files that are not there yet are empty."""
 
     label: str
     folder: Path
@@ -51,6 +47,7 @@ class RunRecord:
     plan: LogLine
     recipe: LogLine
     skipped: tuple[tuple[str, str, bool], ...]
+    """Holds id and reason of each unusable sample, and whether it is of the validation data."""
     watched: Watched | None
 
     def section(self, name: str) -> LogLine:

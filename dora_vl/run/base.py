@@ -132,10 +132,7 @@ def check_base_takes_videos(base: str, encoder: Encoder, data: DataConfig, *, pi
 class VideoReading:
     """Reads clips as frames; worker processes may have it, each starts a decoder of its own at its first video.
 
-    Attributes:
-        folder: the root of the videos' paths.
-        sampling: which frames.
-        frames: a video that has fewer shows some of them again, for families that take videos of one length only.
+    A video of fewer than `frames` shows some of them again, for families that take videos of one length only.
     """
 
     folder: Path | MediaFolder

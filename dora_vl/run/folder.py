@@ -167,9 +167,8 @@ def check_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
 def prepare_run_folder(folder: Path, *, checkpoint: Path | None, overwrite: bool) -> None:
     """Creates the folder; removes half-written checkpoints of a crash, and an earlier run's results if `overwrite`.
 
-    The log of a run that failed before its first save is removed too. Checkpoints that a run resumed from `checkpoint`
-    does not continue are renamed: otherwise they would push out its own checkpoints as the oldest, and `--resume last`
-    would pick them.
+    The log of a run that failed before its first save is removed too. Checkpoints that the run does not resume from are
+    renamed: otherwise they would push out its own as the oldest, and `--resume last` would pick them.
     """
     check_run_folder(folder, resume=checkpoint is not None, overwrite=overwrite)
     folder.mkdir(parents=True, exist_ok=True)

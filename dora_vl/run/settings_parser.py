@@ -129,11 +129,7 @@ def _check_numbers(section: str, numbers: Mapping[Any, float | None], *, above_z
 
 @functools.cache
 def run_parser(task: Task, program: str = "run", description: str = "", *, dropout: bool = True) -> ArgumentParser:
-    """Makes the parser of a task's settings, once; its help text comes from the fields that the task takes.
-
-    Args:
-        dropout: whether the adapter has its usual dropout where no setting says so, or none.
-    """
+    """Makes the parser of a task's settings, once; without `dropout` the adapter has none where no setting says so."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     how: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False, "conflict_handler": "resolve"}
     parser = ArgumentParser(prog=program, description=description, **how)

@@ -55,11 +55,7 @@ class Watch:
 
 @dataclass(frozen=True, kw_only=True)
 class Watched:
-    """Holds the questions and answers of a run's folder.
-
-    Attributes:
-        answers: by step, the answers by id.
-    """
+    """Holds the questions of a run's folder, and by step the answers by id."""
 
     folder: Path
     questions: tuple[WatchedQuestion, ...] = ()

@@ -592,14 +592,12 @@ class FileNames(dict[str, str]):
 
 
 def _with_media(example: Example, files: Mapping[str, str]) -> Example:
-    """Returns the example with other names for its pictures and videos."""
     images, others = (tuple(files[name] for name in names) for names in (example.images, example.rejected_images))
     videos = tuple(replace(clip, path=files[clip.path]) for clip in example.videos)
     return replace(example, images=images, rejected_images=others, videos=videos)
 
 
 def _lengths(texts: Sequence[str]) -> str:
-    """Says how many words the texts have."""
     words = _spread(len(text.split()) for text in texts)
     return f"{words} word{'' if words == '1' else 's'}"
 
@@ -643,7 +641,6 @@ def split_data(summary: DataSummary, *, share: float, seed: int) -> dict[str, li
 
 
 def _good(rows: Iterable[UsableRow]) -> list[UsableRow]:
-    """Returns the rows whose answers are not bad."""
     good = [row for row in rows if row.conversation.is_good is not False]
     if not good:
         raise UserError("every held-out row has a bad answer; give another --test-share, or more good answers")

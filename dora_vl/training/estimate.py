@@ -41,11 +41,8 @@ ATTENTION_FORWARD, ATTENTION_BACKWARD = 4, 10
 class Samples:
     """Describes a micro-batch: its rows, and the tokens and labelled tokens of each.
 
-    A row of compared or drawn answers holds all of a sample's.
-
-    Attributes:
-        reference: the share of them that the reference's pass before each step sees.
-        drawn: the model draws the answers itself, which passes each token forward once more.
+    A row of compared or drawn answers holds all of a sample's. The reference's pass before each step sees the share
+    `reference` of them; where the model draws answers itself (`drawn`), each token passes forward once more.
     """
 
     rows: int

@@ -72,13 +72,9 @@ class LossModel(nn.Module):
     """Joins a backbone with a loss. The loss is computed in `forward`, so every engine sees it.
 
     A subclass's `forward` takes a batch by name and `num_items_in_batch`, and gives `loss` to go backward from and
-    `labelled_tokens`, the number of labels it saw.
-
-    Args:
-        backbone: holds its Hugging Face model under `model`.
-        step_tokens: the loss is divided by a number of the whole optimizer step, not of this micro-batch, so that
-            neither accumulation nor ranks divide it again; the Trainer passes all labelled tokens of the step as
-            `num_items_in_batch`.
+    `labelled_tokens`, the number of labels it saw. With `step_tokens` the loss is divided by a number of the whole
+    optimizer step, so that neither accumulation nor ranks divide it again; the Trainer passes all labelled tokens of
+    the step as `num_items_in_batch`.
     """
 
     def __init__(self, backbone: Backbone[Any], *, step_tokens: bool) -> None:
@@ -98,27 +94,20 @@ class LossModel(nn.Module):
         """The Hugging Face model's config: DeepSpeed's `auto` sizes come from its hidden size."""
         return self.backbone.model.config
 
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **layers: Any
-    ) -> None:
+    def activation_checkpointing_enable(self, *options: Any, **named: Any) -> None:
         """Recomputes the layers' activations in the backward pass (transformers from 5.22 calls this)."""
-        self.backbone.model.activation_checkpointing_enable(activation_checkpointing_kwargs, **layers)
+        self.backbone.model.activation_checkpointing_enable(*options, **named)
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **layers: Any
-    ) -> None:
+    def gradient_checkpointing_enable(self, *options: Any, **named: Any) -> None:
         """Does the same under the name that transformers called before 5.22."""
-        self.backbone.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **layers)
+        self.backbone.model.gradient_checkpointing_enable(*options, **named)
 
 
 class NextTokenLoss(LossModel):
     """Next-token loss of a backbone that gives `Features` for a batch.
 
     With `step_tokens` it is divided by all labelled tokens of the optimizer step, otherwise by this micro-batch's.
-
-    Args:
-        reference: chats that the base wrote are learned by how far the model is from it, in place of their tokens; None
-            where there are no chats.
+    Chats that the base wrote are learned by how far the model is from the `reference`, in place of their tokens.
     """
 
     def __init__(self, backbone: Backbone[Any], *, step_tokens: bool, reference: Reference | None = None) -> None:

@@ -69,7 +69,6 @@ Group = list[DrawnAnswer]
 
 
 def _with_drawn_answers(sample: Sample, group: Group) -> Sample:
-    """Replaces a sample's own answer by a group of drawn ones."""
     first, *others = [with_answer(sample, answer.ids) for answer in group]
     return replace(first, others=tuple(others))
 
@@ -230,7 +229,6 @@ class Rollouts:
         return learned, torch.tensor(max(1, divisor), device=self.device), numbers
 
     def _drawn(self, samples: Sequence[Sample], step: int, number: int) -> list[Group]:
-        """Draws the answers to the questions of one micro-batch."""
         if not samples:
             return []
         rank, ranks = rank_and_ranks()

@@ -276,12 +276,9 @@ def make_lists(
 ) -> None:
     """Writes a run's `closed_answers.json`: each task's list, and the training samples that it leaves out.
 
-    Those train too, as in VL-T5: all their targets are 0. They are counted and logged.
-
-    Args:
-        choices: by task a file of answers, or how many of the training answers to take, the most frequent first.
-        files: each task's training records.
-        same_as: by the setting that names a head's weights, what says which answers its scores mean.
+    Those train too, as in VL-T5: all their targets are 0. They are counted and logged. `choices` has by task a file of
+    answers, or how many of the training answers to take, the most frequent first; `files` has the training records;
+    `same_as`, by the setting that names a head's weights, what says which answers its scores mean.
     """
     lists, outside = {}, {}
     for task, choice in choices.items():

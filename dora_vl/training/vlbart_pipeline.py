@@ -253,7 +253,6 @@ class VlBartPipeline(Pipeline):
 
     @cached_property
     def _width(self) -> int:
-        """Returns the width of the features that the base reads."""
         return vlbart_config(self.config.model.base).feature_width
 
     @property

@@ -188,7 +188,6 @@ class VllmAnswers:
             return [*requests.map(partial(self._group, group), samples, seeds)]
 
     def _group(self, group: int, sample: Sample, seed: int) -> Group:
-        """Draws the answers to one question."""
         example = cast(Example, self.example_of(sample.index))
         *turns, _ = example.turns
         text = self.encoder.prompts.render(turns, generation_prompt=True).text
