@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from dora_vl.run.launch import Launch
 from dora_vl.run.settings_parser import flattened
 
 logger = logging.getLogger(__name__)
+cannot_resume = partial(SettingError, "resume")
 
 MANIFEST = "manifest.json"
 STATE, STATE_NUMBERS = "state", "state.json"
@@ -69,7 +71,7 @@ def check_manifest(checkpoint: Path, settings: Mapping[str, Any], launch: Launch
     """Compares a checkpoint with its manifest and with the run that would resume from it."""
     path = checkpoint / MANIFEST
     if not path.is_file():
-        raise SettingError("resume", f": {path} is missing; {NEXT_STEP}")
+        raise cannot_resume(f": {path} is missing; {NEXT_STEP}")
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
         then, files, wrote = written["settings"], written["files"], Launch(**written["launch"])
@@ -78,11 +80,11 @@ def check_manifest(checkpoint: Path, settings: Mapping[str, Any], launch: Launch
     for name, expected in files.items():
         file = checkpoint / name
         if not file.is_file():
-            raise SettingError("resume", f": {file} is missing; {NEXT_STEP}")
+            raise cannot_resume(f": {file} is missing; {NEXT_STEP}")
         if (size := file.stat().st_size) != expected["bytes"]:
-            raise SettingError("resume", f": {file} has {size:,} bytes instead of {expected['bytes']:,}; {NEXT_STEP}")
+            raise cannot_resume(f": {file} has {size:,} bytes instead of {expected['bytes']:,}; {NEXT_STEP}")
         if file_hash(file) != expected["sha256"]:
-            raise SettingError("resume", f": {file} was changed after it was written; {NEXT_STEP}")
+            raise cannot_resume(f": {file} was changed after it was written; {NEXT_STEP}")
     _check_shape(checkpoint, then, wrote, settings, launch)
     _check_settings(checkpoint, then, settings)
 
@@ -92,11 +94,10 @@ def check_same_base(checkpoint: Path, base: str, sha256: str | None) -> None:
     recipe = checkpoint / ADAPTER / RECIPE_FILE
     then = read_json(recipe).get("base_sha256") if recipe.is_file() else None
     if then and sha256 and then != sha256:
-        raise SettingError(
-            "resume",
+        raise cannot_resume(
             f": {checkpoint} was trained on another base than what {base} holds now (content hash {then[:12]}, "
             f"is {sha256[:12]}). Put the base back, or begin a new run from its weights with --adapter.initial "
-            f"{checkpoint / ADAPTER}",
+            f"{checkpoint / ADAPTER}"
         )
 
 
@@ -117,10 +118,9 @@ def _check_settings(checkpoint: Path, then: Mapping[str, Any], now: Mapping[str,
             changed.append(change)
     if changed:
         more = f" and {len(changed) - 2} more" if len(changed) > 2 else ""
-        raise SettingError(
-            "resume",
+        raise cannot_resume(
             f": {checkpoint} was written with other settings: {'; '.join(changed[:2])}{more}. Put them back, or "
-            f"begin a new run from its weights with --adapter.initial {checkpoint / ADAPTER}",
+            f"begin a new run from its weights with --adapter.initial {checkpoint / ADAPTER}"
         )
 
 
@@ -147,25 +147,22 @@ def _check_shape(
             )
         else:
             advice = f"start as many ranks as divide {samples}"
-        raise SettingError(
-            "resume",
-            f"{written}, whose steps took {samples:,} samples; those of this run ({launch}) take {here:,}: {advice}",
+        raise cannot_resume(
+            f"{written}, whose steps took {samples:,} samples; those of this run ({launch}) take {here:,}: {advice}"
         )
     if (wrote, was) == (launch, micro_batch):
         return
     drops = before.get("dataloader_drop_last") or now.get("dataloader_drop_last")
     if drops and was * wrote.ranks != together and not mixes_tasks:
-        raise SettingError(
-            "resume",
+        raise cannot_resume(
             f"{written}, this run is {launch}, and training.dataloader_drop_last leaves others of an epoch's samples "
-            "out for each: start it as then",
+            "out for each: start it as then"
         )
     partitioned = wrote.zero_stage or launch.zero_stage
     if partitioned and wrote != launch and now["optim"] not in BY_ELEMENT:
-        raise SettingError(
-            "resume",
+        raise cannot_resume(
             f"{written}, this run is {launch}, and the state of training.optim {now['optim']} cannot be dealt out "
-            "anew: start it as then",
+            "anew: start it as then"
         )
     of_loss = ""
     by_micro_batch = settings.get("optim", {}).get("loss_normalisation") == "micro_batch" and not mixes_tasks

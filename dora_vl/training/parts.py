@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from dora_vl.training.pipeline import Pipeline
 from dora_vl.training.vllm_rollouts import refuse_unsent
 
 logger = logging.getLogger(__name__)
+cannot_start = partial(SettingError, "adapter.initial")
 
 FACTORS = LEAVES - {"magnitude"}
 """The effect of these tensors depends on their layer's scale."""
@@ -76,7 +78,7 @@ def core_config(
 def check_initial(initial: str | None) -> None:
     """Checks that the folder to start from holds an adapter, before any weight is read."""
     if initial is not None and not (Path(initial) / WEIGHTS_FILE).is_file():
-        raise SettingError("adapter.initial", f": {no_adapter(Path(initial))}")
+        raise cannot_start(f": {no_adapter(Path(initial))}")
 
 
 def adapt(model: nn.Module, config: DoRAConfig, *, initial: str | None = None) -> None:
@@ -104,9 +106,7 @@ def load_initial(model: nn.Module, folder: Path) -> None:
         with torch.no_grad(), gather_to_write([weight] if isinstance(weight, nn.Parameter) else []):
             rows = kept_rows(name, weight)  # all of it, or those that the name says
             if rows.numel() != tensor.numel():
-                raise SettingError(
-                    "adapter.initial", f": {folder}: {name} is {list(tensor.shape)}, here it is {list(rows.shape)}"
-                )
+                raise cannot_start(f": {folder}: {name} is {list(tensor.shape)}, here it is {list(rows.shape)}")
             rows.copy_(tensor.view(rows.shape))
     for _, layer in adapted_layers(model):
         layer.forget_norms()
@@ -117,9 +117,7 @@ def _refuse_lost_values(model: nn.Module, folder: Path, frozen: Mapping[str, Ten
     """Refuses frozen tensors that differ from the base's: this run would not write them again."""
     here = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     if unknown := sorted(name for name in frozen if split_rows(name)[0] not in here):
-        raise SettingError(
-            "adapter.initial", f": {folder} holds {len(unknown)} tensors that do not train here: {unknown[:3]}"
-        )
+        raise cannot_start(f": {folder} holds {len(unknown)} tensors that do not train here: {unknown[:3]}")
     other = []
     for name, tensor in frozen.items():
         weight = here[split_rows(name)[0]]
@@ -128,10 +126,9 @@ def _refuse_lost_values(model: nn.Module, folder: Path, frozen: Mapping[str, Ten
             if rows.shape != tensor.shape or not torch.equal(tensor.to(rows), rows):
                 other.append(name)
     if other:
-        raise SettingError(
-            "adapter.initial",
+        raise cannot_start(
             f": {folder} holds {len(other)} tensors that are frozen in this run and differ from the "
-            f"base's: {sorted(other)[:3]}; train them as well, or merge the folder into its base (dora-vl merge)",
+            f"base's: {sorted(other)[:3]}; train them as well, or merge the folder into its base (dora-vl merge)"
         )
 
 
@@ -150,10 +147,9 @@ def _refuse_another_meaning(model: nn.Module, folder: Path, stored: Mapping[str,
         difference = first_difference(theirs, ours, ["method", *fields_of_the_change(theirs, ours)])
         if difference is not None:
             field, in_folder, in_run = difference
-            raise SettingError(
-                "adapter.initial",
+            raise cannot_start(
                 f": {folder}: {name} has {field} {in_folder!r} there (scale {theirs.scale:g}), and "
-                f"{in_run!r} in this run (scale {ours.scale:g}); set adapter.{field}, or its pattern, to the folder's",
+                f"{in_run!r} in this run (scale {ours.scale:g}); set adapter.{field}, or its pattern, to the folder's"
             )
 
 
