@@ -22,14 +22,7 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from dora_vl.adapters.compatibility import FILE_TO_LEAF, LEAVES, PEFT_PREFIX, by_own_name, split_key
-from dora_vl.adapters.files import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    read_peft_config,
-    read_recipe,
-    read_tensors,
-    refuse_not_finite,
-)
+from dora_vl.adapters.files import CONFIG_FILE, WEIGHTS_FILE, read_peft_config, read_recipe, read_trained
 from dora_vl.adapters.folder import PICKLED_WEIGHTS_FILE, write_folder
 from dora_vl.adapters.settings import check_peft_fields, rank_of, refuse_contradiction, scale_of, type_of
 from dora_vl.core import functional
@@ -264,11 +257,10 @@ def read_adapter(folder: str | PathLike[str]) -> Adapter:
     weights = source / WEIGHTS_FILE
     if not weights.is_file() and (source / PICKLED_WEIGHTS_FILE).is_file():
         weights = source / PICKLED_WEIGHTS_FILE
-    tensors = read_tensors(weights)
+    tensors = read_trained(weights)
     recipe = read_recipe(source)
     refuse_contradiction(str(source), config, recipe.get("adapter", {}))
     adapter = Adapter(tensors, config, recipe, str(source))
-    refuse_not_finite(tensors, str(weights))
     if not adapter.extras and not adapter.matrix_factors and not adapter.experts:
         raise UserError(f"{weights} holds no tensor")
     return adapter

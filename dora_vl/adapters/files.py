@@ -56,14 +56,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return {str(key): tensor.detach() for key, tensor in content.items()}
 
 
-def refuse_not_finite(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Refuses NaN, infinity and dtypes that nothing trains in; names the file (`source`) and the first tensors."""
+def read_trained(path: Path) -> dict[str, Tensor]:
+    """Reads an adapter's tensors; refuses NaN, infinity and dtypes that nothing trains in."""
+    tensors = read_tensors(path)
     for key, tensor in tensors.items():
         if tensor.dtype not in (*TRAINED_IN, torch.int64, torch.bool):  # whole modules carry positions and counts
-            raise not_trained_in(source, key, tensor)
+            raise not_trained_in(str(path), key, tensor)
     broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
     if broken:
-        raise UserError(f"{source}: {len(broken)} tensors hold NaN or infinity, first {broken[:3]}; use another save")
+        raise UserError(f"{path}: {len(broken)} tensors hold NaN or infinity, first {broken[:3]}; use another save")
+    return tensors
 
 
 def not_trained_in(source: str, key: str, tensor: Tensor) -> UserError:

@@ -35,8 +35,7 @@ from dora_vl.adapters.files import (
     complete_checkpoints,
     read_peft_config,
     read_recipe,
-    read_tensors,
-    refuse_not_finite,
+    read_trained,
     refuse_to_replace_adapter,
 )
 from dora_vl.adapters.settings import own_settings, peft_config, read_config
@@ -184,9 +183,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     path = folder / WEIGHTS_FILE
     if not path.is_file() and (folder / PICKLED_WEIGHTS_FILE).is_file():
         raise pickled(folder)
-    tensors = read_tensors(path)
-    refuse_not_finite(tensors, str(path))
-    return tensors
+    return read_trained(path)
 
 
 def pickled(folder: Path) -> UserError:

@@ -16,15 +16,7 @@ from torch import Tensor
 
 from dora_vl.adapters.adapter import Adapter, names_adapter, read_adapter
 from dora_vl.adapters.compatibility import PEFT_PREFIX
-from dora_vl.adapters.files import (
-    CONFIG_FILE,
-    TRAINED_IN,
-    WEIGHTS_FILE,
-    not_trained_in,
-    read_peft_config,
-    read_tensors,
-    refuse_not_finite,
-)
+from dora_vl.adapters.files import CONFIG_FILE, TRAINED_IN, WEIGHTS_FILE, not_trained_in, read_peft_config, read_trained
 from dora_vl.adapters.folder import PICKLED_WEIGHTS_FILE, no_adapter
 from dora_vl.adapters.settings import READ_TYPES, new_config, own_recipe
 from dora_vl.core.trainable import kept_rows
@@ -143,9 +135,7 @@ def _tensors(source: Path) -> dict[str, Tensor]:
         raise no_adapter(source)
     tensors: dict[str, Tensor] = {}
     for file in files:
-        read = read_tensors(file)
-        refuse_not_finite(read, str(file))
-        tensors.update(read)
+        tensors.update(read_trained(file))
     return tensors
 
 

@@ -20,15 +20,7 @@ from dora_vl.backbones.families import LLAVA
 from dora_vl.core import adapted_layers, apply_dora
 from dora_vl.errors import UserError
 from dora_vl.run.arguments import check_training_section, read_deepspeed
-from dora_vl.training.memory import (
-    Activations,
-    MemoryEstimate,
-    ShardingLayout,
-    activations_of,
-    bytes_of,
-    engine_of,
-    held_by,
-)
+from dora_vl.training.memory import MemoryEstimate, ShardingLayout, activations_of, bytes_of, engine_of, held_by
 from dora_vl.training.pipeline import Pipeline
 
 FORWARD, BACKWARD, TRAINED_BACKWARD = 2, 2, 4
@@ -97,7 +89,6 @@ class PlannedRun:
     section: Mapping[str, Any]
     half_precision: bool
     samples: Samples
-    activations: Activations
     others: int = 0
 
     @property
@@ -117,7 +108,7 @@ class PlannedRun:
         return MemoryEstimate(
             engine,
             held_by(self.model, engine, half_precision=self.half_precision),
-            self.activations.of(
+            activations_of(self.model).of(
                 tokens=samples.rows * samples.tokens,
                 labelled=samples.rows * samples.labelled,
                 recomputed=self.recomputes if recomputes is None else recomputes,
@@ -196,7 +187,7 @@ def plan_run(
     samples = Samples(rows, tokens, words if labelled is None else min(labelled, words))
     samples = with_answers(settings, samples, counted=counted)
     half = settings.adapter.method == "full" and bool(section.get("bf16") or section.get("fp16"))
-    return PlannedRun(model, section, half, samples, activations_of(model))
+    return PlannedRun(model, section, half, samples)
 
 
 def with_answers(settings: Any, samples: Samples, *, counted: bool = False) -> Samples:

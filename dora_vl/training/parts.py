@@ -180,27 +180,25 @@ class LearningRates:
         return rate * self.b_ratio if follows else rate
 
 
-def rates_of(optim: OptimConfig, default: float) -> LearningRates:
-    """Reads the rates of a run's `optim:` section; `training.learning_rate` is the default.
+def rates_of(optim: OptimConfig, default: float, parts: Sequence[TrainedPart]) -> LearningRates:
+    """Reads the rates of a run's `optim:` section for the parts that train; `training.learning_rate` is the default.
 
-    B trains at `b_learning_rate_ratio` times its part's rate (LoRA+), magnitudes never with it.
+    B trains at `b_learning_rate_ratio` times its part's rate (LoRA+), magnitudes never with it. Refuses a rate for a
+    part that does not train; the error names the nearest.
     """
     named = {"projector": optim.projector_learning_rate, "magnitude": optim.magnitude_learning_rate}
     short = {name: rate for name, rate in named.items() if rate is not None}
     if twice := sorted(short.keys() & optim.rates.keys()):
         key = f"optim.rates.{twice[0]}"
         raise SettingError(key, f" and optim.{twice[0]}_learning_rate say the same; leave one out")
-    return LearningRates(default, {**short, **optim.rates}, optim.b_learning_rate_ratio)
-
-
-def refuse_unknown_parts(parts: Sequence[TrainedPart], rates: LearningRates) -> None:
-    """Refuses a learning rate for a part that this run does not train; the error names the nearest part."""
+    rates = LearningRates(default, {**short, **optim.rates}, optim.b_learning_rate_ratio)
     trained = {name for part in parts for name in (part.name, part.part, part.factor) if name is not None}
     for unknown in sorted(set(rates.by_part) - trained):
         close = get_close_matches(unknown, trained, n=1, cutoff=0.5)
         names = ", ".join(dict.fromkeys(part.part for part in parts))
         hint = f"; did you mean {close[0]}?" if close else ""
         raise UserError(f"a learning rate is set for {unknown}, but what trains is {names}{hint}")
+    return rates
 
 
 def check_parts(pipeline: Pipeline, arguments: TrainingArguments) -> None:
@@ -211,7 +209,7 @@ def check_parts(pipeline: Pipeline, arguments: TrainingArguments) -> None:
     with without_sharding(arguments):
         backbone = pipeline.skeleton()
     apply_dora(backbone.model, replace(pipeline.dora_config(backbone), init="kaiming"))
-    refuse_unknown_parts(trained_parts(backbone.model), rates_of(optim, arguments.learning_rate))
+    rates_of(optim, arguments.learning_rate, trained_parts(backbone.model))
     if by_vllm:
         refuse_unsent(backbone.model)
 

@@ -57,24 +57,8 @@ from dora_vl.training.checkpoint import (
 from dora_vl.training.checkpoint_files import STATE, StateFiles, write_manifest
 from dora_vl.training.faults import StepFaults, check_trained_weights
 from dora_vl.training.largest_batch import LargestBatch, cost_of
-from dora_vl.training.memory import (
-    Activations,
-    MemoryEstimate,
-    Table,
-    activations_of,
-    bytes_of,
-    engine_of,
-    held_by,
-    process_bytes,
-)
-from dora_vl.training.parts import (
-    LearningRates,
-    parameter_groups,
-    rates_of,
-    refuse_unknown_parts,
-    trained_table,
-    with_decay,
-)
+from dora_vl.training.memory import MemoryEstimate, Table, activations_of, bytes_of, engine_of, held_by, process_bytes
+from dora_vl.training.parts import LearningRates, parameter_groups, rates_of, trained_table, with_decay
 from dora_vl.training.pipeline import Pipeline, TrainingData
 from dora_vl.training.progress import BatchStatistics, Progress, ValidationLoss, check_validation, random_state_kept
 
@@ -114,8 +98,7 @@ class AdapterTrainer(OrderedTrainer):
         self.base, self.recipe = config.model.base, {**pipeline.recipe(), **attention} if self._writes else {}
 
         parts = trained_parts(backbone.model)
-        self.rates = rates_of(config.optim, arguments.learning_rate)
-        refuse_unknown_parts(parts, self.rates)
+        self.rates = rates_of(config.optim, arguments.learning_rate, parts)
         self.parts = with_decay(parts, config.optim.weight_decay_on)
         ledger = BadSampleLedger(
             max_bad_share=config.data.max_bad_share,
@@ -388,9 +371,8 @@ def build_trainer(pipeline: Pipeline, arguments: TrainingArguments, backbone: Ba
     if config.training.get("fsdp"):
         shard(backbone.model, arguments.device)
     trainer = AdapterTrainer(pipeline, arguments, backbone, data)
-    activations = activations_of(backbone.model)
     compares = config.objective.has_reference or config.data.replay > 0
-    plan = plan_of(backbone, trainer.rates, activations, arguments, tokens=data.batch_tokens, compares=compares)
+    plan = plan_of(backbone, trainer.rates, arguments, tokens=data.batch_tokens, compares=compares)
     logger.info("what trains, and what it takes:\n%s", "\n".join(map(str, plan.values())))
     device = torch.cuda.get_device_name(arguments.device) if arguments.device.type == "cuda" else "cpu"
     machine = {"versions": versions(), "device": device, "ranks": arguments.world_size}
@@ -413,20 +395,14 @@ def build_trainer(pipeline: Pipeline, arguments: TrainingArguments, backbone: Ba
     on_gpu = arguments.device.type == "cuda"
     try_largest = on_gpu if config.try_largest_batch is None else config.try_largest_batch
     if try_largest:
-        cost = cost_of(activations, recomputed=bool(arguments.gradient_checkpointing))
+        cost = cost_of(activations_of(backbone.model), recomputed=bool(arguments.gradient_checkpointing))
         # Before a clock runs or a question is asked.
         callbacks.insert(0, LargestBatch(trainer, data=data, cost=cost))
     return trainer
 
 
 def plan_of(
-    backbone: Backbone[Any],
-    rates: LearningRates,
-    activations: Activations,
-    arguments: TrainingArguments,
-    *,
-    tokens: int,
-    compares: bool = False,
+    backbone: Backbone[Any], rates: LearningRates, arguments: TrainingArguments, *, tokens: int, compares: bool = False
 ) -> dict[str, Table]:
     """Makes the tables of what trains and of a micro-batch's memory; `compares`: the first values are held as well."""
     model = backbone.model
@@ -442,7 +418,7 @@ def plan_of(
     estimate = MemoryEstimate(
         engine,
         held,
-        activations.of(tokens=tokens, labelled=tokens, recomputed=bool(arguments.gradient_checkpointing)),
+        activations_of(model).of(tokens=tokens, labelled=tokens, recomputed=bool(arguments.gradient_checkpointing)),
         accumulates=arguments.gradient_accumulation_steps > 1,
         reference=bytes_of(weight for weight in model.parameters() if weight.requires_grad) * compares,
         others=others,

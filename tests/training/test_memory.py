@@ -121,7 +121,7 @@ def test_activations_and_products_are_those_of_a_real_step(monkeypatch, adapter,
                 hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
                 kept[recomputed] = live.now - before
                 hidden.float().square().mean().backward()
-        planned = PlannedRun(model, {"gradient_checkpointing": recomputed}, False, Samples(4, 96, 0), expected)
+        planned = PlannedRun(model, {"gradient_checkpointing": recomputed}, False, Samples(4, 96, 0))
         flop = counter.get_total_flops() + (18 if recomputed else 14) * attention
         assert planned.flop() == pytest.approx(flop, rel=0.05)
     whole, vectors = (expected.of(tokens=ids.numel(), labelled=0, recomputed=each) for each in (False, True))

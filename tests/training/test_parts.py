@@ -159,7 +159,8 @@ def test_each_part_has_its_rate_only_matrices_decay_and_each_parameter_has_one_g
     model = in_parts()
     rates = {"vision": 1e-5, "vision.magnitude": 7e-5, "magnitude": 5e-4}
     optim = OptimConfig(rates=rates, projector_learning_rate=2e-5, b_learning_rate_ratio=4.0)
-    groups = parameter_groups(trained_parts(model), rates_of(optim, 1e-3), weight_decay=0.1)
+    parts = trained_parts(model)
+    groups = parameter_groups(parts, rates_of(optim, 1e-3, parts), weight_decay=0.1)
     assert {(group["name"], group["lr"], group["weight_decay"]): len(group["params"]) for group in groups} == {
         ("dora.A", 1e-3, 0.1): 1, ("dora.B", 4e-3, 0.1): 1, ("dora.magnitude", 5e-4, 0.0): 1,
         ("vision.A", 1e-5, 0.1): 1, ("vision.B", 4e-5, 0.1): 1, ("vision.magnitude", 7e-5, 0.0): 1,
@@ -172,7 +173,7 @@ def test_each_part_has_its_rate_only_matrices_decay_and_each_parameter_has_one_g
 
 def test_a_rate_that_is_said_twice_is_refused() -> None:
     with pytest.raises(SettingError) as error:
-        rates_of(OptimConfig(projector_learning_rate=1e-5, rates={"projector": 1e-5}), 1e-3)
+        rates_of(OptimConfig(projector_learning_rate=1e-5, rates={"projector": 1e-5}), 1e-3, ())
     assert error.value.key == "optim.rates.projector"
 
 
