@@ -91,7 +91,10 @@ class FrozenParts:
         for name, recorded in _recorded(model, self.calls, inputs).items():
             read = [self._call(name, number).read for number in range(len(recorded))]
             outputs[name] = [
-                [leaf if index in used else _shape_only(leaf) for index, leaf in enumerate(leaves)]
+                [
+                    ShapeOnly(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) and index not in used else leaf
+                    for index, leaf in enumerate(leaves)
+                ]
                 for used, (leaves, _) in zip(read, recorded, strict=True)
             ]
         return outputs
@@ -156,11 +159,6 @@ class FrozenParts:
             return pytree.tree_unflatten([_joined(values, axis, device) for values, axis in leaves], call.spec)
 
         return forward
-
-
-def _shape_only(leaf: Any) -> Any:
-    """Returns a tensor's shape to store in its place."""
-    return ShapeOnly(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf
 
 
 def _chunk(leaf: Any, axis: int, number: int, count: int) -> Any:

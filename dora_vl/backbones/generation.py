@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dora_vl.errors import UserError
@@ -172,24 +171,6 @@ class TokenDrawer(LogitsProcessor):
         self.log_probs.append(log_probs.gather(1, tokens)[:, 0])
         self.entropies.append(-(chances * log_probs).sum(-1))
         return torch.full_like(scores, float("-inf")).scatter_(1, tokens, 0.0)
-
-
-class WithoutPrompt(BaseStreamer):
-    """Passes a streamer only the generated tokens: generate's first call brings the prompt."""
-
-    def __init__(self, streamer: BaseStreamer) -> None:
-        self._streamer = streamer
-        self._prompt_seen = False
-
-    def put(self, value: Tensor) -> None:
-        """Takes the prompt, then one token after another."""
-        if self._prompt_seen:
-            self._streamer.put(value)
-        self._prompt_seen = True
-
-    def end(self) -> None:
-        """Passes on the end."""
-        self._streamer.end()
 
 
 def says_true(logits: Float[Tensor, "batch vocab"], *, true_token: int, false_token: int) -> Bool[Tensor, " batch"]:

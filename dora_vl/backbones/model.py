@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.generation.streamers import BaseStreamer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -38,7 +37,7 @@ from dora_vl.backbones.families import (
     sees_pictures,
 )
 from dora_vl.backbones.frozen_outputs import FrozenParts, Outputs, model_inputs
-from dora_vl.backbones.generation import ScoreWatch, WithoutPrompt
+from dora_vl.backbones.generation import ScoreWatch
 from dora_vl.backbones.loading import load_pretrained, quantised_loading
 from dora_vl.backbones.packed_attention import MASKED, Forest, PackedAttention
 from dora_vl.core import DoRAConfig
@@ -128,7 +127,8 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
             each = loss(values, targets)
             if expected is None:
                 return each
-            places = _label_indices(expected.samples, samples)
+            places = torch.isin(samples, expected.samples).nonzero()[:, 0]
+            places = places[samples[places].argsort(stable=True)]  # sample by sample
             return each.index_copy(0, places, loss(values[places], expected.scores))
 
         def only_labelled(_: nn.Module, seen: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -189,7 +189,6 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         attention_mask: Int[Tensor, "batch seq"],
         *,
         max_new_tokens: int = 128,
-        streamer: BaseStreamer | None = None,
         options: Mapping[str, Any] | None = None,
         stored: Sequence[Outputs] = (),
         cache: DynamicCache | None = None,
@@ -200,7 +199,6 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         Rows whose scores are not finite hold `NO_TOKEN`.
 
         Args:
-            streamer: only receives the new tokens.
             stored: what frozen parts gave for the pictures of each prompt that has some.
             cache: keys and values of the prompts' beginnings, by `read`.
         """
@@ -219,7 +217,6 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 max_new_tokens=max_new_tokens,
-                streamer=None if streamer is None else WithoutPrompt(streamer),
                 **model_inputs(self.model, inputs),
                 **({} if cache is None else {self._cache_name: cache}),
                 **chosen,
@@ -241,12 +238,6 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         if bool(attention_mask[:, 0].all()):
             return {"attention_mask": None}
         return {"attention_mask": attention_mask, "position_ids": (attention_mask.cumsum(1) - 1).clamp_min(0)}
-
-
-def _label_indices(some: Int[Tensor, " some"], samples: Int[Tensor, " labelled"]) -> Int[Tensor, " chosen"]:
-    """Returns the indices of the labels of some samples, sample by sample."""
-    indices = torch.isin(samples, some).nonzero()[:, 0]
-    return indices[samples[indices].argsort(stable=True)]
 
 
 def _predicted(
@@ -295,13 +286,16 @@ def language_targets(model: PreTrainedModel) -> tuple[str, ...]:
     decoder = adapted_decoder(model)
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     head = head_of(model)
-    patterns: dict[str, None] = {}
-    for name, module in decoder.named_modules(prefix=prefix):
-        if is_adaptable_linear(name, module) and module is not head:
-            patterns[".".join("*" if part.isdecimal() else part for part in name.split("."))] = None
-    if not patterns:
+    modules = decoder.named_modules(prefix=prefix)
+    names = [name for name, module in modules if is_adaptable_linear(name, module) and module is not head]
+    if not names:
         raise UserError(f"no linear layer was found in {prefix} of {type(model).__name__}; set adapter.targets")
-    return tuple(patterns)
+    return tuple(dict.fromkeys(map(starred, names)))
+
+
+def starred(name: str) -> str:
+    """Returns a module's name with `*` for numbers."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
 def is_adaptable_linear(name: str, module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dora_vl.backbones.base import decoder_of, head_of
-from dora_vl.backbones.model import is_adaptable_linear, projector_patterns
+from dora_vl.backbones.model import is_adaptable_linear, projector_patterns, starred
 from dora_vl.core.other_layers import expert_projections
 from dora_vl.core.quantised import is_quantised
 from dora_vl.errors import UserError
@@ -86,8 +86,7 @@ def _as_patterns(names: list[str], all_names: Iterable[str]) -> list[str]:
     """Abbreviates names to patterns with `*` for numbers; keeps the names where a pattern would hit more."""
     by_pattern: dict[str, list[str]] = {}
     for name in names:
-        starred = ".".join("*" if part.isdecimal() else part for part in name.split("."))
-        by_pattern.setdefault(starred, []).append(name)
+        by_pattern.setdefault(starred(name), []).append(name)
     others = set(all_names) - set(names)
     patterns: list[str] = []
     for pattern, matches in by_pattern.items():
@@ -162,13 +161,8 @@ def _projector(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Returns the modules between vision and language."""
     if decoder_of(model) is model:
         return {}
-    patterns = projector_patterns(model)
-    outer = {pattern.removesuffix(".*") for pattern in patterns}
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if name in outer or any(fnmatchcase(name, pattern) for pattern in patterns)
-    }
+    outer = tuple(pattern.removesuffix("*") for pattern in projector_patterns(model))
+    return {name: module for name, module in model.named_modules() if f"{name}.".startswith(outer)}
 
 
 def _experts(model: PreTrainedModel) -> dict[str, nn.Module]:

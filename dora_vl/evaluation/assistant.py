@@ -92,9 +92,13 @@ class _TextStreamer(BaseStreamer):
         self._write = write
         self._ids: list[int] = []
         self._written = ""
+        self._has_begun = False
 
     def put(self, value: Tensor, *, is_last: bool = False) -> None:
-        """Takes the next token, or at first the prompt's ids."""
+        """Takes the next token; the first call brings the prompt, which is left out."""
+        if not self._has_begun:
+            self._has_begun = True
+            return
         self._ids += value.flatten().tolist()
         text = self._decode(self._ids)
         if len(text) > len(self._written) and (is_last or not text.endswith(NOT_YET_A_CHARACTER)):
@@ -195,9 +199,9 @@ class Assistant:
         """See `Predictor`."""
         sample = self.prompts.sample(turns_asked(example), media)
         check_room(len(sample.input_ids), max_new_tokens, self.positions, example.id)
-        streamer = None if write is None else _TextStreamer(self.prompts.growing_text(), write)
+        options = {} if write is None else {"streamer": _TextStreamer(self.prompts.growing_text(), write)}
         batch = self.prompts.collate([sample], "left")
-        (text,) = self.answers(batch, max_new_tokens=max_new_tokens, streamer=streamer)
+        (text,) = self.answers(batch, max_new_tokens=max_new_tokens, options=options)
         if text is None:
             raise NotFiniteScores
         return text
@@ -310,24 +314,18 @@ class Assistant:
         return max_positions(self.backbone.config)
 
     def new_ids(
-        self,
-        batch: Mapping[str, Any],
-        *,
-        max_new_tokens: int,
-        streamer: BaseStreamer | None = None,
-        options: Mapping[str, Any] | None = None,
+        self, batch: Mapping[str, Any], *, max_new_tokens: int, options: Mapping[str, Any] | None = None
     ) -> Int[Tensor, "batch new"]:
         """Generates ids after left-padded prompts, greedily unless `options` of generate say otherwise."""
         inputs = inputs_on_device(batch, self.device)
-        arguments = {"max_new_tokens": max_new_tokens, "streamer": streamer, "options": options}
         with self._no_grad():
-            return self.backbone.generate(**inputs, **arguments).cpu()
+            return self.backbone.generate(**inputs, max_new_tokens=max_new_tokens, options=options).cpu()
 
     def answers(
-        self, batch: Mapping[str, Any], *, max_new_tokens: int, streamer: BaseStreamer | None = None
+        self, batch: Mapping[str, Any], *, max_new_tokens: int, options: Mapping[str, Any] | None = None
     ) -> list[str | None]:
         """Generates each prompt's answer; None where the scores were not finite."""
-        ids = self.new_ids(batch, max_new_tokens=max_new_tokens, streamer=streamer)
+        ids = self.new_ids(batch, max_new_tokens=max_new_tokens, options=options)
         return [None if NO_TOKEN in row.tolist() else self.prompts.encoder.decode(row) for row in ids]
 
     @cached_property

@@ -255,9 +255,6 @@ def sum_over_ranks(part: Tensor) -> Tensor:
 
 # Magnitudes of packed weights, and gains in slots.
 
-Lookup = Callable[[str], Any]
-"""Returns an adapter's weights of a layer, by vLLM's name of the layer; None where it has none."""
-
 
 def magnitudes_in(weights: Any) -> list[Tensor]:
     """Returns the magnitudes of a layer's weights: one, or those of the parts that were packed into one."""
@@ -269,7 +266,7 @@ def magnitudes_in(weights: Any) -> list[Tensor]:
 def compute_gains(
     modules: Mapping[str, Any],
     before: Mapping[str, list[Tensor]],
-    lookup: Lookup,
+    lookup: Callable[[str], Any],
     *,
     max_rank: int,
     elsewhere: Callable[[str], bool] = lambda name: False,
@@ -279,7 +276,7 @@ def compute_gains(
     Args:
         modules: the wrapped layers, by vLLM's names.
         before: the magnitudes of each layer, by vLLM's name of it, before the adapter's weights were packed.
-        lookup: the adapter's weights as packed.
+        lookup: returns the adapter's packed weights of a layer, or None.
         elsewhere: whether a layer is on another rank of a pipeline.
     """
     layers = {name: module for name, module in modules.items() if isinstance(module, DoRALayer)}
