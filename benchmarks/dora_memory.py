@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.contenders import DEVICE, contender, finish, optimizer_of
-from benchmarks.dora_step import TRAINED, Tokens, add_options, base_model, loss_of, tokens_of
+from benchmarks.dora_step import TRAINED, Tokens, add_options, base_model, loss_of
 from benchmarks.report import table, write_json
 
 CHECKPOINTING: dict[str, bool | None] = {"stored": None, "non_reentrant": False, "reentrant": True}
@@ -104,16 +104,15 @@ def main() -> None:
     add_options(parser)
     options = parser.parse_args()
     base = base_model(options)
-    tokens = tokens_of(options, base.config.vocab_size)
+    tokens = Tokens.random(base.config.vocab_size, options)
     rows = []
     for rank, dropout in product(options.rank, options.dropout):
         measured = {name: memory_of(contender(name, base, rank=rank, dropout=dropout), tokens) for name in TRAINED}
         print(f"\nrank {rank}, dropout {dropout}, {options.dtype}, MiB\n{shown(measured)}")
         sizes = {name: asdict(memory) for name, memory in measured.items()}
         rows.append({"rank": rank, "dropout": dropout, "bytes": sizes})
-    if options.json is not None:
-        settings = {name: value for name, value in vars(options).items() if name != "json"}
-        write_json(options.json, {"options": settings, "settings": rows})
+    settings = {name: value for name, value in vars(options).items() if name != "json"}
+    write_json(options.json, {"options": settings, "settings": rows})
 
 
 def memory_of(model: Any, tokens: Tokens) -> Memory:

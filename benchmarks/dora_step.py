@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,15 +57,14 @@ def main() -> None:
     options = parser.parse_args()
     keep_freed_memory()
     figures = [time_setting(rank, dropout, options) for rank, dropout in product(options.rank, options.dropout)]
-    if options.json is not None:
-        shown = {name: value for name, value in vars(options).items() if name != "json"}
-        write_json(options.json, {"options": shown, "settings": figures})
+    shown = {name: value for name, value in vars(options).items() if name != "json"}
+    write_json(options.json, {"options": shown, "settings": figures})
 
 
 def time_setting(rank: int, dropout: float, options: argparse.Namespace) -> dict[str, Any]:
     """Times one setting: ratios of training and decoding, with the milliseconds that they come from."""
     base = base_model(options)
-    loss = partial(loss_of, tokens=tokens_of(options, base.config.vocab_size))
+    loss = partial(loss_of, tokens=Tokens.random(base.config.vocab_size, options))
     adapt = partial(contender, base=base, rank=rank, dropout=dropout)
     turns = {"rounds": options.rounds, "repeats": options.steps, "clock": options.clock}
     training = take_turns({name: train_step(adapt(name), loss) for name in TRAINED}, **turns)
@@ -115,30 +115,24 @@ class Tokens:
     targets: Tensor
 
     @classmethod
-    def random(cls, vocabulary: int, *, batch: int, length: int, labels: int) -> Tokens:
+    def random(cls, vocabulary: int, options: argparse.Namespace) -> Tokens:
         """Draws a batch of which the last `labels` tokens of each row are predicted."""
-        ids = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-        positions = torch.arange(length - labels - 1, length - 1, device=DEVICE)
+        shape, generator = (options.batch, options.tokens), torch.Generator().manual_seed(0)
+        ids = torch.randint(vocabulary, shape, generator=generator).to(DEVICE)
+        positions = torch.arange(options.tokens - options.labels - 1, options.tokens - 1, device=DEVICE)
         return cls(ids, positions, ids[:, positions + 1].reshape(-1))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of model, settings and batch, for `dora_memory.py` too."""
-    parser.add_argument(
-        "--model", default=None, help="folder of a causal language model; default: shapes of SmolLM2-135M"
-    )
+    parser.add_argument("--model", help="folder of a causal language model; default: shapes of SmolLM2-135M")
     parser.add_argument("--rank", type=int, nargs="+", default=[16, 128])
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.05])
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--batch", type=int, default=8, help="rows")
     parser.add_argument("--tokens", type=int, default=96, help="tokens per row")
     parser.add_argument("--labels", type=int, default=6, help="labelled tokens per row")
-    parser.add_argument("--json", default=None, help="file for the figures")
-
-
-def tokens_of(options: argparse.Namespace, vocabulary: int) -> Tokens:
-    """Returns the batch."""
-    return Tokens.random(vocabulary, batch=options.batch, length=options.tokens, labels=options.labels)
+    parser.add_argument("--json", type=Path, help="file for the figures")
 
 
 def base_model(options: argparse.Namespace) -> Any:

@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="how often each contender takes a turn")
     parser.add_argument("--smolvlm", metavar="TOKENIZER", help="train SmolVLM-256M's shape, random weights")
     parser.add_argument("--name", default="peers", help="of the figures in the file")
-    parser.add_argument("--json", help="file for the figures")
+    parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--contender", help=argparse.SUPPRESS)  # one of them, in a process of its own
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args, config = parser.parse_known_args()
@@ -119,9 +119,8 @@ def main() -> None:
     memory = {name: max(each[name]["gib"] for each in rounds) for name in rate}
     heads = ("contender", "samples/s (median)", *(f"x {peer}" for peer in PEERS), "peak GiB")
     print(table(heads, [(n, median(rate[n]), *(ratios[peer][n] for peer in PEERS), memory[n]) for n in rate]))
-    if args.json is not None:
-        figures = {"settings": config, "steps": args.steps, "batch": args.batch, "trl": TRL}
-        write_json(args.json, {**figures, "times_as_fast_as": ratios, "gib": memory, "rounds": rounds}, name=args.name)
+    figures = {"settings": config, "steps": args.steps, "batch": args.batch, "trl": TRL}
+    write_json(args.json, {**figures, "times_as_fast_as": ratios, "gib": memory, "rounds": rounds}, name=args.name)
 
 
 def turn(name: str, options: Options, folder: Path) -> dict[str, float]:

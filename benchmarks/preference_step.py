@@ -91,9 +91,8 @@ def main() -> None:
         lines = [[name, *(figures[-1][key][name] for key in FIGURES)] for name in steps]
         print(f"\n{PICTURES} pictures, {pairs} pairs, prompt of {figures[-1]['prompt_tokens']} tokens")
         print(table(("contender", "ms (median)", "x TRL", "MiB"), lines), flush=True)
-    if options.json is not None:
-        settings = {"layers": options.layers, "pictures": PICTURES, "rounds": options.rounds}
-        write_json(options.json, {**settings, "settings": figures})
+    settings = {"layers": options.layers, "pictures": PICTURES, "rounds": options.rounds}
+    write_json(options.json, {**settings, "settings": figures})
 
 
 def adapted(options: argparse.Namespace) -> DecoderBackbone:

@@ -40,12 +40,14 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([head, "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines])
 
 
-def write_json(path: str | Path, content: Mapping[str, Any], *, name: str | None = None) -> None:
-    """Writes figures and machine into a file of JSON lines, in place of this script's earlier line."""
+def write_json(path: Path | None, content: Mapping[str, Any], *, name: str | None = None) -> None:
+    """Writes figures and machine into a file of JSON lines, in place of this script's earlier line; None is no file."""
+    if path is None:
+        return
     name = name or Path(sys.argv[0]).stem
-    others = [line for line in read_log(Path(path)) if line["name"] != name]
+    others = [line for line in read_log(path) if line["name"] != name]
     lines = sorted([*others, {"name": name, "machine": machine(), **content}], key=lambda line: str(line["name"]))
-    write_json_lines(Path(path), lines)
+    write_json_lines(path, lines)
 
 
 def _processor() -> str:

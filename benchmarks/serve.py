@@ -68,9 +68,8 @@ def main() -> None:
         folders = write_adapters(base, Path(folder), options)
         served = open_served(options.model, folders, base_name="base", template=options.template)
         steps, load = decode_figures(served, folders["a"], options), load_figures(served, options)
-    if options.json is not None:
-        shown = {name: value for name, value in vars(options).items() if name not in ("json", "model")}
-        write_json(options.json, {"options": shown, "decode_step": steps, "load": load})
+    shown = {name: value for name, value in vars(options).items() if name not in ("json", "model")}
+    write_json(options.json, {"options": shown, "decode_step": steps, "load": load})
 
 
 @torch.no_grad()
@@ -78,7 +77,7 @@ def write_adapters(base: ServedModel, to: Path, options: argparse.Namespace) -> 
     """Writes folders of four adapters that differ only in their numbers."""
     folders = {}
     for seed, name in enumerate(NAMES):
-        model = structure_of(base.backbone.model)
+        model = copy.deepcopy(base.backbone.model, shared_tensors(base.backbone.model))
         targets = language_targets(model)
         apply_dora(model, DoRAConfig(targets=targets, rank=options.rank, alpha=2.0 * options.rank, dropout=0.0))
         draw = torch.Generator().manual_seed(seed)
@@ -92,18 +91,13 @@ def write_adapters(base: ServedModel, to: Path, options: argparse.Namespace) -> 
     return folders
 
 
-def structure_of(model: Any) -> Any:
-    """Builds a second model over the same weights."""
-    return copy.deepcopy(model, shared_tensors(model))
-
-
 # -- a decode step -------------------------------------------------------------------------------------------
 
 
 def decode_figures(served: ServedModel, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Times decode steps; returns milliseconds and ratios by the number of rows."""
     frozen = open_served(options.model, {}, base_name="base", template=options.template).backbone.model
-    adapted = structure_of(frozen)
+    adapted = copy.deepcopy(frozen, shared_tensors(frozen))  # a second model over the same weights
     load_adapter(adapted, folder)
     figures, mixed = {}, "four and the base"
     for count in options.rows:

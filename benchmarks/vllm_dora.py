@@ -104,8 +104,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for case in CASES.values():
             figures |= case(Path(folder), options)
-    if options.json is not None:
-        write_json(options.json, figures)
+    write_json(options.json, figures)
     if not all(map(agrees, figures.values())):
         sys.exit(1)
 

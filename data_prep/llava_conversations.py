@@ -30,7 +30,10 @@ def conversation_of(example: Example, benchmark: Benchmark) -> dict[str, JSON]:
         raise BadSample(example.id, "it is about a video; LLaVA's training JSON holds pictures")
     turns = [{"from": SPEAKERS[turn.role], "value": turn.text} for turn in prompt_turns(example, benchmark.prompt)]
     if benchmark.chooses and not example.turns:  # a whole conversation is asked and answered as it is
-        reply = right_letter(example)
+        correct, alphabet = right_choice(example), letters(example)
+        if len(example.choices) > len(alphabet):
+            raise BadSample(example.id, f"it has {len(example.choices)} choices; there are letters for {len(alphabet)}")
+        reply = alphabet[correct]
     else:  # the last turn of a conversation, or the first answer to a question
         texts = [turn.text for turn in example.turns[-1:] if turn.role == "assistant"]
         reply = next(iter(texts if example.turns else [answer.text for answer in example.answers]), "")
@@ -41,14 +44,6 @@ def conversation_of(example: Example, benchmark: Benchmark) -> dict[str, JSON]:
     if pictures := list(example.images):
         record["image"] = pictures if len(pictures) > 1 else pictures[0]
     return record
-
-
-def right_letter(example: Example) -> str:
-    """Returns the letter that the prompt puts before the right choice."""
-    correct, alphabet = right_choice(example), letters(example)
-    if len(example.choices) > len(alphabet):
-        raise BadSample(example.id, f"it has {len(example.choices)} choices; there are letters for {len(alphabet)}")
-    return alphabet[correct]
 
 
 @exit_on_user_error
