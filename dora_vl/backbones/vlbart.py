@@ -279,6 +279,11 @@ class OriginalState:
     visual_norm: VisualNorm
     source: str
 
+    @property
+    def feature_width(self) -> int:
+        """Returns the numbers of a picture token."""
+        return self.tensors[f"{EMBEDDING}.feat_embedding.0.weight"].shape[1]
+
 
 def as_original(tensors: Mapping[str, Tensor], *, source: str) -> OriginalState:
     """Takes the base's weights from a file's dictionary; adapters in it are left to `dora-vl convert`."""
@@ -305,9 +310,8 @@ def load_original(model: VlBartForConditionalGeneration, state: OriginalState) -
     try:
         model.load_state_dict({**aliases, **state.tensors}, strict=True)
     except RuntimeError as error:  # it names what is missing, unexpected or has another shape
-        width = state.tensors[f"{EMBEDDING}.feat_embedding.0.weight"].shape[1]
         raise UserError(
-            f"{one_line(f'{state.source} does not fit: {error}', 400)}; is feature_width {width}, "
+            f"{one_line(f'{state.source} does not fit: {error}', 400)}; is feature_width {state.feature_width}, "
             f"visual_norm {state.visual_norm}?"
         ) from error
 
