@@ -32,7 +32,11 @@ def contender(name: str, base: Any, *, rank: int, dropout: float) -> Any:
         targets = tuple(f"*{projection}" for projection in PROJECTIONS)
         apply_dora(model, DoRAConfig(rank=rank, alpha=2.0 * rank, dropout=dropout, targets=targets))
     else:
-        model = _with_peft(model, rank, dropout, dora=name != "peft_lora")
+        from peft import LoraConfig, get_peft_model  # it takes seconds, and says things where there is no GPU
+
+        places = {"target_modules": list(PROJECTIONS), "use_dora": name != "peft_lora"}
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, **places)
+        model = get_peft_model(model, config, autocast_adapter_dtype=False).get_base_model()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -45,15 +49,6 @@ def contender(name: str, base: Any, *, rank: int, dropout: float) -> Any:
 
         accelerate_peft(model)
     return model
-
-
-def _with_peft(model: Any, rank: int, dropout: float, *, dora: bool) -> Any:
-    from peft import LoraConfig, get_peft_model  # it takes seconds, and says things where there is no GPU
-
-    config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=list(PROJECTIONS), use_dora=dora
-    )
-    return get_peft_model(model, config, autocast_adapter_dtype=False).get_base_model()
 
 
 def optimizer_of(model: Any) -> torch.optim.Optimizer | None:

@@ -236,7 +236,6 @@ class Encoder:
         question = PROBE[0] if self.sees_pictures else replace(PROBE[0], text=PROBE[0].text.removeprefix("<image>\n"))
         if isinstance(self.prompts, Instruction):  # its labels may hold the question too
             question = conversation.turns[0]
-
         question = replace(question, more=conversation.turns[0].more)
 
         def labelled_text(turn: Turn) -> TrainedAnswer:

@@ -252,8 +252,8 @@ class MediaDataset(Dataset["Pixels | BadSample"]):
         try:
             if medium.clip is None:
                 return Pixels(medium, prepare(open_image(self.root, medium.path))[None], {"backend": "pillow"})
-            if self.reader is None or self.sampling is None:
-                raise ValueError("clips need a reader and a sampling")
+            assert self.reader is not None
+            assert self.sampling is not None
             frames = self.reader.read_prepared(self.root, medium.clip, self.sampling, prepare)
         except BadSample as error:
             return error

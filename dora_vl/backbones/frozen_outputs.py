@@ -162,7 +162,6 @@ class FrozenParts:
 
 
 def _chunk(leaf: Any, axis: int, number: int, count: int) -> Any:
-    """Returns one of several equal shares."""
     if not isinstance(leaf, Tensor | ShapeOnly) or not leaf.shape or leaf.shape[axis] % count:
         return leaf
     if isinstance(leaf, Tensor):
@@ -171,7 +170,6 @@ def _chunk(leaf: Any, axis: int, number: int, count: int) -> Any:
 
 
 def _nearly_equal(outputs: Outputs, other: Outputs) -> bool:
-    """Tells whether outputs are equal up to rounding."""
     (leaves, spec), (others, other_spec) = pytree.tree_flatten(outputs), pytree.tree_flatten(other)
     return spec == other_spec and all(
         a.shape == b.shape and float((a.double() - b.double()).norm()) <= TOLERANCE * float(a.double().norm())
@@ -337,7 +335,6 @@ def _decoder_inputs(model: Any, inputs: Mapping[str, Any], hooks: Sequence[Any] 
 
 
 def _recorded(model: Any, names: Sequence[str] | Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Records each part's flattened outputs and their tree structure."""
     recorded: dict[str, list[Any]] = {name: [] for name in names}
 
     def record(name: str, _: nn.Module, __: Any, output: Any) -> None:
@@ -557,8 +554,6 @@ def _described(outputs: Outputs) -> tuple[Any, list[Tensor]]:
 
 
 def _rebuilt_outputs(described: Mapping[str, Any], tensors: Sequence[Tensor]) -> Outputs:
-    """Rebuilds outputs from their JSON values and tensors."""
-
     def leaf_of(leaf: Mapping[str, Any]) -> Any:
         if "tensor" in leaf:
             return tensors[leaf["tensor"]]

@@ -9,10 +9,9 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -247,30 +246,23 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class QuantisedLoading:
-    """Arguments for `from_pretrained`, and the layers that must come out quantised; empty by default."""
-
-    layers: tuple[str, ...] = ()
-    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-
-    def finish(self, model: nn.Module) -> None:
-        """Checks that the right layers are quantised."""
-        settle_quantised(model)
-        quantised = {name for name, _, _ in quantised_in(model)}
-        if other := sorted(quantised ^ set(self.layers)):
-            raise UserError(
-                f"model.quantisation: {len(quantised)} layers are quantised instead of {len(self.layers)}, first "
-                f"{other[:2]}; this model cannot be quantised here, set model.quantisation: null"
-            )
+def check_quantised(model: nn.Module, layers: Sequence[str]) -> None:
+    """Checks that these layers are quantised, and no others."""
+    settle_quantised(model)
+    quantised = {name for name, _, _ in quantised_in(model)}
+    if other := sorted(quantised ^ set(layers)):
+        raise UserError(
+            f"model.quantisation: {len(quantised)} layers are quantised instead of {len(layers)}, first "
+            f"{other[:2]}; this model cannot be quantised here, set model.quantisation: null"
+        )
 
 
 def quantised_loading(
     folder_or_id: str, quantisation: Quantisation | None, *, dtype: torch.dtype, revision: str | None
-) -> QuantisedLoading:
-    """Plans how a base is loaded for `model.quantisation`; nothing but its config is read."""
+) -> tuple[Sequence[str], dict[str, Any]]:
+    """Returns the layers that `model.quantisation` means, and arguments for `from_pretrained`; no weight is read."""
     if quantisation is None:
-        return QuantisedLoading()
+        return (), {}
     config: Any = PreTrainedConfig.get_config_dict(folder_or_id, revision=revision or "main")[0]
     linears = quantised_layers(config, quantisation, folder_or_id)
     layers = linears.quantised
@@ -294,7 +286,7 @@ def quantised_loading(
             bnb_4bit_use_double_quant=True,
             llm_int8_skip_modules=skipped,
         )
-    return QuantisedLoading(layers, {"quantization_config": bits})
+    return layers, {"quantization_config": bits}
 
 
 SETTINGS_FILE = "made_from.json"

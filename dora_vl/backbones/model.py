@@ -38,7 +38,7 @@ from dora_vl.backbones.families import (
 )
 from dora_vl.backbones.frozen_outputs import FrozenParts, Outputs, model_inputs
 from dora_vl.backbones.generation import ScoreWatch
-from dora_vl.backbones.loading import load_pretrained, quantised_loading
+from dora_vl.backbones.loading import check_quantised, load_pretrained, quantised_loading
 from dora_vl.backbones.packed_attention import MASKED, Forest, PackedAttention
 from dora_vl.core import DoRAConfig
 from dora_vl.core.config import Quantisation
@@ -224,7 +224,6 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
         return watch.mark_broken(tokens[:, input_ids.shape[1] :])
 
     def _replaying(self, stored: Sequence[Outputs]) -> contextlib.AbstractContextManager[None]:
-        """Returns a context in which frozen parts return their stored outputs, where there are some."""
         if self.frozen_parts is None or not stored:
             return contextlib.nullcontext()
         return self.frozen_parts.replaying(self.model, stored)
@@ -338,16 +337,16 @@ def open_backbone(
     if is_deepspeed_zero3_enabled():
         refuse_turned_experts(base, revision=revision)
     with opening(f"model.base {base!r} cannot be opened"):
-        quantised = quantised_loading(base, quantisation, dtype=dtype, revision=revision)
+        layers, options = quantised_loading(base, quantisation, dtype=dtype, revision=revision)
         model = load_pretrained(
             _auto_class(base, revision),
             base,
             dtype=dtype,
             attn_implementation=attn_implementation,
             revision=revision or "main",
-            **quantised.options,
+            **options,
         )
-    quantised.finish(model)
+    check_quantised(model, layers)
     return DecoderBackbone(model, generation=generation)
 
 

@@ -158,7 +158,6 @@ def _vision(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def _projector(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Returns the modules between vision and language."""
     if decoder_of(model) is model:
         return {}
     outer = tuple(pattern.removesuffix("*") for pattern in projector_patterns(model))
@@ -166,7 +165,6 @@ def _projector(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def _experts(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Returns modules whose experts are one tensor."""
     return {name: module for name, module in model.named_modules() if expert_projections(module)}
 
 

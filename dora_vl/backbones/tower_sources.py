@@ -294,7 +294,6 @@ def has_new_projector(folder: Path) -> bool:
 
 
 def _projector_digest(folder: Path) -> str:
-    """Hashes the numbers of a LLaVA's projector."""
     numbers: dict[str, bytes] = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:

@@ -184,7 +184,6 @@ class VlBartEncoder(BartEncoder):
         return self.visual_embedding(features.flatten(1, 2), boxes.flatten(1, 2), image_ids, order_ids)
 
     def _boxes(self, tokens: int) -> Tensor:
-        """Returns the boxes of a picture's pooled tokens."""
         side = self.settings.pooled_side
         if self.settings.boxes == "zeros":
             return torch.zeros(tokens if side is None else side**2, 4)

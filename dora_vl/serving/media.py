@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 from PIL import Image
@@ -58,7 +59,8 @@ class RequestMedia:
         """Yields one request's reading, whose turn ends with the block; `go_on` may raise what ends it earlier."""
         with contextlib.ExitStack() as turn:
             budget = Budget(self.settings.media_seconds, DECODER_MEMORY, int(self.settings.max_mpx * 1_000_000), go_on)
-            yield Reading(self.settings, budget, lambda: turn.enter_context(self._turn(budget)), self._same_length)
+            process = cache(lambda: turn.enter_context(self._turn(budget)))  # waits where something is to be decoded
+            yield Reading(self.settings, budget, process, self._same_length)
 
     @contextlib.contextmanager
     def _turn(self, budget: Budget) -> Iterator[LimitedProcess]:
@@ -96,13 +98,12 @@ class RequestMedia:
 
 
 class Reading:
-    """One request's pictures and videos, which share its budget; `turn` waits for the process that reads them."""
+    """One request's pictures and videos, which share its budget; `process` waits for the one that reads them."""
 
     def __init__(
-        self, settings: ServerSettings, budget: Budget, turn: Callable[[], LimitedProcess], same_length: bool
+        self, settings: ServerSettings, budget: Budget, process: Callable[[], LimitedProcess], same_length: bool
     ) -> None:
-        self.settings, self._budget, self._turn, self._same_length = settings, budget, turn, same_length
-        self._process: LimitedProcess | None = None
+        self.settings, self._budget, self._process, self._same_length = settings, budget, process, same_length
 
     def read(self, messages: Sequence[Message]) -> tuple[list[Turn], PromptMedia]:
         """Returns a request's messages as turns, and what they show."""
@@ -141,7 +142,7 @@ class Reading:
     def picture(self, content: bytes, where: str) -> Image.Image:
         """Returns a picture's file as RGB, upright."""
         with _naming_location(where):
-            return decode_picture(self._its_process(), content, self._budget)
+            return decode_picture(self._process(), content, self._budget)
 
     def video(self, content: bytes, where: str) -> Video:
         """Returns the frames of a video's file that a model sees."""
@@ -149,20 +150,21 @@ class Reading:
         with tempfile.TemporaryDirectory(prefix="dora-vl-") as folder, _naming_location(where):
             path = Path(folder) / "video"
             path.write_bytes(content)
-            video = read_frames(
-                self._its_process(), path, Clip(path="video"), sampling, lambda frame: frame, self._budget
-            )
+            video = read_frames(self._process(), path, Clip(path="video"), sampling, lambda frame: frame, self._budget)
         return repeated(video, self.settings.frames) if self._same_length else video
-
-    def _its_process(self) -> LimitedProcess:
-        if self._process is None:
-            self._process = self._turn()
-        return self._process
 
     def _content(self, url: str, where: str) -> bytes:
         if url[:5].lower() != "data:":
             raise BadRequest(where, f"{short_repr(url)}: addresses are not fetched; send what is there as a data: URL")
-        return _from_data_url(url, where, self.settings.media_bytes)
+        header, comma, content = url.partition(",")
+        if not comma or not header.lower().endswith(";base64"):
+            raise BadRequest(where, f"the data: URL {short_repr(url)} is not base64")
+        if len(content) > self.settings.media_bytes * 4 // 3 + 4:
+            raise TooLarge(f"{where}: more than the {self.settings.media_bytes:,} bytes allowed")
+        try:
+            return base64.b64decode(content, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise BadRequest(where, f"the data: URL {short_repr(url)} cannot be read: {error}") from None
 
 
 @contextlib.contextmanager
@@ -182,15 +184,3 @@ def check_text(text: str, where: str, *, shows_videos: bool) -> str:
         if placeholder in text:
             raise BadRequest(where, f"the text holds {placeholder}; pictures and videos are parts of their own")
     return text
-
-
-def _from_data_url(url: str, where: str, max_bytes: int) -> bytes:
-    header, comma, content = url.partition(",")
-    if not comma or not header.lower().endswith(";base64"):
-        raise BadRequest(where, f"the data: URL {short_repr(url)} is not base64")
-    if len(content) > max_bytes * 4 // 3 + 4:
-        raise TooLarge(f"{where}: more than the {max_bytes:,} bytes allowed")
-    try:
-        return base64.b64decode(content, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise BadRequest(where, f"the data: URL {short_repr(url)} cannot be read: {error}") from None

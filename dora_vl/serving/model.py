@@ -126,7 +126,6 @@ class ServedModel:
 
 
 def _inside(model: nn.Module, part: nn.Module) -> frozenset[str]:
-    """Lists the full names of a part's modules."""
     inside = set(part.modules())
     return frozenset(name for name, module in model.named_modules() if module in inside)
 

@@ -224,11 +224,9 @@ class TrainTab:
                    self.data_state: left_out_view(output),
                    self.state: state_view("", "Making the first batch …")}  # fmt: skip
             show_batch = ["show", "batch", str(to / RUN_FILE)]
-            yield {
-                self.batch: printed_view(printed(show_batch)),
-                self.commands: f"{command(arguments)}\n{command(show_batch)}",
-            }
-            yield from self._count(to, f"{command(arguments)}\n{command(show_batch)}")
+            commands = f"{command(arguments)}\n{command(show_batch)}"
+            yield {self.batch: printed_view(printed(show_batch)), self.commands: commands}
+            yield from self._count(to, commands)
         except UserError as error:
             yield {self.data_state: state_view("failed", str(error))}
         yield {self.look: gr.update(interactive=True)}
@@ -279,13 +277,11 @@ class TrainTab:
         folder = self.folder_of(run)
         text = _read(folder / RUN_FILE)
         followed = self.follow(run, "")
+        for slider, value in zip((self.rank, self.epochs), _rank_and_epochs(text), strict=True):
+            followed[slider] = {**followed[slider], "value": value}
         return {
             **followed,
             self.run: gr.update(choices=[str(path) for path in self.runs.folders()], value=run),
-            **{
-                slider: {**followed[slider], "value": value}
-                for slider, value in zip((self.rank, self.epochs), _rank_and_epochs(text), strict=True)
-            },
             self.rows: rows_view(folder),
             self.yaml: text,
             self.commands: command(self.runs.train_arguments(folder)),
@@ -378,9 +374,8 @@ def left_out_view(output: str) -> str:
     match = re.search(r"([\d,]+) rows, ([\d,]+) usable", output)
     if match is None or match[1] == match[2]:
         return ""
-    return state_view(
-        "failed", f"Only {match[2]} of {match[1]} rows can be used; what init says of the data names why."
-    )
+    message = f"Only {match[2]} of {match[1]} rows can be used; what init says of the data names why."
+    return state_view("failed", message)
 
 
 def _read(path: Path) -> str:

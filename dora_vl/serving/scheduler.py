@@ -203,7 +203,6 @@ class Scheduler:
             return self._take(room) if self._waiting and not self.closed else []
 
     def _drop_unwanted(self) -> None:
-        """Drops requests that nobody waits for."""
         for request in self._waiting:
             if request.is_expired:
                 request.fail()
@@ -226,7 +225,6 @@ class Scheduler:
         return batch
 
     def _fit(self, requests: Sequence[PreparedRequest]) -> bool:
-        """Tells whether these requests can form one batch."""
         if len(requests) == 1:
             return True
         if len(requests) * max(request.tokens for request in requests) > self._settings.batch_tokens:

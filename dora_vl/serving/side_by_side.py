@@ -143,10 +143,6 @@ class SideBySide:
         self._running: dict[str, _Running] = {}
         self._lock = threading.Lock()
 
-    def close(self) -> None:
-        """Ends the decoders; the engine is not closed."""
-        self.media.close()
-
     def look(self, files: Sequence[Path]) -> PromptMedia:
         """Returns the pictures and videos in some files, as a model will see them."""
         # By their names; what a file really is shows when it is read.
@@ -275,7 +271,7 @@ class OpenModels:
         """Ends the engine and the decoders, and lets go of the weights."""
         side, self._side = self._side, None
         if side is not None:
-            side.close()
+            side.media.close()
             side.engine.close()
         del side
         gc.collect()

@@ -66,7 +66,11 @@ def register() -> None:
             version,
             ", ".join(TESTED),
         )
-    install()
+    accept_configs(import_module(HELPER).PEFTHelper)
+    keep_magnitudes(import_module("vllm.lora.lora_model"))
+    pack_magnitudes(import_module("vllm.lora.lora_weights").PackedLoRALayerWeights)
+    give_gains_to_slots(import_module("vllm.lora.model_manager").LoRAModelManager)
+    wrap_layers(import_module("vllm.lora.utils"), import_module("vllm.lora.layers"))
     if fix_base_rows():
         log.info(
             "dora_vl: %s.%s of vLLM %s gives rows of the base the last slot's adapter; mended", KERNELS, SHRINK, version
@@ -126,15 +130,6 @@ def fix_base_rows() -> bool:
 
 HELPER = "vllm.lora.peft_helper"
 WHOLE_MODULES = f"It holds whole trained modules beside A and B: {EXPORT}."
-
-
-def install() -> None:
-    """Puts the plugin's functions in place of vLLM's; once per process."""
-    accept_configs(import_module(HELPER).PEFTHelper)
-    keep_magnitudes(import_module("vllm.lora.lora_model"))
-    pack_magnitudes(import_module("vllm.lora.lora_weights").PackedLoRALayerWeights)
-    give_gains_to_slots(import_module("vllm.lora.model_manager").LoRAModelManager)
-    wrap_layers(import_module("vllm.lora.utils"), import_module("vllm.lora.layers"))
 
 
 def accept_configs(helper: Any) -> None:
