@@ -148,9 +148,6 @@ def run_contender(name: str, options: Options, folder: Path) -> dict[str, float]
     return {"samples_per_second": rate, "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
-# What is trained.
-
-
 def write_samples(folder: Path, count: int) -> None:
     """Writes questions about coloured shapes, one to five per picture, long and short, in LLaVA's format."""
     rng = random.Random(11)

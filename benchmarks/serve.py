@@ -91,9 +91,6 @@ def write_adapters(base: ServedModel, to: Path, options: argparse.Namespace) -> 
     return folders
 
 
-# -- a decode step -------------------------------------------------------------------------------------------
-
-
 def decode_figures(served: ServedModel, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Times decode steps; returns milliseconds and ratios by the number of rows."""
     frozen = open_served(options.model, {}, base_name="base", template=options.template).backbone.model
@@ -139,9 +136,6 @@ def decode_step(model: Any, served: ServedModel, rows: int, names: Sequence[str]
         cache.crop(-1)
 
     return step
-
-
-# -- a server under load -------------------------------------------------------------------------------------
 
 
 def load_figures(served: ServedModel, options: argparse.Namespace) -> dict[str, Any]:

@@ -159,9 +159,6 @@ CASES: Mapping[str, Callable[[Path, argparse.Namespace], dict[str, Any]]] = {
 }
 
 
-# -- tiny models and adapters, and PEFT's answers ----------------------------------------------------------------
-
-
 def llama_config(vocab_size: int) -> LlamaConfig:
     """Returns two layers of head size 32, vLLM's smallest, whose greedy tokens do not repeat themselves."""
     return LlamaConfig(
@@ -289,9 +286,6 @@ def greedy(model: Any, inputs: Mapping[str, Any], tokens: int) -> dict[str, Any]
     chosen = made.sequences[0, -tokens:]
     scores = torch.cat(made.logits).float().log_softmax(-1)
     return {"tokens": chosen.tolist(), "logprobs": scores.gather(1, chosen[:, None])[:, 0].tolist()}
-
-
-# -- vLLM's answers ----------------------------------------------------------------------------------------------
 
 
 def by_vllm(

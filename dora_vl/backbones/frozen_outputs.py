@@ -87,17 +87,17 @@ class FrozenParts:
     @torch.no_grad()
     def outputs_of(self, model: Any, inputs: Mapping[str, Any]) -> Outputs:
         """Computes what is stored for one sample's inputs."""
-        outputs: dict[str, list[list[Any]]] = {}
-        for name, recorded in _recorded(model, self.calls, inputs).items():
-            read = [self._call(name, number).read for number in range(len(recorded))]
-            outputs[name] = [
-                [
-                    ShapeOnly(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) and index not in used else leaf
-                    for index, leaf in enumerate(leaves)
-                ]
-                for used, (leaves, _) in zip(read, recorded, strict=True)
+
+        def kept(leaf: Any, is_read: bool) -> Any:
+            return ShapeOnly(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) and not is_read else leaf
+
+        return {
+            name: [
+                [kept(leaf, index in self._call(name, number).read) for index, leaf in enumerate(leaves)]
+                for number, (leaves, _) in enumerate(recorded)
             ]
-        return outputs
+            for name, recorded in _recorded(model, self.calls, inputs).items()
+        }
 
     def outputs_of_each(self, model: Any, samples: Sequence[Sample], pad_token_id: int) -> list[Outputs]:
         """Computes what is stored for each sample, `SAMPLES_PER_PASS` at a time; pictures have equal shapes."""

@@ -250,21 +250,16 @@ def measure(network: nn.Module, config: GridTowerConfig) -> None:
         raise UserError(
             f"{config.architecture}: layer {config.layer} of a {config.image_size} px picture failed: {error}"
         ) from error
-    if raw.dim() == 3:
-        config.layout = "NLC"
-    elif raw.dim() == 4 and raw.shape[2] == raw.shape[3]:  # a square picture's grid has two equal sides
-        config.layout = "NCHW"
-    elif raw.dim() == 4 and raw.shape[1] == raw.shape[2]:
-        config.layout = "NHWC"
+    shape = tuple(raw.shape)
+    if len(shape) == 3:
+        config.layout, config.grid_side, config.hidden_size = "NLC", math.isqrt(shape[1]), shape[2]
+        config.prefix_tokens = shape[1] - config.grid_side**2
+    elif len(shape) == 4 and shape[2] == shape[3]:  # a square picture's grid has two equal sides
+        config.layout, config.grid_side, config.hidden_size = "NCHW", shape[2], shape[1]
+    elif len(shape) == 4 and shape[1] == shape[2]:
+        config.layout, config.grid_side, config.hidden_size = "NHWC", shape[2], shape[3]
     else:
-        shape = tuple(raw.shape)
         raise UserError(f"{config.architecture} gives {shape}; a square grid or a sequence is needed")
-    if config.layout == "NLC":
-        config.grid_side = math.isqrt(raw.shape[1])
-        config.prefix_tokens = raw.shape[1] - config.grid_side**2
-        config.hidden_size = raw.shape[2]
-    else:
-        config.grid_side, config.hidden_size = raw.shape[2], raw.shape[1 if config.layout == "NCHW" else 3]
 
 
 def compose_llava(spec: ComposeSpec, folder: Path | str) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.bart.modeling_bart import BartForConditionalGeneration
+from transformers.models.bart.modeling_bart import BartForConditionalGeneration, shift_tokens_right
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dora_vl.adapters.files import read_tensors
@@ -147,10 +147,8 @@ class VlBartBackbone(Backbone[VlBartForConditionalGeneration]):
 
     def shifted(self, labels: Int[Tensor, "batch answer"]) -> Int[Tensor, "batch answer"]:
         """Shifts labels to the decoder's input: its start token, then all but the last."""
-        ids = torch.full_like(labels, int(self.config.pad_token_id or 0))
-        ids[:, 0] = int(self.config.decoder_start_token_id or 0)
-        ids[:, 1:] = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED_LABEL, int(self.config.pad_token_id or 0))
-        return ids
+        pad, start = int(self.config.pad_token_id or 0), int(self.config.decoder_start_token_id or 0)
+        return shift_tokens_right(labels, pad, start)
 
     @torch.no_grad()
     def generate(

@@ -134,8 +134,8 @@ class Reading:
 
     def refuse_many(self, pictures: int, videos: int, who: str) -> None:
         """Refuses more pictures or videos than may be shown."""
-        most_of = {"pictures": self.settings.max_pictures, "videos": self.settings.max_videos}
-        for (what, most), count in zip(most_of.items(), (pictures, videos), strict=True):
+        limits = (pictures, "pictures", self.settings.max_pictures), (videos, "videos", self.settings.max_videos)
+        for count, what, most in limits:
             if count > most:
                 raise TooLarge(f"{who} {count} {what}, and {most} are allowed here")
 

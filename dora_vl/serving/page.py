@@ -201,8 +201,6 @@ class Page:
         self.blocks.load(self.open_page, [self.key], begun, js=KEY, **quick)
         self.blocks.unload(self.close_page)
 
-    # -- what a user does --------------------------------------------------------------------------------------
-
     def open_page(self, key: str, request: gr.Request) -> Update:
         """Opens or reloads the page: returns the session's conversation, and a box for questions."""
         person = str(request.session_hash)
@@ -278,8 +276,6 @@ class Page:
         """Stops the answers for a page that was closed."""
         self.models.stop(str(request.session_hash))
         self._key_of.pop(str(request.session_hash), None)
-
-    # -- inside ------------------------------------------------------------------------------------------------
 
     def _model_choices(self) -> Update:
         """Returns the Ask tab's parts for the models that answer now: the first adapter beside the base."""

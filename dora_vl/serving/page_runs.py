@@ -91,13 +91,11 @@ class Runs:
 
     def new_folder(self, name: str) -> Path:
         """Returns the folder of a next run: of this name, or with a number after it if that has been trained."""
-        name = re.sub(r"[^\w.\-]+", "_", name).strip("._-") or "my"
-        return free_folder(
-            RUNS / name,
-            lambda path: (
-                path.exists() and bool(results_in(path) or locking_process(path) or not (path / RUN_FILE).is_file())
-            ),
-        )
+
+        def is_taken(path: Path) -> bool:
+            return path.exists() and bool(results_in(path) or locking_process(path) or not (path / RUN_FILE).is_file())
+
+        return free_folder(RUNS / (re.sub(r"[^\w.\-]+", "_", name).strip("._-") or "my"), is_taken)
 
     def train_arguments(self, folder: Path) -> list[str]:
         """Returns the command that starts a run, or resumes it from its last checkpoint."""

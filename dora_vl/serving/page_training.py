@@ -160,8 +160,6 @@ class TrainTab:
             shown |= {self.data_state: state_view("", NO_BASE)}
         return {**shown, self.base: gr.update(choices=choices, value=shown.get(self.base, ""))}
 
-    # -- what a user does --------------------------------------------------------------------------------------
-
     def take_files(self, paths: list[str], folder: str, request: gr.Request) -> Update:
         """Moves dropped files into a folder of their own, or to those that the same tab dropped before."""
         files, key = [Path(path) for path in paths], self._key_of.get(str(request.session_hash), "")
@@ -315,8 +313,6 @@ class TrainTab:
         except DAMAGED as error:
             return {**update, self.state: state_view("failed", f"{folder} has files that cannot be read: {error!r}")}
         return {**update, **views}
-
-    # -- inside ------------------------------------------------------------------------------------------------
 
     def _write(self, folder: Path, rank: int, epochs: int) -> bool:
         """Writes rank and epochs into the YAML of a run that has not trained, and returns False for any other run.

@@ -101,16 +101,11 @@ class Conversation:
 
     def ended(self) -> Conversation:
         """Returns the conversation with every unfinished answer ended."""
-        ended = [
-            replace(
-                exchange,
-                answers=tuple(
-                    answer if answer.is_finished else answer.with_event(HALT, answer.seconds)
-                    for answer in exchange.answers
-                ),
-            )
-            for exchange in self.exchanges
-        ]
+
+        def over(answer: ColumnAnswer) -> ColumnAnswer:
+            return answer if answer.is_finished else answer.with_event(HALT, answer.seconds)
+
+        ended = (replace(exchange, answers=tuple(map(over, exchange.answers))) for exchange in self.exchanges)
         return replace(self, exchanges=tuple(ended))
 
     def turns(self, column: int, question: str) -> list[Turn]:
