@@ -71,15 +71,7 @@ def open_encoder(
     revision: str | None = None,
     thinking: bool | None = None,
 ) -> Encoder:
-    """Opens the encoder of a folder or hub id; no weights are read.
-
-    Args:
-        template: prompt format; None takes the usual one.
-        train_on: what is labelled under a published prompt of instructions.
-        aspect: how a LLaVA-1.5's pictures become squares.
-        max_tokens: tokens of a sample at most; the model's positions may allow fewer.
-        thinking: asks a chat template for thoughts, or for none; None keeps the template's default.
-    """
+    """Opens the encoder of a folder or hub id; no weights are read, and the options mean what a run's settings do."""
     processor = load_processor(base, aspect=aspect, revision=revision)
     pictures = sees_pictures(base, revision)
     prompts = prompts_of(processor, base, template, pictures=pictures, train_on=train_on, thinking=thinking)

@@ -209,12 +209,7 @@ class ByteBudget:
 
 
 class AccessMiddleware:
-    """Lets a request in and reads its JSON whole, within limits of bytes, seconds and requests at a time.
-
-    Args:
-        content_seconds: longest time that a request's content may take to arrive.
-        budget: bytes of JSON that may be on their way.
-    """
+    """Lets a request in and reads its JSON whole, within limits of bytes, seconds and requests at a time."""
 
     def __init__(self, app: ASGIApp, rules: AccessRules, *, content_seconds: float, budget: ByteBudget) -> None:
         self._app, self._rules = app, rules

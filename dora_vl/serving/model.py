@@ -138,13 +138,7 @@ def open_served(
     template: str | None = None,
     any_base: bool = False,
 ) -> ServedModel:
-    """Returns a base with its adapters, all checked before the weights are read.
-
-    Args:
-        model: the base; None: the first adapter's.
-        base_name: what the base is called among the adapters; None: as its folder.
-        template: the prompt format of adapters that do not say their own.
-    """
+    """Returns a base, else the first adapter's, with its adapters, all checked before the weights are read."""
     first = next(iter(adapters.values()), None)
     if first is None:
         request = ModelRequest(model=model, template=template)

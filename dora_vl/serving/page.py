@@ -26,7 +26,7 @@ from dora_vl.serving.access import AccessRules, ByteBudget, PageMiddleware, Uplo
 from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.engine import NOTHING
 from dora_vl.serving.page_parts import column_view, head_view, notice_view, shown_view, state_view
-from dora_vl.serving.page_training import TrainTab
+from dora_vl.serving.page_training import TrainTab, Update
 from dora_vl.serving.side_by_side import Conversation, ModelChoice, OpenModels, error_text
 
 STYLE = Path(__file__).parent / "page_files" / "page.css"
@@ -40,8 +40,6 @@ STRONGEST, STEP = 2.0, 0.05
 LONGEST_ANSWER = 1024
 MAX_CONVERSATIONS = 64
 """Memory holds at most this many conversations, with their pictures; the least recently used goes first."""
-Update = dict[Any, Any]
-"""Maps parts of the page to new values; other parts keep theirs."""
 
 
 class QuietServer(uvicorn.Server):
@@ -109,10 +107,7 @@ class Column(NamedTuple):
 class Page:
     """One page for all who open it; each one's conversation is kept by the key that their browser's tab has.
 
-    Args:
-        models: what answers, once something was opened.
-        uploads: what visitors have sent; no other file is ever read or deleted.
-        trains: whether the Train tab is there.
+    No file but visitors' uploads is ever read or deleted.
     """
 
     def __init__(self, models: OpenModels, uploads: Uploads, *, trains: bool = False) -> None:

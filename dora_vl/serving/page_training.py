@@ -56,6 +56,7 @@ NO_BASE = "There is no model to adapt here yet: type `dora-vl quickstart` in thi
 DAMAGED = (LookupError, TypeError, ValueError, AttributeError)
 """Reading a run's files may raise these if another version wrote them, or somebody has changed them."""
 Update = dict[Any, Any]
+"""Maps parts of the page to new values; other parts keep theirs."""
 
 
 class TrainTab:
