@@ -97,8 +97,6 @@ the layer (Gemma 3n while it trains), or the layer chooses which tokens are seen
 CROSSING, SEES = "cross_attn", "full_text_row_masked_out_mask"
 """These name the attention module of a layer through which words look at pictures (mllama), and the input that says
 which words see any."""
-
-
 MOST: Mapping[str, int] = MappingProxyType({"num_hidden_layers": 10_000, "hidden_size": 1 << 20, "vocab_size": 1 << 26})
 """A config with more is refused; no model is that large, and to build one takes hours or all memory."""
 

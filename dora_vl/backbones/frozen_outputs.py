@@ -322,13 +322,10 @@ def _decoder_inputs(model: Any, inputs: Mapping[str, Any], hooks: Sequence[Any] 
         reached.extend(pytree.tree_leaves((args, kwargs)))
         raise _DecoderReached
 
-    handles = [*hooks, decoder_of(model).register_forward_pre_hook(stop, with_kwargs=True)]
-    try:
-        with contextlib.suppress(_DecoderReached):
-            model(**inputs, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as hooked, contextlib.suppress(_DecoderReached):
+        for hook in (*hooks, decoder_of(model).register_forward_pre_hook(stop, with_kwargs=True)):
+            hooked.enter_context(hook)
+        model(**inputs, use_cache=False)
     if not reached:
         raise NotStorable("the model runs its decoder's layers by itself")
     return reached

@@ -145,12 +145,10 @@ class DecoderBackbone(Backbone[PreTrainedModel]):
             hooks.append(head.register_forward_hook(lambda *seen: scores.append(seen[2].clone())))
         if self.training and torch.is_grad_enabled():
             hooks.append(self.model.get_input_embeddings().register_forward_hook(_asks_for_gradients))
-        try:
-            with self._replaying(stored):
-                logits = self.model(input_ids=input_ids, use_cache=False, **inputs).logits
-        finally:
+        with contextlib.ExitStack() as hooked, self._replaying(stored):
             for hook in hooks:
-                hook.remove()
+                hooked.enter_context(hook)
+            logits = self.model(input_ids=input_ids, use_cache=False, **inputs).logits
         if scores and len(targets):
             self._head_is_last = scores[0].shape == logits.shape and bool((scores[0] == logits).all())
         logits = logits.squeeze(0)
@@ -462,25 +460,19 @@ def _last_bits(backbone: DecoderBackbone) -> Iterator[None]:
         uniform = torch.rand(vectors.shape, generator=generator).to(vectors.device)
         return (vectors.double() * (1 + torch.finfo(vectors.dtype).eps * (2 * uniform - 1))).to(vectors.dtype)
 
-    hook = backbone.model.get_input_embeddings().register_forward_hook(off)
-    try:
+    with backbone.model.get_input_embeddings().register_forward_hook(off):
         yield
-    finally:
-        hook.remove()
 
 
 @contextlib.contextmanager
 def _whole_weights(model: nn.Module) -> Iterator[None]:
     """Gathers each module's weights while it runs under ZeRO-3; the engine that will do it is not there yet."""
-    hooks: list[Any] = []
-    if is_deepspeed_zero3_enabled():
-        for module in model.modules():
-            split = [weight for weight in module.parameters(recurse=False) if hasattr(weight, "ds_id")]
+    with contextlib.ExitStack() as hooks:
+        for module in model.modules() if is_deepspeed_zero3_enabled() else ():
+            split: list[Any] = [weight for weight in module.parameters(recurse=False) if hasattr(weight, "ds_id")]
             if split:
-                hooks.append(module.register_forward_pre_hook(lambda *_, split=split: split[0].all_gather(split)))
-                hooks.append(module.register_forward_hook(lambda *_, split=split: split[0].partition(split)))
-    try:
+                hooks.enter_context(
+                    module.register_forward_pre_hook(lambda *_, split=split: split[0].all_gather(split))
+                )
+                hooks.enter_context(module.register_forward_hook(lambda *_, split=split: split[0].partition(split)))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -28,8 +28,6 @@ MASKED = ("sdpa", "eager", "flex_attention")
 """These attention kernels take a mask function; flash attention's take none."""
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
 """Takes batch row, head, query and key position; returns whether the query sees the key."""
-
-
 MATH_KERNEL_KEYS = 64
 """Up to this many keys plain products take a CPU less time than its flash attention, mainly in the backward pass."""
 

@@ -46,8 +46,6 @@ PROCESSOR_PROBE = (
 FORMS: tuple[frozenset[Role], ...] = (frozenset({"user", "assistant"}), frozenset(), frozenset({"user"}))
 """Messages of these roles are lists of parts even without pictures; the sets are tried in this order."""
 MEDIA = re.compile(f"({IMAGE_PLACEHOLDER}|{VIDEO_MARK})")
-
-
 _THOUGHT = re.compile(rf"\s*{THINK}(.*?){END_THINK}\n*(.*)", re.DOTALL)
 _SWITCH = re.compile(r"(?<![.\w'\"])(?:enable_thinking|thinking)\b")
 """Finds the variable by which a template is asked for thoughts; a message's field of that name does not match."""
@@ -525,8 +523,6 @@ PROCESSOR_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "MiniMaxM3VLProcessor": {"return_mm_token_type_ids": False},  # it lists them; its model refuses them
     }
 )
-
-
 OWN_FORMAT: Mapping[str, FormatName] = MappingProxyType({"PaliGemmaProcessor": "paligemma"})
 """Maps processors to the only format that they take, whatever the settings say of chat templates."""
 

@@ -140,13 +140,8 @@ def displaced_inputs(
 ) -> dict[str, Tensor]:
     """Returns the picture inputs that videos displaced, where the processor uses one name for both (SmolVLM).
 
-    The model reads them by the order of their tokens, so they are made one by one and joined in the order of the text.
-
-    Args:
-        processor: its own picture and video processors make the inputs.
-        outputs: what it returned for the whole sample.
-
-    Returns: the inputs by that name, `[1, tiles and frames, ...]`; empty if none was displaced.
+    The model reads them by the order of their tokens, so they are made one by one and joined in the order of the text,
+    as `[1, tiles and frames, ...]`. `outputs` is what the processor returned for the whole sample.
     """
     names = set(processor.image_processor.model_input_names) & set(processor.video_processor.model_input_names)
     kinds = [replacement["type"] for replacement in (outputs.get("text_replacement_offsets") or [[]])[0]]

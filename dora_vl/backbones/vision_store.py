@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -134,16 +135,13 @@ class FeatureRow:
     part: Part = WHOLE
 
 
-class FeatureWriter:
+class FeatureWriter(AbstractContextManager["FeatureWriter"]):
     """Writes features in float16, one shard at a time; leaving the `with` block writes the rest."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         keep_settings(folder, settings)
         self._shards = ShardStore(folder)
-
-    def __enter__(self) -> FeatureWriter:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._shards.flush()

@@ -226,7 +226,7 @@ CHARACTERS_OF_A_TOKEN = 32
 """No text has more characters a token, except for a few words among long runs of spaces."""
 
 
-class Engine:
+class Engine(AbstractContextManager["Engine"]):
     """Answers requests for a served model's adapters, many at once; `close` it, or use it in a `with`."""
 
     def __init__(self, model: ServedModel, settings: ServerSettings | None = None) -> None:
@@ -298,9 +298,6 @@ class Engine:
         """Ends the thread after the next token; open requests are told."""
         self._scheduler.close()
         self._thread.join()
-
-    def __enter__(self) -> Engine:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -115,7 +115,7 @@ class WaitingClient:
             waiting.cancel()
 
 
-class Server:
+class Server(contextlib.AbstractContextManager["Server"]):
     """Answers HTTP requests through an engine, which stays open; use it in a `with`, whose end ends the decoders."""
 
     def __init__(self, engine: Engine, *, rules: AccessRules | None = None) -> None:
@@ -126,9 +126,6 @@ class Server:
         self.started = int(time.time())
         self._held, self._most_held = 0, engine.settings.waiting + engine.settings.batch
         self._preparing = CapacityLimiter(self._most_held)
-
-    def __enter__(self) -> Server:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.media.close()

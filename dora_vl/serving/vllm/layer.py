@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 else:
     Wrapper = object
 
-
 PROBES = 4
 """This many rows are put through the layer to see whether its product is what its weight says."""
 MOST_OFF = 0.02
